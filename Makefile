@@ -1,0 +1,78 @@
+# Everything that a person or CI does here. `make` alone tells.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-service setup-llm setup-dev demo dev test test-fast test-llm test-e2e check format bench lock clean
+
+PYTHON ?= python3.11
+VENVS := .venvs
+PIP_FLAGS := --quiet --disable-pip-version-check
+
+help: ## This list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1|/' | column -t -s '|'
+
+setup: setup-service setup-llm ## Both environments: the service's, without any ML library, and the trainer's with llama.cpp
+
+setup-service: $(VENVS)/service/.installed
+setup-dev: $(VENVS)/dev/.installed
+setup-llm: $(VENVS)/llm/.installed
+
+$(VENVS)/service/.installed: requirements/service.txt pyproject.toml
+	$(PYTHON) -m venv $(VENVS)/service
+	$(VENVS)/service/bin/pip install $(PIP_FLAGS) -r requirements/service.txt
+	$(VENVS)/service/bin/pip install $(PIP_FLAGS) --no-deps -e .
+	@touch $@
+
+$(VENVS)/dev/.installed: requirements/dev.txt pyproject.toml
+	$(PYTHON) -m venv $(VENVS)/dev
+	$(VENVS)/dev/bin/pip install $(PIP_FLAGS) -r requirements/dev.txt
+	$(VENVS)/dev/bin/pip install $(PIP_FLAGS) --no-deps -e .
+	@touch $@
+
+# torch first and alone: its version decides everything else's.
+$(VENVS)/llm/.installed: requirements/llm.txt requirements/llm-constraints.txt infra/llama_cpp.sh
+	$(PYTHON) -m venv $(VENVS)/llm
+	$(VENVS)/llm/bin/pip install $(PIP_FLAGS) -c requirements/llm-constraints.txt torch
+	$(VENVS)/llm/bin/pip install $(PIP_FLAGS) -c requirements/llm-constraints.txt -r requirements/llm.txt
+	infra/llama_cpp.sh $(VENVS)/llm/bin/python
+	@touch $@
+
+demo: setup ## Fine-tune the real Gemma 3 270M through the HTTP API and talk to it
+	$(VENVS)/service/bin/python infra/demo.py
+
+dev: setup-dev setup-llm ## A service here, with what the tests use
+	$(VENVS)/dev/bin/tunesmith serve
+
+check: setup-dev ## Format, lint, types, import walls
+	$(VENVS)/dev/bin/ruff format --check .
+	$(VENVS)/dev/bin/ruff check .
+	$(VENVS)/dev/bin/pyright
+	PYTHONPATH=. $(VENVS)/dev/bin/lint-imports
+
+format: setup-dev ## Format and mend what can be mended
+	$(VENVS)/dev/bin/ruff format .
+	$(VENVS)/dev/bin/ruff check --fix .
+
+# Two torch threads on two busy cores are slower than one.
+test: export OMP_NUM_THREADS = 1
+test: test-fast test-llm test-e2e ## Everything, real processes and models too
+
+test-fast: setup-dev ## Unit and contract tests: seconds
+	PYTHONPATH=. $(VENVS)/dev/bin/python -m pytest tests/unit tests/contract
+
+test-llm: setup-llm ## The trainer and the exporters, on a tiny model
+	PYTHONPATH=. HF_HUB_OFFLINE=1 $(VENVS)/llm/bin/python -m pytest tests/jobs tests/exports
+
+test-e2e: setup-dev setup-service setup-llm ## Real HTTP, real child processes, the README's commands, the real Gemma
+	PYTHONPATH=. $(VENVS)/dev/bin/python -m pytest tests/e2e
+
+bench: setup-dev setup-llm ## Measure against the figures of docs/benchmarks.md, peers side by side
+	PYTHONPATH=. $(VENVS)/dev/bin/python -m bench
+
+lock: setup-dev ## Pin requirements/*.in anew
+	cd requirements && for name in service dev; do ../$(VENVS)/dev/bin/pip-compile --quiet --strip-extras --no-header \
+	  --annotation-style=line --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options -o $$name.txt $$name.in; done
+
+clean: ## Remove environments and caches; what was trained stays
+	rm -rf $(VENVS) .pytest_cache .ruff_cache .hypothesis *.egg-info build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

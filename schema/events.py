@@ -1,0 +1,110 @@
+"""What a job reports while it runs. Events are append-only, numbered within their attempt, and may be lost."""
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from schema.base import Lenient
+from schema.job import Artifact, EvalMetrics, Failure, Phase, Progress, Status
+
+
+class StatusChanged(Lenient):
+    """The job's status moved. Written by the service only."""
+
+    type: Literal["status"] = "status"
+    status: Status
+    attempt: int
+    reason: str = ""
+    failure: Failure | None = None
+
+
+class PhaseChanged(Lenient):
+    """The attempt entered a phase of its work."""
+
+    type: Literal["phase"] = "phase"
+    phase: Phase
+
+
+class Metrics(Lenient):
+    """One point of the curves. Null is a number that could not be had; `notes` says why, by name."""
+
+    type: Literal["metrics"] = "metrics"
+    step: int = Field(ge=0)
+    epoch: float | None = None
+    values: dict[str, float | None]  # loss (nats/token), learning_rate, grad_norm, tokens_per_second, rss_bytes, gpu_memory_bytes, ...
+    notes: dict[str, str] = Field(default={})
+    progress: Progress | None = None
+
+
+class Evaluated(Lenient):
+    """A model was measured on the held-out rows."""
+
+    type: Literal["evaluation"] = "evaluation"
+    when: Literal["before", "during", "after"]
+    step: int = Field(ge=0)
+    metrics: EvalMetrics
+
+
+class Decided(Lenient):
+    """Something the attempt chose by itself, and why."""
+
+    type: Literal["decision"] = "decision"
+    what: str
+    value: str
+    why: str
+
+
+class Warned(Lenient):
+    """Something the user should know that does not stop the job."""
+
+    type: Literal["warning"] = "warning"
+    code: str
+    message: str
+
+
+class TrackerStarted(Lenient):
+    """A tracker mirrors this job."""
+
+    type: Literal["tracker"] = "tracker"
+    tracker: str
+    url: str | None = None
+
+
+class ArtifactMade(Lenient):
+    """An artifact is uploaded and verified; it becomes visible when the job completes."""
+
+    type: Literal["artifact"] = "artifact"
+    artifact: Artifact
+
+
+Event = Annotated[
+    StatusChanged | PhaseChanged | Metrics | Evaluated | Decided | Warned | TrackerStarted | ArtifactMade,
+    Field(discriminator="type"),
+]
+
+
+class ReportedEvent(Lenient):
+    """An event with the attempt's own clock."""
+
+    at: datetime
+    event: Event
+
+
+class EventBatch(Lenient):
+    """Consecutive events of one attempt: the first is number `first_seq`. Empty is a heartbeat."""
+
+    first_seq: int = Field(ge=0)
+    events: list[ReportedEvent] = Field(default=[], max_length=1000)
+    phase: Phase | None = None  # where the attempt is now
+    progress: Progress | None = None
+
+
+Directive = Literal["continue", "pause", "cancel"]
+
+
+class BatchAnswer(Lenient):
+    """What the service says to a batch: what to do, and the next `seq` it has not seen."""
+
+    directive: Directive
+    next_seq: int

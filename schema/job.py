@@ -1,0 +1,170 @@
+"""A job, its attempts and what they left behind: the record as the JobStore keeps it."""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Literal
+
+from pydantic import Field
+
+from schema.base import Id, Label, Lenient
+from schema.training import TrainingConfig
+
+
+class Status(StrEnum):
+    """Where a job stands, in public words. Never a phase, never a reason."""
+
+    QUEUED = "queued"
+    PREPARING = "preparing"
+    TRAINING = "training"
+    PAUSING = "pausing"
+    PAUSED = "paused"
+    CANCELLING = "cancelling"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        """Nothing happens to the job any more, unless someone retries it."""
+        return self in (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
+
+    @property
+    def is_active(self) -> bool:
+        """An attempt holds, or may hold, compute."""
+        return self in (Status.PREPARING, Status.TRAINING, Status.PAUSING, Status.CANCELLING)
+
+
+Phase = Literal["downloading", "tokenizing", "training", "evaluating", "merging", "converting", "verifying", "uploading"]
+
+FailureCode = Literal[
+    "invalid_data",
+    "invalid_config",
+    "out_of_memory",
+    "preempted",
+    "timeout",
+    "lost",
+    "export_failed",
+    "upload_failed",
+    "auth",
+    "launch_failed",
+    "internal",
+]
+
+
+class Failure(Lenient):
+    """Why an attempt or a job failed, for a person."""
+
+    code: FailureCode
+    message: str  # one line: what happened
+    hint: str = ""  # what would help
+    attempt: int | None = None
+
+
+class Progress(Lenient):
+    """How far the training is. Steps are optimizer steps."""
+
+    step: int
+    total_steps: int
+    epoch: float
+    total_epochs: float
+    eta_s: float | None = None
+
+
+class EvalMetrics(Lenient):
+    """What was measured on the held-out rows. A number that could not be had is null, and `notes` says why, by name."""
+
+    eval_loss: float | None = None  # nats per labelled token
+    perplexity: float | None = None  # exp(eval_loss)
+    accuracy: float | None = None  # share of labelled tokens predicted right, 0..1
+    eval_runtime: float | None = None  # seconds
+    eval_rows: int | None = None
+    eval_tokens: int | None = None  # labelled tokens
+    notes: dict[str, str] = Field(default={})
+
+
+class ArtifactFile(Lenient):
+    """One file of an artifact. `path` is relative to the artifact's uri, and empty when the uri is the file itself."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+class Fidelity(Lenient):
+    """How an exported file speaks, compared with the model that was trained, over held-out prompts."""
+
+    compared_tokens: int
+    argmax_agreement: float  # share of positions where both prefer the same next token, 0..1
+    mean_kl_to_merged: float  # nats; how far the file is from the trained model
+    mean_kl_to_base: float | None = None  # nats; how far the file is from the model before training
+    sample_prompt: str = ""
+    sample_text: str = ""  # what the file generated for it
+    erased_tuning: bool = False  # closer to the base than to the trained model
+
+
+ArtifactKind = Literal["adapter", "merged", "gguf"]
+
+
+class Artifact(Lenient):
+    """A named file or folder that the job produced, at a stable uri."""
+
+    name: str  # unique within the job: "adapter", "merged", "gguf-q8_0"
+    kind: ArtifactKind
+    uri: str
+    key: str  # the same place, below the model bucket; ends in "/" for a folder
+    size_bytes: int
+    files: list[ArtifactFile]
+    fidelity: Fidelity | None = None
+
+    @property
+    def sha256(self) -> str | None:
+        """The digest of a single file; None for a folder."""
+        return self.files[0].sha256 if len(self.files) == 1 and not self.key.endswith("/") else None
+
+
+AttemptOutcome = Literal["completed", "failed", "cancelled", "paused", "yielded", "preempted", "lost", "launch_failed"]
+
+
+class Attempt(Lenient):
+    """One launch of a job on some compute."""
+
+    number: int  # from 1
+    launcher: str
+    created_at: datetime
+    handle: str | None = None  # the compute's own name for it; None until the launch answered
+    launched_at: datetime | None = None
+    claimed_by: str | None = None  # the process that owns the attempt
+    claimed_at: datetime | None = None
+    ended_at: datetime | None = None
+    outcome: AttemptOutcome | None = None
+    failure: Failure | None = None
+
+
+class Job(Lenient):
+    """One request to train one model, and all that is known of it. Holds no secret."""
+
+    job_id: Id
+    tenant_id: Id
+    project_id: Id | None = None
+    job_name: Label
+    processed_dataset_id: Id
+    training_config: TrainingConfig  # with every secret taken out
+    secret_names: tuple[str, ...] = ()  # which secrets the secret store holds for the job
+    status: Status
+    revision: int = 0  # goes up by one at every change; the store compares it
+    attempts: tuple[Attempt, ...] = ()
+    created_at: datetime
+    updated_at: datetime
+    started_at: datetime | None = None  # when the first attempt was claimed
+    finished_at: datetime | None = None
+    status_changed_at: datetime  # a cancel that is not obeyed is judged by this
+    failure: Failure | None = None
+    metrics: EvalMetrics | None = None  # of the trained model
+    base_metrics: EvalMetrics | None = None  # of the model before training, on the same rows
+    wandb_url: str | None = None
+    artifacts: tuple[Artifact, ...] = ()
+
+    @property
+    def attempt(self) -> Attempt | None:
+        """The current attempt: the last one."""
+        return self.attempts[-1] if self.attempts else None

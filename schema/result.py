@@ -1,0 +1,35 @@
+"""The last word of an attempt: `result.json`, written once, just before the process ends."""
+
+from datetime import datetime
+from typing import Literal
+
+from schema.base import Id, Lenient
+from schema.job import Artifact, EvalMetrics, Failure
+
+
+class Result(Lenient):
+    """What an attempt came to. Durable: it is what `reconcile` believes when an attempt has gone silent."""
+
+    job_id: Id
+    attempt: int
+    claimant: str = ""
+    outcome: Literal["completed", "failed", "cancelled", "paused", "yielded"]
+    failure: Failure | None = None
+    metrics: EvalMetrics | None = None
+    base_metrics: EvalMetrics | None = None
+    wandb_url: str | None = None
+    artifacts: tuple[Artifact, ...] = ()
+    train_rows: int | None = None
+    train_tokens: int | None = None
+    train_runtime_s: float | None = None
+    started_at: datetime
+    finished_at: datetime
+
+
+class PublishManifest(Lenient):
+    """`manifest.json`: the published files of a job. Created once, by the attempt that won."""
+
+    job_id: Id
+    attempt: int
+    artifacts: tuple[Artifact, ...]
+    created_at: datetime

@@ -1,0 +1,59 @@
+"""What an attempt is told to do: one JSON file in the config bucket, without secrets."""
+
+from schema.base import Id, Lenient
+from schema.dataset import Dataset
+from schema.job import Attempt
+from schema.training import TrainingConfig
+
+
+class StoreUrls(Lenient):
+    """Where the bytes are: object store urls, such as file:///home/me/.tunesmith/objects or gs://bucket."""
+
+    datasets: str
+    models: str
+    configs: str
+
+
+class JobSpec(Lenient):
+    """Everything about a job that an attempt needs and that is no secret. Stored at configs/{job_id}.json."""
+
+    job_id: Id
+    job_name: str
+    tenant_id: Id
+    project_id: Id | None = None
+    training_config: TrainingConfig
+    dataset: Dataset
+    stores: StoreUrls
+
+
+def spec_key(job_id: str) -> str:
+    """Where the spec of a job lies in the config bucket."""
+    return f"configs/{job_id}.json"
+
+
+def result_key(job_id: str, attempt: int) -> str:
+    """Where an attempt writes its last word, in the config bucket."""
+    return f"results/{job_id}/{attempt}.json"
+
+
+def manifest_key(job_id: str) -> str:
+    """The list of published files in the model bucket; what is not in it does not exist for readers."""
+    return f"results/{job_id}/manifest.json"
+
+
+def attempt_name(job_id: str, attempt: Attempt | int) -> str:
+    """The name under which an attempt is launched, and can be found again."""
+    return f"{job_id}.{attempt if isinstance(attempt, int) else attempt.number}"
+
+
+class ClaimRequest(Lenient):
+    """A process asks to own an attempt. `claimant` tells it from any other process."""
+
+    claimant: str
+
+
+class ClaimAnswer(Lenient):
+    """The attempt is yours: the job's secrets, handed over once, to be kept in memory."""
+
+    secrets: dict[str, str]
+    directive: str

@@ -1,0 +1,6 @@
+"""Where job records are kept. One line adds a store: name → "module:Class"."""
+
+JOB_STORES = {
+    "memory": "service.adapters.jobstores.memory:MemoryJobStore",
+    "sqlite": "service.adapters.jobstores.sqlite:SqliteJobStore",
+}

@@ -1,0 +1,27 @@
+"""The place where a page of records ended, as text that a caller may carry but not read meaning into."""
+
+import base64
+import binascii
+import json
+
+from service.core.errors import InvalidRequest
+
+
+def encode_cursor(created_at: str, row_id: str) -> str:
+    """Text for the place just behind a row."""
+    return base64.urlsafe_b64encode(json.dumps([created_at, row_id]).encode()).decode().rstrip("=")
+
+
+def decode_cursor(cursor: str) -> tuple[str, str]:
+    """The row that a cursor stands behind. Raises InvalidRequest for text that is not one of ours."""
+    try:
+        created_at, row_id = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+    except (ValueError, binascii.Error, TypeError) as error:
+        raise _not_ours() from error
+    if not isinstance(created_at, str) or not isinstance(row_id, str):
+        raise _not_ours()
+    return created_at, row_id
+
+
+def _not_ours() -> InvalidRequest:
+    return InvalidRequest("the cursor is not one that this API gave out", hint="start again without it", param="cursor")

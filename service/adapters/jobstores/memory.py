@@ -1,0 +1,129 @@
+"""Records in memory: for tests, and the plainest statement of what a job store does."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from threading import RLock
+
+from schema.dataset import Dataset
+from schema.events import Event, EventBatch
+from schema.job import Job, Status
+from service.adapters.jobstores.cursors import decode_cursor, encode_cursor
+from service.core.errors import Conflict, IdempotencyConflict, NotFound, StaleRevision
+from service.core.jobstore import IDEMPOTENCY_LIFE, new_events, summary_of
+from service.core.ports import IdempotencyKey, JobQuery, JobSummary, Liveness, Page, Row, StoredEvent
+
+KeyUse = tuple[IdempotencyKey, str, datetime]  # the key, its job, and since when
+
+
+class MemoryJobStore:
+    """One process's memory under one lock."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[str, Job] = {}
+        self._events: dict[str, list[StoredEvent]] = {}
+        self._liveness: dict[str, Liveness] = {}
+        self._datasets: dict[str, Dataset] = {}
+        self._keys: dict[tuple[str, str], KeyUse] = {}
+        self._cursor = 0
+        self._lock = RLock()
+
+    def create_job(self, job: Job, idempotency: IdempotencyKey | None = None) -> Job:
+        with self._lock:
+            if idempotency:
+                earlier = self._keys.get((job.tenant_id, idempotency.key))
+                if earlier and job.created_at - earlier[2] < IDEMPOTENCY_LIFE:
+                    if earlier[0].body_digest != idempotency.body_digest:
+                        raise IdempotencyConflict(param="Idempotency-Key")
+                    if earlier[1] in self._jobs:
+                        return self._jobs[earlier[1]]
+                self._keys[job.tenant_id, idempotency.key] = (idempotency, job.job_id, job.created_at)
+            if job.job_id in self._jobs:
+                raise Conflict(f"{job.job_id} is there already")
+            self._jobs[job.job_id] = job
+            return job
+
+    def find_job(self, job_id: str) -> Job | None:
+        return self._jobs.get(job_id)
+
+    def replace_job(self, job: Job, events: Sequence[Event] = ()) -> Job:
+        with self._lock:
+            stored = self._jobs.get(job.job_id)
+            if stored is None:
+                raise NotFound(f"no job {job.job_id!r}")
+            if stored.revision != job.revision:
+                raise StaleRevision(f"{job.job_id} was changed by somebody else")
+            kept = job.model_copy(update={"revision": job.revision + 1})
+            self._jobs[job.job_id] = kept
+            for event in events:
+                self._append(job.job_id, 0, kept.revision, kept.updated_at, event)
+            return kept
+
+    def page_jobs(self, query: JobQuery) -> Page[JobSummary]:
+        rows = [summary_of(job) for job in list(self._jobs.values()) if job.tenant_id == query.tenant_id]
+        for name in ("status", "project_id", "modality", "trainer_type"):
+            if (wanted := getattr(query, name)) is not None:
+                rows = [row for row in rows if getattr(row, name) == wanted]
+        place = [(row.created_at.isoformat(), row.job_id) for row in rows]
+        return _page(rows, place, query.limit, query.after)
+
+    def open_jobs(self, limit: int) -> list[Job]:
+        jobs = [job for job in list(self._jobs.values()) if not job.status.is_final and job.status is not Status.PAUSED]
+        return sorted(jobs, key=lambda job: (job.created_at, job.job_id))[:limit]
+
+    def uses_of_dataset(self, dataset_id: str) -> list[str]:
+        jobs = list(self._jobs.values())
+        return sorted(job.job_id for job in jobs if job.processed_dataset_id == dataset_id and not job.status.is_final)
+
+    def delete_job(self, job_id: str) -> bool:
+        with self._lock:
+            self._events.pop(job_id, None)
+            self._liveness.pop(job_id, None)
+            return self._jobs.pop(job_id, None) is not None
+
+    def append_events(self, job_id: str, attempt: int, batch: EventBatch, now: datetime) -> int:
+        with self._lock:
+            alive = self._liveness.get(job_id)
+            fresh, liveness = new_events(alive, attempt, batch, now)
+            for seq, reported in fresh:
+                self._append(job_id, attempt, seq, reported.at, reported.event)
+            self._liveness[job_id] = liveness
+            return liveness.next_seq
+
+    def page_events(self, job_id: str, after: int = 0, limit: int = 500) -> list[StoredEvent]:
+        return [stored for stored in list(self._events.get(job_id, [])) if stored.cursor > after][:limit]
+
+    def liveness(self, job_id: str) -> Liveness | None:
+        return self._liveness.get(job_id)
+
+    def create_dataset(self, dataset: Dataset) -> None:
+        self._datasets[dataset.processed_dataset_id] = dataset
+
+    def find_dataset(self, dataset_id: str) -> Dataset | None:
+        return self._datasets.get(dataset_id)
+
+    def page_datasets(self, tenant_id: str, limit: int = 50, after: str | None = None) -> Page[Dataset]:
+        rows = [dataset for dataset in list(self._datasets.values()) if dataset.tenant_id == tenant_id]
+        place = [(row.created_at.isoformat(), row.processed_dataset_id) for row in rows]
+        return _page(rows, place, limit, after)
+
+    def delete_dataset(self, dataset_id: str) -> bool:
+        return self._datasets.pop(dataset_id, None) is not None
+
+    def ping(self) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
+
+    def _append(self, job_id: str, attempt: int, seq: int, at: datetime, event: Event) -> None:
+        self._cursor += 1
+        stored = StoredEvent(cursor=self._cursor, attempt=attempt, seq=seq, at=at, event=event)
+        self._events.setdefault(job_id, []).append(stored)
+
+
+def _page(rows: list[Row], places: list[tuple[str, str]], limit: int, after: str | None) -> Page[Row]:
+    behind = decode_cursor(after) if after else None
+    newest_first = sorted(zip(places, rows, strict=True), key=lambda pair: pair[0], reverse=True)
+    found = [(place, row) for place, row in newest_first if behind is None or place < behind]
+    shown = found[:limit]
+    return Page([row for _, row in shown], encode_cursor(*shown[-1][0]) if len(found) > limit else None)

@@ -1,0 +1,310 @@
+"""Records in one SQLite file: the laptop's store. One service process writes it; any may read it.
+
+Write-ahead log, so readers never wait; synchronous=FULL, so what was answered survives a power cut.
+"""
+
+import sqlite3
+import threading
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from schema.dataset import Dataset
+from schema.events import Event, EventBatch
+from schema.job import Job, Progress, Status
+from service.adapters.jobstores.cursors import decode_cursor, encode_cursor
+from service.core.errors import Conflict, IdempotencyConflict, NotFound, StaleRevision, Unavailable
+from service.core.jobstore import IDEMPOTENCY_LIFE, new_events
+from service.core.ports import IdempotencyKey, JobQuery, JobSummary, Liveness, Page, StoredEvent
+
+BUSY_TIMEOUT_S = 4  # a request may wait this long for another writer before it is told to try again
+SCHEMA_VERSION = 1
+
+# is_open repeats Job.status in the form that the partial index needs.
+SCHEMA = """
+CREATE TABLE jobs (
+    job_id TEXT PRIMARY KEY, tenant_id TEXT NOT NULL, project_id TEXT, job_name TEXT NOT NULL, base_model_id TEXT NOT NULL,
+    status TEXT NOT NULL, modality TEXT NOT NULL, trainer_type TEXT NOT NULL, dataset_id TEXT NOT NULL, created_at TEXT NOT NULL,
+    is_open INTEGER NOT NULL, revision INTEGER NOT NULL, record TEXT NOT NULL) WITHOUT ROWID;
+CREATE INDEX jobs_newest ON jobs (tenant_id, created_at DESC, job_id DESC);
+CREATE INDEX jobs_by_status ON jobs (tenant_id, status, created_at DESC, job_id DESC);
+CREATE INDEX jobs_by_project ON jobs (tenant_id, project_id, created_at DESC, job_id DESC) WHERE project_id IS NOT NULL;
+CREATE INDEX jobs_open ON jobs (created_at, job_id) WHERE is_open = 1;
+CREATE TABLE idempotency (
+    tenant_id TEXT NOT NULL, key TEXT NOT NULL, body_digest TEXT NOT NULL, job_id TEXT NOT NULL, created_at TEXT NOT NULL,
+    PRIMARY KEY (tenant_id, key)) WITHOUT ROWID;
+CREATE TABLE events (
+    cursor INTEGER PRIMARY KEY AUTOINCREMENT, job_id TEXT NOT NULL, attempt INTEGER NOT NULL, seq INTEGER NOT NULL,
+    at TEXT NOT NULL, event TEXT NOT NULL, UNIQUE (job_id, attempt, seq));
+CREATE INDEX events_of_job ON events (job_id, cursor);
+CREATE TABLE liveness (
+    job_id TEXT PRIMARY KEY, attempt INTEGER NOT NULL, seen_at TEXT NOT NULL, next_seq INTEGER NOT NULL, phase TEXT, progress TEXT
+    ) WITHOUT ROWID;
+CREATE TABLE datasets (
+    dataset_id TEXT PRIMARY KEY, tenant_id TEXT NOT NULL, created_at TEXT NOT NULL, record TEXT NOT NULL) WITHOUT ROWID;
+CREATE INDEX datasets_newest ON datasets (tenant_id, created_at DESC, dataset_id DESC);
+"""
+
+EVENT: TypeAdapter[Event] = TypeAdapter(Event)
+
+
+class SqliteJobStore:
+    """A file. Each thread reads through a connection of its own; writes take turns on one."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._readers = threading.local()
+        self._connections: list[sqlite3.Connection] = []
+        self._writing = threading.Lock()
+        self._writer = self._connect()
+        self._create_tables()
+
+    # --- jobs --------------------------------------------------------------------------------------------------------
+
+    def create_job(self, job: Job, idempotency: IdempotencyKey | None = None) -> Job:
+        record = job.model_dump_json()
+        with self._transaction() as db:
+            earlier = self._earlier(db, job, idempotency) if idempotency else None
+            if earlier is not None:
+                return earlier
+            try:
+                db.execute(
+                    "INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        job.job_id,
+                        job.tenant_id,
+                        job.project_id,
+                        job.job_name,
+                        job.training_config.base_model_id,
+                        job.status,
+                        job.training_config.modality,
+                        job.training_config.trainer_type,
+                        job.processed_dataset_id,
+                        _text(job.created_at),
+                        _is_open(job),
+                        job.revision,
+                        record,
+                    ),
+                )
+            except sqlite3.IntegrityError as error:
+                raise Conflict(f"{job.job_id} is there already") from error
+        return job
+
+    def find_job(self, job_id: str) -> Job | None:
+        return self._read_job(self._reader(), job_id)
+
+    def replace_job(self, job: Job, events: Sequence[Event] = ()) -> Job:
+        kept = job.model_copy(update={"revision": job.revision + 1})
+        record = kept.model_dump_json()
+        with self._transaction() as db:
+            cursor = db.execute(
+                "UPDATE jobs SET status = ?, is_open = ?, revision = ?, record = ? WHERE job_id = ? AND revision = ?",
+                (kept.status, _is_open(kept), kept.revision, record, kept.job_id, job.revision),
+            )
+            if cursor.rowcount == 0:
+                if db.execute("SELECT 1 FROM jobs WHERE job_id = ?", (job.job_id,)).fetchone():
+                    raise StaleRevision(f"{job.job_id} was changed by somebody else")
+                raise NotFound(f"no job {job.job_id!r}")
+            for event in events:
+                self._append(db, kept.job_id, 0, kept.revision, kept.updated_at, event)
+        return kept
+
+    def page_jobs(self, query: JobQuery) -> Page[JobSummary]:
+        clauses, values = ["tenant_id = ?"], [query.tenant_id]
+        for name in ("status", "project_id", "modality", "trainer_type"):
+            if (wanted := getattr(query, name)) is not None:
+                clauses.append(f"{name} = ?")
+                values.append(wanted)
+        if query.after:
+            clauses.append("(created_at, job_id) < (?, ?)")
+            values += decode_cursor(query.after)
+        rows = self._reader().execute(
+            "SELECT job_id, job_name, base_model_id, status, modality, trainer_type, project_id, created_at FROM jobs "  # noqa: S608  # our own clauses
+            f"WHERE {' AND '.join(clauses)} ORDER BY created_at DESC, job_id DESC LIMIT ?",
+            (*values, query.limit + 1),
+        )
+        found = [_summary(*row) for row in rows.fetchall()]
+        shown = found[: query.limit]
+        last = shown[-1] if len(found) > query.limit else None
+        return Page(shown, encode_cursor(_text(last.created_at), last.job_id) if last else None)
+
+    def open_jobs(self, limit: int) -> list[Job]:
+        rows = self._reader().execute("SELECT record FROM jobs WHERE is_open = 1 ORDER BY created_at, job_id LIMIT ?", (limit,))
+        return [Job.load(row[0]) for row in rows.fetchall()]
+
+    def uses_of_dataset(self, dataset_id: str) -> list[str]:
+        # Paused jobs are not open, yet will train again.
+        rows = self._reader().execute(
+            "SELECT job_id FROM jobs WHERE dataset_id = ? AND (is_open = 1 OR status = 'paused') ORDER BY job_id", (dataset_id,)
+        )
+        return [row[0] for row in rows.fetchall()]
+
+    def delete_job(self, job_id: str) -> bool:
+        with self._transaction() as db:
+            db.execute("DELETE FROM events WHERE job_id = ?", (job_id,))
+            db.execute("DELETE FROM liveness WHERE job_id = ?", (job_id,))
+            return db.execute("DELETE FROM jobs WHERE job_id = ?", (job_id,)).rowcount > 0
+
+    # --- events ------------------------------------------------------------------------------------------------------
+
+    def append_events(self, job_id: str, attempt: int, batch: EventBatch, now: datetime) -> int:
+        with self._transaction() as db:
+            fresh, alive = new_events(self._read_liveness(db, job_id), attempt, batch, now)
+            for seq, reported in fresh:
+                self._append(db, job_id, attempt, seq, reported.at, reported.event)
+            progress = alive.progress.model_dump_json() if alive.progress else None
+            db.execute(
+                "INSERT OR REPLACE INTO liveness VALUES (?, ?, ?, ?, ?, ?)",
+                (job_id, alive.attempt, _text(alive.seen_at), alive.next_seq, alive.phase, progress),
+            )
+        return alive.next_seq
+
+    def page_events(self, job_id: str, after: int = 0, limit: int = 500) -> list[StoredEvent]:
+        rows = self._reader().execute(
+            "SELECT cursor, attempt, seq, at, event FROM events WHERE job_id = ? AND cursor > ? ORDER BY cursor LIMIT ?",
+            (job_id, after, limit),
+        )
+        return [
+            StoredEvent(cursor, attempt, seq, datetime.fromisoformat(at), EVENT.validate_json(event))
+            for cursor, attempt, seq, at, event in rows.fetchall()
+        ]
+
+    def liveness(self, job_id: str) -> Liveness | None:
+        return self._read_liveness(self._reader(), job_id)
+
+    # --- datasets ----------------------------------------------------------------------------------------------------
+
+    def create_dataset(self, dataset: Dataset) -> None:
+        with self._transaction() as db:
+            values = (dataset.processed_dataset_id, dataset.tenant_id, _text(dataset.created_at), dataset.model_dump_json())
+            db.execute("INSERT INTO datasets VALUES (?, ?, ?, ?)", values)
+
+    def find_dataset(self, dataset_id: str) -> Dataset | None:
+        row = self._reader().execute("SELECT record FROM datasets WHERE dataset_id = ?", (dataset_id,)).fetchone()
+        return Dataset.load(row[0]) if row else None
+
+    def page_datasets(self, tenant_id: str, limit: int = 50, after: str | None = None) -> Page[Dataset]:
+        behind = "AND (created_at, dataset_id) < (?, ?)" if after else ""
+        place = decode_cursor(after) if after else ()
+        rows = self._reader().execute(
+            f"SELECT record FROM datasets WHERE tenant_id = ? {behind} ORDER BY created_at DESC, dataset_id DESC LIMIT ?",  # noqa: S608  # our own clause
+            (tenant_id, *place, limit + 1),
+        )
+        found = [Dataset.load(row[0]) for row in rows.fetchall()]
+        last = found[limit - 1] if len(found) > limit else None
+        return Page(found[:limit], encode_cursor(_text(last.created_at), last.processed_dataset_id) if last else None)
+
+    def delete_dataset(self, dataset_id: str) -> bool:
+        with self._transaction() as db:
+            return db.execute("DELETE FROM datasets WHERE dataset_id = ?", (dataset_id,)).rowcount > 0
+
+    # --- the file ----------------------------------------------------------------------------------------------------
+
+    def ping(self) -> None:
+        try:
+            self._reader().execute("SELECT 1 FROM jobs LIMIT 1").fetchone()
+        except sqlite3.Error as error:
+            raise Unavailable(f"the job database does not answer: {error}") from error
+
+    def close(self) -> None:
+        for connection in self._connections:
+            connection.close()
+
+    def _connect(self) -> sqlite3.Connection:
+        # Connections are made in the thread that uses them, and closed by the one that ends the service.
+        db = sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA temp_store = MEMORY")
+        self._connections.append(db)
+        return db
+
+    def _create_tables(self) -> None:
+        with self._transaction() as db:
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if version == 0:
+                for statement in filter(str.strip, SCHEMA.split(";")):
+                    db.execute(statement)
+                db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            elif version != SCHEMA_VERSION:
+                raise Unavailable(
+                    f"{self._path} was written by another version of Tunesmith (schema {version}, this one reads {SCHEMA_VERSION})"
+                )
+
+    def _reader(self) -> sqlite3.Connection:
+        db: sqlite3.Connection | None = getattr(self._readers, "db", None)
+        if db is None:
+            db = self._readers.db = self._connect()
+        return db
+
+    @contextmanager
+    def _transaction(self) -> Generator[sqlite3.Connection]:
+        """All or nothing, on disk when it ends."""
+        with self._writing:
+            db = self._writer
+            try:
+                db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield db
+                except BaseException:
+                    db.execute("ROLLBACK")
+                    raise
+                db.execute("COMMIT")
+            except sqlite3.OperationalError as error:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise Unavailable(f"the job database does not take writes now: {error}") from error
+
+    # --- rows --------------------------------------------------------------------------------------------------------
+
+    def _earlier(self, db: sqlite3.Connection, job: Job, idempotency: IdempotencyKey) -> Job | None:
+        """The job made under the same key less than a day ago; otherwise the key is this job's from now on."""
+        still_kept = _text(job.created_at - IDEMPOTENCY_LIFE)
+        row = db.execute(
+            "SELECT body_digest, job_id FROM idempotency WHERE tenant_id = ? AND key = ? AND created_at > ?",
+            (job.tenant_id, idempotency.key, still_kept),
+        ).fetchone()
+        if row and row[0] != idempotency.body_digest:
+            raise IdempotencyConflict(param="Idempotency-Key")
+        if row and (earlier := self._read_job(db, row[1])):
+            return earlier
+        values = (job.tenant_id, idempotency.key, idempotency.body_digest, job.job_id, _text(job.created_at))
+        db.execute("INSERT OR REPLACE INTO idempotency VALUES (?, ?, ?, ?, ?)", values)
+        return None
+
+    def _read_job(self, db: sqlite3.Connection, job_id: str) -> Job | None:
+        row = db.execute("SELECT record FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
+        return Job.load(row[0]) if row else None
+
+    def _read_liveness(self, db: sqlite3.Connection, job_id: str) -> Liveness | None:
+        row = db.execute("SELECT attempt, seen_at, next_seq, phase, progress FROM liveness WHERE job_id = ?", (job_id,)).fetchone()
+        if row is None:
+            return None
+        attempt, seen_at, next_seq, phase, progress = row
+        return Liveness(attempt, datetime.fromisoformat(seen_at), next_seq, phase, Progress.load(progress) if progress else None)
+
+    def _append(self, db: sqlite3.Connection, job_id: str, attempt: int, seq: int, at: datetime, event: Event) -> None:
+        db.execute(
+            "INSERT OR IGNORE INTO events (job_id, attempt, seq, at, event) VALUES (?, ?, ?, ?, ?)",
+            (job_id, attempt, seq, _text(at), event.model_dump_json()),
+        )
+
+
+def _summary(*row: str) -> JobSummary:
+    job_id, job_name, base_model_id, status, modality, trainer_type, project_id, created_at = row
+    return JobSummary(
+        job_id, job_name, base_model_id, Status(status), modality, trainer_type, project_id, datetime.fromisoformat(created_at)
+    )
+
+
+def _is_open(job: Job) -> bool:
+    return not job.status.is_final and job.status is not Status.PAUSED
+
+
+def _text(moment: datetime) -> str:
+    """A form whose order as text is its order in time."""
+    return moment.astimezone(UTC).isoformat(timespec="microseconds")

@@ -1,0 +1,5 @@
+"""Where attempts run. One line adds a compute: name → "module:Class"."""
+
+LAUNCHERS = {
+    "local": "service.adapters.launchers.local:LocalLauncher",
+}

@@ -1,0 +1,236 @@
+"""Attempts as child processes on this machine, each in an environment and a process group of its own.
+
+A service that is killed leaves its attempts running; the next one finds them by the name in their command
+line and adopts them. A service that is stopped in good order ends them, and their jobs go back to the queue.
+"""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+
+import psutil
+
+from service.core.errors import LaunchFailed, Unavailable
+from service.core.ports import AttemptState, Hardware, LaunchOrder, LogPage
+
+log = logging.getLogger(__name__)
+
+PROBE_TIMEOUT_S = 120  # importing torch from a cold disk
+STOP_GRACE_S = 5.0
+
+
+class LocalLauncher:
+    """Child processes of `python -m jobs.run`, at most `max_concurrent_jobs` at a time. Handles are `pid@start time`."""
+
+    name = "local"
+    check_is_cheap = True
+
+    def __init__(
+        self, *, home: Path, python: Path, source: Path, service_url: str, max_concurrent_jobs: int, environment: Mapping[str, str]
+    ) -> None:
+        self._folder = home / "attempts"
+        self._python = python
+        self._source = source
+        self._service_url = service_url
+        self._max_concurrent_jobs = max_concurrent_jobs
+        self._inherited = dict(environment)
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._lock = threading.Lock()
+        self._probing = threading.Lock()  # two requests at once ask the trainer's environment once
+
+    # --- Launcher ----------------------------------------------------------------------------------------------------
+
+    def launch(self, order: LaunchOrder) -> str:
+        if not self._python.exists():
+            raise LaunchFailed(f"the trainer's environment is missing: no {self._python}", hint="run `make setup`")
+        workdir = self._folder / order.name
+        workdir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            with self._log_path(order.name).open("ab") as output:
+                child = subprocess.Popen(
+                    [self._python, "-m", "jobs.run", "--name", order.name],
+                    cwd=self._source,
+                    env=self._environment(order, workdir),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise Unavailable(f"cannot start a process: {error.strerror}") from error
+        handle = _handle_of(psutil.Process(child.pid))
+        with self._lock:
+            self._children[handle] = child
+        return handle
+
+    def find(self, name: str) -> str | None:
+        return next((_handle_of(process) for process in self._attempts() if _name_of(process) == name), None)
+
+    def check(self, handle: str) -> AttemptState:
+        process = self._process(handle)
+        return "running" if process else "ended"
+
+    def cancel(self, handle: str, *, force: bool) -> None:
+        if process := self._process(handle):
+            _signal_group(process.pid, signal.SIGKILL if force else signal.SIGTERM)
+
+    def free_slots(self) -> int:
+        self._reap()
+        return self._max_concurrent_jobs - len(self._attempts())
+
+    def hardware(self) -> Hardware:
+        with self._probing:
+            return self._hardware
+
+    def close(self) -> None:
+        """End the attempts in good order, adopted ones too: each is told, then waited for, then made to. Nothing is left behind."""
+        ours = self._attempts()
+        for process in ours:
+            _signal_group(process.pid, signal.SIGTERM)
+        _, stubborn = psutil.wait_procs(ours, timeout=STOP_GRACE_S)
+        for process in stubborn:
+            _signal_group(process.pid, signal.SIGKILL)
+        psutil.wait_procs(stubborn, timeout=STOP_GRACE_S)
+        self._reap()
+
+    # --- LogSource ---------------------------------------------------------------------------------------------------
+
+    def read_log(self, name: str, offset: int, limit: int) -> LogPage | None:
+        try:
+            with self._log_path(name).open("rb") as stream:
+                stream.seek(offset)
+                content = stream.read(limit)
+        except FileNotFoundError:
+            return None
+        content = _whole_characters(content)
+        return LogPage(text=content.decode(errors="replace"), next_offset=offset + len(content))
+
+    def forget_log(self, name: str) -> bool:
+        """Remove the output of an attempt with its working folder."""
+        folder = self._folder / name
+        there = self._log_path(name).exists()
+        self._log_path(name).unlink(missing_ok=True)
+        if folder.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
+        return there
+
+    # --- helpers -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _hardware(self) -> Hardware:
+        """Asked of the trainer's environment once: only there can the libraries tell."""
+        found = self._probe()
+        notes = {"method": "QLoRA and other providers come with a GPU image", "trainer_type": "", "use_fa2": ""}
+        return Hardware(
+            device=str(found.get("device", "unknown")),
+            device_name=str(found.get("device_name", "unknown")),
+            methods=("LoRA", "Full"),
+            providers=("huggingface",),
+            modalities=("text",),
+            trainer_types=("sft",),
+            flash_attention_2=bool(found.get("flash_attention_2", False)),
+            gguf=bool(found.get("gguf", False)),
+            notes={name: note for name, note in notes.items() if note},
+        )
+
+    def _probe(self) -> dict[str, object]:
+        try:
+            answer = subprocess.run(
+                [self._python, "-m", "jobs.probe"],
+                cwd=self._source,
+                env={**self._inherited, "PYTHONPATH": str(self._source)},
+                capture_output=True,
+                timeout=PROBE_TIMEOUT_S,
+                check=True,
+            )
+            return json.loads(answer.stdout.splitlines()[-1])
+        except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+            log.error("the trainer's environment does not work", extra={"python": str(self._python), "error": str(error)})
+            raise Unavailable("the trainer's environment does not work; nothing can be trained", hint="run `make setup`") from error
+
+    def _environment(self, order: LaunchOrder, workdir: Path) -> dict[str, str]:
+        return {
+            **_threads(self._max_concurrent_jobs),
+            "TOKENIZERS_PARALLELISM": "false",
+            **self._inherited,
+            **order.environment,
+            "SERVICE_URL": self._service_url,
+            "JOB_WORKDIR": str(workdir),
+            "JOB_REPORT_INTERVAL_S": "0.5",  # the answer to a report is how a cancel arrives, and reports cost nothing here
+            "PYTHONPATH": str(self._source),
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    def _log_path(self, name: str) -> Path:
+        return self._folder / f"{name}.log"
+
+    def _attempts(self) -> list[psutil.Process]:
+        """The attempts of this home that are at work, whoever launched them."""
+        named = [(process, _name_of(process)) for process in psutil.process_iter()]
+        return [process for process, name in named if name is not None and self._log_path(name).exists()]
+
+    def _reap(self) -> None:
+        """Let children that have ended go."""
+        with self._lock:
+            self._children = {handle: child for handle, child in self._children.items() if child.poll() is None}
+
+    def _process(self, handle: str) -> psutil.Process | None:
+        """The process behind a handle, if it still is that process and still works."""
+        with self._lock:
+            child = self._children.get(handle)
+        if child is not None and child.poll() is not None:
+            return None
+        try:
+            process = psutil.Process(int(handle.partition("@")[0]))
+            alive = _handle_of(process) == handle and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return None
+        return process if alive else None
+
+
+def _threads(max_concurrent_jobs: int) -> dict[str, str]:
+    """How an attempt shares the processor.
+
+    Spinning threads collapse when another process takes their core (measured: 1 s a step became 27 s), so
+    threads wait passively, and each attempt takes its share of the cores.
+    """
+    share = max(1, len(os.sched_getaffinity(0)) // max_concurrent_jobs)
+    return {"OMP_NUM_THREADS": str(share), "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+
+
+def _name_of(process: psutil.Process) -> str | None:
+    """The attempt that a process works at, if it is one of `python -m jobs.run --name NAME`."""
+    try:
+        command = process.cmdline()
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+    except psutil.Error:
+        return None
+    return command[4] if command[1:4] == ["-m", "jobs.run", "--name"] and len(command) == 5 else None
+
+
+def _handle_of(process: psutil.Process) -> str:
+    return f"{process.pid}@{process.create_time():.2f}"
+
+
+def _signal_group(pid: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(pid, number)
+
+
+def _whole_characters(content: bytes) -> bytes:
+    """Without a UTF-8 character that was cut at the end: the next page begins with it."""
+    for cut in range(1, min(4, len(content)) + 1):
+        lead = content[-cut]
+        if lead & 0xC0 != 0x80:
+            length = 1 if lead < 0x80 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
+            return content[:-cut] if length > cut else content
+    return content

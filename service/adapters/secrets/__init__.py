@@ -1,0 +1,5 @@
+"""Where the secrets of jobs are kept. One line adds a store: name → "module:Class"."""
+
+SECRET_STORES = {
+    "local": "service.adapters.secrets.local:LocalSecretStore",
+}

@@ -1,0 +1,72 @@
+"""Secrets as one encrypted file per job, readable by the owner alone. The key is a file of its own beside them."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from cryptography.fernet import Fernet, InvalidToken
+
+from service.core.errors import Unavailable
+
+SUFFIX = ".secret"
+
+
+class LocalSecretStore:
+    """A folder, mode 0700, of files, mode 0600, encrypted with Fernet (AES-128-CBC and HMAC-SHA256)."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.chmod(0o700)
+        self._folder = folder
+        self._fernet = Fernet(owner_only_key(folder / "key", Fernet.generate_key))
+
+    def put(self, job_id: str, secrets: Mapping[str, str]) -> None:
+        sealed = self._fernet.encrypt(json.dumps(dict(secrets)).encode())
+        part = self._path(job_id).with_suffix(".part")
+        part.unlink(missing_ok=True)
+        _write_owner_only(part, sealed)
+        part.replace(self._path(job_id))
+
+    def read(self, job_id: str) -> dict[str, str]:
+        try:
+            return json.loads(self._fernet.decrypt(self._path(job_id).read_bytes()))
+        except FileNotFoundError:
+            return {}
+        except InvalidToken as error:
+            raise Unavailable(f"the secrets of {job_id} cannot be decrypted: the key in {self._folder} is another one") from error
+
+    def destroy(self, job_id: str) -> bool:
+        try:
+            self._path(job_id).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def walk(self) -> Iterator[str]:
+        return (path.name.removesuffix(SUFFIX) for path in sorted(self._folder.glob(f"*{SUFFIX}")))
+
+    def _path(self, job_id: str) -> Path:
+        return self._folder / f"{job_id}{SUFFIX}"
+
+
+def owner_only_key(path: Path, make: Callable[[], bytes]) -> bytes:
+    """The key in a file; made at first use. Two processes that make it at once agree on one."""
+    if not path.exists():
+        part = path.with_name(f"{path.name}.{os.getpid()}")
+        _write_owner_only(part, make())
+        try:
+            os.link(part, path)  # whole or not at all, and only the first one counts
+        except FileExistsError:
+            return path.read_bytes()
+        finally:
+            part.unlink()
+    return path.read_bytes()
+
+
+def _write_owner_only(path: Path, content: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(descriptor)

@@ -1,0 +1,61 @@
+"""Datasets: upload, list, show with a preview, delete."""
+
+from pathlib import PurePath
+from typing import Annotated
+
+from fastapi import APIRouter, File, Form, Query, UploadFile
+
+from schema.base import Id, Label
+from service.api.deps import ForTenant, UsesParts
+from service.api.views import DatasetDeleted, DatasetDetail, DatasetList, DatasetView, dataset_view
+from service.core.datasets import Upload
+
+router = APIRouter(prefix="/datasets", tags=["datasets"])
+
+
+@router.post("", status_code=201)
+def upload(
+    parts: UsesParts,
+    tenant_id: ForTenant,
+    file: Annotated[UploadFile, File(description="JSONL: rows of `messages`, of `prompt` and `completion`, or of `text`.")],
+    name: Annotated[Label | None, Form(description="Left out: the file's name.")] = None,
+    project_id: Annotated[Id | None, Form()] = None,
+    eval_fraction: Annotated[
+        float, Form(ge=0, le=0.5, allow_inf_nan=False, description="Share of the rows held out for evaluation.")
+    ] = 0.1,
+) -> DatasetView:
+    """Check every row and keep the dataset, or refuse it naming the first bad line."""
+    request = Upload(stream=file.file, name=name or _readable(file.filename), project_id=project_id, eval_fraction=eval_fraction)
+    return dataset_view(parts.datasets.ingest(request, tenant_id))
+
+
+@router.get("")
+def datasets(
+    parts: UsesParts,
+    tenant_id: ForTenant,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    cursor: Annotated[str | None, Query(max_length=500)] = None,
+) -> DatasetList:
+    """Datasets, newest first."""
+    page = parts.datasets.page(tenant_id, limit, cursor)
+    return DatasetList(datasets=[dataset_view(dataset) for dataset in page.rows], next_cursor=page.next_cursor)
+
+
+@router.get("/{processed_dataset_id}")
+def dataset(processed_dataset_id: Id, parts: UsesParts, tenant_id: ForTenant) -> DatasetDetail:
+    """A dataset and the first rows of each split."""
+    found = parts.datasets.find(processed_dataset_id, tenant_id)
+    return DatasetDetail(**dataset_view(found).model_dump(), preview=parts.datasets.preview(found))
+
+
+@router.delete("/{processed_dataset_id}")
+def delete(processed_dataset_id: Id, parts: UsesParts, tenant_id: ForTenant) -> DatasetDeleted:
+    """Remove a dataset that no unfinished job needs."""
+    removed = parts.datasets.delete(processed_dataset_id, tenant_id)
+    return DatasetDeleted(processed_dataset_id=processed_dataset_id, deleted=True, deleted_resources=removed)
+
+
+def _readable(filename: str | None) -> str:
+    """A label from a file's name, which is a stranger's text."""
+    readable = "".join(c for c in PurePath(filename or "").name if c.isprintable())
+    return readable[:128] or "unnamed dataset"

@@ -1,0 +1,23 @@
+"""What endpoints ask for: the service's parts, and on whose behalf they act."""
+
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from service.bootstrap import Parts
+
+LOCAL_TENANT = "local"
+
+
+def parts_of(request: Request) -> Parts:
+    """The service that this request reached."""
+    return request.app.state.parts
+
+
+def tenant_of() -> str:
+    """Whose jobs these are. The local profile has one tenant."""
+    return LOCAL_TENANT
+
+
+UsesParts = Annotated[Parts, Depends(parts_of)]
+ForTenant = Annotated[str, Depends(tenant_of)]

@@ -1,0 +1,113 @@
+"""Every error in one shape: {"error": {"code", "message", "hint", "param"}}. Never a stack trace."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from schema.training import TRAINER_TYPES
+from service.core.errors import TunesmithError, Unavailable
+from storage import NoSuchObject, StorageError
+
+log = logging.getLogger(__name__)
+
+
+class ErrorBody(BaseModel):
+    """What went wrong, for a program (`code`, `param`) and for a person (`message`, `hint`)."""
+
+    code: str
+    message: str
+    hint: str = ""
+    param: str | None = None
+
+
+class ErrorAnswer(BaseModel):
+    """The body of every answer that is not a success."""
+
+    error: ErrorBody
+
+
+def install(app: FastAPI) -> None:
+    """Render every error of the app in our shape."""
+    app.add_exception_handler(TunesmithError, _deliberate)  # type: ignore[arg-type]  # starlette types handlers by Exception
+    app.add_exception_handler(StorageError, _storage)  # type: ignore[arg-type]
+    app.add_exception_handler(RequestValidationError, _malformed)  # type: ignore[arg-type]
+    app.add_exception_handler(HTTPException, _http)  # type: ignore[arg-type]
+    app.add_exception_handler(Exception, _unexpected)
+
+
+def answer(
+    status: int, code: str, message: str, hint: str = "", param: str | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """An error as a response."""
+    body = ErrorAnswer(error=ErrorBody(code=code, message=message, hint=hint, param=param))
+    return JSONResponse(body.model_dump(), status_code=status, headers=dict(headers) if headers else None)
+
+
+def _deliberate(_request: Request, error: TunesmithError) -> JSONResponse:
+    headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, Unavailable) else None
+    return answer(error.status, error.code, error.message, error.hint, error.param, headers)
+
+
+def _storage(_request: Request, error: StorageError) -> JSONResponse:
+    if isinstance(error, NoSuchObject):
+        return answer(404, "not_found", "the file is not there any more")
+    log.error("object store failed", extra={"error": str(error)})
+    return answer(503, "unavailable", "the object store does not answer; try again", headers={"Retry-After": "2"})
+
+
+def _malformed(_request: Request, error: RequestValidationError) -> JSONResponse:
+    problems = error.errors()
+    first = problems[0]
+    param = _param(first)
+    if param == "training_config.trainer_type" and first["type"] == "literal_error":
+        wanted = first.get("input")
+        message = f"trainer_type {wanted!r} is not available in this deployment; it can do: {', '.join(TRAINER_TYPES)}"
+        return answer(400, "unsupported", message, "GET /capabilities lists what this deployment can do", param)
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return answer(422, "malformed", f"{param or 'body'}: {_message(first)}{more}", _hint(first), param)
+
+
+def _http(_request: Request, error: HTTPException) -> JSONResponse:
+    codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+    message = "there is no such address" if error.status_code == 404 and error.detail == "Not Found" else str(error.detail)
+    return answer(
+        error.status_code, codes.get(error.status_code, "invalid_request"), message, "GET /docs lists the API", headers=error.headers
+    )
+
+
+def _unexpected(request: Request, error: Exception) -> JSONResponse:
+    log.error("request failed", exc_info=error, extra={"method": request.method, "path": request.url.path})
+    return answer(500, "internal", "something went wrong in the service; it is in its log")
+
+
+# Any: pydantic describes its errors as loose dicts.
+def _param(problem: Mapping[str, Any]) -> str | None:
+    named = problem.get("ctx", {}).get("field") if problem["type"] == "fields_conflict" else None
+    places: Sequence[str | int] = problem["loc"]
+    path = [str(place) for place in places[1:] if not (isinstance(place, int) and problem["type"] == "json_invalid")]
+    return ".".join([*path, named] if named else path) or None
+
+
+def _message(problem: Mapping[str, Any]) -> str:
+    match problem["type"]:
+        case "extra_forbidden":
+            return "is not a field of this request"
+        case "missing":
+            return "is missing"
+        case "model_attributes_type" | "dict_type" if len(problem["loc"]) == 1:
+            return "the body is not a JSON object; send one, with Content-Type: application/json"
+        case "json_invalid":
+            return f"the body is not JSON: {problem.get('ctx', {}).get('error', '')}".rstrip(": ")
+        case _:
+            message: str = problem["msg"]
+            return message[:1].lower() + message[1:]
+
+
+def _hint(problem: Mapping[str, Any]) -> str:
+    return "check the spelling; GET /docs lists the fields" if problem["type"] == "extra_forbidden" else ""

@@ -1,0 +1,45 @@
+"""What attempts call: claim, report, finish. Each call carries the attempt's own token."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Header
+
+from schema.base import Id
+from schema.events import BatchAnswer, EventBatch
+from schema.result import Result
+from schema.spec import ClaimAnswer, ClaimRequest
+from service.api.deps import UsesParts
+from service.core.errors import InvalidRequest, Unauthorized
+
+
+def attempt_of(job_id: Id, attempt: int, parts: UsesParts, authorization: Annotated[str, Header()] = "") -> tuple[str, int]:
+    """The attempt that the caller may speak for. Raises Unauthorized."""
+    scheme, _, token = authorization.partition(" ")
+    if scheme.lower() != "bearer" or not token:
+        raise Unauthorized("an attempt shows its token: Authorization: Bearer …")
+    parts.tokens.check_attempt(token, job_id, attempt)
+    return job_id, attempt
+
+
+router = APIRouter(prefix="/internal/jobs/{job_id}/attempts/{attempt}", tags=["internal"], include_in_schema=False)
+ByAttempt = Annotated[tuple[str, int], Depends(attempt_of)]
+
+
+@router.post("/claim")
+def claim(body: ClaimRequest, who: ByAttempt, parts: UsesParts) -> ClaimAnswer:
+    """Take possession of the attempt, once."""
+    return parts.jobs.claim(*who, body.claimant)
+
+
+@router.post("/events")
+def report(body: EventBatch, who: ByAttempt, parts: UsesParts) -> BatchAnswer:
+    """Take events, answer with a directive."""
+    return parts.jobs.report(*who, body)
+
+
+@router.post("/result", status_code=204)
+def finish(body: Result, who: ByAttempt, parts: UsesParts) -> None:
+    """Take the attempt's last word."""
+    if (body.job_id, body.attempt) != who:
+        raise InvalidRequest("the result is of another attempt than the address", param="attempt")
+    parts.jobs.finish(body.job_id, body)

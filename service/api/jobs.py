@@ -1,0 +1,144 @@
+"""The seed's job endpoints, with events, logs and cancel beside them."""
+
+from typing import Annotated
+
+import orjson
+from fastapi import APIRouter, Header, Query, Request, Response
+from sse_starlette.sse import EventSourceResponse
+from starlette.responses import StreamingResponse
+
+from schema.base import Id
+from schema.job import Status
+from service.api import stream
+from service.api.deps import ForTenant, UsesParts
+from service.api.views import DeleteAnswer, DownloadAnswer, EventList, FileLink, JobDetail, JobList, LogView, event_row, job_detail, job_row
+from service.core.errors import InvalidRequest
+from service.core.ports import JobQuery
+
+router = APIRouter(prefix="/jobs", tags=["jobs"])
+
+Limit = Annotated[int, Query(ge=1, le=200, description="Rows on the page.")]
+# SQLite's and JSON's largest exact integer is far beyond any real cursor.
+Place = Annotated[int, Query(ge=0, le=2**53)]
+WEIGHTS = (".gguf", "model.safetensors", ".safetensors")
+
+
+@router.get("", response_model=JobList)
+def jobs(
+    parts: UsesParts,
+    tenant_id: ForTenant,
+    limit: Limit = 50,
+    cursor: Annotated[str | None, Query(max_length=500)] = None,
+    status: Status | None = None,
+    project_id: Id | None = None,
+    modality: Annotated[str | None, Query(max_length=40)] = None,
+    trainer_type: Annotated[str | None, Query(max_length=40)] = None,
+) -> Response:
+    """Jobs, newest first."""
+    query = JobQuery(tenant_id, limit, cursor, status, project_id, modality, trainer_type)
+    page = parts.jobs.page(query)
+    return _json({"jobs": [job_row(row) for row in page.rows], "next_cursor": page.next_cursor})
+
+
+@router.get("/download/{job_id}")
+def download(
+    job_id: Id,
+    request: Request,
+    parts: UsesParts,
+    tenant_id: ForTenant,
+    artifact: Annotated[str | None, Query(max_length=100, description="Which one; left out: GGUF, else merged, else adapter.")] = None,
+) -> DownloadAnswer:
+    """Short-lived links to what the job made."""
+    found, links = parts.jobs.download(job_id, tenant_id, artifact)
+    base = str(parts.settings.public_url or request.base_url).rstrip("/")
+    files = [
+        FileLink(
+            path=file.path or found.key.rpartition("/")[2],
+            size_bytes=file.size_bytes,
+            sha256=file.sha256,
+            url=base + url if url.startswith("/") else url,
+        )
+        for file, url in links
+    ]
+    main = next((file for ending in WEIGHTS for file in files if file.path.endswith(ending)), files[0])
+    return DownloadAnswer(
+        download_url=main.url, artifact=found.name, is_folder=found.key.endswith("/"), expires_in_s=parts.jobs.link_life_s, files=files
+    )
+
+
+@router.get("/{job_id}")
+def job(job_id: Id, parts: UsesParts, tenant_id: ForTenant) -> JobDetail:
+    """Everything about a job: where it is, how it went, what it made."""
+    found = parts.jobs.find(job_id, tenant_id)
+    return job_detail(found, parts.jobs.liveness(found))
+
+
+@router.delete("/{job_id}")
+def delete(job_id: Id, response: Response, parts: UsesParts, tenant_id: ForTenant) -> DeleteAnswer:
+    """Stop the job and remove it with all its files. 202: it is still stopping, repeat the call."""
+    deleted = parts.jobs.delete(job_id, tenant_id)
+    if deleted is None:
+        response.status_code = 202
+        return DeleteAnswer(job_id=job_id, deleted=False, message="The job is being stopped; repeat the call.", deleted_resources=[])
+    if deleted.failures:
+        response.status_code = 503
+        message = f"Not everything could be deleted; repeat the call. {'; '.join(deleted.failures)}"
+        return DeleteAnswer(job_id=job_id, deleted=False, message=message, deleted_resources=deleted.resources)
+    message = "Job and all associated files deleted successfully."
+    return DeleteAnswer(job_id=job_id, deleted=True, message=message, deleted_resources=deleted.resources)
+
+
+@router.post("/{job_id}/cancel", status_code=202)
+def cancel(job_id: Id, parts: UsesParts, tenant_id: ForTenant) -> JobDetail:
+    """Stop the job. Can be repeated."""
+    found = parts.jobs.cancel(job_id, tenant_id)
+    return job_detail(found, parts.jobs.liveness(found))
+
+
+@router.get("/{job_id}/events", response_model=EventList)
+async def events(
+    job_id: Id,
+    request: Request,
+    parts: UsesParts,
+    tenant_id: ForTenant,
+    after: Place = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 200,
+    accept: Annotated[str, Header()] = "",
+    last_event_id: Annotated[str | None, Header(alias="Last-Event-ID", max_length=20)] = None,
+) -> Response:
+    """What the job reported, oldest first; with `Accept: text/event-stream`, as it happens."""
+    if "text/event-stream" not in accept:
+        rows = await stream.in_thread(parts.jobs.events, job_id, tenant_id, after, limit)
+        return _json({"events": [event_row(row) for row in rows], "next_after": rows[-1].cursor if rows else after})
+    await stream.in_thread(parts.jobs.find, job_id, tenant_id)
+    place = _event_id(last_event_id) if last_event_id else after
+    feed: stream.Feeds = request.app.state.feeds
+    return EventSourceResponse(feed.follow(job_id, tenant_id, place), ping=15)
+
+
+@router.get("/{job_id}/logs", response_model=LogView)
+async def logs(
+    job_id: Id,
+    parts: UsesParts,
+    tenant_id: ForTenant,
+    attempt: Annotated[int | None, Query(ge=1, le=10_000)] = None,
+    offset: Place = 0,
+    limit: Annotated[int, Query(ge=1, le=1 << 20, description="Most bytes to return.")] = 1 << 16,
+    follow: bool = False,
+) -> Response:
+    """The attempt's output; with `follow`, as plain text until the job ends."""
+    number, page = await stream.in_thread(parts.jobs.log_page, job_id, tenant_id, attempt, offset, limit)
+    if not follow:
+        return _json({"attempt": number, "text": page.text, "next_offset": page.next_offset})
+    return StreamingResponse(stream.follow_log(parts.jobs, job_id, tenant_id, attempt, offset), media_type="text/plain; charset=utf-8")
+
+
+def _event_id(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise InvalidRequest(f"Last-Event-ID is the id of an event, a number; not {text!r}", param="Last-Event-ID")
+    return int(text)
+
+
+def _json(body: dict[str, object]) -> Response:
+    """Already in shape: rendered without a second validation, because lists are long and asked for often."""
+    return Response(orjson.dumps(body), media_type="application/json")

@@ -1,0 +1,63 @@
+"""Bodies that are too large are refused while they arrive, before anything holds them in memory."""
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.errors import answer
+
+JSON_BODY_BYTES = 1 << 20  # a training request is some kilobytes
+REPORT_BODY_BYTES = 16 << 20  # a batch of a thousand events
+MULTIPART_SLACK_BYTES = 1 << 16  # boundaries and form fields around a file
+
+
+class BodyTooLarge(Exception):
+    """More bytes came than the address takes."""
+
+
+class LimitBodies:
+    """ASGI middleware: 413 for a body that is announced as, or turns out to be, too large."""
+
+    def __init__(self, app: ASGIApp, max_upload_bytes: int) -> None:
+        self._app = app
+        self._max_upload_bytes = max_upload_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        limit = self._limit(scope["path"])
+        announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        refusal = answer(413, "too_large", f"the body is larger than {limit} bytes, the most that this address takes")
+        if announced.isdigit() and int(announced) > limit:
+            await refusal(scope, receive, send)
+            return
+        started = False
+
+        async def counted_send(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, _counted(receive, limit), counted_send)
+        except BodyTooLarge:
+            if not started:
+                await refusal(scope, receive, send)
+
+    def _limit(self, path: str) -> int:
+        if path.rstrip("/") == "/datasets":
+            return self._max_upload_bytes + MULTIPART_SLACK_BYTES
+        return REPORT_BODY_BYTES if path.startswith("/internal/") else JSON_BODY_BYTES
+
+
+def _counted(receive: Receive, limit: int) -> Receive:
+    seen = 0
+
+    async def counted() -> Message:
+        nonlocal seen
+        message = await receive()
+        seen += len(message.get("body", b""))
+        if seen > limit:
+            raise BodyTooLarge
+        return message
+
+    return counted

@@ -1,0 +1,164 @@
+"""Following a job as it happens: one reader of the store per job, however many listen."""
+
+import asyncio
+import functools
+import logging
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any, ParamSpec, TypeVar
+
+import anyio.to_thread
+import orjson
+
+from service.api.views import event_row
+from service.core.errors import Unavailable
+from service.core.jobs import Jobs
+from service.core.ports import StoredEvent
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+POLL_S = 0.1  # how late an event may be; one read per followed job and turn
+PAGE = 1000
+KEPT_CHUNKS = 200  # what a slow listener may lag behind before it is sent to the store again
+LOG_POLL_S = 0.25
+LOG_PAGE_BYTES = 1 << 16
+
+
+async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call something that may wait, without keeping others waiting."""
+    return await anyio.to_thread.run_sync(functools.partial(function, *args, **kwargs))
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Events rendered once for everybody, up to cursor `last`."""
+
+    last: int
+    text: bytes
+
+
+@dataclass
+class _Feed:
+    """What is being read for the listeners of one job. `chunks` has each chunk under the cursor that it follows."""
+
+    cursor: int
+    chunks: dict[int, _Chunk] = field(default_factory=dict[int, _Chunk])
+    listeners: int = 0
+    ended: bool = False
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    task: "asyncio.Task[None] | None" = None
+
+    def add(self, rows: list[StoredEvent]) -> None:
+        self.chunks[self.cursor] = _Chunk(rows[-1].cursor, _render(rows))
+        self.cursor = rows[-1].cursor
+        if len(self.chunks) > KEPT_CHUNKS:
+            del self.chunks[next(iter(self.chunks))]
+
+    def tell(self) -> None:
+        self.news.set()
+        self.news = asyncio.Event()
+
+
+class Feeds:
+    """The jobs that somebody follows now, in this process."""
+
+    def __init__(self, jobs: Jobs) -> None:
+        self._jobs = jobs
+        self._feeds: dict[str, _Feed] = {}
+
+    async def follow(self, job_id: str, tenant_id: str, after: int) -> AsyncIterator[bytes]:
+        """Server-sent events behind `after`, until the job is final and everything was told; then one `done`."""
+        place = after
+        feed = self._join(job_id, tenant_id, after)
+        try:
+            while True:
+                news = feed.news
+                if place < feed.cursor:
+                    chunk = feed.chunks.get(place) or await self._from_store(job_id, place, feed.cursor)
+                    place = chunk.last
+                    yield chunk.text
+                elif feed.ended:
+                    yield b"event: done\ndata: {}\n\n"
+                    return
+                else:
+                    await news.wait()
+        finally:
+            self._leave(job_id, feed)
+
+    def _join(self, job_id: str, tenant_id: str, after: int) -> _Feed:
+        feed = self._feeds.get(job_id)
+        if feed is None or feed.ended:
+            feed = self._feeds[job_id] = _Feed(cursor=after)
+            feed.task = asyncio.create_task(self._read(job_id, tenant_id, feed))
+        feed.listeners += 1
+        return feed
+
+    def _leave(self, job_id: str, feed: _Feed) -> None:
+        feed.listeners -= 1
+        if feed.listeners == 0:
+            if feed.task:
+                feed.task.cancel()
+            if self._feeds.get(job_id) is feed:
+                del self._feeds[job_id]
+
+    async def _read(self, job_id: str, tenant_id: str, feed: _Feed) -> None:
+        while not feed.ended:
+            try:
+                rows, feed.ended = await in_thread(self._next_page, job_id, tenant_id, feed.cursor)
+            except Unavailable as error:
+                log.warning("events cannot be read now", extra={"job_id": job_id, "error": error.message})
+                rows = []
+            if rows:
+                feed.add(rows)
+            if rows or feed.ended:
+                feed.tell()
+            if len(rows) < PAGE and not feed.ended:
+                await asyncio.sleep(POLL_S)
+
+    def _next_page(self, job_id: str, tenant_id: str, after: int) -> tuple[list[StoredEvent], bool]:
+        """The next events, and whether there will be no more: the status is read first, so that none is missed."""
+        job = self._jobs.find_if_there(job_id, tenant_id)
+        if job is None:
+            return [], True
+        rows = self._jobs.events_of(job_id, after, PAGE)
+        return rows, job.status.is_final and len(rows) < PAGE
+
+    async def _from_store(self, job_id: str, after: int, until: int) -> _Chunk:
+        """For a listener who came later, or fell behind what the feed remembers."""
+        page = await in_thread(self._jobs.events_of, job_id, after, PAGE)
+        rows = [row for row in page if row.cursor <= until]
+        return _Chunk(rows[-1].cursor if len(rows) == PAGE else until, _render(rows))
+
+
+async def follow_log(jobs: Jobs, job_id: str, tenant_id: str, attempt: int | None, offset: int) -> AsyncIterator[str]:
+    """An attempt's output until the job ends; without `attempt`, of each attempt in turn."""
+    number = attempt
+    while True:
+        job = await in_thread(jobs.find_if_there, job_id, tenant_id)
+        current = attempt or (len(job.attempts) if job else 0)
+        if number is None and current:
+            number = current
+        text = ""
+        if number and job:
+            _, page = await in_thread(jobs.log_page, job_id, tenant_id, number, offset, LOG_PAGE_BYTES)
+            text, offset = page.text, page.next_offset
+        if text:
+            yield text
+        elif job is None or job.status.is_final:
+            return
+        elif number and number < current:
+            number, offset = number + 1, 0
+        else:
+            await asyncio.sleep(LOG_POLL_S)
+
+
+# Any: events differ in shape; each row is JSON already.
+def _render(rows: list[StoredEvent]) -> bytes:
+    return b"".join(_render_one(event_row(row)) for row in rows)
+
+
+def _render_one(row: dict[str, Any]) -> bytes:
+    return b"id: %d\nevent: %s\ndata: %s\n\n" % (row["id"], row["event"]["type"].encode(), orjson.dumps(row))

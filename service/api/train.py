@@ -1,0 +1,32 @@
+"""`POST /train` and `GET /capabilities`."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header
+from pydantic import StringConstraints
+
+from schema.requests import TrainRequest
+from service.api.deps import ForTenant, UsesParts
+from service.api.views import TrainAnswer
+from service.core.capabilities import describe
+
+router = APIRouter(tags=["training"])
+
+IdempotencyHeader = Annotated[
+    str | None,
+    Header(alias="Idempotency-Key", description="The same key with the same body is the same job, for 24 hours."),
+    StringConstraints(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$"),
+]
+
+
+@router.post("/train", status_code=201)
+def train(body: TrainRequest, parts: UsesParts, tenant_id: ForTenant, idempotency_key: IdempotencyHeader = None) -> TrainAnswer:
+    """Start a training job. It is durable when this answers."""
+    return TrainAnswer(job_id=parts.jobs.submit(body, tenant_id, idempotency_key).job_id)
+
+
+# Any: the answer grows with the deployment; its shape is documented in docs/api.md.
+@router.get("/capabilities")
+def capabilities(parts: UsesParts) -> dict[str, Any]:
+    """What this deployment can train, on what, and into what."""
+    return describe(parts.launcher.hardware(), parts.launcher.name)

@@ -1,0 +1,390 @@
+"""The commands of `tunesmith`."""
+
+import json
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import DownloadColumn, Progress, TaskID, TransferSpeedColumn
+
+from service.cli import show
+from service.cli.client import ApiError, Client, Json
+from service.cli.serve import known_url
+from service.cli.serve import serve as run_service
+from service.settings import SOURCE, Settings
+
+app = typer.Typer(help="One HTTP request becomes a fine-tuned model.", no_args_is_help=True, pretty_exceptions_enable=False)
+datasets_app = typer.Typer(help="Upload, list and show datasets.", no_args_is_help=True)
+app.add_typer(datasets_app, name="datasets")
+
+out = Console()
+err = Console(stderr=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the API's JSON.")]
+JobId = Annotated[str, typer.Argument(help="As `tunesmith train` or `tunesmith jobs` printed it.")]
+
+
+class State:
+    """What the options before the command said."""
+
+    url: str | None = None
+
+
+@app.callback()
+def options(
+    url: Annotated[str | None, typer.Option(envvar="TUNESMITH_URL", help="The service; left out, the one in TUNESMITH_HOME.")] = None,
+) -> None:
+    """One HTTP request becomes a fine-tuned model."""
+    State.url = url
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="0 takes a free one.")] = None,
+) -> None:
+    """Start a service here; the first line printed is its url."""
+    given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    run_service(_settings().model_copy(update=given))
+
+
+@datasets_app.command("upload")
+def upload_dataset(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JSONL: `messages`, `prompt`/`completion`, or `text` rows.")],
+    name: Annotated[str | None, typer.Option(help="Left out: the file's name.")] = None,
+    eval_fraction: Annotated[float, typer.Option(help="Share of the rows held out for evaluation.")] = 0.1,
+    project: Annotated[str | None, typer.Option(help="The project that it belongs to.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Upload rows; every one is checked before any is kept."""
+    fields = {"eval_fraction": str(eval_fraction)} | ({"name": name} if name else {}) | ({"project_id": project} if project else {})
+    with _client() as client, file.open("rb") as stream:
+        dataset = client.upload(stream, file.name, fields)
+    _print(dataset, as_json, dataset["processed_dataset_id"])
+    if not as_json:
+        err.print(f"{dataset['rows']} rows of {dataset['dataset_type']}: {dataset['splits']}", style="dim")
+
+
+@datasets_app.command("list")
+def list_datasets(
+    limit: Annotated[int, typer.Option(min=1, max=200)] = 50,
+    cursor: Annotated[str | None, typer.Option(help="Continue behind a page.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Datasets, newest first."""
+    with _client() as client:
+        page = client.get("/datasets", limit=limit, cursor=cursor)
+    _print(page, as_json, show.dataset_table(page["datasets"]))
+    _tell_next(page, as_json)
+
+
+@datasets_app.command("show")
+def show_dataset(dataset_id: Annotated[str, typer.Argument()], as_json: AsJson = False) -> None:
+    """A dataset and its first rows."""
+    with _client() as client:
+        dataset = client.get(f"/datasets/{dataset_id}")
+    _print(dataset, as_json, show.dataset_table([dataset]))
+    if not as_json:
+        out.print_json(data=dataset["preview"])
+
+
+@datasets_app.command("delete")
+def delete_dataset(dataset_id: Annotated[str, typer.Argument()], as_json: AsJson = False) -> None:
+    """Remove a dataset that no unfinished job needs."""
+    with _client() as client:
+        deleted = client.delete(f"/datasets/{dataset_id}")
+    _print(deleted, as_json, f"deleted {dataset_id}")
+
+
+@app.command()
+def train(
+    file: Annotated[
+        Path | None, typer.Argument(exists=True, dir_okay=False, help="The request, or its training_config, as YAML or JSON.")
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="processed_dataset_id")] = None,
+    base: Annotated[str | None, typer.Option(help="base_model_id, such as google/gemma-3-270m")] = None,
+    name: Annotated[str | None, typer.Option(help="job_name")] = None,
+    method: Annotated[str | None, typer.Option(help="LoRA, Full, …")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other knob: hyperparameters.max_steps=40, export_config.include_gguf=true")
+    ] = None,
+    hf_token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="For gated or private bases.", show_envvar=True)] = None,
+    watch_it: Annotated[bool, typer.Option("--watch", help="Follow it until it ends.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Submit a job."""
+    request = _request(
+        file, {"processed_dataset_id": dataset, "job_name": name, "hf_token": hf_token}, {"base_model_id": base, "method": method}, set_
+    )
+    with _client() as client:
+        job_id = client.train(request)
+        _print({"job_id": job_id}, as_json, job_id)
+        if watch_it:
+            _watch(client, job_id, as_json)
+
+
+@app.command()
+def jobs(
+    status: Annotated[str | None, typer.Option(help="Only jobs with this status.")] = None,
+    project: Annotated[str | None, typer.Option(help="Only jobs of this project.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=200)] = 50,
+    cursor: Annotated[str | None, typer.Option(help="Continue behind a page.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Jobs, newest first."""
+    with _client() as client:
+        page = client.get("/jobs", status=status, project_id=project, limit=limit, cursor=cursor)
+    _print(page, as_json, show.job_table(page["jobs"]))
+    _tell_next(page, as_json)
+
+
+@app.command("show")
+def show_job(job_id: JobId, as_json: AsJson = False) -> None:
+    """A job in full."""
+    with _client() as client:
+        job = client.get(f"/jobs/{job_id}")
+    if as_json:
+        out.print_json(data=job)
+    else:
+        show.job_summary(out, job)
+
+
+@app.command()
+def watch(job_id: JobId, as_json: AsJson = False) -> None:
+    """Follow a job until it ends: progress, loss, time left. Exits 1 unless it completed."""
+    with _client() as client:
+        _watch(client, job_id, as_json)
+
+
+@app.command()
+def logs(
+    job_id: JobId,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job ends.")] = False,
+    attempt: Annotated[int | None, typer.Option(min=1, help="Left out: the latest, or with -f each in turn.")] = None,
+) -> None:
+    """What an attempt printed."""
+    with _client() as client:
+        if follow:
+            for text in client.follow_log(job_id, attempt):
+                sys.stdout.write(text)
+                sys.stdout.flush()
+            return
+        offset = 0
+        while True:
+            page = client.get(f"/jobs/{job_id}/logs", attempt=attempt, offset=offset)
+            if not page["text"]:
+                return
+            sys.stdout.write(page["text"])
+            offset = page["next_offset"]
+
+
+@app.command()
+def cancel(job_id: JobId, as_json: AsJson = False) -> None:
+    """Stop a job."""
+    with _client() as client:
+        job = client.post(f"/jobs/{job_id}/cancel")
+    _print(job, as_json, show.coloured(job["status"]))
+
+
+@app.command()
+def delete(job_id: JobId, as_json: AsJson = False) -> None:
+    """Stop a job and remove it with all its files."""
+    with _client() as client:
+        answer = client.delete(f"/jobs/{job_id}")
+    _print(answer, as_json, answer["message"])
+
+
+@app.command()
+def download(
+    job_id: JobId,
+    artifact: Annotated[str | None, typer.Option(help="adapter, merged, gguf-q8_0, …; left out: GGUF, else merged, else adapter.")] = None,
+    to: Annotated[Path, typer.Option("--to", help="The folder to write into.")] = Path(),
+    as_json: AsJson = False,
+) -> None:
+    """Fetch what a job made, and check every digest."""
+    with _client() as client:
+        written = _download(client, job_id, artifact, to)
+    if as_json:
+        out.print_json(data={"files": [str(path) for path in written]})
+    else:
+        for path in written:
+            print(path)  # a path must not be wrapped
+
+
+@app.command()
+def chat(
+    job_id: JobId,
+    artifact: Annotated[str | None, typer.Option(help="Which GGUF; left out, the first.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="One question; left out, a conversation.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0)] = 0.7,
+) -> None:
+    """Talk to the result, on this machine."""
+    settings = _settings()
+    with _client() as client:
+        job = client.get(f"/jobs/{job_id}")
+        ggufs = [made["name"] for made in job["artifacts"] if made["kind"] == "gguf"]
+        if not ggufs:
+            hint = "train with export_config.include_gguf=true" if job["status"] == "completed" else f"the job is {job['status']}"
+            raise ApiError(f"{job_id} has no GGUF file to talk to", hint)
+        folder = settings.home_folder / "downloads" / job_id
+        [gguf] = _download(client, job_id, artifact or ggufs[0], folder, keep=True)
+    command = [
+        settings.trainer_python,
+        "-m",
+        "jobs.chat",
+        "--gguf",
+        gguf,
+        "--max-tokens",
+        str(max_tokens),
+        "--temperature",
+        str(temperature),
+    ]
+    raise typer.Exit(subprocess.run([*command, *(["--prompt", prompt] if prompt else [])], cwd=SOURCE, check=False).returncode)
+
+
+@app.command()
+def capabilities(as_json: AsJson = False) -> None:
+    """What this deployment can train, on what, and into what."""
+    with _client() as client:
+        found = client.get("/capabilities")
+    if as_json:
+        out.print_json(data=found)
+        return
+    out.print(f"launcher    {found['launcher']} on {found['hardware']['device_name']} ({found['hardware']['device']})", highlight=False)
+    for label, names in (("trainers", found["trainer_types"]), ("methods", found["methods"]), ("providers", found["providers"])):
+        out.print(f"{label:11} {', '.join(names)}")
+    out.print(f"exports     {', '.join(found['export']['formats'])}; GGUF {', '.join(found['export']['gguf_quantizations']) or 'no'}")
+
+
+def main() -> None:
+    """The entry point: errors are one line and a hint, never a stack trace."""
+    try:
+        app()
+    except ApiError as error:
+        err.print(f"[red]error[/] {escape(error.message)}", highlight=False)
+        if error.hint:
+            err.print(f"  try: {escape(error.hint)}", style="dim", highlight=False)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+# --- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _settings() -> Settings:
+    return Settings()  # pyright: ignore[reportCallIssue]  # pydantic fills them from the environment
+
+
+def _client() -> Client:
+    settings = _settings()
+    return Client(State.url or known_url(settings.home_folder) or settings.url)
+
+
+# Any: what rich can render, and what the API answered.
+def _print(answer: Json, as_json: bool, readable: Any) -> None:  # noqa: ANN401
+    if as_json:
+        print(json.dumps(answer))  # for programs: never wrapped or coloured
+    else:
+        out.print(readable)
+
+
+def _tell_next(page: Json, as_json: bool) -> None:
+    if page["next_cursor"] and not as_json:
+        err.print(f"more: --cursor {page['next_cursor']}", style="dim", soft_wrap=True)
+
+
+def _request(file: Path | None, top: Json, config: Json, knobs: list[str] | None) -> Json:
+    """The request from a file, with what the flags say on top."""
+    request: Json = {}
+    if file:
+        request = _read(file)
+        if "training_config" not in request:
+            request = {"training_config": request}
+    request |= {name: value for name, value in top.items() if value is not None}
+    training: Json = request.setdefault("training_config", {})
+    training |= {name: value for name, value in config.items() if value is not None}
+    for knob in knobs or []:
+        _set(training, knob)
+    return request
+
+
+def _read(file: Path) -> Json:
+    try:
+        content: object = yaml.safe_load(file.read_text())  # JSON is YAML, too
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ApiError(f"{file} is neither YAML nor JSON: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise ApiError(f"{file} holds no object", "see docs/api.md for a request")
+    return cast(Json, content)
+
+
+def _set(training: Json, knob: str) -> None:
+    """`hyperparameters.max_steps=40`: the value is read as YAML, so numbers and lists are what they look like."""
+    path, equals, text = knob.partition("=")
+    if not equals:
+        raise ApiError(f"--set {knob} has no value", "write it like --set hyperparameters.max_steps=40")
+    *folders, name = path.split(".")
+    place = training
+    for folder in folders:
+        inner: object = place.setdefault(folder, {})
+        if not isinstance(inner, dict):
+            raise ApiError(f"--set {knob}: {folder} holds no fields")
+        place = cast(Json, inner)
+    value = yaml.safe_load(text)
+    if isinstance(value, str):  # YAML takes 1e-4 for text
+        with suppress(ValueError):
+            value = float(value)
+    place[name] = value
+
+
+def _watch(client: Client, job_id: str, as_json: bool) -> None:
+    if as_json:
+        for event in client.events(job_id):
+            print(json.dumps(event), flush=True)
+    else:
+        with show.progress_bar(out) as bar:
+            task = bar.add_task("", total=1, phase="queued", loss="–", eta="")
+            for event in client.events(job_id):
+                body = event["event"]
+                if body["type"] == "phase":
+                    bar.update(task, phase=body["phase"])
+                if body["type"] == "metrics" and body["progress"]:
+                    _advance(bar, task, body)
+                if line := show.event_line(event):
+                    out.print(line, highlight=False)
+    job = client.get(f"/jobs/{job_id}")
+    if not as_json:
+        show.job_summary(out, job)
+    if job["status"] != "completed":
+        raise typer.Exit(1)
+
+
+def _advance(bar: Progress, task: TaskID, point: Json) -> None:
+    place, loss = point["progress"], point["values"].get("loss")
+    bar.update(task, completed=place["step"], total=place["total_steps"])
+    bar.update(task, eta=show.duration(place["eta_s"]))
+    if loss is not None:
+        bar.update(task, loss=f"{loss:.3f}")
+
+
+def _download(client: Client, job_id: str, artifact: str | None, to: Path, *, keep: bool = False) -> list[Path]:
+    """Fetch an artifact's files; with `keep`, not those that are there already with the right size."""
+    answer = client.get(f"/jobs/download/{job_id}", artifact=artifact)
+    written: list[Path] = []
+    with Progress(*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn(), console=err, transient=True) as bar:
+        for file in answer["files"]:
+            target = to / answer["artifact"] / file["path"] if answer["is_folder"] else to / file["path"]
+            written.append(target)
+            if keep and target.exists() and target.stat().st_size == file["size_bytes"]:
+                continue
+            task = bar.add_task(target.name, total=file["size_bytes"])
+            client.fetch(file, target, lambda count, task=task: bar.advance(task, count))
+    return written

@@ -1,0 +1,275 @@
+"""What the core needs from the world, in the core's own words. Adapters obey; each port has one contract suite."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
+
+from schema.dataset import Dataset
+from schema.events import Event, EventBatch
+from schema.job import Job, Phase, Progress, Status
+
+Row = TypeVar("Row")
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class JobSummary:
+    """A job in a list: what can be shown without reading its whole record."""
+
+    job_id: str
+    job_name: str
+    base_model_id: str
+    status: Status
+    modality: str
+    trainer_type: str
+    project_id: str | None
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class JobQuery:
+    """Which jobs, newest first. A None filter lets everything through."""
+
+    tenant_id: str
+    limit: int = 50
+    after: str | None = None  # a cursor from an earlier page
+    status: Status | None = None
+    project_id: str | None = None
+    modality: str | None = None
+    trainer_type: str | None = None
+
+
+@dataclass(frozen=True)
+class Page(Generic[Row]):
+    """Some rows, and the cursor that continues behind them; None when there are no more."""
+
+    rows: list[Row]
+    next_cursor: str | None
+
+
+@dataclass(frozen=True)
+class IdempotencyKey:
+    """A caller's promise that two requests are the same one. Scoped to the tenant, kept 24 hours."""
+
+    key: str
+    body_digest: str
+
+
+@dataclass(frozen=True)
+class StoredEvent:
+    """An event with its place in the job's history. `cursor` grows within the job, as a number."""
+
+    cursor: int
+    attempt: int  # 0: written by the service
+    seq: int
+    at: datetime
+    event: Event
+
+
+@dataclass(frozen=True)
+class Liveness:
+    """The attempt's last sign of life: a record of its own, because it is written so often."""
+
+    attempt: int
+    seen_at: datetime  # the service's clock
+    next_seq: int
+    phase: Phase | None = None
+    progress: Progress | None = None
+
+
+class JobStore(Protocol):
+    """Durable records. Every write is all or nothing, and done when the call returns.
+
+    A job's record is changed by compare-and-set on `revision`; nothing else guards it.
+    Raises Unavailable when the database does not answer.
+    """
+
+    def create_job(self, job: Job, idempotency: IdempotencyKey | None = None) -> Job:
+        """Keep a new job; or return the job made earlier under the same key. Raises IdempotencyConflict, Conflict."""
+        ...
+
+    def find_job(self, job_id: str) -> Job | None:
+        """The record, or None."""
+        ...
+
+    def replace_job(self, job: Job, events: Sequence[Event] = ()) -> Job:
+        """Store `job` over the revision it was read at, with what there is to tell; returns it at its new revision.
+
+        Raises StaleRevision when the stored revision is another one, and NotFound when the job is gone.
+        """
+        ...
+
+    def page_jobs(self, query: JobQuery) -> Page[JobSummary]:
+        """A page of a tenant's jobs, newest first. Raises InvalidRequest for a cursor that is not ours."""
+        ...
+
+    def open_jobs(self, limit: int) -> list[Job]:
+        """Jobs that are not final and not paused, over all tenants, oldest first."""
+        ...
+
+    def uses_of_dataset(self, dataset_id: str) -> list[str]:
+        """Ids of jobs that are not final and train on the dataset."""
+        ...
+
+    def delete_job(self, job_id: str) -> bool:
+        """Forget the job, its events and its liveness. False when it was not there."""
+        ...
+
+    def append_events(self, job_id: str, attempt: int, batch: EventBatch, now: datetime) -> int:
+        """Keep what is new in the batch and the sign of life; returns the next seq not seen. Repeats are harmless."""
+        ...
+
+    def page_events(self, job_id: str, after: int = 0, limit: int = 500) -> list[StoredEvent]:
+        """Events behind a cursor, oldest first."""
+        ...
+
+    def liveness(self, job_id: str) -> Liveness | None:
+        """The last sign of life of the job's attempts."""
+        ...
+
+    def create_dataset(self, dataset: Dataset) -> None:
+        """Keep a new dataset."""
+        ...
+
+    def find_dataset(self, dataset_id: str) -> Dataset | None:
+        """The record, or None."""
+        ...
+
+    def page_datasets(self, tenant_id: str, limit: int = 50, after: str | None = None) -> Page[Dataset]:
+        """A page of a tenant's datasets, newest first."""
+        ...
+
+    def delete_dataset(self, dataset_id: str) -> bool:
+        """Forget the record. False when it was not there."""
+        ...
+
+    def ping(self) -> None:
+        """Raise Unavailable unless a read would succeed now."""
+        ...
+
+    def close(self) -> None:
+        """Let go of connections."""
+        ...
+
+
+# --- compute ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LaunchOrder:
+    """One attempt to start. `name` is unique to it and can be looked up; `environment` holds its token."""
+
+    name: str
+    job_id: str
+    attempt: int
+    environment: Mapping[str, str] = field(repr=False)
+
+
+AttemptState = Literal["running", "ended", "unknown"]
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the compute behind a launcher can do, as far as it is known."""
+
+    device: str  # "cpu", "cuda"
+    device_name: str
+    methods: tuple[str, ...]
+    providers: tuple[str, ...]
+    modalities: tuple[str, ...]
+    trainer_types: tuple[str, ...]
+    flash_attention_2: bool
+    gguf: bool
+    notes: Mapping[str, str] = field(default_factory=dict[str, str])  # why something is missing, by name
+
+
+class Launcher(Protocol):
+    """Starts, checks and ends attempts somewhere.
+
+    Not promised: that an attempt which was launched also starts, and that one which was cancelled is gone at once.
+    """
+
+    name: str
+    check_is_cheap: bool  # asking costs no call over a network, so it can be done at every turn
+
+    def launch(self, order: LaunchOrder) -> str:
+        """Start the attempt and return its handle. Raises LaunchFailed when it can never start, Unavailable when it may later."""
+        ...
+
+    def find(self, name: str) -> str | None:
+        """The handle of an attempt launched under that name, by this process or an earlier one."""
+        ...
+
+    def check(self, handle: str) -> AttemptState:
+        """Whether the attempt still holds compute. `unknown` is not `ended`."""
+        ...
+
+    def cancel(self, handle: str, *, force: bool) -> None:
+        """Ask the attempt to stop; with `force`, end it. Harmless for one that has ended."""
+        ...
+
+    def free_slots(self) -> int:
+        """How many attempts may be launched now."""
+        ...
+
+    def hardware(self) -> Hardware:
+        """What an attempt can do there."""
+        ...
+
+    def close(self) -> None:
+        """The service stops: leave nothing behind that nobody would look after."""
+        ...
+
+
+@dataclass(frozen=True)
+class LogPage:
+    """A part of an attempt's output, and where the next part begins (bytes)."""
+
+    text: str
+    next_offset: int
+
+
+@runtime_checkable
+class LogSource(Protocol):
+    """Extra power of a launcher: the output of its attempts can be read while they run."""
+
+    def read_log(self, name: str, offset: int, limit: int) -> LogPage | None:
+        """At most `limit` bytes from `offset`; None when the attempt left no output here."""
+        ...
+
+    def forget_log(self, name: str) -> bool:
+        """Remove the output. False when there was none."""
+        ...
+
+
+# --- secrets and links -----------------------------------------------------------------------------------------------
+
+
+class SecretStore(Protocol):
+    """Keeps the secrets of a job until the job ends, and no longer."""
+
+    def put(self, job_id: str, secrets: Mapping[str, str]) -> None:
+        """Keep the secrets of a job, in place of any before."""
+        ...
+
+    def read(self, job_id: str) -> dict[str, str]:
+        """The secrets of a job; empty when there are none."""
+        ...
+
+    def destroy(self, job_id: str) -> bool:
+        """Make the secrets unreadable for good. False when there were none."""
+        ...
+
+    def walk(self) -> Iterator[str]:
+        """Ids of jobs that have secrets here: for finding orphans."""
+        ...
+
+
+class LinkSigner(Protocol):
+    """Turns an object of the model bucket into a link that works for a while without any other credential."""
+
+    def link(self, key: str, filename: str, expires_s: int) -> str:
+        """An absolute URL, or a path that starts with `/` when this service itself serves it."""
+        ...

@@ -1,0 +1,59 @@
+"""Tokens that say what their bearer may do, signed by the service: for one attempt, or for one object."""
+
+from collections.abc import Callable
+from datetime import datetime, timedelta
+
+import jwt
+
+from service.core.errors import Unauthorized
+
+ATTEMPT_AUDIENCE = "tunesmith-attempt"
+FILE_AUDIENCE = "tunesmith-file"
+# No attempt lives longer; what really ends a token is the end of its attempt, asked of the record at every call.
+ATTEMPT_TOKEN_LIFE = timedelta(days=14)
+LEEWAY = timedelta(seconds=60)  # clocks differ
+
+
+class TokenSigner:
+    """Signs and reads tokens with one secret key, so that nothing about them must be stored."""
+
+    def __init__(self, key: bytes, clock: Callable[[], datetime]) -> None:
+        self._key = key
+        self._clock = clock
+
+    def attempt_token(self, job_id: str, attempt: int) -> str:
+        """A token that lets its bearer report for one attempt."""
+        return self._sign({"sub": job_id, "attempt": attempt, "aud": ATTEMPT_AUDIENCE, "exp": self._clock() + ATTEMPT_TOKEN_LIFE})
+
+    def check_attempt(self, token: str, job_id: str, attempt: int) -> None:
+        """Raises Unauthorized unless the token is for just this attempt."""
+        claims = self._read(token, ATTEMPT_AUDIENCE)
+        if claims.get("sub") != job_id or claims.get("attempt") != attempt:
+            raise Unauthorized("the token is for another attempt")
+
+    def file_token(self, key: str, filename: str, expires_s: int) -> str:
+        """A token that lets its bearer read one object."""
+        return self._sign({"sub": key, "filename": filename, "aud": FILE_AUDIENCE, "exp": self._clock() + timedelta(seconds=expires_s)})
+
+    def read_file_token(self, token: str) -> tuple[str, str]:
+        """The object's key and the name to save it under. Raises Unauthorized."""
+        claims = self._read(token, FILE_AUDIENCE, leeway=timedelta())
+        return str(claims["sub"]), str(claims["filename"])
+
+    def _sign(self, claims: dict[str, object]) -> str:
+        return jwt.encode(claims, self._key, algorithm="HS256")
+
+    def _read(self, token: str, audience: str, leeway: timedelta = LEEWAY) -> dict[str, object]:
+        try:
+            claims = jwt.decode(
+                token,
+                self._key,
+                algorithms=["HS256"],
+                audience=audience,
+                options={"require": ["exp", "sub", "aud"], "verify_exp": False},  # judged below, by the service's clock
+            )
+        except jwt.InvalidTokenError as error:
+            raise Unauthorized("the link or token is not valid") from error
+        if claims["exp"] <= (self._clock() - leeway).timestamp():
+            raise Unauthorized("the link or token has expired", hint="ask for a new one")
+        return claims

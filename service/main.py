@@ -1,0 +1,56 @@
+"""The service as an ASGI app: `uvicorn service.main:create_app --factory`, or `tunesmith serve`."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
+
+from fastapi import FastAPI
+
+from service.api import datasets, errors, files, health, internal, jobs, train
+from service.api.limits import LimitBodies
+from service.api.stream import Feeds, in_thread
+from service.bootstrap import Parts, assemble
+from service.core.errors import Unavailable
+from service.logs import configure_logging
+from service.settings import Settings
+from service.version import VERSION
+
+log = logging.getLogger(__name__)
+
+DESCRIPTION = "One HTTP request becomes a fine-tuned model."
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The app, with its own background task. Nothing runs before its lifespan begins."""
+    settings = settings or Settings()  # pyright: ignore[reportCallIssue]  # pydantic fills them from the environment
+    configure_logging(settings.log_format)
+    app = FastAPI(title="Tunesmith", version=VERSION, description=DESCRIPTION, lifespan=_lifespan)
+    app.state.settings = settings
+    app.add_middleware(LimitBodies, max_upload_bytes=settings.max_upload_bytes)
+    errors.install(app)
+    for part in (train, jobs, datasets, files, health, internal):
+        app.include_router(part.router)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
+    parts = await in_thread(assemble, app.state.settings)
+    app.state.parts = parts
+    app.state.feeds = Feeds(parts.jobs)
+    parts.reconciler.start()
+    asking = asyncio.create_task(_ask_hardware(parts))  # seconds, which the first request need not wait for
+    log.info("service is ready", extra={"url": parts.settings.url, "home": str(parts.settings.home_folder)})
+    try:
+        yield
+    finally:
+        asking.cancel()
+        await in_thread(parts.reconciler.stop)
+        await in_thread(parts.launcher.close)
+        parts.store.close()
+
+
+async def _ask_hardware(parts: Parts) -> None:
+    with suppress(Unavailable):  # it is in the log, and every request that needs the answer asks again
+        await in_thread(parts.launcher.hardware)

@@ -1,0 +1,117 @@
+"""Bytes under keys, wherever they lie: the one adapter that the service and the jobs both hold.
+
+Here belong the ObjectStore port and one file per kind of store. Vendor SDKs are imported inside functions.
+Here belongs nothing that knows what a job is.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """What is known of an object without reading it."""
+
+    key: str
+    size_bytes: int
+    generation: str  # changes at every write of the key
+
+
+class StorageError(Exception):
+    """Base of everything that a store raises deliberately."""
+
+
+class NoSuchObject(StorageError):
+    """Nothing is stored under that key."""
+
+
+class ObjectExists(StorageError):
+    """A write that had to be the first found the key taken."""
+
+
+class ChecksumMismatch(StorageError):
+    """What arrived is not what was sent; nothing became visible."""
+
+
+class InvalidKey(StorageError):
+    """A key leaves its store, is empty, or holds characters that a store may refuse."""
+
+
+class StoreUnavailable(StorageError):
+    """The store did not answer, refused the credentials, or has no room."""
+
+
+class ObjectStore(Protocol):
+    """Bytes under `/`-separated keys. A write becomes visible whole or not at all; readers never see half an object.
+
+    Not promised: order of concurrent writes of one key, and empty folders.
+    """
+
+    url: str
+
+    def write(self, key: str, content: bytes, *, if_absent: bool = False) -> StoredObject:
+        """Store a small object. Raises ObjectExists when `if_absent` and the key is taken."""
+        ...
+
+    def read(self, key: str) -> bytes:
+        """A small object, whole. Raises NoSuchObject."""
+        ...
+
+    def open_read(self, key: str) -> AbstractContextManager[BinaryIO]:
+        """A stream over an object of any size. Raises NoSuchObject."""
+        ...
+
+    def upload(self, source: Path, key: str, *, sha256: str | None = None) -> StoredObject:
+        """Store a file of any size; checked on arrival. Raises ChecksumMismatch when it is not `sha256`."""
+        ...
+
+    def download(self, key: str, target: Path) -> Path:
+        """Write an object of any size to `target`, whose folder is made. Raises NoSuchObject, ChecksumMismatch."""
+        ...
+
+    def stat(self, key: str) -> StoredObject | None:
+        """What is known of an object, or None."""
+        ...
+
+    def walk(self, prefix: str) -> Iterator[StoredObject]:
+        """Every object whose key starts with `prefix`, in key order. A prefix that ends in `/` is a folder."""
+        ...
+
+    def delete(self, key: str) -> bool:
+        """Remove an object; False when there was none."""
+        ...
+
+
+# One line adds a store: url scheme → "module:Class", constructed with the url.
+STORES = {
+    "file": "storage.local:LocalStore",
+}
+
+
+def open_store(url: str) -> ObjectStore:
+    """The store behind a url such as file:///home/me/objects. Raises StorageError for a scheme that is not known."""
+    scheme = url.partition("://")[0]
+    if scheme not in STORES:
+        raise StorageError(f"no object store for {url!r}; known schemes: {', '.join(sorted(STORES))}")
+    module, _, name = STORES[scheme].partition(":")
+    return getattr(import_module(module), name)(url)
+
+
+def check_key(key: str) -> str:
+    """The key itself, if it is one that every store accepts. Raises InvalidKey."""
+    parts = key.split("/")
+    if not key or len(key.encode()) > 900 or any(part in ("", ".", "..") for part in parts) or any(ord(c) < 32 or c == "\\" for c in key):
+        raise InvalidKey(f"not a key: {key!r}; a key is like models/job-1/file.bin")
+    return key
+
+
+def delete_below(store: ObjectStore, prefix: str) -> list[str]:
+    """Remove every object below a folder, and say which. Can be repeated until it returns nothing."""
+    if not prefix.endswith("/"):
+        raise InvalidKey(f"a folder ends in '/': {prefix!r}")
+    keys = [stored.key for stored in store.walk(prefix)]
+    return [key for key in keys if store.delete(key)]

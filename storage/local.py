@@ -1,0 +1,154 @@
+"""Objects as files below a folder: `file:///absolute/path`."""
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import unquote, urlsplit
+
+from storage import ChecksumMismatch, InvalidKey, NoSuchObject, ObjectExists, StorageError, StoredObject, StoreUnavailable, check_key
+
+CHUNK_BYTES = 1 << 20
+INCOMING = ".incoming"  # half-written files; on the same file system, so that a rename publishes them
+
+
+class LocalStore:
+    """A folder. Writes go to a temporary file, are synced to disk and renamed, so a crash leaves no half object."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
+            raise StorageError(f"not a folder url: {url!r}; it is like file:///home/me/objects")
+        self.url = url.rstrip("/")
+        self.root = Path(unquote(parts.path))
+
+    def write(self, key: str, content: bytes, *, if_absent: bool = False) -> StoredObject:
+        path = self.path_of(key)
+        with self._incoming() as temporary:
+            temporary.stream.write(content)
+            return self._publish(temporary, path, key, if_absent=if_absent)
+
+    def read(self, key: str) -> bytes:
+        with self.open_read(key) as stream:
+            return stream.read()
+
+    def open_read(self, key: str) -> AbstractContextManager[BinaryIO]:
+        try:
+            return self.path_of(key).open("rb")
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            raise NoSuchObject(f"nothing is stored at {self.url}/{key}") from error
+
+    def upload(self, source: Path, key: str, *, sha256: str | None = None) -> StoredObject:
+        path = self.path_of(key)
+        digest = hashlib.sha256()
+        with source.open("rb") as reader, self._incoming() as temporary:
+            while chunk := reader.read(CHUNK_BYTES):
+                digest.update(chunk)
+                temporary.stream.write(chunk)
+            if sha256 is not None and digest.hexdigest() != sha256:
+                raise ChecksumMismatch(f"{source.name} changed on its way to {self.url}/{key}: expected {sha256}, got {digest.hexdigest()}")
+            return self._publish(temporary, path, key, if_absent=False)
+
+    def download(self, key: str, target: Path) -> Path:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(target.name + ".part")
+        with self.open_read(key) as reader, part.open("wb") as writer:
+            shutil.copyfileobj(reader, writer, CHUNK_BYTES)
+        return part.replace(target)
+
+    def stat(self, key: str) -> StoredObject | None:
+        path = self.path_of(key)
+        return _stored(path, key) if path.is_file() else None
+
+    def walk(self, prefix: str) -> Iterator[StoredObject]:
+        folder = self.root / prefix.rpartition("/")[0]
+        if not folder.resolve().is_relative_to(self.root.resolve()):
+            raise InvalidKey(f"not below the store: {prefix!r}")
+        keys = (path.relative_to(self.root).as_posix() for path in folder.rglob("*") if path.is_file())
+        for key in sorted(key for key in keys if key.startswith(prefix) and not key.startswith(INCOMING + "/")):
+            yield _stored(self.root / key, key)
+
+    def delete(self, key: str) -> bool:
+        path = self.path_of(key)
+        try:
+            path.unlink()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            return False
+        _remove_empty_parents(path, self.root)
+        return True
+
+    def path_of(self, key: str) -> Path:
+        """The file behind a key, which may not exist: a power only this store has."""
+        path = self.root / check_key(key)
+        if not path.resolve().is_relative_to(self.root.resolve()):
+            raise InvalidKey(f"the key leaves the store through a link: {key!r}")
+        return path
+
+    @contextmanager
+    def _incoming(self) -> Generator["_Incoming"]:
+        """A temporary file that is gone afterwards unless it was renamed away."""
+        try:
+            (self.root / INCOMING).mkdir(parents=True, exist_ok=True)
+            descriptor, name = tempfile.mkstemp(dir=self.root / INCOMING)
+        except OSError as error:
+            raise StoreUnavailable(f"cannot write below {self.root}: {error.strerror}") from error
+        try:
+            with open(descriptor, "wb") as temporary:
+                yield _Incoming(temporary, Path(name))
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StoreUnavailable(f"no room left below {self.root}") from error
+            raise
+        finally:
+            Path(name).unlink(missing_ok=True)
+
+    def _publish(self, temporary: "_Incoming", path: Path, key: str, *, if_absent: bool) -> StoredObject:
+        temporary.stream.flush()
+        os.fsync(temporary.stream.fileno())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if if_absent:
+            try:
+                os.link(temporary.path, path)  # unlike a rename, a link refuses a name that is taken
+            except FileExistsError as error:
+                raise ObjectExists(f"{self.url}/{key} is already there") from error
+        else:
+            os.replace(temporary.path, path)
+        _sync_folder(path.parent)
+        return _stored(path, key)
+
+
+@dataclass(frozen=True)
+class _Incoming:
+    """A half-written object."""
+
+    stream: BinaryIO
+    path: Path
+
+
+def _stored(path: Path, key: str) -> StoredObject:
+    facts = path.stat()
+    return StoredObject(key=key, size_bytes=facts.st_size, generation=f"{facts.st_mtime_ns}-{facts.st_ino}")
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_empty_parents(path: Path, root: Path) -> None:
+    for folder in path.parents:
+        if folder == root:
+            return
+        try:
+            folder.rmdir()
+        except OSError:
+            return

@@ -1,0 +1,285 @@
+"""What every job store promises."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from schema.events import EventBatch, Metrics, PhaseChanged, ReportedEvent, StatusChanged
+from schema.job import Progress, Status
+from service.adapters.jobstores import JOB_STORES
+from service.bootstrap import adapter
+from service.core.errors import Conflict, IdempotencyConflict, InvalidRequest, NotFound, StaleRevision
+from service.core.ports import IdempotencyKey, JobQuery, JobStore
+from tests.factories import START, a_dataset, a_job
+
+BUILDERS: dict[str, Callable[[type, Path], JobStore]] = {
+    "memory": lambda store, _: store(),
+    "sqlite": lambda store, folder: store(folder / "jobs.db"),
+}
+
+
+def test_every_registered_store_is_under_contract() -> None:
+    assert set(BUILDERS) == set(JOB_STORES)
+
+
+@pytest.fixture(params=sorted(JOB_STORES))
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[JobStore]:
+    store = BUILDERS[request.param](adapter(JOB_STORES, "job store", request.param), tmp_path)
+    yield store
+    store.close()
+
+
+def batch(first_seq: int, count: int, **changes: object) -> EventBatch:
+    events = [ReportedEvent(at=START, event=Metrics(step=first_seq + n, values={"loss": 1.0})) for n in range(count)]
+    return EventBatch(first_seq=first_seq, events=events).model_copy(update=changes)
+
+
+def test_a_job_comes_back_as_it_was_kept(store: JobStore) -> None:
+    job = a_job(job_name="naïve – 模型", project_id="p")
+    assert store.create_job(job) == job
+    assert store.find_job(job.job_id) == job
+
+
+def test_an_unknown_job_is_none(store: JobStore) -> None:
+    assert store.find_job("nobody") is None
+
+
+def test_an_id_is_given_once(store: JobStore) -> None:
+    store.create_job(a_job())
+    with pytest.raises(Conflict):
+        store.create_job(a_job(job_name="another"))
+
+
+def test_a_change_raises_the_revision(store: JobStore) -> None:
+    job = store.create_job(a_job())
+    changed = store.replace_job(job.model_copy(update={"job_name": "new"}))
+    assert changed.revision == job.revision + 1
+    assert store.find_job(job.job_id) == changed
+
+
+def test_the_second_writer_is_told(store: JobStore) -> None:
+    job = store.create_job(a_job())
+    store.replace_job(job.model_copy(update={"job_name": "first"}))
+    with pytest.raises(StaleRevision):
+        store.replace_job(job.model_copy(update={"job_name": "second"}))
+    kept = store.find_job(job.job_id)
+    assert kept is not None
+    assert kept.job_name == "first"
+
+
+def test_of_many_writers_at_once_exactly_one_wins(store: JobStore) -> None:
+    job = store.create_job(a_job())
+
+    def write(n: int) -> bool:
+        try:
+            store.replace_job(job.model_copy(update={"job_name": f"writer {n}"}))
+        except StaleRevision:
+            return False
+        return True
+
+    with ThreadPoolExecutor(16) as pool:
+        assert sum(pool.map(write, range(32))) == 1
+
+
+def test_a_stale_change_tells_nothing(store: JobStore) -> None:
+    job = store.create_job(a_job())
+    store.replace_job(job, [StatusChanged(status=Status.PREPARING, attempt=1)])
+    with pytest.raises(StaleRevision):
+        store.replace_job(job, [StatusChanged(status=Status.CANCELLED, attempt=1)])
+    assert len(store.page_events(job.job_id)) == 1
+
+
+def test_changing_a_job_that_is_gone_is_not_found(store: JobStore) -> None:
+    with pytest.raises(NotFound):
+        store.replace_job(a_job())
+
+
+def test_the_same_key_is_the_same_job(store: JobStore) -> None:
+    key = IdempotencyKey("k", "digest")
+    first = store.create_job(a_job("job-1"), key)
+    assert store.create_job(a_job("job-2"), key) == first
+    assert store.find_job("job-2") is None
+
+
+def test_the_same_key_sent_many_times_at_once_is_one_job(store: JobStore) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        made = pool.map(lambda n: store.create_job(a_job(f"job-{n}"), IdempotencyKey("k", "digest")).job_id, range(50))
+    assert len(set(made)) == 1
+
+
+def test_the_same_key_with_another_body_is_refused(store: JobStore) -> None:
+    store.create_job(a_job("job-1"), IdempotencyKey("k", "digest"))
+    with pytest.raises(IdempotencyConflict):
+        store.create_job(a_job("job-2"), IdempotencyKey("k", "another"))
+
+
+def test_a_key_is_forgotten_after_a_day(store: JobStore) -> None:
+    store.create_job(a_job("job-1"), IdempotencyKey("k", "digest"))
+    tomorrow = START + timedelta(hours=25)
+    assert store.create_job(a_job("job-2", created_at=tomorrow), IdempotencyKey("k", "another")).job_id == "job-2"
+
+
+def test_a_key_belongs_to_its_tenant(store: JobStore) -> None:
+    store.create_job(a_job("job-1"), IdempotencyKey("k", "digest"))
+    assert store.create_job(a_job("job-2", tenant_id="other"), IdempotencyKey("k", "another")).job_id == "job-2"
+
+
+def test_pages_cover_every_job_once_and_newest_first(store: JobStore) -> None:
+    for n in range(7):  # pairs share a moment: the id decides between them
+        store.create_job(a_job(f"job-{n}", created_at=START + timedelta(seconds=n // 2)))
+    seen: list[str] = []
+    cursor = None
+    while True:
+        page = store.page_jobs(JobQuery("local", limit=3, after=cursor))
+        seen += [row.job_id for row in page.rows]
+        cursor = page.next_cursor
+        if cursor is None:
+            break
+    assert seen == [f"job-{n}" for n in reversed(range(7))]
+
+
+def test_a_job_made_while_paging_does_not_move_the_pages(store: JobStore) -> None:
+    for n in range(4):
+        store.create_job(a_job(f"job-{n}", created_at=START + timedelta(seconds=n)))
+    first = store.page_jobs(JobQuery("local", limit=2))
+    store.create_job(a_job("job-9", created_at=START + timedelta(seconds=9)))
+    second = store.page_jobs(JobQuery("local", limit=2, after=first.next_cursor))
+    assert [row.job_id for row in second.rows] == ["job-1", "job-0"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        ({"status": Status.FAILED}, ["job-2"]),
+        ({"project_id": "p"}, ["job-1"]),
+        ({"modality": "vision"}, []),
+        ({"trainer_type": "sft"}, ["job-2", "job-1", "job-0"]),
+        ({"status": Status.QUEUED, "project_id": "p"}, ["job-1"]),
+    ],
+)
+def test_a_filter_lets_through_what_it_names(store: JobStore, wanted: dict[str, str], found: list[str]) -> None:
+    store.create_job(a_job("job-0"))
+    store.create_job(a_job("job-1", project_id="p", created_at=START + timedelta(seconds=1)))
+    store.create_job(a_job("job-2", status=Status.FAILED, created_at=START + timedelta(seconds=2)))
+    store.create_job(a_job("job-3", tenant_id="other", project_id="p", status=Status.FAILED))
+    assert [row.job_id for row in store.page_jobs(JobQuery("local", **wanted)).rows] == found
+
+
+@pytest.mark.parametrize("cursor", ["x", "WzEsMl0", "W10", "é", "bnVsbA", "e30"])
+def test_a_cursor_that_is_not_ours_is_refused(store: JobStore, cursor: str) -> None:
+    with pytest.raises(InvalidRequest):
+        store.page_jobs(JobQuery("local", after=cursor))
+
+
+def test_open_jobs_are_those_that_somebody_must_look_after(store: JobStore) -> None:
+    for n, status in enumerate(Status):
+        store.create_job(a_job(f"job-{status}", status=status, created_at=START + timedelta(seconds=n)))
+    open_statuses = [job.status for job in store.open_jobs(limit=100)]
+    assert open_statuses == [Status.QUEUED, Status.PREPARING, Status.TRAINING, Status.PAUSING, Status.CANCELLING]
+
+
+def test_a_job_that_ends_is_not_open_any_more(store: JobStore) -> None:
+    job = store.create_job(a_job())
+    store.replace_job(job.model_copy(update={"status": Status.CANCELLED}))
+    assert store.open_jobs(limit=10) == []
+
+
+def test_a_dataset_is_used_by_jobs_that_may_still_train(store: JobStore) -> None:
+    for status in Status:
+        store.create_job(a_job(f"job-{status}", status=status))
+    users = set(store.uses_of_dataset("dataset_1"))
+    assert users == {f"job-{status}" for status in Status if not status.is_final}
+    assert store.uses_of_dataset("dataset_2") == []
+
+
+def test_events_come_back_in_order_behind_a_cursor(store: JobStore) -> None:
+    store.create_job(a_job())
+    assert store.append_events("job-1", 1, batch(0, 3), START) == 3
+    assert store.append_events("job-1", 1, batch(3, 2), START) == 5
+    everything = store.page_events("job-1")
+    assert [stored.seq for stored in everything] == [0, 1, 2, 3, 4]
+    assert [stored.seq for stored in store.page_events("job-1", after=everything[1].cursor, limit=2)] == [2, 3]
+
+
+def test_a_repeated_batch_is_kept_once(store: JobStore) -> None:
+    store.create_job(a_job())
+    store.append_events("job-1", 1, batch(0, 3), START)
+    assert store.append_events("job-1", 1, batch(1, 3), START) == 4
+    assert [stored.seq for stored in store.page_events("job-1")] == [0, 1, 2, 3]
+
+
+def test_batches_sent_at_once_lose_and_double_nothing(store: JobStore) -> None:
+    for n in range(8):
+        store.create_job(a_job(f"job-{n}"))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: [store.append_events(f"job-{n}", 1, batch(first, 5), START) for first in range(0, 50, 5)], range(8)))
+    for n in range(8):
+        assert [stored.seq for stored in store.page_events(f"job-{n}")] == list(range(50))
+
+
+def test_the_next_attempt_counts_from_zero(store: JobStore) -> None:
+    store.create_job(a_job())
+    store.append_events("job-1", 1, batch(0, 3), START)
+    assert store.append_events("job-1", 2, batch(0, 1), START) == 1
+    assert [(stored.attempt, stored.seq) for stored in store.page_events("job-1")] == [(1, 0), (1, 1), (1, 2), (2, 0)]
+
+
+def test_a_batch_of_an_older_attempt_changes_nothing(store: JobStore) -> None:
+    store.create_job(a_job())
+    store.append_events("job-1", 2, batch(0, 1), START)
+    store.append_events("job-1", 1, batch(0, 5), START + timedelta(seconds=9))
+    alive = store.liveness("job-1")
+    assert alive is not None
+    assert (alive.attempt, alive.seen_at) == (2, START)
+    assert len(store.page_events("job-1")) == 1
+
+
+def test_an_empty_batch_is_a_sign_of_life(store: JobStore) -> None:
+    store.create_job(a_job())
+    assert store.liveness("job-1") is None
+    progress = Progress(step=3, total_steps=10, epoch=0.3, total_epochs=1)
+    store.append_events("job-1", 1, batch(0, 0, phase="training", progress=progress), START)
+    later = START + timedelta(seconds=5)
+    store.append_events("job-1", 1, batch(0, 0), later)
+    alive = store.liveness("job-1")
+    assert alive is not None
+    assert (alive.seen_at, alive.phase, alive.progress) == (later, "training", progress)
+
+
+def test_events_keep_their_shape(store: JobStore) -> None:
+    store.create_job(a_job())
+    point = Metrics(step=0, values={"loss": None}, notes={"loss": "not a number"})
+    events = [ReportedEvent(at=START, event=PhaseChanged(phase="tokenizing")), ReportedEvent(at=START, event=point)]
+    store.append_events("job-1", 1, EventBatch(first_seq=0, events=events), START)
+    assert [stored.event for stored in store.page_events("job-1")] == [PhaseChanged(phase="tokenizing"), point]
+
+
+def test_a_deleted_job_leaves_nothing(store: JobStore) -> None:
+    store.create_job(a_job())
+    store.append_events("job-1", 1, batch(0, 3), START)
+    assert store.delete_job("job-1")
+    assert store.find_job("job-1") is None
+    assert store.page_events("job-1") == []
+    assert store.liveness("job-1") is None
+    assert not store.delete_job("job-1")
+
+
+def test_datasets_are_kept_paged_and_deleted(store: JobStore) -> None:
+    for n in range(3):
+        store.create_dataset(a_dataset(f"dataset_{n}", created_at=START + timedelta(seconds=n)))
+    store.create_dataset(a_dataset("dataset_x", tenant_id="other"))
+    first = store.page_datasets("local", limit=2)
+    second = store.page_datasets("local", limit=2, after=first.next_cursor)
+    assert [row.processed_dataset_id for row in first.rows + second.rows] == ["dataset_2", "dataset_1", "dataset_0"]
+    assert second.next_cursor is None
+    assert store.find_dataset("dataset_1") == a_dataset("dataset_1", created_at=START + timedelta(seconds=1))
+    assert store.delete_dataset("dataset_1")
+    assert store.find_dataset("dataset_1") is None
+    assert not store.delete_dataset("dataset_1")
+
+
+def test_it_answers_when_asked_whether_it_is_there(store: JobStore) -> None:
+    store.ping()

@@ -1,0 +1,86 @@
+"""Values with every default, so that a test shows only what matters to it."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from schema.dataset import Dataset, Split
+from schema.job import Attempt, Job, Status
+from schema.requests import SEED_EXAMPLE, TrainRequest
+from schema.training import SftConfig
+from service.core.ports import Hardware
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+class FakeClock:
+    """A clock that moves when told to."""
+
+    def __init__(self, now: datetime = START) -> None:
+        self.now = now
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def advance(self, seconds: float) -> datetime:
+        self.now += timedelta(seconds=seconds)
+        return self.now
+
+
+def a_config(**changes: Any) -> SftConfig:
+    return SftConfig.model_validate({"base_model_id": "google/gemma-3-270m"} | changes)
+
+
+def a_job(job_id: str = "job-1", **changes: Any) -> Job:
+    job = Job(
+        job_id=job_id,
+        tenant_id="local",
+        job_name="a job",
+        processed_dataset_id="dataset_1",
+        training_config=a_config(),
+        status=Status.QUEUED,
+        created_at=START,
+        updated_at=START,
+        status_changed_at=START,
+    )
+    return job.model_copy(update=changes)
+
+
+def an_attempt(number: int = 1, **changes: Any) -> Attempt:
+    return Attempt(number=number, launcher="fake", created_at=START).model_copy(update=changes)
+
+
+def a_dataset(dataset_id: str = "dataset_1", **changes: Any) -> Dataset:
+    splits = {
+        name: Split(rows=rows, size_bytes=100, sha256="0" * 64, key=f"datasets/{dataset_id}/{name}.jsonl")
+        for name, rows in (("train", 9), ("eval", 1))
+    }
+    dataset = Dataset(
+        processed_dataset_id=dataset_id,
+        tenant_id="local",
+        name="rows",
+        dataset_type="messages",
+        splits=splits,
+        digest="sha256:0",
+        rows_uploaded=10,
+        created_at=START,
+    )
+    return dataset.model_copy(update=changes)
+
+
+def a_request(**changes: Any) -> TrainRequest:
+    body = {"processed_dataset_id": "dataset_1", "training_config": SEED_EXAMPLE["training_config"]}
+    return TrainRequest.model_validate(body | changes)
+
+
+def some_hardware(**changes: Any) -> Hardware:
+    facts: dict[str, Any] = {
+        "device": "cpu",
+        "device_name": "a processor",
+        "methods": ("LoRA", "Full"),
+        "providers": ("huggingface",),
+        "modalities": ("text",),
+        "trainer_types": ("sft",),
+        "flash_attention_2": False,
+        "gguf": True,
+    }
+    return Hardware(**facts | changes)

@@ -1,0 +1,440 @@
+"""The verbs of a job, with everything in memory and time given."""
+
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from schema.events import EventBatch, PhaseChanged, ReportedEvent
+from schema.job import Artifact, ArtifactFile, Job, Status
+from schema.result import Result
+from schema.spec import JobSpec, attempt_name, result_key, spec_key
+from service.adapters.jobstores.memory import MemoryJobStore
+from service.adapters.links import ServiceLinks
+from service.adapters.secrets.local import LocalSecretStore
+from service.core.errors import Conflict, Fenced, InvalidRequest, LaunchFailed, NotFound, Unauthorized, Unavailable, Unsupported
+from service.core.jobs import Jobs
+from service.core.ports import AttemptState, Hardware, LaunchOrder
+from service.core.tokens import TokenSigner
+from storage import open_store
+from storage.local import LocalStore
+from tests.factories import START, FakeClock, a_dataset, a_request, some_hardware
+
+TENANT = "local"
+
+
+class FakeLauncher:
+    """Launches into a dictionary. Can be told to refuse, to be unreachable, and to die just after launching."""
+
+    name = "fake"
+    check_is_cheap = True
+
+    def __init__(self) -> None:
+        self.launched: dict[str, LaunchOrder] = {}
+        self.states: dict[str, AttemptState] = {}
+        self.cancels: list[tuple[str, bool]] = []
+        self.slots = 10
+        self.refusal: Exception | None = None
+        self.dies_after_launch = False
+
+    def launch(self, order: LaunchOrder) -> str:
+        if self.refusal:
+            raise self.refusal
+        assert order.name not in self.launched, "launched twice"
+        self.launched[order.name] = order
+        self.states[f"handle of {order.name}"] = "running"
+        if self.dies_after_launch:
+            raise Unavailable("the answer was lost")
+        return f"handle of {order.name}"
+
+    def find(self, name: str) -> str | None:
+        return f"handle of {name}" if name in self.launched else None
+
+    def check(self, handle: str) -> AttemptState:
+        return self.states[handle]
+
+    def cancel(self, handle: str, *, force: bool) -> None:
+        self.cancels.append((handle, force))
+
+    def free_slots(self) -> int:
+        return self.slots - sum(state == "running" for state in self.states.values())
+
+    def hardware(self) -> Hardware:
+        return some_hardware()
+
+    def close(self) -> None:
+        return None
+
+
+class World:
+    """A whole service in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.clock = FakeClock()
+        self.store = MemoryJobStore()
+        self.objects = open_store((folder / "objects").as_uri())
+        self.secrets = LocalSecretStore(folder / "secrets")
+        self.launcher = FakeLauncher()
+        self.tokens = TokenSigner(b"k" * 32, self.clock)
+        self.wakes = 0
+        tails = count(1)
+        self.jobs = Jobs(
+            store=self.store,
+            secrets=self.secrets,
+            configs=self.objects,
+            models=self.objects,
+            datasets=self.objects,
+            launcher=self.launcher,
+            links=ServiceLinks(self.tokens),
+            tokens=self.tokens,
+            clock=self.clock,
+            random_tail=lambda: f"{next(tails):04x}",
+            wake=self._wake,
+        )
+        self.store.create_dataset(a_dataset())
+
+    def _wake(self) -> None:
+        self.wakes += 1
+
+    def submitted(self, **changes: object) -> Job:
+        return self.jobs.submit(a_request(**changes), TENANT)
+
+    def training(self) -> Job:
+        job = self.submitted()
+        self.jobs.reconcile()
+        self.jobs.claim(job.job_id, 1, "p")
+        self.jobs.report(job.job_id, 1, a_batch(PhaseChanged(phase="training")))
+        return self.find(job)
+
+    def find(self, job: Job) -> Job:
+        return self.jobs.find(job.job_id, TENANT)
+
+    def write_result(self, job: Job, outcome: str = "completed", attempt: int = 1, **changes: object) -> Result:
+        body = {"job_id": job.job_id, "attempt": attempt, "outcome": outcome, "started_at": START, "finished_at": START}
+        result = Result.model_validate(body | changes)
+        self.objects.write(result_key(job.job_id, attempt), result.model_dump_json().encode())
+        return result
+
+
+def a_batch(*events: object, first_seq: int = 0) -> EventBatch:
+    return EventBatch(first_seq=first_seq, events=[ReportedEvent.model_validate({"at": START, "event": event}) for event in events])
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    yield World(tmp_path)
+
+
+# --- submitting ------------------------------------------------------------------------------------------------------
+
+
+def test_a_submitted_job_is_durable_readable_and_wakes_the_launcher(world: World) -> None:
+    job = world.submitted(job_name="my job")
+    assert world.find(job) == job
+    assert job.status is Status.QUEUED
+    assert job.job_id == "training_1_gemma-3-270m_0001"
+    assert world.wakes == 1
+
+
+def test_two_equal_requests_are_two_jobs(world: World) -> None:
+    assert world.submitted().job_id != world.submitted().job_id
+
+
+def test_a_key_makes_them_one_also_when_the_token_was_renewed(world: World) -> None:
+    first = world.jobs.submit(a_request(hf_token="hf_old"), TENANT, "key")
+    second = world.jobs.submit(a_request(hf_token="hf_new"), TENANT, "key")
+    assert first == second
+    assert list(world.secrets.walk()) == [first.job_id]
+
+
+def test_secrets_are_in_the_secret_store_and_nowhere_else(world: World, tmp_path: Path) -> None:
+    config = {"base_model_id": "google/gemma-3-270m", "wandb_config": {"api_key": "wb_canary"}}
+    job = world.jobs.submit(a_request(hf_token="hf_canary", training_config=config), TENANT)
+    world.jobs.reconcile()
+    assert world.secrets.read(job.job_id) == {"hf_token": "hf_canary", "wandb_api_key": "wb_canary"}
+    kept = world.find(job)
+    everything = kept.model_dump_json() + repr(kept) + repr(world.launcher.launched) + str(kept.training_config)
+    everything += "".join(path.read_text() for path in (tmp_path / "objects").rglob("*") if path.is_file())
+    everything += str(world.launcher.launched[attempt_name(job.job_id, 1)].environment)
+    assert "canary" not in everything
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "param"),
+    [
+        ({"processed_dataset_id": "dataset_none"}, NotFound, "processed_dataset_id"),
+        ({"training_config": {"base_model_id": "g/m", "method": "QLoRA"}}, Unsupported, "training_config.method"),
+        ({"training_config": {"base_model_id": "g/m", "provider": "unsloth"}}, Unsupported, "training_config.provider"),
+        ({"training_config": {"base_model_id": "g/m", "modality": "vision"}}, Unsupported, "training_config.modality"),
+        (
+            {"training_config": {"base_model_id": "g/m", "hyperparameters": {"use_fa2": True}}},
+            Unsupported,
+            "training_config.hyperparameters.use_fa2",
+        ),
+        (
+            {"training_config": {"base_model_id": "g/m", "export_config": {"destination": "hfhub", "hf_repo_id": "a/b"}}},
+            Unsupported,
+            "training_config.export_config.destination",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_kept(
+    world: World, changes: dict[str, object], error: type[InvalidRequest], param: str
+) -> None:
+    with pytest.raises(error) as refusal:
+        world.submitted(**changes, hf_token="hf_x")
+    assert refusal.value.param == param
+    assert world.store.open_jobs(10) == []
+    assert list(world.secrets.walk()) == []
+
+
+def test_an_evaluation_without_held_out_rows_is_refused(world: World) -> None:
+    train_only = {"train": a_dataset().splits["train"]}
+    world.store.create_dataset(a_dataset("dataset_2", splits=train_only))
+    with pytest.raises(InvalidRequest, match="held-out"):
+        world.submitted(processed_dataset_id="dataset_2")
+
+
+def test_somebody_elses_dataset_does_not_exist(world: World) -> None:
+    with pytest.raises(NotFound):
+        world.jobs.submit(a_request(), "another tenant")
+
+
+def test_somebody_elses_job_does_not_exist(world: World) -> None:
+    job = world.submitted()
+    for look in (world.jobs.find, world.jobs.cancel, world.jobs.delete):
+        with pytest.raises(NotFound):
+            look(job.job_id, "another tenant")
+
+
+# --- launching -------------------------------------------------------------------------------------------------------
+
+
+def test_a_queued_job_is_launched_once_with_a_spec_and_a_token_for_this_attempt(world: World) -> None:
+    job = world.submitted()
+    world.jobs.reconcile()
+    world.jobs.reconcile()
+    [order] = world.launcher.launched.values()
+    assert order.name == attempt_name(job.job_id, 1)
+    world.tokens.check_attempt(order.environment["JOB_TOKEN"], job.job_id, 1)
+    with pytest.raises(Unauthorized):
+        world.tokens.check_attempt(order.environment["JOB_TOKEN"], job.job_id, 2)
+    spec = JobSpec.load(world.objects.read(spec_key(job.job_id)))
+    assert (spec.job_id, spec.training_config) == (job.job_id, job.training_config)
+    attempt = world.find(job).attempt
+    assert attempt is not None
+    assert attempt.handle == f"handle of {order.name}"
+
+
+def test_jobs_wait_their_turn_and_the_oldest_goes_first(world: World) -> None:
+    world.launcher.slots = 1
+    jobs = []
+    for _ in range(3):
+        jobs.append(world.submitted())
+        world.clock.advance(1)
+    world.jobs.reconcile()
+    assert [world.find(job).status for job in jobs] == [Status.PREPARING, Status.QUEUED, Status.QUEUED]
+    world.launcher.states[f"handle of {attempt_name(jobs[0].job_id, 1)}"] = "ended"
+    world.write_result(jobs[0])
+    world.jobs.reconcile()
+    world.jobs.reconcile()
+    assert [world.find(job).status for job in jobs] == [Status.COMPLETED, Status.PREPARING, Status.QUEUED]
+
+
+def test_a_refused_launch_fails_the_job_with_the_reason(world: World) -> None:
+    world.launcher.refusal = LaunchFailed("no such machine", hint="make setup")
+    job = world.submitted(hf_token="hf_x")
+    world.jobs.reconcile()
+    kept = world.find(job)
+    assert kept.status is Status.FAILED
+    assert kept.failure is not None
+    assert (kept.failure.code, kept.failure.message, kept.failure.hint) == ("launch_failed", "no such machine", "make setup")
+    assert list(world.secrets.walk()) == []
+
+
+def test_a_launch_whose_answer_was_lost_is_found_and_not_repeated(world: World) -> None:
+    world.launcher.dies_after_launch = True
+    job = world.submitted()
+    world.jobs.reconcile()
+    attempt = world.find(job).attempt
+    assert attempt is not None
+    assert attempt.handle is None
+    world.launcher.dies_after_launch = False
+    world.clock.advance(60)
+    world.jobs.reconcile()  # FakeLauncher fails the test if it is asked twice
+    attempt = world.find(job).attempt
+    assert attempt is not None
+    assert attempt.handle is not None
+
+
+def test_a_launch_that_never_happened_is_made_again(world: World) -> None:
+    world.launcher.refusal = Unavailable("not now")
+    job = world.submitted()
+    world.jobs.reconcile()
+    world.launcher.refusal = None
+    world.jobs.reconcile()
+    assert world.launcher.launched == {}  # too early to look: its launcher may be at work
+    world.clock.advance(60)
+    world.jobs.reconcile()
+    assert list(world.launcher.launched) == [attempt_name(job.job_id, 1)]
+
+
+def test_one_jobs_trouble_does_not_stop_the_others(world: World) -> None:
+    first = world.submitted()
+    world.store.delete_dataset("dataset_1")
+    world.store.create_dataset(a_dataset("dataset_2"))
+    second = world.submitted(processed_dataset_id="dataset_2")
+    world.jobs.reconcile()
+    assert world.find(first).status is Status.FAILED
+    assert world.find(second).status is Status.PREPARING
+
+
+# --- reporting -------------------------------------------------------------------------------------------------------
+
+
+def test_the_claim_hands_over_the_secrets_once(world: World) -> None:
+    job = world.submitted(hf_token="hf_x")
+    world.jobs.reconcile()
+    assert world.jobs.claim(job.job_id, 1, "p").secrets == {"hf_token": "hf_x"}
+    with pytest.raises(Fenced):
+        world.jobs.claim(job.job_id, 1, "another")
+
+
+def test_reports_move_the_job_and_answer_with_a_directive(world: World) -> None:
+    job = world.training()
+    assert job.status is Status.TRAINING
+    assert world.jobs.report(job.job_id, 1, a_batch(first_seq=1)).directive == "continue"
+    world.jobs.cancel(job.job_id, TENANT)
+    assert world.jobs.report(job.job_id, 1, a_batch(first_seq=1)).directive == "cancel"
+
+
+def test_heartbeats_do_not_touch_the_record(world: World) -> None:
+    job = world.training()
+    for n in range(5):
+        world.jobs.report(job.job_id, 1, a_batch({"type": "metrics", "step": n, "values": {"loss": 1.0}}, first_seq=1 + n))
+    assert world.find(job).revision == job.revision
+
+
+def test_an_attempt_that_is_over_is_refused(world: World) -> None:
+    job = world.training()
+    world.jobs.finish(job.job_id, world.write_result(job))
+    with pytest.raises(Fenced):
+        world.jobs.report(job.job_id, 1, a_batch())
+
+
+def test_the_history_tells_every_status_once(world: World) -> None:
+    job = world.training()
+    world.jobs.finish(job.job_id, world.write_result(job))
+    world.jobs.finish(job.job_id, world.write_result(job))
+    told = [stored.event for stored in world.jobs.events(job.job_id, TENANT, 0, 100)]
+    assert [event.status for event in told if event.type == "status"] == ["preparing", "training", "completed"]
+
+
+# --- ending ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_silent_attempt_is_judged_by_its_result_first(world: World) -> None:
+    job = world.training()
+    world.write_result(job)
+    world.launcher.states[f"handle of {attempt_name(job.job_id, 1)}"] = "ended"
+    world.jobs.reconcile()
+    assert world.find(job).status is Status.COMPLETED
+
+
+def test_an_attempt_that_ended_without_a_result_is_lost(world: World) -> None:
+    job = world.training()
+    world.launcher.states[f"handle of {attempt_name(job.job_id, 1)}"] = "ended"
+    world.jobs.reconcile()
+    failure = world.find(job).failure
+    assert failure is not None
+    assert failure.code == "lost"
+
+
+def test_unknown_is_not_failed(world: World) -> None:
+    job = world.training()
+    world.launcher.states[f"handle of {attempt_name(job.job_id, 1)}"] = "unknown"
+    for _ in range(60):
+        world.clock.advance(120)
+        world.jobs.reconcile()
+    assert world.find(job).status is Status.TRAINING
+    assert len(world.launcher.launched) == 1
+
+
+def test_secrets_end_with_the_job(world: World) -> None:
+    job = world.submitted(hf_token="hf_x")
+    world.jobs.cancel(job.job_id, TENANT)
+    assert list(world.secrets.walk()) == []
+
+
+def test_a_cancel_is_told_first_then_signalled_then_forced(world: World) -> None:
+    job = world.training()
+    world.jobs.cancel(job.job_id, TENANT)
+    world.jobs.reconcile()
+    assert world.launcher.cancels == []
+    world.clock.advance(1.5)
+    world.jobs.reconcile()
+    assert [force for _, force in world.launcher.cancels] == [False]
+    world.clock.advance(10)
+    world.jobs.reconcile()
+    assert [force for _, force in world.launcher.cancels] == [False, True]
+    world.launcher.states[f"handle of {attempt_name(job.job_id, 1)}"] = "ended"
+    world.jobs.reconcile()
+    assert world.find(job).status is Status.CANCELLED
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_deleting_stops_the_job_first_and_leaves_nothing(world: World, tmp_path: Path) -> None:
+    job = world.training()
+    neighbour = "trained_adapters/another/adapter.bin"
+    for key in (
+        f"trained_adapters/{job.job_id}/a",
+        f"gguf_models/{job.job_id}/m.gguf",
+        f"checkpoints/test-jobs/job_{job.job_id}/1",
+        neighbour,
+    ):
+        world.objects.write(key, b"x")
+    assert world.jobs.delete(job.job_id, TENANT) is None
+    assert world.find(job).status is Status.CANCELLING
+    world.launcher.states[f"handle of {attempt_name(job.job_id, 1)}"] = "ended"
+    world.jobs.reconcile()
+    deleted = world.jobs.delete(job.job_id, TENANT)
+    assert deleted is not None
+    assert f"{world.objects.url}/trained_adapters/{job.job_id}/" in deleted.resources
+    assert [stored.key for stored in world.objects.walk("")] == [neighbour]
+    with pytest.raises(NotFound):
+        world.find(job)
+
+
+def test_what_could_not_be_deleted_is_said_and_the_record_stays(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = world.submitted()
+
+    class Stubborn(LocalStore):
+        def delete(self, key: str) -> bool:
+            from storage import StoreUnavailable
+
+            raise StoreUnavailable("read-only")
+
+    world.objects.write(f"merged_models/{job.job_id}/m", b"x")
+    world.jobs._models = Stubborn(world.objects.url)  # pyright: ignore[reportPrivateUsage]
+    deleted = world.jobs.delete(job.job_id, TENANT)
+    assert deleted is not None
+    assert deleted.failures
+    assert world.find(job).status is Status.CANCELLED
+
+
+def test_a_link_is_given_for_what_is_completed(world: World) -> None:
+    job = world.training()
+    with pytest.raises(Conflict):
+        world.jobs.download(job.job_id, TENANT, None)
+    file = ArtifactFile(path="", size_bytes=1, sha256="0")
+    gguf = Artifact(name="gguf-q8_0", kind="gguf", uri="u", key=f"gguf_models/{job.job_id}/m.gguf", size_bytes=1, files=[file])
+    adapter = gguf.model_copy(update={"name": "adapter", "kind": "adapter", "key": f"trained_adapters/{job.job_id}/"})
+    world.jobs.finish(job.job_id, world.write_result(job, artifacts=[adapter.model_dump(), gguf.model_dump()]))
+    found, [(_, link)] = world.jobs.download(job.job_id, TENANT, None)
+    assert found == gguf
+    assert world.tokens.read_file_token(link.removeprefix("/files/")) == (gguf.key, "m.gguf")
+    with pytest.raises(NotFound, match="it has: adapter, gguf-q8_0"):
+        world.jobs.download(job.job_id, TENANT, "gguf-f16")

@@ -1,0 +1,209 @@
+"""The state machine, by example and by thousands of random lives."""
+
+from datetime import datetime, timedelta
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from schema.events import Evaluated, PhaseChanged, TrackerStarted
+from schema.job import EvalMetrics, Failure, Job, Status
+from schema.result import Result
+from service.core import lifecycle
+from service.core.errors import Conflict, Fenced
+from service.core.lifecycle import FOLLOWS, MOST_ATTEMPTS
+from tests.factories import START, a_job
+
+OUTCOMES = ("completed", "failed", "cancelled", "paused", "yielded")
+
+
+def a_result(attempt: int = 1, outcome: str = "completed", **changes: object) -> Result:
+    return Result.model_validate(
+        {"job_id": "job-1", "attempt": attempt, "outcome": outcome, "started_at": START, "finished_at": START} | changes
+    )
+
+
+def at_work(status: Status = Status.PREPARING) -> Job:
+    job = lifecycle.claimed(lifecycle.begin_attempt(a_job(), "fake", START), 1, "process-1", START)
+    return job.model_copy(update={"status": status})
+
+
+def test_an_attempt_makes_a_queued_job_preparing() -> None:
+    job = lifecycle.begin_attempt(a_job(), "fake", START)
+    assert job.status is Status.PREPARING
+    assert job.attempt is not None
+    assert (job.attempt.number, job.attempt.handle) == (1, None)
+
+
+def test_the_first_claim_owns_the_attempt_and_a_repeat_is_harmless() -> None:
+    job = at_work()
+    assert lifecycle.claimed(job, 1, "process-1", START) is job
+    with pytest.raises(Fenced):
+        lifecycle.claimed(job, 1, "process-2", START)
+
+
+def test_training_begins_when_the_attempt_says_so() -> None:
+    assert lifecycle.absorbed(at_work(), 1, PhaseChanged(phase="tokenizing"), START).status is Status.PREPARING
+    assert lifecycle.absorbed(at_work(), 1, PhaseChanged(phase="training"), START).status is Status.TRAINING
+
+
+def test_evaluations_and_the_tracker_reach_the_record() -> None:
+    before, after = EvalMetrics(eval_loss=4.0), EvalMetrics(eval_loss=3.0)
+    job = lifecycle.absorbed(at_work(), 1, Evaluated(when="before", step=0, metrics=before), START)
+    job = lifecycle.absorbed(job, 1, Evaluated(when="during", step=5, metrics=after), START)
+    job = lifecycle.absorbed(job, 1, TrackerStarted(tracker="wandb", url="https://w"), START)
+    assert (job.base_metrics, job.metrics, job.wandb_url) == (before, after, "https://w")
+
+
+def test_a_completed_attempt_completes_its_job() -> None:
+    job = lifecycle.finished(at_work(), a_result(metrics=EvalMetrics(eval_loss=1.0)), START)
+    assert job.status is Status.COMPLETED
+    assert job.metrics == EvalMetrics(eval_loss=1.0)
+    assert job.finished_at == START
+
+
+def test_a_failed_attempt_says_why() -> None:
+    failure = Failure(code="invalid_data", message="no rows")
+    job = lifecycle.finished(at_work(), a_result(outcome="failed", failure=failure), START)
+    assert job.status is Status.FAILED
+    assert job.failure == failure.model_copy(update={"attempt": 1})
+
+
+def test_a_cancel_is_obeyed_or_loses_the_race() -> None:
+    cancelling = lifecycle.cancel_requested(at_work(Status.TRAINING), START)
+    assert cancelling.status is Status.CANCELLING
+    assert lifecycle.finished(cancelling, a_result(outcome="cancelled"), START).status is Status.CANCELLED
+    assert lifecycle.finished(cancelling, a_result(outcome="failed"), START).status is Status.CANCELLED
+    assert lifecycle.finished(cancelling, a_result(outcome="completed"), START).status is Status.COMPLETED
+
+
+def test_cancelling_is_idempotent_but_not_after_another_end() -> None:
+    cancelling = lifecycle.cancel_requested(at_work(), START)
+    assert lifecycle.cancel_requested(cancelling, START) is cancelling
+    cancelled = lifecycle.cancel_requested(a_job(), START)
+    assert cancelled.status is Status.CANCELLED
+    assert lifecycle.cancel_requested(cancelled, START) is cancelled
+    with pytest.raises(Conflict, match="already completed"):
+        lifecycle.cancel_requested(a_job(status=Status.COMPLETED), START)
+
+
+def test_an_attempt_that_stopped_unasked_goes_back_to_the_queue() -> None:
+    job = lifecycle.finished(at_work(Status.TRAINING), a_result(outcome="cancelled"), START)
+    assert job.status is Status.QUEUED
+    assert job.attempts[0].outcome == "preempted"
+    assert lifecycle.begin_attempt(job, "fake", START).attempts[1].number == 2
+
+
+def test_a_job_that_is_always_preempted_is_given_up_with_a_reason() -> None:
+    job = a_job()
+    for number in range(1, MOST_ATTEMPTS + 1):
+        job = lifecycle.begin_attempt(job, "fake", START)
+        job = lifecycle.finished(job, a_result(number, "cancelled"), START)
+    assert job.status is Status.FAILED
+    assert job.failure is not None
+    assert job.failure.code == "preempted"
+
+
+def test_an_attempt_that_vanished_is_lost_with_a_hint() -> None:
+    job = lifecycle.vanished(at_work(Status.TRAINING), 1, START)
+    assert job.status is Status.FAILED
+    assert job.failure is not None
+    assert job.failure.code == "lost"
+    assert "memory" in job.failure.hint
+
+
+def test_a_late_word_of_an_old_attempt_changes_nothing() -> None:
+    job = lifecycle.finished(at_work(Status.TRAINING), a_result(outcome="yielded"), START)
+    second = lifecycle.begin_attempt(job, "fake", START)
+    assert lifecycle.finished(second, a_result(1, "completed"), START) is second
+    for number in (1, 3, 0, -1):
+        with pytest.raises(Fenced):
+            lifecycle.absorbed(second, number, PhaseChanged(phase="training"), START)
+
+
+class Lives(RuleBasedStateMachine):
+    """Facts arrive in any order, twice and too late; the record stays a sensible one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.job = a_job()
+        self.now = START
+        self.final: Job | None = None
+        self.owners: dict[int, str] = {}
+
+    def tell(self, after: Job) -> None:
+        before = self.job
+        if after.status is not before.status:
+            assert after.status in FOLLOWS[before.status]
+        assert len(after.attempts) >= len(before.attempts)
+        assert after.attempts[: len(before.attempts) - 1] == before.attempts[:-1]
+        self.job = after.model_copy(update={"revision": before.revision + (after is not before)})
+
+    def attempt(self, change: object) -> None:
+        """Apply a fact that may be refused; a refusal changes nothing."""
+        try:
+            after = change()  # type: ignore[operator]
+        except (Fenced, Conflict):
+            return
+        self.tell(after)
+
+    def tick(self) -> datetime:
+        self.now += timedelta(seconds=1)
+        return self.now
+
+    @rule()
+    def launch(self) -> None:
+        self.attempt(lambda: lifecycle.begin_attempt(self.job, "fake", self.tick()))
+
+    @rule(number=st.integers(0, 4), who=st.sampled_from("ab"))
+    def claim(self, number: int, who: str) -> None:
+        def claim() -> Job:
+            job = lifecycle.claimed(self.job, number, who, self.tick())
+            assert self.owners.setdefault(number, who) == who
+            return job
+
+        self.attempt(claim)
+
+    @rule(number=st.integers(0, 4), phase=st.sampled_from(["downloading", "training", "uploading"]))
+    def report(self, number: int, phase: str) -> None:
+        self.attempt(lambda: lifecycle.absorbed(self.job, number, PhaseChanged.model_validate({"phase": phase}), self.tick()))
+
+    @rule(number=st.integers(0, 4), outcome=st.sampled_from(OUTCOMES))
+    def finish(self, number: int, outcome: str) -> None:
+        self.attempt(lambda: lifecycle.finished(self.job, a_result(number, outcome), self.tick()))
+
+    @rule(number=st.integers(0, 4))
+    def vanish(self, number: int) -> None:
+        self.attempt(lambda: lifecycle.vanished(self.job, number, self.tick()))
+
+    @rule()
+    def cancel(self) -> None:
+        self.attempt(lambda: lifecycle.cancel_requested(self.job, self.tick()))
+
+    @precondition(lambda self: self.job.status.is_final)
+    @rule()
+    def remember_the_end(self) -> None:
+        self.final = self.final or self.job
+
+    @invariant()
+    def the_end_is_the_end(self) -> None:
+        if self.final:
+            assert self.job == self.final
+
+    @invariant()
+    def an_active_job_has_a_running_attempt_and_no_other_has(self) -> None:
+        running = [attempt for attempt in self.job.attempts if attempt.ended_at is None]
+        assert len(running) == (1 if self.job.status.is_active else 0)
+
+    @invariant()
+    def a_failure_is_explained_and_only_a_failure(self) -> None:
+        assert (self.job.failure is not None) == (self.job.status is Status.FAILED)
+
+    @invariant()
+    def what_is_final_has_an_end(self) -> None:
+        assert (self.job.finished_at is not None) == self.job.status.is_final
+
+
+TestLives = Lives.TestCase
+TestLives.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
