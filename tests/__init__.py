@@ -1,1 +1,1 @@
-"""Tests, by cost: unit (in memory), contract (one suite per port over every adapter), jobs and exports (tiny model), e2e (real HTTP, real processes)."""
+"""Tests, by cost: unit and contract (seconds), jobs and exports (a tiny model), e2e (real HTTP, processes and Gemma)."""

@@ -1,5 +1,7 @@
 """Bodies that are too large are refused while they arrive, before anything holds them in memory."""
 
+from contextlib import suppress
+
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import answer
@@ -30,18 +32,19 @@ class LimitBodies:
         if announced.isdigit() and int(announced) > limit:
             await refusal(scope, receive, send)
             return
-        started = False
+        body = _Body(receive, limit)
+        answered = False
 
-        async def counted_send(message: Message) -> None:
-            nonlocal started
-            started = started or message["type"] == "http.response.start"
-            await send(message)
+        async def send_unless_too_large(message: Message) -> None:
+            nonlocal answered
+            if not body.too_large:  # whatever the app made of a broken body is not the answer
+                answered = True
+                await send(message)
 
-        try:
-            await self._app(scope, _counted(receive, limit), counted_send)
-        except BodyTooLarge:
-            if not started:
-                await refusal(scope, receive, send)
+        with suppress(BodyTooLarge):
+            await self._app(scope, body.receive, send_unless_too_large)
+        if body.too_large and not answered:
+            await refusal(scope, receive, send)
 
     def _limit(self, path: str) -> int:
         if path.rstrip("/") == "/datasets":
@@ -49,15 +52,20 @@ class LimitBodies:
         return REPORT_BODY_BYTES if path.startswith("/internal/") else JSON_BODY_BYTES
 
 
-def _counted(receive: Receive, limit: int) -> Receive:
-    seen = 0
+class _Body:
+    """A request's body, counted as it arrives."""
 
-    async def counted() -> Message:
-        nonlocal seen
-        message = await receive()
-        seen += len(message.get("body", b""))
-        if seen > limit:
+    def __init__(self, receive: Receive, limit: int) -> None:
+        self._receive = receive
+        self._left = limit
+
+    @property
+    def too_large(self) -> bool:
+        return self._left < 0
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._left -= len(message.get("body", b""))
+        if self.too_large:
             raise BodyTooLarge
         return message
-
-    return counted

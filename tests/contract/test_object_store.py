@@ -125,7 +125,7 @@ def test_a_key_that_could_mean_something_else_is_refused(store: ObjectStore, key
 
 
 def test_an_unknown_scheme_names_the_known_ones() -> None:
-    with pytest.raises(StorageError, match="known schemes: .*file"):
+    with pytest.raises(StorageError, match=r"known schemes: .*file"):
         open_store("ftp://x")
 
 

@@ -1,6 +1,5 @@
 """The verbs of a job, with everything in memory and time given."""
 
-from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
@@ -122,8 +121,8 @@ def a_batch(*events: object, first_seq: int = 0) -> EventBatch:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    yield World(tmp_path)
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
 
 
 # --- submitting ------------------------------------------------------------------------------------------------------

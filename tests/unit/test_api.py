@@ -1,0 +1,456 @@
+"""The HTTP API: the seed's addresses and shapes, and an answer to everything that can be wrong with a request."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from schema.job import Artifact, ArtifactFile, EvalMetrics, Status
+from schema.requests import SEED_EXAMPLE
+from service.adapters.launchers.local import LocalLauncher
+from service.core import lifecycle
+from service.core.errors import Unavailable
+from service.main import create_app
+from service.settings import Settings
+from tests.factories import START, some_hardware
+
+ROWS = "\n".join(
+    json.dumps({"messages": [{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": f"answer {n}"}]})
+    for n in range(20)
+)
+
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
+    monkeypatch.setattr(LocalLauncher, "hardware", lambda _: some_hardware())
+    monkeypatch.setattr(LocalLauncher, "free_slots", lambda _: 0)  # jobs stay in the queue
+    monkeypatch.setattr(LocalLauncher, "check", lambda *_: "running")  # attempts here are made up
+    settings = Settings(home=tmp_path / "home", max_upload_bytes=100_000, max_row_bytes=10_000)
+    with TestClient(create_app(settings), raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.fixture
+def dataset_id(client: TestClient) -> str:
+    return upload(client, ROWS).json()["processed_dataset_id"]
+
+
+def upload(client: TestClient, content: str | bytes, **fields: str) -> Any:
+    return client.post("/datasets", files={"file": ("rows.jsonl", content)}, data=fields)
+
+
+def seed_request(dataset_id: str, **changes: Any) -> dict[str, Any]:
+    return {**SEED_EXAMPLE, "processed_dataset_id": dataset_id, **changes}
+
+
+def with_config(dataset_id: str, group: str | None = None, **changes: Any) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(json.dumps(SEED_EXAMPLE["training_config"]))
+    (config[group] if group else config).update(changes)
+    return seed_request(dataset_id, training_config=config)
+
+
+def complete(client: TestClient, job_id: str) -> None:
+    """Put a finished job into the store, with files behind it."""
+    parts = client.app.state.parts  # type: ignore[attr-defined]
+    parts.objects.write(f"gguf_models/{job_id}/m-q8_0.gguf", b"0123456789")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        parts.objects.write(f"trained_adapters/{job_id}/{name}", name.encode())
+    file = ArtifactFile(path="", size_bytes=10, sha256="0")
+    gguf = Artifact(name="gguf-q8_0", kind="gguf", uri="file:///g", key=f"gguf_models/{job_id}/m-q8_0.gguf", size_bytes=10, files=[file])
+    files = [ArtifactFile(path=name, size_bytes=len(name), sha256="0") for name in ("adapter_config.json", "adapter_model.safetensors")]
+    adapter = Artifact(name="adapter", kind="adapter", uri="file:///a/", key=f"trained_adapters/{job_id}/", size_bytes=44, files=files)
+    job = lifecycle.begin_attempt(parts.store.find_job(job_id), "local", START)
+    measured = EvalMetrics(eval_loss=0.5, perplexity=1.6, accuracy=0.9, eval_runtime=1.0)
+    done = {"status": Status.COMPLETED, "artifacts": (adapter, gguf), "metrics": measured, "base_metrics": measured}
+    parts.store.replace_job(job.model_copy(update=done))
+
+
+def problem(answer: Any, status: int) -> dict[str, Any]:
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"code", "message", "hint", "param"}
+    assert "Traceback" not in answer.text
+    return error
+
+
+# --- the seed's contract ---------------------------------------------------------------------------------------------
+
+
+def test_the_seeds_request_is_accepted_as_it_stands(client: TestClient, dataset_id: str) -> None:
+    body = with_config(dataset_id, "export_config", include_gguf=False, gguf_quantization=None)
+    answer = client.post("/train", json=body)
+    assert answer.status_code == 201
+    job_id = answer.json()["job_id"]
+    assert job_id.startswith(f"training_{dataset_id.removeprefix('dataset_')}_gemma-3-270m_")
+    listed = client.get("/jobs").json()["jobs"][0]
+    assert {name: listed[name] for name in ("job_id", "job_name", "base_model_id", "status", "modality")} == {
+        "job_id": job_id,
+        "job_name": "my-job-name",
+        "base_model_id": "google/gemma-3-270m",
+        "status": "queued",
+        "modality": "text",
+    }
+    job = client.get(f"/jobs/{job_id}").json()
+    seed_fields = {"job_name", "status", "modality", "wandb_url", "adapter_path", "base_model_id", "gguf_path", "metrics", "error"}
+    assert seed_fields <= set(job)
+    assert "hf_..." not in json.dumps(job)
+
+
+def test_a_completed_job_shows_the_seeds_fields(client: TestClient, dataset_id: str) -> None:
+    job_id = client.post("/train", json=seed_request(dataset_id)).json()["job_id"]
+    complete(client, job_id)
+    job = client.get(f"/jobs/{job_id}").json()
+    assert job["adapter_path"] == "file:///a/"
+    assert job["gguf_path"] == "file:///g"
+    assert {"accuracy": 0.9, "perplexity": 1.6, "eval_loss": 0.5, "eval_runtime": 1.0}.items() <= job["metrics"].items()
+    assert job["error"] is None
+
+
+def test_a_download_link_really_works_and_honours_ranges(client: TestClient, dataset_id: str) -> None:
+    job_id = client.post("/train", json=seed_request(dataset_id)).json()["job_id"]
+    assert problem(client.get(f"/jobs/download/{job_id}"), 409)["code"] == "conflict"
+    complete(client, job_id)
+    answer = client.get(f"/jobs/download/{job_id}").json()
+    assert answer["artifact"] == "gguf-q8_0"
+    assert client.get(answer["download_url"]).content == b"0123456789"
+    part = client.get(answer["download_url"], headers={"Range": "bytes=3-5"})
+    assert (part.status_code, part.content) == (206, b"345")
+    assert 'filename="m-q8_0.gguf"' in part.headers["content-disposition"]
+    adapter = client.get(f"/jobs/download/{job_id}?artifact=adapter").json()
+    assert [file["path"] for file in adapter["files"]] == ["adapter_config.json", "adapter_model.safetensors"]
+    assert client.get(adapter["download_url"]).content == b"adapter_model.safetensors"
+    assert "it has: adapter, gguf-q8_0" in problem(client.get(f"/jobs/download/{job_id}?artifact=x"), 404)["message"]
+
+
+@pytest.mark.parametrize("change", ["x", "", "."])
+def test_a_changed_link_is_refused(client: TestClient, dataset_id: str, change: str) -> None:
+    job_id = client.post("/train", json=seed_request(dataset_id)).json()["job_id"]
+    complete(client, job_id)
+    url = client.get(f"/jobs/download/{job_id}").json()["download_url"]
+    problem(client.get(url[:-8] + change), 401)
+
+
+def test_deleting_removes_files_and_record_and_lists_them(client: TestClient, dataset_id: str) -> None:
+    job_id = client.post("/train", json=seed_request(dataset_id)).json()["job_id"]
+    complete(client, job_id)
+    answer = client.delete(f"/jobs/{job_id}").json()
+    assert answer["deleted"] is True
+    assert answer["message"] == "Job and all associated files deleted successfully."
+    assert sorted(uri.partition("/objects/")[2] for uri in answer["deleted_resources"]) == [
+        f"gguf_models/{job_id}/",
+        f"trained_adapters/{job_id}/",
+    ]
+    problem(client.get(f"/jobs/{job_id}"), 404)
+    problem(client.delete(f"/jobs/{job_id}"), 404)
+
+
+def test_a_queued_job_can_be_deleted(client: TestClient, dataset_id: str) -> None:
+    job_id = client.post("/train", json=seed_request(dataset_id)).json()["job_id"]
+    assert client.delete(f"/jobs/{job_id}").json()["deleted"] is True
+
+
+def test_health_says_what_answers(client: TestClient) -> None:
+    health = client.get("/health").json()
+    assert (health["live"], health["ready"]) == (True, True)
+
+
+def test_a_store_that_does_not_answer_makes_the_service_unready(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise Unavailable("the disk is gone")
+
+    monkeypatch.setattr(client.app.state.parts.store, "ping", broken)  # type: ignore[attr-defined]
+    answer = client.get("/health")
+    assert (answer.status_code, answer.json()["live"], answer.json()["ready"]) == (503, True, False)
+    assert answer.json()["checks"]["job_store"] == "the disk is gone"
+
+
+# --- wrong requests --------------------------------------------------------------------------------------------------
+
+BAD_KNOBS: list[tuple[str | None, dict[str, Any], str]] = [
+    ("hyperparameters", {"learning_rate": -1}, "learning_rate"),
+    ("hyperparameters", {"learning_rate": 0}, "learning_rate"),
+    ("hyperparameters", {"learning_rate": "fast"}, "learning_rate"),
+    ("hyperparameters", {"batch_size": 0}, "batch_size"),
+    ("hyperparameters", {"batch_size": "4"}, "batch_size"),
+    ("hyperparameters", {"batch_size": 1.5}, "batch_size"),
+    ("hyperparameters", {"batch_size": True}, "batch_size"),
+    ("hyperparameters", {"epochs": -3}, "epochs"),
+    ("hyperparameters", {"max_steps": 0}, "max_steps"),
+    ("hyperparameters", {"max_steps": -2}, "max_steps"),
+    ("hyperparameters", {"packing": "yes"}, "packing"),
+    ("hyperparameters", {"lora_dropout": 1}, "lora_dropout"),
+    ("hyperparameters", {"lr_scheduler_type": "zigzag"}, "lr_scheduler_type"),
+    ("hyperparameters", {"save_strategy": "sometimes"}, "save_strategy"),
+    ("hyperparameters", {"save_steps": 5}, "save_steps"),
+    ("hyperparameters", {"learning_rates": 1}, "learning_rates"),
+    ("hyperparameters", {"seed": 2**40}, "seed"),
+    ("export_config", {"format": "onnx"}, "format"),
+    ("export_config", {"destination": "hfhub"}, "hf_repo_id"),
+    ("export_config", {"hf_repo_id": "a/b"}, "hf_repo_id"),
+    ("export_config", {"include_gguf": False}, "gguf_quantization"),
+    ("export_config", {"gguf_quantization": "q9"}, "gguf_quantization"),
+    ("export_config", {"gguf_quantization": []}, "gguf_quantization"),
+    ("export_config", {"gguf_quantization": ["f16", "f16"]}, "gguf_quantization"),
+    ("eval_config", {"eval_strategy": "often"}, "eval_strategy"),
+    ("eval_config", {"eval_steps": 0}, "eval_steps"),
+    ("eval_config", {"compute_eval_metrics": False, "batch_eval_metrics": True}, "batch_eval_metrics"),
+    (None, {"base_model_id": "../../etc/passwd"}, "base_model_id"),
+    (None, {"base_model_id": ""}, "base_model_id"),
+    (None, {"method": "Magic"}, "method"),
+    (None, {"method": "Full"}, "lora_"),
+    (None, {"wandb_config": {"project": "p"}}, "api_key"),
+    (None, {"wandb_config": {"api_key": "k", "project": "a/b"}}, "project"),
+]
+
+
+@pytest.mark.parametrize(("group", "changes", "param"), BAD_KNOBS, ids=lambda value: json.dumps(value) if isinstance(value, dict) else None)
+def test_a_bad_knob_is_refused_by_name(client: TestClient, dataset_id: str, group: str | None, changes: dict[str, Any], param: str) -> None:
+    error = problem(client.post("/train", json=with_config(dataset_id, group, **changes)), 422)
+    assert error["param"].startswith("training_config.")
+    assert param in error["param"]
+    assert client.get("/jobs").json()["jobs"] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"processed_dataset_id": None}, "processed_dataset_id"),
+        ({"processed_dataset_id": "a/../b"}, "processed_dataset_id"),
+        ({"job_name": ""}, "job_name"),
+        ({"job_name": "a\x1b[2Jb"}, "job_name"),
+        ({"job_name": "x" * 129}, "job_name"),
+        ({"project_id": "a b"}, "project_id"),
+        ({"training_config": None}, "training_config"),
+        ({"training_config": []}, "training_config"),
+        ({"unknown": 1}, "unknown"),
+    ],
+)
+def test_a_bad_field_is_refused_by_name(client: TestClient, dataset_id: str, changes: dict[str, Any], param: str) -> None:
+    assert problem(client.post("/train", json=seed_request(dataset_id, **changes)), 422)["param"] == param
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"a": NaN}', b'"' + b"x" * 1000 + b'"', b"[" * 10_000, b'{"a":1}' * 2]
+)
+def test_a_body_that_is_no_request_is_refused(client: TestClient, body: bytes) -> None:
+    answer = client.post("/train", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code in (400, 422)
+    assert answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_are_none_are_refused(client: TestClient, dataset_id: str, number: str) -> None:
+    body = json.dumps(seed_request(dataset_id)).replace('"learning_rate": 0.0001', f'"learning_rate": {number}')
+    answer = client.post("/train", content=body, headers={"Content-Type": "application/json"})
+    assert "learning_rate" in problem(answer, 422)["param"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainer_type": "dpo"}, "it can do: sft"),
+        ({"provider": "unsloth"}, "it can do: huggingface"),
+        ({"method": "QLoRA"}, "it can do: LoRA, Full"),
+        ({"modality": "vision"}, "it can do: text"),
+    ],
+)
+def test_what_this_deployment_cannot_do_is_refused_with_what_it_can(
+    client: TestClient, dataset_id: str, changes: dict[str, Any], message: str
+) -> None:
+    error = problem(client.post("/train", json=with_config(dataset_id, **changes)), 400)
+    assert (error["code"], message in error["message"]) == ("unsupported", True)
+
+
+def test_the_same_key_is_one_job_and_another_body_a_conflict(client: TestClient, dataset_id: str) -> None:
+    key = {"Idempotency-Key": "k"}
+    first = client.post("/train", json=seed_request(dataset_id), headers=key).json()
+    assert client.post("/train", json=seed_request(dataset_id), headers=key).json() == first
+    changed = client.post("/train", json=seed_request(dataset_id, job_name="other"), headers=key)
+    assert problem(changed, 409)["code"] == "idempotency_conflict"
+    problem(client.post("/train", json=seed_request(dataset_id), headers={"Idempotency-Key": "x" * 300}), 422)
+
+
+@pytest.mark.parametrize("query", ["limit=0", "limit=1000", "limit=x", "status=odd", "cursor=odd", "project_id=a%20b"])
+def test_a_bad_query_is_refused(client: TestClient, query: str) -> None:
+    assert client.get(f"/jobs?{query}").status_code in (400, 422)
+
+
+@pytest.mark.parametrize(
+    "path", ["/jobs/none", "/jobs/download/none", "/jobs/none/events", "/jobs/none/logs", "/datasets/none", "/nowhere"]
+)
+def test_what_is_not_there_is_404(client: TestClient, path: str) -> None:
+    problem(client.get(path), 404)
+
+
+def test_a_wrong_method_is_405(client: TestClient) -> None:
+    problem(client.put("/train"), 405)
+
+
+# --- datasets --------------------------------------------------------------------------------------------------------
+
+
+def test_an_upload_answers_counts_splits_and_a_preview(client: TestClient) -> None:
+    answer = upload(client, ROWS, name="my rows", eval_fraction="0.2")
+    assert answer.status_code == 201
+    dataset = answer.json()
+    assert (dataset["name"], dataset["dataset_type"], dataset["rows"], dataset["splits"]) == (
+        "my rows",
+        "messages",
+        20,
+        {"train": 16, "eval": 4},
+    )
+    detail = client.get(f"/datasets/{dataset['processed_dataset_id']}").json()
+    assert len(detail["preview"]["eval"]) == 4
+    assert client.get("/datasets").json()["datasets"][0] == dataset
+    assert client.delete(f"/datasets/{dataset['processed_dataset_id']}").json()["deleted"] is True
+    problem(client.get(f"/datasets/{dataset['processed_dataset_id']}"), 404)
+
+
+BAD_ROWS: list[tuple[str | bytes, str]] = [
+    ("", "no rows"),
+    ("\n\n", "no rows"),
+    (b"\xff\xfe{}", "line 1"),
+    ('{"text": "a"}\n{"text": ', "line 2"),
+    ('{"text": "a"}\n\n[1]', "line 3"),
+    ('{"text": "a"}\n{"prompt": "a", "completion": "b"}', "line 2"),
+    ('{"text": ""}', "line 1"),
+    ('{"text": NaN}', "line 1"),
+    ('{"text": "a", "text": "b"}', "line 1"),
+    ('{"messages": []}', "line 1"),
+    ('{"messages": [{"role": "robot", "content": "x"}]}', "line 1"),
+    ('{"text": "' + "x" * 20_000 + '"}', "line 1"),
+    ("[" * 9_000, "line 1"),
+]
+
+
+@pytest.mark.parametrize(("content", "where"), BAD_ROWS, ids=range(len(BAD_ROWS)))
+def test_a_bad_row_is_refused_with_its_line_and_nothing_is_kept(client: TestClient, content: str | bytes, where: str) -> None:
+    assert where in problem(upload(client, content), 400)["message"]
+    assert client.get("/datasets").json()["datasets"] == []
+    assert list(client.app.state.parts.objects.walk("")) == []  # type: ignore[attr-defined]
+
+
+def test_an_upload_that_is_too_large_is_refused(client: TestClient) -> None:
+    assert problem(upload(client, "x" * 200_000), 413)["code"] == "too_large"
+    assert problem(client.post("/train", content=b"x" * 2_000_000), 413)["code"] == "too_large"
+
+
+def test_an_upload_that_hides_its_size_is_refused_while_it_arrives(client: TestClient) -> None:
+    def chunks() -> Iterator[bytes]:
+        for _ in range(50):
+            yield b"x" * 65536
+
+    answer = client.post("/train", content=chunks(), headers={"Content-Type": "application/json"})
+    assert problem(answer, 413)["code"] == "too_large"
+
+
+def test_an_upload_without_a_file_is_refused(client: TestClient) -> None:
+    assert problem(client.post("/datasets", data={"name": "x"}), 422)["param"] == "file"
+
+
+@pytest.mark.parametrize("fraction", ["-0.1", "0.9", "nan", "x"])
+def test_a_bad_eval_fraction_is_refused(client: TestClient, fraction: str) -> None:
+    assert problem(upload(client, ROWS, eval_fraction=fraction), 422)["param"] == "eval_fraction"
+
+
+def test_a_dataset_in_use_cannot_be_deleted(client: TestClient, dataset_id: str) -> None:
+    job_id = client.post("/train", json=seed_request(dataset_id)).json()["job_id"]
+    assert job_id in problem(client.delete(f"/datasets/{dataset_id}"), 409)["message"]
+    client.post(f"/jobs/{job_id}/cancel")
+    assert client.delete(f"/datasets/{dataset_id}").status_code == 200
+
+
+def test_an_evaluation_without_held_out_rows_is_refused(client: TestClient) -> None:
+    dataset_id = upload(client, ROWS, eval_fraction="0").json()["processed_dataset_id"]
+    assert problem(client.post("/train", json=seed_request(dataset_id)), 400)["param"] == "training_config.eval_config.eval_strategy"
+
+
+# --- attempts, events, logs ------------------------------------------------------------------------------------------
+
+
+def as_attempt(client: TestClient, job_id: str, attempt: int = 1) -> dict[str, str]:
+    token = client.app.state.parts.tokens.attempt_token(job_id, attempt)  # type: ignore[attr-defined]
+    return {"Authorization": f"Bearer {token}"}
+
+
+def started(client: TestClient, dataset_id: str) -> str:
+    job_id = client.post("/train", json=seed_request(dataset_id)).json()["job_id"]
+    store = client.app.state.parts.store  # type: ignore[attr-defined]
+    job = store.replace_job(lifecycle.begin_attempt(store.find_job(job_id), "local", START))
+    store.replace_job(lifecycle.launched(job, 1, "0@0", START))
+    return job_id
+
+
+def test_an_attempt_claims_reports_and_finishes(client: TestClient, dataset_id: str) -> None:
+    job_id = started(client, dataset_id)
+    base, auth = f"/internal/jobs/{job_id}/attempts/1", as_attempt(client, job_id)
+    claim = client.post(f"{base}/claim", json={"claimant": "a"}, headers=auth)
+    assert claim.json() == {"secrets": {"hf_token": "hf_..."}, "directive": "continue"}
+    assert problem(client.post(f"{base}/claim", json={"claimant": "b"}, headers=auth), 409)["code"] == "fenced"
+    point = {"at": START.isoformat(), "event": {"type": "metrics", "step": 0, "values": {"loss": 2.5}}}
+    phase = {"at": START.isoformat(), "event": {"type": "phase", "phase": "training"}}
+    answer = client.post(f"{base}/events", json={"first_seq": 0, "events": [phase, point], "phase": "training"}, headers=auth)
+    assert answer.json() == {"directive": "continue", "next_seq": 2}
+    job = client.get(f"/jobs/{job_id}").json()
+    assert (job["status"], job["phase"]) == ("training", "training")
+    events = client.get(f"/jobs/{job_id}/events").json()
+    assert [event["event"]["type"] for event in events["events"]] == ["phase", "metrics", "status"]
+    result = {"job_id": job_id, "attempt": 1, "outcome": "completed", "started_at": START.isoformat(), "finished_at": START.isoformat()}
+    assert client.post(f"{base}/result", json=result, headers=auth).status_code == 204
+    assert client.get(f"/jobs/{job_id}").json()["status"] == "completed"
+    assert problem(client.post(f"{base}/events", json={"first_seq": 2}, headers=auth), 409)["code"] == "fenced"
+
+
+def test_an_attempt_needs_its_own_token(client: TestClient, dataset_id: str) -> None:
+    job_id = started(client, dataset_id)
+    for headers in (
+        {},
+        {"Authorization": "Bearer x"},
+        {"Authorization": "Basic x"},
+        as_attempt(client, job_id, 2),
+        as_attempt(client, "other"),
+    ):
+        for call in ("claim", "events", "result"):
+            answer = client.post(f"/internal/jobs/{job_id}/attempts/1/{call}", json={"claimant": "a"}, headers=headers)
+            assert answer.status_code in (401, 422), call
+            assert answer.status_code == 401 or call == "result"
+
+
+def test_events_stream_from_where_the_listener_was(client: TestClient, dataset_id: str) -> None:
+    job_id = started(client, dataset_id)
+    client.post(f"/jobs/{job_id}/cancel")
+    [first] = client.get(f"/jobs/{job_id}/events").json()["events"]
+    base, auth = f"/internal/jobs/{job_id}/attempts/1", as_attempt(client, job_id)
+    result = {"job_id": job_id, "attempt": 1, "outcome": "cancelled", "started_at": START.isoformat(), "finished_at": START.isoformat()}
+    client.post(f"{base}/result", json=result, headers=auth)
+    headers = {"Accept": "text/event-stream", "Last-Event-ID": str(first["id"])}
+    text = client.get(f"/jobs/{job_id}/events", headers=headers).text
+    told = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    assert [event["event"]["status"] for event in told if event] == ["cancelled"]
+    assert text.rstrip().endswith("data: {}")
+    problem(client.get(f"/jobs/{job_id}/events", headers={**headers, "Last-Event-ID": "x"}), 400)
+
+
+def test_logs_come_in_pages(client: TestClient, dataset_id: str) -> None:
+    job_id = started(client, dataset_id)
+    log = client.app.state.parts.settings.home_folder / f"attempts/{job_id}.1.log"  # type: ignore[attr-defined]
+    log.parent.mkdir(exist_ok=True)
+    log.write_text("one\ntwo é\n")
+    page = client.get(f"/jobs/{job_id}/logs?limit=5").json()
+    assert page == {"attempt": 1, "text": "one\nt", "next_offset": 5}
+    assert client.get(f"/jobs/{job_id}/logs?offset=5").json()["text"] == "wo é\n"
+    problem(client.get(f"/jobs/{job_id}/logs?attempt=2"), 404)
+
+
+def test_openapi_documents_the_contract_with_an_example(client: TestClient) -> None:
+    api = client.get("/openapi.json").json()
+    assert {"/train", "/jobs", "/jobs/{job_id}", "/jobs/download/{job_id}", "/health", "/datasets", "/capabilities"} <= set(api["paths"])
+    assert not [path for path in api["paths"] if path.startswith("/internal")]
+    request = api["components"]["schemas"]["TrainRequest"]
+    assert request["examples"][0]["training_config"]["hyperparameters"] == SEED_EXAMPLE["training_config"]["hyperparameters"]
+    knobs = api["components"]["schemas"]["Hyperparameters"]["properties"]
+    assert knobs["learning_rate"]["default"] == 2e-4
+    assert knobs["lora_rank"]["minimum"] == 1
