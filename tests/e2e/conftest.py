@@ -1,0 +1,153 @@
+"""A real service process, real HTTP, real attempts in the trainer's environment, and a tiny Gemma as the base."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import psutil
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[2]
+TRAINER_PYTHON = SOURCE / ".venvs/llm/bin/python"
+TUNESMITH = Path(sys.executable).with_name("tunesmith")
+BASE = "tests/tiny-gemma"
+Json = dict[str, Any]
+
+ROWS = [
+    {"messages": [{"role": "user", "content": f"what does function {n} do"}, {"role": "assistant", "content": f"it returns list {n % 7}"}]}
+    for n in range(60)
+]
+
+
+class Service:
+    """One `tunesmith serve` in a home of its own; can be killed and started again."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("TUNESMITH_")},
+            "TUNESMITH_HOME": str(home),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        self.port = 0
+        self.process: subprocess.Popen[str] | None = None
+        self.http = httpx2.Client(timeout=60)
+
+    def start(self) -> None:
+        """Start, on the port that it had before if any, and wait for the url."""
+        with (self.home / "service.log").open("a") as log:
+            command = [str(TUNESMITH), "serve", "--port", str(self.port)]
+            self.process = subprocess.Popen(command, env=self.environment, stdout=subprocess.PIPE, stderr=log, text=True, cwd=SOURCE)
+        assert self.process.stdout is not None
+        url = self.process.stdout.readline().strip()
+        assert url, (self.home / "service.log").read_text()
+        self.port = int(url.rpartition(":")[2])
+        self.http.base_url = httpx2.URL(url)
+        until(self.answers)
+
+    def answers(self) -> bool:
+        try:
+            return self.http.get("/health").status_code == 200
+        except httpx2.TransportError:
+            return False
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
+        assert self.process is not None
+        self.process.send_signal(how)
+        self.process.wait(20)
+
+    def upload(self, rows: list[Json] = ROWS, **fields: str) -> str:
+        content = "\n".join(json.dumps(row) for row in rows)
+        answer = self.http.post("/datasets", files={"file": ("rows.jsonl", content)}, data=fields)
+        assert answer.status_code == 201, answer.text
+        return answer.json()["processed_dataset_id"]
+
+    def train(self, dataset_id: str, hyperparameters: Json | None = None, **changes: Any) -> str:
+        request = {
+            "processed_dataset_id": dataset_id,
+            "training_config": {"base_model_id": BASE, "hyperparameters": {"max_steps": 4, "batch_size": 2, **(hyperparameters or {})}},
+        }
+        request["training_config"] |= changes.pop("config", {})
+        answer = self.http.post("/train", json=request | changes)
+        assert answer.status_code == 201, answer.text
+        return answer.json()["job_id"]
+
+    def job(self, job_id: str) -> Json:
+        return self.http.get(f"/jobs/{job_id}").json()
+
+    def finished(self, job_id: str, within_s: float = 120) -> Json:
+        """The job, once it is final."""
+        until(lambda: self.job(job_id)["status"] in ("completed", "failed", "cancelled"), within_s)
+        return self.job(job_id)
+
+    def log(self, job_id: str) -> str:
+        return self.http.get(f"/jobs/{job_id}/logs", params={"limit": 1 << 20}).json()["text"]
+
+    def attempts(self) -> list[psutil.Process]:
+        """Processes that work at attempts of this home."""
+        mine = []
+        for process in psutil.process_iter(["cmdline", "environ"]):
+            if "jobs.run" in (process.info["cmdline"] or []) and str(self.home) in str(process.info["environ"]):
+                mine.append(process)
+        return mine
+
+    def tunesmith(self, *arguments: str, fails: bool = False) -> str:
+        """What the command line prints."""
+        done = subprocess.run([str(TUNESMITH), *arguments], env=self.environment, capture_output=True, text=True, cwd=SOURCE)
+        assert (done.returncode != 0) == fails, done.stdout + done.stderr
+        return done.stderr if fails else done.stdout
+
+
+def until(true: Callable[[], bool], within_s: float = 60) -> None:
+    deadline = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base, made once in the trainer's environment."""
+    folder = tmp_path_factory.mktemp("tiny") / "gemma"
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    subprocess.run(
+        [str(TRAINER_PYTHON), "-m", "tests.tiny_gemma", str(folder)], check=True, cwd=SOURCE, env=environment, capture_output=True
+    )
+    return folder
+
+
+def new_service(home: Path, tiny_gemma: Path) -> Service:
+    base = home / "objects/pretrained_weights/huggingface" / BASE
+    base.mkdir(parents=True)
+    for file in tiny_gemma.iterdir():
+        (base / file.name).hardlink_to(file)
+    return Service(home)
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory, tiny_gemma: Path) -> Iterator[Service]:
+    """A service for tests that leave it in peace."""
+    service = new_service(tmp_path_factory.mktemp("home"), tiny_gemma)
+    service.start()
+    yield service
+    service.stop()
+
+
+@pytest.fixture
+def own_service(tmp_path: Path, tiny_gemma: Path) -> Iterator[Service]:
+    """A service for a test that harms it."""
+    service = new_service(tmp_path / "home", tiny_gemma)
+    service.start()
+    yield service
+    if service.process and service.process.poll() is None:
+        service.stop()
+    for process in service.attempts():
+        process.kill()

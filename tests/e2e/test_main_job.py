@@ -1,0 +1,158 @@
+"""The main job from `POST /train` to a GGUF that answers, through everything real but the size of the model."""
+
+import hashlib
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import BASE, ROWS, SOURCE, TRAINER_PYTHON, Json, Service, until
+
+GGUF = {"export_config": {"format": "merged", "include_gguf": True, "gguf_quantization": ["f16", "q8_0"]}}
+CANARIES = {"hf_token": "hf_canary_7c1d", "api_key": "wandb_canary_55e0a1b2c3d4e5f60718293a4b5c6d7e8f90"}
+
+
+@pytest.fixture(scope="module")
+def job(service: Service) -> Json:
+    """A job with everything switched on."""
+    dataset_id = service.upload()
+    config = {
+        **GGUF,
+        "eval_config": {"eval_strategy": "steps", "eval_steps": 6, "compute_eval_metrics": True},
+        "wandb_config": {"api_key": CANARIES["api_key"], "mode": "offline"},
+    }
+    knobs = {"max_steps": 12, "learning_rate": 0.01, "logging_steps": 2}
+    job_id = service.train(dataset_id, knobs, config=config, hf_token=CANARIES["hf_token"], job_name="everything")
+    job = service.finished(job_id)
+    assert job["status"] == "completed", f"{job['failure']}\n{service.log(job_id)}"
+    return job
+
+
+def test_the_job_learned(job: Json) -> None:
+    assert job["metrics"]["eval_loss"] < job["base_metrics"]["eval_loss"]
+    assert job["metrics"]["perplexity"] == pytest.approx(2.718281828 ** job["metrics"]["eval_loss"], rel=1e-6)
+    assert 0 <= job["metrics"]["accuracy"] <= 1
+    assert job["metrics"]["eval_runtime"] > 0
+    assert (job["progress"]["step"], job["progress"]["total_steps"]) == (12, 12)
+
+
+def test_the_artifacts_are_at_the_seeds_paths_with_their_digests(job: Json, service: Service) -> None:
+    job_id = job["job_id"]
+    root = (service.home / "objects").as_uri()
+    assert job["adapter_path"] == f"{root}/merged_models/{job_id}/"
+    assert job["gguf_path"].startswith(f"{root}/gguf_models/{job_id}/")
+    assert {artifact["name"] for artifact in job["artifacts"]} == {"merged", "gguf-f16", "gguf-q8_0"}
+    for artifact in job["artifacts"]:
+        for file in artifact["files"]:
+            path = service.home / "objects" / (artifact["key"] + file["path"])
+            assert path.stat().st_size == file["size_bytes"]
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == file["sha256"]
+
+
+def test_every_gguf_was_shown_to_speak_like_the_model(job: Json) -> None:
+    fidelity = {artifact["name"]: artifact["fidelity"] for artifact in job["artifacts"] if artifact["kind"] == "gguf"}
+    assert fidelity["gguf-f16"]["argmax_agreement"] >= 0.99
+    for found in fidelity.values():
+        assert found["compared_tokens"] > 0
+        assert found["sample_text"]
+        assert found["mean_kl_to_merged"] < found["mean_kl_to_base"]
+
+
+def test_the_gguf_answers_after_download(job: Json, service: Service, tmp_path: Path) -> None:
+    [path] = service.tunesmith("download", job["job_id"], "--artifact", "gguf-f16", "--to", str(tmp_path)).split()
+    command = [
+        str(TRAINER_PYTHON),
+        "-m",
+        "jobs.chat",
+        "--gguf",
+        path,
+        "--temperature",
+        "0",
+        "--max-tokens",
+        "8",
+        "--prompt",
+        "what does function 3 do",
+    ]
+    answer = subprocess.run(command, capture_output=True, text=True, cwd=SOURCE, check=True, env=service.environment).stdout
+    assert answer.strip()
+
+
+def test_the_events_tell_the_whole_story_in_order(job: Json, service: Service) -> None:
+    rows = service.http.get(f"/jobs/{job['job_id']}/events", params={"limit": 1000}).json()["events"]
+    events = [row["event"] for row in rows]
+    assert [event["status"] for event in events if event["type"] == "status"] == ["preparing", "training", "completed"]
+    assert [event["when"] for event in events if event["type"] == "evaluation"][:1] == ["before"]
+    points = [event for event in events if event["type"] == "metrics" and "loss" in event["values"]]
+    assert [point["step"] for point in points] == [2, 4, 6, 8, 10, 12]
+    assert all(point["values"]["rss_bytes"] > 0 and point["values"]["tokens_per_second"] > 0 for point in points)
+    assert {"device", "dtype"} <= {event["what"] for event in events if event["type"] == "decision"}
+    phases = [event["phase"] for event in events if event["type"] == "phase"]
+    for phase in ("downloading", "tokenizing", "training", "evaluating", "merging", "converting", "verifying", "uploading"):
+        assert phase in phases
+
+
+def test_no_secret_is_anywhere_but_in_the_store_and_that_is_empty(job: Json, service: Service) -> None:
+    assert list((service.home / "secrets").glob("*.secret")) == []
+    for path in service.home.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            for canary in CANARIES.values():
+                assert canary.encode() not in content, path
+    assert "canary" not in json.dumps(job)
+
+
+def test_watching_a_finished_job_ends_at_once(job: Json, service: Service) -> None:
+    assert "completed" in service.tunesmith("watch", job["job_id"])
+
+
+def test_a_full_fine_tune_gives_a_whole_model(service: Service) -> None:
+    job = service.finished(service.train(service.upload(), config={"method": "Full"}))
+    assert job["status"] == "completed", service.log(job["job_id"])
+    assert [artifact["name"] for artifact in job["artifacts"]] == ["merged"]
+
+
+def test_a_base_model_that_does_not_exist_fails_the_job_in_words(service: Service) -> None:
+    job = service.finished(service.train(service.upload(), config={"base_model_id": "nobody/nothing"}))
+    assert job["status"] == "failed"
+    assert "nobody/nothing" in job["error"]
+    assert job["failure"]["hint"]
+
+
+def test_a_cancelled_job_frees_the_machine(service: Service) -> None:
+    job_id = service.train(service.upload(), {"max_steps": 100_000})
+    until(lambda: service.job(job_id)["status"] == "training")
+    service.tunesmith("cancel", job_id)
+    assert service.finished(job_id)["status"] == "cancelled"
+    until(lambda: service.attempts() == [])
+    assert service.tunesmith("delete", job_id)
+
+
+def test_jobs_wait_for_a_free_slot(service: Service) -> None:
+    dataset_id = service.upload()
+    first, second = service.train(dataset_id, {"max_steps": 100_000}), service.train(dataset_id)
+    until(lambda: service.job(first)["status"] == "training")
+    assert service.job(second)["status"] == "queued"
+    service.http.post(f"/jobs/{first}/cancel")
+    assert service.finished(second)["status"] == "completed"
+
+
+def test_the_command_line_does_it_all(service: Service, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps(row) for row in ROWS))
+    config = tmp_path / "train.yaml"
+    config.write_text(f"base_model_id: {BASE}\nhyperparameters: {{max_steps: 2, batch_size: 2}}\n")
+    dataset_id = service.tunesmith("datasets", "upload", str(rows)).strip()
+    assert dataset_id in service.tunesmith("datasets", "list")
+    assert "function" in service.tunesmith("datasets", "show", dataset_id)
+    job_id = service.tunesmith("train", str(config), "--dataset", dataset_id, "--set", "hyperparameters.learning_rate=1e-3").strip()
+    assert "completed" in service.tunesmith("watch", job_id)
+    assert service.job(job_id)["training_config"]["hyperparameters"]["learning_rate"] == 1e-3
+    assert job_id in service.tunesmith("jobs", "--status", "completed", "--json")
+    assert "attempt" in service.tunesmith("logs", job_id)
+    files = service.tunesmith("download", job_id, "--to", str(tmp_path / "out")).split()
+    assert {Path(file).name for file in files} >= {"adapter_model.safetensors", "adapter_config.json"}
+    assert "no GGUF" in service.tunesmith("chat", job_id, fails=True)
+    assert "LoRA" in service.tunesmith("capabilities")
+    assert "no job" in service.tunesmith("watch", "nobody", fails=True)
+    assert "it can do: sft" in service.tunesmith("train", str(config), "--dataset", dataset_id, "--set", "trainer_type=dpo", fails=True)
