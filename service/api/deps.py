@@ -1,4 +1,7 @@
-"""What endpoints ask for: the service's parts, and on whose behalf they act."""
+"""What endpoints ask for: the service's parts, and on whose behalf they act.
+
+Both are `async` because they never wait: FastAPI would send a plain function through its thread pool.
+"""
 
 from typing import Annotated
 
@@ -9,12 +12,12 @@ from service.bootstrap import Parts
 LOCAL_TENANT = "local"
 
 
-def parts_of(request: Request) -> Parts:
+async def parts_of(request: Request) -> Parts:
     """The service that this request reached."""
     return request.app.state.parts
 
 
-def tenant_of() -> str:
+async def tenant_of() -> str:
     """Whose jobs these are. The local profile has one tenant."""
     return LOCAL_TENANT
 

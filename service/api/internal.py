@@ -12,7 +12,7 @@ from service.api.deps import UsesParts
 from service.core.errors import InvalidRequest, Unauthorized
 
 
-def attempt_of(job_id: Id, attempt: int, parts: UsesParts, authorization: Annotated[str, Header()] = "") -> tuple[str, int]:
+async def attempt_of(job_id: Id, attempt: int, parts: UsesParts, authorization: Annotated[str, Header()] = "") -> tuple[str, int]:
     """The attempt that the caller may speak for. Raises Unauthorized."""
     scheme, _, token = authorization.partition(" ")
     if scheme.lower() != "bearer" or not token:

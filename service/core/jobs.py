@@ -45,6 +45,7 @@ from storage import NoSuchObject, ObjectStore, StorageError, delete_below
 
 log = logging.getLogger(__name__)
 
+ACTIVE_LIMIT = 1000  # jobs looked after in one turn; the oldest come first
 CAS_TRIES = 10  # writers of one job are few: its attempt, one caller, one reconciler
 REDACTED = SecretStr("**********")
 WANDB_SECRET = "wandb_api_key"
@@ -244,25 +245,22 @@ class Jobs:
 
         Can be run by anybody, at any time, as often as one likes. One job's trouble never stops the others.
         """
-        changed = 0
+        active = self._store.active_jobs(ACTIVE_LIMIT)
+        changed = sum(self._safely(self._look_after, job) for job in active)
         free_slots = self._launcher.free_slots()
-        for job in self._store.open_jobs(limit=1000):
-            if job.status is Status.QUEUED and free_slots <= 0:
-                continue
-            try:
-                after = self._reconcile_one(job)
-            except (TunesmithError, StorageError) as error:
-                log.warning("job could not be reconciled", extra={"job_id": job.job_id, "error": str(error)})
-                continue
-            free_slots -= job.status is Status.QUEUED and after.status.is_active
-            changed += after.revision != job.revision
-        return changed
+        queued = self._store.queued_jobs(free_slots) if free_slots > 0 else []
+        return changed + sum(self._safely(self._launch, job) for job in queued)
 
-    def _reconcile_one(self, job: Job) -> Job:
-        if job.status is Status.QUEUED:
-            return self._launch(job)
-        if not job.status.is_active or job.attempt is None:
-            return job
+    def _safely(self, step: Callable[[Job], Job], job: Job) -> bool:
+        """Whether the step changed the job."""
+        try:
+            return step(job).revision != job.revision
+        except (TunesmithError, StorageError) as error:
+            log.warning("job could not be reconciled", extra={"job_id": job.job_id, "error": str(error)})
+            return False
+
+    def _look_after(self, job: Job) -> Job:
+        assert job.attempt is not None
         if job.attempt.handle is None:
             return self._launch_again(job)
         if (result := self._result_of(job)) is not None:

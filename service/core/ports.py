@@ -105,8 +105,12 @@ class JobStore(Protocol):
         """A page of a tenant's jobs, newest first. Raises InvalidRequest for a cursor that is not ours."""
         ...
 
-    def open_jobs(self, limit: int) -> list[Job]:
-        """Jobs that are not final and not paused, over all tenants, oldest first."""
+    def queued_jobs(self, limit: int) -> list[Job]:
+        """Jobs that wait to be launched, over all tenants, oldest first."""
+        ...
+
+    def active_jobs(self, limit: int) -> list[Job]:
+        """Jobs whose attempt may hold compute, over all tenants, oldest first."""
         ...
 
     def uses_of_dataset(self, dataset_id: str) -> list[str]:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from service.core.errors import TunesmithError
 
+SHORTEST_PAUSE_S = 0.05  # a burst of submissions wakes it once
+
 log = logging.getLogger(__name__)
 
 
@@ -44,3 +46,4 @@ class Reconciler:
                 changed = 0
             if not changed:  # a change may have made the next one possible
                 self._woken.wait(self._interval_s)
+            self._stopping.wait(SHORTEST_PAUSE_S)

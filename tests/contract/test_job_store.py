@@ -174,17 +174,19 @@ def test_a_cursor_that_is_not_ours_is_refused(store: JobStore, cursor: str) -> N
         store.page_jobs(JobQuery("local", after=cursor))
 
 
-def test_open_jobs_are_those_that_somebody_must_look_after(store: JobStore) -> None:
-    for n, status in enumerate(Status):
-        store.create_job(a_job(f"job-{status}", status=status, created_at=START + timedelta(seconds=n)))
-    open_statuses = [job.status for job in store.open_jobs(limit=100)]
-    assert open_statuses == [Status.QUEUED, Status.PREPARING, Status.TRAINING, Status.PAUSING, Status.CANCELLING]
+def test_queued_and_active_jobs_are_found_oldest_first(store: JobStore) -> None:
+    for n, status in enumerate([*Status, Status.QUEUED, Status.TRAINING]):
+        store.create_job(a_job(f"job-{n}-{status}", status=status, created_at=START - timedelta(seconds=n)))
+    assert [job.job_id for job in store.queued_jobs(limit=10)] == ["job-9-queued", "job-0-queued"]
+    assert [job.job_id for job in store.queued_jobs(limit=1)] == ["job-9-queued"]
+    active = [job.status for job in store.active_jobs(limit=10)]
+    assert active == [Status.TRAINING, Status.CANCELLING, Status.PAUSING, Status.TRAINING, Status.PREPARING]
 
 
-def test_a_job_that_ends_is_not_open_any_more(store: JobStore) -> None:
+def test_a_job_that_ends_is_neither(store: JobStore) -> None:
     job = store.create_job(a_job())
     store.replace_job(job.model_copy(update={"status": Status.CANCELLED}))
-    assert store.open_jobs(limit=10) == []
+    assert store.queued_jobs(10) + store.active_jobs(10) == []
 
 
 def test_a_dataset_is_used_by_jobs_that_may_still_train(store: JobStore) -> None:

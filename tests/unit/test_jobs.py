@@ -184,7 +184,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_kept(
     with pytest.raises(error) as refusal:
         world.submitted(**changes, hf_token="hf_x")
     assert refusal.value.param == param
-    assert world.store.open_jobs(10) == []
+    assert world.store.queued_jobs(10) == []
     assert list(world.secrets.walk()) == []
 
 

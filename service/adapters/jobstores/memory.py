@@ -1,6 +1,6 @@
 """Records in memory: for tests, and the plainest statement of what a job store does."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from threading import RLock
 
@@ -66,9 +66,11 @@ class MemoryJobStore:
         place = [(row.created_at.isoformat(), row.job_id) for row in rows]
         return _page(rows, place, query.limit, query.after)
 
-    def open_jobs(self, limit: int) -> list[Job]:
-        jobs = [job for job in list(self._jobs.values()) if not job.status.is_final and job.status is not Status.PAUSED]
-        return sorted(jobs, key=lambda job: (job.created_at, job.job_id))[:limit]
+    def queued_jobs(self, limit: int) -> list[Job]:
+        return self._oldest(lambda job: job.status is Status.QUEUED, limit)
+
+    def active_jobs(self, limit: int) -> list[Job]:
+        return self._oldest(lambda job: job.status.is_active, limit)
 
     def uses_of_dataset(self, dataset_id: str) -> list[str]:
         jobs = list(self._jobs.values())
@@ -114,6 +116,10 @@ class MemoryJobStore:
 
     def close(self) -> None:
         return None
+
+    def _oldest(self, wanted: Callable[[Job], bool], limit: int) -> list[Job]:
+        jobs = [job for job in list(self._jobs.values()) if wanted(job)]
+        return sorted(jobs, key=lambda job: (job.created_at, job.job_id))[:limit]
 
     def _append(self, job_id: str, attempt: int, seq: int, at: datetime, event: Event) -> None:
         self._cursor += 1

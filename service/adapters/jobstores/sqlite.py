@@ -23,16 +23,18 @@ from service.core.ports import IdempotencyKey, JobQuery, JobSummary, Liveness, P
 BUSY_TIMEOUT_S = 4  # a request may wait this long for another writer before it is told to try again
 SCHEMA_VERSION = 1
 
-# is_open repeats Job.status in the form that the partial index needs.
+# is_active and is_final repeat Job.status in the form that the partial indexes need: most jobs are final, and in none of them.
 SCHEMA = """
 CREATE TABLE jobs (
     job_id TEXT PRIMARY KEY, tenant_id TEXT NOT NULL, project_id TEXT, job_name TEXT NOT NULL, base_model_id TEXT NOT NULL,
     status TEXT NOT NULL, modality TEXT NOT NULL, trainer_type TEXT NOT NULL, dataset_id TEXT NOT NULL, created_at TEXT NOT NULL,
-    is_open INTEGER NOT NULL, revision INTEGER NOT NULL, record TEXT NOT NULL) WITHOUT ROWID;
+    is_active INTEGER NOT NULL, is_final INTEGER NOT NULL, revision INTEGER NOT NULL, record TEXT NOT NULL) WITHOUT ROWID;
 CREATE INDEX jobs_newest ON jobs (tenant_id, created_at DESC, job_id DESC);
 CREATE INDEX jobs_by_status ON jobs (tenant_id, status, created_at DESC, job_id DESC);
 CREATE INDEX jobs_by_project ON jobs (tenant_id, project_id, created_at DESC, job_id DESC) WHERE project_id IS NOT NULL;
-CREATE INDEX jobs_open ON jobs (created_at, job_id) WHERE is_open = 1;
+CREATE INDEX jobs_queued ON jobs (created_at, job_id) WHERE status = 'queued';
+CREATE INDEX jobs_active ON jobs (created_at, job_id) WHERE is_active = 1;
+CREATE INDEX jobs_unfinished ON jobs (dataset_id, job_id) WHERE is_final = 0;
 CREATE TABLE idempotency (
     tenant_id TEXT NOT NULL, key TEXT NOT NULL, body_digest TEXT NOT NULL, job_id TEXT NOT NULL, created_at TEXT NOT NULL,
     PRIMARY KEY (tenant_id, key)) WITHOUT ROWID;
@@ -73,7 +75,7 @@ class SqliteJobStore:
                 return earlier
             try:
                 db.execute(
-                    "INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    "INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (
                         job.job_id,
                         job.tenant_id,
@@ -85,7 +87,8 @@ class SqliteJobStore:
                         job.training_config.trainer_type,
                         job.processed_dataset_id,
                         _text(job.created_at),
-                        _is_open(job),
+                        job.status.is_active,
+                        job.status.is_final,
                         job.revision,
                         record,
                     ),
@@ -102,8 +105,8 @@ class SqliteJobStore:
         record = kept.model_dump_json()
         with self._transaction() as db:
             cursor = db.execute(
-                "UPDATE jobs SET status = ?, is_open = ?, revision = ?, record = ? WHERE job_id = ? AND revision = ?",
-                (kept.status, _is_open(kept), kept.revision, record, kept.job_id, job.revision),
+                "UPDATE jobs SET status = ?, is_active = ?, is_final = ?, revision = ?, record = ? WHERE job_id = ? AND revision = ?",
+                (kept.status, kept.status.is_active, kept.status.is_final, kept.revision, record, kept.job_id, job.revision),
             )
             if cursor.rowcount == 0:
                 if db.execute("SELECT 1 FROM jobs WHERE job_id = ?", (job.job_id,)).fetchone():
@@ -132,15 +135,16 @@ class SqliteJobStore:
         last = shown[-1] if len(found) > query.limit else None
         return Page(shown, encode_cursor(_text(last.created_at), last.job_id) if last else None)
 
-    def open_jobs(self, limit: int) -> list[Job]:
-        rows = self._reader().execute("SELECT record FROM jobs WHERE is_open = 1 ORDER BY created_at, job_id LIMIT ?", (limit,))
+    def queued_jobs(self, limit: int) -> list[Job]:
+        rows = self._reader().execute("SELECT record FROM jobs WHERE status = 'queued' ORDER BY created_at, job_id LIMIT ?", (limit,))
+        return [Job.load(row[0]) for row in rows.fetchall()]
+
+    def active_jobs(self, limit: int) -> list[Job]:
+        rows = self._reader().execute("SELECT record FROM jobs WHERE is_active = 1 ORDER BY created_at, job_id LIMIT ?", (limit,))
         return [Job.load(row[0]) for row in rows.fetchall()]
 
     def uses_of_dataset(self, dataset_id: str) -> list[str]:
-        # Paused jobs are not open, yet will train again.
-        rows = self._reader().execute(
-            "SELECT job_id FROM jobs WHERE dataset_id = ? AND (is_open = 1 OR status = 'paused') ORDER BY job_id", (dataset_id,)
-        )
+        rows = self._reader().execute("SELECT job_id FROM jobs WHERE dataset_id = ? AND is_final = 0 ORDER BY job_id", (dataset_id,))
         return [row[0] for row in rows.fetchall()]
 
     def delete_job(self, job_id: str) -> bool:
@@ -299,10 +303,6 @@ def _summary(*row: str) -> JobSummary:
     return JobSummary(
         job_id, job_name, base_model_id, Status(status), modality, trainer_type, project_id, datetime.fromisoformat(created_at)
     )
-
-
-def _is_open(job: Job) -> bool:
-    return not job.status.is_final and job.status is not Status.PAUSED
 
 
 def _text(moment: datetime) -> str:

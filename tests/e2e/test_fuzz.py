@@ -1,0 +1,45 @@
+"""Thousands of requests made from the API's own description, right and wrong: never a 5xx."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+
+from service.adapters.launchers.local import LocalLauncher
+from service.main import create_app
+from service.settings import Settings
+from tests.factories import some_hardware
+
+EXAMPLES = 40  # of each kind and operation
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalLauncher, "hardware", lambda _: some_hardware())
+        patch.setattr(LocalLauncher, "free_slots", lambda _: 0)
+        home: Path = tmp_path_factory.mktemp("home")
+        yield schemathesis.openapi.from_asgi("/openapi.json", create_app(Settings(home=home)))
+
+
+@pytest.mark.filterwarnings("ignore")  # schemathesis tells what it finds odd about an API; it is asked for one thing only
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
+def test_no_request_breaks_the_service(api: Any, mode: GenerationMode) -> None:
+    operations = [operation.ok() for operation in api.get_all_operations()]
+    assert len(operations) >= 14
+    for operation in operations:
+
+        @given(case=operation.as_strategy(generation_mode=mode))
+        @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        def ask(case: Any) -> None:
+            case.validate_response(case.call(), checks=[not_a_server_error])
+
+        with suppress(Unsatisfiable):  # an address without parameters cannot be asked wrongly
+            ask()

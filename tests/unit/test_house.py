@@ -1,0 +1,60 @@
+"""Promises of the house: light imports, resolvable registries, pages that match the code."""
+
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from infra.settings_table import table
+from schema.training import TRAINER_TYPES
+from service.adapters.jobstores import JOB_STORES
+from service.adapters.launchers import LAUNCHERS
+from service.adapters.secrets import SECRET_STORES
+from storage import STORES
+
+SOURCE = Path(__file__).resolve().parents[2]
+HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "numpy", "pandas", "wandb", "llama_cpp", "huggingface_hub", "google", "boto3"}
+
+
+def test_the_service_imports_nothing_heavy() -> None:
+    code = "import sys, service.main, service.cli; print('\\n'.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=SOURCE)
+    assert not HEAVY & {name.partition(".")[0] for name in done.stdout.split()}
+
+
+def test_the_services_environment_holds_no_ml_library() -> None:
+    pinned = {line.partition("==")[0].lower() for line in (SOURCE / "requirements/service.txt").read_text().splitlines()}
+    assert not pinned & {name.replace("_", "-") for name in HEAVY}
+
+
+@pytest.mark.parametrize("registry", [JOB_STORES, LAUNCHERS, SECRET_STORES, STORES], ids=["jobs", "launchers", "secrets", "objects"])
+def test_every_registry_line_resolves(registry: dict[str, str]) -> None:
+    for line in registry.values():
+        module, _, name = line.partition(":")
+        assert isinstance(getattr(import_module(module), name), type)
+
+
+def test_every_trainer_type_names_a_file_that_is_there() -> None:
+    for config in TRAINER_TYPES.values():
+        module, _, function = config.trainer.partition(":")
+        assert f"def {function}(" in (SOURCE / (module.replace(".", "/") + ".py")).read_text()
+
+
+def test_the_page_of_settings_is_what_the_settings_say() -> None:
+    assert (SOURCE / "docs/settings.md").read_text() == table()
+
+
+def test_links_between_the_pages_lead_somewhere() -> None:
+    pages = [*SOURCE.glob("*.md"), *(SOURCE / "docs").rglob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_file_that_the_life_of_a_job_names_is_there() -> None:
+    text = (SOURCE / "ARCHITECTURE.md").read_text()
+    for name in re.findall(r"`((?:service|schema|jobs|storage|tests)/[\w/]+\.py)`", text):
+        assert (SOURCE / name).exists(), name
