@@ -60,7 +60,11 @@ test: test-fast test-llm test-e2e ## Everything, real processes and models too
 test-fast: setup-dev ## Unit and contract tests: seconds
 	PYTHONPATH=. $(VENVS)/dev/bin/python -m pytest tests/unit tests/contract
 
-test-llm: setup-llm ## The trainer and the exporters, on a tiny model
+$(VENVS)/llm/.installed-tests: $(VENVS)/llm/.installed requirements/llm-test.txt
+	$(VENVS)/llm/bin/pip install $(PIP_FLAGS) -c requirements/llm-constraints.txt -r requirements/llm-test.txt
+	@touch $@
+
+test-llm: $(VENVS)/llm/.installed-tests ## The trainer and the exporters, on a tiny model
 	PYTHONPATH=. HF_HUB_OFFLINE=1 $(VENVS)/llm/bin/python -m pytest tests/jobs tests/exports
 
 test-e2e: setup-dev setup-service setup-llm ## Real HTTP, real child processes, the README's commands, the real Gemma

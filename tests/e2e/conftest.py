@@ -63,6 +63,8 @@ class Service:
         assert self.process is not None
         self.process.send_signal(how)
         self.process.wait(20)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
 
     def upload(self, rows: list[Json] = ROWS, **fields: str) -> str:
         content = "\n".join(json.dumps(row) for row in rows)
@@ -139,6 +141,7 @@ def service(tmp_path_factory: pytest.TempPathFactory, tiny_gemma: Path) -> Itera
     service.start()
     yield service
     service.stop()
+    service.http.close()
 
 
 @pytest.fixture
@@ -151,3 +154,4 @@ def own_service(tmp_path: Path, tiny_gemma: Path) -> Iterator[Service]:
         service.stop()
     for process in service.attempts():
         process.kill()
+    service.http.close()

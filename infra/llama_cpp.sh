@@ -1,0 +1,114 @@
+#!/usr/bin/env bash
+# llama.cpp for the trainer's environment: infra/llama_cpp.sh PYTHON
+#
+# Installs the bindings (llama_cpp) and, from the very same source archive, the converters that no wheel holds:
+# <environment>/share/llama.cpp/{convert_hf_to_gguf.py,convert_lora_to_gguf.py,conversion/,gguf-py/}.
+# The wheel is built once per machine and kept in the cache with the archive; a second run finds all in place.
+set -euo pipefail
+
+readonly VERSION=0.3.36
+readonly SDIST_SHA256=832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e
+readonly DISKCACHE=diskcache==5.6.3 # llama_cpp imports it; installed by name, since --no-deps keeps numpy where torch wants it
+readonly SDIST=llama_cpp_python-$VERSION.tar.gz
+readonly WHEELS=${XDG_CACHE_HOME:-$HOME/.cache}/tunesmith/wheels
+readonly CONVERTERS=(convert_hf_to_gguf.py convert_lora_to_gguf.py conversion gguf-py LICENSE)
+
+# GGML_NATIVE=OFF: a native build may not run on another machine, and on a processor with AMX it dies at the first
+# quantized matrix. The rest is never used here, and off it halves the build.
+readonly BUILD_FLAGS="-DGGML_NATIVE=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF"
+
+main() {
+  [[ $# -eq 1 && -x $1 ]] || fail "usage: infra/llama_cpp.sh PYTHON, the python of the trainer's environment"
+  python=$1
+  share=$("$python" -c 'import sys; print(sys.prefix)')/share/llama.cpp
+  if is_installed; then
+    say "llama.cpp ($VERSION) is in place"
+    return
+  fi
+  mkdir -p "$WHEELS" "$(dirname "$share")"
+  scratch=$(mktemp -d "$WHEELS/.scratch-XXXXXX") # beside its destination, so that a finished file is moved in one step
+  trap 'rm -rf "$scratch"' EXIT
+  [[ -f $WHEELS/$SDIST ]] || timed "downloading $SDIST (77 MB)" download_sdist
+  check_sdist
+  [[ -n $(cached_wheel) ]] || timed "building llama.cpp for this machine, once (3 minutes on 2 idle cores)" build_wheel
+  timed "installing $(basename "$(cached_wheel)")" install_wheel
+  timed "unpacking the converters into $share" unpack_converters
+}
+
+is_installed() {
+  [[ -f $share/.sdist-sha256 && $(<"$share/.sdist-sha256") == "$SDIST_SHA256" ]] || return 1
+  "$python" - "$VERSION" <<'PYTHON'
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+try:
+    raise SystemExit(version("llama-cpp-python") != sys.argv[1] or find_spec("diskcache") is None)
+except PackageNotFoundError:
+    raise SystemExit(1) from None
+PYTHON
+}
+
+# pip reads the archive's metadata, which compiles nothing.
+download_sdist() {
+  quiet "$python" -m pip download --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
+    "llama-cpp-python==$VERSION" -d "$scratch"
+  mv "$scratch/$SDIST" "$WHEELS/$SDIST"
+}
+
+check_sdist() {
+  local found
+  found=$("$python" -c 'import hashlib, sys; print(hashlib.file_digest(open(sys.argv[1], "rb"), "sha256").hexdigest())' "$WHEELS/$SDIST")
+  [[ $found == "$SDIST_SHA256" ]] || fail "$WHEELS/$SDIST has sha256 $found, expected $SDIST_SHA256; remove it and run again"
+}
+
+cached_wheel() {
+  find "$WHEELS" -maxdepth 1 -name "llama_cpp_python-$VERSION-*_$(uname -m).whl" | sort | head -n 1
+}
+
+build_wheel() {
+  command -v "${CXX:-c++}" >/dev/null || fail "llama.cpp needs a C++ compiler; install g++ or clang, or set CXX"
+  CMAKE_ARGS=$BUILD_FLAGS CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$("$python" -c 'import os; print(os.cpu_count())')} \
+    quiet "$python" -m pip wheel --disable-pip-version-check --no-deps "$WHEELS/$SDIST" -w "$scratch"
+  mv "$scratch"/llama_cpp_python-"$VERSION"-*.whl "$WHEELS/"
+}
+
+install_wheel() {
+  quiet "$python" -m pip install --disable-pip-version-check --no-deps --force-reinstall "$(cached_wheel)"
+  "$python" -c 'import diskcache' 2>/dev/null || quiet "$python" -m pip install --disable-pip-version-check --no-deps "$DISKCACHE"
+  "$python" -c 'import llama_cpp' || fail "llama.cpp was built but does not load; remove $(cached_wheel) and run again"
+}
+
+unpack_converters() {
+  local inside=${SDIST%.tar.gz}/vendor/llama.cpp
+  mkdir "$scratch/converters"
+  tar -xzf "$WHEELS/$SDIST" -C "$scratch/converters" --strip-components=3 "${CONVERTERS[@]/#/$inside/}"
+  rm -rf "$share"
+  mv "$scratch/converters" "$share"
+  echo "$SDIST_SHA256" >"$share/.sdist-sha256" # last: without it the next run starts over
+}
+
+# Runs a command whose output is shown only if it fails.
+quiet() {
+  "$@" >"$scratch/log" 2>&1 || {
+    tail -n 40 "$scratch/log" >&2
+    fail "this failed, see above: $*"
+  }
+}
+
+timed() {
+  local what=$1 started=$SECONDS
+  shift
+  say "$what …"
+  "$@"
+  say "  done in $((SECONDS - started)) s"
+}
+
+say() { echo "$*"; }
+
+fail() {
+  echo "error: $*" >&2
+  exit 1
+}
+
+main "$@"

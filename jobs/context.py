@@ -1,0 +1,197 @@
+"""What a trainer and an exporter may touch: the spec, the stores, the secrets, a folder, and a voice."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Protocol
+
+from schema.events import ArtifactMade, Decided, Evaluated, Event, Metrics, PhaseChanged, TrackerStarted, Warned
+from schema.job import Artifact, EvalMetrics, Phase, Progress
+from schema.spec import JobSpec, StoreUrls
+from storage import ObjectStore, open_store
+
+log = logging.getLogger(__name__)
+
+
+class Voice(Protocol):
+    """Where events go."""
+
+    def report(self, event: Event) -> None:
+        """Take an event; never raises."""
+        ...
+
+    def place(self, *, phase: Phase | None = None, progress: Progress | None = None) -> None:
+        """Where the attempt is now."""
+        ...
+
+
+class Mirror(Protocol):
+    """Another place that shows the curves; never raises, never blocks for long."""
+
+    def metrics(self, event: Metrics) -> None:
+        """A point of the curves."""
+        ...
+
+    def evaluated(self, event: Evaluated) -> None:
+        """A measurement on the held-out rows."""
+        ...
+
+    def checkpoint(self, folder: Path, step: int) -> None:
+        """A checkpoint was written, and may be removed when this returns."""
+        ...
+
+    def model(self, folder: Path) -> None:
+        """The trained model was written."""
+        ...
+
+
+class Secrets(Mapping[str, str]):
+    """The job's secrets, by name. Printing it shows the names alone."""
+
+    def __init__(self, values: Mapping[str, str]) -> None:
+        self._values = dict(values)
+
+    def __getitem__(self, name: str) -> str:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return f"Secrets({', '.join(sorted(self._values))})"
+
+    def redact(self, text: str) -> str:
+        """The text without any of the values."""
+        for value in self._values.values():
+            text = text.replace(value, "**********") if value else text
+        return text
+
+
+@dataclass(frozen=True)
+class Stores:
+    """The object stores of the job, opened when they are first used."""
+
+    urls: StoreUrls
+
+    @cached_property
+    def datasets(self) -> ObjectStore:
+        return open_store(self.urls.datasets)
+
+    @cached_property
+    def models(self) -> ObjectStore:
+        return open_store(self.urls.models)
+
+    @cached_property
+    def configs(self) -> ObjectStore:
+        return open_store(self.urls.configs)
+
+
+@dataclass
+class Findings:
+    """What is known of the attempt so far; it becomes the result, also when the attempt fails."""
+
+    metrics: EvalMetrics | None = None
+    base_metrics: EvalMetrics | None = None
+    wandb_url: str | None = None
+
+
+class StopRequest(Protocol):
+    """Whether the attempt was asked to stop."""
+
+    def check(self) -> None:
+        """Raises Cancelled when it was."""
+        ...
+
+
+@dataclass
+class JobContext:
+    """One attempt at one job, seen from inside."""
+
+    spec: JobSpec
+    attempt: int
+    workdir: Path
+    secrets: Secrets
+    stores: Stores
+    voice: Voice
+    stop: StopRequest
+    mirrors: list[Mirror] = field(default_factory=list)
+    findings: Findings = field(default_factory=Findings)
+
+    def phase(self, phase: Phase) -> None:
+        """Enter a phase of the work. Raises Cancelled."""
+        self.check()
+        self.voice.place(phase=phase)
+        self._tell(PhaseChanged(phase=phase), phase=phase)
+
+    def progress(self, progress: Progress) -> None:
+        """How far the training is; travels with the next report."""
+        self.voice.place(progress=progress)
+
+    def metrics(
+        self,
+        step: int,
+        values: Mapping[str, float | None],
+        *,
+        epoch: float | None = None,
+        notes: Mapping[str, str] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """A point of the curves; a number that could not be had is None, and its note says why."""
+        event = Metrics(step=step, epoch=epoch, values=dict(values), notes=dict(notes or {}), progress=progress)
+        self._tell(event, step=step, **values)
+        for mirror in self.mirrors:
+            mirror.metrics(event)
+
+    def evaluated(self, when: Literal["before", "during", "after"], step: int, metrics: EvalMetrics) -> None:
+        """The model was measured on the held-out rows."""
+        event = Evaluated(when=when, step=step, metrics=metrics)
+        if when == "before":
+            self.findings.base_metrics = metrics
+        else:
+            self.findings.metrics = metrics
+        self._tell(event, when=when, step=step, eval_loss=metrics.eval_loss, perplexity=metrics.perplexity)
+        for mirror in self.mirrors:
+            mirror.evaluated(event)
+
+    def decided(self, what: str, value: str, why: str) -> None:
+        """Something was chosen by the attempt itself."""
+        self._tell(Decided(what=what, value=value, why=why), what=what, value=value, why=why)
+
+    def warn(self, code: str, message: str) -> None:
+        """Something the user should know, and that does not stop the job."""
+        message = self.secrets.redact(message)
+        self._tell(Warned(code=code, message=message), code=code, text=message)
+
+    def tracker_started(self, tracker: str, url: str | None) -> None:
+        """A tracker mirrors the job."""
+        if tracker == "wandb":
+            self.findings.wandb_url = url
+        self._tell(TrackerStarted(tracker=tracker, url=url), tracker=tracker, url=url)
+
+    def artifact_made(self, artifact: Artifact) -> None:
+        """An artifact is uploaded and verified."""
+        self._tell(ArtifactMade(artifact=artifact), artifact=artifact.name, size_bytes=artifact.size_bytes)
+
+    def checkpoint_saved(self, folder: Path, step: int) -> None:
+        """A checkpoint is complete."""
+        log.info("checkpoint", extra={"step": step})
+        for mirror in self.mirrors:
+            mirror.checkpoint(folder, step)
+
+    def model_saved(self, folder: Path) -> None:
+        """The trained model is complete."""
+        for mirror in self.mirrors:
+            mirror.model(folder)
+
+    def check(self) -> None:
+        """Raises Cancelled when the attempt was asked to stop."""
+        self.stop.check()
+
+    def _tell(self, event: Event, **facts: object) -> None:
+        log.info(event.type, extra={name: value for name, value in facts.items() if value is not None})
+        self.voice.report(event)

@@ -1,0 +1,1 @@
+"""From the rows of a dataset to tokens and labels. Here belongs nothing that trains."""

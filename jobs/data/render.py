@@ -1,0 +1,119 @@
+"""Rows of a dataset as tokens and labels: what the model reads, and what it is to learn to say.
+
+messages           the chat template; labels on what the assistant says, its end of turn included
+prompt_completion  labels on the completion and the end
+text               labels on everything and the end
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from schema.training import DatasetType
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NO_LABEL = -100  # torch's cross entropy ignores it
+
+Message = dict[str, str]
+Span = tuple[int, int]  # characters of a text, from and to
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One row. `labels` is as long as `input_ids`: the token itself where it is to be learned, else NO_LABEL."""
+
+    input_ids: list[int]
+    labels: list[int]
+    prompt_text: str
+    prompt_tokens: int
+
+
+@dataclass
+class Rendered:
+    """The rows that can be learned from, and how many could not, or not wholly."""
+
+    rows: list[TokenRow] = field(default_factory=list)
+    cut: int = 0  # longer than the longest sequence
+    dropped: int = 0  # without anything to learn in what was left
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a split, in order."""
+    with path.open("rb") as lines:
+        for line in lines:
+            yield json.loads(line)
+
+
+def use_chat_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Give a tokenizer without a chat template Gemma's own; whether that was done."""
+    if tokenizer.chat_template:
+        return False
+    tokenizer.chat_template = files("trl").joinpath("chat_templates/gemma3.jinja").read_text()
+    return True
+
+
+def render(rows: Iterator[dict[str, Any]], dataset_type: DatasetType, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Rendered:
+    """Tokens and labels of every row, cut to `max_length` tokens."""
+    rendered = Rendered()
+    for row in rows:
+        text, spans, chat = _text_of(row, dataset_type, tokenizer)
+        tokens = _tokens_of(text, spans, tokenizer, chat=chat)
+        rendered.cut += len(tokens.input_ids) > max_length
+        tokens = TokenRow(
+            tokens.input_ids[:max_length], tokens.labels[:max_length], tokens.prompt_text, min(tokens.prompt_tokens, max_length)
+        )
+        if any(label != NO_LABEL for label in tokens.labels[1:]):
+            rendered.rows.append(tokens)
+        else:
+            rendered.dropped += 1
+    return rendered
+
+
+def _text_of(row: dict[str, Any], dataset_type: DatasetType, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, list[Span], bool]:
+    """The row as one text, the parts of it that are to be learned, and whether the chat template wrote it."""
+    match dataset_type:
+        case "messages":
+            return *_conversation(row["messages"], 0, tokenizer), True
+        case "prompt_completion" if isinstance(row["prompt"], list):
+            return *_conversation(row["prompt"] + row["completion"], len(row["prompt"]), tokenizer), True
+        case "prompt_completion":
+            text = row["prompt"] + row["completion"]
+            return text, [(len(row["prompt"]), len(text))], False
+        case "text":
+            return row["text"], [(0, len(row["text"]))], False
+
+
+def _conversation(messages: list[Message], first: int, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, list[Span]]:
+    """A conversation as text; what the assistant says from message `first` on is to be learned, with its end of turn."""
+    spans: list[Span] = []
+    for n in range(first, len(messages)):
+        if messages[n]["role"] == "assistant":
+            before = _apply(tokenizer, messages[:n], ask=True)
+            until = _apply(tokenizer, messages[: n + 1], ask=False)
+            spans.append((len(before), len(until)))
+    return _apply(tokenizer, messages, ask=False), spans
+
+
+def _apply(tokenizer: "PreTrainedTokenizerBase", messages: list[Message], *, ask: bool) -> str:
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
+
+
+def _tokens_of(text: str, spans: list[Span], tokenizer: "PreTrainedTokenizerBase", *, chat: bool) -> TokenRow:
+    """A token is learned when it begins inside a span. A chat template writes its own beginning and ends; other texts get them here."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids: list[int] = list(encoded["input_ids"])
+    labels = [
+        token if any(start <= offset[0] < end for start, end in spans) else NO_LABEL
+        for token, offset in zip(ids, encoded["offset_mapping"], strict=True)
+    ]
+    if not chat:
+        begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+        ids = [*begin, *ids, tokenizer.eos_token_id]
+        labels = [*[NO_LABEL] * len(begin), *labels, tokenizer.eos_token_id]
+    first = next((n for n, label in enumerate(labels) if label != NO_LABEL), len(labels))
+    return TokenRow(ids, labels, text[: spans[0][0]] if spans else text, first)

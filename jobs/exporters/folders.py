@@ -1,0 +1,78 @@
+"""The files of a model folder: which are handed back, and what is mended in them on the way."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
+# A turn ends a chat model's answer as surely as the text's end does.
+TURN_ENDS = ("<end_of_turn>",)
+
+
+def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Bring the named files that exist into another folder; large ones share their bytes with the source."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if (source / name).is_file():
+            link_or_copy(source / name, target / name)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """The same bytes under a second name; copied where the file system cannot link."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def weights(folder: Path) -> list[str]:
+    """The names of a folder's safetensors files, in order."""
+    return sorted(path.name for path in folder.glob("*.safetensors"))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a settings file anew; a link to someone else's file is cut first."""
+    path.unlink(missing_ok=True)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def mend_generation_config(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Let generation stop where an answer ends: the base's config knows only the end of a text."""
+    path = folder / "generation_config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    known = config.get("eos_token_id")
+    ends = [*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id]
+    ends += [tokenizer.get_vocab().get(token) for token in TURN_ENDS]
+    write_json(path, config | {"eos_token_id": list(dict.fromkeys(token for token in ends if token is not None))})
+
+
+def precision(folder: Path) -> Literal["f32", "f16", "bf16"]:
+    """The precision of a model's weights, in llama.cpp's words: f32, f16 or bf16. A mixture counts as its widest."""
+    from safetensors import safe_open
+
+    found: set[str] = set()
+    for name in weights(folder):
+        with safe_open(folder / name, framework="pt") as tensors:  # reads headers only
+            found |= {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118  # no dict
+    return "f16" if found == {"F16"} else "bf16" if found == {"BF16"} else "f32"
+
+
+def size_bytes(folder: Path) -> int:
+    """The size of a folder's weights."""
+    return sum((folder / name).stat().st_size for name in weights(folder))

@@ -1,0 +1,97 @@
+"""How a model speaks: its next-token probabilities on held-out passages, computed once and kept in a file."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.llama.fidelity import Passage, log_softmax
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+    from jobs.trained import Probe
+
+# Time and memory: with Gemma's vocabulary of 262,144 a position is 1 MB of numbers and 0.3 GFLOP of head.
+MOST_PASSAGES = 8
+MOST_TOKENS = 256  # of one passage
+MOST_POSITIONS = 256  # compared, of all passages together
+
+# A job without held-out rows is verified on these: prose, code, names and figures.
+FALLBACK_TEXTS = (
+    "The quick brown fox jumps over the lazy dog, and the dog does not mind. It is a warm day, and nothing else happens until the evening.",
+    "def mean(values: list[float]) -> float:\n    return sum(values) / len(values)\n\n\nprint(mean([1.0, 2.5, 4.0]))\n",
+    "In 1969 three people flew to the Moon. Two of them walked on it for 2 hours and 31 minutes; the third one waited in orbit.",
+)
+FALLBACK_PROMPT = "Once upon a time"
+
+
+def passages_of(probes: "Sequence[Probe]", tokenizer: "PreTrainedTokenizerBase") -> tuple[Passage, ...]:
+    """What the models are asked to read: the ends of held-out rows, where the answers are, within the limits above."""
+    held_out = [_cut(probe.input_ids, probe.prompt_tokens) for probe in probes if probe.input_ids]
+    texts = (held_out or [tuple(tokenizer.encode(text)) for text in FALLBACK_TEXTS])[:MOST_PASSAGES]
+    share = MOST_POSITIONS // len(texts)
+    return tuple(Passage(ids=ids, compared=min(share, len(ids))) for ids in texts)
+
+
+def sample_of(probes: "Sequence[Probe]", tokenizer: "PreTrainedTokenizerBase") -> tuple[str, tuple[int, ...]]:
+    """A prompt to be continued, as text and as ids: the shortest of the held-out ones."""
+    prompts = [probe for probe in probes if probe.prompt_tokens]
+    if not prompts:
+        return FALLBACK_PROMPT, tuple(tokenizer.encode(FALLBACK_PROMPT))
+    shortest = min(prompts, key=lambda probe: probe.prompt_tokens)
+    return shortest.prompt_text, _cut(shortest.input_ids[: shortest.prompt_tokens], shortest.prompt_tokens)
+
+
+def load_model(folder: Path, dtype: "torch.dtype", device: str) -> "torch.nn.Module":
+    """A causal language model from a folder on this machine, for reading only."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
+
+
+def write_log_probs(model: "torch.nn.Module", passages: Sequence[Passage], path: Path) -> Path:
+    """Let a model read the passages, and keep its log probabilities at the compared positions as rows of a .npy file.
+
+    Raises FloatingPointError when some are not finite.
+    """
+    import numpy as np
+
+    positions, kept = 0, None
+    for logits in _logits(model, passages):
+        if not np.isfinite(logits).all():
+            raise FloatingPointError("logits are not finite")
+        if kept is None:
+            shape = (sum(passage.compared for passage in passages), logits.shape[-1])
+            kept = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        kept[positions : positions + len(logits)] = log_softmax(logits)
+        positions += len(logits)
+    return path
+
+
+def log_probs_of(path: Path) -> "NDArray[np.float32]":
+    """What was kept, one row per position, read from the file as it is needed."""
+    import numpy as np
+
+    return np.load(path, mmap_mode="r")
+
+
+def _cut(ids: tuple[int, ...], prompt_tokens: int) -> tuple[int, ...]:
+    """At most MOST_TOKENS: the first one, which Gemma cannot do without, and those on both sides of the answer's start."""
+    if len(ids) <= MOST_TOKENS:
+        return ids
+    start = min(max(1, prompt_tokens - MOST_TOKENS // 2), len(ids) - MOST_TOKENS + 1)
+    return ids[:1] + ids[start : start + MOST_TOKENS - 1]
+
+
+def _logits(model: "torch.nn.Module", passages: Sequence[Passage]) -> "Iterator[NDArray[np.float32]]":
+    import torch
+
+    device = next(model.parameters()).device
+    for passage in passages:
+        ids = torch.tensor([passage.ids], device=device)
+        with torch.inference_mode():
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=passage.compared).logits
+        yield logits[0].float().cpu().numpy()

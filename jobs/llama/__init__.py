@@ -1,0 +1,20 @@
+"""llama.cpp at arm's length: its converter, quantizer and engine, each run as a process of its own.
+
+Here belong the small programs (`python -m jobs.llama.quantize`, `.evaluate`), the few calls into the engine that they need
+(`model.py`), and the way to start them (`apart.py`). Native code may crash: it must not take the attempt down with it, so
+nothing here loads llama.cpp into the process that trains. What the numbers mean is decided in `jobs/exporters/`.
+"""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def converter() -> Path:
+    """Where llama.cpp's own converter lies: fetched into the trainer's environment when it was installed."""
+    return Path(sys.prefix) / "share" / "llama.cpp" / "convert_hf_to_gguf.py"
+
+
+def llama_cpp_available() -> bool:
+    """Whether GGUF files can be made and verified here; looks, and loads nothing."""
+    return find_spec("llama_cpp") is not None and converter().is_file()

@@ -1,0 +1,147 @@
+"""A GGUF file, loaded by llama.cpp into this process: tokens, logits, greedy text. Only the programs beside it use this."""
+
+import sys
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import ctypes
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+LOG_LEVEL_ERROR = 4  # ggml_log_level; everything below it is chatter
+
+# ctypes forgets nothing itself: a callback that Python has collected crashes the engine at its next word.
+_kept: list[object] = []
+
+
+class LlamaError(Exception):
+    """llama.cpp refused: the message says what it was asked to do."""
+
+
+def hush() -> None:
+    """Let llama.cpp speak of errors only."""
+    import llama_cpp
+
+    @llama_cpp.llama_log_callback
+    def errors_only(level: int, text: bytes, _: object) -> None:
+        if level == LOG_LEVEL_ERROR:
+            sys.stderr.write(text.decode(errors="replace"))
+
+    _kept.append(errors_only)
+    llama_cpp.llama_log_set(errors_only, None)
+
+
+@contextmanager
+def open_gguf(path: Path, *, threads: int, context_tokens: int, most_outputs: int) -> Generator["GgufModel"]:
+    """Load a file for sequences of up to `context_tokens`, at most `most_outputs` of whose positions are asked for at once."""
+    import llama_cpp
+
+    hush()
+    llama_cpp.llama_backend_init()
+    model_params = llama_cpp.llama_model_default_params()
+    # A build for one processor crashes in its AMX kernels at the first quantized matrix; portable builds have none to lose.
+    model_params.use_extra_bufts = False
+    model_params.n_gpu_layers = 0  # what is verified is the file, and the memory of the accelerator may be taken
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_params)
+    if not model:
+        raise LlamaError(f"{path.name} cannot be loaded")
+    try:
+        context = llama_cpp.llama_init_from_model(model, _context_params(threads, context_tokens, most_outputs))
+        if not context:
+            raise LlamaError(f"no context of {context_tokens} tokens for {path.name}")
+        try:
+            yield GgufModel(llama_cpp, model, context)
+        finally:
+            llama_cpp.llama_free(context)
+    finally:
+        llama_cpp.llama_model_free(model)
+
+
+class GgufModel:
+    """A loaded file. One sequence at a time; every call starts afresh."""
+
+    def __init__(self, llama_cpp: ModuleType, model: "ctypes.c_void_p", context: "ctypes.c_void_p") -> None:
+        self._llama = llama_cpp
+        self._context = context
+        self._vocab = llama_cpp.llama_model_get_vocab(model)
+        self.vocab_size: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
+
+    def tokenize(self, text: str) -> list[int]:
+        """The text's token ids: turn tokens are recognised, nothing is added in front."""
+        content = text.encode()
+        room = len(content) + 8
+        tokens = (self._llama.llama_token * room)()
+        count = self._llama.llama_tokenize(self._vocab, content, len(content), tokens, room, False, True)
+        if count < 0:
+            raise LlamaError(f"a text of {len(content)} bytes has more tokens than bytes")
+        return list(tokens[:count])
+
+    def logits(self, ids: Sequence[int], last: int) -> Iterator["NDArray[np.float32]"]:
+        """The logits at the last positions of a sequence, one row of the vocabulary's size at a time."""
+        self._forget()
+        self._decode(ids, 0, last)
+        for position in range(len(ids) - last, len(ids)):
+            yield self._row(position)
+
+    def generate(self, ids: Sequence[int], most_tokens: int) -> list[int]:
+        """The most likely continuation, token by token, up to and with the token that ends it."""
+        self._forget()
+        self._decode(ids, 0, 1)
+        answer = [int(self._row(len(ids) - 1).argmax())]
+        while len(answer) < most_tokens and not self.ends(answer[-1]):
+            self._decode(answer[-1:], len(ids) + len(answer) - 1, 1)
+            answer.append(int(self._row(0).argmax()))
+        return answer
+
+    def ends(self, token: int) -> bool:
+        """Whether a token ends a turn or a text."""
+        return bool(self._llama.llama_vocab_is_eog(self._vocab, token))
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The tokens as text, special ones left out."""
+        return b"".join(self._piece(token) for token in ids).decode(errors="replace")
+
+    def _piece(self, token: int) -> bytes:
+        import ctypes
+
+        room = 256  # bytes; the longest piece of Gemma's vocabulary has 93
+        piece = ctypes.create_string_buffer(room)
+        length = self._llama.llama_token_to_piece(self._vocab, token, piece, room, 0, False)
+        return piece.raw[: max(0, length)]
+
+    def _forget(self) -> None:
+        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
+
+    def _decode(self, ids: Sequence[int], start: int, last: int) -> None:
+        batch = self._llama.llama_batch_init(len(ids), 0, 1)
+        try:
+            batch.n_tokens = len(ids)
+            for i, token in enumerate(ids):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, start + i, 1, 0
+                batch.logits[i] = i >= len(ids) - last
+            code = self._llama.llama_decode(self._context, batch)
+        finally:
+            self._llama.llama_batch_free(batch)
+        if code != 0:
+            raise LlamaError(f"decoding {len(ids)} tokens answered {code}")
+
+    def _row(self, position: int) -> "NDArray[np.float32]":
+        import numpy as np
+
+        # A copy: the engine's buffer is overwritten by the next sequence.
+        return np.ctypeslib.as_array(self._llama.llama_get_logits_ith(self._context, position), shape=(self.vocab_size,)).copy()
+
+
+def _context_params(threads: int, context_tokens: int, most_outputs: int) -> "ctypes.Structure":
+    import llama_cpp
+
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx = params.n_batch = params.n_ubatch = context_tokens
+    params.n_outputs_max = most_outputs  # a row of logits is 1 MB for Gemma, and the default reserves one per token
+    params.n_threads = params.n_threads_batch = threads
+    return params

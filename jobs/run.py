@@ -1,0 +1,52 @@
+"""`python -m jobs.run [--name JOB.ATTEMPT]`: one attempt of one job; settings come from the environment (jobs/settings.py).
+
+The name is only there so that the process can be found in a list of processes. Exit codes:
+
+    0   completed; or another process owns the attempt, and nothing was touched
+    1   failed: the result says why, and the traceback is in the log
+    10  cancelled
+    11  fenced: the service has given the attempt up, and nothing more was written
+"""
+
+import os
+import sys
+import time
+import traceback
+
+
+def main() -> int:
+    """Work at the attempt; returns the exit code."""
+    # Before anything is imported, so that the log begins at once.
+    name = sys.argv[2] if len(sys.argv) > 2 else "unnamed"
+    print(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} INFO attempt started name={name} pid={os.getpid()}", flush=True)
+
+    from jobs.attempt import Attempt, ExitCode
+    from jobs.errors import AttemptTaken, Cancelled, ClaimRefused, failure_of
+    from jobs.log import configure
+    from jobs.settings import read_settings
+
+    configure()
+    attempt = Attempt(read_settings())
+    try:
+        attempt.claim()
+        return attempt.end("completed", artifacts=attempt.work())
+    except AttemptTaken:
+        print("another process owns the attempt; nothing to do", flush=True)
+        return ExitCode.COMPLETED
+    except ClaimRefused as error:
+        print(f"the claim was refused: {error}", flush=True)
+        return ExitCode.FAILED
+    except Cancelled as request:
+        return attempt.end_cancelled(str(request))
+    except Exception as error:  # the boundary: whatever it is becomes a failure that a person can read
+        sys.stderr.write(attempt.redact(traceback.format_exc()))
+        failure = failure_of(error)
+        failure = failure.model_copy(update={"message": attempt.redact(failure.message)})
+        return attempt.end("failed", failure=failure)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # no library's exit handler may hold the process up, or change how it ends

@@ -1,0 +1,66 @@
+"""The environment of an attempt: the only place in `jobs/` that reads it."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jobs.errors import JobFailed
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an attempt was launched.
+
+    JOB_ID                 the job; its spec is at configs/{JOB_ID}.json
+    JOB_SPEC_STORE_URL     the object store of spec and result, such as file:///home/me/objects
+    JOB_ATTEMPT            the number of the attempt, from 1
+    JOB_TOKEN              the bearer token of this attempt; never logged
+    SERVICE_URL            where to claim and report
+    JOB_WORKDIR            a folder of the attempt's own, for everything it writes
+    JOB_REPORT_INTERVAL_S  seconds between reports (15); a directive such as `cancel` comes with their answers
+    JOB_TIME_LIMIT_S       seconds after which the attempt fails with `timeout`; no limit when it is missing
+    """
+
+    job_id: str
+    spec_store_url: str
+    attempt: int
+    token: str = field(repr=False)
+    service_url: str
+    workdir: Path
+    report_interval_s: float = 15.0
+    time_limit_s: float | None = None
+
+
+def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
+    """Raises JobFailed that names the variable which is missing or not a number."""
+    limit = environment.get("JOB_TIME_LIMIT_S")
+    return Settings(
+        job_id=_text(environment, "JOB_ID"),
+        spec_store_url=_text(environment, "JOB_SPEC_STORE_URL"),
+        attempt=int(_number("JOB_ATTEMPT", _text(environment, "JOB_ATTEMPT"))),
+        token=_text(environment, "JOB_TOKEN"),
+        service_url=_text(environment, "SERVICE_URL").rstrip("/"),
+        workdir=Path(_text(environment, "JOB_WORKDIR")),
+        report_interval_s=_number("JOB_REPORT_INTERVAL_S", environment.get("JOB_REPORT_INTERVAL_S") or "15"),
+        time_limit_s=_number("JOB_TIME_LIMIT_S", limit) if limit else None,
+    )
+
+
+def _text(environment: Mapping[str, str], name: str) -> str:
+    if not environment.get(name):
+        raise JobFailed("internal", f"the attempt was launched without {name}", "the launcher must set it; see jobs/settings.py")
+    return environment[name]
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise JobFailed("internal", f"{name} is not a number: {text!r}", "the launcher must set it; see jobs/settings.py") from error
+
+
+def compute_threads(environment: Mapping[str, str] = os.environ) -> int:
+    """How many threads to compute with: OMP_NUM_THREADS, with which a launcher shares a machine, else every core."""
+    told = environment.get("OMP_NUM_THREADS", "")
+    return int(told) if told.isdecimal() and int(told) > 0 else os.cpu_count() or 1

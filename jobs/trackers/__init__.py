@@ -1,0 +1,104 @@
+"""Trackers: they show a job's curves somewhere else, such as W&B.
+
+Here belong one file per tracker and the thread in which each of them works. Nothing here can fail a training or hold it
+up: a tracker that raises is left out from then on, with one warning. One line adds a tracker.
+"""
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol
+
+from jobs.context import JobContext
+from schema.events import Evaluated, Metrics
+
+log = logging.getLogger(__name__)
+
+# The tracker's name → "module:Class"; it is used when the training config has a field `{name}_config`.
+TRACKERS = {"wandb": "jobs.trackers.wandb:WandbTracker"}
+
+CHECKPOINT_PATIENCE_S = 120  # to take a checkpoint's files before they are rotated away
+
+
+class Tracker(Protocol):
+    """What a tracker does. May raise anything, at any time; made with the job's context."""
+
+    def start(self) -> str | None:
+        """Begin; returns where the curves can be seen, if anywhere."""
+        ...
+
+    def metrics(self, event: Metrics) -> None: ...
+
+    def evaluated(self, event: Evaluated) -> None: ...
+
+    def checkpoint(self, folder: Path, step: int) -> None: ...
+
+    def model(self, folder: Path) -> None: ...
+
+    def finish(self, *, succeeded: bool) -> None: ...
+
+
+class TrackerThread:
+    """A tracker at work in a thread of its own, one call after the other."""
+
+    def __init__(self, name: str, tracker: Tracker, context: JobContext) -> None:
+        self._name = name
+        self._tracker = tracker
+        self._context = context
+        self._broken = False
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+
+    def start(self) -> None:
+        self._do(lambda: self._context.tracker_started(self._name, self._tracker.start()))
+
+    def metrics(self, event: Metrics) -> None:
+        self._do(lambda: self._tracker.metrics(event))
+
+    def evaluated(self, event: Evaluated) -> None:
+        self._do(lambda: self._tracker.evaluated(event))
+
+    def checkpoint(self, folder: Path, step: int) -> None:
+        wait([self._do(lambda: self._tracker.checkpoint(folder, step))], CHECKPOINT_PATIENCE_S)
+
+    def model(self, folder: Path) -> None:
+        self._do(lambda: self._tracker.model(folder))
+
+    def finish(self, *, succeeded: bool, patience_s: float) -> None:
+        """Let the tracker send what it has; what takes longer than `patience_s` is lost."""
+        last = self._do(lambda: self._tracker.finish(succeeded=succeeded))
+        if not wait([last], patience_s).done and not self._broken:
+            self._context.warn(
+                "tracker_unfinished", f"{self._name} did not finish within {patience_s:.0f} s; its last points may be missing"
+            )
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _do(self, call: Callable[[], None]) -> Future[None]:
+        future = self._pool.submit(lambda: None if self._broken else call())
+        future.add_done_callback(self._judge)
+        return future
+
+    def _judge(self, future: Future[None]) -> None:
+        error = None if future.cancelled() else future.exception()
+        if error is None or self._broken:
+            return
+        self._broken = True
+        reason = str(error).partition("\n")[0][:200]
+        self._context.warn("tracker_failed", f"{self._name} stopped, the training goes on without it: {type(error).__name__}: {reason}")
+
+
+def start_trackers(context: JobContext) -> list[TrackerThread]:
+    """Start every tracker that the training config asks for, and let it hear what the context is told."""
+    config = context.spec.training_config
+    wanted = [name for name in TRACKERS if f"{name}_config" in type(config).model_fields and getattr(config, f"{name}_config") is not None]
+    threads = [TrackerThread(name, _make(name, context), context) for name in wanted]
+    for thread in threads:
+        thread.start()
+    context.mirrors.extend(threads)
+    return threads
+
+
+def _make(name: str, context: JobContext) -> Tracker:
+    module, _, kind = TRACKERS[name].partition(":")
+    return getattr(import_module(module), kind)(context)

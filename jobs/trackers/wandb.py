@@ -1,0 +1,83 @@
+"""Weights & Biases, online or as a folder for `wandb sync`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.context import JobContext
+from schema.events import Evaluated, Metrics
+
+if TYPE_CHECKING:
+    import wandb
+
+STEP = "train/global_step"  # the name that every Hugging Face project on W&B has
+RUN_ID_LENGTH = 64  # W&B refuses longer ones; the random tail of a job id is at its end
+
+
+class WandbTracker:
+    """One W&B run for the job. The key goes to wandb's settings: not to the environment, a netrc file or a command line."""
+
+    def __init__(self, context: JobContext) -> None:
+        self._context = context
+        self._run: wandb.Run | None = None
+
+    def start(self) -> str | None:
+        import wandb
+
+        spec, config = self._context.spec, self._context.spec.training_config.wandb_config
+        assert config is not None
+        self._run = wandb.init(
+            project=config.project,
+            name=spec.job_name,
+            id=spec.job_id[-RUN_ID_LENGTH:].lstrip("-_."),
+            resume="allow",  # the next attempt of the job continues the same curves
+            dir=self._context.workdir,
+            config=spec.training_config.model_dump(mode="json", exclude={"wandb_config": {"api_key"}}),
+            settings=wandb.Settings(
+                api_key=self._context.secrets.get("wandb_api_key") if config.mode == "online" else None,
+                mode=config.mode,
+                console="off",  # the log is ours; wandb would also copy what it finds there
+                silent=True,
+                disable_git=True,
+                disable_code=True,
+            ),
+        )
+        self._run.define_metric("*", step_metric=STEP)
+        return self._run.url
+
+    def metrics(self, event: Metrics) -> None:
+        values = {f"train/{name}": value for name, value in event.values.items() if value is not None}
+        self._log({**values, "train/epoch": event.epoch}, event.step)
+
+    def evaluated(self, event: Evaluated) -> None:
+        numbers = event.metrics.model_dump(exclude={"notes"}, exclude_none=True)
+        group = "base" if event.when == "before" else "eval"
+        self._log({f"{group}/{name.removeprefix('eval_')}": value for name, value in numbers.items()}, event.step)
+
+    def checkpoint(self, folder: Path, step: int) -> None:
+        if self._log_model == "checkpoint":
+            self._upload(folder, aliases=[f"step-{step}"])
+
+    def model(self, folder: Path) -> None:
+        if self._log_model != "false":
+            self._upload(folder, aliases=["final"])
+
+    def finish(self, *, succeeded: bool) -> None:
+        if self._run is not None:
+            self._run.finish(exit_code=0 if succeeded else 1)
+
+    @property
+    def _log_model(self) -> str:
+        config = self._context.spec.training_config.wandb_config
+        return config.log_model if config else "false"
+
+    def _log(self, values: dict[str, float | None], step: int) -> None:
+        if self._run is not None:
+            self._run.log({**values, STEP: step})
+
+    def _upload(self, folder: Path, aliases: list[str]) -> None:
+        import wandb
+
+        assert self._run is not None
+        artifact = wandb.Artifact(f"model-{self._run.id}", type="model")
+        artifact.add_dir(str(folder))
+        self._run.log_artifact(artifact, aliases=aliases)

@@ -1,0 +1,39 @@
+"""What a trainer hands to the exporters: files on this machine, and what was measured."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from schema.job import EvalMetrics
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A held-out row, rendered exactly as in training, for comparing exported files with the model that was trained.
+
+    `input_ids` holds the prompt and the reference answer; the first `prompt_tokens` of them are the prompt,
+    whose text, without the answer, is `prompt_text`.
+    """
+
+    prompt_text: str
+    input_ids: tuple[int, ...]
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A trained model on disk.
+
+    `folder` holds safetensors with the tokenizer beside them: the LoRA adapter alone if `is_adapter`, else the
+    whole model. `base_folder` holds the unquantized base. `metrics` are of the trained model and `base_metrics`
+    of the base, on the same held-out rows; None without any. `train_tokens` counts real tokens seen, all epochs.
+    """
+
+    folder: Path
+    is_adapter: bool
+    base_folder: Path
+    probes: tuple[Probe, ...]
+    metrics: EvalMetrics | None
+    base_metrics: EvalMetrics | None
+    train_rows: int
+    train_tokens: int
+    train_runtime_s: float

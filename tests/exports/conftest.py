@@ -1,0 +1,182 @@
+"""A tiny Gemma, trained in two ways by hand: a LoRA adapter with weights one can see, and a whole model."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.context import JobContext, Secrets, Stores
+from jobs.trained import Probe, TrainedModel
+from schema.dataset import Dataset
+from schema.events import Event
+from schema.spec import JobSpec
+from schema.training import SftConfig
+from tests.tiny_gemma import build_tiny_gemma
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What the libraries say to each other is not ours to mend."""
+    for library in ("transformers", "peft", "torch"):
+        for kind in ("FutureWarning", "DeprecationWarning", "UserWarning"):
+            config.addinivalue_line("filterwarnings", f"ignore::{kind}:{library}")
+
+
+QUESTIONS = ("what does the function do", "copy  the   list of files", "open path and read", "def f(x):\n    return x + 1")
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message.role }}\n{{ message.content }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+
+@dataclass
+class Record:
+    """A voice that remembers."""
+
+    events: list[Event] = field(default_factory=list)
+
+    def report(self, event: Event) -> None:
+        self.events.append(event)
+
+    def place(self, *, phase: Any = None, progress: Any = None) -> None:
+        pass
+
+
+class NeverStop:
+    """Nobody asks to stop."""
+
+    def check(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base with what llama.cpp takes for granted in a Gemma 3: every sixth layer sees everything; and in bfloat16."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = build_tiny_gemma(tmp_path_factory.mktemp("base"))
+    config = AutoConfig.from_pretrained(folder)
+    config.num_hidden_layers = 6
+    config.layer_types = ["sliding_attention"] * 5 + ["full_attention"]
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.08)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def probes(tiny: Path) -> tuple[Probe, ...]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    found = []
+    for question in QUESTIONS:
+        prompt = f"<bos><start_of_turn>user\n{question}<end_of_turn>\n<start_of_turn>model\n"
+        prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
+        answer_ids = tokenizer.encode("it returns a list of name value string<end_of_turn>\n", add_special_tokens=False)
+        found.append(Probe(prompt_text=prompt, input_ids=(*prompt_ids, *answer_ids), prompt_tokens=len(prompt_ids)))
+    return tuple(found)
+
+
+@pytest.fixture(scope="session")
+def adapter(tiny: Path, probes: tuple[Probe, ...], tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
+    """A LoRA adapter whose B is random: the tuning is visible."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    tuned = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    tuned.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    (folder / "training_args.bin").write_bytes(b"what a trainer leaves behind")
+    return a_trained_model(folder, tiny, probes, is_adapter=True)
+
+
+@pytest.fixture(scope="session")
+def full(tiny: Path, probes: tuple[Probe, ...], tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
+    """A whole model, a little away from the base."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("full")
+    torch.manual_seed(2)
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+    return a_trained_model(folder, tiny, probes, is_adapter=False)
+
+
+@pytest.fixture
+def record() -> Record:
+    return Record()
+
+
+@pytest.fixture
+def a_context(tmp_path: Path, record: Record) -> Callable[..., JobContext]:
+    """Makes the context of a job that exports what `export_config` says."""
+
+    def make(method: str = "LoRA", **export_config: Any) -> JobContext:
+        return a_job_context(tmp_path, record, method, **export_config)
+
+    return make
+
+
+def a_job_context(root: Path, record: Record, method: str = "LoRA", **export_config: Any) -> JobContext:
+    spec = a_spec(root, method, export_config)
+    workdir = root / "work"
+    workdir.mkdir(exist_ok=True)
+    stores = Stores(spec.stores)
+    return JobContext(spec=spec, attempt=1, workdir=workdir, secrets=Secrets({}), stores=stores, voice=record, stop=NeverStop())
+
+
+def a_spec(root: Path, method: str, export_config: dict[str, Any]) -> JobSpec:
+    url = f"file://{root}/objects"
+    config = {"base_model_id": "google/gemma-3-270m", "method": method, "export_config": export_config}
+    dataset = Dataset.model_validate(
+        {"processed_dataset_id": "d", "tenant_id": "local", "name": "d", "dataset_type": "messages", "splits": {}, "digest": ""}
+        | {"rows_uploaded": 1, "created_at": "2026-01-01T00:00:00Z"}
+    )
+    return JobSpec(
+        job_id="job-1",
+        job_name="a job",
+        tenant_id="local",
+        training_config=SftConfig.model_validate(config),
+        dataset=dataset,
+        stores={"datasets": url, "models": url, "configs": url},  # pyright: ignore[reportArgumentType]  # pydantic makes it
+    )
+
+
+def a_trained_model(folder: Path, base: Path, probes: tuple[Probe, ...], *, is_adapter: bool) -> TrainedModel:
+    return TrainedModel(
+        folder=folder,
+        is_adapter=is_adapter,
+        base_folder=base,
+        probes=probes,
+        metrics=None,
+        base_metrics=None,
+        train_rows=1,
+        train_tokens=1,
+        train_runtime_s=1.0,
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())

@@ -1,0 +1,224 @@
+"""Talking to a GGUF file, on the tiny model: what a person and a program see."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.chat import Conversation, Unanswerable, _bytes_of, _speak, compute_threads, open_model
+from jobs.llama import converter
+
+REPOSITORY = Path(__file__).parents[2]
+TURN = [{"role": "user", "content": "what does the function do"}]
+TEMPLATE = """{{ bos_token }}{% for message in messages %}<start_of_turn>{{ 'model' if message.role == 'assistant' else message.role }}
+{{ message.content | trim }}<end_of_turn>
+{% endfor %}{% if add_generation_prompt %}<start_of_turn>model
+{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def model_folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, taught to end its turns after a while, with a chat template like Gemma's."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(tiny, folder)
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny), AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("<end_of_turn>")] *= 16
+    model.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    keep_turn_tokens_whole(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gguf(model_folder: Path) -> Path:
+    return convert(model_folder, model_folder / "model.gguf")
+
+
+# --- with a model ---
+
+
+def test_the_model_reads_a_conversation_as_it_was_trained_to(model_folder: Path, gguf: Path) -> None:
+    from transformers import AutoTokenizer
+
+    turns = [*TURN, {"role": "assistant", "content": "copy"}, {"role": "user", "content": "and  then?"}]
+    expected = AutoTokenizer.from_pretrained(model_folder).apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    with open_model(gguf, threads=1) as model:
+        assert model.tokens_of(turns) == expected
+
+
+def test_temperature_zero_gives_the_models_own_answer_until_it_ends_its_turn(model_folder: Path, gguf: Path) -> None:
+    expected = greedy(model_folder, TURN[0]["content"])
+    assert expected[-1] == "<end_of_turn>"
+    answered = chat(gguf, "--prompt", TURN[0]["content"], "--temperature", "0", "--json")
+    *tokens, done = said(answered.stdout)
+    assert (answered.returncode, answered.stderr) == (0, "")
+    assert [token["token"] for token in tokens] == expected[:-1]
+    assert done["tokens"] == len(expected) - 1
+
+
+def test_an_answer_is_plain_text_on_stdout(model_folder: Path, gguf: Path) -> None:
+    answered = chat(gguf, "--prompt", TURN[0]["content"], "--temperature", "0", "--max-tokens", "3")
+    assert (answered.returncode, answered.stderr) == (0, "")
+    assert answered.stdout == "".join(greedy(model_folder, TURN[0]["content"])[:3]) + "\n"
+
+
+def test_a_conversation_in_json_lines(gguf: Path) -> None:
+    prompts = "".join(json.dumps({"prompt": text}) + "\n" for text in ("what", "does"))
+    answered = chat(gguf, "--json", "--max-tokens", "4", "--temperature", "0", stdin=prompts)
+    ends = [line for line in said(answered.stdout) if "done" in line]
+    assert answered.returncode == 0
+    assert [end["tokens"] for end in ends] == [4, 4]
+    assert all(end["done"] is True and end["seconds"] >= 0 for end in ends)
+
+
+def test_a_bad_line_does_not_end_the_conversation(gguf: Path) -> None:
+    answered = chat(gguf, "--json", "--max-tokens", "2", stdin='{"prompt": 1}\nnonsense\n\n{"prompt": "what"}\n')
+    lines = said(answered.stdout)
+    assert answered.returncode == 0
+    assert "a turn is like" in lines[0]["error"]
+    assert "not JSON" in lines[1]["error"]
+    assert lines[-1]["done"]
+
+
+def test_lines_of_text_are_turns_too(gguf: Path) -> None:
+    answered = chat(gguf, "--max-tokens", "3", "--temperature", "0", stdin="what\n\ndoes\n")
+    assert answered.returncode == 0
+    assert len(answered.stdout.splitlines()) >= 2
+
+
+def test_characters_of_several_tokens_arrive_whole(gguf: Path) -> None:
+    import llama_cpp
+
+    with open_model(gguf, threads=1) as model:
+        vocabulary = llama_cpp.llama_model_get_vocab(model._llama.model)
+        tokens = model._llama.tokenize("模型 🙂 Ünï  x".encode(), add_bos=False)
+        assert b"".join(_bytes_of(vocabulary, token) for token in tokens).decode() == "模型 🙂 Ünï  x"
+
+
+def test_a_prompt_beyond_the_context_is_refused_with_its_length(gguf: Path) -> None:
+    refused = chat(gguf, "--prompt", "what " * 5000)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: the prompt has")
+
+
+# --- with a file of no use ---
+
+
+def test_a_file_of_no_use_is_told_in_one_line(gguf: Path, tmp_path: Path) -> None:
+    cases = {"cannot read": tmp_path / "missing.gguf", "not a GGUF file": tmp_path / "text.gguf", "cannot load": tmp_path / "cut.gguf"}
+    cases["not a GGUF file"].write_text("hello")
+    cases["cannot load"].write_bytes(gguf.read_bytes()[:-1000])
+    for words, path in cases.items():
+        refused = chat(path, "--prompt", "hi")
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert refused.stderr.startswith("error: ")
+        assert words in refused.stderr
+        assert str(path) in refused.stderr
+        assert refused.stderr.count("\n") == 1
+
+
+def test_a_model_without_chat_template_is_told_so(tiny: Path, tmp_path: Path) -> None:
+    refused = chat(convert(tiny, tmp_path / "plain.gguf"), "--prompt", "hi")
+    assert refused.returncode == 2
+    assert "has no chat template" in refused.stderr
+
+
+@pytest.mark.parametrize("options", [["--temperature", "nan"], ["--temperature", "-1"], ["--max-tokens", "0"], ["--max-tokens", "x"]])
+def test_impossible_options_are_refused(options: list[str], tmp_path: Path) -> None:
+    refused = chat(tmp_path / "any.gguf", *options)
+    assert refused.returncode == 2
+    assert options[0] in refused.stderr
+
+
+# --- without a model ---
+
+
+class Echo:
+    """A model that says `yes` and has a token for each character."""
+
+    context_tokens = 20
+
+    def tokens_of(self, messages: list[dict[str, str]]) -> list[int]:
+        return [ord(character) for message in messages for character in message["content"]]
+
+    def generate(self, tokens: list[int], most_tokens: int, temperature: float) -> Iterator[str]:
+        yield from "yes"[:most_tokens]
+
+
+def test_a_conversation_remembers_what_was_said() -> None:
+    conversation = Conversation(Echo(), max_tokens=3, temperature=0)  # pyright: ignore[reportArgumentType]  # a fake of the same shape
+    assert list(conversation.answer("one")) == ["y", "e", "s"]
+    list(conversation.answer("two"))
+    assert [message["content"] for message in conversation.messages] == ["one", "yes", "two", "yes"]
+
+
+def test_the_oldest_turns_are_forgotten_when_there_is_no_room() -> None:
+    conversation = Conversation(Echo(), max_tokens=3, temperature=0)  # pyright: ignore[reportArgumentType]
+    for prompt in ("a" * 8, "b" * 8, "c" * 8):
+        list(conversation.answer(prompt))
+    assert [message["content"] for message in conversation.messages] == ["c" * 8, "yes"]
+
+
+def test_a_refused_turn_leaves_the_conversation_as_it_was() -> None:
+    conversation = Conversation(Echo(), max_tokens=3, temperature=0)  # pyright: ignore[reportArgumentType]
+    list(conversation.answer("a"))
+    with pytest.raises(Unanswerable, match="20 tokens"):
+        list(conversation.answer("b" * 20))
+    assert [message["content"] for message in conversation.messages] == ["a", "yes"]
+
+
+def test_a_model_cannot_move_the_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    _speak(["\x1b[2J", "a\n\tb", "\x9b1A", "模\r"])
+    assert capsys.readouterr().out == "[2Ja\n\tb1A模\n"
+
+
+def test_threads_are_those_of_the_launcher_or_every_core() -> None:
+    assert compute_threads({"OMP_NUM_THREADS": "3"}) == 3
+    assert compute_threads({}) == compute_threads({"OMP_NUM_THREADS": "0"}) == os.cpu_count()
+
+
+# --- helpers ---
+
+
+def chat(gguf: Path, *options: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jobs.chat", "--gguf", str(gguf), *options]
+    return subprocess.run(command, input=stdin, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60)
+
+
+def said(output: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def convert(folder: Path, target: Path) -> Path:
+    subprocess.run([sys.executable, converter(), folder, "--outtype", "f32", "--outfile", target], check=True, capture_output=True)
+    return target
+
+
+def keep_turn_tokens_whole(folder: Path) -> None:
+    """llama.cpp's converter reads the kind of added tokens from where transformers 5 no longer writes it."""
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    config["added_tokens_decoder"] = {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in added}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def greedy(folder: Path, prompt: str) -> list[str]:
+    """What transformers answers, token by token."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    turns = [{"role": "user", "content": prompt}]
+    read = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
+    written = model.generate(**read, max_new_tokens=64, do_sample=False, eos_token_id=ends)[0, read["input_ids"].shape[1] :]
+    return [tokenizer.decode([token]) for token in written]

@@ -1,0 +1,370 @@
+"""From a trained model to files that were heard in llama.cpp."""
+
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from jobs.context import JobContext
+from jobs.errors import Cancelled, JobFailed
+from jobs.exporters import EXPORTERS, export_all, kinds
+from jobs.exporters.bench import Bench
+from jobs.exporters.gguf import HARD_TEXTS, Examiner, erases_tuning, refuse_unfit, stage
+from jobs.exporters.speech import MOST_POSITIONS, MOST_TOKENS, passages_of, sample_of
+from jobs.llama import apart, llama_cpp_available
+from jobs.llama.evaluate import Answer
+from jobs.llama.fidelity import TIE_NATS, Comparison, compare, log_softmax
+from jobs.publish import sha256_of
+from jobs.trained import Probe, TrainedModel
+from schema.events import PhaseChanged, Warned
+from schema.job import Artifact
+from schema.result import PublishManifest
+from schema.spec import manifest_key
+from schema.training import SftConfig
+from storage import ObjectStore
+from tests.exports.conftest import Record, a_job_context, read_json
+
+MakeContext = Callable[..., JobContext]
+Exported = tuple[dict[str, Artifact], JobContext, Record]
+
+
+@pytest.fixture(scope="module")
+def exported(adapter: TrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Everything that a LoRA job can hand back, made once."""
+    record = Record()
+    quantizations = ["none", "bf16", "f16", "f32", "q8_0", "q4_k_m"]
+    root = tmp_path_factory.mktemp("job")
+    context = a_job_context(root, record, format="merged", include_gguf=True, gguf_quantization=quantizations)
+    return {artifact.name: artifact for artifact in export_all(adapter, context)}, context, record
+
+
+def test_llama_cpp_is_installed() -> None:
+    assert llama_cpp_available()
+
+
+def test_every_exporter_can_be_called() -> None:
+    from importlib import import_module
+
+    for place in EXPORTERS.values():
+        module, _, function = place.partition(":")
+        assert callable(getattr(import_module(module), function))
+
+
+@pytest.mark.parametrize(
+    ("method", "export_config", "expected"),
+    [
+        ("LoRA", {}, ("adapter",)),
+        ("LoRA", {"format": "merged"}, ("merged",)),
+        ("LoRA", {"include_gguf": True}, ("adapter", "gguf")),
+        ("LoRA", {"format": "merged", "include_gguf": True}, ("merged", "gguf")),
+        ("Full", {}, ("merged",)),
+        ("Full", {"include_gguf": True}, ("merged", "gguf")),
+    ],
+)
+def test_a_job_makes_what_was_asked_for(method: str, export_config: dict[str, Any], expected: tuple[str, ...]) -> None:
+    config = SftConfig.model_validate({"base_model_id": "a/b", "method": method, "export_config": export_config})
+    assert kinds(config) == expected
+
+
+def test_everything_published_is_what_the_manifest_says(exported: Exported, tmp_path: Path) -> None:
+    artifacts, context, _ = exported
+    store = context.stores.models
+    manifest = PublishManifest.load(store.read(manifest_key("job-1")))
+    assert manifest.artifacts == tuple(artifacts.values())
+    assert list(artifacts) == ["merged", "gguf-none", "gguf-bf16", "gguf-f16", "gguf-f32", "gguf-q8_0", "gguf-q4_k_m"]
+    assert artifacts["gguf-none"].key == "gguf_models/job-1/gemma-3-270m-none.gguf"
+    for artifact in artifacts.values():
+        assert artifact.uri == f"{store.url}/{artifact.key}"
+        for file in artifact.files:
+            path = store.download(artifact.key + file.path, tmp_path / "file")
+            assert (path.stat().st_size, sha256_of(path)) == (file.size_bytes, file.sha256)
+
+
+def test_the_work_leaves_nothing_behind_and_says_where_it_is(exported: Exported) -> None:
+    _, context, record = exported
+    phases = [event.phase for event in record.events if isinstance(event, PhaseChanged)]
+    assert phases == ["merging", "converting", "verifying", "uploading"]
+    assert not list(context.workdir.iterdir())
+
+
+def test_the_merged_model_speaks_like_base_and_adapter(exported: Exported, adapter: TrainedModel, tmp_path: Path) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    artifacts, context, _ = exported
+    folder = download(context.stores.models, artifacts["merged"], tmp_path)
+    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(adapter.base_folder, dtype=torch.float32)
+    ids = torch.tensor([adapter.probes[0].input_ids])
+    with torch.inference_mode():
+        expected = PeftModel.from_pretrained(base, str(adapter.folder))(input_ids=ids).logits
+        assert (merged(input_ids=ids).logits - expected).abs().max() < 0.05  # the weights are rounded to bfloat16
+    fidelity = artifacts["merged"].fidelity
+    assert fidelity is not None
+    assert fidelity.mean_kl_to_merged < 1e-4
+    assert fidelity.mean_kl_to_base is not None
+    assert fidelity.mean_kl_to_base > 0.01  # the tuning is there
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert merged.generation_config.eos_token_id == [1, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(adapter.folder).chat_template
+    assert str(adapter.base_folder) not in "".join(path.read_text() for path in folder.glob("*.json"))
+
+
+@pytest.mark.parametrize("quantization", ["none", "bf16", "f16", "f32"])
+def test_a_file_that_keeps_the_weights_agrees_with_the_model(exported: Exported, quantization: str) -> None:
+    fidelity = exported[0][f"gguf-{quantization}"].fidelity
+    assert fidelity is not None
+    assert fidelity.argmax_agreement == 1.0
+    assert fidelity.mean_kl_to_merged < 1e-4
+    assert fidelity.compared_tokens > 100
+    assert fidelity.sample_text
+    assert fidelity.sample_prompt.startswith("<bos><start_of_turn>user\n")
+
+
+def test_coarser_files_are_further_from_the_model(exported: Exported) -> None:
+    f16, q8, q4 = (exported[0][f"gguf-{name}"] for name in ("f16", "q8_0", "q4_k_m"))
+    assert f16.size_bytes > q8.size_bytes > q4.size_bytes
+    assert f16.fidelity
+    assert q8.fidelity
+    assert q4.fidelity
+    assert f16.fidelity.mean_kl_to_merged < q8.fidelity.mean_kl_to_merged < q4.fidelity.mean_kl_to_merged
+    assert q8.fidelity.argmax_agreement > 0.95
+    assert not q8.fidelity.erased_tuning
+
+
+def test_a_gguf_file_knows_its_chat_template_and_keeps_turn_tokens_whole(exported: Exported, adapter: TrainedModel, tmp_path: Path) -> None:
+    from gguf import GGUFReader, TokenType
+    from transformers import AutoTokenizer
+
+    artifacts, context, _ = exported
+    reader = GGUFReader(context.stores.models.download(artifacts["gguf-f16"].key, tmp_path / "f16.gguf"))
+    tokenizer = AutoTokenizer.from_pretrained(adapter.folder)
+    types = reader.fields["tokenizer.ggml.token_type"].contents()
+    for mark in ("<start_of_turn>", "<end_of_turn>"):
+        assert types[tokenizer.convert_tokens_to_ids(mark)] == TokenType.CONTROL
+    assert reader.fields["tokenizer.chat_template"].contents() == tokenizer.chat_template
+    assert reader.fields["general.name"].contents() == "gemma-3-270m"
+
+
+def test_an_adapter_is_handed_back_alone(adapter: TrainedModel, a_context: MakeContext, tmp_path: Path) -> None:
+    context = a_context()
+    (artifact,) = export_all(adapter, context)
+    folder = download(context.stores.models, artifact, tmp_path / "got")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert read_json(folder / "adapter_config.json")["base_model_name_or_path"] == "google/gemma-3-270m"
+    assert artifact.key == "trained_adapters/job-1/"
+
+
+def test_gguf_beside_an_adapter_publishes_no_merged_model(adapter: TrainedModel, a_context: MakeContext) -> None:
+    context = a_context(include_gguf=True)
+    assert [artifact.name for artifact in export_all(adapter, context)] == ["adapter", "gguf-q8_0"]
+    assert not list(context.stores.models.walk("merged_models/"))
+
+
+def test_a_fully_trained_model_needs_no_merge(full: TrainedModel, a_context: MakeContext, tmp_path: Path) -> None:
+    context = a_context("Full", include_gguf=True, gguf_quantization="f16")
+    merged, f16 = export_all(full, context)
+    folder = download(context.stores.models, merged, tmp_path / "got")
+    assert (folder / "model.safetensors").read_bytes() == (full.folder / "model.safetensors").read_bytes()
+    assert f16.fidelity
+    assert f16.fidelity.argmax_agreement == 1.0
+    assert f16.fidelity.mean_kl_to_base
+    assert f16.fidelity.mean_kl_to_base > 0.01
+
+
+def test_a_model_that_llama_cpp_computes_differently_is_refused(full: TrainedModel, a_context: MakeContext, tmp_path: Path) -> None:
+    # llama.cpp takes every sixth layer of a Gemma 3 to see everything, whatever the config says.
+    import json
+    import shutil
+
+    folder = Path(shutil.copytree(full.folder, tmp_path / "unusual"))
+    config = read_json(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps(config | {"layer_types": ["full_attention", "sliding_attention"] * 3}))
+    context = a_context("Full", include_gguf=True, gguf_quantization="f32")
+    with pytest.raises(JobFailed, match="does not speak like the trained model") as caught:
+        export_all(replace(full, folder=folder), context)
+    assert caught.value.failure.code == "export_failed"
+    assert not list(context.stores.models.walk(""))
+
+
+def test_a_corrupt_file_is_refused(bench: Bench, tmp_path: Path) -> None:
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(b"GGUF" + bytes(200))
+    with pytest.raises(JobFailed, match=r"broken\.gguf does not work in llama\.cpp") as caught:
+        Examiner(bench).examine(path, "f16")
+    assert caught.value.failure.code == "export_failed"
+
+
+def test_a_crash_of_llama_cpp_is_an_ending_like_another() -> None:
+    crash = "import os, signal; print('last words'); import sys; sys.stdout.flush(); os.kill(os.getpid(), signal.SIGSEGV)"
+    with pytest.raises(apart.ProgramFailed, match="quantize was killed by SIGSEGV: last words"):
+        apart.run("quantize", [sys.executable, "-c", crash])
+
+
+def test_a_cancel_takes_the_program_with_it() -> None:
+    import psutil
+
+    with alarm_raises(Cancelled("cancel"), after_s=0.3), pytest.raises(Cancelled):
+        apart.run("convert", [sys.executable, "-c", "import time; time.sleep(60)"])
+    assert not psutil.Process().children()
+
+
+def test_diverged_weights_are_refused(adapter: TrainedModel, a_context: MakeContext, tmp_path: Path) -> None:
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(adapter.folder, tmp_path / "diverged"))
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({name: torch.full_like(tensor, float("nan")) for name, tensor in weights.items()}, folder / "adapter_model.safetensors")
+    diverged = replace(adapter, folder=folder)
+    for export_config in ({"format": "adapter"}, {"format": "merged"}):
+        with pytest.raises(JobFailed, match="not finite") as caught:
+            export_all(diverged, a_context(**export_config))
+        assert "learning_rate" in caught.value.failure.hint
+
+
+def test_an_adapter_without_probes_is_verified_all_the_same(adapter: TrainedModel, a_context: MakeContext) -> None:
+    (_, artifact) = export_all(replace(adapter, probes=()), a_context(include_gguf=True))
+    assert artifact.fidelity
+    assert artifact.fidelity.sample_prompt == "Once upon a time"
+    assert artifact.fidelity.compared_tokens > 50
+
+
+def test_runs_of_spaces_are_among_what_is_compared() -> None:
+    assert any(" " * 8 in text for text in HARD_TEXTS)
+
+
+def test_without_the_mend_turn_tokens_would_fall_apart(bench: Bench, adapter: TrainedModel, tmp_path: Path) -> None:
+    staging = stage(bench.whole.folder, [adapter.base_folder], tmp_path / "staging")
+    listed = read_json(staging / "tokenizer_config.json")["added_tokens_decoder"]
+    marks = {token["content"]: token["special"] for token in listed.values()}
+    assert marks["<start_of_turn>"]
+    assert marks["<end_of_turn>"]
+    assert "added_tokens_decoder" not in read_json(bench.whole.folder / "tokenizer_config.json")
+
+
+def test_a_file_that_splits_texts_differently_is_refused() -> None:
+    with pytest.raises(JobFailed, match="splits 1 of 2 texts"):
+        refuse_unfit("x.gguf", "q8_0", an_answer(token_ids=[[1, 2], [3]]), [[1, 2], [4]])
+
+
+def test_a_file_that_keeps_the_weights_must_speak_alike_and_a_quantized_one_need_not() -> None:
+    answer = an_answer(argmax_agreement=0.5, mean_kl_to_trained=1.0)
+    refuse_unfit("x.gguf", "q4_k_m", answer, [])
+    for quantization in ("none", "f32", "f16", "bf16"):
+        with pytest.raises(JobFailed, match=r"agree on 50\.0% of 10 tokens"):
+            refuse_unfit("x.gguf", quantization, answer, [])
+
+
+def test_rounding_that_undid_the_training_is_noticed() -> None:
+    assert erases_tuning(a_comparison(mean_kl_to_trained=0.84, mean_kl_to_base=0.16))
+    assert not erases_tuning(a_comparison(mean_kl_to_trained=0.16, mean_kl_to_base=0.84))
+    assert not erases_tuning(a_comparison(mean_kl_to_trained=0.001, mean_kl_to_base=0.0))  # training that changed nothing
+    assert not erases_tuning(a_comparison(mean_kl_to_trained=0.84, mean_kl_to_base=None))
+
+
+def test_the_user_is_warned_of_erased_tuning(bench: Bench, record: Record, tmp_path: Path) -> None:
+    # The base's own file stands for a quantization that rounded every change away.
+    path = tmp_path / "base.gguf"
+    trained = bench.trained
+    apart.convert(stage(trained.base_folder, [trained.base_folder], tmp_path / "staging"), path, precision="bf16", name="base")
+    fidelity = Examiner(bench).examine(path, "q2_k")
+    assert fidelity.erased_tuning
+    (warning,) = [event for event in record.events if isinstance(event, Warned)]
+    assert warning.code == "erased_tuning"
+    assert "q8_0 or f16" in warning.message
+
+
+def test_near_ties_count_as_agreement() -> None:
+    import numpy as np
+
+    trained = log_softmax(np.array([[2.0, 2.0 - TIE_NATS / 2, 0.0], [2.0, 1.0, 0.0]], dtype=np.float32))
+    other = np.array([[1.0, 2.0, 0.0], [1.0, 2.0, 0.0]], dtype=np.float32)
+    assert compare(iter(other), trained).argmax_agreement == 0.5
+
+
+def test_a_model_is_at_no_distance_from_itself() -> None:
+    import numpy as np
+
+    logits = np.random.default_rng(1).normal(size=(5, 1000), scale=5).astype(np.float32)
+    found = compare(iter(logits), log_softmax(logits), log_softmax(logits[::-1]))
+    assert (found.positions, found.argmax_agreement, found.mean_kl_to_trained) == (5, 1.0, pytest.approx(0, abs=1e-6))
+    assert found.mean_kl_to_base
+    assert found.mean_kl_to_base > 1
+
+
+@pytest.mark.parametrize(("rows", "message"), [(4, "4 positions"), (6, "more positions"), (5, "not finite")])
+def test_what_cannot_be_compared_is_an_error(rows: int, message: str) -> None:
+    import numpy as np
+
+    logits = np.zeros((rows, 10), dtype=np.float32)
+    if rows == 5:
+        logits[3, 3] = np.nan
+    with pytest.raises(ValueError, match=message):
+        compare(iter(logits), log_softmax(np.zeros((5, 10), dtype=np.float32)))
+
+
+def test_long_rows_are_cut_around_the_start_of_the_answer() -> None:
+    probe = Probe(prompt_text="", input_ids=tuple(range(1000)), prompt_tokens=600)
+    (passage,) = passages_of([probe], tokenizer=None)  # pyright: ignore[reportArgumentType]  # not asked
+    assert len(passage.ids) == MOST_TOKENS
+    assert passage.ids[0] == 0
+    assert {599, 600, 601} <= set(passage.ids)
+    assert passage.compared <= MOST_POSITIONS
+
+
+def test_the_sample_continues_the_shortest_prompt() -> None:
+    probes = [Probe("a long one", tuple(range(20)), 10), Probe("short", tuple(range(5)), 3)]
+    assert sample_of(probes, tokenizer=None) == ("short", (0, 1, 2))  # pyright: ignore[reportArgumentType]  # not asked
+
+
+@pytest.fixture
+def bench(adapter: TrainedModel, a_context: MakeContext) -> Bench:
+    return Bench(adapter, a_context(include_gguf=True))
+
+
+def a_comparison(**changes: Any) -> Comparison:
+    defaults = {"positions": 10, "argmax_agreement": 1.0, "mean_kl_to_trained": 0.0, "mean_kl_to_base": 1.0, "max_difference": 0.0}
+    return Comparison.model_validate(defaults | changes)
+
+
+def an_answer(token_ids: list[list[int]] | None = None, **changes: Any) -> Answer:
+    return Answer(token_ids=token_ids or [], comparison=a_comparison(**changes), sampled=1, sample_text="x")
+
+
+def download(store: ObjectStore, artifact: Artifact, target: Path) -> Path:
+    for file in artifact.files:
+        store.download(artifact.key + file.path, target / file.path)
+    return target
+
+
+class alarm_raises:  # noqa: N801  # reads as a statement
+    """Raises an error in the main thread after a while, as a signal's handler does."""
+
+    def __init__(self, error: BaseException, after_s: float) -> None:
+        self.error, self.after_s = error, after_s
+
+    def __enter__(self) -> None:
+        def ring(number: int, frame: FrameType | None) -> None:
+            raise self.error
+
+        self.before = signal.signal(signal.SIGALRM, ring)
+        signal.setitimer(signal.ITIMER_REAL, self.after_s)
+
+    def __exit__(self, *_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, self.before)
