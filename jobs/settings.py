@@ -41,7 +41,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         attempt=int(_number("JOB_ATTEMPT", _text(environment, "JOB_ATTEMPT"))),
         token=_text(environment, "JOB_TOKEN"),
         service_url=_text(environment, "SERVICE_URL").rstrip("/"),
-        workdir=Path(_text(environment, "JOB_WORKDIR")),
+        workdir=Path(_text(environment, "JOB_WORKDIR")).resolve(),
         report_interval_s=_number("JOB_REPORT_INTERVAL_S", environment.get("JOB_REPORT_INTERVAL_S") or "15"),
         time_limit_s=_number("JOB_TIME_LIMIT_S", limit) if limit else None,
     )

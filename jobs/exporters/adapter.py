@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.errors import JobFailed
-from jobs.exporters.folders import TOKENIZER_FILES, copy_files, write_json
+from jobs.exporters.folders import copy_files, copy_tokenizer, write_json
 from jobs.exporters.merge import DIVERGED_HINT
 from jobs.publish import Product
 
@@ -21,7 +21,8 @@ def export(bench: "Bench") -> tuple[Product, ...]:
     bench.context.phase("verifying")
     source, folder = bench.trained.folder, bench.path("adapter")
     _refuse_diverged(source / WEIGHTS)
-    copy_files(source, folder, (WEIGHTS, *TOKENIZER_FILES))
+    copy_files(source, folder, [WEIGHTS])
+    copy_tokenizer(source, folder)
     # The trainer read the base from a folder of its own; whoever loads the adapter has the Hub.
     settings = json.loads((source / SETTINGS).read_text())
     base_model_id = bench.context.spec.training_config.base_model_id

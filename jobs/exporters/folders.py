@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TOKENIZER_SETTINGS = "tokenizer_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_SETTINGS,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
 )
+# What transformers notes about the machine on which a tokenizer was loaded.
+OF_THIS_MACHINE = ("vocab_file", "tokenizer_file", "name_or_path", "is_local", "local_files_only")
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
 # A turn ends a chat model's answer as surely as the text's end does.
 TURN_ENDS = ("<end_of_turn>",)
@@ -30,6 +33,13 @@ def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
     for name in names:
         if (source / name).is_file():
             link_or_copy(source / name, target / name)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Bring a tokenizer into another folder, without where it came from on this machine."""
+    copy_files(source, target, TOKENIZER_FILES)
+    settings: dict[str, Any] = json.loads((source / TOKENIZER_SETTINGS).read_text())  # Any: JSON
+    write_json(target / TOKENIZER_SETTINGS, {name: value for name, value in settings.items() if name not in OF_THIS_MACHINE})
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.errors import JobFailed
-from jobs.exporters.folders import MODEL_FILES, TOKENIZER_FILES, copy_files, link_or_copy, precision, weights, write_json
+from jobs.exporters.folders import MODEL_FILES, TOKENIZER_SETTINGS, copy_files, copy_tokenizer, link_or_copy, precision, weights, write_json
 from jobs.exporters.speech import sample_of
 from jobs.llama.apart import ProgramFailed, convert, evaluate, quantize
 from jobs.llama.evaluate import Answer, Question
@@ -155,11 +155,12 @@ def stage(whole: Path, sources: Sequence[Path], staging: Path) -> Path:
     The converter takes the pieces from tokenizer.model, and what kind each one is from `added_tokens_decoder`, which
     transformers 5 no longer writes. Without it `<start_of_turn>` is an ordinary word, and llama.cpp takes it apart.
     """
-    copy_files(whole, staging, [*MODEL_FILES, *TOKENIZER_FILES, *weights(whole)])
+    copy_files(whole, staging, [*MODEL_FILES, *weights(whole)])
+    copy_tokenizer(whole, staging)
     sentencepiece = next((folder / SENTENCEPIECE for folder in sources if (folder / SENTENCEPIECE).is_file()), None)
     if sentencepiece is not None:
         link_or_copy(sentencepiece, staging / SENTENCEPIECE)
-        path = staging / "tokenizer_config.json"
+        path = staging / TOKENIZER_SETTINGS
         write_json(path, json.loads(path.read_text()) | {"added_tokens_decoder": _added_tokens(staging)})
     return staging
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.errors import JobFailed
-from jobs.exporters.folders import MODEL_FILES, TOKENIZER_FILES, copy_files, mend_generation_config, precision, size_bytes, weights
+from jobs.exporters.folders import MODEL_FILES, copy_files, copy_tokenizer, mend_generation_config, precision, size_bytes, weights
 from jobs.exporters.speech import load_model, log_probs_of, passages_of, write_log_probs
 from jobs.llama.fidelity import Comparison, Passage, compare
 
@@ -55,7 +55,7 @@ def merge(trained: "TrainedModel", tokenizer: "PreTrainedTokenizerBase", bench: 
     merged.to(_own_dtype(trained.base_folder)).save_pretrained(folder)
     del base, adapted, merged
     gc.collect()  # one model in memory at a time
-    copy_files(trained.folder, folder, TOKENIZER_FILES)
+    copy_tokenizer(trained.folder, folder)
     mend_generation_config(folder, tokenizer)
     context.check()
     log_probs = _speak(load_model(folder, dtype, device), passages, bench / "merged.npy", context)
@@ -67,7 +67,8 @@ def merge(trained: "TrainedModel", tokenizer: "PreTrainedTokenizerBase", bench: 
 def adopt(trained: "TrainedModel", tokenizer: "PreTrainedTokenizerBase", bench: Path, context: "JobContext") -> WholeModel:
     """Take a fully trained model as it is, without what its trainer left beside it. Raises JobFailed."""
     folder, (dtype, device) = bench / "merged", _arithmetic(trained.folder, context)
-    copy_files(trained.folder, folder, [*MODEL_FILES, *weights(trained.folder), *TOKENIZER_FILES])
+    copy_files(trained.folder, folder, [*MODEL_FILES, *weights(trained.folder)])
+    copy_tokenizer(trained.folder, folder)
     mend_generation_config(folder, tokenizer)
     passages = passages_of(trained.probes, tokenizer)
     log_probs = _speak(load_model(folder, dtype, device), passages, bench / "merged.npy", context)

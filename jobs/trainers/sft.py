@@ -28,6 +28,7 @@ from schema.training import SftConfig
 if TYPE_CHECKING:
     from jobs.context import JobContext
 
+TURN_TOKENS = ["<start_of_turn>", "<end_of_turn>"]
 PROBES = 16
 CHECKPOINTS_KEPT = 2
 
@@ -53,8 +54,15 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
     # --- rows ---
     context.phase("tokenizing")
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
-    if use_chat_template(tokenizer):
-        context.decided("chat_template", "gemma3", "the base model has none of its own")
+    # A base that was never tuned to chat has never seen the turn tokens: their embeddings are all but equal to those of other
+    # unseen tokens, and no LoRA of the layers between can tell them apart. So those few rows are trained as well.
+    new_tokens = (
+        [id_ for id_ in tokenizer.convert_tokens_to_ids(TURN_TOKENS) if id_ != tokenizer.unk_token_id]
+        if use_chat_template(tokenizer)
+        else []
+    )
+    if new_tokens:
+        context.decided("chat_template", "gemma3", "the base model has none of its own; the embeddings of its turn tokens are trained too")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     rendered = {
@@ -106,6 +114,7 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
                 lora_alpha=knobs.lora_alpha,
                 lora_dropout=knobs.lora_dropout,
                 target_modules=targets,
+                trainable_token_indices=new_tokens or None,
                 task_type="CAUSAL_LM",
             ),
         )

@@ -1,0 +1,50 @@
+"""`python -m bench [NAME…] [--json FILE] [--no-peers]`."""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from importlib import import_module
+from pathlib import Path
+
+import uvloop
+from rich.console import Console
+
+from bench.figures import Figure, print_table, write_json
+from bench.scene import Scene
+
+BENCHMARKS = ("submit", "listing", "footprint", "launch", "reports", "streams")
+
+
+def main() -> int:
+    """Measure, print, write. 1 when a goal was missed."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measures the service against its goals, and beside its peers.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which ones: {', '.join(BENCHMARKS)}; all when left out")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON, too")
+    parser.add_argument("--no-peers", action="store_true", help="leave MLflow, Prefect and dstack out")
+    chosen = parser.parse_args()
+    if unknown := sorted(set(chosen.names) - set(BENCHMARKS)):
+        parser.error(f"no benchmark {', '.join(unknown)}; known: {', '.join(BENCHMARKS)}")
+    figures: list[Figure] = []
+    for name in chosen.names or BENCHMARKS:
+        found = _measure(name, not chosen.no_peers)
+        print_table(found)
+        figures += found
+    if chosen.json:
+        write_json(figures, chosen.json)
+    missed = [f"{figure.benchmark}: {figure.name}" for figure in figures if figure.met is False]
+    Console().print(f"missed: {'; '.join(missed)}" if missed else "every goal was met")
+    return 1 if missed else 0
+
+
+def _measure(name: str, with_peers: bool) -> list[Figure]:
+    Console(stderr=True).print(f"measuring {name} …")
+    folder = Path(tempfile.mkdtemp(prefix=f"bench-{name}-"))
+    try:
+        return uvloop.run(import_module(f"bench.{name}").measure(Scene(folder, with_peers)))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

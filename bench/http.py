@@ -1,0 +1,182 @@
+"""A small HTTP/1.1 client over asyncio streams, because on two cores a comfortable one would be what is measured.
+
+Only what benchmarks need: requests with a body in hand, keep-alive, answers with a length or in chunks.
+"""
+
+import asyncio
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from bench.figures import percentile
+
+ANSWER_TIMEOUT_S = 60  # a server that needs longer has failed the request
+STATUS = re.compile(rb"HTTP/1\.[01] (\d{3})")
+LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+CHUNKED = re.compile(rb"\r\ntransfer-encoding: *chunked", re.IGNORECASE)
+CLOSING = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to send. A `body` that is not bytes becomes JSON."""
+
+    method: str
+    path: str
+    body: object = None
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def render(self, host: str) -> bytes:
+        """The bytes on the wire."""
+        headers = {"Host": host, **self.headers}
+        match self.body:
+            case None:
+                body = b""
+            case bytes():
+                body = self.body
+            case _:
+                body = json.dumps(self.body).encode()
+                headers["Content-Type"] = "application/json"
+        if body:
+            headers["Content-Length"] = str(len(body))
+        lines = [f"{self.method} {self.path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+        return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back."""
+
+    status: int
+    body: bytes
+
+    @property
+    def ok(self) -> bool:
+        """Whether the server did it."""
+        return 200 <= self.status < 300
+
+    def json(self) -> Any:
+        """The body. Any: each caller knows what it asked for. Raises ValueError, with the text, when it is no success."""
+        if not self.ok:
+            raise ValueError(f"the server answered {self.status}: {self.body[:500].decode(errors='replace')}")
+        return json.loads(self.body)
+
+
+class Connection:
+    """One connection to one server, opened when needed and again when the server has closed it."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self._host, self._port = parts.hostname or "", parts.port or 80
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
+
+    async def send(self, request: Request) -> Answer:
+        """Send and wait. Raises OSError or EOFError when the server hangs up, TimeoutError when it is silent."""
+        async with asyncio.timeout(ANSWER_TIMEOUT_S):
+            reader, head, status = await self._open(request)
+            body = await self._body(reader, head)
+        if CLOSING.search(head):
+            self.close()
+        return Answer(status, body)
+
+    async def stream(self, request: Request) -> AsyncIterator[bytes]:
+        """The chunks of an answer that has no end. Raises EOFError when the server hangs up."""
+        reader, head, status = await self._open(request)
+        if status != 200:
+            body = await self._body(reader, head)
+            raise ValueError(f"the server answered {status}: {body[:500].decode(errors='replace')}")
+        async for chunk in _chunks(reader):
+            yield chunk
+
+    def close(self) -> None:
+        """Hang up."""
+        if self._writer:
+            self._writer.close()
+        self._reader = self._writer = None
+
+    async def _open(self, request: Request) -> tuple[asyncio.StreamReader, bytes, int]:
+        if self._reader is None or self._writer is None:
+            self._reader, self._writer = await asyncio.open_connection(self._host, self._port, limit=1 << 20)
+        self._writer.write(request.render(f"{self._host}:{self._port}"))
+        head = await self._reader.readuntil(b"\r\n\r\n")
+        found = STATUS.match(head)
+        if not found:
+            raise EOFError(f"not HTTP: {head[:80]!r}")
+        return self._reader, head, int(found[1])
+
+    async def _body(self, reader: asyncio.StreamReader, head: bytes) -> bytes:
+        if length := LENGTH.search(head):
+            return await reader.readexactly(int(length[1]))
+        if CHUNKED.search(head):
+            return b"".join([chunk async for chunk in _chunks(reader)])
+        return b""
+
+
+async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    while size := int(await reader.readuntil(b"\r\n"), 16):
+        yield (await reader.readexactly(size + 2))[:-2]
+    await reader.readexactly(2)
+
+
+@dataclass
+class Load:
+    """What became of many requests."""
+
+    latencies_s: list[float] = field(default_factory=list[float])  # of those that were done
+    refused: Counter[str] = field(default_factory=Counter[str])  # the others: by status, or by how the connection ended
+    answers: list[Answer] = field(default_factory=list[Answer])
+    took_s: float = 0.0
+
+    @property
+    def per_second(self) -> float:
+        """Requests done a second."""
+        return len(self.latencies_s) / self.took_s if self.took_s else 0.0
+
+    def milliseconds(self, percent: float) -> float:
+        """A percentile of the latencies."""
+        return percentile(self.latencies_s, percent) * 1000
+
+
+async def load(url: str, requests: Iterable[Request], clients: int, most_s: float = 120.0) -> Load:
+    """Send the requests, each client the next as soon as it has its answer, until there are no more or the time is over."""
+    done = Load()
+    shared = iter(requests)
+    began = time.perf_counter()
+    await asyncio.gather(*(_one_client(url, shared, done, began + most_s) for _ in range(clients)))
+    done.took_s = time.perf_counter() - began
+    return done
+
+
+async def _one_client(url: str, requests: Iterator[Request], done: Load, deadline: float) -> None:
+    connection = Connection(url)
+    for request in requests:
+        began = time.perf_counter()
+        if began > deadline:
+            break
+        try:
+            answer = await connection.send(request)
+        except (OSError, EOFError, TimeoutError) as error:
+            done.refused[type(error).__name__] += 1
+            connection.close()
+            continue
+        if answer.ok:
+            done.latencies_s.append(time.perf_counter() - began)
+            done.answers.append(answer)
+        else:
+            done.refused[str(answer.status)] += 1
+    connection.close()
+
+
+async def ask(url: str, request: Request) -> Any:
+    """One request on a connection of its own; the answer's JSON. Raises ValueError when the server did not do it."""
+    connection = Connection(url)
+    try:
+        return (await connection.send(request)).json()
+    finally:
+        connection.close()
