@@ -38,7 +38,7 @@ def main() -> int:
         return ExitCode.FAILED
     except Cancelled as request:
         return attempt.end_cancelled(str(request))
-    except Exception as error:  # the boundary: whatever it is becomes a failure that a person can read
+    except Exception as error:  # noqa: BLE001  # the boundary: whatever it is becomes a failure that a person can read
         sys.stderr.write(attempt.redact(traceback.format_exc()))
         failure = failure_of(error)
         failure = failure.model_copy(update={"message": attempt.redact(failure.message)})

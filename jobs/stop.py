@@ -78,7 +78,7 @@ class Stop:
             log.warning("the main thread is busy; ending without it", extra={"reason": self.reason})
             self._last_resort(self.reason)
 
-    def _interrupt(self, number: int, frame: object) -> None:
+    def _interrupt(self, _number: int, _frame: object) -> None:
         """Runs in the main thread, in the middle of anything: it takes no lock and writes no log."""
         if not self._raised and not self._settled.is_set():
             self._raised = True

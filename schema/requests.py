@@ -2,12 +2,12 @@
 
 from typing import Self
 
-from pydantic import ConfigDict, Field, SecretStr, model_validator
+from pydantic import ConfigDict, Field, JsonValue, SecretStr, model_validator
 
 from schema.base import Id, Label, Strict
 from schema.training import TrainingConfig
 
-SEED_EXAMPLE = {
+SEED_EXAMPLE: dict[str, JsonValue] = {
     "processed_dataset_id": "dataset_abc123",
     "hf_token": "hf_...",
     "job_name": "my-job-name",

@@ -21,6 +21,7 @@ from jobs.data.render import NO_LABEL, Rendered, TokenRow, read_rows, render, us
 from jobs.errors import JobFailed
 from jobs.probe import fast_bf16
 from jobs.trained import Probe, TrainedModel
+from jobs.turn_tokens import train_few_rows_only
 from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
 from schema.job import EvalMetrics, Progress
 from schema.training import SftConfig
@@ -65,6 +66,7 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
         context.decided("chat_template", "gemma3", "the base model has none of its own; the embeddings of its turn tokens are trained too")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    pad_id = int(tokenizer.pad_token_id or 0)
     rendered = {
         name: render(read_rows(path), context.spec.dataset.dataset_type, tokenizer, knobs.max_seq_length) for name, path in splits.items()
     }
@@ -118,6 +120,7 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
                 task_type="CAUSAL_LM",
             ),
         )
+        train_few_rows_only(model)
     # Recomputing activations costs a third of the speed; on a GPU memory is what runs out first.
     checkpointing = on_gpu
     if checkpointing:
@@ -171,7 +174,7 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
             step = self.state.global_step
             if step not in self.measured:
-                self.measured[step] = measure(self.model, eval_rows, tokenizer.pad_token_id, config)
+                self.measured[step] = measure(self.model, eval_rows, pad_id, config)
                 context.evaluated("during", step, self.measured[step])
             return {"eval_loss": self.measured[step].eval_loss or math.nan}
 
@@ -220,7 +223,7 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
         args=arguments,
         train_dataset=blocks,  # type: ignore[arg-type]  # any sequence of things that the collator knows
         eval_dataset=eval_rows or None,  # type: ignore[arg-type]
-        data_collator=lambda batch: collate([block if isinstance(block, list) else [block] for block in batch], tokenizer.pad_token_id),
+        data_collator=lambda batch: collate([block if isinstance(block, list) else [block] for block in batch], pad_id),
         processing_class=tokenizer,
         callbacks=[report := Report()],
     )
@@ -230,7 +233,7 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
     base_metrics = metrics = None
     if eval_rows:
         context.phase("evaluating")
-        base_metrics = measure(model, eval_rows, tokenizer.pad_token_id, config)
+        base_metrics = measure(model, eval_rows, pad_id, config)
         context.evaluated("before", 0, base_metrics)
     context.phase("training")
     report.began = report.last = began = time.monotonic()
@@ -239,7 +242,7 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
     if eval_rows:
         context.phase("evaluating")
         step = trainer.state.global_step
-        metrics = trainer.measured.get(step) or measure(model, eval_rows, tokenizer.pad_token_id, config)
+        metrics = trainer.measured.get(step) or measure(model, eval_rows, pad_id, config)
         context.evaluated("after", step, metrics)
 
     # --- save ---

@@ -23,7 +23,8 @@ app = typer.Typer(help="One HTTP request becomes a fine-tuned model.", no_args_i
 datasets_app = typer.Typer(help="Upload, list and show datasets.", no_args_is_help=True)
 app.add_typer(datasets_app, name="datasets")
 
-out = Console()
+# Into a pipe or a file a line is as long as it must be.
+out = Console(width=None if sys.stdout.isatty() else 240)
 err = Console(stderr=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the API's JSON.")]
@@ -359,7 +360,7 @@ def _watch(client: Client, job_id: str, as_json: bool) -> None:
                 if body["type"] == "metrics" and body["progress"]:
                     _advance(bar, task, body)
                 if line := show.event_line(event):
-                    out.print(line, highlight=False)
+                    bar.console.print(line, highlight=False)
     job = client.get(f"/jobs/{job_id}")
     if not as_json:
         show.job_summary(out, job)

@@ -13,7 +13,7 @@ COLOURS = {"completed": "green", "failed": "red", "cancelled": "yellow", "traini
 
 def job_table(jobs: list[Json]) -> Table:
     """Jobs, one a row."""
-    table = Table("job", "name", "base", "status", "created", box=None, header_style="bold")
+    table = _table("job", "name", "base", "status", "created")
     for job in jobs:
         table.add_row(job["job_id"], job["job_name"], job["base_model_id"], coloured(job["status"]), when(job["created_at"]))
     return table
@@ -21,11 +21,20 @@ def job_table(jobs: list[Json]) -> Table:
 
 def dataset_table(datasets: list[Json]) -> Table:
     """Datasets, one a row."""
-    table = Table("dataset", "name", "type", "rows", "splits", "created", box=None, header_style="bold")
+    table = _table("dataset", "name", "type", "rows", "splits", "created")
     for dataset in datasets:
         splits = ", ".join(f"{name} {rows}" for name, rows in dataset["splits"].items())
         cells = (dataset["processed_dataset_id"], dataset["name"], dataset["dataset_type"], str(dataset["rows"]), splits)
         table.add_row(*cells, when(dataset["created_at"]))
+    return table
+
+
+def _table(id_column: str, *columns: str) -> Table:
+    """A table whose first column is never cut: it is there to be copied."""
+    table = Table(box=None, header_style="bold")
+    table.add_column(id_column, no_wrap=True, overflow="ignore")
+    for column in columns:
+        table.add_column(column, overflow="fold")
     return table
 
 
@@ -39,7 +48,11 @@ def job_summary(console: Console, job: Json) -> None:
     for line in metric_lines(job):
         console.print(f"  {line}")
     for artifact in job["artifacts"]:
-        console.print(f"  {artifact['name']:14} {size(artifact['size_bytes']):>9}  {artifact['uri']}{fidelity(artifact)}", highlight=False)
+        console.print(
+            f"  {artifact['name']:14} {size(artifact['size_bytes']):>9}  {artifact['uri']}{fidelity(artifact)}",
+            highlight=False,
+            soft_wrap=True,
+        )
     if job["wandb_url"]:
         console.print(f"  W&B: {job['wandb_url']}")
 

@@ -29,7 +29,12 @@ MAX_MESSAGES = 1000
 MAX_EVAL_FRACTION = 0.5
 FORMS = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": "..."}'
 COLUMNS: dict[DatasetType, tuple[str, ...]] = {"messages": ("messages",), "prompt_completion": ("prompt", "completion"), "text": ("text",)}
-FORM_OF_COLUMN: dict[str, DatasetType] = {name: form for form, names in COLUMNS.items() for name in names}
+FORM_OF_COLUMN: dict[str, DatasetType] = {
+    "messages": "messages",
+    "prompt": "prompt_completion",
+    "completion": "prompt_completion",
+    "text": "text",
+}
 ROLES = ("system", "user", "assistant")
 TURNS = "after one optional system message, user and assistant take turns, and user begins"
 IMAGE_PARTS = ("image", "image_url", "input_image")
@@ -295,7 +300,7 @@ def _content(columns: dict[str, object]) -> _Content:
 
 def _form(columns: dict[str, object]) -> DatasetType:
     """Which form the row has: it has all the columns of that form, and no other."""
-    form = next((FORM_OF_COLUMN[name] for name in columns if name in FORM_OF_COLUMN), None)
+    form: DatasetType | None = next((FORM_OF_COLUMN[name] for name in columns if name in FORM_OF_COLUMN), None)
     if form is None:
         found = ", ".join(_shown(name) for name in list(columns)[:5])
         raise _Refused("", f"has {f'the columns {found}' if found else 'no columns'}; a row is {FORMS}")
