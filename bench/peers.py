@@ -5,6 +5,7 @@ dstack's background jobs and Prefect's services are off. A peer that cannot be i
 """
 
 import asyncio
+import hashlib
 import itertools
 import os
 import sqlite3
@@ -171,12 +172,17 @@ def _cache() -> Path:
 
 
 def _key(n: int) -> str:
-    return uuid.uuid5(uuid.NAMESPACE_OID, str(n)).hex
+    return _uuid4(str(n)).hex
 
 
 def _twin(key: str) -> str:
     """Another uuid that belongs to a run."""
-    return str(uuid.uuid5(uuid.NAMESPACE_OID, key))
+    return str(_uuid4(key))
+
+
+def _uuid4(name: str) -> uuid.UUID:
+    """The same for the same name, and yet of version 4: dstack does not show a run with another."""
+    return uuid.UUID(bytes=hashlib.blake2b(name.encode(), digest_size=16).digest(), version=4)
 
 
 def _earlier(n: int) -> str:

@@ -39,7 +39,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             rows = Path(folder, "stdlib-docstrings.jsonl")
             run([TRAINER_PYTHON, "infra/stdlib_docstrings.py", rows])
-            dataset = json.loads(said([TUNESMITH, "datasets", "upload", rows, "--eval-fraction", "0.08", "--json"]))
+            dataset = json.loads(said([TUNESMITH, "datasets", "upload", rows, "--eval-fraction", "0.06", "--json"]))
         console.print(f"   {dataset['processed_dataset_id']}: {dataset['splits']}")
         step("4. POST /train, and watch")
         job_id = said(
@@ -79,7 +79,9 @@ def compare(questions: list[str], gguf: Path) -> None:
     """Print the answers side by side."""
     asked = json.dumps({"questions": questions, "max_tokens": ANSWER_TOKENS})
     before = json.loads(said([TRAINER_PYTHON, "infra/base_answers.py", "--store", (HOME / "objects").as_uri()], stdin=asked, quiet=True))
-    table = Table("question", "base", "tuned", show_lines=True)
+    table = Table(show_lines=True)
+    for heading in ("question", "base", "tuned"):
+        table.add_column(heading, overflow="fold")
     for question, answer in zip(questions, before, strict=True):
         command = [TRAINER_PYTHON, "-m", "jobs.chat", "--gguf", gguf, "--temperature", "0", "--max-tokens", str(ANSWER_TOKENS)]
         table.add_row(question, answer, said([*command, "--prompt", question], quiet=True).strip())

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.errors import JobFailed
-from jobs.exporters.folders import copy_files, copy_tokenizer, write_json
+from jobs.exporters.folders import copy_files, copy_licence, copy_tokenizer, write_json
 from jobs.exporters.merge import DIVERGED_HINT
 from jobs.publish import Product
 
@@ -23,6 +23,7 @@ def export(bench: "Bench") -> tuple[Product, ...]:
     _refuse_diverged(source / WEIGHTS)
     copy_files(source, folder, [WEIGHTS])
     copy_tokenizer(source, folder)
+    copy_licence(bench.trained.base_folder, folder)
     # The trainer read the base from a folder of its own; whoever loads the adapter has the Hub.
     settings = json.loads((source / SETTINGS).read_text())
     base_model_id = bench.context.spec.training_config.base_model_id

@@ -22,6 +22,7 @@ TOKENIZER_FILES = (
 )
 # What transformers notes about the machine on which a tokenizer was loaded.
 OF_THIS_MACHINE = ("vocab_file", "tokenizer_file", "name_or_path", "is_local", "local_files_only")
+LICENCE_FILES = ("LICENSE", "LICENCE", "NOTICE", "GEMMA_TERMS", "USE_POLICY")
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
 # A turn ends a chat model's answer as surely as the text's end does.
 TURN_ENDS = ("<end_of_turn>",)
@@ -40,6 +41,11 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     copy_files(source, target, TOKENIZER_FILES)
     settings: dict[str, Any] = json.loads((source / TOKENIZER_SETTINGS).read_text())  # Any: JSON
     write_json(target / TOKENIZER_SETTINGS, {name: value for name, value in settings.items() if name not in OF_THIS_MACHINE})
+
+
+def copy_licence(source: Path, target: Path) -> None:
+    """Bring the base model's licence along: terms such as Gemma's must go with every copy of the weights, tuned or not."""
+    copy_files(source, target, [path.name for path in source.iterdir() if path.name.upper().startswith(LICENCE_FILES)])
 
 
 def link_or_copy(source: Path, target: Path) -> None:

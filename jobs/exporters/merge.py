@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.errors import JobFailed
-from jobs.exporters.folders import MODEL_FILES, copy_files, copy_tokenizer, mend_generation_config, precision, size_bytes, weights
+from jobs.exporters.folders import (
+    MODEL_FILES,
+    copy_files,
+    copy_licence,
+    copy_tokenizer,
+    mend_generation_config,
+    precision,
+    size_bytes,
+    weights,
+)
 from jobs.exporters.speech import load_model, log_probs_of, passages_of, write_log_probs
 from jobs.llama.fidelity import Comparison, Passage, compare
 
@@ -56,6 +65,7 @@ def merge(trained: "TrainedModel", tokenizer: "PreTrainedTokenizerBase", bench: 
     del base, adapted, merged
     gc.collect()  # one model in memory at a time
     copy_tokenizer(trained.folder, folder)
+    copy_licence(trained.base_folder, folder)
     mend_generation_config(folder, tokenizer)
     context.check()
     log_probs = _speak(load_model(folder, dtype, device), passages, bench / "merged.npy", context)
@@ -69,6 +79,7 @@ def adopt(trained: "TrainedModel", tokenizer: "PreTrainedTokenizerBase", bench: 
     folder, (dtype, device) = bench / "merged", _arithmetic(trained.folder, context)
     copy_files(trained.folder, folder, [*MODEL_FILES, *weights(trained.folder)])
     copy_tokenizer(trained.folder, folder)
+    copy_licence(trained.base_folder, folder)
     mend_generation_config(folder, tokenizer)
     passages = passages_of(trained.probes, tokenizer)
     log_probs = _speak(load_model(folder, dtype, device), passages, bench / "merged.npy", context)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -26,6 +27,8 @@ app.add_typer(datasets_app, name="datasets")
 # Into a pipe or a file a line is as long as it must be.
 out = Console(width=None if sys.stdout.isatty() else 240)
 err = Console(stderr=True)
+
+DELETE_TRIES, DELETE_PAUSE_S = 40, 0.5  # an attempt that does not listen is ended within ten seconds
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the API's JSON.")]
 JobId = Annotated[str, typer.Argument(help="As `tunesmith train` or `tunesmith jobs` printed it.")]
@@ -198,6 +201,11 @@ def delete(job_id: JobId, as_json: AsJson = False) -> None:
     """Stop a job and remove it with all its files."""
     with _client() as client:
         answer = client.delete(f"/jobs/{job_id}")
+        for _ in range(DELETE_TRIES):
+            if answer["deleted"]:
+                break
+            time.sleep(DELETE_PAUSE_S)  # it is being stopped
+            answer = client.delete(f"/jobs/{job_id}")
     _print(answer, as_json, answer["message"])
 
 

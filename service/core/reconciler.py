@@ -39,11 +39,13 @@ class Reconciler:
     def _run(self) -> None:
         while not self._stopping.is_set():
             self._woken.clear()
+            changed = 0
             try:
                 changed = self._turn()
             except TunesmithError as error:
                 log.warning("reconcile did not finish", extra={"error": error.message})
-                changed = 0
+            except Exception:  # a thread has no caller: if it died, every job would be stuck
+                log.exception("reconcile broke off")
             if not changed:  # a change may have made the next one possible
                 self._woken.wait(self._interval_s)
             self._stopping.wait(SHORTEST_PAUSE_S)

@@ -1,5 +1,6 @@
 """What every job store promises."""
 
+import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -10,8 +11,10 @@ import pytest
 from schema.events import EventBatch, Metrics, PhaseChanged, ReportedEvent, StatusChanged
 from schema.job import Progress, Status
 from service.adapters.jobstores import JOB_STORES
+from service.adapters.jobstores.cursors import encode_cursor
+from service.adapters.jobstores.sqlite import SqliteJobStore
 from service.bootstrap import adapter
-from service.core.errors import Conflict, IdempotencyConflict, InvalidRequest, NotFound, StaleRevision
+from service.core.errors import Conflict, IdempotencyConflict, InvalidRequest, NotFound, StaleRevision, Unavailable
 from service.core.ports import IdempotencyKey, JobQuery, JobStore
 from tests.factories import START, a_dataset, a_job
 
@@ -285,3 +288,64 @@ def test_datasets_are_kept_paged_and_deleted(store: JobStore) -> None:
 
 def test_it_answers_when_asked_whether_it_is_there(store: JobStore) -> None:
     store.ping()
+
+
+def test_a_file_that_another_version_wrote_is_refused_in_words(tmp_path: Path) -> None:
+    SqliteJobStore(tmp_path / "jobs.db").close()
+    with sqlite3.connect(tmp_path / "jobs.db") as db:
+        db.execute("PRAGMA user_version = 99")
+    db.close()
+    with pytest.raises(Unavailable, match="another version"):
+        SqliteJobStore(tmp_path / "jobs.db")
+
+
+def test_a_database_that_another_process_holds_is_unavailable_not_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.adapters.jobstores.sqlite.BUSY_TIMEOUT_S", 0.05)
+    store = SqliteJobStore(tmp_path / "jobs.db")
+    other = sqlite3.connect(tmp_path / "jobs.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(Unavailable):
+        store.create_job(a_job())
+    assert store.find_job("job-1") is None  # readers do not wait
+    other.execute("ROLLBACK")
+    store.create_job(a_job())  # and it recovers by itself
+    other.close()
+    store.close()
+
+
+def test_what_was_answered_is_on_disk(tmp_path: Path) -> None:
+    store = SqliteJobStore(tmp_path / "jobs.db")
+    store.create_job(a_job())
+    another = SqliteJobStore(tmp_path / "jobs.db")  # as after a kill: nothing was closed
+    assert another.find_job("job-1") == a_job()
+    with sqlite3.connect(tmp_path / "jobs.db") as db:
+        assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    db.close()
+    another.close()
+    store.close()
+
+
+QUERIES = [
+    JobQuery("local"),
+    JobQuery("local", status=Status.FAILED),
+    JobQuery("local", project_id="p"),
+    JobQuery("local", after=encode_cursor("2026-01-01", "x")),
+]
+
+
+@pytest.mark.parametrize("query", QUERIES, ids=["all", "status", "project", "cursor"])
+def test_lists_are_read_along_an_index(tmp_path: Path, query: JobQuery, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = SqliteJobStore(tmp_path / "jobs.db")
+    asked: list[tuple[str, tuple[object, ...]]] = []
+    read = store._read  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(store, "_read", lambda sql, *values: asked.append((sql, values)) or read(sql, *values))
+    store.page_jobs(query)
+    store.queued_jobs(5)
+    store.active_jobs(5)
+    store.uses_of_dataset("d")
+    for sql, values in asked:
+        plan = " ".join(row[3] for row in read(f"EXPLAIN QUERY PLAN {sql}", *values))
+        assert "USING" in plan
+        assert "INDEX jobs_" in plan
+        assert "TEMP B-TREE" not in plan
+    store.close()

@@ -9,6 +9,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
@@ -38,6 +39,7 @@ CREATE INDEX jobs_unfinished ON jobs (dataset_id, job_id) WHERE is_final = 0;
 CREATE TABLE idempotency (
     tenant_id TEXT NOT NULL, key TEXT NOT NULL, body_digest TEXT NOT NULL, job_id TEXT NOT NULL, created_at TEXT NOT NULL,
     PRIMARY KEY (tenant_id, key)) WITHOUT ROWID;
+CREATE INDEX idempotency_oldest ON idempotency (created_at);
 CREATE TABLE events (
     cursor INTEGER PRIMARY KEY AUTOINCREMENT, job_id TEXT NOT NULL, attempt INTEGER NOT NULL, seq INTEGER NOT NULL,
     at TEXT NOT NULL, event TEXT NOT NULL, UNIQUE (job_id, attempt, seq));
@@ -50,7 +52,12 @@ CREATE TABLE datasets (
 CREATE INDEX datasets_newest ON datasets (tenant_id, created_at DESC, dataset_id DESC);
 """
 
+JOB_BY_ID = "SELECT record FROM jobs WHERE job_id = ?"
+LIVENESS_OF_JOB = "SELECT attempt, seen_at, next_seq, phase, progress FROM liveness WHERE job_id = ?"
 EVENT: TypeAdapter[Event] = TypeAdapter(Event)
+
+
+Record = TypeVar("Record", Job, Dataset)
 
 
 class SqliteJobStore:
@@ -98,7 +105,7 @@ class SqliteJobStore:
         return job
 
     def find_job(self, job_id: str) -> Job | None:
-        return self._read_job(self._reader(), job_id)
+        return _first(self._read(JOB_BY_ID, job_id), Job)
 
     def replace_job(self, job: Job, events: Sequence[Event] = ()) -> Job:
         kept = job.model_copy(update={"revision": job.revision + 1})
@@ -125,27 +132,27 @@ class SqliteJobStore:
         if query.after:
             clauses.append("(created_at, job_id) < (?, ?)")
             values += decode_cursor(query.after)
-        rows = self._reader().execute(
+        rows = self._read(
             "SELECT job_id, job_name, base_model_id, status, modality, trainer_type, project_id, created_at FROM jobs "  # noqa: S608  # our own clauses
             f"WHERE {' AND '.join(clauses)} ORDER BY created_at DESC, job_id DESC LIMIT ?",
-            (*values, query.limit + 1),
+            *values,
+            query.limit + 1,
         )
-        found = [_summary(*row) for row in rows.fetchall()]
+        found = [_summary(*row) for row in rows]
         shown = found[: query.limit]
         last = shown[-1] if len(found) > query.limit else None
         return Page(shown, encode_cursor(_text(last.created_at), last.job_id) if last else None)
 
     def queued_jobs(self, limit: int) -> list[Job]:
-        rows = self._reader().execute("SELECT record FROM jobs WHERE status = 'queued' ORDER BY created_at, job_id LIMIT ?", (limit,))
-        return [Job.load(row[0]) for row in rows.fetchall()]
+        rows = self._read("SELECT record FROM jobs WHERE status = 'queued' ORDER BY created_at, job_id LIMIT ?", limit)
+        return [Job.load(row[0]) for row in rows]
 
     def active_jobs(self, limit: int) -> list[Job]:
-        rows = self._reader().execute("SELECT record FROM jobs WHERE is_active = 1 ORDER BY created_at, job_id LIMIT ?", (limit,))
-        return [Job.load(row[0]) for row in rows.fetchall()]
+        rows = self._read("SELECT record FROM jobs WHERE is_active = 1 ORDER BY created_at, job_id LIMIT ?", limit)
+        return [Job.load(row[0]) for row in rows]
 
     def uses_of_dataset(self, dataset_id: str) -> list[str]:
-        rows = self._reader().execute("SELECT job_id FROM jobs WHERE dataset_id = ? AND is_final = 0 ORDER BY job_id", (dataset_id,))
-        return [row[0] for row in rows.fetchall()]
+        return [row[0] for row in self._read("SELECT job_id FROM jobs WHERE dataset_id = ? AND is_final = 0 ORDER BY job_id", dataset_id)]
 
     def delete_job(self, job_id: str) -> bool:
         with self._transaction() as db:
@@ -157,7 +164,7 @@ class SqliteJobStore:
 
     def append_events(self, job_id: str, attempt: int, batch: EventBatch, now: datetime) -> int:
         with self._transaction() as db:
-            fresh, alive = new_events(self._read_liveness(db, job_id), attempt, batch, now)
+            fresh, alive = new_events(_liveness(db.execute(LIVENESS_OF_JOB, (job_id,)).fetchall()), attempt, batch, now)
             for seq, reported in fresh:
                 self._append(db, job_id, attempt, seq, reported.at, reported.event)
             progress = alive.progress.model_dump_json() if alive.progress else None
@@ -168,17 +175,19 @@ class SqliteJobStore:
         return alive.next_seq
 
     def page_events(self, job_id: str, after: int = 0, limit: int = 500) -> list[StoredEvent]:
-        rows = self._reader().execute(
+        rows = self._read(
             "SELECT cursor, attempt, seq, at, event FROM events WHERE job_id = ? AND cursor > ? ORDER BY cursor LIMIT ?",
-            (job_id, after, limit),
+            job_id,
+            after,
+            limit,
         )
         return [
             StoredEvent(cursor, attempt, seq, datetime.fromisoformat(at), EVENT.validate_json(event))
-            for cursor, attempt, seq, at, event in rows.fetchall()
+            for cursor, attempt, seq, at, event in rows
         ]
 
     def liveness(self, job_id: str) -> Liveness | None:
-        return self._read_liveness(self._reader(), job_id)
+        return _liveness(self._read(LIVENESS_OF_JOB, job_id))
 
     # --- datasets ----------------------------------------------------------------------------------------------------
 
@@ -188,17 +197,18 @@ class SqliteJobStore:
             db.execute("INSERT INTO datasets VALUES (?, ?, ?, ?)", values)
 
     def find_dataset(self, dataset_id: str) -> Dataset | None:
-        row = self._reader().execute("SELECT record FROM datasets WHERE dataset_id = ?", (dataset_id,)).fetchone()
-        return Dataset.load(row[0]) if row else None
+        return _first(self._read("SELECT record FROM datasets WHERE dataset_id = ?", dataset_id), Dataset)
 
     def page_datasets(self, tenant_id: str, limit: int = 50, after: str | None = None) -> Page[Dataset]:
         behind = "AND (created_at, dataset_id) < (?, ?)" if after else ""
         place = decode_cursor(after) if after else ()
-        rows = self._reader().execute(
+        rows = self._read(
             f"SELECT record FROM datasets WHERE tenant_id = ? {behind} ORDER BY created_at DESC, dataset_id DESC LIMIT ?",  # noqa: S608  # our own clause
-            (tenant_id, *place, limit + 1),
+            tenant_id,
+            *place,
+            limit + 1,
         )
-        found = [Dataset.load(row[0]) for row in rows.fetchall()]
+        found = [Dataset.load(row[0]) for row in rows]
         last = found[limit - 1] if len(found) > limit else None
         return Page(found[:limit], encode_cursor(_text(last.created_at), last.processed_dataset_id) if last else None)
 
@@ -209,10 +219,7 @@ class SqliteJobStore:
     # --- the file ----------------------------------------------------------------------------------------------------
 
     def ping(self) -> None:
-        try:
-            self._reader().execute("SELECT 1 FROM jobs LIMIT 1").fetchone()
-        except sqlite3.Error as error:
-            raise Unavailable(f"the job database does not answer: {error}") from error
+        self._read("SELECT 1 FROM jobs LIMIT 1")
 
     def close(self) -> None:
         for connection in self._connections:
@@ -239,11 +246,16 @@ class SqliteJobStore:
                     f"{self._path} was written by another version of Tunesmith (schema {version}, this one reads {SCHEMA_VERSION})"
                 )
 
-    def _reader(self) -> sqlite3.Connection:
-        db: sqlite3.Connection | None = getattr(self._readers, "db", None)
-        if db is None:
-            db = self._readers.db = self._connect()
-        return db
+    # Any: SQLite's values have the types of their columns, which each query knows.
+    def _read(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        """Rows, through this thread's own connection."""
+        try:
+            db: sqlite3.Connection | None = getattr(self._readers, "db", None)
+            if db is None:
+                db = self._readers.db = self._connect()
+            return db.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise Unavailable(f"the job database does not answer: {error}") from error
 
     @contextmanager
     def _transaction(self) -> Generator[sqlite3.Connection]:
@@ -258,7 +270,7 @@ class SqliteJobStore:
                     db.execute("ROLLBACK")
                     raise
                 db.execute("COMMIT")
-            except sqlite3.OperationalError as error:
+            except sqlite3.OperationalError as error:  # busy, full, read-only
                 if db.in_transaction:
                     db.execute("ROLLBACK")
                 raise Unavailable(f"the job database does not take writes now: {error}") from error
@@ -268,34 +280,34 @@ class SqliteJobStore:
     def _earlier(self, db: sqlite3.Connection, job: Job, idempotency: IdempotencyKey) -> Job | None:
         """The job made under the same key less than a day ago; otherwise the key is this job's from now on."""
         still_kept = _text(job.created_at - IDEMPOTENCY_LIFE)
+        db.execute("DELETE FROM idempotency WHERE created_at <= ?", (still_kept,))
         row = db.execute(
-            "SELECT body_digest, job_id FROM idempotency WHERE tenant_id = ? AND key = ? AND created_at > ?",
-            (job.tenant_id, idempotency.key, still_kept),
+            "SELECT body_digest, job_id FROM idempotency WHERE tenant_id = ? AND key = ?", (job.tenant_id, idempotency.key)
         ).fetchone()
         if row and row[0] != idempotency.body_digest:
             raise IdempotencyConflict(param="Idempotency-Key")
-        if row and (earlier := self._read_job(db, row[1])):
+        if row and (earlier := _first(db.execute(JOB_BY_ID, (row[1],)).fetchall(), Job)):
             return earlier
         values = (job.tenant_id, idempotency.key, idempotency.body_digest, job.job_id, _text(job.created_at))
         db.execute("INSERT OR REPLACE INTO idempotency VALUES (?, ?, ?, ?, ?)", values)
         return None
-
-    def _read_job(self, db: sqlite3.Connection, job_id: str) -> Job | None:
-        row = db.execute("SELECT record FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
-        return Job.load(row[0]) if row else None
-
-    def _read_liveness(self, db: sqlite3.Connection, job_id: str) -> Liveness | None:
-        row = db.execute("SELECT attempt, seen_at, next_seq, phase, progress FROM liveness WHERE job_id = ?", (job_id,)).fetchone()
-        if row is None:
-            return None
-        attempt, seen_at, next_seq, phase, progress = row
-        return Liveness(attempt, datetime.fromisoformat(seen_at), next_seq, phase, Progress.load(progress) if progress else None)
 
     def _append(self, db: sqlite3.Connection, job_id: str, attempt: int, seq: int, at: datetime, event: Event) -> None:
         db.execute(
             "INSERT OR IGNORE INTO events (job_id, attempt, seq, at, event) VALUES (?, ?, ?, ?, ?)",
             (job_id, attempt, seq, _text(at), event.model_dump_json()),
         )
+
+
+def _first(rows: list[tuple[Any, ...]], model: type[Record]) -> Record | None:
+    return model.load(rows[0][0]) if rows else None
+
+
+def _liveness(rows: list[tuple[Any, ...]]) -> Liveness | None:
+    if not rows:
+        return None
+    attempt, seen_at, next_seq, phase, progress = rows[0]
+    return Liveness(attempt, datetime.fromisoformat(seen_at), next_seq, phase, Progress.load(progress) if progress else None)
 
 
 def _summary(*row: str) -> JobSummary:

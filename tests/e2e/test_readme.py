@@ -1,0 +1,78 @@
+"""The README's commands do what it says. The long ones with a tiny base; `make demo` as it stands, with the real Gemma."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import BASE, ROWS, SOURCE, TUNESMITH, Service
+
+README = (SOURCE / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    """What the README tells a user to type once a service runs, in order."""
+    text = "".join(block for block in blocks("bash") if "make " not in block).replace("\\\n", " ")
+    found = re.findall(r"^(?:tunesmith \w.*|curl (?:[^'\n]|'[^']*')*)", text, re.MULTILINE)
+    return [re.sub(r"\s+# .*$", "", command) for command in found]
+
+
+def test_the_commands_of_the_readme_work_in_their_order(service: Service, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
+    ids = {"dataset_…": "", "training_…": ""}
+    ran = commands()
+    assert len(ran) >= 9
+    for command in ran:
+        line = command.replace("http://127.0.0.1:8080", str(service.http.base_url).rstrip("/")).replace("google/gemma-3-270m", BASE)
+        line = line.replace("max_steps=40", "max_steps=3")
+        for placeholder, real in ids.items():
+            line = line.replace(placeholder, real)
+        script = f'set -euo pipefail; tunesmith() {{ "{TUNESMITH}" "$@"; }}; {line}'
+        done = subprocess.run(
+            ["bash", "-c", script], cwd=tmp_path, env=service.environment, input="hello\n", capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        assert '"error":{' not in done.stdout, f"{line}\n{done.stdout}"
+        for placeholder in ids:
+            if made := re.search(rf"\b{placeholder[:-1]}[\w.-]+", done.stdout):
+                ids[placeholder] = made.group()
+    assert service.finished(ids["training_…"])["status"] == "completed"
+
+
+def test_every_row_that_the_readme_shows_is_a_row(service: Service) -> None:
+    [rows] = [block for block in blocks("json") if '"messages"' in block]
+    for line in rows.strip().splitlines():
+        answer = service.http.post("/datasets", files={"file": ("rows.jsonl", line)}, data={"eval_fraction": "0"})
+        assert answer.status_code == 201, answer.text
+
+
+def test_every_make_target_that_the_pages_name_is_there() -> None:
+    targets = set(re.findall(r"^([a-z-]+):.*## ", (SOURCE / "Makefile").read_text(), re.MULTILINE))
+    for page in (README, (SOURCE / "CONTRIBUTING.md").read_text()):
+        for target in re.findall(r"\bmake ([a-z-]+)", page):
+            assert target in targets, target
+
+
+def test_make_alone_prints_help() -> None:
+    assert "demo" in subprocess.run(["make"], cwd=SOURCE, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.timeout(900)
+def test_make_demo_tunes_the_real_gemma_and_shows_it(tmp_path: Path, service: Service) -> None:
+    environment = {**service.environment, "TUNESMITH_HOME": str(tmp_path / "home"), "COLUMNS": "200"}
+    for name in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE"):  # as a user would run it
+        environment.pop(name)
+    done = subprocess.run(["make", "demo"], cwd=SOURCE, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    lower = re.search(r"perplexity is (\d+)% lower", done.stdout)
+    assert lower, done.stdout
+    assert int(lower.group(1)) >= 40
+    for said in ("Gemma Terms of Use", "base", "tuned", "gguf-q8_0", "gguf-f16", "chat training_"):
+        assert said in done.stdout
+    assert list((tmp_path / "home/downloads").rglob("*-f16.gguf"))
