@@ -13,7 +13,7 @@ from rich.console import Console
 from bench.figures import Figure, print_table, write_json
 from bench.scene import Scene
 
-BENCHMARKS = ("submit", "listing", "footprint", "launch", "reports", "streams")
+BENCHMARKS = ("submit", "listing", "footprint", "launch", "reports", "streams", "overhead")
 
 
 def main() -> int:

@@ -30,7 +30,7 @@ async def measure(scene: Scene) -> list[Figure]:
     if not REAL_TRAINER.exists():
         return [Figure(NAME, "POST /train to first line", None, "s", at_most(0.3), "there is no trainer's environment: make setup")]
     home = scene.folder / "home"
-    await asyncio.to_thread(_make_base, home)
+    await asyncio.to_thread(make_base, home)
     async with service(home, REAL_TRAINER) as server:
         dataset_id = await upload(server)
         await ask(server.url, Request("GET", "/capabilities"))  # asked once per service: what the trainer's environment can do
@@ -56,7 +56,8 @@ def _cancelled(what: str, gone_s: list[float]) -> Figure:
     )
 
 
-def _make_base(home: Path) -> None:
+def make_base(home: Path) -> None:
+    """Put the tiny Gemma where the jobs of a service in that home find it."""
     folder = home / "objects/pretrained_weights/huggingface" / BASE
     folder.mkdir(parents=True)
     command = [REAL_TRAINER, "-m", "tests.tiny_gemma", folder]

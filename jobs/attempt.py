@@ -9,6 +9,7 @@ result.json  the last word, durable; then the service is told as well
 
 import logging
 import os
+import shutil
 import socket
 import threading
 from datetime import UTC, datetime
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Outcome = Literal["completed", "failed", "cancelled"]
+
+
+# What trainers and exporters write into the attempt's folder: gigabytes that nobody reads afterwards.
+HEAVY_FOLDERS = ("base", "data", "checkpoints", "model", "exports")
 
 
 class ExitCode(IntEnum):
@@ -109,6 +114,7 @@ class Attempt:
                 self._reporter.close(words_s)
             result = self._write(self._result(outcome, failure, artifacts))
             told = self._client.finish(result, patience_s=words_s)
+            self._sweep()
             log.info("attempt ended", extra={"outcome": result.outcome, "service_knows": told})
         return {"completed": ExitCode.COMPLETED, "cancelled": ExitCode.CANCELLED}.get(result.outcome, ExitCode.FAILED)
 
@@ -119,6 +125,11 @@ class Attempt:
         limit = f"{self._settings.time_limit_s:.0f} s"
         hint = "lower epochs or max_steps, or ask for a longer time limit"
         return self.end("failed", failure=Failure(code="timeout", message=f"the attempt ran into its time limit of {limit}", hint=hint))
+
+    def _sweep(self) -> None:
+        """Give the disk back: what counts has been uploaded. The events, and a tracker's offline run, stay with the log."""
+        for name in HEAVY_FOLDERS:
+            shutil.rmtree(self._settings.workdir / name, ignore_errors=True)
 
     def redact(self, text: str) -> str:
         """The text without the job's secrets and the attempt's token."""

@@ -1,4 +1,4 @@
-"""Where the base model comes from: the deployment's own object store if it is there, else the Hugging Face Hub."""
+"""Where the base model comes from: the deployment's own object store, or else the Hugging Face Hub."""
 
 import logging
 from pathlib import Path
@@ -13,54 +13,70 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Weights without code: no pickles, no Python.
-WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.jinja"]
+# Weights as safetensors only: a pickle can run code when it is opened.
+WANTED = ["*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*", "*TERMS*", "USE_POLICY*"]
+UNWANTED = ["*/*", "consolidated*"]  # other frameworks' copies, and a second copy that some repositories carry
 
 
 def fetch_base(context: "JobContext") -> Path:
-    """The base model's folder on this machine: safetensors, config and tokenizer. Raises JobFailed `auth`, `invalid_config`."""
-    base_model_id = context.spec.training_config.base_model_id
-    stored = _from_store(context.stores.models, base_model_id, context.workdir / "base")
-    if stored is not None:
-        context.decided("base_model", base_model_id, "found in the object store")
-        return stored
-    context.decided("base_model", base_model_id, "not in the object store: from the Hugging Face Hub")
-    return _from_hub(base_model_id, context.secrets.get("hf_token"))
+    """A folder with the base model's configuration, safetensors and tokenizer. Raises JobFailed.
+
+    Looked for at pretrained_weights/huggingface/{base_model_id}/ in the model store first; files of a local store are
+    used where they lie.
+    """
+    name = context.spec.training_config.base_model_id
+    prefix = f"pretrained_weights/huggingface/{name}/"
+    folder = _from_store(context.stores.models, prefix, context.workdir / "base")
+    if folder is not None:
+        context.decided("base_model", name, "from the object store")
+    else:
+        context.decided("base_model", name, f"from the Hugging Face Hub: the object store has nothing at {prefix}")
+        folder = _from_hub(name, context.secrets.get("hf_token"))
+    return _checked(folder, name)
 
 
-def _from_store(store: ObjectStore, base_model_id: str, target: Path) -> Path | None:
-    prefix = f"pretrained_weights/huggingface/{base_model_id}/"
-    if store.stat(f"{prefix}config.json") is None:
+def _from_store(store: ObjectStore, prefix: str, target: Path) -> Path | None:
+    keys = [stored.key for stored in store.walk(prefix)]
+    if prefix + "config.json" not in keys:
         return None
     if isinstance(store, LocalStore):
-        return store.path_of(prefix.rstrip("/"))  # no copy of gigabytes
-    for stored in store.walk(prefix):
-        store.download(stored.key, target / stored.key.removeprefix(prefix))
+        return store.path_of(prefix + "config.json").parent
+    for key in keys:
+        store.download(key, target / key.removeprefix(prefix))
     return target
 
 
-def _from_hub(base_model_id: str, token: str | None) -> Path:
+def _from_hub(name: str, token: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(base_model_id, token=token or False, allow_patterns=WANTED))
+        # False: never a token that somebody else left on this machine.
+        return Path(snapshot_download(name, token=token or False, allow_patterns=WANTED, ignore_patterns=UNWANTED))
     except GatedRepoError as error:
-        hint = f"accept the licence on the model's page at the Hub, and send {'the' if token else 'an'} hf_token of that account"
-        raise JobFailed("auth", f"the base model {base_model_id} is gated, and the hf_token does not open it", hint) from error
+        hint = f"accept the licence at https://huggingface.co/{name} and send the hf_token of the account that did"
+        raise JobFailed("auth", f"base model {name} is gated, and {_whose(token)} may not read it", hint) from error
     except RepositoryNotFoundError as error:
-        hint = "check the spelling; for a private model send an hf_token that may read it"
-        raise JobFailed("invalid_config", f"there is no base model {base_model_id} at the Hub, or it is private", hint) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        hint = f"put it into the object store at pretrained_weights/huggingface/{base_model_id}/, or let this machine reach the Hub"
-        raise JobFailed("invalid_config", f"the base model {base_model_id} is not here, and the Hub cannot be reached", hint) from error
+        # The Hub answers 401 for what does not exist as well, so as not to tell what is private.
+        message = f"base model {name} does not exist on the Hub, or is private and {_whose(token)} may not read it"
+        raise JobFailed("invalid_config", message, "check base_model_id; for a private model send hf_token") from error
     except HfHubHTTPError as error:
-        if error.response.status_code in (401, 403):
-            raise JobFailed("auth", f"the Hub refused the hf_token for {base_model_id}", "send a token that may read it") from error
-        raise
+        status = error.response.status_code if error.response is not None else 0
+        if status in (401, 403):
+            hint = "check that hf_token is valid and may read this model"
+            raise JobFailed("auth", f"the Hub refused access to base model {name} ({status})", hint) from error
+        raise JobFailed("internal", f"the Hub did not deliver base model {name} ({status})", "retry the job later") from error
+    except LocalEntryNotFoundError as error:
+        hint = f"give the job a network, or put the model's files at pretrained_weights/huggingface/{name}/ in the model store"
+        raise JobFailed("invalid_config", f"base model {name} is not stored here, and the Hub cannot be reached", hint) from error
+
+
+def _whose(token: str | None) -> str:
+    return "the hf_token that was sent" if token else "a request without hf_token"
+
+
+def _checked(folder: Path, name: str) -> Path:
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        hint = "use a model with safetensors weights; pickled weights (.bin, .pt) are never loaded"
+        raise JobFailed("invalid_config", f"base model {name} has no config.json, or no safetensors weights", hint)
+    return folder
