@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+import subprocess
 import sys
 import tempfile
 from importlib import import_module
@@ -10,10 +11,13 @@ from pathlib import Path
 import uvloop
 from rich.console import Console
 
-from bench.figures import Figure, print_table, write_json
+from bench.figures import Figure, exactly, print_table, write_json
 from bench.scene import Scene
+from bench.servers import ServerDown
 
 BENCHMARKS = ("submit", "listing", "footprint", "launch", "reports", "streams", "overhead")
+# What servers and attempts do when they do not do what was asked; the other benchmarks are worth having all the same.
+FAILURES = (ServerDown, OSError, EOFError, ValueError, RuntimeError, subprocess.SubprocessError, ExceptionGroup)
 
 
 def main() -> int:
@@ -42,6 +46,8 @@ def _measure(name: str, with_peers: bool) -> list[Figure]:
     folder = Path(tempfile.mkdtemp(prefix=f"bench-{name}-"))
     try:
         return uvloop.run(import_module(f"bench.{name}").measure(Scene(folder, with_peers)))
+    except FAILURES as error:
+        return [Figure(name, "could not be measured", 1, "times", exactly(0), f"{type(error).__name__}: {error}")]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -15,7 +15,7 @@ import psutil
 from bench.figures import Figure, at_most, median, percentile
 from bench.http import Request, ask
 from bench.scene import REAL_TRAINER, Scene
-from bench.servers import SOURCE, Server, environment, service, upload
+from bench.servers import SOURCE, Server, ServerDown, environment, service, upload
 
 NAME = "launch"
 BASE = "tests/tiny-gemma"
@@ -80,7 +80,7 @@ async def _launch_and_cancel(server: Server, dataset_id: str, *, in_training: bo
     await ask(server.url, Request("POST", f"/jobs/{job_id}/cancel"))
     await _until(lambda: not _alive(attempt))
     gone_s = time.perf_counter() - began
-    await _until_final(server, job_id)
+    await _until_cancelled(server, job_id)
     return begun_s, gone_s
 
 
@@ -105,9 +105,14 @@ async def _until_trained(server: Server, job_id: str) -> None:
     await _until_answer(reported, job_id)
 
 
-async def _until_final(server: Server, job_id: str) -> None:
+async def _until_cancelled(server: Server, job_id: str) -> None:
+    """Until the job is final. A process that is gone for another reason than the cancel is no measurement."""
+
     async def final() -> bool:
-        return (await ask(server.url, Request("GET", f"/jobs/{job_id}")))["status"] in ("cancelled", "completed", "failed")
+        status = (await ask(server.url, Request("GET", f"/jobs/{job_id}")))["status"]
+        if status in ("completed", "failed"):
+            raise ServerDown(f"{job_id} should have been cancelled, and is {status}")
+        return status == "cancelled"
 
     await _until_answer(final, job_id)
 

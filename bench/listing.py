@@ -1,7 +1,8 @@
 """B2: a page of 50 jobs among 10,000, 100,000 and 1,000,000, plain and filtered, and the newest 50 runs at the peers.
 
 Rows are copies of one record, written straight into each server's SQLite file while it is stopped: through the HTTP API a
-million would take most of an hour, and the page cannot tell. Most jobs are final, as in life; a hundred projects share them.
+million would take most of an hour, and the page cannot tell. All jobs are final; a hundred projects share them. A million
+jobs take some 5 GB of the temporary folder for a while.
 """
 
 import itertools
@@ -20,6 +21,7 @@ from bench.standin import stand_in_trainer
 from schema.job import Job, Status
 from schema.requests import SEED_EXAMPLE
 from schema.training import SftConfig
+from service.adapters.jobstores.cursors import encode_cursor
 from service.adapters.jobstores.sqlite import SqliteJobStore
 
 NAME = "listing"
@@ -131,8 +133,6 @@ async def _pages(server: Server, query: str, clients: int, requests: int) -> Loa
 
 async def _to_the_middle(server: Server, rows: int) -> str:
     """A cursor is a place, not a number of rows: any page may be asked for without those before it."""
-    from service.adapters.jobstores.cursors import encode_cursor
-
     number = rows // 2
     created_at = (START + timedelta(seconds=number)).isoformat(timespec="microseconds")
     query = f"&cursor={encode_cursor(created_at, f'training_bench_gemma-3-270m_{number:012x}')}"

@@ -2,7 +2,8 @@
 
     python infra/stdlib_docstrings.py rows.jsonl [--rows 650]
 
-Each row is a question in one form, and the docstring's first paragraph as the answer.
+Each row is a question in one form, and the docstring's first paragraph as the answer. Functions and methods only, and only
+answers that begin with a verb, for "What does X do?" asks for one. The same Python gives the same rows.
 """
 
 import argparse
@@ -26,9 +27,27 @@ socketserver sqlite3 ssl stat statistics string struct subprocess symtable tarfi
 tokenize traceback types typing unicodedata unittest unittest.mock urllib.error urllib.parse urllib.request uuid venv warnings wave
 weakref webbrowser xml.dom.minidom xml.etree.ElementTree xml.sax zipapp zipfile zlib zoneinfo
 """.split()  # noqa: SIM905  # a list of a hundred names in quotes is not easier to read
-SHORTEST, LONGEST = 40, 240  # characters of an answer: enough to say something, short enough for a laptop
-UNWANTED = re.compile(r"deprecated|obsolete|internal|undocumented|^see |^same as|^alias|initialize self|return repr", re.IGNORECASE)
+HOMES = {"os": ("os", "posix", "nt"), "os.path": ("posixpath", "ntpath", "genericpath")}  # where they differ from the name
+SHORTEST, LONGEST = 40, 160  # characters of an answer: enough to say something, short enough for a laptop
+UNWANTED = re.compile(
+    r"deprecat|obsolete|internal|undocumented|like |same as|alias|equivalent|similar to|delegate|override|subclass|callback|hook|backward"
+    r"|for details|see |this (method|function|class)|the (method|function|class) |\bself\b|[<>=]{2,}|:(param|return)|[^ -~]",
+    re.IGNORECASE,
+)
 SIGNATURE = re.compile(r"^[\w.]+\([^)]*\)\s*(->\s*[\w\[\], .]+)?\s*(--|:)?\s*")
+# What an answer may begin with; a list, because no rule tells "Process one file." from "Process time for profiling."
+VERBS = """
+Accept Acquire Add Announce Append Apply Arrange Assert Attach Attempt Begin Block Calculate Call Change Check Choose Clean Clear Close
+Collapse Collect Combine Commit Compare Compile Compress Compute Concatenate Conditionally Connect Construct Convert Copy Create Decode
+Decompress Decrement Delay Delete Deserialize Detect Determine Disable Disassemble Disconnect Divide Do Duplicate Emit Enable Encode
+Encrypt Ensure Evaluate Execute Expand Extract Fail Fetch Fill Find Finish Flush Force Fork Format Generate Get Give Handle Identify
+Increment Incrementally Indent Indicate Initialize Insert Install Invoke Isolate Issue Iterate Join Kill Load Locate Log Look Lookup Make
+Mark Match Merge Move Normalize Open Parse Perform Permanently Place Pop Prepare Print Produce Push Put Quote Raise Read Receive
+Reconfigure Recursively Register Release Remove Rename Reorder Replace Represent Request Reset Resolve Restore Retrieve Return Reverse
+Rotate Round Run Scan Schedule Search Send Separate Serialize Set Show Shuffle Shutdown Skip Split Start Stop Store Strip Submit Summarize
+Swap Tell Terminate Test Tokenize Transform Translate Truncate Try Turn Unpack Unregister Unset Update Upgrade Verify Wait Wake Walk Wrap
+Write Yield
+""".split()  # noqa: SIM905  # the same
 
 
 def main() -> None:
@@ -48,41 +67,59 @@ def main() -> None:
 
 
 def question_and_answer() -> Iterator[tuple[str, str]]:
-    """One pair for every public function, class and method that explains itself; no answer twice."""
+    """One pair for every public function and method that explains itself; no answer twice."""
     seen: set[str] = set()
     for name in MODULES:
-        for path, thing in _members(_quiet_import(name)):
+        for path, thing in _members(name):
             answer = _first_paragraph(inspect.getdoc(thing) or "")
-            if SHORTEST <= len(answer) <= LONGEST and not UNWANTED.search(answer) and answer not in seen:
+            if answer not in seen and _reads_well(answer):
                 seen.add(answer)
                 yield f"What does {path} do?", answer
 
 
+def _reads_well(answer: str) -> bool:
+    return SHORTEST <= len(answer) <= LONGEST and answer.partition(" ")[0] in VERBS and not UNWANTED.search(answer)
+
+
 def _quiet_import(name: str) -> ModuleType:
+    """The module; an empty one where this Python was built or packaged without it, as happens to lzma, sqlite3 and venv."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return importlib.import_module(name)
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError:
+            return ModuleType(name)
 
 
-def _members(module: ModuleType) -> Iterator[tuple[str, object]]:
+def _members(module_name: str) -> Iterator[tuple[str, object]]:
+    """The functions, and the methods of the classes, that are at home in the module and not just imported there."""
+    module = _quiet_import(module_name)
     for name in sorted(getattr(module, "__all__", None) or dir(module)):
         thing = getattr(module, name, None)
-        if name.startswith("_") or not callable(thing) or isinstance(thing, ModuleType):
+        if name.startswith("_") or getattr(thing, "__name__", None) != name or not _is_at_home(thing, module_name):
             continue
-        yield f"{module.__name__}.{name}", thing
-        if inspect.isclass(thing) and not issubclass(thing, BaseException):
+        if inspect.isroutine(thing):
+            yield f"{module_name}.{name}", thing
+        elif inspect.isclass(thing) and not issubclass(thing, BaseException):
             for method in sorted(vars(thing)):
-                if not method.startswith("_") and callable(getattr(thing, method, None)):
-                    yield f"{module.__name__}.{name}.{method}", getattr(thing, method)
+                if not method.startswith("_") and inspect.isroutine(getattr(thing, method, None)):
+                    yield f"{module_name}.{name}.{method}", getattr(thing, method)
+
+
+def _is_at_home(thing: object, module_name: str) -> bool:
+    """Whether a thing was made by that package, or by the C twin of it whose name begins with an underscore."""
+    package = module_name.partition(".")[0]
+    home = str(getattr(thing, "__module__", None) or package).partition(".")[0].lstrip("_")
+    return home in HOMES.get(module_name, (package,))
 
 
 def _first_paragraph(docstring: str) -> str:
-    """The first paragraph in one line, without the signature that C functions begin with."""
+    """The first paragraph in one line, without the signature that C functions begin with, and without marks of emphasis."""
     paragraphs = [" ".join(part.split()) for part in docstring.split("\n\n")]
     first = SIGNATURE.sub("", paragraphs[0]) if paragraphs else ""
     if not first and len(paragraphs) > 1:
         first = paragraphs[1]
-    first = (first[:1].upper() + first[1:]).replace("``", "`")
+    first = re.sub(r"\*(\w+)\*", r"\1", first[:1].upper() + first[1:]).replace("``", "`")
     return first if first.endswith((".", "!")) else ""
 
 

@@ -60,15 +60,25 @@ def _from_hub(name: str, token: str | None) -> Path:
         # The Hub answers 401 for what does not exist as well, so as not to tell what is private.
         message = f"base model {name} does not exist on the Hub, or is private and {_whose(token)} may not read it"
         raise JobFailed("invalid_config", message, "check base_model_id; for a private model send hf_token") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else 0
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        status = _http_status(error)
         if status in (401, 403):
             hint = "check that hf_token is valid and may read this model"
             raise JobFailed("auth", f"the Hub refused access to base model {name} ({status})", hint) from error
-        raise JobFailed("internal", f"the Hub did not deliver base model {name} ({status})", "retry the job later") from error
-    except LocalEntryNotFoundError as error:
+        if status:
+            raise JobFailed("internal", f"the Hub did not deliver base model {name} ({status})", "retry the job later") from error
         hint = f"give the job a network, or put the model's files at pretrained_weights/huggingface/{name}/ in the model store"
         raise JobFailed("invalid_config", f"base model {name} is not stored here, and the Hub cannot be reached", hint) from error
+
+
+def _http_status(error: BaseException | None) -> int | None:
+    """The Hub's own answer, which its client may have wrapped into "not found in the local cache"; None when nobody answered."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if response is not None:
+            return int(response.status_code)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _whose(token: str | None) -> str:

@@ -49,7 +49,7 @@ class ServiceClient:
 
         patiently = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(ServiceAway),
-            wait=tenacity.wait_exponential_jitter(RETRY_FIRST_S, RETRY_MOST_S, jitter=RETRY_FIRST_S),
+            wait=tenacity.wait_exponential_jitter(multiplier=RETRY_FIRST_S, max=RETRY_MOST_S, jitter=RETRY_FIRST_S),
             stop=tenacity.stop_after_delay(CLAIM_PATIENCE_S),
             reraise=True,
         )

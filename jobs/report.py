@@ -127,7 +127,7 @@ class Reporter:
         batch = EventBatch(first_seq=self._acknowledged, events=events, phase=self._phase, progress=self._progress)
         for_ever = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(ServiceAway),
-            wait=tenacity.wait_exponential_jitter(RETRY_FIRST_S, RETRY_MOST_S, jitter=RETRY_FIRST_S),
+            wait=tenacity.wait_exponential_jitter(multiplier=RETRY_FIRST_S, max=RETRY_MOST_S, jitter=RETRY_FIRST_S),
             sleep=self._pause,
             stop=tenacity.stop_when_event_set(self._closing),
             reraise=True,

@@ -17,7 +17,7 @@ from schema.events import Evaluated, Metrics
 log = logging.getLogger(__name__)
 
 # The tracker's name → "module:Class"; it is used when the training config has a field `{name}_config`.
-TRACKERS = {"wandb": "jobs.trackers.wandb:WandbTracker"}
+TRACKERS = {"wandb": "jobs.trackers.weights_and_biases:WandbTracker"}
 
 CHECKPOINT_PATIENCE_S = 120  # to take a checkpoint's files before they are rotated away
 

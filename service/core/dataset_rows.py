@@ -15,6 +15,7 @@ lies on both sides, nor two answers to one prompt, and so that the choice does n
 import hashlib
 import json
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle, groupby
@@ -252,9 +253,8 @@ def _parse(line: bytes) -> dict[str, object]:
 def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     columns = dict(pairs)
     if len(columns) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _Refused(_shown(twice), "stands twice in the same object; keep one")
+        counts = Counter(name for name, _ in pairs)
+        raise _Refused(_shown(counts.most_common(1)[0][0]), "stands twice in the same object; keep one")
     return columns
 
 
@@ -395,7 +395,7 @@ def _check_names(found: dict[str, object], field: str, names: tuple[str, str]) -
     for name in names:
         if name not in found:
             raise _Refused(f"{field}.{name}", "is missing")
-    for extra in found.keys() - set(names):
+    for extra in (name for name in found if name not in names):
         raise _Refused(f"{field}.{_shown(extra)}", f"would not be used: only {' and '.join(names)} are; drop it")
 
 

@@ -329,11 +329,19 @@ QUERIES = [
     JobQuery("local"),
     JobQuery("local", status=Status.FAILED),
     JobQuery("local", project_id="p"),
+    JobQuery("local", project_id="p", status=Status.FAILED),
+    JobQuery("local", modality="vision"),
+    JobQuery("local", trainer_type="dpo"),
+    JobQuery("local", trainer_type="dpo", status=Status.FAILED),
     JobQuery("local", after=encode_cursor("2026-01-01", "x")),
 ]
 
 
-@pytest.mark.parametrize("query", QUERIES, ids=["all", "status", "project", "cursor"])
+@pytest.mark.parametrize(
+    "query",
+    QUERIES,
+    ids=lambda query: " ".join(f"{query.status} {query.project_id} {query.modality} {query.trainer_type}".replace("None", "").split()),
+)
 def test_lists_are_read_along_an_index(tmp_path: Path, query: JobQuery, monkeypatch: pytest.MonkeyPatch) -> None:
     store = SqliteJobStore(tmp_path / "jobs.db")
     asked: list[tuple[str, tuple[object, ...]]] = []

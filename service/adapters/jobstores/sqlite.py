@@ -33,6 +33,10 @@ CREATE TABLE jobs (
 CREATE INDEX jobs_newest ON jobs (tenant_id, created_at DESC, job_id DESC);
 CREATE INDEX jobs_by_status ON jobs (tenant_id, status, created_at DESC, job_id DESC);
 CREATE INDEX jobs_by_project ON jobs (tenant_id, project_id, created_at DESC, job_id DESC) WHERE project_id IS NOT NULL;
+CREATE INDEX jobs_by_project_and_status ON jobs (tenant_id, project_id, status, created_at DESC, job_id DESC) WHERE project_id IS NOT NULL;
+CREATE INDEX jobs_by_modality ON jobs (tenant_id, modality, created_at DESC, job_id DESC);
+CREATE INDEX jobs_by_trainer ON jobs (tenant_id, trainer_type, created_at DESC, job_id DESC);
+CREATE INDEX jobs_by_trainer_and_status ON jobs (tenant_id, trainer_type, status, created_at DESC, job_id DESC);
 CREATE INDEX jobs_queued ON jobs (created_at, job_id) WHERE status = 'queued';
 CREATE INDEX jobs_active ON jobs (created_at, job_id) WHERE is_active = 1;
 CREATE INDEX jobs_unfinished ON jobs (dataset_id, job_id) WHERE is_final = 0;

@@ -25,7 +25,7 @@ class WandbTracker:
 
         spec, config = self._context.spec, self._context.spec.training_config.wandb_config
         assert config is not None
-        self._run = wandb.init(
+        run: wandb.Run = wandb.init(
             project=config.project,
             name=spec.job_name,
             id=spec.job_id[-RUN_ID_LENGTH:].lstrip("-_."),
@@ -41,8 +41,9 @@ class WandbTracker:
                 disable_code=True,
             ),
         )
-        self._run.define_metric("*", step_metric=STEP)
-        return self._run.url
+        run.define_metric("*", step_metric=STEP)
+        self._run = run
+        return run.url
 
     def metrics(self, event: Metrics) -> None:
         values = {f"train/{name}": value for name, value in event.values.items() if value is not None}

@@ -1,0 +1,196 @@
+"""A tiny Gemma in a store, rows to train it on, and a service that one can talk to."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.context import JobContext, Secrets, Stores
+from jobs.trained import TrainedModel
+from schema.dataset import Dataset, Split
+from schema.events import Decided, Evaluated, Event, Metrics, Warned
+from schema.spec import JobSpec
+from schema.training import SftConfig
+from tests.jobs.fake_service import FakeService
+from tests.tiny_gemma import build_tiny_gemma
+
+BASE = "tiny/gemma"
+WORDS = ["files", "copy", "open", "close", "read", "write", "path", "name", "value", "number", "string", "object", "call"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What the libraries say to each other is not ours to mend."""
+    for library in ("transformers", "peft", "torch", "accelerate"):
+        for kind in ("FutureWarning", "DeprecationWarning", "UserWarning"):
+            config.addinivalue_line("filterwarnings", f"ignore::{kind}:{library}")
+
+
+def messages(count: int, first: int = 0) -> list[dict[str, Any]]:
+    """Short conversations, all of them different."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"what does {WORDS[n % 13]} do {n}"},
+                {"role": "assistant", "content": f"it returns a {WORDS[(3 * n) % 13]}" + f" {WORDS[n % 7]}" * (n % 4)},
+            ]
+        }
+        for n in range(first, first + count)
+    ]
+
+
+@dataclass
+class Record:
+    """A voice that remembers."""
+
+    events: list[Event] = field(default_factory=list)
+
+    def report(self, event: Event) -> None:
+        self.events.append(event)
+
+    def place(self, *, phase: Any = None, progress: Any = None) -> None:
+        pass
+
+    @property
+    def points(self) -> list[Metrics]:
+        return [event for event in self.events if isinstance(event, Metrics)]
+
+    @property
+    def evaluations(self) -> list[Evaluated]:
+        return [event for event in self.events if isinstance(event, Evaluated)]
+
+    @property
+    def warnings(self) -> dict[str, str]:
+        return {event.code: event.message for event in self.events if isinstance(event, Warned)}
+
+    @property
+    def decisions(self) -> dict[str, str]:
+        return {event.what: event.value for event in self.events if isinstance(event, Decided)}
+
+
+class NeverStop:
+    """Nobody asks to stop."""
+
+    def check(self) -> None:
+        pass
+
+
+@dataclass
+class Trained:
+    """A finished training: what it left, and what it told."""
+
+    model: TrainedModel
+    record: Record
+    workdir: Path
+
+    @property
+    def checkpoints(self) -> list[int]:
+        return sorted(int(path.name.rpartition("-")[2]) for path in self.workdir.glob("checkpoints/checkpoint-*"))
+
+    def weights(self) -> dict[str, Any]:
+        from safetensors.torch import load_file
+
+        return {name: part for path in self.model.folder.glob("*.safetensors") for name, part in load_file(path).items()}
+
+    def lora_weights(self) -> dict[str, Any]:
+        return {name: part for name, part in self.weights().items() if "lora_" in name}
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an object store that holds the tiny base."""
+    root = tmp_path_factory.mktemp("objects")
+    build_tiny_gemma(root / "pretrained_weights/huggingface" / BASE)
+    return root
+
+
+@pytest.fixture(scope="session")
+def base(store: Path) -> Path:
+    return store / "pretrained_weights/huggingface" / BASE
+
+
+@pytest.fixture(scope="session")
+def tokenizer(base: Path) -> Any:
+    """The tiny base's tokenizer with Gemma's chat template. Not to be changed."""
+    from transformers import AutoTokenizer
+
+    from jobs.data.render import use_chat_template
+
+    loaded = AutoTokenizer.from_pretrained(base)
+    use_chat_template(loaded)
+    return loaded
+
+
+def put_split(store: Path, key: str, rows: list[dict[str, Any]]) -> Split:
+    """Rows as a split of a dataset in the store."""
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path = store / key
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return Split(rows=len(rows), size_bytes=len(content), sha256=sha256(content).hexdigest(), key=key)
+
+
+def a_spec(
+    store: Path,
+    *,
+    job_id: str = "job-1",
+    train: list[dict[str, Any]] | None = None,
+    held_out: list[dict[str, Any]] | None = None,
+    dataset_type: str = "messages",
+    **config: Any,
+) -> JobSpec:
+    """A small job, ten steps at most; `config` changes its training config."""
+    splits = {"train": put_split(store, f"datasets/{job_id}/train.jsonl", messages(24) if train is None else train)}
+    if held_out != []:
+        splits["eval"] = put_split(store, f"datasets/{job_id}/eval.jsonl", held_out or messages(5, first=100))
+    knobs = {"max_steps": 4, "batch_size": 2, "gradient_accumulation_steps": 1, "logging_steps": 1, "save_strategy": "no"}
+    knobs |= {"max_seq_length": 128, "lora_rank": 4} if config.get("method") != "Full" else {"max_seq_length": 128}
+    knobs |= config.pop("hyperparameters", {})
+    dataset = Dataset.model_validate(
+        {"processed_dataset_id": "d", "tenant_id": "local", "name": "d", "dataset_type": dataset_type, "splits": splits, "digest": ""}
+        | {"rows_uploaded": 1, "created_at": "2026-01-01T00:00:00Z"}
+    )
+    return JobSpec.model_validate(
+        {"job_id": job_id, "job_name": "a job", "tenant_id": "local", "dataset": dataset}
+        | {"training_config": SftConfig.model_validate({"base_model_id": BASE, "hyperparameters": knobs} | config)}
+        | {"stores": dict.fromkeys(("datasets", "models", "configs"), f"file://{store}")}
+    )
+
+
+def a_context(spec: JobSpec, workdir: Path, record: Record | None = None, secrets: dict[str, str] | None = None) -> JobContext:
+    """The context of an attempt at that job."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    return JobContext(
+        spec=spec,
+        attempt=1,
+        workdir=workdir,
+        secrets=Secrets(secrets or {}),
+        stores=Stores(spec.stores),
+        voice=record or Record(),
+        stop=NeverStop(),
+    )
+
+
+@pytest.fixture
+def train(store: Path, tmp_path: Path) -> Callable[..., Trained]:
+    """Trains the tiny base; what is passed changes the job of `a_spec`, hyperparameters by their own names."""
+
+    def run(name: str = "one", /, *, spec: dict[str, Any] | None = None, **hyperparameters: Any) -> Trained:
+        from jobs.trainers.sft import train as train_sft
+
+        record, workdir = Record(), tmp_path / name
+        job = a_spec(store, hyperparameters=hyperparameters, **(spec or {}))
+        model = train_sft(job.training_config, a_context(job, workdir, record))
+        return Trained(model, record, workdir)
+
+    return run
+
+
+@pytest.fixture
+def service() -> Iterator[FakeService]:
+    """A service on a port of this machine; it obeys the test."""
+    with FakeService() as running:
+        yield running

@@ -1,0 +1,80 @@
+"""The service as an attempt sees it: three addresses over real HTTP, obeying a test."""
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Self
+
+TOKEN = "attempt-token-0123456789"
+
+
+@dataclass
+class FakeService:
+    """Takes claims, events and results. Every status below can be changed by a test, at any time."""
+
+    claim_status: int = 200
+    events_status: int = 200
+    result_status: int = 204
+    directive: str = "continue"
+    secrets: dict[str, str] = field(default_factory=dict)
+    on_events: Callable[[dict[str, Any]], None] = lambda batch: None
+    claims: list[str] = field(default_factory=list)
+    batches: list[dict[str, Any]] = field(default_factory=list)  # every one that came, accepted or not
+    events: list[dict[str, Any]] = field(default_factory=list)  # accepted, in order, once each
+    results: list[dict[str, Any]] = field(default_factory=list)
+    authorizations: set[str | None] = field(default_factory=set)
+
+    def __enter__(self) -> Self:
+        service = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                service.authorizations.add(self.headers["Authorization"])
+                status, answer = service.answer(self.path.rpartition("/")[2], body)
+                content = json.dumps(answer).encode() if status != 204 else b""
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_port}"
+
+    def answer(self, what: str, body: dict[str, Any]) -> tuple[int, Any]:
+        match what:
+            case "claim":
+                self.claims.append(body["claimant"])
+                return self.claim_status, {"secrets": self.secrets, "directive": "continue"}
+            case "events":
+                return self._take(body)
+            case _:
+                self.results.append(body)
+                return self.result_status, {}
+
+    def _take(self, batch: dict[str, Any]) -> tuple[int, Any]:
+        """As the real service: what was seen is ignored, and the answer says what is wanted next."""
+        self.batches.append(batch)
+        self.on_events(batch)
+        if self.events_status != 200:
+            return self.events_status, {}
+        new = batch["events"][max(0, len(self.events) - batch["first_seq"]) :]
+        self.events.extend(new)
+        return 200, {"directive": self.directive, "next_seq": len(self.events)}

@@ -1,0 +1,134 @@
+"""The loss at labelled positions is the stock loss; padding and neighbours change nothing; the numbers of an evaluation are exact."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.data.render import NO_LABEL, TokenRow, render
+from jobs.trainers.sft import _packed, collate, labelled_logits, measure
+from schema.training import SftConfig
+from tests.jobs.conftest import messages
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer: Any) -> list[TokenRow]:
+    return render(iter(messages(9)), "messages", tokenizer, 128).rows
+
+
+@pytest.fixture(scope="module", params=[None, 5.0], ids=["plain", "softcapped"])
+def model(base: Path, request: pytest.FixtureRequest) -> Any:
+    """With and without a soft cap on the logits, as some Gemmas have it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    loaded.config.final_logit_softcapping = request.param
+    return loaded
+
+
+def batch_of(rows: list[TokenRow], pad_id: int = 0) -> tuple[dict[str, Any], Any]:
+    batch = collate([[row] for row in rows], pad_id)
+    batch.pop("real_tokens")
+    return batch, batch.pop("labels")
+
+
+def our_loss(model: Any, rows: list[TokenRow], pad_id: int = 0) -> Any:
+    import torch
+
+    logits, wanted = labelled_logits(model, *batch_of(rows, pad_id))
+    return torch.nn.functional.cross_entropy(logits, wanted)
+
+
+def a_row(ids: list[int], learned_from: int = 1) -> TokenRow:
+    labels = [token if n >= learned_from else NO_LABEL for n, token in enumerate(ids)]
+    return TokenRow(input_ids=ids, labels=labels, prompt_text="", prompt_tokens=learned_from)
+
+
+def test_the_loss_and_its_gradients_are_the_stock_ones(model: Any, rows: list[TokenRow]) -> None:
+    import torch
+
+    gradients = []
+    batch, labels = batch_of(rows)
+    for loss in (our_loss(model, rows), model(**batch, labels=labels).loss):
+        model.zero_grad()
+        loss.backward()
+        gradients.append({name: part.grad.clone() for name, part in model.named_parameters()})
+    assert our_loss(model, rows).item() == pytest.approx(model(**batch, labels=labels).loss.item(), rel=1e-6)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_padding_is_never_a_label_and_its_token_does_not_matter(model: Any, rows: list[TokenRow]) -> None:
+    batch, labels = batch_of(rows)
+    assert (labels[batch["attention_mask"] == 0] == NO_LABEL).all()
+    assert int((labels != NO_LABEL).sum()) == sum(sum(label != NO_LABEL for label in row.labels) for row in rows)
+    assert our_loss(model, rows, pad_id=0).item() == pytest.approx(our_loss(model, rows, pad_id=77).item(), rel=1e-6)
+
+
+def test_rows_are_packed_whole_and_none_is_lost(rows: list[TokenRow]) -> None:
+    blocks = _packed(rows, 64)
+    assert sorted(row.input_ids for block in blocks for row in block) == sorted(row.input_ids for row in rows)
+    assert all(sum(len(row.input_ids) for row in block) <= 64 for block in blocks)
+    assert len(blocks) < len(rows)
+
+
+def test_a_packed_row_does_not_see_its_neighbours(model: Any, rows: list[TokenRow]) -> None:
+    import torch
+
+    def logits_of_last(first: TokenRow) -> Any:
+        batch = collate([[first, rows[1], rows[2]], [rows[3]]], 0)
+        with torch.no_grad():
+            found = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0]
+        start = len(first.input_ids) + len(rows[1].input_ids)
+        return found[start : start + len(rows[2].input_ids)]
+
+    other = a_row(list(reversed(rows[0].input_ids)))
+    torch.testing.assert_close(logits_of_last(rows[0]), logits_of_last(other), rtol=0, atol=1e-5)
+    with torch.no_grad():
+        alone = model(input_ids=torch.tensor([rows[2].input_ids]), use_cache=False).logits[0]
+    torch.testing.assert_close(logits_of_last(rows[0]), alone, rtol=0, atol=2e-5)
+
+
+def test_packed_and_padded_rows_have_the_same_loss(model: Any, rows: list[TokenRow]) -> None:
+    import torch
+
+    packed = collate(_packed(rows, 96), 0)
+    assert int(packed.pop("real_tokens")) == sum(len(row.input_ids) for row in rows)
+    labels = packed.pop("labels")
+    logits, wanted = labelled_logits(model, packed, labels)
+    assert torch.nn.functional.cross_entropy(logits, wanted).item() == pytest.approx(our_loss(model, rows).item(), rel=1e-5)
+
+
+def test_the_first_token_of_a_packed_row_is_not_predicted_from_its_neighbour(rows: list[TokenRow]) -> None:
+    text = a_row([5, 6, 7], learned_from=0)
+    labels = collate([[text, text]], 0)["labels"][0].tolist()
+    assert labels == [NO_LABEL, 6, 7, NO_LABEL, 6, 7]
+
+
+@pytest.mark.parametrize("batch_eval_metrics", [False, True])
+def test_an_evaluation_counts_every_labelled_token_once(model: Any, rows: list[TokenRow], batch_eval_metrics: bool) -> None:
+    import torch
+
+    eval_config = {"compute_eval_metrics": True, "batch_eval_metrics": batch_eval_metrics}
+    config = SftConfig.model_validate({"base_model_id": "a/b", "hyperparameters": {"batch_size": 4}, "eval_config": eval_config})
+    loss, right, count = 0.0, 0, 0
+    for row in rows:  # one at a time, without padding, position by position
+        with torch.no_grad():
+            scores = torch.log_softmax(model(input_ids=torch.tensor([row.input_ids])).logits[0].float(), dim=-1)
+        for n in range(1, len(row.input_ids)):
+            if row.labels[n] != NO_LABEL:
+                loss -= scores[n - 1, row.labels[n]].item()
+                right += int(scores[n - 1].argmax()) == row.labels[n]
+                count += 1
+    found = measure(model, rows, 0, config)
+    assert found.eval_loss == pytest.approx(loss / count, rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(loss / count), rel=1e-5)
+    assert (found.accuracy, found.eval_tokens, found.eval_rows) == (right / count, count, len(rows))
+    assert found.eval_runtime is not None
+    assert found.eval_runtime > 0
+
+
+def test_accuracy_is_measured_only_when_asked_for(model: Any, rows: list[TokenRow]) -> None:
+    assert measure(model, rows, 0, SftConfig(base_model_id="a/b")).accuracy is None
