@@ -210,3 +210,16 @@ def test_a_pid_used_by_somebody_else_is_not_the_attempt(tmp_path: Path) -> None:
     assert launcher.check(f"{os.getpid()}@1.00") == "ended"
     launcher.cancel(f"{os.getpid()}@1.00", force=True)  # would end this test
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_an_attempt_of_the_same_name_in_another_home_is_left_alone(tmp_path: Path) -> None:
+    ours, theirs = local(tmp_path / "ours"), local(tmp_path / "theirs")
+    handle = theirs.launch(an_order())
+    until(ready(theirs))
+    ours.launch(an_order())
+    until(ready(ours))
+    ours.close()
+    assert theirs.check(handle) == "running"
+    assert ours.find("job-1.1") is None
+    assert theirs.find("job-1.1") == handle
+    theirs.close()

@@ -112,7 +112,7 @@ def test_packing_makes_fewer_sequences_of_the_same_tokens(train: Train) -> None:
 def test_max_seq_length_cuts_rows_and_tells_how_many(train: Train) -> None:
     whole, cut = train("a", max_steps=-1, epochs=1), train("b", max_steps=-1, epochs=1, max_seq_length=24)
     assert "rows_cut" not in whole.record.warnings
-    assert [event.message for event in cut.record.events if isinstance(event, Warned)][0].startswith("24 rows of train")
+    assert next(event.message for event in cut.record.events if isinstance(event, Warned)).startswith("24 rows of train")
     assert cut.model.train_tokens <= 24 * cut.model.train_rows < whole.model.train_tokens
 
 

@@ -174,8 +174,15 @@ class LocalLauncher:
 
     def _attempts(self) -> list[psutil.Process]:
         """The attempts of this home that are at work, whoever launched them."""
-        named = [(process, _name_of(process)) for process in psutil.process_iter()]
-        return [process for process, name in named if name is not None and self._log_path(name).exists()]
+        return [process for process in psutil.process_iter() if self._is_ours(process)]
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        """Another home on this machine may have an attempt of the same name: the working folder tells them apart."""
+        name = _name_of(process)
+        try:
+            return name is not None and process.environ().get("JOB_WORKDIR") == str(self._folder / name)
+        except psutil.Error:
+            return False
 
     def _reap(self) -> None:
         """Let children that have ended go."""
