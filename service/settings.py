@@ -27,7 +27,7 @@ class Settings(BaseSettings):
     trainer_python: Path = Field(SOURCE / ".venvs/llm/bin/python", description="The Python of the trainer's environment.")
     max_upload_bytes: int = Field(2 << 30, ge=1, description="Largest dataset file, in bytes.")
     max_row_bytes: int = Field(1 << 20, ge=100, description="Longest row of a dataset, in bytes.")
-    max_dataset_rows: int = Field(5_000_000, ge=1, description="Most rows of a dataset.")
+    max_dataset_rows: int = Field(1_000_000, ge=1, description="Most rows of a dataset.")
     reconcile_interval_s: float = Field(1.0, gt=0, description="Seconds between two looks at the open jobs.")
     log_format: Literal["text", "json"] = Field("text", description="`json` for a log collector.")
 

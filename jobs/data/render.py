@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.errors import JobFailed
 from schema.training import DatasetType
 
 if TYPE_CHECKING:
@@ -89,18 +90,33 @@ def _text_of(row: dict[str, Any], dataset_type: DatasetType, tokenizer: "PreTrai
 
 
 def _conversation(messages: list[Message], first: int, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, list[Span]]:
-    """A conversation as text; what the assistant says from message `first` on is to be learned, with its end of turn."""
+    """A conversation as text; what the assistant says from message `first` on is to be learned, with its end of turn.
+
+    A turn is found by writing the conversation up to it. That holds only while the template leaves alone what it wrote: some
+    drop the thoughts of earlier turns, or sign the last turn alone, and would put the labels in the wrong place.
+    """
+    text = _apply(tokenizer, messages, ask=False)
     spans: list[Span] = []
     for n in range(first, len(messages)):
         if messages[n]["role"] == "assistant":
             before = _apply(tokenizer, messages[:n], ask=True)
             until = _apply(tokenizer, messages[: n + 1], ask=False)
+            if not (until.startswith(before) and text.startswith(until)):
+                hint = "send every answer as a row of its own (prompt and completion), or use a base model with another chat template"
+                raise JobFailed("invalid_config", "the base model's chat template rewrites earlier turns; no label can be placed", hint)
             spans.append((len(before), len(until)))
-    return _apply(tokenizer, messages, ask=False), spans
+    return text, spans
 
 
 def _apply(tokenizer: "PreTrainedTokenizerBase", messages: list[Message], *, ask: bool) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
+    except TemplateError as error:  # the template's own words, such as: System role not supported
+        roles = ", ".join(message["role"] for message in messages) or "none"
+        hint = "write the rows with the roles that the base model knows, or use another base model"
+        raise JobFailed("invalid_data", f"the base model's chat template refuses the roles {roles}: {error.message}", hint) from error
 
 
 def _tokens_of(text: str, spans: list[Span], tokenizer: "PreTrainedTokenizerBase", *, chat: bool) -> TokenRow:

@@ -12,7 +12,7 @@ a conversation are not learned.
 
 import math
 import time
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -55,15 +55,7 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
     # --- rows ---
     context.phase("tokenizing")
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
-    # A base that was never tuned to chat has never seen the turn tokens: their embeddings are all but equal to those of other
-    # unseen tokens, and no LoRA of the layers between can tell them apart. So those few rows are trained as well.
-    new_tokens = (
-        [id_ for id_ in tokenizer.convert_tokens_to_ids(TURN_TOKENS) if id_ != tokenizer.unk_token_id]
-        if use_chat_template(tokenizer)
-        else []
-    )
-    if new_tokens:
-        context.decided("chat_template", "gemma3", "the base model has none of its own; the embeddings of its turn tokens are trained too")
+    template_is_ours = use_chat_template(tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     pad_id = int(tokenizer.pad_token_id or 0)
@@ -76,6 +68,14 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
     eval_rows = rendered[EVAL_SPLIT].rows if EVAL_SPLIT in rendered else []
     if not train_rows:
         raise JobFailed("invalid_data", "no training row has anything to learn in it", "raise max_seq_length, or look at the rows' answers")
+    if not eval_rows:
+        context.warn("not_evaluated", "the dataset has no held-out row with anything to learn in it, so nothing is measured")
+    # A base that was never tuned to chat has never seen the turn tokens: their embeddings are all but equal to those of other
+    # unseen tokens, and no LoRA of the layers between can tell them apart. So those few rows are trained as well.
+    turn_tokens = set(tokenizer.convert_tokens_to_ids(TURN_TOKENS)) - {None, tokenizer.unk_token_id}
+    new_tokens = sorted(turn_tokens & {token for row in train_rows for token in row.input_ids}) if template_is_ours else []
+    if new_tokens:
+        context.decided("chat_template", "gemma3", "the base model has none of its own; the embeddings of its turn tokens are trained too")
     blocks = _packed(train_rows, knobs.max_seq_length) if knobs.packing else [[row] for row in train_rows]
 
     # --- device and precision ---
@@ -158,25 +158,32 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
         dataloader_pin_memory=on_gpu,
     )
 
+    def measure_now() -> EvalMetrics:
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            return measure(model, eval_rows, pad_id, config)
+
     class Trainer(HfTrainer):
         """Transformers' trainer with the loss at labelled positions, and our measurements."""
 
         tokens_seen = 0
+        step_loss: Any = 0.0  # of the optimizer step at work, over its micro-batches
         measured: ClassVar[dict[int, EvalMetrics]] = {}  # by step: the end of an epoch is often an evaluation step as well
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            self.tokens_seen += int(inputs.pop("real_tokens"))
+            self.tokens_seen += inputs.pop("real_tokens")
             labels = inputs.pop("labels")
             logits, wanted = labelled_logits(model, inputs, labels)
             loss = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum") / (num_items_in_batch or wanted.numel())
+            self.step_loss = self.step_loss + loss.detach()
             return (loss, None) if return_outputs else loss
 
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
             step = self.state.global_step
             if step not in self.measured:
-                self.measured[step] = measure(self.model, eval_rows, pad_id, config)
+                self.measured[step] = measure_now()
                 context.evaluated("during", step, self.measured[step])
-            return {"eval_loss": self.measured[step].eval_loss or math.nan}
+            found = self.measured[step].eval_loss
+            return {"eval_loss": math.nan if found is None else found}
 
     class Report(TrainerCallback):
         """Tells the world how the training goes, and stops it when asked."""
@@ -187,6 +194,9 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             context.check()
+            loss, trainer.step_loss = float(trainer.step_loss), 0.0
+            if not math.isfinite(loss):
+                raise diverged(f"the loss is no number any more at step {trainer.state.global_step}")
             context.progress(self.progress())
 
         def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
@@ -199,9 +209,6 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
             speed = (trainer.tokens_seen - self.last_tokens) / max(now - self.last, 1e-9)
             self.last, self.last_tokens = now, trainer.tokens_seen
             values = {name: logs[name] for name in ("loss", "learning_rate", "grad_norm") if name in logs}
-            if not math.isfinite(values["loss"]):
-                hint = "lower learning_rate, or raise warmup_ratio"
-                raise JobFailed("invalid_config", f"the loss is no number any more at step {state.global_step}", hint)
             context.metrics(
                 state.global_step, values | {"tokens_per_second": speed} | memory(), epoch=state.epoch, progress=self.progress()
             )
@@ -223,7 +230,8 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
         args=arguments,
         train_dataset=blocks,  # type: ignore[arg-type]  # any sequence of things that the collator knows
         eval_dataset=eval_rows or None,  # type: ignore[arg-type]
-        data_collator=lambda batch: collate([block if isinstance(block, list) else [block] for block in batch], pad_id),
+        # FlashAttention tells packed rows apart in a single sequence only: for it a batch is one long block.
+        data_collator=lambda batch: collate([list(chain(*batch))] if knobs.packing and knobs.use_fa2 else batch, pad_id),
         processing_class=tokenizer,
         callbacks=[report := Report()],
     )
@@ -233,16 +241,18 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
     base_metrics = metrics = None
     if eval_rows:
         context.phase("evaluating")
-        base_metrics = measure(model, eval_rows, pad_id, config)
+        base_metrics = measure_now()
         context.evaluated("before", 0, base_metrics)
     context.phase("training")
     report.began = report.last = began = time.monotonic()
     trainer.train()
     runtime_s = time.monotonic() - began
+    if not all(bool(part.isfinite().all()) for part in model.parameters() if part.requires_grad):
+        raise diverged(f"the weights are no numbers any more after step {trainer.state.global_step}")
     if eval_rows:
         context.phase("evaluating")
         step = trainer.state.global_step
-        metrics = trainer.measured.get(step) or measure(model, eval_rows, pad_id, config)
+        metrics = trainer.measured.get(step) or measure_now()
         context.evaluated("after", step, metrics)
 
     # --- save ---
@@ -327,9 +337,14 @@ def collate(blocks: list[list[TokenRow]], pad_id: int) -> dict[str, Any]:
             mask[n, place:until] = 1
             place = until
         positions[n, place:] = torch.arange(longest - place)  # padding is a row of its own, which nothing learns from
-    real = mask.sum()
+    real = int(mask.sum())
     shape = {"position_ids": positions} if packed else {"attention_mask": mask}
     return {"input_ids": ids, "labels": labels, "real_tokens": real, **shape}
+
+
+def diverged(message: str) -> JobFailed:
+    """A training that has lost its numbers: going on would only cost."""
+    return JobFailed("invalid_config", message, "lower learning_rate, or raise warmup_ratio")
 
 
 def memory() -> dict[str, float]:

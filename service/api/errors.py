@@ -70,7 +70,8 @@ def _malformed(_request: Request, error: RequestValidationError) -> JSONResponse
         message = f"trainer_type {wanted!r} is not available in this deployment; it can do: {', '.join(TRAINER_TYPES)}"
         return answer(400, "unsupported", message, "GET /capabilities lists what this deployment can do", param)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return answer(422, "malformed", f"{param or 'body'}: {_message(first)}{more}", _hint(first), param)
+    message = f"{param}: {_message(first)}" if param else _message(first)
+    return answer(422, "malformed", message + more, _hint(first), param)
 
 
 def _http(_request: Request, error: HTTPException) -> JSONResponse:

@@ -8,8 +8,10 @@ import pytest
 
 from jobs.data.render import NO_LABEL, TokenRow, render
 from jobs.trainers.sft import _packed, collate, labelled_logits, measure
+from jobs.turn_tokens import train_few_rows_only
 from schema.training import SftConfig
 from tests.jobs.conftest import messages
+from tests.jobs.test_turn_tokens import a_tuned_model
 
 
 @pytest.fixture(scope="module")
@@ -46,18 +48,41 @@ def a_row(ids: list[int], learned_from: int = 1) -> TokenRow:
     return TokenRow(input_ids=ids, labels=labels, prompt_text="", prompt_tokens=learned_from)
 
 
-def test_the_loss_and_its_gradients_are_the_stock_ones(model: Any, rows: list[TokenRow]) -> None:
+def gradients_of(model: Any, loss: Any) -> dict[str, Any]:
+    model.zero_grad()
+    loss.backward()
+    return {name: part.grad.clone() for name, part in model.named_parameters() if part.grad is not None}
+
+
+def assert_same(ours: dict[str, Any], stock: dict[str, Any]) -> None:
     import torch
 
-    gradients = []
+    assert ours.keys() == stock.keys()
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, stock[name], rtol=1e-4, atol=1e-5 * float(stock[name].abs().max()), msg=name)
+
+
+def stock_loss(model: Any, rows: list[TokenRow]) -> Any:
     batch, labels = batch_of(rows)
-    for loss in (our_loss(model, rows), model(**batch, labels=labels).loss):
-        model.zero_grad()
-        loss.backward()
-        gradients.append({name: part.grad.clone() for name, part in model.named_parameters()})
-    assert our_loss(model, rows).item() == pytest.approx(model(**batch, labels=labels).loss.item(), rel=1e-6)
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6)
+    return model(**batch, labels=labels).loss
+
+
+def test_the_loss_and_its_gradients_are_the_stock_ones(model: Any, rows: list[TokenRow]) -> None:
+    ours, stock = our_loss(model, rows), stock_loss(model, rows)
+    assert ours.item() == pytest.approx(stock.item(), rel=1e-6)
+    assert_same(gradients_of(model, ours), gradients_of(model, stock))
+
+
+def test_they_are_the_stock_ones_with_lora_and_trained_turn_tokens_as_well(base: Path, rows: list[TokenRow]) -> None:
+    model = a_tuned_model(base)
+    stock = stock_loss(model, rows)
+    expected = gradients_of(model, stock)
+    train_few_rows_only(model)
+    ours = our_loss(model, rows)
+    assert ours.item() == pytest.approx(stock.item(), rel=1e-6)
+    found = gradients_of(model, ours)
+    assert any("lora_A" in name for name in found)
+    assert_same(found, expected)
 
 
 def test_padding_is_never_a_label_and_its_token_does_not_matter(model: Any, rows: list[TokenRow]) -> None:
@@ -99,6 +124,34 @@ def test_packed_and_padded_rows_have_the_same_loss(model: Any, rows: list[TokenR
     labels = packed.pop("labels")
     logits, wanted = labelled_logits(model, packed, labels)
     assert torch.nn.functional.cross_entropy(logits, wanted).item() == pytest.approx(our_loss(model, rows).item(), rel=1e-5)
+
+
+def test_packed_rows_teach_what_the_same_rows_teach_one_by_one(model: Any, rows: list[TokenRow]) -> None:
+    import torch
+
+    blocks = _packed(rows, 100)  # longer than the window of attention
+    assert len(blocks) > 1
+    packed = collate(blocks, 0)
+    count = packed.pop("real_tokens")
+    assert count < packed["input_ids"].numel()  # some of it is padding
+    logits, wanted = labelled_logits(model, packed, packed.pop("labels"))
+    together = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
+    found = gradients_of(model, together)
+    alone = sum(our_loss(model, [row]) * sum(label != NO_LABEL for label in row.labels[1:]) for row in rows)
+    assert together.item() == pytest.approx(float(alone), rel=1e-5)
+    assert_same(found, gradients_of(model, alone))
+
+
+def test_all_blocks_of_a_batch_can_be_one_long_block(model: Any, rows: list[TokenRow]) -> None:
+    import torch
+
+    batch = collate([rows[:2], [rows[2]]], 0), collate([rows[:3]], 0)
+    assert batch[0].pop("real_tokens") == batch[1].pop("real_tokens")
+    losses = []
+    for inputs in batch:
+        logits, wanted = labelled_logits(model, inputs, inputs.pop("labels"))
+        losses.append(torch.nn.functional.cross_entropy(logits, wanted).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_the_first_token_of_a_packed_row_is_not_predicted_from_its_neighbour(rows: list[TokenRow]) -> None:

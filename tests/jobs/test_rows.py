@@ -1,10 +1,13 @@
 """Which tokens are read, and which are to be learned, for the three forms of a row."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jobs.data.render import NO_LABEL, TokenRow, render
+from jobs.errors import JobFailed
 
 TURNS = [
     {"role": "user", "content": "what does open do"},
@@ -79,3 +82,74 @@ def test_a_long_row_is_cut_and_counted_and_one_without_an_answer_left_is_dropped
 def test_a_conversation_in_which_nobody_answers_has_nothing_to_learn(tokenizer: Any) -> None:
     found = render(iter([{"messages": TURNS[:1]}]), "messages", tokenizer, 100)
     assert (found.rows, found.dropped) == ([], 1)
+
+
+THINKING = (  # as Qwen 3 does: what was thought is kept in the last turn alone
+    "{% for m in messages %}<start_of_turn>{{ m.role }}\n"
+    "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}"
+)
+SIGNED = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if not add_generation_prompt %}<eos>{% endif %}"
+NO_SYSTEM = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{% endfor %}"
+
+
+@pytest.fixture
+def templated(base: Path) -> Callable[[str], Any]:
+    """Makes a tokenizer with another chat template."""
+
+    def make(template: str) -> Any:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer.chat_template = template
+        return tokenizer
+
+    return make
+
+
+@pytest.mark.parametrize("template", [THINKING, SIGNED], ids=["drops thoughts", "signs the last turn"])
+def test_a_template_that_rewrites_earlier_turns_is_refused_in_words(templated: Callable[[str], Any], template: str) -> None:
+    turns = [TURNS[0], {"role": "assistant", "content": "<think>hm</think>it returns"}, *TURNS[2:]]
+    with pytest.raises(JobFailed) as refused:
+        one({"messages": turns}, "messages", templated(template))
+    assert refused.value.failure.code == "invalid_config"
+    assert "rewrites earlier turns" in refused.value.failure.message
+    assert "row of its own" in refused.value.failure.hint
+
+
+def test_such_a_template_serves_where_only_the_last_turn_is_learned(templated: Callable[[str], Any]) -> None:
+    tokenizer = templated(THINKING)
+    answer = [{"role": "assistant", "content": "<think>hm</think>it returns"}]
+    row = one({"prompt": TURNS[:3], "completion": answer}, "prompt_completion", tokenizer)
+    assert learned(row, tokenizer) == "<think>hm</think>it returns<end_of_turn>\n"
+
+
+def test_a_template_that_does_not_ask_as_it_answers_is_refused(templated: Callable[[str], Any]) -> None:
+    asks_otherwise = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}model: {% endif %}"
+    with pytest.raises(JobFailed, match="chat template"):
+        one({"messages": TURNS}, "messages", templated(asks_otherwise))
+
+
+def test_a_template_that_refuses_a_role_fails_the_job_with_its_own_words(templated: Callable[[str], Any]) -> None:
+    with pytest.raises(JobFailed) as refused:
+        one({"messages": [{"role": "system", "content": "be short"}, *TURNS]}, "messages", templated(NO_SYSTEM))
+    assert refused.value.failure.code == "invalid_data"
+    assert "System role not supported" in refused.value.failure.message
+    assert "be short" not in refused.value.failure.message
+
+
+def test_every_position_has_the_label_that_one_would_write_by_hand(tokenizer: Any) -> None:
+    row = one({"messages": TURNS}, "messages", tokenizer)
+    by_hand = []
+    for n, turn in enumerate(TURNS):
+        asked = f"{'<bos>' if n == 0 else ''}<start_of_turn>{'user' if turn['role'] == 'user' else 'model'}\n"
+        said = f"{turn['content']}<end_of_turn>\n"
+        for text, is_learned in ((asked, False), (said, turn["role"] == "assistant")):
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            by_hand += [(token, token if is_learned else NO_LABEL) for token in ids]
+    assert list(zip(row.input_ids, row.labels, strict=True)) == by_hand
+
+
+@pytest.mark.parametrize("row", [{"text": ""}, {"text": "a"}])
+def test_the_end_is_learned_even_from_next_to_nothing(tokenizer: Any, row: dict[str, str]) -> None:
+    assert one(row, "text", tokenizer).labels[-1] == tokenizer.eos_token_id
