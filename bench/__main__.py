@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,13 +30,16 @@ def main() -> int:
     chosen = parser.parse_args()
     if unknown := sorted(set(chosen.names) - set(BENCHMARKS)):
         parser.error(f"no benchmark {', '.join(unknown)}; known: {', '.join(BENCHMARKS)}")
+    signal.signal(
+        signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT)
+    )  # which asyncio knows: servers are stopped, folders removed
     figures: list[Figure] = []
     for name in chosen.names or BENCHMARKS:
         found = _measure(name, not chosen.no_peers)
         print_table(found)
         figures += found
-    if chosen.json:
-        write_json(figures, chosen.json)
+        if chosen.json:  # after each, so that a run that is stopped leaves what it had
+            write_json(figures, chosen.json)
     missed = [f"{figure.benchmark}: {figure.name}" for figure in figures if figure.met is False]
     Console().print(f"missed: {'; '.join(missed)}" if missed else "every goal was met")
     return 1 if missed else 0

@@ -2,7 +2,7 @@
 
 Rows are copies of one record, written straight into each server's SQLite file while it is stopped: through the HTTP API a
 million would take most of an hour, and the page cannot tell. All jobs are final; a hundred projects share them. A million
-jobs take some 5 GB of the temporary folder for a while.
+jobs take some 6 GB of the temporary folder for a while.
 """
 
 import itertools
@@ -46,6 +46,9 @@ FILTERS = {
     "project_id": "&project_id=project-7",
     "project_id of one job": f"&project_id={NEEDLE}",
     "project_id and status": "&project_id=project-7&status=failed",
+    "project_id of one job and trainer_type": f"&project_id={NEEDLE}&trainer_type=sft",
+    "status (none) and modality (all)": "&status=queued&modality=text",
+    "modality (none) and trainer_type (all)": "&modality=vision&trainer_type=sft",
     "modality=text (all)": "&modality=text",
     "trainer_type=sft (all)": "&trainer_type=sft",
     "modality=vision (none)": "&modality=vision",

@@ -63,8 +63,11 @@ class WandbTracker:
             self._upload(folder, aliases=["final"])
 
     def finish(self, *, succeeded: bool) -> None:
+        import wandb
+
         if self._run is not None:
             self._run.finish(exit_code=0 if succeeded else 1)
+            wandb.teardown()  # `finish` may return before the helper process has written its file, and the attempt kills its children
 
     @property
     def _log_model(self) -> str:

@@ -208,10 +208,11 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
             now = time.monotonic()
             speed = (trainer.tokens_seen - self.last_tokens) / max(now - self.last, 1e-9)
             self.last, self.last_tokens = now, trainer.tokens_seen
-            values = {name: logs[name] for name in ("loss", "learning_rate", "grad_norm") if name in logs}
-            context.metrics(
-                state.global_step, values | {"tokens_per_second": speed} | memory(), epoch=state.epoch, progress=self.progress()
-            )
+            told = {name: logs[name] for name in ("loss", "learning_rate", "grad_norm") if name in logs}
+            values = {name: value if math.isfinite(value) else None for name, value in told.items()}
+            notes = {name: f"it is {told[name]}" for name, value in values.items() if value is None}
+            values |= {"tokens_per_second": speed} | memory()
+            context.metrics(state.global_step, values, epoch=state.epoch, notes=notes, progress=self.progress())
 
         def progress(self) -> Progress:
             state = trainer.state
@@ -247,8 +248,7 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
     report.began = report.last = began = time.monotonic()
     trainer.train()
     runtime_s = time.monotonic() - began
-    if not all(bool(part.isfinite().all()) for part in model.parameters() if part.requires_grad):
-        raise diverged(f"the weights are no numbers any more after step {trainer.state.global_step}")
+    refuse_broken(model, trainer.state.global_step)
     if eval_rows:
         context.phase("evaluating")
         step = trainer.state.global_step
@@ -340,6 +340,12 @@ def collate(blocks: list[list[TokenRow]], pad_id: int) -> dict[str, Any]:
     real = int(mask.sum())
     shape = {"position_ids": positions} if packed else {"attention_mask": mask}
     return {"input_ids": ids, "labels": labels, "real_tokens": real, **shape}
+
+
+def refuse_broken(model: Any, step: int) -> None:
+    """The last update has no loss after it that would show what it did. Raises JobFailed when a trained weight is no number."""
+    if not all(bool(part.isfinite().all()) for part in model.parameters() if part.requires_grad):
+        raise diverged(f"the weights are no numbers any more after step {step}")
 
 
 def diverged(message: str) -> JobFailed:

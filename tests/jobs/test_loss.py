@@ -138,7 +138,7 @@ def test_packed_rows_teach_what_the_same_rows_teach_one_by_one(model: Any, rows:
     together = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
     found = gradients_of(model, together)
     alone = sum(our_loss(model, [row]) * sum(label != NO_LABEL for label in row.labels[1:]) for row in rows)
-    assert together.item() == pytest.approx(float(alone), rel=1e-5)
+    assert together.item() == pytest.approx(alone.item(), rel=1e-5)
     assert_same(found, gradients_of(model, alone))
 
 

@@ -1,15 +1,20 @@
 """Every knob of a request changes the training in the way that its name says."""
 
+import json
 import math
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jobs.errors import JobFailed, failure_of
-from schema.events import Warned
-from tests.jobs.conftest import Trained, a_context, a_spec, messages
+from schema.events import Decided, Warned
+from schema.training import Hyperparameters
+from tests.jobs.conftest import BASE, Record, Trained, a_context, a_spec, messages
 
 Train = Callable[..., Trained]
 
@@ -41,85 +46,149 @@ def test_a_training_lowers_the_loss_on_held_out_rows_and_says_so(train: Train) -
     assert "<end_of_turn>" in (trained.model.folder / "chat_template.jinja").read_text()
 
 
-def test_the_same_seed_gives_the_same_model_and_another_another(train: Train) -> None:
-    first, again, other = train("a", seed=1), train("b", seed=1), train("c", seed=2)
-    assert distance(first, again) == 0
-    assert distance(first, other) > 1e-4
+def steps(trained: Trained) -> int:
+    progress = trained.record.points[-1].progress
+    assert progress is not None
+    return progress.total_steps
+
+
+def logged(trained: Trained) -> list[int]:
+    return [point.step for point in trained.record.points]
+
+
+def adapter(trained: Trained) -> dict[str, Any]:
+    return json.loads((trained.model.folder / "adapter_config.json").read_text())
+
+
+def reach(trained: Trained) -> float:
+    """How far the training went: LoRA's B begins at nought."""
+    return max(float(part.abs().max()) for name, part in trained.lora_weights().items() if "lora_B" in name)
+
+
+def lora_a(trained: Trained) -> list[Any]:
+    return [part for name, part in trained.lora_weights().items() if "lora_A" in name]
+
+
+def size(trained: Trained) -> float:
+    return sum(float(part.square().sum()) for part in lora_a(trained))
+
+
+@dataclass(frozen=True)
+class Knob:
+    """Another value of one hyperparameter, and what must be so in a training with it, compared with the baseline."""
+
+    value: Any
+    shows: Callable[[Trained, Trained], bool]  # (baseline, changed)
+    given: dict[str, Any] = field(default_factory=dict)  # what else must be set, in both, for the knob to matter
+
+
+BASELINE = {"max_steps": -1, "epochs": 1, "batch_size": 6, "gradient_accumulation_steps": 1, "warmup_ratio": 0.0}  # 24 rows: 4 steps
+
+KNOBS = {
+    "learning_rate": Knob(1e-9, lambda one, other: max(rates(other)) == 1e-9 and reach(other) < 1e-7 < 1e-5 < reach(one)),
+    "batch_size": Knob(12, lambda one, other: (steps(one), steps(other)) == (4, 2)),
+    "gradient_accumulation_steps": Knob(3, lambda one, other: steps(other) == 2),  # three batches, then the one that is left
+    "epochs": Knob(2, lambda one, other: steps(other) == 8),
+    "max_steps": Knob(5, lambda one, other: steps(other) == 5 and logged(other) == [1, 2, 3, 4, 5]),  # more than an epoch
+    "packing": Knob(True, lambda one, other: steps(other) < steps(one) and other.model.train_tokens == one.model.train_tokens),
+    "max_seq_length": Knob(24, lambda one, other: other.model.train_tokens <= 24 * other.model.train_rows < one.model.train_tokens),
+    "lr_scheduler_type": Knob("cosine", lambda one, other: rates(other)[0] == rates(one)[0] and rates(other)[1] > rates(one)[1]),
+    "warmup_ratio": Knob(0.5, lambda one, other: rates(one).index(max(rates(one))) == 0 and rates(other).index(max(rates(other))) == 2),
+    "weight_decay": Knob(0.9, lambda one, other: size(other) < size(one)),
+    "max_grad_norm": Knob(1e-8, lambda one, other: reach(other) < 0.9 * reach(one)),  # Adam forgives a scale, but not one below its epsilon
+    "seed": Knob(2, lambda one, other: distance(one, other) > 1e-4),
+    "save_strategy": Knob("epoch", lambda one, other: (one.checkpoints, other.checkpoints) == ([], [4])),
+    "save_steps": Knob(3, lambda one, other: (one.checkpoints, other.checkpoints) == ([4], [3, 4]), {"save_strategy": "steps"}),
+    "logging_steps": Knob(2, lambda one, other: (logged(one), logged(other)) == ([1, 2, 3, 4], [2, 4])),
+    "lora_rank": Knob(8, lambda one, other: adapter(other)["r"] == 8 and {len(part) for part in lora_a(other)} == {8}),
+    "lora_alpha": Knob(64, lambda one, other: adapter(other)["lora_alpha"] == 64 and distance(one, other) > 1e-6),
+    "lora_dropout": Knob(0.5, lambda one, other: adapter(other)["lora_dropout"] == 0.5 and distance(one, other) > 1e-6),
+}
+REFUSED_HERE = {"use_fa2"}  # it needs a GPU; test_flash_attention_is_refused_where_it_does_not_exist
+
+
+@pytest.fixture(scope="module")
+def baseline(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
+    """Trains the baseline, once for every set of knobs that it is given."""
+
+    @cache
+    def run(*given: tuple[str, Any]) -> Trained:
+        return train_in(tmp_path_factory.mktemp("baseline"), store, BASELINE | dict(given))
+
+    return run
+
+
+def train_in(workdir: Path, store: Path, hyperparameters: dict[str, Any], **spec: Any) -> Trained:
+    from jobs.trainers.sft import train as train_sft
+
+    record, job = Record(), a_spec(store, hyperparameters=hyperparameters, **spec)
+    return Trained(train_sft(job.training_config, a_context(job, workdir, record)), record, workdir)
+
+
+@pytest.mark.parametrize("name", KNOBS)
+def test_every_hyperparameter_takes_effect(store: Path, tmp_path: Path, baseline: Callable[..., Trained], name: str) -> None:
+    knob = KNOBS[name]
+    unchanged = baseline(*knob.given.items())
+    changed = train_in(tmp_path, store, BASELINE | knob.given | {name: knob.value})
+    assert knob.shows(unchanged, changed)
+
+
+def test_no_hyperparameter_is_forgotten_above() -> None:
+    assert KNOBS.keys() | REFUSED_HERE == Hyperparameters.model_fields.keys()
+
+
+def test_the_same_seed_gives_the_same_model_to_the_last_bit(store: Path, tmp_path: Path, baseline: Callable[..., Trained]) -> None:
+    first, again = baseline(), train_in(tmp_path, store, BASELINE)
+    assert first.weights().keys() == again.weights().keys()
+    assert all(bool((part == again.weights()[name]).all()) for name, part in first.weights().items())
+
+
+def test_flash_attention_is_refused_where_it_does_not_exist(train: Train) -> None:
+    with pytest.raises(JobFailed) as refused:
+        train(use_fa2=True)
+    assert refused.value.failure.code == "invalid_config"
+    assert "use_fa2" in refused.value.failure.message
+    assert "use_fa2" in refused.value.failure.hint
 
 
 @pytest.mark.parametrize(
-    ("knob", "value"), [("learning_rate", 1e-3), ("weight_decay", 0.9), ("max_grad_norm", 1e-8), ("lora_alpha", 64), ("lora_dropout", 0.5)]
+    ("schedule", "shares"),
+    [  # of the peak, in four steps of which two warm up
+        ("linear", [0, 1 / 2, 1, 1 / 2]),
+        ("cosine", [0, 1 / 2, 1, (1 + math.cos(math.pi / 2)) / 2]),
+        ("constant", [1, 1, 1, 1]),
+        ("constant_with_warmup", [0, 1 / 2, 1, 1]),
+        ("inverse_sqrt", [0, 1 / 2, 1, math.sqrt(2 / 3)]),
+    ],
 )
-def test_a_knob_of_the_update_changes_the_weights(train: Train, knob: str, value: float) -> None:
-    assert distance(train("a"), train("b", **{knob: value})) > 1e-7
+def test_a_schedule_is_what_its_name_says(train: Train, schedule: str, shares: list[float]) -> None:
+    trained = train(learning_rate=3e-3, lr_scheduler_type=schedule, warmup_ratio=0.5, max_steps=4)
+    assert rates(trained) == pytest.approx([3e-3 * share for share in shares])
 
 
-def test_the_learning_rate_is_the_peak_that_is_reached(train: Train) -> None:
-    assert max(rates(train(learning_rate=3e-3, lr_scheduler_type="constant"))) == pytest.approx(3e-3)
+def test_rows_that_are_cut_are_counted_for_each_split(train: Train) -> None:
+    told = [event.message for event in train(max_steps=1, max_seq_length=24).record.events if isinstance(event, Warned)]
+    assert told == [
+        "24 rows of train are longer than max_seq_length 24 and were cut",
+        "5 rows of eval are longer than max_seq_length 24 and were cut",
+    ]
 
 
-def test_each_schedule_moves_the_learning_rate_in_its_own_way(train: Train) -> None:
-    names = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
-    curves = {tuple(rates(train(name, lr_scheduler_type=name, warmup_ratio=0.5, max_steps=6, logging_steps=1))) for name in names}
-    assert len(curves) == len(names)
-
-
-def test_the_warm_up_takes_its_share_of_the_steps(train: Train) -> None:
-    cold, warm = rates(train("a", warmup_ratio=0.0, max_steps=8)), rates(train("b", warmup_ratio=0.5, max_steps=8))
-    assert cold.index(max(cold)) == 0
-    assert warm.index(max(warm)) == 4
-
-
-def test_batch_size_and_accumulation_and_epochs_make_the_number_of_steps(train: Train) -> None:
-    def steps(**knobs: Any) -> int:
-        trained = train(str(knobs), spec={"held_out": []}, max_steps=-1, **knobs)
-        progress = trained.record.points[-1].progress
-        assert progress is not None
-        return progress.total_steps
-
-    assert steps(epochs=1, batch_size=4, gradient_accumulation_steps=1) == 6
-    assert steps(epochs=1, batch_size=8, gradient_accumulation_steps=1) == 3
-    assert steps(epochs=1, batch_size=4, gradient_accumulation_steps=3) == 2
-    assert steps(epochs=2, batch_size=8, gradient_accumulation_steps=1) == 6
+def test_rows_without_an_answer_within_reach_are_left_out_and_counted(train: Train) -> None:
+    long = {"messages": [{"role": "user", "content": "copy " * 200}, {"role": "assistant", "content": "it returns"}]}
+    trained = train(spec={"train": [long, *messages(8), long]}, max_steps=1)
+    assert trained.record.warnings["rows_dropped"].startswith("2 rows of train")
+    assert trained.model.train_rows == 8
 
 
 def test_accumulated_small_batches_are_one_large_batch(train: Train) -> None:
-    knobs: dict[str, Any] = {"max_steps": 2, "lora_dropout": 0.0}
+    knobs: dict[str, Any] = {"max_steps": 2, "spec": {"method": "Full"}}  # whole numbers of fp32, and no dropout
     large = train("a", batch_size=4, gradient_accumulation_steps=1, **knobs)
     small = train("b", batch_size=1, gradient_accumulation_steps=4, **knobs)
     for one, other in zip(large.record.points, small.record.points, strict=True):
-        assert one.values["loss"] == pytest.approx(other.values["loss"], rel=2e-2)  # bfloat16
-        assert one.values["grad_norm"] == pytest.approx(other.values["grad_norm"], rel=5e-2)
-
-
-def test_max_steps_ends_the_training_and_minus_one_leaves_it_to_the_epochs(train: Train) -> None:
-    assert [point.step for point in train("a", max_steps=3, epochs=50).record.points] == [1, 2, 3]
-    assert train("b", max_steps=-1, epochs=1, batch_size=12).record.points[-1].step == 2
-
-
-def test_logging_steps_are_the_distance_between_points(train: Train) -> None:
-    assert [point.step for point in train(max_steps=6, logging_steps=3).record.points] == [3, 6]
-
-
-def test_packing_makes_fewer_sequences_of_the_same_tokens(train: Train) -> None:
-    knobs: dict[str, Any] = {"max_steps": -1, "epochs": 1, "batch_size": 1}
-    padded, packed = train("a", **knobs), train("b", packing=True, **knobs)
-    assert padded.record.points[-1].step == 24
-    assert packed.record.points[-1].step < 12
-    assert packed.model.train_tokens == padded.model.train_tokens
-
-
-def test_max_seq_length_cuts_rows_and_tells_how_many(train: Train) -> None:
-    whole, cut = train("a", max_steps=-1, epochs=1), train("b", max_steps=-1, epochs=1, max_seq_length=24)
-    assert "rows_cut" not in whole.record.warnings
-    assert next(event.message for event in cut.record.events if isinstance(event, Warned)).startswith("24 rows of train")
-    assert cut.model.train_tokens <= 24 * cut.model.train_rows < whole.model.train_tokens
-
-
-def test_the_rank_is_the_width_of_the_adapter(train: Train) -> None:
-    for rank in (2, 8):
-        parts = train(str(rank), lora_rank=rank, max_steps=1).lora_weights()
-        assert {part.shape[0] for name, part in parts.items() if "lora_A" in name} == {rank}
+        assert one.values["loss"] == pytest.approx(other.values["loss"], rel=1e-4)
+        assert one.values["grad_norm"] == pytest.approx(other.values["grad_norm"], rel=1e-3)
+    assert large.model.train_tokens == small.model.train_tokens
 
 
 def test_every_linear_layer_but_the_head_is_adapted(train: Train) -> None:
@@ -130,17 +199,58 @@ def test_every_linear_layer_but_the_head_is_adapted(train: Train) -> None:
 
 
 def test_checkpoints_are_written_as_the_strategy_says_and_the_last_two_kept(train: Train) -> None:
-    assert train("a", save_strategy="no").checkpoints == []
-    assert train("b", save_strategy="steps", save_steps=2, max_steps=6).checkpoints == [4, 6]
-    assert train("c", save_strategy="epoch", max_steps=-1, epochs=3, batch_size=12).checkpoints == [4, 6]
+    assert train("a", save_strategy="steps", save_steps=2, max_steps=6).checkpoints == [4, 6]
+    assert train("b", save_strategy="epoch", max_steps=-1, epochs=3, batch_size=12).checkpoints == [4, 6]
 
 
 @pytest.mark.parametrize(
-    ("eval_config", "steps"), [({"eval_strategy": "steps", "eval_steps": 2}, [2, 4]), ({"eval_strategy": "epoch"}, [2, 4])]
+    ("eval_config", "steps"),
+    [
+        ({"eval_strategy": "no"}, []),
+        ({"eval_strategy": "steps", "eval_steps": 3}, [3, 4]),  # the last step is always one
+        ({"eval_strategy": "steps", "eval_steps": 2}, [2, 4]),
+        ({"eval_strategy": "epoch"}, [2, 4]),
+    ],
 )
-def test_the_model_is_measured_during_the_training_when_asked(train: Train, eval_config: dict[str, Any], steps: list[int]) -> None:
+def test_the_model_is_measured_before_and_after_and_in_between_when_asked(
+    train: Train, eval_config: dict[str, Any], steps: list[int]
+) -> None:
     trained = train(spec={"eval_config": eval_config}, max_steps=-1, epochs=2, batch_size=12)
-    assert [told.step for told in trained.record.evaluations if told.when == "during"] == steps
+    told = [(event.when, event.step) for event in trained.record.evaluations]
+    assert told == [("before", 0), *(("during", step) for step in steps), ("after", 4)]
+
+
+def test_what_was_measured_at_the_last_step_is_not_measured_again(train: Train) -> None:
+    trained = train(spec={"eval_config": {"eval_strategy": "steps", "eval_steps": 2}}, max_steps=2)
+    during, after = trained.record.evaluations[1:]
+    assert during.metrics == after.metrics  # its running time as well
+
+
+@pytest.mark.parametrize("eval_config", [{}, {"eval_strategy": "steps", "eval_steps": 1, "compute_eval_metrics": True}])
+def test_without_held_out_rows_nothing_is_measured_and_that_is_said(train: Train, eval_config: dict[str, Any]) -> None:
+    trained = train(spec={"held_out": [], "eval_config": eval_config}, max_steps=1)
+    assert (trained.model.metrics, trained.model.base_metrics, trained.record.evaluations) == (None, None, [])
+    assert "not_evaluated" in trained.record.warnings
+    assert len(trained.model.probes) == 16  # of the rows it was trained on: there are no others
+
+
+def test_probes_are_held_out_rows_as_they_were_measured(train: Train, tokenizer: Any) -> None:
+    held_out = messages(20, first=500)
+    trained = train(spec={"held_out": held_out}, max_steps=1)
+    assert len(trained.model.probes) == 16
+    for probe, row in zip(trained.model.probes, held_out, strict=False):
+        assert tokenizer.decode(probe.input_ids) == tokenizer.apply_chat_template(row["messages"], tokenize=False)
+        assert tokenizer.decode(probe.input_ids[: probe.prompt_tokens]) == probe.prompt_text
+
+
+def test_points_carry_speed_memory_and_a_progress_that_ends(train: Train) -> None:
+    points = train(max_steps=3).record.points
+    assert all((point.values["tokens_per_second"] or 0) > 0 for point in points)
+    assert all((point.values["rss_bytes"] or 0) > 50e6 for point in points)
+    told = [point.progress for point in points if point.progress is not None]
+    assert [(at.step, at.total_steps) for at in told] == [(1, 3), (2, 3), (3, 3)]
+    assert (told[0].eta_s or 0) > 0
+    assert told[-1].eta_s == 0
 
 
 def test_accuracy_is_the_same_number_both_ways_and_absent_when_not_asked(train: Train) -> None:
@@ -152,6 +262,56 @@ def test_accuracy_is_the_same_number_both_ways_and_absent_when_not_asked(train: 
     assert absent is not None
     assert gathered.accuracy is not None
     assert (gathered.accuracy, absent.accuracy) == (batched.accuracy, None)
+
+
+def test_lora_trains_and_saves_the_adapter_and_the_turn_tokens_alone(train: Train) -> None:
+    trained = train(max_steps=1)
+    assert trained.model.is_adapter
+    assert [path.name for path in trained.model.folder.glob("*.safetensors")] == ["adapter_model.safetensors"]
+    others = [name for name in trained.weights() if ".lora_A." not in name and ".lora_B." not in name]
+    assert others == ["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"]
+    assert len(trained.weights()[others[0]]) == 2
+
+
+def test_the_adapter_that_was_left_measures_as_the_job_said(train: Train, base: Path, tokenizer: Any) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    trained = train(learning_rate=5e-3, max_steps=8)
+    dtype = getattr(torch, trained.record.decisions["dtype"])
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), trained.model.folder)
+    assert measured_again(model, tokenizer) == pytest.approx(loss_of(trained), rel=1e-2 if dtype == torch.bfloat16 else 1e-5)
+    assert loss_of(trained) < 0.95 * (trained.record.evaluations[0].metrics.eval_loss or 0)
+
+
+def test_the_whole_model_that_was_left_measures_as_the_job_said(train: Train) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trained = train(spec={"method": "Full"}, learning_rate=1e-3, max_steps=8)
+    model = AutoModelForCausalLM.from_pretrained(trained.model.folder, dtype="auto")
+    assert measured_again(model, AutoTokenizer.from_pretrained(trained.model.folder)) == pytest.approx(loss_of(trained), rel=1e-5)
+
+
+def loss_of(trained: Trained) -> float:
+    assert trained.model.metrics is not None
+    assert trained.model.metrics.eval_loss is not None
+    return trained.model.metrics.eval_loss
+
+
+def measured_again(model: Any, tokenizer: Any) -> float:
+    """The loss on the held-out rows of `a_spec`, by the library's own loss, one row at a time."""
+    import torch
+
+    from jobs.data.render import NO_LABEL, render
+
+    total, count = 0.0, 0
+    for row in render(iter(messages(5, first=100)), "messages", tokenizer, 128).rows:
+        learned = sum(label != NO_LABEL for label in row.labels[1:])
+        with torch.no_grad():
+            loss = model.eval()(input_ids=torch.tensor([row.input_ids]), labels=torch.tensor([row.labels])).loss
+        total, count = total + loss.item() * learned, count + learned
+    return total / count
 
 
 def test_full_changes_all_weights_and_leaves_a_model_that_stops_at_the_end_of_a_turn(train: Train, base: Path, tokenizer: Any) -> None:
@@ -179,13 +339,6 @@ def test_the_other_forms_of_rows_are_trained_on_as_well(train: Train, dataset_ty
     assert (trained.model.metrics.eval_loss or 9) < (trained.model.base_metrics.eval_loss or 0)
 
 
-def test_flash_attention_is_refused_where_it_does_not_exist(train: Train) -> None:
-    with pytest.raises(JobFailed) as refused:
-        train(use_fa2=True)
-    assert refused.value.failure.code == "invalid_config"
-    assert "use_fa2" in refused.value.failure.hint + refused.value.failure.message
-
-
 @pytest.mark.parametrize("changes", [{"method": "QLoRA"}, {"provider": "unsloth"}, {"modality": "vision"}])
 def test_what_this_image_cannot_do_is_refused_even_if_the_service_let_it_through(train: Train, changes: dict[str, str]) -> None:
     with pytest.raises(JobFailed) as refused:
@@ -200,25 +353,52 @@ def test_rows_without_anything_to_learn_fail_the_job_with_a_hint(train: Train) -
     assert "max_seq_length" in refused.value.failure.hint
 
 
-def test_a_loss_that_is_no_number_fails_the_job_and_names_the_step(store: Path, base: Path, tmp_path: Path) -> None:
-    import shutil
+@pytest.fixture
+def base_with_last_norm(base: Path, tmp_path: Path) -> Callable[[float], Path]:
+    """Makes a store whose tiny base has another weight in its last norm: it multiplies all logits."""
 
-    import torch
-    from safetensors.torch import load_file, save_file
+    def make(weight: float) -> Path:
+        import torch
+        from safetensors.torch import load_file, save_file
 
-    from jobs.trainers.sft import train as train_sft
+        copy = tmp_path / "objects/pretrained_weights/huggingface" / BASE
+        shutil.copytree(base, copy)
+        weights = load_file(copy / "model.safetensors")
+        weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], weight)
+        save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+        return tmp_path / "objects"
 
-    broken = store / "pretrained_weights/huggingface/tiny/broken"
-    shutil.copytree(base, broken)
-    weights = load_file(broken / "model.safetensors")
-    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], math.nan)
-    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    spec = a_spec(store, base_model_id="tiny/broken")
+    return make
+
+
+@pytest.mark.parametrize("logging_steps", [1, 50])  # also where nothing is logged
+def test_a_loss_that_is_no_number_fails_the_job_and_names_the_step(
+    base_with_last_norm: Callable[[float], Path], tmp_path: Path, logging_steps: int
+) -> None:
     with pytest.raises(JobFailed) as refused:
-        train_sft(spec.training_config, a_context(spec, tmp_path / "work"))
+        train_in(tmp_path, base_with_last_norm(math.nan), {"logging_steps": logging_steps, "gradient_accumulation_steps": 2})
     failure = failure_of(refused.value)
+    assert failure.code == "invalid_config"
     assert "step 1" in failure.message
     assert "learning_rate" in failure.hint
+
+
+def test_a_norm_that_is_no_number_is_null_with_a_reason(base_with_last_norm: Callable[[float], Path], tmp_path: Path) -> None:
+    (point,) = train_in(tmp_path, base_with_last_norm(1e30), {"max_steps": 1}).record.points
+    assert point.values["grad_norm"] is None
+    assert point.notes == {"grad_norm": "it is inf"}
+
+
+def test_weights_that_are_no_numbers_fail_the_job() -> None:
+    import torch
+
+    from jobs.trainers.sft import refuse_broken
+
+    model = torch.nn.Linear(2, 2)
+    refuse_broken(model, 7)
+    torch.nn.init.constant_(model.bias, math.nan)
+    with pytest.raises(JobFailed, match="after step 7"):
+        refuse_broken(model, 7)
 
 
 def test_a_measurement_that_is_no_number_is_null_with_a_reason(store: Path, base: Path, tokenizer: Any) -> None:
@@ -238,4 +418,7 @@ def test_a_measurement_that_is_no_number_is_null_with_a_reason(store: Path, base
 
 def test_what_was_decided_is_told_with_its_reason(train: Train) -> None:
     trained = train(max_steps=1)
-    assert {"device", "dtype", "gradient_checkpointing", "base_model", "chat_template"} <= trained.record.decisions.keys()
+    decided = [event for event in trained.record.events if isinstance(event, Decided)]
+    assert {event.what for event in decided} == {"base_model", "chat_template", "device", "dtype", "gradient_checkpointing"}
+    assert all(event.value and event.why for event in decided)
+    assert train("full", spec={"method": "Full"}, max_steps=1).record.decisions["dtype"] == "float32"
