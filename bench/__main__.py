@@ -30,9 +30,7 @@ def main() -> int:
     chosen = parser.parse_args()
     if unknown := sorted(set(chosen.names) - set(BENCHMARKS)):
         parser.error(f"no benchmark {', '.join(unknown)}; known: {', '.join(BENCHMARKS)}")
-    signal.signal(
-        signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT)
-    )  # which asyncio knows: servers are stopped, folders removed
+    _end_tidily_when_told_to()
     figures: list[Figure] = []
     for name in chosen.names or BENCHMARKS:
         found = _measure(name, not chosen.no_peers)
@@ -43,6 +41,12 @@ def main() -> int:
     missed = [f"{figure.benchmark}: {figure.name}" for figure in figures if figure.met is False]
     Console().print(f"missed: {'; '.join(missed)}" if missed else "every goal was met")
     return 1 if missed else 0
+
+
+def _end_tidily_when_told_to() -> None:
+    """SIGTERM does what Ctrl-C does: asyncio unwinds, so that servers are stopped and folders removed."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes its background jobs deaf to it
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
 
 def _measure(name: str, with_peers: bool) -> list[Figure]:

@@ -216,9 +216,10 @@ def test_a_crash_of_llama_cpp_is_an_ending_like_another() -> None:
 def test_a_cancel_takes_the_program_with_it() -> None:
     import psutil
 
+    before = set(psutil.Process().children())
     with alarm_raises(Cancelled("cancel"), after_s=0.3), pytest.raises(Cancelled):
         apart.run("convert", [sys.executable, "-c", "import time; time.sleep(60)"])
-    assert not psutil.Process().children()
+    assert set(psutil.Process().children()) <= before
 
 
 def test_diverged_weights_are_refused(adapter: TrainedModel, a_context: MakeContext, tmp_path: Path) -> None:
