@@ -333,6 +333,8 @@ QUERIES = [
     JobQuery("local", modality="vision"),
     JobQuery("local", trainer_type="dpo"),
     JobQuery("local", trainer_type="dpo", status=Status.FAILED),
+    JobQuery("local", modality="text", status=Status.FAILED),
+    JobQuery("local", project_id="p", trainer_type="sft"),
     JobQuery("local", after=encode_cursor("2026-01-01", "x")),
 ]
 
@@ -356,4 +358,30 @@ def test_lists_are_read_along_an_index(tmp_path: Path, query: JobQuery, monkeypa
         assert "USING" in plan
         assert "INDEX jobs_" in plan
         assert "TEMP B-TREE" not in plan
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("query", "index"),
+    [
+        (JobQuery("local", project_id="p", trainer_type="sft", modality="text"), "jobs_by_project "),
+        (JobQuery("local", status=Status.QUEUED, modality="text"), "jobs_by_status "),
+        (JobQuery("local", trainer_type="dpo", status=Status.FAILED, modality="text"), "jobs_by_trainer_and_status "),
+    ],
+    ids=["project", "status", "trainer and status"],
+)
+def test_the_filter_that_says_most_is_the_one_read_along(
+    tmp_path: Path, query: JobQuery, index: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SqliteJobStore(tmp_path / "jobs.db")
+    read = store._read  # pyright: ignore[reportPrivateUsage]
+    plans: list[str] = []
+
+    def explained(sql: str, *values: object) -> list[tuple[object, ...]]:
+        plans.append(" ".join(row[3] for row in read(f"EXPLAIN QUERY PLAN {sql}", *values)))
+        return read(sql, *values)
+
+    monkeypatch.setattr(store, "_read", explained)
+    store.page_jobs(query)
+    assert index in plans[0]
     store.close()
