@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-service setup-llm setup-dev demo dev test test-fast test-llm test-e2e check format bench lock clean
+.PHONY: help setup setup-service setup-llm setup-dev demo dev test test-fast test-infra test-llm test-e2e check format bench lock clean
 
 PYTHON ?= python3.11
 VENVS := .venvs
@@ -27,6 +27,11 @@ $(VENVS)/dev/.installed: requirements/dev.txt pyproject.toml
 	$(PYTHON) -m venv $(VENVS)/dev
 	$(VENVS)/dev/bin/pip install $(PIP_FLAGS) -r requirements/dev.txt
 	$(VENVS)/dev/bin/pip install $(PIP_FLAGS) --no-deps -e .
+	@touch $@
+
+$(VENVS)/infra/.installed: requirements/infra.txt
+	$(PYTHON) -m venv $(VENVS)/infra
+	$(VENVS)/infra/bin/pip install $(PIP_FLAGS) -r requirements/infra.txt
 	@touch $@
 
 # torch first and alone: its version decides everything else's.
@@ -55,7 +60,7 @@ format: setup-dev ## Format and mend what can be mended
 
 # Two torch threads on two busy cores are slower than one.
 test: export OMP_NUM_THREADS = 1
-test: test-fast test-llm test-e2e ## Everything, real processes and models too
+test: test-fast test-infra test-llm test-e2e ## Everything, real processes and models too
 
 test-fast: setup-dev ## Unit and contract tests: seconds
 	PYTHONPATH=. $(VENVS)/dev/bin/python -m pytest tests/unit tests/contract
@@ -67,6 +72,9 @@ $(VENVS)/llm/.installed-tests: $(VENVS)/llm/.installed requirements/llm-test.txt
 test-llm: $(VENVS)/llm/.installed-tests ## The trainer and the exporters, on a tiny model
 	PYTHONPATH=. HF_HUB_OFFLINE=1 $(VENVS)/llm/bin/python -m pytest tests/jobs tests/exports
 
+test-infra: $(VENVS)/infra/.installed ## Terraform, Dockerfiles, Cloud Build and every gcloud line in the docs, checked without an account
+	PYTHONPATH=. $(VENVS)/infra/bin/python -m pytest tests/infra
+
 test-e2e: setup-dev setup-service setup-llm ## Real HTTP, real child processes, the README's commands, the real Gemma
 	PYTHONPATH=. $(VENVS)/dev/bin/python -m pytest tests/e2e
 
@@ -74,7 +82,7 @@ bench: setup-dev setup-llm ## Measure against the figures of docs/benchmarks.md,
 	PYTHONPATH=. $(VENVS)/dev/bin/python -m bench
 
 lock: setup-dev ## Pin requirements/*.in anew
-	cd requirements && for name in service dev; do ../$(VENVS)/dev/bin/pip-compile --quiet --strip-extras --no-header \
+	cd requirements && for name in service dev infra; do ../$(VENVS)/dev/bin/pip-compile --quiet --strip-extras --no-header \
 	  --annotation-style=line --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options -o $$name.txt $$name.in; done
 
 clean: ## Remove environments and caches; what was trained stays

@@ -7,7 +7,7 @@ from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 from schema.dataset import Dataset
 from schema.events import Event, EventBatch
-from schema.job import Job, Phase, Progress, Status
+from schema.job import Failure, Job, Phase, Progress, Status
 
 Row = TypeVar("Row")
 
@@ -169,6 +169,7 @@ class LaunchOrder:
     job_id: str
     attempt: int
     environment: Mapping[str, str] = field(repr=False)
+    hardware: str | None = None  # a profile of the launcher; None is its default
 
 
 AttemptState = Literal["running", "ended", "unknown"]
@@ -197,6 +198,7 @@ class Launcher(Protocol):
 
     name: str
     check_is_cheap: bool  # asking costs no call over a network, so it can be done at every turn
+    profiles: tuple[str, ...]  # kinds of hardware that a job may ask for; the first is the default
 
     def launch(self, order: LaunchOrder) -> str:
         """Start the attempt and return its handle. Raises LaunchFailed when it can never start, Unavailable when it may later."""
@@ -214,16 +216,42 @@ class Launcher(Protocol):
         """Ask the attempt to stop; with `force`, end it. Harmless for one that has ended."""
         ...
 
-    def free_slots(self) -> int:
-        """How many attempts may be launched now."""
+    def free_slots(self, active: int) -> int:
+        """How many attempts may be launched now, when the records say that `active` jobs hold compute or may hold some."""
         ...
 
-    def hardware(self) -> Hardware:
-        """What an attempt can do there."""
+    def hardware(self, profile: str | None = None) -> Hardware:
+        """What an attempt can do there. Raises Unsupported for a profile that there is not."""
         ...
 
     def close(self) -> None:
         """The service stops: leave nothing behind that nobody would look after."""
+        ...
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What the compute tells about an attempt that has ended without a last word."""
+
+    failure: Failure
+    preempted: bool = False  # its compute was taken away through no fault of the job, which may go on elsewhere
+
+
+@runtime_checkable
+class EndSource(Protocol):
+    """Extra power of a launcher: it knows why an attempt ended."""
+
+    def why_ended(self, handle: str) -> Ended | None:
+        """The reason, in our words; None when the compute knows of none."""
+        ...
+
+
+@runtime_checkable
+class LogsElsewhere(Protocol):
+    """Extra power of a launcher: it says where the output of an attempt can be read, if not here."""
+
+    def where_logs(self, handle: str) -> str:
+        """A sentence for a person: an address or a command."""
         ...
 
 

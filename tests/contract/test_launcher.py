@@ -143,11 +143,11 @@ def test_cancelling_what_has_ended_is_harmless(build: Callable[..., Launcher]) -
 
 def test_slots_are_taken_and_given_back(build: Callable[..., Launcher]) -> None:
     launcher = build(slots=2)
-    assert launcher.free_slots() == 2
+    assert launcher.free_slots(active=0) == 2
     handle = launcher.launch(an_order())
-    until(lambda: launcher.free_slots() == 1)
+    until(lambda: launcher.free_slots(active=1) == 1)
     launcher.cancel(handle, force=True)
-    until(lambda: launcher.free_slots() == 2)
+    until(lambda: launcher.free_slots(active=0) == 2)
 
 
 def test_logs_come_in_pages_and_are_forgotten_on_request(build: Callable[..., Launcher]) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from service.core.errors import LaunchFailed, Unavailable
+from service.core.errors import LaunchFailed, Unavailable, Unsupported
 from service.core.ports import AttemptState, Hardware, LaunchOrder, LogPage
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ class LocalLauncher:
 
     name = "local"
     check_is_cheap = True
+    profiles = ("local",)
 
     def __init__(
         self, *, home: Path, python: Path, source: Path, service_url: str, max_concurrent_jobs: int, environment: Mapping[str, str]
@@ -82,11 +83,14 @@ class LocalLauncher:
         if process := self._process(handle):
             _signal_group(process.pid, signal.SIGKILL if force else signal.SIGTERM)
 
-    def free_slots(self) -> int:
+    def free_slots(self, active: int) -> int:
+        """Counted among the processes: one that is dying still takes memory."""
         self._reap()
         return self._max_concurrent_jobs - len(self._attempts())
 
-    def hardware(self) -> Hardware:
+    def hardware(self, profile: str | None = None) -> Hardware:
+        if profile not in (None, *self.profiles):
+            raise Unsupported(f"no hardware {profile!r}; this deployment has: local", param="hardware")
         with self._probing:
             return self._hardware
 
