@@ -1,5 +1,6 @@
 """The three things that an attempt says to the service: claim, report, finish."""
 
+from functools import cached_property
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from schema.spec import ClaimAnswer, ClaimRequest
 
 if TYPE_CHECKING:
     import httpx
+    from google.auth.credentials import Credentials
 
 CLAIM_PATIENCE_S = 600  # a service that is being replaced; after that the compute is better given back
 RETRY_FIRST_S = 0.2
@@ -30,6 +32,35 @@ class Refused(Exception):
     """The service does not accept what was sent, and never will."""
 
 
+class Identity:
+    """Who this machine is, for a service that lets only known identities in: Cloud Run's front door.
+
+    The token goes into a header of its own, because `Authorization` holds the attempt's.
+    See https://cloud.google.com/run/docs/authenticating/service-to-service.
+    """
+
+    def __init__(self, audience: str) -> None:
+        self._audience = audience
+
+    def headers(self) -> dict[str, str]:
+        """A valid token, fetched anew before the last one expires. Raises ServiceAway when nobody gives one."""
+        from google.auth.exceptions import GoogleAuthError
+        from google.auth.transport.requests import Request
+
+        try:
+            if not self._credentials.valid:
+                self._credentials.refresh(Request())
+        except GoogleAuthError as error:
+            raise ServiceAway(f"no identity token for {self._audience}: {error}") from error
+        return {"X-Serverless-Authorization": f"Bearer {self._credentials.token}"}
+
+    @cached_property
+    def _credentials(self) -> "Credentials":
+        from google.oauth2.id_token import fetch_id_token_credentials
+
+        return fetch_id_token_credentials(self._audience)
+
+
 class ServiceClient:
     """Speaks for one attempt. Made for one thread at a time; each method says what it raises."""
 
@@ -42,6 +73,7 @@ class ServiceClient:
             timeout=httpx.Timeout(10.0, connect=3.0),
             trust_env=False,  # a proxy for the outside must not stand between an attempt and its service
         )
+        self._identity = Identity(settings.service_audience) if settings.service_audience else None
 
     def claim(self, claimant: str) -> ClaimAnswer:
         """Own the attempt, waiting for the service if it is away. Raises AttemptTaken, ClaimRefused."""
@@ -96,8 +128,9 @@ class ServiceClient:
 
         content = body.model_dump_json()
         timeout = self._http.timeout if timeout_s is None else timeout_s
+        headers = {"Content-Type": "application/json"} | (self._identity.headers() if self._identity else {})
         try:
-            answer = self._http.post(path, content=content, headers={"Content-Type": "application/json"}, timeout=timeout)
+            answer = self._http.post(path, content=content, headers=headers, timeout=timeout)
         except httpx.TransportError as error:
             raise ServiceAway(f"{type(error).__name__}: {error}") from error
         if answer.status_code == HTTPStatus.TOO_MANY_REQUESTS or answer.is_server_error:

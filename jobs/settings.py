@@ -17,6 +17,7 @@ class Settings:
     JOB_ATTEMPT            the number of the attempt, from 1
     JOB_TOKEN              the bearer token of this attempt; never logged
     SERVICE_URL            where to claim and report
+    SERVICE_AUDIENCE       what the identity token is for that the service's front door asks for; missing: it asks for none
     JOB_WORKDIR            a folder of the attempt's own, for everything it writes
     JOB_REPORT_INTERVAL_S  seconds between reports (15); a directive such as `cancel` comes with their answers
     JOB_TIME_LIMIT_S       seconds after which the attempt fails with `timeout`; no limit when it is missing
@@ -28,6 +29,7 @@ class Settings:
     token: str = field(repr=False)
     service_url: str
     workdir: Path
+    service_audience: str | None = None
     report_interval_s: float = 15.0
     time_limit_s: float | None = None
 
@@ -41,6 +43,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         attempt=int(_number("JOB_ATTEMPT", _text(environment, "JOB_ATTEMPT"))),
         token=_text(environment, "JOB_TOKEN"),
         service_url=_text(environment, "SERVICE_URL").rstrip("/"),
+        service_audience=environment.get("SERVICE_AUDIENCE") or None,
         workdir=Path(_text(environment, "JOB_WORKDIR")).resolve(),
         report_interval_s=_number("JOB_REPORT_INTERVAL_S", environment.get("JOB_REPORT_INTERVAL_S") or "15"),
         time_limit_s=_number("JOB_TIME_LIMIT_S", limit) if limit else None,

@@ -131,6 +131,8 @@ class Attempt(Lenient):
     number: int  # from 1
     launcher: str
     created_at: datetime
+    launch_began_at: datetime | None = None  # the latest try to hand it to the compute; whoever wrote this is the one to send it
+    delay: str | None = None  # why it is not launched yet
     handle: str | None = None  # the compute's own name for it; None until the launch answered
     launched_at: datetime | None = None
     claimed_by: str | None = None  # the process that owns the attempt
@@ -150,6 +152,7 @@ class Job(Lenient):
     processed_dataset_id: Id
     training_config: TrainingConfig  # with every secret taken out
     secret_names: tuple[str, ...] = ()  # which secrets the secret store holds for the job
+    hardware: str | None = None  # a profile of the launcher
     status: Status
     revision: int = 0  # goes up by one at every change; the store compares it
     attempts: tuple[Attempt, ...] = ()

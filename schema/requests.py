@@ -62,6 +62,10 @@ class TrainRequest(Strict):
     )
     job_name: Label = "unnamed job"
     project_id: Id | None = Field(None, description="Groups jobs, and their checkpoints, under a project.")
+    hardware: Id | None = Field(
+        None,
+        description="What to train on: a profile of this deployment, such as `l4`. `GET /capabilities` lists them; left out, the first.",
+    )
     training_config: TrainingConfig
 
     @model_validator(mode="after")

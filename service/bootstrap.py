@@ -2,7 +2,7 @@
 
 import secrets as random
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from typing import Any
 
@@ -13,12 +13,29 @@ from service.adapters.secrets import SECRET_STORES
 from service.adapters.secrets.local import owner_only_key
 from service.core.dataset_rows import RowLimits
 from service.core.datasets import Datasets
-from service.core.jobs import Jobs
-from service.core.ports import JobStore, Launcher, SecretStore
+from service.core.jobs import Jobs, Limits
+from service.core.ports import JobStore, Launcher, LinkSigner, SecretStore
 from service.core.reconciler import Reconciler
 from service.core.tokens import TokenSigner
 from service.settings import SOURCE, Settings, inherited_environment
 from storage import ObjectStore, open_store
+
+# In the cloud every answer crosses a network, an execution takes seconds to be seen, and a signal is a call that costs.
+CLOUD_LIMITS = Limits(
+    silent_after=timedelta(seconds=120),
+    cancel_grace=timedelta(seconds=20),
+    kill_grace=timedelta(seconds=40),
+    launch_lookup=timedelta(seconds=60),
+)
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The object stores, by what lies there. On a laptop all three are one folder."""
+
+    configs: ObjectStore
+    datasets: ObjectStore
+    models: ObjectStore
 
 
 @dataclass(frozen=True)
@@ -27,12 +44,12 @@ class Parts:
 
     settings: Settings
     store: JobStore
-    objects: ObjectStore
+    objects: Buckets
     launcher: Launcher
     tokens: TokenSigner
     jobs: Jobs
     datasets: Datasets
-    reconciler: Reconciler
+    reconciler: Reconciler | None  # None: a scheduler calls the service instead
 
 
 def assemble(settings: Settings) -> Parts:
@@ -40,27 +57,31 @@ def assemble(settings: Settings) -> Parts:
     home = settings.home_folder
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     store = _job_store(settings)
-    objects = open_store(settings.store_url)
+    objects = Buckets(**{name: open_store(url) for name, url in settings.object_urls.items()})
     launcher = _launcher(settings)
-    secrets: SecretStore = adapter(SECRET_STORES, "secret store", settings.secret_store)(home / "secrets")
-    tokens = TokenSigner(owner_only_key(home / "signing-key", lambda: random.token_bytes(32)), now)
-    reconciler = Reconciler(lambda: jobs.reconcile(), settings.reconcile_interval_s)
+    tokens = TokenSigner(_signing_key(settings), now)
+    reconciler = Reconciler(lambda: jobs.reconcile(), settings.reconcile_interval_s) if settings.reconcile_interval_s else None
+
+    def step(job_id: str) -> None:
+        jobs.step(job_id)
+
     jobs = Jobs(
         store=store,
-        secrets=secrets,
-        configs=objects,
-        models=objects,
-        datasets=objects,
+        secrets=_secret_store(settings),
+        configs=objects.configs,
+        models=objects.models,
+        datasets=objects.datasets,
         launcher=launcher,
-        links=ServiceLinks(tokens),
+        links=_links(settings, tokens),
         tokens=tokens,
         clock=now,
         random_tail=lambda: random.token_hex(6),
-        wake=reconciler.wake,
+        wake=reconciler.wake if reconciler else step,
+        limits=Limits() if settings.launcher == "local" else CLOUD_LIMITS,
     )
     datasets = Datasets(
         store=store,
-        objects=objects,
+        objects=objects.datasets,
         limits=RowLimits(max_row_bytes=settings.max_row_bytes, max_rows=settings.max_dataset_rows),
         clock=now,
         random_tail=lambda: random.token_hex(6),
@@ -85,11 +106,51 @@ def adapter(registry: dict[str, str], kind: str, name: str) -> Any:  # noqa: ANN
 
 def _job_store(settings: Settings) -> JobStore:
     build = adapter(JOB_STORES, "job store", settings.job_store)
-    return build(settings.home_folder / "tunesmith.db") if settings.job_store == "sqlite" else build()
+    match settings.job_store:
+        case "sqlite":
+            return build(settings.home_folder / "tunesmith.db")
+        case "firestore":
+            return build(project_id=settings.project_id, database=settings.firestore_database)
+        case _:
+            return build()
+
+
+def _secret_store(settings: Settings) -> SecretStore:
+    build = adapter(SECRET_STORES, "secret store", settings.secret_store)
+    if settings.secret_store == "secret-manager":
+        return build(project_id=settings.project_id, emulator_host=settings.secret_manager_emulator_host)
+    return build(settings.home_folder / "secrets")
+
+
+def _signing_key(settings: Settings) -> bytes:
+    if settings.signing_key is not None:
+        return settings.signing_key.get_secret_value().encode()
+    return owner_only_key(settings.home_folder / "signing-key", lambda: random.token_bytes(32))
+
+
+def _links(settings: Settings, tokens: TokenSigner) -> LinkSigner:
+    url = settings.object_urls["models"]
+    match url.partition(":")[0]:
+        case "file":
+            return ServiceLinks(tokens)
+        case scheme:
+            raise ValueError(f"nobody signs links for {scheme}:// stores")
 
 
 def _launcher(settings: Settings) -> Launcher:
-    return adapter(LAUNCHERS, "launcher", settings.launcher)(
+    build = adapter(LAUNCHERS, "launcher", settings.launcher)
+    if settings.launcher == "cloud-run":
+        return build(
+            project_id=settings.project_id,
+            region=settings.region,
+            profiles=settings.hardware_profiles,
+            service_url=settings.url,
+            service_audience=settings.identity_audience,
+            max_concurrent_jobs=settings.max_concurrent_jobs,
+            time_limit_s=settings.attempt_time_limit_s,
+            emulator_host=settings.cloud_run_emulator_host,
+        )
+    return build(
         home=settings.home_folder,
         python=settings.trainer_python,
         source=SOURCE,

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 
 from service.api import datasets, errors, files, health, internal, jobs, train
 from service.api.limits import LimitBodies
+from service.api.patience import Patience
 from service.api.stream import Feeds, in_thread
 from service.bootstrap import Parts, assemble
 from service.core.errors import Unavailable
@@ -27,10 +28,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     configure_logging(settings.log_format)
     app = FastAPI(title="Tunesmith", version=VERSION, description=DESCRIPTION, lifespan=_lifespan)
     app.state.settings = settings
+    app.add_middleware(Patience)
     app.add_middleware(LimitBodies, max_upload_bytes=settings.max_upload_bytes)
     errors.install(app)
     for part in (train, jobs, datasets, files, health, internal):
         app.include_router(part.router)
+    app.include_router(internal.upkeep)
     return app
 
 
@@ -38,15 +41,17 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     parts = await in_thread(assemble, app.state.settings)
     app.state.parts = parts
-    app.state.feeds = Feeds(parts.jobs)
-    parts.reconciler.start()
+    app.state.feeds = Feeds(parts.jobs, parts.settings.event_poll_s)
+    if parts.reconciler is not None:
+        parts.reconciler.start()
     asking = asyncio.create_task(_ask_hardware(parts))  # seconds, which the first request need not wait for
     log.info("service is ready", extra={"url": parts.settings.url, "home": str(parts.settings.home_folder)})
     try:
         yield
     finally:
         asking.cancel()
-        await in_thread(parts.reconciler.stop)
+        if parts.reconciler is not None:
+            await in_thread(parts.reconciler.stop)
         await in_thread(parts.launcher.close)
         parts.store.close()
 
@@ -54,3 +59,5 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
 async def _ask_hardware(parts: Parts) -> None:
     with suppress(Unavailable):  # it is in the log, and every request that needs the answer asks again
         await in_thread(parts.launcher.hardware)
+        if parts.reconciler is not None:  # this process is the only one: a secret without a job is nobody's
+            await in_thread(lambda: parts.jobs.sweep_secrets(orphans=True))

@@ -2,10 +2,10 @@
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AliasChoices, Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 SOURCE = Path(__file__).resolve().parent.parent
 
@@ -19,17 +19,84 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on. The local profile asks nobody who they are: keep it on loopback.")
     port: int = Field(8080, ge=0, le=65535, validation_alias=AliasChoices("TUNESMITH_PORT", "PORT"), description="0 takes a free one.")
     public_url: str | None = Field(None, description="How callers and attempts reach the service, if not at host and port.")
-    job_store: str = Field("sqlite", description="Where records are kept: `sqlite`, or `memory` (gone when the service stops).")
-    launcher: str = Field("local", description="Where attempts run.")
-    secret_store: str = Field("local", description="Where secrets are kept.")
-    objects_url: str | None = Field(None, description="The object store, as a url; left out it is a folder in home.")
-    max_concurrent_jobs: int = Field(1, ge=1, le=64, description="Attempts at a time on this machine; others wait in the queue.")
+    job_store: str = Field(
+        "sqlite", description="Where records are kept: `sqlite`, `firestore`, or `memory` (gone when the service stops)."
+    )
+    launcher: str = Field("local", description="Where attempts run: `local` or `cloud-run`.")
+    secret_store: str = Field("local", description="Where secrets are kept: `local` or `secret-manager`.")
+    objects_url: str | None = Field(
+        None, description="The object store, as a url: `file:///…`, `gs://bucket`, `s3://bucket`. Left out, a folder in home."
+    )
+    configs_url: str | None = Field(None, description="Where specs and results lie, if not in the object store above.")
+    datasets_url: str | None = Field(None, description="Where datasets lie, if not in the object store above.")
+    models_url: str | None = Field(None, description="Where base models and artifacts lie, if not in the object store above.")
+    gcs_config_bucket_name: str | None = Field(
+        None, validation_alias="GCS_CONFIG_BUCKET_NAME", description="The bucket of specs and results: another way to say `configs_url`."
+    )
+    project_id: str | None = Field(
+        None,
+        validation_alias=AliasChoices("TUNESMITH_PROJECT_ID", "PROJECT_ID", "GOOGLE_CLOUD_PROJECT"),
+        description="The Google Cloud project of Firestore, Cloud Run and Secret Manager.",
+    )
+    region: str | None = Field(
+        None,
+        validation_alias=AliasChoices("TUNESMITH_REGION", "REGION"),
+        description="The region of the Cloud Run jobs, such as `europe-west4`.",
+    )
+    firestore_database: str = Field("(default)", description="The Firestore database.")
+    hardware_profiles: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("l4",),
+        description="Kinds of hardware that jobs may ask for, by comma; the first is the default. Each has a Cloud Run job of its own.",
+    )
+    attempt_time_limit_s: int = Field(
+        3600, ge=120, le=604_800, description="Seconds that an attempt in the cloud may take. A GPU task on Cloud Run may take an hour."
+    )
+    identity_audience: str | None = Field(
+        None, description="What an attempt's identity token is for, where only known identities may call the service: its https url."
+    )
+    signing_key: SecretStr | None = Field(
+        None, min_length=32, description="Signs attempt tokens and links, the same in every instance. Left out, a key file in home."
+    )
+    max_concurrent_jobs: int = Field(1, ge=1, le=1000, description="Attempts at a time; others wait in the queue.")
     trainer_python: Path = Field(SOURCE / ".venvs/llm/bin/python", description="The Python of the trainer's environment.")
     max_upload_bytes: int = Field(2 << 30, ge=1, description="Largest dataset file, in bytes.")
     max_row_bytes: int = Field(1 << 20, ge=100, description="Longest row of a dataset, in bytes.")
     max_dataset_rows: int = Field(1_000_000, ge=1, description="Most rows of a dataset.")
-    reconcile_interval_s: float = Field(1.0, gt=0, description="Seconds between two looks at the open jobs.")
+    reconcile_interval_s: float = Field(
+        1.0,
+        ge=0,
+        description="Seconds between two looks at the open jobs. 0: no background task, a scheduler calls `POST /internal/reconcile`.",
+    )
+    event_poll_s: float = Field(
+        0.1, gt=0, le=60, description="Seconds between two looks for a followed job's events; each is a read of the store."
+    )
     log_format: Literal["text", "json"] = Field("text", description="`json` for a log collector.")
+
+    cloud_run_emulator_host: str | None = Field(
+        None, validation_alias="CLOUD_RUN_EMULATOR_HOST", description="host:port of a stand-in for Cloud Run, for `make cloud-local`."
+    )
+    secret_manager_emulator_host: str | None = Field(
+        None, validation_alias="SECRET_MANAGER_EMULATOR_HOST", description="host:port of a stand-in for Secret Manager."
+    )
+    iam_credentials_emulator_host: str | None = Field(
+        None, validation_alias="IAM_CREDENTIALS_EMULATOR_HOST", description="host:port of a stand-in for IAM credentials, which sign links."
+    )
+
+    @field_validator("hardware_profiles", mode="before")
+    @classmethod
+    def _by_comma(cls, value: object) -> object:
+        return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _what_the_cloud_needs(self) -> Self:
+        needs = {"firestore": ("project_id",), "secret-manager": ("project_id",), "cloud-run": ("project_id", "region", "public_url")}
+        for adapter in (self.job_store, self.secret_store, self.launcher):
+            for name in needs.get(adapter, ()):
+                if not getattr(self, name):
+                    raise ValueError(f"{adapter} needs {_variable(name)}")
+        if self.launcher == "cloud-run" and not self.hardware_profiles:
+            raise ValueError("cloud-run needs TUNESMITH_HARDWARE_PROFILES, such as l4,cpu")
+        return self
 
     @property
     def home_folder(self) -> Path:
@@ -37,9 +104,11 @@ class Settings(BaseSettings):
         return self.home.expanduser().absolute()
 
     @property
-    def store_url(self) -> str:
-        """The object store's url."""
-        return self.objects_url or (self.home_folder / "objects").as_uri()
+    def object_urls(self) -> dict[Literal["configs", "datasets", "models"], str]:
+        """The object store's url, by what lies there."""
+        shared = self.objects_url or (self.home_folder / "objects").as_uri()
+        configs = self.configs_url or (f"gs://{self.gcs_config_bucket_name}" if self.gcs_config_bucket_name else None)
+        return {"configs": configs or shared, "datasets": self.datasets_url or shared, "models": self.models_url or shared}
 
     @property
     def url(self) -> str:
@@ -48,12 +117,20 @@ class Settings(BaseSettings):
         return self.public_url or f"http://{host}:{self.port}"
 
 
+def _variable(name: str) -> str:
+    """How a person sets it."""
+    return {"project_id": "PROJECT_ID", "region": "REGION"}.get(name, f"TUNESMITH_{name.upper()}")
+
+
 # What an attempt on this machine inherits; everything else, credentials above all, stays with the service.
 INHERITED = (
     *("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR", "XDG_CACHE_HOME", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES"),
     *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
     *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
     *("HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE", "WANDB_BASE_URL"),
+    # How the attempt reaches the object store: gs:// and s3:// read their credentials from where their own tools do.
+    *("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_CLOUD_PROJECT", "STORAGE_EMULATOR_HOST", "GCE_METADATA_HOST"),
+    *("AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"),
     *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"),
 )
 

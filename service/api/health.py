@@ -6,10 +6,9 @@ from fastapi import APIRouter, Response
 
 from service.api.deps import UsesParts
 from service.api.views import HealthAnswer
-from service.bootstrap import Parts
 from service.core.errors import Unavailable
 from service.version import VERSION
-from storage import StorageError
+from storage import ObjectStore, StorageError
 
 router = APIRouter(tags=["health"])
 
@@ -17,18 +16,23 @@ router = APIRouter(tags=["health"])
 @router.get("/health")
 def health(response: Response, parts: UsesParts) -> HealthAnswer:
     """200 when every part answers; 503 with the part that does not."""
-    checks = {"job_store": _try(parts.store.ping), "object_store": _try(lambda: _look(parts))}
+    buckets = {store.url: store for store in (parts.objects.configs, parts.objects.datasets, parts.objects.models)}
+    checks = {"job_store": _try(parts.store.ping)} | {_name(url, len(buckets)): _try(_look(store)) for url, store in buckets.items()}
     ready = all(answer == "ok" for answer in checks.values())
     if not ready:
         response.status_code = 503
     return HealthAnswer(status="ok" if ready else "degraded", live=True, ready=ready, checks=checks, version=VERSION)
 
 
-def _look(parts: Parts) -> None:
-    parts.objects.stat("health/probe")
+def _name(url: str, stores: int) -> str:
+    return "object_store" if stores == 1 else f"object_store {url}"
 
 
-def _try(check: Callable[[], None]) -> str:
+def _look(store: ObjectStore) -> Callable[[], object]:
+    return lambda: store.stat("health/probe")
+
+
+def _try(check: Callable[[], object]) -> str:
     try:
         check()
     except Unavailable as error:

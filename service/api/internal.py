@@ -1,4 +1,7 @@
-"""What attempts call: claim, report, finish. Each call carries the attempt's own token."""
+"""What attempts call: claim, report, finish; each call carries the attempt's own token. And what a scheduler calls.
+
+The scheduler's calls may be made by anybody who may call the service at all, at any time, and as often as one likes.
+"""
 
 from typing import Annotated
 
@@ -22,6 +25,7 @@ async def attempt_of(job_id: Id, attempt: int, parts: UsesParts, authorization: 
 
 
 router = APIRouter(prefix="/internal/jobs/{job_id}/attempts/{attempt}", tags=["internal"], include_in_schema=False)
+upkeep = APIRouter(prefix="/internal", tags=["internal"], include_in_schema=False)
 ByAttempt = Annotated[tuple[str, int], Depends(attempt_of)]
 
 
@@ -43,3 +47,15 @@ def finish(body: Result, who: ByAttempt, parts: UsesParts) -> None:
     if (body.job_id, body.attempt) != who:
         raise InvalidRequest("the result is of another attempt than the address", param="attempt")
     parts.jobs.finish(body.job_id, body)
+
+
+@upkeep.post("/reconcile")
+def reconcile(parts: UsesParts) -> dict[str, int]:
+    """Bring every open job a step nearer to where it should be."""
+    return {"changed": parts.jobs.reconcile()}
+
+
+@upkeep.post("/sweep")
+def sweep(parts: UsesParts) -> dict[str, int]:
+    """Destroy secrets that outlived their job."""
+    return {"swept": parts.jobs.sweep_secrets()}

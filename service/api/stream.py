@@ -20,7 +20,6 @@ log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
-POLL_S = 0.1  # how late an event may be; one read per followed job and turn
 PAGE = 1000
 KEPT_CHUNKS = 200  # what a slow listener may lag behind before it is sent to the store again
 LOG_POLL_S = 0.25
@@ -65,7 +64,9 @@ class _Feed:
 class Feeds:
     """The jobs that somebody follows now, in this process."""
 
-    def __init__(self, jobs: Jobs) -> None:
+    def __init__(self, jobs: Jobs, poll_s: float) -> None:
+        """`poll_s` is how late an event may be; each turn is one read per followed job."""
+        self._poll_s = poll_s
         self._jobs = jobs
         self._feeds: dict[str, _Feed] = {}
 
@@ -116,7 +117,7 @@ class Feeds:
             if rows or feed.ended:
                 feed.tell()
             if len(rows) < PAGE and not feed.ended:
-                await asyncio.sleep(POLL_S)
+                await asyncio.sleep(self._poll_s)
 
     def _next_page(self, job_id: str, tenant_id: str, after: int) -> tuple[list[StoredEvent], bool]:
         """The next events, and whether there will be no more: the status is read first, so that none is missed."""

@@ -29,4 +29,5 @@ def train(body: TrainRequest, parts: UsesParts, tenant_id: ForTenant, idempotenc
 @router.get("/capabilities")
 def capabilities(parts: UsesParts) -> dict[str, Any]:
     """What this deployment can train, on what, and into what."""
-    return describe(parts.launcher.hardware(), parts.launcher.name)
+    profiles = {name: parts.launcher.hardware(name) for name in parts.launcher.profiles}
+    return describe(profiles, parts.launcher.name)

@@ -42,6 +42,7 @@ class AttemptView(BaseModel):
     number: int
     launcher: str
     created_at: datetime
+    delay: str | None  # why it is not launched yet
     claimed_at: datetime | None
     ended_at: datetime | None
     outcome: AttemptOutcome | None
@@ -65,6 +66,7 @@ class JobDetail(BaseModel):
     failure: Failure | None
     phase: Phase | None
     progress: Progress | None
+    hardware: str | None
     attempts: list[AttemptView]
     artifacts: list[Artifact]
     project_id: str | None
@@ -215,6 +217,7 @@ def job_detail(job: Job, alive: Liveness | None) -> JobDetail:
         failure=job.failure,
         phase=alive.phase if alive and at_work else None,
         progress=alive.progress if alive else None,
+        hardware=job.hardware,
         attempts=[_attempt_view(attempt) for attempt in job.attempts],
         artifacts=list(job.artifacts),
         project_id=job.project_id,

@@ -1,5 +1,6 @@
 """What this deployment can do: told to programs by `GET /capabilities`, and asked of every request before it costs anything."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import get_args
 
@@ -13,10 +14,12 @@ TRACKERS = ("wandb",)
 DESTINATIONS = ("gcs",)
 
 
-def describe(hardware: Hardware, launcher: str) -> dict[str, object]:
-    """The whole answer of `GET /capabilities`."""
+def describe(profiles: Mapping[str, Hardware], launcher: str) -> dict[str, object]:
+    """The whole answer of `GET /capabilities`. What is said outside `profiles` is said of the first, which is the default."""
+    hardware = next(iter(profiles.values()))
     return {
         "launcher": launcher,
+        "profiles": {name: asdict(facts) for name, facts in profiles.items()},
         "trainer_types": {
             name: {"dataset_types": list(config.dataset_types)} for name, config in TRAINER_TYPES.items() if name in hardware.trainer_types
         },

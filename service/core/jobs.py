@@ -26,6 +26,8 @@ from service.core import lifecycle
 from service.core.capabilities import check_fits, check_supported
 from service.core.errors import Conflict, LaunchFailed, NotFound, StaleRevision, TunesmithError, Unavailable
 from service.core.ports import (
+    Ended,
+    EndSource,
     IdempotencyKey,
     JobQuery,
     JobStore,
@@ -35,6 +37,7 @@ from service.core.ports import (
     LinkSigner,
     Liveness,
     LogPage,
+    LogsElsewhere,
     LogSource,
     Page,
     SecretStore,
@@ -42,6 +45,7 @@ from service.core.ports import (
 )
 from service.core.tokens import TokenSigner
 from storage import NoSuchObject, ObjectStore, StorageError, delete_below
+from storage.patience import time_left
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +54,7 @@ CAS_TRIES = 10  # writers of one job are few: its attempt, one caller, one recon
 REDACTED = SecretStr("**********")
 WANDB_SECRET = "wandb_api_key"
 HF_SECRET = "hf_token"
+STEP_NEEDS_S = 2.0  # a launch is a handful of calls; begun with less, it would only be cut off half-way
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Limits:
     silent_after: timedelta = timedelta(seconds=60)  # no sign of life: ask the compute
     cancel_grace: timedelta = timedelta(seconds=1)  # an attempt that knows of its cancel may tidy up; then a signal
     kill_grace: timedelta = timedelta(seconds=8)  # and then no more
-    launch_lookup: timedelta = timedelta(seconds=5)  # an attempt without a handle is looked up by name after this
+    launch_lookup: timedelta = timedelta(seconds=5)  # an attempt without a handle is looked up by name this long after it was sent
     link_life_s: int = 900
 
 
@@ -87,7 +92,7 @@ class Jobs:
         tokens: TokenSigner,
         clock: Callable[[], datetime],
         random_tail: Callable[[], str],
-        wake: Callable[[], None] = lambda: None,
+        wake: Callable[[str], None] = lambda _: None,
         limits: Limits = Limits(),  # frozen
     ) -> None:
         self._store = store
@@ -115,7 +120,7 @@ class Jobs:
 
         Raises NotFound, InvalidRequest, Unsupported, IdempotencyConflict before anything is kept.
         """
-        check_supported(request.training_config, self._launcher.hardware())
+        check_supported(request.training_config, self._launcher.hardware(request.hardware))
         dataset = self._own_dataset(request.processed_dataset_id, tenant_id)
         check_fits(request.training_config, dataset)
         secrets = secrets_of(request)
@@ -128,6 +133,7 @@ class Jobs:
             processed_dataset_id=request.processed_dataset_id,
             training_config=without_secrets(request.training_config),
             secret_names=tuple(sorted(secrets)),
+            hardware=request.hardware or self._launcher.profiles[0],
             status=Status.QUEUED,
             created_at=now,
             updated_at=now,
@@ -136,7 +142,7 @@ class Jobs:
         if secrets:  # first, so that no attempt can start without them
             self._secrets.put(job.job_id, secrets)
         kept = self._keep(job, IdempotencyKey(idempotency_key, digest_of(request)) if idempotency_key else None)
-        self._wake()
+        self._wake(kept.job_id)
         return kept
 
     def find(self, job_id: str, tenant_id: str) -> Job:
@@ -178,7 +184,7 @@ class Jobs:
         if number > len(job.attempts):
             raise NotFound(f"{job_id} has no attempt {number}; it has {len(job.attempts)}", param="attempt")
         if not isinstance(self._launcher, LogSource):
-            raise NotFound(f"the launcher {self._launcher.name!r} keeps no logs that can be read here")
+            raise NotFound(f"the launcher {self._launcher.name!r} keeps the logs elsewhere", hint=self._where_logs(job, number))
         page = self._launcher.read_log(attempt_name(job_id, number), offset, limit)
         return number, page or LogPage(text="", next_offset=offset)
 
@@ -188,7 +194,7 @@ class Jobs:
         job = self._change(job_id, lambda job: lifecycle.cancel_requested(job, self._clock()))
         if job.status.is_final:
             self._forget_secrets(job)
-        self._wake()
+        self._wake(job_id)
         return job
 
     def download(self, job_id: str, tenant_id: str, artifact_name: str | None) -> tuple[Artifact, list[tuple[ArtifactFile, str]]]:
@@ -235,7 +241,7 @@ class Jobs:
         job = self._change(job_id, lambda job: lifecycle.finished(job, result, self._clock()))
         if job.status.is_final:
             self._forget_secrets(job)
-        self._wake()
+        self._wake(job_id)
         return job
 
     # --- the reconciler ----------------------------------------------------------------------------------------------
@@ -247,9 +253,40 @@ class Jobs:
         """
         active = self._store.active_jobs(ACTIVE_LIMIT)
         changed = sum(self._safely(self._look_after, job) for job in active)
-        free_slots = self._launcher.free_slots()
+        return changed + self._launch_waiting(active=len(active))
+
+    def step(self, job_id: str) -> None:
+        """What `reconcile` would do for one job, now, for a service without a background task. Fails quietly: it comes by again.
+
+        A job that has ended has made room for one that waits.
+        """
+        if time_left(STEP_NEEDS_S) < STEP_NEEDS_S:
+            return
+        try:
+            job = self._store.find_job(job_id)
+            if job is not None and job.status.is_active:
+                self._safely(self._look_after, job)
+            else:
+                self._launch_waiting(active=len(self._store.active_jobs(ACTIVE_LIMIT)), most=1)
+        except TunesmithError as error:
+            log.warning("job could not be reconciled", extra={"job_id": job_id, "error": error.message})
+
+    def sweep_secrets(self, *, orphans: bool = False) -> int:
+        """Destroy secrets that outlived their job; returns how many. `orphans`: also those of no known job.
+
+        A job's secrets are written before its record: only a process that knows itself alone may look for orphans.
+        """
+        swept = 0
+        for job_id in list(self._secrets.walk()):
+            job = self._store.find_job(job_id)
+            if (job is None and orphans) or (job is not None and job.status.is_final):
+                swept += self._secrets.destroy(job_id)
+        return swept
+
+    def _launch_waiting(self, active: int, most: int = ACTIVE_LIMIT) -> int:
+        free_slots = min(most, self._launcher.free_slots(active))
         queued = self._store.queued_jobs(free_slots) if free_slots > 0 else []
-        return changed + sum(self._safely(self._launch, job) for job in queued)
+        return sum(self._safely(self._launch, job) for job in queued)
 
     def _safely(self, step: Callable[[Job], Job], job: Job) -> bool:
         """Whether the step changed the job."""
@@ -282,14 +319,28 @@ class Jobs:
         """The service died between writing the attempt down and hearing its handle: look before launching twice."""
         attempt = job.attempt
         assert attempt is not None
-        if self._clock() - attempt.created_at < self._limits.launch_lookup:
+        if self._clock() - (attempt.launch_began_at or attempt.created_at) < self._limits.launch_lookup:
             return job  # its launcher may be at work this very moment
         handle = self._launcher.find(attempt_name(job.job_id, attempt))
         if handle is not None:
             return self._change(job.job_id, lambda job: lifecycle.launched(job, attempt.number, handle, self._clock()))
+        if (result := self._result_of(job)) is not None:
+            return self.finish(job.job_id, result)
         if job.status is Status.CANCELLING:
             return self._end_vanished(job)
+        if attempt.claimed_by is not None:
+            return self._launched_unseen(job)
+        try:
+            job = self._replace(job, lifecycle.launching_again(job, attempt.number, self._clock()))
+        except StaleRevision:
+            return job  # somebody else sends it
         return self._send(job)
+
+    def _launched_unseen(self, job: Job) -> Job:
+        """A process claimed the attempt and cannot be found: it lives as long as it is heard of, and is gone after that."""
+        if self._is_silent(job):
+            return self._end_vanished(job)
+        return job
 
     def _send(self, job: Job) -> Job:
         """Hand the current attempt to the compute and note its handle."""
@@ -299,6 +350,10 @@ class Jobs:
             spec = self._render_spec(job)
             self._configs.write(spec_key(job.job_id), spec.model_dump_json(indent=1).encode())
             handle = self._launcher.launch(self._launch_order(job, attempt.number))
+        except (Unavailable, StorageError) as error:
+            why = f"{error.message} {error.hint}".strip() if isinstance(error, Unavailable) else str(error)
+            log.warning("launch delayed", extra={"job_id": job.job_id, "attempt": attempt.number, "error": why})
+            return self._change(job.job_id, lambda job: lifecycle.launch_delayed(job, attempt.number, why, self._clock()))
         except (LaunchFailed, NotFound) as error:
             failure = Failure(code="launch_failed", message=error.message, hint=error.hint)
             job = self._change(job.job_id, lambda job: lifecycle.launch_refused(job, attempt.number, failure, self._clock()))
@@ -324,12 +379,14 @@ class Jobs:
             "JOB_TOKEN": self._tokens.attempt_token(job.job_id, number),
             "JOB_SPEC_STORE_URL": self._configs.url,
         }
-        return LaunchOrder(name=attempt_name(job.job_id, number), job_id=job.job_id, attempt=number, environment=environment)
+        name = attempt_name(job.job_id, number)
+        return LaunchOrder(name=name, job_id=job.job_id, attempt=number, environment=environment, hardware=job.hardware)
 
     def _is_quiet(self, job: Job) -> bool:
         """Whether it is worth asking the compute: always for a local one, where asking is free."""
-        if self._launcher.check_is_cheap or job.status is Status.CANCELLING:
-            return True
+        return self._launcher.check_is_cheap or job.status is Status.CANCELLING or self._is_silent(job)
+
+    def _is_silent(self, job: Job) -> bool:
         attempt, alive = job.attempt, self.liveness(job)
         last_sign = alive.seen_at if alive else (attempt.launched_at if attempt else None) or job.updated_at
         return self._clock() - last_sign > self._limits.silent_after
@@ -341,12 +398,22 @@ class Jobs:
         return self.finish(job.job_id, result) if result else self._end_vanished(job)
 
     def _end_vanished(self, job: Job) -> Job:
-        number = len(job.attempts)
-        job = self._change(job.job_id, lambda job: lifecycle.vanished(job, number, self._clock()))
+        number, told = len(job.attempts), self._why_ended(job)
+        reason, preempted = (told.failure, told.preempted) if told else (None, False)
+        job = self._change(job.job_id, lambda job: lifecycle.vanished(job, number, self._clock(), reason, preempted=preempted))
         if job.status.is_final:
             self._forget_secrets(job)
-        self._wake()
+        self._wake(job.job_id)
         return job
+
+    def _why_ended(self, job: Job) -> Ended | None:
+        """What the compute tells about the end of the current attempt. Raises Unavailable: then the judgement waits."""
+        handle = job.attempt.handle if job.attempt else None
+        return self._launcher.why_ended(handle) if handle and isinstance(self._launcher, EndSource) else None
+
+    def _where_logs(self, job: Job, number: int) -> str:
+        handle = job.attempts[number - 1].handle
+        return self._launcher.where_logs(handle) if handle and isinstance(self._launcher, LogsElsewhere) else ""
 
     def _result_of(self, job: Job) -> Result | None:
         assert job.attempt is not None
@@ -369,6 +436,8 @@ class Jobs:
     def _keep(self, job: Job, idempotency: IdempotencyKey | None) -> Job:
         try:
             kept = self._store.create_job(job, idempotency)
+        except Unavailable:
+            raise  # it may have been kept all the same, and would then need its secrets
         except TunesmithError:
             self._secrets.destroy(job.job_id)
             raise

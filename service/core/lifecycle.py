@@ -27,16 +27,30 @@ MOST_ATTEMPTS = 5
 
 def begin_attempt(job: Job, launcher: str, now: datetime) -> Job:
     """A queued job gets its next attempt, which has no handle yet."""
-    attempt = Attempt(number=len(job.attempts) + 1, launcher=launcher, created_at=now)
+    attempt = Attempt(number=len(job.attempts) + 1, launcher=launcher, created_at=now, launch_began_at=now)
     return _move(job, Status.PREPARING, now, attempts=(*job.attempts, attempt))
 
 
+def launching_again(job: Job, number: int, now: datetime) -> Job:
+    """Somebody is about to send the attempt once more. Of two at once, the one whose change is kept may."""
+    attempt = check_current(job, number)
+    return _with_attempt(job, attempt.model_copy(update={"launch_began_at": now}), now)
+
+
+def launch_delayed(job: Job, number: int, why: str, now: datetime) -> Job:
+    """The compute cannot take the attempt now; it will be tried again."""
+    attempt = _attempt(job, number)
+    if attempt.handle is not None or attempt.ended_at is not None or attempt.delay == why:
+        return job
+    return _with_attempt(job, attempt.model_copy(update={"delay": why}), now)
+
+
 def launched(job: Job, number: int, handle: str, now: datetime) -> Job:
-    """The compute took the attempt."""
+    """The compute took the attempt. A process that claimed it may have been quicker than the answer, and even have ended."""
     attempt = _attempt(job, number)
     if attempt.handle == handle:
         return job
-    return _with_attempt(job, attempt.model_copy(update={"handle": handle, "launched_at": now}), now)
+    return _with_attempt(job, attempt.model_copy(update={"handle": handle, "launched_at": now, "delay": None}), now)
 
 
 def launch_refused(job: Job, number: int, failure: Failure, now: datetime) -> Job:
@@ -90,9 +104,11 @@ def finished(job: Job, result: Result, now: datetime) -> Job:
             return _end(told, result.attempt, outcome, None, now)
 
 
-def vanished(job: Job, number: int, now: datetime) -> Job:
-    """The compute ended and left no result."""
+def vanished(job: Job, number: int, now: datetime, reason: Failure | None = None, *, preempted: bool = False) -> Job:
+    """The compute ended and left no result. `reason` is what the compute told, `preempted` that it took itself away unasked."""
     attempt = check_current(job, number)
+    if reason is not None:
+        return _end(job, number, "preempted" if preempted else "failed", reason, now)
     where = "before it started to work" if attempt.claimed_by is None else "without a last word"
     failure = Failure(
         code="lost",

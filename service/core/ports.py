@@ -242,7 +242,7 @@ class EndSource(Protocol):
     """Extra power of a launcher: it knows why an attempt ended."""
 
     def why_ended(self, handle: str) -> Ended | None:
-        """The reason, in our words; None when the compute knows of none."""
+        """The reason, in our words; None when the compute knows of none. Raises Unavailable."""
         ...
 
 

@@ -25,7 +25,7 @@ class Reconciler:
         """Begin with a turn at once: it adopts what an earlier service left running."""
         self._thread.start()
 
-    def wake(self) -> None:
+    def wake(self, job_id: str) -> None:  # noqa: ARG002  # a turn looks at every open job
         """Something happened that may need a turn."""
         self._woken.set()
 

@@ -23,8 +23,8 @@ EXAMPLES = 40  # of each kind and operation
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LocalLauncher, "hardware", lambda _: some_hardware())
-        patch.setattr(LocalLauncher, "free_slots", lambda _: 0)
+        patch.setattr(LocalLauncher, "hardware", lambda _, profile=None: some_hardware())
+        patch.setattr(LocalLauncher, "free_slots", lambda _, active: 0)
         home: Path = tmp_path_factory.mktemp("home")
         yield schemathesis.openapi.from_asgi("/openapi.json", create_app(Settings(home=home)))
 

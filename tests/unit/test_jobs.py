@@ -1,12 +1,13 @@
 """The verbs of a job, with everything in memory and time given."""
 
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
 import pytest
 
 from schema.events import EventBatch, PhaseChanged, ReportedEvent
-from schema.job import Artifact, ArtifactFile, Job, Status
+from schema.job import Artifact, ArtifactFile, Failure, Job, Status
 from schema.result import Result
 from schema.spec import JobSpec, attempt_name, result_key, spec_key
 from service.adapters.jobstores.memory import MemoryJobStore
@@ -14,10 +15,11 @@ from service.adapters.links import ServiceLinks
 from service.adapters.secrets.local import LocalSecretStore
 from service.core.errors import Conflict, Fenced, InvalidRequest, LaunchFailed, NotFound, Unauthorized, Unavailable, Unsupported
 from service.core.jobs import Jobs
-from service.core.ports import AttemptState, Hardware, LaunchOrder
+from service.core.ports import AttemptState, Ended, Hardware, IdempotencyKey, LaunchOrder
 from service.core.tokens import TokenSigner
-from storage import open_store
+from storage import StoreUnavailable, open_store
 from storage.local import LocalStore
+from storage.patience import patience
 from tests.factories import START, FakeClock, a_dataset, a_request, some_hardware
 
 TENANT = "local"
@@ -28,6 +30,7 @@ class FakeLauncher:
 
     name = "fake"
     check_is_cheap = True
+    profiles = ("fake",)
 
     def __init__(self) -> None:
         self.launched: dict[str, LaunchOrder] = {}
@@ -36,6 +39,7 @@ class FakeLauncher:
         self.slots = 10
         self.refusal: Exception | None = None
         self.dies_after_launch = False
+        self.ends: dict[str, Ended] = {}
 
     def launch(self, order: LaunchOrder) -> str:
         if self.refusal:
@@ -56,11 +60,14 @@ class FakeLauncher:
     def cancel(self, handle: str, *, force: bool) -> None:
         self.cancels.append((handle, force))
 
-    def free_slots(self) -> int:
+    def free_slots(self, active: int) -> int:
         return self.slots - sum(state == "running" for state in self.states.values())
 
-    def hardware(self) -> Hardware:
+    def hardware(self, profile: str | None = None) -> Hardware:
         return some_hardware()
+
+    def why_ended(self, handle: str) -> Ended | None:
+        return self.ends.get(handle)
 
     def close(self) -> None:
         return None
@@ -77,6 +84,7 @@ class World:
         self.launcher = FakeLauncher()
         self.tokens = TokenSigner(b"k" * 32, self.clock)
         self.wakes = 0
+        self.on_wake: Callable[[str], None] = lambda _: None
         tails = count(1)
         self.jobs = Jobs(
             store=self.store,
@@ -93,8 +101,9 @@ class World:
         )
         self.store.create_dataset(a_dataset())
 
-    def _wake(self) -> None:
+    def _wake(self, job_id: str) -> None:
         self.wakes += 1
+        self.on_wake(job_id)
 
     def submitted(self, **changes: object) -> Job:
         return self.jobs.submit(a_request(**changes), TENANT)
@@ -289,6 +298,110 @@ def test_one_jobs_trouble_does_not_stop_the_others(world: World) -> None:
     assert world.find(second).status is Status.PREPARING
 
 
+def test_a_launch_that_must_wait_says_why_until_it_is_made(world: World) -> None:
+    world.launcher.refusal = Unavailable("no L4 is free", hint="ask for more")
+    job = world.submitted()
+    world.jobs.reconcile()
+    attempt = world.find(job).attempt
+    assert attempt is not None
+    assert attempt.delay == "no L4 is free ask for more"
+    world.launcher.refusal = None
+    world.clock.advance(60)
+    world.jobs.reconcile()
+    attempt = world.find(job).attempt
+    assert attempt is not None
+    assert attempt.delay is None
+    assert attempt.handle is not None
+
+
+def test_a_missing_bucket_delays_the_launch_and_says_so(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_bucket(*_: object, **__: object) -> None:
+        raise StoreUnavailable("no bucket configs")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.objects, "write", no_bucket)
+        job = world.submitted()
+        world.jobs.reconcile()
+    attempt = world.find(job).attempt
+    assert attempt is not None
+    assert attempt.delay == "no bucket configs"
+    assert world.launcher.launched == {}
+    world.clock.advance(60)
+    world.jobs.reconcile()
+    assert list(world.launcher.launched) == [attempt_name(job.job_id, 1)]
+
+
+def test_two_services_that_look_at_once_send_an_attempt_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.launcher.refusal = Unavailable("not now")
+    world.submitted()
+    world.jobs.reconcile()
+    world.launcher.refusal = None
+    world.clock.advance(60)
+    looks = []
+
+    def find_while_another_looks(name: str) -> str | None:
+        looks.append(name)
+        if len(looks) == 1:
+            world.jobs.reconcile()  # another instance, between this one's look and its launch
+        return None
+
+    monkeypatch.setattr(world.launcher, "find", find_while_another_looks)
+    world.jobs.reconcile()  # FakeLauncher fails the test if it is asked twice
+    assert len(looks) == 2
+    assert len(world.launcher.launched) == 1
+
+
+def test_an_attempt_that_was_claimed_is_not_sent_again(world: World) -> None:
+    world.launcher.refusal = Unavailable("the answer was lost")
+    job = world.submitted()
+    world.jobs.reconcile()
+    world.launcher.refusal = None
+    world.jobs.claim(job.job_id, 1, "p")
+    world.jobs.report(job.job_id, 1, a_batch())
+    world.clock.advance(30)
+    world.jobs.reconcile()
+    assert world.launcher.launched == {}
+    assert world.find(job).status is Status.PREPARING
+    world.clock.advance(61)  # and nothing more is heard of it
+    world.jobs.reconcile()
+    failure = world.find(job).failure
+    assert failure is not None
+    assert failure.code == "lost"
+
+
+def test_without_a_background_task_a_submission_is_launched_at_once(world: World) -> None:
+    world.on_wake = world.jobs.step
+    job = world.submitted()
+    assert list(world.launcher.launched) == [attempt_name(job.job_id, 1)]
+    assert world.find(job).status is Status.PREPARING
+
+
+def test_without_a_background_task_the_end_of_a_job_makes_room_for_the_next(world: World) -> None:
+    world.on_wake = world.jobs.step
+    world.launcher.slots = 1
+    first, second = world.submitted(), world.submitted()
+    assert world.find(second).status is Status.QUEUED
+    world.launcher.states[f"handle of {attempt_name(first.job_id, 1)}"] = "ended"
+    world.jobs.finish(first.job_id, world.write_result(first))
+    assert world.find(second).status is Status.PREPARING
+
+
+def test_a_submission_is_kept_when_the_step_behind_it_fails(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(_: int) -> list[Job]:
+        raise Unavailable
+
+    world.on_wake = world.jobs.step
+    monkeypatch.setattr(world.store, "active_jobs", away)
+    assert world.find(world.submitted()).status is Status.QUEUED
+
+
+def test_a_step_is_not_begun_when_there_is_no_time_for_it(world: World) -> None:
+    world.on_wake = world.jobs.step
+    with patience(1.0):
+        job = world.submitted()
+    assert world.find(job).status is Status.QUEUED
+
+
 # --- reporting -------------------------------------------------------------------------------------------------------
 
 
@@ -350,6 +463,31 @@ def test_an_attempt_that_ended_without_a_result_is_lost(world: World) -> None:
     assert failure.code == "lost"
 
 
+@pytest.mark.parametrize(("preempted", "status"), [(False, Status.FAILED), (True, Status.PREPARING)])  # the next attempt
+def test_what_the_compute_tells_about_the_end_decides(world: World, preempted: bool, status: Status) -> None:
+    job = world.training()
+    handle = f"handle of {attempt_name(job.job_id, 1)}"
+    world.launcher.states[handle] = "ended"
+    world.launcher.ends[handle] = Ended(Failure(code="out_of_memory", message="16 GiB were not enough"), preempted)
+    world.jobs.reconcile()
+    kept = world.find(job)
+    assert kept.status is status
+    failure = kept.attempts[0].failure
+    assert failure is not None
+    assert (failure.code, failure.attempt) == ("out_of_memory", 1)
+
+
+def test_the_end_is_not_judged_while_the_compute_does_not_say_why(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(_: str) -> Ended | None:
+        raise Unavailable
+
+    job = world.training()
+    world.launcher.states[f"handle of {attempt_name(job.job_id, 1)}"] = "ended"
+    monkeypatch.setattr(world.launcher, "why_ended", away)
+    world.jobs.reconcile()
+    assert world.find(job).status is Status.TRAINING
+
+
 def test_unknown_is_not_failed(world: World) -> None:
     job = world.training()
     world.launcher.states[f"handle of {attempt_name(job.job_id, 1)}"] = "unknown"
@@ -364,6 +502,32 @@ def test_secrets_end_with_the_job(world: World) -> None:
     job = world.submitted(hf_token="hf_x")
     world.jobs.cancel(job.job_id, TENANT)
     assert list(world.secrets.walk()) == []
+
+
+def test_secrets_are_kept_when_nobody_knows_whether_the_job_was(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    create = world.store.create_job
+
+    def kept_but_not_answered(job: Job, key: IdempotencyKey | None = None) -> Job:
+        create(job, key)
+        raise Unavailable("the answer was lost")
+
+    monkeypatch.setattr(world.store, "create_job", kept_but_not_answered)
+    with pytest.raises(Unavailable):
+        world.submitted(hf_token="hf_x")
+    (job_id,) = world.secrets.walk()
+    world.jobs.reconcile()
+    assert world.jobs.claim(job_id, 1, "p").secrets == {"hf_token": "hf_x"}
+
+
+def test_a_sweep_destroys_what_outlived_its_job_and_nothing_else(world: World) -> None:
+    ended, open_job = world.submitted(hf_token="hf_x"), world.submitted(hf_token="hf_x")
+    world.jobs.cancel(ended.job_id, TENANT)
+    world.secrets.put(ended.job_id, {"hf_token": "hf_x"})  # the destruction had failed
+    world.secrets.put("orphan", {"hf_token": "hf_x"})
+    assert world.jobs.sweep_secrets() == 1
+    assert list(world.secrets.walk()) == sorted(["orphan", open_job.job_id])
+    assert world.jobs.sweep_secrets(orphans=True) == 1
+    assert list(world.secrets.walk()) == [open_job.job_id]
 
 
 def test_a_cancel_is_told_first_then_signalled_then_forced(world: World) -> None:

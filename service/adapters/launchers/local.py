@@ -83,7 +83,7 @@ class LocalLauncher:
         if process := self._process(handle):
             _signal_group(process.pid, signal.SIGKILL if force else signal.SIGTERM)
 
-    def free_slots(self, active: int) -> int:
+    def free_slots(self, active: int) -> int:  # noqa: ARG002
         """Counted among the processes: one that is dying still takes memory."""
         self._reap()
         return self._max_concurrent_jobs - len(self._attempts())

@@ -1,0 +1,37 @@
+"""Every request is answered within five seconds, or told to come again: whatever it calls gets what is left of that."""
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from storage.patience import patience
+
+REQUEST_S = 4.5  # of the five that are promised
+UPKEEP_S = 55.0  # a scheduler comes every minute
+# Moving a dataset takes as long as it takes, and a deletion may have thousands of files to remove; their single calls are bounded.
+LONG = ("/datasets", "/files")
+
+
+class Patience:
+    """ASGI middleware that sets how long a request may wait for what is behind the service. Streams last."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        seconds = _seconds(scope) if scope["type"] == "http" else None
+        if seconds is None:
+            await self._app(scope, receive, send)
+            return
+        with patience(seconds):
+            await self._app(scope, receive, send)
+
+
+def _seconds(scope: Scope) -> float | None:
+    path, method = scope["path"], scope["method"]
+    if path in ("/internal/reconcile", "/internal/sweep"):
+        return UPKEEP_S
+    moves_files = path.startswith(LONG) and method in ("POST", "DELETE")
+    deletes_job = path.startswith("/jobs/") and method == "DELETE"
+    follows = b"follow=true" in scope["query_string"] or any(
+        b"text/event-stream" in value for name, value in scope["headers"] if name == b"accept"
+    )
+    return UPKEEP_S if deletes_job else None if moves_files or follows else REQUEST_S
