@@ -1,6 +1,7 @@
 """Puts the adapters named in the settings behind the ports of the core. The only place that knows both."""
 
 import secrets as random
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from importlib import import_module
@@ -18,7 +19,7 @@ from service.core.ports import JobStore, Launcher, LinkSigner, SecretStore
 from service.core.reconciler import Reconciler
 from service.core.tokens import TokenSigner
 from service.settings import SOURCE, Settings, inherited_environment
-from storage import ObjectStore, open_store
+from storage import STORES, ObjectStore, open_store
 
 # In the cloud every answer crosses a network, an execution takes seconds to be seen, and a signal is a call that costs.
 CLOUD_LIMITS = Limits(
@@ -52,14 +53,18 @@ class Parts:
     reconciler: Reconciler | None  # None: a scheduler calls the service instead
 
 
-def assemble(settings: Settings) -> Parts:
-    """Build every part. Raises ValueError for a name that no registry knows, Unavailable when a part does not work."""
+def assemble(settings: Settings, clock: Callable[[], datetime] | None = None) -> Parts:
+    """Build every part; `clock` is the service's, left out the machine's.
+
+    Raises ValueError for a name that no registry knows, Unavailable when a part does not work.
+    """
     home = settings.home_folder
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     store = _job_store(settings)
     objects = Buckets(**{name: open_store(url) for name, url in settings.object_urls.items()})
     launcher = _launcher(settings)
-    tokens = TokenSigner(_signing_key(settings), now)
+    clock = clock or now
+    tokens = TokenSigner(_signing_key(settings), clock)
     reconciler = Reconciler(lambda: jobs.reconcile(), settings.reconcile_interval_s) if settings.reconcile_interval_s else None
 
     def step(job_id: str) -> None:
@@ -74,7 +79,7 @@ def assemble(settings: Settings) -> Parts:
         launcher=launcher,
         links=_links(settings, tokens),
         tokens=tokens,
-        clock=now,
+        clock=clock,
         random_tail=lambda: random.token_hex(6),
         wake=reconciler.wake if reconciler else step,
         limits=Limits() if settings.launcher == "local" else CLOUD_LIMITS,
@@ -83,7 +88,7 @@ def assemble(settings: Settings) -> Parts:
         store=store,
         objects=objects.datasets,
         limits=RowLimits(max_row_bytes=settings.max_row_bytes, max_rows=settings.max_dataset_rows),
-        clock=now,
+        clock=clock,
         random_tail=lambda: random.token_hex(6),
         scratch=home / "uploads",
     )
@@ -93,6 +98,18 @@ def assemble(settings: Settings) -> Parts:
 def now() -> datetime:
     """The service's clock."""
     return datetime.now(UTC)
+
+
+def check_adapters(settings: Settings) -> None:
+    """Raises ValueError for a name that no registry knows, before anything is begun."""
+    for registry, kind, name in (
+        (JOB_STORES, "job store", settings.job_store),
+        (LAUNCHERS, "launcher", settings.launcher),
+        (SECRET_STORES, "secret store", settings.secret_store),
+        *((STORES, "object store", url.partition(":")[0]) for url in settings.object_urls.values()),
+    ):
+        if name not in registry:
+            raise ValueError(f"no {kind} {name!r}; known: {', '.join(sorted(registry))}")
 
 
 # Any: the class behind a registry line is known when it is loaded; the contract suites hold it to its port.

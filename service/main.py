@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
+from datetime import datetime
 
 from fastapi import FastAPI
 
@@ -11,7 +12,7 @@ from service.api import datasets, errors, files, health, internal, jobs, train
 from service.api.limits import LimitBodies
 from service.api.patience import Patience
 from service.api.stream import Feeds, in_thread
-from service.bootstrap import Parts, assemble
+from service.bootstrap import Parts, assemble, check_adapters
 from service.core.errors import Unavailable
 from service.logs import configure_logging
 from service.settings import Settings
@@ -22,12 +23,17 @@ log = logging.getLogger(__name__)
 DESCRIPTION = "One HTTP request becomes a fine-tuned model."
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
-    """The app, with its own background task. Nothing runs before its lifespan begins."""
+def create_app(settings: Settings | None = None, clock: Callable[[], datetime] | None = None) -> FastAPI:
+    """The app, with its own background task. Nothing runs before its lifespan begins. `clock` is the machine's if left out.
+
+    Raises ValueError for a setting that names what there is not.
+    """
     settings = settings or Settings()  # pyright: ignore[reportCallIssue]  # pydantic fills them from the environment
+    check_adapters(settings)
     configure_logging(settings.log_format)
     app = FastAPI(title="Tunesmith", version=VERSION, description=DESCRIPTION, lifespan=_lifespan)
     app.state.settings = settings
+    app.state.clock = clock
     app.add_middleware(Patience)
     app.add_middleware(LimitBodies, max_upload_bytes=settings.max_upload_bytes)
     errors.install(app)
@@ -39,7 +45,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
-    parts = await in_thread(assemble, app.state.settings)
+    parts = await in_thread(assemble, app.state.settings, app.state.clock)
     app.state.parts = parts
     app.state.feeds = Feeds(parts.jobs, parts.settings.event_poll_s)
     if parts.reconciler is not None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, cast
 
 import typer
 import yaml
+from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import DownloadColumn, Progress, TaskID, TransferSpeedColumn
@@ -38,14 +39,23 @@ class State:
     """What the options before the command said."""
 
     url: str | None = None
+    identity_token: str | None = None
 
 
 @app.callback()
 def options(
     url: Annotated[str | None, typer.Option(envvar="TUNESMITH_URL", help="The service; left out, the one in TUNESMITH_HOME.")] = None,
+    identity_token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="TUNESMITH_IDENTITY_TOKEN",
+            help="For a service on Cloud Run: what `gcloud auth print-identity-token` prints.",
+        ),
+    ] = None,
 ) -> None:
     """One HTTP request becomes a fine-tuned model."""
     State.url = url
+    State.identity_token = identity_token
 
 
 @app.command()
@@ -115,6 +125,7 @@ def train(
     base: Annotated[str | None, typer.Option(help="base_model_id, such as google/gemma-3-270m")] = None,
     name: Annotated[str | None, typer.Option(help="job_name")] = None,
     method: Annotated[str | None, typer.Option(help="LoRA, Full, …")] = None,
+    hardware: Annotated[str | None, typer.Option(help="What to train on; `tunesmith capabilities` lists the profiles.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any other knob: hyperparameters.max_steps=40, export_config.include_gguf=true")
     ] = None,
@@ -124,7 +135,10 @@ def train(
 ) -> None:
     """Submit a job."""
     request = _request(
-        file, {"processed_dataset_id": dataset, "job_name": name, "hf_token": hf_token}, {"base_model_id": base, "method": method}, set_
+        file,
+        {"processed_dataset_id": dataset, "job_name": name, "hf_token": hf_token, "hardware": hardware},
+        {"base_model_id": base, "method": method},
+        set_,
     )
     with _client() as client:
         job_id = client.train(request)
@@ -289,12 +303,18 @@ def main() -> None:
 
 
 def _settings() -> Settings:
-    return Settings()  # pyright: ignore[reportCallIssue]  # pydantic fills them from the environment
+    try:
+        return Settings()  # pyright: ignore[reportCallIssue]  # pydantic fills them from the environment
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = f"{first['loc'][0]}: " if first["loc"] else ""
+        what = first["msg"].removeprefix("Value error, ")
+        raise ApiError(f"the settings do not work: {where}{what}", "docs/settings.md lists them") from error
 
 
 def _client() -> Client:
     settings = _settings()
-    return Client(State.url or known_url(settings.home_folder) or settings.url)
+    return Client(State.url or known_url(settings.home_folder) or settings.url, State.identity_token)
 
 
 # Any: what rich can render, and what the API answered.

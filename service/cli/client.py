@@ -4,6 +4,7 @@ import hashlib
 import json
 import uuid
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -33,9 +34,10 @@ Json = dict[str, Any]
 class Client:
     """A service at a url. Every method raises ApiError with what to do about it."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, identity_token: str | None = None) -> None:
         self.url = url.rstrip("/")
-        self._http = httpx2.Client(base_url=self.url, timeout=TIMEOUT)
+        headers = {"Authorization": f"Bearer {identity_token}"} if identity_token else {}
+        self._http = httpx2.Client(base_url=self.url, timeout=TIMEOUT, headers=headers)
 
     def __enter__(self) -> Self:
         return self
@@ -154,4 +156,6 @@ def _refused(answer: httpx2.Response) -> ApiError:
         error = answer.json()["error"]
         return ApiError(error["message"], error["hint"], error["code"], answer.status_code)
     except (ValueError, KeyError, TypeError):
-        return ApiError(f"the service answered {answer.status_code}: {answer.text[:200]}", status=answer.status_code)
+        known = answer.status_code not in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+        hint = "" if known else "on Cloud Run the front door asks who you are: TUNESMITH_IDENTITY_TOKEN=$(gcloud auth print-identity-token)"
+        return ApiError(f"the service answered {answer.status_code}: {answer.text[:200]}", hint, status=answer.status_code)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
 
 from service.cli.client import ApiError
 from service.main import create_app
@@ -24,8 +25,15 @@ def serve(settings: Settings) -> None:
         settings = settings.model_copy(update={"port": listener.getsockname()[1]})
         print(settings.url, flush=True)  # scripts read it
         with _announced(settings):
-            config = uvicorn.Config(create_app(settings), log_config=None, timeout_graceful_shutdown=STOP_WAIT_S, access_log=False)
+            config = uvicorn.Config(_app(settings), log_config=None, timeout_graceful_shutdown=STOP_WAIT_S, access_log=False)
             uvicorn.Server(config).run(sockets=[listener])
+
+
+def _app(settings: Settings) -> FastAPI:
+    try:
+        return create_app(settings)
+    except ValueError as error:
+        raise ApiError(f"the settings do not work: {error}", "docs/settings.md lists them") from error
 
 
 def known_url(home: Path) -> str | None:

@@ -45,6 +45,8 @@ def job_summary(console: Console, job: Json) -> None:
         console.print(f"  [red]{job['failure']['code']}[/]: {job['failure']['message']}", highlight=False)
         if job["failure"]["hint"]:
             console.print(f"  hint: {job['failure']['hint']}", highlight=False)
+    if job["attempts"] and job["attempts"][-1]["delay"]:
+        console.print(f"  waiting: {job['attempts'][-1]['delay']}", highlight=False)
     for line in metric_lines(job):
         console.print(f"  {line}")
     for artifact in job["artifacts"]:

@@ -304,8 +304,13 @@ class Jobs:
             return self.finish(job.job_id, result)
         if job.status is Status.CANCELLING:
             self._insist_on_cancel(job, job.attempt.handle)
-        if self._is_quiet(job) and self._launcher.check(job.attempt.handle) == "ended":
+        if not self._is_quiet(job):
+            return job
+        state = self._launcher.check(job.attempt.handle)
+        if state == "ended":
             return self._judge_ended(job)
+        if not self._launcher.check_is_cheap:
+            log.warning("attempt is silent", extra={"job_id": job.job_id, "attempt": job.attempt.number, "compute_says": state})
         return job
 
     def _launch(self, job: Job) -> Job:

@@ -1,0 +1,48 @@
+"""What the environment may say, and what it must."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from service.settings import Settings
+
+CLOUD = {"launcher": "cloud-run", "public_url": "https://t.example"}
+
+
+def test_the_cloud_is_told_apart_by_settings_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROJECT_ID", "p")
+    monkeypatch.setenv("REGION", "r")
+    monkeypatch.setenv("GCS_CONFIG_BUCKET_NAME", "p-configs")
+    monkeypatch.setenv("TUNESMITH_MODELS_URL", "gs://p-models")
+    monkeypatch.setenv("TUNESMITH_DATASETS_URL", "s3://rows/here")
+    monkeypatch.setenv("TUNESMITH_HARDWARE_PROFILES", "l4, cpu")
+    settings = Settings(**CLOUD)  # type: ignore[arg-type]
+    assert (settings.project_id, settings.region, settings.hardware_profiles) == ("p", "r", ("l4", "cpu"))
+    assert settings.object_urls == {"configs": "gs://p-configs", "datasets": "s3://rows/here", "models": "gs://p-models"}
+
+
+def test_on_a_laptop_all_objects_are_in_one_folder(tmp_path: Path) -> None:
+    urls = Settings(home=tmp_path).object_urls  # type: ignore[call-arg]
+    assert set(urls.values()) == {(tmp_path / "objects").as_uri()}
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ({"job_store": "firestore"}, "firestore needs PROJECT_ID"),
+        ({"secret_store": "secret-manager"}, "secret-manager needs PROJECT_ID"),
+        (CLOUD | {"PROJECT_ID": "p"}, "cloud-run needs REGION"),
+        ({"launcher": "cloud-run", "PROJECT_ID": "p", "REGION": "r"}, "cloud-run needs TUNESMITH_PUBLIC_URL"),
+        (CLOUD | {"PROJECT_ID": "p", "REGION": "r", "hardware_profiles": ""}, "cloud-run needs TUNESMITH_HARDWARE_PROFILES"),
+    ],
+)
+def test_what_is_missing_is_named_as_a_person_would_set_it(given: dict[str, str], missing: str) -> None:
+    with pytest.raises(ValidationError, match=missing):
+        Settings(**given)  # type: ignore[arg-type]
+
+
+def test_a_signing_key_is_no_word_and_is_never_shown() -> None:
+    with pytest.raises(ValidationError, match="signing_key"):
+        Settings(signing_key="short")  # type: ignore[arg-type, call-arg]
+    assert "k" * 32 not in repr(Settings(signing_key="k" * 32))  # type: ignore[arg-type, call-arg]
