@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-service setup-llm setup-dev demo dev test test-fast test-infra test-llm test-e2e check format bench lock clean
+.PHONY: help setup setup-service setup-llm setup-dev demo cloud-local demo-cloud-local deploy destroy dev test test-fast test-cloud test-infra test-llm test-e2e check format bench lock clean
 
 PYTHON ?= python3.11
 VENVS := .venvs
@@ -45,6 +45,18 @@ $(VENVS)/llm/.installed: requirements/llm.txt requirements/llm-constraints.txt i
 demo: setup ## Fine-tune the real Gemma 3 270M through the HTTP API and talk to it
 	$(VENVS)/service/bin/python infra/demo.py
 
+cloud-local: setup-dev setup-llm ## The whole Google stack on loopback, with the service on it; Ctrl-C ends it
+	PYTHONPATH=. $(VENVS)/dev/bin/python -m infra.cloud_local
+
+demo-cloud-local: setup-dev setup-llm ## The demo, through Google's client libraries, on loopback
+	PYTHONPATH=. $(VENVS)/dev/bin/python -m infra.cloud_local -- $(VENVS)/dev/bin/python infra/demo.py
+
+deploy: ## Make or update everything in a Google Cloud project: make deploy PROJECT_ID=… REGION=…
+	infra/deploy.sh "$(PROJECT_ID)" "$(REGION)"
+
+destroy: ## Remove what deploy made, except the data: make destroy PROJECT_ID=… REGION=…
+	infra/destroy.sh "$(PROJECT_ID)" "$(REGION)"
+
 dev: setup-dev setup-llm ## A service here, with what the tests use
 	$(VENVS)/dev/bin/tunesmith serve
 
@@ -60,7 +72,7 @@ format: setup-dev ## Format and mend what can be mended
 
 # Two torch threads on two busy cores are slower than one.
 test: export OMP_NUM_THREADS = 1
-test: test-fast test-infra test-llm test-e2e ## Everything, real processes and models too
+test: test-fast test-cloud test-infra test-llm test-e2e ## Everything, real processes and models too
 
 test-fast: setup-dev ## Unit and contract tests: seconds
 	PYTHONPATH=. $(VENVS)/dev/bin/python -m pytest tests/unit tests/contract
@@ -71,6 +83,9 @@ $(VENVS)/llm/.installed-tests: $(VENVS)/llm/.installed requirements/llm-test.txt
 
 test-llm: $(VENVS)/llm/.installed-tests ## The trainer and the exporters, on a tiny model
 	PYTHONPATH=. HF_HUB_OFFLINE=1 $(VENVS)/llm/bin/python -m pytest tests/jobs tests/exports
+
+test-cloud: setup-dev ## What the service does when a line to Google breaks: mostly waiting, so four at a time
+	PYTHONPATH=. $(VENVS)/dev/bin/python -m pytest tests/cloud -n 4
 
 test-infra: $(VENVS)/infra/.installed ## Terraform, Dockerfiles, Cloud Build and every gcloud line in the docs, checked without an account
 	PYTHONPATH=. $(VENVS)/infra/bin/python -m pytest tests/infra

@@ -4,11 +4,15 @@ Reads {"questions": [...], "max_tokens": n} from standard input, prints the answ
 """
 
 import argparse
+import atexit
 import json
+import shutil
 import sys
+import tempfile
 from importlib.resources import files
+from pathlib import Path
 
-from storage import open_store
+from storage import ObjectStore, download_many, open_store
 from storage.local import LocalStore
 
 BASE = "pretrained_weights/huggingface/google/gemma-3-270m"
@@ -20,11 +24,10 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--store", required=True, help="the object store, as file:///…")
+    parser.add_argument("--store", required=True, help="the object store, as file:///… or gs://…")
     store = open_store(parser.parse_args().store)
-    assert isinstance(store, LocalStore)
     asked = json.load(sys.stdin)
-    folder = store.path_of(BASE)
+    folder = base_folder(store)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = tokenizer.chat_template or files("trl").joinpath("chat_templates/gemma3.jinja").read_text()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
@@ -37,6 +40,16 @@ def main() -> None:
             made = model.generate(**prompt, max_new_tokens=asked["max_tokens"], do_sample=False)
         answers.append(tokenizer.decode(made[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip())
     print(json.dumps(answers))
+
+
+def base_folder(store: ObjectStore) -> Path:
+    """The base as files: where they lie, or copies that are gone when this ends."""
+    if isinstance(store, LocalStore):
+        return store.path_of(BASE)
+    folder = Path(tempfile.mkdtemp(prefix="base-"))
+    atexit.register(shutil.rmtree, folder)
+    download_many(store, [stored.key for stored in store.walk(f"{BASE}/")], folder, below=f"{BASE}/")
+    return folder
 
 
 if __name__ == "__main__":

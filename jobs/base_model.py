@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.errors import JobFailed
-from storage import ObjectStore
+from storage import ObjectStore, download_many
 from storage.local import LocalStore
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ def _from_store(store: ObjectStore, prefix: str, target: Path) -> Path | None:
         return None
     if isinstance(store, LocalStore):
         return store.path_of(prefix + "config.json").parent
-    for key in keys:
-        store.download(key, target / key.removeprefix(prefix))
+    download_many(store, keys, target, below=prefix)
     return target
 
 

@@ -16,7 +16,7 @@ from jobs.errors import JobFailed
 from schema.job import Artifact, ArtifactFile, ArtifactKind, Fidelity
 from schema.result import PublishManifest
 from schema.spec import manifest_key
-from storage import ChecksumMismatch, ObjectExists, ObjectStore, StorageError, StoreUnavailable
+from storage import ChecksumMismatch, ObjectExists, ObjectStore, StorageError, StoreUnavailable, upload_many
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,9 @@ class Publisher:
 
     def publish(self, product: Product) -> Artifact:
         """Upload a product, every file checked on arrival; not visible before the manifest. Raises JobFailed."""
-        files = [self._upload(path, product) for path in _files(product.path)]
+        files = [_described(path, product) for path in _files(product.path)]
+        moves = [(product.path / file.path if file.path else product.path, product.key + file.path, file.sha256) for file in files]
+        self._patiently(product.name, lambda: upload_many(self.store, moves))
         return Artifact(
             name=product.name,
             kind=product.kind,
@@ -76,13 +78,6 @@ class Publisher:
         except ObjectExists:
             return self._ours()
         return manifest
-
-    def _upload(self, path: Path, product: Product) -> ArtifactFile:
-        relative = path.relative_to(product.path).as_posix() if product.path.is_dir() else ""
-        digest = sha256_of(path)
-        key = product.key + relative
-        self._patiently(path.name, lambda: self.store.upload(path, key, sha256=digest))
-        return ArtifactFile(path=relative, size_bytes=path.stat().st_size, sha256=digest)
 
     def _ours(self) -> PublishManifest:
         """The manifest that was there already: our own, when a write succeeded whose answer was lost."""
@@ -124,6 +119,11 @@ def sha256_of(path: Path) -> str:
     """The digest of a file of any size."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _described(path: Path, product: Product) -> ArtifactFile:
+    relative = path.relative_to(product.path).as_posix() if product.path.is_dir() else ""
+    return ArtifactFile(path=relative, size_bytes=path.stat().st_size, sha256=sha256_of(path))
 
 
 def _files(path: Path) -> list[Path]:

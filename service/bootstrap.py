@@ -9,13 +9,13 @@ from typing import Any
 
 from service.adapters.jobstores import JOB_STORES
 from service.adapters.launchers import LAUNCHERS
-from service.adapters.links import ServiceLinks
+from service.adapters.links import links_for
 from service.adapters.secrets import SECRET_STORES
 from service.adapters.secrets.local import owner_only_key
 from service.core.dataset_rows import RowLimits
 from service.core.datasets import Datasets
 from service.core.jobs import Jobs, Limits
-from service.core.ports import JobStore, Launcher, LinkSigner, SecretStore
+from service.core.ports import JobStore, Launcher, SecretStore
 from service.core.reconciler import Reconciler
 from service.core.tokens import TokenSigner
 from service.settings import SOURCE, Settings, inherited_environment
@@ -77,7 +77,7 @@ def assemble(settings: Settings, clock: Callable[[], datetime] | None = None) ->
         models=objects.models,
         datasets=objects.datasets,
         launcher=launcher,
-        links=_links(settings, tokens),
+        links=links_for(objects.models, tokens, iam_emulator_host=settings.iam_credentials_emulator_host),
         tokens=tokens,
         clock=clock,
         random_tail=lambda: random.token_hex(6),
@@ -145,15 +145,6 @@ def _signing_key(settings: Settings) -> bytes:
     return owner_only_key(settings.home_folder / "signing-key", lambda: random.token_bytes(32))
 
 
-def _links(settings: Settings, tokens: TokenSigner) -> LinkSigner:
-    url = settings.object_urls["models"]
-    match url.partition(":")[0]:
-        case "file":
-            return ServiceLinks(tokens)
-        case scheme:
-            raise ValueError(f"nobody signs links for {scheme}:// stores")
-
-
 def _launcher(settings: Settings) -> Launcher:
     build = adapter(LAUNCHERS, "launcher", settings.launcher)
     if settings.launcher == "cloud-run":
@@ -173,5 +164,5 @@ def _launcher(settings: Settings) -> Launcher:
         source=SOURCE,
         service_url=settings.url,
         max_concurrent_jobs=settings.max_concurrent_jobs,
-        environment=inherited_environment(),
+        environment=inherited_environment(settings),
     )

@@ -130,11 +130,17 @@ INHERITED = (
     *("HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE", "WANDB_BASE_URL"),
     # How the attempt reaches the object store: gs:// and s3:// read their credentials from where their own tools do.
     *("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_CLOUD_PROJECT", "STORAGE_EMULATOR_HOST", "GCE_METADATA_HOST"),
-    *("AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"),
     *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"),
+)
+# And where there is an s3:// store: it knows no other credentials than these.
+INHERITED_FOR_S3 = (
+    *("AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"),
+    *("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"),
 )
 
 
-def inherited_environment() -> dict[str, str]:
+def inherited_environment(settings: Settings) -> dict[str, str]:
     """The service's variables that an attempt may see."""
-    return {name: os.environ[name] for name in INHERITED if name in os.environ}
+    uses_s3 = any(url.startswith("s3://") for url in settings.object_urls.values())
+    names = (*INHERITED, *INHERITED_FOR_S3) if uses_s3 else INHERITED
+    return {name: os.environ[name] for name in names if name in os.environ}

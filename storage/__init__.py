@@ -4,12 +4,20 @@ Here belong the ObjectStore port and one file per kind of store. Vendor SDKs are
 Here belongs nothing that knows what a job is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from contextvars import copy_context
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from threading import Event
+from typing import BinaryIO, Protocol, TypeVar
+
+AT_ONCE = 8  # transfers: enough to fill a network, and each holds a part of some 16 MB in memory
+
+Item = TypeVar("Item")
+Done = TypeVar("Done")
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,8 @@ class ObjectStore(Protocol):
 # One line adds a store: url scheme → "module:Class", constructed with the url.
 STORES = {
     "file": "storage.local:LocalStore",
+    "gs": "storage.gcs:GcsStore",
+    "s3": "storage.s3:S3Store",
 }
 
 
@@ -114,4 +124,41 @@ def delete_below(store: ObjectStore, prefix: str) -> list[str]:
     if not prefix.endswith("/"):
         raise InvalidKey(f"a folder ends in '/': {prefix!r}")
     keys = [stored.key for stored in store.walk(prefix)]
-    return [key for key in keys if store.delete(key)]
+    return [key for key, gone in zip(keys, _at_once(store.delete, keys), strict=True) if gone]
+
+
+def upload_many(store: ObjectStore, files: Iterable[tuple[Path, str, str | None]]) -> list[StoredObject]:
+    """Store files, several at a time; each is a path, a key and the sha256 it must have, and is checked on arrival.
+
+    The first failure is raised; what has not begun by then is left out, what has is finished.
+    """
+    return _at_once(lambda file: store.upload(file[0], file[1], sha256=file[2]), list(files))
+
+
+def download_many(store: ObjectStore, keys: Iterable[str], folder: Path, *, below: str = "") -> list[Path]:
+    """Bring objects to a folder, several at a time, each under its key without the prefix `below`. Fails as `upload_many` does."""
+    return _at_once(lambda key: store.download(key, folder / check_key(key).removeprefix(below)), list(keys))
+
+
+def _at_once(act: Callable[[Item], Done], items: Sequence[Item]) -> list[Done]:
+    """What `act` makes of each, in their order. Whoever waits for it is known to every thread."""
+    if len(items) < 2:
+        return [act(item) for item in items]
+    failed = Event()
+
+    def unless_failed(item: Item) -> Done:
+        if failed.is_set():
+            raise CancelledError
+        try:
+            return act(item)
+        except BaseException:
+            failed.set()
+            raise
+
+    with ThreadPoolExecutor(min(AT_ONCE, len(items)), "transfer") as pool:
+        started = [pool.submit(copy_context().run, unless_failed, item) for item in items]
+    errors = (future.exception() for future in started)
+    first = next((error for error in errors if error is not None and not isinstance(error, CancelledError)), None)
+    if first is not None:
+        raise first
+    return [future.result() for future in started]

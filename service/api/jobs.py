@@ -69,8 +69,7 @@ def download(
 @router.get("/{job_id}")
 def job(job_id: Id, parts: UsesParts, tenant_id: ForTenant) -> JobDetail:
     """Everything about a job: where it is, how it went, what it made."""
-    found = parts.jobs.find(job_id, tenant_id)
-    return job_detail(found, parts.jobs.liveness(found))
+    return job_detail(*parts.jobs.look_at(job_id, tenant_id))
 
 
 @router.delete("/{job_id}")

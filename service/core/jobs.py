@@ -162,6 +162,15 @@ class Jobs:
         alive = self._store.liveness(job.job_id)
         return alive if alive and job.attempt and alive.attempt == job.attempt.number else None
 
+    def look_at(self, job_id: str, tenant_id: str) -> tuple[Job, Liveness | None]:
+        """A tenant's job and its sign of life. One that has gone silent is looked after on the way. Raises NotFound."""
+        job = self.find(job_id, tenant_id)
+        alive = self.liveness(job)
+        if not job.status.is_active or self._launcher.check_is_cheap or not self._has_gone_silent(job, alive):
+            return job, alive
+        self._wake(job_id)
+        return self.find(job_id, tenant_id), alive
+
     def page(self, query: JobQuery) -> Page[JobSummary]:
         """A page of a tenant's jobs."""
         return self._store.page_jobs(query)
@@ -309,7 +318,7 @@ class Jobs:
         state = self._launcher.check(job.attempt.handle)
         if state == "ended":
             return self._judge_ended(job)
-        if not self._launcher.check_is_cheap:
+        if not self._launcher.check_is_cheap and job.attempt.claimed_by is not None:  # before that its machine may still be starting
             log.warning("attempt is silent", extra={"job_id": job.job_id, "attempt": job.attempt.number, "compute_says": state})
         return job
 
@@ -392,7 +401,10 @@ class Jobs:
         return self._launcher.check_is_cheap or job.status is Status.CANCELLING or self._is_silent(job)
 
     def _is_silent(self, job: Job) -> bool:
-        attempt, alive = job.attempt, self.liveness(job)
+        return self._has_gone_silent(job, self.liveness(job))
+
+    def _has_gone_silent(self, job: Job, alive: Liveness | None) -> bool:
+        attempt = job.attempt
         last_sign = alive.seen_at if alive else (attempt.launched_at if attempt else None) or job.updated_at
         return self._clock() - last_sign > self._limits.silent_after
 

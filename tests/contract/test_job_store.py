@@ -15,12 +15,13 @@ from service.adapters.jobstores.cursors import encode_cursor
 from service.adapters.jobstores.sqlite import SqliteJobStore
 from service.bootstrap import adapter
 from service.core.errors import Conflict, IdempotencyConflict, InvalidRequest, NotFound, StaleRevision, Unavailable
-from service.core.ports import IdempotencyKey, JobQuery, JobStore
+from service.core.ports import IdempotencyKey, JobQuery, JobStore, StoredEvent
 from tests.factories import START, a_dataset, a_job
 
-BUILDERS: dict[str, Callable[[type, Path], JobStore]] = {
+BUILDERS: dict[str, Callable[[type, pytest.FixtureRequest], JobStore]] = {
+    "firestore": lambda store, request: store(project_id=request.getfixturevalue("firestore_project")),
     "memory": lambda store, _: store(),
-    "sqlite": lambda store, folder: store(folder / "jobs.db"),
+    "sqlite": lambda store, request: store(request.getfixturevalue("tmp_path") / "jobs.db"),
 }
 
 
@@ -29,8 +30,8 @@ def test_every_registered_store_is_under_contract() -> None:
 
 
 @pytest.fixture(params=sorted(JOB_STORES))
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[JobStore]:
-    store = BUILDERS[request.param](adapter(JOB_STORES, "job store", request.param), tmp_path)
+def store(request: pytest.FixtureRequest) -> Iterator[JobStore]:
+    store = BUILDERS[request.param](adapter(JOB_STORES, "job store", request.param), request)
     yield store
     store.close()
 
@@ -48,6 +49,13 @@ def test_a_job_comes_back_as_it_was_kept(store: JobStore) -> None:
 
 def test_an_unknown_job_is_none(store: JobStore) -> None:
     assert store.find_job("nobody") is None
+
+
+@pytest.mark.parametrize("job_id", ["", ".", "..", "a/b", "__jobs__", "x" * 2000, "naïve"])
+def test_an_id_that_no_job_can_have_is_nobodys(store: JobStore, job_id: str) -> None:
+    assert store.find_job(job_id) is None
+    assert store.page_events(job_id) == []
+    assert not store.delete_job(job_id)
 
 
 def test_an_id_is_given_once(store: JobStore) -> None:
@@ -225,6 +233,44 @@ def test_batches_sent_at_once_lose_and_double_nothing(store: JobStore) -> None:
         assert [stored.seq for stored in store.page_events(f"job-{n}")] == list(range(50))
 
 
+def test_a_batch_sent_many_times_at_once_is_kept_once(store: JobStore) -> None:
+    store.create_job(a_job())
+    with ThreadPoolExecutor(8) as pool:
+        next_seqs = list(pool.map(lambda _: store.append_events("job-1", 1, batch(0, 5), START), range(16)))
+    assert next_seqs == [5] * 16
+    assert [stored.seq for stored in store.page_events("job-1")] == list(range(5))
+
+
+def test_who_reads_behind_a_cursor_while_others_write_misses_nothing(store: JobStore) -> None:
+    store.create_job(a_job())
+    seen: list[StoredEvent] = []
+
+    def read_on() -> None:
+        seen.extend(store.page_events("job-1", after=seen[-1].cursor if seen else 0, limit=7))
+
+    def report() -> None:
+        for first in range(0, 40, 2):
+            store.append_events("job-1", 1, batch(first, 2), START + timedelta(minutes=first))
+
+    def change() -> None:
+        for _ in range(20):
+            store.replace_job(store.find_job("job-1") or a_job(), [StatusChanged(status=Status.TRAINING, attempt=1)])
+
+    with ThreadPoolExecutor(2) as pool:
+        writers = [pool.submit(report), pool.submit(change)]
+        while not all(writer.done() for writer in writers):
+            read_on()
+        for writer in writers:
+            writer.result()
+    while len(seen) < 60:
+        before = len(seen)
+        read_on()
+        assert len(seen) > before
+    assert seen == store.page_events("job-1")
+    assert [stored.seq for stored in seen if stored.attempt == 1] == list(range(40))
+    assert [stored.cursor for stored in seen] == sorted({stored.cursor for stored in seen})
+
+
 def test_the_next_attempt_counts_from_zero(store: JobStore) -> None:
     store.create_job(a_job())
     store.append_events("job-1", 1, batch(0, 3), START)
@@ -260,6 +306,13 @@ def test_events_keep_their_shape(store: JobStore) -> None:
     events = [ReportedEvent(at=START, event=PhaseChanged(phase="tokenizing")), ReportedEvent(at=START, event=point)]
     store.append_events("job-1", 1, EventBatch(first_seq=0, events=events), START)
     assert [stored.event for stored in store.page_events("job-1")] == [PhaseChanged(phase="tokenizing"), point]
+
+
+def test_a_thousand_events_at_once_are_kept_in_order(store: JobStore) -> None:
+    store.create_job(a_job())
+    assert store.append_events("job-1", 1, batch(0, 1000), START) == 1000
+    assert [stored.seq for stored in store.page_events("job-1", limit=2000)] == list(range(1000))
+    assert store.page_events("job-1", after=2**63 - 1) == []
 
 
 def test_a_deleted_job_leaves_nothing(store: JobStore) -> None:

@@ -4,42 +4,64 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import psutil
 import pytest
 
+from infra.loopback.cloud_run import CloudRun
 from service.adapters.launchers import LAUNCHERS
+from service.adapters.launchers.cloud_run import CloudRunLauncher
 from service.adapters.launchers.local import LocalLauncher
-from service.core.errors import LaunchFailed
-from service.core.ports import Launcher, LaunchOrder, LogSource
+from service.core.errors import LaunchFailed, Unsupported
+from service.core.ports import Launcher, LaunchOrder, LogsElsewhere, LogSource
 
-# Says what it sees, then obeys a word in the folder it was given: sleeps, ignores SIGTERM, or ends.
+# Says what it sees, gives a sign that it is at work, then obeys a word: sleeps, ignores SIGTERM, or ends.
 ATTEMPT = """
 import os, pathlib, signal, sys, time
 print("attempt", sys.argv[2], "é", os.environ["JOB_TOKEN"][:2], flush=True)
 manner = os.environ.get("MANNER", "sleep")
 if manner == "deaf": signal.signal(signal.SIGTERM, signal.SIG_IGN)
 pathlib.Path(os.environ["JOB_WORKDIR"], "environment").write_text("\\n".join(sorted(os.environ)))
-pathlib.Path(os.environ["JOB_WORKDIR"], "ready").touch()
+pathlib.Path(os.environ["SIGNS"], sys.argv[2]).touch()
 if manner != "end": time.sleep(60)
 """
 PROBE = 'print(\'{"device": "cpu", "device_name": "test", "gguf": true, "flash_attention_2": false}\')'
 
 
 class Build(Protocol):
-    def __call__(self, folder: Path, slots: int = 2) -> Launcher: ...
+    def __call__(self, slots: int = 2) -> Launcher: ...
 
 
-def local(folder: Path, slots: int = 2) -> Launcher:
+@dataclass(frozen=True)
+class Compute:
+    """Where attempts run: `build` makes a launcher for it, and makes another one when the service comes again."""
+
+    folder: Path
+    build: Build
+
+    def ready(self, name: str = "job-1.1") -> Callable[[], bool]:
+        """Whether the attempt is at work."""
+        return (self.folder / "signs" / name).exists
+
+
+def inherited(folder: Path) -> dict[str, str]:
+    """What attempts inherit, and the program that stands for `jobs.run` to run."""
+    for name in ("signs", "source/jobs"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     jobs = folder / "source/jobs"
-    jobs.mkdir(parents=True, exist_ok=True)
     (jobs / "__init__.py").touch()
     (jobs / "run.py").write_text(ATTEMPT)
     (jobs / "probe.py").write_text(PROBE)
-    environment = {"PATH": os.environ["PATH"]}
+    return {"PATH": os.environ["PATH"], "SIGNS": str(folder / "signs")}
+
+
+def local(folder: Path, slots: int = 2) -> LocalLauncher:
+    environment = inherited(folder)
     return LocalLauncher(
         home=folder / "home",
         python=Path(sys.executable),
@@ -50,24 +72,59 @@ def local(folder: Path, slots: int = 2) -> Launcher:
     )
 
 
-BUILDERS: dict[str, Build] = {"local": local}
+@contextmanager
+def on_this_machine(folder: Path) -> Generator[Compute]:
+    yield Compute(folder, lambda slots=2: local(folder, slots))
+
+
+@contextmanager
+def on_cloud_run(folder: Path) -> Generator[Compute]:
+    environment, command = inherited(folder), [sys.executable, "-m", "jobs.run"]
+    with CloudRun(folder / "run", {"llm": command}, environment=environment, cwd=folder / "source", grace_s=0.5) as cloud_run:
+        for profile in ("l4", "cpu"):
+            cloud_run.create_job(f"projects/demo/locations/here/jobs/tunesmith-{profile}", "llm")
+
+        def build(slots: int = 2) -> CloudRunLauncher:
+            return CloudRunLauncher(
+                project_id="demo",
+                region="here",
+                profiles=("l4", "cpu"),
+                service_url="http://127.0.0.1:1",
+                service_audience=None,
+                max_concurrent_jobs=slots,
+                time_limit_s=600,
+                emulator_host=cloud_run.host,
+            )
+
+        yield Compute(folder, build)
+
+
+COMPUTES: dict[str, Callable[[Path], AbstractContextManager[Compute]]] = {"local": on_this_machine, "cloud-run": on_cloud_run}
 
 
 def test_every_registered_launcher_is_under_contract() -> None:
-    assert set(BUILDERS) == set(LAUNCHERS)
+    assert set(COMPUTES) == set(LAUNCHERS)
+
+
+@dataclass
+class _Closing:
+    """Builds launchers, and closes them when the test is over."""
+
+    build: Build
+    made: list[Launcher] = field(default_factory=list[Launcher])
+
+    def __call__(self, slots: int = 2) -> Launcher:
+        self.made.append(self.build(slots))
+        return self.made[-1]
 
 
 @pytest.fixture(params=sorted(LAUNCHERS))
-def build(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Launcher]]:
-    made: list[Launcher] = []
-
-    def build_one(**options: int) -> Launcher:
-        made.append(BUILDERS[request.param](tmp_path, **options))
-        return made[-1]
-
-    yield build_one
-    for launcher in made:
-        launcher.close()
+def compute(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Compute]:
+    with COMPUTES[request.param](tmp_path) as compute:
+        closing = _Closing(compute.build)
+        yield Compute(compute.folder, closing)
+        for launcher in closing.made:
+            launcher.close()
 
 
 def an_order(name: str = "job-1.1", **environment: str) -> LaunchOrder:
@@ -81,68 +138,58 @@ def until(true: Callable[[], bool], within_s: float = 60) -> None:
         time.sleep(0.01)
 
 
-def log_of(launcher: Launcher, name: str = "job-1.1") -> str:
-    assert isinstance(launcher, LogSource)
-    page = launcher.read_log(name, 0, 10_000)
-    return page.text if page else ""
-
-
-def ready(launcher: Launcher, name: str = "job-1.1") -> Callable[[], bool]:
-    return lambda: log_of(launcher, name).endswith("\n")
-
-
-def test_a_launched_attempt_runs_until_it_ends(build: Callable[..., Launcher]) -> None:
-    launcher = build()
+def test_a_launched_attempt_runs_until_it_ends(compute: Compute) -> None:
+    launcher = compute.build()
     handle = launcher.launch(an_order(MANNER="sleep"))
     assert launcher.check(handle) == "running"
     launcher.cancel(handle, force=True)
     until(lambda: launcher.check(handle) == "ended")
 
 
-def test_an_attempt_that_ends_by_itself_is_ended(build: Callable[..., Launcher]) -> None:
-    launcher = build()
+def test_an_attempt_that_ends_by_itself_is_ended(compute: Compute) -> None:
+    launcher = compute.build()
     handle = launcher.launch(an_order(MANNER="end"))
     until(lambda: launcher.check(handle) == "ended")
 
 
-def test_an_attempt_is_found_by_its_name_also_by_the_next_service(build: Callable[..., Launcher]) -> None:
-    launcher = build()
+def test_an_attempt_is_found_by_its_name_also_by_the_next_service(compute: Compute) -> None:
+    launcher = compute.build()
     handle = launcher.launch(an_order())
-    until(ready(launcher))
+    until(compute.ready())
     assert launcher.find("job-1.1") == handle
     assert launcher.find("job-1.2") is None
-    another = build()
+    another = compute.build()
     assert another.find("job-1.1") == handle
     assert another.check(handle) == "running"
 
 
-def test_asking_an_attempt_to_stop_is_enough_for_one_that_listens(build: Callable[..., Launcher]) -> None:
-    launcher = build()
+def test_asking_an_attempt_to_stop_is_enough_for_one_that_listens(compute: Compute) -> None:
+    launcher = compute.build()
     handle = launcher.launch(an_order())
-    until(ready(launcher))
+    until(compute.ready())
     launcher.cancel(handle, force=False)
     until(lambda: launcher.check(handle) == "ended")
 
 
-def test_one_that_does_not_listen_is_ended_by_force(build: Callable[..., Launcher]) -> None:
-    launcher = build()
+def test_one_that_does_not_listen_is_ended_by_force(compute: Compute) -> None:
+    launcher = compute.build()
     handle = launcher.launch(an_order(MANNER="deaf"))
-    until(ready(launcher))
+    until(compute.ready())
     launcher.cancel(handle, force=False)
     assert launcher.check(handle) == "running"
     launcher.cancel(handle, force=True)
     until(lambda: launcher.check(handle) == "ended")
 
 
-def test_cancelling_what_has_ended_is_harmless(build: Callable[..., Launcher]) -> None:
-    launcher = build()
+def test_cancelling_what_has_ended_is_harmless(compute: Compute) -> None:
+    launcher = compute.build()
     handle = launcher.launch(an_order(MANNER="end"))
     until(lambda: launcher.check(handle) == "ended")
     launcher.cancel(handle, force=True)
 
 
-def test_slots_are_taken_and_given_back(build: Callable[..., Launcher]) -> None:
-    launcher = build(slots=2)
+def test_slots_are_taken_and_given_back(compute: Compute) -> None:
+    launcher = compute.build(slots=2)
     assert launcher.free_slots(active=0) == 2
     handle = launcher.launch(an_order())
     until(lambda: launcher.free_slots(active=1) == 1)
@@ -150,37 +197,88 @@ def test_slots_are_taken_and_given_back(build: Callable[..., Launcher]) -> None:
     until(lambda: launcher.free_slots(active=0) == 2)
 
 
-def test_logs_come_in_pages_and_are_forgotten_on_request(build: Callable[..., Launcher]) -> None:
-    launcher = build()
-    assert isinstance(launcher, LogSource)
-    assert launcher.read_log("job-1.1", 0, 10) is None
-    launcher.launch(an_order(MANNER="end"))
-    until(ready(launcher))
-    whole = log_of(launcher)
+def test_what_an_attempt_says_can_be_read_here_or_somewhere(compute: Compute) -> None:
+    launcher = compute.build()
+    handle = launcher.launch(an_order(MANNER="end"))
+    until(lambda: launcher.check(handle) == "ended")
+    assert isinstance(launcher, LogSource) or (isinstance(launcher, LogsElsewhere) and launcher.where_logs(handle))
+
+
+def test_a_name_is_not_found_by_a_part_of_it(compute: Compute) -> None:
+    launcher = compute.build()
+    launcher.launch(an_order("job-1.11"))
+    until(compute.ready("job-1.11"))
+    assert launcher.find("job-1.1") is None
+    assert launcher.find("ob-1.11") is None
+
+
+def test_after_closing_every_attempt_has_ended_or_is_found_by_the_next_service(compute: Compute) -> None:
+    launcher = compute.build()
+    handles = {name: launcher.launch(an_order(name)) for name in ("job-1.1", "job-2.1")}
+    for name in handles:
+        until(compute.ready(name))
+    launcher.close()
+    another = compute.build()
+    for name, handle in handles.items():
+        assert another.check(handle) == "ended" or another.find(name) == handle
+
+
+def test_it_knows_its_hardware(compute: Compute) -> None:
+    launcher = compute.build()
+    assert launcher.hardware() == launcher.hardware(launcher.profiles[0])
+    for profile in launcher.profiles:
+        hardware = launcher.hardware(profile)
+        assert hardware.gguf
+        assert "sft" in hardware.trainer_types
+
+
+def test_hardware_that_there_is_not_is_refused_by_naming_what_there_is(compute: Compute) -> None:
+    launcher = compute.build()
+    with pytest.raises(Unsupported, match=launcher.profiles[0]):
+        launcher.hardware("quantum")
+
+
+# --- on this machine -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Iterator[LocalLauncher]:
+    launcher = local(tmp_path)
+    yield launcher
+    launcher.close()
+
+
+def ready(launcher: LocalLauncher, name: str = "job-1.1") -> Callable[[], bool]:
+    return lambda: log_of(launcher, name).endswith("\n")
+
+
+def log_of(launcher: LocalLauncher, name: str = "job-1.1") -> str:
+    page = launcher.read_log(name, 0, 10_000)
+    return page.text if page else ""
+
+
+def test_logs_come_in_pages_and_are_forgotten_on_request(here: LocalLauncher) -> None:
+    assert here.read_log("job-1.1", 0, 10) is None
+    here.launch(an_order(MANNER="end"))
+    until(ready(here))
+    whole = log_of(here)
     assert whole.startswith("attempt job-1.1 é tk")
     pages, offset = "", 0
-    while page := launcher.read_log("job-1.1", offset, 3):
+    while page := here.read_log("job-1.1", offset, 3):
         if page.next_offset == offset:
             break
         pages, offset = pages + page.text, page.next_offset
     assert pages == whole
-    assert launcher.forget_log("job-1.1")
-    assert launcher.read_log("job-1.1", 0, 10) is None
-    assert not launcher.forget_log("job-1.1")
+    assert here.forget_log("job-1.1")
+    assert here.read_log("job-1.1", 0, 10) is None
+    assert not here.forget_log("job-1.1")
 
 
-def test_closing_leaves_nothing_behind(build: Callable[..., Launcher]) -> None:
-    launcher = build()
-    handles = [launcher.launch(an_order("job-1.1")), launcher.launch(an_order("job-2.1"))]
-    until(ready(launcher, "job-2.1"))
-    launcher.close()
-    assert [launcher.check(handle) for handle in handles] == ["ended", "ended"]
-
-
-def test_it_knows_its_hardware(build: Callable[..., Launcher]) -> None:
-    hardware = build().hardware()
-    assert hardware.gguf
-    assert "sft" in hardware.trainer_types
+def test_closing_leaves_nothing_behind(here: LocalLauncher) -> None:
+    handles = [here.launch(an_order("job-1.1")), here.launch(an_order("job-2.1"))]
+    until(ready(here, "job-2.1"))
+    here.close()
+    assert [here.check(handle) for handle in handles] == ["ended", "ended"]
 
 
 def test_a_missing_trainer_environment_is_a_refusal_that_says_what_to_do(tmp_path: Path) -> None:
@@ -195,7 +293,7 @@ def test_no_secret_is_on_the_command_line_and_no_credential_is_inherited(tmp_pat
     launcher = local(tmp_path)
     handle = launcher.launch(an_order())
     workdir = tmp_path / "home/attempts/job-1.1"
-    until(lambda: (workdir / "ready").exists())
+    until((tmp_path / "signs/job-1.1").exists)
     process = psutil.Process(int(handle.partition("@")[0]))
     assert "tk-secret" not in " ".join(process.cmdline())
     seen = (workdir / "environment").read_text().split("\n")

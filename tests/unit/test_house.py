@@ -12,6 +12,7 @@ from infra.settings_table import table
 from schema.training import TRAINER_TYPES
 from service.adapters.jobstores import JOB_STORES
 from service.adapters.launchers import LAUNCHERS
+from service.adapters.links import LINKS
 from service.adapters.secrets import SECRET_STORES
 from storage import STORES
 
@@ -30,7 +31,9 @@ def test_the_services_environment_holds_no_ml_library() -> None:
     assert not pinned & {name.replace("_", "-") for name in HEAVY - {"boto3"}}  # its adapter imports it when it is asked for
 
 
-@pytest.mark.parametrize("registry", [JOB_STORES, LAUNCHERS, SECRET_STORES, STORES], ids=["jobs", "launchers", "secrets", "objects"])
+@pytest.mark.parametrize(
+    "registry", [JOB_STORES, LAUNCHERS, LINKS, SECRET_STORES, STORES], ids=["jobs", "launchers", "links", "secrets", "objects"]
+)
 def test_every_registry_line_resolves(registry: dict[str, str]) -> None:
     for line in registry.values():
         module, _, name = line.partition(":")

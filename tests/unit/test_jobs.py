@@ -386,6 +386,16 @@ def test_without_a_background_task_the_end_of_a_job_makes_room_for_the_next(worl
     assert world.find(second).status is Status.PREPARING
 
 
+def test_who_asks_for_a_silent_job_has_it_looked_after(world: World) -> None:
+    job = world.training()
+    world.launcher.check_is_cheap = False
+    world.on_wake = world.jobs.step
+    world.write_result(job)
+    assert world.jobs.look_at(job.job_id, TENANT)[0].status is Status.TRAINING  # it was heard of a moment ago
+    world.clock.advance(61)
+    assert world.jobs.look_at(job.job_id, TENANT)[0].status is Status.COMPLETED
+
+
 def test_a_submission_is_kept_when_the_step_behind_it_fails(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(_: int) -> list[Job]:
         raise Unavailable

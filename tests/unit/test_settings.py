@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from service.settings import Settings
+from service.settings import Settings, inherited_environment
 
 CLOUD = {"launcher": "cloud-run", "public_url": "https://t.example"}
 
@@ -46,3 +46,9 @@ def test_a_signing_key_is_no_word_and_is_never_shown() -> None:
     with pytest.raises(ValidationError, match="signing_key"):
         Settings(signing_key="short")  # type: ignore[arg-type, call-arg]
     assert "k" * 32 not in repr(Settings(signing_key="k" * 32))  # type: ignore[arg-type, call-arg]
+
+
+def test_credentials_of_s3_are_for_attempts_that_need_them_and_for_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    assert "AWS_SECRET_ACCESS_KEY" not in inherited_environment(Settings())  # type: ignore[call-arg]
+    assert inherited_environment(Settings(models_url="s3://models"))["AWS_SECRET_ACCESS_KEY"] == "secret"  # type: ignore[call-arg]

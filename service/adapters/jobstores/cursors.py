@@ -18,7 +18,7 @@ def decode_cursor(cursor: str) -> tuple[str, str]:
         created_at, row_id = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
     except (ValueError, binascii.Error, TypeError) as error:
         raise _not_ours() from error
-    if not isinstance(created_at, str) or not isinstance(row_id, str):
+    if not isinstance(created_at, str) or not isinstance(row_id, str) or not (created_at + row_id).isascii():
         raise _not_ours()
     return created_at, row_id
 

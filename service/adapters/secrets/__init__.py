@@ -2,4 +2,5 @@
 
 SECRET_STORES = {
     "local": "service.adapters.secrets.local:LocalSecretStore",
+    "secret-manager": "service.adapters.secrets.secret_manager:SecretManagerStore",
 }

@@ -1,0 +1,116 @@
+"""B9: a 2 GB file through a folder and 50 MB objects through the loopback servers, up and down, and the memory that it takes.
+
+Each transfer is a child process, whose peak memory the system tells; its interpreter and client library are in it. The servers keep
+uploads in their own memory, so 2 GB go to the folder only, and what they do a second is theirs rather than a network's.
+"""
+
+import json
+import subprocess
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.figures import Figure, at_most
+from bench.scene import Scene
+from bench.servers import SOURCE, environment
+from infra.loopback.cloud_storage import cloud_storage
+from infra.loopback.s3 import s3
+
+NAME = "transfers"
+MB = 1_000_000
+LARGE_MB = 2000
+OBJECT_MB = 50
+FILES = 20  # at once, 2.5 MB each
+MOST_MB = 200
+BUCKET = "bench-transfers"
+S3_KEYS = {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench", "AWS_REGION": "us-east-1"}
+
+# Its peak counts from its own start: a forked child's getrusage would count its parent's pages.
+CHILD = """
+import hashlib, json, sys, time
+from pathlib import Path
+from storage import download_many, open_store, upload_many
+how, url, source, target = sys.argv[1:]
+store, source, target = open_store(url), Path(source), Path(target)
+files = sorted(source.iterdir()) if source.is_dir() else [source]
+began = time.perf_counter()
+if how == "up":
+    sums = [hashlib.file_digest(file.open("rb"), "sha256").hexdigest() for file in files]
+    upload_many(store, [(file, f"m/{file.name}", sum) for file, sum in zip(files, sums)])
+elif how == "down":
+    download_many(store, [f"m/{file.name}" for file in files], target, below="m/")
+else:
+    with store.open_read(f"m/{files[0].name}") as stream:
+        while stream.read(1 << 16):
+            pass
+took_s = time.perf_counter() - began
+for line in Path("/proc/self/status").read_text().splitlines():
+    if line.startswith("VmHWM"):
+        peak_mb = int(line.split()[1]) * 1024 / 1e6
+print(json.dumps({"took_s": took_s, "peak_mb": peak_mb}))
+"""
+
+
+@dataclass(frozen=True)
+class Moved:
+    """One transfer."""
+
+    took_s: float
+    peak_mb: float
+
+
+async def measure(scene: Scene) -> list[Figure]:
+    """Three ways, three stores; then many files at once."""
+    one, many = scene.folder / "one.bin", scene.folder / "many"
+    _fill(one, OBJECT_MB)
+    many.mkdir()
+    for number in range(FILES):
+        _fill(many / f"{number:02}.bin", OBJECT_MB / FILES)
+    figures = _folder(scene)
+    with ExitStack() as servers:
+        gs = servers.enter_context(cloud_storage(buckets=[BUCKET]))
+        aws = servers.enter_context(s3(buckets=[BUCKET]))
+        variables = {"STORAGE_EMULATOR_HOST": gs, "AWS_ENDPOINT_URL_S3": aws, **S3_KEYS}
+        for scheme in ("gs", "s3"):
+            figures += _measure(scene, f"{scheme}://{BUCKET}/one", one, f"{scheme}, {OBJECT_MB} MB", OBJECT_MB, variables)
+            figures += _measure(scene, f"{scheme}://{BUCKET}/many", many, f"{scheme}, {FILES} files at once", OBJECT_MB, variables)
+    return figures
+
+
+def _folder(scene: Scene) -> list[Figure]:
+    large, store = scene.folder / "large.bin", scene.folder / "objects"
+    _fill(large, LARGE_MB)
+    figures = _measure(scene, store.as_uri(), large, f"file, {LARGE_MB / 1000:g} GB", LARGE_MB, {})
+    large.unlink()
+    (store / "m" / large.name).unlink()
+    return figures
+
+
+def _measure(scene: Scene, url: str, source: Path, what: str, size_mb: float, variables: dict[str, str]) -> list[Figure]:
+    figures: list[Figure] = []
+    for how in ("up", "down", "stream"):
+        if how == "stream" and source.is_dir():
+            continue
+        moved = _moved(scene, how, url, source, variables)
+        figures.append(Figure(NAME, f"{what}, {how}, peak memory", moved.peak_mb, "MB", at_most(MOST_MB)))
+        figures.append(Figure(NAME, f"{what}, {how}", size_mb / moved.took_s, "MB/s"))
+    for copy in (scene.folder / "copies").glob("*"):
+        copy.unlink()
+    return figures
+
+
+def _moved(scene: Scene, how: str, url: str, source: Path, variables: dict[str, str]) -> Moved:
+    command = [sys.executable, "-c", CHILD, how, url, str(source), str(scene.folder / "copies")]
+    done = subprocess.run(command, env=environment(scene.folder, **variables), cwd=SOURCE, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{how} {url}: {done.stderr[-2000:]}")
+    return Moved(**json.loads(done.stdout))
+
+
+def _fill(path: Path, size_mb: float) -> None:
+    """Each block begins with its number."""
+    block = bytes(range(256)) * 3906  # 999,936 bytes
+    with path.open("wb") as stream:
+        for number in range(round(size_mb * MB / len(block))):
+            stream.write(number.to_bytes(8, "big") + block)

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Gives each hardware profile's Cloud Run job its image by digest; executions that run already keep theirs.
+# From cloudbuild.yaml: REGION, PROFILES.
+set -euo pipefail
+
+for profile in ${PROFILES//,/ }; do
+  case $profile in
+    l4 | cpu) image=$(<.images/llm) ;;
+    rtx-pro-6000) image=$(<.images/llm-cuda13) ;; # Blackwell needs a CUDA 13 build of torch, see jobs/images/llm.Dockerfile
+    *)
+      echo "error: no image for the profile '$profile'; known: l4, rtx-pro-6000, cpu" >&2
+      exit 1
+      ;;
+  esac
+  gcloud run jobs update "tunesmith-$profile" --region="$REGION" --image="$image" --quiet
+done

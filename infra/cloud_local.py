@@ -1,0 +1,225 @@
+"""The whole Google stack on loopback, with the service on it: Firestore, Cloud Storage, Secret Manager, Cloud Run, identities.
+
+    python -m infra.cloud_local                    # until Ctrl-C; prints what to export in another terminal
+    python -m infra.cloud_local -- COMMAND …       # runs a command inside, and ends with it
+
+The service is the real one with the adapters and the client libraries of the deployment; what they talk to is not Google but the
+Firestore emulator, fake-gcs-server, and stand-ins that speak the real protocols (`infra/loopback/`). Attempts are child processes of
+the Cloud Run stand-in. Base models are put into the folder's models bucket and stay there.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from infra.loopback.cloud_run import CloudRun
+from infra.loopback.cloud_storage import cloud_storage, free_port
+from infra.loopback.firestore import firestore_emulator
+from infra.loopback.google_identity import GoogleIdentity
+from infra.loopback.secret_manager import SecretManager
+
+SOURCE = Path(__file__).resolve().parent.parent
+TRAINER_PYTHON = SOURCE / ".venvs/llm/bin/python"
+PROJECT, REGION, PROFILE = "tunesmith-local", "loopback", "cpu"
+BUCKETS = {name: f"{PROJECT}-{name}" for name in ("configs", "datasets", "models")}
+RECONCILE_EVERY_S = 2.0  # Cloud Scheduler's minute, for people who watch
+START_MOST_S = 60.0
+STOP_MOST_S = 15.0
+# What a process on this machine needs, cloud or not.
+INHERITED = (
+    *("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "OMP_NUM_THREADS"),
+    *("HF_HOME", "HF_HUB_OFFLINE", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"),
+)
+
+
+@dataclass(frozen=True)
+class CloudLocal:
+    """The stack, at work."""
+
+    url: str
+    firestore_host: str
+    storage_url: str
+    secret_manager: SecretManager
+    cloud_run: CloudRun
+    identity: GoogleIdentity
+    service_log: Path
+
+    def identity_token(self) -> str:
+        """What `gcloud auth print-identity-token` would print for somebody who may call the service."""
+        return self.identity.identity_token(self.url)
+
+    def client_environment(self) -> dict[str, str]:
+        """What a program needs to be a user of this deployment: the service, who they are, and the models bucket."""
+        return {
+            "TUNESMITH_URL": self.url,
+            "TUNESMITH_IDENTITY_TOKEN": self.identity_token(),
+            "TUNESMITH_MODELS_URL": f"gs://{BUCKETS['models']}",
+            "STORAGE_EMULATOR_HOST": self.storage_url,
+            "GOOGLE_CLOUD_PROJECT": PROJECT,
+        }
+
+    def reconcile(self) -> None:
+        """What Cloud Scheduler does every minute."""
+        request = urllib.request.Request(f"{self.url}/internal/reconcile", data=b"", method="POST")
+        request.add_header("Authorization", f"Bearer {self.identity_token()}")
+        with urllib.request.urlopen(request, timeout=60):
+            pass
+
+
+@contextmanager
+def cloud_local(folder: Path, *, trainer_python: Path = TRAINER_PYTHON, port: int = 0, schedule: bool = True) -> Generator[CloudLocal]:
+    """Everything, started and answering; ended in good order. Buckets are below `folder`, records are gone at the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
+    with ExitStack() as stack:
+        firestore_host = stack.enter_context(firestore_emulator())
+        storage_url = stack.enter_context(cloud_storage(folder=folder / "buckets", buckets=BUCKETS.values()))
+        identity = stack.enter_context(GoogleIdentity(project=PROJECT, email=f"tunesmith@{PROJECT}.iam.gserviceaccount.com"))
+        secret_manager = stack.enter_context(SecretManager())
+        google = {"STORAGE_EMULATOR_HOST": storage_url, "GOOGLE_CLOUD_PROJECT": PROJECT, **identity.environment}
+        cloud_run = stack.enter_context(
+            CloudRun(
+                folder / "executions",
+                {"llm": [str(trainer_python), "-m", "jobs.run"]},
+                environment={**inherited, **google, "PYTHONPATH": str(SOURCE), "PYTHONUNBUFFERED": "1", "JOB_REPORT_INTERVAL_S": "1"},
+                cwd=SOURCE,
+            )
+        )
+        cloud_run.create_job(f"projects/{PROJECT}/locations/{REGION}/jobs/tunesmith-{PROFILE}", "llm")
+        port = port or free_port()
+        url = f"http://127.0.0.1:{port}"
+        settings = inherited | google | service_settings(url, folder, firestore_host, cloud_run.host, secret_manager.host)
+        log = folder / "service.log"
+        stack.enter_context(_service(port, settings, log))
+        local = CloudLocal(url, firestore_host, storage_url, secret_manager, cloud_run, identity, log)
+        _wait_until_it_answers(local)
+        if schedule:
+            stack.enter_context(_scheduler(local))
+        yield local
+
+
+def service_settings(url: str, folder: Path, firestore: str, cloud_run: str, secret_manager: str) -> dict[str, str]:
+    """The environment of the deployed service, as infra/terraform sets it, and where Google is."""
+    return {
+        "PROJECT_ID": PROJECT,
+        "REGION": REGION,
+        "GCS_CONFIG_BUCKET_NAME": BUCKETS["configs"],
+        "TUNESMITH_HOME": str(folder / "home"),
+        "TUNESMITH_JOB_STORE": "firestore",
+        "TUNESMITH_LAUNCHER": "cloud-run",
+        "TUNESMITH_SECRET_STORE": "secret-manager",
+        "TUNESMITH_DATASETS_URL": f"gs://{BUCKETS['datasets']}",
+        "TUNESMITH_MODELS_URL": f"gs://{BUCKETS['models']}",
+        "TUNESMITH_PUBLIC_URL": url,
+        "TUNESMITH_IDENTITY_AUDIENCE": url,
+        "TUNESMITH_HARDWARE_PROFILES": PROFILE,
+        "TUNESMITH_RECONCILE_INTERVAL_S": "0",
+        "TUNESMITH_EVENT_POLL_S": "0.5",
+        "TUNESMITH_LOG_FORMAT": "json",
+        "TUNESMITH_SIGNING_KEY": "loopback-" * 6,
+        "FIRESTORE_EMULATOR_HOST": firestore,
+        "CLOUD_RUN_EMULATOR_HOST": cloud_run,
+        "SECRET_MANAGER_EMULATOR_HOST": secret_manager,
+    }
+
+
+@contextmanager
+def _service(port: int, environment: Mapping[str, str], log: Path) -> Generator[None]:
+    app = [sys.executable, "-m", "uvicorn", "infra.loopback.front_door:create_app", "--factory"]
+    options = ["--port", str(port), "--no-access-log", "--timeout-graceful-shutdown", "3"]
+    with log.open("ab") as output:
+        process = subprocess.Popen([*app, *options], cwd=SOURCE, env=dict(environment), stdout=output, stderr=output)
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_MOST_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_until_it_answers(local: CloudLocal) -> None:
+    until = time.monotonic() + START_MOST_S
+    while not _is_ready(local):
+        if time.monotonic() > until:
+            raise SystemExit(f"the service did not start; it said:\n{local.service_log.read_text()[-3000:]}")
+        time.sleep(0.1)
+
+
+def _is_ready(local: CloudLocal) -> bool:
+    request = urllib.request.Request(f"{local.url}/health", headers={"Authorization": f"Bearer {local.identity_token()}"})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+
+
+@contextmanager
+def _scheduler(local: CloudLocal) -> Generator[None]:
+    ending = threading.Event()
+
+    def call_every_so_often() -> None:
+        while not ending.wait(RECONCILE_EVERY_S):
+            try:
+                local.reconcile()
+            except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+                print(f"reconcile: {error}", file=sys.stderr)
+
+    thread = threading.Thread(target=call_every_so_often, name="scheduler")
+    thread.start()
+    try:
+        yield
+    finally:
+        ending.set()
+        thread.join()
+
+
+def main() -> int:
+    """Run the stack, or a command inside it; returns the command's exit code."""
+    parser = argparse.ArgumentParser(prog="python -m infra.cloud_local", description="The whole Google stack on loopback.")
+    home = Path("~/.tunesmith/cloud-local").expanduser()
+    parser.add_argument("--folder", type=Path, default=home, help="for buckets, logs and executions")
+    parser.add_argument("--port", type=int, default=0, help="of the service; 0 takes a free one")
+    parser.add_argument("command", nargs="*", help="a command to run inside, behind --")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, _end)
+    with cloud_local(arguments.folder, port=arguments.port) as local:
+        if arguments.command:
+            return subprocess.run(arguments.command, env=os.environ | local.client_environment(), check=False).returncode
+        _explain(local)
+        try:
+            signal.pause()
+        except KeyboardInterrupt:
+            print("ending")
+    return 0
+
+
+def _explain(local: CloudLocal) -> None:
+    print("# The service is up, on Google's client libraries. In another terminal:\n")
+    for name, value in local.client_environment().items():
+        print(f"export {name}={value}")
+    print(f'\ncurl -H "Authorization: Bearer $TUNESMITH_IDENTITY_TOKEN" {local.url}/health')
+    print(".venvs/dev/bin/tunesmith jobs")
+    print(".venvs/dev/bin/python infra/demo.py\n")
+    print(f"# The service's log: {local.service_log}\n# Ctrl-C ends it all. The token is good for an hour.", flush=True)
+
+
+def _end(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,142 @@
+"""Firestore on this machine: the emulator of the Google Cloud SDK. It forgets everything when it ends, and needs no indexes.
+
+with firestore_emulator() as host: ...           # for tests: a free port
+python -m infra.loopback.firestore --port 8501   # in the foreground
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager, suppress
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from typing import IO
+
+JAR = Path("platform/cloud-firestore-emulator/cloud-firestore-emulator.jar")
+MAIN_CLASS = "com.google.cloud.datastore.emulator.firestore.CloudFirestore"
+USUAL_ROOTS = (
+    "/usr/lib/google-cloud-sdk",
+    "/usr/share/google-cloud-sdk",
+    "/opt/google-cloud-sdk",
+    "/opt/homebrew/share/google-cloud-sdk",
+    "/snap/google-cloud-cli/current",
+    "~/google-cloud-sdk",
+)
+START_MOST_S = 60.0  # 2.5 s on an idle machine; a busy CI runner takes ten times that
+END_MOST_S = 5.0
+
+
+class EmulatorMissing(RuntimeError):
+    """The emulator, or the Java that runs it, is not installed here."""
+
+
+class EmulatorFailed(RuntimeError):
+    """The emulator did not come up."""
+
+
+@contextmanager
+def firestore_emulator(port: int = 0) -> Generator[str]:
+    """A fresh emulator, answering; yields its `host:port` for FIRESTORE_EMULATOR_HOST. Raises EmulatorMissing, EmulatorFailed."""
+    command = [*_java(), "-cp", str(_jar()), MAIN_CLASS, "start", "--host=127.0.0.1"]
+    port = port or _free_port()
+    with tempfile.TemporaryFile() as output:
+        # The jar itself: the SDK's wrapper scripts leave it running when they are told to end.
+        emulator = subprocess.Popen([*command, f"--port={port}"], stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        try:
+            _wait_until_it_answers(emulator, port, output)
+            yield f"127.0.0.1:{port}"
+        finally:
+            _end(emulator)
+
+
+def main() -> None:
+    """Run in the foreground until Ctrl-C or SIGTERM."""
+    parser = argparse.ArgumentParser(
+        prog="python -m infra.loopback.firestore", description="A Firestore that keeps nothing, on this machine."
+    )
+    parser.add_argument("--port", type=int, default=8501)
+    port = parser.parse_args().port
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    with suppress(KeyboardInterrupt), firestore_emulator(port) as host:
+        print(f"export FIRESTORE_EMULATOR_HOST={host}", flush=True)
+        signal.pause()
+
+
+def _java() -> list[str]:
+    java = shutil.which("java")
+    if java is None:
+        raise EmulatorMissing(
+            "no java on the PATH; the Firestore emulator needs 17 or newer (21 for a Google Cloud SDK newer than 528): "
+            "`apt-get install default-jre-headless`"
+        )
+    return [java, "-Duser.language=en", "-Xmx1g"]
+
+
+def _jar() -> Path:
+    looked_in: list[Path] = []
+    for root in _sdk_roots():
+        if (root / JAR).is_file():
+            return root / JAR
+        if root not in looked_in:
+            looked_in.append(root)
+    raise EmulatorMissing(
+        f"the Firestore emulator of the Google Cloud SDK is not installed in {', '.join(map(str, looked_in))}; "
+        "`gcloud components install cloud-firestore-emulator` (or, from Google's apt repository, "
+        "`apt-get install google-cloud-cli-firestore-emulator`) installs it, CLOUDSDK_ROOT says where the SDK is"
+    )
+
+
+def _sdk_roots() -> Iterator[Path]:
+    """Where the SDK may be, the surest place first."""
+    if named := os.environ.get("CLOUDSDK_ROOT"):
+        yield Path(named)
+    if gcloud := shutil.which("gcloud"):
+        yield Path(gcloud).resolve().parents[1]
+        asked = [gcloud, "info", "--format=value(installation.sdk_root)"]
+        if (root := subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()) and Path(root).is_dir():
+            yield Path(root)
+    yield from (Path(root).expanduser() for root in USUAL_ROOTS)
+
+
+def _free_port() -> int:
+    with closing(socket.socket()) as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _wait_until_it_answers(emulator: "subprocess.Popen[bytes]", port: int, output: IO[bytes]) -> None:
+    until = time.monotonic() + START_MOST_S
+    while not _answers(port):
+        if emulator.poll() is not None or time.monotonic() > until:
+            output.seek(0)
+            said = output.read()[-2000:].decode(errors="replace")
+            raise EmulatorFailed(f"the Firestore emulator did not come up on port {port}; it said:\n{said}")
+        time.sleep(0.05)
+
+
+def _answers(port: int) -> bool:
+    with closing(HTTPConnection("127.0.0.1", port, timeout=1)) as connection:
+        try:
+            connection.request("GET", "/")
+            return connection.getresponse().status == 200
+        except (OSError, HTTPException):
+            return False
+
+
+def _end(emulator: "subprocess.Popen[bytes]") -> None:
+    emulator.terminate()
+    try:
+        emulator.wait(END_MOST_S)
+    except subprocess.TimeoutExpired:
+        emulator.kill()
+        emulator.wait()
+
+
+if __name__ == "__main__":
+    main()

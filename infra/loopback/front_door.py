@@ -1,0 +1,55 @@
+"""Cloud Run's front door, as far as a service behind it can tell: nobody comes in without a Google identity token for it.
+
+`uvicorn infra.loopback.front_door:create_app --factory` is the service with that door before it. The token is checked with the
+loopback metadata server's own public key, so it is really asked for, really signed and really for this service.
+"""
+
+import os
+
+import jwt
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service.main import create_app as create_service
+from service.settings import Settings
+
+# The first that is there is the one that counts, and it goes no further: the attempt's own token travels in the second.
+HEADERS = (b"x-serverless-authorization", b"authorization")
+
+
+class FrontDoor:
+    """ASGI middleware: 403 for a request without a valid identity token, as Cloud Run answers it."""
+
+    def __init__(self, app: ASGIApp, audience: str, keys_url: str) -> None:
+        self._app = app
+        self._audience = audience
+        self._keys = jwt.PyJWKClient(keys_url)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            shown = dict(scope["headers"])
+            name = next((name for name in HEADERS if name in shown), None)
+            if name is None or not self._lets_in(shown[name].decode()):
+                refusal = PlainTextResponse("Error: Forbidden. Your client does not have permission to get this URL.", 403)
+                await refusal(scope, receive, send)
+                return
+            scope = {**scope, "headers": [header for header in scope["headers"] if header[0] != name]}
+        await self._app(scope, receive, send)
+
+    def _lets_in(self, header: str) -> bool:
+        token = header.removeprefix("Bearer ")
+        try:
+            key = self._keys.get_signing_key_from_jwt(token)
+            jwt.decode(token, key, algorithms=["RS256"], audience=self._audience, options={"require": ["exp", "email"]})
+        except jwt.PyJWTError:
+            return False
+        return True
+
+
+def create_app() -> ASGIApp:
+    """The service behind its door. The environment is that of `make cloud-local`."""
+    settings = Settings()  # pyright: ignore[reportCallIssue]
+    app = create_service(settings)
+    keys_url = f"http://{os.environ['GCE_METADATA_HOST']}/oauth2/v3/certs"
+    app.add_middleware(FrontDoor, audience=settings.identity_audience or settings.url, keys_url=keys_url)
+    return app

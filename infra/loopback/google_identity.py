@@ -1,0 +1,208 @@
+"""Who a process is on Google Cloud, on loopback: the metadata server, and the IAM Credentials API that signs with the account's key.
+
+`python -m infra.loopback.google_identity --port 9025` runs in the foreground. Google's libraries find the metadata server by
+GCE_METADATA_HOST=host:port and GCE_METADATA_IP=host:port; ours find signBlob by IAM_CREDENTIALS_EMULATOR_HOST=host:port. Its
+public key is at /oauth2/v3/certs, where Google has its own, so that whoever is shown an identity token can check it.
+"""
+
+import argparse
+import base64
+import json
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar, Self
+from urllib.parse import parse_qs, urlsplit
+
+import jwt
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
+from jwt.algorithms import RSAAlgorithm
+
+EMAIL = "tunesmith-api@loopback.iam.gserviceaccount.com"
+PROJECT = "loopback"
+KEY_ID = "loopback-key"
+TOKEN = "loopback-access-token"
+TOKEN_LIFE_S = 3600
+SCOPE = "https://www.googleapis.com/auth/cloud-platform"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that came."""
+
+    method: str
+    path: str  # with its query
+    authorization: str | None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """How the API answers when it does not sign."""
+
+    status: int
+    reason: str  # IAM_PERMISSION_DENIED, SERVICE_DISABLED
+    message: str = "refused"
+
+
+class GoogleIdentity:
+    """One HTTP server for one service account."""
+
+    def __init__(self, *, port: int = 0, email: str = EMAIL, project: str = PROJECT, life_s: int = TOKEN_LIFE_S) -> None:
+        self.email = email
+        self.project = project
+        self.life_s = life_s
+        self.key = rsa.generate_private_key(65537, 2048)
+        self.asked: list[Asked] = []
+        self.refusals: list[Refusal] = []  # of signBlob; each is given once
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"identity": self}))
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        self.host = f"127.0.0.1:{self._server.server_address[1]}"
+
+    def start(self) -> None:
+        """Answers from now on."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Answers no more."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a process needs to be this account."""
+        return {
+            "GCE_METADATA_HOST": self.host,
+            "GCE_METADATA_IP": self.host,
+            "GCE_METADATA_ROOT": self.host,
+            "IAM_CREDENTIALS_EMULATOR_HOST": self.host,
+        }
+
+    def sign(self, content: bytes) -> bytes:
+        """RSA over SHA-256, as signBlob and a key file do it."""
+        return self.key.sign(content, padding.PKCS1v15(), hashes.SHA256())
+
+    def identity_token(self, audience: str) -> str:
+        """A token that says to `audience` who this is; an hour long, like Google's."""
+        now = int(time.time())
+        claims = {"iss": "https://accounts.google.com", "aud": audience, "iat": now, "exp": now + self.life_s}
+        who = {"email": self.email, "email_verified": True, "sub": "100000000000000000000"}
+        return jwt.encode({**claims, **who}, self.key, algorithm="RS256", headers={"kid": KEY_ID})
+
+    def public_keys(self) -> dict[str, object]:
+        """The key that tokens are checked with, as a JSON Web Key Set."""
+        public = json.loads(RSAAlgorithm.to_jwk(self.key.public_key()))
+        return {"keys": [{**public, "kid": KEY_ID, "use": "sig", "alg": "RS256"}]}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One request; `identity` is set on the class of each server."""
+
+    identity: ClassVar[GoogleIdentity]
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # 40 ms for every answer otherwise
+
+    def do_GET(self) -> None:
+        self._note()
+        path, query = urlsplit(self.path).path, parse_qs(urlsplit(self.path).query)
+        if path == "/oauth2/v3/certs":
+            self._answer(self.identity.public_keys())
+        elif path not in ("", "/") and self.headers.get("Metadata-Flavor") != "Google":
+            self._answer("Missing Metadata-Flavor:Google header.", HTTPStatus.FORBIDDEN)
+        else:
+            self._answer(*_metadata(self.identity, path, query))
+
+    def do_POST(self) -> None:
+        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self._note()
+        refusals = self.identity.refusals
+        if self.path.partition("?")[0] != f"/v1/projects/-/serviceAccounts/{self.identity.email}:signBlob":
+            self._answer({"error": {"code": 404, "message": "no such account"}}, HTTPStatus.NOT_FOUND)
+        elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self._answer({"error": {"code": 401, "message": "invalid credentials"}}, HTTPStatus.UNAUTHORIZED)
+        elif refusals:
+            refusal = refusals.pop(0)
+            self._answer(_refused(refusal), HTTPStatus(refusal.status))
+        else:
+            signature = self.identity.sign(base64.b64decode(json.loads(content)["payload"]))
+            self._answer({"keyId": KEY_ID, "signedBlob": base64.b64encode(signature).decode()})
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nobody reads it."""
+
+    def _note(self) -> None:
+        self.identity.asked.append(Asked(self.command, self.path, self.headers.get("Authorization")))
+
+    def _answer(self, body: object, status: HTTPStatus = HTTPStatus.OK) -> None:
+        is_text = isinstance(body, str)
+        content = (body if isinstance(body, str) else json.dumps(body)).encode()
+        self.send_response(status)
+        self.send_header("Metadata-Flavor", "Google")
+        self.send_header("Content-Type", "text/plain" if is_text else "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+def _metadata(identity: GoogleIdentity, path: str, query: Mapping[str, list[str]]) -> tuple[object, HTTPStatus]:
+    """What the metadata server says at a path."""
+    account = path.removeprefix("/computeMetadata/v1/instance/service-accounts/").rstrip("/")
+    name, _, what = account.partition("/")
+    if name in ("default", identity.email):
+        match what:
+            case "" if "recursive" in query:
+                return {"aliases": ["default"], "email": identity.email, "scopes": [SCOPE]}, HTTPStatus.OK
+            case "token":
+                return {"access_token": TOKEN, "expires_in": identity.life_s, "token_type": "Bearer"}, HTTPStatus.OK
+            case "identity" if "audience" in query:
+                return identity.identity_token(query["audience"][0]), HTTPStatus.OK
+            case "email":
+                return identity.email, HTTPStatus.OK
+            case _:
+                return "no such value", HTTPStatus.NOT_FOUND
+    match path.removeprefix("/computeMetadata/v1/"):
+        case "project/project-id":
+            return identity.project, HTTPStatus.OK
+        case "universe/universe-domain":
+            return "googleapis.com", HTTPStatus.OK
+        case "/" | "":
+            return "computeMetadata/", HTTPStatus.OK
+        case _:
+            return "no such value", HTTPStatus.NOT_FOUND
+
+
+def _refused(refusal: Refusal) -> dict[str, object]:
+    """An error in the shape of Google's APIs."""
+    detail = {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": refusal.reason, "domain": "googleapis.com"}
+    return {"error": {"code": refusal.status, "message": refusal.message, "details": [detail]}}
+
+
+def main() -> None:
+    """Run until told to stop."""
+    parser = argparse.ArgumentParser(prog="python -m infra.loopback.google_identity", description=__doc__)
+    parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
+    parser.add_argument("--email", default=EMAIL, help="the service account that processes are")
+    parser.add_argument("--project", default=PROJECT)
+    chosen = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does it: what was started is ended
+    with suppress(KeyboardInterrupt), GoogleIdentity(port=chosen.port, email=chosen.email, project=chosen.project) as identity:
+        print(identity.host, flush=True)
+        signal.pause()
+
+
+if __name__ == "__main__":
+    main()

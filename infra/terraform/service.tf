@@ -1,0 +1,114 @@
+locals {
+  # TUNESMITH_SIGNING_KEY is not here: it comes from Secret Manager, below. PORT is Cloud Run's; host and home are the image's.
+  service_environment = {
+    PROJECT_ID             = var.project_id
+    REGION                 = var.region
+    GCS_CONFIG_BUCKET_NAME = google_storage_bucket.buckets["configs"].name
+
+    TUNESMITH_JOB_STORE    = "firestore"
+    TUNESMITH_LAUNCHER     = "cloud-run"
+    TUNESMITH_SECRET_STORE = "secret-manager"
+    TUNESMITH_CONFIGS_URL  = google_storage_bucket.buckets["configs"].url
+    TUNESMITH_DATASETS_URL = google_storage_bucket.buckets["datasets"].url
+    TUNESMITH_MODELS_URL   = google_storage_bucket.buckets["models"].url
+
+    TUNESMITH_LOG_FORMAT        = "json"
+    TUNESMITH_PUBLIC_URL        = local.service_url
+    TUNESMITH_IDENTITY_AUDIENCE = local.service_url
+
+    TUNESMITH_HARDWARE_PROFILES    = join(",", var.profiles)
+    TUNESMITH_ATTEMPT_TIME_LIMIT_S = tostring(var.attempt_time_limit_s)
+    TUNESMITH_MAX_CONCURRENT_JOBS  = tostring(var.max_concurrent_jobs)
+
+    TUNESMITH_RECONCILE_INTERVAL_S = "0"        # scheduler.tf calls instead
+    TUNESMITH_EVENT_POLL_S         = "2"        # each look is paid for
+    TUNESMITH_MAX_UPLOAD_BYTES     = "33488896" # Cloud Run takes bodies of 32 MiB; 64 KiB of that are the form around the file
+  }
+}
+
+resource "google_cloud_run_v2_service" "tunesmith" {
+  name                 = "tunesmith"
+  location             = var.region
+  ingress              = "INGRESS_TRAFFIC_ALL" # attempts and the scheduler come from outside the network
+  invoker_iam_disabled = false                 # and IAM asks everybody who they are
+  deletion_protection  = false                 # it keeps nothing: what is worth protecting is in Firestore and the buckets
+
+  template {
+    service_account                  = google_service_account.api.email
+    timeout                          = "900s" # how long a stream of events may stay open
+    max_instance_request_concurrency = 40     # as many as there are threads for requests
+
+    scaling {
+      min_instance_count = 0
+      max_instance_count = var.max_instances
+    }
+
+    containers {
+      image = "us-docker.pkg.dev/cloudrun/container/hello" # until cloudbuild.yaml deploys
+
+      ports {
+        container_port = 8080
+      }
+
+      resources {
+        cpu_idle          = true # a processor only while there are requests: ADR 6
+        startup_cpu_boost = true
+
+        limits = {
+          cpu    = "1"
+          memory = "512Mi"
+        }
+      }
+
+      # Not /health: that says 503 while Firestore or a bucket does not answer, which no new process would change.
+      startup_probe {
+        period_seconds    = 5
+        timeout_seconds   = 3
+        failure_threshold = 24
+
+        tcp_socket {
+          port = 8080
+        }
+      }
+
+      # A page that asks nothing of anybody and needs no thread: it fails only when the process does not run any more.
+      liveness_probe {
+        period_seconds    = 60
+        timeout_seconds   = 10
+        failure_threshold = 3
+
+        http_get {
+          path = "/docs"
+          port = 8080
+        }
+      }
+
+      dynamic "env" {
+        for_each = local.service_environment
+
+        content {
+          name  = env.key
+          value = env.value
+        }
+      }
+
+      env {
+        name = "TUNESMITH_SIGNING_KEY"
+
+        value_source {
+          secret_key_ref {
+            secret  = google_secret_manager_secret.signing_key.secret_id
+            version = "latest"
+          }
+        }
+      }
+    }
+  }
+
+  # cloudbuild.yaml deploys images by digest; Terraform must not take them back, nor the marks that gcloud leaves.
+  lifecycle {
+    ignore_changes = [client, client_version, traffic, template[0].containers[0].image, template[0].labels, template[0].revision]
+  }
+
+  depends_on = [google_secret_manager_secret_iam_member.api_reads_signing_key]
+}

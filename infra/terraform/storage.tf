@@ -1,0 +1,42 @@
+# Specs and results, data sets, models: apart, so that each identity can be given the ones that it needs.
+
+resource "google_storage_bucket" "buckets" {
+  for_each = toset(["configs", "datasets", "models"])
+
+  name                        = "${var.project_id}-tunesmith-${each.key}"
+  location                    = var.region
+  uniform_bucket_level_access = true
+  public_access_prevention    = "enforced"
+  force_destroy               = false
+
+  # Specs and results are small and written over; everything else is written once, and a second copy would cost.
+  versioning {
+    enabled = each.key == "configs"
+  }
+
+  soft_delete_policy {
+    retention_duration_seconds = var.soft_delete_days * 86400
+  }
+
+  lifecycle_rule {
+    action {
+      type = "Delete"
+    }
+    condition {
+      days_since_noncurrent_time = 30
+      with_state                 = "ARCHIVED"
+    }
+  }
+
+  # What an attempt that was ended had begun to upload.
+  lifecycle_rule {
+    action {
+      type = "AbortIncompleteMultipartUpload"
+    }
+    condition {
+      age = 1
+    }
+  }
+
+  depends_on = [google_project_service.apis]
+}

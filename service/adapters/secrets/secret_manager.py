@@ -1,0 +1,198 @@
+"""Secrets in Google Secret Manager: one secret per job, deleted when the job ends, and expiring by itself if nobody deletes it.
+
+A secret's payload is the JSON of all the job's secrets; the version with the highest number counts. Versions are asked for by number,
+which holds as soon as one is added; the alias `latest` and lists may follow minutes later
+(https://cloud.google.com/secret-manager/docs/reference/consistency). A job's secrets are put once, so there is hardly ever a second.
+"""
+
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# The client library is generated, and loosely typed where it wraps protocol buffers.
+
+import itertools
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from datetime import timedelta
+from typing import TypeVar
+
+import google.auth
+import google_crc32c
+import grpc
+from google.api_core import exceptions as errors
+from google.api_core.exceptions import GoogleAPICallError
+from google.api_core.retry import Retry, if_exception_type
+from google.auth.exceptions import GoogleAuthError
+from google.cloud import secretmanager_v1
+from google.cloud.secretmanager_v1.services.secret_manager_service.transports import SecretManagerServiceGrpcTransport
+
+from service.core.errors import TooLarge, Unavailable
+from storage.patience import patience, time_left
+
+PREFIX = "tunesmith-job-"
+LIFE = timedelta(days=30)  # longer than any job: what is still there then belongs to nobody
+MOST_BYTES = 64 << 10  # Secret Manager's limit on a payload
+CALL_S = 10.0
+RECONNECT_MS = 2000  # left to itself gRPC waits up to two minutes before it dials again
+LABELS = {"app": "tunesmith"}
+REPEATED = if_exception_type(errors.ServiceUnavailable, errors.InternalServerError)
+CLOUD_PLATFORM = "https://www.googleapis.com/auth/cloud-platform"
+
+Answer = TypeVar("Answer")
+
+
+class SecretManagerStore:
+    """Secrets `tunesmith-job-<job_id>` of a project. `emulator_host` (host:port) is a stand-in without Google."""
+
+    def __init__(self, *, project_id: str, emulator_host: str | None = None) -> None:
+        self._project_id = project_id
+        self._emulator_host = emulator_host
+        self._lock = threading.Lock()
+        self._opened: secretmanager_v1.SecretManagerServiceClient | None = None
+
+    def put(self, job_id: str, secrets: Mapping[str, str]) -> None:
+        content = json.dumps(dict(secrets)).encode()
+        if len(content) > MOST_BYTES:
+            raise TooLarge(f"the secrets of a job may take {MOST_BYTES} bytes together; these take {len(content)}")
+        self._create(job_id)
+        added = self._add(job_id, content)
+        for replaced in range(added - 1, 0, -1):
+            self._destroy_version(job_id, replaced)
+
+    def read(self, job_id: str) -> dict[str, str]:
+        newest: dict[str, str] = {}
+        for number in itertools.count(1):
+            found = self._access(job_id, number)
+            if found is None:
+                break
+            newest = found
+        return newest
+
+    def destroy(self, job_id: str) -> bool:
+        request = secretmanager_v1.DeleteSecretRequest(name=self._name(job_id))
+        try:
+            self._ask(lambda timeout: self._client.delete_secret(request, retry=None, timeout=timeout), errors.NotFound)
+        except errors.NotFound:
+            return False
+        return True
+
+    def walk(self) -> Iterator[str]:
+        request = secretmanager_v1.ListSecretsRequest(parent=self._project, filter=f"name:{PREFIX} AND labels.app={LABELS['app']}")
+        names = self._ask(lambda timeout: [one.name for one in self._client.list_secrets(request, retry=None, timeout=timeout)])
+        ids = (name.rpartition("/secrets/")[2] for name in names)
+        return iter(sorted(name.removeprefix(PREFIX) for name in ids if name.startswith(PREFIX)))
+
+    def close(self) -> None:
+        """Let go of connections."""
+        with self._lock:
+            if self._opened is not None:
+                self._opened.transport.close()
+            self._opened = None
+
+    # --- steps -------------------------------------------------------------------------------------------------------
+
+    def _create(self, job_id: str) -> None:
+        replication = secretmanager_v1.Replication(automatic=secretmanager_v1.Replication.Automatic())
+        secret = secretmanager_v1.Secret(replication=replication, labels=LABELS, ttl=LIFE)
+        request = secretmanager_v1.CreateSecretRequest(parent=self._project, secret_id=PREFIX + job_id, secret=secret)
+        with suppress(errors.AlreadyExists):
+            self._ask(lambda timeout: self._client.create_secret(request, retry=None, timeout=timeout), errors.AlreadyExists)
+
+    def _add(self, job_id: str, content: bytes) -> int:
+        """Write the next version; returns its number. Never repeated here: what was added and not answered for would be there twice."""
+        payload = secretmanager_v1.SecretPayload(data=content, data_crc32c=google_crc32c.value(content))
+        request = secretmanager_v1.AddSecretVersionRequest(parent=self._name(job_id), payload=payload)
+        added = self._once(lambda: self._client.add_secret_version(request, retry=None, timeout=time_left(CALL_S)))
+        return int(added.name.rpartition("/")[2])
+
+    def _access(self, job_id: str, number: int) -> dict[str, str] | None:
+        """The secrets in a version: none in one that was destroyed or disabled. None when there is no such version."""
+        request = secretmanager_v1.AccessSecretVersionRequest(name=self._version(job_id, number))
+        expected = errors.NotFound, errors.FailedPrecondition
+        try:
+            found = self._ask(lambda timeout: self._client.access_secret_version(request, retry=None, timeout=timeout), *expected)
+        except errors.NotFound:
+            return None
+        except errors.FailedPrecondition:
+            return {}
+        content = bytes(found.payload.data)
+        if google_crc32c.value(content) != found.payload.data_crc32c:
+            raise Unavailable(f"the secrets of {job_id} arrived damaged; try again")
+        return json.loads(content)
+
+    def _destroy_version(self, job_id: str, number: int) -> None:
+        """Make a version unreadable. Harmless when somebody else was faster."""
+        request = secretmanager_v1.DestroySecretVersionRequest(name=self._version(job_id, number))
+        expected = errors.NotFound, errors.FailedPrecondition
+        with suppress(*expected):
+            self._ask(lambda timeout: self._client.destroy_secret_version(request, retry=None, timeout=timeout), *expected)
+
+    # --- the client --------------------------------------------------------------------------------------------------
+
+    @property
+    def _project(self) -> str:
+        return f"projects/{self._project_id}"
+
+    def _name(self, job_id: str) -> str:
+        return f"{self._project}/secrets/{PREFIX}{job_id}"
+
+    def _version(self, job_id: str, number: int) -> str:
+        return f"{self._name(job_id)}/versions/{number}"
+
+    @property
+    def _client(self) -> secretmanager_v1.SecretManagerServiceClient:
+        with self._lock:
+            if self._opened is None:
+                transport = SecretManagerServiceGrpcTransport(channel=_channel(self._emulator_host))
+                self._opened = secretmanager_v1.SecretManagerServiceClient(transport=transport)
+            return self._opened
+
+    def _ask(self, call: Callable[[float], Answer], *expected: type[GoogleAPICallError]) -> Answer:
+        """The answer to a request that may be repeated; `call` is given the seconds that it may take.
+
+        All tries together are bounded. The library's own bound is not one: within its last second a try gets the whole time again.
+        """
+        with patience(CALL_S):
+            again = Retry(predicate=REPEATED, initial=0.1, maximum=2.0, timeout=time_left(CALL_S))
+            return self._once(again(lambda: call(time_left(CALL_S))), *expected)
+
+    def _once(self, call: Callable[[], Answer], *expected: type[GoogleAPICallError]) -> Answer:
+        """The answer; Google's errors in our words, but for those that the caller asks about."""
+        try:
+            return call()
+        except expected:
+            raise
+        except (GoogleAPICallError, errors.RetryError) as error:
+            raise self._in_words(error) from error
+        except GoogleAuthError as error:
+            hint = "on Cloud Run the service account is found by itself; elsewhere: gcloud auth application-default login"
+            raise Unavailable("there are no Google credentials for Secret Manager here", hint=hint) from error
+
+    def _in_words(self, error: GoogleAPICallError | errors.RetryError) -> Unavailable:
+        project = self._project_id
+        match error:
+            case errors.PermissionDenied() if "SERVICE_DISABLED" in str(error) or "has not been used in project" in str(error):
+                hint = f"gcloud services enable secretmanager.googleapis.com --project={project}"
+                return Unavailable(f"the Secret Manager API is not enabled in project {project}", hint=hint)
+            case errors.PermissionDenied():
+                # Terraform's own roles are narrower than any of Google's: infra/terraform/identities.tf.
+                hint = f"make deploy PROJECT_ID={project} grants tunesmith-api its roles tunesmithSecretMaker and tunesmithSecretKeeper"
+                return Unavailable(f"the service may not keep secrets in project {project}: it lacks its Secret Manager roles", hint=hint)
+            case errors.TooManyRequests():
+                hint = f"https://console.cloud.google.com/iam-admin/quotas?service=secretmanager.googleapis.com&project={project}"
+                return Unavailable("a quota of Secret Manager is used up; try again in a minute", hint=hint)
+            case errors.NotFound():
+                message = f"Secret Manager does not find what it was asked for: it was destroyed just now, or there is no project {project}"
+                return Unavailable(message, hint=f"gcloud projects describe {project}")
+            case errors.ClientError() if not isinstance(error, errors.Cancelled):
+                return Unavailable(f"Secret Manager refuses what it was asked: {type(error).__name__}")  # its text may quote what was sent
+            case _:
+                return Unavailable(f"Secret Manager did not answer in time ({type(error).__name__})")
+
+
+def _channel(emulator_host: str | None) -> grpc.Channel:
+    options = [("grpc.max_reconnect_backoff_ms", RECONNECT_MS)]
+    if emulator_host:
+        return grpc.insecure_channel(emulator_host, options=options)
+    credentials, _ = google.auth.default(scopes=[CLOUD_PLATFORM])
+    return SecretManagerServiceGrpcTransport.create_channel(credentials=credentials, options=options)

@@ -1,0 +1,184 @@
+"""What the stores behind a network have in common: their urls, how long they are waited for, and reading in checked ranges."""
+
+import io
+import random
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol, TypeVar
+from urllib.parse import urlsplit
+
+from storage import ChecksumMismatch, InvalidKey, StorageError, StoreUnavailable, check_key
+from storage.patience import time_left
+
+CONNECT_S = 3.05  # just over the second try of TCP
+STALL_S = 30.0  # without a byte
+RETRY_S = 120.0  # an outage that a job sits out; a caller of the API brings less patience
+RETRY_FIRST_S = 0.1
+RETRY_MOST_S = 8.0
+PART_BYTES = 16 << 20  # what is held in memory of a large object, and sent again when a connection breaks
+FIRST_RANGE_BYTES = 1 << 20  # small objects need one request, and a look at the first bytes is cheap
+
+BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")  # what every kind of store takes
+
+Done = TypeVar("Done")
+
+
+class Passing(StoreUnavailable):
+    """The store did not answer, or is too busy; asking again may help."""
+
+
+class Digest(Protocol):
+    """A checksum in the making, such as hashlib's."""
+
+    def update(self, chunk: bytes, /) -> None:
+        """Take in more bytes."""
+        ...
+
+    def digest(self) -> bytes:
+        """What all of them come to."""
+        ...
+
+
+@dataclass(frozen=True)
+class Seal:
+    """What the bytes of a whole object must come to."""
+
+    start: Callable[[], Digest]
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Place:
+    """A bucket, and the folder in it below which a store keeps its keys."""
+
+    scheme: str
+    bucket: str
+    folder: str  # "" or "some/folder/"
+
+    @classmethod
+    def of(cls, url: str, scheme: str) -> "Place":
+        """Raises StorageError for a url that is not like gs://bucket or gs://bucket/folder."""
+        parts = urlsplit(url)
+        folder = parts.path.strip("/")
+        if parts.scheme != scheme or not BUCKET.fullmatch(parts.netloc) or parts.query or parts.fragment:
+            raise StorageError(f"not a bucket url: {url!r}; it is like {scheme}://bucket or {scheme}://bucket/folder")
+        return cls(scheme, parts.netloc, check_key(folder) + "/" if folder else "")
+
+    @property
+    def url(self) -> str:
+        """The one way to write it."""
+        return f"{self.scheme}://{self.bucket}/{self.folder}".rstrip("/")
+
+    def name_of(self, key: str) -> str:
+        """The object's name in the bucket. Raises InvalidKey."""
+        return self.folder + check_key(key)
+
+    def key_of(self, name: str) -> str | None:
+        """The key of an object in the bucket; None for what others put there under a name that is no key of ours."""
+        try:
+            return check_key(name.removeprefix(self.folder))
+        except InvalidKey:
+            return None
+
+
+def persist(act: Callable[[], Done]) -> Done:
+    """What `act` returns, asked again while it raises Passing and there is time."""
+    until = time.monotonic() + time_left(RETRY_S)
+    for pause_s in _pauses_s():
+        try:
+            return act()
+        except Passing:
+            if time.monotonic() + pause_s >= until:
+                raise
+            time.sleep(pause_s)
+    raise AssertionError("pauses do not end")
+
+
+def again_if_damaged(act: Callable[[], Done]) -> Done:
+    """What `act` returns, tried once more when the bytes came damaged: it is the network more often than the store."""
+    try:
+        return act()
+    except ChecksumMismatch:
+        return act()
+
+
+def checked_stream(size_bytes: int, fetch: Callable[[int, int], bytes], seal: Seal | None, name: str) -> BinaryIO:
+    """An object as a stream. `fetch` gives the bytes from one position up to another.
+
+    Before the last of them are handed out the whole is held against its seal: raises ChecksumMismatch.
+    """
+    # A cast in words: BufferedReader is a BinaryIO in all but its declaration.
+    return io.BufferedReader(_Ranges(size_bytes, fetch, seal, name), 1 << 16)  # pyright: ignore[reportReturnType]
+
+
+def save(open_read: Callable[[], AbstractContextManager[BinaryIO]], target: Path) -> Path:
+    """The stream as a file, which is there when it is whole and has its checksum, and not before."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        again_if_damaged(lambda: _copy(open_read, part))
+        return part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def check_sha256(source: Path, expected: str | None, found: str, url: str) -> None:
+    """Raises ChecksumMismatch when a file is not what its sender says it is."""
+    if expected is not None and found != expected:
+        raise ChecksumMismatch(f"{source.name} changed on its way to {url}: expected {expected}, got {found}")
+
+
+class _Ranges(io.RawIOBase):
+    """Fetches an object range by range, each larger than the one before."""
+
+    def __init__(self, size_bytes: int, fetch: Callable[[int, int], bytes], seal: Seal | None, name: str) -> None:
+        self._size = size_bytes
+        self._fetch = fetch
+        self._seal = seal
+        self._digest = seal.start() if seal else None
+        self._name = name
+        self._range = memoryview(b"")  # fetched, not yet handed out
+        self._fetched = 0
+        self._length = FIRST_RANGE_BYTES
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "bytearray | memoryview", /) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not self._range and self._fetched < self._size:
+            self._range = memoryview(self._next_range())
+        count = min(len(buffer), len(self._range))
+        buffer[:count] = self._range[:count]
+        self._range = self._range[count:]
+        return count
+
+    def _next_range(self) -> bytes:
+        end = min(self._size, self._fetched + self._length)
+        fetched = self._fetch(self._fetched, end)
+        if len(fetched) != end - self._fetched:
+            raise ChecksumMismatch(f"{self._name} came cut short: {len(fetched)} bytes of {end - self._fetched} from {self._fetched}")
+        self._fetched = end
+        self._length = min(PART_BYTES, 2 * self._length)
+        if self._digest and self._seal:
+            self._digest.update(fetched)
+            if end == self._size and self._digest.digest() != self._seal.digest:
+                raise ChecksumMismatch(f"{self._name} came damaged: its checksum is not the one that the store keeps")
+        return fetched
+
+
+def _copy(open_read: Callable[[], AbstractContextManager[BinaryIO]], target: Path) -> None:
+    with open_read() as reader, target.open("wb") as writer:
+        shutil.copyfileobj(reader, writer, 1 << 20)
+
+
+def _pauses_s() -> Iterator[float]:
+    pause_s = RETRY_FIRST_S
+    while True:
+        yield random.uniform(pause_s / 2, pause_s)  # noqa: S311  # so that many who wait do not come back together
+        pause_s = min(RETRY_MOST_S, 2 * pause_s)

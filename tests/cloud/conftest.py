@@ -1,0 +1,145 @@
+"""The service with the adapters of Google Cloud, over stand-ins on loopback, each behind a proxy that can cut, hang and swallow."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from fastapi.testclient import TestClient
+
+from infra.loopback.cloud_run import CloudRun
+from infra.loopback.cloud_storage import cloud_storage
+from infra.loopback.firestore import firestore_emulator
+from infra.loopback.proxy import Proxy
+from infra.loopback.secret_manager import SecretManager
+from schema.requests import SEED_EXAMPLE
+from service.main import create_app
+from service.settings import Settings
+from tests.factories import FakeClock, a_dataset
+
+REGION, PROFILE = "loopback", "cpu"
+BUCKETS = ("configs", "datasets", "models")
+LONGEST_ANSWER_S = 5.0
+ATTEMPT = "import time; time.sleep(60)"  # holds compute, and says nothing
+Json = dict[str, Any]
+
+
+@dataclass
+class Cloud:
+    """A deployment, and the lines between its parts."""
+
+    client: TestClient
+    clock: FakeClock
+    project: str
+    firestore: Proxy
+    storage: Proxy
+    secrets: Proxy
+    run_line: Proxy
+    cloud_run: CloudRun
+
+    def get(self, path: str) -> Any:
+        return self._timed("GET", path)
+
+    def post(self, path: str, body: Json | None = None, **headers: str) -> Any:
+        return self._timed("POST", path, json=body, headers=headers)
+
+    def train(self, key: str = "k", **changes: Any) -> Any:
+        body = {"processed_dataset_id": "dataset_1", "training_config": SEED_EXAMPLE["training_config"]} | changes
+        return self.post("/train", body, **{"Idempotency-Key": key})
+
+    def submitted(self) -> str:
+        answer = self.train()
+        assert answer.status_code == 201, answer.text
+        return answer.json()["job_id"]
+
+    def job(self, job_id: str) -> Json:
+        answer = self.get(f"/jobs/{job_id}")
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def a_minute_later(self) -> None:
+        """The scheduler comes by, when a launch may be looked at again."""
+        self.clock.advance(61)
+        assert self.client.post("/internal/reconcile").status_code == 200
+
+    def until_launched(self) -> None:
+        """The scheduler comes by until the line is in use again: gRPC dials a broken one anew after up to two seconds."""
+        deadline = time.monotonic() + 10
+        while not self.executions():
+            assert time.monotonic() < deadline, "it was not launched"
+            self.a_minute_later()
+            time.sleep(0.1)
+
+    def executions(self) -> int:
+        return len(self.cloud_run.executions())
+
+    def _timed(self, method: str, path: str, **options: Any) -> Any:
+        began = time.monotonic()
+        answer = self.client.request(method, path, **options)
+        assert time.monotonic() - began < LONGEST_ANSWER_S
+        return answer
+
+
+@pytest.fixture(scope="session")
+def firestore_host() -> Iterator[str]:
+    with firestore_emulator() as host:
+        yield host
+
+
+@pytest.fixture(scope="session")
+def storage_url() -> Iterator[str]:
+    with cloud_storage(buckets=BUCKETS) as url:
+        yield url
+
+
+@pytest.fixture
+def cloud(firestore_host: str, storage_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
+    project = f"p-{uuid4().hex[:12]}"  # the emulator keeps projects apart
+    with ExitStack() as stack:
+        cloud_run = stack.enter_context(CloudRun(tmp_path / "run", {"llm": [sys.executable, "-c", ATTEMPT]}, environment={}, grace_s=1))
+        cloud_run.create_job(f"projects/{project}/locations/{REGION}/jobs/tunesmith-{PROFILE}", "llm")
+        secret_manager = stack.enter_context(SecretManager())
+        lines = [
+            stack.enter_context(Proxy(*_place(host)))
+            for host in (firestore_host, storage_url.removeprefix("http://"), secret_manager.host, cloud_run.host)
+        ]
+        firestore, storage, secrets, run_line = lines
+        monkeypatch.setenv("FIRESTORE_EMULATOR_HOST", firestore.address)
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{storage.address}")
+        monkeypatch.setenv("CLOUD_RUN_EMULATOR_HOST", run_line.address)
+        monkeypatch.setenv("SECRET_MANAGER_EMULATOR_HOST", secrets.address)
+        monkeypatch.setenv("PROJECT_ID", project)
+        monkeypatch.setenv("REGION", REGION)
+        clock = FakeClock()
+        client = stack.enter_context(TestClient(create_app(_settings(tmp_path), clock), raise_server_exceptions=False))
+        client.app.state.parts.store.create_dataset(a_dataset())  # type: ignore[attr-defined]
+        yield Cloud(client, clock, project, firestore, storage, secrets, run_line, cloud_run)
+        for line in lines:
+            line.restore()
+
+
+def _settings(folder: Path) -> Settings:
+    return Settings(  # type: ignore[call-arg]  # the rest comes from the environment
+        home=folder / "home",
+        job_store="firestore",
+        launcher="cloud-run",
+        secret_store="secret-manager",
+        configs_url="gs://configs",
+        datasets_url="gs://datasets",
+        models_url="gs://models",
+        public_url="http://127.0.0.1:1",
+        hardware_profiles=(PROFILE,),
+        reconcile_interval_s=0,
+        max_concurrent_jobs=10,
+        signing_key="k" * 32,  # type: ignore[arg-type]
+    )
+
+
+def _place(host: str) -> tuple[str, int]:
+    address, _, port = host.rpartition(":")
+    return address, int(port)

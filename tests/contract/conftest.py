@@ -1,0 +1,6 @@
+"""Stand-ins that more than one contract suite needs."""
+
+from tests.contract.firestore_fixture import firestore_emulator_host, firestore_project
+from tests.contract.object_fixtures import cloud_storage_url, new_store, s3_url
+
+__all__ = ["cloud_storage_url", "firestore_emulator_host", "firestore_project", "new_store", "s3_url"]

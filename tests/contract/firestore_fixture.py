@@ -1,0 +1,22 @@
+"""One Firestore emulator for all the tests of a session, and a project in it for each."""
+
+from collections.abc import Iterator
+from uuid import uuid4
+
+import pytest
+
+from infra.loopback.firestore import firestore_emulator
+
+
+@pytest.fixture(scope="session")
+def firestore_emulator_host() -> Iterator[str]:
+    """Its `host:port`. Without the SDK's emulator or Java this fails, in words, rather than being skipped."""
+    with firestore_emulator() as host:
+        yield host
+
+
+@pytest.fixture
+def firestore_project(firestore_emulator_host: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty project that Google's client finds."""
+    monkeypatch.setenv("FIRESTORE_EMULATOR_HOST", firestore_emulator_host)
+    return f"test-{uuid4().hex[:12]}"

@@ -1,0 +1,306 @@
+"""What every signer of links promises: the right bytes under the right name, for a while, and nothing else."""
+
+import base64
+import hashlib
+import hmac
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from urllib.parse import parse_qsl, quote, urlsplit
+
+import httpx2
+import jwt
+import pytest
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import padding
+from google.auth.compute_engine import Credentials
+from google.auth.credentials import AnonymousCredentials
+from google.auth.transport.requests import Request
+
+from infra.loopback.google_identity import KEY_ID, TOKEN, GoogleIdentity, Refusal
+from service.adapters.links import LINKS, MOST_S, ServiceLinks, attachment, links_for
+from service.adapters.links.cloud_storage import CloudStorageLinks
+from service.core.errors import InvalidRequest, Unauthorized, Unavailable
+from service.core.ports import LinkSigner
+from service.core.tokens import TokenSigner
+from storage import ObjectStore
+from storage.gcs import GcsStore
+from storage.patience import patience
+from tests.contract.object_fixtures import NewStore
+
+SOURCE = Path(__file__).resolve().parents[2]
+KEY = "trained_adapters/job-1/adapter model.safetensors"
+TOKENS = TokenSigner(b"k" * 32, lambda: datetime.now(UTC))
+
+
+class MachineCredentials(Credentials):
+    """Google's own credentials of a machine, but for where the token comes from: its library settles that when it is imported."""
+
+    def __init__(self, email: str, life: timedelta = timedelta(hours=1)) -> None:
+        super().__init__(service_account_email=email)
+        self.life = life
+        self.refreshed = 0
+
+    def refresh(self, request: Request) -> None:
+        self.refreshed += 1
+        self.token = TOKEN
+        self.expiry = datetime.now(UTC).replace(tzinfo=None) + self.life
+
+
+@pytest.fixture(scope="module")
+def identity() -> Iterator[GoogleIdentity]:
+    with GoogleIdentity() as identity:
+        yield identity
+
+
+@pytest.fixture
+def links(identity: GoogleIdentity, new_store: NewStore) -> Iterator[CloudStorageLinks]:
+    store = new_store("gs")
+    assert isinstance(store, GcsStore)
+    store.write(KEY, b"weights")
+    signer = CloudStorageLinks(store, emulator_host=identity.host, credentials=lambda _: MachineCredentials(identity.email))
+    identity.asked.clear()
+    yield signer
+    signer.close()
+
+
+def followed(link: str, **headers: str) -> httpx2.Response:
+    return httpx2.get(link, headers=headers)
+
+
+@pytest.fixture(params=["file", *sorted(LINKS)])
+def signed(request: pytest.FixtureRequest, new_store: NewStore) -> tuple[LinkSigner, Callable[[str], httpx2.Response]]:
+    """A signer, and how its links are followed."""
+    store = new_store(request.param)
+    store.write(KEY, b"weights")
+    if request.param == "gs":
+        return request.getfixturevalue("links"), followed
+    signer = links_for(store, TOKENS)
+    return signer, followed if request.param == "s3" else lambda link: served_here(store, link)
+
+
+def served_here(store: ObjectStore, link: str) -> httpx2.Response:
+    """The service's own address for files, without the rest of the service."""
+    key, _ = TOKENS.read_file_token(link.removeprefix("/files/"))
+    return httpx2.Response(200, content=store.read(key))
+
+
+def test_a_link_leads_to_the_bytes(signed: tuple[LinkSigner, Callable[[str], httpx2.Response]]) -> None:
+    signer, follow = signed
+    answer = follow(signer.link(KEY, "adapter model.safetensors", 60))
+    assert (answer.status_code, answer.content) == (200, b"weights")
+
+
+def test_a_link_of_a_bucket_says_for_how_long_and_under_which_name(new_store: NewStore, links: CloudStorageLinks) -> None:
+    for signer, prefix in ((links, "X-Goog"), (links_for(new_store("s3"), TOKENS), "X-Amz")):
+        asked = dict(parse_qsl(urlsplit(signer.link(KEY, "mein Modell \u00fc.gguf", 900)).query))
+        assert asked[f"{prefix}-Expires"] == "900"
+        assert asked["response-content-disposition"] == attachment("mein Modell \u00fc.gguf")
+
+
+@pytest.mark.parametrize("life_s", [0, -1, MOST_S + 1])
+def test_a_link_that_no_server_would_take_is_not_made(new_store: NewStore, links: CloudStorageLinks, life_s: int) -> None:
+    for signer in (links, links_for(new_store("s3"), TOKENS)):
+        with pytest.raises(InvalidRequest, match="7 days"):
+            signer.link(KEY, "m", life_s)
+
+
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [
+        ("model.gguf", 'attachment; filename="model.gguf"'),
+        ('a"b\\c\r\nX: y', "attachment; filename=\"a_b_c__X: y\"; filename*=UTF-8''a%22b%5Cc%0D%0AX%3A%20y"),
+        ("\u00fc.gguf", "attachment; filename=\"_.gguf\"; filename*=UTF-8''%C3%BC.gguf"),
+    ],
+)
+def test_no_name_of_a_file_breaks_the_header(name: str, header: str) -> None:
+    assert attachment(name) == header
+
+
+def test_the_services_own_links_end_and_cannot_be_changed() -> None:
+    now = [datetime(2026, 1, 1, tzinfo=UTC)]
+    signer = TokenSigner(b"k" * 32, lambda: now[0])
+    token = ServiceLinks(signer).link(KEY, "m", 60).removeprefix("/files/")
+    assert signer.read_file_token(token) == (KEY, "m")
+    head, body, signature = token.split(".")
+    claims = json.loads(base64.urlsafe_b64decode(body + "=="))
+    other = base64.urlsafe_b64encode(json.dumps(claims | {"sub": "another"}).encode()).decode().rstrip("=")
+    with pytest.raises(Unauthorized):
+        signer.read_file_token(f"{head}.{other}.{signature}")
+    now[0] += timedelta(seconds=60)
+    with pytest.raises(Unauthorized, match="expired"):
+        signer.read_file_token(token)
+
+
+# --- Cloud Storage: no stand-in looks at a signature, so it is checked here, as Google documents it ----------------------
+
+
+def google_string_to_sign(link: str) -> tuple[bytes, bytes]:
+    """What a V4 link's signature is over, worked out from the link alone; and the signature."""
+    parts = urlsplit(link)
+    asked = dict(parse_qsl(parts.query, keep_blank_values=True))
+    signature = bytes.fromhex(asked.pop("X-Goog-Signature"))
+    query = "&".join(f"{quote(name, safe='~')}={quote(asked[name], safe='~')}" for name in sorted(asked))
+    request = "\n".join(["GET", parts.path, query, f"host:{parts.netloc}", "", asked["X-Goog-SignedHeaders"], "UNSIGNED-PAYLOAD"])
+    scope = asked["X-Goog-Credential"].partition("/")[2]
+    digest = hashlib.sha256(request.encode()).hexdigest()
+    return "\n".join([asked["X-Goog-Algorithm"], asked["X-Goog-Date"], scope, digest]).encode(), signature
+
+
+def check_google_signature(identity: GoogleIdentity, link: str) -> None:
+    content, signature = google_string_to_sign(link)
+    identity.key.public_key().verify(signature, content, padding.PKCS1v15(), hashes.SHA256())
+
+
+def test_a_link_is_signed_by_the_key_that_only_google_has(identity: GoogleIdentity, links: CloudStorageLinks) -> None:
+    link = links.link(KEY, "adapter.safetensors", 60)
+    check_google_signature(identity, link)
+    assert f"X-Goog-Credential={quote(identity.email, safe='')}%2F" in link
+    (asked,) = identity.asked
+    assert asked.path == f"/v1/projects/-/serviceAccounts/{identity.email}:signBlob"
+    assert asked.authorization == f"Bearer {TOKEN}"
+
+
+@pytest.mark.parametrize(
+    ("part", "instead"),
+    [("Expires=60", "Expires=6000"), ("adapter%20model", "other%20model"), ("filename", "filenama"), ("X-Goog-Date=2", "X-Goog-Date=3")],
+)
+def test_a_link_that_was_changed_has_no_valid_signature(
+    identity: GoogleIdentity, links: CloudStorageLinks, part: str, instead: str
+) -> None:
+    link = links.link(KEY, "m", 60)
+    assert part in link
+    with pytest.raises(InvalidSignature):
+        check_google_signature(identity, link.replace(part, instead, 1))
+
+
+@pytest.mark.parametrize(("life", "tokens"), [(timedelta(hours=1), 1), (timedelta(seconds=-1), 4)])
+def test_a_token_is_asked_for_once_until_it_ends(identity: GoogleIdentity, new_store: NewStore, life: timedelta, tokens: int) -> None:
+    store = new_store("gs")
+    assert isinstance(store, GcsStore)
+    credentials = MachineCredentials(identity.email, life)
+    links = CloudStorageLinks(store, emulator_host=identity.host, credentials=lambda _: credentials)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: links.link(f"{number}", "m", 60), range(4)))
+    assert (credentials.refreshed == 1) if tokens == 1 else (credentials.refreshed >= tokens)
+    links.close()
+
+
+@pytest.mark.parametrize(
+    ("refusal", "message", "command"),
+    [
+        (
+            Refusal(403, "IAM_PERMISSION_DENIED"),
+            "needs roles/iam.serviceAccountTokenCreator on itself",
+            "gcloud iam service-accounts add-iam-policy-binding {email} --member=serviceAccount:{email}"
+            " --role=roles/iam.serviceAccountTokenCreator",
+        ),
+        (Refusal(403, "SERVICE_DISABLED"), "not enabled", "gcloud services enable iamcredentials.googleapis.com"),
+    ],
+)
+def test_a_refusal_says_which_command_mends_it(
+    identity: GoogleIdentity, links: CloudStorageLinks, refusal: Refusal, message: str, command: str
+) -> None:
+    identity.refusals.append(refusal)
+    with pytest.raises(Unavailable, match=message) as caught:
+        links.link(KEY, "m", 60)
+    assert command.format(email=identity.email) in caught.value.hint
+
+
+def test_a_busy_iam_is_asked_again(identity: GoogleIdentity, links: CloudStorageLinks) -> None:
+    identity.refusals += [Refusal(503, "UNAVAILABLE"), Refusal(429, "RATE_LIMIT_EXCEEDED")]
+    check_google_signature(identity, links.link(KEY, "m", 60))
+
+
+def test_an_iam_that_stays_away_is_not_waited_for(new_store: NewStore) -> None:
+    store = new_store("gs")
+    assert isinstance(store, GcsStore)
+    links = CloudStorageLinks(store, emulator_host="127.0.0.1:1", credentials=lambda _: MachineCredentials("a@b.c"))
+    with patience(0.3), pytest.raises(Unavailable, match="IAM did not answer in time"):
+        links.link(KEY, "m", 60)
+    links.close()
+
+
+def test_a_person_cannot_sign(new_store: NewStore) -> None:
+    class Person(AnonymousCredentials):
+        """Somebody with a token and no service account."""
+
+    store = new_store("gs")
+    assert isinstance(store, GcsStore)
+    links = CloudStorageLinks(store, emulator_host="127.0.0.1:1", credentials=lambda _: Person())
+    with pytest.raises(Unavailable, match="a person's credentials") as caught:
+        links.link(KEY, "m", 60)
+    assert "--impersonate-service-account" in caught.value.hint
+    links.close()
+
+
+def test_a_process_on_google_cloud_signs_with_nothing_but_its_metadata_server(identity: GoogleIdentity) -> None:
+    """The whole way, with Google's own credentials: a process of its own, as its library reads the environment once."""
+    code = """
+from service.adapters.links.cloud_storage import CloudStorageLinks
+from storage.gcs import GcsStore
+import sys
+links = CloudStorageLinks(GcsStore("gs://bucket"), emulator_host=sys.argv[1])
+print(links.link("a/b", "b", 60))
+print(links.link("a/c", "c", 60))
+"""
+    identity.asked.clear()
+    nobody = {"HTTPS_PROXY": "http://127.0.0.1:1", "NO_PROXY": "127.0.0.1", "CLOUDSDK_CONFIG": "/nonexistent", "HOME": "/nonexistent"}
+    environment = {"PATH": os.environ["PATH"], "STORAGE_EMULATOR_HOST": "http://127.0.0.1:1", **nobody, **identity.environment}
+    command = [sys.executable, "-W", "error::ResourceWarning", "-c", code, identity.host]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=SOURCE)
+    assert done.returncode == 0, done.stderr
+    for link in done.stdout.split():
+        check_google_signature(identity, link)
+    assert [asked.path.partition("?")[0] for asked in identity.asked].count(
+        "/computeMetadata/v1/instance/service-accounts/default/token"
+    ) == 1
+    assert not any("allowedLocations" in asked.path for asked in identity.asked)
+
+
+# --- S3 -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_link_of_s3_is_signed_with_the_secret_of_the_service(new_store: NewStore) -> None:
+    link = links_for(new_store("s3"), TOKENS).link(KEY, "m", 60)
+    assert s3_signature_is_valid(link, "a-secret")
+    assert not s3_signature_is_valid(link.replace("Expires=60", "Expires=6000"), "a-secret")
+    assert not s3_signature_is_valid(link, "another secret")
+
+
+def s3_signature_is_valid(link: str, secret: str) -> bool:
+    """AWS's signature version 4, worked out from the link."""
+    parts = urlsplit(link)
+    asked = dict(parse_qsl(parts.query, keep_blank_values=True))
+    signature = asked.pop("X-Amz-Signature")
+    query = "&".join(f"{quote(name, safe='~')}={quote(asked[name], safe='~')}" for name in sorted(asked))
+    request = "\n".join(["GET", parts.path, query, f"host:{parts.netloc}", "", "host", "UNSIGNED-PAYLOAD"])
+    scope = asked["X-Amz-Credential"].partition("/")[2]
+    key = f"AWS4{secret}".encode()
+    for word in scope.split("/"):
+        key = hmac.digest(key, word.encode(), "sha256")
+    content = "\n".join([asked["X-Amz-Algorithm"], asked["X-Amz-Date"], scope, hashlib.sha256(request.encode()).hexdigest()])
+    return hmac.digest(key, content.encode(), "sha256").hex() == signature
+
+
+# --- the stand-in itself ----------------------------------------------------------------------------------------------
+
+
+def test_an_identity_token_is_for_one_audience_and_is_signed(identity: GoogleIdentity) -> None:
+    asked = f"http://{identity.host}/computeMetadata/v1/instance/service-accounts/default/identity"
+    token = httpx2.get(asked, params={"audience": "https://service", "format": "full"}, headers={"Metadata-Flavor": "Google"}).text
+    keys = jwt.PyJWKSet.from_dict(httpx2.get(f"http://{identity.host}/oauth2/v3/certs").json())
+    claims = jwt.decode(token, keys[KEY_ID], algorithms=["RS256"], audience="https://service", options={"require": ["exp"]})
+    assert (claims["email"], claims["email_verified"]) == (identity.email, True)
+    with pytest.raises(jwt.InvalidAudienceError):
+        jwt.decode(token, keys[KEY_ID], algorithms=["RS256"], audience="https://another")
+
+
+def test_the_metadata_server_answers_only_those_who_mean_it(identity: GoogleIdentity) -> None:
+    assert httpx2.get(f"http://{identity.host}/computeMetadata/v1/project/project-id").status_code == 403

@@ -1,0 +1,94 @@
+"""The gcloud commands that a project's files hold: in pages, in scripts and their comments, and in what its programs tell people."""
+
+import ast
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+ANY = "filled-in"  # stands for what a shell or a person fills in: it can be a project, a name or a path
+FILLED_IN = re.compile(r"\$\([^()]*\)|\$\{[^{}]*\}|\$\w+|<[a-z-]+>|…|\bPROJECT_ID\b")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A command, and where it stands."""
+
+    command: str
+    path: str
+    number: int
+
+
+def in_text(text: str, path: str, groups: set[str]) -> Iterator[Line]:
+    """Those of a page, a script or a build file. `groups` are the first words that gcloud knows; other mentions are prose."""
+    # One character for one, so that places keep their lines.
+    flat = re.sub(r"\\\n", "  ", text)
+    flat = re.sub(r"`gcloud [^`]+`", lambda span: span[0].replace("\n", " "), flat)
+    for found in re.finditer(rf"(?<![\w/.-])gcloud (?=(?:(?:alpha|beta) )?(?:{'|'.join(sorted(groups))})\b)", flat):
+        yield Line(complete(flat[found.start() :]), path, text.count("\n", 0, found.start()) + 1)
+
+
+def in_python(source: str, path: str, groups: set[str]) -> Iterator[Line]:
+    """Those in a program's texts."""
+    tree = ast.parse(source)
+    texts = _Texts(tree)
+    within = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node) if part is not node}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant | ast.JoinedStr) and id(node) not in within:
+            for line in in_text(texts.of(node), path, groups):
+                yield Line(line.command, path, node.lineno)
+
+
+def complete(text: str) -> str:
+    """The one command that the text begins with; what a shell would fill in is filled in."""
+    text = FILLED_IN.sub(ANY, text)
+    quote = ""
+    for place, character in enumerate(text):
+        before, after = text[place - 1], text[place + 1 : place + 2]
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "\"'" and before in " =(":
+            quote = character
+        elif _ends(character, before, after):
+            text = re.sub(r" 2$", "", text[:place]) if character == ">" else text[:place]
+            break
+    words = shlex.split(text)
+    return shlex.join(words[: words.index("or")] if "or" in words else words)
+
+
+def _ends(character: str, before: str, after: str) -> bool:
+    """Whether a command is over, outside quotes: by the shell's rules, by the sentence around it, or by the quotes around that."""
+    sentence_ends = character in ".,:" and before != " " and not after.strip(" \n\"')")
+    return character in "|;&<>)`\n\"'" or sentence_ends or (before == " " and character in "#(")
+
+
+class _Texts:
+    """What a program's expressions say, as far as it can be read: a name says what was last assigned to it above, in its function."""
+
+    def __init__(self, tree: ast.Module) -> None:
+        self._function_of: dict[int, ast.AST] = {}
+        self._assigned: dict[tuple[ast.AST, str], list[ast.Assign]] = {}
+        for function in ast.walk(tree):  # outer ones first, so that the innermost has the last word
+            if isinstance(function, ast.Module | ast.FunctionDef):
+                self._function_of |= {id(node): function for node in ast.walk(function)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                self._assigned.setdefault((self._function_of[id(node)], node.targets[0].id), []).append(node)
+
+    def of(self, node: ast.expr) -> str:
+        """Its text; ANY for what cannot be read."""
+        match node:
+            case ast.Constant(value=str(text)):
+                return text
+            case ast.JoinedStr(values=parts):
+                return "".join(self.of(part) for part in parts)
+            case ast.FormattedValue(value=value):
+                return self.of(value)
+            case ast.IfExp(body=body):
+                return self.of(body)
+            case ast.Name(id=name):
+                assigned = self._assigned.get((self._function_of[id(node)], name), [])
+                above = [assign for assign in assigned if assign.lineno < node.lineno]
+                return self.of(max(above, key=lambda assign: assign.lineno).value) if above else ANY
+            case _:
+                return ANY

@@ -1,0 +1,217 @@
+"""The Google provider's schema, as pulumi-gcp carries it: which resources there are, and what may stand in them.
+
+pulumi-gcp is generated from the provider. Its classes have the provider's names but for two habits: they stand in modules, and
+lists are in the plural. Blocks that Terraform names in the singular are listed here by hand; whether *those* are right is the
+one thing that this schema cannot tell. And it holds the beta provider's attributes too.
+"""
+
+import importlib
+import inspect
+import pkgutil
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import pulumi_gcp
+
+from tests.infra.terraform_tree import Body, Item, Value, is_block, plain, texts, without_marks
+
+PROVIDER_MAJOR = {10: 8}  # pulumi-gcp 9 took up the provider's version 7, 10 its version 8
+
+# Where the module and the class do not spell the type: google_cloud_run_v2_job is cloudrunv2.Job, but
+UNUSUAL = {
+    "google_project_service": ("projects", "Service"),
+    "google_project_iam_member": ("projects", "IAMMember"),
+    "google_project_iam_custom_role": ("projects", "IAMCustomRole"),
+    "google_service_account": ("serviceaccount", "Account"),
+    "google_service_account_iam_member": ("serviceaccount", "IAMMember"),
+    "google_storage_bucket_iam_member": ("storage", "BucketIAMMember"),
+}
+DATA_SOURCES = {"google_project": ("organizations", "get_project", "GetProjectResult")}
+
+SINGULAR = {"env": "envs", "lifecycle_rule": "lifecycle_rules"}
+META = {"count", "for_each", "depends_on", "lifecycle", "provider", "timeouts"}
+
+# Pulumi makes these up when they are left out; Terraform asks for them.
+NAMED = {
+    "google_cloud_run_v2_job": "name",
+    "google_cloud_run_v2_service": "name",
+    "google_cloud_scheduler_job": "name",
+    "google_firestore_database": "name",
+    "google_logging_metric": "name",
+    "google_project_iam_custom_role": "role_id",
+    "google_secret_manager_secret": "secret_id",
+    "google_service_account": "account_id",
+    "google_storage_bucket": "name",
+    "google_cloud_run_v2_job_iam_member": "name",
+    "google_cloud_run_v2_service_iam_member": "name",
+}
+
+
+@dataclass(frozen=True)
+class Field:
+    """What may stand under a name: a plain value, or blocks that have a schema of their own."""
+
+    required: bool
+    repeated: bool
+    literal: type | None  # bool, int or str, where only that will do
+    block: type | None
+
+    def wrong_literal(self, value: Value) -> bool:
+        """Whether a value that is written out is of another kind; expressions are not judged."""
+        if self.literal is None or (isinstance(value, str) and ("${" in value or value == "null")) or value is None:
+            return False
+        is_text = isinstance(value, str)
+        return is_text != (self.literal is str) or (isinstance(value, bool) != (self.literal is bool))
+
+
+def problems(item: Item) -> list[str]:
+    """What the provider would refuse in a resource, in words; empty when its names are all right."""
+    found = _class_of(item.type)
+    if found is None:
+        return [f"{item.address}: the provider has no resource {item.type}"]
+    module, name = found
+    fields = fields_of(getattr(module, f"{name}Args"))
+    named = NAMED.get(item.type)
+    missing = [f"{item.address}: {named} is missing"] if named and named not in item.body else []
+    return missing + list(_check(item.address, {k: v for k, v in item.body.items() if k not in META}, fields))
+
+
+def problems_of_references(item: Item, resources: Mapping[str, Item]) -> list[str]:
+    """Attributes of other resources that there are not: google_service_account.api.emial."""
+    found = [(match[1], match[2]) for text in texts(item.body) for match in ATTRIBUTE.finditer(text)]
+    looped = ATTRIBUTE_OF_LOOP.findall(" ".join(texts(item.body)))
+    over = plain(item.body.get("for_each"))
+    found += [(over, name) for name in looped if over in resources]
+    return [
+        f"{item.address}: {address} has no attribute {name}"
+        for address, name in found
+        if address in resources and name not in attributes_of(resources[address])
+    ]
+
+
+ATTRIBUTE = re.compile(r"(?<![\w.])((?:data\.)?google_\w+\.\w+)(?:\[[^\]]*\])?\.([a-z_]\w*)")
+ATTRIBUTE_OF_LOOP = re.compile(r"\beach\.value\.(\w+)")
+
+
+def attributes_of(item: Item) -> set[str]:
+    """What can be read of a resource or data source that is there."""
+    if item.kind == "data":
+        module, _, result = DATA_SOURCES[item.type]
+        return _properties(getattr(_module(module), result))
+    found = _class_of(item.type)
+    return _properties(getattr(*found)) | {"id"} if found else set()
+
+
+def problems_of_data_source(item: Item) -> list[str]:
+    """What the provider would refuse in a data source."""
+    if item.type not in DATA_SOURCES:
+        return [f"{item.address}: no data source {item.type} is known here; see DATA_SOURCES"]
+    module, function, _ = DATA_SOURCES[item.type]
+    known = set(inspect.signature(getattr(_module(module), function)).parameters)
+    return [f"{item.address}: no attribute {name}" for name in item.body if name not in known | META]
+
+
+def problems_of_provider(item: Item) -> list[str]:
+    """What the provider would refuse in its own block."""
+    return list(_check(item.address, item.body, fields_of(pulumi_gcp.ProviderArgs)))
+
+
+def _check(place: str, body: Body, fields: Mapping[str, Field]) -> Iterator[str]:
+    written = _undynamic(body)
+    for name in written:
+        key = SINGULAR.get(name, name)
+        if key not in fields or name in SINGULAR.values():
+            yield f"{place}: no attribute or block {name}; there are: {', '.join(sorted(fields))}"
+        else:
+            yield from _check_value(f"{place}.{name}", written[name], fields[key])
+    for key, field in fields.items():
+        if field.required and not any(SINGULAR.get(name, name) == key for name in written):
+            yield f"{place}: {key} is missing"
+
+
+def _check_value(place: str, value: Value, field: Field) -> Iterator[str]:
+    if field.block is None:
+        if is_block(value):
+            yield f"{place} is an attribute, and is written as a block"
+        elif field.wrong_literal(value):
+            yield f"{place} takes a {field.literal.__name__ if field.literal else ''}, not {value!r}"
+        return
+    if not is_block(value):
+        yield f"{place} is a block, and is written as an attribute"
+        return
+    assert isinstance(value, list)
+    if len(value) > 1 and not field.repeated:
+        yield f"{place} may stand once"
+    for block in value:
+        assert isinstance(block, dict)
+        yield from _check(place, without_marks(block), fields_of(field.block))
+
+
+def _undynamic(body: Body) -> Body:
+    """The body with `dynamic "x" { content { … } }` as blocks x, which is what becomes of them."""
+    written = {name: value for name, value in body.items() if name != "dynamic"}
+    blocks = body.get("dynamic", [])
+    assert isinstance(blocks, list)
+    for block in blocks:
+        assert isinstance(block, dict)
+        for label, inner in without_marks(block).items():
+            assert isinstance(inner, dict)
+            earlier, content = written.get(plain(label), []), inner["content"]
+            assert isinstance(earlier, list)
+            assert isinstance(content, list)
+            written[plain(label)] = [*earlier, *content]
+    return written
+
+
+# Any: pulumi's classes are what is looked at here, not what is used.
+@cache
+def fields_of(args: Any) -> dict[str, Field]:
+    """The schema of a resource or a block, from the constructor of its Args class."""
+    module = importlib.import_module(args.__module__)
+    parameters = list(inspect.signature(args.__init__).parameters.values())[1:]
+    return {
+        parameter.name: _field(str(parameter.annotation), parameter.default is inspect.Parameter.empty, module) for parameter in parameters
+    }
+
+
+def _field(annotation: str, required: bool, module: ModuleType) -> Field:
+    block = re.search(r"ForwardRef\('(\w+Args)'\)", annotation)
+    repeated = "Sequence[" in annotation
+    literals = {"bool": bool, "int": int, "float": float, "str": str}
+    literal = re.match(r"typing\.Union\[(bool|int|float|str)\b", annotation) or re.match(r"Union\[(bool|int|float|str)\b", annotation)
+    kind = literals[literal[1]] if literal and not repeated and "Mapping" not in annotation else None
+    return Field(required, repeated, kind, getattr(module, block[1]) if block else None)
+
+
+def _properties(cls: type) -> set[str]:
+    return {name for name, value in inspect.getmembers(cls) if isinstance(value, property)}
+
+
+@cache
+def _module(name: str) -> ModuleType:
+    module = importlib.import_module(f"pulumi_gcp.{name}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of what else is in it
+        assert module.outputs, name  # loads it: until an attribute is asked for, it is empty
+    return module
+
+
+@cache
+def _class_of(type_: str) -> tuple[ModuleType, str] | None:
+    """The module and the name of a resource's class; None when there is no such resource."""
+    if type_ in UNUSUAL:
+        module, name = UNUSUAL[type_]
+        return (_module(module), name)
+    wanted = type_.removeprefix("google_").replace("_", "")
+    for info in pkgutil.iter_modules(pulumi_gcp.__path__):
+        if info.ispkg and wanted.startswith(info.name.replace("_", "")):
+            rest = wanted.removeprefix(info.name.replace("_", ""))
+            for name in dir(_module(info.name)):
+                if name.lower() == f"{rest}args" and hasattr(_module(info.name), name.removesuffix("Args")):
+                    return (_module(info.name), name.removesuffix("Args"))
+    return None

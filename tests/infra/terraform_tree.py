@@ -1,0 +1,155 @@
+"""Terraform files as values: resources, what they refer to, what is declared."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import hcl2
+
+# What python-hcl2 makes: strings keep their quotes, expressions are "${…}", a block is a mapping that is marked as one.
+Value: TypeAlias = "str | int | float | bool | list[Value] | dict[str, Value] | None"
+Body: TypeAlias = "dict[str, Value]"
+
+MARKS = ("__is_block__", "__comments__", "__inline_comments__")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A resource, a data source, a variable, an output: anything with labels and a body."""
+
+    kind: str  # "resource", "data", "variable", …
+    labels: tuple[str, ...]
+    body: Body
+
+    @property
+    def address(self) -> str:
+        """As Terraform prints it: google_storage_bucket.buckets, data.google_project.this, var.region."""
+        prefix = {"resource": (), "variable": ("var",)}.get(self.kind, (self.kind,))
+        return ".".join((*prefix, *self.labels))
+
+    @property
+    def type(self) -> str:
+        """Of a resource or a data source."""
+        return self.labels[0]
+
+
+@dataclass(frozen=True)
+class Files:
+    """Everything in a folder of Terraform files, as one module."""
+
+    items: tuple[Item, ...]
+    locals: Mapping[str, Value]
+
+    def of(self, kind: str, type_: str | None = None) -> list[Item]:
+        """The items of a kind, or of one type of resource."""
+        return [item for item in self.items if item.kind == kind and (type_ is None or item.type == type_)]
+
+
+def read_files(folder: Path) -> Files:
+    """Parse every *.tf of the folder. Raises what python-hcl2 raises for text that is no HCL."""
+    return parse(path.read_text() for path in sorted(folder.glob("*.tf")))
+
+
+def parse(texts: Iterable[str]) -> Files:
+    """Parse the texts of some files as one module."""
+    items: list[Item] = []
+    local_values: dict[str, Value] = {}
+    for text in texts:
+        for kind, blocks in hcl2.loads(text).items():
+            if kind in MARKS:
+                continue
+            for block in blocks:
+                if kind == "locals":
+                    local_values |= without_marks(block)
+                else:
+                    items.extend(_items(kind, (), block))
+    return Files(tuple(items), local_values)
+
+
+def _items(kind: str, labels: tuple[str, ...], block: Body) -> Iterator[Item]:
+    """The items in a block: its labels are keys, one in the other, down to the block's own body."""
+    if block.get("__is_block__") is True:
+        yield Item(kind, labels, without_marks(block))
+        return
+    for label, inner in without_marks(block).items():
+        assert isinstance(inner, dict), f"{kind} {label} has no body"
+        yield from _items(kind, (*labels, plain(label)), inner)
+
+
+def without_marks(block: Body) -> Body:
+    """The block as it was written."""
+    return {name: value for name, value in block.items() if name not in MARKS}
+
+
+def is_block(value: Value) -> bool:
+    """Whether it was written as blocks, not as an attribute."""
+    return isinstance(value, list) and bool(value) and all(isinstance(part, dict) and "__is_block__" in part for part in value)
+
+
+def plain(value: Value) -> str:
+    """The text of a string, or of a bare expression, without quotes and braces."""
+    text = str(value)
+    for start, end in (('"', '"'), ("${", "}")):
+        if text.startswith(start) and text.endswith(end) and len(text) > len(start):
+            return text[len(start) : -len(end)]
+    return text
+
+
+def texts(value: Value) -> Iterator[str]:
+    """Every string and expression in a value, keys included."""
+    match value:
+        case dict():
+            for name, inner in value.items():
+                if name not in MARKS:
+                    yield name
+                    yield from texts(inner)
+        case list():
+            for inner in value:
+                yield from texts(inner)
+        case _:
+            yield str(value)
+
+
+VARIABLE = re.compile(r"\bvar\.(\w+)")
+LOCAL = re.compile(r"\blocal\.(\w+)")
+RESOURCE = re.compile(r"(?<![\w.])((?:data\.)?google_\w+\.\w+)")
+
+
+def references(value: Value) -> set[str]:
+    """The addresses that a value refers to: var.region, local.hardware, google_storage_bucket.buckets."""
+    found: set[str] = set()
+    for text in texts(value):
+        found |= {f"var.{name}" for name in VARIABLE.findall(text)}
+        found |= {f"local.{name}" for name in LOCAL.findall(text)}
+        found |= set(RESOURCE.findall(text))
+    return found
+
+
+def uses(files: Files) -> dict[str, set[str]]:
+    """What each address refers to."""
+    found = {item.address: references(item.body) for item in files.items}
+    return found | {f"local.{name}": references(value) for name, value in files.locals.items()}
+
+
+def undeclared(files: Files) -> list[str]:
+    """References that lead nowhere."""
+    used = uses(files)
+    return sorted(f"{address} refers to {name}" for address, names in used.items() for name in names - used.keys())
+
+
+def unused(files: Files) -> list[str]:
+    """Variables and locals that nothing refers to."""
+    used = set().union(*uses(files).values())
+    return sorted(name for name in uses(files) if name.startswith(("var.", "local.")) and name not in used)
+
+
+def circle(files: Files) -> list[str]:
+    """Addresses that depend on themselves, by whatever way; Terraform refuses those."""
+    left = {
+        address: {name for name in names if name != address} for address, names in uses(files).items() if not address.startswith("output.")
+    }
+    while ready := {address for address, names in left.items() if not names & left.keys()}:
+        left = {address: names for address, names in left.items() if address not in ready}
+    return sorted(left)

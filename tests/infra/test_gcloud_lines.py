@@ -1,0 +1,88 @@
+"""Every gcloud command that the project shows, runs or tells somebody to run is one that gcloud knows."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.infra.gcloud import Gcloud
+from tests.infra.gcloud_lines import Line, in_python, in_text
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXTS = ("*.md", "docs/**/*.md", "Makefile", "cloudbuild.yaml", "infra/**/*.sh", "infra/**/*.tf", "**/*Dockerfile", ".gcloudignore")
+PROGRAMS = ("service/**/*.py", "storage/**/*.py", "infra/**/*.py")
+
+
+def lines(groups: set[str]) -> Iterator[Line]:
+    for read, globs in ((in_text, TEXTS), (in_python, PROGRAMS)):
+        for path in sorted({path for glob in globs for path in ROOT.glob(glob) if ".venvs" not in path.parts}):
+            yield from read(path.read_text(), path.relative_to(ROOT).as_posix(), groups)
+
+
+def test_gcloud_knows_every_command(gcloud: Gcloud) -> None:
+    found = list(lines(gcloud.groups))
+    assert len({line.path for line in found}) > 5
+    wrong = gcloud.lint([line.command for line in found])
+    assert [f"{line.path}:{line.number}: {line.command}\n    {wrong[line.command]}" for line in found if wrong[line.command]] == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "gcloud run jobs updat tunesmith-l4 --region=europe-west4",
+        "gcloud run jobs update tunesmith-l4 --regoin=europe-west4",
+        "gcloud storage buckets create gs://b --location",
+        "gcloud builds submit --config",
+        "gcloud firestore databases create --type=natvie",
+    ],
+)
+def test_a_slip_of_the_pen_is_found(gcloud: Gcloud, command: str) -> None:
+    assert gcloud.lint([command])[command]
+
+
+def test_a_value_may_stand_after_a_space(gcloud: Gcloud) -> None:
+    command = "gcloud builds submit --config cloudbuild.yaml --ignore-file=.gcloudignore"
+    assert gcloud.lint([command]) == {command: None}
+
+
+@pytest.mark.parametrize(
+    ("text", "command"),
+    [
+        ("```bash\ngcloud projects list\n```", "gcloud projects list"),
+        ("  gcloud run jobs update j \\\n    --region=r\n", "gcloud run jobs update j --region=r"),
+        ("call `gcloud projects\nlist` and look", "gcloud projects list"),
+        ('curl -H "Authorization: Bearer $(gcloud auth print-identity-token)" $URL', "gcloud auth print-identity-token"),
+        ("key | gcloud secrets versions add k --data-file=- >/dev/null", "gcloud secrets versions add k --data-file=-"),
+        ('die "Nobody: gcloud projects list. A new one: make it"', "gcloud projects list"),
+        (
+            'gcloud run jobs update "tunesmith-$profile" --region="$REGION" || exit 1',
+            "gcloud run jobs update tunesmith-filled-in --region=filled-in",
+        ),
+        ("gcloud logging read 'a=\"b\" AND c' --limit=1 2>&1", "gcloud logging read 'a=\"b\" AND c' --limit=1"),
+        ("run gcloud projects list, or ask", "gcloud projects list"),
+        ("run gcloud projects list or ask", "gcloud projects list"),
+        (
+            "gcloud run services describe s --format='value(status.url)' # the url",
+            "gcloud run services describe s '--format=value(status.url)'",
+        ),
+    ],
+)
+def test_a_command_is_found_in(text: str, command: str) -> None:
+    assert [line.command for line in in_text(text, "x", {"projects", "run", "auth", "secrets", "logging"})] == [command]
+
+
+def test_a_mention_is_no_command() -> None:
+    assert list(in_text("deployed with `gcloud`, and gcloud knows; check_tools gcloud terraform", "x", {"projects"})) == []
+
+
+def test_a_line_knows_where_it_stands() -> None:
+    text = "one\n\n  two \\\n  three\ngcloud projects list\n"
+    assert [line.number for line in in_text(text, "x", {"projects"})] == [5]
+
+
+def test_what_a_program_tells_is_read_with_what_it_fills_in() -> None:
+    source = (
+        'def f(p):\n    member = f"--member={p}"\n    return f"mend it: gcloud projects add-iam-policy-binding {p} {member} --role=r"\n'
+    )
+    found = list(in_python(source, "x", {"projects"}))
+    assert found == [Line("gcloud projects add-iam-policy-binding filled-in --member=filled-in --role=r", "x", 3)]

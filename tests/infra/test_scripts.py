@@ -1,0 +1,244 @@
+"""infra/deploy.sh and infra/destroy.sh, with programs in place of gcloud and terraform that note how they were called."""
+
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.infra.terraform_tree import read_files
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT, REGION = "my-project", "europe-west4"
+
+# Each notes its arguments, what it is given on standard input where that matters, and answers as a new project would.
+GCLOUD = """#!/bin/bash
+echo "gcloud $*" >>"$CALLS"
+case "$*" in
+  "auth list"*) echo "$FAKE_ACCOUNT" ;;
+  "auth print-access-token") echo a-token ;;
+  "projects describe"*) [[ -z "$NO_PROJECT" ]] && echo 123456 ;;
+  "billing projects describe"*) echo "${FAKE_BILLING-True}" ;;
+  "storage buckets describe"*) [[ -f "$WORLD/bucket" ]] ;;
+  "storage buckets create"*) touch "$WORLD/bucket" ;;
+  "secrets versions list"*) [[ ! -f "$WORLD/key" ]] || echo 1 ;;
+  "secrets versions add"*) cat >"$WORLD/key" ;;
+esac
+"""
+TERRAFORM = """#!/bin/bash
+echo "terraform $*" >>"$CALLS"
+echo "token=$GOOGLE_OAUTH_ACCESS_TOKEN" >>"$WORLD/tokens"
+case "$*" in
+  *" output -raw region") [[ -n "$FAKE_REGION" ]] && echo "$FAKE_REGION" ;;
+  *" output -raw profiles") echo l4,cpu ;;
+  *" output -raw repository") echo tunesmith ;;
+  *" output -raw next_steps") echo "curl the service" ;;
+  *" state list") printf '%s\\n' "$FAKE_STATE" ;;
+  *" apply "*) if [[ -s "$WORLD/refusals" ]]; then head -1 "$WORLD/refusals"; sed -i 1d "$WORLD/refusals"; exit 1; fi ;;
+esac
+"""
+STATE = """data.google_project.this
+google_project_service.apis["run.googleapis.com"]
+google_storage_bucket.buckets["models"]
+google_storage_bucket_iam_member.job_uses_models
+google_firestore_database.records
+google_firestore_field.overrides["jobs.record"]
+google_cloud_run_v2_job.profiles["l4"]
+google_cloud_run_v2_service.tunesmith"""
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """A copy of the scripts beside programs that only pretend."""
+
+    home: Path
+
+    def run(self, script: str, *arguments: str, **said: str) -> subprocess.CompletedProcess[str]:
+        """Run a script of infra/ from this copy."""
+        world = {"WORLD": str(self.home), "CALLS": str(self.home / "calls"), "FAKE_ACCOUNT": "me@example.com", "PAUSE_S": "0"}
+        environment = (
+            {"PATH": f"{self.home}/bin:{os.environ['PATH']}", "NO_PROJECT": "", "FAKE_REGION": "", "FAKE_STATE": STATE} | world | said
+        )
+        command = [str(self.home / "infra" / script), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
+
+    @property
+    def calls(self) -> list[str]:
+        """Every call of gcloud and terraform, in order."""
+        noted = self.home / "calls"
+        return noted.read_text().splitlines() if noted.exists() else []
+
+    def place(self, part: str) -> int:
+        """Where a call stands among the others."""
+        (place, *_) = [place for place, call in enumerate(self.calls) if part in call]
+        return place
+
+
+@pytest.fixture
+def cloud(tmp_path: Path) -> Cloud:
+    (tmp_path / "infra/terraform").mkdir(parents=True)
+    (tmp_path / "bin").mkdir()
+    for name in ("deploy.sh", "destroy.sh", "deployment.sh"):
+        (tmp_path / "infra" / name).write_text((ROOT / "infra" / name).read_text())
+        (tmp_path / "infra" / name).chmod(0o755)
+    for name, text in (("gcloud", GCLOUD), ("terraform", TERRAFORM)):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    return Cloud(tmp_path)
+
+
+@pytest.mark.parametrize("script", ["deploy.sh", "destroy.sh"])
+@pytest.mark.parametrize(("arguments", "says"), [((), "PROJECT_ID is missing"), (("p", ""), "REGION is missing")])
+def test_what_is_missing_is_named_before_anything_is_done(cloud: Cloud, script: str, arguments: tuple[str, ...], says: str) -> None:
+    run = cloud.run(script, *arguments)
+    assert run.returncode == 1
+    assert says in run.stderr
+    assert cloud.calls == []
+
+
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        ({"FAKE_ACCOUNT": ""}, "gcloud auth login"),
+        ({"NO_PROJECT": "1"}, "gcloud projects create my-project"),
+        ({"FAKE_BILLING": "False"}, "gcloud billing projects link my-project"),
+    ],
+)
+def test_a_project_that_cannot_be_used_is_refused_with_what_helps(cloud: Cloud, said: dict[str, str], says: str) -> None:
+    run = cloud.run("deploy.sh", PROJECT, REGION, **said)
+    assert run.returncode == 1
+    assert says in run.stderr
+    assert not [call for call in cloud.calls if call.startswith("terraform") or "create" in call or "enable" in call]
+
+
+def test_an_empty_project_gets_everything_in_order(cloud: Cloud) -> None:
+    run = cloud.run("deploy.sh", PROJECT, REGION)
+    assert run.returncode == 0, run.stderr
+    steps = [
+        "services enable",
+        "buckets create",
+        "terraform -chdir=infra/terraform init",
+        "apply",
+        "versions add",
+        "builds submit",
+        "next_steps",
+    ]
+    places = [cloud.place(step) for step in steps]
+    assert places == sorted(places)
+    assert "curl the service" in run.stdout
+
+
+def test_terraforms_memory_is_private_and_keeps_its_versions(cloud: Cloud) -> None:
+    cloud.run("deploy.sh", PROJECT, REGION)
+    create, update = cloud.calls[cloud.place("buckets create")], cloud.calls[cloud.place("buckets update")]
+    assert "gs://my-project-tunesmith-terraform" in create
+    assert "--public-access-prevention" in create
+    assert "--uniform-bucket-level-access" in create
+    assert "--versioning" in update
+    assert "-backend-config=bucket=my-project-tunesmith-terraform" in cloud.calls[cloud.place(" init ")]
+
+
+def test_the_signing_key_goes_through_a_pipe_and_nowhere_else(cloud: Cloud) -> None:
+    run = cloud.run("deploy.sh", PROJECT, REGION)
+    key = (cloud.home / "key").read_text()
+    assert len(key) == 64
+    assert not key.endswith("\n")
+    assert key not in run.stdout + run.stderr + "".join(cloud.calls)
+    first, then = [call for call in cloud.calls if " apply " in call]
+    assert "-target=google_secret_manager_secret.signing_key" in first
+    assert "-target" not in then
+
+
+def test_a_key_that_is_there_is_left_alone(cloud: Cloud) -> None:
+    (cloud.home / "key").write_text("old")
+    assert cloud.run("deploy.sh", PROJECT, REGION).returncode == 0
+    assert (cloud.home / "key").read_text() == "old"
+    assert len([call for call in cloud.calls if " apply " in call]) == 1
+
+
+def test_one_login_serves_terraform_too_and_is_not_shown(cloud: Cloud) -> None:
+    run = cloud.run("deploy.sh", PROJECT, REGION)
+    assert set((cloud.home / "tokens").read_text().split()) == {"token=a-token"}
+    assert "a-token" not in run.stdout + run.stderr + "".join(cloud.calls)
+
+
+def test_what_google_does_not_know_yet_is_tried_again(cloud: Cloud) -> None:
+    (cloud.home / "key").write_text("old")
+    (cloud.home / "refusals").write_text("Error 404: If a metric was created recently, it could take up to 10 minutes\n" * 2)
+    assert cloud.run("deploy.sh", PROJECT, REGION).returncode == 0
+    assert len([call for call in cloud.calls if " apply " in call]) == 3
+
+
+def test_any_other_refusal_ends_the_deployment(cloud: Cloud) -> None:
+    (cloud.home / "key").write_text("old")
+    (cloud.home / "refusals").write_text("Error 403: quota\n" * 9)
+    run = cloud.run("deploy.sh", PROJECT, REGION)
+    assert run.returncode == 1
+    assert "run this again" in run.stderr
+    assert len([call for call in cloud.calls if " apply " in call]) == 1
+    assert not [call for call in cloud.calls if "builds submit" in call]
+
+
+def test_who_deploys_first_may_call_the_service_and_settings_are_kept(cloud: Cloud) -> None:
+    settings = cloud.home / "infra/terraform/my-project.tfvars"
+    cloud.run("deploy.sh", PROJECT, REGION)
+    assert 'invokers = ["user:me@example.com"]' in settings.read_text()
+    assert '\nalert_email = "me@example.com"' in settings.read_text()
+    settings.write_text('profiles = ["cpu"]\n')
+    cloud.run("deploy.sh", PROJECT, REGION)
+    assert settings.read_text() == 'profiles = ["cpu"]\n'
+    assert all("-var-file=my-project.tfvars" in call for call in cloud.calls if " apply " in call)
+
+
+def test_the_first_settings_are_variables_that_there_are(cloud: Cloud) -> None:
+    cloud.run("deploy.sh", PROJECT, REGION)
+    written = (cloud.home / "infra/terraform/my-project.tfvars").read_text()
+    named = {line.lstrip("# ").partition(" ")[0] for line in written.splitlines() if " = " in line}
+    declared = {item.labels[0] for item in read_files(ROOT / "infra/terraform").of("variable")}
+    assert named <= declared
+    assert {"profiles", "invokers", "alert_email", "billing_account"} <= named
+
+
+def test_a_machine_may_deploy_too_and_gets_no_mail(cloud: Cloud) -> None:
+    cloud.run("deploy.sh", PROJECT, REGION, FAKE_ACCOUNT="ci@other.iam.gserviceaccount.com")
+    settings = (cloud.home / "infra/terraform/my-project.tfvars").read_text()
+    assert 'invokers = ["serviceAccount:ci@other.iam.gserviceaccount.com"]' in settings
+    assert "\nalert_email" not in settings
+
+
+def test_a_deployment_is_not_moved_to_another_region(cloud: Cloud) -> None:
+    run = cloud.run("deploy.sh", PROJECT, REGION, FAKE_REGION="us-east4")
+    assert run.returncode == 1
+    assert "REGION=us-east4" in run.stderr
+    assert not [call for call in cloud.calls if " apply " in call]
+
+
+@pytest.mark.parametrize("answer", ["", "yes", "my-projec"])
+def test_nothing_is_destroyed_without_the_projects_name(cloud: Cloud, answer: str) -> None:
+    run = cloud.run("destroy.sh", PROJECT, REGION, CONFIRM=answer)
+    assert run.returncode == 1
+    assert "CONFIRM=my-project" in run.stderr
+    assert not [call for call in cloud.calls if call.startswith("terraform")]
+
+
+def test_destroying_leaves_the_data_and_says_how_to_delete_it(cloud: Cloud) -> None:
+    run = cloud.run("destroy.sh", PROJECT, REGION, CONFIRM=PROJECT)
+    assert run.returncode == 0, run.stderr
+    (call,) = [call for call in cloud.calls if " destroy " in call]
+    targets = {word.removeprefix("-target=") for word in call.split() if word.startswith("-target=")}
+    gone = {
+        "google_storage_bucket_iam_member.job_uses_models",
+        'google_cloud_run_v2_job.profiles["l4"]',
+        "google_cloud_run_v2_service.tunesmith",
+    }
+    assert targets == gone
+    for command in ("gs://my-project-tunesmith-models", "firestore databases delete", "--no-delete-protection"):
+        assert command in run.stdout
+    assert not [call for call in cloud.calls if "storage rm" in call or "databases delete" in call]
+
+
+def test_destroying_twice_is_harmless(cloud: Cloud) -> None:
+    run = cloud.run("destroy.sh", PROJECT, REGION, CONFIRM=PROJECT, FAKE_STATE='google_storage_bucket.buckets["models"]')
+    assert run.returncode == 0, run.stderr
+    assert not [call for call in cloud.calls if " destroy " in call]

@@ -1,0 +1,452 @@
+"""infra/terraform without an account: form, names against the provider's schema, what refers to what, and who may do what."""
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from tests.infra import google_schema, terraform_tree
+from tests.infra.terraform_tree import Files, Item, Value, plain, texts
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "infra/terraform"
+FILES = terraform_tree.read_files(FOLDER)
+RESOURCES = {item.address: item for item in FILES.items if item.kind in ("resource", "data")}
+OFFLINE = {"TF_CLI_CONFIG_FILE": "/dev/null", "CHECKPOINT_DISABLE": "1", "PATH": "/usr/bin:/bin"}
+
+
+# --- form -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def terraform() -> str:
+    """The program. Without it the half of the checks would be missing, and nobody would notice."""
+    found = shutil.which("terraform")
+    assert found, "terraform is not installed: docs/deploy.md says where it comes from"
+    return found
+
+
+def test_the_files_are_formatted(terraform: str) -> None:
+    run = subprocess.run([terraform, "fmt", "-check", "-diff", str(FOLDER)], capture_output=True, text=True, env=OFFLINE)
+    assert run.returncode == 0, f"terraform fmt infra/terraform\n{run.stdout}{run.stderr}"
+
+
+# --- names, against the provider's schema -------------------------------------------------------------------------------
+
+
+def complaints(files: Files) -> list[str]:
+    """Everything that the provider or Terraform would refuse by its name."""
+    resources = {item.address: item for item in files.items if item.kind in ("resource", "data")}
+    found = terraform_tree.undeclared(files) + terraform_tree.circle(files)
+    for item in files.items:
+        found += google_schema.problems_of_references(item, resources)
+        if item.kind == "resource":
+            found += google_schema.problems(item)
+        elif item.kind == "data":
+            found += google_schema.problems_of_data_source(item)
+        elif item.kind == "provider":
+            found += google_schema.problems_of_provider(item)
+    return found
+
+
+def test_every_name_is_one_that_the_provider_knows() -> None:
+    assert complaints(FILES) == []
+
+
+def test_the_schema_is_of_the_version_that_is_asked_for() -> None:
+    (settings,) = FILES.of("terraform")
+    major = google_schema.PROVIDER_MAJOR[int(version("pulumi-gcp").split(".")[0])]
+    assert f'"~> {major}.0"' in list(texts(settings.body))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "says"),
+    [
+        ("max_retries ", "max_retry ", "google_cloud_run_v2_job.profiles.template.template: no attribute or block max_retry"),
+        ('resource "google_cloud_run_v2_job"', 'resource "google_cloud_run_v2_jobs"', "no resource google_cloud_run_v2_jobs"),
+        ("containers {", "container {", "no attribute or block container"),
+        ('dynamic "env" {', 'dynamic "envs" {', "no attribute or block envs"),
+        ("lifecycle_rule {", "lifecycle_rules {", "no attribute or block lifecycle_rules"),
+        ("secret_key_ref {", "secret_ref {", "no attribute or block secret_ref"),
+        ("accelerator = node_selector.value", "accelerators = node_selector.value", "no attribute or block accelerators"),
+        ("field_path   = fields", "path = fields", "no attribute or block path"),
+        ("startup_cpu_boost = true", 'startup_cpu_boost = "yes"', "takes a bool"),
+        ("max_retries                   = 0", 'max_retries = "none"', "takes a int"),
+        ("retry_config {", "retry_config = {", "is a block, and is written as an attribute"),
+        ("limits = {", "limits {", "is an attribute, and is written as a block"),
+        ("public_access_prevention ", "public_access ", "no attribute or block public_access"),
+        ("  location_id ", "  # ", "google_firestore_database.records: location_id is missing"),
+        ('  account_id   = "tunesmith-job"', "", "account_id is missing"),
+        ("google_service_account.job.email", "google_service_account.job.mail", "has no attribute mail"),
+        ("google_service_account.job.email", "google_service_account.jobs.email", "refers to google_service_account.jobs"),
+        ("var.max_instances", "var.max_instance", "refers to var.max_instance"),
+        ("local.service_environment", "local.environment", "refers to local.environment"),
+        ("each.value.location", "each.value.region", "has no attribute region"),
+        ("data.google_project.this.number", "data.google_project.this.no", "has no attribute no"),
+        ("user_project_override ", "project_override ", "no attribute or block project_override"),
+    ],
+)
+def test_a_slip_of_the_pen_is_found(right: str, wrong: str, says: str) -> None:
+    sources = [path.read_text() for path in sorted(FOLDER.glob("*.tf"))]
+    assert any(right in source for source in sources), f"the files have no {right!r} any more: choose another slip"
+    slipped = terraform_tree.parse(source.replace(right, wrong) for source in sources)
+    assert any(says in complaint for complaint in complaints(slipped)), complaints(slipped)
+
+
+def test_a_circle_is_found() -> None:
+    text = 'resource "google_storage_bucket" "a" {\n  name = google_storage_bucket.b.name\n}\n'
+    files = terraform_tree.parse([text, text.replace('"a"', '"b"').replace("bucket.b", "bucket.a")])
+    assert terraform_tree.circle(files) == ["google_storage_bucket.a", "google_storage_bucket.b"]
+
+
+def test_nothing_is_declared_for_nothing() -> None:
+    assert terraform_tree.unused(FILES) == []
+
+
+# --- what nobody may do -------------------------------------------------------------------------------------------------
+
+
+def words(kind: str = "resource") -> list[str]:
+    """Every string and expression of all items of a kind."""
+    return [text for item in FILES.of(kind) for text in texts(item.body)]
+
+
+def test_nothing_is_open_to_everybody() -> None:
+    assert not [text for text in words() + words("variable") if re.search("allUsers|allAuthenticatedUsers", text)]
+    (service,) = FILES.of("resource", "google_cloud_run_v2_service")
+    assert service.body["invoker_iam_disabled"] is False
+
+
+def test_there_are_no_keys_and_no_secret_values_in_the_state() -> None:
+    assert FILES.of("resource", "google_service_account_key") == []
+    assert FILES.of("resource", "google_secret_manager_secret_version") == []
+
+
+def test_no_bucket_can_be_made_public_or_emptied_by_terraform() -> None:
+    buckets = FILES.of("resource", "google_storage_bucket")
+    assert buckets
+    for bucket in buckets:
+        assert plain(bucket.body["public_access_prevention"]) == "enforced"
+        assert bucket.body["uniform_bucket_level_access"] is True
+        assert bucket.body["force_destroy"] is False
+        assert "cors" not in bucket.body
+
+
+def test_records_are_protected() -> None:
+    (database,) = FILES.of("resource", "google_firestore_database")
+    assert plain(database.body["delete_protection_state"]) == "DELETE_PROTECTION_ENABLED"
+    assert plain(database.body["point_in_time_recovery_enablement"]) == "POINT_IN_TIME_RECOVERY_ENABLED"
+    assert plain(database.body["deletion_policy"]) == "ABANDON"
+
+
+def grants(account: str) -> set[tuple[str, str]]:
+    """What an identity may do: the role, and what it is granted on."""
+    found: set[tuple[str, str]] = set()
+    for item in FILES.of("resource"):
+        if item.type.endswith("_iam_member") and plain(item.body["member"]) == f"google_service_account.{account}.member":
+            on = [
+                plain(item.body[name])
+                for name in ("bucket", "name", "secret_id", "service_account_id", "repository", "project")
+                if name in item.body
+            ]
+            found.add((plain(item.body["role"]).removeprefix("roles/"), resource_of(item, on[0])))
+    return found
+
+
+def resource_of(item: Item, name: str) -> str:
+    """What a name or an address means, in a word."""
+    over = plain(item.body.get("for_each")) if "each.value" in name else name
+    word = {
+        "google_storage_bucket.buckets": "every bucket",
+        "google_cloud_run_v2_job.profiles": "every job",
+        "google_cloud_run_v2_service.tunesmith.name": "service",
+        "google_artifact_registry_repository.images.name": "repository",
+        "google_secret_manager_secret.signing_key.id": "signing key",
+        "var.project_id": "project",
+    }.get(over, over)
+    if bucket := re.fullmatch(r'google_storage_bucket\.buckets\["(\w+)"\]\.name', word):
+        word = f"{bucket[1]} bucket"
+    if account := re.fullmatch(r"google_service_account\.(\w+)\.name", word):
+        word = f"account {account[1]}"
+    return word + (" on condition" if "condition" in item.body else "")
+
+
+def test_an_attempt_reaches_its_bytes_and_the_service_and_nothing_else() -> None:
+    assert grants("job") == {
+        ("storage.objectViewer", "configs bucket"),
+        ("storage.objectUser", "configs bucket on condition"),
+        ("storage.objectViewer", "datasets bucket"),
+        ("storage.objectUser", "models bucket"),
+        ("run.invoker", "service"),
+    }
+
+
+def test_an_attempt_writes_results_and_no_specs() -> None:
+    bound = RESOURCES["google_storage_bucket_iam_member.job_writes_results"]
+    assert any("startsWith" in text and "/objects/results/" in text for text in texts(bound.body["condition"]))
+    assert 'f"results/{job_id}/{attempt}.json"' in source("schema/spec.py")
+
+
+def test_the_service_is_granted_single_things() -> None:
+    assert grants("api") == {
+        ("datastore.user", "project"),
+        ("storage.objectUser", "every bucket"),
+        ("run.jobsExecutorWithOverrides", "every job"),
+        ("google_project_iam_custom_role.execution_keeper.name", "every job"),
+        ("iam.serviceAccountUser", "account job"),
+        ("iam.serviceAccountTokenCreator", "account api"),
+        ("google_project_iam_custom_role.secret_maker.name", "project"),
+        ("google_project_iam_custom_role.secret_keeper.name", "project on condition"),
+        ("secretmanager.secretAccessor", "signing key"),
+    }
+
+
+def test_the_scheduler_may_call_and_the_build_may_build() -> None:
+    assert grants("scheduler") == {("run.invoker", "service")}
+    assert grants("build") == {
+        ("artifactregistry.writer", "repository"),
+        ("run.developer", "service"),
+        ("run.invoker", "service"),
+        ("run.developer", "every job"),
+        ("iam.serviceAccountUser", "account api"),
+        ("iam.serviceAccountUser", "account job"),
+        ("iam.serviceAccountOpenIdTokenCreator", "account build"),
+        ("logging.logWriter", "project"),
+        ("storage.objectViewer", "project on condition"),
+    }
+
+
+def test_no_role_is_a_broad_one() -> None:
+    roles = [plain(item.body["role"]) for item in FILES.of("resource") if "role" in item.body]
+    assert not [role for role in roles if re.search(r"roles/(owner|editor|viewer)$|[aA]dmin$", role)]
+    permissions = [
+        permission for item in FILES.of("resource", "google_project_iam_custom_role") for permission in texts(item.body["permissions"])
+    ]
+    assert not [permission for permission in permissions if "*" in permission or "IamPolicy" in permission or "actAs" in permission]
+
+
+def test_only_secrets_of_jobs_can_be_read_and_not_by_a_role_on_the_whole_project() -> None:
+    maker, keeper = (RESOURCES[f"google_project_iam_custom_role.secret_{name}"] for name in ("maker", "keeper"))
+    assert {plain(permission) for permission in texts(maker.body["permissions"])} == {
+        "secretmanager.secrets.create",
+        "secretmanager.secrets.list",
+    }
+    assert "secretmanager.versions.access" in {plain(permission) for permission in texts(keeper.body["permissions"])}
+    bound = RESOURCES["google_project_iam_member.api_keeps_secrets_of_jobs"]
+    assert any("/secrets/tunesmith-job-" in text and "startsWith" in text for text in texts(bound.body["condition"]))
+
+
+# --- what the code relies on --------------------------------------------------------------------------------------------
+
+
+def source(path: str) -> str:
+    """The text of one of the project's files; its modules cannot be imported here."""
+    return (ROOT / path).read_text()
+
+
+def test_every_hardware_profile_of_the_launcher_has_its_cloud_run_job() -> None:
+    launcher = source("service/adapters/launchers/cloud_run.py")
+    calls = [
+        node for node in ast.walk(ast.parse(launcher)) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "HardwareProfile"
+    ]
+    profiles = {ast.literal_eval(call.args[0]) for call in calls}
+    assert profiles == set(hardware()) == {"l4", "rtx-pro-6000", "cpu"}
+    (variable,) = [item for item in FILES.of("variable") if item.labels == ("profiles",)]
+    assert any(all(f'"{name}"' in text for name in profiles) for text in texts(variable.body["validation"]))
+    assert 'f"tunesmith-{profile}"' in launcher
+    assert 'CONTAINER = "attempt"' in launcher
+
+
+def hardware() -> dict[str, dict[str, Value]]:
+    """The table of hardware, by profile."""
+    table = FILES.locals["hardware"]
+    assert isinstance(table, dict)
+    return {plain(name): row for name, row in table.items() if isinstance(row, dict) and name not in terraform_tree.MARKS}
+
+
+def test_hardware_is_what_cloud_run_sells() -> None:
+    cpus = {name: int(plain(row["cpu"])) for name, row in hardware().items()}
+    gigabytes = {name: int(plain(row["memory"]).removesuffix("Gi")) for name, row in hardware().items()}
+    accelerators = {name: plain(row["accelerator"]) for name, row in hardware().items()}
+    assert accelerators == {"l4": "nvidia-l4", "rtx-pro-6000": "nvidia-rtx-pro-6000", "cpu": "None"}
+    assert 4 <= cpus["l4"] <= 8
+    assert 16 <= gigabytes["l4"] <= 32
+    assert cpus["rtx-pro-6000"] >= 20
+    assert gigabytes["rtx-pro-6000"] >= 80
+    assert cpus["cpu"] <= 8
+    assert gigabytes["cpu"] <= 32
+
+
+def only_block(body: Value, *names: str) -> dict[str, Value]:
+    """The block under some names, one in the other, each of which stands once."""
+    for name in names:
+        assert isinstance(body, dict)
+        blocks = body[name]
+        assert isinstance(blocks, list)
+        (body,) = blocks
+    assert isinstance(body, dict)
+    return body
+
+
+def test_a_cloud_run_job_makes_one_attempt_and_never_a_second() -> None:
+    (job,) = FILES.of("resource", "google_cloud_run_v2_job")
+    assert plain(job.body["name"]) == "tunesmith-${each.key}"
+    assert only_block(job.body, "template")["task_count"] == 1
+    task = only_block(job.body, "template", "template")
+    assert task["max_retries"] == 0
+    assert plain(task["service_account"]) == "google_service_account.job.email"
+    assert plain(only_block(task, "containers")["name"]) == "attempt"
+    assert "env" not in only_block(task, "containers")
+
+
+def environment() -> dict[str, str]:
+    """The service's variables; expressions as they are written."""
+    table = FILES.locals["service_environment"]
+    assert isinstance(table, dict)
+    return {plain(name): plain(value) for name, value in table.items() if name not in terraform_tree.MARKS}
+
+
+def settings_of_the_service() -> set[str]:
+    """Every environment variable that service/settings.py knows."""
+    (settings,) = [
+        node for node in ast.walk(ast.parse(source("service/settings.py"))) if isinstance(node, ast.ClassDef) and node.name == "Settings"
+    ]
+    known: set[str] = set()
+    for line in settings.body:
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+            alias = [keyword.value for keyword in getattr(line.value, "keywords", []) if keyword.arg == "validation_alias"]
+            names = [str(node.value) for part in alias for node in ast.walk(part) if isinstance(node, ast.Constant)]
+            known |= set(names or [f"TUNESMITH_{line.target.id.upper()}"])
+    return known
+
+
+def test_the_service_is_told_only_what_it_asks_for() -> None:
+    (service,) = FILES.of("resource", "google_cloud_run_v2_service")
+    secret = plain(only_block(service.body, "template", "containers", "env")["name"])
+    assert secret == "TUNESMITH_SIGNING_KEY"
+    assert environment().keys() | {secret} <= settings_of_the_service()
+
+
+def test_the_service_is_told_all_that_it_needs_in_the_cloud() -> None:
+    told = environment()
+    assert (told["TUNESMITH_JOB_STORE"], told["TUNESMITH_LAUNCHER"], told["TUNESMITH_SECRET_STORE"]) == (
+        "firestore",
+        "cloud-run",
+        "secret-manager",
+    )
+    assert told["TUNESMITH_RECONCILE_INTERVAL_S"] == "0"
+    assert told["TUNESMITH_LOG_FORMAT"] == "json"
+    assert told["TUNESMITH_PUBLIC_URL"] == told["TUNESMITH_IDENTITY_AUDIENCE"] == "local.service_url"
+    assert {
+        "PROJECT_ID",
+        "REGION",
+        "GCS_CONFIG_BUCKET_NAME",
+        "TUNESMITH_HARDWARE_PROFILES",
+        "TUNESMITH_ATTEMPT_TIME_LIMIT_S",
+    } <= told.keys()
+    assert "PORT" not in told  # Cloud Run's own; a deployment that sets it is refused
+    assert int(told["TUNESMITH_MAX_UPLOAD_BYTES"]) < 32 << 20
+
+
+def test_a_bucket_that_does_not_answer_ends_no_instance() -> None:
+    (service,) = FILES.of("resource", "google_cloud_run_v2_service")
+    container = only_block(service.body, "template", "containers")
+    assert "tcp_socket" in only_block(container, "startup_probe")
+    path = plain(only_block(container, "liveness_probe", "http_get")["path"])
+    assert path == "/docs"
+    assert "docs_url" not in source("service/main.py")  # FastAPI serves it there unless told otherwise
+
+
+def test_the_scheduler_calls_addresses_that_there_are() -> None:
+    table = FILES.locals["upkeep"]
+    assert isinstance(table, dict)
+    for name in table.keys() - set(terraform_tree.MARKS):
+        assert f'@upkeep.post("/{plain(name)}")' in source("service/api/internal.py")
+    (job,) = FILES.of("resource", "google_cloud_scheduler_job")
+    assert plain(only_block(job.body, "http_target")["uri"]) == "${local.service_url}/internal/${each.key}"
+    assert plain(only_block(job.body, "http_target", "oidc_token")["audience"]) == "local.service_url"
+
+
+def test_alerts_wait_for_messages_that_the_service_logs() -> None:
+    logged = source("service/core/jobs.py")
+    for message in [*texts(FILES.locals["stuck_messages"]), '"status changed"']:
+        assert re.search(rf'log\.\w+\("{plain(message)}"', logged), message
+    assert '"status": after.status' in logged
+    assert '"message": record.getMessage()' in source("service/logs.py")
+
+
+# --- settings that are refused ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def variables_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which Terraform judges variables and needs no provider."""
+    folder = tmp_path_factory.mktemp("variables")
+    shutil.copy(FOLDER / "variables.tf", folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("project_id=My", "A project id is like"),
+        ("region=Europe", "A region is like europe-west4"),
+        ('profiles=["l4", "h100"]', "one or more of l4"),
+        ("profiles=[]", "one or more of l4"),
+        ('invokers=["allUsers"]', "never open to everybody"),
+        ("attempt_time_limit_s=60", "from 120 seconds"),
+        ("soft_delete_days=3", "from 7 to 90"),
+        ('invokers=["user:me@example.com"]', None),
+    ],
+)
+def test_a_wrong_setting_is_refused_in_words(terraform: str, variables_alone: Path, setting: str, says: str | None) -> None:
+    given = [f"-var={value}" for value in ("project_id=my-project", "region=europe-west4", setting)]
+    run = subprocess.run([terraform, "console", *given], input="1", capture_output=True, text=True, cwd=variables_alone, env=OFFLINE)
+    said = " ".join(run.stderr.replace("\u2502", " ").split())
+    assert (run.returncode == 0) if says is None else says in said, said
+
+
+# --- indexes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def evaluated(terraform: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, object]]]:
+    """What Terraform itself makes of the file of indexes: the locals that the resources loop over."""
+    home = tmp_path_factory.mktemp("indexes")
+    (home / "infra/terraform").mkdir(parents=True)
+    shutil.copy(FOLDER / "firestore_indexes.tf", home / "infra/terraform")
+    shutil.copy(ROOT / "infra/firestore.indexes.json", home / "infra")
+    asked = "jsonencode({ indexes = local.firestore_indexes, fields = local.firestore_fields })"
+    run = subprocess.run([terraform, "console"], input=asked, capture_output=True, text=True, cwd=home / "infra/terraform", env=OFFLINE)
+    assert run.returncode == 0, run.stderr
+    return json.loads(json.loads(run.stdout))
+
+
+def test_every_index_of_the_file_is_made_and_no_other(evaluated: dict[str, dict[str, dict[str, object]]]) -> None:
+    listed = json.loads(source("infra/firestore.indexes.json"))
+    in_order: Callable[[object], str] = lambda row: json.dumps(row, sort_keys=True)  # noqa: E731
+    assert sorted(evaluated["indexes"].values(), key=in_order) == sorted(listed["indexes"], key=in_order)
+    assert sorted(evaluated["fields"].values(), key=in_order) == sorted(listed["fieldOverrides"], key=in_order)
+
+
+def test_the_loops_are_over_the_file() -> None:
+    assert plain(RESOURCES["google_firestore_index.queries"].body["for_each"]) == "local.firestore_indexes"
+    assert plain(RESOURCES["google_firestore_field.overrides"].body["for_each"]) == "local.firestore_fields"
+
+
+def test_the_loops_know_every_word_of_the_file() -> None:
+    """A word that firestore.tf does not read would be lost without a sound."""
+    listed = json.loads(source("infra/firestore.indexes.json"))
+    known = {"collectionGroup", "queryScope", "fields", "fieldPath", "order", "arrayConfig", "ttl", "indexes"}
+    rows = [*listed["indexes"], *listed["fieldOverrides"]]
+    inner = [part for row in rows for part in [*row.get("fields", []), *row.get("indexes", [])]]
+    assert {name for row in [*rows, *inner] for name in row} <= known
+    assert listed.keys() == {"indexes", "fieldOverrides"}
+    read = source("infra/terraform/firestore.tf") + source("infra/terraform/firestore_indexes.tf")
+    assert all(f".{name}" in read for name in known)
