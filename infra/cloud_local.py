@@ -26,6 +26,7 @@ from infra.loopback.cloud_run import CloudRun
 from infra.loopback.cloud_storage import cloud_storage, free_port
 from infra.loopback.firestore import firestore_emulator
 from infra.loopback.google_identity import GoogleIdentity
+from infra.loopback.http_faults import HttpFaults
 from infra.loopback.secret_manager import SecretManager
 
 SOURCE = Path(__file__).resolve().parent.parent
@@ -77,13 +78,21 @@ class CloudLocal:
 
 
 @contextmanager
-def cloud_local(folder: Path, *, trainer_python: Path = TRAINER_PYTHON, port: int = 0, schedule: bool = True) -> Generator[CloudLocal]:
-    """Everything, started and answering; ended in good order. Buckets are below `folder`, records are gone at the end."""
+def cloud_local(
+    folder: Path, *, trainer_python: Path = TRAINER_PYTHON, port: int = 0, before_storage: HttpFaults | None = None
+) -> Generator[CloudLocal]:
+    """Everything, started and answering; ended in good order. Buckets are below `folder`, records are gone at the end.
+
+    `before_storage` is a front, already at work, through which everybody reaches the buckets: for tests that break it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
     with ExitStack() as stack:
         firestore_host = stack.enter_context(firestore_emulator())
-        storage_url = stack.enter_context(cloud_storage(folder=folder / "buckets", buckets=BUCKETS.values()))
+        address = before_storage.url if before_storage else None
+        storage_url = stack.enter_context(cloud_storage(folder=folder / "buckets", buckets=BUCKETS.values(), address=address))
+        if before_storage:
+            before_storage.target, storage_url = storage_url, before_storage.url
         identity = stack.enter_context(GoogleIdentity(project=PROJECT, email=f"tunesmith@{PROJECT}.iam.gserviceaccount.com"))
         secret_manager = stack.enter_context(SecretManager())
         google = {"STORAGE_EMULATOR_HOST": storage_url, "GOOGLE_CLOUD_PROJECT": PROJECT, **identity.environment}
@@ -103,8 +112,7 @@ def cloud_local(folder: Path, *, trainer_python: Path = TRAINER_PYTHON, port: in
         stack.enter_context(_service(port, settings, log))
         local = CloudLocal(url, firestore_host, storage_url, secret_manager, cloud_run, identity, log)
         _wait_until_it_answers(local)
-        if schedule:
-            stack.enter_context(_scheduler(local))
+        stack.enter_context(_scheduler(local))
         yield local
 
 

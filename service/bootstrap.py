@@ -47,6 +47,7 @@ class Parts:
     store: JobStore
     objects: Buckets
     launcher: Launcher
+    secrets: SecretStore
     tokens: TokenSigner
     jobs: Jobs
     datasets: Datasets
@@ -64,6 +65,7 @@ def assemble(settings: Settings, clock: Callable[[], datetime] | None = None) ->
     objects = Buckets(**{name: open_store(url) for name, url in settings.object_urls.items()})
     launcher = _launcher(settings)
     clock = clock or now
+    secrets = _secret_store(settings)
     tokens = TokenSigner(_signing_key(settings), clock)
     reconciler = Reconciler(lambda: jobs.reconcile(), settings.reconcile_interval_s) if settings.reconcile_interval_s else None
 
@@ -72,7 +74,7 @@ def assemble(settings: Settings, clock: Callable[[], datetime] | None = None) ->
 
     jobs = Jobs(
         store=store,
-        secrets=_secret_store(settings),
+        secrets=secrets,
         configs=objects.configs,
         models=objects.models,
         datasets=objects.datasets,
@@ -92,7 +94,7 @@ def assemble(settings: Settings, clock: Callable[[], datetime] | None = None) ->
         random_tail=lambda: random.token_hex(6),
         scratch=home / "uploads",
     )
-    return Parts(settings, store, objects, launcher, tokens, jobs, datasets, reconciler)
+    return Parts(settings, store, objects, launcher, secrets, tokens, jobs, datasets, reconciler)
 
 
 def now() -> datetime:

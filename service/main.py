@@ -59,6 +59,7 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
         if parts.reconciler is not None:
             await in_thread(parts.reconciler.stop)
         await in_thread(parts.launcher.close)
+        parts.secrets.close()
         parts.store.close()
 
 

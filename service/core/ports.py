@@ -298,6 +298,10 @@ class SecretStore(Protocol):
         """Ids of jobs that have secrets here: for finding orphans."""
         ...
 
+    def close(self) -> None:
+        """Let go of connections."""
+        ...
+
 
 class LinkSigner(Protocol):
     """Turns an object of the model bucket into a link that works for a while without any other credential."""

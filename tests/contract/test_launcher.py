@@ -259,8 +259,8 @@ def log_of(launcher: LocalLauncher, name: str = "job-1.1") -> str:
 
 def test_logs_come_in_pages_and_are_forgotten_on_request(here: LocalLauncher) -> None:
     assert here.read_log("job-1.1", 0, 10) is None
-    here.launch(an_order(MANNER="end"))
-    until(ready(here))
+    handle = here.launch(an_order(MANNER="end"))
+    until(lambda: here.check(handle) == "ended")
     whole = log_of(here)
     assert whole.startswith("attempt job-1.1 é tk")
     pages, offset = "", 0

@@ -1,5 +1,6 @@
 """The main job on the Google stack: real client libraries, a front door that asks for identities, the tiny model."""
 
+import hashlib
 import json
 import subprocess
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
 
 from infra.cloud_local import BUCKETS, PROJECT, CloudLocal, cloud_local
+from infra.loopback.http_faults import Fault, HttpFaults, Wrong, http_faults
 from tests.e2e.conftest import BASE, ROWS, SOURCE, TRAINER_PYTHON, TUNESMITH, Json, until
 
 HF_TOKEN = "hf_canary_cloud_91c2"
@@ -21,12 +23,24 @@ CONFIG = {
     "export_config": {"format": "merged", "include_gguf": True, "gguf_quantization": "q8_0"},
     "eval_config": {"compute_eval_metrics": True},
 }
+# What a store does on a bad day, each once: it is busy, breaks off, mangles what it gets, and does as it is told without saying so.
+STUMBLES: list[tuple[Wrong, int]] = [
+    *(("refuse", 503), ("refuse", 429), ("reset", 0), ("cut request", 0)),
+    *(("damage request", 0), ("lose answer", 0), ("refuse", 500)),
+]
 FINAL = ("completed", "failed", "cancelled")
 
 
 @pytest.fixture(scope="module")
-def cloud(tmp_path_factory: pytest.TempPathFactory, tiny_gemma: Path) -> Iterator[CloudLocal]:
-    with pytest.MonkeyPatch.context() as patch, cloud_local(tmp_path_factory.mktemp("cloud")) as local:
+def storage_front() -> Iterator[HttpFaults]:
+    with http_faults() as front:
+        yield front
+
+
+@pytest.fixture(scope="module")
+def cloud(tmp_path_factory: pytest.TempPathFactory, tiny_gemma: Path, storage_front: HttpFaults) -> Iterator[CloudLocal]:
+    folder = tmp_path_factory.mktemp("cloud")
+    with pytest.MonkeyPatch.context() as patch, cloud_local(folder, before_storage=storage_front) as local:
         patch.setenv("STORAGE_EMULATOR_HOST", local.storage_url)
         bucket = a_bucket("models")
         for file in tiny_gemma.iterdir():
@@ -52,8 +66,7 @@ def dataset_id(http: httpx2.Client) -> str:
 @pytest.fixture(scope="module")
 def job(http: httpx2.Client, dataset_id: str, cloud: CloudLocal) -> Json:
     job_id = submitted(http, dataset_id, hf_token=HF_TOKEN)
-    until(lambda: http.get(f"/jobs/{job_id}").json()["status"] in FINAL, 180)
-    job = http.get(f"/jobs/{job_id}").json()
+    job = finished(http, job_id)
     assert job["status"] == "completed", f"{job['failure']}\n{log_of(cloud)}\n{cloud.service_log.read_text()[-3000:]}"
     return job
 
@@ -67,6 +80,11 @@ def submitted(http: httpx2.Client, dataset_id: str, *, hyperparameters: Json | N
     answer = http.post("/train", json={"processed_dataset_id": dataset_id, "training_config": config} | changes)
     assert answer.status_code == 201, answer.text
     return answer.json()["job_id"]
+
+
+def finished(http: httpx2.Client, job_id: str) -> Json:
+    until(lambda: http.get(f"/jobs/{job_id}").json()["status"] in FINAL, 180)
+    return http.get(f"/jobs/{job_id}").json()
 
 
 def log_of(cloud: CloudLocal) -> str:
@@ -138,6 +156,35 @@ def test_an_attempt_whose_machine_is_taken_away_is_followed_by_the_next(http: ht
     assert http.get(f"/jobs/{job_id}").json()["attempts"][0]["outcome"] == "preempted"
     http.post(f"/jobs/{job_id}/cancel")
     until(lambda: http.get(f"/jobs/{job_id}").json()["status"] == "cancelled", 90)
+
+
+def test_a_bucket_that_stumbles_delays_a_job_and_damages_nothing(
+    http: httpx2.Client, dataset_id: str, cloud: CloudLocal, storage_front: HttpFaults
+) -> None:
+    storage_front.plan(*(Fault(wrong, "POST", f"/b/{BUCKETS['models']}/o", status=status) for wrong, status in STUMBLES))
+    job = finished(http, submitted(http, dataset_id))
+    assert job["status"] == "completed", f"{job['failure']}\n{log_of(cloud)}"
+    storage_front.plan()
+    for artifact in job["artifacts"]:
+        for file in artifact["files"]:
+            content = a_bucket("models").blob(artifact["key"] + file["path"]).download_as_bytes()
+            assert hashlib.sha256(content).hexdigest() == file["sha256"]
+
+
+def test_a_bucket_that_refuses_fails_the_job_and_no_part_of_it_is_visible(
+    http: httpx2.Client, dataset_id: str, storage_front: HttpFaults
+) -> None:
+    said = "tunesmith-job@p.iam.gserviceaccount.com does not have storage.objects.create access to the Google Cloud Storage object."
+    body = json.dumps({"error": {"code": 403, "message": said}})
+    storage_front.plan(Fault("refuse", "POST", f"/b/{BUCKETS['models']}/o", times=1000, status=403, body=body))
+    job_id = submitted(http, dataset_id)
+    job = finished(http, job_id)
+    storage_front.plan()
+    assert (job["status"], job["failure"]["code"]) == ("failed", "upload_failed")
+    assert "roles/storage.objectUser" in job["failure"]["message"]
+    assert job["artifacts"] == []
+    assert not a_bucket("models").blob(f"results/{job_id}/manifest.json").exists()
+    assert http.get(f"/jobs/download/{job_id}").status_code == 409
 
 
 def test_the_command_line_is_a_user_like_any_other(job: Json, cloud: CloudLocal, tmp_path: Path) -> None:

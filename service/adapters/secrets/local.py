@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from uuid import uuid4
 
 from cryptography.fernet import Fernet, InvalidToken
 
@@ -23,8 +24,7 @@ class LocalSecretStore:
 
     def put(self, job_id: str, secrets: Mapping[str, str]) -> None:
         sealed = self._fernet.encrypt(json.dumps(dict(secrets)).encode())
-        part = self._path(job_id).with_suffix(".part")
-        part.unlink(missing_ok=True)
+        part = self._path(job_id).with_suffix(f".{uuid4().hex}.part")  # two who put at once do not meet
         _write_owner_only(part, sealed)
         part.replace(self._path(job_id))
 
@@ -45,6 +45,9 @@ class LocalSecretStore:
 
     def walk(self) -> Iterator[str]:
         return (path.name.removesuffix(SUFFIX) for path in sorted(self._folder.glob(f"*{SUFFIX}")))
+
+    def close(self) -> None:
+        return None
 
     def _path(self, job_id: str) -> Path:
         return self._folder / f"{job_id}{SUFFIX}"
