@@ -335,8 +335,6 @@ class CloudRun:
         short = execution.name.rpartition("/")[2]
         told = {variable.name: variable.value for variable in execution.template.containers[0].env}
         own = {name: str(self._folder / short) for name in OWN_FOLDERS if name in told}
-        for folder in own.values():
-            Path(folder).mkdir(exist_ok=True)
         return {
             **self._environment,
             **told,

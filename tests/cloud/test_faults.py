@@ -147,7 +147,7 @@ def test_a_used_up_quota_delays_the_job_and_says_which(cloud: Cloud) -> None:
 
 
 def test_a_job_resource_that_is_not_there_is_named(cloud: Cloud) -> None:
-    cloud.cloud_run.DeleteJob.__self__._jobs.clear()  # type: ignore[attr-defined]
+    cloud.cloud_run.delete_jobs()
     failure = cloud.job(cloud.submitted())["failure"]
     assert failure["code"] == "launch_failed"
     assert "tunesmith-cpu" in failure["message"]

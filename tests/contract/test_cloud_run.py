@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 from google.cloud import run_v2
 from google.rpc import code_pb2, status_pb2
@@ -191,6 +192,18 @@ def test_closing_leaves_attempts_at_work(launcher: CloudRunLauncher) -> None:
     handle = launcher.launch(an_order(MANNER="sleep"))
     launcher.close()
     assert launcher.check(handle) == "running"
+
+
+def test_closing_lets_go_of_the_connection(launcher: CloudRunLauncher, cloud_run: CloudRun) -> None:
+    port = int(cloud_run.host.partition(":")[2])
+
+    def connections() -> int:
+        return sum(1 for line in psutil.Process().net_connections("tcp") if line.raddr and line.raddr.port == port)
+
+    launcher.launch(an_order())
+    assert connections() == 1
+    launcher.close()
+    until(lambda: connections() == 0)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ import os, pathlib, signal, sys, time
 print("attempt", sys.argv[2], "é", os.environ["JOB_TOKEN"][:2], flush=True)
 manner = os.environ.get("MANNER", "sleep")
 if manner == "deaf": signal.signal(signal.SIGTERM, signal.SIG_IGN)
+pathlib.Path(os.environ["JOB_WORKDIR"]).mkdir(exist_ok=True)  # as jobs.run: not every launcher makes it
 pathlib.Path(os.environ["JOB_WORKDIR"], "environment").write_text("\\n".join(sorted(os.environ)))
 pathlib.Path(os.environ["SIGNS"], sys.argv[2]).touch()
 if manner != "end": time.sleep(60)

@@ -32,7 +32,7 @@ class LocalLauncher:
 
     name = "local"
     check_is_cheap = True
-    profiles = ("local",)
+    profiles: tuple[str, ...] = ("local",)
 
     def __init__(
         self, *, home: Path, python: Path, source: Path, service_url: str, max_concurrent_jobs: int, environment: Mapping[str, str]
@@ -103,6 +103,9 @@ class LocalLauncher:
         for process in stubborn:
             _signal_group(process.pid, signal.SIGKILL)
         psutil.wait_procs(stubborn, timeout=STOP_GRACE_S)
+        for child in list(self._children.values()):  # also one that ends just now, and is no attempt any more
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(STOP_GRACE_S)
         self._reap()
 
     # --- LogSource ---------------------------------------------------------------------------------------------------
@@ -202,7 +205,7 @@ class LocalLauncher:
         try:
             process = psutil.Process(int(handle.partition("@")[0]))
             alive = _handle_of(process) == handle and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:
+        except (psutil.Error, ValueError):  # the second is a handle of another launcher
             return None
         return process if alive else None
 
