@@ -33,6 +33,8 @@ SOURCE = Path(__file__).resolve().parent.parent
 TRAINER_PYTHON = SOURCE / ".venvs/llm/bin/python"
 PROJECT, REGION, PROFILE = "tunesmith-local", "loopback", "cpu"
 BUCKETS = {name: f"{PROJECT}-{name}" for name in ("configs", "datasets", "models")}
+USER = "somebody@example.com"
+MACHINE = f"tunesmith@{PROJECT}.iam.gserviceaccount.com"  # service and attempts are apart in the cloud, and one here
 RECONCILE_EVERY_S = 2.0  # Cloud Scheduler's minute, for people who watch
 START_MOST_S = 60.0
 STOP_MOST_S = 15.0
@@ -57,7 +59,7 @@ class CloudLocal:
 
     def identity_token(self) -> str:
         """What `gcloud auth print-identity-token` would print for somebody who may call the service."""
-        return self.identity.identity_token(self.url)
+        return self.identity.identity_token(self.url, USER)
 
     def client_environment(self) -> dict[str, str]:
         """What a program needs to be a user of this deployment: the service, who they are, and the models bucket."""
@@ -93,7 +95,7 @@ def cloud_local(
         storage_url = stack.enter_context(cloud_storage(folder=folder / "buckets", buckets=BUCKETS.values(), address=address))
         if before_storage:
             before_storage.target, storage_url = storage_url, before_storage.url
-        identity = stack.enter_context(GoogleIdentity(project=PROJECT, email=f"tunesmith@{PROJECT}.iam.gserviceaccount.com"))
+        identity = stack.enter_context(GoogleIdentity(project=PROJECT, email=MACHINE))
         secret_manager = stack.enter_context(SecretManager())
         google = {"STORAGE_EMULATOR_HOST": storage_url, "GOOGLE_CLOUD_PROJECT": PROJECT, **identity.environment}
         cloud_run = stack.enter_context(
@@ -130,6 +132,7 @@ def service_settings(url: str, folder: Path, firestore: str, cloud_run: str, sec
         "TUNESMITH_MODELS_URL": f"gs://{BUCKETS['models']}",
         "TUNESMITH_PUBLIC_URL": url,
         "TUNESMITH_IDENTITY_AUDIENCE": url,
+        "TUNESMITH_ATTEMPT_IDENTITY": MACHINE,
         "TUNESMITH_HARDWARE_PROFILES": PROFILE,
         "TUNESMITH_RECONCILE_INTERVAL_S": "0",
         "TUNESMITH_EVENT_POLL_S": "0.5",

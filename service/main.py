@@ -9,6 +9,7 @@ from datetime import datetime
 from fastapi import FastAPI
 
 from service.api import datasets, errors, files, health, internal, jobs, train
+from service.api.identities import KeepAttemptsApart
 from service.api.limits import LimitBodies
 from service.api.patience import Patience
 from service.api.stream import Feeds, in_thread
@@ -36,6 +37,8 @@ def create_app(settings: Settings | None = None, clock: Callable[[], datetime] |
     app.state.clock = clock
     app.add_middleware(Patience)
     app.add_middleware(LimitBodies, max_upload_bytes=settings.max_upload_bytes)
+    if settings.attempt_identity:
+        app.add_middleware(KeepAttemptsApart, email=settings.attempt_identity)
     errors.install(app)
     for part in (train, jobs, datasets, files, health, internal):
         app.include_router(part.router)

@@ -54,6 +54,9 @@ class Settings(BaseSettings):
     identity_audience: str | None = Field(
         None, description="What an attempt's identity token is for, where only known identities may call the service: its https url."
     )
+    attempt_identity: str | None = Field(
+        None, description="The service account of attempts, where there is a front door: it may report for attempts, and call nothing else."
+    )
     signing_key: SecretStr | None = Field(
         None, min_length=32, description="Signs attempt tokens and links, the same in every instance. Left out, a key file in home."
     )

@@ -96,11 +96,11 @@ class GoogleIdentity:
         """RSA over SHA-256, as signBlob and a key file do it."""
         return self.key.sign(content, padding.PKCS1v15(), hashes.SHA256())
 
-    def identity_token(self, audience: str) -> str:
-        """A token that says to `audience` who this is; an hour long, like Google's."""
+    def identity_token(self, audience: str, email: str | None = None) -> str:
+        """A token that says to `audience` who this is, or another account; an hour long, like Google's."""
         now = int(time.time())
         claims = {"iss": "https://accounts.google.com", "aud": audience, "iat": now, "exp": now + self.life_s}
-        who = {"email": self.email, "email_verified": True, "sub": "100000000000000000000"}
+        who = {"email": email or self.email, "email_verified": True, "sub": "100000000000000000000"}
         return jwt.encode({**claims, **who}, self.key, algorithm="RS256", headers={"kid": KEY_ID})
 
     def public_keys(self) -> dict[str, object]:

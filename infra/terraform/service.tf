@@ -15,6 +15,7 @@ locals {
     TUNESMITH_LOG_FORMAT        = "json"
     TUNESMITH_PUBLIC_URL        = local.service_url
     TUNESMITH_IDENTITY_AUDIENCE = local.service_url
+    TUNESMITH_ATTEMPT_IDENTITY  = google_service_account.job.email
 
     TUNESMITH_HARDWARE_PROFILES    = join(",", var.profiles)
     TUNESMITH_ATTEMPT_TIME_LIMIT_S = tostring(var.attempt_time_limit_s)

@@ -97,6 +97,14 @@ def test_nobody_comes_in_without_an_identity(cloud: CloudLocal) -> None:
     assert httpx2.get(f"{cloud.url}/health", headers={"Authorization": f"Bearer {for_somebody_else}"}).status_code == 403
 
 
+def test_the_identity_of_attempts_opens_no_other_door(cloud: CloudLocal) -> None:
+    headers = {"X-Serverless-Authorization": f"Bearer {cloud.identity.identity_token(cloud.url)}"}
+    assert httpx2.get(f"{cloud.url}/jobs", headers=headers).json()["error"]["code"] == "forbidden"
+    somebody = {"Authorization": f"Bearer {cloud.identity_token()}"}  # which the door does not look at when there is the other
+    assert httpx2.get(f"{cloud.url}/jobs", headers=headers | somebody).status_code == 403
+    assert httpx2.post(f"{cloud.url}/internal/jobs/j/attempts/1/claim", json={"claimant": "p"}, headers=headers).status_code == 401
+
+
 def test_the_job_learned_on_the_hardware_it_was_given(job: Json) -> None:
     assert job["metrics"]["eval_loss"] < job["base_metrics"]["eval_loss"]
     assert job["hardware"] == "cpu"

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jwt
 import pytest
 from starlette.testclient import TestClient
 
@@ -454,3 +455,21 @@ def test_openapi_documents_the_contract_with_an_example(client: TestClient) -> N
     knobs = api["components"]["schemas"]["Hyperparameters"]["properties"]
     assert knobs["learning_rate"]["default"] == 2e-4
     assert knobs["lora_rank"]["minimum"] == 1
+
+
+# --- the identity of attempts ----------------------------------------------------------------------------------------
+
+
+def test_the_identity_of_attempts_may_report_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LocalLauncher, "hardware", lambda _, profile=None: some_hardware())
+    app = create_app(Settings(home=tmp_path, attempt_identity="job@p"))  # type: ignore[call-arg]
+    token = {email: jwt.encode({"email": email}, "k" * 32, algorithm="HS256") for email in ("job@p", "me@p")}
+    shown = {who: {"X-Serverless-Authorization": f"Bearer {token[who]}"} for who in token}
+    with TestClient(app) as client:
+        refusal = client.get("/jobs", headers=shown["job@p"])
+        assert (refusal.status_code, refusal.json()["error"]["code"]) == (403, "forbidden")
+        assert client.get("/jobs", headers=shown["job@p"] | {"Authorization": f"Bearer {token['me@p']}"}).status_code == 403
+        assert client.post("/internal/reconcile", headers={"Authorization": f"Bearer {token['job@p']}"}).status_code == 403
+        assert client.post("/internal/jobs/j/attempts/1/claim", json={"claimant": "p"}, headers=shown["job@p"]).status_code == 401
+        for headers in ({}, shown["me@p"], {"Authorization": "Bearer no.token"}, {"Authorization": "Basic eA=="}):
+            assert client.get("/jobs", headers=headers).status_code == 200

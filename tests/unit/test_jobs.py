@@ -386,6 +386,19 @@ def test_without_a_background_task_the_end_of_a_job_makes_room_for_the_next(worl
     assert world.find(second).status is Status.PREPARING
 
 
+def test_where_asking_takes_time_several_jobs_are_looked_after_at_once(world: World) -> None:
+    world.launcher.check_is_cheap = False
+    world.launcher.slots = 20
+    jobs = [world.submitted() for _ in range(20)]
+    assert world.jobs.reconcile() == 20
+    assert len(world.launcher.launched) == 20
+    for job in jobs[:19]:
+        world.write_result(job)
+    world.launcher.states.pop(f"handle of {attempt_name(jobs[19].job_id, 1)}")  # and one of them is trouble
+    assert world.jobs.reconcile() == 19
+    assert [world.find(job).status for job in jobs[:19]] == [Status.COMPLETED] * 19
+
+
 def test_who_asks_for_a_silent_job_has_it_looked_after(world: World) -> None:
     job = world.training()
     world.launcher.check_is_cheap = False
