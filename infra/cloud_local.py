@@ -225,7 +225,9 @@ def _explain(local: CloudLocal) -> None:
     print(f'\ncurl -H "Authorization: Bearer $TUNESMITH_IDENTITY_TOKEN" {local.url}/health')
     print(".venvs/dev/bin/tunesmith jobs")
     print(".venvs/dev/bin/python infra/demo.py\n")
-    print(f"# The service's log: {local.service_log}\n# Ctrl-C ends it all. The token is good for an hour.", flush=True)
+    print(f"# The service's log: {local.service_log}")
+    print(f"# What attempts print: {local.service_log.parent / 'executions'}")
+    print("# Ctrl-C ends it all. The token is good for an hour.", flush=True)
 
 
 def _end(*_: object) -> None:

@@ -281,6 +281,8 @@ def capabilities(as_json: AsJson = False) -> None:
         out.print_json(data=found)
         return
     out.print(f"launcher    {found['launcher']} on {found['hardware']['device_name']} ({found['hardware']['device']})", highlight=False)
+    for name, facts in found["profiles"].items():
+        out.print(f"hardware    {name}: {facts['device_name']}", highlight=False)
     for label, names in (("trainers", found["trainer_types"]), ("methods", found["methods"]), ("providers", found["providers"])):
         out.print(f"{label:11} {', '.join(names)}")
     out.print(f"exports     {', '.join(found['export']['formats'])}; GGUF {', '.join(found['export']['gguf_quantizations']) or 'no'}")
