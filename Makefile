@@ -9,7 +9,7 @@ VENVS := .venvs
 PIP_FLAGS := --quiet --disable-pip-version-check
 
 help: ## This list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1|/' | column -t -s '|'
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  \1|/' | column -t -s '|'
 
 setup: setup-service setup-llm ## Both environments: the service's, without any ML library, and the trainer's with llama.cpp
 
