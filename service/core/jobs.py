@@ -348,12 +348,10 @@ class Jobs:
         handle = self._launcher.find(attempt_name(job.job_id, attempt))
         if handle is not None:
             return self._change(job.job_id, lambda job: lifecycle.launched(job, attempt.number, handle, self._clock()))
-        if (result := self._result_of(job)) is not None:
-            return self.finish(job.job_id, result)
-        if job.status is Status.CANCELLING:
-            return self._end_vanished(job)
         if attempt.claimed_by is not None:
             return self._launched_unseen(job)
+        if job.status is Status.CANCELLING:
+            return self._end_vanished(job)
         try:
             job = self._replace(job, lifecycle.launching_again(job, attempt.number, self._clock()))
         except StaleRevision:
@@ -362,9 +360,9 @@ class Jobs:
 
     def _launched_unseen(self, job: Job) -> Job:
         """A process claimed the attempt and cannot be found: it lives as long as it is heard of, and is gone after that."""
-        if self._is_silent(job):
-            return self._end_vanished(job)
-        return job
+        if (result := self._result_of(job)) is not None:
+            return self.finish(job.job_id, result)
+        return self._end_vanished(job) if self._is_silent(job) else job
 
     def _send(self, job: Job) -> Job:
         """Hand the current attempt to the compute and note its handle."""

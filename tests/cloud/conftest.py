@@ -98,7 +98,10 @@ def storage_url() -> Iterator[str]:
 
 
 @pytest.fixture
-def cloud(firestore_host: str, storage_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
+def cloud(
+    firestore_host: str, storage_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[Cloud]:
+    """A deployment of its own; parametrized indirectly, with other settings."""
     project = f"p-{uuid4().hex[:12]}"  # the emulator keeps projects apart
     with ExitStack() as stack:
         cloud_run = stack.enter_context(CloudRun(tmp_path / "run", {"llm": [sys.executable, "-c", ATTEMPT]}, environment={}, grace_s=1))
@@ -116,15 +119,17 @@ def cloud(firestore_host: str, storage_url: str, tmp_path: Path, monkeypatch: py
         monkeypatch.setenv("PROJECT_ID", project)
         monkeypatch.setenv("REGION", REGION)
         clock = FakeClock()
-        client = stack.enter_context(TestClient(create_app(_settings(tmp_path), clock), raise_server_exceptions=False))
+        client = stack.enter_context(
+            TestClient(create_app(_settings(tmp_path, **getattr(request, "param", {})), clock), raise_server_exceptions=False)
+        )
         client.app.state.parts.store.create_dataset(a_dataset())  # type: ignore[attr-defined]
         yield Cloud(client, clock, project, firestore, storage, secrets, run_line, cloud_run)
         for line in lines:
             line.restore()
 
 
-def _settings(folder: Path) -> Settings:
-    return Settings(  # type: ignore[call-arg]  # the rest comes from the environment
+def _settings(folder: Path, **changes: str) -> Settings:
+    settings = Settings(  # type: ignore[call-arg]  # the rest comes from the environment
         home=folder / "home",
         job_store="firestore",
         launcher="cloud-run",
@@ -138,6 +143,7 @@ def _settings(folder: Path) -> Settings:
         max_concurrent_jobs=10,
         signing_key="k" * 32,  # type: ignore[arg-type]
     )
+    return settings.model_copy(update=changes)
 
 
 def _place(host: str) -> tuple[str, int]:

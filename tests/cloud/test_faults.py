@@ -146,6 +146,21 @@ def test_a_used_up_quota_delays_the_job_and_says_which(cloud: Cloud) -> None:
     assert cloud.job(job_id)["attempts"][0]["delay"] is None
 
 
+@pytest.mark.parametrize("cloud", [{"configs_url": "gs://nowhere"}], indirect=True)
+def test_a_bucket_that_is_not_there_delays_the_job_and_says_how_to_make_it(cloud: Cloud) -> None:
+    job = cloud.job(cloud.submitted())
+    assert job["status"] == "preparing"
+    assert "gcloud storage buckets create gs://nowhere" in job["attempts"][0]["delay"]
+    health = cloud.get("/health")
+    assert health.status_code == 503
+    assert "nowhere does not exist" in health.json()["checks"]["object_store gs://nowhere"]
+    cloud.a_minute_later()
+    assert cloud.executions() == 0
+    assert cloud.client.post(f"/jobs/{job['job_id']}/cancel").status_code == 202
+    cloud.a_minute_later()
+    assert cloud.job(job["job_id"])["status"] == "cancelled"
+
+
 def test_a_job_resource_that_is_not_there_is_named(cloud: Cloud) -> None:
     cloud.cloud_run.delete_jobs()
     failure = cloud.job(cloud.submitted())["failure"]
