@@ -84,8 +84,8 @@ $(VENVS)/llm/.installed-tests: $(VENVS)/llm/.installed requirements/llm-test.txt
 test-llm: $(VENVS)/llm/.installed-tests ## The trainer and the exporters, on a tiny model
 	PYTHONPATH=. HF_HUB_OFFLINE=1 $(VENVS)/llm/bin/python -m pytest tests/jobs tests/exports
 
-test-cloud: setup-dev ## What the service does when a line to Google breaks: mostly waiting, so four at a time
-	PYTHONPATH=. $(VENVS)/dev/bin/python -m pytest tests/cloud -n 4
+test-cloud: setup-dev ## What the service does when a line to Google breaks: mostly waiting, so three at a time
+	PYTHONPATH=. $(VENVS)/dev/bin/python -m pytest tests/cloud -n 3
 
 test-infra: $(VENVS)/infra/.installed ## Terraform, Dockerfiles, Cloud Build and every gcloud line in the docs, checked without an account
 	PYTHONPATH=. $(VENVS)/infra/bin/python -m pytest tests/infra
