@@ -93,6 +93,7 @@ def assemble(settings: Settings, clock: Callable[[], datetime] | None = None) ->
         clock=clock,
         random_tail=lambda: random.token_hex(6),
         scratch=home / "uploads",
+        max_incoming_bytes=settings.max_incoming_bytes,
     )
     return Parts(settings, store, objects, launcher, secrets, tokens, jobs, datasets, reconciler)
 

@@ -63,6 +63,9 @@ class Settings(BaseSettings):
     max_concurrent_jobs: int = Field(1, ge=1, le=1000, description="Attempts at a time; others wait in the queue.")
     trainer_python: Path = Field(SOURCE / ".venvs/llm/bin/python", description="The Python of the trainer's environment.")
     max_upload_bytes: int = Field(2 << 30, ge=1, description="Largest dataset file, in bytes.")
+    max_incoming_bytes: int = Field(
+        2 << 30, ge=1, description="Largest dataset file that is read from `incoming/` of the dataset store, in bytes."
+    )
     max_row_bytes: int = Field(1 << 20, ge=100, description="Longest row of a dataset, in bytes.")
     max_dataset_rows: int = Field(1_000_000, ge=1, description="Most rows of a dataset.")
     reconcile_interval_s: float = Field(

@@ -21,9 +21,10 @@ locals {
     TUNESMITH_ATTEMPT_TIME_LIMIT_S = tostring(var.attempt_time_limit_s)
     TUNESMITH_MAX_CONCURRENT_JOBS  = tostring(var.max_concurrent_jobs)
 
-    TUNESMITH_RECONCILE_INTERVAL_S = "0"        # scheduler.tf calls instead
-    TUNESMITH_EVENT_POLL_S         = "2"        # each look is paid for
-    TUNESMITH_MAX_UPLOAD_BYTES     = "33488896" # Cloud Run takes bodies of 32 MiB; 64 KiB of that are the form around the file
+    TUNESMITH_RECONCILE_INTERVAL_S = "0"         # scheduler.tf calls instead
+    TUNESMITH_EVENT_POLL_S         = "2"         # each look is paid for
+    TUNESMITH_MAX_INCOMING_BYTES   = "209715200" # read through /tmp, which is memory: twice that, and the rows' digests
+    TUNESMITH_MAX_UPLOAD_BYTES     = "33488896"  # Cloud Run takes bodies of 32 MiB; 64 KiB of that are the form around the file
   }
 }
 
@@ -57,7 +58,7 @@ resource "google_cloud_run_v2_service" "tunesmith" {
 
         limits = {
           cpu    = "1"
-          memory = "512Mi"
+          memory = "1Gi"
         }
       }
 

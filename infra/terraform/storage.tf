@@ -28,6 +28,17 @@ resource "google_storage_bucket" "buckets" {
     }
   }
 
+  # Files that became data sets, or never did.
+  lifecycle_rule {
+    action {
+      type = "Delete"
+    }
+    condition {
+      age            = 7
+      matches_prefix = ["incoming/"]
+    }
+  }
+
   # What an attempt that was ended had begun to upload.
   lifecycle_rule {
     action {

@@ -1,5 +1,6 @@
 """Datasets: upload, list, show with a preview, delete."""
 
+from contextlib import nullcontext
 from pathlib import PurePath
 from typing import Annotated
 
@@ -9,6 +10,7 @@ from schema.base import Id, Label
 from service.api.deps import ForTenant, UsesParts
 from service.api.views import DatasetDeleted, DatasetDetail, DatasetList, DatasetView, dataset_view
 from service.core.datasets import Upload
+from service.core.errors import InvalidRequest
 
 router = APIRouter(prefix="/datasets", tags=["datasets"])
 
@@ -17,7 +19,10 @@ router = APIRouter(prefix="/datasets", tags=["datasets"])
 def upload(
     parts: UsesParts,
     tenant_id: ForTenant,
-    file: Annotated[UploadFile, File(description="JSONL: rows of `messages`, of `prompt` and `completion`, or of `text`.")],
+    file: Annotated[UploadFile | None, File(description="JSONL: rows of `messages`, of `prompt` and `completion`, or of `text`.")] = None,
+    incoming: Annotated[
+        str | None, Form(max_length=900, description="In place of `file`: the key of such a file below `incoming/` of the dataset store.")
+    ] = None,
     name: Annotated[Label | None, Form(description="Left out: the file's name.")] = None,
     project_id: Annotated[Id | None, Form()] = None,
     eval_fraction: Annotated[
@@ -25,8 +30,12 @@ def upload(
     ] = 0.1,
 ) -> DatasetView:
     """Check every row and keep the dataset, or refuse it naming the first bad line."""
-    request = Upload(stream=file.file, name=name or _readable(file.filename), project_id=project_id, eval_fraction=eval_fraction)
-    return dataset_view(parts.datasets.ingest(request, tenant_id))
+    if (file is None) == (incoming is None):
+        raise InvalidRequest("send either the rows as `file` or their key as `incoming`, and not both", param="file")
+    label = name or _readable(file.filename if file else incoming)
+    with nullcontext(file.file) if file else parts.datasets.open_incoming(incoming or "") as stream:
+        request = Upload(stream=stream, name=label, project_id=project_id, eval_fraction=eval_fraction)
+        return dataset_view(parts.datasets.ingest(request, tenant_id))
 
 
 @router.get("")

@@ -85,6 +85,22 @@ def upload_dataset(
         err.print(f"{dataset['rows']} rows of {dataset['dataset_type']}: {dataset['splits']}", style="dim")
 
 
+@datasets_app.command("import")
+def import_dataset(
+    key: Annotated[str, typer.Argument(help="Of a file in the dataset store, such as incoming/rows.jsonl.")],
+    name: Annotated[str | None, typer.Option(help="Left out: the file's name.")] = None,
+    eval_fraction: Annotated[float, typer.Option(help="Share of the rows held out for evaluation.")] = 0.1,
+    project: Annotated[str | None, typer.Option(help="The project that it belongs to.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a dataset of a file that lies in the store already: for those that are too large for an upload."""
+    fields = {"incoming": key, "eval_fraction": str(eval_fraction)}
+    fields |= ({"name": name} if name else {}) | ({"project_id": project} if project else {})
+    with _client() as client:
+        dataset = client.take_in(fields)
+    _print(dataset, as_json, dataset["processed_dataset_id"])
+
+
 @datasets_app.command("list")
 def list_datasets(
     limit: Annotated[int, typer.Option(min=1, max=200)] = 50,

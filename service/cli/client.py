@@ -67,6 +67,10 @@ class Client:
         """Upload a dataset, streaming."""
         return self._once(lambda: self._http.post("/datasets", files={"file": (filename, file)}, data=fields))
 
+    def take_in(self, fields: dict[str, str]) -> Json:
+        """Make a dataset of a file that lies in the store."""
+        return self._once(lambda: self._http.post("/datasets", data=fields))
+
     def events(self, job_id: str, after: int = 0) -> Iterator[Json]:
         """Events as they happen, over as many connections as it takes, until the job is final."""
         place = after

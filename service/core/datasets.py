@@ -3,7 +3,8 @@
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import BinaryIO
 
 from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT, Dataset, Split
 from service.core.dataset_rows import BadRow, Ingested, RowLimits, SplitFacts, ingest
-from service.core.errors import Conflict, InvalidDataset, NotFound
+from service.core.errors import Conflict, InvalidDataset, InvalidRequest, NotFound, TooLarge
 from service.core.ports import JobStore, Page
-from storage import ObjectStore, delete_below
+from storage import InvalidKey, ObjectStore, delete_below
 
+INCOMING = "incoming/"  # where callers put files that are too large for a request
 SPLIT_SEED = 42
 PREVIEW_ROWS = 5
 PREVIEW_LINE_BYTES = 1 << 20
@@ -42,6 +44,7 @@ class Datasets:
         clock: Callable[[], datetime],
         random_tail: Callable[[], str],
         scratch: Path,
+        max_incoming_bytes: int,
     ) -> None:
         self._store = store
         self._objects = objects
@@ -49,6 +52,7 @@ class Datasets:
         self._clock = clock
         self._random_tail = random_tail
         self._scratch = scratch
+        self._max_incoming_bytes = max_incoming_bytes
 
     def ingest(self, upload: Upload, tenant_id: str) -> Dataset:
         """Check every row, split, store, and only then keep the record. Raises InvalidDataset naming the first bad line."""
@@ -71,6 +75,24 @@ class Datasets:
         )
         self._store.create_dataset(dataset)
         return dataset
+
+    @contextmanager
+    def open_incoming(self, key: str) -> Generator[BinaryIO]:
+        """A file that was put into the store beforehand, below incoming/. Raises InvalidRequest, NotFound, TooLarge."""
+        if not key.startswith(INCOMING):
+            raise InvalidRequest(f"{key!r} is not below {INCOMING} of {self._objects.url}", hint=f"put it at {INCOMING}", param="incoming")
+        try:
+            stored = self._objects.stat(key)
+        except InvalidKey as error:
+            raise InvalidRequest(str(error), param="incoming") from error
+        if stored is None:
+            raise NotFound(f"there is no object {key!r} in {self._objects.url}", hint="put the file there first", param="incoming")
+        if stored.size_bytes > self._max_incoming_bytes:
+            raise TooLarge(
+                f"{key} has {stored.size_bytes} bytes; this deployment reads at most {self._max_incoming_bytes}", param="incoming"
+            )
+        with self._objects.open_read(key) as stream:
+            yield stream
 
     def find(self, dataset_id: str, tenant_id: str) -> Dataset:
         """A tenant's dataset. Raises NotFound, also for somebody else's."""

@@ -204,6 +204,8 @@ def test_the_command_line_is_a_user_like_any_other(job: Json, cloud: CloudLocal,
         return done.stdout
 
     assert job["job_id"] in tunesmith("jobs", "--json")
+    a_bucket("datasets").blob("incoming/rows.jsonl").upload_from_string("\n".join(json.dumps(row) for row in ROWS))
+    assert tunesmith("datasets", "import", "incoming/rows.jsonl").startswith("dataset_")
     assert json.loads(tunesmith("capabilities", "--json"))["launcher"] == "cloud-run"
     tunesmith("download", job["job_id"], "--artifact", "gguf-q8_0", "--to", str(tmp_path / "got"))
     gguf = next((tmp_path / "got").glob("*.gguf"))

@@ -33,7 +33,7 @@ UNUSUAL = {
 }
 DATA_SOURCES = {"google_project": ("organizations", "get_project", "GetProjectResult")}
 
-SINGULAR = {"env": "envs", "lifecycle_rule": "lifecycle_rules"}
+SINGULAR = {"env": "envs", "lifecycle_rule": "lifecycle_rules", "matches_prefix": "matches_prefixes"}
 META = {"count", "for_each", "depends_on", "lifecycle", "provider", "timeouts"}
 
 # Pulumi makes these up when they are left out; Terraform asks for them.

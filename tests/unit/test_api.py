@@ -29,7 +29,7 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClie
     monkeypatch.setattr(LocalLauncher, "hardware", lambda _, profile=None: some_hardware())
     monkeypatch.setattr(LocalLauncher, "free_slots", lambda _, active: 0)  # jobs stay in the queue
     monkeypatch.setattr(LocalLauncher, "check", lambda *_: "running")  # attempts here are made up
-    settings = Settings(home=tmp_path / "home", max_upload_bytes=100_000, max_row_bytes=10_000)
+    settings = Settings(home=tmp_path / "home", max_upload_bytes=100_000, max_incoming_bytes=200_000, max_row_bytes=10_000)
     with TestClient(create_app(settings), raise_server_exceptions=False) as client:
         yield client
 
@@ -349,7 +349,7 @@ def test_an_upload_that_hides_its_size_is_refused_while_it_arrives(client: TestC
 
 
 def test_an_upload_without_a_file_is_refused(client: TestClient) -> None:
-    assert problem(client.post("/datasets", data={"name": "x"}), 422)["param"] == "file"
+    assert problem(client.post("/datasets", data={"name": "x"}), 400)["param"] == "file"
 
 
 @pytest.mark.parametrize("fraction", ["-0.1", "0.9", "nan", "x"])
@@ -473,3 +473,42 @@ def test_the_identity_of_attempts_may_report_and_nothing_else(tmp_path: Path, mo
         assert client.post("/internal/jobs/j/attempts/1/claim", json={"claimant": "p"}, headers=shown["job@p"]).status_code == 401
         for headers in ({}, shown["me@p"], {"Authorization": "Bearer no.token"}, {"Authorization": "Basic eA=="}):
             assert client.get("/jobs", headers=headers).status_code == 200
+
+
+# --- files that lie in the store already -----------------------------------------------------------------------------
+
+
+def test_a_file_in_the_store_becomes_a_dataset(client: TestClient) -> None:
+    objects = client.app.state.parts.objects.datasets  # type: ignore[attr-defined]
+    objects.write("incoming/more/rows.jsonl", ROWS.encode())
+    answer = client.post("/datasets", data={"incoming": "incoming/more/rows.jsonl", "eval_fraction": "0.2"})
+    assert answer.status_code == 201, answer.text
+    assert (answer.json()["name"], answer.json()["rows"]) == ("rows.jsonl", 20)
+    assert objects.stat("incoming/more/rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param"),
+    [
+        ({"incoming": "incoming/nothing.jsonl"}, 404, "incoming"),
+        ({"incoming": "results/job/1.json"}, 400, "incoming"),
+        ({"incoming": "incoming/../results/job/1.json"}, 400, "incoming"),
+        ({"incoming": "incoming/large.jsonl"}, 413, "incoming"),
+        ({"incoming": "incoming/bad.jsonl"}, 400, "file"),
+        ({}, 400, "file"),
+    ],
+)
+def test_a_file_that_cannot_be_taken_from_the_store_is_refused_by_name(
+    client: TestClient, fields: dict[str, str], status: int, param: str
+) -> None:
+    objects = client.app.state.parts.objects.datasets  # type: ignore[attr-defined]
+    objects.write("incoming/large.jsonl", b"x" * 200_001)
+    objects.write("incoming/bad.jsonl", b"no json\n")
+    answer = client.post("/datasets", data=fields)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), answer.text
+    assert client.get("/datasets").json()["datasets"] == []
+
+
+def test_one_of_file_and_key_is_enough(client: TestClient) -> None:
+    answer = upload(client, ROWS, incoming="incoming/rows.jsonl")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "file")
