@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-service setup-llm setup-dev demo cloud-local demo-cloud-local deploy destroy dev test test-fast test-cloud test-infra test-llm test-e2e check format bench lock clean
+.PHONY: help setup setup-service setup-llm setup-dev demo cloud-local demo-cloud-local deploy destroy dev test test-fast test-cloud test-infra test-llm test-chaos test-e2e chaos check format bench lock clean
 
 PYTHON ?= python3.11
 VENVS := .venvs
@@ -72,7 +72,7 @@ format: setup-dev ## Format and mend what can be mended
 
 # Two torch threads on two busy cores are slower than one.
 test: export OMP_NUM_THREADS = 1
-test: test-fast test-cloud test-infra test-llm test-e2e ## Everything, real processes and models too
+test: test-fast test-cloud test-infra test-llm test-chaos test-e2e ## Everything, real processes and models too
 
 test-fast: setup-dev ## Unit and contract tests: seconds
 	PYTHONPATH=. $(VENVS)/dev/bin/python -m pytest tests/unit tests/contract
@@ -81,8 +81,8 @@ $(VENVS)/llm/.installed-tests: $(VENVS)/llm/.installed requirements/llm-test.txt
 	$(VENVS)/llm/bin/pip install $(PIP_FLAGS) -c requirements/llm-constraints.txt -r requirements/llm-test.txt
 	@touch $@
 
-test-llm: $(VENVS)/llm/.installed-tests ## The trainer and the exporters, on a tiny model
-	PYTHONPATH=. HF_HUB_OFFLINE=1 $(VENVS)/llm/bin/python -m pytest tests/jobs tests/exports
+test-llm: $(VENVS)/llm/.installed-tests ## The trainer and the exporters, on a tiny model: two files at a time
+	PYTHONPATH=. HF_HUB_OFFLINE=1 $(VENVS)/llm/bin/python -m pytest tests/jobs tests/exports -n 2 --dist loadfile
 
 test-cloud: setup-dev ## What the service does when a line to Google breaks: mostly waiting, so three at a time
 	PYTHONPATH=. $(VENVS)/dev/bin/python -m pytest tests/cloud -n 3
@@ -90,8 +90,14 @@ test-cloud: setup-dev ## What the service does when a line to Google breaks: mos
 test-infra: $(VENVS)/infra/.installed ## Terraform, Dockerfiles, Cloud Build and every gcloud line in the docs, checked without an account
 	PYTHONPATH=. $(VENVS)/infra/bin/python -m pytest tests/infra
 
+test-chaos: setup-dev setup-llm ## The fault campaign in short
+	PYTHONPATH=. $(VENVS)/dev/bin/python -m pytest tests/chaos -n 2
+
 test-e2e: setup-dev setup-service setup-llm ## Real HTTP, real child processes, the README's commands, the real Gemma
 	PYTHONPATH=. $(VENVS)/dev/bin/python -m pytest tests/e2e
+
+chaos: setup-dev setup-llm ## Break what can break, hundreds of times, and count what was lost: a quarter of an hour
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(VENVS)/dev/bin/python -m tests.chaos
 
 bench: setup-dev setup-llm ## Measure against the figures of docs/benchmarks.md, peers side by side
 	PYTHONPATH=. $(VENVS)/dev/bin/python -m bench

@@ -4,9 +4,12 @@ Prints the seconds of training. Its events go nowhere.
 """
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+from jobs.checkpoints import Checkpoints
 from jobs.context import JobContext, Secrets, Stores
+from jobs.errors import Reason
 from jobs.trainers.sft import train
 from schema.events import Event
 from schema.spec import JobSpec
@@ -21,21 +24,38 @@ class Nobody:
     def place(self, **_: object) -> None:
         """Forget it."""
 
+    @property
+    def wanted(self) -> Reason | None:
+        """Nothing."""
+        return None
+
     def check(self) -> None:
         """Go on."""
+
+    def politely(self) -> AbstractContextManager[None]:
+        """Go on."""
+        return nullcontext()
+
+    def time_left_s(self) -> float | None:
+        """As much as there is."""
+        return None
 
 
 def main() -> None:
     """Train as the spec says."""
-    spec = JobSpec.load(Path(sys.argv[1]).read_bytes())
+    spec = JobSpec.load(Path(sys.argv[1]).read_bytes()).model_copy(update={"first_attempt": 2})  # what the job saved does not count
+    workdir = Path(sys.argv[2])
     context = JobContext(
         spec=spec,
-        attempt=1,
-        workdir=Path(sys.argv[2]),
+        attempt=2,
+        workdir=workdir,
         secrets=Secrets({}),
         stores=Stores(spec.stores),
         voice=Nobody(),
         stop=Nobody(),
+        checkpoints=Checkpoints(
+            store=Stores(spec.stores).models, spec=spec, attempt=2, folder=workdir / "checkpoints", keep=2, tell=Nobody().report
+        ),
     )
     print(train(spec.training_config, context).train_runtime_s)
 

@@ -6,10 +6,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 
@@ -81,12 +82,14 @@ async def running(
 
 
 @asynccontextmanager
-async def service(home: Path, trainer_python: Path, slots: int = 1) -> AsyncGenerator[Server]:
-    """`tunesmith serve` in a home, with its default settings but for where it trains."""
+async def service(
+    home: Path, trainer_python: Path, slots: int = 1, settings: Mapping[str, str] = MappingProxyType({})
+) -> AsyncGenerator[Server]:
+    """`tunesmith serve` in a home, with its default settings but for where it trains and what is named."""
     home.mkdir(parents=True, exist_ok=True)
     port = free_port()
     variables = environment(
-        home, TUNESMITH_HOME=str(home), TUNESMITH_TRAINER_PYTHON=str(trainer_python), TUNESMITH_MAX_CONCURRENT_JOBS=str(slots)
+        home, TUNESMITH_HOME=str(home), TUNESMITH_TRAINER_PYTHON=str(trainer_python), TUNESMITH_MAX_CONCURRENT_JOBS=str(slots), **settings
     )
     async with running([TUNESMITH, "serve", "--port", str(port)], home, variables, port, HEALTH) as server:
         yield server

@@ -1,11 +1,13 @@
 """Where the base model comes from: the deployment's own object store, or else the Hugging Face Hub."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.errors import JobFailed
-from storage import ObjectStore, download_many
+from jobs.patience import RETRY_FIRST_S, RETRY_MOST_S, download_all_patiently, patiently
+from storage import ObjectStore
 from storage.local import LocalStore
 
 if TYPE_CHECKING:
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Weights as safetensors only: a pickle can run code when it is opened.
+HUB_TRIES = 4  # 0.5 + 1 + 2 s beside the Hub client's own
 WANTED = ["*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*", "*TERMS*", "USE_POLICY*"]
 UNWANTED = ["*/*", "consolidated*"]  # other frameworks' copies, and a second copy that some repositories carry
 
@@ -36,22 +39,25 @@ def fetch_base(context: "JobContext") -> Path:
 
 
 def _from_store(store: ObjectStore, prefix: str, target: Path) -> Path | None:
-    keys = [stored.key for stored in store.walk(prefix)]
+    keys = patiently("the base model cannot be listed", lambda: [stored.key for stored in store.walk(prefix)], code="internal")
     if prefix + "config.json" not in keys:
         return None
     if isinstance(store, LocalStore):
         return store.path_of(prefix + "config.json").parent
-    download_many(store, keys, target, below=prefix)
+    download_all_patiently(store, keys, target, below=prefix)
     return target
 
 
 def _from_hub(name: str, token: str | None) -> Path:
+    from httpx2 import TransportError
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        # False: never a token that somebody else left on this machine.
-        return Path(snapshot_download(name, token=token or False, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+        return _again(
+            # False: never a token that somebody else left on this machine.
+            lambda: Path(snapshot_download(name, token=token or False, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+        )
     except GatedRepoError as error:
         hint = f"accept the licence at https://huggingface.co/{name} and send the hf_token of the account that did"
         raise JobFailed("auth", f"base model {name} is gated, and {_whose(token)} may not read it", hint) from error
@@ -59,7 +65,7 @@ def _from_hub(name: str, token: str | None) -> Path:
         # The Hub answers 401 for what does not exist as well, so as not to tell what is private.
         message = f"base model {name} does not exist on the Hub, or is private and {_whose(token)} may not read it"
         raise JobFailed("invalid_config", message, "check base_model_id; for a private model send hf_token") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, TransportError) as error:
         status = _http_status(error)
         if status in (401, 403):
             hint = "check that hf_token is valid and may read this model"
@@ -68,6 +74,27 @@ def _from_hub(name: str, token: str | None) -> Path:
             raise JobFailed("internal", f"the Hub did not deliver base model {name} ({status})", "retry the job later") from error
         hint = f"give the job a network, or put the model's files at pretrained_weights/huggingface/{name}/ in the model store"
         raise JobFailed("invalid_config", f"base model {name} is not stored here, and the Hub cannot be reached", hint) from error
+
+
+def _again(download: Callable[[], Path]) -> Path:
+    """The download, again while the Hub or the way to it is down; what has arrived is not fetched twice. A refusal is final."""
+    import tenacity
+    from httpx2 import TransportError
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    def may_pass(error: BaseException) -> bool:
+        status = _http_status(error)
+        away = isinstance(error, HfHubHTTPError | LocalEntryNotFoundError) and (status is None or status == 429 or status >= 500)
+        return (away or isinstance(error, TransportError)) and not constants.HF_HUB_OFFLINE
+
+    again = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(may_pass),
+        wait=tenacity.wait_exponential(RETRY_FIRST_S, RETRY_MOST_S),
+        stop=tenacity.stop_after_attempt(HUB_TRIES),
+        reraise=True,
+    )
+    return again(download)
 
 
 def _http_status(error: BaseException | None) -> int | None:

@@ -2,17 +2,26 @@
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
+from jobs.errors import Reason
 from schema.events import ArtifactMade, Decided, Evaluated, Event, Metrics, PhaseChanged, TrackerStarted, Warned
 from schema.job import Artifact, EvalMetrics, Phase, Progress
 from schema.spec import JobSpec, StoreUrls
 from storage import ObjectStore, open_store
 
+if TYPE_CHECKING:
+    from jobs.checkpoints import Checkpoints
+
 log = logging.getLogger(__name__)
+
+# What the next step, save and upload may take more than the longest so far: rows differ in length, and a network has bad moments.
+YIELD_MARGIN = 1.5
+YIELD_SLACK_S = 1.0  # the same where everything is fast, and a share of nothing would be nothing
 
 
 class Voice(Protocol):
@@ -101,10 +110,26 @@ class Findings:
 
 
 class StopRequest(Protocol):
-    """Whether the attempt was asked to stop."""
+    """Whether the attempt was asked to stop, and when it must."""
+
+    @property
+    def wanted(self) -> Reason | None:
+        """What was asked for, if anything."""
+        ...
 
     def check(self) -> None:
-        """Raises Cancelled when it was."""
+        """Raises Stopped when it was; inside `politely` only for a cancel, or when the time is up."""
+        ...
+
+    def politely(self) -> AbstractContextManager[None]:
+        """Inside, the main thread looks at `wanted` at every step by itself; only a cancel, or the end of the time, interrupts it.
+
+        Raises Stopped on the way out when something was asked for and has not been obeyed yet.
+        """
+        ...
+
+    def time_left_s(self) -> float | None:
+        """Until everything but the last word must be done; None: no limit."""
         ...
 
 
@@ -119,11 +144,12 @@ class JobContext:
     stores: Stores
     voice: Voice
     stop: StopRequest
+    checkpoints: "Checkpoints"
     mirrors: list[Mirror] = field(default_factory=list)
     findings: Findings = field(default_factory=Findings)
 
     def phase(self, phase: Phase) -> None:
-        """Enter a phase of the work. Raises Cancelled."""
+        """Enter a phase of the work. Raises Stopped."""
         self.check()
         self.voice.place(phase=phase)
         self._tell(PhaseChanged(phase=phase), phase=phase)
@@ -177,9 +203,13 @@ class JobContext:
         """An artifact is uploaded and verified."""
         self._tell(ArtifactMade(artifact=artifact), artifact=artifact.name, size_bytes=artifact.size_bytes)
 
-    def checkpoint_saved(self, folder: Path, step: int) -> None:
-        """A checkpoint is complete."""
-        log.info("checkpoint", extra={"step": step})
+    def told(self, event: Event) -> None:
+        """Something happened that has an event of its own, such as a checkpoint that is durable."""
+        facts = event.model_dump(exclude={"type"})
+        self._tell(event, **{"text" if name == "message" else name: value for name, value in facts.items()})  # a log line has a message
+
+    def checkpoint_made(self, folder: Path, step: int) -> None:
+        """A checkpoint is on this machine, complete; when this returns, it may be removed."""
         for mirror in self.mirrors:
             mirror.checkpoint(folder, step)
 
@@ -189,9 +219,18 @@ class JobContext:
             mirror.model(folder)
 
     def check(self) -> None:
-        """Raises Cancelled when the attempt was asked to stop."""
+        """Raises Stopped when the attempt was asked to stop."""
         self.stop.check()
+
+    def must_yield(self, cost_s: float) -> bool:
+        """Whether the training must save and end now: it was asked to, or one more step, save and upload (`cost_s`) may not fit."""
+        return self.stop.wanted is not None or is_too_late(cost_s, self.stop.time_left_s())
 
     def _tell(self, event: Event, **facts: object) -> None:
         log.info(event.type, extra={name: value for name, value in facts.items() if value is not None})
         self.voice.report(event)
+
+
+def is_too_late(cost_s: float, time_left_s: float | None) -> bool:
+    """Whether what took `cost_s` so far may not be over in the time that is left."""
+    return time_left_s is not None and time_left_s < cost_s * YIELD_MARGIN + YIELD_SLACK_S

@@ -1,8 +1,12 @@
 """What ends an attempt early, and how an exception becomes a Failure that a person can act on."""
 
 import errno
+from typing import Literal
 
 from schema.job import Failure, FailureCode
+
+# Why an attempt ends early: somebody wants the job to end, or to wait; its compute is taken away; its time is up.
+Reason = Literal["cancel", "pause", "preempted", "time_slice"]
 
 MESSAGE_LENGTH = 300  # one line in a table; the whole traceback is in the log
 
@@ -15,8 +19,12 @@ class JobFailed(Exception):
         self.failure = Failure(code=code, message=message, hint=hint)
 
 
-class Cancelled(BaseException):
-    """The attempt must stop now. No Exception, so that no library swallows it."""
+class Stopped(BaseException):
+    """The attempt ends here although it is not done. No Exception, so that no library swallows it."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason)
+        self.reason: Reason = reason
 
 
 class AttemptTaken(Exception):

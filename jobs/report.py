@@ -18,7 +18,8 @@ from schema.job import Phase, Progress
 log = logging.getLogger(__name__)
 
 BATCH_EVENTS = 500
-URGENT = frozenset({"status", "phase", "evaluation", "artifact", "tracker"})  # what somebody may be waiting for
+# What somebody may be waiting for, or what the service counts as progress.
+URGENT = frozenset({"status", "phase", "evaluation", "artifact", "tracker", "checkpoint", "checkpoint_skipped", "resumed"})
 
 
 class Spool:
@@ -93,6 +94,10 @@ class Reporter:
         """Where the attempt is now; travels with every batch, and is no event of its own."""
         self._phase = phase or self._phase
         self._progress = progress or self._progress
+
+    def hurry(self) -> None:
+        """Report now, and hear what the service wants."""
+        self._wake.set()
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until the service has everything; False when it has not after `timeout_s`."""

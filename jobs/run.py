@@ -6,12 +6,18 @@ The name is only there so that the process can be found in a list of processes. 
     1   failed: the result says why, and the traceback is in the log
     10  cancelled
     11  fenced: the service has given the attempt up, and nothing more was written
+    12  paused: the job waits, and goes on from what was saved
+    13  yielded: its time was up or its machine taken away; the next attempt goes on from what was saved
 """
 
 import os
 import sys
 import time
 import traceback
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jobs.attempt import Attempt
 
 
 def main() -> int:
@@ -20,13 +26,24 @@ def main() -> int:
     name = sys.argv[2] if len(sys.argv) > 2 else "unnamed"
     print(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} INFO attempt started name={name} pid={os.getpid()}", flush=True)
 
-    from jobs.attempt import Attempt, ExitCode
-    from jobs.errors import AttemptTaken, Cancelled, ClaimRefused, failure_of
+    from jobs.attempt import Attempt
+    from jobs.errors import Stopped
     from jobs.log import configure
     from jobs.settings import read_settings
 
     configure()
     attempt = Attempt(read_settings())
+    try:
+        return work_at(attempt)
+    except Stopped as request:
+        return attempt.end_stopped(request.reason)
+
+
+def work_at(attempt: "Attempt") -> int:
+    """The attempt from its claim to its own end; returns the exit code. Raises Stopped when it is stopped before that."""
+    from jobs.attempt import ExitCode
+    from jobs.errors import AttemptTaken, ClaimRefused, failure_of
+
     try:
         attempt.claim()
         return attempt.end("completed", artifacts=attempt.work())
@@ -36,10 +53,9 @@ def main() -> int:
     except ClaimRefused as error:
         print(f"the claim was refused: {error}", flush=True)
         return ExitCode.FAILED
-    except Cancelled as request:
-        return attempt.end_cancelled(str(request))
     except Exception as error:  # noqa: BLE001  # the boundary: whatever it is becomes a failure that a person can read
         sys.stderr.write(attempt.redact(traceback.format_exc()))
+        attempt.refuse_to_fail()
         failure = failure_of(error)
         failure = failure.model_copy(update={"message": attempt.redact(failure.message)})
         return attempt.end("failed", failure=failure)

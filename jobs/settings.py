@@ -20,7 +20,7 @@ class Settings:
     SERVICE_AUDIENCE       what the identity token is for that the service's front door asks for; missing: it asks for none
     JOB_WORKDIR            a folder of the attempt's own, for everything it writes
     JOB_REPORT_INTERVAL_S  seconds between reports (15); a directive such as `cancel` comes with their answers
-    JOB_TIME_LIMIT_S       seconds after which the attempt fails with `timeout`; no limit when it is missing
+    JOB_TIME_LIMIT_S       seconds within which the attempt saves what it has and yields to the next one; missing: no limit
     """
 
     job_id: str

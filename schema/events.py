@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from schema.base import Lenient
+from schema.checkpoint import CheckpointReason
 from schema.job import Artifact, EvalMetrics, Failure, Phase, Progress, Status
 
 
@@ -78,8 +79,47 @@ class ArtifactMade(Lenient):
     artifact: Artifact
 
 
+class CheckpointSaved(Lenient):
+    """A checkpoint is durable: every file uploaded and verified, its manifest written."""
+
+    type: Literal["checkpoint"] = "checkpoint"
+    step: int = Field(ge=0)
+    epoch: float
+    reason: CheckpointReason
+    size_bytes: int
+    save_s: float  # how long the training stood still for it
+    upload_s: float  # how long it took from then until it was durable, beside the training
+
+
+class CheckpointSkipped(Lenient):
+    """A checkpoint is not what its manifest says, or incomplete; an older one is used."""
+
+    type: Literal["checkpoint_skipped"] = "checkpoint_skipped"
+    attempt: int  # which attempt had written it
+    step: int
+    why: str
+
+
+class Resumed(Lenient):
+    """The attempt goes on from a checkpoint."""
+
+    type: Literal["resumed"] = "resumed"
+    step: int
+    from_attempt: int
+
+
 Event = Annotated[
-    StatusChanged | PhaseChanged | Metrics | Evaluated | Decided | Warned | TrackerStarted | ArtifactMade,
+    StatusChanged
+    | PhaseChanged
+    | Metrics
+    | Evaluated
+    | Decided
+    | Warned
+    | TrackerStarted
+    | ArtifactMade
+    | CheckpointSaved
+    | CheckpointSkipped
+    | Resumed,
     Field(discriminator="type"),
 ]
 

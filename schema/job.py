@@ -137,9 +137,29 @@ class Attempt(Lenient):
     launched_at: datetime | None = None
     claimed_by: str | None = None  # the process that owns the attempt
     claimed_at: datetime | None = None
+    resumed_step: int | None = None  # the step of the checkpoint it went on from
+    saved_step: int | None = None  # the newest step whose checkpoint it made durable
+    doubted_at: datetime | None = None  # when it was first found silent although its compute is there
     ended_at: datetime | None = None
     outcome: AttemptOutcome | None = None
     failure: Failure | None = None
+
+
+class SavedPoint(Lenient):
+    """The newest checkpoint of a job, as far as the service was told."""
+
+    step: int
+    attempt: int
+    at: datetime
+
+
+class ExportSource(Lenient):
+    """The checkpoint that a job exports instead of training: whose it is, and where it lies in the model bucket."""
+
+    job_id: Id
+    attempt: int
+    step: int
+    key: str  # of the checkpoint's folder; ends in "/"
 
 
 class Job(Lenient):
@@ -153,9 +173,14 @@ class Job(Lenient):
     training_config: TrainingConfig  # with every secret taken out
     secret_names: tuple[str, ...] = ()  # which secrets the secret store holds for the job
     hardware: str | None = None  # a profile of the launcher
+    export_of: ExportSource | None = None  # nothing is trained: this checkpoint is exported
     status: Status
     revision: int = 0  # goes up by one at every change; the store compares it
     attempts: tuple[Attempt, ...] = ()
+    first_attempt: int = 1  # checkpoints of earlier attempts do not count: a retry from the start sets this
+    counted_from: int = 1  # attempts without progress are counted from this one: a person's resume or retry sets this
+    retried_at: datetime | None = None  # the latest retry
+    checkpoint: SavedPoint | None = None
     created_at: datetime
     updated_at: datetime
     started_at: datetime | None = None  # when the first attempt was claimed
@@ -166,6 +191,8 @@ class Job(Lenient):
     base_metrics: EvalMetrics | None = None  # of the model before training, on the same rows
     wandb_url: str | None = None
     artifacts: tuple[Artifact, ...] = ()
+    deleting_since: datetime | None = None  # its files are going, or have partly gone
+    manifest_written: bool = False  # the published files are listed in the bucket as well
 
     @property
     def attempt(self) -> Attempt | None:

@@ -4,8 +4,8 @@ from typing import Self
 
 from pydantic import ConfigDict, Field, JsonValue, SecretStr, model_validator
 
-from schema.base import Id, Label, Strict
-from schema.training import TrainingConfig
+from schema.base import Id, Label, Strict, refusal
+from schema.training import ExportConfig, Hyperparameters, TrainingConfig
 
 SEED_EXAMPLE: dict[str, JsonValue] = {
     "processed_dataset_id": "dataset_abc123",
@@ -72,3 +72,49 @@ class TrainRequest(Strict):
     def _nothing_is_ignored(self) -> Self:
         self.training_config.refuse_unused()
         return self
+
+
+# What a caller may want to change between two attempts, and may not.
+SHAPES_THE_STEPS = ("training_config", "base_model_id", "method", *(Hyperparameters.model_fields.keys() - {"epochs", "max_steps"}))
+
+
+class SafeChanges(Strict):
+    """What may change between two attempts of a job: where it runs, and how long. What shaped the steps already made may not."""
+
+    hardware: Id | None = Field(None, description="Go on with another profile of this deployment.")
+    epochs: int | None = Field(
+        None, ge=1, le=1000, description="More passes over the rows than before; the learning rate then follows the longer plan."
+    )
+    max_steps: int | None = Field(None, ge=1, le=10_000_000, description="More optimizer steps, where the job is counted in them.")
+    hf_token: SecretStr | None = Field(None, description="Needed again where the job had one and has ended: secrets end with the job.")
+    wandb_api_key: SecretStr | None = Field(None, description="Likewise.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _the_past_stays(cls, body: object) -> object:
+        for name in SHAPES_THE_STEPS:
+            if isinstance(body, dict) and name in body:
+                raise refusal(name, f"{name} cannot change: the steps already made were made with it; start a new job")
+        return body  # pyright: ignore[reportUnknownVariableType]  # whatever was sent
+
+
+class ResumeRequest(SafeChanges):
+    """`POST /jobs/{job_id}/resume`: go on where the pause was. The body may be left out."""
+
+
+class RetryRequest(SafeChanges):
+    """`POST /jobs/{job_id}/retry`: continue a failed or cancelled job from its last good checkpoint. The body may be left out."""
+
+    from_start: bool = Field(False, description="Begin again instead; earlier checkpoints then no longer count.")
+
+
+class ExportRequest(Strict):
+    """`POST /jobs/{job_id}/checkpoints/{step}/export`: a job that trains nothing and exports a checkpoint."""
+
+    export_config: ExportConfig = ExportConfig()  # type: ignore[call-arg]  # pyright: every field has a default
+    attempt: int | None = Field(
+        None, ge=1, description="Whose checkpoint, where several attempts have one of that step; the newest by default."
+    )
+    job_name: Label | None = None
+    hardware: Id | None = None
+    hf_token: SecretStr | None = None

@@ -14,6 +14,9 @@ class Result(Lenient):
     attempt: int
     claimant: str = ""
     outcome: Literal["completed", "failed", "cancelled", "paused", "yielded"]
+    yielded_because: Literal["time_slice", "preempted"] | None = None
+    saved_step: int | None = None  # the newest step whose checkpoint this attempt made durable
+    resumed_step: int | None = None  # the step it went on from
     failure: Failure | None = None
     metrics: EvalMetrics | None = None
     base_metrics: EvalMetrics | None = None
@@ -27,7 +30,7 @@ class Result(Lenient):
 
 
 class PublishManifest(Lenient):
-    """`manifest.json`: the published files of a job. Created once, by the attempt that won."""
+    """`manifest.json`: the published files of a job, for who reads the bucket without the service."""
 
     job_id: Id
     attempt: int

@@ -2,7 +2,7 @@
 
 from schema.base import Id, Lenient
 from schema.dataset import Dataset
-from schema.job import Attempt
+from schema.job import Attempt, ExportSource
 from schema.training import TrainingConfig
 
 
@@ -24,6 +24,9 @@ class JobSpec(Lenient):
     training_config: TrainingConfig
     dataset: Dataset
     stores: StoreUrls
+    checkpoints: str  # the folder of the job's checkpoints in the model bucket; ends in "/"
+    first_attempt: int = 1  # checkpoints of earlier attempts do not count
+    export_of: ExportSource | None = None  # train nothing: export this checkpoint
 
 
 def spec_key(job_id: str) -> str:
@@ -37,7 +40,7 @@ def result_key(job_id: str, attempt: int) -> str:
 
 
 def manifest_key(job_id: str) -> str:
-    """The list of published files in the model bucket; what is not in it does not exist for readers."""
+    """The list of published files in the model bucket, written by the service when the job has completed."""
     return f"results/{job_id}/manifest.json"
 
 

@@ -45,8 +45,13 @@ class Hyperparameters(Strict):
     weight_decay: float = Field(0.01, ge=0, le=1)
     max_grad_norm: float = Field(1.0, gt=0, le=1000, description="Gradients are clipped to this norm.")
     seed: int = Field(3407, ge=0, le=2**31 - 1, description="Seeds weights, shuffling and dropout.")
-    save_strategy: Literal["no", "steps", "epoch"] = Field("epoch", description="When checkpoints are written.")
+    save_strategy: Literal["no", "steps", "epoch"] = Field(
+        "epoch",
+        description="When checkpoints are written. Unless it is `no`, a long interval is broken by a checkpoint every five minutes; "
+        "a pause, the end of a time slice and the end of the training always write one.",
+    )
     save_steps: int = Field(50, ge=1, le=1_000_000, description="Optimizer steps between checkpoints, with save_strategy `steps`.")
+    save_total_limit: int = Field(2, ge=1, le=100, description="Checkpoints kept: the newest this many, and the best.")
     logging_steps: int = Field(10, ge=1, le=100_000, description="Optimizer steps between metric points.")
     lora_rank: int = Field(16, ge=1, le=1024)
     lora_alpha: int = Field(16, ge=1, le=4096)

@@ -27,7 +27,11 @@ CLOUD_LIMITS = Limits(
     cancel_grace=timedelta(seconds=20),
     kill_grace=timedelta(seconds=40),
     launch_lookup=timedelta(seconds=60),
+    start_within=timedelta(minutes=60),  # an execution may wait for a GPU
+    lease=timedelta(minutes=10),
+    lease_grace=timedelta(minutes=5),
 )
+CLOUD_RUN_LIMIT_S = 3600  # what a task with a GPU may take there
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,7 @@ def _launcher(settings: Settings) -> Launcher:
             service_url=settings.url,
             service_audience=settings.identity_audience,
             max_concurrent_jobs=settings.max_concurrent_jobs,
-            time_limit_s=settings.attempt_time_limit_s,
+            time_limit_s=settings.attempt_time_limit_s or CLOUD_RUN_LIMIT_S,
             emulator_host=settings.cloud_run_emulator_host,
         )
     return build(
@@ -168,4 +172,5 @@ def _launcher(settings: Settings) -> Launcher:
         service_url=settings.url,
         max_concurrent_jobs=settings.max_concurrent_jobs,
         environment=inherited_environment(settings),
+        time_limit_s=settings.attempt_time_limit_s,
     )

@@ -48,8 +48,12 @@ class Settings(BaseSettings):
         ("l4",),
         description="Kinds of hardware that jobs may ask for, by comma; the first is the default. Each has a Cloud Run job of its own.",
     )
-    attempt_time_limit_s: int = Field(
-        3600, ge=120, le=604_800, description="Seconds that an attempt in the cloud may take. A GPU task on Cloud Run may take an hour."
+    attempt_time_limit_s: int | None = Field(
+        None,
+        ge=10,
+        le=604_800,
+        description="Seconds that an attempt may take; it saves a checkpoint in time, and the next attempt follows. "
+        "Left out: an hour on Cloud Run, which is what a GPU task there may take, and no limit elsewhere.",
     )
     identity_audience: str | None = Field(
         None, description="What an attempt's identity token is for, where only known identities may call the service: its https url."

@@ -53,6 +53,10 @@ class StoreUnavailable(StorageError):
     """The store did not answer, refused the credentials, or has no room."""
 
 
+class StoreFull(StoreUnavailable):
+    """The store has no room left."""
+
+
 class ObjectStore(Protocol):
     """Bytes under `/`-separated keys. A write becomes visible whole or not at all; readers never see half an object.
 
@@ -124,7 +128,7 @@ def delete_below(store: ObjectStore, prefix: str) -> list[str]:
     if not prefix.endswith("/"):
         raise InvalidKey(f"a folder ends in '/': {prefix!r}")
     keys = [stored.key for stored in store.walk(prefix)]
-    return [key for key, gone in zip(keys, _at_once(store.delete, keys), strict=True) if gone]
+    return [key for key, gone in zip(keys, at_once(store.delete, keys), strict=True) if gone]
 
 
 def upload_many(store: ObjectStore, files: Iterable[tuple[Path, str, str | None]]) -> list[StoredObject]:
@@ -132,16 +136,19 @@ def upload_many(store: ObjectStore, files: Iterable[tuple[Path, str, str | None]
 
     The first failure is raised; what has not begun by then is left out, what has is finished.
     """
-    return _at_once(lambda file: store.upload(file[0], file[1], sha256=file[2]), list(files))
+    return at_once(lambda file: store.upload(file[0], file[1], sha256=file[2]), list(files))
 
 
 def download_many(store: ObjectStore, keys: Iterable[str], folder: Path, *, below: str = "") -> list[Path]:
     """Bring objects to a folder, several at a time, each under its key without the prefix `below`. Fails as `upload_many` does."""
-    return _at_once(lambda key: store.download(key, folder / check_key(key).removeprefix(below)), list(keys))
+    return at_once(lambda key: store.download(key, folder / check_key(key).removeprefix(below)), list(keys))
 
 
-def _at_once(act: Callable[[Item], Done], items: Sequence[Item]) -> list[Done]:
-    """What `act` makes of each, in their order. Whoever waits for it is known to every thread."""
+def at_once(act: Callable[[Item], Done], items: Sequence[Item]) -> list[Done]:
+    """What `act` makes of each, several at a time, in their order. Whoever waits for it is known to every thread.
+
+    The first failure is raised; what has not begun by then is left out, what has is finished.
+    """
     if len(items) < 2:
         return [act(item) for item in items]
     failed = Event()

@@ -12,9 +12,20 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
-from storage import ChecksumMismatch, InvalidKey, NoSuchObject, ObjectExists, StorageError, StoredObject, StoreUnavailable, check_key
+from storage import (
+    ChecksumMismatch,
+    InvalidKey,
+    NoSuchObject,
+    ObjectExists,
+    StorageError,
+    StoredObject,
+    StoreFull,
+    StoreUnavailable,
+    check_key,
+)
 
 CHUNK_BYTES = 1 << 20
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 INCOMING = ".incoming"  # half-written files; on the same file system, so that a rename publishes them
 
 
@@ -97,13 +108,13 @@ class LocalStore:
             (self.root / INCOMING).mkdir(parents=True, exist_ok=True)
             descriptor, name = tempfile.mkstemp(dir=self.root / INCOMING)
         except OSError as error:
-            raise StoreUnavailable(f"cannot write below {self.root}: {error.strerror}") from error
+            raise _as_ours(error, self.root) from error
         try:
             with open(descriptor, "wb") as temporary:
                 yield _Incoming(temporary, Path(name))
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise StoreUnavailable(f"no room left below {self.root}") from error
+            if error.errno in (*NO_ROOM, errno.EROFS):
+                raise _as_ours(error, self.root) from error
             raise
         finally:
             Path(name).unlink(missing_ok=True)
@@ -129,6 +140,12 @@ class _Incoming:
 
     stream: BinaryIO
     path: Path
+
+
+def _as_ours(error: OSError, root: Path) -> StoreUnavailable:
+    if error.errno in NO_ROOM:
+        return StoreFull(f"no room left below {root}")
+    return StoreUnavailable(f"cannot write below {root}: {error.strerror}")
 
 
 def _stored(path: Path, key: str) -> StoredObject:

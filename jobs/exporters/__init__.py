@@ -35,26 +35,26 @@ EXPORTERS: dict[ArtifactKind, str] = {
 
 
 def export_all(trained: "TrainedModel", context: "JobContext") -> "tuple[Artifact, ...]":
-    """Make, verify and publish everything that the job asked for. Raises JobFailed `export_failed`, `upload_failed`.
+    """Make, verify and upload everything that the job asked for. Raises JobFailed `export_failed`, `upload_failed`.
 
-    Nothing is uploaded before everything is verified, and nothing is visible before the manifest is written.
+    Nothing is uploaded before everything is verified, and nothing is visible before the service has taken the result.
     """
     from jobs.exporters.bench import Bench
     from jobs.publish import Publisher
 
     publisher = Publisher(context.stores.models, context.spec.job_id, context.attempt)
-    publisher.refuse_if_published()
     bench = Bench(trained, context)
     try:
         products = [product for kind in kinds(context.spec.training_config) for product in _exporter(kind)(bench)]
         context.phase("uploading")
+        publisher.clear_earlier()
         artifacts: list[Artifact] = []
         for product in products:
             context.check()
             artifacts.append(publisher.publish(product))
             context.artifact_made(artifacts[-1])
         context.check()
-        return publisher.write_manifest(tuple(artifacts)).artifacts
+        return tuple(artifacts)
     finally:
         bench.clear()
 

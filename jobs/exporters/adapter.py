@@ -28,7 +28,7 @@ def export(bench: "Bench") -> tuple[Product, ...]:
     settings = json.loads((source / SETTINGS).read_text())
     base_model_id = bench.context.spec.training_config.base_model_id
     write_json(folder / SETTINGS, settings | {"base_model_name_or_path": base_model_id})
-    return (Product(name="adapter", kind="adapter", path=folder, key=f"trained_adapters/{bench.context.spec.job_id}/"),)
+    return (Product(name="adapter", kind="adapter", path=folder, key=bench.key("adapter")),)
 
 
 def _refuse_diverged(weights: Path) -> None:

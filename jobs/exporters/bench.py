@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.exporters.merge import WholeModel, adopt, merge
+from jobs.publish import artifact_key
+from schema.job import ArtifactKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +48,10 @@ class Bench:
     def path(self, name: str) -> Path:
         """A new place below the bench's folder."""
         return self.folder / name
+
+    def key(self, kind: ArtifactKind, name: str = "") -> str:
+        """Where this attempt uploads an artifact."""
+        return artifact_key(kind, self.context.spec.job_id, self.context.attempt, name)
 
     def clear(self) -> None:
         """Remove everything that lies on the bench; what counts has been uploaded."""

@@ -62,7 +62,7 @@ def export(bench: "Bench") -> tuple[Product, ...]:
     for quantization, path in files.items():
         context.check()
         fidelity = examiner.examine(path, quantization)
-        key = f"gguf_models/{context.spec.job_id}/{path.name}"
+        key = bench.key("gguf", path.name)
         products.append(Product(name=f"gguf-{quantization}", kind="gguf", path=path, key=key, fidelity=fidelity))
     return tuple(products)
 

@@ -108,7 +108,7 @@ def _arithmetic(folder: Path, context: "JobContext") -> "tuple[torch.dtype, str]
 
 
 def _speak(model: "torch.nn.Module", passages: tuple[Passage, ...], path: Path, context: "JobContext") -> Path:
-    """Keep a model's log probabilities. Raises JobFailed when they are no numbers, and Cancelled."""
+    """Keep a model's log probabilities. Raises JobFailed when they are no numbers, and Stopped."""
     context.check()
     try:
         return write_log_probs(model, passages, path)

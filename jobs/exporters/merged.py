@@ -19,5 +19,4 @@ def export(bench: "Bench") -> tuple[Product, ...]:
         mean_kl_to_merged=found.mean_kl_to_trained,
         mean_kl_to_base=found.mean_kl_to_base,
     )
-    key = f"merged_models/{bench.context.spec.job_id}/"
-    return (Product(name="merged", kind="merged", path=whole.folder, key=key, fidelity=fidelity),)
+    return (Product(name="merged", kind="merged", path=whole.folder, key=bench.key("merged"), fidelity=fidelity),)

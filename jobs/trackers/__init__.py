@@ -25,8 +25,13 @@ CHECKPOINT_PATIENCE_S = 120  # to take a checkpoint's files before they are rota
 class Tracker(Protocol):
     """What a tracker does. May raise anything, at any time; made with the job's context."""
 
+    @property
+    def run_id(self) -> str | None:
+        """What the tracker calls this job's run, once it has begun. Every attempt of the job goes on with the same one."""
+        ...
+
     def start(self) -> str | None:
-        """Begin; returns where the curves can be seen, if anywhere."""
+        """Begin, or go on where the attempt before ended; returns where the curves can be seen, if anywhere."""
         ...
 
     def metrics(self, event: Metrics) -> None: ...
@@ -37,21 +42,28 @@ class Tracker(Protocol):
 
     def model(self, folder: Path) -> None: ...
 
-    def finish(self, *, succeeded: bool) -> None: ...
+    def finish(self, *, succeeded: bool) -> None:
+        """Send what is left. A run that has not succeeded is shown as failed; one that another attempt continues has."""
+        ...
 
 
 class TrackerThread:
     """A tracker at work in a thread of its own, one call after the other."""
 
     def __init__(self, name: str, tracker: Tracker, context: JobContext) -> None:
-        self._name = name
+        self.name = name
         self._tracker = tracker
         self._context = context
         self._broken = False
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
 
+    @property
+    def run_id(self) -> str | None:
+        """The tracker's run, once it has begun."""
+        return self._tracker.run_id
+
     def start(self) -> None:
-        self._do(lambda: self._context.tracker_started(self._name, self._tracker.start()))
+        self._do(lambda: self._context.tracker_started(self.name, self._tracker.start()))
 
     def metrics(self, event: Metrics) -> None:
         self._do(lambda: self._tracker.metrics(event))
@@ -70,7 +82,7 @@ class TrackerThread:
         last = self._do(lambda: self._tracker.finish(succeeded=succeeded))
         if not wait([last], patience_s).done and not self._broken:
             self._context.warn(
-                "tracker_unfinished", f"{self._name} did not finish within {patience_s:.0f} s; its last points may be missing"
+                "tracker_unfinished", f"{self.name} did not finish within {patience_s:.0f} s; its last points may be missing"
             )
         self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -85,7 +97,7 @@ class TrackerThread:
             return
         self._broken = True
         reason = str(error).partition("\n")[0][:200]
-        self._context.warn("tracker_failed", f"{self._name} stopped, the training goes on without it: {type(error).__name__}: {reason}")
+        self._context.warn("tracker_failed", f"{self.name} stopped, the training goes on without it: {type(error).__name__}: {reason}")
 
 
 def start_trackers(context: JobContext) -> list[TrackerThread]:

@@ -20,6 +20,10 @@ class WandbTracker:
         self._context = context
         self._run: wandb.Run | None = None
 
+    @property
+    def run_id(self) -> str | None:
+        return self._run.id if self._run is not None else None
+
     def start(self) -> str | None:
         import wandb
 
@@ -29,7 +33,7 @@ class WandbTracker:
             project=config.project,
             name=spec.job_name,
             id=spec.job_id[-RUN_ID_LENGTH:].lstrip("-_."),
-            resume="allow",  # the next attempt of the job continues the same curves
+            resume="allow",  # every attempt of the job continues the same curves
             dir=self._context.workdir,
             config=spec.training_config.model_dump(mode="json", exclude={"wandb_config": {"api_key"}}),
             settings=wandb.Settings(

@@ -5,7 +5,8 @@ Both are `async` because they never wait: FastAPI would send a plain function th
 
 from typing import Annotated
 
-from fastapi import Depends, Request
+from fastapi import Depends, Header, Request
+from pydantic import StringConstraints
 
 from service.bootstrap import Parts
 
@@ -24,3 +25,8 @@ async def tenant_of() -> str:
 
 UsesParts = Annotated[Parts, Depends(parts_of)]
 ForTenant = Annotated[str, Depends(tenant_of)]
+IdempotencyHeader = Annotated[
+    str | None,
+    Header(alias="Idempotency-Key", description="The same key with the same body is the same job, for 24 hours."),
+    StringConstraints(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$"),
+]

@@ -1,5 +1,6 @@
 """Every error in one shape: {"error": {"code", "message", "hint", "param"}}. Never a stack trace."""
 
+import errno
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from schema.training import TRAINER_TYPES
 from service.core.errors import TunesmithError, Unavailable
-from storage import NoSuchObject, StorageError
+from storage import NoSuchObject, StorageError, StoreFull
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ def install(app: FastAPI) -> None:
     """Render every error of the app in our shape."""
     app.add_exception_handler(TunesmithError, _deliberate)  # type: ignore[arg-type]  # starlette types handlers by Exception
     app.add_exception_handler(StorageError, _storage)  # type: ignore[arg-type]
+    app.add_exception_handler(OSError, _of_this_machine)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _malformed)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _http)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _unexpected)
@@ -58,7 +60,19 @@ def _storage(_request: Request, error: StorageError) -> JSONResponse:
     if isinstance(error, NoSuchObject):
         return answer(404, "not_found", "the file is not there any more")
     log.error("object store failed", extra={"error": str(error)})
+    if isinstance(error, StoreFull):
+        return _full()
     return answer(503, "unavailable", "the object store does not answer; try again", headers={"Retry-After": "2"})
+
+
+def _of_this_machine(request: Request, error: OSError) -> JSONResponse:
+    return _full() if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else _unexpected(request, error)
+
+
+def _full() -> JSONResponse:
+    return answer(
+        507, "storage_full", "there is no room left", "free some space where the service keeps its files", headers={"Retry-After": "30"}
+    )
 
 
 def _malformed(_request: Request, error: RequestValidationError) -> JSONResponse:

@@ -3,16 +3,17 @@
 The scheduler's calls may be made by anybody who may call the service at all, at any time, and as often as one likes.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header
+from fastapi import APIRouter, Body, Depends, Header
 
-from schema.base import Id
+from schema.base import Id, Strict
 from schema.events import BatchAnswer, EventBatch
 from schema.result import Result
 from schema.spec import ClaimAnswer, ClaimRequest
 from service.api.deps import UsesParts
 from service.core.errors import InvalidRequest, Unauthorized
+from service.core.orphans import Orphans
 
 
 async def attempt_of(job_id: Id, attempt: int, parts: UsesParts, authorization: Annotated[str, Header()] = "") -> tuple[str, int]:
@@ -22,6 +23,12 @@ async def attempt_of(job_id: Id, attempt: int, parts: UsesParts, authorization: 
         raise Unauthorized("an attempt shows its token: Authorization: Bearer …")
     parts.tokens.check_attempt(token, job_id, attempt)
     return job_id, attempt
+
+
+class SweepRequest(Strict):
+    """What to clean besides secrets."""
+
+    orphans: bool = False
 
 
 router = APIRouter(prefix="/internal/jobs/{job_id}/attempts/{attempt}", tags=["internal"], include_in_schema=False)
@@ -56,6 +63,21 @@ def reconcile(parts: UsesParts) -> dict[str, int]:
 
 
 @upkeep.post("/sweep")
-def sweep(parts: UsesParts) -> dict[str, int]:
-    """Destroy secrets that outlived their job."""
-    return {"swept": parts.jobs.sweep_secrets()}
+def sweep(parts: UsesParts, body: Annotated[SweepRequest | None, Body()] = None) -> dict[str, Any]:
+    """Destroy secrets that outlived their job; if asked, remove files of jobs that there are not."""
+    swept = parts.jobs.sweep_secrets()
+    return {"swept": swept} | (_orphans(parts.jobs.sweep_orphans()) if body and body.orphans else {})
+
+
+@upkeep.get("/orphans")
+def orphans(parts: UsesParts) -> dict[str, Any]:
+    """Files of jobs that there are not. `complete`: everything was looked at in the time there was."""
+    return _orphans(parts.jobs.orphans())
+
+
+def _orphans(found: Orphans) -> dict[str, Any]:
+    rows = [
+        {"job_id": orphan.job_id, "url": f"{orphan.url}/{orphan.prefix}", "objects": orphan.objects, "size_bytes": orphan.size_bytes}
+        for orphan in found.found
+    ]
+    return {"orphans": rows, "complete": found.complete}

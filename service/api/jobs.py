@@ -1,17 +1,33 @@
-"""The seed's job endpoints, with events, logs and cancel beside them."""
+"""The seed's job endpoints, with events, logs, checkpoints and the controls beside them."""
 
 from typing import Annotated
 
 import orjson
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Body, Header, Path, Query, Request, Response
 from sse_starlette.sse import EventSourceResponse
 from starlette.responses import StreamingResponse
 
 from schema.base import Id
-from schema.job import Status
+from schema.job import Job, Status
+from schema.requests import ExportRequest, ResumeRequest, RetryRequest
 from service.api import stream
-from service.api.deps import ForTenant, UsesParts
-from service.api.views import DeleteAnswer, DownloadAnswer, EventList, FileLink, JobDetail, JobList, LogView, event_row, job_detail, job_row
+from service.api.deps import ForTenant, IdempotencyHeader, UsesParts
+from service.api.views import (
+    CheckpointList,
+    DeleteAnswer,
+    DownloadAnswer,
+    EventList,
+    FileLink,
+    JobDetail,
+    JobList,
+    LogView,
+    TrainAnswer,
+    checkpoint_list,
+    event_row,
+    job_detail,
+    job_row,
+)
+from service.bootstrap import Parts
 from service.core.errors import InvalidRequest
 from service.core.ports import JobQuery
 
@@ -89,9 +105,46 @@ def delete(job_id: Id, response: Response, parts: UsesParts, tenant_id: ForTenan
 
 @router.post("/{job_id}/cancel", status_code=202)
 def cancel(job_id: Id, parts: UsesParts, tenant_id: ForTenant) -> JobDetail:
-    """Stop the job. Can be repeated."""
-    found = parts.jobs.cancel(job_id, tenant_id)
-    return job_detail(found, parts.jobs.liveness(found))
+    """Stop the job; what it saved stays. Can be repeated."""
+    return _shown(parts, parts.jobs.cancel(job_id, tenant_id))
+
+
+@router.post("/{job_id}/pause", status_code=202)
+def pause(job_id: Id, parts: UsesParts, tenant_id: ForTenant) -> JobDetail:
+    """Save a checkpoint, free the compute, keep the place. Can be repeated."""
+    return _shown(parts, parts.jobs.pause(job_id, tenant_id))
+
+
+@router.post("/{job_id}/resume", status_code=202)
+def resume(job_id: Id, parts: UsesParts, tenant_id: ForTenant, body: Annotated[ResumeRequest | None, Body()] = None) -> JobDetail:
+    """Go on where the pause was, exactly; on other hardware or for longer, if the body says so. Can be repeated."""
+    return _shown(parts, parts.jobs.resume(job_id, tenant_id, body or ResumeRequest.model_validate({})))
+
+
+@router.post("/{job_id}/retry", status_code=202)
+def retry(job_id: Id, parts: UsesParts, tenant_id: ForTenant, body: Annotated[RetryRequest | None, Body()] = None) -> JobDetail:
+    """Continue a failed or cancelled job from its last good checkpoint, or from the start. Can be repeated."""
+    return _shown(parts, parts.jobs.retry(job_id, tenant_id, body or RetryRequest.model_validate({})))
+
+
+@router.get("/{job_id}/checkpoints")
+def checkpoints(job_id: Id, parts: UsesParts, tenant_id: ForTenant) -> CheckpointList:
+    """What the job can go on from, and be exported at; the one that the next attempt tries first comes first."""
+    return checkpoint_list(parts.jobs.checkpoints(job_id, tenant_id))
+
+
+@router.post("/{job_id}/checkpoints/{step}/export", status_code=201)
+def export(
+    job_id: Id,
+    step: Annotated[int, Path(ge=0, le=10_000_000)],
+    parts: UsesParts,
+    tenant_id: ForTenant,
+    body: Annotated[ExportRequest | None, Body()] = None,
+    idempotency_key: IdempotencyHeader = None,
+) -> TrainAnswer:
+    """Export a checkpoint without training again: a job of its own, whose artifacts are downloaded like any other's."""
+    request = body or ExportRequest.model_validate({})
+    return TrainAnswer(job_id=parts.jobs.export(job_id, step, tenant_id, request, idempotency_key).job_id)
 
 
 @router.get("/{job_id}/events", response_model=EventList)
@@ -130,6 +183,10 @@ async def logs(
     if not follow:
         return _json({"attempt": number, "text": page.text, "next_offset": page.next_offset})
     return StreamingResponse(stream.follow_log(parts.jobs, job_id, tenant_id, attempt, offset), media_type="text/plain; charset=utf-8")
+
+
+def _shown(parts: Parts, job: Job) -> JobDetail:
+    return job_detail(job, parts.jobs.liveness(job))
 
 
 def _event_id(text: str) -> int:

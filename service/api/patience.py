@@ -27,7 +27,7 @@ class Patience:
 
 def _seconds(scope: Scope) -> float | None:
     path, method = scope["path"], scope["method"]
-    if path in ("/internal/reconcile", "/internal/sweep"):
+    if path in ("/internal/reconcile", "/internal/sweep", "/internal/orphans"):
         return UPKEEP_S
     moves_files = path.startswith(LONG) and method in ("POST", "DELETE")
     deletes_job = path.startswith("/jobs/") and method == "DELETE"

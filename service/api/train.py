@@ -1,22 +1,15 @@
 """`POST /train` and `GET /capabilities`."""
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Header
-from pydantic import StringConstraints
+from fastapi import APIRouter
 
 from schema.requests import TrainRequest
-from service.api.deps import ForTenant, UsesParts
+from service.api.deps import ForTenant, IdempotencyHeader, UsesParts
 from service.api.views import TrainAnswer
 from service.core.capabilities import describe
 
 router = APIRouter(tags=["training"])
-
-IdempotencyHeader = Annotated[
-    str | None,
-    Header(alias="Idempotency-Key", description="The same key with the same body is the same job, for 24 hours."),
-    StringConstraints(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$"),
-]
 
 
 @router.post("/train", status_code=201)

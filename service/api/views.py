@@ -5,8 +5,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from schema.checkpoint import CheckpointReason
 from schema.dataset import Dataset
-from schema.job import Artifact, Attempt, AttemptOutcome, EvalMetrics, Failure, Job, Phase, Progress, Status
+from schema.job import Artifact, Attempt, AttemptOutcome, EvalMetrics, ExportSource, Failure, Job, Phase, Progress, SavedPoint, Status
+from service.core.checkpoints import StoredCheckpoint
 from service.core.ports import JobSummary, Liveness, StoredEvent
 
 
@@ -46,6 +48,8 @@ class AttemptView(BaseModel):
     claimed_at: datetime | None
     ended_at: datetime | None
     outcome: AttemptOutcome | None
+    resumed_step: int | None  # the checkpoint it went on from
+    saved_step: int | None  # the newest checkpoint it made durable
     failure: Failure | None
 
 
@@ -68,6 +72,8 @@ class JobDetail(BaseModel):
     progress: Progress | None
     hardware: str | None
     attempts: list[AttemptView]
+    checkpoint: SavedPoint | None  # the newest one
+    export_of: ExportSource | None  # the checkpoint that this job exports, if it trains nothing
     artifacts: list[Artifact]
     project_id: str | None
     processed_dataset_id: str
@@ -105,6 +111,27 @@ class LogView(BaseModel):
     attempt: int
     text: str
     next_offset: int
+
+
+class CheckpointRow(BaseModel):
+    """A checkpoint: where a job can go on, or be exported."""
+
+    attempt: int
+    step: int
+    total_steps: int
+    epoch: float
+    reason: CheckpointReason
+    eval_loss: float | None
+    is_best: bool  # the lowest eval_loss of those that are left
+    size_bytes: int
+    created_at: datetime
+    uri: str
+
+
+class CheckpointList(BaseModel):
+    """A job's checkpoints, the one that counts first."""
+
+    checkpoints: list[CheckpointRow]
 
 
 class FileLink(BaseModel):
@@ -219,6 +246,8 @@ def job_detail(job: Job, alive: Liveness | None) -> JobDetail:
         progress=alive.progress if alive else None,
         hardware=job.hardware,
         attempts=[_attempt_view(attempt) for attempt in job.attempts],
+        checkpoint=job.checkpoint,
+        export_of=job.export_of,
         artifacts=list(job.artifacts),
         project_id=job.project_id,
         processed_dataset_id=job.processed_dataset_id,
@@ -231,6 +260,22 @@ def job_detail(job: Job, alive: Liveness | None) -> JobDetail:
         finished_at=job.finished_at,
         last_seen_at=alive.seen_at if alive else None,
     )
+
+
+def checkpoint_list(stored: list[StoredCheckpoint]) -> CheckpointList:
+    """A job's checkpoints as the API shows them."""
+    losses = [found.checkpoint.eval_loss for found in stored if found.checkpoint.eval_loss is not None]
+    best = min(losses, default=None)
+    shown = ("attempt", "step", "total_steps", "epoch", "reason", "eval_loss", "size_bytes", "created_at")
+    rows = [
+        CheckpointRow(
+            **{name: getattr(found.checkpoint, name) for name in shown},
+            is_best=best is not None and found.checkpoint.eval_loss == best,
+            uri=found.uri,
+        )
+        for found in stored
+    ]
+    return CheckpointList(checkpoints=rows)
 
 
 def event_row(stored: StoredEvent) -> dict[str, object]:

@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -30,9 +32,18 @@ out = Console(width=None if sys.stdout.isatty() else 240)
 err = Console(stderr=True)
 
 DELETE_TRIES, DELETE_PAUSE_S = 40, 0.5  # an attempt that does not listen is ended within ten seconds
+WAIT_POLL_S = 0.5
+DELAY_POLL_S = 15.0
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the API's JSON.")]
 JobId = Annotated[str, typer.Argument(help="As `tunesmith train` or `tunesmith jobs` printed it.")]
+Elsewhere = Annotated[str | None, typer.Option("--hardware", help="Go on with another profile; `tunesmith capabilities` lists them.")]
+MoreEpochs = Annotated[int | None, typer.Option("--epochs", min=1, help="In all; more than before.")]
+MoreSteps = Annotated[int | None, typer.Option("--max-steps", min=1, help="In all; more than before, where the job is counted in steps.")]
+HfTokenAgain = Annotated[
+    str | None, typer.Option("--hf-token", envvar="HF_TOKEN", show_envvar=True, help="The variable is sent only where it is needed again.")
+]
+WandbKeyAgain = Annotated[str | None, typer.Option("--wandb-api-key", envvar="WANDB_API_KEY", show_envvar=True, help="Likewise.")]
 
 
 class State:
@@ -191,7 +202,7 @@ def show_job(job_id: JobId, as_json: AsJson = False) -> None:
 
 @app.command()
 def watch(job_id: JobId, as_json: AsJson = False) -> None:
-    """Follow a job until it ends: progress, loss, time left. Exits 1 unless it completed."""
+    """Follow a job until it ends, also over pauses: progress, loss, time left. Exits 1 unless it completed."""
     with _client() as client:
         _watch(client, job_id, as_json)
 
@@ -219,11 +230,103 @@ def logs(
 
 
 @app.command()
-def cancel(job_id: JobId, as_json: AsJson = False) -> None:
-    """Stop a job."""
+def pause(
+    job_id: JobId,
+    wait: Annotated[bool, typer.Option("--wait", help="Until it is paused; exits 1 if it ends instead.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Save a checkpoint, free the compute, keep the place."""
+    with _client() as client:
+        job = client.post(f"/jobs/{job_id}/pause")
+        if wait:
+            job = _after(client, job, "pausing")
+    _print(job, as_json, show.coloured(job["status"]))
+    if wait and job["status"] != "paused":
+        raise typer.Exit(1)
+
+
+@app.command()
+def resume(
+    context: typer.Context,
+    job_id: JobId,
+    hardware: Elsewhere = None,
+    epochs: MoreEpochs = None,
+    max_steps: MoreSteps = None,
+    hf_token: HfTokenAgain = None,
+    wandb_api_key: WandbKeyAgain = None,
+    as_json: AsJson = False,
+) -> None:
+    """Go on where the pause was."""
+    changes = {"hardware": hardware, "epochs": epochs, "max_steps": max_steps}
+    job = _go_on(context, f"/jobs/{job_id}/resume", changes, {"hf_token": hf_token, "wandb_api_key": wandb_api_key})
+    _print(job, as_json, show.coloured(job["status"]))
+
+
+@app.command()
+def retry(
+    context: typer.Context,
+    job_id: JobId,
+    from_start: Annotated[bool, typer.Option("--from-start", help="Begin again; earlier checkpoints no longer count.")] = False,
+    hardware: Elsewhere = None,
+    epochs: MoreEpochs = None,
+    max_steps: MoreSteps = None,
+    hf_token: HfTokenAgain = None,
+    wandb_api_key: WandbKeyAgain = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a failed or cancelled job from its last good checkpoint."""
+    changes = {"from_start": from_start or None, "hardware": hardware, "epochs": epochs, "max_steps": max_steps}
+    job = _go_on(context, f"/jobs/{job_id}/retry", changes, {"hf_token": hf_token, "wandb_api_key": wandb_api_key})
+    _print(job, as_json, show.coloured(job["status"]))
+
+
+@app.command()
+def cancel(
+    job_id: JobId,
+    wait: Annotated[bool, typer.Option("--wait", help="Until it has ended; exits 1 if it completed all the same.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Stop a job; what it saved stays."""
     with _client() as client:
         job = client.post(f"/jobs/{job_id}/cancel")
+        if wait:
+            job = _after(client, job, "cancelling")
     _print(job, as_json, show.coloured(job["status"]))
+    if wait and job["status"] != "cancelled":
+        raise typer.Exit(1)
+
+
+@app.command()
+def checkpoints(job_id: JobId, as_json: AsJson = False) -> None:
+    """Where a job can go on, or be exported; the one that counts comes first."""
+    with _client() as client:
+        found = client.get(f"/jobs/{job_id}/checkpoints")
+    _print(found, as_json, show.checkpoint_table(found["checkpoints"]))
+    if not found["checkpoints"] and not as_json:
+        err.print("none yet", style="dim")
+
+
+@app.command()
+def export(
+    job_id: JobId,
+    step: Annotated[int, typer.Argument(min=0, help="As `tunesmith checkpoints` printed it.")],
+    form: Annotated[str | None, typer.Option("--format", help="adapter or merged; left out, adapter.")] = None,
+    gguf: Annotated[list[str] | None, typer.Option("--gguf", help="Also a GGUF file: q8_0, f16, …; can be repeated.")] = None,
+    attempt: Annotated[int | None, typer.Option(min=1, help="Whose checkpoint, where several attempts have one of that step.")] = None,
+    name: Annotated[str | None, typer.Option(help="job_name")] = None,
+    hardware: Annotated[str | None, typer.Option(help="What to export on; left out, what the job trained on.")] = None,
+    hf_token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="For gated or private bases.", show_envvar=True)] = None,
+    watch_it: Annotated[bool, typer.Option("--watch", help="Follow it until it ends.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Export a checkpoint without training again; prints the job that does it, to be watched and downloaded from."""
+    config = _given({"format": form, "include_gguf": True if gguf else None, "gguf_quantization": gguf or None})
+    request = _given({"export_config": config or None, "attempt": attempt, "job_name": name, "hardware": hardware, "hf_token": hf_token})
+    with _client() as client:
+        export_id = client.export(job_id, step, request)
+        _print({"job_id": export_id}, as_json, export_id)
+        if watch_it:
+            _watch(client, export_id, as_json)
 
 
 @app.command()
@@ -237,6 +340,23 @@ def delete(job_id: JobId, as_json: AsJson = False) -> None:
             time.sleep(DELETE_PAUSE_S)  # it is being stopped
             answer = client.delete(f"/jobs/{job_id}")
     _print(answer, as_json, answer["message"])
+
+
+@app.command()
+def orphans(
+    delete_them: Annotated[bool, typer.Option("--delete", help="Remove them. Look at the list first.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Files that belong to no job."""
+    with _client() as client:
+        found = client.post("/internal/sweep", {"orphans": True}) if delete_them else client.get("/internal/orphans")
+    _print(found, as_json, show.orphan_table(found["orphans"]))
+    if as_json:
+        return
+    total = show.size(sum(orphan["size_bytes"] for orphan in found["orphans"]))
+    err.print(f"{'deleted' if delete_them else 'found'} {total}" if found["orphans"] else "there are none", style="dim")
+    if not found["complete"]:
+        err.print("not everything could be looked at in the time there was; repeat the command", style="dim")
 
 
 @app.command()
@@ -348,6 +468,42 @@ def _tell_next(page: Json, as_json: bool) -> None:
         err.print(f"more: --cursor {page['next_cursor']}", style="dim", soft_wrap=True)
 
 
+def _given(fields: Json) -> Json:
+    """The fields that were given."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _after(client: Client, job: Json, status: str) -> Json:
+    """The job, once it has that status no more."""
+    while job["status"] == status:
+        time.sleep(WAIT_POLL_S)
+        job = client.get(f"/jobs/{job['job_id']}")
+    return job
+
+
+def _go_on(context: typer.Context, address: str, changes: Json, secrets: dict[str, str | None]) -> Json:
+    """Make a job go on. Secrets that were typed are sent; those of the environment only once the service says that it needs them."""
+    typed = {name: value for name, value in secrets.items() if _was_typed(context, name)}
+    body = _given(changes | typed)
+    with _client() as client:
+        while True:
+            try:
+                return client.post(address, body)
+            except ApiError as error:
+                needed = error.param or ""
+                if needed not in secrets or needed in body:
+                    raise
+                if not secrets[needed]:
+                    option = needed.replace("_", "-")
+                    raise ApiError(error.message, f"--{option}; {error.hint}", error.code, error.status, needed) from error
+                body[needed] = secrets[needed]
+
+
+def _was_typed(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def _request(file: Path | None, top: Json, config: Json, knobs: list[str] | None) -> Json:
     """The request from a file, with what the flags say on top."""
     request: Json = {}
@@ -355,9 +511,9 @@ def _request(file: Path | None, top: Json, config: Json, knobs: list[str] | None
         request = _read(file)
         if "training_config" not in request:
             request = {"training_config": request}
-    request |= {name: value for name, value in top.items() if value is not None}
+    request |= _given(top)
     training: Json = request.setdefault("training_config", {})
-    training |= {name: value for name, value in config.items() if value is not None}
+    training |= _given(config)
     for knob in knobs or []:
         _set(training, knob)
     return request
@@ -397,21 +553,56 @@ def _watch(client: Client, job_id: str, as_json: bool) -> None:
         for event in client.events(job_id):
             print(json.dumps(event), flush=True)
     else:
-        with show.progress_bar(out) as bar:
+        with show.progress_bar(out) as bar, _delays_told(client, job_id, lambda line: bar.console.print(line, highlight=False)):
             task = bar.add_task("", total=1, phase="queued", loss="–", eta="")
             for event in client.events(job_id):
-                body = event["event"]
-                if body["type"] == "phase":
-                    bar.update(task, phase=body["phase"])
-                if body["type"] == "metrics" and body["progress"]:
-                    _advance(bar, task, body)
+                _follow(bar, task, event["event"])
                 if line := show.event_line(event):
                     bar.console.print(line, highlight=False)
+                if event["event"].get("status") == "paused" and client.get(f"/jobs/{job_id}")["status"] == "paused":
+                    bar.console.print(f"[dim]waiting for `tunesmith resume {job_id}`; Ctrl-C ends the watching alone[/]", soft_wrap=True)
     job = client.get(f"/jobs/{job_id}")
     if not as_json:
         show.job_summary(out, job)
     if job["status"] != "completed":
         raise typer.Exit(1)
+
+
+def _follow(bar: Progress, task: TaskID, body: Json) -> None:
+    match body["type"]:
+        case "status":
+            bar.update(task, phase=body["status"], eta="")
+        case "phase":
+            bar.update(task, phase=body["phase"])
+        case "resumed":
+            bar.update(task, completed=body["step"])
+        case "metrics" if body["progress"]:
+            _advance(bar, task, body)
+        case _:
+            pass
+
+
+@contextmanager
+def _delays_told(client: Client, job_id: str, tell: Callable[[str], None]) -> Generator[None]:
+    """Inside, a job that cannot be launched says why, each time the reason changes. The record has it, no event does."""
+    over = threading.Event()
+
+    def look() -> None:
+        told: str | None = None
+        while not over.wait(DELAY_POLL_S):
+            with suppress(ApiError):
+                why = show.delay(client.get(f"/jobs/{job_id}"))
+                if why and why != told:
+                    tell(f"[yellow]waiting[/] {escape(why)}")
+                told = why
+
+    teller = threading.Thread(target=look, name="delays", daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        teller.join()
 
 
 def _advance(bar: Progress, task: TaskID, point: Json) -> None:

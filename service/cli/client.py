@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
@@ -9,21 +10,26 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import httpx2
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, retry_if_result, stop_after_attempt, wait_exponential
 
 CHUNK_BYTES = 1 << 20
 TIMEOUT = httpx2.Timeout(30.0, read=300.0)  # a large upload is checked row by row before it is answered
-RETRIES = 4  # over some seconds: a service that restarts is back by then
+TRIES = 4  # over some seconds: a service that restarts is back by then
+WATCHING_TRIES = 20  # who follows a job for hours waits a minute for a service that is away
+BACK_OFF = wait_exponential(0.3, max=3)
+LONGEST_RETRY_AFTER_S = 30  # whatever a service asks for: somebody sits in front of this
+RECONNECT_S = 0.5
 
 
 class ApiError(Exception):
     """The service refused, or could not be reached."""
 
-    def __init__(self, message: str, hint: str = "", code: str = "", status: int = 0) -> None:
+    def __init__(self, message: str, hint: str = "", code: str = "", status: int = 0, param: str | None = None) -> None:
         self.message = message
         self.hint = hint
         self.code = code
         self.status = status
+        self.param = param  # the field of the request that is to blame
         super().__init__(message)
 
 
@@ -32,12 +38,24 @@ Json = dict[str, Any]
 
 
 class Client:
-    """A service at a url. Every method raises ApiError with what to do about it."""
+    """A service at a url. Every method raises ApiError with what to do about it.
 
-    def __init__(self, url: str, identity_token: str | None = None) -> None:
+    A connection that breaks, and a service that says "come again", are tried again a few times. What makes something carries one
+    Idempotency-Key over all its tries, so that a lost answer never makes a second job. Uploads cannot, and are tried once.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        identity_token: str | None = None,
+        *,
+        transport: httpx2.BaseTransport | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self.url = url.rstrip("/")
         headers = {"Authorization": f"Bearer {identity_token}"} if identity_token else {}
-        self._http = httpx2.Client(base_url=self.url, timeout=TIMEOUT, headers=headers)
+        self._http = httpx2.Client(base_url=self.url, timeout=TIMEOUT, headers=headers, transport=transport)
+        self._sleep = sleep
 
     def __enter__(self) -> Self:
         return self
@@ -46,22 +64,25 @@ class Client:
         self._http.close()
 
     def get(self, path: str, **params: str | int | None) -> Json:
-        """GET, again when the connection breaks."""
+        """GET something."""
         wanted = {name: value for name, value in params.items() if value is not None}
         return self._again(lambda: self._http.get(path, params=wanted))
 
     def post(self, path: str, body: object | None = None) -> Json:
-        """POST of something that is harmless to repeat."""
+        """POST of something that is harmless to repeat: pause, resume, retry, cancel."""
         return self._again(lambda: self._http.post(path, json=body))
 
     def delete(self, path: str) -> Json:
-        """DELETE, again when the connection breaks."""
+        """DELETE something."""
         return self._again(lambda: self._http.delete(path))
 
     def train(self, request: Json) -> str:
-        """Submit a job; a lost answer never makes a second one."""
-        key = {"Idempotency-Key": uuid.uuid4().hex}
-        return self._again(lambda: self._http.post("/train", json=request, headers=key))["job_id"]
+        """Submit a job."""
+        return self._make("/train", request)["job_id"]
+
+    def export(self, job_id: str, step: int, request: Json) -> str:
+        """Submit a job that exports a checkpoint."""
+        return self._make(f"/jobs/{job_id}/checkpoints/{step}/export", request)["job_id"]
 
     def upload(self, file: BinaryIO, filename: str, fields: dict[str, str]) -> Json:
         """Upload a dataset, streaming."""
@@ -72,15 +93,17 @@ class Client:
         return self._once(lambda: self._http.post("/datasets", data=fields))
 
     def events(self, job_id: str, after: int = 0) -> Iterator[Json]:
-        """Events as they happen, over as many connections as it takes, until the job is final."""
+        """Events as they happen, over as many connections as it takes, until the job is final; a paused job is waited for."""
         place = after
+        self.get(f"/jobs/{job_id}")  # a wrong url is told at once
         while True:
             for event in self._stream(job_id, place):
                 if event is None:
                     return
                 place = event["id"]
                 yield event
-            self.get(f"/jobs/{job_id}")  # is it still there? waits for a service that restarts
+            self._sleep(RECONNECT_S)
+            self._again(lambda: self._http.get(f"/jobs/{job_id}"), WATCHING_TRIES)  # is it still there?
 
     def follow_log(self, job_id: str, attempt: int | None, offset: int = 0) -> Iterator[str]:
         """An attempt's output until the job ends."""
@@ -116,10 +139,12 @@ class Client:
         part.replace(target)
 
     def _stream(self, job_id: str, after: int) -> Iterator[Json | None]:
-        """One connection's events; None when the service said that there are no more."""
+        """One connection's events, perhaps none; None when the service said that there are no more."""
         headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
         try:
             with self._http.stream("GET", f"/jobs/{job_id}/events", headers=headers) as answer:
+                if _says_come_again(answer):
+                    return
                 if answer.is_error:
                     answer.read()
                     raise _refused(answer)
@@ -131,12 +156,18 @@ class Client:
         except httpx2.TransportError:
             return
 
-    def _again(self, call: Callable[[], httpx2.Response]) -> Json:
+    def _make(self, path: str, body: Json) -> Json:
+        """POST of something that makes a job: every try carries the same key."""
+        key = {"Idempotency-Key": uuid.uuid4().hex}
+        return self._again(lambda: self._http.post(path, json=body, headers=key))
+
+    def _again(self, call: Callable[[], httpx2.Response], tries: int = TRIES) -> Json:
         again = Retrying(
-            retry=retry_if_exception_type(httpx2.TransportError),
-            stop=stop_after_attempt(RETRIES),
-            wait=wait_exponential(0.3, max=3),
-            reraise=True,
+            retry=retry_if_exception_type(httpx2.TransportError) | retry_if_result(_says_come_again),
+            stop=stop_after_attempt(tries),
+            wait=_pause_s,
+            sleep=self._sleep,
+            retry_error_callback=_what_came_last,
         )
         return self._once(lambda: again(call))
 
@@ -155,11 +186,30 @@ class Client:
         )
 
 
+def _says_come_again(answer: httpx2.Response) -> bool:
+    """Whether the same request may do better in a moment. A 503 without a time, as of a deletion that is not complete, would not."""
+    too_busy = answer.status_code == HTTPStatus.SERVICE_UNAVAILABLE and "Retry-After" in answer.headers
+    return too_busy or answer.status_code == HTTPStatus.TOO_MANY_REQUESTS
+
+
+def _pause_s(state: RetryCallState) -> float:
+    """How long to wait before the next try: at least as long as the service asked for, within reason."""
+    asked = "" if state.outcome is None or state.outcome.failed else state.outcome.result().headers.get("Retry-After", "")
+    return max(BACK_OFF(state), min(int(asked), LONGEST_RETRY_AFTER_S) if asked.isdecimal() else 0)
+
+
+def _what_came_last(state: RetryCallState) -> httpx2.Response:
+    """The last try's answer, or its exception."""
+    assert state.outcome is not None
+    return state.outcome.result()
+
+
 def _refused(answer: httpx2.Response) -> ApiError:
     try:
-        error = answer.json()["error"]
-        return ApiError(error["message"], error["hint"], error["code"], answer.status_code)
-    except (ValueError, KeyError, TypeError):
+        body = answer.json()
+        error: Json = body.get("error", body)  # a deletion that is not complete tells in its own words
+        return ApiError(error["message"], error.get("hint", ""), error.get("code", ""), answer.status_code, error.get("param"))
+    except (ValueError, KeyError, TypeError, AttributeError):
         known = answer.status_code not in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
         hint = "" if known else "on Cloud Run the front door asks who you are: TUNESMITH_IDENTITY_TOKEN=$(gcloud auth print-identity-token)"
         return ApiError(f"the service answered {answer.status_code}: {answer.text[:200]}", hint, status=answer.status_code)

@@ -103,6 +103,13 @@ class Unavailable(TunesmithError):
     retry_after_s = 2
 
 
+class DiskFull(Unavailable):
+    """The disk of the service is full."""
+
+    status = HTTPStatus.INSUFFICIENT_STORAGE
+    code = "storage_full"
+
+
 class LaunchFailed(TunesmithError):
     """The compute refused the attempt; it never started."""
 

@@ -1,4 +1,4 @@
-"""The verbs of a job: submit, find, report, cancel, delete, reconcile. The order of the lines is the promise.
+"""The verbs of a job: submit, find, pause, resume, cancel, retry, report, delete, reconcile. The order of the lines is the promise.
 
 The record goes first: a job exists once it is written, and everything that follows can be done again by
 `reconcile` from the record alone. The spec is rendered from the record when an attempt is launched.
@@ -17,16 +17,19 @@ from typing import NoReturn
 
 from pydantic import SecretStr, ValidationError
 
+from schema.checkpoint import checkpoints_prefix
 from schema.dataset import Dataset
 from schema.events import BatchAnswer, Directive, Event, EventBatch
-from schema.job import Artifact, ArtifactFile, Failure, Job, Status
-from schema.requests import TrainRequest
-from schema.result import Result
+from schema.job import Artifact, ArtifactFile, ExportSource, Failure, Job, Status
+from schema.requests import ExportRequest, ResumeRequest, RetryRequest, SafeChanges, TrainRequest
+from schema.result import PublishManifest, Result
 from schema.spec import ClaimAnswer, JobSpec, StoreUrls, attempt_name, manifest_key, result_key, spec_key
 from schema.training import TrainingConfig
 from service.core import lifecycle
 from service.core.capabilities import check_fits, check_supported
-from service.core.errors import Conflict, LaunchFailed, NotFound, StaleRevision, TunesmithError, Unavailable
+from service.core.checkpoints import StoredCheckpoint, stored_checkpoints
+from service.core.errors import Conflict, InvalidRequest, LaunchFailed, NotFound, StaleRevision, TunesmithError, Unavailable
+from service.core.orphans import Orphans, delete_orphan, find_orphans
 from service.core.ports import (
     Ended,
     EndSource,
@@ -57,6 +60,7 @@ REDACTED = SecretStr("**********")
 WANDB_SECRET = "wandb_api_key"
 HF_SECRET = "hf_token"
 STEPS_AT_ONCE = 8  # a thousand jobs of a tenth of a second each are looked after within a scheduler's minute
+ORPHANS_S = 600.0  # looking through every file of a bucket, where nobody waits
 STEP_NEEDS_S = 2.0  # a launch is a handful of calls; begun with less, it would only be cut off half-way
 
 
@@ -68,6 +72,9 @@ class Limits:
     cancel_grace: timedelta = timedelta(seconds=1)  # an attempt that knows of its cancel may tidy up; then a signal
     kill_grace: timedelta = timedelta(seconds=8)  # and then no more
     launch_lookup: timedelta = timedelta(seconds=5)  # an attempt without a handle is looked up by name this long after it was sent
+    start_within: timedelta = timedelta(minutes=10)  # until then nobody minds that a launched attempt has not claimed itself
+    lease: timedelta = timedelta(minutes=5)  # silent for so long after it was first doubted: the compute is told to end it
+    lease_grace: timedelta = timedelta(minutes=1)  # and then it counts as lost, whatever the compute says
     link_life_s: int = 900
 
 
@@ -129,7 +136,7 @@ class Jobs:
         secrets = secrets_of(request)
         now = self._clock()
         job = Job(
-            job_id=job_id_for(request, self._random_tail()),
+            job_id=job_id_for(request.processed_dataset_id, request.training_config.base_model_id, self._random_tail()),
             tenant_id=tenant_id,
             project_id=request.project_id,
             job_name=request.job_name,
@@ -142,11 +149,7 @@ class Jobs:
             updated_at=now,
             status_changed_at=now,
         )
-        if secrets:  # first, so that no attempt can start without them
-            self._secrets.put(job.job_id, secrets)
-        kept = self._keep(job, IdempotencyKey(idempotency_key, digest_of(request)) if idempotency_key else None)
-        self._wake(kept.job_id)
-        return kept
+        return self._begin(job, secrets, idempotency_key, digest_of(request))
 
     def find(self, job_id: str, tenant_id: str) -> Job:
         """A tenant's job. Raises NotFound, also for somebody else's."""
@@ -169,6 +172,7 @@ class Jobs:
         """A tenant's job and its sign of life. One that has gone silent is looked after on the way. Raises NotFound."""
         job = self.find(job_id, tenant_id)
         alive = self.liveness(job)
+        job = self._list_in_bucket(job)
         if not job.status.is_active or self._launcher.check_is_cheap or not self._has_gone_silent(job, alive):
             return job, alive
         self._wake(job_id)
@@ -209,11 +213,83 @@ class Jobs:
         self._wake(job_id)
         return job
 
+    def pause(self, job_id: str, tenant_id: str) -> Job:
+        """Free the compute and keep the place: the attempt saves a checkpoint and ends. Can be repeated. Raises Conflict."""
+        self.find(job_id, tenant_id)
+        job = self._change(job_id, lambda job: lifecycle.pause_requested(job, self._clock()))
+        self._wake(job_id)
+        return job
+
+    def resume(self, job_id: str, tenant_id: str, request: ResumeRequest) -> Job:
+        """Go on where the pause was, perhaps on other hardware or for longer. Can be repeated. Raises Conflict, InvalidRequest."""
+        before = self.find(job_id, tenant_id)
+        if before.status is Status.PAUSED:
+            self._renew_secrets(before, request)
+
+        def resumed(job: Job) -> Job:
+            config = self._longer(job, request)
+            return lifecycle.resume_requested(job, self._clock(), training_config=config, hardware=request.hardware)
+
+        job = self._change(job_id, resumed)
+        self._wake(job_id)
+        return job
+
+    def retry(self, job_id: str, tenant_id: str, request: RetryRequest) -> Job:
+        """Continue a failed or cancelled job from its last good checkpoint. Can be repeated. Raises Conflict, InvalidRequest."""
+        before = self.find(job_id, tenant_id)
+        if before.status in (Status.FAILED, Status.CANCELLED):
+            self._own_dataset(before.processed_dataset_id, tenant_id)
+            self._renew_secrets(before, request)
+
+        def retried(job: Job) -> Job:
+            config = self._longer(job, request)
+            return lifecycle.retry_requested(
+                job, self._clock(), from_start=request.from_start, training_config=config, hardware=request.hardware
+            )
+
+        job = self._change(job_id, retried)
+        self._wake(job_id)
+        return job
+
+    def checkpoints(self, job_id: str, tenant_id: str) -> list[StoredCheckpoint]:
+        """What a job can go on from, or be exported at; the one that counts first. Raises NotFound."""
+        job = self.find(job_id, tenant_id)
+        return stored_checkpoints(self._models, checkpoints_prefix(job.job_id, job.project_id), job.first_attempt)
+
+    def export(self, job_id: str, step: int, tenant_id: str, request: ExportRequest, idempotency_key: str | None = None) -> Job:
+        """Make a job that exports a checkpoint of another without training. Raises NotFound, Unsupported, InvalidRequest."""
+        source = self.find(job_id, tenant_id)
+        found = _pick_checkpoint(self.checkpoints(job_id, tenant_id), job_id, step, request.attempt)
+        config = exporting(source.training_config, request)
+        hardware = request.hardware or source.hardware
+        check_supported(config, self._launcher.hardware(hardware))
+        self._own_dataset(source.processed_dataset_id, tenant_id)
+        secrets = {HF_SECRET: request.hf_token.get_secret_value()} if request.hf_token else {}
+        now = self._clock()
+        job = Job(
+            job_id=job_id_for(source.processed_dataset_id, config.base_model_id, self._random_tail()),
+            tenant_id=tenant_id,
+            project_id=source.project_id,
+            job_name=request.job_name or f"{source.job_name[:100]} at step {step}",
+            processed_dataset_id=source.processed_dataset_id,
+            training_config=config,
+            secret_names=tuple(sorted(secrets)),
+            hardware=hardware,
+            export_of=ExportSource(job_id=job_id, attempt=found.checkpoint.attempt, step=step, key=found.key),
+            status=Status.QUEUED,
+            created_at=now,
+            updated_at=now,
+            status_changed_at=now,
+        )
+        digest = _digest({"export_of": job_id, "step": step, **request.model_dump(mode="json", exclude={"hf_token"})})
+        return self._begin(job, secrets, idempotency_key, digest)
+
     def download(self, job_id: str, tenant_id: str, artifact_name: str | None) -> tuple[Artifact, list[tuple[ArtifactFile, str]]]:
         """Links to the files of an artifact, the most useful one by default: GGUF, merged, adapter. Raises NotFound, Conflict."""
         job = self.find(job_id, tenant_id)
         if job.status is not Status.COMPLETED:
             raise Conflict(f"{job_id} is {job.status}; there is something to download once it is completed")
+        job = self._list_in_bucket(job)
         artifact = _pick_artifact(job, artifact_name)
         return artifact, [(file, self._link(artifact, file)) for file in artifact.files]
 
@@ -224,6 +300,7 @@ class Jobs:
             job = self.cancel(job_id, tenant_id)
         if not job.status.is_final:
             return None
+        job = self._change(job_id, lambda job: lifecycle.deletion_begun(job, self._clock()))
         deleted = self._delete_files(job)
         if not deleted.failures:
             self._store.delete_job(job_id)
@@ -244,7 +321,7 @@ class Jobs:
         lifecycle.check_current(job, number)
         next_seq = self._store.append_events(job_id, number, batch, now)
         told = [reported.event for reported in batch.events]
-        if any(lifecycle.absorbed(job, number, event, now) is not job for event in told):
+        if _absorb_all(job, number, told, now) is not job:
             job = self._change(job_id, lambda job: _absorb_all(job, number, told, now))
         return BatchAnswer(directive=directive_for(job), next_seq=next_seq)
 
@@ -254,7 +331,7 @@ class Jobs:
         if job.status.is_final:
             self._forget_secrets(job)
         self._wake(job_id)
-        return job
+        return self._list_in_bucket(job)
 
     # --- the reconciler ----------------------------------------------------------------------------------------------
 
@@ -294,6 +371,17 @@ class Jobs:
                 swept += self._secrets.destroy(job_id)
         return swept
 
+    def orphans(self) -> Orphans:
+        """Files of jobs that there are not. Raises StorageError, Unavailable."""
+        return find_orphans(self._store, configs=self._configs, models=self._models, within_s=time_left(ORPHANS_S) * 0.8)
+
+    def sweep_orphans(self) -> Orphans:
+        """Remove the files of jobs that there are not; returns what was removed. Can be repeated until it is complete."""
+        swept = self.orphans()
+        for orphan in swept.found:
+            delete_orphan(orphan, configs=self._configs, models=self._models)
+        return swept
+
     def _launch_waiting(self, active: int, most: int = ACTIVE_LIMIT) -> int:
         free_slots = min(most, self._launcher.free_slots(active))
         queued = self._store.queued_jobs(free_slots) if free_slots > 0 else []
@@ -328,9 +416,25 @@ class Jobs:
         state = self._launcher.check(job.attempt.handle)
         if state == "ended":
             return self._judge_ended(job)
-        if not self._launcher.check_is_cheap and job.attempt.claimed_by is not None:  # before that its machine may still be starting
-            log.warning("attempt is silent", extra={"job_id": job.job_id, "attempt": job.attempt.number, "compute_says": state})
-        return job
+        return self._doubt(job, job.attempt.handle) if state == "running" else job  # unknown is not lost
+
+    def _doubt(self, job: Job, handle: str) -> Job:
+        """The compute is there. If its attempt is not heard of for a whole lease after it was first doubted, it is ended.
+
+        The doubt is written down: a service that slept, or was started just now, hears the attempt before it judges it.
+        """
+        attempt, alive = job.attempt, self.liveness(job)
+        assert attempt is not None
+        now, since = self._clock(), attempt.doubted_at
+        may_be_starting = attempt.claimed_by is None and now - (attempt.launched_at or attempt.created_at) < self._limits.start_within
+        if may_be_starting or not self._has_gone_silent(job, alive):
+            return job
+        if since is None or (alive is not None and alive.seen_at > since):
+            log.warning("attempt is silent", extra={"job_id": job.job_id, "attempt": attempt.number})
+            return self._change(job.job_id, lambda job: lifecycle.doubted(job, attempt.number, now))
+        if now - since >= self._limits.lease:
+            self._launcher.cancel(handle, force=True)
+        return self._end_vanished(job) if now - since >= self._limits.lease + self._limits.lease_grace else job
 
     def _launch(self, job: Job) -> Job:
         try:
@@ -350,7 +454,7 @@ class Jobs:
             return self._change(job.job_id, lambda job: lifecycle.launched(job, attempt.number, handle, self._clock()))
         if attempt.claimed_by is not None:
             return self._launched_unseen(job)
-        if job.status is Status.CANCELLING:
+        if job.status in (Status.CANCELLING, Status.PAUSING):
             return self._end_vanished(job)
         try:
             job = self._replace(job, lifecycle.launching_again(job, attempt.number, self._clock()))
@@ -392,6 +496,9 @@ class Jobs:
             training_config=job.training_config,
             dataset=self._own_dataset(job.processed_dataset_id, job.tenant_id),
             stores=StoreUrls(datasets=self._datasets.url, models=self._models.url, configs=self._configs.url),
+            checkpoints=checkpoints_prefix(job.job_id, job.project_id),
+            first_attempt=job.first_attempt,
+            export_of=job.export_of,
         )
 
     def _launch_order(self, job: Job, number: int) -> LaunchOrder:
@@ -423,9 +530,13 @@ class Jobs:
         return self.finish(job.job_id, result) if result else self._end_vanished(job)
 
     def _end_vanished(self, job: Job) -> Job:
-        number, told = len(job.attempts), self._why_ended(job)
+        number, told, saved_step = len(job.attempts), self._why_ended(job), self._saved_step(job)
         reason, preempted = (told.failure, told.preempted) if told else (None, False)
-        job = self._change(job.job_id, lambda job: lifecycle.vanished(job, number, self._clock(), reason, preempted=preempted))
+
+        def vanished(job: Job) -> Job:
+            return lifecycle.vanished(job, number, self._clock(), reason, preempted=preempted, saved_step=saved_step)
+
+        job = self._change(job.job_id, vanished)
         if job.status.is_final:
             self._forget_secrets(job)
         self._wake(job.job_id)
@@ -435,6 +546,12 @@ class Jobs:
         """What the compute tells about the end of the current attempt. Raises Unavailable: then the judgement waits."""
         handle = job.attempt.handle if job.attempt else None
         return self._launcher.why_ended(handle) if handle and isinstance(self._launcher, EndSource) else None
+
+    def _saved_step(self, job: Job) -> int | None:
+        """The newest checkpoint of the current attempt: it may have been killed before it told."""
+        prefix, number = checkpoints_prefix(job.job_id, job.project_id), len(job.attempts)
+        found = stored_checkpoints(self._models, prefix, number)
+        return max((stored.checkpoint.step for stored in found if stored.checkpoint.attempt == number), default=None)
 
     def _where_logs(self, job: Job, number: int) -> str:
         handle = job.attempts[number - 1].handle
@@ -457,6 +574,53 @@ class Jobs:
             self._launcher.cancel(handle, force=waited >= self._limits.kill_grace)
 
     # --- helpers -----------------------------------------------------------------------------------------------------
+
+    def _begin(self, job: Job, secrets: dict[str, str], idempotency_key: str | None, digest: str) -> Job:
+        """Keep a new job; its secrets go first, so that no attempt can start without them."""
+        if secrets:
+            self._secrets.put(job.job_id, secrets)
+        kept = self._keep(job, IdempotencyKey(idempotency_key, digest) if idempotency_key else None)
+        self._wake(kept.job_id)
+        return kept
+
+    def _renew_secrets(self, job: Job, request: SafeChanges) -> None:
+        """Keep what is sent again beside what is still there. Raises InvalidRequest when the job then lacks one that it had."""
+        sent = {HF_SECRET: request.hf_token, WANDB_SECRET: request.wandb_api_key}
+        renewed = {name: secret.get_secret_value() for name, secret in sent.items() if secret}
+        for name in renewed.keys() - set(job.secret_names):
+            raise InvalidRequest(f"{job.job_id} was made without {name}, and goes on without it", hint="leave it out", param=name)
+        if not job.secret_names:
+            return
+        known = self._secrets.read(job.job_id) | renewed
+        for name in job.secret_names:
+            if name not in known:
+                hint = "secrets are destroyed when a job ends, and expire after 30 days"
+                raise InvalidRequest(f"{name} is needed again to go on with {job.job_id}; send it in the body", hint=hint, param=name)
+        if renewed:
+            self._secrets.put(job.job_id, known)
+
+    def _longer(self, job: Job, request: SafeChanges) -> TrainingConfig:
+        """The job's configuration with what the request changes. Raises InvalidRequest for what would not be safe, Unsupported."""
+        config = longer(job.training_config, request)
+        if request.hardware:
+            check_supported(config, self._launcher.hardware(request.hardware))
+        return config
+
+    def _list_in_bucket(self, job: Job) -> Job:
+        """Write the manifest of a completed job, for who reads the bucket alone; whoever sees the job next does it if this fails.
+
+        Only now, for now nothing can take the job's place any more: an attempt that was given up cannot get here.
+        """
+        if job.status is not Status.COMPLETED or job.manifest_written or not job.artifacts:
+            return job
+        number, now = len(job.attempts), self._clock()
+        manifest = PublishManifest(job_id=job.job_id, attempt=number, artifacts=job.artifacts, created_at=job.finished_at or now)
+        try:
+            self._models.write(manifest_key(job.job_id), manifest.model_dump_json(indent=1).encode())
+            return self._change(job.job_id, lambda job: lifecycle.manifest_written(job, now))
+        except (StorageError, Unavailable, NotFound) as error:
+            log.warning("manifest not written yet", extra={"job_id": job.job_id, "error": str(error)})
+            return job
 
     def _keep(self, job: Job, idempotency: IdempotencyKey | None) -> Job:
         try:
@@ -539,14 +703,39 @@ def without_secrets(config: TrainingConfig) -> TrainingConfig:
 
 def digest_of(request: TrainRequest) -> str:
     """What makes two requests the same one: everything but the secrets, which may be renewed between two tries."""
-    body = request.model_dump(mode="json", exclude={"hf_token"})
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return _digest(request.model_dump(mode="json", exclude={"hf_token"}))
 
 
-def job_id_for(request: TrainRequest, tail: str) -> str:
+def longer(config: TrainingConfig, request: SafeChanges) -> TrainingConfig:
+    """The configuration with more epochs or steps. Raises InvalidRequest for fewer, and for the one that the job is not counted in."""
+    knobs = config.hyperparameters
+    changes: dict[str, int] = {}
+    for name, wanted in (("epochs", request.epochs), ("max_steps", request.max_steps)):
+        if wanted is None or wanted == getattr(knobs, name):
+            continue
+        counted_in = "max_steps" if knobs.max_steps > 0 else "epochs"
+        if name != counted_in:
+            raise InvalidRequest(f"this job is counted in {counted_in}; {name} would not be used", hint=f"raise {counted_in}", param=name)
+        if wanted < getattr(knobs, name):
+            message = f"{name} can only grow: the job was planned with {getattr(knobs, name)}, and {wanted} may have been passed already"
+            raise InvalidRequest(message, hint="an earlier checkpoint can be exported instead", param=name)
+        changes[name] = wanted
+    return config.model_copy(update={"hyperparameters": knobs.model_copy(update=changes)}) if changes else config
+
+
+def exporting(config: TrainingConfig, request: ExportRequest) -> TrainingConfig:
+    """The configuration of a job that exports a checkpoint: another export, no tracker."""
+    export = request.export_config
+    if config.method == "Full" and export.format == "adapter" and "format" in export.model_fields_set:
+        message = "format 'adapter' needs method LoRA or QLoRA; with method Full use 'merged'"
+        raise InvalidRequest(message, param="export_config.format")
+    return config.model_copy(update={"export_config": export, "wandb_config": None})
+
+
+def job_id_for(dataset_id: str, base_model_id: str, tail: str) -> str:
     """The seed's readable form, training_<dataset>_<model>_<tail>, with a random tail: two jobs never share an id."""
-    dataset = request.processed_dataset_id.removeprefix("dataset_")
-    model = request.training_config.base_model_id.rpartition("/")[2]
+    dataset = dataset_id.removeprefix("dataset_")
+    model = base_model_id.rpartition("/")[2]
     readable = [re.sub(r"[^A-Za-z0-9-]+", "-", part)[:40].strip("-") for part in (dataset, model)]
     return "_".join(["training", *readable, tail])
 
@@ -562,13 +751,6 @@ def directive_for(job: Job) -> Directive:
             return "continue"
 
 
-def checkpoints_prefix(job: Job) -> str:
-    """Where a job's resumable state lies, in the model bucket."""
-    if job.project_id:
-        return f"checkpoints/projects/{job.project_id}/jobs/{job.job_id}/"
-    return f"checkpoints/test-jobs/job_{job.job_id}/"
-
-
 def owned_prefixes(job: Job, *, configs: ObjectStore, models: ObjectStore) -> Sequence[tuple[ObjectStore, str]]:
     """Every place where a job's files can lie. The manifest goes first: readers stop believing in the rest."""
     return (
@@ -576,13 +758,28 @@ def owned_prefixes(job: Job, *, configs: ObjectStore, models: ObjectStore) -> Se
         (models, f"trained_adapters/{job.job_id}/"),
         (models, f"merged_models/{job.job_id}/"),
         (models, f"gguf_models/{job.job_id}/"),
-        (models, checkpoints_prefix(job)),
+        (models, checkpoints_prefix(job.job_id, job.project_id)),
         (configs, spec_key(job.job_id)),
         (configs, f"results/{job.job_id}/"),
     )
 
 
+def _digest(body: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _pick_checkpoint(stored: Sequence[StoredCheckpoint], job_id: str, step: int, attempt: int | None) -> StoredCheckpoint:
+    """The checkpoint of a step, the newest attempt's unless one is named. Raises NotFound that lists what there is."""
+    for found in stored:
+        if found.checkpoint.step == step and attempt in (None, found.checkpoint.attempt):
+            return found
+    known = ", ".join(str(found.checkpoint.step) for found in stored) or "none"
+    whose = f" of attempt {attempt}" if attempt else ""
+    raise NotFound(f"{job_id} has no checkpoint{whose} at step {step}; it has: {known}", param="attempt" if attempt else "step")
+
+
 def _absorb_all(job: Job, number: int, events: Sequence[Event], now: datetime) -> Job:
+    job = lifecycle.heard(job, number, now)
     for event in events:
         job = lifecycle.absorbed(job, number, event, now)
     return job

@@ -6,23 +6,30 @@ record itself when the fact changes nothing, or raises what a caller should be t
 
 from datetime import datetime
 
-from schema.events import Evaluated, Event, PhaseChanged, StatusChanged, TrackerStarted
-from schema.job import Attempt, AttemptOutcome, Failure, Job, Status
+from schema.events import CheckpointSaved, Evaluated, Event, PhaseChanged, Resumed, StatusChanged, TrackerStarted
+from schema.job import Attempt, AttemptOutcome, Failure, Job, SavedPoint, Status
 from schema.result import Result
+from schema.training import TrainingConfig
 from service.core.errors import Conflict, Fenced
 
-# Which status may follow which. A status that is not a key here is final.
+# Which status may follow which. Out of `failed` and `cancelled` leads a retry alone; `completed` is the end.
 FOLLOWS: dict[Status, frozenset[Status]] = {
-    Status.QUEUED: frozenset({Status.PREPARING, Status.CANCELLED, Status.FAILED}),
+    Status.QUEUED: frozenset({Status.PREPARING, Status.PAUSED, Status.CANCELLED, Status.FAILED}),
     Status.PREPARING: frozenset({Status.TRAINING, Status.CANCELLING, Status.PAUSING, Status.COMPLETED, Status.FAILED, Status.QUEUED}),
     Status.TRAINING: frozenset({Status.CANCELLING, Status.PAUSING, Status.COMPLETED, Status.FAILED, Status.QUEUED}),
     Status.PAUSING: frozenset({Status.PAUSED, Status.CANCELLING, Status.COMPLETED, Status.FAILED, Status.QUEUED}),
     Status.PAUSED: frozenset({Status.QUEUED, Status.CANCELLED, Status.FAILED}),
     Status.CANCELLING: frozenset({Status.CANCELLED, Status.COMPLETED}),
+    Status.FAILED: frozenset({Status.QUEUED}),
+    Status.CANCELLED: frozenset({Status.QUEUED}),
 }
 
-# Attempts in a row that ended early through no fault of the job before it is given up.
-MOST_ATTEMPTS = 5
+# Attempts in a row that ended early and saved nothing new, before the job is given up.
+MOST_WITHOUT_PROGRESS = 5
+MOST_LOST = 3  # of them, those that vanished: each may have cost an hour, and a process that is killed for its memory is killed again
+GOES_ON: frozenset[AttemptOutcome] = frozenset({"yielded", "preempted", "lost"})
+# What the compute may tell of an attempt that ended early, and that another attempt can get over.
+CAN_GO_ON = frozenset({"preempted", "timeout"})
 
 
 def begin_attempt(job: Job, launcher: str, now: datetime) -> Job:
@@ -81,6 +88,10 @@ def absorbed(job: Job, number: int, event: Event, now: datetime) -> Job:
             return job.model_copy(update={"metrics": metrics, "updated_at": now})
         case TrackerStarted(tracker="wandb", url=str(url)):
             return job.model_copy(update={"wandb_url": url, "updated_at": now})
+        case CheckpointSaved(step=step):
+            return _saved(job, number, step, now)
+        case Resumed(step=step):
+            return _with_attempt(job, _attempt(job, number).model_copy(update={"resumed_step": step}), now)
         case _:
             return job
 
@@ -92,6 +103,8 @@ def finished(job: Job, result: Result, now: datetime) -> Job:
         return job
     check_current(job, result.attempt)
     told = job.model_copy(update={name: value for name in ("metrics", "base_metrics", "wandb_url") if (value := getattr(result, name))})
+    if result.saved_step is not None:
+        told = _saved(told, result.attempt, result.saved_step, now)
     match result.outcome:
         case "completed":
             return _end(told.model_copy(update={"artifacts": result.artifacts}), result.attempt, "completed", None, now)
@@ -100,15 +113,27 @@ def finished(job: Job, result: Result, now: datetime) -> Job:
             return _end(told, result.attempt, "failed", failure, now)
         case "cancelled" if job.status is not Status.CANCELLING:
             return _end(told, result.attempt, "preempted", None, now)  # nobody asked: its compute was taken away
+        case "yielded" if result.yielded_because == "preempted":
+            return _end(told, result.attempt, "preempted", None, now)
+        case "paused" if job.status not in (Status.PAUSING, Status.CANCELLING):
+            return _end(told, result.attempt, "yielded", None, now)
         case outcome:
             return _end(told, result.attempt, outcome, None, now)
 
 
-def vanished(job: Job, number: int, now: datetime, reason: Failure | None = None, *, preempted: bool = False) -> Job:
-    """The compute ended and left no result. `reason` is what the compute told, `preempted` that it took itself away unasked."""
+def vanished(
+    job: Job, number: int, now: datetime, reason: Failure | None = None, *, preempted: bool = False, saved_step: int | None = None
+) -> Job:
+    """The compute ended and left no result.
+
+    `reason` is what the compute told, `preempted` that it took itself away unasked, `saved_step` the newest checkpoint of the
+    attempt that was found, which may never have been reported.
+    """
     attempt = check_current(job, number)
+    if saved_step is not None:
+        job = _saved(job, number, saved_step, now)
     if reason is not None:
-        return _end(job, number, "preempted" if preempted else "failed", reason, now)
+        return _end(job, number, "preempted" if preempted else "lost" if reason.code in CAN_GO_ON else "failed", reason, now)
     where = "before it started to work" if attempt.claimed_by is None else "without a last word"
     failure = Failure(
         code="lost",
@@ -130,6 +155,87 @@ def cancel_requested(job: Job, now: datetime) -> Job:
             raise Conflict(f"{job.job_id} has already {job.status}; there is nothing to cancel")
         case _:
             return _move(job, Status.CANCELLING, now)
+
+
+def pause_requested(job: Job, now: datetime) -> Job:
+    """Somebody wants the compute freed and the place kept. Repeating it is harmless. Raises Conflict for a job that ends or has ended."""
+    match job.status:
+        case Status.PAUSED | Status.PAUSING:
+            return job
+        case Status.QUEUED:
+            return _move(job, Status.PAUSED, now)
+        case Status.PREPARING | Status.TRAINING:
+            return _move(job, Status.PAUSING, now)
+        case _:
+            raise Conflict(f"{job.job_id} is {job.status}; there is nothing to pause")
+
+
+def resume_requested(job: Job, now: datetime, *, training_config: TrainingConfig | None = None, hardware: str | None = None) -> Job:
+    """Somebody wants a paused job to go on, perhaps elsewhere or for longer. Repeating it is harmless. Raises Conflict."""
+    changes: dict[str, object] = {"training_config": training_config or job.training_config, "hardware": hardware or job.hardware}
+    match job.status:
+        case Status.PAUSED:
+            return _move(job, Status.QUEUED, now, counted_from=len(job.attempts) + 1, **changes)
+        case Status.QUEUED | Status.PREPARING | Status.TRAINING:
+            if all(getattr(job, name) == value for name, value in changes.items()):
+                return job
+            raise Conflict(f"{job.job_id} is {job.status} already; it can be changed while it is paused", hint="pause it first")
+        case Status.PAUSING:
+            raise Conflict(f"{job.job_id} is still pausing", hint="repeat the call once it is paused")
+        case _:
+            hint = "POST /jobs/{id}/retry continues it" if job.status in (Status.FAILED, Status.CANCELLED) else ""
+            raise Conflict(f"{job.job_id} is {job.status}; there is nothing to resume", hint=hint)
+
+
+def retry_requested(
+    job: Job, now: datetime, *, from_start: bool = False, training_config: TrainingConfig | None = None, hardware: str | None = None
+) -> Job:
+    """Somebody wants a failed or cancelled job to be continued. Repeating it is harmless while the retry is under way. Raises Conflict."""
+    if job.status not in (Status.FAILED, Status.CANCELLED):
+        if job.retried_at is not None and not job.status.is_final:
+            return job
+        hint = "POST /jobs/{id}/resume continues it" if job.status is Status.PAUSED else ""
+        raise Conflict(f"{job.job_id} is {job.status}; only a failed or cancelled job can be retried", hint=hint)
+    if job.deleting_since is not None:
+        raise Conflict(f"{job.job_id} is being deleted")
+    following = len(job.attempts) + 1
+    return _move(
+        job,
+        Status.QUEUED,
+        now,
+        failure=None,
+        finished_at=None,
+        retried_at=now,
+        counted_from=following,
+        first_attempt=following if from_start else job.first_attempt,
+        checkpoint=None if from_start else job.checkpoint,
+        training_config=training_config or job.training_config,
+        hardware=hardware or job.hardware,
+    )
+
+
+def deletion_begun(job: Job, now: datetime) -> Job:
+    """The job's files are about to go: from now on it cannot be retried. Raises Conflict for a job that has not ended."""
+    if not job.status.is_final:
+        raise Conflict(f"{job.job_id} is {job.status}; it can be deleted once it has ended")
+    return job if job.deleting_since else job.model_copy(update={"deleting_since": now, "updated_at": now})
+
+
+def doubted(job: Job, number: int, now: datetime) -> Job:
+    """The attempt is silent although its compute is there. From now on its lease runs out, unless it is heard of again."""
+    attempt = check_current(job, number)
+    return _with_attempt(job, attempt.model_copy(update={"doubted_at": now}), now)
+
+
+def heard(job: Job, number: int, now: datetime) -> Job:
+    """The attempt was heard of: a doubt is over for good. Left to be judged by two times, it would come back with a clock that moves."""
+    attempt = check_current(job, number)
+    return _with_attempt(job, attempt.model_copy(update={"doubted_at": None}), now) if attempt.doubted_at else job
+
+
+def manifest_written(job: Job, now: datetime) -> Job:
+    """The published files are listed in the bucket as well."""
+    return job if job.manifest_written else job.model_copy(update={"manifest_written": True, "updated_at": now})
 
 
 def check_current(job: Job, number: int) -> Attempt:
@@ -159,31 +265,62 @@ def _end(job: Job, number: int, outcome: AttemptOutcome, failure: Failure | None
     job = _with_attempt(job, ended, now)
     status = _status_after(job, outcome)
     if status is Status.FAILED:
-        failure = failure or Failure(
-            code="preempted",
-            message=f"{MOST_ATTEMPTS} attempts in a row lost their compute",
-            hint="send the job again when the machine is quieter",
-            attempt=number,
-        )
-        return _move(job, status, now, failure=failure)
+        return _move(job, status, now, failure=_why_given_up(job, ended) if outcome in GOES_ON else failure)
     return _move(job, status, now)
 
 
 def _status_after(job: Job, outcome: AttemptOutcome) -> Status:
+    """Asked when the attempt is noted as ended."""
     if outcome == "completed":
         return Status.COMPLETED  # also when a cancel was under way: it won the race
     if job.status is Status.CANCELLING:
         return Status.CANCELLED
+    if job.status is Status.PAUSING and outcome in (*GOES_ON, "paused"):
+        return Status.PAUSED  # whatever ended it, its place is its last checkpoint
     match outcome:
-        case "paused":
-            return Status.PAUSED
-        case "yielded":
-            return Status.QUEUED
-        case "preempted":
-            lost_in_a_row = [attempt.outcome for attempt in job.attempts[-MOST_ATTEMPTS:]]
-            return Status.FAILED if lost_in_a_row == ["preempted"] * MOST_ATTEMPTS else Status.QUEUED
+        case "yielded" | "preempted" | "lost":
+            return Status.FAILED if _is_stuck(job) else Status.QUEUED
         case _:
             return Status.FAILED
+
+
+def _is_stuck(job: Job) -> bool:
+    """Too many attempts in a row have saved nothing new."""
+    vain = _without_progress(job)
+    return len(vain) >= MOST_WITHOUT_PROGRESS or sum(attempt.outcome == "lost" for attempt in vain) >= MOST_LOST
+
+
+def _without_progress(job: Job) -> list[Attempt]:
+    """The latest attempts that ended early and saved nothing beyond what there was before them, newest first."""
+    found: list[Attempt] = []
+    for attempt in reversed(job.attempts[job.counted_from - 1 :]):
+        before = [earlier.saved_step for earlier in job.attempts[job.first_attempt - 1 : attempt.number - 1]]
+        reached = max((step for step in before if step is not None), default=0)
+        if attempt.outcome not in GOES_ON or (attempt.saved_step or 0) > reached:
+            break
+        found.append(attempt)
+    return found
+
+
+def _why_given_up(job: Job, ended: Attempt) -> Failure:
+    """The reason for a person: how often in vain, and what the last attempt came to."""
+    vain = len(_without_progress(job))
+    last = f": {ended.failure.message}" if ended.failure else ""
+    return Failure(
+        code=ended.failure.code if ended.failure else "timeout" if ended.outcome == "yielded" else "preempted",
+        message=f"{vain} attempts in a row ended early and got no further ({ended.outcome}){last}",
+        hint=ended.failure.hint if ended.failure and ended.failure.hint else "POST /jobs/{id}/retry goes on; larger hardware may help",
+        attempt=ended.number,
+    )
+
+
+def _saved(job: Job, number: int, step: int, now: datetime) -> Job:
+    """A checkpoint of the attempt is durable."""
+    attempt = _attempt(job, number)
+    if attempt.saved_step is not None and attempt.saved_step >= step:
+        return job
+    job = _with_attempt(job, attempt.model_copy(update={"saved_step": step}), now)
+    return job.model_copy(update={"checkpoint": SavedPoint(step=step, attempt=number, at=now)})
 
 
 def _move(job: Job, status: Status, now: datetime, **changes: object) -> Job:

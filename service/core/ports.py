@@ -205,7 +205,7 @@ class Launcher(Protocol):
         ...
 
     def find(self, name: str) -> str | None:
-        """The handle of an attempt launched under that name, by this process or an earlier one."""
+        """The handle of an attempt launched under that name, by this process or an earlier one. Raises Unavailable."""
         ...
 
     def check(self, handle: str) -> AttemptState:

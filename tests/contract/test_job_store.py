@@ -200,6 +200,16 @@ def test_a_job_that_ends_is_neither(store: JobStore) -> None:
     assert store.queued_jobs(10) + store.active_jobs(10) == []
 
 
+def test_a_job_that_is_retried_waits_and_works_again(store: JobStore) -> None:
+    job = store.create_job(a_job(status=Status.FAILED))
+    job = store.replace_job(job.model_copy(update={"status": Status.QUEUED}))
+    assert [found.job_id for found in store.queued_jobs(10)] == ["job-1"]
+    assert store.uses_of_dataset("dataset_1") == ["job-1"]
+    store.replace_job(job.model_copy(update={"status": Status.TRAINING}))
+    assert [found.job_id for found in store.active_jobs(10)] == ["job-1"]
+    assert store.queued_jobs(10) == []
+
+
 def test_a_dataset_is_used_by_jobs_that_may_still_train(store: JobStore) -> None:
     for status in Status:
         store.create_job(a_job(f"job-{status}", status=status))

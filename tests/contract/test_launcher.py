@@ -20,14 +20,19 @@ from service.adapters.launchers.local import LocalLauncher
 from service.core.errors import LaunchFailed, Unsupported
 from service.core.ports import Launcher, LaunchOrder, LogsElsewhere, LogSource
 
-# Says what it sees, gives a sign that it is at work, then obeys a word: sleeps, ignores SIGTERM, or ends.
+# Says what it sees, gives a sign that it is at work, then obeys a word: sleeps, ignores signals, or ends.
 ATTEMPT = """
 import os, pathlib, signal, sys, time
+def told(number):
+    pathlib.Path(os.environ["SIGNS"], f"{sys.argv[2]}.{signal.Signals(number).name}").touch()
+    os._exit(1)
 print("attempt", sys.argv[2], "é", os.environ["JOB_TOKEN"][:2], flush=True)
 manner = os.environ.get("MANNER", "sleep")
-if manner == "deaf": signal.signal(signal.SIGTERM, signal.SIG_IGN)
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, signal.SIG_IGN if manner == "deaf" else lambda number, frame: told(number))
 pathlib.Path(os.environ["JOB_WORKDIR"]).mkdir(exist_ok=True)  # as jobs.run: not every launcher makes it
-pathlib.Path(os.environ["JOB_WORKDIR"], "environment").write_text("\\n".join(sorted(os.environ)))
+told_us = sorted(f"{name}={value}" for name, value in os.environ.items())
+pathlib.Path(os.environ["JOB_WORKDIR"], "environment").write_text("\\n".join(told_us))
 pathlib.Path(os.environ["SIGNS"], sys.argv[2]).touch()
 if manner != "end": time.sleep(60)
 """
@@ -61,7 +66,7 @@ def inherited(folder: Path) -> dict[str, str]:
     return {"PATH": os.environ["PATH"], "SIGNS": str(folder / "signs")}
 
 
-def local(folder: Path, slots: int = 2) -> LocalLauncher:
+def local(folder: Path, slots: int = 2, time_limit_s: float | None = None) -> LocalLauncher:
     environment = inherited(folder)
     return LocalLauncher(
         home=folder / "home",
@@ -70,6 +75,7 @@ def local(folder: Path, slots: int = 2) -> LocalLauncher:
         service_url="http://127.0.0.1:1",
         max_concurrent_jobs=slots,
         environment=environment,
+        time_limit_s=time_limit_s,
     )
 
 
@@ -239,6 +245,14 @@ def test_hardware_that_there_is_not_is_refused_by_naming_what_there_is(compute: 
         launcher.hardware("quantum")
 
 
+def test_closing_takes_the_compute_away_and_cancels_nothing(compute: Compute) -> None:
+    launcher = compute.build()
+    launcher.launch(an_order())
+    until(compute.ready())
+    launcher.close()
+    assert not compute.ready("job-1.1.SIGINT")()
+
+
 # --- on this machine -------------------------------------------------------------------------------------------------
 
 
@@ -275,6 +289,27 @@ def test_logs_come_in_pages_and_are_forgotten_on_request(here: LocalLauncher) ->
     assert not here.forget_log("job-1.1")
 
 
+def test_a_cancel_and_the_end_of_the_service_are_told_apart(tmp_path: Path, here: LocalLauncher) -> None:
+    handle = here.launch(an_order("job-1.1"))
+    here.launch(an_order("job-2.1"))
+    until(ready(here, "job-1.1"))
+    until(ready(here, "job-2.1"))
+    here.cancel(handle, force=False)
+    until((tmp_path / "signs/job-1.1.SIGINT").exists)
+    here.close()
+    assert (tmp_path / "signs/job-2.1.SIGTERM").exists()
+
+
+@pytest.mark.parametrize(("time_limit_s", "told"), [(None, []), (90.0, ["JOB_TIME_LIMIT_S=90.0"])])
+def test_an_attempt_is_told_its_time_limit(tmp_path: Path, time_limit_s: float | None, told: list[str]) -> None:
+    launcher = local(tmp_path, time_limit_s=time_limit_s)
+    launcher.launch(an_order(MANNER="end"))
+    until((tmp_path / "signs/job-1.1").exists)
+    seen = (tmp_path / "home/attempts/job-1.1/environment").read_text().split("\n")
+    assert [line for line in seen if line.startswith("JOB_TIME_LIMIT_S")] == told
+    launcher.close()
+
+
 def test_closing_leaves_nothing_behind(here: LocalLauncher) -> None:
     handles = [here.launch(an_order("job-1.1")), here.launch(an_order("job-2.1"))]
     until(ready(here, "job-2.1"))
@@ -297,7 +332,7 @@ def test_no_secret_is_on_the_command_line_and_no_credential_is_inherited(tmp_pat
     until((tmp_path / "signs/job-1.1").exists)
     process = psutil.Process(int(handle.partition("@")[0]))
     assert "tk-secret" not in " ".join(process.cmdline())
-    seen = (workdir / "environment").read_text().split("\n")
+    seen = [line.partition("=")[0] for line in (workdir / "environment").read_text().split("\n")]
     assert not [name for name in seen if "KEY" in name or "PASSWORD" in name or "AWS" in name]
     assert {"OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} <= set(seen)
     assert os.getpgid(process.pid) == process.pid

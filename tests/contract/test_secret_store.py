@@ -217,7 +217,9 @@ def test_secrets_that_are_too_large_are_refused_before_anything_is_kept(cloud: S
 
 def test_every_job_id_makes_a_valid_secret_id() -> None:
     longest = a_request(processed_dataset_id="d." * 60, training_config=a_config(base_model_id=f"a/{'b.' * 40}"))
-    assert re.fullmatch(r"[A-Za-z0-9_-]{1,255}", PREFIX + job_id_for(longest, "0" * 12))
+    assert re.fullmatch(
+        r"[A-Za-z0-9_-]{1,255}", PREFIX + job_id_for(longest.processed_dataset_id, longest.training_config.base_model_id, "0" * 12)
+    )
     assert len(PREFIX + "x" * 128) <= 255  # an id is no longer anywhere
     with pytest.raises(ValidationError):
         TypeAdapter(Id).validate_python("x" * 129)

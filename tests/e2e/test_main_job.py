@@ -37,11 +37,11 @@ def test_the_job_learned(job: Json) -> None:
     assert (job["progress"]["step"], job["progress"]["total_steps"]) == (12, 12)
 
 
-def test_the_artifacts_are_at_the_seeds_paths_with_their_digests(job: Json, service: Service) -> None:
+def test_the_artifacts_are_at_the_seeds_paths_below_their_attempt_with_their_digests(job: Json, service: Service) -> None:
     job_id = job["job_id"]
     root = (service.home / "objects").as_uri()
-    assert job["adapter_path"] == f"{root}/merged_models/{job_id}/"
-    assert job["gguf_path"].startswith(f"{root}/gguf_models/{job_id}/")
+    assert job["adapter_path"] == f"{root}/merged_models/{job_id}/attempt-1/"
+    assert job["gguf_path"].startswith(f"{root}/gguf_models/{job_id}/attempt-1/")
     assert {artifact["name"] for artifact in job["artifacts"]} == {"merged", "gguf-f16", "gguf-q8_0"}
     for artifact in job["artifacts"]:
         for file in artifact["files"]:

@@ -38,13 +38,16 @@ def test_a_service_that_is_stopped_leaves_no_process_and_the_job_starts_again(ow
     assert [attempt["outcome"] for attempt in job["attempts"]] == ["preempted", "completed"], own_service.log(job_id)
 
 
-def test_a_killed_attempt_is_a_failure_with_a_reason(own_service: Service) -> None:
-    job_id = own_service.train(own_service.upload(), {"max_steps": 100_000})
-    until(lambda: own_service.job(job_id)["status"] == "training")
-    [attempt] = own_service.attempts()
-    attempt.kill()
+def test_a_job_whose_attempts_are_always_killed_fails_with_a_reason(own_service: Service) -> None:
+    job_id = own_service.train(own_service.upload(), {"max_steps": 100_000, "save_strategy": "no"})
+    for number in (1, 2, 3):
+        until(lambda number=number: len(own_service.job(job_id)["attempts"]) == number and own_service.attempts() != [])
+        [attempt] = own_service.attempts()
+        attempt.kill()
     job = own_service.finished(job_id)
+    assert [attempt["outcome"] for attempt in job["attempts"]] == ["lost"] * 3
     assert job["failure"]["code"] == "lost"
+    assert "3 attempts in a row" in job["failure"]["message"]
     assert job["failure"]["hint"]
 
 

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jobs.checkpoints import Checkpoints
 from jobs.context import JobContext, Secrets, Stores
 from jobs.trained import Probe, TrainedModel
 from schema.dataset import Dataset
@@ -48,8 +50,16 @@ class Record:
 class NeverStop:
     """Nobody asks to stop."""
 
+    wanted = None
+
     def check(self) -> None:
         pass
+
+    def politely(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def time_left_s(self) -> float | None:
+        return None
 
 
 @pytest.fixture(scope="session")
@@ -144,7 +154,10 @@ def a_job_context(root: Path, record: Record, method: str = "LoRA", **export_con
     workdir = root / "work"
     workdir.mkdir(exist_ok=True)
     stores = Stores(spec.stores)
-    return JobContext(spec=spec, attempt=1, workdir=workdir, secrets=Secrets({}), stores=stores, voice=record, stop=NeverStop())
+    kept = Checkpoints(store=stores.models, spec=spec, attempt=1, folder=workdir / "checkpoints", keep=2, tell=record.report)
+    return JobContext(
+        spec=spec, attempt=1, workdir=workdir, secrets=Secrets({}), stores=stores, voice=record, stop=NeverStop(), checkpoints=kept
+    )
 
 
 def a_spec(root: Path, method: str, export_config: dict[str, Any]) -> JobSpec:
@@ -160,6 +173,7 @@ def a_spec(root: Path, method: str, export_config: dict[str, Any]) -> JobSpec:
         tenant_id="local",
         training_config=SftConfig.model_validate(config),
         dataset=dataset,
+        checkpoints="checkpoints/test-jobs/job_job-1/",
         stores={"datasets": url, "models": url, "configs": url},  # pyright: ignore[reportArgumentType]  # pydantic makes it
     )
 

@@ -1,43 +1,30 @@
 """The step to the outside: all or nothing, once."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from jobs.errors import JobFailed
-from jobs.publish import TRIES, Product, Publisher, sha256_of
-from schema.job import Artifact, Fidelity
-from schema.result import PublishManifest
-from schema.spec import manifest_key
+from jobs.publish import TRIES, Product, Publisher, artifact_key, sha256_of
+from schema.job import Fidelity
 from storage import ChecksumMismatch, ObjectStore, StorageError, StoredObject, StoreUnavailable, open_store
 from storage.local import LocalStore
 
-MANIFEST = manifest_key("job-1")
-
 
 class Faulty(LocalStore):
-    """A folder whose next calls fail, as often as there are errors left; a write may fail after it was done."""
+    """A folder whose next uploads fail, as often as there are errors left."""
 
-    def __init__(self, url: str, *errors: StorageError, after_the_write: bool = False) -> None:
+    def __init__(self, url: str, *errors: StorageError) -> None:
         super().__init__(url)
         self.errors = list(errors)
-        self.after_the_write = after_the_write
-
-    def write(self, key: str, content: bytes, *, if_absent: bool = False) -> StoredObject:
-        if not self.after_the_write:
-            self._fail()
-        stored = super().write(key, content, if_absent=if_absent)
-        self._fail()
-        return stored
 
     def upload(self, source: Path, key: str, *, sha256: str | None = None) -> StoredObject:
-        self._fail()
-        return super().upload(source, key, sha256=sha256)
-
-    def _fail(self) -> None:
         if self.errors:
             raise self.errors.pop(0)
+        return super().upload(source, key, sha256=sha256)
 
 
 class Mangling(LocalStore):
@@ -108,37 +95,40 @@ def test_a_file_is_its_own_uri(store: ObjectStore, file: Product) -> None:
     assert store.read(artifact.key) == file.path.read_bytes()
 
 
-def test_nothing_is_visible_before_the_manifest(store: ObjectStore, file: Product) -> None:
-    publisher = Publisher(store, "job-1", 1)
-    artifact = publisher.publish(file)
-    assert store.stat(MANIFEST) is None
-    publisher.write_manifest((artifact,))
-    manifest = PublishManifest.load(store.read(MANIFEST))
-    assert (manifest.job_id, manifest.attempt, manifest.artifacts) == ("job-1", 1, (artifact,))
+def test_each_attempt_has_its_own_place(store: ObjectStore, file: Product) -> None:
+    keys = {artifact_key("gguf", "job-1", attempt, "gemma.gguf") for attempt in (1, 2)}
+    assert keys == {"gguf_models/job-1/attempt-1/gemma.gguf", "gguf_models/job-1/attempt-2/gemma.gguf"}
+    assert artifact_key("adapter", "job-1", 1) == "trained_adapters/job-1/attempt-1/"
 
 
-def test_the_second_attempt_to_publish_is_told(store: ObjectStore, file: Product) -> None:
-    first, second = Publisher(store, "job-1", 1), Publisher(store, "job-1", 2)
-    first.write_manifest((first.publish(file),))
-    for act in (second.refuse_if_published, lambda: second.write_manifest(())):
-        with pytest.raises(JobFailed, match="attempt 1 has published this job already") as caught:
-            act()
-        assert caught.value.failure.code == "upload_failed"
-    assert PublishManifest.load(store.read(MANIFEST)).attempt == 1
+def test_what_earlier_attempts_left_is_removed_and_nothing_else(store: ObjectStore) -> None:
+    kept = ["gguf_models/job-1/attempt-3/b", "merged_models/job-2/attempt-1/c", "trained_adapters/job-1/attempt-2/d"]
+    for key in ("trained_adapters/job-1/attempt-1/a", "gguf_models/job-1/attempt-1/a", *kept):
+        store.write(key, b"x")
+    Publisher(store, "job-1", 2).clear_earlier()
+    assert sorted(stored.key for stored in store.walk("")) == kept
 
 
-def test_the_same_attempt_may_repeat_itself(store: ObjectStore) -> None:
-    publisher = Publisher(store, "job-1", 1)
-    written = publisher.write_manifest(())
-    publisher.refuse_if_published()
-    assert publisher.write_manifest(()) == written
+def test_a_store_that_will_not_delete_does_not_stop_the_publishing(url: str) -> None:
+    class Keeping(LocalStore):
+        def walk(self, prefix: str) -> Iterator[StoredObject]:
+            raise StoreUnavailable("away")
+
+    Publisher(Keeping(url), "job-1", 2).clear_earlier()
 
 
-def test_a_manifest_whose_answer_was_lost_is_our_own(url: str, naps: Naps) -> None:
-    store = Faulty(url, StoreUnavailable("gone after the write"), after_the_write=True)
-    manifest = Publisher(store, "job-1", 1, naps).write_manifest(())
-    assert manifest == PublishManifest.load(store.read(MANIFEST))
-    assert len(naps.lengths_s) == 1
+def test_a_file_that_arrived_is_not_sent_again_for_the_sake_of_another(url: str, folder: Product, naps: Naps) -> None:
+    class Counting(LocalStore):
+        uploads: ClassVar[list[str]] = []
+
+        def upload(self, source: Path, key: str, *, sha256: str | None = None) -> StoredObject:
+            self.uploads.append(key)
+            if key.endswith("b.json") and self.uploads.count(key) < 3:
+                raise StoreUnavailable("away")
+            return super().upload(source, key, sha256=sha256)
+
+    Publisher(Counting(url), "job-1", 1, naps).publish(folder)
+    assert sorted(Counting.uploads) == [folder.key + "a.bin", *[folder.key + "inner/b.json"] * 3]
 
 
 def test_a_store_that_comes_back_is_waited_for(url: str, file: Product, naps: Naps) -> None:
@@ -169,11 +159,3 @@ def test_a_refusal_is_not_repeated(store: ObjectStore, file: Product, naps: Naps
     with pytest.raises(JobFailed, match="could not be stored"):
         Publisher(store, "job-1", 1, naps).publish(Product(name="x", kind="gguf", path=file.path, key="../outside"))
     assert naps.lengths_s == []
-
-
-def test_a_manifest_that_cannot_be_written_fails_the_job(url: str, naps: Naps) -> None:
-    store = Faulty(url, *[StoreUnavailable("read-only")] * 100)
-    artifacts: tuple[Artifact, ...] = ()
-    with pytest.raises(JobFailed, match="the manifest could not be stored: read-only"):
-        Publisher(store, "job-1", 1, naps).write_manifest(artifacts)
-    assert store.stat(MANIFEST) is None

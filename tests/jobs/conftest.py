@@ -2,15 +2,19 @@
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
-from jobs.context import JobContext, Secrets, Stores
+from jobs.checkpoints import Checkpoints
+from jobs.context import JobContext, Secrets, StopRequest, Stores
 from jobs.trained import TrainedModel
+from schema.checkpoint import MANIFEST, Checkpoint, checkpoints_prefix
 from schema.dataset import Dataset, Split
 from schema.events import Decided, Evaluated, Event, Metrics, Warned
 from schema.spec import JobSpec
@@ -74,8 +78,16 @@ class Record:
 class NeverStop:
     """Nobody asks to stop."""
 
+    wanted = None
+
     def check(self) -> None:
         pass
+
+    def politely(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def time_left_s(self) -> float | None:
+        return None
 
 
 @dataclass
@@ -85,10 +97,13 @@ class Trained:
     model: TrainedModel
     record: Record
     workdir: Path
+    context: JobContext
 
     @property
     def checkpoints(self) -> list[int]:
-        return sorted(int(path.name.rpartition("-")[2]) for path in self.workdir.glob("checkpoints/checkpoint-*"))
+        """The steps whose checkpoints are durable, or were about to be."""
+        self.context.checkpoints.settle()
+        return saved_steps(self.context.spec)
 
     def weights(self) -> dict[str, Any]:
         from safetensors.torch import load_file
@@ -97,6 +112,16 @@ class Trained:
 
     def lora_weights(self) -> dict[str, Any]:
         return {name: part for name, part in self.weights().items() if "lora_" in name}
+
+
+def saved(spec: JobSpec) -> list[Checkpoint]:
+    """The durable checkpoints of a job, by attempt and step."""
+    folder = Path(spec.stores.models.removeprefix("file://"), spec.checkpoints)
+    return [Checkpoint.load(path.read_bytes()) for path in sorted(folder.glob(f"attempt-*/step-*/{MANIFEST}"))]
+
+
+def saved_steps(spec: JobSpec) -> list[int]:
+    return [checkpoint.step for checkpoint in saved(spec)]
 
 
 @pytest.fixture(scope="session")
@@ -136,13 +161,14 @@ def put_split(store: Path, key: str, rows: list[dict[str, Any]]) -> Split:
 def a_spec(
     store: Path,
     *,
-    job_id: str = "job-1",
+    job_id: str | None = None,
     train: list[dict[str, Any]] | None = None,
     held_out: list[dict[str, Any]] | None = None,
     dataset_type: str = "messages",
     **config: Any,
 ) -> JobSpec:
-    """A small job, ten steps at most; `config` changes its training config."""
+    """A small job, ten steps at most; `config` changes its training config. Each is a new one, and finds no checkpoint of another."""
+    job_id = job_id or f"job-{uuid4().hex[:12]}"
     splits = {"train": put_split(store, f"datasets/{job_id}/train.jsonl", messages(24) if train is None else train)}
     if held_out != []:
         splits["eval"] = put_split(store, f"datasets/{job_id}/eval.jsonl", held_out or messages(5, first=100))
@@ -156,22 +182,41 @@ def a_spec(
     return JobSpec.model_validate(
         {"job_id": job_id, "job_name": "a job", "tenant_id": "local", "dataset": dataset}
         | {"training_config": SftConfig.model_validate({"base_model_id": BASE, "hyperparameters": knobs} | config)}
-        | {"stores": dict.fromkeys(("datasets", "models", "configs"), f"file://{store}")}
+        | {"stores": dict.fromkeys(("datasets", "models", "configs"), f"file://{store}"), "checkpoints": checkpoints_prefix(job_id, None)}
     )
 
 
-def a_context(spec: JobSpec, workdir: Path, record: Record | None = None, secrets: dict[str, str] | None = None) -> JobContext:
+def a_context(
+    spec: JobSpec,
+    workdir: Path,
+    record: Record | None = None,
+    secrets: dict[str, str] | None = None,
+    *,
+    attempt: int = 1,
+    stop: StopRequest | None = None,
+) -> JobContext:
     """The context of an attempt at that job."""
     workdir.mkdir(parents=True, exist_ok=True)
-    return JobContext(
+    stores = Stores(spec.stores)
+    checkpoints = Checkpoints(
+        store=stores.models,
         spec=spec,
-        attempt=1,
+        attempt=attempt,
+        folder=workdir / "checkpoints",
+        keep=spec.training_config.hyperparameters.save_total_limit,
+        tell=lambda event: context.told(event),
+    )
+    context = JobContext(
+        spec=spec,
+        attempt=attempt,
         workdir=workdir,
         secrets=Secrets(secrets or {}),
-        stores=Stores(spec.stores),
+        stores=stores,
         voice=record or Record(),
-        stop=NeverStop(),
+        stop=stop or NeverStop(),
+        checkpoints=checkpoints,
     )
+    return context
 
 
 @pytest.fixture
@@ -183,8 +228,9 @@ def train(store: Path, tmp_path: Path) -> Callable[..., Trained]:
 
         record, workdir = Record(), tmp_path / name
         job = a_spec(store, hyperparameters=hyperparameters, **(spec or {}))
-        model = train_sft(job.training_config, a_context(job, workdir, record))
-        return Trained(model, record, workdir)
+        context = a_context(job, workdir, record)
+        model = train_sft(job.training_config, context)
+        return Trained(model, record, workdir, context)
 
     return run
 

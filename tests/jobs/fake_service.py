@@ -17,6 +17,7 @@ class FakeService:
     claim_status: int = 200
     events_status: int = 200
     result_status: int = 204
+    claim_directive: str = "continue"
     directive: str = "continue"
     secrets: dict[str, str] = field(default_factory=dict)
     on_events: Callable[[dict[str, Any]], None] = lambda batch: None
@@ -62,7 +63,7 @@ class FakeService:
         match what:
             case "claim":
                 self.claims.append(body["claimant"])
-                return self.claim_status, {"secrets": self.secrets, "directive": "continue"}
+                return self.claim_status, {"secrets": self.secrets, "directive": self.claim_directive}
             case "events":
                 return self._take(body)
             case _:

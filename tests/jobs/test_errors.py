@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from jobs.errors import JobFailed, failure_of
+from jobs.errors import JobFailed, Stopped, failure_of
 from jobs.settings import read_settings
 from storage import NoSuchObject, StoreUnavailable
 
@@ -39,6 +39,11 @@ def test_an_unknown_error_shows_its_type_and_its_first_line_only() -> None:
     failure = failure_of(ValueError("first line\nsecond line"))
     assert failure.message == "ValueError: first line"
     assert len(failure_of(ValueError("x" * 5000)).message) <= 300
+
+
+def test_a_stop_passes_through_whoever_catches_exceptions() -> None:
+    assert not issubclass(Stopped, Exception)
+    assert Stopped("pause").reason == str(Stopped("pause")) == "pause"
 
 
 def test_a_missing_or_senseless_variable_is_named() -> None:

@@ -37,10 +37,14 @@ for name, token in json.loads(sys.argv[3]):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Knows owner/open, owner/gated (with token `licensed`) and owner/forbidden; 401 for all else, as the real one."""
+    """Knows owner/open, owner/gated (with token `licensed`) and owner/forbidden; 401 for all else, as the real one.
+
+    While it has troubles left it answers 503, or hangs up.
+    """
 
     protocol_version = "HTTP/1.1"
     tokens: set[str | None] = set()  # noqa: RUF012
+    troubles: list[str] = []  # noqa: RUF012
 
     def do_GET(self) -> None:
         self._answer(with_body=True)
@@ -50,6 +54,11 @@ class Hub(BaseHTTPRequestHandler):
 
     def _answer(self, *, with_body: bool) -> None:
         Hub.tokens.add(self.headers["Authorization"])
+        if Hub.troubles:
+            if Hub.troubles.pop() == "503":
+                self._send(503, b"{}", {}, with_body)
+            self.close_connection = True
+            return
         refusal = self._refusal()
         if refusal:
             status, code = refusal
@@ -137,6 +146,12 @@ def test_the_hub_s_answers_become_files_or_failures_with_a_hint(hub_url: str, tm
     assert Hub.tokens == {None, "Bearer other", "Bearer licensed", "Bearer mine"}
     left = b"".join(path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file())
     assert not [token for token in (b"licensed", b"other", b"mine") if token in left]  # no token was left behind
+
+
+def test_a_hub_that_stumbles_is_asked_again(hub_url: str, tmp_path: Path) -> None:
+    Hub.troubles[:] = ["503", "hang up", "503"]
+    assert ask(hub_url, tmp_path, ("owner/open", None)) == [{"files": ["config.json", "model.safetensors", "tokenizer.json"]}]
+    assert Hub.troubles == []
 
 
 def test_without_a_network_the_failure_says_how_to_do_without_the_hub(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from jobs.client import ServiceClient
 from jobs.report import Reporter, Spool
 from jobs.settings import Settings
-from schema.events import Metrics, PhaseChanged
+from schema.events import CheckpointSaved, CheckpointSkipped, Event, Metrics, PhaseChanged, Resumed
 from schema.job import Progress
 from tests.jobs.fake_service import TOKEN, FakeService
 
@@ -148,14 +148,34 @@ def test_without_events_there_is_a_sign_of_life_that_says_where_the_attempt_is(s
     assert (service.batches[-1]["phase"], service.batches[-1]["progress"]["step"]) == ("training", 3)
 
 
-def test_a_point_waits_for_the_interval_and_a_phase_does_not(service: FakeService, make: Make) -> None:
+@pytest.mark.parametrize(
+    "urgent",
+    [
+        PhaseChanged(phase="training"),
+        CheckpointSaved(step=1, epoch=0.5, reason="interval", size_bytes=1, save_s=0.1, upload_s=0.1),
+        CheckpointSkipped(attempt=1, step=1, why="a file is short"),
+        Resumed(step=1, from_attempt=1),
+    ],
+    ids=lambda event: event.type,
+)
+def test_a_point_waits_for_the_interval_and_what_somebody_waits_for_does_not(service: FakeService, make: Make, urgent: Event) -> None:
     reporter = make(interval_s=60)
     wait_for(lambda: service.batches)
     reporter.report(point(1))
     time.sleep(0.2)
     assert service.events == []
-    reporter.report(PhaseChanged(phase="training"))
+    reporter.report(urgent)
     wait_for(lambda: len(service.events) == 2)
+
+
+def test_whoever_must_know_now_what_the_service_wants_need_not_wait_for_the_interval(
+    service: FakeService, make: Make, heard: Heard
+) -> None:
+    reporter = make(interval_s=60)
+    wait_for(lambda: service.batches)
+    service.directive = "cancel"
+    reporter.hurry()
+    wait_for(lambda: heard.directives == ["cancel"])
 
 
 @pytest.mark.parametrize("status", [409, 410, 401, 404])

@@ -102,8 +102,12 @@ KNOBS = {
     "max_grad_norm": Knob(1e-8, lambda one, other: reach(other) < 0.9 * reach(one)),  # Adam forgives a scale, but not one below its epsilon
     # LoRA begins without effect: the first loss is that of the first rows, which the seed chose.
     "seed": Knob(2, lambda one, other: distance(one, other) > 1e-4 and losses(one)[0] != losses(other)[0]),
-    "save_strategy": Knob("epoch", lambda one, other: (one.checkpoints, other.checkpoints) == ([], [4])),
+    # The end of a training is always saved.
+    "save_strategy": Knob("epoch", lambda one, other: (one.checkpoints, other.checkpoints) == ([8], [4, 8]), {"epochs": 2}),
     "save_steps": Knob(3, lambda one, other: (one.checkpoints, other.checkpoints) == ([4], [3, 4]), {"save_strategy": "steps"}),
+    "save_total_limit": Knob(
+        1, lambda one, other: (one.checkpoints, other.checkpoints) == ([3, 4], [4]), {"save_strategy": "steps", "save_steps": 1}
+    ),
     "logging_steps": Knob(2, lambda one, other: (logged(one), logged(other)) == ([1, 2, 3, 4], [2, 4])),
     "lora_rank": Knob(8, lambda one, other: adapter(other)["r"] == 8 and {len(part) for part in lora_a(other)} == {8}),
     "lora_alpha": Knob(64, lambda one, other: adapter(other)["lora_alpha"] == 64 and distance(one, other) > 1e-6),
@@ -127,7 +131,8 @@ def train_in(workdir: Path, store: Path, hyperparameters: dict[str, Any], **spec
     from jobs.trainers.sft import train as train_sft
 
     record, job = Record(), a_spec(store, hyperparameters=hyperparameters, **spec)
-    return Trained(train_sft(job.training_config, a_context(job, workdir, record)), record, workdir)
+    context = a_context(job, workdir, record)
+    return Trained(train_sft(job.training_config, context), record, workdir, context)
 
 
 @pytest.mark.parametrize("name", KNOBS)

@@ -18,6 +18,8 @@ KEY = "k" * 40
 class Moody:
     """A tracker that raises when it is told a number."""
 
+    run_id = "run-1"
+
     def __init__(self) -> None:
         self.heard = 0
 
@@ -34,7 +36,8 @@ class Moody:
 
     def model(self, folder: Path) -> None: ...
 
-    def finish(self, *, succeeded: bool) -> None: ...
+    def finish(self, *, succeeded: bool) -> None:
+        self.succeeded = succeeded
 
 
 def test_a_tracker_that_raises_is_left_out_with_one_warning_and_no_secret(store: Path, tmp_path: Path) -> None:
@@ -44,6 +47,7 @@ def test_a_tracker_that_raises_is_left_out_with_one_warning_and_no_secret(store:
     thread.start()
     for step in range(5):
         thread.metrics(Metrics(step=step, values={}))
+    assert thread.run_id == "run-1"
     thread.finish(succeeded=True, patience_s=5)
     assert tracker.heard == 1
     assert list(record.warnings) == ["tracker_failed"]
@@ -90,6 +94,33 @@ def records(path: Path) -> Iterator[bytes]:
             parts = b""
 
 
+def told(workdir: Path) -> list[Any]:
+    """What the only W&B run in a folder was told, record by record."""
+    from wandb.proto import wandb_internal_pb2
+
+    (path,) = workdir.glob("wandb/offline-run-*/*.wandb")
+    return [wandb_internal_pb2.Record.FromString(content) for content in records(path)]
+
+
+def test_every_attempt_goes_on_with_the_same_run_and_a_pause_is_no_failure_of_it(store: Path, tmp_path: Path) -> None:
+    spec = a_spec(store, wandb_config={"mode": "offline", "project": "p"})
+    runs, exits, points = [], [], []
+    for attempt in (1, 2):
+        workdir = tmp_path / str(attempt)
+        context = a_context(spec, workdir, attempt=attempt)
+        (thread,) = start_trackers(context)
+        context.metrics(attempt, {"loss": float(attempt)})
+        thread.finish(succeeded=True, patience_s=30)  # a pause, then the end
+        runs.append(thread.run_id)
+        for record in told(workdir):
+            runs += [record.run.run_id] if record.HasField("run") else []
+            exits += [record.exit.exit_code] if record.HasField("exit") else []
+            points += [item.value_json for item in record.history.item if "train/loss" in (item.key, *item.nested_key)]
+    assert set(runs) == {spec.job_id}
+    assert exits == [0, 0]
+    assert points == ["1", "2"]
+
+
 def test_w_and_b_offline_holds_the_curves_the_evaluations_and_the_config_but_no_key(store: Path, tmp_path: Path) -> None:
     spec = a_spec(store, wandb_config={"mode": "offline", "project": "p", "log_model": "end"})
     record = Record()
@@ -104,21 +135,16 @@ def test_w_and_b_offline_holds_the_curves_the_evaluations_and_the_config_but_no_
     context.model_saved(tmp_path / "model")
     thread.finish(succeeded=True, patience_s=30)
     assert record.warnings == {}
-    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-
-    from wandb.proto import wandb_internal_pb2
 
     history: dict[str, list[str]] = {}
     config: dict[str, str] = {}
-    for content in records(path):
-        told = wandb_internal_pb2.Record.FromString(content)
-        for item in told.history.item:
+    for content in told(tmp_path):
+        for item in content.history.item:
             history.setdefault(".".join(item.nested_key) or item.key, []).append(item.value_json)
-        for update in told.run.config.update:
+        for update in content.run.config.update:
             config[update.key] = update.value_json
-        if told.HasField("run"):
-            assert (told.run.display_name, told.run.project) == (spec.job_name, "p")
-            assert told.run.run_id == spec.job_id
+        if content.HasField("run"):
+            assert (content.run.display_name, content.run.project) == (spec.job_name, "p")
     assert history["train/loss"] == ["2.5", "1.25", "0.8333333333333334"]
     assert [float(value) for value in history["base/loss"] + history["eval/loss"]] == [4.0, 3.0]
     assert "tiny/gemma" in config["base_model_id"]

@@ -9,6 +9,7 @@ import jwt
 import pytest
 from starlette.testclient import TestClient
 
+from schema.checkpoint import MANIFEST, Checkpoint, checkpoint_key, checkpoints_prefix
 from schema.job import Artifact, ArtifactFile, EvalMetrics, Status
 from schema.requests import SEED_EXAMPLE
 from service.adapters.launchers.local import LocalLauncher
@@ -75,6 +76,100 @@ def problem(answer: Any, status: int) -> dict[str, Any]:
     assert set(error) == {"code", "message", "hint", "param"}
     assert "Traceback" not in answer.text
     return error
+
+
+# --- controls --------------------------------------------------------------------------------------------------------
+
+
+def submit(client: TestClient, dataset_id: str) -> str:
+    return client.post("/train", json=seed_request(dataset_id)).json()["job_id"]
+
+
+def test_a_job_is_paused_resumed_cancelled_and_retried_as_often_as_one_likes(client: TestClient, dataset_id: str) -> None:
+    job_id = submit(client, dataset_id)
+    parts = client.app.state.parts  # type: ignore[attr-defined]
+    parts.store.replace_job(parts.store.find_job(job_id).model_copy(update={"secret_names": ()}))  # the seed's body has a token
+    for verb, status in (("pause", "paused"), ("resume", "queued"), ("cancel", "cancelled"), ("retry", "queued")):
+        for _ in range(2):
+            answer = client.post(f"/jobs/{job_id}/{verb}")
+            assert (answer.status_code, answer.json()["status"]) == (202, status), answer.text
+
+
+def test_a_retry_without_the_token_that_the_job_had_is_told_so(client: TestClient, dataset_id: str) -> None:
+    job_id = submit(client, dataset_id)
+    client.post(f"/jobs/{job_id}/cancel")
+    refused = problem(client.post(f"/jobs/{job_id}/retry"), 400)
+    assert (refused["param"], "needed again" in refused["message"]) == ("hf_token", True)
+    assert client.post(f"/jobs/{job_id}/retry", json={"hf_token": "hf_new"}).status_code == 202
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({"learning_rate": 0.1}, 422, "learning_rate"),
+        ({"training_config": {}}, 422, "training_config"),
+        ({"epochs": 0}, 422, "epochs"),
+        ({"epoch": 9}, 422, "epoch"),
+        ({"epochs": 1}, 400, "epochs"),
+        ({"max_steps": 9}, 400, "max_steps"),
+        ({"wandb_api_key": "k"}, 400, "wandb_api_key"),
+        ([], 422, None),
+    ],
+)
+def test_a_resume_that_would_change_the_past_is_refused_by_name(
+    client: TestClient, dataset_id: str, body: Any, status: int, param: str | None
+) -> None:
+    job_id = submit(client, dataset_id)
+    client.post(f"/jobs/{job_id}/pause")
+    assert problem(client.post(f"/jobs/{job_id}/resume", json=body), status)["param"] == param
+    assert client.get(f"/jobs/{job_id}").json()["status"] == "paused"
+
+
+def test_what_cannot_be_done_in_this_status_is_a_conflict(client: TestClient, dataset_id: str) -> None:
+    job_id = submit(client, dataset_id)
+    assert "only a failed or cancelled job" in problem(client.post(f"/jobs/{job_id}/retry"), 409)["message"]
+    client.post(f"/jobs/{job_id}/cancel")
+    assert "nothing to pause" in problem(client.post(f"/jobs/{job_id}/pause"), 409)["message"]
+    refused = problem(client.post(f"/jobs/{job_id}/resume"), 409)
+    assert "retry" in refused["hint"]
+    for verb in ("pause", "resume", "cancel", "retry"):
+        problem(client.post(f"/jobs/no-such-job/{verb}"), 404)
+
+
+def test_checkpoints_are_listed_and_exported(client: TestClient, dataset_id: str) -> None:
+    job_id = submit(client, dataset_id)
+    assert client.get(f"/jobs/{job_id}/checkpoints").json() == {"checkpoints": []}
+    assert "it has: none" in problem(client.post(f"/jobs/{job_id}/checkpoints/5/export"), 404)["message"]
+    parts = client.app.state.parts  # type: ignore[attr-defined]
+    for step, loss in ((5, 1.5), (10, 2.5)):
+        made = Checkpoint.model_validate(
+            {"job_id": job_id, "attempt": 1, "step": step, "total_steps": 100, "epoch": 0.5, "batch_size": 2, "eval_loss": loss}
+            | {"gradient_accumulation_steps": 1, "training_config": parts.store.find_job(job_id).training_config, "created_at": START}
+            | {"files": [{"path": "optimizer.pt", "size_bytes": 7, "sha256": "0"}]}
+        )
+        key = checkpoint_key(checkpoints_prefix(job_id, None), 1, step) + MANIFEST
+        parts.objects.models.write(key, made.model_dump_json().encode())
+    rows = client.get(f"/jobs/{job_id}/checkpoints").json()["checkpoints"]
+    assert [(row["step"], row["is_best"], row["size_bytes"]) for row in rows] == [(10, False, 7), (5, True, 7)]
+    key = {"Idempotency-Key": "export-1"}
+    answers = [client.post(f"/jobs/{job_id}/checkpoints/5/export", headers=key) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [201, 201]
+    assert answers[0].json() == answers[1].json()
+    made = client.get(f"/jobs/{answers[0].json()['job_id']}").json()
+    assert (made["export_of"]["job_id"], made["export_of"]["step"]) == (job_id, 5)
+    body = {"export_config": {"include_gguf": False, "gguf_quantization": "q8_0"}}
+    problem(client.post(f"/jobs/{job_id}/checkpoints/5/export", json=body), 422)
+
+
+def test_orphans_are_listed_and_removed_when_asked(client: TestClient, dataset_id: str) -> None:
+    parts = client.app.state.parts  # type: ignore[attr-defined]
+    parts.objects.models.write("trained_adapters/gone/attempt-1/a", b"xyz")
+    (row,) = client.get("/internal/orphans").json()["orphans"]
+    assert (row["job_id"], row["objects"], row["size_bytes"]) == ("gone", 1, 3)
+    client.post("/internal/sweep")
+    assert len(client.get("/internal/orphans").json()["orphans"]) == 1
+    client.post("/internal/sweep", json={"orphans": True})
+    assert client.get("/internal/orphans").json() == {"orphans": [], "complete": True}
 
 
 # --- the seed's contract ---------------------------------------------------------------------------------------------

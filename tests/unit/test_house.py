@@ -61,3 +61,12 @@ def test_every_file_that_the_life_of_a_job_names_is_there() -> None:
     text = (SOURCE / "ARCHITECTURE.md").read_text()
     for name in re.findall(r"`((?:service|schema|jobs|storage|tests)/[\w/]+\.py)`", text):
         assert (SOURCE / name).exists(), name
+
+
+def test_every_line_of_what_happens_when_something_dies_names_a_test_that_there_is() -> None:
+    page = (SOURCE / "ARCHITECTURE.md").read_text().partition("## What happens when X dies")[2].partition("\n## ")[0]
+    shown = [line.rpartition("| `")[2].removesuffix("` |") for line in page.splitlines() if line.startswith("| ") and "`" in line]
+    assert len(shown) > 20
+    tests = "".join(path.read_text() for path in (SOURCE / "tests").rglob("test_*.py"))
+    missing = [name for name in shown if not ((SOURCE / name).is_file() if "/" in name else f"def {name}(" in tests)]
+    assert missing == []

@@ -3,13 +3,17 @@
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
+from pydantic import ValidationError
 
+from schema.checkpoint import MANIFEST, Checkpoint, checkpoint_key, checkpoints_prefix
 from schema.events import EventBatch, PhaseChanged, ReportedEvent
 from schema.job import Artifact, ArtifactFile, Failure, Job, Status
-from schema.result import Result
-from schema.spec import JobSpec, attempt_name, result_key, spec_key
+from schema.requests import ExportRequest, ResumeRequest, RetryRequest
+from schema.result import PublishManifest, Result
+from schema.spec import JobSpec, attempt_name, manifest_key, result_key, spec_key
 from service.adapters.jobstores.memory import MemoryJobStore
 from service.adapters.links import ServiceLinks
 from service.adapters.secrets.local import LocalSecretStore
@@ -118,11 +122,27 @@ class World:
     def find(self, job: Job) -> Job:
         return self.jobs.find(job.job_id, TENANT)
 
+    def checkpoint(self, job: Job, step: int, attempt: int = 1) -> Checkpoint:
+        """A checkpoint in the bucket, as an attempt leaves it."""
+        made = Checkpoint.model_validate(
+            {"job_id": job.job_id, "attempt": attempt, "step": step, "total_steps": 100, "epoch": 0.5, "batch_size": 2, "files": []}
+            | {"gradient_accumulation_steps": 1, "training_config": job.training_config, "created_at": START}
+        )
+        key = checkpoint_key(checkpoints_prefix(job.job_id, job.project_id), attempt, step)
+        self.objects.write(key + MANIFEST, made.model_dump_json().encode())
+        return made
+
     def write_result(self, job: Job, outcome: str = "completed", attempt: int = 1, **changes: object) -> Result:
         body = {"job_id": job.job_id, "attempt": attempt, "outcome": outcome, "started_at": START, "finished_at": START}
         result = Result.model_validate(body | changes)
         self.objects.write(result_key(job.job_id, attempt), result.model_dump_json().encode())
         return result
+
+
+def an_artifact(job: Job, attempt: int = 1) -> dict[str, object]:
+    key = f"trained_adapters/{job.job_id}/attempt-{attempt}/"
+    files = [{"path": "adapter_model.safetensors", "size_bytes": 1, "sha256": "0" * 64}]
+    return {"name": "adapter", "kind": "adapter", "uri": f"file:///{key}", "key": key, "size_bytes": 1, "files": files}
 
 
 def a_batch(*events: object, first_seq: int = 0) -> EventBatch:
@@ -364,9 +384,7 @@ def test_an_attempt_that_was_claimed_is_not_sent_again(world: World) -> None:
     assert world.find(job).status is Status.PREPARING
     world.clock.advance(61)  # and nothing more is heard of it
     world.jobs.reconcile()
-    failure = world.find(job).failure
-    assert failure is not None
-    assert failure.code == "lost"
+    assert world.find(job).attempts[0].outcome == "lost"
 
 
 def test_without_a_background_task_a_submission_is_launched_at_once(world: World) -> None:
@@ -477,13 +495,97 @@ def test_a_silent_attempt_is_judged_by_its_result_first(world: World) -> None:
     assert world.find(job).status is Status.COMPLETED
 
 
-def test_an_attempt_that_ended_without_a_result_is_lost(world: World) -> None:
+def test_an_attempt_that_ended_without_a_result_is_followed_by_the_next(world: World) -> None:
     job = world.training()
     world.launcher.states[f"handle of {attempt_name(job.job_id, 1)}"] = "ended"
     world.jobs.reconcile()
-    failure = world.find(job).failure
-    assert failure is not None
-    assert failure.code == "lost"
+    job = world.find(job)
+    assert [attempt.outcome for attempt in job.attempts] == ["lost", None]
+    assert attempt_name(job.job_id, 2) in world.launcher.launched
+
+
+def test_a_checkpoint_that_was_never_reported_counts_as_progress(world: World) -> None:
+    job = world.training()
+    world.checkpoint(job, step=8)
+    world.launcher.states[f"handle of {attempt_name(job.job_id, 1)}"] = "ended"
+    world.jobs.reconcile()
+    assert world.find(job).checkpoint is not None
+    assert world.find(job).attempts[0].saved_step == 8
+
+
+# --- leases ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_silent_attempt_whose_process_is_there_has_a_lease_to_be_heard_again(world: World) -> None:
+    job = world.training()
+    world.clock.advance(3600)  # the machine slept: neither was awake
+    world.jobs.reconcile()
+    assert world.find(job).attempts[0].doubted_at == world.clock.now
+    world.clock.advance(299)
+    world.jobs.reconcile()
+    assert world.launcher.cancels == []
+    world.jobs.report(job.job_id, 1, a_batch())
+    world.clock.advance(59)
+    world.jobs.reconcile()
+    assert world.launcher.cancels == []
+    assert world.find(job).status is Status.TRAINING
+
+
+def test_an_attempt_that_stays_silent_is_ended_and_then_given_up(world: World) -> None:
+    job = world.training()
+    world.clock.advance(61)
+    world.jobs.reconcile()
+    world.clock.advance(300)
+    world.jobs.reconcile()
+    assert [force for _, force in world.launcher.cancels] == [True]
+    assert world.find(job).status is Status.TRAINING  # its compute may still be there
+    world.clock.advance(60)
+    world.jobs.reconcile()
+    assert [attempt.outcome for attempt in world.find(job).attempts] == ["lost", None]
+    with pytest.raises(Fenced):
+        world.jobs.report(job.job_id, 1, a_batch())
+
+
+def test_an_attempt_that_never_claims_itself_is_given_up_after_a_while(world: World) -> None:
+    job = world.submitted()
+    world.jobs.reconcile()
+    for minutes in (9, 2):  # its machine may still be starting; then it is doubted
+        world.clock.advance(60 * minutes)
+        world.jobs.reconcile()
+    assert world.find(job).attempts[0].doubted_at == world.clock.now
+    world.clock.advance(60 * 6)
+    world.jobs.reconcile()
+    assert [attempt.outcome for attempt in world.find(job).attempts] == ["lost", None]
+    with pytest.raises(Fenced):
+        world.jobs.claim(job.job_id, 1, "p")
+
+
+def test_a_doubt_ends_when_the_attempt_is_heard_of(world: World) -> None:
+    job = world.training()
+    world.clock.advance(61)
+    world.jobs.reconcile()
+    world.clock.advance(200)
+    world.jobs.report(job.job_id, 1, a_batch())
+    world.clock.advance(150)  # silent again, and longer than a lease since the first doubt
+    world.jobs.reconcile()
+    assert world.launcher.cancels == []
+    assert world.find(job).attempts[0].doubted_at == world.clock.now
+
+
+def test_a_doubt_that_is_over_does_not_come_back_with_a_clock_that_moves(world: World) -> None:
+    job = world.training()
+    world.clock.advance(600)  # the clock jumps ahead: silent, it seems
+    world.jobs.reconcile()
+    world.jobs.report(job.job_id, 1, a_batch())
+    assert world.find(job).attempts[0].doubted_at is None
+    world.clock.advance(-600)
+    for _ in range(30):
+        world.clock.advance(15)
+        world.jobs.report(job.job_id, 1, a_batch())
+    world.clock.advance(600)
+    world.jobs.reconcile()
+    assert world.launcher.cancels == []
+    assert len(world.find(job).attempts) == 1
 
 
 @pytest.mark.parametrize(("preempted", "status"), [(False, Status.FAILED), (True, Status.PREPARING)])  # the next attempt
@@ -569,7 +671,187 @@ def test_a_cancel_is_told_first_then_signalled_then_forced(world: World) -> None
     assert world.find(job).status is Status.CANCELLED
 
 
+# --- pause, resume, retry --------------------------------------------------------------------------------------------
+
+
+def test_a_pause_is_told_to_the_attempt_and_its_place_is_kept(world: World) -> None:
+    job = world.training()
+    assert world.jobs.pause(job.job_id, TENANT).status is Status.PAUSING
+    assert world.jobs.report(job.job_id, 1, a_batch()).directive == "pause"
+    world.jobs.finish(job.job_id, world.write_result(job, "paused", saved_step=3))
+    assert world.find(job).status is Status.PAUSED
+    world.jobs.reconcile()
+    assert len(world.launcher.launched) == 1
+    world.jobs.resume(job.job_id, TENANT, ResumeRequest.model_validate({}))
+    world.jobs.reconcile()
+    assert attempt_name(job.job_id, 2) in world.launcher.launched
+
+
+def test_a_job_is_not_launched_again_only_to_be_paused(world: World) -> None:
+    world.launcher.refusal = Unavailable("no room")
+    job = world.submitted()
+    world.jobs.reconcile()
+    world.jobs.pause(job.job_id, TENANT)
+    world.launcher.refusal = None
+    world.clock.advance(6)
+    world.jobs.reconcile()
+    assert world.find(job).status is Status.PAUSED
+    assert world.launcher.launched == {}
+
+
+def test_a_resume_may_ask_for_more_and_refuses_what_shaped_the_steps(world: World) -> None:
+    job = world.submitted()
+    world.jobs.pause(job.job_id, TENANT)
+    for changes, param, words in (
+        ({"epochs": 1}, "epochs", "can only grow"),
+        ({"max_steps": 50}, "max_steps", "counted in epochs"),
+        ({"hf_token": "hf_x"}, "hf_token", "was made without"),
+    ):
+        with pytest.raises(InvalidRequest, match=words) as refused:
+            world.jobs.resume(job.job_id, TENANT, ResumeRequest.model_validate(changes))
+        assert refused.value.param == param
+    with pytest.raises(ValidationError, match="learning_rate cannot change"):
+        ResumeRequest.model_validate({"learning_rate": 0.1})
+    resumed = world.jobs.resume(job.job_id, TENANT, ResumeRequest.model_validate({"epochs": 9}))
+    assert resumed.training_config.hyperparameters.epochs == 9
+    world.jobs.reconcile()
+    assert JobSpec.load(world.objects.read(spec_key(job.job_id))).training_config.hyperparameters.epochs == 9
+
+
+def test_a_retry_needs_the_secrets_again_because_they_ended_with_the_job(world: World) -> None:
+    job = world.submitted(hf_token="hf_x")
+    world.jobs.cancel(job.job_id, TENANT)
+    with pytest.raises(InvalidRequest, match="hf_token is needed again") as refused:
+        world.jobs.retry(job.job_id, TENANT, RetryRequest.model_validate({}))
+    assert refused.value.param == "hf_token"
+    assert world.find(job).status is Status.CANCELLED
+    retried = world.jobs.retry(job.job_id, TENANT, RetryRequest.model_validate({"hf_token": "hf_y"}))
+    assert retried.status is Status.QUEUED
+    world.jobs.reconcile()
+    assert world.jobs.claim(job.job_id, 1, "p").secrets == {"hf_token": "hf_y"}
+
+
+def test_a_retry_goes_on_from_checkpoints_or_from_the_start(world: World) -> None:
+    job = world.training()
+    world.checkpoint(job, step=8)
+    world.jobs.finish(job.job_id, world.write_result(job, "failed", saved_step=8))
+    world.jobs.retry(job.job_id, TENANT, RetryRequest.model_validate({}))
+    world.jobs.reconcile()
+    assert JobSpec.load(world.objects.read(spec_key(job.job_id))).first_attempt == 1
+    assert [found.checkpoint.step for found in world.jobs.checkpoints(job.job_id, TENANT)] == [8]
+    world.jobs.claim(job.job_id, 2, "p")
+    world.jobs.finish(job.job_id, world.write_result(job, "failed", attempt=2))
+    world.jobs.retry(job.job_id, TENANT, RetryRequest.model_validate({"from_start": True}))
+    world.jobs.reconcile()
+    assert JobSpec.load(world.objects.read(spec_key(job.job_id))).first_attempt == 3
+    assert world.jobs.checkpoints(job.job_id, TENANT) == []
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_checkpoints_are_listed_in_the_order_in_which_they_count(world: World) -> None:
+    job = world.training()
+    for step, attempt in ((10, 1), (30, 1), (20, 2)):
+        world.checkpoint(job, step=step, attempt=attempt)
+    world.objects.write(f"{checkpoints_prefix(job.job_id, None)}attempt-3/step-00000040/adapter.bin", b"half a checkpoint")
+    world.objects.write(f"{checkpoints_prefix(job.job_id, None)}attempt-3/step-00000050/manifest.json", b"{")
+    found = world.jobs.checkpoints(job.job_id, TENANT)
+    assert [(stored.checkpoint.attempt, stored.checkpoint.step) for stored in found] == [(2, 20), (1, 30), (1, 10)]
+
+
+def test_a_checkpoint_is_exported_by_a_job_of_its_own(world: World) -> None:
+    job = world.training()
+    world.checkpoint(job, step=10)
+    request = ExportRequest.model_validate({"export_config": {"format": "merged"}})
+    made = world.jobs.export(job.job_id, 10, TENANT, request, "key-1")
+    assert world.jobs.export(job.job_id, 10, TENANT, request, "key-1").job_id == made.job_id
+    assert made.job_name == f"{job.job_name} at step 10"
+    world.jobs.reconcile()
+    spec = JobSpec.load(world.objects.read(spec_key(made.job_id)))
+    assert spec.export_of is not None
+    assert (spec.export_of.job_id, spec.export_of.key) == (job.job_id, checkpoint_key(checkpoints_prefix(job.job_id, None), 1, 10))
+    assert spec.training_config.export_config.format == "merged"
+    with pytest.raises(NotFound, match="no checkpoint at step 11; it has: 10"):
+        world.jobs.export(job.job_id, 11, TENANT, request)
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_published_is_listed_in_the_bucket_by_the_service(world: World) -> None:
+    job = world.training()
+    world.jobs.finish(job.job_id, world.write_result(job, artifacts=[an_artifact(job)]))
+    manifest = PublishManifest.load(world.objects.read(manifest_key(job.job_id)))
+    assert (manifest.attempt, [artifact.name for artifact in manifest.artifacts]) == (1, ["adapter"])
+    assert world.find(job).manifest_written
+
+
+def test_a_manifest_that_could_not_be_written_is_written_when_the_job_is_looked_at(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = world.training()
+    result = world.write_result(job, artifacts=[an_artifact(job)])
+
+    def away(*_: object, **__: object) -> NoReturn:
+        raise StoreUnavailable("away")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(world.objects, "write", away)
+        assert world.jobs.finish(job.job_id, result).status is Status.COMPLETED
+    assert world.objects.stat(manifest_key(job.job_id)) is None
+    world.jobs.look_at(job.job_id, TENANT)
+    assert world.objects.stat(manifest_key(job.job_id)) is not None
+
+
+def test_an_attempt_that_was_given_up_publishes_nothing(world: World) -> None:
+    job = world.training()
+    world.launcher.states[f"handle of {attempt_name(job.job_id, 1)}"] = "ended"
+    world.jobs.reconcile()
+    late = world.write_result(job, artifacts=[an_artifact(job)])
+    world.jobs.finish(job.job_id, late)
+    assert world.find(job).artifacts == ()
+    assert world.objects.stat(manifest_key(job.job_id)) is None
+
+
+def test_files_without_a_job_are_found_and_removed(world: World) -> None:
+    job = world.training()
+    world.checkpoint(job, step=1)
+    for key in (
+        "trained_adapters/gone/attempt-1/a",
+        "trained_adapters/gone/attempt-1/b",
+        "checkpoints/projects/p/jobs/gone/attempt-1/step-00000001/x",
+        "configs/gone.json",
+        "results/gone/1.json",
+        "pretrained_weights/huggingface/a/b/config.json",
+        "datasets/dataset_1/train.jsonl",
+    ):
+        world.objects.write(key, b"xy")
+    kept = {stored.key for stored in world.objects.walk("")}
+    found = world.jobs.orphans()
+    assert found.complete
+    assert sorted((orphan.prefix, orphan.objects, orphan.size_bytes) for orphan in found.found) == [
+        ("checkpoints/projects/p/jobs/gone/", 1, 2),
+        ("configs/gone.json", 1, 2),
+        ("results/gone/", 1, 2),
+        ("trained_adapters/gone/", 2, 4),
+    ]
+    world.jobs.sweep_orphans()
+    assert kept - {stored.key for stored in world.objects.walk("")} == {key for key in kept if "gone" in key}
+    assert world.jobs.orphans().found == []
+
+
+def test_a_job_that_is_being_deleted_cannot_be_retried(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = world.submitted()
+
+    def away(_key: str) -> NoReturn:
+        raise StoreUnavailable("away")
+
+    world.objects.write(spec_key(job.job_id), b"{}")
+    monkeypatch.setattr(world.objects, "delete", away)
+    deleted = world.jobs.delete(job.job_id, TENANT)
+    assert deleted is not None
+    assert deleted.failures
+    with pytest.raises(Conflict, match="being deleted"):
+        world.jobs.retry(job.job_id, TENANT, RetryRequest.model_validate({}))
 
 
 def test_deleting_stops_the_job_first_and_leaves_nothing(world: World, tmp_path: Path) -> None:

@@ -7,13 +7,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from schema.events import Evaluated, PhaseChanged, TrackerStarted
+from schema.events import CheckpointSaved, Evaluated, PhaseChanged, Resumed, TrackerStarted
 from schema.job import EvalMetrics, Failure, Job, Status
 from schema.result import Result
 from service.core import lifecycle
 from service.core.errors import Conflict, Fenced
-from service.core.lifecycle import FOLLOWS, MOST_ATTEMPTS
-from tests.factories import START, a_job
+from service.core.lifecycle import FOLLOWS, MOST_LOST, MOST_WITHOUT_PROGRESS
+from tests.factories import START, a_config, a_job
 
 OUTCOMES = ("completed", "failed", "cancelled", "paused", "yielded")
 
@@ -97,7 +97,7 @@ def test_an_attempt_that_stopped_unasked_goes_back_to_the_queue() -> None:
 
 def test_a_job_that_is_always_preempted_is_given_up_with_a_reason() -> None:
     job = a_job()
-    for number in range(1, MOST_ATTEMPTS + 1):
+    for number in range(1, MOST_WITHOUT_PROGRESS + 1):
         job = lifecycle.begin_attempt(job, "fake", START)
         job = lifecycle.finished(job, a_result(number, "cancelled"), START)
     assert job.status is Status.FAILED
@@ -105,12 +105,144 @@ def test_a_job_that_is_always_preempted_is_given_up_with_a_reason() -> None:
     assert job.failure.code == "preempted"
 
 
-def test_an_attempt_that_vanished_is_lost_with_a_hint() -> None:
+def test_an_attempt_that_vanished_is_followed_by_another_until_it_makes_no_sense() -> None:
     job = lifecycle.vanished(at_work(Status.TRAINING), 1, START)
+    assert (job.status, job.attempts[0].outcome) == (Status.QUEUED, "lost")
+    for number in range(2, MOST_LOST + 1):
+        job = lifecycle.vanished(lifecycle.begin_attempt(job, "fake", START), number, START)
     assert job.status is Status.FAILED
     assert job.failure is not None
-    assert job.failure.code == "lost"
+    assert (job.failure.code, job.failure.attempt) == ("lost", MOST_LOST)
+    assert "3 attempts in a row" in job.failure.message
     assert "memory" in job.failure.hint
+
+
+def test_a_job_may_vanish_as_often_as_it_gets_further() -> None:
+    job = a_job()
+    for number in range(1, 20):
+        job = lifecycle.begin_attempt(job, "fake", START)
+        job = lifecycle.vanished(job, number, START, saved_step=10 * number)
+        assert job.status is Status.QUEUED
+    assert job.checkpoint is not None
+    assert (job.checkpoint.step, job.checkpoint.attempt) == (190, 19)
+
+
+def test_a_checkpoint_that_was_there_before_is_no_progress() -> None:
+    job = lifecycle.vanished(at_work(Status.TRAINING), 1, START, saved_step=50)
+    for number in range(2, 2 + MOST_LOST):
+        job = lifecycle.vanished(lifecycle.begin_attempt(job, "fake", START), number, START, saved_step=50)
+    assert job.status is Status.FAILED
+
+
+def test_what_the_compute_tells_decides_whether_another_attempt_makes_sense() -> None:
+    timeout, crash = Failure(code="timeout", message="ran into its limit"), Failure(code="internal", message="exit code 3")
+    assert lifecycle.vanished(at_work(Status.TRAINING), 1, START, timeout).status is Status.QUEUED
+    assert lifecycle.vanished(at_work(Status.TRAINING), 1, START, crash).status is Status.FAILED
+    preempted = lifecycle.vanished(at_work(Status.TRAINING), 1, START, crash, preempted=True)
+    assert (preempted.status, preempted.attempts[0].outcome) == (Status.QUEUED, "preempted")
+
+
+def test_slices_that_get_further_go_on_for_ever_and_others_do_not() -> None:
+    job = a_job()
+    for number in range(1, 11):
+        job = lifecycle.begin_attempt(job, "fake", START)
+        job = lifecycle.finished(job, a_result(number, "yielded", yielded_because="time_slice", saved_step=number), START)
+        assert job.status is Status.QUEUED
+    for number in range(11, 11 + MOST_WITHOUT_PROGRESS):
+        job = lifecycle.finished(lifecycle.begin_attempt(job, "fake", START), a_result(number, "yielded", saved_step=10), START)
+    assert job.status is Status.FAILED
+    assert job.failure is not None
+    assert job.failure.code == "timeout"
+
+
+def test_a_pause_frees_the_compute_and_keeps_the_place() -> None:
+    pausing = lifecycle.pause_requested(at_work(Status.TRAINING), START)
+    assert pausing.status is Status.PAUSING
+    assert lifecycle.pause_requested(pausing, START) is pausing
+    paused = lifecycle.finished(pausing, a_result(outcome="paused", saved_step=7), START)
+    assert (paused.status, paused.attempts[0].outcome) == (Status.PAUSED, "paused")
+    assert lifecycle.pause_requested(paused, START) is paused
+    resumed = lifecycle.resume_requested(paused, START)
+    assert resumed.status is Status.QUEUED
+    assert lifecycle.resume_requested(resumed, START) is resumed
+
+
+def test_a_job_that_waits_is_paused_at_once() -> None:
+    assert lifecycle.pause_requested(a_job(), START).status is Status.PAUSED
+
+
+@pytest.mark.parametrize("outcome", ["yielded", "cancelled"])
+def test_an_attempt_that_ends_otherwise_while_pausing_is_paused_all_the_same(outcome: str) -> None:
+    pausing = lifecycle.pause_requested(at_work(Status.TRAINING), START)
+    assert lifecycle.finished(pausing, a_result(outcome=outcome), START).status is Status.PAUSED
+    assert lifecycle.vanished(pausing, 1, START).status is Status.PAUSED
+    assert lifecycle.finished(pausing, a_result(outcome="completed"), START).status is Status.COMPLETED
+    assert lifecycle.finished(pausing, a_result(outcome="failed"), START).status is Status.FAILED
+
+
+def test_a_pause_gives_way_to_a_cancel_and_not_the_other_way_round() -> None:
+    pausing = lifecycle.pause_requested(at_work(), START)
+    cancelling = lifecycle.cancel_requested(pausing, START)
+    assert cancelling.status is Status.CANCELLING
+    assert lifecycle.finished(cancelling, a_result(outcome="paused"), START).status is Status.CANCELLED
+    with pytest.raises(Conflict, match="nothing to pause"):
+        lifecycle.pause_requested(cancelling, START)
+
+
+def test_a_resume_may_change_a_paused_job_and_no_other() -> None:
+    longer = a_config(hyperparameters={"epochs": 9})
+    paused = lifecycle.pause_requested(a_job(), START)
+    resumed = lifecycle.resume_requested(paused, START, training_config=longer, hardware="big")
+    assert (resumed.training_config, resumed.hardware) == (longer, "big")
+    assert lifecycle.resume_requested(resumed, START, training_config=longer, hardware="big") is resumed
+    with pytest.raises(Conflict, match="while it is paused"):
+        lifecycle.resume_requested(at_work(), START, hardware="big")
+    with pytest.raises(Conflict, match="still pausing"):
+        lifecycle.resume_requested(lifecycle.pause_requested(at_work(), START), START)
+    with pytest.raises(Conflict, match="nothing to resume"):
+        lifecycle.resume_requested(a_job(status=Status.FAILED), START)
+
+
+def test_a_failed_job_is_continued_by_a_retry_with_its_history() -> None:
+    failed = lifecycle.finished(at_work(Status.TRAINING), a_result(outcome="failed", saved_step=5), START)
+    retried = lifecycle.retry_requested(failed, START)
+    assert (retried.status, retried.failure, retried.finished_at) == (Status.QUEUED, None, None)
+    assert retried.attempts == failed.attempts
+    assert retried.first_attempt == 1
+    assert lifecycle.retry_requested(retried, START) is retried
+    again = lifecycle.retry_requested(failed, START, from_start=True)
+    assert (again.first_attempt, again.checkpoint) == (2, None)
+
+
+def test_a_retry_is_for_failed_and_cancelled_jobs_that_stay() -> None:
+    for job in (a_job(), at_work(), a_job(status=Status.COMPLETED), a_job(status=Status.PAUSED)):
+        with pytest.raises(Conflict, match="only a failed or cancelled job"):
+            lifecycle.retry_requested(job, START)
+    going = lifecycle.deletion_begun(lifecycle.cancel_requested(a_job(), START), START)
+    with pytest.raises(Conflict, match="being deleted"):
+        lifecycle.retry_requested(going, START)
+
+
+def test_attempts_are_counted_anew_when_a_person_goes_on() -> None:
+    job = at_work(Status.TRAINING)
+    for number in range(1, MOST_LOST + 1):
+        job = lifecycle.vanished(job if number == 1 else lifecycle.begin_attempt(job, "fake", START), number, START)
+    assert job.status is Status.FAILED
+    job = lifecycle.begin_attempt(lifecycle.retry_requested(job, START), "fake", START)
+    assert lifecycle.vanished(job, MOST_LOST + 1, START).status is Status.QUEUED
+
+
+def test_checkpoints_reach_the_record_and_never_go_back() -> None:
+    def saved(step: int) -> CheckpointSaved:
+        return CheckpointSaved(step=step, epoch=1.0, reason="interval", size_bytes=1, save_s=0.1, upload_s=0.1)
+
+    job = lifecycle.absorbed(at_work(Status.TRAINING), 1, Resumed(step=5, from_attempt=1), START)
+    job = lifecycle.absorbed(job, 1, saved(20), START)
+    assert lifecycle.absorbed(job, 1, saved(10), START) is job
+    assert job.attempt is not None
+    assert (job.attempt.resumed_step, job.attempt.saved_step) == (5, 20)
+    assert job.checkpoint is not None
+    assert job.checkpoint.step == 20
 
 
 def test_a_late_word_of_an_old_attempt_changes_nothing() -> None:
@@ -181,6 +313,22 @@ class Lives(RuleBasedStateMachine):
     def cancel(self) -> None:
         self.attempt(lambda: lifecycle.cancel_requested(self.job, self.tick()))
 
+    @rule()
+    def pause(self) -> None:
+        self.attempt(lambda: lifecycle.pause_requested(self.job, self.tick()))
+
+    @rule()
+    def resume(self) -> None:
+        self.attempt(lambda: lifecycle.resume_requested(self.job, self.tick()))
+
+    @rule(from_start=st.booleans())
+    def retry(self, from_start: bool) -> None:
+        before = self.job
+        self.attempt(lambda: lifecycle.retry_requested(self.job, self.tick(), from_start=from_start))
+        if self.job.status is not before.status:
+            self.final = None  # the one way out of an end, and never out of `completed`
+            assert before.status in (Status.FAILED, Status.CANCELLED)
+
     @precondition(lambda self: self.job.status.is_final)
     @rule()
     def remember_the_end(self) -> None:
@@ -190,6 +338,12 @@ class Lives(RuleBasedStateMachine):
     def the_end_is_the_end(self) -> None:
         if self.final:
             assert self.job == self.final
+
+    @invariant()
+    def vain_attempts_are_bounded(self) -> None:
+        unasked = [attempt.outcome in ("yielded", "preempted", "lost") for attempt in self.job.attempts[self.job.counted_from - 1 :]]
+        waits = self.job.status in (Status.QUEUED, Status.PREPARING)
+        assert not (waits and all(unasked) and len(unasked) >= MOST_WITHOUT_PROGRESS)  # nothing is ever saved in these lives
 
     @invariant()
     def an_active_job_has_a_running_attempt_and_no_other_has(self) -> None:

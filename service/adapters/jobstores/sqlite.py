@@ -5,6 +5,7 @@ Write-ahead log, so readers never wait; synchronous=FULL, so what was answered s
 
 import sqlite3
 import threading
+import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -17,9 +18,10 @@ from schema.dataset import Dataset
 from schema.events import Event, EventBatch
 from schema.job import Job, Progress, Status
 from service.adapters.jobstores.cursors import decode_cursor, encode_cursor
-from service.core.errors import Conflict, IdempotencyConflict, NotFound, StaleRevision, Unavailable
+from service.core.errors import Conflict, DiskFull, IdempotencyConflict, NotFound, StaleRevision, Unavailable
 from service.core.jobstore import IDEMPOTENCY_LIFE, new_events
 from service.core.ports import IdempotencyKey, JobQuery, JobSummary, Liveness, Page, StoredEvent
+from storage.patience import time_left
 
 BUSY_TIMEOUT_S = 4  # a request may wait this long for another writer before it is told to try again
 SCHEMA_VERSION = 1
@@ -264,9 +266,10 @@ class SqliteJobStore:
     @contextmanager
     def _transaction(self) -> Generator[sqlite3.Connection]:
         """All or nothing, on disk when it ends."""
-        with self._writing:
+        with self._turn() as wait_s:
             db = self._writer
             try:
+                db.execute(f"PRAGMA busy_timeout = {int(wait_s * 1000)}")
                 db.execute("BEGIN IMMEDIATE")
                 try:
                     yield db
@@ -277,7 +280,20 @@ class SqliteJobStore:
             except sqlite3.OperationalError as error:  # busy, full, read-only
                 if db.in_transaction:
                     db.execute("ROLLBACK")
+                if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                    raise DiskFull("there is no room left for the job database", hint="free some space below TUNESMITH_HOME") from error
                 raise Unavailable(f"the job database does not take writes now: {error}") from error
+
+    @contextmanager
+    def _turn(self) -> Generator[float]:
+        """The writer, when it is this thread's turn; how long it may then wait for other processes. Raises Unavailable."""
+        until = time.monotonic() + time_left(BUSY_TIMEOUT_S)
+        if not self._writing.acquire(timeout=time_left(BUSY_TIMEOUT_S)):
+            raise Unavailable("the job database does not take writes now: it is busy")
+        try:
+            yield max(0.0, until - time.monotonic())
+        finally:
+            self._writing.release()
 
     # --- rows --------------------------------------------------------------------------------------------------------
 

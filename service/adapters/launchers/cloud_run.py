@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 CONTAINER = "attempt"
 WORKDIR = "/tmp/attempt"  # noqa: S108  # a container has a /tmp of its own, in memory
-LAST_WORD_S = 120  # what an attempt may take, once its time is up, to send its last events and its result
+LAST_WORD_S = 120  # of an execution's time, what an attempt is not told of: its container starts, and it ends a little late
 CALL_S = 10.0  # RunJob answers in a second or two; a caller of the API has less patience than this
 FIND_PAGE = 100
 FIND_PAGES = 10  # a region runs at most 1000 executions: one that is further back has ended long ago
@@ -162,7 +162,10 @@ def _environment(order: LaunchOrder, deployment: Deployment) -> dict[str, str]:
 
 
 def own_time_limit_s(time_limit_s: int) -> int:
-    """When an attempt stops by itself: early enough to say why. Cloud Run, at its own limit, leaves it 10 s after a SIGTERM."""
+    """How long an attempt may take, from its first line to its last word. It saves and yields before that by itself.
+
+    Cloud Run, at its own limit, leaves it only 10 s after a SIGTERM.
+    """
     return time_limit_s - min(LAST_WORD_S, time_limit_s // 10)
 
 
@@ -237,7 +240,11 @@ class CloudRunLauncher:
             return "unknown"
 
     def cancel(self, handle: str, *, force: bool) -> None:  # noqa: ARG002
-        """Have Cloud Run send SIGTERM, and SIGKILL 10 s later: it insists by itself, so `force` asks for nothing more."""
+        """Have Cloud Run send SIGTERM, and SIGKILL 10 s later: it insists by itself, so `force` asks for nothing more.
+
+        A SIGTERM alone says that the machine is taken away. That it is a cancel the attempt hears in the answer to the report
+        which it then makes; one that does not may still save, and says `yielded`: of a job that is being cancelled, that is an end.
+        """
         if not EXECUTION.fullmatch(handle):
             return
         request = run_v2.CancelExecutionRequest(name=handle)

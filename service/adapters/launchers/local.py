@@ -24,7 +24,7 @@ from service.core.ports import AttemptState, Hardware, LaunchOrder, LogPage
 log = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 120  # importing torch from a cold disk
-STOP_GRACE_S = 5.0
+STOP_GRACE_S = 10.0  # to finish a step and save it, as on Cloud Run
 
 
 class LocalLauncher:
@@ -35,7 +35,15 @@ class LocalLauncher:
     profiles: tuple[str, ...] = ("local",)
 
     def __init__(
-        self, *, home: Path, python: Path, source: Path, service_url: str, max_concurrent_jobs: int, environment: Mapping[str, str]
+        self,
+        *,
+        home: Path,
+        python: Path,
+        source: Path,
+        service_url: str,
+        max_concurrent_jobs: int,
+        environment: Mapping[str, str],
+        time_limit_s: float | None = None,
     ) -> None:
         self._folder = home / "attempts"
         self._python = python
@@ -43,6 +51,7 @@ class LocalLauncher:
         self._service_url = service_url
         self._max_concurrent_jobs = max_concurrent_jobs
         self._inherited = dict(environment)
+        self._time_limit_s = time_limit_s
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._lock = threading.Lock()
         self._probing = threading.Lock()  # two requests at once ask the trainer's environment once
@@ -53,8 +62,8 @@ class LocalLauncher:
         if not self._python.exists():
             raise LaunchFailed(f"the trainer's environment is missing: no {self._python}", hint="run `make setup`")
         workdir = self._folder / order.name
-        workdir.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
+            workdir.mkdir(parents=True, exist_ok=True, mode=0o700)
             with self._log_path(order.name).open("ab") as output:
                 child = subprocess.Popen(
                     [self._python, "-m", "jobs.run", "--name", order.name],
@@ -80,8 +89,14 @@ class LocalLauncher:
         return "running" if process else "ended"
 
     def cancel(self, handle: str, *, force: bool) -> None:
-        if process := self._process(handle):
-            _signal_group(process.pid, signal.SIGKILL if force else signal.SIGTERM)
+        """Told by SIGINT; SIGTERM means that the compute is taken away, and an attempt would save before it ends."""
+        process = self._process(handle)
+        if process is None:
+            return
+        if force:
+            _kill_group(process.pid)
+        else:
+            _tell(process.pid, signal.SIGINT)
 
     def free_slots(self, active: int) -> int:  # noqa: ARG002
         """Counted among the processes: one that is dying still takes memory."""
@@ -95,13 +110,16 @@ class LocalLauncher:
             return self._hardware
 
     def close(self) -> None:
-        """End the attempts in good order, adopted ones too: each is told, then waited for, then made to. Nothing is left behind."""
+        """End the attempts in good order, adopted ones too: each is told, then waited for, then made to. Nothing is left behind.
+
+        What they save, the next service's attempts go on from.
+        """
         ours = self._attempts()
         for process in ours:
-            _signal_group(process.pid, signal.SIGTERM)
+            _tell(process.pid, signal.SIGTERM)
         _, stubborn = psutil.wait_procs(ours, timeout=STOP_GRACE_S)
         for process in stubborn:
-            _signal_group(process.pid, signal.SIGKILL)
+            _kill_group(process.pid)
         psutil.wait_procs(stubborn, timeout=STOP_GRACE_S)
         for child in list(self._children.values()):  # also one that ends just now, and is no attempt any more
             with suppress(subprocess.TimeoutExpired):
@@ -171,6 +189,7 @@ class LocalLauncher:
             **order.environment,
             "SERVICE_URL": self._service_url,
             "JOB_WORKDIR": str(workdir),
+            **({"JOB_TIME_LIMIT_S": str(self._time_limit_s)} if self._time_limit_s is not None else {}),
             "JOB_REPORT_INTERVAL_S": "0.5",  # the answer to a report is how a cancel arrives, and reports cost nothing here
             "PYTHONPATH": str(self._source),
             "PYTHONUNBUFFERED": "1",
@@ -235,9 +254,15 @@ def _handle_of(process: psutil.Process) -> str:
     return f"{process.pid}@{process.create_time():.2f}"
 
 
-def _signal_group(pid: int, number: signal.Signals) -> None:
+def _tell(pid: int, number: signal.Signals) -> None:
+    """To the attempt alone: it ends its own children, and would take one that died first for a failure."""
     with suppress(ProcessLookupError):
-        os.killpg(pid, number)
+        os.kill(pid, number)
+
+
+def _kill_group(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 def _whole_characters(content: bytes) -> bytes:

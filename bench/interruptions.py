@@ -1,0 +1,141 @@
+"""What never losing a run costs: how long saving stands in the way of training, how soon a pause is obeyed, how soon a paused
+training makes its next step, and what time slices add.
+
+The real Gemma 3 270M for the first three, saving as by default; the tiny one for the slices, whose cost is the start of a process.
+"""
+
+import asyncio
+import os
+import subprocess
+import time
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from bench.figures import Figure, at_most
+from bench.http import Request, ask
+from bench.launch import BASE, make_base
+from bench.scene import REAL_TRAINER, Scene
+from bench.servers import SOURCE, Server, environment, service, upload
+
+NAME = "interruptions"
+REAL_BASE = "google/gemma-3-270m"
+REAL_EPOCHS = 12  # of the small dataset: as many steps as a short real training has
+PAUSE_AT_STEP = 20
+SLICE_S = 40
+SLICED_STEPS = 1500
+WITHIN_S = 900.0
+
+# Any: JSON.
+Json = dict[str, Any]
+
+
+async def measure(scene: Scene) -> list[Figure]:
+    """A real training that is paused once, and a tiny one in one slice and in several."""
+    if not REAL_TRAINER.exists():
+        return [Figure(NAME, "saving", None, "%", at_most(5), "there is no trainer's environment: make setup")]
+    return [*await _paused(scene.folder / "real"), *await _sliced(scene.folder / "tiny")]
+
+
+async def _paused(home: Path) -> list[Figure]:
+    await asyncio.to_thread(_make_real_base, home)
+    async with service(home, REAL_TRAINER) as server:
+        knobs = {"epochs": REAL_EPOCHS, "batch_size": 2, "gradient_accumulation_steps": 4, "logging_steps": 1, "max_seq_length": 128}
+        job_id = await _train(server, {"base_model_id": REAL_BASE, "hyperparameters": knobs})
+        await _until_step(server, job_id, PAUSE_AT_STEP)
+        began = time.perf_counter()
+        await ask(server.url, Request("POST", f"/jobs/{job_id}/pause"))
+        paused = await _until_status(server, job_id, "paused")
+        pause_s = time.perf_counter() - began
+        await ask(server.url, Request("POST", f"/jobs/{job_id}/resume"))
+        job = await _until_status(server, job_id, "completed")
+        events = await _events(server, job_id)
+    saves = [row["event"] for row in events if row["event"]["type"] == "checkpoint"]
+    first, second = (_launch_to_step_s(job, events, number) for number in (1, 2))
+    step_s = _step_s(events)
+    blocked_s, trained_s = sum(save["save_s"] for save in saves), step_s * job["progress"]["step"]
+    note = f"{len(saves)} checkpoints of {saves[0]['size_bytes'] / 1e6:.0f} MB, longest {max(save['save_s'] for save in saves):.2f} s"
+    obeyed = f"a step takes {step_s:.2f} s; the save {saves[0]['save_s']:.2f} s, its upload {saves[0]['upload_s']:.2f} s"
+    resumed = f"launch to step {paused['checkpoint']['step'] + 1}: {second:.1f} s; of a fresh attempt to step 1: {first:.1f} s"
+    return [
+        Figure(NAME, "saving, as a share of training", 100 * blocked_s / trained_s, "%", at_most(5), note),
+        Figure(NAME, "pause to paused", pause_s, "s", None, obeyed),
+        Figure(NAME, "resumed: beyond what a fresh start takes to its first step", second - first, "s", at_most(5), resumed),
+    ]
+
+
+async def _sliced(home: Path) -> list[Figure]:
+    await asyncio.to_thread(make_base, home)
+    config = {"base_model_id": BASE, "hyperparameters": {"max_steps": SLICED_STEPS, "logging_steps": 100}}
+    took: list[tuple[float, int]] = []
+    for limits in ({}, {"TUNESMITH_ATTEMPT_TIME_LIMIT_S": str(SLICE_S)}):
+        async with service(home, REAL_TRAINER, settings=limits) as server:
+            began = time.perf_counter()
+            job = await _until_status(server, await _train(server, config), "completed")
+            took.append((time.perf_counter() - began, len(job["attempts"])))
+    (whole_s, _), (sliced_s, slices) = took
+    added = (sliced_s - whole_s) / max(slices - 1, 1)
+    note = f"{sliced_s:.1f} s in {slices} slices of {SLICE_S} s, {whole_s:.1f} s in one; of an hour's slice {100 * added / 3600:.2f} %"
+    return [Figure(NAME, "a further time slice", added, "s", None, note)]
+
+
+def _make_real_base(home: Path) -> None:
+    """Put the real base where the jobs of that home find it; it is kept in the user's cache."""
+    command = [REAL_TRAINER, "infra/gemma_270m.py", "--store", (home / "objects").as_uri()]
+    variables = environment(home, PYTHONPATH=str(SOURCE)) | {
+        name: os.environ[name] for name in ("HOME", "XDG_CACHE_HOME") if name in os.environ
+    }
+    subprocess.run(command, check=True, capture_output=True, cwd=SOURCE, env=variables)
+
+
+async def _train(server: Server, config: Json) -> str:
+    dataset_id = await upload(server)
+    answer = await ask(server.url, Request("POST", "/train", {"processed_dataset_id": dataset_id, "training_config": config}))
+    return answer["job_id"]
+
+
+async def _until_step(server: Server, job_id: str, step: int) -> None:
+    deadline = time.monotonic() + WITHIN_S
+    while ((await _job(server, job_id))["progress"] or {"step": 0})["step"] < step:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the job did not reach step {step}")
+        await asyncio.sleep(0.1)
+
+
+async def _until_status(server: Server, job_id: str, status: str) -> Json:
+    deadline = time.monotonic() + WITHIN_S
+    while (job := await _job(server, job_id))["status"] != status:
+        if job["status"] == "failed" or time.monotonic() > deadline:
+            raise RuntimeError(f"the job is {job['status']}, not {status}: {job['failure']}")
+        await asyncio.sleep(0.1)
+    return job
+
+
+async def _job(server: Server, job_id: str) -> Json:
+    return await ask(server.url, Request("GET", f"/jobs/{job_id}"))
+
+
+async def _events(server: Server, job_id: str) -> list[Json]:
+    found: list[Json] = []
+    while rows := (await ask(server.url, Request("GET", f"/jobs/{job_id}/events?limit=1000&after={found[-1]['id'] if found else 0}")))[
+        "events"
+    ]:
+        found += rows
+    return found
+
+
+def _launch_to_step_s(job: Json, events: list[Json], attempt: int) -> float:
+    """From the launch of an attempt until it told its first step."""
+    launched = datetime.fromisoformat(job["attempts"][attempt - 1]["created_at"])
+    told = next(row["at"] for row in events if row["attempt"] == attempt and row["event"]["type"] == "metrics")
+    return (datetime.fromisoformat(told) - launched).total_seconds()
+
+
+def _step_s(events: list[Json]) -> float:
+    """The median time of a step, from points that follow each other."""
+    points = [
+        (row["attempt"], row["event"]["step"], datetime.fromisoformat(row["at"])) for row in events if row["event"]["type"] == "metrics"
+    ]
+    times = sorted((b[2] - a[2]).total_seconds() for a, b in pairwise(points) if a[0] == b[0] and b[1] == a[1] + 1)
+    return times[len(times) // 2]

@@ -1,0 +1,66 @@
+"""Trying again while a store or a network is away: with back-off, and not for ever."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeVar
+
+from jobs.errors import JobFailed
+from schema.job import FailureCode
+from storage import ChecksumMismatch, NoSuchObject, ObjectExists, ObjectStore, StorageError, StoreUnavailable, at_once, check_key
+
+log = logging.getLogger(__name__)
+
+TRIES = 7
+RETRY_FIRST_S = 0.5
+RETRY_MOST_S = 15.0  # 0.5 + 1 + 2 + 4 + 8 + 15: half a minute in all, a store's restart or a router's
+
+HINT = "check the room and the permissions of the store, then retry the job"
+
+Done = TypeVar("Done")
+
+
+def patiently(
+    what: str,
+    act: Callable[[], Done],
+    *,
+    code: FailureCode = "upload_failed",
+    sleep: Callable[[float], None] = time.sleep,
+    tries: int = TRIES,
+) -> Done:
+    """Do it, again while the store is away or what arrives is not what was sent.
+
+    Raises JobFailed with `code` in the end; ObjectExists and NoSuchObject as they are, for they are answers.
+    """
+    import tenacity
+
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type((StoreUnavailable, ChecksumMismatch)),
+        wait=tenacity.wait_exponential(RETRY_FIRST_S, RETRY_MOST_S),
+        stop=tenacity.stop_after_attempt(tries),
+        sleep=sleep,
+        reraise=True,
+    )
+    try:
+        return retrying(act)
+    except (ObjectExists, NoSuchObject):
+        raise
+    except (StorageError, OSError) as error:
+        log.error("store failed", extra={"what": what, "error": str(error)})
+        raise JobFailed(code, f"{what}: {error}", HINT) from error
+
+
+def download_patiently(store: ObjectStore, key: str, target: Path, *, sleep: Callable[[float], None] = time.sleep) -> Path:
+    """An object as a file, waiting for a store that is away. Raises NoSuchObject, JobFailed."""
+    return patiently(f"{store.url}/{key} cannot be read", lambda: store.download(key, target), code="internal", sleep=sleep)
+
+
+def download_all_patiently(
+    store: ObjectStore, keys: Iterable[str], folder: Path, *, below: str = "", sleep: Callable[[float], None] = time.sleep
+) -> list[Path]:
+    """Objects as files in a folder, each under its key without the prefix `below`. Raises NoSuchObject, JobFailed.
+
+    Each is asked for again by itself: what has arrived is not fetched twice for the sake of another.
+    """
+    return at_once(lambda key: download_patiently(store, key, folder / check_key(key).removeprefix(below), sleep=sleep), list(keys))

@@ -1,0 +1,63 @@
+"""When a training is saved, and what is saved beside the library's own files, so that it goes on as if nothing had happened."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field
+
+from schema.base import Lenient
+from schema.job import EvalMetrics
+
+STATE = "tunesmith.json"
+
+SAFETY_S = 300.0  # no more than five minutes of work are lost, however long the job's own interval is
+BLOCKED_SHARE = 1 / 20  # of the time, at most, the training stands still for the safety interval
+
+
+@dataclass(frozen=True)
+class SavePolicy:
+    """When the job wants checkpoints: as its save_strategy says, and after the safety interval."""
+
+    strategy: Literal["no", "steps", "epoch"]
+    save_steps: int
+
+    def is_due(self, step: int, *, epoch_ended: bool, since_s: float, blocked_s: float) -> bool:
+        """Whether to save after this step, `since_s` after the last time, which made the training stand still for `blocked_s`."""
+        match self.strategy:
+            case "no":
+                return False
+            case "steps" if step % self.save_steps == 0:
+                return True
+            case "epoch" if epoch_ended:
+                return True
+            case _:
+                return since_s >= safety_interval_s(blocked_s)
+
+
+def safety_interval_s(blocked_s: float) -> float:
+    """How long a training goes without a checkpoint, when saving makes it stand still for `blocked_s`."""
+    return max(SAFETY_S, blocked_s / BLOCKED_SHARE)
+
+
+class TrainingState(Lenient):
+    """`tunesmith.json` in a checkpoint: what the library does not keep for us."""
+
+    batch_size: int
+    gradient_accumulation_steps: int
+    step: int = 0
+    tokens_seen: int = 0
+    train_s: float = 0.0  # of all attempts, up to here
+    window: tuple[float, ...] = ()  # losses of the steps since the last point of the curve
+    measured: dict[int, EvalMetrics] = Field(default={})  # by step; the newest alone
+    evaluation_due: bool = False  # the training ended at a step at which it was to be measured
+    base_metrics: EvalMetrics | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The state in a checkpoint's folder."""
+        return cls.load((folder / STATE).read_bytes())
+
+    def write(self, folder: Path) -> None:
+        """Put it beside the library's files."""
+        (folder / STATE).write_text(self.model_dump_json(indent=1))

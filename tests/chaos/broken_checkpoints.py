@@ -1,0 +1,140 @@
+"""The newest checkpoint of a job is damaged, in another way for every seed; an attempt looks for where to go on.
+
+Beside it, what the stock Trainer does with the very same damage (tests/chaos/stock_trainer.py, in the trainer's environment).
+"""
+
+import hashlib
+import json
+import random
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.checkpoints import Checkpoints, Mark
+from schema.checkpoint import MANIFEST, checkpoint_key, checkpoints_prefix
+from schema.events import CheckpointSkipped, Event, Resumed
+from schema.spec import JobSpec, StoreUrls
+from storage.local import LocalStore
+from tests.chaos.campaign import Broken, Row, Size
+from tests.chaos.damage import DAMAGES, damage
+from tests.chaos.service import SOURCE
+from tests.chaos.training_kills import TRAINER_PYTHON
+from tests.factories import a_config, a_dataset
+
+SEEDS: dict[Size, int] = {"full": 100, "short": 20}
+STEPS = (5, 10, 15)
+# The names that the library and we give them, and about as many bytes; what is in them does not matter to who verifies them.
+FILES = {
+    "adapter_model.safetensors": 40_000,
+    "adapter_config.json": 900,
+    "optimizer.pt": 80_000,
+    "scheduler.pt": 1_500,
+    "rng_state.pth": 14_000,
+    "trainer_state.json": 2_000,
+    "tunesmith.json": 300,
+}
+
+
+def run(size: Size) -> Row:
+    """Every seed another damage to another file."""
+    seeds = range(SEEDS[size])
+    with tempfile.TemporaryDirectory(prefix="chaos-checkpoints-") as folder:
+        found = [_fall_back(Path(folder, str(seed)), seed) for seed in seeds]
+        stock = _stock_trainer(Path(folder, "stock"), len(seeds)) if size == "full" else "the stock Trainer was not asked"
+    fell_back, told = sum(one.fell_back for one in found), sum(one.told for one in found)
+    return Row(
+        fault="newest checkpoint damaged",
+        injected=f"{', '.join(DAMAGES)}: {len(seeds)} seeds, any file of it",
+        wanted=f"{len(seeds)} fall back to the last verified one, with an event; no crash, no silent load",
+        found=f"{fell_back} fell back, {told} said so; {stock}",
+        passed=fell_back == told == len(seeds),
+    )
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an attempt went on from."""
+
+    fell_back: bool  # to the newest checkpoint that is whole, and it is whole here too
+    told: bool  # an event names the damaged one, and another the one that was taken
+
+
+def _fall_back(folder: Path, seed: int) -> Found:
+    store = LocalStore((folder / "objects").as_uri())
+    spec = _spec(store)
+    digests = _save_all(store, spec, folder)
+    newest = folder / "objects" / checkpoint_key(spec.checkpoints, 1, STEPS[-1])
+    damage(newest, seed, (*FILES, MANIFEST))
+    told: list[Event] = []
+    checkpoints = _checkpoints(store, spec, 2, folder / "second", told)
+    restored = checkpoints.newest()
+    checkpoints.close()
+    if restored is None:
+        return Found(fell_back=False, told=False)
+    here = {name: hashlib.sha256((restored.folder / name).read_bytes()).hexdigest() for name in FILES}
+    skipped = [(event.attempt, event.step) for event in told if isinstance(event, CheckpointSkipped)]
+    resumed = [(event.from_attempt, event.step) for event in told if isinstance(event, Resumed)]
+    return Found(
+        fell_back=restored.checkpoint.step == STEPS[-2] and here == digests[STEPS[-2]],
+        told=(skipped, resumed) == ([(1, STEPS[-1])], [(1, STEPS[-2])]),
+    )
+
+
+def _save_all(store: LocalStore, spec: JobSpec, folder: Path) -> dict[int, dict[str, str]]:
+    """The checkpoints of attempt 1, durable; the digests of their files by step."""
+    checkpoints = _checkpoints(store, spec, 1, folder / "first", [])
+    digests: dict[int, dict[str, str]] = {}
+    for step in STEPS:
+        made = folder / "first" / f"checkpoint-{step}"
+        made.mkdir(parents=True)
+        for number, (name, size_bytes) in enumerate(FILES.items()):
+            (made / name).write_bytes(random.Random(1000 * step + number).randbytes(size_bytes))
+        digests[step] = {name: hashlib.sha256((made / name).read_bytes()).hexdigest() for name in FILES}
+        checkpoints.keep(made, _mark(step))
+        if not checkpoints.settle():
+            raise Broken(f"the checkpoint of step {step} could not be saved")
+    checkpoints.close()
+    return digests
+
+
+def _checkpoints(store: LocalStore, spec: JobSpec, attempt: int, folder: Path, told: list[Event]) -> Checkpoints:
+    folder.mkdir(parents=True, exist_ok=True)
+    return Checkpoints(store=store, spec=spec, attempt=attempt, folder=folder, keep=len(STEPS), tell=told.append)
+
+
+def _mark(step: int) -> Mark:
+    return Mark(
+        step=step,
+        total_steps=100,
+        epoch=step / 10,
+        reason="interval",
+        eval_loss=None,
+        batch_size=2,
+        gradient_accumulation_steps=2,
+        save_s=0.0,
+    )
+
+
+def _spec(store: LocalStore) -> JobSpec:
+    return JobSpec(
+        job_id="job-1",
+        job_name="a job",
+        tenant_id="local",
+        training_config=a_config(),
+        dataset=a_dataset(),
+        stores=StoreUrls(datasets=store.url, models=store.url, configs=store.url),
+        checkpoints=checkpoints_prefix("job-1", None),
+    )
+
+
+def _stock_trainer(folder: Path, seeds: int) -> str:
+    """What the library's own way to resume makes of as many damages, in its own words."""
+    command = [TRAINER_PYTHON, "-m", "tests.chaos.stock_trainer", folder, str(seeds)]
+    environment = {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HOME": str(folder)}
+    done = subprocess.run(command, cwd=SOURCE, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise Broken(f"the stock trainer could not be asked: {done.stderr.strip().rpartition(chr(10))[2]}")
+    told = json.loads(done.stdout.splitlines()[-1])
+    ends = f"died of it {told['died']} times, went on without a word {told['went_on']} times, fell back {told['fell_back']} times"
+    return f"the stock Trainer picked the damaged one {told['picked']} times, {ends}"

@@ -1,0 +1,61 @@
+"""What a row of the campaign is, which there are, and running one."""
+
+import subprocess
+import time
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Literal
+
+import httpx2
+import psutil
+
+from storage import StorageError
+
+Size = Literal["full", "short"]
+
+# In the order of the table. Each is a module here with `run(size) -> Row`.
+ROWS = (
+    "service_kills",
+    "same_request",
+    "training_kills",
+    "broken_checkpoints",
+    "zombies",
+    "launcher_crashes",
+    "silent_status",
+    "storage_faults",
+    "reports",
+    "clocks",
+    "out_of_memory",
+    "full_disk",
+)
+
+
+class Broken(Exception):
+    """The campaign itself could not go on: a part did not start, or something took far longer than it may."""
+
+
+# What processes, servers and files do when they do not do what was asked; the other rows are worth running all the same.
+FAILURES = (Broken, OSError, RuntimeError, ValueError, LookupError, AssertionError, subprocess.SubprocessError)
+FAILURES_OF_OTHERS = (httpx2.HTTPError, psutil.Error, StorageError, ImportError)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One fault: what was done, what must come of it, and what did."""
+
+    fault: str
+    injected: str
+    wanted: str
+    found: str
+    passed: bool
+    seconds: float = 0.0  # filled in by `run_row`
+
+
+def run_row(name: str, size: Size) -> Row:
+    """The row with its time. One that cannot be run to its end has failed, and says why."""
+    began = time.monotonic()
+    try:
+        row: Row = import_module(f"tests.chaos.{name}").run(size)
+    except (*FAILURES, *FAILURES_OF_OTHERS) as error:
+        row = Row(name.replace("_", " "), "", "", f"could not be run to its end: {type(error).__name__}: {error}", passed=False)
+    return replace(row, seconds=time.monotonic() - began)

@@ -1,0 +1,27 @@
+"""Damage to a checkpoint, the same for the same seed. Standard library only: both environments use it."""
+
+import random
+from pathlib import Path
+from typing import Literal
+
+Damage = Literal["truncated", "bit flipped", "emptied", "file deleted"]
+DAMAGES: tuple[Damage, ...] = ("truncated", "bit flipped", "emptied", "file deleted")
+
+
+def damage(folder: Path, seed: int, names: tuple[str, ...]) -> tuple[Damage, str]:
+    """Spoil one file of a checkpoint, and only one; says how and which."""
+    chance = random.Random(seed)
+    kind, name = DAMAGES[seed % len(DAMAGES)], chance.choice(names)
+    path = folder / name
+    content = bytearray(path.read_bytes())
+    match kind:
+        case "truncated":
+            path.write_bytes(content[: chance.randrange(1, len(content))])
+        case "bit flipped":
+            content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+            path.write_bytes(content)
+        case "emptied":
+            path.write_bytes(b"")
+        case "file deleted":
+            path.unlink()
+    return kind, name

@@ -1,0 +1,30 @@
+"""What attempts note of themselves in a file of their own, so that launches can be counted without asking the service."""
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Note = Literal["started", "owned"]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """How many processes each attempt had, and how many of them were given the claim; by the attempt's name."""
+
+    started: Counter[str]
+    owned: Counter[str]
+
+
+def note(name: str, what: Note) -> None:
+    """A line, whole or not at all: many processes write at once."""
+    descriptor = os.open(os.environ["CHAOS_LEDGER"], os.O_WRONLY | os.O_APPEND)
+    os.write(descriptor, f"{what} {name}\n".encode())
+    os.close(descriptor)
+
+
+def read_ledger(path: Path) -> Ledger:
+    """Everything that was noted."""
+    lines = [line.split() for line in path.read_text().splitlines()]
+    return Ledger(*(Counter(name for noted, name in lines if noted == what) for what in ("started", "owned")))

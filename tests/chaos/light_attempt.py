@@ -1,0 +1,67 @@
+"""An attempt that trains nothing and costs 50 ms: it claims, says that it trains, writes its result and tells it. Standard library only."""
+
+import http.client
+import json
+import os
+import time
+from datetime import UTC, datetime
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from tests.chaos.ledger import note
+
+PATIENCE_S = 60.0  # the service is killed all the time
+PAUSE_S = 0.1
+
+
+def work(name: str) -> int:
+    """The whole attempt; returns its exit code."""
+    note(name, "started")
+    claimant = f"light-{os.getpid()}"
+    if _say("claim", {"claimant": claimant}) != HTTPStatus.OK:
+        return 0  # another process owns it
+    note(name, "owned")
+    now = datetime.now(UTC).isoformat()
+    _say("events", {"first_seq": 0, "events": [{"at": now, "event": {"type": "phase", "phase": "training"}}]})
+    result = {"job_id": os.environ["JOB_ID"], "attempt": int(os.environ["JOB_ATTEMPT"]), "claimant": claimant}
+    result |= {"outcome": "completed", "started_at": now, "finished_at": now}
+    _write(result)
+    _say("result", result)
+    return 0
+
+
+def _say(verb: str, body: dict[str, Any]) -> int:
+    """The status of the service's answer, waiting for one."""
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        status = _post(verb, body)
+        if status is not None or time.monotonic() > until:
+            return status or HTTPStatus.SERVICE_UNAVAILABLE
+        time.sleep(PAUSE_S)
+
+
+def _post(verb: str, body: dict[str, Any]) -> int | None:
+    """None: the service is away."""
+    where = urlsplit(os.environ["SERVICE_URL"])
+    connection = http.client.HTTPConnection(str(where.hostname), where.port, timeout=10)
+    headers = {"Authorization": f"Bearer {os.environ['JOB_TOKEN']}", "Content-Type": "application/json"}
+    path = f"/internal/jobs/{os.environ['JOB_ID']}/attempts/{os.environ['JOB_ATTEMPT']}/{verb}"
+    try:
+        connection.request("POST", path, json.dumps(body), headers)
+        status = connection.getresponse().status
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+    return None if status >= HTTPStatus.INTERNAL_SERVER_ERROR else status
+
+
+def _write(result: dict[str, Any]) -> None:
+    """Into the folder that is the object store, whole or not at all."""
+    path = Path(urlsplit(os.environ["JOB_SPEC_STORE_URL"]).path, "results", result["job_id"], f"{result['attempt']}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{os.getpid()}.part")
+    part.write_text(json.dumps(result))
+    part.rename(path)

@@ -1,0 +1,99 @@
+"""`python -m tests.chaos.memory_cases FOLDER full|short`, in the trainer's environment: memory runs out, in every way of the row.
+
+The real trainer trains a tiny Gemma. torch's own look-up of embeddings, through which every forward pass goes, refuses batches of more
+rows than fit, from step k on, in training or in measuring; it says what a GPU without memory says. All weights are trained, for that is
+done in fp32: in bf16 the order in which a batch is summed up shows in the third digit. Prints a line of JSON.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.errors import JobFailed
+from jobs.trainers.sft import train
+from schema.events import Decided
+from tests.chaos.out_of_memory import ASKED, Case
+from tests.jobs.conftest import BASE, Record, a_context, a_spec, saved
+from tests.tiny_gemma import build_tiny_gemma
+
+CASES: dict[str, list[Case]] = {
+    "full": [
+        *(Case("training", step, rows) for step in (1, 2, 3) for rows in (8, 4, 2, 1)),
+        *(Case("evaluation", 0, rows) for rows in (8, 4, 2, 1)),
+        Case("training", 2, 0),
+        Case("evaluation", 0, 0),
+    ],
+    "short": [Case("training", 3, 4), Case("evaluation", 0, 2), Case("training", 2, 0)],
+}
+KNOBS = {"max_steps": -1, "epochs": 2, "learning_rate": 1e-4, "save_strategy": "steps", "save_steps": 1}
+
+
+@dataclass
+class Heard(Record):
+    """A voice that knows in which step the training is."""
+
+    step: int = 0
+
+    def place(self, *, phase: Any = None, progress: Any = None) -> None:
+        self.step = progress.step if progress else self.step
+
+
+def main() -> None:
+    """A reference with enough memory, then every case."""
+    folder, size = Path(sys.argv[1]), sys.argv[2]
+    build_tiny_gemma(folder / "objects/pretrained_weights/huggingface" / BASE)
+    reference = _train(folder, Case("training", 0, ASKED))
+    print(json.dumps({"reference": reference, "cases": [asdict(case) | _train(folder, case) for case in CASES[size]]}))
+
+
+def _train(folder: Path, case: Case) -> dict[str, Any]:
+    """What one training came to: losses by step, batches it went down to, and the failure it ended in."""
+    spec = a_spec(folder / "objects", method="Full", hyperparameters=KNOBS | {"batch_size": ASKED, "gradient_accumulation_steps": 1})
+    heard, failure = Heard(), None
+    context = a_context(spec, folder / spec.job_id, heard)
+    with _short_of_memory(case, heard) as failures:
+        try:
+            train(spec.training_config, context)
+        except JobFailed as error:
+            failure = error.failure
+        finally:
+            context.checkpoints.settle()
+            context.checkpoints.close()
+    after = [told.metrics.eval_loss for told in heard.evaluations if told.when == "after"]
+    return {
+        "losses": {point.step: point.values["loss"] for point in heard.points},
+        "eval_loss": after[-1] if after else None,
+        "smaller": [int(event.value) for event in heard.events if isinstance(event, Decided) and event.what == "batch_size"],
+        "effective": sorted({one.batch_size * one.gradient_accumulation_steps for one in saved(spec)}),
+        "failures": len(failures),
+        "failure": failure and failure.model_dump(),
+    }
+
+
+@contextmanager
+def _short_of_memory(case: Case, heard: Heard) -> Iterator[list[int]]:
+    """Yields the list of the batches that were refused."""
+    import torch
+
+    embedding, refused = torch.nn.functional.embedding, list[int]()
+
+    def look_up(tokens: Any, *rest: Any, **named: Any) -> Any:
+        here = torch.is_grad_enabled() == (case.where == "training") and heard.step + 1 >= case.step
+        if here and len(tokens) > case.rows_that_fit:
+            refused.append(len(tokens))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return embedding(tokens, *rest, **named)
+
+    torch.nn.functional.embedding = look_up
+    try:
+        yield refused
+    finally:
+        torch.nn.functional.embedding = embedding
+
+
+if __name__ == "__main__":
+    main()

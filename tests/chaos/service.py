@@ -1,0 +1,182 @@
+"""The real service as a process that can be killed, and a trainer's environment in which attempts cost milliseconds."""
+
+import json
+import os
+import shlex
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import psutil
+
+from tests.chaos.campaign import Broken
+
+SOURCE = Path(__file__).resolve().parents[2]
+TUNESMITH = Path(sys.executable).with_name("tunesmith")
+SITE = Path(__file__).resolve().with_name("site")
+STOP_WAIT_S = 30
+KEPT = ("PATH", "LANG", "TMPDIR", "TZ", "CLOUDSDK_ROOT")
+Json = dict[str, Any]
+
+ROWS = "".join(
+    json.dumps({"messages": [{"role": "user", "content": f"what is {n}"}, {"role": "assistant", "content": f"it is {n}"}]}) + "\n"
+    for n in range(20)
+)
+# The launcher knows attempts by their command line, so it has to be just what a real one has: nothing may stand in between.
+INTERPRETER = """\
+#!/bin/sh
+export PYTHONPATH={site}:"$PYTHONPATH" CHAOS_LEDGER={ledger} CHAOS_REAL_ONE_IN={real_one_in}
+exec {python} "$@"
+"""
+
+
+@dataclass
+class Service:
+    """`tunesmith serve` in a home of its own, on a port that it keeps."""
+
+    home: Path
+    variables: dict[str, str] = field(default_factory=dict[str, str])
+    port: int = 0
+    process: "subprocess.Popen[str] | None" = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Returns when it listens; a moment later it answers. Raises Broken."""
+        self.home.mkdir(parents=True, exist_ok=True)
+        kept = {name: os.environ[name] for name in KEPT if name in os.environ}
+        ours = {"HOME": str(self.home), "PYTHONPATH": str(SOURCE), "TUNESMITH_HOME": str(self.home), "OMP_NUM_THREADS": "1"}
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [TUNESMITH, "serve", "--port", str(self.port)],
+                cwd=SOURCE,
+                env={**kept, **ours, "HF_HUB_OFFLINE": "1", **self.variables},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,
+            )
+        assert self.process.stdout is not None
+        url = self.process.stdout.readline().strip()
+        if not url:
+            raise Broken(f"the service did not start: {self.last_words()}")
+        self.port = int(url.rpartition(":")[2])
+
+    def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
+        """End it, by default without a chance to tidy up."""
+        assert self.process is not None
+        self.process.send_signal(how)
+        self.process.wait(STOP_WAIT_S)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+    def close(self) -> None:
+        """End it, and whatever it started."""
+        if self.process is not None and self.process.poll() is None:
+            self.kill(signal.SIGTERM)
+        for attempt in self.attempts():
+            attempt.kill()
+
+    def attempts(self) -> list[psutil.Process]:
+        """Processes that work at attempts of this home."""
+        found = psutil.process_iter(["cmdline", "environ"])
+        return [process for process in found if self._is_attempt(process.info)]
+
+    def ask(self, method: str, path: str, **more: Any) -> httpx2.Response:
+        """One request on a connection of its own."""
+        return httpx2.request(method, self.url + path, **{"timeout": 60, **more})
+
+    def upload(self, rows: str = ROWS) -> str:
+        """A small dataset; its id."""
+        answer = self.ask("POST", "/datasets", files={"file": ("rows.jsonl", rows)})
+        if answer.status_code != 201:
+            raise Broken(f"the dataset was not taken: {answer.text}")
+        return answer.json()["processed_dataset_id"]
+
+    def job(self, job_id: str) -> Json:
+        """All that is told of a job."""
+        return self.ask("GET", f"/jobs/{job_id}").json()
+
+    def jobs(self, **query: str) -> Iterator[Json]:
+        """Every job of the listing."""
+        cursor: str | None = ""
+        while cursor is not None:
+            page = self.ask(
+                "GET", "/jobs", params={"limit": "200", "cursor": cursor, **query} if cursor else {"limit": "200", **query}
+            ).json()
+            yield from page["jobs"]
+            cursor = page["next_cursor"]
+
+    @property
+    def log(self) -> Path:
+        return self.home / "service.log"
+
+    def last_words(self) -> str:
+        """The end of its log."""
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "nothing"
+
+    def _is_attempt(self, info: Json) -> bool:
+        workdir = (info["environ"] or {}).get("JOB_WORKDIR", "")
+        return "jobs.run" in (info["cmdline"] or []) and workdir.startswith(f"{self.home}/")
+
+
+@contextmanager
+def service(home: Path, **variables: str) -> Iterator[Service]:
+    """A service for as long as the block lasts; variables are its environment's."""
+    running = Service(home, variables)
+    try:
+        running.start()
+        yield running
+    finally:
+        running.close()
+
+
+def light_trainer(folder: Path, *, real_one_in: int = 1) -> Path:
+    """What to use as TUNESMITH_TRAINER_PYTHON: it trains nothing, and one attempt in so many is the real `jobs.run`.
+
+    The others speak the same protocol with the standard library alone (tests/chaos/light_attempt.py). Each notes in `ledger` of
+    the folder that it started, and whether it was given the claim.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    interpreter = folder / "python"
+    told = {"site": SITE, "ledger": folder / "ledger", "python": sys.executable}
+    interpreter.write_text(INTERPRETER.format(**{name: shlex.quote(str(path)) for name, path in told.items()}, real_one_in=real_one_in))
+    interpreter.chmod(0o755)
+    (folder / "ledger").touch()
+    return interpreter
+
+
+def a_train_request(dataset_id: str, **changes: Any) -> Json:
+    """The body of `POST /train`."""
+    return {"processed_dataset_id": dataset_id, "training_config": {"base_model_id": "tests/no-model"}} | changes
+
+
+def what_is_corrupt(database: Path) -> str:
+    """What SQLite finds wrong with its file; nothing when it is sound."""
+    reader = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
+    try:
+        [(verdict,)] = reader.execute("PRAGMA integrity_check").fetchmany(1)
+        return "" if verdict == "ok" else str(verdict)
+    finally:
+        reader.close()
+
+
+def until(true: Callable[[], bool], within_s: float, what: str, every_s: float = 0.05) -> None:
+    """Returns when it is true. Raises Broken after `within_s`."""
+    deadline = time.monotonic() + within_s
+    while not true():
+        if time.monotonic() > deadline:
+            raise Broken(f"{what} did not happen within {within_s:.0f} s")
+        time.sleep(every_s)

@@ -1,0 +1,37 @@
+"""The rows for a person: on a terminal, and in docs/reliability.md."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from tests.chaos.campaign import Row
+
+BEGIN = "<!-- the table of `make chaos`: begin -->"
+END = "<!-- the table of `make chaos`: end -->"
+TITLES = ("fault", "injected", "wanted", "found", "passed", "took")
+
+
+def shown(rows: Sequence[Row]) -> Table:
+    """For a terminal."""
+    table = Table(*TITLES, show_lines=True)
+    for row in rows:
+        table.add_row(*_cells(row), style="" if row.passed else "red")
+    return table
+
+
+def put_between_marks(page: str, rows: Sequence[Row]) -> str:
+    """The page with the table in place of what stood between its marks. Raises ValueError when it has none."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise ValueError(f"the page needs the lines {BEGIN} and {END}, once each")
+    before, _, rest = page.partition(BEGIN)
+    after = rest.partition(END)[2]
+    return f"{before}{BEGIN}\n\n{_markdown(rows)}\n\n{END}{after}"
+
+
+def _markdown(rows: Sequence[Row]) -> str:
+    lines = [TITLES, tuple("---" for _ in TITLES), *(_cells(row) for row in rows)]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '∣') for cell in line)} |" for line in lines)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return row.fault, row.injected, row.wanted, row.found, "yes" if row.passed else "**no**", f"{row.seconds:.0f} s"

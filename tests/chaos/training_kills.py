@@ -1,0 +1,262 @@
+"""The training process is killed (−9) at random steps and inside saves; the service starts the next attempt by itself, again and again.
+
+A job of the same configuration is trained beside it without being disturbed. Both are real: `python -m jobs.run` of the trainer's
+environment on a tiny Gemma, with packing, dropout, shuffling and gradient accumulation, over several epochs. What is compared is
+what their processes wrote down at every step, and the files of the adapters.
+"""
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from schema.checkpoint import MANIFEST, checkpoint_key, checkpoints_prefix
+from tests.chaos.campaign import Broken, Row, Size
+from tests.chaos.service import SOURCE, Json, Service, service, until
+
+TRAINER_PYTHON = SOURCE / ".venvs/llm/bin/python"
+BASE = "tests/tiny-gemma"
+SAVE_STEPS = 5
+KILLS: dict[Size, tuple[int, int]] = {"full": (20, 5), "short": (1, 1)}  # in all, and of them inside a save
+MAX_STEPS: dict[Size, int] = {"full": 260, "short": 20}
+STEP_MOST_S = 120.0  # from the launch to the step: a machine that is busy needs 20 s to import the libraries
+TAIL_BYTES = 8192  # of what an attempt wrote down: its last steps
+WORDS = ("files", "copy", "open", "close", "read", "write", "path", "name", "value", "number", "string", "object", "call")
+
+
+def run(size: Size) -> Row:
+    """The same job twice, one of them killed all the time."""
+    kills, inside = KILLS[size]
+    with tempfile.TemporaryDirectory(prefix="chaos-training-") as folder:
+        home = Path(folder, "home")
+        build_tiny_base(home)
+        variables = {"TUNESMITH_TRAINER_PYTHON": str(TRAINER_PYTHON), "TUNESMITH_MAX_CONCURRENT_JOBS": "2"}
+        with service(home, **variables) as running, ThreadPoolExecutor(1) as pool:
+            dataset_id = running.upload(rows())
+            undisturbed = pool.submit(lambda: _completed(running, _train(running, dataset_id, size)))
+            killed = Victim(running, _train(running, dataset_id, size))
+            losses = killed.kill_often(kills, inside)
+            outcome = _compare(running, undisturbed.result(), _completed(running, killed.job_id), losses)
+    return Row(
+        fault="training process killed (−9)",
+        injected=f"{kills} kills at random steps, {inside} of them inside a save; packing, dropout, shuffling, accumulation",
+        wanted="loss series and weights differ by exactly 0.0; lost work at most one save interval",
+        found=str(outcome),
+        passed=outcome.attempts == kills + 1 and outcome.good,
+    )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the two jobs differ."""
+
+    attempts: int
+    steps: int
+    repeated: int  # steps that were made more than once
+    missing: int  # steps of the undisturbed job that the other one never wrote down
+    difference: float  # the largest, of any number at any step
+    same_weights: bool
+    lost_steps: int  # the most work that one kill cost
+
+    @property
+    def good(self) -> bool:
+        return (self.missing, self.difference, self.same_weights) == (0, 0.0, True) and self.lost_steps <= SAVE_STEPS
+
+    def __str__(self) -> str:
+        series = f"{self.attempts} attempts; losses of {self.steps} steps ({self.repeated} of them repeated) differ by {self.difference}"
+        weights = "weights are the same bytes" if self.same_weights else "weights DIFFER"
+        missing = f", {self.missing} steps missing" if self.missing else ""
+        return f"{series}{missing}, {weights}; at most {self.lost_steps} steps lost of an interval of {SAVE_STEPS}"
+
+
+@dataclass(frozen=True)
+class Lost:
+    """What one kill cost."""
+
+    at_step: int
+    resumed_step: int
+
+    @property
+    def steps(self) -> int:
+        return self.at_step - self.resumed_step
+
+
+class Victim:
+    """A job whose attempts are killed."""
+
+    def __init__(self, running: Service, job_id: str) -> None:
+        self.job_id = job_id
+        self._running = running
+        self._chance = random.Random(9)
+        self._number = 0
+
+    def kill_often(self, kills: int, inside: int) -> list[Lost]:
+        """Kill so many attempts, some of them inside a save; what each of the kills cost."""
+        kinds = [True] * inside + [False] * (kills - inside)
+        self._chance.shuffle(kinds)
+        at_steps: list[int] = []
+        resumed: list[int] = []
+        for inside_a_save in kinds:
+            process = self._next_attempt()
+            until(lambda: self._step > 0, STEP_MOST_S, f"a step of attempt {self._number}", every_s=0.005)
+            resumed.append(self._resumed_step)
+            self._stop_inside_a_save(process) if inside_a_save else self._stop_at_a_step(process)
+            at_steps.append(self._step)
+            process.kill()
+        self._next_attempt()
+        until(lambda: self._step > 0, STEP_MOST_S, f"a step of attempt {self._number}", every_s=0.005)
+        resumed.append(self._resumed_step)
+        return [Lost(at_step, after) for at_step, after in zip(at_steps, resumed[1:], strict=True)]
+
+    def _next_attempt(self) -> psutil.Process:
+        self._number += 1
+        name = f"{self.job_id}.{self._number}"
+        until(lambda: self._process(name) is not None, STEP_MOST_S, f"attempt {name}")
+        process = self._process(name)
+        if process is None:
+            raise Broken(f"attempt {name} ended by itself")
+        return process
+
+    def _process(self, name: str) -> psutil.Process | None:
+        return next((process for process in self._running.attempts() if name in process.info["cmdline"]), None)
+
+    def _stop_at_a_step(self, process: psutil.Process) -> None:
+        """Stopped after any step, the first attempt also before its first save; later ones save first: three without would be too many."""
+        first = self._resumed_step + self._chance.randint(1, 2 * SAVE_STEPS)
+        until(lambda: self._step >= first and (self._saved_here or self._number == 1), STEP_MOST_S, f"step {first}", every_s=0.001)
+        process.suspend()
+
+    def _stop_inside_a_save(self, process: psutil.Process) -> None:
+        """Stopped while a checkpoint is written or uploaded: its folder is there, its manifest is not."""
+        deadline = time.monotonic() + STEP_MOST_S
+        while time.monotonic() < deadline:
+            if self._saved_here and self._unfinished_saves():
+                time.sleep(self._chance.choice((0.0, 0.005, 0.02)))
+                process.suspend()
+                if self._unfinished_saves():
+                    return
+                process.resume()
+            time.sleep(0.0005)
+        raise Broken(f"attempt {self._number} was never seen inside a save")
+
+    @property
+    def _folder(self) -> Path:
+        return self._running.home / "attempts" / f"{self.job_id}.{self._number}"
+
+    @property
+    def _step(self) -> int:
+        """The last step that the attempt at work wrote down."""
+        return max((step for step, _ in points(self._folder, TAIL_BYTES)), default=0)
+
+    @property
+    def _resumed_step(self) -> int:
+        return next((event["step"] for event in events(self._folder) if event["type"] == "resumed"), 0)
+
+    @property
+    def _saved_here(self) -> bool:
+        """Whether the attempt at work has made a checkpoint durable."""
+        return any(self._manifests().glob(f"step-*/{MANIFEST}"))
+
+    def _unfinished_saves(self) -> list[Path]:
+        """Checkpoints on the attempt's disk that do not exist yet for anybody else."""
+        there = self._folder.glob("checkpoints/checkpoint-*")
+        return [path for path in there if not self._manifest_of(int(path.name.rpartition("-")[2])).exists()]
+
+    def _manifest_of(self, step: int) -> Path:
+        return self._running.home / "objects" / checkpoint_key(checkpoints_prefix(self.job_id, None), self._number, step) / MANIFEST
+
+    def _manifests(self) -> Path:
+        return self._manifest_of(0).parent.parent
+
+
+def events(folder: Path, tail_bytes: int = 1 << 30) -> Iterator[Json]:
+    """What an attempt wrote down in its folder, in order; the last line may be cut, and the first of a tail."""
+    for path in folder.glob("events-*.jsonl"):
+        for line in path.read_bytes()[-tail_bytes:].splitlines():
+            with suppress(ValueError):
+                yield json.loads(line)["event"]
+
+
+def points(folder: Path, tail_bytes: int = 1 << 30) -> Iterator[tuple[int, Json]]:
+    """The points of the curves that an attempt wrote down, by step: loss, gradient norm and learning rate."""
+    for event in events(folder, tail_bytes):
+        if event["type"] == "metrics":
+            yield event["step"], {name: event["values"].get(name) for name in ("loss", "grad_norm", "learning_rate")}
+
+
+def rows() -> str:
+    """Short conversations, all of them different."""
+    lines = []
+    for n in range(64):
+        answer = " ".join(["it returns a", WORDS[(3 * n) % 13], *[WORDS[n % 7]] * (n % 4)])
+        told = [{"role": "user", "content": f"what does {WORDS[n % 13]} do {n}"}, {"role": "assistant", "content": answer}]
+        lines.append(json.dumps({"messages": told}))
+    return "\n".join(lines)
+
+
+def build_tiny_base(home: Path) -> None:
+    """The tiny Gemma where a service of that home looks for base models; made in the trainer's environment."""
+    folder = home / "objects/pretrained_weights/huggingface" / BASE
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [TRAINER_PYTHON, "-m", "tests.tiny_gemma", folder]
+    built = subprocess.run(command, cwd=SOURCE, env=environment, capture_output=True, text=True)
+    if built.returncode != 0:
+        raise Broken(f"the tiny base could not be built: {built.stderr.strip().rpartition(chr(10))[2]}")
+
+
+def _train(running: Service, dataset_id: str, size: Size) -> str:
+    knobs = {"max_steps": MAX_STEPS[size], "batch_size": 2, "gradient_accumulation_steps": 2, "max_seq_length": 64, "packing": True}
+    knobs |= {"lora_rank": 4, "lora_dropout": 0.1, "logging_steps": 1, "save_strategy": "steps", "save_steps": SAVE_STEPS}
+    config = {"base_model_id": BASE, "hyperparameters": knobs}
+    answer = running.ask("POST", "/train", json={"processed_dataset_id": dataset_id, "training_config": config})
+    if answer.status_code != 201:
+        raise Broken(f"the job was refused: {answer.text}")
+    return answer.json()["job_id"]
+
+
+def _completed(running: Service, job_id: str) -> Json:
+    until(lambda: running.job(job_id)["status"] in ("completed", "failed", "cancelled"), 300, f"the end of {job_id}", every_s=0.5)
+    job = running.job(job_id)
+    if job["status"] != "completed":
+        raise Broken(f"{job_id} is {job['status']}: {job['failure']}")
+    return job
+
+
+def _compare(running: Service, undisturbed: Json, killed: Json, losses: list[Lost]) -> Outcome:
+    wanted = dict(_written(running, undisturbed))
+    found = list(_written(running, killed))
+    differences = [_difference(values, wanted[step]) for step, values in found]
+    return Outcome(
+        attempts=len(killed["attempts"]),
+        steps=len(wanted),
+        repeated=len(found) - len({step for step, _ in found}),
+        missing=len(wanted.keys() - {step for step, _ in found}),
+        difference=max(differences),
+        same_weights=_weights(running, undisturbed) == _weights(running, killed),
+        lost_steps=max(lost.steps for lost in losses),
+    )
+
+
+def _written(running: Service, job: Json) -> Iterator[tuple[int, Json]]:
+    for attempt in job["attempts"]:
+        yield from points(running.home / "attempts" / f"{job['job_id']}.{attempt['number']}")
+
+
+def _difference(values: Json, wanted: Json) -> float:
+    return max(abs(values[name] - wanted[name]) for name in wanted)
+
+
+def _weights(running: Service, job: Json) -> str:
+    """The digest of the published adapter."""
+    [path] = (running.home / "objects/trained_adapters" / job["job_id"]).rglob("adapter_model.safetensors")
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,252 @@
+"""Attempt 1 is stopped (SIGSTOP) and its machine cut off: it answers nobody, cannot be killed, and its compute says that it runs.
+
+Its lease runs out, by the service's clock, which is moved on; attempt 2 does the work; then attempt 1 is woken. Whatever it does from
+then on must not count. The service is the real one over HTTP, the attempts are real processes of `jobs.run` with a light trainer.
+"""
+
+import contextlib
+import hashlib
+import logging
+import random
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import uvicorn
+
+from schema.result import PublishManifest
+from schema.spec import attempt_name, manifest_key, result_key
+from service.adapters.launchers import LAUNCHERS
+from service.adapters.launchers.local import LocalLauncher
+from service.bootstrap import CLOUD_LIMITS, Parts
+from service.core.ports import AttemptState, LaunchOrder
+from service.main import create_app
+from service.settings import Settings
+from tests.chaos.campaign import Broken, Row, Size
+from tests.chaos.service import ROWS, a_train_request, light_trainer, until
+
+ROUNDS: dict[Size, int] = {"full": 50, "short": 4}
+WITHIN_S = 60.0
+LOOK_S = 0.0005
+TENANT = "local"
+
+# The places of an attempt's life at which it is stopped, by what can be seen of them from outside; then it is let go on for up to JITTER_S.
+PLACES = ("launched", "claimed", "training", "uploading")
+JITTER_S = 0.05
+
+
+class CutOff(LocalLauncher):
+    """The local launcher, of whose attempts some are on a machine that nobody reaches: it says that they run, and ends none of them."""
+
+    name = "cut-off"
+    unreachable: set[str]
+    processes: dict[str, "subprocess.Popen[bytes]"]
+
+    def launch(self, order: LaunchOrder) -> str:
+        handle = super().launch(order)
+        if not hasattr(self, "processes"):  # the launcher is built by the service, with its own arguments
+            self.processes, self.unreachable = {}, set()
+        self.processes[order.name] = self._children[handle]
+        return handle
+
+    def check(self, handle: str) -> AttemptState:
+        return "running" if handle in self.unreachable else super().check(handle)
+
+    def cancel(self, handle: str, *, force: bool) -> None:
+        if handle not in self.unreachable:
+            super().cancel(handle, force=force)
+
+
+@dataclass
+class Count:
+    """What was found."""
+
+    rounds: int = 0
+    stopped: Counter[str] = field(default_factory=Counter[str])
+    accepted: int = 0  # changes of the record, or events, that attempt 1 made after it was given up
+    artifacts_of_1: int = 0
+    damaged: int = 0  # published files that are not what the record says
+    ended: Counter[int] = field(default_factory=Counter[int])  # exit codes of the woken
+    bad: list[str] = field(default_factory=list[str])
+
+    @property
+    def good(self) -> bool:
+        return (self.accepted, self.artifacts_of_1, self.damaged, self.bad) == (0, 0, 0, []) and set(self.ended) <= {0, 11}
+
+
+def run(size: Size) -> Row:
+    """One job after the other in one service."""
+    count, chance = Count(), random.Random(20)
+    with tempfile.TemporaryDirectory(prefix="chaos-zombies-") as folder, a_service(Path(folder)) as scene:
+        while count.rounds < ROUNDS[size]:
+            scene.play(PLACES[count.rounds % len(PLACES)], chance, count)
+    places = ", ".join(f"{number} {place}" for place, number in count.stopped.items())
+    return Row(
+        fault="attempt 1 stopped past its lease, attempt 2 finishes, attempt 1 woken",
+        injected=f"{count.rounds} interleavings, stopped when it was {places}",
+        wanted="0 writes of attempt 1 accepted; artifacts from 2 only",
+        found=f"{count.accepted} writes accepted, artifacts of attempt 1 in {count.artifacts_of_1} jobs, {count.damaged} files damaged; "
+        f"the woken ended with {dict(count.ended)}" + "; ".join(["", *count.bad][:3]),
+        passed=count.good,
+    )
+
+
+class Scene:
+    """A service at work in this process, and its clock."""
+
+    def __init__(self, url: str, parts: Parts, skip: Callable[[timedelta], None]) -> None:
+        self._http = httpx2.Client(base_url=url, timeout=WITHIN_S)
+        self._parts = parts
+        self._skip = skip
+        self._dataset_id: str = self._http.post("/datasets", files={"file": ("rows.jsonl", ROWS)}).json()["processed_dataset_id"]
+
+    @property
+    def launcher(self) -> CutOff:
+        launcher = self._parts.launcher
+        assert isinstance(launcher, CutOff)
+        return launcher
+
+    def play(self, place: str, chance: random.Random, count: Count) -> None:
+        """One job: stop attempt 1 there, let attempt 2 do the work, wake attempt 1, and look at what it did."""
+        job_id = self._http.post("/train", json=a_train_request(self._dataset_id)).json()["job_id"]
+        if not self._stop_at(place, job_id, chance.uniform(0, JITTER_S)):
+            return  # it was quicker, and its last word counts
+        first = self.launcher.processes[attempt_name(job_id, 1)]
+        try:
+            self._give_up(job_id)
+            until(lambda: self._job(job_id)["status"] == "completed", WITHIN_S, "the end of attempt 2")
+            before = self._known(job_id)
+            first.send_signal(signal.SIGCONT)
+            code = first.wait(WITHIN_S)
+        finally:
+            first.kill()  # also what was never woken
+        count.rounds += 1
+        count.stopped[place] += 1
+        count.ended[code] += 1
+        count.accepted += self._known(job_id) != before
+        self._look_at_artifacts(job_id, count)
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._http.close()
+
+    def _stop_at(self, place: str, job_id: str, delay_s: float) -> bool:
+        """Stop attempt 1 a little after that place. False when it has spoken its last word by then."""
+        until(lambda: self._is_at(place, job_id), WITHIN_S, f"attempt 1 of {job_id} {place}", LOOK_S)
+        time.sleep(delay_s)
+        process = self.launcher.processes[attempt_name(job_id, 1)]
+        process.send_signal(signal.SIGSTOP)
+        until(lambda: _state(process.pid) in ("T", "Z", ""), WITHIN_S, "the stop", LOOK_S)
+        attempt = self._parts.jobs.find(job_id, TENANT).attempts[0]
+        if process.poll() is not None or attempt.ended_at or self._parts.objects.configs.stat(result_key(job_id, 1)):
+            process.send_signal(signal.SIGCONT)
+            return False
+        self.launcher.unreachable.add(attempt.handle or "")
+        return True
+
+    def _is_at(self, place: str, job_id: str) -> bool:
+        attempt = self._parts.jobs.find(job_id, TENANT).attempt
+        if attempt is None or attempt.handle is None or attempt_name(job_id, 1) not in getattr(self.launcher, "processes", {}):
+            return False
+        match place:
+            case "launched":
+                return True
+            case "claimed":
+                return attempt.claimed_by is not None
+            case "training":
+                return self._job(job_id)["status"] in ("training", "completed")
+            case _:
+                return any(True for _ in self._parts.objects.models.walk(f"trained_adapters/{job_id}/"))
+
+    def _give_up(self, job_id: str) -> None:
+        """Time passes: it is silent, it is doubted, its lease runs out, and so does the grace. Each is seen by the reconciler."""
+        limits = CLOUD_LIMITS
+        self._skip(max(limits.silent_after, limits.start_within))
+        until(lambda: self._parts.jobs.find(job_id, TENANT).attempts[0].doubted_at is not None, WITHIN_S, f"a doubt about {job_id}")
+        self._skip(limits.lease)
+        self._skip(limits.lease_grace)
+        until(lambda: len(self._parts.jobs.find(job_id, TENANT).attempts) == 2, WITHIN_S, f"attempt 2 of {job_id}")
+
+    def _known(self, job_id: str) -> tuple[Any, ...]:
+        """All that the service knows and shows of a job: its record, its events, its manifest."""
+        events = [(stored.attempt, stored.seq) for stored in self._parts.jobs.events_of(job_id, 0, 10_000)]
+        manifest = self._parts.objects.models.read(manifest_key(job_id))
+        return self._parts.jobs.find(job_id, TENANT), events, manifest
+
+    def _look_at_artifacts(self, job_id: str, count: Count) -> None:
+        job = self._parts.jobs.find(job_id, TENANT)
+        models = self._parts.objects.models
+        manifest = PublishManifest.load(models.read(manifest_key(job_id)))
+        if not job.artifacts or manifest.artifacts != job.artifacts:
+            count.bad.append(f"{job_id} has published {len(job.artifacts)} artifacts, and its manifest names {len(manifest.artifacts)}")
+        of_1 = [artifact for artifact in job.artifacts if "/attempt-2/" not in artifact.key]
+        count.artifacts_of_1 += bool(of_1) or manifest.attempt != 2
+        for artifact in job.artifacts:
+            contents = ((file, models.read(artifact.key + file.path)) for file in artifact.files)
+            count.damaged += sum(hashlib.sha256(content).hexdigest() != file.sha256 for file, content in contents)
+
+    def _job(self, job_id: str) -> dict[str, Any]:
+        return self._http.get(f"/jobs/{job_id}").json()
+
+
+@contextlib.contextmanager
+def a_service(folder: Path) -> Iterator[Scene]:
+    """The service in a thread, with the limits of the cloud, on a clock that can be moved on."""
+    LAUNCHERS["cut-off"] = f"{__name__}:CutOff"
+    ahead = timedelta()
+
+    def clock() -> datetime:
+        return datetime.now(UTC) + ahead
+
+    def skip(by: timedelta) -> None:
+        nonlocal ahead
+        ahead += by + timedelta(seconds=1)
+
+    port = _free_port()
+    settings = Settings.model_validate(
+        {"home": folder / "home", "port": port, "launcher": "cut-off", "trainer_python": light_trainer(folder / "trainer")}
+        | {"max_concurrent_jobs": 8, "reconcile_interval_s": 0.1}
+    )
+    app = create_app(settings, clock)
+    log = logging.getLogger()
+    level = log.level
+    log.setLevel(logging.ERROR)
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, lifespan="on"))
+    thread = threading.Thread(target=server.run, name="service", daemon=True)
+    thread.start()
+    until(lambda: server.started or not thread.is_alive(), WITHIN_S, "the service")
+    if not thread.is_alive():
+        raise Broken("the service did not start")
+    scene = Scene(f"http://127.0.0.1:{port}", app.state.parts, skip)
+    try:
+        yield scene
+    finally:
+        scene.close()
+        server.should_exit = True
+        thread.join(WITHIN_S)
+        log.setLevel(level)
+        del LAUNCHERS["cut-off"]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _state(pid: int) -> str:
+    """What the kernel says of a process: T is stopped, Z has ended; empty, there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
