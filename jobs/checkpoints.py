@@ -408,3 +408,11 @@ def _numbers(folder: str) -> tuple[int, int]:
     """Attempt and step, from the name of a folder; 0 for what cannot be read."""
     attempt, step = (part.rpartition("-")[2] for part in folder.rstrip("/").split("/")[-2:])
     return int(attempt) if attempt.isdecimal() else 0, int(step) if step.isdecimal() else 0
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in NOT_UPLOADED)
+
+
+def _described(path: Path, folder: Path) -> ArtifactFile:
+    return ArtifactFile(path=path.relative_to(folder).as_posix(), size_bytes=path.stat().st_size, sha256=sha256_of(path))
