@@ -164,7 +164,8 @@ class Checkpoints:
             except NoSuchObject:  # an attempt that was given up still runs, and has pruned it for a newer one
                 gone.add(stored.key)
                 continue
-            self.resumed_step = checkpoint.step
+            if checkpoint.attempt != self._attempt:  # otherwise it only goes back, for want of memory
+                self.resumed_step = checkpoint.step
             self._tell(Resumed(step=checkpoint.step, from_attempt=checkpoint.attempt))
             return restored
         return None

@@ -75,15 +75,19 @@ class LocalStore:
 
     def stat(self, key: str) -> StoredObject | None:
         path = self.path_of(key)
-        return _stored(path, key) if path.is_file() else None
+        try:
+            return _stored(path, key) if path.is_file() else None
+        except FileNotFoundError:
+            return None
 
     def walk(self, prefix: str) -> Iterator[StoredObject]:
         folder = self.root / prefix.rpartition("/")[0]
         if not folder.resolve().is_relative_to(self.root.resolve()):
             raise InvalidKey(f"not below the store: {prefix!r}")
-        keys = (path.relative_to(self.root).as_posix() for path in folder.rglob("*") if path.is_file())
+        keys = (Path(where, name).relative_to(self.root).as_posix() for where, _, names in os.walk(folder) for name in names)
         for key in sorted(key for key in keys if key.startswith(prefix) and not key.startswith(INCOMING + "/")):
-            yield _stored(self.root / key, key)
+            if (stored := self.stat(key)) is not None:  # else it was deleted this very moment
+                yield stored
 
     def delete(self, key: str) -> bool:
         path = self.path_of(key)

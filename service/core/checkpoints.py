@@ -3,8 +3,6 @@
 import logging
 from dataclasses import dataclass
 
-from pydantic import ValidationError
-
 from schema.checkpoint import MANIFEST, Checkpoint
 from storage import NoSuchObject, ObjectStore
 
@@ -30,9 +28,9 @@ def stored_checkpoints(models: ObjectStore, prefix: str, first_attempt: int) -> 
 def _load(models: ObjectStore, key: str) -> StoredCheckpoint | None:
     folder = key.removesuffix(MANIFEST)
     try:
-        return StoredCheckpoint(Checkpoint.load(models.read(key)), folder, f"{models.url}/{folder}")
+        return StoredCheckpoint(Checkpoint.unsealed(models.read(key)), folder, f"{models.url}/{folder}")
     except NoSuchObject:  # pruned this very moment
         return None
-    except ValidationError:
+    except (ValueError, RecursionError):
         log.warning("manifest of a checkpoint is not readable", extra={"key": key})
         return None

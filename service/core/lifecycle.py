@@ -90,7 +90,7 @@ def absorbed(job: Job, number: int, event: Event, now: datetime) -> Job:
             return job.model_copy(update={"wandb_url": url, "updated_at": now})
         case CheckpointSaved(step=step):
             return _saved(job, number, step, now)
-        case Resumed(step=step):
+        case Resumed(step=step, from_attempt=source) if source != number:  # otherwise it went back for want of memory
             return _with_attempt(job, _attempt(job, number).model_copy(update={"resumed_step": step}), now)
         case _:
             return job

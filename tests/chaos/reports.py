@@ -208,16 +208,16 @@ class Reports(RuleBasedStateMachine):
         self._report(number, shift, told, 3)
 
     def _report(self, number: int, shift: int, told: list[str], step: int) -> None:
-        attempt = self.known.attempts[number - 1] if 1 <= number <= len(self.known.attempts) else None
-        first = max(0, (attempt.next_seq if attempt else 0) + shift)
+        is_known = 1 <= number <= len(self.known.attempts)
+        first = max(0, (self.known.attempts[number - 1].next_seq if is_known else 0) + shift)
         events: list[Event] = [an_event(what, step) for what in told]
         batch = EventBatch(first_seq=first, events=[ReportedEvent(at=START, event=event) for event in events])
 
         def act() -> None:
             may = self.known.is_at_work(number)
             self._try(lambda: self.service.report(self.job_id, number, batch), may)
-            if may and attempt is not None:
-                self._heard(number, attempt, first, told, step)
+            if may:  # asked anew: the attempt may have begun since
+                self._heard(number, self.known.attempts[number - 1], first, told, step)
 
         act()
         self.last = act

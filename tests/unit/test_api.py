@@ -148,7 +148,7 @@ def test_checkpoints_are_listed_and_exported(client: TestClient, dataset_id: str
             | {"files": [{"path": "optimizer.pt", "size_bytes": 7, "sha256": "0"}]}
         )
         key = checkpoint_key(checkpoints_prefix(job_id, None), 1, step) + MANIFEST
-        parts.objects.models.write(key, made.model_dump_json().encode())
+        parts.objects.models.write(key, made.sealed())
     rows = client.get(f"/jobs/{job_id}/checkpoints").json()["checkpoints"]
     assert [(row["step"], row["is_best"], row["size_bytes"]) for row in rows] == [(10, False, 7), (5, True, 7)]
     key = {"Idempotency-Key": "export-1"}

@@ -129,7 +129,7 @@ class World:
             | {"gradient_accumulation_steps": 1, "training_config": job.training_config, "created_at": START}
         )
         key = checkpoint_key(checkpoints_prefix(job.job_id, job.project_id), attempt, step)
-        self.objects.write(key + MANIFEST, made.model_dump_json().encode())
+        self.objects.write(key + MANIFEST, made.sealed())
         return made
 
     def write_result(self, job: Job, outcome: str = "completed", attempt: int = 1, **changes: object) -> Result:

@@ -236,9 +236,12 @@ def test_checkpoints_reach_the_record_and_never_go_back() -> None:
     def saved(step: int) -> CheckpointSaved:
         return CheckpointSaved(step=step, epoch=1.0, reason="interval", size_bytes=1, save_s=0.1, upload_s=0.1)
 
-    job = lifecycle.absorbed(at_work(Status.TRAINING), 1, Resumed(step=5, from_attempt=1), START)
-    job = lifecycle.absorbed(job, 1, saved(20), START)
-    assert lifecycle.absorbed(job, 1, saved(10), START) is job
+    job = lifecycle.finished(at_work(Status.TRAINING), a_result(outcome="yielded", saved_step=5), START)
+    job = lifecycle.begin_attempt(job, "fake", START)
+    job = lifecycle.absorbed(job, 2, Resumed(step=5, from_attempt=1), START)
+    job = lifecycle.absorbed(job, 2, saved(20), START)
+    job = lifecycle.absorbed(job, 2, Resumed(step=20, from_attempt=2), START)  # back to its own, for want of memory
+    assert lifecycle.absorbed(job, 2, saved(10), START) is job
     assert job.attempt is not None
     assert (job.attempt.resumed_step, job.attempt.saved_step) == (5, 20)
     assert job.checkpoint is not None
