@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from jobs.errors import JobFailed
-from jobs.patience import patiently
+from jobs.patience import patiently, upload_patiently
 from jobs.publish import sha256_of
 from schema.checkpoint import MANIFEST, Checkpoint, CheckpointReason, checkpoint_key
 from schema.events import CheckpointSaved, CheckpointSkipped, Event, Resumed, Warned
@@ -284,7 +284,7 @@ class Checkpoints:
         return checkpoint
 
     def _upload(self, path: Path, key: str, sha256: str) -> None:
-        patiently(f"{path.name} could not be stored", lambda: self._store.upload(path, key, sha256=sha256), sleep=self._sleep)
+        upload_patiently(f"{path.name} could not be stored", self._store, path, key, sha256, sleep=self._sleep)
 
     def _checkpoint(self, mark: Mark, files: tuple[ArtifactFile, ...]) -> Checkpoint:
         return Checkpoint(

@@ -51,6 +51,23 @@ def patiently(
         raise JobFailed(code, f"{what}: {error}", HINT) from error
 
 
+def upload_patiently(
+    what: str, store: ObjectStore, source: Path, key: str, sha256: str, *, sleep: Callable[[float], None] = time.sleep, tries: int = TRIES
+) -> None:
+    """Store a file, checked on arrival, waiting for a store that is away. Raises JobFailed.
+
+    A store that has lost what it was just being sent, or its session, is one that stumbles: to an upload "no such object" is no answer.
+    """
+
+    def upload() -> None:
+        try:
+            store.upload(source, key, sha256=sha256)
+        except NoSuchObject as error:
+            raise StoreUnavailable(f"{key} was lost on its way: {error}") from error
+
+    patiently(what, upload, sleep=sleep, tries=tries)
+
+
 def download_patiently(store: ObjectStore, key: str, target: Path, *, sleep: Callable[[float], None] = time.sleep) -> Path:
     """An object as a file, waiting for a store that is away. Raises NoSuchObject, JobFailed."""
     return patiently(f"{store.url}/{key} cannot be read", lambda: store.download(key, target), code="internal", sleep=sleep)

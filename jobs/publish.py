@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.patience import patiently
+from jobs.patience import upload_patiently
 from schema.job import Artifact, ArtifactFile, ArtifactKind, Fidelity
 from storage import ObjectStore, StorageError, at_once, delete_below
 
@@ -66,9 +66,8 @@ class Publisher:
     def _upload(self, product: Product, file: ArtifactFile) -> None:
         path = product.path / file.path if file.path else product.path
         key = product.key + file.path
-        patiently(
-            f"{product.name} could not be stored", lambda: self.store.upload(path, key, sha256=file.sha256), tries=TRIES, sleep=self.sleep
-        )
+        what = f"{product.name} could not be stored"
+        upload_patiently(what, self.store, path, key, file.sha256, tries=TRIES, sleep=self.sleep)
 
 
 def artifact_key(kind: ArtifactKind, job_id: str, attempt: int, name: str = "") -> str:

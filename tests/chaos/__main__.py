@@ -1,14 +1,25 @@
-"""`python -m tests.chaos [NAME…] [--short] [--write FILE]`: run the rows, print the table; 1 when one of them failed."""
+"""`python -m tests.chaos [NAME…] [--short] [--write FILE]`: run the rows, print the table; 1 when one of them failed.
+
+Several rows are run two at a time, each in a process of its own: one that waits leaves the machine to another.
+"""
 
 import argparse
+import json
 import signal
+import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 
 from tests.chaos.campaign import ROWS, Row, Size, run_row
 from tests.chaos.table import put_between_marks, shown
+
+AT_ONCE = 2
+LONGEST_FIRST = ("service_kills", "training_kills", "reports", "zombies", "out_of_memory", "full_disk")
 
 
 def main() -> int:
@@ -17,29 +28,53 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which rows: {', '.join(ROWS)}; all when left out")
     parser.add_argument("--short", action="store_true", help="the same faults, fewer of them: seconds instead of minutes")
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between the two marks of that page as well")
+    parser.add_argument("--json", action="store_true", help="print one row as JSON instead of the table")
     chosen = parser.parse_args()
     if unknown := sorted(set(chosen.names) - set(ROWS)):
         parser.error(f"no row {', '.join(unknown)}; known: {', '.join(ROWS)}")
     if chosen.write and (chosen.names or chosen.short):
         parser.error("a page is written from all rows, in full")
     _end_tidily_when_told_to()
-    rows = _run(chosen.names or ROWS, "short" if chosen.short else "full")
+    size: Size = "short" if chosen.short else "full"
+    if chosen.json:
+        print(json.dumps(asdict(run_row(chosen.names[0], size))))
+        return 0
+    began = time.monotonic()
+    rows = _run(chosen.names or list(ROWS), size)
     Console().print(shown(rows))
     if chosen.write:
         chosen.write.write_text(put_between_marks(chosen.write.read_text(), rows))
     failed = [row.fault for row in rows if not row.passed]
-    minutes = sum(row.seconds for row in rows) / 60
+    minutes = (time.monotonic() - began) / 60
     Console().print(f"{len(rows)} rows in {minutes:.1f} minutes; " + (f"failed: {'; '.join(failed)}" if failed else "all passed"))
     return 1 if failed else 0
 
 
-def _run(names: list[str] | tuple[str, ...], size: Size) -> list[Row]:
-    rows: list[Row] = []
-    for name in names:
-        Console(stderr=True).print(f"{name} …", end=" ")
-        rows.append(run_row(name, size))
-        Console(stderr=True).print(f"{'passed' if rows[-1].passed else 'FAILED'} after {rows[-1].seconds:.0f} s: {rows[-1].found}")
-    return rows
+def _run(names: list[str], size: Size) -> list[Row]:
+    """The rows, in the order of the names; the longest are begun first."""
+    running: list[subprocess.Popen[str]] = []
+    begun = sorted(names, key=lambda name: LONGEST_FIRST.index(name) if name in LONGEST_FIRST else len(LONGEST_FIRST))
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        try:
+            found = dict(zip(begun, pool.map(lambda name: _apart(name, size, running), begun), strict=True))
+        except BaseException:  # told to end: nothing is left running
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                process.terminate()
+            raise
+    return [found[name] for name in names]
+
+
+def _apart(name: str, size: Size, running: list[subprocess.Popen[str]]) -> Row:
+    """One row in a process of its own."""
+    command = [sys.executable, "-m", "tests.chaos", name, "--json", *(["--short"] if size == "short" else [])]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    running.append(process)
+    said, _ = process.communicate()
+    lines = said.splitlines()
+    row = Row(**json.loads(lines[-1])) if process.returncode == 0 and lines else Row(name, "", "", "its process ended", passed=False)
+    Console(stderr=True).print(f"{name}: {'passed' if row.passed else 'FAILED'} after {row.seconds:.0f} s: {row.found}")
+    return row
 
 
 def _end_tidily_when_told_to() -> None:

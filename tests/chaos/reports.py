@@ -34,7 +34,9 @@ from tests.chaos.core_world import quick_folder, without_warnings
 from tests.factories import START, FakeClock, a_dataset, a_request, some_hardware
 
 SEQUENCES: dict[Size, tuple[int, int]] = {"full": (10_000, 300), "short": (150, 15)}  # on SQLite, on Firestore
-DEEDS = 15  # in a sequence
+DEEDS = 12  # in a sequence
+LONGEST_STORY = 1500  # characters; its end says most
+INVARIANTS = ("state.the_", "state.every_", "state.teardown")
 TENANT = "local"
 # What the service promises in its documentation, said once more: how often a job is tried in vain.
 IN_VAIN, LOST_IN_VAIN = 5, 3
@@ -392,8 +394,15 @@ def _play(store: JobStore, folder: Path, sequences: int) -> str:
         make: Any = lambda: Reports(service, store, machines)  # noqa: E731
         run_state_machine_as_test(make, settings=how)
     except (AssertionError, ExceptionGroup) as error:
-        return f"differs: {error}"[:300]
+        return f"differs: {error} {_deeds(error)}"
     return ""
+
+
+def _deeds(error: Exception) -> str:
+    """The sequence that found it, as Hypothesis notes it beside the error."""
+    notes = [line for note in getattr(error, "__notes__", ()) for line in note.splitlines()]
+    told = [line.strip() for line in notes if line.strip().startswith("state.")]
+    return "; ".join(line for line in told if not line.startswith(INVARIANTS))[-LONGEST_STORY:]
 
 
 @contextmanager

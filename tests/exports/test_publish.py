@@ -10,7 +10,7 @@ import pytest
 from jobs.errors import JobFailed
 from jobs.publish import TRIES, Product, Publisher, artifact_key, sha256_of
 from schema.job import Fidelity
-from storage import ChecksumMismatch, ObjectStore, StorageError, StoredObject, StoreUnavailable, open_store
+from storage import ChecksumMismatch, NoSuchObject, ObjectStore, StorageError, StoredObject, StoreUnavailable, open_store
 from storage.local import LocalStore
 
 
@@ -136,6 +136,13 @@ def test_a_store_that_comes_back_is_waited_for(url: str, file: Product, naps: Na
     artifact = Publisher(store, "job-1", 1, naps).publish(file)
     assert store.read(artifact.key) == file.path.read_bytes()
     assert naps.lengths_s == [0.5, 1.0, 2.0]
+
+
+def test_a_store_that_loses_what_it_is_sent_is_asked_again(url: str, file: Product, naps: Naps) -> None:
+    store = Faulty(url, NoSuchObject("the session is gone"))
+    artifact = Publisher(store, "job-1", 1, naps).publish(file)
+    assert store.read(artifact.key) == file.path.read_bytes()
+    assert naps.lengths_s == [0.5]
 
 
 def test_a_store_that_stays_away_fails_the_job(url: str, file: Product, naps: Naps) -> None:
