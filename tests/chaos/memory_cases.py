@@ -17,7 +17,7 @@ from jobs.errors import JobFailed
 from jobs.trainers.sft import train
 from schema.events import Decided
 from tests.chaos.out_of_memory import ASKED, Case
-from tests.jobs.conftest import BASE, Record, a_context, a_spec, saved
+from tests.jobs.conftest import BASE, Record, a_context, a_spec, messages, saved
 from tests.tiny_gemma import build_tiny_gemma
 
 CASES: dict[str, list[Case]] = {
@@ -52,7 +52,9 @@ def main() -> None:
 
 def _train(folder: Path, case: Case) -> dict[str, Any]:
     """What one training came to: losses by step, batches it went down to, and the failure it ended in."""
-    spec = a_spec(folder / "objects", method="Full", hyperparameters=KNOBS | {"batch_size": ASKED, "gradient_accumulation_steps": 1})
+    knobs = KNOBS | {"batch_size": ASKED, "gradient_accumulation_steps": 1}
+    held_out = messages(ASKED, first=100)  # as many as are measured at once
+    spec = a_spec(folder / "objects", method="Full", hyperparameters=knobs, held_out=held_out)
     heard, failure = Heard(), None
     context = a_context(spec, folder / spec.job_id, heard)
     with _short_of_memory(case, heard) as failures:

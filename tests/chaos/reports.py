@@ -34,7 +34,7 @@ from tests.chaos.core_world import quick_folder, without_warnings
 from tests.factories import START, FakeClock, a_dataset, a_request, some_hardware
 
 SEQUENCES: dict[Size, tuple[int, int]] = {"full": (10_000, 300), "short": (150, 15)}  # on SQLite, on Firestore
-DEEDS = 12  # in a sequence
+DEEDS = 15  # in a sequence
 LONGEST_STORY = 1500  # characters; its end says most
 INVARIANTS = ("state.the_", "state.every_", "state.teardown")
 TENANT = "local"
