@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-service setup-llm setup-dev demo cloud-local demo-cloud-local deploy destroy dev test test-fast test-cloud test-infra test-llm test-chaos test-e2e chaos check format bench lock clean
+.PHONY: help setup setup-service setup-llm setup-dev demo cloud-local demo-cloud-local deploy destroy dev test test-fast test-cloud test-infra test-llm test-chaos test-e2e chaos nightly check format bench lock clean
 
 PYTHON ?= python3.11
 VENVS := .venvs
@@ -98,6 +98,9 @@ test-e2e: setup-dev setup-service setup-llm ## Real HTTP, real child processes, 
 
 chaos: setup-dev setup-llm ## Break what can break, hundreds of times, and count what was lost: a quarter of an hour
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(VENVS)/dev/bin/python -m tests.chaos
+
+nightly: $(VENVS)/llm/.installed-tests ## Every trainer type and method on the real Gemma 3 270M: the better part of an hour
+	OMP_NUM_THREADS=1 PYTHONPATH=. HF_HUB_OFFLINE=1 $(VENVS)/llm/bin/python -W ignore -m tests.jobs.matrix --real
 
 bench: setup-dev setup-llm ## Measure against the figures of docs/benchmarks.md, peers side by side
 	PYTHONPATH=. $(VENVS)/dev/bin/python -m bench

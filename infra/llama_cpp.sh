@@ -2,8 +2,10 @@
 # llama.cpp for the trainer's environment: infra/llama_cpp.sh PYTHON
 #
 # Installs the bindings (llama_cpp) and, from the very same source archive, the converters that no wheel holds:
-# <environment>/share/llama.cpp/{convert_hf_to_gguf.py,convert_lora_to_gguf.py,conversion/,gguf-py/}.
-# The wheel is built once per machine and kept in the cache with the archive; a second run finds all in place.
+# <environment>/share/llama.cpp/{convert_hf_to_gguf.py,convert_lora_to_gguf.py,conversion/,gguf-py/}, and two of llama.cpp's
+# own programs in bin/ there: llama-imatrix, and llama-completion. They are linked with the libraries of the bindings' wheel, so
+# that they cost seconds and not another build.
+# Wheel and programs are built once per machine and kept in the cache with the archive; a second run finds all in place.
 set -euo pipefail
 
 readonly VERSION=0.3.36
@@ -12,6 +14,8 @@ readonly DISKCACHE=diskcache==5.6.3 # llama_cpp imports it; installed by name, s
 readonly SDIST=llama_cpp_python-$VERSION.tar.gz
 readonly WHEELS=${XDG_CACHE_HOME:-$HOME/.cache}/tunesmith/wheels
 readonly CONVERTERS=(convert_hf_to_gguf.py convert_lora_to_gguf.py conversion gguf-py LICENSE)
+readonly PROGRAMS=(imatrix completion) # folders of llama.cpp's tools/; the program of each is called llama-NAME
+readonly HEADERS=(common include ggml/include vendor)
 
 # GGML_NATIVE=OFF: a native build may not run on another machine, and on a processor with AMX it dies at the first
 # quantized matrix. The rest is never used here, and off it halves the build.
@@ -32,11 +36,13 @@ main() {
   check_sdist
   [[ -n $(cached_wheel) ]] || timed "building llama.cpp for this machine, once (3 minutes on 2 idle cores)" build_wheel
   timed "installing $(basename "$(cached_wheel)")" install_wheel
+  ! wants_programs || [[ -d $(cached_programs) ]] || timed "building llama.cpp's programs (20 seconds)" build_programs
   timed "unpacking the converters into $share" unpack_converters
 }
 
 is_installed() {
   [[ -f $share/.sdist-sha256 && $(<"$share/.sdist-sha256") == "$SDIST_SHA256" ]] || return 1
+  ! wants_programs || [[ -x $share/bin/llama-imatrix && -x $share/bin/llama-completion ]] || return 1
   "$python" - "$VERSION" <<'PYTHON'
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -79,13 +85,48 @@ install_wheel() {
   "$python" -c 'import llama_cpp' || fail "llama.cpp was built but does not load; remove $(cached_wheel) and run again"
 }
 
+# They are linked as Linux does it; elsewhere jobs do without.
+wants_programs() {
+  [[ $(uname -s) == Linux ]]
+}
+
+# The libraries' place depends on the version of Python, and the programs find them from their own.
+cached_programs() {
+  echo "$WHEELS/llama_cpp_programs-$VERSION-$("$python" -c 'import sysconfig; print(sysconfig.get_python_version())')-$(uname -s)_$(uname -m)"
+}
+
+# The common library of llama.cpp is in the wheel beside the package, at the top level.
+build_programs() {
+  local inside=${SDIST%.tar.gz}/vendor/llama.cpp source=$scratch/source packages here name
+  packages=$("$python" -c 'import llama_cpp, pathlib; print(pathlib.Path(llama_cpp.__file__).parent.parent)')
+  here=$("$python" -c 'import os, sys; print(os.path.relpath(sys.argv[1], sys.argv[2]))' "$packages" "$share/bin")
+  mkdir "$source" "$scratch/programs"
+  tar -xzf "$WHEELS/$SDIST" -C "$source" --strip-components=3 "${HEADERS[@]/#/$inside/}" "${PROGRAMS[@]/#/$inside/tools/}"
+  for name in "${PROGRAMS[@]}"; do
+    # Old tags: an rpath also serves the libraries that the libraries need.
+    quiet "${CXX:-c++}" -std=c++17 -O2 -DNDEBUG -w "${HEADERS[@]/#/-I$source/}" -I"$source/tools/$name" "$source/tools/$name"/*.cpp \
+      -o "$scratch/programs/llama-$name" -L"$packages/lib" -L"$packages/llama_cpp/lib" -lllama-common -lllama -lggml -lggml-base -pthread \
+      -Wl,--disable-new-dtags "-Wl,-rpath-link,$packages/llama_cpp/lib" "-Wl,-rpath,\$ORIGIN/$here/lib" "-Wl,-rpath,\$ORIGIN/$here/llama_cpp/lib"
+  done
+  mv "$scratch/programs" "$(cached_programs)"
+}
+
 unpack_converters() {
   local inside=${SDIST%.tar.gz}/vendor/llama.cpp
   mkdir "$scratch/converters"
   tar -xzf "$WHEELS/$SDIST" -C "$scratch/converters" --strip-components=3 "${CONVERTERS[@]/#/$inside/}"
+  ! wants_programs || cp -R "$(cached_programs)" "$scratch/converters/bin"
   rm -rf "$share"
   mv "$scratch/converters" "$share"
+  ! wants_programs || check_programs
   echo "$SDIST_SHA256" >"$share/.sdist-sha256" # last: without it the next run starts over
+}
+
+check_programs() {
+  local name
+  for name in "${PROGRAMS[@]}"; do
+    "$share/bin/llama-$name" --version >/dev/null 2>&1 || fail "llama-$name was built but does not run; remove $(cached_programs) and run again"
+  done
 }
 
 # Runs a command whose output is shown only if it fails.

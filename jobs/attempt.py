@@ -3,7 +3,9 @@
 claim        this process owns the attempt, or ends without touching anything
 spec         what to do, from the object store
 trainer      named by the training config, found at "module:function"; goes on from the job's newest checkpoint
+gate         a model that does not reach what the request asks for is reported, and goes no further
 exporters    make, verify and upload the artifacts
+run.json     where they come from, beside them; and the push to the Hub, if they are to go there
 result.json  the last word, durable; then the service is told as well
 
 An attempt that was stopped says its last word too: what it saved is where the next one goes on.
@@ -19,7 +21,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import IntEnum
 from importlib import import_module
-from typing import TYPE_CHECKING, Literal, assert_never
+from typing import TYPE_CHECKING, Any, Literal, assert_never
 from uuid import uuid4
 
 from jobs.checkpoints import Checkpoints
@@ -27,6 +29,7 @@ from jobs.children import kill_children
 from jobs.client import ServiceClient
 from jobs.context import Findings, JobContext, Secrets, Stores
 from jobs.errors import JobFailed, Reason, Stopped
+from jobs.evaluation.gate import judge
 from jobs.patience import patiently
 from jobs.report import Reporter, Spool
 from jobs.settings import Settings
@@ -39,9 +42,12 @@ from schema.spec import JobSpec, result_key, spec_key
 from storage import ObjectExists, ObjectStore, open_store
 
 if TYPE_CHECKING:
+    from jobs.seal import Seal
     from jobs.trained import TrainedModel
 
 log = logging.getLogger(__name__)
+
+SEAL = "jobs.seal:Seal"
 
 Outcome = Literal["completed", "failed", "cancelled", "paused", "yielded"]
 
@@ -118,15 +124,37 @@ class Attempt:
         spec = JobSpec.load(patiently("the job's spec could not be read", lambda: self._store.read(key), code="internal"))
         context = self._open(spec)
         self._findings = context.findings
+        self._refuse_the_impossible(context)
+        seal: Seal = _named(SEAL)(context, image=self._settings.image, started_at=self._started_at)
         self._trackers = start_trackers(context)
-        module, _, function = spec.training_config.trainer.partition(":")
-        trained: TrainedModel = getattr(import_module(module), function)(spec.training_config, context)
+        trained: TrainedModel = _named(spec.training_config.trainer)(spec.training_config, context)
         self._trained = trained
         context.model_saved(trained.folder)
+        if not self._may_be_published(trained, context):
+            return ()
 
         from jobs.exporters import export_all
 
-        return export_all(trained, context)
+        return export_all(trained, context, lambda products, artifacts: seal.put_on(trained, products, artifacts))
+
+    def _refuse_the_impossible(self, context: JobContext) -> None:
+        """Raises JobFailed for what could not be handed over in the end, before anything is paid for."""
+        from jobs.exporters import refuse_impossible
+        from jobs.hub import check_push
+
+        config = context.spec.training_config
+        refuse_impossible(config)
+        if config.export_config.destination == "hfhub":
+            check_push(context)
+
+    def _may_be_published(self, trained: "TrainedModel", context: JobContext) -> bool:
+        """Whether the model passes the gate, if there is one. Who exports a checkpoint has decided for himself."""
+        thresholds = context.spec.training_config.eval_config.promotion_gate
+        if not thresholds or context.spec.export_of:
+            return True
+        gate = judge(thresholds, trained.metrics, trained.base_metrics)
+        context.judged(gate)
+        return gate.passed
 
     def end(
         self, outcome: Literal["completed", "failed"], *, failure: Failure | None = None, artifacts: tuple[Artifact, ...] = ()
@@ -262,7 +290,10 @@ class Attempt:
             failure=failure and failure.model_copy(update={"attempt": self._settings.attempt}),
             metrics=self._findings.metrics,
             base_metrics=self._findings.base_metrics,
+            gate=self._findings.gate,
+            published_step=trained.step if trained and artifacts else None,
             wandb_url=self._findings.wandb_url,
+            trackers=self._findings.trackers,
             artifacts=artifacts,
             train_rows=trained.train_rows if trained else None,
             train_tokens=trained.train_tokens if trained else None,
@@ -290,6 +321,13 @@ class Attempt:
         except ObjectExists:
             return Result.load(patiently("the result could not be read", lambda: self._store.read(key), tries=tries))
         return result
+
+
+# Any: what stands behind a name is known when it is loaded.
+def _named(place: str) -> Any:  # noqa: ANN401
+    """What a line "module:name" names."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
 
 
 EXIT_CODES: dict[Outcome, ExitCode] = {

@@ -17,7 +17,19 @@ log = logging.getLogger(__name__)
 
 # Weights as safetensors only: a pickle can run code when it is opened.
 HUB_TRIES = 4  # 0.5 + 1 + 2 s beside the Hub client's own
-WANTED = ["*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*", "*TERMS*", "USE_POLICY*"]
+WANTED = [
+    "*.safetensors",
+    "*.json",
+    "*.model",
+    "*.jinja",
+    "merges.txt",
+    "vocab.txt",
+    "README.md",
+    "LICENSE*",
+    "NOTICE*",
+    "*TERMS*",
+    "USE_POLICY*",
+]
 UNWANTED = ["*/*", "consolidated*"]  # other frameworks' copies, and a second copy that some repositories carry
 
 
@@ -29,7 +41,7 @@ def fetch_base(context: "JobContext") -> Path:
     """
     name = context.spec.training_config.base_model_id
     prefix = f"pretrained_weights/huggingface/{name}/"
-    folder = _from_store(context.stores.models, prefix, context.workdir / "base")
+    folder = from_store(context.stores.models, prefix, context.workdir / "base")
     if folder is not None:
         context.decided("base_model", name, "from the object store")
     else:
@@ -38,7 +50,7 @@ def fetch_base(context: "JobContext") -> Path:
     return _checked(folder, name)
 
 
-def _from_store(store: ObjectStore, prefix: str, target: Path) -> Path | None:
+def from_store(store: ObjectStore, prefix: str, target: Path) -> Path | None:
     keys = patiently("the base model cannot be listed", lambda: [stored.key for stored in store.walk(prefix)], code="internal")
     if prefix + "config.json" not in keys:
         return None

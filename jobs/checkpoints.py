@@ -170,6 +170,20 @@ class Checkpoints:
             return restored
         return None
 
+    def best(self) -> Restored | None:
+        """The one with the lowest eval_loss that is whole; None when no measured one can be read."""
+        in_order = resume_order(self._stored(), self._spec.first_attempt, self._attempt)
+        measured = [stored for stored in in_order if stored.checkpoint.eval_loss is not None and stored.key not in self._damaged]
+        for stored in sorted(measured, key=lambda stored: stored.checkpoint.eval_loss or 0.0):
+            try:
+                return Restored(self._download(stored), stored.checkpoint)
+            except Damaged as damage:
+                self._damaged.add(stored.key)
+                self._pass_over(stored.key, str(damage))
+            except NoSuchObject:
+                continue
+        return None
+
     def fetch(self, source: ExportSource) -> Restored:
         """Just that checkpoint, of whatever job. Raises JobFailed when it is gone or damaged."""
         hint = "GET /jobs/{id}/checkpoints lists the ones there are"

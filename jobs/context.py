@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from jobs.errors import Reason
-from schema.events import ArtifactMade, Decided, Evaluated, Event, Metrics, PhaseChanged, TrackerStarted, Warned
-from schema.job import Artifact, EvalMetrics, Phase, Progress
+from schema.events import ArtifactMade, Decided, Evaluated, Event, GateJudged, Metrics, PhaseChanged, Sampled, TrackerStarted, Warned
+from schema.job import Artifact, EvalMetrics, Gate, Phase, Progress
 from schema.spec import JobSpec, StoreUrls
 from storage import ObjectStore, open_store
 
@@ -45,6 +45,10 @@ class Mirror(Protocol):
 
     def evaluated(self, event: Evaluated) -> None:
         """A measurement on the held-out rows."""
+        ...
+
+    def sampled(self, event: Sampled) -> None:
+        """Answers to held-out prompts."""
         ...
 
     def checkpoint(self, folder: Path, step: int) -> None:
@@ -106,7 +110,10 @@ class Findings:
 
     metrics: EvalMetrics | None = None
     base_metrics: EvalMetrics | None = None
+    gate: Gate | None = None
     wandb_url: str | None = None
+    trackers: dict[str, str] = field(default_factory=dict)
+    decisions: dict[str, str] = field(default_factory=dict)
 
 
 class StopRequest(Protocol):
@@ -184,8 +191,20 @@ class JobContext:
         for mirror in self.mirrors:
             mirror.evaluated(event)
 
+    def sampled(self, event: Sampled) -> None:
+        """What the model answers to a few held-out prompts."""
+        self._tell(event, when=event.when, step=event.step)  # the texts are somebody's data: no log has them
+        for mirror in self.mirrors:
+            mirror.sampled(event)
+
+    def judged(self, gate: Gate) -> None:
+        """The promotion gate has looked at the trained model."""
+        self.findings.gate = gate
+        self._tell(GateJudged(gate=gate), passed=gate.passed)
+
     def decided(self, what: str, value: str, why: str) -> None:
         """Something was chosen by the attempt itself."""
+        self.findings.decisions[what] = value
         self._tell(Decided(what=what, value=value, why=why), what=what, value=value, why=why)
 
     def warn(self, code: str, message: str) -> None:
@@ -197,6 +216,8 @@ class JobContext:
         """A tracker mirrors the job."""
         if tracker == "wandb":
             self.findings.wandb_url = url
+        if url:
+            self.findings.trackers[tracker] = url
         self._tell(TrackerStarted(tracker=tracker, url=url), tracker=tracker, url=url)
 
     def artifact_made(self, artifact: Artifact) -> None:

@@ -5,7 +5,21 @@ import os
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "llama_cpp_python", "wandb")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "llama_cpp_python",
+    "wandb",
+    "bitsandbytes",
+    "unsloth",
+    "lm_eval",
+    "onnx",
+    "mlflow_skinny",
+    "trackio",
+)
 
 
 def probe() -> dict[str, object]:

@@ -17,7 +17,13 @@ from storage import ObjectStore, StorageError, at_once, delete_below
 log = logging.getLogger(__name__)
 
 TRIES = 7  # of each file: half a minute in all, a store's restart
-FOLDERS: dict[ArtifactKind, str] = {"adapter": "trained_adapters", "merged": "merged_models", "gguf": "gguf_models"}
+FOLDERS: dict[ArtifactKind, str] = {
+    "adapter": "trained_adapters",
+    "merged": "merged_models",
+    "gguf": "gguf_models",
+    "lora_gguf": "gguf_models",
+    "onnx": "onnx_models",
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,9 @@ class Publisher:
 
     def clear_earlier(self) -> None:
         """Remove what earlier attempts uploaded and never published. What cannot be removed stays until the job is deleted."""
-        earlier = [f"{folder}/{self.job_id}/attempt-{number}/" for folder in FOLDERS.values() for number in range(1, self.attempt)]
+        earlier = [
+            f"{folder}/{self.job_id}/attempt-{number}/" for folder in sorted(set(FOLDERS.values())) for number in range(1, self.attempt)
+        ]
         try:
             for prefix in earlier:
                 delete_below(self.store, prefix)

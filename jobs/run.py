@@ -29,9 +29,10 @@ def main() -> int:
     from jobs.attempt import Attempt
     from jobs.errors import Stopped
     from jobs.log import configure
-    from jobs.settings import read_settings
+    from jobs.settings import read_settings, use_one_gpu
 
     configure()
+    use_one_gpu()
     attempt = Attempt(read_settings())
     try:
         return work_at(attempt)

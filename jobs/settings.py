@@ -1,7 +1,7 @@
 """The environment of an attempt: the only place in `jobs/` that reads it."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ class Settings:
     SERVICE_AUDIENCE       what the identity token is for that the service's front door asks for; missing: it asks for none
     JOB_WORKDIR            a folder of the attempt's own, for everything it writes
     JOB_REPORT_INTERVAL_S  seconds between reports (15); a directive such as `cancel` comes with their answers
+    JOB_IMAGE              the container's image, for run.json; missing: none
     JOB_TIME_LIMIT_S       seconds within which the attempt saves what it has and yields to the next one; missing: no limit
     """
 
@@ -32,6 +33,7 @@ class Settings:
     service_audience: str | None = None
     report_interval_s: float = 15.0
     time_limit_s: float | None = None
+    image: str | None = None
 
 
 def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
@@ -47,6 +49,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         workdir=Path(_text(environment, "JOB_WORKDIR")).resolve(),
         report_interval_s=_number("JOB_REPORT_INTERVAL_S", environment.get("JOB_REPORT_INTERVAL_S") or "15"),
         time_limit_s=_number("JOB_TIME_LIMIT_S", limit) if limit else None,
+        image=environment.get("JOB_IMAGE") or None,
     )
 
 
@@ -67,3 +70,17 @@ def compute_threads(environment: Mapping[str, str] = os.environ) -> int:
     """How many threads to compute with: OMP_NUM_THREADS, with which a launcher shares a machine, else every core."""
     told = environment.get("OMP_NUM_THREADS", "")
     return int(told) if told.isdecimal() and int(told) > 0 else os.cpu_count() or 1
+
+
+def use_one_gpu(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Let CUDA show this process the first of its GPUs alone, before anything asks: one process trains on one GPU.
+
+    Transformers' trainer would otherwise spread a batch over all of them by threads, which TRL refuses.
+    """
+    shown = environment.get("CUDA_VISIBLE_DEVICES", "0")
+    environment["CUDA_VISIBLE_DEVICES"] = shown.partition(",")[0]
+
+
+def let_unsloth_give_logits(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Our loss is computed from logits, which unsloth otherwise keeps to itself."""
+    environment["UNSLOTH_RETURN_LOGITS"] = "1"

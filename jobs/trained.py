@@ -37,3 +37,5 @@ class TrainedModel:
     train_rows: int
     train_tokens: int
     train_runtime_s: float
+    calibration: tuple[tuple[int, ...], ...] = ()  # token ids of training rows, for an importance matrix
+    step: int | None = None  # the optimizer step whose weights these are

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from schema.base import Lenient
 from schema.checkpoint import CheckpointReason
-from schema.job import Artifact, EvalMetrics, Failure, Phase, Progress, Status
+from schema.job import Artifact, EvalMetrics, Failure, Gate, Phase, Progress, Sample, Status
 
 
 class StatusChanged(Lenient):
@@ -45,6 +45,22 @@ class Evaluated(Lenient):
     when: Literal["before", "during", "after"]
     step: int = Field(ge=0)
     metrics: EvalMetrics
+
+
+class Sampled(Lenient):
+    """What a model answers to a fixed sample of held-out prompts."""
+
+    type: Literal["samples"] = "samples"
+    when: Literal["before", "during", "after"]
+    step: int = Field(ge=0)
+    samples: tuple[Sample, ...]
+
+
+class GateJudged(Lenient):
+    """The promotion gate has looked at the trained model."""
+
+    type: Literal["gate"] = "gate"
+    gate: Gate
 
 
 class Decided(Lenient):
@@ -113,6 +129,8 @@ Event = Annotated[
     | PhaseChanged
     | Metrics
     | Evaluated
+    | Sampled
+    | GateJudged
     | Decided
     | Warned
     | TrackerStarted

@@ -73,12 +73,13 @@ class Progress(Lenient):
 class EvalMetrics(Lenient):
     """What was measured on the held-out rows. A number that could not be had is null, and `notes` says why, by name."""
 
-    eval_loss: float | None = None  # nats per labelled token
+    eval_loss: float | None = None  # what the trainer makes smaller: of sft nats per labelled token, of grpo minus the mean reward
     perplexity: float | None = None  # exp(eval_loss)
     accuracy: float | None = None  # share of labelled tokens predicted right, 0..1
     eval_runtime: float | None = None  # seconds
     eval_rows: int | None = None
     eval_tokens: int | None = None  # labelled tokens
+    values: dict[str, float | None] = Field(default={})  # of the trainer type or the task: rewards/accuracies, exact_match, rouge_l, ...
     notes: dict[str, str] = Field(default={})
 
 
@@ -88,6 +89,41 @@ class ArtifactFile(Lenient):
     path: str
     size_bytes: int
     sha256: str
+
+
+class Sample(Lenient):
+    """What a model answered to a held-out prompt."""
+
+    prompt: str
+    reference: str | None = None  # the row's own answer
+    text: str
+
+
+class GateCheck(Lenient):
+    """One threshold of the promotion gate, and what it found."""
+
+    metric: str
+    value: float | None = None
+    at_most: float | None = None  # the bound itself, where it was relative to the base
+    at_least: float | None = None
+    base: float | None = None  # what the base reached
+    passed: bool
+    why: str = ""  # why it did not
+
+
+class Gate(Lenient):
+    """The promotion gate: a model that does not pass is reported and not published."""
+
+    passed: bool
+    checks: tuple[GateCheck, ...]
+
+
+class HubPush(Lenient):
+    """Where an artifact went on the Hugging Face Hub."""
+
+    repo_id: str
+    revision: str  # the commit that has it
+    url: str
 
 
 class Fidelity(Lenient):
@@ -100,9 +136,15 @@ class Fidelity(Lenient):
     sample_prompt: str = ""
     sample_text: str = ""  # what the file generated for it
     erased_tuning: bool = False  # closer to the base than to the trained model
+    labelled_tokens: int = 0  # of the compared ones, those that a held-out row wants to be said
+    perplexity: float | None = None  # of the file, on these
+    perplexity_merged: float | None = None  # of the trained model, on the same tokens
+    perplexity_base: float | None = None
+    imatrix: bool = False  # quantized with an importance matrix of the training rows
+    advice: str = ""  # what would help, where something is amiss
 
 
-ArtifactKind = Literal["adapter", "merged", "gguf"]
+ArtifactKind = Literal["adapter", "merged", "gguf", "lora_gguf", "onnx"]
 
 
 class Artifact(Lenient):
@@ -115,6 +157,7 @@ class Artifact(Lenient):
     size_bytes: int
     files: list[ArtifactFile]
     fidelity: Fidelity | None = None
+    hub: HubPush | None = None  # with destination hfhub
 
     @property
     def sha256(self) -> str | None:
@@ -174,6 +217,7 @@ class Job(Lenient):
     secret_names: tuple[str, ...] = ()  # which secrets the secret store holds for the job
     hardware: str | None = None  # a profile of the launcher
     export_of: ExportSource | None = None  # nothing is trained: this checkpoint is exported
+    cloned_from: Id | None = None  # the job whose request this one repeats, perhaps with changes
     status: Status
     revision: int = 0  # goes up by one at every change; the store compares it
     attempts: tuple[Attempt, ...] = ()
@@ -189,7 +233,10 @@ class Job(Lenient):
     failure: Failure | None = None
     metrics: EvalMetrics | None = None  # of the trained model
     base_metrics: EvalMetrics | None = None  # of the model before training, on the same rows
+    gate: Gate | None = None  # None: nothing was asked
+    published_step: int | None = None  # the optimizer step whose weights were exported
     wandb_url: str | None = None
+    trackers: dict[str, str] = Field(default={})  # where each tracker shows the curves, by name
     artifacts: tuple[Artifact, ...] = ()
     deleting_since: datetime | None = None  # its files are going, or have partly gone
     manifest_written: bool = False  # the published files are listed in the bucket as well

@@ -1,11 +1,20 @@
 """What a caller sends to the public API."""
 
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import ConfigDict, Field, JsonValue, SecretStr, model_validator
+from pydantic import ConfigDict, Field, JsonValue, SecretStr, StringConstraints, model_validator
 
 from schema.base import Id, Label, Strict, refusal
-from schema.training import ExportConfig, Hyperparameters, TrainingConfig
+from schema.export import ExportConfig
+from schema.hyperparameters import (
+    DpoHyperparameters,
+    GrpoHyperparameters,
+    KtoHyperparameters,
+    OrpoHyperparameters,
+    RewardHyperparameters,
+    SftHyperparameters,
+)
+from schema.training import TrainingConfig
 
 SEED_EXAMPLE: dict[str, JsonValue] = {
     "processed_dataset_id": "dataset_abc123",
@@ -51,6 +60,9 @@ SEED_EXAMPLE: dict[str, JsonValue] = {
 }
 
 
+SecretName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,95}$")]
+
+
 class TrainRequest(Strict):
     """`POST /train`: train one model on one dataset."""
 
@@ -75,7 +87,15 @@ class TrainRequest(Strict):
 
 
 # What a caller may want to change between two attempts, and may not.
-SHAPES_THE_STEPS = ("training_config", "base_model_id", "method", *(Hyperparameters.model_fields.keys() - {"epochs", "max_steps"}))
+KNOBS = set[str]().union(
+    SftHyperparameters.model_fields,
+    DpoHyperparameters.model_fields,
+    OrpoHyperparameters.model_fields,
+    KtoHyperparameters.model_fields,
+    GrpoHyperparameters.model_fields,
+    RewardHyperparameters.model_fields,
+)
+SHAPES_THE_STEPS = ("training_config", "base_model_id", "method", *sorted(KNOBS - {"epochs", "max_steps"}))
 
 
 class SafeChanges(Strict):
@@ -88,6 +108,9 @@ class SafeChanges(Strict):
     max_steps: int | None = Field(None, ge=1, le=10_000_000, description="More optimizer steps, where the job is counted in them.")
     hf_token: SecretStr | None = Field(None, description="Needed again where the job had one and has ended: secrets end with the job.")
     wandb_api_key: SecretStr | None = Field(None, description="Likewise.")
+    secrets: dict[SecretName, SecretStr] = Field(
+        {}, max_length=64, description="Likewise, by name: `mlflow_token`, and `judge_api_key` of the grader called `judge`."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -118,3 +141,26 @@ class ExportRequest(Strict):
     job_name: Label | None = None
     hardware: Id | None = None
     hf_token: SecretStr | None = None
+
+
+class ExportAgainRequest(ExportRequest):
+    """`POST /jobs/{job_id}/export`: export a job once more, in other forms. The body may be left out."""
+
+    step: int | None = Field(
+        None, ge=0, le=10_000_000, description="Which checkpoint; left out, the one that was published, else the newest."
+    )
+
+
+class CloneRequest(Strict):
+    """`POST /jobs/{job_id}/clone`: the same job again, with changes. The body may be left out."""
+
+    job_name: Label | None = None
+    processed_dataset_id: Id | None = None
+    hardware: Id | None = None
+    hf_token: SecretStr | None = Field(None, description="Needed again where the job had one; null makes the clone without it.")
+    secrets: dict[SecretName, SecretStr | None] = Field(
+        {}, max_length=64, description="Likewise, by name: `wandb_api_key`, `mlflow_token`, and `judge_api_key` of the grader `judge`."
+    )
+    training_config: dict[str, JsonValue] = Field(
+        {}, description="A JSON merge patch (RFC 7386) on the job's own: objects are merged, null removes, everything else replaces."
+    )

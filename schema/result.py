@@ -3,8 +3,10 @@
 from datetime import datetime
 from typing import Literal
 
+from pydantic import Field
+
 from schema.base import Id, Lenient
-from schema.job import Artifact, EvalMetrics, Failure
+from schema.job import Artifact, EvalMetrics, Failure, Gate
 
 
 class Result(Lenient):
@@ -20,7 +22,10 @@ class Result(Lenient):
     failure: Failure | None = None
     metrics: EvalMetrics | None = None
     base_metrics: EvalMetrics | None = None
+    gate: Gate | None = None
+    published_step: int | None = None
     wandb_url: str | None = None
+    trackers: dict[str, str] = Field(default={})
     artifacts: tuple[Artifact, ...] = ()
     train_rows: int | None = None
     train_tokens: int | None = None

@@ -4,162 +4,68 @@ One class per trainer type. The class carries the knobs, their bounds, the rules
 text and the name of the code in `jobs/trainers/` that obeys it.
 """
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self, cast
 
-from pydantic import BeforeValidator, Field, SecretStr, StringConstraints, model_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 
 from schema.base import Strict, refusal
-
-Provider = Literal["huggingface", "unsloth"]
-Method = Literal["Full", "LoRA", "QLoRA"]
-Modality = Literal["text", "vision"]
-ExportFormat = Literal["adapter", "merged"]
-# The names llama.cpp gives its file types, plus the seed's "none": the merged model's own precision.
-GgufQuantization = Literal[
-    "none", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_0", "q4_k_m", "q4_k_s", "q4_0", "q3_k_m", "q2_k"
-]
-DatasetType = Literal["messages", "prompt_completion", "text"]
-
-HubId = Annotated[
-    str,
-    StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$"),
-    Field(description="A model's name as the Hugging Face Hub writes it: `owner/name`.", examples=["google/gemma-3-270m"]),
-]
-
-
-class Hyperparameters(Strict):
-    """Knobs shared by every gradient trainer. Defaults suit LoRA on Gemma."""
-
-    learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate. Advice: 5e-5 Full, 2e-4 LoRA.")
-    batch_size: int = Field(2, ge=1, le=1024, description="Sequences per device and forward pass.")
-    gradient_accumulation_steps: int = Field(4, ge=1, le=4096, description="Forward passes per optimizer step.")
-    epochs: int = Field(3, ge=1, le=1000, description="Passes over the training rows; unused when max_steps is set.")
-    max_steps: int = Field(-1, ge=-1, le=10_000_000, description="Optimizer steps; -1 means: as `epochs` says.")
-    packing: bool = Field(False, description="Pack several rows into one sequence (best fit, no leak between rows).")
-    use_fa2: bool = Field(False, description="FlashAttention 2; needs an Ampere or newer GPU.")
-    max_seq_length: int = Field(1024, ge=8, le=131_072, description="Tokens per sequence; longer rows are cut and counted.")
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = Field(
-        "linear", description="How the learning rate moves after warm-up."
-    )
-    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the steps spent warming up.")
-    weight_decay: float = Field(0.01, ge=0, le=1)
-    max_grad_norm: float = Field(1.0, gt=0, le=1000, description="Gradients are clipped to this norm.")
-    seed: int = Field(3407, ge=0, le=2**31 - 1, description="Seeds weights, shuffling and dropout.")
-    save_strategy: Literal["no", "steps", "epoch"] = Field(
-        "epoch",
-        description="When checkpoints are written. Unless it is `no`, a long interval is broken by a checkpoint every five minutes; "
-        "a pause, the end of a time slice and the end of the training always write one.",
-    )
-    save_steps: int = Field(50, ge=1, le=1_000_000, description="Optimizer steps between checkpoints, with save_strategy `steps`.")
-    save_total_limit: int = Field(2, ge=1, le=100, description="Checkpoints kept: the newest this many, and the best.")
-    logging_steps: int = Field(10, ge=1, le=100_000, description="Optimizer steps between metric points.")
-    lora_rank: int = Field(16, ge=1, le=1024)
-    lora_alpha: int = Field(16, ge=1, le=4096)
-    lora_dropout: float = Field(0.05, ge=0, lt=1)
-
-    @model_validator(mode="after")
-    def _fits_itself(self) -> Self:
-        if self.max_steps == 0:
-            raise refusal("max_steps", "max_steps is 0, which trains nothing; use -1 for whole epochs or a number from 1")
-        return self
+from schema.evaluation import EvalConfig
+from schema.export import ExportConfig, ExportFormat
+from schema.graders import Grader
+from schema.hyperparameters import (
+    LORA_FIELDS,
+    DpoHyperparameters,
+    GrpoHyperparameters,
+    Hyperparameters,
+    KtoHyperparameters,
+    OrpoHyperparameters,
+    RewardHyperparameters,
+    SftHyperparameters,
+)
+from schema.trackers import MlflowConfig, TensorboardConfig, TrackioConfig, WandbConfig
+from schema.words import DatasetType, HubId, Method, Modality, Provider
 
 
-class ExportConfig(Strict):
-    """What the job hands back, and where."""
+class CommonConfig(Strict):
+    """What every trainer type of language models has in common."""
 
-    format: ExportFormat = Field(
-        "adapter", description="`adapter`: the LoRA weights alone. `merged`: a model of its own. Method Full always gives a whole model."
-    )
-    destination: Literal["gcs", "hfhub"] = Field("gcs", description="`gcs` is this deployment's own object store, whatever it is.")
-    hf_repo_id: HubId | None = Field(None, description="Where to push with destination `hfhub`.")
-    include_gguf: bool = Field(False, description="Also write GGUF files for llama.cpp and Ollama.")
-    gguf_quantization: GgufQuantization | list[GgufQuantization] | None = Field(
-        None, description="One or several; `none` keeps the merged model's precision; left out with include_gguf it is q8_0."
-    )
-
-    @model_validator(mode="after")
-    def _fits_itself(self) -> Self:
-        if self.destination == "hfhub" and self.hf_repo_id is None:
-            raise refusal("hf_repo_id", "destination 'hfhub' needs hf_repo_id, the repository to push to")
-        if self.destination != "hfhub" and self.hf_repo_id is not None:
-            raise refusal("hf_repo_id", "hf_repo_id is only used with destination 'hfhub'; drop it or change the destination")
-        if self.gguf_quantization is not None and not self.include_gguf:
-            raise refusal("gguf_quantization", "gguf_quantization needs include_gguf: true")
-        if self.gguf_quantization == []:
-            raise refusal("gguf_quantization", "gguf_quantization is an empty list; name at least one, or leave it out for q8_0")
-        if len(set(self.gguf_quantizations)) != len(self.gguf_quantizations):
-            raise refusal("gguf_quantization", "gguf_quantization names the same quantization twice")
-        return self
-
-    @property
-    def gguf_quantizations(self) -> list[GgufQuantization]:
-        """The GGUF files to write, in the order asked for; empty without include_gguf."""
-        match self.gguf_quantization:
-            case _ if not self.include_gguf:
-                return []
-            case None:
-                return ["q8_0"]
-            case list() as several:
-                return several
-            case one:
-                return [one]
-
-
-class EvalConfig(Strict):
-    """When to evaluate on the held-out rows while training. Before and after training it happens whenever there are any."""
-
-    eval_strategy: Literal["no", "steps", "epoch"] = "no"
-    eval_steps: int = Field(50, ge=1, le=1_000_000, description="Optimizer steps between evaluations, with eval_strategy `steps`.")
-    compute_eval_metrics: bool = Field(False, description="Also measure token accuracy.")
-    batch_eval_metrics: bool = Field(False, description="Count accuracy batch by batch: less memory, the same number.")
-
-    @model_validator(mode="after")
-    def _fits_itself(self) -> Self:
-        if self.batch_eval_metrics and not self.compute_eval_metrics:
-            raise refusal("batch_eval_metrics", "batch_eval_metrics needs compute_eval_metrics: true")
-        return self
-
-
-class WandbConfig(Strict):
-    """Where Weights & Biases mirrors the metrics."""
-
-    api_key: SecretStr | None = Field(None, description="Needed unless mode is `offline`. Kept in the secret store only.")
-    project: Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^/\\#?%:\s]+$")] = "gemma-fine-tuning"
-    log_model: Annotated[Literal["false", "checkpoint", "end"], BeforeValidator(lambda v: "false" if v is False else v)] = Field(
-        "false", description="Also upload checkpoints, or the final model."
-    )
-    mode: Literal["online", "offline"] = Field("online", description="`offline` writes the run into the job's folder, for `wandb sync`.")
-
-    @model_validator(mode="after")
-    def _fits_itself(self) -> Self:
-        if self.mode == "online" and self.api_key is None:
-            raise refusal("api_key", "wandb_config needs api_key, or mode 'offline'")
-        return self
-
-
-class _TrainingConfig(Strict):
-    """What every trainer type has in common."""
+    trainer: ClassVar[str]  # "module:function" of the code that obeys it
+    dataset_types: ClassVar[tuple[DatasetType, ...]]
+    modalities: ClassVar[tuple[Modality, ...]] = ("text",)
+    providers: ClassVar[tuple[Provider, ...]] = ("huggingface",)
+    # By method: a LoRA's weights begin at zero and take a rate ten times that of a whole model's.
+    learning_rates: ClassVar[dict[Method, float]]
 
     base_model_id: HubId
     provider: Provider = "huggingface"
     method: Method = "LoRA"
     modality: Modality = "text"
-    export_config: ExportConfig = ExportConfig()  # type: ignore[call-arg]  # pyright: every field has a default
+    hyperparameters: Hyperparameters = Hyperparameters()  # type: ignore[call-arg]  # pyright: every field has a default
+    export_config: ExportConfig = ExportConfig()  # type: ignore[call-arg]
     eval_config: EvalConfig = EvalConfig()  # type: ignore[call-arg]
     wandb_config: WandbConfig | None = None
+    mlflow_config: MlflowConfig | None = None
+    tensorboard_config: TensorboardConfig | None = None
+    trackio_config: TrackioConfig | None = None
 
+    @model_validator(mode="after")
+    def _fits_itself(self) -> Self:
+        if self.modality not in self.modalities:
+            known = " or ".join(self.modalities)
+            raise refusal("modality", f"this trainer type trains {known}, not {self.modality}; for images use trainer_type 'sft'")
+        if self.provider not in self.providers or (self.provider == "unsloth" and self.modality == "vision"):
+            raise refusal("provider", "provider 'unsloth' is for trainer_type 'sft' on text; use 'huggingface'")
+        if self.modality == "vision" and self.hyperparameters.packing:
+            raise refusal("hyperparameters.packing", "rows with images cannot be packed; set packing to false")
+        return self
 
-LORA_FIELDS = ("lora_rank", "lora_alpha", "lora_dropout")
-
-
-class SftConfig(_TrainingConfig):
-    """Supervised fine-tuning: learn to continue a text, or to answer as the data answers."""
-
-    trainer: ClassVar[str] = "jobs.trainers.sft:train"
-    dataset_types: ClassVar[tuple[DatasetType, ...]] = ("messages", "prompt_completion", "text")
-
-    trainer_type: Literal["sft"] = "sft"
-    hyperparameters: Hyperparameters = Hyperparameters()  # type: ignore[call-arg]
+    @model_validator(mode="after")
+    def _has_a_learning_rate(self) -> Self:
+        if self.hyperparameters.learning_rate is None:
+            rate = self.learning_rates[self.method]
+            # The model is frozen for everybody else.
+            object.__setattr__(self, "hyperparameters", self.hyperparameters.model_copy(update={"learning_rate": rate}))
+        return self
 
     def refuse_unused(self) -> None:
         """Raise when a field was sent that this configuration would not use.
@@ -174,17 +80,140 @@ class SftConfig(_TrainingConfig):
         for name in LORA_FIELDS:
             if name in sent:
                 raise refusal(f"training_config.hyperparameters.{name}", f"{name} is only used with method LoRA or QLoRA, not Full")
-        if self.export_config.format == "adapter" and "format" in self.export_config.model_fields_set:
+        if "adapter" in self.export_config.formats and "format" in self.export_config.model_fields_set:
             raise refusal(
                 "training_config.export_config.format", "format 'adapter' needs method LoRA or QLoRA; with method Full use 'merged'"
             )
+        if self.export_config.include_lora_gguf:
+            raise refusal("training_config.export_config.include_lora_gguf", "include_lora_gguf needs method LoRA or QLoRA, not Full")
 
     @property
-    def export_format(self) -> ExportFormat:
-        """The form of the published model: method Full has no adapter to give."""
-        return "merged" if self.method == "Full" else self.export_config.format
+    def export_formats(self) -> list[ExportFormat]:
+        """The forms of the published model: method Full has no adapter to give."""
+        if self.method != "Full":
+            return self.export_config.formats
+        return list(dict.fromkeys("merged" if form == "adapter" else form for form in self.export_config.formats))
 
 
-# A second trainer type turns this into `Annotated[SftConfig | DpoConfig, Field(discriminator="trainer_type")]`.
-TrainingConfig = SftConfig
-TRAINER_TYPES: dict[str, type[TrainingConfig]] = {"sft": SftConfig}
+class SftConfig(CommonConfig):
+    """Supervised fine-tuning: learn to continue a text, or to answer as the data answers."""
+
+    trainer: ClassVar[str] = "jobs.trainers.sft:train"
+    dataset_types: ClassVar[tuple[DatasetType, ...]] = ("messages", "prompt_completion", "text")
+    modalities: ClassVar[tuple[Modality, ...]] = ("text", "vision")
+    providers: ClassVar[tuple[Provider, ...]] = ("huggingface", "unsloth")
+    learning_rates: ClassVar[dict[Method, float]] = {"LoRA": 2e-4, "QLoRA": 2e-4, "Full": 2e-5}
+
+    trainer_type: Literal["sft"] = "sft"
+    hyperparameters: SftHyperparameters = SftHyperparameters()  # type: ignore[call-arg]
+
+    @model_validator(mode="after")
+    def _sees(self) -> Self:
+        if self.hyperparameters.train_vision_tower and self.modality != "vision":
+            raise refusal("hyperparameters.train_vision_tower", "train_vision_tower needs modality 'vision'")
+        return self
+
+
+class DpoConfig(CommonConfig):
+    """Direct preference optimization: learn which of two answers is preferred."""
+
+    trainer: ClassVar[str] = "jobs.trainers.dpo:train"
+    dataset_types: ClassVar[tuple[DatasetType, ...]] = ("preference",)
+    learning_rates: ClassVar[dict[Method, float]] = {"LoRA": 1e-5, "QLoRA": 1e-5, "Full": 1e-6}
+
+    trainer_type: Literal["dpo"]
+    hyperparameters: DpoHyperparameters = DpoHyperparameters()  # type: ignore[call-arg]
+
+
+class OrpoConfig(CommonConfig):
+    """Odds ratio preference optimization: learn the preferred answer, and away from the other, in one go."""
+
+    trainer: ClassVar[str] = "jobs.trainers.orpo:train"
+    dataset_types: ClassVar[tuple[DatasetType, ...]] = ("preference",)
+    learning_rates: ClassVar[dict[Method, float]] = {"LoRA": 5e-5, "QLoRA": 5e-5, "Full": 8e-6}
+
+    trainer_type: Literal["orpo"]
+    hyperparameters: OrpoHyperparameters = OrpoHyperparameters()  # type: ignore[call-arg]
+
+
+class KtoConfig(CommonConfig):
+    """Kahneman-Tversky optimization: learn from answers that are each just good or bad."""
+
+    trainer: ClassVar[str] = "jobs.trainers.kto:train"
+    dataset_types: ClassVar[tuple[DatasetType, ...]] = ("unpaired_preference", "preference")
+    learning_rates: ClassVar[dict[Method, float]] = {"LoRA": 1e-5, "QLoRA": 1e-5, "Full": 1e-6}
+
+    trainer_type: Literal["kto"]
+    hyperparameters: KtoHyperparameters = KtoHyperparameters()  # type: ignore[call-arg]
+
+
+class GrpoConfig(CommonConfig):
+    """Group relative policy optimization: learn from what graders say of the model's own answers."""
+
+    trainer: ClassVar[str] = "jobs.trainers.grpo:train"
+    dataset_types: ClassVar[tuple[DatasetType, ...]] = ("prompt", "prompt_completion")
+    learning_rates: ClassVar[dict[Method, float]] = {"LoRA": 1e-5, "QLoRA": 1e-5, "Full": 1e-6}
+
+    trainer_type: Literal["grpo"]
+    hyperparameters: GrpoHyperparameters = GrpoHyperparameters()  # type: ignore[call-arg]
+    reward_config: list[Grader] = Field(
+        min_length=1, max_length=32, description="The graders; the reward is the weighted sum of what they give."
+    )
+
+    @model_validator(mode="after")
+    def _leaves_room_for_prompts(self) -> Self:
+        knobs = self.hyperparameters
+        if knobs.max_completion_length >= knobs.max_seq_length:
+            why = (
+                f"max_completion_length {knobs.max_completion_length} leaves no room for a prompt in max_seq_length {knobs.max_seq_length}"
+            )
+            raise refusal("hyperparameters.max_completion_length", why)
+        return self
+
+    @model_validator(mode="after")
+    def _graders_have_names(self) -> Self:
+        names = [grader.name for grader in self.reward_config]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise refusal("reward_config", f"two graders are called {twice!r}; the metrics could not tell them apart")
+        return self
+
+
+class RewardConfig(CommonConfig):
+    """A reward model: a score for an answer, learned from which of two is preferred."""
+
+    trainer: ClassVar[str] = "jobs.trainers.reward:train"
+    dataset_types: ClassVar[tuple[DatasetType, ...]] = ("preference",)
+    learning_rates: ClassVar[dict[Method, float]] = {"LoRA": 1e-4, "QLoRA": 1e-4, "Full": 1e-5}
+
+    trainer_type: Literal["reward"]
+    hyperparameters: RewardHyperparameters = RewardHyperparameters()  # type: ignore[call-arg]
+
+    @model_validator(mode="after")
+    def _speaks_not(self) -> Self:
+        export = self.export_config
+        if export.include_gguf or export.include_lora_gguf:
+            raise refusal("export_config.include_gguf", "a reward model gives scores, not text: llama.cpp cannot run it; use 'merged'")
+        return self
+
+
+def _with_trainer_type(value: object) -> object:
+    """A config that does not name its trainer type is of the first one."""
+    if isinstance(value, dict) and "trainer_type" not in value:
+        return {"trainer_type": "sft", **cast(dict[str, object], value)}
+    return value  # pyright: ignore[reportUnknownVariableType]  # whatever was sent
+
+
+TrainingConfig = Annotated[
+    Annotated[SftConfig | DpoConfig | OrpoConfig | KtoConfig | GrpoConfig | RewardConfig, Field(discriminator="trainer_type")],
+    BeforeValidator(_with_trainer_type),
+]
+TRAINING_CONFIG: TypeAdapter[TrainingConfig] = TypeAdapter(TrainingConfig)
+TRAINER_TYPES: dict[str, type[CommonConfig]] = {
+    "sft": SftConfig,
+    "dpo": DpoConfig,
+    "orpo": OrpoConfig,
+    "kto": KtoConfig,
+    "grpo": GrpoConfig,
+    "reward": RewardConfig,
+}

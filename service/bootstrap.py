@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from typing import Any
 
+from service.adapters.hub import HuggingFaceHub
 from service.adapters.jobstores import JOB_STORES
 from service.adapters.launchers import LAUNCHERS
 from service.adapters.links import links_for
@@ -14,8 +15,9 @@ from service.adapters.secrets import SECRET_STORES
 from service.adapters.secrets.local import owner_only_key
 from service.core.dataset_rows import RowLimits
 from service.core.datasets import Datasets
+from service.core.hub import NoHub
 from service.core.jobs import Jobs, Limits
-from service.core.ports import JobStore, Launcher, SecretStore
+from service.core.ports import Hub, JobStore, Launcher, SecretStore
 from service.core.reconciler import Reconciler
 from service.core.tokens import TokenSigner
 from service.settings import SOURCE, Settings, inherited_environment
@@ -52,6 +54,7 @@ class Parts:
     objects: Buckets
     launcher: Launcher
     secrets: SecretStore
+    hub: Hub
     tokens: TokenSigner
     jobs: Jobs
     datasets: Datasets
@@ -70,6 +73,7 @@ def assemble(settings: Settings, clock: Callable[[], datetime] | None = None) ->
     launcher = _launcher(settings)
     clock = clock or now
     secrets = _secret_store(settings)
+    hub = NoHub() if settings.hf_hub_offline else HuggingFaceHub(settings.hf_endpoint)
     tokens = TokenSigner(_signing_key(settings), clock)
     reconciler = Reconciler(lambda: jobs.reconcile(), settings.reconcile_interval_s) if settings.reconcile_interval_s else None
 
@@ -89,17 +93,23 @@ def assemble(settings: Settings, clock: Callable[[], datetime] | None = None) ->
         random_tail=lambda: random.token_hex(6),
         wake=reconciler.wake if reconciler else step,
         limits=Limits() if settings.launcher == "local" else CLOUD_LIMITS,
+        hub=hub,
+        trackers=settings.trackers,
     )
     datasets = Datasets(
         store=store,
         objects=objects.datasets,
-        limits=RowLimits(max_row_bytes=settings.max_row_bytes, max_rows=settings.max_dataset_rows),
+        limits=RowLimits(
+            max_row_bytes=settings.max_row_bytes,
+            max_image_row_bytes=settings.max_image_row_bytes,
+            max_rows=settings.max_dataset_rows,
+        ),
         clock=clock,
         random_tail=lambda: random.token_hex(6),
         scratch=home / "uploads",
         max_incoming_bytes=settings.max_incoming_bytes,
     )
-    return Parts(settings, store, objects, launcher, secrets, tokens, jobs, datasets, reconciler)
+    return Parts(settings, store, objects, launcher, secrets, hub, tokens, jobs, datasets, reconciler)
 
 
 def now() -> datetime:

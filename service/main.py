@@ -8,6 +8,7 @@ from datetime import datetime
 
 from fastapi import FastAPI
 
+from schema.version import VERSION
 from service.api import datasets, errors, files, health, internal, jobs, train
 from service.api.identities import KeepAttemptsApart
 from service.api.limits import LimitBodies
@@ -17,7 +18,6 @@ from service.bootstrap import Parts, assemble, check_adapters
 from service.core.errors import Unavailable
 from service.logs import configure_logging
 from service.settings import Settings
-from service.version import VERSION
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
         if parts.reconciler is not None:
             await in_thread(parts.reconciler.stop)
         await in_thread(parts.launcher.close)
+        parts.hub.close()
         parts.secrets.close()
         parts.store.close()
 

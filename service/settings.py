@@ -7,6 +7,9 @@ from typing import Annotated, Literal, Self
 from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from service.core.trackers import Trackers
+
+HUB = "https://huggingface.co"
 SOURCE = Path(__file__).resolve().parent.parent
 
 
@@ -71,7 +74,23 @@ class Settings(BaseSettings):
         2 << 30, ge=1, description="Largest dataset file that is read from `incoming/` of the dataset store, in bytes."
     )
     max_row_bytes: int = Field(1 << 20, ge=100, description="Longest row of a dataset, in bytes.")
+    max_image_row_bytes: int = Field(
+        16 << 20, ge=100, description="Longest row of a dataset with its images, in bytes; without them it is max_row_bytes."
+    )
     max_dataset_rows: int = Field(1_000_000, ge=1, description="Most rows of a dataset.")
+    hf_endpoint: str = Field(
+        HUB,
+        pattern=r"^https?://[^\s@]+$",
+        validation_alias=AliasChoices("TUNESMITH_HF_ENDPOINT", "HF_ENDPOINT"),
+        description="The Hugging Face Hub, which is asked before a job is taken whether its token may read the base, and push. "
+        "Attempts on this machine use it, too.",
+    )
+    hf_hub_offline: bool = Field(False, validation_alias="HF_HUB_OFFLINE", description="`1`: the Hub is not asked.")
+    trackers: Trackers | None = Field(
+        None,
+        description="Where jobs that name no tracker of that kind mirror their curves, as JSON in the words of a request: "
+        '`{"mlflow_config": {"tracking_uri": "https://mlflow.example.com"}, "tensorboard_config": {}}`. W&B with `"mode": "offline"` only.',
+    )
     reconcile_interval_s: float = Field(
         1.0,
         ge=0,
@@ -137,7 +156,7 @@ INHERITED = (
     *("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR", "XDG_CACHE_HOME", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES"),
     *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
     *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
-    *("HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE", "WANDB_BASE_URL"),
+    *("HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET", "WANDB_BASE_URL"),
     # How the attempt reaches the object store: gs:// and s3:// read their credentials from where their own tools do.
     *("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_CLOUD_PROJECT", "STORAGE_EMULATOR_HOST", "GCE_METADATA_HOST"),
     *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"),
@@ -153,4 +172,5 @@ def inherited_environment(settings: Settings) -> dict[str, str]:
     """The service's variables that an attempt may see."""
     uses_s3 = any(url.startswith("s3://") for url in settings.object_urls.values())
     names = (*INHERITED, *INHERITED_FOR_S3) if uses_s3 else INHERITED
-    return {name: os.environ[name] for name in names if name in os.environ}
+    hub = {} if settings.hf_endpoint == HUB else {"HF_ENDPOINT": settings.hf_endpoint}
+    return {name: os.environ[name] for name in names if name in os.environ} | hub

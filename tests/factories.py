@@ -6,7 +6,7 @@ from typing import Any
 from schema.dataset import Dataset, Split
 from schema.job import Attempt, Job, Status
 from schema.requests import SEED_EXAMPLE, TrainRequest
-from schema.training import SftConfig
+from schema.training import TRAINER_TYPES, TRAINING_CONFIG, SftConfig, TrainingConfig
 from service.core.ports import Hardware
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -28,6 +28,12 @@ class FakeClock:
 
 def a_config(**changes: Any) -> SftConfig:
     return SftConfig.model_validate({"base_model_id": "google/gemma-3-270m"} | changes)
+
+
+def a_grpo_config(*graders: dict[str, Any], **changes: Any) -> TrainingConfig:
+    checks = graders or ({"type": "numeric_accuracy", "name": "right"},)
+    config = {"base_model_id": "google/gemma-3-270m", "trainer_type": "grpo", "reward_config": list(checks)}
+    return TRAINING_CONFIG.validate_python(config | changes)
 
 
 def a_job(job_id: str = "job-1", **changes: Any) -> Job:
@@ -78,8 +84,8 @@ def some_hardware(**changes: Any) -> Hardware:
         "device_name": "a processor",
         "methods": ("LoRA", "Full"),
         "providers": ("huggingface",),
-        "modalities": ("text",),
-        "trainer_types": ("sft",),
+        "modalities": ("text", "vision"),
+        "trainer_types": tuple(TRAINER_TYPES),
         "flash_attention_2": False,
         "gguf": True,
     }

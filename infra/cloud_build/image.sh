@@ -34,7 +34,7 @@ build() {
   docker build "${options[@]}" --target build --tag "$image:build" .
   docker push --quiet "$image:build"
   docker pull --quiet "$image:latest" || true
-  docker build "${options[@]}" --cache-from "$image:latest" --tag "$image:$BUILD_ID" --tag "$image:latest" .
+  docker build "${options[@]}" --build-arg "IMAGE=$image:$BUILD_ID" --cache-from "$image:latest" --tag "$image:$BUILD_ID" --tag "$image:latest" .
 }
 
 digest_of() {

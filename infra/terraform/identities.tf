@@ -152,6 +152,19 @@ resource "google_storage_bucket_iam_member" "job_reads_datasets" {
   member = google_service_account.job.member
 }
 
+# Rows as tokens, kept beside the rows for the next job; the rows themselves are out of reach: their names end in .jsonl.
+resource "google_storage_bucket_iam_member" "job_keeps_tokens" {
+  bucket = google_storage_bucket.buckets["datasets"].name
+  role   = "roles/storage.objectUser"
+  member = google_service_account.job.member
+
+  condition {
+    title       = "tokens"
+    description = "Only files of tokens."
+    expression  = "resource.name.startsWith(\"projects/_/buckets/${google_storage_bucket.buckets["datasets"].name}/objects/datasets/\") && resource.name.endsWith(\".npz\")"
+  }
+}
+
 resource "google_storage_bucket_iam_member" "job_uses_models" {
   bucket = google_storage_bucket.buckets["models"].name
   role   = "roles/storage.objectUser"

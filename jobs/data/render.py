@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.errors import JobFailed
-from schema.training import DatasetType
+from schema.words import DatasetType
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +32,15 @@ class TokenRow:
     labels: list[int]
     prompt_text: str
     prompt_tokens: int
+
+    @property
+    def teaches(self) -> bool:
+        """There is something to learn: the first token is never a label, for nothing comes before it."""
+        return any(label != NO_LABEL for label in self.labels[1:])
+
+    def cut_to(self, length: int) -> "TokenRow":
+        """The first tokens of the row, at most so many."""
+        return TokenRow(self.input_ids[:length], self.labels[:length], self.prompt_text, min(self.prompt_tokens, length))
 
 
 @dataclass
@@ -62,17 +71,20 @@ def render(rows: Iterator[dict[str, Any]], dataset_type: DatasetType, tokenizer:
     """Tokens and labels of every row, cut to `max_length` tokens."""
     rendered = Rendered()
     for row in rows:
-        text, spans, chat = _text_of(row, dataset_type, tokenizer)
-        tokens = _tokens_of(text, spans, tokenizer, chat=chat)
+        tokens = tokens_of(row, dataset_type, tokenizer)
         rendered.cut += len(tokens.input_ids) > max_length
-        tokens = TokenRow(
-            tokens.input_ids[:max_length], tokens.labels[:max_length], tokens.prompt_text, min(tokens.prompt_tokens, max_length)
-        )
-        if any(label != NO_LABEL for label in tokens.labels[1:]):
+        tokens = tokens.cut_to(max_length)
+        if tokens.teaches:
             rendered.rows.append(tokens)
         else:
             rendered.dropped += 1
     return rendered
+
+
+def tokens_of(row: dict[str, Any], dataset_type: DatasetType, tokenizer: "PreTrainedTokenizerBase") -> TokenRow:
+    """Tokens and labels of a whole row. Raises JobFailed."""
+    text, spans, chat = _text_of(row, dataset_type, tokenizer)
+    return _tokens_of(text, spans, tokenizer, chat=chat)
 
 
 def _text_of(row: dict[str, Any], dataset_type: DatasetType, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, list[Span], bool]:
@@ -87,6 +99,8 @@ def _text_of(row: dict[str, Any], dataset_type: DatasetType, tokenizer: "PreTrai
             return text, [(len(row["prompt"]), len(text))], False
         case "text":
             return row["text"], [(0, len(row["text"]))], False
+        case "preference" | "unpaired_preference" | "prompt":
+            raise JobFailed("invalid_data", f"rows of the form {dataset_type} have no single answer to learn", "use another trainer_type")
 
 
 def _conversation(messages: list[Message], first: int, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, list[Span]]:

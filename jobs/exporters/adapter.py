@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.errors import JobFailed
-from jobs.exporters.folders import copy_files, copy_licence, copy_tokenizer, write_json
+from jobs.exporters.folders import PROCESSOR_FILES, copy_files, copy_licence, copy_tokenizer, write_json
 from jobs.exporters.merge import DIVERGED_HINT
 from jobs.publish import Product
 
@@ -21,7 +21,7 @@ def export(bench: "Bench") -> tuple[Product, ...]:
     bench.context.phase("verifying")
     source, folder = bench.trained.folder, bench.path("adapter")
     _refuse_diverged(source / WEIGHTS)
-    copy_files(source, folder, [WEIGHTS])
+    copy_files(source, folder, [WEIGHTS, *PROCESSOR_FILES])
     copy_tokenizer(source, folder)
     copy_licence(bench.trained.base_folder, folder)
     # The trainer read the base from a folder of its own; whoever loads the adapter has the Hub.

@@ -1,19 +1,28 @@
 """What the exporters of one attempt share: a folder to work in, and the whole model, made from the trained one only once."""
 
+import json
 import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.exporters.merge import WholeModel, adopt, merge
-from jobs.publish import artifact_key
+from jobs.exporters.folders import Precision
+from jobs.exporters.merge import Recipe, WholeModel, arithmetic, make_whole
+from jobs.exporters.speech import passages_of
+from jobs.exporters.streaming import Kind
+from jobs.publish import Product, artifact_key
+from schema.export import MergedDtype
 from schema.job import ArtifactKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from jobs.context import JobContext
-    from jobs.trained import TrainedModel
+    from jobs.trained import Probe, TrainedModel
+    from schema.export import ExportConfig
+
+WORDS: dict[MergedDtype, Precision] = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
+HOWTO = "gguf-howto"
 
 
 class Bench:
@@ -30,8 +39,19 @@ class Bench:
     def whole(self) -> WholeModel:
         """The trained model as one that needs no adapter, checked, and how it speaks. Raises JobFailed."""
         self.context.phase("merging")
-        make = merge if self.trained.is_adapter else adopt
-        return make(self.trained, self.tokenizer, self.folder, self.context)
+        wanted = self.settings.merged_dtype
+        return make_whole(
+            Recipe(
+                trained=self.trained,
+                kind=self.kind,
+                tokenizer=self.tokenizer,
+                passages=passages_of(self.probes, self.tokenizer),
+                dtype=WORDS[wanted] if wanted else None,
+                compute=arithmetic(self.trained.base_folder, self.context),
+                bench=self.folder,
+                context=self.context,
+            )
+        )
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -39,6 +59,26 @@ class Bench:
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.trained.folder)
+
+    @cached_property
+    def probes(self) -> "tuple[Probe, ...]":
+        """The held-out rows that can be read without their images: a file is heard by its words."""
+        config = json.loads((self.trained.base_folder / "config.json").read_text())
+        image = config.get("image_token_id", config.get("image_token_index"))
+        return tuple(probe for probe in self.trained.probes if image is None or image not in probe.input_ids)
+
+    @property
+    def kind(self) -> Kind:
+        """What sort of model was trained: one that speaks, one that also sees, or one that gives scores."""
+        config = self.context.spec.training_config
+        if config.trainer_type == "reward":
+            return "score"
+        return "image_text" if config.modality == "vision" else "causal"
+
+    @property
+    def settings(self) -> "ExportConfig":
+        """What is to be handed back."""
+        return self.context.spec.training_config.export_config
 
     @property
     def model_name(self) -> str:
@@ -52,6 +92,17 @@ class Bench:
     def key(self, kind: ArtifactKind, name: str = "") -> str:
         """Where this attempt uploads an artifact."""
         return artifact_key(kind, self.context.spec.job_id, self.context.attempt, name)
+
+    def howto(self) -> Path:
+        """The folder of what is handed back beside the GGUF files."""
+        folder = self.path("howto")
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def companions(self) -> list[Product]:
+        """What lies beside the GGUF files, as one artifact; nothing without any."""
+        folder = self.path("howto")
+        return [Product(name=HOWTO, kind="gguf", path=folder, key=self.key("gguf", "howto/"))] if folder.is_dir() else []
 
     def clear(self) -> None:
         """Remove everything that lies on the bench; what counts has been uploaded."""

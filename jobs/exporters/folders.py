@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
+
+Precision = Literal["f32", "f16", "bf16"]  # as llama.cpp writes it
 
 TOKENIZER_SETTINGS = "tokenizer_config.json"
 TOKENIZER_FILES = (
@@ -23,7 +26,12 @@ TOKENIZER_FILES = (
 # What transformers notes about the machine on which a tokenizer was loaded.
 OF_THIS_MACHINE = ("vocab_file", "tokenizer_file", "name_or_path", "is_local", "local_files_only")
 LICENCE_FILES = ("LICENSE", "LICENCE", "NOTICE", "GEMMA_TERMS", "USE_POLICY")
-MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
+FIDELITY = "fidelity.json"
+INDEX = "model.safetensors.index.json"
+SETTINGS_FILES = ("config.json", "generation_config.json")
+MODEL_FILES = (*SETTINGS_FILES, INDEX)
+# How a vision model cuts images up: nothing of it is trained.
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 # A turn ends a chat model's answer as surely as the text's end does.
 TURN_ENDS = ("<end_of_turn>",)
 
@@ -78,7 +86,19 @@ def mend_generation_config(folder: Path, tokenizer: "PreTrainedTokenizerBase") -
     write_json(path, config | {"eos_token_id": list(dict.fromkeys(token for token in ends if token is not None))})
 
 
-def precision(folder: Path) -> Literal["f32", "f16", "bf16"]:
+def note_precision(folder: Path, word: str) -> None:
+    """Let a model's settings name the precision that its weights have now."""
+
+    def renamed(part: Any) -> Any:  # noqa: ANN401  # JSON
+        if not isinstance(part, dict):
+            return part
+        return {name: word if name in ("dtype", "torch_dtype") and value else renamed(value) for name, value in part.items()}
+
+    path = folder / "config.json"
+    write_json(path, renamed(json.loads(path.read_text())))
+
+
+def precision(folder: Path) -> Precision:
     """The precision of a model's weights, in llama.cpp's words: f32, f16 or bf16. A mixture counts as its widest."""
     from safetensors import safe_open
 
@@ -87,6 +107,13 @@ def precision(folder: Path) -> Literal["f32", "f16", "bf16"]:
         with safe_open(folder / name, framework="pt") as tensors:  # reads headers only
             found |= {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118  # no dict
     return "f16" if found == {"F16"} else "bf16" if found == {"BF16"} else "f32"
+
+
+def dtype_of(word: Precision) -> "torch.dtype":
+    """The precision as torch has it."""
+    import torch
+
+    return {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[word]
 
 
 def size_bytes(folder: Path) -> int:

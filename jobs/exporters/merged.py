@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING
 
+from jobs.exporters.examiner import fidelity_of
+from jobs.exporters.folders import FIDELITY, write_json
 from jobs.publish import Product
-from schema.job import Fidelity
 
 if TYPE_CHECKING:
     from jobs.exporters.bench import Bench
@@ -12,11 +13,8 @@ if TYPE_CHECKING:
 def export(bench: "Bench") -> tuple[Product, ...]:
     """The folder of the whole model; with how near it is to base and adapter, when it was merged from these."""
     whole = bench.whole
-    found = whole.comparison
-    fidelity = found and Fidelity(
-        compared_tokens=found.positions,
-        argmax_agreement=found.argmax_agreement,
-        mean_kl_to_merged=found.mean_kl_to_trained,
-        mean_kl_to_base=found.mean_kl_to_base,
-    )
+    found = whole.speech and whole.speech.comparison
+    fidelity = fidelity_of(found) if found else None
+    if fidelity is not None:
+        write_json(whole.folder / FIDELITY, {"merged": fidelity.model_dump(mode="json")})
     return (Product(name="merged", kind="merged", path=whole.folder, key=bench.key("merged"), fidelity=fidelity),)

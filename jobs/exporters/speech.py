@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jobs.exporters.streaming import AUTO_CLASSES, Kind
 from jobs.llama.fidelity import Passage, log_softmax
 
 if TYPE_CHECKING:
@@ -30,10 +31,11 @@ FALLBACK_PROMPT = "Once upon a time"
 
 def passages_of(probes: "Sequence[Probe]", tokenizer: "PreTrainedTokenizerBase") -> tuple[Passage, ...]:
     """What the models are asked to read: the ends of held-out rows, where the answers are, within the limits above."""
-    held_out = [_cut(probe.input_ids, probe.prompt_tokens) for probe in probes if probe.input_ids]
-    texts = (held_out or [tuple(tokenizer.encode(text)) for text in FALLBACK_TEXTS])[:MOST_PASSAGES]
-    share = MOST_POSITIONS // len(texts)
-    return tuple(Passage(ids=ids, compared=min(share, len(ids))) for ids in texts)
+    held_out = [_passage(probe) for probe in probes if probe.input_ids]
+    fallback = [Passage(ids=tuple(tokenizer.encode(text)), compared=0) for text in FALLBACK_TEXTS] if not held_out else []
+    passages = (held_out or fallback)[:MOST_PASSAGES]
+    share = MOST_POSITIONS // len(passages)
+    return tuple(passage.model_copy(update={"compared": min(share, len(passage.ids))}) for passage in passages)
 
 
 def sample_of(probes: "Sequence[Probe]", tokenizer: "PreTrainedTokenizerBase") -> tuple[str, tuple[int, ...]]:
@@ -45,11 +47,13 @@ def sample_of(probes: "Sequence[Probe]", tokenizer: "PreTrainedTokenizerBase") -
     return shortest.prompt_text, _cut(shortest.input_ids[: shortest.prompt_tokens], shortest.prompt_tokens)
 
 
-def load_model(folder: Path, dtype: "torch.dtype", device: str) -> "torch.nn.Module":
-    """A causal language model from a folder on this machine, for reading only."""
-    from transformers import AutoModelForCausalLM
+def load_model(folder: Path, dtype: "torch.dtype", device: str, kind: Kind = "causal", labels: int | None = None) -> "torch.nn.Module":
+    """A model from a folder on this machine, for reading only; `labels` is the number of scores, where the folder does not tell."""
+    import transformers
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
+    options = {} if labels is None else {"num_labels": labels}
+    model = getattr(transformers, AUTO_CLASSES[kind]).from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
+    return model.to(device).eval()
 
 
 def write_log_probs(model: "torch.nn.Module", passages: Sequence[Passage], path: Path) -> Path:
@@ -78,12 +82,33 @@ def log_probs_of(path: Path) -> "NDArray[np.float32]":
     return np.load(path, mmap_mode="r")
 
 
+def scores(model: "torch.nn.Module", passages: Sequence[Passage]) -> list[float]:
+    """What a reward model gives for each passage."""
+    import torch
+
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        read = [model(input_ids=torch.tensor([passage.ids], device=device), use_cache=False) for passage in passages]
+    return [float(score) for answer in read for score in answer.logits.flatten()]
+
+
+def _passage(probe: "Probe") -> Passage:
+    start = _cut_start(len(probe.input_ids), probe.prompt_tokens)
+    ids = _cut(probe.input_ids, probe.prompt_tokens)
+    return Passage(ids=ids, compared=0, answer_from=max(1, probe.prompt_tokens - (start - 1 if start else 0)))
+
+
 def _cut(ids: tuple[int, ...], prompt_tokens: int) -> tuple[int, ...]:
     """At most MOST_TOKENS: the first one, which Gemma cannot do without, and those on both sides of the answer's start."""
-    if len(ids) <= MOST_TOKENS:
-        return ids
-    start = min(max(1, prompt_tokens - MOST_TOKENS // 2), len(ids) - MOST_TOKENS + 1)
-    return ids[:1] + ids[start : start + MOST_TOKENS - 1]
+    start = _cut_start(len(ids), prompt_tokens)
+    return ids[:1] + ids[start : start + MOST_TOKENS - 1] if start else ids
+
+
+def _cut_start(length: int, prompt_tokens: int) -> int:
+    """Where what follows the first token begins; 0 where nothing is cut."""
+    if length <= MOST_TOKENS:
+        return 0
+    return min(max(1, prompt_tokens - MOST_TOKENS // 2), length - MOST_TOKENS + 1)
 
 
 def _logits(model: "torch.nn.Module", passages: Sequence[Passage]) -> "Iterator[NDArray[np.float32]]":

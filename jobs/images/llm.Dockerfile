@@ -48,12 +48,17 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HOME=/tmp \
     USER=tunesmith \
-    HF_HOME=/tmp/huggingface
+    HF_HOME=/tmp/huggingface \
+    MLFLOW_DISABLE_TELEMETRY=true
 WORKDIR /app
 
 # What only a run would show: torch is the base's build for CUDA, all parts load together, and Triton has its C compiler.
 RUN python -c "import llama_cpp, peft, torch, transformers, trl; assert torch.version.cuda and not torch.__file__.startswith('/opt/venv')" \
     && command -v gcc
+
+# What run.json says trained a model. Last, since it is another one every time.
+ARG IMAGE=
+ENV JOB_IMAGE=$IMAGE
 
 USER 10001:10001
 

@@ -8,11 +8,20 @@ nothing here loads llama.cpp into the process that trains. What the numbers mean
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
+
+SHARE = Path(sys.prefix) / "share" / "llama.cpp"  # where infra/llama_cpp.sh puts what no wheel holds
 
 
-def converter() -> Path:
-    """Where llama.cpp's own converter lies: fetched into the trainer's environment when it was installed."""
-    return Path(sys.prefix) / "share" / "llama.cpp" / "convert_hf_to_gguf.py"
+def converter(of: Literal["hf", "lora"] = "hf") -> Path:
+    """Where llama.cpp's own converter lies, of whole models or of adapters."""
+    return SHARE / f"convert_{of}_to_gguf.py"
+
+
+def program(name: Literal["llama-imatrix", "llama-completion"]) -> Path | None:
+    """Where one of llama.cpp's own programs lies; None where it was not built."""
+    path = SHARE / "bin" / name
+    return path if path.is_file() else None
 
 
 def llama_cpp_available() -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import jobs
-from jobs.llama import converter
+from jobs.llama import converter, program
 from jobs.llama.evaluate import Answer, Question
 
 log = logging.getLogger(__name__)
@@ -26,17 +26,37 @@ class ProgramFailed(Exception):
     """A program crashed or refused; the message holds how it ended and its last line."""
 
 
-def convert(model_folder: Path, target: Path, *, precision: Literal["f32", "f16", "bf16"], name: str) -> None:
-    """Write a Hugging Face model folder as one GGUF file, with llama.cpp's own converter. Raises ProgramFailed."""
-    if not converter().is_file():
-        raise ProgramFailed(f"llama.cpp's converter is not installed at {converter()}")
-    options = ["--outtype", precision, "--outfile", str(target), "--model-name", name]
-    run("convert", [sys.executable, str(converter()), str(model_folder), *options])
+def convert(model_folder: Path, target: Path, *, precision: Literal["f32", "f16", "bf16"], name: str, sees: bool = False) -> None:
+    """Write a Hugging Face model folder as one GGUF file, with llama.cpp's own converter; `sees`: its vision part alone.
+
+    Raises ProgramFailed.
+    """
+    options = ["--outtype", precision, "--outfile", str(target), "--model-name", name, *(["--mmproj"] if sees else [])]
+    _installed(converter())
+    run("convert", [sys.executable, "-m", "jobs.llama.convert", str(model_folder), *options])
 
 
-def quantize(source: Path, target: Path, *, file_type: str, threads: int) -> None:
-    """Write a GGUF file in another precision. Raises ProgramFailed."""
-    run("quantize", [sys.executable, "-m", "jobs.llama.quantize", str(source), str(target), file_type, str(threads)])
+def convert_lora(adapter: Path, base: Path, target: Path) -> None:
+    """Write a LoRA adapter as GGUF in float16; of the base only the settings are read. Raises ProgramFailed."""
+    options = ["--base", str(base), "--outtype", "f16", "--outfile", str(target)]
+    run("convert", [sys.executable, str(_installed(converter("lora"))), *options, str(adapter)])
+
+
+def importance(model: Path, text: Path, target: Path, *, chunk_tokens: int, threads: int) -> None:
+    """Read a text with a model, and keep how much each input of each matrix matters. Raises ProgramFailed."""
+    tool = program("llama-imatrix")
+    if tool is None:
+        raise ProgramFailed("llama-imatrix is not installed; infra/llama_cpp.sh builds it")
+    # A batch of one chunk: the logits of every position are computed, and a row of Gemma's is 1 MB.
+    sizes = [word for option in ("-c", "-b", "-ub") for word in (option, str(chunk_tokens))]
+    options = ["-o", str(target), "--no-ppl", "--parse-special", "-ngl", "0", "-t", str(threads), *sizes]
+    run("imatrix", [str(tool), "-m", str(model), "-f", str(text), *options])
+
+
+def quantize(source: Path, target: Path, *, file_type: str, threads: int, imatrix: Path | None = None) -> None:
+    """Write a GGUF file in another precision, rounded with care for what an importance matrix says. Raises ProgramFailed."""
+    weighed = [str(imatrix)] if imatrix else []
+    run("quantize", [sys.executable, "-m", "jobs.llama.quantize", str(source), str(target), file_type, str(threads), *weighed])
 
 
 def evaluate(question: Question, workdir: Path) -> Answer:
@@ -47,15 +67,21 @@ def evaluate(question: Question, workdir: Path) -> Answer:
     return Answer.load(answered.read_bytes())
 
 
-def run(program: str, command: Sequence[str]) -> None:
+def run(name: str, command: Sequence[str], cwd: Path = REPOSITORY) -> None:
     """Wait for a program's end. Raises ProgramFailed unless that was a good one."""
     started = time.monotonic()
-    ended = subprocess.run(command, cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
-    log.info("program ended", extra={"program": program, "code": ended.returncode, "seconds": round(time.monotonic() - started, 2)})
+    ended = subprocess.run(command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    log.info("program ended", extra={"program": name, "code": ended.returncode, "seconds": round(time.monotonic() - started, 2)})
     if ended.returncode != 0:
         said = ended.stdout.decode(errors="replace").strip()
-        log.error("program failed", extra={"program": program, "output": said[-4000:]})
-        raise ProgramFailed(f"{program} {_ending(ended.returncode)}: {said.rpartition(chr(10))[2][-TOLD_CHARACTERS:]}")
+        log.error("program failed", extra={"program": name, "output": said[-4000:]})
+        raise ProgramFailed(f"{name} {_ending(ended.returncode)}: {said.rpartition(chr(10))[2][-TOLD_CHARACTERS:]}")
+
+
+def _installed(script: Path) -> Path:
+    if not script.is_file():
+        raise ProgramFailed(f"llama.cpp's converter is not installed at {script}")
+    return script
 
 
 def _ending(code: int) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.llama.fidelity import Comparison, Passage, compare
+from jobs.llama.fidelity import Comparison, Passage, compare, targets_of
 from schema.base import Lenient
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ class Question(Lenient):
     """What to ask of a file. The log probabilities are .npy files of one row for each compared position, in order."""
 
     file: str
+    lora: str | None = None  # an adapter to be used with the file
     threads: int
     texts: list[str]  # to be tokenized
     passages: list[Passage]
@@ -47,7 +48,9 @@ def answer(question: Question) -> Answer:
     longest = max(len(passage.ids) for passage in question.passages)
     context_tokens = max(longest, len(question.sample_ids) + question.sample_tokens)
     most_outputs = max(passage.compared for passage in question.passages)
-    with open_gguf(Path(question.file), threads=question.threads, context_tokens=context_tokens, most_outputs=most_outputs) as model:
+    lora = Path(question.lora) if question.lora else None
+    sizes = {"threads": question.threads, "context_tokens": context_tokens, "most_outputs": most_outputs}
+    with open_gguf(Path(question.file), **sizes, lora=lora) as model:
         sampled = model.generate(question.sample_ids, question.sample_tokens)
         return Answer(
             token_ids=[model.tokenize(text) for text in question.texts],
@@ -68,7 +71,7 @@ def _compare(model: "GgufModel", question: Question) -> Comparison:
 
     trained = np.load(question.trained_log_probs, mmap_mode="r")
     base = np.load(question.base_log_probs, mmap_mode="r") if question.base_log_probs else None
-    return compare(_rows(model, question.passages), trained, base)
+    return compare(_rows(model, question.passages), trained, base, targets_of(question.passages))
 
 
 def _rows(model: "GgufModel", passages: list[Passage]) -> "Iterator[NDArray[np.float32]]":

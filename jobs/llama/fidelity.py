@@ -1,6 +1,7 @@
 """How near two models speak: numbers from their next-token probabilities at the same positions. Pure; numpy only."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from schema.base import Lenient
@@ -12,13 +13,18 @@ if TYPE_CHECKING:
 # When the file prefers another token than the model, but the model itself gives both nearly the same probability (10 %
 # apart), the choice is a coin toss of rounding and says nothing of the file. A small or hardly trained model has many such.
 TIE_NATS = 0.1
+LARGEST_EXPONENT = 700.0  # exp of more is no float
 
 
 class Passage(Lenient):
-    """Token ids to be read by every model; the next-token probabilities after the last `compared` of them are compared."""
+    """Token ids to be read by every model; the next-token probabilities after the last `compared` of them are compared.
+
+    Those from `answer_from` on are what a held-out row wants to be said; None where nobody wants anything.
+    """
 
     ids: tuple[int, ...]
     compared: int
+    answer_from: int | None = None
 
 
 class Comparison(Lenient):
@@ -29,6 +35,20 @@ class Comparison(Lenient):
     mean_kl_to_trained: float  # nats
     mean_kl_to_base: float | None  # nats
     max_difference: float  # nats; the largest of any token's log probability
+    labelled: int = 0  # positions whose next token a held-out row wants
+    perplexity: float | None = None  # on these tokens
+    perplexity_trained: float | None = None
+    perplexity_base: float | None = None
+
+
+def targets_of(passages: Sequence[Passage]) -> list[int | None]:
+    """For each compared position, in order, the token that should follow; None where nothing is wanted."""
+    targets: list[int | None] = []
+    for passage in passages:
+        for following in range(len(passage.ids) - passage.compared + 1, len(passage.ids) + 1):
+            wanted = passage.answer_from is not None and passage.answer_from <= following < len(passage.ids)
+            targets.append(passage.ids[following] if wanted else None)
+    return targets
 
 
 def log_softmax(logits: "NDArray[np.float32]") -> "NDArray[np.float32]":
@@ -40,7 +60,12 @@ def log_softmax(logits: "NDArray[np.float32]") -> "NDArray[np.float32]":
     return (shifted - np.log(total)).astype(np.float32)
 
 
-def compare(rows: "Iterable[NDArray[np.float32]]", trained: "NDArray[np.float32]", base: "NDArray[np.float32] | None" = None) -> Comparison:
+def compare(
+    rows: "Iterable[NDArray[np.float32]]",
+    trained: "NDArray[np.float32]",
+    base: "NDArray[np.float32] | None" = None,
+    targets: Sequence[int | None] | None = None,
+) -> Comparison:
     """Compare a model's logits, one row per position, with the log probabilities of the trained model and of the base.
 
     Only one row at a time is in memory: 256 rows of Gemma's vocabulary are 268 MB. Raises ValueError for rows that are
@@ -49,22 +74,32 @@ def compare(rows: "Iterable[NDArray[np.float32]]", trained: "NDArray[np.float32]
     import numpy as np
 
     agreeing, to_trained, to_base, difference, position = 0, 0.0, 0.0, 0.0, -1
+    losses: list[tuple[float, float, float]] = []  # of this model, the trained one and the base
     for position, logits in enumerate(rows):
         _refuse_incomparable(position, logits, trained)
         spoken, meant = log_softmax(logits), np.asarray(trained[position])
+        before = np.asarray(base[position]) if base is not None else None
         agreeing += bool(meant.max() - meant[spoken.argmax()] <= TIE_NATS)
         to_trained += kl(meant, spoken)
-        to_base += kl(np.asarray(base[position]), spoken) if base is not None else 0.0
+        to_base += kl(before, spoken) if before is not None else 0.0
         difference = max(difference, float(np.abs(spoken - meant).max()))
+        target = targets[position] if targets is not None else None
+        if target is not None:
+            losses.append((-float(spoken[target]), -float(meant[target]), -float(before[target]) if before is not None else 0.0))
     positions = position + 1
     if positions != len(trained):
         raise ValueError(f"{positions} positions to compare with {len(trained)}")
+    own, of_trained, of_base = (_perplexity([loss[which] for loss in losses]) for which in range(3))
     return Comparison(
         positions=positions,
         argmax_agreement=agreeing / positions,
         mean_kl_to_trained=to_trained / positions,
         mean_kl_to_base=to_base / positions if base is not None else None,
         max_difference=difference,
+        labelled=len(losses),
+        perplexity=own,
+        perplexity_trained=of_trained,
+        perplexity_base=of_base if base is not None else None,
     )
 
 
@@ -73,6 +108,14 @@ def kl(meant: "NDArray[np.float32]", spoken: "NDArray[np.float32]") -> float:
     import numpy as np
 
     return max(0.0, float((np.exp(meant) * (meant - spoken)).sum(dtype=np.float64)))
+
+
+def _perplexity(losses: Sequence[float]) -> float | None:
+    """exp of the mean; None without tokens, and where it is beyond any number."""
+    if not losses:
+        return None
+    mean = math.fsum(losses) / len(losses)
+    return math.exp(mean) if mean < LARGEST_EXPONENT else None
 
 
 def _refuse_incomparable(position: int, logits: "NDArray[np.float32]", trained: "NDArray[np.float32]") -> None:

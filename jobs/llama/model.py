@@ -37,8 +37,11 @@ def hush() -> None:
 
 
 @contextmanager
-def open_gguf(path: Path, *, threads: int, context_tokens: int, most_outputs: int) -> Generator["GgufModel"]:
-    """Load a file for sequences of up to `context_tokens`, at most `most_outputs` of whose positions are asked for at once."""
+def open_gguf(path: Path, *, threads: int, context_tokens: int, most_outputs: int, lora: Path | None = None) -> Generator["GgufModel"]:
+    """Load a file for sequences of up to `context_tokens`, at most `most_outputs` of whose positions are asked for at once.
+
+    `lora` is an adapter to be used with it.
+    """
     import llama_cpp
 
     hush()
@@ -55,6 +58,8 @@ def open_gguf(path: Path, *, threads: int, context_tokens: int, most_outputs: in
         if not context:
             raise LlamaError(f"no context of {context_tokens} tokens for {path.name}")
         try:
+            if lora is not None:
+                _adapt(llama_cpp, model, context, lora)
             yield GgufModel(llama_cpp, model, context)
         finally:
             llama_cpp.llama_free(context)
@@ -135,6 +140,18 @@ class GgufModel:
 
         # A copy: the engine's buffer is overwritten by the next sequence.
         return np.ctypeslib.as_array(self._llama.llama_get_logits_ith(self._context, position), shape=(self.vocab_size,)).copy()
+
+
+def _adapt(llama_cpp: ModuleType, model: "ctypes.c_void_p", context: "ctypes.c_void_p", lora: Path) -> None:
+    """Use an adapter at its full strength; it is freed with the model."""
+    import ctypes
+
+    adapter = llama_cpp.llama_adapter_lora_init(model, str(lora).encode())
+    if not adapter:
+        raise LlamaError(f"{lora.name} cannot be loaded beside its base")
+    adapters, scales = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter), (ctypes.c_float * 1)(1.0)
+    if llama_cpp.llama_set_adapters_lora(context, adapters, 1, scales) != 0:
+        raise LlamaError(f"{lora.name} cannot be used with its base")
 
 
 def _context_params(threads: int, context_tokens: int, most_outputs: int) -> "ctypes.Structure":

@@ -1,10 +1,16 @@
-"""`python -m jobs.llama.quantize SOURCE TARGET FILE_TYPE THREADS`: write a GGUF file in another precision.
+"""`python -m jobs.llama.quantize SOURCE TARGET FILE_TYPE THREADS [IMATRIX]`: write a GGUF file in another precision.
 
-FILE_TYPE is a name of `schema.training.GgufQuantization`, other than `none`. Exits 0 only when the file is written.
+FILE_TYPE is a name of `schema.export.GgufQuantization`, other than `none`; IMATRIX is what llama-imatrix wrote. Exits 0 only when the
+file is written.
 """
 
 import ctypes
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 # llama.cpp's own constants.
 FILE_TYPES = {
@@ -24,17 +30,27 @@ FILE_TYPES = {
 }
 
 
-def main(source: str, target: str, file_type: str, threads: str) -> int:
+def main(source: str, target: str, file_type: str, threads: str, imatrix: str = "") -> int:
     """Quantize; returns llama.cpp's own code, 0 for success."""
     import llama_cpp
 
+    from jobs.llama.contents import importance
     from jobs.llama.model import hush
 
     hush()
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, FILE_TYPES[file_type])
     params.nthread = int(threads)
+    weights = importance(imatrix) if imatrix else {}
+    if weights:
+        entries = [llama_cpp.llama_model_imatrix_data(name.encode(), _pointer(values), len(values)) for name, values in weights.items()]
+        # The last one is empty, and tells llama.cpp that it is.
+        params.imatrix = (llama_cpp.llama_model_imatrix_data * (len(entries) + 1))(*entries)
     return llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params))
+
+
+def _pointer(values: "NDArray[np.float32]") -> "ctypes._Pointer[ctypes.c_float]":
+    return values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Trackers: they show a job's curves somewhere else, such as W&B.
+"""Trackers: they show a job's curves somewhere else: W&B, MLflow, TensorBoard, Trackio; several at once.
 
 Here belong one file per tracker and the thread in which each of them works. Nothing here can fail a training or hold it
 up: a tracker that raises is left out from then on, with one warning. One line adds a tracker.
@@ -12,12 +12,17 @@ from pathlib import Path
 from typing import Protocol
 
 from jobs.context import JobContext
-from schema.events import Evaluated, Metrics
+from schema.events import Evaluated, Metrics, Sampled
 
 log = logging.getLogger(__name__)
 
 # The tracker's name → "module:Class"; it is used when the training config has a field `{name}_config`.
-TRACKERS = {"wandb": "jobs.trackers.weights_and_biases:WandbTracker"}
+TRACKERS = {
+    "wandb": "jobs.trackers.weights_and_biases:WandbTracker",
+    "mlflow": "jobs.trackers.mlflow_server:MlflowTracker",
+    "tensorboard": "jobs.trackers.event_files:TensorboardTracker",
+    "trackio": "jobs.trackers.trackio_space:TrackioTracker",
+}
 
 CHECKPOINT_PATIENCE_S = 120  # to take a checkpoint's files before they are rotated away
 
@@ -37,6 +42,8 @@ class Tracker(Protocol):
     def metrics(self, event: Metrics) -> None: ...
 
     def evaluated(self, event: Evaluated) -> None: ...
+
+    def sampled(self, event: Sampled) -> None: ...
 
     def checkpoint(self, folder: Path, step: int) -> None: ...
 
@@ -70,6 +77,9 @@ class TrackerThread:
 
     def evaluated(self, event: Evaluated) -> None:
         self._do(lambda: self._tracker.evaluated(event))
+
+    def sampled(self, event: Sampled) -> None:
+        self._do(lambda: self._tracker.sampled(event))
 
     def checkpoint(self, folder: Path, step: int) -> None:
         wait([self._do(lambda: self._tracker.checkpoint(folder, step))], CHECKPOINT_PATIENCE_S)

@@ -1,10 +1,12 @@
 """Weights & Biases, online or as a folder for `wandb sync`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.context import JobContext
-from schema.events import Evaluated, Metrics
+from jobs.trackers.names import measurement, point
+from schema.events import Evaluated, Metrics, Sampled
 
 if TYPE_CHECKING:
     import wandb
@@ -50,13 +52,18 @@ class WandbTracker:
         return run.url
 
     def metrics(self, event: Metrics) -> None:
-        values = {f"train/{name}": value for name, value in event.values.items() if value is not None}
-        self._log({**values, "train/epoch": event.epoch}, event.step)
+        self._log(point(event), event.step)
 
     def evaluated(self, event: Evaluated) -> None:
-        numbers = event.metrics.model_dump(exclude={"notes"}, exclude_none=True)
-        group = "base" if event.when == "before" else "eval"
-        self._log({f"{group}/{name.removeprefix('eval_')}": value for name, value in numbers.items()}, event.step)
+        self._log(measurement(event), event.step)
+
+    def sampled(self, event: Sampled) -> None:
+        import wandb
+
+        table = wandb.Table(columns=["step", "prompt", "reference", "answer"])
+        for sample in event.samples:
+            table.add_data(event.step, sample.prompt, sample.reference, sample.text)
+        self._log({f"samples/{event.when}": table}, event.step)
 
     def checkpoint(self, folder: Path, step: int) -> None:
         if self._log_model == "checkpoint":
@@ -78,7 +85,7 @@ class WandbTracker:
         config = self._context.spec.training_config.wandb_config
         return config.log_model if config else "false"
 
-    def _log(self, values: dict[str, float | None], step: int) -> None:
+    def _log(self, values: Mapping[str, object], step: int) -> None:
         if self._run is not None:
             self._run.log({**values, STEP: step})
 

@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,15 @@ class EvaluationInterrupted(Exception):
     """The training must end now: what is being measured is measured when it goes on."""
 
 
+@dataclass(frozen=True)
+class BestPolicy:
+    """What becomes of the measurements: whether the best checkpoint is published, and when a training that gets no better ends."""
+
+    published: bool = False
+    patience: int | None = None  # evaluations in a row without a lower eval_loss
+    threshold: float = 0.0  # nats by which it must fall
+
+
 class Course:
     """A training on its way from where `state` left it to `total_steps`."""
 
@@ -38,6 +48,7 @@ class Course:
         state: TrainingState,
         *,
         total_steps: int,
+        best: BestPolicy = BestPolicy(),  # frozen
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.step = state.step
@@ -45,6 +56,11 @@ class Course:
         self.tokens_seen = state.tokens_seen
         self.stopping: Reason | None = None  # why it ends before it is done
         self.checkpoint_bytes = 0  # roughly
+        self.window_metrics = dict(state.window_metrics)  # what the library has gathered for the next point
+        self.must_save_best = False  # this step is the best so far, and is to be published
+        self._best = best
+        self._best_loss, self.best_step, self._stale = state.best_loss, state.best_step, state.stale
+        self._published_step: int | None = None
         self._context = context
         self._policy = policy
         self._state = state
@@ -68,8 +84,22 @@ class Course:
 
     @property
     def is_done(self) -> bool:
-        """All steps are done."""
-        return self.step >= self.total_steps
+        """All steps are done, or more of them make it no better."""
+        return self.step >= self.total_steps or (self._best.patience is not None and self._stale >= self._best.patience)
+
+    @property
+    def wants_best(self) -> bool:
+        """The best checkpoint is published, not the last."""
+        return self._best.published
+
+    @property
+    def published_step(self) -> int:
+        """The step whose weights are published."""
+        return self.step if self._published_step is None else self._published_step
+
+    @published_step.setter
+    def published_step(self, step: int) -> None:
+        self._published_step = step
 
     @property
     def eta_s(self) -> float | None:
@@ -86,6 +116,10 @@ class Course:
                 "tokens_seen": self.tokens_seen,
                 "train_s": self._state.train_s + self._trained_s,
                 "window": tuple(self._window),
+                "window_metrics": {name: tuple(values) for name, values in self.window_metrics.items()},
+                "best_loss": self._best_loss,
+                "best_step": self.best_step,
+                "stale": self._stale,
                 "measured": self._measured,
                 "evaluation_due": self._evaluation_due,
                 "base_metrics": self._context.findings.base_metrics,
@@ -145,6 +179,7 @@ class Course:
             return None
         self._measured, self._evaluation_due = {self.step: found}, False
         self._context.evaluated("during", self.step, found)
+        self._compare(found)
         return found
 
     def save(self, folder: Path, epoch: float, write: Callable[[], object]) -> None:
@@ -154,6 +189,9 @@ class Course:
         began = self._saved_at = self._clock()
         if not self._written(folder, write):
             return
+        self.must_save_best = False
+        if self.wants_best:  # one that still waits to be uploaded would be dropped for this one, and may be the best
+            self._context.checkpoints.settle()
         self._context.checkpoint_made(folder, self.step)
         self._saved_step = self.step
         self._saved_at = self._clock()
@@ -177,6 +215,18 @@ class Course:
             else max(self.checkpoint_bytes / GUESSED_BYTES_PER_S, self._blocked_s)
         )
         return self._longest_step_s + saving_s
+
+    def _compare(self, found: EvalMetrics) -> None:
+        """Whether this is the best measurement so far, and whether there is still hope."""
+        loss = found.eval_loss
+        if loss is not None and (self._best_loss is None or loss < self._best_loss - self._best.threshold):
+            self._best_loss, self.best_step, self._stale = loss, self.step, 0
+            self.must_save_best = self.wants_best
+            return
+        self._stale += 1
+        if self._best.patience is not None and self._stale >= self._best.patience:
+            why = f"eval_loss has not fallen below {self._best_loss} in {self._stale} evaluations"
+            self._context.decided("early_stopping", f"step {self.step}", why)
 
     def _pulse(self) -> None:
         if self.must_end():

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from schema.base import Lenient
 from schema.job import EvalMetrics
@@ -43,12 +43,18 @@ def safety_interval_s(blocked_s: float) -> float:
 class TrainingState(Lenient):
     """`tunesmith.json` in a checkpoint: what the library does not keep for us."""
 
+    model_config = ConfigDict(ser_json_inf_nan="strings")  # TRL gathers NaN where a figure has no meaning
+
     batch_size: int
     gradient_accumulation_steps: int
     step: int = 0
     tokens_seen: int = 0
     train_s: float = 0.0  # of all attempts, up to here
     window: tuple[float, ...] = ()  # losses of the steps since the last point of the curve
+    window_metrics: dict[str, tuple[float, ...]] = Field(default={})  # what the library has gathered for it, by name
+    best_loss: float | None = None  # the lowest eval_loss so far
+    best_step: int | None = None
+    stale: int = 0  # evaluations since then
     measured: dict[int, EvalMetrics] = Field(default={})  # by step; the newest alone
     evaluation_due: bool = False  # the training ended at a step at which it was to be measured
     base_metrics: EvalMetrics | None = None

@@ -19,7 +19,10 @@ router = APIRouter(prefix="/datasets", tags=["datasets"])
 def upload(
     parts: UsesParts,
     tenant_id: ForTenant,
-    file: Annotated[UploadFile | None, File(description="JSONL: rows of `messages`, of `prompt` and `completion`, or of `text`.")] = None,
+    file: Annotated[
+        UploadFile | None,
+        File(description="JSONL: rows of one form: `messages`, `prompt` and `completion`, `text`, preferences, or prompts for graders."),
+    ] = None,
     incoming: Annotated[
         str | None, Form(max_length=900, description="In place of `file`: the key of such a file below `incoming/` of the dataset store.")
     ] = None,

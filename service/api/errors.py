@@ -2,20 +2,24 @@
 
 import errno
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
+from schema.graders import GRADER_TYPES
 from schema.training import TRAINER_TYPES
 from service.core.errors import TunesmithError, Unavailable
 from storage import NoSuchObject, StorageError, StoreFull
 
 log = logging.getLogger(__name__)
+
+BRANCH = re.compile(r"(?:literal|list|function-[a-z-]+)\[.*\]")  # how pydantic calls one of several forms of a field
 
 
 class ErrorBody(BaseModel):
@@ -31,6 +35,11 @@ class ErrorAnswer(BaseModel):
     """The body of every answer that is not a success."""
 
     error: ErrorBody
+
+
+def malformed(error: ValidationError) -> RequestValidationError:
+    """What a body that was put together from several parts has wrong, told like what is wrong with one that was sent."""
+    return RequestValidationError([{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors()])
 
 
 def install(app: FastAPI) -> None:
@@ -79,10 +88,9 @@ def _malformed(_request: Request, error: RequestValidationError) -> JSONResponse
     problems = error.errors()
     first = problems[0]
     param = _param(first)
-    if param == "training_config.trainer_type" and first["type"] == "literal_error":
-        wanted = first.get("input")
-        message = f"trainer_type {wanted!r} is not available in this deployment; it can do: {', '.join(TRAINER_TYPES)}"
-        return answer(400, "unsupported", message, "GET /capabilities lists what this deployment can do", param)
+    if param == "training_config" and first["type"] == "union_tag_invalid":
+        message = f"trainer_type {first['ctx']['tag']!r} is not available in this deployment; it can do: {', '.join(TRAINER_TYPES)}"
+        return answer(400, "unsupported", message, "GET /capabilities lists what this deployment can do", f"{param}.trainer_type")
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     message = f"{param}: {_message(first)}" if param else _message(first)
     return answer(422, "malformed", message + more, _hint(first), param)
@@ -104,17 +112,34 @@ def _unexpected(request: Request, error: Exception) -> JSONResponse:
 # Any: pydantic describes its errors as loose dicts.
 def _param(problem: Mapping[str, Any]) -> str | None:
     named = problem.get("ctx", {}).get("field") if problem["type"] == "fields_conflict" else None
-    places: Sequence[str | int] = problem["loc"]
+    places = _without_tags(problem["loc"])
     path = [str(place) for place in places[1:] if not (isinstance(place, int) and problem["type"] == "json_invalid")]
     return ".".join([*path, named] if named else path) or None
+
+
+def _without_tags(places: Sequence[str | int]) -> list[str | int]:
+    """The path as it was sent: of a choice between several forms, pydantic names the one that it took as well."""
+    kept: list[str | int] = []
+    for n, place in enumerate(places):
+        of_trainer = n > 0 and places[n - 1] == "training_config" and place in TRAINER_TYPES
+        of_grader = n > 1 and places[n - 2] == "reward_config" and isinstance(places[n - 1], int) and place in GRADER_TYPES
+        if not (of_trainer or of_grader or BRANCH.fullmatch(str(place))):
+            kept.append(place)
+    return kept
 
 
 def _message(problem: Mapping[str, Any]) -> str:
     match problem["type"]:
         case "extra_forbidden":
             return "is not a field of this request"
+        case "missing" | "too_short" if problem["loc"][-1] == "reward_config":
+            return f"trainer_type 'grpo' learns from graders; name at least one, of type {', '.join(GRADER_TYPES)}"
         case "missing":
             return "is missing"
+        case "union_tag_not_found" if "reward_config" in problem["loc"]:
+            return f"a grader names its type, one of {', '.join(GRADER_TYPES)}"
+        case "union_tag_invalid" if "reward_config" in problem["loc"]:
+            return f"there is no grader of type {problem['ctx']['tag']!r}; known: {', '.join(GRADER_TYPES)}"
         case "model_attributes_type" | "dict_type" if len(problem["loc"]) == 1:
             return "the body is not a JSON object; send one, with Content-Type: application/json"
         case "json_invalid":

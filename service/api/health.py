@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 from fastapi import APIRouter, Response
 
+from schema.version import VERSION
 from service.api.deps import UsesParts
 from service.api.views import HealthAnswer
 from service.core.errors import Unavailable
-from service.version import VERSION
 from storage import ObjectStore, StorageError
 
 router = APIRouter(tags=["health"])

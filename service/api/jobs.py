@@ -4,14 +4,16 @@ from typing import Annotated
 
 import orjson
 from fastapi import APIRouter, Body, Header, Path, Query, Request, Response
+from pydantic import ValidationError
 from sse_starlette.sse import EventSourceResponse
 from starlette.responses import StreamingResponse
 
 from schema.base import Id
 from schema.job import Job, Status
-from schema.requests import ExportRequest, ResumeRequest, RetryRequest
+from schema.requests import CloneRequest, ExportAgainRequest, ExportRequest, ResumeRequest, RetryRequest
 from service.api import stream
 from service.api.deps import ForTenant, IdempotencyHeader, UsesParts
+from service.api.errors import malformed
 from service.api.views import (
     CheckpointList,
     DeleteAnswer,
@@ -89,9 +91,16 @@ def job(job_id: Id, parts: UsesParts, tenant_id: ForTenant) -> JobDetail:
 
 
 @router.delete("/{job_id}")
-def delete(job_id: Id, response: Response, parts: UsesParts, tenant_id: ForTenant) -> DeleteAnswer:
+def delete(
+    job_id: Id,
+    response: Response,
+    parts: UsesParts,
+    tenant_id: ForTenant,
+    delete_hub: Annotated[bool, Query(description="Also delete the Hub repositories that hold nothing but what this job pushed.")] = False,
+    hub_token: Annotated[str | None, Header(alias="X-HF-Token", max_length=1000, description="Needed with delete_hub.")] = None,
+) -> DeleteAnswer:
     """Stop the job and remove it with all its files. 202: it is still stopping, repeat the call."""
-    deleted = parts.jobs.delete(job_id, tenant_id)
+    deleted = parts.jobs.delete(job_id, tenant_id, with_hub=delete_hub, hub_token=hub_token)
     if deleted is None:
         response.status_code = 202
         return DeleteAnswer(job_id=job_id, deleted=False, message="The job is being stopped; repeat the call.", deleted_resources=[])
@@ -125,6 +134,35 @@ def resume(job_id: Id, parts: UsesParts, tenant_id: ForTenant, body: Annotated[R
 def retry(job_id: Id, parts: UsesParts, tenant_id: ForTenant, body: Annotated[RetryRequest | None, Body()] = None) -> JobDetail:
     """Continue a failed or cancelled job from its last good checkpoint, or from the start. Can be repeated."""
     return _shown(parts, parts.jobs.retry(job_id, tenant_id, body or RetryRequest.model_validate({})))
+
+
+@router.post("/{job_id}/clone", status_code=201)
+def clone(
+    job_id: Id,
+    parts: UsesParts,
+    tenant_id: ForTenant,
+    body: Annotated[CloneRequest | None, Body()] = None,
+    idempotency_key: IdempotencyHeader = None,
+) -> TrainAnswer:
+    """Run the job's request again, as a job of its own; the body says what is to be different."""
+    try:
+        made = parts.jobs.clone(job_id, tenant_id, body or CloneRequest.model_validate({}), idempotency_key)
+    except ValidationError as error:
+        raise malformed(error) from error
+    return TrainAnswer(job_id=made.job_id)
+
+
+@router.post("/{job_id}/export", status_code=201)
+def export_again(
+    job_id: Id,
+    parts: UsesParts,
+    tenant_id: ForTenant,
+    body: Annotated[ExportAgainRequest | None, Body()] = None,
+    idempotency_key: IdempotencyHeader = None,
+) -> TrainAnswer:
+    """Export what the job has trained once more, in other forms or to another place, without training: a job of its own."""
+    request = body or ExportAgainRequest.model_validate({})
+    return TrainAnswer(job_id=parts.jobs.export_again(job_id, tenant_id, request, idempotency_key).job_id)
 
 
 @router.get("/{job_id}/checkpoints")

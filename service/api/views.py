@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 from schema.checkpoint import CheckpointReason
 from schema.dataset import Dataset
-from schema.job import Artifact, Attempt, AttemptOutcome, EvalMetrics, ExportSource, Failure, Job, Phase, Progress, SavedPoint, Status
+from schema.job import Artifact, Attempt, AttemptOutcome, EvalMetrics, ExportSource, Failure, Gate, Job, Phase, Progress, SavedPoint, Status
 from service.core.checkpoints import StoredCheckpoint
 from service.core.ports import JobSummary, Liveness, StoredEvent
 
@@ -67,6 +67,9 @@ class JobDetail(BaseModel):
     metrics: EvalMetrics | None
     error: str | None
     base_metrics: EvalMetrics | None
+    passed: bool | None  # the promotion gate; null: there is none, or it has not looked yet
+    gate: Gate | None
+    published_step: int | None  # the optimizer step whose weights were exported
     failure: Failure | None
     phase: Phase | None
     progress: Progress | None
@@ -74,7 +77,9 @@ class JobDetail(BaseModel):
     attempts: list[AttemptView]
     checkpoint: SavedPoint | None  # the newest one
     export_of: ExportSource | None  # the checkpoint that this job exports, if it trains nothing
+    cloned_from: str | None
     artifacts: list[Artifact]
+    trackers: dict[str, str]  # where each tracker shows the curves
     project_id: str | None
     processed_dataset_id: str
     trainer_type: str
@@ -175,6 +180,8 @@ class DatasetView(BaseModel):
     digest: str
     rows_uploaded: int
     duplicates_dropped: int
+    images: int
+    columns: list[str]  # of a dataset of prompts: what graders can read beside the prompt
     created_at: datetime
 
 
@@ -241,6 +248,9 @@ def job_detail(job: Job, alive: Liveness | None) -> JobDetail:
         metrics=job.metrics,
         error=job.failure.message if job.failure else None,
         base_metrics=job.base_metrics,
+        passed=job.gate.passed if job.gate else None,
+        gate=job.gate,
+        published_step=job.published_step,
         failure=job.failure,
         phase=alive.phase if alive and at_work else None,
         progress=alive.progress if alive else None,
@@ -248,7 +258,9 @@ def job_detail(job: Job, alive: Liveness | None) -> JobDetail:
         attempts=[_attempt_view(attempt) for attempt in job.attempts],
         checkpoint=job.checkpoint,
         export_of=job.export_of,
+        cloned_from=job.cloned_from,
         artifacts=list(job.artifacts),
+        trackers=job.trackers,
         project_id=job.project_id,
         processed_dataset_id=job.processed_dataset_id,
         trainer_type=config.trainer_type,
@@ -302,6 +314,8 @@ def dataset_view(dataset: Dataset) -> DatasetView:
         digest=dataset.digest,
         rows_uploaded=dataset.rows_uploaded,
         duplicates_dropped=dataset.duplicates_dropped,
+        images=dataset.images,
+        columns=list(dataset.columns),
         created_at=dataset.created_at,
     )
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import typer
 import yaml
@@ -31,6 +31,8 @@ app.add_typer(datasets_app, name="datasets")
 out = Console(width=None if sys.stdout.isatty() else 240)
 err = Console(stderr=True)
 
+Answer = TypeVar("Answer")
+
 DELETE_TRIES, DELETE_PAUSE_S = 40, 0.5  # an attempt that does not listen is ended within ten seconds
 WAIT_POLL_S = 0.5
 DELAY_POLL_S = 15.0
@@ -44,6 +46,11 @@ HfTokenAgain = Annotated[
     str | None, typer.Option("--hf-token", envvar="HF_TOKEN", show_envvar=True, help="The variable is sent only where it is needed again.")
 ]
 WandbKeyAgain = Annotated[str | None, typer.Option("--wandb-api-key", envvar="WANDB_API_KEY", show_envvar=True, help="Likewise.")]
+
+
+OtherSecrets = Annotated[
+    list[str] | None, typer.Option("--secret", help="Another one that the job had, such as mlflow_token=…; can be repeated.")
+]
 
 
 class State:
@@ -81,7 +88,7 @@ def serve(
 
 @datasets_app.command("upload")
 def upload_dataset(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JSONL: `messages`, `prompt`/`completion`, or `text` rows.")],
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JSONL; docs/api.md shows the forms of rows.")],
     name: Annotated[str | None, typer.Option(help="Left out: the file's name.")] = None,
     eval_fraction: Annotated[float, typer.Option(help="Share of the rows held out for evaluation.")] = 0.1,
     project: Annotated[str | None, typer.Option(help="The project that it belongs to.")] = None,
@@ -151,7 +158,8 @@ def train(
     dataset: Annotated[str | None, typer.Option(help="processed_dataset_id")] = None,
     base: Annotated[str | None, typer.Option(help="base_model_id, such as google/gemma-3-270m")] = None,
     name: Annotated[str | None, typer.Option(help="job_name")] = None,
-    method: Annotated[str | None, typer.Option(help="LoRA, Full, …")] = None,
+    trainer: Annotated[str | None, typer.Option(help="trainer_type: sft, dpo, orpo, kto, grpo or reward; left out, sft.")] = None,
+    method: Annotated[str | None, typer.Option(help="LoRA, QLoRA or Full")] = None,
     hardware: Annotated[str | None, typer.Option(help="What to train on; `tunesmith capabilities` lists the profiles.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any other knob: hyperparameters.max_steps=40, export_config.include_gguf=true")
@@ -164,7 +172,7 @@ def train(
     request = _request(
         file,
         {"processed_dataset_id": dataset, "job_name": name, "hf_token": hf_token, "hardware": hardware},
-        {"base_model_id": base, "method": method},
+        {"base_model_id": base, "method": method, "trainer_type": trainer},
         set_,
     )
     with _client() as client:
@@ -254,10 +262,11 @@ def resume(
     max_steps: MoreSteps = None,
     hf_token: HfTokenAgain = None,
     wandb_api_key: WandbKeyAgain = None,
+    secret: OtherSecrets = None,
     as_json: AsJson = False,
 ) -> None:
     """Go on where the pause was."""
-    changes = {"hardware": hardware, "epochs": epochs, "max_steps": max_steps}
+    changes = {"hardware": hardware, "epochs": epochs, "max_steps": max_steps, "secrets": _pairs("--secret", secret)}
     job = _go_on(context, f"/jobs/{job_id}/resume", changes, {"hf_token": hf_token, "wandb_api_key": wandb_api_key})
     _print(job, as_json, show.coloured(job["status"]))
 
@@ -272,10 +281,12 @@ def retry(
     max_steps: MoreSteps = None,
     hf_token: HfTokenAgain = None,
     wandb_api_key: WandbKeyAgain = None,
+    secret: OtherSecrets = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue a failed or cancelled job from its last good checkpoint."""
-    changes = {"from_start": from_start or None, "hardware": hardware, "epochs": epochs, "max_steps": max_steps}
+    changes: Json = {"from_start": from_start or None, "hardware": hardware, "epochs": epochs, "max_steps": max_steps}
+    changes["secrets"] = _pairs("--secret", secret)
     job = _go_on(context, f"/jobs/{job_id}/retry", changes, {"hf_token": hf_token, "wandb_api_key": wandb_api_key})
     _print(job, as_json, show.coloured(job["status"]))
 
@@ -309,9 +320,13 @@ def checkpoints(job_id: JobId, as_json: AsJson = False) -> None:
 @app.command()
 def export(
     job_id: JobId,
-    step: Annotated[int, typer.Argument(min=0, help="As `tunesmith checkpoints` printed it.")],
-    form: Annotated[str | None, typer.Option("--format", help="adapter or merged; left out, adapter.")] = None,
+    step: Annotated[
+        int | None, typer.Argument(min=0, help="As `tunesmith checkpoints` printed it; left out, what was published, else the newest.")
+    ] = None,
+    form: Annotated[list[str] | None, typer.Option("--format", help="adapter, merged or onnx; can be repeated; left out, adapter.")] = None,
     gguf: Annotated[list[str] | None, typer.Option("--gguf", help="Also a GGUF file: q8_0, f16, …; can be repeated.")] = None,
+    lora_gguf: Annotated[bool, typer.Option("--lora-gguf", help="Also the adapter alone as GGUF.")] = False,
+    to_hub: Annotated[str | None, typer.Option("--to-hub", help="Also push to this Hub repository, owner/name.")] = None,
     attempt: Annotated[int | None, typer.Option(min=1, help="Whose checkpoint, where several attempts have one of that step.")] = None,
     name: Annotated[str | None, typer.Option(help="job_name")] = None,
     hardware: Annotated[str | None, typer.Option(help="What to export on; left out, what the job trained on.")] = None,
@@ -320,7 +335,16 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Export a checkpoint without training again; prints the job that does it, to be watched and downloaded from."""
-    config = _given({"format": form, "include_gguf": True if gguf else None, "gguf_quantization": gguf or None})
+    config = _given(
+        {
+            "format": form or None,
+            "include_gguf": True if gguf else None,
+            "gguf_quantization": gguf or None,
+            "include_lora_gguf": lora_gguf or None,
+            "destination": "hfhub" if to_hub else None,
+            "hf_repo_id": to_hub,
+        }
+    )
     request = _given({"export_config": config or None, "attempt": attempt, "job_name": name, "hardware": hardware, "hf_token": hf_token})
     with _client() as client:
         export_id = client.export(job_id, step, request)
@@ -330,15 +354,54 @@ def export(
 
 
 @app.command()
-def delete(job_id: JobId, as_json: AsJson = False) -> None:
-    """Stop a job and remove it with all its files."""
+def clone(
+    context: typer.Context,
+    job_id: JobId,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="What is to be different: hyperparameters.learning_rate=1e-4; null removes.")
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="processed_dataset_id; left out, the same.")] = None,
+    name: Annotated[str | None, typer.Option(help="job_name; left out, the same.")] = None,
+    hardware: Annotated[str | None, typer.Option(help="What to train on; left out, the same.")] = None,
+    hf_token: HfTokenAgain = None,
+    wandb_api_key: WandbKeyAgain = None,
+    secret: OtherSecrets = None,
+    watch_it: Annotated[bool, typer.Option("--watch", help="Follow it until it ends.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a job's request once more, with changes."""
+    changes: Json = {}
+    for knob in set_ or []:
+        _set(changes, knob)
+    body = _given({"job_name": name, "processed_dataset_id": dataset, "hardware": hardware, "training_config": changes or None})
+    body["secrets"] = _pairs("--secret", secret) or {}
+    secrets = {"hf_token": hf_token, "secrets.wandb_api_key": wandb_api_key}
+    typed = {"hf_token": _was_typed(context, "hf_token"), "secrets.wandb_api_key": _was_typed(context, "wandb_api_key")}
     with _client() as client:
-        answer = client.delete(f"/jobs/{job_id}")
+        clone_id = _with_secrets(lambda: client.clone(job_id, body), body, secrets, typed)
+        _print({"job_id": clone_id}, as_json, clone_id)
+        if watch_it:
+            _watch(client, clone_id, as_json)
+
+
+@app.command()
+def delete(
+    job_id: JobId,
+    hub_too: Annotated[bool, typer.Option("--hub", help="Also the Hub repository that holds nothing but what the job pushed.")] = False,
+    hf_token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="With --hub.", show_envvar=True)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Stop a job and remove it with all its files."""
+    if hub_too and not hf_token:
+        raise ApiError("--hub needs a token that may delete the repository", "--hf-token, or HF_TOKEN")
+    token = hf_token if hub_too else None
+    with _client() as client:
+        answer = client.delete(f"/jobs/{job_id}", hub_token=token)
         for _ in range(DELETE_TRIES):
             if answer["deleted"]:
                 break
             time.sleep(DELETE_PAUSE_S)  # it is being stopped
-            answer = client.delete(f"/jobs/{job_id}")
+            answer = client.delete(f"/jobs/{job_id}", hub_token=token)
     _print(answer, as_json, answer["message"])
 
 
@@ -390,7 +453,7 @@ def chat(
         job = client.get(f"/jobs/{job_id}")
         ggufs = [made["name"] for made in job["artifacts"] if made["kind"] == "gguf"]
         if not ggufs:
-            hint = "train with export_config.include_gguf=true" if job["status"] == "completed" else f"the job is {job['status']}"
+            hint = f"tunesmith export {job_id} --gguf q8_0" if job["status"] == "completed" else f"the job is {job['status']}"
             raise ApiError(f"{job_id} has no GGUF file to talk to", hint)
         folder = settings.home_folder / "downloads" / job_id
         [gguf] = _download(client, job_id, artifact or ggufs[0], folder, keep=True)
@@ -419,9 +482,13 @@ def capabilities(as_json: AsJson = False) -> None:
     out.print(f"launcher    {found['launcher']} on {found['hardware']['device_name']} ({found['hardware']['device']})", highlight=False)
     for name, facts in found["profiles"].items():
         out.print(f"hardware    {name}: {facts['device_name']}", highlight=False)
-    for label, names in (("trainers", found["trainer_types"]), ("methods", found["methods"]), ("providers", found["providers"])):
-        out.print(f"{label:11} {', '.join(names)}")
-    out.print(f"exports     {', '.join(found['export']['formats'])}; GGUF {', '.join(found['export']['gguf_quantizations']) or 'no'}")
+    for name, kind in found["trainer_types"].items():
+        out.print(f"trainer     {name}: {', '.join(kind['dataset_types'])}; {', '.join(kind['modalities'])}", highlight=False)
+    for label in ("methods", "providers", "graders", "trackers"):
+        out.print(f"{label:11} {', '.join(found[label])}", highlight=False)
+    exports = found["export"]
+    out.print(f"exports     {', '.join(exports['formats'])}; GGUF {', '.join(exports['gguf_quantizations']) or 'no'}", highlight=False)
+    out.print(f"to          {', '.join(exports['destinations'])}", highlight=False)
 
 
 def main() -> None:
@@ -483,20 +550,42 @@ def _after(client: Client, job: Json, status: str) -> Json:
 
 def _go_on(context: typer.Context, address: str, changes: Json, secrets: dict[str, str | None]) -> Json:
     """Make a job go on. Secrets that were typed are sent; those of the environment only once the service says that it needs them."""
-    typed = {name: value for name, value in secrets.items() if _was_typed(context, name)}
-    body = _given(changes | typed)
+    body = _given(changes)
+    typed = {name: _was_typed(context, name) for name in secrets}
     with _client() as client:
-        while True:
-            try:
-                return client.post(address, body)
-            except ApiError as error:
-                needed = error.param or ""
-                if needed not in secrets or needed in body:
-                    raise
-                if not secrets[needed]:
-                    option = needed.replace("_", "-")
-                    raise ApiError(error.message, f"--{option}; {error.hint}", error.code, error.status, needed) from error
-                body[needed] = secrets[needed]
+        return _with_secrets(lambda: client.post(address, body), body, secrets, typed)
+
+
+def _with_secrets(send: Callable[[], Answer], body: Json, secrets: dict[str, str | None], typed: dict[str, bool]) -> Answer:
+    """Send the body, with the secrets that were typed, and again with each that the service says it needs."""
+    for place, value in secrets.items():
+        if value and typed[place]:
+            _put(body, place, value)
+    asked: set[str] = {place for place, was_typed in typed.items() if was_typed}
+    while True:
+        try:
+            return send()
+        except ApiError as error:
+            needed = error.param or ""
+            if needed.startswith("secrets.") and needed not in secrets:
+                hint = f"--secret {needed.removeprefix('secrets.')}=…; {error.hint}"
+                raise ApiError(error.message, hint, error.code, error.status, needed) from error
+            if needed not in secrets or needed in asked:
+                raise
+            if not secrets[needed]:
+                option = needed.removeprefix("secrets.").replace("_", "-")
+                raise ApiError(error.message, f"--{option}; {error.hint}", error.code, error.status, needed) from error
+            asked.add(needed)
+            _put(body, needed, secrets[needed])
+
+
+def _put(body: Json, place: str, value: str | None) -> None:
+    """`secrets.wandb_api_key` stands in the body's `secrets`, anything without a dot in the body."""
+    group, dot, name = place.partition(".")
+    if dot:
+        body.setdefault(group, {})[name] = value
+    else:
+        body[place] = value
 
 
 def _was_typed(context: typer.Context, name: str) -> bool:
@@ -529,11 +618,21 @@ def _read(file: Path) -> Json:
     return cast(Json, content)
 
 
+def _pairs(option: str, texts: list[str] | None) -> Json | None:
+    return dict(_pair(option, text) for text in texts) if texts else None
+
+
+def _pair(option: str, text: str) -> tuple[str, str]:
+    """`name=value`."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ApiError(f"{option} {name} has no value", f"write it like {option} {name}=VALUE")
+    return name, value
+
+
 def _set(training: Json, knob: str) -> None:
     """`hyperparameters.max_steps=40`: the value is read as YAML, so numbers and lists are what they look like."""
-    path, equals, text = knob.partition("=")
-    if not equals:
-        raise ApiError(f"--set {knob} has no value", "write it like --set hyperparameters.max_steps=40")
+    path, text = _pair("--set", knob)
     *folders, name = path.split(".")
     place = training
     for folder in folders:

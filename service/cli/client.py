@@ -72,17 +72,24 @@ class Client:
         """POST of something that is harmless to repeat: pause, resume, retry, cancel."""
         return self._again(lambda: self._http.post(path, json=body))
 
-    def delete(self, path: str) -> Json:
-        """DELETE something."""
-        return self._again(lambda: self._http.delete(path))
+    def delete(self, path: str, *, hub_token: str | None = None) -> Json:
+        """DELETE something; with a token, what it pushed to the Hub as well."""
+        params = {"delete_hub": "true"} if hub_token else {}
+        headers = {"X-HF-Token": hub_token} if hub_token else {}
+        return self._again(lambda: self._http.delete(path, params=params, headers=headers))
 
     def train(self, request: Json) -> str:
         """Submit a job."""
         return self._make("/train", request)["job_id"]
 
-    def export(self, job_id: str, step: int, request: Json) -> str:
-        """Submit a job that exports a checkpoint."""
-        return self._make(f"/jobs/{job_id}/checkpoints/{step}/export", request)["job_id"]
+    def export(self, job_id: str, step: int | None, request: Json) -> str:
+        """Submit a job that exports a checkpoint: that of a step, or what was published."""
+        below = "export" if step is None else f"checkpoints/{step}/export"
+        return self._make(f"/jobs/{job_id}/{below}", request)["job_id"]
+
+    def clone(self, job_id: str, patch: Json) -> str:
+        """Submit a job again, with changes."""
+        return self._make(f"/jobs/{job_id}/clone", patch)["job_id"]
 
     def upload(self, file: BinaryIO, filename: str, fields: dict[str, str]) -> Json:
         """Upload a dataset, streaming."""

@@ -24,6 +24,8 @@ ENDS = {
     "lost": "its process vanished",
     "launch_failed": "it could not be launched",
 }
+PERPLEXITIES = (("perplexity", "of the file"), ("perplexity_merged", "trained"), ("perplexity_base", "base"))
+SAMPLE_CHARACTERS = 200  # of an answer in a terminal
 ATTEMPTS_SHOWN = 5  # of a job of many slices, the latest
 
 
@@ -82,22 +84,20 @@ def job_summary(console: Console, job: Json) -> None:
             console.print(f"  hint: {escape(job['failure']['hint'])}", highlight=False)
     if why := delay(job):
         console.print(f"  waiting: {escape(why)}", highlight=False)
-    for line in (*place_lines(job), *attempt_lines(job["attempts"]), *metric_lines(job)):
+    for line in (*place_lines(job), *attempt_lines(job["attempts"]), *metric_lines(job), *gate_lines(job["gate"])):
         console.print(f"  {line}", highlight=False)
-    for artifact in job["artifacts"]:
-        console.print(
-            f"  {artifact['name']:14} {size(artifact['size_bytes']):>9}  {artifact['uri']}{fidelity(artifact)}",
-            highlight=False,
-            soft_wrap=True,
-        )
-    if job["wandb_url"]:
-        console.print(f"  W&B: {job['wandb_url']}")
+    for line in artifact_lines(job["artifacts"]):
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
+    for name, url in job["trackers"].items():
+        console.print(f"  {name}: {escape(url)}", highlight=False, soft_wrap=True)
     if command := way_on(job):
         console.print(f"  to go on: {command}", highlight=False, soft_wrap=True)
 
 
 def place_lines(job: Json) -> Iterator[str]:
     """How far the job is, and where it could go on."""
+    if job["cloned_from"]:
+        yield f"clone of    {job['cloned_from']}"
     if job["export_of"]:
         yield f"exports     step {job['export_of']['step']} of {job['export_of']['job_id']}"
     if job["progress"] and job["status"] != "completed":
@@ -133,12 +133,14 @@ def delay(job: Json) -> str | None:
 
 
 def way_on(job: Json) -> str | None:
-    """The command that continues a job from its checkpoint, where nothing else will."""
+    """The command that continues a job from its checkpoint, or publishes what the gate held back."""
     match job["status"]:
         case "paused":
             return f"tunesmith resume {job['job_id']}"
         case "failed" | "cancelled" if job["checkpoint"]:
             return f"tunesmith retry {job['job_id']}"
+        case "completed" if job["passed"] is False:
+            return f"tunesmith export {job['job_id']}  (publishes it all the same)"
         case _:
             return None
 
@@ -148,9 +150,36 @@ def metric_lines(job: Json) -> Iterator[str]:
     before: Json = job["base_metrics"] or {}
     after: Json = job["metrics"] or {}
     for name, label in (("eval_loss", "eval loss"), ("perplexity", "perplexity"), ("accuracy", "accuracy")):
-        if after.get(name) is not None:
-            arrow = f"{before[name]:.3f} → " if before.get(name) is not None else ""
-            yield f"{label:11} {arrow}{after[name]:.3f}"
+        yield from _before_and_after(label, before.get(name), after.get(name))
+    for name in sorted(after.get("values", {})):
+        yield from _before_and_after(name, before.get("values", {}).get(name), after["values"][name])
+
+
+def _before_and_after(label: str, before: float | None, after: float | None) -> Iterator[str]:
+    if after is not None:
+        arrow = f"{before:.3f} → " if before is not None else ""
+        yield f"{escape(label):11} {arrow}{after:.3f}"
+
+
+def gate_lines(gate: Json | None) -> Iterator[str]:
+    """What the promotion gate found, check by check."""
+    for check in gate["checks"] if gate else ():
+        bounds = [
+            f"{words} {check[name]:.4g}" for name, words in (("at_least", "at least"), ("at_most", "at most")) if check[name] is not None
+        ]
+        found = "passed" if check["passed"] else f"[red]not passed[/]: {escape(check['why'])}"
+        yield f"gate        {escape(check['metric'])} {' and '.join(bounds)}: {found}"
+
+
+def artifact_lines(artifacts: list[Json]) -> Iterator[str]:
+    """What a job made: where it is, and how it speaks."""
+    for artifact in artifacts:
+        yield f"{artifact['name']:14} {size(artifact['size_bytes']):>9}  {artifact['uri']}{fidelity(artifact)}"
+        found = artifact["fidelity"]
+        if found and found["advice"]:
+            yield f"{'':14} advice: {escape(found['advice'])}"
+    for url in dict.fromkeys(artifact["hub"]["url"] for artifact in artifacts if artifact["hub"]):
+        yield f"{'on the Hub':14} {escape(url)}"
 
 
 def fidelity(artifact: Json) -> str:
@@ -158,8 +187,10 @@ def fidelity(artifact: Json) -> str:
     found = artifact["fidelity"]
     if not found:
         return ""
+    known = [f"{found[name]:.2f} {whose}" for name, whose in PERPLEXITIES if found[name] is not None]
+    perplexity = f", perplexity {' / '.join(known)}" if known else ""
     warning = "  [red]erased the tuning[/]" if found["erased_tuning"] else ""
-    return f"  agrees {found['argmax_agreement']:.1%}, KL {found['mean_kl_to_merged']:.4f}{warning}"
+    return f"  agrees {found['argmax_agreement']:.1%}, KL {found['mean_kl_to_merged']:.4f}{perplexity}{warning}"
 
 
 def progress_bar(console: Console) -> Progress:
@@ -182,10 +213,12 @@ def event_line(event: Json) -> str | None:
         case "status":
             return _status_line(body)
         case "evaluation":
-            numbers = body["metrics"]
-            if numbers["eval_loss"] is None:
-                return None
-            return f"evaluated {body['when']} training: loss {numbers['eval_loss']:.3f}, perplexity {numbers['perplexity']:.2f}"
+            return _evaluation_line(body)
+        case "samples":
+            return "\n".join(_sample_lines(body))
+        case "gate":
+            lines = [*gate_lines(body["gate"])]
+            return "\n".join([*lines, "[green]the gate is passed[/]" if body["gate"]["passed"] else "[red]not published[/]"])
         case "warning":
             return f"[yellow]warning[/] {escape(body['message'])}"
         case "checkpoint":
@@ -203,6 +236,20 @@ def event_line(event: Json) -> str | None:
             return f"[dim]{escape(body['what'])}: {escape(body['value'])} ({escape(body['why'])})[/]"
         case _:
             return None
+
+
+def _evaluation_line(body: Json) -> str | None:
+    numbers: Json = body["metrics"]
+    told = [("loss", numbers["eval_loss"]), ("perplexity", numbers["perplexity"]), ("accuracy", numbers["accuracy"])]
+    known = [f"{name} {value:.3f}" for name, value in (*told, *sorted(numbers["values"].items())) if value is not None]
+    return f"evaluated {body['when']} training: {escape(', '.join(known))}" if known else None
+
+
+def _sample_lines(body: Json) -> Iterator[str]:
+    """What the model answers, each in a line."""
+    for sample in body["samples"]:
+        prompt, text = (" ".join(sample[part].split())[:SAMPLE_CHARACTERS] for part in ("prompt", "text"))
+        yield f"[dim]sample, {body['when']} training:[/] {escape(prompt)} [dim]→[/] {escape(text)}"
 
 
 def _status_line(body: Json) -> str:

@@ -4,44 +4,33 @@ A file of gigabytes is fine: one row is held at a time, plus about 150 bytes for
 cannot be used ends the reading with a BadRow, which names the line, the field and what would work. Nothing is dropped in
 silence: a column that no trainer would use is refused, and exact duplicates are counted.
 
-The three forms of a row are in `schema/dataset.py`. An upload may also write the content of a message as typed text parts,
-`[{"type": "text", "text": "..."}]`; they are joined. A stored row is one line of JSON that ends in a line feed and holds no
-other; U+2028 and its like may stand in it as they are, so readers split at line feeds only.
+What a row must hold is in `row_forms.py`. A stored row is one line of JSON that ends in a line feed and holds no other;
+U+2028 and its like may stand in it as they are, so readers split at line feeds only.
 
-Held-out rows are chosen by the hash of their prompt (everything before the last answer; a whole `text`), so that a row never
-lies on both sides, nor two answers to one prompt, and so that the choice does not depend on the order of the rows.
+Held-out rows are chosen by the hash of their prompt (everything before the last answer, images too; a whole `text`), so that
+a row never lies on both sides, nor two answers to one prompt, and so that the choice does not depend on the order of the rows.
 """
 
 import hashlib
-import json
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import cycle, groupby
-from typing import BinaryIO, Literal, NamedTuple, NoReturn, cast
+from itertools import groupby
+from typing import BinaryIO, Literal, NamedTuple
 
 import orjson
 
 from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
-from schema.training import DatasetType
+from schema.words import DatasetType
+from service.core.row_forms import FORMS, Content, content_of
+from service.core.row_values import Number, Refused
 
-MAX_MESSAGES = 1000
 MAX_EVAL_FRACTION = 0.5
-FORMS = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": "..."}'
-COLUMNS: dict[DatasetType, tuple[str, ...]] = {"messages": ("messages",), "prompt_completion": ("prompt", "completion"), "text": ("text",)}
-FORM_OF_COLUMN: dict[str, DatasetType] = {
-    "messages": "messages",
-    "prompt": "prompt_completion",
-    "completion": "prompt_completion",
-    "text": "text",
-}
-ROLES = ("system", "user", "assistant")
-TURNS = "after one optional system message, user and assistant take turns, and user begins"
-IMAGE_PARTS = ("image", "image_url", "input_image")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 JSON_WHITESPACE = b" \t\r\n"
-SHOWN_CHARS = 40  # of a caller's own word in an error
+IN_ROW = re.compile(rb'"data:[^"]*', re.IGNORECASE)  # a file within a row, whole or as far as it was read
 
 
 class BadRow(ValueError):
@@ -58,7 +47,8 @@ class BadRow(ValueError):
 class RowLimits:
     """How much one upload may hold."""
 
-    max_row_bytes: int = 1 << 20
+    max_row_bytes: int = 1 << 20  # without its images
+    max_image_row_bytes: int = 16 << 20  # with them
     max_rows: int = 1_000_000
 
 
@@ -70,6 +60,8 @@ class Row(NamedTuple):
     canonical: bytes  # one line of JSON without its line feed: fixed order of keys, no space between tokens, content untouched
     digest: bytes  # equal for equal rows
     prompt_digest: bytes  # equal for rows that must stay on the same side of the split
+    images: int = 0
+    columns: tuple[str, ...] = ()  # beside a prompt, sorted
 
 
 @dataclass(frozen=True)
@@ -90,6 +82,8 @@ class Ingested:
     duplicates_dropped: int
     train: SplitFacts
     eval: SplitFacts | None  # None: nothing was to be held out, or all rows have the same prompt
+    images: int  # in the rows of both splits
+    columns: tuple[str, ...]  # beside the prompt, in rows of that form
 
 
 def ingest(
@@ -108,38 +102,41 @@ def ingest(
     """
     splitter = Splitter(eval_fraction, seed)
     dataset_type: DatasetType = "text"
-    rows_read = 0
+    columns: tuple[str, ...] = ()
+    rows_read = images = 0
     for row in read_rows(stream, limits):
-        dataset_type = row.dataset_type
+        dataset_type, columns = row.dataset_type, row.columns
         rows_read += 1
         if splitter.add(row):
+            images += row.images
             scratch.write(row.canonical + b"\n")
     scratch.seek(0)
     train, held_out = _SplitWriter(train_out), _SplitWriter(eval_out)
     for side, line in zip(splitter.sides(), scratch, strict=True):
         (train if side == TRAIN_SPLIT else held_out).write(line)
-    return Ingested(dataset_type, rows_read, splitter.duplicates_dropped, train.facts(), held_out.facts() if held_out.rows else None)
+    held_out_facts = held_out.facts() if held_out.rows else None
+    return Ingested(dataset_type, rows_read, splitter.duplicates_dropped, train.facts(), held_out_facts, images, columns)
 
 
 def read_rows(stream: BinaryIO, limits: RowLimits) -> Iterator[Row]:
-    """The rows of a JSONL upload, one by one; blank lines are skipped. Raises BadRow, also when there are no rows or too many."""
-    rows = 0
-    first_line, first_shape = 0, ""
-    for number, line in _lines(stream, limits.max_row_bytes):
-        if rows == limits.max_rows:
+    """The rows of a JSONL upload, one by one; blank lines are skipped.
+
+    Raises BadRow, also when there are no rows or too many, or when all have the same label.
+    """
+    alike = _Alike()
+    for number, line in _lines(stream, limits):
+        if alike.rows == limits.max_rows:
             raise BadRow(number, "", f"more than {limits.max_rows:,} rows; split the file into several datasets")
         try:
-            content = _content(_parse(line))
-        except _Refused as refused:
+            content = content_of(line)
+        except Refused as refused:
             raise BadRow(number, refused.field, refused.reason) from refused
-        if not rows:
-            first_line, first_shape = number, content.shape
-        elif content.shape != first_shape:
-            raise BadRow(number, "", f"this row is {content.shape}, but line {first_line} is {first_shape}; a dataset has rows of one form")
-        rows += 1
-        yield _row(number, content)
-    if not rows:
-        raise BadRow(1, "", f"no rows; a row is one line such as {FORMS}")
+        alike.add(number, content)
+        row = _row(number, content)
+        if len(line) > limits.max_row_bytes:
+            _check_text_size(row, content, limits)
+        yield row
+    alike.check_labels()
 
 
 class Splitter:
@@ -215,228 +212,92 @@ class _SplitWriter:
         return SplitFacts(self.rows, self._size_bytes, self._sha256.hexdigest())
 
 
-def _lines(stream: BinaryIO, max_row_bytes: int) -> Iterator[tuple[int, bytes]]:
+def _lines(stream: BinaryIO, limits: RowLimits) -> Iterator[tuple[int, bytes]]:
     """The lines that are not blank, with their numbers. Never holds more of a line than is allowed."""
     number = 0
-    while raw := stream.readline(max_row_bytes + len(b"\r\n") + (0 if number else len(BYTE_ORDER_MARK))):
+    while line := _raw_line(stream, limits, len(b"\r\n") + (0 if number else len(BYTE_ORDER_MARK))):
         number += 1
-        line = raw.removesuffix(b"\n").removesuffix(b"\r")
+        line = line.removesuffix(b"\n").removesuffix(b"\r")
         if number == 1:
             line = line.removeprefix(BYTE_ORDER_MARK)
-        if len(line) > max_row_bytes:
-            raise BadRow(number, "", f"longer than {max_row_bytes:,} bytes; shorten the row, or cut it into several")
+        if len(line) > limits.max_row_bytes and (reason := _too_long(line, limits)):
+            raise BadRow(number, "", reason)
         if line.strip(JSON_WHITESPACE):
             yield number, line
 
 
-class _Refused(ValueError):
-    """A BadRow before its line is known."""
-
-    def __init__(self, field: str, reason: str) -> None:
-        self.field = field
-        self.reason = reason
-        super().__init__(reason)
-
-
-def _parse(line: bytes) -> dict[str, object]:
-    try:
-        value: object = DECODER.decode(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise _Refused("", f"not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise _Refused("", f"not JSON at column {error.colno}: {error.msg}; each line is one JSON object") from error
-    except RecursionError as error:
-        raise _Refused("", f"nested too deeply; a row is {FORMS}") from error
-    return _object(value, "", f"a row is {FORMS}")
+def _raw_line(stream: BinaryIO, limits: RowLimits, slack: int) -> bytes:
+    """A line with its end, or as much of it as shows that it is too long."""
+    raw = stream.readline(limits.max_row_bytes + slack)
+    if len(raw) > limits.max_row_bytes and not raw.endswith(b"\n") and IN_ROW.search(raw):
+        raw += stream.readline(max(0, limits.max_image_row_bytes + slack - len(raw)))
+    return raw
 
 
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    columns = dict(pairs)
-    if len(columns) < len(pairs):
-        counts = Counter(name for name, _ in pairs)
-        raise _Refused(_shown(counts.most_common(1)[0][0]), "stands twice in the same object; keep one")
-    return columns
+def _too_long(line: bytes, limits: RowLimits) -> str | None:
+    """Why a line is too long. What is not image is counted apart: in memory, a list of short values takes twenty times its bytes."""
+    images = sum(found.end() - found.start() for found in IN_ROW.finditer(line))
+    if len(line) - images > limits.max_row_bytes:
+        return _too_long_without_images(limits, images)
+    if len(line) > max(limits.max_row_bytes, limits.max_image_row_bytes):
+        return f"longer than {limits.max_image_row_bytes:,} bytes with its images; use fewer or smaller ones"
+    return None
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise _Refused("", f"{name} is not JSON")
+def _too_long_without_images(limits: RowLimits, images: int) -> str:
+    return f"longer than {limits.max_row_bytes:,} bytes{' without its images' if images else ''}; shorten the row, or cut it into several"
 
 
-# No field of a row is a number, and unlike int, float reads one of any length in linear time; it is refused by its kind.
-DECODER = json.JSONDecoder(object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant, parse_int=float)
+def _check_text_size(row: Row, content: Content, limits: RowLimits) -> None:
+    """Refuse a row that looked as if it had images, and is too long without them."""
+    images = sum(len(image) for image in content.images)
+    if len(row.canonical) - images > limits.max_row_bytes:
+        raise BadRow(row.line, "", _too_long_without_images(limits, images))
 
 
-class _Content(NamedTuple):
-    """A checked row. A file has rows of one shape only, for a column that is now a string and now a list cannot be loaded."""
+class _Alike:
+    """What the rows of one upload must have in common, and the labels that they must not."""
 
-    dataset_type: DatasetType
-    shape: str
-    columns: dict[str, object]
-    prompt: object  # None where the row has no answer apart
+    def __init__(self) -> None:
+        self.rows = 0
+        self._first_line = 0
+        self._first_shape = ""
+        self._last_line = 1
+        self._labels = Counter[bool]()
+
+    def add(self, number: int, content: Content) -> None:
+        if not self.rows:
+            self._first_line, self._first_shape = number, content.shape
+        elif content.shape != self._first_shape:
+            found = f"this row is {content.shape}, but line {self._first_line} is {self._first_shape}"
+            raise BadRow(number, "", f"{found}; a dataset has rows of one form")
+        if content.label is not None:
+            self._labels[content.label] += 1
+        self._last_line = number
+        self.rows += 1
+
+    def check_labels(self) -> None:
+        """Raises BadRow, also when there were no rows."""
+        if not self.rows:
+            raise BadRow(1, "", f"no rows; a row is one line such as {FORMS}")
+        if len(self._labels) == 1:
+            found = f"{self._labels[True]:,} rows are true and {self._labels[False]:,} are false"
+            raise BadRow(self._last_line, "label", f"is the same in all rows: {found}; there must be some of each")
 
 
-def _row(number: int, content: _Content) -> Row:
-    canonical = orjson.dumps(content.columns)
+def _row(number: int, content: Content) -> Row:
+    canonical = orjson.dumps(content.columns, default=_literal, option=orjson.OPT_PASSTHROUGH_DATACLASS)
     digest = _digest(canonical)
     prompt_digest = digest if content.prompt is None else _digest(orjson.dumps(content.prompt))
-    return Row(number, content.dataset_type, canonical, digest, prompt_digest)
+    return Row(number, content.dataset_type, canonical, digest, prompt_digest, len(content.images), content.extra)
+
+
+def _literal(value: object) -> orjson.Fragment:
+    """A number, as the upload writes it."""
+    if not isinstance(value, Number):
+        raise TypeError(f"{type(value).__name__} is no value of a row")
+    return orjson.Fragment(value.literal)
 
 
 def _digest(canonical: bytes) -> bytes:
     return hashlib.blake2b(canonical, digest_size=16).digest()
-
-
-def _content(columns: dict[str, object]) -> _Content:
-    dataset_type = _form(columns)
-    match dataset_type:
-        case "messages":
-            messages = _conversation(columns["messages"], "messages", last_role="assistant")
-            return _Content(dataset_type, dataset_type, {"messages": messages}, messages[:-1])
-        case "prompt_completion":
-            return _prompt_completion(columns["prompt"], columns["completion"])
-        case "text":
-            return _Content(dataset_type, dataset_type, {"text": _text(columns["text"], "text")}, None)
-
-
-def _form(columns: dict[str, object]) -> DatasetType:
-    """Which form the row has: it has all the columns of that form, and no other."""
-    form: DatasetType | None = next((FORM_OF_COLUMN[name] for name in columns if name in FORM_OF_COLUMN), None)
-    if form is None:
-        found = ", ".join(_shown(name) for name in list(columns)[:5])
-        raise _Refused("", f"has {f'the columns {found}' if found else 'no columns'}; a row is {FORMS}")
-    names = COLUMNS[form]
-    for name in names:
-        if name not in columns:
-            raise _Refused(name, f"is missing; a {form} row has the columns {' and '.join(names)}")
-    for name in columns:
-        if name not in names:
-            raise _Refused(_shown(name), f"would not be used: a {form} row has only {' and '.join(names)}; drop the column")
-    return form
-
-
-def _prompt_completion(prompt: object, completion: object) -> _Content:
-    if isinstance(prompt, str) and isinstance(completion, str):
-        columns: dict[str, object] = {"prompt": _text(prompt, "prompt"), "completion": _text(completion, "completion")}
-        return _Content("prompt_completion", "prompt_completion with strings", columns, prompt)
-    for name, value in (("prompt", prompt), ("completion", completion)):
-        if not isinstance(value, list | str):
-            raise _Refused(name, f"is {_kind(value)}; it must be a string or a list of messages")
-    if isinstance(prompt, str) or isinstance(completion, str):
-        raise _Refused(
-            "completion", f"is {_kind(completion)} and prompt is {_kind(prompt)}; both must be strings, or both lists of messages"
-        )
-    turns = _conversation(prompt, "prompt", last_role="user")
-    return _Content("prompt_completion", "prompt_completion with messages", {"prompt": turns, "completion": _answer(completion)}, turns)
-
-
-def _answer(completion: object) -> list[dict[str, str]]:
-    """The completion of a prompt of messages: one assistant message."""
-    answer = _messages(completion, "completion")
-    if len(answer) != 1:
-        raise _Refused("completion", f"has {len(answer)} messages; it must have one, and what comes before it belongs to the prompt")
-    if answer[0]["role"] != "assistant":
-        raise _Refused("completion[0].role", f"is '{answer[0]['role']}'; it must be 'assistant'")
-    return answer
-
-
-def _conversation(value: object, field: str, *, last_role: Literal["user", "assistant"]) -> list[dict[str, str]]:
-    """Messages in an order that every chat template accepts."""
-    messages = _messages(value, field)
-    first = 1 if messages[0]["role"] == "system" else 0
-    for index, (message, expected) in enumerate(zip(messages[first:], cycle(("user", "assistant")), strict=False), start=first):
-        if message["role"] != expected:
-            raise _Refused(f"{field}[{index}].role", f"is '{message['role']}'; it must be '{expected}': {TURNS}")
-    if messages[-1]["role"] != last_role:
-        raise _Refused(f"{field}[{len(messages) - 1}].role", f"is '{messages[-1]['role']}'; the last message must be from '{last_role}'")
-    return messages
-
-
-def _messages(value: object, field: str) -> list[dict[str, str]]:
-    if not isinstance(value, list):
-        raise _Refused(field, f"is {_kind(value)}; it must be a list of messages")
-    messages = cast(list[object], value)
-    if not 1 <= len(messages) <= MAX_MESSAGES:
-        raise _Refused(field, f"has {len(messages)} messages; it must have 1 to {MAX_MESSAGES}")
-    return [_message(message, f"{field}[{index}]") for index, message in enumerate(messages)]
-
-
-def _message(value: object, field: str) -> dict[str, str]:
-    message = _object(value, field, 'a message is {"role": ..., "content": ...}')
-    _check_names(message, field, ("role", "content"))
-    role = message["role"]
-    if not isinstance(role, str) or role not in ROLES:
-        found = _shown(role) if isinstance(role, str) else _kind(role)
-        raise _Refused(f"{field}.role", f"is {found}; known roles: {', '.join(ROLES)}")
-    content = message["content"]
-    text = _joined_parts(cast(list[object], content), f"{field}.content") if isinstance(content, list) else content
-    return {"role": role, "content": _text(text, f"{field}.content")}
-
-
-def _joined_parts(parts: list[object], field: str) -> str:
-    return "".join(_part(part, f"{field}[{index}]") for index, part in enumerate(parts))
-
-
-def _part(value: object, field: str) -> str:
-    part = _object(value, field, 'a part is {"type": "text", "text": "..."}')
-    if part.get("type") in IMAGE_PARTS:
-        raise _Refused(field, "images are not supported for text datasets")
-    _check_names(part, field, ("type", "text"))
-    if part["type"] != "text":
-        raise _Refused(f"{field}.type", "only 'text' parts are supported")
-    text = part["text"]
-    if not isinstance(text, str):
-        raise _Refused(f"{field}.text", f"is {_kind(text)}; it must be a string")
-    return text
-
-
-def _check_names(found: dict[str, object], field: str, names: tuple[str, str]) -> None:
-    if tuple(found) == names:  # nearly always
-        return
-    for name in names:
-        if name not in found:
-            raise _Refused(f"{field}.{name}", "is missing")
-    for extra in (name for name in found if name not in names):
-        raise _Refused(f"{field}.{_shown(extra)}", f"would not be used: only {' and '.join(names)} are; drop it")
-
-
-def _text(value: object, field: str) -> str:
-    """A string that says something and can be stored."""
-    if not isinstance(value, str):
-        raise _Refused(field, f"is {_kind(value)}; it must be a string")
-    if not value or value.isspace():
-        raise _Refused(field, "is empty; drop the row, or write something there")
-    if "\0" in value:
-        raise _Refused(field, f"has a NUL character at position {value.index(chr(0)) + 1}; remove it")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        surrogate = f"\\u{ord(value[error.start]):04x}"
-        raise _Refused(field, f"has half a character, {surrogate}, at position {error.start + 1}; write both halves of the pair") from error
-    return value
-
-
-def _object(value: object, field: str, example: str) -> dict[str, object]:
-    if not isinstance(value, dict):
-        raise _Refused(field, f"is {_kind(value)}, not an object; {example}")
-    return cast(dict[str, object], value)
-
-
-def _kind(value: object) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "true or false"
-        case str():
-            return "a string"
-        case list():
-            return "a list"
-        case dict():
-            return "an object"
-        case _:
-            return "a number"
-
-
-def _shown(word: str) -> str:
-    """A caller's own word, short and printable whatever it holds."""
-    return ascii(word if len(word) <= SHOWN_CHARS else word[:SHOWN_CHARS] + "...")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT, Dataset, Split
 from service.core.dataset_rows import BadRow, Ingested, RowLimits, SplitFacts, ingest
@@ -19,7 +19,6 @@ from storage import InvalidKey, ObjectStore, delete_below
 INCOMING = "incoming/"  # where callers put files that are too large for a request
 SPLIT_SEED = 42
 PREVIEW_ROWS = 5
-PREVIEW_LINE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,8 @@ class Datasets:
             digest=_digest(splits),
             rows_uploaded=ingested.rows_read,
             duplicates_dropped=ingested.duplicates_dropped,
+            images=ingested.images,
+            columns=ingested.columns,
             created_at=self._clock(),
         )
         self._store.create_dataset(dataset)
@@ -106,7 +107,7 @@ class Datasets:
         return self._store.page_datasets(tenant_id, limit, after)
 
     def preview(self, dataset: Dataset) -> dict[str, list[object]]:
-        """The first rows of each split, without reading the rest."""
+        """The first rows of each split, without reading the rest. Of an image, only its type and size are shown."""
         return {name: self._first_rows(split) for name, split in dataset.splits.items()}
 
     def delete(self, dataset_id: str, tenant_id: str) -> list[str]:
@@ -142,9 +143,23 @@ class Datasets:
         return splits
 
     def _first_rows(self, split: Split) -> list[object]:
-        with self._objects.open_read(split.key) as stream:
-            lines = [stream.readline(PREVIEW_LINE_BYTES + 1) for _ in range(min(PREVIEW_ROWS, split.rows))]
-        return [json.loads(line) for line in lines if line.endswith(b"\n")]
+        with self._objects.open_read(split.key) as stream:  # its rows were measured before they were stored
+            return [_without_images(json.loads(stream.readline())) for _ in range(min(PREVIEW_ROWS, split.rows))]
+
+
+def _without_images(value: object) -> object:
+    """A value of a stored row, with the bytes of images left out."""
+    match value:
+        case {"type": "image", "image": str(uri)}:
+            header, _, payload = uri.partition(",")
+            size_bytes = len(payload) * 3 // 4 - payload[-2:].count("=")
+            return {"type": "image", "image": f"{header},… ({size_bytes} bytes)"}
+        case dict():
+            return {name: _without_images(inner) for name, inner in cast(dict[str, object], value).items()}
+        case list():
+            return [_without_images(inner) for inner in cast(list[object], value)]
+        case _:
+            return value
 
 
 def _digest(splits: dict[str, Split]) -> str:

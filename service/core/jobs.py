@@ -15,24 +15,28 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import NoReturn
 
-from pydantic import SecretStr, ValidationError
+from pydantic import ValidationError
 
 from schema.checkpoint import checkpoints_prefix
 from schema.dataset import Dataset
 from schema.events import BatchAnswer, Directive, Event, EventBatch
-from schema.job import Artifact, ArtifactFile, ExportSource, Failure, Job, Status
-from schema.requests import ExportRequest, ResumeRequest, RetryRequest, SafeChanges, TrainRequest
+from schema.job import Artifact, ArtifactFile, ArtifactKind, ExportSource, Failure, Gate, Job, Status
+from schema.requests import CloneRequest, ExportAgainRequest, ExportRequest, ResumeRequest, RetryRequest, SafeChanges, TrainRequest
 from schema.result import PublishManifest, Result
 from schema.spec import ClaimAnswer, JobSpec, StoreUrls, attempt_name, manifest_key, result_key, spec_key
 from schema.training import TrainingConfig
 from service.core import lifecycle
+from service.core.bases import check_graders_models
 from service.core.capabilities import check_fits, check_supported
 from service.core.checkpoints import StoredCheckpoint, stored_checkpoints
+from service.core.clone import cloned_request
 from service.core.errors import Conflict, InvalidRequest, LaunchFailed, NotFound, StaleRevision, TunesmithError, Unavailable
-from service.core.orphans import Orphans, delete_orphan, find_orphans
+from service.core.hub import NoHub, check_all_ours, check_hub, check_token
+from service.core.orphans import BY_JOB, Orphans, delete_orphan, find_orphans
 from service.core.ports import (
     Ended,
     EndSource,
+    Hub,
     IdempotencyKey,
     JobQuery,
     JobStore,
@@ -48,7 +52,9 @@ from service.core.ports import (
     SecretStore,
     StoredEvent,
 )
+from service.core.secrets import HF_SECRET, WANDB_SECRET, redacted, secrets_of, sent_again
 from service.core.tokens import TokenSigner
+from service.core.trackers import Trackers, deployments_own, deployments_secrets, with_trackers
 from storage import NoSuchObject, ObjectStore, StorageError, delete_below
 from storage.patience import time_left
 
@@ -56,9 +62,7 @@ log = logging.getLogger(__name__)
 
 ACTIVE_LIMIT = 1000  # jobs looked after in one turn; the oldest come first
 CAS_TRIES = 10  # writers of one job are few: its attempt, one caller, one reconciler
-REDACTED = SecretStr("**********")
-WANDB_SECRET = "wandb_api_key"
-HF_SECRET = "hf_token"
+BY_USE: tuple[ArtifactKind, ...] = ("gguf", "merged", "adapter", "onnx", "lora_gguf")  # what a download means that names nothing
 STEPS_AT_ONCE = 8  # a thousand jobs of a tenth of a second each are looked after within a scheduler's minute
 ORPHANS_S = 600.0  # looking through every file of a bucket, where nobody waits
 STEP_NEEDS_S = 2.0  # a launch is a handful of calls; begun with less, it would only be cut off half-way
@@ -104,6 +108,8 @@ class Jobs:
         random_tail: Callable[[], str],
         wake: Callable[[str], None] = lambda _: None,
         limits: Limits = Limits(),  # frozen
+        hub: Hub | None = None,
+        trackers: Trackers | None = None,
     ) -> None:
         self._store = store
         self._secrets = secrets
@@ -117,6 +123,8 @@ class Jobs:
         self._random_tail = random_tail
         self._wake = wake
         self._limits = limits
+        self._hub = hub or NoHub()
+        self._trackers = trackers or Trackers()
 
     @property
     def link_life_s(self) -> int:
@@ -130,26 +138,19 @@ class Jobs:
 
         Raises NotFound, InvalidRequest, Unsupported, IdempotencyConflict before anything is kept.
         """
-        check_supported(request.training_config, self._launcher.hardware(request.hardware))
-        dataset = self._own_dataset(request.processed_dataset_id, tenant_id)
-        check_fits(request.training_config, dataset)
-        secrets = secrets_of(request)
-        now = self._clock()
-        job = Job(
-            job_id=job_id_for(request.processed_dataset_id, request.training_config.base_model_id, self._random_tail()),
-            tenant_id=tenant_id,
-            project_id=request.project_id,
-            job_name=request.job_name,
-            processed_dataset_id=request.processed_dataset_id,
-            training_config=without_secrets(request.training_config),
-            secret_names=tuple(sorted(secrets)),
-            hardware=request.hardware or self._launcher.profiles[0],
-            status=Status.QUEUED,
-            created_at=now,
-            updated_at=now,
-            status_changed_at=now,
-        )
-        return self._begin(job, secrets, idempotency_key, digest_of(request))
+        return self._submit(request, tenant_id, idempotency_key, digest_of(request))
+
+    def clone(self, job_id: str, tenant_id: str, patch: CloneRequest, idempotency_key: str | None = None) -> Job:
+        """Make a job of another's request with changes. Raises ValidationError when the whole is no request, and what `submit` raises."""
+        source = self.find(job_id, tenant_id)
+        if source.export_of:
+            hint = f"export again: POST /jobs/{source.export_of.job_id}/export"
+            raise InvalidRequest(f"{job_id} trained nothing; it exported a checkpoint of {source.export_of.job_id}", hint=hint)
+        config = source.training_config
+        own, secrets = deployments_own(config, self._trackers), deployments_secrets(config, self._trackers)
+        request = cloned_request(source, patch, leave_out=frozenset(own), not_asked_for=frozenset(secrets))
+        digest = _digest({"clone_of": job_id, "request": digest_of(request)})
+        return self._submit(request, tenant_id, idempotency_key, digest, cloned_from=job_id)
 
     def find(self, job_id: str, tenant_id: str) -> Job:
         """A tenant's job. Raises NotFound, also for somebody else's."""
@@ -265,6 +266,8 @@ class Jobs:
         check_supported(config, self._launcher.hardware(hardware))
         self._own_dataset(source.processed_dataset_id, tenant_id)
         secrets = {HF_SECRET: request.hf_token.get_secret_value()} if request.hf_token else {}
+        check_token(config, secrets.get(HF_SECRET))
+        check_hub(config, secrets.get(HF_SECRET), self._hub, self._models)
         now = self._clock()
         job = Job(
             job_id=job_id_for(source.processed_dataset_id, config.base_model_id, self._random_tail()),
@@ -281,30 +284,50 @@ class Jobs:
             updated_at=now,
             status_changed_at=now,
         )
+        # Of an ExportAgainRequest it is the step that was asked for, which may be none: the newest one moves.
         digest = _digest({"export_of": job_id, "step": step, **request.model_dump(mode="json", exclude={"hf_token"})})
         return self._begin(job, secrets, idempotency_key, digest)
+
+    def export_again(self, job_id: str, tenant_id: str, request: ExportAgainRequest, idempotency_key: str | None = None) -> Job:
+        """Export what a job has trained once more; without a step, what was published, else the newest. Raises as `export` does."""
+        source = self.find(job_id, tenant_id)
+        stored = self.checkpoints(job_id, tenant_id)
+        if not stored:
+            raise _nothing_to_export(source)
+        steps = [found.checkpoint.step for found in stored if request.attempt in (None, found.checkpoint.attempt)]
+        step = request.step
+        if step is None:
+            step = source.published_step if source.published_step in steps else next(iter(steps), stored[0].checkpoint.step)
+        return self.export(job_id, step, tenant_id, request, idempotency_key)
 
     def download(self, job_id: str, tenant_id: str, artifact_name: str | None) -> tuple[Artifact, list[tuple[ArtifactFile, str]]]:
         """Links to the files of an artifact, the most useful one by default: GGUF, merged, adapter. Raises NotFound, Conflict."""
         job = self.find(job_id, tenant_id)
         if job.status is not Status.COMPLETED:
             raise Conflict(f"{job_id} is {job.status}; there is something to download once it is completed")
+        if job.gate and not job.gate.passed and not job.artifacts:
+            message = f"{job_id} published nothing, for the promotion gate was not passed: {why_not_passed(job.gate)}"
+            raise Conflict(message, hint=f"POST /jobs/{job_id}/export publishes it all the same")
         job = self._list_in_bucket(job)
         artifact = _pick_artifact(job, artifact_name)
         return artifact, [(file, self._link(artifact, file)) for file in artifact.files]
 
-    def delete(self, job_id: str, tenant_id: str) -> Deleted | None:
-        """Stop the job, remove its files and then its record. None: it is still stopping, repeat. Raises NotFound."""
+    def delete(self, job_id: str, tenant_id: str, *, with_hub: bool = False, hub_token: str | None = None) -> Deleted | None:
+        """Stop the job, remove its files and then its record. None: it is still stopping, repeat. Raises NotFound.
+
+        `with_hub` removes the repositories that it pushed to as well; InvalidRequest for one that holds anything else.
+        """
         job = self.find(job_id, tenant_id)
         if not job.status.is_final:
             job = self.cancel(job_id, tenant_id)
         if not job.status.is_final:
             return None
+        on_hub = self._delete_on_hub(job, hub_token) if with_hub else []
         job = self._change(job_id, lambda job: lifecycle.deletion_begun(job, self._clock()))
         deleted = self._delete_files(job)
         if not deleted.failures:
             self._store.delete_job(job_id)
-        return deleted
+        return Deleted(resources=[*on_hub, *deleted.resources], failures=deleted.failures)
 
     # --- attempts ----------------------------------------------------------------------------------------------------
 
@@ -575,6 +598,35 @@ class Jobs:
 
     # --- helpers -----------------------------------------------------------------------------------------------------
 
+    def _submit(
+        self, request: TrainRequest, tenant_id: str, idempotency_key: str | None, digest: str, cloned_from: str | None = None
+    ) -> Job:
+        check_supported(request.training_config, self._launcher.hardware(request.hardware))
+        dataset = self._own_dataset(request.processed_dataset_id, tenant_id)
+        check_fits(request.training_config, dataset)
+        check_graders_models(request.training_config, self._models)
+        check_token(request.training_config, secrets_of(request).get(HF_SECRET))
+        request = request.model_copy(update={"training_config": with_trackers(request.training_config, self._trackers)})
+        secrets = secrets_of(request)
+        check_hub(request.training_config, secrets.get(HF_SECRET), self._hub, self._models)
+        now = self._clock()
+        job = Job(
+            job_id=job_id_for(request.processed_dataset_id, request.training_config.base_model_id, self._random_tail()),
+            tenant_id=tenant_id,
+            project_id=request.project_id,
+            job_name=request.job_name,
+            processed_dataset_id=request.processed_dataset_id,
+            training_config=redacted(request.training_config),
+            secret_names=tuple(sorted(secrets)),
+            hardware=request.hardware or self._launcher.profiles[0],
+            cloned_from=cloned_from,
+            status=Status.QUEUED,
+            created_at=now,
+            updated_at=now,
+            status_changed_at=now,
+        )
+        return self._begin(job, secrets, idempotency_key, digest)
+
     def _begin(self, job: Job, secrets: dict[str, str], idempotency_key: str | None, digest: str) -> Job:
         """Keep a new job; its secrets go first, so that no attempt can start without them."""
         if secrets:
@@ -585,18 +637,21 @@ class Jobs:
 
     def _renew_secrets(self, job: Job, request: SafeChanges) -> None:
         """Keep what is sent again beside what is still there. Raises InvalidRequest when the job then lacks one that it had."""
-        sent = {HF_SECRET: request.hf_token, WANDB_SECRET: request.wandb_api_key}
-        renewed = {name: secret.get_secret_value() for name, secret in sent.items() if secret}
+        renewed = sent_again(request)
         for name in renewed.keys() - set(job.secret_names):
-            raise InvalidRequest(f"{job.job_id} was made without {name}, and goes on without it", hint="leave it out", param=name)
+            raise InvalidRequest(
+                f"{job.job_id} was made without {name}, and goes on without it", hint="leave it out", param=_field_of(name)
+            )
         if not job.secret_names:
             return
-        known = self._secrets.read(job.job_id) | renewed
+        stored = self._secrets.read(job.job_id)
+        known = deployments_secrets(job.training_config, self._trackers) | stored | renewed
         for name in job.secret_names:
             if name not in known:
                 hint = "secrets are destroyed when a job ends, and expire after 30 days"
-                raise InvalidRequest(f"{name} is needed again to go on with {job.job_id}; send it in the body", hint=hint, param=name)
-        if renewed:
+                message = f"{name} is needed again to go on with {job.job_id}; send it in the body"
+                raise InvalidRequest(message, hint=hint, param=_field_of(name))
+        if known != stored:
             self._secrets.put(job.job_id, known)
 
     def _longer(self, job: Job, request: SafeChanges) -> TrainingConfig:
@@ -668,6 +723,23 @@ class Jobs:
         key = artifact.key + file.path if artifact.key.endswith("/") else artifact.key
         return self._links.link(key, key.rpartition("/")[2], self._limits.link_life_s)
 
+    def _delete_on_hub(self, job: Job, token: str | None) -> list[str]:
+        """Remove the repositories that hold nothing but what this job pushed. Raises InvalidRequest before anything is removed."""
+        pushed: dict[str, set[str]] = {}
+        for push in (artifact.hub for artifact in job.artifacts if artifact.hub):
+            pushed.setdefault(push.repo_id, set()).add(push.revision)
+        if pushed and not token:
+            hint = "send one that may delete the repository"
+            raise InvalidRequest("delete_hub needs a token, in the header X-HF-Token", hint=hint, param="X-HF-Token")
+        found = {repo_id: self._hub.commits(repo_id, token or "") for repo_id in pushed}
+        for repo_id, commits in found.items():
+            if commits is not None:
+                check_all_ours(repo_id, commits, pushed[repo_id])
+        there = [repo_id for repo_id, commits in found.items() if commits is not None]
+        for repo_id in there:
+            self._hub.delete_repository(repo_id, token or "")
+        return [f"hf://{repo_id}" for repo_id in there]
+
     def _delete_files(self, job: Job) -> Deleted:
         resources: list[str] = []
         failures: list[str] = []
@@ -682,23 +754,6 @@ class Jobs:
             names = [attempt_name(job.job_id, attempt) for attempt in job.attempts]
             resources += [f"log of {name}" for name in names if self._launcher.forget_log(name)]
         return Deleted(resources=resources, failures=failures)
-
-
-def secrets_of(request: TrainRequest) -> dict[str, str]:
-    """The secrets in a request, by name."""
-    found = {
-        HF_SECRET: request.hf_token,
-        WANDB_SECRET: request.training_config.wandb_config and request.training_config.wandb_config.api_key,
-    }
-    return {name: secret.get_secret_value() for name, secret in found.items() if secret}
-
-
-def without_secrets(config: TrainingConfig) -> TrainingConfig:
-    """The configuration as it may be kept and shown."""
-    wandb = config.wandb_config
-    if wandb is None or wandb.api_key is None:
-        return config
-    return config.model_copy(update={"wandb_config": wandb.model_copy(update={"api_key": REDACTED})})
 
 
 def digest_of(request: TrainRequest) -> str:
@@ -724,12 +779,25 @@ def longer(config: TrainingConfig, request: SafeChanges) -> TrainingConfig:
 
 
 def exporting(config: TrainingConfig, request: ExportRequest) -> TrainingConfig:
-    """The configuration of a job that exports a checkpoint: another export, no tracker."""
+    """The configuration of a job that exports a checkpoint: another export, no tracker, no gate. Raises InvalidRequest for a misfit."""
     export = request.export_config
-    if config.method == "Full" and export.format == "adapter" and "format" in export.model_fields_set:
+    if config.method == "Full" and "adapter" in export.formats and "format" in export.model_fields_set:
         message = "format 'adapter' needs method LoRA or QLoRA; with method Full use 'merged'"
         raise InvalidRequest(message, param="export_config.format")
-    return config.model_copy(update={"export_config": export, "wandb_config": None})
+    if config.method == "Full" and export.include_lora_gguf:
+        raise InvalidRequest("include_lora_gguf needs method LoRA or QLoRA, not Full", param="export_config.include_lora_gguf")
+    judged = config.eval_config.model_copy(update={"promotion_gate": [], "lm_eval_tasks": [], "lm_eval_limit": None})
+    changed = config.model_copy(update={"export_config": export, "eval_config": judged, **dict.fromkeys(Trackers.model_fields)})
+    try:
+        return type(config).model_validate(changed.model_dump())
+    except ValidationError as error:
+        why = error.errors()[0]
+        raise InvalidRequest(why["msg"], param=why.get("ctx", {}).get("field")) from error
+
+
+def why_not_passed(gate: Gate) -> str:
+    """The checks of a gate that failed, for a person."""
+    return "; ".join(f"{check.metric}: {check.why or 'not passed'}" for check in gate.checks if not check.passed)
 
 
 def job_id_for(dataset_id: str, base_model_id: str, tail: str) -> str:
@@ -755,9 +823,7 @@ def owned_prefixes(job: Job, *, configs: ObjectStore, models: ObjectStore) -> Se
     """Every place where a job's files can lie. The manifest goes first: readers stop believing in the rest."""
     return (
         (models, manifest_key(job.job_id)),
-        (models, f"trained_adapters/{job.job_id}/"),
-        (models, f"merged_models/{job.job_id}/"),
-        (models, f"gguf_models/{job.job_id}/"),
+        *((models, f"{folder}/{job.job_id}/") for folder in BY_JOB),
         (models, checkpoints_prefix(job.job_id, job.project_id)),
         (configs, spec_key(job.job_id)),
         (configs, f"results/{job.job_id}/"),
@@ -785,10 +851,25 @@ def _absorb_all(job: Job, number: int, events: Sequence[Event], now: datetime) -
     return job
 
 
+def _nothing_to_export(job: Job) -> NotFound:
+    """Why there is no checkpoint, and what would help."""
+    if job.export_of:
+        hint = f"POST /jobs/{job.export_of.job_id}/export exports it again"
+        return NotFound(f"{job.job_id} trained nothing; it exported a checkpoint of {job.export_of.job_id}", hint=hint)
+    if job.status.is_final:
+        return NotFound(f"no checkpoint of {job.job_id} is kept", hint=f"POST /jobs/{job.job_id}/clone trains it once more")
+    return NotFound(f"{job.job_id} is {job.status} and has no checkpoint yet", hint="POST /jobs/{id}/pause makes one")
+
+
+def _field_of(secret: str) -> str:
+    """Where a body says a secret again."""
+    return secret if secret in (HF_SECRET, WANDB_SECRET) else f"secrets.{secret}"
+
+
 def _pick_artifact(job: Job, name: str | None) -> Artifact:
     known = ", ".join(artifact.name for artifact in job.artifacts)
     if name is None:
-        by_use = sorted(job.artifacts, key=lambda artifact: ("gguf", "merged", "adapter").index(artifact.kind))
+        by_use = sorted(job.artifacts, key=lambda artifact: BY_USE.index(artifact.kind))
         if by_use:
             return by_use[0]
         raise NotFound(f"{job.job_id} has no artifacts")

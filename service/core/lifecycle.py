@@ -6,7 +6,7 @@ record itself when the fact changes nothing, or raises what a caller should be t
 
 from datetime import datetime
 
-from schema.events import CheckpointSaved, Evaluated, Event, PhaseChanged, Resumed, StatusChanged, TrackerStarted
+from schema.events import CheckpointSaved, Evaluated, Event, GateJudged, PhaseChanged, Resumed, StatusChanged, TrackerStarted
 from schema.job import Attempt, AttemptOutcome, Failure, Job, SavedPoint, Status
 from schema.result import Result
 from schema.training import TrainingConfig
@@ -27,6 +27,7 @@ FOLLOWS: dict[Status, frozenset[Status]] = {
 # Attempts in a row that ended early and saved nothing new, before the job is given up.
 MOST_WITHOUT_PROGRESS = 5
 MOST_LOST = 3  # of them, those that vanished: each may have cost an hour, and a process that is killed for its memory is killed again
+LAST_WORDS = ("metrics", "base_metrics", "gate", "published_step", "wandb_url")  # of a result, those that the record takes over as they are
 GOES_ON: frozenset[AttemptOutcome] = frozenset({"yielded", "preempted", "lost"})
 # What the compute may tell of an attempt that ended early, and that another attempt can get over.
 CAN_GO_ON = frozenset({"preempted", "timeout"})
@@ -86,8 +87,11 @@ def absorbed(job: Job, number: int, event: Event, now: datetime) -> Job:
             return job.model_copy(update={"base_metrics": metrics, "updated_at": now})
         case Evaluated(metrics=metrics):
             return job.model_copy(update={"metrics": metrics, "updated_at": now})
-        case TrackerStarted(tracker="wandb", url=str(url)):
-            return job.model_copy(update={"wandb_url": url, "updated_at": now})
+        case TrackerStarted(tracker=tracker, url=str(url)):
+            wandb = {"wandb_url": url} if tracker == "wandb" else {}
+            return job.model_copy(update={"trackers": job.trackers | {tracker: url}, "updated_at": now, **wandb})
+        case GateJudged(gate=gate):
+            return job.model_copy(update={"gate": gate, "updated_at": now})
         case CheckpointSaved(step=step):
             return _saved(job, number, step, now)
         case Resumed(step=step, from_attempt=source) if source != number:  # otherwise it went back for want of memory
@@ -102,7 +106,8 @@ def finished(job: Job, result: Result, now: datetime) -> Job:
     if attempt.ended_at is not None:
         return job
     check_current(job, result.attempt)
-    told = job.model_copy(update={name: value for name in ("metrics", "base_metrics", "wandb_url") if (value := getattr(result, name))})
+    told = job.model_copy(update={name: value for name in LAST_WORDS if (value := getattr(result, name)) is not None})
+    told = told.model_copy(update={"trackers": job.trackers | result.trackers})
     if result.saved_step is not None:
         told = _saved(told, result.attempt, result.saved_step, now)
     match result.outcome:

@@ -9,10 +9,11 @@ from service.core.ports import JobStore
 from storage import ObjectStore, delete_below
 
 # Where a job's files can lie, and which part of the key is its id. A job's record is written before any of its files.
-IN_MODELS = ("trained_adapters/", "merged_models/", "gguf_models/", "checkpoints/", "results/")
+BY_JOB = ("trained_adapters", "merged_models", "gguf_models", "onnx_models", "trackers", "runs")
+IN_MODELS = (*(f"{folder}/" for folder in BY_JOB), "checkpoints/", "results/")
 IN_CONFIGS = ("configs/", "results/")
 OWNED = re.compile(
-    r"^(?:(?:trained_adapters|merged_models|gguf_models|results)/(?P<folder>[^/]+)/"
+    rf"^(?:(?:{'|'.join(BY_JOB)}|results)/(?P<folder>[^/]+)/"
     r"|checkpoints/(?:projects/[^/]+/jobs/|test-jobs/job_)(?P<checkpoint>[^/]+)/"
     r"|configs/(?P<spec>[^/]+)\.json$)"
 )

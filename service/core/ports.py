@@ -187,6 +187,8 @@ class Hardware:
     trainer_types: tuple[str, ...]
     flash_attention_2: bool
     gguf: bool
+    onnx: bool = False
+    lm_eval: bool = False  # lm-evaluation-harness is installed
     notes: Mapping[str, str] = field(default_factory=dict[str, str])  # why something is missing, by name
 
 
@@ -308,4 +310,48 @@ class LinkSigner(Protocol):
 
     def link(self, key: str, filename: str, expires_s: int) -> str:
         """An absolute URL, or a path that starts with `/` when this service itself serves it."""
+        ...
+
+
+# --- the Hugging Face Hub ----------------------------------------------------------------------------------------------
+
+# gated: somebody must accept a licence first. absent: there is no such repository, or it is private and not for this token.
+HubAccess = Literal["yes", "gated", "absent", "refused", "bad_token", "unknown"]
+
+
+@dataclass(frozen=True)
+class HubAccount:
+    """Whose token it is, and what it may do, in the Hub's words."""
+
+    user: str
+    role: str  # "read", "write", "fineGrained", or a kind that came later
+    orgs: Mapping[str, str]  # organisation → the user's role in it
+    writable: frozenset[str] = frozenset()  # of a fine-grained token: the namespaces and repositories that it may write
+
+
+class Hub(Protocol):
+    """What the Hub says about a token and a repository. It never raises for a Hub that is not there: then nothing is known."""
+
+    def read_access(self, repo_id: str, token: str | None) -> HubAccess:
+        """Whether the files of a model can be read with the token, or by anybody."""
+        ...
+
+    def write_access(self, repo_id: str, token: str) -> HubAccess:
+        """Whether a model repository that is there can be written to with the token."""
+        ...
+
+    def account(self, token: str) -> HubAccount | None:
+        """Whose token it is; None when that cannot be known."""
+        ...
+
+    def commits(self, repo_id: str, token: str) -> list[str] | None:
+        """The hashes of a repository's commits, oldest first; None when there is no such repository. Raises Unavailable."""
+        ...
+
+    def delete_repository(self, repo_id: str, token: str) -> None:
+        """Remove a model repository for good. Raises Unavailable, InvalidRequest when the token may not."""
+        ...
+
+    def close(self) -> None:
+        """Let go of connections."""
         ...

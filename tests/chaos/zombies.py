@@ -229,7 +229,7 @@ def a_service(folder: Path) -> Iterator[Scene]:
     port = _free_port()
     settings = Settings.model_validate(
         {"home": folder / "home", "port": port, "launcher": "cut-off", "trainer_python": light_trainer(folder / "trainer")}
-        | {"max_concurrent_jobs": 8, "reconcile_interval_s": TURN_S}
+        | {"HF_HUB_OFFLINE": True, "max_concurrent_jobs": 8, "reconcile_interval_s": TURN_S}
     )
     app = create_app(settings, clock)
     log = logging.getLogger()

@@ -116,6 +116,7 @@ def cloud(
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{storage.address}")
         monkeypatch.setenv("CLOUD_RUN_EMULATOR_HOST", run_line.address)
         monkeypatch.setenv("SECRET_MANAGER_EMULATOR_HOST", secrets.address)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # or each submit would ask the real one
         monkeypatch.setenv("PROJECT_ID", project)
         monkeypatch.setenv("REGION", REGION)
         clock = FakeClock()

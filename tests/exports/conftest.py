@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ def adapter(tiny: Path, probes: tuple[Probe, ...], tmp_path_factory: pytest.Temp
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
     (folder / "training_args.bin").write_bytes(b"what a trainer leaves behind")
-    return a_trained_model(folder, tiny, probes, is_adapter=True)
+    return replace(a_trained_model(folder, tiny, probes, is_adapter=True), calibration=tuple(probe.input_ids for probe in probes * 4))
 
 
 @pytest.fixture(scope="session")

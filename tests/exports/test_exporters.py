@@ -14,14 +14,17 @@ from jobs.context import JobContext
 from jobs.errors import JobFailed, Stopped
 from jobs.exporters import EXPORTERS, export_all, kinds
 from jobs.exporters.bench import Bench
-from jobs.exporters.gguf import HARD_TEXTS, Examiner, erases_tuning, refuse_unfit, stage
+from jobs.exporters.examiner import HARD_TEXTS, Candidate, Examiner, advice_on, erases_tuning, refuse_unfit
+from jobs.exporters.folders import precision
+from jobs.exporters.gguf import stage
 from jobs.exporters.speech import MOST_POSITIONS, MOST_TOKENS, passages_of, sample_of
+from jobs.exporters.streaming import stream
 from jobs.llama import apart, llama_cpp_available
 from jobs.llama.evaluate import Answer
-from jobs.llama.fidelity import TIE_NATS, Comparison, compare, log_softmax
+from jobs.llama.fidelity import TIE_NATS, Comparison, Passage, compare, log_softmax, targets_of
 from jobs.publish import sha256_of
 from jobs.trained import Probe, TrainedModel
-from schema.events import PhaseChanged, Warned
+from schema.events import Decided, PhaseChanged, Warned
 from schema.job import Artifact
 from schema.spec import manifest_key
 from schema.training import SftConfig
@@ -38,7 +41,8 @@ def exported(adapter: TrainedModel, tmp_path_factory: pytest.TempPathFactory) ->
     record = Record()
     quantizations = ["none", "bf16", "f16", "f32", "q8_0", "q4_k_m"]
     root = tmp_path_factory.mktemp("job")
-    context = a_job_context(root, record, format="merged", include_gguf=True, gguf_quantization=quantizations)
+    wanted = {"format": ["adapter", "merged"], "include_lora_gguf": True, "include_gguf": True, "gguf_quantization": quantizations}
+    context = a_job_context(root, record, **wanted)
     return {artifact.name: artifact for artifact in export_all(adapter, context)}, context, record
 
 
@@ -62,6 +66,7 @@ def test_every_exporter_can_be_called() -> None:
         ("LoRA", {"include_gguf": True}, ("adapter", "gguf")),
         ("LoRA", {"format": "merged", "include_gguf": True}, ("merged", "gguf")),
         ("Full", {}, ("merged",)),
+        ("LoRA", {"format": ["merged", "adapter"], "include_lora_gguf": True}, ("merged", "adapter", "lora_gguf")),
         ("Full", {"include_gguf": True}, ("merged", "gguf")),
     ],
 )
@@ -74,7 +79,8 @@ def test_everything_lies_where_it_is_said_to_lie(exported: Exported, tmp_path: P
     artifacts, context, _ = exported
     store = context.stores.models
     assert store.stat(manifest_key("job-1")) is None  # publishing is the service's
-    assert list(artifacts) == ["merged", "gguf-none", "gguf-bf16", "gguf-f16", "gguf-f32", "gguf-q8_0", "gguf-q4_k_m"]
+    ggufs = ["gguf-none", "gguf-bf16", "gguf-f16", "gguf-f32", "gguf-q8_0", "gguf-q4_k_m", "lora-gguf", "gguf-howto"]
+    assert list(artifacts) == ["adapter", "merged", *ggufs]
     assert artifacts["gguf-none"].key == "gguf_models/job-1/attempt-1/gemma-3-270m-none.gguf"
     for artifact in artifacts.values():
         assert artifact.uri == f"{store.url}/{artifact.key}"
@@ -86,7 +92,7 @@ def test_everything_lies_where_it_is_said_to_lie(exported: Exported, tmp_path: P
 def test_the_work_leaves_nothing_behind_and_says_where_it_is(exported: Exported) -> None:
     _, context, record = exported
     phases = [event.phase for event in record.events if isinstance(event, PhaseChanged)]
-    assert phases == ["merging", "converting", "verifying", "uploading"]
+    assert phases == ["verifying", "merging", "converting", "verifying", "converting", "verifying", "uploading"]
     assert not list(context.workdir.iterdir())
 
 
@@ -136,6 +142,81 @@ def test_coarser_files_are_further_from_the_model(exported: Exported) -> None:
     assert not q8.fidelity.erased_tuning
 
 
+def test_perplexity_is_told_beside_that_of_the_model_and_of_its_base(exported: Exported, adapter: TrainedModel) -> None:
+    import math
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    losses: list[float] = []
+    base = AutoModelForCausalLM.from_pretrained(adapter.base_folder, dtype=torch.float32)
+    for probe in adapter.probes:
+        ids = torch.tensor([probe.input_ids])
+        with torch.inference_mode():
+            log_probs = base(input_ids=ids).logits[0].log_softmax(-1)
+        losses += [-float(log_probs[i - 1, probe.input_ids[i]]) for i in range(probe.prompt_tokens, len(probe.input_ids))]
+    f16, q4, merged = (exported[0][name].fidelity for name in ("gguf-f16", "gguf-q4_k_m", "merged"))
+    assert f16
+    assert q4
+    assert merged
+    assert f16.labelled_tokens == q4.labelled_tokens == merged.labelled_tokens == len(losses)
+    assert f16.perplexity_base == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+    assert f16.perplexity == pytest.approx(f16.perplexity_merged, rel=1e-2)
+    assert f16.perplexity_merged == q4.perplexity_merged == pytest.approx(merged.perplexity, rel=1e-6)
+    assert f16.perplexity_merged != pytest.approx(f16.perplexity_base, rel=1e-2)
+    assert q4.perplexity != pytest.approx(q4.perplexity_merged, rel=1e-3)
+
+
+def test_an_importance_matrix_of_the_training_rows_is_used_where_it_helps(exported: Exported) -> None:
+    weighed = {name for name, artifact in exported[0].items() if artifact.fidelity and artifact.fidelity.imatrix}
+    assert weighed == {"gguf-q4_k_m"}
+    (decision,) = [event for event in exported[2].events if isinstance(event, Decided) and event.what == "gguf_imatrix"]
+    assert (decision.value, decision.why) == ("true", "q4_k_m gain by it")
+
+
+def test_the_adapter_alone_speaks_like_the_model_beside_its_base(exported: Exported) -> None:
+    lora = exported[0]["lora-gguf"]
+    assert lora.kind == "lora_gguf"
+    assert lora.key == "gguf_models/job-1/attempt-1/gemma-3-270m-lora-f16.gguf"
+    assert lora.size_bytes < exported[0]["gguf-f16"].size_bytes / 5
+    assert lora.fidelity
+    assert lora.fidelity.argmax_agreement == 1.0
+    assert lora.fidelity.mean_kl_to_merged < 1e-4
+    assert lora.fidelity.mean_kl_to_base
+    assert lora.fidelity.mean_kl_to_base > 0.01
+    assert not lora.fidelity.advice
+
+
+def test_beside_the_files_lies_how_to_run_them_and_what_was_measured(exported: Exported, tmp_path: Path) -> None:
+    artifacts, context, _ = exported
+    folder = download(context.stores.models, artifacts["gguf-howto"], tmp_path)
+    heard = [artifact for artifact in artifacts.values() if artifact.kind in ("gguf", "lora_gguf") and artifact.fidelity]
+    told = read_json(folder / "fidelity.json")
+    assert told == {artifact.name: artifact.fidelity.model_dump(mode="json") for artifact in heard if artifact.fidelity}
+    for artifact in heard:
+        stem = artifact.key.rpartition("/")[2].removesuffix(".gguf")
+        assert f"{stem}.gguf" in (folder / f"{stem}.Modelfile").read_text()
+        assert f" {stem}.gguf" in (folder / f"{stem}.sh").read_text()
+    assert read_json(download(context.stores.models, artifacts["merged"], tmp_path / "merged") / "fidelity.json")["merged"]
+
+
+def test_the_command_line_beside_a_file_works_as_it_stands(exported: Exported, tmp_path: Path) -> None:
+    import subprocess
+
+    from jobs.llama import program
+
+    artifacts, context, _ = exported
+    folder = download(context.stores.models, artifacts["gguf-howto"], tmp_path)
+    context.stores.models.download(artifacts["gguf-q8_0"].key, tmp_path / "gemma-3-270m-q8_0.gguf")
+    tool = program("llama-completion")
+    assert tool
+    ran = subprocess.run(
+        ["sh", folder / "gemma-3-270m-q8_0.sh"], cwd=tmp_path, env={"PATH": f"{tool.parent}:/usr/bin:/bin"}, capture_output=True
+    )
+    assert ran.returncode == 0
+    assert b"model\n" in ran.stdout
+
+
 def test_a_gguf_file_knows_its_chat_template_and_keeps_turn_tokens_whole(exported: Exported, adapter: TrainedModel, tmp_path: Path) -> None:
     from gguf import GGUFReader, TokenType
     from transformers import AutoTokenizer
@@ -167,19 +248,60 @@ def test_an_adapter_is_handed_back_alone(adapter: TrainedModel, a_context: MakeC
 
 def test_gguf_beside_an_adapter_publishes_no_merged_model(adapter: TrainedModel, a_context: MakeContext) -> None:
     context = a_context(include_gguf=True)
-    assert [artifact.name for artifact in export_all(adapter, context)] == ["adapter", "gguf-q8_0"]
+    assert [artifact.name for artifact in export_all(adapter, context)] == ["adapter", "gguf-q8_0", "gguf-howto"]
     assert not list(context.stores.models.walk("merged_models/"))
 
 
 def test_a_fully_trained_model_needs_no_merge(full: TrainedModel, a_context: MakeContext, tmp_path: Path) -> None:
     context = a_context("Full", include_gguf=True, gguf_quantization="f16")
-    merged, f16 = export_all(full, context)
+    merged, f16, _ = export_all(full, context)
     folder = download(context.stores.models, merged, tmp_path / "got")
     assert (folder / "model.safetensors").read_bytes() == (full.folder / "model.safetensors").read_bytes()
     assert f16.fidelity
     assert f16.fidelity.argmax_agreement == 1.0
     assert f16.fidelity.mean_kl_to_base
     assert f16.fidelity.mean_kl_to_base > 0.01
+
+
+def test_a_merged_model_comes_in_the_precision_asked_for(adapter: TrainedModel, a_context: MakeContext, tmp_path: Path) -> None:
+    context = a_context(format="merged", merged_dtype="fp16")
+    (merged,) = export_all(adapter, context)
+    folder = download(context.stores.models, merged, tmp_path / "got")
+    assert precision(folder) == "f16"
+    assert read_json(folder / "config.json")["dtype"] == "float16"
+    assert merged.fidelity
+    assert merged.fidelity.argmax_agreement > 0.99
+
+
+def test_a_fully_trained_model_is_rounded_to_its_bases_precision(full: TrainedModel, a_context: MakeContext, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    wide = tmp_path / "wide"
+    stream(full.folder, wide, torch.float32)
+    for path in full.folder.glob("*.json"):
+        (wide / path.name).write_bytes(path.read_bytes())
+    context = a_context("Full")
+    (merged,) = export_all(replace(full, folder=wide), context)
+    folder = download(context.stores.models, merged, tmp_path / "got")
+    assert precision(folder) == "bf16"
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
+    assert merged.fidelity  # with the model before it was rounded
+    assert merged.fidelity.mean_kl_to_merged < 1e-4
+
+
+def test_weights_too_large_for_float16_are_refused_with_advice(full: TrainedModel, a_context: MakeContext, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(full.folder, tmp_path / "large"))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = 1e5
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(JobFailed, match=r"model\.norm\.weight has numbers that are too large for f16") as caught:
+        export_all(replace(full, folder=folder), a_context("Full", merged_dtype="fp16"))
+    assert "bf16 or fp32" in caught.value.failure.hint
 
 
 def test_a_model_that_llama_cpp_computes_differently_is_refused(full: TrainedModel, a_context: MakeContext, tmp_path: Path) -> None:
@@ -201,8 +323,19 @@ def test_a_corrupt_file_is_refused(bench: Bench, tmp_path: Path) -> None:
     path = tmp_path / "broken.gguf"
     path.write_bytes(b"GGUF" + bytes(200))
     with pytest.raises(JobFailed, match=r"broken\.gguf does not work in llama\.cpp") as caught:
-        Examiner(bench).examine(path, "f16")
+        Examiner(bench).examine(Candidate(path, "f16"))
     assert caught.value.failure.code == "export_failed"
+
+
+def test_a_file_is_byte_by_byte_what_llama_cpps_own_converter_writes(exported: Exported, adapter: TrainedModel, tmp_path: Path) -> None:
+    from jobs.llama import converter
+
+    artifacts, context, _ = exported
+    whole = download(context.stores.models, artifacts["merged"], tmp_path / "merged")
+    staging = stage(whole, whole, [adapter.base_folder], tmp_path / "staging")
+    options = ["--outtype", "bf16", "--model-name", "gemma-3-270m"]
+    apart.run("convert", [sys.executable, str(converter()), str(staging), *options, "--outfile", str(tmp_path / "plain.gguf")])
+    assert sha256_of(tmp_path / "plain.gguf") == artifacts["gguf-bf16"].sha256
 
 
 def test_a_crash_of_llama_cpp_is_an_ending_like_another() -> None:
@@ -237,7 +370,7 @@ def test_diverged_weights_are_refused(adapter: TrainedModel, a_context: MakeCont
 
 
 def test_an_adapter_without_probes_is_verified_all_the_same(adapter: TrainedModel, a_context: MakeContext) -> None:
-    (_, artifact) = export_all(replace(adapter, probes=()), a_context(include_gguf=True))
+    _, artifact, _ = export_all(replace(adapter, probes=()), a_context(include_gguf=True))
     assert artifact.fidelity
     assert artifact.fidelity.sample_prompt == "Once upon a time"
     assert artifact.fidelity.compared_tokens > 50
@@ -248,7 +381,7 @@ def test_runs_of_spaces_are_among_what_is_compared() -> None:
 
 
 def test_without_the_mend_turn_tokens_would_fall_apart(bench: Bench, adapter: TrainedModel, tmp_path: Path) -> None:
-    staging = stage(bench.whole.folder, [adapter.base_folder], tmp_path / "staging")
+    staging = stage(bench.whole.folder, bench.whole.folder, [adapter.base_folder], tmp_path / "staging")
     listed = read_json(staging / "tokenizer_config.json")["added_tokens_decoder"]
     marks = {token["content"]: token["special"] for token in listed.values()}
     assert marks["<start_of_turn>"]
@@ -258,15 +391,15 @@ def test_without_the_mend_turn_tokens_would_fall_apart(bench: Bench, adapter: Tr
 
 def test_a_file_that_splits_texts_differently_is_refused() -> None:
     with pytest.raises(JobFailed, match="splits 1 of 2 texts"):
-        refuse_unfit("x.gguf", "q8_0", an_answer(token_ids=[[1, 2], [3]]), [[1, 2], [4]])
+        refuse_unfit(a_candidate("q8_0"), an_answer(token_ids=[[1, 2], [3]]), [[1, 2], [4]])
 
 
 def test_a_file_that_keeps_the_weights_must_speak_alike_and_a_quantized_one_need_not() -> None:
     answer = an_answer(argmax_agreement=0.5, mean_kl_to_trained=1.0)
-    refuse_unfit("x.gguf", "q4_k_m", answer, [])
+    refuse_unfit(a_candidate("q4_k_m"), answer, [])
     for quantization in ("none", "f32", "f16", "bf16"):
         with pytest.raises(JobFailed, match=r"agree on 50\.0% of 10 tokens"):
-            refuse_unfit("x.gguf", quantization, answer, [])
+            refuse_unfit(a_candidate(quantization), answer, [])
 
 
 def test_rounding_that_undid_the_training_is_noticed() -> None:
@@ -280,12 +413,25 @@ def test_the_user_is_warned_of_erased_tuning(bench: Bench, record: Record, tmp_p
     # The base's own file stands for a quantization that rounded every change away.
     path = tmp_path / "base.gguf"
     trained = bench.trained
-    apart.convert(stage(trained.base_folder, [trained.base_folder], tmp_path / "staging"), path, precision="bf16", name="base")
-    fidelity = Examiner(bench).examine(path, "q2_k")
+    staging = stage(trained.base_folder, trained.base_folder, [trained.base_folder], tmp_path / "staging")
+    apart.convert(staging, path, precision="bf16", name="base")
+    fidelity = Examiner(bench).examine(Candidate(path, "q2_k"))
     assert fidelity.erased_tuning
     (warning,) = [event for event in record.events if isinstance(event, Warned)]
     assert warning.code == "erased_tuning"
     assert "q8_0 or f16" in warning.message
+
+
+def test_a_file_that_cannot_hold_what_was_trained_is_flagged_and_not_hidden() -> None:
+    lacking = a_candidate("f16", base=Path("base.gguf"), lacks="the embeddings of 2 tokens that were trained as well")
+    far = an_answer(argmax_agreement=0.9, mean_kl_to_trained=0.3, mean_kl_to_base=0.1)
+    refuse_unfit(lacking, far, [])
+    advice = advice_on(lacking, far.comparison)
+    assert "lacks the embeddings of 2 tokens" in advice
+    assert "nearer to the base; use include_gguf" in advice
+    assert not advice_on(lacking, an_answer().comparison)  # the rows hardly moved
+    with pytest.raises(JobFailed, match="does not speak like"):
+        refuse_unfit(a_candidate("f16", base=Path("base.gguf")), far, [])
 
 
 def test_near_ties_count_as_agreement() -> None:
@@ -306,6 +452,20 @@ def test_a_model_is_at_no_distance_from_itself() -> None:
     assert found.mean_kl_to_base > 1
 
 
+def test_perplexity_counts_the_tokens_that_a_row_wants_and_no_others() -> None:
+    import math
+
+    import numpy as np
+
+    passages = [Passage(ids=(7, 1, 2, 0), compared=3, answer_from=2), Passage(ids=(0, 0), compared=2)]
+    assert targets_of(passages) == [2, 0, None, None, None]
+    rows = np.log(np.array([[0.2, 0.3, 0.5], [0.25, 0.25, 0.5], [1 / 3] * 3, [1 / 3] * 3, [1 / 3] * 3], dtype=np.float32))
+    found = compare(iter(rows), rows, rows[:, ::-1], targets_of(passages))
+    assert found.labelled == 2
+    assert found.perplexity == found.perplexity_trained == pytest.approx(math.exp(-(math.log(0.5) + math.log(0.25)) / 2))
+    assert found.perplexity_base == pytest.approx(math.exp(-(math.log(0.2) + math.log(0.5)) / 2))
+
+
 @pytest.mark.parametrize(("rows", "message"), [(4, "4 positions"), (6, "more positions"), (5, "not finite")])
 def test_what_cannot_be_compared_is_an_error(rows: int, message: str) -> None:
     import numpy as np
@@ -323,6 +483,8 @@ def test_long_rows_are_cut_around_the_start_of_the_answer() -> None:
     assert len(passage.ids) == MOST_TOKENS
     assert passage.ids[0] == 0
     assert {599, 600, 601} <= set(passage.ids)
+    assert passage.answer_from
+    assert passage.ids[passage.answer_from] == 600  # the first that the row wants to be said
     assert passage.compared <= MOST_POSITIONS
 
 
@@ -334,6 +496,10 @@ def test_the_sample_continues_the_shortest_prompt() -> None:
 @pytest.fixture
 def bench(adapter: TrainedModel, a_context: MakeContext) -> Bench:
     return Bench(adapter, a_context(include_gguf=True))
+
+
+def a_candidate(quantization: Any, **facts: Any) -> Candidate:
+    return Candidate(Path("x.gguf"), quantization, **facts)
 
 
 def a_comparison(**changes: Any) -> Comparison:

@@ -182,6 +182,7 @@ def test_an_attempt_reaches_its_bytes_and_the_service_and_nothing_else() -> None
         ("storage.objectViewer", "configs bucket"),
         ("storage.objectUser", "configs bucket on condition"),
         ("storage.objectViewer", "datasets bucket"),
+        ("storage.objectUser", "datasets bucket on condition"),
         ("storage.objectUser", "models bucket"),
         ("run.invoker", "service"),
     }
@@ -191,6 +192,13 @@ def test_an_attempt_writes_results_and_no_specs() -> None:
     bound = RESOURCES["google_storage_bucket_iam_member.job_writes_results"]
     assert any("startsWith" in text and "/objects/results/" in text for text in texts(bound.body["condition"]))
     assert 'f"results/{job_id}/{attempt}.json"' in source("schema/spec.py")
+
+
+def test_an_attempt_keeps_tokens_and_changes_no_rows() -> None:
+    bound = RESOURCES["google_storage_bucket_iam_member.job_keeps_tokens"]
+    assert any("/objects/datasets/" in text and "endsWith" in text and ".npz" in text for text in texts(bound.body["condition"]))
+    assert "/tokens/{digest.hexdigest()}.npz" in source("jobs/data/cache.py")
+    assert "{name}.jsonl" in source("service/core/datasets.py")
 
 
 def test_the_service_is_granted_single_things() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from hashlib import sha256
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -18,7 +19,7 @@ from schema.checkpoint import MANIFEST, Checkpoint, checkpoints_prefix
 from schema.dataset import Dataset, Split
 from schema.events import Decided, Evaluated, Event, Metrics, Warned
 from schema.spec import JobSpec
-from schema.training import SftConfig
+from schema.training import TRAINING_CONFIG
 from tests.jobs.fake_service import FakeService
 from tests.tiny_gemma import build_tiny_gemma
 
@@ -165,6 +166,7 @@ def a_spec(
     train: list[dict[str, Any]] | None = None,
     held_out: list[dict[str, Any]] | None = None,
     dataset_type: str = "messages",
+    columns: tuple[str, ...] = (),
     **config: Any,
 ) -> JobSpec:
     """A small job, ten steps at most; `config` changes its training config. Each is a new one, and finds no checkpoint of another."""
@@ -175,13 +177,14 @@ def a_spec(
     knobs = {"max_steps": 4, "batch_size": 2, "gradient_accumulation_steps": 1, "logging_steps": 1, "save_strategy": "no"}
     knobs |= {"max_seq_length": 128, "lora_rank": 4} if config.get("method") != "Full" else {"max_seq_length": 128}
     knobs |= config.pop("hyperparameters", {})
+    config["eval_config"] = {"sample_prompts": 0} | config.get("eval_config", {})  # generation is slow, and most tests are not about it
     dataset = Dataset.model_validate(
         {"processed_dataset_id": "d", "tenant_id": "local", "name": "d", "dataset_type": dataset_type, "splits": splits, "digest": ""}
-        | {"rows_uploaded": 1, "created_at": "2026-01-01T00:00:00Z"}
+        | {"rows_uploaded": 1, "created_at": "2026-01-01T00:00:00Z", "columns": columns}
     )
     return JobSpec.model_validate(
         {"job_id": job_id, "job_name": "a job", "tenant_id": "local", "dataset": dataset}
-        | {"training_config": SftConfig.model_validate({"base_model_id": BASE, "hyperparameters": knobs} | config)}
+        | {"training_config": TRAINING_CONFIG.validate_python({"base_model_id": BASE, "hyperparameters": knobs} | config)}
         | {"stores": dict.fromkeys(("datasets", "models", "configs"), f"file://{store}"), "checkpoints": checkpoints_prefix(job_id, None)}
     )
 
@@ -219,17 +222,21 @@ def a_context(
     return context
 
 
+def trainer_of(spec: JobSpec) -> Callable[..., TrainedModel]:
+    """The code that obeys the job's training config."""
+    module, _, function = spec.training_config.trainer.partition(":")
+    return getattr(import_module(module), function)
+
+
 @pytest.fixture
 def train(store: Path, tmp_path: Path) -> Callable[..., Trained]:
     """Trains the tiny base; what is passed changes the job of `a_spec`, hyperparameters by their own names."""
 
     def run(name: str = "one", /, *, spec: dict[str, Any] | None = None, **hyperparameters: Any) -> Trained:
-        from jobs.trainers.sft import train as train_sft
-
         record, workdir = Record(), tmp_path / name
         job = a_spec(store, hyperparameters=hyperparameters, **(spec or {}))
         context = a_context(job, workdir, record)
-        model = train_sft(job.training_config, context)
+        model = trainer_of(job)(job.training_config, context)
         return Trained(model, record, workdir, context)
 
     return run

@@ -17,7 +17,7 @@ from schema.checkpoint import checkpoint_key
 from schema.events import Evaluated, Metrics, Resumed
 from schema.job import ExportSource, Progress
 from schema.spec import JobSpec
-from tests.jobs.conftest import Record, a_context, a_spec, saved, saved_steps
+from tests.jobs.conftest import Record, a_context, a_spec, saved, saved_steps, trainer_of
 
 
 class Killed(BaseException):
@@ -98,15 +98,13 @@ class Story:
         self, *, stop_after: int | None = None, dies_at: int | None = None, mirror: Mirror | None = None, **how: Any
     ) -> TrainedModel | Reason | None:
         """What the next attempt came to: the model, why it stopped, or None when it was killed."""
-        from jobs.trainers.sft import train
-
         self.heard.append(listener := Listener(dies_at=dies_at))
         stop = None if stop_after is None else StopAfter(listener, stop_after, **how)
         number = len(self.heard)
         context = a_context(self.spec, self.workdir / str(number), listener, attempt=number, stop=stop)
         context.mirrors += [mirror] if mirror else []
         try:
-            return train(self.spec.training_config, context)
+            return trainer_of(self.spec)(self.spec.training_config, context)
         except Stopped as stopped:
             return stopped.reason
         except Killed:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from jobs.errors import JobFailed, Stopped, failure_of
-from jobs.settings import read_settings
+from jobs.settings import read_settings, use_one_gpu
 from storage import NoSuchObject, StoreUnavailable
 
 
@@ -59,3 +59,9 @@ def test_a_missing_or_senseless_variable_is_named() -> None:
 def test_settings_do_not_show_the_token() -> None:
     complete = dict.fromkeys(("JOB_ID", "JOB_SPEC_STORE_URL", "SERVICE_URL", "JOB_WORKDIR"), "x") | {"JOB_ATTEMPT": "2"}
     assert "t0ken" not in repr(read_settings(complete | {"JOB_TOKEN": "t0ken"}))
+
+
+@pytest.mark.parametrize(("shown", "used"), [({}, "0"), ({"CUDA_VISIBLE_DEVICES": "2,3"}, "2"), ({"CUDA_VISIBLE_DEVICES": ""}, "")])
+def test_one_process_sees_one_gpu(shown: dict[str, str], used: str) -> None:
+    use_one_gpu(shown)
+    assert shown == {"CUDA_VISIBLE_DEVICES": used}

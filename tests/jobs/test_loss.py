@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from jobs.data.render import NO_LABEL, TokenRow, render
-from jobs.trainers.sft import _packed, collate, labelled_logits, measure
+from jobs.trainers.likelihood import collate, labelled_logits, measure
+from jobs.trainers.sft import blocks_of
 from jobs.turn_tokens import train_few_rows_only
 from schema.training import SftConfig
 from tests.jobs.conftest import messages
@@ -93,7 +94,7 @@ def test_padding_is_never_a_label_and_its_token_does_not_matter(model: Any, rows
 
 
 def test_rows_are_packed_whole_and_none_is_lost(rows: list[TokenRow]) -> None:
-    blocks = _packed(rows, 64)
+    blocks = blocks_of(rows, 64)
     assert sorted(row.input_ids for block in blocks for row in block) == sorted(row.input_ids for row in rows)
     assert all(sum(len(row.input_ids) for row in block) <= 64 for block in blocks)
     assert len(blocks) < len(rows)
@@ -119,7 +120,7 @@ def test_a_packed_row_does_not_see_its_neighbours(model: Any, rows: list[TokenRo
 def test_packed_and_padded_rows_have_the_same_loss(model: Any, rows: list[TokenRow]) -> None:
     import torch
 
-    packed = collate(_packed(rows, 96), 0)
+    packed = collate(blocks_of(rows, 96), 0)
     assert int(packed.pop("real_tokens")) == sum(len(row.input_ids) for row in rows)
     labels = packed.pop("labels")
     logits, wanted = labelled_logits(model, packed, labels)
@@ -129,7 +130,7 @@ def test_packed_and_padded_rows_have_the_same_loss(model: Any, rows: list[TokenR
 def test_packed_rows_teach_what_the_same_rows_teach_one_by_one(model: Any, rows: list[TokenRow]) -> None:
     import torch
 
-    blocks = _packed(rows, 100)  # longer than the window of attention
+    blocks = blocks_of(rows, 100)  # longer than the window of attention
     assert len(blocks) > 1
     packed = collate(blocks, 0)
     count = packed.pop("real_tokens")

@@ -13,7 +13,7 @@ import pytest
 
 from jobs.errors import JobFailed, failure_of
 from schema.events import Decided, Warned
-from schema.training import Hyperparameters
+from schema.hyperparameters import SftHyperparameters
 from tests.jobs.conftest import BASE, Record, Trained, a_context, a_spec, messages
 
 Train = Callable[..., Trained]
@@ -111,9 +111,18 @@ KNOBS = {
     "logging_steps": Knob(2, lambda one, other: (logged(one), logged(other)) == ([1, 2, 3, 4], [2, 4])),
     "lora_rank": Knob(8, lambda one, other: adapter(other)["r"] == 8 and {len(part) for part in lora_a(other)} == {8}),
     "lora_alpha": Knob(64, lambda one, other: adapter(other)["lora_alpha"] == 64 and distance(one, other) > 1e-6),
+    "use_dora": Knob(True, lambda one, other: any("magnitude" in name for name in other.weights()) and distance(one, other) > 1e-6),
+    "use_rslora": Knob(True, lambda one, other: adapter(other)["use_rslora"] and distance(one, other) > 1e-6),
+    "target_modules": Knob(["q_proj"], lambda one, other: {name.split(".")[-3] for name in other.lora_weights()} == {"q_proj"}),
+    "train_vision_tower": Knob(False, lambda one, other: distance(one, other) == 0),  # with images: tests/jobs/test_vision.py
+    "gradient_checkpointing": Knob(
+        True, lambda one, other: other.record.decisions["gradient_checkpointing"] == "true" and distance(one, other) < 1e-6
+    ),
     "lora_dropout": Knob(0.5, lambda one, other: adapter(other)["lora_dropout"] == 0.5 and distance(one, other) > 1e-6),
 }
-REFUSED_HERE = {"use_fa2"}  # it needs a GPU; test_flash_attention_is_refused_where_it_does_not_exist
+# One needs a GPU (test_flash_attention_is_refused_where_it_does_not_exist), one a minute and more, and one leaves no trace in the model
+# (test_the_library_is_told_what_was_decided).
+ELSEWHERE = {"use_fa2", "torch_compile", "dataloader_num_workers"}
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +153,7 @@ def test_every_hyperparameter_takes_effect(store: Path, tmp_path: Path, baseline
 
 
 def test_no_hyperparameter_is_forgotten_above() -> None:
-    assert KNOBS.keys() | REFUSED_HERE == Hyperparameters.model_fields.keys()
+    assert KNOBS.keys() | ELSEWHERE == SftHyperparameters.model_fields.keys()
 
 
 def test_the_same_seed_gives_the_same_model_to_the_last_bit(store: Path, tmp_path: Path, baseline: Callable[..., Trained]) -> None:
@@ -349,13 +358,6 @@ def test_the_other_forms_of_rows_are_trained_on_as_well(train: Train, dataset_ty
     assert (trained.model.metrics.eval_loss or 9) < (trained.model.base_metrics.eval_loss or 0)
 
 
-@pytest.mark.parametrize("changes", [{"method": "QLoRA"}, {"provider": "unsloth"}, {"modality": "vision"}])
-def test_what_this_image_cannot_do_is_refused_even_if_the_service_let_it_through(train: Train, changes: dict[str, str]) -> None:
-    with pytest.raises(JobFailed) as refused:
-        train(spec=changes)
-    assert refused.value.failure.code == "invalid_config"
-
-
 def test_rows_without_anything_to_learn_fail_the_job_with_a_hint(train: Train) -> None:
     with pytest.raises(JobFailed) as refused:
         train(max_seq_length=8)
@@ -402,7 +404,7 @@ def test_a_norm_that_is_no_number_is_null_with_a_reason(base_with_last_norm: Cal
 def test_weights_that_are_no_numbers_fail_the_job() -> None:
     import torch
 
-    from jobs.trainers.sft import refuse_broken
+    from jobs.trainers.model import refuse_broken
 
     model = torch.nn.Linear(2, 2)
     refuse_broken(model, 7)
@@ -416,7 +418,7 @@ def test_a_measurement_that_is_no_number_is_null_with_a_reason(store: Path, base
     from transformers import AutoModelForCausalLM
 
     from jobs.data.render import render
-    from jobs.trainers.sft import measure
+    from jobs.trainers.likelihood import measure
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.nn.init.constant_(model.model.norm.weight, math.nan)
@@ -429,6 +431,29 @@ def test_a_measurement_that_is_no_number_is_null_with_a_reason(store: Path, base
 def test_what_was_decided_is_told_with_its_reason(train: Train) -> None:
     trained = train(max_steps=1)
     decided = [event for event in trained.record.events if isinstance(event, Decided)]
-    assert {event.what for event in decided} == {"base_model", "chat_template", "device", "dtype", "gradient_checkpointing"}
+    chosen_here = {"gradient_checkpointing", "dataloader_num_workers", "torch_compile", "learning_rate"}
+    assert {event.what for event in decided} == {"base_model", "chat_template", "device", "dtype"} | chosen_here
     assert all(event.value and event.why for event in decided)
     assert train("full", spec={"method": "Full"}, max_steps=1).record.decisions["dtype"] == "float32"
+
+
+def test_the_library_is_told_what_was_decided(store: Path, tmp_path: Path) -> None:
+    from jobs.trainers.loop import lay_ground
+
+    spec = a_spec(store, hyperparameters={"dataloader_num_workers": 3, "torch_compile": True, "gradient_checkpointing": True})
+    ground = lay_ground(spec.training_config, a_context(spec, tmp_path))
+    assert (ground.machine.workers, ground.machine.gradient_checkpointing) == (3, True)
+
+
+def test_a_knob_that_the_machine_cannot_honour_is_replaced_with_a_warning(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jobs.trainers.loop import lay_ground
+    from jobs.trainers.model import compiles
+
+    monkeypatch.setenv("PATH", "")  # no C compiler is found
+    spec, record = a_spec(store, hyperparameters={"torch_compile": True}), Record()
+    context = a_context(spec, tmp_path, record)
+    ground = lay_ground(spec.training_config, context)
+    assert not compiles(spec.training_config, context, ground.machine, ground.base_folder, 10)
+    assert "C compiler" in record.warnings["not_compiled"]

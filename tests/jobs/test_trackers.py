@@ -1,18 +1,31 @@
 """A tracker shows the curves, and can be slow, or die, without the training noticing."""
 
+import json
+import os
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from jobs.context import Secrets
-from jobs.trackers import TrackerThread, start_trackers
-from schema.events import Metrics, TrackerStarted
-from schema.job import EvalMetrics
+import pytest
+from pydantic import ValidationError
+
+from jobs.context import JobContext, Secrets
+from jobs.trackers import TRACKERS, TrackerThread, start_trackers
+from jobs.trackers.event_files import UPLOAD_EVERY_S, TensorboardTracker
+from jobs.trackers.mlflow_server import MlflowTracker
+from schema.events import Evaluated, Metrics, Sampled, TrackerStarted
+from schema.job import EvalMetrics, Sample
+from schema.trackers import MlflowConfig
 from tests.jobs.conftest import Record, a_context, a_spec
+from tests.jobs.fake_mlflow import FakeMlflow
 
 KEY = "k" * 40
+SAMPLED = Sampled(when="after", step=3, samples=(Sample(prompt="what is", text="an answer"),))
 
 
 class Moody:
@@ -32,6 +45,8 @@ class Moody:
 
     def evaluated(self, event: Any) -> None: ...
 
+    def sampled(self, event: Any) -> None: ...
+
     def checkpoint(self, folder: Path, step: int) -> None: ...
 
     def model(self, folder: Path) -> None: ...
@@ -40,9 +55,9 @@ class Moody:
         self.succeeded = succeeded
 
 
-def test_a_tracker_that_raises_is_left_out_with_one_warning_and_no_secret(store: Path, tmp_path: Path) -> None:
+def test_a_tracker_that_raises_is_left_out_with_one_warning_and_no_secret(tmp_path: Path) -> None:
     record, tracker = Record(), Moody()
-    context = a_context(a_spec(store), tmp_path, record, secrets={"wandb_api_key": KEY})
+    context = a_context(a_spec(tmp_path / "objects"), tmp_path, record, secrets={"wandb_api_key": KEY})
     thread = TrackerThread("moody", tracker, context)
     thread.start()
     for step in range(5):
@@ -56,13 +71,13 @@ def test_a_tracker_that_raises_is_left_out_with_one_warning_and_no_secret(store:
     assert [event.url for event in record.events if isinstance(event, TrackerStarted)] == ["https://curves.example/1"]
 
 
-def test_a_tracker_that_hangs_is_waited_for_only_so_long(store: Path, tmp_path: Path) -> None:
+def test_a_tracker_that_hangs_is_waited_for_only_so_long(tmp_path: Path) -> None:
     class Stuck(Moody):
         def metrics(self, event: Metrics) -> None:
             let_go.wait(20)
 
     let_go, record = threading.Event(), Record()
-    thread = TrackerThread("stuck", Stuck(), a_context(a_spec(store), tmp_path, record))
+    thread = TrackerThread("stuck", Stuck(), a_context(a_spec(tmp_path / "objects"), tmp_path, record))
     thread.metrics(Metrics(step=1, values={}))
     thread.finish(succeeded=True, patience_s=0.1)
     let_go.set()
@@ -75,8 +90,8 @@ def test_secrets_are_not_shown_and_are_taken_out_of_texts() -> None:
     assert secrets.redact("with hf_secret inside") == "with ********** inside"
 
 
-def test_without_a_tracker_in_the_config_none_is_started(store: Path, tmp_path: Path) -> None:
-    assert start_trackers(a_context(a_spec(store), tmp_path)) == []
+def test_without_a_tracker_in_the_config_none_is_started(tmp_path: Path) -> None:
+    assert start_trackers(a_context(a_spec(tmp_path / "objects"), tmp_path)) == []
 
 
 def records(path: Path) -> Iterator[bytes]:
@@ -102,8 +117,8 @@ def told(workdir: Path) -> list[Any]:
     return [wandb_internal_pb2.Record.FromString(content) for content in records(path)]
 
 
-def test_every_attempt_goes_on_with_the_same_run_and_a_pause_is_no_failure_of_it(store: Path, tmp_path: Path) -> None:
-    spec = a_spec(store, wandb_config={"mode": "offline", "project": "p"})
+def test_every_attempt_goes_on_with_the_same_run_and_a_pause_is_no_failure_of_it(tmp_path: Path) -> None:
+    spec = a_spec(tmp_path / "objects", wandb_config={"mode": "offline", "project": "p"})
     runs, exits, points = [], [], []
     for attempt in (1, 2):
         workdir = tmp_path / str(attempt)
@@ -121,15 +136,16 @@ def test_every_attempt_goes_on_with_the_same_run_and_a_pause_is_no_failure_of_it
     assert points == ["1", "2"]
 
 
-def test_w_and_b_offline_holds_the_curves_the_evaluations_and_the_config_but_no_key(store: Path, tmp_path: Path) -> None:
-    spec = a_spec(store, wandb_config={"mode": "offline", "project": "p", "log_model": "end"})
+def test_w_and_b_offline_holds_the_curves_the_evaluations_and_the_config_but_no_key(tmp_path: Path) -> None:
+    spec = a_spec(tmp_path / "objects", wandb_config={"mode": "offline", "project": "p", "log_model": "end"})
     record = Record()
     context = a_context(spec, tmp_path, record, secrets={"wandb_api_key": KEY})
     (thread,) = start_trackers(context)
     for step in range(1, 4):
         context.metrics(step, {"loss": 2.5 / step, "learning_rate": 1e-4}, epoch=0.1)
     context.evaluated("before", 0, EvalMetrics(eval_loss=4.0, perplexity=54.6))
-    context.evaluated("after", 3, EvalMetrics(eval_loss=3.0, perplexity=20.1))
+    context.evaluated("after", 3, EvalMetrics(eval_loss=3.0, perplexity=20.1, values={"exact_match": 0.5, "bleu": None}))
+    context.sampled(SAMPLED)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights").write_bytes(b"w")
     context.model_saved(tmp_path / "model")
@@ -147,7 +163,284 @@ def test_w_and_b_offline_holds_the_curves_the_evaluations_and_the_config_but_no_
             assert (content.run.display_name, content.run.project) == (spec.job_name, "p")
     assert history["train/loss"] == ["2.5", "1.25", "0.8333333333333334"]
     assert [float(value) for value in history["base/loss"] + history["eval/loss"]] == [4.0, 3.0]
+    assert history["eval/exact_match"] == ["0.5"]
+    assert "eval/bleu" not in history
+    (table,) = (tmp_path / "wandb").rglob("*.table.json")
+    assert json.loads(table.read_text())["data"] == [[3, "what is", None, "an answer"]]
     assert "tiny/gemma" in config["base_model_id"]
     everything = b"".join(found.read_bytes() for found in (tmp_path / "wandb").rglob("*") if found.is_file())
     assert KEY.encode() not in everything
     assert not list(tmp_path.rglob("*netrc"))
+
+
+def follow(context: JobContext, losses: dict[int, float], *, succeeded: bool = True) -> list[TrackerThread]:
+    """What a training tells, from its first point to its end."""
+    threads = start_trackers(context)
+    context.evaluated("before", 0, EvalMetrics(eval_loss=4.0, perplexity=54.6))
+    for step, loss in losses.items():
+        context.metrics(step, {"loss": loss, "gpu_power_w": None}, epoch=0.1)
+    context.evaluated("after", max(losses), EvalMetrics(eval_loss=3.0, values={"exact_match": 0.5}))
+    context.sampled(SAMPLED)
+    for thread in threads:
+        thread.finish(succeeded=succeeded, patience_s=30)
+    return threads
+
+
+# --- MLflow -----------------------------------------------------------------------------------------------------------
+
+
+def an_mlflow_job(objects: Path, server: FakeMlflow) -> Any:
+    return a_spec(objects, mlflow_config={"tracking_uri": server.url + "/", "experiment_name": "tests"})
+
+
+def test_mlflow_shows_the_curves_the_config_and_the_samples_of_one_run(tmp_path: Path) -> None:
+    with FakeMlflow(token=KEY) as server:
+        spec, record = an_mlflow_job(tmp_path / "objects", server), Record()
+        (thread,) = follow(a_context(spec, tmp_path / "work", record, secrets={"mlflow_token": KEY}), {1: 2.5, 2: 2.0})
+    run = server.runs["run1"]
+    assert record.warnings == {}
+    assert thread.run_id == "run1"
+    assert [event.url for event in record.events if isinstance(event, TrackerStarted)] == [f"{server.url}/#/experiments/1/runs/run1"]
+    assert (run["name"], run["status"], run["tags"]["tunesmith.job_id"]) == (spec.job_name, "FINISHED", spec.job_id)
+    assert run["params"]["hyperparameters.lora_rank"] == "4"
+    assert run["params"]["base_model_id"] == "tiny/gemma"
+    assert server.history("run1", "train/loss") == [(1, 2.5), (2, 2.0)]
+    assert server.history("run1", "base/loss") == [(0, 4.0)]
+    assert server.history("run1", "eval/exact_match") == [(2, 0.5)]
+    assert server.history("run1", "train/gpu_power_w") == []
+    table = json.loads(server.artifacts["1/run1/artifacts/samples/after-3.json"])
+    assert table == {"columns": ["step", "prompt", "reference", "answer"], "data": [[3, "what is", None, "an answer"]]}
+    assert json.loads(run["tags"]["mlflow.loggedArtifacts"]) == [{"path": "samples/after-3.json", "type": "table"}]
+
+
+def test_the_next_attempt_goes_on_with_mlflow_s_run_and_a_failed_job_is_shown_as_failed(tmp_path: Path) -> None:
+    with FakeMlflow() as server:
+        spec = an_mlflow_job(tmp_path / "objects", server)
+        follow(a_context(spec, tmp_path / "one"), {1: 2.5})
+        follow(a_context(spec, tmp_path / "two", attempt=2), {2: 2.0}, succeeded=False)
+    assert list(server.runs) == ["run1"]
+    assert server.history("run1", "train/loss") == [(1, 2.5), (2, 2.0)]
+    assert server.runs["run1"]["status"] == "FAILED"
+
+
+def test_the_token_of_mlflow_is_in_its_requests_alone(tmp_path: Path) -> None:
+    with FakeMlflow(token=KEY) as server:
+        record = Record()
+        context = a_context(an_mlflow_job(tmp_path / "objects", server), tmp_path / "work", record, secrets={"mlflow_token": "x" + KEY})
+        follow(context, {1: 2.5})
+    assert list(record.warnings) == ["tracker_failed"]  # a wrong token is a warning
+    assert "who are you?" in record.warnings["tracker_failed"]
+    assert KEY not in str(dict(os.environ)) + context.spec.model_dump_json() + str(record.warnings)
+
+
+def test_an_mlflow_server_that_stumbles_is_asked_again_and_one_that_is_away_costs_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    with FakeMlflow() as server:
+        server.refusals, record = 2, Record()
+        spec = an_mlflow_job(tmp_path / "objects", server)
+        follow(a_context(spec, tmp_path / "one", record), {1: 2.5})
+        assert record.warnings == {}
+        away = a_context(spec, tmp_path / "two", record)
+        threads = start_trackers(away)
+        away.metrics(2, {"loss": 2.0})
+        threads[0]._pool.submit(lambda: None).result(30)  # it has begun
+    away.metrics(3, {"loss": 1.0})
+    threads[0].finish(succeeded=True, patience_s=30)
+    assert list(record.warnings) == ["tracker_failed"]
+    assert server.history("run1", "train/loss") == [(1, 2.5), (2, 2.0)]
+
+
+def test_samples_stay_out_of_a_place_that_only_the_server_can_open(tmp_path: Path) -> None:
+    with FakeMlflow(artifact_root="s3://bucket/1") as server:
+        record = Record()
+        follow(a_context(an_mlflow_job(tmp_path / "objects", server), tmp_path / "work", record), {1: 2.5})
+    assert record.warnings == {}
+    assert server.artifacts == {}
+    assert "mlflow.loggedArtifacts" not in server.runs["run1"]["tags"]
+
+
+def test_a_credential_in_the_address_of_mlflow_is_refused() -> None:
+    with pytest.raises(ValidationError):
+        MlflowConfig.model_validate({"tracking_uri": "https://me:secret@mlflow.example.com"})
+    assert MlflowConfig.model_validate({"tracking_uri": "https://mlflow.example.com:8443/team@home"})
+
+
+# --- TensorBoard --------------------------------------------------------------------------------------------------------
+
+
+def written(folder: Path) -> dict[str, list[tuple[int, Any]]]:
+    """Every value in the event files of a folder, by tag: TFRecords, each a length, its checksum, an Event, and its checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found: dict[str, list[tuple[int, Any]]] = {}
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        content, place = path.read_bytes(), 0
+        while place < len(content):
+            (length,) = struct.unpack("<Q", content[place : place + 8])
+            event = Event.FromString(content[place + 12 : place + 12 + length])
+            place += 16 + length
+            for value in event.summary.value:
+                text = b"".join(value.tensor.string_val).decode()
+                found.setdefault(value.tag, []).append((event.step, text or round(value.simple_value, 6)))
+    return found
+
+
+def test_tensorboard_s_files_are_in_the_store_a_folder_for_each_attempt(tmp_path: Path) -> None:
+    objects = tmp_path / "objects"
+    spec, record = a_spec(objects, tensorboard_config={}), Record()
+    for attempt in (1, 2):
+        follow(a_context(spec, tmp_path / str(attempt), record, attempt=attempt), {attempt: 2.5 / attempt})
+    place = objects / "trackers" / spec.job_id / "tensorboard"
+    first, second = written(place / "attempt-1"), written(place / "attempt-2")
+    assert record.warnings == {}
+    assert [event.url for event in record.events if isinstance(event, TrackerStarted)] == [f"file://{place}"] * 2
+    assert (first["train/loss"], second["train/loss"]) == ([(1, 2.5)], [(2, 1.25)])
+    assert first["base/loss"] == [(0, 4.0)]
+    assert first["eval/exact_match"] == [(1, 0.5)]
+    assert "train/gpu_power_w" not in first
+    assert "an answer" in first["samples-after/0/text_summary"][0][1]
+    assert '"lora_rank": 4' in first["training_config/text_summary"][0][1]
+
+
+def test_tensorboard_s_files_are_brought_to_the_store_while_the_training_goes_on(tmp_path: Path) -> None:
+    now = 0.0
+    context = a_context(a_spec(tmp_path / "objects", tensorboard_config={}), tmp_path / "work")
+    tracker = TensorboardTracker(context, monotonic=lambda: now)
+    tracker.start()
+    place = tmp_path / "objects" / "trackers" / context.spec.job_id / "tensorboard/attempt-1"
+    assert "train/loss" not in written(place)
+    tracker.metrics(Metrics(step=1, values={"loss": 2.0}))
+    assert "train/loss" not in written(place)
+    now = UPLOAD_EVERY_S
+    tracker.metrics(Metrics(step=2, values={"loss": 1.0}))
+    assert written(place)["train/loss"] == [(1, 2.0), (2, 1.0)]
+    tracker.finish(succeeded=False)
+
+
+def test_a_store_that_takes_no_event_files_costs_a_warning(tmp_path: Path) -> None:
+    record = Record()
+    context = a_context(a_spec(tmp_path / "objects", tensorboard_config={}), tmp_path / "work", record)
+    (tmp_path / "objects" / "trackers").write_text("not a folder")
+    follow(context, {1: 2.5})
+    assert list(record.warnings) == ["tracker_failed"]
+    assert "files of tensorboard could not be stored" in record.warnings["tracker_failed"]
+
+
+# --- Trackio ------------------------------------------------------------------------------------------------------------
+
+# Takes the place of the library where it is not installed; says what it was told, and fails when it is asked to.
+STAND_IN = """
+import json, os, pathlib
+told = pathlib.Path(os.environ["TRACKIO_DIR"], "told.jsonl")
+def say(**what):
+    told.with_suffix(".db").write_text("curves")
+    told.open("a").write(json.dumps(what, default=str) + "\\n")
+def init(**what):
+    print("noise on stdout")
+    say(init=what, token=os.environ.get("HF_TOKEN"), service_token=os.environ.get("JOB_TOKEN"))
+def log(values, step):
+    if values.get("train/loss") == 666:
+        raise ConnectionError("the Space is gone")
+    say(log=values, step=step)
+def finish():
+    say(finish=True)
+class Table:
+    def __init__(self, dataframe):
+        self.rows = dataframe.values.tolist()
+    def __str__(self):
+        return str(self.rows)
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module called trackio, found before any other; and where a job's process leaves what it was told."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "trackio.py").write_text(STAND_IN)
+    monkeypatch.syspath_prepend(str(tmp_path / "lib"))
+    return tmp_path / "work" / "trackio" / "told.jsonl"
+
+
+def test_trackio_is_told_everything_in_a_process_with_its_own_environment(stand_in: Path, tmp_path: Path) -> None:
+    record = Record()
+    spec = a_spec(tmp_path / "objects", trackio_config={"space_id": "ada/curves", "project": "p"})
+    (thread,) = follow(a_context(spec, tmp_path / "work", record, secrets={"hf_token": KEY}), {1: 2.5})
+    begin, *told = [json.loads(line) for line in stand_in.read_text().splitlines()]
+    assert record.warnings == {}
+    assert thread.run_id == spec.job_id
+    assert (begin["init"]["project"], begin["init"]["name"], begin["init"]["resume"]) == ("p", spec.job_id, "allow")
+    assert begin["init"]["private"] is True
+    assert (begin["token"], begin["service_token"]) == (KEY, None)
+    assert KEY not in str(dict(os.environ))
+    assert {"log": {"train/loss": 2.5, "train/epoch": 0.1}, "step": 1} in told
+    assert {"log": {"samples/after": "[['what is', None, 'an answer']]"}, "step": 3} in told
+    assert told[-1] == {"finish": True}
+    assert [event.url for event in record.events if isinstance(event, TrackerStarted)] == ["https://huggingface.co/spaces/ada/curves"]
+
+
+def test_a_trackio_that_breaks_mid_way_is_left_out_in_its_own_words(stand_in: Path, tmp_path: Path) -> None:
+    record = Record()
+    spec = a_spec(tmp_path / "objects", trackio_config={})
+    follow(a_context(spec, tmp_path / "work", record, secrets={"hf_token": KEY}), {1: 2.5, 2: 666, 3: 2.0})
+    begin, *told = [json.loads(line) for line in stand_in.read_text().splitlines()]
+    assert list(record.warnings) == ["tracker_failed"]
+    assert "the Space is gone" in record.warnings["tracker_failed"]
+    assert not (tmp_path / "objects" / "trackers").exists()
+    assert begin["token"] is None  # nothing leaves the machine: no token is needed
+    assert [each["step"] for each in told] == [0, 1]
+
+
+@pytest.mark.skipif(find_spec("trackio") is not None, reason="trackio is installed")
+def test_where_trackio_is_not_installed_the_run_says_how_to_install_it(tmp_path: Path) -> None:
+    record = Record()
+    follow(a_context(a_spec(tmp_path / "objects", trackio_config={}), tmp_path / "work", record), {1: 2.5})
+    assert "pip install trackio==" in record.warnings["tracker_failed"]
+
+
+@pytest.mark.skipif(find_spec("trackio") is None, reason="trackio is an extra; pip install trackio==0.43.0")
+def test_the_real_trackio_keeps_the_run_in_the_job_s_folder(tmp_path: Path) -> None:
+    spec = a_spec(tmp_path / "objects", trackio_config={"project": "p"})
+    for attempt in (1, 2):
+        record = Record()
+        follow(a_context(spec, tmp_path / "work", record, attempt=attempt), {attempt: 2.5 / attempt})
+        assert record.warnings == {}
+    read = f"import json; from trackio.sqlite_storage import SQLiteStorage as S; print(json.dumps(S.get_logs('p', '{spec.job_id}')))"
+    kept = tmp_path / "objects/trackers" / spec.job_id / "trackio/attempt-2"
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "TRACKIO_DIR": str(kept), "HOME": str(tmp_path)}
+    rows = json.loads(subprocess.check_output([sys.executable, "-c", read], env=environment, text=True))
+    assert [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row] == [(1, 2.5), (2, 1.25)]
+    assert [row["samples/after"]["_value"][0]["answer"] for row in rows if "samples/after" in row] == ["an answer"] * 2
+
+
+# --- together ---------------------------------------------------------------------------------------------------------
+
+
+def test_several_trackers_work_side_by_side_and_one_that_fails_takes_no_other_with_it(tmp_path: Path) -> None:
+    with FakeMlflow(token=KEY) as server:
+        record, objects = Record(), tmp_path / "objects"
+        spec = a_spec(objects, mlflow_config={"tracking_uri": server.url}, tensorboard_config={}, wandb_config={"mode": "offline"})
+        context = a_context(spec, tmp_path / "work", record)
+        threads = follow(context, {1: 2.5})
+    assert [thread.name for thread in threads] == ["wandb", "mlflow", "tensorboard"]
+    assert list(record.warnings) == ["tracker_failed"]
+    assert record.warnings["tracker_failed"].startswith("mlflow stopped")
+    assert written(objects / "trackers" / spec.job_id / "tensorboard/attempt-1")["train/loss"] == [(1, 2.5)]
+    assert len(told(tmp_path / "work")) > 3
+
+
+def test_no_tracker_s_library_is_loaded_before_it_is_asked_for() -> None:
+    modules = ", ".join(place.partition(":")[0] for place in TRACKERS.values())
+    code = f"import sys, {modules}; print([name for name in ('wandb', 'mlflow', 'tensorboardX', 'trackio') if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], env={"PYTHONPATH": "."}, text=True).strip() == "[]"
+
+
+def test_the_curves_of_mlflow_need_no_measurement_to_be_complete(tmp_path: Path) -> None:
+    """A number that could not be had is left out of a measurement, and the others are there."""
+    with FakeMlflow() as server:
+        tracker = MlflowTracker(a_context(an_mlflow_job(tmp_path / "objects", server), tmp_path / "work"))
+        tracker.start()
+        tracker.evaluated(Evaluated(when="during", step=5, metrics=EvalMetrics(eval_loss=None, accuracy=0.4, notes={"eval_loss": "NaN"})))
+    assert [point["key"] for point in server.runs["run1"]["metrics"]] == ["eval/accuracy"]

@@ -30,7 +30,8 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClie
     monkeypatch.setattr(LocalLauncher, "hardware", lambda _, profile=None: some_hardware())
     monkeypatch.setattr(LocalLauncher, "free_slots", lambda _, active: 0)  # jobs stay in the queue
     monkeypatch.setattr(LocalLauncher, "check", lambda *_: "running")  # attempts here are made up
-    settings = Settings(home=tmp_path / "home", max_upload_bytes=100_000, max_incoming_bytes=200_000, max_row_bytes=10_000)
+    limits = {"max_upload_bytes": 100_000, "max_incoming_bytes": 200_000, "max_row_bytes": 10_000}
+    settings = Settings(home=tmp_path / "home", HF_HUB_OFFLINE=True, **limits)  # type: ignore[call-arg]
     with TestClient(create_app(settings), raise_server_exceptions=False) as client:
         yield client
 
@@ -172,6 +173,76 @@ def test_orphans_are_listed_and_removed_when_asked(client: TestClient, dataset_i
     assert client.get("/internal/orphans").json() == {"orphans": [], "complete": True}
 
 
+def test_a_clone_is_a_new_job_with_the_changes(client: TestClient, dataset_id: str) -> None:
+    job_id = submit(client, dataset_id)
+    body = {"hf_token": None, "job_name": "again", "training_config": {"hyperparameters": {"epochs": 9}, "export_config": None}}
+    key = {"Idempotency-Key": "clone-1"}
+    answers = [client.post(f"/jobs/{job_id}/clone", json=body, headers=key) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [201, 201], answers[0].text
+    assert answers[0].json() == answers[1].json()
+    made = client.get(f"/jobs/{answers[0].json()['job_id']}").json()
+    assert (made["cloned_from"], made["job_name"], made["training_config"]["hyperparameters"]["epochs"]) == (job_id, "again", 9)
+    assert made["training_config"]["hyperparameters"]["learning_rate"] == 1e-4
+    assert made["training_config"]["export_config"]["include_gguf"] is False
+    assert problem(client.post(f"/jobs/{job_id}/clone", json=body | {"job_name": "b"}, headers=key), 409)["code"] == "idempotency_conflict"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({}, 400, "hf_token"),
+        ({"hf_token": None, "training_config": {"hyperparameters": {"epochs": 0}}}, 422, "training_config.hyperparameters.epochs"),
+        ({"hf_token": None, "training_config": {"method": "Full"}}, 422, "training_config.hyperparameters.lora_dropout"),
+        (
+            {"hf_token": None, "training_config": {"trainer_type": "grpo", "hyperparameters": {"batch_size": 8}}},
+            422,
+            "training_config.reward_config",
+        ),
+        ({"hf_token": None, "training_config": {"trainer_type": "ppo"}}, 400, "training_config.trainer_type"),
+        ({"hf_token": None, "training_config": {"trainer_type": "dpo"}}, 400, "processed_dataset_id"),
+        ({"hf_token": None, "training_config": {"provider": "unsloth"}}, 400, "training_config.provider"),
+        ({"hf_token": None, "processed_dataset_id": "dataset_none"}, 404, "processed_dataset_id"),
+        ({"hf_token": None, "secrets": {"wandb_api_key": "k"}}, 400, "secrets.wandb_api_key"),
+        ({"hf_token": None, "training_config": []}, 422, "training_config"),
+        ({"status": "completed"}, 422, "status"),
+        ([], 422, None),
+    ],
+)
+def test_a_clone_that_makes_no_job_is_refused_by_name(
+    client: TestClient, dataset_id: str, body: Any, status: int, param: str | None
+) -> None:
+    config: dict[str, Any] = with_config(dataset_id)
+    config["training_config"]["hyperparameters"]["lora_dropout"] = 0.1
+    job_id = client.post("/train", json=config).json()["job_id"]
+    assert problem(client.post(f"/jobs/{job_id}/clone", json=body), status)["param"] == param
+    assert len(client.get("/jobs").json()["jobs"]) == 1
+
+
+def test_what_the_gate_held_back_is_shown_and_says_how_to_publish_it(client: TestClient, dataset_id: str) -> None:
+    job_id = started(client, dataset_id)
+    shown = client.get(f"/jobs/{job_id}").json()
+    assert (shown["passed"], shown["gate"], shown["published_step"], shown["trackers"]) == (None, None, None, {})
+    check = {"metric": "perplexity", "value": 12.5, "at_most": 9.0, "base": 10.0, "passed": False, "why": "12.5 is above 9"}
+    result = {"job_id": job_id, "attempt": 1, "outcome": "completed", "started_at": START.isoformat(), "finished_at": START.isoformat()}
+    result |= {"gate": {"passed": False, "checks": [check]}, "trackers": {"mlflow": "https://m"}}
+    auth = as_attempt(client, job_id)
+    assert client.post(f"/internal/jobs/{job_id}/attempts/1/result", json=result, headers=auth).status_code == 204
+    shown = client.get(f"/jobs/{job_id}").json()
+    assert (shown["status"], shown["passed"], shown["artifacts"], shown["trackers"]) == ("completed", False, [], {"mlflow": "https://m"})
+    assert check.items() <= shown["gate"]["checks"][0].items()
+    refused = problem(client.get(f"/jobs/download/{job_id}"), 409)
+    assert "perplexity: 12.5 is above 9" in refused["message"]
+    assert f"POST /jobs/{job_id}/export" in refused["hint"]
+    assert "clone" in problem(client.post(f"/jobs/{job_id}/export"), 404)["hint"]
+
+
+def test_capabilities_name_everything_that_a_request_may_ask_for(client: TestClient) -> None:
+    told = client.get("/capabilities").json()
+    assert set(told["trainer_types"]) == {"sft", "dpo", "orpo", "kto", "grpo", "reward"}
+    assert told["profiles"]["local"]["methods"] == told["methods"]
+    assert {"graders", "trackers", "modalities", "export", "lm_eval"} <= set(told)
+
+
 # --- the seed's contract ---------------------------------------------------------------------------------------------
 
 
@@ -283,7 +354,17 @@ BAD_KNOBS: list[tuple[str | None, dict[str, Any], str]] = [
     ("hyperparameters", {"save_steps": 5}, "save_steps"),
     ("hyperparameters", {"learning_rates": 1}, "learning_rates"),
     ("hyperparameters", {"seed": 2**40}, "seed"),
-    ("export_config", {"format": "onnx"}, "format"),
+    ("export_config", {"format": "zip"}, "format"),
+    ("export_config", {"format": []}, "format"),
+    ("export_config", {"format": ["merged", "merged"]}, "format"),
+    (None, {"trainer_type": "grpo"}, "reward_config"),
+    (None, {"trainer_type": "grpo", "reward_config": []}, "reward_config"),
+    (None, {"trainer_type": "grpo", "reward_config": [{"name": "a"}]}, "reward_config.0"),
+    (None, {"trainer_type": "grpo", "reward_config": [{"type": "vibes", "name": "a"}]}, "reward_config.0"),
+    (None, {"reward_config": [{"type": "format", "name": "a"}]}, "reward_config"),
+    (None, {"trainer_type": "dpo", "modality": "vision"}, "modality"),
+    ("hyperparameters", {"beta": 0.1}, "beta"),
+    ("hyperparameters", {"train_vision_tower": True}, "train_vision_tower"),
     ("export_config", {"destination": "hfhub"}, "hf_repo_id"),
     ("export_config", {"hf_repo_id": "a/b"}, "hf_repo_id"),
     ("export_config", {"include_gguf": False}, "gguf_quantization"),
@@ -298,6 +379,7 @@ BAD_KNOBS: list[tuple[str | None, dict[str, Any], str]] = [
     (None, {"method": "Magic"}, "method"),
     (None, {"method": "Full"}, "lora_"),
     (None, {"wandb_config": {"project": "p"}}, "api_key"),
+    (None, {"mlflow_config": {"tracking_uri": "https://me:canary@mlflow.example"}}, "tracking_uri"),
     (None, {"wandb_config": {"api_key": "k", "project": "a/b"}}, "project"),
 ]
 
@@ -307,6 +389,7 @@ def test_a_bad_knob_is_refused_by_name(client: TestClient, dataset_id: str, grou
     error = problem(client.post("/train", json=with_config(dataset_id, group, **changes)), 422)
     assert error["param"].startswith("training_config.")
     assert param in error["param"]
+    assert "canary" not in str(error)
     assert client.get("/jobs").json()["jobs"] == []
 
 
@@ -348,14 +431,17 @@ def test_numbers_that_are_none_are_refused(client: TestClient, dataset_id: str, 
     ("changes", "message"),
     [
         ({"trainer_type": "dpo"}, "it can do: sft"),
+        ({"trainer_type": "ppo"}, "it can do: sft, dpo, orpo, kto, grpo, reward"),
         ({"provider": "unsloth"}, "it can do: huggingface"),
         ({"method": "QLoRA"}, "it can do: LoRA, Full"),
         ({"modality": "vision"}, "it can do: text"),
     ],
 )
 def test_what_this_deployment_cannot_do_is_refused_with_what_it_can(
-    client: TestClient, dataset_id: str, changes: dict[str, Any], message: str
+    client: TestClient, dataset_id: str, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    narrow = some_hardware(trainer_types=("sft",), modalities=("text",))
+    monkeypatch.setattr(LocalLauncher, "hardware", lambda _, profile=None: narrow)
     error = problem(client.post("/train", json=with_config(dataset_id, **changes)), 400)
     assert (error["code"], message in error["message"]) == ("unsupported", True)
 
@@ -547,9 +633,15 @@ def test_openapi_documents_the_contract_with_an_example(client: TestClient) -> N
     assert not [path for path in api["paths"] if path.startswith("/internal")]
     request = api["components"]["schemas"]["TrainRequest"]
     assert request["examples"][0]["training_config"]["hyperparameters"] == SEED_EXAMPLE["training_config"]["hyperparameters"]
-    knobs = api["components"]["schemas"]["Hyperparameters"]["properties"]
-    assert knobs["learning_rate"]["default"] == 2e-4
+    schemas = api["components"]["schemas"]
+    config = request["properties"]["training_config"]
+    assert set(config["discriminator"]["mapping"]) == {"sft", "dpo", "orpo", "kto", "grpo", "reward"}
+    assert schemas["SftConfig"]["properties"]["trainer_type"]["default"] == "sft"
+    assert "reward_config" in schemas["GrpoConfig"]["required"]
+    knobs = schemas["SftHyperparameters"]["properties"]
     assert knobs["lora_rank"]["minimum"] == 1
+    assert knobs["learning_rate"]["anyOf"][0]["maximum"] == 1
+    assert schemas["DpoHyperparameters"]["properties"]["beta"]["default"] == 0.1
 
 
 # --- the identity of attempts ----------------------------------------------------------------------------------------

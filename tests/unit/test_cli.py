@@ -7,8 +7,11 @@ from typing import Any
 
 import httpx2
 import pytest
+from click.testing import Result
 from rich.console import Console
+from typer.testing import CliRunner
 
+from service.cli import app as app_module
 from service.cli import show
 from service.cli.client import TRIES, ApiError, Client
 
@@ -52,6 +55,8 @@ def stream(*cursors: int, end: str = "") -> httpx2.Response:
 MAKES: list[Callable[[Client], str]] = [
     lambda client: client.train({"processed_dataset_id": "dataset_1"}),
     lambda client: client.export("training_0", 40, {}),
+    lambda client: client.export("training_0", None, {}),
+    lambda client: client.clone("training_0", {}),
 ]
 
 
@@ -159,8 +164,8 @@ def an_attempt(number: int, **changes: Any) -> Json:
 
 
 def a_job(**changes: Any) -> Json:
-    nothing = ("failure", "progress", "checkpoint", "export_of", "metrics", "base_metrics", "wandb_url")
-    facts: Json = {"job_id": "training_1", "status": "training", "job_name": "mine", "attempts": [], "artifacts": []}
+    nothing = ("failure", "progress", "checkpoint", "export_of", "cloned_from", "metrics", "base_metrics", "gate", "passed")
+    facts: Json = {"job_id": "training_1", "status": "training", "job_name": "mine", "attempts": [], "artifacts": [], "trackers": {}}
     return facts | dict.fromkeys(nothing) | changes
 
 
@@ -248,3 +253,139 @@ def test_the_best_checkpoint_is_marked() -> None:
     first, second = seen(show.checkpoint_table([one, other])).splitlines()[1:]
     assert first.split() == ["40/80", "1.00", "1", "interval", "2.500", "best", "5.0", "MB", "2026-01-02", "03:04"]
     assert second.split() == ["80/80", "1.00", "1", "time", "slice", "5.0", "MB", "2026-01-02", "03:04"]
+
+
+def numbers(**changes: Any) -> Json:
+    return {"eval_loss": None, "perplexity": None, "accuracy": None, "values": {}} | changes
+
+
+def test_every_number_that_was_measured_is_told_before_and_after() -> None:
+    before = numbers(eval_loss=2.0, values={"rewards/accuracies": 0.5})
+    after = numbers(eval_loss=1.0, values={"rewards/accuracies": 0.75, "exact_match": 0.1, "bleu": None})
+    told = summary(status="completed", metrics=after, base_metrics=before)
+    assert "eval loss   2.000 → 1.000" in told
+    assert "rewards/accuracies 0.500 → 0.750" in told
+    assert "exact_match 0.100" in told
+    assert "bleu" not in told
+    assert line(type="evaluation", when="after", metrics=after) == (
+        "evaluated after training: loss 1.000, exact_match 0.100, rewards/accuracies 0.750"
+    )
+    assert show.event_line({"event": {"type": "evaluation", "when": "after", "metrics": numbers()}}) is None
+
+
+GATE: Json = {
+    "passed": False,
+    "checks": [
+        {"metric": "perplexity", "at_least": None, "at_most": 9.0, "passed": False, "why": "12.5 is above 9, 0.9 of the base's 10"},
+        {"metric": "accuracy", "at_least": 0.5, "at_most": None, "passed": True, "why": ""},
+    ],
+}
+
+
+def test_what_the_gate_held_back_is_told_with_the_way_out() -> None:
+    told = summary(status="completed", gate=GATE, passed=False)
+    assert "gate        perplexity at most 9: not passed: 12.5 is above 9, 0.9 of the base's 10" in told
+    assert "gate        accuracy at least 0.5: passed" in told
+    assert "tunesmith export training_1" in told
+    assert line(type="gate", gate=GATE).endswith("not published")
+    assert line(type="gate", gate={"passed": True, "checks": []}) == "the gate is passed"
+
+
+def test_samples_are_told_in_a_line_each() -> None:
+    told = line(type="samples", when="during", samples=[{"prompt": "2 [+] 2\n?", "text": "it is\n[4]"}])
+    assert told == "sample, during training: 2 [+] 2 ? → it is [4]"
+
+
+def test_an_artifact_tells_how_it_speaks_and_where_else_it_is() -> None:
+    found: Json = {"argmax_agreement": 0.97, "mean_kl_to_merged": 0.02, "erased_tuning": True, "advice": "use q8_0 [or f16]"}
+    found |= {"perplexity": 9.5, "perplexity_merged": 9.0, "perplexity_base": None}
+    hub = {"url": "https://hub/ada/tuned/tree/a"}
+    gguf: Json = {"name": "gguf-q2_k", "size_bytes": 1_000_000, "uri": "file:///g", "fidelity": found, "hub": hub}
+    told = summary(status="completed", artifacts=[gguf, gguf | {"name": "adapter", "fidelity": None}], trackers={"mlflow": "https://m"})
+    assert "agrees 97.0%, KL 0.0200, perplexity 9.50 of the file / 9.00 trained  erased the tuning" in told
+    assert "advice: use q8_0 [or f16]" in told
+    assert told.count("https://hub/ada/tuned/tree/a") == 1
+    assert "mlflow: https://m" in told
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+class Commands:
+    """Runs commands against a fake service."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
+
+    def run(self, *words: str, answers: list[Said], environment: dict[str, str] | None = None) -> tuple[Result, list[httpx2.Request]]:
+        service = FakeService(*answers)
+        self.monkeypatch.setattr(app_module, "_client", lambda: service.client)
+        done = CliRunner().invoke(app_module.app, [*words], env=environment or {}, catch_exceptions=True)
+        return done, service.asked
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    return Commands(monkeypatch)
+
+
+def test_a_clone_sends_the_changes_and_the_secrets_that_are_asked_for(commands: Commands) -> None:
+    error = {"code": "invalid_request", "message": "needed again", "hint": "", "param": "hf_token"}
+    needs = httpx2.Response(400, json={"error": error})
+    words = [
+        "clone",
+        "training_0",
+        "--set",
+        "hyperparameters.learning_rate=1e-4",
+        "--set",
+        "wandb_config=null",
+        "--secret",
+        "a_api_key=k=1",
+    ]
+    done, asked = commands.run(*words, answers=[needs, MADE], environment={"HF_TOKEN": "hf_x"})
+    assert (done.exit_code, done.output.strip()) == (0, "training_1")
+    first, second = (json.loads(request.content) for request in asked)
+    assert first == {
+        "training_config": {"hyperparameters": {"learning_rate": 1e-4}, "wandb_config": None},
+        "secrets": {"a_api_key": "k=1"},
+    }
+    assert second == first | {"hf_token": "hf_x"}
+    assert {request.url.path for request in asked} == {"/jobs/training_0/clone"}
+
+
+def test_a_secret_that_nobody_gave_is_asked_for_by_option(commands: Commands) -> None:
+    error = {"code": "invalid_request", "message": "needed again", "hint": "h", "param": "secrets.judge_api_key"}
+    done, asked = commands.run("clone", "training_0", answers=[httpx2.Response(400, json={"error": error})])
+    assert isinstance(done.exception, ApiError)
+    assert done.exception.hint == "--secret judge_api_key=…; h"
+    assert len(asked) == 1
+
+
+def test_an_export_without_a_step_is_of_what_was_published(commands: Commands) -> None:
+    words = ["export", "training_0", "--format", "merged", "--gguf", "q8_0", "--lora-gguf", "--to-hub", "ada/tuned"]
+    done, [asked] = commands.run(*words, answers=[MADE])
+    assert done.exit_code == 0, done.output
+    assert asked.url.path == "/jobs/training_0/export"
+    assert json.loads(asked.content)["export_config"] == {
+        "format": ["merged"],
+        "include_gguf": True,
+        "gguf_quantization": ["q8_0"],
+        "include_lora_gguf": True,
+        "destination": "hfhub",
+        "hf_repo_id": "ada/tuned",
+    }
+    _, [asked] = commands.run("export", "training_0", "40", answers=[MADE])
+    assert asked.url.path == "/jobs/training_0/checkpoints/40/export"
+
+
+def test_a_deletion_touches_the_hub_only_when_told_to(commands: Commands) -> None:
+    gone = httpx2.Response(200, json={"deleted": True, "message": "gone", "job_id": "j", "deleted_resources": []})
+    _, [asked] = commands.run("delete", "training_0", answers=[gone], environment={"HF_TOKEN": "hf_x"})
+    assert ("X-HF-Token" in asked.headers, asked.url.query) == (False, b"")
+    _, [asked] = commands.run("delete", "training_0", "--hub", answers=[gone], environment={"HF_TOKEN": "hf_x"})
+    assert (asked.headers["X-HF-Token"], asked.url.query) == ("hf_x", b"delete_hub=true")
+    done, asked = commands.run("delete", "training_0", "--hub", answers=[gone])
+    assert isinstance(done.exception, ApiError)
+    assert asked == []

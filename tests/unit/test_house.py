@@ -5,13 +5,20 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from infra.settings_table import table
+from schema.evaluation import EvalConfig
+from schema.export import ExportConfig
+from schema.graders import GRADER_TYPES
+from schema.hyperparameters import Hyperparameters
 from schema.training import TRAINER_TYPES
+from schema.words import DatasetType
 from service.adapters.jobstores import JOB_STORES
 from service.adapters.launchers import LAUNCHERS
+from service.adapters.launchers.cloud_run import IN_IMAGE
 from service.adapters.links import LINKS
 from service.adapters.secrets import SECRET_STORES
 from storage import STORES
@@ -28,7 +35,13 @@ def test_the_service_imports_nothing_heavy() -> None:
 
 def test_the_services_environment_holds_no_ml_library() -> None:
     pinned = {line.partition("==")[0].lower() for line in (SOURCE / "requirements/service.txt").read_text().splitlines()}
-    assert not pinned & {name.replace("_", "-") for name in HEAVY - {"boto3"}}  # its adapter imports it when it is asked for
+    clients = {"boto3", "huggingface_hub"}  # no ML; their adapters import them when they are asked for
+    assert not {name.replace("_", "-") for name in pinned} & {name.replace("_", "-") for name in HEAVY - clients}
+
+
+def test_the_image_holds_what_the_cloud_promises() -> None:
+    pinned = {line.partition("==")[0].strip() for line in (SOURCE / "requirements/llm.txt").read_text().splitlines()}
+    assert {name: name in pinned for name in IN_IMAGE} == IN_IMAGE
 
 
 @pytest.mark.parametrize(
@@ -70,3 +83,32 @@ def test_every_line_of_what_happens_when_something_dies_names_a_test_that_there_
     tests = "".join(path.read_text() for path in (SOURCE / "tests").rglob("test_*.py"))
     missing = [name for name in shown if not ((SOURCE / name).is_file() if "/" in name else f"def {name}(" in tests)]
     assert missing == []
+
+
+def test_the_page_of_the_api_names_every_default_that_differs_by_trainer_type() -> None:
+    page = (SOURCE / "docs/api.md").read_text()
+    rows = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for line in page.splitlines() if len(cells := line.split("|")) == 9}
+    knobs = {name: config.model_fields["hyperparameters"].default for name, config in TRAINER_TYPES.items()}
+    assert rows[""] == [f"`{name}`" for name in knobs]
+    rates = [config.learning_rates for config in TRAINER_TYPES.values()]
+    assert [float(cell) for cell in rows["`learning_rate`, LoRA and QLoRA"]] == [rate["LoRA"] for rate in rates]
+    assert [float(cell) for cell in rows["`learning_rate`, Full"]] == [rate["Full"] for rate in rates]
+    assert all(rate["LoRA"] == rate["QLoRA"] for rate in rates)
+    batches = [f"{knob.batch_size} × {knob.gradient_accumulation_steps}" for knob in knobs.values()]
+    assert rows["`batch_size` × `gradient_accumulation_steps`"] == batches
+    assert [int(cell) for cell in rows["`epochs`"]] == [knob.epochs for knob in knobs.values()]
+    own = [[f"`{name}`" for name in type(knob).model_fields if name not in Hyperparameters.model_fields] for knob in knobs.values()]
+    assert [cell.split(", ") for cell in rows["its own"]] == own
+
+
+def test_the_page_of_the_api_names_every_trainer_type_grader_and_field_of_its_sections() -> None:
+    page = (SOURCE / "docs/api.md").read_text()
+    told = set(re.findall(r"`(\w+)`", page))
+    assert set(TRAINER_TYPES) | set(GRADER_TYPES) | set(get_args(DatasetType)) <= told
+    assert set(EvalConfig.model_fields) - {"batch_eval_metrics"} | set(ExportConfig.model_fields) <= told
+    for name, config in TRAINER_TYPES.items():
+        [row] = [line for line in page.splitlines() if line.startswith((f"| `{name}` |", f"| `{name}` (left out) |"))]
+        assert [cell.strip() for cell in row.split("|")][3:5] == [
+            ", ".join(f"`{kind}`" for kind in config.dataset_types),
+            ", ".join(config.modalities),
+        ]

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from schema.checkpoint import MANIFEST, Checkpoint, checkpoint_key, checkpoints_prefix
 from schema.events import EventBatch, PhaseChanged, ReportedEvent
-from schema.job import Artifact, ArtifactFile, Failure, Job, Status
-from schema.requests import ExportRequest, ResumeRequest, RetryRequest
+from schema.job import Artifact, ArtifactFile, Failure, Gate, GateCheck, HubPush, Job, Status
+from schema.requests import CloneRequest, ExportAgainRequest, ExportRequest, ResumeRequest, RetryRequest
 from schema.result import PublishManifest, Result
 from schema.spec import JobSpec, attempt_name, manifest_key, result_key, spec_key
 from service.adapters.jobstores.memory import MemoryJobStore
@@ -19,8 +19,9 @@ from service.adapters.links import ServiceLinks
 from service.adapters.secrets.local import LocalSecretStore
 from service.core.errors import Conflict, Fenced, InvalidRequest, LaunchFailed, NotFound, Unauthorized, Unavailable, Unsupported
 from service.core.jobs import Jobs
-from service.core.ports import AttemptState, Ended, Hardware, IdempotencyKey, LaunchOrder
+from service.core.ports import AttemptState, Ended, Hardware, HubAccess, HubAccount, IdempotencyKey, LaunchOrder
 from service.core.tokens import TokenSigner
+from service.core.trackers import Trackers
 from storage import StoreUnavailable, open_store
 from storage.local import LocalStore
 from storage.patience import patience
@@ -44,6 +45,7 @@ class FakeLauncher:
         self.refusal: Exception | None = None
         self.dies_after_launch = False
         self.ends: dict[str, Ended] = {}
+        self.facts = some_hardware()
 
     def launch(self, order: LaunchOrder) -> str:
         if self.refusal:
@@ -68,7 +70,7 @@ class FakeLauncher:
         return self.slots - sum(state == "running" for state in self.states.values())
 
     def hardware(self, profile: str | None = None) -> Hardware:
-        return some_hardware()
+        return self.facts
 
     def why_ended(self, handle: str) -> Ended | None:
         return self.ends.get(handle)
@@ -77,15 +79,47 @@ class FakeLauncher:
         return None
 
 
+class FakeHub:
+    """Says what it is told to; knows the commits of its repositories."""
+
+    def __init__(self) -> None:
+        self.reads: HubAccess = "unknown"
+        self.writes: HubAccess = "unknown"
+        self.whose: HubAccount | None = None
+        self.repositories: dict[str, list[str]] = {}
+        self.asked: list[tuple[str, str | None]] = []
+
+    def read_access(self, repo_id: str, token: str | None) -> HubAccess:
+        self.asked.append((repo_id, token))
+        return self.reads
+
+    def write_access(self, repo_id: str, token: str) -> HubAccess:
+        self.asked.append((repo_id, token))
+        return self.writes
+
+    def account(self, token: str) -> HubAccount | None:
+        return self.whose
+
+    def commits(self, repo_id: str, token: str) -> list[str] | None:
+        return self.repositories.get(repo_id)
+
+    def delete_repository(self, repo_id: str, token: str) -> None:
+        del self.repositories[repo_id]
+
+    def close(self) -> None:
+        return None
+
+
 class World:
     """A whole service in memory."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, trackers: Trackers | None = None) -> None:
         self.clock = FakeClock()
         self.store = MemoryJobStore()
         self.objects = open_store((folder / "objects").as_uri())
         self.secrets = LocalSecretStore(folder / "secrets")
         self.launcher = FakeLauncher()
+        self.hub = FakeHub()
         self.tokens = TokenSigner(b"k" * 32, self.clock)
         self.wakes = 0
         self.on_wake: Callable[[str], None] = lambda _: None
@@ -102,6 +136,8 @@ class World:
             clock=self.clock,
             random_tail=lambda: f"{next(tails):04x}",
             wake=self._wake,
+            hub=self.hub,
+            trackers=trackers,
         )
         self.store.create_dataset(a_dataset())
 
@@ -194,16 +230,11 @@ def test_secrets_are_in_the_secret_store_and_nowhere_else(world: World, tmp_path
         ({"processed_dataset_id": "dataset_none"}, NotFound, "processed_dataset_id"),
         ({"training_config": {"base_model_id": "g/m", "method": "QLoRA"}}, Unsupported, "training_config.method"),
         ({"training_config": {"base_model_id": "g/m", "provider": "unsloth"}}, Unsupported, "training_config.provider"),
-        ({"training_config": {"base_model_id": "g/m", "modality": "vision"}}, Unsupported, "training_config.modality"),
+        ({"training_config": {"base_model_id": "g/m", "modality": "vision"}}, InvalidRequest, "training_config.modality"),
         (
             {"training_config": {"base_model_id": "g/m", "hyperparameters": {"use_fa2": True}}},
             Unsupported,
             "training_config.hyperparameters.use_fa2",
-        ),
-        (
-            {"training_config": {"base_model_id": "g/m", "export_config": {"destination": "hfhub", "hf_repo_id": "a/b"}}},
-            Unsupported,
-            "training_config.export_config.destination",
         ),
     ],
 )
@@ -776,6 +807,237 @@ def test_a_checkpoint_is_exported_by_a_job_of_its_own(world: World) -> None:
         world.jobs.export(job.job_id, 11, TENANT, request)
 
 
+def test_an_export_judges_nothing_and_mirrors_nothing(world: World) -> None:
+    config = {"base_model_id": "g/m", "tensorboard_config": {}, "wandb_config": {"mode": "offline"}}
+    gate = {"promotion_gate": [{"metric": "perplexity", "at_most": 0.9, "relative_to_base": True}]}
+    job = world.submitted(training_config=config | {"eval_config": gate})
+    world.checkpoint(job, step=10)
+    made = world.jobs.export(job.job_id, 10, TENANT, ExportRequest.model_validate({}))
+    assert (made.training_config.tensorboard_config, made.training_config.wandb_config) == (None, None)
+    assert made.training_config.eval_config.promotion_gate == []
+
+
+@pytest.mark.parametrize(
+    ("config", "export", "param"),
+    [
+        ({"method": "Full"}, {"format": "adapter"}, "export_config.format"),
+        ({"method": "Full"}, {"include_lora_gguf": True}, "export_config.include_lora_gguf"),
+        ({"trainer_type": "reward"}, {"include_gguf": True}, "export_config.include_gguf"),
+    ],
+)
+def test_an_export_that_the_model_cannot_have_is_refused(
+    world: World, config: dict[str, object], export: dict[str, object], param: str
+) -> None:
+    world.store.create_dataset(a_dataset("pairs", dataset_type="preference"))
+    rows = "pairs" if "trainer_type" in config else "dataset_1"
+    job = world.submitted(processed_dataset_id=rows, training_config={"base_model_id": "g/m"} | config)
+    world.checkpoint(job, step=10)
+    with pytest.raises(InvalidRequest) as refused:
+        world.jobs.export(job.job_id, 10, TENANT, ExportRequest.model_validate({"export_config": export}))
+    assert refused.value.param == param
+
+
+def again(**body: object) -> ExportAgainRequest:
+    return ExportAgainRequest.model_validate(body)
+
+
+def test_an_export_that_names_no_step_takes_what_was_published_else_the_newest(world: World) -> None:
+    job = world.training()
+    for step in (10, 20, 30):
+        world.checkpoint(job, step=step)
+    newest = world.jobs.export_again(job.job_id, TENANT, again(), "key-1")
+    assert newest.export_of is not None
+    assert newest.export_of.step == 30
+    world.jobs.finish(job.job_id, world.write_result(job, published_step=20))
+    assert world.jobs.export_again(job.job_id, TENANT, again(), "key-1").job_id == newest.job_id  # the same request: the same job
+    for body, step in (({}, 20), ({"step": 10}, 10)):
+        made = world.jobs.export_again(job.job_id, TENANT, again(**body))
+        assert made.export_of is not None
+        assert made.export_of.step == step
+    world.objects.delete(checkpoint_key(checkpoints_prefix(job.job_id, None), 1, 20) + MANIFEST)
+    made = world.jobs.export_again(job.job_id, TENANT, again())
+    assert made.export_of is not None
+    assert made.export_of.step == 30
+
+
+def test_a_job_without_checkpoints_says_why_it_cannot_be_exported(world: World) -> None:
+    job = world.training()
+    with pytest.raises(NotFound, match="is training and has no checkpoint yet"):
+        world.jobs.export_again(job.job_id, TENANT, again())
+    world.checkpoint(job, step=10)
+    export = world.jobs.export_again(job.job_id, TENANT, again())
+    with pytest.raises(NotFound, match="trained nothing") as refused:
+        world.jobs.export_again(export.job_id, TENANT, again())
+    assert f"/jobs/{job.job_id}/export" in refused.value.hint
+    world.jobs.finish(job.job_id, world.write_result(job))
+    world.objects.delete(checkpoint_key(checkpoints_prefix(job.job_id, None), 1, 10) + MANIFEST)
+    with pytest.raises(NotFound, match="no checkpoint") as refused:
+        world.jobs.export_again(job.job_id, TENANT, again())
+    assert "clone" in refused.value.hint
+
+
+# --- the promotion gate ----------------------------------------------------------------------------------------------
+
+
+def test_what_did_not_pass_the_gate_is_completed_and_cannot_be_downloaded(world: World) -> None:
+    job = world.training()
+    failed = GateCheck(metric="perplexity", value=12.5, at_most=9.0, passed=False, why="12.5 is above 9")
+    passed = GateCheck(metric="accuracy", value=0.9, at_least=0.5, passed=True)
+    gate = Gate(passed=False, checks=(passed, failed))
+    world.jobs.finish(job.job_id, world.write_result(job, gate=gate, published_step=0, trackers={"mlflow": "https://m"}))
+    kept = world.find(job)
+    assert (kept.status, kept.gate, kept.published_step, kept.trackers) == (Status.COMPLETED, gate, 0, {"mlflow": "https://m"})
+    with pytest.raises(Conflict, match=r"perplexity: 12\.5 is above 9") as refused:
+        world.jobs.download(job.job_id, TENANT, None)
+    assert "accuracy" not in refused.value.message
+    assert f"POST /jobs/{job.job_id}/export" in refused.value.hint
+
+
+# --- clones ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_clone_is_a_job_of_its_own_that_says_where_it_comes_from(world: World) -> None:
+    job = world.submitted(job_name="first")
+    patch = CloneRequest.model_validate({"training_config": {"hyperparameters": {"epochs": 9}}})
+    made = world.jobs.clone(job.job_id, TENANT, patch, "key-1")
+    assert world.jobs.clone(job.job_id, TENANT, patch, "key-1").job_id == made.job_id
+    assert (made.cloned_from, made.job_name, made.status) == (job.job_id, "first", Status.QUEUED)
+    assert made.training_config.hyperparameters.epochs == 9
+    assert world.find(job) == job
+    with pytest.raises(NotFound):
+        world.jobs.clone(job.job_id, "another tenant", patch)
+
+
+def test_a_clone_is_refused_for_the_same_reasons_as_a_request(world: World) -> None:
+    job = world.submitted()
+    for patch, error in (
+        ({"training_config": {"method": "QLoRA"}}, Unsupported),
+        ({"training_config": {"trainer_type": "dpo"}}, InvalidRequest),
+        ({"processed_dataset_id": "dataset_none"}, NotFound),
+    ):
+        with pytest.raises(error):
+            world.jobs.clone(job.job_id, TENANT, CloneRequest.model_validate(patch))
+    world.checkpoint(job, step=1)
+    export = world.jobs.export_again(job.job_id, TENANT, again())
+    with pytest.raises(InvalidRequest, match="trained nothing"):
+        world.jobs.clone(export.job_id, TENANT, CloneRequest.model_validate({}))
+
+
+# --- secrets and the deployment's trackers ---------------------------------------------------------------------------
+
+
+def test_secrets_of_graders_and_trackers_are_needed_again_by_name(world: World) -> None:
+    world.store.create_dataset(a_dataset("prompts", dataset_type="prompt"))
+    judge = {"type": "score_model", "name": "judge", "base_url": "https://j.example", "model": "m", "api_key": "canary-1"}
+    config = {"base_model_id": "g/m", "trainer_type": "grpo", "reward_config": [judge]}
+    job = world.submitted(processed_dataset_id="prompts", training_config=config)
+    assert "canary" not in world.find(job).model_dump_json()
+    world.jobs.cancel(job.job_id, TENANT)
+    with pytest.raises(InvalidRequest, match="judge_api_key is needed again") as refused:
+        world.jobs.retry(job.job_id, TENANT, RetryRequest.model_validate({}))
+    assert refused.value.param == "secrets.judge_api_key"
+    world.jobs.retry(job.job_id, TENANT, RetryRequest.model_validate({"secrets": {"judge_api_key": "canary-2"}}))
+    world.jobs.reconcile()
+    assert world.jobs.claim(job.job_id, 1, "p").secrets == {"judge_api_key": "canary-2"}
+
+
+def test_the_deployments_tracker_is_shown_in_the_job_and_its_secret_asked_of_nobody(tmp_path: Path) -> None:
+    ours = Trackers.model_validate({"mlflow_config": {"tracking_uri": "https://ours.example", "token": "canary"}})
+    world = World(tmp_path, ours)
+    job = world.submitted()
+    assert job.training_config.mlflow_config is not None
+    assert job.training_config.mlflow_config.tracking_uri == "https://ours.example"
+    assert "canary" not in world.find(job).model_dump_json()
+    world.jobs.cancel(job.job_id, TENANT)
+    world.jobs.retry(job.job_id, TENANT, RetryRequest.model_validate({}))
+    made = world.jobs.clone(job.job_id, TENANT, CloneRequest.model_validate({}))
+    world.jobs.reconcile()
+    for each in (job, made):
+        assert world.jobs.claim(each.job_id, 1, "p").secrets == {"mlflow_token": "canary"}
+
+
+def test_a_grader_that_compares_by_a_model_finds_it_here_or_at_an_endpoint(world: World) -> None:
+    world.store.create_dataset(a_dataset("prompts", dataset_type="prompt", columns=("answer",)))
+    near = {"type": "text_similarity", "name": "near", "metric": "cosine", "embedding_model": "lab/small"}
+
+    def submit(**changes: object) -> Job:
+        config = {"base_model_id": "g/m", "trainer_type": "grpo", "reward_config": [near | changes]}
+        return world.submitted(processed_dataset_id="prompts", training_config=config)
+
+    with pytest.raises(InvalidRequest, match="not in this deployment's model store") as refused:
+        submit()
+    assert refused.value.param == "training_config.reward_config.0.embedding_model"
+    submit(base_url="https://e.example")
+    world.objects.write("pretrained_weights/huggingface/lab/small/config.json", b"{}")
+    submit()
+
+
+# --- the Hub ---------------------------------------------------------------------------------------------------------
+
+PUSHES = {"base_model_id": "g/m", "export_config": {"destination": "hfhub", "hf_repo_id": "ada/tuned"}}
+
+
+def test_a_push_needs_a_token(world: World) -> None:
+    space = {"base_model_id": "g/m", "trackio_config": {"space_id": "ada/curves"}}
+    for config in (PUSHES, space):
+        with pytest.raises(InvalidRequest, match="needs hf_token, to write to ada/") as refused:
+            world.submitted(training_config=config)
+        assert refused.value.param == "hf_token"
+    assert world.submitted(training_config=space, hf_token="hf_x").secret_names == ("hf_token",)
+    job = world.submitted()
+    world.checkpoint(job, step=1)
+    with pytest.raises(InvalidRequest, match="needs hf_token"):
+        world.jobs.export_again(job.job_id, TENANT, again(export_config=PUSHES["export_config"]))
+
+
+def test_what_the_hub_would_refuse_is_refused_before_anything_is_kept(world: World) -> None:
+    world.hub.writes, world.hub.whose = "absent", HubAccount("grace", "write", {})
+    with pytest.raises(InvalidRequest, match="cannot write to 'ada'"):
+        world.submitted(training_config=PUSHES, hf_token="hf_x")
+    world.hub.reads = "gated"
+    with pytest.raises(InvalidRequest, match="gated"):
+        world.submitted()
+    assert world.store.queued_jobs(10) == []
+    assert list(world.secrets.walk()) == []
+    world.hub.reads, world.hub.writes = "unknown", "unknown"
+    world.hub.whose = None
+    assert world.submitted(training_config=PUSHES, hf_token="hf_x").status is Status.QUEUED
+
+
+def test_the_hub_is_not_asked_about_a_base_that_is_here(world: World) -> None:
+    world.objects.write("pretrained_weights/huggingface/google/gemma-3-270m/config.json", b"{}")
+    world.hub.reads = "absent"
+    assert world.submitted().status is Status.QUEUED
+    assert world.hub.asked == []
+
+
+def test_what_a_job_pushed_is_deleted_when_asked_and_only_if_it_is_alone(world: World) -> None:
+    job = world.training()
+    push = HubPush(repo_id="ada/tuned", revision="a", url="https://hub")
+    world.jobs.finish(job.job_id, world.write_result(job, artifacts=[an_artifact(job) | {"hub": push}]))
+    world.hub.repositories["ada/tuned"] = ["initial", "a", "somebody's"]
+    with pytest.raises(InvalidRequest, match="needs a token") as refused:
+        world.jobs.delete(job.job_id, TENANT, with_hub=True)
+    assert refused.value.param == "X-HF-Token"
+    with pytest.raises(InvalidRequest, match="1 commits that are not of this job"):
+        world.jobs.delete(job.job_id, TENANT, with_hub=True, hub_token="hf_x")
+    assert world.find(job).deleting_since is None
+    world.hub.repositories["ada/tuned"].pop()
+    deleted = world.jobs.delete(job.job_id, TENANT, with_hub=True, hub_token="hf_x")
+    assert deleted is not None
+    assert deleted.resources[0] == "hf://ada/tuned"
+    assert world.hub.repositories == {}
+
+
+def test_a_deletion_that_says_nothing_of_the_hub_leaves_it_alone(world: World) -> None:
+    job = world.training()
+    push = HubPush(repo_id="ada/tuned", revision="a", url="https://hub")
+    world.jobs.finish(job.job_id, world.write_result(job, artifacts=[an_artifact(job) | {"hub": push}]))
+    world.hub.repositories["ada/tuned"] = ["initial", "a"]
+    assert world.jobs.delete(job.job_id, TENANT)
+    assert "ada/tuned" in world.hub.repositories
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -821,6 +1083,9 @@ def test_files_without_a_job_are_found_and_removed(world: World) -> None:
         "checkpoints/projects/p/jobs/gone/attempt-1/step-00000001/x",
         "configs/gone.json",
         "results/gone/1.json",
+        "runs/gone/attempt-1/run.json",
+        "trackers/gone/events",
+        "onnx_models/gone/model.onnx",
         "pretrained_weights/huggingface/a/b/config.json",
         "datasets/dataset_1/train.jsonl",
     ):
@@ -831,7 +1096,10 @@ def test_files_without_a_job_are_found_and_removed(world: World) -> None:
     assert sorted((orphan.prefix, orphan.objects, orphan.size_bytes) for orphan in found.found) == [
         ("checkpoints/projects/p/jobs/gone/", 1, 2),
         ("configs/gone.json", 1, 2),
+        ("onnx_models/gone/", 1, 2),
         ("results/gone/", 1, 2),
+        ("runs/gone/", 1, 2),
+        ("trackers/gone/", 1, 2),
         ("trained_adapters/gone/", 2, 4),
     ]
     world.jobs.sweep_orphans()
@@ -860,6 +1128,9 @@ def test_deleting_stops_the_job_first_and_leaves_nothing(world: World, tmp_path:
     for key in (
         f"trained_adapters/{job.job_id}/a",
         f"gguf_models/{job.job_id}/m.gguf",
+        f"onnx_models/{job.job_id}/attempt-1/model.onnx",
+        f"trackers/{job.job_id}/tensorboard/events",
+        f"runs/{job.job_id}/attempt-1/run.json",
         f"checkpoints/test-jobs/job_{job.job_id}/1",
         neighbour,
     ):

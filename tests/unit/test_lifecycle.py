@@ -7,8 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from schema.events import CheckpointSaved, Evaluated, PhaseChanged, Resumed, TrackerStarted
-from schema.job import EvalMetrics, Failure, Job, Status
+from schema.events import CheckpointSaved, Evaluated, GateJudged, PhaseChanged, Resumed, TrackerStarted
+from schema.job import EvalMetrics, Failure, Gate, GateCheck, Job, Status
 from schema.result import Result
 from service.core import lifecycle
 from service.core.errors import Conflict, Fenced
@@ -53,7 +53,23 @@ def test_evaluations_and_the_tracker_reach_the_record() -> None:
     job = lifecycle.absorbed(at_work(), 1, Evaluated(when="before", step=0, metrics=before), START)
     job = lifecycle.absorbed(job, 1, Evaluated(when="during", step=5, metrics=after), START)
     job = lifecycle.absorbed(job, 1, TrackerStarted(tracker="wandb", url="https://w"), START)
+    job = lifecycle.absorbed(job, 1, TrackerStarted(tracker="mlflow", url="https://m"), START)
+    job = lifecycle.absorbed(job, 1, TrackerStarted(tracker="tensorboard", url=None), START)
     assert (job.base_metrics, job.metrics, job.wandb_url) == (before, after, "https://w")
+    assert job.trackers == {"wandb": "https://w", "mlflow": "https://m"}
+
+
+def test_the_gates_word_reaches_the_record_at_once_and_with_the_result() -> None:
+    gate = Gate(passed=False, checks=(GateCheck(metric="perplexity", value=9.0, at_most=8.0, passed=False),))
+    assert lifecycle.absorbed(at_work(), 1, GateJudged(gate=gate), START).gate == gate
+    job = lifecycle.finished(at_work(), a_result(gate=gate, published_step=0, trackers={"mlflow": "https://m"}), START)
+    assert (job.status, job.gate, job.published_step, job.trackers) == (Status.COMPLETED, gate, 0, {"mlflow": "https://m"})
+
+
+def test_a_result_that_says_less_takes_nothing_away() -> None:
+    known = at_work().model_copy(update={"trackers": {"mlflow": "https://m"}, "wandb_url": "https://w", "published_step": 3})
+    job = lifecycle.finished(known, a_result(), START)
+    assert (job.trackers, job.wandb_url, job.published_step) == ({"mlflow": "https://m"}, "https://w", 3)
 
 
 def test_a_completed_attempt_completes_its_job() -> None:

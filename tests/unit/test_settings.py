@@ -52,3 +52,29 @@ def test_credentials_of_s3_are_for_attempts_that_need_them_and_for_no_others(mon
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     assert "AWS_SECRET_ACCESS_KEY" not in inherited_environment(Settings())  # type: ignore[call-arg]
     assert inherited_environment(Settings(models_url="s3://models"))["AWS_SECRET_ACCESS_KEY"] == "secret"  # type: ignore[call-arg]
+
+
+def test_trackers_are_said_in_json_and_keep_their_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(
+        "TUNESMITH_TRACKERS", '{"mlflow_config": {"tracking_uri": "https://m", "token": "canary"}, "tensorboard_config": {}}'
+    )
+    settings = Settings()  # type: ignore[call-arg]
+    assert settings.trackers is not None
+    assert settings.trackers.mlflow_config is not None
+    assert settings.trackers.mlflow_config.token is not None
+    assert "canary" not in repr(settings)
+    for wrong in ('{"mlflow": {}}', '{"wandb_config": {"api_key": "k"}}', '{"mlflow_config": {}}'):
+        monkeypatch.setenv("TUNESMITH_TRACKERS", wrong)
+        with pytest.raises(ValidationError, match="trackers"):
+            Settings()  # type: ignore[call-arg]
+
+
+def test_the_service_and_its_attempts_ask_the_same_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TUNESMITH_HF_ENDPOINT", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    assert "HF_ENDPOINT" not in inherited_environment(Settings())  # type: ignore[call-arg]
+    for name in ("HF_ENDPOINT", "TUNESMITH_HF_ENDPOINT"):
+        monkeypatch.setenv(name, f"https://{name.lower().replace('_', '-')}.example")
+        settings = Settings()  # type: ignore[call-arg]
+        assert settings.hf_endpoint.startswith(f"https://{name.lower().replace('_', '-')}")
+        assert inherited_environment(settings)["HF_ENDPOINT"] == settings.hf_endpoint

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from signal import SIGKILL, SIGTERM, Signals
+from typing import get_args
 
 import google.auth
 import grpc
@@ -39,6 +40,8 @@ from google.cloud.run_v2.services.tasks.transports import TasksGrpcTransport
 from google.rpc.error_details_pb2 import QuotaFailure
 
 from schema.job import Failure, FailureCode
+from schema.training import TRAINER_TYPES
+from schema.words import Modality
 from service.core.errors import LaunchFailed, TunesmithError, Unavailable, Unsupported
 from service.core.ports import AttemptState, Ended, Hardware, LaunchOrder
 from storage.patience import time_left
@@ -59,9 +62,13 @@ EXECUTION = re.compile(r"projects/(?P<project>[^/]+)/locations/(?P<region>[^/]+)
 
 # --- hardware --------------------------------------------------------------------------------------------------------
 
+# What requirements/llm.txt brings into the image; a test compares the two.
+IN_IMAGE = {"bitsandbytes": True, "onnx": False, "lm_eval": False, "unsloth": False}
 NOTES = {
-    "method": "QLoRA and other providers are not in the image",
+    "provider": "unsloth is not in the image: it pins its own versions of what the image holds",
     "use_fa2": "flash-attn is not in the image; the GPU could run it",
+    "format": "the exporter of ONNX is not in the image",
+    "lm_eval_tasks": "lm_eval is not in the image",
 }
 
 
@@ -81,12 +88,14 @@ class HardwareProfile:
         return Hardware(
             device=self.device,
             device_name=self.device_name,
-            methods=("LoRA", "Full"),
+            methods=("LoRA", "QLoRA", "Full"),
             providers=("huggingface",),
-            modalities=("text",),
-            trainer_types=("sft",),
+            modalities=get_args(Modality),
+            trainer_types=tuple(TRAINER_TYPES),
             flash_attention_2=False,
             gguf=True,
+            onnx=IN_IMAGE["onnx"],
+            lm_eval=IN_IMAGE["lm_eval"],
             notes=self.notes,
         )
 

@@ -15,9 +15,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from typing import cast, get_args
 
 import psutil
 
+from schema.training import TRAINER_TYPES
+from schema.words import Modality
 from service.core.errors import LaunchFailed, Unavailable, Unsupported
 from service.core.ports import AttemptState, Hardware, LaunchOrder, LogPage
 
@@ -152,19 +155,7 @@ class LocalLauncher:
     @cached_property
     def _hardware(self) -> Hardware:
         """Asked of the trainer's environment once: only there can the libraries tell."""
-        found = self._probe()
-        notes = {"method": "QLoRA and other providers come with a GPU image", "trainer_type": "", "use_fa2": ""}
-        return Hardware(
-            device=str(found.get("device", "unknown")),
-            device_name=str(found.get("device_name", "unknown")),
-            methods=("LoRA", "Full"),
-            providers=("huggingface",),
-            modalities=("text",),
-            trainer_types=("sft",),
-            flash_attention_2=bool(found.get("flash_attention_2", False)),
-            gguf=bool(found.get("gguf", False)),
-            notes={name: note for name, note in notes.items() if note},
-        )
+        return hardware_of(self._probe())
 
     def _probe(self) -> dict[str, object]:
         try:
@@ -227,6 +218,38 @@ class LocalLauncher:
         except (psutil.Error, ValueError):  # the second is a handle of another launcher
             return None
         return process if alive else None
+
+
+def hardware_of(found: Mapping[str, object]) -> Hardware:
+    """What an attempt can do here, of what `python -m jobs.probe` told; and why not, where it cannot."""
+    packages = found.get("packages")
+    installed = set(cast(Mapping[str, object], packages)) if isinstance(packages, dict) else set[str]()
+    on_gpu, flash, gguf = found.get("device") == "cuda", bool(found.get("flash_attention_2")), bool(found.get("gguf"))
+    quantized, onnx, lm_eval = ("bitsandbytes" in installed, "onnx" in installed, "lm_eval" in installed)
+    unsloth = on_gpu and "unsloth" in installed
+    why_not_unsloth = "unsloth is not installed in the trainer's environment" if on_gpu else "unsloth needs a GPU"
+    missing = {
+        "method": (quantized, "QLoRA needs bitsandbytes in the trainer's environment"),
+        "provider": (unsloth, why_not_unsloth),
+        "use_fa2": (flash, "FlashAttention 2 needs an Ampere or newer GPU, and the package flash-attn"),
+        "include_gguf": (gguf, "`make setup` builds llama.cpp into the trainer's environment"),
+        "include_lora_gguf": (gguf, "`make setup` builds llama.cpp into the trainer's environment"),
+        "format": (onnx, "the exporter of ONNX is not installed in the trainer's environment"),
+        "lm_eval_tasks": (lm_eval, "install lm_eval in the trainer's environment"),
+    }
+    return Hardware(
+        device=str(found.get("device", "unknown")),
+        device_name=str(found.get("device_name", "unknown")),
+        methods=("LoRA", "QLoRA", "Full") if quantized else ("LoRA", "Full"),
+        providers=("huggingface", "unsloth") if unsloth else ("huggingface",),
+        modalities=get_args(Modality),
+        trainer_types=tuple(TRAINER_TYPES),
+        flash_attention_2=flash,
+        gguf=gguf,
+        onnx=onnx,
+        lm_eval=lm_eval,
+        notes={field: why for field, (there, why) in missing.items() if not there},
+    )
 
 
 def _threads(max_concurrent_jobs: int) -> dict[str, str]:

@@ -1,0 +1,107 @@
+"""`python -m jobs.llama.convert MODEL_FOLDER OPTIONS…`: llama.cpp's own converter, in the memory of a few rows.
+
+The converter widens a whole matrix to float32 and rounds it again: for Gemma's embeddings that is five times their size, and most of
+its time. A matrix that it takes as it lies in the file is read, rounded and written some rows at a time instead, with the means that
+the converter has for very large tables. Every other tensor, and all that is not a tensor, goes the converter's own way, and the file
+is the same, byte by byte.
+"""
+
+# ruff: noqa: ANN401  # Any: the converter's modules are on no environment's path, and unknown to type checkers
+
+import runpy
+import sys
+from importlib import import_module
+from typing import Any
+
+from jobs.llama import SHARE, converter
+
+CHUNK_BYTES = 16 << 20
+AS_BYTES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def main(*arguments: str) -> None:
+    """Convert; ends the process as the converter does."""
+    for folder in (SHARE, SHARE / "gguf-py"):  # before any gguf that is installed
+        sys.path.insert(0, str(folder))
+    read_by_rows(import_module("conversion.base").LazyTorchTensor, import_module("gguf"))
+    sys.argv = [str(converter()), *arguments]
+    runpy.run_path(str(converter()), run_name="__main__")
+
+
+def read_by_rows(lazy: Any, gguf: Any) -> None:
+    """Let the converter's lazy tensors remember where in which file they lie, for as long as nothing changes their numbers."""
+    import torch
+
+    from_local_tensor, plain_numpy, getitem = lazy.from_local_tensor.__func__, lazy.numpy, lazy.__getitem__
+    in_rows = rows_of_a_file(gguf)
+
+    def remembering(cls: Any, tensor: Any) -> Any:
+        made = from_local_tensor(cls, tensor)
+        made.lies_at = tensor
+        return made
+
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        made = lazy._wrap_fn(lambda tensor, *args, **kwargs: tensor.to(*args, **kwargs), use_self=self)(*args, **kwargs)
+        if args == (torch.float32,) and not kwargs:  # what every matrix goes through
+            made.lies_at = self.__dict__.get("lies_at")
+        return made
+
+    def first_rows(self: Any, index: Any) -> Any:
+        made = getitem(self, index)
+        if isinstance(index, slice) and index.start is None and index.step is None:
+            made.lies_at = self.__dict__.get("lies_at")
+        return made
+
+    def numpy(self: Any) -> Any:
+        place = self.__dict__.get("lies_at")
+        if place is None or place.dtype not in AS_BYTES or len(self.shape) != 2 or sys.byteorder != "little":
+            return plain_numpy(self)
+        return in_rows(place, tuple(self.shape), "float32")
+
+    lazy.from_local_tensor, lazy.to, lazy.__getitem__, lazy.numpy = classmethod(remembering), to, first_rows, numpy
+
+
+def rows_of_a_file(gguf: Any) -> Any:
+    """The kind of tensor that the converter writes in pieces, for a matrix in a safetensors file."""
+    import numpy as np
+    import torch
+
+    kinds = gguf.GGMLQuantizationType
+    exact = {kinds.F32: torch.float32, kinds.F16: torch.float16, kinds.BF16: torch.bfloat16}
+
+    class RowsOfAFile(gguf.LazyChunkedTensor):
+        """Rows from `place`, a `LocalTensor`; rounded as torch does, which is as llama.cpp does."""
+
+        def __init__(self, place: Any, shape: tuple[int, ...], dtype: Any, qtype: Any = None) -> None:
+            super().__init__([], shape, dtype, qtype)
+            self._place = place
+
+        def quantize(self, qtype: Any) -> Any:
+            described = super().quantize(qtype)
+            return RowsOfAFile(self._place, described.shape, described.dtype, qtype)
+
+        def tofile(self, file: Any) -> None:
+            for rows in self._read():
+                kind = exact.get(self._qtype)
+                if kind is None:
+                    gguf.quants.quantize(rows.to(torch.float32).numpy(), self._qtype).tofile(file)
+                else:
+                    rows.to(kind).view(torch.uint8).numpy().tofile(file)
+
+        def _read(self) -> Any:
+            stored, span = getattr(torch, AS_BYTES[self._place.dtype]), self._place.data_range
+            width, left = self._place.shape[1], self.shape[0]
+            at_once = max(1, CHUNK_BYTES // (width * stored.itemsize))
+            with open(span.filename, "rb") as source:
+                source.seek(span.offset)
+                while left:
+                    count = min(at_once, left)
+                    numbers = np.fromfile(source, dtype=np.uint8, count=count * width * stored.itemsize)
+                    yield torch.from_numpy(numbers).view(stored).reshape(count, width)
+                    left -= count
+
+    return RowsOfAFile
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

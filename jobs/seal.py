@@ -1,0 +1,48 @@
+"""The end of a job that trained well: where its artifacts come from is written down beside them, and they go to the Hub if they are to."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from jobs.system_metrics import EnergyMeter
+from schema.job import Artifact
+from schema.lineage import CodeRecord
+from schema.version import VERSION
+
+if TYPE_CHECKING:
+    from jobs.context import JobContext
+    from jobs.publish import Product
+    from jobs.trained import TrainedModel
+
+
+class Seal:
+    """Made when the attempt begins, so that it knows what the attempt took; used once, when everything is uploaded."""
+
+    def __init__(self, context: "JobContext", *, image: str | None, started_at: datetime) -> None:
+        self._context = context
+        self._code = CodeRecord(tunesmith=VERSION, image=image)
+        self._started_at = started_at
+        self._energy = EnergyMeter()
+
+    def put_on(self, trained: "TrainedModel", products: "Sequence[Product]", artifacts: Sequence[Artifact]) -> tuple[Artifact, ...]:
+        """The artifacts with `run.json` beside them, and where they are on the Hub. Raises JobFailed."""
+        from jobs.hub import push
+        from jobs.lineage import record_bytes, run_record, store_record
+        from jobs.model_card import licence_of, model_card
+
+        record = run_record(
+            self._context,
+            trained,
+            artifacts,
+            code=self._code,
+            energy=self._energy.read(),
+            started_at=self._started_at,
+            now=datetime.now(UTC),
+            decisions=self._context.findings.decisions,
+        )
+        content = record_bytes(record)
+        sealed = store_record(content, artifacts, self._context)
+        repo_id = self._context.spec.training_config.export_config.hf_repo_id
+        if repo_id is None:
+            return sealed
+        return push(products, sealed, model_card(record, repo_id, licence_of(trained.base_folder)), content, self._context)

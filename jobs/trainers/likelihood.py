@@ -1,0 +1,265 @@
+"""How likely a model finds what it is to say: the loss at labelled positions, and the same measured on held-out rows.
+
+The head is computed at labelled positions only: a vocabulary of 262,144 makes it the dearest layer, and most positions of a
+conversation are not learned. In training it is computed for some of them at a time, so that their logits never fill the memory.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from jobs.data.render import NO_LABEL, TokenRow
+from jobs.errors import JobFailed
+from jobs.trainers.healing import free_memory, is_out_of_memory
+from schema.job import EvalMetrics
+from schema.training import TrainingConfig
+
+# Of logits in fp32 that are there at once, with about three times as much beside them: enough for products to be fast.
+PART_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+
+
+class LabelledHead:
+    """The loss of a language model at the labelled positions of a batch: its head is computed there alone, some positions at a time.
+
+    What the layers made is taken where it goes into the head, inside the model's own forward, so that what wraps the model (an adapter,
+    autocast, torch.compile) stays around it. A part's gradient is made as soon as its loss is known: no logits wait for the way back,
+    and none are computed twice. A model that does more to its logits than a soft cap is found out at the first batch, and keeps them.
+    """
+
+    def __init__(self, model: Any) -> None:
+        import torch
+
+        self._model = model
+        self._head = model.get_output_embeddings()
+        self._softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        self._reached: list[Any] = []  # the trained weights that the head multiplies by
+        self._at_once = 0  # positions; 0 until the first batch
+        self._sample: Any = None  # what we make of its first position
+        self._is_known = True  # the head and the soft cap are all that the model does
+        self._asked: tuple[Any, Any, Any] | None = None
+        self._loss: Any = None
+        self._head.register_forward_pre_hook(torch.compiler.disable(self._at_labels))
+
+    def loss(self, model: Any, inputs: dict[str, Any], labels: Any, divisor: Any = None) -> Any:
+        """The sum over the labels of a batch (B, T), divided by their number or by what is given. `model` is ours, or wraps it."""
+        import torch
+
+        keep = labels[:, 1:] != NO_LABEL  # the position before a label predicts it
+        wanted = labels[:, 1:][keep]
+        divisor = divisor or wanted.numel()
+        if self._is_known:
+            is_first = not self._at_once
+            told, loss = self._told(model, inputs, (keep, wanted, divisor))
+            if is_first:
+                self._is_known = loss is not None and torch.allclose(told.float(), self._sample.float(), rtol=1e-2, atol=1e-5)
+            if self._is_known:
+                return loss
+        logits, wanted = labelled_logits(model, inputs, labels)
+        return torch.nn.functional.cross_entropy(logits, wanted, reduction="sum") / divisor
+
+    def _told(self, model: Any, inputs: dict[str, Any], asked: tuple[Any, Any, Any]) -> tuple[Any, Any]:
+        """The model's own logits of the first labelled position, and the loss of all; None where the model passed its head by."""
+        self._asked, self._loss = asked, None
+        try:
+            told = model(**inputs, use_cache=False).logits
+        finally:
+            self._asked = None
+        loss, self._loss = self._loss, None
+        return told, loss
+
+    def _at_labels(self, _: Any, states: tuple[Any, ...]) -> tuple[Any] | None:
+        """Before the head: make the loss of what goes into it (B, T, H), and let a single position pass."""
+        if self._asked is None:
+            return None
+        (keep, wanted, divisor), self._asked = self._asked, None  # the head is called from here, too
+        chosen = states[0][:, :-1][keep]
+        if not self._at_once:
+            self._look_at(chosen[:1])
+        self._loss = _loss_in_parts().apply(chosen, wanted, self._logits, self._at_once, divisor, *self._reached)
+        return (chosen[:1].detach(),)
+
+    def _look_at(self, states: Any) -> None:
+        """What the head makes of a position, and which trained weights it needs for that."""
+        import torch
+
+        trained = [part for part in self._model.parameters() if part.requires_grad]
+        with torch.enable_grad():
+            logits = self._logits(states.detach())
+        found = torch.autograd.grad(logits.sum(), trained, allow_unused=True) if logits.requires_grad else [None] * len(trained)
+        self._reached = [part for part, slope in zip(trained, found, strict=True) if slope is not None]
+        self._sample = logits.detach()
+        self._at_once = max(1, PART_BYTES[states.device.type] // (4 * logits.shape[-1]))
+
+    def _logits(self, states: Any) -> Any:
+        import torch
+
+        logits = self._head(states)
+        return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
+
+
+@cache
+def _loss_in_parts() -> Any:
+    """What torch's autograd applies to states (N, H), tokens (N), the way from states to logits, how many at once, a divisor, and the
+    trained weights on that way."""
+    import torch
+
+    class LossInParts(torch.autograd.Function):
+        """The sum of the loss over the divisor; its gradients are made on the way there."""
+
+        @staticmethod
+        def forward(ctx: Any, states: Any, wanted: Any, logits_of: Any, at_once: int, divisor: Any, *weights: Any) -> Any:
+            learns = any(ctx.needs_input_grad)
+            loss = torch.zeros((), device=states.device)
+            by_states, *by_weights = [torch.zeros_like(part) for part in (states, *weights)] if learns else [None]
+            for start in range(0, len(states), at_once):
+                place = slice(start, start + at_once)
+                with torch.set_grad_enabled(learns):
+                    chosen = states[place].detach().requires_grad_(learns)
+                    logits = logits_of(chosen)
+                tokens = wanted[place].unsqueeze(1)
+                likely = torch.log_softmax(logits.detach(), -1, dtype=torch.float32)
+                loss -= likely.gather(1, tokens).sum()
+                if by_states is not None:
+                    slope = likely.exp_().scatter_add_(1, tokens, likely.new_full(tokens.shape, -1)).div_(divisor)
+                    by_states[place], *more = torch.autograd.grad(logits, (chosen, *weights), slope.to(logits.dtype))
+                    for total, part in zip(by_weights, more, strict=True):
+                        total += part
+            if by_states is not None:
+                ctx.save_for_backward(by_states, *by_weights)
+            return loss / divisor
+
+        @staticmethod
+        def backward(ctx: Any, scale: Any) -> Any:
+            by_states, *by_weights = (slope * scale for slope in ctx.saved_tensors)
+            return (by_states, None, None, None, None, *by_weights)
+
+    return LossInParts
+
+
+def labelled_logits(model: Any, inputs: dict[str, Any], labels: Any) -> tuple[Any, Any]:
+    """Logits (N, vocabulary) in fp32 and tokens (N) at the N labelled positions of a batch (B, T).
+
+    The position before a label predicts it. The model computes logits where any row of the batch has one.
+    """
+    wanted = labels[:, 1:]
+    columns = (wanted != NO_LABEL).any(dim=0).nonzero().squeeze(1)
+    logits = model(**inputs, logits_to_keep=columns, use_cache=False).logits
+    wanted = wanted[:, columns]
+    keep = wanted != NO_LABEL
+    return logits[keep].float(), wanted[keep]
+
+
+def measure(
+    model: Any,
+    rows: Sequence[TokenRow],
+    pad_id: int,
+    config: TrainingConfig,
+    pulse: Callable[[], None] = lambda: None,
+    collator: Callable[[Sequence[Any]], dict[str, Any]] | None = None,
+) -> EvalMetrics:
+    """The model on held-out rows: every labelled token counts the same. `pulse` is called before each batch, and may raise.
+
+    `collator` makes batches of rows that are more than tokens: what `collate` makes of a row each, and what the model takes beside it.
+
+    When memory runs out, here and not in training, fewer rows are measured at once. Raises JobFailed when a single one is too many.
+    """
+    began = time.monotonic()
+    was_training = model.training
+    model.eval()
+    batch_of = collator or (lambda some: collate([[row] for row in some], pad_id))
+    batches: list[Measured] = []
+    size = config.hyperparameters.batch_size
+    by_length = sorted(rows, key=lambda row: len(row.input_ids))  # little padding; the sums do not mind the order
+    done = 0
+    try:
+        while done < len(by_length):
+            pulse()
+            found = _measured_if_it_fits(model, batch_of(by_length[done : done + size]), config)
+            if found:
+                batches.append(found)
+                done += size
+            elif size == 1:
+                hint = "lower max_seq_length, or ask for hardware with more memory"
+                raise JobFailed("out_of_memory", "memory ran out while a single held-out row was measured", hint)
+            else:
+                size //= 2
+                free_memory()
+    finally:
+        model.train(was_training)
+    tokens = sum(batch.tokens for batch in batches)
+    mean = sum(batch.loss for batch in batches) / tokens
+    right = sum(batch.count_right() for batch in batches)
+    finite = math.isfinite(mean)
+    return EvalMetrics(
+        eval_loss=mean if finite else None,
+        perplexity=math.exp(mean) if finite and mean < 700 else None,  # e^710 is no double
+        accuracy=right / tokens if config.eval_config.compute_eval_metrics else None,
+        eval_runtime=time.monotonic() - began,
+        eval_rows=len(rows),
+        eval_tokens=tokens,
+        notes={} if finite else {"eval_loss": "not a number", "perplexity": "the loss is not a number"},
+    )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a batch of held-out rows came to."""
+
+    loss: float  # the sum over its labels
+    tokens: int
+    right: int = 0
+    gathered: tuple[Any, Any] | None = None  # what was said and what was wanted, counted at the end
+
+    def count_right(self) -> int:
+        """Labels that were predicted."""
+        return self.right if self.gathered is None else int((self.gathered[0] == self.gathered[1]).sum())
+
+
+def _measured_if_it_fits(model: Any, batch: dict[str, Any], config: TrainingConfig) -> Measured | None:
+    """A batch of held-out rows; None when there is not enough memory for it."""
+    import torch
+
+    batch.pop("real_tokens")
+    try:
+        with torch.no_grad():
+            labels = batch.pop("labels").to(model.device)
+            logits, wanted = labelled_logits(model, {name: part.to(model.device) for name, part in batch.items()}, labels)
+            loss, tokens = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item(), wanted.numel()
+            if config.eval_config.batch_eval_metrics:
+                return Measured(loss, tokens, right=int((logits.argmax(-1) == wanted).sum()))
+            if config.eval_config.compute_eval_metrics:
+                return Measured(loss, tokens, gathered=(logits.argmax(-1).cpu(), wanted.cpu()))
+            return Measured(loss, tokens)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+
+
+def collate(blocks: list[list[TokenRow]], pad_id: int) -> dict[str, Any]:
+    """Blocks of rows as tensors (B, T). In a block of several rows positions begin anew with each row, and no mask is given:
+    that is how attention knows where a row begins. The first token of a row is never a label, for nothing before it is its own."""
+    import torch
+
+    longest = max(sum(len(row.input_ids) for row in block) for block in blocks)
+    packed = any(len(block) > 1 for block in blocks)
+    ids = torch.full((len(blocks), longest), pad_id)
+    labels = torch.full_like(ids, NO_LABEL)
+    mask = torch.zeros_like(ids)
+    positions = torch.zeros_like(ids)
+    for n, block in enumerate(blocks):
+        place = 0
+        for row in block:
+            until = place + len(row.input_ids)
+            ids[n, place:until] = torch.tensor(row.input_ids)
+            labels[n, place + 1 : until] = torch.tensor(row.labels[1:])
+            positions[n, place:until] = torch.arange(len(row.input_ids))
+            mask[n, place:until] = 1
+            place = until
+        positions[n, place:] = torch.arange(longest - place)  # padding is a row of its own, which nothing learns from
+    real = int(mask.sum())
+    shape = {"position_ids": positions} if packed else {"attention_mask": mask}
+    return {"input_ids": ids, "labels": labels, "real_tokens": real, **shape}

@@ -1,0 +1,347 @@
+"""The model that is trained: what it runs on, the base in the right precision, and the adapter, if only that is trained.
+
+    Full    all weights, in fp32 (small updates are lost in bf16)
+    LoRA    low-rank adapters beside the frozen base, in bf16 where the machine does it well
+    QLoRA   the same beside a base of 4 bits: nf4 with double quantization
+
+Torch, transformers and peft are imported where they are used.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from jobs.errors import JobFailed
+from jobs.exporters.folders import size_bytes
+from jobs.probe import fast_bf16
+from jobs.settings import let_unsloth_give_logits
+from jobs.system_metrics import nvidia_gpus
+from jobs.turn_tokens import train_few_rows_only
+from schema.training import TrainingConfig
+
+if TYPE_CHECKING:
+    from jobs.context import JobContext
+
+Kind = Literal["causal", "score", "image_text"]
+
+# Of what a training needs beside the weights, in bytes per token and unit of width and layer: measured for Gemma, bf16, without
+# recomputation; the head's logits of labelled positions come on top.
+ACTIVATION_BYTES = 40
+HEADROOM = 0.8  # of the memory that is free; the rest is the allocator's
+
+# torch.compile takes a minute or more, and then saves a share of each step.
+COMPILE_S = 300.0
+COMPILE_GAIN = 0.15
+GPU_FLOP_PER_S = 40e12  # an L4 at a third of its peak; a faster one is through sooner, and compiles less often
+
+VISION_PARTS = r".*(vision_tower|vision_model|multi_modal_projector|embed_vision).*"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the attempt runs on, and how: in which precision, and whether activations are computed twice to save memory."""
+
+    device: Any
+    dtype: Any
+    autocast: bool
+    on_gpu: bool
+    gradient_checkpointing: bool
+    compiles: bool = False
+    workers: int = 0
+
+
+def look_at_the_machine(config: TrainingConfig, context: "JobContext", base_folder: Path) -> Machine:
+    """The device, the precision, and what is traded for memory; each is told with its reason."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    context.decided("device", str(device), torch.cuda.get_device_name() if on_gpu else "no GPU was found")
+    watched = nvidia_gpus() if on_gpu else None
+    if watched and len(watched.names) > 1:
+        context.warn("one_gpu", f"this machine has {len(watched.names)} GPUs, and an attempt trains on one of them")
+    bf16 = torch.cuda.is_bf16_supported() if on_gpu else fast_bf16()
+    adapts = config.method != "Full"
+    # Full fine-tuning in pure bf16 loses small updates; with fp32 weights autocast does the products in bf16.
+    dtype = torch.bfloat16 if bf16 and adapts else torch.float32
+    why = "the processor multiplies bf16 fast" if bf16 else "the processor is slow at bf16"
+    context.decided("dtype", str(dtype).removeprefix("torch."), why if adapts else "all weights are trained: small updates need fp32")
+    recomputes = _recomputes(config, context, base_folder, on_gpu=on_gpu)
+    return Machine(
+        device,
+        dtype,
+        autocast=bf16 and not adapts and on_gpu,
+        on_gpu=on_gpu,
+        gradient_checkpointing=recomputes,
+        workers=_workers(config, context, on_gpu=on_gpu),
+    )
+
+
+def _recomputes(config: TrainingConfig, context: "JobContext", base_folder: Path, *, on_gpu: bool) -> bool:
+    """Whether activations are computed a second time on the way back: a third of the speed, for most of their memory."""
+    import psutil
+    import torch
+
+    knobs = config.hyperparameters
+    if knobs.gradient_checkpointing is not None:
+        context.decided("gradient_checkpointing", str(knobs.gradient_checkpointing).lower(), "the request says so")
+        return knobs.gradient_checkpointing
+    free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
+    needed = training_bytes(config, base_folder)
+    fits = needed < free * HEADROOM
+    why = f"about {needed / 1e9:.1f} GB are needed without it, and {free / 1e9:.1f} GB are free"
+    context.decided("gradient_checkpointing", str(not fits).lower(), why)
+    return not fits
+
+
+def training_bytes(config: TrainingConfig, base_folder: Path) -> float:
+    """Roughly what a training keeps in memory when activations are kept: weights, gradients, optimizer, activations."""
+    import json
+
+    shape = json.loads((base_folder / "config.json").read_text())
+    shape = shape.get("text_config", shape)
+    knobs = config.hyperparameters
+    parameters = size_bytes(base_folder) / 2  # bf16 on disk, as bases are; fp32 ones are counted twice, on the safe side
+    per_parameter = {"Full": 16.0, "LoRA": 2.0, "QLoRA": 0.6}[config.method]
+    if config.method == "Full" and config.trainer_type in ("dpo", "kto"):
+        per_parameter += 4  # the base stays beside it, to compare with
+    width, layers = shape.get("hidden_size", 4096), shape.get("num_hidden_layers", 32)
+    sequences = 2 if config.trainer_type in ("dpo", "orpo", "reward") else 1  # of a row: a pair is two
+    tokens = knobs.batch_size * knobs.max_seq_length * sequences
+    return parameters * per_parameter + tokens * (width * layers * ACTIVATION_BYTES + 6 * shape.get("vocab_size", 262_144))
+
+
+def _workers(config: TrainingConfig, context: "JobContext", *, on_gpu: bool) -> int:
+    """Processes that prepare batches. Rows are tokens already: one hides what is left, and on a CPU it would take cores away."""
+    asked = config.hyperparameters.dataloader_num_workers
+    if asked is not None:
+        return asked
+    count = 2 if on_gpu and config.modality == "vision" else 0
+    why = "images are decoded beside the training" if count else "the rows are tokens in memory: there is nothing to prepare"
+    context.decided("dataloader_num_workers", str(count), why)
+    return count
+
+
+def ready_unsloth(config: TrainingConfig) -> None:
+    """Load unsloth, if it is the provider: it must be the first of the libraries. Raises JobFailed where it cannot be used."""
+    if config.provider != "unsloth":
+        return
+    from importlib import import_module
+    from importlib.util import find_spec
+
+    import torch
+
+    hint = "use provider 'huggingface': the same request, and the same result"
+    if not torch.cuda.is_available():
+        raise JobFailed("invalid_config", "provider 'unsloth' needs an NVIDIA GPU, and this machine has none", hint)
+    if find_spec("unsloth") is None:
+        raise JobFailed("invalid_config", "provider 'unsloth' needs the package unsloth, which is not in this image", hint)
+    if config.trainer_type != "sft" or config.modality != "text":
+        raise JobFailed("invalid_config", "provider 'unsloth' trains trainer_type 'sft' on text", hint)
+    if config.hyperparameters.use_dora:
+        raise JobFailed("invalid_config", "provider 'unsloth' has no DoRA", hint)
+    let_unsloth_give_logits()
+    import_module("unsloth")
+
+
+def load_base(config: TrainingConfig, machine: Machine, weights: Path, kind: Kind = "causal", **options: Any) -> Any:
+    """The model of a folder, on the machine's device, ready to be trained or adapted. Raises JobFailed."""
+    import transformers
+    from transformers import set_seed
+
+    set_seed(config.hyperparameters.seed)
+    if config.provider == "unsloth":
+        return _load_with_unsloth(config, machine, weights)
+    classes = {"causal": "AutoModelForCausalLM", "score": "AutoModelForSequenceClassification", "image_text": "AutoModelForImageTextToText"}
+    options |= {"dtype": machine.dtype, "trust_remote_code": False, "local_files_only": True}
+    options["attn_implementation"] = "flash_attention_2" if config.hyperparameters.use_fa2 else "sdpa"
+    if config.method == "QLoRA":
+        options |= {"quantization_config": _four_bits(machine, kind), "device_map": {"": machine.device}}
+    try:
+        model = getattr(transformers, classes[kind]).from_pretrained(weights, **options)
+    except ImportError as error:
+        if config.method == "QLoRA" and "bitsandbytes" in str(error):
+            raise JobFailed("invalid_config", "QLoRA needs the package bitsandbytes, which is not here", "use method LoRA") from error
+        raise JobFailed(
+            "invalid_config", "use_fa2 needs the flash-attn package and an Ampere or newer GPU", "set use_fa2 to false"
+        ) from error
+    except (ValueError, KeyError) as error:  # transformers' words for a model type that it, or this class, does not know
+        raise JobFailed("invalid_config", *_unloadable(config, kind, error)) from error
+    if config.method == "QLoRA":
+        _keep_trainable(model)
+    else:
+        model.to(machine.device)
+    model.config.get_text_config().use_cache = False
+    return model
+
+
+def adapter_config(config: TrainingConfig, model: Any, *, task_type: str = "CAUSAL_LM", new_tokens: Sequence[int] = ()) -> Any:
+    """What peft shall add to the model. Raises JobFailed for layers that are not there, and a rank above a layer's width."""
+    from peft import LoraConfig
+
+    knobs = config.hyperparameters
+    sees = bool(getattr(knobs, "train_vision_tower", False))  # only trainer type sft has it
+    linear = {name: part for name, part in _linear_layers(model) if sees or not _is_of_vision(name)}
+    known = {name.rpartition(".")[2] for name in linear} - {"lm_head", "score"}
+    targets = sorted(knobs.target_modules or known)
+    for target in targets:
+        if not any(name == target or name.endswith("." + target) for name in linear):
+            raise JobFailed(
+                "invalid_config",
+                f"target_modules names {target!r}, which is no linear layer of this model",
+                f"it has: {', '.join(sorted(known))}",
+            )
+        if target.rpartition(".")[2] == "lm_head":
+            raise JobFailed("invalid_config", "target_modules names lm_head, which is tied to the embeddings", "leave it out")
+    narrow = min((min(part.in_features, part.out_features), name) for name, part in linear.items() if name.endswith(tuple(targets)))
+    if knobs.lora_rank > narrow[0]:
+        message = f"lora_rank {knobs.lora_rank} is above the width of {narrow[1].rpartition('.')[2]}, which is {narrow[0]}"
+        raise JobFailed("invalid_config", message, f"use a rank of at most {narrow[0]}: more can represent nothing more")
+    return LoraConfig(
+        r=knobs.lora_rank,
+        lora_alpha=knobs.lora_alpha,
+        lora_dropout=knobs.lora_dropout,
+        use_dora=knobs.use_dora,
+        use_rslora=knobs.use_rslora,
+        target_modules=targets,
+        exclude_modules=VISION_PARTS if any(_is_of_vision(name) for name, _ in _linear_layers(model)) and not sees else None,
+        trainable_token_indices=list(new_tokens) or None,
+        task_type=task_type,
+    )
+
+
+def adapt(model: Any, config: TrainingConfig, wanted: Any) -> Any:
+    """The model with a fresh adapter, of which alone is trained."""
+    if config.provider == "unsloth":
+        return _adapt_with_unsloth(model, config, wanted)
+    from peft import get_peft_model
+
+    adapted = get_peft_model(model, wanted)
+    train_few_rows_only(adapted)
+    return adapted
+
+
+def load_adapter(model: Any, checkpoint: Path) -> None:
+    """Give a model's adapter the weights of a checkpoint."""
+    model.load_adapter(str(checkpoint), "default", is_trainable=True, torch_device=str(model.device))
+    train_few_rows_only(model)
+
+
+def refuse_broken(model: Any, step: int) -> None:
+    """The last update has no loss after it that would show what it did. Raises JobFailed when a trained weight is no number."""
+    from jobs.trainers.course import diverged
+
+    if not all(bool(part.isfinite().all()) for part in model.parameters() if part.requires_grad):
+        raise diverged(f"the weights are no numbers any more after step {step}")
+
+
+def end_turns(model: Any, tokenizer: Any) -> None:
+    """Let the model's generation stop at the end of a turn as well as at the end of a text."""
+    end_of_turn = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    if end_of_turn not in (None, tokenizer.unk_token_id):
+        model.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, end_of_turn})
+
+
+def compiles(config: TrainingConfig, context: "JobContext", machine: Machine, base_folder: Path, steps: int) -> bool:
+    """Whether the model is compiled first, for so many optimizer steps; told with its reason."""
+    import shutil
+
+    asked = config.hyperparameters.torch_compile
+    if asked and not (shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")):
+        context.warn("not_compiled", "torch_compile needs a C compiler, and this machine has none; the training goes on without")
+        return False
+    if asked is not None:
+        context.decided("torch_compile", str(asked).lower(), "the request says so")
+        return asked
+    if not machine.on_gpu:
+        context.decided("torch_compile", "false", "on a processor it is done only when asked for")
+        return False
+    saved_s = predicted_s(config, base_folder, steps) * COMPILE_GAIN
+    why = f"it would save about {saved_s:.0f} s of {steps} steps, and take about {COMPILE_S:.0f} s"
+    context.decided("torch_compile", str(saved_s > COMPILE_S).lower(), why)
+    return saved_s > COMPILE_S
+
+
+def predicted_s(config: TrainingConfig, base_folder: Path, steps: int) -> float:
+    """Roughly how long so many optimizer steps take on a data centre's GPU at a third of its peak."""
+    knobs = config.hyperparameters
+    tokens = steps * knobs.batch_size * knobs.gradient_accumulation_steps * knobs.max_seq_length
+    per_token = (6 if config.method == "Full" else 4) * size_bytes(base_folder) / 2
+    return tokens * per_token / GPU_FLOP_PER_S
+
+
+def _linear_layers(model: Any) -> list[tuple[str, Any]]:
+    import torch
+
+    return [(name, part) for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
+
+
+def _is_of_vision(name: str) -> bool:
+    import re
+
+    return re.fullmatch(VISION_PARTS, name) is not None
+
+
+def _four_bits(machine: Machine, kind: Kind) -> Any:
+    """What looks at images keeps its precision: it is a small part, the words' adapter cannot mend what it sees amiss, and the exported
+    model sees with the unrounded one."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=machine.dtype,
+        llm_int8_skip_modules=[VISION_PARTS, "lm_head"] if kind == "image_text" else None,
+    )
+
+
+def _keep_trainable(model: Any) -> None:
+    """On a processor with AVX512-BF16, bitsandbytes repacks a layer's weights at its first forward in evaluation, for good, and what
+    multiplies by the repacked ones has no backward: after a measurement no gradient would reach the layers below, without an error."""
+    from bitsandbytes.nn import Linear4bit
+
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
+
+
+def _unloadable(config: TrainingConfig, kind: Kind, error: Exception) -> tuple[str, str]:
+    what = {"causal": "a language model", "score": "a language model", "image_text": "a model of images and text"}[kind]
+    first = str(error).partition("\n")[0][:200]
+    return f"base model {config.base_model_id} is not {what} that this image can load: {first}", "use another base_model_id"
+
+
+# --- unsloth: the same request, faster kernels --------------------------------------------------------------------------
+
+
+def _load_with_unsloth(config: TrainingConfig, machine: Machine, weights: Path) -> Any:
+    from unsloth import FastLanguageModel
+
+    model, _ = FastLanguageModel.from_pretrained(
+        model_name=str(weights),
+        max_seq_length=config.hyperparameters.max_seq_length,
+        dtype=machine.dtype,
+        load_in_4bit=config.method == "QLoRA",
+        full_finetuning=config.method == "Full",
+    )
+    model.config.get_text_config().use_cache = False
+    return model
+
+
+def _adapt_with_unsloth(model: Any, config: TrainingConfig, wanted: Any) -> Any:
+    from unsloth import FastLanguageModel
+
+    knobs = config.hyperparameters
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=wanted.r,
+        lora_alpha=wanted.lora_alpha,
+        lora_dropout=wanted.lora_dropout,
+        target_modules=sorted(wanted.target_modules),
+        use_rslora=wanted.use_rslora,
+        use_gradient_checkpointing=False,  # the library's trainer says when
+        random_state=knobs.seed,
+        max_seq_length=knobs.max_seq_length,
+    )

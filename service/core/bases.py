@@ -1,0 +1,56 @@
+"""What can be known of a model without a download: by its name, and by what lies in the model store.
+
+A name that nobody knows passes: the job looks again.
+"""
+
+import re
+from dataclasses import dataclass
+
+from schema.graders import TextSimilarityGrader
+from schema.training import GrpoConfig, TrainingConfig
+from service.core.errors import InvalidRequest
+from storage import ObjectStore
+
+
+@dataclass(frozen=True)
+class KnownBase:
+    """A family of models, known by how their names begin, whoever publishes the copy."""
+
+    name: str
+    sees: bool  # takes images beside text
+    width: int  # of the hidden states: a LoRA of a higher rank has nothing left to be low in
+
+
+# https://huggingface.co/google: `hidden_size` (of the text part) and the presence of a vision tower, in each config.json.
+KNOWN_BASES = (
+    KnownBase("gemma-3-270m", sees=False, width=640),
+    KnownBase("gemma-3-1b", sees=False, width=1152),
+    KnownBase("gemma-3-4b", sees=True, width=2560),
+    KnownBase("gemma-3-12b", sees=True, width=3840),
+    KnownBase("gemma-3-27b", sees=True, width=5376),
+)
+
+
+def is_stored(models: ObjectStore, model_id: str) -> bool:
+    """Whether the deployment has a copy of a model of its own. Raises StorageError."""
+    return models.stat(f"pretrained_weights/huggingface/{model_id}/config.json") is not None
+
+
+def check_graders_models(config: TrainingConfig, models: ObjectStore) -> None:
+    """Raise InvalidRequest when a grader compares by a model that the deployment does not have: such a model is never downloaded."""
+    for n, grader in enumerate(config.reward_config if isinstance(config, GrpoConfig) else []):
+        if not isinstance(grader, TextSimilarityGrader) or grader.embedding_model is None or grader.base_url is not None:
+            continue
+        if not is_stored(models, grader.embedding_model):
+            folder = f"{models.url}/pretrained_weights/huggingface/{grader.embedding_model}/"
+            raise InvalidRequest(
+                f"grader {grader.name!r} compares by {grader.embedding_model}, which is not in this deployment's model store",
+                hint=f"name an endpoint that has it as base_url, or put its files at {folder}",
+                param=f"training_config.reward_config.{n}.embedding_model",
+            )
+
+
+def known_base(base_model_id: str) -> KnownBase | None:
+    """What is known of a model by its name, if anything."""
+    name = base_model_id.rpartition("/")[2].lower()
+    return next((base for base in KNOWN_BASES if re.match(rf"{re.escape(base.name)}(?![a-z0-9])", name)), None)

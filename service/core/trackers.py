@@ -1,0 +1,42 @@
+"""Where a deployment mirrors the curves of jobs that name no place of their own."""
+
+from typing import Self
+
+from pydantic import BaseModel, model_validator
+
+from schema.base import Strict
+from schema.trackers import MlflowConfig, TensorboardConfig, TrackioConfig, WandbConfig
+from schema.training import TrainingConfig
+from service.core.secrets import config_secrets, redacted
+
+
+class Trackers(Strict):
+    """A deployment's trackers, in the words of a request. W&B only offline: a key of the deployment would be every caller's."""
+
+    wandb_config: WandbConfig | None = None
+    mlflow_config: MlflowConfig | None = None
+    tensorboard_config: TensorboardConfig | None = None
+    trackio_config: TrackioConfig | None = None
+
+    @model_validator(mode="after")
+    def _gives_no_key_away(self) -> Self:
+        if self.wandb_config and self.wandb_config.mode != "offline":
+            raise ValueError("wandb_config of a deployment needs mode 'offline'")
+        return self
+
+
+def with_trackers(config: TrainingConfig, trackers: Trackers) -> TrainingConfig:
+    """The configuration with the deployment's trackers, where it names none of that kind."""
+    own = {kind: tracker for kind, tracker in trackers if tracker is not None and dict(config).get(kind) is None}
+    return config.model_copy(update=own) if own else config
+
+
+def deployments_own(config: TrainingConfig, trackers: Trackers) -> dict[str, BaseModel]:
+    """Of a job's trackers, as they are kept, those that are the deployment's: by kind, with their secrets."""
+    kept = dict(config)
+    return {kind: tracker for kind, tracker in trackers if tracker is not None and redacted(tracker) == kept.get(kind)}
+
+
+def deployments_secrets(config: TrainingConfig, trackers: Trackers) -> dict[str, str]:
+    """The secrets of the deployment's trackers that a job uses, by name: no caller knows them, or is asked for them."""
+    return config_secrets(trackers.model_copy(update=dict.fromkeys(Trackers.model_fields) | deployments_own(config, trackers)))

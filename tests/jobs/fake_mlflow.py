@@ -1,0 +1,105 @@
+"""An MLflow tracking server for one test: the part of its REST interface that a run needs, with a bearer token at the door."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, ClassVar, Self
+from urllib.parse import parse_qs, urlsplit
+
+
+class FakeMlflow:
+    """The server in a thread; a context manager. `artifact_root` is where it says that files of runs are."""
+
+    def __init__(self, token: str = "", artifact_root: str = "mlflow-artifacts:/1") -> None:
+        self.token, self.artifact_root = token, artifact_root
+        self.experiments: dict[str, str] = {}
+        self.runs: dict[str, dict[str, Any]] = {}
+        self.artifacts: dict[str, bytes] = {}
+        self.refusals = 0  # so many requests are answered 503 first
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"owner": self}))
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
+        """The points of one curve."""
+        return [(int(point["step"]), point["value"]) for point in self.runs[run_id]["metrics"] if point["key"] == metric]
+
+    def answer(self, verb: str, told: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """What the server says; `verb` is the path's end."""
+        match verb:
+            case "experiments/get-by-name":
+                name = told["experiment_name"]
+                if name not in self.experiments:
+                    return 404, {"error_code": "RESOURCE_DOES_NOT_EXIST", "message": f"no experiment {name}"}
+                return 200, {"experiment": {"experiment_id": self.experiments[name], "name": name}}
+            case "experiments/create":
+                self.experiments[told["name"]] = str(len(self.experiments) + 1)
+                return 200, {"experiment_id": self.experiments[told["name"]]}
+            case "runs/create":
+                run_id = f"run{len(self.runs) + 1}"
+                tags = {tag["key"]: tag["value"] for tag in told["tags"]}
+                self.runs[run_id] = {"name": told["run_name"], "tags": tags, "params": {}, "metrics": [], "status": "RUNNING"}
+                return 200, {"run": self._shown(run_id)}
+            case "runs/search":
+                wanted = told["filter"].rpartition(" = ")[2].strip("'")
+                return 200, {"runs": [self._shown(each) for each, run in self.runs.items() if wanted in run["tags"].values()]}
+            case "runs/update":
+                self.runs[told["run_id"]]["status"] = told["status"]
+                return 200, {"run_info": self._shown(told["run_id"])["info"]}
+            case "runs/set-tag":
+                self.runs[told["run_id"]]["tags"][told["key"]] = told["value"]
+                return 200, {}
+            case "runs/log-batch":
+                run = self.runs[told["run_id"]]
+                run["metrics"] += told.get("metrics", [])
+                run["params"] |= {param["key"]: param["value"] for param in told.get("params", [])}
+                return (400, {"error_code": "INVALID_PARAMETER_VALUE"}) if len(told.get("params", [])) > 100 else (200, {})
+        return 404, {"error_code": "ENDPOINT_NOT_FOUND", "message": verb}
+
+    def _shown(self, run_id: str) -> dict[str, Any]:
+        run = self.runs[run_id]
+        info = {"run_id": run_id, "run_uuid": run_id, "experiment_id": "1", "status": run["status"], "lifecycle_stage": "active"}
+        info |= {"start_time": 1, "run_name": run["name"], "artifact_uri": f"{self.artifact_root}/{run_id}/artifacts"}
+        return {"info": info, "data": {"tags": [{"key": key, "value": value} for key, value in run["tags"].items()]}}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    owner: ClassVar[FakeMlflow]
+
+    def do_POST(self) -> None:
+        url, owner = urlsplit(self.path), self.owner
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if owner.refusals > 0:
+            owner.refusals -= 1
+            self._send(503, {})
+        elif owner.token and self.headers["Authorization"] != f"Bearer {owner.token}":
+            self._send(401, {"error_code": "UNAUTHENTICATED", "message": "who are you?"})
+        elif self.command == "PUT":
+            owner.artifacts[url.path.removeprefix("/api/2.0/mlflow-artifacts/artifacts/")] = body
+            self._send(200, {})
+        else:
+            told = json.loads(body or b"{}") | {name: values[-1] for name, values in parse_qs(url.query).items()}
+            self._send(*owner.answer(url.path.removeprefix("/api/2.0/mlflow/"), told))
+
+    do_GET = do_PUT = do_POST  # noqa: N815  # the names that the server looks for
+
+    def _send(self, status: int, answer: dict[str, Any]) -> None:
+        content = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass

@@ -1,0 +1,185 @@
+"""Numbers for answers: the right ones, and none where there is none."""
+
+import math
+from collections.abc import Sequence
+from random import Random
+
+import pytest
+
+from jobs.evaluation.text_metrics import METRICS, task_metrics
+
+CAT = "the cat is on the mat"
+
+
+def values(answers: Sequence[str], references: Sequence[str]) -> dict[str, float | None]:
+    return task_metrics(answers, references)[0]
+
+
+def test_a_perfect_answer_is_one_in_every_metric_that_has_a_meaning() -> None:
+    found, notes = task_metrics([CAT, "a b c d"], [CAT, "a b c d"])
+    assert {name: value for name, value in found.items() if value is not None} == pytest.approx(
+        dict.fromkeys(["exact_match", "bleu", "chrf", "rouge_1", "rouge_2", "rouge_l"], 1.0)
+    )
+    assert notes.keys() == {"accuracy_labels", "f1_macro"}
+
+
+def test_an_answer_that_has_nothing_in_common_is_zero() -> None:
+    found = values(["zzz qqq"], [CAT])
+    assert [found[name] for name in ("exact_match", "bleu", "chrf", "rouge_1", "rouge_2", "rouge_l")] == [0.0] * 6
+
+
+@pytest.mark.parametrize(("answer", "matches"), [(CAT, 1), (f"  {CAT}\n", 1), (CAT.replace(" ", "  \n"), 1), (CAT.upper(), 0), ("", 0)])
+def test_exact_match_minds_all_but_white_space(answer: str, matches: float) -> None:
+    assert values([answer], [CAT])["exact_match"] == matches
+
+
+def test_rouge_is_the_mean_f_of_the_rows() -> None:
+    # of 6 and 6 words 5 are in common, of 5 and 5 pairs 3, and the longest common sequence has 5
+    found = values(["the cat sat on the mat", CAT], [CAT, CAT])
+    assert found["rouge_1"] == pytest.approx((5 / 6 + 1) / 2)
+    assert found["rouge_2"] == pytest.approx((3 / 5 + 1) / 2)
+    assert found["rouge_l"] == pytest.approx((5 / 6 + 1) / 2)
+
+
+def test_rouge_weighs_what_was_said_against_what_was_wanted() -> None:
+    # precision 2/2, recall 2/6: F = 2 · 1 · 1/3 / (4/3); in the wrong order one word is left of the longest sequence
+    found = values(["mat cat"], [CAT])
+    assert found["rouge_1"] == pytest.approx(0.5)
+    assert found["rouge_l"] == pytest.approx(2 * (1 / 2) * (1 / 6) / (1 / 2 + 1 / 6))
+
+
+def test_rouge_of_english_is_that_of_rouge_score() -> None:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    chance = Random(5)
+    words = [*CAT.split(), "Don't", "x-y", "A_B", "3.5%", "!"]
+    answers, references = ([" ".join(chance.choices(words, k=chance.randint(0, 30))) for _ in range(40)] for _ in range(2))
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
+    theirs = [scorer.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
+    found = values(answers, references)
+    for ours, name in {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}.items():
+        assert found[ours] == pytest.approx(sum(row[name].fmeasure for row in theirs) / 40)
+
+
+def test_bleu_is_that_of_the_whole_sample() -> None:
+    # sequences of 1, 2, 3, 4 words in common: 7/7, 5/5, 3/3, 1/1 of what was said, but 7 words instead of 12
+    found = values(["the cat is", "a b c d"], [CAT, "a b c d e f"])
+    assert found["bleu"] == pytest.approx(math.exp(1 - 12 / 7))
+    # 7/8, 5/6, 3/4 and 1/2, of the right length
+    found = values(["the cat is on", "x b c d"], ["the cat is on", "a b c d"])
+    assert found["bleu"] == pytest.approx((7 / 8 * 5 / 6 * 3 / 4 * 1 / 2) ** (1 / 4))
+
+
+def test_chrf_counts_characters() -> None:
+    # "ab" of "abc": sequences of one and two characters, precision 1 and 1, recall 2/3 and 1/2; recall counts twice, squared
+    recall = (2 / 3 + 1 / 2) / 2
+    assert values(["ab"], ["abc"])["chrf"] == pytest.approx(5 * 1 * recall / (4 * 1 + recall))
+
+
+@pytest.mark.parametrize("text", ["猫坐在垫子上面", "ねこがマットのうえにいる", "แมวนั่งบนเสื่อ"])
+def test_scripts_without_spaces_are_counted_in_characters(text: str) -> None:
+    perfect, half = values([text], [text]), values([text[:5] + "xxxx"], [text])
+    for name in ("bleu", "rouge_1", "rouge_2", "rouge_l"):
+        assert perfect[name] == pytest.approx(1)
+        assert 0 < (half[name] or 0) < 1, name
+
+
+@pytest.mark.parametrize("text", ["Кот сидит на ковре", "बिल्ली चटाई पर है", "η γάτα είναι εδώ", "قطة على حصير هنا"])
+def test_rouge_reads_every_script(text: str) -> None:
+    assert values([text], [text])["rouge_l"] == 1
+    assert values([text.split()[0]], [text])["rouge_1"] == pytest.approx(2 * (1 / 4) / (1 + 1 / 4))
+
+
+# --- labels ---
+
+REFERENCES = ["positive", "negative", "negative", "neutral", "positive", "negative"]
+
+
+def test_labels_in_words_are_judged_as_labels() -> None:
+    """They once came out as 0: the metric wanted numbers, and its error was taken for one."""
+    found, notes = task_metrics(["positive", "negative", "positive", "neutral", "negative", "negative"], REFERENCES)
+    assert found["accuracy_labels"] == pytest.approx(4 / 6)
+    # positive: right 1, said 2, wanted 2; negative: right 2, said 3, wanted 3; neutral: right 1, said 1, wanted 1
+    assert found["f1_macro"] == pytest.approx((2 * 1 / 4 + 2 * 2 / 6 + 2 * 1 / 2) / 3)
+    assert "f1_macro" not in notes
+
+
+def test_a_label_may_be_said_in_another_case_and_with_a_full_stop() -> None:
+    found = values(["Positive.", " NEGATIVE", '"negative"', "Neutral!", "positive\n", "negative"], REFERENCES)
+    assert found["accuracy_labels"] == found["f1_macro"] == 1
+    assert found["exact_match"] == pytest.approx(2 / 6)
+
+
+def test_an_answer_that_is_no_label_is_a_miss() -> None:
+    found = values(["I think it is positive", "negative", "negative", "neutral", "positive", "negative"], REFERENCES)
+    assert found["accuracy_labels"] == pytest.approx(5 / 6)
+    assert found["f1_macro"] == pytest.approx((2 * 1 / (1 + 2) + 1 + 1) / 3)
+
+
+def test_labels_may_be_signs() -> None:
+    assert values(["?", "!", "?", "?"], ["?", "!", "!", "?"])["accuracy_labels"] == pytest.approx(3 / 4)
+
+
+@pytest.mark.parametrize(
+    ("references", "why"),
+    [
+        (["yes", "no", "maybe", "yes"], "3 different ones in 4 rows"),
+        ([f"label {n % 21}" for n in range(100)], "21 different ones in 100 rows"),
+        (["one two three four five six", "a"] * 4, "one has 6 words"),
+    ],
+)
+def test_free_text_is_not_taken_for_labels(references: list[str], why: str) -> None:
+    found, notes = task_metrics(references, references)
+    assert found["f1_macro"] is None
+    assert found["accuracy_labels"] is None
+    assert why in notes["f1_macro"]
+
+
+# --- no number where there is none ---
+
+
+@pytest.mark.parametrize(
+    ("reference", "name", "why"),
+    [
+        ("yes", "bleu", "no reference is that long"),
+        ("yes", "rouge_2", "no reference has two words"),
+        ("!?", "rouge_1", "no reference has a word"),
+        ("!?", "rouge_l", "no reference has a word"),
+        (" ", "chrf", "every reference is empty"),
+    ],
+)
+def test_a_metric_without_meaning_is_none_and_says_why(reference: str, name: str, why: str) -> None:
+    found, notes = task_metrics([reference], [reference])
+    assert found[name] is None
+    assert why in notes[name]
+    assert found["exact_match"] == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("bad row"), ZeroDivisionError("bad row"), KeyError("bad row"), TypeError("bad row")])
+def test_a_metric_that_fails_is_none_with_its_reason_and_takes_no_other_with_it(error: Exception) -> None:
+    def broken(answers: Sequence[str], references: Sequence[str]) -> float:
+        raise error
+
+    found, notes = task_metrics(["a"], ["a"], {"broken": broken, **METRICS})
+    assert found["broken"] is None
+    assert type(error).__name__ in notes["broken"]
+    assert "bad row" in notes["broken"]
+    assert found["exact_match"] == found["chrf"] == 1
+
+
+def test_without_rows_everything_is_none_and_says_why() -> None:
+    found, notes = task_metrics([], [])
+    assert found == dict.fromkeys(METRICS)
+    assert notes == dict.fromkeys(METRICS, "no held-out row has a prompt and an answer to compare with")
+
+
+def test_answers_and_references_come_in_pairs() -> None:
+    with pytest.raises(ValueError, match="2 answers for 1 references"):
+        task_metrics(["a", "b"], ["a"])
+
+
+def test_every_number_is_from_zero_to_one_and_names_itself_or_its_reason() -> None:
+    answers, references = ["the cat", "", "yes", "\ud800 \x00", "猫"], [CAT, "a b c d", "yes", "?", "no"]
+    found, notes = task_metrics(answers, references)
+    assert all(value is None or 0 <= value <= 1 for value in found.values())
+    assert {name for name, value in found.items() if value is None} == notes.keys()

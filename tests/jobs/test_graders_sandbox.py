@@ -1,0 +1,243 @@
+"""Python graders: what works in the sandbox, and everything that one could try to get out of it or to break it."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+
+from jobs.errors import JobFailed
+from jobs.graders.grading import Case, Failed
+from jobs.graders.python import Sandboxed
+from schema.graders import PythonGrader
+
+Make = Callable[..., Sandboxed]
+
+TIME = Failed("it took longer than its timeout_s")
+MEMORY = Failed("it took more than its memory_mb, or printed too much")
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Make]:
+    made: list[Sandboxed] = []
+
+    def one(source: str, *, timeout_s: float = 0.3, memory_mb: int = 32) -> Sandboxed:
+        config = PythonGrader(name="g", type="python", source=source, timeout_s=timeout_s, memory_mb=memory_mb)
+        made.append(Sandboxed(config, tmp_path))
+        return made[-1]
+
+    yield one
+    for grader in made:
+        grader.close()
+
+
+def body(code: str) -> str:
+    """A grader that does that and then gives 1."""
+    lines = "".join(f"    {line}\n" for line in code.splitlines())
+    return f"def grade(completion, row):\n{lines}    return 1\n"
+
+
+def grade(grader: Sandboxed, completion: str = "c", **row: object) -> float | Failed:
+    return grader.grade([Case("the prompt", completion, row)])[0]
+
+
+def test_a_function_grades_with_the_row_and_its_prompt(make: Make) -> None:
+    source = """
+import re
+from dataclasses import dataclass
+
+@dataclass
+class Weights:
+    right: float = 0.75
+    short: float = 0.25
+
+def is_right(completion, answer):
+    return any(found == str(answer) for found in re.findall(r"\\d+", completion))
+
+def grade(completion, row):
+    weights = Weights()
+    score = sum([weights.right * is_right(completion, row["answer"]), weights.short * (len(completion) < 10)])
+    match row["prompt"]:
+        case "the prompt":
+            return score
+        case _:
+            return 0
+"""
+    grader = make(source)
+    grader.check([])
+    assert grader.grade([Case("the prompt", "it is 4", {"answer": 4}), Case("the prompt", "it is not known to me", {"answer": 4})]) == [
+        1.0,
+        0.0,
+    ]
+
+
+def test_every_call_begins_with_nothing(make: Make) -> None:
+    grader = make("seen = []\n\ndef grade(completion, row):\n    seen.append(completion)\n    return len(seen)")
+    assert grader.grade([Case("p", "c")] * 3) == [1.0, 1.0, 1.0]
+
+
+def test_chance_is_the_same_every_time_so_that_a_training_can_be_repeated(make: Make) -> None:
+    grader = make("import random\n\ndef grade(completion, row):\n    return random.random()")
+    assert len(set(grader.grade([Case("p", "c")] * 3))) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("def grade(completion, row:\n    return 1", "is not Python that the sandbox knows"),
+        ("def score(completion, row):\n    return 1", "defines no grade"),
+        ("import numpy\ndef grade(completion, row):\n    return 1", "No module named 'numpy'"),
+        ("def grade(completion, row):\n    yield 1", "does not yet support yield"),
+        ("while True:\n    pass", "time limit"),
+    ],
+)
+def test_a_source_that_cannot_work_is_told_before_the_training(make: Make, source: str, why: str) -> None:
+    with pytest.raises(JobFailed, match=why) as failed:
+        make(source).check([])
+    assert failed.value.failure.code == "invalid_config"
+
+
+@pytest.mark.parametrize("given", ["None", "'1'", "float('nan')", "float('inf')", "[1]"])
+def test_what_is_no_finite_number_is_a_failure(make: Make, given: str) -> None:
+    assert grade(make(f"def grade(completion, row):\n    return {given}")) == Failed("grade gave no finite number")
+
+
+def test_an_error_is_a_failure_that_names_its_line_and_not_the_row(make: Make) -> None:
+    source = "def grade(completion, row):\n    raise ValueError(row['secret'])"
+    assert grade(make(source), secret="private") == Failed("ValueError in line 2")
+
+
+ESCAPES = {
+    "subclasses": "().__class__.__base__.__subclasses__()",
+    "getattr": "getattr(int, '__subclasses__')()",
+    "mro": "int.mro()",
+    "globals": "grade.__globals__",
+    "code": "grade.__code__",
+    "closure": "(lambda: 0).__closure__",
+    "frames": "try:\n    1 / 0\nexcept Exception as error:\n    error.__traceback__.tb_frame.f_globals",
+    "builtins": "__builtins__",
+    "import": "__import__('os').system('id')",
+    "os.system": "import os\nos.system('id')",
+    "os.listdir": "import os\nos.listdir('/')",
+    "os.environ": "import os\nos.environ['HOME']",
+    "os.getenv": "import os\nos.getenv('HOME')",
+    "os.urandom": "import os\nos.urandom(8)",
+    "sys.modules": "import sys\nsys.modules",
+    "open": "open('/etc/passwd').read()",
+    "write": "open('/tmp/written', 'w').write('x')",
+    "pathlib": "from pathlib import Path\nPath('/etc/passwd').read_text()",
+    "proc": "open('/proc/self/environ').read()",
+    "socket": "import socket",
+    "urllib": "import urllib.request",
+    "subprocess": "import subprocess",
+    "ctypes": "import ctypes",
+    "threading": "import threading",
+    "multiprocessing": "import multiprocessing",
+    "importlib": "import importlib",
+    "pickle": "import pickle",
+    "gc": "import gc\ngc.get_objects()",
+    "inspect": "import inspect",
+    "jobs": "import jobs",
+    "torch": "import torch",
+    "exec": "exec('import os; os.system(\"id\")')",
+    "eval": "eval('open(\"/etc/passwd\")')",
+    "compile": "compile('1', 'x', 'eval')",
+    "breakpoint": "breakpoint()",
+    "input": "input()",
+    "monkeypatching": "import json\njson.loads = lambda text: 1",
+    "patching a type": "str.upper = lambda self: self",
+    "format": "'{0.__class__.__init__.__globals__}'.format(grade)",
+}
+
+
+@pytest.mark.parametrize("attack", ESCAPES.values(), ids=ESCAPES)
+def test_there_is_no_way_out(make: Make, attack: str) -> None:
+    found = grade(make(body(attack)))
+    assert isinstance(found, Failed)
+    assert "in line" in found.reason  # an exception in the sandbox, and no crash of it
+
+
+# A product of two large numbers cannot be interrupted: where it takes longer than the limit allows, its process is killed.
+KILLED = Failed("the sandbox was killed: it did not keep to its limits")
+
+BOMBS: dict[str, tuple[str, *tuple[Failed, ...]]] = {
+    "loop": ("while True:\n    pass", TIME),
+    "loop that catches": ("while True:\n    try:\n        while True:\n            pass\n    except BaseException:\n        pass", TIME),
+    "list": ("x = []\nwhile True:\n    x.append('a' * 10**6)", MEMORY),
+    "list that catches": ("x = []\nwhile True:\n    try:\n        x.append('a' * 10**6)\n    except BaseException:\n        pass", MEMORY),
+    "string": ("'a' * 10**12", MEMORY),
+    "power": ("10**10**10", MEMORY),
+    "squares": ("x = 3\nwhile True:\n    x = x * x", MEMORY, KILLED),
+    "shift": ("1 << 10**12", MEMORY),
+    "padding": ("f'{1:>1000000000000}'", MEMORY),
+    "printing": ("while True:\n    print('x' * 10**6)", MEMORY),
+    "sorted": ("sorted(range(10**9))", MEMORY),
+    "nested": ("x = []\nwhile True:\n    x = [x]", MEMORY),
+    "recursion": ("def f(n):\n    return f(n + 1)\nf(0)", Failed("RecursionError in line 3")),
+    "regex": ("import re\nre.match(r'(a*)*\\1$', 'a' * 4000 + 'b')", Failed("error in line 3")),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_nothing_takes_more_than_its_limits(make: Make, name: str) -> None:
+    bomb, *expected = BOMBS[name]
+    grader = make(body(bomb), memory_mb=16)
+    began = time.monotonic()
+    found = grade(grader)
+    assert found in expected
+    assert time.monotonic() - began < 5
+    assert sum(child.memory_info().rss for child in sandboxes()) < 16 * 2**20 + 200 * 2**20
+
+
+def test_a_sleep_takes_no_time(make: Make) -> None:
+    began = time.monotonic()
+    assert grade(make(body("import time\ntime.sleep(3600)"))) == 1.0
+    assert time.monotonic() - began < 5
+
+
+def test_a_source_that_is_nested_without_end_does_not_crash_the_training(make: Make) -> None:
+    with pytest.raises(JobFailed):
+        make("x = " + "(" * 30_000 + ")" * 30_000).check([])
+
+
+def test_a_sandbox_that_is_killed_is_a_failure_and_the_next_call_has_a_new_one(make: Make) -> None:
+    grader = make("def grade(completion, row):\n    while completion == 'wait':\n        pass\n    return 1", timeout_s=20)
+    assert grade(grader) == 1.0
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(grade, grader, "wait")
+        time.sleep(0.1)
+        for child in sandboxes():
+            os.kill(child.pid, signal.SIGKILL)
+        assert waiting.result() == KILLED
+    assert grade(grader) == 1.0
+
+
+def test_the_sandbox_is_another_process_with_walls_of_its_own(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second walls: were the interpreter itself broken, there would still be no secret to read and no file to write."""
+    monkeypatch.setenv("JOB_TOKEN", "the attempt's")
+    assert grade(make("def grade(completion, row):\n    return 1")) == 1.0
+    [child, *_] = sandboxes()
+    assert child.environ() == {}
+    limits = Path(f"/proc/{child.pid}/limits").read_text()
+    soft = {line[:26].strip(): line[26:].split()[0] for line in limits.splitlines()[1:]}
+    assert soft["Max file size"] == "0"
+    assert soft["Max core file size"] == "0"
+    assert soft["Max open files"] == "16"
+    assert soft["Max address space"] == str((32 + 256) << 20)
+
+
+def test_closing_ends_the_sandboxes(make: Make) -> None:
+    grader = make("def grade(completion, row):\n    return 1")
+    assert grade(grader) == 1.0
+    mine = sandboxes()
+    assert mine
+    grader.close()
+    assert not psutil.wait_procs(mine, timeout=5)[1]
+
+
+def sandboxes() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children(recursive=True) if "monty" in child.name()]

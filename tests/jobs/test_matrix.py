@@ -1,0 +1,46 @@
+"""Every way to tune, on tiny models: trained, resumed exactly, exported, faithful. `matrix.py` makes docs/training.md's table of it."""
+
+from pathlib import Path
+
+import pytest
+
+from schema.training import TRAINER_TYPES
+from tests.jobs.matrix import Cell, build_bases, cells, run, table
+
+DOCS = Path(__file__).parent.parent.parent / "docs"
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_bases(tmp_path_factory.mktemp("bases"))
+
+
+@pytest.mark.parametrize("cell", cells(), ids=str)
+def test_every_way_to_tune_is_trained_resumed_exactly_exported_and_faithful(cell: Cell, bases: Path, tmp_path: Path) -> None:
+    found = run(cell, bases, tmp_path)
+    assert found.gradient_norm > 0
+    assert found.moved
+    assert found.is_exact
+    assert found.points_are_exact
+    wanted = (
+        {"merged"}
+        | ({"adapter"} if cell.method != "Full" else set())
+        | ({"gguf-f16", "gguf-q8_0"} if cell.trainer_type != "reward" else set())
+    )
+    assert wanted <= found.artifacts.keys()
+    if cell.trainer_type != "reward":
+        fidelity = found.artifacts["gguf-f16"].fidelity
+        assert fidelity is not None
+        assert fidelity.argmax_agreement >= 0.99
+        assert fidelity.mean_kl_to_merged < 0.002
+
+
+def test_the_table_in_the_docs_has_every_combination() -> None:
+    page = (DOCS / "training.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    assert [tuple(part.strip(" `") for part in row.split("|")[1:4]) for row in rows] == [
+        (c.trainer_type, c.method, c.modality) for c in cells()
+    ]
+    assert all(row.split("|")[4].strip() == row.split("|")[5].strip() == "yes" for row in rows)
+    assert len(TRAINER_TYPES) == 6
+    assert table({}).splitlines()[0] in page

@@ -1,0 +1,103 @@
+"""The model that is trained: four bits, adapters of every kind, and what is refused."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from jobs.errors import JobFailed
+from tests.jobs.conftest import Trained
+
+Train = Callable[..., Trained]
+
+
+def same(one: Trained, other: Trained) -> bool:
+    return all(bool((part == other.weights()[name]).all()) for name, part in one.weights().items())
+
+
+@pytest.mark.parametrize("knobs", [{}, {"use_dora": True}], ids=["QLoRA", "QDoRA"])
+def test_a_base_of_four_bits_learns_in_every_layer_also_after_a_measurement(train: Train, knobs: dict[str, Any]) -> None:
+    # bitsandbytes repacks the weights for a processor in evaluation; what it then computes with has no backward.
+    measured = train("measured", spec={"method": "QLoRA"}, **knobs)
+    unmeasured = train("unmeasured", spec={"method": "QLoRA", "held_out": []}, **knobs)
+    moved = {name: float(part.abs().max()) for name, part in measured.lora_weights().items() if "lora_B" in name}
+    assert min(moved.values()) > 1e-5
+    assert same(measured, unmeasured)
+
+
+def test_four_bits_are_another_model_than_sixteen(train: Train) -> None:
+    four, sixteen = train("four", spec={"method": "QLoRA"}), train("sixteen", spec={"method": "LoRA"})
+    assert four.record.evaluations[0].metrics.eval_loss != sixteen.record.evaluations[0].metrics.eval_loss
+    assert [abs(a.values["loss"] - b.values["loss"]) < 0.5 for a, b in zip(four.record.points, sixteen.record.points, strict=True)]  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "names", "advice"),
+    [
+        ({"target_modules": ["query"]}, "query", "q_proj"),
+        ({"target_modules": ["lm_head"]}, "lm_head", "leave it out"),
+        ({"lora_rank": 64}, "lora_rank 64", "at most 32"),
+    ],
+)
+def test_an_adapter_that_cannot_be_is_refused_by_name(train: Train, knobs: dict[str, Any], names: str, advice: str) -> None:
+    with pytest.raises(JobFailed) as refused:
+        train(**knobs)
+    failure = refused.value.failure
+    assert failure.code == "invalid_config"
+    assert names in failure.message
+    assert advice in failure.hint
+
+
+def test_unsloth_is_refused_where_it_cannot_be(train: Train) -> None:
+    with pytest.raises(JobFailed) as refused:
+        train(spec={"provider": "unsloth"})
+    assert "unsloth" in refused.value.failure.message
+    assert "GPU" in refused.value.failure.message
+    assert "huggingface" in refused.value.failure.hint
+
+
+def has_unsloth() -> bool:
+    from importlib.util import find_spec
+
+    import torch
+
+    return torch.cuda.is_available() and find_spec("unsloth") is not None
+
+
+@pytest.mark.skipif(not has_unsloth(), reason="no GPU, or no unsloth: never run yet")
+@pytest.mark.parametrize("method", ["LoRA", "QLoRA", "Full"])
+def test_unsloth_takes_the_same_request_and_gives_the_same_result(train: Train, method: str) -> None:
+    ours, theirs = train("ours", spec={"method": method}), train("theirs", spec={"method": method, "provider": "unsloth"})
+    assert ours.weights().keys() == theirs.weights().keys()
+    losses = [[point.values["loss"] or 0.0 for point in trained.record.points] for trained in (ours, theirs)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_the_early_end_keeps_the_best_and_publishes_it(train: Train) -> None:
+    judged = {"eval_strategy": "steps", "eval_steps": 1, "early_stopping_patience": 2, "load_best_model_at_end": True}
+    trained = train(spec={"eval_config": judged}, learning_rate=0.5, max_steps=9, save_total_limit=1)
+    losses = {each.step: each.metrics.eval_loss for each in trained.record.evaluations if each.when == "during"}
+    best = min(losses, key=lambda step: losses[step] or 0.0)
+    assert max(losses) == best + 2 < 9
+    assert trained.model.step == best
+    assert trained.record.evaluations[-1].metrics.eval_loss == losses[best]
+    assert "early_stopping" in trained.record.decisions
+
+
+def test_answers_are_shown_and_scored(train: Train) -> None:
+    from schema.events import Sampled
+
+    judged = {"sample_prompts": 2, "compute_eval_metrics": True, "task_rows": 4, "max_new_tokens": 4}
+    trained = train(spec={"eval_config": judged})
+    shown = [event for event in trained.record.events if isinstance(event, Sampled)]
+    assert [(event.when, len(event.samples)) for event in shown] == [("before", 2), ("after", 2)]
+    assert shown[0].samples[0].reference
+    assert trained.model.metrics is not None
+    assert {"exact_match", "rouge_l", "bleu"} <= trained.model.metrics.values.keys()
+
+
+def test_answering_changes_nothing_in_the_training(train: Train) -> None:
+    judged = {"eval_strategy": "steps", "eval_steps": 1, "sample_prompts": 2, "max_new_tokens": 3}
+    asked = train("asked", spec={"eval_config": judged}, lora_dropout=0.3)
+    silent = train("silent", spec={"eval_config": judged | {"sample_prompts": 0}}, lora_dropout=0.3)
+    assert same(asked, silent)

@@ -1,0 +1,110 @@
+# ruff: noqa: N802  # the names of the driver's library
+"""What the machine and its GPUs do is told, and a machine without any is no problem."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from jobs.system_metrics import EnergyMeter, GpuReading, NvidiaGpus, gpu_metrics, nvidia_gpus, system_metrics
+
+
+@dataclass
+class Driver:
+    """Reads what the test says, one reading a look; the last one for ever."""
+
+    looks: list[list[GpuReading]]
+    taken: list[list[GpuReading]] = field(default_factory=list)
+
+    def read(self) -> list[GpuReading]:
+        self.taken.append(self.looks.pop(0) if len(self.looks) > 1 else self.looks[0])
+        return self.taken[-1]
+
+
+class Nvml:
+    """The driver's library for a machine with two GPUs, the second of them divided: its load is not told."""
+
+    NVML_TEMPERATURE_GPU = 0
+
+    class NVMLError(Exception):
+        pass
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        return index
+
+    def nvmlDeviceGetName(self, handle: int) -> str:
+        return f"GPU {handle}"
+
+    def nvmlSystemGetDriverVersion(self) -> str:
+        return "580.1"
+
+    def nvmlDeviceGetUtilizationRates(self, handle: int) -> Any:
+        if handle == 1:
+            raise self.NVMLError("Not Supported")
+        return SimpleNamespace(gpu=87)
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:
+        return SimpleNamespace(used=1 << 30)
+
+    def nvmlDeviceGetPowerUsage(self, handle: int) -> int:
+        return 71_500
+
+    def nvmlDeviceGetTemperature(self, handle: int, sensor: int) -> int:
+        return 55
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: int) -> int:
+        return 9_000
+
+
+def test_the_machine_s_numbers_are_there_and_take_no_time(tmp_path: Path) -> None:
+    system_metrics(tmp_path)  # imports, and the first look at the CPU
+    time.sleep(0.11)
+    began = time.perf_counter()
+    for _ in range(20):
+        found = system_metrics(tmp_path, Driver([[]]))
+    assert (time.perf_counter() - began) / 20 < 0.005
+    assert {"rss_bytes", "memory_available_bytes", "disk_free_bytes"} <= set(found)
+    time.sleep(0.11)
+    assert 0 <= system_metrics(tmp_path)["cpu_percent"] <= 100
+    assert all(value >= 0 for value in found.values())
+
+
+def test_the_driver_is_looked_for_once_whatever_comes_of_it() -> None:
+    assert nvidia_gpus() is nvidia_gpus()
+    assert nvidia_gpus.cache_info().misses == 1
+
+
+def test_several_gpus_have_numbers_and_what_one_does_not_tell_is_left_out() -> None:
+    gpus = NvidiaGpus(Nvml())
+    assert (gpus.names, gpus.driver) == (["GPU 0", "GPU 1"], "580.1")
+    found = gpu_metrics(gpus.read())
+    assert found["gpu0_utilization"] == 87
+    assert found["gpu1_power_w"] == 71.5
+    assert "gpu1_utilization" not in found
+    assert "gpu_temperature_c" in gpu_metrics(gpus.read()[:1])  # a single one has none
+
+
+def test_energy_is_what_the_counters_say() -> None:
+    meter = EnergyMeter(Driver([[GpuReading(power_w=9e9, energy_j=100.0)], [GpuReading(power_w=9e9, energy_j=3700.0)]]))
+    energy = meter.read()
+    assert (energy.joules, energy.watt_hours) == (3600.0, 1.0)
+
+
+def test_without_a_counter_energy_is_power_over_time() -> None:
+    clock = iter([0.0, 10.0, 30.0])
+    looks = [[GpuReading(power_w=100.0)], [GpuReading(power_w=200.0)], [GpuReading(power_w=0.0)]]
+    meter = EnergyMeter(Driver(looks), monotonic=lambda: next(clock))
+    meter.sample()
+    assert meter.read().joules == 150 * 10 + 100 * 20
+
+
+def test_energy_that_nobody_measured_is_null_with_the_reason() -> None:
+    silent = EnergyMeter(Driver([[GpuReading(energy_j=1.0), GpuReading()]])).read()
+    none = EnergyMeter(Driver([[]])).read()
+    assert silent.joules is none.joules is none.watt_hours is None
+    assert "1 of 2 GPUs" in silent.why
+    assert "no GPU" in none.why

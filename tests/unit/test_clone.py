@@ -1,0 +1,138 @@
+"""A job's request once more: RFC 7386 on what was sent, and the whole checked like a new request."""
+
+from typing import Any
+
+import pytest
+from pydantic import JsonValue, ValidationError
+
+from schema.job import Job
+from schema.requests import CloneRequest, TrainRequest
+from schema.training import TRAINING_CONFIG, SftConfig
+from service.core.clone import as_sent, cloned_request, merge_patch
+from service.core.errors import InvalidRequest
+from service.core.secrets import redacted
+from tests.factories import a_config, a_grpo_config, a_job
+
+NONE: frozenset[str] = frozenset()
+
+
+def clone(source: Job, **patch: Any) -> TrainRequest:
+    return cloned_request(source, CloneRequest.model_validate(patch), leave_out=NONE, not_asked_for=NONE)
+
+
+# https://www.rfc-editor.org/rfc/rfc7386#appendix-A
+EXAMPLES: list[tuple[JsonValue, JsonValue, JsonValue]] = [
+    ({"a": "b"}, {"a": "c"}, {"a": "c"}),
+    ({"a": "b"}, {"b": "c"}, {"a": "b", "b": "c"}),
+    ({"a": "b"}, {"a": None}, {}),
+    ({"a": "b", "b": "c"}, {"a": None}, {"b": "c"}),
+    ({"a": ["b"]}, {"a": "c"}, {"a": "c"}),
+    ({"a": "c"}, {"a": ["b"]}, {"a": ["b"]}),
+    ({"a": {"b": "c"}}, {"a": {"b": "d", "c": None}}, {"a": {"b": "d"}}),
+    ({"a": [{"b": "c"}]}, {"a": [1]}, {"a": [1]}),
+    (["a", "b"], ["c", "d"], ["c", "d"]),
+    ({"a": "b"}, ["c"], ["c"]),
+    ({"a": "foo"}, None, None),
+    ({"a": "foo"}, "bar", "bar"),
+    ({"e": None}, {"a": 1}, {"e": None, "a": 1}),
+    ([1, 2], {"a": "b", "c": None}, {"a": "b"}),
+    ({}, {"a": {"bb": {"ccc": None}}}, {"a": {"bb": {}}}),
+]
+
+
+@pytest.mark.parametrize(("target", "patch", "merged"), EXAMPLES)
+def test_patches_are_merged_as_the_rfc_shows(target: JsonValue, patch: JsonValue, merged: JsonValue) -> None:
+    assert merge_patch(target, patch) == merged
+
+
+def test_a_clone_without_changes_asks_for_the_same() -> None:
+    knobs = {"learning_rate": 3e-4, "epochs": 7, "target_modules": ["q_proj"]}
+    for config in (a_config(hyperparameters=knobs, export_config={"format": ["adapter", "merged"]}), a_config(), a_grpo_config()):
+        source = a_job(training_config=config, job_name="mine", project_id="p", hardware="l4")
+        request = clone(source)
+        assert request.training_config == config
+        assert (request.job_name, request.project_id, request.hardware) == ("mine", "p", "l4")
+
+
+def test_what_was_never_chosen_follows_the_change() -> None:
+    assert as_sent(a_config()) == {"base_model_id": "google/gemma-3-270m", "hyperparameters": {}}
+    full = clone(a_job(), training_config={"method": "Full"}).training_config
+    assert full.hyperparameters.learning_rate == SftConfig.learning_rates["Full"]
+    pairs = clone(a_job(), training_config={"trainer_type": "dpo"}).training_config
+    assert (pairs.hyperparameters.batch_size, pairs.hyperparameters.learning_rate) == (1, 1e-5)
+
+
+def test_what_was_chosen_stays_and_is_checked_with_the_rest() -> None:
+    source = a_job(training_config=a_config(hyperparameters={"learning_rate": 3e-4, "lora_rank": 8}))
+    assert clone(source, training_config={"hyperparameters": {"epochs": 9}}).training_config.hyperparameters.learning_rate == 3e-4
+    with pytest.raises(ValidationError, match="lora_rank is only used with"):
+        clone(source, training_config={"method": "Full"})
+    config = clone(source, training_config={"method": "Full", "hyperparameters": {"lora_rank": None}}).training_config
+    assert config.hyperparameters.learning_rate == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("patch", "field"),
+    [
+        ({"hyperparameters": {"epochs": 0}}, "epochs"),
+        ({"hyperparameters": {"nonsense": 1}}, "nonsense"),
+        ({"base_model_id": None}, "base_model_id"),
+        ({"trainer_type": "grpo"}, "reward_config"),
+        ({"hyperparameters": 3}, "hyperparameters"),
+    ],
+)
+def test_a_whole_that_is_no_request_is_refused_by_field(patch: dict[str, Any], field: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        clone(a_job(), training_config=patch)
+    assert field in refused.value.errors()[0]["loc"]
+
+
+# --- secrets ---------------------------------------------------------------------------------------------------------
+
+JUDGE = {"type": "score_model", "name": "judge", "base_url": "https://judge.example/v1", "model": "m", "api_key": "k"}
+KEPT = redacted(a_grpo_config(JUDGE, wandb_config={"api_key": "w"}))
+SECRETIVE = a_job(training_config=KEPT, secret_names=("hf_token", "judge_api_key", "wandb_api_key"))
+AGAIN = {"wandb_api_key": "w2", "judge_api_key": "k2", "hf_token": "h2"}
+
+
+@pytest.mark.parametrize(
+    ("missing", "param"), [("hf_token", "hf_token"), ("judge_api_key", "secrets.judge_api_key"), ("wandb_api_key", "secrets.wandb_api_key")]
+)
+def test_a_secret_is_needed_again(missing: str, param: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"made with {missing}") as refused:
+        clone(SECRETIVE, secrets={name: value for name, value in AGAIN.items() if name != missing})
+    assert refused.value.param == param
+
+
+def test_secrets_that_are_sent_stand_where_they_belong() -> None:
+    request = clone(SECRETIVE, secrets=AGAIN)
+    assert request.hf_token is not None
+    assert request.hf_token.get_secret_value() == "h2"
+    config: Any = request.training_config
+    assert config.reward_config[0].api_key.get_secret_value() == "k2"
+    assert config.wandb_config.api_key.get_secret_value() == "w2"
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        {"hf_token": None, "secrets": {"judge_api_key": "k"}, "training_config": {"wandb_config": None}},
+        {"hf_token": None, "secrets": {"judge_api_key": None}, "training_config": {"wandb_config": {"mode": "offline"}}},
+        {
+            "secrets": {"hf_token": None},
+            "training_config": {"wandb_config": {"api_key": "new"}, "reward_config": [{"type": "format", "name": "form"}]},
+        },
+    ],
+)
+def test_a_secret_that_the_change_does_without_is_not_asked_for(patch: dict[str, Any]) -> None:
+    assert clone(SECRETIVE, **patch).hf_token is None
+
+
+def test_a_secret_for_nothing_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="takes mlflow_token") as refused:
+        clone(a_job(), secrets={"mlflow_token": "x"})
+    assert refused.value.param == "secrets.mlflow_token"
+
+
+def test_what_stands_for_a_secret_in_the_record_is_never_sent() -> None:
+    assert "*" not in str(as_sent(TRAINING_CONFIG.validate_python(KEPT.model_dump())))
