@@ -16,7 +16,19 @@ from bench.figures import Figure, exactly, print_table, write_json
 from bench.scene import Scene
 from bench.servers import ServerDown
 
-BENCHMARKS = ("submit", "listing", "footprint", "launch", "reports", "streams", "overhead", "interruptions", "firestore", "transfers")
+BENCHMARKS = (
+    "submit",
+    "listing",
+    "footprint",
+    "launch",
+    "reports",
+    "streams",
+    "overhead",
+    "interruptions",
+    "firestore",
+    "transfers",
+    "training",
+)
 # What servers and attempts do when they do not do what was asked; the other benchmarks are worth having all the same.
 FAILURES = (ServerDown, OSError, EOFError, ValueError, RuntimeError, subprocess.SubprocessError, ExceptionGroup)
 

@@ -291,7 +291,7 @@ class Attempt:
             metrics=self._findings.metrics,
             base_metrics=self._findings.base_metrics,
             gate=self._findings.gate,
-            published_step=trained.step if trained and artifacts else None,
+            published_step=trained.step if trained else None,
             wandb_url=self._findings.wandb_url,
             trackers=self._findings.trackers,
             artifacts=artifacts,

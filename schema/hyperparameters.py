@@ -133,7 +133,7 @@ class GrpoHyperparameters(Hyperparameters):
     beta: float = Field(0.0, ge=0, le=10, description="Weight of the KL to the base; 0 needs no reference model.")
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = Field("dapo", description="As TRL names them.")
     scale_rewards: Literal["group", "batch", "none"] = Field("group", description="What the advantage is divided by.")
-    mask_truncated_completions: bool = Field(True, description="Completions that did not come to an end teach nothing.")
+    mask_truncated_completions: bool = Field(False, description="Completions that did not come to an end teach nothing.")
 
     @model_validator(mode="after")
     def _groups_are_whole(self) -> Self:

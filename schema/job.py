@@ -234,7 +234,7 @@ class Job(Lenient):
     metrics: EvalMetrics | None = None  # of the trained model
     base_metrics: EvalMetrics | None = None  # of the model before training, on the same rows
     gate: Gate | None = None  # None: nothing was asked
-    published_step: int | None = None  # the optimizer step whose weights were exported
+    published_step: int | None = None  # the optimizer step whose weights were exported, or would have been if they had passed the gate
     wandb_url: str | None = None
     trackers: dict[str, str] = Field(default={})  # where each tracker shows the curves, by name
     artifacts: tuple[Artifact, ...] = ()

@@ -15,9 +15,11 @@ that knows a store (`jobs/publish.py`) or llama.cpp's interface (`jobs/llama/`).
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.errors import JobFailed
+from jobs.llama import SHARE, program
 from schema.job import ArtifactKind
 from schema.training import TrainingConfig
 
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 EXPORTERS: dict[ArtifactKind, str] = {
     "adapter": "jobs.exporters.adapter:export",
     "merged": "jobs.exporters.merged:export",
+    "onnx": "jobs.exporters.onnx:export",
     "gguf": "jobs.exporters.gguf:export",
     "lora_gguf": "jobs.exporters.lora_gguf:export",
 }
@@ -79,12 +82,17 @@ def kinds(training_config: TrainingConfig) -> tuple[ArtifactKind, ...]:
     return tuple(wanted)
 
 
-def refuse_impossible(training_config: TrainingConfig) -> None:
-    """Raises JobFailed for an export that cannot be made here, whatever is trained: to be asked before the training."""
-    from jobs.llama import program
+def refuse_impossible(training_config: TrainingConfig, base: Path | None = None, programs: Path = SHARE) -> None:
+    """Raises JobFailed for an export that cannot be made here, whatever is trained: to be asked before the training.
 
+    `base` is the base's folder, once there is one: some exports are for small models. `programs` is where llama.cpp's are.
+    """
+    if base is not None and "onnx" in training_config.export_formats:
+        from jobs.exporters.onnx import refuse_large
+
+        refuse_large(base)
     export = training_config.export_config
-    if export.gguf_imatrix and program("llama-imatrix") is None:
+    if export.gguf_imatrix and program("llama-imatrix", programs) is None:
         hint = "leave gguf_imatrix out, or run infra/llama_cpp.sh with the trainer's python"
         raise JobFailed("invalid_config", "gguf_imatrix needs llama.cpp's llama-imatrix, which is not installed here", hint)
     if export.include_lora_gguf and training_config.hyperparameters.use_dora:

@@ -65,7 +65,12 @@ class Bench:
         """The held-out rows that can be read without their images: a file is heard by its words."""
         config = json.loads((self.trained.base_folder / "config.json").read_text())
         image = config.get("image_token_id", config.get("image_token_index"))
-        return tuple(probe for probe in self.trained.probes if image is None or image not in probe.input_ids)
+        readable = tuple(probe for probe in self.trained.probes if image is None or image not in probe.input_ids)
+        unread = len(self.trained.probes) - len(readable)
+        if unread:
+            why = f"{unread} of {unread + len(readable)} held-out rows have images, which llama.cpp's engine alone cannot look at"
+            self.context.decided("compared_on", "held-out texts" if readable else "texts of our own", why)
+        return readable
 
     @property
     def kind(self) -> Kind:

@@ -18,9 +18,9 @@ def converter(of: Literal["hf", "lora"] = "hf") -> Path:
     return SHARE / f"convert_{of}_to_gguf.py"
 
 
-def program(name: Literal["llama-imatrix", "llama-completion"]) -> Path | None:
+def program(name: Literal["llama-imatrix", "llama-completion"], share: Path = SHARE) -> Path | None:
     """Where one of llama.cpp's own programs lies; None where it was not built."""
-    path = SHARE / "bin" / name
+    path = share / "bin" / name
     return path if path.is_file() else None
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.data.pairs import Pair
 from jobs.data.render import TokenRow
-from jobs.errors import JobFailed
 from jobs.trained import TrainedModel
 from jobs.trainers.course import Course
 from jobs.trainers.loop import Ground, lay_ground, new_tokens, teach
@@ -41,10 +40,6 @@ if TYPE_CHECKING:
 def train(config: DpoConfig, context: "JobContext") -> TrainedModel:
     """Train as the config says, or go on where an attempt before left off. Raises JobFailed and Stopped."""
     refuse_what_cannot_be(config, context)
-    knobs = config.hyperparameters
-    if knobs.label_smoothing and knobs.loss_type != "robust":
-        message = f"label_smoothing is only used with loss_type 'robust', not '{knobs.loss_type}'"
-        raise JobFailed("invalid_config", message, "use loss_type 'robust', or leave label_smoothing out")
     ground = lay_ground(config, context)
     pairs, held_out = prepare_pairs(ground)
     return teach(DpoLesson(config, ground, pairs, held_out, new_tokens(ground, both(pairs))), ground)

@@ -326,12 +326,6 @@ def said_to_be_from(folder: Path, model: Any) -> Iterator[None]:
 
 def _prepare(ground: Ground, config: GrpoConfig, graders: list[RewardFunction]) -> GrpoLesson:
     """Rows to prompts, and the graders asked. Raises JobFailed when nothing can come of them."""
-    knobs = config.hyperparameters
-    if knobs.max_completion_length >= knobs.max_seq_length:
-        message = (
-            f"max_completion_length {knobs.max_completion_length} leaves no room for a prompt in max_seq_length {knobs.max_seq_length}"
-        )
-        raise JobFailed("invalid_config", message, "raise max_seq_length, or lower max_completion_length")
     train_rows = _read(ground, config, TRAIN_SPLIT)
     held_out = _read(ground, config, EVAL_SPLIT) if EVAL_SPLIT in ground.splits else []
     refuse_nothing_to_learn(ground, len(train_rows), len(held_out))

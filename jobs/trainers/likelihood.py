@@ -72,13 +72,16 @@ class LabelledHead:
 
     def _at_labels(self, _: Any, states: tuple[Any, ...]) -> tuple[Any] | None:
         """Before the head: make the loss of what goes into it (B, T, H), and let a single position pass."""
+        import torch
+
         if self._asked is None:
             return None
         (keep, wanted, divisor), self._asked = self._asked, None  # the head is called from here, too
         chosen = states[0][:, :-1][keep]
         if not self._at_once:
             self._look_at(chosen[:1])
-        self._loss = _loss_in_parts().apply(chosen, wanted, self._logits, self._at_once, divisor, *self._reached)
+        weights = self._reached if torch.is_grad_enabled() else []
+        self._loss = _loss_in_parts().apply(chosen, wanted, self._logits, self._at_once, divisor, *weights)
         return (chosen[:1].detach(),)
 
     def _look_at(self, states: Any) -> None:
@@ -88,7 +91,7 @@ class LabelledHead:
         trained = [part for part in self._model.parameters() if part.requires_grad]
         with torch.enable_grad():
             logits = self._logits(states.detach())
-        found = torch.autograd.grad(logits.sum(), trained, allow_unused=True) if logits.requires_grad else [None] * len(trained)
+            found = torch.autograd.grad(logits.sum(), trained, allow_unused=True) if logits.requires_grad else [None] * len(trained)
         self._reached = [part for part, slope in zip(trained, found, strict=True) if slope is not None]
         self._sample = logits.detach()
         self._at_once = max(1, PART_BYTES[states.device.type] // (4 * logits.shape[-1]))

@@ -323,7 +323,7 @@ def _study(lesson: Lesson, ground: Ground) -> Taught:
 def _the_best(lesson: Lesson, ground: Ground, taught: Taught) -> Taught:
     """The same, or the model of the best checkpoint, where that is to be published and it was another one."""
     course = taught.course
-    if not course.wants_best or course.best_step in (None, course.step):
+    if not course.wants_best or ground.context.spec.export_of or course.best_step in (None, course.step):
         return taught
     ground.context.checkpoints.settle()
     best = ground.context.checkpoints.best()

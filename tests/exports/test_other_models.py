@@ -1,4 +1,4 @@
-"""Models that do more than speak: one that sees, and one that gives scores."""
+"""Models that do more than speak, and another form of those that do: one that sees, one that gives scores, a graph for ONNX Runtime."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,12 +9,13 @@ import pytest
 
 from jobs.context import JobContext
 from jobs.errors import JobFailed
-from jobs.exporters import export_all
+from jobs.exporters import export_all, refuse_impossible
 from jobs.trained import Probe, TrainedModel
-from schema.events import Warned
+from schema.events import Decided, Warned
 from schema.training import TRAINING_CONFIG
 from tests.exports.conftest import Record, a_trained_model, read_json
 from tests.exports.test_exporters import download
+from tests.tiny_gemma import build_tiny_gemma
 from tests.tiny_gemma_vision import build_tiny_gemma_vision
 
 MakeContext = Callable[..., JobContext]
@@ -75,6 +76,7 @@ def test_a_model_that_sees_becomes_a_language_part_and_one_for_images(
     assert projector.fields["general.type"].contents() == "mmproj"
     assert projector.fields["clip.projector_type"].contents() == "gemma3"
     assert not [event for event in record.events if isinstance(event, Warned) and event.code == "no_mmproj"]
+    assert [event.value for event in record.events if isinstance(event, Decided) and event.what == "compared_on"] == ["texts of our own"]
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +140,64 @@ def with_config(context: JobContext, **changes: Any) -> JobContext:
     """The same context with another training config."""
     config = TRAINING_CONFIG.validate_python({"base_model_id": "google/gemma-3-270m", "method": "LoRA"} | changes)
     return replace(context, spec=context.spec.model_copy(update={"training_config": config}))
+
+
+def test_a_small_model_becomes_a_graph_that_onnx_runtime_reads(a_context: MakeContext, tmp_path: Path) -> None:
+    import numpy as np
+    import onnxruntime
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trained = a_two_layer_model(tmp_path / "small")
+    context = with_config(a_context("Full"), method="Full", export_config={"format": "onnx"})
+    (artifact,) = export_all(trained, context)
+    folder = download(context.stores.models, artifact, tmp_path / "got")
+    assert (artifact.kind, artifact.key) == ("onnx", "onnx_models/job-1/attempt-1/")
+    assert {path.name for path in folder.iterdir()} >= {"model.onnx", "model.onnx.data", "config.json", "tokenizer.json", "fidelity.json"}
+    assert artifact.fidelity
+    assert artifact.fidelity.argmax_agreement == 1.0
+    assert artifact.fidelity.mean_kl_to_merged < 1e-6
+    ids = AutoTokenizer.from_pretrained(folder)(["the list of files", "the path of it"], return_tensors="pt", padding=True)
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    (found,) = session.run(["logits"], {name: tensor.numpy() for name, tensor in ids.items() if name != "token_type_ids"})
+    with torch.inference_mode():
+        expected = AutoModelForCausalLM.from_pretrained(trained.folder, dtype=torch.float32)(**ids).logits.numpy()
+    attended = ids["attention_mask"].numpy().astype(bool)
+    assert np.abs(found - expected)[attended].max() < 1e-4
+
+
+def test_a_model_too_large_for_onnx_is_refused_before_the_training(tmp_path: Path, a_context: MakeContext) -> None:
+    import struct
+
+    header = b'{"weight":{"dtype":"BF16","shape":[2000000,1000],"data_offsets":[0,4000000000]}}'
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    config = with_config(a_context(), export_config={"format": ["adapter", "onnx"]}).spec.training_config
+    refuse_impossible(config)  # nothing is known of the base yet
+    with pytest.raises(JobFailed, match=r"up to 1\.5 billion parameters, and this one has 2\.0") as caught:
+        refuse_impossible(config, tmp_path)
+    assert caught.value.failure.code == "invalid_config"
+
+
+def test_exports_that_cannot_be_made_are_refused_before_the_training(a_context: MakeContext, tmp_path: Path) -> None:
+    dora = {"hyperparameters": {"use_dora": True}, "export_config": {"include_lora_gguf": True}}
+    with pytest.raises(JobFailed, match="DoRA adapter also scales"):
+        refuse_impossible(with_config(a_context(), **dora).spec.training_config)
+    weighed = {"include_gguf": True, "gguf_quantization": "q4_k_m", "gguf_imatrix": True}
+    config = with_config(a_context(), export_config=weighed).spec.training_config
+    refuse_impossible(config)
+    with pytest.raises(JobFailed, match="llama-imatrix, which is not installed"):
+        refuse_impossible(config, programs=tmp_path)
+
+
+def a_two_layer_model(folder: Path) -> TrainedModel:
+    """A whole model that is its own base: tracing takes seconds for each layer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    build_tiny_gemma(folder)
+    config = AutoConfig.from_pretrained(folder)
+    config.num_hidden_layers, config.layer_types, config.sliding_window = 2, ["sliding_attention", "full_attention"], 16
+    torch.manual_seed(3)
+    AutoModelForCausalLM.from_config(config).to(torch.float32).save_pretrained(folder)
+    ids = tuple(AutoTokenizer.from_pretrained(folder).encode("it returns a list of name value string and a path of the list of files"))
+    return a_trained_model(folder, folder, (Probe("it", ids, 2),), is_adapter=False)

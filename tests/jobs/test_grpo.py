@@ -125,7 +125,6 @@ def test_the_mean_reward_leaves_out_what_some_grader_failed_on() -> None:
 @pytest.mark.parametrize(
     ("more", "knobs", "why"),
     [
-        ({}, {"max_completion_length": 128}, "leaves no room for a prompt"),
         ({"train": prompts(1)}, {}, "an optimizer step takes 2"),
         ({}, {"max_completion_length": 127}, "nothing to learn"),
     ],

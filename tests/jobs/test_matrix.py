@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from schema.training import TRAINER_TYPES
-from tests.jobs.matrix import Cell, build_bases, cells, run, table
+from tests.jobs.matrix import FIRST_MARK, LAST_MARK, Cell, build_bases, cells, run, table
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 
@@ -37,10 +36,10 @@ def test_every_way_to_tune_is_trained_resumed_exactly_exported_and_faithful(cell
 
 def test_the_table_in_the_docs_has_every_combination() -> None:
     page = (DOCS / "training.md").read_text()
-    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    shown = page.partition(FIRST_MARK)[2].partition(LAST_MARK)[0]
+    rows = [line for line in shown.splitlines() if line.startswith("| `")]
     assert [tuple(part.strip(" `") for part in row.split("|")[1:4]) for row in rows] == [
         (c.trainer_type, c.method, c.modality) for c in cells()
     ]
     assert all(row.split("|")[4].strip() == row.split("|")[5].strip() == "yes" for row in rows)
-    assert len(TRAINER_TYPES) == 6
     assert table({}).splitlines()[0] in page

@@ -236,11 +236,6 @@ def test_rows_of_another_form_are_refused(train: Train, trainer_type: str, form:
     assert "preference" in refused.value.failure.message
 
 
-def test_a_label_smoothing_that_no_loss_would_use_is_refused(train: Train) -> None:
-    with pytest.raises(JobFailed, match="label_smoothing is only used with loss_type 'robust', not 'sigmoid'"):
-        train(spec=job("dpo"), label_smoothing=0.1)
-
-
 @pytest.mark.parametrize("trainer_type", ["dpo", "kto"])
 def test_pairs_of_which_nothing_is_left_are_refused(train: Train, trainer_type: str) -> None:
     with pytest.raises(JobFailed) as refused:

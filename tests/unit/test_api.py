@@ -336,6 +336,7 @@ def test_a_store_that_does_not_answer_makes_the_service_unready(client: TestClie
 
 # --- wrong requests --------------------------------------------------------------------------------------------------
 
+GRPO = {"trainer_type": "grpo", "reward_config": [{"type": "format", "name": "tags"}]}
 BAD_KNOBS: list[tuple[str | None, dict[str, Any], str]] = [
     ("hyperparameters", {"learning_rate": -1}, "learning_rate"),
     ("hyperparameters", {"learning_rate": 0}, "learning_rate"),
@@ -363,6 +364,10 @@ BAD_KNOBS: list[tuple[str | None, dict[str, Any], str]] = [
     (None, {"trainer_type": "grpo", "reward_config": [{"type": "vibes", "name": "a"}]}, "reward_config.0"),
     (None, {"reward_config": [{"type": "format", "name": "a"}]}, "reward_config"),
     (None, {"trainer_type": "dpo", "modality": "vision"}, "modality"),
+    (None, {"trainer_type": "dpo", "provider": "unsloth", "hyperparameters": {}}, "provider"),
+    (None, {"trainer_type": "dpo", "hyperparameters": {"label_smoothing": 0.1}}, "label_smoothing"),
+    (None, GRPO | {"hyperparameters": {"max_completion_length": 512, "max_seq_length": 512}}, "max_completion_length"),
+    (None, GRPO | {"hyperparameters": {"batch_size": 3, "num_generations": 2}}, "num_generations"),
     ("hyperparameters", {"beta": 0.1}, "beta"),
     ("hyperparameters", {"train_vision_tower": True}, "train_vision_tower"),
     ("export_config", {"destination": "hfhub"}, "hf_repo_id"),

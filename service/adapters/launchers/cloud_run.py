@@ -63,11 +63,10 @@ EXECUTION = re.compile(r"projects/(?P<project>[^/]+)/locations/(?P<region>[^/]+)
 # --- hardware --------------------------------------------------------------------------------------------------------
 
 # What requirements/llm.txt brings into the image; a test compares the two.
-IN_IMAGE = {"bitsandbytes": True, "onnx": False, "lm_eval": False, "unsloth": False}
+IN_IMAGE = {"bitsandbytes": True, "onnx": True, "lm_eval": False, "unsloth": False}
 NOTES = {
     "provider": "unsloth is not in the image: it pins its own versions of what the image holds",
     "use_fa2": "flash-attn is not in the image; the GPU could run it",
-    "format": "the exporter of ONNX is not in the image",
     "lm_eval_tasks": "lm_eval is not in the image",
 }
 

@@ -1,0 +1,153 @@
+"""How fast LoRA is on this machine's GPU, and what share of its peak that is: `python -m bench.gpu_training [1b] [4b]`.
+
+Runs in the trainer's environment, on a machine with an NVIDIA GPU; elsewhere it says so and measures nothing. The bases have the
+shapes of Gemma 3 1B and 4B and random weights. Rows are packed into 4,096 tokens and learned nearly whole, so that leaving positions
+out gains nothing. TRL trains beside it, with its defaults and with our flags, and Unsloth where its python is given.
+
+The share of the peak counts 4 N operations a token, N being the weights that tokens are multiplied by, the head's included: two on the
+way there and two on the way back, for the weights themselves are frozen. What is computed twice to save memory is not counted.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from bench.figures import Figure, at_least, median, print_table, write_json
+from bench.peers_training.plan import Plan, Seen
+from bench.peers_training.rows import SHAPES
+
+NAME = "gpu training"
+SOURCE = Path(__file__).resolve().parent.parent
+LENGTH = 4096
+MEAN_TOKENS = 60  # of a row, about
+STEPS = 24
+WARM_STEPS = 4  # of them, that do not count: kernels are chosen, memory is asked for
+ROUNDS = 3
+# Dense bf16 operations a second, by a part of the name that CUDA gives the GPU; from NVIDIA's data sheets.
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
+GOAL_SHARE = {"H200": 35, "H100": 35}
+
+
+def main() -> int:
+    """Measure, print. 1 when a goal was missed, 2 where there is no GPU."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_training", description="LoRA's speed on this machine's GPU.")
+    parser.add_argument("sizes", nargs="*", metavar="SIZE", help="1b, 4b; both when left out")
+    parser.add_argument("--batch", type=int, default=2, help=f"blocks of {LENGTH} tokens a step")
+    parser.add_argument("--unsloth", type=Path, metavar="PYTHON", help="a python that has Unsloth; ours when left out, if it has it")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON, too")
+    chosen = parser.parse_args()
+    if unknown := set(chosen.sizes) - {"1b", "4b"}:
+        parser.error(f"no size {', '.join(sorted(unknown))}; known: 1b, 4b")
+    gpu = gpu_name()
+    if gpu is None:
+        print("this machine has no GPU that torch can use: nothing was measured; python -m bench training needs none", file=sys.stderr)
+        return 2
+    unsloth = chosen.unsloth or (Path(sys.executable) if find_spec("unsloth") else None)
+    figures: list[Figure] = []
+    for size in chosen.sizes or ("1b", "4b"):
+        with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder:
+            figures += measure(size, gpu, chosen.batch, Path(folder), unsloth)
+        print_table(figures)
+    if chosen.json:
+        write_json(figures, chosen.json)
+    return 1 if any(figure.met is False for figure in figures) else 0
+
+
+def gpu_name() -> str | None:
+    """What CUDA calls the GPU; None without one."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def measure(size: str, gpu: str, batch: int, folder: Path, unsloth: Path | None) -> list[Figure]:
+    """The trainers in turns on a base of that size."""
+    rows = STEPS * batch * LENGTH // MEAN_TOKENS
+    _run(Path(sys.executable), "rows", folder, "--shape", size, "--rows", str(rows), "--label-share", "1.0")
+    seen: dict[str, list[Seen]] = {}
+    for number in range(ROUNDS):
+        for name, (python, script, plan) in _contestants(folder, batch, unsloth).items():
+            own = replace(plan, out=f"{plan.out}-{number}")
+            path = Path(own.out + ".json")
+            own.write(path)
+            _run(python, script, path)
+            seen.setdefault(name, []).append(Seen.read(Path(own.out + ".seen.json")))
+    for name, runs in seen.items():
+        if any(not run.grad_norms or min(run.grad_norms) <= 0 or run.losses[-1] >= run.losses[0] for run in runs):
+            raise SystemExit(f"{name} learned nothing: {[(run.losses, run.grad_norms) for run in runs]}")
+    return _figures(size, gpu, seen, multiplied_weights(size))
+
+
+def multiplied_weights(size: str) -> int:
+    """Weights that every token is multiplied by: those of all linear layers, the head's among them."""
+    shape = SHAPES[size]
+    width, heads = shape["hidden_size"], shape["head_dim"]
+    attention = width * heads * (2 * shape["num_attention_heads"] + 2 * shape["num_key_value_heads"])
+    return shape["num_hidden_layers"] * (attention + 3 * width * shape["intermediate_size"]) + width * shape["vocab_size"]
+
+
+def speed(run: Seen) -> float:
+    """Real tokens a second once it is warm."""
+    steps = run.steps - WARM_STEPS
+    return run.tokens * steps / run.steps / (run.step_ends_s[-1] - run.step_ends_s[WARM_STEPS - 1])
+
+
+def _contestants(folder: Path, batch: int, unsloth: Path | None) -> dict[str, tuple[Path, str, Plan]]:
+    """By name: whose python, which script, and its plan. Ours comes first."""
+    ours = Plan(
+        base=str(folder / "base"),
+        rows=str(folder / "train.jsonl"),
+        out=str(folder / "tunesmith"),
+        packing=True,
+        batch_size=batch,
+        accumulation=1,
+        learning_rate=1e-3,
+        max_length=LENGTH,
+        on_gpu=True,
+        use_fa2=find_spec("flash_attn") is not None,
+    )
+    here = Path(sys.executable)
+    found = {
+        "Tunesmith": (here, "tunesmith", ours),
+        "TRL, its defaults": (here, "trl_trainer", replace(ours, out=str(folder / "trl-defaults"), flags="defaults")),
+        "TRL, our flags": (here, "trl_trainer", replace(ours, out=str(folder / "trl"))),
+    }
+    return found | ({"Unsloth": (unsloth, "unsloth_trainer", replace(ours, out=str(folder / "unsloth")))} if unsloth else {})
+
+
+def _run(python: Path, script: str, *arguments: str | Path) -> None:
+    """Raises SystemExit with the end of what a script said when it failed."""
+    done = subprocess.run(
+        [python, "-m", f"bench.peers_training.{script}", *arguments], cwd=SOURCE, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"{script} failed: {' / '.join(done.stderr.strip().splitlines()[-3:])}")
+
+
+def _figures(size: str, gpu: str, seen: Mapping[str, Sequence[Seen]], weights: int) -> list[Figure]:
+    kind = next((kind for kind in PEAKS if kind in gpu), None)
+    figures: list[Figure] = []
+    for name, runs in seen.items():
+        tokens_per_s = median([speed(run) for run in runs])
+        memory = f"{median([run.peak_gpu_mb or 0 for run in runs]):,.0f} MB of GPU memory at most"
+        figures.append(Figure(NAME, f"{size}, {name}", tokens_per_s, "tokens/s", note=f"{gpu}, {memory}"))
+        if kind is not None:
+            goal = at_least(GOAL_SHARE[kind]) if name == "Tunesmith" and kind in GOAL_SHARE else None
+            share = 100 * tokens_per_s * 4 * weights / PEAKS[kind]
+            figures.append(Figure(NAME, f"{size}, {name}: share of the peak", share, "%", goal, f"4 × {weights / 1e9:.2f}e9 a token"))
+    goals = {"TRL, its defaults": 2.0, "Unsloth": 0.95}
+    for name, runs in seen.items():
+        if name != "Tunesmith":
+            ratio = median([speed(mine) / speed(theirs) for mine, theirs in zip(seen["Tunesmith"], runs, strict=True)])
+            goal = at_least(goals[name]) if name in goals else None
+            figures.append(Figure(NAME, f"{size}: times as fast as {name}", ratio, "×", goal))
+    return figures
+
+
+if __name__ == "__main__":
+    sys.exit(main())

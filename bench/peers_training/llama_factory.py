@@ -1,0 +1,89 @@
+"""LLaMA-Factory, as its own examples of LoRA set it: a row at a time, eight of them a step, activations computed twice, bf16."""
+
+import json
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from bench.peers_training.plan import RANK, SEED, Plan, Seen, Stopwatch, library_callback, run
+
+
+def train(plan: Plan) -> Seen:
+    """One epoch over the rows."""
+    read_no_sound()
+    from llamafactory.train.tuner import run_exp
+    from transformers import TrainerCallback
+
+    watch = Stopwatch()
+
+    class Counted(TrainerCallback):
+        """How much there is to learn."""
+
+        def on_train_begin(self, *_: Any, train_dataloader: Any, **__: Any) -> None:
+            rows = train_dataloader.dataset
+            # A packed row is padded: what is no row of its own is no token.
+            lengths = (sum(map(bool, mask)) for mask in rows["attention_mask"])
+            watch.seen.tokens = sum(lengths)
+            watch.seen.labels = sum(label != -100 for labels in rows["labels"] for label in labels)
+
+    write_rows(plan, Path(plan.out))
+    run_exp(arguments(plan), callbacks=[Counted(), library_callback(watch)])
+    watch.seen.adapter = plan.out
+    return watch.seen
+
+
+def read_no_sound() -> None:
+    """It imports torchaudio, which reads sound and has no build for every torch. Where that cannot be loaded an empty module stands in."""
+    try:
+        __import__("torchaudio")
+    except (ImportError, OSError):
+        sys.modules["torchaudio"] = empty = ModuleType("torchaudio")
+        empty.__spec__ = ModuleSpec("torchaudio", None)
+
+
+def write_rows(plan: Plan, folder: Path) -> None:
+    """The rows as it reads them, below `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in Path(plan.rows).read_text().splitlines()]
+    (folder / "rows.json").write_text(json.dumps([{"messages": row["prompt"] + row["completion"]} for row in rows]))
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    about = {"file_name": "rows.json", "formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": tags}
+    (folder / "dataset_info.json").write_text(json.dumps({"rows": about}))
+
+
+def arguments(plan: Plan) -> dict[str, Any]:
+    """Its example for LoRA; rank, rate and schedule are everybody's."""
+    packed = {"packing": True, "neat_packing": True, "cutoff_len": plan.max_length} if plan.packing else {"cutoff_len": 2048}
+    return packed | {
+        "stage": "sft",
+        "do_train": True,
+        "model_name_or_path": plan.base,
+        "template": "gemma",  # the text of gemma3, without its images
+        "finetuning_type": "lora",
+        "lora_target": "all",
+        "lora_rank": RANK,
+        "lora_alpha": RANK,
+        "lora_dropout": 0.0,
+        "dataset": "rows",
+        "dataset_dir": plan.out,
+        "output_dir": plan.out,
+        "overwrite_output_dir": True,
+        "per_device_train_batch_size": plan.batch_size,
+        "gradient_accumulation_steps": plan.accumulation,
+        "learning_rate": plan.learning_rate,
+        "lr_scheduler_type": "linear",
+        "num_train_epochs": 1.0,
+        "logging_steps": plan.logging_steps,
+        "save_strategy": "no",
+        "bf16": True,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": SEED,
+    }
+
+
+if __name__ == "__main__":
+    run(train)

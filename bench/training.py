@@ -1,0 +1,245 @@
+"""How fast the trainer is, beside TRL's and LLaMA-Factory: the same rows, base, adapter and learning rate, once over all rows.
+
+Three comparisons, each in one run, the trainers taking turns, each training in a process of its own with one thread:
+
+    packed       half of each row is learned: Tunesmith, TRL with its defaults, TRL with our flags, LLaMA-Factory as in its examples
+                 and with packing
+    all learned  the same packed rows, but nearly all of each is learned: what is gained by leaving positions out is gone
+    unpacked     a quarter of each row is learned, rows beside each other: what the head costs where nothing is learned
+
+A training counts when its gradients were not zero, its loss fell, and it saw exactly the tokens and labels of the others.
+`python -m bench.training --real` takes the real Gemma 3 270M and real questions and answers.
+"""
+
+import argparse
+import asyncio
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bench.figures import Figure, at_least, at_most, median, print_table, write_json
+from bench.peers_training.plan import Plan, Seen
+from bench.scene import REAL_TRAINER, Scene
+from bench.servers import SOURCE, ServerDown, environment
+
+NAME = "training"
+ROUNDS = 5
+WITHIN_S = 1800
+LLAMA_FACTORY = "llamafactory==0.9.5"
+INSTALL_TIMEOUT_S = 1800
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Who trains, and how: what its plan differs in."""
+
+    name: str
+    script: str
+    packing: bool
+    batch_size: int
+    accumulation: int = 1
+    flags: str = "ours"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Trainers on the same rows; the first is ours."""
+
+    name: str
+    label_share: float
+    trainers: tuple[Trainer, ...]
+    goals: Mapping[str, float]  # times as fast as that trainer, at least
+
+
+# Eight rows make a step, or as many tokens packed into one block.
+OURS = Trainer("Tunesmith", "tunesmith", packing=True, batch_size=1)
+SAME = Trainer("TRL, our flags", "trl_trainer", packing=True, batch_size=1)
+DEFAULTS = Trainer("TRL, its defaults", "trl_trainer", packing=False, batch_size=8, flags="defaults")
+EXAMPLE = Trainer("LLaMA-Factory, as its examples", "llama_factory", packing=False, batch_size=1, accumulation=8)
+FACTORY_PACKED = Trainer("LLaMA-Factory, packed", "llama_factory", packing=True, batch_size=1)
+
+COMPARISONS = (
+    Comparison("packed", 0.5, (OURS, DEFAULTS, SAME, EXAMPLE, FACTORY_PACKED), {DEFAULTS.name: 2.5, SAME.name: 0.98}),
+    Comparison("all learned", 1.0, (OURS, SAME), {SAME.name: 0.98}),
+    Comparison(
+        "unpacked",
+        0.25,
+        (replace(OURS, packing=False, batch_size=8), replace(SAME, packing=False, batch_size=8)),
+        {SAME.name: 2.0},
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is trained on what."""
+
+    base: Path | None  # a real one; else a small one is made
+    rows: int
+    learning_rate: float
+    logging_steps: int
+    max_length: int = 512
+
+
+SMALL = Size(None, rows=96, learning_rate=6e-3, logging_steps=4)
+
+
+async def measure(scene: Scene) -> list[Figure]:
+    """All comparisons on the small base."""
+    return await asyncio.to_thread(compare, scene, COMPARISONS, SMALL, ROUNDS)
+
+
+def compare(scene: Scene, comparisons: Sequence[Comparison], size: Size, rounds: int) -> list[Figure]:
+    """Figures of the comparisons."""
+    if not REAL_TRAINER.exists():
+        return [Figure(NAME, "training", None, note="there is no trainer's environment: make setup")]
+    pythons, figures = {"tunesmith": REAL_TRAINER, "trl_trainer": REAL_TRAINER}, []
+    try:
+        pythons |= {"llama_factory": llama_factory()} if scene.with_peers else {}
+    except ServerDown as error:
+        figures.append(Figure(NAME, "LLaMA-Factory", None, note=str(error)))
+    for comparison in comparisons:
+        folder = scene.folder / comparison.name.replace(" ", "-")
+        trainers = tuple(trainer for trainer in comparison.trainers if trainer.script in pythons)
+        figures += _compared(replace(comparison, trainers=trainers), folder, size, pythons, rounds)
+    return figures
+
+
+def llama_factory() -> Path:
+    """The python of an environment that has LLaMA-Factory and our build of torch, made first where it is missing. Raises ServerDown."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tunesmith/bench/llamafactory"
+    done = cache / ".installed"
+    if done.exists() and done.read_text() == LLAMA_FACTORY:
+        return cache / "bin/python"
+    pip = [cache / "bin/pip", "--quiet", "--disable-pip-version-check"]
+    pinned = ["install", "-c", SOURCE / "requirements/llm-constraints.txt"]
+    try:
+        for command in (
+            ["python3.11", "-m", "venv", cache],
+            [*pip, *pinned, "torch"],
+            [*pip, *pinned, LLAMA_FACTORY],
+            [*pip, "uninstall", "-y", "torchvision"],  # text needs none, and one that is not of torch's own build breaks transformers
+        ):
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S)
+    except (OSError, subprocess.SubprocessError) as error:
+        why = error.stderr.strip().splitlines()[-1] if isinstance(error, subprocess.CalledProcessError) and error.stderr else str(error)
+        raise ServerDown(f"{LLAMA_FACTORY} could not be installed: {why}") from error
+    done.write_text(LLAMA_FACTORY)
+    return cache / "bin/python"
+
+
+def _compared(comparison: Comparison, folder: Path, size: Size, pythons: Mapping[str, Path], rounds: int) -> list[Figure]:
+    """The trainers in turns, and what came of it."""
+    real = ("--real", size.base) if size.base else ()
+    _run(REAL_TRAINER, folder, "rows", folder, "--rows", str(size.rows), "--label-share", str(comparison.label_share), *real)
+    seen: dict[str, list[Seen]] = {trainer.name: [] for trainer in comparison.trainers}
+    for number in range(rounds):
+        for trainer in comparison.trainers:
+            plan = _plan(trainer, folder, size, number)
+            path = Path(plan.out).with_suffix(".json")
+            plan.write(path)
+            _run(pythons[trainer.script], folder, trainer.script, path)
+            seen[trainer.name].append(Seen.read(path.with_suffix(".seen.json")))
+            print(f"  {comparison.name}, {trainer.name}: {_speed(seen[trainer.name][-1]):.0f} tokens/s", file=sys.stderr, flush=True)
+    _refuse_what_does_not_count(seen)
+    adapters = [runs[0].adapter for runs in seen.values()]
+    told = _run(REAL_TRAINER, folder, "judge", folder / "base", folder / "held-out.jsonl", *adapters).split()
+    base_loss, *losses = map(float, told)
+    return _figures(comparison, seen, base_loss, dict(zip(seen, losses, strict=True)))
+
+
+def _plan(trainer: Trainer, folder: Path, size: Size, number: int) -> Plan:
+    return Plan(
+        base=str(folder / "base"),
+        rows=str(folder / "train.jsonl"),
+        out=str(folder / f"{trainer.name.lower().replace(',', '').replace(' ', '-')}-{number}"),
+        packing=trainer.packing,
+        batch_size=trainer.batch_size,
+        accumulation=trainer.accumulation,
+        learning_rate=size.learning_rate,
+        max_length=size.max_length,
+        logging_steps=size.logging_steps,
+        flags=trainer.flags,
+    )
+
+
+def _run(python: Path, home: Path, script: str, *arguments: str | Path) -> str:
+    """What a script of the trainers prints. Raises RuntimeError with the end of what it said."""
+    home.mkdir(parents=True, exist_ok=True)
+    command = [python, "-m", f"bench.peers_training.{script}", *arguments]
+    variables = environment(home, PYTHONPATH=str(SOURCE), TOKENIZERS_PARALLELISM="false")
+    done = subprocess.run(command, cwd=SOURCE, env=variables, capture_output=True, text=True, timeout=WITHIN_S)
+    if done.returncode:
+        raise RuntimeError(f"{script} failed: {' / '.join(done.stderr.strip().splitlines()[-3:])}")
+    return done.stdout
+
+
+def _refuse_what_does_not_count(seen: Mapping[str, Sequence[Seen]]) -> None:
+    """Raises RuntimeError when a training learned nothing, or something else than the others."""
+    amounts = {name: {(run.tokens, run.labels) for run in runs} for name, runs in seen.items()}
+    if len(set.union(*amounts.values())) > 1:
+        raise RuntimeError(f"the trainers did not see the same tokens and labels: {amounts}")
+    for name, runs in seen.items():
+        for run in runs:
+            if not run.grad_norms or min(run.grad_norms) <= 0:
+                raise RuntimeError(f"{name} had no gradient: {run.grad_norms}")
+            if run.losses[-1] >= run.losses[0]:
+                raise RuntimeError(f"{name} did not learn: {run.losses}")
+
+
+def _figures(comparison: Comparison, seen: Mapping[str, Sequence[Seen]], base_loss: float, losses: Mapping[str, float]) -> list[Figure]:
+    ours, *others = seen
+    figures = [
+        Figure(
+            NAME,
+            f"{comparison.name}: {name}",
+            median([_speed(run) for run in runs]),
+            "tokens/s",
+            note=f"{median([run.peak_rss_mb for run in runs]):,.0f} MB at most, {runs[0].steps} steps of {runs[0].tokens:,} tokens, "
+            f"{runs[0].labels:,} learned; held-out loss {base_loss:.3f} → {losses[name]:.3f}",
+        )
+        for name, runs in seen.items()
+    ]
+    for name in others:
+        ratios = [_speed(mine) / _speed(theirs) for mine, theirs in zip(seen[ours], seen[name], strict=True)]
+        goal = at_least(comparison.goals[name]) if name in comparison.goals else None
+        note = f"median of {len(ratios)}, from {min(ratios):.2f} to {max(ratios):.2f}"
+        figures.append(Figure(NAME, f"{comparison.name}: times as fast as {name}", median(ratios), "×", goal, note))
+    apart = 100 * (max(losses.values()) / min(losses.values()) - 1)
+    figures.append(Figure(NAME, f"{comparison.name}: final losses apart", apart, "%", at_most(1)))
+    return figures
+
+
+def _speed(run: Seen) -> float:
+    return run.tokens / run.seconds
+
+
+def main() -> int:
+    """Some of it, or with the real base: `python -m bench.training [--real] [--rounds N] [--no-peers] [--json FILE] [COMPARISON…]`."""
+    parser = argparse.ArgumentParser(prog="python -m bench.training", description=__doc__.partition("\n")[0] if __doc__ else "")
+    parser.add_argument("names", nargs="*", metavar="COMPARISON", help=", ".join(one.name for one in COMPARISONS))
+    parser.add_argument("--real", action="store_true", help="the real Gemma 3 270M on questions and answers about Python")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--no-peers", action="store_true", help="leave LLaMA-Factory out")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    chosen = parser.parse_args()
+    comparisons = [one for one in COMPARISONS if one.name in (chosen.names or [one.name])]
+    size = SMALL
+    if chosen.real:
+        told = subprocess.run([REAL_TRAINER, "infra/gemma_270m.py", "--cache-only"], cwd=SOURCE, check=True, capture_output=True, text=True)
+        size = Size(Path(told.stdout.split()[-1]), rows=96, learning_rate=2e-4, logging_steps=2)
+        comparisons = [COMPARISONS[0]]
+    with tempfile.TemporaryDirectory(prefix="bench-training-") as folder:
+        figures = compare(Scene(Path(folder), not chosen.no_peers), comparisons, size, chosen.rounds)
+    print_table(figures)
+    if chosen.json:
+        write_json(figures, chosen.json)
+    return 1 if any(figure.met is False for figure in figures) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
