@@ -28,6 +28,7 @@ BENCHMARKS = (
     "firestore",
     "transfers",
     "training",
+    "exports",
 )
 # What servers and attempts do when they do not do what was asked; the other benchmarks are worth having all the same.
 FAILURES = (ServerDown, OSError, EOFError, ValueError, RuntimeError, subprocess.SubprocessError, ExceptionGroup)

@@ -55,6 +55,10 @@ class CommonConfig(Strict):
             raise refusal("modality", f"this trainer type trains {known}, not {self.modality}; for images use trainer_type 'sft'")
         if self.provider not in self.providers or (self.provider == "unsloth" and self.modality == "vision"):
             raise refusal("provider", "provider 'unsloth' is for trainer_type 'sft' on text; use 'huggingface'")
+        if self.export_config.include_lora_gguf and self.hyperparameters.use_dora:
+            raise refusal("export_config.include_lora_gguf", "llama.cpp's adapter files cannot hold DoRA; use include_gguf")
+        if self.modality == "vision" and "onnx" in self.export_config.formats:
+            raise refusal("export_config.format", "export format onnx is for models of text that speak")
         if self.modality == "vision" and self.hyperparameters.packing:
             raise refusal("hyperparameters.packing", "rows with images cannot be packed; set packing to false")
         return self
@@ -192,6 +196,8 @@ class RewardConfig(CommonConfig):
     @model_validator(mode="after")
     def _speaks_not(self) -> Self:
         export = self.export_config
+        if "onnx" in export.formats:
+            raise refusal("export_config.format", "export format onnx is for models of text that speak")
         if export.include_gguf or export.include_lora_gguf:
             raise refusal("export_config.include_gguf", "a reward model gives scores, not text: llama.cpp cannot run it; use 'merged'")
         return self

@@ -128,14 +128,18 @@ def _write_files(bench: "Bench", whole: Path) -> list[Candidate]:
     candidates: list[Candidate] = []
     for quantization in bench.settings.gguf_quantizations:
         bench.context.check()
-        path, weighed = bench.path(f"{bench.model_name}-{quantization}.gguf"), imatrix if quantization in WEIGHED else None
+        path, weighed = _path(bench, quantization), imatrix if quantization in WEIGHED else None
         if quantization in ("none", own):
             link_or_copy(converted, path)
-        else:
+        elif not path.is_file():  # the training rows may have been read with it
             quantize(converted, path, file_type=quantization, threads=threads, imatrix=weighed)
         candidates.append(Candidate(path, quantization, imatrix=weighed is not None))
     converted.unlink()
     return candidates
+
+
+def _path(bench: "Bench", quantization: GgufQuantization) -> Path:
+    return bench.path(f"{bench.model_name}-{quantization}.gguf")
 
 
 # --- the part that sees ---
@@ -236,12 +240,13 @@ def _measured(bench: "Bench", converted: Path, text: str, chunk_tokens: int) -> 
     """Run the model over the text: rounded to eight bits, which is three times as fast and moves no average."""
     import torch
 
-    threads, eight_bits, written = torch.get_num_threads(), bench.path("calibration-q8_0.gguf"), bench.path("calibration.txt")
+    threads, eight_bits, written = torch.get_num_threads(), _path(bench, "q8_0"), bench.path("calibration.txt")
     written.write_text(text)
     quantize(converted, eight_bits, file_type="q8_0", threads=threads)
     bench.context.check()
     importance(eight_bits, written, bench.path("imatrix.gguf"), chunk_tokens=chunk_tokens, threads=threads)
-    eight_bits.unlink()
+    if "q8_0" not in bench.settings.gguf_quantizations:
+        eight_bits.unlink()
     return bench.path("imatrix.gguf")
 
 

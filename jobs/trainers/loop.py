@@ -23,6 +23,7 @@ from jobs.evaluation.answers import Features, answers, samples_of
 from jobs.evaluation.harness import lm_eval_metrics
 from jobs.evaluation.questions import Question, questions_of
 from jobs.evaluation.text_metrics import task_metrics
+from jobs.exporters import refuse_impossible
 from jobs.exporters.folders import PROCESSOR_FILES, copy_files
 from jobs.patience import download_patiently
 from jobs.system_metrics import system_metrics
@@ -138,6 +139,7 @@ def lay_ground(config: TrainingConfig, context: "JobContext") -> Ground:
     source = context.spec.export_of
     restored = context.checkpoints.fetch(source) if source else context.checkpoints.newest()
     base_folder = fetch_base(context)
+    refuse_impossible(config, base_folder)
     splits = {
         name: download_patiently(context.stores.datasets, split.key, context.workdir / "data" / f"{name}.jsonl")
         for name, split in context.spec.dataset.splits.items()

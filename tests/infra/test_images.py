@@ -246,7 +246,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
         match step.keyword:
             case "WORKDIR":
                 folder = Path(here.inside(step.text))
-                folder.mkdir(parents=True)
+                folder.mkdir(parents=True, exist_ok=True)
             case "COPY":
                 copy(step, here, folder)
             case "RUN":
