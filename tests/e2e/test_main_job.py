@@ -155,4 +155,4 @@ def test_the_command_line_does_it_all(service: Service, tmp_path: Path) -> None:
     assert "no GGUF" in service.tunesmith("chat", job_id, fails=True)
     assert "LoRA" in service.tunesmith("capabilities")
     assert "no job" in service.tunesmith("watch", "nobody", fails=True)
-    assert "it can do: sft" in service.tunesmith("train", str(config), "--dataset", dataset_id, "--set", "trainer_type=dpo", fails=True)
+    assert "it can do: sft" in service.tunesmith("train", str(config), "--dataset", dataset_id, "--set", "trainer_type=ppo", fails=True)
