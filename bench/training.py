@@ -231,7 +231,7 @@ def main() -> int:
     size = SMALL
     if chosen.real:
         told = subprocess.run([REAL_TRAINER, "infra/gemma_270m.py", "--cache-only"], cwd=SOURCE, check=True, capture_output=True, text=True)
-        size = Size(Path(told.stdout.split()[-1]), rows=96, learning_rate=2e-4, logging_steps=2)
+        size = Size(Path(told.stdout.split()[-1]), rows=96, learning_rate=2e-4, logging_steps=2, max_length=288)  # eight rows of these
         comparisons = [COMPARISONS[0]]
     with tempfile.TemporaryDirectory(prefix="bench-training-") as folder:
         figures = compare(Scene(Path(folder), not chosen.no_peers), comparisons, size, chosen.rounds)
