@@ -1,6 +1,7 @@
 """The environment of an attempt: the only place in `jobs/` that reads it."""
 
 import os
+import sys
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ class Settings:
     JOB_WORKDIR            a folder of the attempt's own, for everything it writes
     JOB_REPORT_INTERVAL_S  seconds between reports (15); a directive such as `cancel` comes with their answers
     JOB_IMAGE              the container's image, for run.json; missing: none
+    JOB_PROCESSES          processes that train at most (`most_processes`); missing: one for each GPU
     JOB_TIME_LIMIT_S       seconds within which the attempt saves what it has and yields to the next one; missing: no limit
     """
 
@@ -75,10 +77,60 @@ def compute_threads(environment: Mapping[str, str] = os.environ) -> int:
 def use_one_gpu(environment: MutableMapping[str, str] = os.environ) -> None:
     """Let CUDA show this process the first of its GPUs alone, before anything asks: one process trains on one GPU.
 
-    Transformers' trainer would otherwise spread a batch over all of them by threads, which TRL refuses.
+    Transformers' trainer would otherwise spread a batch over all of them by threads, which TRL refuses. What the process was shown is
+    kept for those that train beside it.
     """
-    shown = environment.get("CUDA_VISIBLE_DEVICES", "0")
-    environment["CUDA_VISIBLE_DEVICES"] = shown.partition(",")[0]
+    shown = environment.get("CUDA_VISIBLE_DEVICES")
+    if shown is not None:
+        environment["JOB_GPUS"] = shown
+    environment["CUDA_VISIBLE_DEVICES"] = (shown if shown is not None else "0").partition(",")[0]
+
+
+def gpus_shown(found: int, environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """The GPUs that the attempt may use, as CUDA_VISIBLE_DEVICES names them; `found` is how many the machine has.
+
+    Parts of a divided GPU cannot speak to each other: of these it is one.
+    """
+    told = environment.get("JOB_GPUS")
+    names = tuple(str(number) for number in range(found)) if told is None else tuple(name.strip() for name in told.split(","))
+    return names[:1] if any(name.startswith("MIG-") for name in names) else names
+
+
+def most_processes(environment: Mapping[str, str] = os.environ) -> int | None:
+    """JOB_PROCESSES: how many processes train at most; missing: one for each GPU. Raises JobFailed when it is no number from 1."""
+    told = environment.get("JOB_PROCESSES")
+    if not told:
+        return None
+    count = int(_number("JOB_PROCESSES", told))
+    if count < 1:
+        raise JobFailed("internal", f"JOB_PROCESSES is {told}", "the launcher must set it to 1 or more, or not at all")
+    return count
+
+
+def environment_of_rank(
+    rank: int, processes: int, port: int, gpu: str | None, environment: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """What another process of a training is started with: no token, and one GPU of its own."""
+    kept = {name: value for name, value in environment.items() if not name.startswith("JOB_")}
+    return kept | _of_rank(rank, processes, port) | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+
+
+def be_rank(rank: int, processes: int, port: int, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Let the libraries find this to be that process of a training; until `be_alone`."""
+    environment.update(_of_rank(rank, processes, port))
+
+
+def be_alone(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Let the libraries find a single process again."""
+    for name in (*_of_rank(0, 1, 0), "LOCAL_WORLD_SIZE"):  # the last is accelerate's own
+        environment.pop(name, None)
+
+
+def _of_rank(rank: int, processes: int, port: int) -> dict[str, str]:
+    """As torchrun says it. Each sees one device alone, which is its first."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": "0"}
+    sockets = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}  # else it looks up the machine's name, which may have none
+    return {"RANK": str(rank), "WORLD_SIZE": str(processes)} | place | sockets
 
 
 def let_unsloth_give_logits(environment: MutableMapping[str, str] = os.environ) -> None:

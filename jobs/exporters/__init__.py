@@ -95,9 +95,6 @@ def refuse_impossible(training_config: TrainingConfig, base: Path | None = None,
     if export.gguf_imatrix and program("llama-imatrix", programs) is None:
         hint = "leave gguf_imatrix out, or run infra/llama_cpp.sh with the trainer's python"
         raise JobFailed("invalid_config", "gguf_imatrix needs llama.cpp's llama-imatrix, which is not installed here", hint)
-    if export.include_lora_gguf and training_config.hyperparameters.use_dora:
-        message = "a DoRA adapter also scales the base's weights, and llama.cpp's adapter files cannot say so"
-        raise JobFailed("invalid_config", message, "use include_gguf instead of include_lora_gguf, or train without use_dora")
 
 
 def _exporter(kind: ArtifactKind) -> "Exporter":

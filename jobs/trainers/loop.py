@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from jobs.base_model import fetch_base
 from jobs.data.render import Rendered, TokenRow, use_chat_template
-from jobs.errors import JobFailed
+from jobs.errors import JobFailed, failure_of
 from jobs.evaluation.answers import Features, answers, samples_of
 from jobs.evaluation.harness import lm_eval_metrics
 from jobs.evaluation.questions import Question, questions_of
@@ -32,6 +32,22 @@ from jobs.trainers.course import BestPolicy, Course
 from jobs.trainers.healing import BatchPlan, free_memory, is_out_of_memory, plan_with_less_memory
 from jobs.trainers.model import Machine, compiles, end_turns, load_adapter, look_at_the_machine, ready_unsloth, refuse_broken
 from jobs.trainers.saving import SavePolicy, TrainingState
+from jobs.trainers.several import (
+    ALONE,
+    Choice,
+    Crew,
+    Errand,
+    Places,
+    Shareable,
+    arguments_for,
+    arrive,
+    choose,
+    look_for_places,
+    quiet_context,
+    save_random_states,
+    shared_batches,
+    together,
+)
 from schema.events import Sampled
 from schema.job import EvalMetrics, Progress
 from schema.training import TrainingConfig
@@ -42,6 +58,7 @@ if TYPE_CHECKING:
 
 PROBES = 16
 CALIBRATION_ROWS = 256  # for an importance matrix: more change it little
+ONE_EACH = "only trainer_type sft on text, with provider huggingface, trains on several"
 ADAM_COPIES = 3  # a trained weight in a checkpoint: itself, and Adam's two moments of it
 TURN_TOKENS = ["<start_of_turn>", "<end_of_turn>"]
 # What the library logs beside its losses, and we tell elsewhere, or not at all.
@@ -246,18 +263,27 @@ def _teach_whatever_happens(lesson: Lesson, ground: Ground) -> Taught:
     steps = _total_steps(ground.config, lesson)
     machine = replace(ground.machine, compiles=compiles(ground.config, context, ground.machine, ground.base_folder, steps))
     ground = replace(ground, machine=machine)
+    places = look_for_places(on_gpu=machine.on_gpu)
     restored, healed = ground.restored, 0
     smaller: BatchPlan | None = None
     while True:
         state = _state_in(restored, asked, smaller)
         context.findings.base_metrics = context.findings.base_metrics or state.base_metrics
         course = _course(ground, state, steps)
+        processes = _processes(lesson, ground, course.plan, places)
         try:
-            return _teach_once(lesson, ground, restored, course)
+            return _teach_once(lesson, ground, restored, course, replace(places, most=processes))
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            no_memory = is_out_of_memory(error)
+            if not no_memory and (processes == 1 or course.step > state.step):
                 raise
+            reason = failure_of(error).message
         # The error is gone here, and with it the last that held the model.
+        if not no_memory:
+            context.warn("one_process", f"{processes} processes did not come to a first step, so that one trains alone: {reason}")
+            places = replace(places, most=1)
+            free_memory()
+            continue
         plan = BatchPlan(state.batch_size, state.gradient_accumulation_steps)
         smaller = plan_with_less_memory(plan, course.step + 1, healed)
         healed += 1
@@ -267,6 +293,19 @@ def _teach_whatever_happens(lesson: Lesson, ground: Ground) -> Taught:
         free_memory()
         context.checkpoints.settle()
         restored = context.checkpoints.newest()
+
+
+def _processes(lesson: Lesson, ground: Ground, plan: BatchPlan, places: Places) -> int:
+    """How many train, of those for which there is room; told with the reason."""
+    if places.most == 1:
+        return 1
+    shareable = isinstance(lesson, Shareable) and ground.config.provider == "huggingface"
+    choice = choose(plan, lesson.items, places.most) if shareable else Choice(1, ONE_EACH, ONE_EACH)
+    ground.context.decided("processes", str(choice.processes), choice.why)
+    if choice.idle:
+        message = f"there is room for {places.most} processes, and this training uses {choice.processes}: {choice.idle}"
+        ground.context.warn("idle_gpus" if places.gpus else "idle_processors", message)
+    return choice.processes
 
 
 def _course(ground: Ground, state: TrainingState, total_steps: int) -> Course:
@@ -291,13 +330,34 @@ def _total_steps(config: TrainingConfig, lesson: Lesson) -> int:
     return knobs.epochs * math.ceil(lesson.items / (knobs.batch_size * knobs.gradient_accumulation_steps))
 
 
-def _teach_once(lesson: Lesson, ground: Ground, restored: "Restored | None", course: Course) -> Taught:
-    """Train from the base or from what was restored until the course ends. Raises Stopped."""
-    context, folder = ground.context, restored.folder if restored else None
-    trainer = _trainer(lesson, ground, folder, course)
-    if _is_judged(lesson, ground) and (restored is None or course.evaluation_is_due):
+def _teach_once(lesson: Lesson, ground: Ground, restored: "Restored | None", course: Course, places: Places) -> Taught:
+    """Train from the base or from what was restored until the course ends, in so many processes. Raises Stopped."""
+    folder = restored.folder if restored else None
+    if places.most == 1 or course.is_done or not isinstance(lesson, Shareable):
+        return _led(lesson, ground, folder, course, ALONE)
+    ground = _uncompiled(ground)
+    told = {"state": course.state, "total_steps": course.total_steps, "checkpoint": folder}
+    with together(ground, lesson.recipe, places, told) as crew:
+        return _led(lesson, ground, folder, course, crew)
+
+
+def _uncompiled(ground: Ground) -> Ground:
+    """The same without torch.compile, which would tear apart what several processes average while it is made; told."""
+    if not ground.machine.compiles:
+        return ground
+    if ground.config.hyperparameters.torch_compile:
+        ground.context.warn("not_compiled", "torch_compile is for a training in one process, and this one has several; it goes on without")
+    ground.context.decided("torch_compile", "false", "several processes save more")
+    return replace(ground, machine=replace(ground.machine, compiles=False))
+
+
+def _led(lesson: Lesson, ground: Ground, folder: Path | None, course: Course, crew: Crew) -> Taught:
+    """The training, by the process that decides."""
+    context = ground.context
+    trainer = _trainer(lesson, ground, folder, course, crew)
+    if _is_judged(lesson, ground) and (folder is None or course.evaluation_is_due):
         context.phase("evaluating")
-        if restored is None and context.findings.base_metrics is None:
+        if folder is None and context.findings.base_metrics is None:
             measured = _measured(lesson, ground, trainer, "before", 0, context.check)
             context.evaluated("before", 0, _on_benchmarks(ground, trainer.model, measured))
         if course.evaluation_is_due:
@@ -306,10 +366,24 @@ def _teach_once(lesson: Lesson, ground: Ground, restored: "Restored | None", cou
     course.checkpoint_bytes = ADAM_COPIES * sum(part.nbytes for part in trainer.model.parameters() if part.requires_grad)
     with context.stop.politely():
         if not course.is_done:
+            crew.meet()
+            crew.first_step.begins()
             trainer.train(resume_from_checkpoint=str(folder) if folder else None)
             refuse_broken(trainer.model, course.step)
         course.end()
     return Taught(trainer, course)
+
+
+def follow(errand: Errand) -> None:
+    """The same training in another process: what is decided, measured, told and saved comes from rank 0."""
+    context = quiet_context(errand)
+    ground = Ground(**errand.ground, context=context, restored=None)
+    lesson = errand.recipe(ground)
+    course = Course(context, SavePolicy("no", 1), errand.state, total_steps=errand.total_steps)
+    crew = arrive(errand)
+    trainer = _trainer(lesson, ground, errand.checkpoint, course, crew)
+    crew.meet()
+    trainer.train(resume_from_checkpoint=str(errand.checkpoint) if errand.checkpoint else None)
 
 
 def _study(lesson: Lesson, ground: Ground) -> Taught:
@@ -343,7 +417,7 @@ def _the_best(lesson: Lesson, ground: Ground, taught: Taught) -> Taught:
 # --- the library's trainer -----------------------------------------------------------------------------------------------
 
 
-def _trainer(lesson: Lesson, ground: Ground, checkpoint: Path | None, course: Course) -> Any:
+def _trainer(lesson: Lesson, ground: Ground, checkpoint: Path | None, course: Course, crew: Crew = ALONE) -> Any:
     """The library's trainer around the model of the base, or of a checkpoint, obeying the course."""
     from transformers import PrinterCallback
 
@@ -351,8 +425,9 @@ def _trainer(lesson: Lesson, ground: Ground, checkpoint: Path | None, course: Co
     model = lesson.model(weights)
     if model.can_generate():
         end_turns(model, ground.tokenizer)
-    loop = _Loop(lesson, ground, course, checkpoint)
-    trainer = lesson.trainer(model, _arguments(lesson, ground, course), loop.obedient, course)
+    loop = _Loop(lesson, ground, course, checkpoint, crew)
+    arguments = _arguments(lesson, ground, course) | arguments_for(crew.processes, course.plan.gradient_accumulation_steps)
+    trainer = lesson.trainer(model, arguments, loop.obedient, course)
     trainer.remove_callback(PrinterCallback)  # its losses are not ours
     trainer.add_callback(loop.reporting(trainer))
     if checkpoint and ground.adapts:
@@ -371,7 +446,6 @@ def _arguments(lesson: Lesson, ground: Ground, course: Course) -> dict[str, Any]
         "learning_rate": knobs.learning_rate,
         "per_device_train_batch_size": plan.batch_size,
         "per_device_eval_batch_size": plan.batch_size,
-        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "num_train_epochs": knobs.epochs,
         "max_steps": knobs.max_steps,
         "lr_scheduler_type": knobs.lr_scheduler_type,
@@ -404,29 +478,42 @@ class _Loop:
     ground: Ground
     course: Course
     restored: Path | None
+    crew: Crew
     step_loss: Any = field(default=0.0)  # of the optimizer step at work, over its micro-batches
+    step_tokens: int = 0
 
     def obedient(self, kind: type) -> type:
         """A class of trainer with our measurements, and with checkpoints that are handed over."""
-        loop, course, lesson = self, self.course, self.lesson
+        loop, course, lesson, crew = self, self.course, self.lesson, self.crew
 
         class Obedient(kind):
             """The library's trainer, as the course wants it."""
 
             def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
-                course.tokens_seen += lesson.tokens_in(inputs)
+                loop.step_tokens += lesson.tokens_in(inputs)
                 loss = super().training_step(model, inputs, num_items_in_batch)
                 loop.step_loss = loop.step_loss + loss.detach()
                 return loss
 
+            def get_train_dataloader(self) -> Any:
+                return super().get_train_dataloader() if crew.processes == 1 else shared_batches(self, crew.processes)
+
+            def store_flos(self) -> None:
+                """The library would sum up over the processes what nobody reads, also where one alone is saving."""
+
             def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+                loss = self.measured() if crew.leads else math.nan
+                obey(crew, self.control)
+                return {"eval_loss": loss}
+
+            def measured(self) -> float:
                 self.control.should_evaluate = False
                 found = course.evaluate(lambda pulse: _measured(lesson, loop.ground, self, "during", course.step, pulse))
                 if found is None or course.is_done:
                     self.control.should_save = self.control.should_training_stop = True
                 if course.must_save_best:
                     self.control.should_save = True
-                return {"eval_loss": math.nan if found is None or found.eval_loss is None else found.eval_loss}
+                return math.nan if found is None or found.eval_loss is None else found.eval_loss
 
             def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
                 self.model.save_pretrained(output_dir)  # no tokenizer, 33 MB of it, and no pickled arguments: nobody reads them
@@ -438,10 +525,18 @@ class _Loop:
                 """The library's would be in every checkpoint; ours is written once."""
 
             def _save_checkpoint(self, model: Any, trial: Any) -> None:
+                states = crew.random_states()
+                if not crew.leads:
+                    return
                 refuse_broken(self.model, course.step)
                 folder = Path(self.args.output_dir or "", f"checkpoint-{course.step}")
                 course.window_metrics = {name: tuple(values) for name, values in lesson.window(self).items()}
-                course.save(folder, self.state.epoch or 0.0, lambda: super(Obedient, self)._save_checkpoint(model, trial))
+
+                def write() -> None:
+                    super(Obedient, self)._save_checkpoint(model, trial)
+                    save_random_states(folder, states)
+
+                course.save(folder, self.state.epoch or 0.0, write)
 
             def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
                 """The model has these weights already; what was being gathered for the next point goes on."""
@@ -454,7 +549,7 @@ class _Loop:
         """What tells the course what happens, the library what the course says, and the world how it goes."""
         from transformers import TrainerCallback
 
-        loop, course, context = self, self.course, self.ground.context
+        loop, course, context, crew = self, self.course, self.ground.context, self.crew
 
         class Report(TrainerCallback):
             def __init__(self) -> None:
@@ -464,25 +559,34 @@ class _Loop:
                 state.compute_steps(args, state.max_steps)  # what was saved may be of another plan
                 follow_schedule(found["lr_scheduler"])
                 self.last = time.monotonic()
+                crew.differ(args.seed)
                 course.begin()
 
             def on_step_begin(self, *_: Any, **__: Any) -> None:
-                if loop.restored and loop.restored.exists():
-                    shutil.rmtree(loop.restored, ignore_errors=True)  # read by now, as large as the next one; a container's disk is memory
+                if loop.restored:
+                    crew.meet()  # all have read it by now
+                    if crew.leads:
+                        shutil.rmtree(loop.restored, ignore_errors=True)  # as large as the next one; a container's disk is memory
+                    loop.restored = None
                 course.step_begins()
 
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                loss, loop.step_loss = float(loop.step_loss), 0.0
+                loss, tokens = crew.total(float(loop.step_loss) / crew.processes, loop.step_tokens)
+                loop.step_loss, loop.step_tokens = 0.0, 0
+                crew.first_step.is_done()
+                course.tokens_seen += int(tokens)
                 course.step_done(state.global_step, loss)
                 context.progress(self.progress())
-                if not (state.epoch.is_integer() or course.is_done):  # at an epoch's end the measurements come first
+                if crew.leads and not (state.epoch.is_integer() or course.is_done):  # at an epoch's end the measurements come first
                     self.decide(control, epoch_ended=False)
+                obey(crew, control)
 
             def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 if course.stopping:
                     control.should_evaluate = False
-                else:
+                elif crew.leads:
                     self.decide(control, epoch_ended=True)
+                obey(crew, control)
 
             def decide(self, control: Any, *, epoch_ended: bool) -> None:
                 if not course.is_done and course.must_end():
@@ -491,7 +595,7 @@ class _Loop:
 
             def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
                 state.log_history.clear()  # it would be in every checkpoint, and nobody reads it
-                if not logs or "loss" not in logs:
+                if not crew.leads or not logs or "loss" not in logs:
                     return
                 now = time.monotonic()
                 speed = (course.tokens_seen - self.last_tokens) / max(now - self.last, 1e-9)
@@ -514,6 +618,12 @@ class _Loop:
                 )
 
         return Report()
+
+
+def obey(crew: Crew, control: Any) -> None:
+    """Let every process do next what rank 0 does."""
+    wishes = crew.agree(control.should_training_stop, control.should_save, control.should_evaluate)
+    control.should_training_stop, control.should_save, control.should_evaluate = wishes
 
 
 def follow_schedule(scheduler: Any) -> None:

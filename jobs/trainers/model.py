@@ -16,7 +16,6 @@ from jobs.errors import JobFailed
 from jobs.exporters.folders import size_bytes
 from jobs.probe import fast_bf16
 from jobs.settings import let_unsloth_give_logits
-from jobs.system_metrics import nvidia_gpus
 from jobs.turn_tokens import train_few_rows_only
 from schema.training import TrainingConfig
 
@@ -58,9 +57,6 @@ def look_at_the_machine(config: TrainingConfig, context: "JobContext", base_fold
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     context.decided("device", str(device), torch.cuda.get_device_name() if on_gpu else "no GPU was found")
-    watched = nvidia_gpus() if on_gpu else None
-    if watched and len(watched.names) > 1:
-        context.warn("one_gpu", f"this machine has {len(watched.names)} GPUs, and an attempt trains on one of them")
     bf16 = torch.cuda.is_bf16_supported() if on_gpu else fast_bf16()
     adapts = config.method != "Full"
     # Full fine-tuning in pure bf16 loses small updates; with fp32 weights autocast does the products in bf16.

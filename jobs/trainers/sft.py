@@ -9,6 +9,7 @@ With images it is another matter, and in `vision.py`.
 
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,10 @@ class SftLesson:
     def is_measured(self) -> bool:
         return bool(self.shown)
 
+    @property
+    def recipe(self) -> "Callable[[Ground], SftLesson]":
+        return partial(SftLesson, train_rows=[], shown=[], blocks=self.blocks, new_tokens=self.new_tokens)
+
     def model(self, weights: Path) -> Any:
         config = self.ground.config
         model = load_base(config, self.ground.machine, weights)
@@ -75,6 +80,8 @@ class SftLesson:
             def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
                 inputs.pop("real_tokens")
                 loss = head.loss(model, inputs, inputs.pop("labels"), num_items_in_batch)
+                if num_items_in_batch is not None:  # counted over all processes, whose gradients are averaged
+                    loss = loss * self.accelerator.num_processes
                 return (loss, None) if return_outputs else loss
 
         trainer = obedient(SftTrainer)(

@@ -178,10 +178,7 @@ def test_a_model_too_large_for_onnx_is_refused_before_the_training(tmp_path: Pat
     assert caught.value.failure.code == "invalid_config"
 
 
-def test_exports_that_cannot_be_made_are_refused_before_the_training(a_context: MakeContext, tmp_path: Path) -> None:
-    dora = {"hyperparameters": {"use_dora": True}, "export_config": {"include_lora_gguf": True}}
-    with pytest.raises(JobFailed, match="DoRA adapter also scales"):
-        refuse_impossible(with_config(a_context(), **dora).spec.training_config)
+def test_an_importance_matrix_without_its_program_is_refused_before_the_training(a_context: MakeContext, tmp_path: Path) -> None:
     weighed = {"include_gguf": True, "gguf_quantization": "q4_k_m", "gguf_imatrix": True}
     config = with_config(a_context(), export_config=weighed).spec.training_config
     refuse_impossible(config)

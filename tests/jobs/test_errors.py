@@ -62,6 +62,7 @@ def test_settings_do_not_show_the_token() -> None:
 
 
 @pytest.mark.parametrize(("shown", "used"), [({}, "0"), ({"CUDA_VISIBLE_DEVICES": "2,3"}, "2"), ({"CUDA_VISIBLE_DEVICES": ""}, "")])
-def test_one_process_sees_one_gpu(shown: dict[str, str], used: str) -> None:
+def test_one_process_sees_one_gpu_and_remembers_the_others(shown: dict[str, str], used: str) -> None:
+    told = shown.get("CUDA_VISIBLE_DEVICES")
     use_one_gpu(shown)
-    assert shown == {"CUDA_VISIBLE_DEVICES": used}
+    assert shown == {"CUDA_VISIBLE_DEVICES": used} | ({} if told is None else {"JOB_GPUS": told})

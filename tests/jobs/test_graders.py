@@ -43,7 +43,7 @@ def make(store: Path, tmp_path: Path, record: Record) -> Iterator[Make]:
             dataset_type="prompt",
             trainer_type="grpo",
             reward_config=[{"name": "g", "type": kind} | knobs],
-            hyperparameters={"batch_size": 2, "num_generations": 2},
+            hyperparameters={"batch_size": 2, "num_generations": 2, "max_completion_length": 32},
         )
         made.extend(build_graders(spec.training_config, a_context(spec, tmp_path, record, secrets)))  # type: ignore[arg-type]
         return made[-1]

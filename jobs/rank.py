@@ -1,0 +1,52 @@
+"""`python -m jobs.rank`: another process of a training on several GPUs; jobs/trainers/several.py starts it and says on stdin what to do.
+
+It ends when rank 0 does: its stdin is closed then. Signals are rank 0's to hear. Exit codes:
+
+    0   the training is over
+    1   it failed: the traceback is in the log
+    17  memory ran out
+    18  the other processes are gone
+"""
+
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+
+
+def main() -> int:
+    """Take part in the training; returns the exit code."""
+    from jobs.log import configure
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    configure()
+    errand = pickle.load(sys.stdin.buffer)  # noqa: S301  # from rank 0, through its own pipe
+    threading.Thread(target=_end_with_rank_0, name="rank-0", daemon=True).start()
+
+    from jobs.trainers.healing import is_out_of_memory
+    from jobs.trainers.loop import follow
+    from jobs.trainers.several import LEFT_ALONE, OUT_OF_MEMORY
+
+    try:
+        follow(errand)
+    except (RuntimeError, MemoryError) as error:
+        traceback.print_exc()
+        if is_out_of_memory(error):
+            return OUT_OF_MEMORY
+        return LEFT_ALONE if "closed by peer" in str(error) or "reset by peer" in str(error) else 1
+    return 0
+
+
+def _end_with_rank_0() -> None:
+    sys.stdin.buffer.read()  # until it is closed
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # without the libraries' goodbyes, which wait for each other
