@@ -93,8 +93,8 @@ test-infra: $(VENVS)/infra/.installed ## Terraform, Dockerfiles, Cloud Build and
 test-chaos: setup-dev setup-llm ## The fault campaign in short
 	PYTHONPATH=. $(VENVS)/dev/bin/python -m pytest tests/chaos -n 2
 
-test-e2e: setup-dev setup-service setup-llm ## Real HTTP, real child processes, the README's commands, the real Gemma
-	PYTHONPATH=. $(VENVS)/dev/bin/python -m pytest tests/e2e
+test-e2e: setup-dev setup-service setup-llm ## Real HTTP, real child processes, the README's commands, the real Gemma: two files at a time
+	PYTHONPATH=. $(VENVS)/dev/bin/python -m pytest tests/e2e -n 2 --dist loadfile
 
 chaos: setup-dev setup-llm ## Break what can break, hundreds of times, and count what was lost: a quarter of an hour
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(VENVS)/dev/bin/python -m tests.chaos

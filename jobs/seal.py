@@ -23,6 +23,7 @@ class Seal:
         self._code = CodeRecord(tunesmith=VERSION, image=image)
         self._started_at = started_at
         self._energy = EnergyMeter()
+        self._energy.watch()
 
     def put_on(self, trained: "TrainedModel", products: "Sequence[Product]", artifacts: Sequence[Artifact]) -> tuple[Artifact, ...]:
         """The artifacts with `run.json` beside them, and where they are on the Hub. Raises JobFailed."""

@@ -5,6 +5,7 @@ A machine without a GPU, or without its driver, simply has no such numbers; that
 
 import functools
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Protocol
 log = logging.getLogger(__name__)
 
 JOULES_PER_WH = 3600.0
+LOOK_S = 5.0
 CPU_INTERVAL_S = 0.1  # psutil's own advice: over less the share is noise
 
 
@@ -95,9 +97,24 @@ class EnergyMeter:
         self._first = self._last = self._read()
         self._last_s = monotonic()
         self._summed = [0.0] * len(self._first)
+        self._looking = threading.Lock()
+
+    def watch(self, every_s: float = LOOK_S) -> None:
+        """Look at the power now and then, in a thread, from here to the end of the process: where a GPU does not count for itself."""
+        if any(reading.energy_j is None and reading.power_w is not None for reading in self._first):
+            threading.Thread(target=self._watch, args=(every_s,), name="energy", daemon=True).start()
 
     def sample(self) -> None:
-        """A look at the power: to be taken every few seconds, for GPUs that count no energy."""
+        """A look at the power: the sum takes it to have changed evenly since the last one."""
+        with self._looking:
+            self._look()
+
+    def _watch(self, every_s: float) -> None:
+        while True:
+            time.sleep(every_s)
+            self.sample()
+
+    def _look(self) -> None:
         now_s, readings = self._monotonic(), self._read()
         for index, (before, after) in enumerate(zip(self._last, readings, strict=False)):
             if before.power_w is not None and after.power_w is not None:

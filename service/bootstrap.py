@@ -20,7 +20,7 @@ from service.core.jobs import Jobs, Limits
 from service.core.ports import Hub, JobStore, Launcher, SecretStore
 from service.core.reconciler import Reconciler
 from service.core.tokens import TokenSigner
-from service.settings import SOURCE, Settings, inherited_environment
+from service.settings import SOURCE, Settings, attempt_environment, inherited_environment
 from storage import STORES, ObjectStore, open_store
 
 # In the cloud every answer crosses a network, an execution takes seconds to be seen, and a signal is a call that costs.
@@ -95,6 +95,7 @@ def assemble(settings: Settings, clock: Callable[[], datetime] | None = None) ->
         limits=Limits() if settings.launcher == "local" else CLOUD_LIMITS,
         hub=hub,
         trackers=settings.trackers,
+        attempt_environment=attempt_environment(settings),
     )
     datasets = Datasets(
         store=store,

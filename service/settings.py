@@ -83,7 +83,7 @@ class Settings(BaseSettings):
         pattern=r"^https?://[^\s@]+$",
         validation_alias=AliasChoices("TUNESMITH_HF_ENDPOINT", "HF_ENDPOINT"),
         description="The Hugging Face Hub, which is asked before a job is taken whether its token may read the base, and push. "
-        "Attempts on this machine use it, too.",
+        "Attempts use it, too.",
     )
     hf_hub_offline: bool = Field(False, validation_alias="HF_HUB_OFFLINE", description="`1`: the Hub is not asked.")
     trackers: Trackers | None = Field(
@@ -173,5 +173,9 @@ def inherited_environment(settings: Settings) -> dict[str, str]:
     """The service's variables that an attempt may see."""
     uses_s3 = any(url.startswith("s3://") for url in settings.object_urls.values())
     names = (*INHERITED, *INHERITED_FOR_S3) if uses_s3 else INHERITED
-    hub = {} if settings.hf_endpoint == HUB else {"HF_ENDPOINT": settings.hf_endpoint}
-    return {name: os.environ[name] for name in names if name in os.environ} | hub
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def attempt_environment(settings: Settings) -> dict[str, str]:
+    """What every attempt is told, wherever it runs: the Hub that the service asks, where it is another than the usual one."""
+    return {} if settings.hf_endpoint == HUB else {"HF_ENDPOINT": settings.hf_endpoint}

@@ -95,8 +95,8 @@ def training_bytes(config: TrainingConfig, base_folder: Path) -> float:
     """Roughly what a training keeps in memory when activations are kept: weights, gradients, optimizer, activations."""
     import json
 
-    shape = json.loads((base_folder / "config.json").read_text())
-    shape = shape.get("text_config", shape)
+    whole = json.loads((base_folder / "config.json").read_text())
+    shape = whole.get("text_config", whole)
     knobs = config.hyperparameters
     parameters = size_bytes(base_folder) / 2  # bf16 on disk, as bases are; fp32 ones are counted twice, on the safe side
     per_parameter = {"Full": 16.0, "LoRA": 2.0, "QLoRA": 0.6}[config.method]
@@ -105,7 +105,16 @@ def training_bytes(config: TrainingConfig, base_folder: Path) -> float:
     width, layers = shape.get("hidden_size", 4096), shape.get("num_hidden_layers", 32)
     sequences = 2 if config.trainer_type in ("dpo", "orpo", "reward") else 1  # of a row: a pair is two
     tokens = knobs.batch_size * knobs.max_seq_length * sequences
-    return parameters * per_parameter + tokens * (width * layers * ACTIVATION_BYTES + 6 * shape.get("vocab_size", 262_144))
+    kept = tokens * (width * layers * ACTIVATION_BYTES + 6 * shape.get("vocab_size", 262_144))
+    if getattr(knobs, "train_vision_tower", False):
+        kept += knobs.batch_size * _looked_at_bytes(whole.get("vision_config", {}))
+    return parameters * per_parameter + kept
+
+
+def _looked_at_bytes(vision: dict[str, Any]) -> float:
+    """The activations of an image in a vision tower that is trained; one that is not keeps none."""
+    patches = (vision.get("image_size", 896) // vision.get("patch_size", 14)) ** 2
+    return patches * vision.get("hidden_size", 1152) * vision.get("num_hidden_layers", 27) * ACTIVATION_BYTES
 
 
 def _workers(config: TrainingConfig, context: "JobContext", *, on_gpu: bool) -> int:

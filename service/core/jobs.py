@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -110,6 +110,7 @@ class Jobs:
         limits: Limits = Limits(),  # frozen
         hub: Hub | None = None,
         trackers: Trackers | None = None,
+        attempt_environment: Mapping[str, str] | None = None,
     ) -> None:
         self._store = store
         self._secrets = secrets
@@ -125,6 +126,7 @@ class Jobs:
         self._limits = limits
         self._hub = hub or NoHub()
         self._trackers = trackers or Trackers()
+        self._attempt_environment = dict(attempt_environment or {})
 
     @property
     def link_life_s(self) -> int:
@@ -525,7 +527,7 @@ class Jobs:
         )
 
     def _launch_order(self, job: Job, number: int) -> LaunchOrder:
-        environment = {
+        environment = self._attempt_environment | {
             "JOB_ID": job.job_id,
             "JOB_ATTEMPT": str(number),
             "JOB_TOKEN": self._tokens.attempt_token(job.job_id, number),

@@ -1,11 +1,15 @@
 """The model that is trained: four bits, adapters of every kind, and what is refused."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jobs.errors import JobFailed
+from jobs.trainers.model import ACTIVATION_BYTES, training_bytes
+from schema.training import TRAINING_CONFIG
 from tests.jobs.conftest import Trained
 
 Train = Callable[..., Trained]
@@ -28,7 +32,8 @@ def test_a_base_of_four_bits_learns_in_every_layer_also_after_a_measurement(trai
 def test_four_bits_are_another_model_than_sixteen(train: Train) -> None:
     four, sixteen = train("four", spec={"method": "QLoRA"}), train("sixteen", spec={"method": "LoRA"})
     assert four.record.evaluations[0].metrics.eval_loss != sixteen.record.evaluations[0].metrics.eval_loss
-    assert [abs(a.values["loss"] - b.values["loss"]) < 0.5 for a, b in zip(four.record.points, sixteen.record.points, strict=True)]  # type: ignore[operator]
+    losses = zip(four.record.points, sixteen.record.points, strict=True)
+    assert all(abs(a.values["loss"] - b.values["loss"]) < 0.5 for a, b in losses)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(
@@ -46,6 +51,21 @@ def test_an_adapter_that_cannot_be_is_refused_by_name(train: Train, knobs: dict[
     assert failure.code == "invalid_config"
     assert names in failure.message
     assert advice in failure.hint
+
+
+def test_what_memory_a_training_needs_is_estimated_from_what_it_trains(tmp_path: Path) -> None:
+    vision = {"image_size": 896, "patch_size": 14, "hidden_size": 1152, "num_hidden_layers": 27}
+    text = {"hidden_size": 2560, "num_hidden_layers": 34, "vocab_size": 262_208}
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": text, "vision_config": vision}))
+    (tmp_path / "model.safetensors").write_bytes(bytes(1_000_000))
+
+    def needed(**config: Any) -> float:
+        return training_bytes(TRAINING_CONFIG.validate_python({"base_model_id": "g/m"} | config), tmp_path)
+
+    seeing = {"modality": "vision", "hyperparameters": {"packing": False, "batch_size": 2}}
+    looking = {"modality": "vision", "hyperparameters": {"packing": False, "batch_size": 2, "train_vision_tower": True}}
+    assert needed(**looking) - needed(**seeing) == 2 * 64 * 64 * 1152 * 27 * ACTIVATION_BYTES
+    assert needed(method="Full") - needed() == pytest.approx(500_000 * (16 - 2), rel=0.01)
 
 
 def test_unsloth_is_refused_where_it_cannot_be(train: Train) -> None:

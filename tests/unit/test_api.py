@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,41 @@ ROWS = "\n".join(
 )
 
 
-@pytest.fixture
-def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
-    monkeypatch.setattr(LocalLauncher, "hardware", lambda _, profile=None: some_hardware())
-    monkeypatch.setattr(LocalLauncher, "free_slots", lambda _, active: 0)  # jobs stay in the queue
-    monkeypatch.setattr(LocalLauncher, "check", lambda *_: "running")  # attempts here are made up
+@contextmanager
+def a_service(home: Path) -> Iterator[TestClient]:
     limits = {"max_upload_bytes": 100_000, "max_incoming_bytes": 200_000, "max_row_bytes": 10_000}
-    settings = Settings(home=tmp_path / "home", HF_HUB_OFFLINE=True, **limits)  # type: ignore[call-arg]
-    with TestClient(create_app(settings), raise_server_exceptions=False) as client:
+    settings = Settings(home=home, HF_HUB_OFFLINE=True, **limits)  # type: ignore[call-arg]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalLauncher, "hardware", lambda _, profile=None: some_hardware())
+        patch.setattr(LocalLauncher, "free_slots", lambda _, active: 0)  # jobs stay in the queue
+        patch.setattr(LocalLauncher, "check", lambda *_: "running")  # attempts here are made up
+        with TestClient(create_app(settings), raise_server_exceptions=False) as client:
+            yield client
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator[TestClient]:
+    with a_service(tmp_path / "home") as client:
         yield client
 
 
 @pytest.fixture
 def dataset_id(client: TestClient) -> str:
     return upload(client, ROWS).json()["processed_dataset_id"]
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """A service for requests that change nothing."""
+    with a_service(tmp_path_factory.mktemp("empty")) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def steady(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TestClient, str]]:
+    """A service with a dataset, for requests that change nothing."""
+    with a_service(tmp_path_factory.mktemp("steady")) as client:
+        yield client, upload(client, ROWS).json()["processed_dataset_id"]
 
 
 def upload(client: TestClient, content: str | bytes, **fields: str) -> Any:
@@ -394,7 +416,8 @@ BAD_KNOBS: list[tuple[str | None, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("group", "changes", "param"), BAD_KNOBS, ids=lambda value: json.dumps(value) if isinstance(value, dict) else None)
-def test_a_bad_knob_is_refused_by_name(client: TestClient, dataset_id: str, group: str | None, changes: dict[str, Any], param: str) -> None:
+def test_a_bad_knob_is_refused_by_name(steady: tuple[TestClient, str], group: str | None, changes: dict[str, Any], param: str) -> None:
+    client, dataset_id = steady
     error = problem(client.post("/train", json=with_config(dataset_id, group, **changes)), 422)
     assert error["param"].startswith("training_config.")
     assert param in error["param"]
@@ -416,21 +439,23 @@ def test_a_bad_knob_is_refused_by_name(client: TestClient, dataset_id: str, grou
         ({"unknown": 1}, "unknown"),
     ],
 )
-def test_a_bad_field_is_refused_by_name(client: TestClient, dataset_id: str, changes: dict[str, Any], param: str) -> None:
+def test_a_bad_field_is_refused_by_name(steady: tuple[TestClient, str], changes: dict[str, Any], param: str) -> None:
+    client, dataset_id = steady
     assert problem(client.post("/train", json=seed_request(dataset_id, **changes)), 422)["param"] == param
 
 
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"a": NaN}', b'"' + b"x" * 1000 + b'"', b"[" * 10_000, b'{"a":1}' * 2]
 )
-def test_a_body_that_is_no_request_is_refused(client: TestClient, body: bytes) -> None:
-    answer = client.post("/train", content=body, headers={"Content-Type": "application/json"})
+def test_a_body_that_is_no_request_is_refused(empty: TestClient, body: bytes) -> None:
+    answer = empty.post("/train", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code in (400, 422)
     assert answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
-def test_numbers_that_are_none_are_refused(client: TestClient, dataset_id: str, number: str) -> None:
+def test_numbers_that_are_none_are_refused(steady: tuple[TestClient, str], number: str) -> None:
+    client, dataset_id = steady
     body = json.dumps(seed_request(dataset_id)).replace('"learning_rate": 0.0001', f'"learning_rate": {number}')
     answer = client.post("/train", content=body, headers={"Content-Type": "application/json"})
     assert "learning_rate" in problem(answer, 422)["param"]
@@ -447,8 +472,9 @@ def test_numbers_that_are_none_are_refused(client: TestClient, dataset_id: str, 
     ],
 )
 def test_what_this_deployment_cannot_do_is_refused_with_what_it_can(
-    client: TestClient, dataset_id: str, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+    steady: tuple[TestClient, str], changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    client, dataset_id = steady
     narrow = some_hardware(trainer_types=("sft",), modalities=("text",))
     monkeypatch.setattr(LocalLauncher, "hardware", lambda _, profile=None: narrow)
     error = problem(client.post("/train", json=with_config(dataset_id, **changes)), 400)
@@ -465,19 +491,19 @@ def test_the_same_key_is_one_job_and_another_body_a_conflict(client: TestClient,
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=1000", "limit=x", "status=odd", "cursor=odd", "project_id=a%20b"])
-def test_a_bad_query_is_refused(client: TestClient, query: str) -> None:
-    assert client.get(f"/jobs?{query}").status_code in (400, 422)
+def test_a_bad_query_is_refused(empty: TestClient, query: str) -> None:
+    assert empty.get(f"/jobs?{query}").status_code in (400, 422)
 
 
 @pytest.mark.parametrize(
     "path", ["/jobs/none", "/jobs/download/none", "/jobs/none/events", "/jobs/none/logs", "/datasets/none", "/nowhere"]
 )
-def test_what_is_not_there_is_404(client: TestClient, path: str) -> None:
-    problem(client.get(path), 404)
+def test_what_is_not_there_is_404(empty: TestClient, path: str) -> None:
+    problem(empty.get(path), 404)
 
 
-def test_a_wrong_method_is_405(client: TestClient) -> None:
-    problem(client.put("/train"), 405)
+def test_a_wrong_method_is_405(empty: TestClient) -> None:
+    problem(empty.put("/train"), 405)
 
 
 # --- datasets --------------------------------------------------------------------------------------------------------
@@ -518,33 +544,33 @@ BAD_ROWS: list[tuple[str | bytes, str]] = [
 
 
 @pytest.mark.parametrize(("content", "where"), BAD_ROWS, ids=range(len(BAD_ROWS)))
-def test_a_bad_row_is_refused_with_its_line_and_nothing_is_kept(client: TestClient, content: str | bytes, where: str) -> None:
-    assert where in problem(upload(client, content), 400)["message"]
-    assert client.get("/datasets").json()["datasets"] == []
-    assert list(client.app.state.parts.objects.models.walk("")) == []  # type: ignore[attr-defined]
+def test_a_bad_row_is_refused_with_its_line_and_nothing_is_kept(empty: TestClient, content: str | bytes, where: str) -> None:
+    assert where in problem(upload(empty, content), 400)["message"]
+    assert empty.get("/datasets").json()["datasets"] == []
+    assert list(empty.app.state.parts.objects.models.walk("")) == []  # type: ignore[attr-defined]
 
 
-def test_an_upload_that_is_too_large_is_refused(client: TestClient) -> None:
-    assert problem(upload(client, "x" * 200_000), 413)["code"] == "too_large"
-    assert problem(client.post("/train", content=b"x" * 2_000_000), 413)["code"] == "too_large"
+def test_an_upload_that_is_too_large_is_refused(empty: TestClient) -> None:
+    assert problem(upload(empty, "x" * 200_000), 413)["code"] == "too_large"
+    assert problem(empty.post("/train", content=b"x" * 2_000_000), 413)["code"] == "too_large"
 
 
-def test_an_upload_that_hides_its_size_is_refused_while_it_arrives(client: TestClient) -> None:
+def test_an_upload_that_hides_its_size_is_refused_while_it_arrives(empty: TestClient) -> None:
     def chunks() -> Iterator[bytes]:
         for _ in range(50):
             yield b"x" * 65536
 
-    answer = client.post("/train", content=chunks(), headers={"Content-Type": "application/json"})
+    answer = empty.post("/train", content=chunks(), headers={"Content-Type": "application/json"})
     assert problem(answer, 413)["code"] == "too_large"
 
 
-def test_an_upload_without_a_file_is_refused(client: TestClient) -> None:
-    assert problem(client.post("/datasets", data={"name": "x"}), 400)["param"] == "file"
+def test_an_upload_without_a_file_is_refused(empty: TestClient) -> None:
+    assert problem(empty.post("/datasets", data={"name": "x"}), 400)["param"] == "file"
 
 
 @pytest.mark.parametrize("fraction", ["-0.1", "0.9", "nan", "x"])
-def test_a_bad_eval_fraction_is_refused(client: TestClient, fraction: str) -> None:
-    assert problem(upload(client, ROWS, eval_fraction=fraction), 422)["param"] == "eval_fraction"
+def test_a_bad_eval_fraction_is_refused(empty: TestClient, fraction: str) -> None:
+    assert problem(upload(empty, ROWS, eval_fraction=fraction), 422)["param"] == "eval_fraction"
 
 
 def test_a_dataset_in_use_cannot_be_deleted(client: TestClient, dataset_id: str) -> None:
@@ -695,14 +721,14 @@ def test_a_file_in_the_store_becomes_a_dataset(client: TestClient) -> None:
     ],
 )
 def test_a_file_that_cannot_be_taken_from_the_store_is_refused_by_name(
-    client: TestClient, fields: dict[str, str], status: int, param: str
+    empty: TestClient, fields: dict[str, str], status: int, param: str
 ) -> None:
-    objects = client.app.state.parts.objects.datasets  # type: ignore[attr-defined]
+    objects = empty.app.state.parts.objects.datasets  # type: ignore[attr-defined]
     objects.write("incoming/large.jsonl", b"x" * 200_001)
     objects.write("incoming/bad.jsonl", b"no json\n")
-    answer = client.post("/datasets", data=fields)
+    answer = empty.post("/datasets", data=fields)
     assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), answer.text
-    assert client.get("/datasets").json()["datasets"] == []
+    assert empty.get("/datasets").json()["datasets"] == []
 
 
 def test_one_of_file_and_key_is_enough(client: TestClient) -> None:

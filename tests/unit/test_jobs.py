@@ -138,6 +138,7 @@ class World:
             wake=self._wake,
             hub=self.hub,
             trackers=trackers,
+            attempt_environment={"HF_ENDPOINT": "https://hub.example"},
         )
         self.store.create_dataset(a_dataset())
 
@@ -276,6 +277,7 @@ def test_a_queued_job_is_launched_once_with_a_spec_and_a_token_for_this_attempt(
     world.jobs.reconcile()
     [order] = world.launcher.launched.values()
     assert order.name == attempt_name(job.job_id, 1)
+    assert order.environment["HF_ENDPOINT"] == "https://hub.example"
     world.tokens.check_attempt(order.environment["JOB_TOKEN"], job.job_id, 1)
     with pytest.raises(Unauthorized):
         world.tokens.check_attempt(order.environment["JOB_TOKEN"], job.job_id, 2)

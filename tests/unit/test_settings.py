@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from service.settings import Settings, inherited_environment
+from service.settings import Settings, attempt_environment, inherited_environment
 
 CLOUD = {"launcher": "cloud-run", "public_url": "https://t.example"}
 
@@ -72,9 +72,9 @@ def test_trackers_are_said_in_json_and_keep_their_secret(monkeypatch: pytest.Mon
 def test_the_service_and_its_attempts_ask_the_same_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TUNESMITH_HF_ENDPOINT", "HF_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
-    assert "HF_ENDPOINT" not in inherited_environment(Settings())  # type: ignore[call-arg]
+    assert attempt_environment(Settings()) == {}  # type: ignore[call-arg]
     for name in ("HF_ENDPOINT", "TUNESMITH_HF_ENDPOINT"):
         monkeypatch.setenv(name, f"https://{name.lower().replace('_', '-')}.example")
         settings = Settings()  # type: ignore[call-arg]
         assert settings.hf_endpoint.startswith(f"https://{name.lower().replace('_', '-')}")
-        assert inherited_environment(settings)["HF_ENDPOINT"] == settings.hf_endpoint
+        assert attempt_environment(settings)["HF_ENDPOINT"] == settings.hf_endpoint
