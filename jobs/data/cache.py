@@ -8,9 +8,12 @@ import hashlib
 import io
 import json
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jobs.data.pairs import JudgedRow, Pair, RenderedJudged, RenderedPairs, render_judged, render_pairs
 from jobs.data.render import NO_LABEL, Rendered, TokenRow, read_rows, render
 from schema.words import DatasetType
 from storage import NoSuchObject, ObjectStore, StorageError
@@ -22,8 +25,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = "1"  # of the rendering and of the file; a change of either makes other names
+VERSION = "2"  # of the rendering and of the file; a change of either makes other names
 LEAST_BYTES = 1 << 20  # of rows: fewer are tokenized sooner than fetched
+
+
+@dataclass
+class Tokens:
+    """What is kept of a split: its rows, how many were cut or left out, and a mark on each row where the form has one."""
+
+    rows: list[TokenRow]
+    cut: int
+    dropped: int
+    marks: list[bool] = field(default_factory=list)
 
 
 def render_cached(ground: "Ground", dataset_type: DatasetType, least_bytes: int = LEAST_BYTES) -> dict[str, Rendered]:
@@ -31,38 +44,79 @@ def render_cached(ground: "Ground", dataset_type: DatasetType, least_bytes: int 
 
     Splits of fewer than `least_bytes` are always made.
     """
-    found: dict[str, Rendered] = {}
+    knobs = ground.config.hyperparameters
+
+    def make(path: Path) -> Tokens:
+        made = render(read_rows(path), dataset_type, ground.tokenizer, knobs.max_seq_length)
+        return Tokens(made.rows, made.cut, made.dropped)
+
+    found = _cached(ground, "rows", make, least_bytes)
+    return {name: Rendered(kept.rows, kept.cut, kept.dropped) for name, kept in found.items()}
+
+
+def pairs_cached(ground: "Ground", least_bytes: int = LEAST_BYTES) -> dict[str, RenderedPairs]:
+    """The same for rows of two answers."""
+
+    def make(path: Path) -> Tokens:
+        made = render_pairs(read_rows(path), ground.tokenizer, ground.config.hyperparameters.max_seq_length)
+        return Tokens([row for pair in made.rows for row in (pair.chosen, pair.rejected)], made.cut, made.dropped)
+
+    def pairs(kept: Tokens) -> RenderedPairs:
+        answers = iter(kept.rows)
+        return RenderedPairs([Pair(*both) for both in zip(answers, answers, strict=True)], kept.cut, kept.dropped)
+
+    return {name: pairs(kept) for name, kept in _cached(ground, "pairs", make, least_bytes).items()}
+
+
+def judged_cached(ground: "Ground", dataset_type: DatasetType, least_bytes: int = LEAST_BYTES) -> dict[str, RenderedJudged]:
+    """The same for answers that are each good or bad."""
+
+    def make(path: Path) -> Tokens:
+        made = render_judged(read_rows(path), dataset_type, ground.tokenizer, ground.config.hyperparameters.max_seq_length)
+        return Tokens([judged.row for judged in made.rows], made.cut, made.dropped, [judged.is_good for judged in made.rows])
+
+    def judged(kept: Tokens) -> RenderedJudged:
+        return RenderedJudged([JudgedRow(*one) for one in zip(kept.rows, kept.marks, strict=True)], kept.cut, kept.dropped)
+
+    return {name: judged(kept) for name, kept in _cached(ground, "judged", make, least_bytes).items()}
+
+
+def _cached(ground: "Ground", form: str, make: Callable[[Path], Tokens], least_bytes: int) -> dict[str, Tokens]:
+    dataset, store = ground.context.spec.dataset, ground.context.stores.datasets
+    longest = ground.config.hyperparameters.max_seq_length
+    found: dict[str, Tokens] = {}
     for name, path in ground.splits.items():
-        split = ground.context.spec.dataset.splits[name]
-        longest = ground.config.hyperparameters.max_seq_length
-        key = _key(split.key, split.sha256, dataset_type, ground.tokenizer, longest)
-        known = _read(ground.context.stores.datasets, key) if split.size_bytes >= least_bytes else None
-        if known is None:
-            known = render(read_rows(path), dataset_type, ground.tokenizer, longest)
-            if split.size_bytes >= least_bytes:
-                _keep(ground.context.stores.datasets, key, known)
-        else:
+        split = dataset.splits[name]
+        is_worth_it = split.size_bytes >= least_bytes
+        settings = {"rows": split.sha256, "type": dataset.dataset_type, "form": form, "longest": longest}
+        key = _key(split.key, settings, ground.tokenizer)
+        known = _read(store, key) if is_worth_it else None
+        if known is not None:
             ground.context.decided("tokens", "cached", f"{name} was tokenized before, in the same way")
-        found[name] = known
+        found[name] = known or make(path)
+        if is_worth_it and known is None:
+            _keep(store, key, found[name])
     return found
 
 
-def packed_bytes(rendered: Rendered) -> bytes:
+def packed_bytes(tokens: Tokens) -> bytes:
     """The rows as one file, without pickles."""
     import numpy as np
 
-    rows = rendered.rows
+    rows = tokens.rows
     lengths = np.array([len(row.input_ids) for row in rows], np.int32)
     ids = np.array([token for row in rows for token in row.input_ids], np.int32)
     labelled = np.packbits(np.array([label != NO_LABEL for row in rows for label in row.labels], bool))
     prompts = np.array([row.prompt_tokens for row in rows], np.int32)
-    rest = json.dumps({"cut": rendered.cut, "dropped": rendered.dropped, "texts": [row.prompt_text for row in rows]}).encode()
+    rest = json.dumps(
+        {"cut": tokens.cut, "dropped": tokens.dropped, "texts": [row.prompt_text for row in rows], "marks": tokens.marks}
+    ).encode()
     out = io.BytesIO()
     np.savez_compressed(out, lengths=lengths, ids=ids, labelled=labelled, prompts=prompts, rest=np.frombuffer(rest, np.uint8))
     return out.getvalue()
 
 
-def unpacked(content: bytes) -> Rendered:
+def unpacked(content: bytes) -> Tokens:
     """The rows of such a file. Raises ValueError, KeyError or OSError for one that is not whole."""
     import numpy as np
 
@@ -76,18 +130,18 @@ def unpacked(content: bytes) -> Rendered:
         TokenRow(row.tolist(), wanted.tolist(), text, int(prompt))
         for row, wanted, text, prompt in zip(np.split(ids, ends), np.split(labels, ends), rest["texts"], prompts, strict=True)
     ]
-    return Rendered(rows, rest["cut"], rest["dropped"])
+    return Tokens(rows, rest["cut"], rest["dropped"], rest["marks"])
 
 
-def _key(split_key: str, split_sha256: str, dataset_type: DatasetType, tokenizer: "PreTrainedTokenizerBase", longest: int) -> str:
+def _key(split_key: str, settings: dict[str, str | int], tokenizer: "PreTrainedTokenizerBase") -> str:
     """Below the dataset's own folder."""
-    settings = {"version": VERSION, "rows": split_sha256, "type": dataset_type, "longest": longest, "template": tokenizer.chat_template}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    whole = settings | {"version": VERSION, "template": tokenizer.chat_template}
+    digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     return f"{Path(split_key).parent.as_posix()}/tokens/{digest.hexdigest()}.npz"
 
 
-def _read(store: ObjectStore, key: str) -> Rendered | None:
+def _read(store: ObjectStore, key: str) -> Tokens | None:
     """What is kept there; None when there is nothing, or nothing that can be read: then it is made anew."""
     from zipfile import BadZipFile
 
@@ -100,9 +154,9 @@ def _read(store: ObjectStore, key: str) -> Rendered | None:
         return None
 
 
-def _keep(store: ObjectStore, key: str, rendered: Rendered) -> None:
+def _keep(store: ObjectStore, key: str, tokens: Tokens) -> None:
     """For the next job. One that may not write there, or whose store is away, goes on without."""
     try:
-        store.write(key, packed_bytes(rendered))
+        store.write(key, packed_bytes(tokens))
     except StorageError as error:
         log.warning("tokens are not cached", extra={"key": key, "error": str(error)})

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.data.pairs import JudgedRow, render_judged
-from jobs.data.render import TokenRow, read_rows
+from jobs.data.cache import judged_cached
+from jobs.data.pairs import JudgedRow
+from jobs.data.render import TokenRow
 from jobs.trained import TrainedModel
 from jobs.trainers.course import Course
 from jobs.trainers.likelihood import measure
@@ -200,8 +201,7 @@ def _prepare(config: KtoConfig, ground: Ground) -> KtoLesson:
     """Rows to tokens and labels. Raises JobFailed when there is nothing to learn in them."""
     knobs, dataset_type = config.hyperparameters, ground.context.spec.dataset.dataset_type
     rows: dict[str, list[JudgedRow]] = {TRAIN_SPLIT: [], EVAL_SPLIT: []}
-    for name, path in ground.splits.items():
-        rendered = render_judged(read_rows(path), dataset_type, ground.tokenizer, knobs.max_seq_length)
+    for name, rendered in judged_cached(ground, dataset_type).items():
         tell_cuts(ground, name, rendered)
         rows[name] = rendered.rows
     train_rows, held_out = rows[TRAIN_SPLIT], rows[EVAL_SPLIT]

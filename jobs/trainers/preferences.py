@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from jobs.data.pairs import Pair, RenderedJudged, RenderedPairs, render_pairs
-from jobs.data.render import NO_LABEL, Rendered, TokenRow, read_rows
+from jobs.data.cache import pairs_cached
+from jobs.data.pairs import Pair, RenderedJudged, RenderedPairs
+from jobs.data.render import NO_LABEL, Rendered, TokenRow
 from jobs.errors import JobFailed
 from jobs.evaluation.undisturbed import undisturbed
 from jobs.trainers.healing import free_memory, is_out_of_memory
@@ -48,8 +49,7 @@ def refuse_what_cannot_be(config: TrainingConfig, context: "JobContext") -> None
 
 def prepare_pairs(ground: Ground) -> tuple[list[Pair], list[Pair]]:
     """The pairs to learn from, and the held-out ones. Raises JobFailed when there is nothing to learn."""
-    longest = ground.config.hyperparameters.max_seq_length
-    found = {name: render_pairs(read_rows(path), ground.tokenizer, longest) for name, path in ground.splits.items()}
+    found = pairs_cached(ground)
     for name, rendered in found.items():
         tell_cuts(ground, name, rendered)
     train = found[TRAIN_SPLIT].rows

@@ -4,9 +4,11 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from schema.words import DatasetType
 from tests.e2e.conftest import BASE, ROWS, SOURCE, TUNESMITH, Service
 
 README = (SOURCE / "README.md").read_text()
@@ -47,8 +49,12 @@ def test_the_commands_of_the_readme_work_in_their_order(service: Service, tmp_pa
 
 def test_every_row_that_the_readme_shows_is_a_row(service: Service) -> None:
     [rows] = [block for block in blocks("json") if '"messages"' in block]
+    forms: dict[tuple[str, ...], list[str]] = {}
     for line in rows.strip().splitlines():
-        answer = service.http.post("/datasets", files={"file": ("rows.jsonl", line)}, data={"eval_fraction": "0"})
+        forms.setdefault(tuple(json.loads(line)), []).append(line)
+    assert len(forms) == len(get_args(DatasetType))
+    for lines in forms.values():
+        answer = service.http.post("/datasets", files={"file": ("rows.jsonl", "\n".join(lines))}, data={"eval_fraction": "0"})
         assert answer.status_code == 201, answer.text
 
 
