@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from jobs.errors import JobFailed
 
@@ -23,6 +24,7 @@ class Settings:
     JOB_REPORT_INTERVAL_S  seconds between reports (15); a directive such as `cancel` comes with their answers
     JOB_IMAGE              the container's image, for run.json; missing: none
     JOB_PROCESSES          processes that train at most (`most_processes`); missing: one for each GPU
+    JOB_PARALLELISM        how they share the training (`parallelism`): ddp or fsdp; missing: as the model fits
     JOB_TIME_LIMIT_S       seconds within which the attempt saves what it has and yields to the next one; missing: no limit
     """
 
@@ -105,6 +107,14 @@ def most_processes(environment: Mapping[str, str] = os.environ) -> int | None:
     if count < 1:
         raise JobFailed("internal", f"JOB_PROCESSES is {told}", "the launcher must set it to 1 or more, or not at all")
     return count
+
+
+def parallelism(environment: Mapping[str, str] = os.environ) -> Literal["ddp", "fsdp"] | None:
+    """JOB_PARALLELISM: ddp, every process with the whole model, or fsdp, each with a part; missing: as it fits. Raises JobFailed."""
+    told = environment.get("JOB_PARALLELISM") or None
+    if told not in ("ddp", "fsdp", None):
+        raise JobFailed("internal", f"JOB_PARALLELISM is {told!r}", "the launcher must set it to ddp or fsdp, or not at all")
+    return told
 
 
 def environment_of_rank(

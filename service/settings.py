@@ -160,7 +160,7 @@ INHERITED = (
     # How the attempt reaches the object store: gs:// and s3:// read their credentials from where their own tools do.
     *("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_CLOUD_PROJECT", "STORAGE_EMULATOR_HOST", "GCE_METADATA_HOST"),
     *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"),
-    "JOB_PROCESSES",  # how many GPUs a training uses at most
+    *("JOB_PROCESSES", "JOB_PARALLELISM"),  # how many GPUs a training uses at most, and how it shares them
 )
 # And where there is an s3:// store: it knows no other credentials than these.
 INHERITED_FOR_S3 = (

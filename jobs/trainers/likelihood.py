@@ -71,18 +71,19 @@ class LabelledHead:
         return told, loss
 
     def _at_labels(self, _: Any, states: tuple[Any, ...]) -> tuple[Any] | None:
-        """Before the head: make the loss of what goes into it (B, T, H), and let a single position pass."""
+        """Before the head: make the loss of what goes into it (B, T, H), and let a single position pass, the first labelled one."""
         import torch
 
         if self._asked is None:
             return None
         (keep, wanted, divisor), self._asked = self._asked, None  # the head is called from here, too
         chosen = states[0][:, :-1][keep]
+        probe = (chosen if len(chosen) else states[0][0])[:1]  # a batch that teaches nothing shows what the model does as well
         if not self._at_once:
-            self._look_at(chosen[:1])
+            self._look_at(probe)
         weights = self._reached if torch.is_grad_enabled() else []
         self._loss = _loss_in_parts().apply(chosen, wanted, self._logits, self._at_once, divisor, *weights)
-        return (chosen[:1].detach(),)
+        return (probe.detach(),)
 
     def _look_at(self, states: Any) -> None:
         """What the head makes of a position, and which trained weights it needs for that."""

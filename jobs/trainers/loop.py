@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -26,11 +27,22 @@ from jobs.evaluation.text_metrics import task_metrics
 from jobs.exporters import refuse_impossible
 from jobs.exporters.folders import PROCESSOR_FILES, copy_files
 from jobs.patience import download_patiently
+from jobs.settings import parallelism
 from jobs.system_metrics import system_metrics
 from jobs.trained import Probe, TrainedModel
 from jobs.trainers.course import BestPolicy, Course
 from jobs.trainers.healing import BatchPlan, free_memory, is_out_of_memory, plan_with_less_memory
-from jobs.trainers.model import Machine, compiles, end_turns, load_adapter, look_at_the_machine, ready_unsloth, refuse_broken
+from jobs.trainers.model import (
+    HEADROOM,
+    Machine,
+    compiles,
+    end_turns,
+    load_adapter,
+    look_at_the_machine,
+    ready_unsloth,
+    refuse_broken,
+    training_bytes,
+)
 from jobs.trainers.saving import SavePolicy, TrainingState
 from jobs.trainers.several import (
     ALONE,
@@ -47,6 +59,19 @@ from jobs.trainers.several import (
     save_random_states,
     shared_batches,
     together,
+)
+from jobs.trainers.sharded import (
+    Room,
+    Whole,
+    gather_all,
+    gather_weights,
+    lend,
+    load_optimizer,
+    measuring,
+    obstacle_of,
+    parallelism_of,
+    save_optimizer,
+    shard,
 )
 from schema.events import Sampled
 from schema.job import EvalMetrics, Progress
@@ -215,15 +240,10 @@ def teach(lesson: Lesson, ground: Ground) -> TrainedModel:
     taught = _study(lesson, ground) if context.spec.export_of else _teach_whatever_happens(lesson, ground)
     taught = _the_best(lesson, ground, taught)
     state, step = taught.course.state, taught.course.published_step
-    metrics = None
-    if _is_judged(lesson, ground):
-        context.phase("evaluating")
-        metrics = state.measured.get(step) or _measured(lesson, ground, taught.trainer, "after", step, context.check)
-        metrics = _on_benchmarks(ground, taught.trainer.model, metrics)
-        context.evaluated("after", step, metrics)
+    metrics = taught.metrics if taught.weights else _measured_after(lesson, ground, taught.trainer, taught.course)
     folder = context.workdir / "model"
     model = taught.trainer.model
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=taught.weights)
     ground.tokenizer.save_pretrained(folder)
     copy_files(ground.base_folder, folder, PROCESSOR_FILES)  # of a base that sees, also where text alone was trained
     if not ground.adapts and model.can_generate():
@@ -250,10 +270,15 @@ def teach(lesson: Lesson, ground: Ground) -> TrainedModel:
 
 @dataclass(frozen=True)
 class Taught:
-    """The library's trainer with the trained model, and the course it took."""
+    """The library's trainer with the trained model, and the course it took.
+
+    Of a model that was divided, its `weights` put together, and the metrics: it was measured while there were others to hold it.
+    """
 
     trainer: Any
     course: Course
+    weights: dict[str, Any] | None = None
+    metrics: EvalMetrics | None = None
 
 
 def _teach_whatever_happens(lesson: Lesson, ground: Ground) -> Taught:
@@ -271,8 +296,9 @@ def _teach_whatever_happens(lesson: Lesson, ground: Ground) -> Taught:
         context.findings.base_metrics = context.findings.base_metrics or state.base_metrics
         course = _course(ground, state, steps)
         processes = _processes(lesson, ground, course.plan, places)
+        sharded = _is_divided(ground, processes)
         try:
-            return _teach_once(lesson, ground, restored, course, replace(places, most=processes))
+            return _teach_once(lesson, ground, restored, course, replace(places, most=processes, sharded=sharded))
         except (RuntimeError, MemoryError) as error:
             no_memory = is_out_of_memory(error)
             if not no_memory and (processes == 1 or course.step > state.step):
@@ -299,13 +325,33 @@ def _processes(lesson: Lesson, ground: Ground, plan: BatchPlan, places: Places) 
     """How many train, of those for which there is room; told with the reason."""
     if places.most == 1:
         return 1
-    shareable = isinstance(lesson, Shareable) and ground.config.provider == "huggingface"
-    choice = choose(plan, lesson.items, places.most) if shareable else Choice(1, ONE_EACH, ONE_EACH)
+    choice = choose(plan, lesson.items, places.most) if _is_shareable(lesson, ground) else Choice(1, ONE_EACH, ONE_EACH)
     ground.context.decided("processes", str(choice.processes), choice.why)
     if choice.idle:
         message = f"there is room for {places.most} processes, and this training uses {choice.processes}: {choice.idle}"
         ground.context.warn("idle_gpus" if places.gpus else "idle_processors", message)
     return choice.processes
+
+
+def _is_shareable(lesson: Lesson, ground: Ground) -> bool:
+    return isinstance(lesson, Shareable) and ground.config.provider == "huggingface"
+
+
+def _is_divided(ground: Ground, processes: int) -> bool:
+    """Whether each process has a part of the model instead of the whole; told with the reason."""
+    found = parallelism_of(processes, obstacle_of(ground.config), parallelism(), _room(ground, processes))
+    ground.context.decided("parallelism", found.value, found.why)
+    return found.value == "fsdp"
+
+
+def _room(ground: Ground, processes: int) -> Room | None:
+    """Memory of a GPU, and what of it is needed; None without one."""
+    import torch
+
+    if not ground.machine.on_gpu:
+        return None
+    needed = partial(training_bytes, ground.config, ground.base_folder, recomputes=ground.machine.gradient_checkpointing)
+    return Room(whole=needed(), part=needed(parts=processes), there=torch.cuda.mem_get_info()[0] * HEADROOM)
 
 
 def _course(ground: Ground, state: TrainingState, total_steps: int) -> Course:
@@ -333,7 +379,7 @@ def _total_steps(config: TrainingConfig, lesson: Lesson) -> int:
 def _teach_once(lesson: Lesson, ground: Ground, restored: "Restored | None", course: Course, places: Places) -> Taught:
     """Train from the base or from what was restored until the course ends, in so many processes. Raises Stopped."""
     folder = restored.folder if restored else None
-    if places.most == 1 or course.is_done or not isinstance(lesson, Shareable):
+    if places.most == 1 or (course.is_done and not places.sharded) or not isinstance(lesson, Shareable):
         return _led(lesson, ground, folder, course, ALONE)
     ground = _uncompiled(ground)
     told = {"state": course.state, "total_steps": course.total_steps, "checkpoint": folder}
@@ -355,23 +401,30 @@ def _led(lesson: Lesson, ground: Ground, folder: Path | None, course: Course, cr
     """The training, by the process that decides."""
     context = ground.context
     trainer = _trainer(lesson, ground, folder, course, crew)
-    if _is_judged(lesson, ground) and (folder is None or course.evaluation_is_due):
-        context.phase("evaluating")
-        if folder is None and context.findings.base_metrics is None:
-            measured = _measured(lesson, ground, trainer, "before", 0, context.check)
-            context.evaluated("before", 0, _on_benchmarks(ground, trainer.model, measured))
-        if course.evaluation_is_due:
-            course.evaluate(lambda _: _measured(lesson, ground, trainer, "during", course.step, context.check))
+    with measuring(crew, trainer.model):
+        _measure_before(lesson, ground, folder, trainer, course)
     context.phase("training")
     course.checkpoint_bytes = ADAM_COPIES * sum(part.nbytes for part in trainer.model.parameters() if part.requires_grad)
     with context.stop.politely():
-        if not course.is_done:
+        if crew.tell(not course.is_done):
             crew.meet()
             crew.first_step.begins()
             trainer.train(resume_from_checkpoint=str(folder) if folder else None)
-            refuse_broken(trainer.model, course.step)
+            if not crew.sharded:  # what is divided is looked at when it is put together
+                refuse_broken(trainer.model, course.step)
         course.end()
-    return Taught(trainer, course)
+    if not crew.sharded:
+        return Taught(trainer, course)
+    best = crew.tell(_better(ground, course))
+    if best is not None:
+        del trainer
+        free_memory()
+        trainer = _trainer(lesson, ground, best, course, crew)
+    with measuring(crew, trainer.model):
+        metrics = _measured_after(lesson, ground, trainer, course)
+    weights = gather_weights(crew, trainer.model)
+    refuse_broken(trainer.model, course.step, weights)
+    return Taught(trainer, course, weights, metrics)
 
 
 def follow(errand: Errand) -> None:
@@ -382,8 +435,19 @@ def follow(errand: Errand) -> None:
     course = Course(context, SavePolicy("no", 1), errand.state, total_steps=errand.total_steps)
     crew = arrive(errand)
     trainer = _trainer(lesson, ground, errand.checkpoint, course, crew)
-    crew.meet()
-    trainer.train(resume_from_checkpoint=str(errand.checkpoint) if errand.checkpoint else None)
+    lend(crew, trainer.model)
+    if crew.tell(None):
+        crew.meet()
+        trainer.train(resume_from_checkpoint=str(errand.checkpoint) if errand.checkpoint else None)
+    if not crew.sharded:
+        return
+    best = crew.tell(None)
+    if best is not None:
+        del trainer
+        free_memory()
+        trainer = _trainer(lesson, ground, best, course, crew)
+    lend(crew, trainer.model)
+    gather_weights(crew, trainer.model)
 
 
 def _study(lesson: Lesson, ground: Ground) -> Taught:
@@ -393,25 +457,36 @@ def _study(lesson: Lesson, ground: Ground) -> Taught:
     state = TrainingState.read(restored.folder)
     ground.context.findings.base_metrics = state.base_metrics
     course = _course(ground, state, state.step)
+    places = look_for_places(on_gpu=ground.machine.on_gpu)
+    if places.most > 1 and _is_shareable(lesson, ground) and _is_divided(ground, places.most):
+        return _teach_once(lesson, ground, restored, course, replace(places, sharded=True))
     return Taught(_trainer(lesson, ground, restored.folder, course), course)
 
 
 def _the_best(lesson: Lesson, ground: Ground, taught: Taught) -> Taught:
     """The same, or the model of the best checkpoint, where that is to be published and it was another one."""
     course = taught.course
-    if not course.wants_best or ground.context.spec.export_of or course.best_step in (None, course.step):
+    best = None if taught.weights else _better(ground, course)
+    if best is None:
         return taught
+    del taught
+    free_memory()
+    return Taught(_trainer(lesson, ground, best, course), course)
+
+
+def _better(ground: Ground, course: Course) -> Path | None:
+    """The checkpoint that is published instead of the model as it is, if any; told with the reason."""
+    if not course.wants_best or ground.context.spec.export_of or course.best_step in (None, course.step):
+        return None
     ground.context.checkpoints.settle()
     best = ground.context.checkpoints.best()
     if best is None:
         ground.context.warn("best_checkpoint_gone", f"the checkpoint of step {course.best_step} cannot be read; the last one is published")
-        return taught
+        return None
     why = f"eval_loss was lowest there: {best.checkpoint.eval_loss}"
     ground.context.decided("published_step", str(best.checkpoint.step), why)
     course.published_step = best.checkpoint.step
-    del taught
-    free_memory()
-    return Taught(_trainer(lesson, ground, best.folder, course), course)
+    return best.folder
 
 
 # --- the library's trainer -----------------------------------------------------------------------------------------------
@@ -421,8 +496,7 @@ def _trainer(lesson: Lesson, ground: Ground, checkpoint: Path | None, course: Co
     """The library's trainer around the model of the base, or of a checkpoint, obeying the course."""
     from transformers import PrinterCallback
 
-    weights = checkpoint if checkpoint and not ground.adapts else ground.base_folder
-    model = lesson.model(weights)
+    model = _model(lesson, ground, checkpoint, crew)
     if model.can_generate():
         end_turns(model, ground.tokenizer)
     loop = _Loop(lesson, ground, course, checkpoint, crew)
@@ -430,11 +504,27 @@ def _trainer(lesson: Lesson, ground: Ground, checkpoint: Path | None, course: Co
     trainer = lesson.trainer(model, arguments, loop.obedient, course)
     trainer.remove_callback(PrinterCallback)  # its losses are not ours
     trainer.add_callback(loop.reporting(trainer))
-    if checkpoint and ground.adapts:
+    if crew.sharded:
+        trainer.is_distributed_loading_by_transformers = True  # the library's word for a model that it neither moves nor wraps
+    if checkpoint and ground.adapts and not crew.sharded:
         load_adapter(trainer.model, checkpoint)
     if ground.machine.gradient_checkpointing and ground.adapts:
         trainer.model.enable_input_require_grads()
     return trainer
+
+
+def _model(lesson: Lesson, ground: Ground, checkpoint: Path | None, crew: Crew) -> Any:
+    """The model of the base, or of a checkpoint of all weights; or this process's part of it, which is never whole on the GPU."""
+    import torch
+
+    weights = checkpoint if checkpoint and not ground.adapts else ground.base_folder
+    if not crew.sharded or not isinstance(lesson, Shareable):
+        return lesson.model(weights)
+    beside = replace(ground, machine=replace(ground.machine, device=torch.device("cpu")))
+    model = lesson.recipe(beside).model(weights)
+    if checkpoint and ground.adapts:
+        load_adapter(model, checkpoint)
+    return shard(model, ground.machine)
 
 
 def _arguments(lesson: Lesson, ground: Ground, course: Course) -> dict[str, Any]:
@@ -479,6 +569,7 @@ class _Loop:
     course: Course
     restored: Path | None
     crew: Crew
+    whole: Whole | None = None  # of a divided model, while it is saved
     step_loss: Any = field(default=0.0)  # of the optimizer step at work, over its micro-batches
     step_tokens: int = 0
 
@@ -498,11 +589,20 @@ class _Loop:
             def get_train_dataloader(self) -> Any:
                 return super().get_train_dataloader() if crew.processes == 1 else shared_batches(self, crew.processes)
 
+            def _move_model_to_device(self, model: Any, device: Any) -> None:
+                if not crew.sharded:  # a part is where it belongs
+                    super()._move_model_to_device(model, device)
+
             def store_flos(self) -> None:
                 """The library would sum up over the processes what nobody reads, also where one alone is saving."""
 
             def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-                loss = self.measured() if crew.leads else math.nan
+                loss = math.nan
+                if crew.leads:
+                    with measuring(crew, self.model):
+                        loss = self.measured()
+                else:
+                    lend(crew, self.model)
                 obey(crew, self.control)
                 return {"eval_loss": loss}
 
@@ -516,7 +616,8 @@ class _Loop:
                 return math.nan if found is None or found.eval_loss is None else found.eval_loss
 
             def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-                self.model.save_pretrained(output_dir)  # no tokenizer, 33 MB of it, and no pickled arguments: nobody reads them
+                weights = loop.whole.weights if loop.whole else None
+                self.model.save_pretrained(output_dir, state_dict=weights)  # no tokenizer, 33 MB of it, and no pickled arguments
 
             def _send_telemetry(self) -> None:
                 """TRL's would tell its makers that something is trained here, and on what."""
@@ -525,10 +626,10 @@ class _Loop:
                 """The library's would be in every checkpoint; ours is written once."""
 
             def _save_checkpoint(self, model: Any, trial: Any) -> None:
-                states = crew.random_states()
+                states, loop.whole = crew.random_states(), gather_all(crew, self)
                 if not crew.leads:
                     return
-                refuse_broken(self.model, course.step)
+                refuse_broken(self.model, course.step, loop.whole.weights if loop.whole else None)
                 folder = Path(self.args.output_dir or "", f"checkpoint-{course.step}")
                 course.window_metrics = {name: tuple(values) for name, values in lesson.window(self).items()}
 
@@ -537,6 +638,19 @@ class _Loop:
                     save_random_states(folder, states)
 
                 course.save(folder, self.state.epoch or 0.0, write)
+                loop.whole = None
+
+            def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+                if loop.whole is None:
+                    super()._save_optimizer_and_scheduler(output_dir)
+                else:
+                    save_optimizer(self, loop.whole, Path(output_dir))
+
+            def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+                if checkpoint is None or not crew.sharded:
+                    super()._load_optimizer_and_scheduler(checkpoint)
+                else:
+                    load_optimizer(self, Path(checkpoint))
 
             def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
                 """The model has these weights already; what was being gathered for the next point goes on."""
@@ -651,6 +765,31 @@ def memory() -> dict[str, float]:
 def _is_judged(lesson: Lesson, ground: Ground) -> bool:
     """There is something to measure base and trained model on."""
     return lesson.is_measured or bool(ground.config.eval_config.lm_eval_tasks)
+
+
+def _measure_before(lesson: Lesson, ground: Ground, folder: Path | None, trainer: Any, course: Course) -> None:
+    """The base, or what the training that goes on from `folder` had no time for."""
+    context = ground.context
+    if not _is_judged(lesson, ground) or (folder is not None and not course.evaluation_is_due):
+        return
+    context.phase("evaluating")
+    if folder is None and context.findings.base_metrics is None:
+        measured = _measured(lesson, ground, trainer, "before", 0, context.check)
+        context.evaluated("before", 0, _on_benchmarks(ground, trainer.model, measured))
+    if course.evaluation_is_due:
+        course.evaluate(lambda _: _measured(lesson, ground, trainer, "during", course.step, context.check))
+
+
+def _measured_after(lesson: Lesson, ground: Ground, trainer: Any, course: Course) -> EvalMetrics | None:
+    """The model that is published; None where there is nothing to measure it on."""
+    context, step = ground.context, course.published_step
+    if not _is_judged(lesson, ground):
+        return None
+    context.phase("evaluating")
+    metrics = course.state.measured.get(step) or _measured(lesson, ground, trainer, "after", step, context.check)
+    metrics = _on_benchmarks(ground, trainer.model, metrics)
+    context.evaluated("after", step, metrics)
+    return metrics
 
 
 def _on_benchmarks(ground: Ground, model: Any, metrics: EvalMetrics) -> EvalMetrics:

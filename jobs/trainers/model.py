@@ -7,7 +7,8 @@
 Torch, transformers and peft are imported where they are used.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +28,8 @@ Kind = Literal["causal", "score", "image_text"]
 # Of what a training needs beside the weights, in bytes per token and unit of width and layer: measured for Gemma, bf16, without
 # recomputation; the head's logits of labelled positions come on top.
 ACTIVATION_BYTES = 40
+LAYERS_AT_ONCE = 3  # of a divided model: the one that computes, the one that comes next, and gradients of the one before
+INPUT_BYTES = 4  # per token, width and layer, of what is left of these when they are computed a second time: a layer's input
 HEADROOM = 0.8  # of the memory that is free; the rest is the allocator's
 
 # torch.compile takes a minute or more, and then saves a share of each step.
@@ -91,10 +94,12 @@ def _recomputes(config: TrainingConfig, context: "JobContext", base_folder: Path
     return not fits
 
 
-def training_bytes(config: TrainingConfig, base_folder: Path) -> float:
-    """Roughly what a training keeps in memory when activations are kept: weights, gradients, optimizer, activations."""
-    import json
+def training_bytes(config: TrainingConfig, base_folder: Path, *, recomputes: bool = False, parts: int = 1) -> float:
+    """Roughly what a training keeps in memory: weights, gradients, optimizer, activations.
 
+    Activations are kept, or computed a second time; the rest is whole, or one of so many parts, of which a layer after the other and the
+    embeddings are whole all the same.
+    """
     whole = json.loads((base_folder / "config.json").read_text())
     shape = whole.get("text_config", whole)
     knobs = config.hyperparameters
@@ -102,19 +107,25 @@ def training_bytes(config: TrainingConfig, base_folder: Path) -> float:
     per_parameter = {"Full": 16.0, "LoRA": 2.0, "QLoRA": 0.6}[config.method]
     if config.method == "Full" and config.trainer_type in ("dpo", "kto"):
         per_parameter += 4  # the base stays beside it, to compare with
-    width, layers = shape.get("hidden_size", 4096), shape.get("num_hidden_layers", 32)
+    width, layers, words = shape.get("hidden_size", 4096), shape.get("num_hidden_layers", 32), shape.get("vocab_size", 262_144)
     sequences = 2 if config.trainer_type in ("dpo", "orpo", "reward") else 1  # of a row: a pair is two
     tokens = knobs.batch_size * knobs.max_seq_length * sequences
-    kept = tokens * (width * layers * ACTIVATION_BYTES + 6 * shape.get("vocab_size", 262_144))
-    if getattr(knobs, "train_vision_tower", False):
-        kept += knobs.batch_size * _looked_at_bytes(whole.get("vision_config", {}))
-    return parameters * per_parameter + kept
+    activations = tokens * (width * _kept_bytes(layers, recomputes=recomputes) + 6 * words)
+    if getattr(knobs, "train_vision_tower", False):  # one that is not trained keeps none
+        activations += knobs.batch_size * _looked_at_bytes(whole.get("vision_config", {}), recomputes=recomputes)
+    lent = 0.0 if parts == 1 else 8 * words * width + LAYERS_AT_ONCE * 4 * parameters / layers
+    return parameters * per_parameter / parts + lent + activations
 
 
-def _looked_at_bytes(vision: dict[str, Any]) -> float:
-    """The activations of an image in a vision tower that is trained; one that is not keeps none."""
+def _kept_bytes(layers: int, *, recomputes: bool) -> float:
+    """Of each token, in all layers together, for each unit of width."""
+    return layers * INPUT_BYTES + ACTIVATION_BYTES if recomputes else layers * ACTIVATION_BYTES
+
+
+def _looked_at_bytes(vision: dict[str, Any], *, recomputes: bool) -> float:
+    """The activations of an image in a vision tower."""
     patches = (vision.get("image_size", 896) // vision.get("patch_size", 14)) ** 2
-    return patches * vision.get("hidden_size", 1152) * vision.get("num_hidden_layers", 27) * ACTIVATION_BYTES
+    return patches * vision.get("hidden_size", 1152) * _kept_bytes(vision.get("num_hidden_layers", 27), recomputes=recomputes)
 
 
 def _workers(config: TrainingConfig, context: "JobContext", *, on_gpu: bool) -> int:
@@ -233,11 +244,14 @@ def load_adapter(model: Any, checkpoint: Path) -> None:
     train_few_rows_only(model)
 
 
-def refuse_broken(model: Any, step: int) -> None:
-    """The last update has no loss after it that would show what it did. Raises JobFailed when a trained weight is no number."""
+def refuse_broken(model: Any, step: int, whole: Mapping[str, Any] | None = None) -> None:
+    """The last update has no loss after it that would show what it did. Raises JobFailed when a trained weight is no number.
+
+    `whole` are the weights of a model that several processes hold parts of."""
     from jobs.trainers.course import diverged
 
-    if not all(bool(part.isfinite().all()) for part in model.parameters() if part.requires_grad):
+    trained = (part for part in model.parameters() if part.requires_grad) if whole is None else whole.values()
+    if not all(bool(part.isfinite().all()) for part in trained):
         raise diverged(f"the weights are no numbers any more after step {step}")
 
 

@@ -1,10 +1,12 @@
-"""A training on several GPUs of one machine: one process for each, all of which hold the model and go over their share of each step.
+"""A training on several GPUs of one machine: one process for each, all of which go over their share of each step, and hold the model or,
+where it is too large, a part of it (sharded.py).
 
     rank 0     the attempt's own process: it decides, measures, tells, saves; `together` starts the others and ends them whatever happens
     the rest   `python -m jobs.rank`: the same lesson and weights, and no voice; they do at each step what rank 0 says
 
-Gradients are averaged by torch's DistributedDataParallel; everything else goes over sockets of this machine, so that a long measurement
-in rank 0 keeps no GPU waiting in a kernel. A step has the rows that it has in one process, and its loss is that of all labels in it.
+Gradients are averaged by torch's DistributedDataParallel, or its fully_shard; everything else goes over sockets of this machine, so that
+a long measurement in rank 0 keeps no GPU waiting in a kernel. A step has the rows that it has in one process, and its loss is that of all
+labels in it.
 """
 
 import logging
@@ -60,10 +62,11 @@ class Shareable(Protocol):
 
 @dataclass(frozen=True)
 class Places:
-    """Where processes may run: on so many, and on which GPUs, as CUDA names them; none on a processor."""
+    """Where processes may run: on so many, and on which GPUs, as CUDA names them; none on a processor. Whether they divide the model."""
 
     most: int
     gpus: tuple[str, ...] = ()
+    sharded: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class Errand:
 
     rank: int
     processes: int
+    sharded: bool
     port: int
     on_gpu: bool
     workdir: Path
@@ -155,6 +159,7 @@ class Crew:
 
     rank: int = 0
     processes: int = 1
+    sharded: bool = False  # each holds a part of the model only
     group: Any = None  # sockets, also where gradients go from GPU to GPU
     first_step: FirstStep = field(default_factory=FirstStep)
 
@@ -179,6 +184,16 @@ class Crew:
         told = torch.tensor([int(wish) for wish in wishes], dtype=torch.uint8)
         torch.distributed.broadcast(told, src=0, group=self.group)
         return tuple(bool(wish) for wish in told.tolist())
+
+    def tell(self, word: Any) -> Any:
+        """What rank 0 says; what the others would say does not count."""
+        if self.processes == 1:
+            return word
+        import torch
+
+        told = [word]
+        torch.distributed.broadcast_object_list(told, src=0, group=self.group)
+        return told[0]
 
     def total(self, *values: float) -> tuple[float, ...]:
         """The sums over all processes."""
@@ -271,16 +286,16 @@ def arrive(errand: Errand) -> Crew:
 
     store = torch.distributed.TCPStore(HOST, errand.port, errand.processes, is_master=False)
     store.set(_ready(errand.rank), "")
-    return _join(errand.rank, errand.processes, store, on_gpu=errand.on_gpu)
+    return _join(errand.rank, errand.processes, store, on_gpu=errand.on_gpu, sharded=errand.sharded)
 
 
-def _join(rank: int, processes: int, store: Any, *, on_gpu: bool) -> Crew:
+def _join(rank: int, processes: int, store: Any, *, on_gpu: bool, sharded: bool) -> Crew:
     """Become that process of a training; `store` is torch's, where they find each other."""
     import torch
 
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=LONGEST)
-    return Crew(rank, processes, torch.distributed.new_group(backend="gloo", timeout=LONGEST))
+    return Crew(rank, processes, sharded, torch.distributed.new_group(backend="gloo", timeout=LONGEST))
 
 
 def arguments_for(processes: int, accumulated: int) -> dict[str, Any]:
@@ -364,6 +379,7 @@ def together(ground: "Ground", recipe: "Callable[[Ground], Lesson]", places: Pla
     context = ground.context
     common = {
         "processes": processes,
+        "sharded": places.sharded,
         "port": store.port,
         "on_gpu": ground.machine.on_gpu,
         "workdir": context.workdir,
@@ -377,7 +393,7 @@ def together(ground: "Ground", recipe: "Callable[[Ground], Lesson]", places: Pla
         others.send(lambda rank: Errand(rank=rank, **common, **told))
         others.wait_until_ready(store, context.check)
         be_rank(0, processes, store.port)
-        crew = _join(0, processes, store, on_gpu=ground.machine.on_gpu)
+        crew = _join(0, processes, store, on_gpu=ground.machine.on_gpu, sharded=places.sharded)
         others.watch(crew.first_step, on_gpu=ground.machine.on_gpu)
         yield crew
     except (RuntimeError, MemoryError, BrokenPipeError, ValueError) as error:  # the last is torch's word for a group that was given up

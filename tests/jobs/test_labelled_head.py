@@ -124,7 +124,7 @@ def test_the_divisor_is_the_number_of_labels_when_none_is_given(base: Path, batc
     assert LabelledHead(model).loss(model, *split(batch)).item() == pytest.approx(at_once(model, batch, labelled).item(), rel=1e-6)
 
 
-def test_a_model_that_scales_its_logits_keeps_its_own(batch: dict[str, Any]) -> None:
+def a_model_that_scales_its_logits() -> Any:
     import torch
     from transformers import CohereConfig, CohereForCausalLM
 
@@ -140,7 +140,19 @@ def test_a_model_that_scales_its_logits_keeps_its_own(batch: dict[str, Any]) -> 
         bos_token_id=2,
         eos_token_id=1,
     )
-    assert_same_lesson(CohereForCausalLM(config).eval(), batch)
+    return CohereForCausalLM(config).eval()
+
+
+def test_a_model_that_scales_its_logits_keeps_its_own(batch: dict[str, Any]) -> None:
+    assert_same_lesson(a_model_that_scales_its_logits(), batch)
+
+
+def test_a_model_that_scales_its_logits_is_found_out_by_a_batch_that_teaches_nothing(batch: dict[str, Any]) -> None:
+    model = a_model_that_scales_its_logits()
+    inputs, labels = split(batch)
+    head = LabelledHead(model)
+    assert head.loss(model, inputs, labels.new_full(labels.shape, NO_LABEL), 7.0).item() == 0
+    assert head.loss(model, inputs, labels, 7.0).item() == pytest.approx(at_once(model, batch, 7.0).item(), rel=1e-5)
 
 
 def test_the_model_answers_as_ever_outside_the_loss(base: Path, batch: dict[str, Any]) -> None:

@@ -431,7 +431,7 @@ def test_a_measurement_that_is_no_number_is_null_with_a_reason(store: Path, base
 def test_what_was_decided_is_told_with_its_reason(train: Train) -> None:
     trained = train(max_steps=1)
     decided = [event for event in trained.record.events if isinstance(event, Decided)]
-    chosen_here = {"gradient_checkpointing", "dataloader_num_workers", "torch_compile", "learning_rate"}
+    chosen_here = {"gradient_checkpointing", "dataloader_num_workers", "torch_compile", "learning_rate", "parallelism"}
     assert {event.what for event in decided} == {"base_model", "chat_template", "device", "dtype"} | chosen_here
     assert all(event.value and event.why for event in decided)
     assert train("full", spec={"method": "Full"}, max_steps=1).record.decisions["dtype"] == "float32"
