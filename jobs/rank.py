@@ -3,7 +3,7 @@
 It ends when rank 0 does: its stdin is closed then. Signals are rank 0's to hear. Exit codes:
 
     0   the training is over
-    1   it failed: the traceback is in the log
+    1   it failed: the traceback is in the log, and rank 0 knows the reason if it is one of ours
     17  memory ran out
     18  the other processes are gone
 """
@@ -26,12 +26,17 @@ def main() -> int:
     errand = pickle.load(sys.stdin.buffer)  # noqa: S301  # from rank 0, through its own pipe
     threading.Thread(target=_end_with_rank_0, name="rank-0", daemon=True).start()
 
+    from jobs.errors import JobFailed
     from jobs.trainers.healing import is_out_of_memory
     from jobs.trainers.loop import follow
-    from jobs.trainers.several import LEFT_ALONE, OUT_OF_MEMORY
+    from jobs.trainers.several import LEFT_ALONE, OUT_OF_MEMORY, leave_word
 
     try:
         follow(errand)
+    except JobFailed as failed:
+        traceback.print_exc()
+        leave_word(errand, failed)
+        return 1
     except (RuntimeError, MemoryError) as error:
         traceback.print_exc()
         if is_out_of_memory(error):

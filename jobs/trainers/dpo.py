@@ -9,6 +9,7 @@ The base is the model without its adapter; when all weights are trained it is lo
 
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from jobs.trainers.preferences import (
     score_labels,
     tensors,
 )
+from jobs.trainers.several import Evenly
 from schema.job import EvalMetrics
 from schema.training import DpoConfig
 
@@ -70,6 +72,14 @@ class DpoLesson:
     @property
     def train_rows(self) -> Sequence[TokenRow]:
         return [pair.chosen for pair in self.pairs]
+
+    @property
+    def recipe(self) -> "Callable[[Ground], DpoLesson]":
+        return partial(DpoLesson, self.config, pairs=self.pairs, held_out=[], new_tokens=self.new_tokens)
+
+    @property
+    def shares(self) -> Evenly:
+        return "batches"
 
     def model(self, weights: Path) -> Any:
         """Without an adapter: the library puts it on, and knows then that the model without it is what to compare with."""

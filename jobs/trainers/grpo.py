@@ -7,19 +7,22 @@
 
 An answer that a grader failed on, but not on all of its group, is not compared with the others: see `incomparable_left_out`.
 All answers of an optimizer step are made at its beginning, as many at once as go through the model at once, so that nothing that was
-generated is ever left over in a checkpoint.
+generated is ever left over in a checkpoint. Where several processes train, each answers its share, and rank 0 grades all answers.
 """
 
+import random
 import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.data.render import NO_LABEL, Rendered, TokenRow, read_rows, tokens_of
 from jobs.errors import JobFailed
 from jobs.evaluation.answers import answers, samples_of
+from jobs.evaluation.undisturbed import same_randomness
 from jobs.graders import build_graders, check_graders, close_graders
 from jobs.graders.grading import Case, Failed, Grade
 from jobs.graders.reward import RewardFunction, incomparable_left_out, summary, text_of
@@ -29,6 +32,7 @@ from jobs.trainers.likelihood import labelled_logits
 from jobs.trainers.loop import Ground, lay_ground, new_tokens, refuse_nothing_to_learn, teach, tell_losses
 from jobs.trainers.model import adapter_config, load_base
 from jobs.trainers.preferences import places, ready_adapter, refuse_what_cannot_be
+from jobs.trainers.several import Evenly, figures_of_a_batch
 from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
 from schema.events import Sampled
 from schema.job import EvalMetrics
@@ -69,6 +73,21 @@ class PromptRow:
         return Case(text_of(self.prompt), completion, self.columns)
 
 
+@dataclass(frozen=True)
+class Named:
+    """A grader as TRL knows it, in every process: the lesson asks it itself, in rank 0."""
+
+    name: str
+    weight: float
+
+    @property
+    def __name__(self) -> str:
+        return self.name
+
+    def __call__(self, *_: object, **__: object) -> list[float | None]:
+        raise NotImplementedError(f"grader {self.name!r} is asked by the lesson")
+
+
 @dataclass
 class GrpoLesson:
     """Prompts, and graders of what the model answers."""
@@ -77,7 +96,8 @@ class GrpoLesson:
     config: GrpoConfig
     train: list[PromptRow]
     held_out: list[PromptRow]
-    graders: list[RewardFunction]
+    graders: list[RewardFunction]  # none in another process than rank 0: they may know secrets, and count their failures
+    named: list[Named]  # the same
     new_tokens: list[int]
     said: list[str] = field(default_factory=list)  # what the model answered to the held-out prompts when it was last measured
 
@@ -100,6 +120,16 @@ class GrpoLesson:
     def train_rows(self) -> Sequence[TokenRow]:
         return [row.tokens for row in self.train]
 
+    @property
+    def recipe(self) -> "Callable[[Ground], GrpoLesson]":
+        return partial(
+            GrpoLesson, config=self.config, train=self.train, held_out=[], graders=[], named=self.named, new_tokens=self.new_tokens
+        )
+
+    @property
+    def shares(self) -> Evenly:
+        return "as the library does"
+
     def model(self, weights: Path) -> Any:
         """Without an adapter: the library puts it on, and knows then that the model without it is what to compare with."""
         return load_base(self.config, self.ground.machine, weights)
@@ -119,8 +149,21 @@ class GrpoLesson:
 
             def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
                 inputs = super()._prepare_inputs(generation_batch)
-                course.tokens_seen += int(inputs["prompt_mask"].sum() + inputs["completion_mask"].sum())
+                tokens = inputs["prompt_mask"].sum() + inputs["completion_mask"].sum()
+                course.tokens_seen += int(self.accelerator.gather(tokens).sum())
                 return inputs
+
+            def compute_loss(self, *inputs: Any, **how: Any) -> Any:
+                with figures_of_a_batch(self.accelerator):
+                    return super().compute_loss(*inputs, **how)
+
+            def _generate_and_score_completions(self, inputs: Any) -> Any:
+                before = {name: list(values) for name, values in self._metrics["train"].items()}
+                answered = super()._generate_and_score_completions(inputs)
+                if not self.accelerator.is_main_process:  # these figures are of all answers already, and rank 0 has them
+                    self._metrics["train"].clear()
+                    self._metrics["train"].update(before)
+                return answered
 
             def _get_train_sampler(self, dataset: Any = None) -> Any:
                 return shuffled_by_epoch(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
@@ -130,9 +173,12 @@ class GrpoLesson:
 
             def _generate_single_turn(self, prompt_ids: list[list[int]], *rest: Any, **named: Any) -> tuple[list[list[int]], None]:
                 size = self.args.per_device_train_batch_size
-                parts = [prompt_ids[n : n + size] for n in range(0, len(prompt_ids), size)]
-                # What cannot have its turn in the middle of a step could wait for a long time in here.
-                return [ids for part in parts for ids in super(Trainer, self)._generate_single_turn(part, *rest, **named)[0]], None
+                first = self.accelerator.process_index * len(prompt_ids)
+                said: list[list[int]] = []
+                for n in range(0, len(prompt_ids), size):
+                    with drawn_anew(f"{self.args.seed} {self.state.global_step} {first + n}"):
+                        said += super()._generate_single_turn(prompt_ids[n : n + size], *rest, **named)[0]
+                return said, None
 
             def _get_per_token_logps_and_entropies(self, model: Any, *inputs: Any, **named: Any) -> Any:
                 if scores_itself:
@@ -140,14 +186,13 @@ class GrpoLesson:
                 return super()._get_per_token_logps_and_entropies(model, *inputs, **named)
 
             def _calculate_rewards(self, inputs: list[Any], prompts: list[Any], completions: list[Any], completion_ids_list: Any) -> Any:
-                rows = [lesson.train[row["place"]].columns for row in inputs]
-                return lesson.rewards(self, prompts, completions, rows)
+                return lesson.rewards(self, [row["place"] for row in inputs], completions)
 
         prompts = [{"prompt": row.prompt, "place": place} for place, row in enumerate(self.train)]
         with said_to_be_from(ground.base_folder, model):
             trainer = obedient(Trainer)(
                 model=model,
-                reward_funcs=list(self.graders),
+                reward_funcs=list(self.named),
                 args=GRPOConfig(**arguments | self._own_arguments(arguments)),
                 train_dataset=Dataset.from_list(prompts),
                 eval_dataset=places(self.held_out) if self.held_out else None,  # never read: `measure` has its own
@@ -173,18 +218,26 @@ class GrpoLesson:
             "scale_rewards": knobs.scale_rewards,
             "mask_truncated_completions": knobs.mask_truncated_completions,
             "disable_dropout": not knobs.lora_dropout,
-            "reward_weights": [grader.weight for grader in self.graders],
+            "reward_weights": [grader.weight for grader in self.named],
         }
 
-    def rewards(self, trainer: Any, prompts: list[Any], completions: list[Any], rows: list[dict[str, Any]]) -> Any:
-        """Rewards (answers, graders) of all processes; NaN where an answer cannot be compared with its group."""
+    def rewards(self, trainer: Any, places: list[int], completions: list[Any]) -> Any:
+        """Rewards (answers, graders) of all processes; NaN where an answer cannot be compared with its group. Rank 0 grades them all."""
         import torch
-        from accelerate.utils import gather
+        from accelerate.utils import broadcast_object_list, gather_object
 
-        given = [grader(prompts, completions, row=rows, log_metric=trainer._log_metric) for grader in self.graders]
-        known = [[NAN if reward is None else reward for reward in rewards] for rewards in given]
-        rewards = torch.tensor(known, dtype=torch.float32, device=trainer.accelerator.device).T
-        return incomparable_left_out(gather(rewards), trainer.num_generations)
+        answered = gather_object(list(zip(places, completions, strict=True)))
+        known = [self._graded(trainer, answered) if trainer.accelerator.is_main_process else []]
+        broadcast_object_list(known)
+        rewards = torch.tensor(known[0], dtype=torch.float32, device=trainer.accelerator.device).T
+        return incomparable_left_out(rewards, trainer.num_generations)
+
+    def _graded(self, trainer: Any, answered: list[tuple[int, Any]]) -> list[list[float]]:
+        """What each grader gives to each answer."""
+        rows, completions = [self.train[place] for place, _ in answered], [completion for _, completion in answered]
+        prompts, columns = [row.prompt for row in rows], [row.columns for row in rows]
+        given = [grader(prompts, completions, row=columns, log_metric=trainer._log_metric) for grader in self.graders]
+        return [[NAN if reward is None else reward for reward in rewards] for rewards in given]
 
     def window(self, trainer: Any) -> MutableMapping[str, list[float]]:
         return trainer._metrics["train"]
@@ -299,6 +352,17 @@ def log_probabilities(
     return logps, entropy if compute_entropy else None, None
 
 
+@contextmanager
+def drawn_anew(what: str) -> Iterator[None]:
+    """Inside, random numbers depend on `what` alone, and go on afterwards as if none had been drawn: however many processes answer,
+    and wherever a training was resumed, the answers are the same."""
+    import torch
+
+    with same_randomness():
+        torch.manual_seed(random.Random(what).getrandbits(63))  # noqa: S311  # no secret
+        yield
+
+
 def shuffled_by_epoch(sampler: Any, epoch: Callable[[], int]) -> Any:
     """The sampler with an order that depends on seed and epoch alone. TRL's own goes on from the epoch before, which a training that
     was resumed has not seen."""
@@ -329,7 +393,8 @@ def _prepare(ground: Ground, config: GrpoConfig, graders: list[RewardFunction]) 
     train_rows = _read(ground, config, TRAIN_SPLIT)
     held_out = _read(ground, config, EVAL_SPLIT) if EVAL_SPLIT in ground.splits else []
     refuse_nothing_to_learn(ground, len(train_rows), len(held_out))
-    lesson = GrpoLesson(ground, config, train_rows, held_out, graders, new_tokens(ground, [row.tokens for row in train_rows]))
+    named = [Named(grader.__name__, grader.weight) for grader in graders]
+    lesson = GrpoLesson(ground, config, train_rows, held_out, graders, named, new_tokens(ground, [row.tokens for row in train_rows]))
     if not lesson.items:
         message = f"there are {len(train_rows)} prompts, and an optimizer step takes {lesson._prompts_per_step}"
         raise JobFailed("invalid_data", message, "send more prompts, or lower batch_size or gradient_accumulation_steps")

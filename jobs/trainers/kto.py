@@ -11,6 +11,7 @@ The base is the model without its adapter; when all weights are trained it is lo
 import time
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from jobs.trainers.preferences import (
     tell_cuts,
     tensors,
 )
+from jobs.trainers.several import Evenly
 from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
 from schema.job import EvalMetrics
 from schema.training import KtoConfig
@@ -90,6 +92,14 @@ class KtoLesson:
     @property
     def train_rows(self) -> Sequence[TokenRow]:
         return [row.judged.row for row in self.rows]
+
+    @property
+    def recipe(self) -> "Callable[[Ground], KtoLesson]":
+        return partial(KtoLesson, self.config, rows=self.rows, held_out=[], new_tokens=self.new_tokens)
+
+    @property
+    def shares(self) -> Evenly:
+        return "batches"
 
     def model(self, weights: Path) -> Any:
         """Without an adapter: the library puts it on, and knows then that the model without it is what to compare with."""

@@ -46,18 +46,19 @@ from jobs.trainers.model import (
 from jobs.trainers.saving import SavePolicy, TrainingState
 from jobs.trainers.several import (
     ALONE,
+    FILLS,
     Choice,
     Crew,
     Errand,
+    Evenly,
     Places,
-    Shareable,
     arguments_for,
     arrive,
     choose,
     look_for_places,
     quiet_context,
     save_random_states,
-    shared_batches,
+    shared,
     together,
 )
 from jobs.trainers.sharded import (
@@ -83,7 +84,7 @@ if TYPE_CHECKING:
 
 PROBES = 16
 CALIBRATION_ROWS = 256  # for an importance matrix: more change it little
-ONE_EACH = "only trainer_type sft on text, with provider huggingface, trains on several"
+ONE_EACH = "only provider huggingface trains on several"
 ADAM_COPIES = 3  # a trained weight in a checkpoint: itself, and Adam's two moments of it
 TURN_TOKENS = ["<start_of_turn>", "<end_of_turn>"]
 # What the library logs beside its losses, and we tell elsewhere, or not at all.
@@ -147,6 +148,16 @@ class Lesson(Protocol):
 
     def window(self, trainer: Any) -> MutableMapping[str, list[float]]:
         """What the library has gathered since it last logged, by name."""
+        ...
+
+    @property
+    def recipe(self) -> "Callable[[Ground], Lesson]":
+        """Makes what another process of the same training needs of the lesson; can be pickled."""
+        ...
+
+    @property
+    def shares(self) -> Evenly:
+        """How several processes come to the loss of one."""
         ...
 
     def tokens_in(self, inputs: Any) -> int:
@@ -325,7 +336,7 @@ def _processes(lesson: Lesson, ground: Ground, plan: BatchPlan, places: Places) 
     """How many train, of those for which there is room; told with the reason."""
     if places.most == 1:
         return 1
-    choice = choose(plan, lesson.items, places.most) if _is_shareable(lesson, ground) else Choice(1, ONE_EACH, ONE_EACH)
+    choice = choose(plan, lesson.items, places.most) if _shares(ground) else Choice(1, ONE_EACH, ONE_EACH)
     ground.context.decided("processes", str(choice.processes), choice.why)
     if choice.idle:
         message = f"there is room for {places.most} processes, and this training uses {choice.processes}: {choice.idle}"
@@ -333,8 +344,9 @@ def _processes(lesson: Lesson, ground: Ground, plan: BatchPlan, places: Places) 
     return choice.processes
 
 
-def _is_shareable(lesson: Lesson, ground: Ground) -> bool:
-    return isinstance(lesson, Shareable) and ground.config.provider == "huggingface"
+def _shares(ground: Ground) -> bool:
+    """Whether the provider can train in several processes."""
+    return ground.config.provider == "huggingface"
 
 
 def _is_divided(ground: Ground, processes: int) -> bool:
@@ -379,7 +391,7 @@ def _total_steps(config: TrainingConfig, lesson: Lesson) -> int:
 def _teach_once(lesson: Lesson, ground: Ground, restored: "Restored | None", course: Course, places: Places) -> Taught:
     """Train from the base or from what was restored until the course ends, in so many processes. Raises Stopped."""
     folder = restored.folder if restored else None
-    if places.most == 1 or (course.is_done and not places.sharded) or not isinstance(lesson, Shareable):
+    if places.most == 1 or (course.is_done and not places.sharded):
         return _led(lesson, ground, folder, course, ALONE)
     ground = _uncompiled(ground)
     told = {"state": course.state, "total_steps": course.total_steps, "checkpoint": folder}
@@ -458,7 +470,7 @@ def _study(lesson: Lesson, ground: Ground) -> Taught:
     ground.context.findings.base_metrics = state.base_metrics
     course = _course(ground, state, state.step)
     places = look_for_places(on_gpu=ground.machine.on_gpu)
-    if places.most > 1 and _is_shareable(lesson, ground) and _is_divided(ground, places.most):
+    if places.most > 1 and _shares(ground) and _is_divided(ground, places.most):
         return _teach_once(lesson, ground, restored, course, replace(places, sharded=True))
     return Taught(_trainer(lesson, ground, restored.folder, course), course)
 
@@ -518,7 +530,7 @@ def _model(lesson: Lesson, ground: Ground, checkpoint: Path | None, crew: Crew) 
     import torch
 
     weights = checkpoint if checkpoint and not ground.adapts else ground.base_folder
-    if not crew.sharded or not isinstance(lesson, Shareable):
+    if not crew.sharded:
         return lesson.model(weights)
     beside = replace(ground, machine=replace(ground.machine, device=torch.device("cpu")))
     model = lesson.recipe(beside).model(weights)
@@ -577,17 +589,14 @@ class _Loop:
         """A class of trainer with our measurements, and with checkpoints that are handed over."""
         loop, course, lesson, crew = self, self.course, self.lesson, self.crew
 
-        class Obedient(kind):
+        class Obedient(shared(kind, lesson, crew)):
             """The library's trainer, as the course wants it."""
 
             def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
-                loop.step_tokens += lesson.tokens_in(inputs)
+                loop.step_tokens += 0 if FILLS in inputs else lesson.tokens_in(inputs)
                 loss = super().training_step(model, inputs, num_items_in_batch)
                 loop.step_loss = loop.step_loss + loss.detach()
                 return loss
-
-            def get_train_dataloader(self) -> Any:
-                return super().get_train_dataloader() if crew.processes == 1 else shared_batches(self, crew.processes)
 
             def _move_model_to_device(self, model: Any, device: Any) -> None:
                 if not crew.sharded:  # a part is where it belongs
@@ -654,7 +663,8 @@ class _Loop:
 
             def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
                 """The model has these weights already; what was being gathered for the next point goes on."""
-                lesson.window(self).update({name: list(values) for name, values in course.window_metrics.items()})
+                if crew.leads:
+                    lesson.window(self).update({name: list(values) for name, values in course.window_metrics.items()})
 
         Obedient.__name__ = kind.__name__
         return Obedient
@@ -687,6 +697,7 @@ class _Loop:
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 loss, tokens = crew.total(float(loop.step_loss) / crew.processes, loop.step_tokens)
                 loop.step_loss, loop.step_tokens = 0.0, 0
+                crew.bring_home(loop.lesson.window(trainer))
                 crew.first_step.is_done()
                 course.tokens_seen += int(tokens)
                 course.step_done(state.global_step, loss)

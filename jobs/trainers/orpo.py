@@ -7,6 +7,7 @@
 
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from jobs.trainers.likelihood import collate
 from jobs.trainers.loop import Ground, lay_ground, new_tokens, teach
 from jobs.trainers.model import adapt, adapter_config, load_base
 from jobs.trainers.preferences import Picked, both, measure_pairs, prepare_pairs, real_tokens, refuse_what_cannot_be
+from jobs.trainers.several import Evenly
 from schema.job import EvalMetrics
 from schema.training import OrpoConfig
 
@@ -66,6 +68,14 @@ class OrpoLesson:
     @property
     def train_rows(self) -> Sequence[TokenRow]:
         return [pair.chosen for pair in self.pairs]
+
+    @property
+    def recipe(self) -> "Callable[[Ground], OrpoLesson]":
+        return partial(OrpoLesson, self.config, pairs=self.pairs, held_out=[], new_tokens=self.new_tokens)
+
+    @property
+    def shares(self) -> Evenly:
+        return "batches"
 
     def model(self, weights: Path) -> Any:
         model = load_base(self.config, self.ground.machine, weights)

@@ -10,6 +10,7 @@ It gives numbers and no text: nothing is generated, and there is no perplexity.
 import time
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from jobs.trainers.preferences import (
     refuse_what_cannot_be,
     tensors,
 )
+from jobs.trainers.several import Evenly
 from schema.job import EvalMetrics
 from schema.training import RewardConfig
 
@@ -80,6 +82,14 @@ class RewardLesson:
     @property
     def train_rows(self) -> Sequence[TokenRow]:
         return [pair.chosen for pair in self.pairs]
+
+    @property
+    def recipe(self) -> "Callable[[Ground], RewardLesson]":
+        return partial(RewardLesson, self.config, pairs=self.pairs, held_out=[], new_tokens=self.new_tokens)
+
+    @property
+    def shares(self) -> Evenly:
+        return "batches"
 
     def model(self, weights: Path) -> Any:
         model = load_base(self.config, self.ground.machine, weights, kind="score", num_labels=1)

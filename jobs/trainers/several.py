@@ -5,8 +5,8 @@ where it is too large, a part of it (sharded.py).
     the rest   `python -m jobs.rank`: the same lesson and weights, and no voice; they do at each step what rank 0 says
 
 Gradients are averaged by torch's DistributedDataParallel, or its fully_shard; everything else goes over sockets of this machine, so that
-a long measurement in rank 0 keeps no GPU waiting in a kernel. A step has the rows that it has in one process, and its loss is that of all
-labels in it.
+a long measurement in rank 0 keeps no GPU waiting in a kernel. A step has the rows that it has in one process, and its loss and figures are
+theirs: see `shared`.
 """
 
 import logging
@@ -16,22 +16,23 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.checkpoints import Checkpoints
 from jobs.context import JobContext, Secrets, Stores
 from jobs.data.render import NO_LABEL
+from jobs.errors import JobFailed
 from jobs.settings import be_alone, be_rank, environment_of_rank, gpus_shown, most_processes
 from jobs.system_metrics import nvidia_gpus
 from jobs.trainers.healing import BatchPlan, is_out_of_memory
 from jobs.trainers.saving import TrainingState
 from schema.events import Event
-from schema.job import Phase, Progress
+from schema.job import Failure, Phase, Progress
 from schema.spec import JobSpec, StoreUrls
 
 if TYPE_CHECKING:
@@ -49,15 +50,11 @@ STUCK_S = 20.0  # until a main thread comes back from a GPU's collective that wa
 OUT_OF_MEMORY = 17  # how another process ends when its memory runs out,
 LEFT_ALONE = 18  # and when the others are gone
 
-
-@runtime_checkable
-class Shareable(Protocol):
-    """A lesson that several processes can study together."""
-
-    @property
-    def recipe(self) -> "Callable[[Ground], Lesson]":
-        """Makes what another process needs of the lesson; can be pickled."""
-        ...
+# What counts the same in the loss of an optimizer step: each label of it, or each batch; or the library's trainer sees to it that the
+# loss is that of all rows, and deals them out itself.
+Evenly = Literal["labels", "batches", "as the library does"]
+_AS_IN_ONE_PROCESS: dict[str, Any] = dict.fromkeys(("gather", "gather_for_metrics", "reduce"), lambda part, *_, **__: part)
+FILLS = "fills"  # marks a batch that is there so that a process has one, where an epoch's last step has too few
 
 
 @dataclass(frozen=True)
@@ -205,6 +202,20 @@ class Crew:
         torch.distributed.all_reduce(summed, group=self.group)
         return tuple(summed.tolist())
 
+    def bring_home(self, gathered: MutableMapping[str, list[float]]) -> None:
+        """Let rank 0 have what all have gathered, and the others nothing."""
+        if self.processes == 1:
+            return
+        import torch
+
+        found: list[Any] = [None] * self.processes
+        torch.distributed.gather_object({} if self.leads else dict(gathered), found if self.leads else None, group=self.group)
+        if not self.leads:
+            gathered.clear()
+            return
+        for name, values in ((name, values) for of_one in found for name, values in of_one.items()):
+            gathered.setdefault(name, []).extend(values)
+
     def differ(self, seed: int) -> None:
         """Draw other random numbers than the other processes: they have other rows, and are not to drop out the same parts."""
         if self.rank:
@@ -326,10 +337,91 @@ class _Rows:
         return self._rows[number] if number < len(self._rows) else None
 
 
-def shared_batches(trainer: Any, processes: int) -> Any:
+def shared(kind: type, lesson: "Lesson", crew: Crew) -> type:
+    """A class of trainer that goes over its share of each step; the same class in one process."""
+    if crew.processes == 1:
+        return kind
+    match lesson.shares:
+        case "labels":
+            return _by_labels(kind, crew)
+        case "batches":
+            return _by_batches(kind, lesson, crew)
+        case "as the library does":
+            return _by_itself(kind, crew)
+
+
+@contextmanager
+def figures_of_a_batch(accelerator: Any) -> Generator[None]:
+    """Inside, a figure is that of a process's own batch, as in one process, and not of as many as there are processes."""
+    vars(accelerator).update(_AS_IN_ONE_PROCESS)
+    try:
+        yield
+    finally:
+        for name in _AS_IN_ONE_PROCESS:
+            del vars(accelerator)[name]
+
+
+def _by_labels(kind: type, crew: Crew) -> type:
+    """For a loss that is divided by the labels of a step, of which what fills it has none."""
+
+    class Shared(kind):
+        def get_train_dataloader(self) -> Any:
+            return shared_batches(self, crew.processes, unlabelled)
+
+    return Shared
+
+
+def _by_batches(kind: type, lesson: "Lesson", crew: Crew) -> type:
+    """For a loss that is the mean of those of a step's batches, and figures that are means over batches; what fills counts in neither."""
+
+    class Shared(kind):
+        weight = 1.0  # of a batch: what is divided by the batches that the processes have is to be divided by those that count
+
+        def create_accelerator_and_postprocess(self) -> None:
+            """A figure is of a batch as in one process, and not of as many as there are processes: their rows may be fewer or none."""
+            super().create_accelerator_and_postprocess()
+            vars(self.accelerator).update(_AS_IN_ONE_PROCESS)
+
+        def get_train_dataloader(self) -> Any:
+            return shared_batches(self, crew.processes, filling)
+
+        def get_batch_samples(self, *which: Any) -> Any:
+            batches, items = super().get_batch_samples(*which)
+            (count,) = crew.total(sum(FILLS not in batch for batch in batches))
+            self.weight = len(batches) * crew.processes / count
+            return batches, items
+
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *rest: Any, **how: Any) -> Any:
+            if not self.model.training:
+                return super().compute_loss(model, inputs, *rest, **how)
+            if not inputs.pop(FILLS, False):
+                return super().compute_loss(model, inputs, *rest, **how) * self.weight
+            gathered = lesson.window(self)
+            before = {name: list(values) for name, values in gathered.items()}
+            loss = super().compute_loss(model, inputs, *rest, **how) * 0.0  # the gradients' average waits for every process
+            gathered.clear()
+            gathered.update(before)
+            return loss
+
+    return Shared
+
+
+def _by_itself(kind: type, crew: Crew) -> type:
+    """For a trainer that deals out the rows of a step, and divides its loss, by itself."""
+
+    class Shared(kind):
+        def training_step(self, *batch: Any) -> Any:
+            crew.first_step.is_done()  # the processes have met when the model was wrapped; what they generate now may take long
+            return super().training_step(*batch)
+
+    return Shared
+
+
+def shared_batches(trainer: Any, processes: int, fill: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
     """The library's loader of the batches that this process has to go over.
 
-    They are those of a single process, dealt out in turn; where an epoch's last step has too few, somebody gets one that teaches nothing.
+    They are those of a single process, dealt out in turn; where an epoch's last step has too few, somebody gets one that teaches nothing:
+    what `fill` makes of a batch.
     """
     from torch.utils.data import BatchSampler, DataLoader
 
@@ -346,7 +438,7 @@ def shared_batches(trainer: Any, processes: int) -> Any:
             return -(-super().__len__() // processes) * processes
 
     def collate(some: list[Any]) -> dict[str, Any]:
-        return trainer.data_collator(some) if some[0] is not None else unlabelled(trainer.data_collator([rows[0]]))
+        return trainer.data_collator(some) if some[0] is not None else fill(trainer.data_collator([rows[0]]))
 
     loader = DataLoader(
         _Rows(rows),  # pyright: ignore[reportArgumentType]  # torch's class adds nothing to the protocol
@@ -361,6 +453,11 @@ def shared_batches(trainer: Any, processes: int) -> Any:
 def unlabelled(batch: dict[str, Any]) -> dict[str, Any]:
     """The batch, with nothing to learn in it, and no tokens that count."""
     return batch | {"labels": batch["labels"].new_full(batch["labels"].shape, NO_LABEL), "real_tokens": 0}
+
+
+def filling(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch, marked as one that counts for nothing."""
+    return batch | {FILLS: True}
 
 
 # --- the other processes -----------------------------------------------------------------------------------------------
@@ -400,7 +497,7 @@ def together(ground: "Ground", recipe: "Callable[[Ground], Lesson]", places: Pla
         lost = None if is_out_of_memory(error) else others.why_lost()
         if lost is None:
             raise
-        raise lost from error
+        raise _word_left(context.workdir, processes) or lost from error
     finally:
         others.end()
         _leave()
@@ -495,6 +592,24 @@ def verdict(codes: dict[int, int]) -> LostToMemory | LostProcess:
         return LostToMemory(f"process {short[0]} ran out of memory, or was killed")
     rank, code = next(iter(codes.items()))
     return LostProcess(f"process {rank} of the training ended with code {code}; its traceback is in the log of the attempt")
+
+
+def leave_word(errand: Errand, failed: JobFailed) -> None:
+    """Let rank 0 say why this process cannot go on."""
+    _word(errand.workdir, errand.rank).write_text(failed.failure.model_dump_json())
+
+
+def _word_left(workdir: Path, processes: int) -> JobFailed | None:
+    """Why another process said that it cannot go on."""
+    found = [path for rank in range(1, processes) if (path := _word(workdir, rank)).exists()]
+    if not found:
+        return None
+    failure = Failure.model_validate_json(found[0].read_text())
+    return JobFailed(failure.code, failure.message, failure.hint)
+
+
+def _word(workdir: Path, rank: int) -> Path:
+    return workdir / f"failure-{rank}.json"
 
 
 def _leave() -> None:

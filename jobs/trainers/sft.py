@@ -21,6 +21,7 @@ from jobs.trainers.course import Course
 from jobs.trainers.likelihood import LabelledHead, collate, measure
 from jobs.trainers.loop import Ground, lay_ground, new_tokens, refuse_nothing_to_learn, teach, tell_losses
 from jobs.trainers.model import adapt, adapter_config, load_base
+from jobs.trainers.several import Evenly
 from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
 from schema.job import EvalMetrics
 from schema.training import SftConfig
@@ -60,6 +61,10 @@ class SftLesson:
     @property
     def recipe(self) -> "Callable[[Ground], SftLesson]":
         return partial(SftLesson, train_rows=[], shown=[], blocks=self.blocks, new_tokens=self.new_tokens)
+
+    @property
+    def shares(self) -> Evenly:
+        return "labels"
 
     def model(self, weights: Path) -> Any:
         config = self.ground.config

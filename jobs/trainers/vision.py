@@ -12,6 +12,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from jobs.trainers.course import Course
 from jobs.trainers.likelihood import collate, labelled_logits, measure
 from jobs.trainers.loop import Ground, lay_ground, new_tokens, refuse_nothing_to_learn, teach, tell_losses
 from jobs.trainers.model import VISION_PARTS, adapt, adapter_config, load_base
+from jobs.trainers.several import Evenly
 from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
 from schema.job import EvalMetrics
 from schema.training import SftConfig
@@ -85,6 +87,23 @@ class VisionLesson:
     def is_measured(self) -> bool:
         return bool(self.held_out)
 
+    @property
+    def recipe(self) -> "Callable[[Ground], VisionLesson]":
+        return partial(
+            VisionLesson,
+            config=self.config,
+            collator=self.collator,
+            rows=self.rows,
+            train_rows=[],
+            held_out=[],
+            shown=[],
+            new_tokens=self.new_tokens,
+        )
+
+    @property
+    def shares(self) -> Evenly:
+        return "labels"
+
     def model(self, weights: Path) -> Any:
         model = load_base(self.config, self.ground.machine, weights, "image_text")
         if not self.config.hyperparameters.train_vision_tower:
@@ -98,6 +117,8 @@ class VisionLesson:
         from transformers import Trainer, TrainingArguments
 
         lengths = [len(row.input_ids) for row in self.rows]
+        # A batch without images, in one process of several, leaves a trained vision tower aside.
+        may_not_look = "ddp_find_unused_parameters" in arguments and bool(self.config.hyperparameters.train_vision_tower)
         by_length = ByLength(lengths, course.plan.effective, self.config.hyperparameters.seed)
 
         class VisionTrainer(Trainer):
@@ -111,6 +132,8 @@ class VisionLesson:
                 inputs.pop("real_tokens")
                 logits, wanted = labelled_logits(model, inputs, inputs.pop("labels"))
                 loss = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum") / (num_items_in_batch or wanted.numel())
+                if num_items_in_batch is not None:  # counted over all processes, whose gradients are averaged
+                    loss = loss * self.accelerator.num_processes
                 return (loss, None) if return_outputs else loss
 
             def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -118,7 +141,7 @@ class VisionLesson:
 
         trainer = obedient(VisionTrainer)(
             model=model,
-            args=TrainingArguments(**arguments),
+            args=TrainingArguments(**arguments | ({"ddp_find_unused_parameters": True} if may_not_look else {})),
             train_dataset=self.rows,
             eval_dataset=self.held_out or None,
             data_collator=self.collator,

@@ -1,6 +1,8 @@
 """A training in several processes: the one that a single process makes of the same request, whatever happens to the others."""
 
+import copy
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -16,20 +18,30 @@ from jobs.errors import JobFailed, failure_of
 from jobs.settings import environment_of_rank, gpus_shown, most_processes
 from jobs.trained import TrainedModel
 from jobs.trainers.healing import BatchPlan, is_out_of_memory
+from jobs.trainers.loop import Ground, Lesson
+from jobs.trainers.model import Machine
+from jobs.trainers.saving import TrainingState
 from jobs.trainers.several import (
     LEFT_ALONE,
     OUT_OF_MEMORY,
     Choice,
     FirstStep,
     LostProcess,
+    Places,
     choose,
     random_state,
     save_random_states,
+    together,
     verdict,
 )
+from schema.checkpoint import checkpoint_key
 from schema.events import Evaluated, Metrics, Resumed, Sampled
 from tests.jobs.conftest import Record, a_context, a_spec, messages, saved, trainer_of
 from tests.jobs.test_continuation import Story, assert_same, weights
+from tests.jobs.test_grpo import LETTER, SAME, grpo, prompts
+from tests.jobs.test_preferences import drawn, judged, measured, pairs
+from tests.jobs.test_vision import SEEING, squares
+from tests.tiny_gemma_vision import build_tiny_gemma_vision
 
 # Nine rows, one at a time, four before each step: the last step of an epoch has a single one, and the other process nothing.
 KNOBS: dict[str, Any] = {"max_steps": -1, "epochs": 2, "learning_rate": 1e-3, "logging_steps": 1, "batch_size": 1}
@@ -117,6 +129,101 @@ def assert_close(two: tuple[Story, TrainedModel], one: tuple[Story, TrainedModel
     ]
     expected = weights(their_model)
     assert max(float((part - expected[name]).abs().max()) for name, part in weights(our_model).items()) < 1e-5
+
+
+# --- every way to train ------------------------------------------------------------------------------------------------
+
+# Two batches for each process and then, of the last row, one for the two of them: with figures, a loss, and tokens that count once.
+SHORT: dict[str, Any] = {"max_steps": -1, "epochs": 1, "batch_size": 2, "learning_rate": 1e-3, "lora_dropout": 0.0, "logging_steps": 1}
+SHORT |= {"gradient_accumulation_steps": 4, "warmup_ratio": 0.0}
+PAIRS: dict[str, Any] = {"dataset_type": "preference", "train": pairs(9), "held_out": pairs(2, first=100)}
+# A group of four answers is made by both processes, and its rewards are compared.
+ANSWERS: dict[str, Any] = {"batch_size": 1, "num_generations": 4, "max_completion_length": 6, "beta": 0.1, "max_steps": 3}
+
+WAYS: dict[str, dict[str, Any]] = {
+    "dpo": PAIRS
+    | {"trainer_type": "dpo", "hyperparameters": SHORT | {"epochs": 2, "logging_steps": 3, "save_strategy": "steps", "save_steps": 2}},
+    "orpo": PAIRS | {"trainer_type": "orpo", "hyperparameters": SHORT},
+    "reward": PAIRS | {"trainer_type": "reward", "hyperparameters": SHORT},
+    "kto": {"trainer_type": "kto", "dataset_type": "unpaired_preference", "train": judged(9), "hyperparameters": SHORT}
+    | {"held_out": judged(3, first=100)},
+    "vision": {"modality": "vision", "base_model_id": SEEING, "train": [*squares(6), *messages(3)], "held_out": squares(2, first=500)}
+    | {"hyperparameters": SHORT | {"train_vision_tower": True}},  # which some batches leave aside
+    "grpo": grpo(LETTER, SAME, train=prompts(2)) | {"hyperparameters": SHORT | ANSWERS | {"mask_truncated_completions": False}},
+}
+
+
+@pytest.fixture
+def tell(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, int], Story]:
+    """A training of that kind, under a name, in so many processes; to be told."""
+
+    def begin(way: str, name: str, processes: int) -> Story:
+        monkeypatch.setenv("JOB_PROCESSES", str(processes))
+        seeing = store / "pretrained_weights/huggingface" / SEEING
+        if way == "vision" and not seeing.exists():
+            build_tiny_gemma_vision(seeing)
+        return Story(a_spec(store, eval_config={"eval_strategy": "epoch"}, **copy.deepcopy(WAYS[way])), tmp_path / name)
+
+    return begin
+
+
+def assert_one_training(ours: tuple[Story, TrainedModel], theirs: tuple[Story, TrainedModel]) -> None:
+    """Every figure of the curve and of the measurements, and every weight: the same, but for the order in which numbers are added up."""
+    (two, our_model), (one, their_model) = ours, theirs
+    assert two.heard[0].decisions["processes"] == "2"
+    assert two.heard[0].warnings == one.heard[0].warnings
+    points, expected = drawn(two), drawn(one)
+    assert points.keys() == expected.keys() != set()
+    for step, values in points.items():
+        assert values == pytest.approx(expected[step], rel=1e-5, abs=1e-5), step
+    found, wanted = measured(two), measured(one)
+    assert found.keys() == wanted.keys()
+    assert [of.eval_loss for of in found.values()] == pytest.approx([of.eval_loss for of in wanted.values()], rel=1e-5, abs=1e-5)
+    assert our_model.train_tokens == their_model.train_tokens > 0
+    learned = weights(their_model)
+    # A fifth of what a step moves a weight: where a gradient is next to nothing, Adam makes much of how it was rounded.
+    assert max(float((part - learned[name]).abs().max()) for name, part in weights(our_model).items()) < 2e-4
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "dpo"])
+def test_two_processes_train_as_one_does_whatever_is_learned(tell: Callable[[str, str, int], Story], way: str) -> None:
+    alone = tell(way, "alone", 1)
+    theirs = (alone, alone.finish())
+    shared = tell(way, "shared", 2)
+    assert_one_training((shared, shared.finish()), theirs)
+    assert not psutil.Process().children()
+
+
+def test_a_point_of_the_curve_has_the_figures_of_both_processes_also_where_the_training_was_resumed_before_it(
+    tell: Callable[[str, str, int], Story], store: Path
+) -> None:
+    alone = tell("dpo", "alone", 1)
+    theirs = (alone, alone.finish())
+    unbroken = tell("dpo", "unbroken", 2)
+    model = unbroken.finish()
+    assert_one_training((unbroken, model), theirs)
+    resumed = Story(unbroken.spec, unbroken.workdir / "resumed", [*unbroken.heard])
+    shutil.rmtree(store / checkpoint_key(resumed.spec.checkpoints, attempt=1, step=4))
+    assert_same(resumed, resumed.finish(), unbroken, model)
+    again = resumed.heard[1]
+    assert [event.step for event in again.events if isinstance(event, Resumed)] == [2]  # at an epoch's end, and before a point
+    assert drawn(Story(resumed.spec, resumed.workdir, [again])) == drawn(unbroken)
+
+
+def cannot(_: Ground) -> Lesson:
+    raise JobFailed("invalid_data", "image 1 in row 5 of train is broken", "leave it out")
+
+
+def test_what_another_process_cannot_do_is_told_in_its_own_words(store: Path, tmp_path: Path) -> None:
+    spec = a_spec(store, held_out=[])
+    machine = Machine("cpu", None, autocast=False, on_gpu=False, gradient_checkpointing=False)
+    ground = Ground(
+        spec.training_config, a_context(spec, tmp_path), tmp_path, {}, None, template_is_ours=False, machine=machine, restored=None
+    )
+    told = {"state": TrainingState(batch_size=1, gradient_accumulation_steps=2), "total_steps": 1, "checkpoint": None}
+    with pytest.raises(JobFailed, match="row 5") as failed, together(ground, cannot, Places(2), told):
+        pass
+    assert (failed.value.failure.code, failed.value.failure.hint) == ("invalid_data", "leave it out")
 
 
 @pytest.mark.usefixtures("two_processes")
