@@ -74,8 +74,8 @@ format: setup-dev ## Format and mend what can be mended
 test: export OMP_NUM_THREADS = 1
 test: test-fast test-cloud test-infra test-llm test-chaos test-e2e ## Everything, real processes and models too
 
-test-fast: setup-dev ## Unit and contract tests: seconds
-	PYTHONPATH=. $(VENVS)/dev/bin/python -m pytest tests/unit tests/contract
+test-fast: setup-dev ## Unit and contract tests: a minute
+	PYTHONPATH=. $(VENVS)/dev/bin/python -m pytest tests/unit tests/contract -n 2 --dist loadfile
 
 $(VENVS)/llm/.installed-tests: $(VENVS)/llm/.installed requirements/llm-test.txt
 	$(VENVS)/llm/bin/pip install $(PIP_FLAGS) -c requirements/llm-constraints.txt -r requirements/llm-test.txt
