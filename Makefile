@@ -2,11 +2,12 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-service setup-llm setup-dev demo cloud-local demo-cloud-local deploy destroy dev test test-fast test-cloud test-infra test-llm test-chaos test-e2e chaos nightly check format bench lock clean
+.PHONY: help setup setup-service setup-llm setup-dev setup-infra demo cloud-local demo-cloud-local deploy destroy dev test test-fast test-cloud test-infra test-llm test-chaos test-e2e chaos nightly check format bench lock clean
 
 PYTHON ?= python3.11
 VENVS := .venvs
-PIP_FLAGS := --quiet --disable-pip-version-check
+# Modules are compiled when they are first imported: of the trainer's libraries that is a small part.
+PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
 
 help: ## This list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  \1|/' | column -t -s '|'
@@ -16,6 +17,7 @@ setup: setup-service setup-llm ## Both environments: the service's, without any 
 setup-service: $(VENVS)/service/.installed
 setup-dev: $(VENVS)/dev/.installed
 setup-llm: $(VENVS)/llm/.installed
+setup-infra: $(VENVS)/infra/.installed
 
 $(VENVS)/service/.installed: requirements/service.txt pyproject.toml
 	$(PYTHON) -m venv $(VENVS)/service
@@ -99,7 +101,8 @@ test-e2e: setup-dev setup-service setup-llm ## Real HTTP, real child processes, 
 chaos: setup-dev setup-llm ## Break what can break, hundreds of times, and count what was lost: a quarter of an hour
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(VENVS)/dev/bin/python -m tests.chaos
 
-nightly: $(VENVS)/llm/.installed-tests ## Every trainer type and method on the real Gemma 3 270M: the better part of an hour
+nightly: $(VENVS)/llm/.installed-tests ## Every trainer type and method on the real Gemma 3 270M, and the tests that take long: the better part of an hour
+	OMP_NUM_THREADS=1 PYTHONPATH=. HF_HUB_OFFLINE=1 $(VENVS)/llm/bin/python -m pytest tests/jobs tests/exports -m nightly
 	OMP_NUM_THREADS=1 PYTHONPATH=. HF_HUB_OFFLINE=1 $(VENVS)/llm/bin/python -W ignore -m tests.jobs.matrix --real
 
 bench: setup-dev setup-llm ## Measure against the figures of docs/benchmarks.md, peers side by side

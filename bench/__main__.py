@@ -25,6 +25,7 @@ BENCHMARKS = (
     "streams",
     "overhead",
     "interruptions",
+    "quantizations",
     "firestore",
     "transfers",
     "training",

@@ -5,30 +5,23 @@ The real Gemma 3 270M for the first three, saving as by default; the tiny one fo
 """
 
 import asyncio
-import os
-import subprocess
 import time
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from bench.figures import Figure, at_most
 from bench.http import Request, ask
 from bench.launch import BASE, make_base
+from bench.real import REAL_BASE, WITHIN_S, Json, events_of, job_of, make_real_base, submit, until_status
 from bench.scene import REAL_TRAINER, Scene
-from bench.servers import SOURCE, Server, environment, service, upload
+from bench.servers import Server, service
 
 NAME = "interruptions"
-REAL_BASE = "google/gemma-3-270m"
 REAL_EPOCHS = 12  # of the small dataset: as many steps as a short real training has
 PAUSE_AT_STEP = 20
 SLICE_S = 40
 SLICED_STEPS = 1500
-WITHIN_S = 900.0
-
-# Any: JSON.
-Json = dict[str, Any]
 
 
 async def measure(scene: Scene) -> list[Figure]:
@@ -39,18 +32,18 @@ async def measure(scene: Scene) -> list[Figure]:
 
 
 async def _paused(home: Path) -> list[Figure]:
-    await asyncio.to_thread(_make_real_base, home)
+    await asyncio.to_thread(make_real_base, home)
     async with service(home, REAL_TRAINER) as server:
         knobs = {"epochs": REAL_EPOCHS, "batch_size": 2, "gradient_accumulation_steps": 4, "logging_steps": 1, "max_seq_length": 128}
-        job_id = await _train(server, {"base_model_id": REAL_BASE, "hyperparameters": knobs})
+        job_id = await submit(server, {"base_model_id": REAL_BASE, "hyperparameters": knobs})
         await _until_step(server, job_id, PAUSE_AT_STEP)
         began = time.perf_counter()
         await ask(server.url, Request("POST", f"/jobs/{job_id}/pause"))
-        paused = await _until_status(server, job_id, "paused")
+        paused = await until_status(server, job_id, "paused")
         pause_s = time.perf_counter() - began
         await ask(server.url, Request("POST", f"/jobs/{job_id}/resume"))
-        job = await _until_status(server, job_id, "completed")
-        events = await _events(server, job_id)
+        job = await until_status(server, job_id, "completed")
+        events = await events_of(server, job_id)
     saves = [row["event"] for row in events if row["event"]["type"] == "checkpoint"]
     first, second = (_launch_to_step_s(job, events, number) for number in (1, 2))
     step_s = _step_s(events)
@@ -72,7 +65,7 @@ async def _sliced(home: Path) -> list[Figure]:
     for limits in ({}, {"TUNESMITH_ATTEMPT_TIME_LIMIT_S": str(SLICE_S)}):
         async with service(home, REAL_TRAINER, settings=limits) as server:
             began = time.perf_counter()
-            job = await _until_status(server, await _train(server, config), "completed")
+            job = await until_status(server, await submit(server, config), "completed")
             took.append((time.perf_counter() - began, len(job["attempts"])))
     (whole_s, _), (sliced_s, slices) = took
     added = (sliced_s - whole_s) / max(slices - 1, 1)
@@ -80,49 +73,12 @@ async def _sliced(home: Path) -> list[Figure]:
     return [Figure(NAME, "a further time slice", added, "s", None, note)]
 
 
-def _make_real_base(home: Path) -> None:
-    """Put the real base where the jobs of that home find it; it is kept in the user's cache."""
-    command = [REAL_TRAINER, "infra/gemma_270m.py", "--store", (home / "objects").as_uri()]
-    variables = environment(home, PYTHONPATH=str(SOURCE)) | {
-        name: os.environ[name] for name in ("HOME", "XDG_CACHE_HOME") if name in os.environ
-    }
-    subprocess.run(command, check=True, capture_output=True, cwd=SOURCE, env=variables)
-
-
-async def _train(server: Server, config: Json) -> str:
-    dataset_id = await upload(server)
-    answer = await ask(server.url, Request("POST", "/train", {"processed_dataset_id": dataset_id, "training_config": config}))
-    return answer["job_id"]
-
-
 async def _until_step(server: Server, job_id: str, step: int) -> None:
     deadline = time.monotonic() + WITHIN_S
-    while ((await _job(server, job_id))["progress"] or {"step": 0})["step"] < step:
+    while ((await job_of(server, job_id))["progress"] or {"step": 0})["step"] < step:
         if time.monotonic() > deadline:
             raise RuntimeError(f"the job did not reach step {step}")
         await asyncio.sleep(0.1)
-
-
-async def _until_status(server: Server, job_id: str, status: str) -> Json:
-    deadline = time.monotonic() + WITHIN_S
-    while (job := await _job(server, job_id))["status"] != status:
-        if job["status"] == "failed" or time.monotonic() > deadline:
-            raise RuntimeError(f"the job is {job['status']}, not {status}: {job['failure']}")
-        await asyncio.sleep(0.1)
-    return job
-
-
-async def _job(server: Server, job_id: str) -> Json:
-    return await ask(server.url, Request("GET", f"/jobs/{job_id}"))
-
-
-async def _events(server: Server, job_id: str) -> list[Json]:
-    found: list[Json] = []
-    while rows := (await ask(server.url, Request("GET", f"/jobs/{job_id}/events?limit=1000&after={found[-1]['id'] if found else 0}")))[
-        "events"
-    ]:
-        found += rows
-    return found
 
 
 def _launch_to_step_s(job: Json, events: list[Json], attempt: int) -> float:

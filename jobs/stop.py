@@ -25,6 +25,7 @@ from jobs.errors import Reason, Stopped
 
 log = logging.getLogger(__name__)
 
+AGAIN_S = 0.1
 GRACE_S = 0.6  # for the main thread to come; a cancel must be over in 2 s, and hearing of it takes 0.5
 PREEMPTED_S = 8.0  # after a SIGTERM, so that one or two are left for the last word
 KILLED_S = 10.0  # after a SIGTERM, by Cloud Run and by the local launcher
@@ -104,7 +105,7 @@ class Stop:
             threading.Thread(target=self._insist, args=(deadline_s, until), name="stop-deadline", daemon=True).start()
         self._heard(reason)
         if interrupts:
-            signal.pthread_kill(threading.main_thread().ident or 0, LOOK)
+            _look_up()
 
     def check(self) -> None:
         """Raises Stopped when a stop was asked for; inside `politely` only for a cancel, or when the time is up."""
@@ -173,7 +174,13 @@ class Stop:
         os.close(reader)
 
     def _insist(self, deadline_s: float, until: threading.Event) -> None:
-        if not until.wait(deadline_s) and self._wanted is not None:
+        # A signal that comes while another one's handler runs is not noticed by a sleep that then goes on: it is sent again.
+        for _ in range(int(deadline_s // AGAIN_S)):
+            if until.wait(AGAIN_S):
+                return
+            if self._interrupts and not self._raised:
+                _look_up()
+        if not until.wait(deadline_s % AGAIN_S) and self._wanted is not None:
             log.warning("the main thread is busy; ending without it", extra={"reason": self._wanted})
             self._last_resort(self._wanted)
 
@@ -181,6 +188,11 @@ class Stop:
         """Runs in the main thread, in the middle of anything: it takes no lock and writes no log."""
         if not self._raised:
             self.check()
+
+
+def _look_up() -> None:
+    """Let the main thread look at what is wanted."""
+    signal.pthread_kill(threading.main_thread().ident or 0, LOOK)
 
 
 def last_word_s(time_limit_s: float) -> float:

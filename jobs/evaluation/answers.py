@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 SHOWN_CHARACTERS = 2000  # of a prompt, a reference or an answer in an event
 
+# Of prompts at once: a token costs less the more of them there are, and all of them keep their keys and values.
+FEWEST, MOST, MOST_TOKENS = 8, 32, 16_384
+
 Features = Mapping[str, "Tensor"]
 
 
@@ -56,6 +59,11 @@ def answers(
                 size //= 2
                 free_memory()
     return [found[n] for n in range(len(prompts))]
+
+
+def at_once(trained: int, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+    """How many prompts to answer together, where so many rows are trained together."""
+    return max(trained, FEWEST, min(MOST, MOST_TOKENS // (max(map(len, prompts)) + max_new_tokens)))
 
 
 def samples_of(prompts: Sequence[str], references: Sequence[str | None], said: Sequence[str], count: int) -> tuple[Sample, ...]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.data.render import NO_LABEL, Rendered, TokenRow, read_rows, tokens_of
 from jobs.errors import JobFailed
-from jobs.evaluation.answers import answers, samples_of
+from jobs.evaluation.answers import answers, at_once, samples_of
 from jobs.evaluation.undisturbed import same_randomness
 from jobs.graders import build_graders, check_graders, close_graders
 from jobs.graders.grading import Case, Failed, Grade
@@ -249,12 +249,13 @@ class GrpoLesson:
         """What the graders give, in the mean, to the model's likeliest answers to the held-out prompts."""
         began = time.monotonic()
         knobs = self.config.hyperparameters
+        prompts = [row.prompt_ids for row in self.held_out]
         self.said = answers(
             trainer.model,
             self.ground.tokenizer,
-            [row.prompt_ids for row in self.held_out],
+            prompts,
             max_new_tokens=knobs.max_completion_length,
-            batch_size=knobs.batch_size,
+            batch_size=at_once(knobs.batch_size, prompts, knobs.max_completion_length),
             pulse=pulse,
         )
         self._show(trainer.the_course)

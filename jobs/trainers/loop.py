@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from jobs.base_model import fetch_base
 from jobs.data.render import Rendered, TokenRow, use_chat_template
 from jobs.errors import JobFailed, failure_of
-from jobs.evaluation.answers import Features, answers, samples_of
+from jobs.evaluation.answers import Features, answers, at_once, samples_of
 from jobs.evaluation.harness import lm_eval_metrics
 from jobs.evaluation.questions import Question, questions_of
 from jobs.evaluation.text_metrics import task_metrics
@@ -839,14 +839,13 @@ def _asked(
         values, notes = task_metrics([], []) if judged.compute_eval_metrics else ({}, {})
         return metrics.model_copy(update={"values": metrics.values | values, "notes": metrics.notes | notes})
     features = lesson.features_of(questions) if sees else None
-    size = ground.config.hyperparameters.batch_size
     prompts = [question.prompt_ids for question in questions]
     said = answers(
         model,
         ground.tokenizer,
         prompts,
         max_new_tokens=judged.max_new_tokens,
-        batch_size=max(size, 8),
+        batch_size=at_once(ground.config.hyperparameters.batch_size, prompts, judged.max_new_tokens),
         pulse=pulse,
         features=features,
     )

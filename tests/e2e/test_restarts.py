@@ -6,7 +6,7 @@ from tests.e2e.conftest import Service, until
 
 
 def test_a_killed_service_adopts_the_attempt_which_completes(own_service: Service) -> None:
-    job_id = own_service.train(own_service.upload(), {"max_steps": 400, "logging_steps": 5})
+    job_id = own_service.train(own_service.upload(), {"max_steps": 120, "logging_steps": 2})
     until(lambda: own_service.job(job_id)["status"] == "training")
     [attempt] = own_service.attempts()
     own_service.stop(signal.SIGKILL)
@@ -29,7 +29,7 @@ def test_a_service_that_was_away_when_the_attempt_ended_believes_its_result(own_
 
 
 def test_a_service_that_is_stopped_leaves_no_process_and_the_job_starts_again(own_service: Service) -> None:
-    job_id = own_service.train(own_service.upload(), {"max_steps": 300})
+    job_id = own_service.train(own_service.upload(), {"max_steps": 100})
     until(lambda: own_service.job(job_id)["status"] == "training")
     own_service.stop(signal.SIGTERM)
     assert own_service.attempts() == []

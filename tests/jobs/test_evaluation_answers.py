@@ -9,7 +9,7 @@ import pytest
 
 from jobs.data.render import render
 from jobs.errors import JobFailed
-from jobs.evaluation.answers import answers, samples_of
+from jobs.evaluation.answers import FEWEST, MOST, MOST_TOKENS, answers, at_once, samples_of
 from jobs.evaluation.questions import questions_of
 
 PROMPTS = ["what does files do", "it", "open close read write path name value number string", "call", "what does copy do 17", "a list of"]
@@ -123,6 +123,13 @@ def test_special_tokens_are_no_words(model: Any, tokenizer: Any, prompts: list[l
     head = model.lm_head.forward
     monkeypatch.setattr(model.lm_head, "forward", lambda hidden: head(hidden).index_fill(-1, torch.tensor([turn]), 1e4))
     assert ask(model, tokenizer, prompts) == [""] * len(prompts)
+
+
+@pytest.mark.parametrize(
+    ("trained", "longest", "together"), [(1, 20, MOST), (1, 4000, FEWEST), (1, 1000, MOST_TOKENS // 1064), (64, 20, 64), (16, 4000, 16)]
+)
+def test_more_are_asked_together_than_are_trained_together(trained: int, longest: int, together: int) -> None:
+    assert at_once(trained, [[1], [1] * longest], 64) == together
 
 
 def test_no_prompts_have_no_answers(model: Any, tokenizer: Any) -> None:

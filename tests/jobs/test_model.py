@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from jobs.errors import JobFailed
-from jobs.trainers.model import ACTIVATION_BYTES, training_bytes
+from jobs.trainers.model import ACTIVATION_BYTES, Machine, load_base, training_bytes
 from schema.training import TRAINING_CONFIG
-from tests.jobs.conftest import Trained
+from tests.jobs.conftest import BASE, Trained
 
 Train = Callable[..., Trained]
 
@@ -51,6 +51,28 @@ def test_an_adapter_that_cannot_be_is_refused_by_name(train: Train, knobs: dict[
     assert failure.code == "invalid_config"
     assert names in failure.message
     assert advice in failure.hint
+
+
+def test_a_frozen_head_is_not_copied_for_each_row_that_is_answered(store: Path) -> None:
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    multiplied: list[tuple[int, ...]] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, inputs: Any = (), named: Any = None) -> Any:
+            if function in (torch.ops.aten.bmm.default, torch.ops.aten.mm.default):
+                multiplied.append(tuple(inputs[1].shape))
+            return function(*inputs, **(named or {}))
+
+    config = TRAINING_CONFIG.validate_python({"base_model_id": BASE})
+    machine = Machine(torch.device("cpu"), torch.float32, autocast=False, on_gpu=False, gradient_checkpointing=False, workers=0)
+    model = load_base(config, machine, store / "pretrained_weights/huggingface" / BASE).requires_grad_(False).eval()
+    with Watch():
+        model.generate(torch.tensor([[5, 6, 7]] * 3), max_new_tokens=2, do_sample=False)
+    words = model.config.vocab_size
+    heads = [shape for shape in multiplied if words in shape]
+    assert heads == [(model.config.hidden_size, words)] * 2
 
 
 def test_what_memory_a_training_needs_is_estimated_from_what_it_trains(tmp_path: Path) -> None:

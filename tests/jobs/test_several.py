@@ -185,7 +185,11 @@ def assert_one_training(ours: tuple[Story, TrainedModel], theirs: tuple[Story, T
     assert max(float((part - learned[name]).abs().max()) for name, part in weights(our_model).items()) < 2e-4
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "dpo"])
+# Always one whose batches are shared, and the one that shares as the library does: each start of a process takes seconds.
+ALWAYS = ("kto", "grpo")
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, marks=[] if way in ALWAYS else pytest.mark.nightly) for way in WAYS if way != "dpo"])
 def test_two_processes_train_as_one_does_whatever_is_learned(tell: Callable[[str, str, int], Story], way: str) -> None:
     alone = tell(way, "alone", 1)
     theirs = (alone, alone.finish())

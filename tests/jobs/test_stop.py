@@ -112,6 +112,17 @@ def test_what_a_signal_means(make: Make, number: signal.Signals, reason: Reason)
     assert stop.wanted == reason
 
 
+def test_an_interruption_that_was_not_noticed_is_sent_again(make: Make) -> None:
+    stop = make(preempted_s=LONG_S)
+    signal.signal(LOOK, signal.SIG_IGN)
+    stop.ask("preempted")
+    signal.signal(LOOK, stop._look)
+    began = time.monotonic()
+    with stopped("preempted"):
+        time.sleep(LONG_S)
+    assert time.monotonic() - began < LONG_S / 2
+
+
 @pytest.mark.parametrize("reason", ["cancel", "pause", "preempted"])
 def test_a_main_thread_that_does_not_come_is_ended_without(make: Make, resort: Resort, reason: Reason) -> None:
     stop = make()
