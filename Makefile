@@ -83,8 +83,8 @@ $(VENVS)/llm/.installed-tests: $(VENVS)/llm/.installed requirements/llm-test.txt
 	$(VENVS)/llm/bin/pip install $(PIP_FLAGS) -c requirements/llm-constraints.txt -r requirements/llm-test.txt
 	@touch $@
 
-test-llm: $(VENVS)/llm/.installed-tests ## The trainer and the exporters, on a tiny model: two files at a time
-	PYTHONPATH=. HF_HUB_OFFLINE=1 $(VENVS)/llm/bin/python -m pytest tests/jobs tests/exports -n 2 --dist loadfile
+test-llm: $(VENVS)/llm/.installed-tests ## The trainer and the exporters, on a tiny model: three files at a time, for they wait a lot
+	PYTHONPATH=. HF_HUB_OFFLINE=1 $(VENVS)/llm/bin/python -m pytest tests/jobs tests/exports -n 3 --dist loadfile
 
 test-cloud: setup-dev ## What the service does when a line to Google breaks: mostly waiting, so three at a time
 	PYTHONPATH=. $(VENVS)/dev/bin/python -m pytest tests/cloud -n 3

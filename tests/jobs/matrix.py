@@ -21,6 +21,7 @@ from schema.training import TRAINER_TYPES
 from tests.jobs.conftest import BASE, WORDS, Record, a_context, a_spec, messages, trainer_of
 
 STEPS, PAUSED_AT = 4, 2
+QUANTIZATIONS = ("f16", "q8_0")
 VISION_BASE = "tiny/gemma-vision"
 REAL_BASE = "google/gemma-3-270m"
 FIRST_MARK, LAST_MARK = "<!-- matrix: begin -->", "<!-- matrix: end -->"
@@ -66,15 +67,15 @@ def cells() -> list[Cell]:
     ]
 
 
-def run(cell: Cell, store: Path, workdir: Path, base: str | None = None) -> Outcome:
+def run(cell: Cell, store: Path, workdir: Path, base: str | None = None, quantizations: Sequence[str] = QUANTIZATIONS) -> Outcome:
     """Train without and with an interruption, compare, and export."""
     from tests.jobs.test_continuation import Story
 
-    spec = spec_of(cell, store, base)
+    spec = spec_of(cell, store, base, quantizations)
     record = Record()
     context = a_context(spec, workdir / "straight", record)
     model: TrainedModel = trainer_of(spec)(spec.training_config, context)
-    story = Story(spec_of(cell, store, base), workdir / "interrupted")
+    story = Story(spec_of(cell, store, base, quantizations), workdir / "interrupted")
     assert story.attempt(stop_after=PAUSED_AT) == "pause"
     resumed = story.finish()
     artifacts = {artifact.name: artifact for artifact in export_all(model, context)}
@@ -89,14 +90,14 @@ def run(cell: Cell, store: Path, workdir: Path, base: str | None = None) -> Outc
     )
 
 
-def spec_of(cell: Cell, store: Path, base: str | None = None) -> JobSpec:
+def spec_of(cell: Cell, store: Path, base: str | None, quantizations: Sequence[str]) -> JobSpec:
     """A small job of that combination, on the tiny base of its modality unless one is named."""
     speaks = cell.trainer_type != "reward"
     form, train, held_out = rows_of(cell)
     config: dict[str, Any] = {"trainer_type": cell.trainer_type, "method": cell.method, "modality": cell.modality}
     config["base_model_id"] = base or (VISION_BASE if cell.modality == "vision" else BASE)
     config["export_config"] = {"format": ["merged"] if cell.method == "Full" else ["adapter", "merged"]}
-    config["export_config"] |= {"include_gguf": True, "gguf_quantization": ["f16", "q8_0"]} if speaks else {}
+    config["export_config"] |= {"include_gguf": True, "gguf_quantization": list(quantizations)} if speaks else {}
     knobs: dict[str, Any] = {"max_steps": STEPS, "batch_size": 4, "learning_rate": 1e-3, "max_seq_length": 512}
     if cell.trainer_type == "grpo":
         grader = {"type": "string_check", "name": "says_it", "operation": "ilike", "reference_field": "answer"}

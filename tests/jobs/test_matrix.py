@@ -16,16 +16,12 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("cell", cells(), ids=str)
 def test_every_way_to_tune_is_trained_resumed_exactly_exported_and_faithful(cell: Cell, bases: Path, tmp_path: Path) -> None:
-    found = run(cell, bases, tmp_path)
+    found = run(cell, bases, tmp_path, quantizations=["f16"])  # which alone must speak like the model
     assert found.gradient_norm > 0
     assert found.moved
     assert found.is_exact
     assert found.points_are_exact
-    wanted = (
-        {"merged"}
-        | ({"adapter"} if cell.method != "Full" else set())
-        | ({"gguf-f16", "gguf-q8_0"} if cell.trainer_type != "reward" else set())
-    )
+    wanted = {"merged"} | ({"adapter"} if cell.method != "Full" else set()) | ({"gguf-f16"} if cell.trainer_type != "reward" else set())
     assert wanted <= found.artifacts.keys()
     if cell.trainer_type != "reward":
         fidelity = found.artifacts["gguf-f16"].fidelity
