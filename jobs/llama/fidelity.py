@@ -41,6 +41,12 @@ class Comparison(Lenient):
     perplexity_base: float | None = None
 
 
+def agrees(found: Comparison, share: float) -> bool:
+    """Whether the two prefer the same token at that share of all positions, as far as so few positions can tell: by three deviations."""
+    missed = (1 - found.argmax_agreement) * found.positions
+    return missed <= (1 - share) * found.positions + 3 * math.sqrt(share * (1 - share) * found.positions)
+
+
 def targets_of(passages: Sequence[Passage]) -> list[int | None]:
     """For each compared position, in order, the token that should follow; None where nothing is wanted."""
     targets: list[int | None] = []

@@ -17,6 +17,7 @@ from jobs.exporters.bench import Bench
 from jobs.exporters.examiner import HARD_TEXTS, Candidate, Examiner, advice_on, erases_tuning, refuse_unfit
 from jobs.exporters.folders import precision
 from jobs.exporters.gguf import stage
+from jobs.exporters.merge import refuse_unlike
 from jobs.exporters.speech import MOST_POSITIONS, MOST_TOKENS, passages_of, sample_of
 from jobs.exporters.streaming import stream
 from jobs.llama import apart, llama_cpp_available
@@ -432,6 +433,31 @@ def test_a_file_that_cannot_hold_what_was_trained_is_flagged_and_not_hidden() ->
     assert not advice_on(lacking, an_answer().comparison)  # the rows hardly moved
     with pytest.raises(JobFailed, match="does not speak like"):
         refuse_unfit(a_candidate("f16", base=Path("base.gguf")), far, [])
+
+
+@pytest.mark.parametrize(
+    ("positions", "agreement", "kl", "outcome"),
+    [
+        (124, 0.99, 0.0001, "silence"),
+        (124, 0.96, 0.008, "warned"),  # five tokens: so few can be chance
+        (2000, 0.96, 0.008, "warned"),
+        (2000, 0.95, 0.008, "refused"),
+        (124, 0.90, 0.008, "refused"),
+        (124, 1.0, 0.03, "refused"),
+    ],
+)
+def test_a_merged_model_may_lose_to_rounding_but_not_speak_otherwise(
+    a_context: MakeContext, record: Record, positions: int, agreement: float, kl: float, outcome: str
+) -> None:
+    found = a_comparison(positions=positions, argmax_agreement=agreement, mean_kl_to_trained=kl)
+    if outcome == "refused":
+        with pytest.raises(JobFailed, match="does not speak like base and adapter"):
+            refuse_unlike(found, "base and adapter together", a_context())
+        return
+    refuse_unlike(found, "base and adapter together", a_context())
+    said = [event.message for event in record.events if isinstance(event, Warned)]
+    assert len(said) == (outcome == "warned")
+    assert all("merged_dtype 'fp32'" in message for message in said)
 
 
 def test_near_ties_count_as_agreement() -> None:
