@@ -316,20 +316,19 @@ def _teach_whatever_happens(lesson: Lesson, ground: Ground) -> Taught:
                 raise
             reason = failure_of(error).message
         # The error is gone here, and with it the last that held the model.
-        if not no_memory:
+        if no_memory:
+            plan = BatchPlan(state.batch_size, state.gradient_accumulation_steps)
+            smaller = plan_with_less_memory(plan, course.step + 1, healed)
+            healed += 1
+            same = f"{smaller.gradient_accumulation_steps} batches of {smaller.batch_size} make the same step"
+            why = f"memory ran out in step {course.step + 1} with {plan}; {same}"
+            context.decided("batch_size", str(smaller.batch_size), why)
+        else:
             context.warn("one_process", f"{processes} processes did not come to a first step, so that one trains alone: {reason}")
             places = replace(places, most=1)
-            free_memory()
-            continue
-        plan = BatchPlan(state.batch_size, state.gradient_accumulation_steps)
-        smaller = plan_with_less_memory(plan, course.step + 1, healed)
-        healed += 1
-        same = f"{smaller.gradient_accumulation_steps} batches of {smaller.batch_size} make the same step"
-        why = f"memory ran out in step {course.step + 1} with {plan}; {same}"
-        context.decided("batch_size", str(smaller.batch_size), why)
         free_memory()
         context.checkpoints.settle()
-        restored = context.checkpoints.newest()
+        restored = context.checkpoints.newest()  # what this went on from is removed when its first step begins
 
 
 def _processes(lesson: Lesson, ground: Ground, plan: BatchPlan, places: Places) -> int:

@@ -54,6 +54,13 @@ def test_credentials_of_s3_are_for_attempts_that_need_them_and_for_no_others(mon
     assert inherited_environment(Settings(models_url="s3://models"))["AWS_SECRET_ACCESS_KEY"] == "secret"  # type: ignore[call-arg]
 
 
+def test_how_many_gpus_a_training_uses_is_said_to_the_service_and_heard_by_its_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"JOB_PROCESSES": "2", "JOB_PARALLELISM": "ddp"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert told.items() <= inherited_environment(Settings()).items()  # type: ignore[call-arg]
+
+
 def test_trackers_are_said_in_json_and_keep_their_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(
         "TUNESMITH_TRACKERS", '{"mlflow_config": {"tracking_uri": "https://m", "token": "canary"}, "tensorboard_config": {}}'
