@@ -9,30 +9,30 @@ from pathlib import Path
 
 from jobs.checkpoints import Checkpoints
 from jobs.context import JobContext, Secrets, Stores
-from jobs.errors import Reason
+from jobs.errors import StopReason
 from jobs.trainers.sft import train
 from schema.events import Event
 from schema.spec import JobSpec
 
 
-class Nobody:
+class NoOpControl:
     """Neither listens nor stops anything."""
 
     def report(self, event: Event) -> None:
         """Forget it."""
 
-    def place(self, **_: object) -> None:
+    def set_progress(self, **_: object) -> None:
         """Forget it."""
 
     @property
-    def wanted(self) -> Reason | None:
+    def stop_reason(self) -> StopReason | None:
         """Nothing."""
         return None
 
     def check(self) -> None:
         """Go on."""
 
-    def politely(self) -> AbstractContextManager[None]:
+    def defer_stop(self) -> AbstractContextManager[None]:
         """Go on."""
         return nullcontext()
 
@@ -43,7 +43,7 @@ class Nobody:
 
 def main() -> None:
     """Train as the spec says."""
-    spec = JobSpec.load(Path(sys.argv[1]).read_bytes()).model_copy(update={"first_attempt": 2})  # what the job saved does not count
+    spec = JobSpec.load(Path(sys.argv[1]).read_bytes()).model_copy(update={"resume_from_attempt": 2})  # what the job saved does not count
     workdir = Path(sys.argv[2])
     context = JobContext(
         spec=spec,
@@ -51,10 +51,15 @@ def main() -> None:
         workdir=workdir,
         secrets=Secrets({}),
         stores=Stores(spec.stores),
-        voice=Nobody(),
-        stop=Nobody(),
+        event_sink=NoOpControl(),
+        stop=NoOpControl(),
         checkpoints=Checkpoints(
-            store=Stores(spec.stores).models, spec=spec, attempt=2, folder=workdir / "checkpoints", keep=2, tell=Nobody().report
+            store=Stores(spec.stores).models,
+            spec=spec,
+            attempt=2,
+            folder=workdir / "checkpoints",
+            save_total_limit=2,
+            emit=NoOpControl().report,
         ),
     )
     print(train(spec.training_config, context).train_runtime_s)

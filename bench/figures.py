@@ -32,7 +32,7 @@ class Goal:
 
 
 @dataclass(frozen=True)
-class Figure:
+class Measurement:
     """One number of one benchmark. Without a goal it is there to explain the others; without a value, `note` says why."""
 
     benchmark: str
@@ -43,7 +43,7 @@ class Figure:
     note: str = ""
 
     @property
-    def met(self) -> bool | None:
+    def is_goal_met(self) -> bool | None:
         """None where nothing was wanted. A goal whose figure could not be had is not met."""
         if self.goal is None:
             return None
@@ -77,26 +77,26 @@ def median(values: Sequence[float]) -> float:
     return percentile(values, 50)
 
 
-def print_table(figures: Sequence[Figure], console: Console | None = None) -> None:
+def print_table(figures: Sequence[Measurement], console: Console | None = None) -> None:
     """The figures for a person."""
     table = Table("benchmark", "figure", "measured", "goal", "met", "remark")
     for figure in figures:
-        goal = f"{figure.goal.direction} {_number(figure.goal.value)} {figure.unit}".strip() if figure.goal else ""
-        met = {None: "", True: "[green]yes[/]", False: "[red]no[/]"}[figure.met]
-        table.add_row(figure.benchmark, figure.name, _measured(figure), goal, met, figure.note)
+        goal = f"{figure.goal.direction} {_format_number(figure.goal.value)} {figure.unit}".strip() if figure.goal else ""
+        met = {None: "", True: "[green]yes[/]", False: "[red]no[/]"}[figure.is_goal_met]
+        table.add_row(figure.benchmark, figure.name, _format_value(figure), goal, met, figure.note)
     (console or Console()).print(table)
 
 
-def write_json(figures: Sequence[Figure], path: Path) -> None:
+def write_json(figures: Sequence[Measurement], path: Path) -> None:
     """The figures for a program."""
-    path.write_text(json.dumps([asdict(figure) | {"met": figure.met} for figure in figures], indent=1) + "\n")
+    path.write_text(json.dumps([asdict(figure) | {"met": figure.is_goal_met} for figure in figures], indent=1) + "\n")
 
 
-def _measured(figure: Figure) -> str:
-    return "–" if figure.value is None else f"{_number(figure.value)} {figure.unit}".strip()
+def _format_value(figure: Measurement) -> str:
+    return "–" if figure.value is None else f"{_format_number(figure.value)} {figure.unit}".strip()
 
 
-def _number(value: float) -> str:
+def _format_number(value: float) -> str:
     if value == 0 or abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.3g}"

@@ -16,18 +16,18 @@ from datetime import UTC, datetime, timedelta
 
 from google.cloud.firestore import Client
 
-from bench.figures import Figure, at_most, exactly, percentile
-from bench.scene import Scene
-from infra.loopback.firestore import firestore_emulator
-from schema.events import EventBatch, Metrics, ReportedEvent
+from bench.figures import Measurement, at_most, exactly, percentile
+from bench.scene import BenchmarkContext
+from infra.loopback.firestore import run_firestore_emulator
+from schema.events import EventBatch, MetricsLogged, ReportedEvent
 from schema.job import Job, Status
-from schema.requests import SEED_EXAMPLE
+from schema.requests import TRAIN_REQUEST_EXAMPLE
 from schema.training import SftConfig
 from service.adapters.jobstores.cursors import encode_cursor
-from service.adapters.jobstores.firestore import FirestoreJobStore, fields_of_job
+from service.adapters.jobstores.firestore import FirestoreJobStore, build_job_fields
 from service.core.errors import Unavailable
 from service.core.ports import JobQuery
-from storage.patience import patience
+from storage.patience import deadline
 
 NAME = "firestore"
 JOBS = 10_000
@@ -37,10 +37,10 @@ PAGES = 100  # of each filter
 WRITERS = 200
 BATCHES = 5  # of each writer
 EVENTS = 20  # of each batch
-CALLER_WAITS_S = 4.5  # as in the API
-TRIES = 10  # an attempt's reporter goes on for hours
+CALLER_TIMEOUT_S = 4.5  # as in the API
+MAX_TRIES = 10  # an attempt's reporter goes on for hours
 START = datetime(2026, 1, 1, tzinfo=UTC)
-CONFIG = SftConfig.model_validate(SEED_EXAMPLE["training_config"])
+CONFIG = SftConfig.model_validate(TRAIN_REQUEST_EXAMPLE["training_config"])
 STATUSES = (Status.COMPLETED,) * 8 + (Status.FAILED, Status.CANCELLED)
 FILTERS = {
     "no filter": JobQuery("local"),
@@ -53,9 +53,9 @@ FILTERS = {
 }
 
 
-async def measure(_: Scene) -> list[Figure]:
+async def measure(_: BenchmarkContext) -> list[Measurement]:
     """Pages first, for the emulator walks over events, too."""
-    with firestore_emulator() as host:
+    with run_firestore_emulator() as host:
         os.environ["FIRESTORE_EMULATOR_HOST"] = host  # read by Google's client
         try:
             return await asyncio.to_thread(_measure)
@@ -63,36 +63,36 @@ async def measure(_: Scene) -> list[Figure]:
             del os.environ["FIRESTORE_EMULATOR_HOST"]
 
 
-def _measure() -> list[Figure]:
+def _measure() -> list[Measurement]:
     store = FirestoreJobStore(project_id="bench")
     try:
-        return [*_pages(store), *_reports(store)]
+        return [*_measure_pages(store), *_measure_reports(store)]
     finally:
         store.close()
 
 
-def _pages(store: FirestoreJobStore) -> Iterator[Figure]:
-    _fill(Client(project="bench"))
+def _measure_pages(store: FirestoreJobStore) -> Iterator[Measurement]:
+    _insert_jobs(Client(project="bench"))
     for _ in range(PAGES):  # the emulator's Java warms up
-        store.page_jobs(JobQuery("local"))
+        store.list_jobs(JobQuery("local"))
     for name, query in FILTERS.items():
-        took_ms = [_page_ms(store, query) for _ in range(PAGES)]
+        took_ms = [_time_page_ms(store, query) for _ in range(PAGES)]
         note = f"p50 {percentile(took_ms, 50):.1f} ms"
-        yield Figure(NAME, f"a page of {PAGE} among {JOBS:,}, p95: {name}", percentile(took_ms, 95), "ms", at_most(100), note)
+        yield Measurement(NAME, f"a page of {PAGE} among {JOBS:,}, p95: {name}", percentile(took_ms, 95), "ms", at_most(100), note)
 
 
-def _fill(client: Client) -> None:
+def _insert_jobs(client: Client) -> None:
     """As many jobs as the store would have written, many in one commit."""
     for first in range(0, JOBS, JOBS_PER_COMMIT):
         batch = client.batch()
         for number in range(first, min(first + JOBS_PER_COMMIT, JOBS)):
-            job = _job(number)
-            fields = {name: value for name, value in fields_of_job(job, []).items() if value is not None}
+            job = _make_job(number)
+            fields = {name: value for name, value in build_job_fields(job, []).items() if value is not None}
             batch.set(client.collection("jobs").document(job.job_id), fields)
         batch.commit()
 
 
-def _job(number: int) -> Job:
+def _make_job(number: int) -> Job:
     created_at = START + timedelta(seconds=number)
     return Job(
         job_id=f"training_bench_gemma-3-270m_{number:012x}",
@@ -108,48 +108,48 @@ def _job(number: int) -> Job:
     )
 
 
-def _page_ms(store: FirestoreJobStore, query: JobQuery) -> float:
+def _time_page_ms(store: FirestoreJobStore, query: JobQuery) -> float:
     began = time.perf_counter()
-    store.page_jobs(query)
+    store.list_jobs(query)
     return (time.perf_counter() - began) * 1000
 
 
-def _reports(store: FirestoreJobStore) -> list[Figure]:
+def _measure_reports(store: FirestoreJobStore) -> list[Measurement]:
     began = time.perf_counter()
     with ThreadPoolExecutor(WRITERS) as pool:
-        reports = [report for writer in pool.map(lambda number: _report(store, number), range(WRITERS)) for report in writer]
+        reports = [report for writer in pool.map(lambda number: _append_batches(store, number), range(WRITERS)) for report in writer]
     took_s = time.perf_counter() - began
     expected = Counter({(number, seq): 1 for number in range(WRITERS) for seq in range(BATCHES * EVENTS)})
-    kept = Counter((number, stored.seq) for number in range(WRITERS) for stored in store.page_events(f"job-{number}"))
+    kept = Counter((number, stored.seq) for number in range(WRITERS) for stored in store.list_events(f"job-{number}"))
     what = f"{WRITERS} writers at once, {BATCHES} batches of {EVENTS} events each"
-    again = sum(report.refused for report in reports)
-    waits_ms = [report.took_ms for report in reports]
+    again = sum(report.retries for report in reports)
+    waits_ms = [report.elapsed_ms for report in reports]
     return [
-        Figure(NAME, f"{what}: events lost", (expected - kept).total(), "events", exactly(0), f"{expected.total():,} were sent"),
-        Figure(NAME, f"{what}: events doubled", (kept - expected).total(), "events", exactly(0)),
-        Figure(NAME, f"{what}: a batch, p95", percentile(waits_ms, 95), "ms", note=f"{again} were told to try again"),
-        Figure(NAME, f"{what}: together", expected.total() / took_s, "events/s"),
+        Measurement(NAME, f"{what}: events lost", (expected - kept).total(), "events", exactly(0), f"{expected.total():,} were sent"),
+        Measurement(NAME, f"{what}: events doubled", (kept - expected).total(), "events", exactly(0)),
+        Measurement(NAME, f"{what}: a batch, p95", percentile(waits_ms, 95), "ms", note=f"{again} were told to try again"),
+        Measurement(NAME, f"{what}: together", expected.total() / took_s, "events/s"),
     ]
 
 
 @dataclass(frozen=True)
-class _Report:
+class _AppendResult:
     """One batch that was kept in the end."""
 
-    took_ms: float
-    refused: int
+    elapsed_ms: float
+    retries: int
 
 
-def _report(store: FirestoreJobStore, number: int) -> list[_Report]:
-    return [_keep(store, f"job-{number}", batch * EVENTS) for batch in range(BATCHES)]
+def _append_batches(store: FirestoreJobStore, number: int) -> list[_AppendResult]:
+    return [_append_with_retry(store, f"job-{number}", batch * EVENTS) for batch in range(BATCHES)]
 
 
-def _keep(store: FirestoreJobStore, job_id: str, first_seq: int) -> _Report:
+def _append_with_retry(store: FirestoreJobStore, job_id: str, first_seq: int) -> _AppendResult:
     now = datetime.now(UTC)
-    events = [ReportedEvent(at=now, event=Metrics(step=first_seq + n, values={"loss": 1.0})) for n in range(EVENTS)]
+    events = [ReportedEvent(at=now, event=MetricsLogged(step=first_seq + n, values={"loss": 1.0})) for n in range(EVENTS)]
     began = time.perf_counter()
-    for refused in range(TRIES):
-        with suppress(Unavailable), patience(CALLER_WAITS_S):
+    for refused in range(MAX_TRIES):
+        with suppress(Unavailable), deadline(CALLER_TIMEOUT_S):
             store.append_events(job_id, 1, EventBatch(first_seq=first_seq, events=events), now)
-            return _Report((time.perf_counter() - began) * 1000, refused)
-    raise RuntimeError(f"{job_id} could not report in {TRIES} tries")
+            return _AppendResult((time.perf_counter() - began) * 1000, refused)
+    raise RuntimeError(f"{job_id} could not report in {MAX_TRIES} tries")

@@ -2,11 +2,11 @@
 
 import asyncio
 
-from bench.figures import Figure, at_most, median
+from bench.figures import Measurement, at_most, median
 from bench.peers import PEERS, Peer, peer_server
-from bench.scene import REAL_TRAINER, Scene
-from bench.servers import ServerDown, service, upload
-from bench.standin import stand_in_trainer
+from bench.scene import REAL_TRAINER, BenchmarkContext
+from bench.servers import ServerUnavailable, run_service, upload_dataset
+from bench.standin import make_stub_trainer
 from bench.submit import REQUESTS, submit_many
 
 NAME = "footprint"
@@ -14,44 +14,44 @@ STARTS = 7
 SETTLE_S = 5.0  # what a server still does by itself after it is ready
 
 
-async def measure(scene: Scene) -> list[Figure]:
+async def measure(context: BenchmarkContext) -> list[Measurement]:
     """Ours; then the peers, in their second start, when their tables are there."""
-    ready_s = median([await _start(scene) for _ in range(STARTS)])
-    idle_mb, after_mb = await _memory(scene)
+    ready_s = median([await _measure_start(context) for _ in range(STARTS)])
+    idle_mb, after_mb = await _measure_memory(context)
     figures = [
-        Figure(NAME, "ready", ready_s, "s", at_most(1.5), f"median of {STARTS} starts"),
-        Figure(NAME, "memory, idle", idle_mb, "MB", at_most(120)),
-        Figure(NAME, f"memory after {REQUESTS:,} submissions", after_mb, "MB", at_most(120)),
+        Measurement(NAME, "ready", ready_s, "s", at_most(1.5), f"median of {STARTS} starts"),
+        Measurement(NAME, "memory, idle", idle_mb, "MB", at_most(120)),
+        Measurement(NAME, f"memory after {REQUESTS:,} submissions", after_mb, "MB", at_most(120)),
     ]
-    if scene.with_peers:
+    if context.with_peers:
         for peer in PEERS:
-            figures += await _measure_peer(scene, peer)
+            figures += await _measure_peer(context, peer)
     return figures
 
 
-async def _start(scene: Scene) -> float:
+async def _measure_start(context: BenchmarkContext) -> float:
     """With the real trainer's environment where there is one: the service asks it what it can do while it starts."""
-    trainer = REAL_TRAINER if REAL_TRAINER.exists() else stand_in_trainer(scene.folder / "trainer")
-    async with service(scene.folder / "start", trainer) as server:
+    trainer = REAL_TRAINER if REAL_TRAINER.exists() else make_stub_trainer(context.folder / "trainer")
+    async with run_service(context.folder / "start", trainer) as server:
         return server.ready_s
 
 
-async def _memory(scene: Scene) -> tuple[float, float]:
-    async with service(scene.folder / "memory", stand_in_trainer(scene.folder / "trainer")) as server:
+async def _measure_memory(context: BenchmarkContext) -> tuple[float, float]:
+    async with run_service(context.folder / "memory", make_stub_trainer(context.folder / "trainer")) as server:
         await asyncio.sleep(SETTLE_S)
         idle_mb = server.rss_mb()
-        await submit_many(server, await upload(server), REQUESTS, "memory")
+        await submit_many(server, await upload_dataset(server), REQUESTS, "memory")
         return idle_mb, server.rss_mb()
 
 
-async def _measure_peer(scene: Scene, peer: Peer) -> list[Figure]:
-    home = scene.folder / peer.name.replace(" ", "-")
+async def _measure_peer(context: BenchmarkContext, peer: Peer) -> list[Measurement]:
+    home = context.folder / peer.name.replace(" ", "-")
     try:
         async with peer_server(peer, home):
             pass
         async with peer_server(peer, home) as server:
             await asyncio.sleep(SETTLE_S)
-            memory = Figure(NAME, f"{peer.name}, memory, idle", server.rss_mb(), "MB", note=f"{len(server.processes())} processes")
-            return [Figure(NAME, f"{peer.name}, ready", server.ready_s, "s"), memory]
-    except ServerDown as error:
-        return [Figure(NAME, f"{peer.name}, ready", None, "s", note=str(error))]
+            memory = Measurement(NAME, f"{peer.name}, memory, idle", server.rss_mb(), "MB", note=f"{len(server.processes())} processes")
+            return [Measurement(NAME, f"{peer.name}, ready", server.ready_s, "s"), memory]
+    except ServerUnavailable as error:
+        return [Measurement(NAME, f"{peer.name}, ready", None, "s", note=str(error))]

@@ -17,73 +17,73 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from bench.figures import Figure, at_least, median, print_table, write_json
-from bench.peers_training.plan import Plan, Seen
+from bench.figures import Measurement, at_least, median, print_table, write_json
+from bench.peers_training.plan import TrainingPlan, TrainingRecord
 from bench.peers_training.rows import SHAPES
 
 NAME = "gpu training"
 SOURCE = Path(__file__).resolve().parent.parent
-LENGTH = 4096
+SEQUENCE_LENGTH = 4096
 MEAN_TOKENS = 60  # of a row, about
 STEPS = 24
-WARM_STEPS = 4  # of them, that do not count: kernels are chosen, memory is asked for
+WARMUP_STEPS = 4  # of them, that do not count: kernels are chosen, memory is asked for
 ROUNDS = 3
 # Dense bf16 operations a second, by a part of the name that CUDA gives the GPU; from NVIDIA's data sheets.
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
-GOAL_SHARE = {"H200": 35, "H100": 35}
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
+GOAL_MFU_PERCENT = {"H200": 35, "H100": 35}
 
 
 def main() -> int:
     """Measure, print. 1 when a goal was missed, 2 where there is no GPU."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_training", description="LoRA's speed on this machine's GPU.")
     parser.add_argument("sizes", nargs="*", metavar="SIZE", help="1b, 4b; both when left out")
-    parser.add_argument("--batch", type=int, default=2, help=f"blocks of {LENGTH} tokens a step")
+    parser.add_argument("--batch", type=int, default=2, help=f"blocks of {SEQUENCE_LENGTH} tokens a step")
     parser.add_argument("--unsloth", type=Path, metavar="PYTHON", help="a python that has Unsloth; ours when left out, if it has it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON, too")
     chosen = parser.parse_args()
     if unknown := set(chosen.sizes) - {"1b", "4b"}:
         parser.error(f"no size {', '.join(sorted(unknown))}; known: 1b, 4b")
-    gpu = gpu_name()
+    gpu = get_gpu_name()
     if gpu is None:
         print("this machine has no GPU that torch can use: nothing was measured; python -m bench training needs none", file=sys.stderr)
         return 2
     unsloth = chosen.unsloth or (Path(sys.executable) if find_spec("unsloth") else None)
-    figures: list[Figure] = []
+    figures: list[Measurement] = []
     for size in chosen.sizes or ("1b", "4b"):
         with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder:
             figures += measure(size, gpu, chosen.batch, Path(folder), unsloth)
         print_table(figures)
     if chosen.json:
         write_json(figures, chosen.json)
-    return 1 if any(figure.met is False for figure in figures) else 0
+    return 1 if any(figure.is_goal_met is False for figure in figures) else 0
 
 
-def gpu_name() -> str | None:
+def get_gpu_name() -> str | None:
     """What CUDA calls the GPU; None without one."""
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
-def measure(size: str, gpu: str, batch: int, folder: Path, unsloth: Path | None) -> list[Figure]:
+def measure(size: str, gpu: str, batch: int, folder: Path, unsloth: Path | None) -> list[Measurement]:
     """The trainers in turns on a base of that size."""
-    rows = STEPS * batch * LENGTH // MEAN_TOKENS
-    _run(Path(sys.executable), "rows", folder, "--shape", size, "--rows", str(rows), "--label-share", "1.0")
-    seen: dict[str, list[Seen]] = {}
+    rows = STEPS * batch * SEQUENCE_LENGTH // MEAN_TOKENS
+    _run_trainer(Path(sys.executable), "rows", folder, "--shape", size, "--rows", str(rows), "--label-share", "1.0")
+    seen: dict[str, list[TrainingRecord]] = {}
     for number in range(ROUNDS):
-        for name, (python, script, plan) in _contestants(folder, batch, unsloth).items():
-            own = replace(plan, out=f"{plan.out}-{number}")
-            path = Path(own.out + ".json")
+        for name, (python, script, plan) in _make_trainer_plans(folder, batch, unsloth).items():
+            own = replace(plan, out=f"{plan.output_folder}-{number}")
+            path = Path(own.output_folder + ".json")
             own.write(path)
-            _run(python, script, path)
-            seen.setdefault(name, []).append(Seen.read(Path(own.out + ".seen.json")))
+            _run_trainer(python, script, path)
+            seen.setdefault(name, []).append(TrainingRecord.read(Path(own.output_folder + ".record.json")))
     for name, runs in seen.items():
         if any(not run.grad_norms or min(run.grad_norms) <= 0 or run.losses[-1] >= run.losses[0] for run in runs):
             raise SystemExit(f"{name} learned nothing: {[(run.losses, run.grad_norms) for run in runs]}")
-    return _figures(size, gpu, seen, multiplied_weights(size))
+    return _figures(size, gpu, seen, count_matmul_parameters(size))
 
 
-def multiplied_weights(size: str) -> int:
+def count_matmul_parameters(size: str) -> int:
     """Weights that every token is multiplied by: those of all linear layers, the head's among them."""
     shape = SHAPES[size]
     width, heads = shape["hidden_size"], shape["head_dim"]
@@ -91,23 +91,23 @@ def multiplied_weights(size: str) -> int:
     return shape["num_hidden_layers"] * (attention + 3 * width * shape["intermediate_size"]) + width * shape["vocab_size"]
 
 
-def speed(run: Seen) -> float:
+def tokens_per_second(run: TrainingRecord) -> float:
     """Real tokens a second once it is warm."""
-    steps = run.steps - WARM_STEPS
-    return run.tokens * steps / run.steps / (run.step_ends_s[-1] - run.step_ends_s[WARM_STEPS - 1])
+    steps = run.steps - WARMUP_STEPS
+    return run.tokens * steps / run.steps / (run.step_ends_s[-1] - run.step_ends_s[WARMUP_STEPS - 1])
 
 
-def _contestants(folder: Path, batch: int, unsloth: Path | None) -> dict[str, tuple[Path, str, Plan]]:
+def _make_trainer_plans(folder: Path, batch: int, unsloth: Path | None) -> dict[str, tuple[Path, str, TrainingPlan]]:
     """By name: whose python, which script, and its plan. Ours comes first."""
-    ours = Plan(
+    ours = TrainingPlan(
         base=str(folder / "base"),
-        rows=str(folder / "train.jsonl"),
-        out=str(folder / "tunesmith"),
+        rows_path=str(folder / "train.jsonl"),
+        output_folder=str(folder / "tunesmith"),
         packing=True,
         batch_size=batch,
-        accumulation=1,
+        gradient_accumulation_steps=1,
         learning_rate=1e-3,
-        max_length=LENGTH,
+        max_length=SEQUENCE_LENGTH,
         on_gpu=True,
         use_fa2=find_spec("flash_attn") is not None,
     )
@@ -120,7 +120,7 @@ def _contestants(folder: Path, batch: int, unsloth: Path | None) -> dict[str, tu
     return found | ({"Unsloth": (unsloth, "unsloth_trainer", replace(ours, out=str(folder / "unsloth")))} if unsloth else {})
 
 
-def _run(python: Path, script: str, *arguments: str | Path) -> None:
+def _run_trainer(python: Path, script: str, *arguments: str | Path) -> None:
     """Raises SystemExit with the end of what a script said when it failed."""
     done = subprocess.run(
         [python, "-m", f"bench.peers_training.{script}", *arguments], cwd=SOURCE, capture_output=True, text=True, check=False
@@ -129,23 +129,25 @@ def _run(python: Path, script: str, *arguments: str | Path) -> None:
         raise SystemExit(f"{script} failed: {' / '.join(done.stderr.strip().splitlines()[-3:])}")
 
 
-def _figures(size: str, gpu: str, seen: Mapping[str, Sequence[Seen]], weights: int) -> list[Figure]:
-    kind = next((kind for kind in PEAKS if kind in gpu), None)
-    figures: list[Figure] = []
+def _figures(size: str, gpu: str, seen: Mapping[str, Sequence[TrainingRecord]], weights: int) -> list[Measurement]:
+    kind = next((kind for kind in PEAK_FLOPS if kind in gpu), None)
+    figures: list[Measurement] = []
     for name, runs in seen.items():
-        tokens_per_s = median([speed(run) for run in runs])
+        tokens_per_s = median([tokens_per_second(run) for run in runs])
         memory = f"{median([run.peak_gpu_mb or 0 for run in runs]):,.0f} MB of GPU memory at most"
-        figures.append(Figure(NAME, f"{size}, {name}", tokens_per_s, "tokens/s", note=f"{gpu}, {memory}"))
+        figures.append(Measurement(NAME, f"{size}, {name}", tokens_per_s, "tokens/s", note=f"{gpu}, {memory}"))
         if kind is not None:
-            goal = at_least(GOAL_SHARE[kind]) if name == "Tunesmith" and kind in GOAL_SHARE else None
-            share = 100 * tokens_per_s * 4 * weights / PEAKS[kind]
-            figures.append(Figure(NAME, f"{size}, {name}: share of the peak", share, "%", goal, f"4 × {weights / 1e9:.2f}e9 a token"))
+            goal = at_least(GOAL_MFU_PERCENT[kind]) if name == "Tunesmith" and kind in GOAL_MFU_PERCENT else None
+            share = 100 * tokens_per_s * 4 * weights / PEAK_FLOPS[kind]
+            figures.append(Measurement(NAME, f"{size}, {name}: share of the peak", share, "%", goal, f"4 × {weights / 1e9:.2f}e9 a token"))
     goals = {"TRL, its defaults": 2.0, "Unsloth": 0.95}
     for name, runs in seen.items():
         if name != "Tunesmith":
-            ratio = median([speed(mine) / speed(theirs) for mine, theirs in zip(seen["Tunesmith"], runs, strict=True)])
+            ratio = median(
+                [tokens_per_second(mine) / tokens_per_second(theirs) for mine, theirs in zip(seen["Tunesmith"], runs, strict=True)]
+            )
             goal = at_least(goals[name]) if name in goals else None
-            figures.append(Figure(NAME, f"{size}: times as fast as {name}", ratio, "×", goal))
+            figures.append(Measurement(NAME, f"{size}: times as fast as {name}", ratio, "×", goal))
     return figures
 
 

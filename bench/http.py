@@ -15,11 +15,11 @@ from urllib.parse import urlsplit
 
 from bench.figures import percentile
 
-ANSWER_TIMEOUT_S = 60  # a server that needs longer has failed the request
+RESPONSE_TIMEOUT_S = 60  # a server that needs longer has failed the request
 STATUS = re.compile(rb"HTTP/1\.[01] (\d{3})")
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 CHUNKED = re.compile(rb"\r\ntransfer-encoding: *chunked", re.IGNORECASE)
-CLOSING = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
+CONNECTION_CLOSE = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Response:
     """What came back."""
 
     status: int
@@ -76,14 +76,14 @@ class Connection:
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
 
-    async def send(self, request: Request) -> Answer:
+    async def send(self, request: Request) -> Response:
         """Send and wait. Raises OSError or EOFError when the server hangs up, TimeoutError when it is silent."""
-        async with asyncio.timeout(ANSWER_TIMEOUT_S):
+        async with asyncio.timeout(RESPONSE_TIMEOUT_S):
             reader, head, status = await self._open(request)
             body = await self._body(reader, head)
-        if CLOSING.search(head):
+        if CONNECTION_CLOSE.search(head):
             self.close()
-        return Answer(status, body)
+        return Response(status, body)
 
     async def stream(self, request: Request) -> AsyncIterator[bytes]:
         """The chunks of an answer that has no end. Raises EOFError when the server hangs up."""
@@ -125,35 +125,35 @@ async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
 
 
 @dataclass
-class Load:
+class LoadResult:
     """What became of many requests."""
 
     latencies_s: list[float] = field(default_factory=list[float])  # of those that were done
-    refused: Counter[str] = field(default_factory=Counter[str])  # the others: by status, or by how the connection ended
-    answers: list[Answer] = field(default_factory=list[Answer])
-    took_s: float = 0.0
+    rejected: Counter[str] = field(default_factory=Counter[str])  # the others: by status, or by how the connection ended
+    responses: list[Response] = field(default_factory=list[Response])
+    elapsed_s: float = 0.0
 
     @property
-    def per_second(self) -> float:
+    def requests_per_s(self) -> float:
         """Requests done a second."""
-        return len(self.latencies_s) / self.took_s if self.took_s else 0.0
+        return len(self.latencies_s) / self.elapsed_s if self.elapsed_s else 0.0
 
-    def milliseconds(self, percent: float) -> float:
+    def latency_ms(self, percent: float) -> float:
         """A percentile of the latencies."""
         return percentile(self.latencies_s, percent) * 1000
 
 
-async def load(url: str, requests: Iterable[Request], clients: int, most_s: float = 120.0) -> Load:
+async def run_load(url: str, requests: Iterable[Request], clients: int, max_duration_s: float = 120.0) -> LoadResult:
     """Send the requests, each client the next as soon as it has its answer, until there are no more or the time is over."""
-    done = Load()
+    done = LoadResult()
     shared = iter(requests)
     began = time.perf_counter()
-    await asyncio.gather(*(_one_client(url, shared, done, began + most_s) for _ in range(clients)))
-    done.took_s = time.perf_counter() - began
+    await asyncio.gather(*(_one_client(url, shared, done, began + max_duration_s) for _ in range(clients)))
+    done.elapsed_s = time.perf_counter() - began
     return done
 
 
-async def _one_client(url: str, requests: Iterator[Request], done: Load, deadline: float) -> None:
+async def _one_client(url: str, requests: Iterator[Request], done: LoadResult, deadline: float) -> None:
     connection = Connection(url)
     for request in requests:
         began = time.perf_counter()
@@ -162,18 +162,18 @@ async def _one_client(url: str, requests: Iterator[Request], done: Load, deadlin
         try:
             answer = await connection.send(request)
         except (OSError, EOFError, TimeoutError) as error:
-            done.refused[type(error).__name__] += 1
+            done.rejected[type(error).__name__] += 1
             connection.close()
             continue
         if answer.ok:
             done.latencies_s.append(time.perf_counter() - began)
-            done.answers.append(answer)
+            done.responses.append(answer)
         else:
-            done.refused[str(answer.status)] += 1
+            done.rejected[str(answer.status)] += 1
     connection.close()
 
 
-async def ask(url: str, request: Request) -> Any:
+async def request_json(url: str, request: Request) -> Any:
     """One request on a connection of its own; the answer's JSON. Raises ValueError when the server did not do it."""
     connection = Connection(url)
     try:

@@ -10,12 +10,12 @@ from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
-from bench.figures import Figure, at_most
-from bench.http import Request, ask
-from bench.launch import BASE, make_base
-from bench.real import REAL_BASE, WITHIN_S, Json, events_of, job_of, make_real_base, submit, until_status
-from bench.scene import REAL_TRAINER, Scene
-from bench.servers import Server, service
+from bench.figures import Measurement, at_most
+from bench.http import Request, request_json
+from bench.launch import BASE, install_tiny_base
+from bench.real import REAL_BASE, TIMEOUT_S, Json, get_events, get_job, install_real_base, submit_job, wait_for_status
+from bench.scene import REAL_TRAINER, BenchmarkContext
+from bench.servers import Server, run_service
 
 NAME = "interruptions"
 REAL_EPOCHS = 12  # of the small dataset: as many steps as a short real training has
@@ -24,71 +24,71 @@ SLICE_S = 40
 SLICED_STEPS = 1500
 
 
-async def measure(scene: Scene) -> list[Figure]:
+async def measure(context: BenchmarkContext) -> list[Measurement]:
     """A real training that is paused once, and a tiny one in one slice and in several."""
     if not REAL_TRAINER.exists():
-        return [Figure(NAME, "saving", None, "%", at_most(5), "there is no trainer's environment: make setup")]
-    return [*await _paused(scene.folder / "real"), *await _sliced(scene.folder / "tiny")]
+        return [Measurement(NAME, "saving", None, "%", at_most(5), "there is no trainer's environment: make setup")]
+    return [*await _measure_pause(context.folder / "real"), *await _measure_time_slices(context.folder / "tiny")]
 
 
-async def _paused(home: Path) -> list[Figure]:
-    await asyncio.to_thread(make_real_base, home)
-    async with service(home, REAL_TRAINER) as server:
+async def _measure_pause(home: Path) -> list[Measurement]:
+    await asyncio.to_thread(install_real_base, home)
+    async with run_service(home, REAL_TRAINER) as server:
         knobs = {"epochs": REAL_EPOCHS, "batch_size": 2, "gradient_accumulation_steps": 4, "logging_steps": 1, "max_seq_length": 128}
-        job_id = await submit(server, {"base_model_id": REAL_BASE, "hyperparameters": knobs})
-        await _until_step(server, job_id, PAUSE_AT_STEP)
+        job_id = await submit_job(server, {"base_model_id": REAL_BASE, "hyperparameters": knobs})
+        await _wait_until_step(server, job_id, PAUSE_AT_STEP)
         began = time.perf_counter()
-        await ask(server.url, Request("POST", f"/jobs/{job_id}/pause"))
-        paused = await until_status(server, job_id, "paused")
+        await request_json(server.url, Request("POST", f"/jobs/{job_id}/pause"))
+        paused = await wait_for_status(server, job_id, "paused")
         pause_s = time.perf_counter() - began
-        await ask(server.url, Request("POST", f"/jobs/{job_id}/resume"))
-        job = await until_status(server, job_id, "completed")
-        events = await events_of(server, job_id)
-    saves = [row["event"] for row in events if row["event"]["type"] == "checkpoint"]
-    first, second = (_launch_to_step_s(job, events, number) for number in (1, 2))
-    step_s = _step_s(events)
+        await request_json(server.url, Request("POST", f"/jobs/{job_id}/resume"))
+        job = await wait_for_status(server, job_id, "completed")
+        events = await get_events(server, job_id)
+    saves = [row["event"] for row in events if row["event"]["type"] == "checkpoint_saved"]
+    first, second = (_launch_to_first_step_s(job, events, number) for number in (1, 2))
+    step_s = _median_step_s(events)
     blocked_s, trained_s = sum(save["save_s"] for save in saves), step_s * job["progress"]["step"]
     note = f"{len(saves)} checkpoints of {saves[0]['size_bytes'] / 1e6:.0f} MB, longest {max(save['save_s'] for save in saves):.2f} s"
     obeyed = f"a step takes {step_s:.2f} s; the save {saves[0]['save_s']:.2f} s, its upload {saves[0]['upload_s']:.2f} s"
-    resumed = f"launch to step {paused['checkpoint']['step'] + 1}: {second:.1f} s; of a fresh attempt to step 1: {first:.1f} s"
+    resumed = f"launch to step {paused['checkpoint_saved']['step'] + 1}: {second:.1f} s; of a fresh attempt to step 1: {first:.1f} s"
     return [
-        Figure(NAME, "saving, as a share of training", 100 * blocked_s / trained_s, "%", at_most(5), note),
-        Figure(NAME, "pause to paused", pause_s, "s", None, obeyed),
-        Figure(NAME, "resumed: beyond what a fresh start takes to its first step", second - first, "s", at_most(5), resumed),
+        Measurement(NAME, "saving, as a share of training", 100 * blocked_s / trained_s, "%", at_most(5), note),
+        Measurement(NAME, "pause to paused", pause_s, "s", None, obeyed),
+        Measurement(NAME, "resumed: beyond what a fresh start takes to its first step", second - first, "s", at_most(5), resumed),
     ]
 
 
-async def _sliced(home: Path) -> list[Figure]:
-    await asyncio.to_thread(make_base, home)
+async def _measure_time_slices(home: Path) -> list[Measurement]:
+    await asyncio.to_thread(install_tiny_base, home)
     config = {"base_model_id": BASE, "hyperparameters": {"max_steps": SLICED_STEPS, "logging_steps": 100}}
     took: list[tuple[float, int]] = []
     for limits in ({}, {"TUNESMITH_ATTEMPT_TIME_LIMIT_S": str(SLICE_S)}):
-        async with service(home, REAL_TRAINER, settings=limits) as server:
+        async with run_service(home, REAL_TRAINER, settings=limits) as server:
             began = time.perf_counter()
-            job = await until_status(server, await submit(server, config), "completed")
+            job = await wait_for_status(server, await submit_job(server, config), "completed")
             took.append((time.perf_counter() - began, len(job["attempts"])))
     (whole_s, _), (sliced_s, slices) = took
     added = (sliced_s - whole_s) / max(slices - 1, 1)
     note = f"{sliced_s:.1f} s in {slices} slices of {SLICE_S} s, {whole_s:.1f} s in one; of an hour's slice {100 * added / 3600:.2f} %"
-    return [Figure(NAME, "a further time slice", added, "s", None, note)]
+    return [Measurement(NAME, "a further time slice", added, "s", None, note)]
 
 
-async def _until_step(server: Server, job_id: str, step: int) -> None:
-    deadline = time.monotonic() + WITHIN_S
-    while ((await job_of(server, job_id))["progress"] or {"step": 0})["step"] < step:
+async def _wait_until_step(server: Server, job_id: str, step: int) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while ((await get_job(server, job_id))["progress"] or {"step": 0})["step"] < step:
         if time.monotonic() > deadline:
             raise RuntimeError(f"the job did not reach step {step}")
         await asyncio.sleep(0.1)
 
 
-def _launch_to_step_s(job: Json, events: list[Json], attempt: int) -> float:
+def _launch_to_first_step_s(job: Json, events: list[Json], attempt: int) -> float:
     """From the launch of an attempt until it told its first step."""
     launched = datetime.fromisoformat(job["attempts"][attempt - 1]["created_at"])
     told = next(row["at"] for row in events if row["attempt"] == attempt and row["event"]["type"] == "metrics")
     return (datetime.fromisoformat(told) - launched).total_seconds()
 
 
-def _step_s(events: list[Json]) -> float:
+def _median_step_s(events: list[Json]) -> float:
     """The median time of a step, from points that follow each other."""
     points = [
         (row["attempt"], row["event"]["step"], datetime.fromisoformat(row["at"])) for row in events if row["event"]["type"] == "metrics"

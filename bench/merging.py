@@ -22,10 +22,10 @@ from infra.gemma_270m import MODEL, cache_root
 
 SHAPE = {"hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26, "num_attention_heads": 4, "num_key_value_heads": 1}
 GEMMA_1B = SHAPE | {"head_dim": 256, "vocab_size": 262144, "tie_word_embeddings": True}
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
-def make(folder: Path) -> None:
+def make_synthetic_model(folder: Path) -> None:
     """Random weights: neither way looks at what they are."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -40,29 +40,29 @@ def make(folder: Path) -> None:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)
     adapted.save_pretrained(folder / "adapter")
-    for name in TOKENIZER:
+    for name in TOKENIZER_FILES:
         shutil.copy(cache_root() / MODEL / name, folder / "base")
 
 
-def streamed(base: Path, adapter: Path, target: Path) -> None:
+def merge_streamed(base: Path, adapter: Path, target: Path) -> None:
     """As `jobs/exporters/merge.py` writes it."""
     import torch
 
-    from jobs.exporters.folders import SETTINGS_FILES, copy_files
-    from jobs.exporters.streaming import changes_of, stream
+    from jobs.exporters.folders import CONFIG_FILES, copy_files
+    from jobs.exporters.streaming import load_adapter_delta, merge_tensors
 
-    changes, _ = changes_of(base, adapter, "causal")
-    stream(base, target, torch.bfloat16, changes)
-    copy_files(base, target, SETTINGS_FILES)
+    changes, _ = load_adapter_delta(base, adapter, "causal")
+    merge_tensors(base, target, torch.bfloat16, changes)
+    copy_files(base, target, CONFIG_FILES)
 
 
-def whole(base: Path, adapter: Path, target: Path, *, wide: bool = True) -> None:
+def merge_with_peft(base: Path, adapter: Path, target: Path, *, use_fp32: bool = True) -> None:
     """As peft's documentation has it."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32 if wide else torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32 if use_fp32 else torch.bfloat16)
     merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
     merged.to(torch.bfloat16).save_pretrained(target, max_shard_size="1GB")
 
@@ -73,25 +73,25 @@ def measure(step: str, folder: Path) -> None:
     import torch  # noqa: F401
     import transformers
 
-    from jobs.llama import converter
-    from jobs.llama.apart import convert, run
+    from jobs.llama import get_converter_path
+    from jobs.llama.apart import convert, run_program
 
     _ = transformers.AutoModelForCausalLM, transformers.Gemma3ForCausalLM  # they are imported when they are first named
     target, gguf = folder / step, folder / f"{step}.gguf"
     began, used = time.monotonic(), _cpu_s()
     if step == "streamed":
-        streamed(folder / "base", folder / "adapter", target)
+        merge_streamed(folder / "base", folder / "adapter", target)
     else:
-        whole(folder / "base", folder / "adapter", target, wide=step == "whole")
+        merge_with_peft(folder / "base", folder / "adapter", target, use_fp32=step == "whole")
     merged_s = time.monotonic() - began
-    for name in TOKENIZER:
+    for name in TOKENIZER_FILES:
         shutil.copy(folder / "base" / name, target)
     if step == "streamed":
         convert(target, gguf, precision="bf16", name="synthetic")
     else:
-        run("convert", [sys.executable, str(converter()), str(target), "--outtype", "bf16", "--outfile", str(gguf)])
+        run_program("convert", [sys.executable, str(get_converter_path()), str(target), "--outtype", "bf16", "--outfile", str(gguf)])
     taken = {"seconds": time.monotonic() - began, "merge_s": merged_s, "cpu_s": _cpu_s() - used, "peak_bytes": _peak_bytes()}
-    print(json.dumps(taken | {"digest": _digest(gguf)}))
+    print(json.dumps(taken | {"digest": _tensor_digest(gguf)}))
     shutil.rmtree(target)
     gguf.unlink()
 
@@ -106,7 +106,7 @@ def _cpu_s() -> float:
     return sum(os.times()[:4])
 
 
-def _digest(gguf: Path) -> str:
+def _tensor_digest(gguf: Path) -> str:
     """Of every tensor's name and bytes. The order in the file is that of the shards, which are cut differently."""
     from gguf import GGUFReader
 
@@ -119,6 +119,6 @@ def _digest(gguf: Path) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1] == "make":
-        make(Path(sys.argv[2]))
+        make_synthetic_model(Path(sys.argv[2]))
     else:
         measure(sys.argv[1], Path(sys.argv[2]))

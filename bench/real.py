@@ -7,53 +7,53 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.http import Request, ask
+from bench.http import Request, request_json
 from bench.scene import REAL_TRAINER
-from bench.servers import SOURCE, Server, environment, upload
+from bench.servers import SOURCE, Server, make_environment, upload_dataset
 
 REAL_BASE = "google/gemma-3-270m"
-WITHIN_S = 900.0
+TIMEOUT_S = 900.0
 
 # Any: JSON.
 Json = dict[str, Any]
 
 
-def make_real_base(home: Path) -> None:
+def install_real_base(home: Path) -> None:
     """Put the real base where the jobs of that home find it; it is kept in the user's cache."""
     command = [REAL_TRAINER, "infra/gemma_270m.py", "--store", (home / "objects").as_uri()]
-    variables = environment(home, PYTHONPATH=str(SOURCE)) | {
+    variables = make_environment(home, PYTHONPATH=str(SOURCE)) | {
         name: os.environ[name] for name in ("HOME", "XDG_CACHE_HOME") if name in os.environ
     }
     subprocess.run(command, check=True, capture_output=True, cwd=SOURCE, env=variables)
 
 
-async def submit(server: Server, config: Json) -> str:
+async def submit_job(server: Server, config: Json) -> str:
     """A job with that training config on a small dataset; its id."""
-    dataset_id = await upload(server)
-    answer = await ask(server.url, Request("POST", "/train", {"processed_dataset_id": dataset_id, "training_config": config}))
+    dataset_id = await upload_dataset(server)
+    answer = await request_json(server.url, Request("POST", "/train", {"processed_dataset_id": dataset_id, "training_config": config}))
     return answer["job_id"]
 
 
-async def until_status(server: Server, job_id: str, status: str) -> Json:
+async def wait_for_status(server: Server, job_id: str, status: str) -> Json:
     """The job, once it has that status. Raises RuntimeError when it fails, or takes for ever."""
-    deadline = time.monotonic() + WITHIN_S
-    while (job := await job_of(server, job_id))["status"] != status:
+    deadline = time.monotonic() + TIMEOUT_S
+    while (job := await get_job(server, job_id))["status"] != status:
         if job["status"] == "failed" or time.monotonic() > deadline:
             raise RuntimeError(f"the job is {job['status']}, not {status}: {job['failure']}")
         await asyncio.sleep(0.1)
     return job
 
 
-async def job_of(server: Server, job_id: str) -> Json:
+async def get_job(server: Server, job_id: str) -> Json:
     """The job as it is now."""
-    return await ask(server.url, Request("GET", f"/jobs/{job_id}"))
+    return await request_json(server.url, Request("GET", f"/jobs/{job_id}"))
 
 
-async def events_of(server: Server, job_id: str) -> list[Json]:
+async def get_events(server: Server, job_id: str) -> list[Json]:
     """Everything that happened to the job so far."""
     found: list[Json] = []
-    while rows := (await ask(server.url, Request("GET", f"/jobs/{job_id}/events?limit=1000&after={found[-1]['id'] if found else 0}")))[
-        "events"
-    ]:
+    while rows := (
+        await request_json(server.url, Request("GET", f"/jobs/{job_id}/events?limit=1000&after={found[-1]['id'] if found else 0}"))
+    )["events"]:
         found += rows
     return found

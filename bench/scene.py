@@ -9,7 +9,7 @@ REAL_TRAINER = SOURCE / ".venvs/llm/bin/python"
 
 
 @dataclass(frozen=True)
-class Scene:
+class BenchmarkContext:
     """Where one benchmark works."""
 
     folder: Path  # empty, and removed afterwards

@@ -14,12 +14,12 @@ from types import MappingProxyType
 
 import psutil
 
-from bench.http import Connection, Request, ask
+from bench.http import Connection, Request, request_json
 
 SOURCE = Path(__file__).resolve().parent.parent
 TUNESMITH = Path(sys.executable).with_name("tunesmith")
-STOP_WAIT_S = 20
-START_MOST_S = 120
+STOP_TIMEOUT_S = 20
+START_TIMEOUT_S = 120
 HEALTH_POLL_S = 0.005
 HEALTH = Request("GET", "/health")
 ROWS = b"".join(
@@ -27,7 +27,7 @@ ROWS = b"".join(
 )
 
 
-class ServerDown(Exception):
+class ServerUnavailable(Exception):
     """A server did not start or did not work; says why."""
 
 
@@ -50,17 +50,17 @@ class Server:
 
     def processes(self) -> list[psutil.Process]:
         """The server and its workers; not the attempts that it has launched, which have groups of their own."""
-        return [self.process, *(child for child in self.process.children(recursive=True) if _group(child.pid) == self.process.pid)]
+        return [self.process, *(child for child in self.process.children(recursive=True) if _process_group(child.pid) == self.process.pid)]
 
 
-def environment(home: Path, **more: str) -> dict[str, str]:
+def make_environment(home: Path, **more: str) -> dict[str, str]:
     """What a server sees of this process's environment: where programs are, and little else."""
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR", "SSL_CERT_FILE") if name in os.environ}
     return {**kept, "HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
 
 
 @asynccontextmanager
-async def running(
+async def run_server(
     command: Sequence[str | Path], home: Path, variables: dict[str, str], port: int, health: Request
 ) -> AsyncGenerator[Server]:
     """A server until the end of the block, once it is healthy. Raises ServerDown."""
@@ -73,56 +73,56 @@ async def running(
         )
     try:
         try:
-            ready_s = await _first_200(url, health, process, began)
-        except ServerDown as error:
-            raise ServerDown(f"{Path(command[0]).name} did not start: {error}; the end of its log: {_last_words(log)}") from error
+            ready_s = await _wait_until_healthy(url, health, process, began)
+        except ServerUnavailable as error:
+            raise ServerUnavailable(f"{Path(command[0]).name} did not start: {error}; the end of its log: {_log_tail(log)}") from error
         yield Server(url, process, home, ready_s)
     finally:
         _stop(process)
 
 
 @asynccontextmanager
-async def service(
+async def run_service(
     home: Path, trainer_python: Path, slots: int = 1, settings: Mapping[str, str] = MappingProxyType({})
 ) -> AsyncGenerator[Server]:
     """`tunesmith serve` in a home, with its default settings but for where it trains and what is named."""
     home.mkdir(parents=True, exist_ok=True)
-    port = free_port()
-    variables = environment(
+    port = find_free_port()
+    variables = make_environment(
         home, TUNESMITH_HOME=str(home), TUNESMITH_TRAINER_PYTHON=str(trainer_python), TUNESMITH_MAX_CONCURRENT_JOBS=str(slots), **settings
     )
-    async with running([TUNESMITH, "serve", "--port", str(port)], home, variables, port, HEALTH) as server:
+    async with run_server([TUNESMITH, "serve", "--port", str(port)], home, variables, port, HEALTH) as server:
         yield server
 
 
-async def upload(server: Server) -> str:
+async def upload_dataset(server: Server) -> str:
     """A small dataset; returns its id."""
     boundary = "bench"
     head = f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="rows.jsonl"\r\n\r\n'.encode()
     body = head + ROWS + f"\r\n--{boundary}--\r\n".encode()
     request = Request("POST", "/datasets", body, {"Content-Type": f"multipart/form-data; boundary={boundary}"})
-    return (await ask(server.url, request))["processed_dataset_id"]
+    return (await request_json(server.url, request))["processed_dataset_id"]
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     """A port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-def _group(pid: int) -> int | None:
+def _process_group(pid: int) -> int | None:
     try:
         return os.getpgid(pid)
     except ProcessLookupError:
         return None
 
 
-async def _first_200(url: str, health: Request, process: psutil.Popen, began: float) -> float:
+async def _wait_until_healthy(url: str, health: Request, process: psutil.Popen, began: float) -> float:
     """Seconds from `began`. What the body says does not matter: not everybody's is JSON."""
-    while time.perf_counter() - began < START_MOST_S:
+    while time.perf_counter() - began < START_TIMEOUT_S:
         if process.poll() is not None:
-            raise ServerDown(f"it ended with {process.returncode} before it was ready")
+            raise ServerUnavailable(f"it ended with {process.returncode} before it was ready")
         connection = Connection(url)
         try:
             if (await connection.send(health)).status == 200:
@@ -132,10 +132,10 @@ async def _first_200(url: str, health: Request, process: psutil.Popen, began: fl
         finally:
             connection.close()
         await asyncio.sleep(HEALTH_POLL_S)
-    raise ServerDown(f"it was not ready after {START_MOST_S} s")
+    raise ServerUnavailable(f"it was not ready after {START_TIMEOUT_S} s")
 
 
-def _last_words(log: Path) -> str:
+def _log_tail(log: Path) -> str:
     lines = log.read_text(errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
 
@@ -144,7 +144,7 @@ def _stop(process: psutil.Popen) -> None:
     """End the server, then what is left of its own workers."""
     family = [process, *(process.children(recursive=True) if process.is_running() else [])]
     process.terminate()
-    _, left = psutil.wait_procs(family, timeout=STOP_WAIT_S)
+    _, left = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
     for stubborn in left:
         stubborn.kill()
-    psutil.wait_procs(left, timeout=STOP_WAIT_S)
+    psutil.wait_procs(left, timeout=STOP_TIMEOUT_S)

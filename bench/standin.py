@@ -7,8 +7,8 @@ modules below instead of `jobs.probe` and `jobs.run`; each attempt leaves its to
 import sys
 from pathlib import Path
 
-PROBE = 'print(\'{"device": "cpu", "device_name": "stand-in", "gguf": true, "flash_attention_2": false}\')\n'
-ATTEMPT = """\
+PROBE_SCRIPT = 'print(\'{"device": "cpu", "device_name": "stand-in", "gguf": true, "flash_attention_2": false}\')\n'
+ATTEMPT_SCRIPT = """\
 import os, pathlib, time
 token = pathlib.Path(os.environ["JOB_WORKDIR"], "token")
 token.with_suffix(".part").write_text(os.environ["JOB_TOKEN"])
@@ -17,7 +17,7 @@ print("attempt started", flush=True)
 time.sleep(3600)
 """
 # The launcher knows attempts by their command line, so it has to be just what a real one has.
-INTERPRETER = """\
+INTERPRETER_SCRIPT = """\
 #!{python} -S
 import os, sys
 os.chdir({folder!r})
@@ -25,14 +25,14 @@ os.execve({python!r}, [{python!r}, *sys.argv[1:]], {{**os.environ, "PYTHONPATH":
 """
 
 
-def stand_in_trainer(folder: Path) -> Path:
+def make_stub_trainer(folder: Path) -> Path:
     """Write the stand-in below `folder`; returns what to use as the trainer's Python."""
     jobs = folder / "jobs"
     jobs.mkdir(parents=True, exist_ok=True)
     (jobs / "__init__.py").touch()
-    (jobs / "probe.py").write_text(PROBE)
-    (jobs / "run.py").write_text(ATTEMPT)
+    (jobs / "probe.py").write_text(PROBE_SCRIPT)
+    (jobs / "run.py").write_text(ATTEMPT_SCRIPT)
     interpreter = folder / "python"
-    interpreter.write_text(INTERPRETER.format(python=sys.executable, folder=str(folder)))
+    interpreter.write_text(INTERPRETER_SCRIPT.format(python=sys.executable, folder=str(folder)))
     interpreter.chmod(0o755)
     return interpreter

@@ -9,12 +9,12 @@ import re
 import time
 from dataclasses import dataclass, field
 
-from bench.attempts import HeldAttempt, hold_attempts, stored_steps
-from bench.figures import Figure, at_most, exactly, percentile
+from bench.attempts import ClaimedAttempt, claim_attempts, load_stored_steps
+from bench.figures import Measurement, at_most, exactly, percentile
 from bench.http import Connection, Request
-from bench.scene import Scene
-from bench.servers import Server, service
-from bench.standin import stand_in_trainer
+from bench.scene import BenchmarkContext
+from bench.servers import Server, run_service
+from bench.standin import make_stub_trainer
 
 NAME = "streams"
 CLIENTS = 200
@@ -22,7 +22,7 @@ RECONNECTS = 20
 BATCHES_PER_S = 10
 BATCH = 10
 SECONDS = 15
-DRAIN_S = 10
+DRAIN_TIMEOUT_S = 10
 EVENT_ID = re.compile(rb"^id: (\d+)$", re.MULTILINE)
 
 
@@ -30,52 +30,54 @@ EVENT_ID = re.compile(rb"^id: (\d+)$", re.MULTILINE)
 class Listener:
     """A client, and what it saw when."""
 
-    cut_after_s: float | None = None
-    seen: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
+    disconnect_after_s: float | None = None
+    received: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
     connections: int = 0
     ended: bool = False
 
 
-async def measure(scene: Scene) -> list[Figure]:
+async def measure(context: BenchmarkContext) -> list[Measurement]:
     """Completeness, lag and what it costs."""
-    trainer = stand_in_trainer(scene.folder / "trainer")
-    async with service(scene.folder / "home", trainer) as server:
-        [attempt] = await hold_attempts(server, 1)
-        listeners = [Listener(_cut(number)) for number in range(CLIENTS)]
+    trainer = make_stub_trainer(context.folder / "trainer")
+    async with run_service(context.folder / "home", trainer) as server:
+        [attempt] = await claim_attempts(server, 1)
+        listeners = [Listener(_disconnect_after_s(number)) for number in range(CLIENTS)]
         cpu_s, began = server.cpu_s(), time.perf_counter()
-        async with asyncio.timeout(SECONDS * 2 + DRAIN_S), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(SECONDS * 2 + DRAIN_TIMEOUT_S), asyncio.TaskGroup() as group:
             for listener in listeners:
                 group.create_task(_listen(server, attempt.job_id, listener))
             await asyncio.sleep(1)  # everybody is there
-            sent = await _report(server, attempt)
-            await _finish(server, attempt)
+            sent = await _send_reports(server, attempt)
+            await _send_result(server, attempt)
         share = (server.cpu_s() - cpu_s) / (time.perf_counter() - began)
-        stored = await stored_steps(server, attempt.job_id)
+        stored = await load_stored_steps(server, attempt.job_id)
         rss_mb = server.rss_mb()
     return _figures(listeners, stored, sent, share, rss_mb)
 
 
-def _figures(listeners: list[Listener], stored: list[tuple[int, int]], sent: dict[int, float], share: float, rss_mb: float) -> list[Figure]:
+def _figures(
+    listeners: list[Listener], stored: list[tuple[int, int]], sent: dict[int, float], share: float, rss_mb: float
+) -> list[Measurement]:
     step_of = dict(stored)
-    wrong = sum(_wrong(listener, step_of, len(sent)) for listener in listeners)
-    lags_s = [at - sent[step_of[event]] for listener in listeners for event, at in listener.seen if event in step_of]
+    wrong = sum(_count_wrong_events(listener, step_of, len(sent)) for listener in listeners)
+    lags_s = [at - sent[step_of[event]] for listener in listeners for event, at in listener.received if event in step_of]
     again = sum(listener.connections - 1 for listener in listeners)
     return [
-        Figure(NAME, "events lost, doubled or out of order", wrong, "", exactly(0), f"of {CLIENTS * len(sent):,}, {again} reconnects"),
-        Figure(NAME, "lag p99", percentile(lags_s, 99) * 1000, "ms", at_most(250), f"p50 {percentile(lags_s, 50) * 1000:.0f} ms"),
-        Figure(NAME, "processor of the service", share * 100, "%", note=f"{rss_mb:.0f} MB afterwards"),
+        Measurement(NAME, "events lost, doubled or out of order", wrong, "", exactly(0), f"of {CLIENTS * len(sent):,}, {again} reconnects"),
+        Measurement(NAME, "lag p99", percentile(lags_s, 99) * 1000, "ms", at_most(250), f"p50 {percentile(lags_s, 50) * 1000:.0f} ms"),
+        Measurement(NAME, "processor of the service", share * 100, "%", note=f"{rss_mb:.0f} MB afterwards"),
     ]
 
 
-def _wrong(listener: Listener, step_of: dict[int, int], expected: int) -> int:
+def _count_wrong_events(listener: Listener, step_of: dict[int, int], expected: int) -> int:
     """Of the events that matter here; those that tell of the status come between them."""
-    steps = [step_of[event] for event, _ in listener.seen if event in step_of]
+    steps = [step_of[event] for event, _ in listener.received if event in step_of]
     if steps == list(range(expected)):
         return 0
     return max(1, expected - len(set(steps)) + len(steps) - len(set(steps)))
 
 
-def _cut(number: int) -> float | None:
+def _disconnect_after_s(number: int) -> float | None:
     """When a client's connection is cut, if it is one of those; spread over the time that events flow."""
     return 1 + SECONDS * (number + 0.5) / RECONNECTS if number < RECONNECTS else None
 
@@ -83,19 +85,23 @@ def _cut(number: int) -> float | None:
 async def _listen(server: Server, job_id: str, listener: Listener) -> None:
     began = time.perf_counter()
     while not listener.ended:
-        left_s = None if listener.cut_after_s is None or listener.connections else listener.cut_after_s - (time.perf_counter() - began)
+        left_s = (
+            None
+            if listener.disconnect_after_s is None or listener.connections
+            else listener.disconnect_after_s - (time.perf_counter() - began)
+        )
         try:
             async with asyncio.timeout(left_s):
-                await _follow(server, job_id, listener)
+                await _read_stream(server, job_id, listener)
         except TimeoutError:
             continue  # cut off: again from the last id
 
 
-async def _follow(server: Server, job_id: str, listener: Listener) -> None:
+async def _read_stream(server: Server, job_id: str, listener: Listener) -> None:
     """One connection, until it is cut or the service says that there will be no more."""
     headers = {"Accept": "text/event-stream"}
-    if listener.seen:
-        headers["Last-Event-ID"] = str(listener.seen[-1][0])
+    if listener.received:
+        headers["Last-Event-ID"] = str(listener.received[-1][0])
     listener.connections += 1
     connection = Connection(server.url)
     rest = b""
@@ -103,13 +109,13 @@ async def _follow(server: Server, job_id: str, listener: Listener) -> None:
         async for chunk in connection.stream(Request("GET", f"/jobs/{job_id}/events", headers=headers)):
             now = time.time()
             whole, end, rest = (rest + chunk).rpartition(b"\n\n")
-            listener.seen += [(int(event), now) for event in EVENT_ID.findall(whole)]
+            listener.received += [(int(event), now) for event in EVENT_ID.findall(whole)]
             listener.ended = listener.ended or b"event: done" in whole + end
     finally:
         connection.close()
 
 
-async def _report(server: Server, attempt: HeldAttempt) -> dict[int, float]:
+async def _send_reports(server: Server, attempt: ClaimedAttempt) -> dict[int, float]:
     """Send batches at their times; returns when each step was sent."""
     sent: dict[int, float] = {}
     connection = Connection(server.url)
@@ -118,17 +124,17 @@ async def _report(server: Server, attempt: HeldAttempt) -> dict[int, float]:
         await asyncio.sleep(max(0.0, began + number / BATCHES_PER_S - time.perf_counter()))
         steps = range(number * BATCH, (number + 1) * BATCH)
         sent |= dict.fromkeys(steps, time.time())
-        (await connection.send(attempt.report(1 + steps.start, steps))).json()
+        (await connection.send(attempt.build_report(1 + steps.start, steps))).json()
     connection.close()
     return sent
 
 
-async def _finish(server: Server, attempt: HeldAttempt) -> None:
+async def _send_result(server: Server, attempt: ClaimedAttempt) -> None:
     """The attempt's last word, so that the streams end by themselves."""
     moment = "2026-01-01T00:00:00Z"
     result = {"job_id": attempt.job_id, "attempt": 1, "outcome": "completed", "started_at": moment, "finished_at": moment}
     connection = Connection(server.url)
-    answer = await connection.send(attempt.post("result", result))
+    answer = await connection.send(attempt.build_request("result", result))
     connection.close()
     if not answer.ok:
         raise ValueError(f"the result was answered with {answer.status}: {answer.body[:300]!r}")

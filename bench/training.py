@@ -21,28 +21,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench.figures import Figure, at_least, at_most, median, print_table, write_json
-from bench.peers_training.plan import Plan, Seen
-from bench.scene import REAL_TRAINER, Scene
-from bench.servers import SOURCE, ServerDown, environment
+from bench.figures import Measurement, at_least, at_most, median, print_table, write_json
+from bench.peers_training.plan import TrainingPlan, TrainingRecord
+from bench.scene import REAL_TRAINER, BenchmarkContext
+from bench.servers import SOURCE, ServerUnavailable, make_environment
 
 NAME = "training"
 ROUNDS = 5
-WITHIN_S = 1800
+TIMEOUT_S = 1800
 LLAMA_FACTORY = "llamafactory==0.9.5"
 INSTALL_TIMEOUT_S = 1800
 
 
 @dataclass(frozen=True)
-class Trainer:
+class TrainerSetup:
     """Who trains, and how: what its plan differs in."""
 
     name: str
     script: str
     packing: bool
     batch_size: int
-    accumulation: int = 1
-    flags: str = "ours"
+    gradient_accumulation_steps: int = 1
+    flags: str = "tunesmith"
 
 
 @dataclass(frozen=True)
@@ -51,31 +51,38 @@ class Comparison:
 
     name: str
     label_share: float
-    trainers: tuple[Trainer, ...]
+    trainers: tuple[TrainerSetup, ...]
     goals: Mapping[str, float]  # times as fast as that trainer, at least
 
 
 # Eight rows make a step, or as many tokens packed into one block.
-OURS = Trainer("Tunesmith", "tunesmith", packing=True, batch_size=1)
-SAME = Trainer("TRL, our flags", "trl_trainer", packing=True, batch_size=1)
-DEFAULTS = Trainer("TRL, its defaults", "trl_trainer", packing=False, batch_size=8, flags="defaults")
-EXAMPLE = Trainer("LLaMA-Factory, as its examples", "llama_factory", packing=False, batch_size=1, accumulation=8)
-FACTORY_PACKED = Trainer("LLaMA-Factory, packed", "llama_factory", packing=True, batch_size=1)
+TUNESMITH = TrainerSetup("Tunesmith", "tunesmith", packing=True, batch_size=1)
+TRL_TUNESMITH_FLAGS = TrainerSetup("TRL, our flags", "trl_trainer", packing=True, batch_size=1)
+TRL_DEFAULTS = TrainerSetup("TRL, its defaults", "trl_trainer", packing=False, batch_size=8, flags="defaults")
+LLAMA_FACTORY_EXAMPLE = TrainerSetup(
+    "LLaMA-Factory, as its examples", "llama_factory", packing=False, batch_size=1, gradient_accumulation_steps=8
+)
+LLAMA_FACTORY_PACKED = TrainerSetup("LLaMA-Factory, packed", "llama_factory", packing=True, batch_size=1)
 
 COMPARISONS = (
-    Comparison("packed", 0.5, (OURS, DEFAULTS, SAME, EXAMPLE, FACTORY_PACKED), {DEFAULTS.name: 2.5, SAME.name: 0.98}),
-    Comparison("all learned", 1.0, (OURS, SAME), {SAME.name: 0.98}),
+    Comparison(
+        "packed",
+        0.5,
+        (TUNESMITH, TRL_DEFAULTS, TRL_TUNESMITH_FLAGS, LLAMA_FACTORY_EXAMPLE, LLAMA_FACTORY_PACKED),
+        {TRL_DEFAULTS.name: 2.5, TRL_TUNESMITH_FLAGS.name: 0.98},
+    ),
+    Comparison("all learned", 1.0, (TUNESMITH, TRL_TUNESMITH_FLAGS), {TRL_TUNESMITH_FLAGS.name: 0.98}),
     Comparison(
         "unpacked",
         0.25,
-        (replace(OURS, packing=False, batch_size=8), replace(SAME, packing=False, batch_size=8)),
-        {SAME.name: 2.0},
+        (replace(TUNESMITH, packing=False, batch_size=8), replace(TRL_TUNESMITH_FLAGS, packing=False, batch_size=8)),
+        {TRL_TUNESMITH_FLAGS.name: 2.0},
     ),
 )
 
 
 @dataclass(frozen=True)
-class Size:
+class TrainingSize:
     """What is trained on what."""
 
     base: Path | None  # a real one; else a small one is made
@@ -85,31 +92,31 @@ class Size:
     max_length: int = 512
 
 
-SMALL = Size(None, rows=96, learning_rate=6e-3, logging_steps=4)
+SMALL_SIZE = TrainingSize(None, rows=96, learning_rate=6e-3, logging_steps=4)
 
 
-async def measure(scene: Scene) -> list[Figure]:
+async def measure(context: BenchmarkContext) -> list[Measurement]:
     """All comparisons on the small base."""
-    return await asyncio.to_thread(compare, scene, COMPARISONS, SMALL, ROUNDS)
+    return await asyncio.to_thread(compare, context, COMPARISONS, SMALL_SIZE, ROUNDS)
 
 
-def compare(scene: Scene, comparisons: Sequence[Comparison], size: Size, rounds: int) -> list[Figure]:
+def compare(context: BenchmarkContext, comparisons: Sequence[Comparison], size: TrainingSize, rounds: int) -> list[Measurement]:
     """Figures of the comparisons."""
     if not REAL_TRAINER.exists():
-        return [Figure(NAME, "training", None, note="there is no trainer's environment: make setup")]
+        return [Measurement(NAME, "training", None, note="there is no trainer's environment: make setup")]
     pythons, figures = {"tunesmith": REAL_TRAINER, "trl_trainer": REAL_TRAINER}, []
     try:
-        pythons |= {"llama_factory": llama_factory()} if scene.with_peers else {}
-    except ServerDown as error:
-        figures.append(Figure(NAME, "LLaMA-Factory", None, note=str(error)))
+        pythons |= {"llama_factory": install_llama_factory()} if context.with_peers else {}
+    except ServerUnavailable as error:
+        figures.append(Measurement(NAME, "LLaMA-Factory", None, note=str(error)))
     for comparison in comparisons:
-        folder = scene.folder / comparison.name.replace(" ", "-")
+        folder = context.folder / comparison.name.replace(" ", "-")
         trainers = tuple(trainer for trainer in comparison.trainers if trainer.script in pythons)
-        figures += _compared(replace(comparison, trainers=trainers), folder, size, pythons, rounds)
+        figures += _run_comparison(replace(comparison, trainers=trainers), folder, size, pythons, rounds)
     return figures
 
 
-def llama_factory() -> Path:
+def install_llama_factory() -> Path:
     """The python of an environment that has LLaMA-Factory and our build of torch, made first where it is missing. Raises ServerDown."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tunesmith/bench/llamafactory"
     done = cache / ".installed"
@@ -127,39 +134,45 @@ def llama_factory() -> Path:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S)
     except (OSError, subprocess.SubprocessError) as error:
         why = error.stderr.strip().splitlines()[-1] if isinstance(error, subprocess.CalledProcessError) and error.stderr else str(error)
-        raise ServerDown(f"{LLAMA_FACTORY} could not be installed: {why}") from error
+        raise ServerUnavailable(f"{LLAMA_FACTORY} could not be installed: {why}") from error
     done.write_text(LLAMA_FACTORY)
     return cache / "bin/python"
 
 
-def _compared(comparison: Comparison, folder: Path, size: Size, pythons: Mapping[str, Path], rounds: int) -> list[Figure]:
+def _run_comparison(
+    comparison: Comparison, folder: Path, size: TrainingSize, pythons: Mapping[str, Path], rounds: int
+) -> list[Measurement]:
     """The trainers in turns, and what came of it."""
     real = ("--real", size.base) if size.base else ()
-    _run(REAL_TRAINER, folder, "rows", folder, "--rows", str(size.rows), "--label-share", str(comparison.label_share), *real)
-    seen: dict[str, list[Seen]] = {trainer.name: [] for trainer in comparison.trainers}
+    _run_script(REAL_TRAINER, folder, "rows", folder, "--rows", str(size.rows), "--label-share", str(comparison.label_share), *real)
+    seen: dict[str, list[TrainingRecord]] = {trainer.name: [] for trainer in comparison.trainers}
     for number in range(rounds):
         for trainer in comparison.trainers:
-            plan = _plan(trainer, folder, size, number)
-            path = Path(plan.out).with_suffix(".json")
+            plan = _make_plan(trainer, folder, size, number)
+            path = Path(plan.output_folder).with_suffix(".json")
             plan.write(path)
-            _run(pythons[trainer.script], folder, trainer.script, path)
-            seen[trainer.name].append(Seen.read(path.with_suffix(".seen.json")))
-            print(f"  {comparison.name}, {trainer.name}: {_speed(seen[trainer.name][-1]):.0f} tokens/s", file=sys.stderr, flush=True)
-    _refuse_what_does_not_count(seen)
+            _run_script(pythons[trainer.script], folder, trainer.script, path)
+            seen[trainer.name].append(TrainingRecord.read(path.with_suffix(".record.json")))
+            print(
+                f"  {comparison.name}, {trainer.name}: {_tokens_per_second(seen[trainer.name][-1]):.0f} tokens/s",
+                file=sys.stderr,
+                flush=True,
+            )
+    _check_comparable(seen)
     adapters = [runs[0].adapter for runs in seen.values()]
-    told = _run(REAL_TRAINER, folder, "judge", folder / "base", folder / "held-out.jsonl", *adapters).split()
+    told = _run_script(REAL_TRAINER, folder, "judge", folder / "base", folder / "held-out.jsonl", *adapters).split()
     base_loss, *losses = map(float, told)
     return _figures(comparison, seen, base_loss, dict(zip(seen, losses, strict=True)))
 
 
-def _plan(trainer: Trainer, folder: Path, size: Size, number: int) -> Plan:
-    return Plan(
+def _make_plan(trainer: TrainerSetup, folder: Path, size: TrainingSize, number: int) -> TrainingPlan:
+    return TrainingPlan(
         base=str(folder / "base"),
-        rows=str(folder / "train.jsonl"),
-        out=str(folder / f"{trainer.name.lower().replace(',', '').replace(' ', '-')}-{number}"),
+        rows_path=str(folder / "train.jsonl"),
+        output_folder=str(folder / f"{trainer.name.lower().replace(',', '').replace(' ', '-')}-{number}"),
         packing=trainer.packing,
         batch_size=trainer.batch_size,
-        accumulation=trainer.accumulation,
+        gradient_accumulation_steps=trainer.gradient_accumulation_steps,
         learning_rate=size.learning_rate,
         max_length=size.max_length,
         logging_steps=size.logging_steps,
@@ -167,18 +180,18 @@ def _plan(trainer: Trainer, folder: Path, size: Size, number: int) -> Plan:
     )
 
 
-def _run(python: Path, home: Path, script: str, *arguments: str | Path) -> str:
+def _run_script(python: Path, home: Path, script: str, *arguments: str | Path) -> str:
     """What a script of the trainers prints. Raises RuntimeError with the end of what it said."""
     home.mkdir(parents=True, exist_ok=True)
     command = [python, "-m", f"bench.peers_training.{script}", *arguments]
-    variables = environment(home, PYTHONPATH=str(SOURCE), TOKENIZERS_PARALLELISM="false")
-    done = subprocess.run(command, cwd=SOURCE, env=variables, capture_output=True, text=True, timeout=WITHIN_S)
+    variables = make_environment(home, PYTHONPATH=str(SOURCE), TOKENIZERS_PARALLELISM="false")
+    done = subprocess.run(command, cwd=SOURCE, env=variables, capture_output=True, text=True, timeout=TIMEOUT_S)
     if done.returncode:
         raise RuntimeError(f"{script} failed: {' / '.join(done.stderr.strip().splitlines()[-3:])}")
     return done.stdout
 
 
-def _refuse_what_does_not_count(seen: Mapping[str, Sequence[Seen]]) -> None:
+def _check_comparable(seen: Mapping[str, Sequence[TrainingRecord]]) -> None:
     """Raises RuntimeError when a training learned nothing, or something else than the others."""
     amounts = {name: {(run.tokens, run.labels) for run in runs} for name, runs in seen.items()}
     if len(set.union(*amounts.values())) > 1:
@@ -191,13 +204,15 @@ def _refuse_what_does_not_count(seen: Mapping[str, Sequence[Seen]]) -> None:
                 raise RuntimeError(f"{name} did not learn: {run.losses}")
 
 
-def _figures(comparison: Comparison, seen: Mapping[str, Sequence[Seen]], base_loss: float, losses: Mapping[str, float]) -> list[Figure]:
+def _figures(
+    comparison: Comparison, seen: Mapping[str, Sequence[TrainingRecord]], base_loss: float, losses: Mapping[str, float]
+) -> list[Measurement]:
     ours, *others = seen
     figures = [
-        Figure(
+        Measurement(
             NAME,
             f"{comparison.name}: {name}",
-            median([_speed(run) for run in runs]),
+            median([_tokens_per_second(run) for run in runs]),
             "tokens/s",
             note=f"{median([run.peak_rss_mb for run in runs]):,.0f} MB at most, {runs[0].steps} steps of {runs[0].tokens:,} tokens, "
             f"{runs[0].labels:,} learned; held-out loss {base_loss:.3f} → {losses[name]:.3f}",
@@ -205,16 +220,16 @@ def _figures(comparison: Comparison, seen: Mapping[str, Sequence[Seen]], base_lo
         for name, runs in seen.items()
     ]
     for name in others:
-        ratios = [_speed(mine) / _speed(theirs) for mine, theirs in zip(seen[ours], seen[name], strict=True)]
+        ratios = [_tokens_per_second(mine) / _tokens_per_second(theirs) for mine, theirs in zip(seen[ours], seen[name], strict=True)]
         goal = at_least(comparison.goals[name]) if name in comparison.goals else None
         note = f"median of {len(ratios)}, from {min(ratios):.2f} to {max(ratios):.2f}"
-        figures.append(Figure(NAME, f"{comparison.name}: times as fast as {name}", median(ratios), "×", goal, note))
+        figures.append(Measurement(NAME, f"{comparison.name}: times as fast as {name}", median(ratios), "×", goal, note))
     apart = 100 * (max(losses.values()) / min(losses.values()) - 1)
-    figures.append(Figure(NAME, f"{comparison.name}: final losses apart", apart, "%", at_most(1)))
+    figures.append(Measurement(NAME, f"{comparison.name}: final losses apart", apart, "%", at_most(1)))
     return figures
 
 
-def _speed(run: Seen) -> float:
+def _tokens_per_second(run: TrainingRecord) -> float:
     return run.tokens / run.seconds
 
 
@@ -228,17 +243,19 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     chosen = parser.parse_args()
     comparisons = [one for one in COMPARISONS if one.name in (chosen.names or [one.name])]
-    size = SMALL
+    size = SMALL_SIZE
     if chosen.real:
         told = subprocess.run([REAL_TRAINER, "infra/gemma_270m.py", "--cache-only"], cwd=SOURCE, check=True, capture_output=True, text=True)
-        size = Size(Path(told.stdout.split()[-1]), rows=96, learning_rate=2e-4, logging_steps=2, max_length=288)  # eight rows of these
+        size = TrainingSize(
+            Path(told.stdout.split()[-1]), rows=96, learning_rate=2e-4, logging_steps=2, max_length=288
+        )  # eight rows of these
         comparisons = [COMPARISONS[0]]
     with tempfile.TemporaryDirectory(prefix="bench-training-") as folder:
-        figures = compare(Scene(Path(folder), not chosen.no_peers), comparisons, size, chosen.rounds)
+        figures = compare(BenchmarkContext(Path(folder), not chosen.no_peers), comparisons, size, chosen.rounds)
     print_table(figures)
     if chosen.json:
         write_json(figures, chosen.json)
-    return 1 if any(figure.met is False for figure in figures) else 0
+    return 1 if any(figure.is_goal_met is False for figure in figures) else 0
 
 
 if __name__ == "__main__":

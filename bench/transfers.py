@@ -11,23 +11,23 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.figures import Figure, at_most
-from bench.scene import Scene
-from bench.servers import SOURCE, environment
-from infra.loopback.cloud_storage import cloud_storage
-from infra.loopback.s3 import s3
+from bench.figures import Measurement, at_most
+from bench.scene import BenchmarkContext
+from bench.servers import SOURCE, make_environment
+from infra.loopback.cloud_storage import run_cloud_storage
+from infra.loopback.s3 import run_s3
 
 NAME = "transfers"
 MB = 1_000_000
 LARGE_MB = 2000
 OBJECT_MB = 50
 FILES = 20  # at once, 2.5 MB each
-MOST_MB = 200
+MAX_PEAK_MEMORY_MB = 200
 BUCKET = "bench-transfers"
 S3_KEYS = {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench", "AWS_REGION": "us-east-1"}
 
 # Its peak counts from its own start: a forked child's getrusage would count its parent's pages.
-CHILD = """
+CHILD_SCRIPT = """
 import hashlib, json, sys, time
 from pathlib import Path
 from storage import download_many, open_store, upload_many
@@ -53,62 +53,62 @@ print(json.dumps({"took_s": took_s, "peak_mb": peak_mb}))
 
 
 @dataclass(frozen=True)
-class Moved:
+class TransferResult:
     """One transfer."""
 
     took_s: float
     peak_mb: float
 
 
-async def measure(scene: Scene) -> list[Figure]:
+async def measure(context: BenchmarkContext) -> list[Measurement]:
     """Three ways, three stores; then many files at once."""
-    one, many = scene.folder / "one.bin", scene.folder / "many"
-    _fill(one, OBJECT_MB)
+    one, many = context.folder / "one.bin", context.folder / "many"
+    _write_file(one, OBJECT_MB)
     many.mkdir()
     for number in range(FILES):
-        _fill(many / f"{number:02}.bin", OBJECT_MB / FILES)
-    figures = _folder(scene)
+        _write_file(many / f"{number:02}.bin", OBJECT_MB / FILES)
+    figures = _measure_file_store(context)
     with ExitStack() as servers:
-        gs = servers.enter_context(cloud_storage(buckets=[BUCKET]))
-        aws = servers.enter_context(s3(buckets=[BUCKET]))
+        gs = servers.enter_context(run_cloud_storage(buckets=[BUCKET]))
+        aws = servers.enter_context(run_s3(buckets=[BUCKET]))
         variables = {"STORAGE_EMULATOR_HOST": gs, "AWS_ENDPOINT_URL_S3": aws, **S3_KEYS}
         for scheme in ("gs", "s3"):
-            figures += _measure(scene, f"{scheme}://{BUCKET}/one", one, f"{scheme}, {OBJECT_MB} MB", OBJECT_MB, variables)
-            figures += _measure(scene, f"{scheme}://{BUCKET}/many", many, f"{scheme}, {FILES} files at once", OBJECT_MB, variables)
+            figures += _measure(context, f"{scheme}://{BUCKET}/one", one, f"{scheme}, {OBJECT_MB} MB", OBJECT_MB, variables)
+            figures += _measure(context, f"{scheme}://{BUCKET}/many", many, f"{scheme}, {FILES} files at once", OBJECT_MB, variables)
     return figures
 
 
-def _folder(scene: Scene) -> list[Figure]:
-    large, store = scene.folder / "large.bin", scene.folder / "objects"
-    _fill(large, LARGE_MB)
-    figures = _measure(scene, store.as_uri(), large, f"file, {LARGE_MB / 1000:g} GB", LARGE_MB, {})
+def _measure_file_store(context: BenchmarkContext) -> list[Measurement]:
+    large, store = context.folder / "large.bin", context.folder / "objects"
+    _write_file(large, LARGE_MB)
+    figures = _measure(context, store.as_uri(), large, f"file, {LARGE_MB / 1000:g} GB", LARGE_MB, {})
     large.unlink()
     (store / "m" / large.name).unlink()
     return figures
 
 
-def _measure(scene: Scene, url: str, source: Path, what: str, size_mb: float, variables: dict[str, str]) -> list[Figure]:
-    figures: list[Figure] = []
+def _measure(context: BenchmarkContext, url: str, source: Path, what: str, size_mb: float, variables: dict[str, str]) -> list[Measurement]:
+    figures: list[Measurement] = []
     for how in ("up", "down", "stream"):
         if how == "stream" and source.is_dir():
             continue
-        moved = _moved(scene, how, url, source, variables)
-        figures.append(Figure(NAME, f"{what}, {how}, peak memory", moved.peak_mb, "MB", at_most(MOST_MB)))
-        figures.append(Figure(NAME, f"{what}, {how}", size_mb / moved.took_s, "MB/s"))
-    for copy in (scene.folder / "copies").glob("*"):
+        moved = _run_transfer(context, how, url, source, variables)
+        figures.append(Measurement(NAME, f"{what}, {how}, peak memory", moved.peak_mb, "MB", at_most(MAX_PEAK_MEMORY_MB)))
+        figures.append(Measurement(NAME, f"{what}, {how}", size_mb / moved.took_s, "MB/s"))
+    for copy in (context.folder / "copies").glob("*"):
         copy.unlink()
     return figures
 
 
-def _moved(scene: Scene, how: str, url: str, source: Path, variables: dict[str, str]) -> Moved:
-    command = [sys.executable, "-c", CHILD, how, url, str(source), str(scene.folder / "copies")]
-    done = subprocess.run(command, env=environment(scene.folder, **variables), cwd=SOURCE, capture_output=True, text=True)
+def _run_transfer(context: BenchmarkContext, direction: str, url: str, source: Path, variables: dict[str, str]) -> TransferResult:
+    command = [sys.executable, "-c", CHILD_SCRIPT, direction, url, str(source), str(context.folder / "copies")]
+    done = subprocess.run(command, env=make_environment(context.folder, **variables), cwd=SOURCE, capture_output=True, text=True)
     if done.returncode != 0:
-        raise RuntimeError(f"{how} {url}: {done.stderr[-2000:]}")
-    return Moved(**json.loads(done.stdout))
+        raise RuntimeError(f"{direction} {url}: {done.stderr[-2000:]}")
+    return TransferResult(**json.loads(done.stdout))
 
 
-def _fill(path: Path, size_mb: float) -> None:
+def _write_file(path: Path, size_mb: float) -> None:
     """Each block begins with its number."""
     block = bytes(range(256)) * 3906  # 999,936 bytes
     with path.open("wb") as stream:

@@ -15,7 +15,7 @@ from pathlib import Path
 from storage import ObjectStore, download_many, open_store
 from storage.local import LocalStore
 
-BASE = "pretrained_weights/huggingface/google/gemma-3-270m"
+BASE_KEY = "pretrained_weights/huggingface/google/gemma-3-270m"
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--store", required=True, help="the object store, as file:///… or gs://…")
     store = open_store(parser.parse_args().store)
     asked = json.load(sys.stdin)
-    folder = base_folder(store)
+    folder = get_base_folder(store)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = tokenizer.chat_template or files("trl").joinpath("chat_templates/gemma3.jinja").read_text()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
@@ -42,13 +42,13 @@ def main() -> None:
     print(json.dumps(answers))
 
 
-def base_folder(store: ObjectStore) -> Path:
+def get_base_folder(store: ObjectStore) -> Path:
     """The base as files: where they lie, or copies that are gone when this ends."""
     if isinstance(store, LocalStore):
-        return store.path_of(BASE)
+        return store.path_for_key(BASE_KEY)
     folder = Path(tempfile.mkdtemp(prefix="base-"))
     atexit.register(shutil.rmtree, folder)
-    download_many(store, [stored.key for stored in store.walk(f"{BASE}/")], folder, below=f"{BASE}/")
+    download_many(store, [stored.key for stored in store.iter_objects(f"{BASE_KEY}/")], folder, strip_prefix=f"{BASE_KEY}/")
     return folder
 
 

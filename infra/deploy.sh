@@ -16,19 +16,19 @@ main() {
   prepare
   terraform_init
   check_region
-  say "The signing key"
+  print_status "The signing key"
   make_signing_key
-  say "Everything else, with Terraform"
+  print_status "Everything else, with Terraform"
   apply
-  say "Checks, tests, images, deployment: Cloud Build"
+  print_status "Checks, tests, images, deployment: Cloud Build"
   build
-  say "Done"
+  print_status "Done"
   terraform_ output -raw next_steps
 }
 
 # What Terraform itself needs, and the settings that a person keeps.
 prepare() {
-  say "The project $PROJECT_ID, as $ACCOUNT"
+  print_status "The project $PROJECT_ID, as $ACCOUNT"
   gcloud services enable cloudresourcemanager.googleapis.com serviceusage.googleapis.com iam.googleapis.com storage.googleapis.com \
     --project="$PROJECT_ID"
   if ! gcloud storage buckets describe "gs://$STATE_BUCKET" --format='value(name)' >/dev/null 2>&1; then
@@ -71,7 +71,7 @@ key_versions() {
 }
 
 # In a new project some things are known everywhere only minutes after they were made. Those are tried again, nothing else.
-NOT_YET='created recently|has not been used in project|SERVICE_DISABLED|Service account .* does not exist|Service agent|try again'
+RETRYABLE_ERRORS_PATTERN='created recently|has not been used in project|SERVICE_DISABLED|Service account .* does not exist|Service agent|try again'
 
 apply() {
   local try said
@@ -81,7 +81,7 @@ apply() {
       rm -f "$said"
       return
     fi
-    if ((try == TRIES)) || ! grep -Eq "$NOT_YET" "$said"; then
+    if ((try == TRIES)) || ! grep -Eq "$RETRYABLE_ERRORS_PATTERN" "$said"; then
       rm -f "$said"
       die "Terraform did not finish; nothing is lost. Mend what it says, and run this again."
     fi

@@ -6,7 +6,7 @@ REGION="${2:-}"
 STATE_BUCKET="${PROJECT_ID}-tunesmith-terraform"
 SETTINGS="infra/terraform/${PROJECT_ID}.tfvars"
 
-say() { printf '\n== %s\n' "$*"; }
+print_status() { printf '\n== %s\n' "$*"; }
 
 die() {
   printf '%s\n' "$@" >&2

@@ -5,7 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source infra/deployment.sh
 
 # Data stays, and stays in Terraform's state, so that `make deploy` finds it again. Enabled APIs cost nothing.
-KEPT='^(data\.|google_(storage_bucket|firestore_[a-z]+|project_service)\.)'
+KEPT_RESOURCES_PATTERN='^(data\.|google_(storage_bucket|firestore_[a-z]+|project_service)\.)'
 
 main() {
   check_arguments destroy
@@ -15,7 +15,7 @@ main() {
   terraform_init
   check_region
   destroy
-  tell_what_is_left
+  print_remaining_resources
 }
 
 confirm() {
@@ -32,16 +32,16 @@ destroy() {
   local addresses targets=()
   addresses="$(terraform_ state list)"
   while read -r address; do
-    [[ -z "$address" || "$address" =~ $KEPT ]] || targets+=(-target="$address")
+    [[ -z "$address" || "$address" =~ $KEPT_RESOURCES_PATTERN ]] || targets+=(-target="$address")
   done <<<"$addresses"
   if ((${#targets[@]} == 0)); then
-    say "There is nothing to remove"
+    print_status "There is nothing to remove"
     return
   fi
   terraform_ destroy -input=false -auto-approve "${VARIABLES[@]}" "${targets[@]}"
 }
 
-tell_what_is_left() {
+print_remaining_resources() {
   cat <<END
 
 Gone. What is left is data, and costs what its storage costs; \`make deploy\` takes it up again. To delete it for good:

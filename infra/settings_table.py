@@ -4,9 +4,9 @@ from pydantic import AliasChoices
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from service.settings import SOURCE, Settings
+from service.settings import SOURCE_ROOT, Settings
 
-HEAD = """# Settings
+PAGE_HEADER = """# Settings
 
 Generated from `service/settings.py` by `infra/settings_table.py`; a test keeps it so. Each is an environment variable of the service.
 
@@ -14,20 +14,20 @@ Generated from `service/settings.py` by `infra/settings_table.py`; a test keeps 
 |---|---|---|"""
 
 
-def table() -> str:
+def render_settings_page() -> str:
     """The page, as text."""
-    rows = [HEAD]
+    rows = [PAGE_HEADER]
     for name, field in Settings.model_fields.items():
-        default = "" if field.default in (None, PydanticUndefined) else f"`{_shown(field.default)}`"
-        rows.append(f"| {_variables(name, field)} | {default} | {field.description} |")
+        default = "" if field.default in (None, PydanticUndefined) else f"`{_format_default(field.default)}`"
+        rows.append(f"| {_format_variable_names(name, field)} | {default} | {field.description} |")
     return "\n".join(rows) + "\n"
 
 
-def _shown(default: object) -> str:
-    return ",".join(default) if isinstance(default, tuple) else str(default).replace(f"{SOURCE}/", "")
+def _format_default(default: object) -> str:
+    return ",".join(default) if isinstance(default, tuple) else str(default).replace(f"{SOURCE_ROOT}/", "")
 
 
-def _variables(name: str, field: FieldInfo) -> str:
+def _format_variable_names(name: str, field: FieldInfo) -> str:
     match field.validation_alias:
         case AliasChoices(choices=choices):
             return " or ".join(f"`{choice}`" for choice in choices)
@@ -38,4 +38,4 @@ def _variables(name: str, field: FieldInfo) -> str:
 
 
 if __name__ == "__main__":
-    print(table(), end="")
+    print(render_settings_page(), end="")

@@ -27,16 +27,16 @@ socketserver sqlite3 ssl stat statistics string struct subprocess symtable tarfi
 tokenize traceback types typing unicodedata unittest unittest.mock urllib.error urllib.parse urllib.request uuid venv warnings wave
 weakref webbrowser xml.dom.minidom xml.etree.ElementTree xml.sax zipapp zipfile zlib zoneinfo
 """.split()  # noqa: SIM905  # a list of a hundred names in quotes is not easier to read
-HOMES = {"os": ("os", "posix", "nt"), "os.path": ("posixpath", "ntpath", "genericpath")}  # where they differ from the name
-SHORTEST, LONGEST = 40, 160  # characters of an answer: enough to say something, short enough for a laptop
-UNWANTED = re.compile(
+MODULE_ALIASES = {"os": ("os", "posix", "nt"), "os.path": ("posixpath", "ntpath", "genericpath")}  # where they differ from the name
+MIN_ANSWER_CHARS, MAX_ANSWER_CHARS = 40, 160  # characters of an answer: enough to say something, short enough for a laptop
+UNWANTED_PATTERN = re.compile(
     r"deprecat|obsolete|internal|undocumented|like |same as|alias|equivalent|similar to|delegate|override|subclass|callback|hook|backward"
     r"|for details|see |this (method|function|class)|the (method|function|class) |\bself\b|[<>=]{2,}|:(param|return)|[^ -~]",
     re.IGNORECASE,
 )
-SIGNATURE = re.compile(r"^[\w.]+\([^)]*\)\s*(->\s*[\w\[\], .]+)?\s*(--|:)?\s*")
+SIGNATURE_PATTERN = re.compile(r"^[\w.]+\([^)]*\)\s*(->\s*[\w\[\], .]+)?\s*(--|:)?\s*")
 # What an answer may begin with; a list, because no rule tells "Process one file." from "Process time for profiling."
-VERBS = """
+ALLOWED_FIRST_WORDS = """
 Accept Acquire Add Announce Append Apply Arrange Assert Attach Attempt Begin Block Calculate Call Change Check Choose Clean Clear Close
 Collapse Collect Combine Commit Compare Compile Compress Compute Concatenate Conditionally Connect Construct Convert Copy Create Decode
 Decompress Decrement Delay Delete Deserialize Detect Determine Disable Disassemble Disconnect Divide Do Duplicate Emit Enable Encode
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--rows", type=int, default=650)
     arguments = parser.parse_args()
-    pairs = sorted(question_and_answer())
+    pairs = sorted(generate_question_answer_pairs())
     random.Random(42).shuffle(pairs)
     rows = pairs[: arguments.rows]
     with arguments.out.open("w", encoding="utf-8") as out:
@@ -66,22 +66,26 @@ def main() -> None:
     print(f"{len(rows)} questions and answers, of {len(pairs)} found, in {arguments.out}")
 
 
-def question_and_answer() -> Iterator[tuple[str, str]]:
+def generate_question_answer_pairs() -> Iterator[tuple[str, str]]:
     """One pair for every public function and method that explains itself; no answer twice."""
     seen: set[str] = set()
     for name in MODULES:
         for path, thing in _members(name):
             answer = _first_paragraph(inspect.getdoc(thing) or "")
-            if answer not in seen and _reads_well(answer):
+            if answer not in seen and _is_usable_answer(answer):
                 seen.add(answer)
                 yield f"What does {path} do?", answer
 
 
-def _reads_well(answer: str) -> bool:
-    return SHORTEST <= len(answer) <= LONGEST and answer.partition(" ")[0] in VERBS and not UNWANTED.search(answer)
+def _is_usable_answer(answer: str) -> bool:
+    return (
+        MIN_ANSWER_CHARS <= len(answer) <= MAX_ANSWER_CHARS
+        and answer.partition(" ")[0] in ALLOWED_FIRST_WORDS
+        and not UNWANTED_PATTERN.search(answer)
+    )
 
 
-def _quiet_import(name: str) -> ModuleType:
+def _import_or_empty(name: str) -> ModuleType:
     """The module; an empty one where this Python was built or packaged without it, as happens to lzma, sqlite3 and venv."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -93,10 +97,10 @@ def _quiet_import(name: str) -> ModuleType:
 
 def _members(module_name: str) -> Iterator[tuple[str, object]]:
     """The functions, and the methods of the classes, that are at home in the module and not just imported there."""
-    module = _quiet_import(module_name)
+    module = _import_or_empty(module_name)
     for name in sorted(getattr(module, "__all__", None) or dir(module)):
         thing = getattr(module, name, None)
-        if name.startswith("_") or getattr(thing, "__name__", None) != name or not _is_at_home(thing, module_name):
+        if name.startswith("_") or getattr(thing, "__name__", None) != name or not _is_defined_in(thing, module_name):
             continue
         if inspect.isroutine(thing):
             yield f"{module_name}.{name}", thing
@@ -106,17 +110,17 @@ def _members(module_name: str) -> Iterator[tuple[str, object]]:
                     yield f"{module_name}.{name}.{method}", getattr(thing, method)
 
 
-def _is_at_home(thing: object, module_name: str) -> bool:
+def _is_defined_in(thing: object, module_name: str) -> bool:
     """Whether a thing was made by that package, or by the C twin of it whose name begins with an underscore."""
     package = module_name.partition(".")[0]
     home = str(getattr(thing, "__module__", None) or package).partition(".")[0].lstrip("_")
-    return home in HOMES.get(module_name, (package,))
+    return home in MODULE_ALIASES.get(module_name, (package,))
 
 
 def _first_paragraph(docstring: str) -> str:
     """The first paragraph in one line, without the signature that C functions begin with, and without marks of emphasis."""
     paragraphs = [" ".join(part.split()) for part in docstring.split("\n\n")]
-    first = SIGNATURE.sub("", paragraphs[0]) if paragraphs else ""
+    first = SIGNATURE_PATTERN.sub("", paragraphs[0]) if paragraphs else ""
     if not first and len(paragraphs) > 1:
         first = paragraphs[1]
     first = re.sub(r"\*(\w+)\*", r"\1", first[:1].upper() + first[1:]).replace("``", "`")

@@ -27,13 +27,13 @@ from uuid import uuid4
 from jobs.checkpoints import Checkpoints
 from jobs.children import kill_children
 from jobs.client import ServiceClient
-from jobs.context import Findings, JobContext, Secrets, Stores
-from jobs.errors import JobFailed, Reason, Stopped
-from jobs.evaluation.gate import judge
-from jobs.patience import patiently
+from jobs.context import AttemptState, JobContext, Secrets, Stores
+from jobs.errors import JobFailed, Stopped, StopReason
+from jobs.evaluation.gate import evaluate_gate
+from jobs.patience import retry_store
 from jobs.report import Reporter, Spool
 from jobs.settings import Settings
-from jobs.stop import Stop
+from jobs.stop import StopController
 from jobs.trackers import TrackerThread, start_trackers
 from schema.events import Directive
 from schema.job import Artifact, Failure
@@ -42,19 +42,19 @@ from schema.spec import JobSpec, result_key, spec_key
 from storage import ObjectExists, ObjectStore, open_store
 
 if TYPE_CHECKING:
-    from jobs.seal import Seal
+    from jobs.seal import ProvenanceRecorder
     from jobs.trained import TrainedModel
 
 log = logging.getLogger(__name__)
 
-SEAL = "jobs.seal:Seal"
+PROVENANCE_RECORDER = "jobs.seal:Seal"
 
 Outcome = Literal["completed", "failed", "cancelled", "paused", "yielded"]
 
-OUTCOMES: dict[Reason, Outcome] = {"cancel": "cancelled", "pause": "paused", "preempted": "yielded", "time_slice": "yielded"}
+OUTCOME_BY_REASON: dict[StopReason, Outcome] = {"cancel": "cancelled", "pause": "paused", "preempted": "yielded", "time_slice": "yielded"}
 
 # What trainers and exporters write into the attempt's folder: gigabytes that nobody reads afterwards.
-HEAVY_FOLDERS = ("base", "data", "checkpoints", "model", "exports")
+SCRATCH_FOLDERS = ("base", "data", "checkpoints", "model", "exports")
 
 
 class ExitCode(IntEnum):
@@ -69,23 +69,23 @@ class ExitCode(IntEnum):
 
 
 @dataclass(frozen=True)
-class Patience:
+class ShutdownTimeouts:
     """What an ending may take."""
 
-    words_s: float  # for the last events, and again for the service to take the last word
+    report_s: float  # for the last events, and again for the service to take the last word
     tries: int  # to make the last word durable: the waits between them begin with half a second and double
     checkpoint_s: float = 0.0  # for a checkpoint that is being uploaded
     tracker_s: float = 0.0  # for a tracker to send what it has
 
 
-PATIENCE = {
-    "completed": Patience(words_s=10.0, tries=8, checkpoint_s=60.0, tracker_s=60.0),
-    "failed": Patience(words_s=5.0, tries=6, checkpoint_s=30.0, tracker_s=10.0),
-    "cancelled": Patience(words_s=0.3, tries=2),  # it must be over in two seconds
-    "paused": Patience(words_s=5.0, tries=6, checkpoint_s=60.0, tracker_s=20.0),
-    "yielded": Patience(words_s=5.0, tries=6, checkpoint_s=60.0, tracker_s=20.0),
+SHUTDOWN_TIMEOUTS = {
+    "completed": ShutdownTimeouts(report_s=10.0, tries=8, checkpoint_s=60.0, tracker_s=60.0),
+    "failed": ShutdownTimeouts(report_s=5.0, tries=6, checkpoint_s=30.0, tracker_s=10.0),
+    "cancelled": ShutdownTimeouts(report_s=0.3, tries=2),  # it must be over in two seconds
+    "paused": ShutdownTimeouts(report_s=5.0, tries=6, checkpoint_s=60.0, tracker_s=20.0),
+    "yielded": ShutdownTimeouts(report_s=5.0, tries=6, checkpoint_s=60.0, tracker_s=20.0),
 }
-HASTY = Patience(words_s=0.3, tries=2)  # the platform is about to kill the process, or a person waits
+FORCED_SHUTDOWN = ShutdownTimeouts(report_s=0.3, tries=2)  # the platform is about to kill the process, or a person waits
 
 
 class Attempt:
@@ -96,131 +96,133 @@ class Attempt:
         self._started_at = datetime.now(UTC)
         self._claimant = f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
         self._client = ServiceClient(settings)
-        self._stop = Stop(last_resort=self._end_for, heard=self._ask_why)
+        self._stop = StopController(last_resort=self._force_finish, heard=self._refresh_directive)
         self._secrets = Secrets({})
-        self._findings = Findings()
+        self._state = AttemptState()
         self._owned = False
         self._checkpoints: Checkpoints | None = None
         self._reporter: Reporter | None = None
         self._trackers: list[TrackerThread] = []
         self._trained: TrainedModel | None = None
-        self._own_end: Callable[[], Result] | None = None  # how it ends if nobody stops it: it is done, or has failed
-        self._ending = threading.Lock()
+        self._build_final_result: Callable[[], Result] | None = None  # how it ends if nobody stops it: it is done, or has failed
+        self._finish_lock = threading.Lock()
 
     def claim(self) -> None:
         """Own the attempt. Raises AttemptTaken, ClaimRefused, Stopped."""
-        self._stop.listen(self._settings.time_limit_s)
+        self._stop.install_signal_handlers(self._settings.time_limit_s)
         answer = self._client.claim(self._claimant)
         self._owned = True
         self._secrets = Secrets(answer.secrets)
         log.info("attempt claimed", extra={"job_id": self._settings.job_id, "attempt": self._settings.attempt})
         if answer.directive in ("cancel", "pause"):
-            self._heed(answer.directive)
+            self._apply_directive(answer.directive)
         self._stop.check()
 
-    def work(self) -> tuple[Artifact, ...]:
+    def train_and_export(self) -> tuple[Artifact, ...]:
         """Train and export. Raises whatever goes wrong, and Stopped."""
         key = spec_key(self._settings.job_id)
-        spec = JobSpec.load(patiently("the job's spec could not be read", lambda: self._store.read(key), code="internal"))
-        context = self._open(spec)
-        self._findings = context.findings
-        self._refuse_the_impossible(context)
-        seal: Seal = _named(SEAL)(context, image=self._settings.image, started_at=self._started_at)
+        spec = JobSpec.load(retry_store("the job's spec could not be read", lambda: self._store.read(key), code="internal"))
+        context = self._create_context(spec)
+        self._state = context.state
+        self._validate_export(context)
+        seal: ProvenanceRecorder = _import_object(PROVENANCE_RECORDER)(context, image=self._settings.image, started_at=self._started_at)
         self._trackers = start_trackers(context)
-        trained: TrainedModel = _named(spec.training_config.trainer)(spec.training_config, context)
+        trained: TrainedModel = _import_object(spec.training_config.trainer)(spec.training_config, context)
         self._trained = trained
-        context.model_saved(trained.folder)
-        if not self._may_be_published(trained, context):
+        context.notify_model_saved(trained.folder)
+        if not self._passes_gate(trained, context):
             return ()
 
         from jobs.exporters import export_all
 
-        return export_all(trained, context, lambda products, artifacts: seal.put_on(trained, products, artifacts))
+        return export_all(trained, context, lambda products, artifacts: seal.finalize(trained, products, artifacts))
 
-    def _refuse_the_impossible(self, context: JobContext) -> None:
+    def _validate_export(self, context: JobContext) -> None:
         """Raises JobFailed for what could not be handed over in the end, before anything is paid for."""
-        from jobs.exporters import refuse_impossible
+        from jobs.exporters import check_exportable
         from jobs.hub import check_push
 
         config = context.spec.training_config
-        refuse_impossible(config)
+        check_exportable(config)
         if config.export_config.destination == "hfhub":
             check_push(context)
 
-    def _may_be_published(self, trained: "TrainedModel", context: JobContext) -> bool:
+    def _passes_gate(self, trained: "TrainedModel", context: JobContext) -> bool:
         """Whether the model passes the gate, if there is one. Who exports a checkpoint has decided for himself."""
         thresholds = context.spec.training_config.eval_config.promotion_gate
         if not thresholds or context.spec.export_of:
             return True
-        gate = judge(thresholds, trained.metrics, trained.base_metrics)
-        context.judged(gate)
+        gate = evaluate_gate(thresholds, trained.metrics, trained.base_metrics)
+        context.log_gate(gate)
         return gate.passed
 
-    def end(
+    def finish(
         self, outcome: Literal["completed", "failed"], *, failure: Failure | None = None, artifacts: tuple[Artifact, ...] = ()
     ) -> ExitCode:
         """The last word of an attempt that came to its own end. Who asks it to stop meanwhile gets it sooner, and no other."""
-        self._own_end = lambda: self._result(outcome, failure=failure, artifacts=artifacts)
-        self._stop.unwound()
-        self._tidy(self._patience(outcome), succeeded=outcome == "completed")
-        self._stop.settle()
-        return self._say(self._own_end(), self._patience(outcome))
+        self._build_final_result = lambda: self._build_result(outcome, failure=failure, artifacts=artifacts)
+        self._stop.begin_shutdown()
+        self._flush(self._shutdown_timeouts(outcome), succeeded=outcome == "completed")
+        self._stop.finalize()
+        return self._publish_result(self._build_final_result(), self._shutdown_timeouts(outcome))
 
-    def end_stopped(self, reason: Reason) -> ExitCode:
+    def finish_stopped(self, reason: StopReason) -> ExitCode:
         """The last word of an attempt that was asked to stop. A cancel that comes before it is spoken wins."""
-        self._stop.unwound()
+        self._stop.begin_shutdown()
         if reason != "cancel":
-            self._tidy(self._patience(OUTCOMES[reason]), succeeded=True)
-        if self._stop.settle() == "cancel":
+            self._flush(self._shutdown_timeouts(OUTCOME_BY_REASON[reason]), succeeded=True)
+        if self._stop.finalize() == "cancel":
             reason = "cancel"
-        return self._say(self._result(OUTCOMES[reason], reason=reason), self._patience(OUTCOMES[reason]))
+        return self._publish_result(
+            self._build_result(OUTCOME_BY_REASON[reason], reason=reason), self._shutdown_timeouts(OUTCOME_BY_REASON[reason])
+        )
 
-    def _end_for(self, reason: Reason) -> None:
+    def _force_finish(self, reason: StopReason) -> None:
         """In place of a main thread that is inside a call which cannot be interrupted."""
-        self._stop.settle()
-        result = self._own_end() if self._own_end else self._result(OUTCOMES[reason], reason=reason)
-        os._exit(self._say(result, HASTY))
+        self._stop.finalize()
+        result = self._build_final_result() if self._build_final_result else self._build_result(OUTCOME_BY_REASON[reason], reason=reason)
+        os._exit(self._publish_result(result, FORCED_SHUTDOWN))
 
-    def _patience(self, outcome: Outcome) -> Patience:
-        return within(PATIENCE[outcome], self._stop.killed_in_s())
+    def _shutdown_timeouts(self, outcome: Outcome) -> ShutdownTimeouts:
+        return cap_timeouts(SHUTDOWN_TIMEOUTS[outcome], self._stop.time_until_kill_s())
 
-    def _tidy(self, patience: Patience, *, succeeded: bool) -> None:
+    def _flush(self, timeouts: ShutdownTimeouts, *, succeeded: bool) -> None:
         """Let a checkpoint that is on its way arrive, and the trackers send what they have. A run that is to go on has not failed."""
         if self._checkpoints is not None:
-            self._checkpoints.settle(patience.checkpoint_s)
+            self._checkpoints.wait_until_uploaded(timeouts.checkpoint_s)
         for tracker in self._trackers:
-            tracker.finish(succeeded=succeeded, patience_s=patience.tracker_s)
+            tracker.finish(succeeded=succeeded, timeout_s=timeouts.tracker_s)
 
-    def _say(self, result: Result, patience: Patience) -> ExitCode:
+    def _publish_result(self, result: Result, timeouts: ShutdownTimeouts) -> ExitCode:
         """Say the last word, to the object store and to the service; what it was decides how the process ends.
 
         The events go first: once the result is there the attempt is over, and the service takes no more.
         """
-        with self._ending:
+        with self._finish_lock:
             kill_children()
             if not self._owned:  # perhaps another process does: its last word is still to come
                 log.info("attempt ended before it was claimed", extra={"outcome": result.outcome})
                 return EXIT_CODES[result.outcome]
             if self._reporter is not None:
-                self._reporter.flush(patience.words_s)
-                self._reporter.close(patience.words_s)
-            result = self._write(result, patience.tries)
-            told = self._client.finish(result, patience_s=patience.words_s)
+                self._reporter.flush(timeouts.report_s)
+                self._reporter.close(timeouts.report_s)
+            result = self._write(result, timeouts.tries)
+            told = self._client.finish(result, timeout_s=timeouts.report_s)
             if self._checkpoints is not None:
                 self._checkpoints.close()
-            self._sweep()
-            log.info("attempt ended", extra={"outcome": result.outcome, "service_knows": told})
+            self._remove_work_files()
+            log.info("attempt ended", extra={"outcome": result.outcome, "reported": told})
         return EXIT_CODES[result.outcome]
 
-    def _sweep(self) -> None:
+    def _remove_work_files(self) -> None:
         """Give the disk back: what counts has been uploaded. The events, and a tracker's offline run, stay with the log."""
-        for name in HEAVY_FOLDERS:
+        for name in SCRATCH_FOLDERS:
             shutil.rmtree(self._settings.workdir / name, ignore_errors=True)
 
-    def refuse_to_fail(self) -> None:
+    def reraise_if_stopping(self) -> None:
         """Raises Stopped when the job is being cancelled, or its machine taken away: what breaks then is no fault of the job."""
-        if self._stop.wanted in ("cancel", "preempted"):
-            raise Stopped(self._stop.wanted)
+        if self._stop.stop_reason in ("cancel", "preempted"):
+            raise Stopped(self._stop.stop_reason)
 
     def redact(self, text: str) -> str:
         """The text without the job's secrets and the attempt's token."""
@@ -230,18 +232,18 @@ class Attempt:
     def _store(self) -> ObjectStore:
         return open_store(self._settings.spec_store_url)
 
-    def _open(self, spec: JobSpec) -> JobContext:
+    def _create_context(self, spec: JobSpec) -> JobContext:
         workdir, stores = self._settings.workdir, Stores(spec.stores)
         spool = Spool(workdir / f"events-{self._settings.attempt}.jsonl")
-        self._reporter = Reporter(self._client, spool, self._settings.report_interval_s, self._heed, self._leave)
+        self._reporter = Reporter(self._client, spool, self._settings.report_interval_s, self._apply_directive, self._exit_fenced)
         self._checkpoints = Checkpoints(
             store=stores.models,
             spec=spec,
             attempt=self._settings.attempt,
             folder=workdir / "checkpoints",
-            keep=spec.training_config.hyperparameters.save_total_limit,
-            tell=lambda event: context.told(event),
-            trackers=lambda: {tracker.name: tracker.run_id for tracker in self._trackers if tracker.run_id},
+            save_total_limit=spec.training_config.hyperparameters.save_total_limit,
+            emit=lambda event: context.emit(event),
+            get_tracker_run_ids=lambda: {tracker.name: tracker.run_id for tracker in self._trackers if tracker.run_id},
         )
         context = JobContext(
             spec=spec,
@@ -249,34 +251,34 @@ class Attempt:
             workdir=workdir,
             secrets=self._secrets,
             stores=stores,
-            voice=self._reporter,
+            event_sink=self._reporter,
             stop=self._stop,
             checkpoints=self._checkpoints,
         )
         self._reporter.start()
         return context
 
-    def _heed(self, directive: Directive) -> None:
+    def _apply_directive(self, directive: Directive) -> None:
         match directive:
             case "continue":
                 return
             case "cancel" | "pause":
-                self._stop.ask(directive)
+                self._stop.request(directive)
             case _:
                 assert_never(directive)
 
-    def _ask_why(self, reason: Reason) -> None:
+    def _refresh_directive(self, reason: StopReason) -> None:
         """Where a cancel comes as a SIGTERM too, only the service knows which it is, and answers the next report with it."""
         if reason == "preempted" and self._reporter is not None:
-            self._reporter.hurry()
+            self._reporter.flush_soon()
 
-    def _leave(self) -> None:
+    def _exit_fenced(self) -> None:
         """Another attempt has taken over, or the job is gone: end at once and write nothing."""
         kill_children()
         os._exit(ExitCode.FENCED)
 
-    def _result(
-        self, outcome: Outcome, *, reason: Reason | None = None, failure: Failure | None = None, artifacts: tuple[Artifact, ...] = ()
+    def _build_result(
+        self, outcome: Outcome, *, reason: StopReason | None = None, failure: Failure | None = None, artifacts: tuple[Artifact, ...] = ()
     ) -> Result:
         trained, checkpoints = self._trained, self._checkpoints
         return Result(
@@ -284,16 +286,16 @@ class Attempt:
             attempt=self._settings.attempt,
             claimant=self._claimant,
             outcome=outcome,
-            yielded_because=reason if reason in ("preempted", "time_slice") else None,
-            saved_step=checkpoints.saved_step if checkpoints else None,
+            yield_reason=reason if reason in ("preempted", "time_slice") else None,
+            last_checkpoint_step=checkpoints.saved_step if checkpoints else None,
             resumed_step=checkpoints.resumed_step if checkpoints else None,
             failure=failure and failure.model_copy(update={"attempt": self._settings.attempt}),
-            metrics=self._findings.metrics,
-            base_metrics=self._findings.base_metrics,
-            gate=self._findings.gate,
+            metrics=self._state.metrics,
+            base_metrics=self._state.base_metrics,
+            gate=self._state.gate,
             published_step=trained.step if trained else None,
-            wandb_url=self._findings.wandb_url,
-            trackers=self._findings.trackers,
+            wandb_url=self._state.wandb_url,
+            tracker_urls=self._state.trackers,
             artifacts=artifacts,
             train_rows=trained.train_rows if trained else None,
             train_tokens=trained.train_tokens if trained else None,
@@ -307,26 +309,26 @@ class Attempt:
         key = result_key(result.job_id, result.attempt)
         content = result.model_dump_json(indent=1).encode()
         try:
-            return self._first(result, key, content, tries)
+            return self._write_if_absent(result, key, content, tries)
         except JobFailed as error:
             log.error("result could not be written", extra={"error": error.failure.message})
             if result.outcome != "completed":
                 return result
             return result.model_copy(update={"outcome": "failed", "failure": error.failure})
 
-    def _first(self, result: Result, key: str, content: bytes, tries: int) -> Result:
+    def _write_if_absent(self, result: Result, key: str, content: bytes, tries: int) -> Result:
         """The result, or the one that is there: the last word has been spoken already. Raises JobFailed."""
         try:
-            patiently("the result could not be written", lambda: self._store.write(key, content, if_absent=True), tries=tries)
+            retry_store("the result could not be written", lambda: self._store.write(key, content, if_absent=True), tries=tries)
         except ObjectExists:
-            return Result.load(patiently("the result could not be read", lambda: self._store.read(key), tries=tries))
+            return Result.load(retry_store("the result could not be read", lambda: self._store.read(key), tries=tries))
         return result
 
 
 # Any: what stands behind a name is known when it is loaded.
-def _named(place: str) -> Any:  # noqa: ANN401
+def _import_object(import_path: str) -> Any:  # noqa: ANN401
     """What a line "module:name" names."""
-    module, _, name = place.partition(":")
+    module, _, name = import_path.partition(":")
     return getattr(import_module(module), name)
 
 
@@ -339,14 +341,14 @@ EXIT_CODES: dict[Outcome, ExitCode] = {
 }
 
 
-def within(patience: Patience, killed_in_s: float | None) -> Patience:
+def cap_timeouts(timeouts: ShutdownTimeouts, killed_in_s: float | None) -> ShutdownTimeouts:
     """What is left of a patience when the process is killed soon, so that the last word is spoken whoever does not answer."""
     if killed_in_s is None:
-        return patience
+        return timeouts
     eighth_s = killed_in_s / 8  # two for the checkpoint, two for the trackers; events, their sender, the last word; the store
-    return Patience(
-        words_s=min(patience.words_s, max(HASTY.words_s, eighth_s)),
-        tries=patience.tries if eighth_s > patience.words_s else HASTY.tries,
-        checkpoint_s=min(patience.checkpoint_s, 2 * eighth_s),
-        tracker_s=min(patience.tracker_s, 2 * eighth_s),
+    return ShutdownTimeouts(
+        report_s=min(timeouts.report_s, max(FORCED_SHUTDOWN.report_s, eighth_s)),
+        tries=timeouts.tries if eighth_s > timeouts.report_s else FORCED_SHUTDOWN.tries,
+        checkpoint_s=min(timeouts.checkpoint_s, 2 * eighth_s),
+        tracker_s=min(timeouts.tracker_s, 2 * eighth_s),
     )

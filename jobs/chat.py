@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.settings import compute_threads
+from jobs.settings import cpu_thread_count
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
@@ -28,17 +28,17 @@ CONTEXT_TOKENS = 4096  # of a whole conversation; Gemma's 32k would take half a 
 LOG_LEVEL_ERROR = 4  # ggml_log_level; everything below it is chatter
 
 # What a terminal would obey and not show: a model must not move the cursor or rename the window.
-CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
+CONTROL_CHARACTERS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 
 # A callback that Python has collected would crash the engine at its next word.
-_kept: list[object] = []
+_live_callbacks: list[object] = []
 
 
-class Unanswerable(Exception):
+class InvalidPrompt(Exception):
     """This turn cannot be answered; the message says why."""
 
 
-class Unusable(Exception):
+class InvalidModelFile(Exception):
     """The file cannot be talked to; the message says why."""
 
 
@@ -55,13 +55,13 @@ class Options:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Hold the conversation; returns the exit code."""
-    options = _options(arguments)
+    options = _parse_args(arguments)
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]  # the interpreter's own are text wrappers
     try:
-        with open_model(options.gguf, compute_threads()) as model:
-            _converse(Conversation(model, options.max_tokens, options.temperature), options)
-    except (Unusable, Unanswerable) as error:
+        with open_model(options.gguf, cpu_thread_count()) as model:
+            _run_conversation(Conversation(model, options.max_tokens, options.temperature), options)
+    except (InvalidModelFile, InvalidPrompt) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -86,37 +86,37 @@ class Conversation:
     def answer(self, prompt: str) -> Iterator[str]:
         """The text of each token as it comes; empty while a character is incomplete. Raises Unanswerable before the first."""
         asked = [*self.messages, {"role": "user", "content": prompt}]
-        tokens = self._fitting(asked)
+        tokens = self._fit_to_context(asked)
         answer = ""
         for text in self.model.generate(tokens, min(self.max_tokens, self.model.context_tokens - len(tokens)), self.temperature):
             answer += text
             yield text
         self.messages = [*asked, {"role": "assistant", "content": answer}]
 
-    def _fitting(self, messages: list[dict[str, str]]) -> list[int]:
+    def _fit_to_context(self, messages: list[dict[str, str]]) -> list[int]:
         """The turns as tokens; the oldest are forgotten when there would be no room for an answer."""
-        tokens = self.model.tokens_of(messages)
+        tokens = self.model.tokenize(messages)
         while len(tokens) + self.max_tokens > self.model.context_tokens and len(messages) > 1:
             del messages[:2]
-            tokens = self.model.tokens_of(messages)
+            tokens = self.model.tokenize(messages)
         if len(tokens) >= self.model.context_tokens:
-            raise Unanswerable(f"the prompt has {len(tokens)} tokens; it must have fewer than {self.model.context_tokens}")
+            raise InvalidPrompt(f"the prompt has {len(tokens)} tokens; it must have fewer than {self.model.context_tokens}")
         return tokens
 
 
-def _converse(conversation: Conversation, options: Options) -> None:
-    speak = _speak_json if options.as_json else _speak
+def _run_conversation(conversation: Conversation, options: Options) -> None:
+    speak = _print_json_stream if options.as_json else _print_stream
     if options.prompt is not None:
         speak(conversation.answer(options.prompt))
         return
-    for line in _lines():
+    for line in _read_turns():
         try:
-            speak(conversation.answer(_prompt_of(line) if options.as_json else line))
-        except Unanswerable as error:
+            speak(conversation.answer(_parse_prompt(line) if options.as_json else line))
+        except InvalidPrompt as error:
             print(json.dumps({"error": str(error)}) if options.as_json else f"error: {error}", flush=True)
 
 
-def _lines() -> Iterator[str]:
+def _read_turns() -> Iterator[str]:
     """Turns from stdin without empty ones; a person at a terminal sees a mark and can edit the line."""
     if not sys.stdin.isatty():
         yield from (line.strip() for line in sys.stdin if line.strip())
@@ -133,24 +133,24 @@ def _lines() -> Iterator[str]:
             yield line
 
 
-def _prompt_of(line: str) -> str:
+def _parse_prompt(line: str) -> str:
     try:
         turn: object = json.loads(line)
     except json.JSONDecodeError as error:
-        raise Unanswerable(f"not JSON: {error}") from error
+        raise InvalidPrompt(f"not JSON: {error}") from error
     if not isinstance(turn, dict) or not isinstance(turn.get("prompt"), str):
-        raise Unanswerable('a turn is like {"prompt": "What is a list?"}')
+        raise InvalidPrompt('a turn is like {"prompt": "What is a list?"}')
     return turn["prompt"]
 
 
-def _speak(answer: Iterable[str]) -> None:
+def _print_stream(answer: Iterable[str]) -> None:
     for text in answer:
-        sys.stdout.write(text.translate(CONTROLS))
+        sys.stdout.write(text.translate(CONTROL_CHARACTERS))
         sys.stdout.flush()
     print(flush=True)
 
 
-def _speak_json(answer: Iterable[str]) -> None:
+def _print_json_stream(answer: Iterable[str]) -> None:
     started, tokens = time.monotonic(), 0
     for text in answer:
         tokens += 1
@@ -170,69 +170,71 @@ class ChatModel:
         self._template = template
         self.context_tokens: int = llama.n_ctx()
 
-    def tokens_of(self, messages: list[dict[str, str]]) -> list[int]:
+    def tokenize(self, messages: list[dict[str, str]]) -> list[int]:
         """The conversation as the model was trained to read it, up to where its answer begins."""
         from jinja2 import TemplateError
 
         try:
             rendered = self._template(messages=messages)  # pyright: ignore[reportArgumentType]  # its TypedDict is this dict
         except (TemplateError, ValueError) as error:
-            raise Unanswerable(f"the chat template refuses the conversation: {error}") from error
+            raise InvalidPrompt(f"the chat template refuses the conversation: {error}") from error
         return self._llama.tokenize(rendered.prompt.encode(errors="replace"), add_bos=not rendered.added_special, special=True)
 
-    def generate(self, tokens: list[int], most_tokens: int, temperature: float) -> Iterator[str]:
+    def generate(self, tokens: list[int], max_tokens: int, temperature: float) -> Iterator[str]:
         """The text of each token, up to one that ends the turn."""
         import llama_cpp
 
         vocabulary = llama_cpp.llama_model_get_vocab(self._llama.model)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be spread over several tokens
         with closing(self._llama.generate(tokens, temp=temperature)) as generated:
-            for token, _ in zip(generated, range(most_tokens), strict=False):
+            for token, _ in zip(generated, range(max_tokens), strict=False):
                 if llama_cpp.llama_vocab_is_eog(vocabulary, token):
                     return
-                yield decoder.decode(_bytes_of(vocabulary, token))
+                yield decoder.decode(_token_bytes(vocabulary, token))
 
 
 @contextmanager
 def open_model(path: Path, threads: int) -> Generator[ChatModel]:
     """Load a file. Raises Unusable for one that is missing, broken, or has no chat template."""
-    _refuse_other_files(path)
+    _require_gguf(path)
     import llama_cpp
 
-    errors = _hush()
+    errors = _silence_native_logs()
     try:
         llama = llama_cpp.Llama(str(path), n_ctx=CONTEXT_TOKENS, n_threads=threads, n_threads_batch=threads, verbose=False)
     except (ValueError, RuntimeError) as error:
-        raise Unusable(f"llama.cpp cannot load {path}: {errors[0] if errors else error}") from error
+        raise InvalidModelFile(f"llama.cpp cannot load {path}: {errors[0] if errors else error}") from error
     with closing(llama):
-        yield ChatModel(llama, _template_of(llama, path))
+        yield ChatModel(llama, _load_chat_template(llama, path))
 
 
-def _refuse_other_files(path: Path) -> None:
+def _require_gguf(path: Path) -> None:
     try:
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
-        raise Unusable(f"cannot read {path}: {error.strerror}") from error
+        raise InvalidModelFile(f"cannot read {path}: {error.strerror}") from error
     if magic != b"GGUF":
-        raise Unusable(f"{path} is not a GGUF file")
+        raise InvalidModelFile(f"{path} is not a GGUF file")
 
 
-def _template_of(llama: "Llama", path: Path) -> "Jinja2ChatFormatter":
+def _load_chat_template(llama: "Llama", path: Path) -> "Jinja2ChatFormatter":
     from jinja2 import TemplateError
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
     template = llama.metadata.get("tokenizer.chat_template")
     if template is None:
-        raise Unusable(f"{path} has no chat template, so it cannot tell your words from its own; talk to a model that was tuned for chat")
+        raise InvalidModelFile(
+            f"{path} has no chat template, so it cannot tell your words from its own; talk to a model that was tuned for chat"
+        )
     bos, eos = (llama.detokenize([token], special=True).decode() if token >= 0 else "" for token in (llama.token_bos(), llama.token_eos()))
     try:
         return Jinja2ChatFormatter(template=template, bos_token=bos, eos_token=eos)
     except TemplateError as error:
-        raise Unusable(f"the chat template of {path} is broken: {error}") from error
+        raise InvalidModelFile(f"the chat template of {path} is broken: {error}") from error
 
 
-def _hush() -> list[str]:
+def _silence_native_logs() -> list[str]:
     """Let llama.cpp speak of errors only; returns where they are gathered, for while it loads it cannot be heard at all."""
     import llama_cpp
 
@@ -244,13 +246,13 @@ def _hush() -> list[str]:
             errors.append(text.decode(errors="replace").strip())
             print(errors[-1], file=sys.stderr)
 
-    _kept.append(errors_only)
+    _live_callbacks.append(errors_only)
     llama_cpp.llama_log_set(errors_only, ctypes.c_void_p(0))
     return errors
 
 
 # Any: a ctypes pointer.
-def _bytes_of(vocabulary: Any, token: int) -> bytes:  # noqa: ANN401
+def _token_bytes(vocabulary: Any, token: int) -> bytes:  # noqa: ANN401
     """What a token stands for; nothing for a control token. The bindings' own way loses tokens of more than 32 bytes."""
     import llama_cpp
 
@@ -266,7 +268,7 @@ def _bytes_of(vocabulary: Any, token: int) -> bytes:  # noqa: ANN401
 # --- the command line ---
 
 
-def _options(arguments: Sequence[str] | None) -> Options:
+def _parse_args(arguments: Sequence[str] | None) -> Options:
     parser = argparse.ArgumentParser(prog="python -m jobs.chat", description="Talk to a GGUF file.")
     parser.add_argument("--gguf", type=Path, required=True, help="the model")
     parser.add_argument("--prompt", help="one question; left out, every line of stdin is the next turn of a conversation")

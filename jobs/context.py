@@ -8,8 +8,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from jobs.errors import Reason
-from schema.events import ArtifactMade, Decided, Evaluated, Event, GateJudged, Metrics, PhaseChanged, Sampled, TrackerStarted, Warned
+from jobs.errors import StopReason
+from schema.events import (
+    ArtifactUploaded,
+    DecisionMade,
+    EvaluationCompleted,
+    Event,
+    GateEvaluated,
+    MetricsLogged,
+    PhaseChanged,
+    SamplesGenerated,
+    TrackerStarted,
+    WarningRaised,
+)
 from schema.job import Artifact, EvalMetrics, Gate, Phase, Progress
 from schema.spec import JobSpec, StoreUrls
 from storage import ObjectStore, open_store
@@ -24,38 +35,38 @@ YIELD_MARGIN = 1.5
 YIELD_SLACK_S = 1.0  # the same where everything is fast, and a share of nothing would be nothing
 
 
-class Voice(Protocol):
+class EventSink(Protocol):
     """Where events go."""
 
     def report(self, event: Event) -> None:
         """Take an event; never raises."""
         ...
 
-    def place(self, *, phase: Phase | None = None, progress: Progress | None = None) -> None:
+    def set_progress(self, *, phase: Phase | None = None, progress: Progress | None = None) -> None:
         """Where the attempt is now."""
         ...
 
 
-class Mirror(Protocol):
+class TrainingListener(Protocol):
     """Another place that shows the curves; never raises, never blocks for long."""
 
-    def metrics(self, event: Metrics) -> None:
+    def log_metrics(self, event: MetricsLogged) -> None:
         """A point of the curves."""
         ...
 
-    def evaluated(self, event: Evaluated) -> None:
+    def log_evaluation(self, event: EvaluationCompleted) -> None:
         """A measurement on the held-out rows."""
         ...
 
-    def sampled(self, event: Sampled) -> None:
+    def log_samples(self, event: SamplesGenerated) -> None:
         """Answers to held-out prompts."""
         ...
 
-    def checkpoint(self, folder: Path, step: int) -> None:
+    def log_checkpoint(self, folder: Path, step: int) -> None:
         """A checkpoint was written, and may be removed when this returns."""
         ...
 
-    def model(self, folder: Path) -> None:
+    def log_model(self, folder: Path) -> None:
         """The trained model was written."""
         ...
 
@@ -105,7 +116,7 @@ class Stores:
 
 
 @dataclass
-class Findings:
+class AttemptState:
     """What is known of the attempt so far; it becomes the result, also when the attempt fails."""
 
     metrics: EvalMetrics | None = None
@@ -116,11 +127,11 @@ class Findings:
     decisions: dict[str, str] = field(default_factory=dict)
 
 
-class StopRequest(Protocol):
+class StopSignal(Protocol):
     """Whether the attempt was asked to stop, and when it must."""
 
     @property
-    def wanted(self) -> Reason | None:
+    def stop_reason(self) -> StopReason | None:
         """What was asked for, if anything."""
         ...
 
@@ -128,7 +139,7 @@ class StopRequest(Protocol):
         """Raises Stopped when it was; inside `politely` only for a cancel, or when the time is up."""
         ...
 
-    def politely(self) -> AbstractContextManager[None]:
+    def defer_stop(self) -> AbstractContextManager[None]:
         """Inside, the main thread looks at `wanted` at every step by itself; only a cancel, or the end of the time, interrupts it.
 
         Raises Stopped on the way out when something was asked for and has not been obeyed yet.
@@ -149,23 +160,23 @@ class JobContext:
     workdir: Path
     secrets: Secrets
     stores: Stores
-    voice: Voice
-    stop: StopRequest
+    event_sink: EventSink
+    stop: StopSignal
     checkpoints: "Checkpoints"
-    mirrors: list[Mirror] = field(default_factory=list)
-    findings: Findings = field(default_factory=Findings)
+    listeners: list[TrainingListener] = field(default_factory=list)
+    state: AttemptState = field(default_factory=AttemptState)
 
-    def phase(self, phase: Phase) -> None:
+    def enter_phase(self, phase: Phase) -> None:
         """Enter a phase of the work. Raises Stopped."""
-        self.check()
-        self.voice.place(phase=phase)
-        self._tell(PhaseChanged(phase=phase), phase=phase)
+        self.check_stop()
+        self.event_sink.set_progress(phase=phase)
+        self._log_and_report(PhaseChanged(phase=phase), phase=phase)
 
-    def progress(self, progress: Progress) -> None:
+    def report_progress(self, progress: Progress) -> None:
         """How far the training is; travels with the next report."""
-        self.voice.place(progress=progress)
+        self.event_sink.set_progress(progress=progress)
 
-    def metrics(
+    def log_metrics(
         self,
         step: int,
         values: Mapping[str, float | None],
@@ -175,83 +186,85 @@ class JobContext:
         progress: Progress | None = None,
     ) -> None:
         """A point of the curves; a number that could not be had is None, and its note says why."""
-        event = Metrics(step=step, epoch=epoch, values=dict(values), notes=dict(notes or {}), progress=progress)
-        self._tell(event, step=step, **values)
-        for mirror in self.mirrors:
-            mirror.metrics(event)
+        event = MetricsLogged(step=step, epoch=epoch, values=dict(values), notes=dict(notes or {}), progress=progress)
+        self._log_and_report(event, step=step, **values)
+        for mirror in self.listeners:
+            mirror.log_metrics(event)
 
-    def evaluated(self, when: Literal["before", "during", "after"], step: int, metrics: EvalMetrics) -> None:
+    def log_evaluation(self, when: Literal["before", "during", "after"], step: int, metrics: EvalMetrics) -> None:
         """The model was measured on the held-out rows."""
-        event = Evaluated(when=when, step=step, metrics=metrics)
+        event = EvaluationCompleted(when=when, step=step, metrics=metrics)
         if when == "before":
-            self.findings.base_metrics = metrics
+            self.state.base_metrics = metrics
         else:
-            self.findings.metrics = metrics
-        self._tell(event, when=when, step=step, eval_loss=metrics.eval_loss, perplexity=metrics.perplexity)
-        for mirror in self.mirrors:
-            mirror.evaluated(event)
+            self.state.metrics = metrics
+        self._log_and_report(event, when=when, step=step, eval_loss=metrics.eval_loss, perplexity=metrics.perplexity)
+        for mirror in self.listeners:
+            mirror.log_evaluation(event)
 
-    def sampled(self, event: Sampled) -> None:
+    def log_samples(self, event: SamplesGenerated) -> None:
         """What the model answers to a few held-out prompts."""
-        self._tell(event, when=event.when, step=event.step)  # the texts are somebody's data: no log has them
-        for mirror in self.mirrors:
-            mirror.sampled(event)
+        self._log_and_report(event, when=event.when, step=event.step)  # the texts are somebody's data: no log has them
+        for mirror in self.listeners:
+            mirror.log_samples(event)
 
-    def judged(self, gate: Gate) -> None:
+    def log_gate(self, gate: Gate) -> None:
         """The promotion gate has looked at the trained model."""
-        self.findings.gate = gate
-        self._tell(GateJudged(gate=gate), passed=gate.passed)
+        self.state.gate = gate
+        self._log_and_report(GateEvaluated(gate=gate), passed=gate.passed)
 
-    def decided(self, what: str, value: str, why: str) -> None:
+    def log_decision(self, key: str, value: str, reason: str) -> None:
         """Something was chosen by the attempt itself."""
-        self.findings.decisions[what] = value
-        self._tell(Decided(what=what, value=value, why=why), what=what, value=value, why=why)
+        self.state.decisions[key] = value
+        self._log_and_report(DecisionMade(setting=key, value=value, reason=reason), what=key, value=value, why=reason)
 
     def warn(self, code: str, message: str) -> None:
         """Something the user should know, and that does not stop the job."""
         message = self.secrets.redact(message)
-        self._tell(Warned(code=code, message=message), code=code, text=message)
+        self._log_and_report(WarningRaised(code=code, message=message), code=code, text=message)
 
-    def tracker_started(self, tracker: str, url: str | None) -> None:
+    def log_tracker(self, tracker: str, url: str | None) -> None:
         """A tracker mirrors the job."""
         if tracker == "wandb":
-            self.findings.wandb_url = url
+            self.state.wandb_url = url
         if url:
-            self.findings.trackers[tracker] = url
-        self._tell(TrackerStarted(tracker=tracker, url=url), tracker=tracker, url=url)
+            self.state.trackers[tracker] = url
+        self._log_and_report(TrackerStarted(tracker=tracker, url=url), tracker=tracker, url=url)
 
-    def artifact_made(self, artifact: Artifact) -> None:
+    def log_artifact(self, artifact: Artifact) -> None:
         """An artifact is uploaded and verified."""
-        self._tell(ArtifactMade(artifact=artifact), artifact=artifact.name, size_bytes=artifact.size_bytes)
+        self._log_and_report(ArtifactUploaded(artifact=artifact), artifact=artifact.name, size_bytes=artifact.size_bytes)
 
-    def told(self, event: Event) -> None:
+    def emit(self, event: Event) -> None:
         """Something happened that has an event of its own, such as a checkpoint that is durable."""
         facts = event.model_dump(exclude={"type"})
-        self._tell(event, **{"text" if name == "message" else name: value for name, value in facts.items()})  # a log line has a message
+        self._log_and_report(
+            event, **{"text" if name == "message" else name: value for name, value in facts.items()}
+        )  # a log line has a message
 
-    def checkpoint_made(self, folder: Path, step: int) -> None:
+    def notify_checkpoint_saved(self, folder: Path, step: int) -> None:
         """A checkpoint is on this machine, complete; when this returns, it may be removed."""
-        for mirror in self.mirrors:
-            mirror.checkpoint(folder, step)
+        for mirror in self.listeners:
+            mirror.log_checkpoint(folder, step)
 
-    def model_saved(self, folder: Path) -> None:
+    def notify_model_saved(self, folder: Path) -> None:
         """The trained model is complete."""
-        for mirror in self.mirrors:
-            mirror.model(folder)
+        for mirror in self.listeners:
+            mirror.log_model(folder)
 
-    def check(self) -> None:
+    def check_stop(self) -> None:
         """Raises Stopped when the attempt was asked to stop."""
         self.stop.check()
 
-    def must_yield(self, cost_s: float) -> bool:
+    def should_yield(self, required_s: float) -> bool:
         """Whether the training must save and end now: it was asked to, or one more step, save and upload (`cost_s`) may not fit."""
-        return self.stop.wanted is not None or is_too_late(cost_s, self.stop.time_left_s())
+        return self.stop.stop_reason is not None or deadline_reached(required_s, self.stop.time_left_s())
 
-    def _tell(self, event: Event, **facts: object) -> None:
+    def _log_and_report(self, event: Event, **facts: object) -> None:
         log.info(event.type, extra={name: value for name, value in facts.items() if value is not None})
-        self.voice.report(event)
+        self.event_sink.report(event)
 
 
-def is_too_late(cost_s: float, time_left_s: float | None) -> bool:
+def deadline_reached(required_s: float, time_left_s: float | None) -> bool:
     """Whether what took `cost_s` so far may not be over in the time that is left."""
-    return time_left_s is not None and time_left_s < cost_s * YIELD_MARGIN + YIELD_SLACK_S
+    return time_left_s is not None and time_left_s < required_s * YIELD_MARGIN + YIELD_SLACK_S

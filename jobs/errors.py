@@ -6,9 +6,9 @@ from typing import Literal
 from schema.job import Failure, FailureCode
 
 # Why an attempt ends early: somebody wants the job to end, or to wait; its compute is taken away; its time is up.
-Reason = Literal["cancel", "pause", "preempted", "time_slice"]
+StopReason = Literal["cancel", "pause", "preempted", "time_slice"]
 
-MESSAGE_LENGTH = 300  # one line in a table; the whole traceback is in the log
+MAX_MESSAGE_LENGTH = 300  # one line in a table; the whole traceback is in the log
 
 
 class JobFailed(Exception):
@@ -22,9 +22,9 @@ class JobFailed(Exception):
 class Stopped(BaseException):
     """The attempt ends here although it is not done. No Exception, so that no library swallows it."""
 
-    def __init__(self, reason: Reason) -> None:
+    def __init__(self, reason: StopReason) -> None:
         super().__init__(reason)
-        self.reason: Reason = reason
+        self.reason: StopReason = reason
 
 
 class AttemptTaken(Exception):
@@ -61,4 +61,4 @@ def failure_of(error: Exception) -> Failure:
 
 def _one_line(text: str) -> str:
     line = text.strip().partition("\n")[0]
-    return line if len(line) <= MESSAGE_LENGTH else line[: MESSAGE_LENGTH - 1] + "…"
+    return line if len(line) <= MAX_MESSAGE_LENGTH else line[: MAX_MESSAGE_LENGTH - 1] + "…"

@@ -18,8 +18,8 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jobs.errors import JobFailed
-from jobs.patience import RETRY_FIRST_S, RETRY_MOST_S, TRIES
-from jobs.publish import Product
+from jobs.patience import RETRY_INITIAL_S, RETRY_MAX_S, TRIES
+from jobs.publish import ExportedArtifact
 from schema.job import Artifact, HubPush
 from schema.lineage import RUN_RECORD
 
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CARD = "README.md"
-WEIGHTS = (".safetensors", ".safetensors.index.json", "adapter_config.json")  # what tells a library which model a folder holds
-UPLOADS_AT_ONCE = 4
+MODEL_CARD = "README.md"
+WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", "adapter_config.json")  # what tells a library which model a folder holds
+MAX_UPLOAD_THREADS = 4
 
-Done = TypeVar("Done")
+ReturnT = TypeVar("ReturnT")
 
 
 @dataclass(frozen=True)
-class Target:
+class PushTarget:
     """Where a push goes, and by whose token."""
 
     repo_id: str
@@ -47,10 +47,10 @@ class Target:
 
 
 def push(
-    products: Sequence[Product],
+    products: Sequence[ExportedArtifact],
     artifacts: Sequence[Artifact],
     card: str,
-    run: bytes,
+    run_record: bytes,
     context: "JobContext",
     *,
     sleep: Callable[[float], None] = time.sleep,
@@ -59,13 +59,13 @@ def push(
 
     What the Hub has already is not sent again, and a push that changes nothing makes no commit: a retry goes on where the last one broke.
     """
-    target = target_of(context)
-    files = layout(products) | {CARD: card.encode(), RUN_RECORD: run}
-    context.check()
+    target = push_target(context)
+    files = repo_files(products) | {MODEL_CARD: card.encode(), RUN_RECORD: run_record}
+    context.check_stop()
     api = _client(target.token)
-    repo = _patiently(target, lambda: api.create_repo(target.repo_id, private=target.private, exist_ok=True), sleep)
+    repo = _retry_hub(target, lambda: api.create_repo(target.repo_id, private=target.private, exist_ok=True), sleep)
     # With its owner from here on: a name alone is one of the account's own.
-    revision = _patiently(target, lambda: _commit(api, repo.repo_id, files, context.spec.job_id), sleep)
+    revision = _retry_hub(target, lambda: _commit(api, repo.repo_id, files, context.spec.job_id), sleep)
     pushed = HubPush(repo_id=repo.repo_id, revision=revision, url=f"{repo.url}/tree/{revision}")
     log.info("pushed to the hub", extra={"repo": repo.repo_id, "revision": revision, "files": len(files)})
     return tuple(artifact.model_copy(update={"hub": pushed}) for artifact in artifacts)
@@ -79,7 +79,7 @@ def check_push(context: "JobContext") -> None:
     from httpx2 import TransportError
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    target = target_of(context)
+    target = push_target(context)
     try:
         _check_access(target, _client(target.token))
     except (HfHubHTTPError, TransportError, OfflineModeIsEnabled) as error:
@@ -88,7 +88,7 @@ def check_push(context: "JobContext") -> None:
         log.warning("the hub did not say whether it can be written to", extra={"reason": http_status(error) or type(error).__name__})
 
 
-def target_of(context: "JobContext") -> Target:
+def push_target(context: "JobContext") -> PushTarget:
     """Where the job's files are to be pushed. Raises JobFailed `auth` without a token."""
     export = context.spec.training_config.export_config
     if export.hf_repo_id is None:
@@ -97,31 +97,33 @@ def target_of(context: "JobContext") -> Target:
     if not token:
         message = f"pushing to {export.hf_repo_id} needs a token, and the job has none"
         raise JobFailed("auth", message, "send hf_token, of an account that may write to the repository")
-    return Target(export.hf_repo_id, export.hf_private, token)
+    return PushTarget(export.hf_repo_id, export.hf_private, token)
 
 
-def layout(products: Sequence[Product]) -> dict[str, Path | bytes]:
+def repo_files(products: Sequence[ExportedArtifact]) -> dict[str, Path | bytes]:
     """What goes where in the repository: path -> file."""
     has_whole_model = any(product.kind == "merged" for product in products)
-    return {path: file for product in products for path, file in _placed(product, aside=has_whole_model)}
+    return {path: file for product in products for path, file in _artifact_repo_files(product, has_merged_model=has_whole_model)}
 
 
-def _placed(product: Product, *, aside: bool) -> Iterator[tuple[str, Path]]:
-    folder = {"adapter": "adapter/" if aside else "", "onnx": "onnx/"}.get(product.kind, "")
+def _artifact_repo_files(product: ExportedArtifact, *, has_merged_model: bool) -> Iterator[tuple[str, Path]]:
+    folder = {"adapter": "adapter/" if has_merged_model else "", "onnx": "onnx/"}.get(product.kind, "")
     files = sorted(file for file in product.path.rglob("*") if file.is_file()) if product.path.is_dir() else [product.path]
     for file in files:
         inside = file.relative_to(product.path).as_posix() if product.path.is_dir() else file.name
-        if inside not in (CARD, RUN_RECORD):  # of this push there is one of each
+        if inside not in (MODEL_CARD, RUN_RECORD):  # of this push there is one of each
             yield folder + inside, file
 
 
-def stale(present: Sequence[str], files: Mapping[str, object]) -> list[str]:
+def stale_weights(present: Sequence[str], files: Mapping[str, object]) -> list[str]:
     """The weights of an earlier model in a folder that gets new ones: a library that finds both would load a mixture.
 
     Everything else that is in the repository stays, GGUF files too: each of them is a model of its own.
     """
-    replaced = {PurePosixPath(path).parent for path in files if path.endswith(WEIGHTS)}
-    return sorted(path for path in present if path.endswith(WEIGHTS) and PurePosixPath(path).parent in replaced and path not in files)
+    replaced = {PurePosixPath(path).parent for path in files if path.endswith(WEIGHT_SUFFIXES)}
+    return sorted(
+        path for path in present if path.endswith(WEIGHT_SUFFIXES) and PurePosixPath(path).parent in replaced and path not in files
+    )
 
 
 def _client(token: str) -> "HfApi":
@@ -139,36 +141,36 @@ def _commit(api: "HfApi", repo_id: str, files: Mapping[str, Path | bytes], job_i
     head = api.repo_info(repo_id).sha
     additions = [CommitOperationAdd(path, file) for path, file in sorted(files.items())]
     # Before the commit, so that a Hub which fails there has the large files already when it is asked again.
-    api.preupload_lfs_files(repo_id, additions, num_threads=UPLOADS_AT_ONCE, free_memory=False)
-    deletions = [CommitOperationDelete(path) for path in stale(api.list_repo_files(repo_id, revision=head), files)]
+    api.preupload_lfs_files(repo_id, additions, num_threads=MAX_UPLOAD_THREADS, free_memory=False)
+    deletions = [CommitOperationDelete(path) for path in stale_weights(api.list_repo_files(repo_id, revision=head), files)]
     made = api.create_commit(
-        repo_id, [*additions, *deletions], commit_message=f"Trained by job {job_id}", parent_commit=head, num_threads=UPLOADS_AT_ONCE
+        repo_id, [*additions, *deletions], commit_message=f"Trained by job {job_id}", parent_commit=head, num_threads=MAX_UPLOAD_THREADS
     )
     return str(made.oid)
 
 
-def _patiently(target: Target, act: Callable[[], Done], sleep: Callable[[float], None]) -> Done:
+def _retry_hub(target: PushTarget, operation: Callable[[], ReturnT], sleep: Callable[[float], None]) -> ReturnT:
     """Do it, again while the Hub is away. Raises JobFailed."""
     import tenacity
     from httpx2 import TransportError
     from huggingface_hub.errors import HFValidationError
 
     retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(may_pass),
-        wait=tenacity.wait_exponential(RETRY_FIRST_S, RETRY_MOST_S),
+        retry=tenacity.retry_if_exception(is_transient),
+        wait=tenacity.wait_exponential(RETRY_INITIAL_S, RETRY_MAX_S),
         stop=tenacity.stop_after_attempt(TRIES),
         sleep=sleep,
         reraise=True,
     )
     try:
-        return retrying(act)
+        return retrying(operation)
     except HFValidationError as error:
         raise JobFailed("invalid_config", f"{target.repo_id} is no name for a repository", "use owner/name in hf_repo_id") from error
     except (TransportError, OSError, RuntimeError, ValueError) as error:  # what the client raises: its HTTP errors are OSErrors
         raise _failure(target, error) from error
 
 
-def may_pass(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether the same may succeed later: nobody answered, or the Hub said that it could not now."""
     from httpx2 import TransportError
     from huggingface_hub.errors import OfflineModeIsEnabled
@@ -177,7 +179,7 @@ def may_pass(error: BaseException) -> bool:
     if status is not None:
         # 412: another commit came first. 409: two at once.
         return status in (408, 409, 412, 429) or status >= 500
-    causes = list(_causes(error))
+    causes = list(_exception_chain(error))
     if any(isinstance(cause, JSONDecodeError) for cause in causes):  # a gateway's page in place of the Hub's answer
         return True
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
@@ -186,8 +188,8 @@ def may_pass(error: BaseException) -> bool:
     return any(isinstance(cause, TransportError | ConnectionError | TimeoutError | RuntimeError) for cause in causes)
 
 
-def _failure(target: Target, error: Exception) -> JobFailed:
-    status, said = http_status(error), _said(error)
+def _failure(target: PushTarget, error: Exception) -> JobFailed:
+    status, said = http_status(error), _server_message(error)
     if status in (402, 413) or "storage limit" in said or "quota" in said.lower():
         return JobFailed("upload_failed", f"{target.repo_id} has no room: {said}", "free some storage on the Hub, then retry the job")
     if status in (401, 403, 404):
@@ -198,30 +200,30 @@ def _failure(target: Target, error: Exception) -> JobFailed:
     return JobFailed("upload_failed", f"the Hub did not take the push to {target.repo_id} ({status or type(error).__name__})", hint)
 
 
-def _no_access(target: Target, error: Exception) -> JobFailed:
-    message = f"hf_token may not write to {target.repo_id} ({http_status(error)}: {_said(error)})"
+def _no_access(target: PushTarget, error: Exception) -> JobFailed:
+    message = f"hf_token may not write to {target.repo_id} ({http_status(error)}: {_server_message(error)})"
     return JobFailed("auth", message, f"send a token with write access to {target.repo_id}, or change hf_repo_id")
 
 
-def _check_access(target: Target, api: "HfApi") -> None:
+def _check_access(target: PushTarget, api: "HfApi") -> None:
     """Whether the token may write to the repository, or make it where it is not there. Raises the client's errors, and JobFailed."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
         api.auth_check(target.repo_id, write=True)
     except RepositoryNotFoundError:
-        why = why_not_create(target.repo_id, api.whoami())
+        why = repo_creation_denied_reason(target.repo_id, api.whoami())
         if why:
             owner = target.repo_id.rpartition("/")[0] or "the account"
             hint = f"send a token with write access to {owner}, or change hf_repo_id"
             raise JobFailed("auth", f"hf_token may not create {target.repo_id}: {why}", hint) from None
 
 
-def why_not_create(repo_id: str, who: Mapping[str, Any]) -> str:
+def repo_creation_denied_reason(repo_id: str, account: Mapping[str, Any]) -> str:
     """Why a token may not make that repository, as far as it tells by itself (`whoami-v2`); empty if nothing speaks against it."""
-    owner, token = repo_id.rpartition("/")[0] or who["name"], who["auth"]["accessToken"]
-    if owner not in {who["name"]} | {org["name"] for org in who.get("orgs", ()) if org.get("roleInOrg") != "read"}:
-        return f"{who['name']} does not write for {owner}"
+    owner, token = repo_id.rpartition("/")[0] or account["name"], account["auth"]["accessToken"]
+    if owner not in {account["name"]} | {org["name"] for org in account.get("orgs", ()) if org.get("roleInOrg") != "read"}:
+        return f"{account['name']} does not write for {owner}"
     if token["role"] == "read":
         return "it may only read"
     if token["role"] == "fineGrained":
@@ -232,9 +234,9 @@ def why_not_create(repo_id: str, who: Mapping[str, Any]) -> str:
     return ""
 
 
-def _said(error: BaseException) -> str:
+def _server_message(error: BaseException) -> str:
     """The Hub's own words, in one line."""
-    for cause in _causes(error):
+    for cause in _exception_chain(error):
         words = getattr(cause, "server_message", None)
         if words:
             return str(words).partition("\n")[0]
@@ -243,11 +245,11 @@ def _said(error: BaseException) -> str:
 
 def http_status(error: BaseException) -> int | None:
     """The Hub's own answer, which its client may have wrapped into another error; None when nobody answered."""
-    answers = (getattr(cause, "response", None) for cause in _causes(error))
+    answers = (getattr(cause, "response", None) for cause in _exception_chain(error))
     return next((int(answer.status_code) for answer in answers if answer is not None), None)
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def _exception_chain(error: BaseException) -> Iterator[BaseException]:
     at: BaseException | None = error
     while at is not None:
         yield at

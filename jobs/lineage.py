@@ -21,7 +21,7 @@ from schema.job import Artifact, ArtifactFile
 from schema.lineage import (
     RUN_RECORD,
     ArtifactRecord,
-    BaseRecord,
+    BaseModelRecord,
     CodeRecord,
     CostRecord,
     DatasetRecord,
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from jobs.trained import TrainedModel
     from storage import ObjectStore
 
-READ_AT_MOST_BYTES = 4 << 30  # of a base's weights to name their digests: some ten seconds
-NO_PRICE = "what the hardware costs is known to the deployment, not to the attempt"
+MAX_HASHED_BYTES = 4 << 30  # of a base's weights to name their digests: some ten seconds
+PRICE_UNKNOWN = "what the hardware costs is known to the deployment, not to the attempt"
 
 
 def run_record(
@@ -54,9 +54,9 @@ def run_record(
     decisions: "Mapping[str, str] | None" = None,
 ) -> RunRecord:
     """The record of an attempt that has made its artifacts."""
-    spec, findings = context.spec, context.findings
+    spec, findings = context.spec, context.state
     base, base_notes = base_record(spec.training_config.base_model_id, trained.base_folder)
-    notes = base_notes | {"price": NO_PRICE} | ({"gpu_energy_wh": energy.why} if energy.joules is None else {})
+    notes = base_notes | {"price": PRICE_UNKNOWN} | ({"gpu_energy_wh": energy.missing_reason} if energy.joules is None else {})
     notes |= {f"code.{name}": "the launcher did not say" for name, value in code.model_dump().items() if value is None}
     return RunRecord(
         job_id=spec.job_id,
@@ -66,10 +66,10 @@ def run_record(
         published_step=trained.step,
         training_config=json.loads(context.secrets.redact(spec.training_config.model_dump_json())),
         seed=spec.training_config.hyperparameters.seed,
-        dataset=DatasetRecord.of(spec.dataset),
+        dataset=DatasetRecord.from_dataset(spec.dataset),
         train_rows=trained.train_rows,
         train_tokens=trained.train_tokens,
-        base=base,
+        base_model=base,
         code=code,
         packages=installed_packages(),
         machine=machine_record(),
@@ -80,7 +80,7 @@ def run_record(
         base_metrics=findings.base_metrics,
         metrics=findings.metrics,
         gate=findings.gate,
-        artifacts=tuple(ArtifactRecord.of(artifact) for artifact in artifacts),
+        artifacts=tuple(ArtifactRecord.from_artifact(artifact) for artifact in artifacts),
         decisions=dict(decisions or {}),
         notes=notes,
     )
@@ -97,19 +97,19 @@ def store_record(content: bytes, artifacts: Sequence[Artifact], context: "JobCon
     Raises JobFailed `upload_failed`.
     """
     store = context.stores.models
-    for key in [run_record_key(context.spec.job_id, context.attempt), *_places(artifacts)]:
+    for key in [run_record_key(context.spec.job_id, context.attempt), *_record_keys(artifacts)]:
         _write(store, key, content)
     own = ArtifactFile(path=RUN_RECORD, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
     return tuple(_with_file(artifact, own) if artifact.key.endswith("/") else artifact for artifact in artifacts)
 
 
-def base_record(model_id: str, folder: Path) -> tuple[BaseRecord, dict[str, str]]:
+def base_record(model_id: str, folder: Path) -> tuple[BaseModelRecord, dict[str, str]]:
     """What names the base exactly, and why something of it could not be had."""
     weights = sorted(folder.glob("*.safetensors"))
-    digests = {path.name: _known_digest(path) for path in weights}
+    digests = {path.name: _hub_cache_digest(path) for path in weights}
     to_read = sum(path.stat().st_size for path in weights if digests[path.name] is None)
     notes: dict[str, str] = {}
-    if to_read <= READ_AT_MOST_BYTES:
+    if to_read <= MAX_HASHED_BYTES:
         digests = {path.name: digests[path.name] or sha256_of(path) for path in weights}
     else:
         notes["base.weights_sha256"] = f"{to_read / 1e9:.0f} GB of weights were not read for it"
@@ -118,7 +118,7 @@ def base_record(model_id: str, folder: Path) -> tuple[BaseRecord, dict[str, str]
     if revision is None:
         notes["base.revision"] = "the base was found in the deployment's own store, which keeps no revision of the Hub"
     known = {name: digest for name, digest in digests.items() if digest is not None}
-    return BaseRecord(
+    return BaseModelRecord(
         model_id=model_id,
         revision=revision,
         config_sha256=sha256_of(folder / "config.json"),
@@ -150,16 +150,16 @@ def installed_packages() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def _places(artifacts: Sequence[Artifact]) -> list[str]:
+def _record_keys(artifacts: Sequence[Artifact]) -> list[str]:
     """A key beside each artifact; files that lie together share it."""
     folders = {artifact.key.rpartition("/")[0] for artifact in artifacts}
     return [f"{folder}/{RUN_RECORD}" for folder in sorted(folders)]
 
 
 def _write(store: "ObjectStore", key: str, content: bytes) -> None:
-    from jobs.patience import patiently
+    from jobs.patience import retry_store
 
-    patiently(f"{RUN_RECORD} could not be stored", lambda: store.write(key, content))
+    retry_store(f"{RUN_RECORD} could not be stored", lambda: store.write(key, content))
 
 
 def _with_file(artifact: Artifact, file: ArtifactFile) -> Artifact:
@@ -168,7 +168,7 @@ def _with_file(artifact: Artifact, file: ArtifactFile) -> Artifact:
     return artifact.model_copy(update={"files": files, "size_bytes": size})
 
 
-def _known_digest(path: Path) -> str | None:
+def _hub_cache_digest(path: Path) -> str | None:
     """The digest that the Hub's cache gives a large file as its name."""
     name = path.resolve().name
     return name if re.fullmatch(r"[0-9a-f]{64}", name) else None

@@ -4,31 +4,31 @@ import logging
 import sys
 import time
 
-_KNOWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+_STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
 
-def line(level: str, message: str, facts: dict[str, object]) -> str:
+def format_line(level: str, message: str, facts: dict[str, object]) -> str:
     """`2026-11-21T04:05:06Z INFO attempt started attempt=1`."""
-    told = "".join(f" {name}={_word(value)}" for name, value in facts.items())
+    told = "".join(f" {name}={_format_value(value)}" for name, value in facts.items())
     return f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {level} {message}{told}"
 
 
-class _Lines(logging.Formatter):
+class _LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        facts = {name: value for name, value in vars(record).items() if name not in _KNOWN}
-        text = line(record.levelname, record.getMessage(), facts)
+        facts = {name: value for name, value in vars(record).items() if name not in _STANDARD_ATTRIBUTES}
+        text = format_line(record.levelname, record.getMessage(), facts)
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
-def configure() -> None:
+def configure_logging() -> None:
     """Our own lines go to stdout from INFO; other people's only when they warn."""
     out = logging.StreamHandler(sys.stdout)
-    out.setFormatter(_Lines())
+    out.setFormatter(_LineFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[out], force=True)
     logging.getLogger("jobs").setLevel(logging.INFO)
 
 
-def _word(value: object) -> str:
+def _format_value(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.5g}"
     text = str(value)

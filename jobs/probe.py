@@ -22,33 +22,33 @@ PACKAGES = (
 )
 
 
-def probe() -> dict[str, object]:
+def probe_environment() -> dict[str, object]:
     """Device, precision, and the optional parts that are really there."""
     import psutil
     import torch
 
-    from jobs.llama import llama_cpp_available
+    from jobs.llama import is_llama_cpp_available
 
     on_gpu = torch.cuda.is_available()
     return {
         "device": "cuda" if on_gpu else "cpu",
-        "device_name": torch.cuda.get_device_name() if on_gpu else _processor(),
-        "bf16": torch.cuda.is_bf16_supported() if on_gpu else fast_bf16(),
+        "device_name": torch.cuda.get_device_name() if on_gpu else _cpu_name(),
+        "bf16": torch.cuda.is_bf16_supported() if on_gpu else has_native_bf16(),
         "flash_attention_2": on_gpu and torch.cuda.get_device_capability() >= (8, 0) and find_spec("flash_attn") is not None,
-        "gguf": llama_cpp_available(),
+        "gguf": is_llama_cpp_available(),
         "cpu_count": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
     }
 
 
-def fast_bf16() -> bool:
+def has_native_bf16() -> bool:
     """Whether this processor multiplies bf16 in hardware (AVX512-BF16 or AMX); others imitate it, slower than fp32."""
     flags = set(_cpuinfo("flags").split())
     return bool(flags & {"avx512_bf16", "amx_bf16"})
 
 
-def _processor() -> str:
+def _cpu_name() -> str:
     return _cpuinfo("model name") or "a processor"
 
 
@@ -68,4 +68,4 @@ def _version(package: str) -> str | None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(probe()))
+    print(json.dumps(probe_environment()))

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.patience import upload_patiently
+from jobs.patience import upload_with_retry
 from schema.job import Artifact, ArtifactFile, ArtifactKind, Fidelity
-from storage import ObjectStore, StorageError, at_once, delete_below
+from storage import ObjectStore, StorageError, delete_prefix, map_concurrently
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ FOLDERS: dict[ArtifactKind, str] = {
 
 
 @dataclass(frozen=True)
-class Product:
+class ExportedArtifact:
     """A finished file or folder on this machine, and where it goes. The key of a folder ends in "/"."""
 
     name: str
@@ -38,7 +38,7 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Publisher:
+class ArtifactUploader:
     """Publishes for one attempt of one job."""
 
     store: ObjectStore
@@ -46,21 +46,21 @@ class Publisher:
     attempt: int
     sleep: Callable[[float], None] = time.sleep
 
-    def clear_earlier(self) -> None:
+    def delete_previous_attempts(self) -> None:
         """Remove what earlier attempts uploaded and never published. What cannot be removed stays until the job is deleted."""
         earlier = [
             f"{folder}/{self.job_id}/attempt-{number}/" for folder in sorted(set(FOLDERS.values())) for number in range(1, self.attempt)
         ]
         try:
             for prefix in earlier:
-                delete_below(self.store, prefix)
+                delete_prefix(self.store, prefix)
         except StorageError as error:
             log.warning("files of earlier attempts stay", extra={"error": str(error)})
 
-    def publish(self, product: Product) -> Artifact:
+    def upload(self, product: ExportedArtifact) -> Artifact:
         """Upload a product, every file checked on arrival and sent again by itself. Not visible before the result. Raises JobFailed."""
-        files = [_described(path, product) for path in _files(product.path)]
-        at_once(lambda file: self._upload(product, file), files)
+        files = [_describe_file(path, product) for path in _list_files(product.path)]
+        map_concurrently(lambda file: self._upload_file(product, file), files)
         return Artifact(
             name=product.name,
             kind=product.kind,
@@ -71,11 +71,11 @@ class Publisher:
             fidelity=product.fidelity,
         )
 
-    def _upload(self, product: Product, file: ArtifactFile) -> None:
+    def _upload_file(self, product: ExportedArtifact, file: ArtifactFile) -> None:
         path = product.path / file.path if file.path else product.path
         key = product.key + file.path
         what = f"{product.name} could not be stored"
-        upload_patiently(what, self.store, path, key, file.sha256, tries=TRIES, sleep=self.sleep)
+        upload_with_retry(what, self.store, path, key, file.sha256, tries=TRIES, sleep=self.sleep)
 
 
 def artifact_key(kind: ArtifactKind, job_id: str, attempt: int, name: str = "") -> str:
@@ -89,10 +89,10 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _described(path: Path, product: Product) -> ArtifactFile:
+def _describe_file(path: Path, product: ExportedArtifact) -> ArtifactFile:
     relative = path.relative_to(product.path).as_posix() if product.path.is_dir() else ""
     return ArtifactFile(path=relative, size_bytes=path.stat().st_size, sha256=sha256_of(path))
 
 
-def _files(path: Path) -> list[Path]:
+def _list_files(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]

@@ -18,34 +18,34 @@ import traceback
 
 def main() -> int:
     """Take part in the training; returns the exit code."""
-    from jobs.log import configure
+    from jobs.log import configure_logging
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    configure()
+    configure_logging()
     errand = pickle.load(sys.stdin.buffer)  # noqa: S301  # from rank 0, through its own pipe
-    threading.Thread(target=_end_with_rank_0, name="rank-0", daemon=True).start()
+    threading.Thread(target=_exit_when_stdin_closes, name="rank-0", daemon=True).start()
 
     from jobs.errors import JobFailed
     from jobs.trainers.healing import is_out_of_memory
-    from jobs.trainers.loop import follow
-    from jobs.trainers.several import LEFT_ALONE, OUT_OF_MEMORY, leave_word
+    from jobs.trainers.loop import train_worker_rank
+    from jobs.trainers.several import EXIT_OOM, EXIT_PEER_LOST, write_worker_failure
 
     try:
-        follow(errand)
+        train_worker_rank(errand)
     except JobFailed as failed:
         traceback.print_exc()
-        leave_word(errand, failed)
+        write_worker_failure(errand, failed)
         return 1
     except (RuntimeError, MemoryError) as error:
         traceback.print_exc()
         if is_out_of_memory(error):
-            return OUT_OF_MEMORY
-        return LEFT_ALONE if "closed by peer" in str(error) or "reset by peer" in str(error) else 1
+            return EXIT_OOM
+        return EXIT_PEER_LOST if "closed by peer" in str(error) or "reset by peer" in str(error) else 1
     return 0
 
 
-def _end_with_rank_0() -> None:
+def _exit_when_stdin_closes() -> None:
     sys.stdin.buffer.read()  # until it is closed
     os._exit(0)
 

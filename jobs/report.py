@@ -11,15 +11,17 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from jobs.client import RETRY_FIRST_S, RETRY_MOST_S, Fenced, Refused, ServiceAway, ServiceClient
-from schema.events import BatchAnswer, Directive, Event, EventBatch, ReportedEvent
+from jobs.client import RETRY_INITIAL_S, RETRY_MAX_S, Fenced, RequestRejected, ServiceClient, ServiceUnavailable
+from schema.events import Directive, Event, EventBatch, EventBatchResponse, ReportedEvent
 from schema.job import Phase, Progress
 
 log = logging.getLogger(__name__)
 
-BATCH_EVENTS = 500
+MAX_BATCH_EVENTS = 500
 # What somebody may be waiting for, or what the service counts as progress.
-URGENT = frozenset({"status", "phase", "evaluation", "artifact", "tracker", "checkpoint", "checkpoint_skipped", "resumed"})
+URGENT_EVENT_TYPES = frozenset(
+    {"status", "phase", "evaluation", "artifact", "tracker", "checkpoint_saved", "checkpoint_skipped", "checkpoint_restored"}
+)
 
 
 class Spool:
@@ -72,7 +74,7 @@ class Reporter:
         self._closing = threading.Event()
         self._all_sent = threading.Condition()
         self._acknowledged = 0
-        self._refused_below = 0  # events that the service will never take
+        self._rejected_before_seq = 0  # events that the service will never take
         self._phase: Phase | None = None
         self._progress: Progress | None = None
         self._thread = threading.Thread(target=self._work, name="reporter", daemon=True)
@@ -87,15 +89,15 @@ class Reporter:
             self._spool.append(ReportedEvent(at=datetime.now(UTC), event=event))
         except OSError as error:
             log.error("event lost", extra={"event": event.type, "error": str(error)})
-        if event.type in URGENT:
+        if event.type in URGENT_EVENT_TYPES:
             self._wake.set()
 
-    def place(self, *, phase: Phase | None = None, progress: Progress | None = None) -> None:
+    def set_progress(self, *, phase: Phase | None = None, progress: Progress | None = None) -> None:
         """Where the attempt is now; travels with every batch, and is no event of its own."""
         self._phase = phase or self._phase
         self._progress = progress or self._progress
 
-    def hurry(self) -> None:
+    def flush_soon(self) -> None:
         """Report now, and hear what the service wants."""
         self._wake.set()
 
@@ -128,43 +130,43 @@ class Reporter:
         """Send what is next, waiting for the service; True when there is more."""
         import tenacity
 
-        events = self._spool.read(self._acknowledged, BATCH_EVENTS)
+        events = self._spool.read(self._acknowledged, MAX_BATCH_EVENTS)
         batch = EventBatch(first_seq=self._acknowledged, events=events, phase=self._phase, progress=self._progress)
         for_ever = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(ServiceAway),
-            wait=tenacity.wait_exponential_jitter(multiplier=RETRY_FIRST_S, max=RETRY_MOST_S, jitter=RETRY_FIRST_S),
-            sleep=self._pause,
+            retry=tenacity.retry_if_exception_type(ServiceUnavailable),
+            wait=tenacity.wait_exponential_jitter(multiplier=RETRY_INITIAL_S, max=RETRY_MAX_S, jitter=RETRY_INITIAL_S),
+            sleep=self._wait_before_retry,
             stop=tenacity.stop_when_event_set(self._closing),
             reraise=True,
         )
         try:
             answer = for_ever(self._client.report, batch)
-        except ServiceAway:
+        except ServiceUnavailable:
             return False
-        except Refused as error:
+        except RequestRejected as error:
             log.error("events refused", extra={"first_seq": batch.first_seq, "count": len(events), "error": str(error)})
-            self._refused_below = self._acknowledged + len(events)
-            return self._move_to(self._refused_below)
+            self._rejected_before_seq = self._acknowledged + len(events)
+            return self._acknowledge(self._rejected_before_seq)
         except Fenced as error:
             log.warning("the attempt is over", extra={"error": str(error)})
             self._closing.set()
             self._on_fenced()
             return False
-        return self._heed(answer)
+        return self._handle_response(answer)
 
-    def _heed(self, answer: BatchAnswer) -> bool:
+    def _handle_response(self, answer: EventBatchResponse) -> bool:
         if answer.directive != "continue" and not self._closing.is_set():
             self._on_directive(answer.directive)
-        return self._move_to(max(answer.next_seq, self._refused_below))
+        return self._acknowledge(max(answer.next_seq, self._rejected_before_seq))
 
-    def _move_to(self, seq: int) -> bool:
+    def _acknowledge(self, seq: int) -> bool:
         """The service wants to hear `seq` next; True when that is something new, and we have it."""
         with self._all_sent:
             before, self._acknowledged = self._acknowledged, min(seq, len(self._spool))
             self._all_sent.notify_all()
             return self._acknowledged not in (before, len(self._spool))  # a service that stands still is not pressed
 
-    def _pause(self, seconds: float) -> None:
+    def _wait_before_retry(self, seconds: float) -> None:
         """Between two tries; something urgent cuts it short."""
         self._wake.wait(seconds)
         self._wake.clear()

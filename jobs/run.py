@@ -28,26 +28,26 @@ def main() -> int:
 
     from jobs.attempt import Attempt
     from jobs.errors import Stopped
-    from jobs.log import configure
+    from jobs.log import configure_logging
     from jobs.settings import read_settings, use_one_gpu
 
-    configure()
+    configure_logging()
     use_one_gpu()
     attempt = Attempt(read_settings())
     try:
-        return work_at(attempt)
+        return run_attempt(attempt)
     except Stopped as request:
-        return attempt.end_stopped(request.reason)
+        return attempt.finish_stopped(request.reason)
 
 
-def work_at(attempt: "Attempt") -> int:
+def run_attempt(attempt: "Attempt") -> int:
     """The attempt from its claim to its own end; returns the exit code. Raises Stopped when it is stopped before that."""
     from jobs.attempt import ExitCode
     from jobs.errors import AttemptTaken, ClaimRefused, failure_of
 
     try:
         attempt.claim()
-        return attempt.end("completed", artifacts=attempt.work())
+        return attempt.finish("completed", artifacts=attempt.train_and_export())
     except AttemptTaken:
         print("another process owns the attempt; nothing to do", flush=True)
         return ExitCode.COMPLETED
@@ -56,10 +56,10 @@ def work_at(attempt: "Attempt") -> int:
         return ExitCode.FAILED
     except Exception as error:  # noqa: BLE001  # the boundary: whatever it is becomes a failure that a person can read
         sys.stderr.write(attempt.redact(traceback.format_exc()))
-        attempt.refuse_to_fail()
+        attempt.reraise_if_stopping()
         failure = failure_of(error)
         failure = failure.model_copy(update={"message": attempt.redact(failure.message)})
-        return attempt.end("failed", failure=failure)
+        return attempt.finish("failed", failure=failure)
 
 
 if __name__ == "__main__":

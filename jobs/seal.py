@@ -11,25 +11,27 @@ from schema.version import VERSION
 
 if TYPE_CHECKING:
     from jobs.context import JobContext
-    from jobs.publish import Product
+    from jobs.publish import ExportedArtifact
     from jobs.trained import TrainedModel
 
 
-class Seal:
+class ProvenanceRecorder:
     """Made when the attempt begins, so that it knows what the attempt took; used once, when everything is uploaded."""
 
     def __init__(self, context: "JobContext", *, image: str | None, started_at: datetime) -> None:
         self._context = context
-        self._code = CodeRecord(tunesmith=VERSION, image=image)
+        self._code = CodeRecord(tunesmith_version=VERSION, image=image)
         self._started_at = started_at
         self._energy = EnergyMeter()
-        self._energy.watch()
+        self._energy.start_sampling()
 
-    def put_on(self, trained: "TrainedModel", products: "Sequence[Product]", artifacts: Sequence[Artifact]) -> tuple[Artifact, ...]:
+    def finalize(
+        self, trained: "TrainedModel", products: "Sequence[ExportedArtifact]", artifacts: Sequence[Artifact]
+    ) -> tuple[Artifact, ...]:
         """The artifacts with `run.json` beside them, and where they are on the Hub. Raises JobFailed."""
         from jobs.hub import push
         from jobs.lineage import record_bytes, run_record, store_record
-        from jobs.model_card import licence_of, model_card
+        from jobs.model_card import model_card, read_license
 
         record = run_record(
             self._context,
@@ -39,11 +41,11 @@ class Seal:
             energy=self._energy.read(),
             started_at=self._started_at,
             now=datetime.now(UTC),
-            decisions=self._context.findings.decisions,
+            decisions=self._context.state.decisions,
         )
         content = record_bytes(record)
         sealed = store_record(content, artifacts, self._context)
         repo_id = self._context.spec.training_config.export_config.hf_repo_id
         if repo_id is None:
             return sealed
-        return push(products, sealed, model_card(record, repo_id, licence_of(trained.base_folder)), content, self._context)
+        return push(products, sealed, model_card(record, repo_id, read_license(trained.base_folder)), content, self._context)

@@ -44,33 +44,33 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     """Raises JobFailed that names the variable which is missing or not a number."""
     limit = environment.get("JOB_TIME_LIMIT_S")
     return Settings(
-        job_id=_text(environment, "JOB_ID"),
-        spec_store_url=_text(environment, "JOB_SPEC_STORE_URL"),
-        attempt=int(_number("JOB_ATTEMPT", _text(environment, "JOB_ATTEMPT"))),
-        token=_text(environment, "JOB_TOKEN"),
-        service_url=_text(environment, "SERVICE_URL").rstrip("/"),
+        job_id=_read_required(environment, "JOB_ID"),
+        spec_store_url=_read_required(environment, "JOB_SPEC_STORE_URL"),
+        attempt=int(_parse_number("JOB_ATTEMPT", _read_required(environment, "JOB_ATTEMPT"))),
+        token=_read_required(environment, "JOB_TOKEN"),
+        service_url=_read_required(environment, "SERVICE_URL").rstrip("/"),
         service_audience=environment.get("SERVICE_AUDIENCE") or None,
-        workdir=Path(_text(environment, "JOB_WORKDIR")).resolve(),
-        report_interval_s=_number("JOB_REPORT_INTERVAL_S", environment.get("JOB_REPORT_INTERVAL_S") or "15"),
-        time_limit_s=_number("JOB_TIME_LIMIT_S", limit) if limit else None,
+        workdir=Path(_read_required(environment, "JOB_WORKDIR")).resolve(),
+        report_interval_s=_parse_number("JOB_REPORT_INTERVAL_S", environment.get("JOB_REPORT_INTERVAL_S") or "15"),
+        time_limit_s=_parse_number("JOB_TIME_LIMIT_S", limit) if limit else None,
         image=environment.get("JOB_IMAGE") or None,
     )
 
 
-def _text(environment: Mapping[str, str], name: str) -> str:
+def _read_required(environment: Mapping[str, str], name: str) -> str:
     if not environment.get(name):
         raise JobFailed("internal", f"the attempt was launched without {name}", "the launcher must set it; see jobs/settings.py")
     return environment[name]
 
 
-def _number(name: str, text: str) -> float:
+def _parse_number(name: str, text: str) -> float:
     try:
         return float(text)
     except ValueError as error:
         raise JobFailed("internal", f"{name} is not a number: {text!r}", "the launcher must set it; see jobs/settings.py") from error
 
 
-def compute_threads(environment: Mapping[str, str] = os.environ) -> int:
+def cpu_thread_count(environment: Mapping[str, str] = os.environ) -> int:
     """How many threads to compute with: OMP_NUM_THREADS, with which a launcher shares a machine, else every core."""
     told = environment.get("OMP_NUM_THREADS", "")
     return int(told) if told.isdecimal() and int(told) > 0 else os.cpu_count() or 1
@@ -84,32 +84,32 @@ def use_one_gpu(environment: MutableMapping[str, str] = os.environ) -> None:
     """
     shown = environment.get("CUDA_VISIBLE_DEVICES")
     if shown is not None:
-        environment["JOB_GPUS"] = shown
+        environment["JOB_VISIBLE_GPUS"] = shown
     environment["CUDA_VISIBLE_DEVICES"] = (shown if shown is not None else "0").partition(",")[0]
 
 
-def gpus_shown(found: int, environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+def visible_gpus(gpu_count: int, environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     """The GPUs that the attempt may use, as CUDA_VISIBLE_DEVICES names them; `found` is how many the machine has.
 
     Parts of a divided GPU cannot speak to each other: of these it is one.
     """
-    told = environment.get("JOB_GPUS")
-    names = tuple(str(number) for number in range(found)) if told is None else tuple(name.strip() for name in told.split(","))
+    told = environment.get("JOB_VISIBLE_GPUS")
+    names = tuple(str(number) for number in range(gpu_count)) if told is None else tuple(name.strip() for name in told.split(","))
     return names[:1] if any(name.startswith("MIG-") for name in names) else names
 
 
-def most_processes(environment: Mapping[str, str] = os.environ) -> int | None:
+def read_max_processes(environment: Mapping[str, str] = os.environ) -> int | None:
     """JOB_PROCESSES: how many processes train at most; missing: one for each GPU. Raises JobFailed when it is no number from 1."""
     told = environment.get("JOB_PROCESSES")
     if not told:
         return None
-    count = int(_number("JOB_PROCESSES", told))
+    count = int(_parse_number("JOB_PROCESSES", told))
     if count < 1:
         raise JobFailed("internal", f"JOB_PROCESSES is {told}", "the launcher must set it to 1 or more, or not at all")
     return count
 
 
-def parallelism(environment: Mapping[str, str] = os.environ) -> Literal["ddp", "fsdp"] | None:
+def read_parallelism(environment: Mapping[str, str] = os.environ) -> Literal["ddp", "fsdp"] | None:
     """JOB_PARALLELISM: ddp, every process with the whole model, or fsdp, each with a part; missing: as it fits. Raises JobFailed."""
     told = environment.get("JOB_PARALLELISM") or None
     if told not in ("ddp", "fsdp", None):
@@ -117,32 +117,32 @@ def parallelism(environment: Mapping[str, str] = os.environ) -> Literal["ddp", "
     return told
 
 
-def environment_of_rank(
-    rank: int, processes: int, port: int, gpu: str | None, environment: Mapping[str, str] = os.environ
+def worker_environment(
+    rank: int, world_size: int, port: int, gpu: str | None, environment: Mapping[str, str] = os.environ
 ) -> dict[str, str]:
     """What another process of a training is started with: no token, and one GPU of its own."""
     kept = {name: value for name, value in environment.items() if not name.startswith("JOB_")}
-    return kept | _of_rank(rank, processes, port) | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+    return kept | _rank_environment(rank, world_size, port) | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
 
 
-def be_rank(rank: int, processes: int, port: int, environment: MutableMapping[str, str] = os.environ) -> None:
+def set_rank_environment(rank: int, world_size: int, port: int, environment: MutableMapping[str, str] = os.environ) -> None:
     """Let the libraries find this to be that process of a training; until `be_alone`."""
-    environment.update(_of_rank(rank, processes, port))
+    environment.update(_rank_environment(rank, world_size, port))
 
 
-def be_alone(environment: MutableMapping[str, str] = os.environ) -> None:
+def clear_rank_environment(environment: MutableMapping[str, str] = os.environ) -> None:
     """Let the libraries find a single process again."""
-    for name in (*_of_rank(0, 1, 0), "LOCAL_WORLD_SIZE"):  # the last is accelerate's own
+    for name in (*_rank_environment(0, 1, 0), "LOCAL_WORLD_SIZE"):  # the last is accelerate's own
         environment.pop(name, None)
 
 
-def _of_rank(rank: int, processes: int, port: int) -> dict[str, str]:
+def _rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     """As torchrun says it. Each sees one device alone, which is its first."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": "0"}
     sockets = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}  # else it looks up the machine's name, which may have none
-    return {"RANK": str(rank), "WORLD_SIZE": str(processes)} | place | sockets
+    return {"RANK": str(rank), "WORLD_SIZE": str(world_size)} | place | sockets
 
 
-def let_unsloth_give_logits(environment: MutableMapping[str, str] = os.environ) -> None:
+def enable_unsloth_logits(environment: MutableMapping[str, str] = os.environ) -> None:
     """Our loss is computed from logits, which unsloth otherwise keeps to itself."""
     environment["UNSLOTH_RETURN_LOGITS"] = "1"

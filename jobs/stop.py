@@ -21,183 +21,183 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
-from jobs.errors import Reason, Stopped
+from jobs.errors import Stopped, StopReason
 
 log = logging.getLogger(__name__)
 
-AGAIN_S = 0.1
-GRACE_S = 0.6  # for the main thread to come; a cancel must be over in 2 s, and hearing of it takes 0.5
-PREEMPTED_S = 8.0  # after a SIGTERM, so that one or two are left for the last word
-KILLED_S = 10.0  # after a SIGTERM, by Cloud Run and by the local launcher
-LAST_WORD_S = 15.0  # kept back at the end of a time limit
-LAST_WORD_SHARE = 0.1  # but not more of it than this
+SIGNAL_RETRY_S = 0.1
+INTERRUPT_GRACE_S = 0.6  # for the main thread to come; a cancel must be over in 2 s, and hearing of it takes 0.5
+PREEMPTION_DEADLINE_S = 8.0  # after a SIGTERM, so that one or two are left for the last word
+SIGKILL_DELAY_S = 10.0  # after a SIGTERM, by Cloud Run and by the local launcher
+SHUTDOWN_RESERVE_S = 15.0  # kept back at the end of a time limit
+MAX_SHUTDOWN_SHARE = 0.1  # but not more of it than this
 
-MEANING: dict[int, Reason] = {signal.SIGTERM: "preempted", signal.SIGINT: "cancel"}
-LOOK = signal.SIGUSR1  # ours: "there is something to look at"; it also ends a sleep or a read
+REASON_BY_SIGNAL: dict[int, StopReason] = {signal.SIGTERM: "preempted", signal.SIGINT: "cancel"}
+WAKE_SIGNAL = signal.SIGUSR1  # ours: "there is something to look at"; it also ends a sleep or a read
 
 
-class Stop:
+class StopController:
     """Requests to stop, from signals, from the service, or from the clock. The first one counts, but a cancel always does."""
 
     def __init__(
         self,
-        last_resort: Callable[[Reason], object],
+        last_resort: Callable[[StopReason], object],
         *,
-        heard: Callable[[Reason], object] = lambda _: None,
-        grace_s: float = GRACE_S,
-        preempted_s: float = PREEMPTED_S,
+        heard: Callable[[StopReason], object] = lambda _: None,
+        grace_s: float = INTERRUPT_GRACE_S,
+        preemption_deadline_s: float = PREEMPTION_DEADLINE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._last_resort = last_resort
-        self._heard = heard
+        self._force_exit = last_resort
+        self._on_request = heard
         self._grace_s = grace_s
-        self._preempted_s = preempted_s
-        self._last_word_s = LAST_WORD_S
+        self._preemption_deadline_s = preemption_deadline_s
+        self._shutdown_reserve_s = SHUTDOWN_RESERVE_S
         self._clock = clock
         self._lock = threading.Lock()
-        self._wanted: Reason | None = None
-        self._asked: set[Reason] = set()
+        self._stop_reason: StopReason | None = None
+        self._requested: set[StopReason] = set()
         self._ends_at: float | None = None  # when the time limit interrupts the work, or the earliest deadline
         self._killed_at: float | None = None
-        self._polite = False
+        self._is_deferred = False
         self._raised = False
-        self._unwound = threading.Event()  # the main thread has let go of its work
-        self._settled = threading.Event()
+        self._shutdown_begun = threading.Event()  # the main thread has let go of its work
+        self._finalized = threading.Event()
 
     @property
-    def wanted(self) -> Reason | None:
+    def stop_reason(self) -> StopReason | None:
         """What was asked for, if anything."""
-        return self._wanted
+        return self._stop_reason
 
-    def listen(self, time_limit_s: float | None = None) -> None:
+    def install_signal_handlers(self, time_limit_s: float | None = None) -> None:
         """Hear SIGTERM and SIGINT from now on, and the clock. To be called by the main thread."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in (*MEANING, LOOK):
-            signal.signal(number, self._look)
-        threading.Thread(target=self._hear, args=(reader,), name="stop-listener", daemon=True).start()
+        for number in (*REASON_BY_SIGNAL, WAKE_SIGNAL):
+            signal.signal(number, self._on_signal)
+        threading.Thread(target=self._read_signals, args=(reader,), name="stop-listener", daemon=True).start()
         if time_limit_s is not None:
-            self._last_word_s = last_word_s(time_limit_s)
+            self._shutdown_reserve_s = shutdown_reserve_s(time_limit_s)
             self._killed_at = self._clock() + time_limit_s
-            self._ends_at = self._killed_at - self._last_word_s
-            clock = threading.Timer(time_limit_s - self._last_word_s, self.ask, args=("time_slice",))
+            self._ends_at = self._killed_at - self._shutdown_reserve_s
+            clock = threading.Timer(time_limit_s - self._shutdown_reserve_s, self.request, args=("time_slice",))
             clock.daemon = True
             clock.start()
 
-    def ask(self, reason: Reason) -> None:
+    def request(self, reason: StopReason) -> None:
         """Stop the attempt; from any thread, as often as one likes."""
         with self._lock:
-            if reason in self._asked or self._settled.is_set():
+            if reason in self._requested or self._finalized.is_set():
                 return
-            self._asked.add(reason)
-            if self._wanted is None or reason == "cancel":
-                self._wanted = reason
+            self._requested.add(reason)
+            if self._stop_reason is None or reason == "cancel":
+                self._stop_reason = reason
             deadline_s = self._deadline_s(reason)
             if deadline_s is not None and reason != "pause":
                 self._ends_at = _earlier(None if reason == "time_slice" else self._ends_at, self._clock() + deadline_s)
             if reason == "preempted":
-                self._killed_at = _earlier(self._killed_at, self._clock() + KILLED_S)
-            interrupts = self._interrupts
+                self._killed_at = _earlier(self._killed_at, self._clock() + SIGKILL_DELAY_S)
+            interrupts = self._should_interrupt
         log.warning("asked to stop", extra={"reason": reason})
         if deadline_s is not None:
-            until = self._unwound if reason == "pause" else self._settled
-            threading.Thread(target=self._insist, args=(deadline_s, until), name="stop-deadline", daemon=True).start()
-        self._heard(reason)
+            until = self._shutdown_begun if reason == "pause" else self._finalized
+            threading.Thread(target=self._enforce_deadline, args=(deadline_s, until), name="stop-deadline", daemon=True).start()
+        self._on_request(reason)
         if interrupts:
-            _look_up()
+            _wake_main_thread()
 
     def check(self) -> None:
         """Raises Stopped when a stop was asked for; inside `politely` only for a cancel, or when the time is up."""
-        if self._interrupts and self._wanted is not None:
+        if self._should_interrupt and self._stop_reason is not None:
             self._raised = True
-            raise Stopped(self._wanted)
+            raise Stopped(self._stop_reason)
 
     @contextmanager
-    def politely(self) -> Generator[None]:
+    def defer_stop(self) -> Generator[None]:
         """Inside, the main thread looks at `wanted` at every step by itself. What it has not obeyed by the end is raised then."""
         self.check()
         try:
-            self._polite = True
+            self._is_deferred = True
             yield
         except Stopped:
             self._raised = True  # the main thread is on its way: a second exception would only get in between
             raise
         finally:
-            self._polite = False
+            self._is_deferred = False
         self.check()
 
     def time_left_s(self) -> float | None:
         """Until everything but the last word must be done; None: no limit."""
         return None if self._ends_at is None else max(0.0, self._ends_at - self._clock())
 
-    def killed_in_s(self) -> float | None:
+    def time_until_kill_s(self) -> float | None:
         """Until the platform may kill the process; None: no limit."""
         return None if self._killed_at is None else max(0.0, self._killed_at - self._clock())
 
-    def unwound(self) -> None:
+    def begin_shutdown(self) -> None:
         """The main thread has let go of its work. It tidies up now: a pause waits for that, and only a deadline cuts it short."""
         self._raised = True
-        self._unwound.set()
+        self._shutdown_begun.set()
 
-    def settle(self) -> Reason | None:
+    def finalize(self) -> StopReason | None:
         """The main thread has its last word ready: from here on nothing interrupts it. Returns what was asked for by now."""
-        self._unwound.set()
+        self._shutdown_begun.set()
         with self._lock:
-            self._settled.set()
-            return self._wanted
+            self._finalized.set()
+            return self._stop_reason
 
     @property
-    def _interrupts(self) -> bool:
+    def _should_interrupt(self) -> bool:
         """Whether what is wanted is worth an exception in the middle of anything."""
-        if self._wanted is None or self._settled.is_set():
+        if self._stop_reason is None or self._finalized.is_set():
             return False
-        return not self._polite or self._wanted == "cancel" or "time_slice" in self._asked
+        return not self._is_deferred or self._stop_reason == "cancel" or "time_slice" in self._requested
 
-    def _deadline_s(self, reason: Reason) -> float | None:
+    def _deadline_s(self, reason: StopReason) -> float | None:
         """When the last word is spoken without the main thread; None: when it comes."""
         match reason:
             case "cancel":
                 return self._grace_s
             case "pause":
-                return None if self._polite else self._grace_s
+                return None if self._is_deferred else self._grace_s
             case "preempted":
-                return self._preempted_s
+                return self._preemption_deadline_s
             case "time_slice":
-                return self._last_word_s / 2
+                return self._shutdown_reserve_s / 2
 
-    def _hear(self, reader: int) -> None:
+    def _read_signals(self, reader: int) -> None:
         while signals := os.read(reader, 16):
             for number in signals:
-                if number in MEANING:
-                    self.ask(MEANING[number])
+                if number in REASON_BY_SIGNAL:
+                    self.request(REASON_BY_SIGNAL[number])
         os.close(reader)
 
-    def _insist(self, deadline_s: float, until: threading.Event) -> None:
+    def _enforce_deadline(self, deadline_s: float, until: threading.Event) -> None:
         # A signal that comes while another one's handler runs is not noticed by a sleep that then goes on: it is sent again.
-        for _ in range(int(deadline_s // AGAIN_S)):
-            if until.wait(AGAIN_S):
+        for _ in range(int(deadline_s // SIGNAL_RETRY_S)):
+            if until.wait(SIGNAL_RETRY_S):
                 return
-            if self._interrupts and not self._raised:
-                _look_up()
-        if not until.wait(deadline_s % AGAIN_S) and self._wanted is not None:
-            log.warning("the main thread is busy; ending without it", extra={"reason": self._wanted})
-            self._last_resort(self._wanted)
+            if self._should_interrupt and not self._raised:
+                _wake_main_thread()
+        if not until.wait(deadline_s % SIGNAL_RETRY_S) and self._stop_reason is not None:
+            log.warning("the main thread is busy; ending without it", extra={"reason": self._stop_reason})
+            self._force_exit(self._stop_reason)
 
-    def _look(self, _number: int, _frame: object) -> None:
+    def _on_signal(self, _number: int, _frame: object) -> None:
         """Runs in the main thread, in the middle of anything: it takes no lock and writes no log."""
         if not self._raised:
             self.check()
 
 
-def _look_up() -> None:
+def _wake_main_thread() -> None:
     """Let the main thread look at what is wanted."""
-    signal.pthread_kill(threading.main_thread().ident or 0, LOOK)
+    signal.pthread_kill(threading.main_thread().ident or 0, WAKE_SIGNAL)
 
 
-def last_word_s(time_limit_s: float) -> float:
+def shutdown_reserve_s(time_limit_s: float) -> float:
     """How much of a time limit is kept back for the last word."""
-    return min(LAST_WORD_S, time_limit_s * LAST_WORD_SHARE)
+    return min(SHUTDOWN_RESERVE_S, time_limit_s * MAX_SHUTDOWN_SHARE)
 
 
 def _earlier(one: float | None, other: float) -> float:

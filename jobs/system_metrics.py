@@ -16,7 +16,7 @@ from typing import Protocol
 log = logging.getLogger(__name__)
 
 JOULES_PER_WH = 3600.0
-LOOK_S = 5.0
+SAMPLE_INTERVAL_S = 5.0
 CPU_INTERVAL_S = 0.1  # psutil's own advice: over less the share is noise
 
 
@@ -44,7 +44,7 @@ class Energy:
     """What the GPUs took, or why nobody knows."""
 
     joules: float | None
-    why: str = ""
+    missing_reason: str = ""
 
     @property
     def watt_hours(self) -> float | None:
@@ -74,16 +74,16 @@ class NvidiaGpus:
     def _reading(self, handle: object) -> GpuReading:
         nvml = self._nvml
         return GpuReading(
-            utilization=self._ask(lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu),
-            memory_used_bytes=self._ask(lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used),
-            power_w=self._ask(lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000),  # milliwatts
-            temperature_c=self._ask(lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
-            energy_j=self._ask(lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000),  # millijoules
+            utilization=self._query(lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu),
+            memory_used_bytes=self._query(lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used),
+            power_w=self._query(lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000),  # milliwatts
+            temperature_c=self._query(lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
+            energy_j=self._query(lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000),  # millijoules
         )
 
-    def _ask(self, question: Callable[[], float]) -> float | None:
+    def _query(self, query: Callable[[], float]) -> float | None:
         try:
-            return float(question())
+            return float(query())
         except self._nvml.NVMLError:
             return None
 
@@ -96,29 +96,29 @@ class EnergyMeter:
         self._monotonic = monotonic
         self._first = self._last = self._read()
         self._last_s = monotonic()
-        self._summed = [0.0] * len(self._first)
-        self._looking = threading.Lock()
+        self._integrated_j = [0.0] * len(self._first)
+        self._lock = threading.Lock()
 
-    def watch(self, every_s: float = LOOK_S) -> None:
+    def start_sampling(self, interval_s: float = SAMPLE_INTERVAL_S) -> None:
         """Look at the power now and then, in a thread, from here to the end of the process: where a GPU does not count for itself."""
         if any(reading.energy_j is None and reading.power_w is not None for reading in self._first):
-            threading.Thread(target=self._watch, args=(every_s,), name="energy", daemon=True).start()
+            threading.Thread(target=self._sample_periodically, args=(interval_s,), name="energy", daemon=True).start()
 
     def sample(self) -> None:
         """A look at the power: the sum takes it to have changed evenly since the last one."""
-        with self._looking:
-            self._look()
+        with self._lock:
+            self._integrate_power()
 
-    def _watch(self, every_s: float) -> None:
+    def _sample_periodically(self, interval_s: float) -> None:
         while True:
-            time.sleep(every_s)
+            time.sleep(interval_s)
             self.sample()
 
-    def _look(self) -> None:
+    def _integrate_power(self) -> None:
         now_s, readings = self._monotonic(), self._read()
         for index, (before, after) in enumerate(zip(self._last, readings, strict=False)):
             if before.power_w is not None and after.power_w is not None:
-                self._summed[index] += (before.power_w + after.power_w) / 2 * (now_s - self._last_s)
+                self._integrated_j[index] += (before.power_w + after.power_w) / 2 * (now_s - self._last_s)
         self._last, self._last_s = readings, now_s
 
     def read(self) -> Energy:
@@ -126,17 +126,17 @@ class EnergyMeter:
         if not self._first:
             return Energy(None, "no GPU whose driver tells what it draws; the energy of a CPU is not measured")
         self.sample()
-        taken = [self._of(index) for index in range(len(self._first))]
+        taken = [self._gpu_energy_j(index) for index in range(len(self._first))]
         known = [joules for joules in taken if joules is not None]
         if len(known) < len(taken):
             return Energy(None, f"{len(taken) - len(known)} of {len(taken)} GPUs do not tell what they draw")
         return Energy(sum(known))
 
-    def _of(self, index: int) -> float | None:
+    def _gpu_energy_j(self, index: int) -> float | None:
         first, last = self._first[index], self._last[index]
         if first.energy_j is not None and last.energy_j is not None:
             return last.energy_j - first.energy_j
-        return None if last.power_w is None else self._summed[index]
+        return None if last.power_w is None else self._integrated_j[index]
 
     def _read(self) -> Sequence[GpuReading]:
         return self._gpus.read() if self._gpus is not None else ()
@@ -151,7 +151,7 @@ def system_metrics(folder: Path | None = None, gpus: Gpus | None = None) -> dict
         "memory_available_bytes": float(psutil.virtual_memory().available),
         "disk_free_bytes": float(psutil.disk_usage(str(folder or Path.cwd())).free),
     }
-    if time.monotonic() - _cpu_watched_since() > CPU_INTERVAL_S:
+    if time.monotonic() - _cpu_sampling_started_s() > CPU_INTERVAL_S:
         found["cpu_percent"] = psutil.cpu_percent()  # of all cores, since the last call
     gpus = gpus if gpus is not None else nvidia_gpus()
     return found | (gpu_metrics(gpus.read()) if gpus is not None else {})
@@ -184,7 +184,7 @@ def nvidia_gpus() -> NvidiaGpus | None:
 
 
 @functools.cache
-def _cpu_watched_since() -> float:
+def _cpu_sampling_started_s() -> float:
     """When the CPU was first looked at. What that look says is about nothing."""
     import psutil
 

@@ -7,7 +7,7 @@ from schema.job import EvalMetrics
 
 
 @dataclass(frozen=True)
-class Probe:
+class HeldOutExample:
     """A held-out row, rendered exactly as in training, for comparing exported files with the model that was trained.
 
     `input_ids` holds the prompt and the reference answer; the first `prompt_tokens` of them are the prompt,
@@ -31,7 +31,7 @@ class TrainedModel:
     folder: Path
     is_adapter: bool
     base_folder: Path
-    probes: tuple[Probe, ...]
+    held_out_examples: tuple[HeldOutExample, ...]
     metrics: EvalMetrics | None
     base_metrics: EvalMetrics | None
     train_rows: int

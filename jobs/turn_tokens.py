@@ -9,7 +9,7 @@ from types import MethodType
 from typing import Any
 
 
-def train_few_rows_only(model: Any) -> int:  # noqa: ANN401  # any peft model
+def patch_trainable_token_embedding(model: Any) -> int:  # noqa: ANN401  # any peft model
     """Let peft's trainable tokens compute their own rows only; how many layers do so."""
     from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 

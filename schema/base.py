@@ -12,7 +12,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Lenient(BaseModel):
+class ForwardCompatible(BaseModel):
     """What our own parts tell each other: unknown fields are ignored, for an older image must survive a newer service."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -30,6 +30,6 @@ Id = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127
 Label = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]+$")]
 
 
-def refusal(field: str, why: str) -> PydanticCustomError:
+def field_error(field: str, reason: str) -> PydanticCustomError:
     """An error of fields that do not fit each other, to be raised by a validator; `field` is the one to change."""
-    return PydanticCustomError("fields_conflict", "{why}", {"field": field, "why": why})
+    return PydanticCustomError("fields_conflict", "{reason}", {"field": field, "reason": reason})

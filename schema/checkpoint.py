@@ -7,7 +7,7 @@ from typing import Literal, Self, cast
 
 from pydantic import Field
 
-from schema.base import Id, Lenient
+from schema.base import ForwardCompatible, Id
 from schema.job import ArtifactFile
 from schema.training import TrainingConfig
 
@@ -18,7 +18,7 @@ MANIFEST = "manifest.json"
 CheckpointReason = Literal["interval", "pause", "time_slice", "preempted", "end"]
 
 
-class Checkpoint(Lenient):
+class Checkpoint(ForwardCompatible):
     """`manifest.json`, written last: a checkpoint without it, or with a file that differs from it, does not count."""
 
     job_id: Id
@@ -30,23 +30,23 @@ class Checkpoint(Lenient):
     eval_loss: float | None = None  # nats per labelled token on the held-out rows at this step, if they were measured at it
     batch_size: int  # rows per forward pass; smaller than asked for after a lack of memory
     gradient_accumulation_steps: int
-    trackers: dict[str, str] = Field(default={})  # tracker → the run that the next attempt continues
+    tracker_run_ids: dict[str, str] = Field(default={})  # tracker → the run that the next attempt continues
     training_config: TrainingConfig  # every default spelled out, every secret taken out
     files: tuple[ArtifactFile, ...]
     created_at: datetime
-    seal: str = ""  # sha256 of all the rest
+    checksum: str = ""  # sha256 of all the rest
 
-    def sealed(self) -> bytes:
+    def with_checksum(self) -> bytes:
         """The manifest's bytes, with the seal that shows a single wrong bit."""
-        content: dict[str, object] = json.loads(self.model_dump_json(exclude={"seal"}))
-        return json.dumps(content | {"seal": _seal_of(content)}, indent=1).encode()
+        content: dict[str, object] = json.loads(self.model_dump_json(exclude={"checksum"}))
+        return json.dumps(content | {"checksum": _compute_checksum(content)}, indent=1).encode()
 
     @classmethod
-    def unsealed(cls, content: bytes) -> Self:
+    def from_verified_bytes(cls, content: bytes) -> Self:
         """Read a manifest. Raises ValueError when it is not what was sealed."""
         found: object = json.loads(content)
         sealed = cast(dict[str, object], found) if isinstance(found, dict) else {}
-        if sealed.get("seal") != _seal_of({name: value for name, value in sealed.items() if name != "seal"}):
+        if sealed.get("checksum") != _compute_checksum({name: value for name, value in sealed.items() if name != "checksum"}):
             raise ValueError("the manifest is not what was sealed")
         return cls.load(content)
 
@@ -56,7 +56,7 @@ class Checkpoint(Lenient):
         return sum(file.size_bytes for file in self.files)
 
 
-def _seal_of(content: object) -> str:
+def _compute_checksum(content: object) -> str:
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -16,14 +16,14 @@ string, or where the user shows images a list of parts, {"type": "text", "text":
 
 from datetime import datetime
 
-from schema.base import Id, Label, Lenient
+from schema.base import ForwardCompatible, Id, Label
 from schema.words import DatasetType
 
 TRAIN_SPLIT = "train"
 EVAL_SPLIT = "eval"
 
 
-class Split(Lenient):
+class Split(ForwardCompatible):
     """One part of a dataset: a JSONL file in the object store."""
 
     rows: int
@@ -32,7 +32,7 @@ class Split(Lenient):
     key: str  # below the dataset bucket: datasets/{dataset_id}/{split}.jsonl
 
 
-class Dataset(Lenient):
+class Dataset(ForwardCompatible):
     """The record of a dataset."""
 
     processed_dataset_id: Id

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
-from schema.base import Strict, refusal
+from schema.base import Strict, field_error
 
 MetricName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_/.,:-]{1,128}$")]
 
@@ -21,11 +21,11 @@ class Threshold(Strict):
     relative_to_base: bool = Field(False, description="The bound is a factor of what the base model reached on the same rows.")
 
     @model_validator(mode="after")
-    def _has_a_bound(self) -> Self:
+    def _check_bounds(self) -> Self:
         if self.at_most is None and self.at_least is None:
-            raise refusal("at_most", f"the threshold of {self.metric} has neither at_most nor at_least")
+            raise field_error("at_most", f"the threshold of {self.metric} has neither at_most nor at_least")
         if self.at_most is not None and self.at_least is not None and self.at_most < self.at_least:
-            raise refusal("at_most", f"at_most ({self.at_most}) is below at_least ({self.at_least}): nothing can pass")
+            raise field_error("at_most", f"at_most ({self.at_most}) is below at_least ({self.at_least}): nothing can pass")
         return self
 
 
@@ -61,18 +61,18 @@ class EvalConfig(Strict):
     )
 
     @model_validator(mode="after")
-    def _fits_itself(self) -> Self:
+    def _check_compatibility(self) -> Self:
         if self.batch_eval_metrics and not self.compute_eval_metrics:
-            raise refusal("batch_eval_metrics", "batch_eval_metrics needs compute_eval_metrics: true")
+            raise field_error("batch_eval_metrics", "batch_eval_metrics needs compute_eval_metrics: true")
         if self.eval_strategy == "no":
             if self.load_best_model_at_end:
-                raise refusal("load_best_model_at_end", "load_best_model_at_end needs eval_strategy 'steps' or 'epoch'")
+                raise field_error("load_best_model_at_end", "load_best_model_at_end needs eval_strategy 'steps' or 'epoch'")
             if self.early_stopping_patience is not None:
-                raise refusal("early_stopping_patience", "early_stopping_patience needs eval_strategy 'steps' or 'epoch'")
+                raise field_error("early_stopping_patience", "early_stopping_patience needs eval_strategy 'steps' or 'epoch'")
         if self.early_stopping_threshold and self.early_stopping_patience is None:
-            raise refusal("early_stopping_threshold", "early_stopping_threshold needs early_stopping_patience")
+            raise field_error("early_stopping_threshold", "early_stopping_threshold needs early_stopping_patience")
         if self.lm_eval_limit is not None and not self.lm_eval_tasks:
-            raise refusal("lm_eval_limit", "lm_eval_limit needs lm_eval_tasks")
+            raise field_error("lm_eval_limit", "lm_eval_limit needs lm_eval_tasks")
         if len(set(self.lm_eval_tasks)) != len(self.lm_eval_tasks):
-            raise refusal("lm_eval_tasks", "lm_eval_tasks names the same task twice")
+            raise field_error("lm_eval_tasks", "lm_eval_tasks names the same task twice")
         return self

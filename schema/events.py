@@ -5,12 +5,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from schema.base import Lenient
+from schema.base import ForwardCompatible
 from schema.checkpoint import CheckpointReason
 from schema.job import Artifact, EvalMetrics, Failure, Gate, Phase, Progress, Sample, Status
 
 
-class StatusChanged(Lenient):
+class StatusChanged(ForwardCompatible):
     """The job's status moved. Written by the service only."""
 
     type: Literal["status"] = "status"
@@ -20,14 +20,14 @@ class StatusChanged(Lenient):
     failure: Failure | None = None
 
 
-class PhaseChanged(Lenient):
+class PhaseChanged(ForwardCompatible):
     """The attempt entered a phase of its work."""
 
     type: Literal["phase"] = "phase"
     phase: Phase
 
 
-class Metrics(Lenient):
+class MetricsLogged(ForwardCompatible):
     """One point of the curves. Null is a number that could not be had; `notes` says why, by name."""
 
     type: Literal["metrics"] = "metrics"
@@ -38,7 +38,7 @@ class Metrics(Lenient):
     progress: Progress | None = None
 
 
-class Evaluated(Lenient):
+class EvaluationCompleted(ForwardCompatible):
     """A model was measured on the held-out rows."""
 
     type: Literal["evaluation"] = "evaluation"
@@ -47,7 +47,7 @@ class Evaluated(Lenient):
     metrics: EvalMetrics
 
 
-class Sampled(Lenient):
+class SamplesGenerated(ForwardCompatible):
     """What a model answers to a fixed sample of held-out prompts."""
 
     type: Literal["samples"] = "samples"
@@ -56,23 +56,23 @@ class Sampled(Lenient):
     samples: tuple[Sample, ...]
 
 
-class GateJudged(Lenient):
+class GateEvaluated(ForwardCompatible):
     """The promotion gate has looked at the trained model."""
 
     type: Literal["gate"] = "gate"
     gate: Gate
 
 
-class Decided(Lenient):
+class DecisionMade(ForwardCompatible):
     """Something the attempt chose by itself, and why."""
 
     type: Literal["decision"] = "decision"
-    what: str
+    setting: str
     value: str
-    why: str
+    reason: str
 
 
-class Warned(Lenient):
+class WarningRaised(ForwardCompatible):
     """Something the user should know that does not stop the job."""
 
     type: Literal["warning"] = "warning"
@@ -80,7 +80,7 @@ class Warned(Lenient):
     message: str
 
 
-class TrackerStarted(Lenient):
+class TrackerStarted(ForwardCompatible):
     """A tracker mirrors this job."""
 
     type: Literal["tracker"] = "tracker"
@@ -88,17 +88,17 @@ class TrackerStarted(Lenient):
     url: str | None = None
 
 
-class ArtifactMade(Lenient):
+class ArtifactUploaded(ForwardCompatible):
     """An artifact is uploaded and verified; it becomes visible when the job completes."""
 
     type: Literal["artifact"] = "artifact"
     artifact: Artifact
 
 
-class CheckpointSaved(Lenient):
+class CheckpointSaved(ForwardCompatible):
     """A checkpoint is durable: every file uploaded and verified, its manifest written."""
 
-    type: Literal["checkpoint"] = "checkpoint"
+    type: Literal["checkpoint_saved"] = "checkpoint_saved"
     step: int = Field(ge=0)
     epoch: float
     reason: CheckpointReason
@@ -107,19 +107,19 @@ class CheckpointSaved(Lenient):
     upload_s: float  # how long it took from then until it was durable, beside the training
 
 
-class CheckpointSkipped(Lenient):
+class CheckpointSkipped(ForwardCompatible):
     """A checkpoint is not what its manifest says, or incomplete; an older one is used."""
 
     type: Literal["checkpoint_skipped"] = "checkpoint_skipped"
     attempt: int  # which attempt had written it
     step: int
-    why: str
+    reason: str
 
 
-class Resumed(Lenient):
+class CheckpointRestored(ForwardCompatible):
     """The attempt goes on from a checkpoint."""
 
-    type: Literal["resumed"] = "resumed"
+    type: Literal["checkpoint_restored"] = "checkpoint_restored"
     step: int
     from_attempt: int
 
@@ -127,29 +127,29 @@ class Resumed(Lenient):
 Event = Annotated[
     StatusChanged
     | PhaseChanged
-    | Metrics
-    | Evaluated
-    | Sampled
-    | GateJudged
-    | Decided
-    | Warned
+    | MetricsLogged
+    | EvaluationCompleted
+    | SamplesGenerated
+    | GateEvaluated
+    | DecisionMade
+    | WarningRaised
     | TrackerStarted
-    | ArtifactMade
+    | ArtifactUploaded
     | CheckpointSaved
     | CheckpointSkipped
-    | Resumed,
+    | CheckpointRestored,
     Field(discriminator="type"),
 ]
 
 
-class ReportedEvent(Lenient):
+class ReportedEvent(ForwardCompatible):
     """An event with the attempt's own clock."""
 
     at: datetime
     event: Event
 
 
-class EventBatch(Lenient):
+class EventBatch(ForwardCompatible):
     """Consecutive events of one attempt: the first is number `first_seq`. Empty is a heartbeat."""
 
     first_seq: int = Field(ge=0)
@@ -161,7 +161,7 @@ class EventBatch(Lenient):
 Directive = Literal["continue", "pause", "cancel"]
 
 
-class BatchAnswer(Lenient):
+class EventBatchResponse(ForwardCompatible):
     """What the service says to a batch: what to do, and the next `seq` it has not seen."""
 
     directive: Directive

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from schema.base import Strict, refusal
+from schema.base import Strict, field_error
 from schema.words import HubId
 
 ExportFormat = Literal["adapter", "merged", "onnx"]
@@ -42,23 +42,23 @@ class ExportConfig(Strict):
     include_lora_gguf: bool = Field(False, description="Also write the adapter alone as GGUF, to be loaded beside the base's.")
 
     @model_validator(mode="after")
-    def _fits_itself(self) -> Self:
+    def _check_compatibility(self) -> Self:
         if self.destination == "hfhub" and self.hf_repo_id is None:
-            raise refusal("hf_repo_id", "destination 'hfhub' needs hf_repo_id, the repository to push to")
+            raise field_error("hf_repo_id", "destination 'hfhub' needs hf_repo_id, the repository to push to")
         if self.destination != "hfhub" and self.hf_repo_id is not None:
-            raise refusal("hf_repo_id", "hf_repo_id is only used with destination 'hfhub'; drop it or change the destination")
+            raise field_error("hf_repo_id", "hf_repo_id is only used with destination 'hfhub'; drop it or change the destination")
         if self.gguf_quantization is not None and not self.include_gguf:
-            raise refusal("gguf_quantization", "gguf_quantization needs include_gguf: true")
+            raise field_error("gguf_quantization", "gguf_quantization needs include_gguf: true")
         if self.gguf_quantization == []:
-            raise refusal("gguf_quantization", "gguf_quantization is an empty list; name at least one, or leave it out for q8_0")
+            raise field_error("gguf_quantization", "gguf_quantization is an empty list; name at least one, or leave it out for q8_0")
         if len(set(self.gguf_quantizations)) != len(self.gguf_quantizations):
-            raise refusal("gguf_quantization", "gguf_quantization names the same quantization twice")
+            raise field_error("gguf_quantization", "gguf_quantization names the same quantization twice")
         if self.gguf_imatrix and not self.include_gguf:
-            raise refusal("gguf_imatrix", "gguf_imatrix needs include_gguf: true")
+            raise field_error("gguf_imatrix", "gguf_imatrix needs include_gguf: true")
         if not self.formats:
-            raise refusal("format", "format is an empty list; name at least one of adapter, merged, onnx")
+            raise field_error("format", "format is an empty list; name at least one of adapter, merged, onnx")
         if len(set(self.formats)) != len(self.formats):
-            raise refusal("format", "format names the same form twice")
+            raise field_error("format", "format names the same form twice")
         return self
 
     @property

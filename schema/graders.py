@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, JsonValue, SecretStr, StringConstraints, TypeAdapter, ValidationError, model_validator
 
-from schema.base import Strict, refusal
+from schema.base import Strict, field_error
 from schema.words import HubId
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
@@ -26,7 +26,7 @@ Endpoint = Annotated[
 ]
 
 # Names whose `{name}_api_key` is somebody else's secret.
-TAKEN_NAMES = ("wandb",)
+RESERVED_NAMES = ("wandb",)
 
 
 class _Grader(Strict):
@@ -34,17 +34,17 @@ class _Grader(Strict):
     weight: float = Field(1.0, ge=-100, le=100, description="Times what the grader gives, in the sum.")
 
 
-class _OfAnswer(_Grader):
+class _AnswerGrader(_Grader):
     answer_tag: Tag | None = Field(
         None, description="Only what stands in the last <tag>…</tag> is graded, and a completion without it gets 0; left out, all of it is."
     )
 
 
-class _WithReference(_OfAnswer):
+class _ReferenceGrader(_AnswerGrader):
     reference_field: Column = Field("answer", description="The column of the dataset that has the right answer.")
 
 
-class _WithKey(_Grader):
+class _ApiKeyGrader(_Grader):
     api_key: SecretStr | None = Field(None, description="Of the endpoint; kept in the secret store only.")
 
     @property
@@ -53,9 +53,11 @@ class _WithKey(_Grader):
         return f"{self.name}_api_key"
 
     @model_validator(mode="after")
-    def _has_a_secret_of_its_own(self) -> Self:
-        if self.name in TAKEN_NAMES:
-            raise refusal("name", f"a grader with a key of its own cannot be called {self.name!r}: {self.secret_name} is another secret")
+    def _check_secret_name(self) -> Self:
+        if self.name in RESERVED_NAMES:
+            raise field_error(
+                "name", f"a grader with a key of its own cannot be called {self.name!r}: {self.secret_name} is another secret"
+            )
         return self
 
 
@@ -70,13 +72,13 @@ class FormatGrader(_Grader):
     )
 
     @model_validator(mode="after")
-    def _has_two_tags(self) -> Self:
+    def _check_distinct_tags(self) -> Self:
         if self.think_tag == self.answer_tag:
-            raise refusal("answer_tag", "answer_tag must not be the same as think_tag")
+            raise field_error("answer_tag", "answer_tag must not be the same as think_tag")
         return self
 
 
-class StringCheckGrader(_WithReference):
+class StringCheckGrader(_ReferenceGrader):
     """1 when the answer compares with the reference as asked, else 0. Surrounding whitespace does not count."""
 
     type: Literal["string_check"]
@@ -85,21 +87,21 @@ class StringCheckGrader(_WithReference):
     )
 
 
-class NumericGrader(_WithReference):
+class NumericGrader(_ReferenceGrader):
     """1 when the last number of the answer is the last number of the reference, within the tolerance, else 0."""
 
     type: Literal["numeric_accuracy"]
     tolerance: float = Field(1e-6, ge=0, le=1, description="Relative to the reference, or absolute where that is 0.")
 
 
-class ExpressionGrader(_WithReference):
+class ExpressionGrader(_ReferenceGrader):
     """1 when the answer's mathematical expression, LaTeX or plain, equals the reference's (math-verify), else 0."""
 
     type: Literal["expression_accuracy"]
     timeout_s: float = Field(5.0, gt=0, le=60, description="For one completion; comparing expressions can take forever.")
 
 
-class TextSimilarityGrader(_WithReference, _WithKey):
+class TextSimilarityGrader(_ReferenceGrader, _ApiKeyGrader):
     """How like the reference the answer is, 0..1: by characters (fuzzy_match), words (bleu, rouge) or meaning (cosine of embeddings)."""
 
     type: Literal["text_similarity"]
@@ -110,23 +112,23 @@ class TextSimilarityGrader(_WithReference, _WithKey):
     base_url: Endpoint | None = None
 
     @model_validator(mode="after")
-    def _fits_itself(self) -> Self:
+    def _check_compatibility(self) -> Self:
         if (self.metric == "cosine") != (self.embedding_model is not None):
-            raise refusal("embedding_model", "embedding_model is needed with metric 'cosine', and only used with it")
+            raise field_error("embedding_model", "embedding_model is needed with metric 'cosine', and only used with it")
         if self.base_url is not None and self.metric != "cosine":
-            raise refusal("base_url", "base_url is only used with metric 'cosine'")
+            raise field_error("base_url", "base_url is only used with metric 'cosine'")
         if self.api_key is not None and self.base_url is None:
-            raise refusal("api_key", "api_key is only used with base_url")
+            raise field_error("api_key", "api_key is only used with base_url")
         return self
 
     @model_validator(mode="after")
-    def _names_a_stored_model(self) -> Self:
+    def _check_embedding_model(self) -> Self:
         if self.embedding_model is not None and self.base_url is None and not _is_hub_id(self.embedding_model):
-            raise refusal("embedding_model", "without base_url, embedding_model is the `owner/name` of a stored model")
+            raise field_error("embedding_model", "without base_url, embedding_model is the `owner/name` of a stored model")
         return self
 
 
-class ScoreModelGrader(_WithKey):
+class ScoreModelGrader(_ApiKeyGrader):
     """A judge gives points, which are scaled to 0..1: any endpoint that speaks OpenAI's chat completions."""
 
     type: Literal["score_model"]
@@ -143,13 +145,13 @@ class ScoreModelGrader(_WithKey):
     timeout_s: float = Field(60.0, gt=0, le=600, description="For one call; it is repeated when the endpoint is busy.")
 
     @model_validator(mode="after")
-    def _fits_itself(self) -> Self:
+    def _check_score_range(self) -> Self:
         if self.min_score >= self.max_score:
-            raise refusal("max_score", "max_score must be above min_score")
+            raise field_error("max_score", "max_score must be above min_score")
         return self
 
 
-class JsonSchemaGrader(_OfAnswer):
+class JsonSchemaGrader(_AnswerGrader):
     """1 when the answer is JSON that the schema (draft 2020-12, unless it names another) accepts, else 0."""
 
     type: Literal["json_schema"]

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
-from schema.base import Strict, refusal
+from schema.base import Strict, field_error
 
 ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]{1,128}$")]
 
@@ -58,11 +58,11 @@ class Hyperparameters(Strict):
     dataloader_num_workers: int | None = Field(None, ge=0, le=64, description="Processes that prepare batches; left out, decided.")
 
     @model_validator(mode="after")
-    def _fits_itself(self) -> Self:
+    def _check_compatibility(self) -> Self:
         if self.max_steps == 0:
-            raise refusal("max_steps", "max_steps is 0, which trains nothing; use -1 for whole epochs or a number from 1")
+            raise field_error("max_steps", "max_steps is 0, which trains nothing; use -1 for whole epochs or a number from 1")
         if self.target_modules is not None and len(set(self.target_modules)) != len(self.target_modules):
-            raise refusal("target_modules", "target_modules names the same layer twice")
+            raise field_error("target_modules", "target_modules names the same layer twice")
         return self
 
 
@@ -87,9 +87,9 @@ class DpoHyperparameters(Hyperparameters):
     )
 
     @model_validator(mode="after")
-    def _smooths(self) -> Self:
+    def _check_label_smoothing(self) -> Self:
         if self.label_smoothing and self.loss_type != "robust":
-            raise refusal("label_smoothing", f"label_smoothing is only used with loss_type 'robust', not '{self.loss_type}'")
+            raise field_error("label_smoothing", f"label_smoothing is only used with loss_type 'robust', not '{self.loss_type}'")
         return self
 
 
@@ -136,11 +136,11 @@ class GrpoHyperparameters(Hyperparameters):
     mask_truncated_completions: bool = Field(False, description="Completions that did not come to an end teach nothing.")
 
     @model_validator(mode="after")
-    def _groups_are_whole(self) -> Self:
+    def _check_num_generations(self) -> Self:
         rows = self.batch_size * self.gradient_accumulation_steps
         if rows % self.num_generations:
             why = f"batch_size × gradient_accumulation_steps is {rows}; it must be a multiple of num_generations ({self.num_generations})"
-            raise refusal("num_generations", why)
+            raise field_error("num_generations", why)
         return self
 
 

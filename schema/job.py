@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from schema.base import Id, Label, Lenient
+from schema.base import ForwardCompatible, Id, Label
 from schema.training import TrainingConfig
 
 
@@ -51,7 +51,7 @@ FailureCode = Literal[
 ]
 
 
-class Failure(Lenient):
+class Failure(ForwardCompatible):
     """Why an attempt or a job failed, for a person."""
 
     code: FailureCode
@@ -60,7 +60,7 @@ class Failure(Lenient):
     attempt: int | None = None
 
 
-class Progress(Lenient):
+class Progress(ForwardCompatible):
     """How far the training is. Steps are optimizer steps."""
 
     step: int
@@ -70,7 +70,7 @@ class Progress(Lenient):
     eta_s: float | None = None
 
 
-class EvalMetrics(Lenient):
+class EvalMetrics(ForwardCompatible):
     """What was measured on the held-out rows. A number that could not be had is null, and `notes` says why, by name."""
 
     eval_loss: float | None = None  # what the trainer makes smaller: of sft nats per labelled token, of grpo minus the mean reward
@@ -83,7 +83,7 @@ class EvalMetrics(Lenient):
     notes: dict[str, str] = Field(default={})
 
 
-class ArtifactFile(Lenient):
+class ArtifactFile(ForwardCompatible):
     """One file of an artifact. `path` is relative to the artifact's uri, and empty when the uri is the file itself."""
 
     path: str
@@ -91,7 +91,7 @@ class ArtifactFile(Lenient):
     sha256: str
 
 
-class Sample(Lenient):
+class Sample(ForwardCompatible):
     """What a model answered to a held-out prompt."""
 
     prompt: str
@@ -99,7 +99,7 @@ class Sample(Lenient):
     text: str
 
 
-class GateCheck(Lenient):
+class GateCheck(ForwardCompatible):
     """One threshold of the promotion gate, and what it found."""
 
     metric: str
@@ -108,17 +108,17 @@ class GateCheck(Lenient):
     at_least: float | None = None
     base: float | None = None  # what the base reached
     passed: bool
-    why: str = ""  # why it did not
+    reason: str = ""  # why it did not
 
 
-class Gate(Lenient):
+class Gate(ForwardCompatible):
     """The promotion gate: a model that does not pass is reported and not published."""
 
     passed: bool
     checks: tuple[GateCheck, ...]
 
 
-class HubPush(Lenient):
+class HubPush(ForwardCompatible):
     """Where an artifact went on the Hugging Face Hub."""
 
     repo_id: str
@@ -126,7 +126,7 @@ class HubPush(Lenient):
     url: str
 
 
-class Fidelity(Lenient):
+class Fidelity(ForwardCompatible):
     """How an exported file speaks, compared with the model that was trained, over held-out prompts."""
 
     compared_tokens: int
@@ -135,8 +135,8 @@ class Fidelity(Lenient):
     mean_kl_to_base: float | None = None  # nats; how far the file is from the model before training
     sample_prompt: str = ""
     sample_text: str = ""  # what the file generated for it
-    erased_tuning: bool = False  # closer to the base than to the trained model
-    labelled_tokens: int = 0  # of the compared ones, those that a held-out row wants to be said
+    closer_to_base: bool = False  # closer to the base than to the trained model
+    labeled_tokens: int = 0  # of the compared ones, those that a held-out row wants to be said
     perplexity: float | None = None  # of the file, on these
     perplexity_merged: float | None = None  # of the trained model, on the same tokens
     perplexity_base: float | None = None
@@ -147,7 +147,7 @@ class Fidelity(Lenient):
 ArtifactKind = Literal["adapter", "merged", "gguf", "lora_gguf", "onnx"]
 
 
-class Artifact(Lenient):
+class Artifact(ForwardCompatible):
     """A named file or folder that the job produced, at a stable uri."""
 
     name: str  # unique within the job: "adapter", "merged", "gguf-q8_0"
@@ -168,27 +168,27 @@ class Artifact(Lenient):
 AttemptOutcome = Literal["completed", "failed", "cancelled", "paused", "yielded", "preempted", "lost", "launch_failed"]
 
 
-class Attempt(Lenient):
+class Attempt(ForwardCompatible):
     """One launch of a job on some compute."""
 
     number: int  # from 1
     launcher: str
     created_at: datetime
-    launch_began_at: datetime | None = None  # the latest try to hand it to the compute; whoever wrote this is the one to send it
-    delay: str | None = None  # why it is not launched yet
+    launch_started_at: datetime | None = None  # the latest try to hand it to the compute; whoever wrote this is the one to send it
+    pending_reason: str | None = None  # why it is not launched yet
     handle: str | None = None  # the compute's own name for it; None until the launch answered
     launched_at: datetime | None = None
     claimed_by: str | None = None  # the process that owns the attempt
     claimed_at: datetime | None = None
     resumed_step: int | None = None  # the step of the checkpoint it went on from
-    saved_step: int | None = None  # the newest step whose checkpoint it made durable
-    doubted_at: datetime | None = None  # when it was first found silent although its compute is there
+    last_checkpoint_step: int | None = None  # the newest step whose checkpoint it made durable
+    suspected_at: datetime | None = None  # when it was first found silent although its compute is there
     ended_at: datetime | None = None
     outcome: AttemptOutcome | None = None
     failure: Failure | None = None
 
 
-class SavedPoint(Lenient):
+class CheckpointRef(ForwardCompatible):
     """The newest checkpoint of a job, as far as the service was told."""
 
     step: int
@@ -196,7 +196,7 @@ class SavedPoint(Lenient):
     at: datetime
 
 
-class ExportSource(Lenient):
+class ExportSource(ForwardCompatible):
     """The checkpoint that a job exports instead of training: whose it is, and where it lies in the model bucket."""
 
     job_id: Id
@@ -205,7 +205,7 @@ class ExportSource(Lenient):
     key: str  # of the checkpoint's folder; ends in "/"
 
 
-class Job(Lenient):
+class Job(ForwardCompatible):
     """One request to train one model, and all that is known of it. Holds no secret."""
 
     job_id: Id
@@ -221,10 +221,10 @@ class Job(Lenient):
     status: Status
     revision: int = 0  # goes up by one at every change; the store compares it
     attempts: tuple[Attempt, ...] = ()
-    first_attempt: int = 1  # checkpoints of earlier attempts do not count: a retry from the start sets this
-    counted_from: int = 1  # attempts without progress are counted from this one: a person's resume or retry sets this
+    resume_from_attempt: int = 1  # checkpoints of earlier attempts do not count: a retry from the start sets this
+    retry_budget_from_attempt: int = 1  # attempts without progress are counted from this one: a person's resume or retry sets this
     retried_at: datetime | None = None  # the latest retry
-    checkpoint: SavedPoint | None = None
+    checkpoint: CheckpointRef | None = None
     created_at: datetime
     updated_at: datetime
     started_at: datetime | None = None  # when the first attempt was claimed
@@ -236,9 +236,9 @@ class Job(Lenient):
     gate: Gate | None = None  # None: nothing was asked
     published_step: int | None = None  # the optimizer step whose weights were exported, or would have been if they had passed the gate
     wandb_url: str | None = None
-    trackers: dict[str, str] = Field(default={})  # where each tracker shows the curves, by name
+    tracker_urls: dict[str, str] = Field(default={})  # where each tracker shows the curves, by name
     artifacts: tuple[Artifact, ...] = ()
-    deleting_since: datetime | None = None  # its files are going, or have partly gone
+    deletion_started_at: datetime | None = None  # its files are going, or have partly gone
     manifest_written: bool = False  # the published files are listed in the bucket as well
 
     @property

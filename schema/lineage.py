@@ -5,29 +5,29 @@ from typing import Literal
 
 from pydantic import Field, JsonValue
 
-from schema.base import Id, Lenient
+from schema.base import ForwardCompatible, Id
 from schema.dataset import Dataset
 from schema.job import Artifact, ArtifactFile, ArtifactKind, EvalMetrics, Fidelity, Gate
 
 RUN_RECORD = "run.json"
 
 
-class CodeRecord(Lenient):
+class CodeRecord(ForwardCompatible):
     """What trained it."""
 
-    tunesmith: str | None = None  # the version
+    tunesmith_version: str | None = None  # the version
     commit: str | None = None
     image: str | None = None  # of the container, with its digest where the deployment names one
 
 
-class SplitRecord(Lenient):
+class SplitRecord(ForwardCompatible):
     """One part of the dataset."""
 
     rows: int
     sha256: str
 
 
-class DatasetRecord(Lenient):
+class DatasetRecord(ForwardCompatible):
     """What it was trained on. The digest names the exact rows."""
 
     processed_dataset_id: Id
@@ -37,13 +37,13 @@ class DatasetRecord(Lenient):
     splits: dict[str, SplitRecord]
 
     @classmethod
-    def of(cls, dataset: Dataset) -> "DatasetRecord":
+    def from_dataset(cls, dataset: Dataset) -> "DatasetRecord":
         """What a run record keeps of a dataset."""
         splits = {name: SplitRecord(rows=split.rows, sha256=split.sha256) for name, split in sorted(dataset.splits.items())}
         return cls(splits=splits, **dataset.model_dump(include={"processed_dataset_id", "name", "dataset_type", "digest"}))
 
 
-class BaseRecord(Lenient):
+class BaseModelRecord(ForwardCompatible):
     """The model it was made from."""
 
     model_id: str
@@ -52,7 +52,7 @@ class BaseRecord(Lenient):
     weights_sha256: dict[str, str] | None = None  # by file
 
 
-class MachineRecord(Lenient):
+class MachineRecord(ForwardCompatible):
     """What it ran on."""
 
     platform: str
@@ -65,7 +65,7 @@ class MachineRecord(Lenient):
     cuda: str | None = None  # that torch was built for
 
 
-class TimeRecord(Lenient):
+class TimeRecord(ForwardCompatible):
     """How long it took: `total_s` of this attempt alone, from its claim on."""
 
     started_at: datetime
@@ -74,14 +74,14 @@ class TimeRecord(Lenient):
     train_runtime_s: float | None = None
 
 
-class CostRecord(Lenient):
+class CostRecord(ForwardCompatible):
     """What it took of the world."""
 
     gpu_energy_wh: float | None = None  # of this attempt
     price: float | None = None
 
 
-class ArtifactRecord(Lenient):
+class ArtifactRecord(ForwardCompatible):
     """One thing that came of it."""
 
     name: str
@@ -92,7 +92,7 @@ class ArtifactRecord(Lenient):
     fidelity: Fidelity | None = None  # without the answers that were compared
 
     @classmethod
-    def of(cls, artifact: Artifact) -> "ArtifactRecord":
+    def from_artifact(cls, artifact: Artifact) -> "ArtifactRecord":
         """What a run record keeps of an artifact."""
         fidelity = artifact.fidelity and artifact.fidelity.model_copy(update={"sample_prompt": "", "sample_text": ""})
         return cls(
@@ -105,7 +105,7 @@ class ArtifactRecord(Lenient):
         )
 
 
-class RunRecord(Lenient):
+class RunRecord(ForwardCompatible):
     """Everything that is known of how an attempt made its artifacts. Holds no secret and no row."""
 
     version: Literal[1] = 1
@@ -119,7 +119,7 @@ class RunRecord(Lenient):
     dataset: DatasetRecord
     train_rows: int | None = None
     train_tokens: int | None = None  # over all epochs
-    base: BaseRecord
+    base_model: BaseModelRecord
     code: CodeRecord
     packages: dict[str, str]
     machine: MachineRecord

@@ -4,7 +4,7 @@ from typing import Annotated, Self
 
 from pydantic import ConfigDict, Field, JsonValue, SecretStr, StringConstraints, model_validator
 
-from schema.base import Id, Label, Strict, refusal
+from schema.base import Id, Label, Strict, field_error
 from schema.export import ExportConfig
 from schema.hyperparameters import (
     DpoHyperparameters,
@@ -16,7 +16,7 @@ from schema.hyperparameters import (
 )
 from schema.training import TrainingConfig
 
-SEED_EXAMPLE: dict[str, JsonValue] = {
+TRAIN_REQUEST_EXAMPLE: dict[str, JsonValue] = {
     "processed_dataset_id": "dataset_abc123",
     "hf_token": "hf_...",
     "job_name": "my-job-name",
@@ -66,7 +66,7 @@ SecretName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-
 class TrainRequest(Strict):
     """`POST /train`: train one model on one dataset."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [SEED_EXAMPLE]})
+    model_config = ConfigDict(json_schema_extra={"examples": [TRAIN_REQUEST_EXAMPLE]})
 
     processed_dataset_id: Id = Field(description="As `POST /datasets` answered it.")
     hf_token: SecretStr | None = Field(
@@ -81,13 +81,13 @@ class TrainRequest(Strict):
     training_config: TrainingConfig
 
     @model_validator(mode="after")
-    def _nothing_is_ignored(self) -> Self:
-        self.training_config.refuse_unused()
+    def _reject_unused_fields(self) -> Self:
+        self.training_config.reject_unused_fields()
         return self
 
 
 # What a caller may want to change between two attempts, and may not.
-KNOBS = set[str]().union(
+HYPERPARAMETER_FIELDS = set[str]().union(
     SftHyperparameters.model_fields,
     DpoHyperparameters.model_fields,
     OrpoHyperparameters.model_fields,
@@ -95,10 +95,10 @@ KNOBS = set[str]().union(
     GrpoHyperparameters.model_fields,
     RewardHyperparameters.model_fields,
 )
-SHAPES_THE_STEPS = ("training_config", "base_model_id", "method", *sorted(KNOBS - {"epochs", "max_steps"}))
+IMMUTABLE_FIELDS = ("training_config", "base_model_id", "method", *sorted(HYPERPARAMETER_FIELDS - {"epochs", "max_steps"}))
 
 
-class SafeChanges(Strict):
+class ContinuationOptions(Strict):
     """What may change between two attempts of a job: where it runs, and how long. What shaped the steps already made may not."""
 
     hardware: Id | None = Field(None, description="Go on with another profile of this deployment.")
@@ -114,18 +114,18 @@ class SafeChanges(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _the_past_stays(cls, body: object) -> object:
-        for name in SHAPES_THE_STEPS:
+    def _reject_immutable_fields(cls, body: object) -> object:
+        for name in IMMUTABLE_FIELDS:
             if isinstance(body, dict) and name in body:
-                raise refusal(name, f"{name} cannot change: the steps already made were made with it; start a new job")
+                raise field_error(name, f"{name} cannot change: the steps already made were made with it; start a new job")
         return body  # pyright: ignore[reportUnknownVariableType]  # whatever was sent
 
 
-class ResumeRequest(SafeChanges):
+class ResumeRequest(ContinuationOptions):
     """`POST /jobs/{job_id}/resume`: go on where the pause was. The body may be left out."""
 
 
-class RetryRequest(SafeChanges):
+class RetryRequest(ContinuationOptions):
     """`POST /jobs/{job_id}/retry`: continue a failed or cancelled job from its last good checkpoint. The body may be left out."""
 
     from_start: bool = Field(False, description="Begin again instead; earlier checkpoints then no longer count.")
@@ -143,7 +143,7 @@ class ExportRequest(Strict):
     hf_token: SecretStr | None = None
 
 
-class ExportAgainRequest(ExportRequest):
+class ReexportRequest(ExportRequest):
     """`POST /jobs/{job_id}/export`: export a job once more, in other forms. The body may be left out."""
 
     step: int | None = Field(

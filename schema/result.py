@@ -5,19 +5,19 @@ from typing import Literal
 
 from pydantic import Field
 
-from schema.base import Id, Lenient
+from schema.base import ForwardCompatible, Id
 from schema.job import Artifact, EvalMetrics, Failure, Gate
 
 
-class Result(Lenient):
+class Result(ForwardCompatible):
     """What an attempt came to. Durable: it is what `reconcile` believes when an attempt has gone silent."""
 
     job_id: Id
     attempt: int
     claimant: str = ""
     outcome: Literal["completed", "failed", "cancelled", "paused", "yielded"]
-    yielded_because: Literal["time_slice", "preempted"] | None = None
-    saved_step: int | None = None  # the newest step whose checkpoint this attempt made durable
+    yield_reason: Literal["time_slice", "preempted"] | None = None
+    last_checkpoint_step: int | None = None  # the newest step whose checkpoint this attempt made durable
     resumed_step: int | None = None  # the step it went on from
     failure: Failure | None = None
     metrics: EvalMetrics | None = None
@@ -25,7 +25,7 @@ class Result(Lenient):
     gate: Gate | None = None
     published_step: int | None = None
     wandb_url: str | None = None
-    trackers: dict[str, str] = Field(default={})
+    tracker_urls: dict[str, str] = Field(default={})
     artifacts: tuple[Artifact, ...] = ()
     train_rows: int | None = None
     train_tokens: int | None = None
@@ -34,7 +34,7 @@ class Result(Lenient):
     finished_at: datetime
 
 
-class PublishManifest(Lenient):
+class PublishManifest(ForwardCompatible):
     """`manifest.json`: the published files of a job, for who reads the bucket without the service."""
 
     job_id: Id

@@ -1,12 +1,12 @@
 """What an attempt is told to do: one JSON file in the config bucket, without secrets."""
 
-from schema.base import Id, Lenient
+from schema.base import ForwardCompatible, Id
 from schema.dataset import Dataset
 from schema.job import Attempt, ExportSource
 from schema.training import TrainingConfig
 
 
-class StoreUrls(Lenient):
+class StoreUrls(ForwardCompatible):
     """Where the bytes are: object store urls, such as file:///home/me/.tunesmith/objects or gs://bucket."""
 
     datasets: str
@@ -14,7 +14,7 @@ class StoreUrls(Lenient):
     configs: str
 
 
-class JobSpec(Lenient):
+class JobSpec(ForwardCompatible):
     """Everything about a job that an attempt needs and that is no secret. Stored at configs/{job_id}.json."""
 
     job_id: Id
@@ -24,8 +24,8 @@ class JobSpec(Lenient):
     training_config: TrainingConfig
     dataset: Dataset
     stores: StoreUrls
-    checkpoints: str  # the folder of the job's checkpoints in the model bucket; ends in "/"
-    first_attempt: int = 1  # checkpoints of earlier attempts do not count
+    checkpoints_prefix: str  # the folder of the job's checkpoints in the model bucket; ends in "/"
+    resume_from_attempt: int = 1  # checkpoints of earlier attempts do not count
     export_of: ExportSource | None = None  # train nothing: export this checkpoint
 
 
@@ -49,13 +49,13 @@ def attempt_name(job_id: str, attempt: Attempt | int) -> str:
     return f"{job_id}.{attempt if isinstance(attempt, int) else attempt.number}"
 
 
-class ClaimRequest(Lenient):
+class ClaimRequest(ForwardCompatible):
     """A process asks to own an attempt. `claimant` tells it from any other process."""
 
     claimant: str
 
 
-class ClaimAnswer(Lenient):
+class ClaimResponse(ForwardCompatible):
     """The attempt is yours: the job's secrets, handed over once, to be kept in memory."""
 
     secrets: dict[str, str]

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, SecretStr, StringConstraints, model_validator
 
-from schema.base import Label, Strict, refusal
+from schema.base import Label, Strict, field_error
 
 
 class WandbConfig(Strict):
@@ -18,9 +18,9 @@ class WandbConfig(Strict):
     mode: Literal["online", "offline"] = Field("online", description="`offline` writes the run into the job's folder, for `wandb sync`.")
 
     @model_validator(mode="after")
-    def _fits_itself(self) -> Self:
+    def _check_api_key(self) -> Self:
         if self.mode == "online" and self.api_key is None:
-            raise refusal("api_key", "wandb_config needs api_key, or mode 'offline'")
+            raise field_error("api_key", "wandb_config needs api_key, or mode 'offline'")
         return self
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, Self, cast
 
 from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 
-from schema.base import Strict, refusal
+from schema.base import Strict, field_error
 from schema.evaluation import EvalConfig
 from schema.export import ExportConfig, ExportFormat
 from schema.graders import Grader
@@ -26,7 +26,7 @@ from schema.trackers import MlflowConfig, TensorboardConfig, TrackioConfig, Wand
 from schema.words import DatasetType, HubId, Method, Modality, Provider
 
 
-class CommonConfig(Strict):
+class LlmTrainingConfig(Strict):
     """What every trainer type of language models has in common."""
 
     trainer: ClassVar[str]  # "module:function" of the code that obeys it
@@ -49,47 +49,47 @@ class CommonConfig(Strict):
     trackio_config: TrackioConfig | None = None
 
     @model_validator(mode="after")
-    def _fits_itself(self) -> Self:
+    def _check_compatibility(self) -> Self:
         if self.modality not in self.modalities:
             known = " or ".join(self.modalities)
-            raise refusal("modality", f"this trainer type trains {known}, not {self.modality}; for images use trainer_type 'sft'")
+            raise field_error("modality", f"this trainer type trains {known}, not {self.modality}; for images use trainer_type 'sft'")
         if self.provider not in self.providers or (self.provider == "unsloth" and self.modality == "vision"):
-            raise refusal("provider", "provider 'unsloth' is for trainer_type 'sft' on text; use 'huggingface'")
+            raise field_error("provider", "provider 'unsloth' is for trainer_type 'sft' on text; use 'huggingface'")
         if self.export_config.include_lora_gguf and self.hyperparameters.use_dora:
-            raise refusal("export_config.include_lora_gguf", "llama.cpp's adapter files cannot hold DoRA; use include_gguf")
+            raise field_error("export_config.include_lora_gguf", "llama.cpp's adapter files cannot hold DoRA; use include_gguf")
         if self.modality == "vision" and "onnx" in self.export_config.formats:
-            raise refusal("export_config.format", "export format onnx is for models of text that speak")
+            raise field_error("export_config.format", "export format onnx is for models of text that speak")
         if self.modality == "vision" and self.hyperparameters.packing:
-            raise refusal("hyperparameters.packing", "rows with images cannot be packed; set packing to false")
+            raise field_error("hyperparameters.packing", "rows with images cannot be packed; set packing to false")
         return self
 
     @model_validator(mode="after")
-    def _has_a_learning_rate(self) -> Self:
+    def _set_default_learning_rate(self) -> Self:
         if self.hyperparameters.learning_rate is None:
             rate = self.learning_rates[self.method]
             # The model is frozen for everybody else.
             object.__setattr__(self, "hyperparameters", self.hyperparameters.model_copy(update={"learning_rate": rate}))
         return self
 
-    def refuse_unused(self) -> None:
+    def reject_unused_fields(self) -> None:
         """Raise when a field was sent that this configuration would not use.
 
         Asked of a request only: a stored configuration has every field spelled out.
         """
         sent = self.hyperparameters.model_fields_set
         if self.hyperparameters.save_strategy != "steps" and "save_steps" in sent:
-            raise refusal("training_config.hyperparameters.save_steps", "save_steps is only used with save_strategy 'steps'")
+            raise field_error("training_config.hyperparameters.save_steps", "save_steps is only used with save_strategy 'steps'")
         if self.method != "Full":
             return
         for name in LORA_FIELDS:
             if name in sent:
-                raise refusal(f"training_config.hyperparameters.{name}", f"{name} is only used with method LoRA or QLoRA, not Full")
+                raise field_error(f"training_config.hyperparameters.{name}", f"{name} is only used with method LoRA or QLoRA, not Full")
         if "adapter" in self.export_config.formats and "format" in self.export_config.model_fields_set:
-            raise refusal(
+            raise field_error(
                 "training_config.export_config.format", "format 'adapter' needs method LoRA or QLoRA; with method Full use 'merged'"
             )
         if self.export_config.include_lora_gguf:
-            raise refusal("training_config.export_config.include_lora_gguf", "include_lora_gguf needs method LoRA or QLoRA, not Full")
+            raise field_error("training_config.export_config.include_lora_gguf", "include_lora_gguf needs method LoRA or QLoRA, not Full")
 
     @property
     def export_formats(self) -> list[ExportFormat]:
@@ -99,7 +99,7 @@ class CommonConfig(Strict):
         return list(dict.fromkeys("merged" if form == "adapter" else form for form in self.export_config.formats))
 
 
-class SftConfig(CommonConfig):
+class SftConfig(LlmTrainingConfig):
     """Supervised fine-tuning: learn to continue a text, or to answer as the data answers."""
 
     trainer: ClassVar[str] = "jobs.trainers.sft:train"
@@ -112,13 +112,13 @@ class SftConfig(CommonConfig):
     hyperparameters: SftHyperparameters = SftHyperparameters()  # type: ignore[call-arg]
 
     @model_validator(mode="after")
-    def _sees(self) -> Self:
+    def _check_vision_fields(self) -> Self:
         if self.hyperparameters.train_vision_tower and self.modality != "vision":
-            raise refusal("hyperparameters.train_vision_tower", "train_vision_tower needs modality 'vision'")
+            raise field_error("hyperparameters.train_vision_tower", "train_vision_tower needs modality 'vision'")
         return self
 
 
-class DpoConfig(CommonConfig):
+class DpoConfig(LlmTrainingConfig):
     """Direct preference optimization: learn which of two answers is preferred."""
 
     trainer: ClassVar[str] = "jobs.trainers.dpo:train"
@@ -129,7 +129,7 @@ class DpoConfig(CommonConfig):
     hyperparameters: DpoHyperparameters = DpoHyperparameters()  # type: ignore[call-arg]
 
 
-class OrpoConfig(CommonConfig):
+class OrpoConfig(LlmTrainingConfig):
     """Odds ratio preference optimization: learn the preferred answer, and away from the other, in one go."""
 
     trainer: ClassVar[str] = "jobs.trainers.orpo:train"
@@ -140,7 +140,7 @@ class OrpoConfig(CommonConfig):
     hyperparameters: OrpoHyperparameters = OrpoHyperparameters()  # type: ignore[call-arg]
 
 
-class KtoConfig(CommonConfig):
+class KtoConfig(LlmTrainingConfig):
     """Kahneman-Tversky optimization: learn from answers that are each just good or bad."""
 
     trainer: ClassVar[str] = "jobs.trainers.kto:train"
@@ -151,7 +151,7 @@ class KtoConfig(CommonConfig):
     hyperparameters: KtoHyperparameters = KtoHyperparameters()  # type: ignore[call-arg]
 
 
-class GrpoConfig(CommonConfig):
+class GrpoConfig(LlmTrainingConfig):
     """Group relative policy optimization: learn from what graders say of the model's own answers."""
 
     trainer: ClassVar[str] = "jobs.trainers.grpo:train"
@@ -165,25 +165,25 @@ class GrpoConfig(CommonConfig):
     )
 
     @model_validator(mode="after")
-    def _leaves_room_for_prompts(self) -> Self:
+    def _check_completion_length(self) -> Self:
         knobs = self.hyperparameters
         if knobs.max_completion_length >= knobs.max_seq_length:
             why = (
                 f"max_completion_length {knobs.max_completion_length} leaves no room for a prompt in max_seq_length {knobs.max_seq_length}"
             )
-            raise refusal("hyperparameters.max_completion_length", why)
+            raise field_error("hyperparameters.max_completion_length", why)
         return self
 
     @model_validator(mode="after")
-    def _graders_have_names(self) -> Self:
+    def _check_unique_grader_names(self) -> Self:
         names = [grader.name for grader in self.reward_config]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
-            raise refusal("reward_config", f"two graders are called {twice!r}; the metrics could not tell them apart")
+            raise field_error("reward_config", f"two graders are called {twice!r}; the metrics could not tell them apart")
         return self
 
 
-class RewardConfig(CommonConfig):
+class RewardConfig(LlmTrainingConfig):
     """A reward model: a score for an answer, learned from which of two is preferred."""
 
     trainer: ClassVar[str] = "jobs.trainers.reward:train"
@@ -194,16 +194,16 @@ class RewardConfig(CommonConfig):
     hyperparameters: RewardHyperparameters = RewardHyperparameters()  # type: ignore[call-arg]
 
     @model_validator(mode="after")
-    def _speaks_not(self) -> Self:
+    def _check_exports(self) -> Self:
         export = self.export_config
         if "onnx" in export.formats:
-            raise refusal("export_config.format", "export format onnx is for models of text that speak")
+            raise field_error("export_config.format", "export format onnx is for models of text that speak")
         if export.include_gguf or export.include_lora_gguf:
-            raise refusal("export_config.include_gguf", "a reward model gives scores, not text: llama.cpp cannot run it; use 'merged'")
+            raise field_error("export_config.include_gguf", "a reward model gives scores, not text: llama.cpp cannot run it; use 'merged'")
         return self
 
 
-def _with_trainer_type(value: object) -> object:
+def _add_default_trainer_type(value: object) -> object:
     """A config that does not name its trainer type is of the first one."""
     if isinstance(value, dict) and "trainer_type" not in value:
         return {"trainer_type": "sft", **cast(dict[str, object], value)}
@@ -212,10 +212,10 @@ def _with_trainer_type(value: object) -> object:
 
 TrainingConfig = Annotated[
     Annotated[SftConfig | DpoConfig | OrpoConfig | KtoConfig | GrpoConfig | RewardConfig, Field(discriminator="trainer_type")],
-    BeforeValidator(_with_trainer_type),
+    BeforeValidator(_add_default_trainer_type),
 ]
 TRAINING_CONFIG: TypeAdapter[TrainingConfig] = TypeAdapter(TrainingConfig)
-TRAINER_TYPES: dict[str, type[CommonConfig]] = {
+TRAINER_TYPES: dict[str, type[LlmTrainingConfig]] = {
     "sft": SftConfig,
     "dpo": DpoConfig,
     "orpo": OrpoConfig,

@@ -10,9 +10,9 @@ from typing import Any
 from service.adapters.hub import HuggingFaceHub
 from service.adapters.jobstores import JOB_STORES
 from service.adapters.launchers import LAUNCHERS
-from service.adapters.links import links_for
+from service.adapters.links import create_url_signer
 from service.adapters.secrets import SECRET_STORES
-from service.adapters.secrets.local import owner_only_key
+from service.adapters.secrets.local import load_or_create_key
 from service.core.dataset_rows import RowLimits
 from service.core.datasets import Datasets
 from service.core.hub import NoHub
@@ -20,20 +20,20 @@ from service.core.jobs import Jobs, Limits
 from service.core.ports import Hub, JobStore, Launcher, SecretStore
 from service.core.reconciler import Reconciler
 from service.core.tokens import TokenSigner
-from service.settings import SOURCE, Settings, attempt_environment, inherited_environment
+from service.settings import SOURCE_ROOT, Settings, attempt_environment, inherited_environment
 from storage import STORES, ObjectStore, open_store
 
 # In the cloud every answer crosses a network, an execution takes seconds to be seen, and a signal is a call that costs.
 CLOUD_LIMITS = Limits(
-    silent_after=timedelta(seconds=120),
+    heartbeat_timeout=timedelta(seconds=120),
     cancel_grace=timedelta(seconds=20),
     kill_grace=timedelta(seconds=40),
-    launch_lookup=timedelta(seconds=60),
-    start_within=timedelta(minutes=60),  # an execution may wait for a GPU
+    launch_lookup_delay=timedelta(seconds=60),
+    start_timeout=timedelta(minutes=60),  # an execution may wait for a GPU
     lease=timedelta(minutes=10),
     lease_grace=timedelta(minutes=5),
 )
-CLOUD_RUN_LIMIT_S = 3600  # what a task with a GPU may take there
+CLOUD_RUN_TIME_LIMIT_S = 3600  # what a task with a GPU may take there
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Buckets:
 
 
 @dataclass(frozen=True)
-class Parts:
+class Services:
     """The service, put together."""
 
     settings: Settings
@@ -61,7 +61,7 @@ class Parts:
     reconciler: Reconciler | None  # None: a scheduler calls the service instead
 
 
-def assemble(settings: Settings, clock: Callable[[], datetime] | None = None) -> Parts:
+def build_services(settings: Settings, clock: Callable[[], datetime] | None = None) -> Services:
     """Build every part; `clock` is the service's, left out the machine's.
 
     Raises ValueError for a name that no registry knows, Unavailable when a part does not work.
@@ -71,14 +71,14 @@ def assemble(settings: Settings, clock: Callable[[], datetime] | None = None) ->
     store = _job_store(settings)
     objects = Buckets(**{name: open_store(url) for name, url in settings.object_urls.items()})
     launcher = _launcher(settings)
-    clock = clock or now
+    clock = clock or utc_now
     secrets = _secret_store(settings)
     hub = NoHub() if settings.hf_hub_offline else HuggingFaceHub(settings.hf_endpoint)
     tokens = TokenSigner(_signing_key(settings), clock)
     reconciler = Reconciler(lambda: jobs.reconcile(), settings.reconcile_interval_s) if settings.reconcile_interval_s else None
 
     def step(job_id: str) -> None:
-        jobs.step(job_id)
+        jobs.reconcile_job(job_id)
 
     jobs = Jobs(
         store=store,
@@ -87,10 +87,10 @@ def assemble(settings: Settings, clock: Callable[[], datetime] | None = None) ->
         models=objects.models,
         datasets=objects.datasets,
         launcher=launcher,
-        links=links_for(objects.models, tokens, iam_emulator_host=settings.iam_credentials_emulator_host),
+        url_signer=create_url_signer(objects.models, tokens, iam_emulator_host=settings.iam_credentials_emulator_host),
         tokens=tokens,
         clock=clock,
-        random_tail=lambda: random.token_hex(6),
+        random_suffix=lambda: random.token_hex(6),
         wake=reconciler.wake if reconciler else step,
         limits=Limits() if settings.launcher == "local" else CLOUD_LIMITS,
         hub=hub,
@@ -106,14 +106,14 @@ def assemble(settings: Settings, clock: Callable[[], datetime] | None = None) ->
             max_rows=settings.max_dataset_rows,
         ),
         clock=clock,
-        random_tail=lambda: random.token_hex(6),
+        random_suffix=lambda: random.token_hex(6),
         scratch=home / "uploads",
         max_incoming_bytes=settings.max_incoming_bytes,
     )
-    return Parts(settings, store, objects, launcher, secrets, hub, tokens, jobs, datasets, reconciler)
+    return Services(settings, store, objects, launcher, secrets, hub, tokens, jobs, datasets, reconciler)
 
 
-def now() -> datetime:
+def utc_now() -> datetime:
     """The service's clock."""
     return datetime.now(UTC)
 
@@ -131,7 +131,7 @@ def check_adapters(settings: Settings) -> None:
 
 
 # Any: the class behind a registry line is known when it is loaded; the contract suites hold it to its port.
-def adapter(registry: dict[str, str], kind: str, name: str) -> Any:  # noqa: ANN401
+def load_adapter(registry: dict[str, str], kind: str, name: str) -> Any:  # noqa: ANN401
     """The class behind a registry line. Raises ValueError naming the lines there are."""
     if name not in registry:
         raise ValueError(f"no {kind} {name!r}; known: {', '.join(sorted(registry))}")
@@ -140,7 +140,7 @@ def adapter(registry: dict[str, str], kind: str, name: str) -> Any:  # noqa: ANN
 
 
 def _job_store(settings: Settings) -> JobStore:
-    build = adapter(JOB_STORES, "job store", settings.job_store)
+    build = load_adapter(JOB_STORES, "job store", settings.job_store)
     match settings.job_store:
         case "sqlite":
             return build(settings.home_folder / "tunesmith.db")
@@ -151,7 +151,7 @@ def _job_store(settings: Settings) -> JobStore:
 
 
 def _secret_store(settings: Settings) -> SecretStore:
-    build = adapter(SECRET_STORES, "secret store", settings.secret_store)
+    build = load_adapter(SECRET_STORES, "secret store", settings.secret_store)
     if settings.secret_store == "secret-manager":
         return build(project_id=settings.project_id, emulator_host=settings.secret_manager_emulator_host)
     return build(settings.home_folder / "secrets")
@@ -160,11 +160,11 @@ def _secret_store(settings: Settings) -> SecretStore:
 def _signing_key(settings: Settings) -> bytes:
     if settings.signing_key is not None:
         return settings.signing_key.get_secret_value().encode()
-    return owner_only_key(settings.home_folder / "signing-key", lambda: random.token_bytes(32))
+    return load_or_create_key(settings.home_folder / "signing-key", lambda: random.token_bytes(32))
 
 
 def _launcher(settings: Settings) -> Launcher:
-    build = adapter(LAUNCHERS, "launcher", settings.launcher)
+    build = load_adapter(LAUNCHERS, "launcher", settings.launcher)
     if settings.launcher == "cloud-run":
         return build(
             project_id=settings.project_id,
@@ -173,13 +173,13 @@ def _launcher(settings: Settings) -> Launcher:
             service_url=settings.url,
             service_audience=settings.identity_audience,
             max_concurrent_jobs=settings.max_concurrent_jobs,
-            time_limit_s=settings.attempt_time_limit_s or CLOUD_RUN_LIMIT_S,
+            time_limit_s=settings.attempt_time_limit_s or CLOUD_RUN_TIME_LIMIT_S,
             emulator_host=settings.cloud_run_emulator_host,
         )
     return build(
         home=settings.home_folder,
         python=settings.trainer_python,
-        source=SOURCE,
+        source=SOURCE_ROOT,
         service_url=settings.url,
         max_concurrent_jobs=settings.max_concurrent_jobs,
         environment=inherited_environment(settings),

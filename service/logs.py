@@ -7,30 +7,30 @@ from datetime import UTC, datetime
 from typing import Literal
 
 # What every LogRecord has; the rest was given as `extra` and is a fact.
-PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
+STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 
 
 def configure_logging(style: Literal["text", "json"]) -> None:
     """Send every log line of this process to stderr, in one style."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Json() if style == "json" else _Text())
+    handler.setFormatter(_JsonFormatter() if style == "json" else _TextFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("uvicorn.access").disabled = True  # one line a request drowns the events
 
 
-def _facts(record: logging.LogRecord) -> dict[str, object]:
-    return {name: value for name, value in vars(record).items() if name not in PLAIN}
+def _extra_fields(record: logging.LogRecord) -> dict[str, object]:
+    return {name: value for name, value in vars(record).items() if name not in STANDARD_ATTRIBUTES}
 
 
-class _Text(logging.Formatter):
+class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         at = datetime.fromtimestamp(record.created, UTC).strftime("%H:%M:%S")
-        facts = " ".join(f"{name}={value}" for name, value in _facts(record).items())
+        facts = " ".join(f"{name}={value}" for name, value in _extra_fields(record).items())
         line = f"{at} {record.levelname.lower():7} {record.getMessage()} {facts}".rstrip()
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
-class _Json(logging.Formatter):
+class _JsonFormatter(logging.Formatter):
     """Cloud Logging's names for what it knows: severity, message, time."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -39,7 +39,7 @@ class _Json(logging.Formatter):
             "message": record.getMessage(),
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(),
             "logger": record.name,
-            **_facts(record),
+            **_extra_fields(record),
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)

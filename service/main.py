@@ -10,11 +10,11 @@ from fastapi import FastAPI
 
 from schema.version import VERSION
 from service.api import datasets, errors, files, health, internal, jobs, train
-from service.api.identities import KeepAttemptsApart
-from service.api.limits import LimitBodies
-from service.api.patience import Patience
-from service.api.stream import Feeds, in_thread
-from service.bootstrap import Parts, assemble, check_adapters
+from service.api.identities import AttemptIdentityMiddleware
+from service.api.limits import BodyLimitMiddleware
+from service.api.patience import RequestDeadlineMiddleware
+from service.api.stream import Feeds, run_in_thread
+from service.bootstrap import Services, build_services, check_adapters
 from service.core.errors import Unavailable
 from service.logs import configure_logging
 from service.settings import Settings
@@ -35,40 +35,40 @@ def create_app(settings: Settings | None = None, clock: Callable[[], datetime] |
     app = FastAPI(title="Tunesmith", version=VERSION, description=DESCRIPTION, lifespan=_lifespan)
     app.state.settings = settings
     app.state.clock = clock
-    app.add_middleware(Patience)
-    app.add_middleware(LimitBodies, max_upload_bytes=settings.max_upload_bytes)
+    app.add_middleware(RequestDeadlineMiddleware)
+    app.add_middleware(BodyLimitMiddleware, max_upload_bytes=settings.max_upload_bytes)
     if settings.attempt_identity:
-        app.add_middleware(KeepAttemptsApart, email=settings.attempt_identity)
+        app.add_middleware(AttemptIdentityMiddleware, email=settings.attempt_identity)
     errors.install(app)
     for part in (train, jobs, datasets, files, health, internal):
         app.include_router(part.router)
-    app.include_router(internal.upkeep)
+    app.include_router(internal.maintenance_router)
     return app
 
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
-    parts = await in_thread(assemble, app.state.settings, app.state.clock)
-    app.state.parts = parts
-    app.state.feeds = Feeds(parts.jobs, parts.settings.event_poll_s)
-    if parts.reconciler is not None:
-        parts.reconciler.start()
-    asking = asyncio.create_task(_ask_hardware(parts))  # seconds, which the first request need not wait for
-    log.info("service is ready", extra={"url": parts.settings.url, "home": str(parts.settings.home_folder)})
+    services = await run_in_thread(build_services, app.state.settings, app.state.clock)
+    app.state.services = services
+    app.state.feeds = Feeds(services.jobs, services.settings.event_poll_s)
+    if services.reconciler is not None:
+        services.reconciler.start()
+    asking = asyncio.create_task(_load_capabilities(services))  # seconds, which the first request need not wait for
+    log.info("service is ready", extra={"url": services.settings.url, "home": str(services.settings.home_folder)})
     try:
         yield
     finally:
         asking.cancel()
-        if parts.reconciler is not None:
-            await in_thread(parts.reconciler.stop)
-        await in_thread(parts.launcher.close)
-        parts.hub.close()
-        parts.secrets.close()
-        parts.store.close()
+        if services.reconciler is not None:
+            await run_in_thread(services.reconciler.stop)
+        await run_in_thread(services.launcher.close)
+        services.hub.close()
+        services.secrets.close()
+        services.store.close()
 
 
-async def _ask_hardware(parts: Parts) -> None:
+async def _load_capabilities(services: Services) -> None:
     with suppress(Unavailable):  # it is in the log, and every request that needs the answer asks again
-        await in_thread(parts.launcher.hardware)
-        if parts.reconciler is not None:  # this process is the only one: a secret without a job is nobody's
-            await in_thread(lambda: parts.jobs.sweep_secrets(orphans=True))
+        await run_in_thread(services.launcher.get_capabilities)
+        if services.reconciler is not None:  # this process is the only one: a secret without a job is nobody's
+            await run_in_thread(lambda: services.jobs.delete_stale_secrets(orphans=True))

@@ -7,10 +7,10 @@ from typing import Annotated, Literal, Self
 from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from service.core.trackers import Trackers
+from service.core.trackers import DeploymentTrackers
 
-HUB = "https://huggingface.co"
-SOURCE = Path(__file__).resolve().parent.parent
+DEFAULT_HF_ENDPOINT = "https://huggingface.co"
+SOURCE_ROOT = Path(__file__).resolve().parent.parent
 
 
 class Settings(BaseSettings):
@@ -68,7 +68,7 @@ class Settings(BaseSettings):
         None, min_length=32, description="Signs attempt tokens and links, the same in every instance. Left out, a key file in home."
     )
     max_concurrent_jobs: int = Field(1, ge=1, le=1000, description="Attempts at a time; others wait in the queue.")
-    trainer_python: Path = Field(SOURCE / ".venvs/llm/bin/python", description="The Python of the trainer's environment.")
+    trainer_python: Path = Field(SOURCE_ROOT / ".venvs/llm/bin/python", description="The Python of the trainer's environment.")
     max_upload_bytes: int = Field(2 << 30, ge=1, description="Largest dataset file, in bytes.")
     max_incoming_bytes: int = Field(
         2 << 30, ge=1, description="Largest dataset file that is read from `incoming/` of the dataset store, in bytes."
@@ -79,14 +79,14 @@ class Settings(BaseSettings):
     )
     max_dataset_rows: int = Field(1_000_000, ge=1, description="Most rows of a dataset.")
     hf_endpoint: str = Field(
-        HUB,
+        DEFAULT_HF_ENDPOINT,
         pattern=r"^https?://[^\s@]+$",
         validation_alias=AliasChoices("TUNESMITH_HF_ENDPOINT", "HF_ENDPOINT"),
         description="The Hugging Face Hub, which is asked before a job is taken whether its token may read the base, and push. "
         "Attempts use it, too.",
     )
     hf_hub_offline: bool = Field(False, validation_alias="HF_HUB_OFFLINE", description="`1`: the Hub is not asked.")
-    trackers: Trackers | None = Field(
+    trackers: DeploymentTrackers | None = Field(
         None,
         description="Where jobs that name no tracker of that kind mirror their curves, as JSON in the words of a request: "
         '`{"mlflow_config": {"tracking_uri": "https://mlflow.example.com"}, "tensorboard_config": {}}`. W&B with `"mode": "offline"` only.',
@@ -113,16 +113,16 @@ class Settings(BaseSettings):
 
     @field_validator("hardware_profiles", mode="before")
     @classmethod
-    def _by_comma(cls, value: object) -> object:
+    def _split_commas(cls, value: object) -> object:
         return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _what_the_cloud_needs(self) -> Self:
+    def _check_cloud_settings(self) -> Self:
         needs = {"firestore": ("project_id",), "secret-manager": ("project_id",), "cloud-run": ("project_id", "region", "public_url")}
         for adapter in (self.job_store, self.secret_store, self.launcher):
             for name in needs.get(adapter, ()):
                 if not getattr(self, name):
-                    raise ValueError(f"{adapter} needs {_variable(name)}")
+                    raise ValueError(f"{adapter} needs {_variable_name(name)}")
         if self.launcher == "cloud-run" and not self.hardware_profiles:
             raise ValueError("cloud-run needs TUNESMITH_HARDWARE_PROFILES, such as l4,cpu")
         return self
@@ -146,13 +146,13 @@ class Settings(BaseSettings):
         return self.public_url or f"http://{host}:{self.port}"
 
 
-def _variable(name: str) -> str:
+def _variable_name(name: str) -> str:
     """How a person sets it."""
     return {"project_id": "PROJECT_ID", "region": "REGION"}.get(name, f"TUNESMITH_{name.upper()}")
 
 
 # What an attempt on this machine inherits; everything else, credentials above all, stays with the service.
-INHERITED = (
+INHERITED_VARIABLES = (
     *("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR", "XDG_CACHE_HOME", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES"),
     *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
     *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
@@ -163,7 +163,7 @@ INHERITED = (
     *("JOB_PROCESSES", "JOB_PARALLELISM"),  # how many GPUs a training uses at most, and how it shares them
 )
 # And where there is an s3:// store: it knows no other credentials than these.
-INHERITED_FOR_S3 = (
+INHERITED_S3_VARIABLES = (
     *("AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"),
     *("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"),
 )
@@ -172,10 +172,10 @@ INHERITED_FOR_S3 = (
 def inherited_environment(settings: Settings) -> dict[str, str]:
     """The service's variables that an attempt may see."""
     uses_s3 = any(url.startswith("s3://") for url in settings.object_urls.values())
-    names = (*INHERITED, *INHERITED_FOR_S3) if uses_s3 else INHERITED
+    names = (*INHERITED_VARIABLES, *INHERITED_S3_VARIABLES) if uses_s3 else INHERITED_VARIABLES
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def attempt_environment(settings: Settings) -> dict[str, str]:
     """What every attempt is told, wherever it runs: the Hub that the service asks, where it is another than the usual one."""
-    return {} if settings.hf_endpoint == HUB else {"HF_ENDPOINT": settings.hf_endpoint}
+    return {} if settings.hf_endpoint == DEFAULT_HF_ENDPOINT else {"HF_ENDPOINT": settings.hf_endpoint}

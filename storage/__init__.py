@@ -14,10 +14,10 @@ from pathlib import Path
 from threading import Event
 from typing import BinaryIO, Protocol, TypeVar
 
-AT_ONCE = 8  # transfers: enough to fill a network, and each holds a part of some 16 MB in memory
+MAX_TRANSFERS = 8  # transfers: enough to fill a network, and each holds a part of some 16 MB in memory
 
 Item = TypeVar("Item")
-Done = TypeVar("Done")
+ReturnT = TypeVar("ReturnT")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class ObjectStore(Protocol):
         """What is known of an object, or None."""
         ...
 
-    def walk(self, prefix: str) -> Iterator[StoredObject]:
+    def iter_objects(self, prefix: str) -> Iterator[StoredObject]:
         """Every object whose key starts with `prefix`, in key order. A prefix that ends in `/` is a folder."""
         ...
 
@@ -123,12 +123,12 @@ def check_key(key: str) -> str:
     return key
 
 
-def delete_below(store: ObjectStore, prefix: str) -> list[str]:
+def delete_prefix(store: ObjectStore, prefix: str) -> list[str]:
     """Remove every object below a folder, and say which. Can be repeated until it returns nothing."""
     if not prefix.endswith("/"):
         raise InvalidKey(f"a folder ends in '/': {prefix!r}")
-    keys = [stored.key for stored in store.walk(prefix)]
-    return [key for key, gone in zip(keys, at_once(store.delete, keys), strict=True) if gone]
+    keys = [stored.key for stored in store.iter_objects(prefix)]
+    return [key for key, gone in zip(keys, map_concurrently(store.delete, keys), strict=True) if gone]
 
 
 def upload_many(store: ObjectStore, files: Iterable[tuple[Path, str, str | None]]) -> list[StoredObject]:
@@ -136,33 +136,33 @@ def upload_many(store: ObjectStore, files: Iterable[tuple[Path, str, str | None]
 
     The first failure is raised; what has not begun by then is left out, what has is finished.
     """
-    return at_once(lambda file: store.upload(file[0], file[1], sha256=file[2]), list(files))
+    return map_concurrently(lambda file: store.upload(file[0], file[1], sha256=file[2]), list(files))
 
 
-def download_many(store: ObjectStore, keys: Iterable[str], folder: Path, *, below: str = "") -> list[Path]:
+def download_many(store: ObjectStore, keys: Iterable[str], folder: Path, *, strip_prefix: str = "") -> list[Path]:
     """Bring objects to a folder, several at a time, each under its key without the prefix `below`. Fails as `upload_many` does."""
-    return at_once(lambda key: store.download(key, folder / check_key(key).removeprefix(below)), list(keys))
+    return map_concurrently(lambda key: store.download(key, folder / check_key(key).removeprefix(strip_prefix)), list(keys))
 
 
-def at_once(act: Callable[[Item], Done], items: Sequence[Item]) -> list[Done]:
+def map_concurrently(function: Callable[[Item], ReturnT], items: Sequence[Item]) -> list[ReturnT]:
     """What `act` makes of each, several at a time, in their order. Whoever waits for it is known to every thread.
 
     The first failure is raised; what has not begun by then is left out, what has is finished.
     """
     if len(items) < 2:
-        return [act(item) for item in items]
+        return [function(item) for item in items]
     failed = Event()
 
-    def unless_failed(item: Item) -> Done:
+    def unless_failed(item: Item) -> ReturnT:
         if failed.is_set():
             raise CancelledError
         try:
-            return act(item)
+            return function(item)
         except BaseException:
             failed.set()
             raise
 
-    with ThreadPoolExecutor(min(AT_ONCE, len(items)), "transfer") as pool:
+    with ThreadPoolExecutor(min(MAX_TRANSFERS, len(items)), "transfer") as pool:
         started = [pool.submit(copy_context().run, unless_failed, item) for item in items]
     errors = (future.exception() for future in started)
     first = next((error for error in errors if error is not None and not isinstance(error, CancelledError)), None)

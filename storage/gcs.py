@@ -31,116 +31,116 @@ from google.cloud.storage.retry import DEFAULT_RETRY
 from requests.adapters import HTTPAdapter
 
 from storage import ChecksumMismatch, NoSuchObject, ObjectExists, StorageError, StoredObject, StoreUnavailable
-from storage.patience import time_left
+from storage.patience import remaining_s
 from storage.remote import (
-    CONNECT_S,
+    CONNECT_TIMEOUT_S,
+    INITIAL_BACKOFF_S,
+    MAX_BACKOFF_S,
+    MAX_RETRY_S,
     PART_BYTES,
-    RETRY_FIRST_S,
-    RETRY_MOST_S,
-    RETRY_S,
-    STALL_S,
-    Place,
-    Seal,
-    again_if_damaged,
+    READ_TIMEOUT_S,
+    BucketLocation,
+    StoredDigest,
     check_sha256,
     checked_stream,
-    save,
+    retry_on_checksum_mismatch,
+    save_to_file,
 )
 
-SMALL_BYTES = 8 << 20  # goes up in a single request; the library's own limit for it
-PAGE = 1000
-CONNECTIONS = 32  # of a client; more threads than that wait for one another
-MARK = "tunesmith-write"  # metadata: which write an object is of, so that a lost answer can be told from another writer
+MAX_SINGLE_REQUEST_BYTES = 8 << 20  # goes up in a single request; the library's own limit for it
+PAGE_SIZE = 1000
+MAX_CONNECTIONS = 32  # of a client; more threads than that wait for one another
+WRITE_ID_KEY = "tunesmith-write"  # metadata: which write an object is of, so that a lost answer can be told from another writer
 CONTENT_TYPE = "application/octet-stream"
 
 
 class GcsStore:
     """A bucket, or a folder of it. Every upload declares its CRC32C, so that the server refuses what arrives damaged."""
 
-    def __init__(self, url: str, *, page_size: int = PAGE) -> None:
-        self._place = Place.of(url, "gs")
-        self.url = self._place.url
+    def __init__(self, url: str, *, page_size: int = PAGE_SIZE) -> None:
+        self._location = BucketLocation.parse(url, "gs")
+        self.url = self._location.url
         self._page_size = page_size
         self._lock = threading.Lock()
         self._client: Client | None = None
-        self._bucket_seen = False
+        self._bucket_confirmed = False
 
     def write(self, key: str, content: bytes, *, if_absent: bool = False) -> StoredObject:
-        return again_if_damaged(lambda: self._write(key, content, if_absent))
+        return retry_on_checksum_mismatch(lambda: self._write(key, content, if_absent))
 
     def read(self, key: str) -> bytes:
         blob = self.blob(key)
 
         def whole() -> bytes:
-            with self._translated(key):
-                return bytes(blob.download_as_bytes(raw_download=True, checksum="crc32c", retry=_retry()))
+            with self._translate_errors(key):
+                return bytes(blob.download_as_bytes(raw_download=True, checksum="crc32c", retry=_retry_policy()))
 
-        return again_if_damaged(whole)
+        return retry_on_checksum_mismatch(whole)
 
     def open_read(self, key: str) -> AbstractContextManager[BinaryIO]:
-        found = self._found(key)
+        found = self._get_blob(key)
         pinned = self._bucket().blob(found.name, generation=found.generation)  # all ranges are of one and the same writing
 
         def fetch(start: int, end: int) -> bytes:
             try:
-                with self._translated(key):
+                with self._translate_errors(key):
                     content = pinned.download_as_bytes(
                         start=start,
                         end=end - 1,
                         raw_download=True,
                         checksum=None,  # pyright: ignore[reportArgumentType]  # the server knows that of the whole, checked below
-                        retry=_retry(),
+                        retry=_retry_policy(),
                     )
             except NoSuchObject as error:
                 raise ChecksumMismatch(f"{self.url}/{key} was replaced or deleted while it was read") from error
             return bytes(content)
 
-        seal = Seal(google_crc32c.Checksum, base64.b64decode(found.crc32c)) if found.crc32c else None
+        seal = StoredDigest(google_crc32c.Checksum, base64.b64decode(found.crc32c)) if found.crc32c else None
         return checked_stream(int(found.size or 0), fetch, seal, f"{self.url}/{key}")
 
     def upload(self, source: Path, key: str, *, sha256: str | None = None) -> StoredObject:
-        if source.stat().st_size <= SMALL_BYTES:
+        if source.stat().st_size <= MAX_SINGLE_REQUEST_BYTES:
             content = source.read_bytes()
             check_sha256(source, sha256, hashlib.sha256(content).hexdigest(), f"{self.url}/{key}")
             return self.write(key, content)
-        sums = _sums(source)
+        sums = _compute_checksums(source)
         check_sha256(source, sha256, sums.sha256, f"{self.url}/{key}")
-        return again_if_damaged(lambda: self._upload(source, key, sums))
+        return retry_on_checksum_mismatch(lambda: self._upload(source, key, sums))
 
     def download(self, key: str, target: Path) -> Path:
-        return save(lambda: self.open_read(key), target)
+        return save_to_file(lambda: self.open_read(key), target)
 
     def stat(self, key: str) -> StoredObject | None:
         try:
-            return _stored(self._found(key), key)
+            return _stored_object(self._get_blob(key), key)
         except NoSuchObject:
             return None
 
-    def walk(self, prefix: str) -> Iterator[StoredObject]:
-        with self._translated(prefix):
-            listing = self._google().list_blobs(
-                self._place.bucket,
-                prefix=self._place.folder + prefix,
+    def iter_objects(self, prefix: str) -> Iterator[StoredObject]:
+        with self._translate_errors(prefix):
+            listing = self._get_client().list_blobs(
+                self._location.bucket,
+                prefix=self._location.folder + prefix,
                 page_size=self._page_size,
                 fields="items(name,size,generation),nextPageToken",
-                retry=_retry(),
+                retry=_retry_policy(),
             )
             for blob in listing:
-                key = self._place.key_of(str(blob.name))
+                key = self._location.key_from_object_name(str(blob.name))
                 if key is not None:
-                    yield _stored(blob, key)
+                    yield _stored_object(blob, key)
 
     def delete(self, key: str) -> bool:
         try:
-            with self._translated(key):
-                self.blob(key).delete(retry=_retry())
+            with self._translate_errors(key):
+                self.blob(key).delete(retry=_retry_policy())
         except NoSuchObject:
             return False
         return True
 
     def blob(self, key: str) -> Blob:
         """The library's own object behind a key, for whoever signs links to it: a power only this store has."""
-        return self._bucket().blob(self._place.name_of(key))
+        return self._bucket().blob(self._location.object_name(key))
 
     def close(self) -> None:
         """Let go of connections."""
@@ -149,120 +149,120 @@ class GcsStore:
                 self._client.close()
                 self._client = None
 
-    def _google(self) -> Client:
+    def _get_client(self) -> Client:
         with self._lock:
             if self._client is None:
                 self._client = _new_client(self.url)
             return self._client
 
     def _bucket(self) -> Bucket:
-        return self._google().bucket(self._place.bucket)
+        return self._get_client().bucket(self._location.bucket)
 
-    def _marked(self, key: str) -> Blob:
+    def _new_blob(self, key: str) -> Blob:
         blob = self.blob(key)
-        blob.metadata = {MARK: uuid.uuid4().hex}
+        blob.metadata = {WRITE_ID_KEY: uuid.uuid4().hex}
         return blob
 
-    def _found(self, key: str) -> Blob:
+    def _get_blob(self, key: str) -> Blob:
         blob = self.blob(key)
-        with self._translated(key):
-            blob.reload(retry=_retry())
+        with self._translate_errors(key):
+            blob.reload(retry=_retry_policy())
         return blob
 
     def _write(self, key: str, content: bytes, if_absent: bool) -> StoredObject:
-        blob, crc32c = self._marked(key), _crc32c(content)
+        blob, crc32c = self._new_blob(key), _crc32c(content)
         blob.crc32c = crc32c
-        with self._translated(key):
+        with self._translate_errors(key):
             try:
                 blob.upload_from_string(
-                    content, CONTENT_TYPE, if_generation_match=0 if if_absent else None, checksum="crc32c", retry=_retry()
+                    content, CONTENT_TYPE, if_generation_match=0 if if_absent else None, checksum="crc32c", retry=_retry_policy()
                 )
             except google_errors.PreconditionFailed as error:
-                if not self._is_ours(blob):
+                if not self._is_own_write(blob):
                     raise ObjectExists(f"{self.url}/{key} is already there") from error
-        return self._arrived(blob, key, crc32c)
+        return self._verify_upload(blob, key, crc32c)
 
-    def _upload(self, source: Path, key: str, sums: "_Sums") -> StoredObject:
+    def _upload(self, source: Path, key: str, checksums: "_Checksums") -> StoredObject:
         """Part by part, each sent again until it is taken. The server is told the sum of the whole beforehand, and refuses another."""
-        blob = self._marked(key)
+        blob = self._new_blob(key)
         blob.chunk_size = PART_BYTES
-        with self._translated(key), source.open("rb") as stream:
+        with self._translate_errors(key), source.open("rb") as stream:
             try:
                 blob.upload_from_file(
                     stream,
-                    size=sums.size_bytes,
+                    size=checksums.size_bytes,
                     content_type=CONTENT_TYPE,
                     checksum="crc32c",
-                    crc32c_checksum_value=sums.crc32c,
-                    retry=_retry(),
+                    crc32c_checksum_value=checksums.crc32c,
+                    retry=_retry_policy(),
                 )
             except google_errors.ClientError as error:
                 if error.code not in (404, 410):
                     raise
                 # The session is over: because the last part was taken and the answer lost, or because the server forgot it.
-                self._refuse_missing_bucket(error)
-                if not self._is_ours(blob):
+                self._raise_if_bucket_missing(error)
+                if not self._is_own_write(blob):
                     raise StoreUnavailable(f"the upload of {key} to {self.url} was broken off by the store; start it again") from error
-        return self._arrived(blob, key, sums.crc32c)
+        return self._verify_upload(blob, key, checksums.crc32c)
 
-    def _is_ours(self, blob: Blob) -> bool:
+    def _is_own_write(self, blob: Blob) -> bool:
         """Whether what is stored is of this very write, whose answer was lost. Then `blob` knows what is stored."""
         stored = self._bucket().blob(blob.name)
         try:
-            stored.reload(retry=_retry())
+            stored.reload(retry=_retry_policy())
         except google_errors.NotFound:
             return False
-        if _metadata(stored).get(MARK) != _metadata(blob).get(MARK):
+        if _metadata(stored).get(WRITE_ID_KEY) != _metadata(blob).get(WRITE_ID_KEY):
             return False
-        blob.reload(retry=_retry())
+        blob.reload(retry=_retry_policy())
         return True
 
-    def _arrived(self, blob: Blob, key: str, crc32c: str) -> StoredObject:
+    def _verify_upload(self, blob: Blob, key: str, crc32c: str) -> StoredObject:
         """What was stored. A server that did not hold it against the declared checksum is made to forget it."""
         if blob.crc32c != crc32c:
-            with self._translated(key):
-                blob.delete(if_generation_match=blob.generation, retry=_retry())
+            with self._translate_errors(key):
+                blob.delete(if_generation_match=blob.generation, retry=_retry_policy())
             raise ChecksumMismatch(f"{key} arrived damaged at {self.url}: CRC32C {blob.crc32c}, sent {crc32c}")
-        self._bucket_seen = True
-        return _stored(blob, key)
+        self._bucket_confirmed = True
+        return _stored_object(blob, key)
 
     @contextmanager
-    def _translated(self, key: str) -> Generator[None]:
+    def _translate_errors(self, key: str) -> Generator[None]:
         """Errors of the library in our words."""
         try:
             yield
         except google_errors.NotFound as error:
-            self._refuse_missing_bucket(error)
+            self._raise_if_bucket_missing(error)
             raise NoSuchObject(f"nothing is stored at {self.url}/{key}") from error
         except DataCorruption as error:
             raise ChecksumMismatch(f"{self.url}/{key} and its checksum differ: damaged on its way") from error
         except (google_errors.GoogleAPIError, GoogleAuthError, requests.RequestException, OSError) as error:
             if isinstance(error, OSError) and not isinstance(error, (requests.RequestException, ConnectionError)):
                 raise  # of a file on this machine
-            raise _as_ours(error, self._place) from error
+            raise _translate_error(error, self._location) from error
 
-    def _refuse_missing_bucket(self, error: google_errors.ClientError) -> None:
+    def _raise_if_bucket_missing(self, error: google_errors.ClientError) -> None:
         """Raises StoreUnavailable when it is the bucket that there is not. Google says so; stand-ins have to be asked."""
-        if "bucket does not exist" not in str(error) and (self._bucket_seen or self._bucket_is_there()):
+        if "bucket does not exist" not in str(error) and (self._bucket_confirmed or self._bucket_exists()):
             return
         raise StoreUnavailable(
-            f"bucket {self._place.bucket} does not exist; make it: gcloud storage buckets create gs://{self._place.bucket}"
+            f"bucket {self._location.bucket} does not exist; make it: gcloud storage buckets create gs://{self._location.bucket}"
             " --location=REGION --uniform-bucket-level-access --public-access-prevention (`make deploy` makes them all)"
         ) from error
 
-    def _bucket_is_there(self) -> bool:
+    def _bucket_exists(self) -> bool:
         try:
-            list(self._google().list_blobs(self._place.bucket, max_results=1, fields="items(name)", retry=_retry()))
+            list(self._get_client().list_blobs(self._location.bucket, max_results=1, fields="items(name)", retry=_retry_policy()))
         except google_errors.NotFound:
             return False
         except (google_errors.GoogleAPIError, GoogleAuthError, requests.RequestException) as error:
-            raise _as_ours(error, self._place) from error
-        self._bucket_seen = True
+            raise _translate_error(error, self._location) from error
+        self._bucket_confirmed = True
         return True
 
 
 @dataclass(frozen=True)
-class _Sums:
+class _Checksums:
     """What a file comes to."""
 
     size_bytes: int
@@ -270,16 +270,16 @@ class _Sums:
     crc32c: str
 
 
-def patient_session() -> requests.Session:
+def create_deadline_session() -> requests.Session:
     """HTTP to Google in which every try gets no more time than its caller has left."""
-    return _made_patient(requests.Session())
+    return _mount_deadline_adapter(requests.Session())
 
 
-class _PatientAdapter(HTTPAdapter):
+class _DeadlineAdapter(HTTPAdapter):
     """Gives every single try what is left of the caller's patience: the library sets a timeout once for all of them."""
 
     def send(self, *args: Any, **kwargs: Any) -> requests.Response:  # noqa: ANN401  # the parent's arguments, but for one
-        answer = super().send(*args, **{**kwargs, "timeout": (time_left(CONNECT_S), time_left(STALL_S))})
+        answer = super().send(*args, **{**kwargs, "timeout": (remaining_s(CONNECT_TIMEOUT_S), remaining_s(READ_TIMEOUT_S))})
         if not answer.ok:
             _ = answer.content  # the library leaves refusals of downloads unread, and their connections open
         return answer
@@ -294,22 +294,22 @@ def _new_client(url: str) -> Client:
     client._bucket_metadata_cache = None  # pyright: ignore[reportAttributeAccessIssue]  # as the library itself looks for
     for session in (client._http, client._http._auth_request_session):
         assert session is not None  # None only for clients that bring their own
-        _made_patient(session)
+        _mount_deadline_adapter(session)
     return client
 
 
-def _made_patient(session: requests.Session) -> requests.Session:
+def _mount_deadline_adapter(session: requests.Session) -> requests.Session:
     for scheme in ("https://", "http://"):
-        session.mount(scheme, _PatientAdapter(pool_maxsize=CONNECTIONS))
+        session.mount(scheme, _DeadlineAdapter(pool_maxsize=MAX_CONNECTIONS))
     return session
 
 
-def _retry() -> Retry:
+def _retry_policy() -> Retry:
     """The library's own goes on for two minutes, whoever waits. Transfers take it for each part, not for the whole."""
-    return DEFAULT_RETRY.with_timeout(time_left(RETRY_S)).with_delay(RETRY_FIRST_S, RETRY_MOST_S, 2)
+    return DEFAULT_RETRY.with_timeout(remaining_s(MAX_RETRY_S)).with_delay(INITIAL_BACKOFF_S, MAX_BACKOFF_S, 2)
 
 
-def _stored(blob: Blob, key: str) -> StoredObject:
+def _stored_object(blob: Blob, key: str) -> StoredObject:
     return StoredObject(key=key, size_bytes=int(blob.size or 0), generation=str(blob.generation))
 
 
@@ -321,42 +321,42 @@ def _crc32c(content: bytes) -> str:
     return base64.b64encode(google_crc32c.Checksum(content).digest()).decode()
 
 
-def _sums(source: Path) -> _Sums:
+def _compute_checksums(source: Path) -> _Checksums:
     size_bytes, sha256, crc32c = 0, hashlib.sha256(), google_crc32c.Checksum()
     with source.open("rb") as stream:
         while chunk := stream.read(1 << 20):
             size_bytes += len(chunk)
             sha256.update(chunk)
             crc32c.update(chunk)
-    return _Sums(size_bytes, sha256.hexdigest(), base64.b64encode(crc32c.digest()).decode())
+    return _Checksums(size_bytes, sha256.hexdigest(), base64.b64encode(crc32c.digest()).decode())
 
 
-def _as_ours(error: Exception, place: Place) -> StorageError:
+def _translate_error(error: Exception, location: BucketLocation) -> StorageError:
     """The library's error as one that tells the operator what to do."""
     match error:
         case google_errors.RetryError(cause=Exception() as cause):
-            return _as_ours(cause, place)
+            return _translate_error(cause, location)
         case google_errors.Forbidden():
-            return StoreUnavailable(_missing_role(str(error), place))
+            return StoreUnavailable(_missing_role(str(error), location))
         case google_errors.BadRequest() if "crc32c" in str(error).lower():
-            return ChecksumMismatch(f"the store refused an object for {place.url}: it arrived damaged")
+            return ChecksumMismatch(f"the store refused an object for {location.url}: it arrived damaged")
         case google_errors.Unauthorized() | GoogleAuthError():
             who = "gcloud auth application-default login, or give the process a service account"
-            return StoreUnavailable(f"Google refused the credentials for {place.url} ({_first_line(error)}); {who}")
+            return StoreUnavailable(f"Google refused the credentials for {location.url} ({_first_line(error)}); {who}")
         case google_errors.GoogleAPICallError():
-            return StoreUnavailable(f"Cloud Storage answers {error.code} for {place.url}: {_first_line(error)}")
+            return StoreUnavailable(f"Cloud Storage answers {error.code} for {location.url}: {_first_line(error)}")
         case _:
-            return StoreUnavailable(f"Cloud Storage gave no usable answer in time for {place.url} ({type(error).__name__})")
+            return StoreUnavailable(f"Cloud Storage gave no usable answer in time for {location.url} ({type(error).__name__})")
 
 
-def _missing_role(refusal: str, place: Place) -> str:
+def _missing_role(message: str, location: BucketLocation) -> str:
     """Google names the account that it refused."""
-    found = re.search(r"([\w.+-]+@[\w.-]+\w) does not have (\S+)", refusal)
+    found = re.search(r"([\w.+-]+@[\w.-]+\w) does not have (\S+)", message)
     who, permission = found.groups() if found else ("ACCOUNT", "access")
     member = f"serviceAccount:{who}" if who.endswith("gserviceaccount.com") or not found else f"user:{who}"
     return (
-        f"{who} does not have {permission} to gs://{place.bucket}; it needs roles/storage.objectUser on the bucket: gcloud storage"
-        f" buckets add-iam-policy-binding gs://{place.bucket} --member={member} --role=roles/storage.objectUser"
+        f"{who} does not have {permission} to gs://{location.bucket}; it needs roles/storage.objectUser on the bucket: gcloud storage"
+        f" buckets add-iam-policy-binding gs://{location.bucket} --member={member} --role=roles/storage.objectUser"
     )
 
 

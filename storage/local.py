@@ -25,7 +25,7 @@ from storage import (
 )
 
 CHUNK_BYTES = 1 << 20
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 INCOMING = ".incoming"  # half-written files; on the same file system, so that a rename publishes them
 
 
@@ -40,8 +40,8 @@ class LocalStore:
         self.root = Path(unquote(parts.path))
 
     def write(self, key: str, content: bytes, *, if_absent: bool = False) -> StoredObject:
-        path = self.path_of(key)
-        with self._incoming() as temporary:
+        path = self.path_for_key(key)
+        with self._open_temporary() as temporary:
             temporary.stream.write(content)
             return self._publish(temporary, path, key, if_absent=if_absent)
 
@@ -51,14 +51,14 @@ class LocalStore:
 
     def open_read(self, key: str) -> AbstractContextManager[BinaryIO]:
         try:
-            return self.path_of(key).open("rb")
+            return self.path_for_key(key).open("rb")
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise NoSuchObject(f"nothing is stored at {self.url}/{key}") from error
 
     def upload(self, source: Path, key: str, *, sha256: str | None = None) -> StoredObject:
-        path = self.path_of(key)
+        path = self.path_for_key(key)
         digest = hashlib.sha256()
-        with source.open("rb") as reader, self._incoming() as temporary:
+        with source.open("rb") as reader, self._open_temporary() as temporary:
             while chunk := reader.read(CHUNK_BYTES):
                 digest.update(chunk)
                 temporary.stream.write(chunk)
@@ -74,13 +74,13 @@ class LocalStore:
         return part.replace(target)
 
     def stat(self, key: str) -> StoredObject | None:
-        path = self.path_of(key)
+        path = self.path_for_key(key)
         try:
-            return _stored(path, key) if path.is_file() else None
+            return _stored_object(path, key) if path.is_file() else None
         except FileNotFoundError:
             return None
 
-    def walk(self, prefix: str) -> Iterator[StoredObject]:
+    def iter_objects(self, prefix: str) -> Iterator[StoredObject]:
         folder = self.root / prefix.rpartition("/")[0]
         if not folder.resolve().is_relative_to(self.root.resolve()):
             raise InvalidKey(f"not below the store: {prefix!r}")
@@ -90,7 +90,7 @@ class LocalStore:
                 yield stored
 
     def delete(self, key: str) -> bool:
-        path = self.path_of(key)
+        path = self.path_for_key(key)
         try:
             path.unlink()
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
@@ -98,7 +98,7 @@ class LocalStore:
         _remove_empty_parents(path, self.root)
         return True
 
-    def path_of(self, key: str) -> Path:
+    def path_for_key(self, key: str) -> Path:
         """The file behind a key, which may not exist: a power only this store has."""
         path = self.root / check_key(key)
         if not path.resolve().is_relative_to(self.root.resolve()):
@@ -106,24 +106,24 @@ class LocalStore:
         return path
 
     @contextmanager
-    def _incoming(self) -> Generator["_Incoming"]:
+    def _open_temporary(self) -> Generator["_TemporaryFile"]:
         """A temporary file that is gone afterwards unless it was renamed away."""
         try:
             (self.root / INCOMING).mkdir(parents=True, exist_ok=True)
             descriptor, name = tempfile.mkstemp(dir=self.root / INCOMING)
         except OSError as error:
-            raise _as_ours(error, self.root) from error
+            raise _translate_error(error, self.root) from error
         try:
             with open(descriptor, "wb") as temporary:
-                yield _Incoming(temporary, Path(name))
+                yield _TemporaryFile(temporary, Path(name))
         except OSError as error:
-            if error.errno in (*NO_ROOM, errno.EROFS):
-                raise _as_ours(error, self.root) from error
+            if error.errno in (*DISK_FULL_ERRNOS, errno.EROFS):
+                raise _translate_error(error, self.root) from error
             raise
         finally:
             Path(name).unlink(missing_ok=True)
 
-    def _publish(self, temporary: "_Incoming", path: Path, key: str, *, if_absent: bool) -> StoredObject:
+    def _publish(self, temporary: "_TemporaryFile", path: Path, key: str, *, if_absent: bool) -> StoredObject:
         temporary.stream.flush()
         os.fsync(temporary.stream.fileno())
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,24 +135,24 @@ class LocalStore:
         else:
             os.replace(temporary.path, path)
         _sync_folder(path.parent)
-        return _stored(path, key)
+        return _stored_object(path, key)
 
 
 @dataclass(frozen=True)
-class _Incoming:
+class _TemporaryFile:
     """A half-written object."""
 
     stream: BinaryIO
     path: Path
 
 
-def _as_ours(error: OSError, root: Path) -> StoreUnavailable:
-    if error.errno in NO_ROOM:
+def _translate_error(error: OSError, root: Path) -> StoreUnavailable:
+    if error.errno in DISK_FULL_ERRNOS:
         return StoreFull(f"no room left below {root}")
     return StoreUnavailable(f"cannot write below {root}: {error.strerror}")
 
 
-def _stored(path: Path, key: str) -> StoredObject:
+def _stored_object(path: Path, key: str) -> StoredObject:
     facts = path.stat()
     return StoredObject(key=key, size_bytes=facts.st_size, generation=f"{facts.st_mtime_ns}-{facts.st_ino}")
 

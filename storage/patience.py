@@ -8,22 +8,22 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-LEAST_S = 0.05  # a call that is made at all gets this long: a library takes 0 for "for ever"
+MIN_TIMEOUT_S = 0.05  # a call that is made at all gets this long: a library takes 0 for "for ever"
 
-_until: ContextVar[float | None] = ContextVar("until", default=None)
+_deadline_at: ContextVar[float | None] = ContextVar("deadline", default=None)
 
 
 @contextmanager
-def patience(seconds: float) -> Generator[None]:
+def deadline(timeout_s: float) -> Generator[None]:
     """Everything below is for somebody who waits that long, or less if an outer caller waits less."""
-    token = _until.set(time.monotonic() + time_left(seconds))
+    token = _deadline_at.set(time.monotonic() + remaining_s(timeout_s))
     try:
         yield
     finally:
-        _until.reset(token)
+        _deadline_at.reset(token)
 
 
-def time_left(at_most_s: float) -> float:
+def remaining_s(max_s: float) -> float:
     """Seconds that a call may take: `at_most_s`, or what is left of the caller's patience."""
-    until = _until.get()
-    return at_most_s if until is None else max(LEAST_S, min(at_most_s, until - time.monotonic()))
+    until = _deadline_at.get()
+    return max_s if until is None else max(MIN_TIMEOUT_S, min(max_s, until - time.monotonic()))

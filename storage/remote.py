@@ -14,22 +14,22 @@ from typing import BinaryIO, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from storage import ChecksumMismatch, InvalidKey, StorageError, StoreUnavailable, check_key
-from storage.patience import time_left
+from storage.patience import remaining_s
 
-CONNECT_S = 3.05  # just over the second try of TCP
-STALL_S = 30.0  # without a byte
-RETRY_S = 120.0  # an outage that a job sits out; a caller of the API brings less patience
-RETRY_FIRST_S = 0.1
-RETRY_MOST_S = 8.0
+CONNECT_TIMEOUT_S = 3.05  # just over the second try of TCP
+READ_TIMEOUT_S = 30.0  # without a byte
+MAX_RETRY_S = 120.0  # an outage that a job sits out; a caller of the API brings less patience
+INITIAL_BACKOFF_S = 0.1
+MAX_BACKOFF_S = 8.0
 PART_BYTES = 16 << 20  # what is held in memory of a large object, and sent again when a connection breaks
 FIRST_RANGE_BYTES = 1 << 20  # small objects need one request, and a look at the first bytes is cheap
 
 BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")  # what every kind of store takes
 
-Done = TypeVar("Done")
+ReturnT = TypeVar("ReturnT")
 
 
-class Passing(StoreUnavailable):
+class TransientStoreError(StoreUnavailable):
     """The store did not answer, or is too busy; asking again may help."""
 
 
@@ -46,15 +46,15 @@ class Digest(Protocol):
 
 
 @dataclass(frozen=True)
-class Seal:
+class StoredDigest:
     """What the bytes of a whole object must come to."""
 
-    start: Callable[[], Digest]
+    new_digest: Callable[[], Digest]
     digest: bytes
 
 
 @dataclass(frozen=True)
-class Place:
+class BucketLocation:
     """A bucket, and the folder in it below which a store keeps its keys."""
 
     scheme: str
@@ -62,7 +62,7 @@ class Place:
     folder: str  # "" or "some/folder/"
 
     @classmethod
-    def of(cls, url: str, scheme: str) -> "Place":
+    def parse(cls, url: str, scheme: str) -> "BucketLocation":
         """Raises StorageError for a url that is not like gs://bucket or gs://bucket/folder."""
         parts = urlsplit(url)
         folder = parts.path.strip("/")
@@ -75,11 +75,11 @@ class Place:
         """The one way to write it."""
         return f"{self.scheme}://{self.bucket}/{self.folder}".rstrip("/")
 
-    def name_of(self, key: str) -> str:
+    def object_name(self, key: str) -> str:
         """The object's name in the bucket. Raises InvalidKey."""
         return self.folder + check_key(key)
 
-    def key_of(self, name: str) -> str | None:
+    def key_from_object_name(self, name: str) -> str | None:
         """The key of an object in the bucket; None for what others put there under a name that is no key of ours."""
         try:
             return check_key(name.removeprefix(self.folder))
@@ -87,61 +87,61 @@ class Place:
             return None
 
 
-def persist(act: Callable[[], Done]) -> Done:
+def retry_transient(function: Callable[[], ReturnT]) -> ReturnT:
     """What `act` returns, asked again while it raises Passing and there is time."""
-    until = time.monotonic() + time_left(RETRY_S)
-    for pause_s in _pauses_s():
+    until = time.monotonic() + remaining_s(MAX_RETRY_S)
+    for pause_s in _backoff_delays_s():
         try:
-            return act()
-        except Passing:
+            return function()
+        except TransientStoreError:
             if time.monotonic() + pause_s >= until:
                 raise
             time.sleep(pause_s)
     raise AssertionError("pauses do not end")
 
 
-def again_if_damaged(act: Callable[[], Done]) -> Done:
+def retry_on_checksum_mismatch(function: Callable[[], ReturnT]) -> ReturnT:
     """What `act` returns, tried once more when the bytes came damaged: it is the network more often than the store."""
     try:
-        return act()
+        return function()
     except ChecksumMismatch:
-        return act()
+        return function()
 
 
-def checked_stream(size_bytes: int, fetch: Callable[[int, int], bytes], seal: Seal | None, name: str) -> BinaryIO:
+def checked_stream(size_bytes: int, fetch: Callable[[int, int], bytes], expected_digest: StoredDigest | None, name: str) -> BinaryIO:
     """An object as a stream. `fetch` gives the bytes from one position up to another.
 
     Before the last of them are handed out the whole is held against its seal: raises ChecksumMismatch.
     """
     # A cast in words: BufferedReader is a BinaryIO in all but its declaration.
-    return io.BufferedReader(_Ranges(size_bytes, fetch, seal, name), 1 << 16)  # pyright: ignore[reportReturnType]
+    return io.BufferedReader(_RangeReader(size_bytes, fetch, expected_digest, name), 1 << 16)  # pyright: ignore[reportReturnType]
 
 
-def save(open_read: Callable[[], AbstractContextManager[BinaryIO]], target: Path) -> Path:
+def save_to_file(open_read: Callable[[], AbstractContextManager[BinaryIO]], target: Path) -> Path:
     """The stream as a file, which is there when it is whole and has its checksum, and not before."""
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.part")
     try:
-        again_if_damaged(lambda: _copy(open_read, part))
+        retry_on_checksum_mismatch(lambda: _copy(open_read, part))
         return part.replace(target)
     finally:
         part.unlink(missing_ok=True)
 
 
-def check_sha256(source: Path, expected: str | None, found: str, url: str) -> None:
+def check_sha256(source: Path, expected: str | None, actual: str, url: str) -> None:
     """Raises ChecksumMismatch when a file is not what its sender says it is."""
-    if expected is not None and found != expected:
-        raise ChecksumMismatch(f"{source.name} changed on its way to {url}: expected {expected}, got {found}")
+    if expected is not None and actual != expected:
+        raise ChecksumMismatch(f"{source.name} changed on its way to {url}: expected {expected}, got {actual}")
 
 
-class _Ranges(io.RawIOBase):
+class _RangeReader(io.RawIOBase):
     """Fetches an object range by range, each larger than the one before."""
 
-    def __init__(self, size_bytes: int, fetch: Callable[[int, int], bytes], seal: Seal | None, name: str) -> None:
+    def __init__(self, size_bytes: int, fetch: Callable[[int, int], bytes], expected_digest: StoredDigest | None, name: str) -> None:
         self._size = size_bytes
         self._fetch = fetch
-        self._seal = seal
-        self._digest = seal.start() if seal else None
+        self._expected_digest = expected_digest
+        self._digest = expected_digest.new_digest() if expected_digest else None
         self._name = name
         self._range = memoryview(b"")  # fetched, not yet handed out
         self._fetched = 0
@@ -165,9 +165,9 @@ class _Ranges(io.RawIOBase):
             raise ChecksumMismatch(f"{self._name} came cut short: {len(fetched)} bytes of {end - self._fetched} from {self._fetched}")
         self._fetched = end
         self._length = min(PART_BYTES, 2 * self._length)
-        if self._digest and self._seal:
+        if self._digest and self._expected_digest:
             self._digest.update(fetched)
-            if end == self._size and self._digest.digest() != self._seal.digest:
+            if end == self._size and self._digest.digest() != self._expected_digest.digest:
                 raise ChecksumMismatch(f"{self._name} came damaged: its checksum is not the one that the store keeps")
         return fetched
 
@@ -177,8 +177,8 @@ def _copy(open_read: Callable[[], AbstractContextManager[BinaryIO]], target: Pat
         shutil.copyfileobj(reader, writer, 1 << 20)
 
 
-def _pauses_s() -> Iterator[float]:
-    pause_s = RETRY_FIRST_S
+def _backoff_delays_s() -> Iterator[float]:
+    pause_s = INITIAL_BACKOFF_S
     while True:
         yield random.uniform(pause_s / 2, pause_s)  # noqa: S311  # so that many who wait do not come back together
-        pause_s = min(RETRY_MOST_S, 2 * pause_s)
+        pause_s = min(MAX_BACKOFF_S, 2 * pause_s)

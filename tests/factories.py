@@ -5,9 +5,9 @@ from typing import Any
 
 from schema.dataset import Dataset, Split
 from schema.job import Attempt, Job, Status
-from schema.requests import SEED_EXAMPLE, TrainRequest
+from schema.requests import TRAIN_REQUEST_EXAMPLE, TrainRequest
 from schema.training import TRAINER_TYPES, TRAINING_CONFIG, SftConfig, TrainingConfig
-from service.core.ports import Hardware
+from service.core.ports import RuntimeCapabilities
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -26,23 +26,23 @@ class FakeClock:
         return self.now
 
 
-def a_config(**changes: Any) -> SftConfig:
+def make_config(**changes: Any) -> SftConfig:
     return SftConfig.model_validate({"base_model_id": "google/gemma-3-270m"} | changes)
 
 
-def a_grpo_config(*graders: dict[str, Any], **changes: Any) -> TrainingConfig:
+def make_grpo_config(*graders: dict[str, Any], **changes: Any) -> TrainingConfig:
     checks = graders or ({"type": "numeric_accuracy", "name": "right"},)
     config = {"base_model_id": "google/gemma-3-270m", "trainer_type": "grpo", "reward_config": list(checks)}
     return TRAINING_CONFIG.validate_python(config | changes)
 
 
-def a_job(job_id: str = "job-1", **changes: Any) -> Job:
+def make_job(job_id: str = "job-1", **changes: Any) -> Job:
     job = Job(
         job_id=job_id,
         tenant_id="local",
         job_name="a job",
         processed_dataset_id="dataset_1",
-        training_config=a_config(),
+        training_config=make_config(),
         status=Status.QUEUED,
         created_at=START,
         updated_at=START,
@@ -51,11 +51,11 @@ def a_job(job_id: str = "job-1", **changes: Any) -> Job:
     return job.model_copy(update=changes)
 
 
-def an_attempt(number: int = 1, **changes: Any) -> Attempt:
+def make_attempt(number: int = 1, **changes: Any) -> Attempt:
     return Attempt(number=number, launcher="fake", created_at=START).model_copy(update=changes)
 
 
-def a_dataset(dataset_id: str = "dataset_1", **changes: Any) -> Dataset:
+def make_dataset(dataset_id: str = "dataset_1", **changes: Any) -> Dataset:
     splits = {
         name: Split(rows=rows, size_bytes=100, sha256="0" * 64, key=f"datasets/{dataset_id}/{name}.jsonl")
         for name, rows in (("train", 9), ("eval", 1))
@@ -73,12 +73,12 @@ def a_dataset(dataset_id: str = "dataset_1", **changes: Any) -> Dataset:
     return dataset.model_copy(update=changes)
 
 
-def a_request(**changes: Any) -> TrainRequest:
-    body = {"processed_dataset_id": "dataset_1", "training_config": SEED_EXAMPLE["training_config"]}
+def make_train_request(**changes: Any) -> TrainRequest:
+    body = {"processed_dataset_id": "dataset_1", "training_config": TRAIN_REQUEST_EXAMPLE["training_config"]}
     return TrainRequest.model_validate(body | changes)
 
 
-def some_hardware(**changes: Any) -> Hardware:
+def make_capabilities(**changes: Any) -> RuntimeCapabilities:
     facts: dict[str, Any] = {
         "device": "cpu",
         "device_name": "a processor",
@@ -89,4 +89,4 @@ def some_hardware(**changes: Any) -> Hardware:
         "flash_attention_2": False,
         "gguf": True,
     }
-    return Hardware(**facts | changes)
+    return RuntimeCapabilities(**facts | changes)

@@ -4,8 +4,8 @@ import io
 import json
 from pathlib import Path
 
-SPECIAL = ("<start_of_turn>", "<end_of_turn>")
-VOCAB = 1024
+SPECIAL_TOKENS = ("<start_of_turn>", "<end_of_turn>")
+VOCAB_SIZE = 1024
 WORDS = "what does the function do it returns a list of files copy open close read write path name value number string object call"
 
 
@@ -57,7 +57,7 @@ def _write_tokenizer(folder: Path) -> None:
         sentence_iterator=iter(sentences),
         model_writer=model,
         model_type="bpe",
-        vocab_size=VOCAB,
+        vocab_size=VOCAB_SIZE,
         hard_vocab_limit=False,
         byte_fallback=True,
         pad_id=0,
@@ -67,7 +67,7 @@ def _write_tokenizer(folder: Path) -> None:
         pad_piece="<pad>",
         eos_piece="<eos>",
         bos_piece="<bos>",
-        user_defined_symbols=list(SPECIAL),
+        user_defined_symbols=list(SPECIAL_TOKENS),
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         add_dummy_prefix=False,
@@ -76,7 +76,7 @@ def _write_tokenizer(folder: Path) -> None:
     )
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     tokenizer = GemmaTokenizer.from_pretrained(folder, add_bos_token=True)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
+    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
     tokenizer.save_pretrained(folder)
     (folder / "tokenizer.model").write_bytes(model.getvalue())  # the exporter looks for it, as with the real one
 

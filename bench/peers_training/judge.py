@@ -17,14 +17,14 @@ def main() -> None:
     base, rows, *adapters = sys.argv[1:]
     tokenizer = AutoTokenizer.from_pretrained(base)
     texts = [json.loads(line) for line in Path(rows).read_text().splitlines()]
-    examples = [_example(tokenizer, row["prompt"], row["completion"]) for row in texts]
+    examples = [_tokenize_example(tokenizer, row["prompt"], row["completion"]) for row in texts]
     for adapter in [None, *adapters]:
         model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
         model = model if adapter is None else PeftModel.from_pretrained(model, adapter)
-        print(_loss(model.eval(), examples), flush=True)
+        print(_mean_loss(model.eval(), examples), flush=True)
 
 
-def _example(tokenizer: Any, prompt: list[Any], completion: list[Any]) -> tuple[list[int], int]:
+def _tokenize_example(tokenizer: Any, prompt: list[Any], completion: list[Any]) -> tuple[list[int], int]:
     """Tokens of a row, and how many of them are the question's."""
     asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
     whole = tokenizer.apply_chat_template(prompt + completion, return_dict=True)["input_ids"]
@@ -32,7 +32,7 @@ def _example(tokenizer: Any, prompt: list[Any], completion: list[Any]) -> tuple[
     return whole, len(asked)
 
 
-def _loss(model: Any, examples: list[tuple[list[int], int]]) -> float:
+def _mean_loss(model: Any, examples: list[tuple[list[int], int]]) -> float:
     import torch
 
     total, count = 0.0, 0

@@ -7,34 +7,34 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bench.peers_training.plan import RANK, SEED, Plan, Seen, Stopwatch, library_callback, run
+from bench.peers_training.plan import RANK, SEED, Stopwatch, TrainingPlan, TrainingRecord, make_trainer_callback, run_script
 
 
-def train(plan: Plan) -> Seen:
+def train(plan: TrainingPlan) -> TrainingRecord:
     """One epoch over the rows."""
-    read_no_sound()
+    stub_torchaudio()
     from llamafactory.train.tuner import run_exp
     from transformers import TrainerCallback
 
     watch = Stopwatch()
 
-    class Counted(TrainerCallback):
+    class TokenCountCallback(TrainerCallback):
         """How much there is to learn."""
 
         def on_train_begin(self, *_: Any, train_dataloader: Any, **__: Any) -> None:
             rows = train_dataloader.dataset
             # A packed row is padded: what is no row of its own is no token.
             lengths = (sum(map(bool, mask)) for mask in rows["attention_mask"])
-            watch.seen.tokens = sum(lengths)
-            watch.seen.labels = sum(label != -100 for labels in rows["labels"] for label in labels)
+            watch.record.tokens = sum(lengths)
+            watch.record.labels = sum(label != -100 for labels in rows["labels"] for label in labels)
 
-    write_rows(plan, Path(plan.out))
-    run_exp(arguments(plan), callbacks=[Counted(), library_callback(watch)])
-    watch.seen.adapter = plan.out
-    return watch.seen
+    write_rows(plan, Path(plan.output_folder))
+    run_exp(make_arguments(plan), callbacks=[TokenCountCallback(), make_trainer_callback(watch)])
+    watch.record.adapter = plan.output_folder
+    return watch.record
 
 
-def read_no_sound() -> None:
+def stub_torchaudio() -> None:
     """It imports torchaudio, which reads sound and has no build for every torch. Where that cannot be loaded an empty module stands in."""
     try:
         __import__("torchaudio")
@@ -43,17 +43,17 @@ def read_no_sound() -> None:
         empty.__spec__ = ModuleSpec("torchaudio", None)
 
 
-def write_rows(plan: Plan, folder: Path) -> None:
+def write_rows(plan: TrainingPlan, folder: Path) -> None:
     """The rows as it reads them, below `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in Path(plan.rows).read_text().splitlines()]
+    rows = [json.loads(line) for line in Path(plan.rows_path).read_text().splitlines()]
     (folder / "rows.json").write_text(json.dumps([{"messages": row["prompt"] + row["completion"]} for row in rows]))
     tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
     about = {"file_name": "rows.json", "formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": tags}
     (folder / "dataset_info.json").write_text(json.dumps({"rows": about}))
 
 
-def arguments(plan: Plan) -> dict[str, Any]:
+def make_arguments(plan: TrainingPlan) -> dict[str, Any]:
     """Its example for LoRA; rank, rate and schedule are everybody's."""
     packed = {"packing": True, "neat_packing": True, "cutoff_len": plan.max_length} if plan.packing else {"cutoff_len": 2048}
     return packed | {
@@ -67,11 +67,11 @@ def arguments(plan: Plan) -> dict[str, Any]:
         "lora_alpha": RANK,
         "lora_dropout": 0.0,
         "dataset": "rows",
-        "dataset_dir": plan.out,
-        "output_dir": plan.out,
+        "dataset_dir": plan.output_folder,
+        "output_dir": plan.output_folder,
         "overwrite_output_dir": True,
         "per_device_train_batch_size": plan.batch_size,
-        "gradient_accumulation_steps": plan.accumulation,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "learning_rate": plan.learning_rate,
         "lr_scheduler_type": "linear",
         "num_train_epochs": 1.0,
@@ -86,4 +86,4 @@ def arguments(plan: Plan) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(train)
+    run_script(train)

@@ -14,24 +14,24 @@ SEED = 3407
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """One training: the same rows once, with adapters of the same rank and the same rate, whoever does it."""
 
     base: str  # folder of the model
-    rows: str  # JSONL: {"prompt": [message], "completion": [message]}
-    out: str  # folder for the adapter
+    rows_path: str  # JSONL: {"prompt": [message], "completion": [message]}
+    output_folder: str  # folder for the adapter
     packing: bool
     batch_size: int
-    accumulation: int
+    gradient_accumulation_steps: int
     learning_rate: float
     max_length: int
     logging_steps: int = 5
-    flags: str = "ours"  # of TRL: "ours", or "defaults", where batch size, precision and recomputation are the library's own
+    flags: str = "tunesmith"  # of TRL: "tunesmith", or "defaults", where batch size, precision and recomputation are the library's own
     on_gpu: bool = False
     use_fa2: bool = False
 
     @classmethod
-    def read(cls, path: str) -> "Plan":
+    def read(cls, path: str) -> "TrainingPlan":
         """As `write` wrote it."""
         return cls(**json.loads(Path(path).read_text()))
 
@@ -41,7 +41,7 @@ class Plan:
 
 
 @dataclass
-class Seen:
+class TrainingRecord:
     """What was seen of a training."""
 
     tokens: int = 0  # real ones, not padding
@@ -57,7 +57,7 @@ class Seen:
     adapter: str = ""
 
     @classmethod
-    def read(cls, path: Path) -> "Seen":
+    def read(cls, path: Path) -> "TrainingRecord":
         """As `write` wrote it."""
         return cls(**json.loads(path.read_text()))
 
@@ -70,49 +70,49 @@ class Stopwatch:
     """Told by a trainer when it begins and after each step."""
 
     def __init__(self) -> None:
-        self.seen = Seen()
+        self.record = TrainingRecord()
         self._began = 0.0
 
-    def begins(self) -> None:
+    def start(self) -> None:
         """The model is there; the steps begin."""
-        self.seen.loaded_rss_mb = peak_rss_mb()
+        self.record.loaded_rss_mb = peak_rss_mb()
         self._began = time.perf_counter()
 
-    def stepped(self, step: int) -> None:
+    def record_step(self, step: int) -> None:
         """A step is done. The last call counts."""
-        self.seen.steps = step
-        self.seen.seconds = time.perf_counter() - self._began
-        self.seen.step_ends_s.append(self.seen.seconds)
-        self.seen.peak_rss_mb = peak_rss_mb()
+        self.record.steps = step
+        self.record.seconds = time.perf_counter() - self._began
+        self.record.step_ends_s.append(self.record.seconds)
+        self.record.peak_rss_mb = peak_rss_mb()
 
-    def logged(self, loss: float | None, grad_norm: float | None) -> None:
+    def record_metrics(self, loss: float | None, grad_norm: float | None) -> None:
         """A point of the curve."""
         if loss is not None and grad_norm is not None:
-            self.seen.losses.append(float(loss))
-            self.seen.grad_norms.append(float(grad_norm))
+            self.record.losses.append(float(loss))
+            self.record.grad_norms.append(float(grad_norm))
 
 
-def library_callback(watch: Stopwatch) -> Any:
+def make_trainer_callback(watch: Stopwatch) -> Any:
     """A callback of transformers' trainer, whichever version is there, that tells the stopwatch."""
     from transformers import TrainerCallback
 
-    class Told(TrainerCallback):
+    class StopwatchCallback(TrainerCallback):
         """Its methods have the library's signatures."""
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            watch.begins()
+            watch.start()
 
         def on_step_end(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
             if args.device.type == "cuda":  # what was asked of the GPU may not be done yet
                 import torch
 
                 torch.cuda.synchronize()
-            watch.stepped(state.global_step)
+            watch.record_step(state.global_step)
 
         def on_log(self, _args: Any, _state: Any, _control: Any, *, logs: dict[str, float], **_: Any) -> None:
-            watch.logged(logs.get("loss"), logs.get("grad_norm"))
+            watch.record_metrics(logs.get("loss"), logs.get("grad_norm"))
 
-    return Told()
+    return StopwatchCallback()
 
 
 def peak_rss_mb() -> float:
@@ -128,10 +128,10 @@ def peak_gpu_mb() -> float:
     return torch.cuda.max_memory_allocated() / 1e6
 
 
-def run(train: Callable[[Plan], Seen]) -> None:
+def run_script(train: Callable[[TrainingPlan], TrainingRecord]) -> None:
     """A script's main: read the plan, train, write what was seen beside it."""
     path = sys.argv[1]
-    plan = Plan.read(path)
+    plan = TrainingPlan.read(path)
     seen = train(plan)
     seen.peak_gpu_mb = peak_gpu_mb() if plan.on_gpu else None
-    seen.write(Path(path).with_suffix(".seen.json"))
+    seen.write(Path(path).with_suffix(".record.json"))

@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from infra.stdlib_docstrings import question_and_answer
+from infra.stdlib_docstrings import generate_question_answer_pairs
 from tests.tiny_gemma import WORDS, build_tiny_gemma
 
 # The first has a head of three fifths of its weights, as the 270M has, and takes seconds; the others are Gemma's own shapes of text.
@@ -26,9 +26,9 @@ SHAPES = {
     "4b": {"hidden_size": 2560, "intermediate_size": 10_240, "num_hidden_layers": 34, "num_attention_heads": 8, "vocab_size": 262_144}
     | {"num_key_value_heads": 4, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 1024},
 }
-LONGEST = 350  # words of a row: below what every trainer cuts at
-MEDIAN, SIGMA = 36, 0.85  # words; of the log-normal lengths
-HELD_OUT = 32
+MAX_ROW_WORDS = 350  # words of a row: below what every trainer cuts at
+MEDIAN_ROW_WORDS, ROW_LENGTH_SIGMA = 36, 0.85  # words; of the log-normal lengths
+HELD_OUT_ROWS = 32
 
 
 def main() -> None:
@@ -48,8 +48,8 @@ def main() -> None:
         make_base(folder / "base", chosen.shape)
     template = files("trl").joinpath("chat_templates/gemma3.jinja").read_text()
     (folder / "base/chat_template.jinja").write_text(template)
-    count = chosen.rows + HELD_OUT
-    rows = list(real_rows(count) if chosen.real else make_rows(count, chosen.label_share))
+    count = chosen.rows + HELD_OUT_ROWS
+    rows = list(docstring_rows(count) if chosen.real else make_rows(count, chosen.label_share))
     for name, some in (("train", rows[: chosen.rows]), ("held-out", rows[chosen.rows :])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
 
@@ -77,22 +77,22 @@ def make_rows(count: int, label_share: float) -> Iterator[dict[str, Any]]:
     chance = random.Random(42)
     words = WORDS.split()
     for _ in range(count):
-        length = min(LONGEST, round(math.exp(chance.gauss(math.log(MEDIAN), SIGMA))))
+        length = min(MAX_ROW_WORDS, round(math.exp(chance.gauss(math.log(MEDIAN_ROW_WORDS), ROW_LENGTH_SIGMA))))
         answer = max(2, round(length * label_share))
         question = max(2, length - answer)
         said = chance.choices(words, k=question + answer)
-        yield a_row(" ".join(said[:question]), " ".join(said[question:]))
+        yield make_row(" ".join(said[:question]), " ".join(said[question:]))
 
 
-def real_rows(count: int) -> Iterator[dict[str, Any]]:
+def docstring_rows(count: int) -> Iterator[dict[str, Any]]:
     """What functions of Python's standard library do, in their docstrings' words."""
-    pairs = sorted(question_and_answer())
+    pairs = sorted(generate_question_answer_pairs())
     random.Random(42).shuffle(pairs)
     for question, answer in pairs[:count]:
-        yield a_row(question, answer)
+        yield make_row(question, answer)
 
 
-def a_row(question: str, answer: str) -> dict[str, Any]:
+def make_row(question: str, answer: str) -> dict[str, Any]:
     """As TRL takes it for a question whose answer alone is learned, and as we do."""
     return {"prompt": [{"role": "user", "content": question}], "completion": [{"role": "assistant", "content": answer}]}
 

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from bench.peers_training.plan import RANK, SEED, Plan, Seen, Stopwatch, library_callback, run
+from bench.peers_training.plan import RANK, SEED, Stopwatch, TrainingPlan, TrainingRecord, make_trainer_callback, run_script
 
-LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA_TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def train(plan: Plan) -> Seen:
+def train(plan: TrainingPlan) -> TrainingRecord:
     """One epoch over the rows."""
     from datasets import load_dataset
     from transformers import AutoTokenizer
@@ -16,29 +16,29 @@ def train(plan: Plan) -> Seen:
     watch = Stopwatch()
     trainer = SFTTrainer(
         model=plan.base,
-        args=SFTConfig(**common(plan), **(our_flags(plan) if plan.flags == "ours" else {})),
-        train_dataset=load_dataset("json", data_files=plan.rows, split="train", cache_dir=plan.out + "-cache"),
+        args=SFTConfig(**common_arguments(plan), **(tunesmith_arguments(plan) if plan.flags == "tunesmith" else {})),
+        train_dataset=load_dataset("json", data_files=plan.rows_path, split="train", cache_dir=plan.output_folder + "-cache"),
         processing_class=AutoTokenizer.from_pretrained(plan.base),
-        peft_config=adapter(),
-        callbacks=[library_callback(watch)],
+        peft_config=lora_config(),
+        callbacks=[make_trainer_callback(watch)],
     )
-    count(trainer.train_dataset, watch)
+    record_token_counts(trainer.train_dataset, watch)
     trainer.train()
-    trainer.save_model(plan.out)
-    watch.seen.adapter = plan.out
-    return watch.seen
+    trainer.save_model(plan.output_folder)
+    watch.record.adapter = plan.output_folder
+    return watch.record
 
 
-def count(rows: Any, watch: Stopwatch) -> None:
+def record_token_counts(rows: Any, watch: Stopwatch) -> None:
     """How much there is to learn. The first token of a row has nothing before it: no trainer predicts it, and none labels it here."""
-    watch.seen.tokens = sum(len(ids) for ids in rows["input_ids"])
-    watch.seen.labels = sum(label != -100 for labels in rows["labels"] for label in labels)
+    watch.record.tokens = sum(len(ids) for ids in rows["input_ids"])
+    watch.record.labels = sum(label != -100 for labels in rows["labels"] for label in labels)
 
 
-def common(plan: Plan) -> dict[str, Any]:
+def common_arguments(plan: TrainingPlan) -> dict[str, Any]:
     """What is the same for everybody, and whether there is a GPU. The rest is the library's."""
     return {
-        "output_dir": plan.out,
+        "output_dir": plan.output_folder,
         "use_cpu": not plan.on_gpu,
         "num_train_epochs": 1,
         "learning_rate": plan.learning_rate,
@@ -50,14 +50,14 @@ def common(plan: Plan) -> dict[str, Any]:
     }
 
 
-def our_flags(plan: Plan) -> dict[str, Any]:
+def tunesmith_arguments(plan: TrainingPlan) -> dict[str, Any]:
     """What Tunesmith chooses for the same rows on the same machine."""
     return {
         "packing": plan.packing,
         "packing_strategy": "bfd",
         "max_length": plan.max_length,
         "per_device_train_batch_size": plan.batch_size,
-        "gradient_accumulation_steps": plan.accumulation,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "gradient_checkpointing": False,
         "bf16": False,  # no autocast: the weights are
         "model_init_kwargs": {"dtype": "bfloat16", "attn_implementation": "flash_attention_2" if plan.use_fa2 else "sdpa"},
@@ -65,12 +65,12 @@ def our_flags(plan: Plan) -> dict[str, Any]:
     }
 
 
-def adapter() -> Any:
+def lora_config() -> Any:
     """The same for everybody: all linear layers but the head."""
     from peft import LoraConfig
 
-    return LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=LAYERS, task_type="CAUSAL_LM")
+    return LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=LORA_TARGET_MODULES, task_type="CAUSAL_LM")
 
 
 if __name__ == "__main__":
-    run(train)
+    run_script(train)

@@ -1,10 +1,10 @@
 """Unsloth, as its notebooks use it: its model, its gradient checkpointing, and TRL's trainer, which it rewrites. Needs an NVIDIA GPU."""
 
-from bench.peers_training.plan import RANK, SEED, Plan, Seen, Stopwatch, library_callback, run
-from bench.peers_training.trl_trainer import LAYERS, common, count
+from bench.peers_training.plan import RANK, SEED, Stopwatch, TrainingPlan, TrainingRecord, make_trainer_callback, run_script
+from bench.peers_training.trl_trainer import LORA_TARGET_MODULES, common_arguments, record_token_counts
 
 
-def train(plan: Plan) -> Seen:
+def train(plan: TrainingPlan) -> TrainingRecord:
     """One epoch over the rows."""
     from unsloth import FastLanguageModel  # isort: skip  # before the libraries that it rewrites
     from datasets import load_dataset
@@ -18,25 +18,25 @@ def train(plan: Plan) -> Seen:
         lora_alpha=RANK,
         lora_dropout=0,
         bias="none",
-        target_modules=LAYERS,
+        target_modules=LORA_TARGET_MODULES,
         use_gradient_checkpointing="unsloth",
         random_state=SEED,
     )
     flags = {"packing": plan.packing, "max_length": plan.max_length, "bf16": True}
-    flags |= {"per_device_train_batch_size": plan.batch_size, "gradient_accumulation_steps": plan.accumulation}
+    flags |= {"per_device_train_batch_size": plan.batch_size, "gradient_accumulation_steps": plan.gradient_accumulation_steps}
     trainer = SFTTrainer(
         model=model,
-        args=SFTConfig(**common(plan), **flags),
-        train_dataset=load_dataset("json", data_files=plan.rows, split="train", cache_dir=plan.out + "-cache"),
+        args=SFTConfig(**common_arguments(plan), **flags),
+        train_dataset=load_dataset("json", data_files=plan.rows_path, split="train", cache_dir=plan.output_folder + "-cache"),
         processing_class=tokenizer,
-        callbacks=[library_callback(watch)],
+        callbacks=[make_trainer_callback(watch)],
     )
-    count(trainer.train_dataset, watch)
+    record_token_counts(trainer.train_dataset, watch)
     trainer.train()
-    trainer.save_model(plan.out)
-    watch.seen.adapter = plan.out
-    return watch.seen
+    trainer.save_model(plan.output_folder)
+    watch.record.adapter = plan.output_folder
+    return watch.record
 
 
 if __name__ == "__main__":
-    run(train)
+    run_script(train)

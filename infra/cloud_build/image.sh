@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds an image, pushes it, and leaves `repository@sha256:…` for the later steps: infra/cloud_build/image.sh NAME DOCKERFILE [BUILD_ARG]…
 #
-# From cloudbuild.yaml: REPOSITORY, BUILD_ID, and PROFILES, with ONLY_FOR naming the one profile that needs this image.
+# From cloudbuild.yaml: REPOSITORY, BUILD_ID, and PROFILES, with REQUIRED_PROFILE naming the one profile that needs this image.
 set -euo pipefail
 
 readonly DIGESTS=.images # shared by the steps, like all of the working folder
@@ -10,8 +10,8 @@ main() {
   local name=$1 dockerfile=$2
   shift 2
   local image=$REPOSITORY/$name
-  if [[ -n ${ONLY_FOR:-} && " ${PROFILES//,/ } " != *" $ONLY_FOR "* ]]; then
-    echo "no profile $ONLY_FOR in '$PROFILES': $name is not needed"
+  if [[ -n ${REQUIRED_PROFILE:-} && " ${PROFILES//,/ } " != *" $REQUIRED_PROFILE "* ]]; then
+    echo "no profile $REQUIRED_PROFILE in '$PROFILES': $name is not needed"
     return
   fi
   # docker 23 and newer have BuildKit in a plugin of its own. The Dockerfiles need nothing of it, it is only faster.

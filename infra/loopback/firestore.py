@@ -20,7 +20,7 @@ from typing import IO
 
 JAR = Path("platform/cloud-firestore-emulator/cloud-firestore-emulator.jar")
 MAIN_CLASS = "com.google.cloud.datastore.emulator.firestore.CloudFirestore"
-USUAL_ROOTS = (
+DEFAULT_SDK_ROOTS = (
     "/usr/lib/google-cloud-sdk",
     "/usr/share/google-cloud-sdk",
     "/opt/google-cloud-sdk",
@@ -28,11 +28,11 @@ USUAL_ROOTS = (
     "/snap/google-cloud-cli/current",
     "~/google-cloud-sdk",
 )
-START_MOST_S = 60.0  # 2.5 s on an idle machine; a busy CI runner takes ten times that
-END_MOST_S = 5.0
+START_TIMEOUT_S = 60.0  # 2.5 s on an idle machine; a busy CI runner takes ten times that
+STOP_TIMEOUT_S = 5.0
 
 
-class EmulatorMissing(RuntimeError):
+class EmulatorNotInstalled(RuntimeError):
     """The emulator, or the Java that runs it, is not installed here."""
 
 
@@ -41,18 +41,18 @@ class EmulatorFailed(RuntimeError):
 
 
 @contextmanager
-def firestore_emulator(port: int = 0) -> Generator[str]:
+def run_firestore_emulator(port: int = 0) -> Generator[str]:
     """A fresh emulator, answering; yields its `host:port` for FIRESTORE_EMULATOR_HOST. Raises EmulatorMissing, EmulatorFailed."""
-    command = [*_java(), "-cp", str(_jar()), MAIN_CLASS, "start", "--host=127.0.0.1"]
-    port = port or _free_port()
+    command = [*_find_java(), "-cp", str(_find_jar()), MAIN_CLASS, "start", "--host=127.0.0.1"]
+    port = port or _find_free_port()
     with tempfile.TemporaryFile() as output:
         # The jar itself: the SDK's wrapper scripts leave it running when they are told to end.
         emulator = subprocess.Popen([*command, f"--port={port}"], stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         try:
-            _wait_until_it_answers(emulator, port, output)
+            _wait_until_ready(emulator, port, output)
             yield f"127.0.0.1:{port}"
         finally:
-            _end(emulator)
+            _stop(emulator)
 
 
 def main() -> None:
@@ -63,29 +63,29 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8501)
     port = parser.parse_args().port
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    with suppress(KeyboardInterrupt), firestore_emulator(port) as host:
+    with suppress(KeyboardInterrupt), run_firestore_emulator(port) as host:
         print(f"export FIRESTORE_EMULATOR_HOST={host}", flush=True)
         signal.pause()
 
 
-def _java() -> list[str]:
+def _find_java() -> list[str]:
     java = shutil.which("java")
     if java is None:
-        raise EmulatorMissing(
+        raise EmulatorNotInstalled(
             "no java on the PATH; the Firestore emulator needs 17 or newer (21 for a Google Cloud SDK newer than 528): "
             "`apt-get install default-jre-headless`"
         )
     return [java, "-Duser.language=en", "-Xmx1g"]
 
 
-def _jar() -> Path:
+def _find_jar() -> Path:
     looked_in: list[Path] = []
     for root in _sdk_roots():
         if (root / JAR).is_file():
             return root / JAR
         if root not in looked_in:
             looked_in.append(root)
-    raise EmulatorMissing(
+    raise EmulatorNotInstalled(
         f"the Firestore emulator of the Google Cloud SDK is not installed in {', '.join(map(str, looked_in))}; "
         "`gcloud components install cloud-firestore-emulator` (or, from Google's apt repository, "
         "`apt-get install google-cloud-cli-firestore-emulator`) installs it, CLOUDSDK_ROOT says where the SDK is"
@@ -101,18 +101,18 @@ def _sdk_roots() -> Iterator[Path]:
         asked = [gcloud, "info", "--format=value(installation.sdk_root)"]
         if (root := subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()) and Path(root).is_dir():
             yield Path(root)
-    yield from (Path(root).expanduser() for root in USUAL_ROOTS)
+    yield from (Path(root).expanduser() for root in DEFAULT_SDK_ROOTS)
 
 
-def _free_port() -> int:
+def _find_free_port() -> int:
     with closing(socket.socket()) as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
 
 
-def _wait_until_it_answers(emulator: "subprocess.Popen[bytes]", port: int, output: IO[bytes]) -> None:
-    until = time.monotonic() + START_MOST_S
-    while not _answers(port):
+def _wait_until_ready(emulator: "subprocess.Popen[bytes]", port: int, output: IO[bytes]) -> None:
+    until = time.monotonic() + START_TIMEOUT_S
+    while not _is_ready(port):
         if emulator.poll() is not None or time.monotonic() > until:
             output.seek(0)
             said = output.read()[-2000:].decode(errors="replace")
@@ -120,7 +120,7 @@ def _wait_until_it_answers(emulator: "subprocess.Popen[bytes]", port: int, outpu
         time.sleep(0.05)
 
 
-def _answers(port: int) -> bool:
+def _is_ready(port: int) -> bool:
     with closing(HTTPConnection("127.0.0.1", port, timeout=1)) as connection:
         try:
             connection.request("GET", "/")
@@ -129,10 +129,10 @@ def _answers(port: int) -> bool:
             return False
 
 
-def _end(emulator: "subprocess.Popen[bytes]") -> None:
+def _stop(emulator: "subprocess.Popen[bytes]") -> None:
     emulator.terminate()
     try:
-        emulator.wait(END_MOST_S)
+        emulator.wait(STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         emulator.kill()
         emulator.wait()

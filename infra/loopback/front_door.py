@@ -14,11 +14,11 @@ from service.main import create_app as create_service
 from service.settings import Settings
 
 # The first that is there is the one that counts; the attempt's own token travels in the second.
-HEADERS = (b"x-serverless-authorization", b"authorization")
-WITHOUT_SIGNATURE = b"SIGNATURE_REMOVED_BY_GOOGLE"  # nobody behind the door can use the token to be the caller elsewhere
+TOKEN_HEADERS = (b"x-serverless-authorization", b"authorization")
+REMOVED_SIGNATURE = b"SIGNATURE_REMOVED_BY_GOOGLE"  # nobody behind the door can use the token to be the caller elsewhere
 
 
-class FrontDoor:
+class IdentityTokenMiddleware:
     """ASGI middleware: 403 for a request without a valid identity token, as Cloud Run answers it."""
 
     def __init__(self, app: ASGIApp, audience: str, keys_url: str) -> None:
@@ -29,16 +29,16 @@ class FrontDoor:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             shown = dict(scope["headers"])
-            name = next((name for name in HEADERS if name in shown), None)
-            if name is None or not self._lets_in(shown[name].decode()):
+            name = next((name for name in TOKEN_HEADERS if name in shown), None)
+            if name is None or not self._is_valid_token(shown[name].decode()):
                 refusal = PlainTextResponse("Error: Forbidden. Your client does not have permission to get this URL.", 403)
                 await refusal(scope, receive, send)
                 return
-            unsigned = shown[name].rpartition(b".")[0] + b"." + WITHOUT_SIGNATURE
+            unsigned = shown[name].rpartition(b".")[0] + b"." + REMOVED_SIGNATURE
             scope = {**scope, "headers": [(header, unsigned if header == name else value) for header, value in scope["headers"]]}
         await self._app(scope, receive, send)
 
-    def _lets_in(self, header: str) -> bool:
+    def _is_valid_token(self, header: str) -> bool:
         token = header.removeprefix("Bearer ")
         try:
             key = self._keys.get_signing_key_from_jwt(token)
@@ -53,5 +53,5 @@ def create_app() -> ASGIApp:
     settings = Settings()  # pyright: ignore[reportCallIssue]
     app = create_service(settings)
     keys_url = f"http://{os.environ['GCE_METADATA_HOST']}/oauth2/v3/certs"
-    app.add_middleware(FrontDoor, audience=settings.identity_audience or settings.url, keys_url=keys_url)
+    app.add_middleware(IdentityTokenMiddleware, audience=settings.identity_audience or settings.url, keys_url=keys_url)
     return app

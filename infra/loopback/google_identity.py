@@ -27,13 +27,13 @@ from jwt.algorithms import RSAAlgorithm
 EMAIL = "tunesmith-api@loopback.iam.gserviceaccount.com"
 PROJECT = "loopback"
 KEY_ID = "loopback-key"
-TOKEN = "loopback-access-token"
-TOKEN_LIFE_S = 3600
+ACCESS_TOKEN = "loopback-access-token"
+TOKEN_TTL_S = 3600
 SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 
 
 @dataclass(frozen=True)
-class Asked:
+class RecordedRequest:
     """A request that came."""
 
     method: str
@@ -42,7 +42,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Refusal:
+class InjectedError:
     """How the API answers when it does not sign."""
 
     status: int
@@ -53,13 +53,13 @@ class Refusal:
 class GoogleIdentity:
     """One HTTP server for one service account."""
 
-    def __init__(self, *, port: int = 0, email: str = EMAIL, project: str = PROJECT, life_s: int = TOKEN_LIFE_S) -> None:
+    def __init__(self, *, port: int = 0, email: str = EMAIL, project: str = PROJECT, token_ttl_s: int = TOKEN_TTL_S) -> None:
         self.email = email
         self.project = project
-        self.life_s = life_s
+        self.token_ttl_s = token_ttl_s
         self.key = rsa.generate_private_key(65537, 2048)
-        self.asked: list[Asked] = []
-        self.refusals: list[Refusal] = []  # of signBlob; each is given once
+        self.requests: list[RecordedRequest] = []
+        self.injected_errors: list[InjectedError] = []  # of signBlob; each is given once
         self._server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"identity": self}))
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
@@ -99,7 +99,7 @@ class GoogleIdentity:
     def identity_token(self, audience: str, email: str | None = None) -> str:
         """A token that says to `audience` who this is, or another account; an hour long, like Google's."""
         now = int(time.time())
-        claims = {"iss": "https://accounts.google.com", "aud": audience, "iat": now, "exp": now + self.life_s}
+        claims = {"iss": "https://accounts.google.com", "aud": audience, "iat": now, "exp": now + self.token_ttl_s}
         who = {"email": email or self.email, "email_verified": True, "sub": "100000000000000000000"}
         return jwt.encode({**claims, **who}, self.key, algorithm="RS256", headers={"kid": KEY_ID})
 
@@ -117,37 +117,37 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # 40 ms for every answer otherwise
 
     def do_GET(self) -> None:
-        self._note()
+        self._record_request()
         path, query = urlsplit(self.path).path, parse_qs(urlsplit(self.path).query)
         if path == "/oauth2/v3/certs":
-            self._answer(self.identity.public_keys())
+            self._send_response(self.identity.public_keys())
         elif path not in ("", "/") and self.headers.get("Metadata-Flavor") != "Google":
-            self._answer("Missing Metadata-Flavor:Google header.", HTTPStatus.FORBIDDEN)
+            self._send_response("Missing Metadata-Flavor:Google header.", HTTPStatus.FORBIDDEN)
         else:
-            self._answer(*_metadata(self.identity, path, query))
+            self._send_response(*_metadata_response(self.identity, path, query))
 
     def do_POST(self) -> None:
         content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self._note()
-        refusals = self.identity.refusals
+        self._record_request()
+        refusals = self.identity.injected_errors
         if self.path.partition("?")[0] != f"/v1/projects/-/serviceAccounts/{self.identity.email}:signBlob":
-            self._answer({"error": {"code": 404, "message": "no such account"}}, HTTPStatus.NOT_FOUND)
-        elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            self._answer({"error": {"code": 401, "message": "invalid credentials"}}, HTTPStatus.UNAUTHORIZED)
+            self._send_response({"error": {"code": 404, "message": "no such account"}}, HTTPStatus.NOT_FOUND)
+        elif self.headers.get("Authorization") != f"Bearer {ACCESS_TOKEN}":
+            self._send_response({"error": {"code": 401, "message": "invalid credentials"}}, HTTPStatus.UNAUTHORIZED)
         elif refusals:
             refusal = refusals.pop(0)
-            self._answer(_refused(refusal), HTTPStatus(refusal.status))
+            self._send_response(_error_body(refusal), HTTPStatus(refusal.status))
         else:
             signature = self.identity.sign(base64.b64decode(json.loads(content)["payload"]))
-            self._answer({"keyId": KEY_ID, "signedBlob": base64.b64encode(signature).decode()})
+            self._send_response({"keyId": KEY_ID, "signedBlob": base64.b64encode(signature).decode()})
 
     def log_message(self, format: str, *args: object) -> None:
         """Nobody reads it."""
 
-    def _note(self) -> None:
-        self.identity.asked.append(Asked(self.command, self.path, self.headers.get("Authorization")))
+    def _record_request(self) -> None:
+        self.identity.requests.append(RecordedRequest(self.command, self.path, self.headers.get("Authorization")))
 
-    def _answer(self, body: object, status: HTTPStatus = HTTPStatus.OK) -> None:
+    def _send_response(self, body: object, status: HTTPStatus = HTTPStatus.OK) -> None:
         is_text = isinstance(body, str)
         content = (body if isinstance(body, str) else json.dumps(body)).encode()
         self.send_response(status)
@@ -158,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
 
-def _metadata(identity: GoogleIdentity, path: str, query: Mapping[str, list[str]]) -> tuple[object, HTTPStatus]:
+def _metadata_response(identity: GoogleIdentity, path: str, query: Mapping[str, list[str]]) -> tuple[object, HTTPStatus]:
     """What the metadata server says at a path."""
     account = path.removeprefix("/computeMetadata/v1/instance/service-accounts/").rstrip("/")
     name, _, what = account.partition("/")
@@ -167,7 +167,7 @@ def _metadata(identity: GoogleIdentity, path: str, query: Mapping[str, list[str]
             case "" if "recursive" in query:
                 return {"aliases": ["default"], "email": identity.email, "scopes": [SCOPE]}, HTTPStatus.OK
             case "token":
-                return {"access_token": TOKEN, "expires_in": identity.life_s, "token_type": "Bearer"}, HTTPStatus.OK
+                return {"access_token": ACCESS_TOKEN, "expires_in": identity.token_ttl_s, "token_type": "Bearer"}, HTTPStatus.OK
             case "identity" if "audience" in query:
                 return identity.identity_token(query["audience"][0]), HTTPStatus.OK
             case "email":
@@ -185,10 +185,10 @@ def _metadata(identity: GoogleIdentity, path: str, query: Mapping[str, list[str]
             return "no such value", HTTPStatus.NOT_FOUND
 
 
-def _refused(refusal: Refusal) -> dict[str, object]:
+def _error_body(error: InjectedError) -> dict[str, object]:
     """An error in the shape of Google's APIs."""
-    detail = {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": refusal.reason, "domain": "googleapis.com"}
-    return {"error": {"code": refusal.status, "message": refusal.message, "details": [detail]}}
+    detail = {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": error.reason, "domain": "googleapis.com"}
+    return {"error": {"code": error.status, "message": error.message, "details": [detail]}}
 
 
 def main() -> None:

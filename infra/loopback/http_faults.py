@@ -11,15 +11,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar, Literal
 from urllib.parse import urlsplit
 
-Wrong = Literal[
-    "refuse",  # `status`, and the server hears nothing of it
+FaultKind = Literal[
+    "reject",  # `status`, and the server hears nothing of it
     "reset",  # the connection breaks before the server hears of it
-    "cut request",  # half of the body has come when the connection breaks
-    "damage request",  # a byte of the body is another one when the server gets it
-    "lose answer",  # the server carries it out, and the connection breaks
-    "cut answer",  # half of the answer's body, then the connection breaks
-    "damage answer",  # a byte of the answer's body is another one
-    "wrong sum",  # the answer tells a checksum that is not the body's
+    "truncate request",  # half of the body has come when the connection breaks
+    "corrupt request",  # a byte of the body is another one when the server gets it
+    "drop response",  # the server carries it out, and the connection breaks
+    "truncate response",  # half of the answer's body, then the connection breaks
+    "corrupt response",  # a byte of the answer's body is another one
+    "wrong checksum",  # the answer tells a checksum that is not the body's
     "hang",  # nothing happens until the front is stopped
 ]
 HOP_BY_HOP = {"connection", "transfer-encoding", "keep-alive", "content-length"}
@@ -29,17 +29,17 @@ HOP_BY_HOP = {"connection", "transfer-encoding", "keep-alive", "content-length"}
 class Fault:
     """What goes wrong, with which requests, and how often."""
 
-    wrong: Wrong
+    kind: FaultKind
     method: str = ""  # any
     path: str = ""  # a part of the path with its query
     times: int = 1
     status: int = 503
     body: str = "{}"  # of the refusal
-    after: int = 0  # so many requests that fit are left in peace first
+    skip_first: int = 0  # so many requests that fit are left in peace first
 
 
 @dataclass(frozen=True)
-class Passed:
+class RecordedRequest:
     """A request that came, whatever became of it."""
 
     method: str
@@ -48,12 +48,12 @@ class Passed:
     body: bytes = field(repr=False)
 
 
-class HttpFaults:
+class HttpFaultProxy:
     """The front. `target` is set when the server behind it is known, which may want to know the front's url first."""
 
     def __init__(self, target: str = "") -> None:
         self.target = target
-        self.passed: list[Passed] = []
+        self.requests: list[RecordedRequest] = []
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
         self._released = threading.Event()
@@ -72,19 +72,19 @@ class HttpFaults:
         self._server.server_close()
         self._thread.join()
 
-    def plan(self, *faults: Fault) -> None:
+    def set_faults(self, *faults: Fault) -> None:
         """What goes wrong from now on, in place of what was planned before; forgets the requests that came."""
         with self._lock:
             self._faults = [fault for fault in faults for _ in range(fault.times)]
-            self.passed.clear()
-            self._skips = {id(fault): fault.after for fault in self._faults}
+            self.requests.clear()
+            self._skips = {id(fault): fault.skip_first for fault in self._faults}
 
-    def take(self, passed: Passed) -> Fault | None:
+    def next_fault(self, request: RecordedRequest) -> Fault | None:
         """What goes wrong with a request."""
         with self._lock:
-            self.passed.append(passed)
+            self.requests.append(request)
             for fault in self._faults:
-                if fault.method in ("", passed.method) and fault.path in passed.path:
+                if fault.method in ("", request.method) and fault.path in request.path:
                     if self._skips[id(fault)] > 0:
                         self._skips[id(fault)] -= 1
                         return None
@@ -92,15 +92,15 @@ class HttpFaults:
                     return fault
         return None
 
-    def hang(self) -> None:
+    def wait_until_stopped(self) -> None:
         """Returns when the front is stopped."""
         self._released.wait(60)
 
 
 @contextmanager
-def http_faults(target: str = "") -> Generator[HttpFaults]:
+def run_http_fault_proxy(target: str = "") -> Generator[HttpFaultProxy]:
     """A front for as long as the block lasts."""
-    front = HttpFaults(target)
+    front = HttpFaultProxy(target)
     front.start()
     try:
         yield front
@@ -119,7 +119,7 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     """One connection; `front` is set on the class of each server."""
 
-    front: ClassVar[HttpFaults]
+    proxy: ClassVar[HttpFaultProxy]
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # 40 ms for every answer otherwise
 
@@ -131,38 +131,40 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length", 0))
         # Looked at before the body has come, as half of it is all that may come; what is noted has it all.
         half = self.rfile.read(length // 2)
-        fault = self.front.take(Passed(self.command, self.path, dict(self.headers), b""))
-        if fault and fault.wrong == "cut request":
+        fault = self.proxy.next_fault(RecordedRequest(self.command, self.path, dict(self.headers), b""))
+        if fault and fault.kind == "truncate request":
             self._reset()
             return
         body = half + self.rfile.read(length - len(half))
-        self.front.passed[-1] = Passed(self.command, self.path, dict(self.headers), body)
-        self._carry_out(body, fault)
+        self.proxy.requests[-1] = RecordedRequest(self.command, self.path, dict(self.headers), body)
+        self._handle_body(body, fault)
 
-    def _carry_out(self, body: bytes, fault: Fault | None) -> None:
-        wrong = fault.wrong if fault else None
-        if fault and wrong == "refuse":
-            self._answer(fault.status, {"Content-Type": "application/json"}, fault.body.encode())
+    def _handle_body(self, body: bytes, fault: Fault | None) -> None:
+        wrong = fault.kind if fault else None
+        if fault and wrong == "reject":
+            self._send_response(fault.status, {"Content-Type": "application/json"}, fault.body.encode())
         elif wrong == "reset":
             self._reset()
         elif wrong == "hang":
-            self.front.hang()
+            self.proxy.wait_until_stopped()
             self.close_connection = True
         else:
-            status, headers, content = self._ask(_damaged(body) if wrong == "damage request" else body)
-            self._hand_back(status, headers, content, wrong)
+            status, headers, content = self._forward(_corrupt(body) if wrong == "corrupt request" else body)
+            self._send_upstream_response(status, headers, content, wrong)
 
-    def _hand_back(self, status: int, headers: dict[str, str], content: bytes, wrong: Wrong | None) -> None:
-        if wrong == "lose answer":
+    def _send_upstream_response(self, status: int, headers: dict[str, str], content: bytes, kind: FaultKind | None) -> None:
+        if kind == "drop response":
             self._reset()
             return
-        if wrong == "wrong sum":
+        if kind == "wrong checksum":
             headers = {name: "crc32c=AAAAAA==" if name.lower() == "x-goog-hash" else value for name, value in headers.items()}
-        self._answer(status, headers, _damaged(content) if wrong == "damage answer" else content, cut=wrong == "cut answer")
+        self._send_response(
+            status, headers, _corrupt(content) if kind == "corrupt response" else content, truncate=kind == "truncate response"
+        )
 
-    def _ask(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+    def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         """The server's own answer."""
-        target = urlsplit(self.front.target)
+        target = urlsplit(self.proxy.target)
         connection = http.client.HTTPConnection(str(target.hostname), target.port, timeout=60)
         try:
             headers = {name: value for name, value in self.headers.items() if name.lower() not in HOP_BY_HOP}
@@ -173,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             connection.close()
 
-    def _answer(self, status: int, headers: Mapping[str, str], content: bytes, *, cut: bool = False) -> None:
+    def _send_response(self, status: int, headers: Mapping[str, str], content: bytes, *, truncate: bool = False) -> None:
         length = headers.get("Content-Length", str(len(content))) if self.command == "HEAD" else str(len(content))
         self.send_response(status)
         for name, value in headers.items():
@@ -181,8 +183,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send_header(name, value)
         self.send_header("Content-Length", length)
         self.end_headers()
-        self.wfile.write(content[: len(content) // 2] if cut else content)
-        if cut:
+        self.wfile.write(content[: len(content) // 2] if truncate else content)
+        if truncate:
             self._reset()
 
     def _reset(self) -> None:
@@ -196,7 +198,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Nobody reads it."""
 
 
-def _damaged(content: bytes) -> bytes:
+def _corrupt(content: bytes) -> bytes:
     """One byte in the middle is another one."""
     middle = len(content) // 2
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :] if content else content

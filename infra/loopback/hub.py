@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Literal, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
 LFS_SUFFIXES = (".safetensors", ".gguf", ".bin", ".model", ".onnx", ".pt", "tokenizer.json")
-LFS_FROM_BYTES = 10_000_000  # smaller texts are git's own
+LFS_THRESHOLD_BYTES = 10_000_000  # smaller texts are git's own
 POINTER_BYTES = 134
 DATE = "2026-01-01T00:00:00.000Z"  # nothing here depends on a clock
 
@@ -40,40 +40,42 @@ class Token:
     role: Literal["read", "write", "fineGrained"] = "write"
     orgs: Mapping[str, Literal["read", "contributor", "write", "admin"]] = field(default_factory=dict)
     permissions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # "repo.content.read", "repo.write"
-    reads_gated: bool = False  # of a fine-grained one; the others may
+    can_read_gated: bool = False  # of a fine-grained one; the others may
 
-    def may_write(self, repo_id: str) -> bool:
+    def can_write(self, repo_id: str) -> bool:
         """Whether it may create or change a repository of that name."""
         owner = repo_id.partition("/")[0]
         if owner != self.user and self.orgs.get(owner) not in ("contributor", "write", "admin"):
             return False
-        return self.role == "write" or (self.role == "fineGrained" and self._is_given("repo.write", repo_id))
+        return self.role == "write" or (self.role == "fineGrained" and self._has_permission("repo.write", repo_id))
 
-    def may_read(self, repo_id: str) -> bool:
+    def can_read(self, repo_id: str) -> bool:
         """Whether it may see a private repository of that name."""
         owner = repo_id.partition("/")[0]
         if owner != self.user and owner not in self.orgs:
             return False
-        return self.role != "fineGrained" or self._is_given("repo.content.read", repo_id) or self._is_given("repo.write", repo_id)
+        return (
+            self.role != "fineGrained" or self._has_permission("repo.content.read", repo_id) or self._has_permission("repo.write", repo_id)
+        )
 
     def whoami(self) -> dict[str, Any]:
         """As `/api/whoami-v2` says it."""
         access: dict[str, Any] = {"displayName": "a token", "role": self.role, "createdAt": DATE}
         if self.role == "fineGrained":
             scoped = [
-                {"entity": {"_id": name, "type": self._kind(name), "name": name}, "permissions": list(permissions)}
+                {"entity": {"_id": name, "type": self._entity_type(name), "name": name}, "permissions": list(permissions)}
                 for name, permissions in self.permissions.items()
             ]
-            access["fineGrained"] = {"canReadGatedRepos": self.reads_gated, "global": [], "scoped": scoped}
+            access["fineGrained"] = {"canReadGatedRepos": self.can_read_gated, "global": [], "scoped": scoped}
         orgs = [{"type": "org", "name": name, "roleInOrg": role} for name, role in self.orgs.items()]
         return {"type": "user", "id": self.user, "name": self.user, "fullname": self.user, "isPro": False, "orgs": orgs} | {
             "auth": {"type": "access_token", "accessToken": access}
         }
 
-    def _is_given(self, permission: str, repo_id: str) -> bool:
+    def _has_permission(self, permission: str, repo_id: str) -> bool:
         return any(permission in self.permissions.get(name, ()) for name in (repo_id, repo_id.partition("/")[0]))
 
-    def _kind(self, name: str) -> str:
+    def _entity_type(self, name: str) -> str:
         return "model" if "/" in name else "user" if name == self.user else "org"
 
 
@@ -129,11 +131,11 @@ class Repo:
         """As the newest commit has them."""
         return self.head.files
 
-    def at(self, revision: str) -> Commit:
+    def commit_at(self, revision: str) -> Commit:
         """The commit of `main` or of a hash. Raises Refused."""
         found = self.head if revision == "main" else next((commit for commit in self.commits if commit.oid == revision), None)
         if found is None:
-            raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+            raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return found
 
     def commit(self, title: str, files: Mapping[str, Blob]) -> Commit:
@@ -144,7 +146,7 @@ class Repo:
         return made
 
 
-class Refused(Exception):
+class HubError(Exception):
     """The Hub says no: status, its words, and the code that clients look at."""
 
     def __init__(self, status: int, message: str, code: str = "", **more: object) -> None:
@@ -153,7 +155,7 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True)
-class Asked:
+class HubRequest:
     """A request as the Hub hears it."""
 
     method: str
@@ -176,7 +178,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Answer:
+class HubResponse:
     """What the Hub says; `json` unless there is content."""
 
     json: Any = None
@@ -191,9 +193,9 @@ class LoopbackHub:
     def __init__(self, *, port: int = 0, quota_bytes: int | None = None) -> None:
         self.tokens: dict[str, Token] = {}
         self.repos: dict[str, Repo] = {}
-        self.asked: list[Asked] = []
+        self.requests: list[HubRequest] = []
         self.quota_bytes = quota_bytes
-        self._large: dict[str, bytes] = {}  # LFS, by sha256: what was uploaded, committed or not
+        self._lfs_objects: dict[str, bytes] = {}  # LFS, by sha256: what was uploaded, committed or not
         self._lock = threading.RLock()
         self._server = _Server(("127.0.0.1", port), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -208,143 +210,143 @@ class LoopbackHub:
         self._server.server_close()
         self._thread.join()
 
-    def add(
+    def add_repository(
         self, repo_id: str, files: Mapping[str, bytes], *, private: bool = False, gated: bool = False, readers: Iterable[str] = ()
     ) -> Repo:
         """A repository that is there already."""
         repo = Repo(repo_id, private, gated, set(readers))
         blobs = {path: Blob(content, _is_large(path, len(content))) for path, content in files.items()}
-        self._large |= {blob.oid: blob.content for blob in blobs.values() if blob.lfs}
+        self._lfs_objects |= {blob.oid: blob.content for blob in blobs.values() if blob.lfs}
         repo.commit("files", {**repo.files, **blobs})
         self.repos[repo_id] = repo
         return repo
 
-    def uploads(self) -> list[str]:
+    def uploaded_digests(self) -> list[str]:
         """The sha256 of every large file that was sent, as often as it was."""
-        return [asked.path.rpartition("/")[2] for asked in self.asked if asked.method == "PUT" and asked.path.startswith("/lfs/")]
+        return [asked.path.rpartition("/")[2] for asked in self.requests if asked.method == "PUT" and asked.path.startswith("/lfs/")]
 
-    def answer(self, asked: Asked) -> Answer:
+    def handle(self, request: HubRequest) -> HubResponse:
         """Raises Refused."""
         with self._lock:
-            self.asked.append(asked)
-            if asked.token is not None and asked.token not in self.tokens:
-                raise Refused(401, "Invalid credentials in Authorization header")
+            self.requests.append(request)
+            if request.token is not None and request.token not in self.tokens:
+                raise HubError(401, "Invalid credentials in Authorization header")
             for method, pattern, act in ROUTES:
-                found = re.fullmatch(pattern, asked.path)
-                if found and asked.method in (method, "HEAD" if method == "GET" else ""):
-                    return act(self, asked, *(unquote(part) for part in found.groups()))
-        raise Refused(404, f"no route for {asked.method} {asked.path}")
+                found = re.fullmatch(pattern, request.path)
+                if found and request.method in (method, "HEAD" if method == "GET" else ""):
+                    return act(self, request, *(unquote(part) for part in found.groups()))
+        raise HubError(404, f"no route for {request.method} {request.path}")
 
     # --- who ---------------------------------------------------------------------------------------------------------
 
-    def whoami(self, asked: Asked) -> Answer:
-        if asked.token is None:
-            raise Refused(401, "Invalid username or password.")
-        return Answer(self.tokens[asked.token].whoami())
+    def whoami(self, request: HubRequest) -> HubResponse:
+        if request.token is None:
+            raise HubError(401, "Invalid username or password.")
+        return HubResponse(self.tokens[request.token].whoami())
 
-    def check_read(self, asked: Asked, repo_id: str) -> Answer:
-        self._let_in(asked, self._seen(asked, repo_id))
-        return Answer({})
+    def check_read(self, request: HubRequest, repo_id: str) -> HubResponse:
+        self._check_gated_access(request, self._readable_repo(request, repo_id))
+        return HubResponse({})
 
-    def check_write(self, asked: Asked, repo_id: str) -> Answer:
-        self._written(asked, repo_id)
-        return Answer({})
+    def check_write(self, request: HubRequest, repo_id: str) -> HubResponse:
+        self._writable_repo(request, repo_id)
+        return HubResponse({})
 
     # --- repositories ------------------------------------------------------------------------------------------------
 
-    def create(self, asked: Asked) -> Answer:
-        name, organization = asked.json["name"], asked.json.get("organization")
-        if asked.token is None:
-            raise Refused(401, "Invalid username or password.")
-        repo_id = f"{organization or self.tokens[asked.token].user}/{name}"
-        if not self.tokens[asked.token].may_write(repo_id):
-            raise Refused(403, f'You don\'t have the rights to create a model under the namespace "{repo_id.partition("/")[0]}"')
-        url = f"{asked.host}/{repo_id}"
+    def create(self, request: HubRequest) -> HubResponse:
+        name, organization = request.json["name"], request.json.get("organization")
+        if request.token is None:
+            raise HubError(401, "Invalid username or password.")
+        repo_id = f"{organization or self.tokens[request.token].user}/{name}"
+        if not self.tokens[request.token].can_write(repo_id):
+            raise HubError(403, f'You don\'t have the rights to create a model under the namespace "{repo_id.partition("/")[0]}"')
+        url = f"{request.host}/{repo_id}"
         if repo_id in self.repos:
-            raise Refused(409, "You already created this model repo", url=url)
-        private = asked.json.get("visibility") == "private" or asked.json.get("private") is True
+            raise HubError(409, "You already created this model repo", url=url)
+        private = request.json.get("visibility") == "private" or request.json.get("private") is True
         self.repos[repo_id] = Repo(repo_id, private)
-        return Answer({"url": url, "name": repo_id, "id": repo_id})
+        return HubResponse({"url": url, "name": repo_id, "id": repo_id})
 
-    def delete(self, asked: Asked) -> Answer:
-        user = self.tokens[asked.token].user if asked.token else ""
-        repo = self._written(asked, f"{asked.json.get('organization') or user}/{asked.json['name']}")
+    def delete(self, request: HubRequest) -> HubResponse:
+        user = self.tokens[request.token].user if request.token else ""
+        repo = self._writable_repo(request, f"{request.json.get('organization') or user}/{request.json['name']}")
         del self.repos[repo.repo_id]
-        return Answer({})
+        return HubResponse({})
 
-    def settings(self, asked: Asked, repo_id: str) -> Answer:
-        repo = self._written(asked, repo_id)
-        if "visibility" in asked.json or "private" in asked.json:
-            repo.private = asked.json.get("visibility") == "private" or asked.json.get("private") is True
-        repo.gated = bool(asked.json.get("gated", repo.gated))
-        return Answer({})
+    def settings(self, request: HubRequest, repo_id: str) -> HubResponse:
+        repo = self._writable_repo(request, repo_id)
+        if "visibility" in request.json or "private" in request.json:
+            repo.private = request.json.get("visibility") == "private" or request.json.get("private") is True
+        repo.gated = bool(request.json.get("gated", repo.gated))
+        return HubResponse({})
 
-    def info(self, asked: Asked, repo_id: str, revision: str = "main") -> Answer:
-        repo = self._seen(asked, repo_id)
-        commit = repo.at(revision)
+    def info(self, request: HubRequest, repo_id: str, revision: str = "main") -> HubResponse:
+        repo = self._readable_repo(request, repo_id)
+        commit = repo.commit_at(revision)
         about: dict[str, Any] = {"_id": "0", "id": repo_id, "modelId": repo_id, "author": repo_id.partition("/")[0], "sha": commit.oid}
         about |= {"private": repo.private, "gated": "manual" if repo.gated else False, "disabled": False, "tags": [], "downloads": 0}
-        about |= {"lastModified": DATE, "createdAt": DATE, "siblings": [_sibling(*file) for file in sorted(commit.files.items())]}
-        return Answer(about)
+        about |= {"lastModified": DATE, "createdAt": DATE, "siblings": [_sibling_json(*file) for file in sorted(commit.files.items())]}
+        return HubResponse(about)
 
-    def refs(self, asked: Asked, repo_id: str) -> Answer:
-        main = {"name": "main", "ref": "refs/heads/main", "targetCommit": self._seen(asked, repo_id).head.oid}
-        return Answer({"branches": [main], "converts": [], "tags": []})
+    def refs(self, request: HubRequest, repo_id: str) -> HubResponse:
+        main = {"name": "main", "ref": "refs/heads/main", "targetCommit": self._readable_repo(request, repo_id).head.oid}
+        return HubResponse({"branches": [main], "converts": [], "tags": []})
 
-    def history(self, asked: Asked, repo_id: str, revision: str) -> Answer:
-        repo = self._seen(asked, repo_id)
-        until = repo.commits.index(repo.at(revision)) + 1
+    def history(self, request: HubRequest, repo_id: str, revision: str) -> HubResponse:
+        repo = self._readable_repo(request, repo_id)
+        until = repo.commits.index(repo.commit_at(revision)) + 1
         commits = [{"id": each.oid, "title": each.title, "message": "", "authors": [], "date": DATE} for each in repo.commits[:until]]
-        return Answer(commits[::-1])
+        return HubResponse(commits[::-1])
 
     # --- reading files -----------------------------------------------------------------------------------------------
 
-    def tree(self, asked: Asked, repo_id: str, revision: str, folder: str = "") -> Answer:
-        commit = self._seen(asked, repo_id).at(revision)
+    def tree(self, request: HubRequest, repo_id: str, revision: str, folder: str = "") -> HubResponse:
+        commit = self._readable_repo(request, repo_id).commit_at(revision)
         below = f"{folder}/" if folder else ""
         inside = {path: blob for path, blob in sorted(commit.files.items()) if path.startswith(below)}
         if folder and not inside:
-            raise Refused(404, f"{folder} does not exist on {revision!r}", "EntryNotFound")
-        if asked.query.get("recursive", "false").lower() in ("true", "1"):
-            return Answer([*_folders(inside, below, deep=True), *(_entry(*file) for file in inside.items())])
+            raise HubError(404, f"{folder} does not exist on {revision!r}", "EntryNotFound")
+        if request.query.get("recursive", "false").lower() in ("true", "1"):
+            return HubResponse([*_list_folders(inside, below, deep=True), *(_tree_entry_json(*file) for file in inside.items())])
         here = {path: blob for path, blob in inside.items() if "/" not in path.removeprefix(below)}
-        return Answer([*_folders(inside, below, deep=False), *(_entry(*file) for file in here.items())])
+        return HubResponse([*_list_folders(inside, below, deep=False), *(_tree_entry_json(*file) for file in here.items())])
 
-    def paths(self, asked: Asked, repo_id: str, revision: str) -> Answer:
-        files = self._seen(asked, repo_id).at(revision).files
-        form = "json" not in asked.headers.get("content-type", "")
-        wanted = parse_qs(asked.body.decode()).get("paths", []) if form else asked.json["paths"]
-        return Answer([_entry(path, files[path]) for path in wanted if path in files])
+    def paths_info(self, request: HubRequest, repo_id: str, revision: str) -> HubResponse:
+        files = self._readable_repo(request, repo_id).commit_at(revision).files
+        form = "json" not in request.headers.get("content-type", "")
+        wanted = parse_qs(request.body.decode()).get("paths", []) if form else request.json["paths"]
+        return HubResponse([_tree_entry_json(path, files[path]) for path in wanted if path in files])
 
-    def resolve(self, asked: Asked, repo_id: str, revision: str, path: str) -> Answer:
-        repo = self._seen(asked, repo_id)
-        self._let_in(asked, repo)
-        commit = repo.at(revision)
+    def resolve(self, request: HubRequest, repo_id: str, revision: str, path: str) -> HubResponse:
+        repo = self._readable_repo(request, repo_id)
+        self._check_gated_access(request, repo)
+        commit = repo.commit_at(revision)
         headers = {"X-Repo-Commit": commit.oid, "Accept-Ranges": "bytes"}
         if path not in commit.files:
-            raise Refused(404, "Entry not found", "EntryNotFound", headers=headers)
+            raise HubError(404, "Entry not found", "EntryNotFound", headers=headers)
         blob = commit.files[path]
         if not blob.lfs:
-            return _part(blob.content, asked, headers | {"ETag": f'"{blob.oid}"'})
+            return _content_response(blob.content, request, headers | {"ETag": f'"{blob.oid}"'})
         linked = {"X-Linked-Size": str(len(blob.content)), "X-Linked-ETag": f'"{blob.oid}"'}
         # To the same server under another name, as the real one does: clients then keep their token to themselves.
-        store = asked.host.replace("127.0.0.1", "localhost")
-        return Answer(content=b"", status=302, headers=headers | linked | {"Location": f"{store}/lfs/{blob.oid}"})
+        store = request.host.replace("127.0.0.1", "localhost")
+        return HubResponse(content=b"", status=302, headers=headers | linked | {"Location": f"{store}/lfs/{blob.oid}"})
 
-    def large(self, asked: Asked, oid: str) -> Answer:
-        if oid not in self._large:
-            raise Refused(404, "NoSuchKey")
-        return _part(self._large[oid], asked, {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"})
+    def get_lfs_object(self, request: HubRequest, oid: str) -> HubResponse:
+        if oid not in self._lfs_objects:
+            raise HubError(404, "NoSuchKey")
+        return _content_response(self._lfs_objects[oid], request, {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"})
 
     # --- writing files -----------------------------------------------------------------------------------------------
 
-    def validate(self, asked: Asked) -> Answer:
-        if re.match(r"---\r?\n.*?\n---\r?\n", asked.json["content"], re.DOTALL):
-            return Answer({"errors": [], "warnings": []})
-        return Answer({"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]})
+    def validate(self, request: HubRequest) -> HubResponse:
+        if re.match(r"---\r?\n.*?\n---\r?\n", request.json["content"], re.DOTALL):
+            return HubResponse({"errors": [], "warnings": []})
+        return HubResponse({"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]})
 
-    def preupload(self, asked: Asked, repo_id: str, revision: str) -> Answer:
-        files = self._written(asked, repo_id).at(revision).files
+    def preupload(self, request: HubRequest, repo_id: str, revision: str) -> HubResponse:
+        files = self._writable_repo(request, repo_id).commit_at(revision).files
         told = [
             {
                 "path": file["path"],
@@ -352,98 +354,104 @@ class LoopbackHub:
                 "shouldIgnore": False,
                 "oid": files[file["path"]].oid if file["path"] in files else None,
             }
-            for file in asked.json["files"]
+            for file in request.json["files"]
         ]
-        return Answer({"files": told})
+        return HubResponse({"files": told})
 
-    def batch(self, asked: Asked, repo_id: str) -> Answer:
-        repo, wanted = self._written(asked, repo_id), asked.json["objects"]
-        new = sum(item["size"] for item in wanted if item["oid"] not in self._large)
-        if repo.private and self.quota_bytes is not None and self._taken() + new > self.quota_bytes:
-            raise Refused(403, "Private repository storage limit reached, please upgrade your plan to increase your private storage limit.")
+    def lfs_batch(self, request: HubRequest, repo_id: str) -> HubResponse:
+        repo, wanted = self._writable_repo(request, repo_id), request.json["objects"]
+        new = sum(item["size"] for item in wanted if item["oid"] not in self._lfs_objects)
+        if repo.private and self.quota_bytes is not None and self._private_lfs_bytes() + new > self.quota_bytes:
+            raise HubError(
+                403, "Private repository storage limit reached, please upgrade your plan to increase your private storage limit."
+            )
 
         def actions(item: dict[str, Any]) -> dict[str, Any]:
-            upload = {"href": f"{asked.host}/lfs/{item['oid']}", "header": {}}
-            verify = {"href": f"{asked.host}/{repo_id}.git/info/lfs/objects/verify", "header": {}}
-            return {} if item["oid"] in self._large else {"actions": {"upload": upload, "verify": verify}}
+            upload = {"href": f"{request.host}/lfs/{item['oid']}", "header": {}}
+            verify = {"href": f"{request.host}/{repo_id}.git/info/lfs/objects/verify", "header": {}}
+            return {} if item["oid"] in self._lfs_objects else {"actions": {"upload": upload, "verify": verify}}
 
-        return Answer({"transfer": "basic", "objects": [{"oid": item["oid"], "size": item["size"], **actions(item)} for item in wanted]})
+        return HubResponse(
+            {"transfer": "basic", "objects": [{"oid": item["oid"], "size": item["size"], **actions(item)} for item in wanted]}
+        )
 
-    def upload(self, asked: Asked, oid: str) -> Answer:
-        if sha256(asked.body).hexdigest() != oid:
-            raise Refused(400, "XAmzContentSHA256Mismatch")
-        self._large[oid] = asked.body
-        return Answer(content=b"", headers={"ETag": f'"{oid}"'})
+    def lfs_upload(self, request: HubRequest, oid: str) -> HubResponse:
+        if sha256(request.body).hexdigest() != oid:
+            raise HubError(400, "XAmzContentSHA256Mismatch")
+        self._lfs_objects[oid] = request.body
+        return HubResponse(content=b"", headers={"ETag": f'"{oid}"'})
 
-    def verify(self, asked: Asked, repo_id: str) -> Answer:
-        self._written(asked, repo_id)
-        if len(self._large.get(asked.json["oid"], b"")) != asked.json["size"]:
-            raise Refused(404, "the object was not uploaded")
-        return Answer({})
+    def lfs_verify(self, request: HubRequest, repo_id: str) -> HubResponse:
+        self._writable_repo(request, repo_id)
+        if len(self._lfs_objects.get(request.json["oid"], b"")) != request.json["size"]:
+            raise HubError(404, "the object was not uploaded")
+        return HubResponse({})
 
-    def commit(self, asked: Asked, repo_id: str, revision: str) -> Answer:
-        repo = self._written(asked, repo_id)
-        header, *steps = [json.loads(line) for line in asked.body.splitlines() if line]
-        repo.at(revision)
+    def commit(self, request: HubRequest, repo_id: str, revision: str) -> HubResponse:
+        repo = self._writable_repo(request, repo_id)
+        header, *steps = [json.loads(line) for line in request.body.splitlines() if line]
+        repo.commit_at(revision)
         if header["value"].get("parentCommit", repo.head.oid) != repo.head.oid:
-            raise Refused(412, "A commit has happened since. Please refresh and try again.")
+            raise HubError(412, "A commit has happened since. Please refresh and try again.")
         files = dict(repo.files)
         for step in steps:
             self._apply(files, step["key"], step["value"])
         made = repo.commit(header["value"]["summary"], files)
-        return Answer({"success": True, "commitOid": made.oid, "commitUrl": f"{asked.host}/{repo_id}/commit/{made.oid}", "hookOutput": ""})
+        return HubResponse(
+            {"success": True, "commitOid": made.oid, "commitUrl": f"{request.host}/{repo_id}/commit/{made.oid}", "hookOutput": ""}
+        )
 
     def _apply(self, files: dict[str, Blob], key: str, value: dict[str, Any]) -> None:
         path = value["path"]
         match key:
             case "file":
                 files[path] = Blob(base64.b64decode(value["content"]), lfs=False)
-            case "lfsFile" if value["oid"] in self._large:
-                files[path] = Blob(self._large[value["oid"]], lfs=True)
+            case "lfsFile" if value["oid"] in self._lfs_objects:
+                files[path] = Blob(self._lfs_objects[value["oid"]], lfs=True)
             case "lfsFile":
-                raise Refused(400, f"LFS pointer pointed to a file that does not exist: {path}")
+                raise HubError(400, f"LFS pointer pointed to a file that does not exist: {path}")
             case "deletedFile" if path in files:
                 del files[path]
             case "deletedFile":
-                raise Refused(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
+                raise HubError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
             case "deletedFolder":
                 for inside in [each for each in files if each.startswith(path.rstrip("/") + "/")]:
                     del files[inside]
             case _:
-                raise Refused(400, f"unknown operation {key}")
+                raise HubError(400, f"unknown operation {key}")
 
     # --- rights ------------------------------------------------------------------------------------------------------
 
-    def _seen(self, asked: Asked, repo_id: str) -> Repo:
+    def _readable_repo(self, request: HubRequest, repo_id: str) -> Repo:
         """The repository, if whoever asks may know that it exists."""
         repo = self.repos.get(repo_id)
-        if repo is None or (repo.private and not (asked.token and self.tokens[asked.token].may_read(repo_id))):
-            raise Refused(404 if asked.token else 401, "Repository not found", "RepoNotFound")
+        if repo is None or (repo.private and not (request.token and self.tokens[request.token].can_read(repo_id))):
+            raise HubError(404 if request.token else 401, "Repository not found", "RepoNotFound")
         return repo
 
-    def _let_in(self, asked: Asked, repo: Repo) -> None:
+    def _check_gated_access(self, request: HubRequest, repo: Repo) -> None:
         """Past the gate, to the files."""
         if not repo.gated:
             return
-        if asked.token is None:
+        if request.token is None:
             message = f"Access to model {repo.repo_id} is restricted. You must have access to it and be authenticated to access it."
-            raise Refused(401, message, "GatedRepo")
-        token = self.tokens[asked.token]
-        if token.role == "fineGrained" and not token.reads_gated:
-            raise Refused(403, "Please enable access to public gated repositories in your fine-grained token settings.", "GatedRepo")
+            raise HubError(401, message, "GatedRepo")
+        token = self.tokens[request.token]
+        if token.role == "fineGrained" and not token.can_read_gated:
+            raise HubError(403, "Please enable access to public gated repositories in your fine-grained token settings.", "GatedRepo")
         if token.user not in repo.readers and token.user != repo.repo_id.partition("/")[0]:
-            raise Refused(403, f"Access to model {repo.repo_id} is restricted and you are not in the authorized list.", "GatedRepo")
+            raise HubError(403, f"Access to model {repo.repo_id} is restricted and you are not in the authorized list.", "GatedRepo")
 
-    def _written(self, asked: Asked, repo_id: str) -> Repo:
+    def _writable_repo(self, request: HubRequest, repo_id: str) -> Repo:
         """The repository, if whoever asks may change it."""
-        repo = self._seen(asked, repo_id)
-        if asked.token is None:
-            raise Refused(401, "Invalid username or password.")
-        if not self.tokens[asked.token].may_write(repo_id):
-            raise Refused(403, "Forbidden: you must use a token with write access to this repository")
+        repo = self._readable_repo(request, repo_id)
+        if request.token is None:
+            raise HubError(401, "Invalid username or password.")
+        if not self.tokens[request.token].can_write(repo_id):
+            raise HubError(403, "Forbidden: you must use a token with write access to this repository")
         return repo
 
-    def _taken(self) -> int:
+    def _private_lfs_bytes(self) -> int:
         large = {blob.oid: len(blob.content) for repo in self.repos.values() if repo.private for blob in repo.files.values() if blob.lfs}
         return sum(large.values())
 
@@ -453,7 +461,7 @@ REV = r"([^/]+)"
 MODEL = rf"/api/models/{REPO}"
 
 # The first that fits, so the longer ones come before `info`, whose name may contain anything.
-ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
+ROUTES: list[tuple[str, str, Callable[..., HubResponse]]] = [
     ("GET", r"/api/whoami-v2", LoopbackHub.whoami),
     ("POST", r"/api/repos/create", LoopbackHub.create),
     ("DELETE", r"/api/repos/delete", LoopbackHub.delete),
@@ -465,15 +473,15 @@ ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
     ("GET", rf"{MODEL}/commits/{REV}", LoopbackHub.history),
     ("GET", rf"{MODEL}/tree/{REV}", LoopbackHub.tree),
     ("GET", rf"{MODEL}/tree/{REV}/(.+)", LoopbackHub.tree),
-    ("POST", rf"{MODEL}/paths-info/{REV}", LoopbackHub.paths),
+    ("POST", rf"{MODEL}/paths-info/{REV}", LoopbackHub.paths_info),
     ("POST", rf"{MODEL}/preupload/{REV}", LoopbackHub.preupload),
     ("POST", rf"{MODEL}/commit/{REV}", LoopbackHub.commit),
     ("GET", rf"{MODEL}/revision/{REV}", LoopbackHub.info),
     ("GET", MODEL, LoopbackHub.info),
-    ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", LoopbackHub.batch),
-    ("POST", rf"/{REPO}\.git/info/lfs/objects/verify", LoopbackHub.verify),
-    ("PUT", r"/lfs/([0-9a-f]{64})", LoopbackHub.upload),
-    ("GET", r"/lfs/([0-9a-f]{64})", LoopbackHub.large),
+    ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", LoopbackHub.lfs_batch),
+    ("POST", rf"/{REPO}\.git/info/lfs/objects/verify", LoopbackHub.lfs_verify),
+    ("PUT", r"/lfs/([0-9a-f]{64})", LoopbackHub.lfs_upload),
+    ("GET", r"/lfs/([0-9a-f]{64})", LoopbackHub.get_lfs_object),
     ("GET", rf"/{REPO}/resolve/{REV}/(.+)", LoopbackHub.resolve),
 ]
 
@@ -497,11 +505,11 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         query = {name: values[-1] for name, values in parse_qs(url.query).items()}
         body = self._body()
-        asked = Asked(self.command, url.path, query, {name.lower(): value for name, value in self.headers.items()}, body)
+        asked = HubRequest(self.command, url.path, query, {name.lower(): value for name, value in self.headers.items()}, body)
         try:
-            answer = self.hub.answer(asked)
-        except Refused as refused:
-            self._send(_refusal(refused))
+            answer = self.hub.handle(asked)
+        except HubError as refused:
+            self._send(_error_response(refused))
         else:
             self._send(answer)
 
@@ -523,7 +531,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.rfile.readline()
         self.rfile.readline()
 
-    def _send(self, answer: Answer) -> None:
+    def _send(self, answer: HubResponse) -> None:
         content = json.dumps(answer.json).encode() if answer.content is None else answer.content
         self.send_response(answer.status)
         kind = "application/json" if answer.content is None else "application/octet-stream"
@@ -537,41 +545,41 @@ class _Handler(BaseHTTPRequestHandler):
         """Nobody reads it."""
 
 
-def _refusal(refused: Refused) -> Answer:
+def _error_response(error: HubError) -> HubResponse:
     """An error as the Hub writes it: in the body for people, in two headers for clients."""
-    more = dict(refused.more)
-    headers = {"X-Error-Message": refused.message, **({"X-Error-Code": refused.code} if refused.code else {})}
+    more = dict(error.more)
+    headers = {"X-Error-Message": error.message, **({"X-Error-Code": error.code} if error.code else {})}
     headers |= more.pop("headers", {})  # type: ignore[arg-type]  # given by this file alone
-    return Answer({"error": refused.message, **more}, status=refused.status, headers=headers)
+    return HubResponse({"error": error.message, **more}, status=error.status, headers=headers)
 
 
-def _part(content: bytes, asked: Asked, headers: Mapping[str, str]) -> Answer:
+def _content_response(content: bytes, request: HubRequest, headers: Mapping[str, str]) -> HubResponse:
     """The content, or the range of it that was asked for."""
-    found = re.fullmatch(r"bytes=(\d+)-(\d*)", asked.headers.get("range", ""))
+    found = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
     if not found:
-        return Answer(content=content, headers=headers)
+        return HubResponse(content=content, headers=headers)
     first, last = int(found[1]), min(int(found[2] or len(content)), len(content) - 1)
     if first > last:
-        return Answer(content=b"", status=416, headers={**headers, "Content-Range": f"bytes */{len(content)}"})
+        return HubResponse(content=b"", status=416, headers={**headers, "Content-Range": f"bytes */{len(content)}"})
     told = {**headers, "Content-Range": f"bytes {first}-{last}/{len(content)}"}
-    return Answer(content=content[first : last + 1], status=206, headers=told)
+    return HubResponse(content=content[first : last + 1], status=206, headers=told)
 
 
 def _is_large(path: str, size: int) -> bool:
-    return path.endswith(LFS_SUFFIXES) or size > LFS_FROM_BYTES
+    return path.endswith(LFS_SUFFIXES) or size > LFS_THRESHOLD_BYTES
 
 
-def _sibling(path: str, blob: Blob) -> dict[str, Any]:
+def _sibling_json(path: str, blob: Blob) -> dict[str, Any]:
     lfs = {"lfs": {"sha256": blob.oid, "size": len(blob.content), "pointerSize": POINTER_BYTES}} if blob.lfs else {}
     return {"rfilename": path, "size": len(blob.content), "blobId": blob.git_oid, **lfs}
 
 
-def _entry(path: str, blob: Blob) -> dict[str, Any]:
+def _tree_entry_json(path: str, blob: Blob) -> dict[str, Any]:
     lfs = {"lfs": {"oid": blob.oid, "size": len(blob.content), "pointerSize": POINTER_BYTES}} if blob.lfs else {}
     return {"type": "file", "oid": blob.git_oid, "size": len(blob.content), "path": path, **lfs}
 
 
-def _folders(files: Iterable[str], below: str, *, deep: bool) -> list[dict[str, Any]]:
+def _list_folders(files: Iterable[str], below: str, *, deep: bool) -> list[dict[str, Any]]:
     found: set[str] = set()
     for path in files:
         parts = path.removeprefix(below).split("/")[:-1]

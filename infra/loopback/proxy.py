@@ -18,10 +18,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal, Self
 
-Fault = Literal["none", "cut", "reset", "hang", "drop_answers"]
-PIECE_BYTES = 1 << 16
-RESET_AT_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER of no time: what is closed is reset
-VERB_S = 10.0  # more than a busy machine takes to change the line
+Fault = Literal["none", "cut", "reset", "hang", "drop_responses"]
+CHUNK_BYTES = 1 << 16
+ZERO_LINGER = struct.pack("ii", 1, 0)  # SO_LINGER of no time: what is closed is reset
+COMMAND_TIMEOUT_S = 10.0  # more than a busy machine takes to change the line
 
 
 class Proxy:
@@ -31,10 +31,10 @@ class Proxy:
         self._target = (host, port)
         self._fault: Fault = "none"
         self._delay_s = 0.0
-        self._links: set[_Link] = set()
+        self._connections: set[_Connection] = set()
         self._listener: asyncio.Server | None = None
-        self._held = _bound(0)  # never listens: it keeps the port ours while the line is cut
-        self._port = int(self._held.getsockname()[1])
+        self._reserved_socket = _bind_socket(0)  # never listens: it keeps the port ours while the line is cut
+        self._port = int(self._reserved_socket.getsockname()[1])
 
     @property
     def address(self) -> str:
@@ -43,23 +43,23 @@ class Proxy:
 
     def cut(self) -> None:
         """Nobody answers at the address, and every connection is closed."""
-        self._do(self._become("cut"))
+        self._run_in_loop(self._set_fault("cut"))
 
     def reset(self) -> None:
         """Every connection is reset, and so is each new one."""
-        self._do(self._become("reset"))
+        self._run_in_loop(self._set_fault("reset"))
 
     def hang(self) -> None:
         """Connections are taken and stay; nothing passes, in either direction, until `restore`."""
-        self._do(self._become("hang"))
+        self._run_in_loop(self._set_fault("hang"))
 
-    def drop_answers(self) -> None:
+    def drop_responses(self) -> None:
         """What is sent arrives and is carried out; what comes back is lost, and connections stay.
 
         A gRPC channel must have been used before: on a new connection the server's greeting would be lost as well, and the client
         would send nothing.
         """
-        self._do(self._become("drop_answers"))
+        self._run_in_loop(self._set_fault("drop_responses"))
 
     def delay(self, seconds: float) -> None:
         """Every piece, of 64 KiB at most, takes that much longer, in each direction."""
@@ -68,84 +68,87 @@ class Proxy:
     def restore(self) -> None:
         """As it was at first. Connections that lost something are reset: what would follow makes no sense to them."""
         self._delay_s = 0.0
-        self._do(self._become("none"))
+        self._run_in_loop(self._set_fault("none"))
 
     def __enter__(self) -> Self:
         self._loop = asyncio.new_event_loop()
         self._changed = asyncio.Event()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._thread.start()
-        self._do(self._become("none"))
+        self._run_in_loop(self._set_fault("none"))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._do(self._end())
+        self._run_in_loop(self._shut_down())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        self._held.close()
+        self._reserved_socket.close()
 
     # --- the line, in its own thread ---------------------------------------------------------------------------------
 
-    async def _become(self, fault: Fault) -> None:
+    async def _set_fault(self, fault: Fault) -> None:
         self._fault = fault
         self._changed.set()
         self._changed = asyncio.Event()
-        for link in list(self._links):
-            if fault in ("cut", "reset") or (fault == "none" and link.lost_something):
-                link.break_off(reset=fault != "cut")
+        for link in list(self._connections):
+            if fault in ("cut", "reset") or (fault == "none" and link.lost_data):
+                link.abort(reset=fault != "cut")
         if fault == "cut" and self._listener is not None:
             self._listener.close()
             self._listener = None
         elif fault != "cut" and self._listener is None:
-            self._listener = await asyncio.start_server(self._carry, sock=_bound(self._port))
+            self._listener = await asyncio.start_server(self._handle_connection, sock=_bind_socket(self._port))
         await asyncio.sleep(0)  # what was broken off is closed at the next turn
 
-    async def _end(self) -> None:
-        await self._become("cut")
+    async def _shut_down(self) -> None:
+        await self._set_fault("cut")
         links = asyncio.all_tasks() - {asyncio.current_task()}
         for link in links:
             link.cancel()
         await asyncio.gather(*links, return_exceptions=True)
 
-    async def _carry(self, from_client: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
+    async def _handle_connection(self, from_client: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
         """A connection, from beginning to end."""
-        link = _Link([client])
-        self._links.add(link)
+        link = _Connection([client])
+        self._connections.add(link)
         try:
-            await self._carry_on(link, from_client, client)
+            await self._relay(link, from_client, client)
         except (OSError, asyncio.CancelledError):  # the target takes nobody, one end is gone, or the proxy ends
-            link.break_off(reset=False)
+            link.abort(reset=False)
         with suppress(OSError):
-            await link.closed()
-        self._links.discard(link)
+            await link.wait_closed()
+        self._connections.discard(link)
 
-    async def _carry_on(self, link: "_Link", from_client: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
+    async def _relay(self, connection: "_Connection", from_client: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
         if self._fault == "reset":
-            link.break_off(reset=True)
+            connection.abort(reset=True)
             return
         from_server, server = await asyncio.open_connection(*self._target)
-        link.ends.append(server)
-        if link.broken:  # while the other half was made
+        connection.ends.append(server)
+        if connection.aborted:  # while the other half was made
             server.transport.abort()
             return
         await asyncio.gather(
-            self._pass_on(link, from_client, server, is_answer=False), self._pass_on(link, from_server, client, is_answer=True)
+            self._relay_direction(connection, from_client, server, is_response=False),
+            self._relay_direction(connection, from_server, client, is_response=True),
         )
-        while link.lost_something and not link.broken:  # an end that was lost is not told, either
+        while connection.lost_data and not connection.aborted:  # an end that was lost is not told, either
             await self._changed.wait()
-        link.close()
+        connection.close()
 
-    async def _pass_on(self, link: "_Link", source: asyncio.StreamReader, target: asyncio.StreamWriter, *, is_answer: bool) -> None:
+    async def _relay_direction(
+        self, connection: "_Connection", source: asyncio.StreamReader, target: asyncio.StreamWriter, *, is_response: bool
+    ) -> None:
         """One direction, to its end; the end of a stream is passed on like all else."""
         with suppress(OSError):
             while True:
-                piece = await source.read(PIECE_BYTES)
+                piece = await source.read(CHUNK_BYTES)
                 await asyncio.sleep(self._delay_s)
                 while self._fault == "hang":
                     await self._changed.wait()
-                if is_answer and self._fault == "drop_answers":
-                    link.lost_something = True
+                if is_response and self._fault == "drop_responses":
+                    connection.lost_data = True
                 elif piece:
                     target.write(piece)
                     await target.drain()
@@ -153,26 +156,26 @@ class Proxy:
                     target.write_eof()
                 if not piece:
                     return
-        link.break_off(reset=False)  # an end that is gone is of no use to the other
+        connection.abort(reset=False)  # an end that is gone is of no use to the other
 
-    def _do(self, change: Coroutine[None, None, None]) -> None:
-        asyncio.run_coroutine_threadsafe(change, self._loop).result(VERB_S)
+    def _run_in_loop(self, change: Coroutine[None, None, None]) -> None:
+        asyncio.run_coroutine_threadsafe(change, self._loop).result(COMMAND_TIMEOUT_S)
 
 
 @dataclass(eq=False)
-class _Link:
+class _Connection:
     """A connection through the line: the halves that there are."""
 
     ends: list[asyncio.StreamWriter] = field(default_factory=list)
-    lost_something: bool = False
-    broken: bool = False
+    lost_data: bool = False
+    aborted: bool = False
 
-    def break_off(self, *, reset: bool) -> None:
+    def abort(self, *, reset: bool) -> None:
         """Close both halves at once, whatever is still to be sent."""
-        self.broken = True
+        self.aborted = True
         for end in self.ends:
             if reset and not end.is_closing():
-                end.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_AT_CLOSE)
+                end.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ZERO_LINGER)
             end.transport.abort()
 
     def close(self) -> None:
@@ -180,13 +183,13 @@ class _Link:
         for end in self.ends:
             end.close()
 
-    async def closed(self) -> None:
+    async def wait_closed(self) -> None:
         """Wait until both halves are."""
         for end in self.ends:
             await end.wait_closed()
 
 
-def _bound(port: int) -> socket.socket:
+def _bind_socket(port: int) -> socket.socket:
     bound = socket.socket()
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.bind(("127.0.0.1", port))

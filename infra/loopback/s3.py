@@ -28,7 +28,7 @@ class S3:
         self._server.start()
         self.url = f"http://127.0.0.1:{self._server.get_host_and_port()[1]}"
         for bucket in self._buckets:
-            make_bucket(self.url, bucket)
+            create_bucket(self.url, bucket)
 
     def stop(self) -> None:
         """End it, and forget the objects."""
@@ -37,7 +37,7 @@ class S3:
 
 
 @contextmanager
-def s3(*, port: int = 0, buckets: Iterable[str] = ()) -> Generator[str]:
+def run_s3(*, port: int = 0, buckets: Iterable[str] = ()) -> Generator[str]:
     """The url of a server that is there for as long as the block lasts."""
     server = S3(port=port, buckets=buckets)
     server.start()
@@ -47,7 +47,7 @@ def s3(*, port: int = 0, buckets: Iterable[str] = ()) -> Generator[str]:
         server.stop()
 
 
-def make_bucket(url: str, name: str) -> None:
+def create_bucket(url: str, name: str) -> None:
     """Unsigned: the server lets everybody in."""
     httpx2.put(f"{url}/{name}").raise_for_status()
 
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--bucket", action="append", default=[], help="a bucket to make; may be repeated")
     chosen = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does it: what was started is ended
-    with suppress(KeyboardInterrupt), s3(port=chosen.port, buckets=chosen.bucket) as url:
+    with suppress(KeyboardInterrupt), run_s3(port=chosen.port, buckets=chosen.bucket) as url:
         print(url, flush=True)
         signal.pause()
 

@@ -24,12 +24,12 @@ from google.protobuf import empty_pb2
 
 SERVICE = "google.cloud.secretmanager.v1.SecretManagerService"
 ENABLED, DESTROYED = sm.SecretVersion.State.ENABLED, sm.SecretVersion.State.DESTROYED
-MOST_BYTES = 64 << 10
-PAGE = 100
+MAX_PAYLOAD_BYTES = 64 << 10
+PAGE_SIZE = 100
 
 
 @dataclass
-class _Kept:
+class _StoredSecret:
     """A secret and its versions; the first is number 1. A destroyed one has no payload."""
 
     secret: sm.Secret
@@ -40,13 +40,13 @@ class _Kept:
 class _Fault:
     """What becomes of a call. Without a code it is answered."""
 
-    carried_out: bool = True
-    damaged: bool = False
+    is_executed: bool = True
+    is_corrupted: bool = False
     code: grpc.StatusCode | None = None
     message: str = ""
 
 
-class _Answer(Exception):
+class _RpcError(Exception):
     """A call is answered with an error."""
 
     def __init__(self, code: grpc.StatusCode, message: str) -> None:
@@ -58,7 +58,7 @@ class SecretManager:
     """The stand-in; a context manager."""
 
     def __init__(self, *, port: int = 0) -> None:
-        self._kept: dict[str, _Kept] = {}
+        self._secrets: dict[str, _StoredSecret] = {}
         self._lock = threading.Lock()
         self._faults: dict[str, list[_Fault]] = {}
         self._server = grpc.server(ThreadPoolExecutor(8, "secret-manager"), options=[("grpc.so_reuseport", 0)])
@@ -73,29 +73,29 @@ class SecretManager:
         """`address:port`, for SECRET_MANAGER_EMULATOR_HOST."""
         return f"127.0.0.1:{self._port}"
 
-    def secrets(self) -> list[str]:
+    def secret_names(self) -> list[str]:
         """The names of the secrets that are there."""
         with self._lock:
-            return sorted(self._kept)
+            return sorted(self._secrets)
 
     def ttl_s(self, name: str) -> float:
         """How long a secret lives by itself, in seconds."""
-        life: timedelta = self._kept[name].secret.ttl  # pyright: ignore[reportAssignmentType]  # proto-plus hands out Python's own
+        life: timedelta = self._secrets[name].secret.ttl  # pyright: ignore[reportAssignmentType]  # proto-plus hands out Python's own
         return life.total_seconds()
 
-    def refuse_next(self, method: str, code: grpc.StatusCode, message: str = "refused") -> None:
+    def fail_next(self, method: str, code: grpc.StatusCode, message: str = "refused") -> None:
         """The next call of a method is answered with an error, and not carried out."""
-        self._happens_next(method, _Fault(carried_out=False, code=code, message=message))
+        self._inject_fault(method, _Fault(is_executed=False, code=code, message=message))
 
-    def lose_next_answer(self, method: str) -> None:
+    def drop_next_response(self, method: str) -> None:
         """The next call of a method is carried out, and its answer lost."""
-        self._happens_next(method, _Fault(code=grpc.StatusCode.UNAVAILABLE, message="the answer was lost"))
+        self._inject_fault(method, _Fault(code=grpc.StatusCode.UNAVAILABLE, message="the answer was lost"))
 
-    def damage_next_answer(self, method: str) -> None:
+    def corrupt_next_response(self, method: str) -> None:
         """A byte of the payload in the next answer of a method is another one, and its checksum as it should be."""
-        self._happens_next(method, _Fault(damaged=True))
+        self._inject_fault(method, _Fault(is_corrupted=True))
 
-    def _happens_next(self, method: str, fault: _Fault) -> None:
+    def _inject_fault(self, method: str, fault: _Fault) -> None:
         with self._lock:
             self._faults.setdefault(method, []).append(fault)
 
@@ -110,104 +110,108 @@ class SecretManager:
 
     def CreateSecret(self, request: sm.CreateSecretRequest) -> sm.Secret:  # noqa: N802  # methods are called as on the wire
         if not re.fullmatch(r"[\w-]{1,255}", request.secret_id):
-            raise _Answer(
+            raise _RpcError(
                 grpc.StatusCode.INVALID_ARGUMENT, f"The provided Secret ID [{request.secret_id}] does not match the expected format"
             )
         name = f"{request.parent}/secrets/{request.secret_id}"
-        if name in self._kept:
-            raise _Answer(grpc.StatusCode.ALREADY_EXISTS, f"Secret [{name}] already exists.")
+        if name in self._secrets:
+            raise _RpcError(grpc.StatusCode.ALREADY_EXISTS, f"Secret [{name}] already exists.")
         secret = sm.Secret(request.secret)
         secret.name = name
-        self._kept[name] = _Kept(secret)
+        self._secrets[name] = _StoredSecret(secret)
         return secret
 
     def AddSecretVersion(self, request: sm.AddSecretVersionRequest) -> sm.SecretVersion:  # noqa: N802
-        kept, content = self._found(request.parent), bytes(request.payload.data)
-        if len(content) > MOST_BYTES:
-            raise _Answer(grpc.StatusCode.INVALID_ARGUMENT, "The payload is larger than 65536 bytes.")
+        kept, content = self._find_secret(request.parent), bytes(request.payload.data)
+        if len(content) > MAX_PAYLOAD_BYTES:
+            raise _RpcError(grpc.StatusCode.INVALID_ARGUMENT, "The payload is larger than 65536 bytes.")
         if request.payload.data_crc32c != google_crc32c.value(content):
-            raise _Answer(grpc.StatusCode.INVALID_ARGUMENT, "Data crc32c check failed")
+            raise _RpcError(grpc.StatusCode.INVALID_ARGUMENT, "Data crc32c check failed")
         kept.versions.append(content)
         return self._version(request.parent, len(kept.versions))
 
     def AccessSecretVersion(self, request: sm.AccessSecretVersionRequest) -> sm.AccessSecretVersionResponse:  # noqa: N802
-        number, content = self._content(request.name)
+        number, content = self._find_payload(request.name)
         if content is None:
-            raise _Answer(grpc.StatusCode.FAILED_PRECONDITION, f"Secret Version [{request.name}] is in DESTROYED state.")
+            raise _RpcError(grpc.StatusCode.FAILED_PRECONDITION, f"Secret Version [{request.name}] is in DESTROYED state.")
         payload = sm.SecretPayload(data=content, data_crc32c=google_crc32c.value(content))
         return sm.AccessSecretVersionResponse(name=self._version(_parent(request.name), number).name, payload=payload)
 
     def DestroySecretVersion(self, request: sm.DestroySecretVersionRequest) -> sm.SecretVersion:  # noqa: N802
-        number, content = self._content(request.name)
+        number, content = self._find_payload(request.name)
         if content is None:
-            raise _Answer(grpc.StatusCode.FAILED_PRECONDITION, f"Secret Version [{request.name}] is in DESTROYED state.")
-        self._found(_parent(request.name)).versions[number - 1] = None
+            raise _RpcError(grpc.StatusCode.FAILED_PRECONDITION, f"Secret Version [{request.name}] is in DESTROYED state.")
+        self._find_secret(_parent(request.name)).versions[number - 1] = None
         return self._version(_parent(request.name), number)
 
     def ListSecretVersions(self, request: sm.ListSecretVersionsRequest) -> sm.ListSecretVersionsResponse:  # noqa: N802
         """Newest first, all on one page. The only filter it knows is by state."""
         wanted = {"": (ENABLED, DESTROYED), "state:ENABLED": (ENABLED,)}[request.filter]
-        every = [self._version(request.parent, number) for number in range(len(self._found(request.parent).versions) - 1, 0, -1)]
+        every = [self._version(request.parent, number) for number in range(len(self._find_secret(request.parent).versions) - 1, 0, -1)]
         return sm.ListSecretVersionsResponse(versions=[version for version in every if version.state in wanted])
 
     def GetSecret(self, request: sm.GetSecretRequest) -> sm.Secret:  # noqa: N802
-        return self._found(request.name).secret
+        return self._find_secret(request.name).secret
 
     def DeleteSecret(self, request: sm.DeleteSecretRequest) -> empty_pb2.Empty:  # noqa: N802
-        self._found(request.name)
-        del self._kept[request.name]
+        self._find_secret(request.name)
+        del self._secrets[request.name]
         return empty_pb2.Empty()
 
     def ListSecrets(self, request: sm.ListSecretsRequest) -> sm.ListSecretsResponse:  # noqa: N802
         """Filters it knows: `name:WORD`, `labels.NAME=VALUE`, joined with AND."""
         terms = [term for term in request.filter.split(" AND ") if term]
-        found = [name for name in sorted(self._kept) if name.startswith(request.parent) and all(self._fits(name, term) for term in terms)]
-        first, size = int(request.page_token or 0), min(request.page_size or PAGE, PAGE)
+        found = [
+            name
+            for name in sorted(self._secrets)
+            if name.startswith(request.parent) and all(self._matches_filter(name, term) for term in terms)
+        ]
+        first, size = int(request.page_token or 0), min(request.page_size or PAGE_SIZE, PAGE_SIZE)
         more = str(first + size) if first + size < len(found) else ""
-        return sm.ListSecretsResponse(secrets=[self._kept[name].secret for name in found[first : first + size]], next_page_token=more)
+        return sm.ListSecretsResponse(secrets=[self._secrets[name].secret for name in found[first : first + size]], next_page_token=more)
 
     # --- helpers -----------------------------------------------------------------------------------------------------
 
-    def _fits(self, name: str, term: str) -> bool:
+    def _matches_filter(self, name: str, term: str) -> bool:
         if term.startswith("name:"):
             return term.removeprefix("name:") in name
         label, _, value = term.removeprefix("labels.").partition("=")
-        return self._kept[name].secret.labels.get(label) == value
+        return self._secrets[name].secret.labels.get(label) == value
 
-    def _found(self, name: str) -> _Kept:
-        if name not in self._kept:
-            raise _Answer(grpc.StatusCode.NOT_FOUND, f"Secret [{name}] not found.")
-        return self._kept[name]
+    def _find_secret(self, name: str) -> _StoredSecret:
+        if name not in self._secrets:
+            raise _RpcError(grpc.StatusCode.NOT_FOUND, f"Secret [{name}] not found.")
+        return self._secrets[name]
 
-    def _content(self, name: str) -> tuple[int, bytes | None]:
-        versions, word = self._found(_parent(name)).versions, name.rpartition("/")[2]
+    def _find_payload(self, name: str) -> tuple[int, bytes | None]:
+        versions, word = self._find_secret(_parent(name)).versions, name.rpartition("/")[2]
         number = len(versions) - 1 if word == "latest" else int(word)
         if not 1 <= number <= len(versions):
-            raise _Answer(grpc.StatusCode.NOT_FOUND, f"Secret Version [{name}] not found or has no versions.")
+            raise _RpcError(grpc.StatusCode.NOT_FOUND, f"Secret Version [{name}] not found or has no versions.")
         return number, versions[number - 1]
 
     def _version(self, parent: str, number: int) -> sm.SecretVersion:
-        state = DESTROYED if self._found(parent).versions[number - 1] is None else ENABLED
+        state = DESTROYED if self._find_secret(parent).versions[number - 1] is None else ENABLED
         return sm.SecretVersion(name=f"{parent}/versions/{number}", state=state)
 
     # Any: requests and answers are of as many types as there are methods.
     def _handler(self, method: str, request: Any) -> grpc.RpcMethodHandler:  # noqa: ANN401
         carry_out: Callable[[Any], Any] = getattr(self, method)
 
-        def answer(message: Any, context: grpc.ServicerContext) -> bytes:  # noqa: ANN401
+        def handle(message: Any, context: grpc.ServicerContext) -> bytes:  # noqa: ANN401
             content = b""
             try:
                 with self._lock:
                     fault = self._faults[method].pop(0) if self._faults.get(method) else _Fault()
-                    if fault.carried_out:
-                        content = _written(_damaged(carry_out(message)) if fault.damaged else carry_out(message))
-            except _Answer as error:
+                    if fault.is_executed:
+                        content = _serialize(_corrupt(carry_out(message)) if fault.is_corrupted else carry_out(message))
+            except _RpcError as error:
                 context.abort(error.code, str(error))
             if fault.code is not None:
                 context.abort(fault.code, fault.message)
             return content
 
-        return grpc.unary_unary_rpc_method_handler(answer, request_deserializer=request.deserialize, response_serializer=bytes)
+        return grpc.unary_unary_rpc_method_handler(handle, request_deserializer=request.deserialize, response_serializer=bytes)
 
 
 METHODS = {
@@ -226,14 +230,14 @@ def _parent(version: str) -> str:
     return version.rpartition("/versions/")[0]
 
 
-def _damaged(answer: sm.AccessSecretVersionResponse) -> sm.AccessSecretVersionResponse:
+def _corrupt(answer: sm.AccessSecretVersionResponse) -> sm.AccessSecretVersionResponse:
     content = bytearray(answer.payload.data)
     content[len(content) // 2] ^= 1
     answer.payload.data = bytes(content)
     return answer
 
 
-def _written(message: Any) -> bytes:  # noqa: ANN401
+def _serialize(message: Any) -> bytes:  # noqa: ANN401
     return message.SerializeToString() if isinstance(message, empty_pb2.Empty) else type(message).serialize(message)
 
 

@@ -13,127 +13,149 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.data.pairs import JudgedRow, Pair, RenderedJudged, RenderedPairs, render_judged, render_pairs
-from jobs.data.render import NO_LABEL, Rendered, TokenRow, read_rows, render
+from jobs.data.pairs import (
+    PreferencePair,
+    TokenizedPreferenceSplit,
+    TokenizedUnpairedSplit,
+    UnpairedExample,
+    tokenize_pairs,
+    tokenize_unpaired,
+)
+from jobs.data.render import IGNORE_INDEX, TokenizedExample, TokenizedSplit, read_rows, tokenize_split
 from schema.words import DatasetType
 from storage import NoSuchObject, ObjectStore, StorageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from jobs.trainers.loop import Ground
+    from jobs.trainers.loop import TrainingContext
 
 log = logging.getLogger(__name__)
 
 VERSION = "2"  # of the rendering and of the file; a change of either makes other names
-LEAST_BYTES = 1 << 20  # of rows: fewer are tokenized sooner than fetched
+MIN_CACHED_BYTES = 1 << 20  # of rows: fewer are tokenized sooner than fetched
 
 
 @dataclass
-class Tokens:
+class CachedSplit:
     """What is kept of a split: its rows, how many were cut or left out, and a mark on each row where the form has one."""
 
-    rows: list[TokenRow]
-    cut: int
+    rows: list[TokenizedExample]
+    truncated: int
     dropped: int
-    marks: list[bool] = field(default_factory=list)
+    good_flags: list[bool] = field(default_factory=list)
 
 
-def render_cached(ground: "Ground", dataset_type: DatasetType, least_bytes: int = LEAST_BYTES) -> dict[str, Rendered]:
+def load_or_tokenize_split(
+    training: "TrainingContext", dataset_type: DatasetType, min_bytes: int = MIN_CACHED_BYTES
+) -> dict[str, TokenizedSplit]:
     """The rows of every split as tokens and labels: from the cache, or made, and kept for the next job.
 
     Splits of fewer than `least_bytes` are always made.
     """
-    knobs = ground.config.hyperparameters
+    knobs = training.config.hyperparameters
 
-    def make(path: Path) -> Tokens:
-        made = render(read_rows(path), dataset_type, ground.tokenizer, knobs.max_seq_length)
-        return Tokens(made.rows, made.cut, made.dropped)
+    def make(path: Path) -> CachedSplit:
+        made = tokenize_split(read_rows(path), dataset_type, training.tokenizer, knobs.max_seq_length)
+        return CachedSplit(made.rows, made.truncated, made.dropped)
 
-    found = _cached(ground, "rows", make, least_bytes)
-    return {name: Rendered(kept.rows, kept.cut, kept.dropped) for name, kept in found.items()}
+    found = _load_or_tokenize(training, "rows", make, min_bytes)
+    return {name: TokenizedSplit(kept.rows, kept.truncated, kept.dropped) for name, kept in found.items()}
 
 
-def pairs_cached(ground: "Ground", least_bytes: int = LEAST_BYTES) -> dict[str, RenderedPairs]:
+def load_or_tokenize_pairs(training: "TrainingContext", min_bytes: int = MIN_CACHED_BYTES) -> dict[str, TokenizedPreferenceSplit]:
     """The same for rows of two answers."""
 
-    def make(path: Path) -> Tokens:
-        made = render_pairs(read_rows(path), ground.tokenizer, ground.config.hyperparameters.max_seq_length)
-        return Tokens([row for pair in made.rows for row in (pair.chosen, pair.rejected)], made.cut, made.dropped)
+    def make(path: Path) -> CachedSplit:
+        made = tokenize_pairs(read_rows(path), training.tokenizer, training.config.hyperparameters.max_seq_length)
+        return CachedSplit([row for pair in made.rows for row in (pair.chosen, pair.rejected)], made.truncated, made.dropped)
 
-    def pairs(kept: Tokens) -> RenderedPairs:
+    def pairs(kept: CachedSplit) -> TokenizedPreferenceSplit:
         answers = iter(kept.rows)
-        return RenderedPairs([Pair(*both) for both in zip(answers, answers, strict=True)], kept.cut, kept.dropped)
+        return TokenizedPreferenceSplit(
+            [PreferencePair(*both) for both in zip(answers, answers, strict=True)], kept.truncated, kept.dropped
+        )
 
-    return {name: pairs(kept) for name, kept in _cached(ground, "pairs", make, least_bytes).items()}
+    return {name: pairs(kept) for name, kept in _load_or_tokenize(training, "pairs", make, min_bytes).items()}
 
 
-def judged_cached(ground: "Ground", dataset_type: DatasetType, least_bytes: int = LEAST_BYTES) -> dict[str, RenderedJudged]:
+def load_or_tokenize_unpaired(
+    training: "TrainingContext", dataset_type: DatasetType, min_bytes: int = MIN_CACHED_BYTES
+) -> dict[str, TokenizedUnpairedSplit]:
     """The same for answers that are each good or bad."""
 
-    def make(path: Path) -> Tokens:
-        made = render_judged(read_rows(path), dataset_type, ground.tokenizer, ground.config.hyperparameters.max_seq_length)
-        return Tokens([judged.row for judged in made.rows], made.cut, made.dropped, [judged.is_good for judged in made.rows])
+    def make(path: Path) -> CachedSplit:
+        made = tokenize_unpaired(read_rows(path), dataset_type, training.tokenizer, training.config.hyperparameters.max_seq_length)
+        return CachedSplit([judged.row for judged in made.rows], made.truncated, made.dropped, [judged.is_good for judged in made.rows])
 
-    def judged(kept: Tokens) -> RenderedJudged:
-        return RenderedJudged([JudgedRow(*one) for one in zip(kept.rows, kept.marks, strict=True)], kept.cut, kept.dropped)
+    def judged(kept: CachedSplit) -> TokenizedUnpairedSplit:
+        return TokenizedUnpairedSplit(
+            [UnpairedExample(*one) for one in zip(kept.rows, kept.good_flags, strict=True)], kept.truncated, kept.dropped
+        )
 
-    return {name: judged(kept) for name, kept in _cached(ground, "judged", make, least_bytes).items()}
+    return {name: judged(kept) for name, kept in _load_or_tokenize(training, "unpaired", make, min_bytes).items()}
 
 
-def _cached(ground: "Ground", form: str, make: Callable[[Path], Tokens], least_bytes: int) -> dict[str, Tokens]:
-    dataset, store = ground.context.spec.dataset, ground.context.stores.datasets
-    longest = ground.config.hyperparameters.max_seq_length
-    found: dict[str, Tokens] = {}
-    for name, path in ground.splits.items():
+def _load_or_tokenize(
+    training: "TrainingContext", layout: str, make: Callable[[Path], CachedSplit], min_bytes: int
+) -> dict[str, CachedSplit]:
+    dataset, store = training.context.spec.dataset, training.context.stores.datasets
+    longest = training.config.hyperparameters.max_seq_length
+    found: dict[str, CachedSplit] = {}
+    for name, path in training.splits.items():
         split = dataset.splits[name]
-        is_worth_it = split.size_bytes >= least_bytes
-        settings = {"rows": split.sha256, "type": dataset.dataset_type, "form": form, "longest": longest}
-        key = _key(split.key, settings, ground.tokenizer)
+        is_worth_it = split.size_bytes >= min_bytes
+        settings = {"rows": split.sha256, "type": dataset.dataset_type, "layout": layout, "max_length": longest}
+        key = _cache_key(split.key, settings, training.tokenizer)
         known = _read(store, key) if is_worth_it else None
         if known is not None:
-            ground.context.decided("tokens", "cached", f"{name} was tokenized before, in the same way")
+            training.context.log_decision("tokens", "cached", f"{name} was tokenized before, in the same way")
         found[name] = known or make(path)
         if is_worth_it and known is None:
-            _keep(store, key, found[name])
+            _store(store, key, found[name])
     return found
 
 
-def packed_bytes(tokens: Tokens) -> bytes:
+def serialize_split(cached_split: CachedSplit) -> bytes:
     """The rows as one file, without pickles."""
     import numpy as np
 
-    rows = tokens.rows
+    rows = cached_split.rows
     lengths = np.array([len(row.input_ids) for row in rows], np.int32)
     ids = np.array([token for row in rows for token in row.input_ids], np.int32)
-    labelled = np.packbits(np.array([label != NO_LABEL for row in rows for label in row.labels], bool))
+    labelled = np.packbits(np.array([label != IGNORE_INDEX for row in rows for label in row.labels], bool))
     prompts = np.array([row.prompt_tokens for row in rows], np.int32)
     rest = json.dumps(
-        {"cut": tokens.cut, "dropped": tokens.dropped, "texts": [row.prompt_text for row in rows], "marks": tokens.marks}
+        {
+            "truncated": cached_split.truncated,
+            "dropped": cached_split.dropped,
+            "prompt_texts": [row.prompt_text for row in rows],
+            "good_flags": cached_split.good_flags,
+        }
     ).encode()
     out = io.BytesIO()
     np.savez_compressed(out, lengths=lengths, ids=ids, labelled=labelled, prompts=prompts, rest=np.frombuffer(rest, np.uint8))
     return out.getvalue()
 
 
-def unpacked(content: bytes) -> Tokens:
+def deserialize_split(content: bytes) -> CachedSplit:
     """The rows of such a file. Raises ValueError, KeyError or OSError for one that is not whole."""
     import numpy as np
 
     with np.load(io.BytesIO(content), allow_pickle=False) as file:
-        lengths, ids, prompts = file["lengths"], file["ids"], file["prompts"]
-        labelled = np.unpackbits(file["labelled"], count=len(ids)).astype(bool)
-        rest = json.loads(file["rest"].tobytes())
-    labels = np.where(labelled, ids, NO_LABEL)
+        lengths, ids, prompts = file["lengths"], file["ids"], file["prompt_tokens"]
+        labelled = np.unpackbits(file["labeled"], count=len(ids)).astype(bool)
+        rest = json.loads(file["metadata"].tobytes())
+    labels = np.where(labelled, ids, IGNORE_INDEX)
     ends = lengths.cumsum()[:-1]
     rows = [
-        TokenRow(row.tolist(), wanted.tolist(), text, int(prompt))
-        for row, wanted, text, prompt in zip(np.split(ids, ends), np.split(labels, ends), rest["texts"], prompts, strict=True)
+        TokenizedExample(row.tolist(), wanted.tolist(), text, int(prompt))
+        for row, wanted, text, prompt in zip(np.split(ids, ends), np.split(labels, ends), rest["prompt_texts"], prompts, strict=True)
     ]
-    return Tokens(rows, rest["cut"], rest["dropped"], rest["marks"])
+    return CachedSplit(rows, rest["truncated"], rest["dropped"], rest["good_flags"])
 
 
-def _key(split_key: str, settings: dict[str, str | int], tokenizer: "PreTrainedTokenizerBase") -> str:
+def _cache_key(split_key: str, settings: dict[str, str | int], tokenizer: "PreTrainedTokenizerBase") -> str:
     """Below the dataset's own folder."""
     whole = settings | {"version": VERSION, "template": tokenizer.chat_template}
     digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode())
@@ -141,12 +163,12 @@ def _key(split_key: str, settings: dict[str, str | int], tokenizer: "PreTrainedT
     return f"{Path(split_key).parent.as_posix()}/tokens/{digest.hexdigest()}.npz"
 
 
-def _read(store: ObjectStore, key: str) -> Tokens | None:
+def _read(store: ObjectStore, key: str) -> CachedSplit | None:
     """What is kept there; None when there is nothing, or nothing that can be read: then it is made anew."""
     from zipfile import BadZipFile
 
     try:
-        return unpacked(store.read(key))
+        return deserialize_split(store.read(key))
     except NoSuchObject:
         return None
     except (StorageError, ValueError, KeyError, OSError, BadZipFile) as error:
@@ -154,9 +176,9 @@ def _read(store: ObjectStore, key: str) -> Tokens | None:
         return None
 
 
-def _keep(store: ObjectStore, key: str, tokens: Tokens) -> None:
+def _store(store: ObjectStore, key: str, tokens: CachedSplit) -> None:
     """For the next job. One that may not write there, or whose store is away, goes on without."""
     try:
-        store.write(key, packed_bytes(tokens))
+        store.write(key, serialize_split(tokens))
     except StorageError as error:
         log.warning("tokens are not cached", extra={"key": key, "error": str(error)})

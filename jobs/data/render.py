@@ -18,14 +18,14 @@ from schema.words import DatasetType
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NO_LABEL = -100  # torch's cross entropy ignores it
+IGNORE_INDEX = -100  # torch's cross entropy ignores it
 
 Message = dict[str, str]
 Span = tuple[int, int]  # characters of a text, from and to
 
 
 @dataclass(frozen=True)
-class TokenRow:
+class TokenizedExample:
     """One row. `labels` is as long as `input_ids`: the token itself where it is to be learned, else NO_LABEL."""
 
     input_ids: list[int]
@@ -34,21 +34,21 @@ class TokenRow:
     prompt_tokens: int
 
     @property
-    def teaches(self) -> bool:
+    def has_labels(self) -> bool:
         """There is something to learn: the first token is never a label, for nothing comes before it."""
-        return any(label != NO_LABEL for label in self.labels[1:])
+        return any(label != IGNORE_INDEX for label in self.labels[1:])
 
-    def cut_to(self, length: int) -> "TokenRow":
+    def truncate(self, length: int) -> "TokenizedExample":
         """The first tokens of the row, at most so many."""
-        return TokenRow(self.input_ids[:length], self.labels[:length], self.prompt_text, min(self.prompt_tokens, length))
+        return TokenizedExample(self.input_ids[:length], self.labels[:length], self.prompt_text, min(self.prompt_tokens, length))
 
 
 @dataclass
-class Rendered:
+class TokenizedSplit:
     """The rows that can be learned from, and how many could not, or not wholly."""
 
-    rows: list[TokenRow] = field(default_factory=list)
-    cut: int = 0  # longer than the longest sequence
+    rows: list[TokenizedExample] = field(default_factory=list)
+    truncated: int = 0  # longer than the longest sequence
     dropped: int = 0  # without anything to learn in what was left
 
 
@@ -59,7 +59,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def use_chat_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
+def set_default_chat_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Give a tokenizer without a chat template Gemma's own; whether that was done."""
     if tokenizer.chat_template:
         return False
@@ -67,33 +67,35 @@ def use_chat_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
     return True
 
 
-def render(rows: Iterator[dict[str, Any]], dataset_type: DatasetType, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Rendered:
+def tokenize_split(
+    rows: Iterator[dict[str, Any]], dataset_type: DatasetType, tokenizer: "PreTrainedTokenizerBase", max_length: int
+) -> TokenizedSplit:
     """Tokens and labels of every row, cut to `max_length` tokens."""
-    rendered = Rendered()
+    rendered = TokenizedSplit()
     for row in rows:
-        tokens = tokens_of(row, dataset_type, tokenizer)
-        rendered.cut += len(tokens.input_ids) > max_length
-        tokens = tokens.cut_to(max_length)
-        if tokens.teaches:
+        tokens = tokenize_row(row, dataset_type, tokenizer)
+        rendered.truncated += len(tokens.input_ids) > max_length
+        tokens = tokens.truncate(max_length)
+        if tokens.has_labels:
             rendered.rows.append(tokens)
         else:
             rendered.dropped += 1
     return rendered
 
 
-def tokens_of(row: dict[str, Any], dataset_type: DatasetType, tokenizer: "PreTrainedTokenizerBase") -> TokenRow:
+def tokenize_row(row: dict[str, Any], dataset_type: DatasetType, tokenizer: "PreTrainedTokenizerBase") -> TokenizedExample:
     """Tokens and labels of a whole row. Raises JobFailed."""
-    text, spans, chat = _text_of(row, dataset_type, tokenizer)
-    return _tokens_of(text, spans, tokenizer, chat=chat)
+    text, spans, chat = _render_row(row, dataset_type, tokenizer)
+    return _tokenize_text(text, spans, tokenizer, chat=chat)
 
 
-def _text_of(row: dict[str, Any], dataset_type: DatasetType, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, list[Span], bool]:
+def _render_row(row: dict[str, Any], dataset_type: DatasetType, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, list[Span], bool]:
     """The row as one text, the parts of it that are to be learned, and whether the chat template wrote it."""
     match dataset_type:
         case "messages":
-            return *_conversation(row["messages"], 0, tokenizer), True
+            return *_render_conversation(row["messages"], 0, tokenizer), True
         case "prompt_completion" if isinstance(row["prompt"], list):
-            return *_conversation(row["prompt"] + row["completion"], len(row["prompt"]), tokenizer), True
+            return *_render_conversation(row["prompt"] + row["completion"], len(row["prompt"]), tokenizer), True
         case "prompt_completion":
             text = row["prompt"] + row["completion"]
             return text, [(len(row["prompt"]), len(text))], False
@@ -103,18 +105,18 @@ def _text_of(row: dict[str, Any], dataset_type: DatasetType, tokenizer: "PreTrai
             raise JobFailed("invalid_data", f"rows of the form {dataset_type} have no single answer to learn", "use another trainer_type")
 
 
-def _conversation(messages: list[Message], first: int, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, list[Span]]:
+def _render_conversation(messages: list[Message], first: int, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, list[Span]]:
     """A conversation as text; what the assistant says from message `first` on is to be learned, with its end of turn.
 
     A turn is found by writing the conversation up to it. That holds only while the template leaves alone what it wrote: some
     drop the thoughts of earlier turns, or sign the last turn alone, and would put the labels in the wrong place.
     """
-    text = _apply(tokenizer, messages, ask=False)
+    text = _apply_chat_template(tokenizer, messages, add_generation_prompt=False)
     spans: list[Span] = []
     for n in range(first, len(messages)):
         if messages[n]["role"] == "assistant":
-            before = _apply(tokenizer, messages[:n], ask=True)
-            until = _apply(tokenizer, messages[: n + 1], ask=False)
+            before = _apply_chat_template(tokenizer, messages[:n], add_generation_prompt=True)
+            until = _apply_chat_template(tokenizer, messages[: n + 1], add_generation_prompt=False)
             if not (until.startswith(before) and text.startswith(until)):
                 hint = "send every answer as a row of its own (prompt and completion), or use a base model with another chat template"
                 raise JobFailed("invalid_config", "the base model's chat template rewrites earlier turns; no label can be placed", hint)
@@ -122,28 +124,28 @@ def _conversation(messages: list[Message], first: int, tokenizer: "PreTrainedTok
     return text, spans
 
 
-def _apply(tokenizer: "PreTrainedTokenizerBase", messages: list[Message], *, ask: bool) -> str:
+def _apply_chat_template(tokenizer: "PreTrainedTokenizerBase", messages: list[Message], *, add_generation_prompt: bool) -> str:
     from jinja2 import TemplateError
 
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
     except TemplateError as error:  # the template's own words, such as: System role not supported
         roles = ", ".join(message["role"] for message in messages) or "none"
         hint = "write the rows with the roles that the base model knows, or use another base model"
         raise JobFailed("invalid_data", f"the base model's chat template refuses the roles {roles}: {error.message}", hint) from error
 
 
-def _tokens_of(text: str, spans: list[Span], tokenizer: "PreTrainedTokenizerBase", *, chat: bool) -> TokenRow:
+def _tokenize_text(text: str, spans: list[Span], tokenizer: "PreTrainedTokenizerBase", *, chat: bool) -> TokenizedExample:
     """A token is learned when it begins inside a span. A chat template writes its own beginning and ends; other texts get them here."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids: list[int] = list(encoded["input_ids"])
     labels = [
-        token if any(start <= offset[0] < end for start, end in spans) else NO_LABEL
+        token if any(start <= offset[0] < end for start, end in spans) else IGNORE_INDEX
         for token, offset in zip(ids, encoded["offset_mapping"], strict=True)
     ]
     if not chat:
         begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
         ids = [*begin, *ids, tokenizer.eos_token_id]
-        labels = [*[NO_LABEL] * len(begin), *labels, tokenizer.eos_token_id]
-    first = next((n for n, label in enumerate(labels) if label != NO_LABEL), len(labels))
-    return TokenRow(ids, labels, text[: spans[0][0]] if spans else text, first)
+        labels = [*[IGNORE_INDEX] * len(begin), *labels, tokenizer.eos_token_id]
+    first = next((n for n, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+    return TokenizedExample(ids, labels, text[: spans[0][0]] if spans else text, first)

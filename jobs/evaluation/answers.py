@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jobs.errors import JobFailed
-from jobs.evaluation.undisturbed import undisturbed
+from jobs.evaluation.undisturbed import evaluation_state
 from jobs.trainers.healing import free_memory, is_out_of_memory
 from schema.job import Sample
 
@@ -12,22 +12,22 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-SHOWN_CHARACTERS = 2000  # of a prompt, a reference or an answer in an event
+MAX_SAMPLE_CHARACTERS = 2000  # of a prompt, a reference or an answer in an event
 
 # Of prompts at once: a token costs less the more of them there are, and all of them keep their keys and values.
-FEWEST, MOST, MOST_TOKENS = 8, 32, 16_384
+MIN_BATCH_PROMPTS, MAX_BATCH_PROMPTS, MAX_BATCH_TOKENS = 8, 32, 16_384
 
 Features = Mapping[str, "Tensor"]
 
 
-def answers(
+def generate_batch(
     model: Any,  # noqa: ANN401  # any model of transformers or peft
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     batch_size: int,
-    pulse: Callable[[], None] = lambda: None,
+    check_stop: Callable[[], None] = lambda: None,
     features: Sequence[Features] | None = None,
 ) -> list[str]:
     """What the model says to each prompt (token ids, one at least), in the order of the prompts: the likeliest token at every step.
@@ -41,17 +41,19 @@ def answers(
     When memory runs out, fewer prompts are answered at once. Raises JobFailed when a single one is too many.
     """
     longest_first = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))  # little padding, and a lack of memory shows at once
-    config = _greedy(model, tokenizer, max_new_tokens)
+    config = _greedy_config(model, tokenizer, max_new_tokens)
     size = batch_size
     found: dict[int, str] = {}
-    with undisturbed(model):
+    with evaluation_state(model):
         while len(found) < len(prompts):
-            pulse()
+            check_stop()
             batch = longest_first[len(found) : len(found) + size]
-            inputs = _inputs([prompts[n] for n in batch], [features[n] for n in batch] if features else [], config.pad_token_id)
-            said = _said_if_it_fits(model, inputs, config, pulse)
+            inputs = _collate_left_padded(
+                [prompts[n] for n in batch], [features[n] for n in batch] if features else [], config.pad_token_id
+            )
+            said = _generate_or_none(model, inputs, config, check_stop)
             if said is not None:
-                found |= {n: _text(tokens, config, tokenizer) for n, tokens in zip(batch, said, strict=True)}
+                found |= {n: _decode_answer(tokens, config, tokenizer) for n, tokens in zip(batch, said, strict=True)}
             elif size == 1:
                 hint = "lower max_seq_length or eval_config.max_new_tokens, or ask for hardware with more memory"
                 raise JobFailed("out_of_memory", "memory ran out while a single held-out prompt was answered", hint)
@@ -61,21 +63,23 @@ def answers(
     return [found[n] for n in range(len(prompts))]
 
 
-def at_once(trained: int, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+def max_generation_batch(train_batch_size: int, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
     """How many prompts to answer together, where so many rows are trained together."""
-    return max(trained, FEWEST, min(MOST, MOST_TOKENS // (max(map(len, prompts)) + max_new_tokens)))
+    return max(train_batch_size, MIN_BATCH_PROMPTS, min(MAX_BATCH_PROMPTS, MAX_BATCH_TOKENS // (max(map(len, prompts)) + max_new_tokens)))
 
 
-def samples_of(prompts: Sequence[str], references: Sequence[str | None], said: Sequence[str], count: int) -> tuple[Sample, ...]:
+def make_samples(prompts: Sequence[str], references: Sequence[str | None], generations: Sequence[str], count: int) -> tuple[Sample, ...]:
     """The first `count` prompts with the rows' own answers and the model's, fit to be shown."""
-    rows = list(zip(prompts, references, said, strict=True))[:count]
+    rows = list(zip(prompts, references, generations, strict=True))[:count]
     return tuple(
-        Sample(prompt=_shown(prompt), reference=None if reference is None else _shown(reference), text=_shown(text))
+        Sample(
+            prompt=_make_printable(prompt), reference=None if reference is None else _make_printable(reference), text=_make_printable(text)
+        )
         for prompt, reference, text in rows
     )
 
 
-def _greedy(model: Any, tokenizer: "PreTrainedTokenizerBase", max_new_tokens: int) -> "GenerationConfig":  # noqa: ANN401  # any model
+def _greedy_config(model: Any, tokenizer: "PreTrainedTokenizerBase", max_new_tokens: int) -> "GenerationConfig":  # noqa: ANN401  # any model
     """The likeliest token at every step. What is not said here would be taken from the base's own config, which often samples."""
     from transformers import GenerationConfig
 
@@ -96,7 +100,7 @@ def _greedy(model: Any, tokenizer: "PreTrainedTokenizerBase", max_new_tokens: in
     )
 
 
-def _inputs(prompts: list[Sequence[int]], features: list[Features], pad_id: int) -> dict[str, "Tensor"]:
+def _collate_left_padded(prompts: list[Sequence[int]], features: list[Features], pad_id: int) -> dict[str, "Tensor"]:
     """A batch (B, T), padded on the left: every prompt ends where its answer begins."""
     import torch
 
@@ -116,17 +120,17 @@ def _inputs(prompts: list[Sequence[int]], features: list[Features], pad_id: int)
     return inputs
 
 
-def _said_if_it_fits(
+def _generate_or_none(
     model: Any,  # noqa: ANN401  # any model
     inputs: dict[str, "Tensor"],
     config: "GenerationConfig",
-    pulse: Callable[[], None],
+    check_stop: Callable[[], None],
 ) -> list[list[int]] | None:
     """The new tokens of each row of a batch; None when there is not enough memory for it."""
     import torch
 
     def never(tokens: "Tensor", *_: object, **__: object) -> "Tensor":
-        pulse()
+        check_stop()
         return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
 
     try:
@@ -139,12 +143,12 @@ def _said_if_it_fits(
         return None
 
 
-def _text(tokens: list[int], config: "GenerationConfig", tokenizer: "PreTrainedTokenizerBase") -> str:
+def _decode_answer(tokens: list[int], config: "GenerationConfig", tokenizer: "PreTrainedTokenizerBase") -> str:
     end = next((n for n, token in enumerate(tokens) if token in config.eos_token_id), len(tokens))  # padding comes after it
     return str(tokenizer.decode(tokens[:end], skip_special_tokens=True))
 
 
-def _shown(text: str) -> str:
+def _make_printable(text: str) -> str:
     """A hardly trained model says anything, also what would move a terminal's cursor."""
-    text = text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
+    text = text if len(text) <= MAX_SAMPLE_CHARACTERS else text[: MAX_SAMPLE_CHARACTERS - 1] + "…"
     return "".join(character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}" for character in text)

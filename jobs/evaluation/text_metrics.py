@@ -13,23 +13,23 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 # References are labels when few different ones are often repeated.
-MOST_LABELS = 20
-MOST_WORDS_OF_A_LABEL = 5
+MAX_LABELS = 20
+MAX_LABEL_WORDS = 5
 BLEU_ORDER = 4  # it counts sequences of up to four words
 
 # Scripts that are written without spaces: there a character is taken for a word.
-UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-WORD = rf"(?V1)[{UNSPACED}]\p{{M}}*|[[\p{{L}}\p{{N}}\p{{M}}]--[{UNSPACED}]]+"
+UNSPACED_SCRIPTS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+WORD_PATTERN = rf"(?V1)[{UNSPACED_SCRIPTS}]\p{{M}}*|[[\p{{L}}\p{{N}}\p{{M}}]--[{UNSPACED_SCRIPTS}]]+"
 
 Metric = Callable[[Sequence[str], Sequence[str]], float]
-Measured = tuple[dict[str, float | None], dict[str, str]]  # values, and the reasons of those that are None
+MetricResults = tuple[dict[str, float | None], dict[str, str]]  # values, and the reasons of those that are None
 
 
-class SaysNothing(Exception):
+class UndefinedMetric(Exception):
     """The metric has no meaning for these rows; the message says why."""
 
 
-def task_metrics(answers: Sequence[str], references: Sequence[str], metrics: Mapping[str, Metric] | None = None) -> Measured:
+def task_metrics(answers: Sequence[str], references: Sequence[str], metrics: Mapping[str, Metric] | None = None) -> MetricResults:
     """Every metric over answers and their references, row by row the same length; and why one is None, by its name.
 
     A metric that fails does not take the others with it.
@@ -42,9 +42,9 @@ def task_metrics(answers: Sequence[str], references: Sequence[str], metrics: Map
         values[name] = None
         try:
             if not references:
-                raise SaysNothing("no held-out row has a prompt and an answer to compare with")
+                raise UndefinedMetric("no held-out row has a prompt and an answer to compare with")
             values[name] = metric(answers, references)
-        except SaysNothing as reason:
+        except UndefinedMetric as reason:
             notes[name] = str(reason)
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:  # what a library may stumble over
             notes[name] = f"the metric failed: {type(error).__name__}: {error}"
@@ -53,7 +53,9 @@ def task_metrics(answers: Sequence[str], references: Sequence[str], metrics: Map
 
 def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
     """Share of answers that are the reference but for white space."""
-    return _share(_spaced(answer) == _spaced(reference) for answer, reference in zip(answers, references, strict=True))
+    return _fraction_true(
+        _normalize_whitespace(answer) == _normalize_whitespace(reference) for answer, reference in zip(answers, references, strict=True)
+    )
 
 
 def bleu(answers: Sequence[str], references: Sequence[str]) -> float:
@@ -62,7 +64,7 @@ def bleu(answers: Sequence[str], references: Sequence[str]) -> float:
 
     scorer = BLEU(tokenize="char" if _is_unspaced(references) else "13a")
     if max(len(scorer.tokenizer(reference).split()) for reference in references) < BLEU_ORDER:
-        raise SaysNothing(f"BLEU compares sequences of {BLEU_ORDER} words, and no reference is that long")
+        raise UndefinedMetric(f"BLEU compares sequences of {BLEU_ORDER} words, and no reference is that long")
     return scorer.corpus_score(answers, [references]).score / 100
 
 
@@ -70,39 +72,39 @@ def chrf(answers: Sequence[str], references: Sequence[str]) -> float:
     """chrF of the whole sample, 0 to 1: sequences of up to six characters, in any language."""
     from sacrebleu.metrics.chrf import CHRF
 
-    if not any(map(_spaced, references)):
-        raise SaysNothing("every reference is empty")
+    if not any(map(_normalize_whitespace, references)):
+        raise UndefinedMetric("every reference is empty")
     return CHRF().corpus_score(answers, [references]).score / 100
 
 
 def rouge_1(answers: Sequence[str], references: Sequence[str]) -> float:
     """F of the words in common."""
-    return _rouge("rouge1", answers, references, fewest_words=1)
+    return _rouge("rouge1", answers, references, min_words=1)
 
 
 def rouge_2(answers: Sequence[str], references: Sequence[str]) -> float:
     """F of the pairs of words in common."""
-    return _rouge("rouge2", answers, references, fewest_words=2)
+    return _rouge("rouge2", answers, references, min_words=2)
 
 
 def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
     """F of the longest sequence of words in common."""
     from rapidfuzz.distance import LCSseq  # rouge-score's own takes five seconds for a pair of 4,000 words
 
-    _refuse_fewer_words_than(1, references)
-    split = _Words().tokenize
+    _require_words(1, references)
+    split = _UnicodeTokenizer().tokenize
     pairs = [(split(answer), split(reference)) for answer, reference in zip(answers, references, strict=True)]
     return sum(2 * LCSseq.similarity(said, wanted) / max(len(said) + len(wanted), 1) for said, wanted in pairs) / len(pairs)
 
 
 def accuracy_labels(answers: Sequence[str], references: Sequence[str]) -> float:
     """Share of answers that name the right label, whatever their case, and with or without a full stop."""
-    return _share(answer == wanted for answer, wanted in _labels(answers, references))
+    return _fraction_true(answer == wanted for answer, wanted in _label_pairs(answers, references))
 
 
 def f1_macro(answers: Sequence[str], references: Sequence[str]) -> float:
     """Mean F1 over the labels that occur among the references. An answer that is none of them is a miss of the right one."""
-    pairs = _labels(answers, references)
+    pairs = _label_pairs(answers, references)
     said = Counter(answer for answer, _ in pairs)
     wanted = Counter(reference for _, reference in pairs)
     right = Counter(reference for answer, reference in pairs if answer == reference)
@@ -121,50 +123,50 @@ METRICS: Mapping[str, Metric] = {
 }
 
 
-class _Words:
+class _UnicodeTokenizer:
     """Splits as rouge-score does, in every language: its own way knows a to z and 0 to 9 alone, and finds nothing in other scripts."""
 
     def tokenize(self, text: str) -> list[str]:
         import regex
 
-        return regex.findall(WORD, text.lower())
+        return regex.findall(WORD_PATTERN, text.lower())
 
 
-def _rouge(kind: str, answers: Sequence[str], references: Sequence[str], *, fewest_words: int) -> float:
+def _rouge(kind: str, answers: Sequence[str], references: Sequence[str], *, min_words: int) -> float:
     from rouge_score.rouge_scorer import RougeScorer
 
-    _refuse_fewer_words_than(fewest_words, references)
-    scorer = RougeScorer([kind], tokenizer=_Words())
+    _require_words(min_words, references)
+    scorer = RougeScorer([kind], tokenizer=_UnicodeTokenizer())
     return sum(scorer.score(reference, answer)[kind].fmeasure for answer, reference in zip(answers, references, strict=True)) / len(answers)
 
 
-def _refuse_fewer_words_than(fewest: int, references: Sequence[str]) -> None:
-    if max(len(_Words().tokenize(reference)) for reference in references) < fewest:
-        raise SaysNothing("no reference has a word" if fewest == 1 else "no reference has two words")
+def _require_words(min_words: int, references: Sequence[str]) -> None:
+    if max(len(_UnicodeTokenizer().tokenize(reference)) for reference in references) < min_words:
+        raise UndefinedMetric("no reference has a word" if min_words == 1 else "no reference has two words")
 
 
-def _labels(answers: Sequence[str], references: Sequence[str]) -> list[tuple[str, str]]:
+def _label_pairs(answers: Sequence[str], references: Sequence[str]) -> list[tuple[str, str]]:
     """Answers and references as labels, in pairs. Raises SaysNothing when the references are none."""
-    labels = {_label(reference) for reference in references}
+    labels = {_normalize_label(reference) for reference in references}
     longest = max(len(reference.split()) for reference in references)
-    if longest > MOST_WORDS_OF_A_LABEL:
-        raise SaysNothing(f"the references are no labels: one has {longest} words")
-    if len(labels) > MOST_LABELS or len(labels) > len(references) / 2:
-        raise SaysNothing(f"the references are no labels: {len(labels)} different ones in {len(references)} rows")
-    return [(_label(answer), _label(reference)) for answer, reference in zip(answers, references, strict=True)]
+    if longest > MAX_LABEL_WORDS:
+        raise UndefinedMetric(f"the references are no labels: one has {longest} words")
+    if len(labels) > MAX_LABELS or len(labels) > len(references) / 2:
+        raise UndefinedMetric(f"the references are no labels: {len(labels)} different ones in {len(references)} rows")
+    return [(_normalize_label(answer), _normalize_label(reference)) for answer, reference in zip(answers, references, strict=True)]
 
 
-def _label(text: str) -> str:
-    spaced = _spaced(text).casefold()
+def _normalize_label(text: str) -> str:
+    spaced = _normalize_whitespace(text).casefold()
     return spaced.strip(" .,;:!?\"'") or spaced
 
 
-def _spaced(text: str) -> str:
+def _normalize_whitespace(text: str) -> str:
     return " ".join(text.split())
 
 
-def _share(found: Iterable[bool]) -> float:
-    outcomes = list(found)
+def _fraction_true(matches: Iterable[bool]) -> float:
+    outcomes = list(matches)
     return sum(outcomes) / len(outcomes)
 
 
@@ -173,4 +175,4 @@ def _is_unspaced(references: Sequence[str]) -> bool:
     import regex
 
     letters = regex.findall(r"\p{L}", "".join(references))
-    return 2 * sum(bool(regex.match(f"[{UNSPACED}]", letter)) for letter in letters) > len(letters)
+    return 2 * sum(bool(regex.match(f"[{UNSPACED_SCRIPTS}]", letter)) for letter in letters) > len(letters)

@@ -7,7 +7,7 @@ from typing import Any
 
 
 @contextmanager
-def undisturbed(model: Any) -> Iterator[None]:  # noqa: ANN401  # any model of transformers or peft
+def evaluation_state(model: Any) -> Iterator[None]:  # noqa: ANN401  # any model of transformers or peft
     """The model ready to answer: no dropout, no gradients, no activations computed twice.
 
     Afterwards every part of it is as it was, and so is every random number generator: what is trained next does not depend on
@@ -21,7 +21,7 @@ def undisturbed(model: Any) -> Iterator[None]:  # noqa: ANN401  # any model of t
         model.eval()
         for part in recomputing:
             part.gradient_checkpointing = False
-        with same_randomness(), torch.no_grad():
+        with preserve_rng_state(), torch.no_grad():
             yield
     finally:
         for part in recomputing:
@@ -31,7 +31,7 @@ def undisturbed(model: Any) -> Iterator[None]:  # noqa: ANN401  # any model of t
 
 
 @contextmanager
-def same_randomness() -> Iterator[None]:
+def preserve_rng_state() -> Iterator[None]:
     """Afterwards Python, numpy and torch draw the numbers that they would have drawn without what was done in here."""
     import numpy
     import torch

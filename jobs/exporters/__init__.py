@@ -19,19 +19,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.errors import JobFailed
-from jobs.llama import SHARE, program
+from jobs.llama import LLAMA_CPP_FOLDER, find_program
 from schema.job import ArtifactKind
 from schema.training import TrainingConfig
 
 if TYPE_CHECKING:
     from jobs.context import JobContext
-    from jobs.exporters.bench import Bench
-    from jobs.publish import Product
+    from jobs.exporters.bench import ExportWorkspace
+    from jobs.publish import ExportedArtifact
     from jobs.trained import TrainedModel
     from schema.job import Artifact
 
-    Exporter = Callable[[Bench], tuple[Product, ...]]
-    Seal = Callable[[Sequence[Product], Sequence[Artifact]], tuple[Artifact, ...]]
+    Exporter = Callable[[ExportWorkspace], tuple[ExportedArtifact, ...]]
+    FinalizeArtifacts = Callable[[Sequence[ExportedArtifact], Sequence[Artifact]], tuple[Artifact, ...]]
 
 # One line adds an exporter: kind -> "module:function", called with a Bench, answering finished and verified products.
 EXPORTERS: dict[ArtifactKind, str] = {
@@ -43,35 +43,35 @@ EXPORTERS: dict[ArtifactKind, str] = {
 }
 
 
-def export_all(trained: "TrainedModel", context: "JobContext", seal: "Seal | None" = None) -> "tuple[Artifact, ...]":
+def export_all(trained: "TrainedModel", context: "JobContext", finalize: "FinalizeArtifacts | None" = None) -> "tuple[Artifact, ...]":
     """Make, verify and upload everything that the job asked for. Raises JobFailed `export_failed`, `upload_failed`.
 
     Nothing is uploaded before everything is verified, and nothing is visible before the service has taken the result. `seal` is given
     the products while their files are still here, and what they became.
     """
-    from jobs.exporters.bench import Bench
-    from jobs.publish import Publisher
+    from jobs.exporters.bench import ExportWorkspace
+    from jobs.publish import ArtifactUploader
 
-    refuse_impossible(context.spec.training_config)
-    publisher = Publisher(context.stores.models, context.spec.job_id, context.attempt)
-    bench = Bench(trained, context)
+    check_exportable(context.spec.training_config)
+    publisher = ArtifactUploader(context.stores.models, context.spec.job_id, context.attempt)
+    bench = ExportWorkspace(trained, context)
     try:
-        products = [product for kind in kinds(context.spec.training_config) for product in _exporter(kind)(bench)]
-        products += bench.companions()
-        context.phase("uploading")
-        publisher.clear_earlier()
+        products = [product for kind in list_requested_kinds(context.spec.training_config) for product in _load_exporter(kind)(bench)]
+        products += bench.usage_artifacts()
+        context.enter_phase("uploading")
+        publisher.delete_previous_attempts()
         artifacts: list[Artifact] = []
         for product in products:
-            context.check()
-            artifacts.append(publisher.publish(product))
-            context.artifact_made(artifacts[-1])
-        context.check()
-        return seal(products, artifacts) if seal else tuple(artifacts)
+            context.check_stop()
+            artifacts.append(publisher.upload(product))
+            context.log_artifact(artifacts[-1])
+        context.check_stop()
+        return finalize(products, artifacts) if finalize else tuple(artifacts)
     finally:
         bench.clear()
 
 
-def kinds(training_config: TrainingConfig) -> tuple[ArtifactKind, ...]:
+def list_requested_kinds(training_config: TrainingConfig) -> tuple[ArtifactKind, ...]:
     """What a training config asks for."""
     export = training_config.export_config
     wanted: list[ArtifactKind] = list(training_config.export_formats)
@@ -82,21 +82,21 @@ def kinds(training_config: TrainingConfig) -> tuple[ArtifactKind, ...]:
     return tuple(wanted)
 
 
-def refuse_impossible(training_config: TrainingConfig, base: Path | None = None, programs: Path = SHARE) -> None:
+def check_exportable(training_config: TrainingConfig, base_folder: Path | None = None, llama_cpp_folder: Path = LLAMA_CPP_FOLDER) -> None:
     """Raises JobFailed for an export that cannot be made here, whatever is trained: to be asked before the training.
 
     `base` is the base's folder, once there is one: some exports are for small models. `programs` is where llama.cpp's are.
     """
-    if base is not None and "onnx" in training_config.export_formats:
-        from jobs.exporters.onnx import refuse_large
+    if base_folder is not None and "onnx" in training_config.export_formats:
+        from jobs.exporters.onnx import check_model_size
 
-        refuse_large(base)
+        check_model_size(base_folder)
     export = training_config.export_config
-    if export.gguf_imatrix and program("llama-imatrix", programs) is None:
+    if export.gguf_imatrix and find_program("llama-imatrix", llama_cpp_folder) is None:
         hint = "leave gguf_imatrix out, or run infra/llama_cpp.sh with the trainer's python"
         raise JobFailed("invalid_config", "gguf_imatrix needs llama.cpp's llama-imatrix, which is not installed here", hint)
 
 
-def _exporter(kind: ArtifactKind) -> "Exporter":
+def _load_exporter(kind: ArtifactKind) -> "Exporter":
     module, _, function = EXPORTERS[kind].partition(":")
     return getattr(import_module(module), function)

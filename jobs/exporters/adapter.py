@@ -5,33 +5,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.errors import JobFailed
-from jobs.exporters.folders import PROCESSOR_FILES, copy_files, copy_licence, copy_tokenizer, write_json
+from jobs.exporters.folders import PROCESSOR_FILES, copy_files, copy_license, copy_tokenizer, write_json
 from jobs.exporters.merge import DIVERGED_HINT
-from jobs.publish import Product
+from jobs.publish import ExportedArtifact
 
 if TYPE_CHECKING:
-    from jobs.exporters.bench import Bench
+    from jobs.exporters.bench import ExportWorkspace
 
-WEIGHTS = "adapter_model.safetensors"
-SETTINGS = "adapter_config.json"
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 
 
-def export(bench: "Bench") -> tuple[Product, ...]:
+def export(workspace: "ExportWorkspace") -> tuple[ExportedArtifact, ...]:
     """The adapter's folder, without what its trainer left beside it."""
-    bench.context.phase("verifying")
-    source, folder = bench.trained.folder, bench.path("adapter")
-    _refuse_diverged(source / WEIGHTS)
-    copy_files(source, folder, [WEIGHTS, *PROCESSOR_FILES])
+    workspace.context.enter_phase("verifying")
+    source, folder = workspace.trained.folder, workspace.path("adapter")
+    _check_finite(source / ADAPTER_WEIGHTS_FILE)
+    copy_files(source, folder, [ADAPTER_WEIGHTS_FILE, *PROCESSOR_FILES])
     copy_tokenizer(source, folder)
-    copy_licence(bench.trained.base_folder, folder)
+    copy_license(workspace.trained.base_folder, folder)
     # The trainer read the base from a folder of its own; whoever loads the adapter has the Hub.
-    settings = json.loads((source / SETTINGS).read_text())
-    base_model_id = bench.context.spec.training_config.base_model_id
-    write_json(folder / SETTINGS, settings | {"base_model_name_or_path": base_model_id})
-    return (Product(name="adapter", kind="adapter", path=folder, key=bench.key("adapter")),)
+    settings = json.loads((source / ADAPTER_CONFIG_FILE).read_text())
+    base_model_id = workspace.context.spec.training_config.base_model_id
+    write_json(folder / ADAPTER_CONFIG_FILE, settings | {"base_model_name_or_path": base_model_id})
+    return (ExportedArtifact(name="adapter", kind="adapter", path=folder, key=workspace.key("adapter")),)
 
 
-def _refuse_diverged(weights: Path) -> None:
+def _check_finite(weights: Path) -> None:
     import torch
     from safetensors import safe_open
 

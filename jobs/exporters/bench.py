@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.exporters.folders import Precision
-from jobs.exporters.merge import Recipe, WholeModel, arithmetic, make_whole
-from jobs.exporters.speech import passages_of
-from jobs.exporters.streaming import Kind
-from jobs.publish import Product, artifact_key
+from jobs.exporters.merge import MergedModel, MergeSpec, choose_compute_dtype, merge_model
+from jobs.exporters.speech import make_passages
+from jobs.exporters.streaming import ModelKind
+from jobs.publish import ExportedArtifact, artifact_key
 from schema.export import MergedDtype
 from schema.job import ArtifactKind
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from jobs.context import JobContext
-    from jobs.trained import Probe, TrainedModel
+    from jobs.trained import HeldOutExample, TrainedModel
     from schema.export import ExportConfig
 
-WORDS: dict[MergedDtype, Precision] = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
-HOWTO = "gguf-howto"
+PRECISION_OF_DTYPE: dict[MergedDtype, Precision] = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
+USAGE_ARTIFACT = "gguf-usage"
 
 
-class Bench:
+class ExportWorkspace:
     """The trained model, the job's context, and what was made of it so far."""
 
     def __init__(self, trained: "TrainedModel", context: "JobContext") -> None:
@@ -36,19 +36,19 @@ class Bench:
         self.folder.mkdir(parents=True)
 
     @cached_property
-    def whole(self) -> WholeModel:
+    def merged_model(self) -> MergedModel:
         """The trained model as one that needs no adapter, checked, and how it speaks. Raises JobFailed."""
-        self.context.phase("merging")
-        wanted = self.settings.merged_dtype
-        return make_whole(
-            Recipe(
+        self.context.enter_phase("merging")
+        wanted = self.export_config.merged_dtype
+        return merge_model(
+            MergeSpec(
                 trained=self.trained,
-                kind=self.kind,
+                model_kind=self.model_kind,
                 tokenizer=self.tokenizer,
-                passages=passages_of(self.probes, self.tokenizer),
-                dtype=WORDS[wanted] if wanted else None,
-                compute=arithmetic(self.trained.base_folder, self.context),
-                bench=self.folder,
+                passages=make_passages(self.text_examples, self.tokenizer),
+                dtype=PRECISION_OF_DTYPE[wanted] if wanted else None,
+                dtype_and_device=choose_compute_dtype(self.trained.base_folder, self.context),
+                workspace_folder=self.folder,
                 context=self.context,
             )
         )
@@ -61,19 +61,19 @@ class Bench:
         return AutoTokenizer.from_pretrained(self.trained.folder)
 
     @cached_property
-    def probes(self) -> "tuple[Probe, ...]":
+    def text_examples(self) -> "tuple[HeldOutExample, ...]":
         """The held-out rows that can be read without their images: a file is heard by its words."""
         config = json.loads((self.trained.base_folder / "config.json").read_text())
         image = config.get("image_token_id", config.get("image_token_index"))
-        readable = tuple(probe for probe in self.trained.probes if image is None or image not in probe.input_ids)
-        unread = len(self.trained.probes) - len(readable)
+        readable = tuple(probe for probe in self.trained.held_out_examples if image is None or image not in probe.input_ids)
+        unread = len(self.trained.held_out_examples) - len(readable)
         if unread:
             why = f"{unread} of {unread + len(readable)} held-out rows have images, which llama.cpp's engine alone cannot look at"
-            self.context.decided("compared_on", "held-out texts" if readable else "texts of our own", why)
+            self.context.log_decision("fidelity_texts", "held-out texts" if readable else "built-in texts", why)
         return readable
 
     @property
-    def kind(self) -> Kind:
+    def model_kind(self) -> ModelKind:
         """What sort of model was trained: one that speaks, one that also sees, or one that gives scores."""
         config = self.context.spec.training_config
         if config.trainer_type == "reward":
@@ -81,7 +81,7 @@ class Bench:
         return "image_text" if config.modality == "vision" else "causal"
 
     @property
-    def settings(self) -> "ExportConfig":
+    def export_config(self) -> "ExportConfig":
         """What is to be handed back."""
         return self.context.spec.training_config.export_config
 
@@ -98,16 +98,16 @@ class Bench:
         """Where this attempt uploads an artifact."""
         return artifact_key(kind, self.context.spec.job_id, self.context.attempt, name)
 
-    def howto(self) -> Path:
+    def usage_folder(self) -> Path:
         """The folder of what is handed back beside the GGUF files."""
-        folder = self.path("howto")
+        folder = self.path("usage")
         folder.mkdir(exist_ok=True)
         return folder
 
-    def companions(self) -> list[Product]:
+    def usage_artifacts(self) -> list[ExportedArtifact]:
         """What lies beside the GGUF files, as one artifact; nothing without any."""
-        folder = self.path("howto")
-        return [Product(name=HOWTO, kind="gguf", path=folder, key=self.key("gguf", "howto/"))] if folder.is_dir() else []
+        folder = self.path("usage")
+        return [ExportedArtifact(name=USAGE_ARTIFACT, kind="gguf", path=folder, key=self.key("gguf", "usage/"))] if folder.is_dir() else []
 
     def clear(self) -> None:
         """Remove everything that lies on the bench; what counts has been uploaded."""

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 Precision = Literal["f32", "f16", "bf16"]  # as llama.cpp writes it
 
-TOKENIZER_SETTINGS = "tokenizer_config.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
-    TOKENIZER_SETTINGS,
+    TOKENIZER_CONFIG_FILE,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -24,16 +24,16 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 # What transformers notes about the machine on which a tokenizer was loaded.
-OF_THIS_MACHINE = ("vocab_file", "tokenizer_file", "name_or_path", "is_local", "local_files_only")
-LICENCE_FILES = ("LICENSE", "LICENCE", "NOTICE", "GEMMA_TERMS", "USE_POLICY")
-FIDELITY = "fidelity.json"
-INDEX = "model.safetensors.index.json"
-SETTINGS_FILES = ("config.json", "generation_config.json")
-MODEL_FILES = (*SETTINGS_FILES, INDEX)
+LOCAL_ONLY_KEYS = ("vocab_file", "tokenizer_file", "name_or_path", "is_local", "local_files_only")
+LICENSE_FILES = ("LICENSE", "LICENCE", "NOTICE", "GEMMA_TERMS", "USE_POLICY")
+FIDELITY_FILE = "fidelity.json"
+WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILES = ("config.json", "generation_config.json")
+MODEL_FILES = (*CONFIG_FILES, WEIGHTS_INDEX_FILE)
 # How a vision model cuts images up: nothing of it is trained.
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 # A turn ends a chat model's answer as surely as the text's end does.
-TURN_ENDS = ("<end_of_turn>",)
+TURN_END_TOKENS = ("<end_of_turn>",)
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
@@ -47,13 +47,13 @@ def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Bring a tokenizer into another folder, without where it came from on this machine."""
     copy_files(source, target, TOKENIZER_FILES)
-    settings: dict[str, Any] = json.loads((source / TOKENIZER_SETTINGS).read_text())  # Any: JSON
-    write_json(target / TOKENIZER_SETTINGS, {name: value for name, value in settings.items() if name not in OF_THIS_MACHINE})
+    settings: dict[str, Any] = json.loads((source / TOKENIZER_CONFIG_FILE).read_text())  # Any: JSON
+    write_json(target / TOKENIZER_CONFIG_FILE, {name: value for name, value in settings.items() if name not in LOCAL_ONLY_KEYS})
 
 
-def copy_licence(source: Path, target: Path) -> None:
+def copy_license(source: Path, target: Path) -> None:
     """Bring the base model's licence along: terms such as Gemma's must go with every copy of the weights, tuned or not."""
-    copy_files(source, target, [path.name for path in source.iterdir() if path.name.upper().startswith(LICENCE_FILES)])
+    copy_files(source, target, [path.name for path in source.iterdir() if path.name.upper().startswith(LICENSE_FILES)])
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -65,7 +65,7 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def weights(folder: Path) -> list[str]:
+def list_weight_files(folder: Path) -> list[str]:
     """The names of a folder's safetensors files, in order."""
     return sorted(path.name for path in folder.glob("*.safetensors"))
 
@@ -76,46 +76,46 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def mend_generation_config(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
+def set_generation_eos(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Let generation stop where an answer ends: the base's config knows only the end of a text."""
     path = folder / "generation_config.json"
     config = json.loads(path.read_text()) if path.is_file() else {}
     known = config.get("eos_token_id")
     ends = [*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id]
-    ends += [tokenizer.get_vocab().get(token) for token in TURN_ENDS]
+    ends += [tokenizer.get_vocab().get(token) for token in TURN_END_TOKENS]
     write_json(path, config | {"eos_token_id": list(dict.fromkeys(token for token in ends if token is not None))})
 
 
-def note_precision(folder: Path, word: str) -> None:
+def set_config_dtype(folder: Path, dtype: str) -> None:
     """Let a model's settings name the precision that its weights have now."""
 
     def renamed(part: Any) -> Any:  # noqa: ANN401  # JSON
         if not isinstance(part, dict):
             return part
-        return {name: word if name in ("dtype", "torch_dtype") and value else renamed(value) for name, value in part.items()}
+        return {name: dtype if name in ("dtype", "torch_dtype") and value else renamed(value) for name, value in part.items()}
 
     path = folder / "config.json"
     write_json(path, renamed(json.loads(path.read_text())))
 
 
-def precision(folder: Path) -> Precision:
+def read_precision(folder: Path) -> Precision:
     """The precision of a model's weights, in llama.cpp's words: f32, f16 or bf16. A mixture counts as its widest."""
     from safetensors import safe_open
 
     found: set[str] = set()
-    for name in weights(folder):
+    for name in list_weight_files(folder):
         with safe_open(folder / name, framework="pt") as tensors:  # reads headers only
             found |= {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118  # no dict
     return "f16" if found == {"F16"} else "bf16" if found == {"BF16"} else "f32"
 
 
-def dtype_of(word: Precision) -> "torch.dtype":
+def to_torch_dtype(precision: Precision) -> "torch.dtype":
     """The precision as torch has it."""
     import torch
 
-    return {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[word]
+    return {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[precision]
 
 
-def size_bytes(folder: Path) -> int:
+def measure_weights_bytes(folder: Path) -> int:
     """The size of a folder's weights."""
-    return sum((folder / name).stat().st_size for name in weights(folder))
+    return sum((folder / name).stat().st_size for name in list_weight_files(folder))

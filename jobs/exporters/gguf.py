@@ -12,175 +12,179 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.errors import JobFailed
-from jobs.exporters.examiner import Candidate, Examiner
+from jobs.exporters.examiner import ExportedFile, GgufVerifier
 from jobs.exporters.folders import (
-    FIDELITY,
+    CONFIG_FILES,
+    FIDELITY_FILE,
     MODEL_FILES,
     PROCESSOR_FILES,
-    SETTINGS_FILES,
-    TOKENIZER_SETTINGS,
+    TOKENIZER_CONFIG_FILE,
     copy_files,
     copy_tokenizer,
-    dtype_of,
     link_or_copy,
-    precision,
-    weights,
+    list_weight_files,
+    read_precision,
+    to_torch_dtype,
     write_json,
 )
-from jobs.exporters.howto import command_line, modelfile, script
-from jobs.exporters.streaming import read_header, stream
-from jobs.llama import program
-from jobs.llama.apart import ProgramFailed, convert, importance, quantize
-from jobs.llama.contents import numbers_in
-from jobs.publish import Product
+from jobs.exporters.howto import make_modelfile, make_run_script, verify_command
+from jobs.exporters.streaming import merge_tensors, read_header
+from jobs.llama import find_program
+from jobs.llama.apart import SubprocessFailed, compute_imatrix, convert, quantize
+from jobs.llama.contents import count_weights
+from jobs.publish import ExportedArtifact
 from schema.export import GgufQuantization
 
 if TYPE_CHECKING:
-    from jobs.exporters.bench import Bench
+    from jobs.exporters.bench import ExportWorkspace
 
-SENTENCEPIECE = "tokenizer.model"
+SENTENCEPIECE_FILE = "tokenizer.model"
 
 # Those whose rounding llama.cpp weighs; q8_0 loses too little to gain.
-WEIGHED: tuple[GgufQuantization, ...] = ("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q2_k")
+IMATRIX_QUANTIZATIONS: tuple[GgufQuantization, ...] = ("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q2_k")
 # Reading 2048 tokens takes Gemma 270M 10 s on two cores, and a mean of squares over them is steady.
 CALIBRATION_TOKENS = 2048
 CHUNK_TOKENS = 256
-FEWEST_CHUNK_TOKENS = 16
-SPLIT_AGAIN = 0.9  # the rows' tokens as text may come out as fewer tokens
+MIN_CHUNK_TOKENS = 16
+RETOKENIZED_FRACTION = 0.9  # the rows' tokens as text may come out as fewer tokens
 
 
-def export(bench: "Bench") -> tuple[Product, ...]:
+def export(workspace: "ExportWorkspace") -> tuple[ExportedArtifact, ...]:
     """One product for each quantization, in the order asked for. Raises JobFailed `export_failed`."""
-    whole = bench.whole  # before the phase: making it is one of its own
-    bench.context.phase("converting")
+    whole = workspace.merged_model  # before the phase: making it is one of its own
+    workspace.context.enter_phase("converting")
     try:
-        candidates = _write_files(bench, whole.folder)
-    except ProgramFailed as error:
+        candidates = _write_files(workspace, whole.folder)
+    except SubprocessFailed as error:
         hint = "the log of the attempt has all that it said"
         raise JobFailed("export_failed", f"no GGUF file could be written: {error}", hint) from error
-    bench.context.phase("verifying")
-    examiner = Examiner(bench)
-    products: list[Product] = []
+    workspace.context.enter_phase("verifying")
+    examiner = GgufVerifier(workspace)
+    products: list[ExportedArtifact] = []
     for candidate in candidates:
-        bench.context.check()
+        workspace.context.check_stop()
         name, path = f"gguf-{candidate.quantization}", candidate.path
-        fidelity = examiner.examine(candidate)
-        products.append(Product(name=name, kind="gguf", path=path, key=bench.key("gguf", path.name), fidelity=fidelity))
-        tell_how(bench, candidate, examiner.prompt)
-    if sees(whole.folder):
-        products += _vision_part(bench, whole.folder)
-    note_fidelity(bench, products)
+        fidelity = examiner.verify(candidate)
+        products.append(ExportedArtifact(name=name, kind="gguf", path=path, key=workspace.key("gguf", path.name), fidelity=fidelity))
+        write_usage(workspace, candidate, examiner.sample_prompt)
+    if has_vision_tower(whole.folder):
+        products += _export_mmproj(workspace, whole.folder)
+    record_fidelity(workspace, products)
     return tuple(products)
 
 
-def stage(model: Path, tokenizer: Path, sources: Sequence[Path], staging: Path) -> Path:
+def make_staging_folder(model: Path, tokenizer: Path, sources: Sequence[Path], staging: Path) -> Path:
     """A copy of a model folder that llama.cpp's converter reads as it is meant.
 
     The converter takes the pieces from tokenizer.model, and what kind each one is from `added_tokens_decoder`, which
     transformers 5 no longer writes. Without it `<start_of_turn>` is an ordinary word, and llama.cpp takes it apart.
     """
-    copy_files(model, staging, [*MODEL_FILES, *PROCESSOR_FILES, *weights(model)])
+    copy_files(model, staging, [*MODEL_FILES, *PROCESSOR_FILES, *list_weight_files(model)])
     copy_tokenizer(tokenizer, staging)
-    sentencepiece = next((folder / SENTENCEPIECE for folder in sources if (folder / SENTENCEPIECE).is_file()), None)
+    sentencepiece = next((folder / SENTENCEPIECE_FILE for folder in sources if (folder / SENTENCEPIECE_FILE).is_file()), None)
     if sentencepiece is not None:
-        link_or_copy(sentencepiece, staging / SENTENCEPIECE)
-        path = staging / TOKENIZER_SETTINGS
-        write_json(path, json.loads(path.read_text()) | {"added_tokens_decoder": _added_tokens(staging)})
+        link_or_copy(sentencepiece, staging / SENTENCEPIECE_FILE)
+        path = staging / TOKENIZER_CONFIG_FILE
+        write_json(path, json.loads(path.read_text()) | {"added_tokens_decoder": _make_added_tokens_decoder(staging)})
     return staging
 
 
-def sees(model: Path) -> bool:
+def has_vision_tower(model: Path) -> bool:
     """Whether a model folder has a part that looks at images, whatever was trained of it."""
     return "vision_config" in json.loads((model / "config.json").read_text())
 
 
-def tell_how(bench: "Bench", candidate: Candidate, prompt: str) -> None:
+def write_usage(workspace: "ExportWorkspace", candidate: ExportedFile, prompt: str) -> None:
     """Write beside a file how it is run. Raises JobFailed when the command does not work."""
     from importlib.metadata import version
 
     import torch
 
-    folder, path = bench.howto(), candidate.path
+    folder, path = workspace.usage_folder(), candidate.path
     base, adapter = (candidate.base, path) if candidate.base else (path, None)
-    (folder / f"{path.stem}.Modelfile").write_text(modelfile(base.name, bench.tokenizer, adapter and adapter.name))
-    bos = str(bench.tokenizer.bos_token or "")
-    command = command_line(base, prompt, bos, threads=torch.get_num_threads(), adapter=adapter)
+    (folder / f"{path.stem}.Modelfile").write_text(make_modelfile(base.name, workspace.tokenizer, adapter and adapter.name))
+    bos = str(workspace.tokenizer.bos_token or "")
+    command = verify_command(base, prompt, bos, threads=torch.get_num_threads(), adapter=adapter)
     if command is not None:
-        (folder / f"{path.stem}.sh").write_text(script(command, version("llama_cpp_python")))
+        (folder / f"{path.stem}.sh").write_text(make_run_script(command, version("llama_cpp_python")))
 
 
-def note_fidelity(bench: "Bench", products: Sequence[Product]) -> None:
+def record_fidelity(workspace: "ExportWorkspace", products: Sequence[ExportedArtifact]) -> None:
     """Add what was measured to the file that lies beside the GGUF files."""
-    path = bench.howto() / FIDELITY
+    path = workspace.usage_folder() / FIDELITY_FILE
     known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}  # Any: JSON
     write_json(path, known | {product.name: product.fidelity.model_dump(mode="json") for product in products if product.fidelity})
 
 
-def _write_files(bench: "Bench", whole: Path) -> list[Candidate]:
+def _write_files(workspace: "ExportWorkspace", model_folder: Path) -> list[ExportedFile]:
     """One file for each quantization, in the order asked for. Raises ProgramFailed, JobFailed."""
     import torch
 
-    own, trained, threads = precision(whole), bench.trained, torch.get_num_threads()
-    converted = bench.path(f"converted-{own}.gguf")
-    staging = stage(whole, whole, [trained.folder, trained.base_folder], bench.path("staging"))
-    convert(staging, converted, precision=own, name=bench.model_name)
-    imatrix = importance_matrix(bench, converted)
-    candidates: list[Candidate] = []
-    for quantization in bench.settings.gguf_quantizations:
-        bench.context.check()
-        path, weighed = _path(bench, quantization), imatrix if quantization in WEIGHED else None
+    own, trained, threads = read_precision(model_folder), workspace.trained, torch.get_num_threads()
+    converted = workspace.path(f"converted-{own}.gguf")
+    staging = make_staging_folder(model_folder, model_folder, [trained.folder, trained.base_folder], workspace.path("staging"))
+    convert(staging, converted, precision=own, name=workspace.model_name)
+    imatrix = make_imatrix(workspace, converted)
+    candidates: list[ExportedFile] = []
+    for quantization in workspace.export_config.gguf_quantizations:
+        workspace.context.check_stop()
+        path, weighed = _gguf_path(workspace, quantization), imatrix if quantization in IMATRIX_QUANTIZATIONS else None
         if quantization in ("none", own):
             link_or_copy(converted, path)
         elif not path.is_file():  # the training rows may have been read with it
             quantize(converted, path, file_type=quantization, threads=threads, imatrix=weighed)
-        candidates.append(Candidate(path, quantization, imatrix=weighed is not None))
+        candidates.append(ExportedFile(path, quantization, imatrix=weighed is not None))
     converted.unlink()
     return candidates
 
 
-def _path(bench: "Bench", quantization: GgufQuantization) -> Path:
-    return bench.path(f"{bench.model_name}-{quantization}.gguf")
+def _gguf_path(workspace: "ExportWorkspace", quantization: GgufQuantization) -> Path:
+    return workspace.path(f"{workspace.model_name}-{quantization}.gguf")
 
 
 # --- the part that sees ---
 
 
-def _vision_part(bench: "Bench", whole: Path) -> list[Product]:
+def _export_mmproj(workspace: "ExportWorkspace", model_folder: Path) -> list[ExportedArtifact]:
     """What llama.cpp loads beside the language part to look at images (--mmproj), where its converter knows the model.
 
     Nothing here can look at an image with it: it is only read back, and every number of the model's must be in it.
     """
-    path, own = bench.path(f"{bench.model_name}-mmproj-{precision(whole)}.gguf"), precision(whole)
-    staging = bench.path("staging")
-    if any(_older_name(tensor.name) != tensor.name for name in weights(whole) for tensor in read_header(whole / name)):
-        staging = _with_older_names(bench, whole)
+    path, own = workspace.path(f"{workspace.model_name}-mmproj-{read_precision(model_folder)}.gguf"), read_precision(model_folder)
+    staging = workspace.path("staging")
+    if any(
+        _to_legacy_name(tensor.name) != tensor.name
+        for name in list_weight_files(model_folder)
+        for tensor in read_header(model_folder / name)
+    ):
+        staging = _stage_legacy_names(workspace, model_folder)
     try:
-        convert(staging, path, precision=own, name=bench.model_name, sees=True)
-    except ProgramFailed as error:
+        convert(staging, path, precision=own, name=workspace.model_name, mmproj=True)
+    except SubprocessFailed as error:
         message = f"llama.cpp's converter cannot write the part of this model that sees, only the language part: {error}"
-        bench.context.warn("no_mmproj", message)
+        workspace.context.warn("mmproj_not_exported", message)
         return []
-    _refuse_incomplete(path, whole)
-    return [Product(name="gguf-mmproj", kind="gguf", path=path, key=bench.key("gguf", path.name))]
+    _check_complete(path, model_folder)
+    return [ExportedArtifact(name="gguf-mmproj", kind="gguf", path=path, key=workspace.key("gguf", path.name))]
 
 
-def _older_name(name: str) -> str:
+def _to_legacy_name(name: str) -> str:
     """transformers 5 took a level out of the names of Gemma's vision tower, which llama.cpp's converter goes by."""
     tower, inner = "vision_tower.", "vision_tower.vision_model."
     return name.replace(tower, inner, 1) if name.startswith(tower) and not name.startswith(inner) else name
 
 
-def _with_older_names(bench: "Bench", whole: Path) -> Path:
-    folder, torch_dtype = bench.path("staging-vision"), dtype_of(precision(whole))
-    stream(whole, folder, torch_dtype, naming=_older_name)
-    copy_files(whole, folder, [*SETTINGS_FILES, *PROCESSOR_FILES])
-    copy_tokenizer(whole, folder)
+def _stage_legacy_names(workspace: "ExportWorkspace", model_folder: Path) -> Path:
+    folder, torch_dtype = workspace.path("staging-vision"), to_torch_dtype(read_precision(model_folder))
+    merge_tensors(model_folder, folder, torch_dtype, rename_tensor=_to_legacy_name)
+    copy_files(model_folder, folder, [*CONFIG_FILES, *PROCESSOR_FILES])
+    copy_tokenizer(model_folder, folder)
     return folder
 
 
-def _refuse_incomplete(path: Path, whole: Path) -> None:
-    written = numbers_in(path)
-    stored = [tensor for name in weights(whole) for tensor in read_header(whole / name)]
+def _check_complete(path: Path, model_folder: Path) -> None:
+    written = count_weights(path)
+    stored = [tensor for name in list_weight_files(model_folder) for tensor in read_header(model_folder / name)]
     wanted = sum(prod(tensor.shape) for tensor in stored if "vision_tower." in tensor.name or "multi_modal_projector." in tensor.name)
     if written != wanted:
         message = f"{path.name} has {written} numbers, and the part of the model that sees has {wanted}"
@@ -190,74 +194,74 @@ def _refuse_incomplete(path: Path, whole: Path) -> None:
 # --- what matters ---
 
 
-def importance_matrix(bench: "Bench", converted: Path) -> Path | None:
+def make_imatrix(workspace: "ExportWorkspace", converted: Path) -> Path | None:
     """What the training rows say of each weight, for the quantizations that gain by it; None without, and why is told.
 
     Raises JobFailed where it was asked for and cannot be had.
     """
-    asked, context = bench.settings.gguf_imatrix, bench.context
-    gaining = [name for name in bench.settings.gguf_quantizations if name in WEIGHED]
-    text, chunk_tokens = _calibration(bench)
-    why_not = _why_unweighed(asked, gaining, chunk_tokens)
+    asked, context = workspace.export_config.gguf_imatrix, workspace.context
+    gaining = [name for name in workspace.export_config.gguf_quantizations if name in IMATRIX_QUANTIZATIONS]
+    text, chunk_tokens = _make_calibration_text(workspace)
+    why_not = _imatrix_skipped_reason(asked, gaining, chunk_tokens)
     if why_not:
         if asked:
-            context.warn("no_imatrix", f"the files were quantized without an importance matrix: {why_not}")
+            context.warn("imatrix_skipped", f"the files were quantized without an importance matrix: {why_not}")
         elif gaining:
-            context.decided("gguf_imatrix", "false", why_not)
+            context.log_decision("gguf_imatrix", "false", why_not)
         return None
-    context.decided("gguf_imatrix", "true", f"{', '.join(gaining)} gain by it" if asked is None else "the request says so")
+    context.log_decision("gguf_imatrix", "true", f"{', '.join(gaining)} gain by it" if asked is None else "the request says so")
     try:
-        return _measured(bench, converted, text, chunk_tokens)
-    except ProgramFailed as error:
+        return _run_imatrix(workspace, converted, text, chunk_tokens)
+    except SubprocessFailed as error:
         if asked:
             raise JobFailed("export_failed", f"no importance matrix could be made: {error}", "leave gguf_imatrix out") from error
-        context.warn("no_imatrix", f"the files were quantized without an importance matrix: {error}")
+        context.warn("imatrix_skipped", f"the files were quantized without an importance matrix: {error}")
         return None
 
 
-def _why_unweighed(asked: bool | None, gaining: Sequence[str], chunk_tokens: int) -> str:
-    if asked is False:
+def _imatrix_skipped_reason(requested: bool | None, eligible: Sequence[str], chunk_tokens: int) -> str:
+    if requested is False:
         return "the request says so"
-    if not gaining:
-        return f"none of the quantizations asked for gains by it; {', '.join(WEIGHED)} do"
-    if program("llama-imatrix") is None:
+    if not eligible:
+        return f"none of the quantizations asked for gains by it; {', '.join(IMATRIX_QUANTIZATIONS)} do"
+    if find_program("llama-imatrix") is None:
         return "llama.cpp's llama-imatrix is not installed; infra/llama_cpp.sh builds it"
-    return "" if chunk_tokens >= FEWEST_CHUNK_TOKENS else "there is too little text in the training rows"
+    return "" if chunk_tokens >= MIN_CHUNK_TOKENS else "there is too little text in the training rows"
 
 
-def _calibration(bench: "Bench") -> tuple[str, int]:
+def _make_calibration_text(workspace: "ExportWorkspace") -> tuple[str, int]:
     """Training rows as text, and how many tokens of it to read at once: at least two such chunks are needed."""
     texts, count = [], 0
-    for ids in bench.trained.calibration:
-        texts.append(str(bench.tokenizer.decode(list(ids[: CALIBRATION_TOKENS - count]))))
+    for ids in workspace.trained.calibration:
+        texts.append(str(workspace.tokenizer.decode(list(ids[: CALIBRATION_TOKENS - count]))))
         count += len(ids)
         if count >= CALIBRATION_TOKENS:
             break
-    return "\n".join(texts), min(CHUNK_TOKENS, int(min(count, CALIBRATION_TOKENS) * SPLIT_AGAIN) // 2)
+    return "\n".join(texts), min(CHUNK_TOKENS, int(min(count, CALIBRATION_TOKENS) * RETOKENIZED_FRACTION) // 2)
 
 
-def _measured(bench: "Bench", converted: Path, text: str, chunk_tokens: int) -> Path:
+def _run_imatrix(workspace: "ExportWorkspace", converted: Path, text: str, chunk_tokens: int) -> Path:
     """Run the model over the text: rounded to eight bits, which is three times as fast and moves no average."""
     import torch
 
-    threads, eight_bits, written = torch.get_num_threads(), _path(bench, "q8_0"), bench.path("calibration.txt")
+    threads, eight_bits, written = torch.get_num_threads(), _gguf_path(workspace, "q8_0"), workspace.path("calibration.txt")
     written.write_text(text)
     quantize(converted, eight_bits, file_type="q8_0", threads=threads)
-    bench.context.check()
-    importance(eight_bits, written, bench.path("imatrix.gguf"), chunk_tokens=chunk_tokens, threads=threads)
-    if "q8_0" not in bench.settings.gguf_quantizations:
+    workspace.context.check_stop()
+    compute_imatrix(eight_bits, written, workspace.path("imatrix.gguf"), chunk_tokens=chunk_tokens, threads=threads)
+    if "q8_0" not in workspace.export_config.gguf_quantizations:
         eight_bits.unlink()
-    return bench.path("imatrix.gguf")
+    return workspace.path("imatrix.gguf")
 
 
 # --- the tokenizer ---
 
 
-def _added_tokens(folder: Path) -> dict[str, dict[str, Any]]:  # Any: JSON
+def _make_added_tokens_decoder(folder: Path) -> dict[str, dict[str, Any]]:  # Any: JSON
     """Every piece that is taken whole, by id, as `tokenizer_config.json` used to list them."""
     from sentencepiece import sentencepiece_model_pb2
 
-    model = sentencepiece_model_pb2.ModelProto.FromString((folder / SENTENCEPIECE).read_bytes())
+    model = sentencepiece_model_pb2.ModelProto.FromString((folder / SENTENCEPIECE_FILE).read_bytes())
     defined = [(i, piece.piece) for i, piece in enumerate(model.pieces) if piece.type == piece.USER_DEFINED]
     kinds = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
     listed = {str(i): {"content": content, **kinds} for i, content in defined}

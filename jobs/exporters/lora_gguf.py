@@ -11,41 +11,45 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.errors import JobFailed
-from jobs.exporters.adapter import SETTINGS, WEIGHTS
-from jobs.exporters.examiner import Candidate, Examiner
-from jobs.exporters.folders import precision, write_json
-from jobs.exporters.gguf import note_fidelity, stage, tell_how
-from jobs.llama.apart import ProgramFailed, convert, convert_lora
-from jobs.publish import Product
+from jobs.exporters.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
+from jobs.exporters.examiner import ExportedFile, GgufVerifier
+from jobs.exporters.folders import read_precision, write_json
+from jobs.exporters.gguf import make_staging_folder, record_fidelity, write_usage
+from jobs.llama.apart import SubprocessFailed, convert, convert_lora
+from jobs.publish import ExportedArtifact
 
 if TYPE_CHECKING:
-    from jobs.exporters.bench import Bench
+    from jobs.exporters.bench import ExportWorkspace
 
-NAME = "lora-gguf"
-USE_GGUF = "use include_gguf: a whole model holds everything that was trained"
-OF_TOKENS = ".token_adapter.trainable_tokens_delta"
-OF_LAYERS = (".lora_A.weight", ".lora_B.weight")
+ARTIFACT_NAME = "lora-gguf"
+INCLUDE_GGUF_HINT = "use include_gguf: a whole model holds everything that was trained"
+TRAINABLE_TOKENS_SUFFIX = ".token_adapter.trainable_tokens_delta"
+LORA_WEIGHT_SUFFIXES = (".lora_A.weight", ".lora_B.weight")
 
 
-def export(bench: "Bench") -> tuple[Product, ...]:
+def export(workspace: "ExportWorkspace") -> tuple[ExportedArtifact, ...]:
     """One file, in float16. Raises JobFailed `export_failed`."""
-    trained = bench.trained
-    _ = bench.whole  # before the phase: making it is one of its own
-    bench.context.phase("converting")
-    base = bench.path(f"{bench.model_name}-base.gguf")
-    path = bench.path(f"{bench.model_name}-lora-f16.gguf")
-    adapter, lacks = stage_adapter(trained.folder, bench.path("adapter-staging"))
+    trained = workspace.trained
+    _ = workspace.merged_model  # before the phase: making it is one of its own
+    workspace.context.enter_phase("converting")
+    base = workspace.path(f"{workspace.model_name}-base.gguf")
+    path = workspace.path(f"{workspace.model_name}-lora-f16.gguf")
+    adapter, lacks = stage_adapter(trained.folder, workspace.path("adapter-staging"))
     try:
-        staging = stage(trained.base_folder, trained.folder, [trained.folder, trained.base_folder], bench.path("base-staging"))
-        convert(staging, base, precision=precision(trained.base_folder), name=bench.model_name)
+        staging = make_staging_folder(
+            trained.base_folder, trained.folder, [trained.folder, trained.base_folder], workspace.path("base-staging")
+        )
+        convert(staging, base, precision=read_precision(trained.base_folder), name=workspace.model_name)
         convert_lora(adapter, staging, path)
-    except ProgramFailed as error:
-        raise JobFailed("export_failed", f"the adapter could not be written as GGUF: {error}", USE_GGUF) from error
-    bench.context.phase("verifying")
-    examiner, candidate = Examiner(bench), Candidate(path, "f16", base=base, lacks=lacks)
-    product = Product(name=NAME, kind="lora_gguf", path=path, key=bench.key("lora_gguf", path.name), fidelity=examiner.examine(candidate))
-    tell_how(bench, candidate, examiner.prompt)
-    note_fidelity(bench, [product])
+    except SubprocessFailed as error:
+        raise JobFailed("export_failed", f"the adapter could not be written as GGUF: {error}", INCLUDE_GGUF_HINT) from error
+    workspace.context.enter_phase("verifying")
+    examiner, candidate = GgufVerifier(workspace), ExportedFile(path, "f16", base=base, missing_weights=lacks)
+    product = ExportedArtifact(
+        name=ARTIFACT_NAME, kind="lora_gguf", path=path, key=workspace.key("lora_gguf", path.name), fidelity=examiner.verify(candidate)
+    )
+    write_usage(workspace, candidate, examiner.sample_prompt)
+    record_fidelity(workspace, [product])
     base.unlink()
     return (product,)
 
@@ -58,15 +62,15 @@ def stage_adapter(adapter: Path, staging: Path) -> tuple[Path, str]:
     from safetensors.torch import load_file, save_file
 
     staging.mkdir(parents=True)
-    settings: dict[str, Any] = json.loads((adapter / SETTINGS).read_text())  # Any: JSON
-    tensors = load_file(adapter / WEIGHTS)
-    kept = {name: tensor for name, tensor in tensors.items() if name.endswith(OF_LAYERS)}
-    rows = [tensor for name, tensor in tensors.items() if name.endswith(OF_TOKENS)]
+    settings: dict[str, Any] = json.loads((adapter / ADAPTER_CONFIG_FILE).read_text())  # Any: JSON
+    tensors = load_file(adapter / ADAPTER_WEIGHTS_FILE)
+    kept = {name: tensor for name, tensor in tensors.items() if name.endswith(LORA_WEIGHT_SUFFIXES)}
+    rows = [tensor for name, tensor in tensors.items() if name.endswith(TRAINABLE_TOKENS_SUFFIX)]
     if len(kept) + len(rows) < len(tensors) or settings.get("rank_pattern") or settings.get("alpha_pattern"):
-        raise JobFailed("export_failed", "the adapter holds more than matrices of low rank, and its GGUF file could not", USE_GGUF)
+        raise JobFailed("export_failed", "the adapter holds more than matrices of low rank, and its GGUF file could not", INCLUDE_GGUF_HINT)
     if settings.get("use_rslora"):
         settings |= {"lora_alpha": settings["lora_alpha"] * math.sqrt(settings["r"]), "use_rslora": False}
-    save_file(kept, staging / WEIGHTS)
-    write_json(staging / SETTINGS, settings)
+    save_file(kept, staging / ADAPTER_WEIGHTS_FILE)
+    write_json(staging / ADAPTER_CONFIG_FILE, settings)
     count = sum(len(tensor) for tensor in rows)
     return staging, f"the embeddings of {count} tokens that were trained as well" if count else ""

@@ -2,19 +2,19 @@
 
 from typing import TYPE_CHECKING
 
-from jobs.exporters.examiner import fidelity_of
-from jobs.exporters.folders import FIDELITY, write_json
-from jobs.publish import Product
+from jobs.exporters.examiner import make_fidelity
+from jobs.exporters.folders import FIDELITY_FILE, write_json
+from jobs.publish import ExportedArtifact
 
 if TYPE_CHECKING:
-    from jobs.exporters.bench import Bench
+    from jobs.exporters.bench import ExportWorkspace
 
 
-def export(bench: "Bench") -> tuple[Product, ...]:
+def export(workspace: "ExportWorkspace") -> tuple[ExportedArtifact, ...]:
     """The folder of the whole model; with how near it is to base and adapter, when it was merged from these."""
-    whole = bench.whole
-    found = whole.speech and whole.speech.comparison
-    fidelity = fidelity_of(found) if found else None
+    whole = workspace.merged_model
+    found = whole.reference_log_probs and whole.reference_log_probs.comparison
+    fidelity = make_fidelity(found) if found else None
     if fidelity is not None:
-        write_json(whole.folder / FIDELITY, {"merged": fidelity.model_dump(mode="json")})
-    return (Product(name="merged", kind="merged", path=whole.folder, key=bench.key("merged"), fidelity=fidelity),)
+        write_json(whole.folder / FIDELITY_FILE, {"merged": fidelity.model_dump(mode="json")})
+    return (ExportedArtifact(name="merged", kind="merged", path=whole.folder, key=workspace.key("merged"), fidelity=fidelity),)

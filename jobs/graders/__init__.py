@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from jobs.graders.grading import Case, Grader
+from jobs.graders.grading import Grader, GradingInput
 from jobs.graders.reward import RewardFunction
 from schema.training import GrpoConfig
 
@@ -26,7 +26,7 @@ GRADERS = {
     "numeric_accuracy": "jobs.graders.text:numeric_grader",
     "expression_accuracy": "jobs.graders.apart:expression_grader",
     "text_similarity": "jobs.graders.similarity:similarity_grader",
-    "score_model": "jobs.graders.judge:judge",
+    "score_model": "jobs.graders.judge:score_model_grader",
     "json_schema": "jobs.graders.apart:schema_grader",
     "python": "jobs.graders.python:python_grader",
 }
@@ -42,7 +42,7 @@ def build_graders(config: GrpoConfig, context: "JobContext") -> list[RewardFunct
     return functions
 
 
-def check_graders(functions: Sequence[RewardFunction], cases: Sequence[Case]) -> None:
+def check_graders(functions: Sequence[RewardFunction], cases: Sequence[GradingInput]) -> None:
     """Ask every grader, before anything is computed, whether it can judge completions of these rows. Raises JobFailed."""
     for function in functions:
         function.check(cases)

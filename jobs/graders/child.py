@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 MEMORY_BYTES = 4 << 30  # of addresses: sympy and its libraries take a few hundred megabytes
-LONGEST_WRAPPED = 200  # characters of a text that may be a formula without dollars around it
+MAX_WRAPPED_CHARACTERS = 200  # characters of a text that may be a formula without dollars around it
 
-Answer = dict[str, float | str]
+GraderResponse = dict[str, float | str]
 
 
 def main() -> None:
@@ -23,22 +23,22 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    grade = {"expression": expression_judge, "json_schema": schema_judge}[sys.argv[1]]()
+    grade = {"expression": make_expression_grader, "json_schema": make_schema_grader}[sys.argv[1]]()
     print("ready", file=answers, flush=True)
     for line in sys.stdin.buffer:
-        print(json.dumps(_answer(grade, json.loads(line))), file=answers, flush=True)
+        print(json.dumps(_grade_request(grade, json.loads(line))), file=answers, flush=True)
 
 
-def _answer(grade: Callable[[dict[str, Any]], Answer], question: dict[str, Any]) -> Answer:
+def _grade_request(grade: Callable[[dict[str, Any]], GraderResponse], request: dict[str, Any]) -> GraderResponse:
     try:
-        return grade(question)
+        return grade(request)
     except MemoryError:
         return {"failed": "it took too much memory"}
     except RecursionError:
         return {"failed": "it is nested too deeply"}
 
 
-def expression_judge() -> Callable[[dict[str, Any]], Answer]:
+def make_expression_grader() -> Callable[[dict[str, Any]], GraderResponse]:
     """Whether the answer's expression is the reference's. What cannot be read in the answer is wrong; in the reference, a failure."""
     import logging
 
@@ -48,11 +48,11 @@ def expression_judge() -> Callable[[dict[str, Any]], Answer]:
 
     def expressions(text: str) -> list[Any]:
         found = parse(text, parsing_timeout=None)
-        if not found and len(text) <= LONGEST_WRAPPED and "$" not in text:
+        if not found and len(text) <= MAX_WRAPPED_CHARACTERS and "$" not in text:
             found = parse(f"${text}$", parsing_timeout=None)  # a bare x^2+1 is known for a formula by its dollars only
         return found
 
-    def grade(question: dict[str, Any]) -> Answer:
+    def grade(question: dict[str, Any]) -> GraderResponse:
         right = expressions(question["reference"])
         if not right:
             return {"failed": "the row's reference is no mathematical expression"}
@@ -61,7 +61,7 @@ def expression_judge() -> Callable[[dict[str, Any]], Answer]:
     return grade
 
 
-def schema_judge() -> Callable[[dict[str, Any]], Answer]:
+def make_schema_grader() -> Callable[[dict[str, Any]], GraderResponse]:
     """Whether the answer is JSON that the schema accepts."""
     from jsonschema import Draft202012Validator
     from jsonschema.validators import validator_for
@@ -70,9 +70,9 @@ def schema_judge() -> Callable[[dict[str, Any]], Answer]:
 
     nothing_else: Registry[Any] = Registry()  # given, so that a reference to another document is never fetched
 
-    def grade(question: dict[str, Any]) -> Answer:
+    def grade(question: dict[str, Any]) -> GraderResponse:
         try:
-            answer = json.loads(question["answer"], parse_constant=_refuse)
+            answer = json.loads(question["answer"], parse_constant=_reject_constant)
         except ValueError:
             return {"grade": 0.0}
         validator = validator_for(question["schema"], default=Draft202012Validator)(question["schema"], registry=nothing_else)
@@ -84,7 +84,7 @@ def schema_judge() -> Callable[[dict[str, Any]], Answer]:
     return grade
 
 
-def _refuse(name: str) -> None:
+def _reject_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 

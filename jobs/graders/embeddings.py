@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from jobs.base_model import from_store
+from jobs.base_model import download_from_store
 from jobs.errors import JobFailed
 from jobs.graders.endpoint import Endpoint
-from jobs.graders.grading import Failed
+from jobs.graders.grading import FailedGrade
 from schema.graders import TextSimilarityGrader
 
 if TYPE_CHECKING:
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
     from jobs.context import JobContext
 
-TEXTS_AT_ONCE = 64
-CALLS_AT_ONCE = 4
+BATCH_SIZE = 64
+MAX_CONCURRENT_REQUESTS = 4
 TIMEOUT_S = 60.0
-LONGEST = 512  # tokens; what most embedding models were trained with
-PROBE = "a text"
+MAX_SEQUENCE_TOKENS = 512  # tokens; what most embedding models were trained with
+TEST_TEXT = "a text"
 
 
 class Embedder(Protocol):
@@ -48,7 +48,7 @@ def endpoint_embedder(config: TextSimilarityGrader, context: "JobContext") -> "E
 
 def stored_embedder(name: str, context: "JobContext") -> "StoredEmbedder":
     """The model at pretrained_weights/huggingface/{name}/ in the model store. Raises JobFailed."""
-    folder = from_store(context.stores.models, f"pretrained_weights/huggingface/{name}/", context.workdir / "data" / "embedding")
+    folder = download_from_store(context.stores.models, f"pretrained_weights/huggingface/{name}/", context.workdir / "data" / "embedding")
     if folder is None:
         hint = f"put its files at pretrained_weights/huggingface/{name}/ in the model store, or name an endpoint by base_url"
         raise JobFailed("invalid_config", f"embedding model {name} is not in the model store", hint)
@@ -58,8 +58,8 @@ def stored_embedder(name: str, context: "JobContext") -> "StoredEmbedder":
 class EndpointEmbedder:
     """Embeddings by POST {base_url}/embeddings."""
 
-    def __init__(self, grader: str, model: str, endpoint: Endpoint) -> None:
-        self._grader = grader
+    def __init__(self, grader_name: str, model: str, endpoint: Endpoint) -> None:
+        self._grader_name = grader_name
         self._model = model
         self._endpoint = endpoint
 
@@ -67,31 +67,33 @@ class EndpointEmbedder:
         """Raises JobFailed when the endpoint does not answer as it should."""
         from openai import OpenAIError
 
-        [answer] = self._endpoint.ask(self._vectors, [[PROBE]], at_once=1)
+        [answer] = self._endpoint.send_all(self._request_embeddings, [[TEST_TEXT]], max_concurrency=1)
         if isinstance(answer, OpenAIError):
-            raise self._endpoint.refusal(self._grader, answer)
-        if isinstance(answer[0], Failed):
-            raise JobFailed("invalid_config", f"grader {self._grader!r}: {answer[0].reason}", "check the grader's base_url and model")
+            raise self._endpoint.make_job_failed(self._grader_name, answer)
+        if isinstance(answer[0], FailedGrade):
+            raise JobFailed("invalid_config", f"grader {self._grader_name!r}: {answer[0].reason}", "check the grader's base_url and model")
 
     def embed(self, texts: Sequence[str]) -> list[Any]:
         """A batch that failed leaves its own texts without vectors, and no others."""
-        batches = [texts[n : n + TEXTS_AT_ONCE] for n in range(0, len(texts), TEXTS_AT_ONCE)]
-        answers = self._endpoint.ask(self._vectors, batches, at_once=CALLS_AT_ONCE)
-        return [vector for batch, answer in zip(batches, answers, strict=True) for vector in self._each(batch, answer)]
+        batches = [texts[n : n + BATCH_SIZE] for n in range(0, len(texts), BATCH_SIZE)]
+        answers = self._endpoint.send_all(self._request_embeddings, batches, max_concurrency=MAX_CONCURRENT_REQUESTS)
+        return [vector for batch, answer in zip(batches, answers, strict=True) for vector in self._vectors_or_failures(batch, answer)]
 
     def close(self) -> None:
         """Close the connections."""
         self._endpoint.close()
 
-    def _each(self, batch: Sequence[str], answer: "list[Any] | OpenAIError") -> list[Any]:
-        return answer if isinstance(answer, list) else [self._endpoint.failed(answer)] * len(batch)
+    def _vectors_or_failures(self, batch: Sequence[str], response: "list[Any] | OpenAIError") -> list[Any]:
+        return response if isinstance(response, list) else [self._endpoint.make_failed_grade(response)] * len(batch)
 
-    async def _vectors(self, batch: Sequence[str]) -> list[Any]:
+    async def _request_embeddings(self, batch: Sequence[str]) -> list[Any]:
         import numpy
 
         answer = await self._endpoint.client.embeddings.create(model=self._model, input=list(batch), encoding_format="float")
         found = {entry.index: numpy.asarray(entry.embedding, dtype=float) for entry in answer.data}
-        return [found.get(n, Failed(f"{self._endpoint.base_url} answered with fewer embeddings than texts")) for n in range(len(batch))]
+        return [
+            found.get(n, FailedGrade(f"{self._endpoint.base_url} answered with fewer embeddings than texts")) for n in range(len(batch))
+        ]
 
 
 class StoredEmbedder:
@@ -106,22 +108,24 @@ class StoredEmbedder:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         with torch.random.fork_rng(devices=[]):  # weights that a checkpoint lacks are drawn, and the training's numbers must not move
             self._model = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True).eval()
-        self._longest = min(LONGEST, int(getattr(self._model.config, "max_position_embeddings", LONGEST)))  # not every architecture has one
+        self._max_tokens = min(
+            MAX_SEQUENCE_TOKENS, int(getattr(self._model.config, "max_position_embeddings", MAX_SEQUENCE_TOKENS))
+        )  # not every architecture has one
 
     def check(self) -> None:
         """It was loaded, and that is what can go wrong."""
 
     def embed(self, texts: Sequence[str]) -> list[Any]:
         """Long texts are cut."""
-        return [vector for n in range(0, len(texts), TEXTS_AT_ONCE) for vector in self._some(texts[n : n + TEXTS_AT_ONCE])]
+        return [vector for n in range(0, len(texts), BATCH_SIZE) for vector in self._embed_batch(texts[n : n + BATCH_SIZE])]
 
     def close(self) -> None:
         """The memory goes with it."""
 
-    def _some(self, texts: Sequence[str]) -> "ndarray":
+    def _embed_batch(self, texts: Sequence[str]) -> "ndarray":
         import torch
 
-        batch = self._tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True, max_length=self._longest)
+        batch = self._tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True, max_length=self._max_tokens)
         with torch.inference_mode():
             states = self._model(**batch).last_hidden_state
             there = batch["attention_mask"].unsqueeze(-1)

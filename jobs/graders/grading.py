@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
-class Case:
+class GradingInput:
     """A completion to be graded, with its row: the prompt as text, and the other columns."""
 
     prompt: str
@@ -16,23 +16,23 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Failed:
+class FailedGrade:
     """The grader could not say what a completion is worth. The reason holds no row and no secret."""
 
     reason: str
 
 
-Grade = float | Failed
+Grade = float | FailedGrade
 
 
 class Grader(Protocol):
     """Judges completions."""
 
-    def check(self, cases: Sequence[Case], /) -> None:
+    def check(self, cases: Sequence[GradingInput], /) -> None:
         """Raises JobFailed when it can be known by now that it could not judge completions of these rows."""
         ...
 
-    def grade(self, cases: Sequence[Case]) -> list[Grade]:
+    def grade(self, cases: Sequence[GradingInput]) -> list[Grade]:
         """One grade for each, in order. What goes wrong with one completion is its grade, and no exception."""
         ...
 
@@ -42,15 +42,15 @@ class Grader(Protocol):
 
 
 @dataclass(frozen=True)
-class OneByOne:
+class PerCompletionGrader:
     """A grader that is a function of one case, and holds nothing."""
 
-    grade_one: Callable[[Case], Grade]
+    grade_one: Callable[[GradingInput], Grade]
 
-    def check(self, _cases: Sequence[Case], /) -> None:
+    def check(self, _cases: Sequence[GradingInput], /) -> None:
         """Whatever it is given, it can grade."""
 
-    def grade(self, cases: Sequence[Case]) -> list[Grade]:
+    def grade(self, cases: Sequence[GradingInput]) -> list[Grade]:
         """Each by itself."""
         return [self.grade_one(case) for case in cases]
 
@@ -58,7 +58,7 @@ class OneByOne:
         """Nothing was started."""
 
 
-def answer_of(completion: str, tag: str | None) -> str | None:
+def extract_answer(completion: str, tag: str | None) -> str | None:
     """What is to be graded: the completion, or what its last pair of tags holds; None when it has no such pair."""
     if tag is None:
         return completion.strip()
@@ -70,24 +70,24 @@ def answer_of(completion: str, tag: str | None) -> str | None:
     return found[-1].strip() if found else None
 
 
-def reference_of(case: Case, column: str) -> str | Failed:
+def get_reference(case: GradingInput, column: str) -> str | FailedGrade:
     """The row's right answer as text; truth values as JSON writes them."""
     value = case.columns.get(column)
     if value is None:
-        return Failed(f"the row has nothing in column {column!r}")
+        return FailedGrade(f"the row has nothing in column {column!r}")
     if isinstance(value, bool):
         return str(value).lower()
     return str(value).strip()
 
 
-def compared(tag: str | None, column: str, compare: Callable[[str, str], Grade]) -> OneByOne:
+def make_comparison_grader(tag: str | None, column: str, compare: Callable[[str, str], Grade]) -> PerCompletionGrader:
     """A grader that compares answer and reference. Without an answer the grade is 0: the completion is not what was asked for."""
 
-    def grade_one(case: Case) -> Grade:
-        reference = reference_of(case, column)
-        if isinstance(reference, Failed):
+    def grade_one(case: GradingInput) -> Grade:
+        reference = get_reference(case, column)
+        if isinstance(reference, FailedGrade):
             return reference
-        answer = answer_of(case.completion, tag)
+        answer = extract_answer(case.completion, tag)
         return 0.0 if answer is None else compare(answer, reference)
 
-    return OneByOne(grade_one)
+    return PerCompletionGrader(grade_one)

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.errors import JobFailed
-from jobs.graders.grading import Case, Failed, Grade
-from jobs.settings import compute_threads
+from jobs.graders.grading import FailedGrade, Grade, GradingInput
+from jobs.settings import cpu_thread_count
 from schema.graders import PythonGrader
 
 if TYPE_CHECKING:
@@ -27,53 +27,53 @@ if TYPE_CHECKING:
 
     from jobs.context import JobContext
 
-FUNCTION = "grade"
-CALL = f"{FUNCTION}(_tunesmith_completion, _tunesmith_row)"
-PRINTED_BYTES = 65_536  # then it has failed; nobody reads it
-DEPTH = 500  # of calls within calls
-GRACE_S = 2.0  # for the sandbox to end a call by itself, before its process is killed
-ENGINE_MB = 256  # what the interpreter's own process takes beside what the user's code may
-WORKERS = 8  # at most
+FUNCTION_NAME = "grade"
+CALL_EXPRESSION = f"{FUNCTION_NAME}(_tunesmith_completion, _tunesmith_row)"
+MAX_PRINTED_BYTES = 65_536  # then it has failed; nobody reads it
+MAX_RECURSION_DEPTH = 500  # of calls within calls
+KILL_GRACE_S = 2.0  # for the sandbox to end a call by itself, before its process is killed
+INTERPRETER_MEMORY_MB = 256  # what the interpreter's own process takes beside what the user's code may
+MAX_WORKERS = 8  # at most
 
 
-def python_grader(config: PythonGrader, context: "JobContext") -> "Sandboxed":
+def python_grader(config: PythonGrader, context: "JobContext") -> "SandboxedPythonGrader":
     """The user's function, in a sandbox."""
-    return Sandboxed(config, context.workdir)
+    return SandboxedPythonGrader(config, context.workdir)
 
 
-class Sandboxed:
+class SandboxedPythonGrader:
     """Calls `grade(completion, row)` in a pool of sandboxes."""
 
     def __init__(self, config: PythonGrader, workdir: Path) -> None:
         from pydantic_monty import Monty
 
         self._config = config
-        self._workers = min(WORKERS, compute_threads())
+        self._workers = min(MAX_WORKERS, cpu_thread_count())
         self._stack = ExitStack()
         self._pool: Any = self._stack.enter_context(
             Monty(
-                binary_path=_walled_in(workdir / "graders", config.memory_mb),
+                binary_path=_write_sandbox_launcher(workdir / "graders", config.memory_mb),
                 max_processes=self._workers,
-                request_timeout=config.timeout_s + GRACE_S,
+                request_timeout=config.timeout_s + KILL_GRACE_S,
             )
         )
-        self._stack.callback(_shut, threads := ThreadPoolExecutor(self._workers, thread_name_prefix="sandbox"))
+        self._stack.callback(_shut_down_threads, threads := ThreadPoolExecutor(self._workers, thread_name_prefix="sandbox"))
         self._threads = threads
 
-    def check(self, _cases: Sequence[Case], /) -> None:
+    def check(self, _cases: Sequence[GradingInput], /) -> None:
         """Raises JobFailed when the source does not run, or defines no grade(completion, row)."""
         from pydantic_monty import MontyError, MontySyntaxError
 
         try:
-            with self._sandbox() as session:
-                self._feed(session, self._config.source)
-                self._feed(session, FUNCTION + "\nNone")
+            with self._open_session() as session:
+                self._run_code(session, self._config.source)
+                self._run_code(session, FUNCTION_NAME + "\nNone")
         except MontySyntaxError as error:
-            raise self._refusal(f"its source is not Python that the sandbox knows: {error.display('traceback')}") from error
+            raise self._make_job_failed(f"its source is not Python that the sandbox knows: {error.display('traceback')}") from error
         except MontyError as error:
-            raise self._refusal(f"its source does not run, or defines no {FUNCTION}(completion, row): {error}") from error
+            raise self._make_job_failed(f"its source does not run, or defines no {FUNCTION_NAME}(completion, row): {error}") from error
 
-    def grade(self, cases: Sequence[Case]) -> list[Grade]:
+    def grade(self, cases: Sequence[GradingInput]) -> list[Grade]:
         """A few at a time."""
         return list(self._threads.map(self._grade_one, cases))
 
@@ -81,42 +81,42 @@ class Sandboxed:
         """End the sandboxes."""
         self._stack.close()
 
-    def _grade_one(self, case: Case) -> Grade:
+    def _grade_one(self, case: GradingInput) -> Grade:
         from pydantic_monty import MontyError
 
         row = dict(case.columns) | {"prompt": case.prompt}
         try:
-            with self._sandbox() as session:
-                self._feed(session, self._config.source)
-                grade = self._feed(session, CALL, {"_tunesmith_completion": case.completion, "_tunesmith_row": row})
+            with self._open_session() as session:
+                self._run_code(session, self._config.source)
+                grade = self._run_code(session, CALL_EXPRESSION, {"_tunesmith_completion": case.completion, "_tunesmith_row": row})
         except MontyError as error:
-            return Failed(_kind_of(error))
+            return FailedGrade(_describe_error(error))
         except UnicodeError:
-            return Failed("the row or the completion is no valid text")
+            return FailedGrade("the row or the completion is no valid text")
         if not isinstance(grade, int | float) or not math.isfinite(grade):
-            return Failed(f"{FUNCTION} gave no finite number")
+            return FailedGrade(f"{FUNCTION_NAME} gave no finite number")
         return float(grade)
 
-    def _sandbox(self) -> "MontySession":
+    def _open_session(self) -> "MontySession":
         return self._pool.checkout(
             limits={
                 "max_feed_duration_secs": self._config.timeout_s,
                 "max_memory": self._config.memory_mb << 20,
-                "max_recursion_depth": DEPTH,
+                "max_recursion_depth": MAX_RECURSION_DEPTH,
             },
             os_policy={"sleep": "zero", "random_start": {"seed": 0}},
         )
 
-    def _feed(self, session: "MontySession", code: str, inputs: dict[str, Any] | None = None) -> object:
+    def _run_code(self, session: "MontySession", code: str, inputs: dict[str, Any] | None = None) -> object:
         from pydantic_monty import CollectString
 
-        return session.feed_run(code, inputs=inputs, print_callback=CollectString(PRINTED_BYTES))
+        return session.feed_run(code, inputs=inputs, print_callback=CollectString(MAX_PRINTED_BYTES))
 
-    def _refusal(self, why: str) -> JobFailed:
-        return JobFailed("invalid_config", f"grader {self._config.name!r}: {why}", "see docs/training.md for what the sandbox knows")
+    def _make_job_failed(self, reason: str) -> JobFailed:
+        return JobFailed("invalid_config", f"grader {self._config.name!r}: {reason}", "see docs/training.md for what the sandbox knows")
 
 
-def _kind_of(error: "MontyError") -> str:
+def _describe_error(error: "MontyError") -> str:
     """What went wrong, without the message: it may repeat the row."""
     from pydantic_monty import MontyCrashedError, MontyRuntimeError
 
@@ -132,18 +132,18 @@ def _kind_of(error: "MontyError") -> str:
             return type(other).__name__ + (f" in line {frames[-1].line}" if frames else "")
 
 
-def _walled_in(folder: Path, memory_mb: int) -> Path:
+def _write_sandbox_launcher(folder: Path, memory_mb: int) -> Path:
     """A program that sets limits to itself and becomes the sandbox's. Where a system knows a limit not, the sandbox's own holds."""
     from pydantic_monty._binary import find_monty_binary
 
     folder.mkdir(parents=True, exist_ok=True)
     program = folder / f"sandbox-{memory_mb}"
-    limits = {"c": 0, "f": 0, "n": 16, "v": (memory_mb + ENGINE_MB) << 10}
+    limits = {"c": 0, "f": 0, "n": 16, "v": (memory_mb + INTERPRETER_MEMORY_MB) << 10}
     lines = ["#!/bin/sh", *(f"ulimit -{name} {value} 2>/dev/null" for name, value in limits.items())]
     program.write_text("\n".join([*lines, f'exec /usr/bin/env -i {shlex.quote(find_monty_binary())} "$@"', ""]))
     program.chmod(0o700)
     return program
 
 
-def _shut(threads: ThreadPoolExecutor) -> None:
+def _shut_down_threads(threads: ThreadPoolExecutor) -> None:
     threads.shutdown(wait=False, cancel_futures=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jobs.errors import JobFailed
-from jobs.graders.grading import Case, Failed, Grade, Grader
+from jobs.graders.grading import FailedGrade, Grade, Grader, GradingInput
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from jobs.context import JobContext
     from schema.training import Grader as GraderConfig
 
-HOPELESS = 10  # calls in a row in which not a single completion could be graded: whatever is wrong will not mend itself
-TOLD_EVERY = 50  # calls with failures between two warnings
+MAX_CONSECUTIVE_FAILURES = 10  # calls in a row in which not a single completion could be graded: whatever is wrong will not mend itself
+WARN_EVERY = 50  # calls with failures between two warnings
 
-Prompt = str | list[dict[str, Any]]
+TextOrMessages = str | list[dict[str, Any]]
 
 
 class RewardFunction:
@@ -31,13 +31,13 @@ class RewardFunction:
         self._reference_field: str | None = getattr(config, "reference_field", None)  # not every kind has one
         self._grader = grader
         self._context = context
-        self._dead = 0
-        self._untold = TOLD_EVERY
+        self._consecutive_failures = 0
+        self._failed_calls_since_warning = WARN_EVERY
 
     def __call__(
         self,
-        prompts: Sequence[Prompt],
-        completions: Sequence[Prompt],
+        prompts: Sequence[TextOrMessages],
+        completions: Sequence[TextOrMessages],
         completion_ids: object = None,  # noqa: ARG002  # TRL passes it by name
         *,
         row: Sequence[dict[str, Any]] | None = None,
@@ -46,26 +46,26 @@ class RewardFunction:
     ) -> list[float | None]:
         """The grades of these completions; `row` holds each one's other columns. Raises JobFailed when there is no hope left."""
         rows = row or [{}] * len(prompts)
-        cases = [Case(*texts) for texts in zip(map(text_of, prompts), map(text_of, completions), rows, strict=True)]
+        cases = [GradingInput(*texts) for texts in zip(map(to_text, prompts), map(to_text, completions), rows, strict=True)]
         grades = self.grade(cases)
-        for name, value in summary(self.__name__, grades).items():
+        for name, value in summarize_grades(self.__name__, grades).items():
             log_metric(name, float("nan") if value is None else value)
-        self._give_up_on(grades)
-        return [None if isinstance(grade, Failed) else grade for grade in grades]
+        self._fail_after_repeated_failures(grades)
+        return [None if isinstance(grade, FailedGrade) else grade for grade in grades]
 
-    def grade(self, cases: Sequence[Case]) -> list[Grade]:
+    def grade(self, cases: Sequence[GradingInput]) -> list[Grade]:
         """What the grader gives to each. Failures are told, the first time and then now and again."""
-        grades = [finite(grade) for grade in self._grader.grade(cases)]
-        failures = [grade for grade in grades if isinstance(grade, Failed)]
+        grades = [reject_non_finite(grade) for grade in self._grader.grade(cases)]
+        failures = [grade for grade in grades if isinstance(grade, FailedGrade)]
         if failures:
-            self._untold += 1
-            if self._untold > TOLD_EVERY:
-                self._untold = 0
+            self._failed_calls_since_warning += 1
+            if self._failed_calls_since_warning > WARN_EVERY:
+                self._failed_calls_since_warning = 0
                 share = f"{len(failures)} of {len(grades)} completions"
                 self._context.warn("grader_failed", f"grader {self.__name__!r} could not grade {share}: {failures[0].reason}")
         return grades
 
-    def check(self, cases: Sequence[Case]) -> None:
+    def check(self, cases: Sequence[GradingInput]) -> None:
         """Ask the grader whether it can judge completions of such rows. Raises JobFailed."""
         field = self._reference_field
         if field is not None:
@@ -82,51 +82,53 @@ class RewardFunction:
         """End what the grader started."""
         self._grader.close()
 
-    def _give_up_on(self, grades: Sequence[Grade]) -> None:
-        failures = [grade for grade in grades if isinstance(grade, Failed)]
-        self._dead = self._dead + 1 if failures and len(failures) == len(grades) else 0
-        if self._dead >= HOPELESS:
-            message = f"grader {self.__name__!r} has failed on every completion {HOPELESS} times in a row: {failures[-1].reason}"
+    def _fail_after_repeated_failures(self, grades: Sequence[Grade]) -> None:
+        failures = [grade for grade in grades if isinstance(grade, FailedGrade)]
+        self._consecutive_failures = self._consecutive_failures + 1 if failures and len(failures) == len(grades) else 0
+        if self._consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
+            message = (
+                f"grader {self.__name__!r} has failed on every completion {MAX_CONSECUTIVE_FAILURES} times in a row: {failures[-1].reason}"
+            )
             raise JobFailed("invalid_config", message, "mend the grader, or what it asks, and resume the job")
 
 
-def finite(grade: Grade) -> Grade:
+def reject_non_finite(grade: Grade) -> Grade:
     """The grade, unless it is no number."""
-    return grade if isinstance(grade, Failed) or math.isfinite(grade) else Failed("it gave no finite number")
+    return grade if isinstance(grade, FailedGrade) or math.isfinite(grade) else FailedGrade("it gave no finite number")
 
 
-def summary(name: str, grades: Sequence[Grade]) -> dict[str, float | None]:
+def summarize_grades(name: str, grades: Sequence[Grade]) -> dict[str, float | None]:
     """The mean over what could be graded (None: nothing could), and the share that could not."""
     if not grades:
         return {}
-    known = [grade for grade in grades if not isinstance(grade, Failed)]
+    known = [grade for grade in grades if not isinstance(grade, FailedGrade)]
     mean = sum(known) / len(known) if known else None
     return {f"graders/{name}/mean": mean, f"graders/{name}/failed": 1 - len(known) / len(grades)}
 
 
-def text_of(said: Prompt) -> str:
+def to_text(messages: TextOrMessages) -> str:
     """A prompt or a completion as text: a single message is its content; several are told apart by who speaks."""
-    if isinstance(said, str):
-        return said
-    if len(said) == 1:
-        return content_of(said[0])
-    return "\n\n".join(f"{message['role']}: {content_of(message)}" for message in said)
+    if isinstance(messages, str):
+        return messages
+    if len(messages) == 1:
+        return get_message_text(messages[0])
+    return "\n\n".join(f"{message['role']}: {get_message_text(message)}" for message in messages)
 
 
-def content_of(message: dict[str, Any]) -> str:
+def get_message_text(message: dict[str, Any]) -> str:
     """The text of a message, whose content may be in parts."""
     content = message["content"]
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
-def incomparable_left_out(rewards: "Tensor", group: int) -> "Tensor":
+def mask_incomparable(rewards: "Tensor", group_size: int) -> "Tensor":
     """Rewards (completions, graders) with NaN where a grader failed, in groups of one prompt; returns which of them can be compared.
 
     Without one grader's part a completion's sum is not what it is worth: as if the grader had given 0. So a completion that a grader
     failed on, but not on all of its group, is left out: all of its rewards are NaN. A grader that failed on the whole group is
     missing from every sum alike, and the rest of them can be compared.
     """
-    failed = rewards.isnan().view(-1, group, rewards.shape[-1])
+    failed = rewards.isnan().view(-1, group_size, rewards.shape[-1])
     for_some = failed.any(dim=1, keepdim=True) & ~failed.all(dim=1, keepdim=True)
     unknown = (failed & for_some).any(dim=2).view(-1, 1)
     return rewards.masked_fill(unknown, float("nan"))

@@ -10,20 +10,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-SHARE = Path(sys.prefix) / "share" / "llama.cpp"  # where infra/llama_cpp.sh puts what no wheel holds
+LLAMA_CPP_FOLDER = Path(sys.prefix) / "share" / "llama.cpp"  # where infra/llama_cpp.sh puts what no wheel holds
 
 
-def converter(of: Literal["hf", "lora"] = "hf") -> Path:
+def get_converter_path(source: Literal["hf", "lora"] = "hf") -> Path:
     """Where llama.cpp's own converter lies, of whole models or of adapters."""
-    return SHARE / f"convert_{of}_to_gguf.py"
+    return LLAMA_CPP_FOLDER / f"convert_{source}_to_gguf.py"
 
 
-def program(name: Literal["llama-imatrix", "llama-completion"], share: Path = SHARE) -> Path | None:
+def find_program(name: Literal["llama-imatrix", "llama-completion"], folder: Path = LLAMA_CPP_FOLDER) -> Path | None:
     """Where one of llama.cpp's own programs lies; None where it was not built."""
-    path = share / "bin" / name
+    path = folder / "bin" / name
     return path if path.is_file() else None
 
 
-def llama_cpp_available() -> bool:
+def is_llama_cpp_available() -> bool:
     """Whether GGUF files can be made and verified here; looks, and loads nothing."""
-    return find_spec("llama_cpp") is not None and converter().is_file()
+    return find_spec("llama_cpp") is not None and get_converter_path().is_file()

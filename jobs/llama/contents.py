@@ -8,14 +8,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def numbers_in(path: Path) -> int:
+def count_weights(path: Path) -> int:
     """How many weights a file holds."""
     from gguf import GGUFReader
 
     return sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
 
 
-def importance(path: str) -> "dict[str, NDArray[np.float32]]":
+def read_imatrix(path: str) -> "dict[str, NDArray[np.float32]]":
     """By tensor: the mean square of each of its inputs, expert after expert where it has several; 1 where an expert never spoke."""
     import numpy as np
     from gguf import GGUFReader

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from schema.base import Lenient
+from schema.base import ForwardCompatible
 
 if TYPE_CHECKING:
     import numpy as np
@@ -13,46 +13,46 @@ if TYPE_CHECKING:
 # When the file prefers another token than the model, but the model itself gives both nearly the same probability (10 %
 # apart), the choice is a coin toss of rounding and says nothing of the file. A small or hardly trained model has many such.
 TIE_NATS = 0.1
-LARGEST_EXPONENT = 700.0  # exp of more is no float
+MAX_EXPONENT = 700.0  # exp of more is no float
 
 
-class Passage(Lenient):
+class Passage(ForwardCompatible):
     """Token ids to be read by every model; the next-token probabilities after the last `compared` of them are compared.
 
     Those from `answer_from` on are what a held-out row wants to be said; None where nobody wants anything.
     """
 
     ids: tuple[int, ...]
-    compared: int
-    answer_from: int | None = None
+    compared_tokens: int
+    answer_start: int | None = None
 
 
-class Comparison(Lenient):
+class Comparison(ForwardCompatible):
     """How one model speaks, measured against the trained one, and against the one before training."""
 
     positions: int
     argmax_agreement: float  # share of positions with the same preferred token; near ties agree
     mean_kl_to_trained: float  # nats
     mean_kl_to_base: float | None  # nats
-    max_difference: float  # nats; the largest of any token's log probability
-    labelled: int = 0  # positions whose next token a held-out row wants
+    max_difference_nats: float  # nats; the largest of any token's log probability
+    labeled_positions: int = 0  # positions whose next token a held-out row wants
     perplexity: float | None = None  # on these tokens
     perplexity_trained: float | None = None
     perplexity_base: float | None = None
 
 
-def agrees(found: Comparison, share: float) -> bool:
+def has_agreement(comparison: Comparison, min_agreement: float) -> bool:
     """Whether the two prefer the same token at that share of all positions, as far as so few positions can tell: by three deviations."""
-    missed = (1 - found.argmax_agreement) * found.positions
-    return missed <= (1 - share) * found.positions + 3 * math.sqrt(share * (1 - share) * found.positions)
+    missed = (1 - comparison.argmax_agreement) * comparison.positions
+    return missed <= (1 - min_agreement) * comparison.positions + 3 * math.sqrt(min_agreement * (1 - min_agreement) * comparison.positions)
 
 
-def targets_of(passages: Sequence[Passage]) -> list[int | None]:
+def list_targets(passages: Sequence[Passage]) -> list[int | None]:
     """For each compared position, in order, the token that should follow; None where nothing is wanted."""
     targets: list[int | None] = []
     for passage in passages:
-        for following in range(len(passage.ids) - passage.compared + 1, len(passage.ids) + 1):
-            wanted = passage.answer_from is not None and passage.answer_from <= following < len(passage.ids)
+        for following in range(len(passage.ids) - passage.compared_tokens + 1, len(passage.ids) + 1):
+            wanted = passage.answer_start is not None and passage.answer_start <= following < len(passage.ids)
             targets.append(passage.ids[following] if wanted else None)
     return targets
 
@@ -67,7 +67,7 @@ def log_softmax(logits: "NDArray[np.float32]") -> "NDArray[np.float32]":
 
 
 def compare(
-    rows: "Iterable[NDArray[np.float32]]",
+    logit_rows: "Iterable[NDArray[np.float32]]",
     trained: "NDArray[np.float32]",
     base: "NDArray[np.float32] | None" = None,
     targets: Sequence[int | None] | None = None,
@@ -81,13 +81,13 @@ def compare(
 
     agreeing, to_trained, to_base, difference, position = 0, 0.0, 0.0, 0.0, -1
     losses: list[tuple[float, float, float]] = []  # of this model, the trained one and the base
-    for position, logits in enumerate(rows):
-        _refuse_incomparable(position, logits, trained)
+    for position, logits in enumerate(logit_rows):
+        _check_comparable(position, logits, trained)
         spoken, meant = log_softmax(logits), np.asarray(trained[position])
         before = np.asarray(base[position]) if base is not None else None
         agreeing += bool(meant.max() - meant[spoken.argmax()] <= TIE_NATS)
-        to_trained += kl(meant, spoken)
-        to_base += kl(before, spoken) if before is not None else 0.0
+        to_trained += compute_kl_nats(meant, spoken)
+        to_base += compute_kl_nats(before, spoken) if before is not None else 0.0
         difference = max(difference, float(np.abs(spoken - meant).max()))
         target = targets[position] if targets is not None else None
         if target is not None:
@@ -101,19 +101,19 @@ def compare(
         argmax_agreement=agreeing / positions,
         mean_kl_to_trained=to_trained / positions,
         mean_kl_to_base=to_base / positions if base is not None else None,
-        max_difference=difference,
-        labelled=len(losses),
+        max_difference_nats=difference,
+        labeled_positions=len(losses),
         perplexity=own,
         perplexity_trained=of_trained,
         perplexity_base=of_base if base is not None else None,
     )
 
 
-def kl(meant: "NDArray[np.float32]", spoken: "NDArray[np.float32]") -> float:
+def compute_kl_nats(reference_log_probs: "NDArray[np.float32]", log_probs: "NDArray[np.float32]") -> float:
     """KL(meant || spoken) in nats, from log probabilities; never below zero."""
     import numpy as np
 
-    return max(0.0, float((np.exp(meant) * (meant - spoken)).sum(dtype=np.float64)))
+    return max(0.0, float((np.exp(reference_log_probs) * (reference_log_probs - log_probs)).sum(dtype=np.float64)))
 
 
 def _perplexity(losses: Sequence[float]) -> float | None:
@@ -121,10 +121,10 @@ def _perplexity(losses: Sequence[float]) -> float | None:
     if not losses:
         return None
     mean = math.fsum(losses) / len(losses)
-    return math.exp(mean) if mean < LARGEST_EXPONENT else None
+    return math.exp(mean) if mean < MAX_EXPONENT else None
 
 
-def _refuse_incomparable(position: int, logits: "NDArray[np.float32]", trained: "NDArray[np.float32]") -> None:
+def _check_comparable(position: int, logits: "NDArray[np.float32]", trained: "NDArray[np.float32]") -> None:
     import numpy as np
 
     if position >= len(trained):

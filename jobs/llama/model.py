@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 LOG_LEVEL_ERROR = 4  # ggml_log_level; everything below it is chatter
 
 # ctypes forgets nothing itself: a callback that Python has collected crashes the engine at its next word.
-_kept: list[object] = []
+_live_callbacks: list[object] = []
 
 
 class LlamaError(Exception):
     """llama.cpp refused: the message says what it was asked to do."""
 
 
-def hush() -> None:
+def silence_native_logs() -> None:
     """Let llama.cpp speak of errors only."""
     import llama_cpp
 
@@ -32,19 +32,19 @@ def hush() -> None:
         if level == LOG_LEVEL_ERROR:
             sys.stderr.write(text.decode(errors="replace"))
 
-    _kept.append(errors_only)
+    _live_callbacks.append(errors_only)
     llama_cpp.llama_log_set(errors_only, None)
 
 
 @contextmanager
-def open_gguf(path: Path, *, threads: int, context_tokens: int, most_outputs: int, lora: Path | None = None) -> Generator["GgufModel"]:
-    """Load a file for sequences of up to `context_tokens`, at most `most_outputs` of whose positions are asked for at once.
+def open_gguf(path: Path, *, threads: int, context_tokens: int, max_outputs: int, lora: Path | None = None) -> Generator["GgufModel"]:
+    """Load a file for sequences of up to `context_tokens`, at most `max_outputs` of whose positions are asked for at once.
 
     `lora` is an adapter to be used with it.
     """
     import llama_cpp
 
-    hush()
+    silence_native_logs()
     llama_cpp.llama_backend_init()
     model_params = llama_cpp.llama_model_default_params()
     # A build for one processor crashes in its AMX kernels at the first quantized matrix; portable builds have none to lose.
@@ -54,12 +54,12 @@ def open_gguf(path: Path, *, threads: int, context_tokens: int, most_outputs: in
     if not model:
         raise LlamaError(f"{path.name} cannot be loaded")
     try:
-        context = llama_cpp.llama_init_from_model(model, _context_params(threads, context_tokens, most_outputs))
+        context = llama_cpp.llama_init_from_model(model, _make_context_params(threads, context_tokens, max_outputs))
         if not context:
             raise LlamaError(f"no context of {context_tokens} tokens for {path.name}")
         try:
             if lora is not None:
-                _adapt(llama_cpp, model, context, lora)
+                _load_lora(llama_cpp, model, context, lora)
             yield GgufModel(llama_cpp, model, context)
         finally:
             llama_cpp.llama_free(context)
@@ -86,32 +86,32 @@ class GgufModel:
             raise LlamaError(f"a text of {len(content)} bytes has more tokens than bytes")
         return list(tokens[:count])
 
-    def logits(self, ids: Sequence[int], last: int) -> Iterator["NDArray[np.float32]"]:
+    def iter_logits(self, ids: Sequence[int], num_positions: int) -> Iterator["NDArray[np.float32]"]:
         """The logits at the last positions of a sequence, one row of the vocabulary's size at a time."""
-        self._forget()
-        self._decode(ids, 0, last)
-        for position in range(len(ids) - last, len(ids)):
-            yield self._row(position)
+        self._clear_memory()
+        self._decode(ids, 0, num_positions)
+        for position in range(len(ids) - num_positions, len(ids)):
+            yield self._logits_at(position)
 
-    def generate(self, ids: Sequence[int], most_tokens: int) -> list[int]:
+    def generate(self, ids: Sequence[int], max_tokens: int) -> list[int]:
         """The most likely continuation, token by token, up to and with the token that ends it."""
-        self._forget()
+        self._clear_memory()
         self._decode(ids, 0, 1)
-        answer = [int(self._row(len(ids) - 1).argmax())]
-        while len(answer) < most_tokens and not self.ends(answer[-1]):
+        answer = [int(self._logits_at(len(ids) - 1).argmax())]
+        while len(answer) < max_tokens and not self.is_end_token(answer[-1]):
             self._decode(answer[-1:], len(ids) + len(answer) - 1, 1)
-            answer.append(int(self._row(0).argmax()))
+            answer.append(int(self._logits_at(0).argmax()))
         return answer
 
-    def ends(self, token: int) -> bool:
+    def is_end_token(self, token: int) -> bool:
         """Whether a token ends a turn or a text."""
         return bool(self._llama.llama_vocab_is_eog(self._vocab, token))
 
-    def text(self, ids: Sequence[int]) -> str:
+    def detokenize(self, ids: Sequence[int]) -> str:
         """The tokens as text, special ones left out."""
-        return b"".join(self._piece(token) for token in ids).decode(errors="replace")
+        return b"".join(self._token_to_bytes(token) for token in ids).decode(errors="replace")
 
-    def _piece(self, token: int) -> bytes:
+    def _token_to_bytes(self, token: int) -> bytes:
         import ctypes
 
         room = 256  # bytes; the longest piece of Gemma's vocabulary has 93
@@ -119,30 +119,30 @@ class GgufModel:
         length = self._llama.llama_token_to_piece(self._vocab, token, piece, room, 0, False)
         return piece.raw[: max(0, length)]
 
-    def _forget(self) -> None:
+    def _clear_memory(self) -> None:
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
 
-    def _decode(self, ids: Sequence[int], start: int, last: int) -> None:
+    def _decode(self, ids: Sequence[int], start: int, num_outputs: int) -> None:
         batch = self._llama.llama_batch_init(len(ids), 0, 1)
         try:
             batch.n_tokens = len(ids)
             for i, token in enumerate(ids):
                 batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, start + i, 1, 0
-                batch.logits[i] = i >= len(ids) - last
+                batch.logits[i] = i >= len(ids) - num_outputs
             code = self._llama.llama_decode(self._context, batch)
         finally:
             self._llama.llama_batch_free(batch)
         if code != 0:
             raise LlamaError(f"decoding {len(ids)} tokens answered {code}")
 
-    def _row(self, position: int) -> "NDArray[np.float32]":
+    def _logits_at(self, position: int) -> "NDArray[np.float32]":
         import numpy as np
 
         # A copy: the engine's buffer is overwritten by the next sequence.
         return np.ctypeslib.as_array(self._llama.llama_get_logits_ith(self._context, position), shape=(self.vocab_size,)).copy()
 
 
-def _adapt(llama_cpp: ModuleType, model: "ctypes.c_void_p", context: "ctypes.c_void_p", lora: Path) -> None:
+def _load_lora(llama_cpp: ModuleType, model: "ctypes.c_void_p", context: "ctypes.c_void_p", lora: Path) -> None:
     """Use an adapter at its full strength; it is freed with the model."""
     import ctypes
 
@@ -154,11 +154,11 @@ def _adapt(llama_cpp: ModuleType, model: "ctypes.c_void_p", context: "ctypes.c_v
         raise LlamaError(f"{lora.name} cannot be used with its base")
 
 
-def _context_params(threads: int, context_tokens: int, most_outputs: int) -> "ctypes.Structure":
+def _make_context_params(threads: int, context_tokens: int, max_outputs: int) -> "ctypes.Structure":
     import llama_cpp
 
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = context_tokens
-    params.n_outputs_max = most_outputs  # a row of logits is 1 MB for Gemma, and the default reserves one per token
+    params.n_outputs_max = max_outputs  # a row of logits is 1 MB for Gemma, and the default reserves one per token
     params.n_threads = params.n_threads_batch = threads
     return params

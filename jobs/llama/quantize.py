@@ -34,14 +34,14 @@ def main(source: str, target: str, file_type: str, threads: str, imatrix: str = 
     """Quantize; returns llama.cpp's own code, 0 for success."""
     import llama_cpp
 
-    from jobs.llama.contents import importance
-    from jobs.llama.model import hush
+    from jobs.llama.contents import read_imatrix
+    from jobs.llama.model import silence_native_logs
 
-    hush()
+    silence_native_logs()
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, FILE_TYPES[file_type])
     params.nthread = int(threads)
-    weights = importance(imatrix) if imatrix else {}
+    weights = read_imatrix(imatrix) if imatrix else {}
     if weights:
         entries = [llama_cpp.llama_model_imatrix_data(name.encode(), _pointer(values), len(values)) for name, values in weights.items()]
         # The last one is empty, and tells llama.cpp that it is.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from jobs.context import JobContext
-from schema.events import Evaluated, Metrics, Sampled
+from schema.events import EvaluationCompleted, MetricsLogged, SamplesGenerated
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ TRACKERS = {
     "trackio": "jobs.trackers.trackio_space:TrackioTracker",
 }
 
-CHECKPOINT_PATIENCE_S = 120  # to take a checkpoint's files before they are rotated away
+CHECKPOINT_TIMEOUT_S = 120  # to take a checkpoint's files before they are rotated away
 
 
 class Tracker(Protocol):
@@ -39,15 +39,15 @@ class Tracker(Protocol):
         """Begin, or go on where the attempt before ended; returns where the curves can be seen, if anywhere."""
         ...
 
-    def metrics(self, event: Metrics) -> None: ...
+    def log_metrics(self, event: MetricsLogged) -> None: ...
 
-    def evaluated(self, event: Evaluated) -> None: ...
+    def log_evaluation(self, event: EvaluationCompleted) -> None: ...
 
-    def sampled(self, event: Sampled) -> None: ...
+    def log_samples(self, event: SamplesGenerated) -> None: ...
 
-    def checkpoint(self, folder: Path, step: int) -> None: ...
+    def log_checkpoint(self, folder: Path, step: int) -> None: ...
 
-    def model(self, folder: Path) -> None: ...
+    def log_model(self, folder: Path) -> None: ...
 
     def finish(self, *, succeeded: bool) -> None:
         """Send what is left. A run that has not succeeded is shown as failed; one that another attempt continues has."""
@@ -70,38 +70,36 @@ class TrackerThread:
         return self._tracker.run_id
 
     def start(self) -> None:
-        self._do(lambda: self._context.tracker_started(self.name, self._tracker.start()))
+        self._submit(lambda: self._context.log_tracker(self.name, self._tracker.start()))
 
-    def metrics(self, event: Metrics) -> None:
-        self._do(lambda: self._tracker.metrics(event))
+    def log_metrics(self, event: MetricsLogged) -> None:
+        self._submit(lambda: self._tracker.log_metrics(event))
 
-    def evaluated(self, event: Evaluated) -> None:
-        self._do(lambda: self._tracker.evaluated(event))
+    def log_evaluation(self, event: EvaluationCompleted) -> None:
+        self._submit(lambda: self._tracker.log_evaluation(event))
 
-    def sampled(self, event: Sampled) -> None:
-        self._do(lambda: self._tracker.sampled(event))
+    def log_samples(self, event: SamplesGenerated) -> None:
+        self._submit(lambda: self._tracker.log_samples(event))
 
-    def checkpoint(self, folder: Path, step: int) -> None:
-        wait([self._do(lambda: self._tracker.checkpoint(folder, step))], CHECKPOINT_PATIENCE_S)
+    def log_checkpoint(self, folder: Path, step: int) -> None:
+        wait([self._submit(lambda: self._tracker.log_checkpoint(folder, step))], CHECKPOINT_TIMEOUT_S)
 
-    def model(self, folder: Path) -> None:
-        self._do(lambda: self._tracker.model(folder))
+    def log_model(self, folder: Path) -> None:
+        self._submit(lambda: self._tracker.log_model(folder))
 
-    def finish(self, *, succeeded: bool, patience_s: float) -> None:
+    def finish(self, *, succeeded: bool, timeout_s: float) -> None:
         """Let the tracker send what it has; what takes longer than `patience_s` is lost."""
-        last = self._do(lambda: self._tracker.finish(succeeded=succeeded))
-        if not wait([last], patience_s).done and not self._broken:
-            self._context.warn(
-                "tracker_unfinished", f"{self.name} did not finish within {patience_s:.0f} s; its last points may be missing"
-            )
+        last = self._submit(lambda: self._tracker.finish(succeeded=succeeded))
+        if not wait([last], timeout_s).done and not self._broken:
+            self._context.warn("tracker_unfinished", f"{self.name} did not finish within {timeout_s:.0f} s; its last points may be missing")
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _do(self, call: Callable[[], None]) -> Future[None]:
+    def _submit(self, call: Callable[[], None]) -> Future[None]:
         future = self._pool.submit(lambda: None if self._broken else call())
-        future.add_done_callback(self._judge)
+        future.add_done_callback(self._handle_result)
         return future
 
-    def _judge(self, future: Future[None]) -> None:
+    def _handle_result(self, future: Future[None]) -> None:
         error = None if future.cancelled() else future.exception()
         if error is None or self._broken:
             return
@@ -114,13 +112,13 @@ def start_trackers(context: JobContext) -> list[TrackerThread]:
     """Start every tracker that the training config asks for, and let it hear what the context is told."""
     config = context.spec.training_config
     wanted = [name for name in TRACKERS if f"{name}_config" in type(config).model_fields and getattr(config, f"{name}_config") is not None]
-    threads = [TrackerThread(name, _make(name, context), context) for name in wanted]
+    threads = [TrackerThread(name, _create_tracker(name, context), context) for name in wanted]
     for thread in threads:
         thread.start()
-    context.mirrors.extend(threads)
+    context.listeners.extend(threads)
     return threads
 
 
-def _make(name: str, context: JobContext) -> Tracker:
+def _create_tracker(name: str, context: JobContext) -> Tracker:
     module, _, kind = TRACKERS[name].partition(":")
     return getattr(import_module(module), kind)(context)

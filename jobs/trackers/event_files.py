@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 
 from jobs.context import JobContext
 from jobs.errors import JobFailed
-from jobs.trackers.keeping import keep, kept_at
-from jobs.trackers.names import measurement, point
-from schema.events import Evaluated, Metrics, Sampled
+from jobs.trackers.keeping import save_state, state_key
+from jobs.trackers.names import evaluation_scalars, training_scalars
+from schema.events import EvaluationCompleted, MetricsLogged, SamplesGenerated
 
 if TYPE_CHECKING:
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.summary_pb2 import Summary
 
-UPLOAD_EVERY_S = 60.0
+UPLOAD_INTERVAL_S = 60.0
 
 
 class TensorboardTracker:
@@ -45,28 +45,28 @@ class TensorboardTracker:
         config = self._context.spec.training_config.model_dump_json(indent=1)
         self._write(text("training_config", f"```json\n{config}\n```"), 0)
         self._upload()  # a store that does not take it is found out now
-        return f"{self._context.stores.models.url}/{kept_at(self._context, 'tensorboard')}"
+        return f"{self._context.stores.models.url}/{state_key(self._context, 'tensorboard')}"
 
-    def metrics(self, event: Metrics) -> None:
-        self._log(point(event), event.step)
-        if self._monotonic() - self._uploaded_at >= UPLOAD_EVERY_S:
+    def log_metrics(self, event: MetricsLogged) -> None:
+        self._log_scalars(training_scalars(event), event.step)
+        if self._monotonic() - self._uploaded_at >= UPLOAD_INTERVAL_S:
             self._upload()
 
-    def evaluated(self, event: Evaluated) -> None:
-        self._log(measurement(event), event.step)
+    def log_evaluation(self, event: EvaluationCompleted) -> None:
+        self._log_scalars(evaluation_scalars(event), event.step)
 
-    def sampled(self, event: Sampled) -> None:
+    def log_samples(self, event: SamplesGenerated) -> None:
         from tensorboardX.summary import text
 
         for number, sample in enumerate(event.samples):
             parts = {"prompt": sample.prompt, "answer": sample.text, "reference": sample.reference}
-            shown = "\n\n".join(f"**{name}**\n\n{_quoted(part)}" for name, part in parts.items() if part is not None)
+            shown = "\n\n".join(f"**{name}**\n\n{_to_code_block(part)}" for name, part in parts.items() if part is not None)
             self._write(text(f"samples-{event.when}/{number}", shown), event.step)
 
-    def checkpoint(self, folder: Path, step: int) -> None:
+    def log_checkpoint(self, folder: Path, step: int) -> None:
         """Checkpoints are in the model store."""
 
-    def model(self, folder: Path) -> None:
+    def log_model(self, folder: Path) -> None:
         """So is the model."""
 
     def finish(self, *, succeeded: bool) -> None:  # noqa: ARG002  # event files know no status
@@ -74,7 +74,7 @@ class TensorboardTracker:
             self._upload()
             self._writer.close()
 
-    def _log(self, values: Mapping[str, float], step: int) -> None:
+    def _log_scalars(self, values: Mapping[str, float], step: int) -> None:
         from tensorboardX.summary import scalar
 
         for name, value in values.items():
@@ -91,13 +91,13 @@ class TensorboardTracker:
         assert self._writer is not None
         self._writer.flush()
         try:
-            keep(self._context, "tensorboard", sorted(self._folder.iterdir()))
+            save_state(self._context, "tensorboard", sorted(self._folder.iterdir()))
         except JobFailed:
             self._writer.close()  # nobody would see what else is written
             raise
         self._uploaded_at = self._monotonic()
 
 
-def _quoted(text: str) -> str:
+def _to_code_block(text: str) -> str:
     """A text as Markdown shows it letter by letter: a block that is indented."""
     return "\n".join(f"    {line}" for line in text.splitlines())

@@ -4,17 +4,17 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from jobs.context import JobContext
-from jobs.patience import upload_patiently
+from jobs.patience import upload_with_retry
 from jobs.publish import sha256_of
 
 
-def kept_at(context: JobContext, tracker: str) -> str:
+def state_key(context: JobContext, tracker: str) -> str:
     """The key of a tracker's folder, with one for each attempt below it."""
     return f"trackers/{context.spec.job_id}/{tracker}"
 
 
-def keep(context: JobContext, tracker: str, files: Iterable[Path]) -> None:
+def save_state(context: JobContext, tracker: str, files: Iterable[Path]) -> None:
     """Bring files as they are now to the store, waiting for one that is away. Raises JobFailed."""
     for path in files:
-        key = f"{kept_at(context, tracker)}/attempt-{context.attempt}/{path.name}"
-        upload_patiently(f"the files of {tracker} could not be stored", context.stores.models, path, key, sha256_of(path))
+        key = f"{state_key(context, tracker)}/attempt-{context.attempt}/{path.name}"
+        upload_with_retry(f"the files of {tracker} could not be stored", context.stores.models, path, key, sha256_of(path))

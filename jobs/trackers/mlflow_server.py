@@ -14,8 +14,8 @@ from urllib.parse import quote, urlsplit
 from pydantic import JsonValue
 
 from jobs.context import JobContext
-from jobs.trackers.names import measurement, point
-from schema.events import Evaluated, Metrics, Sampled
+from jobs.trackers.names import evaluation_scalars, training_scalars
+from schema.events import EvaluationCompleted, MetricsLogged, SamplesGenerated
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 JOB_TAG = "tunesmith.job_id"
 TABLES_TAG = "mlflow.loggedArtifacts"  # by which MLflow's own page finds tables
-TABLES_SHOWN = 60  # a tag holds some 5000 characters; older tables are in the run all the same
-PARAMS_AT_ONCE = 100  # of the server
-PARAM_CHARACTERS = 6000
+MAX_TABLES = 60  # a tag holds some 5000 characters; older tables are in the run all the same
+MAX_PARAMS_PER_BATCH = 100  # of the server
+MAX_PARAM_CHARACTERS = 6000
 SAMPLE_COLUMNS = ("step", "prompt", "reference", "answer")
 
 
@@ -49,28 +49,28 @@ class MlflowTracker:
         from mlflow.store.tracking.rest_store import RestStore
 
         self._store = RestStore(self._credentials)
-        experiment_id = self._experiment()
-        run = self._run = self._earlier_run(experiment_id) or self._new_run(experiment_id)
-        return f"{self._address}/#/experiments/{experiment_id}/runs/{run.info.run_id}"
+        experiment_id = self._get_or_create_experiment()
+        run = self._run = self._resume_run(experiment_id) or self._create_run(experiment_id)
+        return f"{self._tracking_uri}/#/experiments/{experiment_id}/runs/{run.info.run_id}"
 
-    def metrics(self, event: Metrics) -> None:
-        self._log(point(event), event.step)
+    def log_metrics(self, event: MetricsLogged) -> None:
+        self._log_scalars(training_scalars(event), event.step)
 
-    def evaluated(self, event: Evaluated) -> None:
-        self._log(measurement(event), event.step)
+    def log_evaluation(self, event: EvaluationCompleted) -> None:
+        self._log_scalars(evaluation_scalars(event), event.step)
 
-    def sampled(self, event: Sampled) -> None:
+    def log_samples(self, event: SamplesGenerated) -> None:
         path = f"samples/{event.when}-{event.step}.json"
         rows = [[event.step, sample.prompt, sample.reference, sample.text] for sample in event.samples]
         if not self._put_artifact(path, json.dumps({"columns": SAMPLE_COLUMNS, "data": rows}).encode()):
             return
-        self._tables = [*(each for each in self._tables if each != path), path][-TABLES_SHOWN:]
-        self._tag(TABLES_TAG, json.dumps([{"path": path, "type": "table"} for path in self._tables]))
+        self._tables = [*(each for each in self._tables if each != path), path][-MAX_TABLES:]
+        self._set_tag(TABLES_TAG, json.dumps([{"path": path, "type": "table"} for path in self._tables]))
 
-    def checkpoint(self, folder: Path, step: int) -> None:
+    def log_checkpoint(self, folder: Path, step: int) -> None:
         """Checkpoints are in the model store."""
 
-    def model(self, folder: Path) -> None:
+    def log_model(self, folder: Path) -> None:
         """So is the model."""
 
     def finish(self, *, succeeded: bool) -> None:
@@ -81,20 +81,20 @@ class MlflowTracker:
             self._store.update_run_info(self._run.info.run_id, status, _now_ms(), None)
 
     @property
-    def _address(self) -> str:
+    def _tracking_uri(self) -> str:
         return self._config.tracking_uri.rstrip("/")
 
     def _credentials(self) -> "MlflowHostCreds":
         from mlflow.utils.rest_utils import MlflowHostCreds
 
-        return MlflowHostCreds(self._address, token=self._context.secrets.get("mlflow_token"))
+        return MlflowHostCreds(self._tracking_uri, token=self._context.secrets.get("mlflow_token"))
 
-    def _experiment(self) -> str:
+    def _get_or_create_experiment(self) -> str:
         assert self._store is not None
         found = self._store.get_experiment_by_name(self._config.experiment_name)
         return str(found.experiment_id if found else self._store.create_experiment(self._config.experiment_name))
 
-    def _earlier_run(self, experiment_id: str) -> "Run | None":
+    def _resume_run(self, experiment_id: str) -> "Run | None":
         """The run that an earlier attempt began."""
         from mlflow.entities import RunStatus, ViewType
 
@@ -106,19 +106,19 @@ class MlflowTracker:
             return run
         return None
 
-    def _new_run(self, experiment_id: str) -> "Run":
+    def _create_run(self, experiment_id: str) -> "Run":
         from mlflow.entities import Param, RunTag
 
         assert self._store is not None
         spec = self._context.spec
         tags = [RunTag(JOB_TAG, spec.job_id), RunTag("mlflow.source.name", "tunesmith")]
         run = cast("Run", self._store.create_run(experiment_id, spec.tenant_id, _now_ms(), tags, spec.job_name))
-        params = (Param(name, value[:PARAM_CHARACTERS]) for name, value in flat(spec.training_config.model_dump(mode="json")))
-        while some := list(islice(params, PARAMS_AT_ONCE)):
+        params = (Param(name, value[:MAX_PARAM_CHARACTERS]) for name, value in flatten_config(spec.training_config.model_dump(mode="json")))
+        while some := list(islice(params, MAX_PARAMS_PER_BATCH)):
             self._store.log_batch(run.info.run_id, [], some, [])
         return run
 
-    def _log(self, values: Mapping[str, float], step: int) -> None:
+    def _log_scalars(self, values: Mapping[str, float], step: int) -> None:
         from mlflow.entities import Metric
 
         assert self._store is not None
@@ -127,7 +127,7 @@ class MlflowTracker:
         points = [Metric(name, value, now, step) for name, value in values.items()]
         self._store.log_batch(self._run.info.run_id, points, [], [])
 
-    def _tag(self, name: str, value: str) -> None:
+    def _set_tag(self, name: str, value: str) -> None:
         from mlflow.entities import RunTag
 
         assert self._store is not None
@@ -148,11 +148,11 @@ class MlflowTracker:
         return True
 
 
-def flat(value: JsonValue, name: str = "") -> Iterator[tuple[str, str]]:
+def flatten_config(value: JsonValue, name: str = "") -> Iterator[tuple[str, str]]:
     """A config as the names and texts that MLflow knows: `hyperparameters.lora_rank`, `16`. What is not set is left out."""
     if isinstance(value, dict):
         for key, inside in value.items():
-            yield from flat(inside, f"{name}.{key}" if name else key)
+            yield from flatten_config(inside, f"{name}.{key}" if name else key)
     elif value is not None:
         yield name, value if isinstance(value, str) else json.dumps(value)
 

@@ -19,12 +19,12 @@ def main() -> None:
     answers = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
         for line in sys.stdin:
-            obey(json.loads(line))
+            handle_command(json.loads(line))
             answers.write("done\n")
             answers.flush()
 
 
-def obey(message: dict[str, Any]) -> None:  # Any: JSON
+def handle_command(message: dict[str, Any]) -> None:  # Any: JSON
     """Do what the message says. Raises whatever the library raises."""
     import trackio
 

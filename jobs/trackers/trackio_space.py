@@ -14,13 +14,13 @@ from pathlib import Path
 
 import jobs
 from jobs.context import JobContext
-from jobs.trackers.keeping import keep, kept_at
-from jobs.trackers.names import measurement, point
-from schema.events import Evaluated, Metrics, Sampled
+from jobs.trackers.keeping import save_state, state_key
+from jobs.trackers.names import evaluation_scalars, training_scalars
+from schema.events import EvaluationCompleted, MetricsLogged, SamplesGenerated
 
-INSTALL = "pip install trackio==0.43.0"
+INSTALL_COMMAND = "pip install trackio==0.43.0"
 REPOSITORY = Path(jobs.__file__).parent.parent
-LAST_WORDS_S = 50  # to send what is left; the attempt waits a minute
+EXIT_TIMEOUT_S = 50  # to send what is left; the attempt waits a minute
 
 
 class TrackioTracker:
@@ -30,7 +30,7 @@ class TrackioTracker:
         config = context.spec.training_config.trackio_config
         assert config is not None
         self._context, self._config = context, config
-        self._log = context.workdir / "trackio" / "log"
+        self._log_path = context.workdir / "trackio" / "log"
         self._process: subprocess.Popen[str] | None = None
 
     @property
@@ -39,10 +39,10 @@ class TrackioTracker:
 
     def start(self) -> str | None:
         if find_spec("trackio") is None:
-            raise ModuleNotFoundError(f"trackio is not installed in the trainer's environment; {INSTALL}")
-        folder = self._log.parent
+            raise ModuleNotFoundError(f"trackio is not installed in the trainer's environment; {INSTALL_COMMAND}")
+        folder = self._log_path.parent
         folder.mkdir(parents=True, exist_ok=True)
-        with self._log.open("w") as log:
+        with self._log_path.open("w") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "jobs.trackers.trackio_process"],
                 stdin=subprocess.PIPE,
@@ -54,33 +54,33 @@ class TrackioTracker:
             )
         spec, config = self._context.spec, self._config
         begin = {"project": config.project, "name": spec.job_id, "space_id": config.space_id}
-        self._say({"init": begin | {"config": spec.training_config.model_dump(mode="json"), "private": True}})
+        self._send({"init": begin | {"config": spec.training_config.model_dump(mode="json"), "private": True}})
         if config.space_id is None:
-            return f"{self._context.stores.models.url}/{kept_at(self._context, 'trackio')}"
+            return f"{self._context.stores.models.url}/{state_key(self._context, 'trackio')}"
         return f"https://huggingface.co/spaces/{config.space_id}"
 
-    def metrics(self, event: Metrics) -> None:
-        self._say({"log": point(event), "step": event.step})
+    def log_metrics(self, event: MetricsLogged) -> None:
+        self._send({"log": training_scalars(event), "step": event.step})
 
-    def evaluated(self, event: Evaluated) -> None:
-        self._say({"log": measurement(event), "step": event.step})
+    def log_evaluation(self, event: EvaluationCompleted) -> None:
+        self._send({"log": evaluation_scalars(event), "step": event.step})
 
-    def sampled(self, event: Sampled) -> None:
+    def log_samples(self, event: SamplesGenerated) -> None:
         rows = [[sample.prompt, sample.reference, sample.text] for sample in event.samples]
-        self._say({"table": f"samples/{event.when}", "columns": ["prompt", "reference", "answer"], "rows": rows, "step": event.step})
+        self._send({"table": f"samples/{event.when}", "columns": ["prompt", "reference", "answer"], "rows": rows, "step": event.step})
 
-    def checkpoint(self, folder: Path, step: int) -> None:
+    def log_checkpoint(self, folder: Path, step: int) -> None:
         """Checkpoints are in the model store."""
 
-    def model(self, folder: Path) -> None:
+    def log_model(self, folder: Path) -> None:
         """So is the model."""
 
     def finish(self, *, succeeded: bool) -> None:
         if self._process is not None:
-            self._say({"finish": succeeded})
-            self._hang_up()
+            self._send({"finish": succeeded})
+            self._close_process()
             if self._config.space_id is None:
-                keep(self._context, "trackio", sorted(self._log.parent.glob("*.db")))
+                save_state(self._context, "trackio", sorted(self._log_path.parent.glob("*.db")))
 
     def _environment(self, folder: Path) -> dict[str, str]:
         """The child's own: a token where one is needed, and where to write."""
@@ -90,7 +90,7 @@ class TrackioTracker:
         token = self._context.secrets.get("hf_token") if self._config.space_id else None
         return told | ({"HF_TOKEN": token} if token else {})
 
-    def _say(self, message: dict[str, object]) -> None:
+    def _send(self, message: dict[str, object]) -> None:
         """Hand the child one thing to do, and wait until it has done it. Raises RuntimeError in its words."""
         process = self._process
         assert process is not None
@@ -103,16 +103,16 @@ class TrackioTracker:
         except BrokenPipeError:
             done = ""
         if not done:
-            self._hang_up()
-            raise RuntimeError(self._last_words())
+            self._close_process()
+            raise RuntimeError(self._read_stderr())
 
-    def _hang_up(self) -> None:
+    def _close_process(self) -> None:
         """Let the child end, and free what the two spoke through."""
         assert self._process is not None
         with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
-            self._process.communicate(timeout=LAST_WORDS_S)
+            self._process.communicate(timeout=EXIT_TIMEOUT_S)
 
-    def _last_words(self) -> str:
+    def _read_stderr(self) -> str:
         """What the child ended with: the last line of a traceback."""
-        lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [line for line in self._log_path.read_text(errors="replace").splitlines() if line.strip()]
         return lines[-1] if lines else "its process ended without a word"

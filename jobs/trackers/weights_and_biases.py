@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.context import JobContext
-from jobs.trackers.names import measurement, point
-from schema.events import Evaluated, Metrics, Sampled
+from jobs.trackers.names import evaluation_scalars, training_scalars
+from schema.events import EvaluationCompleted, MetricsLogged, SamplesGenerated
 
 if TYPE_CHECKING:
     import wandb
 
-STEP = "train/global_step"  # the name that every Hugging Face project on W&B has
-RUN_ID_LENGTH = 64  # W&B refuses longer ones; the random tail of a job id is at its end
+STEP_METRIC = "train/global_step"  # the name that every Hugging Face project on W&B has
+MAX_RUN_ID_LENGTH = 64  # W&B refuses longer ones; the random tail of a job id is at its end
 
 
 class WandbTracker:
@@ -34,7 +34,7 @@ class WandbTracker:
         run: wandb.Run = wandb.init(
             project=config.project,
             name=spec.job_name,
-            id=spec.job_id[-RUN_ID_LENGTH:].lstrip("-_."),
+            id=spec.job_id[-MAX_RUN_ID_LENGTH:].lstrip("-_."),
             resume="allow",  # every attempt of the job continues the same curves
             dir=self._context.workdir,
             config=spec.training_config.model_dump(mode="json", exclude={"wandb_config": {"api_key"}}),
@@ -47,17 +47,17 @@ class WandbTracker:
                 disable_code=True,
             ),
         )
-        run.define_metric("*", step_metric=STEP)
+        run.define_metric("*", step_metric=STEP_METRIC)
         self._run = run
         return run.url
 
-    def metrics(self, event: Metrics) -> None:
-        self._log(point(event), event.step)
+    def log_metrics(self, event: MetricsLogged) -> None:
+        self._log(training_scalars(event), event.step)
 
-    def evaluated(self, event: Evaluated) -> None:
-        self._log(measurement(event), event.step)
+    def log_evaluation(self, event: EvaluationCompleted) -> None:
+        self._log(evaluation_scalars(event), event.step)
 
-    def sampled(self, event: Sampled) -> None:
+    def log_samples(self, event: SamplesGenerated) -> None:
         import wandb
 
         table = wandb.Table(columns=["step", "prompt", "reference", "answer"])
@@ -65,12 +65,12 @@ class WandbTracker:
             table.add_data(event.step, sample.prompt, sample.reference, sample.text)
         self._log({f"samples/{event.when}": table}, event.step)
 
-    def checkpoint(self, folder: Path, step: int) -> None:
-        if self._log_model == "checkpoint":
+    def log_checkpoint(self, folder: Path, step: int) -> None:
+        if self._log_model_mode == "checkpoint":
             self._upload(folder, aliases=[f"step-{step}"])
 
-    def model(self, folder: Path) -> None:
-        if self._log_model != "false":
+    def log_model(self, folder: Path) -> None:
+        if self._log_model_mode != "false":
             self._upload(folder, aliases=["final"])
 
     def finish(self, *, succeeded: bool) -> None:
@@ -81,13 +81,13 @@ class WandbTracker:
             wandb.teardown()  # `finish` may return before the helper process has written its file, and the attempt kills its children
 
     @property
-    def _log_model(self) -> str:
+    def _log_model_mode(self) -> str:
         config = self._context.spec.training_config.wandb_config
         return config.log_model if config else "false"
 
     def _log(self, values: Mapping[str, object], step: int) -> None:
         if self._run is not None:
-            self._run.log({**values, STEP: step})
+            self._run.log({**values, STEP_METRIC: step})
 
     def _upload(self, folder: Path, aliases: list[str]) -> None:
         import wandb

@@ -13,25 +13,25 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.data.pairs import Pair
-from jobs.data.render import TokenRow
+from jobs.data.pairs import PreferencePair
+from jobs.data.render import TokenizedExample
 from jobs.trained import TrainedModel
-from jobs.trainers.course import Course
-from jobs.trainers.loop import Ground, lay_ground, new_tokens, teach
-from jobs.trainers.model import adapter_config, load_base
+from jobs.trainers.course import TrainingControl
+from jobs.trainers.loop import TrainingContext, prepare_training, run_training, untrained_special_tokens
+from jobs.trainers.model import load_base, lora_config
 from jobs.trainers.preferences import (
-    Picked,
-    both,
-    measure_pairs,
-    places,
+    IndexCollator,
+    cast_adapter_to_fp32,
+    completion_batch,
+    concat_chosen_rejected,
+    evaluate_pairs,
+    index_dataset,
+    non_padding_tokens,
+    patch_fused_head,
     prepare_pairs,
-    ready_adapter,
-    real_tokens,
-    refuse_what_cannot_be,
-    score_labels,
-    tensors,
+    validate_dataset_type,
 )
-from jobs.trainers.several import Evenly
+from jobs.trainers.several import LossReduction
 from schema.job import EvalMetrics
 from schema.training import DpoConfig
 
@@ -41,63 +41,63 @@ if TYPE_CHECKING:
 
 def train(config: DpoConfig, context: "JobContext") -> TrainedModel:
     """Train as the config says, or go on where an attempt before left off. Raises JobFailed and Stopped."""
-    refuse_what_cannot_be(config, context)
-    ground = lay_ground(config, context)
+    validate_dataset_type(config, context)
+    ground = prepare_training(config, context)
     pairs, held_out = prepare_pairs(ground)
-    return teach(DpoLesson(config, ground, pairs, held_out, new_tokens(ground, both(pairs))), ground)
+    return run_training(DpoTask(config, ground, pairs, held_out, untrained_special_tokens(ground, concat_chosen_rejected(pairs))), ground)
 
 
 @dataclass(frozen=True)
-class DpoLesson:
+class DpoTask:
     """Pairs of answers, and how much better the chosen ones are liked than by the base."""
 
     config: DpoConfig
-    ground: Ground
-    pairs: list[Pair]
-    held_out: list[Pair]
-    new_tokens: list[int]
+    training: TrainingContext
+    pairs: list[PreferencePair]
+    held_out: list[PreferencePair]
+    trainable_token_ids: list[int]
 
     @property
-    def items(self) -> int:
+    def examples_per_epoch(self) -> int:
         return len(self.pairs)
 
     @property
-    def shown(self) -> Sequence[TokenRow]:
+    def held_out_examples(self) -> Sequence[TokenizedExample]:
         return [pair.chosen for pair in self.held_out]
 
     @property
-    def is_measured(self) -> bool:
+    def has_held_out_rows(self) -> bool:
         return bool(self.held_out)
 
     @property
-    def train_rows(self) -> Sequence[TokenRow]:
+    def train_examples(self) -> Sequence[TokenizedExample]:
         return [pair.chosen for pair in self.pairs]
 
     @property
-    def recipe(self) -> "Callable[[Ground], DpoLesson]":
-        return partial(DpoLesson, self.config, pairs=self.pairs, held_out=[], new_tokens=self.new_tokens)
+    def worker_task_factory(self) -> "Callable[[TrainingContext], DpoTask]":
+        return partial(DpoTask, self.config, pairs=self.pairs, held_out=[], trainable_token_ids=self.trainable_token_ids)
 
     @property
-    def shares(self) -> Evenly:
+    def loss_reduction(self) -> LossReduction:
         return "batches"
 
-    def model(self, weights: Path) -> Any:
+    def build_model(self, weights: Path) -> Any:
         """Without an adapter: the library puts it on, and knows then that the model without it is what to compare with."""
-        return load_base(self.config, self.ground.machine, weights)
+        return load_base(self.config, self.training.device_config, weights)
 
-    def trainer(self, model: Any, arguments: dict[str, Any], obedient: Callable[[type], type], course: Course) -> Any:
+    def build_trainer(self, model: Any, arguments: dict[str, Any], instrument: Callable[[type], type], control: TrainingControl) -> Any:
         from trl import DPOConfig, DPOTrainer
 
-        class Prepared(DPOTrainer):
+        class PretokenizedDpoTrainer(DPOTrainer):
             """TRL's trainer, given tokens."""
 
             def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
                 return dataset
 
-        knobs, ground = self.config.hyperparameters, self.ground
-        base = None if ground.adapts else load_base(self.config, ground.machine, ground.base_folder).requires_grad_(False)
+        knobs, ground = self.config.hyperparameters, self.training
+        base = None if ground.trains_adapter else load_base(self.config, ground.device_config, ground.base_folder).requires_grad_(False)
         forwards = [(part, part.forward) for part in (model, base) if part is not None]
-        trainer = obedient(Prepared)(
+        trainer = instrument(PretokenizedDpoTrainer)(
             model=model,
             ref_model=base,
             args=DPOConfig(
@@ -108,35 +108,39 @@ class DpoLesson:
                 max_length=None,  # the rows are cut
                 disable_dropout=not knobs.lora_dropout,
             ),
-            data_collator=Picked(self.pairs, self._batch),
-            train_dataset=places(self.pairs),
-            eval_dataset=places(self.held_out) if self.held_out else None,
+            data_collator=IndexCollator(self.pairs, self._batch),
+            train_dataset=index_dataset(self.pairs),
+            eval_dataset=index_dataset(self.held_out) if self.held_out else None,
             processing_class=ground.tokenizer,
-            peft_config=adapter_config(self.config, model, new_tokens=self.new_tokens) if ground.adapts else None,
+            peft_config=lora_config(self.config, model, trainable_token_ids=self.trainable_token_ids) if ground.trains_adapter else None,
         )
-        ready_adapter(trainer.model)
-        if self.new_tokens or not ground.machine.on_gpu:
+        cast_adapter_to_fp32(trainer.model)
+        if self.trainable_token_ids or not ground.device_config.on_gpu:
             for part, forward in forwards:
-                score_labels(part, forward)
+                patch_fused_head(part, forward)
         return trainer
 
-    def window(self, trainer: Any) -> MutableMapping[str, list[float]]:
+    def logged_metrics_buffer(self, trainer: Any) -> MutableMapping[str, list[float]]:
         return trainer._metrics["train"]
 
-    def tokens_in(self, inputs: Any) -> int:
-        return real_tokens(inputs, "attention_mask")
+    def count_tokens(self, inputs: Any) -> int:
+        return non_padding_tokens(inputs, "attention_mask")
 
-    def measure(self, trainer: Any, pulse: Callable[[], None]) -> EvalMetrics:
-        return unless_the_base(measure_pairs(trainer, trainer._metrics["eval"], self.ground, self.held_out, self._batch, pulse))
+    def evaluate(self, trainer: Any, check_stop: Callable[[], None]) -> EvalMetrics:
+        return null_accuracy_at_init(
+            evaluate_pairs(trainer, trainer._metrics["eval"], self.training, self.held_out, self._batch, check_stop)
+        )
 
-    def _batch(self, pairs: Sequence[Pair]) -> dict[str, Any]:
-        return tensors(both(pairs), self.ground.pad_id)
+    def _batch(self, pairs: Sequence[PreferencePair]) -> dict[str, Any]:
+        return completion_batch(concat_chosen_rejected(pairs), self.training.pad_id)
 
 
-def unless_the_base(found: EvalMetrics) -> EvalMetrics:
+def null_accuracy_at_init(metrics: EvalMetrics) -> EvalMetrics:
     """The same; of a model that is still the base, the library counts every tie as a mistake."""
-    values = found.values
+    values = metrics.values
     if any(values.get(f"rewards/{name}") != 0 for name in ("chosen", "rejected", "margins")):
-        return found
+        return metrics
     why = "the model is still the base: it likes no answer better or worse than that"
-    return found.model_copy(update={"values": values | {"rewards/accuracies": None}, "notes": found.notes | {"rewards/accuracies": why}})
+    return metrics.model_copy(
+        update={"values": values | {"rewards/accuracies": None}, "notes": metrics.notes | {"rewards/accuracies": why}}
+    )

@@ -11,15 +11,22 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.data.pairs import Pair
-from jobs.data.render import TokenRow
+from jobs.data.pairs import PreferencePair
+from jobs.data.render import TokenizedExample
 from jobs.trained import TrainedModel
-from jobs.trainers.course import Course
+from jobs.trainers.course import TrainingControl
 from jobs.trainers.likelihood import collate
-from jobs.trainers.loop import Ground, lay_ground, new_tokens, teach
-from jobs.trainers.model import adapt, adapter_config, load_base
-from jobs.trainers.preferences import Picked, both, measure_pairs, prepare_pairs, real_tokens, refuse_what_cannot_be
-from jobs.trainers.several import Evenly
+from jobs.trainers.loop import TrainingContext, prepare_training, run_training, untrained_special_tokens
+from jobs.trainers.model import add_adapter, load_base, lora_config
+from jobs.trainers.preferences import (
+    IndexCollator,
+    concat_chosen_rejected,
+    evaluate_pairs,
+    non_padding_tokens,
+    prepare_pairs,
+    validate_dataset_type,
+)
+from jobs.trainers.several import LossReduction
 from schema.job import EvalMetrics
 from schema.training import OrpoConfig
 
@@ -29,67 +36,67 @@ if TYPE_CHECKING:
 
 def train(config: OrpoConfig, context: "JobContext") -> TrainedModel:
     """Train as the config says, or go on where an attempt before left off. Raises JobFailed and Stopped."""
-    refuse_what_cannot_be(config, context)
-    ground = lay_ground(config, context)
+    validate_dataset_type(config, context)
+    ground = prepare_training(config, context)
     pairs, held_out = prepare_pairs(ground)
-    return teach(OrpoLesson(config, ground, pairs, held_out, new_tokens(ground, both(pairs))), ground)
+    return run_training(OrpoTask(config, ground, pairs, held_out, untrained_special_tokens(ground, concat_chosen_rejected(pairs))), ground)
 
 
-class Places(list[dict[str, int]]):
+class IndexDataset(list[dict[str, int]]):
     """The places of the rows, which are tokens already: nothing is mapped."""
 
-    def map(self, *_: Any, **__: Any) -> "Places":
+    def map(self, *_: Any, **__: Any) -> "IndexDataset":
         """The same."""
         return self
 
 
 @dataclass(frozen=True)
-class OrpoLesson:
+class OrpoTask:
     """Pairs of answers, and the odds of the chosen ones."""
 
     config: OrpoConfig
-    ground: Ground
-    pairs: list[Pair]
-    held_out: list[Pair]
-    new_tokens: list[int]
+    training: TrainingContext
+    pairs: list[PreferencePair]
+    held_out: list[PreferencePair]
+    trainable_token_ids: list[int]
 
     @property
-    def items(self) -> int:
+    def examples_per_epoch(self) -> int:
         return len(self.pairs)
 
     @property
-    def shown(self) -> Sequence[TokenRow]:
+    def held_out_examples(self) -> Sequence[TokenizedExample]:
         return [pair.chosen for pair in self.held_out]
 
     @property
-    def is_measured(self) -> bool:
+    def has_held_out_rows(self) -> bool:
         return bool(self.held_out)
 
     @property
-    def train_rows(self) -> Sequence[TokenRow]:
+    def train_examples(self) -> Sequence[TokenizedExample]:
         return [pair.chosen for pair in self.pairs]
 
     @property
-    def recipe(self) -> "Callable[[Ground], OrpoLesson]":
-        return partial(OrpoLesson, self.config, pairs=self.pairs, held_out=[], new_tokens=self.new_tokens)
+    def worker_task_factory(self) -> "Callable[[TrainingContext], OrpoTask]":
+        return partial(OrpoTask, self.config, pairs=self.pairs, held_out=[], trainable_token_ids=self.trainable_token_ids)
 
     @property
-    def shares(self) -> Evenly:
+    def loss_reduction(self) -> LossReduction:
         return "batches"
 
-    def model(self, weights: Path) -> Any:
-        model = load_base(self.config, self.ground.machine, weights)
-        if not self.ground.adapts:
+    def build_model(self, weights: Path) -> Any:
+        model = load_base(self.config, self.training.device_config, weights)
+        if not self.training.trains_adapter:
             return model
-        return adapt(model, self.config, adapter_config(self.config, model, new_tokens=self.new_tokens))
+        return add_adapter(model, self.config, lora_config(self.config, model, trainable_token_ids=self.trainable_token_ids))
 
-    def trainer(self, model: Any, arguments: dict[str, Any], obedient: Callable[[type], type], course: Course) -> Any:
+    def build_trainer(self, model: Any, arguments: dict[str, Any], instrument: Callable[[type], type], control: TrainingControl) -> Any:
         import warnings
 
         with warnings.catch_warnings(action="ignore"):  # that it may change: its version is pinned
             from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-        class Precise(ORPOTrainer):
+        class Fp32LogitsOrpoTrainer(ORPOTrainer):
             """TRL's trainer with likelihoods in fp32: the odds of two answers are a small difference of them."""
 
             def concatenated_forward(self, model: Any, batch: dict[str, Any]) -> Any:
@@ -101,30 +108,30 @@ class OrpoLesson:
                 return super().concatenated_forward(with_precise_logits, batch)
 
         knobs = self.config.hyperparameters
-        trainer = obedient(Precise)(
+        trainer = instrument(Fp32LogitsOrpoTrainer)(
             model=model,
             args=ORPOConfig(**arguments, beta=knobs.beta, max_length=knobs.max_seq_length, disable_dropout=not knobs.lora_dropout),
-            data_collator=Picked(self.pairs, self._batch),
-            train_dataset=Places({"place": n} for n in range(len(self.pairs))),
-            eval_dataset=Places({"place": n} for n in range(len(self.held_out))) if self.held_out else None,
-            processing_class=self.ground.tokenizer,
+            data_collator=IndexCollator(self.pairs, self._batch),
+            train_dataset=IndexDataset({"row_index": n} for n in range(len(self.pairs))),
+            eval_dataset=IndexDataset({"row_index": n} for n in range(len(self.held_out))) if self.held_out else None,
+            processing_class=self.training.tokenizer,
         )
         trainer.use_dpo_data_collator = True  # its batches look the same as ours
         # The other one cuts the figures of an epoch's last batches to as many rows as the very last one has.
         trainer.accelerator.gather_for_metrics = trainer.accelerator.gather
         return trainer
 
-    def window(self, trainer: Any) -> MutableMapping[str, list[float]]:
+    def logged_metrics_buffer(self, trainer: Any) -> MutableMapping[str, list[float]]:
         return trainer._stored_metrics["train"]
 
-    def tokens_in(self, inputs: Any) -> int:
-        return real_tokens(inputs, "chosen_attention_mask", "rejected_attention_mask")
+    def count_tokens(self, inputs: Any) -> int:
+        return non_padding_tokens(inputs, "chosen_attention_mask", "rejected_attention_mask")
 
-    def measure(self, trainer: Any, pulse: Callable[[], None]) -> EvalMetrics:
-        return measure_pairs(trainer, trainer._stored_metrics["eval"], self.ground, self.held_out, self._batch, pulse)
+    def evaluate(self, trainer: Any, check_stop: Callable[[], None]) -> EvalMetrics:
+        return evaluate_pairs(trainer, trainer._stored_metrics["eval"], self.training, self.held_out, self._batch, check_stop)
 
-    def _batch(self, pairs: Sequence[Pair]) -> dict[str, Any]:
-        batch = collate([[row] for row in both(pairs)], self.ground.pad_id)
+    def _batch(self, pairs: Sequence[PreferencePair]) -> dict[str, Any]:
+        batch = collate([[row] for row in concat_chosen_rejected(pairs)], self.training.pad_id)
         halves = {"chosen": slice(None, len(pairs)), "rejected": slice(len(pairs), None)}
         return {
             f"{half}_{name}": batch[name][place] for half, place in halves.items() for name in ("input_ids", "attention_mask", "labels")

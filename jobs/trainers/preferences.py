@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from jobs.data.cache import pairs_cached
-from jobs.data.pairs import Pair, RenderedJudged, RenderedPairs
-from jobs.data.render import NO_LABEL, Rendered, TokenRow
+from jobs.data.cache import load_or_tokenize_pairs
+from jobs.data.pairs import PreferencePair, TokenizedPreferenceSplit, TokenizedUnpairedSplit
+from jobs.data.render import IGNORE_INDEX, TokenizedExample, TokenizedSplit
 from jobs.errors import JobFailed
-from jobs.evaluation.undisturbed import undisturbed
+from jobs.evaluation.undisturbed import evaluation_state
 from jobs.trainers.healing import free_memory, is_out_of_memory
-from jobs.trainers.likelihood import collate, labelled_logits, measure
-from jobs.trainers.loop import Ground, objective, refuse_nothing_to_learn, tell_losses
-from jobs.turn_tokens import train_few_rows_only
+from jobs.trainers.likelihood import collate, compute_labeled_logits, evaluate_likelihood
+from jobs.trainers.loop import TrainingContext, preference_metrics, require_examples, warn_truncation
+from jobs.turn_tokens import patch_trainable_token_embedding
 from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
 from schema.job import EvalMetrics
 from schema.training import TrainingConfig
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 Row = TypeVar("Row")
 
 # Of the library's figures these are means over rows.
-ROW_MEANS = ("rewards/", "logps/", "kl", "nll_loss", "log_odds")
+ROW_MEAN_PREFIXES = ("rewards/", "logps/", "kl", "nll_loss", "log_odds")
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------------
 
 
-def refuse_what_cannot_be(config: TrainingConfig, context: "JobContext") -> None:
+def validate_dataset_type(config: TrainingConfig, context: "JobContext") -> None:
     """Raises JobFailed for rows of another form than the trainer type learns from, and a provider that does not train it."""
     found = context.spec.dataset.dataset_type
     if found not in config.dataset_types:
@@ -47,72 +47,72 @@ def refuse_what_cannot_be(config: TrainingConfig, context: "JobContext") -> None
         raise JobFailed("invalid_config", message, "use provider 'huggingface': the same request, and the same result")
 
 
-def prepare_pairs(ground: Ground) -> tuple[list[Pair], list[Pair]]:
+def prepare_pairs(training: TrainingContext) -> tuple[list[PreferencePair], list[PreferencePair]]:
     """The pairs to learn from, and the held-out ones. Raises JobFailed when there is nothing to learn."""
-    found = pairs_cached(ground)
+    found = load_or_tokenize_pairs(training)
     for name, rendered in found.items():
-        tell_cuts(ground, name, rendered)
+        warn_preference_truncation(training, name, rendered)
     train = found[TRAIN_SPLIT].rows
     held_out = found[EVAL_SPLIT].rows if EVAL_SPLIT in found else []
-    refuse_nothing_to_learn(ground, len(train), len(held_out))
+    require_examples(training, len(train), len(held_out))
     return train, held_out
 
 
-def tell_cuts(ground: Ground, split: str, rendered: RenderedPairs | RenderedJudged) -> None:
+def warn_preference_truncation(training: TrainingContext, split: str, rendered: TokenizedPreferenceSplit | TokenizedUnpairedSplit) -> None:
     """Say how many rows were cut or left out."""
-    tell_losses(ground, split, Rendered(cut=rendered.cut, dropped=rendered.dropped))
+    warn_truncation(training, split, TokenizedSplit(truncated=rendered.truncated, dropped=rendered.dropped))
 
 
-def both(pairs: Sequence[Pair]) -> list[TokenRow]:
+def concat_chosen_rejected(pairs: Sequence[PreferencePair]) -> list[TokenizedExample]:
     """All answers: first the chosen ones, then the rejected ones, as TRL has them."""
     return [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
 
 
-def by_length(pairs: Sequence[Pair]) -> list[Pair]:
+def sort_by_length(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
     """Pairs of like length beside each other: little padding."""
     return sorted(pairs, key=lambda pair: max(len(pair.chosen.input_ids), len(pair.rejected.input_ids)))
 
 
-def places(rows: Sequence[object]) -> Any:
+def index_dataset(rows: Sequence[object]) -> Any:
     """A dataset, as TRL insists on, of nothing but the places of the rows: their tokens stay where they are."""
     from datasets import Dataset
 
-    return Dataset.from_dict({"place": list(range(len(rows)))})
+    return Dataset.from_dict({"row_index": list(range(len(rows)))})
 
 
 @dataclass(frozen=True)
-class Picked:
+class IndexCollator:
     """Makes a batch of the rows at the places."""
 
     rows: Sequence[Any]
-    batch_of: Callable[[Sequence[Any]], dict[str, Any]]
+    collate_fn: Callable[[Sequence[Any]], dict[str, Any]]
 
     def __call__(self, items: Sequence[dict[str, int]]) -> dict[str, Any]:
-        return self.batch_of([self.rows[item["place"]] for item in items])
+        return self.collate_fn([self.rows[item["row_index"]] for item in items])
 
 
-def tensors(rows: Sequence[TokenRow], pad_id: int, prefix: str = "") -> dict[str, Any]:
+def completion_batch(rows: Sequence[TokenizedExample], pad_id: int, prefix: str = "") -> dict[str, Any]:
     """Rows as TRL's DPO and KTO read them: tokens, and a mask of what was answered. (B, T) each."""
     batch = collate([[row] for row in rows], pad_id)
     found = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    found["completion_mask"] = (batch["labels"] != NO_LABEL).long()
+    found["completion_mask"] = (batch["labels"] != IGNORE_INDEX).long()
     return {prefix + name: part for name, part in found.items()}
 
 
 # --- the model -----------------------------------------------------------------------------------------------------------
 
 
-def ready_adapter(model: Any) -> None:
+def cast_adapter_to_fp32(model: Any) -> None:
     """After TRL put its adapter on: trained in fp32, for bf16 loses small updates, as it has them for a base of 4 bits."""
     import torch
 
     for part in model.parameters():
         if part.requires_grad and part.dtype == torch.bfloat16:
             part.data = part.data.float()
-    train_few_rows_only(model)
+    patch_trainable_token_embedding(model)
 
 
-def score_labels(model: Any, forward: Callable[..., Any]) -> None:
+def patch_fused_head(model: Any, forward: Callable[..., Any]) -> None:
     """Let what TRL calls the fused head score labelled positions only, by the model's own `forward`.
 
     TRL's scores every position where there is no Triton, prompts and padding as well; and it multiplies by the head's weight, which
@@ -127,8 +127,8 @@ def score_labels(model: Any, forward: Callable[..., Any]) -> None:
         if not fused_lm_head:
             return forward(*args, **inputs if labels is None else inputs | {"labels": labels})
         inputs.pop("use_cache", None)
-        logits, wanted = labelled_logits(forward, inputs, labels)
-        mask = labels[:, 1:] != NO_LABEL
+        logits, wanted = compute_labeled_logits(forward, inputs, labels)
+        mask = labels[:, 1:] != IGNORE_INDEX
         logps = logits.log_softmax(-1)
 
         def placed(values: Any) -> Any:
@@ -150,7 +150,7 @@ def score_labels(model: Any, forward: Callable[..., Any]) -> None:
 
 
 @dataclass
-class Means:
+class WeightedMeans:
     """Figures of batches, and how many rows each stands for."""
 
     sums: dict[str, float] = field(default_factory=dict)
@@ -166,25 +166,27 @@ class Means:
         return {name: total / self.rows[name] for name, total in self.sums.items() if self.rows[name]}
 
 
-def in_batches(rows: Sequence[Row], size: int, work: Callable[[Sequence[Row]], None], pulse: Callable[[], None]) -> None:
+def run_in_batches(
+    rows: Sequence[Row], batch_size: int, process_batch: Callable[[Sequence[Row]], None], check_stop: Callable[[], None]
+) -> None:
     """Work on so many rows at once, or on fewer when memory runs out. Raises JobFailed when a single one is too many."""
     done = 0
     while done < len(rows):
-        pulse()
-        batch = rows[done : done + size]
-        if _fits(work, batch):
+        check_stop()
+        batch = rows[done : done + batch_size]
+        if _run_or_oom(process_batch, batch):
             done += len(batch)
         elif len(batch) == 1:
             hint = "lower max_seq_length, or ask for hardware with more memory"
             raise JobFailed("out_of_memory", "memory ran out while a single held-out row was measured", hint)
         else:
-            size = len(batch) // 2
+            batch_size = len(batch) // 2
             free_memory()
 
 
-def _fits(work: Callable[[Sequence[Row]], None], batch: Sequence[Row]) -> bool:
+def _run_or_oom(process_batch: Callable[[Sequence[Row]], None], batch: Sequence[Row]) -> bool:
     try:
-        work(batch)
+        process_batch(batch)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -192,58 +194,65 @@ def _fits(work: Callable[[Sequence[Row]], None], batch: Sequence[Row]) -> bool:
     return True
 
 
-def library_means(
+def evaluate_trainer_metrics(
     trainer: Any,
-    gathered: MutableMapping[str, list[float]],
+    logged_metrics_buffer: MutableMapping[str, list[float]],
     rows: Sequence[Row],
-    batch_of: Callable[[Sequence[Row]], dict[str, Any]],
+    collate_fn: Callable[[Sequence[Row]], dict[str, Any]],
     *,
-    size: int,
-    pulse: Callable[[], None],
-    count: Callable[[str, Sequence[Row]], int] = lambda _, batch: len(batch),
+    batch_size: int,
+    check_stop: Callable[[], None],
+    count_rows: Callable[[str, Sequence[Row]], int] = lambda _, batch: len(batch),
 ) -> dict[str, float]:
     """The loss and the figures of the library's trainer on rows, by its own names, each row counting the same.
 
     `gathered` is where the trainer puts the figures of a batch; `count` says of how many of its rows a figure is the mean.
     """
-    means = Means()
+    means = WeightedMeans()
 
     def work(batch: Sequence[Row]) -> None:
-        gathered.clear()
-        loss, _, _ = trainer.prediction_step(trainer.model, batch_of(batch), True)
+        logged_metrics_buffer.clear()
+        loss, _, _ = trainer.prediction_step(trainer.model, collate_fn(batch), True)
         means.add("loss", float(loss), len(batch))
-        for name, values in gathered.items():
-            means.add(name.removeprefix("eval_"), values[-1], count(name, batch))
+        for name, values in logged_metrics_buffer.items():
+            means.add(name.removeprefix("eval_"), values[-1], count_rows(name, batch))
 
     try:
-        with undisturbed(trainer.model):
-            in_batches(rows, size, work, pulse)
+        with evaluation_state(trainer.model):
+            run_in_batches(rows, batch_size, work, check_stop)
     finally:
-        gathered.clear()  # it would be among the figures of the next time
+        logged_metrics_buffer.clear()  # it would be among the figures of the next time
     return means.means()
 
 
-def of_rows(found: Mapping[str, float]) -> dict[str, float]:
+def row_mean_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """Those that are means over rows; the others are of the tokens of a batch, and change with its size."""
-    return {name: value for name, value in found.items() if name == "loss" or name.startswith(ROW_MEANS)}
+    return {name: value for name, value in metrics.items() if name == "loss" or name.startswith(ROW_MEAN_PREFIXES)}
 
 
-def measure_pairs(
+def evaluate_pairs(
     trainer: Any,
-    gathered: MutableMapping[str, list[float]],
-    ground: Ground,
-    pairs: Sequence[Pair],
-    batch_of: Callable[[Sequence[Pair]], dict[str, Any]],
-    pulse: Callable[[], None],
+    logged_metrics_buffer: MutableMapping[str, list[float]],
+    training: TrainingContext,
+    pairs: Sequence[PreferencePair],
+    collate_fn: Callable[[Sequence[PreferencePair]], dict[str, Any]],
+    check_stop: Callable[[], None],
 ) -> EvalMetrics:
     """The trainer's own objective on held-out pairs, and how likely the model finds the chosen answers."""
     began = time.monotonic()
-    config = ground.config
-    found = library_means(trainer, gathered, by_length(pairs), batch_of, size=config.hyperparameters.batch_size, pulse=pulse)
-    likelihood = measure(trainer.model, [pair.chosen for pair in pairs], ground.pad_id, config, pulse)
-    return objective(of_rows(found), likelihood, began)
+    config = training.config
+    found = evaluate_trainer_metrics(
+        trainer,
+        logged_metrics_buffer,
+        sort_by_length(pairs),
+        collate_fn,
+        batch_size=config.hyperparameters.batch_size,
+        check_stop=check_stop,
+    )
+    likelihood = evaluate_likelihood(trainer.model, [pair.chosen for pair in pairs], training.pad_id, config, check_stop)
+    return preference_metrics(row_mean_metrics(found), likelihood, began)
 
 
-def real_tokens(inputs: dict[str, Any], *names: str) -> int:
+def non_padding_tokens(inputs: dict[str, Any], *names: str) -> int:
     """Tokens in a batch that are no padding, by its attention masks."""
     return sum(int(inputs[name].sum()) for name in names)

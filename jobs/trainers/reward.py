@@ -14,25 +14,25 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.data.pairs import Pair
-from jobs.data.render import TokenRow
+from jobs.data.pairs import PreferencePair
+from jobs.data.render import TokenizedExample
 from jobs.trained import TrainedModel
-from jobs.trainers.course import Course
-from jobs.trainers.loop import Ground, lay_ground, new_tokens, objective, teach
-from jobs.trainers.model import adapt, adapter_config, load_base
+from jobs.trainers.course import TrainingControl
+from jobs.trainers.loop import TrainingContext, preference_metrics, prepare_training, run_training, untrained_special_tokens
+from jobs.trainers.model import add_adapter, load_base, lora_config
 from jobs.trainers.preferences import (
-    Picked,
-    both,
-    by_length,
-    library_means,
-    places,
+    IndexCollator,
+    cast_adapter_to_fp32,
+    completion_batch,
+    concat_chosen_rejected,
+    evaluate_trainer_metrics,
+    index_dataset,
+    non_padding_tokens,
     prepare_pairs,
-    ready_adapter,
-    real_tokens,
-    refuse_what_cannot_be,
-    tensors,
+    sort_by_length,
+    validate_dataset_type,
 )
-from jobs.trainers.several import Evenly
+from jobs.trainers.several import LossReduction
 from schema.job import EvalMetrics
 from schema.training import RewardConfig
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from jobs.context import JobContext
 
 # TRL's names for what the other trainers of preferences call so; `accuracy` is of tokens elsewhere.
-NAMES = {
+METRIC_NAMES = {
     "accuracy": "rewards/accuracies",
     "margin": "rewards/margins",
     "mean_reward": "rewards/mean",
@@ -51,59 +51,63 @@ NAMES = {
 
 def train(config: RewardConfig, context: "JobContext") -> TrainedModel:
     """Train as the config says, or go on where an attempt before left off. Raises JobFailed and Stopped."""
-    refuse_what_cannot_be(config, context)
-    ground = lay_ground(config, context)
+    validate_dataset_type(config, context)
+    ground = prepare_training(config, context)
     pairs, held_out = prepare_pairs(ground)
-    return teach(RewardLesson(config, ground, pairs, held_out, new_tokens(ground, both(pairs))), ground)
+    return run_training(
+        RewardTask(config, ground, pairs, held_out, untrained_special_tokens(ground, concat_chosen_rejected(pairs))), ground
+    )
 
 
 @dataclass(frozen=True)
-class RewardLesson:
+class RewardTask:
     """Pairs of answers, and how often the chosen one has the higher score."""
 
     config: RewardConfig
-    ground: Ground
-    pairs: list[Pair]
-    held_out: list[Pair]
-    new_tokens: list[int]
+    training: TrainingContext
+    pairs: list[PreferencePair]
+    held_out: list[PreferencePair]
+    trainable_token_ids: list[int]
 
     @property
-    def items(self) -> int:
+    def examples_per_epoch(self) -> int:
         return len(self.pairs)
 
     @property
-    def shown(self) -> Sequence[TokenRow]:
+    def held_out_examples(self) -> Sequence[TokenizedExample]:
         return [pair.chosen for pair in self.held_out]
 
     @property
-    def is_measured(self) -> bool:
+    def has_held_out_rows(self) -> bool:
         return bool(self.held_out)
 
     @property
-    def train_rows(self) -> Sequence[TokenRow]:
+    def train_examples(self) -> Sequence[TokenizedExample]:
         return [pair.chosen for pair in self.pairs]
 
     @property
-    def recipe(self) -> "Callable[[Ground], RewardLesson]":
-        return partial(RewardLesson, self.config, pairs=self.pairs, held_out=[], new_tokens=self.new_tokens)
+    def worker_task_factory(self) -> "Callable[[TrainingContext], RewardTask]":
+        return partial(RewardTask, self.config, pairs=self.pairs, held_out=[], trainable_token_ids=self.trainable_token_ids)
 
     @property
-    def shares(self) -> Evenly:
+    def loss_reduction(self) -> LossReduction:
         return "batches"
 
-    def model(self, weights: Path) -> Any:
-        model = load_base(self.config, self.ground.machine, weights, kind="score", num_labels=1)
-        model.config.get_text_config().pad_token_id = self.ground.pad_id  # the score is read at the last token that is none
-        if not self.ground.adapts:
+    def build_model(self, weights: Path) -> Any:
+        model = load_base(self.config, self.training.device_config, weights, model_kind="score", num_labels=1)
+        model.config.get_text_config().pad_token_id = self.training.pad_id  # the score is read at the last token that is none
+        if not self.training.trains_adapter:
             return model
-        adapted = adapt(model, self.config, adapter_config(self.config, model, task_type="SEQ_CLS", new_tokens=self.new_tokens))
-        feed_head(adapted)
+        adapted = add_adapter(
+            model, self.config, lora_config(self.config, model, task_type="SEQ_CLS", trainable_token_ids=self.trainable_token_ids)
+        )
+        cast_score_head_input(adapted)
         return adapted
 
-    def trainer(self, model: Any, arguments: dict[str, Any], obedient: Callable[[type], type], course: Course) -> Any:
+    def build_trainer(self, model: Any, arguments: dict[str, Any], instrument: Callable[[type], type], control: TrainingControl) -> Any:
         from trl import RewardConfig, RewardTrainer
 
-        class Prepared(RewardTrainer):
+        class PretokenizedRewardTrainer(RewardTrainer):
             """TRL's trainer, given tokens, its figures under the names that the other trainers have for them."""
 
             def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
@@ -111,13 +115,13 @@ class RewardLesson:
 
             def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
                 gathered = self._metrics["train"]
-                renamed = {NAMES.get(name, name): values for name, values in gathered.items()}
+                renamed = {METRIC_NAMES.get(name, name): values for name, values in gathered.items()}
                 gathered.clear()
                 gathered.update(renamed)
                 super().log(logs, start_time)
 
         knobs = self.config.hyperparameters
-        trainer = obedient(Prepared)(
+        trainer = instrument(PretokenizedRewardTrainer)(
             model=model,
             args=RewardConfig(
                 **arguments,
@@ -125,37 +129,39 @@ class RewardLesson:
                 max_length=None,  # the rows are cut
                 disable_dropout=not knobs.lora_dropout,
             ),
-            data_collator=Picked(self.pairs, self._batch),
-            train_dataset=places(self.pairs),
-            eval_dataset=places(self.held_out) if self.held_out else None,
-            processing_class=self.ground.tokenizer,
+            data_collator=IndexCollator(self.pairs, self._batch),
+            train_dataset=index_dataset(self.pairs),
+            eval_dataset=index_dataset(self.held_out) if self.held_out else None,
+            processing_class=self.training.tokenizer,
         )
-        ready_adapter(trainer.model)
+        cast_adapter_to_fp32(trainer.model)
         return trainer
 
-    def window(self, trainer: Any) -> MutableMapping[str, list[float]]:
+    def logged_metrics_buffer(self, trainer: Any) -> MutableMapping[str, list[float]]:
         return trainer._metrics["train"]
 
-    def tokens_in(self, inputs: Any) -> int:
-        return real_tokens(inputs, "attention_mask")
+    def count_tokens(self, inputs: Any) -> int:
+        return non_padding_tokens(inputs, "attention_mask")
 
-    def measure(self, trainer: Any, pulse: Callable[[], None]) -> EvalMetrics:
+    def evaluate(self, trainer: Any, check_stop: Callable[[], None]) -> EvalMetrics:
         began = time.monotonic()
         size = self.config.hyperparameters.batch_size
-        found = library_means(trainer, trainer._metrics["eval"], by_length(self.held_out), self._batch, size=size, pulse=pulse)
-        found = {NAMES[name]: found[name] for name in ("accuracy", "margin", "mean_reward")} | {"loss": found["loss"]}
+        found = evaluate_trainer_metrics(
+            trainer, trainer._metrics["eval"], sort_by_length(self.held_out), self._batch, batch_size=size, check_stop=check_stop
+        )
+        found = {METRIC_NAMES[name]: found[name] for name in ("accuracy", "margin", "mean_reward")} | {"loss": found["loss"]}
         why = "a reward model gives a score, not text"
         nothing_said = {"perplexity": why, "accuracy": why}
-        tokens = sum(len(row.input_ids) for row in both(self.held_out))
-        return objective(found, EvalMetrics(eval_rows=len(self.held_out), eval_tokens=tokens, notes=nothing_said), began)
+        tokens = sum(len(row.input_ids) for row in concat_chosen_rejected(self.held_out))
+        return preference_metrics(found, EvalMetrics(eval_rows=len(self.held_out), eval_tokens=tokens, notes=nothing_said), began)
 
-    def _batch(self, pairs: Sequence[Pair]) -> dict[str, Any]:
-        batch = tensors(both(pairs), self.ground.pad_id)
+    def _batch(self, pairs: Sequence[PreferencePair]) -> dict[str, Any]:
+        batch = completion_batch(concat_chosen_rejected(pairs), self.training.pad_id)
         del batch["completion_mask"]
         return batch
 
 
-def feed_head(model: Any) -> None:
+def cast_score_head_input(model: Any) -> None:
     """Let the head, which is trained in fp32, take what layers in bf16 give."""
 
     def in_its_type(head: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -6,13 +6,13 @@ from typing import Literal, Self
 
 from pydantic import ConfigDict, Field
 
-from schema.base import Lenient
+from schema.base import ForwardCompatible
 from schema.job import EvalMetrics
 
-STATE = "tunesmith.json"
+STATE_FILE = "tunesmith.json"
 
-SAFETY_S = 300.0  # no more than five minutes of work are lost, however long the job's own interval is
-BLOCKED_SHARE = 1 / 20  # of the time, at most, the training stands still for the safety interval
+MAX_CHECKPOINT_INTERVAL_S = 300.0  # no more than five minutes of work are lost, however long the job's own interval is
+MAX_SAVE_OVERHEAD = 1 / 20  # of the time, at most, the training stands still for the safety interval
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class SavePolicy:
     strategy: Literal["no", "steps", "epoch"]
     save_steps: int
 
-    def is_due(self, step: int, *, epoch_ended: bool, since_s: float, blocked_s: float) -> bool:
+    def is_due(self, step: int, *, epoch_ended: bool, since_last_save_s: float, save_s: float) -> bool:
         """Whether to save after this step, `since_s` after the last time, which made the training stand still for `blocked_s`."""
         match self.strategy:
             case "no":
@@ -32,15 +32,15 @@ class SavePolicy:
             case "epoch" if epoch_ended:
                 return True
             case _:
-                return since_s >= safety_interval_s(blocked_s)
+                return since_last_save_s >= compute_checkpoint_interval_s(save_s)
 
 
-def safety_interval_s(blocked_s: float) -> float:
+def compute_checkpoint_interval_s(save_s: float) -> float:
     """How long a training goes without a checkpoint, when saving makes it stand still for `blocked_s`."""
-    return max(SAFETY_S, blocked_s / BLOCKED_SHARE)
+    return max(MAX_CHECKPOINT_INTERVAL_S, save_s / MAX_SAVE_OVERHEAD)
 
 
-class TrainingState(Lenient):
+class TrainingControlState(ForwardCompatible):
     """`tunesmith.json` in a checkpoint: what the library does not keep for us."""
 
     model_config = ConfigDict(ser_json_inf_nan="strings")  # TRL gathers NaN where a figure has no meaning
@@ -50,20 +50,20 @@ class TrainingState(Lenient):
     step: int = 0
     tokens_seen: int = 0
     train_s: float = 0.0  # of all attempts, up to here
-    window: tuple[float, ...] = ()  # losses of the steps since the last point of the curve
-    window_metrics: dict[str, tuple[float, ...]] = Field(default={})  # what the library has gathered for it, by name
+    loss_buffer: tuple[float, ...] = ()  # losses of the steps since the last point of the curve
+    logged_metrics_buffer: dict[str, tuple[float, ...]] = Field(default={})  # what the library has gathered for it, by name
     best_loss: float | None = None  # the lowest eval_loss so far
     best_step: int | None = None
-    stale: int = 0  # evaluations since then
-    measured: dict[int, EvalMetrics] = Field(default={})  # by step; the newest alone
+    evaluations_without_improvement: int = 0  # evaluations since then
+    metrics_by_step: dict[int, EvalMetrics] = Field(default={})  # by step; the newest alone
     evaluation_due: bool = False  # the training ended at a step at which it was to be measured
     base_metrics: EvalMetrics | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Self:
         """The state in a checkpoint's folder."""
-        return cls.load((folder / STATE).read_bytes())
+        return cls.load((folder / STATE_FILE).read_bytes())
 
     def write(self, folder: Path) -> None:
         """Put it beside the library's files."""
-        (folder / STATE).write_text(self.model_dump_json(indent=1))
+        (folder / STATE_FILE).write_text(self.model_dump_json(indent=1))

@@ -14,14 +14,14 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.data.cache import render_cached
-from jobs.data.render import TokenRow
+from jobs.data.cache import load_or_tokenize_split
+from jobs.data.render import TokenizedExample
 from jobs.trained import TrainedModel
-from jobs.trainers.course import Course
-from jobs.trainers.likelihood import LabelledHead, collate, measure
-from jobs.trainers.loop import Ground, lay_ground, new_tokens, refuse_nothing_to_learn, teach, tell_losses
-from jobs.trainers.model import adapt, adapter_config, load_base
-from jobs.trainers.several import Evenly
+from jobs.trainers.course import TrainingControl
+from jobs.trainers.likelihood import ChunkedLmHeadLoss, collate, evaluate_likelihood
+from jobs.trainers.loop import TrainingContext, prepare_training, require_examples, run_training, untrained_special_tokens, warn_truncation
+from jobs.trainers.model import add_adapter, load_base, lora_config
+from jobs.trainers.several import LossReduction
 from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
 from schema.job import EvalMetrics
 from schema.training import SftConfig
@@ -36,104 +36,104 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
         from jobs.trainers.vision import train as train_on_images
 
         return train_on_images(config, context)
-    ground = lay_ground(config, context)
-    return teach(_prepare(ground), ground)
+    ground = prepare_training(config, context)
+    return run_training(_build_task(ground), ground)
 
 
 @dataclass(frozen=True)
-class SftLesson:
+class SftTask:
     """Rows to be said, and the likelihood of saying them."""
 
-    ground: Ground
-    train_rows: list[TokenRow]
-    shown: list[TokenRow]  # held-out rows
-    blocks: list[list[TokenRow]]  # the train rows as they go through the model: one by one, or packed
-    new_tokens: list[int]
+    training: TrainingContext
+    train_examples: list[TokenizedExample]
+    held_out_examples: list[TokenizedExample]  # held-out rows
+    blocks: list[list[TokenizedExample]]  # the train rows as they go through the model: one by one, or packed
+    trainable_token_ids: list[int]
 
     @property
-    def items(self) -> int:
+    def examples_per_epoch(self) -> int:
         return len(self.blocks)
 
     @property
-    def is_measured(self) -> bool:
-        return bool(self.shown)
+    def has_held_out_rows(self) -> bool:
+        return bool(self.held_out_examples)
 
     @property
-    def recipe(self) -> "Callable[[Ground], SftLesson]":
-        return partial(SftLesson, train_rows=[], shown=[], blocks=self.blocks, new_tokens=self.new_tokens)
+    def worker_task_factory(self) -> "Callable[[TrainingContext], SftTask]":
+        return partial(SftTask, train_examples=[], held_out_examples=[], blocks=self.blocks, trainable_token_ids=self.trainable_token_ids)
 
     @property
-    def shares(self) -> Evenly:
+    def loss_reduction(self) -> LossReduction:
         return "labels"
 
-    def model(self, weights: Path) -> Any:
-        config = self.ground.config
-        model = load_base(config, self.ground.machine, weights)
+    def build_model(self, weights: Path) -> Any:
+        config = self.training.config
+        model = load_base(config, self.training.device_config, weights)
         if config.method == "Full":
             return model
-        return adapt(model, config, adapter_config(config, model, new_tokens=self.new_tokens))
+        return add_adapter(model, config, lora_config(config, model, trainable_token_ids=self.trainable_token_ids))
 
-    def trainer(self, model: Any, arguments: dict[str, Any], obedient: Callable[[type], type], course: Course) -> Any:
+    def build_trainer(self, model: Any, arguments: dict[str, Any], instrument: Callable[[type], type], control: TrainingControl) -> Any:
         from transformers import Trainer, TrainingArguments
 
-        knobs, pad_id = self.ground.config.hyperparameters, self.ground.pad_id
-        head = LabelledHead(model)
+        knobs, pad_id = self.training.config.hyperparameters, self.training.pad_id
+        head = ChunkedLmHeadLoss(model)
 
         class SftTrainer(Trainer):
             """Transformers' trainer with the loss at labelled positions."""
 
             def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-                inputs.pop("real_tokens")
-                loss = head.loss(model, inputs, inputs.pop("labels"), num_items_in_batch)
+                inputs.pop("non_padding_tokens")
+                loss = head.compute_loss(model, inputs, inputs.pop("labels"), num_items_in_batch)
                 if num_items_in_batch is not None:  # counted over all processes, whose gradients are averaged
                     loss = loss * self.accelerator.num_processes
                 return (loss, None) if return_outputs else loss
 
-        trainer = obedient(SftTrainer)(
+        trainer = instrument(SftTrainer)(
             model=model,
             args=TrainingArguments(**arguments),
             train_dataset=self.blocks,
-            eval_dataset=self.shown or None,
+            eval_dataset=self.held_out_examples or None,
             # FlashAttention tells packed rows apart in a single sequence only: for it a batch is one long block.
             data_collator=lambda batch: collate([list(chain(*batch))] if knobs.packing and knobs.use_fa2 else batch, pad_id),
-            processing_class=self.ground.tokenizer,
+            processing_class=self.training.tokenizer,
         )
         trainer.model_accepts_loss_kwargs = True  # the loss is divided by all labels of an optimizer step, not by micro-batch
         return trainer
 
-    def window(self, trainer: Any) -> MutableMapping[str, list[float]]:
+    def logged_metrics_buffer(self, trainer: Any) -> MutableMapping[str, list[float]]:
         return {}  # the library gathers nothing beside the loss
 
-    def tokens_in(self, inputs: Any) -> int:
-        return int(inputs["real_tokens"])
+    def count_tokens(self, inputs: Any) -> int:
+        return int(inputs["non_padding_tokens"])
 
-    def measure(self, trainer: Any, pulse: Callable[[], None]) -> EvalMetrics:
-        return measure(trainer.model, self.shown, self.ground.pad_id, self.ground.config, pulse)
+    def evaluate(self, trainer: Any, check_stop: Callable[[], None]) -> EvalMetrics:
+        return evaluate_likelihood(trainer.model, self.held_out_examples, self.training.pad_id, self.training.config, check_stop)
 
 
-def _prepare(ground: Ground) -> SftLesson:
+def _build_task(training: TrainingContext) -> SftTask:
     """Rows to tokens and labels. Raises JobFailed when there is nothing to learn in them."""
-    knobs = ground.config.hyperparameters
-    rendered = render_cached(ground, ground.context.spec.dataset.dataset_type)
+    knobs = training.config.hyperparameters
+    rendered = load_or_tokenize_split(training, training.context.spec.dataset.dataset_type)
     for name, found in rendered.items():
-        tell_losses(ground, name, found)
+        warn_truncation(training, name, found)
     train_rows = rendered[TRAIN_SPLIT].rows
     held_out = rendered[EVAL_SPLIT].rows if EVAL_SPLIT in rendered else []
-    refuse_nothing_to_learn(ground, len(train_rows), len(held_out))
-    blocks = blocks_of(train_rows, knobs.max_seq_length) if knobs.packing else [[row] for row in train_rows]
-    return SftLesson(ground, train_rows, held_out, blocks, new_tokens(ground, train_rows))
+    require_examples(training, len(train_rows), len(held_out))
+    blocks = pack_examples(train_rows, knobs.max_seq_length) if knobs.packing else [[row] for row in train_rows]
+    return SftTask(training, train_rows, held_out, blocks, untrained_special_tokens(training, train_rows))
 
 
-def blocks_of(rows: Sequence[TokenRow], length: int) -> list[list[TokenRow]]:
+def pack_examples(rows: Sequence[TokenizedExample], max_length: int) -> list[list[TokenizedExample]]:
     """Rows in blocks of at most `length` tokens, by best fit, longest first."""
     from bisect import bisect_left, insort
 
     free: list[tuple[int, int]] = []  # (tokens left, block), ascending
-    blocks: list[list[TokenRow]] = []
+    blocks: list[list[TokenizedExample]] = []
     for row in sorted(rows, key=lambda row: -len(row.input_ids)):
         size = len(row.input_ids)
         best = bisect_left(free, (size, -1))
-        left, block = free.pop(best) if best < len(free) else (length, len(blocks))
+        left, block = free.pop(best) if best < len(free) else (max_length, len(blocks))
         if block == len(blocks):
             blocks.append([])
         blocks[block].append(row)

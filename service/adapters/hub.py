@@ -17,20 +17,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from service.core.errors import InvalidRequest, Unavailable
 from service.core.ports import HubAccess, HubAccount
-from storage.patience import time_left
+from storage.patience import remaining_s
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 log = logging.getLogger(__name__)
 
-CALL_S = 3.0
-FAIR_S = 1.0  # a Hub that was given less may well be there
-AT_ONCE = 8
-REFUSALS: dict[int, HubAccess] = {401: "bad_token", 403: "refused"}
-AWAY_S = 60.0  # a Hub that did not answer is left alone for so long: each request would wait for nothing
+CALL_TIMEOUT_S = 3.0
+MIN_CONCLUSIVE_TIMEOUT_S = 1.0  # a Hub that was given less may well be there
+MAX_WORKERS = 8
+ACCESS_BY_STATUS: dict[int, HubAccess] = {401: "bad_token", 403: "refused"}
+COOLDOWN_S = 60.0  # a Hub that did not answer is left alone for so long: each request would wait for nothing
 
-Answer = TypeVar("Answer")
+ReturnT = TypeVar("ReturnT")
 
 
 class HuggingFaceHub:
@@ -39,66 +39,66 @@ class HuggingFaceHub:
     def __init__(self, endpoint: str, *, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._endpoint = endpoint
         self._monotonic = monotonic
-        self._away_until = float("-inf")
+        self._cooldown_until = float("-inf")
         self._lock = threading.Lock()
-        self._opened: HfApi | None = None
-        self._pool = ThreadPoolExecutor(AT_ONCE, "hub")
+        self._cached_api: HfApi | None = None
+        self._pool = ThreadPoolExecutor(MAX_WORKERS, "hub")
 
-    def read_access(self, repo_id: str, token: str | None) -> HubAccess:
+    def check_read_access(self, repo_id: str, token: str | None) -> HubAccess:
         # False: never a token that somebody left on this machine.
-        return self._access(lambda api: api.auth_check(repo_id, token=token or False))
+        return self._check_access(lambda api: api.auth_check(repo_id, token=token or False))
 
-    def write_access(self, repo_id: str, token: str) -> HubAccess:
-        return self._access(lambda api: api.auth_check(repo_id, token=token, write=True))
+    def check_write_access(self, repo_id: str, token: str) -> HubAccess:
+        return self._check_access(lambda api: api.auth_check(repo_id, token=token, write=True))
 
-    def account(self, token: str) -> HubAccount | None:
+    def get_account(self, token: str) -> HubAccount | None:
         from huggingface_hub.errors import HfHubHTTPError
 
         def asked(api: "HfApi") -> dict[str, Any]:
             return api.whoami(token)
 
         try:
-            return account_of(self._ask(asked))
+            return parse_account(self._call_with_timeout(asked))
         except (HfHubHTTPError, Unavailable):
             return None
 
-    def commits(self, repo_id: str, token: str) -> list[str] | None:
+    def list_commits(self, repo_id: str, token: str) -> list[str] | None:
         from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
         try:
-            return [commit.commit_id for commit in self._ask(lambda api: api.list_repo_commits(repo_id, token=token))][::-1]
+            return [commit.commit_id for commit in self._call_with_timeout(lambda api: api.list_repo_commits(repo_id, token=token))][::-1]
         except RepositoryNotFoundError:
             return None
         except HfHubHTTPError as error:
-            raise _refused(repo_id, error.response.status_code) from error
+            raise _access_error(repo_id, error.response.status_code) from error
 
     def delete_repository(self, repo_id: str, token: str) -> None:
         from huggingface_hub.errors import HfHubHTTPError
 
         try:
-            self._ask(lambda api: api.delete_repo(repo_id, token=token, missing_ok=True))
+            self._call_with_timeout(lambda api: api.delete_repo(repo_id, token=token, missing_ok=True))
         except HfHubHTTPError as error:
-            raise _refused(repo_id, error.response.status_code) from error
+            raise _access_error(repo_id, error.response.status_code) from error
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _access(self, check: "Callable[[HfApi], None]") -> HubAccess:
+    def _check_access(self, check: "Callable[[HfApi], None]") -> HubAccess:
         from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
         try:
-            self._ask(check)
+            self._call_with_timeout(check)
         except GatedRepoError:
             return "gated"
         except RepositoryNotFoundError:
             return "absent"
         except HfHubHTTPError as error:
-            return REFUSALS.get(error.response.status_code, "unknown")
+            return ACCESS_BY_STATUS.get(error.response.status_code, "unknown")
         except Unavailable:
             return "unknown"
         return "yes"
 
-    def _ask(self, call: "Callable[[HfApi], Answer]") -> Answer:
+    def _call_with_timeout(self, call: "Callable[[HfApi], ReturnT]") -> ReturnT:
         """The Hub's answer within the caller's patience. Raises HfHubHTTPError, and Unavailable where there is none.
 
         In a thread: looking up a host's name takes as long as the system likes.
@@ -106,16 +106,16 @@ class HuggingFaceHub:
         from httpx2 import TransportError
         from huggingface_hub.errors import OfflineModeIsEnabled
 
-        if self._monotonic() < self._away_until:
+        if self._monotonic() < self._cooldown_until:
             raise Unavailable("the Hugging Face Hub did not answer a moment ago")
-        waited_s = time_left(CALL_S)
+        waited_s = remaining_s(CALL_TIMEOUT_S)
         asked = self._pool.submit(copy_context().run, lambda: call(self._api))
         try:
             return asked.result(waited_s)
         except (TookTooLong, TransportError, OfflineModeIsEnabled) as error:
             asked.cancel()
-            if waited_s >= FAIR_S or not isinstance(error, TookTooLong):
-                self._away_until = self._monotonic() + AWAY_S
+            if waited_s >= MIN_CONCLUSIVE_TIMEOUT_S or not isinstance(error, TookTooLong):
+                self._cooldown_until = self._monotonic() + COOLDOWN_S
             log.warning("the Hugging Face Hub does not answer", extra={"endpoint": self._endpoint, "error": type(error).__name__})
             raise Unavailable(f"the Hugging Face Hub does not answer at {self._endpoint}") from error
 
@@ -124,27 +124,27 @@ class HuggingFaceHub:
         from huggingface_hub import HfApi, get_session
 
         with self._lock:
-            if self._opened is None:
-                get_session().timeout = CALL_S  # the client's own is for ever
-                self._opened = HfApi(endpoint=self._endpoint)
-            return self._opened
+            if self._cached_api is None:
+                get_session().timeout = CALL_TIMEOUT_S  # the client's own is for ever
+                self._cached_api = HfApi(endpoint=self._endpoint)
+            return self._cached_api
 
 
 # Any: JSON of the Hub, whose shape is documented by example alone: https://huggingface.co/docs/hub/api
-def account_of(told: Mapping[str, Any]) -> HubAccount:
+def parse_account(whoami: Mapping[str, Any]) -> HubAccount:
     """Whose token it is, of what `/api/whoami-v2` tells. What it does not tell is not held against the token."""
-    access: dict[str, Any] = told.get("auth", {}).get("accessToken") or {}
+    access: dict[str, Any] = whoami.get("auth", {}).get("accessToken") or {}
     fine = access.get("fineGrained")
     scopes: list[dict[str, Any]] = fine.get("scoped", []) if fine else []
     return HubAccount(
-        user=told["name"],
+        user=whoami["name"],
         role=access.get("role", "") if fine or access.get("role") != "fineGrained" else "",
-        orgs={org["name"]: org.get("roleInOrg") or "write" for org in told.get("orgs", [])},
+        orgs={org["name"]: org.get("roleInOrg") or "write" for org in whoami.get("orgs", [])},
         writable=frozenset(scope["entity"].get("name", "") for scope in scopes if "repo.write" in scope.get("permissions", [])),
     )
 
 
-def _refused(repo_id: str, status: int) -> InvalidRequest | Unavailable:
+def _access_error(repo_id: str, status: int) -> InvalidRequest | Unavailable:
     if status in (401, 403):
         return InvalidRequest(f"the token may not change {repo_id} on the Hub", hint="send one with write access to it", param="X-HF-Token")
     return Unavailable(f"the Hugging Face Hub answered {status} about {repo_id}; try again")

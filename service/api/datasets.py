@@ -7,8 +7,8 @@ from typing import Annotated
 from fastapi import APIRouter, File, Form, Query, UploadFile
 
 from schema.base import Id, Label
-from service.api.deps import ForTenant, UsesParts
-from service.api.views import DatasetDeleted, DatasetDetail, DatasetList, DatasetView, dataset_view
+from service.api.deps import ServicesDep, TenantDep
+from service.api.views import DatasetDetail, DatasetList, DatasetView, DeleteDatasetResponse, dataset_view
 from service.core.datasets import Upload
 from service.core.errors import InvalidRequest
 
@@ -17,8 +17,8 @@ router = APIRouter(prefix="/datasets", tags=["datasets"])
 
 @router.post("", status_code=201)
 def upload(
-    parts: UsesParts,
-    tenant_id: ForTenant,
+    services: ServicesDep,
+    tenant_id: TenantDep,
     file: Annotated[
         UploadFile | None,
         File(description="JSONL: rows of one form: `messages`, `prompt` and `completion`, `text`, preferences, or prompts for graders."),
@@ -35,39 +35,39 @@ def upload(
     """Check every row and keep the dataset, or refuse it naming the first bad line."""
     if (file is None) == (incoming is None):
         raise InvalidRequest("send either the rows as `file` or their key as `incoming`, and not both", param="file")
-    label = name or _readable(file.filename if file else incoming)
-    with nullcontext(file.file) if file else parts.datasets.open_incoming(incoming or "") as stream:
+    label = name or _sanitize_filename(file.filename if file else incoming)
+    with nullcontext(file.file) if file else services.datasets.open_incoming(incoming or "") as stream:
         request = Upload(stream=stream, name=label, project_id=project_id, eval_fraction=eval_fraction)
-        return dataset_view(parts.datasets.ingest(request, tenant_id))
+        return dataset_view(services.datasets.ingest(request, tenant_id))
 
 
 @router.get("")
-def datasets(
-    parts: UsesParts,
-    tenant_id: ForTenant,
+def list_datasets(
+    services: ServicesDep,
+    tenant_id: TenantDep,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     cursor: Annotated[str | None, Query(max_length=500)] = None,
 ) -> DatasetList:
     """Datasets, newest first."""
-    page = parts.datasets.page(tenant_id, limit, cursor)
+    page = services.datasets.list_datasets(tenant_id, limit, cursor)
     return DatasetList(datasets=[dataset_view(dataset) for dataset in page.rows], next_cursor=page.next_cursor)
 
 
 @router.get("/{processed_dataset_id}")
-def dataset(processed_dataset_id: Id, parts: UsesParts, tenant_id: ForTenant) -> DatasetDetail:
+def get_dataset(processed_dataset_id: Id, services: ServicesDep, tenant_id: TenantDep) -> DatasetDetail:
     """A dataset and the first rows of each split."""
-    found = parts.datasets.find(processed_dataset_id, tenant_id)
-    return DatasetDetail(**dataset_view(found).model_dump(), preview=parts.datasets.preview(found))
+    found = services.datasets.find(processed_dataset_id, tenant_id)
+    return DatasetDetail(**dataset_view(found).model_dump(), preview=services.datasets.preview(found))
 
 
 @router.delete("/{processed_dataset_id}")
-def delete(processed_dataset_id: Id, parts: UsesParts, tenant_id: ForTenant) -> DatasetDeleted:
+def delete(processed_dataset_id: Id, services: ServicesDep, tenant_id: TenantDep) -> DeleteDatasetResponse:
     """Remove a dataset that no unfinished job needs."""
-    removed = parts.datasets.delete(processed_dataset_id, tenant_id)
-    return DatasetDeleted(processed_dataset_id=processed_dataset_id, deleted=True, deleted_resources=removed)
+    removed = services.datasets.delete(processed_dataset_id, tenant_id)
+    return DeleteDatasetResponse(processed_dataset_id=processed_dataset_id, deleted=True, deleted_resources=removed)
 
 
-def _readable(filename: str | None) -> str:
+def _sanitize_filename(filename: str | None) -> str:
     """A label from a file's name, which is a stranger's text."""
     readable = "".join(c for c in PurePath(filename or "").name if c.isprintable())
     return readable[:128] or "unnamed dataset"

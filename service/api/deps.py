@@ -8,23 +8,23 @@ from typing import Annotated
 from fastapi import Depends, Header, Request
 from pydantic import StringConstraints
 
-from service.bootstrap import Parts
+from service.bootstrap import Services
 
 LOCAL_TENANT = "local"
 
 
-async def parts_of(request: Request) -> Parts:
+async def get_services(request: Request) -> Services:
     """The service that this request reached."""
-    return request.app.state.parts
+    return request.app.state.services
 
 
-async def tenant_of() -> str:
+async def get_tenant_id() -> str:
     """Whose jobs these are. The local profile has one tenant."""
     return LOCAL_TENANT
 
 
-UsesParts = Annotated[Parts, Depends(parts_of)]
-ForTenant = Annotated[str, Depends(tenant_of)]
+ServicesDep = Annotated[Services, Depends(get_services)]
+TenantDep = Annotated[str, Depends(get_tenant_id)]
 IdempotencyHeader = Annotated[
     str | None,
     Header(alias="Idempotency-Key", description="The same key with the same body is the same job, for 24 hours."),

@@ -19,7 +19,7 @@ from storage import NoSuchObject, StorageError, StoreFull
 
 log = logging.getLogger(__name__)
 
-BRANCH = re.compile(r"(?:literal|list|function-[a-z-]+)\[.*\]")  # how pydantic calls one of several forms of a field
+UNION_BRANCH = re.compile(r"(?:literal|list|function-[a-z-]+)\[.*\]")  # how pydantic calls one of several forms of a field
 
 
 class ErrorBody(BaseModel):
@@ -31,99 +31,101 @@ class ErrorBody(BaseModel):
     param: str | None = None
 
 
-class ErrorAnswer(BaseModel):
+class ErrorResponse(BaseModel):
     """The body of every answer that is not a success."""
 
     error: ErrorBody
 
 
-def malformed(error: ValidationError) -> RequestValidationError:
+def as_request_validation_error(error: ValidationError) -> RequestValidationError:
     """What a body that was put together from several parts has wrong, told like what is wrong with one that was sent."""
     return RequestValidationError([{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors()])
 
 
 def install(app: FastAPI) -> None:
     """Render every error of the app in our shape."""
-    app.add_exception_handler(TunesmithError, _deliberate)  # type: ignore[arg-type]  # starlette types handlers by Exception
-    app.add_exception_handler(StorageError, _storage)  # type: ignore[arg-type]
-    app.add_exception_handler(OSError, _of_this_machine)  # type: ignore[arg-type]
-    app.add_exception_handler(RequestValidationError, _malformed)  # type: ignore[arg-type]
-    app.add_exception_handler(HTTPException, _http)  # type: ignore[arg-type]
-    app.add_exception_handler(Exception, _unexpected)
+    app.add_exception_handler(TunesmithError, _handle_tunesmith_error)  # type: ignore[arg-type]  # starlette types handlers by Exception
+    app.add_exception_handler(StorageError, _handle_storage_error)  # type: ignore[arg-type]
+    app.add_exception_handler(OSError, _handle_os_error)  # type: ignore[arg-type]
+    app.add_exception_handler(RequestValidationError, _handle_validation_error)  # type: ignore[arg-type]
+    app.add_exception_handler(HTTPException, _handle_http_exception)  # type: ignore[arg-type]
+    app.add_exception_handler(Exception, _handle_unexpected_error)
 
 
-def answer(
+def error_response(
     status: int, code: str, message: str, hint: str = "", param: str | None = None, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
     """An error as a response."""
-    body = ErrorAnswer(error=ErrorBody(code=code, message=message, hint=hint, param=param))
+    body = ErrorResponse(error=ErrorBody(code=code, message=message, hint=hint, param=param))
     return JSONResponse(body.model_dump(), status_code=status, headers=dict(headers) if headers else None)
 
 
-def _deliberate(_request: Request, error: TunesmithError) -> JSONResponse:
+def _handle_tunesmith_error(_request: Request, error: TunesmithError) -> JSONResponse:
     headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, Unavailable) else None
-    return answer(error.status, error.code, error.message, error.hint, error.param, headers)
+    return error_response(error.status, error.code, error.message, error.hint, error.param, headers)
 
 
-def _storage(_request: Request, error: StorageError) -> JSONResponse:
+def _handle_storage_error(_request: Request, error: StorageError) -> JSONResponse:
     if isinstance(error, NoSuchObject):
-        return answer(404, "not_found", "the file is not there any more")
+        return error_response(404, "not_found", "the file is not there any more")
     log.error("object store failed", extra={"error": str(error)})
     if isinstance(error, StoreFull):
-        return _full()
-    return answer(503, "unavailable", "the object store does not answer; try again", headers={"Retry-After": "2"})
+        return _storage_full_response()
+    return error_response(503, "unavailable", "the object store does not answer; try again", headers={"Retry-After": "2"})
 
 
-def _of_this_machine(request: Request, error: OSError) -> JSONResponse:
-    return _full() if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else _unexpected(request, error)
+def _handle_os_error(request: Request, error: OSError) -> JSONResponse:
+    return (
+        _storage_full_response() if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else _handle_unexpected_error(request, error)
+    )
 
 
-def _full() -> JSONResponse:
-    return answer(
+def _storage_full_response() -> JSONResponse:
+    return error_response(
         507, "storage_full", "there is no room left", "free some space where the service keeps its files", headers={"Retry-After": "30"}
     )
 
 
-def _malformed(_request: Request, error: RequestValidationError) -> JSONResponse:
+def _handle_validation_error(_request: Request, error: RequestValidationError) -> JSONResponse:
     problems = error.errors()
     first = problems[0]
     param = _param(first)
     if param == "training_config" and first["type"] == "union_tag_invalid":
         message = f"trainer_type {first['ctx']['tag']!r} is not available in this deployment; it can do: {', '.join(TRAINER_TYPES)}"
-        return answer(400, "unsupported", message, "GET /capabilities lists what this deployment can do", f"{param}.trainer_type")
+        return error_response(400, "unsupported", message, "GET /capabilities lists what this deployment can do", f"{param}.trainer_type")
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     message = f"{param}: {_message(first)}" if param else _message(first)
-    return answer(422, "malformed", message + more, _hint(first), param)
+    return error_response(422, "malformed", message + more, _hint(first), param)
 
 
-def _http(_request: Request, error: HTTPException) -> JSONResponse:
+def _handle_http_exception(_request: Request, error: HTTPException) -> JSONResponse:
     codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
     message = "there is no such address" if error.status_code == 404 and error.detail == "Not Found" else str(error.detail)
-    return answer(
+    return error_response(
         error.status_code, codes.get(error.status_code, "invalid_request"), message, "GET /docs lists the API", headers=error.headers
     )
 
 
-def _unexpected(request: Request, error: Exception) -> JSONResponse:
+def _handle_unexpected_error(request: Request, error: Exception) -> JSONResponse:
     log.error("request failed", exc_info=error, extra={"method": request.method, "path": request.url.path})
-    return answer(500, "internal", "something went wrong in the service; it is in its log")
+    return error_response(500, "internal", "something went wrong in the service; it is in its log")
 
 
 # Any: pydantic describes its errors as loose dicts.
 def _param(problem: Mapping[str, Any]) -> str | None:
     named = problem.get("ctx", {}).get("field") if problem["type"] == "fields_conflict" else None
-    places = _without_tags(problem["loc"])
+    places = _strip_union_tags(problem["loc"])
     path = [str(place) for place in places[1:] if not (isinstance(place, int) and problem["type"] == "json_invalid")]
     return ".".join([*path, named] if named else path) or None
 
 
-def _without_tags(places: Sequence[str | int]) -> list[str | int]:
+def _strip_union_tags(path: Sequence[str | int]) -> list[str | int]:
     """The path as it was sent: of a choice between several forms, pydantic names the one that it took as well."""
     kept: list[str | int] = []
-    for n, place in enumerate(places):
-        of_trainer = n > 0 and places[n - 1] == "training_config" and place in TRAINER_TYPES
-        of_grader = n > 1 and places[n - 2] == "reward_config" and isinstance(places[n - 1], int) and place in GRADER_TYPES
-        if not (of_trainer or of_grader or BRANCH.fullmatch(str(place))):
+    for n, place in enumerate(path):
+        of_trainer = n > 0 and path[n - 1] == "training_config" and place in TRAINER_TYPES
+        of_grader = n > 1 and path[n - 2] == "reward_config" and isinstance(path[n - 1], int) and place in GRADER_TYPES
+        if not (of_trainer or of_grader or UNION_BRANCH.fullmatch(str(place))):
             kept.append(place)
     return kept
 

@@ -3,7 +3,7 @@
 from fastapi import APIRouter
 from starlette.responses import FileResponse, Response
 
-from service.api.deps import UsesParts
+from service.api.deps import ServicesDep
 from service.core.errors import NotFound
 from storage.local import LocalStore
 
@@ -11,12 +11,12 @@ router = APIRouter(tags=["files"])
 
 
 @router.get("/files/{token}", response_class=FileResponse)
-def file(token: str, parts: UsesParts) -> Response:
+def download_file(token: str, services: ServicesDep) -> Response:
     """The object that the link is for; ranges are honoured, so a broken download can go on."""
-    key, filename = parts.tokens.read_file_token(token)
-    if not isinstance(parts.objects.models, LocalStore):
+    key, filename = services.tokens.read_file_token(token)
+    if not isinstance(services.objects.models, LocalStore):
         raise NotFound("this deployment's object store signs its own links")
-    path = parts.objects.models.path_of(key)
+    path = services.objects.models.path_for_key(key)
     if not path.is_file():
         raise NotFound("the file is not there any more")
     return FileResponse(path, filename=filename, media_type="application/octet-stream")

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from fastapi import APIRouter, Response
 
 from schema.version import VERSION
-from service.api.deps import UsesParts
-from service.api.views import HealthAnswer
+from service.api.deps import ServicesDep
+from service.api.views import HealthResponse
 from service.core.errors import Unavailable
 from storage import ObjectStore, StorageError
 
@@ -14,25 +14,27 @@ router = APIRouter(tags=["health"])
 
 
 @router.get("/health")
-def health(response: Response, parts: UsesParts) -> HealthAnswer:
+def health(response: Response, services: ServicesDep) -> HealthResponse:
     """200 when every part answers; 503 with the part that does not."""
-    buckets = {store.url: store for store in (parts.objects.configs, parts.objects.datasets, parts.objects.models)}
-    checks = {"job_store": _try(parts.store.ping)} | {_name(url, len(buckets)): _try(_look(store)) for url, store in buckets.items()}
+    buckets = {store.url: store for store in (services.objects.configs, services.objects.datasets, services.objects.models)}
+    checks = {"job_store": _run_check(services.store.ping)} | {
+        _check_name(url, len(buckets)): _run_check(_make_store_check(store)) for url, store in buckets.items()
+    }
     ready = all(answer == "ok" for answer in checks.values())
     if not ready:
         response.status_code = 503
-    return HealthAnswer(status="ok" if ready else "degraded", live=True, ready=ready, checks=checks, version=VERSION)
+    return HealthResponse(status="ok" if ready else "degraded", live=True, ready=ready, checks=checks, version=VERSION)
 
 
-def _name(url: str, stores: int) -> str:
+def _check_name(url: str, stores: int) -> str:
     return "object_store" if stores == 1 else f"object_store {url}"
 
 
-def _look(store: ObjectStore) -> Callable[[], object]:
+def _make_store_check(store: ObjectStore) -> Callable[[], object]:
     return lambda: store.stat("health/probe")
 
 
-def _try(check: Callable[[], object]) -> str:
+def _run_check(check: Callable[[], object]) -> str:
     try:
         check()
     except Unavailable as error:

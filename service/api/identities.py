@@ -8,12 +8,12 @@ See https://cloud.google.com/run/docs/authenticating/service-to-service.
 import jwt
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.api.errors import answer
+from service.api.errors import error_response
 
-FOR_ATTEMPTS = "/internal/jobs/"
+ATTEMPT_PATH_PREFIX = "/internal/jobs/"
 
 
-class KeepAttemptsApart:
+class AttemptIdentityMiddleware:
     """ASGI middleware: 403 for the service account `email` at every address but those for attempts."""
 
     def __init__(self, app: ASGIApp, email: str) -> None:
@@ -21,14 +21,14 @@ class KeepAttemptsApart:
         self._email = email
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not scope["path"].startswith(FOR_ATTEMPTS) and _caller(scope) == self._email:
-            refusal = answer(403, "forbidden", f"{self._email} is the identity of attempts: it may report, and nothing else")
+        if scope["type"] == "http" and not scope["path"].startswith(ATTEMPT_PATH_PREFIX) and _caller_email(scope) == self._email:
+            refusal = error_response(403, "forbidden", f"{self._email} is the identity of attempts: it may report, and nothing else")
             await refusal(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
 
-def _caller(scope: Scope) -> str | None:
+def _caller_email(scope: Scope) -> str | None:
     """The account that the front door let in; None where there is no such door, or its token names nobody."""
     shown: dict[bytes, bytes] = dict(scope["headers"])
     header = shown.get(b"x-serverless-authorization") or shown.get(b"authorization") or b""

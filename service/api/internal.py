@@ -8,76 +8,78 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Depends, Header
 
 from schema.base import Id, Strict
-from schema.events import BatchAnswer, EventBatch
+from schema.events import EventBatch, EventBatchResponse
 from schema.result import Result
-from schema.spec import ClaimAnswer, ClaimRequest
-from service.api.deps import UsesParts
+from schema.spec import ClaimRequest, ClaimResponse
+from service.api.deps import ServicesDep
 from service.core.errors import InvalidRequest, Unauthorized
-from service.core.orphans import Orphans
+from service.core.orphans import OrphanScan
 
 
-async def attempt_of(job_id: Id, attempt: int, parts: UsesParts, authorization: Annotated[str, Header()] = "") -> tuple[str, int]:
+async def authenticate_attempt(
+    job_id: Id, attempt: int, services: ServicesDep, authorization: Annotated[str, Header()] = ""
+) -> tuple[str, int]:
     """The attempt that the caller may speak for. Raises Unauthorized."""
     scheme, _, token = authorization.partition(" ")
     if scheme.lower() != "bearer" or not token:
         raise Unauthorized("an attempt shows its token: Authorization: Bearer …")
-    parts.tokens.check_attempt(token, job_id, attempt)
+    services.tokens.verify_attempt_token(token, job_id, attempt)
     return job_id, attempt
 
 
-class SweepRequest(Strict):
+class CleanupRequest(Strict):
     """What to clean besides secrets."""
 
     orphans: bool = False
 
 
 router = APIRouter(prefix="/internal/jobs/{job_id}/attempts/{attempt}", tags=["internal"], include_in_schema=False)
-upkeep = APIRouter(prefix="/internal", tags=["internal"], include_in_schema=False)
-ByAttempt = Annotated[tuple[str, int], Depends(attempt_of)]
+maintenance_router = APIRouter(prefix="/internal", tags=["internal"], include_in_schema=False)
+AttemptDep = Annotated[tuple[str, int], Depends(authenticate_attempt)]
 
 
 @router.post("/claim")
-def claim(body: ClaimRequest, who: ByAttempt, parts: UsesParts) -> ClaimAnswer:
+def claim(body: ClaimRequest, attempt_key: AttemptDep, services: ServicesDep) -> ClaimResponse:
     """Take possession of the attempt, once."""
-    return parts.jobs.claim(*who, body.claimant)
+    return services.jobs.claim(*attempt_key, body.claimant)
 
 
 @router.post("/events")
-def report(body: EventBatch, who: ByAttempt, parts: UsesParts) -> BatchAnswer:
+def report(body: EventBatch, attempt_key: AttemptDep, services: ServicesDep) -> EventBatchResponse:
     """Take events, answer with a directive."""
-    return parts.jobs.report(*who, body)
+    return services.jobs.report(*attempt_key, body)
 
 
 @router.post("/result", status_code=204)
-def finish(body: Result, who: ByAttempt, parts: UsesParts) -> None:
+def finish(body: Result, attempt_key: AttemptDep, services: ServicesDep) -> None:
     """Take the attempt's last word."""
-    if (body.job_id, body.attempt) != who:
+    if (body.job_id, body.attempt) != attempt_key:
         raise InvalidRequest("the result is of another attempt than the address", param="attempt")
-    parts.jobs.finish(body.job_id, body)
+    services.jobs.finish(body.job_id, body)
 
 
-@upkeep.post("/reconcile")
-def reconcile(parts: UsesParts) -> dict[str, int]:
+@maintenance_router.post("/reconcile")
+def reconcile(services: ServicesDep) -> dict[str, int]:
     """Bring every open job a step nearer to where it should be."""
-    return {"changed": parts.jobs.reconcile()}
+    return {"changed": services.jobs.reconcile()}
 
 
-@upkeep.post("/sweep")
-def sweep(parts: UsesParts, body: Annotated[SweepRequest | None, Body()] = None) -> dict[str, Any]:
+@maintenance_router.post("/cleanup")
+def clean_up(services: ServicesDep, body: Annotated[CleanupRequest | None, Body()] = None) -> dict[str, Any]:
     """Destroy secrets that outlived their job; if asked, remove files of jobs that there are not."""
-    swept = parts.jobs.sweep_secrets()
-    return {"swept": swept} | (_orphans(parts.jobs.sweep_orphans()) if body and body.orphans else {})
+    swept = services.jobs.delete_stale_secrets()
+    return {"secrets_deleted": swept} | (_render_orphans(services.jobs.delete_orphans()) if body and body.orphans else {})
 
 
-@upkeep.get("/orphans")
-def orphans(parts: UsesParts) -> dict[str, Any]:
+@maintenance_router.get("/orphans")
+def list_orphans(services: ServicesDep) -> dict[str, Any]:
     """Files of jobs that there are not. `complete`: everything was looked at in the time there was."""
-    return _orphans(parts.jobs.orphans())
+    return _render_orphans(services.jobs.list_orphans())
 
 
-def _orphans(found: Orphans) -> dict[str, Any]:
+def _render_orphans(scan: OrphanScan) -> dict[str, Any]:
     rows = [
         {"job_id": orphan.job_id, "url": f"{orphan.url}/{orphan.prefix}", "objects": orphan.objects, "size_bytes": orphan.size_bytes}
-        for orphan in found.found
+        for orphan in scan.orphans
     ]
-    return {"orphans": rows, "complete": found.complete}
+    return {"orphans": rows, "complete": scan.complete}

@@ -10,26 +10,26 @@ from starlette.responses import StreamingResponse
 
 from schema.base import Id
 from schema.job import Job, Status
-from schema.requests import CloneRequest, ExportAgainRequest, ExportRequest, ResumeRequest, RetryRequest
+from schema.requests import CloneRequest, ExportRequest, ReexportRequest, ResumeRequest, RetryRequest
 from service.api import stream
-from service.api.deps import ForTenant, IdempotencyHeader, UsesParts
-from service.api.errors import malformed
+from service.api.deps import IdempotencyHeader, ServicesDep, TenantDep
+from service.api.errors import as_request_validation_error
 from service.api.views import (
     CheckpointList,
-    DeleteAnswer,
-    DownloadAnswer,
+    DeleteJobResponse,
+    DownloadResponse,
     EventList,
     FileLink,
     JobDetail,
     JobList,
     LogView,
-    TrainAnswer,
+    TrainResponse,
     checkpoint_list,
     event_row,
     job_detail,
     job_row,
 )
-from service.bootstrap import Parts
+from service.bootstrap import Services
 from service.core.errors import InvalidRequest
 from service.core.ports import JobQuery
 
@@ -37,14 +37,14 @@ router = APIRouter(prefix="/jobs", tags=["jobs"])
 
 Limit = Annotated[int, Query(ge=1, le=200, description="Rows on the page.")]
 # SQLite's and JSON's largest exact integer is far beyond any real cursor.
-Place = Annotated[int, Query(ge=0, le=2**53)]
-WEIGHTS = (".gguf", "model.safetensors", ".safetensors")
+Offset = Annotated[int, Query(ge=0, le=2**53)]
+WEIGHT_SUFFIXES = (".gguf", "model.safetensors", ".safetensors")
 
 
 @router.get("", response_model=JobList)
-def jobs(
-    parts: UsesParts,
-    tenant_id: ForTenant,
+def list_jobs(
+    services: ServicesDep,
+    tenant_id: TenantDep,
     limit: Limit = 50,
     cursor: Annotated[str | None, Query(max_length=500)] = None,
     status: Status | None = None,
@@ -54,21 +54,21 @@ def jobs(
 ) -> Response:
     """Jobs, newest first."""
     query = JobQuery(tenant_id, limit, cursor, status, project_id, modality, trainer_type)
-    page = parts.jobs.page(query)
-    return _json({"jobs": [job_row(row) for row in page.rows], "next_cursor": page.next_cursor})
+    page = services.jobs.list_jobs(query)
+    return _json_response({"jobs": [job_row(row) for row in page.rows], "next_cursor": page.next_cursor})
 
 
 @router.get("/download/{job_id}")
 def download(
     job_id: Id,
     request: Request,
-    parts: UsesParts,
-    tenant_id: ForTenant,
+    services: ServicesDep,
+    tenant_id: TenantDep,
     artifact: Annotated[str | None, Query(max_length=100, description="Which one; left out: GGUF, else merged, else adapter.")] = None,
-) -> DownloadAnswer:
+) -> DownloadResponse:
     """Short-lived links to what the job made."""
-    found, links = parts.jobs.download(job_id, tenant_id, artifact)
-    base = str(parts.settings.public_url or request.base_url).rstrip("/")
+    found, links = services.jobs.create_download_links(job_id, tenant_id, artifact)
+    base = str(services.settings.public_url or request.base_url).rstrip("/")
     files = [
         FileLink(
             path=file.path or found.key.rpartition("/")[2],
@@ -78,161 +78,161 @@ def download(
         )
         for file, url in links
     ]
-    main = next((file for ending in WEIGHTS for file in files if file.path.endswith(ending)), files[0])
-    return DownloadAnswer(
-        download_url=main.url, artifact=found.name, is_folder=found.key.endswith("/"), expires_in_s=parts.jobs.link_life_s, files=files
+    main = next((file for ending in WEIGHT_SUFFIXES for file in files if file.path.endswith(ending)), files[0])
+    return DownloadResponse(
+        download_url=main.url, artifact=found.name, is_folder=found.key.endswith("/"), expires_in_s=services.jobs.link_ttl_s, files=files
     )
 
 
 @router.get("/{job_id}")
-def job(job_id: Id, parts: UsesParts, tenant_id: ForTenant) -> JobDetail:
+def get_job(job_id: Id, services: ServicesDep, tenant_id: TenantDep) -> JobDetail:
     """Everything about a job: where it is, how it went, what it made."""
-    return job_detail(*parts.jobs.look_at(job_id, tenant_id))
+    return job_detail(*services.jobs.get_refreshed(job_id, tenant_id))
 
 
 @router.delete("/{job_id}")
 def delete(
     job_id: Id,
     response: Response,
-    parts: UsesParts,
-    tenant_id: ForTenant,
+    services: ServicesDep,
+    tenant_id: TenantDep,
     delete_hub: Annotated[bool, Query(description="Also delete the Hub repositories that hold nothing but what this job pushed.")] = False,
     hub_token: Annotated[str | None, Header(alias="X-HF-Token", max_length=1000, description="Needed with delete_hub.")] = None,
-) -> DeleteAnswer:
+) -> DeleteJobResponse:
     """Stop the job and remove it with all its files. 202: it is still stopping, repeat the call."""
-    deleted = parts.jobs.delete(job_id, tenant_id, with_hub=delete_hub, hub_token=hub_token)
+    deleted = services.jobs.delete(job_id, tenant_id, delete_hub=delete_hub, hub_token=hub_token)
     if deleted is None:
         response.status_code = 202
-        return DeleteAnswer(job_id=job_id, deleted=False, message="The job is being stopped; repeat the call.", deleted_resources=[])
+        return DeleteJobResponse(job_id=job_id, deleted=False, message="The job is being stopped; repeat the call.", deleted_resources=[])
     if deleted.failures:
         response.status_code = 503
         message = f"Not everything could be deleted; repeat the call. {'; '.join(deleted.failures)}"
-        return DeleteAnswer(job_id=job_id, deleted=False, message=message, deleted_resources=deleted.resources)
+        return DeleteJobResponse(job_id=job_id, deleted=False, message=message, deleted_resources=deleted.resources)
     message = "Job and all associated files deleted successfully."
-    return DeleteAnswer(job_id=job_id, deleted=True, message=message, deleted_resources=deleted.resources)
+    return DeleteJobResponse(job_id=job_id, deleted=True, message=message, deleted_resources=deleted.resources)
 
 
 @router.post("/{job_id}/cancel", status_code=202)
-def cancel(job_id: Id, parts: UsesParts, tenant_id: ForTenant) -> JobDetail:
+def cancel(job_id: Id, services: ServicesDep, tenant_id: TenantDep) -> JobDetail:
     """Stop the job; what it saved stays. Can be repeated."""
-    return _shown(parts, parts.jobs.cancel(job_id, tenant_id))
+    return _job_response(services, services.jobs.cancel(job_id, tenant_id))
 
 
 @router.post("/{job_id}/pause", status_code=202)
-def pause(job_id: Id, parts: UsesParts, tenant_id: ForTenant) -> JobDetail:
+def pause(job_id: Id, services: ServicesDep, tenant_id: TenantDep) -> JobDetail:
     """Save a checkpoint, free the compute, keep the place. Can be repeated."""
-    return _shown(parts, parts.jobs.pause(job_id, tenant_id))
+    return _job_response(services, services.jobs.pause(job_id, tenant_id))
 
 
 @router.post("/{job_id}/resume", status_code=202)
-def resume(job_id: Id, parts: UsesParts, tenant_id: ForTenant, body: Annotated[ResumeRequest | None, Body()] = None) -> JobDetail:
+def resume(job_id: Id, services: ServicesDep, tenant_id: TenantDep, body: Annotated[ResumeRequest | None, Body()] = None) -> JobDetail:
     """Go on where the pause was, exactly; on other hardware or for longer, if the body says so. Can be repeated."""
-    return _shown(parts, parts.jobs.resume(job_id, tenant_id, body or ResumeRequest.model_validate({})))
+    return _job_response(services, services.jobs.resume(job_id, tenant_id, body or ResumeRequest.model_validate({})))
 
 
 @router.post("/{job_id}/retry", status_code=202)
-def retry(job_id: Id, parts: UsesParts, tenant_id: ForTenant, body: Annotated[RetryRequest | None, Body()] = None) -> JobDetail:
+def retry(job_id: Id, services: ServicesDep, tenant_id: TenantDep, body: Annotated[RetryRequest | None, Body()] = None) -> JobDetail:
     """Continue a failed or cancelled job from its last good checkpoint, or from the start. Can be repeated."""
-    return _shown(parts, parts.jobs.retry(job_id, tenant_id, body or RetryRequest.model_validate({})))
+    return _job_response(services, services.jobs.retry(job_id, tenant_id, body or RetryRequest.model_validate({})))
 
 
 @router.post("/{job_id}/clone", status_code=201)
 def clone(
     job_id: Id,
-    parts: UsesParts,
-    tenant_id: ForTenant,
+    services: ServicesDep,
+    tenant_id: TenantDep,
     body: Annotated[CloneRequest | None, Body()] = None,
     idempotency_key: IdempotencyHeader = None,
-) -> TrainAnswer:
+) -> TrainResponse:
     """Run the job's request again, as a job of its own; the body says what is to be different."""
     try:
-        made = parts.jobs.clone(job_id, tenant_id, body or CloneRequest.model_validate({}), idempotency_key)
+        made = services.jobs.clone(job_id, tenant_id, body or CloneRequest.model_validate({}), idempotency_key)
     except ValidationError as error:
-        raise malformed(error) from error
-    return TrainAnswer(job_id=made.job_id)
+        raise as_request_validation_error(error) from error
+    return TrainResponse(job_id=made.job_id)
 
 
 @router.post("/{job_id}/export", status_code=201)
-def export_again(
+def reexport(
     job_id: Id,
-    parts: UsesParts,
-    tenant_id: ForTenant,
-    body: Annotated[ExportAgainRequest | None, Body()] = None,
+    services: ServicesDep,
+    tenant_id: TenantDep,
+    body: Annotated[ReexportRequest | None, Body()] = None,
     idempotency_key: IdempotencyHeader = None,
-) -> TrainAnswer:
+) -> TrainResponse:
     """Export what the job has trained once more, in other forms or to another place, without training: a job of its own."""
-    request = body or ExportAgainRequest.model_validate({})
-    return TrainAnswer(job_id=parts.jobs.export_again(job_id, tenant_id, request, idempotency_key).job_id)
+    request = body or ReexportRequest.model_validate({})
+    return TrainResponse(job_id=services.jobs.reexport(job_id, tenant_id, request, idempotency_key).job_id)
 
 
 @router.get("/{job_id}/checkpoints")
-def checkpoints(job_id: Id, parts: UsesParts, tenant_id: ForTenant) -> CheckpointList:
+def list_checkpoints(job_id: Id, services: ServicesDep, tenant_id: TenantDep) -> CheckpointList:
     """What the job can go on from, and be exported at; the one that the next attempt tries first comes first."""
-    return checkpoint_list(parts.jobs.checkpoints(job_id, tenant_id))
+    return checkpoint_list(services.jobs.list_checkpoints(job_id, tenant_id))
 
 
 @router.post("/{job_id}/checkpoints/{step}/export", status_code=201)
 def export(
     job_id: Id,
     step: Annotated[int, Path(ge=0, le=10_000_000)],
-    parts: UsesParts,
-    tenant_id: ForTenant,
+    services: ServicesDep,
+    tenant_id: TenantDep,
     body: Annotated[ExportRequest | None, Body()] = None,
     idempotency_key: IdempotencyHeader = None,
-) -> TrainAnswer:
+) -> TrainResponse:
     """Export a checkpoint without training again: a job of its own, whose artifacts are downloaded like any other's."""
     request = body or ExportRequest.model_validate({})
-    return TrainAnswer(job_id=parts.jobs.export(job_id, step, tenant_id, request, idempotency_key).job_id)
+    return TrainResponse(job_id=services.jobs.export(job_id, step, tenant_id, request, idempotency_key).job_id)
 
 
 @router.get("/{job_id}/events", response_model=EventList)
-async def events(
+async def list_events(
     job_id: Id,
     request: Request,
-    parts: UsesParts,
-    tenant_id: ForTenant,
-    after: Place = 0,
+    services: ServicesDep,
+    tenant_id: TenantDep,
+    after: Offset = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 200,
     accept: Annotated[str, Header()] = "",
     last_event_id: Annotated[str | None, Header(alias="Last-Event-ID", max_length=20)] = None,
 ) -> Response:
     """What the job reported, oldest first; with `Accept: text/event-stream`, as it happens."""
     if "text/event-stream" not in accept:
-        rows = await stream.in_thread(parts.jobs.events, job_id, tenant_id, after, limit)
-        return _json({"events": [event_row(row) for row in rows], "next_after": rows[-1].cursor if rows else after})
-    await stream.in_thread(parts.jobs.find, job_id, tenant_id)
-    place = _event_id(last_event_id) if last_event_id else after
+        rows = await stream.run_in_thread(services.jobs.list_events, job_id, tenant_id, after, limit)
+        return _json_response({"events": [event_row(row) for row in rows], "next_after": rows[-1].cursor if rows else after})
+    await stream.run_in_thread(services.jobs.find, job_id, tenant_id)
+    place = _parse_event_id(last_event_id) if last_event_id else after
     feed: stream.Feeds = request.app.state.feeds
     return EventSourceResponse(feed.follow(job_id, tenant_id, place), ping=15)
 
 
 @router.get("/{job_id}/logs", response_model=LogView)
-async def logs(
+async def read_logs(
     job_id: Id,
-    parts: UsesParts,
-    tenant_id: ForTenant,
+    services: ServicesDep,
+    tenant_id: TenantDep,
     attempt: Annotated[int | None, Query(ge=1, le=10_000)] = None,
-    offset: Place = 0,
+    offset: Offset = 0,
     limit: Annotated[int, Query(ge=1, le=1 << 20, description="Most bytes to return.")] = 1 << 16,
     follow: bool = False,
 ) -> Response:
     """The attempt's output; with `follow`, as plain text until the job ends."""
-    number, page = await stream.in_thread(parts.jobs.log_page, job_id, tenant_id, attempt, offset, limit)
+    number, page = await stream.run_in_thread(services.jobs.read_log, job_id, tenant_id, attempt, offset, limit)
     if not follow:
-        return _json({"attempt": number, "text": page.text, "next_offset": page.next_offset})
-    return StreamingResponse(stream.follow_log(parts.jobs, job_id, tenant_id, attempt, offset), media_type="text/plain; charset=utf-8")
+        return _json_response({"attempt": number, "text": page.text, "next_offset": page.next_offset})
+    return StreamingResponse(stream.follow_log(services.jobs, job_id, tenant_id, attempt, offset), media_type="text/plain; charset=utf-8")
 
 
-def _shown(parts: Parts, job: Job) -> JobDetail:
-    return job_detail(job, parts.jobs.liveness(job))
+def _job_response(services: Services, job: Job) -> JobDetail:
+    return job_detail(job, services.jobs.find_heartbeat(job))
 
 
-def _event_id(text: str) -> int:
+def _parse_event_id(text: str) -> int:
     if not text.isascii() or not text.isdigit():
         raise InvalidRequest(f"Last-Event-ID is the id of an event, a number; not {text!r}", param="Last-Event-ID")
     return int(text)
 
 
-def _json(body: dict[str, object]) -> Response:
+def _json_response(body: dict[str, object]) -> Response:
     """Already in shape: rendered without a second validation, because lists are long and asked for often."""
     return Response(orjson.dumps(body), media_type="application/json")

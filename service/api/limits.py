@@ -4,7 +4,7 @@ from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.errors import answer
+from service.api.errors import error_response
 
 JSON_BODY_BYTES = 1 << 20  # a training request is some kilobytes
 REPORT_BODY_BYTES = 16 << 20  # a batch of a thousand events
@@ -15,7 +15,7 @@ class BodyTooLarge(Exception):
     """More bytes came than the address takes."""
 
 
-class LimitBodies:
+class BodyLimitMiddleware:
     """ASGI middleware: 413 for a body that is announced as, or turns out to be, too large."""
 
     def __init__(self, app: ASGIApp, max_upload_bytes: int) -> None:
@@ -26,9 +26,9 @@ class LimitBodies:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        limit = self._limit(scope["path"])
+        limit = self._limit_bytes(scope["path"])
         announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        refusal = answer(413, "too_large", f"the body is larger than {limit} bytes, the most that this address takes")
+        refusal = error_response(413, "too_large", f"the body is larger than {limit} bytes, the most that this address takes")
         if announced.isdigit() and int(announced) > limit:
             await refusal(scope, receive, send)
             return
@@ -46,7 +46,7 @@ class LimitBodies:
         if body.too_large and not answered:
             await refusal(scope, receive, send)
 
-    def _limit(self, path: str) -> int:
+    def _limit_bytes(self, path: str) -> int:
         if path.rstrip("/") == "/datasets":
             return self._max_upload_bytes + MULTIPART_SLACK_BYTES
         return REPORT_BODY_BYTES if path.startswith("/internal/") else JSON_BODY_BYTES
@@ -57,15 +57,15 @@ class _Body:
 
     def __init__(self, receive: Receive, limit: int) -> None:
         self._receive = receive
-        self._left = limit
+        self._remaining_bytes = limit
 
     @property
     def too_large(self) -> bool:
-        return self._left < 0
+        return self._remaining_bytes < 0
 
     async def receive(self) -> Message:
         message = await self._receive()
-        self._left -= len(message.get("body", b""))
+        self._remaining_bytes -= len(message.get("body", b""))
         if self.too_large:
             raise BodyTooLarge
         return message

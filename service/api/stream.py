@@ -20,13 +20,13 @@ log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
-PAGE = 1000
-KEPT_CHUNKS = 200  # what a slow listener may lag behind before it is sent to the store again
+PAGE_SIZE = 1000
+MAX_BUFFERED_CHUNKS = 200  # what a slow listener may lag behind before it is sent to the store again
 LOG_POLL_S = 0.25
 LOG_PAGE_BYTES = 1 << 16
 
 
-async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+async def run_in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call something that may wait, without keeping others waiting."""
     return await anyio.to_thread.run_sync(functools.partial(function, *args, **kwargs))
 
@@ -35,7 +35,7 @@ async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
 class _Chunk:
     """Events rendered once for everybody, up to cursor `last`."""
 
-    last: int
+    last_cursor: int
     text: bytes
 
 
@@ -47,18 +47,18 @@ class _Feed:
     chunks: dict[int, _Chunk] = field(default_factory=dict[int, _Chunk])
     listeners: int = 0
     ended: bool = False
-    news: asyncio.Event = field(default_factory=asyncio.Event)
+    updated: asyncio.Event = field(default_factory=asyncio.Event)
     task: "asyncio.Task[None] | None" = None
 
     def add(self, rows: list[StoredEvent]) -> None:
         self.chunks[self.cursor] = _Chunk(rows[-1].cursor, _render(rows))
         self.cursor = rows[-1].cursor
-        if len(self.chunks) > KEPT_CHUNKS:
+        if len(self.chunks) > MAX_BUFFERED_CHUNKS:
             del self.chunks[next(iter(self.chunks))]
 
-    def tell(self) -> None:
-        self.news.set()
-        self.news = asyncio.Event()
+    def notify(self) -> None:
+        self.updated.set()
+        self.updated = asyncio.Event()
 
 
 class Feeds:
@@ -76,10 +76,10 @@ class Feeds:
         feed = self._join(job_id, tenant_id, after)
         try:
             while True:
-                news = feed.news
+                news = feed.updated
                 if place < feed.cursor:
-                    chunk = feed.chunks.get(place) or await self._from_store(job_id, place, feed.cursor)
-                    place = chunk.last
+                    chunk = feed.chunks.get(place) or await self._read_chunk(job_id, place, feed.cursor)
+                    place = chunk.last_cursor
                     yield chunk.text
                 elif feed.ended:
                     yield b"event: done\ndata: {}\n\n"
@@ -108,43 +108,43 @@ class Feeds:
     async def _read(self, job_id: str, tenant_id: str, feed: _Feed) -> None:
         while not feed.ended:
             try:
-                rows, feed.ended = await in_thread(self._next_page, job_id, tenant_id, feed.cursor)
+                rows, feed.ended = await run_in_thread(self._next_page, job_id, tenant_id, feed.cursor)
             except Unavailable as error:
                 log.warning("events cannot be read now", extra={"job_id": job_id, "error": error.message})
                 rows = []
             if rows:
                 feed.add(rows)
             if rows or feed.ended:
-                feed.tell()
-            if len(rows) < PAGE and not feed.ended:
+                feed.notify()
+            if len(rows) < PAGE_SIZE and not feed.ended:
                 await asyncio.sleep(self._poll_s)
 
     def _next_page(self, job_id: str, tenant_id: str, after: int) -> tuple[list[StoredEvent], bool]:
         """The next events, and whether there will be no more: the status is read first, so that none is missed."""
-        job = self._jobs.find_if_there(job_id, tenant_id)
+        job = self._jobs.find_or_none(job_id, tenant_id)
         if job is None:
             return [], True
-        rows = self._jobs.events_of(job_id, after, PAGE)
-        return rows, job.status.is_final and len(rows) < PAGE
+        rows = self._jobs.list_events_unchecked(job_id, after, PAGE_SIZE)
+        return rows, job.status.is_final and len(rows) < PAGE_SIZE
 
-    async def _from_store(self, job_id: str, after: int, until: int) -> _Chunk:
+    async def _read_chunk(self, job_id: str, after: int, until: int) -> _Chunk:
         """For a listener who came later, or fell behind what the feed remembers."""
-        page = await in_thread(self._jobs.events_of, job_id, after, PAGE)
+        page = await run_in_thread(self._jobs.list_events_unchecked, job_id, after, PAGE_SIZE)
         rows = [row for row in page if row.cursor <= until]
-        return _Chunk(rows[-1].cursor if len(rows) == PAGE else until, _render(rows))
+        return _Chunk(rows[-1].cursor if len(rows) == PAGE_SIZE else until, _render(rows))
 
 
 async def follow_log(jobs: Jobs, job_id: str, tenant_id: str, attempt: int | None, offset: int) -> AsyncIterator[str]:
     """An attempt's output until the job ends; without `attempt`, of each attempt in turn."""
     number = attempt
     while True:
-        job = await in_thread(jobs.find_if_there, job_id, tenant_id)
+        job = await run_in_thread(jobs.find_or_none, job_id, tenant_id)
         current = attempt or (len(job.attempts) if job else 0)
         if number is None and current:
             number = current
         text = ""
         if number and job:
-            _, page = await in_thread(jobs.log_page, job_id, tenant_id, number, offset, LOG_PAGE_BYTES)
+            _, page = await run_in_thread(jobs.read_log, job_id, tenant_id, number, offset, LOG_PAGE_BYTES)
             text, offset = page.text, page.next_offset
         if text:
             yield text

@@ -5,22 +5,22 @@ from typing import Any
 from fastapi import APIRouter
 
 from schema.requests import TrainRequest
-from service.api.deps import ForTenant, IdempotencyHeader, UsesParts
-from service.api.views import TrainAnswer
-from service.core.capabilities import describe
+from service.api.deps import IdempotencyHeader, ServicesDep, TenantDep
+from service.api.views import TrainResponse
+from service.core.capabilities import capabilities_response
 
 router = APIRouter(tags=["training"])
 
 
 @router.post("/train", status_code=201)
-def train(body: TrainRequest, parts: UsesParts, tenant_id: ForTenant, idempotency_key: IdempotencyHeader = None) -> TrainAnswer:
+def train(body: TrainRequest, services: ServicesDep, tenant_id: TenantDep, idempotency_key: IdempotencyHeader = None) -> TrainResponse:
     """Start a training job. It is durable when this answers."""
-    return TrainAnswer(job_id=parts.jobs.submit(body, tenant_id, idempotency_key).job_id)
+    return TrainResponse(job_id=services.jobs.submit(body, tenant_id, idempotency_key).job_id)
 
 
 # Any: the answer grows with the deployment; its shape is documented in docs/api.md.
 @router.get("/capabilities")
-def capabilities(parts: UsesParts) -> dict[str, Any]:
+def get_capabilities(services: ServicesDep) -> dict[str, Any]:
     """What this deployment can train, on what, and into what."""
-    profiles = {name: parts.launcher.hardware(name) for name in parts.launcher.profiles}
-    return describe(profiles, parts.launcher.name)
+    profiles = {name: services.launcher.get_capabilities(name) for name in services.launcher.profiles}
+    return capabilities_response(profiles, services.launcher.name)

@@ -7,12 +7,25 @@ from pydantic import BaseModel
 
 from schema.checkpoint import CheckpointReason
 from schema.dataset import Dataset
-from schema.job import Artifact, Attempt, AttemptOutcome, EvalMetrics, ExportSource, Failure, Gate, Job, Phase, Progress, SavedPoint, Status
+from schema.job import (
+    Artifact,
+    Attempt,
+    AttemptOutcome,
+    CheckpointRef,
+    EvalMetrics,
+    ExportSource,
+    Failure,
+    Gate,
+    Job,
+    Phase,
+    Progress,
+    Status,
+)
 from service.core.checkpoints import StoredCheckpoint
-from service.core.ports import JobSummary, Liveness, StoredEvent
+from service.core.ports import Heartbeat, JobSummary, StoredEvent
 
 
-class TrainAnswer(BaseModel):
+class TrainResponse(BaseModel):
     """The job that was made."""
 
     job_id: str
@@ -44,12 +57,12 @@ class AttemptView(BaseModel):
     number: int
     launcher: str
     created_at: datetime
-    delay: str | None  # why it is not launched yet
+    pending_reason: str | None  # why it is not launched yet
     claimed_at: datetime | None
     ended_at: datetime | None
     outcome: AttemptOutcome | None
     resumed_step: int | None  # the checkpoint it went on from
-    saved_step: int | None  # the newest checkpoint it made durable
+    last_checkpoint_step: int | None  # the newest checkpoint it made durable
     failure: Failure | None
 
 
@@ -67,7 +80,7 @@ class JobDetail(BaseModel):
     metrics: EvalMetrics | None
     error: str | None
     base_metrics: EvalMetrics | None
-    passed: bool | None  # the promotion gate; null: there is none, or it has not looked yet
+    gate_passed: bool | None  # the promotion gate; null: there is none, or it has not looked yet
     gate: Gate | None
     published_step: int | None  # the optimizer step whose weights were exported
     failure: Failure | None
@@ -75,11 +88,11 @@ class JobDetail(BaseModel):
     progress: Progress | None
     hardware: str | None
     attempts: list[AttemptView]
-    checkpoint: SavedPoint | None  # the newest one
+    checkpoint: CheckpointRef | None  # the newest one
     export_of: ExportSource | None  # the checkpoint that this job exports, if it trains nothing
     cloned_from: str | None
     artifacts: list[Artifact]
-    trackers: dict[str, str]  # where each tracker shows the curves
+    tracker_urls: dict[str, str]  # where each tracker shows the curves
     project_id: str | None
     processed_dataset_id: str
     trainer_type: str
@@ -148,7 +161,7 @@ class FileLink(BaseModel):
     url: str
 
 
-class DownloadAnswer(BaseModel):
+class DownloadResponse(BaseModel):
     """A link to the artifact's file, or to the weights where it is a folder; `files` has them all."""
 
     download_url: str
@@ -158,7 +171,7 @@ class DownloadAnswer(BaseModel):
     files: list[FileLink]
 
 
-class DeleteAnswer(BaseModel):
+class DeleteJobResponse(BaseModel):
     """What was removed."""
 
     job_id: str
@@ -198,7 +211,7 @@ class DatasetList(BaseModel):
     next_cursor: str | None
 
 
-class DatasetDeleted(BaseModel):
+class DeleteDatasetResponse(BaseModel):
     """What was removed."""
 
     processed_dataset_id: str
@@ -206,7 +219,7 @@ class DatasetDeleted(BaseModel):
     deleted_resources: list[str]
 
 
-class HealthAnswer(BaseModel):
+class HealthResponse(BaseModel):
     """Whether the service lives, and whether each part it needs answers."""
 
     status: str
@@ -230,7 +243,7 @@ def job_row(summary: JobSummary) -> dict[str, object]:
     }
 
 
-def job_detail(job: Job, alive: Liveness | None) -> JobDetail:
+def job_detail(job: Job, heartbeat: Heartbeat | None) -> JobDetail:
     """A job as the API shows it."""
     config = job.training_config
     weights = [artifact for artifact in job.artifacts if artifact.kind in ("adapter", "merged")]
@@ -248,19 +261,19 @@ def job_detail(job: Job, alive: Liveness | None) -> JobDetail:
         metrics=job.metrics,
         error=job.failure.message if job.failure else None,
         base_metrics=job.base_metrics,
-        passed=job.gate.passed if job.gate else None,
+        gate_passed=job.gate.passed if job.gate else None,
         gate=job.gate,
         published_step=job.published_step,
         failure=job.failure,
-        phase=alive.phase if alive and at_work else None,
-        progress=alive.progress if alive else None,
+        phase=heartbeat.phase if heartbeat and at_work else None,
+        progress=heartbeat.progress if heartbeat else None,
         hardware=job.hardware,
         attempts=[_attempt_view(attempt) for attempt in job.attempts],
         checkpoint=job.checkpoint,
         export_of=job.export_of,
         cloned_from=job.cloned_from,
         artifacts=list(job.artifacts),
-        trackers=job.trackers,
+        tracker_urls=job.tracker_urls,
         project_id=job.project_id,
         processed_dataset_id=job.processed_dataset_id,
         trainer_type=config.trainer_type,
@@ -270,7 +283,7 @@ def job_detail(job: Job, alive: Liveness | None) -> JobDetail:
         updated_at=job.updated_at,
         started_at=job.started_at,
         finished_at=job.finished_at,
-        last_seen_at=alive.seen_at if alive else None,
+        last_seen_at=heartbeat.received_at if heartbeat else None,
     )
 
 

@@ -16,43 +16,43 @@ from service.main import create_app
 from service.settings import Settings
 
 BACKLOG = 2048
-STOP_WAIT_S = 3  # for requests under way; streams would go on for ever
+GRACEFUL_SHUTDOWN_S = 3  # for requests under way; streams would go on for ever
 
 
 def serve(settings: Settings) -> None:
     """Run a service until it is told to stop. Its url is the first line on standard output."""
-    with _only_one(settings.home_folder), _listening(settings.host, settings.port) as listener:
+    with _lock_home(settings.home_folder), _open_listener(settings.host, settings.port) as listener:
         settings = settings.model_copy(update={"port": listener.getsockname()[1]})
         print(settings.url, flush=True)  # scripts read it
-        with _announced(settings):
-            config = uvicorn.Config(_app(settings), log_config=None, timeout_graceful_shutdown=STOP_WAIT_S, access_log=False)
+        with _write_service_file(settings):
+            config = uvicorn.Config(_create_app(settings), log_config=None, timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S, access_log=False)
             uvicorn.Server(config).run(sockets=[listener])
 
 
-def _app(settings: Settings) -> FastAPI:
+def _create_app(settings: Settings) -> FastAPI:
     try:
         return create_app(settings)
     except ValueError as error:
         raise ApiError(f"the settings do not work: {error}", "docs/settings.md lists them") from error
 
 
-def known_url(home: Path) -> str | None:
+def find_service_url(home: Path) -> str | None:
     """The url of the service that works in this home, if one said so."""
     try:
-        return json.loads(_announcement(home).read_text())["url"]
+        return json.loads(_service_file_path(home).read_text())["url"]
     except (FileNotFoundError, ValueError, KeyError):
         return None
 
 
 @contextmanager
-def _only_one(home: Path) -> Generator[None]:
+def _lock_home(home: Path) -> Generator[None]:
     """Two services in one home would look after the same jobs."""
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     with (home / "service.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            where = known_url(home)
+            where = find_service_url(home)
             raise ApiError(
                 f"a service is at work in {home} already" + (f": {where}" if where else ""), "use it, or set TUNESMITH_HOME"
             ) from error
@@ -60,7 +60,7 @@ def _only_one(home: Path) -> Generator[None]:
 
 
 @contextmanager
-def _listening(host: str, port: int) -> Generator[socket.socket]:
+def _open_listener(host: str, port: int) -> Generator[socket.socket]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -73,9 +73,9 @@ def _listening(host: str, port: int) -> Generator[socket.socket]:
 
 
 @contextmanager
-def _announced(settings: Settings) -> Generator[None]:
+def _write_service_file(settings: Settings) -> Generator[None]:
     """Lets the command line find the service while it runs."""
-    path = _announcement(settings.home_folder)
+    path = _service_file_path(settings.home_folder)
     path.write_text(json.dumps({"url": settings.url, "pid": os.getpid()}))
     try:
         yield
@@ -83,5 +83,5 @@ def _announced(settings: Settings) -> Generator[None]:
         path.unlink(missing_ok=True)
 
 
-def _announcement(home: Path) -> Path:
+def _service_file_path(home: Path) -> Path:
     return home / "service.json"

@@ -13,21 +13,21 @@ from storage import ObjectStore
 
 
 @dataclass(frozen=True)
-class KnownBase:
+class KnownModel:
     """A family of models, known by how their names begin, whoever publishes the copy."""
 
     name: str
-    sees: bool  # takes images beside text
-    width: int  # of the hidden states: a LoRA of a higher rank has nothing left to be low in
+    has_vision: bool  # takes images beside text
+    hidden_size: int  # of the hidden states: a LoRA of a higher rank has nothing left to be low in
 
 
 # https://huggingface.co/google: `hidden_size` (of the text part) and the presence of a vision tower, in each config.json.
-KNOWN_BASES = (
-    KnownBase("gemma-3-270m", sees=False, width=640),
-    KnownBase("gemma-3-1b", sees=False, width=1152),
-    KnownBase("gemma-3-4b", sees=True, width=2560),
-    KnownBase("gemma-3-12b", sees=True, width=3840),
-    KnownBase("gemma-3-27b", sees=True, width=5376),
+KNOWN_MODELS = (
+    KnownModel("gemma-3-270m", has_vision=False, hidden_size=640),
+    KnownModel("gemma-3-1b", has_vision=False, hidden_size=1152),
+    KnownModel("gemma-3-4b", has_vision=True, hidden_size=2560),
+    KnownModel("gemma-3-12b", has_vision=True, hidden_size=3840),
+    KnownModel("gemma-3-27b", has_vision=True, hidden_size=5376),
 )
 
 
@@ -36,7 +36,7 @@ def is_stored(models: ObjectStore, model_id: str) -> bool:
     return models.stat(f"pretrained_weights/huggingface/{model_id}/config.json") is not None
 
 
-def check_graders_models(config: TrainingConfig, models: ObjectStore) -> None:
+def check_embedding_models(config: TrainingConfig, models: ObjectStore) -> None:
     """Raise InvalidRequest when a grader compares by a model that the deployment does not have: such a model is never downloaded."""
     for n, grader in enumerate(config.reward_config if isinstance(config, GrpoConfig) else []):
         if not isinstance(grader, TextSimilarityGrader) or grader.embedding_model is None or grader.base_url is not None:
@@ -50,7 +50,7 @@ def check_graders_models(config: TrainingConfig, models: ObjectStore) -> None:
             )
 
 
-def known_base(base_model_id: str) -> KnownBase | None:
+def find_known_model(base_model_id: str) -> KnownModel | None:
     """What is known of a model by its name, if anything."""
     name = base_model_id.rpartition("/")[2].lower()
-    return next((base for base in KNOWN_BASES if re.match(rf"{re.escape(base.name)}(?![a-z0-9])", name)), None)
+    return next((base for base in KNOWN_MODELS if re.match(rf"{re.escape(base.name)}(?![a-z0-9])", name)), None)

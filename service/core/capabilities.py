@@ -19,22 +19,22 @@ from schema.graders import (
 )
 from schema.job import ArtifactKind
 from schema.training import TRAINER_TYPES, GrpoConfig, TrainingConfig
-from service.core.bases import known_base
+from service.core.bases import find_known_model
 from service.core.errors import InvalidRequest, Unsupported
-from service.core.ports import Hardware
+from service.core.ports import RuntimeCapabilities
 
 TRACKERS = ("wandb", "mlflow", "tensorboard", "trackio")
 DESTINATIONS = ("gcs", "hfhub")
-LM_EVAL = "lm_eval/"  # how the metrics of lm-evaluation-harness begin
+LM_EVAL_PREFIX = "lm_eval/"  # how the metrics of lm-evaluation-harness begin
 # What only compute_eval_metrics measures, by how the metric's name begins.
-TASK_METRICS = ("accuracy", "exact_match", "rouge", "bleu", "chrf", "f1")
+OPTIONAL_METRIC_PREFIXES = ("accuracy", "exact_match", "rouge", "bleu", "chrf", "f1")
 
 
-def describe(profiles: Mapping[str, Hardware], launcher: str) -> dict[str, object]:
+def capabilities_response(profiles: Mapping[str, RuntimeCapabilities], launcher_name: str) -> dict[str, object]:
     """The whole answer of `GET /capabilities`. What is said outside `profiles` is said of the first, which is the default."""
     hardware = next(iter(profiles.values()))
     return {
-        "launcher": launcher,
+        "launcher": launcher_name,
         "profiles": {name: asdict(facts) for name, facts in profiles.items()},
         "trainer_types": {
             name: {"dataset_types": list(config.dataset_types), "modalities": list(config.modalities)}
@@ -58,33 +58,35 @@ def describe(profiles: Mapping[str, Hardware], launcher: str) -> dict[str, objec
     }
 
 
-def check_supported(config: TrainingConfig, hardware: Hardware) -> None:
+def check_supported(config: TrainingConfig, capabilities: RuntimeCapabilities) -> None:
     """Raise Unsupported when the request needs what this deployment does not have, naming what it has."""
     export = config.export_config
     for field, wanted, known in (
-        ("trainer_type", config.trainer_type, hardware.trainer_types),
-        ("provider", config.provider, hardware.providers),
-        ("method", config.method, hardware.methods),
-        ("modality", config.modality, hardware.modalities),
+        ("trainer_type", config.trainer_type, capabilities.trainer_types),
+        ("provider", config.provider, capabilities.providers),
+        ("method", config.method, capabilities.methods),
+        ("modality", config.modality, capabilities.modalities),
     ):
         if wanted not in known:
-            raise _unsupported(field, f"{field} {wanted!r} is not available in this deployment; it can do: {', '.join(known)}", hardware)
-    if (export.include_gguf or export.include_lora_gguf) and not hardware.gguf:
+            raise _unsupported(
+                field, f"{field} {wanted!r} is not available in this deployment; it can do: {', '.join(known)}", capabilities
+            )
+    if (export.include_gguf or export.include_lora_gguf) and not capabilities.gguf:
         field = "include_gguf" if export.include_gguf else "include_lora_gguf"
         message = "this deployment cannot write GGUF: llama.cpp is not installed there"
-        raise _unsupported(f"export_config.{field}", message, hardware)
-    if "onnx" in export.formats and not hardware.onnx:
+        raise _unsupported(f"export_config.{field}", message, capabilities)
+    if "onnx" in export.formats and not capabilities.onnx:
         message = "this deployment cannot write ONNX: its exporter is not installed there"
-        raise _unsupported("export_config.format", message, hardware)
-    if config.eval_config.lm_eval_tasks and not hardware.lm_eval:
+        raise _unsupported("export_config.format", message, capabilities)
+    if config.eval_config.lm_eval_tasks and not capabilities.lm_eval:
         message = "this deployment cannot run lm-eval tasks: lm-evaluation-harness is not installed there"
-        raise _unsupported("eval_config.lm_eval_tasks", message, hardware)
-    if config.hyperparameters.use_fa2 and not hardware.flash_attention_2:
-        message = f"use_fa2 needs FlashAttention 2 and an Ampere or newer GPU; this deployment trains on {hardware.device_name}"
-        raise _unsupported("hyperparameters.use_fa2", message, hardware)
+        raise _unsupported("eval_config.lm_eval_tasks", message, capabilities)
+    if config.hyperparameters.use_fa2 and not capabilities.flash_attention_2:
+        message = f"use_fa2 needs FlashAttention 2 and an Ampere or newer GPU; this deployment trains on {capabilities.device_name}"
+        raise _unsupported("hyperparameters.use_fa2", message, capabilities)
 
 
-def check_fits(config: TrainingConfig, dataset: Dataset) -> None:
+def check_dataset_compatible(config: TrainingConfig, dataset: Dataset) -> None:
     """Raise InvalidRequest when the trainer cannot learn from that dataset, as far as it shows before any compute is spent."""
     if dataset.dataset_type not in config.dataset_types:
         able = [name for name, trainer in TRAINER_TYPES.items() if dataset.dataset_type in trainer.dataset_types]
@@ -97,9 +99,9 @@ def check_fits(config: TrainingConfig, dataset: Dataset) -> None:
     _check_images(config, dataset)
     _check_base(config)
     if isinstance(config, GrpoConfig):
-        _check_columns(config, dataset)
+        _check_grader_columns(config, dataset)
     if EVAL_SPLIT not in dataset.splits:
-        _check_without_held_out_rows(config.eval_config, dataset.processed_dataset_id)
+        _reject_eval_without_eval_split(config.eval_config, dataset.processed_dataset_id)
     _check_gate(config.eval_config)
 
 
@@ -113,26 +115,24 @@ def _check_images(config: TrainingConfig, dataset: Dataset) -> None:
 
 
 def _check_base(config: TrainingConfig) -> None:
-    base, rank = known_base(config.base_model_id), config.hyperparameters.lora_rank
+    base, rank = find_known_model(config.base_model_id), config.hyperparameters.lora_rank
     if base is None:
         return
-    if config.modality == "vision" and not base.sees:
+    if config.modality == "vision" and not base.has_vision:
         message = f"{config.base_model_id} is a text model; it cannot take images"
         hint = "google/gemma-3-4b-it and larger ones take images"
         raise InvalidRequest(message, hint=hint, param="training_config.modality")
-    if config.method != "Full" and rank > base.width:
-        message = (
-            f"lora_rank {rank} is above {base.width}, the width of {config.base_model_id}'s layers: more would be trained than there is"
-        )
-        hint = f"8 to 64 is usual; at most {base.width}"
+    if config.method != "Full" and rank > base.hidden_size:
+        message = f"lora_rank {rank} is above {base.hidden_size}, the width of {config.base_model_id}'s layers"
+        hint = f"8 to 64 is usual; at most {base.hidden_size}"
         raise InvalidRequest(message, hint=hint, param="training_config.hyperparameters.lora_rank")
 
 
-def _check_columns(config: GrpoConfig, dataset: Dataset) -> None:
+def _check_grader_columns(config: GrpoConfig, dataset: Dataset) -> None:
     """What graders read must be in the rows."""
     known = dataset.columns if dataset.dataset_type == "prompt" else ("completion",)
     for n, grader in enumerate(config.reward_config):
-        for field, column in _columns_of(grader):
+        for field, column in _grader_columns(grader):
             if column not in known:
                 message = f"grader {grader.name!r} reads the column {column!r}; the rows of {dataset.processed_dataset_id} have: "
                 raise InvalidRequest(
@@ -142,7 +142,7 @@ def _check_columns(config: GrpoConfig, dataset: Dataset) -> None:
                 )
 
 
-def _columns_of(grader: Grader) -> Iterator[tuple[str, str]]:
+def _grader_columns(grader: Grader) -> Iterator[tuple[str, str]]:
     """The columns that a grader reads, by the field that names them."""
     match grader:
         case StringCheckGrader() | NumericGrader() | ExpressionGrader() | TextSimilarityGrader():
@@ -153,15 +153,15 @@ def _columns_of(grader: Grader) -> Iterator[tuple[str, str]]:
             return
 
 
-def _check_without_held_out_rows(wanted: EvalConfig, dataset_id: str) -> None:
+def _reject_eval_without_eval_split(eval_config: EvalConfig, dataset_id: str) -> None:
     """What is measured on held-out rows cannot be measured on none."""
     for field, asked, instead in (
-        ("eval_strategy", wanted.eval_strategy != "no", "set eval_strategy to 'no'"),
-        ("compute_eval_metrics", wanted.compute_eval_metrics, "set compute_eval_metrics to false"),
-        ("promotion_gate", any(not check.metric.startswith(LM_EVAL) for check in wanted.promotion_gate), "leave the gate out"),
+        ("eval_strategy", eval_config.eval_strategy != "no", "set eval_strategy to 'no'"),
+        ("compute_eval_metrics", eval_config.compute_eval_metrics, "set compute_eval_metrics to false"),
+        ("promotion_gate", any(not check.metric.startswith(LM_EVAL_PREFIX) for check in eval_config.promotion_gate), "leave the gate out"),
     ):
         if asked:
-            value = f" {wanted.eval_strategy!r}" if field == "eval_strategy" else ""
+            value = f" {eval_config.eval_strategy!r}" if field == "eval_strategy" else ""
             raise InvalidRequest(
                 f"{field}{value} needs held-out rows, and {dataset_id} has none",
                 hint=f"upload the dataset with eval_fraction above 0, or {instead}",
@@ -169,19 +169,19 @@ def _check_without_held_out_rows(wanted: EvalConfig, dataset_id: str) -> None:
             )
 
 
-def _check_gate(wanted: EvalConfig) -> None:
+def _check_gate(eval_config: EvalConfig) -> None:
     """A gate on what is not measured would never open."""
-    for n, check in enumerate(wanted.promotion_gate):
+    for n, check in enumerate(eval_config.promotion_gate):
         param = f"training_config.eval_config.promotion_gate.{n}.metric"
-        if check.metric.startswith(TASK_METRICS) and not wanted.compute_eval_metrics:
+        if check.metric.startswith(OPTIONAL_METRIC_PREFIXES) and not eval_config.compute_eval_metrics:
             message = f"the gate asks for {check.metric}, which is only measured with compute_eval_metrics"
             raise InvalidRequest(message, hint="set eval_config.compute_eval_metrics to true", param=param)
-        task = check.metric.removeprefix(LM_EVAL).partition("/")[0]
-        if check.metric.startswith(LM_EVAL) and task not in wanted.lm_eval_tasks:
+        task = check.metric.removeprefix(LM_EVAL_PREFIX).partition("/")[0]
+        if check.metric.startswith(LM_EVAL_PREFIX) and task not in eval_config.lm_eval_tasks:
             message = f"the gate asks for {check.metric}, and {task!r} is not among lm_eval_tasks"
             raise InvalidRequest(message, hint=f"add {task} to eval_config.lm_eval_tasks", param=param)
 
 
-def _unsupported(field: str, message: str, hardware: Hardware) -> Unsupported:
-    why = hardware.notes.get(field.rpartition(".")[2], "")
+def _unsupported(field: str, message: str, capabilities: RuntimeCapabilities) -> Unsupported:
+    why = capabilities.notes.get(field.rpartition(".")[2], "")
     return Unsupported(message, hint=why or "GET /capabilities lists what this deployment can do", param=f"training_config.{field}")

@@ -18,17 +18,17 @@ class StoredCheckpoint:
     uri: str
 
 
-def stored_checkpoints(models: ObjectStore, prefix: str, first_attempt: int) -> list[StoredCheckpoint]:
+def list_checkpoints(models: ObjectStore, prefix: str, min_attempt: int) -> list[StoredCheckpoint]:
     """The checkpoints of a job from an attempt on, in the order in which the next attempt tries them. Raises StorageError."""
-    manifests = [stored.key for stored in models.walk(prefix) if stored.key.endswith(f"/{MANIFEST}")]
-    found = [loaded for key in manifests if (loaded := _load(models, key)) and loaded.checkpoint.attempt >= first_attempt]
+    manifests = [stored.key for stored in models.iter_objects(prefix) if stored.key.endswith(f"/{MANIFEST}")]
+    found = [loaded for key in manifests if (loaded := _load_manifest(models, key)) and loaded.checkpoint.attempt >= min_attempt]
     return sorted(found, key=lambda stored: (stored.checkpoint.attempt, stored.checkpoint.step), reverse=True)
 
 
-def _load(models: ObjectStore, key: str) -> StoredCheckpoint | None:
+def _load_manifest(models: ObjectStore, key: str) -> StoredCheckpoint | None:
     folder = key.removesuffix(MANIFEST)
     try:
-        return StoredCheckpoint(Checkpoint.unsealed(models.read(key)), folder, f"{models.url}/{folder}")
+        return StoredCheckpoint(Checkpoint.from_verified_bytes(models.read(key)), folder, f"{models.url}/{folder}")
     except NoSuchObject:  # pruned this very moment
         return None
     except (ValueError, RecursionError):

@@ -24,16 +24,16 @@ import orjson
 
 from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
 from schema.words import DatasetType
-from service.core.row_forms import FORMS, Content, content_of
-from service.core.row_values import Number, Refused
+from service.core.row_forms import FORMATS, ValidatedRow, parse_row
+from service.core.row_values import InvalidValue, Number
 
 MAX_EVAL_FRACTION = 0.5
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 JSON_WHITESPACE = b" \t\r\n"
-IN_ROW = re.compile(rb'"data:[^"]*', re.IGNORECASE)  # a file within a row, whole or as far as it was read
+DATA_URI_PATTERN = re.compile(rb'"data:[^"]*', re.IGNORECASE)  # a file within a row, whole or as far as it was read
 
 
-class BadRow(ValueError):
+class InvalidRow(ValueError):
     """A row that cannot be used. `line` counts from 1, blank lines too; `field` is a path such as messages[2].content, or empty."""
 
     def __init__(self, line: int, field: str, reason: str) -> None:
@@ -65,7 +65,7 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SplitFacts:
+class SplitStats:
     """What was written for one split."""
 
     rows: int
@@ -74,14 +74,14 @@ class SplitFacts:
 
 
 @dataclass(frozen=True)
-class Ingested:
+class IngestResult:
     """What an upload came to."""
 
     dataset_type: DatasetType
     rows_read: int
     duplicates_dropped: int
-    train: SplitFacts
-    eval: SplitFacts | None  # None: nothing was to be held out, or all rows have the same prompt
+    train: SplitStats
+    eval: SplitStats | None  # None: nothing was to be held out, or all rows have the same prompt
     images: int  # in the rows of both splits
     columns: tuple[str, ...]  # beside the prompt, in rows of that form
 
@@ -94,7 +94,7 @@ def ingest(
     train_out: BinaryIO,
     eval_out: BinaryIO,
     scratch: BinaryIO,
-) -> Ingested:
+) -> IngestResult:
     """Read an upload, drop exact duplicates, and write both splits, each in the order of the upload.
 
     `scratch` is an empty file open for writing and reading; it grows to the size of the rows. The outputs are only written
@@ -112,10 +112,10 @@ def ingest(
             scratch.write(row.canonical + b"\n")
     scratch.seek(0)
     train, held_out = _SplitWriter(train_out), _SplitWriter(eval_out)
-    for side, line in zip(splitter.sides(), scratch, strict=True):
+    for side, line in zip(splitter.assign_splits(), scratch, strict=True):
         (train if side == TRAIN_SPLIT else held_out).write(line)
-    held_out_facts = held_out.facts() if held_out.rows else None
-    return Ingested(dataset_type, rows_read, splitter.duplicates_dropped, train.facts(), held_out_facts, images, columns)
+    held_out_facts = held_out.stats() if held_out.rows else None
+    return IngestResult(dataset_type, rows_read, splitter.duplicates_dropped, train.stats(), held_out_facts, images, columns)
 
 
 def read_rows(stream: BinaryIO, limits: RowLimits) -> Iterator[Row]:
@@ -123,16 +123,16 @@ def read_rows(stream: BinaryIO, limits: RowLimits) -> Iterator[Row]:
 
     Raises BadRow, also when there are no rows or too many, or when all have the same label.
     """
-    alike = _Alike()
-    for number, line in _lines(stream, limits):
+    alike = _ConsistencyChecker()
+    for number, line in _read_lines(stream, limits):
         if alike.rows == limits.max_rows:
-            raise BadRow(number, "", f"more than {limits.max_rows:,} rows; split the file into several datasets")
+            raise InvalidRow(number, "", f"more than {limits.max_rows:,} rows; split the file into several datasets")
         try:
-            content = content_of(line)
-        except Refused as refused:
-            raise BadRow(number, refused.field, refused.reason) from refused
+            content = parse_row(line)
+        except InvalidValue as refused:
+            raise InvalidRow(number, refused.field, refused.reason) from refused
         alike.add(number, content)
-        row = _row(number, content)
+        row = _make_row(number, content)
         if len(line) > limits.max_row_bytes:
             _check_text_size(row, content, limits)
         yield row
@@ -166,29 +166,29 @@ class Splitter:
         self._keys.append(int.from_bytes(hashlib.blake2b(self._seed + row.prompt_digest, digest_size=8).digest()))
         return True
 
-    def sides(self) -> Iterator[Literal["train", "eval"]]:
+    def assign_splits(self) -> Iterator[Literal["train", "eval"]]:
         """The side of each row that was kept, in the order they were added."""
-        held_out = _held_out(self._keys, self._eval_fraction)
+        held_out = _choose_held_out(self._keys, self._eval_fraction)
         return (EVAL_SPLIT if key in held_out else TRAIN_SPLIT for key in self._keys)
 
 
-def _held_out(keys: "array[int]", eval_fraction: float) -> set[int]:
+def _choose_held_out(keys: "array[int]", eval_fraction: float) -> set[int]:
     """The prompts to hold out: in the seed's order, every one whose rows still fit into the number asked for."""
     if eval_fraction == 0 or not keys or min(keys) == max(keys):
         return set()
     ordered = sorted(keys)
     room = max(1, round(eval_fraction * len(ordered)))
     held_out: set[int] = set()
-    for key, rows in _prompts(ordered):
+    for key, rows in _count_rows_per_prompt(ordered):
         if rows <= room:
             held_out.add(key)
             room -= rows
         if not room:
             break
-    return held_out or {min(_prompts(ordered), key=lambda prompt: prompt[1])[0]}
+    return held_out or {min(_count_rows_per_prompt(ordered), key=lambda prompt: prompt[1])[0]}
 
 
-def _prompts(ordered: list[int]) -> Iterator[tuple[int, int]]:
+def _count_rows_per_prompt(ordered: list[int]) -> Iterator[tuple[int, int]]:
     """Each prompt's key, with its number of rows."""
     return ((key, sum(1 for _ in rows)) for key, rows in groupby(ordered))
 
@@ -208,54 +208,54 @@ class _SplitWriter:
         self._size_bytes += len(line)
         self.rows += 1
 
-    def facts(self) -> SplitFacts:
-        return SplitFacts(self.rows, self._size_bytes, self._sha256.hexdigest())
+    def stats(self) -> SplitStats:
+        return SplitStats(self.rows, self._size_bytes, self._sha256.hexdigest())
 
 
-def _lines(stream: BinaryIO, limits: RowLimits) -> Iterator[tuple[int, bytes]]:
+def _read_lines(stream: BinaryIO, limits: RowLimits) -> Iterator[tuple[int, bytes]]:
     """The lines that are not blank, with their numbers. Never holds more of a line than is allowed."""
     number = 0
-    while line := _raw_line(stream, limits, len(b"\r\n") + (0 if number else len(BYTE_ORDER_MARK))):
+    while line := _read_raw_line(stream, limits, len(b"\r\n") + (0 if number else len(BYTE_ORDER_MARK))):
         number += 1
         line = line.removesuffix(b"\n").removesuffix(b"\r")
         if number == 1:
             line = line.removeprefix(BYTE_ORDER_MARK)
-        if len(line) > limits.max_row_bytes and (reason := _too_long(line, limits)):
-            raise BadRow(number, "", reason)
+        if len(line) > limits.max_row_bytes and (reason := _line_length_error(line, limits)):
+            raise InvalidRow(number, "", reason)
         if line.strip(JSON_WHITESPACE):
             yield number, line
 
 
-def _raw_line(stream: BinaryIO, limits: RowLimits, slack: int) -> bytes:
+def _read_raw_line(stream: BinaryIO, limits: RowLimits, slack: int) -> bytes:
     """A line with its end, or as much of it as shows that it is too long."""
     raw = stream.readline(limits.max_row_bytes + slack)
-    if len(raw) > limits.max_row_bytes and not raw.endswith(b"\n") and IN_ROW.search(raw):
+    if len(raw) > limits.max_row_bytes and not raw.endswith(b"\n") and DATA_URI_PATTERN.search(raw):
         raw += stream.readline(max(0, limits.max_image_row_bytes + slack - len(raw)))
     return raw
 
 
-def _too_long(line: bytes, limits: RowLimits) -> str | None:
+def _line_length_error(line: bytes, limits: RowLimits) -> str | None:
     """Why a line is too long. What is not image is counted apart: in memory, a list of short values takes twenty times its bytes."""
-    images = sum(found.end() - found.start() for found in IN_ROW.finditer(line))
+    images = sum(found.end() - found.start() for found in DATA_URI_PATTERN.finditer(line))
     if len(line) - images > limits.max_row_bytes:
-        return _too_long_without_images(limits, images)
+        return _text_length_error(limits, images)
     if len(line) > max(limits.max_row_bytes, limits.max_image_row_bytes):
         return f"longer than {limits.max_image_row_bytes:,} bytes with its images; use fewer or smaller ones"
     return None
 
 
-def _too_long_without_images(limits: RowLimits, images: int) -> str:
+def _text_length_error(limits: RowLimits, images: int) -> str:
     return f"longer than {limits.max_row_bytes:,} bytes{' without its images' if images else ''}; shorten the row, or cut it into several"
 
 
-def _check_text_size(row: Row, content: Content, limits: RowLimits) -> None:
+def _check_text_size(row: Row, content: ValidatedRow, limits: RowLimits) -> None:
     """Refuse a row that looked as if it had images, and is too long without them."""
     images = sum(len(image) for image in content.images)
     if len(row.canonical) - images > limits.max_row_bytes:
-        raise BadRow(row.line, "", _too_long_without_images(limits, images))
+        raise InvalidRow(row.line, "", _text_length_error(limits, images))
 
 
-class _Alike:
+class _ConsistencyChecker:
     """What the rows of one upload must have in common, and the labels that they must not."""
 
     def __init__(self) -> None:
@@ -265,12 +265,12 @@ class _Alike:
         self._last_line = 1
         self._labels = Counter[bool]()
 
-    def add(self, number: int, content: Content) -> None:
+    def add(self, number: int, content: ValidatedRow) -> None:
         if not self.rows:
             self._first_line, self._first_shape = number, content.shape
         elif content.shape != self._first_shape:
             found = f"this row is {content.shape}, but line {self._first_line} is {self._first_shape}"
-            raise BadRow(number, "", f"{found}; a dataset has rows of one form")
+            raise InvalidRow(number, "", f"{found}; a dataset has rows of one form")
         if content.label is not None:
             self._labels[content.label] += 1
         self._last_line = number
@@ -279,20 +279,20 @@ class _Alike:
     def check_labels(self) -> None:
         """Raises BadRow, also when there were no rows."""
         if not self.rows:
-            raise BadRow(1, "", f"no rows; a row is one line such as {FORMS}")
+            raise InvalidRow(1, "", f"no rows; a row is one line such as {FORMATS}")
         if len(self._labels) == 1:
             found = f"{self._labels[True]:,} rows are true and {self._labels[False]:,} are false"
-            raise BadRow(self._last_line, "label", f"is the same in all rows: {found}; there must be some of each")
+            raise InvalidRow(self._last_line, "label", f"is the same in all rows: {found}; there must be some of each")
 
 
-def _row(number: int, content: Content) -> Row:
-    canonical = orjson.dumps(content.columns, default=_literal, option=orjson.OPT_PASSTHROUGH_DATACLASS)
+def _make_row(number: int, content: ValidatedRow) -> Row:
+    canonical = orjson.dumps(content.columns, default=_serialize_number, option=orjson.OPT_PASSTHROUGH_DATACLASS)
     digest = _digest(canonical)
     prompt_digest = digest if content.prompt is None else _digest(orjson.dumps(content.prompt))
-    return Row(number, content.dataset_type, canonical, digest, prompt_digest, len(content.images), content.extra)
+    return Row(number, content.dataset_type, canonical, digest, prompt_digest, len(content.images), content.extra_columns)
 
 
-def _literal(value: object) -> orjson.Fragment:
+def _serialize_number(value: object) -> orjson.Fragment:
     """A number, as the upload writes it."""
     if not isinstance(value, Number):
         raise TypeError(f"{type(value).__name__} is no value of a row")

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT, Dataset, Split
-from service.core.dataset_rows import BadRow, Ingested, RowLimits, SplitFacts, ingest
+from service.core.dataset_rows import IngestResult, InvalidRow, RowLimits, SplitStats, ingest
 from service.core.errors import Conflict, InvalidDataset, InvalidRequest, NotFound, TooLarge
 from service.core.ports import JobStore, Page
-from storage import InvalidKey, ObjectStore, delete_below
+from storage import InvalidKey, ObjectStore, delete_prefix
 
-INCOMING = "incoming/"  # where callers put files that are too large for a request
+INCOMING_PREFIX = "incoming/"  # where callers put files that are too large for a request
 SPLIT_SEED = 42
 PREVIEW_ROWS = 5
 
@@ -41,7 +41,7 @@ class Datasets:
         objects: ObjectStore,
         limits: RowLimits,
         clock: Callable[[], datetime],
-        random_tail: Callable[[], str],
+        random_suffix: Callable[[], str],
         scratch: Path,
         max_incoming_bytes: int,
     ) -> None:
@@ -49,13 +49,13 @@ class Datasets:
         self._objects = objects
         self._limits = limits
         self._clock = clock
-        self._random_tail = random_tail
+        self._random_suffix = random_suffix
         self._scratch = scratch
         self._max_incoming_bytes = max_incoming_bytes
 
     def ingest(self, upload: Upload, tenant_id: str) -> Dataset:
         """Check every row, split, store, and only then keep the record. Raises InvalidDataset naming the first bad line."""
-        dataset_id = f"dataset_{self._random_tail()}"
+        dataset_id = f"dataset_{self._random_suffix()}"
         self._scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
             ingested = self._read(upload, Path(folder))
@@ -80,8 +80,10 @@ class Datasets:
     @contextmanager
     def open_incoming(self, key: str) -> Generator[BinaryIO]:
         """A file that was put into the store beforehand, below incoming/. Raises InvalidRequest, NotFound, TooLarge."""
-        if not key.startswith(INCOMING):
-            raise InvalidRequest(f"{key!r} is not below {INCOMING} of {self._objects.url}", hint=f"put it at {INCOMING}", param="incoming")
+        if not key.startswith(INCOMING_PREFIX):
+            raise InvalidRequest(
+                f"{key!r} is not below {INCOMING_PREFIX} of {self._objects.url}", hint=f"put it at {INCOMING_PREFIX}", param="incoming"
+            )
         try:
             stored = self._objects.stat(key)
         except InvalidKey as error:
@@ -102,26 +104,26 @@ class Datasets:
             raise NotFound(f"no dataset {dataset_id!r}", hint="GET /datasets lists them", param="processed_dataset_id")
         return dataset
 
-    def page(self, tenant_id: str, limit: int, after: str | None) -> Page[Dataset]:
+    def list_datasets(self, tenant_id: str, limit: int, after: str | None) -> Page[Dataset]:
         """A page of a tenant's datasets, newest first."""
-        return self._store.page_datasets(tenant_id, limit, after)
+        return self._store.list_datasets(tenant_id, limit, after)
 
     def preview(self, dataset: Dataset) -> dict[str, list[object]]:
         """The first rows of each split, without reading the rest. Of an image, only its type and size are shown."""
-        return {name: self._first_rows(split) for name, split in dataset.splits.items()}
+        return {name: self._read_first_rows(split) for name, split in dataset.splits.items()}
 
     def delete(self, dataset_id: str, tenant_id: str) -> list[str]:
         """Remove the rows and the record; says what was removed. Raises Conflict while a job needs it."""
         self.find(dataset_id, tenant_id)
-        users = self._store.uses_of_dataset(dataset_id)
+        users = self._store.list_jobs_using_dataset(dataset_id)
         if users:
             raise Conflict(f"{dataset_id} is used by {', '.join(users[:3])}", hint="cancel or delete those jobs first")
         prefix = f"datasets/{dataset_id}/"
-        keys = delete_below(self._objects, prefix)
+        keys = delete_prefix(self._objects, prefix)
         self._store.delete_dataset(dataset_id)
         return [f"{self._objects.url}/{key}" for key in keys]
 
-    def _read(self, upload: Upload, folder: Path) -> Ingested:
+    def _read(self, upload: Upload, folder: Path) -> IngestResult:
         with (
             (folder / TRAIN_SPLIT).open("w+b") as train,
             (folder / EVAL_SPLIT).open("w+b") as held_out,
@@ -129,11 +131,11 @@ class Datasets:
         ):
             try:
                 return ingest(upload.stream, self._limits, upload.eval_fraction, SPLIT_SEED, train, held_out, scratch)
-            except BadRow as error:
+            except InvalidRow as error:
                 raise InvalidDataset(f"line {error.line}: {error.reason}", param=error.field or "file") from error
 
-    def _store_splits(self, ingested: Ingested, folder: Path, dataset_id: str) -> dict[str, Split]:
-        found: dict[str, SplitFacts | None] = {TRAIN_SPLIT: ingested.train, EVAL_SPLIT: ingested.eval}
+    def _store_splits(self, ingested: IngestResult, folder: Path, dataset_id: str) -> dict[str, Split]:
+        found: dict[str, SplitStats | None] = {TRAIN_SPLIT: ingested.train, EVAL_SPLIT: ingested.eval}
         splits: dict[str, Split] = {}
         for name, facts in found.items():
             if facts is not None and facts.rows:
@@ -142,7 +144,7 @@ class Datasets:
                 splits[name] = Split(rows=facts.rows, size_bytes=facts.size_bytes, sha256=facts.sha256, key=key)
         return splits
 
-    def _first_rows(self, split: Split) -> list[object]:
+    def _read_first_rows(self, split: Split) -> list[object]:
         with self._objects.open_read(split.key) as stream:  # its rows were measured before they were stored
             return [_without_images(json.loads(stream.readline())) for _ in range(min(PREVIEW_ROWS, split.rows))]
 

@@ -9,25 +9,25 @@ from service.core.errors import InvalidRequest
 from service.core.ports import Hub, HubAccess, HubAccount
 from service.core.secrets import HF_SECRET
 from storage import ObjectStore, StorageError
-from storage.patience import patience
+from storage.patience import deadline
 
-HUB_S = 2.5  # for all that is asked about one request: a caller waits four seconds for everything
-MAY_WRITE = ("contributor", "write", "admin")  # what a member of an organisation must be, to make a repository there
+HUB_TIMEOUT_S = 2.5  # for all that is asked about one request: a caller waits four seconds for everything
+WRITE_ROLES = ("contributor", "write", "admin")  # what a member of an organisation must be, to make a repository there
 
 
 class NoHub:
     """A deployment without the Hub: nothing is known."""
 
-    def read_access(self, repo_id: str, token: str | None) -> HubAccess:  # noqa: ARG002
+    def check_read_access(self, repo_id: str, token: str | None) -> HubAccess:  # noqa: ARG002
         return "unknown"
 
-    def write_access(self, repo_id: str, token: str) -> HubAccess:  # noqa: ARG002
+    def check_write_access(self, repo_id: str, token: str) -> HubAccess:  # noqa: ARG002
         return "unknown"
 
-    def account(self, token: str) -> HubAccount | None:  # noqa: ARG002
+    def get_account(self, token: str) -> HubAccount | None:  # noqa: ARG002
         return None
 
-    def commits(self, repo_id: str, token: str) -> list[str] | None:  # noqa: ARG002
+    def list_commits(self, repo_id: str, token: str) -> list[str] | None:  # noqa: ARG002
         raise InvalidRequest("this deployment does not reach the Hub")
 
     def delete_repository(self, repo_id: str, token: str) -> None:  # noqa: ARG002
@@ -54,15 +54,15 @@ def check_hub(config: TrainingConfig, token: str | None, hub: Hub, models: Objec
     pushes_to = config.export_config.hf_repo_id  # the schema wants it with destination hfhub, and only then
     if isinstance(hub, NoHub):
         return  # no use in looking for the base either
-    with patience(HUB_S):
-        if not _is_here(models, config.base_model_id):
-            refuse_base(config.base_model_id, hub.read_access(config.base_model_id, token), has_token=bool(token))
+    with deadline(HUB_TIMEOUT_S):
+        if not _is_base_stored(models, config.base_model_id):
+            base_access_error(config.base_model_id, hub.check_read_access(config.base_model_id, token), has_token=bool(token))
         if pushes_to and token:
-            access = hub.write_access(pushes_to, token)
-            refuse_push(pushes_to, access, hub.account(token) if access in ("refused", "absent", "unknown") else None)
+            access = hub.check_write_access(pushes_to, token)
+            push_access_error(pushes_to, access, hub.get_account(token) if access in ("refused", "absent", "unknown") else None)
 
 
-def _is_here(models: ObjectStore, base_model_id: str) -> bool:
+def _is_base_stored(models: ObjectStore, base_model_id: str) -> bool:
     """Whether the base need not come from the Hub. A store that does not answer now is told of when the job is launched."""
     try:
         return is_stored(models, base_model_id)
@@ -70,7 +70,7 @@ def _is_here(models: ObjectStore, base_model_id: str) -> bool:
         return True
 
 
-def refuse_base(base_model_id: str, access: HubAccess, *, has_token: bool) -> None:
+def base_access_error(base_model_id: str, access: HubAccess, *, has_token: bool) -> None:
     """Raise InvalidRequest when the base cannot be read."""
     whose = "the hf_token that was sent" if has_token else "a request without hf_token"
     match access:
@@ -90,7 +90,7 @@ def refuse_base(base_model_id: str, access: HubAccess, *, has_token: bool) -> No
             return
 
 
-def refuse_push(repo_id: str, access: HubAccess, account: HubAccount | None) -> None:
+def push_access_error(repo_id: str, access: HubAccess, account: HubAccount | None) -> None:
     """Raise InvalidRequest when the results could not be pushed. `account` is asked for where the repository itself does not say."""
     namespace = repo_id.partition("/")[0] if "/" in repo_id else (account.user if account else "")
     if access == "bad_token":
@@ -99,8 +99,8 @@ def refuse_push(repo_id: str, access: HubAccess, account: HubAccount | None) -> 
         if account.role == "read":
             hint = "make one with write access: https://huggingface.co/settings/tokens"
             raise InvalidRequest("hf_token can only read, and the job is to push", hint=hint, param=HF_SECRET)
-        if namespace != account.user and account.orgs.get(namespace) not in MAY_WRITE:
-            known = ", ".join([account.user, *(name for name, role in account.orgs.items() if role in MAY_WRITE)])
+        if namespace != account.user and account.orgs.get(namespace) not in WRITE_ROLES:
+            known = ", ".join([account.user, *(name for name, role in account.orgs.items() if role in WRITE_ROLES)])
             message = f"hf_token is {account.user}'s, who cannot write to {namespace!r}"
             raise InvalidRequest(message, hint=f"push to one of: {known}", param="training_config.export_config.hf_repo_id")
         if account.role == "fineGrained" and not {namespace, f"{namespace}/{repo_id.rpartition('/')[2]}"} & account.writable:
@@ -111,7 +111,7 @@ def refuse_push(repo_id: str, access: HubAccess, account: HubAccount | None) -> 
         raise InvalidRequest(f"hf_token may not write to {repo_id}", hint=hint, param="training_config.export_config.hf_repo_id")
 
 
-def check_all_ours(repo_id: str, commits: list[str], pushed: set[str]) -> None:
+def check_only_our_commits(repo_id: str, commits: list[str], pushed: set[str]) -> None:
     """Raise InvalidRequest unless a repository holds nothing but what one job pushed. The first commit is the Hub's own."""
     others = [commit for commit in commits[1:] if commit not in pushed]
     if others or commits[:1] == []:

@@ -4,12 +4,12 @@ from datetime import datetime, timedelta
 
 from schema.events import EventBatch, ReportedEvent
 from schema.job import Job
-from service.core.ports import JobSummary, Liveness
+from service.core.ports import Heartbeat, JobSummary
 
-IDEMPOTENCY_LIFE = timedelta(hours=24)
+IDEMPOTENCY_TTL = timedelta(hours=24)
 
 
-def summary_of(job: Job) -> JobSummary:
+def summarize_job(job: Job) -> JobSummary:
     """What a list shows of a job."""
     config = job.training_config
     return JobSummary(
@@ -24,19 +24,21 @@ def summary_of(job: Job) -> JobSummary:
     )
 
 
-def new_events(alive: Liveness | None, attempt: int, batch: EventBatch, now: datetime) -> tuple[list[tuple[int, ReportedEvent]], Liveness]:
+def select_new_events(
+    heartbeat: Heartbeat | None, attempt: int, batch: EventBatch, now: datetime
+) -> tuple[list[tuple[int, ReportedEvent]], Heartbeat]:
     """The events of a batch that were not seen before, with their numbers, and the sign of life they leave.
 
     A gap is accepted: events may be lost. A batch of an older attempt changes nothing.
     """
-    if alive and alive.attempt > attempt:
-        return [], alive
-    seen = alive.next_seq if alive and alive.attempt == attempt else 0
+    if heartbeat and heartbeat.attempt > attempt:
+        return [], heartbeat
+    seen = heartbeat.next_seq if heartbeat and heartbeat.attempt == attempt else 0
     fresh = [(seq, event) for seq, event in enumerate(batch.events, start=batch.first_seq) if seq >= seen]
-    kept = alive if alive and alive.attempt == attempt else None
-    liveness = Liveness(
+    kept = heartbeat if heartbeat and heartbeat.attempt == attempt else None
+    liveness = Heartbeat(
         attempt=attempt,
-        seen_at=now,
+        received_at=now,
         next_seq=fresh[-1][0] + 1 if fresh else seen,
         phase=batch.phase or (kept.phase if kept else None),
         progress=batch.progress or (kept.progress if kept else None),

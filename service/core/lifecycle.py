@@ -6,14 +6,23 @@ record itself when the fact changes nothing, or raises what a caller should be t
 
 from datetime import datetime
 
-from schema.events import CheckpointSaved, Evaluated, Event, GateJudged, PhaseChanged, Resumed, StatusChanged, TrackerStarted
-from schema.job import Attempt, AttemptOutcome, Failure, Job, SavedPoint, Status
+from schema.events import (
+    CheckpointRestored,
+    CheckpointSaved,
+    EvaluationCompleted,
+    Event,
+    GateEvaluated,
+    PhaseChanged,
+    StatusChanged,
+    TrackerStarted,
+)
+from schema.job import Attempt, AttemptOutcome, CheckpointRef, Failure, Job, Status
 from schema.result import Result
 from schema.training import TrainingConfig
 from service.core.errors import Conflict, Fenced
 
 # Which status may follow which. Out of `failed` and `cancelled` leads a retry alone; `completed` is the end.
-FOLLOWS: dict[Status, frozenset[Status]] = {
+ALLOWED_TRANSITIONS: dict[Status, frozenset[Status]] = {
     Status.QUEUED: frozenset({Status.PREPARING, Status.PAUSED, Status.CANCELLED, Status.FAILED}),
     Status.PREPARING: frozenset({Status.TRAINING, Status.CANCELLING, Status.PAUSING, Status.COMPLETED, Status.FAILED, Status.QUEUED}),
     Status.TRAINING: frozenset({Status.CANCELLING, Status.PAUSING, Status.COMPLETED, Status.FAILED, Status.QUEUED}),
@@ -25,91 +34,99 @@ FOLLOWS: dict[Status, frozenset[Status]] = {
 }
 
 # Attempts in a row that ended early and saved nothing new, before the job is given up.
-MOST_WITHOUT_PROGRESS = 5
-MOST_LOST = 3  # of them, those that vanished: each may have cost an hour, and a process that is killed for its memory is killed again
-LAST_WORDS = ("metrics", "base_metrics", "gate", "published_step", "wandb_url")  # of a result, those that the record takes over as they are
-GOES_ON: frozenset[AttemptOutcome] = frozenset({"yielded", "preempted", "lost"})
+MAX_ATTEMPTS_WITHOUT_PROGRESS = 5
+MAX_LOST_ATTEMPTS = (
+    3  # of them, those that vanished: each may have cost an hour, and a process that is killed for its memory is killed again
+)
+RESULT_FIELDS = (
+    "metrics",
+    "base_metrics",
+    "gate",
+    "published_step",
+    "wandb_url",
+)  # of a result, those that the record takes over as they are
+CONTINUABLE_OUTCOMES: frozenset[AttemptOutcome] = frozenset({"yielded", "preempted", "lost"})
 # What the compute may tell of an attempt that ended early, and that another attempt can get over.
-CAN_GO_ON = frozenset({"preempted", "timeout"})
+CONTINUABLE_FAILURES = frozenset({"preempted", "timeout"})
 
 
 def begin_attempt(job: Job, launcher: str, now: datetime) -> Job:
     """A queued job gets its next attempt, which has no handle yet."""
-    attempt = Attempt(number=len(job.attempts) + 1, launcher=launcher, created_at=now, launch_began_at=now)
-    return _move(job, Status.PREPARING, now, attempts=(*job.attempts, attempt))
+    attempt = Attempt(number=len(job.attempts) + 1, launcher=launcher, created_at=now, launch_started_at=now)
+    return _transition(job, Status.PREPARING, now, attempts=(*job.attempts, attempt))
 
 
-def launching_again(job: Job, number: int, now: datetime) -> Job:
+def relaunch(job: Job, number: int, now: datetime) -> Job:
     """Somebody is about to send the attempt once more. Of two at once, the one whose change is kept may."""
     attempt = check_current(job, number)
-    return _with_attempt(job, attempt.model_copy(update={"launch_began_at": now}), now)
+    return _replace_attempt(job, attempt.model_copy(update={"launch_started_at": now}), now)
 
 
-def launch_delayed(job: Job, number: int, why: str, now: datetime) -> Job:
+def delay_launch(job: Job, number: int, reason: str, now: datetime) -> Job:
     """The compute cannot take the attempt now; it will be tried again."""
-    attempt = _attempt(job, number)
-    if attempt.handle is not None or attempt.ended_at is not None or attempt.delay == why:
+    attempt = _get_attempt(job, number)
+    if attempt.handle is not None or attempt.ended_at is not None or attempt.pending_reason == reason:
         return job
-    return _with_attempt(job, attempt.model_copy(update={"delay": why}), now)
+    return _replace_attempt(job, attempt.model_copy(update={"pending_reason": reason}), now)
 
 
-def launched(job: Job, number: int, handle: str, now: datetime) -> Job:
+def mark_launched(job: Job, number: int, handle: str, now: datetime) -> Job:
     """The compute took the attempt. A process that claimed it may have been quicker than the answer, and even have ended."""
-    attempt = _attempt(job, number)
+    attempt = _get_attempt(job, number)
     if attempt.handle == handle:
         return job
-    return _with_attempt(job, attempt.model_copy(update={"handle": handle, "launched_at": now, "delay": None}), now)
+    return _replace_attempt(job, attempt.model_copy(update={"handle": handle, "launched_at": now, "pending_reason": None}), now)
 
 
-def launch_refused(job: Job, number: int, failure: Failure, now: datetime) -> Job:
+def mark_launch_failed(job: Job, number: int, failure: Failure, now: datetime) -> Job:
     """The compute said that the attempt can never start."""
     return _end(job, number, "launch_failed", failure, now)
 
 
-def claimed(job: Job, number: int, claimant: str, now: datetime) -> Job:
+def claim_attempt(job: Job, number: int, claimant: str, now: datetime) -> Job:
     """A process takes possession of the attempt; a second process is told that it is too late. Raises Fenced."""
     attempt = check_current(job, number)
     if attempt.claimed_by == claimant:
         return job
     if attempt.claimed_by is not None:
         raise Fenced(f"attempt {number} of {job.job_id} is owned by another process")
-    job = _with_attempt(job, attempt.model_copy(update={"claimed_by": claimant, "claimed_at": now}), now)
+    job = _replace_attempt(job, attempt.model_copy(update={"claimed_by": claimant, "claimed_at": now}), now)
     return job if job.started_at else job.model_copy(update={"started_at": now})
 
 
-def absorbed(job: Job, number: int, event: Event, now: datetime) -> Job:
+def apply_event(job: Job, number: int, event: Event, now: datetime) -> Job:
     """What an event of the current attempt changes in the record; most change nothing. Raises Fenced."""
     check_current(job, number)
     match event:
         case PhaseChanged(phase="training") if job.status is Status.PREPARING:
-            return _move(job, Status.TRAINING, now)
-        case Evaluated(when="before", metrics=metrics):
+            return _transition(job, Status.TRAINING, now)
+        case EvaluationCompleted(when="before", metrics=metrics):
             return job.model_copy(update={"base_metrics": metrics, "updated_at": now})
-        case Evaluated(metrics=metrics):
+        case EvaluationCompleted(metrics=metrics):
             return job.model_copy(update={"metrics": metrics, "updated_at": now})
         case TrackerStarted(tracker=tracker, url=str(url)):
             wandb = {"wandb_url": url} if tracker == "wandb" else {}
-            return job.model_copy(update={"trackers": job.trackers | {tracker: url}, "updated_at": now, **wandb})
-        case GateJudged(gate=gate):
+            return job.model_copy(update={"tracker_urls": job.tracker_urls | {tracker: url}, "updated_at": now, **wandb})
+        case GateEvaluated(gate=gate):
             return job.model_copy(update={"gate": gate, "updated_at": now})
         case CheckpointSaved(step=step):
-            return _saved(job, number, step, now)
-        case Resumed(step=step, from_attempt=source) if source != number:  # otherwise it went back for want of memory
-            return _with_attempt(job, _attempt(job, number).model_copy(update={"resumed_step": step}), now)
+            return _record_checkpoint(job, number, step, now)
+        case CheckpointRestored(step=step, from_attempt=source) if source != number:  # otherwise it went back for want of memory
+            return _replace_attempt(job, _get_attempt(job, number).model_copy(update={"resumed_step": step}), now)
         case _:
             return job
 
 
-def finished(job: Job, result: Result, now: datetime) -> Job:
+def apply_result(job: Job, result: Result, now: datetime) -> Job:
     """The attempt's last word. One that comes too late, or twice, changes nothing; a wrong attempt raises Fenced."""
-    attempt = _attempt(job, result.attempt)
+    attempt = _get_attempt(job, result.attempt)
     if attempt.ended_at is not None:
         return job
     check_current(job, result.attempt)
-    told = job.model_copy(update={name: value for name in LAST_WORDS if (value := getattr(result, name)) is not None})
-    told = told.model_copy(update={"trackers": job.trackers | result.trackers})
-    if result.saved_step is not None:
-        told = _saved(told, result.attempt, result.saved_step, now)
+    told = job.model_copy(update={name: value for name in RESULT_FIELDS if (value := getattr(result, name)) is not None})
+    told = told.model_copy(update={"tracker_urls": job.tracker_urls | result.tracker_urls})
+    if result.last_checkpoint_step is not None:
+        told = _record_checkpoint(told, result.attempt, result.last_checkpoint_step, now)
     match result.outcome:
         case "completed":
             return _end(told.model_copy(update={"artifacts": result.artifacts}), result.attempt, "completed", None, now)
@@ -118,7 +135,7 @@ def finished(job: Job, result: Result, now: datetime) -> Job:
             return _end(told, result.attempt, "failed", failure, now)
         case "cancelled" if job.status is not Status.CANCELLING:
             return _end(told, result.attempt, "preempted", None, now)  # nobody asked: its compute was taken away
-        case "yielded" if result.yielded_because == "preempted":
+        case "yielded" if result.yield_reason == "preempted":
             return _end(told, result.attempt, "preempted", None, now)
         case "paused" if job.status not in (Status.PAUSING, Status.CANCELLING):
             return _end(told, result.attempt, "yielded", None, now)
@@ -126,19 +143,19 @@ def finished(job: Job, result: Result, now: datetime) -> Job:
             return _end(told, result.attempt, outcome, None, now)
 
 
-def vanished(
-    job: Job, number: int, now: datetime, reason: Failure | None = None, *, preempted: bool = False, saved_step: int | None = None
+def mark_lost(
+    job: Job, number: int, now: datetime, reason: Failure | None = None, *, preempted: bool = False, last_checkpoint_step: int | None = None
 ) -> Job:
     """The compute ended and left no result.
 
-    `reason` is what the compute told, `preempted` that it took itself away unasked, `saved_step` the newest checkpoint of the
+    `reason` is what the compute told, `preempted` that it took itself away unasked, `last_checkpoint_step` the newest checkpoint of the
     attempt that was found, which may never have been reported.
     """
     attempt = check_current(job, number)
-    if saved_step is not None:
-        job = _saved(job, number, saved_step, now)
+    if last_checkpoint_step is not None:
+        job = _record_checkpoint(job, number, last_checkpoint_step, now)
     if reason is not None:
-        return _end(job, number, "preempted" if preempted else "lost" if reason.code in CAN_GO_ON else "failed", reason, now)
+        return _end(job, number, "preempted" if preempted else "lost" if reason.code in CONTINUABLE_FAILURES else "failed", reason, now)
     where = "before it started to work" if attempt.claimed_by is None else "without a last word"
     failure = Failure(
         code="lost",
@@ -149,38 +166,38 @@ def vanished(
     return _end(job, number, "lost", failure, now)
 
 
-def cancel_requested(job: Job, now: datetime) -> Job:
+def request_cancel(job: Job, now: datetime) -> Job:
     """Somebody wants the job to stop. Repeating it is harmless. Raises Conflict for a job that has ended otherwise."""
     match job.status:
         case Status.CANCELLED | Status.CANCELLING:
             return job
         case Status.QUEUED | Status.PAUSED:
-            return _move(job, Status.CANCELLED, now)
+            return _transition(job, Status.CANCELLED, now)
         case Status.COMPLETED | Status.FAILED:
             raise Conflict(f"{job.job_id} has already {job.status}; there is nothing to cancel")
         case _:
-            return _move(job, Status.CANCELLING, now)
+            return _transition(job, Status.CANCELLING, now)
 
 
-def pause_requested(job: Job, now: datetime) -> Job:
+def request_pause(job: Job, now: datetime) -> Job:
     """Somebody wants the compute freed and the place kept. Repeating it is harmless. Raises Conflict for a job that ends or has ended."""
     match job.status:
         case Status.PAUSED | Status.PAUSING:
             return job
         case Status.QUEUED:
-            return _move(job, Status.PAUSED, now)
+            return _transition(job, Status.PAUSED, now)
         case Status.PREPARING | Status.TRAINING:
-            return _move(job, Status.PAUSING, now)
+            return _transition(job, Status.PAUSING, now)
         case _:
             raise Conflict(f"{job.job_id} is {job.status}; there is nothing to pause")
 
 
-def resume_requested(job: Job, now: datetime, *, training_config: TrainingConfig | None = None, hardware: str | None = None) -> Job:
+def request_resume(job: Job, now: datetime, *, training_config: TrainingConfig | None = None, hardware: str | None = None) -> Job:
     """Somebody wants a paused job to go on, perhaps elsewhere or for longer. Repeating it is harmless. Raises Conflict."""
     changes: dict[str, object] = {"training_config": training_config or job.training_config, "hardware": hardware or job.hardware}
     match job.status:
         case Status.PAUSED:
-            return _move(job, Status.QUEUED, now, counted_from=len(job.attempts) + 1, **changes)
+            return _transition(job, Status.QUEUED, now, retry_budget_from_attempt=len(job.attempts) + 1, **changes)
         case Status.QUEUED | Status.PREPARING | Status.TRAINING:
             if all(getattr(job, name) == value for name, value in changes.items()):
                 return job
@@ -192,7 +209,7 @@ def resume_requested(job: Job, now: datetime, *, training_config: TrainingConfig
             raise Conflict(f"{job.job_id} is {job.status}; there is nothing to resume", hint=hint)
 
 
-def retry_requested(
+def request_retry(
     job: Job, now: datetime, *, from_start: bool = False, training_config: TrainingConfig | None = None, hardware: str | None = None
 ) -> Job:
     """Somebody wants a failed or cancelled job to be continued. Repeating it is harmless while the retry is under way. Raises Conflict."""
@@ -201,51 +218,51 @@ def retry_requested(
             return job
         hint = "POST /jobs/{id}/resume continues it" if job.status is Status.PAUSED else ""
         raise Conflict(f"{job.job_id} is {job.status}; only a failed or cancelled job can be retried", hint=hint)
-    if job.deleting_since is not None:
+    if job.deletion_started_at is not None:
         raise Conflict(f"{job.job_id} is being deleted")
     following = len(job.attempts) + 1
-    return _move(
+    return _transition(
         job,
         Status.QUEUED,
         now,
         failure=None,
         finished_at=None,
         retried_at=now,
-        counted_from=following,
-        first_attempt=following if from_start else job.first_attempt,
+        retry_budget_from_attempt=following,
+        resume_from_attempt=following if from_start else job.resume_from_attempt,
         checkpoint=None if from_start else job.checkpoint,
         training_config=training_config or job.training_config,
         hardware=hardware or job.hardware,
     )
 
 
-def deletion_begun(job: Job, now: datetime) -> Job:
+def start_deletion(job: Job, now: datetime) -> Job:
     """The job's files are about to go: from now on it cannot be retried. Raises Conflict for a job that has not ended."""
     if not job.status.is_final:
         raise Conflict(f"{job.job_id} is {job.status}; it can be deleted once it has ended")
-    return job if job.deleting_since else job.model_copy(update={"deleting_since": now, "updated_at": now})
+    return job if job.deletion_started_at else job.model_copy(update={"deletion_started_at": now, "updated_at": now})
 
 
-def doubted(job: Job, number: int, now: datetime) -> Job:
+def suspect(job: Job, number: int, now: datetime) -> Job:
     """The attempt is silent although its compute is there. From now on its lease runs out, unless it is heard of again."""
     attempt = check_current(job, number)
-    return _with_attempt(job, attempt.model_copy(update={"doubted_at": now}), now)
+    return _replace_attempt(job, attempt.model_copy(update={"suspected_at": now}), now)
 
 
-def heard(job: Job, number: int, now: datetime) -> Job:
+def clear_suspicion(job: Job, number: int, now: datetime) -> Job:
     """The attempt was heard of: a doubt is over for good. Left to be judged by two times, it would come back with a clock that moves."""
     attempt = check_current(job, number)
-    return _with_attempt(job, attempt.model_copy(update={"doubted_at": None}), now) if attempt.doubted_at else job
+    return _replace_attempt(job, attempt.model_copy(update={"suspected_at": None}), now) if attempt.suspected_at else job
 
 
-def manifest_written(job: Job, now: datetime) -> Job:
+def mark_manifest_written(job: Job, now: datetime) -> Job:
     """The published files are listed in the bucket as well."""
     return job if job.manifest_written else job.model_copy(update={"manifest_written": True, "updated_at": now})
 
 
 def check_current(job: Job, number: int) -> Attempt:
     """The attempt, if it is the one at work. Raises Fenced."""
-    attempt = _attempt(job, number)
+    attempt = _get_attempt(job, number)
     if number != len(job.attempts) or attempt.ended_at is not None or not job.status.is_active:
         raise Fenced(f"attempt {number} of {job.job_id} is over")
     return attempt
@@ -261,17 +278,17 @@ def status_event(before: Job, after: Job) -> StatusChanged | None:
 
 
 def _end(job: Job, number: int, outcome: AttemptOutcome, failure: Failure | None, now: datetime) -> Job:
-    attempt = _attempt(job, number)
+    attempt = _get_attempt(job, number)
     if attempt.ended_at is not None:
         return job
     if failure:
         failure = failure.model_copy(update={"attempt": number})
     ended = attempt.model_copy(update={"ended_at": now, "outcome": outcome, "failure": failure})
-    job = _with_attempt(job, ended, now)
+    job = _replace_attempt(job, ended, now)
     status = _status_after(job, outcome)
     if status is Status.FAILED:
-        return _move(job, status, now, failure=_why_given_up(job, ended) if outcome in GOES_ON else failure)
-    return _move(job, status, now)
+        return _transition(job, status, now, failure=_retry_exhausted_failure(job, ended) if outcome in CONTINUABLE_OUTCOMES else failure)
+    return _transition(job, status, now)
 
 
 def _status_after(job: Job, outcome: AttemptOutcome) -> Status:
@@ -280,36 +297,36 @@ def _status_after(job: Job, outcome: AttemptOutcome) -> Status:
         return Status.COMPLETED  # also when a cancel was under way: it won the race
     if job.status is Status.CANCELLING:
         return Status.CANCELLED
-    if job.status is Status.PAUSING and outcome in (*GOES_ON, "paused"):
+    if job.status is Status.PAUSING and outcome in (*CONTINUABLE_OUTCOMES, "paused"):
         return Status.PAUSED  # whatever ended it, its place is its last checkpoint
     match outcome:
         case "yielded" | "preempted" | "lost":
-            return Status.FAILED if _is_stuck(job) else Status.QUEUED
+            return Status.FAILED if _retry_budget_exhausted(job) else Status.QUEUED
         case _:
             return Status.FAILED
 
 
-def _is_stuck(job: Job) -> bool:
+def _retry_budget_exhausted(job: Job) -> bool:
     """Too many attempts in a row have saved nothing new."""
-    vain = _without_progress(job)
-    return len(vain) >= MOST_WITHOUT_PROGRESS or sum(attempt.outcome == "lost" for attempt in vain) >= MOST_LOST
+    vain = _attempts_without_progress(job)
+    return len(vain) >= MAX_ATTEMPTS_WITHOUT_PROGRESS or sum(attempt.outcome == "lost" for attempt in vain) >= MAX_LOST_ATTEMPTS
 
 
-def _without_progress(job: Job) -> list[Attempt]:
+def _attempts_without_progress(job: Job) -> list[Attempt]:
     """The latest attempts that ended early and saved nothing beyond what there was before them, newest first."""
     found: list[Attempt] = []
-    for attempt in reversed(job.attempts[job.counted_from - 1 :]):
-        before = [earlier.saved_step for earlier in job.attempts[job.first_attempt - 1 : attempt.number - 1]]
+    for attempt in reversed(job.attempts[job.retry_budget_from_attempt - 1 :]):
+        before = [earlier.last_checkpoint_step for earlier in job.attempts[job.resume_from_attempt - 1 : attempt.number - 1]]
         reached = max((step for step in before if step is not None), default=0)
-        if attempt.outcome not in GOES_ON or (attempt.saved_step or 0) > reached:
+        if attempt.outcome not in CONTINUABLE_OUTCOMES or (attempt.last_checkpoint_step or 0) > reached:
             break
         found.append(attempt)
     return found
 
 
-def _why_given_up(job: Job, ended: Attempt) -> Failure:
+def _retry_exhausted_failure(job: Job, ended: Attempt) -> Failure:
     """The reason for a person: how often in vain, and what the last attempt came to."""
-    vain = len(_without_progress(job))
+    vain = len(_attempts_without_progress(job))
     last = f": {ended.failure.message}" if ended.failure else ""
     return Failure(
         code=ended.failure.code if ended.failure else "timeout" if ended.outcome == "yielded" else "preempted",
@@ -319,17 +336,17 @@ def _why_given_up(job: Job, ended: Attempt) -> Failure:
     )
 
 
-def _saved(job: Job, number: int, step: int, now: datetime) -> Job:
+def _record_checkpoint(job: Job, number: int, step: int, now: datetime) -> Job:
     """A checkpoint of the attempt is durable."""
-    attempt = _attempt(job, number)
-    if attempt.saved_step is not None and attempt.saved_step >= step:
+    attempt = _get_attempt(job, number)
+    if attempt.last_checkpoint_step is not None and attempt.last_checkpoint_step >= step:
         return job
-    job = _with_attempt(job, attempt.model_copy(update={"saved_step": step}), now)
-    return job.model_copy(update={"checkpoint": SavedPoint(step=step, attempt=number, at=now)})
+    job = _replace_attempt(job, attempt.model_copy(update={"last_checkpoint_step": step}), now)
+    return job.model_copy(update={"checkpoint": CheckpointRef(step=step, attempt=number, at=now)})
 
 
-def _move(job: Job, status: Status, now: datetime, **changes: object) -> Job:
-    if status not in FOLLOWS.get(job.status, frozenset()):
+def _transition(job: Job, status: Status, now: datetime, **changes: object) -> Job:
+    if status not in ALLOWED_TRANSITIONS.get(job.status, frozenset()):
         raise Conflict(f"{job.job_id} is {job.status}; it cannot become {status}")
     changes |= {"status": status, "status_changed_at": now, "updated_at": now}
     if status.is_final:
@@ -337,12 +354,12 @@ def _move(job: Job, status: Status, now: datetime, **changes: object) -> Job:
     return job.model_copy(update=changes)
 
 
-def _with_attempt(job: Job, attempt: Attempt, now: datetime) -> Job:
+def _replace_attempt(job: Job, attempt: Attempt, now: datetime) -> Job:
     attempts = tuple(attempt if old.number == attempt.number else old for old in job.attempts)
     return job.model_copy(update={"attempts": attempts, "updated_at": now})
 
 
-def _attempt(job: Job, number: int) -> Attempt:
+def _get_attempt(job: Job, number: int) -> Attempt:
     if not 1 <= number <= len(job.attempts):
         raise Fenced(f"{job.job_id} has no attempt {number}")
     return job.attempts[number - 1]

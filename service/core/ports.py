@@ -69,11 +69,11 @@ class StoredEvent:
 
 
 @dataclass(frozen=True)
-class Liveness:
+class Heartbeat:
     """The attempt's last sign of life: a record of its own, because it is written so often."""
 
     attempt: int
-    seen_at: datetime  # the service's clock
+    received_at: datetime  # the service's clock
     next_seq: int
     phase: Phase | None = None
     progress: Progress | None = None
@@ -101,19 +101,19 @@ class JobStore(Protocol):
         """
         ...
 
-    def page_jobs(self, query: JobQuery) -> Page[JobSummary]:
+    def list_jobs(self, query: JobQuery) -> Page[JobSummary]:
         """A page of a tenant's jobs, newest first. Raises InvalidRequest for a cursor that is not ours."""
         ...
 
-    def queued_jobs(self, limit: int) -> list[Job]:
+    def list_queued_jobs(self, limit: int) -> list[Job]:
         """Jobs that wait to be launched, over all tenants, oldest first."""
         ...
 
-    def active_jobs(self, limit: int) -> list[Job]:
+    def list_active_jobs(self, limit: int) -> list[Job]:
         """Jobs whose attempt may hold compute, over all tenants, oldest first."""
         ...
 
-    def uses_of_dataset(self, dataset_id: str) -> list[str]:
+    def list_jobs_using_dataset(self, dataset_id: str) -> list[str]:
         """Ids of jobs that are not final and train on the dataset."""
         ...
 
@@ -125,11 +125,11 @@ class JobStore(Protocol):
         """Keep what is new in the batch and the sign of life; returns the next seq not seen. Repeats are harmless."""
         ...
 
-    def page_events(self, job_id: str, after: int = 0, limit: int = 500) -> list[StoredEvent]:
+    def list_events(self, job_id: str, after: int = 0, limit: int = 500) -> list[StoredEvent]:
         """Events behind a cursor, oldest first."""
         ...
 
-    def liveness(self, job_id: str) -> Liveness | None:
+    def find_heartbeat(self, job_id: str) -> Heartbeat | None:
         """The last sign of life of the job's attempts."""
         ...
 
@@ -141,7 +141,7 @@ class JobStore(Protocol):
         """The record, or None."""
         ...
 
-    def page_datasets(self, tenant_id: str, limit: int = 50, after: str | None = None) -> Page[Dataset]:
+    def list_datasets(self, tenant_id: str, limit: int = 50, after: str | None = None) -> Page[Dataset]:
         """A page of a tenant's datasets, newest first."""
         ...
 
@@ -162,21 +162,21 @@ class JobStore(Protocol):
 
 
 @dataclass(frozen=True)
-class LaunchOrder:
+class LaunchRequest:
     """One attempt to start. `name` is unique to it and can be looked up; `environment` holds its token."""
 
     name: str
     job_id: str
     attempt: int
     environment: Mapping[str, str] = field(repr=False)
-    hardware: str | None = None  # a profile of the launcher; None is its default
+    profile: str | None = None  # a profile of the launcher; None is its default
 
 
-AttemptState = Literal["running", "ended", "unknown"]
+ExecutionState = Literal["running", "ended", "unknown"]
 
 
 @dataclass(frozen=True)
-class Hardware:
+class RuntimeCapabilities:
     """What the compute behind a launcher can do, as far as it is known."""
 
     device: str  # "cpu", "cuda"
@@ -199,18 +199,18 @@ class Launcher(Protocol):
     """
 
     name: str
-    check_is_cheap: bool  # asking costs no call over a network, so it can be done at every turn
+    polling_is_free: bool  # asking costs no call over a network, so it can be done at every turn
     profiles: tuple[str, ...]  # kinds of hardware that a job may ask for; the first is the default
 
-    def launch(self, order: LaunchOrder) -> str:
+    def launch(self, launch_request: LaunchRequest) -> str:
         """Start the attempt and return its handle. Raises LaunchFailed when it can never start, Unavailable when it may later."""
         ...
 
-    def find(self, name: str) -> str | None:
+    def find_handle(self, name: str) -> str | None:
         """The handle of an attempt launched under that name, by this process or an earlier one. Raises Unavailable."""
         ...
 
-    def check(self, handle: str) -> AttemptState:
+    def check(self, handle: str) -> ExecutionState:
         """Whether the attempt still holds compute. `unknown` is not `ended`."""
         ...
 
@@ -218,11 +218,11 @@ class Launcher(Protocol):
         """Ask the attempt to stop; with `force`, end it. Harmless for one that has ended."""
         ...
 
-    def free_slots(self, active: int) -> int:
+    def count_free_slots(self, active_jobs: int) -> int:
         """How many attempts may be launched now, when the records say that `active` jobs hold compute or may hold some."""
         ...
 
-    def hardware(self, profile: str | None = None) -> Hardware:
+    def get_capabilities(self, profile: str | None = None) -> RuntimeCapabilities:
         """What an attempt can do there. Raises Unsupported for a profile that there is not."""
         ...
 
@@ -232,7 +232,7 @@ class Launcher(Protocol):
 
 
 @dataclass(frozen=True)
-class Ended:
+class ExitReason:
     """What the compute tells about an attempt that has ended without a last word."""
 
     failure: Failure
@@ -240,19 +240,19 @@ class Ended:
 
 
 @runtime_checkable
-class EndSource(Protocol):
+class ExitReasonReader(Protocol):
     """Extra power of a launcher: it knows why an attempt ended."""
 
-    def why_ended(self, handle: str) -> Ended | None:
+    def get_exit_reason(self, handle: str) -> ExitReason | None:
         """The reason, in our words; None when the compute knows of none. Raises Unavailable."""
         ...
 
 
 @runtime_checkable
-class LogsElsewhere(Protocol):
+class LogLocator(Protocol):
     """Extra power of a launcher: it says where the output of an attempt can be read, if not here."""
 
-    def where_logs(self, handle: str) -> str:
+    def log_location(self, handle: str) -> str:
         """A sentence for a person: an address or a command."""
         ...
 
@@ -266,14 +266,14 @@ class LogPage:
 
 
 @runtime_checkable
-class LogSource(Protocol):
+class LogReader(Protocol):
     """Extra power of a launcher: the output of its attempts can be read while they run."""
 
-    def read_log(self, name: str, offset: int, limit: int) -> LogPage | None:
+    def read_log(self, name: str, offset: int, max_bytes: int) -> LogPage | None:
         """At most `limit` bytes from `offset`; None when the attempt left no output here."""
         ...
 
-    def forget_log(self, name: str) -> bool:
+    def delete_log(self, name: str) -> bool:
         """Remove the output. False when there was none."""
         ...
 
@@ -296,7 +296,7 @@ class SecretStore(Protocol):
         """Make the secrets unreadable for good. False when there were none."""
         ...
 
-    def walk(self) -> Iterator[str]:
+    def iter_job_ids(self) -> Iterator[str]:
         """Ids of jobs that have secrets here: for finding orphans."""
         ...
 
@@ -305,10 +305,10 @@ class SecretStore(Protocol):
         ...
 
 
-class LinkSigner(Protocol):
+class UrlSigner(Protocol):
     """Turns an object of the model bucket into a link that works for a while without any other credential."""
 
-    def link(self, key: str, filename: str, expires_s: int) -> str:
+    def sign_url(self, key: str, filename: str, expires_s: int) -> str:
         """An absolute URL, or a path that starts with `/` when this service itself serves it."""
         ...
 
@@ -332,19 +332,19 @@ class HubAccount:
 class Hub(Protocol):
     """What the Hub says about a token and a repository. It never raises for a Hub that is not there: then nothing is known."""
 
-    def read_access(self, repo_id: str, token: str | None) -> HubAccess:
+    def check_read_access(self, repo_id: str, token: str | None) -> HubAccess:
         """Whether the files of a model can be read with the token, or by anybody."""
         ...
 
-    def write_access(self, repo_id: str, token: str) -> HubAccess:
+    def check_write_access(self, repo_id: str, token: str) -> HubAccess:
         """Whether a model repository that is there can be written to with the token."""
         ...
 
-    def account(self, token: str) -> HubAccount | None:
+    def get_account(self, token: str) -> HubAccount | None:
         """Whose token it is; None when that cannot be known."""
         ...
 
-    def commits(self, repo_id: str, token: str) -> list[str] | None:
+    def list_commits(self, repo_id: str, token: str) -> list[str] | None:
         """The hashes of a repository's commits, oldest first; None when there is no such repository. Raises Unavailable."""
         ...
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from service.core.errors import TunesmithError
 
-SHORTEST_PAUSE_S = 0.05  # a burst of submissions wakes it once
+MIN_INTERVAL_S = 0.05  # a burst of submissions wakes it once
 
 log = logging.getLogger(__name__)
 
@@ -14,8 +14,8 @@ log = logging.getLogger(__name__)
 class Reconciler:
     """A thread that calls `turn` when woken, and at least every `interval_s`."""
 
-    def __init__(self, turn: Callable[[], int], interval_s: float) -> None:
-        self._turn = turn
+    def __init__(self, reconcile: Callable[[], int], interval_s: float) -> None:
+        self._reconcile = reconcile
         self._interval_s = interval_s
         self._woken = threading.Event()
         self._stopping = threading.Event()
@@ -41,11 +41,11 @@ class Reconciler:
             self._woken.clear()
             changed = 0
             try:
-                changed = self._turn()
+                changed = self._reconcile()
             except TunesmithError as error:
                 log.warning("reconcile did not finish", extra={"error": error.message})
             except Exception:  # a thread has no caller: if it died, every job would be stuck
                 log.exception("reconcile broke off")
             if not changed:  # a change may have made the next one possible
                 self._woken.wait(self._interval_s)
-            self._stopping.wait(SHORTEST_PAUSE_S)
+            self._stopping.wait(MIN_INTERVAL_S)

@@ -12,8 +12,20 @@ from functools import lru_cache
 from typing import Literal, NamedTuple, cast
 
 from schema.words import DatasetType
-from service.core.row_images import check_image, data_uri, is_image
-from service.core.row_values import Number, Refused, as_object, check_names, finite, kind, listed, parse, shown, storable, text
+from service.core.row_images import check_image, is_image_part, normalize_image_part
+from service.core.row_values import (
+    InvalidValue,
+    Number,
+    as_object,
+    check_finite,
+    check_keys,
+    check_text,
+    describe_type,
+    join_names,
+    json_safe,
+    parse,
+    preview,
+)
 
 Part = dict[str, str]
 Message = dict[str, str | list[Part]]
@@ -22,12 +34,12 @@ Values = list[object]
 MAX_MESSAGES = 1000
 MAX_IMAGES = 16  # of a row
 MAX_COLUMNS = 32  # beside a prompt
-FORMS = (
+FORMATS = (
     '{"messages": [...]}, {"prompt": ..., "completion": ...}, {"text": "..."}, {"prompt": ..., "chosen": ..., "rejected": ...}, '
     '{"prompt": ..., "completion": ..., "label": true} or {"prompt": ..., and columns for graders}'
 )
-EXPECTED = f"a row is {FORMS}"
-COLUMNS: dict[DatasetType, tuple[str, ...]] = {
+EXPECTED_ROW = f"a row is {FORMATS}"
+COLUMNS_BY_TYPE: dict[DatasetType, tuple[str, ...]] = {
     "messages": ("messages",),
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
@@ -37,11 +49,11 @@ COLUMNS: dict[DatasetType, tuple[str, ...]] = {
 }
 COLUMN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 ROLES = ("system", "user", "assistant")
-TURNS = "after one optional system message, user and assistant take turns, and user begins"
-TEXT_PARTS = ("text", "input_text")
+TURN_ORDER_RULE = "after one optional system message, user and assistant take turns, and user begins"
+TEXT_PART_TYPES = ("text", "input_text")
 
 
-class Content(NamedTuple):
+class ValidatedRow(NamedTuple):
     """A checked row. A file has rows of one shape only, for a column that is now a string and now a list cannot be loaded."""
 
     dataset_type: DatasetType
@@ -49,44 +61,44 @@ class Content(NamedTuple):
     columns: dict[str, object]  # as they are stored; a Number stands for its literal
     prompt: object  # None where the row has no answer apart
     images: tuple[str, ...] = ()
-    extra: tuple[str, ...] = ()  # the columns beside a prompt
+    extra_columns: tuple[str, ...] = ()  # the columns beside a prompt
     label: bool | None = None
 
 
-def content_of(line: bytes) -> Content:
+def parse_row(line: bytes) -> ValidatedRow:
     """What a line of an upload holds. Raises Refused."""
-    columns = parse(line, EXPECTED)
-    form = _form(columns)
+    columns = parse(line, EXPECTED_ROW)
+    form = _detect_format(columns)
     match form:
         case "messages":
-            return _chat(columns["messages"])
+            return _parse_chat(columns["messages"])
         case "prompt_completion":
-            return _pair(form, columns)
+            return _parse_prompt_completion(form, columns)
         case "text":
-            return Content(form, form, {"text": text(columns["text"], "text")}, None)
+            return ValidatedRow(form, form, {"text": check_text(columns["text"], "text")}, None)
         case "preference":
-            return _preference(columns)
+            return _parse_preference(columns)
         case "unpaired_preference":
-            return _unpaired_preference(columns)
+            return _parse_unpaired_preference(columns)
         case "prompt":
-            return _prompt(columns)
+            return _parse_prompt(columns)
 
 
-def _form(columns: dict[str, object]) -> DatasetType:
+def _detect_format(columns: dict[str, object]) -> DatasetType:
     """Which form the row has: it has all the columns of that form, and no other."""
-    form = _form_by_name(columns)
-    names = COLUMNS[form]
+    form = _detect_format_by_columns(columns)
+    names = COLUMNS_BY_TYPE[form]
     for name in names:
         if name not in columns and not (form == "preference" and name == "prompt"):
-            raise Refused(name, f"is missing; a {form} row has the columns {listed(names)}")
+            raise InvalidValue(name, f"is missing; a {form} row has the columns {join_names(names)}")
     for name in columns:
         if name not in names and form != "prompt":
             place = "; put each image into its message" if name in ("image", "images") else ""
-            raise Refused(shown(name), f"would not be used: a {form} row has only {listed(names)}; drop the column{place}")
+            raise InvalidValue(preview(name), f"would not be used: a {form} row has only {join_names(names)}; drop the column{place}")
     return form
 
 
-def _form_by_name(columns: dict[str, object]) -> DatasetType:
+def _detect_format_by_columns(columns: dict[str, object]) -> DatasetType:
     if "messages" in columns:
         return "messages"
     if "text" in columns:
@@ -97,99 +109,103 @@ def _form_by_name(columns: dict[str, object]) -> DatasetType:
         return "unpaired_preference" if "label" in columns else "prompt_completion"
     if "prompt" in columns:
         return "prompt"
-    found = ", ".join(shown(name) for name in list(columns)[:5])
-    raise Refused("", f"has {f'the columns {found}' if found else 'no columns'}; {EXPECTED}")
+    found = ", ".join(preview(name) for name in list(columns)[:5])
+    raise InvalidValue("", f"has {f'the columns {found}' if found else 'no columns'}; {EXPECTED_ROW}")
 
 
-def _chat(value: object) -> Content:
-    messages = _conversation(value, "messages", last_role="assistant")
-    return Content("messages", "messages", {"messages": messages}, messages[:-1], _images(messages, "messages"))
+def _parse_chat(value: object) -> ValidatedRow:
+    messages = _parse_conversation(value, "messages", last_role="assistant")
+    return ValidatedRow("messages", "messages", {"messages": messages}, messages[:-1], _check_images(messages, "messages"))
 
 
-def _pair(form: Literal["prompt_completion", "unpaired_preference"], columns: dict[str, object]) -> Content:
+def _parse_prompt_completion(form: Literal["prompt_completion", "unpaired_preference"], columns: dict[str, object]) -> ValidatedRow:
     """A prompt and its completion."""
     prompt, completion = columns["prompt"], columns["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
-        strings: dict[str, object] = {"prompt": text(prompt, "prompt"), "completion": text(completion, "completion")}
-        return Content(form, f"{form} with strings", strings, prompt)
-    _check_all_lists(columns, ("prompt", "completion"))
-    turns = _conversation(prompt, "prompt", last_role="user")
-    images = _images(turns, "prompt") if form == "prompt_completion" else _no_images(turns, "prompt")
-    return Content(form, f"{form} with messages", {"prompt": turns, "completion": _answer(completion, "completion")}, turns, images)
+        strings: dict[str, object] = {"prompt": check_text(prompt, "prompt"), "completion": check_text(completion, "completion")}
+        return ValidatedRow(form, f"{form} with strings", strings, prompt)
+    _check_same_type(columns, ("prompt", "completion"))
+    turns = _parse_conversation(prompt, "prompt", last_role="user")
+    images = _check_images(turns, "prompt") if form == "prompt_completion" else _reject_images(turns, "prompt")
+    return ValidatedRow(
+        form, f"{form} with messages", {"prompt": turns, "completion": _parse_answer(completion, "completion")}, turns, images
+    )
 
 
-def _preference(columns: dict[str, object]) -> Content:
+def _parse_preference(columns: dict[str, object]) -> ValidatedRow:
     if "prompt" not in columns:
-        prompt, chosen, rejected = _two_endings(columns)
+        prompt, chosen, rejected = _prompt_shaped(columns)
     elif all(isinstance(value, str) for value in columns.values()):
-        prompt, chosen, rejected = (text(columns[name], name) for name in COLUMNS["preference"])
+        prompt, chosen, rejected = (check_text(columns[name], name) for name in COLUMNS_BY_TYPE["preference"])
     else:
-        _check_all_lists(columns, COLUMNS["preference"], hint="; or leave prompt out where they begin with it")
-        prompt = _text_conversation(columns["prompt"], "prompt", last_role="user")
-        chosen, rejected = (_answer(columns[name], name, prompt) for name in ("chosen", "rejected"))
+        _check_same_type(columns, COLUMNS_BY_TYPE["preference"], hint="; or leave prompt out where they begin with it")
+        prompt = _parse_text_conversation(columns["prompt"], "prompt", last_role="user")
+        chosen, rejected = (_parse_answer(columns[name], name, prompt) for name in ("chosen", "rejected"))
     if chosen == rejected:
-        raise Refused("rejected", "is the same as chosen, which teaches nothing; drop the row")
+        raise InvalidValue("rejected", "is the same as chosen, which teaches nothing; drop the row")
     shape = f"preference with {'strings' if isinstance(prompt, str) else 'messages'}"
-    return Content("preference", shape, {"prompt": prompt, "chosen": chosen, "rejected": rejected}, prompt)
+    return ValidatedRow("preference", shape, {"prompt": prompt, "chosen": chosen, "rejected": rejected}, prompt)
 
 
-def _two_endings(columns: dict[str, object]) -> tuple[list[Message], list[Message], list[Message]]:
+def _prompt_shaped(columns: dict[str, object]) -> tuple[list[Message], list[Message], list[Message]]:
     """The prompt, the chosen and the rejected answer of a conversation that was written twice, up to its end."""
     if not (isinstance(columns["chosen"], list) and isinstance(columns["rejected"], list)):
-        raise Refused("prompt", "is missing; add it, or send chosen and rejected as whole conversations, two lists of messages")
-    chosen, rejected = (_text_conversation(columns[name], name, last_role="assistant") for name in ("chosen", "rejected"))
+        raise InvalidValue("prompt", "is missing; add it, or send chosen and rejected as whole conversations, two lists of messages")
+    chosen, rejected = (_parse_text_conversation(columns[name], name, last_role="assistant") for name in ("chosen", "rejected"))
     before = len(chosen) - 1
     if len(rejected) != len(chosen) or rejected[:before] != chosen[:before]:
-        raise Refused("rejected", "differs from chosen before its last message; without a prompt, only the last answers may differ")
+        raise InvalidValue("rejected", "differs from chosen before its last message; without a prompt, only the last answers may differ")
     return chosen[:before], chosen[before:], rejected[before:]
 
 
-def _unpaired_preference(columns: dict[str, object]) -> Content:
+def _parse_unpaired_preference(columns: dict[str, object]) -> ValidatedRow:
     label = columns["label"]
     if not isinstance(label, bool):
-        raise Refused("label", f"is {kind(label)}; write true for a good completion, false for a bad one")
-    pair = _pair("unpaired_preference", columns)
+        raise InvalidValue("label", f"is {describe_type(label)}; write true for a good completion, false for a bad one")
+    pair = _parse_prompt_completion("unpaired_preference", columns)
     return pair._replace(columns={**pair.columns, "label": label}, label=label)
 
 
-def _prompt(columns: dict[str, object]) -> Content:
+def _parse_prompt(columns: dict[str, object]) -> ValidatedRow:
     value = columns["prompt"]
     if not isinstance(value, list | str):
-        raise Refused("prompt", f"is {kind(value)}; it must be a string or a list of messages")
-    prompt = text(value, "prompt") if isinstance(value, str) else _text_conversation(cast(object, value), "prompt", last_role="user")
+        raise InvalidValue("prompt", f"is {describe_type(value)}; it must be a string or a list of messages")
+    prompt = (
+        check_text(value, "prompt") if isinstance(value, str) else _parse_text_conversation(cast(object, value), "prompt", last_role="user")
+    )
     if len(columns) - 1 > MAX_COLUMNS:
-        raise Refused("", f"has {len(columns) - 1:,} columns beside the prompt; at most {MAX_COLUMNS}")
+        raise InvalidValue("", f"has {len(columns) - 1:,} columns beside the prompt; at most {MAX_COLUMNS}")
     extra = tuple(sorted(name for name in columns if name != "prompt"))
     stored: dict[str, object] = {"prompt": prompt}
     for name in extra:
-        stored[name] = _column(name, columns[name])
-    return Content("prompt", _shape_of_prompt(stored, extra), stored, prompt, extra=extra)
+        stored[name] = _parse_extra_column(name, columns[name])
+    return ValidatedRow("prompt", _describe_prompt_shape(stored, extra), stored, prompt, extra_columns=extra)
 
 
-def _shape_of_prompt(stored: dict[str, object], extra: tuple[str, ...]) -> str:
-    kinds = listed([f"{name} ({kind(stored[name])})" for name in extra]) if extra else "no other column"
+def _describe_prompt_shape(stored: dict[str, object], extra: tuple[str, ...]) -> str:
+    kinds = join_names([f"{name} ({describe_type(stored[name])})" for name in extra]) if extra else "no other column"
     return f"prompt with {'strings' if isinstance(stored['prompt'], str) else 'messages'} and {kinds}"
 
 
-def _column(name: str, value: object) -> str | bool | Number:
+def _parse_extra_column(name: str, value: object) -> str | bool | Number:
     """What a grader may read beside a prompt."""
     if not COLUMN_NAME.fullmatch(name):
-        raise Refused(shown(name), "cannot name a column: letters, digits and _ can, 64 at most, and no digit first")
-    if meant := _resembled(name):
-        raise Refused(name, f"is nearly {meant!r}; name it that, or, if it is a column for graders, something less alike")
+        raise InvalidValue(preview(name), "cannot name a column: letters, digits and _ can, 64 at most, and no digit first")
+    if meant := _suggest_format(name):
+        raise InvalidValue(name, f"is nearly {meant!r}; name it that, or, if it is a column for graders, something less alike")
     match value:
         case bool():
             return value
         case Number():
-            return finite(value, name)
+            return check_finite(value, name)
         case str():
-            return storable(value, name)
+            return json_safe(value, name)
         case _:
-            raise Refused(name, f"is {kind(value)}; a column beside a prompt is a string, a number, true or false")
+            raise InvalidValue(name, f"is {describe_type(value)}; a column beside a prompt is a string, a number, true or false")
 
 
 @lru_cache(maxsize=1024)
-def _resembled(name: str) -> str | None:
+def _suggest_format(name: str) -> str | None:
     """The column of another form that was probably meant. `label` itself is a fine column beside a prompt."""
     if name == "label":
         return None
@@ -197,69 +213,71 @@ def _resembled(name: str) -> str | None:
     return found[0] if found else None
 
 
-def _check_all_lists(columns: dict[str, object], names: tuple[str, ...], hint: str = "") -> None:
+def _check_same_type(columns: dict[str, object], names: tuple[str, ...], hint: str = "") -> None:
     for name in names:
         if not isinstance(columns[name], list | str):
-            raise Refused(name, f"is {kind(columns[name])}; it must be a string or a list of messages")
+            raise InvalidValue(name, f"is {describe_type(columns[name])}; it must be a string or a list of messages")
     first = names[0]
     for name in names:
         if isinstance(columns[name], str) != isinstance(columns[first], str):
-            found = f"is {kind(columns[name])} and {first} is {kind(columns[first])}"
-            raise Refused(name, f"{found}; {listed(names)} must all be strings, or all lists of messages{hint}")
+            found = f"is {describe_type(columns[name])} and {first} is {describe_type(columns[first])}"
+            raise InvalidValue(name, f"{found}; {join_names(names)} must all be strings, or all lists of messages{hint}")
 
 
-def _answer(value: object, field: str, prompt: list[Message] | None = None) -> list[Message]:
+def _parse_answer(value: object, field: str, prompt: list[Message] | None = None) -> list[Message]:
     """The answer to a prompt of messages: one assistant message. With `prompt`, that may stand before it once more."""
-    answer = _messages(value, field)
+    answer = _parse_messages(value, field)
     if prompt and answer[:-1] == prompt:
         answer = answer[-1:]
     if len(answer) != 1:
         before = "what comes before it is not the prompt" if prompt else "what comes before it belongs to the prompt"
-        raise Refused(field, f"has {len(answer)} messages; it must have one, and {before}")
+        raise InvalidValue(field, f"has {len(answer)} messages; it must have one, and {before}")
     if answer[0]["role"] != "assistant":
-        raise Refused(f"{field}[0].role", f"is '{answer[0]['role']}'; it must be 'assistant'")
+        raise InvalidValue(f"{field}[0].role", f"is '{answer[0]['role']}'; it must be 'assistant'")
     return answer
 
 
-def _conversation(value: object, field: str, *, last_role: Literal["user", "assistant"]) -> list[Message]:
+def _parse_conversation(value: object, field: str, *, last_role: Literal["user", "assistant"]) -> list[Message]:
     """Messages in an order that every chat template accepts."""
-    messages = _messages(value, field)
+    messages = _parse_messages(value, field)
     first = 1 if messages[0]["role"] == "system" else 0
     for index in range(first, len(messages)):
         expected = "assistant" if (index - first) % 2 else "user"
         if messages[index]["role"] != expected:
-            raise Refused(f"{field}[{index}].role", f"is '{messages[index]['role']}'; it must be '{expected}': {TURNS}")
+            raise InvalidValue(f"{field}[{index}].role", f"is '{messages[index]['role']}'; it must be '{expected}': {TURN_ORDER_RULE}")
     if messages[-1]["role"] != last_role:
-        raise Refused(f"{field}[{len(messages) - 1}].role", f"is '{messages[-1]['role']}'; the last message must be from '{last_role}'")
+        raise InvalidValue(
+            f"{field}[{len(messages) - 1}].role", f"is '{messages[-1]['role']}'; the last message must be from '{last_role}'"
+        )
     return messages
 
 
-def _text_conversation(value: object, field: str, *, last_role: Literal["user", "assistant"]) -> list[Message]:
+def _parse_text_conversation(value: object, field: str, *, last_role: Literal["user", "assistant"]) -> list[Message]:
     """A conversation of a form that has no images."""
-    messages = _conversation(value, field, last_role=last_role)
-    _no_images(messages, field)
+    messages = _parse_conversation(value, field, last_role=last_role)
+    _reject_images(messages, field)
     return messages
 
 
-def _no_images(messages: list[Message], field: str) -> tuple[str, ...]:
-    for path, _ in _image_parts(messages, field):
-        raise Refused(path, "is an image; images are for rows of messages, and of prompt and completion")
+def _reject_images(messages: list[Message], field: str) -> tuple[str, ...]:
+    for path, _ in _iter_image_parts(messages, field):
+        raise InvalidValue(path, "is an image; images are for rows of messages, and of prompt and completion")
     return ()
 
 
-def _images(messages: list[Message], field: str) -> tuple[str, ...]:
+def _check_images(messages: list[Message], field: str) -> tuple[str, ...]:
     """The images of a conversation, each found to be one."""
-    parts = list(_image_parts(messages, field))
+    parts = list(_iter_image_parts(messages, field))
     if not parts:
         return ()
     if len(parts) > MAX_IMAGES:
-        raise Refused(field, f"has {len(parts)} images; at most {MAX_IMAGES} a row")
+        raise InvalidValue(field, f"has {len(parts)} images; at most {MAX_IMAGES} a row")
     for path, image in parts:
         check_image(image, path)
     return tuple(image for _, image in parts)
 
 
-def _image_parts(messages: list[Message], field: str) -> Iterator[tuple[str, str]]:
+def _iter_image_parts(messages: list[Message], field: str) -> Iterator[tuple[str, str]]:
     for index, message in enumerate(messages):
         if isinstance(message["content"], list):
             for place, part in enumerate(message["content"]):
@@ -267,47 +285,47 @@ def _image_parts(messages: list[Message], field: str) -> Iterator[tuple[str, str
                     yield f"{field}[{index}].content[{place}]", part["image"]
 
 
-def _messages(value: object, field: str) -> list[Message]:
+def _parse_messages(value: object, field: str) -> list[Message]:
     if not isinstance(value, list):
-        raise Refused(field, f"is {kind(value)}; it must be a list of messages")
+        raise InvalidValue(field, f"is {describe_type(value)}; it must be a list of messages")
     messages = cast(Values, value)
     if not 1 <= len(messages) <= MAX_MESSAGES:
-        raise Refused(field, f"has {len(messages)} messages; it must have 1 to {MAX_MESSAGES}")
-    return [_message(message, f"{field}[{index}]") for index, message in enumerate(messages)]
+        raise InvalidValue(field, f"has {len(messages)} messages; it must have 1 to {MAX_MESSAGES}")
+    return [_parse_message(message, f"{field}[{index}]") for index, message in enumerate(messages)]
 
 
-def _message(value: object, field: str) -> Message:
+def _parse_message(value: object, field: str) -> Message:
     message = as_object(value, field, 'a message is {"role": ..., "content": ...}')
-    check_names(message, field, ("role", "content"))
+    check_keys(message, field, ("role", "content"))
     role = message["role"]
     if not isinstance(role, str) or role not in ROLES:
-        found = shown(role) if isinstance(role, str) else kind(role)
-        raise Refused(f"{field}.role", f"is {found}; known roles: {', '.join(ROLES)}")
+        found = preview(role) if isinstance(role, str) else describe_type(role)
+        raise InvalidValue(f"{field}.role", f"is {found}; known roles: {', '.join(ROLES)}")
     content = message["content"]
     if isinstance(content, list):
-        return {"role": role, "content": _parts(cast(Values, content), role, f"{field}.content")}
-    return {"role": role, "content": text(content, f"{field}.content")}
+        return {"role": role, "content": _parse_parts(cast(Values, content), role, f"{field}.content")}
+    return {"role": role, "content": check_text(content, f"{field}.content")}
 
 
-def _parts(values: Values, role: str, field: str) -> str | list[Part]:
+def _parse_parts(values: Values, role: str, field: str) -> str | list[Part]:
     """The content of a message that was written in parts: one text, or with images a list."""
-    parts = [_part(value, f"{field}[{index}]") for index, value in enumerate(values)]
+    parts = [_parse_part(value, f"{field}[{index}]") for index, value in enumerate(values)]
     image = next((index for index, part in enumerate(parts) if part["type"] == "image"), None)
     if image is None:
-        return text("".join(part["text"] for part in parts), field)
+        return check_text("".join(part["text"] for part in parts), field)
     if role != "user":
-        raise Refused(f"{field}[{image}]", f"is an image in a message of role '{role}'; images are for 'user'")
+        raise InvalidValue(f"{field}[{image}]", f"is an image in a message of role '{role}'; images are for 'user'")
     return parts
 
 
-def _part(value: object, field: str) -> Part:
+def _parse_part(value: object, field: str) -> Part:
     part = as_object(value, field, 'a part is {"type": "text", "text": "..."}')
-    if is_image(part):
-        return {"type": "image", "image": data_uri(part, field)}
-    check_names(part, field, ("type", "text"))
-    if part["type"] not in TEXT_PARTS:
-        raise Refused(f"{field}.type", "only 'text' and 'image' parts are supported")
+    if is_image_part(part):
+        return {"type": "image", "image": normalize_image_part(part, field)}
+    check_keys(part, field, ("type", "text"))
+    if part["type"] not in TEXT_PART_TYPES:
+        raise InvalidValue(f"{field}.type", "only 'text' and 'image' parts are supported")
     said = part["text"]
     if not isinstance(said, str):
-        raise Refused(f"{field}.text", f"is {kind(said)}; it must be a string")
-    return {"type": "text", "text": storable(said, f"{field}.text")}
+        raise InvalidValue(f"{field}.text", f"is {describe_type(said)}; it must be a string")
+    return {"type": "text", "text": json_safe(said, f"{field}.text")}

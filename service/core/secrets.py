@@ -10,78 +10,78 @@ from typing import TypeVar, cast
 
 from pydantic import BaseModel, SecretStr
 
-from schema.requests import SafeChanges, TrainRequest
+from schema.requests import ContinuationOptions, TrainRequest
 
 HF_SECRET = "hf_token"
 WANDB_SECRET = "wandb_api_key"
 REDACTED = SecretStr("**********")
 
-Path = tuple[str | int, ...]
+FieldPath = tuple[str | int, ...]
 Model = TypeVar("Model", bound=BaseModel)
 
 
 @dataclass(frozen=True)
-class Place:
+class SecretPath:
     """Where a secret stands in a configuration, and what it is called elsewhere."""
 
     name: str
-    path: Path
+    path: FieldPath
     secret: SecretStr
 
 
-def secrets_of(request: TrainRequest) -> dict[str, str]:
+def extract_request_secrets(request: TrainRequest) -> dict[str, str]:
     """The secrets in a request, by name."""
     token = {HF_SECRET: request.hf_token.get_secret_value()} if request.hf_token else {}
-    return token | config_secrets(request.training_config)
+    return token | extract_config_secrets(request.training_config)
 
 
-def config_secrets(config: BaseModel) -> dict[str, str]:
+def extract_config_secrets(config: BaseModel) -> dict[str, str]:
     """The secrets in a configuration, by name."""
-    return {place.name: place.secret.get_secret_value() for place in places_of(config)}
+    return {place.name: place.secret.get_secret_value() for place in iter_config_secrets(config)}
 
 
-def places_of(config: BaseModel) -> Iterator[Place]:
+def iter_config_secrets(config: BaseModel) -> Iterator[SecretPath]:
     """Every secret in a configuration."""
-    for path, owner, value in _leaves(config):
+    for path, owner, value in _iter_leaves(config):
         if isinstance(value, SecretStr):
-            yield Place(f"{owner}_{path[-1]}", path, value)
+            yield SecretPath(f"{owner}_{path[-1]}", path, value)
 
 
-def redacted(model: Model) -> Model:
+def redact(model: Model) -> Model:
     """The same with every secret hidden: as it may be kept and shown."""
-    changes = {field: hidden for field, value in model if (hidden := _hidden(value)) is not value}
+    changes = {field: hidden for field, value in model if (hidden := _redact_value(value)) is not value}
     return model.model_copy(update=changes) if changes else model
 
 
-def sent_again(request: SafeChanges) -> dict[str, str]:
+def resent_secrets(request: ContinuationOptions) -> dict[str, str]:
     """The secrets that a caller sends for a job that had them, by name."""
     sent = {HF_SECRET: request.hf_token, WANDB_SECRET: request.wandb_api_key, **request.secrets}
     return {name: secret.get_secret_value() for name, secret in sent.items() if secret}
 
 
-def _leaves(model: BaseModel, path: Path = (), owner: str = "") -> Iterator[tuple[Path, str, object]]:
+def _iter_leaves(model: BaseModel, path: FieldPath = (), owner: str = "") -> Iterator[tuple[FieldPath, str, object]]:
     """Every value in a model that is no model itself: where it stands, and the name of what it belongs to."""
     for field, value in model:
         if isinstance(value, BaseModel):
-            yield from _leaves(value, (*path, field), field.removesuffix("_config"))
+            yield from _iter_leaves(value, (*path, field), field.removesuffix("_config"))
         elif isinstance(value, list):
             items = cast(Sequence[object], value)
             for n, item in enumerate(items):
                 if isinstance(item, BaseModel):
-                    yield from _leaves(item, (*path, field, n), str(dict(item).get("name", f"{field}_{n}")))
+                    yield from _iter_leaves(item, (*path, field, n), str(dict(item).get("name", f"{field}_{n}")))
         else:
             yield (*path, field), owner, value
 
 
-def _hidden(value: object) -> object:
+def _redact_value(value: object) -> object:
     match value:
         case SecretStr():
             return REDACTED
         case BaseModel():
-            return redacted(value)
+            return redact(value)
         case list():
             items = cast(list[object], value)
-            hidden = [_hidden(item) for item in items]
+            hidden = [_redact_value(item) for item in items]
             return hidden if any(one is not other for one, other in zip(hidden, items, strict=True)) else items
         case _:
             return value

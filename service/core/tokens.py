@@ -10,7 +10,7 @@ from service.core.errors import Unauthorized
 ATTEMPT_AUDIENCE = "tunesmith-attempt"
 FILE_AUDIENCE = "tunesmith-file"
 # No attempt lives longer; what really ends a token is the end of its attempt, asked of the record at every call.
-ATTEMPT_TOKEN_LIFE = timedelta(days=14)
+ATTEMPT_TOKEN_TTL = timedelta(days=14)
 LEEWAY = timedelta(seconds=60)  # clocks differ
 
 
@@ -21,17 +21,17 @@ class TokenSigner:
         self._key = key
         self._clock = clock
 
-    def attempt_token(self, job_id: str, attempt: int) -> str:
+    def sign_attempt_token(self, job_id: str, attempt: int) -> str:
         """A token that lets its bearer report for one attempt."""
-        return self._sign({"sub": job_id, "attempt": attempt, "aud": ATTEMPT_AUDIENCE, "exp": self._clock() + ATTEMPT_TOKEN_LIFE})
+        return self._sign({"sub": job_id, "attempt": attempt, "aud": ATTEMPT_AUDIENCE, "exp": self._clock() + ATTEMPT_TOKEN_TTL})
 
-    def check_attempt(self, token: str, job_id: str, attempt: int) -> None:
+    def verify_attempt_token(self, token: str, job_id: str, attempt: int) -> None:
         """Raises Unauthorized unless the token is for just this attempt."""
         claims = self._read(token, ATTEMPT_AUDIENCE)
         if claims.get("sub") != job_id or claims.get("attempt") != attempt:
             raise Unauthorized("the token is for another attempt")
 
-    def file_token(self, key: str, filename: str, expires_s: int) -> str:
+    def sign_file_token(self, key: str, filename: str, expires_s: int) -> str:
         """A token that lets its bearer read one object."""
         return self._sign({"sub": key, "filename": filename, "aud": FILE_AUDIENCE, "exp": self._clock() + timedelta(seconds=expires_s)})
 

@@ -7,10 +7,10 @@ from pydantic import BaseModel, model_validator
 from schema.base import Strict
 from schema.trackers import MlflowConfig, TensorboardConfig, TrackioConfig, WandbConfig
 from schema.training import TrainingConfig
-from service.core.secrets import config_secrets, redacted
+from service.core.secrets import extract_config_secrets, redact
 
 
-class Trackers(Strict):
+class DeploymentTrackers(Strict):
     """A deployment's trackers, in the words of a request. W&B only offline: a key of the deployment would be every caller's."""
 
     wandb_config: WandbConfig | None = None
@@ -19,24 +19,26 @@ class Trackers(Strict):
     trackio_config: TrackioConfig | None = None
 
     @model_validator(mode="after")
-    def _gives_no_key_away(self) -> Self:
+    def _require_offline_wandb(self) -> Self:
         if self.wandb_config and self.wandb_config.mode != "offline":
             raise ValueError("wandb_config of a deployment needs mode 'offline'")
         return self
 
 
-def with_trackers(config: TrainingConfig, trackers: Trackers) -> TrainingConfig:
+def add_deployment_trackers(config: TrainingConfig, trackers: DeploymentTrackers) -> TrainingConfig:
     """The configuration with the deployment's trackers, where it names none of that kind."""
     own = {kind: tracker for kind, tracker in trackers if tracker is not None and dict(config).get(kind) is None}
     return config.model_copy(update=own) if own else config
 
 
-def deployments_own(config: TrainingConfig, trackers: Trackers) -> dict[str, BaseModel]:
+def deployment_trackers_of(config: TrainingConfig, trackers: DeploymentTrackers) -> dict[str, BaseModel]:
     """Of a job's trackers, as they are kept, those that are the deployment's: by kind, with their secrets."""
     kept = dict(config)
-    return {kind: tracker for kind, tracker in trackers if tracker is not None and redacted(tracker) == kept.get(kind)}
+    return {kind: tracker for kind, tracker in trackers if tracker is not None and redact(tracker) == kept.get(kind)}
 
 
-def deployments_secrets(config: TrainingConfig, trackers: Trackers) -> dict[str, str]:
+def deployment_tracker_secrets(config: TrainingConfig, trackers: DeploymentTrackers) -> dict[str, str]:
     """The secrets of the deployment's trackers that a job uses, by name: no caller knows them, or is asked for them."""
-    return config_secrets(trackers.model_copy(update=dict.fromkeys(Trackers.model_fields) | deployments_own(config, trackers)))
+    return extract_config_secrets(
+        trackers.model_copy(update=dict.fromkeys(DeploymentTrackers.model_fields) | deployment_trackers_of(config, trackers))
+    )

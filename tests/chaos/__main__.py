@@ -16,9 +16,9 @@ from pathlib import Path
 from rich.console import Console
 
 from tests.chaos.campaign import ROWS, Row, Size, run_row
-from tests.chaos.table import put_between_marks, shown
+from tests.chaos.table import render_table, replace_between_marks
 
-AT_ONCE = 2
+CONCURRENCY = 2
 LONGEST_FIRST = ("service_kills", "training_kills", "reports", "zombies", "out_of_memory", "full_disk")
 
 
@@ -34,29 +34,29 @@ def main() -> int:
         parser.error(f"no row {', '.join(unknown)}; known: {', '.join(ROWS)}")
     if chosen.write and (chosen.names or chosen.short):
         parser.error("a page is written from all rows, in full")
-    _end_tidily_when_told_to()
+    _handle_sigterm_as_interrupt()
     size: Size = "short" if chosen.short else "full"
     if chosen.json:
         print(json.dumps(asdict(run_row(chosen.names[0], size))))
         return 0
     began = time.monotonic()
-    rows = _run(chosen.names or list(ROWS), size)
-    Console().print(shown(rows))
+    rows = _run_rows(chosen.names or list(ROWS), size)
+    Console().print(render_table(rows))
     if chosen.write:
-        chosen.write.write_text(put_between_marks(chosen.write.read_text(), rows))
+        chosen.write.write_text(replace_between_marks(chosen.write.read_text(), rows))
     failed = [row.fault for row in rows if not row.passed]
     minutes = (time.monotonic() - began) / 60
     Console().print(f"{len(rows)} rows in {minutes:.1f} minutes; " + (f"failed: {'; '.join(failed)}" if failed else "all passed"))
     return 1 if failed else 0
 
 
-def _run(names: list[str], size: Size) -> list[Row]:
+def _run_rows(names: list[str], size: Size) -> list[Row]:
     """The rows, in the order of the names; the longest are begun first."""
     running: list[subprocess.Popen[str]] = []
     begun = sorted(names, key=lambda name: LONGEST_FIRST.index(name) if name in LONGEST_FIRST else len(LONGEST_FIRST))
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(CONCURRENCY) as pool:
         try:
-            found = dict(zip(begun, pool.map(lambda name: _apart(name, size, running), begun), strict=True))
+            found = dict(zip(begun, pool.map(lambda name: _run_in_subprocess(name, size, running), begun), strict=True))
         except BaseException:  # told to end: nothing is left running
             pool.shutdown(wait=False, cancel_futures=True)
             for process in running:
@@ -65,7 +65,7 @@ def _run(names: list[str], size: Size) -> list[Row]:
     return [found[name] for name in names]
 
 
-def _apart(name: str, size: Size, running: list[subprocess.Popen[str]]) -> Row:
+def _run_in_subprocess(name: str, size: Size, running: list[subprocess.Popen[str]]) -> Row:
     """One row in a process of its own."""
     command = [sys.executable, "-m", "tests.chaos", name, "--json", *(["--short"] if size == "short" else [])]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -73,11 +73,11 @@ def _apart(name: str, size: Size, running: list[subprocess.Popen[str]]) -> Row:
     said, _ = process.communicate()
     lines = said.splitlines()
     row = Row(**json.loads(lines[-1])) if process.returncode == 0 and lines else Row(name, "", "", "its process ended", passed=False)
-    Console(stderr=True).print(f"{name}: {'passed' if row.passed else 'FAILED'} after {row.seconds:.0f} s: {row.found}")
+    Console(stderr=True).print(f"{name}: {'passed' if row.passed else 'FAILED'} after {row.seconds:.0f} s: {row.observed}")
     return row
 
 
-def _end_tidily_when_told_to() -> None:
+def _handle_sigterm_as_interrupt() -> None:
     """SIGTERM does what Ctrl-C does: processes are ended and folders removed on the way out."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes its background jobs deaf to it
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))

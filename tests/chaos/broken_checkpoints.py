@@ -11,16 +11,16 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.checkpoints import Checkpoints, Mark
+from jobs.checkpoints import CheckpointInfo, Checkpoints
 from schema.checkpoint import MANIFEST, checkpoint_key, checkpoints_prefix
-from schema.events import CheckpointSkipped, Event, Resumed
+from schema.events import CheckpointRestored, CheckpointSkipped, Event
 from schema.spec import JobSpec, StoreUrls
 from storage.local import LocalStore
-from tests.chaos.campaign import Broken, Row, Size
+from tests.chaos.campaign import CampaignError, Row, Size
 from tests.chaos.damage import DAMAGES, damage
 from tests.chaos.service import SOURCE
 from tests.chaos.training_kills import TRAINER_PYTHON
-from tests.factories import a_config, a_dataset
+from tests.factories import make_config, make_dataset
 
 SEEDS: dict[Size, int] = {"full": 100, "short": 20}
 STEPS = (5, 10, 15)
@@ -40,44 +40,44 @@ def run(size: Size) -> Row:
     """Every seed another damage to another file."""
     seeds = range(SEEDS[size])
     with tempfile.TemporaryDirectory(prefix="chaos-checkpoints-") as folder:
-        found = [_fall_back(Path(folder, str(seed)), seed) for seed in seeds]
-        stock = _stock_trainer(Path(folder, "stock"), len(seeds)) if size == "full" else "the stock Trainer was not asked"
-    fell_back, told = sum(one.fell_back for one in found), sum(one.told for one in found)
+        found = [_resume_from_damaged(Path(folder, str(seed)), seed) for seed in seeds]
+        stock = _run_stock_trainer(Path(folder, "stock"), len(seeds)) if size == "full" else "the stock Trainer was not asked"
+    fell_back, told = sum(one.fell_back for one in found), sum(one.reported for one in found)
     return Row(
         fault="newest checkpoint damaged",
         injected=f"{', '.join(DAMAGES)}: {len(seeds)} seeds, any file of it",
-        wanted=f"{len(seeds)} fall back to the last verified one, with an event; no crash, no silent load",
-        found=f"{fell_back} fell back, {told} said so; {stock}",
+        expected=f"{len(seeds)} fall back to the last verified one, with an event; no crash, no silent load",
+        observed=f"{fell_back} fell back, {told} said so; {stock}",
         passed=fell_back == told == len(seeds),
     )
 
 
 @dataclass(frozen=True)
-class Found:
+class Outcome:
     """What an attempt went on from."""
 
     fell_back: bool  # to the newest checkpoint that is whole, and it is whole here too
-    told: bool  # an event names the damaged one, and another the one that was taken
+    reported: bool  # an event names the damaged one, and another the one that was taken
 
 
-def _fall_back(folder: Path, seed: int) -> Found:
+def _resume_from_damaged(folder: Path, seed: int) -> Outcome:
     store = LocalStore((folder / "objects").as_uri())
-    spec = _spec(store)
+    spec = _make_spec(store)
     digests = _save_all(store, spec, folder)
-    newest = folder / "objects" / checkpoint_key(spec.checkpoints, 1, STEPS[-1])
+    newest = folder / "objects" / checkpoint_key(spec.checkpoints_prefix, 1, STEPS[-1])
     damage(newest, seed, (*FILES, MANIFEST))
     told: list[Event] = []
     checkpoints = _checkpoints(store, spec, 2, folder / "second", told)
-    restored = checkpoints.newest()
+    restored = checkpoints.fetch_latest()
     checkpoints.close()
     if restored is None:
-        return Found(fell_back=False, told=False)
+        return Outcome(fell_back=False, reported=False)
     here = {name: hashlib.sha256((restored.folder / name).read_bytes()).hexdigest() for name in FILES}
     skipped = [(event.attempt, event.step) for event in told if isinstance(event, CheckpointSkipped)]
-    resumed = [(event.from_attempt, event.step) for event in told if isinstance(event, Resumed)]
-    return Found(
+    resumed = [(event.from_attempt, event.step) for event in told if isinstance(event, CheckpointRestored)]
+    return Outcome(
         fell_back=restored.checkpoint.step == STEPS[-2] and here == digests[STEPS[-2]],
-        told=(skipped, resumed) == ([(1, STEPS[-1])], [(1, STEPS[-2])]),
+        reported=(skipped, resumed) == ([(1, STEPS[-1])], [(1, STEPS[-2])]),
     )
 
 
@@ -91,20 +91,20 @@ def _save_all(store: LocalStore, spec: JobSpec, folder: Path) -> dict[int, dict[
         for number, (name, size_bytes) in enumerate(FILES.items()):
             (made / name).write_bytes(random.Random(1000 * step + number).randbytes(size_bytes))
         digests[step] = {name: hashlib.sha256((made / name).read_bytes()).hexdigest() for name in FILES}
-        checkpoints.keep(made, _mark(step))
-        if not checkpoints.settle():
-            raise Broken(f"the checkpoint of step {step} could not be saved")
+        checkpoints.submit(made, _make_checkpoint_info(step))
+        if not checkpoints.wait_until_uploaded():
+            raise CampaignError(f"the checkpoint of step {step} could not be saved")
     checkpoints.close()
     return digests
 
 
-def _checkpoints(store: LocalStore, spec: JobSpec, attempt: int, folder: Path, told: list[Event]) -> Checkpoints:
+def _checkpoints(store: LocalStore, spec: JobSpec, attempt: int, folder: Path, events: list[Event]) -> Checkpoints:
     folder.mkdir(parents=True, exist_ok=True)
-    return Checkpoints(store=store, spec=spec, attempt=attempt, folder=folder, keep=len(STEPS), tell=told.append)
+    return Checkpoints(store=store, spec=spec, attempt=attempt, folder=folder, save_total_limit=len(STEPS), emit=events.append)
 
 
-def _mark(step: int) -> Mark:
-    return Mark(
+def _make_checkpoint_info(step: int) -> CheckpointInfo:
+    return CheckpointInfo(
         step=step,
         total_steps=100,
         epoch=step / 10,
@@ -116,25 +116,25 @@ def _mark(step: int) -> Mark:
     )
 
 
-def _spec(store: LocalStore) -> JobSpec:
+def _make_spec(store: LocalStore) -> JobSpec:
     return JobSpec(
         job_id="job-1",
         job_name="a job",
         tenant_id="local",
-        training_config=a_config(),
-        dataset=a_dataset(),
+        training_config=make_config(),
+        dataset=make_dataset(),
         stores=StoreUrls(datasets=store.url, models=store.url, configs=store.url),
-        checkpoints=checkpoints_prefix("job-1", None),
+        checkpoints_prefix=checkpoints_prefix("job-1", None),
     )
 
 
-def _stock_trainer(folder: Path, seeds: int) -> str:
+def _run_stock_trainer(folder: Path, seeds: int) -> str:
     """What the library's own way to resume makes of as many damages, in its own words."""
     command = [TRAINER_PYTHON, "-m", "tests.chaos.stock_trainer", folder, str(seeds)]
     environment = {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HOME": str(folder)}
     done = subprocess.run(command, cwd=SOURCE, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
-        raise Broken(f"the stock trainer could not be asked: {done.stderr.strip().rpartition(chr(10))[2]}")
+        raise CampaignError(f"the stock trainer could not be asked: {done.stderr.strip().rpartition(chr(10))[2]}")
     told = json.loads(done.stdout.splitlines()[-1])
     ends = f"died of it {told['died']} times, went on without a word {told['went_on']} times, fell back {told['fell_back']} times"
     return f"the stock Trainer picked the damaged one {told['picked']} times, {ends}"

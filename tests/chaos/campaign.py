@@ -30,13 +30,13 @@ ROWS = (
 )
 
 
-class Broken(Exception):
+class CampaignError(Exception):
     """The campaign itself could not go on: a part did not start, or something took far longer than it may."""
 
 
 # What processes, servers and files do when they do not do what was asked; the other rows are worth running all the same.
-FAILURES = (Broken, OSError, RuntimeError, ValueError, LookupError, AssertionError, subprocess.SubprocessError)
-FAILURES_OF_OTHERS = (httpx2.HTTPError, psutil.Error, StorageError, ImportError)
+FAILURES = (CampaignError, OSError, RuntimeError, ValueError, LookupError, AssertionError, subprocess.SubprocessError)
+LIBRARY_FAILURES = (httpx2.HTTPError, psutil.Error, StorageError, ImportError)
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Row:
 
     fault: str
     injected: str
-    wanted: str
-    found: str
+    expected: str
+    observed: str
     passed: bool
     seconds: float = 0.0  # filled in by `run_row`
 
@@ -56,6 +56,6 @@ def run_row(name: str, size: Size) -> Row:
     began = time.monotonic()
     try:
         row: Row = import_module(f"tests.chaos.{name}").run(size)
-    except (*FAILURES, *FAILURES_OF_OTHERS) as error:
+    except (*FAILURES, *LIBRARY_FAILURES) as error:
         row = Row(name.replace("_", " "), "", "", f"could not be run to its end: {type(error).__name__}: {error}", passed=False)
     return replace(row, seconds=time.monotonic() - began)

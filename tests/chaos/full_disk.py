@@ -26,46 +26,46 @@ from typing import Any
 
 import httpx2
 
-from tests.chaos.campaign import Broken, Row, Size
-from tests.chaos.service import SOURCE, Service, a_train_request, light_trainer, service, what_is_corrupt
+from tests.chaos.campaign import CampaignError, Row, Size
+from tests.chaos.service import SOURCE, Service, find_corruption, make_light_trainer, make_train_request, service
 
 CLIENTS = 8
 PAUSE_S = 0.5  # of each client between two rounds: what is acknowledged is worked off afterwards
 DISK_BYTES = 64 << 20
-LASTS_S: dict[Size, tuple[float, float]] = {"full": (10.0, 30.0), "short": (2.0, 5.0)}  # disk and folder; database
-ANSWER_MOST_S = 5.0
-RECOVERS_MOST_S = 60.0
-SEALED = ("unshare", "-Urm"), ("unshare", "-m")  # the second for root where a user has no namespaces
+DURATIONS_S: dict[Size, tuple[float, float]] = {"full": (10.0, 30.0), "short": (2.0, 5.0)}  # disk and folder; database
+MAX_RESPONSE_S = 5.0
+MAX_RECOVERY_S = 60.0
+NAMESPACE_COMMANDS = ("unshare", "-Urm"), ("unshare", "-m")  # the second for root where a user has no namespaces
 OK = range(200, 300)
 
 
 def run(size: Size) -> Row:
     """The three faults, one after the other, in one service."""
-    sealed = next((command for command in SEALED if _works(command)), ())
+    sealed = next((command for command in NAMESPACE_COMMANDS if _can_mount(command)), ())
     with tempfile.TemporaryDirectory(prefix="chaos-disk-") as folder:
-        inside = [sys.executable, "-m", "tests.chaos.full_disk", folder, "--size", size, *(["--sealed"] if sealed else [])]
+        inside = [sys.executable, "-m", "tests.chaos.full_disk", folder, "--size", size, *(["--can-mount"] if sealed else [])]
         done = subprocess.run([*sealed, *inside], cwd=SOURCE, env=os.environ | {"PYTHONPATH": str(SOURCE)}, capture_output=True, text=True)
     if done.returncode != 0:
-        raise Broken(done.stderr.strip().rpartition("\n")[2])
-    found = [Found(**told) for told in json.loads(done.stdout.splitlines()[-1])]
-    disk_s, database_s = LASTS_S[size]
+        raise CampaignError(done.stderr.strip().rpartition("\n")[2])
+    found = [FaultOutcome(**told) for told in json.loads(done.stdout.splitlines()[-1])]
+    disk_s, database_s = DURATIONS_S[size]
     where = "a full tmpfs and a read-only mount" if sealed else "RLIMIT_FSIZE and a file in the folder's place: no namespaces here"
     return Row(
         fault="disk full, folder read-only, database busy",
         injected=f"for {disk_s:.0f}, {disk_s:.0f} and {database_s:.0f} s under {CLIENTS} clients ({where})",
-        wanted=f"nothing corrupt, 503/507 typed within {ANSWER_MOST_S:.0f} s, recovers alone",
-        found="; ".join(map(str, found)),
-        passed=all(one.good for one in found),
+        expected=f"nothing corrupt, 503/507 typed within {MAX_RESPONSE_S:.0f} s, recovers alone",
+        observed="; ".join(map(str, found)),
+        passed=all(one.passed for one in found),
     )
 
 
 @dataclass
-class Found:
+class FaultOutcome:
     """What became of one fault."""
 
     fault: str
-    answers: dict[str, int] = field(default_factory=dict[str, int])  # by status
-    bad: list[str] = field(default_factory=list[str])  # answers that are not what they should be
+    status_counts: dict[str, int] = field(default_factory=dict[str, int])  # by status
+    bad_responses: list[str] = field(default_factory=list[str])  # answers that are not what they should be
     slowest_s: float = 0.0
     lost: int = 0  # jobs that were acknowledged, and are not there
     unfinished: int = 0  # jobs that were acknowledged, and did not complete after the fault was over
@@ -73,13 +73,17 @@ class Found:
     recovered_s: float | None = None
 
     @property
-    def good(self) -> bool:
-        refused = any(int(status) in (503, 507) for status in self.answers)  # else nothing was broken
-        return (self.bad, self.lost, self.unfinished, self.corrupt) == ([], 0, 0, "") and self.recovered_s is not None and refused
+    def passed(self) -> bool:
+        refused = any(int(status) in (503, 507) for status in self.status_counts)  # else nothing was broken
+        return (self.bad_responses, self.lost, self.unfinished, self.corrupt) == ([], 0, 0, "") and self.recovered_s is not None and refused
 
     def __str__(self) -> str:
-        answers = ", ".join(f"{count}× {status}" for status, count in sorted(self.answers.items()))
-        wrong = f"; {len(self.bad)} bad answers, such as {', '.join(sorted(set(self.bad))[:3])}" if self.bad else ""
+        answers = ", ".join(f"{count}× {status}" for status, count in sorted(self.status_counts.items()))
+        wrong = (
+            f"; {len(self.bad_responses)} bad answers, such as {', '.join(sorted(set(self.bad_responses))[:3])}"
+            if self.bad_responses
+            else ""
+        )
         kept = f"{self.lost} lost, {self.unfinished} unfinished, database {self.corrupt or 'sound'}"
         after = f"recovered after {self.recovered_s:.1f} s" if self.recovered_s is not None else "did not recover"
         return f"{self.fault}: {answers}, slowest {self.slowest_s:.1f} s, {kept}, {after}{wrong}"
@@ -90,20 +94,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.full_disk")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", choices=("full", "short"), required=True)
-    parser.add_argument("--sealed", action="store_true", help="this process may mount")
+    parser.add_argument("--can-mount", action="store_true", help="this process may mount")
     chosen = parser.parse_args()
     home = chosen.folder / "home"
     home.mkdir()
-    if chosen.sealed:
+    if chosen.can_mount:
         _mount("-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(home))
-    trainer = light_trainer(chosen.folder / "trainer", real_one_in=10)
-    disk_s, database_s = LASTS_S[chosen.size]
+    trainer = make_light_trainer(chosen.folder / "trainer", real_one_in=10)
+    disk_s, database_s = DURATIONS_S[chosen.size]
     with service(home, TUNESMITH_TRAINER_PYTHON=str(trainer), TUNESMITH_MAX_CONCURRENT_JOBS="8") as running:
         dataset_id = running.upload()
-        no_room = _full_disk(home) if chosen.sealed else _no_larger_files(running)
-        faults = {"disk full": (no_room, disk_s), "objects read-only": (_read_only(home / "objects", chosen.sealed), disk_s)}
-        faults["database busy"] = (_busy(home / "tunesmith.db"), database_s)
-        found = [_during(running, dataset_id, name, fault, lasts_s) for name, (fault, lasts_s) in faults.items()]
+        no_room = _fill_disk(home) if chosen.can_mount else _limit_file_size(running)
+        faults = {"disk full": (no_room, disk_s), "objects read-only": (_make_read_only(home / "objects", chosen.can_mount), disk_s)}
+        faults["database busy"] = (_lock_database(home / "tunesmith.db"), database_s)
+        found = [_run_fault(running, dataset_id, name, fault, lasts_s) for name, (fault, lasts_s) in faults.items()]
     print(json.dumps([asdict(one) for one in found]))
     return 0
 
@@ -112,7 +116,7 @@ def main() -> int:
 
 
 @contextmanager
-def _full_disk(home: Path) -> Iterator[None]:
+def _fill_disk(home: Path) -> Iterator[None]:
     """Not a byte is left, whoever frees one."""
     filler = home / "filler"
     over = threading.Event()
@@ -137,7 +141,7 @@ def _full_disk(home: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _no_larger_files(running: Service) -> Iterator[None]:
+def _limit_file_size(running: Service) -> Iterator[None]:
     """No file of the service's can grow beyond a few bytes."""
     assert running.process is not None
     before = resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE)
@@ -149,8 +153,8 @@ def _no_larger_files(running: Service) -> Iterator[None]:
 
 
 @contextmanager
-def _read_only(folder: Path, sealed: bool) -> Iterator[None]:
-    if not sealed:
+def _make_read_only(folder: Path, can_mount: bool) -> Iterator[None]:
+    if not can_mount:
         aside = folder.rename(folder.with_name("aside"))
         folder.touch()
         try:
@@ -168,7 +172,7 @@ def _read_only(folder: Path, sealed: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _busy(database: Path) -> Iterator[None]:
+def _lock_database(database: Path) -> Iterator[None]:
     """Another program writes, and takes its time."""
     with sqlite3.connect(database, isolation_level=None) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -183,7 +187,7 @@ def _mount(*arguments: str) -> None:
     subprocess.run(["mount", *arguments], check=True, capture_output=True)
 
 
-def _works(command: tuple[str, ...]) -> bool:
+def _can_mount(command: tuple[str, ...]) -> bool:
     """Whether this machine lets us have a namespace in which we may mount."""
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -196,46 +200,46 @@ def _works(command: tuple[str, ...]) -> bool:
 
 
 @dataclass(frozen=True)
-class Told:
+class TimedResponse:
     """An answer, and how long it took."""
 
-    what: str
+    request: str
     status: int
-    took_s: float
+    duration_s: float
     headers: httpx2.Headers
     body: Any  # JSON of whatever shape came
 
 
-def _during(running: Service, dataset_id: str, name: str, fault: Any, lasts_s: float) -> Found:
+def _run_fault(running: Service, dataset_id: str, name: str, fault: Any, duration_s: float) -> FaultOutcome:
     """Clients submit, read and upload for as long as it lasts; then for long enough to recover."""
-    found = Found(name)
+    found = FaultOutcome(name)
     with fault:
-        until = time.monotonic() + lasts_s
+        until = time.monotonic() + duration_s
         with ThreadPoolExecutor(CLIENTS) as pool:
-            works = [partial(_client, running, dataset_id, f"{name}-{number}", until) for number in range(CLIENTS)]
+            works = [partial(_run_client, running, dataset_id, f"{name}-{number}", until) for number in range(CLIENTS)]
             told = [answer for work in [pool.submit(work) for work in works] for answer in work.result()]
-    found.bad = [why for answer in told if (why := _fault_of(answer))]
+    found.bad_responses = [why for answer in told if (why := _find_fault(answer))]
     for answer in told:
-        found.answers[str(answer.status)] = found.answers.get(str(answer.status), 0) + 1
-    found.slowest_s = max(answer.took_s for answer in told)
-    found.recovered_s = _recovers(running, dataset_id, name)
-    acknowledged = {answer.body["job_id"] for answer in told if answer.what == "POST /train" and answer.status in OK}
-    found.lost, found.unfinished = _afterwards(running, acknowledged)
-    found.corrupt = what_is_corrupt(running.home / "tunesmith.db")
+        found.status_counts[str(answer.status)] = found.status_counts.get(str(answer.status), 0) + 1
+    found.slowest_s = max(answer.duration_s for answer in told)
+    found.recovered_s = _measure_recovery_s(running, dataset_id, name)
+    acknowledged = {answer.body["job_id"] for answer in told if answer.request == "POST /train" and answer.status in OK}
+    found.lost, found.unfinished = _count_lost_and_unfinished(running, acknowledged)
+    found.corrupt = find_corruption(running.home / "tunesmith.db")
     return found
 
 
-def _client(running: Service, dataset_id: str, name: str, until: float) -> list[Told]:
+def _run_client(running: Service, dataset_id: str, name: str, deadline: float) -> list[TimedResponse]:
     """One after the other: a job, an upload, a look."""
-    told: list[Told] = []
+    told: list[TimedResponse] = []
     number = 0
     with httpx2.Client(base_url=running.url, timeout=60) as http:
-        while time.monotonic() < until:
+        while time.monotonic() < deadline:
             number += 1
             key = {"Idempotency-Key": f"{name}-{number}".replace(" ", "-")}
-            told.append(_ask(http, "POST", "/train", json=a_train_request(dataset_id, job_name=f"{name} {number}"), headers=key))
-            told.append(_ask(http, "POST", "/datasets", files={"file": ("rows.jsonl", _rows(name, number))}))
-            told.append(_ask(http, "GET", "/jobs"))
+            told.append(_request(http, "POST", "/train", json=make_train_request(dataset_id, job_name=f"{name} {number}"), headers=key))
+            told.append(_request(http, "POST", "/datasets", files={"file": ("rows.jsonl", _rows(name, number))}))
+            told.append(_request(http, "GET", "/jobs"))
             time.sleep(PAUSE_S)
     return told
 
@@ -247,40 +251,40 @@ def _rows(name: str, number: int) -> str:
     )
 
 
-def _ask(http: httpx2.Client, method: str, path: str, **more: Any) -> Told:
+def _request(http: httpx2.Client, method: str, path: str, **options: Any) -> TimedResponse:
     began = time.monotonic()
     try:
-        answer = http.request(method, path, **more)
+        answer = http.request(method, path, **options)
     except httpx2.TransportError as error:
-        return Told(f"{method} {path}", 0, time.monotonic() - began, httpx2.Headers(), f"{type(error).__name__}: {error}")
+        return TimedResponse(f"{method} {path}", 0, time.monotonic() - began, httpx2.Headers(), f"{type(error).__name__}: {error}")
     body = answer.json() if "json" in answer.headers.get("content-type", "") else None
-    return Told(f"{method} {path}", answer.status_code, time.monotonic() - began, answer.headers, body)
+    return TimedResponse(f"{method} {path}", answer.status_code, time.monotonic() - began, answer.headers, body)
 
 
-def _fault_of(answer: Told) -> str:
+def _find_fault(answer: TimedResponse) -> str:
     """What is wrong with an answer; nothing with a success, and with a refusal that is typed, in time, and says when to come again."""
-    where = f"{answer.what} {answer.status}"
-    if answer.took_s > ANSWER_MOST_S:
-        return f"{where} after {answer.took_s:.1f} s"
+    where = f"{answer.request} {answer.status}"
+    if answer.duration_s > MAX_RESPONSE_S:
+        return f"{where} after {answer.duration_s:.1f} s"
     if answer.status in OK:
         return ""
     if answer.status not in (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.INSUFFICIENT_STORAGE):
-        return where if answer.status else f"{answer.what} without an answer ({answer.body})"
+        return where if answer.status else f"{answer.request} without an answer ({answer.body})"
     if answer.status == HTTPStatus.SERVICE_UNAVAILABLE and "retry-after" not in answer.headers:
         return f"{where} without Retry-After"
     error = answer.body.get("error", {}) if isinstance(answer.body, dict) else {}
     return "" if error.get("code") and error.get("message") else f"{where} without our error: {answer.body}"
 
 
-def _recovers(running: Service, dataset_id: str, name: str) -> float | None:
+def _measure_recovery_s(running: Service, dataset_id: str, name: str) -> float | None:
     """Seconds until everything works again, with nobody's help."""
     began = time.monotonic()
     with httpx2.Client(base_url=running.url, timeout=60) as http:
-        while time.monotonic() - began < RECOVERS_MOST_S:
+        while time.monotonic() - began < MAX_RECOVERY_S:
             key = {"Idempotency-Key": f"after-{name}".replace(" ", "-")}
-            asked: list[Callable[[], Told]] = [
-                partial(_ask, http, "POST", "/train", json=a_train_request(dataset_id), headers=key),
-                partial(_ask, http, "POST", "/datasets", files={"file": ("rows.jsonl", _rows("after", 0))}),
+            asked: list[Callable[[], TimedResponse]] = [
+                partial(_request, http, "POST", "/train", json=make_train_request(dataset_id), headers=key),
+                partial(_request, http, "POST", "/datasets", files={"file": ("rows.jsonl", _rows("after", 0))}),
             ]
             if all(ask().status in OK for ask in asked):
                 return time.monotonic() - began
@@ -288,9 +292,9 @@ def _recovers(running: Service, dataset_id: str, name: str) -> float | None:
     return None
 
 
-def _afterwards(running: Service, acknowledged: set[str]) -> tuple[int, int]:
+def _count_lost_and_unfinished(running: Service, acknowledged: set[str]) -> tuple[int, int]:
     """How many of these jobs are not there, and how many do not complete."""
-    deadline = time.monotonic() + RECOVERS_MOST_S
+    deadline = time.monotonic() + MAX_RECOVERY_S
     while True:
         status = {job["job_id"]: job["status"] for job in running.jobs()}
         unfinished = sum(status.get(job_id) != "completed" for job_id in acknowledged)

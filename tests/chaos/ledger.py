@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Note = Literal["started", "owned"]
+LedgerEntry = Literal["started", "claimed"]
 
 
 @dataclass(frozen=True)
@@ -14,17 +14,17 @@ class Ledger:
     """How many processes each attempt had, and how many of them were given the claim; by the attempt's name."""
 
     started: Counter[str]
-    owned: Counter[str]
+    claimed: Counter[str]
 
 
-def note(name: str, what: Note) -> None:
+def append_entry(name: str, entry: LedgerEntry) -> None:
     """A line, whole or not at all: many processes write at once."""
     descriptor = os.open(os.environ["CHAOS_LEDGER"], os.O_WRONLY | os.O_APPEND)
-    os.write(descriptor, f"{what} {name}\n".encode())
+    os.write(descriptor, f"{entry} {name}\n".encode())
     os.close(descriptor)
 
 
 def read_ledger(path: Path) -> Ledger:
     """Everything that was noted."""
     lines = [line.split() for line in path.read_text().splitlines()]
-    return Ledger(*(Counter(name for noted, name in lines if noted == what) for what in ("started", "owned")))
+    return Ledger(*(Counter(name for noted, name in lines if noted == what) for what in ("started", "claimed")))

@@ -10,31 +10,31 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tests.chaos.ledger import note
+from tests.chaos.ledger import append_entry
 
-PATIENCE_S = 60.0  # the service is killed all the time
+SERVICE_TIMEOUT_S = 60.0  # the service is killed all the time
 PAUSE_S = 0.1
 
 
-def work(name: str) -> int:
+def run_attempt(name: str) -> int:
     """The whole attempt; returns its exit code."""
-    note(name, "started")
+    append_entry(name, "started")
     claimant = f"light-{os.getpid()}"
-    if _say("claim", {"claimant": claimant}) != HTTPStatus.OK:
+    if _post_with_retry("claim", {"claimant": claimant}) != HTTPStatus.OK:
         return 0  # another process owns it
-    note(name, "owned")
+    append_entry(name, "claimed")
     now = datetime.now(UTC).isoformat()
-    _say("events", {"first_seq": 0, "events": [{"at": now, "event": {"type": "phase", "phase": "training"}}]})
+    _post_with_retry("events", {"first_seq": 0, "events": [{"at": now, "event": {"type": "phase", "phase": "training"}}]})
     result = {"job_id": os.environ["JOB_ID"], "attempt": int(os.environ["JOB_ATTEMPT"]), "claimant": claimant}
     result |= {"outcome": "completed", "started_at": now, "finished_at": now}
-    _write(result)
-    _say("result", result)
+    _write_result(result)
+    _post_with_retry("result", result)
     return 0
 
 
-def _say(verb: str, body: dict[str, Any]) -> int:
+def _post_with_retry(verb: str, body: dict[str, Any]) -> int:
     """The status of the service's answer, waiting for one."""
-    until = time.monotonic() + PATIENCE_S
+    until = time.monotonic() + SERVICE_TIMEOUT_S
     while True:
         status = _post(verb, body)
         if status is not None or time.monotonic() > until:
@@ -58,7 +58,7 @@ def _post(verb: str, body: dict[str, Any]) -> int | None:
     return None if status >= HTTPStatus.INTERNAL_SERVER_ERROR else status
 
 
-def _write(result: dict[str, Any]) -> None:
+def _write_result(result: dict[str, Any]) -> None:
     """Into the folder that is the object store, whole or not at all."""
     path = Path(urlsplit(os.environ["JOB_SPEC_STORE_URL"]).path, "results", result["job_id"], f"{result['attempt']}.json")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,30 +15,30 @@ from typing import Any
 
 from jobs.errors import JobFailed
 from jobs.trainers.sft import train
-from schema.events import Decided
-from tests.chaos.out_of_memory import ASKED, Case
-from tests.jobs.conftest import BASE, Record, a_context, a_spec, messages, saved
+from schema.events import DecisionMade
+from tests.chaos.out_of_memory import BATCH_SIZE, MemoryCase
+from tests.jobs.conftest import BASE, EventRecorder, load_saved_checkpoints, make_context, make_spec, messages
 from tests.tiny_gemma import build_tiny_gemma
 
-CASES: dict[str, list[Case]] = {
+CASES: dict[str, list[MemoryCase]] = {
     "full": [
-        *(Case("training", step, rows) for step in (1, 2, 3) for rows in (8, 4, 2, 1)),
-        *(Case("evaluation", 0, rows) for rows in (8, 4, 2, 1)),
-        Case("training", 2, 0),
-        Case("evaluation", 0, 0),
+        *(MemoryCase("training", step, rows) for step in (1, 2, 3) for rows in (8, 4, 2, 1)),
+        *(MemoryCase("evaluation", 0, rows) for rows in (8, 4, 2, 1)),
+        MemoryCase("training", 2, 0),
+        MemoryCase("evaluation", 0, 0),
     ],
-    "short": [Case("training", 3, 4), Case("evaluation", 0, 2), Case("training", 2, 0)],
+    "short": [MemoryCase("training", 3, 4), MemoryCase("evaluation", 0, 2), MemoryCase("training", 2, 0)],
 }
-KNOBS = {"max_steps": -1, "epochs": 2, "learning_rate": 1e-4, "save_strategy": "steps", "save_steps": 1}
+HYPERPARAMETERS = {"max_steps": -1, "epochs": 2, "learning_rate": 1e-4, "save_strategy": "steps", "save_steps": 1}
 
 
 @dataclass
-class Heard(Record):
+class StepRecorder(EventRecorder):
     """A voice that knows in which step the training is."""
 
     step: int = 0
 
-    def place(self, *, phase: Any = None, progress: Any = None) -> None:
+    def set_progress(self, *, phase: Any = None, progress: Any = None) -> None:
         self.step = progress.step if progress else self.step
 
 
@@ -46,45 +46,45 @@ def main() -> None:
     """A reference with enough memory, then every case."""
     folder, size = Path(sys.argv[1]), sys.argv[2]
     build_tiny_gemma(folder / "objects/pretrained_weights/huggingface" / BASE)
-    reference = _train(folder, Case("training", 0, ASKED))
+    reference = _train(folder, MemoryCase("training", 0, BATCH_SIZE))
     print(json.dumps({"reference": reference, "cases": [asdict(case) | _train(folder, case) for case in CASES[size]]}))
 
 
-def _train(folder: Path, case: Case) -> dict[str, Any]:
+def _train(folder: Path, case: MemoryCase) -> dict[str, Any]:
     """What one training came to: losses by step, batches it went down to, and the failure it ended in."""
-    knobs = KNOBS | {"batch_size": ASKED, "gradient_accumulation_steps": 1}
-    held_out = messages(ASKED, first=100)  # as many as are measured at once
-    spec = a_spec(folder / "objects", method="Full", hyperparameters=knobs, held_out=held_out)
-    heard, failure = Heard(), None
-    context = a_context(spec, folder / spec.job_id, heard)
-    with _short_of_memory(case, heard) as failures:
+    knobs = HYPERPARAMETERS | {"batch_size": BATCH_SIZE, "gradient_accumulation_steps": 1}
+    held_out = messages(BATCH_SIZE, first=100)  # as many as are measured at once
+    spec = make_spec(folder / "objects", method="Full", hyperparameters=knobs, held_out=held_out)
+    heard, failure = StepRecorder(), None
+    context = make_context(spec, folder / spec.job_id, heard)
+    with _limit_memory(case, heard) as failures:
         try:
             train(spec.training_config, context)
         except JobFailed as error:
             failure = error.failure
         finally:
-            context.checkpoints.settle()
+            context.checkpoints.wait_until_uploaded()
             context.checkpoints.close()
     after = [told.metrics.eval_loss for told in heard.evaluations if told.when == "after"]
     return {
         "losses": {point.step: point.values["loss"] for point in heard.points},
         "eval_loss": after[-1] if after else None,
-        "smaller": [int(event.value) for event in heard.events if isinstance(event, Decided) and event.what == "batch_size"],
-        "effective": sorted({one.batch_size * one.gradient_accumulation_steps for one in saved(spec)}),
+        "smaller": [int(event.value) for event in heard.events if isinstance(event, DecisionMade) and event.setting == "batch_size"],
+        "effective": sorted({one.batch_size * one.gradient_accumulation_steps for one in load_saved_checkpoints(spec)}),
         "failures": len(failures),
         "failure": failure and failure.model_dump(),
     }
 
 
 @contextmanager
-def _short_of_memory(case: Case, heard: Heard) -> Iterator[list[int]]:
+def _limit_memory(case: MemoryCase, recorder: StepRecorder) -> Iterator[list[int]]:
     """Yields the list of the batches that were refused."""
     import torch
 
     embedding, refused = torch.nn.functional.embedding, list[int]()
 
     def look_up(tokens: Any, *rest: Any, **named: Any) -> Any:
-        here = torch.is_grad_enabled() == (case.where == "training") and heard.step + 1 >= case.step
+        here = torch.is_grad_enabled() == (case.where == "training") and recorder.step + 1 >= case.step
         if here and len(tokens) > case.rows_that_fit:
             refused.append(len(tokens))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tests.chaos.campaign import Broken, Row, Size
+from tests.chaos.campaign import CampaignError, Row, Size
 from tests.chaos.service import SOURCE, Json
 
-ASKED = 16  # rows at once, and the effective batch
-NEAR = 1e-5
-MOST_RETRIES = 4
+BATCH_SIZE = 16  # rows at once, and the effective batch
+LOSS_TOLERANCE = 1e-5
+MAX_RETRIES = 4
 TRAINER_PYTHON = SOURCE / ".venvs/llm/bin/python"
 
 
 @dataclass(frozen=True)
-class Case:
+class MemoryCase:
     """Where memory is short, from which step on, and how many rows fit; 0: not even one."""
 
     where: Literal["training", "evaluation"]
@@ -32,32 +32,32 @@ class Case:
 def run(size: Size) -> Row:
     """Every case beside the training that had enough."""
     with tempfile.TemporaryDirectory(prefix="chaos-memory-") as folder:
-        told = _ask_the_trainer(Path(folder), size)
+        told = _run_trainer(Path(folder), size)
     cases: list[Json] = told["cases"]
     healed = [case for case in cases if case["rows_that_fit"] > 0]
     training = [case for case in healed if case["where"] == "training"]
     difference = max(_difference(case, told["reference"]) for case in healed)
-    wrong = [why for case in cases if (why := _fault_of(case))]
+    wrong = [why for case in cases if (why := _find_fault(case))]
     return Row(
         fault="out of memory",
         injected=f"{len(training)} times in training at step k, {len(healed) - len(training)} in evaluation, 1 to 4 times running; "
         f"{len(cases) - len(healed)} where nothing fits",
-        wanted=f"effective batch constant, loss within {NEAR:g} of the reference, at most {MOST_RETRIES} retries, then a typed error",
-        found=f"{_in_words(cases)}, losses within {difference:.1g}" + (f"; WRONG: {wrong[0]}" if wrong else ""),
-        passed=not wrong and difference <= NEAR,
+        expected=f"effective batch constant, loss within {LOSS_TOLERANCE:g}, at most {MAX_RETRIES} retries, then a typed error",
+        observed=f"{_summarize(cases)}, losses within {difference:.1g}" + (f"; WRONG: {wrong[0]}" if wrong else ""),
+        passed=not wrong and difference <= LOSS_TOLERANCE,
     )
 
 
-def _ask_the_trainer(folder: Path, size: Size) -> Json:
+def _run_trainer(folder: Path, size: Size) -> Json:
     environment = {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HOME": str(folder)}
     command = [TRAINER_PYTHON, "-m", "tests.chaos.memory_cases", folder, size]
     done = subprocess.run(command, cwd=SOURCE, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
-        raise Broken(f"the trainer could not be asked: {done.stderr.strip().rpartition(chr(10))[2]}")
+        raise CampaignError(f"the trainer could not be asked: {done.stderr.strip().rpartition(chr(10))[2]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _fault_of(case: Json) -> str:
+def _find_fault(case: Json) -> str:
     """What is wrong with how a case ended; nothing when all is well."""
     name = f"{case['where']} at step {case['step']} with room for {case['rows_that_fit']}"
     halvings = [size for size in (8, 4, 2, 1) if size >= case["rows_that_fit"]] if case["where"] == "training" else []
@@ -65,7 +65,7 @@ def _fault_of(case: Json) -> str:
         return f"{name}: memory never ran out"
     if case["smaller"] != halvings:
         return f"{name}: batches {case['smaller']} instead of {halvings}"
-    if case["effective"] not in ([ASKED], []):
+    if case["effective"] not in ([BATCH_SIZE], []):
         return f"{name}: effective batches {case['effective']}"
     if case["rows_that_fit"] > 0:
         return f"{name}: {case['failure']['message']}" if case["failure"] else ""
@@ -81,7 +81,7 @@ def _difference(case: Json, reference: Json) -> float:
     return max(*steps, abs(case["eval_loss"] - reference["eval_loss"]))
 
 
-def _in_words(cases: list[Json]) -> str:
+def _summarize(cases: list[Json]) -> str:
     effective = ", ".join(map(str, sorted({size for case in cases for size in case["effective"]})))
     errors = ", ".join(sorted({case["failure"]["code"] for case in cases if case["failure"]})) or "none"
     return f"effective batch {effective}, at most {max(len(case['smaller']) for case in cases)} retries, errors: {errors}"

@@ -7,28 +7,28 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 
-from bench.http import Answer, Connection, Request
+from bench.http import Connection, Request, Response
 from tests.chaos.campaign import Row, Size
-from tests.chaos.service import Service, a_train_request, light_trainer, service
+from tests.chaos.service import Service, make_light_trainer, make_train_request, service
 
 KEYS: dict[Size, int] = {"full": 200, "short": 20}
-AT_ONCE = 50
+CONCURRENCY = 50
 
 
 def run(size: Size) -> Row:
     """On SQLite, where all of them meet in one process."""
     keys = [f"key-{number}" for number in range(KEYS[size])]
     with tempfile.TemporaryDirectory(prefix="chaos-same-") as folder:
-        trainer = light_trainer(Path(folder, "trainer"), real_one_in=10**9)
+        trainer = make_light_trainer(Path(folder, "trainer"), real_one_in=10**9)
         with service(Path(folder, "home"), TUNESMITH_TRAINER_PYTHON=str(trainer)) as running:
             outcome = asyncio.run(_send_all(running, running.upload(), keys))
             jobs = sum(1 for _ in running.jobs())
     return Row(
         fault="the same request at once",
-        injected=f"{len(keys)} keys, each {AT_ONCE} times at once, then each with another body",
-        wanted=f"exactly {len(keys)} jobs; every changed body a 409",
-        found=f"{jobs} jobs; {outcome.agreed} of {len(keys)} keys gave one job {AT_ONCE} times; {outcome.conflicts} changed bodies a 409",
-        passed=(jobs, outcome.agreed, outcome.conflicts) == (len(keys),) * 3,
+        injected=f"{len(keys)} keys, each {CONCURRENCY} times at once, then each with another body",
+        expected=f"exactly {len(keys)} jobs; every changed body a 409",
+        observed=f"{jobs} jobs; {outcome.consistent_keys} of {len(keys)} keys gave one job; {outcome.conflicts} changed bodies a 409",
+        passed=(jobs, outcome.consistent_keys, outcome.conflicts) == (len(keys),) * 3,
     )
 
 
@@ -36,18 +36,18 @@ def run(size: Size) -> Row:
 class Outcome:
     """What the clients were told."""
 
-    agreed: int  # keys whose every request was answered 201 with one and the same job
+    consistent_keys: int  # keys whose every request was answered 201 with one and the same job
     conflicts: int  # changed bodies that were answered 409
 
 
 async def _send_all(running: Service, dataset_id: str, keys: Sequence[str]) -> Outcome:
-    connections = [Connection(running.url) for _ in range(AT_ONCE)]
+    connections = [Connection(running.url) for _ in range(CONCURRENCY)]
     agreed = conflicts = 0
     for key in keys:
-        same = _request(key, a_train_request(dataset_id, job_name=key))
+        same = _request(key, make_train_request(dataset_id, job_name=key))
         answers = await asyncio.gather(*(connection.send(same) for connection in connections))
         agreed += {answer.status for answer in answers} == {HTTPStatus.CREATED} and len({answer.body for answer in answers}) == 1
-        other = _request(key, a_train_request(dataset_id, job_name="another job"))
+        other = _request(key, make_train_request(dataset_id, job_name="another job"))
         conflicts += _is_conflict(await connections[0].send(other))
     for connection in connections:
         connection.close()
@@ -58,5 +58,5 @@ def _request(key: str, body: dict[str, object]) -> Request:
     return Request("POST", "/train", body, {"Idempotency-Key": key})
 
 
-def _is_conflict(answer: Answer) -> bool:
+def _is_conflict(answer: Response) -> bool:
     return answer.status == HTTPStatus.CONFLICT and b'"idempotency_conflict"' in answer.body

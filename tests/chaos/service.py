@@ -17,13 +17,13 @@ from typing import Any
 import httpx2
 import psutil
 
-from tests.chaos.campaign import Broken
+from tests.chaos.campaign import CampaignError
 
 SOURCE = Path(__file__).resolve().parents[2]
 TUNESMITH = Path(sys.executable).with_name("tunesmith")
-SITE = Path(__file__).resolve().with_name("site")
+SITE_FOLDER = Path(__file__).resolve().with_name("site")
 STOP_WAIT_S = 30
-KEPT = ("PATH", "LANG", "TMPDIR", "TZ", "CLOUDSDK_ROOT")
+KEPT_VARIABLES = ("PATH", "LANG", "TMPDIR", "TZ", "CLOUDSDK_ROOT")
 Json = dict[str, Any]
 
 ROWS = "".join(
@@ -54,7 +54,7 @@ class Service:
     def start(self) -> None:
         """Returns when it listens; a moment later it answers. Raises Broken."""
         self.home.mkdir(parents=True, exist_ok=True)
-        kept = {name: os.environ[name] for name in KEPT if name in os.environ}
+        kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
         ours = {"HOME": str(self.home), "PYTHONPATH": str(SOURCE), "TUNESMITH_HOME": str(self.home), "OMP_NUM_THREADS": "1"}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -70,13 +70,13 @@ class Service:
         assert self.process.stdout is not None
         url = self.process.stdout.readline().strip()
         if not url:
-            raise Broken(f"the service did not start: {self.last_words()}")
+            raise CampaignError(f"the service did not start: {self.last_log_line()}")
         self.port = int(url.rpartition(":")[2])
 
-    def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
+    def kill(self, signal_number: signal.Signals = signal.SIGKILL) -> None:
         """End it, by default without a chance to tidy up."""
         assert self.process is not None
-        self.process.send_signal(how)
+        self.process.send_signal(signal_number)
         self.process.wait(STOP_WAIT_S)
         assert self.process.stdout is not None
         self.process.stdout.close()
@@ -93,26 +93,26 @@ class Service:
         found = psutil.process_iter(["cmdline", "environ"])
         return [process for process in found if self._is_attempt(process.info)]
 
-    def ask(self, method: str, path: str, **more: Any) -> httpx2.Response:
+    def request(self, method: str, path: str, **options: Any) -> httpx2.Response:
         """One request on a connection of its own."""
-        return httpx2.request(method, self.url + path, **{"timeout": 60, **more})
+        return httpx2.request(method, self.url + path, **{"timeout": 60, **options})
 
     def upload(self, rows: str = ROWS) -> str:
         """A small dataset; its id."""
-        answer = self.ask("POST", "/datasets", files={"file": ("rows.jsonl", rows)})
+        answer = self.request("POST", "/datasets", files={"file": ("rows.jsonl", rows)})
         if answer.status_code != 201:
-            raise Broken(f"the dataset was not taken: {answer.text}")
+            raise CampaignError(f"the dataset was not taken: {answer.text}")
         return answer.json()["processed_dataset_id"]
 
     def job(self, job_id: str) -> Json:
         """All that is told of a job."""
-        return self.ask("GET", f"/jobs/{job_id}").json()
+        return self.request("GET", f"/jobs/{job_id}").json()
 
     def jobs(self, **query: str) -> Iterator[Json]:
         """Every job of the listing."""
         cursor: str | None = ""
         while cursor is not None:
-            page = self.ask(
+            page = self.request(
                 "GET", "/jobs", params={"limit": "200", "cursor": cursor, **query} if cursor else {"limit": "200", **query}
             ).json()
             yield from page["jobs"]
@@ -122,7 +122,7 @@ class Service:
     def log(self) -> Path:
         return self.home / "service.log"
 
-    def last_words(self) -> str:
+    def last_log_line(self) -> str:
         """The end of its log."""
         lines = self.log.read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else "nothing"
@@ -143,7 +143,7 @@ def service(home: Path, **variables: str) -> Iterator[Service]:
         running.close()
 
 
-def light_trainer(folder: Path, *, real_one_in: int = 1) -> Path:
+def make_light_trainer(folder: Path, *, real_one_in: int = 1) -> Path:
     """What to use as TUNESMITH_TRAINER_PYTHON: it trains nothing, and one attempt in so many is the real `jobs.run`.
 
     The others speak the same protocol with the standard library alone (tests/chaos/light_attempt.py). Each notes in `ledger` of
@@ -151,19 +151,19 @@ def light_trainer(folder: Path, *, real_one_in: int = 1) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     interpreter = folder / "python"
-    told = {"site": SITE, "ledger": folder / "ledger", "python": sys.executable}
+    told = {"site": SITE_FOLDER, "ledger": folder / "ledger", "python": sys.executable}
     interpreter.write_text(INTERPRETER.format(**{name: shlex.quote(str(path)) for name, path in told.items()}, real_one_in=real_one_in))
     interpreter.chmod(0o755)
     (folder / "ledger").touch()
     return interpreter
 
 
-def a_train_request(dataset_id: str, **changes: Any) -> Json:
+def make_train_request(dataset_id: str, **changes: Any) -> Json:
     """The body of `POST /train`."""
     return {"processed_dataset_id": dataset_id, "training_config": {"base_model_id": "tests/no-model"}} | changes
 
 
-def what_is_corrupt(database: Path) -> str:
+def find_corruption(database: Path) -> str:
     """What SQLite finds wrong with its file; nothing when it is sound."""
     reader = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
     try:
@@ -173,10 +173,10 @@ def what_is_corrupt(database: Path) -> str:
         reader.close()
 
 
-def until(true: Callable[[], bool], within_s: float, what: str, every_s: float = 0.05) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float, description: str, interval_s: float = 0.05) -> None:
     """Returns when it is true. Raises Broken after `within_s`."""
-    deadline = time.monotonic() + within_s
-    while not true():
+    deadline = time.monotonic() + timeout_s
+    while not condition():
         if time.monotonic() > deadline:
-            raise Broken(f"{what} did not happen within {within_s:.0f} s")
-        time.sleep(every_s)
+            raise CampaignError(f"{description} did not happen within {timeout_s:.0f} s")
+        time.sleep(interval_s)

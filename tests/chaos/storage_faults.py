@@ -21,11 +21,11 @@ from urllib.parse import quote
 
 import httpx2
 
-from infra.loopback.cloud_storage import cloud_storage
-from infra.loopback.http_faults import Fault, HttpFaults, Passed
+from infra.loopback.cloud_storage import run_cloud_storage
+from infra.loopback.http_faults import Fault, HttpFaultProxy, RecordedRequest
 from jobs.errors import JobFailed
-from jobs.patience import patiently
-from jobs.publish import Product, Publisher, artifact_key
+from jobs.patience import retry_store
+from jobs.publish import ArtifactUploader, ExportedArtifact, artifact_key
 from schema.job import Artifact
 from schema.result import Result
 from schema.spec import result_key
@@ -36,10 +36,10 @@ from tests.chaos.campaign import Row, Size
 log = logging.getLogger(__name__)
 
 PUBLISHES: dict[Size, int] = {"full": 200, "short": 12}
-AT_ONCE = 4
-SHARE = 0.2
+CONCURRENCY = 4
+FAULT_SHARE = 0.2
 # A file whose sending fails is sent again, whole: one call in five is 1.25 times the bytes, give or take what chance does to few calls.
-MOST_SENT: dict[Size, float] = {"full": 1.3, "short": 1.6}
+MAX_BYTES_RATIO: dict[Size, float] = {"full": 1.3, "short": 1.6}
 FILES, FILE_BYTES = 12, 512 << 10  # as in the folder of an adapter
 LARGE_ONE_IN, LARGE_BYTES = 40, 17 << 20  # goes up in parts
 BUCKET = "chaos"
@@ -49,15 +49,19 @@ KINDS = ("503", "429", "reset", "truncated", "wrong checksum")
 def run(size: Size) -> Row:
     """Publishes, then reads everything back, both through the front."""
     publishes = PUBLISHES[size]
-    with tempfile.TemporaryDirectory(prefix="chaos-storage-") as folder, _bucket() as (front, url), httpx2.Client(base_url=url) as behind:
+    with (
+        tempfile.TemporaryDirectory(prefix="chaos-storage-") as folder,
+        _open_bucket() as (front, url),
+        httpx2.Client(base_url=url) as behind,
+    ):
         store = GcsStore(f"gs://{BUCKET}")
-        products = _products(Path(folder))
-        with ThreadPoolExecutor(AT_ONCE) as pool:
+        products = _make_artifact_folders(Path(folder))
+        with ThreadPoolExecutor(CONCURRENCY) as pool:
             sizes = list(
                 pool.map(lambda number: _publish(store, number, products[number % LARGE_ONE_IN == LARGE_ONE_IN - 1]), range(publishes))
             )
             sent = front.bytes_sent
-            named = _named(behind)
+            named = _list_published_artifacts(behind)
             reads = list(pool.map(lambda artifact: _read_back(store, artifact, Path(folder)), named))
         store.close()
         whole = [_is_whole(behind, artifact) for artifact in named]
@@ -67,9 +71,11 @@ def run(size: Size) -> Row:
     return Row(
         fault="storage fails",
         injected=f"{', '.join(KINDS)} on {outcome.faults:,} of {outcome.calls:,} calls, {publishes} publishes",
-        wanted=f"0 visible partial sets, 0 bad checksums accepted, at most {MOST_SENT[size]}× the bytes",
-        found=str(outcome),
-        passed=(outcome.partial, outcome.damaged) == (0, 0) and outcome.ratio <= MOST_SENT[size] and outcome.published > publishes / 2,
+        expected=f"0 visible partial sets, 0 bad checksums accepted, at most {MAX_BYTES_RATIO[size]}× the bytes",
+        observed=str(outcome),
+        passed=(outcome.partial, outcome.damaged) == (0, 0)
+        and outcome.ratio <= MAX_BYTES_RATIO[size]
+        and outcome.published > publishes / 2,
     )
 
 
@@ -90,7 +96,7 @@ class Outcome:
         return f"{counted}, {self.ratio:.2f}× the bytes ({self.refused} reads refused)"
 
 
-class Stumbling(HttpFaults):
+class RandomFaults(HttpFaultProxy):
     """Does wrong at random; counts what it is sent."""
 
     def __init__(self, seed: int) -> None:
@@ -101,13 +107,13 @@ class Stumbling(HttpFaults):
         self.calls = 0
         self.faults: Counter[str] = Counter()
 
-    def take(self, passed: Passed) -> Fault | None:
+    def next_fault(self, passed: RecordedRequest) -> Fault | None:
         with self._counting:
-            self.passed[:] = [passed]  # gigabytes otherwise
+            self.requests[:] = [passed]  # gigabytes otherwise
             self.calls += 1
             size_bytes = int(passed.headers.get("Content-Length", 0))
-            fault = self._fault(passed.method, size_bytes) if self._chance.random() < SHARE else None
-            self.bytes_sent += size_bytes // 2 if fault and fault.wrong == "cut request" else size_bytes
+            fault = self._fault(passed.method, size_bytes) if self._chance.random() < FAULT_SHARE else None
+            self.bytes_sent += size_bytes // 2 if fault and fault.kind == "truncate request" else size_bytes
             return fault
 
     def _fault(self, method: str, size_bytes: int) -> Fault:
@@ -119,17 +125,17 @@ class Stumbling(HttpFaults):
             case "reset":
                 return Fault("reset")
             case "truncated":
-                return Fault(self._chance.choice(("cut request", "cut answer")) if size_bytes else "cut answer")
+                return Fault(self._chance.choice(("truncate request", "truncate response")) if size_bytes else "truncate response")
             case _:
-                return Fault("damage request" if size_bytes else self._chance.choice(("wrong sum", "damage answer")))
+                return Fault("corrupt request" if size_bytes else self._chance.choice(("wrong checksum", "corrupt response")))
 
 
 @contextmanager
-def _bucket() -> Iterator[tuple[Stumbling, str]]:
+def _open_bucket() -> Iterator[tuple[RandomFaults, str]]:
     """A front at which this process's clients find Cloud Storage, and the url of the server behind it."""
-    front = Stumbling(seed=4)
+    front = RandomFaults(seed=4)
     before = os.environ.get("STORAGE_EMULATOR_HOST")
-    with cloud_storage(address=front.url, buckets=(BUCKET,)) as behind:
+    with run_cloud_storage(public_url=front.url, buckets=(BUCKET,)) as behind:
         front.target = behind
         front.start()
         os.environ["STORAGE_EMULATOR_HOST"] = front.url
@@ -141,7 +147,7 @@ def _bucket() -> Iterator[tuple[Stumbling, str]]:
             os.environ.update({"STORAGE_EMULATOR_HOST": before} if before else {})
 
 
-def _products(folder: Path) -> tuple[Path, Path]:
+def _make_artifact_folders(folder: Path) -> tuple[Path, Path]:
     """What attempts publish: a folder of files, and the same with a large one."""
     chance = random.Random(5)
     small, large = folder / "small", folder / "large"
@@ -156,45 +162,45 @@ def _products(folder: Path) -> tuple[Path, Path]:
 def _publish(store: GcsStore, number: int, path: Path) -> int:
     """An attempt's last steps; how many bytes it had to publish. One that fails has no result, and nothing of it is visible."""
     job_id = f"job-{number}"
-    product = Product(name="adapter", kind="adapter", path=path, key=artifact_key("adapter", job_id, 1))
+    product = ExportedArtifact(name="adapter", kind="adapter", path=path, key=artifact_key("adapter", job_id, 1))
     now = datetime.now(UTC)
     try:
-        artifact = Publisher(store, job_id, 1).publish(product)
+        artifact = ArtifactUploader(store, job_id, 1).upload(product)
         result = Result(job_id=job_id, attempt=1, outcome="completed", artifacts=(artifact,), started_at=now, finished_at=now)
         content = result.model_dump_json(indent=1).encode()
-        patiently("the result", lambda: store.write(result_key(job_id, 1), content, if_absent=True))
+        retry_store("the result", lambda: store.write(result_key(job_id, 1), content, if_absent=True))
     except (JobFailed, StorageError) as error:
         log.warning("publish failed", extra={"job_id": job_id, "error": str(error)})
     return sum(file.stat().st_size for file in path.iterdir())
 
 
-def _named(behind: httpx2.Client) -> list[Artifact]:
+def _list_published_artifacts(backend: httpx2.Client) -> list[Artifact]:
     """Everything that a result in the bucket names."""
     found: list[Artifact] = []
     for number in range(max(PUBLISHES.values())):
-        content = _stored(behind, result_key(f"job-{number}", 1))
+        content = _read_object(backend, result_key(f"job-{number}", 1))
         found += Result.load(content).artifacts if content is not None else ()
     return found
 
 
-def _is_whole(behind: httpx2.Client, artifact: Artifact) -> bool:
+def _is_whole(backend: httpx2.Client, artifact: Artifact) -> bool:
     """Whether every file that is named lies there, just as it was published."""
-    return all(_digest(_stored(behind, artifact.key + file.path)) == file.sha256 for file in artifact.files)
+    return all(_digest(_read_object(backend, artifact.key + file.path)) == file.sha256 for file in artifact.files)
 
 
 def _read_back(store: GcsStore, artifact: Artifact, folder: Path) -> bool | None:
     """Whether the files come through the front as they are; None when the store said that it could not."""
     with tempfile.TemporaryDirectory(dir=folder) as target:
         try:
-            download_many(store, [artifact.key + file.path for file in artifact.files], Path(target), below=artifact.key)
+            download_many(store, [artifact.key + file.path for file in artifact.files], Path(target), strip_prefix=artifact.key)
         except StorageError:
             return None
         return all(_digest(Path(target, file.path).read_bytes()) == file.sha256 for file in artifact.files)
 
 
-def _stored(behind: httpx2.Client, key: str) -> bytes | None:
+def _read_object(backend: httpx2.Client, key: str) -> bytes | None:
     """What lies in the bucket, asked past the front."""
-    answer = behind.get(f"/storage/v1/b/{BUCKET}/o/{quote(key, safe='')}", params={"alt": "media"})
+    answer = backend.get(f"/storage/v1/b/{BUCKET}/o/{quote(key, safe='')}", params={"alt": "media"})
     return answer.content if answer.status_code == 200 else None
 
 

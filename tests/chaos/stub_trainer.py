@@ -3,14 +3,14 @@
 import sys
 from typing import TYPE_CHECKING
 
-from tests.chaos.ledger import note
+from tests.chaos.ledger import append_entry
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from jobs.context import JobContext
-    from jobs.exporters.bench import Bench
-    from jobs.publish import Product
+    from jobs.exporters.bench import ExportWorkspace
+    from jobs.publish import ExportedArtifact
     from jobs.trained import TrainedModel
     from schema.job import Artifact
     from schema.training import TrainingConfig
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 WEIGHTS = bytes(range(256)) * 16
 
 
-def take_their_places(name: str) -> None:
+def install_stubs(name: str) -> None:
     """What the attempt of this process finds where the trainer and the exporters are named."""
     import httpx2
 
@@ -26,19 +26,19 @@ def take_their_places(name: str) -> None:
     from jobs.exporters import EXPORTERS
     from schema.training import SftConfig
 
-    note(name, "started")
+    append_entry(name, "started")
     sys.modules["httpx"] = httpx2  # the same client, under the name that the trainer's environment has it by
     SftConfig.trainer = f"{__name__}:train"
     EXPORTERS["adapter"] = f"{__name__}:export"
-    attempt.SEAL = f"{__name__}:NoSeal"
+    attempt.PROVENANCE_RECORDER = f"{__name__}:NoProvenance"
 
 
 def train(_training_config: "TrainingConfig", context: "JobContext") -> "TrainedModel":
     """A few bytes for an adapter. Called only by a process that was given the claim."""
     from jobs.trained import TrainedModel
 
-    note(f"{context.spec.job_id}.{context.attempt}", "owned")
-    context.phase("training")
+    append_entry(f"{context.spec.job_id}.{context.attempt}", "claimed")
+    context.enter_phase("training")
     folder = context.workdir / "model"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_model.safetensors").write_bytes(WEIGHTS)
@@ -46,7 +46,7 @@ def train(_training_config: "TrainingConfig", context: "JobContext") -> "Trained
         folder=folder,
         is_adapter=True,
         base_folder=folder,
-        probes=(),
+        held_out_examples=(),
         metrics=None,
         base_metrics=None,
         train_rows=1,
@@ -55,21 +55,21 @@ def train(_training_config: "TrainingConfig", context: "JobContext") -> "Trained
     )
 
 
-def export(bench: "Bench") -> "tuple[Product, ...]":
+def export(workspace: "ExportWorkspace") -> "tuple[ExportedArtifact, ...]":
     """The adapter as it is."""
-    from jobs.publish import Product, artifact_key
+    from jobs.publish import ExportedArtifact, artifact_key
 
-    spec = bench.context.spec
-    key = artifact_key("adapter", spec.job_id, bench.context.attempt)
-    return (Product(name="adapter", kind="adapter", path=bench.trained.folder, key=key),)
+    spec = workspace.context.spec
+    key = artifact_key("adapter", spec.job_id, workspace.context.attempt)
+    return (ExportedArtifact(name="adapter", kind="adapter", path=workspace.trained.folder, key=key),)
 
 
-class NoSeal:
+class NoProvenance:
     """Nothing is written down: that would need the libraries."""
 
     def __init__(self, _context: "JobContext", **_: object) -> None:
         pass
 
-    def put_on(self, _trained: "TrainedModel", _products: object, artifacts: "Sequence[Artifact]") -> "tuple[Artifact, ...]":
+    def finalize(self, _trained: "TrainedModel", _products: object, artifacts: "Sequence[Artifact]") -> "tuple[Artifact, ...]":
         """The artifacts as they are."""
         return tuple(artifacts)

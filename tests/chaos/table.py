@@ -11,7 +11,7 @@ END = "<!-- the table of `make chaos`: end -->"
 TITLES = ("fault", "injected", "wanted", "found", "passed", "took")
 
 
-def shown(rows: Sequence[Row]) -> Table:
+def render_table(rows: Sequence[Row]) -> Table:
     """For a terminal."""
     table = Table(*TITLES, show_lines=True)
     for row in rows:
@@ -19,7 +19,7 @@ def shown(rows: Sequence[Row]) -> Table:
     return table
 
 
-def put_between_marks(page: str, rows: Sequence[Row]) -> str:
+def replace_between_marks(page: str, rows: Sequence[Row]) -> str:
     """The page with the table in place of what stood between its marks. Raises ValueError when it has none."""
     if page.count(BEGIN) != 1 or page.count(END) != 1:
         raise ValueError(f"the page needs the lines {BEGIN} and {END}, once each")
@@ -34,4 +34,4 @@ def _markdown(rows: Sequence[Row]) -> str:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    return row.fault, row.injected, row.wanted, row.found, "yes" if row.passed else "**no**", f"{row.seconds:.0f} s"
+    return row.fault, row.injected, row.expected, row.observed, "yes" if row.passed else "**no**", f"{row.seconds:.0f} s"

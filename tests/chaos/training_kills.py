@@ -21,15 +21,15 @@ from pathlib import Path
 import psutil
 
 from schema.checkpoint import MANIFEST, checkpoint_key, checkpoints_prefix
-from tests.chaos.campaign import Broken, Row, Size
-from tests.chaos.service import SOURCE, Json, Service, service, until
+from tests.chaos.campaign import CampaignError, Row, Size
+from tests.chaos.service import SOURCE, Json, Service, service, wait_until
 
 TRAINER_PYTHON = SOURCE / ".venvs/llm/bin/python"
 BASE = "tests/tiny-gemma"
 SAVE_STEPS = 5
 KILLS: dict[Size, tuple[int, int]] = {"full": (20, 5), "short": (1, 1)}  # in all, and of them inside a save
 MAX_STEPS: dict[Size, int] = {"full": 260, "short": 20}
-STEP_MOST_S = 120.0  # from the launch to the step: a machine that is busy needs 20 s to import the libraries
+MAX_STEP_WAIT_S = 120.0  # from the launch to the step: a machine that is busy needs 20 s to import the libraries
 TAIL_BYTES = 8192  # of what an attempt wrote down: its last steps
 WORDS = ("files", "copy", "open", "close", "read", "write", "path", "name", "value", "number", "string", "object", "call")
 
@@ -43,16 +43,16 @@ def run(size: Size) -> Row:
         variables = {"TUNESMITH_TRAINER_PYTHON": str(TRAINER_PYTHON), "TUNESMITH_MAX_CONCURRENT_JOBS": "2"}
         with service(home, **variables) as running, ThreadPoolExecutor(1) as pool:
             dataset_id = running.upload(rows())
-            undisturbed = pool.submit(lambda: _completed(running, _train(running, dataset_id, size)))
-            killed = Victim(running, _train(running, dataset_id, size))
-            losses = killed.kill_often(kills, inside)
-            outcome = _compare(running, undisturbed.result(), _completed(running, killed.job_id), losses)
+            undisturbed = pool.submit(lambda: _wait_until_completed(running, _submit(running, dataset_id, size)))
+            killed = KilledJob(running, _submit(running, dataset_id, size))
+            losses = killed.kill_repeatedly(kills, inside)
+            outcome = _compare(running, undisturbed.result(), _wait_until_completed(running, killed.job_id), losses)
     return Row(
         fault="training process killed (−9)",
         injected=f"{kills} kills at random steps, {inside} of them inside a save; packing, dropout, shuffling, accumulation",
-        wanted="loss series and weights differ by exactly 0.0; lost work at most one save interval",
-        found=str(outcome),
-        passed=outcome.attempts == kills + 1 and outcome.good,
+        expected="loss series and weights differ by exactly 0.0; lost work at most one save interval",
+        observed=str(outcome),
+        passed=outcome.attempts == kills + 1 and outcome.passed,
     )
 
 
@@ -69,7 +69,7 @@ class Outcome:
     lost_steps: int  # the most work that one kill cost
 
     @property
-    def good(self) -> bool:
+    def passed(self) -> bool:
         return (self.missing, self.difference, self.same_weights) == (0, 0.0, True) and self.lost_steps <= SAVE_STEPS
 
     def __str__(self) -> str:
@@ -80,7 +80,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Lost:
+class KillCost:
     """What one kill cost."""
 
     at_step: int
@@ -91,7 +91,7 @@ class Lost:
         return self.at_step - self.resumed_step
 
 
-class Victim:
+class KilledJob:
     """A job whose attempts are killed."""
 
     def __init__(self, running: Service, job_id: str) -> None:
@@ -100,54 +100,56 @@ class Victim:
         self._chance = random.Random(9)
         self._number = 0
 
-    def kill_often(self, kills: int, inside: int) -> list[Lost]:
+    def kill_repeatedly(self, kills: int, kills_inside_save: int) -> list[KillCost]:
         """Kill so many attempts, some of them inside a save; what each of the kills cost."""
-        kinds = [True] * inside + [False] * (kills - inside)
+        kinds = [True] * kills_inside_save + [False] * (kills - kills_inside_save)
         self._chance.shuffle(kinds)
         at_steps: list[int] = []
         resumed: list[int] = []
         for inside_a_save in kinds:
             process = self._next_attempt()
-            until(lambda: self._step > 0, STEP_MOST_S, f"a step of attempt {self._number}", every_s=0.005)
+            wait_until(lambda: self._step > 0, MAX_STEP_WAIT_S, f"a step of attempt {self._number}", interval_s=0.005)
             resumed.append(self._resumed_step)
-            self._stop_inside_a_save(process) if inside_a_save else self._stop_at_a_step(process)
+            self._suspend_inside_save(process) if inside_a_save else self._suspend_at_step(process)
             at_steps.append(self._step)
             process.kill()
         self._next_attempt()
-        until(lambda: self._step > 0, STEP_MOST_S, f"a step of attempt {self._number}", every_s=0.005)
+        wait_until(lambda: self._step > 0, MAX_STEP_WAIT_S, f"a step of attempt {self._number}", interval_s=0.005)
         resumed.append(self._resumed_step)
-        return [Lost(at_step, after) for at_step, after in zip(at_steps, resumed[1:], strict=True)]
+        return [KillCost(at_step, after) for at_step, after in zip(at_steps, resumed[1:], strict=True)]
 
     def _next_attempt(self) -> psutil.Process:
         self._number += 1
         name = f"{self.job_id}.{self._number}"
-        until(lambda: self._process(name) is not None, STEP_MOST_S, f"attempt {name}")
+        wait_until(lambda: self._process(name) is not None, MAX_STEP_WAIT_S, f"attempt {name}")
         process = self._process(name)
         if process is None:
-            raise Broken(f"attempt {name} ended by itself")
+            raise CampaignError(f"attempt {name} ended by itself")
         return process
 
     def _process(self, name: str) -> psutil.Process | None:
         return next((process for process in self._running.attempts() if name in process.info["cmdline"]), None)
 
-    def _stop_at_a_step(self, process: psutil.Process) -> None:
+    def _suspend_at_step(self, process: psutil.Process) -> None:
         """Stopped after any step, the first attempt also before its first save; later ones save first: three without would be too many."""
         first = self._resumed_step + self._chance.randint(1, 2 * SAVE_STEPS)
-        until(lambda: self._step >= first and (self._saved_here or self._number == 1), STEP_MOST_S, f"step {first}", every_s=0.001)
+        wait_until(
+            lambda: self._step >= first and (self._has_checkpoint or self._number == 1), MAX_STEP_WAIT_S, f"step {first}", interval_s=0.001
+        )
         process.suspend()
 
-    def _stop_inside_a_save(self, process: psutil.Process) -> None:
+    def _suspend_inside_save(self, process: psutil.Process) -> None:
         """Stopped while a checkpoint is written or uploaded: its folder is there, its manifest is not."""
-        deadline = time.monotonic() + STEP_MOST_S
+        deadline = time.monotonic() + MAX_STEP_WAIT_S
         while time.monotonic() < deadline:
-            if self._saved_here and self._unfinished_saves():
+            if self._has_checkpoint and self._unfinished_saves():
                 time.sleep(self._chance.choice((0.0, 0.005, 0.02)))
                 process.suspend()
                 if self._unfinished_saves():
                     return
                 process.resume()
             time.sleep(0.0005)
-        raise Broken(f"attempt {self._number} was never seen inside a save")
+        raise CampaignError(f"attempt {self._number} was never seen inside a save")
 
     @property
     def _folder(self) -> Path:
@@ -160,10 +162,10 @@ class Victim:
 
     @property
     def _resumed_step(self) -> int:
-        return next((event["step"] for event in events(self._folder) if event["type"] == "resumed"), 0)
+        return next((event["step"] for event in events(self._folder) if event["type"] == "checkpoint_restored"), 0)
 
     @property
-    def _saved_here(self) -> bool:
+    def _has_checkpoint(self) -> bool:
         """Whether the attempt at work has made a checkpoint durable."""
         return any(self._manifests().glob(f"step-*/{MANIFEST}"))
 
@@ -211,30 +213,30 @@ def build_tiny_base(home: Path) -> None:
     command = [TRAINER_PYTHON, "-m", "tests.tiny_gemma", folder]
     built = subprocess.run(command, cwd=SOURCE, env=environment, capture_output=True, text=True)
     if built.returncode != 0:
-        raise Broken(f"the tiny base could not be built: {built.stderr.strip().rpartition(chr(10))[2]}")
+        raise CampaignError(f"the tiny base could not be built: {built.stderr.strip().rpartition(chr(10))[2]}")
 
 
-def _train(running: Service, dataset_id: str, size: Size) -> str:
+def _submit(running: Service, dataset_id: str, size: Size) -> str:
     knobs = {"max_steps": MAX_STEPS[size], "batch_size": 2, "gradient_accumulation_steps": 2, "max_seq_length": 64, "packing": True}
     knobs |= {"lora_rank": 4, "lora_dropout": 0.1, "logging_steps": 1, "save_strategy": "steps", "save_steps": SAVE_STEPS}
     config = {"base_model_id": BASE, "hyperparameters": knobs}
-    answer = running.ask("POST", "/train", json={"processed_dataset_id": dataset_id, "training_config": config})
+    answer = running.request("POST", "/train", json={"processed_dataset_id": dataset_id, "training_config": config})
     if answer.status_code != 201:
-        raise Broken(f"the job was refused: {answer.text}")
+        raise CampaignError(f"the job was refused: {answer.text}")
     return answer.json()["job_id"]
 
 
-def _completed(running: Service, job_id: str) -> Json:
-    until(lambda: running.job(job_id)["status"] in ("completed", "failed", "cancelled"), 300, f"the end of {job_id}", every_s=0.5)
+def _wait_until_completed(running: Service, job_id: str) -> Json:
+    wait_until(lambda: running.job(job_id)["status"] in ("completed", "failed", "cancelled"), 300, f"the end of {job_id}", interval_s=0.5)
     job = running.job(job_id)
     if job["status"] != "completed":
-        raise Broken(f"{job_id} is {job['status']}: {job['failure']}")
+        raise CampaignError(f"{job_id} is {job['status']}: {job['failure']}")
     return job
 
 
-def _compare(running: Service, undisturbed: Json, killed: Json, losses: list[Lost]) -> Outcome:
-    wanted = dict(_written(running, undisturbed))
-    found = list(_written(running, killed))
+def _compare(running: Service, reference: Json, killed: Json, losses: list[KillCost]) -> Outcome:
+    wanted = dict(_read_points(running, reference))
+    found = list(_read_points(running, killed))
     differences = [_difference(values, wanted[step]) for step, values in found]
     return Outcome(
         attempts=len(killed["attempts"]),
@@ -242,18 +244,18 @@ def _compare(running: Service, undisturbed: Json, killed: Json, losses: list[Los
         repeated=len(found) - len({step for step, _ in found}),
         missing=len(wanted.keys() - {step for step, _ in found}),
         difference=max(differences),
-        same_weights=_weights(running, undisturbed) == _weights(running, killed),
+        same_weights=_weights(running, reference) == _weights(running, killed),
         lost_steps=max(lost.steps for lost in losses),
     )
 
 
-def _written(running: Service, job: Json) -> Iterator[tuple[int, Json]]:
+def _read_points(running: Service, job: Json) -> Iterator[tuple[int, Json]]:
     for attempt in job["attempts"]:
         yield from points(running.home / "attempts" / f"{job['job_id']}.{attempt['number']}")
 
 
-def _difference(values: Json, wanted: Json) -> float:
-    return max(abs(values[name] - wanted[name]) for name in wanted)
+def _difference(values: Json, expected: Json) -> float:
+    return max(abs(values[name] - expected[name]) for name in expected)
 
 
 def _weights(running: Service, job: Json) -> str:

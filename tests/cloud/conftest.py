@@ -13,102 +13,104 @@ import pytest
 from fastapi.testclient import TestClient
 
 from infra.loopback.cloud_run import CloudRun
-from infra.loopback.cloud_storage import cloud_storage
-from infra.loopback.firestore import firestore_emulator
+from infra.loopback.cloud_storage import run_cloud_storage
+from infra.loopback.firestore import run_firestore_emulator
 from infra.loopback.proxy import Proxy
 from infra.loopback.secret_manager import SecretManager
-from schema.requests import SEED_EXAMPLE
+from schema.requests import TRAIN_REQUEST_EXAMPLE
 from service.main import create_app
 from service.settings import Settings
-from tests.factories import FakeClock, a_dataset
+from tests.factories import FakeClock, make_dataset
 
 REGION, PROFILE = "loopback", "cpu"
 BUCKETS = ("configs", "datasets", "models")
-LONGEST_ANSWER_S = 5.0
-ATTEMPT = "import time; time.sleep(60)"  # holds compute, and says nothing
+MAX_RESPONSE_S = 5.0
+ATTEMPT_SCRIPT = "import time; time.sleep(60)"  # holds compute, and says nothing
 Json = dict[str, Any]
 
 
 @dataclass
-class Cloud:
+class CloudDeployment:
     """A deployment, and the lines between its parts."""
 
     client: TestClient
     clock: FakeClock
     project: str
-    firestore: Proxy
-    storage: Proxy
-    secrets: Proxy
-    run_line: Proxy
+    firestore_proxy: Proxy
+    storage_proxy: Proxy
+    secret_manager_proxy: Proxy
+    cloud_run_proxy: Proxy
     cloud_run: CloudRun
 
     def get(self, path: str) -> Any:
-        return self._timed("GET", path)
+        return self._timed_request("GET", path)
 
     def post(self, path: str, body: Json | None = None, **headers: str) -> Any:
-        return self._timed("POST", path, json=body, headers=headers)
+        return self._timed_request("POST", path, json=body, headers=headers)
 
     def train(self, key: str = "k", **changes: Any) -> Any:
-        body = {"processed_dataset_id": "dataset_1", "training_config": SEED_EXAMPLE["training_config"]} | changes
+        body = {"processed_dataset_id": "dataset_1", "training_config": TRAIN_REQUEST_EXAMPLE["training_config"]} | changes
         return self.post("/train", body, **{"Idempotency-Key": key})
 
-    def submitted(self) -> str:
+    def submit(self) -> str:
         answer = self.train()
         assert answer.status_code == 201, answer.text
         return answer.json()["job_id"]
 
-    def job(self, job_id: str) -> Json:
+    def get_job(self, job_id: str) -> Json:
         answer = self.get(f"/jobs/{job_id}")
         assert answer.status_code == 200, answer.text
         return answer.json()
 
-    def a_minute_later(self) -> None:
+    def advance_one_minute(self) -> None:
         """The scheduler comes by, when a launch may be looked at again."""
         self.clock.advance(61)
         assert self.client.post("/internal/reconcile").status_code == 200
 
-    def until_launched(self) -> None:
+    def wait_until_launched(self) -> None:
         """The scheduler comes by until the line is in use again: gRPC dials a broken one anew after up to two seconds."""
         deadline = time.monotonic() + 10
-        while not self.executions():
+        while not self.count_executions():
             assert time.monotonic() < deadline, "it was not launched"
-            self.a_minute_later()
+            self.advance_one_minute()
             time.sleep(0.1)
 
-    def executions(self) -> int:
+    def count_executions(self) -> int:
         return len(self.cloud_run.executions())
 
-    def _timed(self, method: str, path: str, **options: Any) -> Any:
+    def _timed_request(self, method: str, path: str, **options: Any) -> Any:
         began = time.monotonic()
         answer = self.client.request(method, path, **options)
-        assert time.monotonic() - began < LONGEST_ANSWER_S
+        assert time.monotonic() - began < MAX_RESPONSE_S
         return answer
 
 
 @pytest.fixture(scope="session")
 def firestore_host() -> Iterator[str]:
-    with firestore_emulator() as host:
+    with run_firestore_emulator() as host:
         yield host
 
 
 @pytest.fixture(scope="session")
 def storage_url() -> Iterator[str]:
-    with cloud_storage(buckets=BUCKETS) as url:
+    with run_cloud_storage(buckets=BUCKETS) as url:
         yield url
 
 
 @pytest.fixture
 def cloud(
     firestore_host: str, storage_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> Iterator[Cloud]:
+) -> Iterator[CloudDeployment]:
     """A deployment of its own; parametrized indirectly, with other settings."""
     project = f"p-{uuid4().hex[:12]}"  # the emulator keeps projects apart
     with ExitStack() as stack:
-        cloud_run = stack.enter_context(CloudRun(tmp_path / "run", {"llm": [sys.executable, "-c", ATTEMPT]}, environment={}, grace_s=1))
+        cloud_run = stack.enter_context(
+            CloudRun(tmp_path / "run", {"llm": [sys.executable, "-c", ATTEMPT_SCRIPT]}, environment={}, grace_s=1)
+        )
         cloud_run.create_job(f"projects/{project}/locations/{REGION}/jobs/tunesmith-{PROFILE}", "llm")
         secret_manager = stack.enter_context(SecretManager())
         lines = [
-            stack.enter_context(Proxy(*_place(host)))
+            stack.enter_context(Proxy(*_split_host(host)))
             for host in (firestore_host, storage_url.removeprefix("http://"), secret_manager.host, cloud_run.host)
         ]
         firestore, storage, secrets, run_line = lines
@@ -121,15 +123,15 @@ def cloud(
         monkeypatch.setenv("REGION", REGION)
         clock = FakeClock()
         client = stack.enter_context(
-            TestClient(create_app(_settings(tmp_path, **getattr(request, "param", {})), clock), raise_server_exceptions=False)
+            TestClient(create_app(_make_settings(tmp_path, **getattr(request, "param", {})), clock), raise_server_exceptions=False)
         )
-        client.app.state.parts.store.create_dataset(a_dataset())  # type: ignore[attr-defined]
-        yield Cloud(client, clock, project, firestore, storage, secrets, run_line, cloud_run)
+        client.app.state.services.store.create_dataset(make_dataset())  # type: ignore[attr-defined]
+        yield CloudDeployment(client, clock, project, firestore, storage, secrets, run_line, cloud_run)
         for line in lines:
             line.restore()
 
 
-def _settings(folder: Path, **changes: str) -> Settings:
+def _make_settings(folder: Path, **changes: str) -> Settings:
     settings = Settings(  # type: ignore[call-arg]  # the rest comes from the environment
         home=folder / "home",
         job_store="firestore",
@@ -147,6 +149,6 @@ def _settings(folder: Path, **changes: str) -> Settings:
     return settings.model_copy(update=changes)
 
 
-def _place(host: str) -> tuple[str, int]:
+def _split_host(host: str) -> tuple[str, int]:
     address, _, port = host.rpartition(":")
     return address, int(port)

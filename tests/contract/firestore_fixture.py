@@ -5,13 +5,13 @@ from uuid import uuid4
 
 import pytest
 
-from infra.loopback.firestore import firestore_emulator
+from infra.loopback.firestore import run_firestore_emulator
 
 
 @pytest.fixture(scope="session")
 def firestore_emulator_host() -> Iterator[str]:
     """Its `host:port`. Without the SDK's emulator or Java this fails, in words, rather than being skipped."""
-    with firestore_emulator() as host:
+    with run_firestore_emulator() as host:
         yield host
 
 

@@ -9,27 +9,27 @@ import pytest
 from infra.loopback import cloud_storage, s3
 from storage import ObjectStore, open_store
 
-NewStore = Callable[[str], ObjectStore]
+StoreFactory = Callable[[str], ObjectStore]
 
 
 @pytest.fixture(scope="session")
 def cloud_storage_url() -> Iterator[str]:
-    with cloud_storage.cloud_storage() as url:
+    with cloud_storage.run_cloud_storage() as url:
         yield url
 
 
 @pytest.fixture(scope="session")
 def s3_url() -> Iterator[str]:
-    with s3.s3() as url:
+    with s3.run_s3() as url:
         yield url
 
 
-def on_cloud_storage(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+def use_cloud_storage(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     """Clients of Cloud Storage made from now on speak to the server at `url`."""
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
 
 
-def on_s3(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+def use_s3(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     """Clients of S3 made from now on speak to the server at `url`."""
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", url)
     monkeypatch.setenv("AWS_REGION", "auto")
@@ -39,7 +39,7 @@ def on_s3(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
 
 
 @pytest.fixture
-def new_store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NewStore]:
+def new_store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StoreFactory]:
     """Makes an empty store of a scheme. Only the servers that are asked for are started."""
     made: list[ObjectStore] = []
 
@@ -50,13 +50,13 @@ def new_store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytes
                 url = (tmp_path / "objects with space").as_uri()
             case "gs":
                 server_url = request.getfixturevalue("cloud_storage_url")
-                cloud_storage.make_bucket(server_url, bucket)
-                on_cloud_storage(monkeypatch, server_url)
+                cloud_storage.create_bucket(server_url, bucket)
+                use_cloud_storage(monkeypatch, server_url)
                 url = f"gs://{bucket}"
             case "s3":
                 server_url = request.getfixturevalue("s3_url")
-                s3.make_bucket(server_url, bucket)
-                on_s3(monkeypatch, server_url)
+                s3.create_bucket(server_url, bucket)
+                use_s3(monkeypatch, server_url)
                 url = f"s3://{bucket}/some/folder"
             case _:
                 raise AssertionError(f"no server for {scheme}")
@@ -65,10 +65,10 @@ def new_store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytes
 
     yield new
     for store in made:
-        close(store)
+        close_store(store)
 
 
-def close(store: ObjectStore) -> None:
+def close_store(store: ObjectStore) -> None:
     """Connections that are left open are failures here."""
     from storage.gcs import GcsStore
     from storage.s3 import S3Store

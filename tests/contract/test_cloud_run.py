@@ -29,19 +29,19 @@ from hypothesis import strategies as st
 
 from infra.loopback.cloud_run import CANCELLED, EXIT_ERROR, MEMORY_LIMIT, TIMEOUT, CloudRun
 from infra.loopback.proxy import Proxy
-from service.adapters.launchers.cloud_run import CloudRunLauncher, Deployment, ended_of, own_time_limit_s, run_job_request
+from service.adapters.launchers.cloud_run import CloudRunLauncher, Deployment, attempt_time_limit_s, build_run_job_request, classify_exit
 from service.core.errors import LaunchFailed, Unavailable
-from service.core.ports import Ended, LaunchOrder
-from storage.patience import patience
+from service.core.ports import ExitReason, LaunchRequest
+from storage.patience import deadline
 
 GOLDEN = Path(__file__).parent / "golden/run_job_request.json"
 JOB = "projects/demo/locations/here/jobs/tunesmith-cpu"
 CODE = grpc.StatusCode
 # Obeys a word in the job's environment, as an attempt would a service.
-ATTEMPT = """
+ATTEMPT_SCRIPT = """
 import json, os, sys, time
 print(json.dumps(dict(os.environ)), *sys.argv[1:], flush=True)
-manner = os.environ.get("MANNER", "end")
+manner = os.environ.get("BEHAVIOR", "end")
 if manner == "sleep": time.sleep(60)
 sys.exit(int(os.environ.get("EXIT", "0")))
 """
@@ -49,30 +49,30 @@ sys.exit(int(os.environ.get("EXIT", "0")))
 
 @pytest.fixture
 def cloud_run(tmp_path: Path) -> Iterator[CloudRun]:
-    with CloudRun(tmp_path, {"llm": [sys.executable, "-c", ATTEMPT]}, environment={"INHERITED": "yes"}, grace_s=0.2) as cloud_run:
+    with CloudRun(tmp_path, {"llm": [sys.executable, "-c", ATTEMPT_SCRIPT]}, environment={"INHERITED": "yes"}, grace_s=0.2) as cloud_run:
         cloud_run.create_job(JOB, "llm")
         yield cloud_run
 
 
 @pytest.fixture
 def launcher(cloud_run: CloudRun) -> Iterator[CloudRunLauncher]:
-    launcher = a_launcher(cloud_run.host)
+    launcher = make_launcher(cloud_run.host)
     yield launcher
     launcher.close()
 
 
-def a_launcher(emulator_host: str | None, **changes: Any) -> CloudRunLauncher:
+def make_launcher(emulator_host: str | None, **changes: Any) -> CloudRunLauncher:
     options = {"time_limit_s": 600, "profiles": ("cpu",), "max_concurrent_jobs": 2, "service_audience": None}
     where = {"project_id": "demo", "region": "here", "service_url": "https://tunesmith.example"}
     return CloudRunLauncher(**where, **options | changes, emulator_host=emulator_host)
 
 
-def an_order(name: str = "job-1.1", hardware: str | None = None, **environment: str) -> LaunchOrder:
+def make_launch_request(name: str = "job-1.1", hardware: str | None = None, **environment: str) -> LaunchRequest:
     told = {"JOB_ID": "job-1", "JOB_ATTEMPT": "1", "JOB_TOKEN": "a token of this attempt", "JOB_SPEC_STORE_URL": "gs://demo-configs"}
-    return LaunchOrder(name=name, job_id="job-1", attempt=1, environment=told | environment, hardware=hardware)
+    return LaunchRequest(name=name, job_id="job-1", attempt=1, environment=told | environment, profile=hardware)
 
 
-def a_deployment(**changes: Any) -> Deployment:
+def make_deployment(**changes: Any) -> Deployment:
     facts = {
         "project_id": "demo",
         "region": "europe-west4",
@@ -84,9 +84,9 @@ def a_deployment(**changes: Any) -> Deployment:
     return Deployment(**facts | changes)
 
 
-def until(true: Callable[[], bool], within_s: float = 60) -> None:
-    deadline = time.monotonic() + within_s
-    while not true():
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.01)
 
@@ -94,85 +94,85 @@ def until(true: Callable[[], bool], within_s: float = 60) -> None:
 # --- what is sent ----------------------------------------------------------------------------------------------------
 
 
-def test_the_request_is_the_golden_one() -> None:
-    assert rendered(run_job_request(an_order(), a_deployment())) == json.loads(GOLDEN.read_text())
+def test_run_job_request_matches_golden_file() -> None:
+    assert render(build_run_job_request(make_launch_request(), make_deployment())) == json.loads(GOLDEN.read_text())
 
 
-def test_the_order_of_the_environment_changes_nothing() -> None:
-    order = an_order()
-    reversed_order = LaunchOrder(
-        name=order.name, job_id=order.job_id, attempt=1, environment=dict(reversed(list(order.environment.items()))), hardware=None
+def test_environment_order_does_not_change_request() -> None:
+    order = make_launch_request()
+    reversed_order = LaunchRequest(
+        name=order.name, job_id=order.job_id, attempt=1, environment=dict(reversed(list(order.environment.items()))), profile=None
     )
-    assert run_job_request(order, a_deployment()) == run_job_request(reversed_order, a_deployment())
+    assert build_run_job_request(order, make_deployment()) == build_run_job_request(reversed_order, make_deployment())
 
 
-def test_hardware_chooses_the_job_resource() -> None:
-    request = run_job_request(an_order(hardware="rtx-pro-6000"), a_deployment())
+def test_hardware_selects_cloud_run_job() -> None:
+    request = build_run_job_request(make_launch_request(hardware="rtx-pro-6000"), make_deployment())
     assert request.name == "projects/demo/locations/europe-west4/jobs/tunesmith-rtx-pro-6000"
 
 
-def test_without_an_audience_the_attempt_is_told_of_none() -> None:
-    request = run_job_request(an_order(), a_deployment(service_audience=None))
+def test_no_audience_sets_no_audience_variable() -> None:
+    request = build_run_job_request(make_launch_request(), make_deployment(service_audience=None))
     assert "SERVICE_AUDIENCE" not in {variable.name for variable in request.overrides.container_overrides[0].env}
 
 
 @pytest.mark.parametrize(("limit_s", "own_s"), [(3600, 3480), (43_200, 43_080), (600, 540), (120, 108)])
-def test_the_attempt_stops_before_cloud_run_stops_it(limit_s: int, own_s: int) -> None:
-    assert own_time_limit_s(limit_s) == own_s
+def test_attempt_time_limit_is_shorter_than_cloud_run_timeout(limit_s: int, own_s: int) -> None:
+    assert attempt_time_limit_s(limit_s) == own_s
 
 
-def test_an_unknown_profile_is_refused_at_once() -> None:
+def test_unknown_profile_is_rejected() -> None:
     with pytest.raises(ValueError, match="no hardware profile h100; known: l4, rtx-pro-6000, cpu"):
-        a_launcher("127.0.0.1:1", profiles=("l4", "h100"))
+        make_launcher("127.0.0.1:1", profiles=("l4", "h100"))
 
 
-def rendered(request: run_v2.RunJobRequest) -> Any:
+def render(request: run_v2.RunJobRequest) -> Any:
     return json.loads(run_v2.RunJobRequest.to_json(request, always_print_fields_with_no_presence=False))
 
 
 # --- launching, over the wire ----------------------------------------------------------------------------------------
 
 
-def test_the_handle_is_the_full_name_of_an_execution_of_the_job(launcher: CloudRunLauncher) -> None:
-    handle = launcher.launch(an_order())
+def test_handle_is_full_execution_name(launcher: CloudRunLauncher) -> None:
+    handle = launcher.launch(make_launch_request())
     assert handle.startswith(f"{JOB}/executions/tunesmith-cpu-")
 
 
-def test_hardware_that_was_taken_out_of_the_settings_is_a_refusal(launcher: CloudRunLauncher) -> None:
+def test_launch_on_removed_profile_fails(launcher: CloudRunLauncher) -> None:
     with pytest.raises(LaunchFailed, match="no hardware 'l4' any more"):
-        launcher.launch(an_order(hardware="l4"))
+        launcher.launch(make_launch_request(hardware="l4"))
 
 
-def test_a_lost_answer_is_unavailable_and_the_attempt_is_found_by_its_name(launcher: CloudRunLauncher, cloud_run: CloudRun) -> None:
-    cloud_run.lose_next_answer("RunJob")
+def test_lost_launch_response_is_unavailable_and_attempt_is_found(launcher: CloudRunLauncher, cloud_run: CloudRun) -> None:
+    cloud_run.drop_next_response("RunJob")
     with pytest.raises(Unavailable):
-        launcher.launch(an_order(MANNER="sleep"))
+        launcher.launch(make_launch_request(BEHAVIOR="sleep"))
     assert cloud_run.calls.count("RunJob") == 1  # nobody retried behind our back
     handle = cloud_run.executions()[0].name
-    assert launcher.find("job-1.1") == handle
+    assert launcher.find_handle("job-1.1") == handle
     assert launcher.check(handle) == "running"
 
 
-def test_of_two_executions_with_one_name_the_one_at_work_is_found(launcher: CloudRunLauncher) -> None:
-    working = launcher.launch(an_order(MANNER="sleep"))
-    ended = launcher.launch(an_order(MANNER="end"))
-    until(lambda: launcher.check(ended) == "ended")
-    assert launcher.find("job-1.1") == working
+def test_find_prefers_running_execution_of_same_name(launcher: CloudRunLauncher) -> None:
+    working = launcher.launch(make_launch_request(BEHAVIOR="sleep"))
+    ended = launcher.launch(make_launch_request(BEHAVIOR="end"))
+    wait_until(lambda: launcher.check(ended) == "ended")
+    assert launcher.find_handle("job-1.1") == working
 
 
-def test_an_execution_is_found_on_a_later_page(launcher: CloudRunLauncher, cloud_run: CloudRun) -> None:
+def test_find_searches_later_pages(launcher: CloudRunLauncher, cloud_run: CloudRun) -> None:
     cloud_run.create_job(JOB, "an image that is not there")  # so that nothing is started
-    oldest = launcher.launch(an_order("job-0.1"))
+    oldest = launcher.launch(make_launch_request("job-0.1"))
     for number in range(1, 103):
-        launcher.launch(an_order(f"job-{number}.1"))
-    assert launcher.find("job-0.1") == oldest
+        launcher.launch(make_launch_request(f"job-{number}.1"))
+    assert launcher.find_handle("job-0.1") == oldest
     assert cloud_run.calls.count("ListExecutions") == 2
 
 
-def test_a_profile_without_a_job_resource_has_no_executions(cloud_run: CloudRun) -> None:
-    launcher = a_launcher(cloud_run.host, profiles=("l4", "cpu"))
-    handle = launcher.launch(an_order(hardware="cpu", MANNER="sleep"))
-    assert launcher.find("job-1.1") == handle
+def test_profile_without_cloud_run_job_has_no_executions(cloud_run: CloudRun) -> None:
+    launcher = make_launcher(cloud_run.host, profiles=("l4", "cpu"))
+    handle = launcher.launch(make_launch_request(hardware="cpu", BEHAVIOR="sleep"))
+    assert launcher.find_handle("job-1.1") == handle
     launcher.close()
 
 
@@ -181,29 +181,29 @@ def test_many_threads_share_one_connection(launcher: CloudRunLauncher) -> None:
 
     def launch(number: int) -> str:
         together.wait()
-        return launcher.launch(an_order(f"job-{number}.1"))
+        return launcher.launch(make_launch_request(f"job-{number}.1"))
 
     with ThreadPoolExecutor(8) as pool:
         handles = list(pool.map(launch, range(8)))
     assert len(set(handles)) == 8
 
 
-def test_closing_leaves_attempts_at_work(launcher: CloudRunLauncher) -> None:
-    handle = launcher.launch(an_order(MANNER="sleep"))
+def test_close_keeps_attempts_running(launcher: CloudRunLauncher) -> None:
+    handle = launcher.launch(make_launch_request(BEHAVIOR="sleep"))
     launcher.close()
     assert launcher.check(handle) == "running"
 
 
-def test_closing_lets_go_of_the_connection(launcher: CloudRunLauncher, cloud_run: CloudRun) -> None:
+def test_close_releases_connection(launcher: CloudRunLauncher, cloud_run: CloudRun) -> None:
     port = int(cloud_run.host.partition(":")[2])
 
     def connections() -> int:
         return sum(1 for line in psutil.Process().net_connections("tcp") if line.raddr and line.raddr.port == port)
 
-    launcher.launch(an_order())
+    launcher.launch(make_launch_request())
     assert connections() == 1
     launcher.close()
-    until(lambda: connections() == 0)
+    wait_until(lambda: connections() == 0)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -264,11 +264,11 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_a_refusal_says_what_is_missing_and_what_mends_it(case: str, cloud_run: CloudRun, launcher: CloudRunLauncher) -> None:
+def test_launch_error_names_cause_and_fix(case: str, cloud_run: CloudRun, launcher: CloudRunLauncher) -> None:
     answer, (kind, *words) = REFUSALS[case]
-    cloud_run.refuse_next("RunJob", *answer)  # type: ignore[arg-type]
+    cloud_run.fail_next("RunJob", *answer)  # type: ignore[arg-type]
     with pytest.raises((LaunchFailed, Unavailable)) as refusal:
-        launcher.launch(an_order())
+        launcher.launch(make_launch_request())
     assert type(refusal.value) is kind
     told = f"{refusal.value.message} {refusal.value.hint}"
     assert not [word for word in words if str(word) not in told], told
@@ -277,18 +277,18 @@ def test_a_refusal_says_what_is_missing_and_what_mends_it(case: str, cloud_run: 
     assert cloud_run.executions() == []
 
 
-def test_a_job_resource_that_is_not_there_is_a_refusal(cloud_run: CloudRun) -> None:
-    launcher = a_launcher(cloud_run.host, profiles=("l4",))
+def test_missing_cloud_run_job_fails_launch(cloud_run: CloudRun) -> None:
+    launcher = make_launcher(cloud_run.host, profiles=("l4",))
     with pytest.raises(LaunchFailed, match="no Cloud Run job tunesmith-l4 in project demo, region here"):
-        launcher.launch(an_order())
+        launcher.launch(make_launch_request())
     launcher.close()
 
 
-def test_without_credentials_it_says_how_to_get_some(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_credentials_error_names_login_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "nowhere.json"))
-    launcher = a_launcher(None)
+    launcher = make_launcher(None)
     with pytest.raises(Unavailable) as refusal:
-        launcher.launch(an_order())
+        launcher.launch(make_launch_request())
     assert "gcloud auth application-default login" in refusal.value.hint
     assert launcher.check(f"{JOB}/executions/x") == "unknown"
 
@@ -298,13 +298,13 @@ def test_without_credentials_it_says_how_to_get_some(monkeypatch: pytest.MonkeyP
     [
         ("ListExecutions", lambda launcher: launcher.find("job-1.1")),
         ("CancelExecution", lambda launcher: launcher.cancel(f"{JOB}/executions/x", force=True)),
-        ("GetExecution", lambda launcher: launcher.why_ended(f"{JOB}/executions/x")),
+        ("GetExecution", lambda launcher: launcher.get_exit_reason(f"{JOB}/executions/x")),
     ],
 )
-def test_a_missing_role_for_anything_else_names_the_role_and_can_be_tried_again(
+def test_missing_role_outside_launch_is_retryable(
     method: str, ask: Callable[[CloudRunLauncher], object], cloud_run: CloudRun, launcher: CloudRunLauncher
 ) -> None:
-    cloud_run.refuse_next(method, CODE.PERMISSION_DENIED, "The caller does not have permission")
+    cloud_run.fail_next(method, CODE.PERMISSION_DENIED, "The caller does not have permission")
     with pytest.raises(Unavailable) as refusal:
         ask(launcher)
     assert "add-iam-policy-binding tunesmith-cpu" in refusal.value.hint
@@ -315,60 +315,60 @@ def test_a_missing_role_for_anything_else_names_the_role_and_can_be_tried_again(
 
 
 @pytest.mark.parametrize("fault", ["cut", "hang", "reset"])
-def test_silence_is_unavailable_within_the_callers_patience_and_never_an_end(fault: str, cloud_run: CloudRun) -> None:
+def test_unresponsive_api_is_unavailable_within_deadline_not_ended(fault: str, cloud_run: CloudRun) -> None:
     with Proxy("127.0.0.1", int(cloud_run.host.partition(":")[2])) as line:
-        launcher = a_launcher(line.address)
-        handle = launcher.launch(an_order(MANNER="sleep"))
+        launcher = make_launcher(line.address)
+        handle = launcher.launch(make_launch_request(BEHAVIOR="sleep"))
         getattr(line, fault)()
         for ask in (
-            lambda: launcher.launch(an_order("job-2.1")),
-            lambda: launcher.find("job-1.1"),
+            lambda: launcher.launch(make_launch_request("job-2.1")),
+            lambda: launcher.find_handle("job-1.1"),
             lambda: launcher.cancel(handle, force=False),
-            lambda: launcher.why_ended(handle),
+            lambda: launcher.get_exit_reason(handle),
         ):
             began = time.monotonic()
-            with patience(0.2), pytest.raises(Unavailable):
+            with deadline(0.2), pytest.raises(Unavailable):
                 ask()
             assert time.monotonic() - began < 1
-        with patience(0.2):
+        with deadline(0.2):
             assert launcher.check(handle) == "unknown"
         line.restore()
-        until(lambda: launcher.check(handle) == "running", 10)
+        wait_until(lambda: launcher.check(handle) == "running", 10)
         launcher.close()
 
 
 @pytest.mark.parametrize("code", [CODE.UNAVAILABLE, CODE.INTERNAL, CODE.DEADLINE_EXCEEDED, CODE.PERMISSION_DENIED, CODE.UNAUTHENTICATED])
-def test_an_answer_that_is_none_is_not_an_end(code: grpc.StatusCode, cloud_run: CloudRun, launcher: CloudRunLauncher) -> None:
-    handle = launcher.launch(an_order(MANNER="sleep"))
-    cloud_run.refuse_next("GetExecution", code, "…")
+def test_api_error_is_unknown_not_ended(code: grpc.StatusCode, cloud_run: CloudRun, launcher: CloudRunLauncher) -> None:
+    handle = launcher.launch(make_launch_request(BEHAVIOR="sleep"))
+    cloud_run.fail_next("GetExecution", code, "…")
     assert launcher.check(handle) == "unknown"
 
 
-def test_an_execution_that_is_not_there_has_ended(launcher: CloudRunLauncher) -> None:
+def test_missing_execution_counts_as_ended(launcher: CloudRunLauncher) -> None:
     gone = f"{JOB}/executions/tunesmith-cpu-xxxxx"
     assert launcher.check(gone) == "ended"
-    assert launcher.why_ended(gone) is None
+    assert launcher.get_exit_reason(gone) is None
     launcher.cancel(gone, force=True)
 
 
-def test_the_handle_of_another_launcher_is_not_at_work_here(cloud_run: CloudRun, launcher: CloudRunLauncher) -> None:
+def test_foreign_handle_counts_as_ended(cloud_run: CloudRun, launcher: CloudRunLauncher) -> None:
     assert launcher.check("4711@12.50") == "ended"
-    assert launcher.why_ended("4711@12.50") is None
+    assert launcher.get_exit_reason("4711@12.50") is None
     launcher.cancel("4711@12.50", force=True)
-    assert "4711" in launcher.where_logs("4711@12.50")
+    assert "4711" in launcher.log_location("4711@12.50")
     assert cloud_run.calls == []
 
 
-def test_cancelling_twice_is_harmless(launcher: CloudRunLauncher) -> None:
-    handle = launcher.launch(an_order(MANNER="sleep"))
+def test_cancel_is_idempotent(launcher: CloudRunLauncher) -> None:
+    handle = launcher.launch(make_launch_request(BEHAVIOR="sleep"))
     launcher.cancel(handle, force=False)
     launcher.cancel(handle, force=True)
-    until(lambda: launcher.check(handle) == "ended")
+    wait_until(lambda: launcher.check(handle) == "ended")
     launcher.cancel(handle, force=True)
 
 
-def test_it_says_where_the_output_is(launcher: CloudRunLauncher) -> None:
-    told = launcher.where_logs(f"{JOB}/executions/tunesmith-cpu-abcde")
+def test_log_location_names_execution(launcher: CloudRunLauncher) -> None:
+    told = launcher.log_location(f"{JOB}/executions/tunesmith-cpu-abcde")
     assert """labels."run.googleapis.com/execution_name"="tunesmith-cpu-abcde"' --project=demo""" in told
     assert "https://console.cloud.google.com/run/jobs/executions/details/here/tunesmith-cpu-abcde/tasks?project=demo" in told
 
@@ -379,91 +379,131 @@ State, Common, Reason = run_v2.Condition.State, run_v2.Condition.CommonReason, r
 FAILED = State.CONDITION_FAILED
 
 
-def an_execution(message: str = "", state: int = FAILED, **reasons: Any) -> run_v2.Execution:
+def make_execution(message: str = "", state: int = FAILED, **reasons: Any) -> run_v2.Execution:
     """One that is over, with the one condition that says how."""
     counts = {name: reasons.pop(name) for name in ("cancelled_count", "delete_time") if name in reasons}
     condition = run_v2.Condition(type_="Completed", state=state, message=message, **reasons)
     return run_v2.Execution(name=f"{JOB}/executions/x", completion_time=datetime.now(UTC), conditions=[condition], **counts)
 
 
-def a_task(exit_code: int = 0, term_signal: int = 0, code: int = 0, message: str = "") -> run_v2.Task:
+def make_task(exit_code: int = 0, term_signal: int = 0, code: int = 0, message: str = "") -> run_v2.Task:
     status = status_pb2.Status(code=code, message=message)
     return run_v2.Task(last_attempt_result=run_v2.TaskAttemptResult(exit_code=exit_code, term_signal=term_signal, status=status))
 
 
-def said(words: str) -> str:
+def task_failure_message(words: str) -> str:
     """As Cloud Run says it of a task."""
     return f"Task tunesmith-l4-abcde-task0 failed with message: {words}"
 
 
-EXITED = Reason.NON_ZERO_EXIT_CODE
-ENDS: dict[str, tuple[run_v2.Execution, run_v2.Task | None, str, bool]] = {
-    "exit code": (an_execution(said(EXIT_ERROR), execution_reason=EXITED), a_task(exit_code=3), "internal", False),
-    "exit code, task not seen": (an_execution(said(EXIT_ERROR), execution_reason=EXITED), None, "internal", False),
-    "exit code with a status": (an_execution(said(EXIT_ERROR)), a_task(exit_code=1, code=code_pb2.INTERNAL), "internal", False),
-    "crash": (an_execution(said(EXIT_ERROR), execution_reason=EXITED), a_task(term_signal=11), "internal", False),
-    "crash, by exit code": (an_execution(said(EXIT_ERROR), execution_reason=EXITED), a_task(exit_code=139), "internal", False),
-    "memory": (an_execution(said(MEMORY_LIMIT)), a_task(), "out_of_memory", False),
+NON_ZERO_EXIT = Reason.NON_ZERO_EXIT_CODE
+EXIT_CASES: dict[str, tuple[run_v2.Execution, run_v2.Task | None, str, bool]] = {
+    "exit code": (
+        make_execution(task_failure_message(EXIT_ERROR), execution_reason=NON_ZERO_EXIT),
+        make_task(exit_code=3),
+        "internal",
+        False,
+    ),
+    "exit code, task not seen": (make_execution(task_failure_message(EXIT_ERROR), execution_reason=NON_ZERO_EXIT), None, "internal", False),
+    "exit code with a status": (
+        make_execution(task_failure_message(EXIT_ERROR)),
+        make_task(exit_code=1, code=code_pb2.INTERNAL),
+        "internal",
+        False,
+    ),
+    "crash": (
+        make_execution(task_failure_message(EXIT_ERROR), execution_reason=NON_ZERO_EXIT),
+        make_task(term_signal=11),
+        "internal",
+        False,
+    ),
+    "crash, by exit code": (
+        make_execution(task_failure_message(EXIT_ERROR), execution_reason=NON_ZERO_EXIT),
+        make_task(exit_code=139),
+        "internal",
+        False,
+    ),
+    "memory": (make_execution(task_failure_message(MEMORY_LIMIT)), make_task(), "out_of_memory", False),
     "memory, as gcloud shows it": (
-        an_execution(f"Task x-task0 failed with exit code: 0 and message:\n{MEMORY_LIMIT}"),
+        make_execution(f"Task x-task0 failed with exit code: 0 and message:\n{MEMORY_LIMIT}"),
         None,
         "out_of_memory",
         False,
     ),
-    "memory, by exit code": (an_execution(said(EXIT_ERROR), execution_reason=EXITED), a_task(exit_code=137), "out_of_memory", False),
-    "memory, by signal": (an_execution(said(EXIT_ERROR)), a_task(term_signal=9), "out_of_memory", False),
-    "timeout": (an_execution(said(TIMEOUT)), a_task(term_signal=9), "timeout", False),
-    "timeout, by status": (an_execution("…"), a_task(code=code_pb2.DEADLINE_EXCEEDED), "timeout", False),
+    "memory, by exit code": (
+        make_execution(task_failure_message(EXIT_ERROR), execution_reason=NON_ZERO_EXIT),
+        make_task(exit_code=137),
+        "out_of_memory",
+        False,
+    ),
+    "memory, by signal": (make_execution(task_failure_message(EXIT_ERROR)), make_task(term_signal=9), "out_of_memory", False),
+    "timeout": (make_execution(task_failure_message(TIMEOUT)), make_task(term_signal=9), "timeout", False),
+    "timeout, by status": (make_execution("…"), make_task(code=code_pb2.DEADLINE_EXCEEDED), "timeout", False),
     "timeout, as the log says": (
-        an_execution("Terminating task because it has reached the maximum timeout of 3600 seconds."),
+        make_execution("Terminating task because it has reached the maximum timeout of 3600 seconds."),
         None,
         "timeout",
         False,
     ),
-    "cancelled": (an_execution(CANCELLED, execution_reason=Reason.CANCELLED), a_task(term_signal=9), "lost", False),
-    "cancelled, by count": (an_execution("", cancelled_count=1), a_task(term_signal=15), "lost", False),
-    "deleted": (an_execution("", execution_reason=Reason.DELETED), None, "lost", False),
-    "deleted, by time": (an_execution("", delete_time=datetime.now(UTC)), None, "lost", False),
-    "image missing": (an_execution("", reason=Common.CONTAINER_MISSING), None, "launch_failed", False),
-    "image missing, in words": (an_execution("Image 'europe-docker.pkg.dev/demo/llm@sha256:0' not found."), None, "launch_failed", False),
-    "image not readable": (an_execution("", reason=Common.CONTAINER_PERMISSION_DENIED), None, "launch_failed", False),
+    "cancelled": (make_execution(CANCELLED, execution_reason=Reason.CANCELLED), make_task(term_signal=9), "lost", False),
+    "cancelled, by count": (make_execution("", cancelled_count=1), make_task(term_signal=15), "lost", False),
+    "deleted": (make_execution("", execution_reason=Reason.DELETED), None, "lost", False),
+    "deleted, by time": (make_execution("", delete_time=datetime.now(UTC)), None, "lost", False),
+    "image missing": (make_execution("", reason=Common.CONTAINER_MISSING), None, "launch_failed", False),
+    "image missing, in words": (make_execution("Image 'europe-docker.pkg.dev/demo/llm@sha256:0' not found."), None, "launch_failed", False),
+    "image not readable": (make_execution("", reason=Common.CONTAINER_PERMISSION_DENIED), None, "launch_failed", False),
     "image not readable, in words": (
-        an_execution("Google Cloud Run Service Agent must have permission to read the image, llm."),
+        make_execution("Google Cloud Run Service Agent must have permission to read the image, llm."),
         None,
         "launch_failed",
         False,
     ),
-    "image forbidden": (an_execution("", reason=Common.CONTAINER_IMAGE_UNAUTHORIZED), None, "launch_failed", False),
-    "image not judged": (an_execution("", reason=Common.CONTAINER_IMAGE_AUTHORIZATION_CHECK_FAILED), None, "launch_failed", False),
-    "secret": (an_execution("", reason=Common.SECRETS_ACCESS_CHECK_FAILED), None, "launch_failed", False),
-    "key": (an_execution("", reason=Common.ENCRYPTION_KEY_PERMISSION_DENIED), None, "launch_failed", False),
-    "key missing": (an_execution("", reason=Common.ENCRYPTION_KEY_CHECK_FAILED), None, "launch_failed", False),
-    "network": (an_execution("", reason=Common.VPC_NETWORK_NOT_FOUND), None, "launch_failed", False),
-    "quota": (an_execution("Quota exceeded for total allowable count of GPUs per project per region."), None, "launch_failed", True),
-    "quota, by status": (an_execution(""), a_task(code=code_pb2.RESOURCE_EXHAUSTED), "launch_failed", True),
-    "did not start in time": (an_execution("", reason=Common.PROGRESS_DEADLINE_EXCEEDED), None, "launch_failed", True),
-    "maintenance, by signal": (an_execution(said(EXIT_ERROR), execution_reason=EXITED), a_task(term_signal=15), "preempted", True),
-    "maintenance, by exit code": (an_execution(said(EXIT_ERROR), execution_reason=EXITED), a_task(exit_code=143), "preempted", True),
-    "maintenance, in words": (an_execution(said("The instance was terminated for maintenance.")), None, "preempted", True),
-    "internal": (an_execution("", reason=Common.INTERNAL), None, "preempted", True),
-    "internal, by status": (an_execution(""), a_task(code=code_pb2.INTERNAL), "preempted", True),
-    "internal, of polling": (an_execution("", execution_reason=Reason.JOB_STATUS_SERVICE_POLLING_ERROR), None, "preempted", True),
-    "something new": (an_execution("The moon is in the wrong phase."), a_task(), "lost", False),
+    "image forbidden": (make_execution("", reason=Common.CONTAINER_IMAGE_UNAUTHORIZED), None, "launch_failed", False),
+    "image not judged": (make_execution("", reason=Common.CONTAINER_IMAGE_AUTHORIZATION_CHECK_FAILED), None, "launch_failed", False),
+    "secret": (make_execution("", reason=Common.SECRETS_ACCESS_CHECK_FAILED), None, "launch_failed", False),
+    "key": (make_execution("", reason=Common.ENCRYPTION_KEY_PERMISSION_DENIED), None, "launch_failed", False),
+    "key missing": (make_execution("", reason=Common.ENCRYPTION_KEY_CHECK_FAILED), None, "launch_failed", False),
+    "network": (make_execution("", reason=Common.VPC_NETWORK_NOT_FOUND), None, "launch_failed", False),
+    "quota": (make_execution("Quota exceeded for total allowable count of GPUs per project per region."), None, "launch_failed", True),
+    "quota, by status": (make_execution(""), make_task(code=code_pb2.RESOURCE_EXHAUSTED), "launch_failed", True),
+    "did not start in time": (make_execution("", reason=Common.PROGRESS_DEADLINE_EXCEEDED), None, "launch_failed", True),
+    "maintenance, by signal": (
+        make_execution(task_failure_message(EXIT_ERROR), execution_reason=NON_ZERO_EXIT),
+        make_task(term_signal=15),
+        "preempted",
+        True,
+    ),
+    "maintenance, by exit code": (
+        make_execution(task_failure_message(EXIT_ERROR), execution_reason=NON_ZERO_EXIT),
+        make_task(exit_code=143),
+        "preempted",
+        True,
+    ),
+    "maintenance, in words": (
+        make_execution(task_failure_message("The instance was terminated for maintenance.")),
+        None,
+        "preempted",
+        True,
+    ),
+    "internal": (make_execution("", reason=Common.INTERNAL), None, "preempted", True),
+    "internal, by status": (make_execution(""), make_task(code=code_pb2.INTERNAL), "preempted", True),
+    "internal, of polling": (make_execution("", execution_reason=Reason.JOB_STATUS_SERVICE_POLLING_ERROR), None, "preempted", True),
+    "something new": (make_execution("The moon is in the wrong phase."), make_task(), "lost", False),
 }
 
 
-@pytest.mark.parametrize("case", ENDS)
-def test_every_end_has_our_words(case: str) -> None:
-    execution, task, code, preempted = ENDS[case]
-    ended = ended_of(execution, task)
+@pytest.mark.parametrize("case", EXIT_CASES)
+def test_exit_cases_map_to_failure_codes(case: str) -> None:
+    execution, task, code, preempted = EXIT_CASES[case]
+    ended = classify_exit(execution, task)
     assert ended is not None
     assert (ended.failure.code, ended.preempted) == (code, preempted), ended
     assert ended.failure.hint
     assert "\n" not in ended.failure.message
 
 
-def test_what_cloud_run_said_is_passed_on() -> None:
-    ended = ended_of(an_execution("The moon is in the wrong phase."), None)
+def test_unknown_cloud_run_message_is_kept() -> None:
+    ended = classify_exit(make_execution("The moon is in the wrong phase."), None)
     assert ended
     assert "The moon is in the wrong phase." in ended.failure.message
 
@@ -471,26 +511,26 @@ def test_what_cloud_run_said_is_passed_on() -> None:
 @pytest.mark.parametrize(
     "execution",
     [
-        an_execution("Execution completed successfully.", State.CONDITION_SUCCEEDED),
-        an_execution(),  # failed, and not a word why
+        make_execution("Execution completed successfully.", State.CONDITION_SUCCEEDED),
+        make_execution(),  # failed, and not a word why
         run_v2.Execution(conditions=[run_v2.Condition(type_="Completed", state=State.CONDITION_RECONCILING)]),
         run_v2.Execution(),
     ],
     ids=["succeeded", "no reason", "running", "new"],
 )
-def test_without_a_reason_there_is_none(execution: run_v2.Execution) -> None:
-    assert ended_of(execution, a_task()) is None
+def test_execution_without_failure_details_has_no_exit_reason(execution: run_v2.Execution) -> None:
+    assert classify_exit(execution, make_task()) is None
 
 
-def conditions() -> st.SearchStrategy[run_v2.Condition]:
+def condition_strategy() -> st.SearchStrategy[run_v2.Condition]:
     """Any, those of a later version of the API included."""
     number = st.integers(0, 40)
     texts = st.sampled_from([EXIT_ERROR, MEMORY_LIMIT, TIMEOUT, CANCELLED, "", "quota", "maintenance"]) | st.text(max_size=20)
     why = st.sampled_from(["reason", "execution_reason", "revision_reason"])
-    return st.builds(a_condition, st.sampled_from(["Completed", "Started", ""]), number, texts, why, number)
+    return st.builds(make_condition, st.sampled_from(["Completed", "Started", ""]), number, texts, why, number)
 
 
-def a_condition(kind: str, state: int, message: str, why: str, number: int) -> run_v2.Condition:
+def make_condition(kind: str, state: int, message: str, why: str, number: int) -> run_v2.Condition:
     condition = run_v2.Condition.pb(run_v2.Condition(type_=kind, message=message))
     condition.state = state
     setattr(condition, why, number)
@@ -498,83 +538,83 @@ def a_condition(kind: str, state: int, message: str, why: str, number: int) -> r
 
 
 @given(
-    found=st.lists(conditions(), max_size=4),
-    of_task=st.lists(conditions(), max_size=2),
+    found=st.lists(condition_strategy(), max_size=4),
+    of_task=st.lists(condition_strategy(), max_size=2),
     exit_code=st.integers(-(2**31), 2**31 - 1),
     term_signal=st.integers(-(2**31), 2**31 - 1),
     code=st.integers(0, 40),
     over=st.booleans(),
 )
 @settings(max_examples=200, deadline=None)
-def test_no_end_is_too_strange_to_be_told(
+def test_arbitrary_conditions_are_classified(
     found: list[run_v2.Condition], of_task: list[run_v2.Condition], exit_code: int, term_signal: int, code: int, over: bool
 ) -> None:
     execution = run_v2.Execution(conditions=found)
     if over:
         execution.completion_time = datetime.now(UTC)  # type: ignore[assignment]  # the library takes Python's times
-    task = a_task(exit_code, term_signal, code)
+    task = make_task(exit_code, term_signal, code)
     task.conditions = of_task
-    ended = ended_of(execution, task)
+    ended = classify_exit(execution, task)
     assert ended is None or (ended.failure.message and "\n" not in ended.failure.message)
 
 
-def run_to_its_end(launcher: CloudRunLauncher, order: LaunchOrder) -> Ended | None:
+def run_until_ended(launcher: CloudRunLauncher, order: LaunchRequest) -> ExitReason | None:
     handle = launcher.launch(order)
-    until(lambda: launcher.check(handle) == "ended")
-    return launcher.why_ended(handle)
+    wait_until(lambda: launcher.check(handle) == "ended")
+    return launcher.get_exit_reason(handle)
 
 
-def test_a_clean_exit_has_no_reason(launcher: CloudRunLauncher) -> None:
-    assert run_to_its_end(launcher, an_order()) is None
+def test_clean_exit_has_no_exit_reason(launcher: CloudRunLauncher) -> None:
+    assert run_until_ended(launcher, make_launch_request()) is None
 
 
-def test_an_exit_code_is_told(launcher: CloudRunLauncher) -> None:
-    ended = run_to_its_end(launcher, an_order(EXIT="3"))
+def test_exit_code_is_reported(launcher: CloudRunLauncher) -> None:
+    ended = run_until_ended(launcher, make_launch_request(EXIT="3"))
     assert ended
     assert ended.failure.code == "internal"
     assert "code 3" in ended.failure.message
 
 
-def test_a_task_that_may_not_be_seen_leaves_what_the_execution_says(launcher: CloudRunLauncher, cloud_run: CloudRun) -> None:
-    cloud_run.refuse_next("ListTasks", CODE.PERMISSION_DENIED, "…")
-    ended = run_to_its_end(launcher, an_order(EXIT="3"))
+def test_exit_reason_falls_back_to_execution_without_task_access(launcher: CloudRunLauncher, cloud_run: CloudRun) -> None:
+    cloud_run.fail_next("ListTasks", CODE.PERMISSION_DENIED, "…")
+    ended = run_until_ended(launcher, make_launch_request(EXIT="3"))
     assert ended
     assert ended.failure.code == "internal"
 
 
-def test_the_time_limit_ends_an_attempt(cloud_run: CloudRun) -> None:
-    launcher = a_launcher(cloud_run.host, time_limit_s=0)
-    ended = run_to_its_end(launcher, an_order(MANNER="sleep"))
+def test_time_limit_ends_attempt(cloud_run: CloudRun) -> None:
+    launcher = make_launcher(cloud_run.host, time_limit_s=0)
+    ended = run_until_ended(launcher, make_launch_request(BEHAVIOR="sleep"))
     assert ended
     assert ended.failure.code == "timeout"
     launcher.close()
 
 
-def test_an_image_that_is_not_there_is_told(launcher: CloudRunLauncher, cloud_run: CloudRun) -> None:
+def test_missing_image_is_reported(launcher: CloudRunLauncher, cloud_run: CloudRun) -> None:
     cloud_run.create_job(JOB, "europe-west4-docker.pkg.dev/demo/tunesmith/llm")
-    ended = run_to_its_end(launcher, an_order())
+    ended = run_until_ended(launcher, make_launch_request())
     assert ended
     assert ended.failure.code == "launch_failed"
     assert "make deploy" in ended.failure.hint
 
 
 @pytest.mark.parametrize(("number", "code", "preempted"), [(signal.SIGTERM, "preempted", True), (signal.SIGKILL, "out_of_memory", False)])
-def test_what_the_platform_did_is_told(launcher: CloudRunLauncher, cloud_run: CloudRun, number: int, code: str, preempted: bool) -> None:
-    handle = launcher.launch(an_order(MANNER="sleep"))
-    until(cloud_run.output_of(handle).exists)
-    until(lambda: cloud_run.output_of(handle).stat().st_size > 0)
-    cloud_run.end_by_signal(handle, number)
-    until(lambda: launcher.check(handle) == "ended")
-    ended = launcher.why_ended(handle)
+def test_platform_signal_is_reported(launcher: CloudRunLauncher, cloud_run: CloudRun, number: int, code: str, preempted: bool) -> None:
+    handle = launcher.launch(make_launch_request(BEHAVIOR="sleep"))
+    wait_until(cloud_run.output_path(handle).exists)
+    wait_until(lambda: cloud_run.output_path(handle).stat().st_size > 0)
+    cloud_run.signal_execution(handle, number)
+    wait_until(lambda: launcher.check(handle) == "ended")
+    ended = launcher.get_exit_reason(handle)
     assert ended
     assert (ended.failure.code, ended.preempted) == (code, preempted)
 
 
-def test_a_cancel_by_somebody_else_is_told(launcher: CloudRunLauncher) -> None:
-    handle = launcher.launch(an_order(MANNER="sleep"))
+def test_external_cancel_is_reported(launcher: CloudRunLauncher) -> None:
+    handle = launcher.launch(make_launch_request(BEHAVIOR="sleep"))
     launcher.cancel(handle, force=False)
-    until(lambda: launcher.check(handle) == "ended")
-    ended = launcher.why_ended(handle)
+    wait_until(lambda: launcher.check(handle) == "ended")
+    ended = launcher.get_exit_reason(handle)
     assert ended
     assert ended.failure.code == "lost"
     assert "cancelled in Cloud Run" in ended.failure.message
@@ -583,13 +623,13 @@ def test_a_cancel_by_somebody_else_is_told(launcher: CloudRunLauncher) -> None:
 # --- the stand-in ----------------------------------------------------------------------------------------------------
 
 
-def test_an_execution_shows_what_it_was_given_and_a_child_inherits_nothing_else(launcher: CloudRunLauncher, cloud_run: CloudRun) -> None:
-    handle = launcher.launch(an_order())
-    until(lambda: launcher.check(handle) == "ended")
+def test_child_environment_holds_only_given_variables(launcher: CloudRunLauncher, cloud_run: CloudRun) -> None:
+    handle = launcher.launch(make_launch_request())
+    wait_until(lambda: launcher.check(handle) == "ended")
     execution = cloud_run.executions()[0]
     shown = {variable.name: variable.value for variable in execution.template.containers[0].env}
     assert shown["JOB_WORKDIR"] == "/tmp/attempt"
-    seen, _, arguments = cloud_run.output_of(handle).read_text().rpartition("}")
+    seen, _, arguments = cloud_run.output_path(handle).read_text().rpartition("}")
     told = json.loads(seen + "}")
     assert arguments.split() == ["--name", "job-1.1"]
     platform = {"CLOUD_RUN_JOB", "CLOUD_RUN_EXECUTION", "CLOUD_RUN_TASK_INDEX", "CLOUD_RUN_TASK_ATTEMPT", "CLOUD_RUN_TASK_COUNT"}
@@ -598,7 +638,7 @@ def test_an_execution_shows_what_it_was_given_and_a_child_inherits_nothing_else(
     assert told["JOB_WORKDIR"] != "/tmp/attempt"  # two executions would share it here
 
 
-def test_job_resources_are_made_changed_and_forgotten_through_the_client(cloud_run: CloudRun) -> None:
+def test_emulator_supports_job_create_update_delete(cloud_run: CloudRun) -> None:
     from google.cloud.run_v2.services.jobs.transports import JobsGrpcTransport
 
     with grpc.insecure_channel(cloud_run.host) as channel:
@@ -615,38 +655,38 @@ def test_job_resources_are_made_changed_and_forgotten_through_the_client(cloud_r
         override = run_v2.RunJobRequest.Overrides.ContainerOverride(name="attempt", env=env)
         request = run_v2.RunJobRequest(name=made.name, overrides={"container_overrides": [override]})
         execution = client.run_job(request).metadata.name
-        until(lambda: "completion_time" in cloud_run.executions()[0])
+        wait_until(lambda: "completion_time" in cloud_run.executions()[0])
         assert cloud_run.executions()[0].retried_count == 1
         assert cloud_run.executions()[0].name == execution
         client.delete_job(name=made.name).result()
         assert [job.name for job in client.list_jobs(parent=parent)] == [JOB]
 
 
-def test_stopping_it_ends_its_children(tmp_path: Path) -> None:
-    with CloudRun(tmp_path, {"llm": [sys.executable, "-c", ATTEMPT]}, environment={}) as cloud_run:
+def test_stopping_emulator_ends_children(tmp_path: Path) -> None:
+    with CloudRun(tmp_path, {"llm": [sys.executable, "-c", ATTEMPT_SCRIPT]}, environment={}) as cloud_run:
         cloud_run.create_job(JOB, "llm")
-        launcher = a_launcher(cloud_run.host)
-        handle = launcher.launch(an_order(MANNER="sleep"))
-        until(lambda: cloud_run.output_of(handle).exists() and cloud_run.output_of(handle).stat().st_size > 0)
+        launcher = make_launcher(cloud_run.host)
+        handle = launcher.launch(make_launch_request(BEHAVIOR="sleep"))
+        wait_until(lambda: cloud_run.output_path(handle).exists() and cloud_run.output_path(handle).stat().st_size > 0)
         launcher.close()
         began = time.monotonic()
     assert time.monotonic() - began < 5
     assert "completion_time" in cloud_run.executions()[0]
 
 
-def test_on_the_command_line_it_serves_until_it_is_told_to_stop(tmp_path: Path) -> None:
+def test_emulator_command_serves_until_sigterm(tmp_path: Path) -> None:
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs/__init__.py").touch()
-    (tmp_path / "jobs/run.py").write_text(f"import os, pathlib\npathlib.Path('pid').write_text(str(os.getpid()))\n{ATTEMPT}")
+    (tmp_path / "jobs/run.py").write_text(f"import os, pathlib\npathlib.Path('pid').write_text(str(os.getpid()))\n{ATTEMPT_SCRIPT}")
     options = ["--folder", str(tmp_path / "run"), "--python", sys.executable, "--source", str(tmp_path)]
     options += ["--job", "tunesmith-cpu", "--project", "demo", "--region", "here", "--env", "GREETING=hello"]
     with subprocess.Popen([sys.executable, "-m", "infra.loopback.cloud_run", *options], stdout=subprocess.PIPE, text=True) as served:
         assert served.stdout is not None
         host = next(word.rstrip(":") for word in served.stdout.readline().split() if word.startswith("127."))
-        launcher = a_launcher(host)
-        handle = launcher.launch(an_order(MANNER="sleep"))
+        launcher = make_launcher(host)
+        handle = launcher.launch(make_launch_request(BEHAVIOR="sleep"))
         output = tmp_path / "run" / f"{handle.rpartition('/')[2]}.log"
-        until(lambda: output.exists() and "GREETING" in output.read_text())
+        wait_until(lambda: output.exists() and "GREETING" in output.read_text())
         launcher.close()
         served.send_signal(signal.SIGTERM)
         assert served.wait(10) == 0

@@ -9,13 +9,13 @@ import pytest
 from huggingface_hub import constants
 
 from infra.loopback.hub import LoopbackHub, Token
-from service.adapters.hub import AWAY_S, HuggingFaceHub
+from service.adapters.hub import COOLDOWN_S, HuggingFaceHub
 from service.core.errors import InvalidRequest, Unavailable
-from service.core.hub import NoHub, check_hub, refuse_push
+from service.core.hub import NoHub, check_hub, push_access_error
 from service.core.ports import Hub, HubAccount
 from storage import open_store
-from storage.patience import patience
-from tests.factories import FakeClock, a_config
+from storage.patience import deadline
+from tests.factories import FakeClock, make_config
 
 TOKENS = {
     "hf_ada": Token("ada", orgs={"lab": "write", "press": "read"}),
@@ -26,7 +26,7 @@ TOKENS = {
 
 
 @pytest.fixture(autouse=True)
-def _online(monkeypatch: pytest.MonkeyPatch) -> None:
+def _hub_online(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # CI sets the variable, for tests that must not reach out
 
 
@@ -34,9 +34,9 @@ def _online(monkeypatch: pytest.MonkeyPatch) -> None:
 def loopback() -> Iterator[LoopbackHub]:
     with LoopbackHub() as hub:
         hub.tokens.update(TOKENS)
-        hub.add("ada/tuned", {"README.md": b"mine"})
-        hub.add("ada/hidden", {"config.json": b"{}"}, private=True)
-        hub.add("google/gated", {"config.json": b"{}"}, gated=True, readers={"grace"})
+        hub.add_repository("ada/tuned", {"README.md": b"mine"})
+        hub.add_repository("ada/hidden", {"config.json": b"{}"}, private=True)
+        hub.add_repository("google/gated", {"config.json": b"{}"}, gated=True, readers={"grace"})
         yield hub
 
 
@@ -62,8 +62,8 @@ def hub(loopback: LoopbackHub) -> Iterator[HuggingFaceHub]:
         ("ada/tuned", "hf_revoked", "bad_token"),
     ],
 )
-def test_who_may_read(hub: HuggingFaceHub, repo_id: str, token: str | None, access: str) -> None:
-    assert hub.read_access(repo_id, token) == access
+def test_read_access(hub: HuggingFaceHub, repo_id: str, token: str | None, access: str) -> None:
+    assert hub.check_read_access(repo_id, token) == access
 
 
 @pytest.mark.parametrize(
@@ -77,44 +77,44 @@ def test_who_may_read(hub: HuggingFaceHub, repo_id: str, token: str | None, acce
         ("ada/tuned", "hf_revoked", "bad_token"),
     ],
 )
-def test_who_may_write(hub: HuggingFaceHub, repo_id: str, token: str, access: str) -> None:
-    assert hub.write_access(repo_id, token) == access
+def test_write_access(hub: HuggingFaceHub, repo_id: str, token: str, access: str) -> None:
+    assert hub.check_write_access(repo_id, token) == access
 
 
-def test_whose_token_it_is(hub: HuggingFaceHub) -> None:
-    assert hub.account("hf_ada") == HubAccount("ada", "write", {"lab": "write", "press": "read"})
-    assert hub.account("hf_ada_fine") == HubAccount("ada", "fineGrained", {"lab": "admin"}, frozenset({"lab"}))
-    assert hub.account("hf_revoked") is None
+def test_token_account(hub: HuggingFaceHub) -> None:
+    assert hub.get_account("hf_ada") == HubAccount("ada", "write", {"lab": "write", "press": "read"})
+    assert hub.get_account("hf_ada_fine") == HubAccount("ada", "fineGrained", {"lab": "admin"}, frozenset({"lab"}))
+    assert hub.get_account("hf_revoked") is None
 
 
 @pytest.mark.parametrize("token", list(TOKENS))
 @pytest.mark.parametrize("repo_id", ["ada/tuned", "ada/new", "lab/new", "press/new", "grace/new"])
-def test_what_is_foretold_is_what_the_hub_does(hub: HuggingFaceHub, loopback: LoopbackHub, token: str, repo_id: str) -> None:
-    access = hub.write_access(repo_id, token)
+def test_predicted_push_access_matches_hub(hub: HuggingFaceHub, loopback: LoopbackHub, token: str, repo_id: str) -> None:
+    access = hub.check_write_access(repo_id, token)
     try:
-        refuse_push(repo_id, access, hub.account(token))
+        push_access_error(repo_id, access, hub.get_account(token))
         foretold = True
     except InvalidRequest:
         foretold = False
-    assert foretold == loopback.tokens[token].may_write(repo_id)
+    assert foretold == loopback.tokens[token].can_write(repo_id)
 
 
-def test_no_token_of_this_machine_is_ever_used(hub: HuggingFaceHub, loopback: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_hf_token_is_never_used(hub: HuggingFaceHub, loopback: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_ada")
-    assert hub.read_access("ada/hidden", None) == "absent"
-    assert {asked.token for asked in loopback.asked} == {None}
+    assert hub.check_read_access("ada/hidden", None) == "absent"
+    assert {asked.token for asked in loopback.requests} == {None}
 
 
-def test_nothing_is_remembered_of_a_token(hub: HuggingFaceHub, loopback: LoopbackHub) -> None:
-    assert hub.write_access("ada/tuned", "hf_ada") == "yes"
+def test_token_access_is_not_cached(hub: HuggingFaceHub, loopback: LoopbackHub) -> None:
+    assert hub.check_write_access("ada/tuned", "hf_ada") == "yes"
     del loopback.tokens["hf_ada"]
-    assert hub.write_access("ada/tuned", "hf_ada") == "bad_token"
+    assert hub.check_write_access("ada/tuned", "hf_ada") == "bad_token"
 
 
-def test_a_repository_is_listed_and_deleted(hub: HuggingFaceHub, loopback: LoopbackHub) -> None:
-    commits = hub.commits("ada/tuned", "hf_ada")
+def test_repository_commits_and_deletion(hub: HuggingFaceHub, loopback: LoopbackHub) -> None:
+    commits = hub.list_commits("ada/tuned", "hf_ada")
     assert commits == [commit.oid for commit in loopback.repos["ada/tuned"].commits]
-    assert hub.commits("ada/none", "hf_ada") is None
+    assert hub.list_commits("ada/none", "hf_ada") is None
     with pytest.raises(InvalidRequest, match="may not change ada/tuned") as refused:
         hub.delete_repository("ada/tuned", "hf_grace")
     assert refused.value.param == "X-HF-Token"
@@ -123,11 +123,11 @@ def test_a_repository_is_listed_and_deleted(hub: HuggingFaceHub, loopback: Loopb
     hub.delete_repository("ada/tuned", "hf_ada")  # a repeat is harmless
 
 
-def test_a_request_is_checked_with_few_questions(hub: HuggingFaceHub, loopback: LoopbackHub, tmp_path: object) -> None:
+def test_request_check_makes_three_hub_calls(hub: HuggingFaceHub, loopback: LoopbackHub, tmp_path: object) -> None:
     models = open_store(f"file://{tmp_path}")
-    config = a_config(base_model_id="google/gated", export_config={"destination": "hfhub", "hf_repo_id": "grace/new"})
+    config = make_config(base_model_id="google/gated", export_config={"destination": "hfhub", "hf_repo_id": "grace/new"})
     check_hub(config, "hf_grace", hub, models)
-    assert [asked.path for asked in loopback.asked] == [
+    assert [asked.path for asked in loopback.requests] == [
         "/api/models/google/gated/auth-check",
         "/api/models/grace/new/auth-check/write",
         "/api/whoami-v2",
@@ -138,58 +138,58 @@ def test_a_request_is_checked_with_few_questions(hub: HuggingFaceHub, loopback: 
 
 
 @pytest.fixture
-def silent() -> Iterator[str]:
+def unresponsive_hub_url() -> Iterator[str]:
     """A host that takes connections and says nothing."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         held: list[socket.socket] = []
 
-        def take() -> None:
+        def accept_connections() -> None:
             while True:
                 try:
                     held.append(server.accept()[0])
                 except OSError:
                     return
 
-        threading.Thread(target=take, daemon=True).start()
+        threading.Thread(target=accept_connections, daemon=True).start()
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
         server.shutdown(socket.SHUT_RDWR)
         for connection in held:
             connection.close()
 
 
-def knows_nothing(hub: Hub) -> bool:
-    return (hub.read_access("a/b", None), hub.write_access("a/b", "t"), hub.account("t")) == ("unknown", "unknown", None)
+def is_unknown(hub: Hub) -> bool:
+    return (hub.check_read_access("a/b", None), hub.check_write_access("a/b", "t"), hub.get_account("t")) == ("unknown", "unknown", None)
 
 
-def test_a_deployment_without_the_hub_knows_nothing() -> None:
-    assert knows_nothing(NoHub())
+def test_disabled_hub_reports_unknown() -> None:
+    assert is_unknown(NoHub())
 
 
-def test_a_hub_that_is_not_there_is_unknown_and_left_alone_for_a_minute() -> None:
+def test_unreachable_hub_is_unknown_and_not_retried_for_a_minute() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         closed = server.getsockname()[1]
     clock = FakeClock()
     hub = HuggingFaceHub(f"http://127.0.0.1:{closed}", monotonic=lambda: clock.now.timestamp())
-    assert knows_nothing(hub)
+    assert is_unknown(hub)
     with pytest.raises(Unavailable, match="a moment ago"):
-        hub.commits("a/b", "t")
-    clock.advance(AWAY_S + 1)
-    with pytest.raises(Unavailable, match="does not answer at"), patience(0.3):  # the client itself would try again
-        hub.commits("a/b", "t")
+        hub.list_commits("a/b", "t")
+    clock.advance(COOLDOWN_S + 1)
+    with pytest.raises(Unavailable, match="does not answer at"), deadline(0.3):  # the client itself would try again
+        hub.list_commits("a/b", "t")
     hub.close()
 
 
-def test_a_hub_that_says_nothing_takes_no_more_than_the_callers_patience(silent: str) -> None:
-    hub = HuggingFaceHub(silent)
+def test_unresponsive_hub_respects_caller_deadline(unresponsive_hub_url: str) -> None:
+    hub = HuggingFaceHub(unresponsive_hub_url)
     began = time.monotonic()
-    with patience(0.3):
-        assert hub.read_access("a/b", None) == "unknown"
-        assert hub.write_access("a/b", "t") == "unknown"
+    with deadline(0.3):
+        assert hub.check_read_access("a/b", None) == "unknown"
+        assert hub.check_write_access("a/b", "t") == "unknown"
     assert time.monotonic() - began < 2
     hub.close()
 
 
-def test_offline_is_unknown(hub: HuggingFaceHub, loopback: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_mode_reports_unknown(hub: HuggingFaceHub, loopback: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert knows_nothing(hub)
-    assert loopback.asked == []
+    assert is_unknown(hub)
+    assert loopback.requests == []

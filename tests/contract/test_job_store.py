@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from schema.events import EventBatch, Metrics, PhaseChanged, ReportedEvent, StatusChanged
+from schema.events import EventBatch, MetricsLogged, PhaseChanged, ReportedEvent, StatusChanged
 from schema.job import Progress, Status
 from service.adapters.jobstores import JOB_STORES
 from service.adapters.jobstores.cursors import encode_cursor
 from service.adapters.jobstores.sqlite import SqliteJobStore
-from service.bootstrap import adapter
+from service.bootstrap import load_adapter
 from service.core.errors import Conflict, IdempotencyConflict, InvalidRequest, NotFound, StaleRevision, Unavailable
 from service.core.ports import IdempotencyKey, JobQuery, JobStore, StoredEvent
-from tests.factories import START, a_dataset, a_job
+from tests.factories import START, make_dataset, make_job
 
 BUILDERS: dict[str, Callable[[type, pytest.FixtureRequest], JobStore]] = {
     "firestore": lambda store, request: store(project_id=request.getfixturevalue("firestore_project")),
@@ -25,54 +25,54 @@ BUILDERS: dict[str, Callable[[type, pytest.FixtureRequest], JobStore]] = {
 }
 
 
-def test_every_registered_store_is_under_contract() -> None:
+def test_every_registered_store_is_covered() -> None:
     assert set(BUILDERS) == set(JOB_STORES)
 
 
 @pytest.fixture(params=sorted(JOB_STORES))
 def store(request: pytest.FixtureRequest) -> Iterator[JobStore]:
-    store = BUILDERS[request.param](adapter(JOB_STORES, "job store", request.param), request)
+    store = BUILDERS[request.param](load_adapter(JOB_STORES, "job store", request.param), request)
     yield store
     store.close()
 
 
-def batch(first_seq: int, count: int, **changes: object) -> EventBatch:
-    events = [ReportedEvent(at=START, event=Metrics(step=first_seq + n, values={"loss": 1.0})) for n in range(count)]
+def make_batch(first_seq: int, count: int, **changes: object) -> EventBatch:
+    events = [ReportedEvent(at=START, event=MetricsLogged(step=first_seq + n, values={"loss": 1.0})) for n in range(count)]
     return EventBatch(first_seq=first_seq, events=events).model_copy(update=changes)
 
 
-def test_a_job_comes_back_as_it_was_kept(store: JobStore) -> None:
-    job = a_job(job_name="naïve – 模型", project_id="p")
+def test_job_round_trips(store: JobStore) -> None:
+    job = make_job(job_name="naïve – 模型", project_id="p")
     assert store.create_job(job) == job
     assert store.find_job(job.job_id) == job
 
 
-def test_an_unknown_job_is_none(store: JobStore) -> None:
+def test_unknown_job_is_none(store: JobStore) -> None:
     assert store.find_job("nobody") is None
 
 
 @pytest.mark.parametrize("job_id", ["", ".", "..", "a/b", "__jobs__", "x" * 2000, "naïve"])
-def test_an_id_that_no_job_can_have_is_nobodys(store: JobStore, job_id: str) -> None:
+def test_invalid_job_id_is_not_found(store: JobStore, job_id: str) -> None:
     assert store.find_job(job_id) is None
-    assert store.page_events(job_id) == []
+    assert store.list_events(job_id) == []
     assert not store.delete_job(job_id)
 
 
-def test_an_id_is_given_once(store: JobStore) -> None:
-    store.create_job(a_job())
+def test_duplicate_job_id_conflicts(store: JobStore) -> None:
+    store.create_job(make_job())
     with pytest.raises(Conflict):
-        store.create_job(a_job(job_name="another"))
+        store.create_job(make_job(job_name="another"))
 
 
-def test_a_change_raises_the_revision(store: JobStore) -> None:
-    job = store.create_job(a_job())
+def test_update_increments_revision(store: JobStore) -> None:
+    job = store.create_job(make_job())
     changed = store.replace_job(job.model_copy(update={"job_name": "new"}))
     assert changed.revision == job.revision + 1
     assert store.find_job(job.job_id) == changed
 
 
-def test_the_second_writer_is_told(store: JobStore) -> None:
-    job = store.create_job(a_job())
+def test_second_writer_gets_stale_revision(store: JobStore) -> None:
+    job = store.create_job(make_job())
     store.replace_job(job.model_copy(update={"job_name": "first"}))
     with pytest.raises(StaleRevision):
         store.replace_job(job.model_copy(update={"job_name": "second"}))
@@ -81,8 +81,8 @@ def test_the_second_writer_is_told(store: JobStore) -> None:
     assert kept.job_name == "first"
 
 
-def test_of_many_writers_at_once_exactly_one_wins(store: JobStore) -> None:
-    job = store.create_job(a_job())
+def test_one_of_many_concurrent_writers_wins(store: JobStore) -> None:
+    job = store.create_job(make_job())
 
     def write(n: int) -> bool:
         try:
@@ -95,56 +95,56 @@ def test_of_many_writers_at_once_exactly_one_wins(store: JobStore) -> None:
         assert sum(pool.map(write, range(32))) == 1
 
 
-def test_a_stale_change_tells_nothing(store: JobStore) -> None:
-    job = store.create_job(a_job())
+def test_stale_update_stores_no_event(store: JobStore) -> None:
+    job = store.create_job(make_job())
     store.replace_job(job, [StatusChanged(status=Status.PREPARING, attempt=1)])
     with pytest.raises(StaleRevision):
         store.replace_job(job, [StatusChanged(status=Status.CANCELLED, attempt=1)])
-    assert len(store.page_events(job.job_id)) == 1
+    assert len(store.list_events(job.job_id)) == 1
 
 
-def test_changing_a_job_that_is_gone_is_not_found(store: JobStore) -> None:
+def test_updating_missing_job_is_not_found(store: JobStore) -> None:
     with pytest.raises(NotFound):
-        store.replace_job(a_job())
+        store.replace_job(make_job())
 
 
-def test_the_same_key_is_the_same_job(store: JobStore) -> None:
+def test_same_idempotency_key_returns_same_job(store: JobStore) -> None:
     key = IdempotencyKey("k", "digest")
-    first = store.create_job(a_job("job-1"), key)
-    assert store.create_job(a_job("job-2"), key) == first
+    first = store.create_job(make_job("job-1"), key)
+    assert store.create_job(make_job("job-2"), key) == first
     assert store.find_job("job-2") is None
 
 
-def test_the_same_key_sent_many_times_at_once_is_one_job(store: JobStore) -> None:
+def test_concurrent_requests_with_same_key_create_one_job(store: JobStore) -> None:
     with ThreadPoolExecutor(16) as pool:
-        made = pool.map(lambda n: store.create_job(a_job(f"job-{n}"), IdempotencyKey("k", "digest")).job_id, range(50))
+        made = pool.map(lambda n: store.create_job(make_job(f"job-{n}"), IdempotencyKey("k", "digest")).job_id, range(50))
     assert len(set(made)) == 1
 
 
-def test_the_same_key_with_another_body_is_refused(store: JobStore) -> None:
-    store.create_job(a_job("job-1"), IdempotencyKey("k", "digest"))
+def test_same_key_with_other_body_conflicts(store: JobStore) -> None:
+    store.create_job(make_job("job-1"), IdempotencyKey("k", "digest"))
     with pytest.raises(IdempotencyConflict):
-        store.create_job(a_job("job-2"), IdempotencyKey("k", "another"))
+        store.create_job(make_job("job-2"), IdempotencyKey("k", "another"))
 
 
-def test_a_key_is_forgotten_after_a_day(store: JobStore) -> None:
-    store.create_job(a_job("job-1"), IdempotencyKey("k", "digest"))
+def test_idempotency_key_expires_after_a_day(store: JobStore) -> None:
+    store.create_job(make_job("job-1"), IdempotencyKey("k", "digest"))
     tomorrow = START + timedelta(hours=25)
-    assert store.create_job(a_job("job-2", created_at=tomorrow), IdempotencyKey("k", "another")).job_id == "job-2"
+    assert store.create_job(make_job("job-2", created_at=tomorrow), IdempotencyKey("k", "another")).job_id == "job-2"
 
 
-def test_a_key_belongs_to_its_tenant(store: JobStore) -> None:
-    store.create_job(a_job("job-1"), IdempotencyKey("k", "digest"))
-    assert store.create_job(a_job("job-2", tenant_id="other"), IdempotencyKey("k", "another")).job_id == "job-2"
+def test_idempotency_key_is_scoped_to_tenant(store: JobStore) -> None:
+    store.create_job(make_job("job-1"), IdempotencyKey("k", "digest"))
+    assert store.create_job(make_job("job-2", tenant_id="other"), IdempotencyKey("k", "another")).job_id == "job-2"
 
 
-def test_pages_cover_every_job_once_and_newest_first(store: JobStore) -> None:
+def test_pages_list_every_job_once_newest_first(store: JobStore) -> None:
     for n in range(7):  # pairs share a moment: the id decides between them
-        store.create_job(a_job(f"job-{n}", created_at=START + timedelta(seconds=n // 2)))
+        store.create_job(make_job(f"job-{n}", created_at=START + timedelta(seconds=n // 2)))
     seen: list[str] = []
     cursor = None
     while True:
-        page = store.page_jobs(JobQuery("local", limit=3, after=cursor))
+        page = store.list_jobs(JobQuery("local", limit=3, after=cursor))
         seen += [row.job_id for row in page.rows]
         cursor = page.next_cursor
         if cursor is None:
@@ -152,12 +152,12 @@ def test_pages_cover_every_job_once_and_newest_first(store: JobStore) -> None:
     assert seen == [f"job-{n}" for n in reversed(range(7))]
 
 
-def test_a_job_made_while_paging_does_not_move_the_pages(store: JobStore) -> None:
+def test_new_job_does_not_shift_pages(store: JobStore) -> None:
     for n in range(4):
-        store.create_job(a_job(f"job-{n}", created_at=START + timedelta(seconds=n)))
-    first = store.page_jobs(JobQuery("local", limit=2))
-    store.create_job(a_job("job-9", created_at=START + timedelta(seconds=9)))
-    second = store.page_jobs(JobQuery("local", limit=2, after=first.next_cursor))
+        store.create_job(make_job(f"job-{n}", created_at=START + timedelta(seconds=n)))
+    first = store.list_jobs(JobQuery("local", limit=2))
+    store.create_job(make_job("job-9", created_at=START + timedelta(seconds=9)))
+    second = store.list_jobs(JobQuery("local", limit=2, after=first.next_cursor))
     assert [row.job_id for row in second.rows] == ["job-1", "job-0"]
 
 
@@ -171,189 +171,189 @@ def test_a_job_made_while_paging_does_not_move_the_pages(store: JobStore) -> Non
         ({"status": Status.QUEUED, "project_id": "p"}, ["job-1"]),
     ],
 )
-def test_a_filter_lets_through_what_it_names(store: JobStore, wanted: dict[str, str], found: list[str]) -> None:
-    store.create_job(a_job("job-0"))
-    store.create_job(a_job("job-1", project_id="p", created_at=START + timedelta(seconds=1)))
-    store.create_job(a_job("job-2", status=Status.FAILED, created_at=START + timedelta(seconds=2)))
-    store.create_job(a_job("job-3", tenant_id="other", project_id="p", status=Status.FAILED))
-    assert [row.job_id for row in store.page_jobs(JobQuery("local", **wanted)).rows] == found
+def test_filters_select_matching_jobs(store: JobStore, wanted: dict[str, str], found: list[str]) -> None:
+    store.create_job(make_job("job-0"))
+    store.create_job(make_job("job-1", project_id="p", created_at=START + timedelta(seconds=1)))
+    store.create_job(make_job("job-2", status=Status.FAILED, created_at=START + timedelta(seconds=2)))
+    store.create_job(make_job("job-3", tenant_id="other", project_id="p", status=Status.FAILED))
+    assert [row.job_id for row in store.list_jobs(JobQuery("local", **wanted)).rows] == found
 
 
 @pytest.mark.parametrize("cursor", ["x", "WzEsMl0", "W10", "é", "bnVsbA", "e30"])
-def test_a_cursor_that_is_not_ours_is_refused(store: JobStore, cursor: str) -> None:
+def test_invalid_cursor_is_rejected(store: JobStore, cursor: str) -> None:
     with pytest.raises(InvalidRequest):
-        store.page_jobs(JobQuery("local", after=cursor))
+        store.list_jobs(JobQuery("local", after=cursor))
 
 
 def test_queued_and_active_jobs_are_found_oldest_first(store: JobStore) -> None:
     for n, status in enumerate([*Status, Status.QUEUED, Status.TRAINING]):
-        store.create_job(a_job(f"job-{n}-{status}", status=status, created_at=START - timedelta(seconds=n)))
-    assert [job.job_id for job in store.queued_jobs(limit=10)] == ["job-9-queued", "job-0-queued"]
-    assert [job.job_id for job in store.queued_jobs(limit=1)] == ["job-9-queued"]
-    active = [job.status for job in store.active_jobs(limit=10)]
+        store.create_job(make_job(f"job-{n}-{status}", status=status, created_at=START - timedelta(seconds=n)))
+    assert [job.job_id for job in store.list_queued_jobs(limit=10)] == ["job-9-queued", "job-0-queued"]
+    assert [job.job_id for job in store.list_queued_jobs(limit=1)] == ["job-9-queued"]
+    active = [job.status for job in store.list_active_jobs(limit=10)]
     assert active == [Status.TRAINING, Status.CANCELLING, Status.PAUSING, Status.TRAINING, Status.PREPARING]
 
 
-def test_a_job_that_ends_is_neither(store: JobStore) -> None:
-    job = store.create_job(a_job())
+def test_final_job_is_neither_queued_nor_active(store: JobStore) -> None:
+    job = store.create_job(make_job())
     store.replace_job(job.model_copy(update={"status": Status.CANCELLED}))
-    assert store.queued_jobs(10) + store.active_jobs(10) == []
+    assert store.list_queued_jobs(10) + store.list_active_jobs(10) == []
 
 
-def test_a_job_that_is_retried_waits_and_works_again(store: JobStore) -> None:
-    job = store.create_job(a_job(status=Status.FAILED))
+def test_retried_job_is_queued_then_active(store: JobStore) -> None:
+    job = store.create_job(make_job(status=Status.FAILED))
     job = store.replace_job(job.model_copy(update={"status": Status.QUEUED}))
-    assert [found.job_id for found in store.queued_jobs(10)] == ["job-1"]
-    assert store.uses_of_dataset("dataset_1") == ["job-1"]
+    assert [found.job_id for found in store.list_queued_jobs(10)] == ["job-1"]
+    assert store.list_jobs_using_dataset("dataset_1") == ["job-1"]
     store.replace_job(job.model_copy(update={"status": Status.TRAINING}))
-    assert [found.job_id for found in store.active_jobs(10)] == ["job-1"]
-    assert store.queued_jobs(10) == []
+    assert [found.job_id for found in store.list_active_jobs(10)] == ["job-1"]
+    assert store.list_queued_jobs(10) == []
 
 
-def test_a_dataset_is_used_by_jobs_that_may_still_train(store: JobStore) -> None:
+def test_dataset_uses_are_non_final_jobs(store: JobStore) -> None:
     for status in Status:
-        store.create_job(a_job(f"job-{status}", status=status))
-    users = set(store.uses_of_dataset("dataset_1"))
+        store.create_job(make_job(f"job-{status}", status=status))
+    users = set(store.list_jobs_using_dataset("dataset_1"))
     assert users == {f"job-{status}" for status in Status if not status.is_final}
-    assert store.uses_of_dataset("dataset_2") == []
+    assert store.list_jobs_using_dataset("dataset_2") == []
 
 
-def test_events_come_back_in_order_behind_a_cursor(store: JobStore) -> None:
-    store.create_job(a_job())
-    assert store.append_events("job-1", 1, batch(0, 3), START) == 3
-    assert store.append_events("job-1", 1, batch(3, 2), START) == 5
-    everything = store.page_events("job-1")
+def test_events_are_ordered_after_cursor(store: JobStore) -> None:
+    store.create_job(make_job())
+    assert store.append_events("job-1", 1, make_batch(0, 3), START) == 3
+    assert store.append_events("job-1", 1, make_batch(3, 2), START) == 5
+    everything = store.list_events("job-1")
     assert [stored.seq for stored in everything] == [0, 1, 2, 3, 4]
-    assert [stored.seq for stored in store.page_events("job-1", after=everything[1].cursor, limit=2)] == [2, 3]
+    assert [stored.seq for stored in store.list_events("job-1", after=everything[1].cursor, limit=2)] == [2, 3]
 
 
-def test_a_repeated_batch_is_kept_once(store: JobStore) -> None:
-    store.create_job(a_job())
-    store.append_events("job-1", 1, batch(0, 3), START)
-    assert store.append_events("job-1", 1, batch(1, 3), START) == 4
-    assert [stored.seq for stored in store.page_events("job-1")] == [0, 1, 2, 3]
+def test_repeated_batch_is_stored_once(store: JobStore) -> None:
+    store.create_job(make_job())
+    store.append_events("job-1", 1, make_batch(0, 3), START)
+    assert store.append_events("job-1", 1, make_batch(1, 3), START) == 4
+    assert [stored.seq for stored in store.list_events("job-1")] == [0, 1, 2, 3]
 
 
-def test_batches_sent_at_once_lose_and_double_nothing(store: JobStore) -> None:
+def test_concurrent_batches_are_stored_exactly_once(store: JobStore) -> None:
     for n in range(8):
-        store.create_job(a_job(f"job-{n}"))
+        store.create_job(make_job(f"job-{n}"))
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda n: [store.append_events(f"job-{n}", 1, batch(first, 5), START) for first in range(0, 50, 5)], range(8)))
+        list(pool.map(lambda n: [store.append_events(f"job-{n}", 1, make_batch(first, 5), START) for first in range(0, 50, 5)], range(8)))
     for n in range(8):
-        assert [stored.seq for stored in store.page_events(f"job-{n}")] == list(range(50))
+        assert [stored.seq for stored in store.list_events(f"job-{n}")] == list(range(50))
 
 
-def test_a_batch_sent_many_times_at_once_is_kept_once(store: JobStore) -> None:
-    store.create_job(a_job())
+def test_concurrent_duplicate_batch_is_stored_once(store: JobStore) -> None:
+    store.create_job(make_job())
     with ThreadPoolExecutor(8) as pool:
-        next_seqs = list(pool.map(lambda _: store.append_events("job-1", 1, batch(0, 5), START), range(16)))
+        next_seqs = list(pool.map(lambda _: store.append_events("job-1", 1, make_batch(0, 5), START), range(16)))
     assert next_seqs == [5] * 16
-    assert [stored.seq for stored in store.page_events("job-1")] == list(range(5))
+    assert [stored.seq for stored in store.list_events("job-1")] == list(range(5))
 
 
-def test_who_reads_behind_a_cursor_while_others_write_misses_nothing(store: JobStore) -> None:
-    store.create_job(a_job())
+def test_cursor_reader_misses_no_concurrent_events(store: JobStore) -> None:
+    store.create_job(make_job())
     seen: list[StoredEvent] = []
 
-    def read_on() -> None:
-        seen.extend(store.page_events("job-1", after=seen[-1].cursor if seen else 0, limit=7))
+    def read_next_page() -> None:
+        seen.extend(store.list_events("job-1", after=seen[-1].cursor if seen else 0, limit=7))
 
     def report() -> None:
         for first in range(0, 40, 2):
-            store.append_events("job-1", 1, batch(first, 2), START + timedelta(minutes=first))
+            store.append_events("job-1", 1, make_batch(first, 2), START + timedelta(minutes=first))
 
     def change() -> None:
         for _ in range(20):
-            store.replace_job(store.find_job("job-1") or a_job(), [StatusChanged(status=Status.TRAINING, attempt=1)])
+            store.replace_job(store.find_job("job-1") or make_job(), [StatusChanged(status=Status.TRAINING, attempt=1)])
 
     with ThreadPoolExecutor(2) as pool:
         writers = [pool.submit(report), pool.submit(change)]
         while not all(writer.done() for writer in writers):
-            read_on()
+            read_next_page()
         for writer in writers:
             writer.result()
     while len(seen) < 60:
         before = len(seen)
-        read_on()
+        read_next_page()
         assert len(seen) > before
-    assert seen == store.page_events("job-1")
+    assert seen == store.list_events("job-1")
     assert [stored.seq for stored in seen if stored.attempt == 1] == list(range(40))
     assert [stored.cursor for stored in seen] == sorted({stored.cursor for stored in seen})
 
 
-def test_the_next_attempt_counts_from_zero(store: JobStore) -> None:
-    store.create_job(a_job())
-    store.append_events("job-1", 1, batch(0, 3), START)
-    assert store.append_events("job-1", 2, batch(0, 1), START) == 1
-    assert [(stored.attempt, stored.seq) for stored in store.page_events("job-1")] == [(1, 0), (1, 1), (1, 2), (2, 0)]
+def test_next_attempt_starts_at_sequence_zero(store: JobStore) -> None:
+    store.create_job(make_job())
+    store.append_events("job-1", 1, make_batch(0, 3), START)
+    assert store.append_events("job-1", 2, make_batch(0, 1), START) == 1
+    assert [(stored.attempt, stored.seq) for stored in store.list_events("job-1")] == [(1, 0), (1, 1), (1, 2), (2, 0)]
 
 
-def test_a_batch_of_an_older_attempt_changes_nothing(store: JobStore) -> None:
-    store.create_job(a_job())
-    store.append_events("job-1", 2, batch(0, 1), START)
-    store.append_events("job-1", 1, batch(0, 5), START + timedelta(seconds=9))
-    alive = store.liveness("job-1")
+def test_batch_from_older_attempt_is_ignored(store: JobStore) -> None:
+    store.create_job(make_job())
+    store.append_events("job-1", 2, make_batch(0, 1), START)
+    store.append_events("job-1", 1, make_batch(0, 5), START + timedelta(seconds=9))
+    alive = store.find_heartbeat("job-1")
     assert alive is not None
-    assert (alive.attempt, alive.seen_at) == (2, START)
-    assert len(store.page_events("job-1")) == 1
+    assert (alive.attempt, alive.received_at) == (2, START)
+    assert len(store.list_events("job-1")) == 1
 
 
-def test_an_empty_batch_is_a_sign_of_life(store: JobStore) -> None:
-    store.create_job(a_job())
-    assert store.liveness("job-1") is None
+def test_empty_batch_is_a_heartbeat(store: JobStore) -> None:
+    store.create_job(make_job())
+    assert store.find_heartbeat("job-1") is None
     progress = Progress(step=3, total_steps=10, epoch=0.3, total_epochs=1)
-    store.append_events("job-1", 1, batch(0, 0, phase="training", progress=progress), START)
+    store.append_events("job-1", 1, make_batch(0, 0, phase="training", progress=progress), START)
     later = START + timedelta(seconds=5)
-    store.append_events("job-1", 1, batch(0, 0), later)
-    alive = store.liveness("job-1")
+    store.append_events("job-1", 1, make_batch(0, 0), later)
+    alive = store.find_heartbeat("job-1")
     assert alive is not None
-    assert (alive.seen_at, alive.phase, alive.progress) == (later, "training", progress)
+    assert (alive.received_at, alive.phase, alive.progress) == (later, "training", progress)
 
 
-def test_events_keep_their_shape(store: JobStore) -> None:
-    store.create_job(a_job())
-    point = Metrics(step=0, values={"loss": None}, notes={"loss": "not a number"})
+def test_events_round_trip(store: JobStore) -> None:
+    store.create_job(make_job())
+    point = MetricsLogged(step=0, values={"loss": None}, notes={"loss": "not a number"})
     events = [ReportedEvent(at=START, event=PhaseChanged(phase="tokenizing")), ReportedEvent(at=START, event=point)]
     store.append_events("job-1", 1, EventBatch(first_seq=0, events=events), START)
-    assert [stored.event for stored in store.page_events("job-1")] == [PhaseChanged(phase="tokenizing"), point]
+    assert [stored.event for stored in store.list_events("job-1")] == [PhaseChanged(phase="tokenizing"), point]
 
 
-def test_a_thousand_events_at_once_are_kept_in_order(store: JobStore) -> None:
-    store.create_job(a_job())
-    assert store.append_events("job-1", 1, batch(0, 1000), START) == 1000
-    assert [stored.seq for stored in store.page_events("job-1", limit=2000)] == list(range(1000))
-    assert store.page_events("job-1", after=2**63 - 1) == []
+def test_thousand_event_batch_keeps_order(store: JobStore) -> None:
+    store.create_job(make_job())
+    assert store.append_events("job-1", 1, make_batch(0, 1000), START) == 1000
+    assert [stored.seq for stored in store.list_events("job-1", limit=2000)] == list(range(1000))
+    assert store.list_events("job-1", after=2**63 - 1) == []
 
 
-def test_a_deleted_job_leaves_nothing(store: JobStore) -> None:
-    store.create_job(a_job())
-    store.append_events("job-1", 1, batch(0, 3), START)
+def test_deleting_job_removes_everything(store: JobStore) -> None:
+    store.create_job(make_job())
+    store.append_events("job-1", 1, make_batch(0, 3), START)
     assert store.delete_job("job-1")
     assert store.find_job("job-1") is None
-    assert store.page_events("job-1") == []
-    assert store.liveness("job-1") is None
+    assert store.list_events("job-1") == []
+    assert store.find_heartbeat("job-1") is None
     assert not store.delete_job("job-1")
 
 
-def test_datasets_are_kept_paged_and_deleted(store: JobStore) -> None:
+def test_dataset_create_page_and_delete(store: JobStore) -> None:
     for n in range(3):
-        store.create_dataset(a_dataset(f"dataset_{n}", created_at=START + timedelta(seconds=n)))
-    store.create_dataset(a_dataset("dataset_x", tenant_id="other"))
-    first = store.page_datasets("local", limit=2)
-    second = store.page_datasets("local", limit=2, after=first.next_cursor)
+        store.create_dataset(make_dataset(f"dataset_{n}", created_at=START + timedelta(seconds=n)))
+    store.create_dataset(make_dataset("dataset_x", tenant_id="other"))
+    first = store.list_datasets("local", limit=2)
+    second = store.list_datasets("local", limit=2, after=first.next_cursor)
     assert [row.processed_dataset_id for row in first.rows + second.rows] == ["dataset_2", "dataset_1", "dataset_0"]
     assert second.next_cursor is None
-    assert store.find_dataset("dataset_1") == a_dataset("dataset_1", created_at=START + timedelta(seconds=1))
+    assert store.find_dataset("dataset_1") == make_dataset("dataset_1", created_at=START + timedelta(seconds=1))
     assert store.delete_dataset("dataset_1")
     assert store.find_dataset("dataset_1") is None
     assert not store.delete_dataset("dataset_1")
 
 
-def test_it_answers_when_asked_whether_it_is_there(store: JobStore) -> None:
+def test_ping_succeeds(store: JobStore) -> None:
     store.ping()
 
 
-def test_a_file_that_another_version_wrote_is_refused_in_words(tmp_path: Path) -> None:
+def test_database_of_other_version_is_rejected(tmp_path: Path) -> None:
     SqliteJobStore(tmp_path / "jobs.db").close()
     with sqlite3.connect(tmp_path / "jobs.db") as db:
         db.execute("PRAGMA user_version = 99")
@@ -362,25 +362,25 @@ def test_a_file_that_another_version_wrote_is_refused_in_words(tmp_path: Path) -
         SqliteJobStore(tmp_path / "jobs.db")
 
 
-def test_a_database_that_another_process_holds_is_unavailable_not_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_locked_database_is_unavailable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.adapters.jobstores.sqlite.BUSY_TIMEOUT_S", 0.05)
     store = SqliteJobStore(tmp_path / "jobs.db")
     other = sqlite3.connect(tmp_path / "jobs.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(Unavailable):
-        store.create_job(a_job())
+        store.create_job(make_job())
     assert store.find_job("job-1") is None  # readers do not wait
     other.execute("ROLLBACK")
-    store.create_job(a_job())  # and it recovers by itself
+    store.create_job(make_job())  # and it recovers by itself
     other.close()
     store.close()
 
 
-def test_what_was_answered_is_on_disk(tmp_path: Path) -> None:
+def test_committed_job_survives_without_close(tmp_path: Path) -> None:
     store = SqliteJobStore(tmp_path / "jobs.db")
-    store.create_job(a_job())
+    store.create_job(make_job())
     another = SqliteJobStore(tmp_path / "jobs.db")  # as after a kill: nothing was closed
-    assert another.find_job("job-1") == a_job()
+    assert another.find_job("job-1") == make_job()
     with sqlite3.connect(tmp_path / "jobs.db") as db:
         assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     db.close()
@@ -407,15 +407,15 @@ QUERIES = [
     QUERIES,
     ids=lambda query: " ".join(f"{query.status} {query.project_id} {query.modality} {query.trainer_type}".replace("None", "").split()),
 )
-def test_lists_are_read_along_an_index(tmp_path: Path, query: JobQuery, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_list_queries_use_an_index(tmp_path: Path, query: JobQuery, monkeypatch: pytest.MonkeyPatch) -> None:
     store = SqliteJobStore(tmp_path / "jobs.db")
     asked: list[tuple[str, tuple[object, ...]]] = []
     read = store._read  # pyright: ignore[reportPrivateUsage]
     monkeypatch.setattr(store, "_read", lambda sql, *values: asked.append((sql, values)) or read(sql, *values))
-    store.page_jobs(query)
-    store.queued_jobs(5)
-    store.active_jobs(5)
-    store.uses_of_dataset("d")
+    store.list_jobs(query)
+    store.list_queued_jobs(5)
+    store.list_active_jobs(5)
+    store.list_jobs_using_dataset("d")
     for sql, values in asked:
         plan = " ".join(row[3] for row in read(f"EXPLAIN QUERY PLAN {sql}", *values))
         assert "USING" in plan
@@ -433,9 +433,7 @@ def test_lists_are_read_along_an_index(tmp_path: Path, query: JobQuery, monkeypa
     ],
     ids=["project", "status", "trainer and status"],
 )
-def test_the_filter_that_says_most_is_the_one_read_along(
-    tmp_path: Path, query: JobQuery, index: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_most_selective_filter_chooses_index(tmp_path: Path, query: JobQuery, index: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store = SqliteJobStore(tmp_path / "jobs.db")
     read = store._read  # pyright: ignore[reportPrivateUsage]
     plans: list[str] = []
@@ -445,6 +443,6 @@ def test_the_filter_that_says_most_is_the_one_read_along(
         return read(sql, *values)
 
     monkeypatch.setattr(store, "_read", explained)
-    store.page_jobs(query)
+    store.list_jobs(query)
     assert index in plans[0]
     store.close()

@@ -18,56 +18,56 @@ from service.adapters.launchers import LAUNCHERS
 from service.adapters.launchers.cloud_run import CloudRunLauncher
 from service.adapters.launchers.local import LocalLauncher
 from service.core.errors import LaunchFailed, Unsupported
-from service.core.ports import Launcher, LaunchOrder, LogsElsewhere, LogSource
+from service.core.ports import Launcher, LaunchRequest, LogLocator, LogReader
 
 # Says what it sees, gives a sign that it is at work, then obeys a word: sleeps, ignores signals, or ends.
-ATTEMPT = """
+ATTEMPT_SCRIPT = """
 import os, pathlib, signal, sys, time
 def told(number):
-    pathlib.Path(os.environ["SIGNS"], f"{sys.argv[2]}.{signal.Signals(number).name}").touch()
+    pathlib.Path(os.environ["MARKERS_FOLDER"], f"{sys.argv[2]}.{signal.Signals(number).name}").touch()
     os._exit(1)
 print("attempt", sys.argv[2], "é", os.environ["JOB_TOKEN"][:2], flush=True)
-manner = os.environ.get("MANNER", "sleep")
+manner = os.environ.get("BEHAVIOR", "sleep")
 for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, signal.SIG_IGN if manner == "deaf" else lambda number, frame: told(number))
+    signal.signal(number, signal.SIG_IGN if manner == "ignore_signals" else lambda number, frame: told(number))
 pathlib.Path(os.environ["JOB_WORKDIR"]).mkdir(exist_ok=True)  # as jobs.run: not every launcher makes it
 told_us = sorted(f"{name}={value}" for name, value in os.environ.items())
 pathlib.Path(os.environ["JOB_WORKDIR"], "environment").write_text("\\n".join(told_us))
-pathlib.Path(os.environ["SIGNS"], sys.argv[2]).touch()
+pathlib.Path(os.environ["MARKERS_FOLDER"], sys.argv[2]).touch()
 if manner != "end": time.sleep(60)
 """
-PROBE = 'print(\'{"device": "cpu", "device_name": "test", "gguf": true, "flash_attention_2": false}\')'
+PROBE_SCRIPT = 'print(\'{"device": "cpu", "device_name": "test", "gguf": true, "flash_attention_2": false}\')'
 
 
-class Build(Protocol):
+class LauncherFactory(Protocol):
     def __call__(self, slots: int = 2) -> Launcher: ...
 
 
 @dataclass(frozen=True)
-class Compute:
+class LauncherHarness:
     """Where attempts run: `build` makes a launcher for it, and makes another one when the service comes again."""
 
     folder: Path
-    build: Build
+    make_launcher: LauncherFactory
 
-    def ready(self, name: str = "job-1.1") -> Callable[[], bool]:
+    def is_attempt_ready(self, name: str = "job-1.1") -> Callable[[], bool]:
         """Whether the attempt is at work."""
-        return (self.folder / "signs" / name).exists
+        return (self.folder / "markers" / name).exists
 
 
-def inherited(folder: Path) -> dict[str, str]:
+def make_attempt_environment(folder: Path) -> dict[str, str]:
     """What attempts inherit, and the program that stands for `jobs.run` to run."""
-    for name in ("signs", "source/jobs"):
+    for name in ("markers", "source/jobs"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     jobs = folder / "source/jobs"
     (jobs / "__init__.py").touch()
-    (jobs / "run.py").write_text(ATTEMPT)
-    (jobs / "probe.py").write_text(PROBE)
-    return {"PATH": os.environ["PATH"], "SIGNS": str(folder / "signs")}
+    (jobs / "run.py").write_text(ATTEMPT_SCRIPT)
+    (jobs / "probe.py").write_text(PROBE_SCRIPT)
+    return {"PATH": os.environ["PATH"], "MARKERS_FOLDER": str(folder / "markers")}
 
 
-def local(folder: Path, slots: int = 2, time_limit_s: float | None = None) -> LocalLauncher:
-    environment = inherited(folder)
+def make_local_launcher(folder: Path, slots: int = 2, time_limit_s: float | None = None) -> LocalLauncher:
+    environment = make_attempt_environment(folder)
     return LocalLauncher(
         home=folder / "home",
         python=Path(sys.executable),
@@ -80,13 +80,13 @@ def local(folder: Path, slots: int = 2, time_limit_s: float | None = None) -> Lo
 
 
 @contextmanager
-def on_this_machine(folder: Path) -> Generator[Compute]:
-    yield Compute(folder, lambda slots=2: local(folder, slots))
+def run_local_harness(folder: Path) -> Generator[LauncherHarness]:
+    yield LauncherHarness(folder, lambda slots=2: make_local_launcher(folder, slots))
 
 
 @contextmanager
-def on_cloud_run(folder: Path) -> Generator[Compute]:
-    environment, command = inherited(folder), [sys.executable, "-m", "jobs.run"]
+def run_cloud_run_harness(folder: Path) -> Generator[LauncherHarness]:
+    environment, command = make_attempt_environment(folder), [sys.executable, "-m", "jobs.run"]
     with CloudRun(folder / "run", {"llm": command}, environment=environment, cwd=folder / "source", grace_s=0.5) as cloud_run:
         for profile in ("l4", "cpu"):
             cloud_run.create_job(f"projects/demo/locations/here/jobs/tunesmith-{profile}", "llm")
@@ -103,233 +103,236 @@ def on_cloud_run(folder: Path) -> Generator[Compute]:
                 emulator_host=cloud_run.host,
             )
 
-        yield Compute(folder, build)
+        yield LauncherHarness(folder, build)
 
 
-COMPUTES: dict[str, Callable[[Path], AbstractContextManager[Compute]]] = {"local": on_this_machine, "cloud-run": on_cloud_run}
+HARNESSES: dict[str, Callable[[Path], AbstractContextManager[LauncherHarness]]] = {
+    "local": run_local_harness,
+    "cloud-run": run_cloud_run_harness,
+}
 
 
-def test_every_registered_launcher_is_under_contract() -> None:
-    assert set(COMPUTES) == set(LAUNCHERS)
+def test_every_registered_launcher_is_covered() -> None:
+    assert set(HARNESSES) == set(LAUNCHERS)
 
 
 @dataclass
-class _Closing:
+class _LauncherTracker:
     """Builds launchers, and closes them when the test is over."""
 
-    build: Build
-    made: list[Launcher] = field(default_factory=list[Launcher])
+    make_launcher: LauncherFactory
+    launchers: list[Launcher] = field(default_factory=list[Launcher])
 
     def __call__(self, slots: int = 2) -> Launcher:
-        self.made.append(self.build(slots))
-        return self.made[-1]
+        self.launchers.append(self.make_launcher(slots))
+        return self.launchers[-1]
 
 
 @pytest.fixture(params=sorted(LAUNCHERS))
-def compute(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Compute]:
-    with COMPUTES[request.param](tmp_path) as compute:
-        closing = _Closing(compute.build)
-        yield Compute(compute.folder, closing)
-        for launcher in closing.made:
+def harness(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LauncherHarness]:
+    with HARNESSES[request.param](tmp_path) as compute:
+        closing = _LauncherTracker(compute.make_launcher)
+        yield LauncherHarness(compute.folder, closing)
+        for launcher in closing.launchers:
             launcher.close()
 
 
-def an_order(name: str = "job-1.1", **environment: str) -> LaunchOrder:
-    return LaunchOrder(name=name, job_id=name.partition(".")[0], attempt=1, environment={"JOB_TOKEN": "tk-secret", **environment})
+def make_launch_request(name: str = "job-1.1", **environment: str) -> LaunchRequest:
+    return LaunchRequest(name=name, job_id=name.partition(".")[0], attempt=1, environment={"JOB_TOKEN": "tk-secret", **environment})
 
 
-def until(true: Callable[[], bool], within_s: float = 60) -> None:
-    deadline = time.monotonic() + within_s
-    while not true():
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.01)
 
 
-def test_a_launched_attempt_runs_until_it_ends(compute: Compute) -> None:
-    launcher = compute.build()
-    handle = launcher.launch(an_order(MANNER="sleep"))
+def test_launched_attempt_runs_until_cancelled(harness: LauncherHarness) -> None:
+    launcher = harness.make_launcher()
+    handle = launcher.launch(make_launch_request(BEHAVIOR="sleep"))
     assert launcher.check(handle) == "running"
     launcher.cancel(handle, force=True)
-    until(lambda: launcher.check(handle) == "ended")
+    wait_until(lambda: launcher.check(handle) == "ended")
 
 
-def test_an_attempt_that_ends_by_itself_is_ended(compute: Compute) -> None:
-    launcher = compute.build()
-    handle = launcher.launch(an_order(MANNER="end"))
-    until(lambda: launcher.check(handle) == "ended")
+def test_finished_attempt_is_ended(harness: LauncherHarness) -> None:
+    launcher = harness.make_launcher()
+    handle = launcher.launch(make_launch_request(BEHAVIOR="end"))
+    wait_until(lambda: launcher.check(handle) == "ended")
 
 
-def test_an_attempt_is_found_by_its_name_also_by_the_next_service(compute: Compute) -> None:
-    launcher = compute.build()
-    handle = launcher.launch(an_order())
-    until(compute.ready())
-    assert launcher.find("job-1.1") == handle
-    assert launcher.find("job-1.2") is None
-    another = compute.build()
-    assert another.find("job-1.1") == handle
+def test_new_launcher_finds_attempt_by_name(harness: LauncherHarness) -> None:
+    launcher = harness.make_launcher()
+    handle = launcher.launch(make_launch_request())
+    wait_until(harness.is_attempt_ready())
+    assert launcher.find_handle("job-1.1") == handle
+    assert launcher.find_handle("job-1.2") is None
+    another = harness.make_launcher()
+    assert another.find_handle("job-1.1") == handle
     assert another.check(handle) == "running"
 
 
-def test_asking_an_attempt_to_stop_is_enough_for_one_that_listens(compute: Compute) -> None:
-    launcher = compute.build()
-    handle = launcher.launch(an_order())
-    until(compute.ready())
+def test_graceful_cancel_ends_cooperative_attempt(harness: LauncherHarness) -> None:
+    launcher = harness.make_launcher()
+    handle = launcher.launch(make_launch_request())
+    wait_until(harness.is_attempt_ready())
     launcher.cancel(handle, force=False)
-    until(lambda: launcher.check(handle) == "ended")
+    wait_until(lambda: launcher.check(handle) == "ended")
 
 
-def test_one_that_does_not_listen_is_ended_by_force(compute: Compute) -> None:
-    launcher = compute.build()
-    handle = launcher.launch(an_order(MANNER="deaf"))
-    until(compute.ready())
+def test_forced_cancel_ends_uncooperative_attempt(harness: LauncherHarness) -> None:
+    launcher = harness.make_launcher()
+    handle = launcher.launch(make_launch_request(BEHAVIOR="ignore_signals"))
+    wait_until(harness.is_attempt_ready())
     launcher.cancel(handle, force=False)
     assert launcher.check(handle) == "running"
     launcher.cancel(handle, force=True)
-    until(lambda: launcher.check(handle) == "ended")
+    wait_until(lambda: launcher.check(handle) == "ended")
 
 
-def test_cancelling_what_has_ended_is_harmless(compute: Compute) -> None:
-    launcher = compute.build()
-    handle = launcher.launch(an_order(MANNER="end"))
-    until(lambda: launcher.check(handle) == "ended")
+def test_cancelling_ended_attempt_is_harmless(harness: LauncherHarness) -> None:
+    launcher = harness.make_launcher()
+    handle = launcher.launch(make_launch_request(BEHAVIOR="end"))
+    wait_until(lambda: launcher.check(handle) == "ended")
     launcher.cancel(handle, force=True)
 
 
-def test_slots_are_taken_and_given_back(compute: Compute) -> None:
-    launcher = compute.build(slots=2)
-    assert launcher.free_slots(active=0) == 2
-    handle = launcher.launch(an_order())
-    until(lambda: launcher.free_slots(active=1) == 1)
+def test_slots_are_taken_and_released(harness: LauncherHarness) -> None:
+    launcher = harness.make_launcher(slots=2)
+    assert launcher.count_free_slots(active_jobs=0) == 2
+    handle = launcher.launch(make_launch_request())
+    wait_until(lambda: launcher.count_free_slots(active_jobs=1) == 1)
     launcher.cancel(handle, force=True)
-    until(lambda: launcher.free_slots(active=0) == 2)
+    wait_until(lambda: launcher.count_free_slots(active_jobs=0) == 2)
 
 
-def test_what_an_attempt_says_can_be_read_here_or_somewhere(compute: Compute) -> None:
-    launcher = compute.build()
-    handle = launcher.launch(an_order(MANNER="end"))
-    until(lambda: launcher.check(handle) == "ended")
-    assert isinstance(launcher, LogSource) or (isinstance(launcher, LogsElsewhere) and launcher.where_logs(handle))
+def test_attempt_log_is_readable_or_located(harness: LauncherHarness) -> None:
+    launcher = harness.make_launcher()
+    handle = launcher.launch(make_launch_request(BEHAVIOR="end"))
+    wait_until(lambda: launcher.check(handle) == "ended")
+    assert isinstance(launcher, LogReader) or (isinstance(launcher, LogLocator) and launcher.log_location(handle))
 
 
-def test_a_name_is_not_found_by_a_part_of_it(compute: Compute) -> None:
-    launcher = compute.build()
-    launcher.launch(an_order("job-1.11"))
-    until(compute.ready("job-1.11"))
-    assert launcher.find("job-1.1") is None
-    assert launcher.find("ob-1.11") is None
+def test_find_requires_full_name(harness: LauncherHarness) -> None:
+    launcher = harness.make_launcher()
+    launcher.launch(make_launch_request("job-1.11"))
+    wait_until(harness.is_attempt_ready("job-1.11"))
+    assert launcher.find_handle("job-1.1") is None
+    assert launcher.find_handle("ob-1.11") is None
 
 
-def test_after_closing_every_attempt_has_ended_or_is_found_by_the_next_service(compute: Compute) -> None:
-    launcher = compute.build()
-    handles = {name: launcher.launch(an_order(name)) for name in ("job-1.1", "job-2.1")}
+def test_closed_launcher_leaves_no_unreachable_attempt(harness: LauncherHarness) -> None:
+    launcher = harness.make_launcher()
+    handles = {name: launcher.launch(make_launch_request(name)) for name in ("job-1.1", "job-2.1")}
     for name in handles:
-        until(compute.ready(name))
+        wait_until(harness.is_attempt_ready(name))
     launcher.close()
-    another = compute.build()
+    another = harness.make_launcher()
     for name, handle in handles.items():
-        assert another.check(handle) == "ended" or another.find(name) == handle
+        assert another.check(handle) == "ended" or another.find_handle(name) == handle
 
 
-def test_it_knows_its_hardware(compute: Compute) -> None:
-    launcher = compute.build()
-    assert launcher.hardware() == launcher.hardware(launcher.profiles[0])
+def test_every_profile_reports_capabilities(harness: LauncherHarness) -> None:
+    launcher = harness.make_launcher()
+    assert launcher.get_capabilities() == launcher.get_capabilities(launcher.profiles[0])
     for profile in launcher.profiles:
-        hardware = launcher.hardware(profile)
+        hardware = launcher.get_capabilities(profile)
         assert hardware.gguf
         assert "sft" in hardware.trainer_types
 
 
-def test_hardware_that_there_is_not_is_refused_by_naming_what_there_is(compute: Compute) -> None:
-    launcher = compute.build()
+def test_unknown_hardware_error_names_known_profiles(harness: LauncherHarness) -> None:
+    launcher = harness.make_launcher()
     with pytest.raises(Unsupported, match=launcher.profiles[0]):
-        launcher.hardware("quantum")
+        launcher.get_capabilities("quantum")
 
 
-def test_closing_takes_the_compute_away_and_cancels_nothing(compute: Compute) -> None:
-    launcher = compute.build()
-    launcher.launch(an_order())
-    until(compute.ready())
+def test_close_does_not_cancel_attempts(harness: LauncherHarness) -> None:
+    launcher = harness.make_launcher()
+    launcher.launch(make_launch_request())
+    wait_until(harness.is_attempt_ready())
     launcher.close()
-    assert not compute.ready("job-1.1.SIGINT")()
+    assert not harness.is_attempt_ready("job-1.1.SIGINT")()
 
 
 # --- on this machine -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def here(tmp_path: Path) -> Iterator[LocalLauncher]:
-    launcher = local(tmp_path)
+def local_launcher(tmp_path: Path) -> Iterator[LocalLauncher]:
+    launcher = make_local_launcher(tmp_path)
     yield launcher
     launcher.close()
 
 
-def ready(launcher: LocalLauncher, name: str = "job-1.1") -> Callable[[], bool]:
-    return lambda: log_of(launcher, name).endswith("\n")
+def is_attempt_ready(launcher: LocalLauncher, name: str = "job-1.1") -> Callable[[], bool]:
+    return lambda: read_whole_log(launcher, name).endswith("\n")
 
 
-def log_of(launcher: LocalLauncher, name: str = "job-1.1") -> str:
+def read_whole_log(launcher: LocalLauncher, name: str = "job-1.1") -> str:
     page = launcher.read_log(name, 0, 10_000)
     return page.text if page else ""
 
 
-def test_logs_come_in_pages_and_are_forgotten_on_request(here: LocalLauncher) -> None:
-    assert here.read_log("job-1.1", 0, 10) is None
-    handle = here.launch(an_order(MANNER="end"))
-    until(lambda: here.check(handle) == "ended")
-    whole = log_of(here)
+def test_log_pages_and_log_deletion(local_launcher: LocalLauncher) -> None:
+    assert local_launcher.read_log("job-1.1", 0, 10) is None
+    handle = local_launcher.launch(make_launch_request(BEHAVIOR="end"))
+    wait_until(lambda: local_launcher.check(handle) == "ended")
+    whole = read_whole_log(local_launcher)
     assert whole.startswith("attempt job-1.1 é tk")
     pages, offset = "", 0
-    while page := here.read_log("job-1.1", offset, 3):
+    while page := local_launcher.read_log("job-1.1", offset, 3):
         if page.next_offset == offset:
             break
         pages, offset = pages + page.text, page.next_offset
     assert pages == whole
-    assert here.forget_log("job-1.1")
-    assert here.read_log("job-1.1", 0, 10) is None
-    assert not here.forget_log("job-1.1")
+    assert local_launcher.delete_log("job-1.1")
+    assert local_launcher.read_log("job-1.1", 0, 10) is None
+    assert not local_launcher.delete_log("job-1.1")
 
 
-def test_a_cancel_and_the_end_of_the_service_are_told_apart(tmp_path: Path, here: LocalLauncher) -> None:
-    handle = here.launch(an_order("job-1.1"))
-    here.launch(an_order("job-2.1"))
-    until(ready(here, "job-1.1"))
-    until(ready(here, "job-2.1"))
-    here.cancel(handle, force=False)
-    until((tmp_path / "signs/job-1.1.SIGINT").exists)
-    here.close()
-    assert (tmp_path / "signs/job-2.1.SIGTERM").exists()
+def test_cancel_and_service_shutdown_use_different_signals(tmp_path: Path, local_launcher: LocalLauncher) -> None:
+    handle = local_launcher.launch(make_launch_request("job-1.1"))
+    local_launcher.launch(make_launch_request("job-2.1"))
+    wait_until(is_attempt_ready(local_launcher, "job-1.1"))
+    wait_until(is_attempt_ready(local_launcher, "job-2.1"))
+    local_launcher.cancel(handle, force=False)
+    wait_until((tmp_path / "markers/job-1.1.SIGINT").exists)
+    local_launcher.close()
+    assert (tmp_path / "markers/job-2.1.SIGTERM").exists()
 
 
 @pytest.mark.parametrize(("time_limit_s", "told"), [(None, []), (90.0, ["JOB_TIME_LIMIT_S=90.0"])])
-def test_an_attempt_is_told_its_time_limit(tmp_path: Path, time_limit_s: float | None, told: list[str]) -> None:
-    launcher = local(tmp_path, time_limit_s=time_limit_s)
-    launcher.launch(an_order(MANNER="end"))
-    until((tmp_path / "signs/job-1.1").exists)
+def test_attempt_receives_time_limit(tmp_path: Path, time_limit_s: float | None, told: list[str]) -> None:
+    launcher = make_local_launcher(tmp_path, time_limit_s=time_limit_s)
+    launcher.launch(make_launch_request(BEHAVIOR="end"))
+    wait_until((tmp_path / "markers/job-1.1").exists)
     seen = (tmp_path / "home/attempts/job-1.1/environment").read_text().split("\n")
     assert [line for line in seen if line.startswith("JOB_TIME_LIMIT_S")] == told
     launcher.close()
 
 
-def test_closing_leaves_nothing_behind(here: LocalLauncher) -> None:
-    handles = [here.launch(an_order("job-1.1")), here.launch(an_order("job-2.1"))]
-    until(ready(here, "job-2.1"))
-    here.close()
-    assert [here.check(handle) for handle in handles] == ["ended", "ended"]
+def test_close_ends_all_local_attempts(local_launcher: LocalLauncher) -> None:
+    handles = [local_launcher.launch(make_launch_request("job-1.1")), local_launcher.launch(make_launch_request("job-2.1"))]
+    wait_until(is_attempt_ready(local_launcher, "job-2.1"))
+    local_launcher.close()
+    assert [local_launcher.check(handle) for handle in handles] == ["ended", "ended"]
 
 
-def test_a_missing_trainer_environment_is_a_refusal_that_says_what_to_do(tmp_path: Path) -> None:
-    launcher = local(tmp_path)
+def test_missing_trainer_environment_fails_launch_with_hint(tmp_path: Path) -> None:
+    launcher = make_local_launcher(tmp_path)
     launcher._python = tmp_path / "nowhere"  # type: ignore[attr-defined]
     with pytest.raises(LaunchFailed) as refusal:
-        launcher.launch(an_order())
+        launcher.launch(make_launch_request())
     assert "make setup" in refusal.value.hint
 
 
-def test_no_secret_is_on_the_command_line_and_no_credential_is_inherited(tmp_path: Path) -> None:
-    launcher = local(tmp_path)
-    handle = launcher.launch(an_order())
+def test_attempt_process_exposes_no_secrets(tmp_path: Path) -> None:
+    launcher = make_local_launcher(tmp_path)
+    handle = launcher.launch(make_launch_request())
     workdir = tmp_path / "home/attempts/job-1.1"
-    until((tmp_path / "signs/job-1.1").exists)
+    wait_until((tmp_path / "markers/job-1.1").exists)
     process = psutil.Process(int(handle.partition("@")[0]))
     assert "tk-secret" not in " ".join(process.cmdline())
     seen = [line.partition("=")[0] for line in (workdir / "environment").read_text().split("\n")]
@@ -339,21 +342,21 @@ def test_no_secret_is_on_the_command_line_and_no_credential_is_inherited(tmp_pat
     launcher.close()
 
 
-def test_a_pid_used_by_somebody_else_is_not_the_attempt(tmp_path: Path) -> None:
-    launcher = local(tmp_path)
+def test_reused_pid_is_not_the_attempt(tmp_path: Path) -> None:
+    launcher = make_local_launcher(tmp_path)
     assert launcher.check(f"{os.getpid()}@1.00") == "ended"
     launcher.cancel(f"{os.getpid()}@1.00", force=True)  # would end this test
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_an_attempt_of_the_same_name_in_another_home_is_left_alone(tmp_path: Path) -> None:
-    ours, theirs = local(tmp_path / "ours"), local(tmp_path / "theirs")
-    handle = theirs.launch(an_order())
-    until(ready(theirs))
-    ours.launch(an_order())
-    until(ready(ours))
+def test_same_attempt_name_in_other_home_is_ignored(tmp_path: Path) -> None:
+    ours, theirs = make_local_launcher(tmp_path / "ours"), make_local_launcher(tmp_path / "theirs")
+    handle = theirs.launch(make_launch_request())
+    wait_until(is_attempt_ready(theirs))
+    ours.launch(make_launch_request())
+    wait_until(is_attempt_ready(ours))
     ours.close()
     assert theirs.check(handle) == "running"
-    assert ours.find("job-1.1") is None
-    assert theirs.find("job-1.1") == handle
+    assert ours.find_handle("job-1.1") is None
+    assert theirs.find_handle("job-1.1") == handle
     theirs.close()

@@ -23,34 +23,34 @@ from google.auth.compute_engine import Credentials
 from google.auth.credentials import AnonymousCredentials
 from google.auth.transport.requests import Request
 
-from infra.loopback.google_identity import KEY_ID, TOKEN, GoogleIdentity, Refusal
-from service.adapters.links import LINKS, MOST_S, ServiceLinks, attachment, links_for
-from service.adapters.links.cloud_storage import CloudStorageLinks
+from infra.loopback.google_identity import ACCESS_TOKEN, KEY_ID, GoogleIdentity, InjectedError
+from service.adapters.links import MAX_EXPIRES_S, URL_SIGNERS, ServiceUrlSigner, content_disposition, create_url_signer
+from service.adapters.links.cloud_storage import CloudStorageUrlSigner
 from service.core.errors import InvalidRequest, Unauthorized, Unavailable
-from service.core.ports import LinkSigner
+from service.core.ports import UrlSigner
 from service.core.tokens import TokenSigner
 from storage import ObjectStore
 from storage.gcs import GcsStore
-from storage.patience import patience
-from tests.contract.object_fixtures import NewStore
+from storage.patience import deadline
+from tests.contract.object_fixtures import StoreFactory
 
 SOURCE = Path(__file__).resolve().parents[2]
 KEY = "trained_adapters/job-1/adapter model.safetensors"
 TOKENS = TokenSigner(b"k" * 32, lambda: datetime.now(UTC))
 
 
-class MachineCredentials(Credentials):
+class ServiceAccountCredentials(Credentials):
     """Google's own credentials of a machine, but for where the token comes from: its library settles that when it is imported."""
 
-    def __init__(self, email: str, life: timedelta = timedelta(hours=1)) -> None:
+    def __init__(self, email: str, token_ttl: timedelta = timedelta(hours=1)) -> None:
         super().__init__(service_account_email=email)
-        self.life = life
-        self.refreshed = 0
+        self.token_ttl = token_ttl
+        self.refresh_count = 0
 
     def refresh(self, request: Request) -> None:
-        self.refreshed += 1
-        self.token = TOKEN
-        self.expiry = datetime.now(UTC).replace(tzinfo=None) + self.life
+        self.refresh_count += 1
+        self.token = ACCESS_TOKEN
+        self.expiry = datetime.now(UTC).replace(tzinfo=None) + self.token_ttl
 
 
 @pytest.fixture(scope="module")
@@ -60,55 +60,55 @@ def identity() -> Iterator[GoogleIdentity]:
 
 
 @pytest.fixture
-def links(identity: GoogleIdentity, new_store: NewStore) -> Iterator[CloudStorageLinks]:
+def links(identity: GoogleIdentity, new_store: StoreFactory) -> Iterator[CloudStorageUrlSigner]:
     store = new_store("gs")
     assert isinstance(store, GcsStore)
     store.write(KEY, b"weights")
-    signer = CloudStorageLinks(store, emulator_host=identity.host, credentials=lambda _: MachineCredentials(identity.email))
-    identity.asked.clear()
+    signer = CloudStorageUrlSigner(store, emulator_host=identity.host, credentials=lambda _: ServiceAccountCredentials(identity.email))
+    identity.requests.clear()
     yield signer
     signer.close()
 
 
-def followed(link: str, **headers: str) -> httpx2.Response:
+def follow_link(link: str, **headers: str) -> httpx2.Response:
     return httpx2.get(link, headers=headers)
 
 
-@pytest.fixture(params=["file", *sorted(LINKS)])
-def signed(request: pytest.FixtureRequest, new_store: NewStore) -> tuple[LinkSigner, Callable[[str], httpx2.Response]]:
+@pytest.fixture(params=["file", *sorted(URL_SIGNERS)])
+def signer_and_follow(request: pytest.FixtureRequest, new_store: StoreFactory) -> tuple[UrlSigner, Callable[[str], httpx2.Response]]:
     """A signer, and how its links are followed."""
     store = new_store(request.param)
     store.write(KEY, b"weights")
     if request.param == "gs":
-        return request.getfixturevalue("links"), followed
-    signer = links_for(store, TOKENS)
-    return signer, followed if request.param == "s3" else lambda link: served_here(store, link)
+        return request.getfixturevalue("links"), follow_link
+    signer = create_url_signer(store, TOKENS)
+    return signer, follow_link if request.param == "s3" else lambda link: fetch_from_service(store, link)
 
 
-def served_here(store: ObjectStore, link: str) -> httpx2.Response:
+def fetch_from_service(store: ObjectStore, link: str) -> httpx2.Response:
     """The service's own address for files, without the rest of the service."""
     key, _ = TOKENS.read_file_token(link.removeprefix("/files/"))
     return httpx2.Response(200, content=store.read(key))
 
 
-def test_a_link_leads_to_the_bytes(signed: tuple[LinkSigner, Callable[[str], httpx2.Response]]) -> None:
-    signer, follow = signed
-    answer = follow(signer.link(KEY, "adapter model.safetensors", 60))
+def test_link_downloads_object(signer_and_follow: tuple[UrlSigner, Callable[[str], httpx2.Response]]) -> None:
+    signer, follow = signer_and_follow
+    answer = follow(signer.sign_url(KEY, "adapter model.safetensors", 60))
     assert (answer.status_code, answer.content) == (200, b"weights")
 
 
-def test_a_link_of_a_bucket_says_for_how_long_and_under_which_name(new_store: NewStore, links: CloudStorageLinks) -> None:
-    for signer, prefix in ((links, "X-Goog"), (links_for(new_store("s3"), TOKENS), "X-Amz")):
-        asked = dict(parse_qsl(urlsplit(signer.link(KEY, "mein Modell \u00fc.gguf", 900)).query))
+def test_bucket_link_has_expiry_and_filename(new_store: StoreFactory, links: CloudStorageUrlSigner) -> None:
+    for signer, prefix in ((links, "X-Goog"), (create_url_signer(new_store("s3"), TOKENS), "X-Amz")):
+        asked = dict(parse_qsl(urlsplit(signer.sign_url(KEY, "mein Modell \u00fc.gguf", 900)).query))
         assert asked[f"{prefix}-Expires"] == "900"
-        assert asked["response-content-disposition"] == attachment("mein Modell \u00fc.gguf")
+        assert asked["response-content-disposition"] == content_disposition("mein Modell \u00fc.gguf")
 
 
-@pytest.mark.parametrize("life_s", [0, -1, MOST_S + 1])
-def test_a_link_that_no_server_would_take_is_not_made(new_store: NewStore, links: CloudStorageLinks, life_s: int) -> None:
-    for signer in (links, links_for(new_store("s3"), TOKENS)):
+@pytest.mark.parametrize("life_s", [0, -1, MAX_EXPIRES_S + 1])
+def test_invalid_link_lifetime_is_rejected(new_store: StoreFactory, links: CloudStorageUrlSigner, life_s: int) -> None:
+    for signer in (links, create_url_signer(new_store("s3"), TOKENS)):
         with pytest.raises(InvalidRequest, match="7 days"):
-            signer.link(KEY, "m", life_s)
+            signer.sign_url(KEY, "m", life_s)
 
 
 @pytest.mark.parametrize(
@@ -119,14 +119,14 @@ def test_a_link_that_no_server_would_take_is_not_made(new_store: NewStore, links
         ("\u00fc.gguf", "attachment; filename=\"_.gguf\"; filename*=UTF-8''%C3%BC.gguf"),
     ],
 )
-def test_no_name_of_a_file_breaks_the_header(name: str, header: str) -> None:
-    assert attachment(name) == header
+def test_filename_is_escaped_in_header(name: str, header: str) -> None:
+    assert content_disposition(name) == header
 
 
-def test_the_services_own_links_end_and_cannot_be_changed() -> None:
+def test_service_links_expire_and_resist_tampering() -> None:
     now = [datetime(2026, 1, 1, tzinfo=UTC)]
     signer = TokenSigner(b"k" * 32, lambda: now[0])
-    token = ServiceLinks(signer).link(KEY, "m", 60).removeprefix("/files/")
+    token = ServiceUrlSigner(signer).sign_url(KEY, "m", 60).removeprefix("/files/")
     assert signer.read_file_token(token) == (KEY, "m")
     head, body, signature = token.split(".")
     claims = json.loads(base64.urlsafe_b64decode(body + "=="))
@@ -158,37 +158,35 @@ def check_google_signature(identity: GoogleIdentity, link: str) -> None:
     identity.key.public_key().verify(signature, content, padding.PKCS1v15(), hashes.SHA256())
 
 
-def test_a_link_is_signed_by_the_key_that_only_google_has(identity: GoogleIdentity, links: CloudStorageLinks) -> None:
-    link = links.link(KEY, "adapter.safetensors", 60)
+def test_link_is_signed_by_google_sign_blob(identity: GoogleIdentity, links: CloudStorageUrlSigner) -> None:
+    link = links.sign_url(KEY, "adapter.safetensors", 60)
     check_google_signature(identity, link)
     assert f"X-Goog-Credential={quote(identity.email, safe='')}%2F" in link
-    (asked,) = identity.asked
+    (asked,) = identity.requests
     assert asked.path == f"/v1/projects/-/serviceAccounts/{identity.email}:signBlob"
-    assert asked.authorization == f"Bearer {TOKEN}"
+    assert asked.authorization == f"Bearer {ACCESS_TOKEN}"
 
 
 @pytest.mark.parametrize(
     ("part", "instead"),
     [("Expires=60", "Expires=6000"), ("adapter%20model", "other%20model"), ("filename", "filenama"), ("X-Goog-Date=2", "X-Goog-Date=3")],
 )
-def test_a_link_that_was_changed_has_no_valid_signature(
-    identity: GoogleIdentity, links: CloudStorageLinks, part: str, instead: str
-) -> None:
-    link = links.link(KEY, "m", 60)
+def test_tampered_link_has_invalid_signature(identity: GoogleIdentity, links: CloudStorageUrlSigner, part: str, instead: str) -> None:
+    link = links.sign_url(KEY, "m", 60)
     assert part in link
     with pytest.raises(InvalidSignature):
         check_google_signature(identity, link.replace(part, instead, 1))
 
 
 @pytest.mark.parametrize(("life", "tokens"), [(timedelta(hours=1), 1), (timedelta(seconds=-1), 4)])
-def test_a_token_is_asked_for_once_until_it_ends(identity: GoogleIdentity, new_store: NewStore, life: timedelta, tokens: int) -> None:
+def test_access_token_is_cached_until_expiry(identity: GoogleIdentity, new_store: StoreFactory, life: timedelta, tokens: int) -> None:
     store = new_store("gs")
     assert isinstance(store, GcsStore)
-    credentials = MachineCredentials(identity.email, life)
-    links = CloudStorageLinks(store, emulator_host=identity.host, credentials=lambda _: credentials)
+    credentials = ServiceAccountCredentials(identity.email, life)
+    links = CloudStorageUrlSigner(store, emulator_host=identity.host, credentials=lambda _: credentials)
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda number: links.link(f"{number}", "m", 60), range(4)))
-    assert (credentials.refreshed == 1) if tokens == 1 else (credentials.refreshed >= tokens)
+        list(pool.map(lambda number: links.sign_url(f"{number}", "m", 60), range(4)))
+    assert (credentials.refresh_count == 1) if tokens == 1 else (credentials.refresh_count >= tokens)
     links.close()
 
 
@@ -196,61 +194,61 @@ def test_a_token_is_asked_for_once_until_it_ends(identity: GoogleIdentity, new_s
     ("refusal", "message", "command"),
     [
         (
-            Refusal(403, "IAM_PERMISSION_DENIED"),
+            InjectedError(403, "IAM_PERMISSION_DENIED"),
             "needs roles/iam.serviceAccountTokenCreator on itself",
             "gcloud iam service-accounts add-iam-policy-binding {email} --member=serviceAccount:{email}"
             " --role=roles/iam.serviceAccountTokenCreator",
         ),
-        (Refusal(403, "SERVICE_DISABLED"), "not enabled", "gcloud services enable iamcredentials.googleapis.com"),
+        (InjectedError(403, "SERVICE_DISABLED"), "not enabled", "gcloud services enable iamcredentials.googleapis.com"),
     ],
 )
-def test_a_refusal_says_which_command_mends_it(
-    identity: GoogleIdentity, links: CloudStorageLinks, refusal: Refusal, message: str, command: str
+def test_signing_error_names_fix_command(
+    identity: GoogleIdentity, links: CloudStorageUrlSigner, refusal: InjectedError, message: str, command: str
 ) -> None:
-    identity.refusals.append(refusal)
+    identity.injected_errors.append(refusal)
     with pytest.raises(Unavailable, match=message) as caught:
-        links.link(KEY, "m", 60)
+        links.sign_url(KEY, "m", 60)
     assert command.format(email=identity.email) in caught.value.hint
 
 
-def test_a_busy_iam_is_asked_again(identity: GoogleIdentity, links: CloudStorageLinks) -> None:
-    identity.refusals += [Refusal(503, "UNAVAILABLE"), Refusal(429, "RATE_LIMIT_EXCEEDED")]
-    check_google_signature(identity, links.link(KEY, "m", 60))
+def test_busy_iam_is_retried(identity: GoogleIdentity, links: CloudStorageUrlSigner) -> None:
+    identity.injected_errors += [InjectedError(503, "UNAVAILABLE"), InjectedError(429, "RATE_LIMIT_EXCEEDED")]
+    check_google_signature(identity, links.sign_url(KEY, "m", 60))
 
 
-def test_an_iam_that_stays_away_is_not_waited_for(new_store: NewStore) -> None:
+def test_unreachable_iam_fails_within_deadline(new_store: StoreFactory) -> None:
     store = new_store("gs")
     assert isinstance(store, GcsStore)
-    links = CloudStorageLinks(store, emulator_host="127.0.0.1:1", credentials=lambda _: MachineCredentials("a@b.c"))
-    with patience(0.3), pytest.raises(Unavailable, match="IAM did not answer in time"):
-        links.link(KEY, "m", 60)
+    links = CloudStorageUrlSigner(store, emulator_host="127.0.0.1:1", credentials=lambda _: ServiceAccountCredentials("a@b.c"))
+    with deadline(0.3), pytest.raises(Unavailable, match="IAM did not answer in time"):
+        links.sign_url(KEY, "m", 60)
     links.close()
 
 
-def test_a_person_cannot_sign(new_store: NewStore) -> None:
-    class Person(AnonymousCredentials):
+def test_user_credentials_cannot_sign(new_store: StoreFactory) -> None:
+    class UserCredentials(AnonymousCredentials):
         """Somebody with a token and no service account."""
 
     store = new_store("gs")
     assert isinstance(store, GcsStore)
-    links = CloudStorageLinks(store, emulator_host="127.0.0.1:1", credentials=lambda _: Person())
+    links = CloudStorageUrlSigner(store, emulator_host="127.0.0.1:1", credentials=lambda _: UserCredentials())
     with pytest.raises(Unavailable, match="a person's credentials") as caught:
-        links.link(KEY, "m", 60)
+        links.sign_url(KEY, "m", 60)
     assert "--impersonate-service-account" in caught.value.hint
     links.close()
 
 
-def test_a_process_on_google_cloud_signs_with_nothing_but_its_metadata_server(identity: GoogleIdentity) -> None:
+def test_signing_works_with_only_metadata_server(identity: GoogleIdentity) -> None:
     """The whole way, with Google's own credentials: a process of its own, as its library reads the environment once."""
     code = """
-from service.adapters.links.cloud_storage import CloudStorageLinks
+from service.adapters.links.cloud_storage import CloudStorageUrlSigner
 from storage.gcs import GcsStore
 import sys
-links = CloudStorageLinks(GcsStore("gs://bucket"), emulator_host=sys.argv[1])
-print(links.link("a/b", "b", 60))
-print(links.link("a/c", "c", 60))
+links = CloudStorageUrlSigner(GcsStore("gs://bucket"), emulator_host=sys.argv[1])
+print(links.sign_url("a/b", "b", 60))
+print(links.sign_url("a/c", "c", 60))
 """
-    identity.asked.clear()
+    identity.requests.clear()
     nobody = {"HTTPS_PROXY": "http://127.0.0.1:1", "NO_PROXY": "127.0.0.1", "CLOUDSDK_CONFIG": "/nonexistent", "HOME": "/nonexistent"}
     environment = {"PATH": os.environ["PATH"], "STORAGE_EMULATOR_HOST": "http://127.0.0.1:1", **nobody, **identity.environment}
     command = [sys.executable, "-W", "error::ResourceWarning", "-c", code, identity.host]
@@ -258,23 +256,23 @@ print(links.link("a/c", "c", 60))
     assert done.returncode == 0, done.stderr
     for link in done.stdout.split():
         check_google_signature(identity, link)
-    assert [asked.path.partition("?")[0] for asked in identity.asked].count(
+    assert [asked.path.partition("?")[0] for asked in identity.requests].count(
         "/computeMetadata/v1/instance/service-accounts/default/token"
     ) == 1
-    assert not any("allowedLocations" in asked.path for asked in identity.asked)
+    assert not any("allowedLocations" in asked.path for asked in identity.requests)
 
 
 # --- S3 -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_link_of_s3_is_signed_with_the_secret_of_the_service(new_store: NewStore) -> None:
-    link = links_for(new_store("s3"), TOKENS).link(KEY, "m", 60)
-    assert s3_signature_is_valid(link, "a-secret")
-    assert not s3_signature_is_valid(link.replace("Expires=60", "Expires=6000"), "a-secret")
-    assert not s3_signature_is_valid(link, "another secret")
+def test_s3_link_is_signed_with_service_secret(new_store: StoreFactory) -> None:
+    link = create_url_signer(new_store("s3"), TOKENS).sign_url(KEY, "m", 60)
+    assert is_s3_signature_valid(link, "a-secret")
+    assert not is_s3_signature_valid(link.replace("Expires=60", "Expires=6000"), "a-secret")
+    assert not is_s3_signature_valid(link, "another secret")
 
 
-def s3_signature_is_valid(link: str, secret: str) -> bool:
+def is_s3_signature_valid(link: str, secret: str) -> bool:
     """AWS's signature version 4, worked out from the link."""
     parts = urlsplit(link)
     asked = dict(parse_qsl(parts.query, keep_blank_values=True))
@@ -292,7 +290,7 @@ def s3_signature_is_valid(link: str, secret: str) -> bool:
 # --- the stand-in itself ----------------------------------------------------------------------------------------------
 
 
-def test_an_identity_token_is_for_one_audience_and_is_signed(identity: GoogleIdentity) -> None:
+def test_identity_token_is_signed_for_one_audience(identity: GoogleIdentity) -> None:
     asked = f"http://{identity.host}/computeMetadata/v1/instance/service-accounts/default/identity"
     token = httpx2.get(asked, params={"audience": "https://service", "format": "full"}, headers={"Metadata-Flavor": "Google"}).text
     keys = jwt.PyJWKSet.from_dict(httpx2.get(f"http://{identity.host}/oauth2/v3/certs").json())
@@ -302,5 +300,5 @@ def test_an_identity_token_is_for_one_audience_and_is_signed(identity: GoogleIde
         jwt.decode(token, keys[KEY_ID], algorithms=["RS256"], audience="https://another")
 
 
-def test_the_metadata_server_answers_only_those_who_mean_it(identity: GoogleIdentity) -> None:
+def test_metadata_server_requires_flavor_header(identity: GoogleIdentity) -> None:
     assert httpx2.get(f"http://{identity.host}/computeMetadata/v1/project/project-id").status_code == 403

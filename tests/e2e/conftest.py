@@ -51,17 +51,17 @@ class Service:
         assert url, (self.home / "service.log").read_text()
         self.port = int(url.rpartition(":")[2])
         self.http.base_url = httpx2.URL(url)
-        until(self.answers)
+        wait_until(self.is_ready)
 
-    def answers(self) -> bool:
+    def is_ready(self) -> bool:
         try:
             return self.http.get("/health").status_code == 200
         except httpx2.TransportError:
             return False
 
-    def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
+    def stop(self, signal_number: signal.Signals = signal.SIGTERM) -> None:
         assert self.process is not None
-        self.process.send_signal(how)
+        self.process.send_signal(signal_number)
         self.process.wait(20)
         assert self.process.stdout is not None
         self.process.stdout.close()
@@ -85,9 +85,9 @@ class Service:
     def job(self, job_id: str) -> Json:
         return self.http.get(f"/jobs/{job_id}").json()
 
-    def finished(self, job_id: str, within_s: float = 120) -> Json:
+    def wait_until_final(self, job_id: str, timeout_s: float = 120) -> Json:
         """The job, once it is final."""
-        until(lambda: self.job(job_id)["status"] in ("completed", "failed", "cancelled"), within_s)
+        wait_until(lambda: self.job(job_id)["status"] in ("completed", "failed", "cancelled"), timeout_s)
         return self.job(job_id)
 
     def log(self, job_id: str) -> str:
@@ -101,16 +101,16 @@ class Service:
                 mine.append(process)
         return mine
 
-    def tunesmith(self, *arguments: str, fails: bool = False) -> str:
+    def run_cli(self, *arguments: str, expect_failure: bool = False) -> str:
         """What the command line prints."""
         done = subprocess.run([str(TUNESMITH), *arguments], env=self.environment, capture_output=True, text=True, cwd=SOURCE)
-        assert (done.returncode != 0) == fails, done.stdout + done.stderr
-        return done.stderr if fails else done.stdout
+        assert (done.returncode != 0) == expect_failure, done.stdout + done.stderr
+        return done.stderr if expect_failure else done.stdout
 
 
-def until(true: Callable[[], bool], within_s: float = 60) -> None:
-    deadline = time.monotonic() + within_s
-    while not true():
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.05)
 

@@ -7,7 +7,7 @@ import boto3
 import httpx2
 import pytest
 
-from infra.loopback.s3 import s3
+from infra.loopback.s3 import run_s3
 from tests.e2e.conftest import BASE, Service
 
 BUCKET = "team"
@@ -18,7 +18,7 @@ SECRET_KEY = "aws-secret-canary-1f2e"
 def service(tmp_path: Path, tiny_gemma: Path) -> Iterator[Service]:
     (tmp_path / "home").mkdir()
     service = Service(tmp_path / "home")
-    with s3(buckets=[BUCKET]) as url:
+    with run_s3(buckets=[BUCKET]) as url:
         credentials = {"AWS_ACCESS_KEY_ID": "an-id", "AWS_SECRET_ACCESS_KEY": SECRET_KEY, "AWS_REGION": "auto"}
         client = boto3.client(
             "s3",
@@ -37,10 +37,10 @@ def service(tmp_path: Path, tiny_gemma: Path) -> Iterator[Service]:
         service.http.close()
 
 
-def test_a_job_lives_in_a_bucket_and_its_files_come_through_links_of_the_bucket(service: Service) -> None:
+def test_job_runs_on_s3_bucket_with_presigned_downloads(service: Service) -> None:
     export = {"export_config": {"format": "merged", "include_gguf": True, "gguf_quantization": "q8_0"}}
     job_id = service.train(service.upload(), config=export)
-    job = service.finished(job_id)
+    job = service.wait_until_final(job_id)
     assert job["status"] == "completed", f"{job['failure']}\n{service.log(job_id)}"
     assert job["gguf_path"].startswith(f"s3://{BUCKET}/tunesmith/gguf_models/{job_id}/")
     answer = service.http.get(f"/jobs/download/{job_id}").json()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import BASE, ROWS, SOURCE, TRAINER_PYTHON, Json, Service, until
+from tests.e2e.conftest import BASE, ROWS, SOURCE, TRAINER_PYTHON, Json, Service, wait_until
 
 GGUF = {"export_config": {"format": "merged", "include_gguf": True, "gguf_quantization": ["f16", "q8_0"]}}
 CANARIES = {"hf_token": "hf_canary_7c1d", "api_key": "wandb_canary_55e0a1b2c3d4e5f60718293a4b5c6d7e8f90"}
@@ -24,12 +24,12 @@ def job(service: Service) -> Json:
     }
     knobs = {"max_steps": 12, "learning_rate": 0.01, "logging_steps": 2}
     job_id = service.train(dataset_id, knobs, config=config, hf_token=CANARIES["hf_token"], job_name="everything")
-    job = service.finished(job_id)
+    job = service.wait_until_final(job_id)
     assert job["status"] == "completed", f"{job['failure']}\n{service.log(job_id)}"
     return job
 
 
-def test_the_job_learned(job: Json) -> None:
+def test_training_improves_metrics(job: Json) -> None:
     assert job["metrics"]["eval_loss"] < job["base_metrics"]["eval_loss"]
     assert job["metrics"]["perplexity"] == pytest.approx(2.718281828 ** job["metrics"]["eval_loss"], rel=1e-6)
     assert 0 <= job["metrics"]["accuracy"] <= 1
@@ -37,12 +37,12 @@ def test_the_job_learned(job: Json) -> None:
     assert (job["progress"]["step"], job["progress"]["total_steps"]) == (12, 12)
 
 
-def test_the_artifacts_are_at_the_seeds_paths_below_their_attempt_with_their_digests(job: Json, service: Service) -> None:
+def test_artifacts_are_stored_with_correct_digests(job: Json, service: Service) -> None:
     job_id = job["job_id"]
     root = (service.home / "objects").as_uri()
     assert job["adapter_path"] == f"{root}/merged_models/{job_id}/attempt-1/"
     assert job["gguf_path"].startswith(f"{root}/gguf_models/{job_id}/attempt-1/")
-    assert {artifact["name"] for artifact in job["artifacts"]} == {"merged", "gguf-f16", "gguf-q8_0", "gguf-howto"}
+    assert {artifact["name"] for artifact in job["artifacts"]} == {"merged", "gguf-f16", "gguf-q8_0", "gguf-usage"}
     for artifact in job["artifacts"]:
         for file in artifact["files"]:
             path = service.home / "objects" / (artifact["key"] + file["path"])
@@ -50,7 +50,7 @@ def test_the_artifacts_are_at_the_seeds_paths_below_their_attempt_with_their_dig
             assert hashlib.sha256(path.read_bytes()).hexdigest() == file["sha256"]
 
 
-def test_every_gguf_was_shown_to_speak_like_the_model(job: Json) -> None:
+def test_every_gguf_matches_the_model(job: Json) -> None:
     fidelity = {artifact["name"]: artifact["fidelity"] for artifact in job["artifacts"] if artifact["name"] in ("gguf-f16", "gguf-q8_0")}
     assert fidelity["gguf-f16"]["argmax_agreement"] >= 0.99
     for found in fidelity.values():
@@ -60,7 +60,7 @@ def test_every_gguf_was_shown_to_speak_like_the_model(job: Json) -> None:
 
 
 def test_the_gguf_answers_after_download(job: Json, service: Service, tmp_path: Path) -> None:
-    [path] = service.tunesmith("download", job["job_id"], "--artifact", "gguf-f16", "--to", str(tmp_path)).split()
+    [path] = service.run_cli("download", job["job_id"], "--artifact", "gguf-f16", "--to", str(tmp_path)).split()
     command = [
         str(TRAINER_PYTHON),
         "-m",
@@ -78,7 +78,7 @@ def test_the_gguf_answers_after_download(job: Json, service: Service, tmp_path: 
     assert answer.strip()
 
 
-def test_the_events_tell_the_whole_story_in_order(job: Json, service: Service) -> None:
+def test_events_are_complete_and_ordered(job: Json, service: Service) -> None:
     rows = service.http.get(f"/jobs/{job['job_id']}/events", params={"limit": 1000}).json()["events"]
     events = [row["event"] for row in rows]
     assert [event["status"] for event in events if event["type"] == "status"] == ["preparing", "training", "completed"]
@@ -86,13 +86,13 @@ def test_the_events_tell_the_whole_story_in_order(job: Json, service: Service) -
     points = [event for event in events if event["type"] == "metrics" and "loss" in event["values"]]
     assert [point["step"] for point in points] == [2, 4, 6, 8, 10, 12]
     assert all(point["values"]["rss_bytes"] > 0 and point["values"]["tokens_per_second"] > 0 for point in points)
-    assert {"device", "dtype"} <= {event["what"] for event in events if event["type"] == "decision"}
+    assert {"device", "dtype"} <= {event["setting"] for event in events if event["type"] == "decision"}
     phases = [event["phase"] for event in events if event["type"] == "phase"]
     for phase in ("downloading", "tokenizing", "training", "evaluating", "merging", "converting", "verifying", "uploading"):
         assert phase in phases
 
 
-def test_no_secret_is_anywhere_but_in_the_store_and_that_is_empty(job: Json, service: Service) -> None:
+def test_secrets_are_removed_and_never_written(job: Json, service: Service) -> None:
     assert list((service.home / "secrets").glob("*.secret")) == []
     for path in service.home.rglob("*"):
         if path.is_file():
@@ -102,57 +102,59 @@ def test_no_secret_is_anywhere_but_in_the_store_and_that_is_empty(job: Json, ser
     assert "canary" not in json.dumps(job)
 
 
-def test_watching_a_finished_job_ends_at_once(job: Json, service: Service) -> None:
-    assert "completed" in service.tunesmith("watch", job["job_id"])
+def test_watch_of_finished_job_returns(job: Json, service: Service) -> None:
+    assert "completed" in service.run_cli("watch", job["job_id"])
 
 
-def test_a_full_fine_tune_gives_a_whole_model(service: Service) -> None:
-    job = service.finished(service.train(service.upload(), config={"method": "Full"}))
+def test_full_fine_tune_exports_merged_model(service: Service) -> None:
+    job = service.wait_until_final(service.train(service.upload(), config={"method": "Full"}))
     assert job["status"] == "completed", service.log(job["job_id"])
     assert [artifact["name"] for artifact in job["artifacts"]] == ["merged"]
 
 
-def test_a_base_model_that_does_not_exist_fails_the_job_in_words(service: Service) -> None:
-    job = service.finished(service.train(service.upload(), config={"base_model_id": "nobody/nothing"}))
+def test_unknown_base_model_fails_the_job_with_hint(service: Service) -> None:
+    job = service.wait_until_final(service.train(service.upload(), config={"base_model_id": "nobody/nothing"}))
     assert job["status"] == "failed"
     assert "nobody/nothing" in job["error"]
     assert job["failure"]["hint"]
 
 
-def test_a_cancelled_job_frees_the_machine(service: Service) -> None:
+def test_cancelled_job_releases_the_machine(service: Service) -> None:
     job_id = service.train(service.upload(), {"max_steps": 100_000})
-    until(lambda: service.job(job_id)["status"] == "training")
-    service.tunesmith("cancel", job_id)
-    assert service.finished(job_id)["status"] == "cancelled"
-    until(lambda: service.attempts() == [])
-    assert service.tunesmith("delete", job_id)
+    wait_until(lambda: service.job(job_id)["status"] == "training")
+    service.run_cli("cancel", job_id)
+    assert service.wait_until_final(job_id)["status"] == "cancelled"
+    wait_until(lambda: service.attempts() == [])
+    assert service.run_cli("delete", job_id)
 
 
 def test_jobs_wait_for_a_free_slot(service: Service) -> None:
     dataset_id = service.upload()
     first, second = service.train(dataset_id, {"max_steps": 100_000}), service.train(dataset_id)
-    until(lambda: service.job(first)["status"] == "training")
+    wait_until(lambda: service.job(first)["status"] == "training")
     assert service.job(second)["status"] == "queued"
     service.http.post(f"/jobs/{first}/cancel")
-    assert service.finished(second)["status"] == "completed"
+    assert service.wait_until_final(second)["status"] == "completed"
 
 
-def test_the_command_line_does_it_all(service: Service, tmp_path: Path) -> None:
+def test_cli_workflow(service: Service, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps(row) for row in ROWS))
     config = tmp_path / "train.yaml"
     config.write_text(f"base_model_id: {BASE}\nhyperparameters: {{max_steps: 2, batch_size: 2}}\n")
-    dataset_id = service.tunesmith("datasets", "upload", str(rows)).strip()
-    assert dataset_id in service.tunesmith("datasets", "list")
-    assert "function" in service.tunesmith("datasets", "show", dataset_id)
-    job_id = service.tunesmith("train", str(config), "--dataset", dataset_id, "--set", "hyperparameters.learning_rate=1e-3").strip()
-    assert "completed" in service.tunesmith("watch", job_id)
+    dataset_id = service.run_cli("datasets", "upload", str(rows)).strip()
+    assert dataset_id in service.run_cli("datasets", "list")
+    assert "function" in service.run_cli("datasets", "show", dataset_id)
+    job_id = service.run_cli("train", str(config), "--dataset", dataset_id, "--set", "hyperparameters.learning_rate=1e-3").strip()
+    assert "completed" in service.run_cli("watch", job_id)
     assert service.job(job_id)["training_config"]["hyperparameters"]["learning_rate"] == 1e-3
-    assert job_id in service.tunesmith("jobs", "--status", "completed", "--json")
-    assert "attempt" in service.tunesmith("logs", job_id)
-    files = service.tunesmith("download", job_id, "--to", str(tmp_path / "out")).split()
+    assert job_id in service.run_cli("jobs", "--status", "completed", "--json")
+    assert "attempt" in service.run_cli("logs", job_id)
+    files = service.run_cli("download", job_id, "--to", str(tmp_path / "out")).split()
     assert {Path(file).name for file in files} >= {"adapter_model.safetensors", "adapter_config.json"}
-    assert "no GGUF" in service.tunesmith("chat", job_id, fails=True)
-    assert "LoRA" in service.tunesmith("capabilities")
-    assert "no job" in service.tunesmith("watch", "nobody", fails=True)
-    assert "it can do: sft" in service.tunesmith("train", str(config), "--dataset", dataset_id, "--set", "trainer_type=ppo", fails=True)
+    assert "no GGUF" in service.run_cli("chat", job_id, expect_failure=True)
+    assert "LoRA" in service.run_cli("capabilities")
+    assert "no job" in service.run_cli("watch", "nobody", expect_failure=True)
+    assert "it can do: sft" in service.run_cli(
+        "train", str(config), "--dataset", dataset_id, "--set", "trainer_type=ppo", expect_failure=True
+    )

@@ -25,7 +25,7 @@ def commands() -> list[str]:
     return [re.sub(r"\s+# .*$", "", command) for command in found]
 
 
-def test_the_commands_of_the_readme_work_in_their_order(service: Service, tmp_path: Path) -> None:
+def test_readme_commands_run_in_order(service: Service, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
     ids = {"dataset_…": "", "training_…": ""}
     ran = commands()
@@ -44,10 +44,10 @@ def test_the_commands_of_the_readme_work_in_their_order(service: Service, tmp_pa
         for placeholder in ids:
             if made := re.search(rf"\b{placeholder[:-1]}[\w.-]+", done.stdout):
                 ids[placeholder] = made.group()
-    assert service.finished(ids["training_…"])["status"] == "completed"
+    assert service.wait_until_final(ids["training_…"])["status"] == "completed"
 
 
-def test_every_row_that_the_readme_shows_is_a_row(service: Service) -> None:
+def test_readme_example_rows_are_accepted(service: Service) -> None:
     [rows] = [block for block in blocks("json") if '"messages"' in block]
     forms: dict[tuple[str, ...], list[str]] = {}
     for line in rows.strip().splitlines():
@@ -58,19 +58,19 @@ def test_every_row_that_the_readme_shows_is_a_row(service: Service) -> None:
         assert answer.status_code == 201, answer.text
 
 
-def test_every_make_target_that_the_pages_name_is_there() -> None:
+def test_documented_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z0-9-]+):.*## ", (SOURCE / "Makefile").read_text(), re.MULTILINE))
     for page in (README, (SOURCE / "CONTRIBUTING.md").read_text()):
         for target in re.findall(r"\bmake ([a-z0-9-]+)", page):
             assert target in targets, target
 
 
-def test_make_alone_prints_help() -> None:
+def test_make_without_target_prints_help() -> None:
     assert "demo" in subprocess.run(["make"], cwd=SOURCE, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.timeout(900)
-def test_make_demo_tunes_the_real_gemma_and_shows_it(tmp_path: Path, service: Service) -> None:
+def test_make_demo_tunes_real_gemma(tmp_path: Path, service: Service) -> None:
     environment = {**service.environment, "TUNESMITH_HOME": str(tmp_path / "home"), "COLUMNS": "200"}
     for name in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE"):  # as a user would run it
         environment.pop(name)

@@ -9,7 +9,7 @@ from infra.loopback.hub import LoopbackHub, Token
 from tests.e2e.conftest import BASE, Json, Service, new_service
 
 PAIRS = [{"prompt": f"what does function {n} do", "chosen": f" it returns list {n % 7}", "rejected": " no"} for n in range(40)]
-ASKED = [{"prompt": f"what is the value of number {n}", "answer": f"number {n}"} for n in range(24)]
+PROMPT_ROWS = [{"prompt": f"what is the value of number {n}", "answer": f"number {n}"} for n in range(24)]
 TOKEN = "hf_e2e_canary"
 
 
@@ -33,36 +33,36 @@ def service(tmp_path_factory: pytest.TempPathFactory, tiny_gemma: Path, hub: Loo
 
 
 @pytest.fixture(scope="module")
-def pushed(service: Service, hub: LoopbackHub) -> Json:
+def pushed_job(service: Service, hub: LoopbackHub) -> Json:
     """A DPO job that pushes what it made."""
     export = {"format": ["adapter", "merged"], "destination": "hfhub", "hf_repo_id": "ada/tuned", "include_gguf": True}
     config = {"trainer_type": "dpo", "export_config": export, "tensorboard_config": {}}
     knobs = {"lora_rank": 4, "max_seq_length": 64, "learning_rate": 1e-3}
-    job = service.finished(service.train(service.upload(PAIRS), knobs, config=config, hf_token=TOKEN))
+    job = service.wait_until_final(service.train(service.upload(PAIRS), knobs, config=config, hf_token=TOKEN))
     assert job["status"] == "completed", service.log(job["job_id"])
     return job
 
 
-def test_preferences_are_learned_and_pushed_in_one_private_commit(pushed: Json, hub: LoopbackHub) -> None:
-    assert pushed["metrics"]["values"]["rewards/margins"] > 0
+def test_dpo_job_is_pushed_in_one_private_commit(pushed_job: Json, hub: LoopbackHub) -> None:
+    assert pushed_job["metrics"]["values"]["rewards/margins"] > 0
     repo = hub.repos["ada/tuned"]
     assert repo.private
     assert {"README.md", "run.json", "config.json", "adapter/adapter_config.json"} <= repo.files.keys()
     assert any(path.endswith("q8_0.gguf") for path in repo.files)
-    assert {artifact["hub"]["repo_id"] for artifact in pushed["artifacts"]} == {"ada/tuned"}
-    assert len({artifact["hub"]["revision"] for artifact in pushed["artifacts"]}) == 1
+    assert {artifact["hub"]["repo_id"] for artifact in pushed_job["artifacts"]} == {"ada/tuned"}
+    assert len({artifact["hub"]["revision"] for artifact in pushed_job["artifacts"]}) == 1
     card = bytes(repo.files["README.md"].content).decode()
     assert f"base_model: {BASE}" in card
     assert TOKEN not in card + bytes(repo.files["run.json"].content).decode()
 
 
-def test_a_run_can_be_looked_at_in_tensorboard(pushed: Json, service: Service) -> None:
-    written = list((service.home / "objects/trackers" / pushed["job_id"]).rglob("*tfevents*"))
+def test_tensorboard_files_are_stored(pushed_job: Json, service: Service) -> None:
+    written = list((service.home / "objects/trackers" / pushed_job["job_id"]).rglob("*tfevents*"))
     assert written
     assert all(path.stat().st_size > 100 for path in written)
 
 
-def test_a_token_that_may_not_write_is_refused_before_anything_is_kept(service: Service) -> None:
+def test_read_only_token_is_rejected_before_job_is_created(service: Service) -> None:
     export = {"destination": "hfhub", "hf_repo_id": "ada/tuned"}
     body = {"processed_dataset_id": service.upload(), "hf_token": "hf_reader"}
     answer = service.http.post("/train", json=body | {"training_config": {"base_model_id": BASE, "export_config": export}})
@@ -71,17 +71,17 @@ def test_a_token_that_may_not_write_is_refused_before_anything_is_kept(service: 
     assert "only read" in answer.json()["error"]["message"]
 
 
-def test_a_clone_is_the_same_job_with_changes(pushed: Json, service: Service) -> None:
+def test_clone_copies_job_with_changes(pushed_job: Json, service: Service) -> None:
     change = {"training_config": {"hyperparameters": {"beta": 0.5, "max_steps": 1}, "export_config": None, "tensorboard_config": None}}
-    answer = service.http.post(f"/jobs/{pushed['job_id']}/clone", json=change | {"hf_token": None})
+    answer = service.http.post(f"/jobs/{pushed_job['job_id']}/clone", json=change | {"hf_token": None})
     assert answer.status_code == 201, answer.text
-    clone = service.finished(answer.json()["job_id"])
+    clone = service.wait_until_final(answer.json()["job_id"])
     assert clone["status"] == "completed", service.log(clone["job_id"])
-    assert clone["cloned_from"] == pushed["job_id"]
+    assert clone["cloned_from"] == pushed_job["job_id"]
     assert (clone["training_config"]["trainer_type"], clone["training_config"]["hyperparameters"]["beta"]) == ("dpo", 0.5)
 
 
-def test_a_model_that_does_not_pass_the_gate_is_not_published_unless_somebody_says_so(service: Service) -> None:
+def test_model_failing_gate_is_published_only_by_explicit_export(service: Service) -> None:
     source = "def grade(completion, row):\n    return 1.0 if row['answer'] in completion else len(completion) / 1000\n"
     graders = [
         {"type": "python", "name": "mine", "source": source},
@@ -94,16 +94,16 @@ def test_a_model_that_does_not_pass_the_gate_is_not_published_unless_somebody_sa
         "eval_config": {"promotion_gate": gate, "sample_prompts": 1, "max_new_tokens": 8},
     }
     knobs = {"batch_size": 4, "num_generations": 4, "max_completion_length": 8, "max_seq_length": 64, "max_steps": 2, "lora_rank": 4}
-    job_id = service.train(service.upload(ASKED), knobs, config=config)
-    job = service.finished(job_id)
+    job_id = service.train(service.upload(PROMPT_ROWS), knobs, config=config)
+    job = service.wait_until_final(job_id)
     assert job["status"] == "completed", service.log(job_id)
-    assert job["passed"] is False
+    assert job["gate_passed"] is False
     assert job["artifacts"] == []
     refused = service.http.get(f"/jobs/download/{job_id}")
     assert refused.status_code in (404, 409)
     assert "reward" in refused.json()["error"]["message"]
     again = service.http.post(f"/jobs/{job_id}/export", json={})
     assert again.status_code == 201, again.text
-    exported = service.finished(again.json()["job_id"])
+    exported = service.wait_until_final(again.json()["job_id"])
     assert exported["status"] == "completed", service.log(exported["job_id"])
     assert "adapter" in [artifact["name"] for artifact in exported["artifacts"]]

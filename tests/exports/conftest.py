@@ -11,7 +11,7 @@ import pytest
 
 from jobs.checkpoints import Checkpoints
 from jobs.context import JobContext, Secrets, Stores
-from jobs.trained import Probe, TrainedModel
+from jobs.trained import HeldOutExample, TrainedModel
 from schema.dataset import Dataset
 from schema.events import Event
 from schema.spec import JobSpec
@@ -26,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
             config.addinivalue_line("filterwarnings", f"ignore::{kind}:{library}")
 
 
-QUESTIONS = ("what does the function do", "copy  the   list of files", "open path and read", "def f(x):\n    return x + 1")
+PROMPTS = ("what does the function do", "copy  the   list of files", "open path and read", "def f(x):\n    return x + 1")
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message.role }}\n{{ message.content }}<end_of_turn>\n{% endfor %}"
@@ -35,7 +35,7 @@ CHAT_TEMPLATE = (
 
 
 @dataclass
-class Record:
+class EventRecorder:
     """A voice that remembers."""
 
     events: list[Event] = field(default_factory=list)
@@ -43,19 +43,19 @@ class Record:
     def report(self, event: Event) -> None:
         self.events.append(event)
 
-    def place(self, *, phase: Any = None, progress: Any = None) -> None:
+    def set_progress(self, *, phase: Any = None, progress: Any = None) -> None:
         pass
 
 
 class NeverStop:
     """Nobody asks to stop."""
 
-    wanted = None
+    stop_reason = None
 
     def check(self) -> None:
         pass
 
-    def politely(self) -> AbstractContextManager[None]:
+    def defer_stop(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def time_left_s(self) -> float | None:
@@ -63,7 +63,7 @@ class NeverStop:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny base with what llama.cpp takes for granted in a Gemma 3: every sixth layer sees everything; and in bfloat16."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -82,21 +82,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def probes(tiny: Path) -> tuple[Probe, ...]:
+def probes(tiny_base: Path) -> tuple[HeldOutExample, ...]:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     found = []
-    for question in QUESTIONS:
+    for question in PROMPTS:
         prompt = f"<bos><start_of_turn>user\n{question}<end_of_turn>\n<start_of_turn>model\n"
         prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
         answer_ids = tokenizer.encode("it returns a list of name value string<end_of_turn>\n", add_special_tokens=False)
-        found.append(Probe(prompt_text=prompt, input_ids=(*prompt_ids, *answer_ids), prompt_tokens=len(prompt_ids)))
+        found.append(HeldOutExample(prompt_text=prompt, input_ids=(*prompt_ids, *answer_ids), prompt_tokens=len(prompt_ids)))
     return tuple(found)
 
 
 @pytest.fixture(scope="session")
-def adapter(tiny: Path, probes: tuple[Probe, ...], tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
+def adapter(tiny_base: Path, probes: tuple[HeldOutExample, ...], tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
     """A LoRA adapter whose B is random: the tuning is visible."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -104,63 +104,65 @@ def adapter(tiny: Path, probes: tuple[Probe, ...], tmp_path_factory: pytest.Temp
 
     folder = tmp_path_factory.mktemp("adapter")
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_pretrained(tiny)
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
     tuned = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
     tuned.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
     (folder / "training_args.bin").write_bytes(b"what a trainer leaves behind")
-    return replace(a_trained_model(folder, tiny, probes, is_adapter=True), calibration=tuple(probe.input_ids for probe in probes * 4))
+    return replace(
+        make_trained_model(folder, tiny_base, probes, is_adapter=True), calibration=tuple(probe.input_ids for probe in probes * 4)
+    )
 
 
 @pytest.fixture(scope="session")
-def full(tiny: Path, probes: tuple[Probe, ...], tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
+def full(tiny_base: Path, probes: tuple[HeldOutExample, ...], tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
     """A whole model, a little away from the base."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = tmp_path_factory.mktemp("full")
     torch.manual_seed(2)
-    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
     model.to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
-    return a_trained_model(folder, tiny, probes, is_adapter=False)
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(folder)
+    return make_trained_model(folder, tiny_base, probes, is_adapter=False)
 
 
 @pytest.fixture
-def record() -> Record:
-    return Record()
+def record() -> EventRecorder:
+    return EventRecorder()
 
 
 @pytest.fixture
-def a_context(tmp_path: Path, record: Record) -> Callable[..., JobContext]:
+def make_context(tmp_path: Path, record: EventRecorder) -> Callable[..., JobContext]:
     """Makes the context of a job that exports what `export_config` says."""
 
     def make(method: str = "LoRA", **export_config: Any) -> JobContext:
-        return a_job_context(tmp_path, record, method, **export_config)
+        return make_job_context(tmp_path, record, method, **export_config)
 
     return make
 
 
-def a_job_context(root: Path, record: Record, method: str = "LoRA", **export_config: Any) -> JobContext:
-    spec = a_spec(root, method, export_config)
+def make_job_context(root: Path, record: EventRecorder, method: str = "LoRA", **export_config: Any) -> JobContext:
+    spec = make_spec(root, method, export_config)
     workdir = root / "work"
     workdir.mkdir(exist_ok=True)
     stores = Stores(spec.stores)
-    kept = Checkpoints(store=stores.models, spec=spec, attempt=1, folder=workdir / "checkpoints", keep=2, tell=record.report)
+    kept = Checkpoints(store=stores.models, spec=spec, attempt=1, folder=workdir / "checkpoints", save_total_limit=2, emit=record.report)
     return JobContext(
-        spec=spec, attempt=1, workdir=workdir, secrets=Secrets({}), stores=stores, voice=record, stop=NeverStop(), checkpoints=kept
+        spec=spec, attempt=1, workdir=workdir, secrets=Secrets({}), stores=stores, event_sink=record, stop=NeverStop(), checkpoints=kept
     )
 
 
-def a_spec(root: Path, method: str, export_config: dict[str, Any]) -> JobSpec:
+def make_spec(root: Path, method: str, export_config: dict[str, Any]) -> JobSpec:
     url = f"file://{root}/objects"
     config = {"base_model_id": "google/gemma-3-270m", "method": method, "export_config": export_config}
     dataset = Dataset.model_validate(
@@ -173,17 +175,17 @@ def a_spec(root: Path, method: str, export_config: dict[str, Any]) -> JobSpec:
         tenant_id="local",
         training_config=SftConfig.model_validate(config),
         dataset=dataset,
-        checkpoints="checkpoints/test-jobs/job_job-1/",
+        checkpoints_prefix="checkpoints/test-jobs/job_job-1/",
         stores={"datasets": url, "models": url, "configs": url},  # pyright: ignore[reportArgumentType]  # pydantic makes it
     )
 
 
-def a_trained_model(folder: Path, base: Path, probes: tuple[Probe, ...], *, is_adapter: bool) -> TrainedModel:
+def make_trained_model(folder: Path, base: Path, probes: tuple[HeldOutExample, ...], *, is_adapter: bool) -> TrainedModel:
     return TrainedModel(
         folder=folder,
         is_adapter=is_adapter,
         base_folder=base,
-        probes=probes,
+        held_out_examples=probes,
         metrics=None,
         base_metrics=None,
         train_rows=1,

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from jobs.chat import Conversation, Unanswerable, _bytes_of, _speak, compute_threads, open_model
-from jobs.llama import converter
+from jobs.chat import Conversation, InvalidPrompt, _print_stream, _token_bytes, cpu_thread_count, open_model
+from jobs.llama import get_converter_path
 
 REPOSITORY = Path(__file__).parents[2]
 TURN = [{"role": "user", "content": "what does the function do"}]
@@ -23,19 +23,19 @@ TEMPLATE = """{{ bos_token }}{% for message in messages %}<start_of_turn>{{ 'mod
 
 
 @pytest.fixture(scope="module")
-def model_folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_folder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model, taught to end its turns after a while, with a chat template like Gemma's."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = tmp_path_factory.mktemp("chat") / "model"
-    shutil.copytree(tiny, folder)
-    tokenizer, model = AutoTokenizer.from_pretrained(tiny), AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    shutil.copytree(tiny_base, folder)
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny_base), AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     with torch.no_grad():
         model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("<end_of_turn>")] *= 16
     model.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    keep_turn_tokens_whole(folder)
+    mark_turn_tokens_as_special(folder)
     return folder
 
 
@@ -47,66 +47,66 @@ def gguf(model_folder: Path) -> Path:
 # --- with a model ---
 
 
-def test_the_model_reads_a_conversation_as_it_was_trained_to(model_folder: Path, gguf: Path) -> None:
+def test_model_tokenizes_conversation_with_chat_template(model_folder: Path, gguf: Path) -> None:
     from transformers import AutoTokenizer
 
     turns = [*TURN, {"role": "assistant", "content": "copy"}, {"role": "user", "content": "and  then?"}]
     expected = AutoTokenizer.from_pretrained(model_folder).apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
     with open_model(gguf, threads=1) as model:
-        assert model.tokens_of(turns) == expected
+        assert model.tokenize(turns) == expected
 
 
-def test_temperature_zero_gives_the_models_own_answer_until_it_ends_its_turn(model_folder: Path, gguf: Path) -> None:
-    expected = greedy(model_folder, TURN[0]["content"])
+def test_temperature_zero_matches_greedy_generation(model_folder: Path, gguf: Path) -> None:
+    expected = generate_greedy(model_folder, TURN[0]["content"])
     assert expected[-1] == "<end_of_turn>"
-    answered = chat(gguf, "--prompt", TURN[0]["content"], "--temperature", "0", "--json")
-    *tokens, done = said(answered.stdout)
+    answered = run_chat(gguf, "--prompt", TURN[0]["content"], "--temperature", "0", "--json")
+    *tokens, done = parse_json_lines(answered.stdout)
     assert (answered.returncode, answered.stderr) == (0, "")
     assert [token["token"] for token in tokens] == expected[:-1]
     assert done["tokens"] == len(expected) - 1
 
 
 def test_an_answer_is_plain_text_on_stdout(model_folder: Path, gguf: Path) -> None:
-    answered = chat(gguf, "--prompt", TURN[0]["content"], "--temperature", "0", "--max-tokens", "3")
+    answered = run_chat(gguf, "--prompt", TURN[0]["content"], "--temperature", "0", "--max-tokens", "3")
     assert (answered.returncode, answered.stderr) == (0, "")
-    assert answered.stdout == "".join(greedy(model_folder, TURN[0]["content"])[:3]) + "\n"
+    assert answered.stdout == "".join(generate_greedy(model_folder, TURN[0]["content"])[:3]) + "\n"
 
 
-def test_a_conversation_in_json_lines(gguf: Path) -> None:
+def test_json_lines_mode_answers_each_line(gguf: Path) -> None:
     prompts = "".join(json.dumps({"prompt": text}) + "\n" for text in ("what", "does"))
-    answered = chat(gguf, "--json", "--max-tokens", "4", "--temperature", "0", stdin=prompts)
-    ends = [line for line in said(answered.stdout) if "done" in line]
+    answered = run_chat(gguf, "--json", "--max-tokens", "4", "--temperature", "0", stdin=prompts)
+    ends = [line for line in parse_json_lines(answered.stdout) if "done" in line]
     assert answered.returncode == 0
     assert [end["tokens"] for end in ends] == [4, 4]
     assert all(end["done"] is True and end["seconds"] >= 0 for end in ends)
 
 
 def test_a_bad_line_does_not_end_the_conversation(gguf: Path) -> None:
-    answered = chat(gguf, "--json", "--max-tokens", "2", stdin='{"prompt": 1}\nnonsense\n\n{"prompt": "what"}\n')
-    lines = said(answered.stdout)
+    answered = run_chat(gguf, "--json", "--max-tokens", "2", stdin='{"prompt": 1}\nnonsense\n\n{"prompt": "what"}\n')
+    lines = parse_json_lines(answered.stdout)
     assert answered.returncode == 0
     assert "a turn is like" in lines[0]["error"]
     assert "not JSON" in lines[1]["error"]
     assert lines[-1]["done"]
 
 
-def test_lines_of_text_are_turns_too(gguf: Path) -> None:
-    answered = chat(gguf, "--max-tokens", "3", "--temperature", "0", stdin="what\n\ndoes\n")
+def test_plain_text_lines_are_turns(gguf: Path) -> None:
+    answered = run_chat(gguf, "--max-tokens", "3", "--temperature", "0", stdin="what\n\ndoes\n")
     assert answered.returncode == 0
     assert len(answered.stdout.splitlines()) >= 2
 
 
-def test_characters_of_several_tokens_arrive_whole(gguf: Path) -> None:
+def test_multi_token_characters_are_not_split(gguf: Path) -> None:
     import llama_cpp
 
     with open_model(gguf, threads=1) as model:
         vocabulary = llama_cpp.llama_model_get_vocab(model._llama.model)
         tokens = model._llama.tokenize("模型 🙂 Ünï  x".encode(), add_bos=False)
-        assert b"".join(_bytes_of(vocabulary, token) for token in tokens).decode() == "模型 🙂 Ünï  x"
+        assert b"".join(_token_bytes(vocabulary, token) for token in tokens).decode() == "模型 🙂 Ünï  x"
 
 
-def test_a_prompt_beyond_the_context_is_refused_with_its_length(gguf: Path) -> None:
-    refused = chat(gguf, "--prompt", "what " * 5000)
+def test_prompt_longer_than_context_is_rejected(gguf: Path) -> None:
+    refused = run_chat(gguf, "--prompt", "what " * 5000)
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: the prompt has")
 
@@ -114,12 +114,12 @@ def test_a_prompt_beyond_the_context_is_refused_with_its_length(gguf: Path) -> N
 # --- with a file of no use ---
 
 
-def test_a_file_of_no_use_is_told_in_one_line(gguf: Path, tmp_path: Path) -> None:
+def test_unusable_file_gives_one_line_error(gguf: Path, tmp_path: Path) -> None:
     cases = {"cannot read": tmp_path / "missing.gguf", "not a GGUF file": tmp_path / "text.gguf", "cannot load": tmp_path / "cut.gguf"}
     cases["not a GGUF file"].write_text("hello")
     cases["cannot load"].write_bytes(gguf.read_bytes()[:-1000])
     for words, path in cases.items():
-        refused = chat(path, "--prompt", "hi")
+        refused = run_chat(path, "--prompt", "hi")
         assert (refused.returncode, refused.stdout) == (2, "")
         assert refused.stderr.startswith("error: ")
         assert words in refused.stderr
@@ -127,15 +127,15 @@ def test_a_file_of_no_use_is_told_in_one_line(gguf: Path, tmp_path: Path) -> Non
         assert refused.stderr.count("\n") == 1
 
 
-def test_a_model_without_chat_template_is_told_so(tiny: Path, tmp_path: Path) -> None:
-    refused = chat(convert(tiny, tmp_path / "plain.gguf"), "--prompt", "hi")
+def test_missing_chat_template_is_reported(tiny_base: Path, tmp_path: Path) -> None:
+    refused = run_chat(convert(tiny_base, tmp_path / "plain.gguf"), "--prompt", "hi")
     assert refused.returncode == 2
     assert "has no chat template" in refused.stderr
 
 
 @pytest.mark.parametrize("options", [["--temperature", "nan"], ["--temperature", "-1"], ["--max-tokens", "0"], ["--max-tokens", "x"]])
-def test_impossible_options_are_refused(options: list[str], tmp_path: Path) -> None:
-    refused = chat(tmp_path / "any.gguf", *options)
+def test_invalid_options_are_rejected(options: list[str], tmp_path: Path) -> None:
+    refused = run_chat(tmp_path / "any.gguf", *options)
     assert refused.returncode == 2
     assert options[0] in refused.stderr
 
@@ -143,68 +143,68 @@ def test_impossible_options_are_refused(options: list[str], tmp_path: Path) -> N
 # --- without a model ---
 
 
-class Echo:
+class FakeChatModel:
     """A model that says `yes` and has a token for each character."""
 
     context_tokens = 20
 
-    def tokens_of(self, messages: list[dict[str, str]]) -> list[int]:
+    def tokenize(self, messages: list[dict[str, str]]) -> list[int]:
         return [ord(character) for message in messages for character in message["content"]]
 
     def generate(self, tokens: list[int], most_tokens: int, temperature: float) -> Iterator[str]:
         yield from "yes"[:most_tokens]
 
 
-def test_a_conversation_remembers_what_was_said() -> None:
-    conversation = Conversation(Echo(), max_tokens=3, temperature=0)  # pyright: ignore[reportArgumentType]  # a fake of the same shape
+def test_conversation_keeps_earlier_turns() -> None:
+    conversation = Conversation(FakeChatModel(), max_tokens=3, temperature=0)  # pyright: ignore[reportArgumentType]  # a fake of the same shape
     assert list(conversation.answer("one")) == ["y", "e", "s"]
     list(conversation.answer("two"))
     assert [message["content"] for message in conversation.messages] == ["one", "yes", "two", "yes"]
 
 
-def test_the_oldest_turns_are_forgotten_when_there_is_no_room() -> None:
-    conversation = Conversation(Echo(), max_tokens=3, temperature=0)  # pyright: ignore[reportArgumentType]
+def test_oldest_turns_are_dropped_when_context_is_full() -> None:
+    conversation = Conversation(FakeChatModel(), max_tokens=3, temperature=0)  # pyright: ignore[reportArgumentType]
     for prompt in ("a" * 8, "b" * 8, "c" * 8):
         list(conversation.answer(prompt))
     assert [message["content"] for message in conversation.messages] == ["c" * 8, "yes"]
 
 
-def test_a_refused_turn_leaves_the_conversation_as_it_was() -> None:
-    conversation = Conversation(Echo(), max_tokens=3, temperature=0)  # pyright: ignore[reportArgumentType]
+def test_rejected_turn_does_not_change_the_conversation() -> None:
+    conversation = Conversation(FakeChatModel(), max_tokens=3, temperature=0)  # pyright: ignore[reportArgumentType]
     list(conversation.answer("a"))
-    with pytest.raises(Unanswerable, match="20 tokens"):
+    with pytest.raises(InvalidPrompt, match="20 tokens"):
         list(conversation.answer("b" * 20))
     assert [message["content"] for message in conversation.messages] == ["a", "yes"]
 
 
-def test_a_model_cannot_move_the_cursor(capsys: pytest.CaptureFixture[str]) -> None:
-    _speak(["\x1b[2J", "a\n\tb", "\x9b1A", "模\r"])
+def test_control_characters_are_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    _print_stream(["\x1b[2J", "a\n\tb", "\x9b1A", "模\r"])
     assert capsys.readouterr().out == "[2Ja\n\tb1A模\n"
 
 
-def test_threads_are_those_of_the_launcher_or_every_core() -> None:
-    assert compute_threads({"OMP_NUM_THREADS": "3"}) == 3
-    assert compute_threads({}) == compute_threads({"OMP_NUM_THREADS": "0"}) == os.cpu_count()
+def test_thread_count_comes_from_launcher_or_cpu_count() -> None:
+    assert cpu_thread_count({"OMP_NUM_THREADS": "3"}) == 3
+    assert cpu_thread_count({}) == cpu_thread_count({"OMP_NUM_THREADS": "0"}) == os.cpu_count()
 
 
 # --- helpers ---
 
 
-def chat(gguf: Path, *options: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def run_chat(gguf: Path, *options: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "jobs.chat", "--gguf", str(gguf), *options]
     return subprocess.run(command, input=stdin, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60)
 
 
-def said(output: str) -> list[dict[str, Any]]:
+def parse_json_lines(output: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in output.splitlines()]
 
 
 def convert(folder: Path, target: Path) -> Path:
-    subprocess.run([sys.executable, converter(), folder, "--outtype", "f32", "--outfile", target], check=True, capture_output=True)
+    subprocess.run([sys.executable, get_converter_path(), folder, "--outtype", "f32", "--outfile", target], check=True, capture_output=True)
     return target
 
 
-def keep_turn_tokens_whole(folder: Path) -> None:
+def mark_turn_tokens_as_special(folder: Path) -> None:
     """llama.cpp's converter reads the kind of added tokens from where transformers 5 no longer writes it."""
     config = json.loads((folder / "tokenizer_config.json").read_text())
     added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
@@ -212,7 +212,7 @@ def keep_turn_tokens_whole(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def greedy(folder: Path, prompt: str) -> list[str]:
+def generate_greedy(folder: Path, prompt: str) -> list[str]:
     """What transformers answers, token by token."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -5,10 +5,17 @@ from pathlib import Path
 import pytest
 
 from jobs.errors import JobFailed
-from jobs.exporters.howto import CONVERSATIONS, GEMMA_TEMPLATE, command_line, gemma_turns, modelfile, writes_gemma_turns
+from jobs.exporters.howto import (
+    GEMMA_TEMPLATE,
+    TEMPLATE_TEST_CONVERSATIONS,
+    make_modelfile,
+    render_gemma_turns,
+    uses_gemma_template,
+    verify_command,
+)
 
 
-class Tokenizer:
+class FakeTokenizer:
     """As much of one as a chat template needs."""
 
     bos_token = "<bos>"
@@ -31,17 +38,20 @@ class Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def gemma() -> Tokenizer:
+def gemma() -> FakeTokenizer:
     """With the template that is trained when a base has none: Google's own."""
     from importlib.resources import files
 
-    return Tokenizer((files("trl") / "chat_templates/gemma3.jinja").read_text())
+    return FakeTokenizer((files("trl") / "chat_templates/gemma3.jinja").read_text())
 
 
-def test_ollamas_turns_are_those_of_gemmas_own_template(gemma: Tokenizer) -> None:
-    assert writes_gemma_turns(gemma)  # pyright: ignore[reportArgumentType]  # as much as is asked of it
-    assert gemma_turns(CONVERSATIONS[2]) == "<start_of_turn>user\nBe brief.\n\nHello.<end_of_turn>\n<start_of_turn>model\n"
-    told = modelfile("tuned-q8_0.gguf", gemma)  # pyright: ignore[reportArgumentType]
+def test_ollama_template_matches_gemma_template(gemma: FakeTokenizer) -> None:
+    assert uses_gemma_template(gemma)  # pyright: ignore[reportArgumentType]  # as much as is asked of it
+    assert (
+        render_gemma_turns(TEMPLATE_TEST_CONVERSATIONS[2])
+        == "<start_of_turn>user\nBe brief.\n\nHello.<end_of_turn>\n<start_of_turn>model\n"
+    )
+    told = make_modelfile("tuned-q8_0.gguf", gemma)  # pyright: ignore[reportArgumentType]
     assert told.startswith("# Beside tuned-q8_0.gguf: ollama create NAME -f THIS_FILE\nFROM ./tuned-q8_0.gguf\n")
     assert f'TEMPLATE """{GEMMA_TEMPLATE}"""\nPARAMETER stop "<end_of_turn>"\n' in told
 
@@ -53,23 +63,23 @@ def test_ollamas_turns_are_those_of_gemmas_own_template(gemma: Tokenizer) -> Non
         "{{ raise_exception('no system') if messages[0].role == 'system' }}",
     ],
 )
-def test_another_models_turns_are_left_to_the_file(template: str) -> None:
-    other = Tokenizer(template)
-    assert not writes_gemma_turns(other)  # pyright: ignore[reportArgumentType]
-    assert "TEMPLATE" not in modelfile("x.gguf", other)  # pyright: ignore[reportArgumentType]
+def test_other_templates_are_left_to_the_gguf(template: str) -> None:
+    other = FakeTokenizer(template)
+    assert not uses_gemma_template(other)  # pyright: ignore[reportArgumentType]
+    assert "TEMPLATE" not in make_modelfile("x.gguf", other)  # pyright: ignore[reportArgumentType]
 
 
-def test_a_model_without_turns_goes_on_with_what_it_is_given() -> None:
-    assert 'TEMPLATE "{{ .Prompt }}"' in modelfile("x.gguf", Tokenizer(None))  # pyright: ignore[reportArgumentType]
+def test_model_without_chat_template_passes_prompt_through() -> None:
+    assert 'TEMPLATE "{{ .Prompt }}"' in make_modelfile("x.gguf", FakeTokenizer(None))  # pyright: ignore[reportArgumentType]
 
 
-def test_an_adapter_names_the_file_that_it_belongs_to(gemma: Tokenizer) -> None:
-    told = modelfile("base.gguf", gemma, "tuned-lora-f16.gguf")  # pyright: ignore[reportArgumentType]
+def test_adapter_modelfile_names_its_base_file(gemma: FakeTokenizer) -> None:
+    told = make_modelfile("base.gguf", gemma, "tuned-lora-f16.gguf")  # pyright: ignore[reportArgumentType]
     assert "FROM ./base.gguf\nADAPTER ./tuned-lora-f16.gguf\n" in told
 
 
-def test_a_command_that_does_not_work_is_written_nowhere(tmp_path: Path) -> None:
+def test_failing_command_is_not_written(tmp_path: Path) -> None:
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(JobFailed, match=r"broken\.gguf does not answer in llama\.cpp's own program") as caught:
-        command_line(tmp_path / "broken.gguf", "<bos>hello", "<bos>", threads=1)
+        verify_command(tmp_path / "broken.gguf", "<bos>hello", "<bos>", threads=1)
     assert caught.value.failure.code == "export_failed"

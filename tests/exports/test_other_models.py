@@ -9,12 +9,12 @@ import pytest
 
 from jobs.context import JobContext
 from jobs.errors import JobFailed
-from jobs.exporters import export_all, refuse_impossible
-from jobs.trained import Probe, TrainedModel
-from schema.events import Decided, Warned
+from jobs.exporters import check_exportable, export_all
+from jobs.trained import HeldOutExample, TrainedModel
+from schema.events import DecisionMade, WarningRaised
 from schema.training import TRAINING_CONFIG
-from tests.exports.conftest import Record, a_trained_model, read_json
-from tests.exports.test_exporters import download
+from tests.exports.conftest import EventRecorder, make_trained_model, read_json
+from tests.exports.test_exporters import download_artifact
 from tests.tiny_gemma import build_tiny_gemma
 from tests.tiny_gemma_vision import build_tiny_gemma_vision
 
@@ -22,7 +22,7 @@ MakeContext = Callable[..., JobContext]
 
 
 @pytest.fixture(scope="module")
-def seeing(tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
+def vision_adapter(tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
     """A LoRA of a Gemma that sees, whose language part alone was trained."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -39,48 +39,50 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.save_pretrained(folder)
     image = read_json(base / "config.json")["image_token_index"]
-    probe = Probe("<bos>look", (2, *[image] * 4, 10, 11), 5)
-    return a_trained_model(folder, base, (probe,), is_adapter=True)
+    probe = HeldOutExample("<bos>look", (2, *[image] * 4, 10, 11), 5)
+    return make_trained_model(folder, base, (probe,), is_adapter=True)
 
 
-def test_a_model_that_sees_is_merged_with_what_its_images_need(seeing: TrainedModel, a_context: MakeContext, tmp_path: Path) -> None:
+def test_vision_model_is_merged_with_image_processor(vision_adapter: TrainedModel, make_context: MakeContext, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    context = with_config(a_context(), modality="vision", export_config={"format": "merged"})
-    (merged,) = export_all(seeing, context)
-    folder = download(context.stores.models, merged, tmp_path / "got")
+    context = with_config(make_context(), modality="vision", export_config={"format": "merged"})
+    (merged,) = export_all(vision_adapter, context)
+    folder = download_artifact(context.stores.models, merged, tmp_path / "got")
     assert merged.fidelity
     assert merged.fidelity.argmax_agreement == 1.0
     assert AutoProcessor.from_pretrained(folder).image_processor.image_seq_length == 4
     found = AutoModelForImageTextToText.from_pretrained(folder).state_dict()
-    before = AutoModelForImageTextToText.from_pretrained(seeing.base_folder).state_dict()
+    before = AutoModelForImageTextToText.from_pretrained(vision_adapter.base_folder).state_dict()
     changed = {name for name in before if not torch.equal(before[name], found[name])}
     assert len(changed) == 18  # three matrices of six layers
     assert all(".language_model.layers." in name for name in changed)
 
 
-def test_a_model_that_sees_becomes_a_language_part_and_one_for_images(
-    seeing: TrainedModel, a_context: MakeContext, record: Record, tmp_path: Path
+def test_vision_model_exports_language_gguf_and_mmproj(
+    vision_adapter: TrainedModel, make_context: MakeContext, record: EventRecorder, tmp_path: Path
 ) -> None:
     from gguf import GGUFReader
 
     export = {"include_gguf": True, "gguf_quantization": "f32"}
-    context = with_config(a_context(), modality="vision", export_config=export)
-    artifacts = {artifact.name: artifact for artifact in export_all(seeing, context)}
-    assert list(artifacts) == ["adapter", "gguf-f32", "gguf-mmproj", "gguf-howto"]
+    context = with_config(make_context(), modality="vision", export_config=export)
+    artifacts = {artifact.name: artifact for artifact in export_all(vision_adapter, context)}
+    assert list(artifacts) == ["adapter", "gguf-f32", "gguf-mmproj", "gguf-usage"]
     assert artifacts["gguf-f32"].fidelity  # of the language part; the row with an image cannot be heard without it
     assert artifacts["gguf-f32"].fidelity.argmax_agreement == 1.0
     assert artifacts["gguf-f32"].fidelity.perplexity is None
     projector = GGUFReader(context.stores.models.download(artifacts["gguf-mmproj"].key, tmp_path / "mmproj.gguf"))
     assert projector.fields["general.type"].contents() == "mmproj"
     assert projector.fields["clip.projector_type"].contents() == "gemma3"
-    assert not [event for event in record.events if isinstance(event, Warned) and event.code == "no_mmproj"]
-    assert [event.value for event in record.events if isinstance(event, Decided) and event.what == "compared_on"] == ["texts of our own"]
+    assert not [event for event in record.events if isinstance(event, WarningRaised) and event.code == "mmproj_not_exported"]
+    assert [event.value for event in record.events if isinstance(event, DecisionMade) and event.setting == "fidelity_texts"] == [
+        "built-in texts"
+    ]
 
 
 @pytest.fixture(scope="module")
-def scoring(tiny: Path, probes: tuple[Probe, ...], tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
+def reward_adapter(tiny_base: Path, probes: tuple[HeldOutExample, ...], tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
     """A LoRA of the tiny base that ends in a score."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -88,52 +90,52 @@ def scoring(tiny: Path, probes: tuple[Probe, ...], tmp_path_factory: pytest.Temp
 
     folder = tmp_path_factory.mktemp("scoring")
     torch.manual_seed(5)
-    base = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=1)
     model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", exclude_modules="score", task_type="SEQ_CLS"))
     for name, parameter in model.named_parameters():
         if "lora_B" in name or "modules_to_save" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
-    return a_trained_model(folder, tiny, probes, is_adapter=True)
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(folder)
+    return make_trained_model(folder, tiny_base, probes, is_adapter=True)
 
 
-def test_a_reward_model_gives_the_same_scores_after_its_merge(
-    scoring: TrainedModel, tiny: Path, a_context: MakeContext, tmp_path: Path
+def test_merged_reward_model_gives_same_scores(
+    reward_adapter: TrainedModel, tiny_base: Path, make_context: MakeContext, tmp_path: Path
 ) -> None:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
-    context = with_config(a_context(), trainer_type="reward", export_config={"format": "merged", "merged_dtype": "fp32"})
-    (merged,) = export_all(scoring, context)
-    folder = download(context.stores.models, merged, tmp_path / "got")
+    context = with_config(make_context(), trainer_type="reward", export_config={"format": "merged", "merged_dtype": "fp32"})
+    (merged,) = export_all(reward_adapter, context)
+    folder = download_artifact(context.stores.models, merged, tmp_path / "got")
     assert merged.fidelity is None  # it does not speak
     config = read_json(folder / "config.json")
     assert config["architectures"] == ["Gemma3TextForSequenceClassification"]
     assert config["pad_token_id"] == 0
     found = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-    base = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1, dtype=torch.float32)
-    expected = PeftModel.from_pretrained(base, str(scoring.folder))
-    ids = torch.tensor([scoring.probes[0].input_ids])
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=1, dtype=torch.float32)
+    expected = PeftModel.from_pretrained(base, str(reward_adapter.folder))
+    ids = torch.tensor([reward_adapter.held_out_examples[0].input_ids])
     with torch.inference_mode():
         score = float(expected(input_ids=ids).logits)
         assert float(found(input_ids=ids).logits) == pytest.approx(score, abs=1e-4)
     assert abs(score) > 0.01
 
 
-def test_a_reward_model_that_gives_no_numbers_is_refused(scoring: TrainedModel, a_context: MakeContext, tmp_path: Path) -> None:
+def test_non_finite_reward_model_is_rejected(reward_adapter: TrainedModel, make_context: MakeContext, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "broken"
     folder.mkdir()
-    for path in scoring.folder.iterdir():
+    for path in reward_adapter.folder.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     weights = load_file(folder / "adapter_model.safetensors")
     save_file({name: tensor * float("nan") for name, tensor in weights.items()}, folder / "adapter_model.safetensors")
-    context = with_config(a_context(), trainer_type="reward", export_config={"format": "merged"})
+    context = with_config(make_context(), trainer_type="reward", export_config={"format": "merged"})
     with pytest.raises(JobFailed, match="not finite"):
-        export_all(replace(scoring, folder=folder), context)
+        export_all(replace(reward_adapter, folder=folder), context)
 
 
 def with_config(context: JobContext, **changes: Any) -> JobContext:
@@ -142,16 +144,16 @@ def with_config(context: JobContext, **changes: Any) -> JobContext:
     return replace(context, spec=context.spec.model_copy(update={"training_config": config}))
 
 
-def test_a_small_model_becomes_a_graph_that_onnx_runtime_reads(a_context: MakeContext, tmp_path: Path) -> None:
+def test_small_model_exports_to_onnx(make_context: MakeContext, tmp_path: Path) -> None:
     import numpy as np
     import onnxruntime
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    trained = a_two_layer_model(tmp_path / "small")
-    context = with_config(a_context("Full"), method="Full", export_config={"format": "onnx"})
+    trained = make_two_layer_model(tmp_path / "small")
+    context = with_config(make_context("Full"), method="Full", export_config={"format": "onnx"})
     (artifact,) = export_all(trained, context)
-    folder = download(context.stores.models, artifact, tmp_path / "got")
+    folder = download_artifact(context.stores.models, artifact, tmp_path / "got")
     assert (artifact.kind, artifact.key) == ("onnx", "onnx_models/job-1/attempt-1/")
     assert {path.name for path in folder.iterdir()} >= {"model.onnx", "model.onnx.data", "config.json", "tokenizer.json", "fidelity.json"}
     assert artifact.fidelity
@@ -166,27 +168,27 @@ def test_a_small_model_becomes_a_graph_that_onnx_runtime_reads(a_context: MakeCo
     assert np.abs(found - expected)[attended].max() < 1e-4
 
 
-def test_a_model_too_large_for_onnx_is_refused_before_the_training(tmp_path: Path, a_context: MakeContext) -> None:
+def test_model_too_large_for_onnx_is_rejected_before_training(tmp_path: Path, make_context: MakeContext) -> None:
     import struct
 
     header = b'{"weight":{"dtype":"BF16","shape":[2000000,1000],"data_offsets":[0,4000000000]}}'
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
-    config = with_config(a_context(), export_config={"format": ["adapter", "onnx"]}).spec.training_config
-    refuse_impossible(config)  # nothing is known of the base yet
+    config = with_config(make_context(), export_config={"format": ["adapter", "onnx"]}).spec.training_config
+    check_exportable(config)  # nothing is known of the base yet
     with pytest.raises(JobFailed, match=r"up to 1\.5 billion parameters, and this one has 2\.0") as caught:
-        refuse_impossible(config, tmp_path)
+        check_exportable(config, tmp_path)
     assert caught.value.failure.code == "invalid_config"
 
 
-def test_an_importance_matrix_without_its_program_is_refused_before_the_training(a_context: MakeContext, tmp_path: Path) -> None:
+def test_missing_imatrix_program_is_rejected_before_training(make_context: MakeContext, tmp_path: Path) -> None:
     weighed = {"include_gguf": True, "gguf_quantization": "q4_k_m", "gguf_imatrix": True}
-    config = with_config(a_context(), export_config=weighed).spec.training_config
-    refuse_impossible(config)
+    config = with_config(make_context(), export_config=weighed).spec.training_config
+    check_exportable(config)
     with pytest.raises(JobFailed, match="llama-imatrix, which is not installed"):
-        refuse_impossible(config, programs=tmp_path)
+        check_exportable(config, llama_cpp_folder=tmp_path)
 
 
-def a_two_layer_model(folder: Path) -> TrainedModel:
+def make_two_layer_model(folder: Path) -> TrainedModel:
     """A whole model that is its own base: tracing takes seconds for each layer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -197,4 +199,4 @@ def a_two_layer_model(folder: Path) -> TrainedModel:
     torch.manual_seed(3)
     AutoModelForCausalLM.from_config(config).to(torch.float32).save_pretrained(folder)
     ids = tuple(AutoTokenizer.from_pretrained(folder).encode("it returns a list of name value string and a path of the list of files"))
-    return a_trained_model(folder, folder, (Probe("it", ids, 2),), is_adapter=False)
+    return make_trained_model(folder, folder, (HeldOutExample("it", ids, 2),), is_adapter=False)

@@ -8,13 +8,13 @@ from typing import ClassVar
 import pytest
 
 from jobs.errors import JobFailed
-from jobs.publish import TRIES, Product, Publisher, artifact_key, sha256_of
+from jobs.publish import TRIES, ArtifactUploader, ExportedArtifact, artifact_key, sha256_of
 from schema.job import Fidelity
 from storage import ChecksumMismatch, NoSuchObject, ObjectStore, StorageError, StoredObject, StoreUnavailable, open_store
 from storage.local import LocalStore
 
 
-class Faulty(LocalStore):
+class FaultyStore(LocalStore):
     """A folder whose next uploads fail, as often as there are errors left."""
 
     def __init__(self, url: str, *errors: StorageError) -> None:
@@ -27,7 +27,7 @@ class Faulty(LocalStore):
         return super().upload(source, key, sha256=sha256)
 
 
-class Mangling(LocalStore):
+class CorruptingStore(LocalStore):
     """A folder on a disk that flips bytes."""
 
     def upload(self, source: Path, key: str, *, sha256: str | None = None) -> StoredObject:
@@ -37,13 +37,13 @@ class Mangling(LocalStore):
 
 
 @dataclass
-class Naps:
+class SleepRecorder:
     """Sleeps that are only counted."""
 
-    lengths_s: list[float] = field(default_factory=list)
+    durations_s: list[float] = field(default_factory=list)
 
-    def __call__(self, length_s: float) -> None:
-        self.lengths_s.append(length_s)
+    def __call__(self, duration_s: float) -> None:
+        self.durations_s.append(duration_s)
 
 
 @pytest.fixture
@@ -57,29 +57,29 @@ def store(url: str) -> ObjectStore:
 
 
 @pytest.fixture
-def naps() -> Naps:
-    return Naps()
+def sleeps() -> SleepRecorder:
+    return SleepRecorder()
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Product:
+def folder(tmp_path: Path) -> ExportedArtifact:
     path = tmp_path / "adapter"
     (path / "inner").mkdir(parents=True)
     (path / "a.bin").write_bytes(b"aaa")
     (path / "inner" / "b.json").write_bytes(b"{}")
-    return Product(name="adapter", kind="adapter", path=path, key="trained_adapters/job-1/")
+    return ExportedArtifact(name="adapter", kind="adapter", path=path, key="trained_adapters/job-1/")
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Product:
+def file(tmp_path: Path) -> ExportedArtifact:
     path = tmp_path / "gemma-q8_0.gguf"
     path.write_bytes(b"GGUF" * 1000)
     fidelity = Fidelity(compared_tokens=1, argmax_agreement=1.0, mean_kl_to_merged=0.0)
-    return Product(name="gguf-q8_0", kind="gguf", path=path, key="gguf_models/job-1/gemma-q8_0.gguf", fidelity=fidelity)
+    return ExportedArtifact(name="gguf-q8_0", kind="gguf", path=path, key="gguf_models/job-1/gemma-q8_0.gguf", fidelity=fidelity)
 
 
-def test_a_folder_is_published_file_by_file(store: ObjectStore, folder: Product) -> None:
-    artifact = Publisher(store, "job-1", 1).publish(folder)
+def test_a_folder_is_published_file_by_file(store: ObjectStore, folder: ExportedArtifact) -> None:
+    artifact = ArtifactUploader(store, "job-1", 1).upload(folder)
     assert (artifact.uri, artifact.key) == (f"{store.url}/trained_adapters/job-1/", "trained_adapters/job-1/")
     assert [(file.path, file.size_bytes) for file in artifact.files] == [("a.bin", 3), ("inner/b.json", 2)]
     assert artifact.size_bytes == 5
@@ -87,38 +87,38 @@ def test_a_folder_is_published_file_by_file(store: ObjectStore, folder: Product)
     assert store.read("trained_adapters/job-1/inner/b.json") == b"{}"
 
 
-def test_a_file_is_its_own_uri(store: ObjectStore, file: Product) -> None:
-    artifact = Publisher(store, "job-1", 1).publish(file)
+def test_single_file_has_its_own_uri(store: ObjectStore, file: ExportedArtifact) -> None:
+    artifact = ArtifactUploader(store, "job-1", 1).upload(file)
     assert [part.path for part in artifact.files] == [""]
     assert artifact.sha256 == sha256_of(file.path)
     assert artifact.fidelity == file.fidelity
     assert store.read(artifact.key) == file.path.read_bytes()
 
 
-def test_each_attempt_has_its_own_place(store: ObjectStore, file: Product) -> None:
+def test_each_attempt_has_its_own_keys(store: ObjectStore, file: ExportedArtifact) -> None:
     keys = {artifact_key("gguf", "job-1", attempt, "gemma.gguf") for attempt in (1, 2)}
     assert keys == {"gguf_models/job-1/attempt-1/gemma.gguf", "gguf_models/job-1/attempt-2/gemma.gguf"}
     assert artifact_key("adapter", "job-1", 1) == "trained_adapters/job-1/attempt-1/"
 
 
-def test_what_earlier_attempts_left_is_removed_and_nothing_else(store: ObjectStore) -> None:
+def test_only_artifacts_of_earlier_attempts_are_deleted(store: ObjectStore) -> None:
     kept = ["gguf_models/job-1/attempt-3/b", "merged_models/job-2/attempt-1/c", "trained_adapters/job-1/attempt-2/d"]
     for key in ("trained_adapters/job-1/attempt-1/a", "gguf_models/job-1/attempt-1/a", *kept):
         store.write(key, b"x")
-    Publisher(store, "job-1", 2).clear_earlier()
-    assert sorted(stored.key for stored in store.walk("")) == kept
+    ArtifactUploader(store, "job-1", 2).delete_previous_attempts()
+    assert sorted(stored.key for stored in store.iter_objects("")) == kept
 
 
-def test_a_store_that_will_not_delete_does_not_stop_the_publishing(url: str) -> None:
-    class Keeping(LocalStore):
-        def walk(self, prefix: str) -> Iterator[StoredObject]:
+def test_cleanup_failure_does_not_fail_publishing(url: str) -> None:
+    class ListingFailsStore(LocalStore):
+        def iter_objects(self, prefix: str) -> Iterator[StoredObject]:
             raise StoreUnavailable("away")
 
-    Publisher(Keeping(url), "job-1", 2).clear_earlier()
+    ArtifactUploader(ListingFailsStore(url), "job-1", 2).delete_previous_attempts()
 
 
-def test_a_file_that_arrived_is_not_sent_again_for_the_sake_of_another(url: str, folder: Product, naps: Naps) -> None:
-    class Counting(LocalStore):
+def test_uploaded_file_is_not_sent_again(url: str, folder: ExportedArtifact, sleeps: SleepRecorder) -> None:
+    class CountingStore(LocalStore):
         uploads: ClassVar[list[str]] = []
 
         def upload(self, source: Path, key: str, *, sha256: str | None = None) -> StoredObject:
@@ -127,42 +127,42 @@ def test_a_file_that_arrived_is_not_sent_again_for_the_sake_of_another(url: str,
                 raise StoreUnavailable("away")
             return super().upload(source, key, sha256=sha256)
 
-    Publisher(Counting(url), "job-1", 1, naps).publish(folder)
-    assert sorted(Counting.uploads) == [folder.key + "a.bin", *[folder.key + "inner/b.json"] * 3]
+    ArtifactUploader(CountingStore(url), "job-1", 1, sleeps).upload(folder)
+    assert sorted(CountingStore.uploads) == [folder.key + "a.bin", *[folder.key + "inner/b.json"] * 3]
 
 
-def test_a_store_that_comes_back_is_waited_for(url: str, file: Product, naps: Naps) -> None:
-    store = Faulty(url, StoreUnavailable("away"), ChecksumMismatch("mangled once"), StoreUnavailable("away"))
-    artifact = Publisher(store, "job-1", 1, naps).publish(file)
+def test_temporary_outage_is_retried(url: str, file: ExportedArtifact, sleeps: SleepRecorder) -> None:
+    store = FaultyStore(url, StoreUnavailable("away"), ChecksumMismatch("mangled once"), StoreUnavailable("away"))
+    artifact = ArtifactUploader(store, "job-1", 1, sleeps).upload(file)
     assert store.read(artifact.key) == file.path.read_bytes()
-    assert naps.lengths_s == [0.5, 1.0, 2.0]
+    assert sleeps.durations_s == [0.5, 1.0, 2.0]
 
 
-def test_a_store_that_loses_what_it_is_sent_is_asked_again(url: str, file: Product, naps: Naps) -> None:
-    store = Faulty(url, NoSuchObject("the session is gone"))
-    artifact = Publisher(store, "job-1", 1, naps).publish(file)
+def test_lost_upload_session_is_retried(url: str, file: ExportedArtifact, sleeps: SleepRecorder) -> None:
+    store = FaultyStore(url, NoSuchObject("the session is gone"))
+    artifact = ArtifactUploader(store, "job-1", 1, sleeps).upload(file)
     assert store.read(artifact.key) == file.path.read_bytes()
-    assert naps.lengths_s == [0.5]
+    assert sleeps.durations_s == [0.5]
 
 
-def test_a_store_that_stays_away_fails_the_job(url: str, file: Product, naps: Naps) -> None:
-    store = Faulty(url, *[StoreUnavailable("no room left")] * 100)
+def test_permanent_outage_fails_the_job(url: str, file: ExportedArtifact, sleeps: SleepRecorder) -> None:
+    store = FaultyStore(url, *[StoreUnavailable("no room left")] * 100)
     with pytest.raises(JobFailed, match="no room left") as caught:
-        Publisher(store, "job-1", 1, naps).publish(file)
+        ArtifactUploader(store, "job-1", 1, sleeps).upload(file)
     assert caught.value.failure.code == "upload_failed"
-    assert len(naps.lengths_s) == TRIES - 1
-    assert not list(store.walk(""))
+    assert len(sleeps.durations_s) == TRIES - 1
+    assert not list(store.iter_objects(""))
 
 
-def test_a_store_that_mangles_everything_shows_nothing(url: str, file: Product, naps: Naps) -> None:
-    store = Mangling(url)
+def test_corrupted_upload_is_not_visible(url: str, file: ExportedArtifact, sleeps: SleepRecorder) -> None:
+    store = CorruptingStore(url)
     with pytest.raises(JobFailed, match="changed on its way") as caught:
-        Publisher(store, "job-1", 1, naps).publish(file)
+        ArtifactUploader(store, "job-1", 1, sleeps).upload(file)
     assert caught.value.failure.code == "upload_failed"
-    assert not list(store.walk(""))
+    assert not list(store.iter_objects(""))
 
 
-def test_a_refusal_is_not_repeated(store: ObjectStore, file: Product, naps: Naps) -> None:
+def test_definitive_error_is_not_retried(store: ObjectStore, file: ExportedArtifact, sleeps: SleepRecorder) -> None:
     with pytest.raises(JobFailed, match="could not be stored"):
-        Publisher(store, "job-1", 1, naps).publish(Product(name="x", kind="gguf", path=file.path, key="../outside"))
-    assert naps.lengths_s == []
+        ArtifactUploader(store, "job-1", 1, sleeps).upload(ExportedArtifact(name="x", kind="gguf", path=file.path, key="../outside"))
+    assert sleeps.durations_s == []

@@ -43,18 +43,18 @@ class Stage:
     name: str | None
     instructions: tuple[Instruction, ...]
 
-    def each(self, keyword: str) -> list[Instruction]:
+    def instructions_with(self, keyword: str) -> list[Instruction]:
         """Its instructions of that keyword, in order."""
         return [instruction for instruction in self.instructions if instruction.keyword == keyword]
 
-    def last(self, keyword: str) -> Instruction:
+    def last_instruction(self, keyword: str) -> Instruction:
         """The one that counts."""
-        return self.each(keyword)[-1]
+        return self.instructions_with(keyword)[-1]
 
     @property
     def environment(self) -> dict[str, str]:
         """What its ENV instructions set."""
-        return dict(word.split("=", 1) for instruction in self.each("ENV") for word in instruction.words)
+        return dict(word.split("=", 1) for instruction in self.instructions_with("ENV") for word in instruction.words)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Dockerfile:
     stages: tuple[Stage, ...]
 
     @cached_property
-    def image(self) -> Stage:
+    def final_stage(self) -> Stage:
         """The stage that is shipped."""
         return self.stages[-1]
 
@@ -74,7 +74,7 @@ class Dockerfile:
         return next(stage for stage in self.stages if stage.name == name)
 
 
-def parse(text: str) -> Dockerfile:
+def parse_dockerfile(text: str) -> Dockerfile:
     """The Dockerfile; FROM's arguments have their defaults."""
     arguments: dict[str, str] = {}
     stages: list[Stage] = []
@@ -101,7 +101,7 @@ def _instructions(text: str) -> Iterator[Instruction]:
 
 
 @dataclass(frozen=True)
-class Ignored:
+class DockerIgnore:
     """What .dockerignore keeps out: the last pattern that fits a path, or one of its folders, decides."""
 
     patterns: tuple[tuple[re.Pattern[str], bool], ...]
@@ -116,18 +116,18 @@ class Ignored:
         return kept_out
 
 
-def parse_ignored(text: str) -> Ignored:
+def parse_dockerignore(text: str) -> DockerIgnore:
     """The rules of a .dockerignore."""
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    return Ignored(tuple((_pattern(line.removeprefix("!")), not line.startswith("!")) for line in lines))
+    return DockerIgnore(tuple((_glob_to_regex(line.removeprefix("!")), not line.startswith("!")) for line in lines))
 
 
-def _pattern(glob: str) -> re.Pattern[str]:
+def _glob_to_regex(glob: str) -> re.Pattern[str]:
     """`*` stays inside a folder, `**/` is any number of folders."""
     one_folder = translate(glob.replace("**/", "\0")).replace(".*", "[^/]*")
     return re.compile(one_folder.replace("\0", "(?:.*/)?").replace("\\\0", "(?:.*/)?"))
 
 
-def read(path: Path) -> Dockerfile:
+def read_dockerfile(path: Path) -> Dockerfile:
     """The Dockerfile at that path."""
-    return parse(path.read_text())
+    return parse_dockerfile(path.read_text())

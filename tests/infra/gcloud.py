@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-LOADER = """
+LOADER_SCRIPT = """
 import sys
 root, path = sys.argv[1:]
 sys.path[:0] = [f"{root}/lib", f"{root}/lib/third_party"]
@@ -37,7 +37,7 @@ class Gcloud:
     def load_build(self, path: Path) -> str:
         """What the loader of `gcloud builds submit` says: the number of steps, or what is wrong."""
         done = subprocess.run(
-            [self._python, "-c", LOADER, self._root, path], env=self._environment, capture_output=True, text=True, check=False
+            [self._python, "-c", LOADER_SCRIPT, self._root, path], env=self._environment, capture_output=True, text=True, check=False
         )
         return (done.stdout or done.stderr).strip()
 
@@ -51,10 +51,10 @@ class Gcloud:
         file = self.config / "commands.json"
         file.write_text(json.dumps([{"command_string": command, "id": number} for number, command in numbered.items()]))
         answers = json.loads(self.run("meta", "lint-gcloud-commands", "--serialize", f"--commands-file={file}"))
-        return {command: _wrong(answers[number]) for number, command in numbered.items()}
+        return {command: _lint_error(answers[number]) for number, command in numbered.items()}
 
     @cached_property
-    def groups(self) -> set[str]:
+    def command_groups(self) -> set[str]:
         """The first words of its commands, such as run and storage. There is a terraform among them, which nobody here means."""
         surface = self._root / "lib/surface"
         return {path.stem.replace("_", "-") for path in surface.iterdir() if path.stem[0] != "_"} - {"terraform"}
@@ -75,6 +75,6 @@ class Gcloud:
         return dict(os.environ) | quiet | {"CLOUDSDK_CONFIG": str(self.config), "CLOUDSDK_COMPONENT_MANAGER_DISABLE_UPDATE_CHECK": "1"}
 
 
-def _wrong(answers: Sequence[dict[str, str | None]]) -> str | None:
+def _lint_error(answers: Sequence[dict[str, str | None]]) -> str | None:
     said = [answer["error_message"] or "not valid" for answer in answers if not answer["success"]]
     return "; ".join(said) or None

@@ -6,12 +6,12 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-ANY = "filled-in"  # stands for what a shell or a person fills in: it can be a project, a name or a path
-FILLED_IN = re.compile(r"\$\([^()]*\)|\$\{[^{}]*\}|\$\w+|<[a-z-]+>|…|\bPROJECT_ID\b")
+PLACEHOLDER = "filled-in"  # stands for what a shell or a person fills in: it can be a project, a name or a path
+PLACEHOLDER_PATTERN = re.compile(r"\$\([^()]*\)|\$\{[^{}]*\}|\$\w+|<[a-z-]+>|…|\bPROJECT_ID\b")
 
 
 @dataclass(frozen=True)
-class Line:
+class CommandLine:
     """A command, and where it stands."""
 
     command: str
@@ -19,29 +19,29 @@ class Line:
     number: int
 
 
-def in_text(text: str, path: str, groups: set[str]) -> Iterator[Line]:
+def find_in_text(text: str, path: str, groups: set[str]) -> Iterator[CommandLine]:
     """Those of a page, a script or a build file. `groups` are the first words that gcloud knows; other mentions are prose."""
     # One character for one, so that places keep their lines.
     flat = re.sub(r"\\\n", "  ", text)
     flat = re.sub(r"`gcloud [^`]+`", lambda span: span[0].replace("\n", " "), flat)
     for found in re.finditer(rf"(?<![\w/.-])gcloud (?=(?:(?:alpha|beta) )?(?:{'|'.join(sorted(groups))})\b)", flat):
-        yield Line(complete(flat[found.start() :]), path, text.count("\n", 0, found.start()) + 1)
+        yield CommandLine(extract_command(flat[found.start() :]), path, text.count("\n", 0, found.start()) + 1)
 
 
-def in_python(source: str, path: str, groups: set[str]) -> Iterator[Line]:
+def find_in_python(source: str, path: str, groups: set[str]) -> Iterator[CommandLine]:
     """Those in a program's texts."""
     tree = ast.parse(source)
-    texts = _Texts(tree)
+    texts = _StringResolver(tree)
     within = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node) if part is not node}
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant | ast.JoinedStr) and id(node) not in within:
-            for line in in_text(texts.of(node), path, groups):
-                yield Line(line.command, path, node.lineno)
+            for line in find_in_text(texts.resolve(node), path, groups):
+                yield CommandLine(line.command, path, node.lineno)
 
 
-def complete(text: str) -> str:
+def extract_command(text: str) -> str:
     """The one command that the text begins with; what a shell would fill in is filled in."""
-    text = FILLED_IN.sub(ANY, text)
+    text = PLACEHOLDER_PATTERN.sub(PLACEHOLDER, text)
     quote = ""
     for place, character in enumerate(text):
         before, after = text[place - 1], text[place + 1 : place + 2]
@@ -49,20 +49,20 @@ def complete(text: str) -> str:
             quote = "" if character == quote else quote
         elif character in "\"'" and before in " =(":
             quote = character
-        elif _ends(character, before, after):
+        elif _ends_command(character, before, after):
             text = re.sub(r" 2$", "", text[:place]) if character == ">" else text[:place]
             break
     words = shlex.split(text)
     return shlex.join(words[: words.index("or")] if "or" in words else words)
 
 
-def _ends(character: str, before: str, after: str) -> bool:
+def _ends_command(character: str, before: str, after: str) -> bool:
     """Whether a command is over, outside quotes: by the shell's rules, by the sentence around it, or by the quotes around that."""
     sentence_ends = character in ".,:" and before != " " and not after.strip(" \n\"')")
     return character in "|;&<>)`\n\"'" or sentence_ends or (before == " " and character in "#(")
 
 
-class _Texts:
+class _StringResolver:
     """What a program's expressions say, as far as it can be read: a name says what was last assigned to it above, in its function."""
 
     def __init__(self, tree: ast.Module) -> None:
@@ -75,20 +75,20 @@ class _Texts:
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 self._assigned.setdefault((self._function_of[id(node)], node.targets[0].id), []).append(node)
 
-    def of(self, node: ast.expr) -> str:
+    def resolve(self, node: ast.expr) -> str:
         """Its text; ANY for what cannot be read."""
         match node:
             case ast.Constant(value=str(text)):
                 return text
             case ast.JoinedStr(values=parts):
-                return "".join(self.of(part) for part in parts)
+                return "".join(self.resolve(part) for part in parts)
             case ast.FormattedValue(value=value):
-                return self.of(value)
+                return self.resolve(value)
             case ast.IfExp(body=body):
-                return self.of(body)
+                return self.resolve(body)
             case ast.Name(id=name):
                 assigned = self._assigned.get((self._function_of[id(node)], name), [])
                 above = [assign for assign in assigned if assign.lineno < node.lineno]
-                return self.of(max(above, key=lambda assign: assign.lineno).value) if above else ANY
+                return self.resolve(max(above, key=lambda assign: assign.lineno).value) if above else PLACEHOLDER
             case _:
-                return ANY
+                return PLACEHOLDER

@@ -18,12 +18,12 @@ from typing import Any
 
 import pulumi_gcp
 
-from tests.infra.terraform_tree import Body, Item, Value, is_block, plain, texts, without_marks
+from tests.infra.terraform_tree import Body, TerraformItem, Value, is_block, iter_strings, strip_parser_keys, unquote
 
 PROVIDER_MAJOR = {10: 8}  # pulumi-gcp 9 took up the provider's version 7, 10 its version 8
 
 # Where the module and the class do not spell the type: google_cloud_run_v2_job is cloudrunv2.Job, but
-UNUSUAL = {
+RESOURCE_CLASS_OVERRIDES = {
     "google_project_service": ("projects", "Service"),
     "google_project_iam_member": ("projects", "IAMMember"),
     "google_project_iam_custom_role": ("projects", "IAMCustomRole"),
@@ -33,11 +33,11 @@ UNUSUAL = {
 }
 DATA_SOURCES = {"google_project": ("organizations", "get_project", "GetProjectResult")}
 
-SINGULAR = {"env": "envs", "lifecycle_rule": "lifecycle_rules", "matches_prefix": "matches_prefixes"}
-META = {"count", "for_each", "depends_on", "lifecycle", "provider", "timeouts"}
+BLOCK_TO_ARGUMENT = {"env": "envs", "lifecycle_rule": "lifecycle_rules", "matches_prefix": "matches_prefixes"}
+META_ARGUMENTS = {"count", "for_each", "depends_on", "lifecycle", "provider", "timeouts"}
 
 # Pulumi makes these up when they are left out; Terraform asks for them.
-NAMED = {
+REQUIRED_NAME_ARGUMENTS = {
     "google_cloud_run_v2_job": "name",
     "google_cloud_run_v2_service": "name",
     "google_cloud_scheduler_job": "name",
@@ -58,39 +58,39 @@ class Field:
 
     required: bool
     repeated: bool
-    literal: type | None  # bool, int or str, where only that will do
-    block: type | None
+    literal_type: type | None  # bool, int or str, where only that will do
+    block_type: type | None
 
-    def wrong_literal(self, value: Value) -> bool:
+    def is_wrong_literal(self, value: Value) -> bool:
         """Whether a value that is written out is of another kind; expressions are not judged."""
-        if self.literal is None or (isinstance(value, str) and ("${" in value or value == "null")) or value is None:
+        if self.literal_type is None or (isinstance(value, str) and ("${" in value or value == "null")) or value is None:
             return False
         is_text = isinstance(value, str)
-        return is_text != (self.literal is str) or (isinstance(value, bool) != (self.literal is bool))
+        return is_text != (self.literal_type is str) or (isinstance(value, bool) != (self.literal_type is bool))
 
 
-def problems(item: Item) -> list[str]:
+def check_resource(item: TerraformItem) -> list[str]:
     """What the provider would refuse in a resource, in words; empty when its names are all right."""
-    found = _class_of(item.type)
+    found = _find_resource_class(item.type)
     if found is None:
         return [f"{item.address}: the provider has no resource {item.type}"]
     module, name = found
-    fields = fields_of(getattr(module, f"{name}Args"))
-    named = NAMED.get(item.type)
+    fields = schema_fields(getattr(module, f"{name}Args"))
+    named = REQUIRED_NAME_ARGUMENTS.get(item.type)
     missing = [f"{item.address}: {named} is missing"] if named and named not in item.body else []
-    return missing + list(_check(item.address, {k: v for k, v in item.body.items() if k not in META}, fields))
+    return missing + list(_check_body(item.address, {k: v for k, v in item.body.items() if k not in META_ARGUMENTS}, fields))
 
 
-def problems_of_references(item: Item, resources: Mapping[str, Item]) -> list[str]:
+def check_references(item: TerraformItem, resources: Mapping[str, TerraformItem]) -> list[str]:
     """Attributes of other resources that there are not: google_service_account.api.emial."""
-    found = [(match[1], match[2]) for text in texts(item.body) for match in ATTRIBUTE.finditer(text)]
-    looped = ATTRIBUTE_OF_LOOP.findall(" ".join(texts(item.body)))
-    over = plain(item.body.get("for_each"))
+    found = [(match[1], match[2]) for text in iter_strings(item.body) for match in ATTRIBUTE.finditer(text)]
+    looped = ATTRIBUTE_OF_LOOP.findall(" ".join(iter_strings(item.body)))
+    over = unquote(item.body.get("for_each"))
     found += [(over, name) for name in looped if over in resources]
     return [
         f"{item.address}: {address} has no attribute {name}"
         for address, name in found
-        if address in resources and name not in attributes_of(resources[address])
+        if address in resources and name not in resource_attributes(resources[address])
     ]
 
 
@@ -98,48 +98,48 @@ ATTRIBUTE = re.compile(r"(?<![\w.])((?:data\.)?google_\w+\.\w+)(?:\[[^\]]*\])?\.
 ATTRIBUTE_OF_LOOP = re.compile(r"\beach\.value\.(\w+)")
 
 
-def attributes_of(item: Item) -> set[str]:
+def resource_attributes(item: TerraformItem) -> set[str]:
     """What can be read of a resource or data source that is there."""
     if item.kind == "data":
         module, _, result = DATA_SOURCES[item.type]
         return _properties(getattr(_module(module), result))
-    found = _class_of(item.type)
+    found = _find_resource_class(item.type)
     return _properties(getattr(*found)) | {"id"} if found else set()
 
 
-def problems_of_data_source(item: Item) -> list[str]:
+def check_data_source(item: TerraformItem) -> list[str]:
     """What the provider would refuse in a data source."""
     if item.type not in DATA_SOURCES:
         return [f"{item.address}: no data source {item.type} is known here; see DATA_SOURCES"]
     module, function, _ = DATA_SOURCES[item.type]
     known = set(inspect.signature(getattr(_module(module), function)).parameters)
-    return [f"{item.address}: no attribute {name}" for name in item.body if name not in known | META]
+    return [f"{item.address}: no attribute {name}" for name in item.body if name not in known | META_ARGUMENTS]
 
 
-def problems_of_provider(item: Item) -> list[str]:
+def check_provider(item: TerraformItem) -> list[str]:
     """What the provider would refuse in its own block."""
-    return list(_check(item.address, item.body, fields_of(pulumi_gcp.ProviderArgs)))
+    return list(_check_body(item.address, item.body, schema_fields(pulumi_gcp.ProviderArgs)))
 
 
-def _check(place: str, body: Body, fields: Mapping[str, Field]) -> Iterator[str]:
-    written = _undynamic(body)
+def _check_body(place: str, body: Body, fields: Mapping[str, Field]) -> Iterator[str]:
+    written = _expand_dynamic_blocks(body)
     for name in written:
-        key = SINGULAR.get(name, name)
-        if key not in fields or name in SINGULAR.values():
+        key = BLOCK_TO_ARGUMENT.get(name, name)
+        if key not in fields or name in BLOCK_TO_ARGUMENT.values():
             yield f"{place}: no attribute or block {name}; there are: {', '.join(sorted(fields))}"
         else:
             yield from _check_value(f"{place}.{name}", written[name], fields[key])
     for key, field in fields.items():
-        if field.required and not any(SINGULAR.get(name, name) == key for name in written):
+        if field.required and not any(BLOCK_TO_ARGUMENT.get(name, name) == key for name in written):
             yield f"{place}: {key} is missing"
 
 
 def _check_value(place: str, value: Value, field: Field) -> Iterator[str]:
-    if field.block is None:
+    if field.block_type is None:
         if is_block(value):
             yield f"{place} is an attribute, and is written as a block"
-        elif field.wrong_literal(value):
-            yield f"{place} takes a {field.literal.__name__ if field.literal else ''}, not {value!r}"
+        elif field.is_wrong_literal(value):
+            yield f"{place} takes a {field.literal_type.__name__ if field.literal_type else ''}, not {value!r}"
         return
     if not is_block(value):
         yield f"{place} is a block, and is written as an attribute"
@@ -149,28 +149,28 @@ def _check_value(place: str, value: Value, field: Field) -> Iterator[str]:
         yield f"{place} may stand once"
     for block in value:
         assert isinstance(block, dict)
-        yield from _check(place, without_marks(block), fields_of(field.block))
+        yield from _check_body(place, strip_parser_keys(block), schema_fields(field.block_type))
 
 
-def _undynamic(body: Body) -> Body:
+def _expand_dynamic_blocks(body: Body) -> Body:
     """The body with `dynamic "x" { content { … } }` as blocks x, which is what becomes of them."""
     written = {name: value for name, value in body.items() if name != "dynamic"}
     blocks = body.get("dynamic", [])
     assert isinstance(blocks, list)
     for block in blocks:
         assert isinstance(block, dict)
-        for label, inner in without_marks(block).items():
+        for label, inner in strip_parser_keys(block).items():
             assert isinstance(inner, dict)
-            earlier, content = written.get(plain(label), []), inner["content"]
+            earlier, content = written.get(unquote(label), []), inner["content"]
             assert isinstance(earlier, list)
             assert isinstance(content, list)
-            written[plain(label)] = [*earlier, *content]
+            written[unquote(label)] = [*earlier, *content]
     return written
 
 
 # Any: pulumi's classes are what is looked at here, not what is used.
 @cache
-def fields_of(args: Any) -> dict[str, Field]:
+def schema_fields(args: Any) -> dict[str, Field]:
     """The schema of a resource or a block, from the constructor of its Args class."""
     module = importlib.import_module(args.__module__)
     parameters = list(inspect.signature(args.__init__).parameters.values())[1:]
@@ -202,10 +202,10 @@ def _module(name: str) -> ModuleType:
 
 
 @cache
-def _class_of(type_: str) -> tuple[ModuleType, str] | None:
+def _find_resource_class(type_: str) -> tuple[ModuleType, str] | None:
     """The module and the name of a resource's class; None when there is no such resource."""
-    if type_ in UNUSUAL:
-        module, name = UNUSUAL[type_]
+    if type_ in RESOURCE_CLASS_OVERRIDES:
+        module, name = RESOURCE_CLASS_OVERRIDES[type_]
         return (_module(module), name)
     wanted = type_.removeprefix("google_").replace("_", "")
     for info in pkgutil.iter_modules(pulumi_gcp.__path__):

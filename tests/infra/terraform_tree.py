@@ -12,11 +12,11 @@ import hcl2
 Value: TypeAlias = "str | int | float | bool | list[Value] | dict[str, Value] | None"
 Body: TypeAlias = "dict[str, Value]"
 
-MARKS = ("__is_block__", "__comments__", "__inline_comments__")
+PARSER_KEYS = ("__is_block__", "__comments__", "__inline_comments__")
 
 
 @dataclass(frozen=True)
-class Item:
+class TerraformItem:
     """A resource, a data source, a variable, an output: anything with labels and a body."""
 
     kind: str  # "resource", "data", "variable", …
@@ -36,51 +36,51 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Files:
+class TerraformModule:
     """Everything in a folder of Terraform files, as one module."""
 
-    items: tuple[Item, ...]
+    items: tuple[TerraformItem, ...]
     locals: Mapping[str, Value]
 
-    def of(self, kind: str, type_: str | None = None) -> list[Item]:
+    def items_of(self, kind: str, type_: str | None = None) -> list[TerraformItem]:
         """The items of a kind, or of one type of resource."""
         return [item for item in self.items if item.kind == kind and (type_ is None or item.type == type_)]
 
 
-def read_files(folder: Path) -> Files:
+def read_files(folder: Path) -> TerraformModule:
     """Parse every *.tf of the folder. Raises what python-hcl2 raises for text that is no HCL."""
     return parse(path.read_text() for path in sorted(folder.glob("*.tf")))
 
 
-def parse(texts: Iterable[str]) -> Files:
+def parse(texts: Iterable[str]) -> TerraformModule:
     """Parse the texts of some files as one module."""
-    items: list[Item] = []
+    items: list[TerraformItem] = []
     local_values: dict[str, Value] = {}
     for text in texts:
         for kind, blocks in hcl2.loads(text).items():
-            if kind in MARKS:
+            if kind in PARSER_KEYS:
                 continue
             for block in blocks:
                 if kind == "locals":
-                    local_values |= without_marks(block)
+                    local_values |= strip_parser_keys(block)
                 else:
                     items.extend(_items(kind, (), block))
-    return Files(tuple(items), local_values)
+    return TerraformModule(tuple(items), local_values)
 
 
-def _items(kind: str, labels: tuple[str, ...], block: Body) -> Iterator[Item]:
+def _items(kind: str, labels: tuple[str, ...], block: Body) -> Iterator[TerraformItem]:
     """The items in a block: its labels are keys, one in the other, down to the block's own body."""
     if block.get("__is_block__") is True:
-        yield Item(kind, labels, without_marks(block))
+        yield TerraformItem(kind, labels, strip_parser_keys(block))
         return
-    for label, inner in without_marks(block).items():
+    for label, inner in strip_parser_keys(block).items():
         assert isinstance(inner, dict), f"{kind} {label} has no body"
-        yield from _items(kind, (*labels, plain(label)), inner)
+        yield from _items(kind, (*labels, unquote(label)), inner)
 
 
-def without_marks(block: Body) -> Body:
+def strip_parser_keys(block: Body) -> Body:
     """The block as it was written."""
-    return {name: value for name, value in block.items() if name not in MARKS}
+    return {name: value for name, value in block.items() if name not in PARSER_KEYS}
 
 
 def is_block(value: Value) -> bool:
@@ -88,7 +88,7 @@ def is_block(value: Value) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(part, dict) and "__is_block__" in part for part in value)
 
 
-def plain(value: Value) -> str:
+def unquote(value: Value) -> str:
     """The text of a string, or of a bare expression, without quotes and braces."""
     text = str(value)
     for start, end in (('"', '"'), ("${", "}")):
@@ -97,17 +97,17 @@ def plain(value: Value) -> str:
     return text
 
 
-def texts(value: Value) -> Iterator[str]:
+def iter_strings(value: Value) -> Iterator[str]:
     """Every string and expression in a value, keys included."""
     match value:
         case dict():
             for name, inner in value.items():
-                if name not in MARKS:
+                if name not in PARSER_KEYS:
                     yield name
-                    yield from texts(inner)
+                    yield from iter_strings(inner)
         case list():
             for inner in value:
-                yield from texts(inner)
+                yield from iter_strings(inner)
         case _:
             yield str(value)
 
@@ -120,35 +120,37 @@ RESOURCE = re.compile(r"(?<![\w.])((?:data\.)?google_\w+\.\w+)")
 def references(value: Value) -> set[str]:
     """The addresses that a value refers to: var.region, local.hardware, google_storage_bucket.buckets."""
     found: set[str] = set()
-    for text in texts(value):
+    for text in iter_strings(value):
         found |= {f"var.{name}" for name in VARIABLE.findall(text)}
         found |= {f"local.{name}" for name in LOCAL.findall(text)}
         found |= set(RESOURCE.findall(text))
     return found
 
 
-def uses(files: Files) -> dict[str, set[str]]:
+def references_by_address(files: TerraformModule) -> dict[str, set[str]]:
     """What each address refers to."""
     found = {item.address: references(item.body) for item in files.items}
     return found | {f"local.{name}": references(value) for name, value in files.locals.items()}
 
 
-def undeclared(files: Files) -> list[str]:
+def find_undeclared(files: TerraformModule) -> list[str]:
     """References that lead nowhere."""
-    used = uses(files)
+    used = references_by_address(files)
     return sorted(f"{address} refers to {name}" for address, names in used.items() for name in names - used.keys())
 
 
-def unused(files: Files) -> list[str]:
+def find_unused(files: TerraformModule) -> list[str]:
     """Variables and locals that nothing refers to."""
-    used = set().union(*uses(files).values())
-    return sorted(name for name in uses(files) if name.startswith(("var.", "local.")) and name not in used)
+    used = set().union(*references_by_address(files).values())
+    return sorted(name for name in references_by_address(files) if name.startswith(("var.", "local.")) and name not in used)
 
 
-def circle(files: Files) -> list[str]:
+def find_cycle(files: TerraformModule) -> list[str]:
     """Addresses that depend on themselves, by whatever way; Terraform refuses those."""
     left = {
-        address: {name for name in names if name != address} for address, names in uses(files).items() if not address.startswith("output.")
+        address: {name for name in names if name != address}
+        for address, names in references_by_address(files).items()
+        if not address.startswith("output.")
     }
     while ready := {address for address, names in left.items() if not names & left.keys()}:
         left = {address: names for address, names in left.items() if address not in ready}

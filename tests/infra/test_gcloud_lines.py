@@ -6,21 +6,21 @@ from pathlib import Path
 import pytest
 
 from tests.infra.gcloud import Gcloud
-from tests.infra.gcloud_lines import Line, in_python, in_text
+from tests.infra.gcloud_lines import CommandLine, find_in_python, find_in_text
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXTS = ("*.md", "docs/**/*.md", "Makefile", "cloudbuild.yaml", "infra/**/*.sh", "infra/**/*.tf", "**/*Dockerfile", ".gcloudignore")
-PROGRAMS = ("service/**/*.py", "storage/**/*.py", "infra/**/*.py")
+TEXT_GLOBS = ("*.md", "docs/**/*.md", "Makefile", "cloudbuild.yaml", "infra/**/*.sh", "infra/**/*.tf", "**/*Dockerfile", ".gcloudignore")
+PYTHON_GLOBS = ("service/**/*.py", "storage/**/*.py", "infra/**/*.py")
 
 
-def lines(groups: set[str]) -> Iterator[Line]:
-    for read, globs in ((in_text, TEXTS), (in_python, PROGRAMS)):
+def find_all_commands(groups: set[str]) -> Iterator[CommandLine]:
+    for read, globs in ((find_in_text, TEXT_GLOBS), (find_in_python, PYTHON_GLOBS)):
         for path in sorted({path for glob in globs for path in ROOT.glob(glob) if ".venvs" not in path.parts}):
             yield from read(path.read_text(), path.relative_to(ROOT).as_posix(), groups)
 
 
-def test_gcloud_knows_every_command(gcloud: Gcloud) -> None:
-    found = list(lines(gcloud.groups))
+def test_gcloud_accepts_every_documented_command(gcloud: Gcloud) -> None:
+    found = list(find_all_commands(gcloud.command_groups))
     assert len({line.path for line in found}) > 5
     wrong = gcloud.lint([line.command for line in found])
     assert [f"{line.path}:{line.number}: {line.command}\n    {wrong[line.command]}" for line in found if wrong[line.command]] == []
@@ -36,11 +36,11 @@ def test_gcloud_knows_every_command(gcloud: Gcloud) -> None:
         "gcloud firestore databases create --type=natvie",
     ],
 )
-def test_a_slip_of_the_pen_is_found(gcloud: Gcloud, command: str) -> None:
+def test_command_typo_is_detected(gcloud: Gcloud, command: str) -> None:
     assert gcloud.lint([command])[command]
 
 
-def test_a_value_may_stand_after_a_space(gcloud: Gcloud) -> None:
+def test_flag_value_after_space_is_accepted(gcloud: Gcloud) -> None:
     command = "gcloud builds submit --config cloudbuild.yaml --ignore-file=.gcloudignore"
     assert gcloud.lint([command]) == {command: None}
 
@@ -67,22 +67,22 @@ def test_a_value_may_stand_after_a_space(gcloud: Gcloud) -> None:
         ),
     ],
 )
-def test_a_command_is_found_in(text: str, command: str) -> None:
-    assert [line.command for line in in_text(text, "x", {"projects", "run", "auth", "secrets", "logging"})] == [command]
+def test_command_is_extracted(text: str, command: str) -> None:
+    assert [line.command for line in find_in_text(text, "x", {"projects", "run", "auth", "secrets", "logging"})] == [command]
 
 
-def test_a_mention_is_no_command() -> None:
-    assert list(in_text("deployed with `gcloud`, and gcloud knows; check_tools gcloud terraform", "x", {"projects"})) == []
+def test_prose_mention_is_not_a_command() -> None:
+    assert list(find_in_text("deployed with `gcloud`, and gcloud knows; check_tools gcloud terraform", "x", {"projects"})) == []
 
 
-def test_a_line_knows_where_it_stands() -> None:
+def test_command_has_line_number() -> None:
     text = "one\n\n  two \\\n  three\ngcloud projects list\n"
-    assert [line.number for line in in_text(text, "x", {"projects"})] == [5]
+    assert [line.number for line in find_in_text(text, "x", {"projects"})] == [5]
 
 
-def test_what_a_program_tells_is_read_with_what_it_fills_in() -> None:
+def test_python_strings_resolve_variables() -> None:
     source = (
         'def f(p):\n    member = f"--member={p}"\n    return f"mend it: gcloud projects add-iam-policy-binding {p} {member} --role=r"\n'
     )
-    found = list(in_python(source, "x", {"projects"}))
-    assert found == [Line("gcloud projects add-iam-policy-binding filled-in --member=filled-in --role=r", "x", 3)]
+    found = list(find_in_python(source, "x", {"projects"}))
+    assert found == [CommandLine("gcloud projects add-iam-policy-binding filled-in --member=filled-in --role=r", "x", 3)]

@@ -15,42 +15,42 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.infra.dockerfile import Dockerfile, Instruction, parse, parse_ignored, read
+from tests.infra.dockerfile import Dockerfile, Instruction, parse_dockerfile, parse_dockerignore, read_dockerfile
 
 ROOT = Path(__file__).resolve().parents[2]
 HADOLINT = Path(sys.executable).with_name("hadolint")
 SERVICE, LLM = "service/Dockerfile", "jobs/images/llm.Dockerfile"
-BOTH = pytest.mark.parametrize("path", [SERVICE, LLM])
-IGNORED = parse_ignored((ROOT / ".dockerignore").read_text())
+parametrize_dockerfile = pytest.mark.parametrize("path", [SERVICE, LLM])
+DOCKER_IGNORE = parse_dockerignore((ROOT / ".dockerignore").read_text())
 
 MB = 1_000_000
-IMAGE_MOST = 300 * MB
-BASE = 135 * MB  # python:3.11-slim-bookworm unpacked: an estimate, there is no engine here to measure it with
-START_MOST_S = 30
-STOP_MOST_S = 8  # Cloud Run gives ten
+MAX_IMAGE_BYTES = 300 * MB
+BASE_IMAGE_BYTES = 135 * MB  # python:3.11-slim-bookworm unpacked: an estimate, there is no engine here to measure it with
+START_TIMEOUT_S = 30
+STOP_TIMEOUT_S = 8  # Cloud Run gives ten
 
 
-def image(path: str) -> Dockerfile:
-    return read(ROOT / path)
+def load_dockerfile(path: str) -> Dockerfile:
+    return read_dockerfile(ROOT / path)
 
 
 # --- linted -------------------------------------------------------------------------------------------------------------
 
 
-@BOTH
-def test_the_linter_has_nothing_to_say(path: str) -> None:
-    assert hadolint(ROOT / path) == (0, "")
+@parametrize_dockerfile
+def test_dockerfile_passes_hadolint(path: str) -> None:
+    assert run_hadolint(ROOT / path) == (0, "")
 
 
-def test_the_linter_would_say_it(tmp_path: Path) -> None:
+def test_hadolint_detects_problems(tmp_path: Path) -> None:
     bad = tmp_path / "Dockerfile"
     bad.write_text("FROM python\nADD . /app\nENTRYPOINT python -m service\n")
-    code, said = hadolint(bad)
+    code, said = run_hadolint(bad)
     assert code != 0
     assert {"DL3006", "DL3020", "DL3025"} <= set(re.findall(r"DL\d+", said))
 
 
-def hadolint(path: Path) -> tuple[int, str]:
+def run_hadolint(path: Path) -> tuple[int, str]:
     command = [HADOLINT, "--no-color", "--config", ROOT / ".hadolint.yaml", path]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     return answer.returncode, answer.stdout + answer.stderr
@@ -59,64 +59,64 @@ def hadolint(path: Path) -> tuple[int, str]:
 # --- read ---------------------------------------------------------------------------------------------------------------
 
 
-@BOTH
-def test_every_base_is_pinned_by_digest(path: str) -> None:
-    for stage in image(path).stages:
+@parametrize_dockerfile
+def test_base_images_are_pinned_by_digest(path: str) -> None:
+    for stage in load_dockerfile(path).stages:
         assert re.fullmatch(r"[\w./-]+:[\w.-]+@sha256:[0-9a-f]{64}", stage.base)
 
 
-@BOTH
-def test_it_does_not_run_as_root(path: str) -> None:
-    user, _, group = image(path).image.last("USER").text.partition(":")
+@parametrize_dockerfile
+def test_image_does_not_run_as_root(path: str) -> None:
+    user, _, group = load_dockerfile(path).final_stage.last_instruction("USER").text.partition(":")
     assert int(user) >= 1000
     assert int(group) >= 1000
 
 
-@BOTH
-def test_no_shell_stands_between_a_signal_and_the_process(path: str) -> None:
-    shipped = image(path).image
-    entry = shipped.last("ENTRYPOINT").exec_form
+@parametrize_dockerfile
+def test_entrypoint_uses_no_shell(path: str) -> None:
+    shipped = load_dockerfile(path).final_stage
+    entry = shipped.last_instruction("ENTRYPOINT").exec_form
     assert entry is not None
     assert entry[0] == "python"
-    assert not shipped.each("CMD")
+    assert not shipped.instructions_with("CMD")
 
 
-@BOTH
-def test_the_image_holds_only_what_the_build_stage_made(path: str) -> None:
-    for copy in image(path).image.each("COPY"):
+@parametrize_dockerfile
+def test_image_copies_only_from_build_stage(path: str) -> None:
+    for copy in load_dockerfile(path).final_stage.instructions_with("COPY"):
         assert copy.from_stage == "build"
 
 
-@BOTH
-def test_what_is_copied_exists_and_is_let_in(path: str) -> None:
-    for copy in image(path).stage("build").each("COPY"):
+@parametrize_dockerfile
+def test_copied_files_exist_and_are_not_ignored(path: str) -> None:
+    for copy in load_dockerfile(path).stage("build").instructions_with("COPY"):
         for source in copy.words[:-1]:
             assert (ROOT / source).exists(), source
-            assert source.rstrip("/") not in IGNORED
+            assert source.rstrip("/") not in DOCKER_IGNORE
 
 
-@BOTH
-def test_nothing_is_fetched_beside_the_package_managers(path: str) -> None:
-    stages = image(path).stages
-    assert not [stage for stage in stages if stage.each("ADD")]
-    runs = [run.text for stage in stages for run in stage.each("RUN")]
+@parametrize_dockerfile
+def test_build_downloads_only_through_package_managers(path: str) -> None:
+    stages = load_dockerfile(path).stages
+    assert not [stage for stage in stages if stage.instructions_with("ADD")]
+    runs = [run.text for stage in stages for run in stage.instructions_with("RUN")]
     assert not [run for run in runs if re.search(r"\b(curl|wget|git)\b|://", run)]
 
 
-@BOTH
-def test_no_secret_is_in_it(path: str) -> None:
-    dockerfile = image(path)
+@parametrize_dockerfile
+def test_image_contains_no_secret(path: str) -> None:
+    dockerfile = load_dockerfile(path)
     names = [name for stage in dockerfile.stages for name in stage.environment] + list(dockerfile.arguments)
     assert not [name for name in names if re.search("TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL", name)]
 
 
-@BOTH
+@parametrize_dockerfile
 def test_libraries_are_installed_before_the_code_is_copied(path: str) -> None:
-    order = [f"{instruction.keyword} {instruction.text}" for instruction in image(path).stage("build").instructions]
+    order = [f"{instruction.keyword} {instruction.text}" for instruction in load_dockerfile(path).stage("build").instructions]
     installed = max(index for index, step in enumerate(order) if " -m pip " in step)
     code = min(index for index, step in enumerate(order) if step.startswith("COPY schema/"))
     assert installed < code
-    assert [copy.words[0] for copy in image(path).image.each("COPY")] == ["/opt/venv", "/app"]
+    assert [copy.words[0] for copy in load_dockerfile(path).final_stage.instructions_with("COPY")] == ["/opt/venv", "/app"]
 
 
 @pytest.mark.parametrize(
@@ -127,71 +127,71 @@ def test_libraries_are_installed_before_the_code_is_copied(path: str) -> None:
         *("service/__pycache__/main.cpython-311.pyc", "service/api/__pycache__/jobs.cpython-311.pyc", SERVICE, LLM),
     ],
 )
-def test_the_context_leaves_out(path: str) -> None:
-    assert path in IGNORED
+def test_build_context_excludes(path: str) -> None:
+    assert path in DOCKER_IGNORE
 
 
 @pytest.mark.parametrize(
     "path", ["service/main.py", "storage/gcs.py", "jobs/run.py", "requirements/llm.txt", "infra/llama_cpp.sh", "LICENSE"]
 )
-def test_the_context_has(path: str) -> None:
-    assert path not in IGNORED
+def test_build_context_includes(path: str) -> None:
+    assert path not in DOCKER_IGNORE
 
 
-def test_the_service_says_whether_it_is_well_and_the_attempt_is_not_asked() -> None:
-    assert image(SERVICE).image.last("HEALTHCHECK").exec_form is not None
-    assert image(LLM).image.last("HEALTHCHECK").text == "NONE"
+def test_only_service_image_has_healthcheck() -> None:
+    assert load_dockerfile(SERVICE).final_stage.last_instruction("HEALTHCHECK").exec_form is not None
+    assert load_dockerfile(LLM).final_stage.last_instruction("HEALTHCHECK").text == "NONE"
 
 
 # --- the trainer's image ------------------------------------------------------------------------------------------------
 
 
-def test_torch_is_built_for_cuda_12_which_the_driver_of_the_l4_can_run() -> None:
-    torch, cuda = torch_and_cuda(image(LLM).image.base)
-    assert torch == constraints()["torch"]
+def test_torch_uses_cuda_12_for_l4_driver() -> None:
+    torch, cuda = parse_torch_and_cuda(load_dockerfile(LLM).final_stage.base)
+    assert torch == read_constraints()["torch"]
     assert cuda[0] == 12
 
 
-def test_blackwell_has_the_same_torch_for_a_newer_cuda() -> None:
+def test_blackwell_uses_same_torch_with_newer_cuda() -> None:
     base = re.search(r"BASE=(\S+)", (ROOT / "cloudbuild.yaml").read_text())
     assert base is not None
-    torch, cuda = torch_and_cuda(base[1])
-    assert torch == constraints()["torch"]
+    torch, cuda = parse_torch_and_cuda(base[1])
+    assert torch == read_constraints()["torch"]
     assert cuda >= (12, 8)  # the first that knows it
     assert re.search(r"@sha256:[0-9a-f]{64}$", base[1])
 
 
-def test_no_pin_moves_torch() -> None:
-    install = next(run.text for run in image(LLM).stage("build").each("RUN") if "llm.txt" in run.text)
+def test_requirements_do_not_pin_another_torch() -> None:
+    install = next(run.text for run in load_dockerfile(LLM).stage("build").instructions_with("RUN") if "llm.txt" in run.text)
     assert "--constraint requirements/llm-constraints.txt" in install
-    pins = pinned(ROOT / "requirements/llm.txt")
-    assert not {name for name, version in constraints().items() if pins.get(name, version) != version}
+    pins = read_pins(ROOT / "requirements/llm.txt")
+    assert not {name for name, version in read_constraints().items() if pins.get(name, version) != version}
     assert not [name for name in pins if name.startswith(("nvidia-cu", "triton"))]  # the base's, like torch
 
 
-def test_llama_cpp_is_built_for_any_processor() -> None:
-    steps = [run.text for run in image(LLM).stage("build").each("RUN")]
+def test_llama_cpp_is_built_for_generic_cpu() -> None:
+    steps = [run.text for run in load_dockerfile(LLM).stage("build").instructions_with("RUN")]
     assert "infra/llama_cpp.sh /opt/venv/bin/python" in steps
     assert "-DGGML_NATIVE=OFF" in (ROOT / "infra/llama_cpp.sh").read_text()
 
 
-def test_its_entry_is_the_attempt() -> None:
-    assert image(LLM).image.last("ENTRYPOINT").exec_form == ["python", "-m", "jobs.run"]
-    assert image(LLM).image.last("WORKDIR").text == "/app"
+def test_trainer_entrypoint_runs_attempt() -> None:
+    assert load_dockerfile(LLM).final_stage.last_instruction("ENTRYPOINT").exec_form == ["python", "-m", "jobs.run"]
+    assert load_dockerfile(LLM).final_stage.last_instruction("WORKDIR").text == "/app"
     assert "COPY jobs/ /app/jobs/" in (ROOT / LLM).read_text()
 
 
-def torch_and_cuda(base: str) -> tuple[str, tuple[int, ...]]:
+def parse_torch_and_cuda(base: str) -> tuple[str, tuple[int, ...]]:
     found = re.fullmatch(r"pytorch/pytorch:([\d.]+)-cuda([\d.]+)-cudnn\d+-runtime@.*", base)
     assert found, base
     return found[1], tuple(int(part) for part in found[2].split("."))
 
 
-def constraints() -> dict[str, str]:
-    return pinned(ROOT / "requirements/llm-constraints.txt")
+def read_constraints() -> dict[str, str]:
+    return read_pins(ROOT / "requirements/llm-constraints.txt")
 
 
-def pinned(path: Path) -> dict[str, str]:
+def read_pins(path: Path) -> dict[str, str]:
     return dict(re.findall(r"^([\w.-]+)==(\S+)", path.read_text().lower(), re.MULTILINE))
 
 
@@ -199,7 +199,7 @@ def pinned(path: Path) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Installed:
+class InstalledImage:
     """A folder that stands for the root of the service's image."""
 
     root: Path
@@ -212,17 +212,17 @@ class Installed:
 
     def environment(self, **variables: str) -> dict[str, str]:
         """What ENV sets, below the root."""
-        own = {name: self.inside(value) for name, value in image(SERVICE).image.environment.items()}
+        own = {name: self.relocate_paths(value) for name, value in load_dockerfile(SERVICE).final_stage.environment.items()}
         return own | {"PATH": f"{self.root}/opt/venv/bin:{self.root}/usr/local/bin:/usr/bin:/bin"} | variables
 
-    def inside(self, text: str) -> str:
+    def relocate_paths(self, text: str) -> str:
         """The text with its absolute paths put below the root."""
         return re.sub(r"(?<![\w.\"'])/(opt|app|build|tmp)\b", rf"{self.root}/\1", text)
 
     @contextmanager
-    def serving(self) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    def run_service(self) -> Iterator[tuple["subprocess.Popen[str]", str]]:
         """Its entry point at work, and its url."""
-        entry = image(SERVICE).image.last("ENTRYPOINT").exec_form or []
+        entry = load_dockerfile(SERVICE).final_stage.last_instruction("ENTRYPOINT").exec_form or []
         command = [str(self.root / "opt/venv/bin/python"), *entry[1:]]
         process = subprocess.Popen(
             command, env=self.environment(PORT="0"), cwd=self.root / "app", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -236,106 +236,106 @@ class Installed:
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
+def installed_image(tmp_path_factory: pytest.TempPathFactory) -> InstalledImage:
     """The build stage's steps, carried out one after the other in an empty folder with a bare Python."""
-    here = Installed(tmp_path_factory.mktemp("image"))
+    here = InstalledImage(tmp_path_factory.mktemp("image"))
     (here.root / "tmp").mkdir()
-    subprocess.run([base_python(), "-m", "venv", here.root / "usr/local"], check=True)  # the base: a Python with pip
+    subprocess.run([find_base_python(), "-m", "venv", here.root / "usr/local"], check=True)  # the base: a Python with pip
     folder = here.root
-    for step in image(SERVICE).stage("build").instructions:
+    for step in load_dockerfile(SERVICE).stage("build").instructions:
         match step.keyword:
             case "WORKDIR":
-                folder = Path(here.inside(step.text))
+                folder = Path(here.relocate_paths(step.text))
                 folder.mkdir(parents=True, exist_ok=True)
             case "COPY":
-                copy(step, here, folder)
+                run_copy_instruction(step, here, folder)
             case "RUN":
-                carry_out(step, here, folder)
+                run_shell_instruction(step, here, folder)
             case other:
                 raise NotImplementedError(other)
     return here
 
 
-def base_python() -> str:
+def find_base_python() -> str:
     """Python 3.11, like the image's."""
     found = shutil.which("python3.11")
     assert found, "no python3.11 on the PATH"
     return found
 
 
-def copy(step: Instruction, here: Installed, folder: Path) -> None:
+def run_copy_instruction(step: Instruction, image_root: InstalledImage, folder: Path) -> None:
     *sources, target = step.words
-    to = folder / here.inside(target)
+    to = folder / image_root.relocate_paths(target)
     for source in sources:
         given = ROOT / source
         for file in [given] if given.is_file() else (file for file in given.rglob("*") if file.is_file()):
             path = file.relative_to(ROOT).as_posix()
-            if path not in IGNORED:
+            if path not in DOCKER_IGNORE:
                 place = to / (file.name if given.is_file() else file.relative_to(given))
                 place.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(file, place)
 
 
-def carry_out(step: Instruction, here: Installed, folder: Path) -> None:
+def run_shell_instruction(step: Instruction, image_root: InstalledImage, folder: Path) -> None:
     # How this machine reaches the package registry, which a builder knows by itself; and what it has fetched before.
     mine = {name: value for name, value in os.environ.items() if re.match(r"PIP_|SSL_|.*_proxy$|.*_PROXY$|HOME$", name)}
-    command = here.inside(step.text).replace("--no-cache-dir ", "--quiet ")
-    path = f"{here.root}/usr/local/bin:/usr/bin:/bin"
+    command = image_root.relocate_paths(step.text).replace("--no-cache-dir ", "--quiet ")
+    path = f"{image_root.root}/usr/local/bin:/usr/bin:/bin"
     done = subprocess.run(["/bin/sh", "-ec", command], env=mine | {"PATH": path}, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"RUN {step.text}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
 
 
-def test_the_service_starts_from_its_image_and_stops_when_told(installed: Installed) -> None:
-    with installed.serving() as (process, url):
-        status, body = get(url, "/health")
+def test_service_image_starts_and_stops_on_sigterm(installed_image: InstalledImage) -> None:
+    with installed_image.run_service() as (process, url):
+        status, body = http_get(url, "/health")
         assert (status, '"status":"ok"' in body) == (200, True), body
         process.send_signal(signal.SIGTERM)
-        assert process.wait(STOP_MOST_S) in (0, -signal.SIGTERM)
+        assert process.wait(STOP_TIMEOUT_S) in (0, -signal.SIGTERM)
 
 
-def test_the_health_check_tells_a_service_that_runs_from_one_that_does_not(installed: Installed) -> None:
-    check = image(SERVICE).image.last("HEALTHCHECK").exec_form
+def test_healthcheck_detects_stopped_service(installed_image: InstalledImage) -> None:
+    check = load_dockerfile(SERVICE).final_stage.last_instruction("HEALTHCHECK").exec_form
     assert check is not None
-    with installed.serving() as (_, url):
+    with installed_image.run_service() as (_, url):
         port = str(urlsplit(url).port)
-        get(url, "/health")
-        assert installed.run(*check, PORT=port).returncode == 0
-    assert installed.run(*check, PORT=port).returncode != 0
+        http_get(url, "/health")
+        assert installed_image.run(*check, PORT=port).returncode == 0
+    assert installed_image.run(*check, PORT=port).returncode != 0
 
 
-def test_the_image_stays_below_its_size(installed: Installed) -> None:
-    files = (file.lstat() for folder in ("opt", "app") for file in (installed.root / folder).rglob("*"))
+def test_image_stays_below_size_limit(installed_image: InstalledImage) -> None:
+    files = (file.lstat() for folder in ("opt", "app") for file in (installed_image.root / folder).rglob("*"))
     size = sum(file.st_blocks * 512 for file in files)
-    assert BASE + size < IMAGE_MOST, f"{size / MB:.0f} MB beside the base"
+    assert BASE_IMAGE_BYTES + size < MAX_IMAGE_BYTES, f"{size / MB:.0f} MB beside the base"
 
 
-def test_every_adapter_finds_its_libraries(installed: Installed) -> None:
+def test_every_adapter_imports_in_image(installed_image: InstalledImage) -> None:
     modules = [
-        file.relative_to(installed.root / "app").with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+        file.relative_to(installed_image.root / "app").with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
         for package in ("schema", "storage", "service")
-        for file in sorted((installed.root / "app" / package).rglob("*.py"))
+        for file in sorted((installed_image.root / "app" / package).rglob("*.py"))
     ]
-    done = installed.run("python", "-c", f"import {', '.join(modules)}")
+    done = installed_image.run("python", "-c", f"import {', '.join(modules)}")
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_s3_is_among_the_services_that_botocore_still_knows(installed: Installed) -> None:
+def test_pruned_botocore_keeps_s3(installed_image: InstalledImage) -> None:
     client = "boto3.client('s3', region_name='auto', aws_access_key_id='a', aws_secret_access_key='b')"
     signed = f"import boto3; print({client}.generate_presigned_url('get_object', Params=dict(Bucket='b', Key='k')))"
-    assert installed.run("python", "-c", signed).stdout.startswith("https://")
+    assert installed_image.run("python", "-c", signed).stdout.startswith("https://")
 
 
-def test_nothing_can_be_installed_while_it_runs(installed: Installed) -> None:
-    assert "No module named pip" in installed.run("python", "-m", "pip").stderr
+def test_image_has_no_pip(installed_image: InstalledImage) -> None:
+    assert "No module named pip" in installed_image.run("python", "-m", "pip").stderr
 
 
-def test_the_image_holds_neither_tests_nor_trainers(installed: Installed) -> None:
-    assert sorted(path.name for path in (installed.root / "app").iterdir()) == ["LICENSE", "schema", "service", "storage"]
+def test_service_image_has_no_tests_or_trainers(installed_image: InstalledImage) -> None:
+    assert sorted(path.name for path in (installed_image.root / "app").iterdir()) == ["LICENSE", "schema", "service", "storage"]
 
 
-def get(url: str, path: str) -> tuple[int, str]:
+def http_get(url: str, path: str) -> tuple[int, str]:
     assert url.startswith("http://127.0.0.1:"), f"it said: {url}"
-    connection = HTTPConnection(urlsplit(url).netloc, timeout=START_MOST_S)
+    connection = HTTPConnection(urlsplit(url).netloc, timeout=START_TIMEOUT_S)
     try:
         connection.request("GET", path)
         answer = connection.getresponse()
@@ -347,8 +347,8 @@ def get(url: str, path: str) -> tuple[int, str]:
 # --- the reader of Dockerfiles itself -----------------------------------------------------------------------------------
 
 
-def test_a_step_over_several_lines_is_one() -> None:
-    read_back = parse('ARG A=b\nFROM ${A} AS build\nRUN one \\\n# said\n    && two\nFROM c\nENTRYPOINT ["x"]\n')
+def test_multiline_instruction_is_parsed_as_one() -> None:
+    read_back = parse_dockerfile('ARG A=b\nFROM ${A} AS build\nRUN one \\\n# said\n    && two\nFROM c\nENTRYPOINT ["x"]\n')
     assert read_back.stage("build").base == "b"
-    assert read_back.stage("build").each("RUN")[0].text == "one && two"
-    assert read_back.image.last("ENTRYPOINT").exec_form == ["x"]
+    assert read_back.stage("build").instructions_with("RUN")[0].text == "one && two"
+    assert read_back.final_stage.last_instruction("ENTRYPOINT").exec_form == ["x"]

@@ -13,32 +13,32 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT, REGION = "my-project", "europe-west4"
 
 # Each notes its arguments, what it is given on standard input where that matters, and answers as a new project would.
-GCLOUD = """#!/bin/bash
-echo "gcloud $*" >>"$CALLS"
+GCLOUD_STUB = """#!/bin/bash
+echo "gcloud $*" >>"$CALLS_FILE"
 case "$*" in
   "auth list"*) echo "$FAKE_ACCOUNT" ;;
   "auth print-access-token") echo a-token ;;
   "projects describe"*) [[ -z "$NO_PROJECT" ]] && echo 123456 ;;
   "billing projects describe"*) echo "${FAKE_BILLING-True}" ;;
-  "storage buckets describe"*) [[ -f "$WORLD/bucket" ]] ;;
-  "storage buckets create"*) touch "$WORLD/bucket" ;;
-  "secrets versions list"*) [[ ! -f "$WORLD/key" ]] || echo 1 ;;
-  "secrets versions add"*) cat >"$WORLD/key" ;;
+  "storage buckets describe"*) [[ -f "$STUB_HOME/bucket" ]] ;;
+  "storage buckets create"*) touch "$STUB_HOME/bucket" ;;
+  "secrets versions list"*) [[ ! -f "$STUB_HOME/key" ]] || echo 1 ;;
+  "secrets versions add"*) cat >"$STUB_HOME/key" ;;
 esac
 """
-TERRAFORM = """#!/bin/bash
-echo "terraform $*" >>"$CALLS"
-echo "token=$GOOGLE_OAUTH_ACCESS_TOKEN" >>"$WORLD/tokens"
+TERRAFORM_STUB = """#!/bin/bash
+echo "terraform $*" >>"$CALLS_FILE"
+echo "token=$GOOGLE_OAUTH_ACCESS_TOKEN" >>"$STUB_HOME/tokens"
 case "$*" in
   *" output -raw region") [[ -n "$FAKE_REGION" ]] && echo "$FAKE_REGION" ;;
   *" output -raw profiles") echo l4,cpu ;;
   *" output -raw repository") echo tunesmith ;;
   *" output -raw next_steps") echo "curl the service" ;;
   *" state list") printf '%s\\n' "$FAKE_STATE" ;;
-  *" apply "*) if [[ -s "$WORLD/refusals" ]]; then head -1 "$WORLD/refusals"; sed -i 1d "$WORLD/refusals"; exit 1; fi ;;
+  *" apply "*) if [[ -s "$STUB_HOME/refusals" ]]; then head -1 "$STUB_HOME/refusals"; sed -i 1d "$STUB_HOME/refusals"; exit 1; fi ;;
 esac
 """
-STATE = """data.google_project.this
+TERRAFORM_STATE = """data.google_project.this
 google_project_service.apis["run.googleapis.com"]
 google_storage_bucket.buckets["models"]
 google_storage_bucket_iam_member.job_uses_models
@@ -49,16 +49,18 @@ google_cloud_run_v2_service.tunesmith"""
 
 
 @dataclass(frozen=True)
-class Cloud:
+class ScriptHarness:
     """A copy of the scripts beside programs that only pretend."""
 
     home: Path
 
     def run(self, script: str, *arguments: str, **said: str) -> subprocess.CompletedProcess[str]:
         """Run a script of infra/ from this copy."""
-        world = {"WORLD": str(self.home), "CALLS": str(self.home / "calls"), "FAKE_ACCOUNT": "me@example.com", "PAUSE_S": "0"}
+        world = {"STUB_HOME": str(self.home), "CALLS_FILE": str(self.home / "calls"), "FAKE_ACCOUNT": "me@example.com", "PAUSE_S": "0"}
         environment = (
-            {"PATH": f"{self.home}/bin:{os.environ['PATH']}", "NO_PROJECT": "", "FAKE_REGION": "", "FAKE_STATE": STATE} | world | said
+            {"PATH": f"{self.home}/bin:{os.environ['PATH']}", "NO_PROJECT": "", "FAKE_REGION": "", "FAKE_STATE": TERRAFORM_STATE}
+            | world
+            | said
         )
         command = [str(self.home / "infra" / script), *arguments]
         return subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
@@ -69,28 +71,28 @@ class Cloud:
         noted = self.home / "calls"
         return noted.read_text().splitlines() if noted.exists() else []
 
-    def place(self, part: str) -> int:
+    def position_of(self, part: str) -> int:
         """Where a call stands among the others."""
         (place, *_) = [place for place, call in enumerate(self.calls) if part in call]
         return place
 
 
 @pytest.fixture
-def cloud(tmp_path: Path) -> Cloud:
+def cloud(tmp_path: Path) -> ScriptHarness:
     (tmp_path / "infra/terraform").mkdir(parents=True)
     (tmp_path / "bin").mkdir()
     for name in ("deploy.sh", "destroy.sh", "deployment.sh"):
         (tmp_path / "infra" / name).write_text((ROOT / "infra" / name).read_text())
         (tmp_path / "infra" / name).chmod(0o755)
-    for name, text in (("gcloud", GCLOUD), ("terraform", TERRAFORM)):
+    for name, text in (("gcloud", GCLOUD_STUB), ("terraform", TERRAFORM_STUB)):
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
-    return Cloud(tmp_path)
+    return ScriptHarness(tmp_path)
 
 
 @pytest.mark.parametrize("script", ["deploy.sh", "destroy.sh"])
 @pytest.mark.parametrize(("arguments", "says"), [((), "PROJECT_ID is missing"), (("p", ""), "REGION is missing")])
-def test_what_is_missing_is_named_before_anything_is_done(cloud: Cloud, script: str, arguments: tuple[str, ...], says: str) -> None:
+def test_missing_prerequisite_is_reported_first(cloud: ScriptHarness, script: str, arguments: tuple[str, ...], says: str) -> None:
     run = cloud.run(script, *arguments)
     assert run.returncode == 1
     assert says in run.stderr
@@ -105,14 +107,14 @@ def test_what_is_missing_is_named_before_anything_is_done(cloud: Cloud, script: 
         ({"FAKE_BILLING": "False"}, "gcloud billing projects link my-project"),
     ],
 )
-def test_a_project_that_cannot_be_used_is_refused_with_what_helps(cloud: Cloud, said: dict[str, str], says: str) -> None:
+def test_unusable_project_error_names_fix(cloud: ScriptHarness, said: dict[str, str], says: str) -> None:
     run = cloud.run("deploy.sh", PROJECT, REGION, **said)
     assert run.returncode == 1
     assert says in run.stderr
     assert not [call for call in cloud.calls if call.startswith("terraform") or "create" in call or "enable" in call]
 
 
-def test_an_empty_project_gets_everything_in_order(cloud: Cloud) -> None:
+def test_deploy_to_empty_project_runs_steps_in_order(cloud: ScriptHarness) -> None:
     run = cloud.run("deploy.sh", PROJECT, REGION)
     assert run.returncode == 0, run.stderr
     steps = [
@@ -124,22 +126,22 @@ def test_an_empty_project_gets_everything_in_order(cloud: Cloud) -> None:
         "builds submit",
         "next_steps",
     ]
-    places = [cloud.place(step) for step in steps]
+    places = [cloud.position_of(step) for step in steps]
     assert places == sorted(places)
     assert "curl the service" in run.stdout
 
 
-def test_terraforms_memory_is_private_and_keeps_its_versions(cloud: Cloud) -> None:
+def test_terraform_state_bucket_is_private_and_versioned(cloud: ScriptHarness) -> None:
     cloud.run("deploy.sh", PROJECT, REGION)
-    create, update = cloud.calls[cloud.place("buckets create")], cloud.calls[cloud.place("buckets update")]
+    create, update = cloud.calls[cloud.position_of("buckets create")], cloud.calls[cloud.position_of("buckets update")]
     assert "gs://my-project-tunesmith-terraform" in create
     assert "--public-access-prevention" in create
     assert "--uniform-bucket-level-access" in create
     assert "--versioning" in update
-    assert "-backend-config=bucket=my-project-tunesmith-terraform" in cloud.calls[cloud.place(" init ")]
+    assert "-backend-config=bucket=my-project-tunesmith-terraform" in cloud.calls[cloud.position_of(" init ")]
 
 
-def test_the_signing_key_goes_through_a_pipe_and_nowhere_else(cloud: Cloud) -> None:
+def test_signing_key_is_only_passed_through_stdin(cloud: ScriptHarness) -> None:
     run = cloud.run("deploy.sh", PROJECT, REGION)
     key = (cloud.home / "key").read_text()
     assert len(key) == 64
@@ -150,27 +152,27 @@ def test_the_signing_key_goes_through_a_pipe_and_nowhere_else(cloud: Cloud) -> N
     assert "-target" not in then
 
 
-def test_a_key_that_is_there_is_left_alone(cloud: Cloud) -> None:
+def test_existing_signing_key_is_kept(cloud: ScriptHarness) -> None:
     (cloud.home / "key").write_text("old")
     assert cloud.run("deploy.sh", PROJECT, REGION).returncode == 0
     assert (cloud.home / "key").read_text() == "old"
     assert len([call for call in cloud.calls if " apply " in call]) == 1
 
 
-def test_one_login_serves_terraform_too_and_is_not_shown(cloud: Cloud) -> None:
+def test_terraform_reuses_gcloud_login_without_printing_token(cloud: ScriptHarness) -> None:
     run = cloud.run("deploy.sh", PROJECT, REGION)
     assert set((cloud.home / "tokens").read_text().split()) == {"token=a-token"}
     assert "a-token" not in run.stdout + run.stderr + "".join(cloud.calls)
 
 
-def test_what_google_does_not_know_yet_is_tried_again(cloud: Cloud) -> None:
+def test_not_yet_visible_resources_are_retried(cloud: ScriptHarness) -> None:
     (cloud.home / "key").write_text("old")
     (cloud.home / "refusals").write_text("Error 404: If a metric was created recently, it could take up to 10 minutes\n" * 2)
     assert cloud.run("deploy.sh", PROJECT, REGION).returncode == 0
     assert len([call for call in cloud.calls if " apply " in call]) == 3
 
 
-def test_any_other_refusal_ends_the_deployment(cloud: Cloud) -> None:
+def test_other_errors_stop_deployment(cloud: ScriptHarness) -> None:
     (cloud.home / "key").write_text("old")
     (cloud.home / "refusals").write_text("Error 403: quota\n" * 9)
     run = cloud.run("deploy.sh", PROJECT, REGION)
@@ -180,7 +182,7 @@ def test_any_other_refusal_ends_the_deployment(cloud: Cloud) -> None:
     assert not [call for call in cloud.calls if "builds submit" in call]
 
 
-def test_who_deploys_first_may_call_the_service_and_settings_are_kept(cloud: Cloud) -> None:
+def test_first_deployer_gets_invoker_role_and_settings_persist(cloud: ScriptHarness) -> None:
     settings = cloud.home / "infra/terraform/my-project.tfvars"
     cloud.run("deploy.sh", PROJECT, REGION)
     assert 'invokers = ["user:me@example.com"]' in settings.read_text()
@@ -191,23 +193,23 @@ def test_who_deploys_first_may_call_the_service_and_settings_are_kept(cloud: Clo
     assert all("-var-file=my-project.tfvars" in call for call in cloud.calls if " apply " in call)
 
 
-def test_the_first_settings_are_variables_that_there_are(cloud: Cloud) -> None:
+def test_initial_settings_are_known_variables(cloud: ScriptHarness) -> None:
     cloud.run("deploy.sh", PROJECT, REGION)
     written = (cloud.home / "infra/terraform/my-project.tfvars").read_text()
     named = {line.lstrip("# ").partition(" ")[0] for line in written.splitlines() if " = " in line}
-    declared = {item.labels[0] for item in read_files(ROOT / "infra/terraform").of("variable")}
+    declared = {item.labels[0] for item in read_files(ROOT / "infra/terraform").items_of("variable")}
     assert named <= declared
     assert {"profiles", "invokers", "alert_email", "billing_account"} <= named
 
 
-def test_a_machine_may_deploy_too_and_gets_no_mail(cloud: Cloud) -> None:
+def test_service_account_can_deploy_without_alert_email(cloud: ScriptHarness) -> None:
     cloud.run("deploy.sh", PROJECT, REGION, FAKE_ACCOUNT="ci@other.iam.gserviceaccount.com")
     settings = (cloud.home / "infra/terraform/my-project.tfvars").read_text()
     assert 'invokers = ["serviceAccount:ci@other.iam.gserviceaccount.com"]' in settings
     assert "\nalert_email" not in settings
 
 
-def test_a_deployment_is_not_moved_to_another_region(cloud: Cloud) -> None:
+def test_deployment_region_cannot_change(cloud: ScriptHarness) -> None:
     run = cloud.run("deploy.sh", PROJECT, REGION, FAKE_REGION="us-east4")
     assert run.returncode == 1
     assert "REGION=us-east4" in run.stderr
@@ -215,14 +217,14 @@ def test_a_deployment_is_not_moved_to_another_region(cloud: Cloud) -> None:
 
 
 @pytest.mark.parametrize("answer", ["", "yes", "my-projec"])
-def test_nothing_is_destroyed_without_the_projects_name(cloud: Cloud, answer: str) -> None:
+def test_destroy_requires_project_name(cloud: ScriptHarness, answer: str) -> None:
     run = cloud.run("destroy.sh", PROJECT, REGION, CONFIRM=answer)
     assert run.returncode == 1
     assert "CONFIRM=my-project" in run.stderr
     assert not [call for call in cloud.calls if call.startswith("terraform")]
 
 
-def test_destroying_leaves_the_data_and_says_how_to_delete_it(cloud: Cloud) -> None:
+def test_destroy_keeps_data_and_prints_delete_commands(cloud: ScriptHarness) -> None:
     run = cloud.run("destroy.sh", PROJECT, REGION, CONFIRM=PROJECT)
     assert run.returncode == 0, run.stderr
     (call,) = [call for call in cloud.calls if " destroy " in call]
@@ -238,7 +240,7 @@ def test_destroying_leaves_the_data_and_says_how_to_delete_it(cloud: Cloud) -> N
     assert not [call for call in cloud.calls if "storage rm" in call or "databases delete" in call]
 
 
-def test_destroying_twice_is_harmless(cloud: Cloud) -> None:
+def test_destroy_is_idempotent(cloud: ScriptHarness) -> None:
     run = cloud.run("destroy.sh", PROJECT, REGION, CONFIRM=PROJECT, FAKE_STATE='google_storage_bucket.buckets["models"]')
     assert run.returncode == 0, run.stderr
     assert not [call for call in cloud.calls if " destroy " in call]

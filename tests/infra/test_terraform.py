@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from tests.infra import google_schema, terraform_tree
-from tests.infra.terraform_tree import Files, Item, Value, plain, texts
+from tests.infra.terraform_tree import TerraformItem, TerraformModule, Value, iter_strings, unquote
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "infra/terraform"
-FILES = terraform_tree.read_files(FOLDER)
-RESOURCES = {item.address: item for item in FILES.items if item.kind in ("resource", "data")}
-OFFLINE = {"TF_CLI_CONFIG_FILE": "/dev/null", "CHECKPOINT_DISABLE": "1", "PATH": "/usr/bin:/bin"}
+MODULE = terraform_tree.read_files(FOLDER)
+RESOURCES = {item.address: item for item in MODULE.items if item.kind in ("resource", "data")}
+OFFLINE_ENVIRONMENT = {"TF_CLI_CONFIG_FILE": "/dev/null", "CHECKPOINT_DISABLE": "1", "PATH": "/usr/bin:/bin"}
 
 
 # --- form -------------------------------------------------------------------------------------------------------------
@@ -32,37 +32,37 @@ def terraform() -> str:
     return found
 
 
-def test_the_files_are_formatted(terraform: str) -> None:
-    run = subprocess.run([terraform, "fmt", "-check", "-diff", str(FOLDER)], capture_output=True, text=True, env=OFFLINE)
+def test_terraform_files_are_formatted(terraform: str) -> None:
+    run = subprocess.run([terraform, "fmt", "-check", "-diff", str(FOLDER)], capture_output=True, text=True, env=OFFLINE_ENVIRONMENT)
     assert run.returncode == 0, f"terraform fmt infra/terraform\n{run.stdout}{run.stderr}"
 
 
 # --- names, against the provider's schema -------------------------------------------------------------------------------
 
 
-def complaints(files: Files) -> list[str]:
+def find_problems(files: TerraformModule) -> list[str]:
     """Everything that the provider or Terraform would refuse by its name."""
     resources = {item.address: item for item in files.items if item.kind in ("resource", "data")}
-    found = terraform_tree.undeclared(files) + terraform_tree.circle(files)
+    found = terraform_tree.find_undeclared(files) + terraform_tree.find_cycle(files)
     for item in files.items:
-        found += google_schema.problems_of_references(item, resources)
+        found += google_schema.check_references(item, resources)
         if item.kind == "resource":
-            found += google_schema.problems(item)
+            found += google_schema.check_resource(item)
         elif item.kind == "data":
-            found += google_schema.problems_of_data_source(item)
+            found += google_schema.check_data_source(item)
         elif item.kind == "provider":
-            found += google_schema.problems_of_provider(item)
+            found += google_schema.check_provider(item)
     return found
 
 
-def test_every_name_is_one_that_the_provider_knows() -> None:
-    assert complaints(FILES) == []
+def test_names_match_provider_schema() -> None:
+    assert find_problems(MODULE) == []
 
 
-def test_the_schema_is_of_the_version_that_is_asked_for() -> None:
-    (settings,) = FILES.of("terraform")
+def test_schema_matches_required_provider_version() -> None:
+    (settings,) = MODULE.items_of("terraform")
     major = google_schema.PROVIDER_MAJOR[int(version("pulumi-gcp").split(".")[0])]
-    assert f'"~> {major}.0"' in list(texts(settings.body))
+    assert f'"~> {major}.0"' in list(iter_strings(settings.body))
 
 
 @pytest.mark.parametrize(
@@ -92,76 +92,76 @@ def test_the_schema_is_of_the_version_that_is_asked_for() -> None:
         ("user_project_override ", "project_override ", "no attribute or block project_override"),
     ],
 )
-def test_a_slip_of_the_pen_is_found(right: str, wrong: str, says: str) -> None:
+def test_terraform_typo_is_detected(right: str, wrong: str, says: str) -> None:
     sources = [path.read_text() for path in sorted(FOLDER.glob("*.tf"))]
     assert any(right in source for source in sources), f"the files have no {right!r} any more: choose another slip"
     slipped = terraform_tree.parse(source.replace(right, wrong) for source in sources)
-    assert any(says in complaint for complaint in complaints(slipped)), complaints(slipped)
+    assert any(says in complaint for complaint in find_problems(slipped)), find_problems(slipped)
 
 
-def test_a_circle_is_found() -> None:
+def test_reference_cycle_is_detected() -> None:
     text = 'resource "google_storage_bucket" "a" {\n  name = google_storage_bucket.b.name\n}\n'
     files = terraform_tree.parse([text, text.replace('"a"', '"b"').replace("bucket.b", "bucket.a")])
-    assert terraform_tree.circle(files) == ["google_storage_bucket.a", "google_storage_bucket.b"]
+    assert terraform_tree.find_cycle(files) == ["google_storage_bucket.a", "google_storage_bucket.b"]
 
 
-def test_nothing_is_declared_for_nothing() -> None:
-    assert terraform_tree.unused(FILES) == []
+def test_every_declaration_is_used() -> None:
+    assert terraform_tree.find_unused(MODULE) == []
 
 
 # --- what nobody may do -------------------------------------------------------------------------------------------------
 
 
-def words(kind: str = "resource") -> list[str]:
+def item_strings(kind: str = "resource") -> list[str]:
     """Every string and expression of all items of a kind."""
-    return [text for item in FILES.of(kind) for text in texts(item.body)]
+    return [text for item in MODULE.items_of(kind) for text in iter_strings(item.body)]
 
 
-def test_nothing_is_open_to_everybody() -> None:
-    assert not [text for text in words() + words("variable") if re.search("allUsers|allAuthenticatedUsers", text)]
-    (service,) = FILES.of("resource", "google_cloud_run_v2_service")
+def test_nothing_is_public() -> None:
+    assert not [text for text in item_strings() + item_strings("variable") if re.search("allUsers|allAuthenticatedUsers", text)]
+    (service,) = MODULE.items_of("resource", "google_cloud_run_v2_service")
     assert service.body["invoker_iam_disabled"] is False
 
 
-def test_there_are_no_keys_and_no_secret_values_in_the_state() -> None:
-    assert FILES.of("resource", "google_service_account_key") == []
-    assert FILES.of("resource", "google_secret_manager_secret_version") == []
+def test_state_contains_no_keys_or_secrets() -> None:
+    assert MODULE.items_of("resource", "google_service_account_key") == []
+    assert MODULE.items_of("resource", "google_secret_manager_secret_version") == []
 
 
-def test_no_bucket_can_be_made_public_or_emptied_by_terraform() -> None:
-    buckets = FILES.of("resource", "google_storage_bucket")
+def test_buckets_are_private_and_not_force_destroyed() -> None:
+    buckets = MODULE.items_of("resource", "google_storage_bucket")
     assert buckets
     for bucket in buckets:
-        assert plain(bucket.body["public_access_prevention"]) == "enforced"
+        assert unquote(bucket.body["public_access_prevention"]) == "enforced"
         assert bucket.body["uniform_bucket_level_access"] is True
         assert bucket.body["force_destroy"] is False
         assert "cors" not in bucket.body
 
 
 def test_records_are_protected() -> None:
-    (database,) = FILES.of("resource", "google_firestore_database")
-    assert plain(database.body["delete_protection_state"]) == "DELETE_PROTECTION_ENABLED"
-    assert plain(database.body["point_in_time_recovery_enablement"]) == "POINT_IN_TIME_RECOVERY_ENABLED"
-    assert plain(database.body["deletion_policy"]) == "ABANDON"
+    (database,) = MODULE.items_of("resource", "google_firestore_database")
+    assert unquote(database.body["delete_protection_state"]) == "DELETE_PROTECTION_ENABLED"
+    assert unquote(database.body["point_in_time_recovery_enablement"]) == "POINT_IN_TIME_RECOVERY_ENABLED"
+    assert unquote(database.body["deletion_policy"]) == "ABANDON"
 
 
-def grants(account: str) -> set[tuple[str, str]]:
+def granted_roles(account: str) -> set[tuple[str, str]]:
     """What an identity may do: the role, and what it is granted on."""
     found: set[tuple[str, str]] = set()
-    for item in FILES.of("resource"):
-        if item.type.endswith("_iam_member") and plain(item.body["member"]) == f"google_service_account.{account}.member":
+    for item in MODULE.items_of("resource"):
+        if item.type.endswith("_iam_member") and unquote(item.body["member"]) == f"google_service_account.{account}.member":
             on = [
-                plain(item.body[name])
+                unquote(item.body[name])
                 for name in ("bucket", "name", "secret_id", "service_account_id", "repository", "project")
                 if name in item.body
             ]
-            found.add((plain(item.body["role"]).removeprefix("roles/"), resource_of(item, on[0])))
+            found.add((unquote(item.body["role"]).removeprefix("roles/"), describe_grant_target(item, on[0])))
     return found
 
 
-def resource_of(item: Item, name: str) -> str:
+def describe_grant_target(item: TerraformItem, name: str) -> str:
     """What a name or an address means, in a word."""
-    over = plain(item.body.get("for_each")) if "each.value" in name else name
+    over = unquote(item.body.get("for_each")) if "each.value" in name else name
     word = {
         "google_storage_bucket.buckets": "every bucket",
         "google_cloud_run_v2_job.profiles": "every job",
@@ -177,8 +177,8 @@ def resource_of(item: Item, name: str) -> str:
     return word + (" on condition" if "condition" in item.body else "")
 
 
-def test_an_attempt_reaches_its_bytes_and_the_service_and_nothing_else() -> None:
-    assert grants("job") == {
+def test_attempt_account_has_only_required_roles() -> None:
+    assert granted_roles("job") == {
         ("storage.objectViewer", "configs bucket"),
         ("storage.objectUser", "configs bucket on condition"),
         ("storage.objectViewer", "datasets bucket"),
@@ -188,21 +188,21 @@ def test_an_attempt_reaches_its_bytes_and_the_service_and_nothing_else() -> None
     }
 
 
-def test_an_attempt_writes_results_and_no_specs() -> None:
+def test_attempt_can_write_results_but_not_specs() -> None:
     bound = RESOURCES["google_storage_bucket_iam_member.job_writes_results"]
-    assert any("startsWith" in text and "/objects/results/" in text for text in texts(bound.body["condition"]))
-    assert 'f"results/{job_id}/{attempt}.json"' in source("schema/spec.py")
+    assert any("startsWith" in text and "/objects/results/" in text for text in iter_strings(bound.body["condition"]))
+    assert 'f"results/{job_id}/{attempt}.json"' in read_source("schema/spec.py")
 
 
-def test_an_attempt_keeps_tokens_and_changes_no_rows() -> None:
+def test_attempt_can_write_token_cache_but_not_datasets() -> None:
     bound = RESOURCES["google_storage_bucket_iam_member.job_keeps_tokens"]
-    assert any("/objects/datasets/" in text and "endsWith" in text and ".npz" in text for text in texts(bound.body["condition"]))
-    assert "/tokens/{digest.hexdigest()}.npz" in source("jobs/data/cache.py")
-    assert "{name}.jsonl" in source("service/core/datasets.py")
+    assert any("/objects/datasets/" in text and "endsWith" in text and ".npz" in text for text in iter_strings(bound.body["condition"]))
+    assert "/tokens/{digest.hexdigest()}.npz" in read_source("jobs/data/cache.py")
+    assert "{name}.jsonl" in read_source("service/core/datasets.py")
 
 
-def test_the_service_is_granted_single_things() -> None:
-    assert grants("api") == {
+def test_service_account_roles_are_minimal() -> None:
+    assert granted_roles("api") == {
         ("datastore.user", "project"),
         ("storage.objectUser", "every bucket"),
         ("run.jobsExecutorWithOverrides", "every job"),
@@ -215,9 +215,9 @@ def test_the_service_is_granted_single_things() -> None:
     }
 
 
-def test_the_scheduler_may_call_and_the_build_may_build() -> None:
-    assert grants("scheduler") == {("run.invoker", "service")}
-    assert grants("build") == {
+def test_scheduler_and_build_account_roles() -> None:
+    assert granted_roles("scheduler") == {("run.invoker", "service")}
+    assert granted_roles("build") == {
         ("artifactregistry.writer", "repository"),
         ("run.developer", "service"),
         ("run.invoker", "service"),
@@ -230,58 +230,60 @@ def test_the_scheduler_may_call_and_the_build_may_build() -> None:
     }
 
 
-def test_no_role_is_a_broad_one() -> None:
-    roles = [plain(item.body["role"]) for item in FILES.of("resource") if "role" in item.body]
+def test_no_basic_role_is_granted() -> None:
+    roles = [unquote(item.body["role"]) for item in MODULE.items_of("resource") if "role" in item.body]
     assert not [role for role in roles if re.search(r"roles/(owner|editor|viewer)$|[aA]dmin$", role)]
     permissions = [
-        permission for item in FILES.of("resource", "google_project_iam_custom_role") for permission in texts(item.body["permissions"])
+        permission
+        for item in MODULE.items_of("resource", "google_project_iam_custom_role")
+        for permission in iter_strings(item.body["permissions"])
     ]
     assert not [permission for permission in permissions if "*" in permission or "IamPolicy" in permission or "actAs" in permission]
 
 
-def test_only_secrets_of_jobs_can_be_read_and_not_by_a_role_on_the_whole_project() -> None:
+def test_secret_access_is_limited_to_job_secrets() -> None:
     maker, keeper = (RESOURCES[f"google_project_iam_custom_role.secret_{name}"] for name in ("maker", "keeper"))
-    assert {plain(permission) for permission in texts(maker.body["permissions"])} == {
+    assert {unquote(permission) for permission in iter_strings(maker.body["permissions"])} == {
         "secretmanager.secrets.create",
         "secretmanager.secrets.list",
     }
-    assert "secretmanager.versions.access" in {plain(permission) for permission in texts(keeper.body["permissions"])}
+    assert "secretmanager.versions.access" in {unquote(permission) for permission in iter_strings(keeper.body["permissions"])}
     bound = RESOURCES["google_project_iam_member.api_keeps_secrets_of_jobs"]
-    assert any("/secrets/tunesmith-job-" in text and "startsWith" in text for text in texts(bound.body["condition"]))
+    assert any("/secrets/tunesmith-job-" in text and "startsWith" in text for text in iter_strings(bound.body["condition"]))
 
 
 # --- what the code relies on --------------------------------------------------------------------------------------------
 
 
-def source(path: str) -> str:
+def read_source(path: str) -> str:
     """The text of one of the project's files; its modules cannot be imported here."""
     return (ROOT / path).read_text()
 
 
-def test_every_hardware_profile_of_the_launcher_has_its_cloud_run_job() -> None:
-    launcher = source("service/adapters/launchers/cloud_run.py")
+def test_every_launcher_profile_has_cloud_run_job() -> None:
+    launcher = read_source("service/adapters/launchers/cloud_run.py")
     calls = [
         node for node in ast.walk(ast.parse(launcher)) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "HardwareProfile"
     ]
     profiles = {ast.literal_eval(call.args[0]) for call in calls}
-    assert profiles == set(hardware()) == {"l4", "rtx-pro-6000", "cpu"}
-    (variable,) = [item for item in FILES.of("variable") if item.labels == ("profiles",)]
-    assert any(all(f'"{name}"' in text for name in profiles) for text in texts(variable.body["validation"]))
+    assert profiles == set(read_hardware_profiles()) == {"l4", "rtx-pro-6000", "cpu"}
+    (variable,) = [item for item in MODULE.items_of("variable") if item.labels == ("profiles",)]
+    assert any(all(f'"{name}"' in text for name in profiles) for text in iter_strings(variable.body["validation"]))
     assert 'f"tunesmith-{profile}"' in launcher
     assert 'CONTAINER = "attempt"' in launcher
 
 
-def hardware() -> dict[str, dict[str, Value]]:
+def read_hardware_profiles() -> dict[str, dict[str, Value]]:
     """The table of hardware, by profile."""
-    table = FILES.locals["hardware"]
+    table = MODULE.locals["hardware"]
     assert isinstance(table, dict)
-    return {plain(name): row for name, row in table.items() if isinstance(row, dict) and name not in terraform_tree.MARKS}
+    return {unquote(name): row for name, row in table.items() if isinstance(row, dict) and name not in terraform_tree.PARSER_KEYS}
 
 
-def test_hardware_is_what_cloud_run_sells() -> None:
-    cpus = {name: int(plain(row["cpu"])) for name, row in hardware().items()}
-    gigabytes = {name: int(plain(row["memory"]).removesuffix("Gi")) for name, row in hardware().items()}
-    accelerators = {name: plain(row["accelerator"]) for name, row in hardware().items()}
+def test_hardware_profiles_are_valid_on_cloud_run() -> None:
+    cpus = {name: int(unquote(row["cpu"])) for name, row in read_hardware_profiles().items()}
+    gigabytes = {name: int(unquote(row["memory"]).removesuffix("Gi")) for name, row in read_hardware_profiles().items()}
+    accelerators = {name: unquote(row["accelerator"]) for name, row in read_hardware_profiles().items()}
     assert accelerators == {"l4": "nvidia-l4", "rtx-pro-6000": "nvidia-rtx-pro-6000", "cpu": "None"}
     assert 4 <= cpus["l4"] <= 8
     assert 16 <= gigabytes["l4"] <= 32
@@ -291,7 +293,7 @@ def test_hardware_is_what_cloud_run_sells() -> None:
     assert gigabytes["cpu"] <= 32
 
 
-def only_block(body: Value, *names: str) -> dict[str, Value]:
+def get_only_block(body: Value, *names: str) -> dict[str, Value]:
     """The block under some names, one in the other, each of which stands once."""
     for name in names:
         assert isinstance(body, dict)
@@ -302,28 +304,30 @@ def only_block(body: Value, *names: str) -> dict[str, Value]:
     return body
 
 
-def test_a_cloud_run_job_makes_one_attempt_and_never_a_second() -> None:
-    (job,) = FILES.of("resource", "google_cloud_run_v2_job")
-    assert plain(job.body["name"]) == "tunesmith-${each.key}"
-    assert only_block(job.body, "template")["task_count"] == 1
-    task = only_block(job.body, "template", "template")
+def test_cloud_run_job_never_retries() -> None:
+    (job,) = MODULE.items_of("resource", "google_cloud_run_v2_job")
+    assert unquote(job.body["name"]) == "tunesmith-${each.key}"
+    assert get_only_block(job.body, "template")["task_count"] == 1
+    task = get_only_block(job.body, "template", "template")
     assert task["max_retries"] == 0
-    assert plain(task["service_account"]) == "google_service_account.job.email"
-    assert plain(only_block(task, "containers")["name"]) == "attempt"
-    assert "env" not in only_block(task, "containers")
+    assert unquote(task["service_account"]) == "google_service_account.job.email"
+    assert unquote(get_only_block(task, "containers")["name"]) == "attempt"
+    assert "env" not in get_only_block(task, "containers")
 
 
-def environment() -> dict[str, str]:
+def read_service_environment() -> dict[str, str]:
     """The service's variables; expressions as they are written."""
-    table = FILES.locals["service_environment"]
+    table = MODULE.locals["service_environment"]
     assert isinstance(table, dict)
-    return {plain(name): plain(value) for name, value in table.items() if name not in terraform_tree.MARKS}
+    return {unquote(name): unquote(value) for name, value in table.items() if name not in terraform_tree.PARSER_KEYS}
 
 
-def settings_of_the_service() -> set[str]:
+def service_settings() -> set[str]:
     """Every environment variable that service/settings.py knows."""
     (settings,) = [
-        node for node in ast.walk(ast.parse(source("service/settings.py"))) if isinstance(node, ast.ClassDef) and node.name == "Settings"
+        node
+        for node in ast.walk(ast.parse(read_source("service/settings.py")))
+        if isinstance(node, ast.ClassDef) and node.name == "Settings"
     ]
     known: set[str] = set()
     for line in settings.body:
@@ -334,15 +338,15 @@ def settings_of_the_service() -> set[str]:
     return known
 
 
-def test_the_service_is_told_only_what_it_asks_for() -> None:
-    (service,) = FILES.of("resource", "google_cloud_run_v2_service")
-    secret = plain(only_block(service.body, "template", "containers", "env")["name"])
+def test_service_environment_has_only_known_settings() -> None:
+    (service,) = MODULE.items_of("resource", "google_cloud_run_v2_service")
+    secret = unquote(get_only_block(service.body, "template", "containers", "env")["name"])
     assert secret == "TUNESMITH_SIGNING_KEY"
-    assert environment().keys() | {secret} <= settings_of_the_service()
+    assert read_service_environment().keys() | {secret} <= service_settings()
 
 
-def test_the_service_is_told_all_that_it_needs_in_the_cloud() -> None:
-    told = environment()
+def test_service_environment_has_required_settings() -> None:
+    told = read_service_environment()
     assert (told["TUNESMITH_JOB_STORE"], told["TUNESMITH_LAUNCHER"], told["TUNESMITH_SECRET_STORE"]) == (
         "firestore",
         "cloud-run",
@@ -362,38 +366,38 @@ def test_the_service_is_told_all_that_it_needs_in_the_cloud() -> None:
     assert int(told["TUNESMITH_MAX_UPLOAD_BYTES"]) < 32 << 20
 
 
-def test_a_bucket_that_does_not_answer_ends_no_instance() -> None:
-    (service,) = FILES.of("resource", "google_cloud_run_v2_service")
-    container = only_block(service.body, "template", "containers")
-    assert "tcp_socket" in only_block(container, "startup_probe")
-    path = plain(only_block(container, "liveness_probe", "http_get")["path"])
+def test_liveness_probe_does_not_depend_on_buckets() -> None:
+    (service,) = MODULE.items_of("resource", "google_cloud_run_v2_service")
+    container = get_only_block(service.body, "template", "containers")
+    assert "tcp_socket" in get_only_block(container, "startup_probe")
+    path = unquote(get_only_block(container, "liveness_probe", "http_get")["path"])
     assert path == "/docs"
-    assert "docs_url" not in source("service/main.py")  # FastAPI serves it there unless told otherwise
+    assert "docs_url" not in read_source("service/main.py")  # FastAPI serves it there unless told otherwise
 
 
-def test_the_scheduler_calls_addresses_that_there_are() -> None:
-    table = FILES.locals["upkeep"]
+def test_scheduler_urls_exist() -> None:
+    table = MODULE.locals["upkeep"]
     assert isinstance(table, dict)
-    for name in table.keys() - set(terraform_tree.MARKS):
-        assert f'@upkeep.post("/{plain(name)}")' in source("service/api/internal.py")
-    (job,) = FILES.of("resource", "google_cloud_scheduler_job")
-    assert plain(only_block(job.body, "http_target")["uri"]) == "${local.service_url}/internal/${each.key}"
-    assert plain(only_block(job.body, "http_target", "oidc_token")["audience"]) == "local.service_url"
+    for name in table.keys() - set(terraform_tree.PARSER_KEYS):
+        assert f'@upkeep.post("/{unquote(name)}")' in read_source("service/api/internal.py")
+    (job,) = MODULE.items_of("resource", "google_cloud_scheduler_job")
+    assert unquote(get_only_block(job.body, "http_target")["uri"]) == "${local.service_url}/internal/${each.key}"
+    assert unquote(get_only_block(job.body, "http_target", "oidc_token")["audience"]) == "local.service_url"
 
 
-def test_alerts_wait_for_messages_that_the_service_logs() -> None:
-    logged = source("service/core/jobs.py")
-    for message in [*texts(FILES.locals["stuck_messages"]), '"status changed"']:
-        assert re.search(rf'log\.\w+\("{plain(message)}"', logged), message
+def test_alerts_match_logged_messages() -> None:
+    logged = read_source("service/core/jobs.py")
+    for message in [*iter_strings(MODULE.locals["stuck_messages"]), '"status changed"']:
+        assert re.search(rf'log\.\w+\("{unquote(message)}"', logged), message
     assert '"status": after.status' in logged
-    assert '"message": record.getMessage()' in source("service/logs.py")
+    assert '"message": record.getMessage()' in read_source("service/logs.py")
 
 
 # --- settings that are refused ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def variables_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def variables_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which Terraform judges variables and needs no provider."""
     folder = tmp_path_factory.mktemp("variables")
     shutil.copy(FOLDER / "variables.tf", folder)
@@ -413,9 +417,11 @@ def variables_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ('invokers=["user:me@example.com"]', None),
     ],
 )
-def test_a_wrong_setting_is_refused_in_words(terraform: str, variables_alone: Path, setting: str, says: str | None) -> None:
+def test_invalid_variable_error_is_readable(terraform: str, variables_folder: Path, setting: str, says: str | None) -> None:
     given = [f"-var={value}" for value in ("project_id=my-project", "region=europe-west4", setting)]
-    run = subprocess.run([terraform, "console", *given], input="1", capture_output=True, text=True, cwd=variables_alone, env=OFFLINE)
+    run = subprocess.run(
+        [terraform, "console", *given], input="1", capture_output=True, text=True, cwd=variables_folder, env=OFFLINE_ENVIRONMENT
+    )
     said = " ".join(run.stderr.replace("\u2502", " ").split())
     assert (run.returncode == 0) if says is None else says in said, said
 
@@ -424,37 +430,39 @@ def test_a_wrong_setting_is_refused_in_words(terraform: str, variables_alone: Pa
 
 
 @pytest.fixture(scope="module")
-def evaluated(terraform: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, object]]]:
+def evaluated_locals(terraform: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, object]]]:
     """What Terraform itself makes of the file of indexes: the locals that the resources loop over."""
     home = tmp_path_factory.mktemp("indexes")
     (home / "infra/terraform").mkdir(parents=True)
     shutil.copy(FOLDER / "firestore_indexes.tf", home / "infra/terraform")
     shutil.copy(ROOT / "infra/firestore.indexes.json", home / "infra")
     asked = "jsonencode({ indexes = local.firestore_indexes, fields = local.firestore_fields })"
-    run = subprocess.run([terraform, "console"], input=asked, capture_output=True, text=True, cwd=home / "infra/terraform", env=OFFLINE)
+    run = subprocess.run(
+        [terraform, "console"], input=asked, capture_output=True, text=True, cwd=home / "infra/terraform", env=OFFLINE_ENVIRONMENT
+    )
     assert run.returncode == 0, run.stderr
     return json.loads(json.loads(run.stdout))
 
 
-def test_every_index_of_the_file_is_made_and_no_other(evaluated: dict[str, dict[str, dict[str, object]]]) -> None:
-    listed = json.loads(source("infra/firestore.indexes.json"))
+def test_terraform_creates_exactly_listed_indexes(evaluated_locals: dict[str, dict[str, dict[str, object]]]) -> None:
+    listed = json.loads(read_source("infra/firestore.indexes.json"))
     in_order: Callable[[object], str] = lambda row: json.dumps(row, sort_keys=True)  # noqa: E731
-    assert sorted(evaluated["indexes"].values(), key=in_order) == sorted(listed["indexes"], key=in_order)
-    assert sorted(evaluated["fields"].values(), key=in_order) == sorted(listed["fieldOverrides"], key=in_order)
+    assert sorted(evaluated_locals["indexes"].values(), key=in_order) == sorted(listed["indexes"], key=in_order)
+    assert sorted(evaluated_locals["fields"].values(), key=in_order) == sorted(listed["fieldOverrides"], key=in_order)
 
 
-def test_the_loops_are_over_the_file() -> None:
-    assert plain(RESOURCES["google_firestore_index.queries"].body["for_each"]) == "local.firestore_indexes"
-    assert plain(RESOURCES["google_firestore_field.overrides"].body["for_each"]) == "local.firestore_fields"
+def test_index_resources_iterate_over_index_file() -> None:
+    assert unquote(RESOURCES["google_firestore_index.queries"].body["for_each"]) == "local.firestore_indexes"
+    assert unquote(RESOURCES["google_firestore_field.overrides"].body["for_each"]) == "local.firestore_fields"
 
 
-def test_the_loops_know_every_word_of_the_file() -> None:
+def test_index_resources_handle_every_key() -> None:
     """A word that firestore.tf does not read would be lost without a sound."""
-    listed = json.loads(source("infra/firestore.indexes.json"))
+    listed = json.loads(read_source("infra/firestore.indexes.json"))
     known = {"collectionGroup", "queryScope", "fields", "fieldPath", "order", "arrayConfig", "ttl", "indexes"}
     rows = [*listed["indexes"], *listed["fieldOverrides"]]
     inner = [part for row in rows for part in [*row.get("fields", []), *row.get("indexes", [])]]
     assert {name for row in [*rows, *inner] for name in row} <= known
     assert listed.keys() == {"indexes", "fieldOverrides"}
-    read = source("infra/terraform/firestore.tf") + source("infra/terraform/firestore_indexes.tf")
+    read = read_source("infra/terraform/firestore.tf") + read_source("infra/terraform/firestore_indexes.tf")
     assert all(f".{name}" in read for name in known)

@@ -13,11 +13,11 @@ from uuid import uuid4
 import pytest
 
 from jobs.checkpoints import Checkpoints
-from jobs.context import JobContext, Secrets, StopRequest, Stores
+from jobs.context import JobContext, Secrets, StopSignal, Stores
 from jobs.trained import TrainedModel
 from schema.checkpoint import MANIFEST, Checkpoint, checkpoints_prefix
 from schema.dataset import Dataset, Split
-from schema.events import Decided, Evaluated, Event, Metrics, Warned
+from schema.events import DecisionMade, EvaluationCompleted, Event, MetricsLogged, WarningRaised
 from schema.spec import JobSpec
 from schema.training import TRAINING_CONFIG
 from tests.jobs.fake_service import FakeService
@@ -48,7 +48,7 @@ def messages(count: int, first: int = 0) -> list[dict[str, Any]]:
 
 
 @dataclass
-class Record:
+class EventRecorder:
     """A voice that remembers."""
 
     events: list[Event] = field(default_factory=list)
@@ -56,35 +56,35 @@ class Record:
     def report(self, event: Event) -> None:
         self.events.append(event)
 
-    def place(self, *, phase: Any = None, progress: Any = None) -> None:
+    def set_progress(self, *, phase: Any = None, progress: Any = None) -> None:
         pass
 
     @property
-    def points(self) -> list[Metrics]:
-        return [event for event in self.events if isinstance(event, Metrics)]
+    def points(self) -> list[MetricsLogged]:
+        return [event for event in self.events if isinstance(event, MetricsLogged)]
 
     @property
-    def evaluations(self) -> list[Evaluated]:
-        return [event for event in self.events if isinstance(event, Evaluated)]
+    def evaluations(self) -> list[EvaluationCompleted]:
+        return [event for event in self.events if isinstance(event, EvaluationCompleted)]
 
     @property
     def warnings(self) -> dict[str, str]:
-        return {event.code: event.message for event in self.events if isinstance(event, Warned)}
+        return {event.code: event.message for event in self.events if isinstance(event, WarningRaised)}
 
     @property
     def decisions(self) -> dict[str, str]:
-        return {event.what: event.value for event in self.events if isinstance(event, Decided)}
+        return {event.setting: event.value for event in self.events if isinstance(event, DecisionMade)}
 
 
 class NeverStop:
     """Nobody asks to stop."""
 
-    wanted = None
+    stop_reason = None
 
     def check(self) -> None:
         pass
 
-    def politely(self) -> AbstractContextManager[None]:
+    def defer_stop(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def time_left_s(self) -> float | None:
@@ -92,18 +92,18 @@ class NeverStop:
 
 
 @dataclass
-class Trained:
+class FinishedTraining:
     """A finished training: what it left, and what it told."""
 
     model: TrainedModel
-    record: Record
+    record: EventRecorder
     workdir: Path
     context: JobContext
 
     @property
     def checkpoints(self) -> list[int]:
         """The steps whose checkpoints are durable, or were about to be."""
-        self.context.checkpoints.settle()
+        self.context.checkpoints.wait_until_uploaded()
         return saved_steps(self.context.spec)
 
     def weights(self) -> dict[str, Any]:
@@ -115,14 +115,14 @@ class Trained:
         return {name: part for name, part in self.weights().items() if "lora_" in name}
 
 
-def saved(spec: JobSpec) -> list[Checkpoint]:
+def load_saved_checkpoints(spec: JobSpec) -> list[Checkpoint]:
     """The durable checkpoints of a job, by attempt and step."""
-    folder = Path(spec.stores.models.removeprefix("file://"), spec.checkpoints)
+    folder = Path(spec.stores.models.removeprefix("file://"), spec.checkpoints_prefix)
     return [Checkpoint.load(path.read_bytes()) for path in sorted(folder.glob(f"attempt-*/step-*/{MANIFEST}"))]
 
 
 def saved_steps(spec: JobSpec) -> list[int]:
-    return [checkpoint.step for checkpoint in saved(spec)]
+    return [checkpoint.step for checkpoint in load_saved_checkpoints(spec)]
 
 
 @pytest.fixture(scope="session")
@@ -143,10 +143,10 @@ def tokenizer(base: Path) -> Any:
     """The tiny base's tokenizer with Gemma's chat template. Not to be changed."""
     from transformers import AutoTokenizer
 
-    from jobs.data.render import use_chat_template
+    from jobs.data.render import set_default_chat_template
 
     loaded = AutoTokenizer.from_pretrained(base)
-    use_chat_template(loaded)
+    set_default_chat_template(loaded)
     return loaded
 
 
@@ -159,7 +159,7 @@ def put_split(store: Path, key: str, rows: list[dict[str, Any]]) -> Split:
     return Split(rows=len(rows), size_bytes=len(content), sha256=sha256(content).hexdigest(), key=key)
 
 
-def a_spec(
+def make_spec(
     store: Path,
     *,
     job_id: str | None = None,
@@ -185,18 +185,21 @@ def a_spec(
     return JobSpec.model_validate(
         {"job_id": job_id, "job_name": "a job", "tenant_id": "local", "dataset": dataset}
         | {"training_config": TRAINING_CONFIG.validate_python({"base_model_id": BASE, "hyperparameters": knobs} | config)}
-        | {"stores": dict.fromkeys(("datasets", "models", "configs"), f"file://{store}"), "checkpoints": checkpoints_prefix(job_id, None)}
+        | {
+            "stores": dict.fromkeys(("datasets", "models", "configs"), f"file://{store}"),
+            "checkpoints_prefix": checkpoints_prefix(job_id, None),
+        }
     )
 
 
-def a_context(
+def make_context(
     spec: JobSpec,
     workdir: Path,
-    record: Record | None = None,
+    record: EventRecorder | None = None,
     secrets: dict[str, str] | None = None,
     *,
     attempt: int = 1,
-    stop: StopRequest | None = None,
+    stop: StopSignal | None = None,
 ) -> JobContext:
     """The context of an attempt at that job."""
     workdir.mkdir(parents=True, exist_ok=True)
@@ -206,8 +209,8 @@ def a_context(
         spec=spec,
         attempt=attempt,
         folder=workdir / "checkpoints",
-        keep=spec.training_config.hyperparameters.save_total_limit,
-        tell=lambda event: context.told(event),
+        save_total_limit=spec.training_config.hyperparameters.save_total_limit,
+        emit=lambda event: context.emit(event),
     )
     context = JobContext(
         spec=spec,
@@ -215,29 +218,29 @@ def a_context(
         workdir=workdir,
         secrets=Secrets(secrets or {}),
         stores=stores,
-        voice=record or Record(),
+        event_sink=record or EventRecorder(),
         stop=stop or NeverStop(),
         checkpoints=checkpoints,
     )
     return context
 
 
-def trainer_of(spec: JobSpec) -> Callable[..., TrainedModel]:
+def load_trainer(spec: JobSpec) -> Callable[..., TrainedModel]:
     """The code that obeys the job's training config."""
     module, _, function = spec.training_config.trainer.partition(":")
     return getattr(import_module(module), function)
 
 
 @pytest.fixture
-def train(store: Path, tmp_path: Path) -> Callable[..., Trained]:
+def train(store: Path, tmp_path: Path) -> Callable[..., FinishedTraining]:
     """Trains the tiny base; what is passed changes the job of `a_spec`, hyperparameters by their own names."""
 
-    def run(name: str = "one", /, *, spec: dict[str, Any] | None = None, **hyperparameters: Any) -> Trained:
-        record, workdir = Record(), tmp_path / name
-        job = a_spec(store, hyperparameters=hyperparameters, **(spec or {}))
-        context = a_context(job, workdir, record)
-        model = trainer_of(job)(job.training_config, context)
-        return Trained(model, record, workdir, context)
+    def run(name: str = "one", /, *, spec: dict[str, Any] | None = None, **hyperparameters: Any) -> FinishedTraining:
+        record, workdir = EventRecorder(), tmp_path / name
+        job = make_spec(store, hyperparameters=hyperparameters, **(spec or {}))
+        context = make_context(job, workdir, record)
+        model = load_trainer(job)(job.training_config, context)
+        return FinishedTraining(model, record, workdir, context)
 
     return run
 

@@ -15,7 +15,7 @@ class FakeMlflow:
         self.experiments: dict[str, str] = {}
         self.runs: dict[str, dict[str, Any]] = {}
         self.artifacts: dict[str, bytes] = {}
-        self.refusals = 0  # so many requests are answered 503 first
+        self.failures_left = 0  # so many requests are answered 503 first
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"owner": self}))
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -34,39 +34,39 @@ class FakeMlflow:
         """The points of one curve."""
         return [(int(point["step"]), point["value"]) for point in self.runs[run_id]["metrics"] if point["key"] == metric]
 
-    def answer(self, verb: str, told: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    def answer(self, verb: str, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """What the server says; `verb` is the path's end."""
         match verb:
             case "experiments/get-by-name":
-                name = told["experiment_name"]
+                name = request["experiment_name"]
                 if name not in self.experiments:
                     return 404, {"error_code": "RESOURCE_DOES_NOT_EXIST", "message": f"no experiment {name}"}
                 return 200, {"experiment": {"experiment_id": self.experiments[name], "name": name}}
             case "experiments/create":
-                self.experiments[told["name"]] = str(len(self.experiments) + 1)
-                return 200, {"experiment_id": self.experiments[told["name"]]}
+                self.experiments[request["name"]] = str(len(self.experiments) + 1)
+                return 200, {"experiment_id": self.experiments[request["name"]]}
             case "runs/create":
                 run_id = f"run{len(self.runs) + 1}"
-                tags = {tag["key"]: tag["value"] for tag in told["tags"]}
-                self.runs[run_id] = {"name": told["run_name"], "tags": tags, "params": {}, "metrics": [], "status": "RUNNING"}
-                return 200, {"run": self._shown(run_id)}
+                tags = {tag["key"]: tag["value"] for tag in request["tags"]}
+                self.runs[run_id] = {"name": request["run_name"], "tags": tags, "params": {}, "metrics": [], "status": "RUNNING"}
+                return 200, {"run": self._run_info(run_id)}
             case "runs/search":
-                wanted = told["filter"].rpartition(" = ")[2].strip("'")
-                return 200, {"runs": [self._shown(each) for each, run in self.runs.items() if wanted in run["tags"].values()]}
+                wanted = request["filter"].rpartition(" = ")[2].strip("'")
+                return 200, {"runs": [self._run_info(each) for each, run in self.runs.items() if wanted in run["tags"].values()]}
             case "runs/update":
-                self.runs[told["run_id"]]["status"] = told["status"]
-                return 200, {"run_info": self._shown(told["run_id"])["info"]}
+                self.runs[request["run_id"]]["status"] = request["status"]
+                return 200, {"run_info": self._run_info(request["run_id"])["info"]}
             case "runs/set-tag":
-                self.runs[told["run_id"]]["tags"][told["key"]] = told["value"]
+                self.runs[request["run_id"]]["tags"][request["key"]] = request["value"]
                 return 200, {}
             case "runs/log-batch":
-                run = self.runs[told["run_id"]]
-                run["metrics"] += told.get("metrics", [])
-                run["params"] |= {param["key"]: param["value"] for param in told.get("params", [])}
-                return (400, {"error_code": "INVALID_PARAMETER_VALUE"}) if len(told.get("params", [])) > 100 else (200, {})
+                run = self.runs[request["run_id"]]
+                run["metrics"] += request.get("metrics", [])
+                run["params"] |= {param["key"]: param["value"] for param in request.get("params", [])}
+                return (400, {"error_code": "INVALID_PARAMETER_VALUE"}) if len(request.get("params", [])) > 100 else (200, {})
         return 404, {"error_code": "ENDPOINT_NOT_FOUND", "message": verb}
 
-    def _shown(self, run_id: str) -> dict[str, Any]:
+    def _run_info(self, run_id: str) -> dict[str, Any]:
         run = self.runs[run_id]
         info = {"run_id": run_id, "run_uuid": run_id, "experiment_id": "1", "status": run["status"], "lifecycle_stage": "active"}
         info |= {"start_time": 1, "run_name": run["name"], "artifact_uri": f"{self.artifact_root}/{run_id}/artifacts"}
@@ -79,8 +79,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         url, owner = urlsplit(self.path), self.owner
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if owner.refusals > 0:
-            owner.refusals -= 1
+        if owner.failures_left > 0:
+            owner.failures_left -= 1
             self._send(503, {})
         elif owner.token and self.headers["Authorization"] != f"Bearer {owner.token}":
             self._send(401, {"error_code": "UNAUTHENTICATED", "message": "who are you?"})

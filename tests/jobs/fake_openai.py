@@ -11,7 +11,7 @@ from typing import Any, Self
 Answer = Callable[[dict[str, Any]], str | int]
 
 
-def ten(_: dict[str, Any]) -> str | int:
+def answer_score_ten(_: dict[str, Any]) -> str | int:
     return '{"score": 10}'
 
 
@@ -19,13 +19,13 @@ def ten(_: dict[str, Any]) -> str | int:
 class FakeOpenAI:
     """POST /v1/chat/completions and /v1/embeddings. Every field can be changed by a test, at any time."""
 
-    answer: Answer = ten
+    answer: Answer = answer_score_ten
     key: str | None = None  # the only one that is let in; None: any
     embed: Callable[[str], list[float]] = lambda text: [float(text.count(letter)) for letter in "abcdefgh"]
-    asked: list[dict[str, Any]] = field(default_factory=list)
+    requests: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
-    at_once: int = 0  # the most that were being answered at the same time
-    _busy: int = 0
+    max_concurrent: int = 0  # the most that were being answered at the same time
+    _active: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __enter__(self) -> Self:
@@ -64,17 +64,17 @@ class FakeOpenAI:
 
     def respond(self, path: str, key: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         with self._lock:
-            self.asked.append(body)
+            self.requests.append(body)
             self.keys.append(key)
-            self._busy += 1
-            self.at_once = max(self.at_once, self._busy)
+            self._active += 1
+            self.max_concurrent = max(self.max_concurrent, self._active)
         try:
             if self.key is not None and key != self.key:
                 return 401, {"error": {"message": f"the key {key} is wrong"}}
             return self._embeddings(body) if path.endswith("/embeddings") else self._chat(body)
         finally:
             with self._lock:
-                self._busy -= 1
+                self._active -= 1
 
     def _chat(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         answer = self.answer(body)
@@ -88,6 +88,6 @@ class FakeOpenAI:
         return 200, {"object": "list", "model": body["model"], "data": data, "usage": {"prompt_tokens": 1, "total_tokens": 1}}
 
 
-def question(body: dict[str, Any]) -> str:
+def get_judge_prompt(body: dict[str, Any]) -> str:
     """What the judge was asked."""
     return str(body["messages"][-1]["content"])

@@ -59,18 +59,18 @@ class FakeService:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server.server_port}"
 
-    def answer(self, what: str, body: dict[str, Any]) -> tuple[int, Any]:
-        match what:
+    def answer(self, endpoint: str, body: dict[str, Any]) -> tuple[int, Any]:
+        match endpoint:
             case "claim":
                 self.claims.append(body["claimant"])
                 return self.claim_status, {"secrets": self.secrets, "directive": self.claim_directive}
             case "events":
-                return self._take(body)
+                return self._accept_events(body)
             case _:
                 self.results.append(body)
                 return self.result_status, {}
 
-    def _take(self, batch: dict[str, Any]) -> tuple[int, Any]:
+    def _accept_events(self, batch: dict[str, Any]) -> tuple[int, Any]:
         """As the real service: what was seen is ignored, and the answer says what is wanted next."""
         self.batches.append(batch)
         self.on_events(batch)

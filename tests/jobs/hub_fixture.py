@@ -4,7 +4,7 @@ from collections.abc import Generator
 
 import pytest
 
-from infra.loopback.http_faults import HttpFaults, http_faults
+from infra.loopback.http_faults import HttpFaultProxy, run_http_fault_proxy
 from infra.loopback.hub import LoopbackHub, Token
 
 
@@ -19,11 +19,11 @@ def hub() -> Generator[LoopbackHub]:
 
 
 @pytest.fixture
-def line(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> Generator[HttpFaults]:
+def hub_proxy(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> Generator[HttpFaultProxy]:
     """The way to the Hub, on which a test can let things go wrong; the client of this process takes it, by plain Git LFS."""
     from huggingface_hub import constants, hf_api
 
-    with http_faults(hub.url) as front:
+    with run_http_fault_proxy(hub.url) as front:
         monkeypatch.setattr(constants, "ENDPOINT", front.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", front.url + "/{repo_id}/resolve/{revision}/{filename}")
         monkeypatch.setattr(hf_api.api, "endpoint", front.url)  # the client of whoever makes none of his own

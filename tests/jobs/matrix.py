@@ -18,9 +18,9 @@ from jobs.trained import TrainedModel
 from schema.job import Artifact
 from schema.spec import JobSpec
 from schema.training import TRAINER_TYPES
-from tests.jobs.conftest import BASE, WORDS, Record, a_context, a_spec, messages, trainer_of
+from tests.jobs.conftest import BASE, WORDS, EventRecorder, load_trainer, make_context, make_spec, messages
 
-STEPS, PAUSED_AT = 4, 2
+STEPS, PAUSE_AT_STEP = 4, 2
 QUANTIZATIONS = ("f16", "q8_0")
 VISION_BASE = "tiny/gemma-vision"
 REAL_BASE = "google/gemma-3-270m"
@@ -44,9 +44,9 @@ class Outcome:
     """What came of a combination."""
 
     gradient_norm: float  # the smallest of all steps
-    moved: bool  # the weights that were published are not the base's
-    is_exact: bool  # paused and resumed, the same bits came out
-    points_are_exact: bool  # and the same curves
+    weights_changed: bool  # the weights that were published are not the base's
+    resumes_exactly: bool  # paused and resumed, the same bits came out
+    metrics_match: bool  # and the same curves
     artifacts: dict[str, Artifact]
 
     def fidelity(self, name: str) -> str:
@@ -67,33 +67,33 @@ def cells() -> list[Cell]:
     ]
 
 
-def run(cell: Cell, store: Path, workdir: Path, base: str | None = None, quantizations: Sequence[str] = QUANTIZATIONS) -> Outcome:
+def run_cell(cell: Cell, store: Path, workdir: Path, base: str | None = None, quantizations: Sequence[str] = QUANTIZATIONS) -> Outcome:
     """Train without and with an interruption, compare, and export."""
-    from tests.jobs.test_continuation import Story
+    from tests.jobs.test_continuation import TrainingRun
 
-    spec = spec_of(cell, store, base, quantizations)
-    record = Record()
-    context = a_context(spec, workdir / "straight", record)
-    model: TrainedModel = trainer_of(spec)(spec.training_config, context)
-    story = Story(spec_of(cell, store, base, quantizations), workdir / "interrupted")
-    assert story.attempt(stop_after=PAUSED_AT) == "pause"
+    spec = make_cell_spec(cell, store, base, quantizations)
+    record = EventRecorder()
+    context = make_context(spec, workdir / "straight", record)
+    model: TrainedModel = load_trainer(spec)(spec.training_config, context)
+    story = TrainingRun(make_cell_spec(cell, store, base, quantizations), workdir / "interrupted")
+    assert story.run_attempt(stop_after=PAUSE_AT_STEP) == "pause"
     resumed = story.finish()
     artifacts = {artifact.name: artifact for artifact in export_all(model, context)}
-    context.checkpoints.settle()
+    context.checkpoints.wait_until_uploaded()
     context.checkpoints.close()
     return Outcome(
         gradient_norm=min(point.values["grad_norm"] or 0.0 for point in record.points),
-        moved=_moved(model),
-        is_exact=_same(_weights(model.folder), _weights(resumed.folder)),
-        points_are_exact=_curve(record) == _curve(*story.heard),
+        weights_changed=_has_changed_weights(model),
+        resumes_exactly=_are_weights_equal(_weights(model.folder), _weights(resumed.folder)),
+        metrics_match=_curve(record) == _curve(*story.recorders),
         artifacts=artifacts,
     )
 
 
-def spec_of(cell: Cell, store: Path, base: str | None, quantizations: Sequence[str]) -> JobSpec:
+def make_cell_spec(cell: Cell, store: Path, base: str | None, quantizations: Sequence[str]) -> JobSpec:
     """A small job of that combination, on the tiny base of its modality unless one is named."""
     speaks = cell.trainer_type != "reward"
-    form, train, held_out = rows_of(cell)
+    form, train, held_out = make_cell_rows(cell)
     config: dict[str, Any] = {"trainer_type": cell.trainer_type, "method": cell.method, "modality": cell.modality}
     config["base_model_id"] = base or (VISION_BASE if cell.modality == "vision" else BASE)
     config["export_config"] = {"format": ["merged"] if cell.method == "Full" else ["adapter", "merged"]}
@@ -107,38 +107,38 @@ def spec_of(cell: Cell, store: Path, base: str | None, quantizations: Sequence[s
         ]
         knobs |= {"num_generations": 4, "max_completion_length": 8}
     columns = ("answer",) if cell.trainer_type == "grpo" else ()
-    return a_spec(store, train=train, held_out=held_out, dataset_type=form, columns=columns, hyperparameters=knobs, **config)
+    return make_spec(store, train=train, held_out=held_out, dataset_type=form, columns=columns, hyperparameters=knobs, **config)
 
 
-def rows_of(cell: Cell) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
+def make_cell_rows(cell: Cell) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
     """The form of the rows that a trainer type learns from, rows to learn and rows held out."""
     if cell.modality == "vision":
-        from tests.jobs.test_vision import squares
+        from tests.jobs.test_vision import make_square_rows
 
-        return "messages", squares(16), squares(4, first=100)
+        return "messages", make_square_rows(16), make_square_rows(4, first=100)
     talks = messages(16), messages(4, first=100)
     match cell.trainer_type:
         case "sft":
             return "messages", *talks
         case "kto":
-            return "unpaired_preference", *[[_judged(row, n) for n, row in enumerate(rows)] for rows in talks]
+            return "unpaired_preference", *[[_to_unpaired_preference(row, n) for n, row in enumerate(rows)] for rows in talks]
         case "grpo":
-            return "prompt", *[[_asked(row) for row in rows] for rows in talks]
+            return "prompt", *[[_to_prompt(row) for row in rows] for rows in talks]
         case _:
-            return "preference", *[[_pair(row, n) for n, row in enumerate(rows)] for rows in talks]
+            return "preference", *[[_to_preference(row, n) for n, row in enumerate(rows)] for rows in talks]
 
 
-def _pair(row: dict[str, Any], n: int) -> dict[str, Any]:
+def _to_preference(row: dict[str, Any], n: int) -> dict[str, Any]:
     *prompt, answer = row["messages"]
     return {"prompt": prompt, "chosen": [answer], "rejected": [{"role": "assistant", "content": f"no {WORDS[n % 13]}"}]}
 
 
-def _judged(row: dict[str, Any], n: int) -> dict[str, Any]:
-    pair = _pair(row, n)
+def _to_unpaired_preference(row: dict[str, Any], n: int) -> dict[str, Any]:
+    pair = _to_preference(row, n)
     return {"prompt": pair["prompt"], "completion": pair["chosen" if n % 2 else "rejected"], "label": bool(n % 2)}
 
 
-def _asked(row: dict[str, Any]) -> dict[str, Any]:
+def _to_prompt(row: dict[str, Any]) -> dict[str, Any]:
     *prompt, answer = row["messages"]
     return {"prompt": prompt, "answer": answer["content"].split()[-1]}
 
@@ -149,11 +149,11 @@ def _weights(folder: Path) -> dict[str, Any]:
     return {name: part for path in sorted(folder.glob("*.safetensors")) for name, part in load_file(path).items()}
 
 
-def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def _are_weights_equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return one.keys() == other.keys() and all(bool((part == other[name]).all()) for name, part in one.items())
 
 
-def _moved(model: TrainedModel) -> bool:
+def _has_changed_weights(model: TrainedModel) -> bool:
     trained = _weights(model.folder)
     if model.is_adapter:
         return any(bool(part.abs().max() > 0) for name, part in trained.items() if "lora_B" in name)
@@ -161,7 +161,7 @@ def _moved(model: TrainedModel) -> bool:
     return any(bool((part.float() != base[name].float()).any()) for name, part in trained.items() if name in base)
 
 
-def _curve(*records: Record) -> dict[int, dict[str, float | None]]:
+def _curve(*records: EventRecorder) -> dict[int, dict[str, float | None]]:
     """All that was drawn, but how fast it went and what the machine was doing."""
     left_out = ("per_second", "_bytes", "percent", "gpu", "_s")
     return {
@@ -171,15 +171,15 @@ def _curve(*records: Record) -> dict[int, dict[str, float | None]]:
     }
 
 
-def table(outcomes: dict[Cell, Outcome]) -> str:
+def render_table(outcomes: dict[Cell, Outcome]) -> str:
     """The outcomes in Markdown."""
     lines = [
         "| trainer type | method | modality | trained | resumed exactly | adapter | merged | GGUF f16 | GGUF q8_0 |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for cell, found in outcomes.items():
-        trained = "yes" if found.moved and found.gradient_norm > 0 else "no"
-        exact = "yes" if found.is_exact and found.points_are_exact else "no"
+        trained = "yes" if found.weights_changed and found.gradient_norm > 0 else "no"
+        exact = "yes" if found.resumes_exactly and found.metrics_match else "no"
         shown = [found.fidelity(name) for name in ("adapter", "merged", "gguf-f16", "gguf-q8_0")]
         lines.append(" | ".join([f"| `{cell.trainer_type}`", cell.method, cell.modality, trained, exact, *shown]) + " |")
     return "\n".join(lines)
@@ -201,14 +201,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for cell in wanted:
         with tempfile.TemporaryDirectory() as folder:  # one at a time: a whole model's checkpoints are gigabytes
             store = real_base(Path(folder) / "objects") if options.real else build_bases(Path(folder) / "objects")
-            outcomes[cell] = run(cell, store, Path(folder) / str(cell), REAL_BASE if options.real else None)
-        print(table({cell: outcomes[cell]}).splitlines()[-1], flush=True)
+            outcomes[cell] = run_cell(cell, store, Path(folder) / str(cell), REAL_BASE if options.real else None)
+        print(render_table({cell: outcomes[cell]}).splitlines()[-1], flush=True)
     if options.write:
         page = options.write.read_text()
         before, _, rest = page.partition(FIRST_MARK)
         _, _, after = rest.partition(LAST_MARK)
-        options.write.write_text(f"{before}{FIRST_MARK}\n{table(outcomes)}\n{LAST_MARK}{after}")
-    return 0 if all(found.moved and found.is_exact and found.points_are_exact for found in outcomes.values()) else 1
+        options.write.write_text(f"{before}{FIRST_MARK}\n{render_table(outcomes)}\n{LAST_MARK}{after}")
+    return 0 if all(found.weights_changed and found.resumes_exactly and found.metrics_match for found in outcomes.values()) else 1
 
 
 def real_base(store: Path) -> Path:

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from jobs.context import Mirror
-from jobs.errors import Reason, Stopped
+from jobs.context import TrainingListener
+from jobs.errors import Stopped, StopReason
 from jobs.trained import TrainedModel
-from jobs.trainers.course import Course
-from jobs.trainers.saving import SavePolicy, TrainingState, safety_interval_s
+from jobs.trainers.course import TrainingControl
+from jobs.trainers.saving import SavePolicy, TrainingControlState, compute_checkpoint_interval_s
 from schema.checkpoint import checkpoint_key
-from schema.events import Evaluated, Metrics, Resumed
+from schema.events import CheckpointRestored, EvaluationCompleted, MetricsLogged
 from schema.job import ExportSource, Progress
 from schema.spec import JobSpec
-from tests.jobs.conftest import Record, a_context, a_spec, saved, saved_steps, trainer_of
+from tests.jobs.conftest import EventRecorder, load_saved_checkpoints, load_trainer, make_context, make_spec, saved_steps
 
 
 class Killed(BaseException):
@@ -25,17 +25,17 @@ class Killed(BaseException):
 
 
 @dataclass
-class Listener(Record):
+class ProgressRecorder(EventRecorder):
     """A voice that knows how far the training is; it dies when told to."""
 
     step: int = 0
     checks: int = 0  # since the last step
-    dies_at: int | None = None
+    kill_at_step: int | None = None
 
-    def place(self, *, phase: Any = None, progress: Progress | None = None) -> None:
+    def set_progress(self, *, phase: Any = None, progress: Progress | None = None) -> None:
         if progress is not None:
             self.step, self.checks = progress.step, 0
-            if progress.step == self.dies_at:
+            if progress.step == self.kill_at_step:
                 raise Killed
 
 
@@ -43,78 +43,83 @@ class Listener(Record):
 class StopAfter:
     """Somebody asks to stop in or after a step, once it has been looked `checks` times whether anybody did."""
 
-    listener: Listener
+    recorder: ProgressRecorder
     step: int
-    reason: Reason = "pause"
+    reason: StopReason = "pause"
     checks: int = 0
 
     @property
-    def wanted(self) -> Reason | None:
-        there = self.listener.step >= self.step and self.listener.checks >= self.checks
+    def stop_reason(self) -> StopReason | None:
+        there = self.recorder.step >= self.step and self.recorder.checks >= self.checks
         return self.reason if there and self.reason != "time_slice" else None
 
     def check(self) -> None:
-        self.listener.checks += 1
-        if self.wanted == "cancel":
+        self.recorder.checks += 1
+        if self.stop_reason == "cancel":
             raise Stopped("cancel")
 
-    def politely(self) -> AbstractContextManager[None]:
+    def defer_stop(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def time_left_s(self) -> float | None:
-        return 0.9 if self.reason == "time_slice" and self.listener.step >= self.step else None
+        return 0.9 if self.reason == "time_slice" and self.recorder.step >= self.step else None
 
 
 @dataclass
-class DiesWhileSaving:
+class KilledWhileSaving:
     """A mirror that takes the whole process with it, when the files of a checkpoint are there and nothing is durable yet."""
 
     step: int
 
-    def checkpoint(self, folder: Path, step: int) -> None:
+    def log_checkpoint(self, folder: Path, step: int) -> None:
         assert (folder / "optimizer.pt").exists()
         if step == self.step:
             raise Killed
 
-    def metrics(self, event: Metrics) -> None:
+    def log_metrics(self, event: MetricsLogged) -> None:
         pass
 
-    def evaluated(self, event: Evaluated) -> None:
+    def log_evaluation(self, event: EvaluationCompleted) -> None:
         pass
 
-    def model(self, folder: Path) -> None:
+    def log_model(self, folder: Path) -> None:
         pass
 
 
 @dataclass
-class Story:
+class TrainingRun:
     """One job, and what all its attempts told together."""
 
     spec: JobSpec
     workdir: Path
-    heard: list[Listener] = field(default_factory=list)
+    recorders: list[ProgressRecorder] = field(default_factory=list)
 
-    def attempt(
-        self, *, stop_after: int | None = None, dies_at: int | None = None, mirror: Mirror | None = None, **how: Any
-    ) -> TrainedModel | Reason | None:
+    def run_attempt(
+        self,
+        *,
+        stop_after: int | None = None,
+        kill_at_step: int | None = None,
+        training_listener: TrainingListener | None = None,
+        **stop_options: Any,
+    ) -> TrainedModel | StopReason | None:
         """What the next attempt came to: the model, why it stopped, or None when it was killed."""
-        self.heard.append(listener := Listener(dies_at=dies_at))
-        stop = None if stop_after is None else StopAfter(listener, stop_after, **how)
-        number = len(self.heard)
-        context = a_context(self.spec, self.workdir / str(number), listener, attempt=number, stop=stop)
-        context.mirrors += [mirror] if mirror else []
+        self.recorders.append(listener := ProgressRecorder(kill_at_step=kill_at_step))
+        stop = None if stop_after is None else StopAfter(listener, stop_after, **stop_options)
+        number = len(self.recorders)
+        context = make_context(self.spec, self.workdir / str(number), listener, attempt=number, stop=stop)
+        context.listeners += [training_listener] if training_listener else []
         try:
-            return trainer_of(self.spec)(self.spec.training_config, context)
+            return load_trainer(self.spec)(self.spec.training_config, context)
         except Stopped as stopped:
             return stopped.reason
         except Killed:
             return None
         finally:
-            context.checkpoints.settle()
+            context.checkpoints.wait_until_uploaded()
             context.checkpoints.close()
 
     def finish(self) -> TrainedModel:
-        model = self.attempt()
+        model = self.run_attempt()
         assert isinstance(model, TrainedModel)
         return model
 
@@ -122,7 +127,7 @@ class Story:
     def curve(self) -> dict[int, tuple[float | None, ...]]:
         """What was drawn, by step. What was drawn twice must be the same."""
         points: dict[int, tuple[float | None, ...]] = {}
-        for point in (point for listener in self.heard for point in listener.points):
+        for point in (point for listener in self.recorders for point in listener.points):
             drawn = (point.epoch, *(point.values[name] for name in ("loss", "learning_rate", "grad_norm")))
             assert points.setdefault(point.step, drawn) == drawn
         return points
@@ -130,7 +135,7 @@ class Story:
     @property
     def evaluations(self) -> dict[tuple[str, int], tuple[float | None, int | None]]:
         return {
-            (told.when, told.step): (told.metrics.eval_loss, told.metrics.eval_tokens) for one in self.heard for told in one.evaluations
+            (told.when, told.step): (told.metrics.eval_loss, told.metrics.eval_tokens) for one in self.recorders for told in one.evaluations
         }
 
 
@@ -140,69 +145,87 @@ def weights(model: TrainedModel) -> dict[str, Any]:
     return {name: part for path in model.folder.glob("*.safetensors") for name, part in load_file(path).items()}
 
 
-def assert_same(story: Story, model: TrainedModel, other: Story, unbroken: TrainedModel) -> None:
+def assert_runs_identical(training_run: TrainingRun, model: TrainedModel, other: TrainingRun, other_model: TrainedModel) -> None:
     """Bit by bit: every point of the curve, every measurement, every weight."""
-    assert story.curve == other.curve
-    assert story.evaluations == other.evaluations
-    ours, theirs = weights(model), weights(unbroken)
+    assert training_run.curve == other.curve
+    assert training_run.evaluations == other.evaluations
+    ours, theirs = weights(model), weights(other_model)
     assert ours.keys() == theirs.keys()
     assert [name for name, part in ours.items() if not part.equal(theirs[name])] == []
-    assert (model.train_tokens, model.train_rows, model.probes) == (unbroken.train_tokens, unbroken.train_rows, unbroken.probes)
-    assert (model.metrics and model.metrics.eval_loss) == (unbroken.metrics and unbroken.metrics.eval_loss)
-    assert (model.base_metrics and model.base_metrics.eval_loss) == (unbroken.base_metrics and unbroken.base_metrics.eval_loss)
+    assert (model.train_tokens, model.train_rows, model.held_out_examples) == (
+        other_model.train_tokens,
+        other_model.train_rows,
+        other_model.held_out_examples,
+    )
+    assert (model.metrics and model.metrics.eval_loss) == (other_model.metrics and other_model.metrics.eval_loss)
+    assert (model.base_metrics and model.base_metrics.eval_loss) == (other_model.base_metrics and other_model.base_metrics.eval_loss)
 
 
-LONG: dict[str, Any] = {"max_steps": -1, "epochs": 2, "learning_rate": 5e-3, "lora_dropout": 0.3, "logging_steps": 3, "save_strategy": "no"}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A way to train."""
-
-    method: str
-    eval_strategy: str
-    knobs: dict[str, Any]
-    steps: int  # of both epochs
-
-    def spec(self, store: Path, **knobs: Any) -> JobSpec:
-        eval_config = {"eval_strategy": self.eval_strategy, "eval_steps": 2, "compute_eval_metrics": True}
-        return a_spec(store, method=self.method, hyperparameters=LONG | self.knobs | knobs, eval_config=eval_config)
-
-
-CASES = {
-    "lora": Case("LoRA", "epoch", {"batch_size": 6, "gradient_accumulation_steps": 1}, 8),
-    "lora-packed-accumulated": Case(
-        "LoRA", "steps", {"batch_size": 1, "gradient_accumulation_steps": 2, "packing": True, "max_seq_length": 96}, 8
-    ),
-    "full-accumulated": Case("Full", "steps", {"batch_size": 2, "gradient_accumulation_steps": 5}, 6),  # two batches are left over
-    "full-packed": Case("Full", "epoch", {"batch_size": 2, "packing": True, "max_seq_length": 96, "lr_scheduler_type": "cosine"}, 8),
+BASE_HYPERPARAMETERS: dict[str, Any] = {
+    "max_steps": -1,
+    "epochs": 2,
+    "learning_rate": 5e-3,
+    "lora_dropout": 0.3,
+    "logging_steps": 3,
+    "save_strategy": "no",
 }
 
 
 @dataclass(frozen=True)
-class Unbroken:
+class TrainingCase:
+    """A way to train."""
+
+    method: str
+    eval_strategy: str
+    hyperparameters: dict[str, Any]
+    steps: int  # of both epochs
+
+    def spec(self, store: Path, **hyperparameters: Any) -> JobSpec:
+        eval_config = {"eval_strategy": self.eval_strategy, "eval_steps": 2, "compute_eval_metrics": True}
+        return make_spec(
+            store,
+            method=self.method,
+            hyperparameters=BASE_HYPERPARAMETERS | self.hyperparameters | hyperparameters,
+            eval_config=eval_config,
+        )
+
+
+CASES = {
+    "lora": TrainingCase("LoRA", "epoch", {"batch_size": 6, "gradient_accumulation_steps": 1}, 8),
+    "lora-packed-accumulated": TrainingCase(
+        "LoRA", "steps", {"batch_size": 1, "gradient_accumulation_steps": 2, "packing": True, "max_seq_length": 96}, 8
+    ),
+    "full-accumulated": TrainingCase("Full", "steps", {"batch_size": 2, "gradient_accumulation_steps": 5}, 6),  # two batches are left over
+    "full-packed": TrainingCase(
+        "Full", "epoch", {"batch_size": 2, "packing": True, "max_seq_length": 96, "lr_scheduler_type": "cosine"}, 8
+    ),
+}
+
+
+@dataclass(frozen=True)
+class UninterruptedRun:
     """A job that nothing interrupted."""
 
-    case: Case
-    story: Story
+    case: TrainingCase
+    training_run: TrainingRun
     model: TrainedModel
 
 
 @pytest.fixture(scope="module", params=CASES)
-def unbroken(request: pytest.FixtureRequest, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
+def uninterrupted(request: pytest.FixtureRequest, store: Path, tmp_path_factory: pytest.TempPathFactory) -> UninterruptedRun:
     case = CASES[request.param]
-    story = Story(case.spec(store), tmp_path_factory.mktemp("unbroken"))
-    return Unbroken(case, story, story.finish())
+    story = TrainingRun(case.spec(store), tmp_path_factory.mktemp("unbroken"))
+    return UninterruptedRun(case, story, story.finish())
 
 
-def test_a_training_of_one_step_per_time_slice_is_the_unbroken_one(unbroken: Unbroken, store: Path, tmp_path: Path) -> None:
-    story = Story(unbroken.case.spec(store), tmp_path)
-    for step in range(1, unbroken.case.steps):
-        assert story.attempt(stop_after=step, reason="time_slice") == "time_slice"
-        assert saved(story.spec)[-1].step == step
+def test_one_step_per_time_slice_matches_uninterrupted_run(uninterrupted: UninterruptedRun, store: Path, tmp_path: Path) -> None:
+    story = TrainingRun(uninterrupted.case.spec(store), tmp_path)
+    for step in range(1, uninterrupted.case.steps):
+        assert story.run_attempt(stop_after=step, reason="time_slice") == "time_slice"
+        assert load_saved_checkpoints(story.spec)[-1].step == step
     model = story.finish()
-    assert unbroken.story.curve.keys() == {step for step in range(1, unbroken.case.steps + 1) if step % 3 == 0}
-    assert_same(story, model, unbroken.story, unbroken.model)
+    assert uninterrupted.training_run.curve.keys() == {step for step in range(1, uninterrupted.case.steps + 1) if step % 3 == 0}
+    assert_runs_identical(story, model, uninterrupted.training_run, uninterrupted.model)
 
 
 # --- in one of these ways of training ---
@@ -211,97 +234,102 @@ LORA = CASES["lora-packed-accumulated"]
 
 
 @pytest.fixture(scope="module")
-def lora(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
-    story = Story(LORA.spec(store), tmp_path_factory.mktemp("lora"))
-    return Unbroken(LORA, story, story.finish())
+def lora(store: Path, tmp_path_factory: pytest.TempPathFactory) -> UninterruptedRun:
+    story = TrainingRun(LORA.spec(store), tmp_path_factory.mktemp("lora"))
+    return UninterruptedRun(LORA, story, story.finish())
 
 
 @pytest.fixture
-def story(store: Path, tmp_path: Path) -> Story:
+def training_run(store: Path, tmp_path: Path) -> TrainingRun:
     """The job of `lora`, not yet begun."""
-    return Story(LORA.spec(store), tmp_path)
+    return TrainingRun(LORA.spec(store), tmp_path)
 
 
 @pytest.mark.parametrize("step", [3, 4, 8])  # in the middle, at the end of an epoch, and of the training
-def test_a_training_that_was_paused_is_the_unbroken_one(lora: Unbroken, story: Story, step: int) -> None:
-    assert story.attempt(stop_after=step) == "pause"
-    (checkpoint,) = saved(story.spec)  # durable already
+def test_paused_and_resumed_run_matches_uninterrupted_run(lora: UninterruptedRun, training_run: TrainingRun, step: int) -> None:
+    assert training_run.run_attempt(stop_after=step) == "pause"
+    (checkpoint,) = load_saved_checkpoints(training_run.spec)  # durable already
     assert (checkpoint.step, checkpoint.total_steps, checkpoint.reason) == (step, 8, "end" if step == 8 else "pause")
+    model = training_run.finish()
+    assert_runs_identical(training_run, model, lora.training_run, lora.model)
+    assert "before" not in [told.when for told in training_run.recorders[1].evaluations]  # the base is measured once
+    assert model.base_metrics == training_run.recorders[0].evaluations[0].metrics
+
+
+def test_killed_run_resumes_from_last_checkpoint_and_matches(lora: UninterruptedRun, store: Path, tmp_path: Path) -> None:
+    story = TrainingRun(LORA.spec(store, save_strategy="steps", save_steps=2), tmp_path)
+    assert story.run_attempt(kill_at_step=7) is None
     model = story.finish()
-    assert_same(story, model, lora.story, lora.model)
-    assert "before" not in [told.when for told in story.heard[1].evaluations]  # the base is measured once
-    assert model.base_metrics == story.heard[0].evaluations[0].metrics
+    assert [event.step for event in story.recorders[-1].events if isinstance(event, CheckpointRestored)] == [6]
+    assert_runs_identical(story, model, lora.training_run, lora.model)
 
 
-def test_a_training_that_was_killed_loses_what_came_after_the_last_checkpoint_and_nothing_else(
-    lora: Unbroken, store: Path, tmp_path: Path
-) -> None:
-    story = Story(LORA.spec(store, save_strategy="steps", save_steps=2), tmp_path)
-    assert story.attempt(dies_at=7) is None
-    model = story.finish()
-    assert [event.step for event in story.heard[-1].events if isinstance(event, Resumed)] == [6]
-    assert_same(story, model, lora.story, lora.model)
-
-
-def test_a_training_that_was_killed_while_it_saved_goes_on_from_the_checkpoint_before(lora: Unbroken, store: Path, tmp_path: Path) -> None:
-    story = Story(LORA.spec(store, save_strategy="steps", save_steps=2), tmp_path)
-    assert story.attempt(mirror=DiesWhileSaving(6)) is None
+def test_kill_during_save_resumes_from_previous_checkpoint(lora: UninterruptedRun, store: Path, tmp_path: Path) -> None:
+    story = TrainingRun(LORA.spec(store, save_strategy="steps", save_steps=2), tmp_path)
+    assert story.run_attempt(training_listener=KilledWhileSaving(6)) is None
     assert saved_steps(story.spec) == [2, 4]
-    assert_same(story, story.finish(), lora.story, lora.model)
+    assert_runs_identical(story, story.finish(), lora.training_run, lora.model)
 
 
 @pytest.mark.parametrize("reason", ["pause", "preempted", "time_slice"])
-def test_a_checkpoint_says_why_it_was_written(story: Story, reason: Reason) -> None:
-    assert story.attempt(stop_after=3, reason=reason) == reason
-    assert [(checkpoint.step, checkpoint.reason) for checkpoint in saved(story.spec)] == [(3, reason)]
+def test_checkpoint_records_its_reason(training_run: TrainingRun, reason: StopReason) -> None:
+    assert training_run.run_attempt(stop_after=3, reason=reason) == reason
+    assert [(checkpoint.step, checkpoint.reason) for checkpoint in load_saved_checkpoints(training_run.spec)] == [(3, reason)]
 
 
-def test_a_cancel_saves_nothing(story: Story) -> None:
-    assert story.attempt(stop_after=3, reason="cancel") == "cancel"
-    assert saved(story.spec) == []
+def test_a_cancel_saves_nothing(training_run: TrainingRun) -> None:
+    assert training_run.run_attempt(stop_after=3, reason="cancel") == "cancel"
+    assert load_saved_checkpoints(training_run.spec) == []
 
 
 @pytest.mark.parametrize("checks", [1, 3])
-def test_a_measurement_is_given_up_for_a_pause_and_made_when_the_training_goes_on(lora: Unbroken, story: Story, checks: int) -> None:
-    assert story.attempt(stop_after=4, checks=checks) == "pause"  # between two batches of held-out rows
-    (checkpoint,) = saved(story.spec)
+def test_pause_aborts_evaluation_and_resume_repeats_it(lora: UninterruptedRun, training_run: TrainingRun, checks: int) -> None:
+    assert training_run.run_attempt(stop_after=4, checks=checks) == "pause"  # between two batches of held-out rows
+    (checkpoint,) = load_saved_checkpoints(training_run.spec)
     assert (checkpoint.step, checkpoint.eval_loss) == (4, None)
-    assert [told.step for told in story.heard[0].evaluations] == [0, 2]
-    model = story.finish()
-    assert [(told.when, told.step) for told in story.heard[1].evaluations] == [("during", 4), ("during", 6), ("during", 8), ("after", 8)]
-    assert_same(story, model, lora.story, lora.model)
+    assert [told.step for told in training_run.recorders[0].evaluations] == [0, 2]
+    model = training_run.finish()
+    assert [(told.when, told.step) for told in training_run.recorders[1].evaluations] == [
+        ("during", 4),
+        ("during", 6),
+        ("during", 8),
+        ("after", 8),
+    ]
+    assert_runs_identical(training_run, model, lora.training_run, lora.model)
 
 
-def test_a_checkpoint_knows_what_was_measured_at_its_step(store: Path, tmp_path: Path) -> None:
-    story = Story(LORA.spec(store, save_strategy="steps", save_steps=1, save_total_limit=9), tmp_path)
+def test_checkpoint_records_eval_loss_of_its_step(store: Path, tmp_path: Path) -> None:
+    story = TrainingRun(LORA.spec(store, save_strategy="steps", save_steps=1, save_total_limit=9), tmp_path)
     story.finish()
     losses = {step: loss for (when, step), (loss, _) in story.evaluations.items() if when == "during"}
-    assert {found.step: found.eval_loss for found in saved(story.spec)} == {step: losses.get(step) for step in range(1, 9)}
+    assert {found.step: found.eval_loss for found in load_saved_checkpoints(story.spec)} == {step: losses.get(step) for step in range(1, 9)}
 
 
-def test_a_training_that_is_over_is_not_trained_again_but_measured_and_left(lora: Unbroken, store: Path, tmp_path: Path) -> None:
-    story = Story(replace(LORA, eval_strategy="no").spec(store), tmp_path)
+def test_finished_training_is_evaluated_but_not_trained_again(lora: UninterruptedRun, store: Path, tmp_path: Path) -> None:
+    story = TrainingRun(replace(LORA, eval_strategy="no").spec(store), tmp_path)
     first = story.finish()
-    assert [checkpoint.reason for checkpoint in saved(story.spec)] == ["end"]
+    assert [checkpoint.reason for checkpoint in load_saved_checkpoints(story.spec)] == ["end"]
     again = story.finish()
-    told = story.heard[1]
+    told = story.recorders[1]
     assert (told.points, [(event.when, event.step) for event in told.evaluations]) == ([], [("after", 8)])
-    assert_same(story, again, story, first)
+    assert_runs_identical(story, again, story, first)
     assert again.train_runtime_s == pytest.approx(first.train_runtime_s, rel=0.1)  # up to the save, which is not training
     assert saved_steps(story.spec) == [8]
 
 
-def test_more_epochs_go_on_from_a_finished_training_at_the_rate_of_the_longer_plan(lora: Unbroken, store: Path, tmp_path: Path) -> None:
-    config = lora.story.spec.training_config
+def test_more_epochs_continue_with_the_longer_schedule(lora: UninterruptedRun, store: Path, tmp_path: Path) -> None:
+    config = lora.training_run.spec.training_config
     longer = config.model_copy(update={"hyperparameters": config.hyperparameters.model_copy(update={"epochs": 3, "logging_steps": 1})})
-    story = Story(lora.story.spec.model_copy(update={"training_config": longer}), tmp_path / "more", heard=[Listener()])
+    story = TrainingRun(
+        lora.training_run.spec.model_copy(update={"training_config": longer}), tmp_path / "more", recorders=[ProgressRecorder()]
+    )
     story.finish()
-    unbroken = Story(LORA.spec(store, epochs=3, logging_steps=1), tmp_path / "unbroken")
+    unbroken = TrainingRun(LORA.spec(store, epochs=3, logging_steps=1), tmp_path / "unbroken")
     unbroken.finish()
-    points = story.heard[-1].points
+    points = story.recorders[-1].points
     assert [point.step for point in points] == [9, 10, 11, 12]
     assert [point.values["learning_rate"] for point in points] == [
-        point.values["learning_rate"] for point in unbroken.heard[0].points if point.step > 8
+        point.values["learning_rate"] for point in unbroken.recorders[0].points if point.step > 8
     ]
     assert points[-1].progress is not None
     assert (points[-1].progress.step, points[-1].progress.total_steps, points[-1].progress.total_epochs) == (12, 12, 3.0)
@@ -309,16 +337,18 @@ def test_more_epochs_go_on_from_a_finished_training_at_the_rate_of_the_longer_pl
 
 @pytest.mark.parametrize("name", ["lora", "full-accumulated"])
 def test_a_checkpoint_is_exported_without_training(store: Path, tmp_path: Path, name: str) -> None:
-    trained = Story(CASES[name].spec(store), tmp_path / "trained")
-    trained.attempt(stop_after=4)
-    source = ExportSource(job_id=trained.spec.job_id, attempt=1, step=4, key=checkpoint_key(trained.spec.checkpoints, attempt=1, step=4))
-    story = Story(CASES[name].spec(store).model_copy(update={"export_of": source}), tmp_path / "exported")
+    trained = TrainingRun(CASES[name].spec(store), tmp_path / "trained")
+    trained.run_attempt(stop_after=4)
+    source = ExportSource(
+        job_id=trained.spec.job_id, attempt=1, step=4, key=checkpoint_key(trained.spec.checkpoints_prefix, attempt=1, step=4)
+    )
+    story = TrainingRun(CASES[name].spec(store).model_copy(update={"export_of": source}), tmp_path / "exported")
     model = story.finish()
     assert (story.curve, saved_steps(story.spec)) == ({}, [])
     assert [(when, step) for when, step in story.evaluations] == [("after", 4)]
     assert model.metrics is not None
     assert model.base_metrics is not None
-    assert model.base_metrics == trained.heard[0].evaluations[0].metrics
+    assert model.base_metrics == trained.recorders[0].evaluations[0].metrics
     assert model.metrics.eval_loss != model.base_metrics.eval_loss
     stored = weights(TrainedModel(Path(store, source.key), model.is_adapter, model.base_folder, (), None, None, 0, 0, 0.0))
     assert all(part.equal(stored[name]) for name, part in weights(model).items())
@@ -342,22 +372,24 @@ def test_a_checkpoint_is_exported_without_training(store: Path, tmp_path: Path, 
         ("no", 50, True, 1e6, 1.0, False),
     ],
 )
-def test_a_save_is_due_as_the_strategy_says_and_after_the_safety_interval(
+def test_save_is_due_by_strategy_or_safety_interval(
     strategy: Any, step: int, epoch_ended: bool, since_s: float, blocked_s: float, due: bool
 ) -> None:
     policy = SavePolicy(strategy, save_steps=50)
-    assert policy.is_due(step, epoch_ended=epoch_ended, since_s=since_s, blocked_s=blocked_s) is due
+    assert policy.is_due(step, epoch_ended=epoch_ended, since_last_save_s=since_s, save_s=blocked_s) is due
 
 
 @pytest.mark.parametrize("blocked_s", [0.01, 1.0, 15.0, 60.0, 600.0])
-def test_the_safety_interval_never_costs_more_than_a_twentieth(blocked_s: float) -> None:
-    assert blocked_s / safety_interval_s(blocked_s) <= 0.05
+def test_safety_interval_costs_at_most_five_percent(blocked_s: float) -> None:
+    assert blocked_s / compute_checkpoint_interval_s(blocked_s) <= 0.05
 
 
-def test_the_state_is_read_as_it_was_written(tmp_path: Path) -> None:
-    state = TrainingState(batch_size=3, gradient_accumulation_steps=2, step=7, train_s=0.1 + 0.2, window=(1 / 3, 2.0**-40, 1e300))
+def test_training_state_roundtrips(tmp_path: Path) -> None:
+    state = TrainingControlState(
+        batch_size=3, gradient_accumulation_steps=2, step=7, train_s=0.1 + 0.2, loss_buffer=(1 / 3, 2.0**-40, 1e300)
+    )
     state.write(tmp_path)
-    assert TrainingState.read(tmp_path) == state
+    assert TrainingControlState.read(tmp_path) == state
 
 
 @dataclass
@@ -382,68 +414,70 @@ class TimeLimit(StopAfter):
 
 
 @dataclass
-class Drive:
+class ControlDriver:
     """A training of a hundred steps, driven by hand."""
 
-    course: Course
+    control: TrainingControl
     clock: Clock
     folder: Path
 
-    def step(self, takes_s: float) -> None:
-        self.course.step_begins()
-        self.clock.now_s += takes_s
-        self.course.step_done(self.course.step + 1, loss=1.0)
+    def step(self, duration_s: float) -> None:
+        self.control.on_step_begin()
+        self.clock.now_s += duration_s
+        self.control.on_step_end(self.control.step + 1, loss=1.0)
 
-    def save(self, takes_s: float) -> None:
+    def save(self, duration_s: float) -> None:
         def write() -> None:
             self.folder.mkdir(parents=True)
             (self.folder / "weights").write_text("some")
-            self.clock.now_s += takes_s
+            self.clock.now_s += duration_s
 
-        self.course.save(self.folder, 0.5, write)
+        self.control.save(self.folder, 0.5, write)
 
 
 @pytest.fixture
-def drive(store: Path, tmp_path: Path) -> Callable[..., Drive]:
-    def begin(ends_at_s: float = 1e9) -> Drive:
+def make_control_driver(store: Path, tmp_path: Path) -> Callable[..., ControlDriver]:
+    def begin(ends_at_s: float = 1e9) -> ControlDriver:
         clock = Clock()
-        stop = TimeLimit(Listener(), step=1000, clock=clock, ends_at_s=ends_at_s)
-        context = a_context(a_spec(store), tmp_path, stop=stop)
-        state = TrainingState(batch_size=2, gradient_accumulation_steps=1)
-        return Drive(Course(context, SavePolicy("epoch", 50), state, total_steps=100, clock=clock), clock, tmp_path / "checkpoint")
+        stop = TimeLimit(ProgressRecorder(), step=1000, clock=clock, ends_at_s=ends_at_s)
+        context = make_context(make_spec(store), tmp_path, stop=stop)
+        state = TrainingControlState(batch_size=2, gradient_accumulation_steps=1)
+        return ControlDriver(
+            TrainingControl(context, SavePolicy("epoch", 50), state, total_steps=100, clock=clock), clock, tmp_path / "checkpoint"
+        )
 
     return begin
 
 
-def test_a_long_epoch_is_broken_by_checkpoints_as_often_as_they_are_cheap(drive: Callable[..., Drive]) -> None:
-    driven = drive()
-    driven.step(takes_s=299)
-    assert not driven.course.must_save(epoch_ended=False)
-    driven.step(takes_s=1)
-    assert driven.course.must_save(epoch_ended=False)
-    driven.save(takes_s=20)
-    driven.step(takes_s=399)
-    assert not driven.course.must_save(epoch_ended=False)
-    driven.step(takes_s=1)
-    assert driven.course.must_save(epoch_ended=False)
+def test_safety_checkpoints_in_long_epoch_depend_on_save_cost(make_control_driver: Callable[..., ControlDriver]) -> None:
+    driven = make_control_driver()
+    driven.step(duration_s=299)
+    assert not driven.control.should_save(epoch_ended=False)
+    driven.step(duration_s=1)
+    assert driven.control.should_save(epoch_ended=False)
+    driven.save(duration_s=20)
+    driven.step(duration_s=399)
+    assert not driven.control.should_save(epoch_ended=False)
+    driven.step(duration_s=1)
+    assert driven.control.should_save(epoch_ended=False)
 
 
-def test_a_training_yields_when_its_longest_step_and_a_checkpoint_would_not_fit_any_more(drive: Callable[..., Drive]) -> None:
-    driven = drive(ends_at_s=200)
-    driven.course.checkpoint_bytes = 500_000_000  # ten seconds, as long as nobody has seen one
-    driven.step(takes_s=30)
-    assert not driven.course.must_end()  # 170 s are left, and (30 + 10) x 1.5 + 1 are wanted
-    driven.step(takes_s=10)
+def test_training_yields_when_step_and_checkpoint_no_longer_fit(make_control_driver: Callable[..., ControlDriver]) -> None:
+    driven = make_control_driver(ends_at_s=200)
+    driven.control.checkpoint_bytes = 500_000_000  # ten seconds, as long as nobody has seen one
+    driven.step(duration_s=30)
+    assert not driven.control.should_stop()  # 170 s are left, and (30 + 10) x 1.5 + 1 are wanted
+    driven.step(duration_s=10)
     driven.clock.now_s = 138
-    assert not driven.course.must_end()
+    assert not driven.control.should_stop()
     driven.clock.now_s = 140
-    assert driven.course.must_end()
-    assert driven.course.stopping == "time_slice"
+    assert driven.control.should_stop()
+    assert driven.control.stop_reason == "time_slice"
 
 
-def test_the_time_that_is_left_is_told_from_the_speed_of_this_attempt(drive: Callable[..., Drive]) -> None:
-    driven = drive()
-    assert driven.course.eta_s is None
-    driven.step(takes_s=10)
-    driven.step(takes_s=30)
-    assert driven.course.eta_s == 20 * 98
+def test_eta_uses_speed_of_current_attempt(make_control_driver: Callable[..., ControlDriver]) -> None:
+    driven = make_control_driver()
+    assert driven.control.eta_s is None
+    driven.step(duration_s=10)
+    driven.step(duration_s=30)
+    assert driven.control.eta_s == 20 * 98

@@ -41,12 +41,12 @@ def test_an_unknown_error_shows_its_type_and_its_first_line_only() -> None:
     assert len(failure_of(ValueError("x" * 5000)).message) <= 300
 
 
-def test_a_stop_passes_through_whoever_catches_exceptions() -> None:
+def test_stopped_is_not_an_exception_subclass() -> None:
     assert not issubclass(Stopped, Exception)
     assert Stopped("pause").reason == str(Stopped("pause")) == "pause"
 
 
-def test_a_missing_or_senseless_variable_is_named() -> None:
+def test_missing_or_invalid_variable_is_named() -> None:
     complete = dict.fromkeys(("JOB_ID", "JOB_SPEC_STORE_URL", "JOB_TOKEN", "SERVICE_URL", "JOB_WORKDIR"), "x") | {"JOB_ATTEMPT": "2"}
     assert read_settings(complete).attempt == 2
     for name in complete:
@@ -62,7 +62,7 @@ def test_settings_do_not_show_the_token() -> None:
 
 
 @pytest.mark.parametrize(("shown", "used"), [({}, "0"), ({"CUDA_VISIBLE_DEVICES": "2,3"}, "2"), ({"CUDA_VISIBLE_DEVICES": ""}, "")])
-def test_one_process_sees_one_gpu_and_remembers_the_others(shown: dict[str, str], used: str) -> None:
+def test_use_one_gpu_keeps_full_list_in_job_gpus(shown: dict[str, str], used: str) -> None:
     told = shown.get("CUDA_VISIBLE_DEVICES")
     use_one_gpu(shown)
-    assert shown == {"CUDA_VISIBLE_DEVICES": used} | ({} if told is None else {"JOB_GPUS": told})
+    assert shown == {"CUDA_VISIBLE_DEVICES": used} | ({} if told is None else {"JOB_VISIBLE_GPUS": told})

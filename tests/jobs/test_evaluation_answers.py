@@ -7,10 +7,17 @@ from typing import Any
 
 import pytest
 
-from jobs.data.render import render
+from jobs.data.render import tokenize_split
 from jobs.errors import JobFailed
-from jobs.evaluation.answers import FEWEST, MOST, MOST_TOKENS, answers, at_once, samples_of
-from jobs.evaluation.questions import questions_of
+from jobs.evaluation.answers import (
+    MAX_BATCH_PROMPTS,
+    MAX_BATCH_TOKENS,
+    MIN_BATCH_PROMPTS,
+    generate_batch,
+    make_samples,
+    max_generation_batch,
+)
+from jobs.evaluation.questions import make_eval_prompts
 
 PROMPTS = ["what does files do", "it", "open close read write path name value number string", "call", "what does copy do 17", "a list of"]
 NEW_TOKENS = 12
@@ -32,12 +39,12 @@ def prompts(tokenizer: Any) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def one_by_one(model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[str]:
+def expected_answers(model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[str]:
     """The likeliest tokens, each from a whole pass over all that came before it."""
-    return [greedy(model, tokenizer, prompt) for prompt in prompts]
+    return [generate_greedy(model, tokenizer, prompt) for prompt in prompts]
 
 
-def greedy(model: Any, tokenizer: Any, prompt: list[int], ends: tuple[int, ...] = (1,)) -> str:
+def generate_greedy(model: Any, tokenizer: Any, prompt: list[int], ends: tuple[int, ...] = (1,)) -> str:
     import torch
 
     said: list[int] = []
@@ -52,21 +59,21 @@ def greedy(model: Any, tokenizer: Any, prompt: list[int], ends: tuple[int, ...] 
     return tokenizer.decode(said, skip_special_tokens=True)
 
 
-def ask(model: Any, tokenizer: Any, prompts: list[list[int]], batch_size: int = 4, **how: Any) -> list[str]:
-    return answers(model, tokenizer, prompts, max_new_tokens=NEW_TOKENS, batch_size=batch_size, **how)
+def generate_answers(model: Any, tokenizer: Any, prompts: list[list[int]], batch_size: int = 4, **options: Any) -> list[str]:
+    return generate_batch(model, tokenizer, prompts, max_new_tokens=NEW_TOKENS, batch_size=batch_size, **options)
 
 
-def with_lora(base: Path, **how: Any) -> Any:
+def load_with_lora(base: Path, **options: Any) -> Any:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(3)
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.5, init_lora_weights=False, task_type="CAUSAL_LM")
-    return get_peft_model(AutoModelForCausalLM.from_pretrained(base, **how), config)
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(base, **options), config)
 
 
-def randomness() -> tuple[Any, ...]:
+def capture_rng_state() -> tuple[Any, ...]:
     import numpy
     import torch
 
@@ -74,78 +81,81 @@ def randomness() -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 100])
-def test_answers_are_the_likeliest_tokens_whatever_the_batch(
-    model: Any, tokenizer: Any, prompts: list[list[int]], one_by_one: list[str], batch_size: int
+def test_answers_are_greedy_for_any_batch_size(
+    model: Any, tokenizer: Any, prompts: list[list[int]], expected_answers: list[str], batch_size: int
 ) -> None:
-    assert len(set(one_by_one)) > 1
-    assert ask(model, tokenizer, prompts, batch_size) == one_by_one
+    assert len(set(expected_answers)) > 1
+    assert generate_answers(model, tokenizer, prompts, batch_size) == expected_answers
 
 
-def test_an_adapter_speaks_and_its_dropout_does_not(base: Path, tokenizer: Any, prompts: list[list[int]], one_by_one: list[str]) -> None:
-    adapted = with_lora(base).train()
-    said = ask(adapted, tokenizer, prompts)
-    assert said == [greedy(adapted, tokenizer, prompt) for prompt in prompts]
-    assert said != one_by_one
+def test_adapter_is_used_without_dropout(base: Path, tokenizer: Any, prompts: list[list[int]], expected_answers: list[str]) -> None:
+    adapted = load_with_lora(base).train()
+    said = generate_answers(adapted, tokenizer, prompts)
+    assert said == [generate_greedy(adapted, tokenizer, prompt) for prompt in prompts]
+    assert said != expected_answers
 
 
-def test_a_model_in_bf16_answers(base: Path, tokenizer: Any, prompts: list[list[int]]) -> None:
+def test_bf16_model_matches_greedy_generation(base: Path, tokenizer: Any, prompts: list[list[int]]) -> None:
     import torch
 
-    adapted = with_lora(base, dtype=torch.bfloat16)
-    assert ask(adapted, tokenizer, prompts[:1]) == [greedy(adapted, tokenizer, prompts[0])]
+    adapted = load_with_lora(base, dtype=torch.bfloat16)
+    assert generate_answers(adapted, tokenizer, prompts[:1]) == [generate_greedy(adapted, tokenizer, prompts[0])]
 
 
-def test_what_the_base_would_rather_do_is_not_asked(
-    model: Any, tokenizer: Any, prompts: list[list[int]], one_by_one: list[str], monkeypatch: pytest.MonkeyPatch
+def test_sampling_settings_of_generation_config_are_ignored(
+    model: Any, tokenizer: Any, prompts: list[list[int]], expected_answers: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import GenerationConfig
 
     chatty = GenerationConfig(do_sample=True, temperature=5.0, top_k=50, repetition_penalty=3.0, no_repeat_ngram_size=1, eos_token_id=1)
     monkeypatch.setattr(model, "generation_config", chatty)
-    assert ask(model, tokenizer, prompts) == one_by_one
+    assert generate_answers(model, tokenizer, prompts) == expected_answers
 
 
 @pytest.mark.parametrize("as_a_list", [True, False])
-def test_an_answer_ends_where_the_generation_config_says(
-    model: Any, tokenizer: Any, prompts: list[list[int]], one_by_one: list[str], monkeypatch: pytest.MonkeyPatch, as_a_list: bool
+def test_generation_stops_at_eos_of_generation_config(
+    model: Any, tokenizer: Any, prompts: list[list[int]], expected_answers: list[str], monkeypatch: pytest.MonkeyPatch, as_a_list: bool
 ) -> None:
-    end = tokenizer(one_by_one[0], add_special_tokens=False)["input_ids"][2]  # a token in the midst of an answer
+    end = tokenizer(expected_answers[0], add_special_tokens=False)["input_ids"][2]  # a token in the midst of an answer
     monkeypatch.setattr(model.generation_config, "eos_token_id", [1, end] if as_a_list else end)
-    said = ask(model, tokenizer, prompts)
-    assert said == [greedy(model, tokenizer, prompt, (1, end) if as_a_list else (end,)) for prompt in prompts]
-    assert said[0] != one_by_one[0]
+    said = generate_answers(model, tokenizer, prompts)
+    assert said == [generate_greedy(model, tokenizer, prompt, (1, end) if as_a_list else (end,)) for prompt in prompts]
+    assert said[0] != expected_answers[0]
 
 
-def test_special_tokens_are_no_words(model: Any, tokenizer: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_special_tokens_are_removed_from_answers(
+    model: Any, tokenizer: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
 
     turn = tokenizer.convert_tokens_to_ids("<start_of_turn>")
     head = model.lm_head.forward
     monkeypatch.setattr(model.lm_head, "forward", lambda hidden: head(hidden).index_fill(-1, torch.tensor([turn]), 1e4))
-    assert ask(model, tokenizer, prompts) == [""] * len(prompts)
+    assert generate_answers(model, tokenizer, prompts) == [""] * len(prompts)
 
 
 @pytest.mark.parametrize(
-    ("trained", "longest", "together"), [(1, 20, MOST), (1, 4000, FEWEST), (1, 1000, MOST_TOKENS // 1064), (64, 20, 64), (16, 4000, 16)]
+    ("trained", "longest", "together"),
+    [(1, 20, MAX_BATCH_PROMPTS), (1, 4000, MIN_BATCH_PROMPTS), (1, 1000, MAX_BATCH_TOKENS // 1064), (64, 20, 64), (16, 4000, 16)],
 )
-def test_more_are_asked_together_than_are_trained_together(trained: int, longest: int, together: int) -> None:
-    assert at_once(trained, [[1], [1] * longest], 64) == together
+def test_generation_batch_is_larger_than_training_batch(trained: int, longest: int, together: int) -> None:
+    assert max_generation_batch(trained, [[1], [1] * longest], 64) == together
 
 
-def test_no_prompts_have_no_answers(model: Any, tokenizer: Any) -> None:
-    assert ask(model, tokenizer, []) == []
+def test_no_prompts_give_no_answers(model: Any, tokenizer: Any) -> None:
+    assert generate_answers(model, tokenizer, []) == []
 
 
-def test_a_training_goes_on_as_if_nobody_had_asked(base: Path, tokenizer: Any, prompts: list[list[int]]) -> None:
+def test_generation_does_not_change_training(base: Path, tokenizer: Any, prompts: list[list[int]]) -> None:
     import torch
 
     def trained(*, asked: bool) -> dict[str, Any]:
-        adapted = with_lora(base).train()
+        adapted = load_with_lora(base).train()
         optimizer = torch.optim.SGD([part for part in adapted.parameters() if part.requires_grad], lr=0.1)
         torch.manual_seed(11)
         for _ in range(2):
             if asked:
-                ask(adapted, tokenizer, prompts)
+                generate_answers(adapted, tokenizer, prompts)
             rows = torch.tensor([prompts[2]])
             adapted(input_ids=rows, labels=rows).loss.backward()
             optimizer.step()
@@ -155,24 +165,24 @@ def test_a_training_goes_on_as_if_nobody_had_asked(base: Path, tokenizer: Any, p
     assert all(torch.equal(alone[name], interrupted[name]) for name in alone)
 
 
-def test_everything_is_left_as_it_was_found(base: Path, tokenizer: Any, prompts: list[list[int]]) -> None:
-    adapted = with_lora(base).train()
+def test_generation_restores_model_and_rng_state(base: Path, tokenizer: Any, prompts: list[list[int]]) -> None:
+    adapted = load_with_lora(base).train()
     adapted.activation_checkpointing_enable()
     adapted.config.use_cache = False
     frozen = adapted.get_input_embeddings().eval()  # kept from training while the rest is trained
-    before = randomness(), [(part.training, getattr(part, "gradient_checkpointing", None)) for part in adapted.modules()]
+    before = capture_rng_state(), [(part.training, getattr(part, "gradient_checkpointing", None)) for part in adapted.modules()]
     config = adapted.generation_config.to_dict()
 
-    ask(adapted, tokenizer, prompts)
+    generate_answers(adapted, tokenizer, prompts)
 
-    assert (randomness(), [(part.training, getattr(part, "gradient_checkpointing", None)) for part in adapted.modules()]) == before
+    assert (capture_rng_state(), [(part.training, getattr(part, "gradient_checkpointing", None)) for part in adapted.modules()]) == before
     assert not frozen.training
     assert any(checkpointing for _, checkpointing in before[1])
     assert adapted.config.use_cache is False
     assert adapted.generation_config.to_dict() == config
 
 
-def test_randomness_that_is_used_meanwhile_is_given_back(model: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
+def test_rng_state_changed_by_callback_is_restored(model: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
     import numpy
     import torch
 
@@ -181,14 +191,14 @@ def test_randomness_that_is_used_meanwhile_is_given_back(model: Any, tokenizer: 
         numpy.random.rand()
         torch.rand(1)
 
-    before = randomness()
-    ask(model, tokenizer, prompts, pulse=draw)
-    assert randomness() == before
+    before = capture_rng_state()
+    generate_answers(model, tokenizer, prompts, pulse=draw)
+    assert capture_rng_state() == before
 
 
 @pytest.mark.parametrize("pulses", [1, 3, 9])
-def test_whoever_is_asked_can_be_interrupted(model: Any, tokenizer: Any, prompts: list[list[int]], pulses: int) -> None:
-    class Enough(Exception):
+def test_generation_can_be_interrupted(model: Any, tokenizer: Any, prompts: list[list[int]], pulses: int) -> None:
+    class Interrupted(Exception):
         pass
 
     heard = 0
@@ -197,18 +207,18 @@ def test_whoever_is_asked_can_be_interrupted(model: Any, tokenizer: Any, prompts
         nonlocal heard
         heard += 1
         if heard == pulses:
-            raise Enough
+            raise Interrupted
 
-    before = randomness()
-    with pytest.raises(Enough):
-        ask(model, tokenizer, prompts, 2, pulse=pulse)
+    before = capture_rng_state()
+    with pytest.raises(Interrupted):
+        generate_answers(model, tokenizer, prompts, 2, pulse=pulse)
     assert heard == pulses
     assert model.training
-    assert randomness() == before
+    assert capture_rng_state() == before
 
 
 @pytest.fixture
-def room_for(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+def limit_batch_rows(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
     """A machine with memory for so many rows at once; the rows of each batch that was tried."""
     import torch
 
@@ -230,30 +240,30 @@ def room_for(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
     return make
 
 
-def test_with_too_little_memory_fewer_are_asked_at_once(
-    model: Any, tokenizer: Any, prompts: list[list[int]], one_by_one: list[str], room_for: Callable[[int], list[int]]
+def test_generation_batch_shrinks_when_memory_is_short(
+    model: Any, tokenizer: Any, prompts: list[list[int]], expected_answers: list[str], limit_batch_rows: Callable[[int], list[int]]
 ) -> None:
-    tried = room_for(2)
-    assert ask(model, tokenizer, prompts, 6) == one_by_one
+    tried = limit_batch_rows(2)
+    assert generate_answers(model, tokenizer, prompts, 6) == expected_answers
     assert tried == [6, 3, 1, 1, 1, 1, 1, 1]
 
 
-def test_without_memory_for_a_single_one_the_reason_is_told(
-    model: Any, tokenizer: Any, prompts: list[list[int]], room_for: Callable[[int], list[int]]
+def test_oom_with_single_prompt_fails_with_reason(
+    model: Any, tokenizer: Any, prompts: list[list[int]], limit_batch_rows: Callable[[int], list[int]]
 ) -> None:
-    room_for(0)
+    limit_batch_rows(0)
     with pytest.raises(JobFailed, match="single held-out prompt") as failed:
-        ask(model, tokenizer, prompts, 2)
+        generate_answers(model, tokenizer, prompts, 2)
     assert failed.value.failure.code == "out_of_memory"
     assert model.training
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory(model: Any, tokenizer: Any) -> None:
+def test_other_errors_are_not_treated_as_oom(model: Any, tokenizer: Any) -> None:
     with pytest.raises((IndexError, RuntimeError), match="index out of range"):
-        ask(model, tokenizer, [[2, 10**6]])
+        generate_answers(model, tokenizer, [[2, 10**6]])
 
 
-class Heard:
+class FakeImageTextModel:
     """Stands for an image-text model: remembers what it was given, and says nothing."""
 
     training = True
@@ -278,13 +288,13 @@ class Heard:
         return torch.cat([inputs["input_ids"], torch.ones(len(inputs["input_ids"]), 1).long()], dim=1)
 
 
-def test_what_belongs_to_a_prompt_goes_with_it(tokenizer: Any) -> None:
+def test_image_features_follow_their_prompts(tokenizer: Any) -> None:
     import torch
 
-    heard = Heard()
+    heard = FakeImageTextModel()
     of_first = {"token_type_ids": torch.tensor([0, 1]), "pixel_values": torch.full((1, 3, 2, 2), 1.0)}
     of_last = {"token_type_ids": torch.tensor([0, 1, 1]), "pixel_values": torch.full((2, 3, 2, 2), 2.0)}
-    ask(heard, tokenizer, [[2, 9], [2, 9, 9, 9], [2, 9, 9]], features=[of_first, {}, of_last])
+    generate_answers(heard, tokenizer, [[2, 9], [2, 9, 9, 9], [2, 9, 9]], features=[of_first, {}, of_last])
 
     (inputs,) = heard.inputs
     assert inputs["input_ids"].tolist() == [[2, 9, 9, 9], [0, 2, 9, 9], [0, 0, 2, 9]]  # longest first
@@ -296,17 +306,17 @@ def test_what_belongs_to_a_prompt_goes_with_it(tokenizer: Any) -> None:
 # --- questions ---
 
 
-def rows_of(rows: list[dict[str, Any]], dataset_type: Any, tokenizer: Any, max_length: int = 512) -> Any:
-    return render(iter(rows), dataset_type, tokenizer, max_length).rows
+def tokenize_rows(rows: list[dict[str, Any]], dataset_type: Any, tokenizer: Any, max_length: int = 512) -> Any:
+    return tokenize_split(iter(rows), dataset_type, tokenizer, max_length).rows
 
 
 def turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def test_a_conversation_asks_once_for_every_answer_it_has(tokenizer: Any) -> None:
+def test_each_assistant_turn_gives_one_eval_prompt(tokenizer: Any) -> None:
     talk = [turn("user", "what does copy do"), turn("assistant", "it returns a list"), turn("user", "call"), turn("assistant", "a name")]
-    first, second = questions_of(rows_of([{"messages": talk}], "messages", tokenizer), tokenizer, 9)
+    first, second = make_eval_prompts(tokenize_rows([{"messages": talk}], "messages", tokenizer), tokenizer, 9)
     assert [first.reference, second.reference] == ["it returns a list", "a name"]
     assert first.prompt_text == "<bos><start_of_turn>user\nwhat does copy do<end_of_turn>\n<start_of_turn>model\n"
     assert (
@@ -315,37 +325,39 @@ def test_a_conversation_asks_once_for_every_answer_it_has(tokenizer: Any) -> Non
     )
     for question in (first, second):
         assert tokenizer.decode(question.prompt_ids) == question.prompt_text
-        assert question.row == 0
+        assert question.row_index == 0
 
 
-def test_a_completion_is_the_reference_of_its_prompt(tokenizer: Any) -> None:
-    (question,) = questions_of(rows_of([{"prompt": "open the", "completion": " path"}], "prompt_completion", tokenizer), tokenizer, 9)
+def test_completion_is_reference_of_its_prompt(tokenizer: Any) -> None:
+    (question,) = make_eval_prompts(
+        tokenize_rows([{"prompt": "open the", "completion": " path"}], "prompt_completion", tokenizer), tokenizer, 9
+    )
     assert (question.prompt_text, question.reference) == ("open the", " path")
     assert question.prompt_ids == tuple(tokenizer("open the")["input_ids"])
 
 
-def test_a_text_is_no_question(tokenizer: Any) -> None:
-    assert questions_of(rows_of([{"text": "it returns a list of files"}], "text", tokenizer), tokenizer, 9) == []
+def test_text_rows_give_no_eval_prompts(tokenizer: Any) -> None:
+    assert make_eval_prompts(tokenize_rows([{"text": "it returns a list of files"}], "text", tokenizer), tokenizer, 9) == []
 
 
-def test_an_answer_without_words_is_no_reference(tokenizer: Any) -> None:
+def test_blank_answers_are_not_references(tokenizer: Any) -> None:
     rows = [{"prompt": "what", "completion": " "}, {"prompt": "what", "completion": " call"}]
-    assert [question.row for question in questions_of(rows_of(rows, "prompt_completion", tokenizer), tokenizer, 9)] == [1]
+    assert [question.row_index for question in make_eval_prompts(tokenize_rows(rows, "prompt_completion", tokenizer), tokenizer, 9)] == [1]
 
 
-def test_the_sample_is_the_first_questions_and_always_the_same(tokenizer: Any) -> None:
-    rows = rows_of([{"prompt": f"what {n}", "completion": f" name {n}"} for n in range(9)], "prompt_completion", tokenizer)
-    chosen = questions_of(rows, tokenizer, 3)
+def test_eval_prompts_are_first_rows_and_deterministic(tokenizer: Any) -> None:
+    rows = tokenize_rows([{"prompt": f"what {n}", "completion": f" name {n}"} for n in range(9)], "prompt_completion", tokenizer)
+    chosen = make_eval_prompts(rows, tokenizer, 3)
     assert [question.reference.strip() for question in chosen] == ["name 0", "name 1", "name 2"]
-    assert questions_of(rows, tokenizer, 3) == chosen
-    assert questions_of(rows, tokenizer, 0) == []
+    assert make_eval_prompts(rows, tokenizer, 3) == chosen
+    assert make_eval_prompts(rows, tokenizer, 0) == []
 
 
 # --- samples ---
 
 
-def test_samples_are_the_first_and_fit_to_be_shown() -> None:
-    shown = samples_of(["a\nb", "c", "d"], ["ref\x1b[2J", None, "e"], ["x" * 3000, "y", "z"], 2)
+def test_samples_are_first_rows_with_control_characters_replaced() -> None:
+    shown = make_samples(["a\nb", "c", "d"], ["ref\x1b[2J", None, "e"], ["x" * 3000, "y", "z"], 2)
     assert [sample.prompt for sample in shown] == ["a\nb", "c"]
     assert [sample.reference for sample in shown] == ["ref\N{REPLACEMENT CHARACTER}[2J", None]
     assert shown[0].text == "x" * 1999 + "…"

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from jobs.evaluation.gate import judge
+from jobs.evaluation.gate import evaluate_gate
 from schema.evaluation import Threshold
 from schema.job import EvalMetrics, Gate, GateCheck
 
@@ -29,9 +29,9 @@ TRAINED = EvalMetrics(
 
 
 def check(metrics: EvalMetrics | None = TRAINED, base: EvalMetrics | None = BASE, **threshold: Any) -> GateCheck:
-    gate = judge([Threshold(**threshold)], metrics, base)
+    gate = evaluate_gate([Threshold(**threshold)], metrics, base)
     assert gate.passed == gate.checks[0].passed
-    assert gate.passed == (gate.checks[0].why == "")
+    assert gate.passed == (gate.checks[0].reason == "")
     return gate.checks[0]
 
 
@@ -58,7 +58,7 @@ def check(metrics: EvalMetrics | None = TRAINED, base: EvalMetrics | None = BASE
         ({"metric": "exact_match", "at_least": 1.5, "relative_to_base": True}, True),  # a base of 0 was left behind
     ],
 )
-def test_a_bound_holds_or_it_does_not(threshold: dict[str, Any], passes: bool) -> None:
+def test_bound_passes_or_fails(threshold: dict[str, Any], passes: bool) -> None:
     assert check(**threshold).passed is passes
 
 
@@ -88,60 +88,60 @@ def test_a_bound_holds_or_it_does_not(threshold: dict[str, Any], passes: bool) -
         ),
     ],
 )
-def test_what_does_not_pass_says_why(threshold: dict[str, Any], why: str) -> None:
-    assert check(**threshold).why == why
+def test_failed_check_gives_reason(threshold: dict[str, Any], why: str) -> None:
+    assert check(**threshold).reason == why
 
 
-def test_a_metric_that_failed_on_the_base_passes_nothing_relative_to_it() -> None:
+def test_metric_missing_on_base_fails_relative_bound() -> None:
     trained = TRAINED.model_copy(update={"values": {"bleu": 0.9}})
     found = check(trained, metric="bleu", at_least=1.0, relative_to_base=True)
-    assert found.why == "bleu of the base model was not measured: the metric failed: KeyError: x"
+    assert found.reason == "bleu of the base model was not measured: the metric failed: KeyError: x"
     assert (found.value, found.base, found.at_least) == (0.9, None, None)
     assert check(trained, metric="bleu", at_least=0.5).passed
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("bound", [{"at_least": -1e9}, {"at_most": 1e9}, {"at_least": 0.0, "relative_to_base": True}])
-def test_what_is_no_number_passes_nothing(value: float, bound: dict[str, Any]) -> None:
+def test_non_finite_metric_fails(value: float, bound: dict[str, Any]) -> None:
     broken = EvalMetrics(eval_loss=value, values={"reward": value})
     for name in ("eval_loss", "reward"):
         found = check(broken, metric=name, **bound)
-        assert found.why == f"{name} of the trained model is not a finite number"
+        assert found.reason == f"{name} of the trained model is not a finite number"
         assert found.value is None  # NaN is no JSON
     assert not check(base=EvalMetrics(eval_loss=value), metric="eval_loss", at_most=1.0, relative_to_base=True).passed
 
 
-def test_zero_is_a_number() -> None:
+def test_zero_is_a_valid_metric_value() -> None:
     nothing = EvalMetrics(eval_loss=0.0, values={"exact_match": 0.0})
     assert check(nothing, metric="eval_loss", at_most=0.1).value == 0.0
     assert check(nothing, metric="exact_match", at_least=0.0).passed
 
 
-def test_a_multiple_of_nothing_must_be_more_than_nothing() -> None:
+def test_relative_bound_on_zero_base_requires_more_than_zero() -> None:
     nothing = EvalMetrics(values={"exact_match": 0.0})
-    assert check(nothing, metric="exact_match", at_least=1.5, relative_to_base=True).why == "0 is no better than the base's 0"
+    assert check(nothing, metric="exact_match", at_least=1.5, relative_to_base=True).reason == "0 is no better than the base's 0"
     assert check(nothing, metric="exact_match", at_least=1.0, relative_to_base=True).passed
 
 
-def test_without_measurements_nothing_passes() -> None:
-    assert check(None, metric="perplexity", at_most=9).why == "the trained model was not measured; a gate needs held-out rows"
+def test_missing_metrics_fail_the_gate() -> None:
+    assert check(None, metric="perplexity", at_most=9).reason == "the trained model was not measured; a gate needs held-out rows"
     relative = check(base=None, metric="perplexity", at_most=0.9, relative_to_base=True)
-    assert relative.why == "the base model was not measured; a gate needs held-out rows"
+    assert relative.reason == "the base model was not measured; a gate needs held-out rows"
     assert check(base=None, metric="perplexity", at_most=9).passed
 
 
-def test_a_check_shows_the_bound_itself_and_what_the_base_reached() -> None:
+def test_check_shows_absolute_bound_and_base_value() -> None:
     found = check(metric="perplexity", at_most=0.5, at_least=0.25, relative_to_base=True, base=EvalMetrics(perplexity=10.0))
     assert found == GateCheck(metric="perplexity", value=4.5, at_most=5.0, at_least=2.5, base=10.0, passed=True)
     assert check(metric="perplexity", at_most=9) == GateCheck(metric="perplexity", value=4.5, at_most=9, passed=True)
 
 
-def test_one_that_fails_keeps_the_gate_shut() -> None:
+def test_one_failed_check_fails_the_gate() -> None:
     good, bad = (Threshold.model_validate({"metric": "eval_loss", "at_most": bound}) for bound in (2, 1))
-    assert [found.passed for found in judge([good, bad, good], TRAINED, BASE).checks] == [True, False, True]
-    assert not judge([good, bad, good], TRAINED, BASE).passed
-    assert judge([good, good], TRAINED, BASE).passed
+    assert [found.passed for found in evaluate_gate([good, bad, good], TRAINED, BASE).checks] == [True, False, True]
+    assert not evaluate_gate([good, bad, good], TRAINED, BASE).passed
+    assert evaluate_gate([good, good], TRAINED, BASE).passed
 
 
-def test_without_thresholds_everything_passes() -> None:
-    assert judge([], None, None) == Gate(passed=True, checks=())
+def test_gate_without_thresholds_passes() -> None:
+    assert evaluate_gate([], None, None) == Gate(passed=True, checks=())

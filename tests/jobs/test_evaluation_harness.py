@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 
-from jobs.evaluation.gate import judge
-from jobs.evaluation.harness import lm_eval_metrics, values_of
+from jobs.evaluation.gate import evaluate_gate
+from jobs.evaluation.harness import collect_values, evaluate_with_lm_eval
 from schema.evaluation import Threshold
 from schema.job import EvalMetrics
-from tests.jobs.test_evaluation_answers import randomness
-from tests.jobs.test_turn_tokens import a_tuned_model, some_ids
+from tests.jobs.test_evaluation_answers import capture_rng_state
+from tests.jobs.test_turn_tokens import make_input_ids, make_tuned_model
 
-INSTALLED = find_spec("lm_eval") is not None
-installed = pytest.mark.skipif(not INSTALLED, reason="requirements/llm-eval.txt is not installed; it is not part of the trainer")
+LM_EVAL_INSTALLED = find_spec("lm_eval") is not None
+requires_lm_eval = pytest.mark.skipif(
+    not LM_EVAL_INSTALLED, reason="requirements/llm-eval.txt is not installed; it is not part of the trainer"
+)
 
-CHOICE = """
+CHOICE_TASK = """
 task: tiny_choice
 dataset_path: json
 dataset_kwargs: {data_files: {test: ROWS}}
@@ -29,7 +31,7 @@ doc_to_choice: "{{choices}}"
 metric_list:
   - {metric: acc, aggregation: mean, higher_is_better: true}
 """
-FREE = """
+GENERATION_TASK = """
 task: tiny_free
 dataset_path: json
 dataset_kwargs: {data_files: {test: ROWS}}
@@ -44,30 +46,30 @@ metric_list:
 NAMES = "abcdef"
 
 
-@pytest.mark.skipif(INSTALLED, reason="lm-evaluation-harness is installed here")
-def test_where_the_harness_is_missing_every_task_says_so() -> None:
-    values, notes = lm_eval_metrics(None, None, ["arc_easy", "mmlu"], limit=None, batch_size=1)
+@pytest.mark.skipif(LM_EVAL_INSTALLED, reason="lm-evaluation-harness is installed here")
+def test_missing_harness_is_noted_for_every_task() -> None:
+    values, notes = evaluate_with_lm_eval(None, None, ["arc_easy", "mmlu"], limit=None, batch_size=1)
     assert values == {"lm_eval/arc_easy": None, "lm_eval/mmlu": None}
     assert notes.keys() == values.keys()
     assert all("requirements/llm-eval.txt" in note for note in notes.values())
     threshold = Threshold.model_validate({"metric": "lm_eval/arc_easy/acc", "at_least": 0.1})
-    gate = judge([threshold], EvalMetrics(values=values, notes=notes), None)
-    assert "requirements/llm-eval.txt" in gate.checks[0].why
+    gate = evaluate_gate([threshold], EvalMetrics(values=values, notes=notes), None)
+    assert "requirements/llm-eval.txt" in gate.checks[0].reason
 
 
-def test_a_metric_is_named_for_its_task_and_its_filter() -> None:
+def test_metric_name_contains_task_and_filter() -> None:
     results = {"gsm8k": {"alias": "gsm8k", "exact_match,strict-match": 0.25, "exact_match,none": 1, "exact_match_stderr,none": "N/A"}}
-    assert values_of("gsm8k", results) == {"lm_eval/gsm8k/exact_match,strict-match": 0.25, "lm_eval/gsm8k/exact_match": 1.0}
+    assert collect_values("gsm8k", results) == {"lm_eval/gsm8k/exact_match,strict-match": 0.25, "lm_eval/gsm8k/exact_match": 1.0}
 
 
-def test_a_group_with_a_number_of_its_own_is_that_number() -> None:
+def test_group_metric_is_used_when_present() -> None:
     results = {"mmlu": {"alias": "mmlu", "acc,none": 0.3}, "mmlu_virology": {"alias": " - virology", "acc,none": 0.2}}
-    assert values_of("mmlu", results) == {"lm_eval/mmlu/acc": 0.3}
+    assert collect_values("mmlu", results) == {"lm_eval/mmlu/acc": 0.3}
 
 
-def test_a_group_without_one_is_its_tasks() -> None:
+def test_group_without_metric_gives_task_metrics() -> None:
     results = {"arc": {"alias": "arc", " ": " "}, "arc_easy": {"acc,none": 0.3}, "arc_challenge": {"acc,none": 0.2}}
-    assert values_of("arc", results) == {"lm_eval/arc_easy/acc": 0.3, "lm_eval/arc_challenge/acc": 0.2}
+    assert collect_values("arc", results) == {"lm_eval/arc_easy/acc": 0.3, "lm_eval/arc_challenge/acc": 0.2}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     rows = [{"question": f"what does {name} do", "choices": ["a list", "a name"], "answer": n % 2} for n, name in enumerate(NAMES)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, task in {"choice": CHOICE, "free": FREE}.items():
+    for name, task in {"choice": CHOICE_TASK, "free": GENERATION_TASK}.items():
         (folder / f"{name}.yaml").write_text(task.replace("ROWS", str(folder / "rows.jsonl")))
     return folder
 
@@ -84,7 +86,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def model(base: Path) -> Any:
     """As a training holds it: an adapter, and tied embeddings of which a few rows are trained."""
-    tuned = a_tuned_model(base)
+    tuned = make_tuned_model(base)
     tuned.config.use_cache = False
     return tuned.train()
 
@@ -103,52 +105,52 @@ def expected_accuracy(model: Any, tokenizer: Any, rows: int) -> float:
     return sum(both.index(max(both)) == n % 2 for n, both in enumerate(scores)) / rows
 
 
-@installed
-def test_the_harness_measures_the_model_in_memory_and_leaves_it_alone(model: Any, tokenizer: Any, tasks: Path) -> None:
+@requires_lm_eval
+def test_harness_evaluates_model_in_memory_and_restores_it(model: Any, tokenizer: Any, tasks: Path) -> None:
     import torch
 
     pulses: list[int] = []
-    before = model.eval()(input_ids=some_ids()).logits
+    before = model.eval()(input_ids=make_input_ids()).logits
     accuracy = expected_accuracy(model, tokenizer, 5)
     model.train()
-    state, padding = randomness(), tokenizer.padding_side
-    values, notes = lm_eval_metrics(
-        model, tokenizer, ["tiny_choice", "tiny_free"], limit=5, batch_size=2, pulse=lambda: pulses.append(1), include_path=tasks
+    state, padding = capture_rng_state(), tokenizer.padding_side
+    values, notes = evaluate_with_lm_eval(
+        model, tokenizer, ["tiny_choice", "tiny_free"], limit=5, batch_size=2, check_stop=lambda: pulses.append(1), include_path=tasks
     )
     assert notes == {}
     assert values == {"lm_eval/tiny_choice/acc": accuracy, "lm_eval/tiny_free/exact_match": 0.0}
     assert len(pulses) >= 3 + 3  # five questions of each task, two at a time
     assert model.training
-    assert (randomness(), tokenizer.padding_side) == (state, padding)
-    assert torch.equal(model.eval()(input_ids=some_ids()).logits, before)
+    assert (capture_rng_state(), tokenizer.padding_side) == (state, padding)
+    assert torch.equal(model.eval()(input_ids=make_input_ids()).logits, before)
 
 
-@installed
-def test_what_cannot_be_run_says_why_and_the_rest_is_run(model: Any, tokenizer: Any, tasks: Path) -> None:
+@requires_lm_eval
+def test_task_that_cannot_run_is_noted_and_others_run(model: Any, tokenizer: Any, tasks: Path) -> None:
     asked = ["nothing_like_it", str(tasks / "choice.yaml"), "arc_easy", "tiny_free"]
-    values, notes = lm_eval_metrics(model, tokenizer, asked, limit=2, batch_size=2, include_path=tasks)
+    values, notes = evaluate_with_lm_eval(model, tokenizer, asked, limit=2, batch_size=2, include_path=tasks)
     assert values == {f"lm_eval/{task}": None for task in asked[:3]} | {"lm_eval/tiny_free/exact_match": 0.0}
     assert notes["lm_eval/nothing_like_it"] == "lm-evaluation-harness has no task 'nothing_like_it'"
     assert "has no task" in notes[f"lm_eval/{asked[1]}"]  # a file of somebody else's choice may hold code
     assert "its data could not be fetched" in notes["lm_eval/arc_easy"]
 
 
-@installed
+@requires_lm_eval
 def test_the_harness_can_be_interrupted(model: Any, tokenizer: Any, tasks: Path) -> None:
-    class Enough(Exception):
+    class Interrupted(Exception):
         pass
 
     def pulse() -> None:
-        raise Enough
+        raise Interrupted
 
-    with pytest.raises(Enough):
-        lm_eval_metrics(model, tokenizer, ["tiny_choice"], limit=2, batch_size=2, pulse=pulse, include_path=tasks)
+    with pytest.raises(Interrupted):
+        evaluate_with_lm_eval(model, tokenizer, ["tiny_choice"], limit=2, batch_size=2, check_stop=pulse, include_path=tasks)
     assert model.training
 
 
-@installed
+@requires_lm_eval
 @pytest.mark.parametrize(("rows_that_fit", "ran"), [(1, True), (0, False)])
-def test_with_too_little_memory_the_harness_asks_fewer_at_once(
+def test_harness_batch_shrinks_when_memory_is_short(
     model: Any, tokenizer: Any, tasks: Path, monkeypatch: pytest.MonkeyPatch, rows_that_fit: int, ran: bool
 ) -> None:
     import torch
@@ -161,7 +163,7 @@ def test_with_too_little_memory_the_harness_asks_fewer_at_once(
         return embedding(input, *rest, **named)
 
     monkeypatch.setattr(torch.nn.functional, "embedding", look_up)
-    values, notes = lm_eval_metrics(model, tokenizer, ["tiny_choice"], limit=2, batch_size=4, include_path=tasks)
+    values, notes = evaluate_with_lm_eval(model, tokenizer, ["tiny_choice"], limit=2, batch_size=4, include_path=tasks)
     assert (set(values), notes) == (
         ({"lm_eval/tiny_choice/acc"}, {}) if ran else ({"lm_eval/tiny_choice"}, {"lm_eval/tiny_choice": "memory ran out with a single row"})
     )

@@ -15,7 +15,7 @@ def values(answers: Sequence[str], references: Sequence[str]) -> dict[str, float
     return task_metrics(answers, references)[0]
 
 
-def test_a_perfect_answer_is_one_in_every_metric_that_has_a_meaning() -> None:
+def test_perfect_answer_scores_one() -> None:
     found, notes = task_metrics([CAT, "a b c d"], [CAT, "a b c d"])
     assert {name: value for name, value in found.items() if value is not None} == pytest.approx(
         dict.fromkeys(["exact_match", "bleu", "chrf", "rouge_1", "rouge_2", "rouge_l"], 1.0)
@@ -23,17 +23,17 @@ def test_a_perfect_answer_is_one_in_every_metric_that_has_a_meaning() -> None:
     assert notes.keys() == {"accuracy_labels", "f1_macro"}
 
 
-def test_an_answer_that_has_nothing_in_common_is_zero() -> None:
+def test_answer_without_overlap_scores_zero() -> None:
     found = values(["zzz qqq"], [CAT])
     assert [found[name] for name in ("exact_match", "bleu", "chrf", "rouge_1", "rouge_2", "rouge_l")] == [0.0] * 6
 
 
 @pytest.mark.parametrize(("answer", "matches"), [(CAT, 1), (f"  {CAT}\n", 1), (CAT.replace(" ", "  \n"), 1), (CAT.upper(), 0), ("", 0)])
-def test_exact_match_minds_all_but_white_space(answer: str, matches: float) -> None:
+def test_exact_match_ignores_only_whitespace(answer: str, matches: float) -> None:
     assert values([answer], [CAT])["exact_match"] == matches
 
 
-def test_rouge_is_the_mean_f_of_the_rows() -> None:
+def test_rouge_is_mean_f1_over_rows() -> None:
     # of 6 and 6 words 5 are in common, of 5 and 5 pairs 3, and the longest common sequence has 5
     found = values(["the cat sat on the mat", CAT], [CAT, CAT])
     assert found["rouge_1"] == pytest.approx((5 / 6 + 1) / 2)
@@ -41,14 +41,14 @@ def test_rouge_is_the_mean_f_of_the_rows() -> None:
     assert found["rouge_l"] == pytest.approx((5 / 6 + 1) / 2)
 
 
-def test_rouge_weighs_what_was_said_against_what_was_wanted() -> None:
+def test_rouge_combines_precision_and_recall() -> None:
     # precision 2/2, recall 2/6: F = 2 · 1 · 1/3 / (4/3); in the wrong order one word is left of the longest sequence
     found = values(["mat cat"], [CAT])
     assert found["rouge_1"] == pytest.approx(0.5)
     assert found["rouge_l"] == pytest.approx(2 * (1 / 2) * (1 / 6) / (1 / 2 + 1 / 6))
 
 
-def test_rouge_of_english_is_that_of_rouge_score() -> None:
+def test_rouge_matches_rouge_score_package() -> None:
     from rouge_score.rouge_scorer import RougeScorer
 
     chance = Random(5)
@@ -61,7 +61,7 @@ def test_rouge_of_english_is_that_of_rouge_score() -> None:
         assert found[ours] == pytest.approx(sum(row[name].fmeasure for row in theirs) / 40)
 
 
-def test_bleu_is_that_of_the_whole_sample() -> None:
+def test_bleu_is_computed_over_whole_corpus() -> None:
     # sequences of 1, 2, 3, 4 words in common: 7/7, 5/5, 3/3, 1/1 of what was said, but 7 words instead of 12
     found = values(["the cat is", "a b c d"], [CAT, "a b c d e f"])
     assert found["bleu"] == pytest.approx(math.exp(1 - 12 / 7))
@@ -77,7 +77,7 @@ def test_chrf_counts_characters() -> None:
 
 
 @pytest.mark.parametrize("text", ["猫坐在垫子上面", "ねこがマットのうえにいる", "แมวนั่งบนเสื่อ"])
-def test_scripts_without_spaces_are_counted_in_characters(text: str) -> None:
+def test_scripts_without_spaces_are_scored_per_character(text: str) -> None:
     perfect, half = values([text], [text]), values([text[:5] + "xxxx"], [text])
     for name in ("bleu", "rouge_1", "rouge_2", "rouge_l"):
         assert perfect[name] == pytest.approx(1)
@@ -85,7 +85,7 @@ def test_scripts_without_spaces_are_counted_in_characters(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["Кот сидит на ковре", "बिल्ली चटाई पर है", "η γάτα είναι εδώ", "قطة على حصير هنا"])
-def test_rouge_reads_every_script(text: str) -> None:
+def test_rouge_handles_all_scripts(text: str) -> None:
     assert values([text], [text])["rouge_l"] == 1
     assert values([text.split()[0]], [text])["rouge_1"] == pytest.approx(2 * (1 / 4) / (1 + 1 / 4))
 
@@ -95,7 +95,7 @@ def test_rouge_reads_every_script(text: str) -> None:
 REFERENCES = ["positive", "negative", "negative", "neutral", "positive", "negative"]
 
 
-def test_labels_in_words_are_judged_as_labels() -> None:
+def test_text_labels_are_scored_as_labels() -> None:
     """They once came out as 0: the metric wanted numbers, and its error was taken for one."""
     found, notes = task_metrics(["positive", "negative", "positive", "neutral", "negative", "negative"], REFERENCES)
     assert found["accuracy_labels"] == pytest.approx(4 / 6)
@@ -104,19 +104,19 @@ def test_labels_in_words_are_judged_as_labels() -> None:
     assert "f1_macro" not in notes
 
 
-def test_a_label_may_be_said_in_another_case_and_with_a_full_stop() -> None:
+def test_label_case_and_punctuation_are_ignored() -> None:
     found = values(["Positive.", " NEGATIVE", '"negative"', "Neutral!", "positive\n", "negative"], REFERENCES)
     assert found["accuracy_labels"] == found["f1_macro"] == 1
     assert found["exact_match"] == pytest.approx(2 / 6)
 
 
-def test_an_answer_that_is_no_label_is_a_miss() -> None:
+def test_non_label_answer_counts_as_wrong() -> None:
     found = values(["I think it is positive", "negative", "negative", "neutral", "positive", "negative"], REFERENCES)
     assert found["accuracy_labels"] == pytest.approx(5 / 6)
     assert found["f1_macro"] == pytest.approx((2 * 1 / (1 + 2) + 1 + 1) / 3)
 
 
-def test_labels_may_be_signs() -> None:
+def test_labels_may_be_punctuation() -> None:
     assert values(["?", "!", "?", "?"], ["?", "!", "!", "?"])["accuracy_labels"] == pytest.approx(3 / 4)
 
 
@@ -128,7 +128,7 @@ def test_labels_may_be_signs() -> None:
         (["one two three four five six", "a"] * 4, "one has 6 words"),
     ],
 )
-def test_free_text_is_not_taken_for_labels(references: list[str], why: str) -> None:
+def test_free_text_is_not_treated_as_labels(references: list[str], why: str) -> None:
     found, notes = task_metrics(references, references)
     assert found["f1_macro"] is None
     assert found["accuracy_labels"] is None
@@ -148,7 +148,7 @@ def test_free_text_is_not_taken_for_labels(references: list[str], why: str) -> N
         (" ", "chrf", "every reference is empty"),
     ],
 )
-def test_a_metric_without_meaning_is_none_and_says_why(reference: str, name: str, why: str) -> None:
+def test_undefined_metric_is_none_with_reason(reference: str, name: str, why: str) -> None:
     found, notes = task_metrics([reference], [reference])
     assert found[name] is None
     assert why in notes[name]
@@ -156,7 +156,7 @@ def test_a_metric_without_meaning_is_none_and_says_why(reference: str, name: str
 
 
 @pytest.mark.parametrize("error", [ValueError("bad row"), ZeroDivisionError("bad row"), KeyError("bad row"), TypeError("bad row")])
-def test_a_metric_that_fails_is_none_with_its_reason_and_takes_no_other_with_it(error: Exception) -> None:
+def test_failing_metric_is_none_and_others_are_computed(error: Exception) -> None:
     def broken(answers: Sequence[str], references: Sequence[str]) -> float:
         raise error
 
@@ -167,18 +167,18 @@ def test_a_metric_that_fails_is_none_with_its_reason_and_takes_no_other_with_it(
     assert found["exact_match"] == found["chrf"] == 1
 
 
-def test_without_rows_everything_is_none_and_says_why() -> None:
+def test_no_rows_give_none_with_reason() -> None:
     found, notes = task_metrics([], [])
     assert found == dict.fromkeys(METRICS)
     assert notes == dict.fromkeys(METRICS, "no held-out row has a prompt and an answer to compare with")
 
 
-def test_answers_and_references_come_in_pairs() -> None:
+def test_answer_and_reference_counts_must_match() -> None:
     with pytest.raises(ValueError, match="2 answers for 1 references"):
         task_metrics(["a", "b"], ["a"])
 
 
-def test_every_number_is_from_zero_to_one_and_names_itself_or_its_reason() -> None:
+def test_metrics_are_between_zero_and_one_or_noted() -> None:
     answers, references = ["the cat", "", "yes", "\ud800 \x00", "猫"], [CAT, "a b c d", "yes", "?", "no"]
     found, notes = task_metrics(answers, references)
     assert all(value is None or 0 <= value <= 1 for value in found.values())

@@ -11,23 +11,23 @@ import psutil
 import pytest
 
 from jobs.errors import JobFailed
-from jobs.graders.grading import Case, Failed
-from jobs.graders.python import Sandboxed
+from jobs.graders.grading import FailedGrade, GradingInput
+from jobs.graders.python import SandboxedPythonGrader
 from schema.graders import PythonGrader
 
-Make = Callable[..., Sandboxed]
+Make = Callable[..., SandboxedPythonGrader]
 
-TIME = Failed("it took longer than its timeout_s")
-MEMORY = Failed("it took more than its memory_mb, or printed too much")
+TIMEOUT_FAILURE = FailedGrade("it took longer than its timeout_s")
+MEMORY_FAILURE = FailedGrade("it took more than its memory_mb, or printed too much")
 
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Make]:
-    made: list[Sandboxed] = []
+    made: list[SandboxedPythonGrader] = []
 
-    def one(source: str, *, timeout_s: float = 0.3, memory_mb: int = 32) -> Sandboxed:
+    def one(source: str, *, timeout_s: float = 0.3, memory_mb: int = 32) -> SandboxedPythonGrader:
         config = PythonGrader(name="g", type="python", source=source, timeout_s=timeout_s, memory_mb=memory_mb)
-        made.append(Sandboxed(config, tmp_path))
+        made.append(SandboxedPythonGrader(config, tmp_path))
         return made[-1]
 
     yield one
@@ -35,17 +35,17 @@ def make(tmp_path: Path) -> Iterator[Make]:
         grader.close()
 
 
-def body(code: str) -> str:
+def make_grader_source(code: str) -> str:
     """A grader that does that and then gives 1."""
     lines = "".join(f"    {line}\n" for line in code.splitlines())
     return f"def grade(completion, row):\n{lines}    return 1\n"
 
 
-def grade(grader: Sandboxed, completion: str = "c", **row: object) -> float | Failed:
-    return grader.grade([Case("the prompt", completion, row)])[0]
+def grade(grader: SandboxedPythonGrader, completion: str = "c", **row: object) -> float | FailedGrade:
+    return grader.grade([GradingInput("the prompt", completion, row)])[0]
 
 
-def test_a_function_grades_with_the_row_and_its_prompt(make: Make) -> None:
+def test_function_grades_with_row_and_prompt(make: Make) -> None:
     source = """
 import re
 from dataclasses import dataclass
@@ -69,20 +69,22 @@ def grade(completion, row):
 """
     grader = make(source)
     grader.check([])
-    assert grader.grade([Case("the prompt", "it is 4", {"answer": 4}), Case("the prompt", "it is not known to me", {"answer": 4})]) == [
+    assert grader.grade(
+        [GradingInput("the prompt", "it is 4", {"answer": 4}), GradingInput("the prompt", "it is not known to me", {"answer": 4})]
+    ) == [
         1.0,
         0.0,
     ]
 
 
-def test_every_call_begins_with_nothing(make: Make) -> None:
+def test_calls_share_no_state(make: Make) -> None:
     grader = make("seen = []\n\ndef grade(completion, row):\n    seen.append(completion)\n    return len(seen)")
-    assert grader.grade([Case("p", "c")] * 3) == [1.0, 1.0, 1.0]
+    assert grader.grade([GradingInput("p", "c")] * 3) == [1.0, 1.0, 1.0]
 
 
-def test_chance_is_the_same_every_time_so_that_a_training_can_be_repeated(make: Make) -> None:
+def test_random_is_deterministic(make: Make) -> None:
     grader = make("import random\n\ndef grade(completion, row):\n    return random.random()")
-    assert len(set(grader.grade([Case("p", "c")] * 3))) == 1
+    assert len(set(grader.grade([GradingInput("p", "c")] * 3))) == 1
 
 
 @pytest.mark.parametrize(
@@ -95,20 +97,20 @@ def test_chance_is_the_same_every_time_so_that_a_training_can_be_repeated(make: 
         ("while True:\n    pass", "time limit"),
     ],
 )
-def test_a_source_that_cannot_work_is_told_before_the_training(make: Make, source: str, why: str) -> None:
+def test_invalid_source_fails_before_training(make: Make, source: str, why: str) -> None:
     with pytest.raises(JobFailed, match=why) as failed:
         make(source).check([])
     assert failed.value.failure.code == "invalid_config"
 
 
 @pytest.mark.parametrize("given", ["None", "'1'", "float('nan')", "float('inf')", "[1]"])
-def test_what_is_no_finite_number_is_a_failure(make: Make, given: str) -> None:
-    assert grade(make(f"def grade(completion, row):\n    return {given}")) == Failed("grade gave no finite number")
+def test_non_finite_grade_is_a_failure(make: Make, given: str) -> None:
+    assert grade(make(f"def grade(completion, row):\n    return {given}")) == FailedGrade("grade gave no finite number")
 
 
-def test_an_error_is_a_failure_that_names_its_line_and_not_the_row(make: Make) -> None:
+def test_error_names_line_but_not_row_data(make: Make) -> None:
     source = "def grade(completion, row):\n    raise ValueError(row['secret'])"
-    assert grade(make(source), secret="private") == Failed("ValueError in line 2")
+    assert grade(make(source), secret="private") == FailedGrade("ValueError in line 2")
 
 
 ESCAPES = {
@@ -155,72 +157,78 @@ ESCAPES = {
 
 
 @pytest.mark.parametrize("attack", ESCAPES.values(), ids=ESCAPES)
-def test_there_is_no_way_out(make: Make, attack: str) -> None:
-    found = grade(make(body(attack)))
-    assert isinstance(found, Failed)
+def test_sandbox_escapes_fail(make: Make, attack: str) -> None:
+    found = grade(make(make_grader_source(attack)))
+    assert isinstance(found, FailedGrade)
     assert "in line" in found.reason  # an exception in the sandbox, and no crash of it
 
 
 # A product of two large numbers cannot be interrupted: where it takes longer than the limit allows, its process is killed.
-KILLED = Failed("the sandbox was killed: it did not keep to its limits")
+KILLED_FAILURE = FailedGrade("the sandbox was killed: it did not keep to its limits")
 
-BOMBS: dict[str, tuple[str, *tuple[Failed, ...]]] = {
-    "loop": ("while True:\n    pass", TIME),
-    "loop that catches": ("while True:\n    try:\n        while True:\n            pass\n    except BaseException:\n        pass", TIME),
-    "list": ("x = []\nwhile True:\n    x.append('a' * 10**6)", MEMORY),
-    "list that catches": ("x = []\nwhile True:\n    try:\n        x.append('a' * 10**6)\n    except BaseException:\n        pass", MEMORY),
-    "string": ("'a' * 10**12", MEMORY),
-    "power": ("10**10**10", MEMORY),
-    "squares": ("x = 3\nwhile True:\n    x = x * x", MEMORY, KILLED),
-    "shift": ("1 << 10**12", MEMORY),
-    "padding": ("f'{1:>1000000000000}'", MEMORY),
-    "printing": ("while True:\n    print('x' * 10**6)", MEMORY),
-    "sorted": ("sorted(range(10**9))", MEMORY),
-    "nested": ("x = []\nwhile True:\n    x = [x]", MEMORY),
-    "recursion": ("def f(n):\n    return f(n + 1)\nf(0)", Failed("RecursionError in line 3")),
-    "regex": ("import re\nre.match(r'(a*)*\\1$', 'a' * 4000 + 'b')", Failed("error in line 3")),
+RESOURCE_ATTACKS: dict[str, tuple[str, *tuple[FailedGrade, ...]]] = {
+    "loop": ("while True:\n    pass", TIMEOUT_FAILURE),
+    "loop that catches": (
+        "while True:\n    try:\n        while True:\n            pass\n    except BaseException:\n        pass",
+        TIMEOUT_FAILURE,
+    ),
+    "list": ("x = []\nwhile True:\n    x.append('a' * 10**6)", MEMORY_FAILURE),
+    "list that catches": (
+        "x = []\nwhile True:\n    try:\n        x.append('a' * 10**6)\n    except BaseException:\n        pass",
+        MEMORY_FAILURE,
+    ),
+    "string": ("'a' * 10**12", MEMORY_FAILURE),
+    "power": ("10**10**10", MEMORY_FAILURE),
+    "squares": ("x = 3\nwhile True:\n    x = x * x", MEMORY_FAILURE, KILLED_FAILURE),
+    "shift": ("1 << 10**12", MEMORY_FAILURE),
+    "padding": ("f'{1:>1000000000000}'", MEMORY_FAILURE),
+    "printing": ("while True:\n    print('x' * 10**6)", MEMORY_FAILURE),
+    "sorted": ("sorted(range(10**9))", MEMORY_FAILURE),
+    "nested": ("x = []\nwhile True:\n    x = [x]", MEMORY_FAILURE),
+    "recursion": ("def f(n):\n    return f(n + 1)\nf(0)", FailedGrade("RecursionError in line 3")),
+    "regex": ("import re\nre.match(r'(a*)*\\1$', 'a' * 4000 + 'b')", FailedGrade("error in line 3")),
 }
 
 
-@pytest.mark.parametrize("name", BOMBS)
-def test_nothing_takes_more_than_its_limits(make: Make, name: str) -> None:
-    bomb, *expected = BOMBS[name]
-    grader = make(body(bomb), memory_mb=16)
+@pytest.mark.parametrize("name", RESOURCE_ATTACKS)
+def test_limits_are_enforced(make: Make, name: str) -> None:
+    bomb, *expected = RESOURCE_ATTACKS[name]
+    grader = make(make_grader_source(bomb), memory_mb=16)
     began = time.monotonic()
     found = grade(grader)
     assert found in expected
     assert time.monotonic() - began < 5
-    assert sum(child.memory_info().rss for child in sandboxes()) < 16 * 2**20 + 200 * 2**20
+    assert sum(child.memory_info().rss for child in find_sandboxes()) < 16 * 2**20 + 200 * 2**20
 
 
-def test_a_sleep_takes_no_time(make: Make) -> None:
+def test_sleep_returns_immediately(make: Make) -> None:
     began = time.monotonic()
-    assert grade(make(body("import time\ntime.sleep(3600)"))) == 1.0
+    assert grade(make(make_grader_source("import time\ntime.sleep(3600)"))) == 1.0
     assert time.monotonic() - began < 5
 
 
-def test_a_source_that_is_nested_without_end_does_not_crash_the_training(make: Make) -> None:
+def test_deeply_nested_source_does_not_crash(make: Make) -> None:
     with pytest.raises(JobFailed):
         make("x = " + "(" * 30_000 + ")" * 30_000).check([])
 
 
-def test_a_sandbox_that_is_killed_is_a_failure_and_the_next_call_has_a_new_one(make: Make) -> None:
+def test_killed_sandbox_is_a_failure_and_is_replaced(make: Make) -> None:
     grader = make("def grade(completion, row):\n    while completion == 'wait':\n        pass\n    return 1", timeout_s=20)
     assert grade(grader) == 1.0
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(grade, grader, "wait")
         time.sleep(0.1)
-        for child in sandboxes():
+        for child in find_sandboxes():
             os.kill(child.pid, signal.SIGKILL)
-        assert waiting.result() == KILLED
+        assert waiting.result() == KILLED_FAILURE
     assert grade(grader) == 1.0
 
 
-def test_the_sandbox_is_another_process_with_walls_of_its_own(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sandbox_process_has_own_limits_and_no_environment(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second walls: were the interpreter itself broken, there would still be no secret to read and no file to write."""
     monkeypatch.setenv("JOB_TOKEN", "the attempt's")
     assert grade(make("def grade(completion, row):\n    return 1")) == 1.0
-    [child, *_] = sandboxes()
+    [child, *_] = find_sandboxes()
     assert child.environ() == {}
     limits = Path(f"/proc/{child.pid}/limits").read_text()
     soft = {line[:26].strip(): line[26:].split()[0] for line in limits.splitlines()[1:]}
@@ -233,11 +241,11 @@ def test_the_sandbox_is_another_process_with_walls_of_its_own(make: Make, monkey
 def test_closing_ends_the_sandboxes(make: Make) -> None:
     grader = make("def grade(completion, row):\n    return 1")
     assert grade(grader) == 1.0
-    mine = sandboxes()
+    mine = find_sandboxes()
     assert mine
     grader.close()
     assert not psutil.wait_procs(mine, timeout=5)[1]
 
 
-def sandboxes() -> list[psutil.Process]:
+def find_sandboxes() -> list[psutil.Process]:
     return [child for child in psutil.Process().children(recursive=True) if "monty" in child.name()]

@@ -7,21 +7,21 @@ from typing import Any
 import pytest
 
 from jobs.errors import JobFailed
-from jobs.graders.grading import Failed
-from jobs.trainers.grpo import log_probabilities, mean_reward, prompt_tokens
-from schema.events import Sampled
+from jobs.graders.grading import FailedGrade
+from jobs.trainers.grpo import compute_log_probs, compute_mean_reward, tokenize_prompt
+from schema.events import SamplesGenerated
 from schema.spec import JobSpec
-from tests.jobs.conftest import WORDS, Trained, a_spec
-from tests.jobs.test_continuation import Story, weights
+from tests.jobs.conftest import WORDS, FinishedTraining, make_spec
+from tests.jobs.test_continuation import TrainingRun, weights
 
-Train = Callable[..., Trained]
+Train = Callable[..., FinishedTraining]
 
-LETTER = {"name": "letter", "type": "python", "source": "def grade(completion, row):\n    return completion.count('a') / 6"}
-SAME = {"name": "same", "type": "text_similarity"}
-BROKEN = {"name": "broken", "type": "numeric_accuracy"}  # the rows' answers are words
+LETTER_GRADER = {"name": "letter", "type": "python", "source": "def grade(completion, row):\n    return completion.count('a') / 6"}
+SIMILARITY_GRADER = {"name": "same", "type": "text_similarity"}
+FAILING_GRADER = {"name": "broken", "type": "numeric_accuracy"}  # the rows' answers are words
 
-KNOBS: dict[str, Any] = {"max_steps": 3, "batch_size": 8, "num_generations": 4, "max_completion_length": 6, "warmup_ratio": 0.0}
-KNOBS |= {"mask_truncated_completions": False, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "max_grad_norm": 1.0}
+HYPERPARAMETERS: dict[str, Any] = {"max_steps": 3, "batch_size": 8, "num_generations": 4, "max_completion_length": 6, "warmup_ratio": 0.0}
+HYPERPARAMETERS |= {"mask_truncated_completions": False, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "max_grad_norm": 1.0}
 
 
 def prompts(count: int, first: int = 0) -> list[dict[str, Any]]:
@@ -30,18 +30,21 @@ def prompts(count: int, first: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-def grpo(*graders: dict[str, Any], **more: Any) -> dict[str, Any]:
+def make_grpo_job(*graders: dict[str, Any], **overrides: Any) -> dict[str, Any]:
     """What makes the job of `a_spec` one of trainer type grpo."""
-    kind = {"trainer_type": "grpo", "dataset_type": "prompt", "columns": ("answer",), "reward_config": list(graders) or [LETTER]}
-    return kind | {"train": prompts(8), "held_out": prompts(3, first=50)} | more
+    kind = {"trainer_type": "grpo", "dataset_type": "prompt", "columns": ("answer",), "reward_config": list(graders) or [LETTER_GRADER]}
+    return kind | {"train": prompts(8), "held_out": prompts(3, first=50)} | overrides
 
 
-def rewards(trained: Trained) -> list[float]:
+def rewards(trained: FinishedTraining) -> list[float]:
     return [point.values["reward"] or 0.0 for point in trained.record.points]
 
 
-def test_the_model_learns_what_the_grader_likes(train: Train) -> None:
-    trained = train(spec=grpo(method="Full"), **KNOBS | {"max_steps": 16, "batch_size": 16, "num_generations": 8, "learning_rate": 2e-2})
+def test_model_learns_to_increase_reward(train: Train) -> None:
+    trained = train(
+        spec=make_grpo_job(method="Full"),
+        **HYPERPARAMETERS | {"max_steps": 16, "batch_size": 16, "num_generations": 8, "learning_rate": 2e-2},
+    )
     assert sum(rewards(trained)[:3]) / 3 < 0.2
     assert sum(rewards(trained)[-3:]) / 3 > 0.7
     assert trained.model.base_metrics is not None
@@ -57,38 +60,44 @@ def test_the_model_learns_what_the_grader_likes(train: Train) -> None:
     assert {"graders/letter/mean", "graders/letter/failed", "reward", "reward_std", "entropy", "grad_norm"} <= point.keys()
 
 
-def test_the_reward_is_the_weighted_sum_of_all_graders_and_answers_are_shown(train: Train) -> None:
-    graders = LETTER | {"weight": 2.0}, SAME | {"weight": -0.5}
-    trained = train(spec=grpo(*graders, eval_config={"sample_prompts": 2}), **KNOBS)
+def test_reward_is_weighted_sum_and_samples_are_reported(train: Train) -> None:
+    graders = LETTER_GRADER | {"weight": 2.0}, SIMILARITY_GRADER | {"weight": -0.5}
+    trained = train(spec=make_grpo_job(*graders, eval_config={"sample_prompts": 2}), **HYPERPARAMETERS)
     for point in trained.record.points:
         letter, same = (point.values[f"graders/{name}/mean"] or 0.0 for name in ("letter", "same"))
         assert point.values["reward"] == pytest.approx(2 * letter - 0.5 * same, abs=1e-6)
-    shown = [event for event in trained.record.events if isinstance(event, Sampled)]
+    shown = [event for event in trained.record.events if isinstance(event, SamplesGenerated)]
     assert [(event.when, event.step, len(event.samples)) for event in shown] == [("before", 0, 2), ("after", 3, 2)]
     assert "say " in shown[0].samples[0].prompt
     # What the trained model says is what exported files are compared on.
-    assert all(len(probe.input_ids) > probe.prompt_tokens for probe in trained.model.probes)
+    assert all(len(probe.input_ids) > probe.prompt_tokens for probe in trained.model.held_out_examples)
 
 
-def test_rows_with_a_completion_are_prompts_whose_reference_it_is(train: Train) -> None:
+def test_completion_column_is_used_as_reference(train: Train) -> None:
     rows = [{"prompt": row["prompt"], "completion": [{"role": "assistant", "content": row["answer"]}]} for row in prompts(11)]
-    spec = grpo(SAME | {"reference_field": "completion"}, train=rows[:8], held_out=rows[8:], dataset_type="prompt_completion", columns=())
-    trained = train(spec=spec | {"eval_config": {"sample_prompts": 1}}, **KNOBS)
+    spec = make_grpo_job(
+        SIMILARITY_GRADER | {"reference_field": "completion"},
+        train=rows[:8],
+        held_out=rows[8:],
+        dataset_type="prompt_completion",
+        columns=(),
+    )
+    trained = train(spec=spec | {"eval_config": {"sample_prompts": 1}}, **HYPERPARAMETERS)
     assert trained.record.points[0].values["graders/same/failed"] == 0.0
-    shown = [event for event in trained.record.events if isinstance(event, Sampled)]
+    shown = [event for event in trained.record.events if isinstance(event, SamplesGenerated)]
     assert shown[0].samples[0].reference == WORDS[8]
 
 
-def test_prompts_that_are_plain_texts_are_taken_as_they_are(train: Train) -> None:
+def test_plain_text_prompts_are_accepted(train: Train) -> None:
     rows = [{"prompt": f"say {WORDS[n % 13]} ", "answer": WORDS[n % 13]} for n in range(11)]
-    assert len(rewards(train(spec=grpo(train=rows[:8], held_out=rows[8:]), **KNOBS))) == 3
+    assert len(rewards(train(spec=make_grpo_job(train=rows[:8], held_out=rows[8:]), **HYPERPARAMETERS))) == 3
 
 
 # --- graders that fail ---------------------------------------------------------------------------------------------------
 
 
-def test_a_grader_that_fails_is_counted_and_shown_and_never_a_zero(train: Train) -> None:
-    trained = train(spec=grpo(LETTER, BROKEN), **KNOBS)
+def test_failing_grader_is_counted_and_left_out_of_reward(train: Train) -> None:
+    trained = train(spec=make_grpo_job(LETTER_GRADER, FAILING_GRADER), **HYPERPARAMETERS)
     for point in trained.record.points:
         assert point.values["graders/broken/failed"] == 1.0
         assert point.values.get("graders/broken/mean") is None
@@ -100,23 +109,23 @@ def test_a_grader_that_fails_is_counted_and_shown_and_never_a_zero(train: Train)
     assert trained.model.metrics.values["graders/broken/failed"] == 1.0
 
 
-def test_a_training_whose_only_grader_always_fails_is_given_up_and_no_row_is_logged(train: Train, caplog: pytest.LogCaptureFixture) -> None:
+def test_training_with_only_failing_grader_stops_and_logs_no_row(train: Train, caplog: pytest.LogCaptureFixture) -> None:
     """TRL logs the whole row when every grader fails on it."""
     with pytest.raises(JobFailed, match="grader 'broken' has failed on every completion 10 times in a row") as failed:
-        train(spec=grpo(BROKEN, train=prompts(30), held_out=[]), **KNOBS | {"max_steps": 14})
+        train(spec=make_grpo_job(FAILING_GRADER, train=prompts(30), held_out=[]), **HYPERPARAMETERS | {"max_steps": 14})
     assert failed.value.failure.code == "invalid_config"
     assert "say " not in caplog.text
 
 
-def test_a_grader_that_cannot_work_ends_the_job_before_the_model_is_measured(train: Train) -> None:
+def test_invalid_grader_fails_the_job_before_evaluation(train: Train) -> None:
     with pytest.raises(JobFailed, match="compares with column 'solution', which no row has"):
-        train(spec=grpo(SAME | {"reference_field": "solution"}), **KNOBS)
+        train(spec=make_grpo_job(SIMILARITY_GRADER | {"reference_field": "solution"}), **HYPERPARAMETERS)
 
 
-def test_the_mean_reward_leaves_out_what_some_grader_failed_on() -> None:
-    grades: dict[str, list[float | Failed]] = {"a": [1.0, 0.0, 1.0], "b": [0.5, Failed("why"), 1.0]}
-    assert mean_reward({"a": 1.0, "b": 2.0}, grades) == pytest.approx((2.0 + 3.0) / 2)
-    assert mean_reward({"a": 1.0}, {"a": [Failed("why")]}) is None
+def test_mean_reward_excludes_failed_grades() -> None:
+    grades: dict[str, list[float | FailedGrade]] = {"a": [1.0, 0.0, 1.0], "b": [0.5, FailedGrade("why"), 1.0]}
+    assert compute_mean_reward({"a": 1.0, "b": 2.0}, grades) == pytest.approx((2.0 + 3.0) / 2)
+    assert compute_mean_reward({"a": 1.0}, {"a": [FailedGrade("why")]}) is None
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------------
@@ -129,14 +138,14 @@ def test_the_mean_reward_leaves_out_what_some_grader_failed_on() -> None:
         ({}, {"max_completion_length": 127}, "nothing to learn"),
     ],
 )
-def test_what_can_teach_nothing_is_told(train: Train, more: dict[str, Any], knobs: dict[str, Any], why: str) -> None:
+def test_too_few_or_too_long_prompts_fail_the_job(train: Train, more: dict[str, Any], knobs: dict[str, Any], why: str) -> None:
     with pytest.raises(JobFailed, match="no training row" if why == "nothing to learn" else why):
-        train(spec=grpo(**more), **KNOBS | knobs)
+        train(spec=make_grpo_job(**more), **HYPERPARAMETERS | knobs)
 
 
-def test_prompts_that_leave_no_room_for_an_answer_are_left_out_and_counted(train: Train) -> None:
+def test_prompts_without_room_for_completion_are_dropped(train: Train) -> None:
     long = {"prompt": [{"role": "user", "content": "say " * 60}], "answer": "a"}
-    trained = train(spec=grpo(train=[*prompts(8), long]), **KNOBS)
+    trained = train(spec=make_grpo_job(train=[*prompts(8), long]), **HYPERPARAMETERS)
     assert trained.model.train_rows == 8
     assert trained.record.warnings["rows_dropped"].startswith("1 rows of train")
 
@@ -144,19 +153,19 @@ def test_prompts_that_leave_no_room_for_an_answer_are_left_out_and_counted(train
 # --- the numbers ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_is_what_the_chat_template_makes_of_it(tokenizer: Any) -> None:
+def test_prompt_tokens_match_chat_template(tokenizer: Any) -> None:
     messages = [{"role": "user", "content": "say files"}]
-    found = prompt_tokens(messages, tokenizer)
+    found = tokenize_prompt(messages, tokenizer)
     assert found.input_ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert found.prompt_tokens == len(found.input_ids)
-    assert not found.teaches
-    assert prompt_tokens("say files", tokenizer).input_ids == [
+    assert not found.has_labels
+    assert tokenize_prompt("say files", tokenizer).input_ids == [
         tokenizer.bos_token_id,
         *tokenizer("say files", add_special_tokens=False)["input_ids"],
     ]
 
 
-def test_log_probabilities_are_those_of_the_whole_distribution(base: Path) -> None:
+def test_log_probabilities_match_full_softmax(base: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -165,7 +174,7 @@ def test_log_probabilities_are_those_of_the_whole_distribution(base: Path) -> No
     mask = torch.ones_like(ids)
     mask[0, :2] = 0  # the padding of a shorter prompt
     mask[1, 7:] = 0  # and of a shorter answer
-    found, entropy, _ = log_probabilities(model, ids, mask, 4, 2, temperature=0.7, compute_entropy=True)
+    found, entropy, _ = compute_log_probs(model, ids, mask, 4, 2, temperature=0.7, compute_entropy=True)
     logits = model(input_ids=ids, attention_mask=mask).logits[:, -5:-1].float() / 0.7
     every = logits.log_softmax(-1)
     there = mask[:, -4:] == 1
@@ -173,7 +182,7 @@ def test_log_probabilities_are_those_of_the_whole_distribution(base: Path) -> No
     assert torch.allclose(entropy, -(every.exp() * every).sum(-1) * there, atol=1e-4)
 
 
-def test_answers_of_which_none_counts_have_a_gradient_of_zero(base: Path) -> None:
+def test_masked_completions_have_zero_gradient(base: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -181,7 +190,7 @@ def test_answers_of_which_none_counts_have_a_gradient_of_zero(base: Path) -> Non
     ids = torch.randint(5, 900, (2, 6), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[:, 3:] = 0
-    found, _, _ = log_probabilities(model, ids, mask, 3, temperature=1.0)
+    found, _, _ = compute_log_probs(model, ids, mask, 3, temperature=1.0)
     found.sum().backward()
     assert found.tolist() == [[0.0] * 3] * 2
     assert all(part.grad is None or not part.grad.any() for part in model.parameters())
@@ -190,16 +199,16 @@ def test_answers_of_which_none_counts_have_a_gradient_of_zero(base: Path) -> Non
 # --- going on ------------------------------------------------------------------------------------------------------------
 
 
-def a_story(store: Path, folder: Path, **more: Any) -> Story:
+def make_training_run(store: Path, folder: Path, **overrides: Any) -> TrainingRun:
     """Four prompts and two in a step: two steps in each of three epochs."""
-    knobs = KNOBS | {"max_steps": -1, "epochs": 3, "lora_dropout": 0.1, "logging_steps": 2} | more.pop("hyperparameters", {})
-    spec: JobSpec = a_spec(store, **grpo(LETTER, SAME, train=prompts(4)) | more, hyperparameters=knobs)
-    return Story(spec, folder)
+    knobs = HYPERPARAMETERS | {"max_steps": -1, "epochs": 3, "lora_dropout": 0.1, "logging_steps": 2} | overrides.pop("hyperparameters", {})
+    spec: JobSpec = make_spec(store, **make_grpo_job(LETTER_GRADER, SIMILARITY_GRADER, train=prompts(4)) | overrides, hyperparameters=knobs)
+    return TrainingRun(spec, folder)
 
 
-def curve(story: Story) -> dict[int, tuple[float | None, ...]]:
+def curve(training_run: TrainingRun) -> dict[int, tuple[float | None, ...]]:
     names = ("reward", "graders/letter/mean", "graders/same/mean", "completions/mean_length", "entropy", "loss", "grad_norm")
-    return {point.step: tuple(point.values[name] for name in names) for one in story.heard for point in one.points}
+    return {point.step: tuple(point.values[name] for name in names) for one in training_run.recorders for point in one.points}
 
 
 @pytest.mark.parametrize(
@@ -207,12 +216,12 @@ def curve(story: Story) -> dict[int, tuple[float | None, ...]]:
     [{}, {"method": "Full", "hyperparameters": {"beta": 0.1, "batch_size": 4, "gradient_accumulation_steps": 2}}],
     ids=["LoRA", "Full with a reference and accumulation"],
 )
-def test_a_training_that_was_interrupted_ends_as_if_it_never_was(store: Path, tmp_path: Path, more: dict[str, Any]) -> None:
-    whole = a_story(store, tmp_path / "whole", **more)
+def test_interrupted_run_matches_uninterrupted_run(store: Path, tmp_path: Path, more: dict[str, Any]) -> None:
+    whole = make_training_run(store, tmp_path / "whole", **more)
     model = whole.finish()
-    parted = a_story(store, tmp_path / "parted", **more)
-    assert parted.attempt(stop_after=1) == "pause"  # in the first epoch, and between two points of the curve
-    assert parted.attempt(stop_after=4) == "pause"  # at the end of the second
+    parted = make_training_run(store, tmp_path / "parted", **more)
+    assert parted.run_attempt(stop_after=1) == "pause"  # in the first epoch, and between two points of the curve
+    assert parted.run_attempt(stop_after=4) == "pause"  # at the end of the second
     ended = parted.finish()
     assert curve(parted) == curve(whole)
     assert (ended.metrics and ended.metrics.values) == (model.metrics and model.metrics.values)
@@ -221,7 +230,7 @@ def test_a_training_that_was_interrupted_ends_as_if_it_never_was(store: Path, tm
     assert all(part.equal(theirs[name]) for name, part in weights(model).items())
 
 
-def test_answers_are_made_as_many_at_once_as_go_through_the_model(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generation_batch_shrinks_with_training_batch(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So when memory runs out, fewer are made at once, and as many make a step."""
     import torch
 
@@ -235,8 +244,8 @@ def test_answers_are_made_as_many_at_once_as_go_through_the_model(store: Path, t
         return look_up(tokens, *rest, **named)
 
     monkeypatch.setattr(torch.nn.functional, "embedding", cramped)
-    story = a_story(store, tmp_path, hyperparameters={"epochs": 1, "logging_steps": 1})
+    story = make_training_run(store, tmp_path, hyperparameters={"epochs": 1, "logging_steps": 1})
     story.finish()
-    assert story.heard[0].decisions["batch_size"] == "4"
+    assert story.recorders[0].decisions["batch_size"] == "4"
     assert max(seen) == 8
-    assert len(story.heard[0].points) == 2
+    assert len(story.recorders[0].points) == 2

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from tests.jobs.conftest import a_spec
+from tests.jobs.conftest import make_spec
 
 FILES = {"config.json": b"{}", "model.safetensors": b"weights", "tokenizer.json": b"{}", "pytorch_model.bin": b"a pickle"}
 COMMIT = "a" * 40
 # In a process of its own: the Hub's address is read when its client is imported.
-ASK = """
+FETCH_SCRIPT = """
 import json, sys
 from pathlib import Path
 from jobs.base_model import fetch_base
@@ -36,7 +36,7 @@ for name, token in json.loads(sys.argv[3]):
 """
 
 
-class Hub(BaseHTTPRequestHandler):
+class FakeHubHandler(BaseHTTPRequestHandler):
     """Knows owner/open, owner/gated (with token `licensed`) and owner/forbidden; 401 for all else, as the real one.
 
     While it has troubles left it answers 503, or hangs up.
@@ -44,7 +44,7 @@ class Hub(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     tokens: set[str | None] = set()  # noqa: RUF012
-    troubles: list[str] = []  # noqa: RUF012
+    failures: list[str] = []  # noqa: RUF012
 
     def do_GET(self) -> None:
         self._answer(with_body=True)
@@ -53,13 +53,13 @@ class Hub(BaseHTTPRequestHandler):
         self._answer(with_body=False)
 
     def _answer(self, *, with_body: bool) -> None:
-        Hub.tokens.add(self.headers["Authorization"])
-        if Hub.troubles:
-            if Hub.troubles.pop() == "503":
+        FakeHubHandler.tokens.add(self.headers["Authorization"])
+        if FakeHubHandler.failures:
+            if FakeHubHandler.failures.pop() == "503":
                 self._send(503, b"{}", {}, with_body)
             self.close_connection = True
             return
-        refusal = self._refusal()
+        refusal = self._error()
         if refusal:
             status, code = refusal
             self._send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": "refused"}, with_body)
@@ -76,7 +76,7 @@ class Hub(BaseHTTPRequestHandler):
             etag = hashlib.sha1(content).hexdigest()
             self._send(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}, with_body)
 
-    def _refusal(self) -> tuple[int, str] | None:
+    def _error(self) -> tuple[int, str] | None:
         if "owner/open" in self.path or ("owner/gated" in self.path and self.headers["Authorization"] == "Bearer licensed"):
             return None
         if "owner/gated" in self.path:
@@ -99,19 +99,21 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub_url() -> Iterator[str]:
-    Hub.tokens.clear()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    FakeHubHandler.tokens.clear()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHubHandler)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
 
 
-def ask(url: str, tmp_path: Path, *questions: tuple[str, str | None], environment: dict[str, str] | None = None) -> list[dict[str, Any]]:
+def fetch_bases(
+    url: str, tmp_path: Path, *requests: tuple[str, str | None], environment: dict[str, str] | None = None
+) -> list[dict[str, Any]]:
     """What `fetch_base` answers for names with tokens, one after the other."""
-    spec = a_spec(tmp_path / "objects").model_dump_json()
+    spec = make_spec(tmp_path / "objects").model_dump_json()
     told = subprocess.run(
-        [sys.executable, "-c", ASK, spec, str(tmp_path / "work"), json.dumps(questions)],
+        [sys.executable, "-c", FETCH_SCRIPT, spec, str(tmp_path / "work"), json.dumps(requests)],
         env={"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0", "PYTHONPATH": ".", "HF_HUB_DISABLE_XET": "1"}
         | {"HF_HUB_ETAG_TIMEOUT": "2", "HOME": str(tmp_path)}
         | (environment or {}),
@@ -124,8 +126,8 @@ def ask(url: str, tmp_path: Path, *questions: tuple[str, str | None], environmen
     return [json.loads(line) for line in told.stdout.splitlines() if line.startswith("{")]
 
 
-def test_the_hub_s_answers_become_files_or_failures_with_a_hint(hub_url: str, tmp_path: Path) -> None:
-    open_, absent, gated, gated_with_wrong, gated_with_right, forbidden = ask(
+def test_hub_responses_become_files_or_failures_with_hint(hub_url: str, tmp_path: Path) -> None:
+    open_, absent, gated, gated_with_wrong, gated_with_right, forbidden = fetch_bases(
         hub_url,
         tmp_path,
         ("owner/open", None),
@@ -143,29 +145,29 @@ def test_the_hub_s_answers_become_files_or_failures_with_a_hint(hub_url: str, tm
         assert "licence" in refused["hint"]
         assert "hf_token" in refused["hint"]
     assert forbidden["code"] == "auth"
-    assert Hub.tokens == {None, "Bearer other", "Bearer licensed", "Bearer mine"}
+    assert FakeHubHandler.tokens == {None, "Bearer other", "Bearer licensed", "Bearer mine"}
     left = b"".join(path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file())
     assert not [token for token in (b"licensed", b"other", b"mine") if token in left]  # no token was left behind
 
 
-def test_a_hub_that_stumbles_is_asked_again(hub_url: str, tmp_path: Path) -> None:
-    Hub.troubles[:] = ["503", "hang up", "503"]
-    assert ask(hub_url, tmp_path, ("owner/open", None)) == [{"files": ["config.json", "model.safetensors", "tokenizer.json"]}]
-    assert Hub.troubles == []
+def test_hub_errors_are_retried(hub_url: str, tmp_path: Path) -> None:
+    FakeHubHandler.failures[:] = ["503", "hang up", "503"]
+    assert fetch_bases(hub_url, tmp_path, ("owner/open", None)) == [{"files": ["config.json", "model.safetensors", "tokenizer.json"]}]
+    assert FakeHubHandler.failures == []
 
 
-def test_without_a_network_the_failure_says_how_to_do_without_the_hub(tmp_path: Path) -> None:
-    (away,) = ask("http://127.0.0.1:9", tmp_path, ("owner/open", None))
-    (offline,) = ask("http://127.0.0.1:9", tmp_path, ("owner/open", None), environment={"HF_HUB_OFFLINE": "1"})
+def test_offline_failure_explains_local_store(tmp_path: Path) -> None:
+    (away,) = fetch_bases("http://127.0.0.1:9", tmp_path, ("owner/open", None))
+    (offline,) = fetch_bases("http://127.0.0.1:9", tmp_path, ("owner/open", None), environment={"HF_HUB_OFFLINE": "1"})
     for failure in (away, offline):
         assert failure["code"] == "invalid_config"
         assert "pretrained_weights/huggingface/owner/open/" in failure["hint"]
 
 
-def test_the_deployment_s_own_store_is_used_in_place_and_the_hub_is_not_asked(hub_url: str, tmp_path: Path) -> None:
+def test_base_in_own_store_is_used_without_the_hub(hub_url: str, tmp_path: Path) -> None:
     folder = tmp_path / "objects/pretrained_weights/huggingface/owner/open"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     (folder / "ours.safetensors").write_bytes(b"")
-    assert ask(hub_url, tmp_path, ("owner/open", "mine")) == [{"files": ["config.json", "ours.safetensors"]}]
-    assert Hub.tokens == set()
+    assert fetch_bases(hub_url, tmp_path, ("owner/open", "mine")) == [{"files": ["config.json", "ours.safetensors"]}]
+    assert FakeHubHandler.tokens == set()

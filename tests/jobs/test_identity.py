@@ -10,34 +10,38 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from jobs.client import Identity, ServiceAway
+from jobs.client import IdTokenSource, ServiceUnavailable
 
 AUDIENCE = "https://tunesmith.example"
 
 
-class Metadata:
+class FakeMetadataServer:
     """Gives an identity token to whoever asks as Google's library does."""
 
     def __init__(self) -> None:
-        self.life_s = 3600
-        self.gone = False
-        self.asked: list[str] = []  # audiences
+        self.token_lifetime_s = 3600
+        self.is_unavailable = False
+        self.requested_audiences: list[str] = []  # audiences
 
     def answer(self, path: str, query: dict[str, list[str]]) -> str | None:
         if not path.endswith("/identity"):
             return json.dumps({"email": "job@p.iam.gserviceaccount.com", "scopes": []})
-        self.asked += query["audience"]
-        return None if self.gone else a_token(query["audience"][0], int(time.time()) + self.life_s, len(self.asked))
+        self.requested_audiences += query["audience"]
+        return (
+            None
+            if self.is_unavailable
+            else make_token(query["audience"][0], int(time.time()) + self.token_lifetime_s, len(self.requested_audiences))
+        )
 
 
-def a_token(audience: str, expires: int, number: int) -> str:
+def make_token(audience: str, expires: int, number: int) -> str:
     parts = ({"alg": "RS256"}, {"aud": audience, "exp": expires, "n": number})
     return ".".join([*(base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=") for part in parts), "c2lnbmVk"])
 
 
 @pytest.fixture
-def metadata(monkeypatch: pytest.MonkeyPatch) -> Iterator[Metadata]:
-    metadata = Metadata()
+def metadata(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeMetadataServer]:
+    metadata = FakeMetadataServer()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -75,29 +79,29 @@ def reread_environment(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
             monkeypatch.setattr(_metadata, name, f"127.0.0.1:{port}")
 
 
-def shown(identity: Identity) -> dict[str, object]:
+def decode_token_payload(identity: IdTokenSource) -> dict[str, object]:
     scheme, _, token = identity.headers()["X-Serverless-Authorization"].partition(" ")
     assert scheme == "Bearer"
     payload = token.split(".")[1]
     return json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
 
 
-def test_the_token_is_for_the_service_and_asked_for_once(metadata: Metadata) -> None:
-    identity = Identity(AUDIENCE)
-    assert shown(identity)["aud"] == AUDIENCE
-    assert shown(identity) == shown(identity)
-    assert metadata.asked == [AUDIENCE]
+def test_id_token_is_for_the_service_and_cached(metadata: FakeMetadataServer) -> None:
+    identity = IdTokenSource(AUDIENCE)
+    assert decode_token_payload(identity)["aud"] == AUDIENCE
+    assert decode_token_payload(identity) == decode_token_payload(identity)
+    assert metadata.requested_audiences == [AUDIENCE]
 
 
-def test_a_token_that_is_about_to_expire_is_asked_for_anew(metadata: Metadata) -> None:
-    metadata.life_s = 1
-    identity = Identity(AUDIENCE)
-    assert shown(identity)["n"] == 1
-    metadata.life_s = 3600
-    assert shown(identity)["n"] == 2
+def test_expiring_token_is_refreshed(metadata: FakeMetadataServer) -> None:
+    metadata.token_lifetime_s = 1
+    identity = IdTokenSource(AUDIENCE)
+    assert decode_token_payload(identity)["n"] == 1
+    metadata.token_lifetime_s = 3600
+    assert decode_token_payload(identity)["n"] == 2
 
 
-def test_without_anybody_to_vouch_the_service_is_as_good_as_away(metadata: Metadata) -> None:
-    metadata.gone = True
-    with pytest.raises(ServiceAway, match=AUDIENCE):
-        Identity(AUDIENCE).headers()
+def test_missing_identity_counts_as_service_unavailable(metadata: FakeMetadataServer) -> None:
+    metadata.is_unavailable = True
+    with pytest.raises(ServiceUnavailable, match=AUDIENCE):
+        IdTokenSource(AUDIENCE).headers()

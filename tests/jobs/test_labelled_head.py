@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from jobs.data.render import NO_LABEL, render
+from jobs.data.render import IGNORE_INDEX, tokenize_split
 from jobs.trainers import likelihood
-from jobs.trainers.likelihood import LabelledHead, collate, labelled_logits
-from jobs.trainers.sft import blocks_of
-from jobs.turn_tokens import train_few_rows_only
+from jobs.trainers.likelihood import ChunkedLmHeadLoss, collate, compute_labeled_logits
+from jobs.trainers.sft import pack_examples
+from jobs.turn_tokens import patch_trainable_token_embedding
 from tests.jobs.conftest import messages
-from tests.jobs.test_turn_tokens import a_tuned_model
+from tests.jobs.test_turn_tokens import make_tuned_model
 
 ONE_POSITION = 1  # byte: a part has one position at least
 
@@ -19,26 +19,26 @@ ONE_POSITION = 1  # byte: a part has one position at least
 @pytest.fixture(scope="module")
 def batch(tokenizer: Any) -> dict[str, Any]:
     """Blocks of packed rows, and padding."""
-    found = collate(blocks_of(render(iter(messages(7)), "messages", tokenizer, 128).rows, 96), 0)
-    found.pop("real_tokens")
+    found = collate(pack_examples(tokenize_split(iter(messages(7)), "messages", tokenizer, 128).rows, 96), 0)
+    found.pop("non_padding_tokens")
     return found
 
 
-def whole_model(base: Path, dtype: str = "float32") -> Any:
+def load_model(base: Path, dtype: str = "float32") -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype)).eval()
 
 
-def split(batch: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+def split_labels(batch: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     return {name: part for name, part in batch.items() if name != "labels"}, batch["labels"]
 
 
-def at_once(model: Any, batch: dict[str, Any], divisor: float) -> Any:
+def compute_full_loss(model: Any, batch: dict[str, Any], divisor: float) -> Any:
     import torch
 
-    logits, wanted = labelled_logits(model, *split(batch))
+    logits, wanted = compute_labeled_logits(model, *split_labels(batch))
     return torch.nn.functional.cross_entropy(logits, wanted, reduction="sum") / divisor
 
 
@@ -48,15 +48,15 @@ def gradients(model: Any, loss: Any) -> dict[str, Any]:
     return {name: part.grad.clone() for name, part in model.named_parameters() if part.grad is not None}
 
 
-def assert_same_lesson(model: Any, batch: dict[str, Any], divisor: float = 7.0) -> LabelledHead:
+def assert_same_loss_and_gradients(model: Any, batch: dict[str, Any], divisor: float = 7.0) -> ChunkedLmHeadLoss:
     """Loss and every gradient, twice: the first batch is looked at more closely."""
     import torch
 
-    expected = at_once(model, batch, divisor)
+    expected = compute_full_loss(model, batch, divisor)
     slopes = gradients(model, expected)
-    head = LabelledHead(model)
+    head = ChunkedLmHeadLoss(model)
     for _ in range(2):
-        loss = head.loss(model, *split(batch), divisor)
+        loss = head.compute_loss(model, *split_labels(batch), divisor)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
         found = gradients(model, loss)
         assert found.keys() == slopes.keys()
@@ -75,56 +75,56 @@ def count_positions(model: Any) -> list[int]:
 
 @pytest.mark.parametrize("part_bytes", [ONE_POSITION, 3 * 4 * 1024, 1 << 20], ids=["one", "some", "all"])
 @pytest.mark.parametrize("softcap", [None, 5.0], ids=["plain", "softcapped"])
-def test_all_weights_learn_the_same(
+def test_all_weights_get_same_gradients(
     base: Path, batch: dict[str, Any], part_bytes: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(likelihood.PART_BYTES, "cpu", part_bytes)
-    model = whole_model(base)
+    monkeypatch.setitem(likelihood.LOGITS_CHUNK_BYTES, "cpu", part_bytes)
+    model = load_model(base)
     model.config.final_logit_softcapping = softcap
-    assert_same_lesson(model, batch)
+    assert_same_loss_and_gradients(model, batch)
 
 
-def test_an_adapter_and_trained_turn_tokens_learn_the_same(base: Path, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(likelihood.PART_BYTES, "cpu", ONE_POSITION)
-    model = a_tuned_model(base)
-    train_few_rows_only(model)
-    assert_same_lesson(model, batch)
+def test_adapter_and_token_embeddings_get_same_gradients(base: Path, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(likelihood.LOGITS_CHUNK_BYTES, "cpu", ONE_POSITION)
+    model = make_tuned_model(base)
+    patch_trainable_token_embedding(model)
+    assert_same_loss_and_gradients(model, batch)
     assert any("trainable_tokens_delta" in name for name, part in model.named_parameters() if part.grad is not None)
 
 
-def test_the_head_sees_labelled_positions_only_and_never_all_at_once(
-    base: Path, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(likelihood.PART_BYTES, "cpu", 4 * 4 * 1024)
-    model = whole_model(base)
-    head = LabelledHead(model)
-    head.loss(model, *split(batch))
+def test_head_only_sees_labeled_positions_in_chunks(base: Path, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(likelihood.LOGITS_CHUNK_BYTES, "cpu", 4 * 4 * 1024)
+    model = load_model(base)
+    head = ChunkedLmHeadLoss(model)
+    head.compute_loss(model, *split_labels(batch))
     seen = count_positions(model)
-    head.loss(model, *split(batch))
-    labelled = int((batch["labels"][:, 1:] != NO_LABEL).sum())
+    head.compute_loss(model, *split_labels(batch))
+    labelled = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
     assert max(seen) <= 4
     assert sum(seen) == labelled + 1  # one more is the model's own
     assert labelled < batch["labels"].numel() / 2
 
 
-def test_without_gradients_the_loss_is_the_same(base: Path, batch: dict[str, Any]) -> None:
+def test_loss_is_the_same_without_gradients(base: Path, batch: dict[str, Any]) -> None:
     import torch
 
-    model = whole_model(base)
-    head = LabelledHead(model)
+    model = load_model(base)
+    head = ChunkedLmHeadLoss(model)
     with torch.no_grad():
-        loss = head.loss(model, *split(batch), 3.0)
-        assert loss.item() == pytest.approx(at_once(model, batch, 3.0).item(), rel=1e-6)
+        loss = head.compute_loss(model, *split_labels(batch), 3.0)
+        assert loss.item() == pytest.approx(compute_full_loss(model, batch, 3.0).item(), rel=1e-6)
     assert not loss.requires_grad
 
 
-def test_the_divisor_is_the_number_of_labels_when_none_is_given(base: Path, batch: dict[str, Any]) -> None:
-    model = whole_model(base)
-    labelled = int((batch["labels"][:, 1:] != NO_LABEL).sum())
-    assert LabelledHead(model).loss(model, *split(batch)).item() == pytest.approx(at_once(model, batch, labelled).item(), rel=1e-6)
+def test_default_divisor_is_number_of_labels(base: Path, batch: dict[str, Any]) -> None:
+    model = load_model(base)
+    labelled = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+    assert ChunkedLmHeadLoss(model).compute_loss(model, *split_labels(batch)).item() == pytest.approx(
+        compute_full_loss(model, batch, labelled).item(), rel=1e-6
+    )
 
 
-def a_model_that_scales_its_logits() -> Any:
+def make_model_with_logit_scale() -> Any:
     import torch
     from transformers import CohereConfig, CohereForCausalLM
 
@@ -143,52 +143,52 @@ def a_model_that_scales_its_logits() -> Any:
     return CohereForCausalLM(config).eval()
 
 
-def test_a_model_that_scales_its_logits_keeps_its_own(batch: dict[str, Any]) -> None:
-    assert_same_lesson(a_model_that_scales_its_logits(), batch)
+def test_logit_scale_of_model_is_kept(batch: dict[str, Any]) -> None:
+    assert_same_loss_and_gradients(make_model_with_logit_scale(), batch)
 
 
-def test_a_model_that_scales_its_logits_is_found_out_by_a_batch_that_teaches_nothing(batch: dict[str, Any]) -> None:
-    model = a_model_that_scales_its_logits()
-    inputs, labels = split(batch)
-    head = LabelledHead(model)
-    assert head.loss(model, inputs, labels.new_full(labels.shape, NO_LABEL), 7.0).item() == 0
-    assert head.loss(model, inputs, labels, 7.0).item() == pytest.approx(at_once(model, batch, 7.0).item(), rel=1e-5)
+def test_logit_scale_is_detected_from_batch_without_labels(batch: dict[str, Any]) -> None:
+    model = make_model_with_logit_scale()
+    inputs, labels = split_labels(batch)
+    head = ChunkedLmHeadLoss(model)
+    assert head.compute_loss(model, inputs, labels.new_full(labels.shape, IGNORE_INDEX), 7.0).item() == 0
+    assert head.compute_loss(model, inputs, labels, 7.0).item() == pytest.approx(compute_full_loss(model, batch, 7.0).item(), rel=1e-5)
 
 
-def test_the_model_answers_as_ever_outside_the_loss(base: Path, batch: dict[str, Any]) -> None:
+def test_model_output_is_unchanged_outside_the_loss(base: Path, batch: dict[str, Any]) -> None:
     import torch
 
-    model, untouched = whole_model(base), whole_model(base)
-    head = LabelledHead(model)
-    head.loss(model, *split(batch))
-    inputs, _ = split(batch)
+    model, untouched = load_model(base), load_model(base)
+    head = ChunkedLmHeadLoss(model)
+    head.compute_loss(model, *split_labels(batch))
+    inputs, _ = split_labels(batch)
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs).logits, untouched(**inputs).logits, rtol=0, atol=0)
 
 
-def test_a_forward_that_failed_leaves_nothing_behind(base: Path, batch: dict[str, Any]) -> None:
+def test_failed_forward_leaves_no_state_behind(base: Path, batch: dict[str, Any]) -> None:
     import torch
 
-    model = whole_model(base)
-    head = LabelledHead(model)
-    inputs, labels = split(batch)
+    model = load_model(base)
+    head = ChunkedLmHeadLoss(model)
+    inputs, labels = split_labels(batch)
     with pytest.raises(IndexError):
-        head.loss(model, inputs | {"input_ids": inputs["input_ids"] + 10_000}, labels)
+        head.compute_loss(model, inputs | {"input_ids": inputs["input_ids"] + 10_000}, labels)
     with torch.no_grad():
         assert model(**inputs).logits.shape[:2] == labels.shape
-    assert head.loss(model, inputs, labels, 7.0).item() == pytest.approx(at_once(model, batch, 7.0).item(), rel=1e-6)
+    assert head.compute_loss(model, inputs, labels, 7.0).item() == pytest.approx(compute_full_loss(model, batch, 7.0).item(), rel=1e-6)
 
 
-def test_weights_in_bf16_are_rounded_no_more_than_at_once(base: Path, batch: dict[str, Any]) -> None:
-    model = whole_model(base, "bfloat16")
-    expected = at_once(model, batch, 7.0)
+def test_bf16_gradients_are_close_to_full_loss(base: Path, batch: dict[str, Any]) -> None:
+    model = load_model(base, "bfloat16")
+    expected = compute_full_loss(model, batch, 7.0)
     slopes = gradients(model, expected)
-    found = gradients(model, LabelledHead(model).loss(model, *split(batch), 7.0))
+    found = gradients(model, ChunkedLmHeadLoss(model).compute_loss(model, *split_labels(batch), 7.0))
     for name, slope in found.items():
         assert float((slope - slopes[name]).float().norm()) <= 0.02 * float(slopes[name].float().norm()), name
 
 
-def test_a_compiled_model_keeps_its_layers_in_one_graph(base: Path, batch: dict[str, Any]) -> None:
+def test_compiled_model_keeps_layers_in_one_graph(base: Path, batch: dict[str, Any]) -> None:
     import torch
 
     sizes: list[int] = []
@@ -197,9 +197,9 @@ def test_a_compiled_model_keeps_its_layers_in_one_graph(base: Path, batch: dict[
         sizes.append(len(graph.graph.nodes))
         return graph.forward
 
-    model = whole_model(base)
-    expected = at_once(model, batch, 7.0)
+    model = load_model(base)
+    expected = compute_full_loss(model, batch, 7.0)
     compiled: Any = torch.compile(model, backend=as_it_is)
     torch._dynamo.reset()
-    assert LabelledHead(model).loss(compiled, *split(batch), 7.0).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert ChunkedLmHeadLoss(model).compute_loss(compiled, *split_labels(batch), 7.0).item() == pytest.approx(expected.item(), rel=1e-5)
     assert max(sizes) > 0.95 * sum(sizes)  # what is left over is the head and the soft cap of one position

@@ -10,14 +10,14 @@ import pytest
 
 from jobs.context import JobContext
 from jobs.lineage import base_record, installed_packages, machine_record, record_bytes, run_record, store_record
-from jobs.publish import Product, Publisher, artifact_key
+from jobs.publish import ArtifactUploader, ExportedArtifact, artifact_key
 from jobs.system_metrics import Energy
 from jobs.trained import TrainedModel
 from schema.job import Artifact, EvalMetrics, Fidelity, Gate, GateCheck
 from schema.lineage import CodeRecord, RunRecord
-from tests.jobs.conftest import a_context, a_spec
+from tests.jobs.conftest import make_context, make_spec
 
-BEGAN = datetime(2026, 11, 21, 14, 0, tzinfo=UTC)
+STARTED_AT = datetime(2026, 11, 21, 14, 0, tzinfo=UTC)
 SECRET = "s3cret-of-the-judge"
 
 
@@ -31,11 +31,11 @@ def base(tmp_path: Path) -> Path:
     return folder
 
 
-def a_trained_model(folder: Path, base: Path) -> TrainedModel:
+def make_trained_model(folder: Path, base: Path) -> TrainedModel:
     return TrainedModel(folder, True, base, (), None, None, train_rows=24, train_tokens=700, train_runtime_s=12.5, step=4)
 
 
-def published(context: JobContext, folder: Path) -> tuple[Artifact, ...]:
+def publish_artifacts(context: JobContext, folder: Path) -> tuple[Artifact, ...]:
     """An adapter and a GGUF file in the store."""
     adapter = folder / "adapter"
     adapter.mkdir(parents=True)
@@ -44,25 +44,25 @@ def published(context: JobContext, folder: Path) -> tuple[Artifact, ...]:
     job, number = context.spec.job_id, context.attempt
     fidelity = Fidelity(compared_tokens=9, argmax_agreement=1.0, mean_kl_to_merged=0.001, perplexity=3.5, sample_prompt="a row")
     products = [
-        Product("adapter", "adapter", adapter, artifact_key("adapter", job, number)),
-        Product("gguf-q8_0", "gguf", folder / "m-q8_0.gguf", artifact_key("gguf", job, number, "m-q8_0.gguf"), fidelity),
+        ExportedArtifact("adapter", "adapter", adapter, artifact_key("adapter", job, number)),
+        ExportedArtifact("gguf-q8_0", "gguf", folder / "m-q8_0.gguf", artifact_key("gguf", job, number, "m-q8_0.gguf"), fidelity),
     ]
-    return tuple(Publisher(context.stores.models, job, number).publish(product) for product in products)
+    return tuple(ArtifactUploader(context.stores.models, job, number).upload(product) for product in products)
 
 
-def a_record(context: JobContext, base: Path, artifacts: tuple[Artifact, ...] = (), **changes: Any) -> RunRecord:
-    told: dict[str, Any] = {"code": CodeRecord(tunesmith="0.2.0", commit="abc"), "energy": Energy(None, "no GPU")}
-    told |= {"started_at": BEGAN, "now": BEGAN + timedelta(seconds=90)}
-    return run_record(context, a_trained_model(context.workdir, base), artifacts, **(told | changes))
+def make_record(context: JobContext, base: Path, artifacts: tuple[Artifact, ...] = (), **changes: Any) -> RunRecord:
+    told: dict[str, Any] = {"code": CodeRecord(tunesmith_version="0.2.0", commit="abc"), "energy": Energy(None, "no GPU")}
+    told |= {"started_at": STARTED_AT, "now": STARTED_AT + timedelta(seconds=90)}
+    return run_record(context, make_trained_model(context.workdir, base), artifacts, **(told | changes))
 
 
-def test_the_record_says_what_was_made_from_what_and_how_it_did(base: Path, tmp_path: Path) -> None:
-    context = a_context(a_spec(tmp_path / "objects", hyperparameters={"seed": 7}), tmp_path / "work", attempt=2)
-    context.findings.base_metrics = EvalMetrics(eval_loss=4.0, perplexity=54.6)
-    context.findings.metrics = EvalMetrics(eval_loss=3.0, perplexity=20.1)
-    context.findings.gate = Gate(passed=True, checks=(GateCheck(metric="perplexity", value=20.1, at_most=49.1, passed=True),))
-    artifacts = published(context, tmp_path / "out")
-    record = a_record(context, base, artifacts, energy=Energy(7200.0), decisions={"attention": "sdpa"})
+def test_record_contains_inputs_and_results(base: Path, tmp_path: Path) -> None:
+    context = make_context(make_spec(tmp_path / "objects", hyperparameters={"seed": 7}), tmp_path / "work", attempt=2)
+    context.state.base_metrics = EvalMetrics(eval_loss=4.0, perplexity=54.6)
+    context.state.metrics = EvalMetrics(eval_loss=3.0, perplexity=20.1)
+    context.state.gate = Gate(passed=True, checks=(GateCheck(metric="perplexity", value=20.1, at_most=49.1, passed=True),))
+    artifacts = publish_artifacts(context, tmp_path / "out")
+    record = make_record(context, base, artifacts, energy=Energy(7200.0), decisions={"attention": "sdpa"})
 
     assert (record.attempt, record.seed, record.published_step, record.train_rows) == (2, 7, 4, 24)
     assert {name: split.rows for name, split in record.dataset.splits.items()} == {"train": 24, "eval": 5}
@@ -71,8 +71,8 @@ def test_the_record_says_what_was_made_from_what_and_how_it_did(base: Path, tmp_
         == sha256((tmp_path / "objects" / context.spec.dataset.splits["train"].key).read_bytes()).hexdigest()
     )
     assert record.training_config["hyperparameters"]["lora_rank"] == 4  # type: ignore[index,call-overload]
-    assert record.base.config_sha256 == sha256((base / "config.json").read_bytes()).hexdigest()
-    assert record.base.weights_sha256 == {path.name: sha256(path.read_bytes()).hexdigest() for path in base.glob("*.safetensors")}
+    assert record.base_model.config_sha256 == sha256((base / "config.json").read_bytes()).hexdigest()
+    assert record.base_model.weights_sha256 == {path.name: sha256(path.read_bytes()).hexdigest() for path in base.glob("*.safetensors")}
     assert record.packages["transformers"].startswith("5.")
     assert (record.time.total_s, record.time.train_runtime_s, record.cost.gpu_energy_wh) == (90.0, 12.5, 2.0)
     assert record.metrics
@@ -87,17 +87,17 @@ def test_the_record_says_what_was_made_from_what_and_how_it_did(base: Path, tmp_
     assert record.decisions == {"attention": "sdpa"}
 
 
-def test_what_nobody_knows_is_null_with_the_reason(base: Path, tmp_path: Path) -> None:
-    record = a_record(a_context(a_spec(tmp_path / "objects"), tmp_path), base)
-    assert record.cost.gpu_energy_wh is record.cost.price is record.base.revision is record.code.image is None
+def test_unknown_values_are_null_with_reason(base: Path, tmp_path: Path) -> None:
+    record = make_record(make_context(make_spec(tmp_path / "objects"), tmp_path), base)
+    assert record.cost.gpu_energy_wh is record.cost.price is record.base_model.revision is record.code.image is None
     assert {"gpu_energy_wh", "price", "base.revision", "code.image"} == set(record.notes)
     assert record.notes["gpu_energy_wh"] == "no GPU"
 
 
-def test_the_record_lies_beside_every_artifact_the_same_everywhere(base: Path, tmp_path: Path) -> None:
-    context = a_context(a_spec(tmp_path / "objects"), tmp_path / "work", attempt=3)
-    artifacts = published(context, tmp_path / "out")
-    content = record_bytes(a_record(context, base, artifacts))
+def test_record_is_stored_beside_every_artifact(base: Path, tmp_path: Path) -> None:
+    context = make_context(make_spec(tmp_path / "objects"), tmp_path / "work", attempt=3)
+    artifacts = publish_artifacts(context, tmp_path / "out")
+    content = record_bytes(make_record(context, base, artifacts))
     adapter, gguf = store_record(content, artifacts, context)
     job = context.spec.job_id
     for folder in ("runs", "trained_adapters", "gguf_models"):
@@ -109,25 +109,25 @@ def test_the_record_lies_beside_every_artifact_the_same_everywhere(base: Path, t
     assert store_record(content, (adapter, gguf), context) == (adapter, gguf)  # again, by a retry: nothing is listed twice
 
 
-def test_the_same_record_is_the_same_bytes_and_comes_back(base: Path, tmp_path: Path) -> None:
-    record = a_record(a_context(a_spec(tmp_path / "objects"), tmp_path), base)
+def test_record_roundtrips_as_same_bytes(base: Path, tmp_path: Path) -> None:
+    record = make_record(make_context(make_spec(tmp_path / "objects"), tmp_path), base)
     content = record_bytes(record)
     assert content == record_bytes(RunRecord.load(content))
     assert list(json.loads(content)) == sorted(json.loads(content))
 
 
 def test_no_secret_is_in_the_record(base: Path, tmp_path: Path) -> None:
-    spec = a_spec(
+    spec = make_spec(
         tmp_path / "objects",
         wandb_config={"api_key": SECRET, "project": "p"},
         mlflow_config={"tracking_uri": "https://m.example", "token": SECRET},
     )
-    content = record_bytes(a_record(a_context(spec, tmp_path, secrets={"mlflow_token": SECRET}), base))
+    content = record_bytes(make_record(make_context(spec, tmp_path, secrets={"mlflow_token": SECRET}), base))
     assert SECRET.encode() not in content
     assert b'"project": "p"' in content
 
 
-def test_a_base_in_the_hub_s_cache_is_known_without_reading_it(tmp_path: Path) -> None:
+def test_base_in_hub_cache_is_identified_without_reading(tmp_path: Path) -> None:
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / ("a" * 40)
     blobs.mkdir()
     snapshot.mkdir(parents=True)
@@ -138,7 +138,7 @@ def test_a_base_in_the_hub_s_cache_is_known_without_reading_it(tmp_path: Path) -
     assert (record.revision, record.weights_sha256, notes) == ("a" * 40, {"model.safetensors": "b" * 64}, {})
 
 
-def test_weights_that_are_too_large_to_read_for_it_are_left_out_with_the_reason(tmp_path: Path) -> None:
+def test_hash_of_large_weights_is_skipped_with_reason(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with (tmp_path / "model.safetensors").open("wb") as sparse:
         sparse.truncate(5 << 30)
@@ -147,7 +147,7 @@ def test_weights_that_are_too_large_to_read_for_it_are_left_out_with_the_reason(
     assert "5 GB" in notes["base.weights_sha256"]
 
 
-def test_the_machine_and_its_packages_have_names() -> None:
+def test_machine_and_packages_are_recorded() -> None:
     machine = machine_record()
     assert machine.cpu
     assert machine.cpu_count >= 1

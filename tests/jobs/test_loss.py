@@ -6,18 +6,18 @@ from typing import Any
 
 import pytest
 
-from jobs.data.render import NO_LABEL, TokenRow, render
-from jobs.trainers.likelihood import collate, labelled_logits, measure
-from jobs.trainers.sft import blocks_of
-from jobs.turn_tokens import train_few_rows_only
+from jobs.data.render import IGNORE_INDEX, TokenizedExample, tokenize_split
+from jobs.trainers.likelihood import collate, compute_labeled_logits, evaluate_likelihood
+from jobs.trainers.sft import pack_examples
+from jobs.turn_tokens import patch_trainable_token_embedding
 from schema.training import SftConfig
 from tests.jobs.conftest import messages
-from tests.jobs.test_turn_tokens import a_tuned_model
+from tests.jobs.test_turn_tokens import make_tuned_model
 
 
 @pytest.fixture(scope="module")
-def rows(tokenizer: Any) -> list[TokenRow]:
-    return render(iter(messages(9)), "messages", tokenizer, 128).rows
+def rows(tokenizer: Any) -> list[TokenizedExample]:
+    return tokenize_split(iter(messages(9)), "messages", tokenizer, 128).rows
 
 
 @pytest.fixture(scope="module", params=[None, 5.0], ids=["plain", "softcapped"])
@@ -31,22 +31,22 @@ def model(base: Path, request: pytest.FixtureRequest) -> Any:
     return loaded
 
 
-def batch_of(rows: list[TokenRow], pad_id: int = 0) -> tuple[dict[str, Any], Any]:
+def make_batch(rows: list[TokenizedExample], pad_id: int = 0) -> tuple[dict[str, Any], Any]:
     batch = collate([[row] for row in rows], pad_id)
-    batch.pop("real_tokens")
+    batch.pop("non_padding_tokens")
     return batch, batch.pop("labels")
 
 
-def our_loss(model: Any, rows: list[TokenRow], pad_id: int = 0) -> Any:
+def our_loss(model: Any, rows: list[TokenizedExample], pad_id: int = 0) -> Any:
     import torch
 
-    logits, wanted = labelled_logits(model, *batch_of(rows, pad_id))
+    logits, wanted = compute_labeled_logits(model, *make_batch(rows, pad_id))
     return torch.nn.functional.cross_entropy(logits, wanted)
 
 
-def a_row(ids: list[int], learned_from: int = 1) -> TokenRow:
-    labels = [token if n >= learned_from else NO_LABEL for n, token in enumerate(ids)]
-    return TokenRow(input_ids=ids, labels=labels, prompt_text="", prompt_tokens=learned_from)
+def make_row(ids: list[int], label_from: int = 1) -> TokenizedExample:
+    labels = [token if n >= label_from else IGNORE_INDEX for n, token in enumerate(ids)]
+    return TokenizedExample(input_ids=ids, labels=labels, prompt_text="", prompt_tokens=label_from)
 
 
 def gradients_of(model: Any, loss: Any) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def gradients_of(model: Any, loss: Any) -> dict[str, Any]:
     return {name: part.grad.clone() for name, part in model.named_parameters() if part.grad is not None}
 
 
-def assert_same(ours: dict[str, Any], stock: dict[str, Any]) -> None:
+def assert_same_gradients(ours: dict[str, Any], stock: dict[str, Any]) -> None:
     import torch
 
     assert ours.keys() == stock.keys()
@@ -63,106 +63,106 @@ def assert_same(ours: dict[str, Any], stock: dict[str, Any]) -> None:
         torch.testing.assert_close(gradient, stock[name], rtol=1e-4, atol=1e-5 * float(stock[name].abs().max()), msg=name)
 
 
-def stock_loss(model: Any, rows: list[TokenRow]) -> Any:
-    batch, labels = batch_of(rows)
+def stock_loss(model: Any, rows: list[TokenizedExample]) -> Any:
+    batch, labels = make_batch(rows)
     return model(**batch, labels=labels).loss
 
 
-def test_the_loss_and_its_gradients_are_the_stock_ones(model: Any, rows: list[TokenRow]) -> None:
+def test_loss_and_gradients_match_stock(model: Any, rows: list[TokenizedExample]) -> None:
     ours, stock = our_loss(model, rows), stock_loss(model, rows)
     assert ours.item() == pytest.approx(stock.item(), rel=1e-6)
-    assert_same(gradients_of(model, ours), gradients_of(model, stock))
+    assert_same_gradients(gradients_of(model, ours), gradients_of(model, stock))
 
 
-def test_they_are_the_stock_ones_with_lora_and_trained_turn_tokens_as_well(base: Path, rows: list[TokenRow]) -> None:
-    model = a_tuned_model(base)
+def test_loss_with_lora_and_token_embeddings_matches_stock(base: Path, rows: list[TokenizedExample]) -> None:
+    model = make_tuned_model(base)
     stock = stock_loss(model, rows)
     expected = gradients_of(model, stock)
-    train_few_rows_only(model)
+    patch_trainable_token_embedding(model)
     ours = our_loss(model, rows)
     assert ours.item() == pytest.approx(stock.item(), rel=1e-6)
     found = gradients_of(model, ours)
     assert any("lora_A" in name for name in found)
-    assert_same(found, expected)
+    assert_same_gradients(found, expected)
 
 
-def test_padding_is_never_a_label_and_its_token_does_not_matter(model: Any, rows: list[TokenRow]) -> None:
-    batch, labels = batch_of(rows)
-    assert (labels[batch["attention_mask"] == 0] == NO_LABEL).all()
-    assert int((labels != NO_LABEL).sum()) == sum(sum(label != NO_LABEL for label in row.labels) for row in rows)
+def test_padding_is_never_labeled_and_pad_token_does_not_matter(model: Any, rows: list[TokenizedExample]) -> None:
+    batch, labels = make_batch(rows)
+    assert (labels[batch["attention_mask"] == 0] == IGNORE_INDEX).all()
+    assert int((labels != IGNORE_INDEX).sum()) == sum(sum(label != IGNORE_INDEX for label in row.labels) for row in rows)
     assert our_loss(model, rows, pad_id=0).item() == pytest.approx(our_loss(model, rows, pad_id=77).item(), rel=1e-6)
 
 
-def test_rows_are_packed_whole_and_none_is_lost(rows: list[TokenRow]) -> None:
-    blocks = blocks_of(rows, 64)
+def test_packing_keeps_all_rows_whole(rows: list[TokenizedExample]) -> None:
+    blocks = pack_examples(rows, 64)
     assert sorted(row.input_ids for block in blocks for row in block) == sorted(row.input_ids for row in rows)
     assert all(sum(len(row.input_ids) for row in block) <= 64 for block in blocks)
     assert len(blocks) < len(rows)
 
 
-def test_a_packed_row_does_not_see_its_neighbours(model: Any, rows: list[TokenRow]) -> None:
+def test_packed_row_does_not_attend_to_neighbors(model: Any, rows: list[TokenizedExample]) -> None:
     import torch
 
-    def logits_of_last(first: TokenRow) -> Any:
+    def logits_of_last(first: TokenizedExample) -> Any:
         batch = collate([[first, rows[1], rows[2]], [rows[3]]], 0)
         with torch.no_grad():
             found = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0]
         start = len(first.input_ids) + len(rows[1].input_ids)
         return found[start : start + len(rows[2].input_ids)]
 
-    other = a_row(list(reversed(rows[0].input_ids)))
+    other = make_row(list(reversed(rows[0].input_ids)))
     torch.testing.assert_close(logits_of_last(rows[0]), logits_of_last(other), rtol=0, atol=1e-5)
     with torch.no_grad():
         alone = model(input_ids=torch.tensor([rows[2].input_ids]), use_cache=False).logits[0]
     torch.testing.assert_close(logits_of_last(rows[0]), alone, rtol=0, atol=2e-5)
 
 
-def test_packed_and_padded_rows_have_the_same_loss(model: Any, rows: list[TokenRow]) -> None:
+def test_packed_and_padded_rows_have_the_same_loss(model: Any, rows: list[TokenizedExample]) -> None:
     import torch
 
-    packed = collate(blocks_of(rows, 96), 0)
-    assert int(packed.pop("real_tokens")) == sum(len(row.input_ids) for row in rows)
+    packed = collate(pack_examples(rows, 96), 0)
+    assert int(packed.pop("non_padding_tokens")) == sum(len(row.input_ids) for row in rows)
     labels = packed.pop("labels")
-    logits, wanted = labelled_logits(model, packed, labels)
+    logits, wanted = compute_labeled_logits(model, packed, labels)
     assert torch.nn.functional.cross_entropy(logits, wanted).item() == pytest.approx(our_loss(model, rows).item(), rel=1e-5)
 
 
-def test_packed_rows_teach_what_the_same_rows_teach_one_by_one(model: Any, rows: list[TokenRow]) -> None:
+def test_packed_rows_have_same_gradients_as_single_rows(model: Any, rows: list[TokenizedExample]) -> None:
     import torch
 
-    blocks = blocks_of(rows, 100)  # longer than the window of attention
+    blocks = pack_examples(rows, 100)  # longer than the window of attention
     assert len(blocks) > 1
     packed = collate(blocks, 0)
-    count = packed.pop("real_tokens")
+    count = packed.pop("non_padding_tokens")
     assert count < packed["input_ids"].numel()  # some of it is padding
-    logits, wanted = labelled_logits(model, packed, packed.pop("labels"))
+    logits, wanted = compute_labeled_logits(model, packed, packed.pop("labels"))
     together = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
     found = gradients_of(model, together)
-    alone = sum(our_loss(model, [row]) * sum(label != NO_LABEL for label in row.labels[1:]) for row in rows)
+    alone = sum(our_loss(model, [row]) * sum(label != IGNORE_INDEX for label in row.labels[1:]) for row in rows)
     assert together.item() == pytest.approx(alone.item(), rel=1e-5)
-    assert_same(found, gradients_of(model, alone))
+    assert_same_gradients(found, gradients_of(model, alone))
 
 
-def test_all_blocks_of_a_batch_can_be_one_long_block(model: Any, rows: list[TokenRow]) -> None:
+def test_blocks_of_a_batch_may_be_joined(model: Any, rows: list[TokenizedExample]) -> None:
     import torch
 
     batch = collate([rows[:2], [rows[2]]], 0), collate([rows[:3]], 0)
-    assert batch[0].pop("real_tokens") == batch[1].pop("real_tokens")
+    assert batch[0].pop("non_padding_tokens") == batch[1].pop("non_padding_tokens")
     losses = []
     for inputs in batch:
-        logits, wanted = labelled_logits(model, inputs, inputs.pop("labels"))
+        logits, wanted = compute_labeled_logits(model, inputs, inputs.pop("labels"))
         losses.append(torch.nn.functional.cross_entropy(logits, wanted).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_the_first_token_of_a_packed_row_is_not_predicted_from_its_neighbour(rows: list[TokenRow]) -> None:
-    text = a_row([5, 6, 7], learned_from=0)
+def test_first_token_of_packed_row_has_no_label(rows: list[TokenizedExample]) -> None:
+    text = make_row([5, 6, 7], label_from=0)
     labels = collate([[text, text]], 0)["labels"][0].tolist()
-    assert labels == [NO_LABEL, 6, 7, NO_LABEL, 6, 7]
+    assert labels == [IGNORE_INDEX, 6, 7, IGNORE_INDEX, 6, 7]
 
 
 @pytest.mark.parametrize("batch_eval_metrics", [False, True])
-def test_an_evaluation_counts_every_labelled_token_once(model: Any, rows: list[TokenRow], batch_eval_metrics: bool) -> None:
+def test_evaluation_counts_every_labeled_token_once(model: Any, rows: list[TokenizedExample], batch_eval_metrics: bool) -> None:
     import torch
 
     eval_config = {"compute_eval_metrics": True, "batch_eval_metrics": batch_eval_metrics}
@@ -172,11 +172,11 @@ def test_an_evaluation_counts_every_labelled_token_once(model: Any, rows: list[T
         with torch.no_grad():
             scores = torch.log_softmax(model(input_ids=torch.tensor([row.input_ids])).logits[0].float(), dim=-1)
         for n in range(1, len(row.input_ids)):
-            if row.labels[n] != NO_LABEL:
+            if row.labels[n] != IGNORE_INDEX:
                 loss -= scores[n - 1, row.labels[n]].item()
                 right += int(scores[n - 1].argmax()) == row.labels[n]
                 count += 1
-    found = measure(model, rows, 0, config)
+    found = evaluate_likelihood(model, rows, 0, config)
     assert found.eval_loss == pytest.approx(loss / count, rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(loss / count), rel=1e-5)
     assert (found.accuracy, found.eval_tokens, found.eval_rows) == (right / count, count, len(rows))
@@ -184,5 +184,5 @@ def test_an_evaluation_counts_every_labelled_token_once(model: Any, rows: list[T
     assert found.eval_runtime > 0
 
 
-def test_accuracy_is_measured_only_when_asked_for(model: Any, rows: list[TokenRow]) -> None:
-    assert measure(model, rows, 0, SftConfig(base_model_id="a/b")).accuracy is None
+def test_accuracy_is_measured_only_when_asked_for(model: Any, rows: list[TokenizedExample]) -> None:
+    assert evaluate_likelihood(model, rows, 0, SftConfig(base_model_id="a/b")).accuracy is None

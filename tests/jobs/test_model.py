@@ -8,28 +8,28 @@ from typing import Any
 import pytest
 
 from jobs.errors import JobFailed
-from jobs.trainers.model import ACTIVATION_BYTES, Machine, load_base, training_bytes
+from jobs.trainers.model import ACTIVATION_BYTES, DeviceConfig, estimate_training_bytes, load_base
 from schema.training import TRAINING_CONFIG
-from tests.jobs.conftest import BASE, Trained
+from tests.jobs.conftest import BASE, FinishedTraining
 
-Train = Callable[..., Trained]
+Train = Callable[..., FinishedTraining]
 
 
-def same(one: Trained, other: Trained) -> bool:
+def are_weights_equal(one: FinishedTraining, other: FinishedTraining) -> bool:
     return all(bool((part == other.weights()[name]).all()) for name, part in one.weights().items())
 
 
 @pytest.mark.parametrize("knobs", [{}, {"use_dora": True}], ids=["QLoRA", "QDoRA"])
-def test_a_base_of_four_bits_learns_in_every_layer_also_after_a_measurement(train: Train, knobs: dict[str, Any]) -> None:
+def test_qlora_trains_every_layer_even_after_evaluation(train: Train, knobs: dict[str, Any]) -> None:
     # bitsandbytes repacks the weights for a processor in evaluation; what it then computes with has no backward.
     measured = train("measured", spec={"method": "QLoRA"}, **knobs)
     unmeasured = train("unmeasured", spec={"method": "QLoRA", "held_out": []}, **knobs)
     moved = {name: float(part.abs().max()) for name, part in measured.lora_weights().items() if "lora_B" in name}
     assert min(moved.values()) > 1e-5
-    assert same(measured, unmeasured)
+    assert are_weights_equal(measured, unmeasured)
 
 
-def test_four_bits_are_another_model_than_sixteen(train: Train) -> None:
+def test_qlora_losses_differ_slightly_from_lora(train: Train) -> None:
     four, sixteen = train("four", spec={"method": "QLoRA"}), train("sixteen", spec={"method": "LoRA"})
     assert four.record.evaluations[0].metrics.eval_loss != sixteen.record.evaluations[0].metrics.eval_loss
     losses = zip(four.record.points, sixteen.record.points, strict=True)
@@ -44,7 +44,7 @@ def test_four_bits_are_another_model_than_sixteen(train: Train) -> None:
         ({"lora_rank": 64}, "lora_rank 64", "at most 32"),
     ],
 )
-def test_an_adapter_that_cannot_be_is_refused_by_name(train: Train, knobs: dict[str, Any], names: str, advice: str) -> None:
+def test_impossible_adapter_config_is_rejected_by_name(train: Train, knobs: dict[str, Any], names: str, advice: str) -> None:
     with pytest.raises(JobFailed) as refused:
         train(**knobs)
     failure = refused.value.failure
@@ -53,36 +53,38 @@ def test_an_adapter_that_cannot_be_is_refused_by_name(train: Train, knobs: dict[
     assert advice in failure.hint
 
 
-def test_a_frozen_head_is_not_copied_for_each_row_that_is_answered(store: Path) -> None:
+def test_frozen_head_is_not_copied_per_row(store: Path) -> None:
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
     multiplied: list[tuple[int, ...]] = []
 
-    class Watch(TorchDispatchMode):
+    class MatmulRecorder(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, inputs: Any = (), named: Any = None) -> Any:
             if function in (torch.ops.aten.bmm.default, torch.ops.aten.mm.default):
                 multiplied.append(tuple(inputs[1].shape))
             return function(*inputs, **(named or {}))
 
     config = TRAINING_CONFIG.validate_python({"base_model_id": BASE})
-    machine = Machine(torch.device("cpu"), torch.float32, autocast=False, on_gpu=False, gradient_checkpointing=False, workers=0)
+    machine = DeviceConfig(
+        torch.device("cpu"), torch.float32, autocast=False, on_gpu=False, gradient_checkpointing=False, dataloader_num_workers=0
+    )
     model = load_base(config, machine, store / "pretrained_weights/huggingface" / BASE).requires_grad_(False).eval()
-    with Watch():
+    with MatmulRecorder():
         model.generate(torch.tensor([[5, 6, 7]] * 3), max_new_tokens=2, do_sample=False)
     words = model.config.vocab_size
     heads = [shape for shape in multiplied if words in shape]
     assert heads == [(model.config.hidden_size, words)] * 2
 
 
-def test_what_memory_a_training_needs_is_estimated_from_what_it_trains(tmp_path: Path) -> None:
+def test_memory_estimate_depends_on_trained_weights(tmp_path: Path) -> None:
     vision = {"image_size": 896, "patch_size": 14, "hidden_size": 1152, "num_hidden_layers": 27}
     text = {"hidden_size": 2560, "num_hidden_layers": 34, "vocab_size": 262_208}
     (tmp_path / "config.json").write_text(json.dumps({"text_config": text, "vision_config": vision}))
     (tmp_path / "model.safetensors").write_bytes(bytes(1_000_000))
 
     def needed(**config: Any) -> float:
-        return training_bytes(TRAINING_CONFIG.validate_python({"base_model_id": "g/m"} | config), tmp_path)
+        return estimate_training_bytes(TRAINING_CONFIG.validate_python({"base_model_id": "g/m"} | config), tmp_path)
 
     seeing = {"modality": "vision", "hyperparameters": {"packing": False, "batch_size": 2}}
     looking = {"modality": "vision", "hyperparameters": {"packing": False, "batch_size": 2, "train_vision_tower": True}}
@@ -90,7 +92,7 @@ def test_what_memory_a_training_needs_is_estimated_from_what_it_trains(tmp_path:
     assert needed(method="Full") - needed() == pytest.approx(500_000 * (16 - 2), rel=0.01)
 
 
-def test_unsloth_is_refused_where_it_cannot_be(train: Train) -> None:
+def test_unsloth_without_gpu_is_rejected(train: Train) -> None:
     with pytest.raises(JobFailed) as refused:
         train(spec={"provider": "unsloth"})
     assert "unsloth" in refused.value.failure.message
@@ -108,14 +110,14 @@ def has_unsloth() -> bool:
 
 @pytest.mark.skipif(not has_unsloth(), reason="no GPU, or no unsloth: never run yet")
 @pytest.mark.parametrize("method", ["LoRA", "QLoRA", "Full"])
-def test_unsloth_takes_the_same_request_and_gives_the_same_result(train: Train, method: str) -> None:
+def test_unsloth_gives_the_same_result(train: Train, method: str) -> None:
     ours, theirs = train("ours", spec={"method": method}), train("theirs", spec={"method": method, "provider": "unsloth"})
     assert ours.weights().keys() == theirs.weights().keys()
     losses = [[point.values["loss"] or 0.0 for point in trained.record.points] for trained in (ours, theirs)]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
-def test_the_early_end_keeps_the_best_and_publishes_it(train: Train) -> None:
+def test_early_stopping_publishes_best_model(train: Train) -> None:
     judged = {"eval_strategy": "steps", "eval_steps": 1, "early_stopping_patience": 2, "load_best_model_at_end": True}
     trained = train(spec={"eval_config": judged}, learning_rate=0.5, max_steps=9, save_total_limit=1)
     losses = {each.step: each.metrics.eval_loss for each in trained.record.evaluations if each.when == "during"}
@@ -126,20 +128,20 @@ def test_the_early_end_keeps_the_best_and_publishes_it(train: Train) -> None:
     assert "early_stopping" in trained.record.decisions
 
 
-def test_answers_are_shown_and_scored(train: Train) -> None:
-    from schema.events import Sampled
+def test_samples_are_generated_and_scored(train: Train) -> None:
+    from schema.events import SamplesGenerated
 
     judged = {"sample_prompts": 2, "compute_eval_metrics": True, "task_rows": 4, "max_new_tokens": 4}
     trained = train(spec={"eval_config": judged})
-    shown = [event for event in trained.record.events if isinstance(event, Sampled)]
+    shown = [event for event in trained.record.events if isinstance(event, SamplesGenerated)]
     assert [(event.when, len(event.samples)) for event in shown] == [("before", 2), ("after", 2)]
     assert shown[0].samples[0].reference
     assert trained.model.metrics is not None
     assert {"exact_match", "rouge_l", "bleu"} <= trained.model.metrics.values.keys()
 
 
-def test_answering_changes_nothing_in_the_training(train: Train) -> None:
+def test_sample_generation_does_not_change_training(train: Train) -> None:
     judged = {"eval_strategy": "steps", "eval_steps": 1, "sample_prompts": 2, "max_new_tokens": 3}
     asked = train("asked", spec={"eval_config": judged}, lora_dropout=0.3)
     silent = train("silent", spec={"eval_config": judged | {"sample_prompts": 0}}, lora_dropout=0.3)
-    assert same(asked, silent)
+    assert are_weights_equal(asked, silent)

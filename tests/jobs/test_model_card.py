@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from infra.loopback.http_faults import HttpFaults
+from infra.loopback.http_faults import HttpFaultProxy
 from infra.loopback.hub import LoopbackHub
-from jobs.model_card import Licence, licence_of, model_card, ways
+from jobs.model_card import License, model_card, read_license, usage_snippets
 from schema.job import ArtifactFile, ArtifactKind, EvalMetrics, Fidelity, Gate, GateCheck
 from schema.lineage import (
     ArtifactRecord,
-    BaseRecord,
+    BaseModelRecord,
     CodeRecord,
     CostRecord,
     DatasetRecord,
@@ -23,21 +23,21 @@ from schema.lineage import (
     TimeRecord,
 )
 from schema.training import TRAINING_CONFIG
-from tests.jobs.hub_fixture import hub, line
+from tests.jobs.hub_fixture import hub, hub_proxy
 
-__all__ = ["hub", "line"]
+__all__ = ["hub", "hub_proxy"]
 NOW = datetime(2026, 11, 21, tzinfo=UTC)
 REPO = "ada/tuned"
 
 
-def made(kind: ArtifactKind, name: str, *, fidelity: Fidelity | None = None) -> ArtifactRecord:
+def make_artifact_record(kind: ArtifactKind, name: str, *, fidelity: Fidelity | None = None) -> ArtifactRecord:
     """An artifact; a name with a suffix is a single file."""
     key = f"{kind}/job-1/attempt-1/" + (name if "." in name else "")
     files = (ArtifactFile(path="", size_bytes=9, sha256="0" * 64),)
     return ArtifactRecord(name=name.partition(".")[0], kind=kind, key=key, size_bytes=550_000_000, files=files, fidelity=fidelity)
 
 
-def a_record(*artifacts: ArtifactRecord, config: dict[str, Any] | None = None, **changes: Any) -> RunRecord:
+def make_record(*artifacts: ArtifactRecord, config: dict[str, Any] | None = None, **changes: Any) -> RunRecord:
     training_config = TRAINING_CONFIG.validate_python({"base_model_id": "google/gemma-3-270m", **(config or {})})
     parts: dict[str, Any] = {
         "job_id": "job-1",
@@ -53,25 +53,31 @@ def a_record(*artifacts: ArtifactRecord, config: dict[str, Any] | None = None, *
             splits={"train": SplitRecord(rows=24, sha256="0"), "eval": SplitRecord(rows=5, sha256="1")},
         ),
         "train_tokens": 700,
-        "base": BaseRecord(model_id=training_config.base_model_id, revision="f" * 40),
-        "code": CodeRecord(tunesmith="0.2.0"),
+        "base": BaseModelRecord(model_id=training_config.base_model_id, revision="f" * 40),
+        "code": CodeRecord(tunesmith_version="0.2.0"),
         "packages": {"torch": "2.13.0", "transformers": "5.23.0"},
         "machine": MachineRecord(platform="Linux", python="3.11", cpu="a CPU", cpu_count=2, memory_bytes=1),
         "time": TimeRecord(started_at=NOW, finished_at=NOW, total_s=90.0, train_runtime_s=12.5),
         "cost": CostRecord(),
         "base_metrics": EvalMetrics(eval_loss=4.0, perplexity=54.6, eval_rows=5, eval_tokens=77),
         "metrics": EvalMetrics(eval_loss=3.0, perplexity=20.1, eval_rows=5, eval_tokens=77, values={"exact_match": 0.4, "bleu": None}),
-        "artifacts": artifacts or (made("adapter", "adapter"),),
+        "artifacts": artifacts or (make_artifact_record("adapter", "adapter"),),
     }
     return RunRecord(**(parts | changes))
 
 
-def card(record: RunRecord, licence: Licence | None = None) -> ModelCard:
-    return ModelCard(model_card(record, REPO, licence or Licence("gemma", files=("GEMMA_TERMS.html", "NOTICE"))))
+def render_card(record: RunRecord, base_license: License | None = None) -> ModelCard:
+    return ModelCard(model_card(record, REPO, base_license or License("gemma", files=("GEMMA_TERMS.html", "NOTICE"))))
 
 
-def test_the_metadata_says_what_the_hub_asks_for() -> None:
-    data = card(a_record(made("adapter", "adapter"), made("merged", "merged"), made("gguf", "m-q8_0.gguf"))).data.to_dict()
+def test_metadata_follows_hub_format() -> None:
+    data = render_card(
+        make_record(
+            make_artifact_record("adapter", "adapter"),
+            make_artifact_record("merged", "merged"),
+            make_artifact_record("gguf", "m-q8_0.gguf"),
+        )
+    ).data.to_dict()
     results = data.pop("model-index")[0]["results"]
     assert data == {
         "base_model": "google/gemma-3-270m",
@@ -95,82 +101,86 @@ def test_the_metadata_says_what_the_hub_asks_for() -> None:
         (["merged"], "transformers", "finetune"),
     ],
 )
-def test_the_library_is_the_one_that_loads_it(kinds: list[ArtifactKind], library: str, relation: str) -> None:
-    data = card(a_record(*(made(kind, "m.gguf" if kind == "gguf" else kind) for kind in kinds))).data
+def test_library_name_matches_artifacts(kinds: list[ArtifactKind], library: str, relation: str) -> None:
+    data = render_card(make_record(*(make_artifact_record(kind, "m.gguf" if kind == "gguf" else kind) for kind in kinds))).data
     assert (data.get("library_name"), data.get("base_model_relation")) == (library, relation)
 
 
-def test_before_and_after_stand_beside_each_other() -> None:
-    text = card(a_record()).text
+def test_base_and_tuned_metrics_are_shown_side_by_side() -> None:
+    text = render_card(make_record()).text
     assert "| perplexity | 54.6 | 20.1 |" in text
     assert "| exact_match | unknown | 0.4 |" in text
     assert "bleu" not in text
     assert "5 rows, 77 labelled tokens" in text
 
 
-def test_each_file_s_fidelity_is_shown_and_one_that_lost_the_tuning_is_named() -> None:
+def test_fidelity_of_each_file_is_shown_and_lost_tuning_is_named() -> None:
     good = Fidelity(compared_tokens=9, argmax_agreement=1.0, mean_kl_to_merged=0.0004, mean_kl_to_base=0.9, perplexity=20.2)
-    lost = Fidelity(compared_tokens=9, argmax_agreement=0.5, mean_kl_to_merged=0.8, erased_tuning=True, advice="take q8_0")
-    text = card(a_record(made("gguf", "m-q8_0.gguf", fidelity=good), made("gguf", "m-q4_k_m.gguf", fidelity=lost))).text
+    lost = Fidelity(compared_tokens=9, argmax_agreement=0.5, mean_kl_to_merged=0.8, closer_to_base=True, advice="take q8_0")
+    text = render_card(
+        make_record(
+            make_artifact_record("gguf", "m-q8_0.gguf", fidelity=good), make_artifact_record("gguf", "m-q4_k_m.gguf", fidelity=lost)
+        )
+    ).text
     assert "| `m-q8_0.gguf` | 100.0 % | 0.0004 | 0.9 | 20.2 | unknown | unknown |" in text
     assert "**The rounding of this file undid the tuning:** `m-q4_k_m.gguf`: take q8_0" in text
     assert text.count("undid") == 1
 
 
-def test_the_gate_s_verdict_is_shown() -> None:
+def test_gate_result_is_shown() -> None:
     checks = (GateCheck(metric="perplexity", value=20.1, at_most=49.1, base=54.6, passed=True),)
-    assert "| perplexity | 20.1 | at most 49.1 | 54.6 | yes |" in card(a_record(gate=Gate(passed=True, checks=checks))).text
-    assert "did not pass" in card(a_record(gate=Gate(passed=False, checks=checks))).text
-    assert "promotion gate" not in card(a_record()).text
+    assert "| perplexity | 20.1 | at most 49.1 | 54.6 | yes |" in render_card(make_record(gate=Gate(passed=True, checks=checks))).text
+    assert "did not pass" in render_card(make_record(gate=Gate(passed=False, checks=checks))).text
+    assert "promotion gate" not in render_card(make_record()).text
 
 
-def test_nothing_is_invented() -> None:
-    text = card(
-        a_record(metrics=None, base_metrics=None, code=CodeRecord(), base=BaseRecord(model_id="o/b"), train_tokens=None), Licence()
+def test_unknown_values_are_not_shown() -> None:
+    text = render_card(
+        make_record(metrics=None, base_metrics=None, code=CodeRecord(), base=BaseModelRecord(model_id="o/b"), train_tokens=None), License()
     ).text
     assert "no held-out rows" in text
     assert "None" not in text
     assert "tokens seen" not in text
     assert "GPU energy" not in text
     assert "do not say under which licence" in text
-    assert "license" not in card(a_record(), Licence()).data.to_dict()
+    assert "license" not in render_card(make_record(), License()).data.to_dict()
 
 
-def test_the_training_is_described_and_a_name_cannot_break_the_table() -> None:
-    text = card(a_record(cost=CostRecord(gpu_energy_wh=2.0))).text
+def test_training_is_described_and_names_are_escaped() -> None:
+    text = render_card(make_record(cost=CostRecord(gpu_energy_wh=2.0))).text
     assert "| dataset | docs \\| v2 (messages) |" in text
     assert "| rows | 24 train, 5 eval |" in text
     assert "| lora_rank | 16 |" in text
     assert "| GPU energy | 2.0 Wh |" in text
     assert "Tunesmith 0.2.0" in text
-    assert "lora_rank" not in card(a_record(made("merged", "merged"), config={"method": "Full"})).text
+    assert "lora_rank" not in render_card(make_record(make_artifact_record("merged", "merged"), config={"method": "Full"})).text
 
 
-def test_the_base_s_terms_come_along(tmp_path: Path) -> None:
+def test_license_of_the_base_is_included(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gemma3_text"}')
     (tmp_path / "GEMMA_TERMS.html").write_text("terms")
     (tmp_path / "NOTICE").write_text("notice")
-    gemma = licence_of(tmp_path)
-    text = card(a_record(), gemma).text
-    assert gemma == Licence("gemma", files=("GEMMA_TERMS.html", "NOTICE"))
+    gemma = read_license(tmp_path)
+    text = render_card(make_record(), gemma).text
+    assert gemma == License("gemma", files=("GEMMA_TERMS.html", "NOTICE"))
     assert "Gemma Terms of Use" in text
     assert "`GEMMA_TERMS.html`, `NOTICE`" in text
 
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: lab\nlicense_link: https://lab.example/l\n---\n")
-    other = licence_of(tmp_path)
+    other = read_license(tmp_path)
     assert (other.hub_id, other.name) == ("other", "lab")  # what the base says of itself comes first
-    assert "[lab](https://lab.example/l)" in card(a_record(), other).text
+    assert "[lab](https://lab.example/l)" in render_card(make_record(), other).text
 
     (tmp_path / "README.md").unlink()
     (tmp_path / "GEMMA_TERMS.html").unlink()
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    assert licence_of(tmp_path) == Licence(files=("NOTICE",))
+    assert read_license(tmp_path) == License(files=("NOTICE",))
 
 
-def test_a_vision_and_a_reward_model_are_run_as_what_they_are() -> None:
+def test_usage_matches_vision_and_reward_models() -> None:
     def told(**config: Any) -> str:
-        record = a_record(made("merged", "merged"), made("adapter", "adapter"), config=config)
-        return card(record).data.get("pipeline_tag") + "\n" + "\n".join(way.text for way in ways(record, REPO))
+        record = make_record(make_artifact_record("merged", "merged"), make_artifact_record("adapter", "adapter"), config=config)
+        return render_card(record).data.get("pipeline_tag") + "\n" + "\n".join(way.text for way in usage_snippets(record, REPO))
 
     assert told(modality="vision").startswith("image-text-to-text")
     assert "AutoModelForImageTextToText" in told(modality="vision")
@@ -178,17 +188,21 @@ def test_a_vision_and_a_reward_model_are_run_as_what_they_are() -> None:
     assert "num_labels=1" in told(trainer_type="reward")
 
 
-def test_gguf_files_are_run_by_their_names() -> None:
-    record = a_record(made("gguf", "m-q8_0.gguf"), made("gguf", "gguf-howto"), made("lora_gguf", "m-lora.gguf"))
-    text = card(record).text
+def test_usage_names_gguf_files() -> None:
+    record = make_record(
+        make_artifact_record("gguf", "m-q8_0.gguf"),
+        make_artifact_record("gguf", "gguf-usage"),
+        make_artifact_record("lora_gguf", "m-lora.gguf"),
+    )
+    text = render_card(record).text
     assert "llama-cli -hf ada/tuned -hff m-q8_0.gguf" in text
     assert "ollama run hf.co/ada/tuned:m-q8_0.gguf" in text
     assert "--lora m-lora.gguf" in text
-    assert "howto" not in text
+    assert "usage" not in text
 
 
-def test_what_the_card_says_about_running_the_model_runs(
-    hub: LoopbackHub, line: HttpFaults, base: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_usage_code_of_the_card_runs(
+    hub: LoopbackHub, hub_proxy: HttpFaultProxy, base: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub import constants
     from peft import LoraConfig, get_peft_model
@@ -198,12 +212,14 @@ def test_what_the_card_says_about_running_the_model_runs(
     model.save_pretrained(tmp_path / "adapter")
     model.merge_and_unload().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    hub.add("tiny/gemma", {path.name: path.read_bytes() for path in base.iterdir()})
-    hub.add(REPO, {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()})
+    hub.add_repository("tiny/gemma", {path.name: path.read_bytes() for path in base.iterdir()})
+    hub.add_repository(REPO, {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()})
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
 
-    record = a_record(made("adapter", "adapter"), made("merged", "merged"), config={"base_model_id": "tiny/gemma"})
-    with_transformers, with_peft = ways(record, REPO)
+    record = make_record(
+        make_artifact_record("adapter", "adapter"), make_artifact_record("merged", "merged"), config={"base_model_id": "tiny/gemma"}
+    )
+    with_transformers, with_peft = usage_snippets(record, REPO)
     said: list[Any] = []
     exec(with_transformers.text.replace("max_new_tokens=128", "max_new_tokens=2"), {"print": said.append})
     assert said[0][0]["generated_text"][-1]["role"] == "assistant"

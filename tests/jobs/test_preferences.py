@@ -7,23 +7,23 @@ from typing import Any
 
 import pytest
 
-from jobs.data.pairs import JudgedRow, render_judged, render_pairs
-from jobs.data.render import NO_LABEL, TokenRow, render
+from jobs.data.pairs import UnpairedExample, tokenize_pairs, tokenize_unpaired
+from jobs.data.render import IGNORE_INDEX, TokenizedExample, tokenize_split
 from jobs.errors import JobFailed
 from jobs.trained import TrainedModel
 from jobs.trainers.course import EvaluationInterrupted
-from jobs.trainers.dpo import unless_the_base
-from jobs.trainers.kto import advice_on_balance, answered_otherwise
-from jobs.trainers.preferences import in_batches, library_means, score_labels
+from jobs.trainers.dpo import null_accuracy_at_init
+from jobs.trainers.kto import class_balance_warning, mismatched_pair
+from jobs.trainers.preferences import evaluate_trainer_metrics, patch_fused_head, run_in_batches
 from schema.job import EvalMetrics
 from schema.spec import JobSpec
-from tests.jobs.conftest import WORDS, Trained, a_spec
-from tests.jobs.test_continuation import Story, weights
-from tests.jobs.test_healing import Memory, batches, short_of_memory  # noqa: F401  # the last is a fixture
+from tests.jobs.conftest import WORDS, FinishedTraining, make_spec
+from tests.jobs.test_continuation import TrainingRun, weights
+from tests.jobs.test_healing import LimitedMemory, limit_memory, reduced_batch_sizes  # noqa: F401  # the last is a fixture
 
-Train = Callable[..., Trained]
+Train = Callable[..., FinishedTraining]
 
-LISTS, STRINGS = "it returns a list", "string object call"
+CHOSEN_TEXT, REJECTED_TEXT = "it returns a list", "string object call"
 
 
 def pairs(count: int, first: int = 0) -> list[dict[str, Any]]:
@@ -31,14 +31,14 @@ def pairs(count: int, first: int = 0) -> list[dict[str, Any]]:
     return [
         {
             "prompt": [{"role": "user", "content": f"what does {WORDS[n % 13]} do {n}"}],
-            "chosen": [{"role": "assistant", "content": LISTS + f" {WORDS[n % 7]}" * (n % 3)}],
-            "rejected": [{"role": "assistant", "content": STRINGS + f" {WORDS[n % 5]}" * (n % 4)}],
+            "chosen": [{"role": "assistant", "content": CHOSEN_TEXT + f" {WORDS[n % 7]}" * (n % 3)}],
+            "rejected": [{"role": "assistant", "content": REJECTED_TEXT + f" {WORDS[n % 5]}" * (n % 4)}],
         }
         for n in range(first, first + count)
     ]
 
 
-def judged(count: int, first: int = 0) -> list[dict[str, Any]]:
+def unpaired_rows(count: int, first: int = 0) -> list[dict[str, Any]]:
     """The same, one by one: all good ones, and then all bad ones."""
     rows = pairs(count, first)
     good = {n: n < (count + 1) // 2 for n in range(count)}
@@ -49,27 +49,27 @@ def judged(count: int, first: int = 0) -> list[dict[str, Any]]:
 
 # --- they learn, and go on exactly ---
 
-KNOBS: dict[str, Any] = {"batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": -1, "epochs": 2, "logging_steps": 2}
-KNOBS |= {"learning_rate": 1e-2, "warmup_ratio": 0.0, "lr_scheduler_type": "constant", "beta": 0.2}
+HYPERPARAMETERS: dict[str, Any] = {"batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": -1, "epochs": 2, "logging_steps": 2}
+HYPERPARAMETERS |= {"learning_rate": 1e-2, "warmup_ratio": 0.0, "lr_scheduler_type": "constant", "beta": 0.2}
 STEPS = 6  # of both epochs: 11 rows, four to a step, so that every epoch ends with a batch of one row
 
 
 @dataclass(frozen=True)
-class Case:
+class TrainingCase:
     """A way to learn from judged answers."""
 
     trainer_type: str
     method: str = "LoRA"
-    knobs: dict[str, Any] = field(default_factory=dict)
-    better: str = "rewards/margins"  # what is higher afterwards on held-out rows
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    improved_metric: str = "rewards/margins"  # what is higher afterwards on held-out rows
 
     def spec(self, store: Path) -> JobSpec:
         of_pairs = self.trainer_type != "kto"
-        rows = pairs if of_pairs else judged
-        knobs = KNOBS | ({"lora_dropout": 0.3} if self.method != "Full" else {"learning_rate": 2e-3}) | self.knobs
+        rows = pairs if of_pairs else unpaired_rows
+        knobs = HYPERPARAMETERS | ({"lora_dropout": 0.3} if self.method != "Full" else {"learning_rate": 2e-3}) | self.hyperparameters
         if self.trainer_type == "reward":
             del knobs["beta"]
-        return a_spec(
+        return make_spec(
             store,
             train=rows(11),
             held_out=rows(5, first=100),
@@ -82,53 +82,53 @@ class Case:
 
 
 CASES = {
-    "dpo-LoRA": Case("dpo"),
-    "dpo-Full": Case("dpo", "Full"),
-    "dpo-QLoRA": Case("dpo", "QLoRA", {"loss_type": "robust", "label_smoothing": 0.1}),
-    "orpo-LoRA": Case("orpo", better="logps/chosen"),
-    "orpo-Full": Case("orpo", "Full", better="logps/chosen"),
-    "kto-LoRA": Case("kto"),
-    "kto-Full": Case("kto", "Full", {"desirable_weight": 1.2}),
-    "reward-LoRA": Case("reward", knobs={"center_rewards_coefficient": 0.01}),
-    "reward-Full": Case("reward", "Full"),
+    "dpo-LoRA": TrainingCase("dpo"),
+    "dpo-Full": TrainingCase("dpo", "Full"),
+    "dpo-QLoRA": TrainingCase("dpo", "QLoRA", {"loss_type": "robust", "label_smoothing": 0.1}),
+    "orpo-LoRA": TrainingCase("orpo", improved_metric="logps/chosen"),
+    "orpo-Full": TrainingCase("orpo", "Full", improved_metric="logps/chosen"),
+    "kto-LoRA": TrainingCase("kto"),
+    "kto-Full": TrainingCase("kto", "Full", {"desirable_weight": 1.2}),
+    "reward-LoRA": TrainingCase("reward", hyperparameters={"center_rewards_coefficient": 0.01}),
+    "reward-Full": TrainingCase("reward", "Full"),
 }
 
 
 @dataclass(frozen=True)
-class Unbroken:
+class UninterruptedRun:
     """A job that nothing interrupted."""
 
-    case: Case
-    story: Story
+    case: TrainingCase
+    training_run: TrainingRun
     model: TrainedModel
 
 
 @pytest.fixture(scope="module", params=CASES)
-def unbroken(request: pytest.FixtureRequest, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
+def uninterrupted(request: pytest.FixtureRequest, store: Path, tmp_path_factory: pytest.TempPathFactory) -> UninterruptedRun:
     case = CASES[request.param]
-    story = Story(case.spec(store), tmp_path_factory.mktemp("unbroken"))
-    return Unbroken(case, story, story.finish())
+    story = TrainingRun(case.spec(store), tmp_path_factory.mktemp("unbroken"))
+    return UninterruptedRun(case, story, story.finish())
 
 
 def is_timed(name: str) -> bool:
     return name.endswith(("per_second", "_bytes", "_percent", "_celsius", "_watts"))
 
 
-def drawn(story: Story) -> dict[int, dict[str, float | None]]:
+def curve_points(training_run: TrainingRun) -> dict[int, dict[str, float | None]]:
     """All figures of the curve, but those of the machine."""
-    points = [point for listener in story.heard for point in listener.points]
+    points = [point for listener in training_run.recorders for point in listener.points]
     assert len({point.step for point in points}) == len(points)
     return {point.step: {name: value for name, value in point.values.items() if not is_timed(name)} for point in points}
 
 
-def measured(story: Story) -> dict[tuple[str, int], EvalMetrics]:
-    told = [event for listener in story.heard for event in listener.evaluations]
+def evaluations_by_step(training_run: TrainingRun) -> dict[tuple[str, int], EvalMetrics]:
+    told = [event for listener in training_run.recorders for event in listener.evaluations]
     return {(event.when, event.step): event.metrics.model_copy(update={"eval_runtime": None}) for event in told}
 
 
-def test_it_learns_what_is_preferred(unbroken: Unbroken) -> None:
-    curve, before = drawn(unbroken.story), unbroken.model.base_metrics
-    after = unbroken.model.metrics
+def test_training_learns_preferences(uninterrupted: UninterruptedRun) -> None:
+    curve, before = curve_points(uninterrupted.training_run), uninterrupted.model.base_metrics
+    after = uninterrupted.model.metrics
     assert before is not None
     assert after is not None
     assert curve.keys() == {2, 4, 6}
@@ -136,38 +136,36 @@ def test_it_learns_what_is_preferred(unbroken: Unbroken) -> None:
     assert min(norms) > 0
     assert losses[-1] < losses[0]
     assert (after.eval_loss or 0) < (before.eval_loss or 0)
-    assert (after.values[unbroken.case.better] or 0) > (before.values[unbroken.case.better] or 0) + 0.2
-    if unbroken.case.trainer_type != "kto":
+    assert (after.values[uninterrupted.case.improved_metric] or 0) > (before.values[uninterrupted.case.improved_metric] or 0) + 0.2
+    if uninterrupted.case.trainer_type != "kto":
         assert (after.values["rewards/accuracies"] or 0) >= 0.8
-    assert (after.eval_rows, unbroken.model.train_rows) == (5, 11)
+    assert (after.eval_rows, uninterrupted.model.train_rows) == (5, 11)
 
 
-def test_interrupted_between_windows_and_inside_one_at_an_epoch_s_end_it_is_the_unbroken_one(
-    unbroken: Unbroken, store: Path, tmp_path: Path
-) -> None:
-    story = Story(unbroken.case.spec(store), tmp_path)
-    assert story.attempt(stop_after=2) == "pause"
-    assert story.attempt(stop_after=3, checks=1) == "pause"  # between two batches of held-out rows
+def test_interrupted_run_matches_uninterrupted_run(uninterrupted: UninterruptedRun, store: Path, tmp_path: Path) -> None:
+    story = TrainingRun(uninterrupted.case.spec(store), tmp_path)
+    assert story.run_attempt(stop_after=2) == "pause"
+    assert story.run_attempt(stop_after=3, checks=1) == "pause"  # between two batches of held-out rows
     model = story.finish()
-    assert drawn(story) == drawn(unbroken.story)
-    assert measured(story) == measured(unbroken.story)
-    assert {step for when, step in measured(story) if when == "during"} == {3, 6}
-    ours, theirs = weights(model), weights(unbroken.model)
+    assert curve_points(story) == curve_points(uninterrupted.training_run)
+    assert evaluations_by_step(story) == evaluations_by_step(uninterrupted.training_run)
+    assert {step for when, step in evaluations_by_step(story) if when == "during"} == {3, 6}
+    ours, theirs = weights(model), weights(uninterrupted.model)
     assert ours.keys() == theirs.keys()
     assert [name for name, part in ours.items() if not part.equal(theirs[name])] == []
-    assert model.train_tokens == unbroken.model.train_tokens
+    assert model.train_tokens == uninterrupted.model.train_tokens
 
 
 # --- each in its own way ---
 
 
-def job(trainer_type: str, form: str = "preference", **changes: Any) -> dict[str, Any]:
-    rows = {"preference": pairs, "unpaired_preference": judged}.get(form, pairs)
-    return {"trainer_type": trainer_type, "dataset_type": form, "train": rows(12), "held_out": rows(3, first=100)} | changes
+def make_job_config(trainer_type: str, dataset_type: str = "preference", **changes: Any) -> dict[str, Any]:
+    rows = {"preference": pairs, "unpaired_preference": unpaired_rows}.get(dataset_type, pairs)
+    return {"trainer_type": trainer_type, "dataset_type": dataset_type, "train": rows(12), "held_out": rows(3, first=100)} | changes
 
 
-def test_the_base_that_is_compared_with_has_the_rows_of_the_turn_tokens_that_it_had(train: Train) -> None:
-    trained = train(spec=job("dpo"), max_steps=3, learning_rate=1e-2)
+def test_dpo_reference_keeps_original_token_embeddings(train: Train) -> None:
+    trained = train(spec=make_job_config("dpo"), max_steps=3, learning_rate=1e-2)
     moved = [name for name in trained.weights() if "token_adapter" in name or "trainable_tokens" in name]
     assert moved
     before, after = trained.model.base_metrics, trained.model.metrics
@@ -179,42 +177,44 @@ def test_the_base_that_is_compared_with_has_the_rows_of_the_turn_tokens_that_it_
     assert after.values["rewards/chosen"] == pytest.approx(0.1 * gained, rel=1e-3)
 
 
-def test_recomputed_activations_are_the_same_training(train: Train) -> None:
-    kept = train("kept", spec=job("dpo"), max_steps=2, gradient_checkpointing=False)
-    again = train("again", spec=job("dpo"), max_steps=2, gradient_checkpointing=True)
+def test_gradient_checkpointing_gives_same_training(train: Train) -> None:
+    kept = train("kept", spec=make_job_config("dpo"), max_steps=2, gradient_checkpointing=False)
+    again = train("again", spec=make_job_config("dpo"), max_steps=2, gradient_checkpointing=True)
     assert [point.values["loss"] for point in again.record.points] == pytest.approx([point.values["loss"] for point in kept.record.points])
     assert all(part.equal(again.weights()[name]) for name, part in kept.weights().items())
 
 
-def test_pairs_are_good_and_bad_rows_to_kto(train: Train) -> None:
-    trained = train(spec=job("kto"), max_steps=2, batch_size=4)
+def test_kto_splits_pairs_into_good_and_bad_rows(train: Train) -> None:
+    trained = train(spec=make_job_config("kto"), max_steps=2, batch_size=4)
     assert trained.model.train_rows == 24
-    assert "unbalanced" not in trained.record.warnings
+    assert "class_imbalance" not in trained.record.warnings
 
 
-def test_a_single_row_that_fits_in_memory_is_compared_with_another_all_the_same(
+def test_kto_batch_of_one_row_still_has_kl_example(
     store: Path,
     tmp_path: Path,
-    short_of_memory: Callable[..., Memory],  # noqa: F811
+    limit_memory: Callable[..., LimitedMemory],  # noqa: F811
 ) -> None:
-    story = Story(a_spec(store, **job("kto", "unpaired_preference"), hyperparameters={"max_steps": 2, "logging_steps": 1}), tmp_path)
-    short_of_memory(story, 1)
+    story = TrainingRun(
+        make_spec(store, **make_job_config("kto", "unpaired_preference"), hyperparameters={"max_steps": 2, "logging_steps": 1}), tmp_path
+    )
+    limit_memory(story, 1)
     story.finish()
-    assert batches(story) == ["1"]
-    assert drawn(story).keys() == {1, 2}
+    assert reduced_batch_sizes(story) == ["1"]
+    assert curve_points(story).keys() == {1, 2}
 
 
-def test_a_reward_model_is_loaded_by_peft_alone_and_prefers_the_same(train: Train, base: Path, tokenizer: Any) -> None:
+def test_reward_adapter_loads_with_peft_and_prefers_same_answer(train: Train, base: Path, tokenizer: Any) -> None:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
-    trained = train(spec=job("reward"), max_steps=8, learning_rate=1e-2)
+    trained = train(spec=make_job_config("reward"), max_steps=8, learning_rate=1e-2)
     assert trained.weights()["base_model.model.score.weight"].shape == (1, 64)
     fresh = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
     fresh.config.pad_token_id = tokenizer.pad_token_id
     model = PeftModel.from_pretrained(fresh, trained.model.folder).eval()
-    (pair,) = render_pairs(pairs(1, first=200), tokenizer, 128).rows
+    (pair,) = tokenize_pairs(pairs(1, first=200), tokenizer, 128).rows
     with torch.no_grad():
         chosen, rejected = (float(model(input_ids=torch.tensor([row.input_ids])).logits) for row in (pair.chosen, pair.rejected))
     assert chosen > rejected + 0.5
@@ -228,29 +228,29 @@ def test_a_reward_model_is_loaded_by_peft_alone_and_prefers_the_same(train: Trai
 @pytest.mark.parametrize(
     ("trainer_type", "form"), [("dpo", "unpaired_preference"), ("orpo", "messages"), ("kto", "text"), ("reward", "prompt")]
 )
-def test_rows_of_another_form_are_refused(train: Train, trainer_type: str, form: str) -> None:
+def test_wrong_dataset_type_is_rejected(train: Train, trainer_type: str, form: str) -> None:
     with pytest.raises(JobFailed) as refused:
-        train(spec=job(trainer_type, form))
+        train(spec=make_job_config(trainer_type, form))
     assert refused.value.failure.code == "invalid_data"
     assert form in refused.value.failure.message
     assert "preference" in refused.value.failure.message
 
 
 @pytest.mark.parametrize("trainer_type", ["dpo", "kto"])
-def test_pairs_of_which_nothing_is_left_are_refused(train: Train, trainer_type: str) -> None:
+def test_pairs_without_labels_left_are_rejected(train: Train, trainer_type: str) -> None:
     with pytest.raises(JobFailed) as refused:
-        train(spec=job(trainer_type), max_seq_length=8)
+        train(spec=make_job_config(trainer_type), max_seq_length=8)
     assert refused.value.failure.code == "invalid_data"
     assert "max_seq_length" in refused.value.failure.hint
 
 
-def test_rows_that_are_cut_or_left_out_are_told(train: Train, tokenizer: Any) -> None:
-    lengths = [len(row.input_ids) for pair in render_pairs(pairs(12), tokenizer, 1000).rows for row in (pair.chosen, pair.rejected)]
+def test_truncated_and_dropped_rows_are_reported(train: Train, tokenizer: Any) -> None:
+    lengths = [len(row.input_ids) for pair in tokenize_pairs(pairs(12), tokenizer, 1000).rows for row in (pair.chosen, pair.rejected)]
     trained = train(
-        spec=job("reward", held_out=[], train=[*pairs(12), pairs(1)[0] | {"rejected": pairs(1)[0]["chosen"]}]),
+        spec=make_job_config("reward", held_out=[], train=[*pairs(12), pairs(1)[0] | {"rejected": pairs(1)[0]["chosen"]}]),
         max_seq_length=max(lengths) - 1,
     )
-    assert "rows of train are longer" in trained.record.warnings["rows_cut"]
+    assert "rows of train are longer" in trained.record.warnings["rows_truncated"]
     assert trained.record.warnings["rows_dropped"].startswith("1 rows of train")
     assert trained.model.train_rows == 12
 
@@ -267,86 +267,84 @@ def test_rows_that_are_cut_or_left_out_are_told(train: Train, tokenizer: Any) ->
         (0, 10, (1.0, 1.0), "no good row"),
     ],
 )
-def test_rows_that_weigh_too_differently_are_told_with_what_to_do(
-    good: int, bad: int, weights_given: tuple[float, float], says: str | None
-) -> None:
-    advice = advice_on_balance(good, bad, *weights_given)
+def test_class_imbalance_gives_weight_advice(good: int, bad: int, weights_given: tuple[float, float], says: str | None) -> None:
+    advice = class_balance_warning(good, bad, *weights_given)
     assert advice is None if says is None else says in (advice or "")
 
 
 # --- rows ---
 
 
-def test_an_answer_is_read_as_it_is_by_the_other_trainers(tokenizer: Any) -> None:
+def test_answers_are_tokenized_as_in_sft(tokenizer: Any) -> None:
     (row,) = pairs(1)
-    (pair,) = render_pairs([row], tokenizer, 128).rows
-    (chosen,) = render(iter([{"messages": row["prompt"] + row["chosen"]}]), "messages", tokenizer, 128).rows
+    (pair,) = tokenize_pairs([row], tokenizer, 128).rows
+    (chosen,) = tokenize_split(iter([{"messages": row["prompt"] + row["chosen"]}]), "messages", tokenizer, 128).rows
     assert pair.chosen == chosen
     texts = {"prompt": "what does it do?", "chosen": " it returns", "rejected": " it calls"}
-    (pair,) = render_pairs([texts], tokenizer, 128).rows
-    (chosen,) = render(iter([{"prompt": texts["prompt"], "completion": texts["chosen"]}]), "prompt_completion", tokenizer, 128).rows
+    (pair,) = tokenize_pairs([texts], tokenizer, 128).rows
+    (chosen,) = tokenize_split(iter([{"prompt": texts["prompt"], "completion": texts["chosen"]}]), "prompt_completion", tokenizer, 128).rows
     assert pair.chosen == chosen
     assert pair.rejected.labels[-1] == tokenizer.eos_token_id
 
 
-def test_pairs_that_are_the_same_or_have_no_answer_left_teach_nothing(tokenizer: Any) -> None:
+def test_equal_or_fully_truncated_pairs_are_dropped(tokenizer: Any) -> None:
     row = {"prompt": "what does it do", "chosen": " it returns a list of files", "rejected": " it returns a list of names"}
-    whole = render_pairs([row], tokenizer, 128)
+    whole = tokenize_pairs([row], tokenizer, 128)
     common = next(
         n
         for n, (one, other) in enumerate(zip(whole.rows[0].chosen.input_ids, whole.rows[0].rejected.input_ids, strict=False))
         if one != other
     )
-    assert (len(whole.rows), whole.cut, whole.dropped) == (1, 0, 0)
-    assert (render_pairs([row], tokenizer, common + 1).dropped, render_pairs([row], tokenizer, common + 1).cut) == (0, 1)
-    assert (render_pairs([row], tokenizer, common).dropped, render_pairs([row], tokenizer, 3).dropped) == (1, 1)
-    assert render_pairs([row | {"rejected": row["chosen"]}], tokenizer, 128).dropped == 1
+    assert (len(whole.rows), whole.truncated, whole.dropped) == (1, 0, 0)
+    assert (tokenize_pairs([row], tokenizer, common + 1).dropped, tokenize_pairs([row], tokenizer, common + 1).truncated) == (0, 1)
+    assert (tokenize_pairs([row], tokenizer, common).dropped, tokenize_pairs([row], tokenizer, 3).dropped) == (1, 1)
+    assert tokenize_pairs([row | {"rejected": row["chosen"]}], tokenizer, 128).dropped == 1
 
 
-def test_a_pair_is_a_good_row_and_a_bad_one(tokenizer: Any) -> None:
-    found = render_judged(pairs(2), "preference", tokenizer, 128).rows
-    both = render_pairs(pairs(2), tokenizer, 128).rows
+def test_pair_becomes_one_good_and_one_bad_row(tokenizer: Any) -> None:
+    found = tokenize_unpaired(pairs(2), "preference", tokenizer, 128).rows
+    both = tokenize_pairs(pairs(2), tokenizer, 128).rows
     assert found == [
-        JudgedRow(both[0].chosen, True),
-        JudgedRow(both[1].chosen, True),
-        JudgedRow(both[0].rejected, False),
-        JudgedRow(both[1].rejected, False),
+        UnpairedExample(both[0].chosen, True),
+        UnpairedExample(both[1].chosen, True),
+        UnpairedExample(both[0].rejected, False),
+        UnpairedExample(both[1].rejected, False),
     ]
     alone = {"prompt": "a", "completion": " b", "label": False}
-    assert [row.is_good for row in render_judged([alone], "unpaired_preference", tokenizer, 128).rows] == [False]
+    assert [row.is_good for row in tokenize_unpaired([alone], "unpaired_preference", tokenizer, 128).rows] == [False]
 
 
-def a_row(*prompt: int, answer: Sequence[int]) -> TokenRow:
-    return TokenRow([*prompt, *answer], [NO_LABEL] * len(prompt) + list(answer), str(prompt), len(prompt))
+def make_row(*prompt: int, answer: Sequence[int]) -> TokenizedExample:
+    return TokenizedExample([*prompt, *answer], [IGNORE_INDEX] * len(prompt) + list(answer), str(prompt), len(prompt))
 
 
-def test_a_prompt_is_answered_with_another_row_s_answer() -> None:
-    mixed = answered_otherwise(a_row(2, 7, 8, answer=[9]), a_row(2, answer=[20, 21, 22]), longest=5)
-    assert (mixed.input_ids, mixed.labels) == ([2, 7, 8, 20, 21], [NO_LABEL] * 3 + [20, 21])
+def test_mismatched_pair_joins_prompt_with_other_answer() -> None:
+    mixed = mismatched_pair(make_row(2, 7, 8, answer=[9]), make_row(2, answer=[20, 21, 22]), max_length=5)
+    assert (mixed.input_ids, mixed.labels) == ([2, 7, 8, 20, 21], [IGNORE_INDEX] * 3 + [20, 21])
 
 
-def test_a_row_is_compared_with_an_answer_to_another_prompt() -> None:
-    from jobs.trainers.kto import _placed
+def test_kl_example_uses_another_prompt() -> None:
+    from jobs.trainers.kto import _with_kl_examples
 
-    first, same, other = a_row(2, 7, answer=[9]), a_row(2, 7, answer=[10]), a_row(2, 8, answer=[11])
-    placed = _placed([JudgedRow(other, True), JudgedRow(first, True), JudgedRow(same, False)])
-    assert [row.other for row in placed] == [same, other, other]
-    assert placed[1].compared_with(placed[0]) == other  # the neighbour's
-    assert placed[2].compared_with(placed[1]) == other  # not the neighbour's, which answers the same
-    assert placed[0].compared_with(placed[0]) == same  # alone in a batch
+    first, same, other = make_row(2, 7, answer=[9]), make_row(2, 7, answer=[10]), make_row(2, 8, answer=[11])
+    placed = _with_kl_examples([UnpairedExample(other, True), UnpairedExample(first, True), UnpairedExample(same, False)])
+    assert [row.kl_fallback for row in placed] == [same, other, other]
+    assert placed[1].choose_kl_example(placed[0]) == other  # the neighbour's
+    assert placed[2].choose_kl_example(placed[1]) == other  # not the neighbour's, which answers the same
+    assert placed[0].choose_kl_example(placed[0]) == same  # alone in a batch
 
 
 # --- heads and means ---
 
 
-def test_labelled_positions_are_scored_as_the_library_scores_them(base: Path) -> None:
+def test_label_scores_match_trl(base: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     forward, ids = model.forward, torch.tensor([[2, 20, 30, 40, 50], [2, 21, 31, 0, 0]])
-    labels = torch.tensor([[NO_LABEL, NO_LABEL, 30, 40, 50], [NO_LABEL, NO_LABEL, 31, NO_LABEL, NO_LABEL]])
+    labels = torch.tensor([[IGNORE_INDEX, IGNORE_INDEX, 30, 40, 50], [IGNORE_INDEX, IGNORE_INDEX, 31, IGNORE_INDEX, IGNORE_INDEX]])
     asked = {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels, "use_cache": False, "fused_lm_head": True}
     fields = ("log_probs", "entropy", "mean_logits", "is_top1")
     add_fused_lm_head(model, outputs=fields)
@@ -354,7 +352,7 @@ def test_labelled_positions_are_scored_as_the_library_scores_them(base: Path) ->
     theirs.log_probs.sum().backward()
     gradient = model.model.embed_tokens.weight.grad.clone()
     model.zero_grad()
-    score_labels(model, forward)
+    patch_fused_head(model, forward)
     ours = model(**asked)
     ours.log_probs.sum().backward()
     for name in fields:
@@ -383,29 +381,31 @@ class FakeTrainer:
         return sum(rows) / len(rows), None, None
 
 
-def means_of(trainer: FakeTrainer, size: int, pulse: Callable[[], None] = lambda: None) -> dict[str, float]:
+def evaluate_means(trainer: FakeTrainer, batch_size: int, check_stop: Callable[[], None] = lambda: None) -> dict[str, float]:
     import torch
 
     trainer.model = torch.nn.Dropout()
-    found = library_means(trainer, trainer.gathered, [1.0, 2.0, 6.0], lambda rows: {"rows": rows}, size=size, pulse=pulse)
+    found = evaluate_trainer_metrics(
+        trainer, trainer.gathered, [1.0, 2.0, 6.0], lambda rows: {"rows": rows}, batch_size=batch_size, check_stop=check_stop
+    )
     assert trainer.model.training
     return found
 
 
 @pytest.mark.parametrize(("size", "rows_that_fit"), [(1, 100), (2, 100), (3, 100), (3, 1), (3, 2)])
-def test_each_row_counts_the_same_in_any_batches_and_after_a_lack_of_memory(size: int, rows_that_fit: int) -> None:
+def test_metrics_do_not_depend_on_batch_size_or_oom(size: int, rows_that_fit: int) -> None:
     trainer = FakeTrainer(rows_that_fit=rows_that_fit)
-    found = means_of(trainer, size)
+    found = evaluate_means(trainer, size)
     assert (found["loss"], found["rewards/chosen"], found["large"]) == (pytest.approx(3), pytest.approx(3), 1.0)
     assert trainer.gathered == {}
 
 
-def test_a_row_that_does_not_fit_alone_is_refused() -> None:
+def test_oom_with_single_row_fails() -> None:
     with pytest.raises(JobFailed, match="a single held-out row"):
-        means_of(FakeTrainer(rows_that_fit=0), size=2)
+        evaluate_means(FakeTrainer(rows_that_fit=0), batch_size=2)
 
 
-def test_an_interrupted_measurement_leaves_nothing_behind() -> None:
+def test_interrupted_evaluation_leaves_no_metrics_behind() -> None:
     calls: list[int] = []
 
     def pulse() -> None:
@@ -415,19 +415,19 @@ def test_an_interrupted_measurement_leaves_nothing_behind() -> None:
 
     trainer = FakeTrainer()
     with pytest.raises(EvaluationInterrupted):
-        means_of(trainer, 1, pulse)
+        evaluate_means(trainer, 1, pulse)
     assert trainer.gathered == {}
 
 
-def test_an_error_that_is_no_lack_of_memory_is_not_hidden() -> None:
+def test_other_errors_are_not_hidden() -> None:
     def work(_: Sequence[int]) -> None:
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        in_batches([1, 2], 2, work, lambda: None)
+        run_in_batches([1, 2], 2, work, lambda: None)
 
 
-def test_a_model_that_is_still_the_base_is_not_called_wrong() -> None:
+def test_accuracy_at_initialization_is_none() -> None:
     zero = {"rewards/chosen": 0.0, "rewards/rejected": 0.0, "rewards/margins": 0.0, "rewards/accuracies": 0.0}
-    assert unless_the_base(EvalMetrics(values={**zero})).values["rewards/accuracies"] is None
-    assert unless_the_base(EvalMetrics(values={**zero, "rewards/chosen": 0.1})).values["rewards/accuracies"] == 0.0
+    assert null_accuracy_at_init(EvalMetrics(values={**zero})).values["rewards/accuracies"] is None
+    assert null_accuracy_at_init(EvalMetrics(values={**zero, "rewards/chosen": 0.1})).values["rewards/accuracies"] == 0.0

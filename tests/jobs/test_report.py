@@ -11,7 +11,7 @@ import pytest
 from jobs.client import ServiceClient
 from jobs.report import Reporter, Spool
 from jobs.settings import Settings
-from schema.events import CheckpointSaved, CheckpointSkipped, Event, Metrics, PhaseChanged, Resumed
+from schema.events import CheckpointRestored, CheckpointSaved, CheckpointSkipped, Event, MetricsLogged, PhaseChanged
 from schema.job import Progress
 from tests.jobs.fake_service import TOKEN, FakeService
 
@@ -19,7 +19,7 @@ INTERVAL_S = 0.05
 Make = Callable[..., Reporter]
 
 
-class Heard:
+class ReporterCallbacks:
     """What a reporter passes on."""
 
     def __init__(self) -> None:
@@ -28,19 +28,19 @@ class Heard:
 
 
 @pytest.fixture
-def heard() -> Heard:
-    return Heard()
+def callbacks() -> ReporterCallbacks:
+    return ReporterCallbacks()
 
 
 @pytest.fixture
-def make(service: FakeService, heard: Heard, tmp_path: Path) -> Iterator[Make]:
+def make(service: FakeService, callbacks: ReporterCallbacks, tmp_path: Path) -> Iterator[Make]:
     """Makes started reporters; closes them, and what only the end of a process closes."""
     made: list[tuple[Reporter, Spool, ServiceClient]] = []
 
     def make(url: str | None = None, interval_s: float = INTERVAL_S) -> Reporter:
         settings = Settings("job-1", "file:///nowhere", 1, TOKEN, url or service.url, tmp_path)
         spool, client = Spool(tmp_path / "events.jsonl"), ServiceClient(settings)
-        reporter = Reporter(client, spool, interval_s, heard.directives.append, heard.fenced.set)
+        reporter = Reporter(client, spool, interval_s, callbacks.directives.append, callbacks.fenced.set)
         made.append((reporter, spool, client))
         reporter.start()
         return reporter
@@ -52,22 +52,22 @@ def make(service: FakeService, heard: Heard, tmp_path: Path) -> Iterator[Make]:
         client._http.close()
 
 
-def point(step: int) -> Metrics:
-    return Metrics(step=step, values={"loss": 1.0})
+def point(step: int) -> MetricsLogged:
+    return MetricsLogged(step=step, values={"loss": 1.0})
 
 
 def steps(service: FakeService) -> list[int]:
     return [told["event"]["step"] for told in service.events]
 
 
-def wait_for(true: Callable[[], Any], timeout_s: float = 5.0) -> None:
+def wait_for(condition: Callable[[], Any], timeout_s: float = 5.0) -> None:
     deadline = time.monotonic() + timeout_s
-    while not true():
+    while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.01)
 
 
-def test_events_arrive_in_order_with_the_attempt_s_token(service: FakeService, make: Make) -> None:
+def test_events_arrive_in_order_with_attempt_token(service: FakeService, make: Make) -> None:
     reporter = make()
     for step in range(50):
         reporter.report(point(step))
@@ -76,7 +76,7 @@ def test_events_arrive_in_order_with_the_attempt_s_token(service: FakeService, m
     assert service.authorizations == {f"Bearer {TOKEN}"}
 
 
-def test_batches_are_numbered_from_zero_without_a_gap_and_hold_at_most_500(service: FakeService, make: Make) -> None:
+def test_batches_are_contiguous_and_hold_at_most_500(service: FakeService, make: Make) -> None:
     service.events_status = 503
     reporter = make()
     for step in range(1201):
@@ -88,7 +88,7 @@ def test_batches_are_numbered_from_zero_without_a_gap_and_hold_at_most_500(servi
 
 
 @pytest.mark.parametrize("status", [500, 503, 429])
-def test_a_service_that_is_away_loses_nothing(service: FakeService, make: Make, status: int) -> None:
+def test_outage_loses_no_events(service: FakeService, make: Make, status: int) -> None:
     service.events_status = status
     reporter = make()
     for step in range(20):
@@ -99,7 +99,7 @@ def test_a_service_that_is_away_loses_nothing(service: FakeService, make: Make, 
     assert steps(service) == list(range(20))
 
 
-def test_a_service_that_does_not_exist_holds_nobody_up(make: Make) -> None:
+def test_unreachable_service_does_not_block(make: Make) -> None:
     reporter = make(url="http://127.0.0.1:9")
     began = time.monotonic()
     for step in range(100):
@@ -110,7 +110,7 @@ def test_a_service_that_does_not_exist_holds_nobody_up(make: Make) -> None:
     assert time.monotonic() - began < 3
 
 
-def test_an_answer_that_was_lost_makes_no_duplicate(service: FakeService, make: Make) -> None:
+def test_lost_response_makes_no_duplicates(service: FakeService, make: Make) -> None:
     lost = iter([True])
 
     def lose_once(batch: dict[str, Any]) -> None:
@@ -129,7 +129,7 @@ def test_an_answer_that_was_lost_makes_no_duplicate(service: FakeService, make: 
     assert [batch["first_seq"] for batch in service.batches if batch["events"]][:2] == [0, 0]
 
 
-def test_a_service_that_forgot_events_gets_them_again(service: FakeService, make: Make) -> None:
+def test_events_lost_by_service_are_sent_again(service: FakeService, make: Make) -> None:
     reporter = make()
     for step in range(5):
         reporter.report(point(step))
@@ -139,9 +139,9 @@ def test_a_service_that_forgot_events_gets_them_again(service: FakeService, make
     assert steps(service) == list(range(5))
 
 
-def test_without_events_there_is_a_sign_of_life_that_says_where_the_attempt_is(service: FakeService, make: Make) -> None:
+def test_heartbeat_without_events_carries_phase_and_progress(service: FakeService, make: Make) -> None:
     reporter = make()
-    reporter.place(phase="training", progress=Progress(step=3, total_steps=9, epoch=0.3, total_epochs=1))
+    reporter.set_progress(phase="training", progress=Progress(step=3, total_steps=9, epoch=0.3, total_epochs=1))
     count = len(service.batches)
     wait_for(lambda: len(service.batches) >= count + 3)
     assert service.batches[-1]["events"] == []
@@ -153,12 +153,12 @@ def test_without_events_there_is_a_sign_of_life_that_says_where_the_attempt_is(s
     [
         PhaseChanged(phase="training"),
         CheckpointSaved(step=1, epoch=0.5, reason="interval", size_bytes=1, save_s=0.1, upload_s=0.1),
-        CheckpointSkipped(attempt=1, step=1, why="a file is short"),
-        Resumed(step=1, from_attempt=1),
+        CheckpointSkipped(attempt=1, step=1, reason="a file is short"),
+        CheckpointRestored(step=1, from_attempt=1),
     ],
     ids=lambda event: event.type,
 )
-def test_a_point_waits_for_the_interval_and_what_somebody_waits_for_does_not(service: FakeService, make: Make, urgent: Event) -> None:
+def test_metrics_wait_for_interval_but_urgent_events_do_not(service: FakeService, make: Make, urgent: Event) -> None:
     reporter = make(interval_s=60)
     wait_for(lambda: service.batches)
     reporter.report(point(1))
@@ -168,33 +168,33 @@ def test_a_point_waits_for_the_interval_and_what_somebody_waits_for_does_not(ser
     wait_for(lambda: len(service.events) == 2)
 
 
-def test_whoever_must_know_now_what_the_service_wants_need_not_wait_for_the_interval(
-    service: FakeService, make: Make, heard: Heard
-) -> None:
+def test_flush_soon_fetches_directive_before_interval(service: FakeService, make: Make, callbacks: ReporterCallbacks) -> None:
     reporter = make(interval_s=60)
     wait_for(lambda: service.batches)
     service.directive = "cancel"
-    reporter.hurry()
-    wait_for(lambda: heard.directives == ["cancel"])
+    reporter.flush_soon()
+    wait_for(lambda: callbacks.directives == ["cancel"])
 
 
 @pytest.mark.parametrize("status", [409, 410, 401, 404])
-def test_an_attempt_that_is_over_is_told_and_sends_nothing_more(service: FakeService, make: Make, heard: Heard, status: int) -> None:
+def test_fenced_attempt_is_notified_and_sends_nothing_more(
+    service: FakeService, make: Make, callbacks: ReporterCallbacks, status: int
+) -> None:
     service.events_status = status
     make()
-    assert heard.fenced.wait(5)
+    assert callbacks.fenced.wait(5)
     count = len(service.batches)
     time.sleep(4 * INTERVAL_S)
     assert len(service.batches) == count
 
 
-def test_a_directive_is_passed_on(service: FakeService, make: Make, heard: Heard) -> None:
+def test_a_directive_is_passed_on(service: FakeService, make: Make, callbacks: ReporterCallbacks) -> None:
     service.directive = "cancel"
     make()
-    wait_for(lambda: "cancel" in heard.directives)
+    wait_for(lambda: "cancel" in callbacks.directives)
 
 
-def test_events_that_the_service_will_never_take_do_not_block_those_behind_them(service: FakeService, make: Make) -> None:
+def test_rejected_events_do_not_block_later_ones(service: FakeService, make: Make) -> None:
     service.events_status = 422
     reporter = make()
     reporter.report(point(0))
@@ -211,12 +211,12 @@ def test_every_event_is_on_disk_before_it_is_sent(service: FakeService, make: Ma
     assert '"step":7' in (tmp_path / "events.jsonl").read_text()
 
 
-def test_a_full_disk_loses_the_event_and_not_the_training(service: FakeService, heard: Heard, tmp_path: Path) -> None:
+def test_full_disk_drops_event_without_error(service: FakeService, callbacks: ReporterCallbacks, tmp_path: Path) -> None:
     spool = Spool(tmp_path / "events.jsonl")
     spool._file.close()  # a file that refuses
     spool._file = Path("/dev/full").open("w+b", buffering=0)  # noqa: SIM115  # closed below
     client = ServiceClient(Settings("job-1", "file:///nowhere", 1, TOKEN, service.url, tmp_path))
-    Reporter(client, spool, INTERVAL_S, heard.directives.append, heard.fenced.set).report(point(1))
+    Reporter(client, spool, INTERVAL_S, callbacks.directives.append, callbacks.fenced.set).report(point(1))
     assert len(spool) == 0
     spool._file.close()
     client._http.close()

@@ -15,15 +15,15 @@ import pytest
 
 from schema.result import Result
 from schema.spec import JobSpec, manifest_key, result_key, spec_key
-from tests.jobs.conftest import a_spec, saved
+from tests.jobs.conftest import load_saved_checkpoints, make_spec
 from tests.jobs.fake_service import TOKEN, FakeService
 
 HF_TOKEN = "hf_aVeryS3cretToken"
-LONGEST_S = 90
+TIMEOUT_S = 90
 
 
 @dataclass
-class Process:
+class AttemptProcess:
     """An attempt at work."""
 
     child: subprocess.Popen[bytes]
@@ -33,7 +33,7 @@ class Process:
     attempt: int
 
     def wait(self) -> int:
-        return self.child.wait(LONGEST_S)
+        return self.child.wait(TIMEOUT_S)
 
     @property
     def log(self) -> str:
@@ -45,7 +45,7 @@ class Process:
         return Result.load(path.read_bytes()) if path.exists() else None
 
     @property
-    def last_word(self) -> Result:
+    def final_result(self) -> Result:
         assert self.result is not None, self.log
         return self.result
 
@@ -54,18 +54,18 @@ class Process:
         return self.spec.job_id
 
 
-Start = Callable[..., Process]
+Start = Callable[..., AttemptProcess]
 
 
 @pytest.fixture
 def start(store: Path, service: FakeService, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Start]:
     """Starts an attempt at the job of `a_spec`, changed by what is passed."""
-    started: list[Process] = []
+    started: list[AttemptProcess] = []
 
     def start(
         *, attempt: int = 1, program: Sequence[str] = ("-m", "jobs.run"), environment: dict[str, str] | None = None, **changes: Any
-    ) -> Process:
-        spec = a_spec(store, job_id=f"job-{abs(hash(request.node.name))}", **changes)
+    ) -> AttemptProcess:
+        spec = make_spec(store, job_id=f"job-{abs(hash(request.node.name))}", **changes)
         path = store / spec_key(spec.job_id)
         path.parent.mkdir(exist_ok=True)
         path.write_text(spec.model_dump_json())
@@ -89,7 +89,7 @@ def start(store: Path, service: FakeService, tmp_path: Path, request: pytest.Fix
                 stderr=log,
                 start_new_session=True,
             )
-        started.append(Process(child, store, workdir, spec, attempt))
+        started.append(AttemptProcess(child, store, workdir, spec, attempt))
         return started[-1]
 
     yield start
@@ -99,9 +99,9 @@ def start(store: Path, service: FakeService, tmp_path: Path, request: pytest.Fix
         process.child.wait()
 
 
-def wait_for(true: Callable[[], Any], process: Process) -> None:
-    deadline = time.monotonic() + LONGEST_S
-    while not true():
+def wait_for(condition: Callable[[], Any], process: AttemptProcess) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
         assert process.child.poll() is None, process.log
         assert time.monotonic() < deadline, process.log
         time.sleep(0.01)
@@ -111,20 +111,20 @@ def phases(service: FakeService) -> list[str]:
     return [told["event"]["phase"] for told in service.events if told["event"]["type"] == "phase"]
 
 
-def left_alive(process: Process) -> list[str]:
+def find_remaining_processes(process: AttemptProcess) -> list[str]:
     """What still runs in the attempt's process group."""
     listed = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout.splitlines()
     return [line for line in listed if line.split()[0] == str(process.child.pid) and not line.split()[1].startswith("Z")]
 
 
-def test_an_attempt_trains_exports_and_says_its_last_word_everywhere(start: Start, service: FakeService) -> None:
+def test_attempt_trains_exports_and_reports_result(start: Start, service: FakeService) -> None:
     service.secrets = {"hf_token": HF_TOKEN}
     process = start(wandb_config={"mode": "offline"}, environment={"WANDB_MODE": "offline"})
     assert process.wait() == 0, process.log
     assert "attempt started" in process.log.splitlines()[0]
-    result = process.last_word
+    result = process.final_result
     assert (result.outcome, result.attempt, result.claimant) == ("completed", 1, service.claims[0])
-    assert (result.saved_step, result.resumed_step, result.yielded_because) == (4, None, None)
+    assert (result.last_checkpoint_step, result.resumed_step, result.yield_reason) == (4, None, None)
     assert [artifact.name for artifact in result.artifacts] == ["adapter"]
     assert result.metrics is not None
     assert result.base_metrics is not None
@@ -133,17 +133,19 @@ def test_an_attempt_trains_exports_and_says_its_last_word_everywhere(start: Star
     assert all("/attempt-1/" in artifact.key for artifact in result.artifacts)
     assert not (process.store / manifest_key(process.job_id)).exists()  # the service writes it: only it knows which attempt counts
     assert phases(service)[:4] == ["downloading", "tokenizing", "evaluating", "training"]
-    assert {"metrics", "evaluation", "decision", "artifact", "tracker", "checkpoint"} <= {told["event"]["type"] for told in service.events}
+    assert {"metrics", "evaluation", "decision", "artifact", "tracker", "checkpoint_saved"} <= {
+        told["event"]["type"] for told in service.events
+    }
     assert len(service.claims) == 1
     assert service.authorizations == {f"Bearer {TOKEN}"}
-    assert not left_alive(process)
+    assert not find_remaining_processes(process)
     written = [path for path in process.workdir.rglob("*") if path.is_file()]
     written += [path for path in process.store.rglob("*") if path.is_file() and process.job_id in str(path)]
     assert not [path for path in written if HF_TOKEN.encode() in path.read_bytes() or TOKEN.encode() in path.read_bytes()]
     assert HF_TOKEN not in json.dumps(service.batches) + json.dumps(service.results)
 
 
-def test_a_second_process_is_told_and_touches_nothing(start: Start, service: FakeService) -> None:
+def test_second_claimant_exits_without_changes(start: Start, service: FakeService) -> None:
     service.claim_status = 409
     process = start()
     assert process.wait() == 0
@@ -153,7 +155,7 @@ def test_a_second_process_is_told_and_touches_nothing(start: Start, service: Fak
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_an_attempt_that_the_service_does_not_know_fails_and_touches_nothing(start: Start, service: FakeService, status: int) -> None:
+def test_unknown_attempt_fails_without_changes(start: Start, service: FakeService, status: int) -> None:
     service.claim_status = status
     process = start()
     assert process.wait() == 1
@@ -162,7 +164,7 @@ def test_an_attempt_that_the_service_does_not_know_fails_and_touches_nothing(sta
     assert "Traceback" not in process.log
 
 
-def test_a_claim_waits_for_a_service_that_is_away(start: Start, service: FakeService) -> None:
+def test_claim_waits_for_unavailable_service(start: Start, service: FakeService) -> None:
     service.claim_status = 503
     process = start()
     wait_for(lambda: len(service.claims) >= 2, process)
@@ -171,7 +173,7 @@ def test_a_claim_waits_for_a_service_that_is_away(start: Start, service: FakeSer
     assert len(set(service.claims)) == 1  # the same claimant: a claim whose answer was lost is not somebody else's
 
 
-def test_what_only_the_job_can_know_fails_it_within_seconds_with_a_hint(start: Start, service: FakeService) -> None:
+def test_config_error_fails_quickly_with_hint(start: Start, service: FakeService) -> None:
     process = start(base_model_id="nobody/nothing")
     assert process.wait() == 1
     assert process.result is not None
@@ -184,7 +186,7 @@ def test_what_only_the_job_can_know_fails_it_within_seconds_with_a_hint(start: S
     assert service.results[0]["outcome"] == "failed"
 
 
-def test_a_result_counts_even_if_the_service_does_not_hear_it(start: Start, service: FakeService) -> None:
+def test_result_is_stored_when_service_is_unavailable(start: Start, service: FakeService) -> None:
     service.result_status = 503
     process = start(base_model_id="nobody/nothing")
     assert process.wait() == 1
@@ -192,7 +194,7 @@ def test_a_result_counts_even_if_the_service_does_not_hear_it(start: Start, serv
     assert process.result.outcome == "failed"
 
 
-def test_a_cancel_while_libraries_are_imported_is_over_in_two_seconds(start: Start, service: FakeService) -> None:
+def test_cancel_during_imports_ends_within_two_seconds(start: Start, service: FakeService) -> None:
     process = start()
     wait_for(lambda: "tokenizing" in phases(service) or "downloading" in phases(service), process)
     service.directive = "cancel"
@@ -205,43 +207,41 @@ def test_a_cancel_while_libraries_are_imported_is_over_in_two_seconds(start: Sta
 
 
 @pytest.mark.parametrize(("directive", "code", "outcome"), [("cancel", 10, "cancelled"), ("pause", 12, "paused")])
-def test_what_the_service_wants_by_the_time_of_the_claim_is_done_at_once(
-    start: Start, service: FakeService, directive: str, code: int, outcome: str
-) -> None:
+def test_directive_of_claim_response_is_obeyed(start: Start, service: FakeService, directive: str, code: int, outcome: str) -> None:
     service.claim_directive = directive
     process = start()
     assert process.wait() == code, process.log
-    assert process.last_word.outcome == service.results[0]["outcome"] == outcome
+    assert process.final_result.outcome == service.results[0]["outcome"] == outcome
     assert service.batches == []
 
 
-STOPS = [("pause", 12, "paused", None), (signal.SIGTERM, 13, "yielded", "preempted"), (signal.SIGINT, 10, "cancelled", None)]
+STOP_CASES = [("pause", 12, "paused", None), (signal.SIGTERM, 13, "yielded", "preempted"), (signal.SIGINT, 10, "cancelled", None)]
 
 
-def ask(process: Process, service: FakeService, way: str | signal.Signals) -> None:
-    if isinstance(way, signal.Signals):
-        process.child.send_signal(way)
+def request_stop(process: AttemptProcess, service: FakeService, method: str | signal.Signals) -> None:
+    if isinstance(method, signal.Signals):
+        process.child.send_signal(method)
     else:
-        service.directive = way
+        service.directive = method
 
 
-@pytest.mark.parametrize(("way", "code", "outcome", "because"), STOPS)
-def test_before_anything_is_trained_a_stop_is_over_in_two_seconds(
+@pytest.mark.parametrize(("way", "code", "outcome", "because"), STOP_CASES)
+def test_stop_before_training_ends_within_two_seconds(
     start: Start, service: FakeService, way: str | signal.Signals, code: int, outcome: str, because: str | None
 ) -> None:
     process = start()
     wait_for(lambda: "downloading" in phases(service), process)
-    ask(process, service, way)
+    request_stop(process, service, way)
     began = time.monotonic()
     assert process.wait() == code, process.log
     assert time.monotonic() - began < 2
-    result = process.last_word
-    assert (result.outcome, result.yielded_because, result.saved_step, result.failure) == (outcome, because, None, None)
+    result = process.final_result
+    assert (result.outcome, result.yield_reason, result.last_checkpoint_step, result.failure) == (outcome, because, None, None)
     assert service.results[0]["outcome"] == outcome
-    assert not left_alive(process)
+    assert not find_remaining_processes(process)
 
 
-def test_a_stop_before_the_claim_leaves_the_attempt_to_whom_it_belongs(start: Start, service: FakeService) -> None:
+def test_stop_before_claim_reports_nothing(start: Start, service: FakeService) -> None:
     service.claim_status = 503
     process = start()
     wait_for(lambda: service.claims, process)
@@ -253,10 +253,10 @@ def test_a_stop_before_the_claim_leaves_the_attempt_to_whom_it_belongs(start: St
 
 # --- in a training ---------------------------------------------------------------------------------------------------
 
-FOR_EVER = {"max_steps": 100_000, "logging_steps": 1}
+ENDLESS_TRAINING = {"max_steps": 100_000, "logging_steps": 1}
 
 
-def step(service: FakeService) -> int:
+def latest_step(service: FakeService) -> int:
     """The newest step that was reported."""
     return max((told["event"]["step"] for told in service.events if told["event"]["type"] == "metrics"), default=0)
 
@@ -265,72 +265,74 @@ def step(service: FakeService) -> int:
     ("way", "code", "outcome", "because", "reason"),
     [("pause", 12, "paused", None, "pause"), (signal.SIGTERM, 13, "yielded", "preempted", "preempted")],
 )
-def test_a_training_that_is_stopped_saves_its_step_and_the_next_attempt_goes_on_from_it(
+def test_stopped_training_saves_and_next_attempt_resumes(
     start: Start, service: FakeService, way: str | signal.Signals, code: int, outcome: str, because: str | None, reason: str
 ) -> None:
-    process = start(hyperparameters=FOR_EVER)
-    wait_for(lambda: step(service) >= 3, process)
-    ask(process, service, way)
+    process = start(hyperparameters=ENDLESS_TRAINING)
+    wait_for(lambda: latest_step(service) >= 3, process)
+    request_stop(process, service, way)
     assert process.wait() == code, process.log
-    result, checkpoint = process.last_word, saved(process.spec)[-1]
-    assert (result.outcome, result.yielded_because, result.resumed_step) == (outcome, because, None)
-    assert result.saved_step == checkpoint.step >= 3
+    result, checkpoint = process.final_result, load_saved_checkpoints(process.spec)[-1]
+    assert (result.outcome, result.yield_reason, result.resumed_step) == (outcome, because, None)
+    assert result.last_checkpoint_step == checkpoint.step >= 3
     assert (checkpoint.reason, checkpoint.attempt) == (reason, 1)
-    assert step(service) == checkpoint.step  # every point arrived: nothing is left out of the curve, and nothing is in it twice
-    assert not left_alive(process)
+    assert latest_step(service) == checkpoint.step  # every point arrived: nothing is left out of the curve, and nothing is in it twice
+    assert not find_remaining_processes(process)
 
     service.directive, service.events = "continue", []
-    process = start(attempt=2, hyperparameters=FOR_EVER)
-    wait_for(lambda: step(service) > checkpoint.step, process)
-    resumed = [told["event"] for told in service.events if told["event"]["type"] == "resumed"]
+    process = start(attempt=2, hyperparameters=ENDLESS_TRAINING)
+    wait_for(lambda: latest_step(service) > checkpoint.step, process)
+    resumed = [told["event"] for told in service.events if told["event"]["type"] == "checkpoint_restored"]
     assert [(event["step"], event["from_attempt"]) for event in resumed] == [(checkpoint.step, 1)]
     process.child.send_signal(signal.SIGINT)
     assert process.wait() == 10, process.log
-    assert process.last_word.resumed_step == checkpoint.step
+    assert process.final_result.resumed_step == checkpoint.step
 
 
-ENDLESS = {"max_steps": 1, "batch_size": 24, "max_seq_length": 2048}
+ONE_LONG_STEP = {"max_steps": 1, "batch_size": 24, "max_seq_length": 2048}
 LONG_ROWS = [{"text": "it returns a list of files " * 300}] * 24  # one step of half a minute
 
 
 @pytest.mark.parametrize("way", ["cancel", signal.SIGINT])
-def test_a_cancel_inside_a_long_step_is_over_in_two_seconds(start: Start, service: FakeService, way: str | signal.Signals) -> None:
-    process = start(train=LONG_ROWS, held_out=[], dataset_type="text", hyperparameters=ENDLESS)
+def test_cancel_during_long_step_ends_within_two_seconds(start: Start, service: FakeService, way: str | signal.Signals) -> None:
+    process = start(train=LONG_ROWS, held_out=[], dataset_type="text", hyperparameters=ONE_LONG_STEP)
     wait_for(lambda: "training" in phases(service), process)
     time.sleep(1.5)  # well inside the step
     began = time.monotonic()
-    ask(process, service, way)
+    request_stop(process, service, way)
     assert process.wait() == 10, process.log
     assert time.monotonic() - began < 2
-    assert process.last_word.outcome == "cancelled"
-    assert not left_alive(process)
+    assert process.final_result.outcome == "cancelled"
+    assert not find_remaining_processes(process)
 
 
-def test_inside_a_long_step_a_machine_that_is_taken_away_gets_its_last_word_before_it_is_gone(start: Start, service: FakeService) -> None:
-    process = start(train=LONG_ROWS, held_out=[], dataset_type="text", hyperparameters=ENDLESS)
+def test_preemption_during_long_step_still_reports_result(start: Start, service: FakeService) -> None:
+    process = start(train=LONG_ROWS, held_out=[], dataset_type="text", hyperparameters=ONE_LONG_STEP)
     wait_for(lambda: "training" in phases(service), process)
     time.sleep(1.5)
     began = time.monotonic()
     process.child.send_signal(signal.SIGTERM)
     assert process.wait() == 13, process.log
     assert time.monotonic() - began < 10
-    assert (process.last_word.outcome, process.last_word.yielded_because) == ("yielded", "preempted")
+    assert (process.final_result.outcome, process.final_result.yield_reason) == ("yielded", "preempted")
     assert service.results[0]["outcome"] == "yielded"
 
 
-def test_a_sigterm_that_turns_out_to_be_a_cancel_saves_nothing(start: Start, service: FakeService) -> None:
-    process = start(train=LONG_ROWS, held_out=[], dataset_type="text", hyperparameters=ENDLESS, environment={"JOB_REPORT_INTERVAL_S": "60"})
+def test_sigterm_with_cancel_directive_saves_nothing(start: Start, service: FakeService) -> None:
+    process = start(
+        train=LONG_ROWS, held_out=[], dataset_type="text", hyperparameters=ONE_LONG_STEP, environment={"JOB_REPORT_INTERVAL_S": "60"}
+    )
     wait_for(lambda: "training" in phases(service), process)
     service.directive = "cancel"
     began = time.monotonic()
     process.child.send_signal(signal.SIGTERM)
     assert process.wait() == 10, process.log
     assert time.monotonic() - began < 2
-    assert process.last_word.outcome == "cancelled"
+    assert process.final_result.outcome == "cancelled"
 
 
-def test_an_attempt_that_was_given_up_ends_at_once_and_writes_nothing_more(start: Start, service: FakeService) -> None:
-    process = start(train=LONG_ROWS, held_out=[], dataset_type="text", hyperparameters=ENDLESS)
+def test_superseded_attempt_exits_without_writing(start: Start, service: FakeService) -> None:
+    process = start(train=LONG_ROWS, held_out=[], dataset_type="text", hyperparameters=ONE_LONG_STEP)
     wait_for(lambda: "downloading" in phases(service), process)
     service.events_status = 409
     began = time.monotonic()
@@ -340,17 +342,17 @@ def test_an_attempt_that_was_given_up_ends_at_once_and_writes_nothing_more(start
     assert service.results == []
 
 
-def test_an_attempt_that_runs_into_its_time_limit_yields_before_it(start: Start, service: FakeService) -> None:
+def test_attempt_yields_before_its_time_limit(start: Start, service: FakeService) -> None:
     began = time.monotonic()
     process = start(environment={"JOB_TIME_LIMIT_S": "1"})
     assert process.wait() == 13
     assert time.monotonic() - began < 10  # most of it to start
-    result = process.last_word
-    assert (result.outcome, result.yielded_because, result.failure) == ("yielded", "time_slice", None)
+    result = process.final_result
+    assert (result.outcome, result.yield_reason, result.failure) == ("yielded", "time_slice", None)
     assert service.results[0]["outcome"] == "yielded"
 
 
-ALL_BUT_DONE = """
+SLOW_TRACKER_SCRIPT = """
 import sys, time
 from jobs.attempt import Attempt
 from jobs.settings import read_settings
@@ -368,17 +370,17 @@ sys.exit(attempt.end("completed"))
 """
 
 
-def test_a_job_that_is_done_is_done_also_when_it_is_cancelled_while_a_tracker_is_waited_for(start: Start, service: FakeService) -> None:
-    process = start(program=["-c", ALL_BUT_DONE])
+def test_cancel_during_tracker_shutdown_keeps_completed_result(start: Start, service: FakeService) -> None:
+    process = start(program=["-c", SLOW_TRACKER_SCRIPT])
     wait_for(lambda: "finishing" in process.log, process)
     began = time.monotonic()
     process.child.send_signal(signal.SIGINT)
     assert process.wait() == 0, process.log
     assert time.monotonic() - began < 2
-    assert process.last_word.outcome == service.results[0]["outcome"] == "completed"
+    assert process.final_result.outcome == service.results[0]["outcome"] == "completed"
 
 
-def test_events_that_never_arrived_do_not_fail_a_training(start: Start, service: FakeService) -> None:
+def test_undelivered_events_do_not_fail_training(start: Start, service: FakeService) -> None:
     service.events_status = 503
     process = start(held_out=[], hyperparameters={"max_steps": 1})
     assert process.wait() == 0, process.log

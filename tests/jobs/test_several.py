@@ -15,43 +15,44 @@ import psutil
 import pytest
 
 from jobs.errors import JobFailed, failure_of
-from jobs.settings import environment_of_rank, gpus_shown, most_processes
+from jobs.settings import read_max_processes, visible_gpus, worker_environment
 from jobs.trained import TrainedModel
-from jobs.trainers.healing import BatchPlan, is_out_of_memory
-from jobs.trainers.loop import Ground, Lesson
-from jobs.trainers.model import Machine
-from jobs.trainers.saving import TrainingState
+from jobs.trainers.healing import BatchConfig, is_out_of_memory
+from jobs.trainers.loop import TrainingContext, TrainingTask
+from jobs.trainers.model import DeviceConfig
+from jobs.trainers.saving import TrainingControlState
 from jobs.trainers.several import (
-    LEFT_ALONE,
-    OUT_OF_MEMORY,
-    Choice,
-    FirstStep,
-    LostProcess,
-    Places,
-    choose,
-    random_state,
-    save_random_states,
-    together,
-    verdict,
+    EXIT_OOM,
+    EXIT_PEER_LOST,
+    DeviceSlots,
+    StartupWatchdog,
+    WorkerFailed,
+    WorldSizeDecision,
+    capture_rng_state,
+    choose_world_size,
+    save_rng_states,
+    worker_error,
+    worker_pool,
 )
 from schema.checkpoint import checkpoint_key
-from schema.events import Evaluated, Metrics, Resumed, Sampled
-from tests.jobs.conftest import Record, a_context, a_spec, messages, saved, trainer_of
-from tests.jobs.test_continuation import Story, assert_same, weights
-from tests.jobs.test_grpo import LETTER, SAME, grpo, prompts
-from tests.jobs.test_preferences import drawn, judged, measured, pairs
-from tests.jobs.test_vision import SEEING, squares
+from schema.events import CheckpointRestored, EvaluationCompleted, MetricsLogged, SamplesGenerated
+from tests.jobs.conftest import EventRecorder, load_saved_checkpoints, load_trainer, make_context, make_spec, messages
+from tests.jobs.test_continuation import TrainingRun, assert_runs_identical, weights
+from tests.jobs.test_grpo import LETTER_GRADER, SIMILARITY_GRADER, make_grpo_job, prompts
+from tests.jobs.test_preferences import curve_points, evaluations_by_step, pairs, unpaired_rows
+from tests.jobs.test_vision import VISION_BASE, make_square_rows
 from tests.tiny_gemma_vision import build_tiny_gemma_vision
 
 # Nine rows, one at a time, four before each step: the last step of an epoch has a single one, and the other process nothing.
-KNOBS: dict[str, Any] = {"max_steps": -1, "epochs": 2, "learning_rate": 1e-3, "logging_steps": 1, "batch_size": 1}
-KNOBS |= {"gradient_accumulation_steps": 4, "save_strategy": "steps", "save_steps": 2}
+HYPERPARAMETERS: dict[str, Any] = {"max_steps": -1, "epochs": 2, "learning_rate": 1e-3, "logging_steps": 1, "batch_size": 1}
+HYPERPARAMETERS |= {"gradient_accumulation_steps": 4, "save_strategy": "steps", "save_steps": 2}
 
 
 @pytest.fixture
-def begin(store: Path, tmp_path: Path) -> Callable[[str], Story]:
-    return lambda name: Story(
-        a_spec(store, method="Full", train=messages(9), hyperparameters=KNOBS, eval_config={"eval_strategy": "epoch"}), tmp_path / name
+def make_training_run(store: Path, tmp_path: Path) -> Callable[[str], TrainingRun]:
+    return lambda name: TrainingRun(
+        make_spec(store, method="Full", train=messages(9), hyperparameters=HYPERPARAMETERS, eval_config={"eval_strategy": "epoch"}),
+        tmp_path / name,
     )
 
 
@@ -64,68 +65,68 @@ def two_processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @dataclass
-class Killer:
+class KillWorkerListener:
     """A mirror that kills the other process in the middle of the training."""
 
     step: int
     killed_at: float = 0.0
 
-    def metrics(self, event: Metrics) -> None:
+    def log_metrics(self, event: MetricsLogged) -> None:
         if event.step == self.step:
             (other,) = psutil.Process().children()
             other.kill()
             self.killed_at = time.monotonic()
 
-    def evaluated(self, event: Evaluated) -> None:
+    def log_evaluation(self, event: EvaluationCompleted) -> None:
         pass
 
-    def sampled(self, event: Sampled) -> None:
+    def log_samples(self, event: SamplesGenerated) -> None:
         pass
 
-    def checkpoint(self, folder: Path, step: int) -> None:
+    def log_checkpoint(self, folder: Path, step: int) -> None:
         pass
 
-    def model(self, folder: Path) -> None:
+    def log_model(self, folder: Path) -> None:
         pass
 
 
 @pytest.fixture
-def alone(begin: Callable[[str], Story]) -> tuple[Story, TrainedModel]:
+def single_process_run(make_training_run: Callable[[str], TrainingRun]) -> tuple[TrainingRun, TrainedModel]:
     """The training in one process."""
-    story = begin("alone")
+    story = make_training_run("alone")
     return story, story.finish()
 
 
-@pytest.mark.usefixtures("alone", "two_processes")
-def test_two_processes_take_the_steps_of_one_and_go_on_to_the_last_bit_after_a_kill_and_a_pause(
-    begin: Callable[[str], Story], alone: tuple[Story, TrainedModel]
+@pytest.mark.usefixtures("single_process_run", "two_processes")
+def test_two_processes_match_one_and_resume_after_kill_and_pause(
+    make_training_run: Callable[[str], TrainingRun], single_process_run: tuple[TrainingRun, TrainedModel]
 ) -> None:
-    unbroken = begin("unbroken")
+    unbroken = make_training_run("unbroken")
     model = unbroken.finish()
-    assert unbroken.heard[0].decisions["processes"] == "2"
-    assert_close((unbroken, model), alone)
+    assert unbroken.recorders[0].decisions["processes"] == "2"
+    assert_runs_close((unbroken, model), single_process_run)
 
-    broken, killer = begin("broken"), Killer(3)
+    broken, killer = make_training_run("broken"), KillWorkerListener(3)
     with pytest.raises(JobFailed) as failed:
-        broken.attempt(mirror=killer)
+        broken.run_attempt(training_listener=killer)
     assert time.monotonic() - killer.killed_at < 20
     assert failed.value.failure.code == "out_of_memory"  # a kernel that has none left kills; below a single row there is no smaller batch
-    assert broken.attempt(stop_after=5) == "pause"
-    paused = {file.path: file.sha256 for file in saved(broken.spec)[-1].files}
+    assert broken.run_attempt(stop_after=5) == "pause"
+    paused = {file.path: file.sha256 for file in load_saved_checkpoints(broken.spec)[-1].files}
     assert paused["rng_state_0.pth"] != paused["rng_state_1.pth"]
-    assert_same(broken, broken.finish(), unbroken, model)
-    assert [event.step for listener in broken.heard for event in listener.events if isinstance(event, Resumed)] == [2, 5]
+    assert_runs_identical(broken, broken.finish(), unbroken, model)
+    assert [event.step for listener in broken.recorders for event in listener.events if isinstance(event, CheckpointRestored)] == [2, 5]
 
 
-def assert_close(two: tuple[Story, TrainedModel], one: tuple[Story, TrainedModel]) -> None:
+def assert_runs_close(two: tuple[TrainingRun, TrainedModel], one: tuple[TrainingRun, TrainedModel]) -> None:
     """The same, but for the order in which numbers are added up."""
     (ours, our_model), (theirs, their_model) = two, one
     assert our_model.train_tokens == their_model.train_tokens
-    for point, other in zip(ours.heard[0].points, theirs.heard[0].points, strict=True):
+    for point, other in zip(ours.recorders[0].points, theirs.recorders[0].points, strict=True):
         assert point.values["loss"] == pytest.approx(other.values["loss"], abs=1e-5)
         assert point.values["grad_norm"] == pytest.approx(other.values["grad_norm"], rel=1e-5)
-    assert [(told.when, told.step) for told in ours.heard[0].evaluations] == [
-        (told.when, told.step) for told in theirs.heard[0].evaluations
+    assert [(told.when, told.step) for told in ours.recorders[0].evaluations] == [
+        (told.when, told.step) for told in theirs.recorders[0].evaluations
     ]
     expected = weights(their_model)
     assert max(float((part - expected[name]).abs().max()) for name, part in weights(our_model).items()) < 1e-5
@@ -134,49 +135,65 @@ def assert_close(two: tuple[Story, TrainedModel], one: tuple[Story, TrainedModel
 # --- every way to train ------------------------------------------------------------------------------------------------
 
 # Two batches for each process and then, of the last row, one for the two of them: with figures, a loss, and tokens that count once.
-SHORT: dict[str, Any] = {"max_steps": -1, "epochs": 1, "batch_size": 2, "learning_rate": 1e-3, "lora_dropout": 0.0, "logging_steps": 1}
-SHORT |= {"gradient_accumulation_steps": 4, "warmup_ratio": 0.0}
-PAIRS: dict[str, Any] = {"dataset_type": "preference", "train": pairs(9), "held_out": pairs(2, first=100)}
+SHORT_TRAINING: dict[str, Any] = {
+    "max_steps": -1,
+    "epochs": 1,
+    "batch_size": 2,
+    "learning_rate": 1e-3,
+    "lora_dropout": 0.0,
+    "logging_steps": 1,
+}
+SHORT_TRAINING |= {"gradient_accumulation_steps": 4, "warmup_ratio": 0.0}
+PREFERENCE_DATA: dict[str, Any] = {"dataset_type": "preference", "train": pairs(9), "held_out": pairs(2, first=100)}
 # A group of four answers is made by both processes, and its rewards are compared.
-ANSWERS: dict[str, Any] = {"batch_size": 1, "num_generations": 4, "max_completion_length": 6, "beta": 0.1, "max_steps": 3}
+GRPO_HYPERPARAMETERS: dict[str, Any] = {"batch_size": 1, "num_generations": 4, "max_completion_length": 6, "beta": 0.1, "max_steps": 3}
 
-WAYS: dict[str, dict[str, Any]] = {
-    "dpo": PAIRS
-    | {"trainer_type": "dpo", "hyperparameters": SHORT | {"epochs": 2, "logging_steps": 3, "save_strategy": "steps", "save_steps": 2}},
-    "orpo": PAIRS | {"trainer_type": "orpo", "hyperparameters": SHORT},
-    "reward": PAIRS | {"trainer_type": "reward", "hyperparameters": SHORT},
-    "kto": {"trainer_type": "kto", "dataset_type": "unpaired_preference", "train": judged(9), "hyperparameters": SHORT}
-    | {"held_out": judged(3, first=100)},
-    "vision": {"modality": "vision", "base_model_id": SEEING, "train": [*squares(6), *messages(3)], "held_out": squares(2, first=500)}
-    | {"hyperparameters": SHORT | {"train_vision_tower": True}},  # which some batches leave aside
-    "grpo": grpo(LETTER, SAME, train=prompts(2)) | {"hyperparameters": SHORT | ANSWERS | {"mask_truncated_completions": False}},
+TRAINER_CONFIGS: dict[str, dict[str, Any]] = {
+    "dpo": PREFERENCE_DATA
+    | {
+        "trainer_type": "dpo",
+        "hyperparameters": SHORT_TRAINING | {"epochs": 2, "logging_steps": 3, "save_strategy": "steps", "save_steps": 2},
+    },
+    "orpo": PREFERENCE_DATA | {"trainer_type": "orpo", "hyperparameters": SHORT_TRAINING},
+    "reward": PREFERENCE_DATA | {"trainer_type": "reward", "hyperparameters": SHORT_TRAINING},
+    "kto": {"trainer_type": "kto", "dataset_type": "unpaired_preference", "train": unpaired_rows(9), "hyperparameters": SHORT_TRAINING}
+    | {"held_out": unpaired_rows(3, first=100)},
+    "vision": {
+        "modality": "vision",
+        "base_model_id": VISION_BASE,
+        "train": [*make_square_rows(6), *messages(3)],
+        "held_out": make_square_rows(2, first=500),
+    }
+    | {"hyperparameters": SHORT_TRAINING | {"train_vision_tower": True}},  # which some batches leave aside
+    "grpo": make_grpo_job(LETTER_GRADER, SIMILARITY_GRADER, train=prompts(2))
+    | {"hyperparameters": SHORT_TRAINING | GRPO_HYPERPARAMETERS | {"mask_truncated_completions": False}},
 }
 
 
 @pytest.fixture
-def tell(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, int], Story]:
+def make_distributed_run(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, int], TrainingRun]:
     """A training of that kind, under a name, in so many processes; to be told."""
 
-    def begin(way: str, name: str, processes: int) -> Story:
+    def begin(way: str, name: str, processes: int) -> TrainingRun:
         monkeypatch.setenv("JOB_PROCESSES", str(processes))
-        seeing = store / "pretrained_weights/huggingface" / SEEING
+        seeing = store / "pretrained_weights/huggingface" / VISION_BASE
         if way == "vision" and not seeing.exists():
             build_tiny_gemma_vision(seeing)
-        return Story(a_spec(store, eval_config={"eval_strategy": "epoch"}, **copy.deepcopy(WAYS[way])), tmp_path / name)
+        return TrainingRun(make_spec(store, eval_config={"eval_strategy": "epoch"}, **copy.deepcopy(TRAINER_CONFIGS[way])), tmp_path / name)
 
     return begin
 
 
-def assert_one_training(ours: tuple[Story, TrainedModel], theirs: tuple[Story, TrainedModel]) -> None:
+def assert_same_training(ours: tuple[TrainingRun, TrainedModel], theirs: tuple[TrainingRun, TrainedModel]) -> None:
     """Every figure of the curve and of the measurements, and every weight: the same, but for the order in which numbers are added up."""
     (two, our_model), (one, their_model) = ours, theirs
-    assert two.heard[0].decisions["processes"] == "2"
-    assert two.heard[0].warnings == one.heard[0].warnings
-    points, expected = drawn(two), drawn(one)
+    assert two.recorders[0].decisions["processes"] == "2"
+    assert two.recorders[0].warnings == one.recorders[0].warnings
+    points, expected = curve_points(two), curve_points(one)
     assert points.keys() == expected.keys() != set()
     for step, values in points.items():
         assert values == pytest.approx(expected[step], rel=1e-5, abs=1e-5), step
-    found, wanted = measured(two), measured(one)
+    found, wanted = evaluations_by_step(two), evaluations_by_step(one)
     assert found.keys() == wanted.keys()
     assert [of.eval_loss for of in found.values()] == pytest.approx([of.eval_loss for of in wanted.values()], rel=1e-5, abs=1e-5)
     assert our_model.train_tokens == their_model.train_tokens > 0
@@ -186,66 +203,73 @@ def assert_one_training(ours: tuple[Story, TrainedModel], theirs: tuple[Story, T
 
 
 # Always one whose batches are shared, and the one that shares as the library does: each start of a process takes seconds.
-ALWAYS = ("kto", "grpo")
+NOT_NIGHTLY = ("kto", "grpo")
 
 
-@pytest.mark.parametrize("way", [pytest.param(way, marks=[] if way in ALWAYS else pytest.mark.nightly) for way in WAYS if way != "dpo"])
-def test_two_processes_train_as_one_does_whatever_is_learned(tell: Callable[[str, str, int], Story], way: str) -> None:
-    alone = tell(way, "alone", 1)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[] if way in NOT_NIGHTLY else pytest.mark.nightly) for way in TRAINER_CONFIGS if way != "dpo"]
+)
+def test_two_processes_match_one_for_every_trainer(make_distributed_run: Callable[[str, str, int], TrainingRun], way: str) -> None:
+    alone = make_distributed_run(way, "alone", 1)
     theirs = (alone, alone.finish())
-    shared = tell(way, "shared", 2)
-    assert_one_training((shared, shared.finish()), theirs)
+    shared = make_distributed_run(way, "shared", 2)
+    assert_same_training((shared, shared.finish()), theirs)
     assert not psutil.Process().children()
 
 
-def test_a_point_of_the_curve_has_the_figures_of_both_processes_also_where_the_training_was_resumed_before_it(
-    tell: Callable[[str, str, int], Story], store: Path
+def test_metrics_of_both_processes_are_logged_after_resume(
+    make_distributed_run: Callable[[str, str, int], TrainingRun], store: Path
 ) -> None:
-    alone = tell("dpo", "alone", 1)
+    alone = make_distributed_run("dpo", "alone", 1)
     theirs = (alone, alone.finish())
-    unbroken = tell("dpo", "unbroken", 2)
+    unbroken = make_distributed_run("dpo", "unbroken", 2)
     model = unbroken.finish()
-    assert_one_training((unbroken, model), theirs)
-    resumed = Story(unbroken.spec, unbroken.workdir / "resumed", [*unbroken.heard])
-    shutil.rmtree(store / checkpoint_key(resumed.spec.checkpoints, attempt=1, step=4))
-    assert_same(resumed, resumed.finish(), unbroken, model)
-    again = resumed.heard[1]
-    assert [event.step for event in again.events if isinstance(event, Resumed)] == [2]  # at an epoch's end, and before a point
-    assert drawn(Story(resumed.spec, resumed.workdir, [again])) == drawn(unbroken)
+    assert_same_training((unbroken, model), theirs)
+    resumed = TrainingRun(unbroken.spec, unbroken.workdir / "resumed", [*unbroken.recorders])
+    shutil.rmtree(store / checkpoint_key(resumed.spec.checkpoints_prefix, attempt=1, step=4))
+    assert_runs_identical(resumed, resumed.finish(), unbroken, model)
+    again = resumed.recorders[1]
+    assert [event.step for event in again.events if isinstance(event, CheckpointRestored)] == [2]  # at an epoch's end, and before a point
+    assert curve_points(TrainingRun(resumed.spec, resumed.workdir, [again])) == curve_points(unbroken)
 
 
-def cannot(_: Ground) -> Lesson:
+def raise_invalid_data(_: TrainingContext) -> TrainingTask:
     raise JobFailed("invalid_data", "image 1 in row 5 of train is broken", "leave it out")
 
 
-def test_what_another_process_cannot_do_is_told_in_its_own_words(store: Path, tmp_path: Path) -> None:
-    spec = a_spec(store, held_out=[])
-    machine = Machine("cpu", None, autocast=False, on_gpu=False, gradient_checkpointing=False)
-    ground = Ground(
-        spec.training_config, a_context(spec, tmp_path), tmp_path, {}, None, template_is_ours=False, machine=machine, restored=None
+def test_worker_failure_keeps_code_and_hint(store: Path, tmp_path: Path) -> None:
+    spec = make_spec(store, held_out=[])
+    machine = DeviceConfig("cpu", None, autocast=False, on_gpu=False, gradient_checkpointing=False)
+    ground = TrainingContext(
+        spec.training_config,
+        make_context(spec, tmp_path),
+        tmp_path,
+        {},
+        None,
+        uses_default_chat_template=False,
+        device_config=machine,
+        resume_checkpoint=None,
     )
-    told = {"state": TrainingState(batch_size=1, gradient_accumulation_steps=2), "total_steps": 1, "checkpoint": None}
-    with pytest.raises(JobFailed, match="row 5") as failed, together(ground, cannot, Places(2), told):
+    told = {"state": TrainingControlState(batch_size=1, gradient_accumulation_steps=2), "total_steps": 1, "checkpoint": None}
+    with pytest.raises(JobFailed, match="row 5") as failed, worker_pool(ground, raise_invalid_data, DeviceSlots(2), told):
         pass
     assert (failed.value.failure.code, failed.value.failure.hint) == ("invalid_data", "leave it out")
 
 
 @pytest.mark.usefixtures("two_processes")
-def test_where_a_second_process_cannot_begin_one_trains_alone_and_says_so(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_worker_start_falls_back_to_single_process_fallback(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONHOME", "/nowhere")
-    record = Record()
-    spec = a_spec(store, held_out=[], hyperparameters={"max_steps": 2, "gradient_accumulation_steps": 2})
-    model = trainer_of(spec)(spec.training_config, a_context(spec, tmp_path, record))
+    record = EventRecorder()
+    spec = make_spec(store, held_out=[], hyperparameters={"max_steps": 2, "gradient_accumulation_steps": 2})
+    model = load_trainer(spec)(spec.training_config, make_context(spec, tmp_path, record))
     assert model.step == 2
-    assert "process 1 of the training ended with code 1" in record.warnings["one_process"]
+    assert "process 1 of the training ended with code 1" in record.warnings["single_process_fallback"]
 
 
 # --- without a second process ------------------------------------------------------------------------------------------
 
 
-def test_each_process_goes_on_with_its_own_random_numbers(tmp_path: Path) -> None:
+def test_each_process_restores_its_own_rng_state(tmp_path: Path) -> None:
     import torch
     from transformers import Trainer
     from transformers.training_args import ParallelMode
@@ -253,25 +277,23 @@ def test_each_process_goes_on_with_its_own_random_numbers(tmp_path: Path) -> Non
     states, drawn = [], []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        states.append(random_state())
+        states.append(capture_rng_state())
         drawn.append(torch.rand(3))
-    save_random_states(tmp_path, states)
+    save_rng_states(tmp_path, states)
     for rank in (1, 0):
         arguments = SimpleNamespace(world_size=2, process_index=rank, parallel_mode=ParallelMode.DISTRIBUTED)
         Trainer._load_rng_state(SimpleNamespace(args=arguments), str(tmp_path))
         assert torch.rand(3).equal(drawn[rank])
 
 
-def test_what_cannot_share_its_steps_is_trained_in_one_process_and_says_what_could(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unshareable_steps_use_single_process_fallback_with_advice(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JOB_PROCESSES", "2")
-    record = Record()
-    spec = a_spec(store, held_out=[], hyperparameters={"max_steps": 1, "gradient_accumulation_steps": 3})
-    trainer_of(spec)(spec.training_config, a_context(spec, tmp_path, record))
+    record = EventRecorder()
+    spec = make_spec(store, held_out=[], hyperparameters={"max_steps": 1, "gradient_accumulation_steps": 3})
+    load_trainer(spec)(spec.training_config, make_context(spec, tmp_path, record))
     assert record.decisions["processes"] == "1"
-    assert "gradient_accumulation_steps 3 cannot be shared" in record.warnings["idle_processors"]
-    assert "multiple of 2" in record.warnings["idle_processors"]
+    assert "gradient_accumulation_steps 3 cannot be shared" in record.warnings["idle_cpu_slots"]
+    assert "multiple of 2" in record.warnings["idle_cpu_slots"]
 
 
 @pytest.mark.parametrize(
@@ -284,54 +306,59 @@ def test_what_cannot_share_its_steps_is_trained_in_one_process_and_says_what_cou
         ((2, 4), 5, 4, 2, "only 3 batches"),
     ],
 )
-def test_a_step_has_as_many_rows_however_many_share_it(plan: tuple[int, int], items: int, most: int, processes: int, idle: str) -> None:
-    found = choose(BatchPlan(*plan), items, most)
-    assert found.processes == processes
+def test_effective_batch_is_independent_of_process_count(plan: tuple[int, int], items: int, most: int, processes: int, idle: str) -> None:
+    found = choose_world_size(BatchConfig(*plan), items, most)
+    assert found.world_size == processes
     assert plan[1] % processes == 0
-    assert (idle in found.idle) if idle else found == Choice(processes, found.why)
+    assert (idle in found.idle_reason) if idle else found == WorldSizeDecision(processes, found.reason)
 
 
-@pytest.mark.parametrize("code", [OUT_OF_MEMORY, -signal.SIGKILL])
-def test_a_process_that_ran_out_of_memory_or_was_killed_makes_the_batch_smaller(code: int) -> None:
-    assert is_out_of_memory(verdict({1: 1, 2: code}))  # pyright: ignore[reportArgumentType]
+@pytest.mark.parametrize("code", [EXIT_OOM, -signal.SIGKILL])
+def test_killed_or_oom_worker_reduces_batch_size(code: int) -> None:
+    assert is_out_of_memory(worker_error({1: 1, 2: code}))  # pyright: ignore[reportArgumentType]
 
 
-def test_a_process_that_ended_otherwise_fails_the_attempt_and_says_which() -> None:
-    failed = verdict({2: 1})
-    assert isinstance(failed, LostProcess)
+def test_other_worker_exit_fails_attempt_and_names_process() -> None:
+    failed = worker_error({2: 1})
+    assert isinstance(failed, WorkerFailed)
     assert "process 2" in failure_of(failed).message
-    assert LEFT_ALONE not in (0, 1, OUT_OF_MEMORY)
+    assert EXIT_PEER_LOST not in (0, 1, EXIT_OOM)
 
 
-def test_another_process_sees_its_own_gpu_and_no_token() -> None:
-    found = environment_of_rank(1, 2, 4711, "3", {"JOB_TOKEN": "t0ken", "CUDA_VISIBLE_DEVICES": "2", "PATH": "/bin"})
+def test_worker_environment_has_own_gpu_and_no_token() -> None:
+    found = worker_environment(1, 2, 4711, "3", {"JOB_TOKEN": "t0ken", "CUDA_VISIBLE_DEVICES": "2", "PATH": "/bin"})
     assert found.items() >= {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "4711", "CUDA_VISIBLE_DEVICES": "3", "PATH": "/bin"}.items()
     assert "t0ken" not in found.values()
 
 
 @pytest.mark.parametrize(
     ("environment", "names"),
-    [({}, ("0", "1", "2", "3")), ({"JOB_GPUS": "2, 3"}, ("2", "3")), ({"JOB_GPUS": "MIG-a,MIG-b"}, ("MIG-a",)), ({"JOB_GPUS": ""}, ("",))],
+    [
+        ({}, ("0", "1", "2", "3")),
+        ({"JOB_VISIBLE_GPUS": "2, 3"}, ("2", "3")),
+        ({"JOB_VISIBLE_GPUS": "MIG-a,MIG-b"}, ("MIG-a",)),
+        ({"JOB_VISIBLE_GPUS": ""}, ("",)),
+    ],
 )
-def test_the_gpus_are_those_that_the_attempt_was_shown(environment: dict[str, str], names: tuple[str, ...]) -> None:
-    assert gpus_shown(4, environment) == names
+def test_visible_gpus_come_from_job_gpus(environment: dict[str, str], names: tuple[str, ...]) -> None:
+    assert visible_gpus(4, environment) == names
 
 
-def test_a_first_step_is_late_only_between_its_begin_and_its_end() -> None:
+def test_first_step_timeout_applies_only_during_the_step() -> None:
     now = 0.0
-    step = FirstStep(patience_s=10.0, clock=lambda: now)
+    step = StartupWatchdog(timeout_s=10.0, clock=lambda: now)
     now = 100.0  # the base is being measured
-    assert not step.is_late
-    step.begins()
+    assert not step.has_timed_out
+    step.start()
     now = 109.0
-    assert not step.is_late
+    assert not step.has_timed_out
     now = 111.0
-    assert step.is_late
-    step.is_done()
-    assert not step.is_late
+    assert step.has_timed_out
+    step.stop()
+    assert not step.has_timed_out
 
 
-def test_a_number_of_processes_below_one_is_refused() -> None:
-    assert (most_processes({}), most_processes({"JOB_PROCESSES": "3"})) == (None, 3)
+def test_process_count_below_one_is_rejected() -> None:
+    assert (read_max_processes({}), read_max_processes({"JOB_PROCESSES": "3"})) == (None, 3)
     with pytest.raises(JobFailed, match="JOB_PROCESSES"):
-        most_processes({"JOB_PROCESSES": "0"})
+        read_max_processes({"JOB_PROCESSES": "0"})

@@ -14,28 +14,30 @@ import psutil
 import pytest
 
 from jobs.errors import JobFailed
-from jobs.settings import parallelism
+from jobs.settings import read_parallelism
 from jobs.trained import TrainedModel
-from jobs.trainers.model import training_bytes
-from jobs.trainers.sharded import Room, obstacle_of, parallelism_of
+from jobs.trainers.model import estimate_training_bytes
+from jobs.trainers.sharded import MemoryEstimate, choose_parallelism, fsdp_unsupported_reason
 from schema.checkpoint import checkpoints_prefix
-from schema.events import Metrics, Resumed, Sampled
-from tests.jobs.conftest import a_spec, messages, saved
-from tests.jobs.test_continuation import Story, assert_same, weights
-from tests.jobs.test_several import KNOBS, Killer, assert_close
+from schema.events import CheckpointRestored, MetricsLogged, SamplesGenerated
+from tests.jobs.conftest import load_saved_checkpoints, make_spec, messages
+from tests.jobs.test_continuation import TrainingRun, assert_runs_identical, weights
+from tests.jobs.test_several import HYPERPARAMETERS, KillWorkerListener, assert_runs_close
 
 
 @pytest.fixture
-def begin(store: Path, tmp_path: Path) -> Callable[..., Story]:
-    def run(name: str, hyperparameters: dict[str, Any] | None = None, **config: Any) -> Story:
+def make_training_run(store: Path, tmp_path: Path) -> Callable[..., TrainingRun]:
+    def run(name: str, hyperparameters: dict[str, Any] | None = None, **config: Any) -> TrainingRun:
         config = {"method": "Full", "eval_config": {"eval_strategy": "epoch"}} | config
-        return Story(a_spec(store, train=messages(9), hyperparameters=KNOBS | (hyperparameters or {}), **config), tmp_path / name)
+        return TrainingRun(
+            make_spec(store, train=messages(9), hyperparameters=HYPERPARAMETERS | (hyperparameters or {}), **config), tmp_path / name
+        )
 
     return run
 
 
 @pytest.fixture
-def divide(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
+def set_fsdp(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
     """Lets what follows train in two processes that divide the model, or in one."""
     monkeypatch.setenv("JOB_PARALLELISM", "fsdp")
     yield lambda wanted: monkeypatch.setenv("JOB_PROCESSES", "2" if wanted else "1")
@@ -44,13 +46,13 @@ def divide(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
 
 
 @dataclass
-class Scales(Killer):
+class ShardSizeListener(KillWorkerListener):
     """A mirror that weighs what of the model and its optimizer is in this process, and kills nobody."""
 
     step: int = -1
-    shares: list[float] = field(default_factory=list)
+    shard_fractions: list[float] = field(default_factory=list)
 
-    def metrics(self, event: Metrics) -> None:
+    def log_metrics(self, event: MetricsLogged) -> None:
         from torch.distributed.tensor import DTensor
         from torch.optim import AdamW
 
@@ -58,50 +60,50 @@ class Scales(Killer):
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         parts = weights + [optimizer.state[weight][moment] for weight in weights for moment in ("exp_avg", "exp_avg_sq")]
         assert all(isinstance(part, DTensor) for part in parts)
-        self.shares.append(sum(part.to_local().nbytes for part in parts) / sum(part.nbytes for part in parts))
+        self.shard_fractions.append(sum(part.to_local().nbytes for part in parts) / sum(part.nbytes for part in parts))
 
 
-def test_a_divided_model_is_trained_as_a_whole_one_and_its_checkpoint_is_gone_on_with_by_two_processes_or_one(
-    begin: Callable[..., Story], divide: Callable[[bool], None], store: Path, tmp_path: Path
+def test_fsdp_matches_single_process_fallback_and_checkpoints_resume_anywhere(
+    make_training_run: Callable[..., TrainingRun], set_fsdp: Callable[[bool], None], store: Path, tmp_path: Path
 ) -> None:
-    divide(False)
-    alone = begin("alone")
+    set_fsdp(False)
+    alone = make_training_run("alone")
     expected = alone.finish()
-    divide(True)
-    unbroken, scales = begin("unbroken"), Scales()
-    model = unbroken.attempt(mirror=scales)
+    set_fsdp(True)
+    unbroken, scales = make_training_run("unbroken"), ShardSizeListener()
+    model = unbroken.run_attempt(training_listener=scales)
     assert isinstance(model, TrainedModel)
-    assert_close((unbroken, model), (alone, expected))
-    assert unbroken.heard[0].decisions["parallelism"] == "fsdp"
-    assert len(scales.shares) == 6
-    assert all(0.45 < share < 0.55 for share in scales.shares)
+    assert_runs_close((unbroken, model), (alone, expected))
+    assert unbroken.recorders[0].decisions["parallelism"] == "fsdp"
+    assert len(scales.shard_fractions) == 6
+    assert all(0.45 < share < 0.55 for share in scales.shard_fractions)
 
-    broken = begin("broken")
+    broken = make_training_run("broken")
     with pytest.raises(JobFailed):
-        broken.attempt(mirror=Killer(3))
-    spec = broken.spec.model_copy(update={"checkpoints": checkpoints_prefix(f"{broken.spec.job_id}-passed-on", None)})
-    passed_on = Story(spec, tmp_path / "passed-on", list(broken.heard))
-    shutil.copytree(store / broken.spec.checkpoints, store / passed_on.spec.checkpoints)
-    assert_same(broken, broken.finish(), unbroken, model)
-    assert resumed(broken) == [2]
+        broken.run_attempt(training_listener=KillWorkerListener(3))
+    spec = broken.spec.model_copy(update={"checkpoints_prefix": checkpoints_prefix(f"{broken.spec.job_id}-passed-on", None)})
+    passed_on = TrainingRun(spec, tmp_path / "passed-on", list(broken.recorders))
+    shutil.copytree(store / broken.spec.checkpoints_prefix, store / passed_on.spec.checkpoints_prefix)
+    assert_runs_identical(broken, broken.finish(), unbroken, model)
+    assert resumed_steps(broken) == [2]
 
-    divide(False)
-    assert weights_apart(passed_on.finish(), expected) < 1e-5
-    assert resumed(passed_on) == [2]
-
-
-def resumed(story: Story) -> list[int]:
-    return [event.step for listener in story.heard for event in listener.events if isinstance(event, Resumed)]
+    set_fsdp(False)
+    assert max_weight_difference(passed_on.finish(), expected) < 1e-5
+    assert resumed_steps(passed_on) == [2]
 
 
-def weights_apart(one: TrainedModel, other: TrainedModel) -> float:
+def resumed_steps(training_run: TrainingRun) -> list[int]:
+    return [event.step for listener in training_run.recorders for event in listener.events if isinstance(event, CheckpointRestored)]
+
+
+def max_weight_difference(one: TrainedModel, other: TrainedModel) -> float:
     ours, theirs = weights(one), weights(other)
     assert ours.keys() == theirs.keys()
     return max(float((part - theirs[name]).abs().max()) for name, part in ours.items())
 
 
 @pytest.fixture
-def no_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def oom_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Memory runs out in rank 0 in the midst of a model that measures more than one row; what happened so far."""
     from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
@@ -117,24 +119,24 @@ def no_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return happened
 
 
-def test_the_best_adapter_beside_a_divided_base_is_measured_whatever_happens_and_published(
-    begin: Callable[..., Story], divide: Callable[[bool], None], no_memory: list[int]
+def test_best_adapter_with_fsdp_is_evaluated_despite_oom_and_published(
+    make_training_run: Callable[..., TrainingRun], set_fsdp: Callable[[bool], None], oom_in_evaluation: list[int]
 ) -> None:
     # The first step has a learning rate of 0, and the others ruin the model.
     knobs = {"gradient_checkpointing": True, "max_steps": 3, "learning_rate": 1.0, "save_strategy": "no"}
     knobs |= {"batch_size": 2, "gradient_accumulation_steps": 2}
     judged = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "sample_prompts": 1, "max_new_tokens": 4}
-    divide(True)
-    story = begin("adapter", knobs, method="LoRA", eval_config=judged)
+    set_fsdp(True)
+    story = make_training_run("adapter", knobs, method="LoRA", eval_config=judged)
     model = story.finish()
     measured = story.evaluations
-    assert no_memory == [2] * 5  # once in each measurement, which goes on with a row at a time
+    assert oom_in_evaluation == [2] * 5  # once in each measurement, which goes on with a row at a time
     best = min((1, 2, 3), key=lambda step: measured["during", step])
     assert model.step == best < 3
     assert measured["after", best] == measured["during", best]
-    answered = [event.when for event in story.heard[0].events if isinstance(event, Sampled)]
+    answered = [event.when for event in story.recorders[0].events if isinstance(event, SamplesGenerated)]
     assert answered == ["before", "during", "during", "during", "after"]
-    (kept,) = [kept for kept in saved(story.spec) if kept.step == best]
+    (kept,) = [kept for kept in load_saved_checkpoints(story.spec) if kept.step == best]
     files = {file.path: file.sha256 for file in kept.files}
     assert files.keys() >= {"optimizer.pt", "rng_state_0.pth", "rng_state_1.pth"}
     assert files["adapter_model.safetensors"] == sha256((model.folder / "adapter_model.safetensors").read_bytes()).hexdigest()
@@ -147,28 +149,26 @@ def test_the_best_adapter_beside_a_divided_base_is_measured_whatever_happens_and
     ("processes", "obstacle", "asked", "room", "value"),
     [
         (1, "", "fsdp", None, "none"),
-        (4, "", None, Room(whole=30, part=10, there=40), "ddp"),
-        (4, "", None, Room(whole=50, part=20, there=40), "fsdp"),
-        (4, "", None, Room(whole=500, part=200, there=40), "ddp"),
-        (4, "cannot be", None, Room(whole=50, part=20, there=40), "ddp"),
+        (4, "", None, MemoryEstimate(full_model_bytes=30, shard_bytes=10, available_bytes=40), "ddp"),
+        (4, "", None, MemoryEstimate(full_model_bytes=50, shard_bytes=20, available_bytes=40), "fsdp"),
+        (4, "", None, MemoryEstimate(full_model_bytes=500, shard_bytes=200, available_bytes=40), "ddp"),
+        (4, "cannot be", None, MemoryEstimate(full_model_bytes=50, shard_bytes=20, available_bytes=40), "ddp"),
         (4, "cannot be", "fsdp", None, "ddp"),
-        (4, "", "fsdp", Room(whole=30, part=10, there=40), "fsdp"),
-        (4, "", "ddp", Room(whole=50, part=20, there=40), "ddp"),
+        (4, "", "fsdp", MemoryEstimate(full_model_bytes=30, shard_bytes=10, available_bytes=40), "fsdp"),
+        (4, "", "ddp", MemoryEstimate(full_model_bytes=50, shard_bytes=20, available_bytes=40), "ddp"),
         (4, "", None, None, "ddp"),
     ],
 )
-def test_a_model_is_divided_where_it_does_not_fit_whole_or_somebody_says_so(
-    processes: int, obstacle: str, asked: Any, room: Room | None, value: str
-) -> None:
-    found = parallelism_of(processes, obstacle, asked, room)
+def test_fsdp_is_chosen_by_memory_or_on_request(processes: int, obstacle: str, asked: Any, room: MemoryEstimate | None, value: str) -> None:
+    found = choose_parallelism(processes, obstacle, asked, room)
     assert found.value == value
-    assert obstacle in found.why
-    assert found.why
+    assert obstacle in found.reason
+    assert found.reason
 
 
-def test_weights_of_four_bits_and_other_trainers_are_not_divided(store: Path) -> None:
+def test_fsdp_is_not_used_for_qlora_or_other_trainers(store: Path) -> None:
     def obstacle(**config: Any) -> str:
-        return obstacle_of(a_spec(store, **config).training_config)
+        return fsdp_unsupported_reason(make_spec(store, **config).training_config)
 
     assert not obstacle(method="Full")
     assert not obstacle(method="LoRA")
@@ -177,21 +177,21 @@ def test_weights_of_four_bits_and_other_trainers_are_not_divided(store: Path) ->
 
 
 @pytest.mark.parametrize("method", ["Full", "LoRA"])
-def test_a_part_of_a_model_needs_less_memory_the_more_parts_there_are(tmp_path: Path, store: Path, method: str) -> None:
+def test_fsdp_memory_estimate_shrinks_with_more_shards(tmp_path: Path, store: Path, method: str) -> None:
     layers, width, words = 48, 3840, 262_208
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": width, "num_hidden_layers": layers, "vocab_size": words}))
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.truncate(24_000_000_000)  # 12 billion weights in bf16, and no byte of it on the disk
-    config = a_spec(store, method=method).training_config
-    needed = [training_bytes(config, tmp_path, recomputes=True, parts=parts) for parts in (1, 2, 4, 8)]
+    config = make_spec(store, method=method).training_config
+    needed = [estimate_training_bytes(config, tmp_path, gradient_checkpointing=True, num_shards=parts) for parts in (1, 2, 4, 8)]
     whole = {"Full": 16, "LoRA": 2}[method] * 12e9
     assert needed[0] > whole
     assert needed[1:] == sorted(needed[1:], reverse=True)
     assert needed[1] - needed[3] == pytest.approx(whole * (1 / 2 - 1 / 8))
-    assert training_bytes(config, tmp_path) > needed[0]
+    assert estimate_training_bytes(config, tmp_path) > needed[0]
 
 
-def test_only_the_two_ways_to_share_a_training_may_be_asked_for() -> None:
-    assert (parallelism({}), parallelism({"JOB_PARALLELISM": "fsdp"})) == (None, "fsdp")
+def test_only_known_parallelism_values_are_accepted() -> None:
+    assert (read_parallelism({}), read_parallelism({"JOB_PARALLELISM": "fsdp"})) == (None, "fsdp")
     with pytest.raises(JobFailed, match="JOB_PARALLELISM"):
-        parallelism({"JOB_PARALLELISM": "zero"})
+        read_parallelism({"JOB_PARALLELISM": "zero"})

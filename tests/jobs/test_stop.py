@@ -10,57 +10,57 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from jobs.attempt import HASTY, PATIENCE, within
-from jobs.context import is_too_late
-from jobs.errors import Reason, Stopped
-from jobs.stop import LOOK, MEANING, Stop, last_word_s
+from jobs.attempt import FORCED_SHUTDOWN, SHUTDOWN_TIMEOUTS, cap_timeouts
+from jobs.context import deadline_reached
+from jobs.errors import Stopped, StopReason
+from jobs.stop import REASON_BY_SIGNAL, WAKE_SIGNAL, StopController, shutdown_reserve_s
 
-LONG_S = 20.0  # nothing here takes that long; it is what would hang
+HANG_TIMEOUT_S = 20.0  # nothing here takes that long; it is what would hang
 GRACE_S = 0.15
 
 
 @dataclass
-class Resort:
+class ForceExitRecorder:
     """A last resort that remembers."""
 
-    reasons: list[Reason] = field(default_factory=list)
-    came: threading.Event = field(default_factory=threading.Event)
+    reasons: list[StopReason] = field(default_factory=list)
+    called: threading.Event = field(default_factory=threading.Event)
 
-    def __call__(self, reason: Reason) -> None:
+    def __call__(self, reason: StopReason) -> None:
         self.reasons.append(reason)
-        self.came.set()
+        self.called.set()
 
 
 @pytest.fixture
-def resort() -> Resort:
-    return Resort()
+def force_exit() -> ForceExitRecorder:
+    return ForceExitRecorder()
 
 
 @pytest.fixture
-def make(resort: Resort) -> Iterator[Callable[..., Stop]]:
+def make(force_exit: ForceExitRecorder) -> Iterator[Callable[..., StopController]]:
     """Makes a Stop that listens; afterwards signals mean again what they meant, and no deadline is left."""
-    made: list[Stop] = []
-    before = {number: signal.getsignal(number) for number in MEANING}
+    made: list[StopController] = []
+    before = {number: signal.getsignal(number) for number in REASON_BY_SIGNAL}
 
-    def make(time_limit_s: float | None = None, *, preempted_s: float = GRACE_S) -> Stop:
-        made.append(Stop(resort, grace_s=GRACE_S, preempted_s=preempted_s))
-        made[-1].listen(time_limit_s)
+    def make(time_limit_s: float | None = None, *, preempted_s: float = GRACE_S) -> StopController:
+        made.append(StopController(force_exit, grace_s=GRACE_S, preemption_deadline_s=preempted_s))
+        made[-1].install_signal_handlers(time_limit_s)
         return made[-1]
 
     yield make
     for stop in made:
-        stop.settle()
+        stop.finalize()
     for number, handler in before.items():
         signal.signal(number, handler)
-    signal.signal(LOOK, signal.SIG_IGN)  # one may still be on its way
+    signal.signal(WAKE_SIGNAL, signal.SIG_IGN)  # one may still be on its way
     os.close(signal.set_wakeup_fd(-1))  # ends the listener
 
 
-Make = Callable[..., Stop]
+Make = Callable[..., StopController]
 
 
 @contextmanager
-def stopped(reason: Reason) -> Generator[None]:
+def assert_stopped(reason: StopReason) -> Generator[None]:
     """What is inside is stopped, for that reason."""
     try:
         yield
@@ -70,20 +70,20 @@ def stopped(reason: Reason) -> Generator[None]:
     pytest.fail("it was not stopped")
 
 
-def soon(call: Callable[[], object], after_s: float = 0.05) -> None:
+def call_later(call: Callable[[], object], after_s: float = 0.05) -> None:
     """Does it from another thread, in a moment."""
     timer = threading.Timer(after_s, call)
     timer.daemon = True
     timer.start()
 
 
-def tell(number: signal.Signals) -> Callable[[], None]:
+def make_signal_sender(number: signal.Signals) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
 
 
-def in_one_call(seconds: float) -> None:
+def block_signals(seconds: float) -> None:
     """As a long backward pass: no handler runs in it."""
-    old = signal.pthread_sigmask(signal.SIG_BLOCK, {LOOK, *MEANING})
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, {WAKE_SIGNAL, *REASON_BY_SIGNAL})
     time.sleep(seconds)
     signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
@@ -92,205 +92,205 @@ def in_one_call(seconds: float) -> None:
 
 
 @pytest.mark.parametrize("reason", ["cancel", "pause", "preempted", "time_slice"])
-def test_outside_a_training_a_request_interrupts_at_once(make: Make, resort: Resort, reason: Reason) -> None:
+def test_request_outside_training_interrupts_immediately(make: Make, force_exit: ForceExitRecorder, reason: StopReason) -> None:
     stop = make()
-    soon(lambda: stop.ask(reason))
+    call_later(lambda: stop.request(reason))
     began = time.monotonic()
-    with stopped(reason):
-        time.sleep(LONG_S)
+    with assert_stopped(reason):
+        time.sleep(HANG_TIMEOUT_S)
     assert time.monotonic() - began < 1
-    assert stop.settle() == reason
-    assert resort.reasons == []
+    assert stop.finalize() == reason
+    assert force_exit.reasons == []
 
 
 @pytest.mark.parametrize(("number", "reason"), [(signal.SIGTERM, "preempted"), (signal.SIGINT, "cancel")])
-def test_what_a_signal_means(make: Make, number: signal.Signals, reason: Reason) -> None:
+def test_signals_map_to_reasons(make: Make, number: signal.Signals, reason: StopReason) -> None:
     stop = make()
-    soon(tell(number))
-    with stopped(reason):
-        time.sleep(LONG_S)
-    assert stop.wanted == reason
+    call_later(make_signal_sender(number))
+    with assert_stopped(reason):
+        time.sleep(HANG_TIMEOUT_S)
+    assert stop.stop_reason == reason
 
 
-def test_an_interruption_that_was_not_noticed_is_sent_again(make: Make) -> None:
-    stop = make(preempted_s=LONG_S)
-    signal.signal(LOOK, signal.SIG_IGN)
-    stop.ask("preempted")
-    signal.signal(LOOK, stop._look)
+def test_unnoticed_interrupt_is_sent_again(make: Make) -> None:
+    stop = make(preempted_s=HANG_TIMEOUT_S)
+    signal.signal(WAKE_SIGNAL, signal.SIG_IGN)
+    stop.request("preempted")
+    signal.signal(WAKE_SIGNAL, stop._on_signal)
     began = time.monotonic()
-    with stopped("preempted"):
-        time.sleep(LONG_S)
-    assert time.monotonic() - began < LONG_S / 2
+    with assert_stopped("preempted"):
+        time.sleep(HANG_TIMEOUT_S)
+    assert time.monotonic() - began < HANG_TIMEOUT_S / 2
 
 
 @pytest.mark.parametrize("reason", ["cancel", "pause", "preempted"])
-def test_a_main_thread_that_does_not_come_is_ended_without(make: Make, resort: Resort, reason: Reason) -> None:
+def test_unresponsive_main_thread_is_force_exited(make: Make, force_exit: ForceExitRecorder, reason: StopReason) -> None:
     stop = make()
-    soon(lambda: stop.ask(reason))
-    with stopped(reason):
-        in_one_call(0.05 + 3 * GRACE_S)
-    assert resort.reasons == [reason]
+    call_later(lambda: stop.request(reason))
+    with assert_stopped(reason):
+        block_signals(0.05 + 3 * GRACE_S)
+    assert force_exit.reasons == [reason]
 
 
-def test_the_first_request_counts(make: Make) -> None:
+def test_first_request_wins(make: Make) -> None:
     stop = make()
-    with stopped("pause"), stop.politely():
-        stop.ask("pause")
-        stop.ask("preempted")
-        assert stop.wanted == "pause"
+    with assert_stopped("pause"), stop.defer_stop():
+        stop.request("pause")
+        stop.request("preempted")
+        assert stop.stop_reason == "pause"
 
 
-def test_a_library_that_swallows_the_interruption_meets_it_at_the_next_check(make: Make) -> None:
+def test_swallowed_interrupt_is_raised_at_next_check(make: Make) -> None:
     stop = make()
-    with stopped("pause"):
-        stop.ask("pause")
-        time.sleep(LONG_S)
-    with stopped("pause"):
+    with assert_stopped("pause"):
+        stop.request("pause")
+        time.sleep(HANG_TIMEOUT_S)
+    with assert_stopped("pause"):
         stop.check()
 
 
-def test_it_is_raised_once_so_that_nothing_interrupts_the_way_out(make: Make) -> None:
+def test_stopped_is_raised_only_once(make: Make) -> None:
     stop = make()
     try:
-        stop.ask("pause")
-        time.sleep(LONG_S)
+        stop.request("pause")
+        time.sleep(HANG_TIMEOUT_S)
     except Stopped:
-        stop.ask("cancel")
+        stop.request("cancel")
         time.sleep(0.02)
-    assert stop.settle() == "cancel"
+    assert stop.finalize() == "cancel"
 
 
-def test_after_settling_nothing_is_raised_and_nothing_asked_for_counts(make: Make, resort: Resort) -> None:
+def test_requests_after_finalize_are_ignored(make: Make, force_exit: ForceExitRecorder) -> None:
     stop = make()
-    assert stop.settle() is None
-    stop.ask("cancel")
+    assert stop.finalize() is None
+    stop.request("cancel")
     os.kill(os.getpid(), signal.SIGTERM)
     stop.check()
     time.sleep(2 * GRACE_S)
-    assert resort.reasons == []
-    assert stop.wanted is None
+    assert force_exit.reasons == []
+    assert stop.stop_reason is None
 
 
 # --- inside ----------------------------------------------------------------------------------------------------------
 
 
-def test_inside_a_training_a_pause_waits_until_the_main_thread_looks_and_has_no_deadline(make: Make, resort: Resort) -> None:
+def test_deferred_pause_waits_for_check_without_deadline(make: Make, force_exit: ForceExitRecorder) -> None:
     stop = make()
     steps = 0
-    with stopped("pause"), stop.politely():
-        stop.ask("pause")
+    with assert_stopped("pause"), stop.defer_stop():
+        stop.request("pause")
         while steps < 5:
             time.sleep(GRACE_S / 2)
             stop.check()
             steps += 1
-        assert stop.wanted == "pause"
+        assert stop.stop_reason == "pause"
         raise Stopped("pause")
-    assert resort.reasons == []
+    assert force_exit.reasons == []
 
 
-def test_what_was_not_obeyed_inside_is_raised_on_the_way_out(make: Make) -> None:
+def test_unhandled_request_is_raised_when_deferral_ends(make: Make) -> None:
     stop, after = make(), []
-    with stopped("pause"):
-        with stop.politely():
-            stop.ask("pause")
+    with assert_stopped("pause"):
+        with stop.defer_stop():
+            stop.request("pause")
         after.append("never")
     assert after == []
 
 
-def test_a_request_from_before_is_raised_on_the_way_in(make: Make) -> None:
+def test_earlier_request_is_raised_when_deferral_starts(make: Make) -> None:
     stop = make()
-    with stopped("pause"):
-        stop.ask("pause")
-        time.sleep(LONG_S)
-    with stopped("pause"), stop.politely():
+    with assert_stopped("pause"):
+        stop.request("pause")
+        time.sleep(HANG_TIMEOUT_S)
+    with assert_stopped("pause"), stop.defer_stop():
         pytest.fail("it was let in")
 
 
-def test_a_sigterm_inside_a_training_leaves_time_to_save_and_no_more(make: Make, resort: Resort) -> None:
+def test_deferred_sigterm_leaves_limited_time_to_save(make: Make, force_exit: ForceExitRecorder) -> None:
     stop = make(preempted_s=0.4)
-    with stopped("preempted"), stop.politely():
-        soon(tell(signal.SIGTERM), 0)
-        while stop.wanted is None:
+    with assert_stopped("preempted"), stop.defer_stop():
+        call_later(make_signal_sender(signal.SIGTERM), 0)
+        while stop.stop_reason is None:
             time.sleep(0.01)
-        assert stop.wanted == "preempted"
+        assert stop.stop_reason == "preempted"
         left = stop.time_left_s()
         assert left is not None
         assert 0 < left <= 0.4
-        assert resort.reasons == []
-        assert resort.came.wait(2)  # it was not done in time
+        assert force_exit.reasons == []
+        assert force_exit.called.wait(2)  # it was not done in time
         assert stop.time_left_s() == 0
-    assert resort.reasons == ["preempted"]
+    assert force_exit.reasons == ["preempted"]
 
 
-def test_a_sigterm_while_a_pause_waits_for_its_step_puts_an_end_to_the_waiting(make: Make, resort: Resort) -> None:
+def test_sigterm_ends_a_deferred_pause(make: Make, force_exit: ForceExitRecorder) -> None:
     stop = make()
-    with stopped("pause"), stop.politely():
-        stop.ask("pause")
-        stop.ask("preempted")
-        assert resort.came.wait(2)
-    assert resort.reasons == ["pause"]
+    with assert_stopped("pause"), stop.defer_stop():
+        stop.request("pause")
+        stop.request("preempted")
+        assert force_exit.called.wait(2)
+    assert force_exit.reasons == ["pause"]
 
 
 @pytest.mark.parametrize("before", [None, "pause", "preempted"])
-def test_a_cancel_interrupts_also_what_is_polite(make: Make, resort: Resort, before: Reason | None) -> None:
-    stop = make(preempted_s=LONG_S)
-    with stopped("cancel"), stop.politely():
+def test_cancel_interrupts_deferred_stop(make: Make, force_exit: ForceExitRecorder, before: StopReason | None) -> None:
+    stop = make(preempted_s=HANG_TIMEOUT_S)
+    with assert_stopped("cancel"), stop.defer_stop():
         if before:
-            stop.ask(before)
-        soon(lambda: stop.ask("cancel"))
-        time.sleep(LONG_S)
-    assert stop.settle() == "cancel"
-    assert resort.reasons == []
+            stop.request(before)
+        call_later(lambda: stop.request("cancel"))
+        time.sleep(HANG_TIMEOUT_S)
+    assert stop.finalize() == "cancel"
+    assert force_exit.reasons == []
 
 
-def test_a_cancel_while_a_pause_tidies_up_does_not_wait_for_it(make: Make, resort: Resort) -> None:
+def test_cancel_during_pause_cleanup_forces_exit(make: Make, force_exit: ForceExitRecorder) -> None:
     stop = make()
-    with stopped("pause"), stop.politely():
-        stop.ask("pause")
+    with assert_stopped("pause"), stop.defer_stop():
+        stop.request("pause")
         raise Stopped("pause")
-    stop.unwound()
-    soon(tell(signal.SIGINT), 0)
-    assert resort.came.wait(2)  # and the main thread was not interrupted
-    assert resort.reasons == ["cancel"]
+    stop.begin_shutdown()
+    call_later(make_signal_sender(signal.SIGINT), 0)
+    assert force_exit.called.wait(2)  # and the main thread was not interrupted
+    assert force_exit.reasons == ["cancel"]
 
 
-def test_a_pause_that_has_unwound_tidies_up_as_long_as_it_takes(make: Make, resort: Resort) -> None:
+def test_pause_cleanup_has_no_deadline(make: Make, force_exit: ForceExitRecorder) -> None:
     stop = make()
-    with stopped("pause"):
-        stop.ask("pause")
-        time.sleep(LONG_S)
-    stop.unwound()
+    with assert_stopped("pause"):
+        stop.request("pause")
+        time.sleep(HANG_TIMEOUT_S)
+    stop.begin_shutdown()
     time.sleep(3 * GRACE_S)
-    assert stop.settle() == "pause"
-    assert resort.reasons == []
+    assert stop.finalize() == "pause"
+    assert force_exit.reasons == []
 
 
 # --- the time limit --------------------------------------------------------------------------------------------------
 
 
-def test_a_training_that_did_not_yield_in_time_is_interrupted_before_the_limit(make: Make, resort: Resort) -> None:
+def test_training_is_interrupted_before_the_time_limit(make: Make, force_exit: ForceExitRecorder) -> None:
     stop = make(2.0)
-    with stopped("time_slice"), stop.politely():
-        time.sleep(LONG_S)
-    left = stop.killed_in_s()
+    with assert_stopped("time_slice"), stop.defer_stop():
+        time.sleep(HANG_TIMEOUT_S)
+    left = stop.time_until_kill_s()
     assert left is not None
     assert 0 < left <= 0.2
-    stop.settle()
-    assert resort.reasons == []
+    stop.finalize()
+    assert force_exit.reasons == []
 
 
-def test_the_limit_also_ends_a_pause_that_waits_for_its_step(make: Make) -> None:
+def test_time_limit_ends_a_deferred_pause(make: Make) -> None:
     stop = make(0.4)
-    with stopped("pause"), stop.politely():
-        stop.ask("pause")
-        time.sleep(LONG_S)
+    with assert_stopped("pause"), stop.defer_stop():
+        stop.request("pause")
+        time.sleep(HANG_TIMEOUT_S)
 
 
-def test_at_the_limit_the_last_word_does_not_wait_for_the_main_thread(make: Make, resort: Resort) -> None:
+def test_time_limit_forces_exit_of_blocked_main_thread(make: Make, force_exit: ForceExitRecorder) -> None:
     make(0.3)
-    with stopped("time_slice"):
-        in_one_call(0.5)
-    assert resort.reasons == ["time_slice"]
+    with assert_stopped("time_slice"):
+        block_signals(0.5)
+    assert force_exit.reasons == ["time_slice"]
 
 
 class Clock:
@@ -302,39 +302,39 @@ class Clock:
         return self.now
 
 
-def test_the_time_left_is_known_and_shrinks_when_the_machine_is_taken_away(make: Make, resort: Resort) -> None:
+def test_time_left_is_reported_and_shrinks_on_preemption(make: Make, force_exit: ForceExitRecorder) -> None:
     make()  # signals are heard
     clock = Clock()
-    stop = Stop(resort, clock=clock)
-    assert (stop.time_left_s(), stop.killed_in_s()) == (None, None)
-    stop.listen(3600)
-    assert (stop.time_left_s(), stop.killed_in_s()) == (3585, 3600)
+    stop = StopController(force_exit, clock=clock)
+    assert (stop.time_left_s(), stop.time_until_kill_s()) == (None, None)
+    stop.install_signal_handlers(3600)
+    assert (stop.time_left_s(), stop.time_until_kill_s()) == (3585, 3600)
     clock.now += 3000
     assert stop.time_left_s() == 585
-    with stopped("preempted"), stop.politely():
-        stop.ask("preempted")
+    with assert_stopped("preempted"), stop.defer_stop():
+        stop.request("preempted")
         clock.now += 1
-        assert (stop.time_left_s(), stop.killed_in_s()) == (7, 9)
-    stop.settle()
+        assert (stop.time_left_s(), stop.time_until_kill_s()) == (7, 9)
+    stop.finalize()
 
 
 @pytest.mark.parametrize(("limit_s", "last_s"), [(3600, 15), (150, 15), (60, 6), (1, 0.1)])
-def test_a_short_limit_is_not_spent_on_the_last_word(limit_s: float, last_s: float) -> None:
-    assert last_word_s(limit_s) == pytest.approx(last_s)
+def test_shutdown_reserve_is_a_share_of_short_limits(limit_s: float, last_s: float) -> None:
+    assert shutdown_reserve_s(limit_s) == pytest.approx(last_s)
 
 
 # --- what follows from it --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("cost_s", "left_s", "late"), [(40, None, False), (40, 100, False), (40, 60, True), (0, 2, False), (0, 0.5, True)])
-def test_a_training_yields_while_a_step_and_a_save_still_fit_with_a_margin(cost_s: float, left_s: float | None, late: bool) -> None:
-    assert is_too_late(cost_s, left_s) is late
+def test_training_yields_while_step_and_save_still_fit(cost_s: float, left_s: float | None, late: bool) -> None:
+    assert deadline_reached(cost_s, left_s) is late
 
 
-def test_the_last_word_takes_no_longer_than_the_platform_leaves() -> None:
-    patience = PATIENCE["completed"]
-    assert within(patience, None) == within(patience, 3600) == patience
-    short = within(patience, 9)
-    assert 3 * short.words_s + short.checkpoint_s + short.tracker_s < 8
-    assert within(patience, 0) == HASTY
-    assert within(PATIENCE["cancelled"], 5).words_s == PATIENCE["cancelled"].words_s
+def test_shutdown_timeouts_fit_time_left() -> None:
+    patience = SHUTDOWN_TIMEOUTS["completed"]
+    assert cap_timeouts(patience, None) == cap_timeouts(patience, 3600) == patience
+    short = cap_timeouts(patience, 9)
+    assert 3 * short.report_s + short.checkpoint_s + short.tracker_s < 8
+    assert cap_timeouts(patience, 0) == FORCED_SHUTDOWN
+    assert cap_timeouts(SHUTDOWN_TIMEOUTS["cancelled"], 5).report_s == SHUTDOWN_TIMEOUTS["cancelled"].report_s

@@ -13,18 +13,18 @@ from jobs.system_metrics import EnergyMeter, GpuReading, NvidiaGpus, gpu_metrics
 
 
 @dataclass
-class Driver:
+class FakeGpuReader:
     """Reads what the test says, one reading a look; the last one for ever."""
 
-    looks: list[list[GpuReading]]
-    taken: list[list[GpuReading]] = field(default_factory=list)
+    readings: list[list[GpuReading]]
+    returned: list[list[GpuReading]] = field(default_factory=list)
 
     def read(self) -> list[GpuReading]:
-        self.taken.append(self.looks.pop(0) if len(self.looks) > 1 else self.looks[0])
-        return self.taken[-1]
+        self.returned.append(self.readings.pop(0) if len(self.readings) > 1 else self.readings[0])
+        return self.returned[-1]
 
 
-class Nvml:
+class FakeNvml:
     """The driver's library for a machine with two GPUs, the second of them divided: its load is not told."""
 
     NVML_TEMPERATURE_GPU = 0
@@ -62,21 +62,21 @@ class Nvml:
         return 9_000
 
 
-def test_the_machine_s_numbers_are_there(tmp_path: Path) -> None:
-    found = system_metrics(tmp_path, Driver([[]]))  # and the first look at the CPU
+def test_machine_metrics_are_reported(tmp_path: Path) -> None:
+    found = system_metrics(tmp_path, FakeGpuReader([[]]))  # and the first look at the CPU
     assert {"rss_bytes", "memory_available_bytes", "disk_free_bytes"} <= set(found)
     time.sleep(0.11)
     assert 0 <= system_metrics(tmp_path)["cpu_percent"] <= 100
     assert all(value >= 0 for value in found.values())
 
 
-def test_the_driver_is_looked_for_once_whatever_comes_of_it() -> None:
+def test_driver_is_probed_only_once() -> None:
     assert nvidia_gpus() is nvidia_gpus()
     assert nvidia_gpus.cache_info().misses == 1
 
 
-def test_several_gpus_have_numbers_and_what_one_does_not_tell_is_left_out() -> None:
-    gpus = NvidiaGpus(Nvml())
+def test_multiple_gpus_are_reported_and_missing_values_left_out() -> None:
+    gpus = NvidiaGpus(FakeNvml())
     assert (gpus.names, gpus.driver) == (["GPU 0", "GPU 1"], "580.1")
     found = gpu_metrics(gpus.read())
     assert found["gpu0_utilization"] == 87
@@ -85,47 +85,47 @@ def test_several_gpus_have_numbers_and_what_one_does_not_tell_is_left_out() -> N
     assert "gpu_temperature_c" in gpu_metrics(gpus.read()[:1])  # a single one has none
 
 
-def test_energy_is_what_the_counters_say() -> None:
-    meter = EnergyMeter(Driver([[GpuReading(power_w=9e9, energy_j=100.0)], [GpuReading(power_w=9e9, energy_j=3700.0)]]))
+def test_energy_uses_hardware_counters() -> None:
+    meter = EnergyMeter(FakeGpuReader([[GpuReading(power_w=9e9, energy_j=100.0)], [GpuReading(power_w=9e9, energy_j=3700.0)]]))
     energy = meter.read()
     assert (energy.joules, energy.watt_hours) == (3600.0, 1.0)
 
 
-def test_without_a_counter_energy_is_power_over_time() -> None:
+def test_energy_without_counter_integrates_power() -> None:
     clock = iter([0.0, 10.0, 30.0])
     looks = [[GpuReading(power_w=100.0)], [GpuReading(power_w=200.0)], [GpuReading(power_w=0.0)]]
-    meter = EnergyMeter(Driver(looks), monotonic=lambda: next(clock))
+    meter = EnergyMeter(FakeGpuReader(looks), monotonic=lambda: next(clock))
     meter.sample()
     assert meter.read().joules == 150 * 10 + 100 * 20
 
 
-def test_power_that_no_gpu_counts_is_looked_at_again_and_again() -> None:
+def test_power_is_sampled_when_no_counter_exists() -> None:
     looked = threading.Event()
 
-    class Watched(Driver):
+    class SignalingReader(FakeGpuReader):
         def read(self) -> list[GpuReading]:
             found = super().read()
-            if len(self.taken) == 4:  # the first, and three of the thread
+            if len(self.returned) == 4:  # the first, and three of the thread
                 looked.set()
             return found
 
     ticks = itertools.count(step=10.0)
-    meter = EnergyMeter(Watched([[GpuReading(power_w=100.0)]]), monotonic=lambda: next(ticks))
-    meter.watch(every_s=0.001)
+    meter = EnergyMeter(SignalingReader([[GpuReading(power_w=100.0)]]), monotonic=lambda: next(ticks))
+    meter.start_sampling(interval_s=0.001)
     assert looked.wait(10)
     assert (meter.read().joules or 0) >= 100 * 30
 
 
-def test_a_gpu_that_counts_for_itself_is_left_alone() -> None:
-    driver = Driver([[GpuReading(power_w=100.0, energy_j=1.0)]])
+def test_gpu_with_counter_is_not_sampled() -> None:
+    driver = FakeGpuReader([[GpuReading(power_w=100.0, energy_j=1.0)]])
     before = threading.active_count()
-    EnergyMeter(driver).watch(every_s=0.001)
+    EnergyMeter(driver).start_sampling(interval_s=0.001)
     assert threading.active_count() == before
 
 
-def test_energy_that_nobody_measured_is_null_with_the_reason() -> None:
-    silent = EnergyMeter(Driver([[GpuReading(energy_j=1.0), GpuReading()]])).read()
-    none = EnergyMeter(Driver([[]])).read()
+def test_unmeasured_energy_is_null_with_reason() -> None:
+    silent = EnergyMeter(FakeGpuReader([[GpuReading(energy_j=1.0), GpuReading()]])).read()
+    none = EnergyMeter(FakeGpuReader([[]])).read()
     assert silent.joules is none.joules is none.watt_hours is None
-    assert "1 of 2 GPUs" in silent.why
-    assert "no GPU" in none.why
+    assert "1 of 2 GPUs" in silent.missing_reason
+    assert "no GPU" in none.missing_reason

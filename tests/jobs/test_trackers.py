@@ -16,85 +16,85 @@ from pydantic import ValidationError
 
 from jobs.context import JobContext, Secrets
 from jobs.trackers import TRACKERS, TrackerThread, start_trackers
-from jobs.trackers.event_files import UPLOAD_EVERY_S, TensorboardTracker
+from jobs.trackers.event_files import UPLOAD_INTERVAL_S, TensorboardTracker
 from jobs.trackers.mlflow_server import MlflowTracker
-from schema.events import Evaluated, Metrics, Sampled, TrackerStarted
+from schema.events import EvaluationCompleted, MetricsLogged, SamplesGenerated, TrackerStarted
 from schema.job import EvalMetrics, Sample
 from schema.trackers import MlflowConfig
-from tests.jobs.conftest import Record, a_context, a_spec
+from tests.jobs.conftest import EventRecorder, make_context, make_spec
 from tests.jobs.fake_mlflow import FakeMlflow
 
 KEY = "k" * 40
-SAMPLED = Sampled(when="after", step=3, samples=(Sample(prompt="what is", text="an answer"),))
+SAMPLED = SamplesGenerated(when="after", step=3, samples=(Sample(prompt="what is", text="an answer"),))
 
 
-class Moody:
+class FailingTracker:
     """A tracker that raises when it is told a number."""
 
     run_id = "run-1"
 
     def __init__(self) -> None:
-        self.heard = 0
+        self.calls = 0
 
     def start(self) -> str | None:
         return "https://curves.example/1"
 
-    def metrics(self, event: Metrics) -> None:
-        self.heard += 1
+    def log_metrics(self, event: MetricsLogged) -> None:
+        self.calls += 1
         raise ConnectionError(f"no route with {KEY}\nmore")
 
-    def evaluated(self, event: Any) -> None: ...
+    def log_evaluation(self, event: Any) -> None: ...
 
-    def sampled(self, event: Any) -> None: ...
+    def log_samples(self, event: Any) -> None: ...
 
-    def checkpoint(self, folder: Path, step: int) -> None: ...
+    def log_checkpoint(self, folder: Path, step: int) -> None: ...
 
-    def model(self, folder: Path) -> None: ...
+    def log_model(self, folder: Path) -> None: ...
 
     def finish(self, *, succeeded: bool) -> None:
         self.succeeded = succeeded
 
 
-def test_a_tracker_that_raises_is_left_out_with_one_warning_and_no_secret(tmp_path: Path) -> None:
-    record, tracker = Record(), Moody()
-    context = a_context(a_spec(tmp_path / "objects"), tmp_path, record, secrets={"wandb_api_key": KEY})
+def test_failing_tracker_is_dropped_with_one_redacted_warning(tmp_path: Path) -> None:
+    record, tracker = EventRecorder(), FailingTracker()
+    context = make_context(make_spec(tmp_path / "objects"), tmp_path, record, secrets={"wandb_api_key": KEY})
     thread = TrackerThread("moody", tracker, context)
     thread.start()
     for step in range(5):
-        thread.metrics(Metrics(step=step, values={}))
+        thread.log_metrics(MetricsLogged(step=step, values={}))
     assert thread.run_id == "run-1"
-    thread.finish(succeeded=True, patience_s=5)
-    assert tracker.heard == 1
+    thread.finish(succeeded=True, timeout_s=5)
+    assert tracker.calls == 1
     assert list(record.warnings) == ["tracker_failed"]
     assert "goes on without it" in record.warnings["tracker_failed"]
     assert KEY not in record.warnings["tracker_failed"]
     assert [event.url for event in record.events if isinstance(event, TrackerStarted)] == ["https://curves.example/1"]
 
 
-def test_a_tracker_that_hangs_is_waited_for_only_so_long(tmp_path: Path) -> None:
-    class Stuck(Moody):
-        def metrics(self, event: Metrics) -> None:
+def test_hanging_tracker_is_waited_for_with_timeout(tmp_path: Path) -> None:
+    class HangingTracker(FailingTracker):
+        def log_metrics(self, event: MetricsLogged) -> None:
             let_go.wait(20)
 
-    let_go, record = threading.Event(), Record()
-    thread = TrackerThread("stuck", Stuck(), a_context(a_spec(tmp_path / "objects"), tmp_path, record))
-    thread.metrics(Metrics(step=1, values={}))
-    thread.finish(succeeded=True, patience_s=0.1)
+    let_go, record = threading.Event(), EventRecorder()
+    thread = TrackerThread("stuck", HangingTracker(), make_context(make_spec(tmp_path / "objects"), tmp_path, record))
+    thread.log_metrics(MetricsLogged(step=1, values={}))
+    thread.finish(succeeded=True, timeout_s=0.1)
     let_go.set()
     assert list(record.warnings) == ["tracker_unfinished"]
 
 
-def test_secrets_are_not_shown_and_are_taken_out_of_texts() -> None:
+def test_secrets_are_hidden_and_redacted() -> None:
     secrets = Secrets({"hf_token": "hf_secret", "empty": ""})
     assert "hf_secret" not in repr(secrets) + str(secrets)
     assert secrets.redact("with hf_secret inside") == "with ********** inside"
 
 
-def test_without_a_tracker_in_the_config_none_is_started(tmp_path: Path) -> None:
-    assert start_trackers(a_context(a_spec(tmp_path / "objects"), tmp_path)) == []
+def test_no_tracker_is_started_without_config(tmp_path: Path) -> None:
+    assert start_trackers(make_context(make_spec(tmp_path / "objects"), tmp_path)) == []
 
 
-def records(path: Path) -> Iterator[bytes]:
+def read_wandb_records(path: Path) -> Iterator[bytes]:
     """The records of a .wandb file: a header of seven bytes, then a LevelDB log in blocks of 32 KiB."""
     content, place, parts = path.read_bytes(), 7, b""
     while place + 7 <= len(content):
@@ -109,25 +109,25 @@ def records(path: Path) -> Iterator[bytes]:
             parts = b""
 
 
-def told(workdir: Path) -> list[Any]:
+def read_wandb_run(workdir: Path) -> list[Any]:
     """What the only W&B run in a folder was told, record by record."""
     from wandb.proto import wandb_internal_pb2
 
     (path,) = workdir.glob("wandb/offline-run-*/*.wandb")
-    return [wandb_internal_pb2.Record.FromString(content) for content in records(path)]
+    return [wandb_internal_pb2.Record.FromString(content) for content in read_wandb_records(path)]
 
 
-def test_every_attempt_goes_on_with_the_same_run_and_a_pause_is_no_failure_of_it(tmp_path: Path) -> None:
-    spec = a_spec(tmp_path / "objects", wandb_config={"mode": "offline", "project": "p"})
+def test_attempts_share_one_wandb_run_and_pause_is_not_failure(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path / "objects", wandb_config={"mode": "offline", "project": "p"})
     runs, exits, points = [], [], []
     for attempt in (1, 2):
         workdir = tmp_path / str(attempt)
-        context = a_context(spec, workdir, attempt=attempt)
+        context = make_context(spec, workdir, attempt=attempt)
         (thread,) = start_trackers(context)
-        context.metrics(attempt, {"loss": float(attempt)})
-        thread.finish(succeeded=True, patience_s=30)  # a pause, then the end
+        context.log_metrics(attempt, {"loss": float(attempt)})
+        thread.finish(succeeded=True, timeout_s=30)  # a pause, then the end
         runs.append(thread.run_id)
-        for record in told(workdir):
+        for record in read_wandb_run(workdir):
             runs += [record.run.run_id] if record.HasField("run") else []
             exits += [record.exit.exit_code] if record.HasField("exit") else []
             points += [item.value_json for item in record.history.item if "train/loss" in (item.key, *item.nested_key)]
@@ -136,25 +136,25 @@ def test_every_attempt_goes_on_with_the_same_run_and_a_pause_is_no_failure_of_it
     assert points == ["1", "2"]
 
 
-def test_w_and_b_offline_holds_the_curves_the_evaluations_and_the_config_but_no_key(tmp_path: Path) -> None:
-    spec = a_spec(tmp_path / "objects", wandb_config={"mode": "offline", "project": "p", "log_model": "end"})
-    record = Record()
-    context = a_context(spec, tmp_path, record, secrets={"wandb_api_key": KEY})
+def test_offline_wandb_has_metrics_and_config_but_no_key(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path / "objects", wandb_config={"mode": "offline", "project": "p", "log_model": "end"})
+    record = EventRecorder()
+    context = make_context(spec, tmp_path, record, secrets={"wandb_api_key": KEY})
     (thread,) = start_trackers(context)
     for step in range(1, 4):
-        context.metrics(step, {"loss": 2.5 / step, "learning_rate": 1e-4}, epoch=0.1)
-    context.evaluated("before", 0, EvalMetrics(eval_loss=4.0, perplexity=54.6))
-    context.evaluated("after", 3, EvalMetrics(eval_loss=3.0, perplexity=20.1, values={"exact_match": 0.5, "bleu": None}))
-    context.sampled(SAMPLED)
+        context.log_metrics(step, {"loss": 2.5 / step, "learning_rate": 1e-4}, epoch=0.1)
+    context.log_evaluation("before", 0, EvalMetrics(eval_loss=4.0, perplexity=54.6))
+    context.log_evaluation("after", 3, EvalMetrics(eval_loss=3.0, perplexity=20.1, values={"exact_match": 0.5, "bleu": None}))
+    context.log_samples(SAMPLED)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights").write_bytes(b"w")
-    context.model_saved(tmp_path / "model")
-    thread.finish(succeeded=True, patience_s=30)
+    context.notify_model_saved(tmp_path / "model")
+    thread.finish(succeeded=True, timeout_s=30)
     assert record.warnings == {}
 
     history: dict[str, list[str]] = {}
     config: dict[str, str] = {}
-    for content in told(tmp_path):
+    for content in read_wandb_run(tmp_path):
         for item in content.history.item:
             history.setdefault(".".join(item.nested_key) or item.key, []).append(item.value_json)
         for update in content.run.config.update:
@@ -173,30 +173,30 @@ def test_w_and_b_offline_holds_the_curves_the_evaluations_and_the_config_but_no_
     assert not list(tmp_path.rglob("*netrc"))
 
 
-def follow(context: JobContext, losses: dict[int, float], *, succeeded: bool = True) -> list[TrackerThread]:
+def run_with_trackers(context: JobContext, losses: dict[int, float], *, succeeded: bool = True) -> list[TrackerThread]:
     """What a training tells, from its first point to its end."""
     threads = start_trackers(context)
-    context.evaluated("before", 0, EvalMetrics(eval_loss=4.0, perplexity=54.6))
+    context.log_evaluation("before", 0, EvalMetrics(eval_loss=4.0, perplexity=54.6))
     for step, loss in losses.items():
-        context.metrics(step, {"loss": loss, "gpu_power_w": None}, epoch=0.1)
-    context.evaluated("after", max(losses), EvalMetrics(eval_loss=3.0, values={"exact_match": 0.5}))
-    context.sampled(SAMPLED)
+        context.log_metrics(step, {"loss": loss, "gpu_power_w": None}, epoch=0.1)
+    context.log_evaluation("after", max(losses), EvalMetrics(eval_loss=3.0, values={"exact_match": 0.5}))
+    context.log_samples(SAMPLED)
     for thread in threads:
-        thread.finish(succeeded=succeeded, patience_s=30)
+        thread.finish(succeeded=succeeded, timeout_s=30)
     return threads
 
 
 # --- MLflow -----------------------------------------------------------------------------------------------------------
 
 
-def an_mlflow_job(objects: Path, server: FakeMlflow) -> Any:
-    return a_spec(objects, mlflow_config={"tracking_uri": server.url + "/", "experiment_name": "tests"})
+def make_mlflow_spec(objects: Path, server: FakeMlflow) -> Any:
+    return make_spec(objects, mlflow_config={"tracking_uri": server.url + "/", "experiment_name": "tests"})
 
 
-def test_mlflow_shows_the_curves_the_config_and_the_samples_of_one_run(tmp_path: Path) -> None:
+def test_mlflow_run_has_metrics_config_and_samples(tmp_path: Path) -> None:
     with FakeMlflow(token=KEY) as server:
-        spec, record = an_mlflow_job(tmp_path / "objects", server), Record()
-        (thread,) = follow(a_context(spec, tmp_path / "work", record, secrets={"mlflow_token": KEY}), {1: 2.5, 2: 2.0})
+        spec, record = make_mlflow_spec(tmp_path / "objects", server), EventRecorder()
+        (thread,) = run_with_trackers(make_context(spec, tmp_path / "work", record, secrets={"mlflow_token": KEY}), {1: 2.5, 2: 2.0})
     run = server.runs["run1"]
     assert record.warnings == {}
     assert thread.run_id == "run1"
@@ -213,56 +213,56 @@ def test_mlflow_shows_the_curves_the_config_and_the_samples_of_one_run(tmp_path:
     assert json.loads(run["tags"]["mlflow.loggedArtifacts"]) == [{"path": "samples/after-3.json", "type": "table"}]
 
 
-def test_the_next_attempt_goes_on_with_mlflow_s_run_and_a_failed_job_is_shown_as_failed(tmp_path: Path) -> None:
+def test_next_attempt_continues_mlflow_run_and_failure_is_shown(tmp_path: Path) -> None:
     with FakeMlflow() as server:
-        spec = an_mlflow_job(tmp_path / "objects", server)
-        follow(a_context(spec, tmp_path / "one"), {1: 2.5})
-        follow(a_context(spec, tmp_path / "two", attempt=2), {2: 2.0}, succeeded=False)
+        spec = make_mlflow_spec(tmp_path / "objects", server)
+        run_with_trackers(make_context(spec, tmp_path / "one"), {1: 2.5})
+        run_with_trackers(make_context(spec, tmp_path / "two", attempt=2), {2: 2.0}, succeeded=False)
     assert list(server.runs) == ["run1"]
     assert server.history("run1", "train/loss") == [(1, 2.5), (2, 2.0)]
     assert server.runs["run1"]["status"] == "FAILED"
 
 
-def test_the_token_of_mlflow_is_in_its_requests_alone(tmp_path: Path) -> None:
+def test_mlflow_token_is_only_sent_in_requests(tmp_path: Path) -> None:
     with FakeMlflow(token=KEY) as server:
-        record = Record()
-        context = a_context(an_mlflow_job(tmp_path / "objects", server), tmp_path / "work", record, secrets={"mlflow_token": "x" + KEY})
-        follow(context, {1: 2.5})
+        record = EventRecorder()
+        context = make_context(
+            make_mlflow_spec(tmp_path / "objects", server), tmp_path / "work", record, secrets={"mlflow_token": "x" + KEY}
+        )
+        run_with_trackers(context, {1: 2.5})
     assert list(record.warnings) == ["tracker_failed"]  # a wrong token is a warning
     assert "who are you?" in record.warnings["tracker_failed"]
     assert KEY not in str(dict(os.environ)) + context.spec.model_dump_json() + str(record.warnings)
 
 
-def test_an_mlflow_server_that_stumbles_is_asked_again_and_one_that_is_away_costs_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mlflow_errors_are_retried_and_outage_gives_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     with FakeMlflow() as server:
-        server.refusals, record = 2, Record()
-        spec = an_mlflow_job(tmp_path / "objects", server)
-        follow(a_context(spec, tmp_path / "one", record), {1: 2.5})
+        server.failures_left, record = 2, EventRecorder()
+        spec = make_mlflow_spec(tmp_path / "objects", server)
+        run_with_trackers(make_context(spec, tmp_path / "one", record), {1: 2.5})
         assert record.warnings == {}
-        away = a_context(spec, tmp_path / "two", record)
+        away = make_context(spec, tmp_path / "two", record)
         threads = start_trackers(away)
-        away.metrics(2, {"loss": 2.0})
+        away.log_metrics(2, {"loss": 2.0})
         threads[0]._pool.submit(lambda: None).result(30)  # it has begun
-    away.metrics(3, {"loss": 1.0})
-    threads[0].finish(succeeded=True, patience_s=30)
+    away.log_metrics(3, {"loss": 1.0})
+    threads[0].finish(succeeded=True, timeout_s=30)
     assert list(record.warnings) == ["tracker_failed"]
     assert server.history("run1", "train/loss") == [(1, 2.5), (2, 2.0)]
 
 
-def test_samples_stay_out_of_a_place_that_only_the_server_can_open(tmp_path: Path) -> None:
+def test_samples_are_skipped_for_server_only_artifact_store(tmp_path: Path) -> None:
     with FakeMlflow(artifact_root="s3://bucket/1") as server:
-        record = Record()
-        follow(a_context(an_mlflow_job(tmp_path / "objects", server), tmp_path / "work", record), {1: 2.5})
+        record = EventRecorder()
+        run_with_trackers(make_context(make_mlflow_spec(tmp_path / "objects", server), tmp_path / "work", record), {1: 2.5})
     assert record.warnings == {}
     assert server.artifacts == {}
     assert "mlflow.loggedArtifacts" not in server.runs["run1"]["tags"]
 
 
-def test_a_credential_in_the_address_of_mlflow_is_refused() -> None:
+def test_credentials_in_mlflow_uri_are_rejected() -> None:
     with pytest.raises(ValidationError):
         MlflowConfig.model_validate({"tracking_uri": "https://me:secret@mlflow.example.com"})
     assert MlflowConfig.model_validate({"tracking_uri": "https://mlflow.example.com:8443/team@home"})
@@ -271,7 +271,7 @@ def test_a_credential_in_the_address_of_mlflow_is_refused() -> None:
 # --- TensorBoard --------------------------------------------------------------------------------------------------------
 
 
-def written(folder: Path) -> dict[str, list[tuple[int, Any]]]:
+def read_event_files(folder: Path) -> dict[str, list[tuple[int, Any]]]:
     """Every value in the event files of a folder, by tag: TFRecords, each a length, its checksum, an Event, and its checksum."""
     from tensorboardX.proto.event_pb2 import Event
 
@@ -288,13 +288,13 @@ def written(folder: Path) -> dict[str, list[tuple[int, Any]]]:
     return found
 
 
-def test_tensorboard_s_files_are_in_the_store_a_folder_for_each_attempt(tmp_path: Path) -> None:
+def test_tensorboard_files_are_stored_per_attempt(tmp_path: Path) -> None:
     objects = tmp_path / "objects"
-    spec, record = a_spec(objects, tensorboard_config={}), Record()
+    spec, record = make_spec(objects, tensorboard_config={}), EventRecorder()
     for attempt in (1, 2):
-        follow(a_context(spec, tmp_path / str(attempt), record, attempt=attempt), {attempt: 2.5 / attempt})
+        run_with_trackers(make_context(spec, tmp_path / str(attempt), record, attempt=attempt), {attempt: 2.5 / attempt})
     place = objects / "trackers" / spec.job_id / "tensorboard"
-    first, second = written(place / "attempt-1"), written(place / "attempt-2")
+    first, second = read_event_files(place / "attempt-1"), read_event_files(place / "attempt-2")
     assert record.warnings == {}
     assert [event.url for event in record.events if isinstance(event, TrackerStarted)] == [f"file://{place}"] * 2
     assert (first["train/loss"], second["train/loss"]) == ([(1, 2.5)], [(2, 1.25)])
@@ -305,26 +305,26 @@ def test_tensorboard_s_files_are_in_the_store_a_folder_for_each_attempt(tmp_path
     assert '"lora_rank": 4' in first["training_config/text_summary"][0][1]
 
 
-def test_tensorboard_s_files_are_brought_to_the_store_while_the_training_goes_on(tmp_path: Path) -> None:
+def test_tensorboard_files_are_uploaded_during_training(tmp_path: Path) -> None:
     now = 0.0
-    context = a_context(a_spec(tmp_path / "objects", tensorboard_config={}), tmp_path / "work")
+    context = make_context(make_spec(tmp_path / "objects", tensorboard_config={}), tmp_path / "work")
     tracker = TensorboardTracker(context, monotonic=lambda: now)
     tracker.start()
     place = tmp_path / "objects" / "trackers" / context.spec.job_id / "tensorboard/attempt-1"
-    assert "train/loss" not in written(place)
-    tracker.metrics(Metrics(step=1, values={"loss": 2.0}))
-    assert "train/loss" not in written(place)
-    now = UPLOAD_EVERY_S
-    tracker.metrics(Metrics(step=2, values={"loss": 1.0}))
-    assert written(place)["train/loss"] == [(1, 2.0), (2, 1.0)]
+    assert "train/loss" not in read_event_files(place)
+    tracker.log_metrics(MetricsLogged(step=1, values={"loss": 2.0}))
+    assert "train/loss" not in read_event_files(place)
+    now = UPLOAD_INTERVAL_S
+    tracker.log_metrics(MetricsLogged(step=2, values={"loss": 1.0}))
+    assert read_event_files(place)["train/loss"] == [(1, 2.0), (2, 1.0)]
     tracker.finish(succeeded=False)
 
 
-def test_a_store_that_takes_no_event_files_costs_a_warning(tmp_path: Path) -> None:
-    record = Record()
-    context = a_context(a_spec(tmp_path / "objects", tensorboard_config={}), tmp_path / "work", record)
+def test_failed_tensorboard_upload_gives_warning(tmp_path: Path) -> None:
+    record = EventRecorder()
+    context = make_context(make_spec(tmp_path / "objects", tensorboard_config={}), tmp_path / "work", record)
     (tmp_path / "objects" / "trackers").write_text("not a folder")
-    follow(context, {1: 2.5})
+    run_with_trackers(context, {1: 2.5})
     assert list(record.warnings) == ["tracker_failed"]
     assert "files of tensorboard could not be stored" in record.warnings["tracker_failed"]
 
@@ -332,7 +332,7 @@ def test_a_store_that_takes_no_event_files_costs_a_warning(tmp_path: Path) -> No
 # --- Trackio ------------------------------------------------------------------------------------------------------------
 
 # Takes the place of the library where it is not installed; says what it was told, and fails when it is asked to.
-STAND_IN = """
+FAKE_TRACKIO = """
 import json, os, pathlib
 told = pathlib.Path(os.environ["TRACKIO_DIR"], "told.jsonl")
 def say(**what):
@@ -356,19 +356,19 @@ class Table:
 
 
 @pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def fake_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A module called trackio, found before any other; and where a job's process leaves what it was told."""
     (tmp_path / "lib").mkdir()
-    (tmp_path / "lib" / "trackio.py").write_text(STAND_IN)
+    (tmp_path / "lib" / "trackio.py").write_text(FAKE_TRACKIO)
     monkeypatch.syspath_prepend(str(tmp_path / "lib"))
     return tmp_path / "work" / "trackio" / "told.jsonl"
 
 
-def test_trackio_is_told_everything_in_a_process_with_its_own_environment(stand_in: Path, tmp_path: Path) -> None:
-    record = Record()
-    spec = a_spec(tmp_path / "objects", trackio_config={"space_id": "ada/curves", "project": "p"})
-    (thread,) = follow(a_context(spec, tmp_path / "work", record, secrets={"hf_token": KEY}), {1: 2.5})
-    begin, *told = [json.loads(line) for line in stand_in.read_text().splitlines()]
+def test_trackio_process_gets_all_events_and_own_environment(fake_trackio: Path, tmp_path: Path) -> None:
+    record = EventRecorder()
+    spec = make_spec(tmp_path / "objects", trackio_config={"space_id": "ada/curves", "project": "p"})
+    (thread,) = run_with_trackers(make_context(spec, tmp_path / "work", record, secrets={"hf_token": KEY}), {1: 2.5})
+    begin, *told = [json.loads(line) for line in fake_trackio.read_text().splitlines()]
     assert record.warnings == {}
     assert thread.run_id == spec.job_id
     assert (begin["init"]["project"], begin["init"]["name"], begin["init"]["resume"]) == ("p", spec.job_id, "allow")
@@ -381,11 +381,11 @@ def test_trackio_is_told_everything_in_a_process_with_its_own_environment(stand_
     assert [event.url for event in record.events if isinstance(event, TrackerStarted)] == ["https://huggingface.co/spaces/ada/curves"]
 
 
-def test_a_trackio_that_breaks_mid_way_is_left_out_in_its_own_words(stand_in: Path, tmp_path: Path) -> None:
-    record = Record()
-    spec = a_spec(tmp_path / "objects", trackio_config={})
-    follow(a_context(spec, tmp_path / "work", record, secrets={"hf_token": KEY}), {1: 2.5, 2: 666, 3: 2.0})
-    begin, *told = [json.loads(line) for line in stand_in.read_text().splitlines()]
+def test_trackio_failure_stops_tracker_with_its_message(fake_trackio: Path, tmp_path: Path) -> None:
+    record = EventRecorder()
+    spec = make_spec(tmp_path / "objects", trackio_config={})
+    run_with_trackers(make_context(spec, tmp_path / "work", record, secrets={"hf_token": KEY}), {1: 2.5, 2: 666, 3: 2.0})
+    begin, *told = [json.loads(line) for line in fake_trackio.read_text().splitlines()]
     assert list(record.warnings) == ["tracker_failed"]
     assert "the Space is gone" in record.warnings["tracker_failed"]
     assert not (tmp_path / "objects" / "trackers").exists()
@@ -394,18 +394,18 @@ def test_a_trackio_that_breaks_mid_way_is_left_out_in_its_own_words(stand_in: Pa
 
 
 @pytest.mark.skipif(find_spec("trackio") is not None, reason="trackio is installed")
-def test_where_trackio_is_not_installed_the_run_says_how_to_install_it(tmp_path: Path) -> None:
-    record = Record()
-    follow(a_context(a_spec(tmp_path / "objects", trackio_config={}), tmp_path / "work", record), {1: 2.5})
+def test_missing_trackio_gives_install_hint(tmp_path: Path) -> None:
+    record = EventRecorder()
+    run_with_trackers(make_context(make_spec(tmp_path / "objects", trackio_config={}), tmp_path / "work", record), {1: 2.5})
     assert "pip install trackio==" in record.warnings["tracker_failed"]
 
 
 @pytest.mark.skipif(find_spec("trackio") is None, reason="trackio is an extra; pip install trackio==0.43.0")
-def test_the_real_trackio_keeps_the_run_in_the_job_s_folder(tmp_path: Path) -> None:
-    spec = a_spec(tmp_path / "objects", trackio_config={"project": "p"})
+def test_real_trackio_stores_run_in_job_folder(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path / "objects", trackio_config={"project": "p"})
     for attempt in (1, 2):
-        record = Record()
-        follow(a_context(spec, tmp_path / "work", record, attempt=attempt), {attempt: 2.5 / attempt})
+        record = EventRecorder()
+        run_with_trackers(make_context(spec, tmp_path / "work", record, attempt=attempt), {attempt: 2.5 / attempt})
         assert record.warnings == {}
     read = f"import json; from trackio.sqlite_storage import SQLiteStorage as S; print(json.dumps(S.get_logs('p', '{spec.job_id}')))"
     kept = tmp_path / "objects/trackers" / spec.job_id / "trackio/attempt-2"
@@ -418,29 +418,31 @@ def test_the_real_trackio_keeps_the_run_in_the_job_s_folder(tmp_path: Path) -> N
 # --- together ---------------------------------------------------------------------------------------------------------
 
 
-def test_several_trackers_work_side_by_side_and_one_that_fails_takes_no_other_with_it(tmp_path: Path) -> None:
+def test_failing_tracker_does_not_affect_others(tmp_path: Path) -> None:
     with FakeMlflow(token=KEY) as server:
-        record, objects = Record(), tmp_path / "objects"
-        spec = a_spec(objects, mlflow_config={"tracking_uri": server.url}, tensorboard_config={}, wandb_config={"mode": "offline"})
-        context = a_context(spec, tmp_path / "work", record)
-        threads = follow(context, {1: 2.5})
+        record, objects = EventRecorder(), tmp_path / "objects"
+        spec = make_spec(objects, mlflow_config={"tracking_uri": server.url}, tensorboard_config={}, wandb_config={"mode": "offline"})
+        context = make_context(spec, tmp_path / "work", record)
+        threads = run_with_trackers(context, {1: 2.5})
     assert [thread.name for thread in threads] == ["wandb", "mlflow", "tensorboard"]
     assert list(record.warnings) == ["tracker_failed"]
     assert record.warnings["tracker_failed"].startswith("mlflow stopped")
-    assert written(objects / "trackers" / spec.job_id / "tensorboard/attempt-1")["train/loss"] == [(1, 2.5)]
-    assert len(told(tmp_path / "work")) > 3
+    assert read_event_files(objects / "trackers" / spec.job_id / "tensorboard/attempt-1")["train/loss"] == [(1, 2.5)]
+    assert len(read_wandb_run(tmp_path / "work")) > 3
 
 
-def test_no_tracker_s_library_is_loaded_before_it_is_asked_for() -> None:
+def test_tracker_libraries_are_imported_lazily() -> None:
     modules = ", ".join(place.partition(":")[0] for place in TRACKERS.values())
     code = f"import sys, {modules}; print([name for name in ('wandb', 'mlflow', 'tensorboardX', 'trackio') if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], env={"PYTHONPATH": "."}, text=True).strip() == "[]"
 
 
-def test_the_curves_of_mlflow_need_no_measurement_to_be_complete(tmp_path: Path) -> None:
+def test_mlflow_skips_missing_evaluation_values(tmp_path: Path) -> None:
     """A number that could not be had is left out of a measurement, and the others are there."""
     with FakeMlflow() as server:
-        tracker = MlflowTracker(a_context(an_mlflow_job(tmp_path / "objects", server), tmp_path / "work"))
+        tracker = MlflowTracker(make_context(make_mlflow_spec(tmp_path / "objects", server), tmp_path / "work"))
         tracker.start()
-        tracker.evaluated(Evaluated(when="during", step=5, metrics=EvalMetrics(eval_loss=None, accuracy=0.4, notes={"eval_loss": "NaN"})))
+        tracker.log_evaluation(
+            EvaluationCompleted(when="during", step=5, metrics=EvalMetrics(eval_loss=None, accuracy=0.4, notes={"eval_loss": "NaN"}))
+        )
     assert [point["key"] for point in server.runs["run1"]["metrics"]] == ["eval/accuracy"]

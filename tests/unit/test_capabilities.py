@@ -7,27 +7,27 @@ import pytest
 from schema.dataset import Dataset
 from schema.training import TRAINER_TYPES, TRAINING_CONFIG, TrainingConfig
 from service.adapters.launchers.cloud_run import PROFILES
-from service.adapters.launchers.local import hardware_of
-from service.core.bases import known_base
-from service.core.capabilities import check_fits, check_supported, describe
+from service.adapters.launchers.local import capabilities_from_probe
+from service.core.bases import find_known_model
+from service.core.capabilities import capabilities_response, check_dataset_compatible, check_supported
 from service.core.errors import InvalidRequest, Unsupported
-from tests.factories import a_dataset, a_grpo_config, some_hardware
+from tests.factories import make_capabilities, make_dataset, make_grpo_config
 
 GEMMA = "google/gemma-3-270m"
 GATE = {"metric": "perplexity", "at_most": 0.9, "relative_to_base": True}
 
 
-def a_config(**changes: Any) -> TrainingConfig:
+def make_config(**changes: Any) -> TrainingConfig:
     return TRAINING_CONFIG.validate_python({"base_model_id": GEMMA} | changes)
 
 
-def without_eval(**changes: Any) -> Dataset:
-    return a_dataset(splits={"train": a_dataset().splits["train"]}, **changes)
+def make_train_only_dataset(**changes: Any) -> Dataset:
+    return make_dataset(splits={"train": make_dataset().splits["train"]}, **changes)
 
 
-def refusal(config: TrainingConfig, dataset: Dataset) -> InvalidRequest:
+def get_validation_error(config: TrainingConfig, dataset: Dataset) -> InvalidRequest:
     with pytest.raises(InvalidRequest) as refused:
-        check_fits(config, dataset)
+        check_dataset_compatible(config, dataset)
     return refused.value
 
 
@@ -36,13 +36,13 @@ def refusal(config: TrainingConfig, dataset: Dataset) -> InvalidRequest:
 
 @pytest.mark.parametrize("trainer_type", TRAINER_TYPES)
 @pytest.mark.parametrize("dataset_type", ["messages", "prompt_completion", "text", "preference", "unpaired_preference", "prompt"])
-def test_a_trainer_takes_the_rows_it_learns_from_and_refuses_others(trainer_type: str, dataset_type: Any) -> None:
-    config = a_grpo_config({"type": "format", "name": "form"}) if trainer_type == "grpo" else a_config(trainer_type=trainer_type)
-    dataset = a_dataset(dataset_type=dataset_type)
+def test_trainer_accepts_only_its_dataset_types(trainer_type: str, dataset_type: Any) -> None:
+    config = make_grpo_config({"type": "format", "name": "form"}) if trainer_type == "grpo" else make_config(trainer_type=trainer_type)
+    dataset = make_dataset(dataset_type=dataset_type)
     if dataset_type in TRAINER_TYPES[trainer_type].dataset_types:
-        check_fits(config, dataset)
+        check_dataset_compatible(config, dataset)
         return
-    refused = refusal(config, dataset)
+    refused = get_validation_error(config, dataset)
     assert refused.param == "processed_dataset_id"
     assert dataset_type in refused.hint  # which trainer would do
     assert all(known in refused.message for known in (trainer_type, dataset_type, config.dataset_types[0]))
@@ -57,48 +57,48 @@ def test_a_trainer_takes_the_rows_it_learns_from_and_refuses_others(trainer_type
         ({"modality": "vision", "base_model_id": "unsloth/gemma-3-1b-it-qat"}, 3, "text model"),
     ],
 )
-def test_images_and_models_that_cannot_see_them_do_not_meet(changes: dict[str, Any], images: int, words: str) -> None:
-    refused = refusal(a_config(**changes), a_dataset(images=images))
+def test_images_with_text_only_model_are_rejected(changes: dict[str, Any], images: int, words: str) -> None:
+    refused = get_validation_error(make_config(**changes), make_dataset(images=images))
     assert refused.param == "training_config.modality"
     assert words in refused.message
     assert refused.hint
 
 
 @pytest.mark.parametrize("base", ["google/gemma-3-4b-it", "somebody/something-new"])
-def test_images_meet_a_model_that_sees_or_may_see(base: str) -> None:
-    check_fits(a_config(modality="vision", base_model_id=base), a_dataset(images=1))
+def test_images_with_possible_vision_model_are_accepted(base: str) -> None:
+    check_dataset_compatible(make_config(modality="vision", base_model_id=base), make_dataset(images=1))
 
 
 @pytest.mark.parametrize(
     ("dataset", "known"),
     [
-        (a_dataset(dataset_type="prompt", columns=("solution", "level")), "solution, level"),
-        (a_dataset(dataset_type="prompt"), "none beside the prompt"),
-        (a_dataset(dataset_type="prompt_completion"), "completion"),
+        (make_dataset(dataset_type="prompt", columns=("solution", "level")), "solution, level"),
+        (make_dataset(dataset_type="prompt"), "none beside the prompt"),
+        (make_dataset(dataset_type="prompt_completion"), "completion"),
     ],
 )
-def test_a_grader_reads_a_column_that_there_is(dataset: Dataset, known: str) -> None:
+def test_grader_with_missing_column_is_rejected(dataset: Dataset, known: str) -> None:
     form, right = {"type": "format", "name": "form"}, {"type": "numeric_accuracy", "name": "right"}
-    refused = refusal(a_grpo_config(form, right), dataset)
+    refused = get_validation_error(make_grpo_config(form, right), dataset)
     assert refused.param == "training_config.reward_config.1.reference_field"
     assert "grader 'right' reads the column 'answer'" in refused.message
     assert refused.message.endswith(f"have: {known}")
 
 
-def test_a_judge_is_told_of_columns_that_there_are() -> None:
+def test_score_model_prompt_uses_existing_columns() -> None:
     judge = {"type": "score_model", "name": "judge", "base_url": "https://j.example", "model": "m"}
-    dataset = a_dataset(dataset_type="prompt", columns=("solution",))
-    check_fits(a_grpo_config(judge | {"prompt": "{{prompt}} {{completion}} {{solution}} {{ level }}"}), dataset)
-    refused = refusal(a_grpo_config(judge | {"prompt": "{{prompt}} {{level}}"}), dataset)
+    dataset = make_dataset(dataset_type="prompt", columns=("solution",))
+    check_dataset_compatible(make_grpo_config(judge | {"prompt": "{{prompt}} {{completion}} {{solution}} {{ level }}"}), dataset)
+    refused = get_validation_error(make_grpo_config(judge | {"prompt": "{{prompt}} {{level}}"}), dataset)
     assert refused.param == "training_config.reward_config.0.prompt"
     assert "'level'" in refused.message
 
 
-def test_graders_that_find_their_columns_are_accepted() -> None:
+def test_graders_with_existing_columns_are_accepted() -> None:
     right = {"type": "numeric_accuracy", "name": "right", "reference_field": "solution"}
     schema = {"type": "json_schema", "name": "shape", "json_schema": {}}
-    check_fits(a_grpo_config(right, schema), a_dataset(dataset_type="prompt", columns=("solution",)))
-    check_fits(a_grpo_config(right | {"reference_field": "completion"}), a_dataset(dataset_type="prompt_completion"))
+    check_dataset_compatible(make_grpo_config(right, schema), make_dataset(dataset_type="prompt", columns=("solution",)))
+    check_dataset_compatible(make_grpo_config(right | {"reference_field": "completion"}), make_dataset(dataset_type="prompt_completion"))
 
 
 # --- the base --------------------------------------------------------------------------------------------------------
@@ -118,16 +118,16 @@ def test_graders_that_find_their_columns_are_accepted() -> None:
         ("google/gemma-2-2b", None),
     ],
 )
-def test_a_base_is_known_by_its_name(name: str, width: int | None) -> None:
-    base = known_base(name)
-    assert (base.width if base else None) == width
+def test_known_base_model_is_recognized_by_name(name: str, width: int | None) -> None:
+    base = find_known_model(name)
+    assert (base.hidden_size if base else None) == width
 
 
-def test_a_rank_above_the_width_is_refused_where_the_width_is_known() -> None:
-    refused = refusal(a_config(hyperparameters={"lora_rank": 641}), a_dataset())
+def test_lora_rank_above_known_width_is_rejected() -> None:
+    refused = get_validation_error(make_config(hyperparameters={"lora_rank": 641}), make_dataset())
     assert (refused.param, "at most 640" in refused.hint) == ("training_config.hyperparameters.lora_rank", True)
-    check_fits(a_config(hyperparameters={"lora_rank": 640}), a_dataset())
-    check_fits(a_config(base_model_id="somebody/small", hyperparameters={"lora_rank": 1024}), a_dataset())
+    check_dataset_compatible(make_config(hyperparameters={"lora_rank": 640}), make_dataset())
+    check_dataset_compatible(make_config(base_model_id="somebody/small", hyperparameters={"lora_rank": 1024}), make_dataset())
 
 
 # --- the evaluation --------------------------------------------------------------------------------------------------
@@ -143,11 +143,11 @@ def test_a_rank_above_the_width_is_refused_where_the_width_is_known() -> None:
         ({"promotion_gate": [GATE]}, "promotion_gate"),
     ],
 )
-def test_what_is_measured_on_held_out_rows_needs_some(wanted: dict[str, Any], field: str) -> None:
-    refused = refusal(a_config(eval_config=wanted), without_eval())
+def test_evaluation_requires_held_out_rows(wanted: dict[str, Any], field: str) -> None:
+    refused = get_validation_error(make_config(eval_config=wanted), make_train_only_dataset())
     assert refused.param == f"training_config.eval_config.{field}"
     assert "eval_fraction" in refused.hint
-    check_fits(a_config(eval_config=wanted), a_dataset())
+    check_dataset_compatible(make_config(eval_config=wanted), make_dataset())
 
 
 @pytest.mark.parametrize(
@@ -159,9 +159,9 @@ def test_what_is_measured_on_held_out_rows_needs_some(wanted: dict[str, Any], fi
         ("lm_eval/arc_easy/acc", {"lm_eval_tasks": ["arc"]}, "arc_easy"),
     ],
 )
-def test_a_gate_on_what_is_not_measured_is_refused(metric: str, wanted: dict[str, Any], needs: str) -> None:
-    config = a_config(eval_config=wanted | {"promotion_gate": [GATE, {"metric": metric, "at_least": 0.5}]})
-    refused = refusal(config, a_dataset())
+def test_gate_on_unmeasured_metric_is_rejected(metric: str, wanted: dict[str, Any], needs: str) -> None:
+    config = make_config(eval_config=wanted | {"promotion_gate": [GATE, {"metric": metric, "at_least": 0.5}]})
+    refused = get_validation_error(config, make_dataset())
     assert refused.param == "training_config.eval_config.promotion_gate.1.metric"
     assert needs in refused.hint
 
@@ -175,13 +175,13 @@ def test_a_gate_on_what_is_not_measured_is_refused(metric: str, wanted: dict[str
         ("lm_eval/arc_easy/acc", {"lm_eval_tasks": ["arc_easy"]}),
     ],
 )
-def test_a_gate_on_what_is_or_may_be_measured_is_accepted(metric: str, wanted: dict[str, Any]) -> None:
-    check_fits(a_config(eval_config=wanted | {"promotion_gate": [{"metric": metric, "at_least": 0.5}]}), a_dataset())
+def test_gate_on_measurable_metric_is_accepted(metric: str, wanted: dict[str, Any]) -> None:
+    check_dataset_compatible(make_config(eval_config=wanted | {"promotion_gate": [{"metric": metric, "at_least": 0.5}]}), make_dataset())
 
 
-def test_a_gate_on_public_tasks_alone_needs_no_held_out_rows() -> None:
+def test_gate_on_lm_eval_tasks_needs_no_held_out_rows() -> None:
     wanted = {"lm_eval_tasks": ["arc_easy"], "promotion_gate": [{"metric": "lm_eval/arc_easy/acc", "at_least": 0.5}]}
-    check_fits(a_config(eval_config=wanted), without_eval())
+    check_dataset_compatible(make_config(eval_config=wanted), make_train_only_dataset())
 
 
 # --- the hardware ----------------------------------------------------------------------------------------------------
@@ -199,36 +199,36 @@ def test_a_gate_on_public_tasks_alone_needs_no_held_out_rows() -> None:
         ({"hyperparameters": {"use_fa2": True}}, "hyperparameters.use_fa2", "Ampere"),
     ],
 )
-def test_what_the_trainers_environment_lacks_is_refused_with_the_reason(changes: dict[str, Any], param: str, note: str) -> None:
-    bare = hardware_of({"device": "cpu", "device_name": "a processor", "packages": {"torch": "2"}})
+def test_missing_trainer_capability_is_rejected_with_reason(changes: dict[str, Any], param: str, note: str) -> None:
+    bare = capabilities_from_probe({"device": "cpu", "device_name": "a processor", "packages": {"torch": "2"}})
     with pytest.raises(Unsupported) as refused:
-        check_supported(a_config(**changes), bare)
+        check_supported(make_config(**changes), bare)
     assert refused.value.param == f"training_config.{param}"
     assert note in refused.value.hint
     packages = dict.fromkeys(("bitsandbytes", "unsloth", "onnx", "lm_eval"), "1.0")
-    rich = hardware_of({"device": "cuda", "gguf": True, "flash_attention_2": True, "packages": packages})
-    check_supported(a_config(**changes), rich)
+    rich = capabilities_from_probe({"device": "cuda", "gguf": True, "flash_attention_2": True, "packages": packages})
+    check_supported(make_config(**changes), rich)
     assert rich.notes == {}
 
 
-def test_unsloth_on_a_gpu_without_it_says_so() -> None:
-    assert hardware_of({"device": "cuda"}).notes["provider"].startswith("unsloth is not installed")
-    assert hardware_of({"device": "cpu", "packages": {"unsloth": "1"}}).providers == ("huggingface",)
+def test_missing_unsloth_is_noted() -> None:
+    assert capabilities_from_probe({"device": "cuda"}).notes["provider"].startswith("unsloth is not installed")
+    assert capabilities_from_probe({"device": "cpu", "packages": {"unsloth": "1"}}).providers == ("huggingface",)
 
 
 @pytest.mark.parametrize("profile", PROFILES.values(), ids=lambda profile: profile.name)
-def test_every_profile_in_the_cloud_trains_everything_but_with_unsloth(profile: Any) -> None:
-    facts = profile.hardware
+def test_cloud_profiles_support_everything_except_unsloth(profile: Any) -> None:
+    facts = profile.capabilities
     for trainer_type in TRAINER_TYPES:
-        config = a_grpo_config() if trainer_type == "grpo" else a_config(trainer_type=trainer_type, method="QLoRA")
+        config = make_grpo_config() if trainer_type == "grpo" else make_config(trainer_type=trainer_type, method="QLoRA")
         check_supported(config, facts)
     with pytest.raises(Unsupported) as refused:
-        check_supported(a_config(provider="unsloth"), facts)
+        check_supported(make_config(provider="unsloth"), facts)
     assert "not in the image" in refused.value.hint
 
 
-def test_capabilities_tell_what_a_request_may_say() -> None:
-    told: Any = describe({"local": some_hardware(methods=("LoRA", "QLoRA", "Full"))}, "local")
+def test_capabilities_response_lists_options() -> None:
+    told: Any = capabilities_response({"local": make_capabilities(methods=("LoRA", "QLoRA", "Full"))}, "local")
     assert told["trainer_types"]["kto"] == {"dataset_types": ["unpaired_preference", "preference"], "modalities": ["text"]}
     assert told["trainer_types"]["sft"]["modalities"] == ["text", "vision"]
     assert {"score_model", "python", "json_schema"} <= set(told["graders"])
@@ -236,4 +236,4 @@ def test_capabilities_tell_what_a_request_may_say() -> None:
     assert told["export"]["destinations"] == ["gcs", "hfhub"]
     assert told["export"]["formats"] == ["adapter", "merged"]
     assert told["methods"] == ["LoRA", "QLoRA", "Full"]
-    assert "onnx" in describe({"local": some_hardware(onnx=True)}, "local")["export"]["formats"]  # type: ignore[index]
+    assert "onnx" in capabilities_response({"local": make_capabilities(onnx=True)}, "local")["export"]["formats"]  # type: ignore[index]

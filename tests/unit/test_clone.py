@@ -8,20 +8,20 @@ from pydantic import JsonValue, ValidationError
 from schema.job import Job
 from schema.requests import CloneRequest, TrainRequest
 from schema.training import TRAINING_CONFIG, SftConfig
-from service.core.clone import as_sent, cloned_request, merge_patch
+from service.core.clone import clone_request, merge_patch, original_request
 from service.core.errors import InvalidRequest
-from service.core.secrets import redacted
-from tests.factories import a_config, a_grpo_config, a_job
+from service.core.secrets import redact
+from tests.factories import make_config, make_grpo_config, make_job
 
-NONE: frozenset[str] = frozenset()
+NO_SECRETS: frozenset[str] = frozenset()
 
 
 def clone(source: Job, **patch: Any) -> TrainRequest:
-    return cloned_request(source, CloneRequest.model_validate(patch), leave_out=NONE, not_asked_for=NONE)
+    return clone_request(source, CloneRequest.model_validate(patch), deployment_trackers=NO_SECRETS, deployment_secrets=NO_SECRETS)
 
 
 # https://www.rfc-editor.org/rfc/rfc7386#appendix-A
-EXAMPLES: list[tuple[JsonValue, JsonValue, JsonValue]] = [
+RFC_EXAMPLES: list[tuple[JsonValue, JsonValue, JsonValue]] = [
     ({"a": "b"}, {"a": "c"}, {"a": "c"}),
     ({"a": "b"}, {"b": "c"}, {"a": "b", "b": "c"}),
     ({"a": "b"}, {"a": None}, {}),
@@ -40,30 +40,30 @@ EXAMPLES: list[tuple[JsonValue, JsonValue, JsonValue]] = [
 ]
 
 
-@pytest.mark.parametrize(("target", "patch", "merged"), EXAMPLES)
-def test_patches_are_merged_as_the_rfc_shows(target: JsonValue, patch: JsonValue, merged: JsonValue) -> None:
+@pytest.mark.parametrize(("target", "patch", "merged"), RFC_EXAMPLES)
+def test_merge_patch_follows_rfc_7386(target: JsonValue, patch: JsonValue, merged: JsonValue) -> None:
     assert merge_patch(target, patch) == merged
 
 
-def test_a_clone_without_changes_asks_for_the_same() -> None:
+def test_clone_without_changes_repeats_request() -> None:
     knobs = {"learning_rate": 3e-4, "epochs": 7, "target_modules": ["q_proj"]}
-    for config in (a_config(hyperparameters=knobs, export_config={"format": ["adapter", "merged"]}), a_config(), a_grpo_config()):
-        source = a_job(training_config=config, job_name="mine", project_id="p", hardware="l4")
+    for config in (make_config(hyperparameters=knobs, export_config={"format": ["adapter", "merged"]}), make_config(), make_grpo_config()):
+        source = make_job(training_config=config, job_name="mine", project_id="p", hardware="l4")
         request = clone(source)
         assert request.training_config == config
         assert (request.job_name, request.project_id, request.hardware) == ("mine", "p", "l4")
 
 
-def test_what_was_never_chosen_follows_the_change() -> None:
-    assert as_sent(a_config()) == {"base_model_id": "google/gemma-3-270m", "hyperparameters": {}}
-    full = clone(a_job(), training_config={"method": "Full"}).training_config
+def test_unset_fields_follow_new_defaults() -> None:
+    assert original_request(make_config()) == {"base_model_id": "google/gemma-3-270m", "hyperparameters": {}}
+    full = clone(make_job(), training_config={"method": "Full"}).training_config
     assert full.hyperparameters.learning_rate == SftConfig.learning_rates["Full"]
-    pairs = clone(a_job(), training_config={"trainer_type": "dpo"}).training_config
+    pairs = clone(make_job(), training_config={"trainer_type": "dpo"}).training_config
     assert (pairs.hyperparameters.batch_size, pairs.hyperparameters.learning_rate) == (1, 1e-5)
 
 
-def test_what_was_chosen_stays_and_is_checked_with_the_rest() -> None:
-    source = a_job(training_config=a_config(hyperparameters={"learning_rate": 3e-4, "lora_rank": 8}))
+def test_explicit_fields_are_kept_and_revalidated() -> None:
+    source = make_job(training_config=make_config(hyperparameters={"learning_rate": 3e-4, "lora_rank": 8}))
     assert clone(source, training_config={"hyperparameters": {"epochs": 9}}).training_config.hyperparameters.learning_rate == 3e-4
     with pytest.raises(ValidationError, match="lora_rank is only used with"):
         clone(source, training_config={"method": "Full"})
@@ -81,31 +81,31 @@ def test_what_was_chosen_stays_and_is_checked_with_the_rest() -> None:
         ({"hyperparameters": 3}, "hyperparameters"),
     ],
 )
-def test_a_whole_that_is_no_request_is_refused_by_field(patch: dict[str, Any], field: str) -> None:
+def test_invalid_merged_request_names_field(patch: dict[str, Any], field: str) -> None:
     with pytest.raises(ValidationError) as refused:
-        clone(a_job(), training_config=patch)
+        clone(make_job(), training_config=patch)
     assert field in refused.value.errors()[0]["loc"]
 
 
 # --- secrets ---------------------------------------------------------------------------------------------------------
 
 JUDGE = {"type": "score_model", "name": "judge", "base_url": "https://judge.example/v1", "model": "m", "api_key": "k"}
-KEPT = redacted(a_grpo_config(JUDGE, wandb_config={"api_key": "w"}))
-SECRETIVE = a_job(training_config=KEPT, secret_names=("hf_token", "judge_api_key", "wandb_api_key"))
-AGAIN = {"wandb_api_key": "w2", "judge_api_key": "k2", "hf_token": "h2"}
+REDACTED_CONFIG = redact(make_grpo_config(JUDGE, wandb_config={"api_key": "w"}))
+JOB_WITH_SECRETS = make_job(training_config=REDACTED_CONFIG, secret_names=("hf_token", "judge_api_key", "wandb_api_key"))
+RESENT_SECRETS = {"wandb_api_key": "w2", "judge_api_key": "k2", "hf_token": "h2"}
 
 
 @pytest.mark.parametrize(
     ("missing", "param"), [("hf_token", "hf_token"), ("judge_api_key", "secrets.judge_api_key"), ("wandb_api_key", "secrets.wandb_api_key")]
 )
-def test_a_secret_is_needed_again(missing: str, param: str) -> None:
+def test_clone_requires_secret_again(missing: str, param: str) -> None:
     with pytest.raises(InvalidRequest, match=f"made with {missing}") as refused:
-        clone(SECRETIVE, secrets={name: value for name, value in AGAIN.items() if name != missing})
+        clone(JOB_WITH_SECRETS, secrets={name: value for name, value in RESENT_SECRETS.items() if name != missing})
     assert refused.value.param == param
 
 
-def test_secrets_that_are_sent_stand_where_they_belong() -> None:
-    request = clone(SECRETIVE, secrets=AGAIN)
+def test_resent_secrets_are_placed_in_config() -> None:
+    request = clone(JOB_WITH_SECRETS, secrets=RESENT_SECRETS)
     assert request.hf_token is not None
     assert request.hf_token.get_secret_value() == "h2"
     config: Any = request.training_config
@@ -124,15 +124,15 @@ def test_secrets_that_are_sent_stand_where_they_belong() -> None:
         },
     ],
 )
-def test_a_secret_that_the_change_does_without_is_not_asked_for(patch: dict[str, Any]) -> None:
-    assert clone(SECRETIVE, **patch).hf_token is None
+def test_removed_secret_is_not_required(patch: dict[str, Any]) -> None:
+    assert clone(JOB_WITH_SECRETS, **patch).hf_token is None
 
 
-def test_a_secret_for_nothing_is_refused() -> None:
+def test_unused_secret_is_rejected() -> None:
     with pytest.raises(InvalidRequest, match="takes mlflow_token") as refused:
-        clone(a_job(), secrets={"mlflow_token": "x"})
+        clone(make_job(), secrets={"mlflow_token": "x"})
     assert refused.value.param == "secrets.mlflow_token"
 
 
-def test_what_stands_for_a_secret_in_the_record_is_never_sent() -> None:
-    assert "*" not in str(as_sent(TRAINING_CONFIG.validate_python(KEPT.model_dump())))
+def test_redaction_placeholder_is_never_sent() -> None:
+    assert "*" not in str(original_request(TRAINING_CONFIG.validate_python(REDACTED_CONFIG.model_dump())))

@@ -9,7 +9,7 @@ from typing import get_args
 
 import pytest
 
-from infra.settings_table import table
+from infra.settings_table import render_settings_page
 from schema.evaluation import EvalConfig
 from schema.export import ExportConfig
 from schema.graders import GRADER_TYPES
@@ -18,34 +18,47 @@ from schema.training import TRAINER_TYPES
 from schema.words import DatasetType
 from service.adapters.jobstores import JOB_STORES
 from service.adapters.launchers import LAUNCHERS
-from service.adapters.launchers.cloud_run import IN_IMAGE
-from service.adapters.links import LINKS
+from service.adapters.launchers.cloud_run import IMAGE_PACKAGES
+from service.adapters.links import URL_SIGNERS
 from service.adapters.secrets import SECRET_STORES
 from storage import STORES
 
 SOURCE = Path(__file__).resolve().parents[2]
-HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "numpy", "pandas", "wandb", "llama_cpp", "huggingface_hub", "google", "boto3"}
+HEAVY_PACKAGES = {
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "numpy",
+    "pandas",
+    "wandb",
+    "llama_cpp",
+    "huggingface_hub",
+    "google",
+    "boto3",
+}
 
 
-def test_the_service_imports_nothing_heavy() -> None:
+def test_service_imports_no_heavy_package() -> None:
     code = "import sys, service.main, service.cli; print('\\n'.join(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=SOURCE)
-    assert not HEAVY & {name.partition(".")[0] for name in done.stdout.split()}
+    assert not HEAVY_PACKAGES & {name.partition(".")[0] for name in done.stdout.split()}
 
 
-def test_the_services_environment_holds_no_ml_library() -> None:
+def test_service_requirements_contain_no_ml_library() -> None:
     pinned = {line.partition("==")[0].lower() for line in (SOURCE / "requirements/service.txt").read_text().splitlines()}
     clients = {"boto3", "huggingface_hub"}  # no ML; their adapters import them when they are asked for
-    assert not {name.replace("_", "-") for name in pinned} & {name.replace("_", "-") for name in HEAVY - clients}
+    assert not {name.replace("_", "-") for name in pinned} & {name.replace("_", "-") for name in HEAVY_PACKAGES - clients}
 
 
-def test_the_image_holds_what_the_cloud_promises() -> None:
+def test_trainer_image_packages_match_cloud_profiles() -> None:
     pinned = {line.partition("==")[0].strip() for line in (SOURCE / "requirements/llm.txt").read_text().splitlines()}
-    assert {name: name in pinned for name in IN_IMAGE} == IN_IMAGE
+    assert {name: name in pinned for name in IMAGE_PACKAGES} == IMAGE_PACKAGES
 
 
 @pytest.mark.parametrize(
-    "registry", [JOB_STORES, LAUNCHERS, LINKS, SECRET_STORES, STORES], ids=["jobs", "launchers", "links", "secrets", "objects"]
+    "registry", [JOB_STORES, LAUNCHERS, URL_SIGNERS, SECRET_STORES, STORES], ids=["jobs", "launchers", "links", "secrets", "objects"]
 )
 def test_every_registry_line_resolves(registry: dict[str, str]) -> None:
     for line in registry.values():
@@ -53,30 +66,30 @@ def test_every_registry_line_resolves(registry: dict[str, str]) -> None:
         assert isinstance(getattr(import_module(module), name), type)
 
 
-def test_every_trainer_type_names_a_file_that_is_there() -> None:
+def test_every_trainer_type_names_an_existing_function() -> None:
     for config in TRAINER_TYPES.values():
         module, _, function = config.trainer.partition(":")
         assert f"def {function}(" in (SOURCE / (module.replace(".", "/") + ".py")).read_text()
 
 
-def test_the_page_of_settings_is_what_the_settings_say() -> None:
-    assert (SOURCE / "docs/settings.md").read_text() == table()
+def test_settings_page_is_up_to_date() -> None:
+    assert (SOURCE / "docs/settings.md").read_text() == render_settings_page()
 
 
-def test_links_between_the_pages_lead_somewhere() -> None:
+def test_documentation_links_resolve() -> None:
     pages = [*SOURCE.glob("*.md"), *(SOURCE / "docs").rglob("*.md")]
     for page in pages:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_every_file_that_the_life_of_a_job_names_is_there() -> None:
+def test_files_named_in_architecture_exist() -> None:
     text = (SOURCE / "ARCHITECTURE.md").read_text()
     for name in re.findall(r"`((?:service|schema|jobs|storage|tests)/[\w/]+\.py)`", text):
         assert (SOURCE / name).exists(), name
 
 
-def test_every_line_of_what_happens_when_something_dies_names_a_test_that_there_is() -> None:
+def test_failure_table_names_existing_tests() -> None:
     page = (SOURCE / "ARCHITECTURE.md").read_text().partition("## What happens when X dies")[2].partition("\n## ")[0]
     shown = [line.rpartition("| `")[2].removesuffix("` |") for line in page.splitlines() if line.startswith("| ") and "`" in line]
     assert len(shown) > 20
@@ -85,7 +98,7 @@ def test_every_line_of_what_happens_when_something_dies_names_a_test_that_there_
     assert missing == []
 
 
-def test_the_page_of_the_api_names_every_default_that_differs_by_trainer_type() -> None:
+def test_api_page_lists_defaults_per_trainer_type() -> None:
     page = (SOURCE / "docs/api.md").read_text()
     rows = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for line in page.splitlines() if len(cells := line.split("|")) == 9}
     knobs = {name: config.model_fields["hyperparameters"].default for name, config in TRAINER_TYPES.items()}
@@ -101,7 +114,7 @@ def test_the_page_of_the_api_names_every_default_that_differs_by_trainer_type() 
     assert [cell.split(", ") for cell in rows["its own"]] == own
 
 
-def test_the_page_of_the_api_names_every_trainer_type_grader_and_field_of_its_sections() -> None:
+def test_api_page_lists_trainer_types_graders_and_fields() -> None:
     page = (SOURCE / "docs/api.md").read_text()
     told = set(re.findall(r"`(\w+)`", page))
     assert set(TRAINER_TYPES) | set(GRADER_TYPES) | set(get_args(DatasetType)) <= told

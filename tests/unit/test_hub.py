@@ -2,14 +2,14 @@
 
 import pytest
 
-from service.adapters.hub import account_of
+from service.adapters.hub import parse_account
 from service.core.errors import InvalidRequest
-from service.core.hub import check_all_ours, refuse_base, refuse_push
+from service.core.hub import base_access_error, check_only_our_commits, push_access_error
 from service.core.ports import HubAccess, HubAccount
 
 WRITER = HubAccount(user="ada", role="write", orgs={"lab": "write", "press": "read"})
 READER = HubAccount(user="ada", role="read", orgs={})
-FINE = HubAccount(user="ada", role="fineGrained", orgs={"lab": "admin"}, writable=frozenset({"lab", "ada/one"}))
+FINE_GRAINED = HubAccount(user="ada", role="fineGrained", orgs={"lab": "admin"}, writable=frozenset({"lab", "ada/one"}))
 
 
 @pytest.mark.parametrize(
@@ -21,17 +21,17 @@ FINE = HubAccount(user="ada", role="fineGrained", orgs={"lab": "admin"}, writabl
         ("bad_token", "hf_token", "does not know the hf_token"),
     ],
 )
-def test_a_base_that_cannot_be_read_is_refused_with_what_to_do(access: HubAccess, param: str, words: str) -> None:
+def test_unreadable_base_model_is_rejected_with_hint(access: HubAccess, param: str, words: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        refuse_base("google/gemma-3-270m", access, has_token=False)
+        base_access_error("google/gemma-3-270m", access, has_token=False)
     assert (refused.value.param, words in refused.value.message) == (param, True)
     assert refused.value.hint
 
 
 @pytest.mark.parametrize("access", ["yes", "unknown"])
-def test_unknown_is_not_refused(access: HubAccess) -> None:
-    refuse_base("google/gemma-3-270m", access, has_token=True)
-    refuse_push("ada/tuned", access, None)
+def test_unknown_access_is_accepted(access: HubAccess) -> None:
+    base_access_error("google/gemma-3-270m", access, has_token=True)
+    push_access_error("ada/tuned", access, None)
 
 
 @pytest.mark.parametrize(
@@ -43,13 +43,13 @@ def test_unknown_is_not_refused(access: HubAccess) -> None:
         ("ada/tuned", "absent", READER, "can only read"),
         ("grace/tuned", "absent", WRITER, "cannot write to 'grace'"),
         ("press/tuned", "absent", WRITER, "cannot write to 'press'"),
-        ("ada/two", "absent", FINE, "fine-grained and may not write to ada/two"),
-        ("ada/two", "unknown", FINE, "fine-grained and may not write to ada/two"),
+        ("ada/two", "absent", FINE_GRAINED, "fine-grained and may not write to ada/two"),
+        ("ada/two", "unknown", FINE_GRAINED, "fine-grained and may not write to ada/two"),
     ],
 )
-def test_a_push_that_would_fail_is_refused(repo_id: str, access: HubAccess, account: HubAccount | None, words: str) -> None:
+def test_push_without_write_access_is_rejected(repo_id: str, access: HubAccess, account: HubAccount | None, words: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        refuse_push(repo_id, access, account)
+        push_access_error(repo_id, access, account)
     assert words in refused.value.message
     assert refused.value.param in ("hf_token", "training_config.export_config.hf_repo_id")
 
@@ -61,24 +61,24 @@ def test_a_push_that_would_fail_is_refused(repo_id: str, access: HubAccess, acco
         ("ada/tuned", "absent", WRITER),
         ("tuned", "absent", WRITER),
         ("lab/tuned", "absent", WRITER),
-        ("lab/tuned", "absent", FINE),
-        ("ada/one", "absent", FINE),
+        ("lab/tuned", "absent", FINE_GRAINED),
+        ("ada/one", "absent", FINE_GRAINED),
         ("ada/tuned", "absent", None),
         ("ada/tuned", "absent", HubAccount("ada", "", {})),
     ],
 )
-def test_a_push_that_may_work_is_accepted(repo_id: str, access: HubAccess, account: HubAccount | None) -> None:
-    refuse_push(repo_id, access, account)
+def test_push_with_possible_write_access_is_accepted(repo_id: str, access: HubAccess, account: HubAccount | None) -> None:
+    push_access_error(repo_id, access, account)
 
 
-def test_what_the_hub_does_not_tell_is_not_held_against_a_token() -> None:
-    assert account_of({"name": "ada"}) == HubAccount("ada", "", {})
-    assert account_of({"name": "ada", "auth": {"accessToken": {"role": "fineGrained"}}}).role == ""
-    assert account_of({"name": "ada", "orgs": [{"name": "lab"}]}).orgs == {"lab": "write"}
+def test_missing_account_fields_do_not_restrict_token() -> None:
+    assert parse_account({"name": "ada"}) == HubAccount("ada", "", {})
+    assert parse_account({"name": "ada", "auth": {"accessToken": {"role": "fineGrained"}}}).role == ""
+    assert parse_account({"name": "ada", "orgs": [{"name": "lab"}]}).orgs == {"lab": "write"}
 
 
 @pytest.mark.parametrize(("commits", "others"), [(["0", "a", "x"], 1), (["0", "x"], 1), ([], 0)])
-def test_a_repository_with_anything_else_in_it_is_not_deleted(commits: list[str], others: int) -> None:
+def test_repository_with_foreign_commits_is_not_deleted(commits: list[str], others: int) -> None:
     with pytest.raises(InvalidRequest, match=f"{others} commits that are not of this job"):
-        check_all_ours("ada/tuned", commits, {"a"})
-    check_all_ours("ada/tuned", ["0", "a"], {"a", "b"})
+        check_only_our_commits("ada/tuned", commits, {"a"})
+    check_only_our_commits("ada/tuned", ["0", "a"], {"a", "b"})

@@ -5,32 +5,32 @@ import threading
 
 import pytest
 
-from service.api.patience import Patience
-from storage.patience import LEAST_S, patience, time_left
+from service.api.patience import RequestDeadlineMiddleware
+from storage.patience import MIN_TIMEOUT_S, deadline, remaining_s
 
 
-def test_nobody_waiting_means_the_callers_own_limit() -> None:
-    assert time_left(30) == 30
+def test_without_deadline_default_timeout_applies() -> None:
+    assert remaining_s(30) == 30
 
 
-def test_what_is_left_is_shared_by_everything_below() -> None:
-    with patience(4):
-        assert 3 < time_left(30) <= 4
-        assert time_left(1) == 1
-        with patience(60):  # nobody inside waits longer than whoever is outside
-            assert time_left(30) <= 4
-    assert time_left(30) == 30
+def test_nested_calls_share_remaining_time() -> None:
+    with deadline(4):
+        assert 3 < remaining_s(30) <= 4
+        assert remaining_s(1) == 1
+        with deadline(60):  # nobody inside waits longer than whoever is outside
+            assert remaining_s(30) <= 4
+    assert remaining_s(30) == 30
 
 
-def test_a_patience_that_is_over_still_leaves_a_call_its_shortest_time() -> None:
-    with patience(0):
-        assert time_left(30) == LEAST_S
+def test_expired_deadline_leaves_minimum_timeout() -> None:
+    with deadline(0):
+        assert remaining_s(30) == MIN_TIMEOUT_S
 
 
-def test_another_thread_is_not_hurried_by_accident() -> None:
+def test_deadline_does_not_apply_to_other_threads() -> None:
     seen: list[float] = []
-    with patience(1):
-        thread = threading.Thread(target=lambda: seen.append(time_left(30)))
+    with deadline(1):
+        thread = threading.Thread(target=lambda: seen.append(remaining_s(30)))
         thread.start()
         thread.join()
     assert seen == [30]
@@ -49,19 +49,17 @@ def test_another_thread_is_not_hurried_by_accident() -> None:
         ("POST", "/internal/jobs/j/attempts/1/events", b"", b"*/*", 4.0),
     ],
 )
-def test_a_request_is_answered_in_time_and_a_stream_lasts(
-    method: str, path: str, query: bytes, accept: bytes, seconds: float | None
-) -> None:
-    seen = asyncio.run(seen_by_the_app(method, path, query, accept))
+def test_requests_have_deadlines_and_streams_do_not(method: str, path: str, query: bytes, accept: bytes, seconds: float | None) -> None:
+    seen = asyncio.run(remaining_s_in_app(method, path, query, accept))
     assert seen == pytest.approx(seconds or 1000, abs=0.5)
 
 
-async def seen_by_the_app(method: str, path: str, query: bytes, accept: bytes) -> float:
+async def remaining_s_in_app(method: str, path: str, query: bytes, accept: bytes) -> float:
     seen: list[float] = []
 
     async def app(*_: object) -> None:
-        seen.append(time_left(1000))
+        seen.append(remaining_s(1000))
 
     scope = {"type": "http", "method": method, "path": path, "query_string": query, "headers": [(b"accept", accept)]}
-    await Patience(app)(scope, None, None)  # type: ignore[arg-type]
+    await RequestDeadlineMiddleware(app)(scope, None, None)  # type: ignore[arg-type]
     return seen[0]

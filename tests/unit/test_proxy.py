@@ -14,13 +14,13 @@ from infra.loopback.proxy import Proxy
 SEVERAL_MB = bytes(range(256)) * 20_000
 
 
-class Echo:
+class EchoServer:
     """Answers every piece with the same piece, and remembers what came; says goodbye to who has said all."""
 
     def __init__(self) -> None:
-        self.heard: list[bytes] = []
-        self.listens = threading.Event()
-        self.listens.set()
+        self.received: list[bytes] = []
+        self.is_reading = threading.Event()
+        self.is_reading.set()
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         self.threads = [threading.Thread(target=self._accept)]
@@ -38,15 +38,15 @@ class Echo:
     def _answer(self, client: socket.socket) -> None:
         with client:
             try:
-                while self.listens.wait() and (heard := client.recv(1 << 16)):
-                    self.heard.append(heard)
+                while self.is_reading.wait() and (heard := client.recv(1 << 16)):
+                    self.received.append(heard)
                     client.sendall(heard)
                 client.sendall(b"bye")
             except OSError:
                 return
 
     def close(self) -> None:
-        self.listens.set()
+        self.is_reading.set()
         self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
         for thread in self.threads:
@@ -54,36 +54,36 @@ class Echo:
 
 
 @pytest.fixture
-def echo() -> Iterator[Echo]:
-    echo = Echo()
+def echo() -> Iterator[EchoServer]:
+    echo = EchoServer()
     yield echo
     echo.close()
 
 
 @pytest.fixture
-def line(echo: Echo) -> Iterator[Proxy]:
+def proxy(echo: EchoServer) -> Iterator[Proxy]:
     with Proxy("127.0.0.1", echo.port) as line:
         yield line
 
 
 @pytest.fixture
-def client(line: Proxy) -> Iterator[socket.socket]:
-    with connected(line) as client:
-        assert said(client, b"hello") == b"hello"
+def client(proxy: Proxy) -> Iterator[socket.socket]:
+    with connect(proxy) as client:
+        assert send_and_receive(client, b"hello") == b"hello"
         yield client
 
 
-def connected(line: Proxy) -> socket.socket:
+def connect(line: Proxy) -> socket.socket:
     host, _, port = line.address.rpartition(":")
     return socket.create_connection((host, int(port)), timeout=5)
 
 
-def said(client: socket.socket, text: bytes) -> bytes:
+def send_and_receive(client: socket.socket, text: bytes) -> bytes:
     client.sendall(text)
     return client.recv(1000)
 
 
-def fill(client: socket.socket) -> None:
+def fill_send_buffer(client: socket.socket) -> None:
     """Send until nobody takes any more."""
     client.settimeout(0.05)
     with suppress(TimeoutError):
@@ -92,8 +92,8 @@ def fill(client: socket.socket) -> None:
     client.settimeout(5)
 
 
-def test_much_arrives_as_it_was_sent_and_so_does_the_end(line: Proxy) -> None:
-    with connected(line) as client:
+def test_large_data_and_eof_pass_through(proxy: Proxy) -> None:
+    with connect(proxy) as client:
         sender = threading.Thread(target=lambda: (client.sendall(SEVERAL_MB), client.shutdown(socket.SHUT_WR)))
         sender.start()
         came = b"".join(iter(lambda: client.recv(1 << 16), b""))
@@ -101,122 +101,122 @@ def test_much_arrives_as_it_was_sent_and_so_does_the_end(line: Proxy) -> None:
     assert hashlib.sha256(came).digest() == hashlib.sha256(SEVERAL_MB + b"bye").digest()
 
 
-def test_many_speak_at_once(line: Proxy) -> None:
+def test_many_concurrent_connections(proxy: Proxy) -> None:
     with ExitStack() as stack:
-        clients = [stack.enter_context(connected(line)) for _ in range(30)]
+        clients = [stack.enter_context(connect(proxy)) for _ in range(30)]
         for number, client in enumerate(clients):
             client.sendall(b"%d" % number)
         assert [client.recv(1000) for client in clients] == [b"%d" % number for number in range(30)]
 
 
-def test_a_line_to_nobody_closes() -> None:
+def test_unreachable_target_closes_connection() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    with Proxy("127.0.0.1", port) as line, connected(line) as client:
+    with Proxy("127.0.0.1", port) as line, connect(line) as client:
         assert client.recv(1) == b""
 
 
-def test_a_line_that_is_cut_closes_and_takes_nobody_until_it_is_restored(line: Proxy, client: socket.socket) -> None:
-    line.cut()
+def test_cut_closes_and_refuses_connections_until_restored(proxy: Proxy, client: socket.socket) -> None:
+    proxy.cut()
     assert client.recv(1) == b""
     with pytest.raises(ConnectionRefusedError):
-        connected(line)
-    line.restore()
-    with connected(line) as again:
-        assert said(again, b"back") == b"back"
+        connect(proxy)
+    proxy.restore()
+    with connect(proxy) as again:
+        assert send_and_receive(again, b"back") == b"back"
 
 
-def test_a_line_that_resets_does_so_to_everybody(line: Proxy, client: socket.socket) -> None:
-    line.reset()
+def test_reset_applies_to_all_connections(proxy: Proxy, client: socket.socket) -> None:
+    proxy.reset()
     with pytest.raises(ConnectionResetError):
         client.recv(1)
-    with pytest.raises(ConnectionResetError), connected(line) as another:
+    with pytest.raises(ConnectionResetError), connect(proxy) as another:
         another.recv(1)
 
 
-def test_a_line_that_hangs_keeps_what_it_has_until_it_is_restored(line: Proxy, client: socket.socket, echo: Echo) -> None:
-    line.hang()
+def test_hang_holds_data_until_restored(proxy: Proxy, client: socket.socket, echo: EchoServer) -> None:
+    proxy.hang()
     client.settimeout(0.1)
     with pytest.raises(TimeoutError):
-        said(client, b"later")
-    assert echo.heard == [b"hello"]
-    line.restore()
+        send_and_receive(client, b"later")
+    assert echo.received == [b"hello"]
+    proxy.restore()
     client.settimeout(5)
     assert client.recv(1000) == b"later"
 
 
-def test_a_line_that_drops_answers_carries_requests_out(line: Proxy, client: socket.socket, echo: Echo) -> None:
-    line.drop_answers()
+def test_drop_responses_still_delivers_requests(proxy: Proxy, client: socket.socket, echo: EchoServer) -> None:
+    proxy.drop_responses()
     client.settimeout(0.1)
     with pytest.raises(TimeoutError):
-        said(client, b"do it")
-    assert echo.heard == [b"hello", b"do it"]
-    line.restore()  # and what lost something is of no use any more
+        send_and_receive(client, b"do it")
+    assert echo.received == [b"hello", b"do it"]
+    proxy.restore()  # and what lost something is of no use any more
     with pytest.raises(ConnectionResetError):
         client.recv(1)
 
 
-def test_a_line_that_drops_answers_drops_a_goodbye_too(line: Proxy, client: socket.socket) -> None:
-    line.drop_answers()
+def test_drop_responses_also_drops_eof(proxy: Proxy, client: socket.socket) -> None:
+    proxy.drop_responses()
     client.shutdown(socket.SHUT_WR)
     client.settimeout(0.1)
     with pytest.raises(TimeoutError):
         client.recv(1)
 
 
-def test_who_lost_nothing_goes_on_after_answers_were_dropped(line: Proxy, client: socket.socket) -> None:
-    line.drop_answers()
-    line.restore()
-    assert said(client, b"still here") == b"still here"
+def test_unaffected_connection_survives_drop_responses(proxy: Proxy, client: socket.socket) -> None:
+    proxy.drop_responses()
+    proxy.restore()
+    assert send_and_receive(client, b"still here") == b"still here"
 
 
-def test_a_slow_line_is_slow_both_ways_until_it_is_restored(line: Proxy, client: socket.socket) -> None:
-    line.delay(0.05)
+def test_delay_applies_in_both_directions_until_restored(proxy: Proxy, client: socket.socket) -> None:
+    proxy.delay(0.05)
     began = time.monotonic()
-    assert said(client, b"slowly") == b"slowly"
+    assert send_and_receive(client, b"slowly") == b"slowly"
     assert time.monotonic() - began >= 0.1
-    line.delay(60)
-    line.restore()
-    assert said(client, b"fast") == b"fast"
+    proxy.delay(60)
+    proxy.restore()
+    assert send_and_receive(client, b"fast") == b"fast"
 
 
-@pytest.mark.parametrize("verb", ["hang", "drop_answers"])
-def test_what_follows_a_cut_takes_connections_again(line: Proxy, verb: str) -> None:
-    line.cut()
-    getattr(line, verb)()
-    connected(line).close()
-    line.restore()
-    with connected(line) as client:
-        assert said(client, b"back") == b"back"
+@pytest.mark.parametrize("verb", ["hang", "drop_responses"])
+def test_connections_are_accepted_again_after_cut(proxy: Proxy, verb: str) -> None:
+    proxy.cut()
+    getattr(proxy, verb)()
+    connect(proxy).close()
+    proxy.restore()
+    with connect(proxy) as client:
+        assert send_and_receive(client, b"back") == b"back"
 
 
-def test_a_line_can_be_reset_after_it_was_cut(line: Proxy) -> None:
-    line.cut()
-    line.reset()
-    with pytest.raises(ConnectionResetError), connected(line) as client:
+def test_reset_after_cut(proxy: Proxy) -> None:
+    proxy.cut()
+    proxy.reset()
+    with pytest.raises(ConnectionResetError), connect(proxy) as client:
         client.recv(1)
 
 
 @pytest.mark.parametrize("verb", ["cut", "reset"])
-def test_who_sends_to_somebody_who_does_not_listen_is_broken_off_as_well(line: Proxy, echo: Echo, verb: str) -> None:
-    echo.listens.clear()
-    with connected(line) as client:
-        fill(client)
-        getattr(line, verb)()
+def test_blocked_sender_is_disconnected(proxy: Proxy, echo: EchoServer, verb: str) -> None:
+    echo.is_reading.clear()
+    with connect(proxy) as client:
+        fill_send_buffer(client)
+        getattr(proxy, verb)()
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
             client.sendall(SEVERAL_MB)
 
 
-def test_nothing_is_left_behind(echo: Echo) -> None:
+def test_proxy_cleans_up_threads_and_sockets(echo: EchoServer) -> None:
     before = set(threading.enumerate())
-    with Proxy("127.0.0.1", echo.port) as line, connected(line) as stalled, connected(line) as waiting, connected(line) as gone:
-        said(gone, b"x")
+    with Proxy("127.0.0.1", echo.port) as line, connect(line) as stalled, connect(line) as waiting, connect(line) as gone:
+        send_and_receive(gone, b"x")
         line.hang()
         stalled.sendall(b"never to arrive")
-        echo.listens.clear()
+        echo.is_reading.clear()
         line.restore()
-        fill(waiting)
+        fill_send_buffer(waiting)
         line.delay(60)
     assert {thread.name for thread in set(threading.enumerate()) - before} & {"proxy"} == set()
     with pytest.raises(ConnectionRefusedError):
-        connected(line)
+        connect(line)

@@ -7,22 +7,22 @@ from pydantic import ValidationError
 
 from service.settings import Settings, attempt_environment, inherited_environment
 
-CLOUD = {"launcher": "cloud-run", "public_url": "https://t.example"}
+CLOUD_SETTINGS = {"launcher": "cloud-run", "public_url": "https://t.example"}
 
 
-def test_the_cloud_is_told_apart_by_settings_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cloud_settings_come_from_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PROJECT_ID", "p")
     monkeypatch.setenv("REGION", "r")
     monkeypatch.setenv("GCS_CONFIG_BUCKET_NAME", "p-configs")
     monkeypatch.setenv("TUNESMITH_MODELS_URL", "gs://p-models")
     monkeypatch.setenv("TUNESMITH_DATASETS_URL", "s3://rows/here")
     monkeypatch.setenv("TUNESMITH_HARDWARE_PROFILES", "l4, cpu")
-    settings = Settings(**CLOUD)  # type: ignore[arg-type]
+    settings = Settings(**CLOUD_SETTINGS)  # type: ignore[arg-type]
     assert (settings.project_id, settings.region, settings.hardware_profiles) == ("p", "r", ("l4", "cpu"))
     assert settings.object_urls == {"configs": "gs://p-configs", "datasets": "s3://rows/here", "models": "gs://p-models"}
 
 
-def test_on_a_laptop_all_objects_are_in_one_folder(tmp_path: Path) -> None:
+def test_local_default_stores_objects_in_one_folder(tmp_path: Path) -> None:
     urls = Settings(home=tmp_path).object_urls  # type: ignore[call-arg]
     assert set(urls.values()) == {(tmp_path / "objects").as_uri()}
 
@@ -32,36 +32,36 @@ def test_on_a_laptop_all_objects_are_in_one_folder(tmp_path: Path) -> None:
     [
         ({"job_store": "firestore"}, "firestore needs PROJECT_ID"),
         ({"secret_store": "secret-manager"}, "secret-manager needs PROJECT_ID"),
-        (CLOUD | {"PROJECT_ID": "p"}, "cloud-run needs REGION"),
+        (CLOUD_SETTINGS | {"PROJECT_ID": "p"}, "cloud-run needs REGION"),
         ({"launcher": "cloud-run", "PROJECT_ID": "p", "REGION": "r"}, "cloud-run needs TUNESMITH_PUBLIC_URL"),
-        (CLOUD | {"PROJECT_ID": "p", "REGION": "r", "hardware_profiles": ""}, "cloud-run needs TUNESMITH_HARDWARE_PROFILES"),
+        (CLOUD_SETTINGS | {"PROJECT_ID": "p", "REGION": "r", "hardware_profiles": ""}, "cloud-run needs TUNESMITH_HARDWARE_PROFILES"),
     ],
 )
-def test_what_is_missing_is_named_as_a_person_would_set_it(given: dict[str, str], missing: str) -> None:
+def test_missing_setting_error_names_environment_variable(given: dict[str, str], missing: str) -> None:
     with pytest.raises(ValidationError, match=missing):
         Settings(**given)  # type: ignore[arg-type]
 
 
-def test_a_signing_key_is_no_word_and_is_never_shown() -> None:
+def test_signing_key_has_minimum_length_and_is_hidden() -> None:
     with pytest.raises(ValidationError, match="signing_key"):
         Settings(signing_key="short")  # type: ignore[arg-type, call-arg]
     assert "k" * 32 not in repr(Settings(signing_key="k" * 32))  # type: ignore[arg-type, call-arg]
 
 
-def test_credentials_of_s3_are_for_attempts_that_need_them_and_for_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_attempts_using_s3_inherit_aws_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     assert "AWS_SECRET_ACCESS_KEY" not in inherited_environment(Settings())  # type: ignore[call-arg]
     assert inherited_environment(Settings(models_url="s3://models"))["AWS_SECRET_ACCESS_KEY"] == "secret"  # type: ignore[call-arg]
 
 
-def test_how_many_gpus_a_training_uses_is_said_to_the_service_and_heard_by_its_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attempts_inherit_process_and_parallelism_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     told = {"JOB_PROCESSES": "2", "JOB_PARALLELISM": "ddp"}
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     assert told.items() <= inherited_environment(Settings()).items()  # type: ignore[call-arg]
 
 
-def test_trackers_are_said_in_json_and_keep_their_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackers_setting_is_json_and_hides_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(
         "TUNESMITH_TRACKERS", '{"mlflow_config": {"tracking_uri": "https://m", "token": "canary"}, "tensorboard_config": {}}'
     )
@@ -76,7 +76,7 @@ def test_trackers_are_said_in_json_and_keep_their_secret(monkeypatch: pytest.Mon
             Settings()  # type: ignore[call-arg]
 
 
-def test_the_service_and_its_attempts_ask_the_same_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attempts_use_the_service_hub_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TUNESMITH_HF_ENDPOINT", "HF_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
     assert attempt_environment(Settings()) == {}  # type: ignore[call-arg]

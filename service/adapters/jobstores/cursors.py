@@ -17,11 +17,11 @@ def decode_cursor(cursor: str) -> tuple[str, str]:
     try:
         created_at, row_id = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
     except (ValueError, binascii.Error, TypeError) as error:
-        raise _not_ours() from error
+        raise _invalid_cursor() from error
     if not isinstance(created_at, str) or not isinstance(row_id, str) or not (created_at + row_id).isascii():
-        raise _not_ours()
+        raise _invalid_cursor()
     return created_at, row_id
 
 
-def _not_ours() -> InvalidRequest:
+def _invalid_cursor() -> InvalidRequest:
     return InvalidRequest("the cursor is not one that this API gave out", hint="start again without it", param="cursor")

@@ -4,7 +4,7 @@
 |---|---|---|
 | `jobs` | a job | `record` (JSON), `revision`, `writes`, what lists show and filter by |
 | `jobs/{id}/events` | some events reported together, named by the cursor of the last | `events` (JSON), `attempt`, `expire_at` |
-| `liveness` | a job's last sign of life | `alive` (JSON), `last_cursor` |
+| `liveness` | a job's last sign of life | `heartbeat` (JSON), `last_cursor` |
 | `datasets` | a dataset | `record` (JSON), `tenant_id`, `created_at` |
 | `idempotency` | a caller's key, by its digest | `body_digest`, `job_id`, `created_at`, `expire_at` |
 
@@ -18,7 +18,7 @@ Four rules hold it together:
   their order, and who reads behind a cursor misses nothing. It takes one write per report, which suits the one per second that
   Firestore sustains on a document. The events of one report share a document, and are paid for as one.
 - **Each query is served by an index** of infra/firestore.indexes.json, or by merging some of them that differ in one equality
-  only. Fields that no query asks for have none; fields that are absent cost none (`work`, `trains_on`).
+  only. Fields that no query asks for have none; fields that are absent cost none (`work_state`, `active_dataset_id`).
 """
 
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -65,22 +65,22 @@ from service.core.errors import (
     TunesmithError,
     Unavailable,
 )
-from service.core.jobstore import IDEMPOTENCY_LIFE, new_events
-from service.core.ports import IdempotencyKey, JobQuery, JobSummary, Liveness, Page, StoredEvent
-from storage.patience import LEAST_S, patience, time_left
+from service.core.jobstore import IDEMPOTENCY_TTL, select_new_events
+from service.core.ports import Heartbeat, IdempotencyKey, JobQuery, JobSummary, Page, StoredEvent
+from storage.patience import MIN_TIMEOUT_S, deadline, remaining_s
 
-CALL_S = 10.0  # what a call may take when nobody who waits says less
-TRY_S = 2.0  # what one answer may take: less than a caller's 5 s, so that a lost answer can still be looked for
-RECONNECT_MOST_MS = 2000  # gRPC's own 120 s would keep the service away for two minutes after the network is back
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5
+CALL_TIMEOUT_S = 10.0  # what a call may take when nobody who waits says less
+RPC_TIMEOUT_S = 2.0  # what one answer may take: less than a caller's 5 s, so that a lost answer can still be looked for
+MAX_RECONNECT_BACKOFF_MS = 2000  # gRPC's own 120 s would keep the service away for two minutes after the network is back
+INITIAL_BACKOFF_S, MAX_BACKOFF_S = 0.02, 0.5
 
-KEPT_WRITES = 16  # far more than can happen to one job while somebody looks for a lost answer
-EVENTS_LIFE = timedelta(days=400)  # a year of curves, and a month to look back at it
-SILENCE_WORTH_NOTING = timedelta(seconds=5)  # a sign of life that tells nothing else; silence is judged by the minute
+MAX_WRITE_IDS = 16  # far more than can happen to one job while somebody looks for a lost answer
+EVENTS_TTL = timedelta(days=400)  # a year of curves, and a month to look back at it
+MIN_HEARTBEAT_WRITE_INTERVAL = timedelta(seconds=5)  # a sign of life that tells nothing else; silence is judged by the minute
 
-PACK_BYTES = 900_000  # events in one document, whose limit is 1 MiB
-PACKS_PER_COMMIT = 4  # a commit's limit is 10 MiB, the emulator's 4
-PACKS_PER_READ = 50
+MAX_CHUNK_BYTES = 900_000  # events in one document, whose limit is 1 MiB
+CHUNKS_PER_COMMIT = 4  # a commit's limit is 10 MiB, the emulator's 4
+CHUNKS_PER_READ = 50
 DELETES_PER_COMMIT = 400  # the limit has been 500
 
 FILTERS = ("status", "project_id", "modality", "trainer_type")
@@ -89,29 +89,29 @@ SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # as schema.base.Id; 
 NO_MESSAGE_LIMIT = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]  # as the library has it
 
 Fields = dict[str, object]
-Found: TypeAlias = DocumentSnapshot[DocumentReference]
-Answer = TypeVar("Answer")
+Snapshot: TypeAlias = DocumentSnapshot[DocumentReference]
+ReturnT = TypeVar("ReturnT")
 Record = TypeVar("Record")
 
 
-class KeptEvent(ReportedEvent):
+class SequencedEvent(ReportedEvent):
     """An event inside its document."""
 
     seq: int
 
 
-EVENTS: TypeAdapter[list[KeptEvent]] = TypeAdapter(list[KeptEvent])
-LIVENESS: TypeAdapter[Liveness] = TypeAdapter(Liveness)
+EVENTS_ADAPTER: TypeAdapter[list[SequencedEvent]] = TypeAdapter(list[SequencedEvent])
+HEARTBEAT_ADAPTER: TypeAdapter[Heartbeat] = TypeAdapter(Heartbeat)
 
 
-class Overtaken(Exception):
+class PreconditionFailed(Exception):
     """What the commit was decided on is not so any more; nothing was written."""
 
 
 # A commit that met one of these was not carried out: somebody else was faster.
-LOST_RACE = (google.AlreadyExists, google.FailedPrecondition, google.NotFound, google.Aborted)
+WRITE_CONFLICT_ERRORS = (google.AlreadyExists, google.FailedPrecondition, google.NotFound, google.Aborted)
 # After these nobody knows whether a commit was carried out.
-NO_ANSWER = (google.ServerError, google.Cancelled, google.TooManyRequests)
+AMBIGUOUS_ERRORS = (google.ServerError, google.Cancelled, google.TooManyRequests)
 # None would do for most calls, but a query's stream asks a policy that must be there.
 NO_RETRIES = Retry(predicate=lambda _: False)
 
@@ -124,19 +124,19 @@ class FirestoreJobStore:
         self._database = database
         self._client = _connect(project_id, database)
         self._jobs = self._client.collection("jobs")
-        self._liveness = self._client.collection("liveness")
+        self._heartbeats = self._client.collection("heartbeats")
         self._datasets = self._client.collection("datasets")
-        self._keys = self._client.collection("idempotency")
+        self._idempotency_keys = self._client.collection("idempotency")
 
     # --- jobs --------------------------------------------------------------------------------------------------------
 
     def create_job(self, job: Job, idempotency: IdempotencyKey | None = None) -> Job:
         write = uuid4().hex
-        place = _place(self._jobs, job.job_id)
+        place = _doc_ref(self._jobs, job.job_id)
 
         def step() -> Job:
-            key = self._get(self._key_place(job, idempotency)) if idempotency else None
-            if key and idempotency and (earlier := self._job_under(key, job, idempotency)):
+            key = self._get(self._key_doc_ref(job, idempotency)) if idempotency else None
+            if key and idempotency and (earlier := self._find_idempotent_job(key, job, idempotency)):
                 return earlier
             stored = self._get(place, "writes")
             if stored.exists:
@@ -144,25 +144,25 @@ class FirestoreJobStore:
                     return job
                 raise Conflict(f"{job.job_id} is there already")
             batch = self._client.batch()
-            self._set_over(batch, stored, fields_of_job(job, [write]))
+            self._set_if_unchanged(batch, stored, build_job_fields(job, [write]))
             if key and idempotency:
-                self._set_over(batch, key, _key_fields(job, idempotency))
+                self._set_if_unchanged(batch, key, _key_fields(job, idempotency))
             self._commit(batch)
             return job
 
-        return self._persist(step)
+        return self._run_with_retry(step)
 
     def find_job(self, job_id: str) -> Job | None:
-        return self._find(_place(self._jobs, job_id), Job.load)
+        return self._find(_doc_ref(self._jobs, job_id), Job.load)
 
     def replace_job(self, job: Job, events: Sequence[Event] = ()) -> Job:
         kept = job.model_copy(update={"revision": job.revision + 1})
-        told = [KeptEvent(seq=kept.revision, at=kept.updated_at, event=event) for event in events]
+        told = [SequencedEvent(seq=kept.revision, at=kept.updated_at, event=event) for event in events]
         write = uuid4().hex
-        places = [_place(self._jobs, job.job_id), _place(self._liveness, job.job_id)]
+        places = [_doc_ref(self._jobs, job.job_id), _doc_ref(self._heartbeats, job.job_id)]
 
         def step() -> Job:
-            stored, *tails = self._get_all(places[: 2 if told else 1], "revision", "writes", "alive", "last_cursor")
+            stored, *tails = self._get_all(places[: 2 if told else 1], "revision", "writes", "heartbeat", "last_cursor")
             if not stored.exists:
                 raise NotFound(f"no job {job.job_id!r}")
             if write in stored.get("writes"):
@@ -170,85 +170,89 @@ class FirestoreJobStore:
             if stored.get("revision") != job.revision:
                 raise StaleRevision(f"{job.job_id} was changed by somebody else")
             batch = self._client.batch()
-            self._set_over(batch, stored, fields_of_job(kept, [*stored.get("writes"), write][-KEPT_WRITES:]))
+            self._set_if_unchanged(batch, stored, build_job_fields(kept, [*stored.get("writes"), write][-MAX_WRITE_IDS:]))
             for tail in tails:
                 cursor = self._add_events(batch, places[0], 0, _last_cursor(tail), told, kept.updated_at)
-                self._set_over(batch, tail, {"alive": _fields(tail).get("alive"), "last_cursor": cursor})
+                self._set_if_unchanged(batch, tail, {"heartbeat": _fields(tail).get("heartbeat"), "last_cursor": cursor})
             self._commit(batch)
             return kept
 
-        return self._persist(step)
+        return self._run_with_retry(step)
 
-    def page_jobs(self, query: JobQuery) -> Page[JobSummary]:
+    def list_jobs(self, query: JobQuery) -> Page[JobSummary]:
         wanted = {name: str(value) for name in FILTERS if (value := getattr(query, name)) is not None}
         asked = self._jobs.select(["created_at", "summary"])
-        for name, value in _listed(query.tenant_id, wanted).items() if wanted else [("tenant_id", query.tenant_id)]:
-            asked = asked.where(filter=FieldFilter(f"listed.{name}", "==", value))
-        return self._page(self._jobs, asked, query.limit, query.after, _summary)
+        for name, value in _filter_values(query.tenant_id, wanted).items() if wanted else [("tenant_id", query.tenant_id)]:
+            asked = asked.where(filter=FieldFilter(f"list_filters.{name}", "==", value))
+        return self._page(self._jobs, asked, query.limit, query.after, _load_summary)
 
-    def queued_jobs(self, limit: int) -> list[Job]:
+    def list_queued_jobs(self, limit: int) -> list[Job]:
         return self._oldest("queued", limit)
 
-    def active_jobs(self, limit: int) -> list[Job]:
+    def list_active_jobs(self, limit: int) -> list[Job]:
         return self._oldest("active", limit)
 
-    def uses_of_dataset(self, dataset_id: str) -> list[str]:
-        users = self._jobs.where(filter=FieldFilter("trains_on", "==", dataset_id)).order_by("__name__").select([])
+    def list_jobs_using_dataset(self, dataset_id: str) -> list[str]:
+        users = self._jobs.where(filter=FieldFilter("active_dataset_id", "==", dataset_id)).order_by("__name__").select([])
         return [found.id for found in self._query(users)]
 
     def delete_job(self, job_id: str) -> bool:
         """Forget the job, its events and its liveness, the record last: a deletion that was cut off goes on when repeated."""
-        place = _place(self._jobs, job_id)
-        with patience(CALL_S):
-            was_there = self._persist(lambda: self._get(place, "revision")).exists
+        place = _doc_ref(self._jobs, job_id)
+        with deadline(CALL_TIMEOUT_S):
+            was_there = self._run_with_retry(lambda: self._get(place, "revision")).exists
             self._delete_events(place)
-            self._delete([_place(self._liveness, job_id), place])
+            self._delete([_doc_ref(self._heartbeats, job_id), place])
         return was_there
 
     # --- events ------------------------------------------------------------------------------------------------------
 
     def append_events(self, job_id: str, attempt: int, batch: EventBatch, now: datetime) -> int:
-        place = _place(self._liveness, job_id)
+        place = _doc_ref(self._heartbeats, job_id)
 
         def step() -> tuple[int, bool]:
             tail = self._get(place)
-            before = _alive(tail)
-            fresh, after = new_events(before, attempt, batch, now)
-            if before and _tells_nothing(before, after):
+            before = _load_heartbeat(tail)
+            fresh, after = select_new_events(before, attempt, batch, now)
+            if before and _is_redundant_heartbeat(before, after):
                 return after.next_seq, False
-            events = [KeptEvent(seq=seq, at=reported.at, event=reported.event) for seq, reported in fresh]
-            fitting = list(itertools.chain.from_iterable(itertools.islice(_in_packs(events), PACKS_PER_COMMIT)))
+            events = [SequencedEvent(seq=seq, at=reported.at, event=reported.event) for seq, reported in fresh]
+            fitting = list(itertools.chain.from_iterable(itertools.islice(_split_into_chunks(events), CHUNKS_PER_COMMIT)))
             if len(fitting) < len(events):
                 after = replace(after, next_seq=fitting[-1].seq + 1)
             writes = self._client.batch()
-            cursor = self._add_events(writes, _place(self._jobs, job_id), attempt, _last_cursor(tail), fitting, now)
-            self._set_over(writes, tail, {"alive": LIVENESS.dump_json(after).decode(), "last_cursor": cursor})
+            cursor = self._add_events(writes, _doc_ref(self._jobs, job_id), attempt, _last_cursor(tail), fitting, now)
+            self._set_if_unchanged(writes, tail, {"heartbeat": HEARTBEAT_ADAPTER.dump_json(after).decode(), "last_cursor": cursor})
             self._commit(writes)
             return after.next_seq, len(fitting) < len(events)
 
-        with patience(CALL_S):
-            next_seq, more = self._persist(step)
+        with deadline(CALL_TIMEOUT_S):
+            next_seq, more = self._run_with_retry(step)
             while more:
-                next_seq, more = self._persist(step)
+                next_seq, more = self._run_with_retry(step)
         return next_seq
 
-    def page_events(self, job_id: str, after: int = 0, limit: int = 500) -> list[StoredEvent]:
+    def list_events(self, job_id: str, after: int = 0, limit: int = 500) -> list[StoredEvent]:
         found: list[StoredEvent] = []
-        with patience(CALL_S):
-            for pack in self._packs(_place(self._jobs, job_id), _pack_name(after), min(limit, PACKS_PER_READ)):
-                found += [stored for stored in _unpacked(pack) if stored.cursor > after]
+        with deadline(CALL_TIMEOUT_S):
+            for pack in self._event_chunks(_doc_ref(self._jobs, job_id), _chunk_name(after), min(limit, CHUNKS_PER_READ)):
+                found += [stored for stored in _load_chunk_events(pack) if stored.cursor > after]
                 if len(found) >= limit:
                     break
         return found[:limit]
 
-    def liveness(self, job_id: str) -> Liveness | None:
-        return _alive(self._persist(lambda: self._get(_place(self._liveness, job_id))))
+    def find_heartbeat(self, job_id: str) -> Heartbeat | None:
+        return _load_heartbeat(self._run_with_retry(lambda: self._get(_doc_ref(self._heartbeats, job_id))))
 
     # --- datasets ----------------------------------------------------------------------------------------------------
 
     def create_dataset(self, dataset: Dataset) -> None:
-        place = _place(self._datasets, dataset.processed_dataset_id)
-        fields: Fields = {"record": dataset.model_dump_json(), "tenant_id": dataset.tenant_id, "created_at": _text(dataset.created_at)}
+        place = _doc_ref(self._datasets, dataset.processed_dataset_id)
+        fields: Fields = {
+            "record": dataset.model_dump_json(),
+            "tenant_id": dataset.tenant_id,
+            "created_at": _format_timestamp(dataset.created_at),
+        }
 
         def step() -> None:
             stored = self._get(place)
@@ -257,148 +261,148 @@ class FirestoreJobStore:
                     raise Conflict(f"{dataset.processed_dataset_id} is there already")
                 return
             batch = self._client.batch()
-            self._set_over(batch, stored, fields)
+            self._set_if_unchanged(batch, stored, fields)
             self._commit(batch)
 
-        self._persist(step)
+        self._run_with_retry(step)
 
     def find_dataset(self, dataset_id: str) -> Dataset | None:
-        return self._find(_place(self._datasets, dataset_id), Dataset.load)
+        return self._find(_doc_ref(self._datasets, dataset_id), Dataset.load)
 
-    def page_datasets(self, tenant_id: str, limit: int = 50, after: str | None = None) -> Page[Dataset]:
+    def list_datasets(self, tenant_id: str, limit: int = 50, after: str | None = None) -> Page[Dataset]:
         asked = self._datasets.where(filter=FieldFilter("tenant_id", "==", tenant_id))
-        return self._page(self._datasets, asked, limit, after, _dataset)
+        return self._page(self._datasets, asked, limit, after, _load_dataset)
 
     def delete_dataset(self, dataset_id: str) -> bool:
-        place = _place(self._datasets, dataset_id)
-        with patience(CALL_S):
-            was_there = self._persist(lambda: self._get(place, "created_at")).exists
+        place = _doc_ref(self._datasets, dataset_id)
+        with deadline(CALL_TIMEOUT_S):
+            was_there = self._run_with_retry(lambda: self._get(place, "created_at")).exists
             self._delete([place])
         return was_there
 
     # --- the database ------------------------------------------------------------------------------------------------
 
     def ping(self) -> None:
-        self._persist(lambda: self._get(self._jobs.document("ping"), "revision"))
+        self._run_with_retry(lambda: self._get(self._jobs.document("ping"), "revision"))
 
     def close(self) -> None:
         self._client.close()
 
-    def _persist(self, step: Callable[[], Answer]) -> Answer:
+    def _run_with_retry(self, step: Callable[[], ReturnT]) -> ReturnT:
         """Take a step until it succeeds, is refused, or the caller's patience ends."""
-        with patience(CALL_S):
+        with deadline(CALL_TIMEOUT_S):
             for turn in itertools.count():
                 try:
                     return step()
-                except (Overtaken, *NO_ANSWER) as error:
-                    pause_s = min(FIRST_PAUSE_S * 2**turn, LONGEST_PAUSE_S) * random.uniform(0.5, 1)  # noqa: S311  # no secret
-                    if time_left(CALL_S) - pause_s <= LEAST_S:
-                        raise self._in_words(error) from error
+                except (PreconditionFailed, *AMBIGUOUS_ERRORS) as error:
+                    pause_s = min(INITIAL_BACKOFF_S * 2**turn, MAX_BACKOFF_S) * random.uniform(0.5, 1)  # noqa: S311  # no secret
+                    if remaining_s(CALL_TIMEOUT_S) - pause_s <= MIN_TIMEOUT_S:
+                        raise self._translate_error(error) from error
                     time.sleep(pause_s)
                 except google.GoogleAPICallError as error:
-                    raise self._in_words(error) from error
+                    raise self._translate_error(error) from error
         raise AssertionError("a step ends, or is taken again")
 
     def _commit(self, batch: WriteBatch) -> None:
         """Carry out all the writes or none. Raises Overtaken, and NO_ANSWER, after which they may have been carried out."""
         try:
-            batch.commit(retry=NO_RETRIES, timeout=time_left(TRY_S))
-        except LOST_RACE as error:
-            if _is_about_the_database(error):
+            batch.commit(retry=NO_RETRIES, timeout=remaining_s(RPC_TIMEOUT_S))
+        except WRITE_CONFLICT_ERRORS as error:
+            if _is_database_error(error):
                 raise
-            raise Overtaken from error
+            raise PreconditionFailed from error
 
-    def _get(self, place: DocumentReference, *fields: str) -> Found:
-        return place.get(fields or None, retry=NO_RETRIES, timeout=time_left(TRY_S))
+    def _get(self, doc_ref: DocumentReference, *fields: str) -> Snapshot:
+        return doc_ref.get(fields or None, retry=NO_RETRIES, timeout=remaining_s(RPC_TIMEOUT_S))
 
-    def _get_all(self, places: Sequence[DocumentReference], *fields: str) -> list[Found]:
+    def _get_all(self, doc_refs: Sequence[DocumentReference], *fields: str) -> list[Snapshot]:
         """The documents as they were at one moment, in the order of their places."""
         found = {
             one.id + one.reference.parent.id: one
-            for one in self._client.get_all(list(places), fields, retry=NO_RETRIES, timeout=time_left(TRY_S))
+            for one in self._client.get_all(list(doc_refs), fields, retry=NO_RETRIES, timeout=remaining_s(RPC_TIMEOUT_S))
         }
-        return [found[place.id + place.parent.id] for place in places]
+        return [found[place.id + place.parent.id] for place in doc_refs]
 
-    def _query(self, asked: Query) -> list[Found]:
-        return self._persist(lambda: list(asked.get(retry=NO_RETRIES, timeout=time_left(TRY_S))))
+    def _query(self, query: Query) -> list[Snapshot]:
+        return self._run_with_retry(lambda: list(query.get(retry=NO_RETRIES, timeout=remaining_s(RPC_TIMEOUT_S))))
 
-    def _find(self, place: DocumentReference, load: Callable[[str], Record]) -> Record | None:
-        found = self._persist(lambda: self._get(place, "record"))
+    def _find(self, doc_ref: DocumentReference, load: Callable[[str], Record]) -> Record | None:
+        found = self._run_with_retry(lambda: self._get(doc_ref, "record"))
         return load(found.get("record")) if found.exists else None
 
     def _page(
-        self, rows: CollectionReference, asked: Query, limit: int, after: str | None, read: Callable[[Found], Record]
+        self, rows: CollectionReference, query: Query, limit: int, after: str | None, read: Callable[[Snapshot], Record]
     ) -> Page[Record]:
-        newest_first = _in_order(asked, Query.DESCENDING)
+        newest_first = _order_by_creation(query, Query.DESCENDING)
         if after:
-            newest_first = newest_first.start_after(_behind(after, rows))
+            newest_first = newest_first.start_after(_cursor_position(after, rows))
         found = self._query(newest_first.limit(limit + 1))
         shown = found[:limit]
         next_cursor = encode_cursor(shown[-1].get("created_at"), shown[-1].id) if len(found) > limit else None
         return Page([read(one) for one in shown], next_cursor)
 
     def _oldest(self, work: str, limit: int) -> list[Job]:
-        asked = self._jobs.where(filter=FieldFilter("work", "==", work)).select(["record"])
-        return [Job.load(found.get("record")) for found in self._query(_in_order(asked, Query.ASCENDING).limit(limit))]
+        asked = self._jobs.where(filter=FieldFilter("work_state", "==", work)).select(["record"])
+        return [Job.load(found.get("record")) for found in self._query(_order_by_creation(asked, Query.ASCENDING).limit(limit))]
 
-    def _set_over(self, batch: WriteBatch, stored: Found, fields: Fields) -> None:
+    def _set_if_unchanged(self, batch: WriteBatch, stored: Snapshot, fields: Fields) -> None:
         """Write a document if it is still as it was read, or still not there. A field that is None is taken away."""
         if stored.exists:
             unchanged = self._client.write_option(last_update_time=stored.update_time)
             batch.update(stored.reference, {name: DELETE_FIELD if value is None else value for name, value in fields.items()}, unchanged)
         else:
-            batch.create(stored.reference, _present(fields))
+            batch.create(stored.reference, _without_none(fields))
 
-    def _delete(self, places: Iterable[DocumentReference]) -> None:
+    def _delete(self, doc_refs: Iterable[DocumentReference]) -> None:
         batch = self._client.batch()
-        for place in places:
+        for place in doc_refs:
             batch.delete(place)
-        self._persist(lambda: self._commit(batch))
+        self._run_with_retry(lambda: self._commit(batch))
 
     # --- keys --------------------------------------------------------------------------------------------------------
 
-    def _key_place(self, job: Job, idempotency: IdempotencyKey) -> DocumentReference:
+    def _key_doc_ref(self, job: Job, idempotency: IdempotencyKey) -> DocumentReference:
         """A key may be any text; a document's name may not."""
-        return self._keys.document(hashlib.sha256(f"{job.tenant_id}/{idempotency.key}".encode()).hexdigest())
+        return self._idempotency_keys.document(hashlib.sha256(f"{job.tenant_id}/{idempotency.key}".encode()).hexdigest())
 
-    def _job_under(self, key: Found, job: Job, idempotency: IdempotencyKey) -> Job | None:
+    def _find_idempotent_job(self, key: Snapshot, job: Job, idempotency: IdempotencyKey) -> Job | None:
         """The job made under the same key less than a day ago. Raises IdempotencyConflict.
 
         The age is looked at here, too: Firestore removes expired documents a day late.
         """
-        if not key.exists or job.created_at - datetime.fromisoformat(key.get("created_at")) >= IDEMPOTENCY_LIFE:
+        if not key.exists or job.created_at - datetime.fromisoformat(key.get("created_at")) >= IDEMPOTENCY_TTL:
             return None
         if key.get("body_digest") != idempotency.body_digest:
             raise IdempotencyConflict(param="Idempotency-Key")
-        stored = self._get(_place(self._jobs, key.get("job_id")), "record")
+        stored = self._get(_doc_ref(self._jobs, key.get("job_id")), "record")
         return Job.load(stored.get("record")) if stored.exists else None
 
     # --- packs of events ---------------------------------------------------------------------------------------------
 
     def _add_events(
-        self, batch: WriteBatch, job: DocumentReference, attempt: int, cursor: int, events: Sequence[KeptEvent], now: datetime
+        self, batch: WriteBatch, job: DocumentReference, attempt: int, cursor: int, events: Sequence[SequencedEvent], now: datetime
     ) -> int:
         """Write the events behind a cursor; returns the cursor of the last."""
-        for pack in _in_packs(events):
+        for pack in _split_into_chunks(events):
             cursor += len(pack)
-            fields = {"events": EVENTS.dump_json(pack).decode(), "attempt": attempt, "expire_at": now + EVENTS_LIFE}
-            batch.set(job.collection("events").document(_pack_name(cursor)), fields)
+            fields = {"events": EVENTS_ADAPTER.dump_json(pack).decode(), "attempt": attempt, "expire_at": now + EVENTS_TTL}
+            batch.set(job.collection("events").document(_chunk_name(cursor)), fields)
         return cursor
 
-    def _packs(self, job: DocumentReference, after: str, at_once: int) -> Iterator[Found]:
+    def _event_chunks(self, job: DocumentReference, after: str, page_size: int) -> Iterator[Snapshot]:
         """Documents of events whose names come behind `after`."""
         events = job.collection("events")
         while True:
             behind = events.where(filter=FieldFilter("__name__", ">", events.document(after)))
-            found = self._query(behind.order_by("__name__").limit(at_once))
+            found = self._query(behind.order_by("__name__").limit(page_size))
             yield from found
-            if len(found) < at_once:
+            if len(found) < page_size:
                 return
             after = found[-1].id
 
     def _delete_events(self, job: DocumentReference) -> None:
         events = job.collection("events")
-        last = _pack_name(0)
+        last = _chunk_name(0)
         while True:
             behind = events.where(filter=FieldFilter("__name__", ">", events.document(last)))  # what was deleted is not walked over again
             found = self._query(behind.order_by("__name__").select([]).limit(DELETES_PER_COMMIT))
@@ -409,49 +413,53 @@ class FirestoreJobStore:
 
     # --- errors ------------------------------------------------------------------------------------------------------
 
-    def _in_words(self, error: Exception) -> TunesmithError:
+    def _translate_error(self, error: Exception) -> TunesmithError:
         """What went wrong, and what an operator can do."""
         where = f"Firestore (project {self._project_id}, database {self._database})"
         match error:
-            case Overtaken():
+            case PreconditionFailed():
                 return Unavailable("the record is being changed by too many at once; try again")
             case google.Forbidden() if "SERVICE_DISABLED" in str(error) or "has not been used in project" in str(error):
                 return Unavailable(
                     f"{where}: the API is not enabled", hint=f"gcloud services enable firestore.googleapis.com --project={self._project_id}"
                 )
             case google.Forbidden() | google.Unauthorized():
-                return Unavailable(f"{where} refuses the service's account: it lacks the role roles/datastore.user", hint=self._grant())
-            case google.NotFound() if _is_about_the_database(error):
-                return Unavailable(f"{where}: there is no such database", hint=self._create_database())
+                return Unavailable(
+                    f"{where} refuses the service's account: it lacks the role roles/datastore.user", hint=self._grant_command()
+                )
+            case google.NotFound() if _is_database_error(error):
+                return Unavailable(f"{where}: there is no such database", hint=self._create_database_command())
             case google.FailedPrecondition() if "index" in str(error):
                 return Unavailable(
                     f"{where} lacks an index, or is still building it: {error.message}",
                     hint="infra/firestore.indexes.json names every index that is needed; `make deploy` creates them",
                 )
-            case google.FailedPrecondition() if _is_about_the_database(error):
-                return Unavailable(f"{where} is in Datastore mode; Tunesmith needs one in native mode", hint=self._create_database())
+            case google.FailedPrecondition() if _is_database_error(error):
+                return Unavailable(
+                    f"{where} is in Datastore mode; Tunesmith needs one in native mode", hint=self._create_database_command()
+                )
             case google.InvalidArgument() if "longer than" in str(error) or "maximum allowed size" in str(error):
                 return TooLarge(f"Firestore does not take a record of that size: {error.message}")
             case google.TooManyRequests():
-                return Unavailable(f"{where}: a quota is used up: {error.message}", hint=self._quotas())
-            case google.ClientError() if not isinstance(error, NO_ANSWER):
+                return Unavailable(f"{where}: a quota is used up: {error.message}", hint=self._quotas_url())
+            case google.ClientError() if not isinstance(error, AMBIGUOUS_ERRORS):
                 return Unavailable(f"{where} refuses what it was asked: {error}")
             case _:
                 return Unavailable(f"{where} did not answer in time: {type(error).__name__}")
 
-    def _grant(self) -> str:
+    def _grant_command(self) -> str:
         member = f"serviceAccount:tunesmith-api@{self._project_id}.iam.gserviceaccount.com"
         return f"gcloud projects add-iam-policy-binding {self._project_id} --member={member} --role=roles/datastore.user"
 
-    def _create_database(self) -> str:
+    def _create_database_command(self) -> str:
         which = f"--project={self._project_id} --database='{self._database}'"
         return f"gcloud firestore databases create {which} --type=firestore-native --location=REGION"
 
-    def _quotas(self) -> str:
+    def _quotas_url(self) -> str:
         return f"https://console.cloud.google.com/iam-admin/quotas?service=firestore.googleapis.com&project={self._project_id}"
 
 
-def fields_of_job(job: Job, writes: list[str]) -> Fields:
+def build_job_fields(job: Job, writes: list[str]) -> Fields:
     """A job's document. `writes` are the ids of what was last written to it, the newest last. A field that is None is left out."""
     config = job.training_config
     summary = {
@@ -466,11 +474,11 @@ def fields_of_job(job: Job, writes: list[str]) -> Fields:
         "record": job.model_dump_json(),
         "revision": job.revision,
         "writes": writes,
-        "created_at": _text(job.created_at),
+        "created_at": _format_timestamp(job.created_at),
         "summary": summary,
-        "listed": {"tenant_id": job.tenant_id} | _listed(job.tenant_id, summary),
-        "work": "queued" if job.status is Status.QUEUED else "active" if job.status.is_active else None,
-        "trains_on": None if job.status.is_final else job.processed_dataset_id,
+        "list_filters": {"tenant_id": job.tenant_id} | _filter_values(job.tenant_id, summary),
+        "work_state": "queued" if job.status is Status.QUEUED else "active" if job.status.is_active else None,
+        "active_dataset_id": None if job.status.is_final else job.processed_dataset_id,
     }
 
 
@@ -480,7 +488,7 @@ class _Client(Client):
     # The library offers no way to say how long gRPC may wait between attempts to connect.
     def _firestore_api_helper(self, transport: Any, client_class: Any, client_module: Any) -> Any:  # noqa: ANN401, ARG002  # the library's own
         if self._firestore_api_internal is None:
-            options = [("grpc.keepalive_time_ms", 30_000), ("grpc.max_reconnect_backoff_ms", RECONNECT_MOST_MS), *NO_MESSAGE_LIMIT]
+            options = [("grpc.keepalive_time_ms", 30_000), ("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_BACKOFF_MS), *NO_MESSAGE_LIMIT]
             if self._emulator_host is not None:
                 channel = grpc.insecure_channel(self._emulator_host, options)
             else:
@@ -509,19 +517,19 @@ def _connect(project_id: str, database: str) -> _Client:
     return client
 
 
-def _is_about_the_database(error: google.GoogleAPICallError) -> bool:
+def _is_database_error(error: google.GoogleAPICallError) -> bool:
     """Whether something is wrong with the database as a whole, not with a document."""
     return "does not exist for project" in str(error) or "Datastore Mode" in str(error)
 
 
-def _place(collection: CollectionReference, record_id: str) -> DocumentReference:
+def _doc_ref(collection: CollectionReference, record_id: str) -> DocumentReference:
     """The document of a record. An id that no record can have leads to a document that is never there."""
     if SAFE_ID.fullmatch(record_id):
         return collection.document(record_id)
     return collection.document("-" + hashlib.sha256(record_id.encode(errors="replace")).hexdigest())
 
 
-def _listed(tenant_id: str, values: Mapping[str, str | None]) -> dict[str, str]:
+def _filter_values(tenant_id: str, values: Mapping[str, str | None]) -> dict[str, str]:
     """What a tenant's list is filtered by. The tenant is in each value, so that merged indexes hold nobody else's jobs."""
     return {name: f"{tenant_id}/{value}" for name in FILTERS if (value := values.get(name)) is not None}
 
@@ -530,16 +538,16 @@ def _key_fields(job: Job, idempotency: IdempotencyKey) -> Fields:
     return {
         "body_digest": idempotency.body_digest,
         "job_id": job.job_id,
-        "created_at": _text(job.created_at),
-        "expire_at": job.created_at + IDEMPOTENCY_LIFE,
+        "created_at": _format_timestamp(job.created_at),
+        "expire_at": job.created_at + IDEMPOTENCY_TTL,
     }
 
 
-def _in_order(asked: Query, direction: str) -> Query:
-    return asked.order_by("created_at", direction=direction).order_by("__name__", direction=direction)
+def _order_by_creation(query: Query, direction: str) -> Query:
+    return query.order_by("created_at", direction=direction).order_by("__name__", direction=direction)
 
 
-def _behind(cursor: str, rows: CollectionReference) -> dict[str, object]:
+def _cursor_position(cursor: str, rows: CollectionReference) -> dict[str, object]:
     """The place of a cursor, as Firestore wants it. It came from outside: whatever cannot be a place is refused."""
     created_at, row_id = decode_cursor(cursor)
     if not (SAFE_ID.fullmatch(row_id) and created_at.isascii()):
@@ -547,38 +555,40 @@ def _behind(cursor: str, rows: CollectionReference) -> dict[str, object]:
     return {"created_at": created_at, "__name__": rows.document(row_id)}
 
 
-def _summary(found: Found) -> JobSummary:
-    shown: dict[str, Any] = found.get("summary")
+def _load_summary(snapshot: Snapshot) -> JobSummary:
+    shown: dict[str, Any] = snapshot.get("summary")
     return JobSummary(
-        job_id=found.id, created_at=datetime.fromisoformat(found.get("created_at")), **shown | {"status": Status(shown["status"])}
+        job_id=snapshot.id, created_at=datetime.fromisoformat(snapshot.get("created_at")), **shown | {"status": Status(shown["status"])}
     )
 
 
-def _dataset(found: Found) -> Dataset:
-    return Dataset.load(found.get("record"))
+def _load_dataset(snapshot: Snapshot) -> Dataset:
+    return Dataset.load(snapshot.get("record"))
 
 
-def _alive(tail: Found) -> Liveness | None:
-    text = _fields(tail).get("alive")
-    return LIVENESS.validate_json(text) if text else None
+def _load_heartbeat(snapshot: Snapshot) -> Heartbeat | None:
+    text = _fields(snapshot).get("heartbeat")
+    return HEARTBEAT_ADAPTER.validate_json(text) if text else None
 
 
-def _last_cursor(tail: Found) -> int:
-    return _fields(tail).get("last_cursor", 0)
+def _last_cursor(snapshot: Snapshot) -> int:
+    return _fields(snapshot).get("last_cursor", 0)
 
 
-def _tells_nothing(before: Liveness, after: Liveness) -> bool:
+def _is_redundant_heartbeat(before: Heartbeat, after: Heartbeat) -> bool:
     """Whether a report of the same attempt says only that it still lives, and that was known: not worth a write."""
-    return replace(after, seen_at=before.seen_at) == before and after.seen_at - before.seen_at < SILENCE_WORTH_NOTING
+    return (
+        replace(after, received_at=before.received_at) == before and after.received_at - before.received_at < MIN_HEARTBEAT_WRITE_INTERVAL
+    )
 
 
-def _in_packs(events: Sequence[KeptEvent]) -> Iterator[list[KeptEvent]]:
+def _split_into_chunks(events: Sequence[SequencedEvent]) -> Iterator[list[SequencedEvent]]:
     """The events in portions that fit into a document."""
-    pack: list[KeptEvent] = []
+    pack: list[SequencedEvent] = []
     size_bytes = 0
     for event in events:
         event_bytes = len(event.model_dump_json().encode()) + 1
-        if pack and size_bytes + event_bytes > PACK_BYTES:
+        if pack and size_bytes + event_bytes > MAX_CHUNK_BYTES:
             yield pack
             pack, size_bytes = [], 0
         pack.append(event)
@@ -587,25 +597,25 @@ def _in_packs(events: Sequence[KeptEvent]) -> Iterator[list[KeptEvent]]:
         yield pack
 
 
-def _pack_name(cursor: int) -> str:
+def _chunk_name(cursor: int) -> str:
     """A name whose order as text is the order of cursors."""
     return f"{min(max(cursor, 0), 10**18):019d}"
 
 
-def _unpacked(pack: Found) -> list[StoredEvent]:
-    events = EVENTS.validate_json(pack.get("events"))
-    first = int(pack.id) - len(events) + 1
-    return [StoredEvent(cursor, pack.get("attempt"), kept.seq, kept.at, kept.event) for cursor, kept in enumerate(events, start=first)]
+def _load_chunk_events(chunk: Snapshot) -> list[StoredEvent]:
+    events = EVENTS_ADAPTER.validate_json(chunk.get("events"))
+    first = int(chunk.id) - len(events) + 1
+    return [StoredEvent(cursor, chunk.get("attempt"), kept.seq, kept.at, kept.event) for cursor, kept in enumerate(events, start=first)]
 
 
-def _fields(document: Found) -> dict[str, Any]:
+def _fields(document: Snapshot) -> dict[str, Any]:
     return document.to_dict() or {}
 
 
-def _present(fields: Fields) -> dict[str, object]:
+def _without_none(fields: Fields) -> dict[str, object]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _text(moment: datetime) -> str:
+def _format_timestamp(moment: datetime) -> str:
     """A form whose order as text is its order in time."""
     return moment.astimezone(UTC).isoformat(timespec="microseconds")

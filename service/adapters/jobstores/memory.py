@@ -9,10 +9,10 @@ from schema.events import Event, EventBatch
 from schema.job import Job, Status
 from service.adapters.jobstores.cursors import decode_cursor, encode_cursor
 from service.core.errors import Conflict, IdempotencyConflict, NotFound, StaleRevision
-from service.core.jobstore import IDEMPOTENCY_LIFE, new_events, summary_of
-from service.core.ports import IdempotencyKey, JobQuery, JobSummary, Liveness, Page, Row, StoredEvent
+from service.core.jobstore import IDEMPOTENCY_TTL, select_new_events, summarize_job
+from service.core.ports import Heartbeat, IdempotencyKey, JobQuery, JobSummary, Page, Row, StoredEvent
 
-KeyUse = tuple[IdempotencyKey, str, datetime]  # the key, its job, and since when
+IdempotencyEntry = tuple[IdempotencyKey, str, datetime]  # the key, its job, and since when
 
 
 class MemoryJobStore:
@@ -21,22 +21,22 @@ class MemoryJobStore:
     def __init__(self) -> None:
         self._jobs: dict[str, Job] = {}
         self._events: dict[str, list[StoredEvent]] = {}
-        self._liveness: dict[str, Liveness] = {}
+        self._heartbeats: dict[str, Heartbeat] = {}
         self._datasets: dict[str, Dataset] = {}
-        self._keys: dict[tuple[str, str], KeyUse] = {}
+        self._idempotency_entries: dict[tuple[str, str], IdempotencyEntry] = {}
         self._cursor = 0
         self._lock = RLock()
 
     def create_job(self, job: Job, idempotency: IdempotencyKey | None = None) -> Job:
         with self._lock:
             if idempotency:
-                earlier = self._keys.get((job.tenant_id, idempotency.key))
-                if earlier and job.created_at - earlier[2] < IDEMPOTENCY_LIFE:
+                earlier = self._idempotency_entries.get((job.tenant_id, idempotency.key))
+                if earlier and job.created_at - earlier[2] < IDEMPOTENCY_TTL:
                     if earlier[0].body_digest != idempotency.body_digest:
                         raise IdempotencyConflict(param="Idempotency-Key")
                     if earlier[1] in self._jobs:
                         return self._jobs[earlier[1]]
-                self._keys[job.tenant_id, idempotency.key] = (idempotency, job.job_id, job.created_at)
+                self._idempotency_entries[job.tenant_id, idempotency.key] = (idempotency, job.job_id, job.created_at)
             if job.job_id in self._jobs:
                 raise Conflict(f"{job.job_id} is there already")
             self._jobs[job.job_id] = job
@@ -58,44 +58,44 @@ class MemoryJobStore:
                 self._append(job.job_id, 0, kept.revision, kept.updated_at, event)
             return kept
 
-    def page_jobs(self, query: JobQuery) -> Page[JobSummary]:
-        rows = [summary_of(job) for job in list(self._jobs.values()) if job.tenant_id == query.tenant_id]
+    def list_jobs(self, query: JobQuery) -> Page[JobSummary]:
+        rows = [summarize_job(job) for job in list(self._jobs.values()) if job.tenant_id == query.tenant_id]
         for name in ("status", "project_id", "modality", "trainer_type"):
             if (wanted := getattr(query, name)) is not None:
                 rows = [row for row in rows if getattr(row, name) == wanted]
         place = [(row.created_at.isoformat(), row.job_id) for row in rows]
         return _page(rows, place, query.limit, query.after)
 
-    def queued_jobs(self, limit: int) -> list[Job]:
-        return self._oldest(lambda job: job.status is Status.QUEUED, limit)
+    def list_queued_jobs(self, limit: int) -> list[Job]:
+        return self._oldest_matching(lambda job: job.status is Status.QUEUED, limit)
 
-    def active_jobs(self, limit: int) -> list[Job]:
-        return self._oldest(lambda job: job.status.is_active, limit)
+    def list_active_jobs(self, limit: int) -> list[Job]:
+        return self._oldest_matching(lambda job: job.status.is_active, limit)
 
-    def uses_of_dataset(self, dataset_id: str) -> list[str]:
+    def list_jobs_using_dataset(self, dataset_id: str) -> list[str]:
         jobs = list(self._jobs.values())
         return sorted(job.job_id for job in jobs if job.processed_dataset_id == dataset_id and not job.status.is_final)
 
     def delete_job(self, job_id: str) -> bool:
         with self._lock:
             self._events.pop(job_id, None)
-            self._liveness.pop(job_id, None)
+            self._heartbeats.pop(job_id, None)
             return self._jobs.pop(job_id, None) is not None
 
     def append_events(self, job_id: str, attempt: int, batch: EventBatch, now: datetime) -> int:
         with self._lock:
-            alive = self._liveness.get(job_id)
-            fresh, liveness = new_events(alive, attempt, batch, now)
+            alive = self._heartbeats.get(job_id)
+            fresh, liveness = select_new_events(alive, attempt, batch, now)
             for seq, reported in fresh:
                 self._append(job_id, attempt, seq, reported.at, reported.event)
-            self._liveness[job_id] = liveness
+            self._heartbeats[job_id] = liveness
             return liveness.next_seq
 
-    def page_events(self, job_id: str, after: int = 0, limit: int = 500) -> list[StoredEvent]:
+    def list_events(self, job_id: str, after: int = 0, limit: int = 500) -> list[StoredEvent]:
         return [stored for stored in list(self._events.get(job_id, [])) if stored.cursor > after][:limit]
 
-    def liveness(self, job_id: str) -> Liveness | None:
-        return self._liveness.get(job_id)
+    def find_heartbeat(self, job_id: str) -> Heartbeat | None:
+        return self._heartbeats.get(job_id)
 
     def create_dataset(self, dataset: Dataset) -> None:
         self._datasets[dataset.processed_dataset_id] = dataset
@@ -103,7 +103,7 @@ class MemoryJobStore:
     def find_dataset(self, dataset_id: str) -> Dataset | None:
         return self._datasets.get(dataset_id)
 
-    def page_datasets(self, tenant_id: str, limit: int = 50, after: str | None = None) -> Page[Dataset]:
+    def list_datasets(self, tenant_id: str, limit: int = 50, after: str | None = None) -> Page[Dataset]:
         rows = [dataset for dataset in list(self._datasets.values()) if dataset.tenant_id == tenant_id]
         place = [(row.created_at.isoformat(), row.processed_dataset_id) for row in rows]
         return _page(rows, place, limit, after)
@@ -117,8 +117,8 @@ class MemoryJobStore:
     def close(self) -> None:
         return None
 
-    def _oldest(self, wanted: Callable[[Job], bool], limit: int) -> list[Job]:
-        jobs = [job for job in list(self._jobs.values()) if wanted(job)]
+    def _oldest_matching(self, predicate: Callable[[Job], bool], limit: int) -> list[Job]:
+        jobs = [job for job in list(self._jobs.values()) if predicate(job)]
         return sorted(jobs, key=lambda job: (job.created_at, job.job_id))[:limit]
 
     def _append(self, job_id: str, attempt: int, seq: int, at: datetime, event: Event) -> None:
@@ -127,9 +127,9 @@ class MemoryJobStore:
         self._events.setdefault(job_id, []).append(stored)
 
 
-def _page(rows: list[Row], places: list[tuple[str, str]], limit: int, after: str | None) -> Page[Row]:
+def _page(rows: list[Row], sort_keys: list[tuple[str, str]], limit: int, after: str | None) -> Page[Row]:
     behind = decode_cursor(after) if after else None
-    newest_first = sorted(zip(places, rows, strict=True), key=lambda pair: pair[0], reverse=True)
+    newest_first = sorted(zip(sort_keys, rows, strict=True), key=lambda pair: pair[0], reverse=True)
     found = [(place, row) for place, row in newest_first if behind is None or place < behind]
     shown = found[:limit]
     return Page([row for _, row in shown], encode_cursor(*shown[-1][0]) if len(found) > limit else None)

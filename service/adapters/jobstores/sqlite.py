@@ -19,9 +19,9 @@ from schema.events import Event, EventBatch
 from schema.job import Job, Progress, Status
 from service.adapters.jobstores.cursors import decode_cursor, encode_cursor
 from service.core.errors import Conflict, DiskFull, IdempotencyConflict, NotFound, StaleRevision, Unavailable
-from service.core.jobstore import IDEMPOTENCY_LIFE, new_events
-from service.core.ports import IdempotencyKey, JobQuery, JobSummary, Liveness, Page, StoredEvent
-from storage.patience import time_left
+from service.core.jobstore import IDEMPOTENCY_TTL, select_new_events
+from service.core.ports import Heartbeat, IdempotencyKey, JobQuery, JobSummary, Page, StoredEvent
+from storage.patience import remaining_s
 
 BUSY_TIMEOUT_S = 4  # a request may wait this long for another writer before it is told to try again
 SCHEMA_VERSION = 1
@@ -59,8 +59,8 @@ CREATE INDEX datasets_newest ON datasets (tenant_id, created_at DESC, dataset_id
 """
 
 JOB_BY_ID = "SELECT record FROM jobs WHERE job_id = ?"
-LIVENESS_OF_JOB = "SELECT attempt, seen_at, next_seq, phase, progress FROM liveness WHERE job_id = ?"
-EVENT: TypeAdapter[Event] = TypeAdapter(Event)
+HEARTBEAT_BY_JOB = "SELECT attempt, seen_at, next_seq, phase, progress FROM liveness WHERE job_id = ?"
+EVENT_ADAPTER: TypeAdapter[Event] = TypeAdapter(Event)
 
 
 Record = TypeVar("Record", Job, Dataset)
@@ -72,9 +72,9 @@ class SqliteJobStore:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        self._readers = threading.local()
+        self._thread_local = threading.local()
         self._connections: list[sqlite3.Connection] = []
-        self._writing = threading.Lock()
+        self._write_lock = threading.Lock()
         self._writer = self._connect()
         self._create_tables()
 
@@ -83,7 +83,7 @@ class SqliteJobStore:
     def create_job(self, job: Job, idempotency: IdempotencyKey | None = None) -> Job:
         record = job.model_dump_json()
         with self._transaction() as db:
-            earlier = self._earlier(db, job, idempotency) if idempotency else None
+            earlier = self._find_idempotent_job(db, job, idempotency) if idempotency else None
             if earlier is not None:
                 return earlier
             try:
@@ -99,7 +99,7 @@ class SqliteJobStore:
                         job.training_config.modality,
                         job.training_config.trainer_type,
                         job.processed_dataset_id,
-                        _text(job.created_at),
+                        _format_timestamp(job.created_at),
                         job.status.is_active,
                         job.status.is_final,
                         job.revision,
@@ -111,7 +111,7 @@ class SqliteJobStore:
         return job
 
     def find_job(self, job_id: str) -> Job | None:
-        return _first(self._read(JOB_BY_ID, job_id), Job)
+        return _load_first(self._read(JOB_BY_ID, job_id), Job)
 
     def replace_job(self, job: Job, events: Sequence[Event] = ()) -> Job:
         kept = job.model_copy(update={"revision": job.revision + 1})
@@ -129,11 +129,11 @@ class SqliteJobStore:
                 self._append(db, kept.job_id, 0, kept.revision, kept.updated_at, event)
         return kept
 
-    def page_jobs(self, query: JobQuery) -> Page[JobSummary]:
+    def list_jobs(self, query: JobQuery) -> Page[JobSummary]:
         clauses, values = ["tenant_id = ?"], [query.tenant_id]
         for name in ("status", "project_id", "modality", "trainer_type"):
             if (wanted := getattr(query, name)) is not None:
-                clauses.append(f"{'+' if name in _poor_guides(query) else ''}{name} = ?")
+                clauses.append(f"{'+' if name in _unselective_filters(query) else ''}{name} = ?")
                 values.append(wanted)
         if query.after:
             clauses.append("(created_at, job_id) < (?, ?)")
@@ -144,20 +144,20 @@ class SqliteJobStore:
             *values,
             query.limit + 1,
         )
-        found = [_summary(*row) for row in rows]
+        found = [_load_summary(*row) for row in rows]
         shown = found[: query.limit]
         last = shown[-1] if len(found) > query.limit else None
-        return Page(shown, encode_cursor(_text(last.created_at), last.job_id) if last else None)
+        return Page(shown, encode_cursor(_format_timestamp(last.created_at), last.job_id) if last else None)
 
-    def queued_jobs(self, limit: int) -> list[Job]:
+    def list_queued_jobs(self, limit: int) -> list[Job]:
         rows = self._read("SELECT record FROM jobs WHERE status = 'queued' ORDER BY created_at, job_id LIMIT ?", limit)
         return [Job.load(row[0]) for row in rows]
 
-    def active_jobs(self, limit: int) -> list[Job]:
+    def list_active_jobs(self, limit: int) -> list[Job]:
         rows = self._read("SELECT record FROM jobs WHERE is_active = 1 ORDER BY created_at, job_id LIMIT ?", limit)
         return [Job.load(row[0]) for row in rows]
 
-    def uses_of_dataset(self, dataset_id: str) -> list[str]:
+    def list_jobs_using_dataset(self, dataset_id: str) -> list[str]:
         return [row[0] for row in self._read("SELECT job_id FROM jobs WHERE dataset_id = ? AND is_final = 0 ORDER BY job_id", dataset_id)]
 
     def delete_job(self, job_id: str) -> bool:
@@ -170,17 +170,17 @@ class SqliteJobStore:
 
     def append_events(self, job_id: str, attempt: int, batch: EventBatch, now: datetime) -> int:
         with self._transaction() as db:
-            fresh, alive = new_events(_liveness(db.execute(LIVENESS_OF_JOB, (job_id,)).fetchall()), attempt, batch, now)
+            fresh, alive = select_new_events(_load_heartbeat(db.execute(HEARTBEAT_BY_JOB, (job_id,)).fetchall()), attempt, batch, now)
             for seq, reported in fresh:
                 self._append(db, job_id, attempt, seq, reported.at, reported.event)
             progress = alive.progress.model_dump_json() if alive.progress else None
             db.execute(
                 "INSERT OR REPLACE INTO liveness VALUES (?, ?, ?, ?, ?, ?)",
-                (job_id, alive.attempt, _text(alive.seen_at), alive.next_seq, alive.phase, progress),
+                (job_id, alive.attempt, _format_timestamp(alive.received_at), alive.next_seq, alive.phase, progress),
             )
         return alive.next_seq
 
-    def page_events(self, job_id: str, after: int = 0, limit: int = 500) -> list[StoredEvent]:
+    def list_events(self, job_id: str, after: int = 0, limit: int = 500) -> list[StoredEvent]:
         rows = self._read(
             "SELECT cursor, attempt, seq, at, event FROM events WHERE job_id = ? AND cursor > ? ORDER BY cursor LIMIT ?",
             job_id,
@@ -188,24 +188,24 @@ class SqliteJobStore:
             limit,
         )
         return [
-            StoredEvent(cursor, attempt, seq, datetime.fromisoformat(at), EVENT.validate_json(event))
+            StoredEvent(cursor, attempt, seq, datetime.fromisoformat(at), EVENT_ADAPTER.validate_json(event))
             for cursor, attempt, seq, at, event in rows
         ]
 
-    def liveness(self, job_id: str) -> Liveness | None:
-        return _liveness(self._read(LIVENESS_OF_JOB, job_id))
+    def find_heartbeat(self, job_id: str) -> Heartbeat | None:
+        return _load_heartbeat(self._read(HEARTBEAT_BY_JOB, job_id))
 
     # --- datasets ----------------------------------------------------------------------------------------------------
 
     def create_dataset(self, dataset: Dataset) -> None:
         with self._transaction() as db:
-            values = (dataset.processed_dataset_id, dataset.tenant_id, _text(dataset.created_at), dataset.model_dump_json())
+            values = (dataset.processed_dataset_id, dataset.tenant_id, _format_timestamp(dataset.created_at), dataset.model_dump_json())
             db.execute("INSERT INTO datasets VALUES (?, ?, ?, ?)", values)
 
     def find_dataset(self, dataset_id: str) -> Dataset | None:
-        return _first(self._read("SELECT record FROM datasets WHERE dataset_id = ?", dataset_id), Dataset)
+        return _load_first(self._read("SELECT record FROM datasets WHERE dataset_id = ?", dataset_id), Dataset)
 
-    def page_datasets(self, tenant_id: str, limit: int = 50, after: str | None = None) -> Page[Dataset]:
+    def list_datasets(self, tenant_id: str, limit: int = 50, after: str | None = None) -> Page[Dataset]:
         behind = "AND (created_at, dataset_id) < (?, ?)" if after else ""
         place = decode_cursor(after) if after else ()
         rows = self._read(
@@ -216,7 +216,7 @@ class SqliteJobStore:
         )
         found = [Dataset.load(row[0]) for row in rows]
         last = found[limit - 1] if len(found) > limit else None
-        return Page(found[:limit], encode_cursor(_text(last.created_at), last.processed_dataset_id) if last else None)
+        return Page(found[:limit], encode_cursor(_format_timestamp(last.created_at), last.processed_dataset_id) if last else None)
 
     def delete_dataset(self, dataset_id: str) -> bool:
         with self._transaction() as db:
@@ -256,9 +256,9 @@ class SqliteJobStore:
     def _read(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         """Rows, through this thread's own connection."""
         try:
-            db: sqlite3.Connection | None = getattr(self._readers, "db", None)
+            db: sqlite3.Connection | None = getattr(self._thread_local, "db", None)
             if db is None:
-                db = self._readers.db = self._connect()
+                db = self._thread_local.db = self._connect()
             return db.execute(query, values).fetchall()
         except sqlite3.Error as error:
             raise Unavailable(f"the job database does not answer: {error}") from error
@@ -266,7 +266,7 @@ class SqliteJobStore:
     @contextmanager
     def _transaction(self) -> Generator[sqlite3.Connection]:
         """All or nothing, on disk when it ends."""
-        with self._turn() as wait_s:
+        with self._acquire_writer() as wait_s:
             db = self._writer
             try:
                 db.execute(f"PRAGMA busy_timeout = {int(wait_s * 1000)}")
@@ -285,41 +285,41 @@ class SqliteJobStore:
                 raise Unavailable(f"the job database does not take writes now: {error}") from error
 
     @contextmanager
-    def _turn(self) -> Generator[float]:
+    def _acquire_writer(self) -> Generator[float]:
         """The writer, when it is this thread's turn; how long it may then wait for other processes. Raises Unavailable."""
-        until = time.monotonic() + time_left(BUSY_TIMEOUT_S)
-        if not self._writing.acquire(timeout=time_left(BUSY_TIMEOUT_S)):
+        until = time.monotonic() + remaining_s(BUSY_TIMEOUT_S)
+        if not self._write_lock.acquire(timeout=remaining_s(BUSY_TIMEOUT_S)):
             raise Unavailable("the job database does not take writes now: it is busy")
         try:
             yield max(0.0, until - time.monotonic())
         finally:
-            self._writing.release()
+            self._write_lock.release()
 
     # --- rows --------------------------------------------------------------------------------------------------------
 
-    def _earlier(self, db: sqlite3.Connection, job: Job, idempotency: IdempotencyKey) -> Job | None:
+    def _find_idempotent_job(self, db: sqlite3.Connection, job: Job, idempotency: IdempotencyKey) -> Job | None:
         """The job made under the same key less than a day ago; otherwise the key is this job's from now on."""
-        still_kept = _text(job.created_at - IDEMPOTENCY_LIFE)
+        still_kept = _format_timestamp(job.created_at - IDEMPOTENCY_TTL)
         db.execute("DELETE FROM idempotency WHERE created_at <= ?", (still_kept,))
         row = db.execute(
             "SELECT body_digest, job_id FROM idempotency WHERE tenant_id = ? AND key = ?", (job.tenant_id, idempotency.key)
         ).fetchone()
         if row and row[0] != idempotency.body_digest:
             raise IdempotencyConflict(param="Idempotency-Key")
-        if row and (earlier := _first(db.execute(JOB_BY_ID, (row[1],)).fetchall(), Job)):
+        if row and (earlier := _load_first(db.execute(JOB_BY_ID, (row[1],)).fetchall(), Job)):
             return earlier
-        values = (job.tenant_id, idempotency.key, idempotency.body_digest, job.job_id, _text(job.created_at))
+        values = (job.tenant_id, idempotency.key, idempotency.body_digest, job.job_id, _format_timestamp(job.created_at))
         db.execute("INSERT OR REPLACE INTO idempotency VALUES (?, ?, ?, ?, ?)", values)
         return None
 
     def _append(self, db: sqlite3.Connection, job_id: str, attempt: int, seq: int, at: datetime, event: Event) -> None:
         db.execute(
             "INSERT OR IGNORE INTO events (job_id, attempt, seq, at, event) VALUES (?, ?, ?, ?, ?)",
-            (job_id, attempt, seq, _text(at), event.model_dump_json()),
+            (job_id, attempt, seq, _format_timestamp(at), event.model_dump_json()),
         )
 
 
-def _poor_guides(query: JobQuery) -> set[str]:
+def _unselective_filters(query: JobQuery) -> set[str]:
     """Filters that nearly every job passes: SQLite, which keeps no statistics here, is kept (by a `+`) from reading along their
     index when another filter is there to go by."""
     guides = {name for name in ("project_id", "status", "trainer_type") if getattr(query, name) is not None}
@@ -328,24 +328,24 @@ def _poor_guides(query: JobQuery) -> set[str]:
     return {"modality"} if guides else set()
 
 
-def _first(rows: list[tuple[Any, ...]], model: type[Record]) -> Record | None:
+def _load_first(rows: list[tuple[Any, ...]], model: type[Record]) -> Record | None:
     return model.load(rows[0][0]) if rows else None
 
 
-def _liveness(rows: list[tuple[Any, ...]]) -> Liveness | None:
+def _load_heartbeat(rows: list[tuple[Any, ...]]) -> Heartbeat | None:
     if not rows:
         return None
     attempt, seen_at, next_seq, phase, progress = rows[0]
-    return Liveness(attempt, datetime.fromisoformat(seen_at), next_seq, phase, Progress.load(progress) if progress else None)
+    return Heartbeat(attempt, datetime.fromisoformat(seen_at), next_seq, phase, Progress.load(progress) if progress else None)
 
 
-def _summary(*row: str) -> JobSummary:
+def _load_summary(*row: str) -> JobSummary:
     job_id, job_name, base_model_id, status, modality, trainer_type, project_id, created_at = row
     return JobSummary(
         job_id, job_name, base_model_id, Status(status), modality, trainer_type, project_id, datetime.fromisoformat(created_at)
     )
 
 
-def _text(moment: datetime) -> str:
+def _format_timestamp(moment: datetime) -> str:
     """A form whose order as text is its order in time."""
     return moment.astimezone(UTC).isoformat(timespec="microseconds")

@@ -22,7 +22,7 @@ import psutil
 from schema.training import TRAINER_TYPES
 from schema.words import Modality
 from service.core.errors import LaunchFailed, Unavailable, Unsupported
-from service.core.ports import AttemptState, Hardware, LaunchOrder, LogPage
+from service.core.ports import ExecutionState, LaunchRequest, LogPage, RuntimeCapabilities
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class LocalLauncher:
     """Child processes of `python -m jobs.run`, at most `max_concurrent_jobs` at a time. Handles are `pid@start time`."""
 
     name = "local"
-    check_is_cheap = True
+    polling_is_free = True
     profiles: tuple[str, ...] = ("local",)
 
     def __init__(
@@ -57,21 +57,21 @@ class LocalLauncher:
         self._time_limit_s = time_limit_s
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._lock = threading.Lock()
-        self._probing = threading.Lock()  # two requests at once ask the trainer's environment once
+        self._probe_lock = threading.Lock()  # two requests at once ask the trainer's environment once
 
     # --- Launcher ----------------------------------------------------------------------------------------------------
 
-    def launch(self, order: LaunchOrder) -> str:
+    def launch(self, launch_request: LaunchRequest) -> str:
         if not self._python.exists():
             raise LaunchFailed(f"the trainer's environment is missing: no {self._python}", hint="run `make setup`")
-        workdir = self._folder / order.name
+        workdir = self._folder / launch_request.name
         try:
             workdir.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with self._log_path(order.name).open("ab") as output:
+            with self._log_path(launch_request.name).open("ab") as output:
                 child = subprocess.Popen(
-                    [self._python, "-m", "jobs.run", "--name", order.name],
+                    [self._python, "-m", "jobs.run", "--name", launch_request.name],
                     cwd=self._source,
-                    env=self._environment(order, workdir),
+                    env=self._build_environment(launch_request, workdir),
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -79,47 +79,47 @@ class LocalLauncher:
                 )
         except OSError as error:
             raise Unavailable(f"cannot start a process: {error.strerror}") from error
-        handle = _handle_of(psutil.Process(child.pid))
+        handle = _process_handle(psutil.Process(child.pid))
         with self._lock:
             self._children[handle] = child
         return handle
 
-    def find(self, name: str) -> str | None:
-        return next((_handle_of(process) for process in self._attempts() if _name_of(process) == name), None)
+    def find_handle(self, name: str) -> str | None:
+        return next((_process_handle(process) for process in self._running_attempts() if _attempt_name(process) == name), None)
 
-    def check(self, handle: str) -> AttemptState:
-        process = self._process(handle)
+    def check(self, handle: str) -> ExecutionState:
+        process = self._find_process(handle)
         return "running" if process else "ended"
 
     def cancel(self, handle: str, *, force: bool) -> None:
         """Told by SIGINT; SIGTERM means that the compute is taken away, and an attempt would save before it ends."""
-        process = self._process(handle)
+        process = self._find_process(handle)
         if process is None:
             return
         if force:
             _kill_group(process.pid)
         else:
-            _tell(process.pid, signal.SIGINT)
+            _send_signal(process.pid, signal.SIGINT)
 
-    def free_slots(self, active: int) -> int:  # noqa: ARG002
+    def count_free_slots(self, active_jobs: int) -> int:  # noqa: ARG002
         """Counted among the processes: one that is dying still takes memory."""
         self._reap()
-        return self._max_concurrent_jobs - len(self._attempts())
+        return self._max_concurrent_jobs - len(self._running_attempts())
 
-    def hardware(self, profile: str | None = None) -> Hardware:
+    def get_capabilities(self, profile: str | None = None) -> RuntimeCapabilities:
         if profile not in (None, *self.profiles):
             raise Unsupported(f"no hardware {profile!r}; this deployment has: local", param="hardware")
-        with self._probing:
-            return self._hardware
+        with self._probe_lock:
+            return self._capabilities
 
     def close(self) -> None:
         """End the attempts in good order, adopted ones too: each is told, then waited for, then made to. Nothing is left behind.
 
         What they save, the next service's attempts go on from.
         """
-        ours = self._attempts()
+        ours = self._running_attempts()
         for process in ours:
-            _tell(process.pid, signal.SIGTERM)
+            _send_signal(process.pid, signal.SIGTERM)
         _, stubborn = psutil.wait_procs(ours, timeout=STOP_GRACE_S)
         for process in stubborn:
             _kill_group(process.pid)
@@ -131,17 +131,17 @@ class LocalLauncher:
 
     # --- LogSource ---------------------------------------------------------------------------------------------------
 
-    def read_log(self, name: str, offset: int, limit: int) -> LogPage | None:
+    def read_log(self, name: str, offset: int, max_bytes: int) -> LogPage | None:
         try:
             with self._log_path(name).open("rb") as stream:
                 stream.seek(offset)
-                content = stream.read(limit)
+                content = stream.read(max_bytes)
         except FileNotFoundError:
             return None
-        content = _whole_characters(content)
+        content = _trim_partial_utf8(content)
         return LogPage(text=content.decode(errors="replace"), next_offset=offset + len(content))
 
-    def forget_log(self, name: str) -> bool:
+    def delete_log(self, name: str) -> bool:
         """Remove the output of an attempt with its working folder."""
         folder = self._folder / name
         there = self._log_path(name).exists()
@@ -153,9 +153,9 @@ class LocalLauncher:
     # --- helpers -----------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _hardware(self) -> Hardware:
+    def _capabilities(self) -> RuntimeCapabilities:
         """Asked of the trainer's environment once: only there can the libraries tell."""
-        return hardware_of(self._probe())
+        return capabilities_from_probe(self._probe())
 
     def _probe(self) -> dict[str, object]:
         try:
@@ -172,12 +172,12 @@ class LocalLauncher:
             log.error("the trainer's environment does not work", extra={"python": str(self._python), "error": str(error)})
             raise Unavailable("the trainer's environment does not work; nothing can be trained", hint="run `make setup`") from error
 
-    def _environment(self, order: LaunchOrder, workdir: Path) -> dict[str, str]:
+    def _build_environment(self, launch_request: LaunchRequest, workdir: Path) -> dict[str, str]:
         return {
-            **_threads(self._max_concurrent_jobs),
+            **_thread_environment(self._max_concurrent_jobs),
             "TOKENIZERS_PARALLELISM": "false",
             **self._inherited,
-            **order.environment,
+            **launch_request.environment,
             "SERVICE_URL": self._service_url,
             "JOB_WORKDIR": str(workdir),
             **({"JOB_TIME_LIMIT_S": str(self._time_limit_s)} if self._time_limit_s is not None else {}),
@@ -189,13 +189,13 @@ class LocalLauncher:
     def _log_path(self, name: str) -> Path:
         return self._folder / f"{name}.log"
 
-    def _attempts(self) -> list[psutil.Process]:
+    def _running_attempts(self) -> list[psutil.Process]:
         """The attempts of this home that are at work, whoever launched them."""
-        return [process for process in psutil.process_iter() if self._is_ours(process)]
+        return [process for process in psutil.process_iter() if self._is_own_attempt(process)]
 
-    def _is_ours(self, process: psutil.Process) -> bool:
+    def _is_own_attempt(self, process: psutil.Process) -> bool:
         """Another home on this machine may have an attempt of the same name: the working folder tells them apart."""
-        name = _name_of(process)
+        name = _attempt_name(process)
         try:
             return name is not None and process.environ().get("JOB_WORKDIR") == str(self._folder / name)
         except psutil.Error:
@@ -206,7 +206,7 @@ class LocalLauncher:
         with self._lock:
             self._children = {handle: child for handle, child in self._children.items() if child.poll() is None}
 
-    def _process(self, handle: str) -> psutil.Process | None:
+    def _find_process(self, handle: str) -> psutil.Process | None:
         """The process behind a handle, if it still is that process and still works."""
         with self._lock:
             child = self._children.get(handle)
@@ -214,17 +214,17 @@ class LocalLauncher:
             return None
         try:
             process = psutil.Process(int(handle.partition("@")[0]))
-            alive = _handle_of(process) == handle and process.status() != psutil.STATUS_ZOMBIE
+            alive = _process_handle(process) == handle and process.status() != psutil.STATUS_ZOMBIE
         except (psutil.Error, ValueError):  # the second is a handle of another launcher
             return None
         return process if alive else None
 
 
-def hardware_of(found: Mapping[str, object]) -> Hardware:
+def capabilities_from_probe(probe_result: Mapping[str, object]) -> RuntimeCapabilities:
     """What an attempt can do here, of what `python -m jobs.probe` told; and why not, where it cannot."""
-    packages = found.get("packages")
+    packages = probe_result.get("packages")
     installed = set(cast(Mapping[str, object], packages)) if isinstance(packages, dict) else set[str]()
-    on_gpu, flash, gguf = found.get("device") == "cuda", bool(found.get("flash_attention_2")), bool(found.get("gguf"))
+    on_gpu, flash, gguf = probe_result.get("device") == "cuda", bool(probe_result.get("flash_attention_2")), bool(probe_result.get("gguf"))
     quantized, onnx, lm_eval = ("bitsandbytes" in installed, "onnx" in installed, "lm_eval" in installed)
     unsloth = on_gpu and "unsloth" in installed
     why_not_unsloth = "unsloth is not installed in the trainer's environment" if on_gpu else "unsloth needs a GPU"
@@ -237,9 +237,9 @@ def hardware_of(found: Mapping[str, object]) -> Hardware:
         "format": (onnx, "the exporter of ONNX is not installed in the trainer's environment"),
         "lm_eval_tasks": (lm_eval, "install lm_eval in the trainer's environment"),
     }
-    return Hardware(
-        device=str(found.get("device", "unknown")),
-        device_name=str(found.get("device_name", "unknown")),
+    return RuntimeCapabilities(
+        device=str(probe_result.get("device", "unknown")),
+        device_name=str(probe_result.get("device_name", "unknown")),
         methods=("LoRA", "QLoRA", "Full") if quantized else ("LoRA", "Full"),
         providers=("huggingface", "unsloth") if unsloth else ("huggingface",),
         modalities=get_args(Modality),
@@ -252,7 +252,7 @@ def hardware_of(found: Mapping[str, object]) -> Hardware:
     )
 
 
-def _threads(max_concurrent_jobs: int) -> dict[str, str]:
+def _thread_environment(max_concurrent_jobs: int) -> dict[str, str]:
     """How an attempt shares the processor.
 
     Spinning threads collapse when another process takes their core (measured: 1 s a step became 27 s), so
@@ -262,7 +262,7 @@ def _threads(max_concurrent_jobs: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(share), "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 
 
-def _name_of(process: psutil.Process) -> str | None:
+def _attempt_name(process: psutil.Process) -> str | None:
     """The attempt that a process works at, if it is one of `python -m jobs.run --name NAME`."""
     try:
         command = process.cmdline()
@@ -273,14 +273,14 @@ def _name_of(process: psutil.Process) -> str | None:
     return command[4] if command[1:4] == ["-m", "jobs.run", "--name"] and len(command) == 5 else None
 
 
-def _handle_of(process: psutil.Process) -> str:
+def _process_handle(process: psutil.Process) -> str:
     return f"{process.pid}@{process.create_time():.2f}"
 
 
-def _tell(pid: int, number: signal.Signals) -> None:
+def _send_signal(pid: int, signal_number: signal.Signals) -> None:
     """To the attempt alone: it ends its own children, and would take one that died first for a failure."""
     with suppress(ProcessLookupError):
-        os.kill(pid, number)
+        os.kill(pid, signal_number)
 
 
 def _kill_group(pid: int) -> None:
@@ -288,7 +288,7 @@ def _kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def _whole_characters(content: bytes) -> bytes:
+def _trim_partial_utf8(content: bytes) -> bytes:
     """Without a UTF-8 character that was cut at the end: the next page begins with it."""
     for cut in range(1, min(4, len(content)) + 1):
         lead = content[-cut]

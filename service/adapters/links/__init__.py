@@ -7,47 +7,47 @@ from importlib import import_module
 from urllib.parse import quote
 
 from service.core.errors import InvalidRequest
-from service.core.ports import LinkSigner
+from service.core.ports import UrlSigner
 from service.core.tokens import TokenSigner
 from storage import ObjectStore
 
-MOST_S = 7 * 24 * 3600  # by the rule of version 4 signatures, Google's and Amazon's
+MAX_EXPIRES_S = 7 * 24 * 3600  # by the rule of version 4 signatures, Google's and Amazon's
 
 # One line adds a way to sign: url scheme of the store → "module:Class", constructed with the store.
-LINKS = {
-    "gs": "service.adapters.links.cloud_storage:CloudStorageLinks",
-    "s3": "service.adapters.links.s3:S3Links",
+URL_SIGNERS = {
+    "gs": "service.adapters.links.cloud_storage:CloudStorageUrlSigner",
+    "s3": "service.adapters.links.s3:S3UrlSigner",
 }
 
 
-class ServiceLinks:
+class ServiceUrlSigner:
     """`/files/{token}`, which this service itself serves: the token says which object, and until when."""
 
     def __init__(self, tokens: TokenSigner) -> None:
         self._tokens = tokens
 
-    def link(self, key: str, filename: str, expires_s: int) -> str:
-        return f"/files/{self._tokens.file_token(key, filename, expires_s)}"
+    def sign_url(self, key: str, filename: str, expires_s: int) -> str:
+        return f"/files/{self._tokens.sign_file_token(key, filename, expires_s)}"
 
 
-def links_for(models: ObjectStore, tokens: TokenSigner, *, iam_emulator_host: str | None = None) -> LinkSigner:
+def create_url_signer(models: ObjectStore, tokens: TokenSigner, *, iam_emulator_host: str | None = None) -> UrlSigner:
     """The signer for a store of models: the store's own, or this service for a folder on its disk."""
     scheme = models.url.partition("://")[0]
-    if scheme not in LINKS:
-        return ServiceLinks(tokens)
-    module, _, name = LINKS[scheme].partition(":")
+    if scheme not in URL_SIGNERS:
+        return ServiceUrlSigner(tokens)
+    module, _, name = URL_SIGNERS[scheme].partition(":")
     return getattr(import_module(module), name)(models, emulator_host=iam_emulator_host)
 
 
-def attachment(filename: str) -> str:
+def content_disposition(filename: str) -> str:
     """The Content-Disposition that saves an answer under that name, whatever characters are in it (RFC 6266)."""
     plain = "".join(char if 32 <= ord(char) < 127 and char not in '"\\%' else "_" for char in filename)
     fancy = "" if plain == filename else f"; filename*=UTF-8''{quote(filename, safe='')}"
     return f'attachment; filename="{plain}"{fancy}'
 
 
-def check_life(expires_s: int) -> int:
+def check_expiry(expires_s: int) -> int:
     """The seconds themselves, if a signature can last that long. Raises InvalidRequest."""
-    if not 0 < expires_s <= MOST_S:
+    if not 0 < expires_s <= MAX_EXPIRES_S:
         raise InvalidRequest(f"a link lasts from 1 second to 7 days, not {expires_s} seconds")
     return expires_s

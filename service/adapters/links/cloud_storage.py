@@ -20,43 +20,43 @@ from google.auth.credentials import Credentials, Signing
 from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
 from google.auth.transport.requests import Request
 
-from service.adapters.links import attachment, check_life
+from service.adapters.links import check_expiry, content_disposition
 from service.core.errors import Unavailable
 from storage import StorageError
-from storage.gcs import GcsStore, patient_session
-from storage.patience import patience
-from storage.remote import Passing, persist
+from storage.gcs import GcsStore, create_deadline_session
+from storage.patience import deadline
+from storage.remote import TransientStoreError, retry_transient
 
 SCOPES = ("https://www.googleapis.com/auth/cloud-platform",)
-IAM = "https://iamcredentials.googleapis.com"
-SIGN_S = 10.0  # a signature takes a tenth of a second
-TOKEN_CREATOR = "roles/iam.serviceAccountTokenCreator"
+IAM_ENDPOINT = "https://iamcredentials.googleapis.com"
+SIGN_TIMEOUT_S = 10.0  # a signature takes a tenth of a second
+TOKEN_CREATOR_ROLE = "roles/iam.serviceAccountTokenCreator"
 
 
-class CloudStorageLinks:
+class CloudStorageUrlSigner:
     """Links to the objects of a Cloud Storage bucket. `emulator_host` (host:port) signs in place of IAM, on a machine without Google."""
 
     def __init__(
         self, store: GcsStore, *, emulator_host: str | None = None, credentials: Callable[[Request], Credentials] | None = None
     ) -> None:
         self._store = store
-        self._iam = f"http://{emulator_host}" if emulator_host else IAM
-        self._find_credentials = credentials or _from_environment
-        self._session = patient_session()
+        self._iam_endpoint = f"http://{emulator_host}" if emulator_host else IAM_ENDPOINT
+        self._find_credentials = credentials or _default_credentials
+        self._session = create_deadline_session()
         self._lock = threading.Lock()
         self._signer: Signing | None = None
 
-    def link(self, key: str, filename: str, expires_s: int) -> str:
-        life = timedelta(seconds=check_life(expires_s))
-        with patience(SIGN_S):
+    def sign_url(self, key: str, filename: str, expires_s: int) -> str:
+        life = timedelta(seconds=check_expiry(expires_s))
+        with deadline(SIGN_TIMEOUT_S):
             try:
                 return str(
                     self._store.blob(key).generate_signed_url(
                         version="v4",
                         expiration=life,
                         method="GET",
-                        response_disposition=attachment(filename),
-                        credentials=self._signing(),
+                        response_disposition=content_disposition(filename),
+                        credentials=self._get_signer(),
                     )
                 )
             except (StorageError, requests.RequestException, GoogleAuthError) as error:
@@ -66,29 +66,29 @@ class CloudStorageLinks:
         """Let go of connections."""
         self._session.close()
 
-    def _signing(self) -> Signing:
+    def _get_signer(self) -> Signing:
         with self._lock:
             if self._signer is None:
                 request = Request(self._session)
                 found = self._find_credentials(request)
-                self._signer = found if isinstance(found, Signing) else RemoteSigner(found, self._session, self._iam)
+                self._signer = found if isinstance(found, Signing) else RemoteSigner(found, self._session, self._iam_endpoint)
             return self._signer
 
 
 class RemoteSigner(Signing, crypt.Signer):
     """Signs with the key of the service account that this process is, which only Google holds. Its token is kept until it expires."""
 
-    def __init__(self, credentials: Credentials, session: requests.Session, iam: str) -> None:
+    def __init__(self, credentials: Credentials, session: requests.Session, iam_endpoint: str) -> None:
         self._credentials = credentials
         self._session = session
-        self._iam = iam
+        self._iam_endpoint = iam_endpoint
         self._lock = threading.Lock()
 
     @property
     def signer_email(self) -> str:
         """The account, which is known once there is a token: before that the metadata server calls it "default"."""
-        self._token()
-        email = self._credentials.service_account_email if isinstance(self._credentials, _OfServiceAccount) else None
+        self._access_token()
+        email = self._credentials.service_account_email if isinstance(self._credentials, _ServiceAccountCredentials) else None
         if not email:
             hint = "run the service as a service account, or: gcloud auth application-default login --impersonate-service-account=EMAIL"
             raise Unavailable("links are signed by a service account, and the service runs with a person's credentials", hint=hint)
@@ -108,22 +108,22 @@ class RemoteSigner(Signing, crypt.Signer):
     def sign_bytes(self, message: bytes) -> bytes:
         """Raises Unavailable with the command that mends it, when the account may not sign."""
         email, payload = self.signer_email, base64.b64encode(message).decode()
-        url = f"{self._iam}/v1/projects/-/serviceAccounts/{email}:signBlob"
-        answer = persist(lambda: self._ask(url, payload))
+        url = f"{self._iam_endpoint}/v1/projects/-/serviceAccounts/{email}:signBlob"
+        answer = retry_transient(lambda: self._post_sign_request(url, payload))
         if answer.status_code != requests.codes.ok:
-            raise _refusal(answer, email)
+            raise _signing_error(answer, email)
         return base64.b64decode(answer.json()["signedBlob"])
 
-    def _ask(self, url: str, payload: str) -> requests.Response:
+    def _post_sign_request(self, url: str, payload: str) -> requests.Response:
         try:
-            answer = self._session.post(url, json={"payload": payload}, headers={"Authorization": f"Bearer {self._token()}"})
+            answer = self._session.post(url, json={"payload": payload}, headers={"Authorization": f"Bearer {self._access_token()}"})
         except requests.RequestException as error:
-            raise Passing(f"IAM did not answer in time ({type(error).__name__})") from error
+            raise TransientStoreError(f"IAM did not answer in time ({type(error).__name__})") from error
         if answer.status_code >= 500 or answer.status_code == requests.codes.too_many_requests:
-            raise Passing(f"IAM answers {answer.status_code}")
+            raise TransientStoreError(f"IAM answers {answer.status_code}")
         return answer
 
-    def _token(self) -> str:
+    def _access_token(self) -> str:
         with self._lock:
             if not self._credentials.valid:
                 self._credentials.refresh(Request(self._session))
@@ -131,14 +131,14 @@ class RemoteSigner(Signing, crypt.Signer):
 
 
 @runtime_checkable
-class _OfServiceAccount(Protocol):
+class _ServiceAccountCredentials(Protocol):
     """Credentials that say whose they are: those of a machine on Google Cloud, or borrowed from a service account."""
 
     @property
     def service_account_email(self) -> str | None: ...
 
 
-def _from_environment(request: Request) -> Credentials:
+def _default_credentials(request: Request) -> Credentials:
     try:
         found: tuple[Credentials, str | None] = google.auth.default(SCOPES, request)
     except DefaultCredentialsError as error:
@@ -147,18 +147,20 @@ def _from_environment(request: Request) -> Credentials:
     return found[0]
 
 
-def _refusal(answer: requests.Response, email: str) -> Unavailable:
+def _signing_error(answer: requests.Response, email: str) -> Unavailable:
     """IAM's answer, and the command that mends what it complains of."""
-    if answer.status_code == requests.codes.forbidden and _reason(answer) == "SERVICE_DISABLED":
+    if answer.status_code == requests.codes.forbidden and _error_reason(answer) == "SERVICE_DISABLED":
         hint = "run: gcloud services enable iamcredentials.googleapis.com"
         return Unavailable("links cannot be signed: the IAM Service Account Credentials API is not enabled", hint=hint)
     if answer.status_code in (requests.codes.forbidden, requests.codes.not_found):
-        hint = f"run: gcloud iam service-accounts add-iam-policy-binding {email} --member=serviceAccount:{email} --role={TOKEN_CREATOR}"
-        return Unavailable(f"links cannot be signed: {email} needs {TOKEN_CREATOR} on itself", hint=hint)
+        hint = (
+            f"run: gcloud iam service-accounts add-iam-policy-binding {email} --member=serviceAccount:{email} --role={TOKEN_CREATOR_ROLE}"
+        )
+        return Unavailable(f"links cannot be signed: {email} needs {TOKEN_CREATOR_ROLE} on itself", hint=hint)
     return Unavailable(f"links cannot be signed: IAM answers {answer.status_code}")
 
 
-def _reason(answer: requests.Response) -> str | None:
+def _error_reason(answer: requests.Response) -> str | None:
     """Google's word for it, in the details of its error."""
     try:
         details: list[dict[str, Any]] = answer.json()["error"].get("details", [])  # Any: each kind of detail has fields of its own

@@ -20,12 +20,12 @@ class LocalSecretStore:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
         self._folder = folder
-        self._fernet = Fernet(owner_only_key(folder / "key", Fernet.generate_key))
+        self._fernet = Fernet(load_or_create_key(folder / "key", Fernet.generate_key))
 
     def put(self, job_id: str, secrets: Mapping[str, str]) -> None:
         sealed = self._fernet.encrypt(json.dumps(dict(secrets)).encode())
         part = self._path(job_id).with_suffix(f".{uuid4().hex}.part")  # two who put at once do not meet
-        _write_owner_only(part, sealed)
+        _write_private_file(part, sealed)
         part.replace(self._path(job_id))
 
     def read(self, job_id: str) -> dict[str, str]:
@@ -43,7 +43,7 @@ class LocalSecretStore:
             return False
         return True
 
-    def walk(self) -> Iterator[str]:
+    def iter_job_ids(self) -> Iterator[str]:
         return (path.name.removesuffix(SUFFIX) for path in sorted(self._folder.glob(f"*{SUFFIX}")))
 
     def close(self) -> None:
@@ -53,11 +53,11 @@ class LocalSecretStore:
         return self._folder / f"{job_id}{SUFFIX}"
 
 
-def owner_only_key(path: Path, make: Callable[[], bytes]) -> bytes:
+def load_or_create_key(path: Path, generate: Callable[[], bytes]) -> bytes:
     """The key in a file; made at first use. Two processes that make it at once agree on one."""
     if not path.exists():
         part = path.with_name(f"{path.name}.{os.getpid()}")
-        _write_owner_only(part, make())
+        _write_private_file(part, generate())
         try:
             os.link(part, path)  # whole or not at all, and only the first one counts
         except FileExistsError:
@@ -67,7 +67,7 @@ def owner_only_key(path: Path, make: Callable[[], bytes]) -> bytes:
     return path.read_bytes()
 
 
-def _write_owner_only(path: Path, content: bytes) -> None:
+def _write_private_file(path: Path, content: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with open(descriptor, "wb") as file:
         file.write(content)

@@ -27,18 +27,18 @@ from google.cloud import secretmanager_v1
 from google.cloud.secretmanager_v1.services.secret_manager_service.transports import SecretManagerServiceGrpcTransport
 
 from service.core.errors import TooLarge, Unavailable
-from storage.patience import patience, time_left
+from storage.patience import deadline, remaining_s
 
 PREFIX = "tunesmith-job-"
-LIFE = timedelta(days=30)  # longer than any job: what is still there then belongs to nobody
-MOST_BYTES = 64 << 10  # Secret Manager's limit on a payload
-CALL_S = 10.0
-RECONNECT_MS = 2000  # left to itself gRPC waits up to two minutes before it dials again
+SECRET_TTL = timedelta(days=30)  # longer than any job: what is still there then belongs to nobody
+MAX_PAYLOAD_BYTES = 64 << 10  # Secret Manager's limit on a payload
+CALL_TIMEOUT_S = 10.0
+MAX_RECONNECT_BACKOFF_MS = 2000  # left to itself gRPC waits up to two minutes before it dials again
 LABELS = {"app": "tunesmith"}
-REPEATED = if_exception_type(errors.ServiceUnavailable, errors.InternalServerError)
-CLOUD_PLATFORM = "https://www.googleapis.com/auth/cloud-platform"
+RETRY_PREDICATE = if_exception_type(errors.ServiceUnavailable, errors.InternalServerError)
+CLOUD_PLATFORM_SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 
-Answer = TypeVar("Answer")
+ReturnT = TypeVar("ReturnT")
 
 
 class SecretManagerStore:
@@ -48,69 +48,71 @@ class SecretManagerStore:
         self._project_id = project_id
         self._emulator_host = emulator_host
         self._lock = threading.Lock()
-        self._opened: secretmanager_v1.SecretManagerServiceClient | None = None
+        self._cached_client: secretmanager_v1.SecretManagerServiceClient | None = None
 
     def put(self, job_id: str, secrets: Mapping[str, str]) -> None:
         content = json.dumps(dict(secrets)).encode()
-        if len(content) > MOST_BYTES:
-            raise TooLarge(f"the secrets of a job may take {MOST_BYTES} bytes together; these take {len(content)}")
-        self._create(job_id)
-        added = self._add(job_id, content)
+        if len(content) > MAX_PAYLOAD_BYTES:
+            raise TooLarge(f"the secrets of a job may take {MAX_PAYLOAD_BYTES} bytes together; these take {len(content)}")
+        self._create_secret(job_id)
+        added = self._add_version(job_id, content)
         for replaced in range(added - 1, 0, -1):
             self._destroy_version(job_id, replaced)
 
     def read(self, job_id: str) -> dict[str, str]:
         newest: dict[str, str] = {}
         for number in itertools.count(1):
-            found = self._access(job_id, number)
+            found = self._access_version(job_id, number)
             if found is None:
                 break
             newest = found
         return newest
 
     def destroy(self, job_id: str) -> bool:
-        request = secretmanager_v1.DeleteSecretRequest(name=self._name(job_id))
+        request = secretmanager_v1.DeleteSecretRequest(name=self._secret_name(job_id))
         try:
-            self._ask(lambda timeout: self._client.delete_secret(request, retry=None, timeout=timeout), errors.NotFound)
+            self._call_with_retry(lambda timeout: self._client.delete_secret(request, retry=None, timeout=timeout), errors.NotFound)
         except errors.NotFound:
             return False
         return True
 
-    def walk(self) -> Iterator[str]:
+    def iter_job_ids(self) -> Iterator[str]:
         request = secretmanager_v1.ListSecretsRequest(parent=self._project, filter=f"name:{PREFIX} AND labels.app={LABELS['app']}")
-        names = self._ask(lambda timeout: [one.name for one in self._client.list_secrets(request, retry=None, timeout=timeout)])
+        names = self._call_with_retry(lambda timeout: [one.name for one in self._client.list_secrets(request, retry=None, timeout=timeout)])
         ids = (name.rpartition("/secrets/")[2] for name in names)
         return iter(sorted(name.removeprefix(PREFIX) for name in ids if name.startswith(PREFIX)))
 
     def close(self) -> None:
         """Let go of connections."""
         with self._lock:
-            if self._opened is not None:
-                self._opened.transport.close()
-            self._opened = None
+            if self._cached_client is not None:
+                self._cached_client.transport.close()
+            self._cached_client = None
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
-    def _create(self, job_id: str) -> None:
+    def _create_secret(self, job_id: str) -> None:
         replication = secretmanager_v1.Replication(automatic=secretmanager_v1.Replication.Automatic())
-        secret = secretmanager_v1.Secret(replication=replication, labels=LABELS, ttl=LIFE)
+        secret = secretmanager_v1.Secret(replication=replication, labels=LABELS, ttl=SECRET_TTL)
         request = secretmanager_v1.CreateSecretRequest(parent=self._project, secret_id=PREFIX + job_id, secret=secret)
         with suppress(errors.AlreadyExists):
-            self._ask(lambda timeout: self._client.create_secret(request, retry=None, timeout=timeout), errors.AlreadyExists)
+            self._call_with_retry(lambda timeout: self._client.create_secret(request, retry=None, timeout=timeout), errors.AlreadyExists)
 
-    def _add(self, job_id: str, content: bytes) -> int:
+    def _add_version(self, job_id: str, content: bytes) -> int:
         """Write the next version; returns its number. Never repeated here: what was added and not answered for would be there twice."""
         payload = secretmanager_v1.SecretPayload(data=content, data_crc32c=google_crc32c.value(content))
-        request = secretmanager_v1.AddSecretVersionRequest(parent=self._name(job_id), payload=payload)
-        added = self._once(lambda: self._client.add_secret_version(request, retry=None, timeout=time_left(CALL_S)))
+        request = secretmanager_v1.AddSecretVersionRequest(parent=self._secret_name(job_id), payload=payload)
+        added = self._call_once(lambda: self._client.add_secret_version(request, retry=None, timeout=remaining_s(CALL_TIMEOUT_S)))
         return int(added.name.rpartition("/")[2])
 
-    def _access(self, job_id: str, number: int) -> dict[str, str] | None:
+    def _access_version(self, job_id: str, number: int) -> dict[str, str] | None:
         """The secrets in a version: none in one that was destroyed or disabled. None when there is no such version."""
-        request = secretmanager_v1.AccessSecretVersionRequest(name=self._version(job_id, number))
+        request = secretmanager_v1.AccessSecretVersionRequest(name=self._version_name(job_id, number))
         expected = errors.NotFound, errors.FailedPrecondition
         try:
-            found = self._ask(lambda timeout: self._client.access_secret_version(request, retry=None, timeout=timeout), *expected)
+            found = self._call_with_retry(
+                lambda timeout: self._client.access_secret_version(request, retry=None, timeout=timeout), *expected
+            )
         except errors.NotFound:
             return None
         except errors.FailedPrecondition:
@@ -122,10 +124,10 @@ class SecretManagerStore:
 
     def _destroy_version(self, job_id: str, number: int) -> None:
         """Make a version unreadable. Harmless when somebody else was faster."""
-        request = secretmanager_v1.DestroySecretVersionRequest(name=self._version(job_id, number))
+        request = secretmanager_v1.DestroySecretVersionRequest(name=self._version_name(job_id, number))
         expected = errors.NotFound, errors.FailedPrecondition
         with suppress(*expected):
-            self._ask(lambda timeout: self._client.destroy_secret_version(request, retry=None, timeout=timeout), *expected)
+            self._call_with_retry(lambda timeout: self._client.destroy_secret_version(request, retry=None, timeout=timeout), *expected)
 
     # --- the client --------------------------------------------------------------------------------------------------
 
@@ -133,42 +135,42 @@ class SecretManagerStore:
     def _project(self) -> str:
         return f"projects/{self._project_id}"
 
-    def _name(self, job_id: str) -> str:
+    def _secret_name(self, job_id: str) -> str:
         return f"{self._project}/secrets/{PREFIX}{job_id}"
 
-    def _version(self, job_id: str, number: int) -> str:
-        return f"{self._name(job_id)}/versions/{number}"
+    def _version_name(self, job_id: str, number: int) -> str:
+        return f"{self._secret_name(job_id)}/versions/{number}"
 
     @property
     def _client(self) -> secretmanager_v1.SecretManagerServiceClient:
         with self._lock:
-            if self._opened is None:
+            if self._cached_client is None:
                 transport = SecretManagerServiceGrpcTransport(channel=_channel(self._emulator_host))
-                self._opened = secretmanager_v1.SecretManagerServiceClient(transport=transport)
-            return self._opened
+                self._cached_client = secretmanager_v1.SecretManagerServiceClient(transport=transport)
+            return self._cached_client
 
-    def _ask(self, call: Callable[[float], Answer], *expected: type[GoogleAPICallError]) -> Answer:
+    def _call_with_retry(self, call: Callable[[float], ReturnT], *expected: type[GoogleAPICallError]) -> ReturnT:
         """The answer to a request that may be repeated; `call` is given the seconds that it may take.
 
         All tries together are bounded. The library's own bound is not one: within its last second a try gets the whole time again.
         """
-        with patience(CALL_S):
-            again = Retry(predicate=REPEATED, initial=0.1, maximum=2.0, timeout=time_left(CALL_S))
-            return self._once(again(lambda: call(time_left(CALL_S))), *expected)
+        with deadline(CALL_TIMEOUT_S):
+            again = Retry(predicate=RETRY_PREDICATE, initial=0.1, maximum=2.0, timeout=remaining_s(CALL_TIMEOUT_S))
+            return self._call_once(again(lambda: call(remaining_s(CALL_TIMEOUT_S))), *expected)
 
-    def _once(self, call: Callable[[], Answer], *expected: type[GoogleAPICallError]) -> Answer:
+    def _call_once(self, call: Callable[[], ReturnT], *expected: type[GoogleAPICallError]) -> ReturnT:
         """The answer; Google's errors in our words, but for those that the caller asks about."""
         try:
             return call()
         except expected:
             raise
         except (GoogleAPICallError, errors.RetryError) as error:
-            raise self._in_words(error) from error
+            raise self._translate_error(error) from error
         except GoogleAuthError as error:
             hint = "on Cloud Run the service account is found by itself; elsewhere: gcloud auth application-default login"
             raise Unavailable("there are no Google credentials for Secret Manager here", hint=hint) from error
 
-    def _in_words(self, error: GoogleAPICallError | errors.RetryError) -> Unavailable:
+    def _translate_error(self, error: GoogleAPICallError | errors.RetryError) -> Unavailable:
         project = self._project_id
         match error:
             case errors.PermissionDenied() if "SERVICE_DISABLED" in str(error) or "has not been used in project" in str(error):
@@ -191,8 +193,8 @@ class SecretManagerStore:
 
 
 def _channel(emulator_host: str | None) -> grpc.Channel:
-    options = [("grpc.max_reconnect_backoff_ms", RECONNECT_MS)]
+    options = [("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_BACKOFF_MS)]
     if emulator_host:
         return grpc.insecure_channel(emulator_host, options=options)
-    credentials, _ = google.auth.default(scopes=[CLOUD_PLATFORM])
+    credentials, _ = google.auth.default(scopes=[CLOUD_PLATFORM_SCOPE])
     return SecretManagerServiceGrpcTransport.create_channel(credentials=credentials, options=options)

@@ -16,10 +16,10 @@ if asked == ["jobs.probe"]:
     print(json.dumps(PROBE), flush=True)
     os._exit(0)
 elif asked == ["jobs.run"] and zlib.crc32(name[0].encode()) % int(os.environ["CHAOS_REAL_ONE_IN"]) != 0:
-    from tests.chaos.light_attempt import work
+    from tests.chaos.light_attempt import run_attempt
 
-    os._exit(work(name[0]))
+    os._exit(run_attempt(name[0]))
 elif asked == ["jobs.run"]:
-    from tests.chaos.stub_trainer import take_their_places
+    from tests.chaos.stub_trainer import install_stubs
 
-    take_their_places(name[0])
+    install_stubs(name[0])
