@@ -37,10 +37,10 @@ $(VENVS)/infra/.installed: requirements/infra.txt
 	@touch $@
 
 # torch first and alone: its version decides everything else's.
-$(VENVS)/llm/.installed: requirements/llm.txt requirements/llm-constraints.txt infra/llama_cpp.sh
+$(VENVS)/llm/.installed: jobs/environments/llm/requirements.txt jobs/environments/llm/constraints.txt infra/llama_cpp.sh
 	$(PYTHON) -m venv $(VENVS)/llm
-	$(VENVS)/llm/bin/pip install $(PIP_FLAGS) -c requirements/llm-constraints.txt torch
-	$(VENVS)/llm/bin/pip install $(PIP_FLAGS) -c requirements/llm-constraints.txt -r requirements/llm.txt
+	$(VENVS)/llm/bin/pip install $(PIP_FLAGS) -c jobs/environments/llm/constraints.txt torch
+	$(VENVS)/llm/bin/pip install $(PIP_FLAGS) -c jobs/environments/llm/constraints.txt -r jobs/environments/llm/requirements.txt
 	infra/llama_cpp.sh $(VENVS)/llm/bin/python
 	@touch $@
 
@@ -79,8 +79,8 @@ test: test-fast test-cloud test-infra test-llm test-chaos test-e2e ## Everything
 test-fast: setup-dev ## Unit and contract tests: a minute
 	PYTHONPATH=. $(VENVS)/dev/bin/python -m pytest tests/unit tests/contract -n 2 --dist loadfile
 
-$(VENVS)/llm/.installed-tests: $(VENVS)/llm/.installed requirements/llm-test.txt
-	$(VENVS)/llm/bin/pip install $(PIP_FLAGS) -c requirements/llm-constraints.txt -r requirements/llm-test.txt
+$(VENVS)/llm/.installed-tests: $(VENVS)/llm/.installed jobs/environments/llm/requirements-test.txt
+	$(VENVS)/llm/bin/pip install $(PIP_FLAGS) -c jobs/environments/llm/constraints.txt -r jobs/environments/llm/requirements-test.txt
 	@touch $@
 
 test-llm: $(VENVS)/llm/.installed-tests ## The trainer and the exporters, on a tiny model: three files at a time, for they wait a lot

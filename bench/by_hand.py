@@ -7,10 +7,10 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from jobs.checkpoints import Checkpoints
-from jobs.context import JobContext, Secrets, Stores
-from jobs.errors import StopReason
-from jobs.trainers.sft import train
+from jobs.llm.trainers.sft import train
+from jobs.runtime.checkpoints import Checkpoints
+from jobs.runtime.context import JobContext, Secrets, Stores
+from jobs.runtime.errors import StopReason
 from schema.events import Event
 from schema.spec import JobSpec
 

@@ -24,10 +24,10 @@ from schema.job import Job, Status
 from schema.requests import TRAIN_REQUEST_EXAMPLE
 from schema.training import SftConfig
 from service.adapters.jobstores.cursors import encode_cursor
-from service.adapters.jobstores.firestore import FirestoreJobStore, build_job_fields
+from service.adapters.jobstores.firestore.store import FirestoreJobStore, build_job_fields
 from service.core.errors import Unavailable
 from service.core.ports import JobQuery
-from storage.patience import deadline
+from storage.deadline import deadline
 
 NAME = "firestore"
 JOBS = 10_000

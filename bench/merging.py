@@ -45,11 +45,11 @@ def make_synthetic_model(folder: Path) -> None:
 
 
 def merge_streamed(base: Path, adapter: Path, target: Path) -> None:
-    """As `jobs/exporters/merge.py` writes it."""
+    """As `jobs/llm/exporters/merge.py` writes it."""
     import torch
 
-    from jobs.exporters.folders import CONFIG_FILES, copy_files
-    from jobs.exporters.streaming import load_adapter_delta, merge_tensors
+    from jobs.llm.exporters.model_files import CONFIG_FILES, copy_files
+    from jobs.llm.exporters.tensor_merge import load_adapter_delta, merge_tensors
 
     changes, _ = load_adapter_delta(base, adapter, "causal")
     merge_tensors(base, target, torch.bfloat16, changes)
@@ -73,8 +73,8 @@ def measure(step: str, folder: Path) -> None:
     import torch  # noqa: F401
     import transformers
 
-    from jobs.llama import get_converter_path
-    from jobs.llama.apart import convert, run_program
+    from jobs.llm.llama_cpp import get_converter_path
+    from jobs.llm.llama_cpp.runner import convert, run_program
 
     _ = transformers.AutoModelForCausalLM, transformers.Gemma3ForCausalLM  # they are imported when they are first named
     target, gguf = folder / step, folder / f"{step}.gguf"

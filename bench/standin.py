@@ -1,7 +1,7 @@
 """A trainer's environment that trains nothing: each attempt holds its slot and sleeps.
 
 For benchmarks of the service alone. It is an interpreter, as `TUNESMITH_TRAINER_PYTHON` must be, that runs the two
-modules below instead of `jobs.probe` and `jobs.run`; each attempt leaves its token in its own working folder.
+modules below instead of `jobs.llm.probe` and `jobs.run`; each attempt leaves its token in its own working folder.
 """
 
 import sys

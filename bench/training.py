@@ -123,7 +123,7 @@ def install_llama_factory() -> Path:
     if done.exists() and done.read_text() == LLAMA_FACTORY:
         return cache / "bin/python"
     pip = [cache / "bin/pip", "--quiet", "--disable-pip-version-check"]
-    pinned = ["install", "-c", SOURCE / "requirements/llm-constraints.txt"]
+    pinned = ["install", "-c", SOURCE / "jobs/environments/llm/constraints.txt"]
     try:
         for command in (
             ["python3.11", "-m", "venv", cache],

@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from storage import ObjectStore, download_many, open_store
-from storage.local import LocalStore
+from storage.file import LocalStore
 
 BASE_KEY = "pretrained_weights/huggingface/google/gemma-3-270m"
 

@@ -93,7 +93,7 @@ def compare_answers(questions: list[str], gguf: Path) -> None:
     for heading in ("question", "base", "tuned"):
         table.add_column(heading, overflow="fold")
     for question, answer in zip(questions, before, strict=True):
-        command = [TRAINER_PYTHON, "-m", "jobs.chat", "--gguf", gguf, "--temperature", "0", "--max-tokens", str(ANSWER_TOKENS)]
+        command = [TRAINER_PYTHON, "-m", "jobs.llm.chat", "--gguf", gguf, "--temperature", "0", "--max-tokens", str(ANSWER_TOKENS)]
         table.add_row(question, answer, run_and_capture([*command, "--prompt", question], quiet=True).strip())
     console.print(table)
 

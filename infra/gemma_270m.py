@@ -126,7 +126,7 @@ def upload_to_store(folder: Path, store_url: str) -> None:
     """Copy what the store does not have yet; a file of the same size is taken for the same."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own path is infra/, not the repository
     from storage import open_store
-    from storage.local import LocalStore
+    from storage.file import LocalStore
 
     store = open_store(store_url)
     for path in sorted(folder.iterdir(), key=lambda path: (path.name == COMPLETION_MARKER, path.name)):

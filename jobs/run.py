@@ -1,4 +1,4 @@
-"""`python -m jobs.run [--name JOB.ATTEMPT]`: one attempt of one job; settings come from the environment (jobs/settings.py).
+"""`python -m jobs.run [--name JOB.ATTEMPT]`: one attempt of one job; settings come from the environment (jobs/runtime/settings.py).
 
 The name is only there so that the process can be found in a list of processes. Exit codes:
 
@@ -17,7 +17,7 @@ import traceback
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jobs.attempt import Attempt
+    from jobs.runtime.attempt import Attempt
 
 
 def main() -> int:
@@ -26,10 +26,10 @@ def main() -> int:
     name = sys.argv[2] if len(sys.argv) > 2 else "unnamed"
     print(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} INFO attempt started name={name} pid={os.getpid()}", flush=True)
 
-    from jobs.attempt import Attempt
-    from jobs.errors import Stopped
-    from jobs.log import configure_logging
-    from jobs.settings import read_settings, use_one_gpu
+    from jobs.runtime.attempt import Attempt
+    from jobs.runtime.errors import Stopped
+    from jobs.runtime.logs import configure_logging
+    from jobs.runtime.settings import read_settings, use_one_gpu
 
     configure_logging()
     use_one_gpu()
@@ -42,8 +42,8 @@ def main() -> int:
 
 def run_attempt(attempt: "Attempt") -> int:
     """The attempt from its claim to its own end; returns the exit code. Raises Stopped when it is stopped before that."""
-    from jobs.attempt import ExitCode
-    from jobs.errors import AttemptTaken, ClaimRefused, failure_of
+    from jobs.runtime.attempt import ExitCode
+    from jobs.runtime.errors import AttemptTaken, ClaimRefused, failure_of
 
     try:
         attempt.claim()

@@ -17,7 +17,7 @@ string, or where the user shows images a list of parts, {"type": "text", "text":
 from datetime import datetime
 
 from schema.base import ForwardCompatible, Id, Label
-from schema.words import DatasetType
+from schema.types import DatasetType
 
 TRAIN_SPLIT = "train"
 EVAL_SPLIT = "eval"

@@ -5,8 +5,9 @@ from typing import Annotated, Self
 from pydantic import ConfigDict, Field, JsonValue, SecretStr, StringConstraints, model_validator
 
 from schema.base import Id, Label, Strict, field_error
-from schema.export import ExportConfig
-from schema.hyperparameters import (
+from schema.training import TrainingConfig
+from schema.training.export import ExportConfig
+from schema.training.llm_hyperparameters import (
     DpoHyperparameters,
     GrpoHyperparameters,
     KtoHyperparameters,
@@ -14,7 +15,6 @@ from schema.hyperparameters import (
     RewardHyperparameters,
     SftHyperparameters,
 )
-from schema.training import TrainingConfig
 
 TRAIN_REQUEST_EXAMPLE: dict[str, JsonValue] = {
     "processed_dataset_id": "dataset_abc123",

@@ -13,12 +13,12 @@ from service.adapters.launchers import LAUNCHERS
 from service.adapters.links import create_url_signer
 from service.adapters.secrets import SECRET_STORES
 from service.adapters.secrets.local import load_or_create_key
-from service.core.dataset_rows import RowLimits
-from service.core.datasets import Datasets
+from service.core.datasets.records import Datasets
+from service.core.datasets.rows import RowLimits
 from service.core.hub import NoHub
-from service.core.jobs import Jobs, Limits
+from service.core.jobs.reconciler import Reconciler
+from service.core.jobs.service import Jobs, Limits
 from service.core.ports import Hub, JobStore, Launcher, SecretStore
-from service.core.reconciler import Reconciler
 from service.core.tokens import TokenSigner
 from service.settings import SOURCE_ROOT, Settings, attempt_environment, inherited_environment
 from storage import STORES, ObjectStore, open_store

@@ -10,9 +10,9 @@ from fastapi import FastAPI
 
 from schema.version import VERSION
 from service.api import datasets, errors, files, health, internal, jobs, train
-from service.api.identities import AttemptIdentityMiddleware
-from service.api.limits import BodyLimitMiddleware
-from service.api.patience import RequestDeadlineMiddleware
+from service.api.attempt_identity import AttemptIdentityMiddleware
+from service.api.body_limits import BodyLimitMiddleware
+from service.api.deadlines import RequestDeadlineMiddleware
 from service.api.stream import Feeds, run_in_thread
 from service.bootstrap import Services, build_services, check_adapters
 from service.core.errors import Unavailable

@@ -100,8 +100,8 @@ class ObjectStore(Protocol):
 
 # One line adds a store: url scheme → "module:Class", constructed with the url.
 STORES = {
-    "file": "storage.local:LocalStore",
-    "gs": "storage.gcs:GcsStore",
+    "file": "storage.file:LocalStore",
+    "gs": "storage.gs:GcsStore",
     "s3": "storage.s3:S3Store",
 }
 

@@ -14,7 +14,7 @@ from typing import BinaryIO, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from storage import ChecksumMismatch, InvalidKey, StorageError, StoreUnavailable, check_key
-from storage.patience import remaining_s
+from storage.deadline import remaining_s
 
 CONNECT_TIMEOUT_S = 3.05  # just over the second try of TCP
 READ_TIMEOUT_S = 30.0  # without a byte

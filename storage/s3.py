@@ -30,7 +30,7 @@ from botocore.exceptions import (
 )
 
 from storage import ChecksumMismatch, NoSuchObject, ObjectExists, StorageError, StoredObject, StoreUnavailable
-from storage.patience import remaining_s
+from storage.deadline import remaining_s
 from storage.remote import (
     CONNECT_TIMEOUT_S,
     MAX_RETRY_S,

@@ -8,9 +8,9 @@ from typing import Any
 
 from bench.by_hand import NoOpControl
 from bench.peers_training.plan import RANK, SEED, Stopwatch, TrainingPlan, TrainingRecord, run_script
-from jobs.checkpoints import Checkpoints
-from jobs.context import JobContext, Secrets, Stores
-from jobs.trainers.sft import train as train_sft
+from jobs.llm.trainers.sft import train as train_sft
+from jobs.runtime.checkpoints import Checkpoints
+from jobs.runtime.context import JobContext, Secrets, Stores
 from schema.checkpoint import checkpoints_prefix
 from schema.events import Event, MetricsLogged
 from schema.job import Phase, Progress
@@ -106,7 +106,7 @@ def count_labels(context: JobContext, spec: JobSpec) -> int:
     """How many tokens were to be learned."""
     from transformers import AutoTokenizer
 
-    from jobs.data.render import IGNORE_INDEX, read_rows, tokenize_split
+    from jobs.llm.data.tokenize import IGNORE_INDEX, read_rows, tokenize_split
 
     tokenizer = AutoTokenizer.from_pretrained(context.workdir / "model")
     longest = spec.training_config.hyperparameters.max_seq_length

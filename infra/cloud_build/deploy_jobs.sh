@@ -6,7 +6,7 @@ set -euo pipefail
 for profile in ${PROFILES//,/ }; do
   case $profile in
     l4 | cpu) image=$(<.images/llm) ;;
-    rtx-pro-6000) image=$(<.images/llm-cuda13) ;; # Blackwell needs a CUDA 13 build of torch, see jobs/images/llm.Dockerfile
+    rtx-pro-6000) image=$(<.images/llm-cuda13) ;; # Blackwell needs a CUDA 13 build of torch, see jobs/environments/llm/Dockerfile
     *)
       echo "error: no image for the profile '$profile'; known: l4, rtx-pro-6000, cpu" >&2
       exit 1

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from service.core.errors import InvalidRequest, Unavailable
 from service.core.ports import HubAccess, HubAccount
-from storage.patience import remaining_s
+from storage.deadline import remaining_s
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -7,9 +7,9 @@ from typing import Annotated
 from fastapi import APIRouter, File, Form, Query, UploadFile
 
 from schema.base import Id, Label
-from service.api.deps import ServicesDep, TenantDep
-from service.api.views import DatasetDetail, DatasetList, DatasetView, DeleteDatasetResponse, dataset_view
-from service.core.datasets import Upload
+from service.api.dependencies import ServicesDep, TenantDep
+from service.api.responses import DatasetDetail, DatasetList, DatasetView, DeleteDatasetResponse, dataset_view
+from service.core.datasets.records import Upload
 from service.core.errors import InvalidRequest
 
 router = APIRouter(prefix="/datasets", tags=["datasets"])

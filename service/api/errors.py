@@ -12,8 +12,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
-from schema.graders import GRADER_TYPES
 from schema.training import TRAINER_TYPES
+from schema.training.graders import GRADER_TYPES
 from service.core.errors import TunesmithError, Unavailable
 from storage import NoSuchObject, StorageError, StoreFull
 

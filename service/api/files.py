@@ -3,9 +3,9 @@
 from fastapi import APIRouter
 from starlette.responses import FileResponse, Response
 
-from service.api.deps import ServicesDep
+from service.api.dependencies import ServicesDep
 from service.core.errors import NotFound
-from storage.local import LocalStore
+from storage.file import LocalStore
 
 router = APIRouter(tags=["files"])
 

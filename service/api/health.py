@@ -5,8 +5,8 @@ from collections.abc import Callable
 from fastapi import APIRouter, Response
 
 from schema.version import VERSION
-from service.api.deps import ServicesDep
-from service.api.views import HealthResponse
+from service.api.dependencies import ServicesDep
+from service.api.responses import HealthResponse
 from service.core.errors import Unavailable
 from storage import ObjectStore, StorageError
 

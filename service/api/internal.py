@@ -11,9 +11,9 @@ from schema.base import Id, Strict
 from schema.events import EventBatch, EventBatchResponse
 from schema.result import Result
 from schema.spec import ClaimRequest, ClaimResponse
-from service.api.deps import ServicesDep
+from service.api.dependencies import ServicesDep
 from service.core.errors import InvalidRequest, Unauthorized
-from service.core.orphans import OrphanScan
+from service.core.jobs.orphans import OrphanScan
 
 
 async def authenticate_attempt(

@@ -12,9 +12,9 @@ from schema.base import Id
 from schema.job import Job, Status
 from schema.requests import CloneRequest, ExportRequest, ReexportRequest, ResumeRequest, RetryRequest
 from service.api import stream
-from service.api.deps import IdempotencyHeader, ServicesDep, TenantDep
+from service.api.dependencies import IdempotencyHeader, ServicesDep, TenantDep
 from service.api.errors import as_request_validation_error
-from service.api.views import (
+from service.api.responses import (
     CheckpointList,
     DeleteJobResponse,
     DownloadResponse,

@@ -10,9 +10,9 @@ from typing import Any, ParamSpec, TypeVar
 import anyio.to_thread
 import orjson
 
-from service.api.views import event_row
+from service.api.responses import event_row
 from service.core.errors import Unavailable
-from service.core.jobs import Jobs
+from service.core.jobs.service import Jobs
 from service.core.ports import StoredEvent
 
 log = logging.getLogger(__name__)

@@ -5,8 +5,8 @@ from typing import Any
 from fastapi import APIRouter
 
 from schema.requests import TrainRequest
-from service.api.deps import IdempotencyHeader, ServicesDep, TenantDep
-from service.api.views import TrainResponse
+from service.api.dependencies import IdempotencyHeader, ServicesDep, TenantDep
+from service.api.responses import TrainResponse
 from service.core.capabilities import capabilities_response
 
 router = APIRouter(tags=["training"])

@@ -6,9 +6,11 @@ from dataclasses import asdict
 from typing import get_args
 
 from schema.dataset import EVAL_SPLIT, Dataset
-from schema.evaluation import EvalConfig
-from schema.export import ExportFormat, GgufQuantization
-from schema.graders import (
+from schema.job import ArtifactKind
+from schema.training import TRAINER_TYPES, GrpoConfig, TrainingConfig
+from schema.training.evaluation import EvalConfig
+from schema.training.export import ExportFormat, GgufQuantization
+from schema.training.graders import (
     GRADER_TYPES,
     ExpressionGrader,
     Grader,
@@ -17,11 +19,9 @@ from schema.graders import (
     StringCheckGrader,
     TextSimilarityGrader,
 )
-from schema.job import ArtifactKind
-from schema.training import TRAINER_TYPES, GrpoConfig, TrainingConfig
-from service.core.bases import find_known_model
 from service.core.errors import InvalidRequest, Unsupported
 from service.core.ports import RuntimeCapabilities
+from service.core.validation.models import find_known_model
 
 TRACKERS = ("wandb", "mlflow", "tensorboard", "trackio")
 DESTINATIONS = ("gcs", "hfhub")

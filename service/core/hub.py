@@ -4,12 +4,12 @@ The Hub tells facts, the functions here decide. What the Hub does not say is not
 """
 
 from schema.training import TrainingConfig
-from service.core.bases import is_stored
 from service.core.errors import InvalidRequest
+from service.core.job_secrets import HF_SECRET
 from service.core.ports import Hub, HubAccess, HubAccount
-from service.core.secrets import HF_SECRET
+from service.core.validation.models import is_stored
 from storage import ObjectStore, StorageError
-from storage.patience import deadline
+from storage.deadline import deadline
 
 HUB_TIMEOUT_S = 2.5  # for all that is asked about one request: a caller waits four seconds for everything
 WRITE_ROLES = ("contributor", "write", "admin")  # what a member of an organisation must be, to make a repository there

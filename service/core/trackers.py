@@ -5,9 +5,9 @@ from typing import Self
 from pydantic import BaseModel, model_validator
 
 from schema.base import Strict
-from schema.trackers import MlflowConfig, TensorboardConfig, TrackioConfig, WandbConfig
 from schema.training import TrainingConfig
-from service.core.secrets import extract_config_secrets, redact
+from schema.training.trackers import MlflowConfig, TensorboardConfig, TrackioConfig, WandbConfig
+from service.core.job_secrets import extract_config_secrets, redact
 
 
 class DeploymentTrackers(Strict):

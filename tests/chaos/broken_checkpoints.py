@@ -11,11 +11,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.checkpoints import CheckpointInfo, Checkpoints
+from jobs.runtime.checkpoints import CheckpointInfo, Checkpoints
 from schema.checkpoint import MANIFEST, checkpoint_key, checkpoints_prefix
 from schema.events import CheckpointRestored, CheckpointSkipped, Event
 from schema.spec import JobSpec, StoreUrls
-from storage.local import LocalStore
+from storage.file import LocalStore
 from tests.chaos.campaign import CampaignError, Row, Size
 from tests.chaos.damage import DAMAGES, damage
 from tests.chaos.service import SOURCE

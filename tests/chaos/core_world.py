@@ -27,7 +27,7 @@ from service.adapters.links import ServiceUrlSigner
 from service.adapters.secrets.local import LocalSecretStore
 from service.bootstrap import CLOUD_LIMITS
 from service.core.errors import Conflict, Fenced, Unavailable
-from service.core.jobs import Jobs, Limits
+from service.core.jobs.service import Jobs, Limits
 from service.core.ports import ExecutionState, JobStore, LaunchRequest, RuntimeCapabilities
 from service.core.tokens import TokenSigner
 from storage import open_store

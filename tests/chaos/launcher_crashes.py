@@ -115,8 +115,8 @@ def run(size: Size) -> Row:
         injected=f"{ROUNDS[size]} rounds of {len(SCENARIOS)} stories with {count.crashes.total():,} crashes, "
         f"on {len(count.crashes)} sides of {len({side.partition(' ')[2] for side in count.crashes})} calls of the stores and the compute",
         expected="one live attempt per job, no orphan older than two reconciles",
-        observed=f"{count.concurrent_executions} jobs with two live attempts, {count.double_claims} with two owners, {count.lost} jobs that did not "
-        f"end as they should, {count.orphans} of {count.executions} executions left over; none unknown for more than "
+        observed=f"{count.concurrent_executions} jobs with two live attempts, {count.double_claims} with two owners, {count.lost} jobs "
+        f"that did not end as they should, {count.orphans} of {count.executions} executions left over; none unknown for more than "
         f"{count.max_unknown_reconciles} reconciles that could have found it, the oldest orphan {oldest}",
         passed=count.passed,
     )

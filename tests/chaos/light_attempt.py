@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tests.chaos.ledger import append_entry
+from tests.chaos.request_log import append_entry
 
 SERVICE_TIMEOUT_S = 60.0  # the service is killed all the time
 PAUSE_S = 0.1

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import JobFailed
-from jobs.trainers.sft import train
+from jobs.llm.trainers.sft import train
+from jobs.runtime.errors import JobFailed
 from schema.events import DecisionMade
 from tests.chaos.out_of_memory import BATCH_SIZE, MemoryCase
 from tests.jobs.conftest import BASE, EventRecorder, load_saved_checkpoints, make_context, make_spec, messages

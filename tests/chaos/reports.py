@@ -25,7 +25,7 @@ from service.adapters.jobstores.sqlite import SqliteJobStore
 from service.adapters.links import ServiceUrlSigner
 from service.adapters.secrets.local import LocalSecretStore
 from service.core.errors import Conflict, Fenced
-from service.core.jobs import Jobs
+from service.core.jobs.service import Jobs
 from service.core.ports import ExecutionState, JobStore, LaunchRequest, RuntimeCapabilities
 from service.core.tokens import TokenSigner
 from storage import open_store
@@ -418,7 +418,7 @@ def open_sqlite_store(folder: Path) -> Iterator[JobStore]:
 @contextmanager
 def open_firestore_store(_folder: Path) -> Iterator[JobStore]:
     """The emulator, asked through Google's own client."""
-    from service.adapters.jobstores.firestore import FirestoreJobStore
+    from service.adapters.jobstores.firestore.store import FirestoreJobStore
 
     with run_firestore_emulator() as host:
         os.environ["FIRESTORE_EMULATOR_HOST"] = host

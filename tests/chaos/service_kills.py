@@ -19,7 +19,7 @@ import httpx2
 
 from infra.loopback.firestore import run_firestore_emulator
 from tests.chaos.campaign import CampaignError, Row, Size
-from tests.chaos.ledger import Ledger, read_ledger
+from tests.chaos.request_log import Ledger, read_ledger
 from tests.chaos.service import Service, find_corruption, make_light_trainer, make_train_request, service, wait_until
 
 STORES = ("SQLite", "Firestore")

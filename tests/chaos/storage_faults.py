@@ -1,6 +1,6 @@
 """A bucket that fails one call in five while attempts publish: fake-gcs-server behind a front that does wrong at random.
 
-Each publish goes the way of a real attempt: files through `jobs/publish.py` and `storage/gcs.py`, then its result into the bucket,
+Each publish goes the way of a real attempt: files through `jobs/runtime/artifacts.py` and `storage/gs.py`, then its result into the bucket,
 which names what was published. Afterwards the bucket itself is asked, past the front, what lies there.
 """
 
@@ -23,14 +23,14 @@ import httpx2
 
 from infra.loopback.cloud_storage import run_cloud_storage
 from infra.loopback.http_faults import Fault, HttpFaultProxy, RecordedRequest
-from jobs.errors import JobFailed
-from jobs.patience import retry_store
-from jobs.publish import ArtifactUploader, ExportedArtifact, artifact_key
+from jobs.runtime.artifacts import ArtifactUploader, ExportedArtifact, artifact_key
+from jobs.runtime.errors import JobFailed
+from jobs.runtime.retry import retry_store
 from schema.job import Artifact
 from schema.result import Result
 from schema.spec import result_key
 from storage import StorageError, download_many
-from storage.gcs import GcsStore
+from storage.gs import GcsStore
 from tests.chaos.campaign import Row, Size
 
 log = logging.getLogger(__name__)

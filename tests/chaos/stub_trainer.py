@@ -3,15 +3,15 @@
 import sys
 from typing import TYPE_CHECKING
 
-from tests.chaos.ledger import append_entry
+from tests.chaos.request_log import append_entry
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from jobs.context import JobContext
-    from jobs.exporters.bench import ExportWorkspace
-    from jobs.publish import ExportedArtifact
-    from jobs.trained import TrainedModel
+    from jobs.llm.exporters.workspace import ExportWorkspace
+    from jobs.llm.trained_model import TrainedModel
+    from jobs.runtime.artifacts import ExportedArtifact
+    from jobs.runtime.context import JobContext
     from schema.job import Artifact
     from schema.training import TrainingConfig
 
@@ -22,8 +22,8 @@ def install_stubs(name: str) -> None:
     """What the attempt of this process finds where the trainer and the exporters are named."""
     import httpx2
 
-    from jobs import attempt
-    from jobs.exporters import EXPORTERS
+    from jobs.llm.exporters import EXPORTERS
+    from jobs.runtime import attempt
     from schema.training import SftConfig
 
     append_entry(name, "started")
@@ -35,7 +35,7 @@ def install_stubs(name: str) -> None:
 
 def train(_training_config: "TrainingConfig", context: "JobContext") -> "TrainedModel":
     """A few bytes for an adapter. Called only by a process that was given the claim."""
-    from jobs.trained import TrainedModel
+    from jobs.llm.trained_model import TrainedModel
 
     append_entry(f"{context.spec.job_id}.{context.attempt}", "claimed")
     context.enter_phase("training")
@@ -57,7 +57,7 @@ def train(_training_config: "TrainingConfig", context: "JobContext") -> "Trained
 
 def export(workspace: "ExportWorkspace") -> "tuple[ExportedArtifact, ...]":
     """The adapter as it is."""
-    from jobs.publish import ExportedArtifact, artifact_key
+    from jobs.runtime.artifacts import ExportedArtifact, artifact_key
 
     spec = workspace.context.spec
     key = artifact_key("adapter", spec.job_id, workspace.context.attempt)

@@ -103,8 +103,8 @@ def run(size: Size) -> Row:
         fault="attempt 1 stopped past its lease, attempt 2 finishes, attempt 1 woken",
         injected=f"{count.rounds} interleavings, stopped when it was {places}",
         expected="0 writes of attempt 1 accepted; artifacts from 2 only",
-        observed=f"{count.accepted_writes} writes accepted, artifacts of attempt 1 in {count.stale_artifacts} jobs, {count.damaged} damaged; "
-        f"the woken ended with {dict(count.exit_codes)}" + "; ".join(["", *count.bad][:3]),
+        observed=f"{count.accepted_writes} writes accepted, artifacts of attempt 1 in {count.stale_artifacts} jobs, {count.damaged} "
+        f"damaged; the woken ended with {dict(count.exit_codes)}" + "; ".join(["", *count.bad][:3]),
         passed=count.passed,
     )
 

@@ -70,7 +70,7 @@ def new_store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytes
 
 def close_store(store: ObjectStore) -> None:
     """Connections that are left open are failures here."""
-    from storage.gcs import GcsStore
+    from storage.gs import GcsStore
     from storage.s3 import S3Store
 
     if isinstance(store, GcsStore | S3Store):

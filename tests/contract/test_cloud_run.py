@@ -29,10 +29,16 @@ from hypothesis import strategies as st
 
 from infra.loopback.cloud_run import CANCELLED, EXIT_ERROR, MEMORY_LIMIT, TIMEOUT, CloudRun
 from infra.loopback.proxy import Proxy
-from service.adapters.launchers.cloud_run import CloudRunLauncher, Deployment, attempt_time_limit_s, build_run_job_request, classify_exit
+from service.adapters.launchers.cloud_run.launcher import (
+    CloudRunLauncher,
+    Deployment,
+    attempt_time_limit_s,
+    build_run_job_request,
+    classify_exit,
+)
 from service.core.errors import LaunchFailed, Unavailable
 from service.core.ports import ExitReason, LaunchRequest
-from storage.patience import deadline
+from storage.deadline import deadline
 
 GOLDEN = Path(__file__).parent / "golden/run_job_request.json"
 JOB = "projects/demo/locations/here/jobs/tunesmith-cpu"

@@ -16,11 +16,11 @@ from google.cloud.firestore_v1.types import StructuredQuery
 from schema.events import EventBatch, MetricsLogged, ReportedEvent, StatusChanged, WarningRaised
 from schema.job import Status
 from service.adapters.jobstores.cursors import encode_cursor
-from service.adapters.jobstores.firestore import EVENTS_TTL, FILTERS, FirestoreJobStore
+from service.adapters.jobstores.firestore.store import EVENTS_TTL, FILTERS, FirestoreJobStore
 from service.core.errors import Conflict, IdempotencyConflict, InvalidRequest, StaleRevision, TooLarge, Unavailable
-from service.core.jobstore import IDEMPOTENCY_TTL
+from service.core.job_store_rules import IDEMPOTENCY_TTL
 from service.core.ports import IdempotencyKey, JobQuery
-from storage.patience import deadline
+from storage.deadline import deadline
 from tests.factories import START, make_dataset, make_job
 
 INDEXES = json.loads((Path(__file__).parents[2] / "infra/firestore.indexes.json").read_text())
@@ -281,7 +281,7 @@ def test_oversized_event_is_rejected(store: FirestoreJobStore) -> None:
 
 
 def test_interrupted_deletion_resumes_on_retry(store: FirestoreJobStore, commits: RpcInterceptor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.adapters.jobstores.firestore.DELETES_PER_COMMIT", 3)
+    monkeypatch.setattr("service.adapters.jobstores.firestore.store.DELETES_PER_COMMIT", 3)
     store.create_job(make_job())
     for seq in range(8):
         store.append_events("job-1", 1, make_batch(seq, 1), START)

@@ -14,7 +14,7 @@ from service.core.errors import InvalidRequest, Unavailable
 from service.core.hub import NoHub, check_hub, push_access_error
 from service.core.ports import Hub, HubAccount
 from storage import open_store
-from storage.patience import deadline
+from storage.deadline import deadline
 from tests.factories import FakeClock, make_config
 
 TOKENS = {

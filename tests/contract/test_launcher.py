@@ -15,7 +15,7 @@ import pytest
 
 from infra.loopback.cloud_run import CloudRun
 from service.adapters.launchers import LAUNCHERS
-from service.adapters.launchers.cloud_run import CloudRunLauncher
+from service.adapters.launchers.cloud_run.launcher import CloudRunLauncher
 from service.adapters.launchers.local import LocalLauncher
 from service.core.errors import LaunchFailed, Unsupported
 from service.core.ports import Launcher, LaunchRequest, LogLocator, LogReader

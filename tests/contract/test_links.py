@@ -30,8 +30,8 @@ from service.core.errors import InvalidRequest, Unauthorized, Unavailable
 from service.core.ports import UrlSigner
 from service.core.tokens import TokenSigner
 from storage import ObjectStore
-from storage.gcs import GcsStore
-from storage.patience import deadline
+from storage.deadline import deadline
+from storage.gs import GcsStore
 from tests.contract.object_fixtures import StoreFactory
 
 SOURCE = Path(__file__).resolve().parents[2]
@@ -242,7 +242,7 @@ def test_signing_works_with_only_metadata_server(identity: GoogleIdentity) -> No
     """The whole way, with Google's own credentials: a process of its own, as its library reads the environment once."""
     code = """
 from service.adapters.links.cloud_storage import CloudStorageUrlSigner
-from storage.gcs import GcsStore
+from storage.gs import GcsStore
 import sys
 links = CloudStorageUrlSigner(GcsStore("gs://bucket"), emulator_host=sys.argv[1])
 print(links.sign_url("a/b", "b", 60))

@@ -23,7 +23,7 @@ from storage import (
     open_store,
     upload_many,
 )
-from storage.gcs import GcsStore
+from storage.gs import GcsStore
 from storage.remote import BucketLocation
 from storage.s3 import S3Store
 from tests.contract.object_fixtures import StoreFactory, close_store

@@ -14,8 +14,8 @@ import pytest
 from infra.loopback import cloud_storage, s3
 from infra.loopback.http_faults import Fault, FaultKind, HttpFaultProxy, run_http_fault_proxy
 from storage import ChecksumMismatch, NoSuchObject, ObjectExists, ObjectStore, StoreUnavailable, delete_prefix, open_store, upload_many
-from storage.gcs import GcsStore
-from storage.patience import deadline
+from storage.deadline import deadline
+from storage.gs import GcsStore
 from storage.s3 import _choose_read_timeout_s  # pyright: ignore[reportPrivateUsage]
 from tests.contract.object_fixtures import close_store, use_cloud_storage, use_s3
 

@@ -64,7 +64,7 @@ def test_the_gguf_answers_after_download(job: Json, service: Service, tmp_path: 
     command = [
         str(TRAINER_PYTHON),
         "-m",
-        "jobs.chat",
+        "jobs.llm.chat",
         "--gguf",
         path,
         "--temperature",

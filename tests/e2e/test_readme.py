@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 
-from schema.words import DatasetType
+from schema.types import DatasetType
 from tests.e2e.conftest import BASE, ROWS, SOURCE, TUNESMITH, Service
 
 README = (SOURCE / "README.md").read_text()

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from jobs.checkpoints import Checkpoints
-from jobs.context import JobContext, Secrets, Stores
-from jobs.trained import HeldOutExample, TrainedModel
+from jobs.llm.trained_model import HeldOutExample, TrainedModel
+from jobs.runtime.checkpoints import Checkpoints
+from jobs.runtime.context import JobContext, Secrets, Stores
 from schema.dataset import Dataset
 from schema.events import Event
 from schema.spec import JobSpec

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from jobs.chat import Conversation, InvalidPrompt, _print_stream, _token_bytes, cpu_thread_count, open_model
-from jobs.llama import get_converter_path
+from jobs.llm.chat import Conversation, InvalidPrompt, _print_stream, _token_bytes, cpu_thread_count, open_model
+from jobs.llm.llama_cpp import get_converter_path
 
 REPOSITORY = Path(__file__).parents[2]
 TURN = [{"role": "user", "content": "what does the function do"}]
@@ -191,7 +191,7 @@ def test_thread_count_comes_from_launcher_or_cpu_count() -> None:
 
 
 def run_chat(gguf: Path, *options: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "jobs.chat", "--gguf", str(gguf), *options]
+    command = [sys.executable, "-m", "jobs.llm.chat", "--gguf", str(gguf), *options]
     return subprocess.run(command, input=stdin, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60)
 
 

@@ -10,21 +10,22 @@ from typing import Any
 
 import pytest
 
-from jobs.context import JobContext
-from jobs.errors import JobFailed, Stopped
-from jobs.exporters import EXPORTERS, export_all, list_requested_kinds
-from jobs.exporters.bench import ExportWorkspace
-from jobs.exporters.examiner import TOKENIZER_EDGE_CASES, ExportedFile, GgufVerifier, check_fidelity, is_closer_to_base, make_advice
-from jobs.exporters.folders import read_precision
-from jobs.exporters.gguf import make_staging_folder
-from jobs.exporters.merge import check_merge_fidelity
-from jobs.exporters.speech import MAX_PASSAGE_TOKENS, MAX_POSITIONS, make_passages, select_sample_prompt
-from jobs.exporters.streaming import merge_tensors
-from jobs.llama import apart, is_llama_cpp_available
-from jobs.llama.evaluate import EvalResponse
-from jobs.llama.fidelity import TIE_NATS, Comparison, Passage, compare, list_targets, log_softmax
-from jobs.publish import sha256_of
-from jobs.trained import HeldOutExample, TrainedModel
+from jobs.llm.exporters import EXPORTERS, export_all, list_requested_kinds
+from jobs.llm.exporters.gguf import make_staging_folder
+from jobs.llm.exporters.log_probs import MAX_PASSAGE_TOKENS, MAX_POSITIONS, make_passages, select_sample_prompt
+from jobs.llm.exporters.merge import check_merge_fidelity
+from jobs.llm.exporters.model_files import read_precision
+from jobs.llm.exporters.tensor_merge import merge_tensors
+from jobs.llm.exporters.verify import TOKENIZER_EDGE_CASES, ExportedFile, GgufVerifier, check_fidelity, is_closer_to_base, make_advice
+from jobs.llm.exporters.workspace import ExportWorkspace
+from jobs.llm.llama_cpp import is_llama_cpp_available
+from jobs.llm.llama_cpp import runner as apart
+from jobs.llm.llama_cpp.evaluate import EvalResponse
+from jobs.llm.llama_cpp.fidelity import TIE_NATS, Comparison, Passage, compare, list_targets, log_softmax
+from jobs.llm.trained_model import HeldOutExample, TrainedModel
+from jobs.runtime.artifacts import sha256_of
+from jobs.runtime.context import JobContext
+from jobs.runtime.errors import JobFailed, Stopped
 from schema.events import DecisionMade, PhaseChanged, WarningRaised
 from schema.job import Artifact
 from schema.spec import manifest_key
@@ -204,7 +205,7 @@ def test_usage_and_fidelity_files_are_exported(exported: Exported, tmp_path: Pat
 def test_exported_command_line_runs(exported: Exported, tmp_path: Path) -> None:
     import subprocess
 
-    from jobs.llama import find_program
+    from jobs.llm.llama_cpp import find_program
 
     artifacts, context, _ = exported
     folder = download_artifact(context.stores.models, artifacts["gguf-usage"], tmp_path)
@@ -329,7 +330,7 @@ def test_corrupt_gguf_is_rejected(workspace: ExportWorkspace, tmp_path: Path) ->
 
 
 def test_gguf_matches_llama_cpp_converter_byte_for_byte(exported: Exported, adapter: TrainedModel, tmp_path: Path) -> None:
-    from jobs.llama import get_converter_path
+    from jobs.llm.llama_cpp import get_converter_path
 
     artifacts, context, _ = exported
     whole = download_artifact(context.stores.models, artifacts["merged"], tmp_path / "merged")

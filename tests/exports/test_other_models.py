@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from jobs.context import JobContext
-from jobs.errors import JobFailed
-from jobs.exporters import check_exportable, export_all
-from jobs.trained import HeldOutExample, TrainedModel
+from jobs.llm.exporters import check_exportable, export_all
+from jobs.llm.trained_model import HeldOutExample, TrainedModel
+from jobs.runtime.context import JobContext
+from jobs.runtime.errors import JobFailed
 from schema.events import DecisionMade, WarningRaised
 from schema.training import TRAINING_CONFIG
 from tests.exports.conftest import EventRecorder, make_trained_model, read_json

@@ -110,7 +110,7 @@ def test_records_datasets_models_and_secrets_are_not_uploaded(gcloud: Gcloud, tm
         *("infra/terraform/my-project.tfvars", "infra/terraform/terraform.tfstate", "infra/terraform/.terraform/modules.json"),
         *(".venvs/dev/bin/python", ".git/config", "service/__pycache__/main.pyc"),
     ]
-    go = ["service/main.py", "jobs/data/render.py", "tests/rows.jsonl", "infra/terraform/main.tf", "docs/api.md"]
+    go = ["service/main.py", "jobs/llm/data/tokenize.py", "tests/rows.jsonl", "infra/terraform/main.tf", "docs/api.md"]
     for path in stay + go:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()

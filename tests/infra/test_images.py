@@ -19,7 +19,7 @@ from tests.infra.dockerfile import Dockerfile, Instruction, parse_dockerfile, pa
 
 ROOT = Path(__file__).resolve().parents[2]
 HADOLINT = Path(sys.executable).with_name("hadolint")
-SERVICE, LLM = "service/Dockerfile", "jobs/images/llm.Dockerfile"
+SERVICE, LLM = "service/Dockerfile", "jobs/environments/llm/Dockerfile"
 parametrize_dockerfile = pytest.mark.parametrize("path", [SERVICE, LLM])
 DOCKER_IGNORE = parse_dockerignore((ROOT / ".dockerignore").read_text())
 
@@ -132,7 +132,7 @@ def test_build_context_excludes(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["service/main.py", "storage/gcs.py", "jobs/run.py", "requirements/llm.txt", "infra/llama_cpp.sh", "LICENSE"]
+    "path", ["service/main.py", "storage/gs.py", "jobs/run.py", "jobs/environments/llm/requirements.txt", "infra/llama_cpp.sh", "LICENSE"]
 )
 def test_build_context_includes(path: str) -> None:
     assert path not in DOCKER_IGNORE
@@ -163,8 +163,8 @@ def test_blackwell_uses_same_torch_with_newer_cuda() -> None:
 
 def test_requirements_do_not_pin_another_torch() -> None:
     install = next(run.text for run in load_dockerfile(LLM).stage("build").instructions_with("RUN") if "llm.txt" in run.text)
-    assert "--constraint requirements/llm-constraints.txt" in install
-    pins = read_pins(ROOT / "requirements/llm.txt")
+    assert "--constraint jobs/environments/llm/constraints.txt" in install
+    pins = read_pins(ROOT / "jobs/environments/llm/requirements.txt")
     assert not {name for name, version in read_constraints().items() if pins.get(name, version) != version}
     assert not [name for name in pins if name.startswith(("nvidia-cu", "triton"))]  # the base's, like torch
 
@@ -188,7 +188,7 @@ def parse_torch_and_cuda(base: str) -> tuple[str, tuple[int, ...]]:
 
 
 def read_constraints() -> dict[str, str]:
-    return read_pins(ROOT / "requirements/llm-constraints.txt")
+    return read_pins(ROOT / "jobs/environments/llm/constraints.txt")
 
 
 def read_pins(path: Path) -> dict[str, str]:

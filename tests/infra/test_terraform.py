@@ -197,8 +197,8 @@ def test_attempt_can_write_results_but_not_specs() -> None:
 def test_attempt_can_write_token_cache_but_not_datasets() -> None:
     bound = RESOURCES["google_storage_bucket_iam_member.job_keeps_tokens"]
     assert any("/objects/datasets/" in text and "endsWith" in text and ".npz" in text for text in iter_strings(bound.body["condition"]))
-    assert "/tokens/{digest.hexdigest()}.npz" in read_source("jobs/data/cache.py")
-    assert "{name}.jsonl" in read_source("service/core/datasets.py")
+    assert "/tokens/{digest.hexdigest()}.npz" in read_source("jobs/llm/data/cache.py")
+    assert "{name}.jsonl" in read_source("service/core/datasets/records.py")
 
 
 def test_service_account_roles_are_minimal() -> None:
@@ -261,7 +261,7 @@ def read_source(path: str) -> str:
 
 
 def test_every_launcher_profile_has_cloud_run_job() -> None:
-    launcher = read_source("service/adapters/launchers/cloud_run.py")
+    launcher = read_source("service/adapters/launchers/cloud_run/launcher.py")
     calls = [
         node for node in ast.walk(ast.parse(launcher)) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "HardwareProfile"
     ]
@@ -386,7 +386,7 @@ def test_scheduler_urls_exist() -> None:
 
 
 def test_alerts_match_logged_messages() -> None:
-    logged = read_source("service/core/jobs.py")
+    logged = read_source("service/core/jobs/service.py")
     for message in [*iter_strings(MODULE.locals["stuck_messages"]), '"status changed"']:
         assert re.search(rf'log\.\w+\("{unquote(message)}"', logged), message
     assert '"status": after.status' in logged

@@ -12,9 +12,9 @@ from uuid import uuid4
 
 import pytest
 
-from jobs.checkpoints import Checkpoints
-from jobs.context import JobContext, Secrets, StopSignal, Stores
-from jobs.trained import TrainedModel
+from jobs.llm.trained_model import TrainedModel
+from jobs.runtime.checkpoints import Checkpoints
+from jobs.runtime.context import JobContext, Secrets, StopSignal, Stores
 from schema.checkpoint import MANIFEST, Checkpoint, checkpoints_prefix
 from schema.dataset import Dataset, Split
 from schema.events import DecisionMade, EvaluationCompleted, Event, MetricsLogged, WarningRaised
@@ -143,7 +143,7 @@ def tokenizer(base: Path) -> Any:
     """The tiny base's tokenizer with Gemma's chat template. Not to be changed."""
     from transformers import AutoTokenizer
 
-    from jobs.data.render import set_default_chat_template
+    from jobs.llm.data.tokenize import set_default_chat_template
 
     loaded = AutoTokenizer.from_pretrained(base)
     set_default_chat_template(loaded)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.exporters import export_all
-from jobs.trained import TrainedModel
+from jobs.llm.exporters import export_all
+from jobs.llm.trained_model import TrainedModel
 from schema.job import Artifact
 from schema.spec import JobSpec
 from schema.training import TRAINER_TYPES

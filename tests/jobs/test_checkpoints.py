@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 
 import pytest
 
-from jobs.checkpoints import CheckpointInfo, Checkpoints, StoredCheckpoint, select_expired, sort_for_resume
-from jobs.errors import JobFailed
+from jobs.runtime.checkpoints import CheckpointInfo, Checkpoints, StoredCheckpoint, select_expired, sort_for_resume
+from jobs.runtime.errors import JobFailed
 from schema.checkpoint import MANIFEST, Checkpoint, checkpoint_key, checkpoints_prefix
 from schema.events import CheckpointRestored, CheckpointSaved, CheckpointSkipped, Event, WarningRaised
 from schema.job import ExportSource
 from schema.spec import JobSpec
 from storage import ChecksumMismatch, NoSuchObject, ObjectStore, StoredObject, StoreUnavailable, open_store
-from storage.local import LocalStore
+from storage.file import LocalStore
 from tests.jobs.conftest import make_spec
 
 CHECKPOINT_INFO = CheckpointInfo(

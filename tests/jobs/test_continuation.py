@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from jobs.context import TrainingListener
-from jobs.errors import Stopped, StopReason
-from jobs.trained import TrainedModel
-from jobs.trainers.course import TrainingControl
-from jobs.trainers.saving import SavePolicy, TrainingControlState, compute_checkpoint_interval_s
+from jobs.llm.trained_model import TrainedModel
+from jobs.runtime.context import TrainingListener
+from jobs.runtime.errors import Stopped, StopReason
+from jobs.runtime.save_policy import SavePolicy, TrainingControlState, compute_checkpoint_interval_s
+from jobs.runtime.training_control import TrainingControl
 from schema.checkpoint import checkpoint_key
 from schema.events import CheckpointRestored, EvaluationCompleted, MetricsLogged
 from schema.job import ExportSource, Progress

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from jobs.errors import JobFailed, Stopped, failure_of
-from jobs.settings import read_settings, use_one_gpu
+from jobs.runtime.errors import JobFailed, Stopped, failure_of
+from jobs.runtime.settings import read_settings, use_one_gpu
 from storage import NoSuchObject, StoreUnavailable
 
 

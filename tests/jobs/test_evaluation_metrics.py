@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from jobs.evaluation.text_metrics import METRICS, task_metrics
+from jobs.llm.evaluation.text_metrics import METRICS, task_metrics
 
 CAT = "the cat is on the mat"
 

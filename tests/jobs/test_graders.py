@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from jobs.errors import JobFailed
-from jobs.graders import GRADERS, build_graders, check_graders, close_graders
-from jobs.graders.endpoint import Endpoint
-from jobs.graders.grading import FailedGrade, GradingInput, extract_answer
-from jobs.graders.judge import Judge
-from jobs.graders.reward import MAX_CONSECUTIVE_FAILURES, RewardFunction, mask_incomparable, summarize_grades, to_text
-from jobs.graders.text import find_last_number
-from schema.graders import GRADER_TYPES, Grader, ScoreModelGrader
+from jobs.llm.graders import GRADERS, build_graders, check_graders, close_graders
+from jobs.llm.graders.base import FailedGrade, GradingInput, extract_answer
+from jobs.llm.graders.endpoint import Endpoint
+from jobs.llm.graders.judge import Judge
+from jobs.llm.graders.reward import MAX_CONSECUTIVE_FAILURES, RewardFunction, mask_incomparable, summarize_grades, to_text
+from jobs.llm.graders.text import find_last_number
+from jobs.runtime.errors import JobFailed
+from schema.training.graders import GRADER_TYPES, Grader, ScoreModelGrader
 from tests.jobs.conftest import BASE, EventRecorder, make_context, make_spec
 from tests.jobs.fake_openai import FakeOpenAI, get_judge_prompt
 

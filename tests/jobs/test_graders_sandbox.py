@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from jobs.errors import JobFailed
-from jobs.graders.grading import FailedGrade, GradingInput
-from jobs.graders.python import SandboxedPythonGrader
-from schema.graders import PythonGrader
+from jobs.llm.graders.base import FailedGrade, GradingInput
+from jobs.llm.graders.python import SandboxedPythonGrader
+from jobs.runtime.errors import JobFailed
+from schema.training.graders import PythonGrader
 
 Make = Callable[..., SandboxedPythonGrader]
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from jobs.errors import JobFailed
-from jobs.graders.grading import FailedGrade
-from jobs.trainers.grpo import compute_log_probs, compute_mean_reward, tokenize_prompt
+from jobs.llm.graders.base import FailedGrade
+from jobs.llm.trainers.grpo import compute_log_probs, compute_mean_reward, tokenize_prompt
+from jobs.runtime.errors import JobFailed
 from schema.events import SamplesGenerated
 from schema.spec import JobSpec
 from tests.jobs.conftest import WORDS, FinishedTraining, make_spec

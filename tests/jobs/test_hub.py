@@ -20,8 +20,8 @@ COMMIT = "a" * 40
 FETCH_SCRIPT = """
 import json, sys
 from pathlib import Path
-from jobs.base_model import fetch_base
-from jobs.errors import JobFailed
+from jobs.llm.base_model import fetch_base
+from jobs.runtime.errors import JobFailed
 from schema.spec import JobSpec
 from tests.jobs.conftest import a_context
 spec = JobSpec.load(sys.argv[1])

@@ -10,11 +10,11 @@ import pytest
 
 from infra.loopback.http_faults import Fault, HttpFaultProxy
 from infra.loopback.hub import LoopbackHub, Token
-from jobs.context import JobContext
-from jobs.errors import JobFailed
-from jobs.hub import check_push, is_transient, push, repo_creation_denied_reason, repo_files, stale_weights
-from jobs.patience import TRIES
-from jobs.publish import ExportedArtifact
+from jobs.runtime.artifacts import ExportedArtifact
+from jobs.runtime.context import JobContext
+from jobs.runtime.errors import JobFailed
+from jobs.runtime.hub import check_push, is_transient, push, repo_creation_denied_reason, repo_files, stale_weights
+from jobs.runtime.retry import TRIES
 from schema.job import Artifact, HubPush
 from tests.jobs.conftest import make_context, make_spec
 from tests.jobs.hub_fixture import hub, hub_proxy
@@ -183,7 +183,7 @@ def test_interrupted_upload_resumes_with_missing_files(
     hub: LoopbackHub, hub_proxy: HttpFaultProxy, context: Callable[..., JobContext], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", skip_sleep)  # the client's own waits between its tries
-    monkeypatch.setattr("jobs.hub.UPLOADS_AT_ONCE", 1)
+    monkeypatch.setattr("jobs.runtime.hub.UPLOADS_AT_ONCE", 1)
     two = make_exported_artifact(
         tmp_path / "m", "merged", {"a.safetensors": b"first" * 99, "b.safetensors": b"second" * 99, "config.json": b"{}"}
     )

@@ -10,7 +10,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from jobs.client import IdTokenSource, ServiceUnavailable
+from jobs.runtime.client import IdTokenSource, ServiceUnavailable
 
 AUDIENCE = "https://tunesmith.example"
 

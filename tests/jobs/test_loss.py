@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from jobs.data.render import IGNORE_INDEX, TokenizedExample, tokenize_split
-from jobs.trainers.likelihood import collate, compute_labeled_logits, evaluate_likelihood
-from jobs.trainers.sft import pack_examples
-from jobs.turn_tokens import patch_trainable_token_embedding
+from jobs.llm.data.tokenize import IGNORE_INDEX, TokenizedExample, tokenize_split
+from jobs.llm.loss import collate, compute_labeled_logits, evaluate_likelihood
+from jobs.llm.trainable_tokens import patch_trainable_token_embedding
+from jobs.llm.trainers.sft import pack_examples
 from schema.training import SftConfig
 from tests.jobs.conftest import messages
-from tests.jobs.test_turn_tokens import make_tuned_model
+from tests.jobs.test_trainable_tokens import make_tuned_model
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from huggingface_hub import ModelCard
 
 from infra.loopback.http_faults import HttpFaultProxy
 from infra.loopback.hub import LoopbackHub
-from jobs.model_card import License, model_card, read_license, usage_snippets
+from jobs.llm.model_card import License, model_card, read_license, usage_snippets
 from schema.job import ArtifactFile, ArtifactKind, EvalMetrics, Fidelity, Gate, GateCheck
-from schema.lineage import (
+from schema.provenance import (
     ArtifactRecord,
     BaseModelRecord,
     CodeRecord,

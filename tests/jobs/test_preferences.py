@@ -7,19 +7,19 @@ from typing import Any
 
 import pytest
 
-from jobs.data.pairs import UnpairedExample, tokenize_pairs, tokenize_unpaired
-from jobs.data.render import IGNORE_INDEX, TokenizedExample, tokenize_split
-from jobs.errors import JobFailed
-from jobs.trained import TrainedModel
-from jobs.trainers.course import EvaluationInterrupted
-from jobs.trainers.dpo import null_accuracy_at_init
-from jobs.trainers.kto import class_balance_warning, mismatched_pair
-from jobs.trainers.preferences import evaluate_trainer_metrics, patch_fused_head, run_in_batches
+from jobs.llm.data.preference import UnpairedExample, tokenize_pairs, tokenize_unpaired
+from jobs.llm.data.tokenize import IGNORE_INDEX, TokenizedExample, tokenize_split
+from jobs.llm.preference import evaluate_trainer_metrics, patch_fused_head, run_in_batches
+from jobs.llm.trained_model import TrainedModel
+from jobs.llm.trainers.dpo import null_accuracy_at_init
+from jobs.llm.trainers.kto import class_balance_warning, mismatched_pair
+from jobs.runtime.errors import JobFailed
+from jobs.runtime.training_control import EvaluationInterrupted
 from schema.job import EvalMetrics
 from schema.spec import JobSpec
 from tests.jobs.conftest import WORDS, FinishedTraining, make_spec
 from tests.jobs.test_continuation import TrainingRun, weights
-from tests.jobs.test_healing import LimitedMemory, limit_memory, reduced_batch_sizes  # noqa: F401  # the last is a fixture
+from tests.jobs.test_oom import LimitedMemory, limit_memory, reduced_batch_sizes  # noqa: F401  # the last is a fixture
 
 Train = Callable[..., FinishedTraining]
 
@@ -324,7 +324,7 @@ def test_mismatched_pair_joins_prompt_with_other_answer() -> None:
 
 
 def test_kl_example_uses_another_prompt() -> None:
-    from jobs.trainers.kto import _with_kl_examples
+    from jobs.llm.trainers.kto import _with_kl_examples
 
     first, same, other = make_row(2, 7, answer=[9]), make_row(2, 7, answer=[10]), make_row(2, 8, answer=[11])
     placed = _with_kl_examples([UnpairedExample(other, True), UnpairedExample(first, True), UnpairedExample(same, False)])

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 
-from jobs.probe import probe_environment
+from jobs.llm.probe import probe_environment
 from tests.jobs.conftest import FinishedTraining
 
 

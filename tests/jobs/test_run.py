@@ -354,8 +354,8 @@ def test_attempt_yields_before_its_time_limit(start: Start, service: FakeService
 
 SLOW_TRACKER_SCRIPT = """
 import sys, time
-from jobs.attempt import Attempt
-from jobs.settings import read_settings
+from jobs.runtime.attempt import Attempt
+from jobs.runtime.settings import read_settings
 
 class Slow:
     name, run_id = "slow", None

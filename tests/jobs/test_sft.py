@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from jobs.errors import JobFailed, failure_of
+from jobs.runtime.errors import JobFailed, failure_of
 from schema.events import DecisionMade, WarningRaised
-from schema.hyperparameters import SftHyperparameters
+from schema.training.llm_hyperparameters import SftHyperparameters
 from tests.jobs.conftest import BASE, EventRecorder, FinishedTraining, make_context, make_spec, messages
 
 Train = Callable[..., FinishedTraining]
@@ -161,7 +161,7 @@ def baseline(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 
 def train_in(workdir: Path, store: Path, hyperparameters: dict[str, Any], **spec: Any) -> FinishedTraining:
-    from jobs.trainers.sft import train as train_sft
+    from jobs.llm.trainers.sft import train as train_sft
 
     record, job = EventRecorder(), make_spec(store, hyperparameters=hyperparameters, **spec)
     context = make_context(job, workdir, record)
@@ -344,7 +344,7 @@ def recompute_eval_loss(model: Any, tokenizer: Any) -> float:
     """The loss on the held-out rows of `a_spec`, by the library's own loss, one row at a time."""
     import torch
 
-    from jobs.data.render import IGNORE_INDEX, tokenize_split
+    from jobs.llm.data.tokenize import IGNORE_INDEX, tokenize_split
 
     total, count = 0.0, 0
     for row in tokenize_split(iter(messages(5, first=100)), "messages", tokenizer, 128).rows:
@@ -426,7 +426,7 @@ def test_infinite_grad_norm_is_null_with_reason(make_store_with_last_norm: Calla
 def test_nan_weights_fail_the_job() -> None:
     import torch
 
-    from jobs.trainers.model import check_finite_weights
+    from jobs.llm.model import check_finite_weights
 
     model = torch.nn.Linear(2, 2)
     check_finite_weights(model, 7)
@@ -439,8 +439,8 @@ def test_nan_eval_loss_is_null_with_reason(store: Path, base: Path, tokenizer: A
     import torch
     from transformers import AutoModelForCausalLM
 
-    from jobs.data.render import tokenize_split
-    from jobs.trainers.likelihood import evaluate_likelihood
+    from jobs.llm.data.tokenize import tokenize_split
+    from jobs.llm.loss import evaluate_likelihood
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.nn.init.constant_(model.model.norm.weight, math.nan)
@@ -460,7 +460,7 @@ def test_decisions_are_logged_with_reasons(train: Train) -> None:
 
 
 def test_device_config_follows_hyperparameters(store: Path, tmp_path: Path) -> None:
-    from jobs.trainers.loop import prepare_training
+    from jobs.llm.training_loop import prepare_training
 
     spec = make_spec(store, hyperparameters={"dataloader_num_workers": 3, "torch_compile": True, "gradient_checkpointing": True})
     ground = prepare_training(spec.training_config, make_context(spec, tmp_path))
@@ -468,8 +468,8 @@ def test_device_config_follows_hyperparameters(store: Path, tmp_path: Path) -> N
 
 
 def test_unsupported_option_is_replaced_with_warning(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from jobs.trainers.loop import prepare_training
-    from jobs.trainers.model import choose_torch_compile
+    from jobs.llm.model import choose_torch_compile
+    from jobs.llm.training_loop import prepare_training
 
     monkeypatch.setenv("PATH", "")  # no C compiler is found
     spec, record = make_spec(store, hyperparameters={"torch_compile": True}), EventRecorder()

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from jobs.system_metrics import EnergyMeter, GpuReading, NvidiaGpus, gpu_metrics, nvidia_gpus, system_metrics
+from jobs.runtime.system_metrics import EnergyMeter, GpuReading, NvidiaGpus, gpu_metrics, nvidia_gpus, system_metrics
 
 
 @dataclass

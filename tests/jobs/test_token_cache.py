@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from jobs.data import cache
-from jobs.data.render import tokenize_split
-from jobs.trainers.loop import prepare_training
+from jobs.llm.data import cache
+from jobs.llm.data.tokenize import tokenize_split
+from jobs.llm.training_loop import prepare_training
 from tests.jobs.conftest import EventRecorder, make_context, make_spec, messages
 
 

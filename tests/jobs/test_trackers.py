@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from jobs.context import JobContext, Secrets
-from jobs.trackers import TRACKERS, TrackerThread, start_trackers
-from jobs.trackers.event_files import UPLOAD_INTERVAL_S, TensorboardTracker
-from jobs.trackers.mlflow_server import MlflowTracker
+from jobs.runtime.context import JobContext, Secrets
+from jobs.runtime.trackers import TRACKERS, TrackerThread, start_trackers
+from jobs.runtime.trackers.mlflow_tracker import MlflowTracker
+from jobs.runtime.trackers.tensorboard_tracker import UPLOAD_INTERVAL_S, TensorboardTracker
 from schema.events import EvaluationCompleted, MetricsLogged, SamplesGenerated, TrackerStarted
 from schema.job import EvalMetrics, Sample
-from schema.trackers import MlflowConfig
+from schema.training.trackers import MlflowConfig
 from tests.jobs.conftest import EventRecorder, make_context, make_spec
 from tests.jobs.fake_mlflow import FakeMlflow
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from jobs.data.images import (
+from jobs.llm.data.images import (
     TokenizedImageExample,
     TokenizedImageSplit,
     VisionInputConfig,
@@ -21,19 +21,19 @@ from jobs.data.images import (
     load_vision_input_config,
     tokenize_split_with_images,
 )
-from jobs.data.render import IGNORE_INDEX, set_default_chat_template
-from jobs.errors import JobFailed
-from jobs.evaluation.answers import generate_batch
-from jobs.evaluation.questions import make_eval_prompts
-from jobs.trained import TrainedModel
-from jobs.trainers.likelihood import compute_labeled_logits, evaluate_likelihood
-from jobs.trainers.model import DeviceConfig, load_base, set_eos_tokens
-from jobs.trainers.vision import Collator, ImageFeatures, freeze_vision_tower, group_by_length
+from jobs.llm.data.tokenize import IGNORE_INDEX, set_default_chat_template
+from jobs.llm.evaluation.generation import generate_batch
+from jobs.llm.evaluation.prompts import make_eval_prompts
+from jobs.llm.loss import compute_labeled_logits, evaluate_likelihood
+from jobs.llm.model import DeviceConfig, load_base, set_eos_tokens
+from jobs.llm.trained_model import TrainedModel
+from jobs.llm.trainers.vision import Collator, ImageFeatures, freeze_vision_tower, group_by_length
+from jobs.runtime.errors import JobFailed
 from schema.events import SamplesGenerated
 from schema.training import SftConfig
 from tests.jobs.conftest import BASE, EventRecorder, FinishedTraining, make_context, make_spec, messages
 from tests.jobs.test_continuation import TrainingRun, assert_runs_identical
-from tests.jobs.test_healing import LimitedMemory, losses
+from tests.jobs.test_oom import LimitedMemory, losses
 from tests.tiny_gemma_vision import IMAGE_SIZE, TOKENS_PER_IMAGE, build_tiny_gemma_vision
 
 VISION_BASE = "tiny/gemma-vision"
@@ -306,7 +306,7 @@ def train(
     eval_config: dict[str, Any] | None = None,
     **hyperparameters: Any,
 ) -> FinishedTraining:
-    from jobs.trainers.sft import train as train_sft
+    from jobs.llm.trainers.sft import train as train_sft
 
     record = EventRecorder()
     job = make_spec(

@@ -11,9 +11,9 @@ from click.testing import Result
 from rich.console import Console
 from typer.testing import CliRunner
 
-from service.cli import app as app_module
-from service.cli import show
-from service.cli.client import MAX_TRIES, ApiError, Client
+from cli import app as app_module
+from cli import render as show
+from cli.http_client import MAX_TRIES, ApiError, Client
 
 Json = dict[str, Any]
 FakeReply = httpx2.Response | httpx2.TransportError

@@ -8,9 +8,9 @@ from pydantic import JsonValue, ValidationError
 from schema.job import Job
 from schema.requests import CloneRequest, TrainRequest
 from schema.training import TRAINING_CONFIG, SftConfig
-from service.core.clone import clone_request, merge_patch, original_request
 from service.core.errors import InvalidRequest
-from service.core.secrets import redact
+from service.core.job_secrets import redact
+from service.core.jobs.clone import clone_request, merge_patch, original_request
 from tests.factories import make_config, make_grpo_config, make_job
 
 NO_SECRETS: frozenset[str] = frozenset()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.core.dataset_rows import IngestResult, InvalidRow, Row, RowLimits, Splitter, ingest, read_rows
+from service.core.datasets.rows import IngestResult, InvalidRow, Row, RowLimits, Splitter, ingest, read_rows
 
 QUICK_SETTINGS = settings(max_examples=60, deadline=None, database=None)
 QUESTION = {"role": "user", "content": "Why?"}

@@ -18,13 +18,13 @@ from service.adapters.jobstores.memory import MemoryJobStore
 from service.adapters.links import ServiceUrlSigner
 from service.adapters.secrets.local import LocalSecretStore
 from service.core.errors import Conflict, Fenced, InvalidRequest, LaunchFailed, NotFound, Unauthorized, Unavailable, Unsupported
-from service.core.jobs import Jobs
+from service.core.jobs.service import Jobs
 from service.core.ports import ExecutionState, ExitReason, HubAccess, HubAccount, IdempotencyKey, LaunchRequest, RuntimeCapabilities
 from service.core.tokens import TokenSigner
 from service.core.trackers import DeploymentTrackers
 from storage import StoreUnavailable, open_store
-from storage.local import LocalStore
-from storage.patience import deadline
+from storage.deadline import deadline
+from storage.file import LocalStore
 from tests.factories import START, FakeClock, make_capabilities, make_dataset, make_train_request
 
 TENANT = "local"

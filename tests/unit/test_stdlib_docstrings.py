@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from service.core.dataset_rows import RowLimits, read_rows
+from service.core.datasets.rows import RowLimits, read_rows
 
 SCRIPT = Path(__file__).resolve().parents[2] / "infra" / "stdlib_docstrings.py"
 

@@ -9,7 +9,7 @@ from schema.events import Event, EventBatch
 from schema.job import Job, Status
 from service.adapters.jobstores.cursors import decode_cursor, encode_cursor
 from service.core.errors import Conflict, IdempotencyConflict, NotFound, StaleRevision
-from service.core.jobstore import IDEMPOTENCY_TTL, select_new_events, summarize_job
+from service.core.job_store_rules import IDEMPOTENCY_TTL, select_new_events, summarize_job
 from service.core.ports import Heartbeat, IdempotencyKey, JobQuery, JobSummary, Page, Row, StoredEvent
 
 IdempotencyEntry = tuple[IdempotencyKey, str, datetime]  # the key, its job, and since when

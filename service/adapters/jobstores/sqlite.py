@@ -19,9 +19,9 @@ from schema.events import Event, EventBatch
 from schema.job import Job, Progress, Status
 from service.adapters.jobstores.cursors import decode_cursor, encode_cursor
 from service.core.errors import Conflict, DiskFull, IdempotencyConflict, NotFound, StaleRevision, Unavailable
-from service.core.jobstore import IDEMPOTENCY_TTL, select_new_events
+from service.core.job_store_rules import IDEMPOTENCY_TTL, select_new_events
 from service.core.ports import Heartbeat, IdempotencyKey, JobQuery, JobSummary, Page, StoredEvent
-from storage.patience import remaining_s
+from storage.deadline import remaining_s
 
 BUSY_TIMEOUT_S = 4  # a request may wait this long for another writer before it is told to try again
 SCHEMA_VERSION = 1

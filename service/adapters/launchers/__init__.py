@@ -2,5 +2,5 @@
 
 LAUNCHERS = {
     "local": "service.adapters.launchers.local:LocalLauncher",
-    "cloud-run": "service.adapters.launchers.cloud_run:CloudRunLauncher",
+    "cloud-run": "service.adapters.launchers.cloud_run.launcher:CloudRunLauncher",
 }

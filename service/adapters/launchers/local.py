@@ -20,7 +20,7 @@ from typing import cast, get_args
 import psutil
 
 from schema.training import TRAINER_TYPES
-from schema.words import Modality
+from schema.types import Modality
 from service.core.errors import LaunchFailed, Unavailable, Unsupported
 from service.core.ports import ExecutionState, LaunchRequest, LogPage, RuntimeCapabilities
 
@@ -160,7 +160,7 @@ class LocalLauncher:
     def _probe(self) -> dict[str, object]:
         try:
             answer = subprocess.run(
-                [self._python, "-m", "jobs.probe"],
+                [self._python, "-m", "jobs.llm.probe"],
                 cwd=self._source,
                 env={**self._inherited, "PYTHONPATH": str(self._source)},
                 capture_output=True,
@@ -221,7 +221,7 @@ class LocalLauncher:
 
 
 def capabilities_from_probe(probe_result: Mapping[str, object]) -> RuntimeCapabilities:
-    """What an attempt can do here, of what `python -m jobs.probe` told; and why not, where it cannot."""
+    """What an attempt can do here, of what `python -m jobs.llm.probe` told; and why not, where it cannot."""
     packages = probe_result.get("packages")
     installed = set(cast(Mapping[str, object], packages)) if isinstance(packages, dict) else set[str]()
     on_gpu, flash, gguf = probe_result.get("device") == "cuda", bool(probe_result.get("flash_attention_2")), bool(probe_result.get("gguf"))

@@ -23,8 +23,8 @@ from google.auth.transport.requests import Request
 from service.adapters.links import check_expiry, content_disposition
 from service.core.errors import Unavailable
 from storage import StorageError
-from storage.gcs import GcsStore, create_deadline_session
-from storage.patience import deadline
+from storage.deadline import deadline
+from storage.gs import GcsStore, create_deadline_session
 from storage.remote import TransientStoreError, retry_transient
 
 SCOPES = ("https://www.googleapis.com/auth/cloud-platform",)

@@ -27,7 +27,7 @@ from google.cloud import secretmanager_v1
 from google.cloud.secretmanager_v1.services.secret_manager_service.transports import SecretManagerServiceGrpcTransport
 
 from service.core.errors import TooLarge, Unavailable
-from storage.patience import deadline, remaining_s
+from storage.deadline import deadline, remaining_s
 
 PREFIX = "tunesmith-job-"
 SECRET_TTL = timedelta(days=30)  # longer than any job: what is still there then belongs to nobody

@@ -1,6 +1,6 @@
 """Read by Python before an attempt's own code: puts stand-ins where training and exporting would need a gigabyte of libraries.
 
-On the path only of the interpreter that tests/chaos/service.py writes. What is asked is told by the command line: `-m jobs.probe`
+On the path only of the interpreter that tests/chaos/service.py writes. What is asked is told by the command line: `-m jobs.llm.probe`
 and, of the attempts, all but one in CHAOS_REAL_ONE_IN are answered here; the rest go on as the real `jobs.run`.
 """
 
@@ -12,7 +12,7 @@ import zlib
 PROBE = {"device": "cpu", "device_name": "stand-in", "gguf": True, "flash_attention_2": False}
 asked, name = sys.orig_argv[2:3], sys.orig_argv[4:5]
 
-if asked == ["jobs.probe"]:
+if asked == ["jobs.llm.probe"]:
     print(json.dumps(PROBE), flush=True)
     os._exit(0)
 elif asked == ["jobs.run"] and zlib.crc32(name[0].encode()) % int(os.environ["CHAOS_REAL_ONE_IN"]) != 0:

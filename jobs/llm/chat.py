@@ -1,0 +1,296 @@
+"""`python -m jobs.llm.chat --gguf FILE [--prompt TEXT]`: talk to a GGUF file, through the chat template that it carries.
+
+Without --prompt every line of stdin is the next turn of one conversation. With --json the lines are JSON: {"prompt": …} in;
+{"token": …} for each piece of text, then {"done": true, "tokens": n, "seconds": s} out, or {"error": …} for a turn that
+cannot be answered. The answer goes to stdout, everything else to stderr; exit code 2 tells of a file or prompt of no use.
+"""
+
+import argparse
+import codecs
+import ctypes
+import json
+import os
+import sys
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.runtime.settings import cpu_thread_count
+
+if TYPE_CHECKING:
+    from llama_cpp import Llama
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+CONTEXT_TOKENS = 4096  # of a whole conversation; Gemma's 32k would take half a gigabyte before the first word
+LOG_LEVEL_ERROR = 4  # ggml_log_level; everything below it is chatter
+
+# What a terminal would obey and not show: a model must not move the cursor or rename the window.
+CONTROL_CHARACTERS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
+
+# A callback that Python has collected would crash the engine at its next word.
+_live_callbacks: list[object] = []
+
+
+class InvalidPrompt(Exception):
+    """This turn cannot be answered; the message says why."""
+
+
+class InvalidModelFile(Exception):
+    """The file cannot be talked to; the message says why."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was asked for on the command line."""
+
+    gguf: Path
+    prompt: str | None
+    max_tokens: int
+    temperature: float
+    as_json: bool
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Hold the conversation; returns the exit code."""
+    options = _parse_args(arguments)
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]  # the interpreter's own are text wrappers
+    try:
+        with open_model(options.gguf, cpu_thread_count()) as model:
+            _run_conversation(Conversation(model, options.max_tokens, options.temperature), options)
+    except (InvalidModelFile, InvalidPrompt) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader has heard enough; Python would complain again when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+# --- the conversation ---
+
+
+@dataclass
+class Conversation:
+    """What was said so far, to a model that answers the next turn."""
+
+    model: "ChatModel"
+    max_tokens: int
+    temperature: float  # 0 takes the most likely token, always the same
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def answer(self, prompt: str) -> Iterator[str]:
+        """The text of each token as it comes; empty while a character is incomplete. Raises Unanswerable before the first."""
+        asked = [*self.messages, {"role": "user", "content": prompt}]
+        tokens = self._fit_to_context(asked)
+        answer = ""
+        for text in self.model.generate(tokens, min(self.max_tokens, self.model.context_tokens - len(tokens)), self.temperature):
+            answer += text
+            yield text
+        self.messages = [*asked, {"role": "assistant", "content": answer}]
+
+    def _fit_to_context(self, messages: list[dict[str, str]]) -> list[int]:
+        """The turns as tokens; the oldest are forgotten when there would be no room for an answer."""
+        tokens = self.model.tokenize(messages)
+        while len(tokens) + self.max_tokens > self.model.context_tokens and len(messages) > 1:
+            del messages[:2]
+            tokens = self.model.tokenize(messages)
+        if len(tokens) >= self.model.context_tokens:
+            raise InvalidPrompt(f"the prompt has {len(tokens)} tokens; it must have fewer than {self.model.context_tokens}")
+        return tokens
+
+
+def _run_conversation(conversation: Conversation, options: Options) -> None:
+    speak = _print_json_stream if options.as_json else _print_stream
+    if options.prompt is not None:
+        speak(conversation.answer(options.prompt))
+        return
+    for line in _read_turns():
+        try:
+            speak(conversation.answer(_parse_prompt(line) if options.as_json else line))
+        except InvalidPrompt as error:
+            print(json.dumps({"error": str(error)}) if options.as_json else f"error: {error}", flush=True)
+
+
+def _read_turns() -> Iterator[str]:
+    """Turns from stdin without empty ones; a person at a terminal sees a mark and can edit the line."""
+    if not sys.stdin.isatty():
+        yield from (line.strip() for line in sys.stdin if line.strip())
+        return
+    import readline  # noqa: F401  # input() edits with it
+
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if line:
+            yield line
+
+
+def _parse_prompt(line: str) -> str:
+    try:
+        turn: object = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InvalidPrompt(f"not JSON: {error}") from error
+    if not isinstance(turn, dict) or not isinstance(turn.get("prompt"), str):
+        raise InvalidPrompt('a turn is like {"prompt": "What is a list?"}')
+    return turn["prompt"]
+
+
+def _print_stream(answer: Iterable[str]) -> None:
+    for text in answer:
+        sys.stdout.write(text.translate(CONTROL_CHARACTERS))
+        sys.stdout.flush()
+    print(flush=True)
+
+
+def _print_json_stream(answer: Iterable[str]) -> None:
+    started, tokens = time.monotonic(), 0
+    for text in answer:
+        tokens += 1
+        if text:
+            print(json.dumps({"token": text}), flush=True)
+    print(json.dumps({"done": True, "tokens": tokens, "seconds": round(time.monotonic() - started, 3)}), flush=True)
+
+
+# --- the model ---
+
+
+class ChatModel:
+    """A GGUF file with its chat template, loaded by llama.cpp into this process."""
+
+    def __init__(self, llama: "Llama", template: "Jinja2ChatFormatter") -> None:
+        self._llama = llama
+        self._template = template
+        self.context_tokens: int = llama.n_ctx()
+
+    def tokenize(self, messages: list[dict[str, str]]) -> list[int]:
+        """The conversation as the model was trained to read it, up to where its answer begins."""
+        from jinja2 import TemplateError
+
+        try:
+            rendered = self._template(messages=messages)  # pyright: ignore[reportArgumentType]  # its TypedDict is this dict
+        except (TemplateError, ValueError) as error:
+            raise InvalidPrompt(f"the chat template refuses the conversation: {error}") from error
+        return self._llama.tokenize(rendered.prompt.encode(errors="replace"), add_bos=not rendered.added_special, special=True)
+
+    def generate(self, tokens: list[int], max_tokens: int, temperature: float) -> Iterator[str]:
+        """The text of each token, up to one that ends the turn."""
+        import llama_cpp
+
+        vocabulary = llama_cpp.llama_model_get_vocab(self._llama.model)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be spread over several tokens
+        with closing(self._llama.generate(tokens, temp=temperature)) as generated:
+            for token, _ in zip(generated, range(max_tokens), strict=False):
+                if llama_cpp.llama_vocab_is_eog(vocabulary, token):
+                    return
+                yield decoder.decode(_token_bytes(vocabulary, token))
+
+
+@contextmanager
+def open_model(path: Path, threads: int) -> Generator[ChatModel]:
+    """Load a file. Raises Unusable for one that is missing, broken, or has no chat template."""
+    _require_gguf(path)
+    import llama_cpp
+
+    errors = _silence_native_logs()
+    try:
+        llama = llama_cpp.Llama(str(path), n_ctx=CONTEXT_TOKENS, n_threads=threads, n_threads_batch=threads, verbose=False)
+    except (ValueError, RuntimeError) as error:
+        raise InvalidModelFile(f"llama.cpp cannot load {path}: {errors[0] if errors else error}") from error
+    with closing(llama):
+        yield ChatModel(llama, _load_chat_template(llama, path))
+
+
+def _require_gguf(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise InvalidModelFile(f"cannot read {path}: {error.strerror}") from error
+    if magic != b"GGUF":
+        raise InvalidModelFile(f"{path} is not a GGUF file")
+
+
+def _load_chat_template(llama: "Llama", path: Path) -> "Jinja2ChatFormatter":
+    from jinja2 import TemplateError
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    template = llama.metadata.get("tokenizer.chat_template")
+    if template is None:
+        raise InvalidModelFile(
+            f"{path} has no chat template, so it cannot tell your words from its own; talk to a model that was tuned for chat"
+        )
+    bos, eos = (llama.detokenize([token], special=True).decode() if token >= 0 else "" for token in (llama.token_bos(), llama.token_eos()))
+    try:
+        return Jinja2ChatFormatter(template=template, bos_token=bos, eos_token=eos)
+    except TemplateError as error:
+        raise InvalidModelFile(f"the chat template of {path} is broken: {error}") from error
+
+
+def _silence_native_logs() -> list[str]:
+    """Let llama.cpp speak of errors only; returns where they are gathered, for while it loads it cannot be heard at all."""
+    import llama_cpp
+
+    errors: list[str] = []
+
+    @llama_cpp.llama_log_callback
+    def errors_only(level: int, text: bytes, _: object) -> None:
+        if level == LOG_LEVEL_ERROR:
+            errors.append(text.decode(errors="replace").strip())
+            print(errors[-1], file=sys.stderr)
+
+    _live_callbacks.append(errors_only)
+    llama_cpp.llama_log_set(errors_only, ctypes.c_void_p(0))
+    return errors
+
+
+# Any: a ctypes pointer.
+def _token_bytes(vocabulary: Any, token: int) -> bytes:
+    """What a token stands for; nothing for a control token. The bindings' own way loses tokens of more than 32 bytes."""
+    import llama_cpp
+
+    size = 32
+    while True:
+        buffer = (ctypes.c_char * size)()
+        length = llama_cpp.llama_token_to_piece(vocabulary, token, buffer, size, 0, False)
+        if length >= 0:
+            return buffer.raw[:length]
+        size = -length
+
+
+# --- the command line ---
+
+
+def _parse_args(arguments: Sequence[str] | None) -> Options:
+    parser = argparse.ArgumentParser(prog="python -m jobs.llm.chat", description="Talk to a GGUF file.")
+    parser.add_argument("--gguf", type=Path, required=True, help="the model")
+    parser.add_argument("--prompt", help="one question; left out, every line of stdin is the next turn of a conversation")
+    parser.add_argument("--max-tokens", type=_positive, default=256, help="the longest answer (%(default)s)")
+    parser.add_argument("--temperature", type=_temperature, default=0.7, help="0 is always the same answer (%(default)s)")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="speak JSON lines")
+    return Options(**vars(parser.parse_args(arguments)))
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
+def _temperature(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 2:  # false for NaN, too
+        raise argparse.ArgumentTypeError(f"must be from 0 to 2, not {number}")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

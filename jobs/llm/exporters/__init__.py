@@ -1,0 +1,102 @@
+"""Turns a trained model into what the job hands back: adapter, merged model, GGUF files; verified, then published.
+
+Here belongs one file per kind of artifact, and what they share: the bench. Here belongs nothing that trains, and nothing
+that knows a store (`jobs/runtime/artifacts.py`) or llama.cpp's interface (`jobs/llm/llama_cpp/`).
+
+    bench.py      what the exporters of one attempt share: the whole model, made once, and how it speaks
+    folders.py    which files of a model folder are worth handing back, and what must be mended in them
+    merge.py      adapter + base -> a whole model, checked against the two
+    streaming.py  the sum itself, tensor by tensor
+    speech.py     the passages on which models are compared, and a model's log probabilities on them
+    examiner.py   hears a GGUF file out, and decides whether it may go out
+    howto.py      how to run a GGUF file: Ollama's Modelfile, llama.cpp's command line
+    adapter.py, merged.py, onnx.py, gguf.py, lora_gguf.py  the exporters
+"""
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.llm.llama_cpp import LLAMA_CPP_FOLDER, find_program
+from jobs.runtime.errors import JobFailed
+from schema.job import ArtifactKind
+from schema.training import TrainingConfig
+
+if TYPE_CHECKING:
+    from jobs.llm.exporters.workspace import ExportWorkspace
+    from jobs.llm.trained_model import TrainedModel
+    from jobs.runtime.artifacts import ExportedArtifact
+    from jobs.runtime.context import JobContext
+    from schema.job import Artifact
+
+    Exporter = Callable[[ExportWorkspace], tuple[ExportedArtifact, ...]]
+    FinalizeArtifacts = Callable[[Sequence[ExportedArtifact], Sequence[Artifact]], tuple[Artifact, ...]]
+
+# One line adds an exporter: kind -> "module:function", called with a Bench, answering finished and verified products.
+EXPORTERS: dict[ArtifactKind, str] = {
+    "adapter": "jobs.llm.exporters.adapter:export",
+    "merged": "jobs.llm.exporters.merged:export",
+    "onnx": "jobs.llm.exporters.onnx:export",
+    "gguf": "jobs.llm.exporters.gguf:export",
+    "lora_gguf": "jobs.llm.exporters.lora_gguf:export",
+}
+
+
+def export_all(trained: "TrainedModel", context: "JobContext", finalize: "FinalizeArtifacts | None" = None) -> "tuple[Artifact, ...]":
+    """Make, verify and upload everything that the job asked for. Raises JobFailed `export_failed`, `upload_failed`.
+
+    Nothing is uploaded before everything is verified, and nothing is visible before the service has taken the result. `seal` is given
+    the products while their files are still here, and what they became.
+    """
+    from jobs.llm.exporters.workspace import ExportWorkspace
+    from jobs.runtime.artifacts import ArtifactUploader
+
+    check_exportable(context.spec.training_config)
+    publisher = ArtifactUploader(context.stores.models, context.spec.job_id, context.attempt)
+    bench = ExportWorkspace(trained, context)
+    try:
+        products = [product for kind in list_requested_kinds(context.spec.training_config) for product in _load_exporter(kind)(bench)]
+        products += bench.usage_artifacts()
+        context.enter_phase("uploading")
+        publisher.delete_previous_attempts()
+        artifacts: list[Artifact] = []
+        for product in products:
+            context.check_stop()
+            artifacts.append(publisher.upload(product))
+            context.log_artifact(artifacts[-1])
+        context.check_stop()
+        return finalize(products, artifacts) if finalize else tuple(artifacts)
+    finally:
+        bench.clear()
+
+
+def list_requested_kinds(training_config: TrainingConfig) -> tuple[ArtifactKind, ...]:
+    """What a training config asks for."""
+    export = training_config.export_config
+    wanted: list[ArtifactKind] = list(training_config.export_formats)
+    if export.include_gguf:
+        wanted.append("gguf")
+    if export.include_lora_gguf:
+        wanted.append("lora_gguf")
+    return tuple(wanted)
+
+
+def check_exportable(training_config: TrainingConfig, base_folder: Path | None = None, llama_cpp_folder: Path = LLAMA_CPP_FOLDER) -> None:
+    """Raises JobFailed for an export that cannot be made here, whatever is trained: to be asked before the training.
+
+    `base` is the base's folder, once there is one: some exports are for small models. `programs` is where llama.cpp's are.
+    """
+    if base_folder is not None and "onnx" in training_config.export_formats:
+        from jobs.llm.exporters.onnx import check_model_size
+
+        check_model_size(base_folder)
+    export = training_config.export_config
+    if export.gguf_imatrix and find_program("llama-imatrix", llama_cpp_folder) is None:
+        hint = "leave gguf_imatrix out, or run infra/llama_cpp.sh with the trainer's python"
+        raise JobFailed("invalid_config", "gguf_imatrix needs llama.cpp's llama-imatrix, which is not installed here", hint)
+
+
+def _load_exporter(kind: ArtifactKind) -> "Exporter":
+    module, _, function = EXPORTERS[kind].partition(":")
+    return getattr(import_module(module), function)

@@ -1,0 +1,41 @@
+"""The LoRA adapter alone: its weights, its settings and the tokenizer it was trained with."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.llm.exporters.merge import DIVERGED_HINT
+from jobs.llm.exporters.model_files import PROCESSOR_FILES, copy_files, copy_license, copy_tokenizer, write_json
+from jobs.runtime.artifacts import ExportedArtifact
+from jobs.runtime.errors import JobFailed
+
+if TYPE_CHECKING:
+    from jobs.llm.exporters.workspace import ExportWorkspace
+
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+
+
+def export(workspace: "ExportWorkspace") -> tuple[ExportedArtifact, ...]:
+    """The adapter's folder, without what its trainer left beside it."""
+    workspace.context.enter_phase("verifying")
+    source, folder = workspace.trained.folder, workspace.path("adapter")
+    _check_finite(source / ADAPTER_WEIGHTS_FILE)
+    copy_files(source, folder, [ADAPTER_WEIGHTS_FILE, *PROCESSOR_FILES])
+    copy_tokenizer(source, folder)
+    copy_license(workspace.trained.base_folder, folder)
+    # The trainer read the base from a folder of its own; whoever loads the adapter has the Hub.
+    settings = json.loads((source / ADAPTER_CONFIG_FILE).read_text())
+    base_model_id = workspace.context.spec.training_config.base_model_id
+    write_json(folder / ADAPTER_CONFIG_FILE, settings | {"base_model_name_or_path": base_model_id})
+    return (ExportedArtifact(name="adapter", kind="adapter", path=folder, key=workspace.key("adapter")),)
+
+
+def _check_finite(weights: Path) -> None:
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(weights, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118  # no dict
+            if not torch.isfinite(tensors.get_tensor(name)).all():
+                raise JobFailed("export_failed", f"the adapter's weights are not finite numbers, {name} for one", DIVERGED_HINT)

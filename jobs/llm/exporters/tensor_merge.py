@@ -1,0 +1,336 @@
+"""Adds an adapter to its base tensor by tensor: never more than one tensor of the model in memory.
+
+The arithmetic is peft's own. Its layers stand around a skeleton of the base that has no weights (`changes_of`); each tensor of the
+base's files is read, put into the one layer that changes it, merged there in float32, written and forgotten (`stream`). What no
+layer changes is copied as it lies in the file. The result is bit by bit what peft makes of the whole model at once.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+
+from jobs.llm.exporters.model_files import WEIGHTS_INDEX_FILE, list_weight_files, write_json
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+ModelKind = Literal["causal", "score", "image_text"]
+AUTO_CLASSES: dict[ModelKind, str] = {
+    "causal": "AutoModelForCausalLM",
+    "score": "AutoModelForSequenceClassification",
+    "image_text": "AutoModelForImageTextToText",
+}
+
+CHUNK_BYTES = 16 << 20  # of what is copied or rounded in one go
+ADAPTER_NAME = "default"  # peft's name for the only one
+
+
+class MergeError(Exception):
+    """The adapter cannot be added to the files of its base; the message says why."""
+
+
+class NotFinite(Exception):
+    """A tensor holds what is no number; the message names it."""
+
+
+class DtypeOverflow(Exception):
+    """A tensor holds numbers that the wanted precision does not have; the message names it."""
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """A tensor in a file: `kind` is safetensors' word for its type, such as BF16, and `start` counts from the file's beginning."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class RowUpdate:
+    """Some rows of a matrix, anew: the embeddings of a few tokens."""
+
+    indices: tuple[int, ...]
+    values: "torch.Tensor"  # (len(indices), width)
+
+
+@dataclass(frozen=True)
+class AdapterDelta:
+    """What training did to the tensors of a base, by the names that these have in its files."""
+
+    merge_functions: "Mapping[str, Callable[[torch.Tensor], torch.Tensor]]" = field(
+        default_factory=dict
+    )  # from the base's tensor, in float32
+    row_updates: Mapping[str, RowUpdate] = field(default_factory=dict)
+    replacements: "Mapping[str, torch.Tensor]" = field(default_factory=dict)  # also tensors that the base does not have
+
+    @property
+    def changed_names(self) -> set[str]:
+        """Every tensor that changes."""
+        return {*self.merge_functions, *self.row_updates, *self.replacements}
+
+
+NO_CHANGES = AdapterDelta()
+
+
+@dataclass(frozen=True)
+class FileWritePlan:
+    """How one file is written."""
+
+    dtype: "torch.dtype"
+    delta: AdapterDelta
+    rename_tensor: Callable[[str], str]
+    added_names: Sequence[str]  # of what is replaced, that which the base does not have: written last
+
+
+def merge_tensors(
+    base: Path, target: Path, dtype: "torch.dtype", delta: AdapterDelta = NO_CHANGES, rename_tensor: Callable[[str], str] = str
+) -> None:
+    """Write the weights of a folder into another folder, changed on the way and in the given precision; file by file.
+
+    They keep their names, unless `naming` gives them others. Raises NotFinite, TooLarge, Unmergeable.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    files = {name: read_header(base / name) for name in list_weight_files(base)}
+    known = {tensor.name for tensors in files.values() for tensor in tensors}
+    if missing := sorted({*delta.merge_functions, *delta.row_updates} - known):
+        raise MergeError(f"the base's files have no {', '.join(missing[:3])}")
+    added = sorted(delta.replacements.keys() - known)
+    sizes: dict[str, dict[str, int]] = {}
+    for name, tensors in files.items():
+        plan = FileWritePlan(dtype, delta, rename_tensor, added if name == max(files) else [])
+        sizes[name] = _write_file(base / name, tensors, target / name, plan)
+    if (base / WEIGHTS_INDEX_FILE).is_file():
+        weight_map = {tensor: name for name, within in sizes.items() for tensor in within}
+        total = sum(size for within in sizes.values() for size in within.values())
+        write_json(target / WEIGHTS_INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def load_adapter_delta(base: Path, adapter: Path, kind: ModelKind) -> "tuple[AdapterDelta, PreTrainedModel]":
+    """What a peft adapter does to its base, and the base's model without weights, shaped as the adapter needs it. Raises Unmergeable."""
+    from peft import PeftConfig, PeftModel
+
+    settings = PeftConfig.from_pretrained(str(adapter))
+    if getattr(settings, "bias", "none") != "none" or getattr(settings, "lora_bias", False):
+        raise MergeError("the adapter trains biases, which no merge here knows")
+    model = meta_model(base, kind, read_num_labels(adapter))
+    names = map_to_checkpoint_names(model, [tensor.name for name in list_weight_files(base) for tensor in read_header(base / name)])
+    adapted = PeftModel.from_pretrained(model, str(adapter), ADAPTER_NAME, low_cpu_mem_usage=True, torch_device="cpu").eval()
+    return _collect_delta(adapted.get_base_model(), names), model
+
+
+def meta_model(base: Path, kind: ModelKind, num_labels: int | None = None) -> "PreTrainedModel":
+    """The base's model with every layer in place, and with one zero for all the numbers of a weight.
+
+    On the meta device, where such a model is built, peft would move the adapter as well and lose it.
+    """
+    import torch
+    import transformers
+
+    options = {} if num_labels is None else {"num_labels": num_labels}
+    config = transformers.AutoConfig.from_pretrained(base, local_files_only=True, **options)
+    with torch.device("meta"):
+        model = getattr(transformers, AUTO_CLASSES[kind]).from_config(config).eval()
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(torch.zeros(()).expand(weight.shape), requires_grad=False))
+    return model
+
+
+def read_num_labels(adapter: Path) -> int | None:
+    """How many scores a reward model's adapter gives; None for a model that speaks."""
+    heads = [
+        tensor for name in list_weight_files(adapter) for tensor in read_header(adapter / name) if tensor.name.endswith("score.weight")
+    ]
+    return heads[0].shape[0] if heads else None
+
+
+def map_to_checkpoint_names(model: "PreTrainedModel", checkpoint_names: Sequence[str]) -> dict[str, str]:
+    """The name of each parameter -> the name it has in a checkpoint's files: transformers renames some while it loads them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
+    parameters = model.state_dict()
+    return {rename_source_key(name, renamings, [], model.base_model_prefix, parameters)[0]: name for name in checkpoint_names}
+
+
+def read_header(path: Path) -> list[TensorHeader]:
+    """What a safetensors file holds, in the order in which it lies there: eight bytes of length, JSON, then the bytes of the tensors."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        listed: dict[str, Any] = json.loads(file.read(length))  # Any: JSON
+    found = [
+        TensorHeader(
+            name,
+            told["dtype"],
+            tuple(told["shape"]),
+            8 + length + told["data_offsets"][0],
+            told["data_offsets"][1] - told["data_offsets"][0],
+        )
+        for name, told in listed.items()
+        if name != "__metadata__"
+    ]
+    return sorted(found, key=lambda tensor: tensor.offset)
+
+
+# --- what peft's layers do ---
+
+
+def _collect_delta(model: "PreTrainedModel", names: Mapping[str, str]) -> AdapterDelta:
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+
+    merged: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+    rows: dict[str, RowUpdate] = {}
+    replaced: dict[str, torch.Tensor] = {}
+    for name, layer in model.named_modules():
+        weight = f"{name}.weight"
+        if isinstance(layer, LoraLayer):
+            merged[names.get(weight, weight)] = _make_merge_function(layer)
+        elif isinstance(layer, TrainableTokensWrapper):
+            if layer.token_adapter.tied_adapter is None or weight in names:
+                rows[names.get(weight, weight)] = _make_row_update(layer.token_adapter)
+        elif isinstance(layer, ModulesToSaveWrapper):
+            own = layer.modules_to_save[ADAPTER_NAME].state_dict()
+            replaced |= {names.get(f"{name}.{part}", f"{name}.{part}"): tensor for part, tensor in own.items()}
+    return AdapterDelta(merged, rows, replaced)
+
+
+def _make_merge_function(layer: Any) -> "Callable[[torch.Tensor], torch.Tensor]":  # one of peft's kinds of layer
+    import torch
+
+    def merge(weight: "torch.Tensor") -> "torch.Tensor":
+        base = layer.get_base_layer()
+        empty = base.weight
+        base.weight = torch.nn.Parameter(weight, requires_grad=False)
+        layer.merge()  # not safe_merge, which looks for what is no number in a copy: that is done where it is written
+        merged, base.weight = base.weight.data, empty
+        return merged
+
+    return merge
+
+
+def _make_row_update(layer: Any) -> RowUpdate:  # peft's TrainableTokensLayer
+    return RowUpdate(tuple(layer.token_indices[ADAPTER_NAME]), layer.trainable_tokens_delta[ADAPTER_NAME].detach())
+
+
+# --- the files ---
+
+
+def _write_file(source: Path, tensors: Sequence[TensorHeader], target: Path, plan: FileWritePlan) -> dict[str, int]:
+    """Write one file; returns the bytes of each tensor in it."""
+    replaced = plan.delta.replacements
+    planned = [_plan_tensor(tensor, plan) for tensor in tensors]
+    planned += [(plan.rename_tensor(name), _dtype_name(plan.dtype), tuple(replaced[name].shape)) for name in plan.added_names]
+    header, sizes = _make_header(planned)
+    with source.open("rb") as reader, target.open("wb") as writer:
+        writer.write(header)
+        for tensor in tensors:
+            _write_tensor(reader, tensor, writer, plan)
+        for name in plan.added_names:
+            _write_rounded(writer, replaced[name], plan.dtype, name)
+    return sizes
+
+
+def _plan_tensor(tensor: TensorHeader, plan: FileWritePlan) -> tuple[str, str, tuple[int, ...]]:
+    replaced = plan.delta.replacements
+    shape = tuple(replaced[tensor.name].shape) if tensor.name in replaced else tensor.shape
+    return plan.rename_tensor(tensor.name), _dtype_name(plan.dtype) if tensor.dtype in _float_dtypes() else tensor.dtype, shape
+
+
+def _make_header(planned: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
+    listed: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    sizes, offset = {}, 0
+    for name, kind, shape in planned:
+        sizes[name] = prod(shape) * _item_bytes(kind)
+        listed[name] = {"dtype": kind, "shape": shape, "data_offsets": [offset, offset + sizes[name]]}
+        offset += sizes[name]
+    text = json.dumps(listed, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight, as readers that map the file want it
+    return len(text).to_bytes(8, "little") + text, sizes
+
+
+def _write_tensor(reader: BinaryIO, tensor: TensorHeader, writer: BinaryIO, plan: FileWritePlan) -> None:
+    import torch
+
+    name, changes, dtype = tensor.name, plan.delta, plan.dtype
+    if name in changes.replacements:
+        _write_rounded(writer, changes.replacements[name], dtype, name)
+    elif name in changes.merge_functions:
+        (weight,) = _iter_chunks(reader, tensor, tensor.size_bytes)
+        _write_rounded(writer, changes.merge_functions[name](weight.to(torch.float32).reshape(tensor.shape)), dtype, name)
+    else:
+        begin = writer.tell()
+        _copy_tensor(reader, tensor, writer, dtype)
+        if name in changes.row_updates:
+            _overwrite_rows(writer, begin, tensor, changes.row_updates[name], dtype)
+
+
+def _copy_tensor(reader: BinaryIO, tensor: TensorHeader, writer: BinaryIO, dtype: "torch.dtype") -> None:
+    for piece in _iter_chunks(reader, tensor, CHUNK_BYTES):
+        if _float_dtypes().get(tensor.dtype) in (None, dtype):  # as it lies there
+            _write_bytes(writer, piece)
+        else:
+            _write_rounded(writer, piece, dtype, tensor.name)
+
+
+def _overwrite_rows(writer: BinaryIO, begin: int, tensor: TensorHeader, rows: RowUpdate, dtype: "torch.dtype") -> None:
+    end, row_bytes = writer.tell(), prod(tensor.shape[1:]) * dtype.itemsize
+    for index, row in zip(rows.indices, rows.values, strict=True):
+        writer.seek(begin + index * row_bytes)
+        _write_rounded(writer, row, dtype, tensor.name)
+    writer.seek(end)
+
+
+def _iter_chunks(reader: BinaryIO, tensor: TensorHeader, chunk_bytes: int) -> "Iterator[torch.Tensor]":
+    """The tensor's numbers in order, so many bytes at a time. Read, not mapped: a mapped file stays in memory until it is closed."""
+    import torch
+
+    reader.seek(tensor.offset)
+    left = tensor.size_bytes
+    while left:
+        buffer = bytearray(min(chunk_bytes, left))
+        if reader.readinto(buffer) != len(buffer):  # pyright: ignore[reportAttributeAccessIssue]  # a buffered file has it
+            raise MergeError(f"the base's file ends inside {tensor.name}")
+        left -= len(buffer)
+        yield torch.frombuffer(buffer, dtype=_float_dtypes().get(tensor.dtype, torch.uint8))
+
+
+def _write_rounded(writer: BinaryIO, tensor: "torch.Tensor", dtype: "torch.dtype", name: str) -> None:
+    rounded = tensor.detach().to(dtype).contiguous()
+    if not rounded.isfinite().all():
+        raise DtypeOverflow(name) if tensor.isfinite().all() else NotFinite(name)
+    _write_bytes(writer, rounded)
+
+
+def _write_bytes(writer: BinaryIO, tensor: "torch.Tensor") -> None:
+    import torch
+
+    writer.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+
+
+def _float_dtypes() -> "dict[str, torch.dtype]":
+    """The kinds of number that are rounded on the way; counts and masks stay what they are."""
+    import torch
+
+    return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _dtype_name(dtype: "torch.dtype") -> str:
+    return {known: word for word, known in _float_dtypes().items()}[dtype]
+
+
+def _item_bytes(dtype: str) -> int:
+    """Bytes of one number."""
+    widths = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}
+    widths |= {"U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}
+    if dtype not in widths:
+        raise MergeError(f"the base has numbers of kind {dtype}, which cannot be written here")
+    return widths[dtype]

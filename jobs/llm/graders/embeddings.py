@@ -1,0 +1,132 @@
+"""Embeddings of texts: by an OpenAI-compatible endpoint, or by a model of the deployment's own store."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from jobs.llm.base_model import download_from_store
+from jobs.llm.graders.base import FailedGrade
+from jobs.llm.graders.endpoint import Endpoint
+from jobs.runtime.errors import JobFailed
+from schema.training.graders import TextSimilarityGrader
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+    from openai import OpenAIError
+
+    from jobs.runtime.context import JobContext
+
+BATCH_SIZE = 64
+MAX_CONCURRENT_REQUESTS = 4
+TIMEOUT_S = 60.0
+MAX_SEQUENCE_TOKENS = 512  # tokens; what most embedding models were trained with
+TEST_TEXT = "a text"
+
+
+class Embedder(Protocol):
+    """Turns texts into vectors."""
+
+    def check(self) -> None:
+        """Raises JobFailed when it cannot."""
+        ...
+
+    def embed(self, texts: Sequence[str]) -> list[Any]:
+        """A vector of numbers for each, or Failed."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what it holds."""
+        ...
+
+
+def endpoint_embedder(config: TextSimilarityGrader, context: "JobContext") -> "EndpointEmbedder":
+    """The model of an endpoint."""
+    assert config.embedding_model is not None  # the schema sees to it
+    endpoint = Endpoint(config.base_url or "", context.secrets.get(config.secret_name), TIMEOUT_S)
+    return EndpointEmbedder(config.name, config.embedding_model, endpoint)
+
+
+def stored_embedder(name: str, context: "JobContext") -> "StoredEmbedder":
+    """The model at pretrained_weights/huggingface/{name}/ in the model store. Raises JobFailed."""
+    folder = download_from_store(context.stores.models, f"pretrained_weights/huggingface/{name}/", context.workdir / "data" / "embedding")
+    if folder is None:
+        hint = f"put its files at pretrained_weights/huggingface/{name}/ in the model store, or name an endpoint by base_url"
+        raise JobFailed("invalid_config", f"embedding model {name} is not in the model store", hint)
+    return StoredEmbedder(folder)
+
+
+class EndpointEmbedder:
+    """Embeddings by POST {base_url}/embeddings."""
+
+    def __init__(self, grader_name: str, model: str, endpoint: Endpoint) -> None:
+        self._grader_name = grader_name
+        self._model = model
+        self._endpoint = endpoint
+
+    def check(self) -> None:
+        """Raises JobFailed when the endpoint does not answer as it should."""
+        from openai import OpenAIError
+
+        [answer] = self._endpoint.send_all(self._request_embeddings, [[TEST_TEXT]], max_concurrency=1)
+        if isinstance(answer, OpenAIError):
+            raise self._endpoint.make_job_failed(self._grader_name, answer)
+        if isinstance(answer[0], FailedGrade):
+            raise JobFailed("invalid_config", f"grader {self._grader_name!r}: {answer[0].reason}", "check the grader's base_url and model")
+
+    def embed(self, texts: Sequence[str]) -> list[Any]:
+        """A batch that failed leaves its own texts without vectors, and no others."""
+        batches = [texts[n : n + BATCH_SIZE] for n in range(0, len(texts), BATCH_SIZE)]
+        answers = self._endpoint.send_all(self._request_embeddings, batches, max_concurrency=MAX_CONCURRENT_REQUESTS)
+        return [vector for batch, answer in zip(batches, answers, strict=True) for vector in self._vectors_or_failures(batch, answer)]
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._endpoint.close()
+
+    def _vectors_or_failures(self, batch: Sequence[str], response: "list[Any] | OpenAIError") -> list[Any]:
+        return response if isinstance(response, list) else [self._endpoint.make_failed_grade(response)] * len(batch)
+
+    async def _request_embeddings(self, batch: Sequence[str]) -> list[Any]:
+        import numpy
+
+        answer = await self._endpoint.client.embeddings.create(model=self._model, input=list(batch), encoding_format="float")
+        found = {entry.index: numpy.asarray(entry.embedding, dtype=float) for entry in answer.data}
+        return [
+            found.get(n, FailedGrade(f"{self._endpoint.base_url} answered with fewer embeddings than texts")) for n in range(len(batch))
+        ]
+
+
+class StoredEmbedder:
+    """Embeddings by the mean over a model's last hidden states, computed on the processor beside the training."""
+
+    def __init__(self, folder: Path) -> None:
+        import torch
+        from transformers import AutoModel, AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        if self._tokenizer.pad_token_id is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        with torch.random.fork_rng(devices=[]):  # weights that a checkpoint lacks are drawn, and the training's numbers must not move
+            self._model = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True).eval()
+        self._max_tokens = min(
+            MAX_SEQUENCE_TOKENS, int(getattr(self._model.config, "max_position_embeddings", MAX_SEQUENCE_TOKENS))
+        )  # not every architecture has one
+
+    def check(self) -> None:
+        """It was loaded, and that is what can go wrong."""
+
+    def embed(self, texts: Sequence[str]) -> list[Any]:
+        """Long texts are cut."""
+        return [vector for n in range(0, len(texts), BATCH_SIZE) for vector in self._embed_batch(texts[n : n + BATCH_SIZE])]
+
+    def close(self) -> None:
+        """The memory goes with it."""
+
+    def _embed_batch(self, texts: Sequence[str]) -> "ndarray":
+        import torch
+
+        batch = self._tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True, max_length=self._max_tokens)
+        with torch.inference_mode():
+            states = self._model(**batch).last_hidden_state
+            there = batch["attention_mask"].unsqueeze(-1)
+            return ((states * there).sum(1) / there.sum(1).clamp(min=1)).double().numpy()

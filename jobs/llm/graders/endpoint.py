@@ -1,0 +1,101 @@
+"""An endpoint that speaks OpenAI's API, asked many things at once, and what its errors mean."""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from jobs.llm.graders.base import FailedGrade
+from jobs.runtime.errors import JobFailed
+
+if TYPE_CHECKING:
+    from openai import OpenAIError
+
+MAX_RETRIES = 4  # the client waits 0.5 s before the first and twice as long before each next one, or as long as it is told to
+
+Item = TypeVar("Item")
+Response = TypeVar("Response")
+
+
+class Endpoint:
+    """A client with a key of its own. Its calls run in a thread that dies with the process: a cancel does not wait for a judge."""
+
+    def __init__(self, base_url: str, api_key: str | None, timeout_s: float, *, max_retries: int = MAX_RETRIES) -> None:
+        from openai import AsyncOpenAI
+
+        self.base_url = base_url
+        self.timeout_s = timeout_s
+        # A key is passed always, or the client would take another one from the environment.
+        self.client = AsyncOpenAI(base_url=base_url, api_key=api_key or "none", timeout=timeout_s, max_retries=max_retries)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="grader-endpoint", daemon=True)
+        self._thread.start()
+
+    def send_all(
+        self, send_one: Callable[[Item], Awaitable[Response]], items: Sequence[Item], *, max_concurrency: int
+    ) -> "list[Response | OpenAIError]":
+        """What the endpoint answers to each, or how it failed to, in order."""
+        from openai import OpenAIError
+
+        async def map_all() -> "list[Response | OpenAIError]":
+            room = asyncio.Semaphore(max_concurrency)
+
+            async def with_concurrency_limit(item: Item) -> "Response | OpenAIError":
+                async with room:
+                    try:
+                        return await send_one(item)
+                    except OpenAIError as error:
+                        return error
+
+            return await asyncio.gather(*map(with_concurrency_limit, items))
+
+        future = asyncio.run_coroutine_threadsafe(map_all(), self._loop)
+        try:
+            return future.result()
+        finally:
+            future.cancel()
+
+    def close(self) -> None:
+        """Close the connections, and end the thread."""
+        asyncio.run_coroutine_threadsafe(self.client.close(), self._loop).result(timeout=5)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=5)
+        self._loop.close()
+
+    def describe_error(self, error: "OpenAIError") -> str:
+        """What went wrong, without the answer's body: it may repeat the row, or the key."""
+        from openai import APIConnectionError, APIStatusError, APITimeoutError
+
+        match error:
+            case APIStatusError():
+                return f"{self.base_url} answered {error.status_code}{STATUS_EXPLANATIONS.get(error.status_code, '')}"
+            case APITimeoutError():
+                return f"{self.base_url} did not answer within {self.timeout_s:g} s"
+            case APIConnectionError():
+                return f"{self.base_url} cannot be reached"
+            case _:
+                return f"{self.base_url}: {type(error).__name__}"
+
+    def make_failed_grade(self, error: "OpenAIError") -> FailedGrade:
+        """The error as a grade."""
+        return FailedGrade(self.describe_error(error))
+
+    def make_job_failed(self, grader_name: str, error: "OpenAIError") -> JobFailed:
+        """The error as the end of the job, before it has begun."""
+        from openai import AuthenticationError, PermissionDeniedError
+
+        if isinstance(error, AuthenticationError | PermissionDeniedError):
+            return JobFailed("auth", f"grader {grader_name!r}: {self.describe_error(error)}", "check the grader's api_key")
+        return JobFailed(
+            "invalid_config",
+            f"grader {grader_name!r}: {self.describe_error(error)}",
+            "check the grader's base_url and model, or try again later",
+        )
+
+
+STATUS_EXPLANATIONS = {
+    401: " (the key is wrong)",
+    403: " (the key may not do this)",
+    404: " (no such address or model)",
+    429: " (too many requests)",
+}

@@ -1,0 +1,70 @@
+"""Graders that look at the text alone: its format, the answer as a string, the answer as a number."""
+
+import re
+from decimal import Decimal
+from typing import TYPE_CHECKING
+
+from jobs.llm.graders.base import FailedGrade, Grade, GradingInput, PerCompletionGrader, make_comparison_grader
+from schema.training.graders import FormatGrader, NumericGrader, StringCheckGrader
+
+if TYPE_CHECKING:
+    from jobs.runtime.context import JobContext
+
+TAG_GRADE = 0.25  # for each tag that stands exactly once
+MAX_PARTIAL_GRADE = 0.75  # all four tags, but not in their places
+
+# A minus after a word, a digit or a bracket is an operator: the last number of "5-3" is 3.
+NUMBER_PATTERN = re.compile(r"(?:(?<![\w)])[-+\N{MINUS SIGN}])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,4})?")
+
+
+def format_grader(config: FormatGrader, _context: "JobContext") -> PerCompletionGrader:
+    """Whether the completion is thought and answer, each in its tags."""
+    whole = re.compile(rf"\s*<{config.think_tag}>(.*)</{config.think_tag}>\s*<{config.answer_tag}>(.*)</{config.answer_tag}>\s*", re.DOTALL)
+    tags = [f"<{slash}{name}>" for name in (config.think_tag, config.answer_tag) for slash in ("", "/")]
+
+    def grade_one(case: GradingInput) -> Grade:
+        once = sum(case.completion.count(tag) == 1 for tag in tags)
+        if once == len(tags) and whole.fullmatch(case.completion):
+            return 1.0
+        return min(MAX_PARTIAL_GRADE, TAG_GRADE * once) if config.partial else 0.0
+
+    return PerCompletionGrader(grade_one)
+
+
+def string_grader(config: StringCheckGrader, _context: "JobContext") -> PerCompletionGrader:
+    """Whether the answer is, is not, or contains the reference."""
+
+    def compare(answer: str, reference: str) -> Grade:
+        match config.operation:
+            case "eq":
+                return float(answer == reference)
+            case "ne":
+                return float(answer != reference)
+            case "like":
+                return float(reference in answer)
+            case "ilike":
+                return float(reference.casefold() in answer.casefold())
+
+    return make_comparison_grader(config.answer_tag, config.reference_field, compare)
+
+
+def numeric_grader(config: NumericGrader, _context: "JobContext") -> PerCompletionGrader:
+    """Whether the last numbers of answer and reference are the same."""
+    tolerance = Decimal(str(config.tolerance))
+
+    def compare(answer: str, reference: str) -> Grade:
+        right = find_last_number(reference)
+        if right is None:
+            return FailedGrade(f"column {config.reference_field!r} of the row holds no number")
+        said = find_last_number(answer)
+        if said is None:
+            return 0.0
+        return float(abs(said - right) <= tolerance * (abs(right) or 1))
+
+    return make_comparison_grader(config.answer_tag, config.reference_field, compare)
+
+
+def find_last_number(text: str) -> Decimal | None:
+    """The last number of a text, such as -1,234.5 or 6e23; None without one."""
+    found = NUMBER_PATTERN.findall(text)
+    return Decimal(found[-1].replace(",", "").replace("\N{MINUS SIGN}", "-")) if found else None

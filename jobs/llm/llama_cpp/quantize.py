@@ -1,0 +1,57 @@
+"""`python -m jobs.llm.llama_cpp.quantize SOURCE TARGET FILE_TYPE THREADS [IMATRIX]`: write a GGUF file in another precision.
+
+FILE_TYPE is a name of `schema.training.export.GgufQuantization` except `none`; IMATRIX is what llama-imatrix wrote.
+Exits 0 only when the file is written.
+"""
+
+import ctypes
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+# llama.cpp's own constants.
+FILE_TYPES = {
+    "f32": "LLAMA_FTYPE_ALL_F32",
+    "f16": "LLAMA_FTYPE_MOSTLY_F16",
+    "bf16": "LLAMA_FTYPE_MOSTLY_BF16",
+    "q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0",
+    "q6_k": "LLAMA_FTYPE_MOSTLY_Q6_K",
+    "q5_k_m": "LLAMA_FTYPE_MOSTLY_Q5_K_M",
+    "q5_k_s": "LLAMA_FTYPE_MOSTLY_Q5_K_S",
+    "q5_0": "LLAMA_FTYPE_MOSTLY_Q5_0",
+    "q4_k_m": "LLAMA_FTYPE_MOSTLY_Q4_K_M",
+    "q4_k_s": "LLAMA_FTYPE_MOSTLY_Q4_K_S",
+    "q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0",
+    "q3_k_m": "LLAMA_FTYPE_MOSTLY_Q3_K_M",
+    "q2_k": "LLAMA_FTYPE_MOSTLY_Q2_K",
+}
+
+
+def main(source: str, target: str, file_type: str, threads: str, imatrix: str = "") -> int:
+    """Quantize; returns llama.cpp's own code, 0 for success."""
+    import llama_cpp
+
+    from jobs.llm.llama_cpp.gguf_reader import read_imatrix
+    from jobs.llm.llama_cpp.model import silence_native_logs
+
+    silence_native_logs()
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, FILE_TYPES[file_type])
+    params.nthread = int(threads)
+    weights = read_imatrix(imatrix) if imatrix else {}
+    if weights:
+        entries = [llama_cpp.llama_model_imatrix_data(name.encode(), _pointer(values), len(values)) for name, values in weights.items()]
+        # The last one is empty, and tells llama.cpp that it is.
+        params.imatrix = (llama_cpp.llama_model_imatrix_data * (len(entries) + 1))(*entries)
+    return llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params))
+
+
+def _pointer(values: "NDArray[np.float32]") -> "ctypes._Pointer[ctypes.c_float]":
+    return values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,319 @@
+"""The model card: what a repository on the Hub says about its model. Made from the run record alone; what is not known is left out."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import JsonValue
+
+from schema.job import EvalMetrics, GateCheck
+from schema.provenance import ArtifactRecord, RunRecord
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCardData
+
+TEMPLATE = Path(__file__).with_suffix(".jinja")
+GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
+TERMS_FILES = ("LICENSE", "LICENCE", "NOTICE", "GEMMA_TERMS", "USE_POLICY")
+PIPELINE_TAGS = {"text": "text-generation", "vision": "image-text-to-text"}
+METRIC_NAMES = {"eval_loss": "loss (nats per token)", "perplexity": "perplexity", "accuracy": "token accuracy"}
+KIND_DESCRIPTIONS = {
+    "adapter": "the LoRA adapter, to be loaded on the base model",
+    "merged": "the whole model",
+    "gguf": "the whole model for llama.cpp and Ollama",
+    "lora_gguf": "the LoRA adapter for llama.cpp, to be loaded beside the base's GGUF file",
+    "onnx": "the whole model for ONNX Runtime",
+}
+# Of the hyperparameters, what tells a reader how it was trained; all of them are in run.json.
+REPORTED_HYPERPARAMETERS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "epochs",
+    "max_steps",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "max_seq_length",
+    "packing",
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "use_dora",
+    "use_rslora",
+    "beta",
+    "seed",
+)
+
+
+@dataclass(frozen=True)
+class License:
+    """What may be done with the base, and so with what was made of it. `hub_id` is None where the base does not say."""
+
+    hub_id: str | None = None
+    name: str | None = None  # of a licence that the Hub has no word for
+    link: str | None = None
+    files: tuple[str, ...] = ()  # the terms themselves, as the base brings them
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """A line of the table of metrics."""
+
+    name: str
+    base: float | None
+    tuned: float | None
+
+
+@dataclass(frozen=True)
+class UsageSnippet:
+    """One way to run a file."""
+
+    title: str
+    language: str
+    text: str
+
+
+def model_card(record: RunRecord, repo_id: str, base_license: License) -> str:
+    """The README.md of the repository: metadata that the Hub reads, and text for people."""
+    from huggingface_hub import ModelCard
+    from jinja2 import Environment, StrictUndefined
+
+    jinja = Environment(undefined=StrictUndefined, trim_blocks=False, lstrip_blocks=False, autoescape=False)  # noqa: S701  # Markdown
+    jinja.filters |= {"number": _format_number, "percent": _format_percent, "bounds": _format_bounds}
+    whole = any(artifact.kind == "merged" for artifact in record.artifacts)
+    text = jinja.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        card_data=card_data(record, repo_id, base_license).to_yaml(),
+        title=repo_id.rpartition("/")[2],
+        summary=_summary(record),
+        record=record,
+        files=list(_file_rows(record, whole)),
+        usage_snippets=list(usage_snippets(record, repo_id)),
+        metrics=list(compare_metrics(record.base_metrics, record.metrics)),
+        evaluation_note=_evaluation_note(record.metrics),
+        fidelity=[{"path": _repo_path(made, whole), "found": made.fidelity} for made in record.artifacts if made.fidelity is not None],
+        training=[{"name": name, "value": _format_cell(value)} for name, value in _training_rows(record)],
+        license_text=_license_text(record.base_model.model_id, base_license),
+    )
+    return str(ModelCard(text))  # read as the Hub reads it: bad metadata raises here
+
+
+def card_data(record: RunRecord, repo_id: str, base_license: License) -> "ModelCardData":
+    """The metadata, in the Hub's words."""
+    from huggingface_hub import ModelCardData
+
+    config, kinds = record.training_config, {artifact.kind for artifact in record.artifacts}
+    trainer, modality = str(config["trainer_type"]), str(config["modality"])
+    reward = trainer == "reward"
+    return ModelCardData(
+        base_model=record.base_model.model_id,
+        base_model_relation="finetune" if kinds & {"merged", "gguf", "onnx"} else "adapter",
+        library_name="transformers" if "merged" in kinds else "peft" if "adapter" in kinds else "gguf",
+        pipeline_tag="text-classification" if reward else PIPELINE_TAGS[modality],
+        tags=["tunesmith", trainer, str(config["method"]).lower(), *(["gguf"] if kinds & {"gguf", "lora_gguf"} else [])],
+        license=base_license.hub_id,
+        license_name=base_license.name,
+        license_link=base_license.link,
+        model_name=repo_id.rpartition("/")[2],
+        eval_results=list(_eval_results(record, "text-classification" if reward else PIPELINE_TAGS[modality])) or None,
+    )
+
+
+def read_license(base_folder: Path) -> License:
+    """The base's licence, as its own files tell: its model card's metadata, or the kind of model that it is."""
+    from huggingface_hub import ModelCard
+
+    files = tuple(sorted(path.name for path in base_folder.iterdir() if path.name.upper().startswith(TERMS_FILES)))
+    card = base_folder / "README.md"
+    if card.is_file():
+        told = ModelCard.load(card, ignore_metadata_errors=True).data
+        if told.get("license"):
+            return License(str(told.get("license")), told.get("license_name"), told.get("license_link"), files)
+    kind = json.loads((base_folder / "config.json").read_text(encoding="utf-8")).get("model_type", "")
+    if str(kind).startswith("gemma") or any(name.upper().startswith("GEMMA_TERMS") for name in files):
+        return License("gemma", files=files)
+    return License(files=files)
+
+
+def compare_metrics(base: EvalMetrics | None, tuned: EvalMetrics | None) -> Iterator[MetricRow]:
+    """Each metric before and after; one that neither has is left out."""
+    before, after = _metric_values(base), _metric_values(tuned)
+    for name in dict.fromkeys([*after, *before]):
+        yield MetricRow(METRIC_NAMES.get(name, name), before.get(name), after.get(name))
+
+
+def usage_snippets(record: RunRecord, repo_id: str) -> Iterator[UsageSnippet]:
+    """How to run each kind of file that there is."""
+    kinds = {artifact.kind for artifact in record.artifacts}
+    if "merged" in kinds:
+        yield UsageSnippet("With transformers", "python", _transformers(record, repo_id))
+    if "adapter" in kinds:
+        yield UsageSnippet("The adapter, with peft", "python", _peft(record, repo_id, has_merged_model="merged" in kinds))
+    for artifact in record.artifacts:
+        file = _repo_path(artifact, has_merged_model=False)
+        if artifact.kind == "gguf" and file.endswith(".gguf"):
+            yield UsageSnippet(f"`{file}` with llama.cpp, or Ollama", "sh", _llama_cpp(repo_id, file))
+        elif artifact.kind == "lora_gguf":
+            command = f"hf download {repo_id} {file} --local-dir .\nllama-cli -m base.gguf --lora {file}"
+            yield UsageSnippet(f"`{file}` with llama.cpp, beside the base's GGUF file", "sh", command)
+
+
+def _transformers(record: RunRecord, repo_id: str) -> str:
+    config = record.training_config
+    if config["trainer_type"] == "reward":
+        return (
+            "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n\n"
+            f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")\n'
+            f'model = AutoModelForSequenceClassification.from_pretrained("{repo_id}")\n'
+            'print(model(**tokenizer("A question and its answer", return_tensors="pt")).logits)'
+        )
+    task = PIPELINE_TAGS[str(config["modality"])]
+    asked = f'from transformers import pipeline\n\nmodel = pipeline("{task}", model="{repo_id}")\n'
+    if config["modality"] == "vision":
+        parts = '[{"type": "image", "url": "https://…"}, {"type": "text", "text": "Your question"}]'
+        return asked + f'print(model(text=[{{"role": "user", "content": {parts}}}], max_new_tokens=128))'
+    if record.dataset.dataset_type == "text":
+        return asked + 'print(model("The beginning of a text", max_new_tokens=128))'
+    return asked + 'print(model([{"role": "user", "content": "Your question"}], max_new_tokens=128))'
+
+
+def _peft(record: RunRecord, repo_id: str, *, has_merged_model: bool) -> str:
+    config = record.training_config
+    auto = "AutoModelForImageTextToText" if config["modality"] == "vision" else "AutoModelForCausalLM"
+    auto, labels = ("AutoModelForSequenceClassification", ", num_labels=1") if config["trainer_type"] == "reward" else (auto, "")
+    inside = ', subfolder="adapter"' if has_merged_model else ""
+    return (
+        f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
+        f'base = {auto}.from_pretrained("{record.base_model.model_id}"{labels})\n'
+        f'model = PeftModel.from_pretrained(base, "{repo_id}"{inside})'
+    )
+
+
+def _llama_cpp(repo_id: str, file: str) -> str:
+    return f'llama-cli -hf {repo_id} -hff {file} -p "Your question"\nollama run hf.co/{repo_id}:{file}'
+
+
+def _summary(record: RunRecord) -> str:
+    config = record.training_config
+    made = f"Tunesmith {record.code.tunesmith_version}" if record.code.tunesmith_version else "Tunesmith"
+    base = f"[{record.base_model.model_id}](https://huggingface.co/{record.base_model.model_id})"
+    revision = f" (revision `{record.base_model.revision}`)" if record.base_model.revision else ""
+    return f"{base}{revision}, tuned by {made} with {str(config['trainer_type']).upper()} and method {config['method']}."
+
+
+def _training_rows(record: RunRecord) -> Iterator[tuple[str, object]]:
+    """What a reader wants to know of the training; what is not known, or not used, is left out."""
+    config, machine = record.training_config, record.machine
+    knobs = config["hyperparameters"]
+    assert isinstance(knobs, dict)
+    yield "dataset", f"{record.dataset.name} ({record.dataset.dataset_type})"
+    yield "dataset digest", f"`{record.dataset.digest}`" if record.dataset.digest else "unknown"
+    yield "rows", ", ".join(f"{split.rows} {name}" for name, split in record.dataset.splits.items())
+    yield from ((name, config[name]) for name in ("trainer_type", "method", "modality", "provider"))
+    yield from ((name, knobs[name]) for name in REPORTED_HYPERPARAMETERS if knobs.get(name) is not None and _is_used(name, config))
+    known = {
+        "optimizer steps": record.published_step,
+        "tokens seen": record.train_tokens,
+        "training time": None if record.time.train_runtime_s is None else f"{record.time.train_runtime_s:.0f} s",
+        "hardware": ", ".join(machine.gpus) or f"{machine.cpu}, {machine.cpu_count} cores, no GPU",
+        "GPU energy": None if record.cost.gpu_energy_wh is None else f"{record.cost.gpu_energy_wh:.1f} Wh",
+        "libraries": ", ".join(
+            f"{name} {record.packages[name]}" for name in ("torch", "transformers", "trl", "peft") if name in record.packages
+        ),
+        "job": f"{record.job_id}, attempt {record.attempt}",
+        "finished": f"{record.time.finished_at:%Y-%m-%d}",
+    }
+    yield from ((name, value) for name, value in known.items() if value not in (None, ""))
+
+
+def _is_used(name: str, config: Mapping[str, JsonValue]) -> bool:
+    return not (config["method"] == "Full" and name.startswith(("lora_", "use_")))
+
+
+def _file_rows(record: RunRecord, has_merged_model: bool) -> Iterator[dict[str, str]]:
+    for artifact in record.artifacts:
+        if artifact.name.endswith("usage"):
+            continue
+        yield {
+            "path": _repo_path(artifact, has_merged_model),
+            "what": KIND_DESCRIPTIONS[artifact.kind],
+            "size": _format_size(artifact.size_bytes),
+        }
+
+
+def _repo_path(artifact: ArtifactRecord, has_merged_model: bool) -> str:
+    """Where an artifact is in the repository (`layout` in jobs/runtime/hub.py)."""
+    if not artifact.key.endswith("/"):
+        return artifact.key.rpartition("/")[2]
+    return {"adapter": "adapter/" if has_merged_model else "adapter_model.safetensors", "onnx": "onnx/"}.get(
+        artifact.kind, "model.safetensors"
+    )
+
+
+def _eval_results(record: RunRecord, task: str) -> "Iterator[EvalResult]":
+    from huggingface_hub import EvalResult
+
+    for name, value in _metric_values(record.metrics).items():
+        yield EvalResult(
+            task_type=task,
+            dataset_type=record.dataset.processed_dataset_id,
+            dataset_name=record.dataset.name,
+            dataset_split="eval",
+            dataset_revision=record.dataset.digest or None,
+            metric_type=name.removeprefix("eval_"),
+            metric_value=value,
+        )
+
+
+def _metric_values(metrics: EvalMetrics | None) -> dict[str, float]:
+    if metrics is None:
+        return {}
+    named = {"eval_loss": metrics.eval_loss, "perplexity": metrics.perplexity, "accuracy": metrics.accuracy, **metrics.values}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _evaluation_note(metrics: EvalMetrics | None) -> str:
+    if metrics is None or metrics.eval_rows is None:
+        return "Base and tuned model were measured on the same rows."
+    tokens = f", {metrics.eval_tokens} labelled tokens" if metrics.eval_tokens is not None else ""
+    return f"Base and tuned model were measured on the same {metrics.eval_rows} rows{tokens}."
+
+
+def _license_text(base_id: str, base_license: License) -> str:
+    terms = f" The terms are in {', '.join(f'`{name}`' for name in base_license.files)}." if base_license.files else ""
+    if base_license.hub_id == "gemma":
+        return (
+            f"This is a Model Derivative of {base_id}: the [Gemma Terms of Use]({GEMMA_TERMS}), its use restrictions among them, apply to "
+            f"it, and whoever passes it on must pass them on with it.{terms}"
+        )
+    if base_license.hub_id:
+        named = base_license.name or base_license.hub_id
+        license_name = f"[{named}]({base_license.link})" if base_license.link else named
+        return f"{base_id} is under {license_name}, which applies to what is made of it.{terms}"
+    return f"The files of {base_id} do not say under which licence it is; its terms apply to what is made of it.{terms}"
+
+
+def _format_cell(value: object) -> str:
+    """A value as the cell of a table: no line, no border and no markup of its own."""
+    text = "yes" if value is True else "no" if value is False else str(value)
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _format_number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4g}"
+
+
+def _format_percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _format_bounds(check: GateCheck) -> str:
+    parts = [
+        f"at most {check.at_most:.4g}" if check.at_most is not None else "",
+        f"at least {check.at_least:.4g}" if check.at_least is not None else "",
+    ]
+    return ", ".join(part for part in parts if part) or "unknown"
+
+
+def _format_size(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e8 else f"{size_bytes / 1e6:.1f} MB"

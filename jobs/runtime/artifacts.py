@@ -1,0 +1,98 @@
+"""The step to the outside: files are uploaded below the attempt's own number, each verified on arrival.
+
+Nothing is visible by that. The attempt's result names them, and the service takes the result of the current attempt only.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.runtime.retry import upload_with_retry
+from schema.job import Artifact, ArtifactFile, ArtifactKind, Fidelity
+from storage import ObjectStore, StorageError, delete_prefix, map_concurrently
+
+log = logging.getLogger(__name__)
+
+TRIES = 7  # of each file: half a minute in all, a store's restart
+FOLDERS: dict[ArtifactKind, str] = {
+    "adapter": "trained_adapters",
+    "merged": "merged_models",
+    "gguf": "gguf_models",
+    "lora_gguf": "gguf_models",
+    "onnx": "onnx_models",
+}
+
+
+@dataclass(frozen=True)
+class ExportedArtifact:
+    """A finished file or folder on this machine, and where it goes. The key of a folder ends in "/"."""
+
+    name: str
+    kind: ArtifactKind
+    path: Path
+    key: str
+    fidelity: Fidelity | None = None
+
+
+@dataclass(frozen=True)
+class ArtifactUploader:
+    """Publishes for one attempt of one job."""
+
+    store: ObjectStore
+    job_id: str
+    attempt: int
+    sleep: Callable[[float], None] = time.sleep
+
+    def delete_previous_attempts(self) -> None:
+        """Remove what earlier attempts uploaded and never published. What cannot be removed stays until the job is deleted."""
+        earlier = [
+            f"{folder}/{self.job_id}/attempt-{number}/" for folder in sorted(set(FOLDERS.values())) for number in range(1, self.attempt)
+        ]
+        try:
+            for prefix in earlier:
+                delete_prefix(self.store, prefix)
+        except StorageError as error:
+            log.warning("files of earlier attempts stay", extra={"error": str(error)})
+
+    def upload(self, product: ExportedArtifact) -> Artifact:
+        """Upload a product, every file checked on arrival and sent again by itself. Not visible before the result. Raises JobFailed."""
+        files = [_describe_file(path, product) for path in _list_files(product.path)]
+        map_concurrently(lambda file: self._upload_file(product, file), files)
+        return Artifact(
+            name=product.name,
+            kind=product.kind,
+            uri=f"{self.store.url}/{product.key}",
+            key=product.key,
+            size_bytes=sum(file.size_bytes for file in files),
+            files=files,
+            fidelity=product.fidelity,
+        )
+
+    def _upload_file(self, product: ExportedArtifact, file: ArtifactFile) -> None:
+        path = product.path / file.path if file.path else product.path
+        key = product.key + file.path
+        what = f"{product.name} could not be stored"
+        upload_with_retry(what, self.store, path, key, file.sha256, tries=TRIES, sleep=self.sleep)
+
+
+def artifact_key(kind: ArtifactKind, job_id: str, attempt: int, name: str = "") -> str:
+    """Where an attempt uploads an artifact: a folder, or a file of that name. Each attempt has its own."""
+    return f"{FOLDERS[kind]}/{job_id}/attempt-{attempt}/{name}"
+
+
+def sha256_of(path: Path) -> str:
+    """The digest of a file of any size."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _describe_file(path: Path, product: ExportedArtifact) -> ArtifactFile:
+    relative = path.relative_to(product.path).as_posix() if product.path.is_dir() else ""
+    return ArtifactFile(path=relative, size_bytes=path.stat().st_size, sha256=sha256_of(path))
+
+
+def _list_files(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]

@@ -1,0 +1,138 @@
+"""The three things that an attempt says to the service: claim, report, finish."""
+
+from functools import cached_property
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+from jobs.runtime.errors import AttemptTaken, ClaimRefused
+from jobs.runtime.settings import Settings
+from schema.base import ForwardCompatible
+from schema.events import EventBatch, EventBatchResponse
+from schema.result import Result
+from schema.spec import ClaimRequest, ClaimResponse
+
+if TYPE_CHECKING:
+    import httpx
+    from google.auth.credentials import Credentials
+
+CLAIM_TIMEOUT_S = 600  # a service that is being replaced; after that the compute is better given back
+RETRY_INITIAL_S = 0.2
+RETRY_MAX_S = 15.0
+
+
+class ServiceUnavailable(Exception):
+    """The service did not answer, or not now: try again."""
+
+
+class Fenced(Exception):
+    """The attempt is over for the service: nothing that it does counts any more."""
+
+
+class RequestRejected(Exception):
+    """The service does not accept what was sent, and never will."""
+
+
+class IdTokenSource:
+    """Who this machine is, for a service that lets only known identities in: Cloud Run's front door.
+
+    The token goes into a header of its own, because `Authorization` holds the attempt's.
+    See https://cloud.google.com/run/docs/authenticating/service-to-service.
+    """
+
+    def __init__(self, audience: str) -> None:
+        self._audience = audience
+
+    def headers(self) -> dict[str, str]:
+        """A valid token, fetched anew before the last one expires. Raises ServiceAway when nobody gives one."""
+        from google.auth.exceptions import GoogleAuthError
+        from google.auth.transport.requests import Request
+
+        try:
+            if not self._credentials.valid:
+                self._credentials.refresh(Request())
+        except GoogleAuthError as error:
+            raise ServiceUnavailable(f"no identity token for {self._audience}: {error}") from error
+        return {"X-Serverless-Authorization": f"Bearer {self._credentials.token}"}
+
+    @cached_property
+    def _credentials(self) -> "Credentials":
+        from google.oauth2.id_token import fetch_id_token_credentials
+
+        return fetch_id_token_credentials(self._audience)
+
+
+class ServiceClient:
+    """Speaks for one attempt. Made for one thread at a time; each method says what it raises."""
+
+    def __init__(self, settings: Settings) -> None:
+        import httpx
+
+        self._http = httpx.Client(
+            base_url=f"{settings.service_url}/internal/jobs/{settings.job_id}/attempts/{settings.attempt}",
+            headers={"Authorization": f"Bearer {settings.token}"},
+            timeout=httpx.Timeout(10.0, connect=3.0),
+            trust_env=False,  # a proxy for the outside must not stand between an attempt and its service
+        )
+        self._id_token_source = IdTokenSource(settings.service_audience) if settings.service_audience else None
+
+    def claim(self, claimant: str) -> ClaimResponse:
+        """Own the attempt, waiting for the service if it is away. Raises AttemptTaken, ClaimRefused."""
+        import tenacity
+
+        patiently = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(ServiceUnavailable),
+            wait=tenacity.wait_exponential_jitter(multiplier=RETRY_INITIAL_S, max=RETRY_MAX_S, jitter=RETRY_INITIAL_S),
+            stop=tenacity.stop_after_delay(CLAIM_TIMEOUT_S),
+            reraise=True,
+        )
+        try:
+            answer = patiently(self._post, "/claim", ClaimRequest(claimant=claimant))
+        except ServiceUnavailable as error:
+            raise ClaimRefused(f"the service did not answer for {CLAIM_TIMEOUT_S} s") from error
+        match answer.status_code:
+            case HTTPStatus.CONFLICT:
+                raise AttemptTaken
+            case HTTPStatus.OK:
+                return ClaimResponse.load(answer.content)
+            case status:
+                raise ClaimRefused(f"the service answered {status} to the claim")
+
+    def report(self, batch: EventBatch) -> EventBatchResponse:
+        """Send events. Raises ServiceAway, Fenced, Refused."""
+        answer = self._post("/events", batch)
+        match answer.status_code:
+            case HTTPStatus.OK:
+                return EventBatchResponse.load(answer.content)
+            case HTTPStatus.CONFLICT | HTTPStatus.GONE | HTTPStatus.NOT_FOUND | HTTPStatus.UNAUTHORIZED | HTTPStatus.FORBIDDEN:
+                raise Fenced(f"the service answered {answer.status_code}")
+            case status:
+                raise RequestRejected(f"the service answered {status}")
+
+    def finish(self, result: Result, timeout_s: float) -> bool:
+        """Give the last word; False when the service could not be reached. It is in the object store as well."""
+        import tenacity
+
+        briefly = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(ServiceUnavailable),
+            wait=tenacity.wait_fixed(RETRY_INITIAL_S),
+            stop=tenacity.stop_after_delay(timeout_s),
+            reraise=True,
+        )
+        try:
+            return briefly(self._post, "/result", result, max(1.0, timeout_s)).is_success
+        except ServiceUnavailable:
+            return False
+
+    def _post(self, path: str, body: ForwardCompatible, timeout_s: float | None = None) -> "httpx.Response":
+        import httpx
+
+        content = body.model_dump_json()
+        timeout = self._http.timeout if timeout_s is None else timeout_s
+        headers = {"Content-Type": "application/json"} | (self._id_token_source.headers() if self._id_token_source else {})
+        try:
+            answer = self._http.post(path, content=content, headers=headers, timeout=timeout)
+        except httpx.TransportError as error:
+            raise ServiceUnavailable(f"{type(error).__name__}: {error}") from error
+        if answer.status_code == HTTPStatus.TOO_MANY_REQUESTS or answer.is_server_error:
+            raise ServiceUnavailable(f"the service answered {answer.status_code}")
+        return answer

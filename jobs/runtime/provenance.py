@@ -1,0 +1,181 @@
+"""Where a model comes from, written down as `run.json` beside every artifact: data, config, code, machine, time, and what was measured.
+
+The record is made once, after the files are uploaded, and is the same wherever it lies: at runs/{job_id}/attempt-{n}/, in every
+folder of the artifacts, and on the Hub.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.runtime.artifacts import sha256_of
+from jobs.runtime.system_metrics import Energy, nvidia_gpus
+from schema.job import Artifact, ArtifactFile
+from schema.provenance import (
+    RUN_RECORD,
+    ArtifactRecord,
+    BaseModelRecord,
+    CodeRecord,
+    CostRecord,
+    DatasetRecord,
+    MachineRecord,
+    RunRecord,
+    TimeRecord,
+    run_record_key,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from jobs.llm.trained_model import TrainedModel
+    from jobs.runtime.context import JobContext
+    from storage import ObjectStore
+
+MAX_HASHED_BYTES = 4 << 30  # of a base's weights to name their digests: some ten seconds
+PRICE_UNKNOWN = "what the hardware costs is known to the deployment, not to the attempt"
+
+
+def run_record(
+    context: "JobContext",
+    trained: "TrainedModel",
+    artifacts: Sequence[Artifact],
+    *,
+    code: CodeRecord,
+    energy: Energy,
+    started_at: datetime,
+    now: datetime,
+    decisions: "Mapping[str, str] | None" = None,
+) -> RunRecord:
+    """The record of an attempt that has made its artifacts."""
+    spec, findings = context.spec, context.state
+    base, base_notes = base_record(spec.training_config.base_model_id, trained.base_folder)
+    notes = base_notes | {"price": PRICE_UNKNOWN} | ({"gpu_energy_wh": energy.missing_reason} if energy.joules is None else {})
+    notes |= {f"code.{name}": "the launcher did not say" for name, value in code.model_dump().items() if value is None}
+    return RunRecord(
+        job_id=spec.job_id,
+        job_name=spec.job_name,
+        attempt=context.attempt,
+        resumed_step=context.checkpoints.resumed_step,
+        published_step=trained.step,
+        training_config=json.loads(context.secrets.redact(spec.training_config.model_dump_json())),
+        seed=spec.training_config.hyperparameters.seed,
+        dataset=DatasetRecord.from_dataset(spec.dataset),
+        train_rows=trained.train_rows,
+        train_tokens=trained.train_tokens,
+        base_model=base,
+        code=code,
+        packages=installed_packages(),
+        machine=machine_record(),
+        time=TimeRecord(
+            started_at=started_at, finished_at=now, total_s=(now - started_at).total_seconds(), train_runtime_s=trained.train_runtime_s
+        ),
+        cost=CostRecord(gpu_energy_wh=energy.watt_hours),
+        base_metrics=findings.base_metrics,
+        metrics=findings.metrics,
+        gate=findings.gate,
+        artifacts=tuple(ArtifactRecord.from_artifact(artifact) for artifact in artifacts),
+        decisions=dict(decisions or {}),
+        notes=notes,
+    )
+
+
+def record_bytes(record: RunRecord) -> bytes:
+    """The record as it is stored: the same record is always the same bytes."""
+    return json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+
+
+def store_record(content: bytes, artifacts: Sequence[Artifact], context: "JobContext") -> tuple[Artifact, ...]:
+    """Put the record beside every artifact, and by itself; the artifacts that are folders have it as one of their files from then on.
+
+    Raises JobFailed `upload_failed`.
+    """
+    store = context.stores.models
+    for key in [run_record_key(context.spec.job_id, context.attempt), *_record_keys(artifacts)]:
+        _write(store, key, content)
+    own = ArtifactFile(path=RUN_RECORD, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    return tuple(_with_file(artifact, own) if artifact.key.endswith("/") else artifact for artifact in artifacts)
+
+
+def base_record(model_id: str, folder: Path) -> tuple[BaseModelRecord, dict[str, str]]:
+    """What names the base exactly, and why something of it could not be had."""
+    weights = sorted(folder.glob("*.safetensors"))
+    digests = {path.name: _hub_cache_digest(path) for path in weights}
+    to_read = sum(path.stat().st_size for path in weights if digests[path.name] is None)
+    notes: dict[str, str] = {}
+    if to_read <= MAX_HASHED_BYTES:
+        digests = {path.name: digests[path.name] or sha256_of(path) for path in weights}
+    else:
+        notes["base.weights_sha256"] = f"{to_read / 1e9:.0f} GB of weights were not read for it"
+    # The Hub's cache has a folder for each commit.
+    revision = folder.name if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
+    if revision is None:
+        notes["base.revision"] = "the base was found in the deployment's own store, which keeps no revision of the Hub"
+    known = {name: digest for name, digest in digests.items() if digest is not None}
+    return BaseModelRecord(
+        model_id=model_id,
+        revision=revision,
+        config_sha256=sha256_of(folder / "config.json"),
+        weights_sha256=known if len(known) == len(digests) else None,
+    ), notes
+
+
+def machine_record() -> MachineRecord:
+    """What this process runs on."""
+    import psutil
+    import torch
+
+    gpus = nvidia_gpus()
+    return MachineRecord(
+        platform=platform.platform(),
+        python=platform.python_version(),
+        cpu=_cpu_name(),
+        cpu_count=os.cpu_count() or 1,
+        memory_bytes=psutil.virtual_memory().total,
+        gpus=tuple(gpus.names) if gpus else (),
+        gpu_driver=gpus.driver if gpus else None,
+        cuda=torch.version.cuda,
+    )
+
+
+def installed_packages() -> dict[str, str]:
+    """Every package of this environment with its version."""
+    found = {distribution.name.lower().replace("_", "-"): distribution.version for distribution in distributions() if distribution.name}
+    return dict(sorted(found.items()))
+
+
+def _record_keys(artifacts: Sequence[Artifact]) -> list[str]:
+    """A key beside each artifact; files that lie together share it."""
+    folders = {artifact.key.rpartition("/")[0] for artifact in artifacts}
+    return [f"{folder}/{RUN_RECORD}" for folder in sorted(folders)]
+
+
+def _write(store: "ObjectStore", key: str, content: bytes) -> None:
+    from jobs.runtime.retry import retry_store
+
+    retry_store(f"{RUN_RECORD} could not be stored", lambda: store.write(key, content))
+
+
+def _with_file(artifact: Artifact, file: ArtifactFile) -> Artifact:
+    files = [each for each in artifact.files if each.path != file.path] + [file]
+    size = sum(each.size_bytes for each in files)
+    return artifact.model_copy(update={"files": files, "size_bytes": size})
+
+
+def _hub_cache_digest(path: Path) -> str | None:
+    """The digest that the Hub's cache gives a large file as its name."""
+    name = path.resolve().name
+    return name if re.fullmatch(r"[0-9a-f]{64}", name) else None
+
+
+def _cpu_name() -> str:
+    """What the processor calls itself; the architecture where it does not say."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
+    return found[1] if found else platform.processor() or platform.machine()

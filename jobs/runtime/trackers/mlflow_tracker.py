@@ -1,0 +1,161 @@
+"""MLflow, by its own client for the tracking server's REST interface.
+
+Not by `MlflowClient`: it would take the token from the environment, and start the library's telemetry.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+from urllib.parse import quote, urlsplit
+
+from pydantic import JsonValue
+
+from jobs.runtime.context import JobContext
+from jobs.runtime.trackers.names import evaluation_scalars, training_scalars
+from schema.events import EvaluationCompleted, MetricsLogged, SamplesGenerated
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.store.tracking.rest_store import RestStore
+    from mlflow.utils.rest_utils import MlflowHostCreds
+
+JOB_TAG = "tunesmith.job_id"
+TABLES_TAG = "mlflow.loggedArtifacts"  # by which MLflow's own page finds tables
+MAX_TABLES = 60  # a tag holds some 5000 characters; older tables are in the run all the same
+MAX_PARAMS_PER_BATCH = 100  # of the server
+MAX_PARAM_CHARACTERS = 6000
+SAMPLE_COLUMNS = ("step", "prompt", "reference", "answer")
+
+
+class MlflowTracker:
+    """One MLflow run for the job, found again by a tag. The token goes into the requests alone: not into the environment."""
+
+    def __init__(self, context: JobContext) -> None:
+        config = context.spec.training_config.mlflow_config
+        assert config is not None
+        self._context, self._config = context, config
+        self._store: RestStore | None = None
+        self._run: Run | None = None
+        self._tables: list[str] = []
+
+    @property
+    def run_id(self) -> str | None:
+        return self._run.info.run_id if self._run is not None else None
+
+    def start(self) -> str | None:
+        from mlflow.store.tracking.rest_store import RestStore
+
+        self._store = RestStore(self._credentials)
+        experiment_id = self._get_or_create_experiment()
+        run = self._run = self._resume_run(experiment_id) or self._create_run(experiment_id)
+        return f"{self._tracking_uri}/#/experiments/{experiment_id}/runs/{run.info.run_id}"
+
+    def log_metrics(self, event: MetricsLogged) -> None:
+        self._log_scalars(training_scalars(event), event.step)
+
+    def log_evaluation(self, event: EvaluationCompleted) -> None:
+        self._log_scalars(evaluation_scalars(event), event.step)
+
+    def log_samples(self, event: SamplesGenerated) -> None:
+        path = f"samples/{event.when}-{event.step}.json"
+        rows = [[event.step, sample.prompt, sample.reference, sample.text] for sample in event.samples]
+        if not self._put_artifact(path, json.dumps({"columns": SAMPLE_COLUMNS, "data": rows}).encode()):
+            return
+        self._tables = [*(each for each in self._tables if each != path), path][-MAX_TABLES:]
+        self._set_tag(TABLES_TAG, json.dumps([{"path": path, "type": "table"} for path in self._tables]))
+
+    def log_checkpoint(self, folder: Path, step: int) -> None:
+        """Checkpoints are in the model store."""
+
+    def log_model(self, folder: Path) -> None:
+        """So is the model."""
+
+    def finish(self, *, succeeded: bool) -> None:
+        from mlflow.entities import RunStatus
+
+        if self._store is not None and self._run is not None:
+            status = RunStatus.FINISHED if succeeded else RunStatus.FAILED
+            self._store.update_run_info(self._run.info.run_id, status, _now_ms(), None)
+
+    @property
+    def _tracking_uri(self) -> str:
+        return self._config.tracking_uri.rstrip("/")
+
+    def _credentials(self) -> "MlflowHostCreds":
+        from mlflow.utils.rest_utils import MlflowHostCreds
+
+        return MlflowHostCreds(self._tracking_uri, token=self._context.secrets.get("mlflow_token"))
+
+    def _get_or_create_experiment(self) -> str:
+        assert self._store is not None
+        found = self._store.get_experiment_by_name(self._config.experiment_name)
+        return str(found.experiment_id if found else self._store.create_experiment(self._config.experiment_name))
+
+    def _resume_run(self, experiment_id: str) -> "Run | None":
+        """The run that an earlier attempt began."""
+        from mlflow.entities import RunStatus, ViewType
+
+        assert self._store is not None
+        wanted = f"tags.`{JOB_TAG}` = '{self._context.spec.job_id}'"
+        for run in self._store.search_runs([experiment_id], wanted, ViewType.ACTIVE_ONLY, max_results=1):
+            self._store.update_run_info(run.info.run_id, RunStatus.RUNNING, None, None)
+            self._tables = [each["path"] for each in json.loads(run.data.tags.get(TABLES_TAG, "[]"))]
+            return run
+        return None
+
+    def _create_run(self, experiment_id: str) -> "Run":
+        from mlflow.entities import Param, RunTag
+
+        assert self._store is not None
+        spec = self._context.spec
+        tags = [RunTag(JOB_TAG, spec.job_id), RunTag("mlflow.source.name", "tunesmith")]
+        run = cast("Run", self._store.create_run(experiment_id, spec.tenant_id, _now_ms(), tags, spec.job_name))
+        params = (Param(name, value[:MAX_PARAM_CHARACTERS]) for name, value in flatten_config(spec.training_config.model_dump(mode="json")))
+        while some := list(islice(params, MAX_PARAMS_PER_BATCH)):
+            self._store.log_batch(run.info.run_id, [], some, [])
+        return run
+
+    def _log_scalars(self, values: Mapping[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        assert self._store is not None
+        assert self._run is not None
+        now = _now_ms()
+        points = [Metric(name, value, now, step) for name, value in values.items()]
+        self._store.log_batch(self._run.info.run_id, points, [], [])
+
+    def _set_tag(self, name: str, value: str) -> None:
+        from mlflow.entities import RunTag
+
+        assert self._store is not None
+        assert self._run is not None
+        self._store.set_tag(self._run.info.run_id, RunTag(name, value))
+
+    def _put_artifact(self, path: str, content: bytes) -> bool:
+        """Hand the server a file of the run; False where it keeps files in a place that only its own credentials open."""
+        from mlflow.utils.rest_utils import augmented_raise_for_status, http_request
+
+        assert self._run is not None
+        root = urlsplit(self._run.info.artifact_uri or "")
+        if root.scheme != "mlflow-artifacts":
+            return False
+        endpoint = f"/api/2.0/mlflow-artifacts/artifacts{root.path.rstrip('/')}/{quote(path)}"
+        headers = {"Content-Type": "application/json"}
+        augmented_raise_for_status(http_request(self._credentials(), endpoint, "PUT", data=content, extra_headers=headers))
+        return True
+
+
+def flatten_config(value: JsonValue, name: str = "") -> Iterator[tuple[str, str]]:
+    """A config as the names and texts that MLflow knows: `hyperparameters.lora_rank`, `16`. What is not set is left out."""
+    if isinstance(value, dict):
+        for key, inside in value.items():
+            yield from flatten_config(inside, f"{name}.{key}" if name else key)
+    elif value is not None:
+        yield name, value if isinstance(value, str) else json.dumps(value)
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)

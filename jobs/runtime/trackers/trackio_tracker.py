@@ -1,0 +1,118 @@
+"""Trackio: in a Hugging Face Space, or as a database in the model store, for `TRACKIO_DIR=folder trackio show`.
+
+It runs in a process of its own: the library takes its token and its folder from the environment alone, and the attempt's has neither.
+It is no part of the trainer's environment, as it asks for an older Pillow than the trainer has. Where it is missing, the run says so.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import jobs
+from jobs.runtime.context import JobContext
+from jobs.runtime.trackers.names import evaluation_scalars, training_scalars
+from jobs.runtime.trackers.state import save_state, state_key
+from schema.events import EvaluationCompleted, MetricsLogged, SamplesGenerated
+
+INSTALL_COMMAND = "pip install trackio==0.43.0"
+REPOSITORY = Path(jobs.__file__).parent.parent
+EXIT_TIMEOUT_S = 50  # to send what is left; the attempt waits a minute
+
+
+class TrackioTracker:
+    """One Trackio run for the job, in a child process that hears a line of JSON for each thing to show, and answers each."""
+
+    def __init__(self, context: JobContext) -> None:
+        config = context.spec.training_config.trackio_config
+        assert config is not None
+        self._context, self._config = context, config
+        self._log_path = context.workdir / "trackio" / "log"
+        self._process: subprocess.Popen[str] | None = None
+
+    @property
+    def run_id(self) -> str | None:
+        return self._context.spec.job_id if self._process is not None else None
+
+    def start(self) -> str | None:
+        if find_spec("trackio") is None:
+            raise ModuleNotFoundError(f"trackio is not installed in the trainer's environment; {INSTALL_COMMAND}")
+        folder = self._log_path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        with self._log_path.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "jobs.runtime.trackers.trackio_process"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                cwd=folder,
+                env={"PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path]), **self._environment(folder)},
+                text=True,
+            )
+        spec, config = self._context.spec, self._config
+        begin = {"project": config.project, "name": spec.job_id, "space_id": config.space_id}
+        self._send({"init": begin | {"config": spec.training_config.model_dump(mode="json"), "private": True}})
+        if config.space_id is None:
+            return f"{self._context.stores.models.url}/{state_key(self._context, 'trackio')}"
+        return f"https://huggingface.co/spaces/{config.space_id}"
+
+    def log_metrics(self, event: MetricsLogged) -> None:
+        self._send({"log": training_scalars(event), "step": event.step})
+
+    def log_evaluation(self, event: EvaluationCompleted) -> None:
+        self._send({"log": evaluation_scalars(event), "step": event.step})
+
+    def log_samples(self, event: SamplesGenerated) -> None:
+        rows = [[sample.prompt, sample.reference, sample.text] for sample in event.samples]
+        self._send({"table": f"samples/{event.when}", "columns": ["prompt", "reference", "answer"], "rows": rows, "step": event.step})
+
+    def log_checkpoint(self, folder: Path, step: int) -> None:
+        """Checkpoints are in the model store."""
+
+    def log_model(self, folder: Path) -> None:
+        """So is the model."""
+
+    def finish(self, *, succeeded: bool) -> None:
+        if self._process is not None:
+            self._send({"finish": succeeded})
+            self._close_process()
+            if self._config.space_id is None:
+                save_state(self._context, "trackio", sorted(self._log_path.parent.glob("*.db")))
+
+    def _environment(self, folder: Path) -> dict[str, str]:
+        """The child's own: a token where one is needed, and where to write."""
+        from huggingface_hub import constants
+
+        told = {"TRACKIO_DIR": str(folder), "HF_HOME": str(folder / "hf"), "HF_ENDPOINT": constants.ENDPOINT, "HOME": str(folder)}
+        token = self._context.secrets.get("hf_token") if self._config.space_id else None
+        return told | ({"HF_TOKEN": token} if token else {})
+
+    def _send(self, message: dict[str, object]) -> None:
+        """Hand the child one thing to do, and wait until it has done it. Raises RuntimeError in its words."""
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(message) + "\n")
+            process.stdin.flush()
+            done = process.stdout.readline()
+        except BrokenPipeError:
+            done = ""
+        if not done:
+            self._close_process()
+            raise RuntimeError(self._read_stderr())
+
+    def _close_process(self) -> None:
+        """Let the child end, and free what the two spoke through."""
+        assert self._process is not None
+        with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
+            self._process.communicate(timeout=EXIT_TIMEOUT_S)
+
+    def _read_stderr(self) -> str:
+        """What the child ended with: the last line of a traceback."""
+        lines = [line for line in self._log_path.read_text(errors="replace").splitlines() if line.strip()]
+        return lines[-1] if lines else "its process ended without a word"

@@ -1,0 +1,98 @@
+"""Weights & Biases, online or as a folder for `wandb sync`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.runtime.context import JobContext
+from jobs.runtime.trackers.names import evaluation_scalars, training_scalars
+from schema.events import EvaluationCompleted, MetricsLogged, SamplesGenerated
+
+if TYPE_CHECKING:
+    import wandb
+
+STEP_METRIC = "train/global_step"  # the name that every Hugging Face project on W&B has
+MAX_RUN_ID_LENGTH = 64  # W&B refuses longer ones; the random tail of a job id is at its end
+
+
+class WandbTracker:
+    """One W&B run for the job. The key goes to wandb's settings: not to the environment, a netrc file or a command line."""
+
+    def __init__(self, context: JobContext) -> None:
+        self._context = context
+        self._run: wandb.Run | None = None
+
+    @property
+    def run_id(self) -> str | None:
+        return self._run.id if self._run is not None else None
+
+    def start(self) -> str | None:
+        import wandb
+
+        spec, config = self._context.spec, self._context.spec.training_config.wandb_config
+        assert config is not None
+        run: wandb.Run = wandb.init(
+            project=config.project,
+            name=spec.job_name,
+            id=spec.job_id[-MAX_RUN_ID_LENGTH:].lstrip("-_."),
+            resume="allow",  # every attempt of the job continues the same curves
+            dir=self._context.workdir,
+            config=spec.training_config.model_dump(mode="json", exclude={"wandb_config": {"api_key"}}),
+            settings=wandb.Settings(
+                api_key=self._context.secrets.get("wandb_api_key") if config.mode == "online" else None,
+                mode=config.mode,
+                console="off",  # the log is ours; wandb would also copy what it finds there
+                silent=True,
+                disable_git=True,
+                disable_code=True,
+            ),
+        )
+        run.define_metric("*", step_metric=STEP_METRIC)
+        self._run = run
+        return run.url
+
+    def log_metrics(self, event: MetricsLogged) -> None:
+        self._log(training_scalars(event), event.step)
+
+    def log_evaluation(self, event: EvaluationCompleted) -> None:
+        self._log(evaluation_scalars(event), event.step)
+
+    def log_samples(self, event: SamplesGenerated) -> None:
+        import wandb
+
+        table = wandb.Table(columns=["step", "prompt", "reference", "answer"])
+        for sample in event.samples:
+            table.add_data(event.step, sample.prompt, sample.reference, sample.text)
+        self._log({f"samples/{event.when}": table}, event.step)
+
+    def log_checkpoint(self, folder: Path, step: int) -> None:
+        if self._log_model_mode == "checkpoint":
+            self._upload(folder, aliases=[f"step-{step}"])
+
+    def log_model(self, folder: Path) -> None:
+        if self._log_model_mode != "false":
+            self._upload(folder, aliases=["final"])
+
+    def finish(self, *, succeeded: bool) -> None:
+        import wandb
+
+        if self._run is not None:
+            self._run.finish(exit_code=0 if succeeded else 1)
+            wandb.teardown()  # `finish` may return before the helper process has written its file, and the attempt kills its children
+
+    @property
+    def _log_model_mode(self) -> str:
+        config = self._context.spec.training_config.wandb_config
+        return config.log_model if config else "false"
+
+    def _log(self, values: Mapping[str, object], step: int) -> None:
+        if self._run is not None:
+            self._run.log({**values, STEP_METRIC: step})
+
+    def _upload(self, folder: Path, aliases: list[str]) -> None:
+        import wandb
+
+        assert self._run is not None
+        artifact = wandb.Artifact(f"model-{self._run.id}", type="model")
+        artifact.add_dir(str(folder))
+        self._run.log_artifact(artifact, aliases=aliases)

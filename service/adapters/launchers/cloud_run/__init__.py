@@ -1,0 +1,1 @@
+"""The launcher that runs attempts as Cloud Run jobs."""

@@ -1,0 +1,337 @@
+"""What the public API answers: the seed's fields under the seed's names, and more."""
+
+from datetime import datetime
+from typing import Any
+
+from pydantic import BaseModel
+
+from schema.checkpoint import CheckpointReason
+from schema.dataset import Dataset
+from schema.job import (
+    Artifact,
+    Attempt,
+    AttemptOutcome,
+    CheckpointRef,
+    EvalMetrics,
+    ExportSource,
+    Failure,
+    Gate,
+    Job,
+    Phase,
+    Progress,
+    Status,
+)
+from service.core.jobs.checkpoints import StoredCheckpoint
+from service.core.ports import Heartbeat, JobSummary, StoredEvent
+
+
+class TrainResponse(BaseModel):
+    """The job that was made."""
+
+    job_id: str
+
+
+class JobRow(BaseModel):
+    """A job in a list."""
+
+    job_id: str
+    job_name: str
+    base_model_id: str
+    status: Status
+    modality: str
+    trainer_type: str
+    project_id: str | None
+    created_at: datetime
+
+
+class JobList(BaseModel):
+    """A page of jobs, newest first. `next_cursor` continues; null when there are no more."""
+
+    jobs: list[JobRow]
+    next_cursor: str | None
+
+
+class AttemptView(BaseModel):
+    """One launch of the job."""
+
+    number: int
+    launcher: str
+    created_at: datetime
+    pending_reason: str | None  # why it is not launched yet
+    claimed_at: datetime | None
+    ended_at: datetime | None
+    outcome: AttemptOutcome | None
+    resumed_step: int | None  # the checkpoint it went on from
+    last_checkpoint_step: int | None  # the newest checkpoint it made durable
+    failure: Failure | None
+
+
+class JobDetail(BaseModel):
+    """Everything about a job."""
+
+    job_id: str
+    job_name: str
+    status: Status
+    modality: str
+    wandb_url: str | None
+    adapter_path: str | None
+    base_model_id: str
+    gguf_path: str | None
+    metrics: EvalMetrics | None
+    error: str | None
+    base_metrics: EvalMetrics | None
+    gate_passed: bool | None  # the promotion gate; null: there is none, or it has not looked yet
+    gate: Gate | None
+    published_step: int | None  # the optimizer step whose weights were exported
+    failure: Failure | None
+    phase: Phase | None
+    progress: Progress | None
+    hardware: str | None
+    attempts: list[AttemptView]
+    checkpoint: CheckpointRef | None  # the newest one
+    export_of: ExportSource | None  # the checkpoint that this job exports, if it trains nothing
+    cloned_from: str | None
+    artifacts: list[Artifact]
+    tracker_urls: dict[str, str]  # where each tracker shows the curves
+    project_id: str | None
+    processed_dataset_id: str
+    trainer_type: str
+    method: str
+    # Any: the configuration as it was sent, with every default filled in and every secret taken out.
+    training_config: dict[str, Any]
+    created_at: datetime
+    updated_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    last_seen_at: datetime | None
+
+
+class EventRow(BaseModel):
+    """One thing the job reported. `id` continues a page or a stream behind it."""
+
+    id: int
+    attempt: int
+    seq: int
+    at: datetime
+    event: dict[str, Any]
+
+
+class EventList(BaseModel):
+    """A page of events, oldest first."""
+
+    events: list[EventRow]
+    next_after: int
+
+
+class LogView(BaseModel):
+    """A part of an attempt's output."""
+
+    attempt: int
+    text: str
+    next_offset: int
+
+
+class CheckpointRow(BaseModel):
+    """A checkpoint: where a job can go on, or be exported."""
+
+    attempt: int
+    step: int
+    total_steps: int
+    epoch: float
+    reason: CheckpointReason
+    eval_loss: float | None
+    is_best: bool  # the lowest eval_loss of those that are left
+    size_bytes: int
+    created_at: datetime
+    uri: str
+
+
+class CheckpointList(BaseModel):
+    """A job's checkpoints, the one that counts first."""
+
+    checkpoints: list[CheckpointRow]
+
+
+class FileLink(BaseModel):
+    """A file of an artifact, and a link that works for a while without any other credential."""
+
+    path: str  # relative to the artifact's folder, or the file's name
+    size_bytes: int
+    sha256: str
+    url: str
+
+
+class DownloadResponse(BaseModel):
+    """A link to the artifact's file, or to the weights where it is a folder; `files` has them all."""
+
+    download_url: str
+    artifact: str
+    is_folder: bool
+    expires_in_s: int
+    files: list[FileLink]
+
+
+class DeleteJobResponse(BaseModel):
+    """What was removed."""
+
+    job_id: str
+    deleted: bool
+    message: str
+    deleted_resources: list[str]
+
+
+class DatasetView(BaseModel):
+    """A dataset's record."""
+
+    processed_dataset_id: str
+    name: str
+    dataset_type: str
+    project_id: str | None
+    rows: int
+    splits: dict[str, int]
+    size_bytes: int
+    digest: str
+    rows_uploaded: int
+    duplicates_dropped: int
+    images: int
+    columns: list[str]  # of a dataset of prompts: what graders can read beside the prompt
+    created_at: datetime
+
+
+class DatasetDetail(DatasetView):
+    """A dataset with its first rows."""
+
+    preview: dict[str, list[Any]]
+
+
+class DatasetList(BaseModel):
+    """A page of datasets, newest first."""
+
+    datasets: list[DatasetView]
+    next_cursor: str | None
+
+
+class DeleteDatasetResponse(BaseModel):
+    """What was removed."""
+
+    processed_dataset_id: str
+    deleted: bool
+    deleted_resources: list[str]
+
+
+class HealthResponse(BaseModel):
+    """Whether the service lives, and whether each part it needs answers."""
+
+    status: str
+    live: bool
+    ready: bool
+    checks: dict[str, str]
+    version: str
+
+
+def job_row(summary: JobSummary) -> dict[str, object]:
+    """A JobRow, as plain values."""
+    return {
+        "job_id": summary.job_id,
+        "job_name": summary.job_name,
+        "base_model_id": summary.base_model_id,
+        "status": summary.status,
+        "modality": summary.modality,
+        "trainer_type": summary.trainer_type,
+        "project_id": summary.project_id,
+        "created_at": summary.created_at,
+    }
+
+
+def job_detail(job: Job, heartbeat: Heartbeat | None) -> JobDetail:
+    """A job as the API shows it."""
+    config = job.training_config
+    weights = [artifact for artifact in job.artifacts if artifact.kind in ("adapter", "merged")]
+    ggufs = [artifact for artifact in job.artifacts if artifact.kind == "gguf"]
+    at_work = job.status.is_active
+    return JobDetail(
+        job_id=job.job_id,
+        job_name=job.job_name,
+        status=job.status,
+        modality=config.modality,
+        wandb_url=job.wandb_url,
+        adapter_path=weights[0].uri if weights else None,
+        base_model_id=config.base_model_id,
+        gguf_path=ggufs[0].uri if ggufs else None,
+        metrics=job.metrics,
+        error=job.failure.message if job.failure else None,
+        base_metrics=job.base_metrics,
+        gate_passed=job.gate.passed if job.gate else None,
+        gate=job.gate,
+        published_step=job.published_step,
+        failure=job.failure,
+        phase=heartbeat.phase if heartbeat and at_work else None,
+        progress=heartbeat.progress if heartbeat else None,
+        hardware=job.hardware,
+        attempts=[_attempt_view(attempt) for attempt in job.attempts],
+        checkpoint=job.checkpoint,
+        export_of=job.export_of,
+        cloned_from=job.cloned_from,
+        artifacts=list(job.artifacts),
+        tracker_urls=job.tracker_urls,
+        project_id=job.project_id,
+        processed_dataset_id=job.processed_dataset_id,
+        trainer_type=config.trainer_type,
+        method=config.method,
+        training_config=config.model_dump(mode="json"),
+        created_at=job.created_at,
+        updated_at=job.updated_at,
+        started_at=job.started_at,
+        finished_at=job.finished_at,
+        last_seen_at=heartbeat.received_at if heartbeat else None,
+    )
+
+
+def checkpoint_list(stored: list[StoredCheckpoint]) -> CheckpointList:
+    """A job's checkpoints as the API shows them."""
+    losses = [found.checkpoint.eval_loss for found in stored if found.checkpoint.eval_loss is not None]
+    best = min(losses, default=None)
+    shown = ("attempt", "step", "total_steps", "epoch", "reason", "eval_loss", "size_bytes", "created_at")
+    rows = [
+        CheckpointRow(
+            **{name: getattr(found.checkpoint, name) for name in shown},
+            is_best=best is not None and found.checkpoint.eval_loss == best,
+            uri=found.uri,
+        )
+        for found in stored
+    ]
+    return CheckpointList(checkpoints=rows)
+
+
+def event_row(stored: StoredEvent) -> dict[str, object]:
+    """An EventRow, as plain values."""
+    return {
+        "id": stored.cursor,
+        "attempt": stored.attempt,
+        "seq": stored.seq,
+        "at": stored.at.isoformat(),
+        "event": stored.event.model_dump(mode="json"),
+    }
+
+
+def dataset_view(dataset: Dataset) -> DatasetView:
+    """A dataset as the API shows it."""
+    return DatasetView(
+        processed_dataset_id=dataset.processed_dataset_id,
+        name=dataset.name,
+        dataset_type=dataset.dataset_type,
+        project_id=dataset.project_id,
+        rows=dataset.rows,
+        splits={name: split.rows for name, split in dataset.splits.items()},
+        size_bytes=sum(split.size_bytes for split in dataset.splits.values()),
+        digest=dataset.digest,
+        rows_uploaded=dataset.rows_uploaded,
+        duplicates_dropped=dataset.duplicates_dropped,
+        images=dataset.images,
+        columns=list(dataset.columns),
+        created_at=dataset.created_at,
+    )
+
+
+def _attempt_view(attempt: Attempt) -> AttemptView:
+    return AttemptView(**attempt.model_dump(include=set(AttemptView.model_fields)))

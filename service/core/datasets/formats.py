@@ -1,0 +1,331 @@
+"""The six forms of a row: which one it has, what it must hold, and how it is stored.
+
+The forms are in `schema/dataset.py`. An upload may write the content of a message as typed parts,
+`[{"type": "text", "text": "..."}]`: texts alone are joined; with an image among them they stay a list. It may leave out the
+prompt of a preference between two whole conversations, which then is what they have in common.
+"""
+
+import re
+from collections.abc import Iterator
+from difflib import get_close_matches
+from functools import lru_cache
+from typing import Literal, NamedTuple, cast
+
+from schema.types import DatasetType
+from service.core.datasets.images import check_image, is_image_part, normalize_image_part
+from service.core.datasets.values import (
+    InvalidValue,
+    Number,
+    as_object,
+    check_finite,
+    check_keys,
+    check_text,
+    describe_type,
+    join_names,
+    json_safe,
+    parse,
+    preview,
+)
+
+Part = dict[str, str]
+Message = dict[str, str | list[Part]]
+Values = list[object]
+
+MAX_MESSAGES = 1000
+MAX_IMAGES = 16  # of a row
+MAX_COLUMNS = 32  # beside a prompt
+FORMATS = (
+    '{"messages": [...]}, {"prompt": ..., "completion": ...}, {"text": "..."}, {"prompt": ..., "chosen": ..., "rejected": ...}, '
+    '{"prompt": ..., "completion": ..., "label": true} or {"prompt": ..., and columns for graders}'
+)
+EXPECTED_ROW = f"a row is {FORMATS}"
+COLUMNS_BY_TYPE: dict[DatasetType, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+    "preference": ("prompt", "chosen", "rejected"),
+    "unpaired_preference": ("prompt", "completion", "label"),
+    "prompt": ("prompt",),
+}
+COLUMN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+ROLES = ("system", "user", "assistant")
+TURN_ORDER_RULE = "after one optional system message, user and assistant take turns, and user begins"
+TEXT_PART_TYPES = ("text", "input_text")
+
+
+class ValidatedRow(NamedTuple):
+    """A checked row. A file has rows of one shape only, for a column that is now a string and now a list cannot be loaded."""
+
+    dataset_type: DatasetType
+    shape: str
+    columns: dict[str, object]  # as they are stored; a Number stands for its literal
+    prompt: object  # None where the row has no answer apart
+    images: tuple[str, ...] = ()
+    extra_columns: tuple[str, ...] = ()  # the columns beside a prompt
+    label: bool | None = None
+
+
+def parse_row(line: bytes) -> ValidatedRow:
+    """What a line of an upload holds. Raises Refused."""
+    columns = parse(line, EXPECTED_ROW)
+    form = _detect_format(columns)
+    match form:
+        case "messages":
+            return _parse_chat(columns["messages"])
+        case "prompt_completion":
+            return _parse_prompt_completion(form, columns)
+        case "text":
+            return ValidatedRow(form, form, {"text": check_text(columns["text"], "text")}, None)
+        case "preference":
+            return _parse_preference(columns)
+        case "unpaired_preference":
+            return _parse_unpaired_preference(columns)
+        case "prompt":
+            return _parse_prompt(columns)
+
+
+def _detect_format(columns: dict[str, object]) -> DatasetType:
+    """Which form the row has: it has all the columns of that form, and no other."""
+    form = _detect_format_by_columns(columns)
+    names = COLUMNS_BY_TYPE[form]
+    for name in names:
+        if name not in columns and not (form == "preference" and name == "prompt"):
+            raise InvalidValue(name, f"is missing; a {form} row has the columns {join_names(names)}")
+    for name in columns:
+        if name not in names and form != "prompt":
+            place = "; put each image into its message" if name in ("image", "images") else ""
+            raise InvalidValue(preview(name), f"would not be used: a {form} row has only {join_names(names)}; drop the column{place}")
+    return form
+
+
+def _detect_format_by_columns(columns: dict[str, object]) -> DatasetType:
+    if "messages" in columns:
+        return "messages"
+    if "text" in columns:
+        return "text"
+    if "chosen" in columns or "rejected" in columns:
+        return "preference"
+    if "completion" in columns:
+        return "unpaired_preference" if "label" in columns else "prompt_completion"
+    if "prompt" in columns:
+        return "prompt"
+    found = ", ".join(preview(name) for name in list(columns)[:5])
+    raise InvalidValue("", f"has {f'the columns {found}' if found else 'no columns'}; {EXPECTED_ROW}")
+
+
+def _parse_chat(value: object) -> ValidatedRow:
+    messages = _parse_conversation(value, "messages", last_role="assistant")
+    return ValidatedRow("messages", "messages", {"messages": messages}, messages[:-1], _check_images(messages, "messages"))
+
+
+def _parse_prompt_completion(form: Literal["prompt_completion", "unpaired_preference"], columns: dict[str, object]) -> ValidatedRow:
+    """A prompt and its completion."""
+    prompt, completion = columns["prompt"], columns["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        strings: dict[str, object] = {"prompt": check_text(prompt, "prompt"), "completion": check_text(completion, "completion")}
+        return ValidatedRow(form, f"{form} with strings", strings, prompt)
+    _check_same_type(columns, ("prompt", "completion"))
+    turns = _parse_conversation(prompt, "prompt", last_role="user")
+    images = _check_images(turns, "prompt") if form == "prompt_completion" else _reject_images(turns, "prompt")
+    return ValidatedRow(
+        form, f"{form} with messages", {"prompt": turns, "completion": _parse_answer(completion, "completion")}, turns, images
+    )
+
+
+def _parse_preference(columns: dict[str, object]) -> ValidatedRow:
+    if "prompt" not in columns:
+        prompt, chosen, rejected = _prompt_shaped(columns)
+    elif all(isinstance(value, str) for value in columns.values()):
+        prompt, chosen, rejected = (check_text(columns[name], name) for name in COLUMNS_BY_TYPE["preference"])
+    else:
+        _check_same_type(columns, COLUMNS_BY_TYPE["preference"], hint="; or leave prompt out where they begin with it")
+        prompt = _parse_text_conversation(columns["prompt"], "prompt", last_role="user")
+        chosen, rejected = (_parse_answer(columns[name], name, prompt) for name in ("chosen", "rejected"))
+    if chosen == rejected:
+        raise InvalidValue("rejected", "is the same as chosen, which teaches nothing; drop the row")
+    shape = f"preference with {'strings' if isinstance(prompt, str) else 'messages'}"
+    return ValidatedRow("preference", shape, {"prompt": prompt, "chosen": chosen, "rejected": rejected}, prompt)
+
+
+def _prompt_shaped(columns: dict[str, object]) -> tuple[list[Message], list[Message], list[Message]]:
+    """The prompt, the chosen and the rejected answer of a conversation that was written twice, up to its end."""
+    if not (isinstance(columns["chosen"], list) and isinstance(columns["rejected"], list)):
+        raise InvalidValue("prompt", "is missing; add it, or send chosen and rejected as whole conversations, two lists of messages")
+    chosen, rejected = (_parse_text_conversation(columns[name], name, last_role="assistant") for name in ("chosen", "rejected"))
+    before = len(chosen) - 1
+    if len(rejected) != len(chosen) or rejected[:before] != chosen[:before]:
+        raise InvalidValue("rejected", "differs from chosen before its last message; without a prompt, only the last answers may differ")
+    return chosen[:before], chosen[before:], rejected[before:]
+
+
+def _parse_unpaired_preference(columns: dict[str, object]) -> ValidatedRow:
+    label = columns["label"]
+    if not isinstance(label, bool):
+        raise InvalidValue("label", f"is {describe_type(label)}; write true for a good completion, false for a bad one")
+    pair = _parse_prompt_completion("unpaired_preference", columns)
+    return pair._replace(columns={**pair.columns, "label": label}, label=label)
+
+
+def _parse_prompt(columns: dict[str, object]) -> ValidatedRow:
+    value = columns["prompt"]
+    if not isinstance(value, list | str):
+        raise InvalidValue("prompt", f"is {describe_type(value)}; it must be a string or a list of messages")
+    prompt = (
+        check_text(value, "prompt") if isinstance(value, str) else _parse_text_conversation(cast(object, value), "prompt", last_role="user")
+    )
+    if len(columns) - 1 > MAX_COLUMNS:
+        raise InvalidValue("", f"has {len(columns) - 1:,} columns beside the prompt; at most {MAX_COLUMNS}")
+    extra = tuple(sorted(name for name in columns if name != "prompt"))
+    stored: dict[str, object] = {"prompt": prompt}
+    for name in extra:
+        stored[name] = _parse_extra_column(name, columns[name])
+    return ValidatedRow("prompt", _describe_prompt_shape(stored, extra), stored, prompt, extra_columns=extra)
+
+
+def _describe_prompt_shape(stored: dict[str, object], extra: tuple[str, ...]) -> str:
+    kinds = join_names([f"{name} ({describe_type(stored[name])})" for name in extra]) if extra else "no other column"
+    return f"prompt with {'strings' if isinstance(stored['prompt'], str) else 'messages'} and {kinds}"
+
+
+def _parse_extra_column(name: str, value: object) -> str | bool | Number:
+    """What a grader may read beside a prompt."""
+    if not COLUMN_NAME.fullmatch(name):
+        raise InvalidValue(preview(name), "cannot name a column: letters, digits and _ can, 64 at most, and no digit first")
+    if meant := _suggest_format(name):
+        raise InvalidValue(name, f"is nearly {meant!r}; name it that, or, if it is a column for graders, something less alike")
+    match value:
+        case bool():
+            return value
+        case Number():
+            return check_finite(value, name)
+        case str():
+            return json_safe(value, name)
+        case _:
+            raise InvalidValue(name, f"is {describe_type(value)}; a column beside a prompt is a string, a number, true or false")
+
+
+@lru_cache(maxsize=1024)
+def _suggest_format(name: str) -> str | None:
+    """The column of another form that was probably meant. `label` itself is a fine column beside a prompt."""
+    if name == "label":
+        return None
+    found = get_close_matches(name.lower(), ("completion", "chosen", "rejected", "label", "messages"), n=1, cutoff=0.8)
+    return found[0] if found else None
+
+
+def _check_same_type(columns: dict[str, object], names: tuple[str, ...], hint: str = "") -> None:
+    for name in names:
+        if not isinstance(columns[name], list | str):
+            raise InvalidValue(name, f"is {describe_type(columns[name])}; it must be a string or a list of messages")
+    first = names[0]
+    for name in names:
+        if isinstance(columns[name], str) != isinstance(columns[first], str):
+            found = f"is {describe_type(columns[name])} and {first} is {describe_type(columns[first])}"
+            raise InvalidValue(name, f"{found}; {join_names(names)} must all be strings, or all lists of messages{hint}")
+
+
+def _parse_answer(value: object, field: str, prompt: list[Message] | None = None) -> list[Message]:
+    """The answer to a prompt of messages: one assistant message. With `prompt`, that may stand before it once more."""
+    answer = _parse_messages(value, field)
+    if prompt and answer[:-1] == prompt:
+        answer = answer[-1:]
+    if len(answer) != 1:
+        before = "what comes before it is not the prompt" if prompt else "what comes before it belongs to the prompt"
+        raise InvalidValue(field, f"has {len(answer)} messages; it must have one, and {before}")
+    if answer[0]["role"] != "assistant":
+        raise InvalidValue(f"{field}[0].role", f"is '{answer[0]['role']}'; it must be 'assistant'")
+    return answer
+
+
+def _parse_conversation(value: object, field: str, *, last_role: Literal["user", "assistant"]) -> list[Message]:
+    """Messages in an order that every chat template accepts."""
+    messages = _parse_messages(value, field)
+    first = 1 if messages[0]["role"] == "system" else 0
+    for index in range(first, len(messages)):
+        expected = "assistant" if (index - first) % 2 else "user"
+        if messages[index]["role"] != expected:
+            raise InvalidValue(f"{field}[{index}].role", f"is '{messages[index]['role']}'; it must be '{expected}': {TURN_ORDER_RULE}")
+    if messages[-1]["role"] != last_role:
+        raise InvalidValue(
+            f"{field}[{len(messages) - 1}].role", f"is '{messages[-1]['role']}'; the last message must be from '{last_role}'"
+        )
+    return messages
+
+
+def _parse_text_conversation(value: object, field: str, *, last_role: Literal["user", "assistant"]) -> list[Message]:
+    """A conversation of a form that has no images."""
+    messages = _parse_conversation(value, field, last_role=last_role)
+    _reject_images(messages, field)
+    return messages
+
+
+def _reject_images(messages: list[Message], field: str) -> tuple[str, ...]:
+    for path, _ in _iter_image_parts(messages, field):
+        raise InvalidValue(path, "is an image; images are for rows of messages, and of prompt and completion")
+    return ()
+
+
+def _check_images(messages: list[Message], field: str) -> tuple[str, ...]:
+    """The images of a conversation, each found to be one."""
+    parts = list(_iter_image_parts(messages, field))
+    if not parts:
+        return ()
+    if len(parts) > MAX_IMAGES:
+        raise InvalidValue(field, f"has {len(parts)} images; at most {MAX_IMAGES} a row")
+    for path, image in parts:
+        check_image(image, path)
+    return tuple(image for _, image in parts)
+
+
+def _iter_image_parts(messages: list[Message], field: str) -> Iterator[tuple[str, str]]:
+    for index, message in enumerate(messages):
+        if isinstance(message["content"], list):
+            for place, part in enumerate(message["content"]):
+                if part["type"] == "image":
+                    yield f"{field}[{index}].content[{place}]", part["image"]
+
+
+def _parse_messages(value: object, field: str) -> list[Message]:
+    if not isinstance(value, list):
+        raise InvalidValue(field, f"is {describe_type(value)}; it must be a list of messages")
+    messages = cast(Values, value)
+    if not 1 <= len(messages) <= MAX_MESSAGES:
+        raise InvalidValue(field, f"has {len(messages)} messages; it must have 1 to {MAX_MESSAGES}")
+    return [_parse_message(message, f"{field}[{index}]") for index, message in enumerate(messages)]
+
+
+def _parse_message(value: object, field: str) -> Message:
+    message = as_object(value, field, 'a message is {"role": ..., "content": ...}')
+    check_keys(message, field, ("role", "content"))
+    role = message["role"]
+    if not isinstance(role, str) or role not in ROLES:
+        found = preview(role) if isinstance(role, str) else describe_type(role)
+        raise InvalidValue(f"{field}.role", f"is {found}; known roles: {', '.join(ROLES)}")
+    content = message["content"]
+    if isinstance(content, list):
+        return {"role": role, "content": _parse_parts(cast(Values, content), role, f"{field}.content")}
+    return {"role": role, "content": check_text(content, f"{field}.content")}
+
+
+def _parse_parts(values: Values, role: str, field: str) -> str | list[Part]:
+    """The content of a message that was written in parts: one text, or with images a list."""
+    parts = [_parse_part(value, f"{field}[{index}]") for index, value in enumerate(values)]
+    image = next((index for index, part in enumerate(parts) if part["type"] == "image"), None)
+    if image is None:
+        return check_text("".join(part["text"] for part in parts), field)
+    if role != "user":
+        raise InvalidValue(f"{field}[{image}]", f"is an image in a message of role '{role}'; images are for 'user'")
+    return parts
+
+
+def _parse_part(value: object, field: str) -> Part:
+    part = as_object(value, field, 'a part is {"type": "text", "text": "..."}')
+    if is_image_part(part):
+        return {"type": "image", "image": normalize_image_part(part, field)}
+    check_keys(part, field, ("type", "text"))
+    if part["type"] not in TEXT_PART_TYPES:
+        raise InvalidValue(f"{field}.type", "only 'text' and 'image' parts are supported")
+    said = part["text"]
+    if not isinstance(said, str):
+        raise InvalidValue(f"{field}.text", f"is {describe_type(said)}; it must be a string")
+    return {"type": "text", "text": json_safe(said, f"{field}.text")}

@@ -1,0 +1,132 @@
+"""Images in rows: how an upload may write them, the one way in which they are stored, and the check that they are what they say.
+
+Every image is decoded once, wholly, so that no training stops at a broken one. Nothing is ever fetched: an image is in its row.
+"""
+
+import binascii
+import re
+import struct
+from io import BytesIO
+from threading import Lock
+from typing import Literal, cast
+
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from service.core.datasets.values import InvalidValue, as_object, check_keys, describe_type, preview
+
+Format = Literal["png", "jpeg", "webp"]
+
+MAX_SIDE_PX = 4096  # pixels
+MAX_SCANS = 100  # of a progressive JPEG, which has about ten; each costs a pass over all pixels, however few bytes it takes
+HEADER_PREVIEW_CHARS = 32  # characters of a data: URI in an error
+EXAMPLE_IMAGE_PART = '{"type": "image", "image": "data:image/png;base64,..."}'
+IMAGE_PART_TYPES = ("image", "image_url", "input_image")
+DATA_URI_HEADER = re.compile(r"data:image/(png|jpe?g|webp);base64,", re.IGNORECASE)
+URL_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+FORMAT_NAMES: dict[Format, str] = {"png": "PNG", "jpeg": "JPEG", "webp": "WebP"}
+# The classes themselves: `Image.open` would warn of large images before their size can be refused here.
+READERS: dict[Format, type[PngImageFile | JpegImageFile | WebPImageFile]] = {
+    "png": PngImageFile,
+    "jpeg": JpegImageFile,
+    "webp": WebPImageFile,
+}
+DECODE_LOCK = Lock()  # one image at a time in the whole process: the largest takes 64 MiB, and 256 MiB as WebP
+
+
+def is_image_part(part: dict[str, object]) -> bool:
+    """Whether a part of a message means to be an image."""
+    return part.get("type") in IMAGE_PART_TYPES or ("type" not in part and "image_url" in part)
+
+
+def normalize_image_part(part: dict[str, object], field: str) -> str:
+    """The image of a part as a `data:` URI in the stored spelling. Its bytes are not looked at yet."""
+    key = "image" if part.get("type") == "image" else "image_url"
+    if key not in part:
+        raise InvalidValue(f"{field}.{key}", f"is missing; an image is {EXAMPLE_IMAGE_PART}")
+    check_keys(part, field, ("type", key) if "type" in part else (key,))
+    value, path = part[key], f"{field}.{key}"
+    if key == "image_url" and isinstance(value, dict):
+        holder = as_object(cast(object, value), path, EXAMPLE_IMAGE_PART)
+        check_keys(holder, path, ("url",))
+        value, path = holder["url"], f"{path}.url"
+    return _normalize_data_uri(value, path)
+
+
+def check_image(uri: str, field: str) -> None:
+    """Decode an image; Refused when it is broken, animated, too large, or not what it says."""
+    declared, content = _decode_data_uri(uri, field)
+    found = _detect_format(content)
+    if found is None:
+        raise InvalidValue(field, "holds bytes that are no PNG, JPEG or WebP image")
+    if found != declared:
+        raise InvalidValue(field, f"says image/{declared}, but its bytes are a {FORMAT_NAMES[found]} image; write data:image/{found}")
+    if found == "jpeg" and (scans := content.count(b"\xff\xda")) > MAX_SCANS:
+        raise InvalidValue(field, f"is a JPEG image of {scans:,} scans; at most {MAX_SCANS}: save it again")
+    with DECODE_LOCK:
+        problem = _decode_error(found, content)
+    if problem:
+        raise InvalidValue(field, problem)
+
+
+def _normalize_data_uri(value: object, field: str) -> str:
+    if not isinstance(value, str):
+        raise InvalidValue(field, f"is {describe_type(value)}; an image is {EXAMPLE_IMAGE_PART}")
+    header = DATA_URI_HEADER.match(value)
+    if header is None:
+        raise InvalidValue(field, _data_uri_error(value))
+    declared = header[1].lower().replace("jpg", "jpeg")
+    stored = f"data:image/{declared};base64,"
+    return value if header[0] == stored else stored + value[header.end() :]
+
+
+def _data_uri_error(value: str) -> str:
+    if URL_SCHEME.match(value):
+        return f"is the address {preview(value)}; the service fetches nothing; put the image into the row: {EXAMPLE_IMAGE_PART}"
+    if value[:5].lower() == "data:":
+        return (
+            f"begins {preview(value[:HEADER_PREVIEW_CHARS])}; it must be data:image/png, data:image/jpeg or data:image/webp, with ;base64"
+        )
+    return f"is no data: URI; an image is {EXAMPLE_IMAGE_PART}"
+
+
+def _decode_data_uri(uri: str, field: str) -> tuple[str, bytes]:
+    header, _, payload = uri.partition(",")
+    try:
+        content = binascii.a2b_base64(payload, strict_mode=True)
+    except ValueError as error:
+        reason = str(error).lower()
+        raise InvalidValue(field, f"is not base64 ({reason}); write the standard alphabet, padded, without line breaks") from error
+    return header.removeprefix("data:image/").removesuffix(";base64"), content
+
+
+def _detect_format(content: bytes) -> Format | None:
+    if content.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    if content.startswith(b"\xff\xd8\xff"):
+        return "jpeg"
+    if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
+        return "webp"
+    return None
+
+
+def _decode_error(found: Format, content: bytes) -> str | None:
+    """Why an image cannot be used. Its size is known, and refused, before any pixel is decoded."""
+    try:
+        with READERS[found](BytesIO(content)) as image:
+            if max(image.size) > MAX_SIDE_PX:
+                return _size_error(f"{image.width:,} x {image.height:,}")
+            if isinstance(image, PngImageFile | WebPImageFile) and image.is_animated:
+                return "is animated; save one picture of it"
+            image.load()
+    except Image.DecompressionBombError:  # a WebP image beyond 179 million pixels, before its size could be asked
+        return _size_error("far more")
+    except (SyntaxError, OSError, ValueError, IndexError, EOFError, struct.error) as error:  # what Pillow raises for broken images
+        return f"is a broken {FORMAT_NAMES[found]} image: {preview(str(error))}"
+    return None
+
+
+def _size_error(pixels: str) -> str:
+    return f"is {pixels} pixels; at most {MAX_SIDE_PX:,} x {MAX_SIDE_PX:,}: scale it down"

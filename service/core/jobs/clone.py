@@ -1,0 +1,119 @@
+"""A job's request once more, with changes: a JSON merge patch (RFC 7386) on what was sent, validated like a new request."""
+
+import json
+from collections.abc import Iterator
+from typing import TypeGuard
+
+from pydantic import JsonValue
+
+from schema.job import Job
+from schema.requests import CloneRequest, TrainRequest
+from schema.training import TrainingConfig
+from service.core.errors import InvalidRequest
+from service.core.job_secrets import HF_SECRET, FieldPath, iter_config_secrets
+
+JsonObject = dict[str, JsonValue]
+SECRET_FIELDS = ("api_key", "token")
+
+
+def clone_request(
+    source: Job, patch: CloneRequest, *, deployment_secrets: frozenset[str], deployment_trackers: frozenset[str]
+) -> TrainRequest:
+    """What to submit. Raises ValidationError for a whole that is no request, InvalidRequest for a secret that is missing.
+
+    `leave_out` are the trackers that the deployment adds by itself, `not_asked_for` their secrets.
+    """
+    sent = {name: value for name, value in original_request(source.training_config).items() if name not in deployment_trackers}
+    config = merge_patch(sent, patch.training_config)
+    if is_object(config):
+        _insert_secrets(config, patch, [name for name in source.secret_names if name not in (HF_SECRET, *deployment_secrets)])
+    body: JsonObject = {
+        "processed_dataset_id": patch.processed_dataset_id or source.processed_dataset_id,
+        "job_name": patch.job_name or source.job_name,
+        "project_id": source.project_id,
+        "hardware": patch.hardware or source.hardware,
+        "hf_token": _hf_token(source, patch),
+        "training_config": config,
+    }
+    return TrainRequest.model_validate_json(json.dumps(body))
+
+
+def original_request(config: TrainingConfig) -> JsonObject:
+    """What a caller would have to send for this configuration: no defaults, no secrets. Other defaults may then suit a change."""
+    sent: JsonObject = config.model_dump(mode="json", exclude_defaults=True)
+    for place in iter_config_secrets(config):
+        inner = _get_at_path(sent, place.path[:-1])
+        if is_object(inner):
+            inner.pop(str(place.path[-1]), None)
+    knobs = sent.get("hyperparameters")
+    if is_object(knobs) and knobs.get("learning_rate") == config.learning_rates[config.method]:
+        del knobs["learning_rate"]  # it was chosen by the method, which may be another one now
+    return sent
+
+
+def merge_patch(target: JsonValue, patch: JsonValue) -> JsonValue:
+    """RFC 7386: objects are merged, null removes, everything else replaces."""
+    if not is_object(patch):
+        return patch
+    merged = dict(target) if is_object(target) else {}
+    for name, value in patch.items():
+        if value is None:
+            merged.pop(name, None)
+        else:
+            merged[name] = merge_patch(merged.get(name), value)
+    return merged
+
+
+def is_object(value: object) -> TypeGuard[JsonObject]:
+    """Whether a JSON value has fields."""
+    return isinstance(value, dict)
+
+
+def _get_at_path(value: JsonValue, path: FieldPath) -> JsonValue:
+    """What stands at a place."""
+    for step in path:
+        if is_object(value):
+            value = value.get(str(step))
+        elif isinstance(value, list) and isinstance(step, int):
+            value = value[step]
+    return value
+
+
+def _hf_token(source: Job, patch: CloneRequest) -> str | None:
+    token = patch.hf_token or patch.secrets.get(HF_SECRET)
+    without = HF_SECRET in patch.model_fields_set or HF_SECRET in patch.secrets  # null: the clone needs none
+    if HF_SECRET in source.secret_names and token is None and not without:
+        raise _missing_secret_error(HF_SECRET, HF_SECRET)
+    return token.get_secret_value() if token else None
+
+
+def _insert_secrets(config: JsonObject, patch: CloneRequest, required_names: list[str]) -> None:
+    """Put what was sent where it belongs. Raises InvalidRequest when one that the source had is missing."""
+    homes = {f"{owner}_{field}": (part, field) for owner, part in _iter_secret_owners(config) for field in SECRET_FIELDS}
+    for name, secret in patch.secrets.items():
+        if name == HF_SECRET or secret is None:
+            continue
+        if name not in homes:
+            raise InvalidRequest(f"nothing in the clone's training_config takes {name}", hint="leave it out", param=f"secrets.{name}")
+        part, field = homes[name]
+        part[field] = secret.get_secret_value()
+    for name in required_names:
+        if name not in homes or name in patch.secrets:
+            continue
+        part, field = homes[name]
+        if field not in part and part.get("mode") != "offline":
+            raise _missing_secret_error(name, f"secrets.{name}")
+
+
+def _iter_secret_owners(config: JsonObject) -> Iterator[tuple[str, JsonObject]]:
+    """The parts of a configuration that may have a secret, by the name that begins the secret's."""
+    for field, value in config.items():
+        if is_object(value):
+            yield field.removesuffix("_config"), value
+        elif isinstance(value, list):
+            yield from ((str(item.get("name")), item) for item in value if is_object(item))
+
+
+def _missing_secret_error(name: str, param: str) -> InvalidRequest:
+    hint = "secrets are never copied from job to job; null makes the clone without it"
+    return InvalidRequest(f"the job was made with {name}, and its clone needs it again; send it in the body", hint=hint, param=param)

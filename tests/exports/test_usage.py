@@ -1,0 +1,85 @@
+"""What lies beside a GGUF file tells the truth about it."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs.llm.exporters.usage import (
+    GEMMA_TEMPLATE,
+    TEMPLATE_TEST_CONVERSATIONS,
+    make_modelfile,
+    render_gemma_turns,
+    uses_gemma_template,
+    verify_command,
+)
+from jobs.runtime.errors import JobFailed
+
+
+class FakeTokenizer:
+    """As much of one as a chat template needs."""
+
+    bos_token = "<bos>"
+
+    def __init__(self, chat_template: str | None) -> None:
+        self.chat_template = chat_template
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: object) -> str:
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def refuse(message: str) -> None:
+            from jinja2 import TemplateError
+
+            raise TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = refuse
+        template = environment.from_string(self.chat_template or "")
+        return template.render(messages=messages, bos_token=self.bos_token, add_generation_prompt=True)
+
+
+@pytest.fixture(scope="module")
+def gemma() -> FakeTokenizer:
+    """With the template that is trained when a base has none: Google's own."""
+    from importlib.resources import files
+
+    return FakeTokenizer((files("trl") / "chat_templates/gemma3.jinja").read_text())
+
+
+def test_ollama_template_matches_gemma_template(gemma: FakeTokenizer) -> None:
+    assert uses_gemma_template(gemma)  # pyright: ignore[reportArgumentType]  # as much as is asked of it
+    assert (
+        render_gemma_turns(TEMPLATE_TEST_CONVERSATIONS[2])
+        == "<start_of_turn>user\nBe brief.\n\nHello.<end_of_turn>\n<start_of_turn>model\n"
+    )
+    told = make_modelfile("tuned-q8_0.gguf", gemma)  # pyright: ignore[reportArgumentType]
+    assert told.startswith("# Beside tuned-q8_0.gguf: ollama create NAME -f THIS_FILE\nFROM ./tuned-q8_0.gguf\n")
+    assert f'TEMPLATE """{GEMMA_TEMPLATE}"""\nPARAMETER stop "<end_of_turn>"\n' in told
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% endfor %}",
+        "{{ raise_exception('no system') if messages[0].role == 'system' }}",
+    ],
+)
+def test_other_templates_are_left_to_the_gguf(template: str) -> None:
+    other = FakeTokenizer(template)
+    assert not uses_gemma_template(other)  # pyright: ignore[reportArgumentType]
+    assert "TEMPLATE" not in make_modelfile("x.gguf", other)  # pyright: ignore[reportArgumentType]
+
+
+def test_model_without_chat_template_passes_prompt_through() -> None:
+    assert 'TEMPLATE "{{ .Prompt }}"' in make_modelfile("x.gguf", FakeTokenizer(None))  # pyright: ignore[reportArgumentType]
+
+
+def test_adapter_modelfile_names_its_base_file(gemma: FakeTokenizer) -> None:
+    told = make_modelfile("base.gguf", gemma, "tuned-lora-f16.gguf")  # pyright: ignore[reportArgumentType]
+    assert "FROM ./base.gguf\nADAPTER ./tuned-lora-f16.gguf\n" in told
+
+
+def test_failing_command_is_not_written(tmp_path: Path) -> None:
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(JobFailed, match=r"broken\.gguf does not answer in llama\.cpp's own program") as caught:
+        verify_command(tmp_path / "broken.gguf", "<bos>hello", "<bos>", threads=1)
+    assert caught.value.failure.code == "export_failed"

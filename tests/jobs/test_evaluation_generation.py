@@ -1,0 +1,363 @@
+"""What a model answers while it is being trained: the right words, and a training that does not notice."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.llm.data.tokenize import tokenize_split
+from jobs.llm.evaluation.generation import (
+    MAX_BATCH_PROMPTS,
+    MAX_BATCH_TOKENS,
+    MIN_BATCH_PROMPTS,
+    generate_batch,
+    make_samples,
+    max_generation_batch,
+)
+from jobs.llm.evaluation.prompts import make_eval_prompts
+from jobs.runtime.errors import JobFailed
+
+PROMPTS = ["what does files do", "it", "open close read write path name value number string", "call", "what does copy do 17", "a list of"]
+NEW_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def model(base: Path) -> Any:
+    """The tiny base, as a training holds it. Not to be changed."""
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(base)
+    loaded.config.use_cache = False
+    return loaded.train()
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer: Any) -> list[list[int]]:
+    return [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def expected_answers(model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[str]:
+    """The likeliest tokens, each from a whole pass over all that came before it."""
+    return [generate_greedy(model, tokenizer, prompt) for prompt in prompts]
+
+
+def generate_greedy(model: Any, tokenizer: Any, prompt: list[int], ends: tuple[int, ...] = (1,)) -> str:
+    import torch
+
+    said: list[int] = []
+    model.eval()
+    while len(said) < NEW_TOKENS:
+        with torch.no_grad():
+            token = int(model(input_ids=torch.tensor([[*prompt, *said]], device=model.device)).logits[0, -1].argmax())
+        if token in ends:
+            break
+        said.append(token)
+    model.train()
+    return tokenizer.decode(said, skip_special_tokens=True)
+
+
+def generate_answers(model: Any, tokenizer: Any, prompts: list[list[int]], batch_size: int = 4, **options: Any) -> list[str]:
+    return generate_batch(model, tokenizer, prompts, max_new_tokens=NEW_TOKENS, batch_size=batch_size, **options)
+
+
+def load_with_lora(base: Path, **options: Any) -> Any:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(3)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.5, init_lora_weights=False, task_type="CAUSAL_LM")
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(base, **options), config)
+
+
+def capture_rng_state() -> tuple[Any, ...]:
+    import numpy
+    import torch
+
+    return random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 100])
+def test_answers_are_greedy_for_any_batch_size(
+    model: Any, tokenizer: Any, prompts: list[list[int]], expected_answers: list[str], batch_size: int
+) -> None:
+    assert len(set(expected_answers)) > 1
+    assert generate_answers(model, tokenizer, prompts, batch_size) == expected_answers
+
+
+def test_adapter_is_used_without_dropout(base: Path, tokenizer: Any, prompts: list[list[int]], expected_answers: list[str]) -> None:
+    adapted = load_with_lora(base).train()
+    said = generate_answers(adapted, tokenizer, prompts)
+    assert said == [generate_greedy(adapted, tokenizer, prompt) for prompt in prompts]
+    assert said != expected_answers
+
+
+def test_bf16_model_matches_greedy_generation(base: Path, tokenizer: Any, prompts: list[list[int]]) -> None:
+    import torch
+
+    adapted = load_with_lora(base, dtype=torch.bfloat16)
+    assert generate_answers(adapted, tokenizer, prompts[:1]) == [generate_greedy(adapted, tokenizer, prompts[0])]
+
+
+def test_sampling_settings_of_generation_config_are_ignored(
+    model: Any, tokenizer: Any, prompts: list[list[int]], expected_answers: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import GenerationConfig
+
+    chatty = GenerationConfig(do_sample=True, temperature=5.0, top_k=50, repetition_penalty=3.0, no_repeat_ngram_size=1, eos_token_id=1)
+    monkeypatch.setattr(model, "generation_config", chatty)
+    assert generate_answers(model, tokenizer, prompts) == expected_answers
+
+
+@pytest.mark.parametrize("as_a_list", [True, False])
+def test_generation_stops_at_eos_of_generation_config(
+    model: Any, tokenizer: Any, prompts: list[list[int]], expected_answers: list[str], monkeypatch: pytest.MonkeyPatch, as_a_list: bool
+) -> None:
+    end = tokenizer(expected_answers[0], add_special_tokens=False)["input_ids"][2]  # a token in the midst of an answer
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [1, end] if as_a_list else end)
+    said = generate_answers(model, tokenizer, prompts)
+    assert said == [generate_greedy(model, tokenizer, prompt, (1, end) if as_a_list else (end,)) for prompt in prompts]
+    assert said[0] != expected_answers[0]
+
+
+def test_special_tokens_are_removed_from_answers(
+    model: Any, tokenizer: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    turn = tokenizer.convert_tokens_to_ids("<start_of_turn>")
+    head = model.lm_head.forward
+    monkeypatch.setattr(model.lm_head, "forward", lambda hidden: head(hidden).index_fill(-1, torch.tensor([turn]), 1e4))
+    assert generate_answers(model, tokenizer, prompts) == [""] * len(prompts)
+
+
+@pytest.mark.parametrize(
+    ("trained", "longest", "together"),
+    [(1, 20, MAX_BATCH_PROMPTS), (1, 4000, MIN_BATCH_PROMPTS), (1, 1000, MAX_BATCH_TOKENS // 1064), (64, 20, 64), (16, 4000, 16)],
+)
+def test_generation_batch_is_larger_than_training_batch(trained: int, longest: int, together: int) -> None:
+    assert max_generation_batch(trained, [[1], [1] * longest], 64) == together
+
+
+def test_no_prompts_give_no_answers(model: Any, tokenizer: Any) -> None:
+    assert generate_answers(model, tokenizer, []) == []
+
+
+def test_generation_does_not_change_training(base: Path, tokenizer: Any, prompts: list[list[int]]) -> None:
+    import torch
+
+    def trained(*, asked: bool) -> dict[str, Any]:
+        adapted = load_with_lora(base).train()
+        optimizer = torch.optim.SGD([part for part in adapted.parameters() if part.requires_grad], lr=0.1)
+        torch.manual_seed(11)
+        for _ in range(2):
+            if asked:
+                generate_answers(adapted, tokenizer, prompts)
+            rows = torch.tensor([prompts[2]])
+            adapted(input_ids=rows, labels=rows).loss.backward()
+            optimizer.step()
+        return {name: part.detach() for name, part in adapted.named_parameters() if part.requires_grad}
+
+    alone, interrupted = trained(asked=False), trained(asked=True)
+    assert all(torch.equal(alone[name], interrupted[name]) for name in alone)
+
+
+def test_generation_restores_model_and_rng_state(base: Path, tokenizer: Any, prompts: list[list[int]]) -> None:
+    adapted = load_with_lora(base).train()
+    adapted.activation_checkpointing_enable()
+    adapted.config.use_cache = False
+    frozen = adapted.get_input_embeddings().eval()  # kept from training while the rest is trained
+    before = capture_rng_state(), [(part.training, getattr(part, "gradient_checkpointing", None)) for part in adapted.modules()]
+    config = adapted.generation_config.to_dict()
+
+    generate_answers(adapted, tokenizer, prompts)
+
+    assert (capture_rng_state(), [(part.training, getattr(part, "gradient_checkpointing", None)) for part in adapted.modules()]) == before
+    assert not frozen.training
+    assert any(checkpointing for _, checkpointing in before[1])
+    assert adapted.config.use_cache is False
+    assert adapted.generation_config.to_dict() == config
+
+
+def test_rng_state_changed_by_callback_is_restored(model: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
+    import numpy
+    import torch
+
+    def draw() -> None:
+        random.random()
+        numpy.random.rand()
+        torch.rand(1)
+
+    before = capture_rng_state()
+    generate_answers(model, tokenizer, prompts, pulse=draw)
+    assert capture_rng_state() == before
+
+
+@pytest.mark.parametrize("pulses", [1, 3, 9])
+def test_generation_can_be_interrupted(model: Any, tokenizer: Any, prompts: list[list[int]], pulses: int) -> None:
+    class Interrupted(Exception):
+        pass
+
+    heard = 0
+
+    def pulse() -> None:
+        nonlocal heard
+        heard += 1
+        if heard == pulses:
+            raise Interrupted
+
+    before = capture_rng_state()
+    with pytest.raises(Interrupted):
+        generate_answers(model, tokenizer, prompts, 2, pulse=pulse)
+    assert heard == pulses
+    assert model.training
+    assert capture_rng_state() == before
+
+
+@pytest.fixture
+def limit_batch_rows(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """A machine with memory for so many rows at once; the rows of each batch that was tried."""
+    import torch
+
+    embedding = torch.nn.functional.embedding
+
+    def make(rows: int) -> list[int]:
+        tried: list[int] = []
+
+        def look_up(tokens: Any, *rest: Any, **named: Any) -> Any:
+            if tokens.shape[1] > 1:  # a prompt, and no token of an answer
+                tried.append(len(tokens))
+            if len(tokens) > rows:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return embedding(tokens, *rest, **named)
+
+        monkeypatch.setattr(torch.nn.functional, "embedding", look_up)
+        return tried
+
+    return make
+
+
+def test_generation_batch_shrinks_when_memory_is_short(
+    model: Any, tokenizer: Any, prompts: list[list[int]], expected_answers: list[str], limit_batch_rows: Callable[[int], list[int]]
+) -> None:
+    tried = limit_batch_rows(2)
+    assert generate_answers(model, tokenizer, prompts, 6) == expected_answers
+    assert tried == [6, 3, 1, 1, 1, 1, 1, 1]
+
+
+def test_oom_with_single_prompt_fails_with_reason(
+    model: Any, tokenizer: Any, prompts: list[list[int]], limit_batch_rows: Callable[[int], list[int]]
+) -> None:
+    limit_batch_rows(0)
+    with pytest.raises(JobFailed, match="single held-out prompt") as failed:
+        generate_answers(model, tokenizer, prompts, 2)
+    assert failed.value.failure.code == "out_of_memory"
+    assert model.training
+
+
+def test_other_errors_are_not_treated_as_oom(model: Any, tokenizer: Any) -> None:
+    with pytest.raises((IndexError, RuntimeError), match="index out of range"):
+        generate_answers(model, tokenizer, [[2, 10**6]])
+
+
+class FakeImageTextModel:
+    """Stands for an image-text model: remembers what it was given, and says nothing."""
+
+    training = True
+    device = "cpu"
+
+    def __init__(self) -> None:
+        from transformers import GenerationConfig
+
+        self.generation_config = GenerationConfig(eos_token_id=1)
+        self.inputs: list[dict[str, Any]] = []
+
+    def modules(self) -> list[Any]:
+        return []
+
+    def eval(self) -> None:
+        pass
+
+    def generate(self, *, generation_config: Any, stopping_criteria: Any, **inputs: Any) -> Any:
+        import torch
+
+        self.inputs.append(inputs)
+        return torch.cat([inputs["input_ids"], torch.ones(len(inputs["input_ids"]), 1).long()], dim=1)
+
+
+def test_image_features_follow_their_prompts(tokenizer: Any) -> None:
+    import torch
+
+    heard = FakeImageTextModel()
+    of_first = {"token_type_ids": torch.tensor([0, 1]), "pixel_values": torch.full((1, 3, 2, 2), 1.0)}
+    of_last = {"token_type_ids": torch.tensor([0, 1, 1]), "pixel_values": torch.full((2, 3, 2, 2), 2.0)}
+    generate_answers(heard, tokenizer, [[2, 9], [2, 9, 9, 9], [2, 9, 9]], features=[of_first, {}, of_last])
+
+    (inputs,) = heard.inputs
+    assert inputs["input_ids"].tolist() == [[2, 9, 9, 9], [0, 2, 9, 9], [0, 0, 2, 9]]  # longest first
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1]]
+    assert inputs["token_type_ids"].tolist() == [[0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 0, 1]]
+    assert inputs["pixel_values"][:, 0, 0, 0].tolist() == [2.0, 2.0, 1.0]
+
+
+# --- questions ---
+
+
+def tokenize_rows(rows: list[dict[str, Any]], dataset_type: Any, tokenizer: Any, max_length: int = 512) -> Any:
+    return tokenize_split(iter(rows), dataset_type, tokenizer, max_length).rows
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def test_each_assistant_turn_gives_one_eval_prompt(tokenizer: Any) -> None:
+    talk = [turn("user", "what does copy do"), turn("assistant", "it returns a list"), turn("user", "call"), turn("assistant", "a name")]
+    first, second = make_eval_prompts(tokenize_rows([{"messages": talk}], "messages", tokenizer), tokenizer, 9)
+    assert [first.reference, second.reference] == ["it returns a list", "a name"]
+    assert first.prompt_text == "<bos><start_of_turn>user\nwhat does copy do<end_of_turn>\n<start_of_turn>model\n"
+    assert (
+        second.prompt_text
+        == first.prompt_text + "it returns a list<end_of_turn>\n<start_of_turn>user\ncall<end_of_turn>\n<start_of_turn>model\n"
+    )
+    for question in (first, second):
+        assert tokenizer.decode(question.prompt_ids) == question.prompt_text
+        assert question.row_index == 0
+
+
+def test_completion_is_reference_of_its_prompt(tokenizer: Any) -> None:
+    (question,) = make_eval_prompts(
+        tokenize_rows([{"prompt": "open the", "completion": " path"}], "prompt_completion", tokenizer), tokenizer, 9
+    )
+    assert (question.prompt_text, question.reference) == ("open the", " path")
+    assert question.prompt_ids == tuple(tokenizer("open the")["input_ids"])
+
+
+def test_text_rows_give_no_eval_prompts(tokenizer: Any) -> None:
+    assert make_eval_prompts(tokenize_rows([{"text": "it returns a list of files"}], "text", tokenizer), tokenizer, 9) == []
+
+
+def test_blank_answers_are_not_references(tokenizer: Any) -> None:
+    rows = [{"prompt": "what", "completion": " "}, {"prompt": "what", "completion": " call"}]
+    assert [question.row_index for question in make_eval_prompts(tokenize_rows(rows, "prompt_completion", tokenizer), tokenizer, 9)] == [1]
+
+
+def test_eval_prompts_are_first_rows_and_deterministic(tokenizer: Any) -> None:
+    rows = tokenize_rows([{"prompt": f"what {n}", "completion": f" name {n}"} for n in range(9)], "prompt_completion", tokenizer)
+    chosen = make_eval_prompts(rows, tokenizer, 3)
+    assert [question.reference.strip() for question in chosen] == ["name 0", "name 1", "name 2"]
+    assert make_eval_prompts(rows, tokenizer, 3) == chosen
+    assert make_eval_prompts(rows, tokenizer, 0) == []
+
+
+# --- samples ---
+
+
+def test_samples_are_first_rows_with_control_characters_replaced() -> None:
+    shown = make_samples(["a\nb", "c", "d"], ["ref\x1b[2J", None, "e"], ["x" * 3000, "y", "z"], 2)
+    assert [sample.prompt for sample in shown] == ["a\nb", "c"]
+    assert [sample.reference for sample in shown] == ["ref\N{REPLACEMENT CHARACTER}[2J", None]
+    assert shown[0].text == "x" * 1999 + "…"

@@ -1,0 +1,197 @@
+"""A training whose model is divided among its processes: the one that a single process makes, and its checkpoints are anybody's."""
+
+import gc
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from jobs.llm.fsdp import MemoryEstimate, choose_parallelism, fsdp_unsupported_reason
+from jobs.llm.model import estimate_training_bytes
+from jobs.llm.trained_model import TrainedModel
+from jobs.runtime.errors import JobFailed
+from jobs.runtime.settings import read_parallelism
+from schema.checkpoint import checkpoints_prefix
+from schema.events import CheckpointRestored, MetricsLogged, SamplesGenerated
+from tests.jobs.conftest import load_saved_checkpoints, make_spec, messages
+from tests.jobs.test_continuation import TrainingRun, assert_runs_identical, weights
+from tests.jobs.test_distributed import HYPERPARAMETERS, KillWorkerListener, assert_runs_close
+
+
+@pytest.fixture
+def make_training_run(store: Path, tmp_path: Path) -> Callable[..., TrainingRun]:
+    def run(name: str, hyperparameters: dict[str, Any] | None = None, **config: Any) -> TrainingRun:
+        config = {"method": "Full", "eval_config": {"eval_strategy": "epoch"}} | config
+        return TrainingRun(
+            make_spec(store, train=messages(9), hyperparameters=HYPERPARAMETERS | (hyperparameters or {}), **config), tmp_path / name
+        )
+
+    return run
+
+
+@pytest.fixture
+def set_fsdp(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
+    """Lets what follows train in two processes that divide the model, or in one."""
+    monkeypatch.setenv("JOB_PARALLELISM", "fsdp")
+    yield lambda wanted: monkeypatch.setenv("JOB_PROCESSES", "2" if wanted else "1")
+    assert not psutil.Process().children()
+    assert not {"RANK", "WORLD_SIZE", "MASTER_PORT"} & os.environ.keys()
+
+
+@dataclass
+class ShardSizeListener(KillWorkerListener):
+    """A mirror that weighs what of the model and its optimizer is in this process, and kills nobody."""
+
+    step: int = -1
+    shard_fractions: list[float] = field(default_factory=list)
+
+    def log_metrics(self, event: MetricsLogged) -> None:
+        from torch.distributed.tensor import DTensor
+        from torch.optim import AdamW
+
+        optimizer = [one for one in gc.get_objects() if type(one) is AdamW][-1]  # the one before may still be there
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        parts = weights + [optimizer.state[weight][moment] for weight in weights for moment in ("exp_avg", "exp_avg_sq")]
+        assert all(isinstance(part, DTensor) for part in parts)
+        self.shard_fractions.append(sum(part.to_local().nbytes for part in parts) / sum(part.nbytes for part in parts))
+
+
+def test_fsdp_matches_single_process_fallback_and_checkpoints_resume_anywhere(
+    make_training_run: Callable[..., TrainingRun], set_fsdp: Callable[[bool], None], store: Path, tmp_path: Path
+) -> None:
+    set_fsdp(False)
+    alone = make_training_run("alone")
+    expected = alone.finish()
+    set_fsdp(True)
+    unbroken, scales = make_training_run("unbroken"), ShardSizeListener()
+    model = unbroken.run_attempt(training_listener=scales)
+    assert isinstance(model, TrainedModel)
+    assert_runs_close((unbroken, model), (alone, expected))
+    assert unbroken.recorders[0].decisions["parallelism"] == "fsdp"
+    assert len(scales.shard_fractions) == 6
+    assert all(0.45 < share < 0.55 for share in scales.shard_fractions)
+
+    broken = make_training_run("broken")
+    with pytest.raises(JobFailed):
+        broken.run_attempt(training_listener=KillWorkerListener(3))
+    spec = broken.spec.model_copy(update={"checkpoints_prefix": checkpoints_prefix(f"{broken.spec.job_id}-passed-on", None)})
+    passed_on = TrainingRun(spec, tmp_path / "passed-on", list(broken.recorders))
+    shutil.copytree(store / broken.spec.checkpoints_prefix, store / passed_on.spec.checkpoints_prefix)
+    assert_runs_identical(broken, broken.finish(), unbroken, model)
+    assert resumed_steps(broken) == [2]
+
+    set_fsdp(False)
+    assert max_weight_difference(passed_on.finish(), expected) < 1e-5
+    assert resumed_steps(passed_on) == [2]
+
+
+def resumed_steps(training_run: TrainingRun) -> list[int]:
+    return [event.step for listener in training_run.recorders for event in listener.events if isinstance(event, CheckpointRestored)]
+
+
+def max_weight_difference(one: TrainedModel, other: TrainedModel) -> float:
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    return max(float((part - theirs[name]).abs().max()) for name, part in ours.items())
+
+
+@pytest.fixture
+def oom_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Memory runs out in rank 0 in the midst of a model that measures more than one row; what happened so far."""
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
+
+    forward, happened = Gemma3Attention.forward, []
+
+    def short(part: Any, *, hidden_states: Any, **options: Any) -> Any:
+        if not part.training and part.layer_idx == 3 and len(hidden_states) > 1:
+            happened.append(len(hidden_states))
+            raise RuntimeError("CUDA out of memory")
+        return forward(part, hidden_states=hidden_states, **options)
+
+    monkeypatch.setattr(Gemma3Attention, "forward", short)
+    return happened
+
+
+def test_best_adapter_with_fsdp_is_evaluated_despite_oom_and_published(
+    make_training_run: Callable[..., TrainingRun], set_fsdp: Callable[[bool], None], oom_in_evaluation: list[int]
+) -> None:
+    # The first step has a learning rate of 0, and the others ruin the model.
+    knobs = {"gradient_checkpointing": True, "max_steps": 3, "learning_rate": 1.0, "save_strategy": "no"}
+    knobs |= {"batch_size": 2, "gradient_accumulation_steps": 2}
+    judged = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "sample_prompts": 1, "max_new_tokens": 4}
+    set_fsdp(True)
+    story = make_training_run("adapter", knobs, method="LoRA", eval_config=judged)
+    model = story.finish()
+    measured = story.evaluations
+    assert oom_in_evaluation == [2] * 5  # once in each measurement, which goes on with a row at a time
+    best = min((1, 2, 3), key=lambda step: measured["during", step])
+    assert model.step == best < 3
+    assert measured["after", best] == measured["during", best]
+    answered = [event.when for event in story.recorders[0].events if isinstance(event, SamplesGenerated)]
+    assert answered == ["before", "during", "during", "during", "after"]
+    (kept,) = [kept for kept in load_saved_checkpoints(story.spec) if kept.step == best]
+    files = {file.path: file.sha256 for file in kept.files}
+    assert files.keys() >= {"optimizer.pt", "rng_state_0.pth", "rng_state_1.pth"}
+    assert files["adapter_model.safetensors"] == sha256((model.folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+# --- without a second process ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("processes", "obstacle", "asked", "room", "value"),
+    [
+        (1, "", "fsdp", None, "none"),
+        (4, "", None, MemoryEstimate(full_model_bytes=30, shard_bytes=10, available_bytes=40), "ddp"),
+        (4, "", None, MemoryEstimate(full_model_bytes=50, shard_bytes=20, available_bytes=40), "fsdp"),
+        (4, "", None, MemoryEstimate(full_model_bytes=500, shard_bytes=200, available_bytes=40), "ddp"),
+        (4, "cannot be", None, MemoryEstimate(full_model_bytes=50, shard_bytes=20, available_bytes=40), "ddp"),
+        (4, "cannot be", "fsdp", None, "ddp"),
+        (4, "", "fsdp", MemoryEstimate(full_model_bytes=30, shard_bytes=10, available_bytes=40), "fsdp"),
+        (4, "", "ddp", MemoryEstimate(full_model_bytes=50, shard_bytes=20, available_bytes=40), "ddp"),
+        (4, "", None, None, "ddp"),
+    ],
+)
+def test_fsdp_is_chosen_by_memory_or_on_request(processes: int, obstacle: str, asked: Any, room: MemoryEstimate | None, value: str) -> None:
+    found = choose_parallelism(processes, obstacle, asked, room)
+    assert found.value == value
+    assert obstacle in found.reason
+    assert found.reason
+
+
+def test_fsdp_is_not_used_for_qlora_or_other_trainers(store: Path) -> None:
+    def obstacle(**config: Any) -> str:
+        return fsdp_unsupported_reason(make_spec(store, **config).training_config)
+
+    assert not obstacle(method="Full")
+    assert not obstacle(method="LoRA")
+    assert "4 bits" in obstacle(method="QLoRA")
+    assert "sft" in obstacle(trainer_type="dpo", dataset_type="preference")
+
+
+@pytest.mark.parametrize("method", ["Full", "LoRA"])
+def test_fsdp_memory_estimate_shrinks_with_more_shards(tmp_path: Path, store: Path, method: str) -> None:
+    layers, width, words = 48, 3840, 262_208
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": width, "num_hidden_layers": layers, "vocab_size": words}))
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(24_000_000_000)  # 12 billion weights in bf16, and no byte of it on the disk
+    config = make_spec(store, method=method).training_config
+    needed = [estimate_training_bytes(config, tmp_path, gradient_checkpointing=True, num_shards=parts) for parts in (1, 2, 4, 8)]
+    whole = {"Full": 16, "LoRA": 2}[method] * 12e9
+    assert needed[0] > whole
+    assert needed[1:] == sorted(needed[1:], reverse=True)
+    assert needed[1] - needed[3] == pytest.approx(whole * (1 / 2 - 1 / 8))
+    assert estimate_training_bytes(config, tmp_path) > needed[0]
+
+
+def test_only_known_parallelism_values_are_accepted() -> None:
+    assert (read_parallelism({}), read_parallelism({"JOB_PARALLELISM": "fsdp"})) == (None, "fsdp")
+    with pytest.raises(JobFailed, match="JOB_PARALLELISM"):
+        read_parallelism({"JOB_PARALLELISM": "zero"})

@@ -1,0 +1,127 @@
+"""Promises of the house: light imports, resolvable registries, pages that match the code."""
+
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from infra.settings_table import render_settings_page
+from schema.training import TRAINER_TYPES
+from schema.training.evaluation import EvalConfig
+from schema.training.export import ExportConfig
+from schema.training.graders import GRADER_TYPES
+from schema.training.llm_hyperparameters import Hyperparameters
+from schema.types import DatasetType
+from service.adapters.jobstores import JOB_STORES
+from service.adapters.launchers import LAUNCHERS
+from service.adapters.launchers.cloud_run.launcher import IMAGE_PACKAGES
+from service.adapters.links import URL_SIGNERS
+from service.adapters.secrets import SECRET_STORES
+from storage import STORES
+
+SOURCE = Path(__file__).resolve().parents[2]
+HEAVY_PACKAGES = {
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "numpy",
+    "pandas",
+    "wandb",
+    "llama_cpp",
+    "huggingface_hub",
+    "google",
+    "boto3",
+}
+
+
+def test_service_imports_no_heavy_package() -> None:
+    code = "import sys, service.main, cli; print('\\n'.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=SOURCE)
+    assert not HEAVY_PACKAGES & {name.partition(".")[0] for name in done.stdout.split()}
+
+
+def test_service_requirements_contain_no_ml_library() -> None:
+    pinned = {line.partition("==")[0].lower() for line in (SOURCE / "requirements/service.txt").read_text().splitlines()}
+    clients = {"boto3", "huggingface_hub"}  # no ML; their adapters import them when they are asked for
+    assert not {name.replace("_", "-") for name in pinned} & {name.replace("_", "-") for name in HEAVY_PACKAGES - clients}
+
+
+def test_trainer_image_packages_match_cloud_profiles() -> None:
+    pinned = {line.partition("==")[0].strip() for line in (SOURCE / "jobs/environments/llm/requirements.txt").read_text().splitlines()}
+    assert {name: name in pinned for name in IMAGE_PACKAGES} == IMAGE_PACKAGES
+
+
+@pytest.mark.parametrize(
+    "registry", [JOB_STORES, LAUNCHERS, URL_SIGNERS, SECRET_STORES, STORES], ids=["jobs", "launchers", "links", "secrets", "objects"]
+)
+def test_every_registry_line_resolves(registry: dict[str, str]) -> None:
+    for line in registry.values():
+        module, _, name = line.partition(":")
+        assert isinstance(getattr(import_module(module), name), type)
+
+
+def test_every_trainer_type_names_an_existing_function() -> None:
+    for config in TRAINER_TYPES.values():
+        module, _, function = config.trainer.partition(":")
+        assert f"def {function}(" in (SOURCE / (module.replace(".", "/") + ".py")).read_text()
+
+
+def test_settings_page_is_up_to_date() -> None:
+    assert (SOURCE / "docs/settings.md").read_text() == render_settings_page()
+
+
+def test_documentation_links_resolve() -> None:
+    pages = [*SOURCE.glob("*.md"), *(SOURCE / "docs").rglob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_files_named_in_architecture_exist() -> None:
+    text = (SOURCE / "ARCHITECTURE.md").read_text()
+    for name in re.findall(r"`((?:service|schema|jobs|storage|tests)/[\w/]+\.py)`", text):
+        assert (SOURCE / name).exists(), name
+
+
+def test_failure_table_names_existing_tests() -> None:
+    page = (SOURCE / "ARCHITECTURE.md").read_text().partition("## What happens when X dies")[2].partition("\n## ")[0]
+    shown = [line.rpartition("| `")[2].removesuffix("` |") for line in page.splitlines() if line.startswith("| ") and "`" in line]
+    assert len(shown) > 20
+    tests = "".join(path.read_text() for path in (SOURCE / "tests").rglob("test_*.py"))
+    missing = [name for name in shown if not ((SOURCE / name).is_file() if "/" in name else f"def {name}(" in tests)]
+    assert missing == []
+
+
+def test_api_page_lists_defaults_per_trainer_type() -> None:
+    page = (SOURCE / "docs/api.md").read_text()
+    rows = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for line in page.splitlines() if len(cells := line.split("|")) == 9}
+    knobs = {name: config.model_fields["hyperparameters"].default for name, config in TRAINER_TYPES.items()}
+    assert rows[""] == [f"`{name}`" for name in knobs]
+    rates = [config.learning_rates for config in TRAINER_TYPES.values()]
+    assert [float(cell) for cell in rows["`learning_rate`, LoRA and QLoRA"]] == [rate["LoRA"] for rate in rates]
+    assert [float(cell) for cell in rows["`learning_rate`, Full"]] == [rate["Full"] for rate in rates]
+    assert all(rate["LoRA"] == rate["QLoRA"] for rate in rates)
+    batches = [f"{knob.batch_size} × {knob.gradient_accumulation_steps}" for knob in knobs.values()]
+    assert rows["`batch_size` × `gradient_accumulation_steps`"] == batches
+    assert [int(cell) for cell in rows["`epochs`"]] == [knob.epochs for knob in knobs.values()]
+    own = [[f"`{name}`" for name in type(knob).model_fields if name not in Hyperparameters.model_fields] for knob in knobs.values()]
+    assert [cell.split(", ") for cell in rows["its own"]] == own
+
+
+def test_api_page_lists_trainer_types_graders_and_fields() -> None:
+    page = (SOURCE / "docs/api.md").read_text()
+    told = set(re.findall(r"`(\w+)`", page))
+    assert set(TRAINER_TYPES) | set(GRADER_TYPES) | set(get_args(DatasetType)) <= told
+    assert set(EvalConfig.model_fields) - {"batch_eval_metrics"} | set(ExportConfig.model_fields) <= told
+    for name, config in TRAINER_TYPES.items():
+        [row] = [line for line in page.splitlines() if line.startswith((f"| `{name}` |", f"| `{name}` (left out) |"))]
+        assert [cell.strip() for cell in row.split("|")][3:5] == [
+            ", ".join(f"`{kind}`" for kind in config.dataset_types),
+            ", ".join(config.modalities),
+        ]
