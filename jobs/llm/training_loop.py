@@ -36,8 +36,8 @@ from jobs.llm.distributed import (
     shard_training_steps,
     worker_pool,
 )
+from jobs.llm.evaluation.benchmarks import evaluate_with_lm_eval
 from jobs.llm.evaluation.generation import Features, generate_batch, make_samples, max_generation_batch
-from jobs.llm.evaluation.lm_eval import evaluate_with_lm_eval
 from jobs.llm.evaluation.prompts import EvalPrompt, make_eval_prompts
 from jobs.llm.evaluation.text_metrics import task_metrics
 from jobs.llm.exporters import check_exportable

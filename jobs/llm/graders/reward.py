@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from jobs.runtime.context import JobContext
-    from schema.training import Grader as GraderConfig
+    from schema.training.graders import Grader as GraderConfig
 
 MAX_CONSECUTIVE_FAILURES = 10  # calls in a row in which not a single completion could be graded: whatever is wrong will not mend itself
 WARN_EVERY = 50  # calls with failures between two warnings

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from jobs.llm.evaluation.lm_eval import collect_values, evaluate_with_lm_eval
+from jobs.llm.evaluation.benchmarks import collect_values, evaluate_with_lm_eval
 from jobs.runtime.promotion_gate import evaluate_gate
 from schema.job import EvalMetrics
 from schema.training.evaluation import Threshold
