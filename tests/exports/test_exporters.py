@@ -19,13 +19,14 @@ from jobs.llm.exporters.tensor_merge import merge_tensors
 from jobs.llm.exporters.verify import TOKENIZER_EDGE_CASES, ExportedFile, GgufVerifier, check_fidelity, is_closer_to_base, make_advice
 from jobs.llm.exporters.workspace import ExportWorkspace
 from jobs.llm.llama_cpp import is_llama_cpp_available
-from jobs.llm.llama_cpp import runner as apart
 from jobs.llm.llama_cpp.evaluate import EvalResponse
 from jobs.llm.llama_cpp.fidelity import TIE_NATS, Comparison, Passage, compare, list_targets, log_softmax
+from jobs.llm.llama_cpp.runner import convert
 from jobs.llm.trained_model import HeldOutExample, TrainedModel
 from jobs.runtime.artifacts import sha256_of
 from jobs.runtime.context import JobContext
 from jobs.runtime.errors import JobFailed, Stopped
+from jobs.runtime.subprocesses import SubprocessFailed, run_program
 from schema.events import DecisionMade, PhaseChanged, WarningRaised
 from schema.job import Artifact
 from schema.spec import manifest_key
@@ -336,16 +337,14 @@ def test_gguf_matches_llama_cpp_converter_byte_for_byte(exported: Exported, adap
     whole = download_artifact(context.stores.models, artifacts["merged"], tmp_path / "merged")
     staging = make_staging_folder(whole, whole, [adapter.base_folder], tmp_path / "staging")
     options = ["--outtype", "bf16", "--model-name", "gemma-3-270m"]
-    apart.run_program(
-        "convert", [sys.executable, str(get_converter_path()), str(staging), *options, "--outfile", str(tmp_path / "plain.gguf")]
-    )
+    run_program("convert", [sys.executable, str(get_converter_path()), str(staging), *options, "--outfile", str(tmp_path / "plain.gguf")])
     assert sha256_of(tmp_path / "plain.gguf") == artifacts["gguf-bf16"].sha256
 
 
 def test_llama_cpp_crash_raises_error_with_output() -> None:
     crash = "import os, signal; print('last words'); import sys; sys.stdout.flush(); os.kill(os.getpid(), signal.SIGSEGV)"
-    with pytest.raises(apart.SubprocessFailed, match="quantize was killed by SIGSEGV: last words"):
-        apart.run_program("quantize", [sys.executable, "-c", crash])
+    with pytest.raises(SubprocessFailed, match="quantize was killed by SIGSEGV: last words"):
+        run_program("quantize", [sys.executable, "-c", crash])
 
 
 def test_cancel_ends_the_llama_cpp_process() -> None:
@@ -353,7 +352,7 @@ def test_cancel_ends_the_llama_cpp_process() -> None:
 
     before = set(psutil.Process().children())
     with raise_after(Stopped("cancel"), after_s=0.3), pytest.raises(Stopped):
-        apart.run_program("convert", [sys.executable, "-c", "import time; time.sleep(60)"])
+        run_program("convert", [sys.executable, "-c", "import time; time.sleep(60)"])
     assert set(psutil.Process().children()) <= before
 
 
@@ -418,7 +417,7 @@ def test_erased_tuning_gives_warning(workspace: ExportWorkspace, record: EventRe
     path = tmp_path / "base.gguf"
     trained = workspace.trained
     staging = make_staging_folder(trained.base_folder, trained.base_folder, [trained.base_folder], tmp_path / "staging")
-    apart.convert(staging, path, precision="bf16", name="base")
+    convert(staging, path, precision="bf16", name="base")
     fidelity = GgufVerifier(workspace).verify(ExportedFile(path, "q2_k"))
     assert fidelity.closer_to_base
     (warning,) = [event for event in record.events if isinstance(event, WarningRaised)]

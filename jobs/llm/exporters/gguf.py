@@ -30,9 +30,10 @@ from jobs.llm.exporters.usage import make_modelfile, make_run_script, verify_com
 from jobs.llm.exporters.verify import ExportedFile, GgufVerifier
 from jobs.llm.llama_cpp import find_program
 from jobs.llm.llama_cpp.gguf_reader import count_weights
-from jobs.llm.llama_cpp.runner import SubprocessFailed, compute_imatrix, convert, quantize
+from jobs.llm.llama_cpp.runner import compute_imatrix, convert, quantize
 from jobs.runtime.artifacts import ExportedArtifact
 from jobs.runtime.errors import JobFailed
+from jobs.runtime.subprocesses import SubprocessFailed
 from schema.training.export import GgufQuantization
 
 if TYPE_CHECKING:

@@ -14,9 +14,10 @@ from jobs.llm.exporters.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from jobs.llm.exporters.gguf import make_staging_folder, record_fidelity, write_usage
 from jobs.llm.exporters.model_files import read_precision, write_json
 from jobs.llm.exporters.verify import ExportedFile, GgufVerifier
-from jobs.llm.llama_cpp.runner import SubprocessFailed, convert, convert_lora
+from jobs.llm.llama_cpp.runner import convert, convert_lora
 from jobs.runtime.artifacts import ExportedArtifact
 from jobs.runtime.errors import JobFailed
+from jobs.runtime.subprocesses import SubprocessFailed
 
 if TYPE_CHECKING:
     from jobs.llm.exporters.workspace import ExportWorkspace

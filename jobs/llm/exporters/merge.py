@@ -4,7 +4,7 @@ import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jobs.llm.exporters.log_probs import compute_scores, load_log_probs, load_model, write_log_probs
 from jobs.llm.exporters.model_files import (
@@ -76,6 +76,11 @@ class ReferenceLogProbs:
     log_probs: Path
     base_log_probs: Path | None  # None when training changed the size of the vocabulary
     comparison: Comparison | None  # with what was trained, before it was merged or rounded; None where it was neither
+
+    def request_fields(self) -> dict[str, Any]:  # the fields of a ComparisonRequest
+        """What a child process needs to compare a file with this model."""
+        base = str(self.base_log_probs) if self.base_log_probs else None
+        return {"passages": list(self.passages), "trained_log_probs": str(self.log_probs), "base_log_probs": base}
 
 
 @dataclass(frozen=True)

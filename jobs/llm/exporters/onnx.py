@@ -4,8 +4,6 @@ Made by transformers' own exporter, for small models: tracing one takes five tim
 whole sequence at once and keeps nothing between two calls: for scoring texts and for short answers, not for long ones.
 """
 
-import json
-import sys
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,15 +17,15 @@ from jobs.llm.exporters.model_files import (
     list_weight_files,
     write_json,
 )
+from jobs.llm.exporters.onnx_process import OnnxEvalRequest
 from jobs.llm.exporters.tensor_merge import read_header
 from jobs.llm.exporters.verify import MAX_LOSSLESS_KL_NATS, MIN_LOSSLESS_AGREEMENT, is_within_tolerance, make_fidelity
 from jobs.llm.llama_cpp.fidelity import Comparison
-from jobs.llm.llama_cpp.runner import SubprocessFailed, run_program
 from jobs.runtime.artifacts import ExportedArtifact
 from jobs.runtime.errors import JobFailed
+from jobs.runtime.subprocesses import SubprocessFailed, exchange_json, run_module
 
 if TYPE_CHECKING:
-    from jobs.llm.exporters.merge import ReferenceLogProbs
     from jobs.llm.exporters.workspace import ExportWorkspace
 
 MAX_PARAMETERS = 1_500_000_000  # 6 GB of float32, and 30 while it is traced
@@ -51,9 +49,10 @@ def export(workspace: "ExportWorkspace") -> tuple[ExportedArtifact, ...]:
         raise JobFailed("invalid_config", "export format onnx is for models of text that speak", OTHER_FORMATS_HINT)
     workspace.context.enter_phase("converting")
     try:
-        run_program("onnx", [sys.executable, "-m", ONNX_MODULE, "export", str(whole.folder), str(folder)])
+        run_module("onnx", ONNX_MODULE, "export", whole.folder, folder)
         workspace.context.enter_phase("verifying")
-        found = _evaluate_graph(workspace, folder, whole.reference_log_probs)
+        request = OnnxEvalRequest(graph_folder=str(folder), **whole.reference_log_probs.request_fields())
+        found = exchange_json("onnx", ONNX_MODULE, request, Comparison, workspace.folder, ["evaluate"])
     except SubprocessFailed as error:
         raise JobFailed("export_failed", f"no ONNX file could be made: {error}", "the log of the attempt has all that it said") from error
     if not is_within_tolerance(found):
@@ -68,12 +67,3 @@ def export(workspace: "ExportWorkspace") -> tuple[ExportedArtifact, ...]:
     fidelity = make_fidelity(found)
     write_json(folder / FIDELITY_FILE, {"onnx": fidelity.model_dump(mode="json")})
     return (ExportedArtifact(name="onnx", kind="onnx", path=folder, key=workspace.key("onnx"), fidelity=fidelity),)
-
-
-def _evaluate_graph(workspace: "ExportWorkspace", folder: Path, reference: "ReferenceLogProbs") -> Comparison:
-    asked, answered = workspace.path("onnx-request.json"), workspace.path("onnx-response.json")
-    base = str(reference.base_log_probs) if reference.base_log_probs else None
-    passages = [passage.model_dump() for passage in reference.passages]
-    asked.write_text(json.dumps({"passages": passages, "trained_log_probs": str(reference.log_probs), "base_log_probs": base}))
-    run_program("onnx", [sys.executable, "-m", ONNX_MODULE, "evaluate", str(folder), str(asked), str(answered)])
-    return Comparison.load(answered.read_bytes())

@@ -2,13 +2,12 @@
 they take in memory, and because native code may crash. Each exits 0 only when it has written what it was asked for.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.llm.llama_cpp.fidelity import Passage, compare, list_targets
+from jobs.llm.llama_cpp.fidelity import ComparisonRequest, Passage, compare_with_files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,6 +15,12 @@ if TYPE_CHECKING:
 
 GRAPH_FILE = "model.onnx"
 TRACE_SHAPE = (2, 8)  # rows and tokens of what the graph is traced with; both may be others afterwards
+
+
+class OnnxEvalRequest(ComparisonRequest):
+    """Which graph to compare."""
+
+    graph_folder: str
 
 
 def export_onnx(model: Path, target: Path) -> None:
@@ -31,15 +36,11 @@ def export_onnx(model: Path, target: Path) -> None:
     OnnxExporter().export(whole, sample, OnnxConfig(dynamic=True)).save_pretrained(target)
 
 
-def evaluate_onnx(folder: Path, request_path: Path, response_path: Path) -> None:
+def evaluate_onnx(request_path: Path, response_path: Path) -> None:
     """Let ONNX Runtime read the passages, and compare what it says with what the trained model said."""
-    import numpy as np
-
-    asked: dict[str, Any] = json.loads(request_path.read_text())
-    passages = [Passage.model_validate(passage) for passage in asked["passages"]]
-    trained = np.load(asked["trained_log_probs"], mmap_mode="r")
-    base = np.load(asked["base_log_probs"], mmap_mode="r") if asked["base_log_probs"] else None
-    response_path.write_text(compare(_iter_logits(folder / GRAPH_FILE, passages), trained, base, list_targets(passages)).model_dump_json())
+    request = OnnxEvalRequest.load(request_path.read_bytes())
+    rows = _iter_logits(Path(request.graph_folder) / GRAPH_FILE, request.passages)
+    response_path.write_text(compare_with_files(rows, request).model_dump_json())
 
 
 def _iter_logits(graph: Path, passages: list[Passage]) -> "Iterator[NDArray[np.float32]]":

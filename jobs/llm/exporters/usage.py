@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.llm.llama_cpp import find_program
-from jobs.llm.llama_cpp.runner import SubprocessFailed, run_program
 from jobs.runtime.errors import JobFailed
+from jobs.runtime.subprocesses import SubprocessFailed, run_program
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

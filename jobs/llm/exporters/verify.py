@@ -9,8 +9,9 @@ from jobs.llm.exporters.log_probs import select_sample_prompt
 from jobs.llm.exporters.merge import ReferenceLogProbs
 from jobs.llm.llama_cpp.evaluate import EvalRequest, EvalResponse
 from jobs.llm.llama_cpp.fidelity import Comparison
-from jobs.llm.llama_cpp.runner import SubprocessFailed, evaluate
+from jobs.llm.llama_cpp.runner import evaluate
 from jobs.runtime.errors import JobFailed
+from jobs.runtime.subprocesses import SubprocessFailed
 from schema.job import Fidelity
 from schema.training.export import GgufQuantization
 
@@ -92,11 +93,9 @@ class GgufVerifier:
             lora_path=str(candidate.path) if candidate.base else None,
             threads=torch.get_num_threads(),  # what the launcher allowed
             texts=self._texts,
-            passages=list(speech.passages),
-            trained_log_probs=str(speech.log_probs),
-            base_log_probs=str(speech.base_log_probs) if speech.base_log_probs else None,
             sample_prompt_ids=list(self._prompt_ids),
             max_sample_tokens=MAX_SAMPLE_TOKENS,
+            **speech.request_fields(),
         )
 
     def _make_fidelity(self, candidate: ExportedFile, response: EvalResponse, advice: str) -> Fidelity:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.llm.llama_cpp.fidelity import Comparison, Passage, compare, list_targets
+from jobs.llm.llama_cpp.fidelity import Comparison, ComparisonRequest, Passage, compare_with_files
 from schema.base import ForwardCompatible
 
 if TYPE_CHECKING:
@@ -18,16 +18,13 @@ if TYPE_CHECKING:
     from jobs.llm.llama_cpp.model import GgufModel
 
 
-class EvalRequest(ForwardCompatible):
+class EvalRequest(ComparisonRequest):
     """What to ask of a file. The log probabilities are .npy files of one row for each compared position, in order."""
 
     model_path: str
     lora_path: str | None = None  # an adapter to be used with the file
     threads: int
     texts: list[str]  # to be tokenized
-    passages: list[Passage]
-    trained_log_probs: str
-    base_log_probs: str | None
     sample_prompt_ids: list[int]  # to be continued
     max_sample_tokens: int  # by at most so many tokens
 
@@ -54,7 +51,7 @@ def evaluate_gguf(request: EvalRequest) -> EvalResponse:
         sampled = model.generate(request.sample_prompt_ids, request.max_sample_tokens)
         return EvalResponse(
             token_ids=[model.tokenize(text) for text in request.texts],
-            comparison=_compare(model, request),
+            comparison=compare_with_files(_iter_logits(model, request.passages), request),
             sample_tokens=len(sampled),
             sample_text=model.detokenize(sampled),
         )
@@ -64,14 +61,6 @@ def main(request_path: str, response_path: str) -> int:
     """Answer a question; returns the exit code."""
     Path(response_path).write_text(evaluate_gguf(EvalRequest.load(Path(request_path).read_bytes())).model_dump_json())
     return 0
-
-
-def _compare(model: "GgufModel", request: EvalRequest) -> Comparison:
-    import numpy as np
-
-    trained = np.load(request.trained_log_probs, mmap_mode="r")
-    base = np.load(request.base_log_probs, mmap_mode="r") if request.base_log_probs else None
-    return compare(_iter_logits(model, request.passages), trained, base, list_targets(request.passages))
 
 
 def _iter_logits(model: "GgufModel", passages: list[Passage]) -> "Iterator[NDArray[np.float32]]":

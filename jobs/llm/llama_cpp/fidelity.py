@@ -27,6 +27,14 @@ class Passage(ForwardCompatible):
     answer_start: int | None = None
 
 
+class ComparisonRequest(ForwardCompatible):
+    """What to compare a model with. The log probabilities are .npy files of one row for each compared position, in order."""
+
+    passages: list[Passage]
+    trained_log_probs: str
+    base_log_probs: str | None
+
+
 class Comparison(ForwardCompatible):
     """How one model speaks, measured against the trained one, and against the one before training."""
 
@@ -107,6 +115,15 @@ def compare(
         perplexity_trained=of_trained,
         perplexity_base=of_base if base is not None else None,
     )
+
+
+def compare_with_files(logit_rows: "Iterable[NDArray[np.float32]]", request: ComparisonRequest) -> Comparison:
+    """`compare`, with the log probabilities read from the request's files as they are needed."""
+    import numpy as np
+
+    trained = np.load(request.trained_log_probs, mmap_mode="r")
+    base = np.load(request.base_log_probs, mmap_mode="r") if request.base_log_probs else None
+    return compare(logit_rows, trained, base, list_targets(request.passages))
 
 
 def compute_kl_nats(reference_log_probs: "NDArray[np.float32]", log_probs: "NDArray[np.float32]") -> float:

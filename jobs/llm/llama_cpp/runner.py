@@ -1,29 +1,12 @@
-"""Starts llama.cpp's programs, each in a process of its own, and waits for them.
+"""Starts llama.cpp's programs, each in a process of its own, and waits for them."""
 
-A wait that is interrupted, by a cancel or anything else, kills the process: `subprocess.run` does so for every exception.
-"""
-
-import logging
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import jobs
 from jobs.llm.llama_cpp import find_program, get_converter_path
 from jobs.llm.llama_cpp.evaluate import EvalRequest, EvalResponse
-
-log = logging.getLogger(__name__)
-
-REPOSITORY = Path(jobs.__file__).parent.parent  # where `-m jobs...` is found, whatever the attempt's own folder
-MAX_MESSAGE_CHARACTERS = 300  # of what a program said last
-
-
-class SubprocessFailed(Exception):
-    """A program crashed or refused; the message holds how it ended and its last line."""
+from jobs.runtime.subprocesses import SubprocessFailed, exchange_json, run_module, run_program
 
 
 def convert(model_folder: Path, target: Path, *, precision: Literal["f32", "f16", "bf16"], name: str, mmproj: bool = False) -> None:
@@ -33,7 +16,7 @@ def convert(model_folder: Path, target: Path, *, precision: Literal["f32", "f16"
     """
     options = ["--outtype", precision, "--outfile", str(target), "--model-name", name, *(["--mmproj"] if mmproj else [])]
     _require_tool(get_converter_path())
-    run_program("convert", [sys.executable, "-m", "jobs.llm.llama_cpp.convert", str(model_folder), *options])
+    run_module("convert", "jobs.llm.llama_cpp.convert", model_folder, *options)
 
 
 def convert_lora(adapter: Path, base: Path, target: Path) -> None:
@@ -55,38 +38,15 @@ def compute_imatrix(model: Path, text: Path, target: Path, *, chunk_tokens: int,
 
 def quantize(source: Path, target: Path, *, file_type: str, threads: int, imatrix: Path | None = None) -> None:
     """Write a GGUF file in another precision, rounded with care for what an importance matrix says. Raises ProgramFailed."""
-    weighed = [str(imatrix)] if imatrix else []
-    run_program(
-        "quantize", [sys.executable, "-m", "jobs.llm.llama_cpp.quantize", str(source), str(target), file_type, str(threads), *weighed]
-    )
+    run_module("quantize", "jobs.llm.llama_cpp.quantize", source, target, file_type, str(threads), *([imatrix] if imatrix else []))
 
 
 def evaluate(request: EvalRequest, workdir: Path) -> EvalResponse:
     """Ask a GGUF file. Raises ProgramFailed."""
-    asked, answered = workdir / "request.json", workdir / "response.json"
-    asked.write_text(request.model_dump_json())
-    run_program("evaluate", [sys.executable, "-m", "jobs.llm.llama_cpp.evaluate", str(asked), str(answered)])
-    return EvalResponse.load(answered.read_bytes())
-
-
-def run_program(name: str, command: Sequence[str], cwd: Path = REPOSITORY) -> None:
-    """Wait for a program's end. Raises ProgramFailed unless that was a good one."""
-    started = time.monotonic()
-    ended = subprocess.run(command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
-    log.info("program ended", extra={"program": name, "code": ended.returncode, "seconds": round(time.monotonic() - started, 2)})
-    if ended.returncode != 0:
-        said = ended.stdout.decode(errors="replace").strip()
-        log.error("program failed", extra={"program": name, "output": said[-4000:]})
-        raise SubprocessFailed(f"{name} {_describe_exit(ended.returncode)}: {said.rpartition(chr(10))[2][-MAX_MESSAGE_CHARACTERS:]}")
+    return exchange_json("evaluate", "jobs.llm.llama_cpp.evaluate", request, EvalResponse, workdir)
 
 
 def _require_tool(script: Path) -> Path:
     if not script.is_file():
         raise SubprocessFailed(f"llama.cpp's converter is not installed at {script}")
     return script
-
-
-def _describe_exit(code: int) -> str:
-    if code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
-    return f"ended with code {code}"
