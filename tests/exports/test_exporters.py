@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from jobs.llm.exporters import EXPORTERS, export_all, list_requested_kinds
-from jobs.llm.exporters.gguf import make_staging_folder
 from jobs.llm.exporters.log_probs import MAX_PASSAGE_TOKENS, MAX_POSITIONS, make_passages, select_sample_prompt
 from jobs.llm.exporters.merge import check_merge_fidelity
 from jobs.llm.exporters.model_files import read_precision
+from jobs.llm.exporters.staging import make_staging_folder
 from jobs.llm.exporters.tensor_merge import merge_tensors
 from jobs.llm.exporters.verify import TOKENIZER_EDGE_CASES, ExportedFile, GgufVerifier, check_fidelity, is_closer_to_base, make_advice
 from jobs.llm.exporters.workspace import ExportWorkspace
@@ -54,11 +54,10 @@ def test_llama_cpp_is_installed() -> None:
 
 
 def test_every_exporter_can_be_called() -> None:
-    from importlib import import_module
+    from pkgutil import resolve_name
 
-    for place in EXPORTERS.values():
-        module, _, function = place.partition(":")
-        assert callable(getattr(import_module(module), function))
+    for name in EXPORTERS.values():
+        assert callable(resolve_name(name))
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_ollama_template_matches_gemma_template(gemma: FakeTokenizer) -> None:
         == "<start_of_turn>user\nBe brief.\n\nHello.<end_of_turn>\n<start_of_turn>model\n"
     )
     told = make_modelfile("tuned-q8_0.gguf", gemma)  # pyright: ignore[reportArgumentType]
-    assert told.startswith("# Beside tuned-q8_0.gguf: ollama create NAME -f THIS_FILE\nFROM ./tuned-q8_0.gguf\n")
+    assert told.startswith("# Put this file beside tuned-q8_0.gguf and run: ollama create NAME -f THIS_FILE\nFROM ./tuned-q8_0.gguf\n")
     assert f'TEMPLATE """{GEMMA_TEMPLATE}"""\nPARAMETER stop "<end_of_turn>"\n' in told
 
 
@@ -80,6 +80,6 @@ def test_adapter_modelfile_names_its_base_file(gemma: FakeTokenizer) -> None:
 
 def test_failing_command_is_not_written(tmp_path: Path) -> None:
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(JobFailed, match=r"broken\.gguf does not answer in llama\.cpp's own program") as caught:
+    with pytest.raises(JobFailed, match=r"llama-completion failed to run broken\.gguf") as caught:
         verify_command(tmp_path / "broken.gguf", "<bos>hello", "<bos>", threads=1)
     assert caught.value.failure.code == "export_failed"

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.llm.exporters.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
-from jobs.llm.exporters.gguf import make_staging_folder, record_fidelity, write_usage
 from jobs.llm.exporters.model_files import read_precision, write_json
+from jobs.llm.exporters.staging import make_staging_folder
+from jobs.llm.exporters.usage import record_fidelity, write_usage
 from jobs.llm.exporters.verify import ExportedFile, GgufVerifier
 from jobs.llm.llama_cpp.runner import convert, convert_lora
 from jobs.runtime.artifacts import ExportedArtifact

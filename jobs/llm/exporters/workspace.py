@@ -12,7 +12,7 @@ from jobs.llm.exporters.model_files import Precision
 from jobs.llm.exporters.tensor_merge import ModelKind
 from jobs.runtime.artifacts import ExportedArtifact, artifact_key
 from schema.job import ArtifactKind
-from schema.training.export import MergedDtype
+from schema.training.export import GgufQuantization, MergedDtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,6 +93,10 @@ class ExportWorkspace:
     def path(self, name: str) -> Path:
         """A new place below the bench's folder."""
         return self.folder / name
+
+    def gguf_path(self, quantization: GgufQuantization) -> Path:
+        """Where a quantized GGUF file is written."""
+        return self.path(f"{self.model_name}-{quantization}.gguf")
 
     def key(self, kind: ArtifactKind, name: str = "") -> str:
         """Where this attempt uploads an artifact."""
