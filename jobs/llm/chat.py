@@ -7,7 +7,6 @@ cannot be answered. The answer goes to stdout, everything else to stderr; exit c
 
 import argparse
 import codecs
-import ctypes
 import json
 import os
 import sys
@@ -16,8 +15,9 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from jobs.llm.llama_cpp.model import log_errors_only, token_to_bytes
 from jobs.runtime.settings import cpu_thread_count
 
 if TYPE_CHECKING:
@@ -25,13 +25,9 @@ if TYPE_CHECKING:
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 CONTEXT_TOKENS = 4096  # of a whole conversation; Gemma's 32k would take half a gigabyte before the first word
-LOG_LEVEL_ERROR = 4  # ggml_log_level; everything below it is chatter
 
 # What a terminal would obey and not show: a model must not move the cursor or rename the window.
 CONTROL_CHARACTERS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
-
-# A callback that Python has collected would crash the engine at its next word.
-_live_callbacks: list[object] = []
 
 
 class InvalidPrompt(Exception):
@@ -190,7 +186,7 @@ class ChatModel:
             for token, _ in zip(generated, range(max_tokens), strict=False):
                 if llama_cpp.llama_vocab_is_eog(vocabulary, token):
                     return
-                yield decoder.decode(_token_bytes(vocabulary, token))
+                yield decoder.decode(token_to_bytes(vocabulary, token))
 
 
 @contextmanager
@@ -199,7 +195,7 @@ def open_model(path: Path, threads: int) -> Generator[ChatModel]:
     _require_gguf(path)
     import llama_cpp
 
-    errors = _silence_native_logs()
+    errors = log_errors_only()
     try:
         llama = llama_cpp.Llama(str(path), n_ctx=CONTEXT_TOKENS, n_threads=threads, n_threads_batch=threads, verbose=False)
     except (ValueError, RuntimeError) as error:
@@ -232,37 +228,6 @@ def _load_chat_template(llama: "Llama", path: Path) -> "Jinja2ChatFormatter":
         return Jinja2ChatFormatter(template=template, bos_token=bos, eos_token=eos)
     except TemplateError as error:
         raise InvalidModelFile(f"the chat template of {path} is broken: {error}") from error
-
-
-def _silence_native_logs() -> list[str]:
-    """Let llama.cpp speak of errors only; returns where they are gathered, for while it loads it cannot be heard at all."""
-    import llama_cpp
-
-    errors: list[str] = []
-
-    @llama_cpp.llama_log_callback
-    def errors_only(level: int, text: bytes, _: object) -> None:
-        if level == LOG_LEVEL_ERROR:
-            errors.append(text.decode(errors="replace").strip())
-            print(errors[-1], file=sys.stderr)
-
-    _live_callbacks.append(errors_only)
-    llama_cpp.llama_log_set(errors_only, ctypes.c_void_p(0))
-    return errors
-
-
-# Any: a ctypes pointer.
-def _token_bytes(vocabulary: Any, token: int) -> bytes:
-    """What a token stands for; nothing for a control token. The bindings' own way loses tokens of more than 32 bytes."""
-    import llama_cpp
-
-    size = 32
-    while True:
-        buffer = (ctypes.c_char * size)()
-        length = llama_cpp.llama_token_to_piece(vocabulary, token, buffer, size, 0, False)
-        if length >= 0:
-            return buffer.raw[:length]
-        size = -length
 
 
 # --- the command line ---

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
+from jobs.llm.exporters.model_files import LICENSE_FILES
 from schema.job import EvalMetrics, GateCheck
 from schema.provenance import ArtifactRecord, RunRecord
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).with_suffix(".jinja")
 GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
-TERMS_FILES = ("LICENSE", "LICENCE", "NOTICE", "GEMMA_TERMS", "USE_POLICY")
 PIPELINE_TAGS = {"text": "text-generation", "vision": "image-text-to-text"}
 METRIC_NAMES = {"eval_loss": "loss (nats per token)", "perplexity": "perplexity", "accuracy": "token accuracy"}
 KIND_DESCRIPTIONS = {
@@ -123,7 +123,7 @@ def read_license(base_folder: Path) -> License:
     """The base's licence, as its own files tell: its model card's metadata, or the kind of model that it is."""
     from huggingface_hub import ModelCard
 
-    files = tuple(sorted(path.name for path in base_folder.iterdir() if path.name.upper().startswith(TERMS_FILES)))
+    files = tuple(sorted(path.name for path in base_folder.iterdir() if path.name.upper().startswith(LICENSE_FILES)))
     card = base_folder / "README.md"
     if card.is_file():
         told = ModelCard.load(card, ignore_metadata_errors=True).data

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from jobs.llm.chat import Conversation, InvalidPrompt, _print_stream, _token_bytes, cpu_thread_count, open_model
+from jobs.llm.chat import Conversation, InvalidPrompt, _print_stream, cpu_thread_count, open_model
 from jobs.llm.llama_cpp import get_converter_path
+from jobs.llm.llama_cpp.model import token_to_bytes
 
 REPOSITORY = Path(__file__).parents[2]
 TURN = [{"role": "user", "content": "what does the function do"}]
@@ -102,7 +103,7 @@ def test_multi_token_characters_are_not_split(gguf: Path) -> None:
     with open_model(gguf, threads=1) as model:
         vocabulary = llama_cpp.llama_model_get_vocab(model._llama.model)
         tokens = model._llama.tokenize("模型 🙂 Ünï  x".encode(), add_bos=False)
-        assert b"".join(_token_bytes(vocabulary, token) for token in tokens).decode() == "模型 🙂 Ünï  x"
+        assert b"".join(token_to_bytes(vocabulary, token) for token in tokens).decode() == "模型 🙂 Ünï  x"
 
 
 def test_prompt_longer_than_context_is_rejected(gguf: Path) -> None:

@@ -130,7 +130,7 @@ def tokenize_split_with_images(
         )
         found.rows.append(row_at)
         words = _tokenize_row(shown, dataset_type, reading)
-        found.text_only_rows.append(_truncate(words, max_length) if words else fitting)
+        found.text_only_rows.append(words.truncate(max_length) if words else fitting)
     return found
 
 
@@ -245,12 +245,8 @@ def _truncate_after_images(row: TokenizedExample, vision: VisionInputConfig, max
     last = max((n for n, token in enumerate(row.input_ids) if token == vision.soft_token_id), default=-2)
     if last + 2 > max_length:  # the token that ends an image is behind it
         return None
-    row = _truncate(row, max_length)
-    return row if any(label != IGNORE_INDEX for label in row.labels[1:]) else None
-
-
-def _truncate(row: TokenizedExample, max_length: int) -> TokenizedExample:
-    return TokenizedExample(row.input_ids[:max_length], row.labels[:max_length], row.prompt_text, min(row.prompt_tokens, max_length))
+    row = row.truncate(max_length)
+    return row if row.has_labels else None
 
 
 # --- images --------------------------------------------------------------------------------------------------------------

@@ -73,7 +73,9 @@ def make_samples(prompts: Sequence[str], references: Sequence[str | None], gener
     rows = list(zip(prompts, references, generations, strict=True))[:count]
     return tuple(
         Sample(
-            prompt=_make_printable(prompt), reference=None if reference is None else _make_printable(reference), text=_make_printable(text)
+            prompt=_make_sample_text(prompt),
+            reference=None if reference is None else _make_sample_text(reference),
+            text=_make_sample_text(text),
         )
         for prompt, reference, text in rows
     )
@@ -148,7 +150,10 @@ def _decode_answer(tokens: list[int], config: "GenerationConfig", tokenizer: "Pr
     return str(tokenizer.decode(tokens[:end], skip_special_tokens=True))
 
 
-def _make_printable(text: str) -> str:
-    """A hardly trained model says anything, also what would move a terminal's cursor."""
-    text = text if len(text) <= MAX_SAMPLE_CHARACTERS else text[: MAX_SAMPLE_CHARACTERS - 1] + "…"
+def _make_sample_text(text: str) -> str:
+    return make_printable(text if len(text) <= MAX_SAMPLE_CHARACTERS else text[: MAX_SAMPLE_CHARACTERS - 1] + "…")
+
+
+def make_printable(text: str) -> str:
+    """Replace control characters: a barely trained model may generate some that move a terminal's cursor."""
     return "".join(character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}" for character in text)

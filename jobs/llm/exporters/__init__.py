@@ -14,8 +14,8 @@ that knows a store (`jobs/runtime/artifacts.py`) or llama.cpp's interface (`jobs
 """
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from jobs.llm.llama_cpp import LLAMA_CPP_FOLDER, find_program
@@ -53,22 +53,25 @@ def export_all(trained: "TrainedModel", context: "JobContext", finalize: "Finali
     from jobs.runtime.artifacts import ArtifactUploader
 
     check_exportable(context.spec.training_config)
-    publisher = ArtifactUploader(context.stores.models, context.spec.job_id, context.attempt)
-    bench = ExportWorkspace(trained, context)
+    uploader = ArtifactUploader(context.stores.models, context.spec.job_id, context.attempt)
+    workspace = ExportWorkspace(trained, context)
     try:
-        products = [product for kind in list_requested_kinds(context.spec.training_config) for product in _load_exporter(kind)(bench)]
-        products += bench.usage_artifacts()
+        products: list[ExportedArtifact] = []
+        for kind in list_requested_kinds(context.spec.training_config):
+            export: Exporter = resolve_name(EXPORTERS[kind])
+            products += export(workspace)
+        products += workspace.usage_artifacts()
         context.enter_phase("uploading")
-        publisher.delete_previous_attempts()
+        uploader.delete_previous_attempts()
         artifacts: list[Artifact] = []
         for product in products:
             context.check_stop()
-            artifacts.append(publisher.upload(product))
+            artifacts.append(uploader.upload(product))
             context.log_artifact(artifacts[-1])
         context.check_stop()
         return finalize(products, artifacts) if finalize else tuple(artifacts)
     finally:
-        bench.clear()
+        workspace.clear()
 
 
 def list_requested_kinds(training_config: TrainingConfig) -> tuple[ArtifactKind, ...]:
@@ -95,8 +98,3 @@ def check_exportable(training_config: TrainingConfig, base_folder: Path | None =
     if export.gguf_imatrix and find_program("llama-imatrix", llama_cpp_folder) is None:
         hint = "leave gguf_imatrix out, or run infra/llama_cpp.sh with the trainer's python"
         raise JobFailed("invalid_config", "gguf_imatrix needs llama.cpp's llama-imatrix, which is not installed here", hint)
-
-
-def _load_exporter(kind: ArtifactKind) -> "Exporter":
-    module, _, function = EXPORTERS[kind].partition(":")
-    return getattr(import_module(module), function)

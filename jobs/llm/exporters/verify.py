@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jobs.llm.evaluation.generation import make_printable
 from jobs.llm.exporters.log_probs import select_sample_prompt
 from jobs.llm.exporters.merge import ReferenceLogProbs
 from jobs.llm.llama_cpp.evaluate import EvalRequest, EvalResponse
@@ -102,7 +103,7 @@ class GgufVerifier:
         measured = make_fidelity(response.comparison)
         heard = {
             "sample_prompt": self.sample_prompt[-MAX_SAMPLE_PROMPT_CHARACTERS:],
-            "sample_text": _make_printable(response.sample_text),
+            "sample_text": make_printable(response.sample_text),
             "closer_to_base": is_closer_to_base(response.comparison),
             "imatrix": candidate.imatrix,
             "advice": advice,
@@ -174,11 +175,6 @@ def is_closer_to_base(comparison: Comparison) -> bool:
     if comparison.mean_kl_to_base is None or comparison.mean_kl_to_trained < NEGLIGIBLE_KL_NATS:
         return False
     return comparison.mean_kl_to_base < comparison.mean_kl_to_trained
-
-
-def _make_printable(text: str) -> str:
-    """A hardly trained model says anything, also what would move a terminal's cursor."""
-    return "".join(character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 def _failure_hint(quantization: GgufQuantization) -> str:

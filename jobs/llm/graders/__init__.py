@@ -9,7 +9,7 @@ which can compute for ever, to a child that can be killed (apart.py).
 """
 
 from collections.abc import Sequence
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from jobs.llm.graders.base import Grader, GradingInput
@@ -35,10 +35,9 @@ GRADERS = {
 def build_graders(config: GrpoConfig, context: "JobContext") -> list[RewardFunction]:
     """The reward functions of a job, in the order of its `reward_config`. Each is to be closed. Raises JobFailed."""
     functions: list[RewardFunction] = []
-    for wanted in config.reward_config:
-        module, _, function = GRADERS[wanted.type].partition(":")
-        grader: Grader = getattr(import_module(module), function)(wanted, context)
-        functions.append(RewardFunction(wanted, grader, context))
+    for grader_config in config.reward_config:
+        grader: Grader = resolve_name(GRADERS[grader_config.type])(grader_config, context)
+        functions.append(RewardFunction(grader_config, grader, context))
     return functions
 
 

@@ -23,17 +23,23 @@ class LlamaError(Exception):
     """llama.cpp refused: the message says what it was asked to do."""
 
 
-def silence_native_logs() -> None:
-    """Let llama.cpp speak of errors only."""
+def log_errors_only() -> list[str]:
+    """Make llama.cpp log errors only, to stderr and to the returned list."""
+    import ctypes
+
     import llama_cpp
+
+    errors: list[str] = []
 
     @llama_cpp.llama_log_callback
     def errors_only(level: int, text: bytes, _: object) -> None:
         if level == LOG_LEVEL_ERROR:
-            sys.stderr.write(text.decode(errors="replace"))
+            errors.append(text.decode(errors="replace").strip())
+            print(errors[-1], file=sys.stderr)
 
     _live_callbacks.append(errors_only)
-    llama_cpp.llama_log_set(errors_only, None)
+    llama_cpp.llama_log_set(errors_only, ctypes.c_void_p(0))
+    return errors
 
 
 @contextmanager
@@ -44,7 +50,7 @@ def open_gguf(path: Path, *, threads: int, context_tokens: int, max_outputs: int
     """
     import llama_cpp
 
-    silence_native_logs()
+    log_errors_only()
     llama_cpp.llama_backend_init()
     model_params = llama_cpp.llama_model_default_params()
     # A build for one processor crashes in its AMX kernels at the first quantized matrix; portable builds have none to lose.
@@ -109,15 +115,7 @@ class GgufModel:
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The tokens as text, special ones left out."""
-        return b"".join(self._token_to_bytes(token) for token in ids).decode(errors="replace")
-
-    def _token_to_bytes(self, token: int) -> bytes:
-        import ctypes
-
-        room = 256  # bytes; the longest piece of Gemma's vocabulary has 93
-        piece = ctypes.create_string_buffer(room)
-        length = self._llama.llama_token_to_piece(self._vocab, token, piece, room, 0, False)
-        return piece.raw[: max(0, length)]
+        return b"".join(token_to_bytes(self._vocab, token) for token in ids).decode(errors="replace")
 
     def _clear_memory(self) -> None:
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
@@ -140,6 +138,21 @@ class GgufModel:
 
         # A copy: the engine's buffer is overwritten by the next sequence.
         return np.ctypeslib.as_array(self._llama.llama_get_logits_ith(self._context, position), shape=(self.vocab_size,)).copy()
+
+
+def token_to_bytes(vocab: "ctypes.c_void_p", token: int) -> bytes:
+    """The text of a token; empty for a control token. The bindings' own method loses tokens of more than 32 bytes."""
+    import ctypes
+
+    import llama_cpp
+
+    size = 32
+    while True:
+        buffer = (ctypes.c_char * size)()
+        length = llama_cpp.llama_token_to_piece(vocab, token, buffer, size, 0, False)
+        if length >= 0:
+            return buffer.raw[:length]
+        size = -length
 
 
 def _load_lora(llama_cpp: ModuleType, model: "ctypes.c_void_p", context: "ctypes.c_void_p", lora: Path) -> None:

@@ -35,9 +35,9 @@ def main(source: str, target: str, file_type: str, threads: str, imatrix: str = 
     import llama_cpp
 
     from jobs.llm.llama_cpp.gguf_reader import read_imatrix
-    from jobs.llm.llama_cpp.model import silence_native_logs
+    from jobs.llm.llama_cpp.model import log_errors_only
 
-    silence_native_logs()
+    log_errors_only()
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, FILE_TYPES[file_type])
     params.nthread = int(threads)
