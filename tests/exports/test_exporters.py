@@ -315,7 +315,7 @@ def test_gguf_that_differs_in_llama_cpp_is_rejected(full: TrainedModel, make_con
     config = read_json(folder / "config.json")
     (folder / "config.json").write_text(json.dumps(config | {"layer_types": ["full_attention", "sliding_attention"] * 3}))
     context = make_context("Full", include_gguf=True, gguf_quantization="f32")
-    with pytest.raises(JobFailed, match="does not speak like the trained model") as caught:
+    with pytest.raises(JobFailed, match="predictions differ from the trained model") as caught:
         export_all(replace(full, folder=folder), context)
     assert caught.value.failure.code == "export_failed"
     assert not list(context.stores.models.iter_objects(""))
@@ -324,7 +324,7 @@ def test_gguf_that_differs_in_llama_cpp_is_rejected(full: TrainedModel, make_con
 def test_corrupt_gguf_is_rejected(workspace: ExportWorkspace, tmp_path: Path) -> None:
     path = tmp_path / "broken.gguf"
     path.write_bytes(b"GGUF" + bytes(200))
-    with pytest.raises(JobFailed, match=r"broken\.gguf does not work in llama\.cpp") as caught:
+    with pytest.raises(JobFailed, match=r"llama\.cpp cannot run broken\.gguf") as caught:
         GgufVerifier(workspace).verify(ExportedFile(path, "f16"))
     assert caught.value.failure.code == "export_failed"
 
@@ -425,14 +425,14 @@ def test_erased_tuning_gives_warning(workspace: ExportWorkspace, record: EventRe
 
 
 def test_incomplete_lora_gguf_is_flagged_with_advice() -> None:
-    lacking = make_exported_file("f16", base=Path("base.gguf"), missing_weights="the embeddings of 2 tokens that were trained as well")
+    lacking = make_exported_file("f16", base=Path("base.gguf"), missing_weights="the trained embeddings of 2 tokens")
     far = make_eval_response(argmax_agreement=0.9, mean_kl_to_trained=0.3, mean_kl_to_base=0.1)
     check_fidelity(lacking, far, [])
     advice = make_advice(lacking, far.comparison)
-    assert "lacks the embeddings of 2 tokens" in advice
-    assert "nearer to the base; use include_gguf" in advice
+    assert "lacks the trained embeddings of 2 tokens" in advice
+    assert "closer to the base model; use include_gguf" in advice
     assert not make_advice(lacking, make_eval_response().comparison)  # the rows hardly moved
-    with pytest.raises(JobFailed, match="does not speak like"):
+    with pytest.raises(JobFailed, match="predictions differ from"):
         check_fidelity(make_exported_file("f16", base=Path("base.gguf")), far, [])
 
 
@@ -452,7 +452,7 @@ def test_merged_model_deviation_warns_or_fails(
 ) -> None:
     found = make_comparison(positions=positions, argmax_agreement=agreement, mean_kl_to_trained=kl)
     if outcome == "refused":
-        with pytest.raises(JobFailed, match="does not speak like base and adapter"):
+        with pytest.raises(JobFailed, match="predictions differ from base and adapter"):
             check_merge_fidelity(found, "base and adapter together", make_context())
         return
     check_merge_fidelity(found, "base and adapter together", make_context())
