@@ -1,4 +1,4 @@
-"""Starts llama.cpp's programs, each in a process of its own, and waits for them."""
+"""Runs llama.cpp's programs, each in a child process. Every function raises SubprocessFailed when its program fails."""
 
 import sys
 from pathlib import Path
@@ -10,43 +10,40 @@ from jobs.runtime.subprocesses import SubprocessFailed, exchange_json, run_modul
 
 
 def convert(model_folder: Path, target: Path, *, precision: Literal["f32", "f16", "bf16"], name: str, mmproj: bool = False) -> None:
-    """Write a Hugging Face model folder as one GGUF file, with llama.cpp's own converter; `sees`: its vision part alone.
-
-    Raises ProgramFailed.
-    """
+    """Convert a Hugging Face model folder to one GGUF file; `mmproj` converts only its vision part."""
     options = ["--outtype", precision, "--outfile", str(target), "--model-name", name, *(["--mmproj"] if mmproj else [])]
-    _require_tool(get_converter_path())
+    _require_script(get_converter_path())
     run_module("convert", "jobs.llm.llama_cpp.convert", model_folder, *options)
 
 
 def convert_lora(adapter: Path, base: Path, target: Path) -> None:
-    """Write a LoRA adapter as GGUF in float16; of the base only the settings are read. Raises ProgramFailed."""
+    """Convert a LoRA adapter to GGUF in float16; of the base only the config is read."""
     options = ["--base", str(base), "--outtype", "f16", "--outfile", str(target)]
-    run_program("convert", [sys.executable, str(_require_tool(get_converter_path("lora"))), *options, str(adapter)])
+    run_program("convert", [sys.executable, str(_require_script(get_converter_path("lora"))), *options, str(adapter)])
 
 
 def compute_imatrix(model: Path, text: Path, target: Path, *, chunk_tokens: int, threads: int) -> None:
-    """Read a text with a model, and keep how much each input of each matrix matters. Raises ProgramFailed."""
-    tool = find_program("llama-imatrix")
-    if tool is None:
+    """Compute the importance matrix of a GGUF model on a text."""
+    program = find_program("llama-imatrix")
+    if program is None:
         raise SubprocessFailed("llama-imatrix is not installed; infra/llama_cpp.sh builds it")
-    # A batch of one chunk: the logits of every position are computed, and a row of Gemma's is 1 MB.
-    sizes = [word for option in ("-c", "-b", "-ub") for word in (option, str(chunk_tokens))]
+    # One chunk per batch: llama-imatrix computes logits at every position, 1 MB each for Gemma.
+    sizes = [argument for option in ("-c", "-b", "-ub") for argument in (option, str(chunk_tokens))]
     options = ["-o", str(target), "--no-ppl", "--parse-special", "-ngl", "0", "-t", str(threads), *sizes]
-    run_program("imatrix", [str(tool), "-m", str(model), "-f", str(text), *options])
+    run_program("imatrix", [str(program), "-m", str(model), "-f", str(text), *options])
 
 
 def quantize(source: Path, target: Path, *, file_type: str, threads: int, imatrix: Path | None = None) -> None:
-    """Write a GGUF file in another precision, rounded with care for what an importance matrix says. Raises ProgramFailed."""
+    """Quantize a GGUF file, weighted by an importance matrix where given."""
     run_module("quantize", "jobs.llm.llama_cpp.quantize", source, target, file_type, str(threads), *([imatrix] if imatrix else []))
 
 
 def evaluate(request: EvalRequest, workdir: Path) -> EvalResponse:
-    """Ask a GGUF file. Raises ProgramFailed."""
+    """Evaluate a GGUF file."""
     return exchange_json("evaluate", "jobs.llm.llama_cpp.evaluate", request, EvalResponse, workdir)
 
 
-def _require_tool(script: Path) -> Path:
+def _require_script(script: Path) -> Path:
     if not script.is_file():
         raise SubprocessFailed(f"llama.cpp's converter is not installed at {script}")
     return script
