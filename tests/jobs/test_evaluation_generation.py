@@ -1,4 +1,4 @@
-"""What a model answers while it is being trained: the right words, and a training that does not notice."""
+"""Generation during training: greedy answers, and a training that is not changed by it."""
 
 import random
 from collections.abc import Callable
