@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PROVENANCE_RECORDER = "jobs.runtime.provenance_recorder:Seal"
+PROVENANCE_RECORDER = "jobs.runtime.provenance_recorder:ProvenanceRecorder"
 
 Outcome = Literal["completed", "failed", "cancelled", "paused", "yielded"]
 

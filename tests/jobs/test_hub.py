@@ -23,13 +23,13 @@ from pathlib import Path
 from jobs.llm.base_model import fetch_base
 from jobs.runtime.errors import JobFailed
 from schema.spec import JobSpec
-from tests.jobs.conftest import a_context
+from tests.jobs.conftest import make_context
 spec = JobSpec.load(sys.argv[1])
 for name, token in json.loads(sys.argv[3]):
     config = spec.training_config.model_copy(update={"base_model_id": name})
     asked = spec.model_copy(update={"training_config": config})
     try:
-        folder = fetch_base(a_context(asked, Path(sys.argv[2]), secrets={"hf_token": token} if token else {}))
+        folder = fetch_base(make_context(asked, Path(sys.argv[2]), secrets={"hf_token": token} if token else {}))
         print(json.dumps({"files": sorted(path.name for path in folder.iterdir())}))
     except JobFailed as error:
         print(json.dumps(error.failure.model_dump()))

@@ -359,14 +359,14 @@ from jobs.runtime.settings import read_settings
 
 class Slow:
     name, run_id = "slow", None
-    def finish(self, *, succeeded, patience_s):
+    def finish(self, *, succeeded, timeout_s):
         print("finishing", flush=True)
         time.sleep(60)
 
 attempt = Attempt(read_settings())
 attempt.claim()
 attempt._trackers.append(Slow())
-sys.exit(attempt.end("completed"))
+sys.exit(attempt.finish("completed"))
 """
 
 
