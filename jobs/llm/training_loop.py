@@ -304,7 +304,7 @@ def _train_with_oom_retry(task: TrainingTask, training: TrainingContext) -> Trai
         training.device_config,
         torch_compile=choose_torch_compile(training.config, context, training.device_config, training.base_folder, steps),
     )
-    training = replace(training, machine=machine)
+    training = replace(training, device_config=machine)
     places = detect_devices(on_gpu=machine.on_gpu)
     restored, healed = training.resume_checkpoint, 0
     smaller: BatchConfig | None = None
@@ -315,7 +315,7 @@ def _train_with_oom_retry(task: TrainingTask, training: TrainingContext) -> Trai
         processes = _resolve_world_size(task, training, course.batch_config, places)
         sharded = _use_fsdp(training, processes)
         try:
-            return _train_attempt(task, training, restored, course, replace(places, most=processes, sharded=sharded))
+            return _train_attempt(task, training, restored, course, replace(places, max_world_size=processes, sharded=sharded))
         except (RuntimeError, MemoryError) as error:
             no_memory = is_out_of_memory(error)
             if not no_memory and (processes == 1 or course.step > state.step):
@@ -333,7 +333,7 @@ def _train_with_oom_retry(task: TrainingTask, training: TrainingContext) -> Trai
             context.warn(
                 "single_process_fallback", f"{processes} processes did not come to a first step, so that one trains alone: {reason}"
             )
-            places = replace(places, most=1)
+            places = replace(places, max_world_size=1)
         free_memory()
         context.checkpoints.wait_until_uploaded()
         restored = context.checkpoints.fetch_latest()  # what this went on from is removed when its first step begins
@@ -573,7 +573,7 @@ def _build_model(task: TrainingTask, training: TrainingContext, checkpoint: Path
     weights = checkpoint if checkpoint and not training.trains_adapter else training.base_folder
     if not topology.sharded:
         return task.build_model(weights)
-    beside = replace(training, machine=replace(training.device_config, device=torch.device("cpu")))
+    beside = replace(training, device_config=replace(training.device_config, device=torch.device("cpu")))
     model = task.worker_task_factory(beside).build_model(weights)
     if checkpoint and training.trains_adapter:
         load_adapter(model, checkpoint)

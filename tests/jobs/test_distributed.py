@@ -103,7 +103,7 @@ def test_two_processes_match_one_and_resume_after_kill_and_pause(
 ) -> None:
     unbroken = make_training_run("unbroken")
     model = unbroken.finish()
-    assert unbroken.recorders[0].decisions["processes"] == "2"
+    assert unbroken.recorders[0].decisions["world_size"] == "2"
     assert_runs_close((unbroken, model), single_process_run)
 
     broken, killer = make_training_run("broken"), KillWorkerListener(3)
@@ -187,7 +187,7 @@ def make_distributed_run(store: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 def assert_same_training(ours: tuple[TrainingRun, TrainedModel], theirs: tuple[TrainingRun, TrainedModel]) -> None:
     """Every figure of the curve and of the measurements, and every weight: the same, but for the order in which numbers are added up."""
     (two, our_model), (one, their_model) = ours, theirs
-    assert two.recorders[0].decisions["processes"] == "2"
+    assert two.recorders[0].decisions["world_size"] == "2"
     assert two.recorders[0].warnings == one.recorders[0].warnings
     points, expected = curve_points(two), curve_points(one)
     assert points.keys() == expected.keys() != set()
@@ -291,7 +291,7 @@ def test_unshareable_steps_use_single_process_fallback_with_advice(store: Path, 
     record = EventRecorder()
     spec = make_spec(store, held_out=[], hyperparameters={"max_steps": 1, "gradient_accumulation_steps": 3})
     load_trainer(spec)(spec.training_config, make_context(spec, tmp_path, record))
-    assert record.decisions["processes"] == "1"
+    assert record.decisions["world_size"] == "1"
     assert "gradient_accumulation_steps 3 cannot be shared" in record.warnings["idle_cpu_slots"]
     assert "multiple of 2" in record.warnings["idle_cpu_slots"]
 

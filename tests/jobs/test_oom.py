@@ -150,7 +150,7 @@ def test_cpu_out_of_memory_is_recognized(
     spec: Callable[..., JobSpec], limit_memory: Callable[..., LimitedMemory], tmp_path: Path, raises: Callable[[], BaseException]
 ) -> None:
     story = TrainingRun(spec(epochs=1), tmp_path)
-    limit_memory(story, 8, raises=raises)
+    limit_memory(story, 8, make_error=raises)
     story.finish()
     assert reduced_batch_sizes(story) == ["8"]
 

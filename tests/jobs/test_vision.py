@@ -376,7 +376,8 @@ def test_answer_depends_on_image_only(
 ) -> None:
     rows = tokenize_rows(*make_square_rows(8, first=700)).rows
     swapped = [
-        replace(row, offset=other.byte_offset, number=other.line_number) for row, other in zip(rows, [*rows[1:], rows[0]], strict=True)
+        replace(row, byte_offset=other.byte_offset, line_number=other.line_number)
+        for row, other in zip(rows, [*rows[1:], rows[0]], strict=True)
     ]
     said = generate_answers(trained_model, tokenizer, image_processor, rows)
     assert said == generate_answers(trained_model, tokenizer, image_processor, rows, batch_size=3)

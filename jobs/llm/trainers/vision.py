@@ -60,7 +60,7 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
     sight = load_vision_input_config(ground.base_folder, config.base_model_id)
     if ground.uses_default_chat_template and sight.chat_template:  # the base keeps it beside its image processor
         ground.tokenizer.chat_template = sight.chat_template
-        ground = replace(ground, template_is_ours=False)
+        ground = replace(ground, uses_default_chat_template=False)
     return run_training(_build_task(ground, config, sight), ground)
 
 
