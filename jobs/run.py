@@ -42,8 +42,8 @@ def main() -> int:
 
 def run_attempt(attempt: "Attempt") -> int:
     """The attempt from its claim to its own end; returns the exit code. Raises Stopped when it is stopped before that."""
-    from jobs.runtime.attempt import ExitCode
     from jobs.runtime.errors import AttemptTaken, ClaimRefused, failure_of
+    from jobs.runtime.shutdown import ExitCode
 
     try:
         attempt.claim()

@@ -6,13 +6,17 @@ Nothing is visible by that. The attempt's result names them, and the service tak
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jobs.runtime.retry import upload_with_retry
 from schema.job import Artifact, ArtifactFile, ArtifactKind, Fidelity
 from storage import ObjectStore, StorageError, delete_prefix, map_concurrently
+
+if TYPE_CHECKING:
+    from jobs.runtime.context import JobContext
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +39,20 @@ class ExportedArtifact:
     path: Path
     key: str
     fidelity: Fidelity | None = None
+
+
+def upload_artifacts(products: Sequence[ExportedArtifact], context: "JobContext") -> tuple[Artifact, ...]:
+    """Upload everything that an attempt exported, after deleting what earlier attempts left. Raises JobFailed `upload_failed`, Stopped."""
+    context.enter_phase("uploading")
+    uploader = ArtifactUploader(context.stores.models, context.spec.job_id, context.attempt)
+    uploader.delete_previous_attempts()
+    artifacts: list[Artifact] = []
+    for product in products:
+        context.check_stop()
+        artifacts.append(uploader.upload(product))
+        context.log_artifact(artifacts[-1])
+    context.check_stop()
+    return tuple(artifacts)
 
 
 @dataclass(frozen=True)

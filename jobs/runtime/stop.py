@@ -41,15 +41,15 @@ class StopController:
 
     def __init__(
         self,
-        last_resort: Callable[[StopReason], object],
+        force_exit: Callable[[StopReason], object],
         *,
-        heard: Callable[[StopReason], object] = lambda _: None,
+        on_request: Callable[[StopReason], object] = lambda _: None,
         grace_s: float = INTERRUPT_GRACE_S,
         preemption_deadline_s: float = PREEMPTION_DEADLINE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._force_exit = last_resort
-        self._on_request = heard
+        self._force_exit = force_exit
+        self._on_request = on_request
         self._grace_s = grace_s
         self._preemption_deadline_s = preemption_deadline_s
         self._shutdown_reserve_s = SHUTDOWN_RESERVE_S

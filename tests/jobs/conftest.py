@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from hashlib import sha256
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 from uuid import uuid4
 
@@ -227,8 +227,7 @@ def make_context(
 
 def load_trainer(spec: JobSpec) -> Callable[..., TrainedModel]:
     """The code that obeys the job's training config."""
-    module, _, function = spec.training_config.trainer.partition(":")
-    return getattr(import_module(module), function)
+    return resolve_name(spec.training_config.train)
 
 
 @pytest.fixture

@@ -13,9 +13,8 @@ that knows a store (`jobs/runtime/artifacts.py`) or llama.cpp's interface (`jobs
     adapter.py, merged.py, onnx.py, gguf.py, lora_gguf.py  the exporters
 """
 
-from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from jobs.llm.llama_cpp import LLAMA_CPP_FOLDER, find_program
@@ -24,14 +23,11 @@ from schema.job import ArtifactKind
 from schema.training import TrainingConfig
 
 if TYPE_CHECKING:
-    from jobs.llm.exporters.workspace import ExportWorkspace
     from jobs.llm.trained_model import TrainedModel
-    from jobs.runtime.artifacts import ExportedArtifact
     from jobs.runtime.context import JobContext
+    from jobs.runtime.family import FinalizeArtifacts
     from schema.job import Artifact
-
-    Exporter = Callable[[ExportWorkspace], tuple[ExportedArtifact, ...]]
-    FinalizeArtifacts = Callable[[Sequence[ExportedArtifact], Sequence[Artifact]], tuple[Artifact, ...]]
+    from schema.provenance import RunRecord
 
 # One line adds an exporter: kind -> "module:function", called with a Bench, answering finished and verified products.
 EXPORTERS: dict[ArtifactKind, str] = {
@@ -46,29 +42,26 @@ EXPORTERS: dict[ArtifactKind, str] = {
 def export_all(trained: "TrainedModel", context: "JobContext", finalize: "FinalizeArtifacts | None" = None) -> "tuple[Artifact, ...]":
     """Make, verify and upload everything that the job asked for. Raises JobFailed `export_failed`, `upload_failed`.
 
-    Nothing is uploaded before everything is verified, and nothing is visible before the service has taken the result. `seal` is given
-    the products while their files are still here, and what they became.
+    Nothing is uploaded before everything is verified, and nothing is visible before the service has accepted the result. `finalize`
+    gets the exported files while they still exist, and the uploaded artifacts.
     """
     from jobs.llm.exporters.workspace import ExportWorkspace
-    from jobs.runtime.artifacts import ArtifactUploader
+    from jobs.llm.model_card import model_card, read_license
+    from jobs.runtime.artifacts import upload_artifacts
+
+    def render_model_card(record: "RunRecord", repo_id: str) -> str:
+        return model_card(record, repo_id, read_license(trained.base_folder))
 
     check_exportable(context.spec.training_config)
-    publisher = ArtifactUploader(context.stores.models, context.spec.job_id, context.attempt)
-    bench = ExportWorkspace(trained, context)
+    workspace = ExportWorkspace(trained, context)
     try:
-        products = [product for kind in list_requested_kinds(context.spec.training_config) for product in _load_exporter(kind)(bench)]
-        products += bench.usage_artifacts()
-        context.enter_phase("uploading")
-        publisher.delete_previous_attempts()
-        artifacts: list[Artifact] = []
-        for product in products:
-            context.check_stop()
-            artifacts.append(publisher.upload(product))
-            context.log_artifact(artifacts[-1])
-        context.check_stop()
-        return finalize(products, artifacts) if finalize else tuple(artifacts)
+        exporters = [resolve_name(EXPORTERS[kind]) for kind in list_requested_kinds(context.spec.training_config)]
+        products = [product for export in exporters for product in export(workspace)]
+        products += workspace.usage_artifacts()
+        artifacts = upload_artifacts(products, context)
+        return finalize(products, artifacts, render_model_card) if finalize else artifacts
     finally:
-        bench.clear()
+        workspace.clear()
 
 
 def list_requested_kinds(training_config: TrainingConfig) -> tuple[ArtifactKind, ...]:
@@ -95,8 +88,3 @@ def check_exportable(training_config: TrainingConfig, base_folder: Path | None =
     if export.gguf_imatrix and find_program("llama-imatrix", llama_cpp_folder) is None:
         hint = "leave gguf_imatrix out, or run infra/llama_cpp.sh with the trainer's python"
         raise JobFailed("invalid_config", "gguf_imatrix needs llama.cpp's llama-imatrix, which is not installed here", hint)
-
-
-def _load_exporter(kind: ArtifactKind) -> "Exporter":
-    module, _, function = EXPORTERS[kind].partition(":")
-    return getattr(import_module(module), function)
