@@ -1,12 +1,12 @@
 """Where the base model comes from: the deployment's own object store, or else the Hugging Face Hub."""
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.runtime.errors import JobFailed
-from jobs.runtime.retry import RETRY_INITIAL_S, RETRY_MAX_S, download_all_with_retry, retry_store
+from jobs.runtime.http_retry import http_status, retry_hub
+from jobs.runtime.retry import download_all_with_retry, retry_store
 from storage import ObjectStore
 from storage.file import LocalStore
 
@@ -66,9 +66,10 @@ def _download_from_hub(name: str, token: str | None) -> Path:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return _download_with_retry(
+        return retry_hub(
             # False: never a token that somebody else left on this machine.
-            lambda: Path(snapshot_download(name, token=token or False, allow_patterns=ALLOW_PATTERNS, ignore_patterns=IGNORE_PATTERNS))
+            lambda: Path(snapshot_download(name, token=token or False, allow_patterns=ALLOW_PATTERNS, ignore_patterns=IGNORE_PATTERNS)),
+            tries=HUB_TRIES,
         )
     except GatedRepoError as error:
         hint = f"accept the licence at https://huggingface.co/{name} and send the hf_token of the account that did"
@@ -78,7 +79,7 @@ def _download_from_hub(name: str, token: str | None) -> Path:
         message = f"base model {name} does not exist on the Hub, or is private and {_token_owner(token)} may not read it"
         raise JobFailed("invalid_config", message, "check base_model_id; for a private model send hf_token") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, TransportError) as error:
-        status = _find_http_status(error)
+        status = http_status(error)
         if status in (401, 403):
             hint = "check that hf_token is valid and may read this model"
             raise JobFailed("auth", f"the Hub refused access to base model {name} ({status})", hint) from error
@@ -86,37 +87,6 @@ def _download_from_hub(name: str, token: str | None) -> Path:
             raise JobFailed("internal", f"the Hub did not deliver base model {name} ({status})", "retry the job later") from error
         hint = f"give the job a network, or put the model's files at pretrained_weights/huggingface/{name}/ in the model store"
         raise JobFailed("invalid_config", f"base model {name} is not stored here, and the Hub cannot be reached", hint) from error
-
-
-def _download_with_retry(download: Callable[[], Path]) -> Path:
-    """The download, again while the Hub or the way to it is down; what has arrived is not fetched twice. A refusal is final."""
-    import tenacity
-    from httpx2 import TransportError
-    from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    def is_transient(error: BaseException) -> bool:
-        status = _find_http_status(error)
-        away = isinstance(error, HfHubHTTPError | LocalEntryNotFoundError) and (status is None or status == 429 or status >= 500)
-        return (away or isinstance(error, TransportError)) and not constants.HF_HUB_OFFLINE
-
-    again = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(is_transient),
-        wait=tenacity.wait_exponential(RETRY_INITIAL_S, RETRY_MAX_S),
-        stop=tenacity.stop_after_attempt(HUB_TRIES),
-        reraise=True,
-    )
-    return again(download)
-
-
-def _find_http_status(error: BaseException | None) -> int | None:
-    """The Hub's own answer, which its client may have wrapped into "not found in the local cache"; None when nobody answered."""
-    while error is not None:
-        response = getattr(error, "response", None)
-        if response is not None:
-            return int(response.status_code)
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _token_owner(token: str | None) -> str:

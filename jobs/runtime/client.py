@@ -5,6 +5,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from jobs.runtime.errors import AttemptTaken, ClaimRefused
+from jobs.runtime.http_retry import is_transient_status
 from jobs.runtime.settings import Settings
 from schema.base import ForwardCompatible
 from schema.events import EventBatch, EventBatchResponse
@@ -133,6 +134,6 @@ class ServiceClient:
             answer = self._http.post(path, content=content, headers=headers, timeout=timeout)
         except httpx.TransportError as error:
             raise ServiceUnavailable(f"{type(error).__name__}: {error}") from error
-        if answer.status_code == HTTPStatus.TOO_MANY_REQUESTS or answer.is_server_error:
+        if is_transient_status(answer.status_code):
             raise ServiceUnavailable(f"the service answered {answer.status_code}")
         return answer
