@@ -19,7 +19,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from jobs.runtime.errors import Stopped, StopReason
 
@@ -188,6 +188,21 @@ class StopController:
         """Runs in the main thread, in the middle of anything: it takes no lock and writes no log."""
         if not self._raised:
             self.check()
+
+
+class NeverStop:
+    """A stop signal that is never given: for a worker process, whose rank 0 decides, and for a trainer run by hand."""
+
+    stop_reason = None
+
+    def check(self) -> None:
+        """Return always."""
+
+    def defer_stop(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def time_left_s(self) -> float | None:
+        return None
 
 
 def _wake_main_thread() -> None:
