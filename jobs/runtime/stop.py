@@ -191,7 +191,7 @@ class StopController:
 
 
 class NeverStop:
-    """A stop signal that is never given: for a worker process, whose rank 0 decides, and for a trainer run by hand."""
+    """A stop signal that is never given: for worker processes, which rank 0 stops or kills, and for a trainer that runs alone."""
 
     stop_reason = None
 

@@ -14,23 +14,14 @@ from typing import Any
 import psutil
 import pytest
 
-from jobs.llm.distributed import (
-    EXIT_OOM,
-    EXIT_PEER_LOST,
-    DeviceSlots,
-    StartupWatchdog,
-    WorkerFailed,
-    WorldSizeDecision,
-    capture_rng_state,
-    choose_world_size,
-    save_rng_states,
-    worker_error,
-    worker_pool,
-)
-from jobs.llm.model import DeviceConfig
-from jobs.llm.oom import BatchConfig, is_out_of_memory
+from jobs.llm.distributed import StartupWatchdog, capture_rng_state, save_rng_states
+from jobs.llm.hardware import DeviceConfig
+from jobs.llm.oom import is_out_of_memory
+from jobs.llm.parallelism import DeviceSlots, WorldSizeDecision, choose_world_size
 from jobs.llm.trained_model import TrainedModel
-from jobs.llm.training_loop import TrainingContext, TrainingTask
+from jobs.llm.training_context import TrainingContext, TrainingTask
+from jobs.llm.worker_pool import EXIT_OOM, EXIT_PEER_LOST, WorkerFailed, worker_error, worker_pool
+from jobs.runtime.batch_config import BatchConfig
 from jobs.runtime.errors import JobFailed, failure_of
 from jobs.runtime.save_policy import TrainingControlState
 from jobs.runtime.settings import read_max_processes, visible_gpus, worker_environment
@@ -292,7 +283,7 @@ def test_unshareable_steps_use_single_process_fallback_with_advice(store: Path, 
     spec = make_spec(store, held_out=[], hyperparameters={"max_steps": 1, "gradient_accumulation_steps": 3})
     load_trainer(spec)(spec.training_config, make_context(spec, tmp_path, record))
     assert record.decisions["world_size"] == "1"
-    assert "gradient_accumulation_steps 3 cannot be shared" in record.warnings["idle_cpu_slots"]
+    assert "gradient_accumulation_steps 3 is not divisible" in record.warnings["idle_cpu_slots"]
     assert "multiple of 2" in record.warnings["idle_cpu_slots"]
 
 

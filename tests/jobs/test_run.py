@@ -173,7 +173,7 @@ def test_attempt_needs_only_the_runtime_and_its_family_on_disk(start: Start, tmp
     assert [artifact.name for artifact in process.final_result.artifacts] == ["adapter"]
 
 
-def test_importing_the_runtime_imports_no_ml_library() -> None:
+def test_importing_the_runtime_imports_no_family_and_no_ml_library() -> None:
     config = tomllib.loads((SOURCE / "pyproject.toml").read_text())
     heavy = set(config["tool"]["ruff"]["lint"]["flake8-tidy-imports"]["banned-module-level-imports"])
     code = (
@@ -184,6 +184,7 @@ def test_importing_the_runtime_imports_no_ml_library() -> None:
     imported = subprocess.check_output([sys.executable, "-c", code], cwd=SOURCE, env={"PYTHONPATH": "."}, text=True).split()
     assert "jobs.runtime.trackers.trackio_process" in imported
     assert not [name for name in imported if name.partition(".")[0] in heavy]
+    assert {name.split(".")[1] for name in imported if name.startswith("jobs.")} == {"runtime"}
 
 
 def test_second_claimant_exits_without_changes(start: Start, service: FakeService) -> None:
