@@ -105,7 +105,7 @@ def test_failing_grader_is_counted_and_left_out_of_reward(train: Train) -> None:
     assert "grader 'broken' could not grade" in trained.record.warnings["grader_failed"]
     assert trained.model.metrics is not None
     assert trained.model.metrics.values["reward"] is None
-    assert trained.model.metrics.notes["reward"] == "there is no answer that every grader could judge"
+    assert trained.model.metrics.notes["reward"] == "there is no completion on which every grader succeeded"
     assert trained.model.metrics.values["graders/broken/failed"] == 1.0
 
 
