@@ -23,41 +23,41 @@ router = APIRouter(tags=["training"])
 
 @router.post("/train", status_code=201)
 def train(body: TrainRequest, services: ServicesDep, tenant_id: TenantDep, idempotency_key: IdempotencyHeader = None) -> TrainResponse:
-    """Start a training job. It is durable when this answers."""
+    """Create a training job. Its record is durable when this responds."""
     return TrainResponse(job_id=services.jobs.submission.submit(body, tenant_id, idempotency_key).job_id)
 
 
-# Any: the answer grows with the deployment; its shape is documented in docs/api.md.
+# Any: the fields depend on the deployment; docs/api.md documents them.
 @router.get("/capabilities")
 def get_capabilities(services: ServicesDep) -> dict[str, Any]:
-    """What this deployment can train, on what, and into what."""
+    """What this deployment can train, on which hardware, and what it can export."""
     profiles = {name: services.launcher.get_capabilities(name) for name in services.launcher.profiles}
     return capabilities_response(profiles, services.launcher.name)
 
 
 def capabilities_response(profiles: Mapping[str, RuntimeCapabilities], launcher_name: str) -> dict[str, object]:
-    """The whole answer of `GET /capabilities`. What is said outside `profiles` is said of the first, which is the default."""
-    hardware = next(iter(profiles.values()))
+    """The body of `GET /capabilities`. Everything outside `profiles` describes the first profile, which is the default."""
+    default = next(iter(profiles.values()))
     return {
         "launcher": launcher_name,
-        "profiles": {name: asdict(facts) for name, facts in profiles.items()},
+        "profiles": {name: asdict(capabilities) for name, capabilities in profiles.items()},
         "trainer_types": {
             name: {"dataset_types": list(config.dataset_types), "modalities": list(config.modalities)}
             for name, config in TRAINER_TYPES.items()
-            if name in hardware.trainer_types
+            if name in default.trainer_types
         },
-        "providers": list(hardware.providers),
-        "methods": list(hardware.methods),
-        "modalities": list(hardware.modalities),
+        "providers": list(default.providers),
+        "methods": list(default.methods),
+        "modalities": list(default.modalities),
         "graders": list(GRADER_TYPES),
         "export": {
-            "formats": [name for name in get_args(ExportFormat) if name != "onnx" or hardware.onnx],
+            "formats": [name for name in get_args(ExportFormat) if name != "onnx" or default.onnx],
             "destinations": list(DESTINATIONS),
-            "gguf_quantizations": list(get_args(GgufQuantization)) if hardware.gguf else [],
+            "gguf_quantizations": list(get_args(GgufQuantization)) if default.gguf else [],
             "artifacts": list(get_args(ArtifactKind)),
         },
         "trackers": list(TRACKERS),
-        "lm_eval": hardware.lm_eval,
-        "use_fa2": hardware.flash_attention_2,
-        "hardware": asdict(hardware),
+        "lm_eval": default.lm_eval,
+        "use_fa2": default.flash_attention_2,
+        "hardware": asdict(default),
     }

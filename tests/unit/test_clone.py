@@ -100,7 +100,7 @@ RESENT_SECRETS = {"wandb_api_key": "w2", "judge_api_key": "k2", "hf_token": "h2"
     ("missing", "param"), [("hf_token", "hf_token"), ("judge_api_key", "secrets.judge_api_key"), ("wandb_api_key", "secrets.wandb_api_key")]
 )
 def test_clone_requires_secret_again(missing: str, param: str) -> None:
-    with pytest.raises(InvalidRequest, match=f"made with {missing}") as refused:
+    with pytest.raises(InvalidRequest, match=f"created with {missing}") as refused:
         clone(JOB_WITH_SECRETS, secrets={name: value for name, value in RESENT_SECRETS.items() if name != missing})
     assert refused.value.param == param
 
@@ -130,7 +130,7 @@ def test_removed_secret_is_not_required(patch: dict[str, Any]) -> None:
 
 
 def test_unused_secret_is_rejected() -> None:
-    with pytest.raises(InvalidRequest, match="takes mlflow_token") as refused:
+    with pytest.raises(InvalidRequest, match="uses mlflow_token") as refused:
         clone(make_job(), secrets={"mlflow_token": "x"})
     assert refused.value.param == "secrets.mlflow_token"
 

@@ -49,7 +49,7 @@ def test_resume_allows_extension_and_rejects_immutable_fields(harness: JobsHarne
     for changes, param, words in (
         ({"epochs": 1}, "epochs", "can only grow"),
         ({"max_steps": 50}, "max_steps", "counted in epochs"),
-        ({"hf_token": "hf_x"}, "hf_token", "was made without"),
+        ({"hf_token": "hf_x"}, "hf_token", "was created without"),
     ):
         with pytest.raises(InvalidRequest, match=words) as refused:
             harness.jobs.control.resume(job.job_id, TENANT, ResumeRequest.model_validate(changes))

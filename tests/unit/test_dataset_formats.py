@@ -106,7 +106,7 @@ def test_preference_conversations_are_split_into_shared_prompt() -> None:
         (
             {"prompt": [QUESTION], "chosen": [CHOSEN_ANSWER], "rejected": [SYSTEM, QUESTION, REJECTED_ANSWER]},
             "rejected",
-            "what comes before it is not the prompt",
+            "the messages before it are not the prompt",
         ),
         ({"chosen": [QUESTION, CHOSEN_ANSWER], "rejected": [QUESTION, CHOSEN_ANSWER]}, "rejected", "the same as chosen"),
         (
@@ -179,13 +179,13 @@ def test_column_order_does_not_matter() -> None:
 @pytest.mark.parametrize(
     ("columns", "field", "reason"),
     [
-        ({"complation": "So."}, "complation", "is nearly 'completion'"),
-        ({"Chosen": "So."}, "Chosen", "is nearly 'chosen'"),
-        ({"labels": "So."}, "labels", "is nearly 'label'"),
-        ({"reject": "So."}, "reject", "is nearly 'rejected'"),
-        ({"the answer": "So."}, "'the answer'", "cannot name a column"),
-        ({"x" * 65: "So."}, "'" + "x" * 40 + "...'", "cannot name a column"),
-        ({"answer\n": "So."}, "'answer\\n'", "cannot name a column"),
+        ({"complation": "So."}, "complation", "is close to 'completion'"),
+        ({"Chosen": "So."}, "Chosen", "is close to 'chosen'"),
+        ({"labels": "So."}, "labels", "is close to 'label'"),
+        ({"reject": "So."}, "reject", "is close to 'rejected'"),
+        ({"the answer": "So."}, "'the answer'", "is not a valid column name"),
+        ({"x" * 65: "So."}, "'" + "x" * 40 + "...'", "is not a valid column name"),
+        ({"answer\n": "So."}, "'answer\\n'", "is not a valid column name"),
         ({"answer": None}, "answer", "is null"),
         ({"answer": ["So."]}, "answer", "is a list; a column beside a prompt is a string, a number, true or false"),
         ({"answer": "\0"}, "answer", "NUL"),
@@ -354,12 +354,12 @@ MANY_SCANS_JPEG = PROGRESSIVE_JPEG[:-2] + PROGRESSIVE_JPEG[PROGRESSIVE_JPEG.rind
     [
         ({"type": "image"}, ".image", 'an image is {"type": "image", "image": "data:image/png;base64,..."}'),
         ({"type": "image", "image": 4}, ".image", "is a number"),
-        ({"type": "image", "image": "cat.png"}, ".image", "is no data: URI"),
+        ({"type": "image", "image": "cat.png"}, ".image", "is not a data: URI"),
         ({"type": "image", "image": "gs://bucket/cat.png"}, ".image", "the service fetches nothing; put the image into the row"),
         (
             {"type": "image_url", "image_url": {"url": "https://example.org/c.png"}},
             ".image_url.url",
-            "is the address 'https://example.org/c.png'",
+            "is the URL 'https://example.org/c.png'",
         ),
         (
             {"type": "image_url", "image_url": {"url": make_data_uri(), "detail": "low"}},
@@ -378,9 +378,9 @@ MANY_SCANS_JPEG = PROGRESSIVE_JPEG[:-2] + PROGRESSIVE_JPEG[PROGRESSIVE_JPEG.rind
         ({"type": "image", "image": "data:image/png;base64,iVBO\nRw0K"}, "", "is not base64"),
         ({"type": "image", "image": "data:image/png;base64,iVBOé"}, "", "is not base64"),
         ({"type": "image", "image": "data:image/png;base64,iVBORw0"}, "", "is not base64 (incorrect padding)"),
-        ({"type": "image", "image": "data:image/png;base64,"}, "", "no PNG, JPEG or WebP image"),
-        (make_image_part(b"GIF89a" + bytes(20)), "", "no PNG, JPEG or WebP image"),
-        (make_image_part(make_image_bytes("JPEG")), "", "says image/png, but its bytes are a JPEG image; write data:image/jpeg"),
+        ({"type": "image", "image": "data:image/png;base64,"}, "", "not a PNG, JPEG or WebP image"),
+        (make_image_part(b"GIF89a" + bytes(20)), "", "not a PNG, JPEG or WebP image"),
+        (make_image_part(make_image_bytes("JPEG")), "", "declares image/png, but is a JPEG image; write data:image/jpeg"),
         (make_image_part(make_image_bytes(size=(64, 64))[:-40]), "", "is a broken PNG image"),
         (make_image_part(make_image_bytes("WEBP")[:-20], "image/webp"), "", "is a broken WebP image"),
         (make_image_part(make_image_bytes(size=(4097, 1))), "", "is 4,097 x 1 pixels; at most 4,096 x 4,096"),
@@ -406,7 +406,7 @@ def test_too_many_images_per_row_are_rejected() -> None:
     refused = get_row_error(
         {"messages": [*make_vision_row(*[make_image_part()] * MAX_IMAGES)["messages"], *make_vision_row(make_image_part())["messages"]]}
     )
-    assert (refused.field, refused.reason) == ("messages", "has 17 images; at most 16 a row")
+    assert (refused.field, refused.reason) == ("messages", "has 17 images; at most 16 are allowed in a row")
 
 
 @pytest.mark.parametrize("role", ["system", "assistant"])
@@ -416,7 +416,7 @@ def test_images_are_allowed_only_in_user_messages(role: str) -> None:
         "assistant": [QUESTION, {"role": role, "content": [make_image_part()]}],
     }
     refused = get_row_error({"messages": messages[role]})
-    assert refused.reason == f"is an image in a message of role '{role}'; images are for 'user'"
+    assert refused.reason == f"is an image in a message of role '{role}'; only 'user' messages may have images"
 
 
 @pytest.mark.parametrize(
@@ -426,7 +426,7 @@ def test_images_are_allowed_only_in_user_messages(role: str) -> None:
 def test_images_in_preference_and_prompt_rows_are_rejected(columns: dict[str, object]) -> None:
     refused = get_row_error({"prompt": [{"role": "user", "content": [make_image_part()]}]} | columns)
     assert refused.field == "prompt[0].content[0]"
-    assert "images are for rows of messages, and of prompt and completion" in refused.reason
+    assert "images are allowed in rows of messages and of prompt and completion" in refused.reason
 
 
 def test_images_column_error_explains_placement() -> None:

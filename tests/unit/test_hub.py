@@ -18,7 +18,7 @@ FINE_GRAINED = HubAccount(user="ada", role="fineGrained", orgs={"lab": "admin"},
         ("gated", "hf_token", "is gated, and a request without hf_token may not read it"),
         ("absent", "training_config.base_model_id", "does not exist on the Hub, or is private"),
         ("refused", "hf_token", "does not let"),
-        ("bad_token", "hf_token", "does not know the hf_token"),
+        ("bad_token", "hf_token", "rejects the hf_token"),
     ],
 )
 def test_unreadable_base_model_is_rejected_with_hint(access: HubAccess, param: str, words: str) -> None:
@@ -37,10 +37,10 @@ def test_unknown_access_is_accepted(access: HubAccess) -> None:
 @pytest.mark.parametrize(
     ("repo_id", "access", "account", "words"),
     [
-        ("ada/tuned", "bad_token", None, "does not know"),
+        ("ada/tuned", "bad_token", None, "rejects the hf_token"),
         ("ada/tuned", "refused", None, "may not write to ada/tuned"),
-        ("ada/tuned", "refused", READER, "can only read"),
-        ("ada/tuned", "absent", READER, "can only read"),
+        ("ada/tuned", "refused", READER, "is read-only"),
+        ("ada/tuned", "absent", READER, "is read-only"),
         ("grace/tuned", "absent", WRITER, "cannot write to 'grace'"),
         ("press/tuned", "absent", WRITER, "cannot write to 'press'"),
         ("ada/two", "absent", FINE_GRAINED, "fine-grained and may not write to ada/two"),

@@ -73,7 +73,7 @@ class JobControl:
         renewed = resent_secrets(request)
         for name in renewed.keys() - set(job.secret_names):
             raise InvalidRequest(
-                f"{job.job_id} was made without {name}, and goes on without it", hint="leave it out", param=_secret_param(name)
+                f"{job.job_id} was created without {name} and continues without it", hint="leave it out", param=_secret_param(name)
             )
         if not job.secret_names:
             return
@@ -82,7 +82,7 @@ class JobControl:
         for name in job.secret_names:
             if name not in known:
                 hint = "secrets are destroyed when a job ends, and expire after 30 days"
-                message = f"{name} is needed again to go on with {job.job_id}; send it in the body"
+                message = f"{name} is needed again to continue {job.job_id}; send it in the body"
                 raise InvalidRequest(message, hint=hint, param=_secret_param(name))
         if known != stored:
             self._repository.secrets.put(job.job_id, known)
@@ -104,10 +104,10 @@ def _extend_training(config: TrainingConfig, request: ContinuationOptions) -> Tr
             continue
         unit = "max_steps" if hyperparameters.max_steps > 0 else "epochs"
         if name != unit:
-            raise InvalidRequest(f"this job is counted in {unit}; {name} would not be used", hint=f"raise {unit}", param=name)
+            raise InvalidRequest(f"the length of this job is counted in {unit}; {name} would not be used", hint=f"raise {unit}", param=name)
         if requested < getattr(hyperparameters, name):
             planned = getattr(hyperparameters, name)
-            message = f"{name} can only grow: the job was planned with {planned}, and {requested} may have been passed already"
+            message = f"{name} can only grow: the job was planned with {planned} and may already be past {requested}"
             raise InvalidRequest(message, hint="an earlier checkpoint can be exported instead", param=name)
         changes[name] = requested
     return config.model_copy(update={"hyperparameters": hyperparameters.model_copy(update=changes)}) if changes else config

@@ -119,5 +119,5 @@ def _no_checkpoint_error(job: Job) -> NotFound:
         hint = f"POST /jobs/{job.export_of.job_id}/export exports it again"
         return NotFound(f"{job.job_id} trained nothing; it exported a checkpoint of {job.export_of.job_id}", hint=hint)
     if job.status.is_final:
-        return NotFound(f"no checkpoint of {job.job_id} is kept", hint=f"POST /jobs/{job.job_id}/clone trains it once more")
-    return NotFound(f"{job.job_id} is {job.status} and has no checkpoint yet", hint="POST /jobs/{id}/pause makes one")
+        return NotFound(f"no checkpoint of {job.job_id} is kept", hint=f"POST /jobs/{job.job_id}/clone trains it again")
+    return NotFound(f"{job.job_id} is {job.status} and has no checkpoint yet", hint="POST /jobs/{id}/pause saves one")

@@ -55,7 +55,7 @@ class JobQueries:
         if not isinstance(self._launcher, LogReader):
             handle = job.attempts[number - 1].handle
             location = self._launcher.log_location(handle) if handle and isinstance(self._launcher, LogLocator) else ""
-            raise NotFound(f"the launcher {self._launcher.name!r} keeps the logs elsewhere", hint=location)
+            raise NotFound(f"the launcher {self._launcher.name!r} keeps its logs elsewhere", hint=location)
         page = self._launcher.read_log(attempt_name(job_id, number), offset, limit)
         return number, page or LogPage(text="", next_offset=offset)
 
@@ -65,10 +65,10 @@ class JobQueries:
         """Links to the files of an artifact, by default the first of DOWNLOAD_PREFERENCE. Raises NotFound, Conflict."""
         job = self._repository.find(job_id, tenant_id)
         if job.status is not Status.COMPLETED:
-            raise Conflict(f"{job_id} is {job.status}; there is something to download once it is completed")
+            raise Conflict(f"{job_id} is {job.status}; its artifacts can be downloaded once it is completed")
         if job.gate and not job.gate.passed and not job.artifacts:
-            message = f"{job_id} published nothing, for the promotion gate was not passed: {_describe_failed_checks(job.gate)}"
-            raise Conflict(message, hint=f"POST /jobs/{job_id}/export publishes it all the same")
+            message = f"{job_id} published nothing because it did not pass the promotion gate: {_describe_failed_checks(job.gate)}"
+            raise Conflict(message, hint=f"POST /jobs/{job_id}/export exports it anyway")
         job = write_manifest(self._repository, self._models, job)
         artifact = _pick_artifact(job, artifact_name)
         return artifact, [(file, self._sign_url(artifact, file)) for file in artifact.files]

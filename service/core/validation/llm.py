@@ -1,6 +1,6 @@
-"""What is refused for language models: by the base model's name, the images and columns of the dataset, and the graders.
+"""Checks for language models: the base model, the images and columns of the dataset, the graders.
 
-Nothing is downloaded: an unknown model name passes here, and the job checks it again.
+Nothing is downloaded: an unknown model name passes, and the job checks it again.
 """
 
 import re
@@ -24,11 +24,11 @@ from storage import ObjectStore
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A family of models, known by how their names begin, whoever publishes the copy."""
+    """A family of models, recognized by how their names begin, whoever publishes the copy."""
 
     name: str
-    has_vision: bool  # takes images beside text
-    hidden_size: int  # of the hidden states: a LoRA of a higher rank has nothing left to be low in
+    has_vision: bool  # accepts images beside text
+    hidden_size: int  # of the hidden states; the rank of a LoRA must not exceed it
 
 
 # https://huggingface.co/google: `hidden_size` (of the text part) and the presence of a vision tower, in each config.json.
@@ -54,34 +54,36 @@ def check_dataset_compatible(config: TrainingConfig, dataset: Dataset) -> None:
 
 
 def check_embedding_models(config: TrainingConfig, models: ObjectStore) -> None:
-    """Raise InvalidRequest when a grader compares by a model that the deployment does not have: such a model is never downloaded."""
+    """Raise InvalidRequest when a grader's embedding model is not in the model store: jobs never download embedding models."""
     for n, grader in enumerate(config.reward_config if isinstance(config, GrpoConfig) else []):
         if not isinstance(grader, TextSimilarityGrader) or grader.embedding_model is None or grader.base_url is not None:
             continue
         if not is_stored(models, grader.embedding_model):
             folder = f"{models.url}/pretrained_weights/huggingface/{grader.embedding_model}/"
             raise InvalidRequest(
-                f"grader {grader.name!r} compares by {grader.embedding_model}, which is not in this deployment's model store",
-                hint=f"name an endpoint that has it as base_url, or put its files at {folder}",
+                f"grader {grader.name!r} uses {grader.embedding_model}, which is not in this deployment's model store",
+                hint=f"set base_url to an endpoint that serves it, or put its files at {folder}",
                 param=f"training_config.reward_config.{n}.embedding_model",
             )
 
 
 def is_stored(models: ObjectStore, model_id: str) -> bool:
-    """Whether the deployment has a copy of a model of its own. Raises StorageError."""
+    """Whether the deployment's model store has a copy of a model. Raises StorageError."""
     return models.stat(f"pretrained_weights/huggingface/{model_id}/config.json") is not None
 
 
 def find_known_model(base_model_id: str) -> KnownModel | None:
-    """What is known of a model by its name, if anything."""
+    """The family of a model by its name, or None."""
     name = base_model_id.rpartition("/")[2].lower()
     return next((base for base in KNOWN_MODELS if re.match(rf"{re.escape(base.name)}(?![a-z0-9])", name)), None)
 
 
 def _check_images(config: TrainingConfig, dataset: Dataset) -> None:
     if config.modality == "text" and dataset.images:
-        message = f"{dataset.processed_dataset_id} has {dataset.images} images, and modality 'text' has no eyes for them"
-        raise InvalidRequest(message, hint="set modality to 'vision', with a base that takes images", param="training_config.modality")
+        message = f"{dataset.processed_dataset_id} has {dataset.images} images, and modality 'text' does not accept images"
+        raise InvalidRequest(
+            message, hint="set modality to 'vision', with a base model that accepts images", param="training_config.modality"
+        )
     if config.modality == "vision" and not dataset.images:
         message = f"modality 'vision' needs images, and {dataset.processed_dataset_id} has none"
         raise InvalidRequest(message, hint="set modality to 'text', or upload rows with images", param="training_config.modality")
@@ -92,8 +94,8 @@ def _check_base(config: TrainingConfig) -> None:
     if base is None:
         return
     if config.modality == "vision" and not base.has_vision:
-        message = f"{config.base_model_id} is a text model; it cannot take images"
-        hint = "google/gemma-3-4b-it and larger ones take images"
+        message = f"{config.base_model_id} is a text model; it does not accept images"
+        hint = "google/gemma-3-4b-it and larger ones accept images"
         raise InvalidRequest(message, hint=hint, param="training_config.modality")
     if config.method != "Full" and rank > base.hidden_size:
         message = f"lora_rank {rank} is above {base.hidden_size}, the width of {config.base_model_id}'s layers"
@@ -102,16 +104,16 @@ def _check_base(config: TrainingConfig) -> None:
 
 
 def _check_grader_columns(config: GrpoConfig, dataset: Dataset) -> None:
-    """What graders read must be in the rows."""
+    """Raise InvalidRequest when a grader reads a column that the rows do not have."""
     known = dataset.columns if dataset.dataset_type == "prompt" else ("completion",)
-    for n, grader in enumerate(config.reward_config):
+    for index, grader in enumerate(config.reward_config):
         for field, column in _grader_columns(grader):
             if column not in known:
                 message = f"grader {grader.name!r} reads the column {column!r}; the rows of {dataset.processed_dataset_id} have: "
                 raise InvalidRequest(
                     message + (", ".join(known) or "none beside the prompt"),
                     hint=f"name one of them in {field}, or upload rows that have the column",
-                    param=f"training_config.reward_config.{n}.{field}",
+                    param=f"training_config.reward_config.{index}.{field}",
                 )
 
 
