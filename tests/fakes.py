@@ -1,4 +1,4 @@
-"""In-memory stand-ins for the ports of the service, whose answers a test sets."""
+"""In-memory fakes of the service's ports, whose answers a test sets."""
 
 from service.core.errors import Unavailable
 from service.core.ports import ExecutionState, ExitReason, HubAccess, HubAccount, LaunchRequest, RuntimeCapabilities
@@ -6,7 +6,7 @@ from tests.factories import make_capabilities
 
 
 class FakeLauncher:
-    """Launches into a dictionary. Can be told to refuse, to be unreachable, and to die just after launching."""
+    """Launches into a dictionary. A test can make it refuse, and lose the response of a launch."""
 
     name = "fake"
     polling_is_free = True
@@ -18,7 +18,7 @@ class FakeLauncher:
         self.cancels: list[tuple[str, bool]] = []
         self.slots = 10
         self.refusal: Exception | None = None
-        self.dies_after_launch = False
+        self.loses_response = False
         self.exit_reasons: dict[str, ExitReason] = {}
         self.capabilities = make_capabilities()
 
@@ -28,8 +28,8 @@ class FakeLauncher:
         assert request.name not in self.launched, "launched twice"
         self.launched[request.name] = request
         self.states[f"handle of {request.name}"] = "running"
-        if self.dies_after_launch:
-            raise Unavailable("the answer was lost")
+        if self.loses_response:
+            raise Unavailable("the response was lost")
         return f"handle of {request.name}"
 
     def find_handle(self, name: str) -> str | None:
@@ -55,7 +55,7 @@ class FakeLauncher:
 
 
 class FakeHub:
-    """Says what it is told to; knows the commits of its repositories."""
+    """Returns what a test sets; has repositories with commits."""
 
     def __init__(self) -> None:
         self.read_result: HubAccess = "unknown"

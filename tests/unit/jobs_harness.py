@@ -1,4 +1,4 @@
-"""The whole core for jobs over in-memory ports, with a clock that a test sets."""
+"""The core's job services over in-memory ports, with a clock that a test moves."""
 
 from collections.abc import Callable
 from itertools import count
@@ -15,9 +15,7 @@ from service.adapters.links import ServiceUrlSigner
 from service.adapters.secrets.local import LocalSecretStore
 from service.core.jobs.assembly import build_job_services
 from service.core.jobs.trackers import DeploymentTrackers
-from service.core.ports import (
-    Buckets,
-)
+from service.core.ports import Buckets
 from service.core.tokens import TokenSigner
 from storage import open_store
 from tests.factories import START, FakeClock, make_dataset, make_train_request
@@ -27,7 +25,7 @@ TENANT = "local"
 
 
 class JobsHarness:
-    """A whole service in memory."""
+    """The job services and the fakes behind their ports."""
 
     def __init__(self, folder: Path, trackers: DeploymentTrackers | None = None) -> None:
         self.clock = FakeClock()
@@ -39,7 +37,7 @@ class JobsHarness:
         self.tokens = TokenSigner(b"k" * 32, self.clock)
         self.wake_count = 0
         self.on_wake: Callable[[str], None] = lambda _: None
-        tails = count(1)
+        suffixes = count(1)
         self.jobs = build_job_services(
             store=self.store,
             secrets=self.secrets,
@@ -48,7 +46,7 @@ class JobsHarness:
             url_signer=ServiceUrlSigner(self.tokens),
             tokens=self.tokens,
             clock=self.clock,
-            random_suffix=lambda: f"{next(tails):04x}",
+            random_suffix=lambda: f"{next(suffixes):04x}",
             wake=self._wake,
             hub=self.hub,
             trackers=trackers,
@@ -74,14 +72,14 @@ class JobsHarness:
         return self.jobs.repository.find(job.job_id, TENANT)
 
     def write_checkpoint(self, job: Job, step: int, attempt: int = 1) -> Checkpoint:
-        """A checkpoint in the bucket, as an attempt leaves it."""
-        made = Checkpoint.model_validate(
+        """Write a checkpoint to the bucket, as an attempt does."""
+        checkpoint = Checkpoint.model_validate(
             {"job_id": job.job_id, "attempt": attempt, "step": step, "total_steps": 100, "epoch": 0.5, "batch_size": 2, "files": []}
             | {"gradient_accumulation_steps": 1, "training_config": job.training_config, "created_at": START}
         )
         key = checkpoint_key(checkpoints_prefix(job.job_id, job.project_id), attempt, step)
-        self.objects.write(key + MANIFEST, made.with_checksum())
-        return made
+        self.objects.write(key + MANIFEST, checkpoint.with_checksum())
+        return checkpoint
 
     def write_result(self, job: Job, outcome: str = "completed", attempt: int = 1, **changes: object) -> Result:
         body = {"job_id": job.job_id, "attempt": attempt, "outcome": outcome, "started_at": START, "finished_at": START}

@@ -42,8 +42,8 @@ def test_events_contain_each_status_once(harness: JobsHarness) -> None:
     job = harness.start_training()
     harness.jobs.attempts.finish(job.job_id, harness.write_result(job))
     harness.jobs.attempts.finish(job.job_id, harness.write_result(job))
-    told = [stored.event for stored in harness.jobs.queries.list_events(job.job_id, TENANT, 0, 100)]
-    assert [event.status for event in told if event.type == "status"] == ["preparing", "training", "completed"]
+    events = [stored.event for stored in harness.jobs.queries.list_events(job.job_id, TENANT, 0, 100)]
+    assert [event.status for event in events if event.type == "status"] == ["preparing", "training", "completed"]
 
 
 def test_lost_attempt_publishes_nothing(harness: JobsHarness) -> None:

@@ -1,4 +1,4 @@
-"""A job's request once more: RFC 7386 on what was sent, and the whole checked like a new request."""
+"""Cloning: an RFC 7386 patch on the request of a job, validated like a new request."""
 
 from typing import Any
 
@@ -83,9 +83,9 @@ def test_explicit_fields_are_kept_and_revalidated() -> None:
     ],
 )
 def test_invalid_merged_request_names_field(patch: dict[str, Any], field: str) -> None:
-    with pytest.raises(ValidationError) as refused:
+    with pytest.raises(ValidationError) as excinfo:
         clone(make_job(), training_config=patch)
-    assert field in refused.value.errors()[0]["loc"]
+    assert field in excinfo.value.errors()[0]["loc"]
 
 
 # --- secrets ---------------------------------------------------------------------------------------------------------
@@ -100,9 +100,9 @@ RESENT_SECRETS = {"wandb_api_key": "w2", "judge_api_key": "k2", "hf_token": "h2"
     ("missing", "param"), [("hf_token", "hf_token"), ("judge_api_key", "secrets.judge_api_key"), ("wandb_api_key", "secrets.wandb_api_key")]
 )
 def test_clone_requires_secret_again(missing: str, param: str) -> None:
-    with pytest.raises(InvalidRequest, match=f"created with {missing}") as refused:
+    with pytest.raises(InvalidRequest, match=f"created with {missing}") as excinfo:
         clone(JOB_WITH_SECRETS, secrets={name: value for name, value in RESENT_SECRETS.items() if name != missing})
-    assert refused.value.param == param
+    assert excinfo.value.param == param
 
 
 def test_resent_secrets_are_placed_in_config() -> None:
@@ -130,9 +130,9 @@ def test_removed_secret_is_not_required(patch: dict[str, Any]) -> None:
 
 
 def test_unused_secret_is_rejected() -> None:
-    with pytest.raises(InvalidRequest, match="uses mlflow_token") as refused:
+    with pytest.raises(InvalidRequest, match="uses mlflow_token") as excinfo:
         clone(make_job(), secrets={"mlflow_token": "x"})
-    assert refused.value.param == "secrets.mlflow_token"
+    assert excinfo.value.param == "secrets.mlflow_token"
 
 
 def test_redaction_placeholder_is_never_sent() -> None:

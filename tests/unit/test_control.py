@@ -51,9 +51,9 @@ def test_resume_allows_extension_and_rejects_immutable_fields(harness: JobsHarne
         ({"max_steps": 50}, "max_steps", "counted in epochs"),
         ({"hf_token": "hf_x"}, "hf_token", "was created without"),
     ):
-        with pytest.raises(InvalidRequest, match=words) as refused:
+        with pytest.raises(InvalidRequest, match=words) as excinfo:
             harness.jobs.control.resume(job.job_id, TENANT, ResumeRequest.model_validate(changes))
-        assert refused.value.param == param
+        assert excinfo.value.param == param
     with pytest.raises(ValidationError, match="learning_rate cannot change"):
         ResumeRequest.model_validate({"learning_rate": 0.1})
     resumed = harness.jobs.control.resume(job.job_id, TENANT, ResumeRequest.model_validate({"epochs": 9}))
@@ -65,9 +65,9 @@ def test_resume_allows_extension_and_rejects_immutable_fields(harness: JobsHarne
 def test_retry_requires_secrets_again(harness: JobsHarness) -> None:
     job = harness.submit(hf_token="hf_x")
     harness.jobs.control.cancel(job.job_id, TENANT)
-    with pytest.raises(InvalidRequest, match="hf_token is needed again") as refused:
+    with pytest.raises(InvalidRequest, match="hf_token is needed again") as excinfo:
         harness.jobs.control.retry(job.job_id, TENANT, RetryRequest.model_validate({}))
-    assert refused.value.param == "hf_token"
+    assert excinfo.value.param == "hf_token"
     assert harness.find_job(job).status is Status.CANCELLED
     retried = harness.jobs.control.retry(job.job_id, TENANT, RetryRequest.model_validate({"hf_token": "hf_y"}))
     assert retried.status is Status.QUEUED
@@ -98,9 +98,9 @@ def test_retry_requires_grader_and_tracker_secrets_by_name(harness: JobsHarness)
     job = harness.submit(processed_dataset_id="prompts", training_config=config)
     assert "canary" not in harness.find_job(job).model_dump_json()
     harness.jobs.control.cancel(job.job_id, TENANT)
-    with pytest.raises(InvalidRequest, match="judge_api_key is needed again") as refused:
+    with pytest.raises(InvalidRequest, match="judge_api_key is needed again") as excinfo:
         harness.jobs.control.retry(job.job_id, TENANT, RetryRequest.model_validate({}))
-    assert refused.value.param == "secrets.judge_api_key"
+    assert excinfo.value.param == "secrets.judge_api_key"
     harness.jobs.control.retry(job.job_id, TENANT, RetryRequest.model_validate({"secrets": {"judge_api_key": "canary-2"}}))
     harness.jobs.reconciliation.reconcile()
     assert harness.jobs.attempts.claim(job.job_id, 1, "p").secrets == {"judge_api_key": "canary-2"}

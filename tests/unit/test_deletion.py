@@ -19,7 +19,7 @@ from tests.unit.jobs_harness import TENANT, JobsHarness, make_artifact
 def test_sweep_destroys_only_leftover_secrets(harness: JobsHarness) -> None:
     ended, open_job = harness.submit(hf_token="hf_x"), harness.submit(hf_token="hf_x")
     harness.jobs.control.cancel(ended.job_id, TENANT)
-    harness.secrets.put(ended.job_id, {"hf_token": "hf_x"})  # the destruction had failed
+    harness.secrets.put(ended.job_id, {"hf_token": "hf_x"})  # as if destroying them had failed
     harness.secrets.put("orphan", {"hf_token": "hf_x"})
     assert harness.jobs.deletion.delete_stale_secrets() == 1
     assert list(harness.secrets.iter_job_ids()) == sorted(["orphan", open_job.job_id])
@@ -31,10 +31,10 @@ def test_hub_repository_is_deleted_only_on_request_without_foreign_commits(harne
     job = harness.start_training()
     push = HubPush(repo_id="ada/tuned", revision="a", url="https://hub")
     harness.jobs.attempts.finish(job.job_id, harness.write_result(job, artifacts=[make_artifact(job) | {"hub": push}]))
-    harness.hub.repositories["ada/tuned"] = ["initial", "a", "somebody's"]
-    with pytest.raises(InvalidRequest, match="needs a token") as refused:
+    harness.hub.repositories["ada/tuned"] = ["initial", "a", "of another job"]
+    with pytest.raises(InvalidRequest, match="needs a token") as excinfo:
         harness.jobs.deletion.delete(job.job_id, TENANT, delete_hub=True)
-    assert refused.value.param == "X-HF-Token"
+    assert excinfo.value.param == "X-HF-Token"
     with pytest.raises(InvalidRequest, match="1 commits that are not of this job"):
         harness.jobs.deletion.delete(job.job_id, TENANT, delete_hub=True, hub_token="hf_x")
     assert harness.find_job(job).deletion_started_at is None
@@ -104,7 +104,7 @@ def test_a_job_that_is_being_deleted_cannot_be_retried(harness: JobsHarness, mon
 
 def test_delete_cancels_job_first_and_removes_everything(harness: JobsHarness, tmp_path: Path) -> None:
     job = harness.start_training()
-    neighbour = "trained_adapters/another/adapter.bin"
+    other_key = "trained_adapters/another/adapter.bin"
     for key in (
         f"trained_adapters/{job.job_id}/a",
         f"gguf_models/{job.job_id}/m.gguf",
@@ -112,7 +112,7 @@ def test_delete_cancels_job_first_and_removes_everything(harness: JobsHarness, t
         f"trackers/{job.job_id}/tensorboard/events",
         f"runs/{job.job_id}/attempt-1/run.json",
         f"checkpoints/test-jobs/job_{job.job_id}/1",
-        neighbour,
+        other_key,
     ):
         harness.objects.write(key, b"x")
     assert harness.jobs.deletion.delete(job.job_id, TENANT) is None
@@ -122,7 +122,7 @@ def test_delete_cancels_job_first_and_removes_everything(harness: JobsHarness, t
     deleted = harness.jobs.deletion.delete(job.job_id, TENANT)
     assert deleted is not None
     assert f"{harness.objects.url}/trained_adapters/{job.job_id}/" in deleted.resources
-    assert [stored.key for stored in harness.objects.iter_objects("")] == [neighbour]
+    assert [stored.key for stored in harness.objects.iter_objects("")] == [other_key]
     with pytest.raises(NotFound):
         harness.find_job(job)
 

@@ -60,9 +60,9 @@ def test_unsupported_export_is_rejected(harness: JobsHarness, config: dict[str, 
     rows = "pairs" if "trainer_type" in config else "dataset_1"
     job = harness.submit(processed_dataset_id=rows, training_config={"base_model_id": "g/m"} | config)
     harness.write_checkpoint(job, step=10)
-    with pytest.raises(InvalidRequest) as refused:
+    with pytest.raises(InvalidRequest) as excinfo:
         harness.jobs.exports.export(job.job_id, 10, TENANT, ExportRequest.model_validate({"export_config": export}))
-    assert refused.value.param == param
+    assert excinfo.value.param == param
 
 
 def test_export_defaults_to_published_then_newest_checkpoint(harness: JobsHarness) -> None:
@@ -92,11 +92,11 @@ def test_export_without_checkpoint_explains_why(harness: JobsHarness) -> None:
         harness.jobs.exports.reexport(job.job_id, TENANT, make_reexport_request())
     harness.write_checkpoint(job, step=10)
     export = harness.jobs.exports.reexport(job.job_id, TENANT, make_reexport_request())
-    with pytest.raises(NotFound, match="trained nothing") as refused:
+    with pytest.raises(NotFound, match="trained nothing") as excinfo:
         harness.jobs.exports.reexport(export.job_id, TENANT, make_reexport_request())
-    assert f"/jobs/{job.job_id}/export" in refused.value.hint
+    assert f"/jobs/{job.job_id}/export" in excinfo.value.hint
     harness.jobs.attempts.finish(job.job_id, harness.write_result(job))
     harness.objects.delete(checkpoint_key(checkpoints_prefix(job.job_id, None), 1, 10) + MANIFEST)
-    with pytest.raises(NotFound, match="no checkpoint") as refused:
+    with pytest.raises(NotFound, match="no checkpoint") as excinfo:
         harness.jobs.exports.reexport(job.job_id, TENANT, make_reexport_request())
-    assert "clone" in refused.value.hint
+    assert "clone" in excinfo.value.hint

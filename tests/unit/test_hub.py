@@ -1,4 +1,4 @@
-"""What the Hub's answers mean for a request, and that a Hub which does not answer means nothing."""
+"""Which answers of the Hub refuse a request; unknown access refuses nothing."""
 
 import pytest
 
@@ -22,10 +22,10 @@ FINE_GRAINED = HubAccount(user="ada", role="fineGrained", orgs={"lab": "admin"},
     ],
 )
 def test_unreadable_base_model_is_rejected_with_hint(access: HubAccess, param: str, words: str) -> None:
-    with pytest.raises(InvalidRequest) as refused:
+    with pytest.raises(InvalidRequest) as excinfo:
         base_access_error("google/gemma-3-270m", access, has_token=False)
-    assert (refused.value.param, words in refused.value.message) == (param, True)
-    assert refused.value.hint
+    assert (excinfo.value.param, words in excinfo.value.message) == (param, True)
+    assert excinfo.value.hint
 
 
 @pytest.mark.parametrize("access", ["yes", "unknown"])
@@ -48,10 +48,10 @@ def test_unknown_access_is_accepted(access: HubAccess) -> None:
     ],
 )
 def test_push_without_write_access_is_rejected(repo_id: str, access: HubAccess, account: HubAccount | None, words: str) -> None:
-    with pytest.raises(InvalidRequest) as refused:
+    with pytest.raises(InvalidRequest) as excinfo:
         push_access_error(repo_id, access, account)
-    assert words in refused.value.message
-    assert refused.value.param in ("hf_token", "training_config.export_config.hf_repo_id")
+    assert words in excinfo.value.message
+    assert excinfo.value.param in ("hf_token", "training_config.export_config.hf_repo_id")
 
 
 @pytest.mark.parametrize(

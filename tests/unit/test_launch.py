@@ -14,17 +14,17 @@ def test_queued_job_launches_once_with_spec_and_attempt_token(harness: JobsHarne
     job = harness.submit()
     harness.jobs.reconciliation.reconcile()
     harness.jobs.reconciliation.reconcile()
-    [order] = harness.launcher.launched.values()
-    assert order.name == attempt_name(job.job_id, 1)
-    assert order.environment["HF_ENDPOINT"] == "https://hub.example"
-    harness.tokens.verify_attempt_token(order.environment["JOB_TOKEN"], job.job_id, 1)
+    [launch_request] = harness.launcher.launched.values()
+    assert launch_request.name == attempt_name(job.job_id, 1)
+    assert launch_request.environment["HF_ENDPOINT"] == "https://hub.example"
+    harness.tokens.verify_attempt_token(launch_request.environment["JOB_TOKEN"], job.job_id, 1)
     with pytest.raises(Unauthorized):
-        harness.tokens.verify_attempt_token(order.environment["JOB_TOKEN"], job.job_id, 2)
+        harness.tokens.verify_attempt_token(launch_request.environment["JOB_TOKEN"], job.job_id, 2)
     spec = JobSpec.load(harness.objects.read(spec_key(job.job_id)))
     assert (spec.job_id, spec.training_config) == (job.job_id, job.training_config)
     attempt = harness.find_job(job).attempt
     assert attempt is not None
-    assert attempt.handle == f"handle of {order.name}"
+    assert attempt.handle == f"handle of {launch_request.name}"
 
 
 def test_oldest_queued_job_launches_first(harness: JobsHarness) -> None:
@@ -54,15 +54,15 @@ def test_launch_failure_fails_job_with_reason(harness: JobsHarness) -> None:
 
 
 def test_launch_with_lost_response_is_not_repeated(harness: JobsHarness) -> None:
-    harness.launcher.dies_after_launch = True
+    harness.launcher.loses_response = True
     job = harness.submit()
     harness.jobs.reconciliation.reconcile()
     attempt = harness.find_job(job).attempt
     assert attempt is not None
     assert attempt.handle is None
-    harness.launcher.dies_after_launch = False
+    harness.launcher.loses_response = False
     harness.clock.advance(60)
-    harness.jobs.reconciliation.reconcile()  # FakeLauncher fails the test if it is asked twice
+    harness.jobs.reconciliation.reconcile()  # FakeLauncher fails the test when it is called twice
     attempt = harness.find_job(job).attempt
     assert attempt is not None
     assert attempt.handle is not None
@@ -74,7 +74,7 @@ def test_missing_launch_is_retried(harness: JobsHarness) -> None:
     harness.jobs.reconciliation.reconcile()
     harness.launcher.refusal = None
     harness.jobs.reconciliation.reconcile()
-    assert harness.launcher.launched == {}  # too early to look: its launcher may be at work
+    assert harness.launcher.launched == {}  # too early to look it up: another process may be launching it
     harness.clock.advance(60)
     harness.jobs.reconciliation.reconcile()
     assert list(harness.launcher.launched) == [attempt_name(job.job_id, 1)]
@@ -129,22 +129,22 @@ def test_concurrent_reconcilers_launch_attempt_once(harness: JobsHarness, monkey
     harness.jobs.reconciliation.reconcile()
     harness.launcher.refusal = None
     harness.clock.advance(60)
-    looks = []
+    lookups = []
 
     def find_during_other_reconcile(name: str) -> str | None:
-        looks.append(name)
-        if len(looks) == 1:
-            harness.jobs.reconciliation.reconcile()  # another instance, between this one's look and its launch
+        lookups.append(name)
+        if len(lookups) == 1:
+            harness.jobs.reconciliation.reconcile()  # another instance, between this one's lookup and its launch
         return None
 
     monkeypatch.setattr(harness.launcher, "find_handle", find_during_other_reconcile)
-    harness.jobs.reconciliation.reconcile()  # FakeLauncher fails the test if it is asked twice
-    assert len(looks) == 2
+    harness.jobs.reconciliation.reconcile()  # FakeLauncher fails the test when it is called twice
+    assert len(lookups) == 2
     assert len(harness.launcher.launched) == 1
 
 
 def test_claimed_attempt_is_not_launched_again(harness: JobsHarness) -> None:
-    harness.launcher.refusal = Unavailable("the answer was lost")
+    harness.launcher.refusal = Unavailable("the response was lost")
     job = harness.submit()
     harness.jobs.reconciliation.reconcile()
     harness.launcher.refusal = None
@@ -154,7 +154,7 @@ def test_claimed_attempt_is_not_launched_again(harness: JobsHarness) -> None:
     harness.jobs.reconciliation.reconcile()
     assert harness.launcher.launched == {}
     assert harness.find_job(job).status is Status.PREPARING
-    harness.clock.advance(61)  # and nothing more is heard of it
+    harness.clock.advance(61)  # without another report
     harness.jobs.reconciliation.reconcile()
     assert harness.find_job(job).attempts[0].outcome == "lost"
 

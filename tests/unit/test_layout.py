@@ -1,4 +1,4 @@
-"""Promises of the house: light imports, resolvable registries, pages that match the code."""
+"""Repository checks: light imports, resolvable registries, pages that match the code."""
 
 import re
 import subprocess
@@ -48,7 +48,7 @@ def test_service_imports_no_heavy_package() -> None:
 
 def test_service_requirements_contain_no_ml_library() -> None:
     pinned = {line.partition("==")[0].lower() for line in (SOURCE / "requirements/service.txt").read_text().splitlines()}
-    clients = {"boto3", "huggingface_hub"}  # no ML; their adapters import them when they are asked for
+    clients = {"boto3", "huggingface_hub"}  # not ML libraries; their adapters import them on first use
     assert not {name.replace("_", "-") for name in pinned} & {name.replace("_", "-") for name in HEAVY_PACKAGES - clients}
 
 

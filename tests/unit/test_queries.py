@@ -14,9 +14,9 @@ from tests.unit.jobs_harness import TENANT, JobsHarness, make_artifact
 
 def test_job_of_other_tenant_is_not_found(harness: JobsHarness) -> None:
     job = harness.submit()
-    for look in (harness.jobs.repository.find, harness.jobs.control.cancel, harness.jobs.deletion.delete):
+    for read in (harness.jobs.repository.find, harness.jobs.control.cancel, harness.jobs.deletion.delete):
         with pytest.raises(NotFound):
-            look(job.job_id, "another tenant")
+            read(job.job_id, "another tenant")
 
 
 def test_reading_silent_job_reconciles_it(harness: JobsHarness) -> None:
@@ -24,7 +24,7 @@ def test_reading_silent_job_reconciles_it(harness: JobsHarness) -> None:
     harness.launcher.polling_is_free = False
     harness.on_wake = harness.jobs.reconciliation.reconcile_job
     harness.write_result(job)
-    assert harness.jobs.queries.get_refreshed(job.job_id, TENANT)[0].status is Status.TRAINING  # it was heard of a moment ago
+    assert harness.jobs.queries.get_refreshed(job.job_id, TENANT)[0].status is Status.TRAINING  # its heartbeat is recent
     harness.clock.advance(61)
     assert harness.jobs.queries.get_refreshed(job.job_id, TENANT)[0].status is Status.COMPLETED
 
@@ -37,10 +37,10 @@ def test_failed_gate_completes_job_but_blocks_download(harness: JobsHarness) -> 
     harness.jobs.attempts.finish(job.job_id, harness.write_result(job, gate=gate, published_step=0, tracker_urls={"mlflow": "https://m"}))
     kept = harness.find_job(job)
     assert (kept.status, kept.gate, kept.published_step, kept.tracker_urls) == (Status.COMPLETED, gate, 0, {"mlflow": "https://m"})
-    with pytest.raises(Conflict, match=r"perplexity: 12\.5 is above 9") as refused:
+    with pytest.raises(Conflict, match=r"perplexity: 12\.5 is above 9") as excinfo:
         harness.jobs.queries.create_download_links(job.job_id, TENANT, None)
-    assert "accuracy" not in refused.value.message
-    assert f"POST /jobs/{job.job_id}/export" in refused.value.hint
+    assert "accuracy" not in excinfo.value.message
+    assert f"POST /jobs/{job.job_id}/export" in excinfo.value.hint
 
 
 def test_service_writes_publish_manifest(harness: JobsHarness) -> None:

@@ -28,7 +28,7 @@ def test_jobs_are_reconciled_concurrently_when_polling_is_slow(harness: JobsHarn
     assert len(harness.launcher.launched) == 20
     for job in jobs[:19]:
         harness.write_result(job)
-    harness.launcher.states.pop(f"handle of {attempt_name(jobs[19].job_id, 1)}")  # and one of them is trouble
+    harness.launcher.states.pop(f"handle of {attempt_name(jobs[19].job_id, 1)}")  # checking this one fails
     assert harness.jobs.reconciliation.reconcile() == 19
     assert [harness.find_job(job).status for job in jobs[:19]] == [Status.COMPLETED] * 19
 
@@ -77,7 +77,7 @@ def test_unreported_checkpoint_counts_as_progress(harness: JobsHarness) -> None:
 
 def test_silent_running_attempt_gets_a_lease(harness: JobsHarness) -> None:
     job = harness.start_training()
-    harness.clock.advance(3600)  # the machine slept: neither was awake
+    harness.clock.advance(3600)  # the machine slept, service and attempt alike
     harness.jobs.reconciliation.reconcile()
     assert harness.find_job(job).attempts[0].suspected_at == harness.clock.now
     harness.clock.advance(299)
@@ -97,7 +97,7 @@ def test_silent_attempt_is_killed_then_marked_lost(harness: JobsHarness) -> None
     harness.clock.advance(300)
     harness.jobs.reconciliation.reconcile()
     assert [force for _, force in harness.launcher.cancels] == [True]
-    assert harness.find_job(job).status is Status.TRAINING  # its compute may still be there
+    assert harness.find_job(job).status is Status.TRAINING  # its compute may still run
     harness.clock.advance(60)
     harness.jobs.reconciliation.reconcile()
     assert [attempt.outcome for attempt in harness.find_job(job).attempts] == ["lost", None]
@@ -108,7 +108,7 @@ def test_silent_attempt_is_killed_then_marked_lost(harness: JobsHarness) -> None
 def test_unclaimed_attempt_is_marked_lost_after_timeout(harness: JobsHarness) -> None:
     job = harness.submit()
     harness.jobs.reconciliation.reconcile()
-    for minutes in (9, 2):  # its machine may still be starting; then it is doubted
+    for minutes in (9, 2):  # its machine may still be starting; then it is suspected
         harness.clock.advance(60 * minutes)
         harness.jobs.reconciliation.reconcile()
     assert harness.find_job(job).attempts[0].suspected_at == harness.clock.now
@@ -125,7 +125,7 @@ def test_heartbeat_clears_suspicion(harness: JobsHarness) -> None:
     harness.jobs.reconciliation.reconcile()
     harness.clock.advance(200)
     harness.jobs.attempts.report(job.job_id, 1, make_batch())
-    harness.clock.advance(150)  # silent again, and longer than a lease since the first doubt
+    harness.clock.advance(150)  # silent again, and more than a lease after the first suspicion
     harness.jobs.reconciliation.reconcile()
     assert harness.launcher.cancels == []
     assert harness.find_job(job).attempts[0].suspected_at == harness.clock.now
@@ -133,7 +133,7 @@ def test_heartbeat_clears_suspicion(harness: JobsHarness) -> None:
 
 def test_clock_jump_does_not_restore_suspicion(harness: JobsHarness) -> None:
     job = harness.start_training()
-    harness.clock.advance(600)  # the clock jumps ahead: silent, it seems
+    harness.clock.advance(600)  # the clock jumps ahead, so the attempt seems silent
     harness.jobs.reconciliation.reconcile()
     harness.jobs.attempts.report(job.job_id, 1, make_batch())
     assert harness.find_job(job).attempts[0].suspected_at is None

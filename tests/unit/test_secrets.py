@@ -1,4 +1,4 @@
-"""Secrets of a request: found wherever they stand, named, and left out of everything that is kept."""
+"""Secrets of a request: found in every field, named, and removed from everything that is stored."""
 
 from typing import Any
 
@@ -64,7 +64,7 @@ def test_config_without_secrets_is_unchanged() -> None:
     "field", [field for kind in (make_grpo_config(JUDGE, SIMILARITY_GRADER, **TRACKERS_WITH_SECRETS),) for field, _ in kind]
 )
 def test_every_secret_field_is_detected(field: str) -> None:
-    """Dumped with its secrets shown, what stays of each field has none once those that were found are taken out."""
+    """With secrets revealed, a dump of the config contains the secret until the detected one is removed."""
     config = make_grpo_config(JUDGE, SIMILARITY_GRADER, **TRACKERS_WITH_SECRETS)
     text = repr(_reveal_secrets(dict(config)[field]))
     for secret in extract_config_secrets(config).values():

@@ -62,9 +62,9 @@ def test_secrets_are_in_the_secret_store_and_nowhere_else(harness: JobsHarness, 
 def test_unsupported_request_is_rejected_before_storing(
     harness: JobsHarness, changes: dict[str, object], error: type[InvalidRequest], param: str
 ) -> None:
-    with pytest.raises(error) as refusal:
+    with pytest.raises(error) as excinfo:
         harness.submit(**changes, hf_token="hf_x")
-    assert refusal.value.param == param
+    assert excinfo.value.param == param
     assert harness.store.list_queued_jobs(10) == []
     assert list(harness.secrets.iter_job_ids()) == []
 
@@ -86,7 +86,7 @@ def test_secrets_are_kept_when_create_outcome_is_unknown(harness: JobsHarness, m
 
     def create_and_lose_response(job: Job, key: IdempotencyKey | None = None) -> Job:
         create(job, key)
-        raise Unavailable("the answer was lost")
+        raise Unavailable("the response was lost")
 
     monkeypatch.setattr(harness.store, "create_job", create_and_lose_response)
     with pytest.raises(Unavailable):
@@ -119,9 +119,9 @@ def test_embedding_grader_needs_stored_model_or_endpoint(harness: JobsHarness) -
         config = {"base_model_id": "g/m", "trainer_type": "grpo", "reward_config": [near | changes]}
         return harness.submit(processed_dataset_id="prompts", training_config=config)
 
-    with pytest.raises(InvalidRequest, match="not in this deployment's model store") as refused:
+    with pytest.raises(InvalidRequest, match="not in this deployment's model store") as excinfo:
         submit()
-    assert refused.value.param == "training_config.reward_config.0.embedding_model"
+    assert excinfo.value.param == "training_config.reward_config.0.embedding_model"
     submit(base_url="https://e.example")
     harness.objects.write("pretrained_weights/huggingface/lab/small/config.json", b"{}")
     submit()
@@ -133,9 +133,9 @@ PUSH_CONFIG = {"base_model_id": "g/m", "export_config": {"destination": "hfhub",
 def test_hub_push_requires_token(harness: JobsHarness) -> None:
     space = {"base_model_id": "g/m", "trackio_config": {"space_id": "ada/curves"}}
     for config in (PUSH_CONFIG, space):
-        with pytest.raises(InvalidRequest, match="needs hf_token, to write to ada/") as refused:
+        with pytest.raises(InvalidRequest, match="needs hf_token, to write to ada/") as excinfo:
             harness.submit(training_config=config)
-        assert refused.value.param == "hf_token"
+        assert excinfo.value.param == "hf_token"
     assert harness.submit(training_config=space, hf_token="hf_x").secret_names == ("hf_token",)
     job = harness.submit()
     harness.write_checkpoint(job, step=1)
