@@ -1,10 +1,10 @@
-"""Promises of the house: light imports, resolvable registries, pages that match the code."""
+"""Repository checks: light imports, resolvable registries, pages that match the code."""
 
 import re
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import get_args
 
 import pytest
@@ -48,7 +48,7 @@ def test_service_imports_no_heavy_package() -> None:
 
 def test_service_requirements_contain_no_ml_library() -> None:
     pinned = {line.partition("==")[0].lower() for line in (SOURCE / "requirements/service.txt").read_text().splitlines()}
-    clients = {"boto3", "huggingface_hub"}  # no ML; their adapters import them when they are asked for
+    clients = {"boto3", "huggingface_hub"}  # not ML libraries; their adapters import them on first use
     assert not {name.replace("_", "-") for name in pinned} & {name.replace("_", "-") for name in HEAVY_PACKAGES - clients}
 
 
@@ -62,8 +62,7 @@ def test_trainer_image_packages_match_cloud_profiles() -> None:
 )
 def test_every_registry_line_resolves(registry: dict[str, str]) -> None:
     for line in registry.values():
-        module, _, name = line.partition(":")
-        assert isinstance(getattr(import_module(module), name), type)
+        assert isinstance(resolve_name(line), type)
 
 
 def test_every_trainer_type_names_existing_functions() -> None:
