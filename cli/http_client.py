@@ -12,6 +12,8 @@ from typing import Any, BinaryIO, Self
 import httpx2
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, retry_if_result, stop_after_attempt, wait_exponential
 
+from cli.errors import ApiError
+
 CHUNK_BYTES = 1 << 20
 TIMEOUT = httpx2.Timeout(30.0, read=300.0)  # a large upload is checked row by row before it is answered
 MAX_TRIES = 4  # over some seconds: a service that restarts is back by then
@@ -19,18 +21,6 @@ MAX_WATCH_TRIES = 20  # who follows a job for hours waits a minute for a service
 BACKOFF = wait_exponential(0.3, max=3)
 MAX_RETRY_AFTER_S = 30  # whatever a service asks for: somebody sits in front of this
 RECONNECT_DELAY_S = 0.5
-
-
-class ApiError(Exception):
-    """The service refused, or could not be reached."""
-
-    def __init__(self, message: str, hint: str = "", code: str = "", status: int = 0, param: str | None = None) -> None:
-        self.message = message
-        self.hint = hint
-        self.code = code
-        self.status = status
-        self.param = param  # the field of the request that is to blame
-        super().__init__(message)
 
 
 # Any: answers are JSON; their shapes are in service/api/responses.py.

@@ -1,14 +1,14 @@
 """How answers look in a terminal."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-Json = dict[str, Any]
+from cli.http_client import Json
+
 STATUS_COLORS = {
     "completed": "green",
     "failed": "red",
@@ -193,6 +193,21 @@ def format_fidelity(artifact: Json) -> str:
     perplexity = f", perplexity {' / '.join(known)}" if known else ""
     warning = "  [red]erased the tuning[/]" if found["closer_to_base"] else ""
     return f"  agrees {found['argmax_agreement']:.1%}, KL {found['mean_kl_to_merged']:.4f}{perplexity}{warning}"
+
+
+def capability_lines(capabilities: Json) -> Iterator[str]:
+    """What a deployment can do, one kind of thing a line."""
+    hardware = capabilities["hardware"]
+    yield f"launcher    {capabilities['launcher']} on {hardware['device_name']} ({hardware['device']})"
+    for name, profile in capabilities["profiles"].items():
+        yield f"hardware    {name}: {profile['device_name']}"
+    for name, trainer in capabilities["trainer_types"].items():
+        yield f"trainer     {name}: {', '.join(trainer['dataset_types'])}; {', '.join(trainer['modalities'])}"
+    for label in ("methods", "providers", "graders", "trackers"):
+        yield f"{label:11} {', '.join(capabilities[label])}"
+    exports = capabilities["export"]
+    yield f"exports     {', '.join(exports['formats'])}; GGUF {', '.join(exports['gguf_quantizations']) or 'no'}"
+    yield f"to          {', '.join(exports['destinations'])}"
 
 
 def progress_bar(console: Console) -> Progress:

@@ -1,22 +1,65 @@
-"""Starting a service on this machine."""
+"""Runs a service on this machine: `python -m service`, which `tunesmith serve` starts."""
 
+import argparse
 import fcntl
 import json
 import os
 import socket
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
+from pydantic import ValidationError
 
-from cli.http_client import ApiError
 from service.main import create_app
 from service.settings import Settings
 
 BACKLOG = 2048
 GRACEFUL_SHUTDOWN_S = 3  # for requests under way; streams would go on for ever
+
+
+class StartError(Exception):
+    """The service cannot start here."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a service until a signal ends it. Errors of the start are one line and a hint on standard error."""
+    parser = argparse.ArgumentParser(prog="python -m service", description="Runs a service; the first line printed is its url.")
+    parser.add_argument("--host", help="address to listen on; left out, TUNESMITH_HOST")
+    parser.add_argument("--port", type=_parse_port, help="0 takes a free one; left out, TUNESMITH_PORT")
+    options = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    try:
+        serve(_load_settings().model_copy(update=options))
+    except StartError as error:
+        print(f"error {error.message}\n  try: {error.hint}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _parse_port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"{port} is not between 0 and 65535")
+    return port
+
+
+def _load_settings() -> Settings:
+    try:
+        return Settings()  # pyright: ignore[reportCallIssue]  # pydantic fills them from the environment
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = f"{first['loc'][0]}: " if first["loc"] else ""
+        what = first["msg"].removeprefix("Value error, ")
+        raise StartError(f"the settings do not work: {where}{what}", "docs/settings.md lists them") from error
 
 
 def serve(settings: Settings) -> None:
@@ -33,15 +76,7 @@ def _create_app(settings: Settings) -> FastAPI:
     try:
         return create_app(settings)
     except ValueError as error:
-        raise ApiError(f"the settings do not work: {error}", "docs/settings.md lists them") from error
-
-
-def find_service_url(home: Path) -> str | None:
-    """The url of the service that works in this home, if one said so."""
-    try:
-        return json.loads(_service_file_path(home).read_text())["url"]
-    except (FileNotFoundError, ValueError, KeyError):
-        return None
+        raise StartError(f"the settings do not work: {error}", "docs/settings.md lists them") from error
 
 
 @contextmanager
@@ -52,9 +87,9 @@ def _lock_home(home: Path) -> Generator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            where = find_service_url(home)
-            raise ApiError(
-                f"a service is at work in {home} already" + (f": {where}" if where else ""), "use it, or set TUNESMITH_HOME"
+            url = _read_service_url(home)
+            raise StartError(
+                f"a service is at work in {home} already" + (f": {url}" if url else ""), "use it, or set TUNESMITH_HOME"
             ) from error
         yield
 
@@ -67,7 +102,7 @@ def _open_listener(host: str, port: int) -> Generator[socket.socket]:
         try:
             listener.bind((host, port))
         except OSError as error:
-            raise ApiError(f"cannot listen on {host}:{port}: {error.strerror}", "take another --port; 0 takes a free one") from error
+            raise StartError(f"cannot listen on {host}:{port}: {error.strerror}", "take another --port; 0 takes a free one") from error
         listener.listen(BACKLOG)
         yield listener
 
@@ -83,5 +118,16 @@ def _write_service_file(settings: Settings) -> Generator[None]:
         path.unlink(missing_ok=True)
 
 
+def _read_service_url(home: Path) -> str | None:
+    try:
+        return json.loads(_service_file_path(home).read_text())["url"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+
+
 def _service_file_path(home: Path) -> Path:
     return home / "service.json"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Commands that look at jobs or remove them: jobs, show, checkpoints, delete."""
+
+import time
+from typing import Annotated
+
+import typer
+
+from cli import render
+from cli.errors import CliError
+from cli.options import CursorOption, JobIdArgument, JsonOption, LimitOption, create_client
+from cli.output import err, out, print_answer, print_next_cursor
+
+MAX_DELETE_TRIES, DELETE_RETRY_DELAY_S = 40, 0.5  # an attempt that does not listen is ended within ten seconds
+
+
+def list_jobs(
+    context: typer.Context,
+    status: Annotated[str | None, typer.Option(help="Only jobs with this status.")] = None,
+    project: Annotated[str | None, typer.Option(help="Only jobs of this project.")] = None,
+    limit: LimitOption = 50,
+    cursor: CursorOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Jobs, newest first."""
+    with create_client(context) as client:
+        page = client.get("/jobs", status=status, project_id=project, limit=limit, cursor=cursor)
+    print_answer(page, as_json, render.job_table(page["jobs"]))
+    print_next_cursor(page, as_json)
+
+
+def show_job(context: typer.Context, job_id: JobIdArgument, as_json: JsonOption = False) -> None:
+    """A job in full."""
+    with create_client(context) as client:
+        job = client.get(f"/jobs/{job_id}")
+    if as_json:
+        out.print_json(data=job)
+    else:
+        render.print_job(out, job)
+
+
+def list_checkpoints(context: typer.Context, job_id: JobIdArgument, as_json: JsonOption = False) -> None:
+    """Where a job can go on, or be exported; the one that counts comes first."""
+    with create_client(context) as client:
+        answer = client.get(f"/jobs/{job_id}/checkpoints")
+    print_answer(answer, as_json, render.checkpoint_table(answer["checkpoints"]))
+    if not answer["checkpoints"] and not as_json:
+        err.print("none yet", style="dim")
+
+
+def delete_job(
+    context: typer.Context,
+    job_id: JobIdArgument,
+    delete_hub: Annotated[bool, typer.Option("--hub", help="Also the Hub repository that holds nothing but what the job pushed.")] = False,
+    hf_token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="With --hub.", show_envvar=True)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Stop a job and remove it with all its files."""
+    if delete_hub and not hf_token:
+        raise CliError("--hub needs a token that may delete the repository", "--hf-token, or HF_TOKEN")
+    hub_token = hf_token if delete_hub else None
+    with create_client(context) as client:
+        answer = client.delete(f"/jobs/{job_id}", hub_token=hub_token)
+        for _ in range(MAX_DELETE_TRIES):
+            if answer["deleted"]:
+                break
+            time.sleep(DELETE_RETRY_DELAY_S)  # it is being stopped
+            answer = client.delete(f"/jobs/{job_id}", hub_token=hub_token)
+    print_answer(answer, as_json, answer["message"])

@@ -1,0 +1,38 @@
+"""Where the command line finds a service, and that it agrees with the service about defaults."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cli.settings import DEFAULT_URL, Settings
+from service.settings import Settings as ServiceSettings
+
+
+def test_defaults_are_those_of_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TUNESMITH_HOME", "TUNESMITH_HOST", "TUNESMITH_PORT", "PORT", "TUNESMITH_PUBLIC_URL", "TUNESMITH_TRAINER_PYTHON"):
+        monkeypatch.delenv(name, raising=False)
+    ours, theirs = Settings.from_environment({}), ServiceSettings()  # type: ignore[call-arg]
+    assert (ours.home_folder, ours.trainer_python, DEFAULT_URL) == (theirs.home_folder, theirs.trainer_python, theirs.url)
+
+
+def test_variables_are_those_of_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"TUNESMITH_HOME": "~/elsewhere", "TUNESMITH_TRAINER_PYTHON": "/opt/trainer/bin/python"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    ours, theirs = Settings.from_environment(variables), ServiceSettings()  # type: ignore[call-arg]
+    assert (ours.home_folder, ours.trainer_python) == (theirs.home_folder, theirs.trainer_python)
+    assert ours.trainer_python == Path("/opt/trainer/bin/python")
+
+
+def test_running_service_is_found_through_its_home(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    assert settings.service_url == DEFAULT_URL
+    (tmp_path / "service.json").write_text(json.dumps({"url": "http://127.0.0.1:41000", "pid": 1}))
+    assert settings.service_url == "http://127.0.0.1:41000"
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}"])
+def test_unreadable_service_file_is_ignored(tmp_path: Path, content: str) -> None:
+    (tmp_path / "service.json").write_text(content)
+    assert Settings(home=tmp_path).service_url == DEFAULT_URL
