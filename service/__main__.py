@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import uvicorn
-from fastapi import FastAPI
 from pydantic import ValidationError
 
 from service.main import create_app
@@ -66,17 +65,14 @@ def serve(settings: Settings) -> None:
     """Run a service until it is told to stop. Its url is the first line on standard output."""
     with _lock_home(settings.home_folder), _open_listener(settings.host, settings.port) as listener:
         settings = settings.model_copy(update={"port": listener.getsockname()[1]})
+        try:
+            app = create_app(settings)
+        except ValueError as error:
+            raise StartError(f"the settings do not work: {error}", "docs/settings.md lists them") from error
         print(settings.url, flush=True)  # scripts read it
         with _write_service_file(settings):
-            config = uvicorn.Config(_create_app(settings), log_config=None, timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S, access_log=False)
+            config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S, access_log=False)
             uvicorn.Server(config).run(sockets=[listener])
-
-
-def _create_app(settings: Settings) -> FastAPI:
-    try:
-        return create_app(settings)
-    except ValueError as error:
-        raise StartError(f"the settings do not work: {error}", "docs/settings.md lists them") from error
 
 
 @contextmanager

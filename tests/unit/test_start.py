@@ -22,6 +22,7 @@ def start_and_fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         main(["--port", "0", *arguments])
     assert caught.value.code == 1
     printed = capsys.readouterr()
+    assert printed.out == ""  # a url is printed only by a service that starts
     assert len(printed.err.splitlines()) == 2
     return printed.err
 
