@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from cli import render
 from cli.http_client import Client, Json
 from cli.job_secrets import SecretOption, send_with_secrets
 from cli.options import (
@@ -20,6 +19,7 @@ from cli.options import (
     create_client,
 )
 from cli.output import print_answer
+from cli.render.formats import format_status
 from cli.request import parse_secrets, without_none
 
 WAIT_POLL_S = 0.5
@@ -36,7 +36,7 @@ def pause(
         job = client.post(f"/jobs/{job_id}/pause")
         if wait:
             job = _wait_while(client, job, "pausing")
-    print_answer(job, as_json, render.format_status(job["status"]))
+    print_answer(job, as_json, format_status(job["status"]))
     if wait and job["status"] != "paused":
         raise typer.Exit(1)
 
@@ -52,7 +52,7 @@ def cancel(
         job = client.post(f"/jobs/{job_id}/cancel")
         if wait:
             job = _wait_while(client, job, "cancelling")
-    print_answer(job, as_json, render.format_status(job["status"]))
+    print_answer(job, as_json, format_status(job["status"]))
     if wait and job["status"] != "cancelled":
         raise typer.Exit(1)
 
@@ -104,4 +104,4 @@ def retry(
 def _continue_job(context: typer.Context, path: str, changes: Json, secrets: list[SecretOption], as_json: bool) -> None:
     with create_client(context) as client:
         job = send_with_secrets(lambda body: client.post(path, body), without_none(changes), secrets)
-    print_answer(job, as_json, render.format_status(job["status"]))
+    print_answer(job, as_json, format_status(job["status"]))

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from cli import render
 from cli.options import CursorOption, DatasetNameOption, EvalFractionOption, JsonOption, LimitOption, ProjectOption, create_client
 from cli.output import err, out, print_answer, print_next_cursor
+from cli.render.tables import dataset_table
 
 app = typer.Typer(help="Upload, list and show datasets.", no_args_is_help=True)
 
@@ -54,7 +54,7 @@ def list_datasets(context: typer.Context, limit: LimitOption = 50, cursor: Curso
     """Datasets, newest first."""
     with create_client(context) as client:
         page = client.get("/datasets", limit=limit, cursor=cursor)
-    print_answer(page, as_json, render.dataset_table(page["datasets"]))
+    print_answer(page, as_json, dataset_table(page["datasets"]))
     print_next_cursor(page, as_json)
 
 
@@ -63,7 +63,7 @@ def show_dataset(context: typer.Context, dataset_id: Annotated[str, typer.Argume
     """A dataset and its first rows."""
     with create_client(context) as client:
         dataset = client.get(f"/datasets/{dataset_id}")
-    print_answer(dataset, as_json, render.dataset_table([dataset]))
+    print_answer(dataset, as_json, dataset_table([dataset]))
     if not as_json:
         out.print_json(data=dataset["preview"])
 

@@ -4,9 +4,10 @@ from typing import Annotated
 
 import typer
 
-from cli import render
 from cli.options import JsonOption, create_client
 from cli.output import err, out, print_answer
+from cli.render.formats import format_size
+from cli.render.tables import capability_lines, orphan_table
 
 
 def show_capabilities(context: typer.Context, as_json: JsonOption = False) -> None:
@@ -16,7 +17,7 @@ def show_capabilities(context: typer.Context, as_json: JsonOption = False) -> No
     if as_json:
         out.print_json(data=answer)
     else:
-        for line in render.capability_lines(answer):
+        for line in capability_lines(answer):
             out.print(line, highlight=False)
 
 
@@ -28,10 +29,10 @@ def list_orphans(
     """Files that belong to no job."""
     with create_client(context) as client:
         answer = client.post("/internal/cleanup", {"orphans": True}) if should_delete else client.get("/internal/orphans")
-    print_answer(answer, as_json, render.orphan_table(answer["orphans"]))
+    print_answer(answer, as_json, orphan_table(answer["orphans"]))
     if as_json:
         return
-    total = render.format_size(sum(orphan["size_bytes"] for orphan in answer["orphans"]))
+    total = format_size(sum(orphan["size_bytes"] for orphan in answer["orphans"]))
     err.print(f"{'deleted' if should_delete else 'found'} {total}" if answer["orphans"] else "there are none", style="dim")
     if not answer["complete"]:
         err.print("not everything could be looked at in the time there was; repeat the command", style="dim")

@@ -5,10 +5,11 @@ from typing import Annotated
 
 import typer
 
-from cli import render
 from cli.errors import CliError
 from cli.options import CursorOption, JobIdArgument, JsonOption, LimitOption, create_client
 from cli.output import err, out, print_answer, print_next_cursor
+from cli.render.job import print_job
+from cli.render.tables import checkpoint_table, job_table
 
 MAX_DELETE_TRIES, DELETE_RETRY_DELAY_S = 40, 0.5  # an attempt that does not listen is ended within ten seconds
 
@@ -24,7 +25,7 @@ def list_jobs(
     """Jobs, newest first."""
     with create_client(context) as client:
         page = client.get("/jobs", status=status, project_id=project, limit=limit, cursor=cursor)
-    print_answer(page, as_json, render.job_table(page["jobs"]))
+    print_answer(page, as_json, job_table(page["jobs"]))
     print_next_cursor(page, as_json)
 
 
@@ -35,14 +36,14 @@ def show_job(context: typer.Context, job_id: JobIdArgument, as_json: JsonOption 
     if as_json:
         out.print_json(data=job)
     else:
-        render.print_job(out, job)
+        print_job(out, job)
 
 
 def list_checkpoints(context: typer.Context, job_id: JobIdArgument, as_json: JsonOption = False) -> None:
     """Where a job can go on, or be exported; the one that counts comes first."""
     with create_client(context) as client:
         answer = client.get(f"/jobs/{job_id}/checkpoints")
-    print_answer(answer, as_json, render.checkpoint_table(answer["checkpoints"]))
+    print_answer(answer, as_json, checkpoint_table(answer["checkpoints"]))
     if not answer["checkpoints"] and not as_json:
         err.print("none yet", style="dim")
 

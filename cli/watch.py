@@ -11,11 +11,13 @@ import typer
 from rich.markup import escape
 from rich.progress import Progress, TaskID
 
-from cli import render
 from cli.errors import ApiError
 from cli.http_client import Client, Json
 from cli.options import JobIdArgument, JsonOption, create_client
 from cli.output import out
+from cli.render.events import event_line, progress_bar
+from cli.render.formats import format_time_left
+from cli.render.job import get_pending_reason, print_job
 
 PENDING_REASON_POLL_S = 15.0
 
@@ -57,17 +59,17 @@ def watch_job(client: Client, job_id: str, as_json: bool) -> None:
         _show_progress(client, job_id)
     job = client.get(f"/jobs/{job_id}")
     if not as_json:
-        render.print_job(out, job)
+        print_job(out, job)
     if job["status"] != "completed":
         raise typer.Exit(1)
 
 
 def _show_progress(client: Client, job_id: str) -> None:
-    with render.progress_bar(out) as bar, _print_pending_reason(client, job_id, lambda line: bar.console.print(line, highlight=False)):
+    with progress_bar(out) as bar, _print_pending_reason(client, job_id, lambda line: bar.console.print(line, highlight=False)):
         task = bar.add_task("", total=1, phase="queued", loss="–", eta="")
         for event in client.stream_events(job_id):
             _update_progress(bar, task, event["event"])
-            if line := render.event_line(event):
+            if line := event_line(event):
                 bar.console.print(line, highlight=False)
             if event["event"].get("status") == "paused" and client.get(f"/jobs/{job_id}")["status"] == "paused":
                 bar.console.print(f"[dim]waiting for `tunesmith resume {job_id}`; Ctrl-C ends the watching alone[/]", soft_wrap=True)
@@ -84,7 +86,7 @@ def _update_progress(bar: Progress, task: TaskID, body: Json) -> None:
         case "metrics" if body["progress"]:
             progress, loss = body["progress"], body["values"].get("loss")
             bar.update(task, completed=progress["step"], total=progress["total_steps"])
-            bar.update(task, eta=render.format_time_left(progress["eta_s"]))
+            bar.update(task, eta=format_time_left(progress["eta_s"]))
             if loss is not None:
                 bar.update(task, loss=f"{loss:.3f}")
         case _:
@@ -100,7 +102,7 @@ def _print_pending_reason(client: Client, job_id: str, print_line: Callable[[str
         printed: str | None = None
         while not stop.wait(PENDING_REASON_POLL_S):
             with suppress(ApiError):
-                reason = render.get_pending_reason(client.get(f"/jobs/{job_id}"))
+                reason = get_pending_reason(client.get(f"/jobs/{job_id}"))
                 if reason and reason != printed:
                     print_line(f"[yellow]waiting[/] {escape(reason)}")
                 printed = reason

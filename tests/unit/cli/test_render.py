@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cli import render
 from cli.http_client import Json
+from cli.render.events import event_line
+from cli.render.job import print_job
+from cli.render.tables import checkpoint_table
 
 
 def make_attempt_json(number: int, **changes: Any) -> Json:
@@ -39,13 +41,13 @@ def render_text(*lines: Any) -> str:
 
 def render_summary(**changes: Any) -> str:
     console = Console(file=io.StringIO(), width=200)
-    render.print_job(console, make_job_json(**changes))
+    print_job(console, make_job_json(**changes))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
 
 def render_event_line(**event: Any) -> str:
-    text = render.event_line({"event": event})
+    text = event_line({"event": event})
     assert text is not None
     return render_text(text).strip()
 
@@ -112,7 +114,7 @@ def test_the_best_checkpoint_is_marked() -> None:
     one: Json = {"step": 40, "total_steps": 80, "epoch": 1.0, "attempt": 1, "reason": "interval", "eval_loss": 2.5, "is_best": True}
     one |= {"size_bytes": 5_000_000, "created_at": "2026-01-02T03:04:05Z"}
     other = one | {"step": 80, "reason": "time_slice", "eval_loss": None, "is_best": False}
-    first, second = render_text(render.checkpoint_table([one, other])).splitlines()[1:]
+    first, second = render_text(checkpoint_table([one, other])).splitlines()[1:]
     assert first.split() == ["40/80", "1.00", "1", "interval", "2.500", "best", "5.0", "MB", "2026-01-02", "03:04"]
     assert second.split() == ["80/80", "1.00", "1", "time", "slice", "5.0", "MB", "2026-01-02", "03:04"]
 
@@ -132,7 +134,7 @@ def test_metrics_are_shown_before_and_after_training() -> None:
     assert render_event_line(type="evaluation", when="after", metrics=after) == (
         "evaluated after training: loss 1.000, exact_match 0.100, rewards/accuracies 0.750"
     )
-    assert render.event_line({"event": {"type": "evaluation", "when": "after", "metrics": make_metrics_json()}}) is None
+    assert event_line({"event": {"type": "evaluation", "when": "after", "metrics": make_metrics_json()}}) is None
 
 
 GATE: Json = {
