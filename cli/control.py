@@ -1,4 +1,4 @@
-"""Commands that change what a job does: pause, resume, retry, cancel."""
+"""The commands that control a job: `pause`, `cancel`, `resume` and `retry`."""
 
 import time
 from typing import Annotated
@@ -28,10 +28,10 @@ WAIT_POLL_S = 0.5
 def pause(
     context: typer.Context,
     job_id: JobIdArgument,
-    wait: Annotated[bool, typer.Option("--wait", help="Until it is paused; exits 1 if it ends instead.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the job is paused; exit with 1 if it ends instead.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Save a checkpoint, free the compute, keep the place."""
+    """Save a checkpoint and release the compute, so that the job can be resumed."""
     with create_client(context) as client:
         job = client.post(f"/jobs/{job_id}/pause")
         if wait:
@@ -44,10 +44,10 @@ def pause(
 def cancel(
     context: typer.Context,
     job_id: JobIdArgument,
-    wait: Annotated[bool, typer.Option("--wait", help="Until it has ended; exits 1 if it completed all the same.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the job is canceled; exit with 1 if it completes instead.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Stop a job; what it saved stays."""
+    """Stop a job. Its checkpoints are kept."""
     with create_client(context) as client:
         job = client.post(f"/jobs/{job_id}/cancel")
         if wait:
@@ -58,7 +58,7 @@ def cancel(
 
 
 def _wait_while(client: Client, job: Json, status: str) -> Json:
-    """The job, once it no longer has that status."""
+    """Poll until the job leaves this status, and return it."""
     while job["status"] == status:
         time.sleep(WAIT_POLL_S)
         job = client.get(f"/jobs/{job['job_id']}")
@@ -76,7 +76,7 @@ def resume(
     secret: SecretsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Go on where the pause was."""
+    """Continue a paused job from its checkpoint."""
     changes = {"hardware": hardware, "epochs": epochs, "max_steps": max_steps, "secrets": parse_secrets(secret)}
     secrets = [SecretOption.of(context, "hf_token", hf_token), SecretOption.of(context, "wandb_api_key", wandb_api_key)]
     _continue_job(context, f"/jobs/{job_id}/resume", changes, secrets, as_json)
@@ -85,7 +85,7 @@ def resume(
 def retry(
     context: typer.Context,
     job_id: JobIdArgument,
-    from_start: Annotated[bool, typer.Option("--from-start", help="Begin again; earlier checkpoints no longer count.")] = False,
+    from_start: Annotated[bool, typer.Option("--from-start", help="Start over and ignore earlier checkpoints.")] = False,
     hardware: ContinueHardwareOption = None,
     epochs: EpochsOption = None,
     max_steps: MaxStepsOption = None,
@@ -94,7 +94,7 @@ def retry(
     secret: SecretsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Continue a failed or cancelled job from its last good checkpoint."""
+    """Continue a failed or canceled job from its last valid checkpoint."""
     changes: Json = {"from_start": from_start or None, "hardware": hardware, "epochs": epochs, "max_steps": max_steps}
     changes["secrets"] = parse_secrets(secret)
     secrets = [SecretOption.of(context, "hf_token", hf_token), SecretOption.of(context, "wandb_api_key", wandb_api_key)]

@@ -1,4 +1,4 @@
-"""`tunesmith datasets`: upload, import, list, show and delete."""
+"""The commands `tunesmith datasets upload`, `import`, `list`, `show` and `delete`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,36 +9,36 @@ from cli.options import CursorOption, DatasetNameOption, EvalFractionOption, Jso
 from cli.output import err, out, print_answer, print_next_cursor
 from cli.render.tables import dataset_table
 
-app = typer.Typer(help="Upload, list and show datasets.", no_args_is_help=True)
+app = typer.Typer(help="Upload, import, list, show and delete datasets.", no_args_is_help=True)
 
 
 @app.command("upload")
 def upload_dataset(
     context: typer.Context,
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JSONL; docs/api.md shows the forms of rows.")],
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JSONL file; docs/api.md shows the row formats.")],
     name: DatasetNameOption = None,
     eval_fraction: EvalFractionOption = 0.1,
     project: ProjectOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Upload rows; every one is checked before any is kept."""
+    """Upload a dataset. The service validates all rows before it stores any."""
     with create_client(context) as client, file.open("rb") as stream:
         dataset = client.upload(stream, file.name, _form_fields(name, eval_fraction, project))
     print_answer(dataset, as_json, dataset["processed_dataset_id"])
     if not as_json:
-        err.print(f"{dataset['rows']} rows of {dataset['dataset_type']}: {dataset['splits']}", style="dim")
+        err.print(f"{dataset['rows']} rows, type {dataset['dataset_type']}, splits {dataset['splits']}", style="dim")
 
 
 @app.command("import")
 def import_dataset(
     context: typer.Context,
-    key: Annotated[str, typer.Argument(help="Of a file in the dataset store, such as incoming/rows.jsonl.")],
+    key: Annotated[str, typer.Argument(help="Key of a file in the dataset store, such as incoming/rows.jsonl.")],
     name: DatasetNameOption = None,
     eval_fraction: EvalFractionOption = 0.1,
     project: ProjectOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a dataset of a file that lies in the store already: for those that are too large for an upload."""
+    """Create a dataset from a file in the dataset store, for files that are too large to upload."""
     with create_client(context) as client:
         dataset = client.import_dataset({"incoming": key} | _form_fields(name, eval_fraction, project))
     print_answer(dataset, as_json, dataset["processed_dataset_id"])
@@ -51,7 +51,7 @@ def _form_fields(name: str | None, eval_fraction: float, project: str | None) ->
 
 @app.command("list")
 def list_datasets(context: typer.Context, limit: LimitOption = 50, cursor: CursorOption = None, as_json: JsonOption = False) -> None:
-    """Datasets, newest first."""
+    """List datasets, newest first."""
     with create_client(context) as client:
         page = client.get("/datasets", limit=limit, cursor=cursor)
     print_answer(page, as_json, dataset_table(page["datasets"]))
@@ -59,8 +59,10 @@ def list_datasets(context: typer.Context, limit: LimitOption = 50, cursor: Curso
 
 
 @app.command("show")
-def show_dataset(context: typer.Context, dataset_id: Annotated[str, typer.Argument()], as_json: JsonOption = False) -> None:
-    """A dataset and its first rows."""
+def show_dataset(
+    context: typer.Context, dataset_id: Annotated[str, typer.Argument(help="processed_dataset_id")], as_json: JsonOption = False
+) -> None:
+    """Show a dataset and its first rows."""
     with create_client(context) as client:
         dataset = client.get(f"/datasets/{dataset_id}")
     print_answer(dataset, as_json, dataset_table([dataset]))
@@ -69,8 +71,10 @@ def show_dataset(context: typer.Context, dataset_id: Annotated[str, typer.Argume
 
 
 @app.command("delete")
-def delete_dataset(context: typer.Context, dataset_id: Annotated[str, typer.Argument()], as_json: JsonOption = False) -> None:
-    """Remove a dataset that no unfinished job needs."""
+def delete_dataset(
+    context: typer.Context, dataset_id: Annotated[str, typer.Argument(help="processed_dataset_id")], as_json: JsonOption = False
+) -> None:
+    """Delete a dataset that no unfinished job uses."""
     with create_client(context) as client:
         deleted = client.delete(f"/datasets/{dataset_id}")
     print_answer(deleted, as_json, f"deleted {dataset_id}")

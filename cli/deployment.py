@@ -1,4 +1,4 @@
-"""Commands about a deployment as a whole: capabilities, orphans."""
+"""The commands about a whole deployment: `capabilities` and `orphans`."""
 
 from typing import Annotated
 
@@ -11,7 +11,7 @@ from cli.render.tables import capability_lines, orphan_table
 
 
 def show_capabilities(context: typer.Context, as_json: JsonOption = False) -> None:
-    """What this deployment can train, on what, and into what."""
+    """Show the hardware, trainers and export formats of this deployment."""
     with create_client(context) as client:
         answer = client.get("/capabilities")
     if as_json:
@@ -23,16 +23,16 @@ def show_capabilities(context: typer.Context, as_json: JsonOption = False) -> No
 
 def list_orphans(
     context: typer.Context,
-    should_delete: Annotated[bool, typer.Option("--delete", help="Remove them. Look at the list first.")] = False,
+    should_delete: Annotated[bool, typer.Option("--delete", help="Delete these files. Review the list first.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Files that belong to no job."""
+    """List files that belong to no job."""
     with create_client(context) as client:
         answer = client.post("/internal/cleanup", {"orphans": True}) if should_delete else client.get("/internal/orphans")
     print_answer(answer, as_json, orphan_table(answer["orphans"]))
     if as_json:
         return
     total = format_size(sum(orphan["size_bytes"] for orphan in answer["orphans"]))
-    err.print(f"{'deleted' if should_delete else 'found'} {total}" if answer["orphans"] else "there are none", style="dim")
+    err.print(f"{'deleted' if should_delete else 'found'} {total}" if answer["orphans"] else "none", style="dim")
     if not answer["complete"]:
-        err.print("not everything could be looked at in the time there was; repeat the command", style="dim")
+        err.print("the scan ran out of time; run the command again", style="dim")

@@ -1,4 +1,4 @@
-"""`tunesmith download`: fetches what a job made."""
+"""The command `download`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,22 +14,24 @@ from cli.output import err, out
 def download(
     context: typer.Context,
     job_id: JobIdArgument,
-    artifact: Annotated[str | None, typer.Option(help="adapter, merged, gguf-q8_0, …; left out: GGUF, else merged, else adapter.")] = None,
-    to: Annotated[Path, typer.Option("--to", help="The folder to write into.")] = Path(),
+    artifact: Annotated[
+        str | None, typer.Option(help="Artifact name: adapter, merged, gguf-q8_0, …. Default: GGUF, else merged, else adapter.")
+    ] = None,
+    to: Annotated[Path, typer.Option("--to", help="Folder to write to.")] = Path(),
     as_json: JsonOption = False,
 ) -> None:
-    """Fetch what a job made, and check every digest."""
+    """Download an artifact of a job and verify its SHA-256 digests."""
     with create_client(context) as client:
         paths = download_artifact(client, job_id, artifact, to)
     if as_json:
         out.print_json(data={"files": [str(path) for path in paths]})
     else:
         for path in paths:
-            print(path)  # a path must not be wrapped
+            print(path)  # rich would wrap long paths
 
 
 def download_artifact(client: Client, job_id: str, artifact: str | None, to: Path, *, skip_existing: bool = False) -> list[Path]:
-    """Fetch an artifact's files; with `skip_existing`, not those that are there already with the right size."""
+    """Download the files of an artifact. `skip_existing` skips files that already exist with the right size."""
     answer = client.get(f"/jobs/download/{job_id}", artifact=artifact)
     paths: list[Path] = []
     with Progress(*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn(), console=err, transient=True) as bar:

@@ -1,10 +1,14 @@
-"""Errors that the command line shows in one line, with a hint below."""
+"""Errors that the command line prints as one line and a hint.
+
+CliError
+└── ApiError
+"""
 
 from typing import Self
 
 
 class CliError(Exception):
-    """A command cannot do what was asked."""
+    """The command cannot run with these arguments or files."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -19,7 +23,7 @@ class ApiError(CliError):
         super().__init__(message, hint)
         self.code = code
         self.status = status
-        self.param = param  # the field of the request that is to blame
+        self.param = param  # the request field that caused the error
 
     def with_hint(self, hint: str) -> Self:
         """The same error with another hint."""

@@ -1,4 +1,4 @@
-"""Secrets of a job that goes on or is cloned: the service no longer has them, and asks for those that it needs again."""
+"""Sends secrets again when a job is continued or cloned: the service deletes a job's secrets when the job ends."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,21 +16,22 @@ AnswerT = TypeVar("AnswerT")
 class SecretOption:
     """A secret that a command takes as an option or from an environment variable."""
 
-    field: str  # where it stands in the request's body: `hf_token`, `secrets.wandb_api_key`
+    field: str  # path in the request body: `hf_token`, `secrets.wandb_api_key`
     value: str | None
-    is_typed: bool  # on the command line; else it comes from the environment
+    is_typed: bool  # given on the command line, not by an environment variable
 
     @classmethod
     def of(cls, context: typer.Context, option: str, value: str | None, field: str | None = None) -> Self:
-        """The value of a command's option, and where it came from."""
+        """The value of a command option, with its source."""
         source = context.get_parameter_source(option)
         return cls(field or option, value, source is not None and source.name == "COMMANDLINE")
 
 
 def send_with_secrets(send: Callable[[Json], AnswerT], body: Json, secrets: list[SecretOption]) -> AnswerT:
-    """Send a body with the secrets that were typed. One from the environment is added only once the service says that it needs it.
+    """Send a request body with the secrets given on the command line.
 
-    Raises ApiError whose hint names the option of a secret that is needed and was not given.
+    A secret from the environment is added only after the service reports that field as missing. Raises ApiError; if a secret is missing,
+    its hint names the option.
     """
     by_field = {secret.field: secret for secret in secrets}
     sent = {secret.field for secret in secrets if secret.is_typed}
@@ -55,7 +56,7 @@ def send_with_secrets(send: Callable[[Json], AnswerT], body: Json, secrets: list
 
 
 def _set_secret(body: Json, field: str, value: str) -> None:
-    """Set `secrets.wandb_api_key` inside the body's `secrets`, a name without a dot in the body itself."""
+    """Set a field: `secrets.wandb_api_key` goes into the `secrets` object, a name without a dot into the body itself."""
     group, dot, name = field.partition(".")
     if dot:
         body.setdefault(group, {})[name] = value

@@ -1,4 +1,4 @@
-"""Commands that start another package on this machine as a process: serve, chat."""
+"""The commands that start another package as a process on this machine: `serve` and `chat`."""
 
 import os
 import subprocess
@@ -15,32 +15,32 @@ from cli.settings import SOURCE_ROOT, Settings
 
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
-    port: Annotated[int | None, typer.Option(min=0, max=65535, help="0 takes a free one.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free port.")] = None,
 ) -> None:
-    """Start a service here; the first line printed is its url."""
-    # -P: a folder named `service` where the user stands is not ours.
+    """Start a service on this machine. The first line printed is its URL."""
+    # -P: do not import a package named `service` from the current directory.
     command = [sys.executable, "-P", "-m", "service"]
     command += ["--host", host] if host is not None else []
     command += ["--port", str(port)] if port is not None else []
-    os.execv(sys.executable, command)  # noqa: S606  # the same process, so that Ctrl-C and signals reach the service itself
+    os.execv(sys.executable, command)  # noqa: S606  # replaces this process, so signals reach the service
 
 
 def chat(
     context: typer.Context,
     job_id: JobIdArgument,
-    artifact: Annotated[str | None, typer.Option(help="Which GGUF; left out, the first.")] = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="One question; left out, a conversation.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, max=2.0)] = 0.7,
+    artifact: Annotated[str | None, typer.Option(help="Name of the GGUF artifact. Default: the first.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask one question. Default: an interactive chat.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="Sampling temperature.")] = 0.7,
 ) -> None:
-    """Talk to the result, on this machine."""
+    """Chat with the GGUF model of a job on this machine."""
     settings = Settings.from_environment()
     with create_client(context) as client:
         job = client.get(f"/jobs/{job_id}")
         ggufs = [artifact["name"] for artifact in job["artifacts"] if artifact["kind"] == "gguf"]
         if not ggufs:
             hint = f"tunesmith export {job_id} --gguf q8_0" if job["status"] == "completed" else f"the job is {job['status']}"
-            raise CliError(f"{job_id} has no GGUF file to talk to", hint)
+            raise CliError(f"{job_id} has no GGUF file to chat with", hint)
         folder = settings.home_folder / "downloads" / job_id
         [gguf] = download_artifact(client, job_id, artifact or ggufs[0], folder, skip_existing=True)
     command = [str(settings.trainer_python), "-m", "jobs.llm.chat", "--gguf", str(gguf)]

@@ -1,4 +1,4 @@
-"""The entry point of `tunesmith`: the commands by name, the options before them, and how errors look."""
+"""The entry point of `tunesmith`: command names, global options and error output."""
 
 from collections.abc import Callable
 from typing import Annotated
@@ -12,7 +12,7 @@ from cli.http_client import Client
 from cli.output import err
 from cli.settings import Settings
 
-# In the order of `tunesmith --help`.
+# In the order that `tunesmith --help` shows.
 COMMANDS: dict[str, Callable[..., None]] = {
     "serve": local.serve,
     "train": submit.train,
@@ -43,28 +43,30 @@ app.add_typer(datasets.app, name="datasets")
 @app.callback()
 def set_global_options(
     context: typer.Context,
-    url: Annotated[str | None, typer.Option(envvar="TUNESMITH_URL", help="The service; left out, the one in TUNESMITH_HOME.")] = None,
+    url: Annotated[
+        str | None, typer.Option(envvar="TUNESMITH_URL", help="URL of the service. Default: the service that runs in TUNESMITH_HOME.")
+    ] = None,
     identity_token: Annotated[
         str | None,
         typer.Option(
             envvar="TUNESMITH_IDENTITY_TOKEN",
-            help="For a service on Cloud Run: what `gcloud auth print-identity-token` prints.",
+            help="Identity token for a service on Cloud Run, from `gcloud auth print-identity-token`.",
         ),
     ] = None,
 ) -> None:
     """One HTTP request becomes a fine-tuned model."""
-    if context.obj is None:  # tests bring a client of their own
+    if context.obj is None:  # tests pass their own client factory
         context.obj = lambda: Client(url or Settings.from_environment().service_url, identity_token)
 
 
 def main() -> None:
-    """Run a command. Errors are one line and a hint, never a stack trace."""
+    """Run a command. An error is printed as one line and a hint, never as a stack trace."""
     try:
         app()
     except CliError as error:
         err.print(f"[red]error[/] {escape(error.message)}", highlight=False)
         if error.hint:
-            err.print(f"  try: {escape(error.hint)}", style="dim", highlight=False)
+            err.print(f"  hint: {escape(error.hint)}", style="dim", highlight=False)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -1,4 +1,4 @@
-"""Where commands print: answers on standard output, everything said about them on standard error."""
+"""Printing: results on standard output, remarks about them on standard error."""
 
 import json
 import sys
@@ -8,16 +8,16 @@ from rich.console import Console
 
 from cli.http_client import Json
 
-# Into a pipe or a file a line is as long as it must be.
+# In a pipe or a file, wrapped lines would break scripts.
 out = Console(width=None if sys.stdout.isatty() else 240)
 err = Console(stderr=True)
 
 
-# Any: whatever rich can render.
+# Any: rich renders strings, tables and more.
 def print_answer(answer: Json, as_json: bool, readable: Any) -> None:  # noqa: ANN401
-    """Print the API's answer as JSON, or the readable form of it."""
+    """Print an API response as JSON or in its readable form."""
     if as_json:
-        print(json.dumps(answer))  # for programs: never wrapped or colored
+        print(json.dumps(answer))  # for programs: not wrapped, not colored
     else:
         out.print(readable)
 

@@ -1,4 +1,4 @@
-"""What the command line reads from the environment: the same variables and defaults as service/settings.py."""
+"""Settings of the command line, with the same environment variables and defaults as service/settings.py."""
 
 import json
 import os
@@ -20,7 +20,7 @@ class Settings:
 
     @classmethod
     def from_environment(cls, variables: Mapping[str, str] = os.environ) -> Self:
-        """The settings that these variables give; defaults for the others."""
+        """Read the settings from environment variables; a missing variable means the default."""
         return cls(
             home=Path(variables.get("TUNESMITH_HOME", cls.home)),
             trainer_python=Path(variables.get("TUNESMITH_TRAINER_PYTHON", cls.trainer_python)),
@@ -33,7 +33,7 @@ class Settings:
 
     @property
     def service_url(self) -> str:
-        """Where a service that runs in `home` listens, as it wrote to service.json; the default address if none does."""
+        """The URL that a running service wrote to `home`/service.json, else the default URL."""
         try:
             return json.loads((self.home_folder / "service.json").read_text())["url"]
         except (FileNotFoundError, ValueError, KeyError):

@@ -1,4 +1,4 @@
-"""Commands that make a job: train, export, clone."""
+"""The commands that create a job: `train`, `export` and `clone`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -25,22 +25,23 @@ from cli.watch import watch_job
 def train(
     context: typer.Context,
     file: Annotated[
-        Path | None, typer.Argument(exists=True, dir_okay=False, help="The request, or its training_config, as YAML or JSON.")
+        Path | None, typer.Argument(exists=True, dir_okay=False, help="A request or a training_config, as YAML or JSON.")
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="processed_dataset_id")] = None,
     base: Annotated[str | None, typer.Option(help="base_model_id, such as google/gemma-3-270m")] = None,
     name: Annotated[str | None, typer.Option(help="job_name")] = None,
-    trainer: Annotated[str | None, typer.Option(help="trainer_type: sft, dpo, orpo, kto, grpo or reward; left out, sft.")] = None,
+    trainer: Annotated[str | None, typer.Option(help="trainer_type: sft, dpo, orpo, kto, grpo or reward. Default: sft.")] = None,
     method: Annotated[str | None, typer.Option(help="LoRA, QLoRA or Full")] = None,
-    hardware: Annotated[str | None, typer.Option(help="What to train on; `tunesmith capabilities` lists the profiles.")] = None,
+    hardware: Annotated[str | None, typer.Option(help="Hardware profile; `tunesmith capabilities` lists them.")] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Any other knob: hyperparameters.max_steps=40, export_config.include_gguf=true")
+        list[str] | None,
+        typer.Option("--set", help="Any other field of training_config, such as hyperparameters.max_steps=40; can be repeated."),
     ] = None,
     hf_token: HfTokenOption = None,
     should_watch: WatchOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Submit a job."""
+    """Submit a training job. Prints its id."""
     request = build_train_request(
         file,
         {"processed_dataset_id": dataset, "job_name": name, "hf_token": hf_token, "hardware": hardware},
@@ -55,22 +56,29 @@ def export(
     context: typer.Context,
     job_id: JobIdArgument,
     step: Annotated[
-        int | None, typer.Argument(min=0, help="As `tunesmith checkpoints` printed it; left out, what was published, else the newest.")
+        int | None,
+        typer.Argument(
+            min=0, help="Step of the checkpoint, as printed by `tunesmith checkpoints`. Default: the published one, else the newest."
+        ),
     ] = None,
     formats: Annotated[
-        list[str] | None, typer.Option("--format", help="adapter, merged or onnx; can be repeated; left out, adapter.")
+        list[str] | None, typer.Option("--format", help="adapter, merged or onnx; can be repeated. Default: adapter.")
     ] = None,
-    gguf: Annotated[list[str] | None, typer.Option("--gguf", help="Also a GGUF file: q8_0, f16, …; can be repeated.")] = None,
-    lora_gguf: Annotated[bool, typer.Option("--lora-gguf", help="Also the adapter alone as GGUF.")] = False,
-    to_hub: Annotated[str | None, typer.Option("--to-hub", help="Also push to this Hub repository, owner/name.")] = None,
-    attempt: Annotated[int | None, typer.Option(min=1, help="Whose checkpoint, where several attempts have one of that step.")] = None,
+    gguf: Annotated[
+        list[str] | None, typer.Option("--gguf", help="Also export a GGUF file with this quantization: q8_0, f16, …; can be repeated.")
+    ] = None,
+    lora_gguf: Annotated[bool, typer.Option("--lora-gguf", help="Also export the adapter as a GGUF file.")] = False,
+    to_hub: Annotated[str | None, typer.Option("--to-hub", help="Also push to this Hub repository: owner/name.")] = None,
+    attempt: Annotated[
+        int | None, typer.Option(min=1, help="Attempt that saved the checkpoint, if several attempts saved this step.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="job_name")] = None,
-    hardware: Annotated[str | None, typer.Option(help="What to export on; left out, what the job trained on.")] = None,
+    hardware: Annotated[str | None, typer.Option(help="Hardware profile. Default: the one that trained the job.")] = None,
     hf_token: HfTokenOption = None,
     should_watch: WatchOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Export a checkpoint without training again; prints the job that does it, to be watched and downloaded from."""
+    """Export a checkpoint without training again. Prints the id of the job that exports it."""
     export_config = without_none(
         {
             "format": formats or None,
@@ -92,18 +100,19 @@ def clone(
     context: typer.Context,
     job_id: JobIdArgument,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="What is to be different: hyperparameters.learning_rate=1e-4; null removes.")
+        list[str] | None,
+        typer.Option("--set", help="A field of training_config to change, such as hyperparameters.learning_rate=1e-4; null removes it."),
     ] = None,
-    dataset: Annotated[str | None, typer.Option(help="processed_dataset_id; left out, the same.")] = None,
-    name: Annotated[str | None, typer.Option(help="job_name; left out, the same.")] = None,
-    hardware: Annotated[str | None, typer.Option(help="What to train on; left out, the same.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="processed_dataset_id. Default: the same.")] = None,
+    name: Annotated[str | None, typer.Option(help="job_name. Default: the same.")] = None,
+    hardware: Annotated[str | None, typer.Option(help="Hardware profile. Default: the same.")] = None,
     hf_token: ResentHfTokenOption = None,
     wandb_api_key: ResentWandbKeyOption = None,
     secret: SecretsOption = None,
     should_watch: WatchOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Run a job's request once more, with changes."""
+    """Submit the request of a job again, with changes. Prints the id of the new job."""
     training_config: dict[str, object] = {}
     apply_overrides(training_config, overrides)
     request = without_none(

@@ -1,4 +1,4 @@
-"""Commands that follow a job: watch, logs."""
+"""The commands that follow a job: `watch` and `logs`."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ PENDING_REASON_POLL_S = 15.0
 
 
 def watch(context: typer.Context, job_id: JobIdArgument, as_json: JsonOption = False) -> None:
-    """Follow a job until it ends, also over pauses: progress, loss, time left. Exits 1 unless it completed."""
+    """Follow the progress of a job until it ends; pauses are waited out. Exits with 1 unless the job completed."""
     with create_client(context) as client:
         watch_job(client, job_id, as_json)
 
@@ -31,10 +31,12 @@ def watch(context: typer.Context, job_id: JobIdArgument, as_json: JsonOption = F
 def logs(
     context: typer.Context,
     job_id: JobIdArgument,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job ends.")] = False,
-    attempt: Annotated[int | None, typer.Option(min=1, help="Left out: the latest, or with -f each in turn.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing until the job ends.")] = False,
+    attempt: Annotated[
+        int | None, typer.Option(min=1, help="Attempt number. Default: the latest, or with --follow each attempt in turn.")
+    ] = None,
 ) -> None:
-    """What an attempt printed."""
+    """Print the output of an attempt."""
     with create_client(context) as client:
         if follow:
             for text in client.follow_log(job_id, attempt):
@@ -72,7 +74,7 @@ def _show_progress(client: Client, job_id: str) -> None:
             if line := event_line(event):
                 bar.console.print(line, highlight=False)
             if event["event"].get("status") == "paused" and client.get(f"/jobs/{job_id}")["status"] == "paused":
-                bar.console.print(f"[dim]waiting for `tunesmith resume {job_id}`; Ctrl-C ends the watching alone[/]", soft_wrap=True)
+                bar.console.print(f"[dim]waiting for `tunesmith resume {job_id}`; Ctrl-C stops watching, not the job[/]", soft_wrap=True)
 
 
 def _update_progress(bar: Progress, task: TaskID, body: Json) -> None:
@@ -95,7 +97,7 @@ def _update_progress(bar: Progress, task: TaskID, body: Json) -> None:
 
 @contextmanager
 def _print_pending_reason(client: Client, job_id: str, print_line: Callable[[str], None]) -> Generator[None]:
-    """Inside, a job that cannot be launched says why, each time the reason changes. The record has it, no event does."""
+    """Poll in a thread for the reason that a job is not launched yet, and print each new reason. Events do not carry it."""
     stop = threading.Event()
 
     def poll() -> None:

@@ -1,1 +1,1 @@
-"""How the API's answers look in a terminal. Everything here turns JSON into text; nothing here sends or prints, but for `print_job`."""
+"""Renders API responses as terminal text. Sending requests and parsing options do not belong here."""

@@ -1,4 +1,4 @@
-"""Statuses, sizes, times and comparisons as short texts."""
+"""Formats statuses, sizes, times and fidelity as short texts."""
 
 from cli.http_client import Json
 
@@ -10,33 +10,33 @@ STATUS_COLORS = {
     "training": "cyan",
     "preparing": "cyan",
 }
-# How an attempt ended, where its outcome alone does not say it.
+# Descriptions of the outcomes whose names do not explain themselves.
 OUTCOME_LABELS = {
-    "yielded": "its time was up",
-    "preempted": "its compute was taken away",
-    "lost": "its process vanished",
-    "launch_failed": "it could not be launched",
+    "yielded": "time limit reached",
+    "preempted": "compute preempted",
+    "lost": "process disappeared",
+    "launch_failed": "launch failed",
 }
-PERPLEXITY_LABELS = (("perplexity", "of the file"), ("perplexity_merged", "trained"), ("perplexity_base", "base"))
+PERPLEXITY_LABELS = (("perplexity", "this file"), ("perplexity_merged", "tuned"), ("perplexity_base", "base"))
 
 
 def format_status(status: str) -> str:
-    """A status in its colour."""
+    """A status in its color, as rich markup."""
     return f"[{STATUS_COLORS.get(status, 'white')}]{status}[/]"
 
 
 def humanize(name: str) -> str:
-    """A name of the API, for people."""
+    """An API name with spaces."""
     return name.replace("_", " ")
 
 
 def format_size(size_bytes: int) -> str:
-    """Bytes, for people."""
+    """A size in MB, or in kB if it is small."""
     return f"{size_bytes / 1e6:.1f} MB" if size_bytes >= 100_000 else f"{size_bytes / 1e3:.1f} kB"
 
 
 def format_time_left(seconds: float | None) -> str:
-    """Seconds, for people."""
+    """A duration such as `2m05s left`; empty if it is unknown."""
     if seconds is None:
         return ""
     minutes, rest = divmod(round(seconds), 60)
@@ -44,16 +44,16 @@ def format_time_left(seconds: float | None) -> str:
 
 
 def format_time(timestamp: str) -> str:
-    """A moment, for people."""
+    """An ISO timestamp to the minute."""
     return timestamp[:16].replace("T", " ")
 
 
 def format_fidelity(artifact: Json) -> str:
-    """How a file compares with the model that was trained, in a few words."""
-    found = artifact["fidelity"]
-    if not found:
+    """How closely an exported file matches the tuned model."""
+    fidelity = artifact["fidelity"]
+    if not fidelity:
         return ""
-    known = [f"{found[name]:.2f} {whose}" for name, whose in PERPLEXITY_LABELS if found[name] is not None]
-    perplexity = f", perplexity {' / '.join(known)}" if known else ""
-    warning = "  [red]erased the tuning[/]" if found["closer_to_base"] else ""
-    return f"  agrees {found['argmax_agreement']:.1%}, KL {found['mean_kl_to_merged']:.4f}{perplexity}{warning}"
+    values = [f"{fidelity[name]:.2f} ({label})" for name, label in PERPLEXITY_LABELS if fidelity[name] is not None]
+    perplexity = f", perplexity {' / '.join(values)}" if values else ""
+    warning = "  [red]closer to the base model than to the tuned one[/]" if fidelity["closer_to_base"] else ""
+    return f"  agreement {fidelity['argmax_agreement']:.1%}, KL {fidelity['mean_kl_to_merged']:.4f}{perplexity}{warning}"

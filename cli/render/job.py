@@ -1,4 +1,4 @@
-"""A job in full."""
+"""Renders one job in full."""
 
 from collections.abc import Iterator
 
@@ -8,11 +8,11 @@ from rich.markup import escape
 from cli.http_client import Json
 from cli.render.formats import OUTCOME_LABELS, format_fidelity, format_size, format_status, format_time, format_time_left
 
-MAX_ATTEMPTS_SHOWN = 5  # of a job of many slices, the latest
+MAX_ATTEMPTS_SHOWN = 5  # the latest ones: a job with a time limit per attempt can have hundreds
 
 
 def print_job(console: Console, job: Json) -> None:
-    """A job in full: where it stands, what was measured, what it made."""
+    """Print the status, progress, attempts, metrics and artifacts of a job, and the command that continues it."""
     console.print(f"[bold]{job['job_id']}[/]  {format_status(job['status'])}  {escape(job['job_name'])}")
     if job["failure"]:
         console.print(f"  [red]{job['failure']['code']}[/]: {escape(job['failure']['message'])}", highlight=False)
@@ -27,49 +27,50 @@ def print_job(console: Console, job: Json) -> None:
     for name, url in job["tracker_urls"].items():
         console.print(f"  {name}: {escape(url)}", highlight=False, soft_wrap=True)
     if command := continue_command(job):
-        console.print(f"  to go on: {command}", highlight=False, soft_wrap=True)
+        console.print(f"  next step: {command}", highlight=False, soft_wrap=True)
 
 
 def get_pending_reason(job: Json) -> str | None:
-    """Why the current attempt is not launched yet, if it is not."""
+    """The reason that the current attempt is not launched yet, or None."""
     return job["attempts"][-1]["pending_reason"] if job["attempts"] else None
 
 
 def progress_lines(job: Json) -> Iterator[str]:
-    """How far the job is, and where it could go on."""
+    """The source of the job, its progress and its latest checkpoint."""
     if job["cloned_from"]:
         yield f"clone of    {job['cloned_from']}"
     if job["export_of"]:
         yield f"exports     step {job['export_of']['step']} of {job['export_of']['job_id']}"
     if job["progress"] and job["status"] != "completed":
-        place = job["progress"]
-        left = f", {format_time_left(place['eta_s'])}" if place["eta_s"] is not None and job["status"] == "training" else ""
-        yield f"progress    step {place['step']}/{place['total_steps']}, epoch {place['epoch']:.2f}/{place['total_epochs']:g}{left}"
+        progress = job["progress"]
+        left = f", {format_time_left(progress['eta_s'])}" if progress["eta_s"] is not None and job["status"] == "training" else ""
+        step, epoch = f"{progress['step']}/{progress['total_steps']}", f"{progress['epoch']:.2f}/{progress['total_epochs']:g}"
+        yield f"progress    step {step}, epoch {epoch}{left}"
     if job["checkpoint"]:
         yield f"checkpoint  step {job['checkpoint']['step']}, {format_time(job['checkpoint']['at'])}"
 
 
 def attempt_lines(attempts: list[Json]) -> Iterator[str]:
-    """How each attempt went; nothing where there was but one."""
+    """One line per attempt; none for a job with a single attempt."""
     if len(attempts) < 2:
         return
     if len(attempts) > MAX_ATTEMPTS_SHOWN:
         yield f"[dim]{len(attempts) - MAX_ATTEMPTS_SHOWN} earlier attempts[/]"
     for attempt in attempts[-MAX_ATTEMPTS_SHOWN:]:
-        began = "from the start" if attempt["resumed_step"] is None else f"from step {attempt['resumed_step']}"
+        start = "from the start" if attempt["resumed_step"] is None else f"from step {attempt['resumed_step']}"
         saved = [] if attempt["last_checkpoint_step"] is None else [f"saved step {attempt['last_checkpoint_step']}"]
-        yield f"attempt {attempt['number']:<3} {', '.join([began, *saved, _outcome_label(attempt)])}"
+        yield f"attempt {attempt['number']:<3} {', '.join([start, *saved, _outcome_label(attempt)])}"
 
 
 def _outcome_label(attempt: Json) -> str:
     if attempt["ended_at"] is None:
-        return "at work" if attempt["claimed_at"] else "being launched"
+        return "running" if attempt["claimed_at"] else "launching"
     outcome: str = attempt["outcome"]
     return OUTCOME_LABELS.get(outcome, outcome)
 
 
 def metric_lines(job: Json) -> Iterator[str]:
-    """Base and tuned, side by side."""
+    """Metrics of the base model and of the tuned model."""
     before: Json = job["base_metrics"] or {}
     after: Json = job["metrics"] or {}
     for name, label in (("eval_loss", "eval loss"), ("perplexity", "perplexity"), ("accuracy", "accuracy")):
@@ -85,34 +86,34 @@ def _comparison_lines(label: str, before: float | None, after: float | None) -> 
 
 
 def gate_lines(gate: Json | None) -> Iterator[str]:
-    """What the promotion gate found, check by check."""
+    """One line per check of the promotion gate."""
     for check in gate["checks"] if gate else ():
         bounds = [
-            f"{words} {check[name]:.4g}" for name, words in (("at_least", "at least"), ("at_most", "at most")) if check[name] is not None
+            f"{label} {check[name]:.4g}" for name, label in (("at_least", "at least"), ("at_most", "at most")) if check[name] is not None
         ]
-        found = "passed" if check["passed"] else f"[red]not passed[/]: {escape(check['reason'])}"
-        yield f"gate        {escape(check['metric'])} {' and '.join(bounds)}: {found}"
+        outcome = "passed" if check["passed"] else f"[red]not passed[/]: {escape(check['reason'])}"
+        yield f"gate        {escape(check['metric'])} {' and '.join(bounds)}: {outcome}"
 
 
 def artifact_lines(artifacts: list[Json]) -> Iterator[str]:
-    """What a job made: where it is, and how it speaks."""
+    """One line per artifact with its URI and fidelity, and the Hub repositories."""
     for artifact in artifacts:
         yield f"{artifact['name']:14} {format_size(artifact['size_bytes']):>9}  {artifact['uri']}{format_fidelity(artifact)}"
-        found = artifact["fidelity"]
-        if found and found["advice"]:
-            yield f"{'':14} advice: {escape(found['advice'])}"
+        fidelity = artifact["fidelity"]
+        if fidelity and fidelity["advice"]:
+            yield f"{'':14} advice: {escape(fidelity['advice'])}"
     for url in dict.fromkeys(artifact["hub"]["url"] for artifact in artifacts if artifact["hub"]):
         yield f"{'on the Hub':14} {escape(url)}"
 
 
 def continue_command(job: Json) -> str | None:
-    """The command that continues a job from its checkpoint, or publishes what the gate held back."""
+    """The command that continues a job from its checkpoint, or exports a model that did not pass its gate."""
     match job["status"]:
         case "paused":
             return f"tunesmith resume {job['job_id']}"
         case "failed" | "cancelled" if job["checkpoint"]:
             return f"tunesmith retry {job['job_id']}"
         case "completed" if job["gate_passed"] is False:
-            return f"tunesmith export {job['job_id']}  (publishes it all the same)"
+            return f"tunesmith export {job['job_id']}  (publishes it anyway)"
         case _:
             return None

@@ -1,4 +1,4 @@
-"""Lists as tables, and the capabilities of a deployment as lines."""
+"""Renders lists as tables, and the capabilities of a deployment as lines."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from cli.render.formats import format_size, format_status, format_time, humanize
 
 
 def job_table(jobs: list[Json]) -> Table:
-    """Jobs, one a row."""
+    """One row per job."""
     table = _table("job", "name", "base", "status", "created")
     for job in jobs:
         table.add_row(
@@ -20,7 +20,7 @@ def job_table(jobs: list[Json]) -> Table:
 
 
 def dataset_table(datasets: list[Json]) -> Table:
-    """Datasets, one a row."""
+    """One row per dataset."""
     table = _table("dataset", "name", "type", "rows", "splits", "created")
     for dataset in datasets:
         splits = ", ".join(f"{name} {rows}" for name, rows in dataset["splits"].items())
@@ -30,26 +30,36 @@ def dataset_table(datasets: list[Json]) -> Table:
 
 
 def checkpoint_table(checkpoints: list[Json]) -> Table:
-    """Checkpoints, one a row; the one that counts first."""
-    table = _table("step", "epoch", "attempt", "why", "eval loss", "size", "saved")
-    for saved in checkpoints:
-        place = f"{saved['step']}/{saved['total_steps']}"
-        loss = "" if saved["eval_loss"] is None else f"{saved['eval_loss']:.3f}" + ("  [green]best[/]" if saved["is_best"] else "")
-        cells = (f"{saved['epoch']:.2f}", str(saved["attempt"]), humanize(saved["reason"]), loss, format_size(saved["size_bytes"]))
-        table.add_row(place, *cells, format_time(saved["created_at"]))
+    """One row per checkpoint; the next attempt uses the first."""
+    table = _table("step", "epoch", "attempt", "reason", "eval loss", "size", "saved")
+    for checkpoint in checkpoints:
+        step = f"{checkpoint['step']}/{checkpoint['total_steps']}"
+        loss = (
+            ""
+            if checkpoint["eval_loss"] is None
+            else f"{checkpoint['eval_loss']:.3f}" + ("  [green]best[/]" if checkpoint["is_best"] else "")
+        )
+        cells = (
+            f"{checkpoint['epoch']:.2f}",
+            str(checkpoint["attempt"]),
+            humanize(checkpoint["reason"]),
+            loss,
+            format_size(checkpoint["size_bytes"]),
+        )
+        table.add_row(step, *cells, format_time(checkpoint["created_at"]))
     return table
 
 
 def orphan_table(orphans: list[Json]) -> Table:
-    """Files that no job owns, one place a row."""
-    table = _table("job that is not there", "files", "size", "where")
+    """One row per folder whose job does not exist."""
+    table = _table("missing job", "files", "size", "where")
     for orphan in orphans:
         table.add_row(orphan["job_id"], str(orphan["objects"]), format_size(orphan["size_bytes"]), escape(orphan["url"]))
     return table
 
 
 def _table(id_column: str, *columns: str) -> Table:
-    """A table whose first column is never cut: it is there to be copied."""
+    """A table whose first column is never truncated, because users copy ids from it."""
     table = Table(box=None, header_style="bold")
     table.add_column(id_column, no_wrap=True, overflow="ignore")
     for column in columns:
@@ -58,7 +68,7 @@ def _table(id_column: str, *columns: str) -> Table:
 
 
 def capability_lines(capabilities: Json) -> Iterator[str]:
-    """What a deployment can do, one kind of thing a line."""
+    """One line per hardware profile, trainer and kind of option."""
     hardware = capabilities["hardware"]
     yield f"launcher    {capabilities['launcher']} on {hardware['device_name']} ({hardware['device']})"
     for name, profile in capabilities["profiles"].items():

@@ -1,4 +1,4 @@
-"""`tunesmith serve` as a person starts and stops it."""
+"""`tunesmith serve`: start and stop with Ctrl-C."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What `python -m service` refuses before it serves: one line, a hint, exit code 1."""
+"""Start errors of `python -m service`: one line, a hint, exit code 1."""
 
 import fcntl
 import json
@@ -17,12 +17,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def start_and_fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What a start that fails prints on standard error."""
+    """Standard error of a start that fails."""
     with pytest.raises(SystemExit) as caught:
         main(["--port", "0", *arguments])
     assert caught.value.code == 1
     printed = capsys.readouterr()
-    assert printed.out == ""  # a url is printed only by a service that starts
+    assert printed.out == ""  # the URL is printed only by a service that starts
     assert len(printed.err.splitlines()) == 2
     return printed.err
 
@@ -32,7 +32,7 @@ def test_second_service_in_same_home_names_the_first(capsys: pytest.CaptureFixtu
     with (home / "service.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         printed = start_and_fail(capsys)
-    assert f"at work in {home} already: http://127.0.0.1:41000" in printed
+    assert f"already uses {home}: http://127.0.0.1:41000" in printed
     assert "TUNESMITH_HOME" in printed
 
 
@@ -43,7 +43,7 @@ def test_occupied_port_is_an_error_with_hint(capsys: pytest.CaptureFixture[str])
     assert "--port" in printed
 
 
-def test_wrong_setting_is_an_error_with_hint(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_setting_is_an_error_with_hint(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNESMITH_MAX_CONCURRENT_JOBS", "none")
     assert "max_concurrent_jobs" in start_and_fail(capsys)
 

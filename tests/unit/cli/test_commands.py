@@ -1,4 +1,4 @@
-"""What commands send, and what they print."""
+"""The requests that commands send, and what they print."""
 
 import json
 
@@ -10,9 +10,9 @@ from cli.main import app
 from tests.unit.cli.fake_service import JOB_CREATED, FakeReply, FakeService
 
 
-def run_command(*words: str, answers: list[FakeReply], environment: dict[str, str] | None = None) -> tuple[Result, list[httpx2.Request]]:
-    """Run a command against a service that gives these answers."""
-    service = FakeService(*answers)
+def run_command(*words: str, replies: list[FakeReply], environment: dict[str, str] | None = None) -> tuple[Result, list[httpx2.Request]]:
+    """Run a command against a service that returns these replies."""
+    service = FakeService(*replies)
     variables = {"HF_TOKEN": None, "WANDB_API_KEY": None} | (environment or {})
     done = CliRunner().invoke(app, [*words], env=variables, obj=lambda: service.client)
     return done, service.requests
@@ -31,31 +31,31 @@ def test_clone_sends_changes_and_required_secrets() -> None:
         "--secret",
         "a_api_key=k=1",
     ]
-    done, asked = run_command(*words, answers=[needs, JOB_CREATED], environment={"HF_TOKEN": "hf_x"})
+    done, requests = run_command(*words, replies=[needs, JOB_CREATED], environment={"HF_TOKEN": "hf_x"})
     assert (done.exit_code, done.output.strip()) == (0, "training_1")
-    first, second = (json.loads(request.content) for request in asked)
+    first, second = (json.loads(request.content) for request in requests)
     assert first == {
         "training_config": {"hyperparameters": {"learning_rate": 1e-4}, "wandb_config": None},
         "secrets": {"a_api_key": "k=1"},
     }
     assert second == first | {"hf_token": "hf_x"}
-    assert {request.url.path for request in asked} == {"/jobs/training_0/clone"}
+    assert {request.url.path for request in requests} == {"/jobs/training_0/clone"}
 
 
 def test_missing_secret_error_names_option() -> None:
     error = {"code": "invalid_request", "message": "needed again", "hint": "h", "param": "secrets.judge_api_key"}
-    done, asked = run_command("clone", "training_0", answers=[httpx2.Response(400, json={"error": error})])
+    done, requests = run_command("clone", "training_0", replies=[httpx2.Response(400, json={"error": error})])
     assert isinstance(done.exception, ApiError)
     assert done.exception.hint == "--secret judge_api_key=…; h"
-    assert len(asked) == 1
+    assert len(requests) == 1
 
 
 def test_export_without_step_uses_published_model() -> None:
     words = ["export", "training_0", "--format", "merged", "--gguf", "q8_0", "--lora-gguf", "--to-hub", "ada/tuned"]
-    done, [asked] = run_command(*words, answers=[JOB_CREATED])
+    done, [request] = run_command(*words, replies=[JOB_CREATED])
     assert done.exit_code == 0, done.output
-    assert asked.url.path == "/jobs/training_0/export"
-    assert json.loads(asked.content)["export_config"] == {
+    assert request.url.path == "/jobs/training_0/export"
+    assert json.loads(request.content)["export_config"] == {
         "format": ["merged"],
         "include_gguf": True,
         "gguf_quantization": ["q8_0"],
@@ -63,16 +63,16 @@ def test_export_without_step_uses_published_model() -> None:
         "destination": "hfhub",
         "hf_repo_id": "ada/tuned",
     }
-    _, [asked] = run_command("export", "training_0", "40", answers=[JOB_CREATED])
-    assert asked.url.path == "/jobs/training_0/checkpoints/40/export"
+    _, [request] = run_command("export", "training_0", "40", replies=[JOB_CREATED])
+    assert request.url.path == "/jobs/training_0/checkpoints/40/export"
 
 
 def test_delete_affects_hub_only_with_option() -> None:
     gone = httpx2.Response(200, json={"deleted": True, "message": "gone", "job_id": "j", "deleted_resources": []})
-    _, [asked] = run_command("delete", "training_0", answers=[gone], environment={"HF_TOKEN": "hf_x"})
-    assert ("X-HF-Token" in asked.headers, asked.url.query) == (False, b"")
-    _, [asked] = run_command("delete", "training_0", "--hub", answers=[gone], environment={"HF_TOKEN": "hf_x"})
-    assert (asked.headers["X-HF-Token"], asked.url.query) == ("hf_x", b"delete_hub=true")
-    done, asked = run_command("delete", "training_0", "--hub", answers=[gone])
+    _, [request] = run_command("delete", "training_0", replies=[gone], environment={"HF_TOKEN": "hf_x"})
+    assert ("X-HF-Token" in request.headers, request.url.query) == (False, b"")
+    _, [request] = run_command("delete", "training_0", "--hub", replies=[gone], environment={"HF_TOKEN": "hf_x"})
+    assert (request.headers["X-HF-Token"], request.url.query) == ("hf_x", b"delete_hub=true")
+    done, requests = run_command("delete", "training_0", "--hub", replies=[gone])
     assert isinstance(done.exception, CliError)
-    assert asked == []
+    assert requests == []

@@ -1,4 +1,4 @@
-"""How the client speaks HTTP: what is tried again, under which key, and which error a caller gets."""
+"""The HTTP client: retries, idempotency keys, event streams and errors."""
 
 import io
 import json
@@ -28,19 +28,19 @@ JOB_CREATING_CALLS: list[Callable[[Client], str]] = [
 ]
 
 
-@pytest.mark.parametrize("make", JOB_CREATING_CALLS)
-def test_job_creation_is_retried_with_same_key(make: Callable[[Client], str]) -> None:
+@pytest.mark.parametrize("create_job", JOB_CREATING_CALLS)
+def test_job_creation_is_retried_with_same_key(create_job: Callable[[Client], str]) -> None:
     service = FakeService(UNAVAILABLE, CONNECTION_LOST, BUSY, JOB_CREATED)
-    assert make(service.client) == "training_1"
+    assert create_job(service.client) == "training_1"
     assert len(service.requests) == 4
     assert len(set(service.idempotency_keys)) == 1
 
 
-@pytest.mark.parametrize("make", JOB_CREATING_CALLS)
-def test_each_job_gets_its_own_key(make: Callable[[Client], str]) -> None:
+@pytest.mark.parametrize("create_job", JOB_CREATING_CALLS)
+def test_each_job_gets_its_own_key(create_job: Callable[[Client], str]) -> None:
     service = FakeService(JOB_CREATED)
-    make(service.client)
-    make(service.client)
+    create_job(service.client)
+    create_job(service.client)
     assert len(set(service.idempotency_keys)) == 2
 
 
@@ -81,13 +81,13 @@ def test_invalid_request_is_not_retried_and_names_field() -> None:
 
 
 def test_incomplete_deletion_raises_with_message() -> None:
-    left = {
+    incomplete = {
         "job_id": "training_1",
         "deleted": False,
         "message": "Not everything could be deleted; repeat the call. x",
         "deleted_resources": [],
     }
-    service = FakeService(httpx2.Response(503, json=left))
+    service = FakeService(httpx2.Response(503, json=incomplete))
     with pytest.raises(ApiError, match="Not everything could be deleted") as caught:
         service.client.delete("/jobs/training_1")
     assert caught.value.status == 503
@@ -115,8 +115,8 @@ def test_event_stream_resumes_after_interruptions() -> None:
         make_event_stream(3, end=DONE),
     )
     assert [row["id"] for row in service.client.stream_events("training_1")] == [1, 2, 3]
-    places = [request.headers["Last-Event-ID"] for request in service.requests if request.url.path.endswith("/events")]
-    assert places == ["0", "2", "2", "2"]
+    last_ids = [request.headers["Last-Event-ID"] for request in service.requests if request.url.path.endswith("/events")]
+    assert last_ids == ["0", "2", "2", "2"]
 
 
 def test_event_stream_of_unreachable_service_fails_quickly() -> None:

@@ -1,4 +1,4 @@
-"""Where the command line finds a service, and that it agrees with the service about defaults."""
+"""The settings of the command line: same variables and defaults as the service, and where it finds a running service."""
 
 import json
 from pathlib import Path
@@ -9,20 +9,24 @@ from cli.settings import DEFAULT_URL, Settings
 from service.settings import Settings as ServiceSettings
 
 
-def test_defaults_are_those_of_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_defaults_match_service_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TUNESMITH_HOME", "TUNESMITH_HOST", "TUNESMITH_PORT", "PORT", "TUNESMITH_PUBLIC_URL", "TUNESMITH_TRAINER_PYTHON"):
         monkeypatch.delenv(name, raising=False)
-    ours, theirs = Settings.from_environment({}), ServiceSettings()  # type: ignore[call-arg]
-    assert (ours.home_folder, ours.trainer_python, DEFAULT_URL) == (theirs.home_folder, theirs.trainer_python, theirs.url)
+    settings, service_settings = Settings.from_environment({}), ServiceSettings()  # type: ignore[call-arg]
+    assert (settings.home_folder, settings.trainer_python, DEFAULT_URL) == (
+        service_settings.home_folder,
+        service_settings.trainer_python,
+        service_settings.url,
+    )
 
 
-def test_variables_are_those_of_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_match_service_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     variables = {"TUNESMITH_HOME": "~/elsewhere", "TUNESMITH_TRAINER_PYTHON": "/opt/trainer/bin/python"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    ours, theirs = Settings.from_environment(variables), ServiceSettings()  # type: ignore[call-arg]
-    assert (ours.home_folder, ours.trainer_python) == (theirs.home_folder, theirs.trainer_python)
-    assert ours.trainer_python == Path("/opt/trainer/bin/python")
+    settings, service_settings = Settings.from_environment(variables), ServiceSettings()  # type: ignore[call-arg]
+    assert (settings.home_folder, settings.trainer_python) == (service_settings.home_folder, service_settings.trainer_python)
+    assert settings.trainer_python == Path("/opt/trainer/bin/python")
 
 
 def test_running_service_is_found_through_its_home(tmp_path: Path) -> None:
