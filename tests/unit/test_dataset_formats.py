@@ -398,7 +398,7 @@ def test_invalid_image_is_rejected(part: object, field: str, reason: str) -> Non
 
 
 def test_image_at_size_limit_is_accepted() -> None:
-    assert upload(make_vision_row(make_image_part(make_image_bytes(size=(4096, 4096)))))[0].images == 1
+    assert upload(make_vision_row(make_image_part(make_image_bytes(size=(4096, 4096), mode="L"))))[0].images == 1
 
 
 def test_too_many_images_per_row_are_rejected() -> None:

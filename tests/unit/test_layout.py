@@ -40,10 +40,19 @@ HEAVY_PACKAGES = {
 }
 
 
-def test_service_imports_no_heavy_package() -> None:
-    code = "import sys, service.main, cli; print('\\n'.join(sys.modules))"
+def imported_packages(module: str) -> set[str]:
+    """The packages that a fresh interpreter has loaded after it imported the module."""
+    code = f"import sys, {module}; print('\\n'.join(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=SOURCE)
-    assert not HEAVY_PACKAGES & {name.partition(".")[0] for name in done.stdout.split()}
+    return {name.partition(".")[0] for name in done.stdout.split()}
+
+
+def test_service_imports_neither_ml_nor_cli() -> None:
+    assert not (HEAVY_PACKAGES | {"cli", "jobs"}) & imported_packages("service.main")
+
+
+def test_cli_imports_neither_ml_nor_service() -> None:
+    assert not (HEAVY_PACKAGES | {"service", "jobs", "storage", "fastapi", "uvicorn"}) & imported_packages("cli.main")
 
 
 def test_service_requirements_contain_no_ml_library() -> None:
