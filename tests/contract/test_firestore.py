@@ -16,7 +16,9 @@ from google.cloud.firestore_v1.types import StructuredQuery
 from schema.events import EventBatch, MetricsLogged, ReportedEvent, StatusChanged, WarningRaised
 from schema.job import Status
 from service.adapters.jobstores.cursors import encode_cursor
-from service.adapters.jobstores.firestore.store import EVENTS_TTL, FILTERS, FirestoreJobStore
+from service.adapters.jobstores.firestore.documents import FILTERS
+from service.adapters.jobstores.firestore.events import EVENTS_TTL
+from service.adapters.jobstores.firestore.store import FirestoreJobStore
 from service.core.errors import Conflict, IdempotencyConflict, InvalidRequest, StaleRevision, TooLarge, Unavailable
 from service.core.job_store_rules import IDEMPOTENCY_TTL
 from service.core.ports import IdempotencyKey, JobQuery
@@ -40,7 +42,7 @@ class RpcInterceptor:
     """Stands where Google's client sends its requests, and lets some of them go wrong."""
 
     def __init__(self, store: FirestoreJobStore, rpc: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._api = store._client._firestore_api  # pyright: ignore[reportPrivateUsage]  # the last place before the network
+        self._api = store._database.client._firestore_api  # pyright: ignore[reportPrivateUsage]  # the last place before the network
         self._send: Rpc = getattr(self._api, rpc)
         self.requests: list[Any] = []
         self._faults: list[Callable[[Callable[[], Any]], Any]] = []
@@ -281,7 +283,7 @@ def test_oversized_event_is_rejected(store: FirestoreJobStore) -> None:
 
 
 def test_interrupted_deletion_resumes_on_retry(store: FirestoreJobStore, commits: RpcInterceptor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.adapters.jobstores.firestore.store.DELETES_PER_COMMIT", 3)
+    monkeypatch.setattr("service.adapters.jobstores.firestore.events.DELETES_PER_COMMIT", 3)
     store.create_job(make_job())
     for seq in range(8):
         store.append_events("job-1", 1, make_batch(seq, 1), START)
@@ -473,7 +475,7 @@ def test_query_without_index_is_detected() -> None:
 def test_every_field_has_index_override(store: FirestoreJobStore) -> None:
     call_every_method(store)
     stated = {(one["collectionGroup"], one["fieldPath"]) for one in INDEXES["fieldOverrides"]}
-    client = store._client  # pyright: ignore[reportPrivateUsage]
+    client = store._database.client  # pyright: ignore[reportPrivateUsage]
     kept = {
         (document.reference.parent.id, name)
         for collection in [*client.collections(), client.collection("jobs/job-1/events")]
@@ -485,7 +487,7 @@ def test_every_field_has_index_override(store: FirestoreJobStore) -> None:
 
 def test_expiring_documents_have_ttl_timestamp(store: FirestoreJobStore) -> None:
     call_every_method(store)
-    client = store._client  # pyright: ignore[reportPrivateUsage]
+    client = store._database.client  # pyright: ignore[reportPrivateUsage]
     lives = {"events": EVENTS_TTL, "idempotency": IDEMPOTENCY_TTL}
     expiring = {one["collectionGroup"] for one in INDEXES["fieldOverrides"] if one.get("ttl")}
     assert expiring == set(lives)
