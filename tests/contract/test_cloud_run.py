@@ -27,15 +27,12 @@ from google.rpc.error_details_pb2 import ErrorInfo, QuotaFailure
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infra.loopback.cloud_run import CANCELLED, EXIT_ERROR, MEMORY_LIMIT, TIMEOUT, CloudRun
+from infra.loopback.cloud_run.executions import CANCELLED, EXIT_ERROR, MEMORY_LIMIT, TIMEOUT
+from infra.loopback.cloud_run.server import CloudRun
 from infra.loopback.proxy import Proxy
-from service.adapters.launchers.cloud_run.launcher import (
-    CloudRunLauncher,
-    Deployment,
-    attempt_time_limit_s,
-    build_run_job_request,
-    classify_exit,
-)
+from service.adapters.launchers.cloud_run.exit_reasons import classify_exit
+from service.adapters.launchers.cloud_run.launcher import CloudRunLauncher
+from service.adapters.launchers.cloud_run.render import Deployment, attempt_time_limit_s, build_run_job_request
 from service.core.errors import LaunchFailed, Unavailable
 from service.core.ports import ExitReason, LaunchRequest
 from storage.deadline import deadline
@@ -302,7 +299,7 @@ def test_missing_credentials_error_names_login_command(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("method", "ask"),
     [
-        ("ListExecutions", lambda launcher: launcher.find("job-1.1")),
+        ("ListExecutions", lambda launcher: launcher.find_handle("job-1.1")),
         ("CancelExecution", lambda launcher: launcher.cancel(f"{JOB}/executions/x", force=True)),
         ("GetExecution", lambda launcher: launcher.get_exit_reason(f"{JOB}/executions/x")),
     ],

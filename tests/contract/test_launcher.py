@@ -13,7 +13,7 @@ from typing import Protocol
 import psutil
 import pytest
 
-from infra.loopback.cloud_run import CloudRun
+from infra.loopback.cloud_run.server import CloudRun
 from service.adapters.launchers import LAUNCHERS
 from service.adapters.launchers.cloud_run.launcher import CloudRunLauncher
 from service.adapters.launchers.local import LocalLauncher
@@ -57,12 +57,13 @@ class LauncherHarness:
 
 def make_attempt_environment(folder: Path) -> dict[str, str]:
     """What attempts inherit, and the program that stands for `jobs.run` to run."""
-    for name in ("markers", "source/jobs"):
+    for name in ("markers", "source/jobs/llm"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     jobs = folder / "source/jobs"
-    (jobs / "__init__.py").touch()
+    for package in (jobs, jobs / "llm"):
+        (package / "__init__.py").touch()
     (jobs / "run.py").write_text(ATTEMPT_SCRIPT)
-    (jobs / "probe.py").write_text(PROBE_SCRIPT)
+    (jobs / "llm/probe.py").write_text(PROBE_SCRIPT)
     return {"PATH": os.environ["PATH"], "MARKERS_FOLDER": str(folder / "markers")}
 
 
