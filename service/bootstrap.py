@@ -21,7 +21,8 @@ from service.core.jobs.service import Jobs, Limits
 from service.core.ports import Hub, JobStore, Launcher, SecretStore
 from service.core.tokens import TokenSigner
 from service.settings import SOURCE_ROOT, Settings, attempt_environment, inherited_environment
-from storage import STORES, ObjectStore, open_store
+from storage import ObjectStore
+from storage.registry import STORES, open_store
 
 # In the cloud every answer crosses a network, an execution takes seconds to be seen, and a signal is a call that costs.
 CLOUD_LIMITS = Limits(

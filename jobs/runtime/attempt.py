@@ -39,7 +39,8 @@ from schema.events import Directive
 from schema.job import Artifact, Failure
 from schema.result import Result
 from schema.spec import JobSpec, result_key, spec_key
-from storage import ObjectExists, ObjectStore, open_store
+from storage import ObjectExists, ObjectStore
+from storage.registry import open_store
 
 if TYPE_CHECKING:
     from jobs.llm.trained_model import TrainedModel

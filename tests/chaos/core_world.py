@@ -30,7 +30,7 @@ from service.core.errors import Conflict, Fenced, Unavailable
 from service.core.jobs.service import Jobs, Limits
 from service.core.ports import ExecutionState, JobStore, LaunchRequest, RuntimeCapabilities
 from service.core.tokens import TokenSigner
-from storage import open_store
+from storage.registry import open_store
 from tests.factories import START, make_capabilities, make_dataset, make_train_request
 
 TENANT = "local"

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from infra.loopback import cloud_storage, s3
-from storage import ObjectStore, open_store
+from storage import ObjectStore
+from storage.registry import open_store
 
 StoreFactory = Callable[[str], ObjectStore]
 

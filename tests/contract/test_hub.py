@@ -13,8 +13,8 @@ from service.adapters.hub import COOLDOWN_S, HuggingFaceHub
 from service.core.errors import InvalidRequest, Unavailable
 from service.core.hub import NoHub, check_hub, push_access_error
 from service.core.ports import Hub, HubAccount
-from storage import open_store
 from storage.deadline import deadline
+from storage.registry import open_store
 from tests.factories import FakeClock, make_config
 
 TOKENS = {

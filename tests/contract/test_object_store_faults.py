@@ -13,9 +13,10 @@ import pytest
 
 from infra.loopback import cloud_storage, s3
 from infra.loopback.http_faults import Fault, FaultKind, HttpFaultProxy, run_http_fault_proxy
-from storage import ChecksumMismatch, NoSuchObject, ObjectExists, ObjectStore, StoreUnavailable, delete_prefix, open_store, upload_many
+from storage import ChecksumMismatch, NoSuchObject, ObjectExists, ObjectStore, StoreUnavailable, delete_prefix, map_concurrently
 from storage.deadline import deadline
 from storage.gs import GcsStore
+from storage.registry import open_store
 from storage.s3 import _choose_read_timeout_s  # pyright: ignore[reportPrivateUsage]
 from tests.contract.object_fixtures import close_store, use_cloud_storage, use_s3
 
@@ -280,7 +281,7 @@ def test_refused_connection_is_store_unavailable(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("use", OPERATIONS)
 def test_a_missing_bucket_is_not_a_missing_object(fault_proxy: HttpFaultProxy, store: ObjectStore, large_file: Path, use: str) -> None:
     elsewhere = open_store(store.url.replace(BUCKET, "no-such-bucket"))
-    with pytest.raises(StoreUnavailable, match="bucket no-such-bucket does not exist; make it: "):
+    with pytest.raises(StoreUnavailable, match="bucket no-such-bucket does not exist; create it: "):
         OPERATIONS[use](elsewhere, large_file)
     close_store(elsewhere)
     assert store.stat("missing") is None
@@ -329,10 +330,10 @@ def test_failed_multipart_upload_is_aborted(s3_fault_proxy: HttpFaultProxy, monk
     close_store(store)
 
 
-def test_batch_upload_raises_when_one_file_fails(fault_proxy: HttpFaultProxy, store: ObjectStore, tmp_path: Path) -> None:
+def test_concurrent_uploads_raise_when_one_fails(fault_proxy: HttpFaultProxy, store: ObjectStore, tmp_path: Path) -> None:
     files = [tmp_path / f"{number}" for number in range(5)]
     for file in files:
         file.write_bytes(SMALL)
     fault_proxy.set_faults(Fault("reject", times=1000, skip_first=2))
     with deadline(0.1), pytest.raises(StoreUnavailable):
-        upload_many(store, [(file, f"m/{file.name}", None) for file in files])
+        map_concurrently(lambda file: store.upload(file, f"m/{file.name}"), files)

@@ -22,9 +22,10 @@ from service.core.jobs.service import Jobs
 from service.core.ports import ExecutionState, ExitReason, HubAccess, HubAccount, IdempotencyKey, LaunchRequest, RuntimeCapabilities
 from service.core.tokens import TokenSigner
 from service.core.trackers import DeploymentTrackers
-from storage import StoreUnavailable, open_store
+from storage import StoreUnavailable
 from storage.deadline import deadline
 from storage.file import LocalStore
+from storage.registry import open_store
 from tests.factories import START, FakeClock, make_capabilities, make_dataset, make_train_request
 
 TENANT = "local"
