@@ -7,8 +7,9 @@ from typing import Literal, Self, cast
 
 from pydantic import Field
 
-from schema.base import ForwardCompatible, Id
+from schema.base import Id
 from schema.job import ArtifactFile
+from schema.migrations import VersionedRecord
 from schema.training import TrainingConfig
 
 MANIFEST = "manifest.json"
@@ -18,7 +19,7 @@ MANIFEST = "manifest.json"
 CheckpointReason = Literal["interval", "pause", "time_slice", "preempted", "end"]
 
 
-class Checkpoint(ForwardCompatible):
+class Checkpoint(VersionedRecord):
     """`manifest.json`, written last: a checkpoint without it, or with a file that differs from it, does not count."""
 
     job_id: Id

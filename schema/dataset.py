@@ -17,6 +17,7 @@ string, or where the user shows images a list of parts, {"type": "text", "text":
 from datetime import datetime
 
 from schema.base import ForwardCompatible, Id, Label
+from schema.migrations import VersionedRecord
 from schema.types import DatasetType
 
 TRAIN_SPLIT = "train"
@@ -32,7 +33,7 @@ class Split(ForwardCompatible):
     key: str  # below the dataset bucket: datasets/{dataset_id}/{split}.jsonl
 
 
-class Dataset(ForwardCompatible):
+class Dataset(VersionedRecord):
     """The record of a dataset."""
 
     processed_dataset_id: Id

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from schema.base import ForwardCompatible, Id, Label
+from schema.migrations import VersionedRecord
 from schema.training import TrainingConfig
 
 
@@ -205,7 +206,7 @@ class ExportSource(ForwardCompatible):
     key: str  # of the checkpoint's folder; ends in "/"
 
 
-class Job(ForwardCompatible):
+class Job(VersionedRecord):
     """One request to train one model, and all that is known of it. Holds no secret."""
 
     job_id: Id

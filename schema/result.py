@@ -12,6 +12,7 @@ from schema.job import Artifact, EvalMetrics, Failure, Gate
 class Result(ForwardCompatible):
     """What an attempt came to. Durable: it is what `reconcile` believes when an attempt has gone silent."""
 
+    schema_version: int = 1
     job_id: Id
     attempt: int
     claimant: str = ""

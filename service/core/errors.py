@@ -12,6 +12,7 @@ TunesmithError
 ├── Unauthorized 401
 ├── TooLarge 413
 └── Unavailable 503         a part we need does not answer; try again
+    └── RecordTooNew 503    a newer version of Tunesmith wrote the record
 """
 
 from http import HTTPStatus
@@ -101,6 +102,10 @@ class Unavailable(TunesmithError):
     status = HTTPStatus.SERVICE_UNAVAILABLE
     code = "unavailable"
     retry_after_s = 2
+
+
+class RecordTooNew(Unavailable):
+    """A newer version of Tunesmith wrote the record."""
 
 
 class DiskFull(Unavailable):

@@ -1,5 +1,6 @@
 """What every job store promises."""
 
+import json
 import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,13 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from schema.dataset import Dataset
 from schema.events import EventBatch, MetricsLogged, PhaseChanged, ReportedEvent, StatusChanged
-from schema.job import Progress, Status
+from schema.job import Job, Progress, Status
 from service.adapters.jobstores import JOB_STORES
 from service.adapters.jobstores.cursors import encode_cursor
+from service.adapters.jobstores.firestore.store import FirestoreJobStore
+from service.adapters.jobstores.memory import MemoryJobStore
 from service.adapters.jobstores.sqlite import SqliteJobStore
 from service.bootstrap import load_adapter
-from service.core.errors import Conflict, IdempotencyConflict, InvalidRequest, NotFound, StaleRevision, Unavailable
+from service.core.errors import Conflict, IdempotencyConflict, InvalidRequest, NotFound, RecordTooNew, StaleRevision, Unavailable
 from service.core.ports import IdempotencyKey, JobQuery, JobStore, StoredEvent
 from tests.factories import START, make_dataset, make_job
 
@@ -349,6 +353,71 @@ def test_dataset_create_page_and_delete(store: JobStore) -> None:
     assert not store.delete_dataset("dataset_1")
 
 
+# --- records of other versions -----------------------------------------------------------------------------------------
+
+
+def replace_stored_text(store: JobStore, table: str, record_id: str, text: str) -> None:
+    """Overwrite a record's JSON behind the store's back, as another version of the service would have written it."""
+    match store:
+        case FirestoreJobStore():
+            client = store._database.client  # pyright: ignore[reportPrivateUsage]
+            client.collection(table).document(record_id).update({"record": text})
+        case MemoryJobStore():
+            records = store._jobs if table == "jobs" else store._datasets  # pyright: ignore[reportPrivateUsage]
+            records[record_id] = text
+        case SqliteJobStore():
+            id_column = "job_id" if table == "jobs" else "dataset_id"
+            with store._database.transaction() as db:  # pyright: ignore[reportPrivateUsage]
+                db.execute(f"UPDATE {table} SET record = ? WHERE {id_column} = ?", (text, record_id))
+        case _:
+            raise AssertionError(f"unknown store {store}")
+
+
+def rename_field(old: str, new: str) -> Callable[[dict[str, object]], dict[str, object]]:
+    """A toy migration."""
+    return lambda document: {new if name == old else name: value for name, value in document.items()}
+
+
+def test_old_job_is_migrated_when_read(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Job, "migrations", {0: rename_field("title", "job_name")})
+    job = store.create_job(make_job(job_name="a name"))
+    old = rename_field("job_name", "title")(json.loads(job.model_dump_json())) | {"schema_version": 0}
+    replace_stored_text(store, "jobs", job.job_id, json.dumps(old))
+    assert store.find_job(job.job_id) == job
+    assert store.list_queued_jobs(10) == [job]
+    renamed = store.replace_job(job.model_copy(update={"job_name": "another"}))  # writes the current form
+    monkeypatch.undo()
+    assert store.find_job(job.job_id) == renamed
+
+
+def test_old_dataset_is_migrated_when_read(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Dataset, "migrations", {0: rename_field("title", "name")})
+    dataset = make_dataset()
+    store.create_dataset(dataset)
+    old = rename_field("name", "title")(json.loads(dataset.model_dump_json())) | {"schema_version": 0}
+    replace_stored_text(store, "datasets", dataset.processed_dataset_id, json.dumps(old))
+    assert store.find_dataset(dataset.processed_dataset_id) == dataset
+    assert store.list_datasets(dataset.tenant_id).rows == [dataset]
+
+
+def test_record_without_version_is_read(store: JobStore) -> None:
+    job = store.create_job(make_job())
+    replace_stored_text(store, "jobs", job.job_id, job.model_dump_json(exclude={"schema_version"}))
+    assert store.find_job(job.job_id) == job
+
+
+def test_record_of_newer_version_is_refused_and_kept(store: JobStore) -> None:
+    job, other = store.create_job(make_job()), store.create_job(make_job("job-2"))
+    newer = json.dumps(json.loads(job.model_dump_json()) | {"schema_version": 2})
+    replace_stored_text(store, "jobs", job.job_id, newer)
+    with pytest.raises(RecordTooNew, match="a newer version of Tunesmith wrote this Job record") as refused:
+        store.find_job(job.job_id)
+    assert "deploy" in refused.value.hint
+    assert store.list_queued_jobs(10) == [other]  # it does not stop the work on other jobs
+    replace_stored_text(store, "jobs", job.job_id, job.model_dump_json())
+    assert store.find_job(job.job_id) == job
+
+
 def test_ping_succeeds(store: JobStore) -> None:
     store.ping()
 
@@ -363,7 +432,7 @@ def test_database_of_other_version_is_rejected(tmp_path: Path) -> None:
 
 
 def test_locked_database_is_unavailable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.adapters.jobstores.sqlite.BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("service.adapters.jobstores.sqlite_database.BUSY_TIMEOUT_S", 0.05)
     store = SqliteJobStore(tmp_path / "jobs.db")
     other = sqlite3.connect(tmp_path / "jobs.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -410,8 +479,8 @@ QUERIES = [
 def test_list_queries_use_an_index(tmp_path: Path, query: JobQuery, monkeypatch: pytest.MonkeyPatch) -> None:
     store = SqliteJobStore(tmp_path / "jobs.db")
     asked: list[tuple[str, tuple[object, ...]]] = []
-    read = store._read  # pyright: ignore[reportPrivateUsage]
-    monkeypatch.setattr(store, "_read", lambda sql, *values: asked.append((sql, values)) or read(sql, *values))
+    read = store._database.read  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(store._database, "read", lambda sql, *values: asked.append((sql, values)) or read(sql, *values))
     store.list_jobs(query)
     store.list_queued_jobs(5)
     store.list_active_jobs(5)
@@ -435,14 +504,14 @@ def test_list_queries_use_an_index(tmp_path: Path, query: JobQuery, monkeypatch:
 )
 def test_most_selective_filter_chooses_index(tmp_path: Path, query: JobQuery, index: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store = SqliteJobStore(tmp_path / "jobs.db")
-    read = store._read  # pyright: ignore[reportPrivateUsage]
+    read = store._database.read  # pyright: ignore[reportPrivateUsage]
     plans: list[str] = []
 
     def explained(sql: str, *values: object) -> list[tuple[object, ...]]:
         plans.append(" ".join(row[3] for row in read(f"EXPLAIN QUERY PLAN {sql}", *values)))
         return read(sql, *values)
 
-    monkeypatch.setattr(store, "_read", explained)
+    monkeypatch.setattr(store._database, "read", explained)
     store.list_jobs(query)
     assert index in plans[0]
     store.close()

@@ -11,6 +11,7 @@ from schema.job import Job
 from service.adapters.jobstores.cursors import decode_cursor, encode_cursor
 from service.adapters.jobstores.firestore.database import Database, Snapshot
 from service.adapters.jobstores.firestore.documents import FILTERS, SAFE_ID, build_filter_values, load_summary
+from service.adapters.jobstores.records import load_readable_records
 from service.core.errors import InvalidRequest
 from service.core.ports import JobQuery, JobSummary, Page
 
@@ -30,7 +31,8 @@ def list_jobs(database: Database, jobs: CollectionReference, query: JobQuery) ->
 def list_oldest_jobs(database: Database, jobs: CollectionReference, work_state: Literal["queued", "active"], limit: int) -> list[Job]:
     """Jobs of all tenants in a work state, oldest first."""
     selected = jobs.where(filter=FieldFilter("work_state", "==", work_state)).select(["record"])
-    return [Job.load(snapshot.get("record")) for snapshot in database.query(_order_by_creation(selected, Query.ASCENDING).limit(limit))]
+    snapshots = database.query(_order_by_creation(selected, Query.ASCENDING).limit(limit))
+    return load_readable_records(Job, (snapshot.get("record") for snapshot in snapshots))
 
 
 def fetch_page(

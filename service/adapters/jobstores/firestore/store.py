@@ -25,10 +25,9 @@ Four rules:
 # The library's own annotations are partial; what comes out of documents gets its type where it is read.
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import TypeVar
 from uuid import uuid4
 
 from google.cloud.firestore import DocumentReference, FieldFilter
@@ -57,6 +56,7 @@ from service.adapters.jobstores.firestore.events import (
     fetch_events,
     split_into_chunks,
 )
+from service.adapters.jobstores.records import Record, load_record
 from service.core.errors import Conflict, IdempotencyConflict, NotFound, StaleRevision
 from service.core.job_store_rules import IDEMPOTENCY_TTL, select_new_events
 from service.core.ports import Heartbeat, IdempotencyKey, JobQuery, JobSummary, Page, StoredEvent
@@ -64,8 +64,6 @@ from storage.deadline import deadline
 
 MAX_WRITE_IDS = 16  # far more than one job can collect while a writer looks for a lost answer
 MIN_HEARTBEAT_WRITE_INTERVAL = timedelta(seconds=5)  # for a heartbeat without news; silence is judged by the minute
-
-Record = TypeVar("Record")
 
 
 class FirestoreJobStore:
@@ -105,7 +103,7 @@ class FirestoreJobStore:
         return self._database.run_with_retry(step)
 
     def find_job(self, job_id: str) -> Job | None:
-        return self._find(doc_ref_by_id(self._jobs, job_id), Job.load)
+        return self._find(doc_ref_by_id(self._jobs, job_id), Job)
 
     def replace_job(self, job: Job, events: Sequence[Event] = ()) -> Job:
         updated = job.model_copy(update={"revision": job.revision + 1})
@@ -210,11 +208,13 @@ class FirestoreJobStore:
         self._database.run_with_retry(step)
 
     def find_dataset(self, dataset_id: str) -> Dataset | None:
-        return self._find(doc_ref_by_id(self._datasets, dataset_id), Dataset.load)
+        return self._find(doc_ref_by_id(self._datasets, dataset_id), Dataset)
 
     def list_datasets(self, tenant_id: str, limit: int = 50, after: str | None = None) -> Page[Dataset]:
         selected = self._datasets.where(filter=FieldFilter("tenant_id", "==", tenant_id))
-        return queries.fetch_page(self._database, self._datasets, selected, limit, after, lambda found: Dataset.load(found.get("record")))
+        return queries.fetch_page(
+            self._database, self._datasets, selected, limit, after, lambda snapshot: load_record(Dataset, snapshot.get("record"))
+        )
 
     def delete_dataset(self, dataset_id: str) -> bool:
         doc_ref = doc_ref_by_id(self._datasets, dataset_id)
@@ -231,9 +231,9 @@ class FirestoreJobStore:
     def close(self) -> None:
         self._database.close()
 
-    def _find(self, doc_ref: DocumentReference, load: Callable[[str], Record]) -> Record | None:
+    def _find(self, doc_ref: DocumentReference, model: type[Record]) -> Record | None:
         snapshot = self._database.run_with_retry(lambda: self._database.get(doc_ref, "record"))
-        return load(snapshot.get("record")) if snapshot.exists else None
+        return load_record(model, snapshot.get("record")) if snapshot.exists else None
 
     def _find_idempotent_job(self, key: Snapshot, job: Job, idempotency: IdempotencyKey) -> Job | None:
         """The job created under the same key less than a day ago. Raises IdempotencyConflict.
@@ -245,7 +245,7 @@ class FirestoreJobStore:
         if key.get("body_digest") != idempotency.body_digest:
             raise IdempotencyConflict(param="Idempotency-Key")
         stored = self._database.get(doc_ref_by_id(self._jobs, key.get("job_id")), "record")
-        return Job.load(stored.get("record")) if stored.exists else None
+        return load_record(Job, stored.get("record")) if stored.exists else None
 
 
 def _is_redundant(before: Heartbeat, after: Heartbeat) -> bool:
