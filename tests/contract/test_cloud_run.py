@@ -142,7 +142,7 @@ def test_handle_is_full_execution_name(launcher: CloudRunLauncher) -> None:
 
 
 def test_launch_on_removed_profile_fails(launcher: CloudRunLauncher) -> None:
-    with pytest.raises(LaunchFailed, match="no hardware 'l4' any more"):
+    with pytest.raises(LaunchFailed, match="hardware 'l4' is no longer available"):
         launcher.launch(make_launch_request(hardware="l4"))
 
 

@@ -318,7 +318,7 @@ NO_API = google.PermissionDenied("Cloud Firestore API has not been used in proje
                 (NO_API, "not enabled", "gcloud services enable firestore"),
                 (NO_DATABASE, "no such database", "gcloud firestore databases create"),
                 (OTHER_MODE, "native mode", "--type=firestore-native"),
-                (google.InvalidArgument("what?"), "refuses what it was asked", ""),
+                (google.InvalidArgument("what?"), "refused the request", ""),
             )
         ),
         ("run_query", NO_INDEX, "lacks an index", "firestore.indexes.json"),

@@ -28,7 +28,7 @@ def translate_error(error: Exception, project_id: str, database: str) -> Tunesmi
     create_database = f"gcloud firestore databases create --project={project_id} --database='{database}' --type=firestore-native"
     match error:
         case PreconditionFailed():
-            return Unavailable("the record is being changed by too many at once; try again")
+            return Unavailable("too many writers are changing the record at once; try again")
         case google.Forbidden() if "SERVICE_DISABLED" in str(error) or "has not been used in project" in str(error):
             return Unavailable(
                 f"{where}: the API is not enabled", hint=f"gcloud services enable firestore.googleapis.com --project={project_id}"
@@ -36,7 +36,7 @@ def translate_error(error: Exception, project_id: str, database: str) -> Tunesmi
         case google.Forbidden() | google.Unauthorized():
             member = f"serviceAccount:tunesmith-api@{project_id}.iam.gserviceaccount.com"
             return Unavailable(
-                f"{where} refuses the service's account: it lacks the role roles/datastore.user",
+                f"{where} denied access to the service's account: it lacks the role roles/datastore.user",
                 hint=f"gcloud projects add-iam-policy-binding {project_id} --member={member} --role=roles/datastore.user",
             )
         case google.NotFound() if is_database_error(error):
@@ -56,6 +56,6 @@ def translate_error(error: Exception, project_id: str, database: str) -> Tunesmi
             quotas_url = f"https://console.cloud.google.com/iam-admin/quotas?service=firestore.googleapis.com&project={project_id}"
             return Unavailable(f"{where}: a quota is used up: {error.message}", hint=quotas_url)
         case google.ClientError() if not isinstance(error, AMBIGUOUS_ERRORS):
-            return Unavailable(f"{where} refuses what it was asked: {error}")
+            return Unavailable(f"{where} refused the request: {error}")
         case _:
             return Unavailable(f"{where} did not answer in time: {type(error).__name__}")

@@ -70,7 +70,7 @@ def translate_launch_error(error: GoogleAPICallError, profile: str, deployment: 
         case Unauthenticated():
             return no_credentials_error(error)
         case _:
-            return Unavailable(f"Cloud Run did not take the attempt: {message}")
+            return Unavailable(f"Cloud Run did not start the attempt: {message}")
 
 
 def translate_call_error(error: GoogleAPICallError, permission: str, resource: str, deployment: Deployment) -> Unavailable:
@@ -88,7 +88,7 @@ def translate_call_error(error: GoogleAPICallError, permission: str, resource: s
 def no_credentials_error(error: Exception) -> Unavailable:
     """The error for missing credentials, or credentials that Google rejects."""
     return Unavailable(
-        f"Cloud Run does not know who asks: {single_line(str(error))}",
+        f"Cloud Run rejected the service's credentials: {single_line(str(error))}",
         hint="run `gcloud auth application-default login`; on Cloud Run, give the service the service account tunesmith-api",
     )
 
@@ -122,7 +122,7 @@ def _quota_error(error: GoogleAPICallError, profile: str, deployment: Deployment
     page = f"https://console.cloud.google.com/iam-admin/quotas?project={deployment.project_id}"
     return Unavailable(
         f"the quota {quota} of project {deployment.project_id} in {deployment.region} is used up: {single_line(error.message)}",
-        hint=f"the job waits and is tried again; ask for more at {page} (service Cloud Run Admin API), or use other hardware",
+        hint=f"the job stays queued and is retried; request more at {page} (service Cloud Run Admin API), or use other hardware",
     )
 
 

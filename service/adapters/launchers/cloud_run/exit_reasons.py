@@ -14,6 +14,7 @@ from schema.job import Failure, FailureCode
 from service.adapters.launchers.cloud_run.errors import single_line
 from service.core.ports import ExitReason
 
+RETRY_HINT = "nothing to do: the service launches another attempt"
 COMPLETED = "Completed"  # the type of the condition that describes the whole execution
 
 Common = run_v2.Condition.CommonReason
@@ -110,16 +111,14 @@ def _timed_out(evidence: ExitEvidence) -> ExitReason | None:
     if not evidence.matches(r"timeout was reached|maximum timeout") and evidence.status_code != grpc.StatusCode.DEADLINE_EXCEEDED.value[0]:
         return None
     hint = "raise TUNESMITH_ATTEMPT_TIME_LIMIT_S, or lower epochs or max_steps"
-    return _exit_reason(
-        "timeout", f"Cloud Run ended the attempt at its time limit, and it could not say a last word{evidence.message_suffix}", hint
-    )
+    return _exit_reason("timeout", f"the attempt exceeded its time limit before writing a result{evidence.message_suffix}", hint)
 
 
 def _out_of_memory(evidence: ExitEvidence) -> ExitReason | None:
     """A SIGKILL that reaches this rule means out of memory: the rules above handle Cloud Run's kills after a cancel or a timeout."""
     if not evidence.matches(r"memory limit|out of memory|oom.?kill") and evidence.signal != SIGKILL:
         return None
-    hint = "files count as memory there: ask for hardware with more of it, a smaller base model, or fewer exports at a time"
+    hint = "files count as memory there: use hardware with more memory, a smaller base model, or fewer exports"
     return _exit_reason("out_of_memory", f"the attempt used more memory than its Cloud Run job has{evidence.message_suffix}", hint)
 
 
@@ -142,7 +141,7 @@ def _access_denied(evidence: ExitEvidence) -> ExitReason | None:
     causes = {
         Common.SECRETS_ACCESS_CHECK_FAILED: ("a secret of the job resource", "grant roles/secretmanager.secretAccessor to tunesmith-job"),
         Common.ENCRYPTION_KEY_PERMISSION_DENIED: ("its encryption key", "grant the key to Cloud Run's service agent"),
-        Common.ENCRYPTION_KEY_CHECK_FAILED: ("its encryption key", "see that the key exists and is enabled"),
+        Common.ENCRYPTION_KEY_CHECK_FAILED: ("its encryption key", "check that the key exists and is enabled"),
         Common.VPC_NETWORK_NOT_FOUND: ("its network", "see vpc_access of the job resource"),
     }
     for reason in sorted(evidence.reasons & causes.keys()):
@@ -167,8 +166,7 @@ def _preempted(evidence: ExitEvidence) -> ExitReason | None:
     reported = evidence.matches(r"maintenance|preempt|evict|internal (system )?error|stopped unexpectedly")
     if not (broken or reported or evidence.signal == SIGTERM):
         return None
-    hint = "nothing to do: the attempt is made again"
-    return _exit_reason("preempted", f"Cloud Run took the attempt's machine away{evidence.message_suffix}", hint, preempted=True)
+    return _exit_reason("preempted", f"Cloud Run took the attempt's machine away{evidence.message_suffix}", RETRY_HINT, preempted=True)
 
 
 def _crashed(evidence: ExitEvidence) -> ExitReason | None:
@@ -189,7 +187,10 @@ def _platform_error(evidence: ExitEvidence) -> ExitReason | None:
     if evidence.status_code not in {code.value[0] for code in codes}:
         return None
     return _exit_reason(
-        "preempted", f"Cloud Run lost the attempt{evidence.message_suffix}", "nothing to do: the attempt is made again", preempted=True
+        "preempted",
+        f"Cloud Run lost the attempt{evidence.message_suffix}",
+        RETRY_HINT,
+        preempted=True,
     )
 
 

@@ -71,13 +71,13 @@ class CloudRunLauncher:
         """Start an execution. A lost answer raises Unavailable: the core looks for the attempt's name before it retries."""
         profile = launch_request.profile or self.profiles[0]
         if profile not in self.profiles:
-            raise LaunchFailed(f"no hardware {profile!r} any more", hint=f"this deployment has: {', '.join(self.profiles)}")
+            raise LaunchFailed(f"hardware {profile!r} is no longer available", hint=f"this deployment has: {', '.join(self.profiles)}")
         request = build_run_job_request(launch_request, self._deployment)
         with translate_errors(lambda error: translate_launch_error(error, profile, self._deployment)):
             operation = self._connection.open().jobs.run_job(request, retry=None, timeout=remaining_s(CALL_TIMEOUT_S))
             execution = operation.metadata
         if not isinstance(execution, run_v2.Execution) or not execution.name:
-            raise Unavailable(f"Cloud Run took {launch_request.name} and did not say under which name")
+            raise Unavailable(f"Cloud Run started {launch_request.name} without returning the execution's name")
         return execution.name
 
     def find_handle(self, name: str) -> str | None:
@@ -96,7 +96,7 @@ class CloudRunLauncher:
         except NotFound:
             return "ended"
         except (GoogleAPICallError, GoogleAuthError) as error:
-            log.warning("an execution could not be looked at", extra={"handle": handle, "error": str(error)})
+            log.warning("execution could not be read", extra={"handle": handle, "error": str(error)})
             return "unknown"
 
     def cancel(self, handle: str, *, force: bool) -> None:  # noqa: ARG002
@@ -112,7 +112,7 @@ class CloudRunLauncher:
             try:
                 self._connection.open().executions.cancel_execution(request, retry=None, timeout=remaining_s(CALL_TIMEOUT_S))
             except (FailedPrecondition, NotFound, Aborted):
-                log.info("nothing to cancel: the execution has ended, or is being cancelled", extra={"handle": handle})
+                log.info("execution has ended already or is being canceled", extra={"handle": handle})
 
     def count_free_slots(self, active_jobs: int) -> int:
         """Counts by the records: they include launches that Cloud Run does not list yet."""
