@@ -143,7 +143,7 @@ def test_idempotency_key_is_scoped_to_tenant(store: JobStore) -> None:
 
 
 def test_pages_list_every_job_once_newest_first(store: JobStore) -> None:
-    for n in range(7):  # pairs share a moment: the id decides between them
+    for n in range(7):  # two jobs per second: the id orders them
         store.create_job(make_job(f"job-{n}", created_at=START + timedelta(seconds=n // 2)))
     seen: list[str] = []
     cursor = None
@@ -166,7 +166,7 @@ def test_new_job_does_not_shift_pages(store: JobStore) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "found"),
+    ("filters", "job_ids"),
     [
         ({"status": Status.FAILED}, ["job-2"]),
         ({"project_id": "p"}, ["job-1"]),
@@ -175,12 +175,12 @@ def test_new_job_does_not_shift_pages(store: JobStore) -> None:
         ({"status": Status.QUEUED, "project_id": "p"}, ["job-1"]),
     ],
 )
-def test_filters_select_matching_jobs(store: JobStore, wanted: dict[str, str], found: list[str]) -> None:
+def test_filters_select_matching_jobs(store: JobStore, filters: dict[str, str], job_ids: list[str]) -> None:
     store.create_job(make_job("job-0"))
     store.create_job(make_job("job-1", project_id="p", created_at=START + timedelta(seconds=1)))
     store.create_job(make_job("job-2", status=Status.FAILED, created_at=START + timedelta(seconds=2)))
     store.create_job(make_job("job-3", tenant_id="other", project_id="p", status=Status.FAILED))
-    assert [row.job_id for row in store.list_jobs(JobQuery("local", **wanted)).rows] == found
+    assert [row.job_id for row in store.list_jobs(JobQuery("local", **filters)).rows] == job_ids
 
 
 @pytest.mark.parametrize("cursor", ["x", "WzEsMl0", "W10", "é", "bnVsbA", "e30"])
@@ -296,9 +296,9 @@ def test_batch_from_older_attempt_is_ignored(store: JobStore) -> None:
     store.create_job(make_job())
     store.append_events("job-1", 2, make_batch(0, 1), START)
     store.append_events("job-1", 1, make_batch(0, 5), START + timedelta(seconds=9))
-    alive = store.find_heartbeat("job-1")
-    assert alive is not None
-    assert (alive.attempt, alive.received_at) == (2, START)
+    heartbeat = store.find_heartbeat("job-1")
+    assert heartbeat is not None
+    assert (heartbeat.attempt, heartbeat.received_at) == (2, START)
     assert len(store.list_events("job-1")) == 1
 
 
@@ -309,9 +309,9 @@ def test_empty_batch_is_a_heartbeat(store: JobStore) -> None:
     store.append_events("job-1", 1, make_batch(0, 0, phase="training", progress=progress), START)
     later = START + timedelta(seconds=5)
     store.append_events("job-1", 1, make_batch(0, 0), later)
-    alive = store.find_heartbeat("job-1")
-    assert alive is not None
-    assert (alive.received_at, alive.phase, alive.progress) == (later, "training", progress)
+    heartbeat = store.find_heartbeat("job-1")
+    assert heartbeat is not None
+    assert (heartbeat.received_at, heartbeat.phase, heartbeat.progress) == (later, "training", progress)
 
 
 def test_events_round_trip(store: JobStore) -> None:
@@ -440,7 +440,7 @@ def test_locked_database_is_unavailable(tmp_path: Path, monkeypatch: pytest.Monk
         store.create_job(make_job())
     assert store.find_job("job-1") is None  # readers do not wait
     other.execute("ROLLBACK")
-    store.create_job(make_job())  # and it recovers by itself
+    store.create_job(make_job())  # it recovers
     other.close()
     store.close()
 
@@ -448,7 +448,7 @@ def test_locked_database_is_unavailable(tmp_path: Path, monkeypatch: pytest.Monk
 def test_committed_job_survives_without_close(tmp_path: Path) -> None:
     store = SqliteJobStore(tmp_path / "jobs.db")
     store.create_job(make_job())
-    another = SqliteJobStore(tmp_path / "jobs.db")  # as after a kill: nothing was closed
+    another = SqliteJobStore(tmp_path / "jobs.db")  # as after a kill: the first store was not closed
     assert another.find_job("job-1") == make_job()
     with sqlite3.connect(tmp_path / "jobs.db") as db:
         assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
@@ -478,14 +478,14 @@ QUERIES = [
 )
 def test_list_queries_use_an_index(tmp_path: Path, query: JobQuery, monkeypatch: pytest.MonkeyPatch) -> None:
     store = SqliteJobStore(tmp_path / "jobs.db")
-    asked: list[tuple[str, tuple[object, ...]]] = []
+    queries: list[tuple[str, tuple[object, ...]]] = []
     read = store._database.read  # pyright: ignore[reportPrivateUsage]
-    monkeypatch.setattr(store._database, "read", lambda sql, *values: asked.append((sql, values)) or read(sql, *values))
+    monkeypatch.setattr(store._database, "read", lambda sql, *values: queries.append((sql, values)) or read(sql, *values))
     store.list_jobs(query)
     store.list_queued_jobs(5)
     store.list_active_jobs(5)
     store.list_jobs_using_dataset("d")
-    for sql, values in asked:
+    for sql, values in queries:
         plan = " ".join(row[3] for row in read(f"EXPLAIN QUERY PLAN {sql}", *values))
         assert "USING" in plan
         assert "INDEX jobs_" in plan

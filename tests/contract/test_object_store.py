@@ -100,7 +100,7 @@ def test_file_upload_and_download_round_trip(store: ObjectStore, tmp_path: Path)
 
 def test_upload_with_wrong_checksum_is_not_visible(store: ObjectStore, tmp_path: Path) -> None:
     source = tmp_path / "source"
-    source.write_bytes(b"changed on its way")
+    source.write_bytes(b"changed in transit")
     with pytest.raises(ChecksumMismatch):
         store.upload(source, "m", sha256="0" * 64)
     assert store.stat("m") is None
@@ -257,7 +257,7 @@ def test_iteration_continues_across_pages(remote: ObjectStore) -> None:
 def test_more_than_thousand_objects_are_listed(new_store: StoreFactory) -> None:
     store = new_store("s3")
     place = BucketLocation.parse(store.url, "s3")
-    for number in range(1001):  # straight into the server, which runs in this process
+    for number in range(1001):  # directly into the server, which runs in this process
         s3_backends["123456789012"]["aws"].put_object(place.bucket, f"{place.folder}f/{number:04}", b"")
     assert len(list(store.iter_objects("f/"))) == 1001
 
