@@ -10,7 +10,10 @@ from schema.types import DatasetType
 class BaseTrainingConfig(Strict):
     """Base of every trainer type's configuration. Subclasses add `trainer_type`, hyperparameters, evaluation and exports."""
 
-    trainer: ClassVar[str]  # "module:function" of the code in jobs/ that runs it
+    # The functions of the family, as "module:function"; jobs/runtime/family.py says what each of them does.
+    train: ClassVar[str]
+    check_export: ClassVar[str]
+    export: ClassVar[str]
     dataset_types: ClassVar[tuple[DatasetType, ...]]  # the dataset types that it can train on
 
     wandb_config: WandbConfig | None = None

@@ -29,6 +29,8 @@ from schema.types import DatasetType, HubId, Method, Modality, Provider
 class LlmTrainingConfig(BaseTrainingConfig):
     """What every trainer type of the LLM family has."""
 
+    check_export: ClassVar[str] = "jobs.llm.exporters:check_exportable"
+    export: ClassVar[str] = "jobs.llm.exporters:export_all"
     modalities: ClassVar[tuple[Modality, ...]] = ("text",)
     providers: ClassVar[tuple[Provider, ...]] = ("huggingface",)
     # By method: LoRA's weights start at zero and take a rate ten times that of full fine-tuning.
@@ -92,7 +94,7 @@ class LlmTrainingConfig(BaseTrainingConfig):
 class SftConfig(LlmTrainingConfig):
     """Supervised fine-tuning: continue a text, or answer the way the dataset answers."""
 
-    trainer: ClassVar[str] = "jobs.llm.trainers.sft:train"
+    train: ClassVar[str] = "jobs.llm.trainers.sft:train"
     dataset_types: ClassVar[tuple[DatasetType, ...]] = ("messages", "prompt_completion", "text")
     modalities: ClassVar[tuple[Modality, ...]] = ("text", "vision")
     providers: ClassVar[tuple[Provider, ...]] = ("huggingface", "unsloth")
@@ -111,7 +113,7 @@ class SftConfig(LlmTrainingConfig):
 class DpoConfig(LlmTrainingConfig):
     """Direct preference optimization: learn which of two answers is preferred."""
 
-    trainer: ClassVar[str] = "jobs.llm.trainers.dpo:train"
+    train: ClassVar[str] = "jobs.llm.trainers.dpo:train"
     dataset_types: ClassVar[tuple[DatasetType, ...]] = ("preference",)
     learning_rates: ClassVar[dict[Method, float]] = {"LoRA": 1e-5, "QLoRA": 1e-5, "Full": 1e-6}
 
@@ -122,7 +124,7 @@ class DpoConfig(LlmTrainingConfig):
 class OrpoConfig(LlmTrainingConfig):
     """Odds ratio preference optimization: supervised fine-tuning and preference learning in one loss."""
 
-    trainer: ClassVar[str] = "jobs.llm.trainers.orpo:train"
+    train: ClassVar[str] = "jobs.llm.trainers.orpo:train"
     dataset_types: ClassVar[tuple[DatasetType, ...]] = ("preference",)
     learning_rates: ClassVar[dict[Method, float]] = {"LoRA": 5e-5, "QLoRA": 5e-5, "Full": 8e-6}
 
@@ -133,7 +135,7 @@ class OrpoConfig(LlmTrainingConfig):
 class KtoConfig(LlmTrainingConfig):
     """Kahneman-Tversky optimization: learn from answers that are each labeled good or bad."""
 
-    trainer: ClassVar[str] = "jobs.llm.trainers.kto:train"
+    train: ClassVar[str] = "jobs.llm.trainers.kto:train"
     dataset_types: ClassVar[tuple[DatasetType, ...]] = ("unpaired_preference", "preference")
     learning_rates: ClassVar[dict[Method, float]] = {"LoRA": 1e-5, "QLoRA": 1e-5, "Full": 1e-6}
 
@@ -144,7 +146,7 @@ class KtoConfig(LlmTrainingConfig):
 class GrpoConfig(LlmTrainingConfig):
     """Group relative policy optimization: learn from the grades of the model's own answers."""
 
-    trainer: ClassVar[str] = "jobs.llm.trainers.grpo:train"
+    train: ClassVar[str] = "jobs.llm.trainers.grpo:train"
     dataset_types: ClassVar[tuple[DatasetType, ...]] = ("prompt", "prompt_completion")
     learning_rates: ClassVar[dict[Method, float]] = {"LoRA": 1e-5, "QLoRA": 1e-5, "Full": 1e-6}
 
@@ -174,7 +176,7 @@ class GrpoConfig(LlmTrainingConfig):
 class RewardConfig(LlmTrainingConfig):
     """A reward model: it scores an answer, and learns from which of two answers is preferred."""
 
-    trainer: ClassVar[str] = "jobs.llm.trainers.reward:train"
+    train: ClassVar[str] = "jobs.llm.trainers.reward:train"
     dataset_types: ClassVar[tuple[DatasetType, ...]] = ("preference",)
     learning_rates: ClassVar[dict[Method, float]] = {"LoRA": 1e-4, "QLoRA": 1e-4, "Full": 1e-5}
 
