@@ -24,7 +24,8 @@ from schema.job import Job, Status
 from schema.requests import TRAIN_REQUEST_EXAMPLE
 from schema.training import SftConfig
 from service.adapters.jobstores.cursors import encode_cursor
-from service.adapters.jobstores.firestore.store import FirestoreJobStore, build_job_fields
+from service.adapters.jobstores.firestore.documents import build_job_fields
+from service.adapters.jobstores.firestore.store import FirestoreJobStore
 from service.core.errors import Unavailable
 from service.core.ports import JobQuery
 from storage.deadline import deadline

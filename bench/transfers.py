@@ -30,16 +30,17 @@ S3_KEYS = {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench", "AWS_
 CHILD_SCRIPT = """
 import hashlib, json, sys, time
 from pathlib import Path
-from storage import download_many, open_store, upload_many
+from storage import map_concurrently
+from storage.registry import open_store
 how, url, source, target = sys.argv[1:]
 store, source, target = open_store(url), Path(source), Path(target)
 files = sorted(source.iterdir()) if source.is_dir() else [source]
 began = time.perf_counter()
 if how == "up":
-    sums = [hashlib.file_digest(file.open("rb"), "sha256").hexdigest() for file in files]
-    upload_many(store, [(file, f"m/{file.name}", sum) for file, sum in zip(files, sums)])
+    digests = {file: hashlib.file_digest(file.open("rb"), "sha256").hexdigest() for file in files}
+    map_concurrently(lambda file: store.upload(file, f"m/{file.name}", sha256=digests[file]), files)
 elif how == "down":
-    download_many(store, [f"m/{file.name}" for file in files], target, below="m/")
+    map_concurrently(lambda file: store.download(f"m/{file.name}", target / file.name), files)
 else:
     with store.open_read(f"m/{files[0].name}") as stream:
         while stream.read(1 << 16):

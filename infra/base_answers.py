@@ -12,8 +12,9 @@ import tempfile
 from importlib.resources import files
 from pathlib import Path
 
-from storage import ObjectStore, download_many, open_store
+from storage import ObjectStore, map_concurrently
 from storage.file import LocalStore
+from storage.registry import open_store
 
 BASE_KEY = "pretrained_weights/huggingface/google/gemma-3-270m"
 
@@ -48,7 +49,8 @@ def get_base_folder(store: ObjectStore) -> Path:
         return store.path_for_key(BASE_KEY)
     folder = Path(tempfile.mkdtemp(prefix="base-"))
     atexit.register(shutil.rmtree, folder)
-    download_many(store, [stored.key for stored in store.iter_objects(f"{BASE_KEY}/")], folder, strip_prefix=f"{BASE_KEY}/")
+    keys = [stored.key for stored in store.iter_objects(f"{BASE_KEY}/")]
+    map_concurrently(lambda key: store.download(key, folder / key.removeprefix(f"{BASE_KEY}/")), keys)
     return folder
 
 

@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra.loopback.cloud_run import CloudRun
+from infra.loopback.cloud_run.server import CloudRun
 from infra.loopback.cloud_storage import find_free_port, run_cloud_storage
 from infra.loopback.firestore import run_firestore_emulator
 from infra.loopback.google_identity import GoogleIdentity

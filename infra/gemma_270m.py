@@ -125,8 +125,8 @@ def publish_folder(built: Path, folder: Path) -> None:
 def upload_to_store(folder: Path, store_url: str) -> None:
     """Copy what the store does not have yet; a file of the same size is taken for the same."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own path is infra/, not the repository
-    from storage import open_store
     from storage.file import LocalStore
+    from storage.registry import open_store
 
     store = open_store(store_url)
     for path in sorted(folder.iterdir(), key=lambda path: (path.name == COMPLETION_MARKER, path.name)):

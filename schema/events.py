@@ -11,7 +11,7 @@ from schema.job import Artifact, EvalMetrics, Failure, Gate, Phase, Progress, Sa
 
 
 class StatusChanged(ForwardCompatible):
-    """The job's status moved. Written by the service only."""
+    """The job's status changed. Only the service writes it."""
 
     type: Literal["status"] = "status"
     status: Status
@@ -21,14 +21,14 @@ class StatusChanged(ForwardCompatible):
 
 
 class PhaseChanged(ForwardCompatible):
-    """The attempt entered a phase of its work."""
+    """The attempt entered a phase."""
 
     type: Literal["phase"] = "phase"
     phase: Phase
 
 
 class MetricsLogged(ForwardCompatible):
-    """One point of the curves. Null is a number that could not be had; `notes` says why, by name."""
+    """Metrics at one step. Null is a value that could not be computed; `notes` gives the reason, by name."""
 
     type: Literal["metrics"] = "metrics"
     step: int = Field(ge=0)
@@ -39,7 +39,7 @@ class MetricsLogged(ForwardCompatible):
 
 
 class EvaluationCompleted(ForwardCompatible):
-    """A model was measured on the held-out rows."""
+    """A model was evaluated on the held-out rows."""
 
     type: Literal["evaluation"] = "evaluation"
     when: Literal["before", "during", "after"]
@@ -48,7 +48,7 @@ class EvaluationCompleted(ForwardCompatible):
 
 
 class SamplesGenerated(ForwardCompatible):
-    """What a model answers to a fixed sample of held-out prompts."""
+    """A model's answers to a fixed sample of held-out prompts."""
 
     type: Literal["samples"] = "samples"
     when: Literal["before", "during", "after"]
@@ -57,14 +57,14 @@ class SamplesGenerated(ForwardCompatible):
 
 
 class GateEvaluated(ForwardCompatible):
-    """The promotion gate has looked at the trained model."""
+    """The promotion gate checked the trained model."""
 
     type: Literal["gate"] = "gate"
     gate: Gate
 
 
 class DecisionMade(ForwardCompatible):
-    """Something the attempt chose by itself, and why."""
+    """A setting that the attempt chose, and why."""
 
     type: Literal["decision"] = "decision"
     setting: str
@@ -73,7 +73,7 @@ class DecisionMade(ForwardCompatible):
 
 
 class WarningRaised(ForwardCompatible):
-    """Something the user should know that does not stop the job."""
+    """A warning for the user; the job goes on."""
 
     type: Literal["warning"] = "warning"
     code: str
@@ -103,21 +103,21 @@ class CheckpointSaved(ForwardCompatible):
     epoch: float
     reason: CheckpointReason
     size_bytes: int
-    save_s: float  # how long the training stood still for it
-    upload_s: float  # how long it took from then until it was durable, beside the training
+    save_s: float  # how long training waited
+    upload_s: float  # how long the upload took afterwards, while training went on
 
 
 class CheckpointSkipped(ForwardCompatible):
-    """A checkpoint is not what its manifest says, or incomplete; an older one is used."""
+    """A checkpoint is damaged or incomplete; an older one is used."""
 
     type: Literal["checkpoint_skipped"] = "checkpoint_skipped"
-    attempt: int  # which attempt had written it
+    attempt: int  # the attempt that wrote it
     step: int
     reason: str
 
 
 class CheckpointRestored(ForwardCompatible):
-    """The attempt goes on from a checkpoint."""
+    """The attempt continues from a checkpoint."""
 
     type: Literal["checkpoint_restored"] = "checkpoint_restored"
     step: int
@@ -143,18 +143,18 @@ Event = Annotated[
 
 
 class ReportedEvent(ForwardCompatible):
-    """An event with the attempt's own clock."""
+    """An event with its time by the attempt's clock."""
 
     at: datetime
     event: Event
 
 
 class EventBatch(ForwardCompatible):
-    """Consecutive events of one attempt: the first is number `first_seq`. Empty is a heartbeat."""
+    """Consecutive events of one attempt: the first is number `first_seq`. An empty batch is a heartbeat."""
 
     first_seq: int = Field(ge=0)
     events: list[ReportedEvent] = Field(default=[], max_length=1000)
-    phase: Phase | None = None  # where the attempt is now
+    phase: Phase | None = None  # the current phase
     progress: Progress | None = None
 
 
@@ -162,7 +162,7 @@ Directive = Literal["continue", "pause", "cancel"]
 
 
 class EventBatchResponse(ForwardCompatible):
-    """What the service says to a batch: what to do, and the next `seq` it has not seen."""
+    """The answer to a batch: what the attempt shall do, and the next `seq` that the service has not seen."""
 
     directive: Directive
     next_seq: int

@@ -1,4 +1,4 @@
-"""A job, its attempts and what they left behind: the record as the JobStore keeps it."""
+"""A job with its attempts and results, as job stores keep it."""
 
 from datetime import datetime
 from enum import StrEnum
@@ -7,11 +7,12 @@ from typing import Literal
 from pydantic import Field
 
 from schema.base import ForwardCompatible, Id, Label
+from schema.migrations import VersionedRecord
 from schema.training import TrainingConfig
 
 
 class Status(StrEnum):
-    """Where a job stands, in public words. Never a phase, never a reason."""
+    """A job's public status. Never a phase, never a reason."""
 
     QUEUED = "queued"
     PREPARING = "preparing"
@@ -25,12 +26,12 @@ class Status(StrEnum):
 
     @property
     def is_final(self) -> bool:
-        """Nothing happens to the job any more, unless someone retries it."""
+        """Nothing more happens to the job unless somebody retries it."""
         return self in (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
 
     @property
     def is_active(self) -> bool:
-        """An attempt holds, or may hold, compute."""
+        """An attempt holds or may hold compute."""
         return self in (Status.PREPARING, Status.TRAINING, Status.PAUSING, Status.CANCELLING)
 
 
@@ -52,16 +53,16 @@ FailureCode = Literal[
 
 
 class Failure(ForwardCompatible):
-    """Why an attempt or a job failed, for a person."""
+    """Why an attempt or a job failed, for people."""
 
     code: FailureCode
     message: str  # one line: what happened
-    hint: str = ""  # what would help
+    hint: str = ""  # how to fix it
     attempt: int | None = None
 
 
 class Progress(ForwardCompatible):
-    """How far the training is. Steps are optimizer steps."""
+    """Progress of the training. Steps are optimizer steps."""
 
     step: int
     total_steps: int
@@ -71,15 +72,15 @@ class Progress(ForwardCompatible):
 
 
 class EvalMetrics(ForwardCompatible):
-    """What was measured on the held-out rows. A number that could not be had is null, and `notes` says why, by name."""
+    """Metrics on the held-out rows. A value that could not be computed is null; `notes` gives the reason, by name."""
 
-    eval_loss: float | None = None  # what the trainer makes smaller: of sft nats per labelled token, of grpo minus the mean reward
+    eval_loss: float | None = None  # the trainer's loss: for sft nats per labeled token, for grpo minus the mean reward
     perplexity: float | None = None  # exp(eval_loss)
-    accuracy: float | None = None  # share of labelled tokens predicted right, 0..1
+    accuracy: float | None = None  # share of labeled tokens predicted correctly, 0..1
     eval_runtime: float | None = None  # seconds
     eval_rows: int | None = None
-    eval_tokens: int | None = None  # labelled tokens
-    values: dict[str, float | None] = Field(default={})  # of the trainer type or the task: rewards/accuracies, exact_match, rouge_l, ...
+    eval_tokens: int | None = None  # labeled tokens
+    values: dict[str, float | None] = Field(default={})  # by trainer type or task: rewards/accuracies, exact_match, rouge_l, ...
     notes: dict[str, str] = Field(default={})
 
 
@@ -92,68 +93,68 @@ class ArtifactFile(ForwardCompatible):
 
 
 class Sample(ForwardCompatible):
-    """What a model answered to a held-out prompt."""
+    """A model's answer to a held-out prompt."""
 
     prompt: str
-    reference: str | None = None  # the row's own answer
+    reference: str | None = None  # the answer in the row
     text: str
 
 
 class GateCheck(ForwardCompatible):
-    """One threshold of the promotion gate, and what it found."""
+    """The result of one threshold of the promotion gate."""
 
     metric: str
     value: float | None = None
-    at_most: float | None = None  # the bound itself, where it was relative to the base
+    at_most: float | None = None  # the absolute bound, also where the threshold was relative to the base
     at_least: float | None = None
-    base: float | None = None  # what the base reached
+    base: float | None = None  # the base model's value
     passed: bool
-    reason: str = ""  # why it did not
+    reason: str = ""  # why it did not pass
 
 
 class Gate(ForwardCompatible):
-    """The promotion gate: a model that does not pass is reported and not published."""
+    """The result of the promotion gate. A model that does not pass is reported and not published."""
 
     passed: bool
     checks: tuple[GateCheck, ...]
 
 
 class HubPush(ForwardCompatible):
-    """Where an artifact went on the Hugging Face Hub."""
+    """An artifact's place on the Hugging Face Hub."""
 
     repo_id: str
-    revision: str  # the commit that has it
+    revision: str  # the commit
     url: str
 
 
 class Fidelity(ForwardCompatible):
-    """How an exported file speaks, compared with the model that was trained, over held-out prompts."""
+    """How closely an exported file matches the trained model, measured on held-out prompts."""
 
     compared_tokens: int
-    argmax_agreement: float  # share of positions where both prefer the same next token, 0..1
-    mean_kl_to_merged: float  # nats; how far the file is from the trained model
-    mean_kl_to_base: float | None = None  # nats; how far the file is from the model before training
+    argmax_agreement: float  # share of positions where both rank the same next token first, 0..1
+    mean_kl_to_merged: float  # nats; KL divergence from the trained model
+    mean_kl_to_base: float | None = None  # nats; KL divergence from the base model
     sample_prompt: str = ""
-    sample_text: str = ""  # what the file generated for it
+    sample_text: str = ""  # the file's answer to it
     closer_to_base: bool = False  # closer to the base than to the trained model
-    labeled_tokens: int = 0  # of the compared ones, those that a held-out row wants to be said
-    perplexity: float | None = None  # of the file, on these
+    labeled_tokens: int = 0  # of the compared tokens, those that a held-out row labels
+    perplexity: float | None = None  # of the file, on the labeled tokens
     perplexity_merged: float | None = None  # of the trained model, on the same tokens
     perplexity_base: float | None = None
     imatrix: bool = False  # quantized with an importance matrix of the training rows
-    advice: str = ""  # what would help, where something is amiss
+    advice: str = ""  # how to improve the file, where that is needed
 
 
 ArtifactKind = Literal["adapter", "merged", "gguf", "lora_gguf", "onnx"]
 
 
 class Artifact(ForwardCompatible):
-    """A named file or folder that the job produced, at a stable uri."""
+    """A named file or folder that the job produced, at a stable URI."""
 
     name: str  # unique within the job: "adapter", "merged", "gguf-q8_0"
     kind: ArtifactKind
     uri: str
-    key: str  # the same place, below the model bucket; ends in "/" for a folder
+    key: str  # the same place as a key of the model bucket; ends in "/" for a folder
     size_bytes: int
     files: list[ArtifactFile]
     fidelity: Fidelity | None = None
@@ -174,22 +175,22 @@ class Attempt(ForwardCompatible):
     number: int  # from 1
     launcher: str
     created_at: datetime
-    launch_started_at: datetime | None = None  # the latest try to hand it to the compute; whoever wrote this is the one to send it
-    pending_reason: str | None = None  # why it is not launched yet
-    handle: str | None = None  # the compute's own name for it; None until the launch answered
+    launch_started_at: datetime | None = None  # when the latest launch began; the process that wrote this value sends it
+    pending_reason: str | None = None  # why it has not been launched yet
+    handle: str | None = None  # the launcher's name for it; None until the launch is answered
     launched_at: datetime | None = None
     claimed_by: str | None = None  # the process that owns the attempt
     claimed_at: datetime | None = None
-    resumed_step: int | None = None  # the step of the checkpoint it went on from
-    last_checkpoint_step: int | None = None  # the newest step whose checkpoint it made durable
-    suspected_at: datetime | None = None  # when it was first found silent although its compute is there
+    resumed_step: int | None = None  # the step of the checkpoint that it continued from
+    last_checkpoint_step: int | None = None  # the step of the newest checkpoint that it saved
+    suspected_at: datetime | None = None  # when it was first found silent although its compute is running
     ended_at: datetime | None = None
     outcome: AttemptOutcome | None = None
     failure: Failure | None = None
 
 
 class CheckpointRef(ForwardCompatible):
-    """The newest checkpoint of a job, as far as the service was told."""
+    """The newest checkpoint of a job that was reported to the service."""
 
     step: int
     attempt: int
@@ -197,7 +198,7 @@ class CheckpointRef(ForwardCompatible):
 
 
 class ExportSource(ForwardCompatible):
-    """The checkpoint that a job exports instead of training: whose it is, and where it lies in the model bucket."""
+    """The checkpoint that a job exports instead of training: its job and its place in the model bucket."""
 
     job_id: Id
     attempt: int
@@ -205,41 +206,41 @@ class ExportSource(ForwardCompatible):
     key: str  # of the checkpoint's folder; ends in "/"
 
 
-class Job(ForwardCompatible):
-    """One request to train one model, and all that is known of it. Holds no secret."""
+class Job(VersionedRecord):
+    """One request to train one model, and everything known about it. Holds no secret."""
 
     job_id: Id
     tenant_id: Id
     project_id: Id | None = None
     job_name: Label
     processed_dataset_id: Id
-    training_config: TrainingConfig  # with every secret taken out
-    secret_names: tuple[str, ...] = ()  # which secrets the secret store holds for the job
-    hardware: str | None = None  # a profile of the launcher
-    export_of: ExportSource | None = None  # nothing is trained: this checkpoint is exported
-    cloned_from: Id | None = None  # the job whose request this one repeats, perhaps with changes
+    training_config: TrainingConfig  # without secrets
+    secret_names: tuple[str, ...] = ()  # the secrets that the secret store holds for the job
+    hardware: str | None = None  # a hardware profile of the launcher
+    export_of: ExportSource | None = None  # if set, nothing is trained and this checkpoint is exported
+    cloned_from: Id | None = None  # the job whose request this one repeats, possibly with changes
     status: Status
-    revision: int = 0  # goes up by one at every change; the store compares it
+    revision: int = 0  # increases by one with every change; the store compares it
     attempts: tuple[Attempt, ...] = ()
-    resume_from_attempt: int = 1  # checkpoints of earlier attempts do not count: a retry from the start sets this
-    retry_budget_from_attempt: int = 1  # attempts without progress are counted from this one: a person's resume or retry sets this
+    resume_from_attempt: int = 1  # checkpoints of earlier attempts are not used; a retry from the start sets this
+    retry_budget_from_attempt: int = 1  # attempts without progress are counted from this one; a resume or retry by a caller sets this
     retried_at: datetime | None = None  # the latest retry
     checkpoint: CheckpointRef | None = None
     created_at: datetime
     updated_at: datetime
     started_at: datetime | None = None  # when the first attempt was claimed
     finished_at: datetime | None = None
-    status_changed_at: datetime  # a cancel that is not obeyed is judged by this
+    status_changed_at: datetime  # the grace period of a cancel starts here
     failure: Failure | None = None
     metrics: EvalMetrics | None = None  # of the trained model
     base_metrics: EvalMetrics | None = None  # of the model before training, on the same rows
-    gate: Gate | None = None  # None: nothing was asked
-    published_step: int | None = None  # the optimizer step whose weights were exported, or would have been if they had passed the gate
+    gate: Gate | None = None  # None: no gate was requested
+    published_step: int | None = None  # the optimizer step whose weights were exported, or would have been had they passed the gate
     wandb_url: str | None = None
-    tracker_urls: dict[str, str] = Field(default={})  # where each tracker shows the curves, by name
+    tracker_urls: dict[str, str] = Field(default={})  # the run's address in each tracker, by name
     artifacts: tuple[Artifact, ...] = ()
-    deletion_started_at: datetime | None = None  # its files are going, or have partly gone
-    manifest_written: bool = False  # the published files are listed in the bucket as well
+    deletion_started_at: datetime | None = None  # its files are being deleted
+    manifest_written: bool = False  # the bucket has the manifest of the published files
 
     @property
     def attempt(self) -> Attempt | None:

@@ -1,4 +1,4 @@
-"""`run.json`: where a model comes from, as it lies beside every artifact. Null is what nobody knew; `notes` says why, by name."""
+"""`run.json`: a model's provenance, stored beside every artifact. Null is an unknown value; `notes` gives the reason, by name."""
 
 from datetime import datetime
 from typing import Literal
@@ -13,11 +13,11 @@ RUN_RECORD = "run.json"
 
 
 class CodeRecord(ForwardCompatible):
-    """What trained it."""
+    """The code that trained the model."""
 
-    tunesmith_version: str | None = None  # the version
+    tunesmith_version: str | None = None  # the release
     commit: str | None = None
-    image: str | None = None  # of the container, with its digest where the deployment names one
+    image: str | None = None  # the container image, with its digest where the deployment provides it
 
 
 class SplitRecord(ForwardCompatible):
@@ -28,7 +28,7 @@ class SplitRecord(ForwardCompatible):
 
 
 class DatasetRecord(ForwardCompatible):
-    """What it was trained on. The digest names the exact rows."""
+    """The dataset. The digest identifies the exact rows."""
 
     processed_dataset_id: Id
     name: str
@@ -38,13 +38,13 @@ class DatasetRecord(ForwardCompatible):
 
     @classmethod
     def from_dataset(cls, dataset: Dataset) -> "DatasetRecord":
-        """What a run record keeps of a dataset."""
+        """The part of a dataset that a run record keeps."""
         splits = {name: SplitRecord(rows=split.rows, sha256=split.sha256) for name, split in sorted(dataset.splits.items())}
         return cls(splits=splits, **dataset.model_dump(include={"processed_dataset_id", "name", "dataset_type", "digest"}))
 
 
 class BaseModelRecord(ForwardCompatible):
-    """The model it was made from."""
+    """The base model."""
 
     model_id: str
     revision: str | None = None  # the Hub's commit
@@ -53,7 +53,7 @@ class BaseModelRecord(ForwardCompatible):
 
 
 class MachineRecord(ForwardCompatible):
-    """What it ran on."""
+    """The machine."""
 
     platform: str
     python: str
@@ -62,11 +62,11 @@ class MachineRecord(ForwardCompatible):
     memory_bytes: int
     gpus: tuple[str, ...] = ()
     gpu_driver: str | None = None
-    cuda: str | None = None  # that torch was built for
+    cuda: str | None = None  # the version that torch was built for
 
 
 class TimeRecord(ForwardCompatible):
-    """How long it took: `total_s` of this attempt alone, from its claim on."""
+    """Times of this attempt. `total_s` counts from its claim."""
 
     started_at: datetime
     finished_at: datetime
@@ -75,25 +75,25 @@ class TimeRecord(ForwardCompatible):
 
 
 class CostRecord(ForwardCompatible):
-    """What it took of the world."""
+    """What the attempt consumed."""
 
-    gpu_energy_wh: float | None = None  # of this attempt
+    gpu_energy_wh: float | None = None  # by this attempt
     price: float | None = None
 
 
 class ArtifactRecord(ForwardCompatible):
-    """One thing that came of it."""
+    """An artifact."""
 
     name: str
     kind: ArtifactKind
-    key: str  # where it lies in the model bucket; a folder's ends in "/"
+    key: str  # in the model bucket; ends in "/" for a folder
     size_bytes: int
     files: tuple[ArtifactFile, ...]
-    fidelity: Fidelity | None = None  # without the answers that were compared
+    fidelity: Fidelity | None = None  # without the compared answers
 
     @classmethod
     def from_artifact(cls, artifact: Artifact) -> "ArtifactRecord":
-        """What a run record keeps of an artifact."""
+        """The part of an artifact that a run record keeps."""
         fidelity = artifact.fidelity and artifact.fidelity.model_copy(update={"sample_prompt": "", "sample_text": ""})
         return cls(
             name=artifact.name,
@@ -106,19 +106,19 @@ class ArtifactRecord(ForwardCompatible):
 
 
 class RunRecord(ForwardCompatible):
-    """Everything that is known of how an attempt made its artifacts. Holds no secret and no row."""
+    """How an attempt produced its artifacts. Holds no secret and no row."""
 
     version: Literal[1] = 1
     job_id: Id
     job_name: str
     attempt: int
-    resumed_step: int | None = None  # the step of the checkpoint that this attempt went on from
-    published_step: int | None = None  # the step whose weights these are
-    training_config: dict[str, JsonValue]  # with every default spelled out
+    resumed_step: int | None = None  # the step of the checkpoint that this attempt continued from
+    published_step: int | None = None  # the optimizer step of the published weights
+    training_config: dict[str, JsonValue]  # with every default
     seed: int
     dataset: DatasetRecord
     train_rows: int | None = None
-    train_tokens: int | None = None  # over all epochs
+    train_tokens: int | None = None  # in all epochs
     base_model: BaseModelRecord
     code: CodeRecord
     packages: dict[str, str]
@@ -129,10 +129,10 @@ class RunRecord(ForwardCompatible):
     metrics: EvalMetrics | None = None
     gate: Gate | None = None
     artifacts: tuple[ArtifactRecord, ...]
-    decisions: dict[str, str] = Field(default={})  # what the attempt chose by itself
+    decisions: dict[str, str] = Field(default={})  # settings that the attempt chose
     notes: dict[str, str] = Field(default={})
 
 
 def run_record_key(job_id: str, attempt: int) -> str:
-    """Where an attempt keeps its record in the model bucket."""
+    """The key of an attempt's run record in the model bucket."""
     return f"runs/{job_id}/attempt-{attempt}/{RUN_RECORD}"

@@ -1,4 +1,4 @@
-"""What a caller sends to the public API."""
+"""Request bodies of the public API."""
 
 from typing import Annotated, Self
 
@@ -68,15 +68,15 @@ class TrainRequest(Strict):
 
     model_config = ConfigDict(json_schema_extra={"examples": [TRAIN_REQUEST_EXAMPLE]})
 
-    processed_dataset_id: Id = Field(description="As `POST /datasets` answered it.")
+    processed_dataset_id: Id = Field(description="The id that `POST /datasets` returned.")
     hf_token: SecretStr | None = Field(
-        None, description="A Hugging Face token, for gated or private bases. Kept in the secret store only, and handed to the attempt once."
+        None, description="A Hugging Face token, for gated or private base models. Kept in the secret store and given to the attempt once."
     )
     job_name: Label = "unnamed job"
     project_id: Id | None = Field(None, description="Groups jobs, and their checkpoints, under a project.")
     hardware: Id | None = Field(
         None,
-        description="What to train on: a profile of this deployment, such as `l4`. `GET /capabilities` lists them; left out, the first.",
+        description="A hardware profile of this deployment, such as `l4`; `GET /capabilities` lists them. Default: the first.",
     )
     training_config: TrainingConfig
 
@@ -86,7 +86,7 @@ class TrainRequest(Strict):
         return self
 
 
-# What a caller may want to change between two attempts, and may not.
+# Fields that must not change between two attempts.
 HYPERPARAMETER_FIELDS = set[str]().union(
     SftHyperparameters.model_fields,
     DpoHyperparameters.model_fields,
@@ -99,17 +99,19 @@ IMMUTABLE_FIELDS = ("training_config", "base_model_id", "method", *sorted(HYPERP
 
 
 class ContinuationOptions(Strict):
-    """What may change between two attempts of a job: where it runs, and how long. What shaped the steps already made may not."""
+    """What may change between two attempts of a job: the hardware and the length. What determined the finished steps may not."""
 
-    hardware: Id | None = Field(None, description="Go on with another profile of this deployment.")
+    hardware: Id | None = Field(None, description="Continue on another hardware profile of this deployment.")
     epochs: int | None = Field(
-        None, ge=1, le=1000, description="More passes over the rows than before; the learning rate then follows the longer plan."
+        None, ge=1, le=1000, description="More passes over the rows than before. The learning rate schedule then covers the new total."
     )
-    max_steps: int | None = Field(None, ge=1, le=10_000_000, description="More optimizer steps, where the job is counted in them.")
-    hf_token: SecretStr | None = Field(None, description="Needed again where the job had one and has ended: secrets end with the job.")
-    wandb_api_key: SecretStr | None = Field(None, description="Likewise.")
+    max_steps: int | None = Field(None, ge=1, le=10_000_000, description="More optimizer steps than before, for a job that sets max_steps.")
+    hf_token: SecretStr | None = Field(None, description="Needed again if the job had one and has ended, which deletes its secrets.")
+    wandb_api_key: SecretStr | None = Field(None, description="Needed again in the same case.")
     secrets: dict[SecretName, SecretStr] = Field(
-        {}, max_length=64, description="Likewise, by name: `mlflow_token`, and `judge_api_key` of the grader called `judge`."
+        {},
+        max_length=64,
+        description="Likewise, by name: `mlflow_token`, and `judge_api_key` of the grader called `judge`.",
     )
 
     @model_validator(mode="before")
@@ -117,18 +119,18 @@ class ContinuationOptions(Strict):
     def _reject_immutable_fields(cls, body: object) -> object:
         for name in IMMUTABLE_FIELDS:
             if isinstance(body, dict) and name in body:
-                raise field_error(name, f"{name} cannot change: the steps already made were made with it; start a new job")
-        return body  # pyright: ignore[reportUnknownVariableType]  # whatever was sent
+                raise field_error(name, f"{name} cannot change because the finished steps used it; start a new job")
+        return body  # pyright: ignore[reportUnknownVariableType]  # any JSON value
 
 
 class ResumeRequest(ContinuationOptions):
-    """`POST /jobs/{job_id}/resume`: go on where the pause was. The body may be left out."""
+    """`POST /jobs/{job_id}/resume`: continue a paused job. The body is optional."""
 
 
 class RetryRequest(ContinuationOptions):
-    """`POST /jobs/{job_id}/retry`: continue a failed or cancelled job from its last good checkpoint. The body may be left out."""
+    """`POST /jobs/{job_id}/retry`: continue a failed or cancelled job from its last good checkpoint. The body is optional."""
 
-    from_start: bool = Field(False, description="Begin again instead; earlier checkpoints then no longer count.")
+    from_start: bool = Field(False, description="Start from the beginning; earlier checkpoints are then no longer used.")
 
 
 class ExportRequest(Strict):
@@ -136,7 +138,7 @@ class ExportRequest(Strict):
 
     export_config: ExportConfig = ExportConfig()  # type: ignore[call-arg]  # pyright: every field has a default
     attempt: int | None = Field(
-        None, ge=1, description="Whose checkpoint, where several attempts have one of that step; the newest by default."
+        None, ge=1, description="The attempt that wrote the checkpoint, if several have one of that step. Default: the newest."
     )
     job_name: Label | None = None
     hardware: Id | None = None
@@ -144,23 +146,25 @@ class ExportRequest(Strict):
 
 
 class ReexportRequest(ExportRequest):
-    """`POST /jobs/{job_id}/export`: export a job once more, in other forms. The body may be left out."""
+    """`POST /jobs/{job_id}/export`: export a job again, in other formats. The body is optional."""
 
     step: int | None = Field(
-        None, ge=0, le=10_000_000, description="Which checkpoint; left out, the one that was published, else the newest."
+        None, ge=0, le=10_000_000, description="The step of the checkpoint. Default: the published one, else the newest."
     )
 
 
 class CloneRequest(Strict):
-    """`POST /jobs/{job_id}/clone`: the same job again, with changes. The body may be left out."""
+    """`POST /jobs/{job_id}/clone`: create a job like another one, with changes. The body is optional."""
 
     job_name: Label | None = None
     processed_dataset_id: Id | None = None
     hardware: Id | None = None
-    hf_token: SecretStr | None = Field(None, description="Needed again where the job had one; null makes the clone without it.")
+    hf_token: SecretStr | None = Field(None, description="Needed again if the job had one; null creates the clone without it.")
     secrets: dict[SecretName, SecretStr | None] = Field(
-        {}, max_length=64, description="Likewise, by name: `wandb_api_key`, `mlflow_token`, and `judge_api_key` of the grader `judge`."
+        {},
+        max_length=64,
+        description="Likewise, by name: `wandb_api_key`, `mlflow_token`, and `judge_api_key` of the grader `judge`.",
     )
     training_config: dict[str, JsonValue] = Field(
-        {}, description="A JSON merge patch (RFC 7386) on the job's own: objects are merged, null removes, everything else replaces."
+        {}, description="A JSON merge patch (RFC 7386) for the job's config: objects are merged, null removes, everything else replaces."
     )

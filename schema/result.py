@@ -1,4 +1,4 @@
-"""The last word of an attempt: `result.json`, written once, just before the process ends."""
+"""The result of an attempt: `result.json`, written once, just before the process ends."""
 
 from datetime import datetime
 from typing import Literal
@@ -10,15 +10,16 @@ from schema.job import Artifact, EvalMetrics, Failure, Gate
 
 
 class Result(ForwardCompatible):
-    """What an attempt came to. Durable: it is what `reconcile` believes when an attempt has gone silent."""
+    """How an attempt ended. `reconcile` reads it when an attempt has become silent."""
 
+    schema_version: int = 1
     job_id: Id
     attempt: int
     claimant: str = ""
     outcome: Literal["completed", "failed", "cancelled", "paused", "yielded"]
     yield_reason: Literal["time_slice", "preempted"] | None = None
-    last_checkpoint_step: int | None = None  # the newest step whose checkpoint this attempt made durable
-    resumed_step: int | None = None  # the step it went on from
+    last_checkpoint_step: int | None = None  # the step of the newest checkpoint that this attempt saved
+    resumed_step: int | None = None  # the step of the checkpoint that it continued from
     failure: Failure | None = None
     metrics: EvalMetrics | None = None
     base_metrics: EvalMetrics | None = None
@@ -35,7 +36,7 @@ class Result(ForwardCompatible):
 
 
 class PublishManifest(ForwardCompatible):
-    """`manifest.json`: the published files of a job, for who reads the bucket without the service."""
+    """`manifest.json`: the published files of a job, for readers of the bucket."""
 
     job_id: Id
     attempt: int

@@ -1,4 +1,4 @@
-"""What an attempt is told to do: one JSON file in the config bucket, without secrets."""
+"""The job spec: what an attempt shall do, as a JSON file in the config bucket, without secrets."""
 
 from schema.base import ForwardCompatible, Id
 from schema.dataset import Dataset
@@ -7,7 +7,7 @@ from schema.training import TrainingConfig
 
 
 class StoreUrls(ForwardCompatible):
-    """Where the bytes are: object store urls, such as file:///home/me/.tunesmith/objects or gs://bucket."""
+    """URLs of the object stores, such as file:///home/me/.tunesmith/objects or gs://bucket."""
 
     datasets: str
     models: str
@@ -15,7 +15,7 @@ class StoreUrls(ForwardCompatible):
 
 
 class JobSpec(ForwardCompatible):
-    """Everything about a job that an attempt needs and that is no secret. Stored at configs/{job_id}.json."""
+    """Everything that an attempt needs except secrets. Stored at configs/{job_id}.json."""
 
     job_id: Id
     job_name: str
@@ -25,22 +25,22 @@ class JobSpec(ForwardCompatible):
     dataset: Dataset
     stores: StoreUrls
     checkpoints_prefix: str  # the folder of the job's checkpoints in the model bucket; ends in "/"
-    resume_from_attempt: int = 1  # checkpoints of earlier attempts do not count
-    export_of: ExportSource | None = None  # train nothing: export this checkpoint
+    resume_from_attempt: int = 1  # checkpoints of earlier attempts are not used
+    export_of: ExportSource | None = None  # if set, train nothing and export this checkpoint
 
 
 def spec_key(job_id: str) -> str:
-    """Where the spec of a job lies in the config bucket."""
+    """The key of a job's spec in the config bucket."""
     return f"configs/{job_id}.json"
 
 
 def result_key(job_id: str, attempt: int) -> str:
-    """Where an attempt writes its last word, in the config bucket."""
+    """The key of an attempt's result in the config bucket."""
     return f"results/{job_id}/{attempt}.json"
 
 
 def manifest_key(job_id: str) -> str:
-    """The list of published files in the model bucket, written by the service when the job has completed."""
+    """The key of the list of published files in the model bucket, which the service writes when the job has completed."""
     return f"results/{job_id}/manifest.json"
 
 
@@ -50,13 +50,13 @@ def attempt_name(job_id: str, attempt: Attempt | int) -> str:
 
 
 class ClaimRequest(ForwardCompatible):
-    """A process asks to own an attempt. `claimant` tells it from any other process."""
+    """A process asks to own an attempt. `claimant` identifies the process."""
 
     claimant: str
 
 
 class ClaimResponse(ForwardCompatible):
-    """The attempt is yours: the job's secrets, handed over once, to be kept in memory."""
+    """The claim is granted: the job's secrets, returned once, to be kept in memory."""
 
     secrets: dict[str, str]
     directive: str

@@ -1,4 +1,4 @@
-"""Words that several parts of the contract share."""
+"""Types that several parts of the contract share."""
 
 from typing import Annotated, Literal
 

@@ -1,3 +1,3 @@
-"""The version, as pyproject.toml says it."""
+"""The version of Tunesmith, the same as in pyproject.toml."""
 
 VERSION = "0.1.0"

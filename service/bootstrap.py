@@ -22,7 +22,7 @@ from service.core.ports import Buckets, Hub, JobStore, Launcher, SecretStore
 from service.core.tokens import TokenSigner
 from service.core.validation.hub import NoHub
 from service.settings import SOURCE_ROOT, Settings, attempt_environment, inherited_environment
-from storage import STORES, open_store
+from storage.registry import STORES, open_store
 
 # In the cloud every answer crosses a network, an execution shows up seconds after it was started, and each check is a billed call.
 CLOUD_LIMITS = Limits(

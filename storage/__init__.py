@@ -1,20 +1,19 @@
-"""Bytes under keys, wherever they lie: the one adapter that the service and the jobs both hold.
+"""Object storage: bytes under keys, in a folder or a bucket. The service and the jobs share it.
 
-Here belong the ObjectStore port and one file per kind of store. Vendor SDKs are imported inside functions.
-Here belongs nothing that knows what a job is.
+Here belong the ObjectStore port with its errors, the registry, and one file per kind of store. A vendor's SDK is imported only by its
+own store's file, which the registry loads when a URL asks for it. Nothing here knows what a job is.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
-from pkgutil import resolve_name
 from threading import Event
 from typing import BinaryIO, Protocol, TypeVar
 
-MAX_TRANSFERS = 8  # transfers: enough to fill a network, and each holds a part of some 16 MB in memory
+MAX_CONCURRENT_TRANSFERS = 8  # enough to saturate a network; each holds a part of about 16 MB in memory
 
 Item = TypeVar("Item")
 ReturnT = TypeVar("ReturnT")
@@ -22,45 +21,45 @@ ReturnT = TypeVar("ReturnT")
 
 @dataclass(frozen=True)
 class StoredObject:
-    """What is known of an object without reading it."""
+    """An object's metadata."""
 
     key: str
     size_bytes: int
-    generation: str  # changes at every write of the key
+    generation: str  # changes when the key is written again
 
 
 class StorageError(Exception):
-    """Base of everything that a store raises deliberately."""
+    """Base class of the errors that stores raise deliberately."""
 
 
 class NoSuchObject(StorageError):
-    """Nothing is stored under that key."""
+    """No object has that key."""
 
 
 class ObjectExists(StorageError):
-    """A write that had to be the first found the key taken."""
+    """A write with `if_absent` found the key taken."""
 
 
 class ChecksumMismatch(StorageError):
-    """What arrived is not what was sent; nothing became visible."""
+    """The bytes that arrived are not the bytes that were sent; nothing became visible."""
 
 
 class InvalidKey(StorageError):
-    """A key leaves its store, is empty, or holds characters that a store may refuse."""
+    """The key leads outside its store, is empty, or holds characters that a store may refuse."""
 
 
 class StoreUnavailable(StorageError):
-    """The store did not answer, refused the credentials, or has no room."""
+    """The store did not answer, refused the credentials, or has no space."""
 
 
 class StoreFull(StoreUnavailable):
-    """The store has no room left."""
+    """The store has no space left."""
 
 
 class ObjectStore(Protocol):
-    """Bytes under `/`-separated keys. A write becomes visible whole or not at all; readers never see half an object.
+    """Bytes under `/`-separated keys. A write becomes visible as a whole or not at all; a reader never sees part of one.
 
-    Not promised: order of concurrent writes of one key, and empty folders.
+    Not promised: the order of concurrent writes to one key, and empty folders.
     """
 
     url: str
@@ -70,7 +69,7 @@ class ObjectStore(Protocol):
         ...
 
     def read(self, key: str) -> bytes:
-        """A small object, whole. Raises NoSuchObject."""
+        """The content of a small object. Raises NoSuchObject."""
         ...
 
     def open_read(self, key: str) -> AbstractContextManager[BinaryIO]:
@@ -78,75 +77,46 @@ class ObjectStore(Protocol):
         ...
 
     def upload(self, source: Path, key: str, *, sha256: str | None = None) -> StoredObject:
-        """Store a file of any size; checked on arrival. Raises ChecksumMismatch when it is not `sha256`."""
+        """Store a file of any size, verified on arrival. Raises ChecksumMismatch when its SHA-256 is not `sha256`."""
         ...
 
     def download(self, key: str, target: Path) -> Path:
-        """Write an object of any size to `target`, whose folder is made. Raises NoSuchObject, ChecksumMismatch."""
+        """Write an object of any size to `target`; creates its folder. Raises NoSuchObject, ChecksumMismatch."""
         ...
 
     def stat(self, key: str) -> StoredObject | None:
-        """What is known of an object, or None."""
+        """An object's metadata, or None."""
         ...
 
     def iter_objects(self, prefix: str) -> Iterator[StoredObject]:
-        """Every object whose key starts with `prefix`, in key order. A prefix that ends in `/` is a folder."""
+        """The objects whose keys start with `prefix`, in key order. A prefix that ends in `/` is a folder."""
         ...
 
     def delete(self, key: str) -> bool:
-        """Remove an object; False when there was none."""
+        """Delete an object; False when there was none."""
         ...
 
 
-# One line adds a store: url scheme → "module:Class", constructed with the url.
-STORES = {
-    "file": "storage.file:LocalStore",
-    "gs": "storage.gs:GcsStore",
-    "s3": "storage.s3:S3Store",
-}
-
-
-def open_store(url: str) -> ObjectStore:
-    """The store behind a url such as file:///home/me/objects. Raises StorageError for a scheme that is not known."""
-    scheme = url.partition("://")[0]
-    if scheme not in STORES:
-        raise StorageError(f"no object store for {url!r}; known schemes: {', '.join(sorted(STORES))}")
-    return resolve_name(STORES[scheme])(url)
-
-
 def check_key(key: str) -> str:
-    """The key itself, if it is one that every store accepts. Raises InvalidKey."""
+    """Return the key if every store accepts it. Raises InvalidKey."""
     parts = key.split("/")
     if not key or len(key.encode()) > 900 or any(part in ("", ".", "..") for part in parts) or any(ord(c) < 32 or c == "\\" for c in key):
-        raise InvalidKey(f"not a key: {key!r}; a key is like models/job-1/file.bin")
+        raise InvalidKey(f"not a key: {key!r}; a valid one is like models/job-1/file.bin")
     return key
 
 
 def delete_prefix(store: ObjectStore, prefix: str) -> list[str]:
-    """Remove every object below a folder, and say which. Can be repeated until it returns nothing."""
+    """Delete every object in a folder and return their keys. Can be repeated until it returns none."""
     if not prefix.endswith("/"):
         raise InvalidKey(f"a folder ends in '/': {prefix!r}")
     keys = [stored.key for stored in store.iter_objects(prefix)]
     return [key for key, gone in zip(keys, map_concurrently(store.delete, keys), strict=True) if gone]
 
 
-def upload_many(store: ObjectStore, files: Iterable[tuple[Path, str, str | None]]) -> list[StoredObject]:
-    """Store files, several at a time; each is a path, a key and the sha256 it must have, and is checked on arrival.
-
-    The first failure is raised; what has not begun by then is left out, what has is finished.
-    """
-    return map_concurrently(lambda file: store.upload(file[0], file[1], sha256=file[2]), list(files))
-
-
-def download_many(store: ObjectStore, keys: Iterable[str], folder: Path, *, strip_prefix: str = "") -> list[Path]:
-    """Bring objects to a folder, several at a time, each under its key without the prefix `below`. Fails as `upload_many` does."""
-    return map_concurrently(lambda key: store.download(key, folder / check_key(key).removeprefix(strip_prefix)), list(keys))
-
-
 def map_concurrently(function: Callable[[Item], ReturnT], items: Sequence[Item]) -> list[ReturnT]:
-    """What `act` makes of each, several at a time, in their order. Whoever waits for it is known to every thread.
+    """Apply a function to every item, several at a time; returns the results in order. Every thread inherits the caller's deadline.
 
-    The first failure is raised; what has not begun by then is left out, what has is finished.
+    Raises the first error in the order of the items. After an error no further item is begun; those in progress finish.
     """
     if len(items) < 2:
         return [function(item) for item in items]
@@ -161,10 +131,10 @@ def map_concurrently(function: Callable[[Item], ReturnT], items: Sequence[Item])
             failed.set()
             raise
 
-    with ThreadPoolExecutor(min(MAX_TRANSFERS, len(items)), "transfer") as pool:
-        started = [pool.submit(copy_context().run, unless_failed, item) for item in items]
-    errors = (future.exception() for future in started)
+    with ThreadPoolExecutor(min(MAX_CONCURRENT_TRANSFERS, len(items)), "transfer") as pool:
+        futures = [pool.submit(copy_context().run, unless_failed, item) for item in items]
+    errors = (future.exception() for future in futures)
     first = next((error for error in errors if error is not None and not isinstance(error, CancelledError)), None)
     if first is not None:
         raise first
-    return [future.result() for future in started]
+    return [future.result() for future in futures]

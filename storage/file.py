@@ -26,16 +26,16 @@ from storage import (
 
 CHUNK_BYTES = 1 << 20
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-INCOMING = ".incoming"  # half-written files; on the same file system, so that a rename publishes them
+INCOMING = ".incoming"  # unfinished files; in the same file system, so that a rename publishes them
 
 
 class LocalStore:
-    """A folder. Writes go to a temporary file, are synced to disk and renamed, so a crash leaves no half object."""
+    """A folder. Writes go to a temporary file that is synced to disk and renamed, so a crash leaves no partial object."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
         if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
-            raise StorageError(f"not a folder url: {url!r}; it is like file:///home/me/objects")
+            raise StorageError(f"not a folder URL: {url!r}; a valid one is like file:///home/me/objects")
         self.url = url.rstrip("/")
         self.root = Path(unquote(parts.path))
 
@@ -86,7 +86,7 @@ class LocalStore:
             raise InvalidKey(f"not below the store: {prefix!r}")
         keys = (Path(where, name).relative_to(self.root).as_posix() for where, _, names in os.walk(folder) for name in names)
         for key in sorted(key for key in keys if key.startswith(prefix) and not key.startswith(INCOMING + "/")):
-            if (stored := self.stat(key)) is not None:  # else it was deleted this very moment
+            if (stored := self.stat(key)) is not None:  # None: deleted since the folder was read
                 yield stored
 
     def delete(self, key: str) -> bool:
@@ -99,7 +99,7 @@ class LocalStore:
         return True
 
     def path_for_key(self, key: str) -> Path:
-        """The file behind a key, which may not exist: a power only this store has."""
+        """The file behind a key, which may not exist. Only this store has files."""
         path = self.root / check_key(key)
         if not path.resolve().is_relative_to(self.root.resolve()):
             raise InvalidKey(f"the key leaves the store through a link: {key!r}")
@@ -107,7 +107,7 @@ class LocalStore:
 
     @contextmanager
     def _open_temporary(self) -> Generator["_TemporaryFile"]:
-        """A temporary file that is gone afterwards unless it was renamed away."""
+        """A temporary file, deleted at the end unless it was renamed."""
         try:
             (self.root / INCOMING).mkdir(parents=True, exist_ok=True)
             descriptor, name = tempfile.mkstemp(dir=self.root / INCOMING)
@@ -129,7 +129,7 @@ class LocalStore:
         path.parent.mkdir(parents=True, exist_ok=True)
         if if_absent:
             try:
-                os.link(temporary.path, path)  # unlike a rename, a link refuses a name that is taken
+                os.link(temporary.path, path)  # unlike a rename, a link fails when the name is taken
             except FileExistsError as error:
                 raise ObjectExists(f"{self.url}/{key} is already there") from error
         else:
@@ -140,7 +140,7 @@ class LocalStore:
 
 @dataclass(frozen=True)
 class _TemporaryFile:
-    """A half-written object."""
+    """An object that is not complete yet."""
 
     stream: BinaryIO
     path: Path
@@ -148,13 +148,13 @@ class _TemporaryFile:
 
 def _translate_error(error: OSError, root: Path) -> StoreUnavailable:
     if error.errno in DISK_FULL_ERRNOS:
-        return StoreFull(f"no room left below {root}")
+        return StoreFull(f"no space left below {root}")
     return StoreUnavailable(f"cannot write below {root}: {error.strerror}")
 
 
 def _stored_object(path: Path, key: str) -> StoredObject:
-    facts = path.stat()
-    return StoredObject(key=key, size_bytes=facts.st_size, generation=f"{facts.st_mtime_ns}-{facts.st_ino}")
+    stat = path.stat()
+    return StoredObject(key=key, size_bytes=stat.st_size, generation=f"{stat.st_mtime_ns}-{stat.st_ino}")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,11 +1,11 @@
 """Objects in a Google Cloud Storage bucket: `gs://bucket` or `gs://bucket/folder`.
 
-Credentials come from the environment as Google's libraries read it: the service account on Google Cloud, `gcloud auth
-application-default login` on a laptop, none at all where STORAGE_EMULATOR_HOST names a stand-in. In a bucket with versioning or soft
-delete, what was deleted or replaced is kept until the bucket's lifecycle removes it.
+Google's libraries find credentials in the environment: the service account on Google Cloud, `gcloud auth application-default login`
+on a laptop, none where STORAGE_EMULATOR_HOST names an emulator. A bucket with versioning or soft delete keeps deleted and replaced
+objects until its lifecycle removes them.
 """
 
-# The library carries few types; what it answers is given its type where it is taken. Its session is the only place for timeouts.
+# The library has few types; its answers get theirs where they are read. Its private session is the only place to set timeouts.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportMissingTypeStubs=false, reportPrivateUsage=false
 
@@ -47,15 +47,15 @@ from storage.remote import (
     save_to_file,
 )
 
-MAX_SINGLE_REQUEST_BYTES = 8 << 20  # goes up in a single request; the library's own limit for it
+MAX_SINGLE_REQUEST_BYTES = 8 << 20  # the library's limit for an upload in one request
 PAGE_SIZE = 1000
-MAX_CONNECTIONS = 32  # of a client; more threads than that wait for one another
-WRITE_ID_KEY = "tunesmith-write"  # metadata: which write an object is of, so that a lost answer can be told from another writer
+MAX_CONNECTIONS = 32  # of one client; further threads wait
+WRITE_ID_KEY = "tunesmith-write"  # metadata that identifies the write, to tell a lost answer from another writer
 CONTENT_TYPE = "application/octet-stream"
 
 
 class GcsStore:
-    """A bucket, or a folder of it. Every upload declares its CRC32C, so that the server refuses what arrives damaged."""
+    """A bucket, or a folder of it. Every upload declares its CRC32C, so the server refuses damaged bytes."""
 
     def __init__(self, url: str, *, page_size: int = PAGE_SIZE) -> None:
         self._location = BucketLocation.parse(url, "gs")
@@ -71,15 +71,15 @@ class GcsStore:
     def read(self, key: str) -> bytes:
         blob = self.blob(key)
 
-        def whole() -> bytes:
+        def read_all() -> bytes:
             with self._translate_errors(key):
                 return bytes(blob.download_as_bytes(raw_download=True, checksum="crc32c", retry=_retry_policy()))
 
-        return retry_on_checksum_mismatch(whole)
+        return retry_on_checksum_mismatch(read_all)
 
     def open_read(self, key: str) -> AbstractContextManager[BinaryIO]:
-        found = self._get_blob(key)
-        pinned = self._bucket().blob(found.name, generation=found.generation)  # all ranges are of one and the same writing
+        blob = self._get_blob(key)
+        pinned = self._bucket().blob(blob.name, generation=blob.generation)  # all ranges come from one version of the object
 
         def fetch(start: int, end: int) -> bytes:
             try:
@@ -88,24 +88,24 @@ class GcsStore:
                         start=start,
                         end=end - 1,
                         raw_download=True,
-                        checksum=None,  # pyright: ignore[reportArgumentType]  # the server knows that of the whole, checked below
+                        checksum=None,  # pyright: ignore[reportArgumentType]  # the server knows only the checksum of the whole, which checked_stream verifies
                         retry=_retry_policy(),
                     )
             except NoSuchObject as error:
                 raise ChecksumMismatch(f"{self.url}/{key} was replaced or deleted while it was read") from error
             return bytes(content)
 
-        seal = StoredDigest(google_crc32c.Checksum, base64.b64decode(found.crc32c)) if found.crc32c else None
-        return checked_stream(int(found.size or 0), fetch, seal, f"{self.url}/{key}")
+        expected_digest = StoredDigest(google_crc32c.Checksum, base64.b64decode(blob.crc32c)) if blob.crc32c else None
+        return checked_stream(int(blob.size or 0), fetch, expected_digest, f"{self.url}/{key}")
 
     def upload(self, source: Path, key: str, *, sha256: str | None = None) -> StoredObject:
         if source.stat().st_size <= MAX_SINGLE_REQUEST_BYTES:
             content = source.read_bytes()
             check_sha256(source, sha256, hashlib.sha256(content).hexdigest(), f"{self.url}/{key}")
             return self.write(key, content)
-        sums = _compute_checksums(source)
-        check_sha256(source, sha256, sums.sha256, f"{self.url}/{key}")
-        return retry_on_checksum_mismatch(lambda: self._upload(source, key, sums))
+        checksums = _compute_checksums(source)
+        check_sha256(source, sha256, checksums.sha256, f"{self.url}/{key}")
+        return retry_on_checksum_mismatch(lambda: self._upload(source, key, checksums))
 
     def download(self, key: str, target: Path) -> Path:
         return save_to_file(lambda: self.open_read(key), target)
@@ -139,11 +139,11 @@ class GcsStore:
         return True
 
     def blob(self, key: str) -> Blob:
-        """The library's own object behind a key, for whoever signs links to it: a power only this store has."""
+        """The library's object for a key, which the URL signer needs. Only this store has it."""
         return self._bucket().blob(self._location.object_name(key))
 
     def close(self) -> None:
-        """Let go of connections."""
+        """Close the connections."""
         with self._lock:
             if self._client is not None:
                 self._client.close()
@@ -183,7 +183,7 @@ class GcsStore:
         return self._verify_upload(blob, key, crc32c)
 
     def _upload(self, source: Path, key: str, checksums: "_Checksums") -> StoredObject:
-        """Part by part, each sent again until it is taken. The server is told the sum of the whole beforehand, and refuses another."""
+        """Upload in parts, each repeated until the server accepts it. The server verifies the checksum of the whole, sent first."""
         blob = self._new_blob(key)
         blob.chunk_size = PART_BYTES
         with self._translate_errors(key), source.open("rb") as stream:
@@ -199,14 +199,14 @@ class GcsStore:
             except google_errors.ClientError as error:
                 if error.code not in (404, 410):
                     raise
-                # The session is over: because the last part was taken and the answer lost, or because the server forgot it.
+                # The upload session is over: its last answer was lost, or the server discarded it.
                 self._raise_if_bucket_missing(error)
                 if not self._is_own_write(blob):
-                    raise StoreUnavailable(f"the upload of {key} to {self.url} was broken off by the store; start it again") from error
+                    raise StoreUnavailable(f"the upload of {key} to {self.url} was ended by the store; start it again") from error
         return self._verify_upload(blob, key, checksums.crc32c)
 
     def _is_own_write(self, blob: Blob) -> bool:
-        """Whether what is stored is of this very write, whose answer was lost. Then `blob` knows what is stored."""
+        """Whether the stored object comes from this write, whose answer was lost. Then reloads `blob`."""
         stored = self._bucket().blob(blob.name)
         try:
             stored.reload(retry=_retry_policy())
@@ -218,7 +218,7 @@ class GcsStore:
         return True
 
     def _verify_upload(self, blob: Blob, key: str, crc32c: str) -> StoredObject:
-        """What was stored. A server that did not hold it against the declared checksum is made to forget it."""
+        """The stored object's metadata. Deletes an object whose checksum is wrong: not every server verifies what was declared."""
         if blob.crc32c != crc32c:
             with self._translate_errors(key):
                 blob.delete(if_generation_match=blob.generation, retry=_retry_policy())
@@ -228,26 +228,26 @@ class GcsStore:
 
     @contextmanager
     def _translate_errors(self, key: str) -> Generator[None]:
-        """Errors of the library in our words."""
+        """Raise errors of the library as errors of the store."""
         try:
             yield
         except google_errors.NotFound as error:
             self._raise_if_bucket_missing(error)
             raise NoSuchObject(f"nothing is stored at {self.url}/{key}") from error
         except DataCorruption as error:
-            raise ChecksumMismatch(f"{self.url}/{key} and its checksum differ: damaged on its way") from error
+            raise ChecksumMismatch(f"{self.url}/{key} and its checksum differ: it was damaged in transit") from error
         except (google_errors.GoogleAPIError, GoogleAuthError, requests.RequestException, OSError) as error:
             if isinstance(error, OSError) and not isinstance(error, (requests.RequestException, ConnectionError)):
-                raise  # of a file on this machine
+                raise  # an error of a local file
             raise _translate_error(error, self._location) from error
 
     def _raise_if_bucket_missing(self, error: google_errors.ClientError) -> None:
-        """Raises StoreUnavailable when it is the bucket that there is not. Google says so; stand-ins have to be asked."""
+        """Raises StoreUnavailable when the bucket does not exist. Google's message says so; emulators need another request."""
         if "bucket does not exist" not in str(error) and (self._bucket_confirmed or self._bucket_exists()):
             return
         raise StoreUnavailable(
-            f"bucket {self._location.bucket} does not exist; make it: gcloud storage buckets create gs://{self._location.bucket}"
-            " --location=REGION --uniform-bucket-level-access --public-access-prevention (`make deploy` makes them all)"
+            f"bucket {self._location.bucket} does not exist; create it: gcloud storage buckets create gs://{self._location.bucket}"
+            " --location=REGION --uniform-bucket-level-access --public-access-prevention (`make deploy` creates all of them)"
         ) from error
 
     def _bucket_exists(self) -> bool:
@@ -263,7 +263,7 @@ class GcsStore:
 
 @dataclass(frozen=True)
 class _Checksums:
-    """What a file comes to."""
+    """Size and checksums of a file."""
 
     size_bytes: int
     sha256: str
@@ -271,29 +271,29 @@ class _Checksums:
 
 
 def create_deadline_session() -> requests.Session:
-    """HTTP to Google in which every try gets no more time than its caller has left."""
+    """An HTTP session for Google's libraries in which no try outlasts the caller's deadline."""
     return _mount_deadline_adapter(requests.Session())
 
 
 class _DeadlineAdapter(HTTPAdapter):
-    """Gives every single try what is left of the caller's patience: the library sets a timeout once for all of them."""
+    """Bounds every try by the caller's deadline: the library computes one timeout for all tries."""
 
-    def send(self, *args: Any, **kwargs: Any) -> requests.Response:  # noqa: ANN401  # the parent's arguments, but for one
-        answer = super().send(*args, **{**kwargs, "timeout": (remaining_s(CONNECT_TIMEOUT_S), remaining_s(READ_TIMEOUT_S))})
-        if not answer.ok:
-            _ = answer.content  # the library leaves refusals of downloads unread, and their connections open
-        return answer
+    def send(self, *args: Any, **kwargs: Any) -> requests.Response:  # noqa: ANN401  # the parent's signature
+        response = super().send(*args, **{**kwargs, "timeout": (remaining_s(CONNECT_TIMEOUT_S), remaining_s(READ_TIMEOUT_S))})
+        if not response.ok:
+            _ = response.content  # the library does not read error responses of downloads, which leaves their connections open
+        return response
 
 
 def _new_client(url: str) -> Client:
     try:
-        client = Client(project=None)  # objects belong to buckets; no call of ours needs a project
+        client = Client(project=None)  # none of the calls here needs a project
     except GoogleAuthError as error:
-        raise StoreUnavailable(f"no Google credentials to reach {url} with; run: gcloud auth application-default login") from error
-    # It would ask for the bucket itself, from a thread of its own and with a right that nobody else needs, to adorn traces.
-    client._bucket_metadata_cache = None  # pyright: ignore[reportAttributeAccessIssue]  # as the library itself looks for
+        raise StoreUnavailable(f"no Google credentials for {url}; run: gcloud auth application-default login") from error
+    # The library would fetch the bucket in a thread, for traces, with a permission that nothing else here needs.
+    client._bucket_metadata_cache = None  # pyright: ignore[reportAttributeAccessIssue]  # the library checks for None
     for session in (client._http, client._http._auth_request_session):
-        assert session is not None  # None only for clients that bring their own
+        assert session is not None  # None only for clients constructed with a session
         _mount_deadline_adapter(session)
     return client
 
@@ -305,7 +305,7 @@ def _mount_deadline_adapter(session: requests.Session) -> requests.Session:
 
 
 def _retry_policy() -> Retry:
-    """The library's own goes on for two minutes, whoever waits. Transfers take it for each part, not for the whole."""
+    """Retries until the caller's deadline; the library's default is two minutes. An upload in parts applies it to each part."""
     return DEFAULT_RETRY.with_timeout(remaining_s(MAX_RETRY_S)).with_delay(INITIAL_BACKOFF_S, MAX_BACKOFF_S, 2)
 
 
@@ -332,7 +332,7 @@ def _compute_checksums(source: Path) -> _Checksums:
 
 
 def _translate_error(error: Exception, location: BucketLocation) -> StorageError:
-    """The library's error as one that tells the operator what to do."""
+    """The store's error for one of the library's, with what the operator can do."""
     match error:
         case google_errors.RetryError(cause=Exception() as cause):
             return _translate_error(cause, location)
@@ -341,8 +341,8 @@ def _translate_error(error: Exception, location: BucketLocation) -> StorageError
         case google_errors.BadRequest() if "crc32c" in str(error).lower():
             return ChecksumMismatch(f"the store refused an object for {location.url}: it arrived damaged")
         case google_errors.Unauthorized() | GoogleAuthError():
-            who = "gcloud auth application-default login, or give the process a service account"
-            return StoreUnavailable(f"Google refused the credentials for {location.url} ({_first_line(error)}); {who}")
+            fix = "gcloud auth application-default login, or give the process a service account"
+            return StoreUnavailable(f"Google refused the credentials for {location.url} ({_first_line(error)}); {fix}")
         case google_errors.GoogleAPICallError():
             return StoreUnavailable(f"Cloud Storage answers {error.code} for {location.url}: {_first_line(error)}")
         case _:
@@ -350,12 +350,12 @@ def _translate_error(error: Exception, location: BucketLocation) -> StorageError
 
 
 def _missing_role(message: str, location: BucketLocation) -> str:
-    """Google names the account that it refused."""
-    found = re.search(r"([\w.+-]+@[\w.-]+\w) does not have (\S+)", message)
-    who, permission = found.groups() if found else ("ACCOUNT", "access")
-    member = f"serviceAccount:{who}" if who.endswith("gserviceaccount.com") or not found else f"user:{who}"
+    """The message for a refused account, which Google's own message names."""
+    match = re.search(r"([\w.+-]+@[\w.-]+\w) does not have (\S+)", message)
+    account, permission = match.groups() if match else ("ACCOUNT", "access")
+    member = f"serviceAccount:{account}" if account.endswith("gserviceaccount.com") or not match else f"user:{account}"
     return (
-        f"{who} does not have {permission} to gs://{location.bucket}; it needs roles/storage.objectUser on the bucket: gcloud storage"
+        f"{account} does not have {permission} to gs://{location.bucket}; it needs roles/storage.objectUser on the bucket: gcloud storage"
         f" buckets add-iam-policy-binding gs://{location.bucket} --member={member} --role=roles/storage.objectUser"
     )
 

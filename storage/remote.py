@@ -1,4 +1,4 @@
-"""What the stores behind a network have in common: their urls, how long they are waited for, and reading in checked ranges."""
+"""What the network stores share: bucket URLs, timeouts, retries, and reading in ranges with a checksum over the whole."""
 
 import io
 import random
@@ -16,38 +16,38 @@ from urllib.parse import urlsplit
 from storage import ChecksumMismatch, InvalidKey, StorageError, StoreUnavailable, check_key
 from storage.deadline import remaining_s
 
-CONNECT_TIMEOUT_S = 3.05  # just over the second try of TCP
-READ_TIMEOUT_S = 30.0  # without a byte
-MAX_RETRY_S = 120.0  # an outage that a job sits out; a caller of the API brings less patience
+CONNECT_TIMEOUT_S = 3.05  # just over TCP's first retransmission
+READ_TIMEOUT_S = 30.0  # without receiving a byte
+MAX_RETRY_S = 120.0  # the longest outage that a call survives; API requests set shorter deadlines
 INITIAL_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 8.0
-PART_BYTES = 16 << 20  # what is held in memory of a large object, and sent again when a connection breaks
-FIRST_RANGE_BYTES = 1 << 20  # small objects need one request, and a look at the first bytes is cheap
+PART_BYTES = 16 << 20  # held in memory at a time, and sent again when a connection breaks
+FIRST_RANGE_BYTES = 1 << 20  # one request for a small object, and reading only the beginning stays cheap
 
-BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")  # what every kind of store takes
+BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")  # accepted by every vendor
 
 ReturnT = TypeVar("ReturnT")
 
 
 class TransientStoreError(StoreUnavailable):
-    """The store did not answer, or is too busy; asking again may help."""
+    """The store did not answer or is too busy; a retry may succeed."""
 
 
 class Digest(Protocol):
-    """A checksum in the making, such as hashlib's."""
+    """An incremental checksum, such as hashlib's."""
 
     def update(self, chunk: bytes, /) -> None:
-        """Take in more bytes."""
+        """Add bytes."""
         ...
 
     def digest(self) -> bytes:
-        """What all of them come to."""
+        """The checksum of all bytes added so far."""
         ...
 
 
 @dataclass(frozen=True)
 class StoredDigest:
-    """What the bytes of a whole object must come to."""
+    """The checksum that the store keeps of a whole object."""
 
     new_digest: Callable[[], Digest]
     digest: bytes
@@ -55,7 +55,7 @@ class StoredDigest:
 
 @dataclass(frozen=True)
 class BucketLocation:
-    """A bucket, and the folder in it below which a store keeps its keys."""
+    """A bucket and the folder in it that holds a store's keys."""
 
     scheme: str
     bucket: str
@@ -63,16 +63,16 @@ class BucketLocation:
 
     @classmethod
     def parse(cls, url: str, scheme: str) -> "BucketLocation":
-        """Raises StorageError for a url that is not like gs://bucket or gs://bucket/folder."""
+        """Raises StorageError for a URL that is not like gs://bucket or gs://bucket/folder."""
         parts = urlsplit(url)
         folder = parts.path.strip("/")
         if parts.scheme != scheme or not BUCKET.fullmatch(parts.netloc) or parts.query or parts.fragment:
-            raise StorageError(f"not a bucket url: {url!r}; it is like {scheme}://bucket or {scheme}://bucket/folder")
+            raise StorageError(f"not a bucket URL: {url!r}; a valid one is like {scheme}://bucket or {scheme}://bucket/folder")
         return cls(scheme, parts.netloc, check_key(folder) + "/" if folder else "")
 
     @property
     def url(self) -> str:
-        """The one way to write it."""
+        """The canonical form."""
         return f"{self.scheme}://{self.bucket}/{self.folder}".rstrip("/")
 
     def object_name(self, key: str) -> str:
@@ -80,7 +80,7 @@ class BucketLocation:
         return self.folder + check_key(key)
 
     def key_from_object_name(self, name: str) -> str | None:
-        """The key of an object in the bucket; None for what others put there under a name that is no key of ours."""
+        """The key of an object in the bucket; None for an object whose name is not a valid key, which another writer put there."""
         try:
             return check_key(name.removeprefix(self.folder))
         except InvalidKey:
@@ -88,7 +88,7 @@ class BucketLocation:
 
 
 def retry_transient(function: Callable[[], ReturnT]) -> ReturnT:
-    """What `act` returns, asked again while it raises Passing and there is time."""
+    """Call a function; repeat it with growing pauses while it raises TransientStoreError and there is time."""
     until = time.monotonic() + remaining_s(MAX_RETRY_S)
     for pause_s in _backoff_delays_s():
         try:
@@ -97,11 +97,11 @@ def retry_transient(function: Callable[[], ReturnT]) -> ReturnT:
             if time.monotonic() + pause_s >= until:
                 raise
             time.sleep(pause_s)
-    raise AssertionError("pauses do not end")
+    raise AssertionError("the loop ends by returning or raising")
 
 
 def retry_on_checksum_mismatch(function: Callable[[], ReturnT]) -> ReturnT:
-    """What `act` returns, tried once more when the bytes came damaged: it is the network more often than the store."""
+    """Call a function; repeat it once after a ChecksumMismatch: the network damages bytes more often than the store."""
     try:
         return function()
     except ChecksumMismatch:
@@ -109,16 +109,16 @@ def retry_on_checksum_mismatch(function: Callable[[], ReturnT]) -> ReturnT:
 
 
 def checked_stream(size_bytes: int, fetch: Callable[[int, int], bytes], expected_digest: StoredDigest | None, name: str) -> BinaryIO:
-    """An object as a stream. `fetch` gives the bytes from one position up to another.
+    """An object as a stream. `fetch(start, end)` returns the bytes from `start` up to but not including `end`.
 
-    Before the last of them are handed out the whole is held against its seal: raises ChecksumMismatch.
+    Raises ChecksumMismatch before it returns the last bytes of an object that does not match `expected_digest`.
     """
-    # A cast in words: BufferedReader is a BinaryIO in all but its declaration.
+    # BufferedReader is a BinaryIO in all but its declaration.
     return io.BufferedReader(_RangeReader(size_bytes, fetch, expected_digest, name), 1 << 16)  # pyright: ignore[reportReturnType]
 
 
 def save_to_file(open_read: Callable[[], AbstractContextManager[BinaryIO]], target: Path) -> Path:
-    """The stream as a file, which is there when it is whole and has its checksum, and not before."""
+    """Save a stream as a file. The file appears only after the whole stream was read and its checksum verified."""
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.part")
     try:
@@ -129,13 +129,13 @@ def save_to_file(open_read: Callable[[], AbstractContextManager[BinaryIO]], targ
 
 
 def check_sha256(source: Path, expected: str | None, actual: str, url: str) -> None:
-    """Raises ChecksumMismatch when a file is not what its sender says it is."""
+    """Raises ChecksumMismatch when a file's SHA-256 is not the one its sender expects."""
     if expected is not None and actual != expected:
         raise ChecksumMismatch(f"{source.name} changed on its way to {url}: expected {expected}, got {actual}")
 
 
 class _RangeReader(io.RawIOBase):
-    """Fetches an object range by range, each larger than the one before."""
+    """Reads an object range by range, each larger than the one before."""
 
     def __init__(self, size_bytes: int, fetch: Callable[[int, int], bytes], expected_digest: StoredDigest | None, name: str) -> None:
         self._size = size_bytes
@@ -162,13 +162,13 @@ class _RangeReader(io.RawIOBase):
         end = min(self._size, self._fetched + self._length)
         fetched = self._fetch(self._fetched, end)
         if len(fetched) != end - self._fetched:
-            raise ChecksumMismatch(f"{self._name} came cut short: {len(fetched)} bytes of {end - self._fetched} from {self._fetched}")
+            raise ChecksumMismatch(f"{self._name} arrived truncated: {len(fetched)} bytes of {end - self._fetched} from {self._fetched}")
         self._fetched = end
         self._length = min(PART_BYTES, 2 * self._length)
         if self._digest and self._expected_digest:
             self._digest.update(fetched)
             if end == self._size and self._digest.digest() != self._expected_digest.digest:
-                raise ChecksumMismatch(f"{self._name} came damaged: its checksum is not the one that the store keeps")
+                raise ChecksumMismatch(f"{self._name} arrived damaged: its checksum differs from the one that the store keeps")
         return fetched
 
 
@@ -180,5 +180,5 @@ def _copy(open_read: Callable[[], AbstractContextManager[BinaryIO]], target: Pat
 def _backoff_delays_s() -> Iterator[float]:
     pause_s = INITIAL_BACKOFF_S
     while True:
-        yield random.uniform(pause_s / 2, pause_s)  # noqa: S311  # so that many who wait do not come back together
+        yield random.uniform(pause_s / 2, pause_s)  # noqa: S311  # so that many clients do not retry together
         pause_s = min(MAX_BACKOFF_S, 2 * pause_s)

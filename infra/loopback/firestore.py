@@ -1,6 +1,6 @@
-"""Firestore on this machine: the emulator of the Google Cloud SDK. It forgets everything when it ends, and needs no indexes.
+"""Firestore on this machine: the emulator of the Google Cloud SDK. It keeps everything in memory and needs no indexes.
 
-with firestore_emulator() as host: ...           # for tests: a free port
+with run_firestore_emulator() as host: ...           # for tests: a free port
 python -m infra.loopback.firestore --port 8501   # in the foreground
 """
 
@@ -33,20 +33,20 @@ STOP_TIMEOUT_S = 5.0
 
 
 class EmulatorNotInstalled(RuntimeError):
-    """The emulator, or the Java that runs it, is not installed here."""
+    """The emulator or Java is not installed."""
 
 
 class EmulatorFailed(RuntimeError):
-    """The emulator did not come up."""
+    """The emulator did not start."""
 
 
 @contextmanager
 def run_firestore_emulator(port: int = 0) -> Generator[str]:
-    """A fresh emulator, answering; yields its `host:port` for FIRESTORE_EMULATOR_HOST. Raises EmulatorMissing, EmulatorFailed."""
+    """A new emulator that answers; yields its `host:port` for FIRESTORE_EMULATOR_HOST. Raises EmulatorNotInstalled, EmulatorFailed."""
     command = [*_find_java(), "-cp", str(_find_jar()), MAIN_CLASS, "start", "--host=127.0.0.1"]
     port = port or _find_free_port()
     with tempfile.TemporaryFile() as output:
-        # The jar itself: the SDK's wrapper scripts leave it running when they are told to end.
+        # The jar itself: the SDK's wrapper scripts leave it running when they end.
         emulator = subprocess.Popen([*command, f"--port={port}"], stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         try:
             _wait_until_ready(emulator, port, output)
@@ -58,7 +58,7 @@ def run_firestore_emulator(port: int = 0) -> Generator[str]:
 def main() -> None:
     """Run in the foreground until Ctrl-C or SIGTERM."""
     parser = argparse.ArgumentParser(
-        prog="python -m infra.loopback.firestore", description="A Firestore that keeps nothing, on this machine."
+        prog="python -m infra.loopback.firestore", description="A Firestore emulator that keeps its data in memory."
     )
     parser.add_argument("--port", type=int, default=8501)
     port = parser.parse_args().port
@@ -79,21 +79,21 @@ def _find_java() -> list[str]:
 
 
 def _find_jar() -> Path:
-    looked_in: list[Path] = []
+    searched: list[Path] = []
     for root in _sdk_roots():
         if (root / JAR).is_file():
             return root / JAR
-        if root not in looked_in:
-            looked_in.append(root)
+        if root not in searched:
+            searched.append(root)
     raise EmulatorNotInstalled(
-        f"the Firestore emulator of the Google Cloud SDK is not installed in {', '.join(map(str, looked_in))}; "
+        f"the Firestore emulator of the Google Cloud SDK is not installed in {', '.join(map(str, searched))}; "
         "`gcloud components install cloud-firestore-emulator` (or, from Google's apt repository, "
-        "`apt-get install google-cloud-cli-firestore-emulator`) installs it, CLOUDSDK_ROOT says where the SDK is"
+        "`apt-get install google-cloud-cli-firestore-emulator`) installs it, set CLOUDSDK_ROOT to the folder of the SDK"
     )
 
 
 def _sdk_roots() -> Iterator[Path]:
-    """Where the SDK may be, the surest place first."""
+    """Where the SDK may be, most certain first."""
     if named := os.environ.get("CLOUDSDK_ROOT"):
         yield Path(named)
     if gcloud := shutil.which("gcloud"):
@@ -115,8 +115,8 @@ def _wait_until_ready(emulator: "subprocess.Popen[bytes]", port: int, output: IO
     while not _is_ready(port):
         if emulator.poll() is not None or time.monotonic() > until:
             output.seek(0)
-            said = output.read()[-2000:].decode(errors="replace")
-            raise EmulatorFailed(f"the Firestore emulator did not come up on port {port}; it said:\n{said}")
+            log = output.read()[-2000:].decode(errors="replace")
+            raise EmulatorFailed(f"the Firestore emulator did not start on port {port}; its output:\n{log}")
         time.sleep(0.05)
 
 

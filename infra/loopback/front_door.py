@@ -1,7 +1,7 @@
-"""Cloud Run's front door, as far as a service behind it can tell: nobody comes in without a Google identity token for it.
+"""Cloud Run's authentication in front of a service: a request needs a Google identity token for the service.
 
-`uvicorn infra.loopback.front_door:create_app --factory` is the service with that door before it. The token is checked with the
-loopback metadata server's own public key, so it is really asked for, really signed and really for this service.
+`uvicorn infra.loopback.front_door:create_app --factory` runs the service behind it. The token is verified with the public key of the
+loopback metadata server, so clients must really fetch a signed token for this service.
 """
 
 import os
@@ -13,13 +13,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service.main import create_app as create_service
 from service.settings import Settings
 
-# The first that is there is the one that counts; the attempt's own token travels in the second.
+# The first header present is used; the attempt's own token is in the second.
 TOKEN_HEADERS = (b"x-serverless-authorization", b"authorization")
-REMOVED_SIGNATURE = b"SIGNATURE_REMOVED_BY_GOOGLE"  # nobody behind the door can use the token to be the caller elsewhere
+REMOVED_SIGNATURE = b"SIGNATURE_REMOVED_BY_GOOGLE"  # so that the service cannot use the token elsewhere
 
 
 class IdentityTokenMiddleware:
-    """ASGI middleware: 403 for a request without a valid identity token, as Cloud Run answers it."""
+    """ASGI middleware: 403 for a request without a valid identity token, as in Cloud Run."""
 
     def __init__(self, app: ASGIApp, audience: str, keys_url: str) -> None:
         self._app = app
@@ -49,7 +49,7 @@ class IdentityTokenMiddleware:
 
 
 def create_app() -> ASGIApp:
-    """The service behind its door. The environment is that of `make cloud-local`."""
+    """The service behind the middleware. The environment is that of `make cloud-local`."""
     settings = Settings()  # pyright: ignore[reportCallIssue]
     app = create_service(settings)
     keys_url = f"http://{os.environ['GCE_METADATA_HOST']}/oauth2/v3/certs"

@@ -1,8 +1,8 @@
-"""Who a process is on Google Cloud, on loopback: the metadata server, and the IAM Credentials API that signs with the account's key.
+"""A process's identity on Google Cloud, on loopback: the metadata server, and the IAM Credentials API that signs with the account's key.
 
 `python -m infra.loopback.google_identity --port 9025` runs in the foreground. Google's libraries find the metadata server by
-GCE_METADATA_HOST=host:port and GCE_METADATA_IP=host:port; ours find signBlob by IAM_CREDENTIALS_EMULATOR_HOST=host:port. Its
-public key is at /oauth2/v3/certs, where Google has its own, so that whoever is shown an identity token can check it.
+GCE_METADATA_HOST=host:port and GCE_METADATA_IP=host:port; Tunesmith finds signBlob by IAM_CREDENTIALS_EMULATOR_HOST=host:port.
+The public key is at /oauth2/v3/certs, as Google's, to verify identity tokens.
 """
 
 import argparse
@@ -34,7 +34,7 @@ SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 
 @dataclass(frozen=True)
 class RecordedRequest:
-    """A request that came."""
+    """A received request."""
 
     method: str
     path: str  # with its query
@@ -43,7 +43,7 @@ class RecordedRequest:
 
 @dataclass(frozen=True)
 class InjectedError:
-    """How the API answers when it does not sign."""
+    """An error response of signBlob."""
 
     status: int
     reason: str  # IAM_PERMISSION_DENIED, SERVICE_DISABLED
@@ -59,18 +59,18 @@ class GoogleIdentity:
         self.token_ttl_s = token_ttl_s
         self.key = rsa.generate_private_key(65537, 2048)
         self.requests: list[RecordedRequest] = []
-        self.injected_errors: list[InjectedError] = []  # of signBlob; each is given once
+        self.injected_errors: list[InjectedError] = []  # of signBlob; each is used once
         self._server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"identity": self}))
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         self.host = f"127.0.0.1:{self._server.server_address[1]}"
 
     def start(self) -> None:
-        """Answers from now on."""
+        """Start serving."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Answers no more."""
+        """Stop serving."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -84,7 +84,7 @@ class GoogleIdentity:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process needs to be this account."""
+        """The environment in which a process has this account."""
         return {
             "GCE_METADATA_HOST": self.host,
             "GCE_METADATA_IP": self.host,
@@ -93,28 +93,28 @@ class GoogleIdentity:
         }
 
     def sign(self, content: bytes) -> bytes:
-        """RSA over SHA-256, as signBlob and a key file do it."""
+        """RSA over SHA-256, like signBlob and a key file."""
         return self.key.sign(content, padding.PKCS1v15(), hashes.SHA256())
 
     def identity_token(self, audience: str, email: str | None = None) -> str:
-        """A token that says to `audience` who this is, or another account; an hour long, like Google's."""
+        """An identity token for `audience`, of this or another account, valid for an hour like Google's."""
         now = int(time.time())
         claims = {"iss": "https://accounts.google.com", "aud": audience, "iat": now, "exp": now + self.token_ttl_s}
         who = {"email": email or self.email, "email_verified": True, "sub": "100000000000000000000"}
         return jwt.encode({**claims, **who}, self.key, algorithm="RS256", headers={"kid": KEY_ID})
 
     def public_keys(self) -> dict[str, object]:
-        """The key that tokens are checked with, as a JSON Web Key Set."""
+        """The public key that verifies tokens, as a JSON Web Key Set."""
         public = json.loads(RSAAlgorithm.to_jwk(self.key.public_key()))
         return {"keys": [{**public, "kid": KEY_ID, "use": "sig", "alg": "RS256"}]}
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One request; `identity` is set on the class of each server."""
+    """One request. Each server has a subclass with `identity` set."""
 
     identity: ClassVar[GoogleIdentity]
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # 40 ms for every answer otherwise
+    disable_nagle_algorithm = True  # otherwise every response takes 40 ms
 
     def do_GET(self) -> None:
         self._record_request()
@@ -142,7 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_response({"keyId": KEY_ID, "signedBlob": base64.b64encode(signature).decode()})
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nobody reads it."""
+        """Log nothing."""
 
     def _record_request(self) -> None:
         self.identity.requests.append(RecordedRequest(self.command, self.path, self.headers.get("Authorization")))
@@ -159,7 +159,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _metadata_response(identity: GoogleIdentity, path: str, query: Mapping[str, list[str]]) -> tuple[object, HTTPStatus]:
-    """What the metadata server says at a path."""
+    """The metadata server's response at a path."""
     account = path.removeprefix("/computeMetadata/v1/instance/service-accounts/").rstrip("/")
     name, _, what = account.partition("/")
     if name in ("default", identity.email):
@@ -192,13 +192,13 @@ def _error_body(error: InjectedError) -> dict[str, object]:
 
 
 def main() -> None:
-    """Run until told to stop."""
+    """Run until SIGINT or SIGTERM."""
     parser = argparse.ArgumentParser(prog="python -m infra.loopback.google_identity", description=__doc__)
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     parser.add_argument("--email", default=EMAIL, help="the service account that processes are")
     parser.add_argument("--project", default=PROJECT)
     chosen = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does it: what was started is ended
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: stops what was started
     with suppress(KeyboardInterrupt), GoogleIdentity(port=chosen.port, email=chosen.email, project=chosen.project) as identity:
         print(identity.host, flush=True)
         signal.pause()

@@ -1,4 +1,4 @@
-"""An HTTP front before another server, which does wrong just what it is told to: for tests of what a client makes of it."""
+"""An HTTP proxy that injects faults into chosen requests, for tests of clients."""
 
 import http.client
 import socket
@@ -12,35 +12,35 @@ from typing import ClassVar, Literal
 from urllib.parse import urlsplit
 
 FaultKind = Literal[
-    "reject",  # `status`, and the server hears nothing of it
-    "reset",  # the connection breaks before the server hears of it
-    "truncate request",  # half of the body has come when the connection breaks
-    "corrupt request",  # a byte of the body is another one when the server gets it
-    "drop response",  # the server carries it out, and the connection breaks
-    "truncate response",  # half of the answer's body, then the connection breaks
-    "corrupt response",  # a byte of the answer's body is another one
-    "wrong checksum",  # the answer tells a checksum that is not the body's
-    "hang",  # nothing happens until the front is stopped
+    "reject",  # answer with `status` without calling the server
+    "reset",  # break the connection without calling the server
+    "truncate request",  # break the connection after half of the body
+    "corrupt request",  # change one byte of the body
+    "drop response",  # call the server, then break the connection
+    "truncate response",  # send half of the response's body, then break the connection
+    "corrupt response",  # change one byte of the response's body
+    "wrong checksum",  # replace the checksum header of the response
+    "hang",  # do not answer until the proxy is stopped
 ]
 HOP_BY_HOP = {"connection", "transfer-encoding", "keep-alive", "content-length"}
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong, with which requests, and how often."""
+    """A fault, the requests it applies to, and how often."""
 
     kind: FaultKind
-    method: str = ""  # any
+    method: str = ""  # empty: any
     path: str = ""  # a part of the path with its query
     times: int = 1
     status: int = 503
-    body: str = "{}"  # of the refusal
-    skip_first: int = 0  # so many requests that fit are left in peace first
+    body: str = "{}"  # of the rejection
+    skip_first: int = 0  # let this many matching requests pass first
 
 
 @dataclass(frozen=True)
 class RecordedRequest:
-    """A request that came, whatever became of it."""
+    """A request as it arrived, whatever happened to it."""
 
     method: str
     path: str
@@ -49,7 +49,7 @@ class RecordedRequest:
 
 
 class HttpFaultProxy:
-    """The front. `target` is set when the server behind it is known, which may want to know the front's url first."""
+    """The proxy. `target` may be set later: some servers need the proxy's URL before they start."""
 
     def __init__(self, target: str = "") -> None:
         self.target = target
@@ -62,25 +62,25 @@ class HttpFaultProxy:
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
 
     def start(self) -> None:
-        """Passes on from now on."""
+        """Start forwarding."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Passes on no more."""
+        """Stop forwarding and release hanging requests."""
         self._released.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
 
     def set_faults(self, *faults: Fault) -> None:
-        """What goes wrong from now on, in place of what was planned before; forgets the requests that came."""
+        """Replace the planned faults and clear the recorded requests."""
         with self._lock:
             self._faults = [fault for fault in faults for _ in range(fault.times)]
             self.requests.clear()
             self._skips = {id(fault): fault.skip_first for fault in self._faults}
 
     def next_fault(self, request: RecordedRequest) -> Fault | None:
-        """What goes wrong with a request."""
+        """Record a request and return the fault planned for it, if any."""
         with self._lock:
             self.requests.append(request)
             for fault in self._faults:
@@ -93,35 +93,35 @@ class HttpFaultProxy:
         return None
 
     def wait_until_stopped(self) -> None:
-        """Returns when the front is stopped."""
+        """Block until the proxy is stopped."""
         self._released.wait(60)
 
 
 @contextmanager
 def run_http_fault_proxy(target: str = "") -> Generator[HttpFaultProxy]:
-    """A front for as long as the block lasts."""
-    front = HttpFaultProxy(target)
-    front.start()
+    """A running proxy for the length of the block."""
+    proxy = HttpFaultProxy(target)
+    proxy.start()
     try:
-        yield front
+        yield proxy
     finally:
-        front.stop()
+        proxy.stop()
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    block_on_close = False  # whoever hangs there is let go, not waited for
+    block_on_close = False  # do not wait for hanging requests
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Broken connections are what this is for."""
+        """Print nothing: broken connections are expected."""
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One connection; `front` is set on the class of each server."""
+    """One connection. Each proxy has a subclass with `proxy` set."""
 
     proxy: ClassVar[HttpFaultProxy]
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # 40 ms for every answer otherwise
+    disable_nagle_algorithm = True  # otherwise every response takes 40 ms
 
     def handle_one_request(self) -> None:
         self.raw_requestline = self.rfile.readline(65537)
@@ -129,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         length = int(self.headers.get("Content-Length", 0))
-        # Looked at before the body has come, as half of it is all that may come; what is noted has it all.
+        # The fault is chosen before the second half of the body is read; the recorded request has all of it.
         half = self.rfile.read(length // 2)
         fault = self.proxy.next_fault(RecordedRequest(self.command, self.path, dict(self.headers), b""))
         if fault and fault.kind == "truncate request":
@@ -140,17 +140,17 @@ class _Handler(BaseHTTPRequestHandler):
         self._handle_body(body, fault)
 
     def _handle_body(self, body: bytes, fault: Fault | None) -> None:
-        wrong = fault.kind if fault else None
-        if fault and wrong == "reject":
+        kind = fault.kind if fault else None
+        if fault and kind == "reject":
             self._send_response(fault.status, {"Content-Type": "application/json"}, fault.body.encode())
-        elif wrong == "reset":
+        elif kind == "reset":
             self._reset()
-        elif wrong == "hang":
+        elif kind == "hang":
             self.proxy.wait_until_stopped()
             self.close_connection = True
         else:
-            status, headers, content = self._forward(_corrupt(body) if wrong == "corrupt request" else body)
-            self._send_upstream_response(status, headers, content, wrong)
+            status, headers, content = self._forward(_corrupt(body) if kind == "corrupt request" else body)
+            self._send_upstream_response(status, headers, content, kind)
 
     def _send_upstream_response(self, status: int, headers: dict[str, str], content: bytes, kind: FaultKind | None) -> None:
         if kind == "drop response":
@@ -163,15 +163,15 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
-        """The server's own answer."""
+        """The server's response: status, headers and body."""
         target = urlsplit(self.proxy.target)
         connection = http.client.HTTPConnection(str(target.hostname), target.port, timeout=60)
         try:
             headers = {name: value for name, value in self.headers.items() if name.lower() not in HOP_BY_HOP}
-            with suppress(ConnectionError):  # it may answer, and hang up, before it has heard everything
+            with suppress(ConnectionError):  # the server may answer and close before it has read everything
                 connection.request(self.command, self.path, body, headers | {"Content-Length": str(len(body))})
-            answer = connection.getresponse()
-            return answer.status, dict(answer.getheaders()), answer.read()
+            response = connection.getresponse()
+            return response.status, dict(response.getheaders()), response.read()
         finally:
             connection.close()
 
@@ -188,17 +188,17 @@ class _Handler(BaseHTTPRequestHandler):
             self._reset()
 
     def _reset(self) -> None:
-        """Break the connection so that the other side notices, rather than close it."""
+        """Reset the connection instead of closing it, so that the client sees an error."""
         self.wfile.flush()
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.shutdown(socket.SHUT_RD)
         self.close_connection = True
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nobody reads it."""
+        """Log nothing."""
 
 
 def _corrupt(content: bytes) -> bytes:
-    """One byte in the middle is another one."""
+    """Flip a bit in the middle byte."""
     middle = len(content) // 2
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :] if content else content

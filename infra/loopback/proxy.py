@@ -1,12 +1,11 @@
-"""A line between two programs that a test can cut, stall, slow down, or make lose what comes back. TCP, so HTTP and gRPC alike.
+"""A TCP proxy that a test can cut, stall, slow down, or make lose responses. Works for HTTP and gRPC.
 
-with Proxy("127.0.0.1", port) as line:
-    …                     # speak to line.address
-    line.hang()           # connections stay, nothing passes
-    line.restore()
+with Proxy("127.0.0.1", port) as proxy:
+    …                     # connect to proxy.address
+    proxy.hang()          # connections stay open, nothing passes
+    proxy.restore()
 
-When a verb returns, it has taken effect. One thread and one event loop carry all connections, so nothing happens between two of its
-steps.
+A method returns after it has taken effect. One thread with one event loop runs all connections, so each of its steps is atomic.
 """
 
 import asyncio
@@ -20,12 +19,12 @@ from typing import Literal, Self
 
 Fault = Literal["none", "cut", "reset", "hang", "drop_responses"]
 CHUNK_BYTES = 1 << 16
-ZERO_LINGER = struct.pack("ii", 1, 0)  # SO_LINGER of no time: what is closed is reset
-COMMAND_TIMEOUT_S = 10.0  # more than a busy machine takes to change the line
+ZERO_LINGER = struct.pack("ii", 1, 0)  # SO_LINGER with no time: closing resets the connection
+COMMAND_TIMEOUT_S = 10.0  # more than a busy machine needs
 
 
 class Proxy:
-    """Listens on a free port of its own and passes everything on to `host:port`; a context manager."""
+    """Listens on a free port and forwards everything to `host:port`; a context manager."""
 
     def __init__(self, host: str, port: int) -> None:
         self._target = (host, port)
@@ -33,40 +32,40 @@ class Proxy:
         self._delay_s = 0.0
         self._connections: set[_Connection] = set()
         self._listener: asyncio.Server | None = None
-        self._reserved_socket = _bind_socket(0)  # never listens: it keeps the port ours while the line is cut
+        self._reserved_socket = _bind_socket(0)  # never listens: it reserves the port while the proxy is cut
         self._port = int(self._reserved_socket.getsockname()[1])
 
     @property
     def address(self) -> str:
-        """`host:port` to speak to."""
+        """The proxy's own `host:port`."""
         return f"127.0.0.1:{self._port}"
 
     def cut(self) -> None:
-        """Nobody answers at the address, and every connection is closed."""
+        """Stop listening and close every connection."""
         self._run_in_loop(self._set_fault("cut"))
 
     def reset(self) -> None:
-        """Every connection is reset, and so is each new one."""
+        """Reset every connection, and each new one."""
         self._run_in_loop(self._set_fault("reset"))
 
     def hang(self) -> None:
-        """Connections are taken and stay; nothing passes, in either direction, until `restore`."""
+        """Accept and keep connections; forward nothing in either direction until `restore`."""
         self._run_in_loop(self._set_fault("hang"))
 
     def drop_responses(self) -> None:
-        """What is sent arrives and is carried out; what comes back is lost, and connections stay.
+        """Forward requests and discard responses; connections stay open.
 
-        A gRPC channel must have been used before: on a new connection the server's greeting would be lost as well, and the client
+        A gRPC channel must have been used before: on a new connection the server's settings frame would be lost as well, and the client
         would send nothing.
         """
         self._run_in_loop(self._set_fault("drop_responses"))
 
     def delay(self, seconds: float) -> None:
-        """Every piece, of 64 KiB at most, takes that much longer, in each direction."""
+        """Delay every chunk of at most 64 KiB, in each direction."""
         self._delay_s = seconds
 
     def restore(self) -> None:
-        """As it was at first. Connections that lost something are reset: what would follow makes no sense to them."""
+        """Forward normally again. Connections that lost data are reset: their streams are incomplete."""
         self._delay_s = 0.0
         self._run_in_loop(self._set_fault("none"))
 
@@ -85,7 +84,7 @@ class Proxy:
         self._loop.close()
         self._reserved_socket.close()
 
-    # --- the line, in its own thread ---------------------------------------------------------------------------------
+    # --- the event loop, in its own thread ---------------------------------------------------------------------------------
 
     async def _set_fault(self, fault: Fault) -> None:
         self._fault = fault
@@ -99,7 +98,7 @@ class Proxy:
             self._listener = None
         elif fault != "cut" and self._listener is None:
             self._listener = await asyncio.start_server(self._handle_connection, sock=_bind_socket(self._port))
-        await asyncio.sleep(0)  # what was broken off is closed at the next turn
+        await asyncio.sleep(0)  # aborted transports are closed in the next iteration
 
     async def _shut_down(self) -> None:
         await self._set_fault("cut")
@@ -109,12 +108,12 @@ class Proxy:
         await asyncio.gather(*links, return_exceptions=True)
 
     async def _handle_connection(self, from_client: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
-        """A connection, from beginning to end."""
+        """Handle a connection from beginning to end."""
         link = _Connection([client])
         self._connections.add(link)
         try:
             await self._relay(link, from_client, client)
-        except (OSError, asyncio.CancelledError):  # the target takes nobody, one end is gone, or the proxy ends
+        except (OSError, asyncio.CancelledError):  # the target refuses, one side is gone, or the proxy stops
             link.abort(reset=False)
         with suppress(OSError):
             await link.wait_closed()
@@ -126,21 +125,21 @@ class Proxy:
             return
         from_server, server = await asyncio.open_connection(*self._target)
         connection.ends.append(server)
-        if connection.aborted:  # while the other half was made
+        if connection.aborted:  # while connecting to the target
             server.transport.abort()
             return
         await asyncio.gather(
             self._relay_direction(connection, from_client, server, is_response=False),
             self._relay_direction(connection, from_server, client, is_response=True),
         )
-        while connection.lost_data and not connection.aborted:  # an end that was lost is not told, either
+        while connection.lost_data and not connection.aborted:  # do not forward the end of a stream that lost data
             await self._changed.wait()
         connection.close()
 
     async def _relay_direction(
         self, connection: "_Connection", source: asyncio.StreamReader, target: asyncio.StreamWriter, *, is_response: bool
     ) -> None:
-        """One direction, to its end; the end of a stream is passed on like all else."""
+        """Forward one direction until its end, including the end of the stream."""
         with suppress(OSError):
             while True:
                 piece = await source.read(CHUNK_BYTES)
@@ -156,7 +155,7 @@ class Proxy:
                     target.write_eof()
                 if not piece:
                     return
-        connection.abort(reset=False)  # an end that is gone is of no use to the other
+        connection.abort(reset=False)  # one side is gone: close the other
 
     def _run_in_loop(self, change: Coroutine[None, None, None]) -> None:
         asyncio.run_coroutine_threadsafe(change, self._loop).result(COMMAND_TIMEOUT_S)
@@ -164,14 +163,14 @@ class Proxy:
 
 @dataclass(eq=False)
 class _Connection:
-    """A connection through the line: the halves that there are."""
+    """A connection through the proxy: its two sides, as far as they exist."""
 
     ends: list[asyncio.StreamWriter] = field(default_factory=list)
     lost_data: bool = False
     aborted: bool = False
 
     def abort(self, *, reset: bool) -> None:
-        """Close both halves at once, whatever is still to be sent."""
+        """Close both sides at once and discard unsent data."""
         self.aborted = True
         for end in self.ends:
             if reset and not end.is_closing():
@@ -179,12 +178,12 @@ class _Connection:
             end.transport.abort()
 
     def close(self) -> None:
-        """Close both halves when all is sent."""
+        """Close both sides after all data is sent."""
         for end in self.ends:
             end.close()
 
     async def wait_closed(self) -> None:
-        """Wait until both halves are."""
+        """Wait until both sides are closed."""
         for end in self.ends:
             await end.wait_closed()
 

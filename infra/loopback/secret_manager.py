@@ -1,8 +1,8 @@
-"""A stand-in for Secret Manager: speaks google.cloud.secretmanager.v1 over gRPC, and keeps what it is given in memory.
+"""An emulator of Secret Manager: serves google.cloud.secretmanager.v1 over gRPC from memory.
 
-Faithful in what a client sees: names, version numbers, states, status codes, paging, the checksum that is held against the payload (and
-missed when it is not there, which Google allows). It does not age: nothing expires. Where Google only promises that something follows
-within minutes it is as late as it may be: the alias `latest` and the list of versions do not know the newest version.
+It implements what a client sees: names, version numbers, states, status codes, paging, verification of the payload's checksum (and
+required, although Google allows to omit it). Nothing expires. Where Google is only eventually consistent, it is as late as allowed: the
+alias `latest` and the list of versions do not include the newest version.
 
     python -m infra.loopback.secret_manager [--port N]
 """
@@ -30,7 +30,7 @@ PAGE_SIZE = 100
 
 @dataclass
 class _StoredSecret:
-    """A secret and its versions; the first is number 1. A destroyed one has no payload."""
+    """A secret and its versions, numbered from 1. A destroyed version has no payload."""
 
     secret: sm.Secret
     versions: list[bytes | None] = field(default_factory=list)
@@ -38,7 +38,7 @@ class _StoredSecret:
 
 @dataclass(frozen=True)
 class _Fault:
-    """What becomes of a call. Without a code it is answered."""
+    """An error for a call. Without a code the call succeeds."""
 
     is_executed: bool = True
     is_corrupted: bool = False
@@ -47,7 +47,7 @@ class _Fault:
 
 
 class _RpcError(Exception):
-    """A call is answered with an error."""
+    """The call is answered with this status."""
 
     def __init__(self, code: grpc.StatusCode, message: str) -> None:
         super().__init__(message)
@@ -55,7 +55,7 @@ class _RpcError(Exception):
 
 
 class SecretManager:
-    """The stand-in; a context manager."""
+    """The emulator; a context manager."""
 
     def __init__(self, *, port: int = 0) -> None:
         self._secrets: dict[str, _StoredSecret] = {}
@@ -66,7 +66,7 @@ class SecretManager:
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
         self._port = self._server.add_insecure_port(f"127.0.0.1:{port}")
 
-    # --- for people and tests ----------------------------------------------------------------------------------------
+    # --- for tests ----------------------------------------------------------------------------------------
 
     @property
     def host(self) -> str:
@@ -74,25 +74,25 @@ class SecretManager:
         return f"127.0.0.1:{self._port}"
 
     def secret_names(self) -> list[str]:
-        """The names of the secrets that are there."""
+        """The names of the existing secrets."""
         with self._lock:
             return sorted(self._secrets)
 
     def ttl_s(self, name: str) -> float:
-        """How long a secret lives by itself, in seconds."""
-        life: timedelta = self._secrets[name].secret.ttl  # pyright: ignore[reportAssignmentType]  # proto-plus hands out Python's own
-        return life.total_seconds()
+        """A secret's time to live, in seconds."""
+        ttl: timedelta = self._secrets[name].secret.ttl  # pyright: ignore[reportAssignmentType]  # proto-plus returns Python's own type
+        return ttl.total_seconds()
 
     def fail_next(self, method: str, code: grpc.StatusCode, message: str = "refused") -> None:
-        """The next call of a method is answered with an error, and not carried out."""
+        """Answer the next call of a method with an error, without carrying it out."""
         self._inject_fault(method, _Fault(is_executed=False, code=code, message=message))
 
     def drop_next_response(self, method: str) -> None:
-        """The next call of a method is carried out, and its answer lost."""
+        """Carry out the next call of a method and lose its answer."""
         self._inject_fault(method, _Fault(code=grpc.StatusCode.UNAVAILABLE, message="the answer was lost"))
 
     def corrupt_next_response(self, method: str) -> None:
-        """A byte of the payload in the next answer of a method is another one, and its checksum as it should be."""
+        """Change one byte of the payload in the next answer of a method, but not its checksum."""
         self._inject_fault(method, _Fault(is_corrupted=True))
 
     def _inject_fault(self, method: str, fault: _Fault) -> None:
@@ -108,7 +108,7 @@ class SecretManager:
 
     # --- the service -------------------------------------------------------------------------------------------------
 
-    def CreateSecret(self, request: sm.CreateSecretRequest) -> sm.Secret:  # noqa: N802  # methods are called as on the wire
+    def CreateSecret(self, request: sm.CreateSecretRequest) -> sm.Secret:  # noqa: N802  # named as in the API
         if not re.fullmatch(r"[\w-]{1,255}", request.secret_id):
             raise _RpcError(
                 grpc.StatusCode.INVALID_ARGUMENT, f"The provided Secret ID [{request.secret_id}] does not match the expected format"
@@ -145,7 +145,7 @@ class SecretManager:
         return self._version(_parent(request.name), number)
 
     def ListSecretVersions(self, request: sm.ListSecretVersionsRequest) -> sm.ListSecretVersionsResponse:  # noqa: N802
-        """Newest first, all on one page. The only filter it knows is by state."""
+        """Newest first, all on one page. Supports only the filter by state."""
         wanted = {"": (ENABLED, DESTROYED), "state:ENABLED": (ENABLED,)}[request.filter]
         every = [self._version(request.parent, number) for number in range(len(self._find_secret(request.parent).versions) - 1, 0, -1)]
         return sm.ListSecretVersionsResponse(versions=[version for version in every if version.state in wanted])
@@ -159,7 +159,7 @@ class SecretManager:
         return empty_pb2.Empty()
 
     def ListSecrets(self, request: sm.ListSecretsRequest) -> sm.ListSecretsResponse:  # noqa: N802
-        """Filters it knows: `name:WORD`, `labels.NAME=VALUE`, joined with AND."""
+        """Supports the filters `name:WORD` and `labels.NAME=VALUE`, joined with AND."""
         terms = [term for term in request.filter.split(" AND ") if term]
         found = [
             name
@@ -194,7 +194,7 @@ class SecretManager:
         state = DESTROYED if self._find_secret(parent).versions[number - 1] is None else ENABLED
         return sm.SecretVersion(name=f"{parent}/versions/{number}", state=state)
 
-    # Any: requests and answers are of as many types as there are methods.
+    # Any: each method has its own request and response types.
     def _handler(self, method: str, request: Any) -> grpc.RpcMethodHandler:  # noqa: ANN401
         carry_out: Callable[[Any], Any] = getattr(self, method)
 
@@ -242,7 +242,7 @@ def _serialize(message: Any) -> bytes:  # noqa: ANN401
 
 
 def main() -> None:
-    """Run until told to stop."""
+    """Run until SIGINT or SIGTERM."""
     parser = argparse.ArgumentParser(
         prog="python -m infra.loopback.secret_manager", description="Secret Manager, on this machine, in memory."
     )

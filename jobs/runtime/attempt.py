@@ -52,7 +52,7 @@ from schema.events import Directive
 from schema.job import Artifact, Failure
 from schema.result import Result
 from schema.spec import JobSpec, spec_key
-from storage import open_store
+from storage.registry import open_store
 
 log = logging.getLogger(__name__)
 

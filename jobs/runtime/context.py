@@ -23,7 +23,8 @@ from schema.events import (
 )
 from schema.job import Artifact, EvalMetrics, Gate, Phase, Progress
 from schema.spec import JobSpec, StoreUrls
-from storage import ObjectStore, open_store
+from storage import ObjectStore
+from storage.registry import open_store
 
 if TYPE_CHECKING:
     from jobs.runtime.checkpoints import Checkpoints

@@ -1,4 +1,4 @@
-"""How a job is judged: when it is measured on the held-out rows, what is measured, and what it must reach to be published."""
+"""Evaluation on the held-out rows: when, which metrics, and what the model must reach to be published."""
 
 from typing import Annotated, Literal, Self
 
@@ -10,7 +10,7 @@ MetricName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_/.,:-]{1,128
 
 
 class Threshold(Strict):
-    """One condition of the promotion gate, such as: perplexity at most 0.9 of the base's."""
+    """One condition of the promotion gate, such as: perplexity at most 0.9 times the base model's."""
 
     metric: MetricName = Field(
         description="`eval_loss`, `perplexity`, `accuracy`, or a name of the job's other metrics, such as `exact_match`, "
@@ -18,7 +18,7 @@ class Threshold(Strict):
     )
     at_most: float | None = Field(None, description="The largest value that passes.")
     at_least: float | None = Field(None, description="The smallest value that passes.")
-    relative_to_base: bool = Field(False, description="The bound is a factor of what the base model reached on the same rows.")
+    relative_to_base: bool = Field(False, description="The bound is a factor of the base model's value on the same rows.")
 
     @model_validator(mode="after")
     def _check_bounds(self) -> Self:
@@ -30,34 +30,32 @@ class Threshold(Strict):
 
 
 class EvalConfig(Strict):
-    """When to evaluate on the held-out rows while training. Before and after training it happens whenever there are any."""
+    """When to evaluate on the held-out rows during training. If there are any, they are also evaluated before and after training."""
 
     eval_strategy: Literal["no", "steps", "epoch"] = "no"
     eval_steps: int = Field(50, ge=1, le=1_000_000, description="Optimizer steps between evaluations, with eval_strategy `steps`.")
     compute_eval_metrics: bool = Field(
         False,
-        description="Also measure token accuracy; and let the model answer held-out prompts, to compare the answers with the references: "
+        description="Also measure token accuracy, and generate answers to held-out prompts to compare with the references: "
         "exact match, ROUGE, BLEU, and F1 where the answers are labels.",
     )
-    batch_eval_metrics: bool = Field(False, description="Count accuracy batch by batch: less memory, the same number.")
-    task_rows: int = Field(
-        64, ge=1, le=100_000, description="Held-out prompts that are answered for the metrics of compute_eval_metrics, at most."
-    )
+    batch_eval_metrics: bool = Field(False, description="Compute accuracy batch by batch: less memory, the same result.")
+    task_rows: int = Field(64, ge=1, le=100_000, description="The maximum number of held-out prompts to answer for compute_eval_metrics.")
     sample_prompts: int = Field(
-        3, ge=0, le=32, description="Held-out prompts whose answers are shown in the events at each evaluation; 0 for none."
+        3, ge=0, le=32, description="Held-out prompts whose answers appear in the events at each evaluation; 0 for none."
     )
-    max_new_tokens: int = Field(64, ge=1, le=4096, description="Tokens of an answer that is generated for the above, at most.")
+    max_new_tokens: int = Field(64, ge=1, le=4096, description="The maximum number of tokens of a generated answer.")
     load_best_model_at_end: bool = Field(False, description="Publish the checkpoint with the lowest eval_loss instead of the last one.")
     early_stopping_patience: int | None = Field(
-        None, ge=1, le=1000, description="End the training after so many evaluations in a row without a lower eval_loss."
+        None, ge=1, le=1000, description="End the training after this many evaluations in a row without a lower eval_loss."
     )
-    early_stopping_threshold: float = Field(0.0, ge=0, le=100, description="By how much eval_loss must fall to count as lower, nats.")
+    early_stopping_threshold: float = Field(0.0, ge=0, le=100, description="How much eval_loss must fall to count as lower, in nats.")
     lm_eval_tasks: list[MetricName] = Field(
-        [], max_length=32, description="Tasks of lm-evaluation-harness to run on base and trained model, where it is installed."
+        [], max_length=32, description="Tasks of lm-evaluation-harness to run on the base and the trained model, where it is installed."
     )
-    lm_eval_limit: int | None = Field(None, ge=1, le=1_000_000, description="Rows of each lm-eval task, at most.")
+    lm_eval_limit: int | None = Field(None, ge=1, le=1_000_000, description="The maximum number of rows of each lm-eval task.")
     promotion_gate: list[Threshold] = Field(
-        [], max_length=32, description="What the trained model must reach. One that does not is reported, and not published."
+        [], max_length=32, description="What the trained model must reach. A model that does not is reported and not published."
     )
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""What a job hands back, in which forms, and where."""
+"""What a job publishes, in which formats, and where."""
 
 from typing import Literal, Self
 
@@ -9,37 +9,37 @@ from schema.types import HubId
 
 ExportFormat = Literal["adapter", "merged", "onnx"]
 MergedDtype = Literal["bf16", "fp16", "fp32"]
-# The names llama.cpp gives its file types, plus the seed's "none": the merged model's own precision.
+# llama.cpp's names of its file types, plus "none": the precision of the merged model.
 GgufQuantization = Literal[
     "none", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_0", "q4_k_m", "q4_k_s", "q4_0", "q3_k_m", "q2_k"
 ]
 
 
 class ExportConfig(Strict):
-    """What the job hands back, and where."""
+    """What the job publishes, and where."""
 
     format: ExportFormat | list[ExportFormat] = Field(
         "adapter",
-        description="One or several. `adapter`: the LoRA weights alone. `merged`: a model of its own. `onnx`: for ONNX Runtime, small "
-        "models. Method Full always gives a whole model.",
+        description="One or several. `adapter`: only the LoRA weights. `merged`: a complete model. `onnx`: for ONNX Runtime, small "
+        "models. Method Full always produces a complete model.",
     )
-    merged_dtype: MergedDtype | None = Field(None, description="Precision of the merged model; left out, the base's own.")
+    merged_dtype: MergedDtype | None = Field(None, description="Precision of the merged model. Default: the base model's.")
     destination: Literal["gcs", "hfhub"] = Field(
         "gcs",
-        description="`gcs` is this deployment's own object store, whatever it is. With `hfhub` the files are pushed to the Hub as well.",
+        description="`gcs` is this deployment's object store, of whatever kind. With `hfhub` the files are also pushed to the Hub.",
     )
-    hf_repo_id: HubId | None = Field(None, description="Where to push with destination `hfhub`.")
-    hf_private: bool = Field(True, description="A repository that the push creates is private. One that exists stays as it is.")
+    hf_repo_id: HubId | None = Field(None, description="The repository to push to with destination `hfhub`.")
+    hf_private: bool = Field(True, description="Whether a repository that the push creates is private. An existing one is not changed.")
     include_gguf: bool = Field(False, description="Also write GGUF files for llama.cpp and Ollama.")
     gguf_quantization: GgufQuantization | list[GgufQuantization] | None = Field(
-        None, description="One or several; `none` keeps the merged model's precision; left out with include_gguf it is q8_0."
+        None, description="One or several. `none` keeps the merged model's precision. Default with include_gguf: q8_0."
     )
     gguf_imatrix: bool | None = Field(
         None,
-        description="Weigh what rounding may lose by an importance matrix of the training rows. Left out: done for the quantizations "
-        "that gain by it, where llama.cpp's tool is installed.",
+        description="Quantize with an importance matrix of the training rows. Default: for the quantizations that benefit, where "
+        "llama.cpp's tool is installed.",
     )
-    include_lora_gguf: bool = Field(False, description="Also write the adapter alone as GGUF, to be loaded beside the base's.")
+    include_lora_gguf: bool = Field(False, description="Also write the adapter alone as GGUF, to be loaded with the base model's GGUF.")
 
     @model_validator(mode="after")
     def _check_compatibility(self) -> Self:
@@ -58,17 +58,17 @@ class ExportConfig(Strict):
         if not self.formats:
             raise field_error("format", "format is an empty list; name at least one of adapter, merged, onnx")
         if len(set(self.formats)) != len(self.formats):
-            raise field_error("format", "format names the same form twice")
+            raise field_error("format", "format names the same format twice")
         return self
 
     @property
     def formats(self) -> list[ExportFormat]:
-        """The forms asked for, in that order."""
+        """The requested formats, in order."""
         return self.format if isinstance(self.format, list) else [self.format]
 
     @property
     def gguf_quantizations(self) -> list[GgufQuantization]:
-        """The GGUF files to write, in the order asked for; empty without include_gguf."""
+        """The quantizations of the GGUF files to write, in order; empty without include_gguf."""
         match self.gguf_quantization:
             case _ if not self.include_gguf:
                 return []

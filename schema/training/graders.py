@@ -1,10 +1,10 @@
-"""`reward_config` of a GRPO request: what is a good completion. The reward is the weighted sum of all graders.
+"""`reward_config` of a GRPO request: what makes a good completion. The reward is the weighted sum of all graders.
 
-A grader reads the completion, and most of them a column of the row: `reference_field`. In a dataset of type prompt_completion
-that is `completion`: the row's own one, with which the model's are compared.
+A grader reads the completion, and most graders also a column of the row: `reference_field`. In a dataset of type prompt_completion
+that column is `completion`, the row's own completion.
 
-A grader that could not judge a completion (a judge that did not answer, a reference that is no number) has failed, which is
-counted and shown and never a 0: what such a completion is worth is not known, so it is not compared with the others.
+A grader that cannot grade a completion (a judge does not answer, a reference is not a number) has failed. Failures are counted and
+shown and never become a 0: the completion's value is unknown, so it is not compared with the others.
 """
 
 from typing import Annotated, Literal, Self, get_args
@@ -18,57 +18,56 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63
 Column = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
 Tag = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,31}$")]
 Prompt = Annotated[str, StringConstraints(min_length=1, max_length=32_768)]
-# No "@": what stands before it would be a password, and the request's place for secrets is api_key.
+# No "@": a password would precede it, and secrets belong in api_key.
 Endpoint = Annotated[
     str,
     StringConstraints(max_length=2048, pattern=r"^https?://[^\s@]+$"),
     Field(description="Where an OpenAI-compatible API begins.", examples=["https://judge.example.com/v1"]),
 ]
 
-# Names whose `{name}_api_key` is somebody else's secret.
+# Names whose `{name}_api_key` is another secret.
 RESERVED_NAMES = ("wandb",)
 
 
 class _Grader(Strict):
     name: Name = Field(description="Unique in the request; the metrics carry it.")
-    weight: float = Field(1.0, ge=-100, le=100, description="Times what the grader gives, in the sum.")
+    weight: float = Field(1.0, ge=-100, le=100, description="The factor of this grader's score in the reward.")
 
 
 class _AnswerGrader(_Grader):
     answer_tag: Tag | None = Field(
-        None, description="Only what stands in the last <tag>…</tag> is graded, and a completion without it gets 0; left out, all of it is."
+        None,
+        description="Grade only the text in the last <tag>…</tag>; 0 without one. Default: grade the whole completion.",
     )
 
 
 class _ReferenceGrader(_AnswerGrader):
-    reference_field: Column = Field("answer", description="The column of the dataset that has the right answer.")
+    reference_field: Column = Field("answer", description="The dataset column that holds the correct answer.")
 
 
 class _ApiKeyGrader(_Grader):
-    api_key: SecretStr | None = Field(None, description="Of the endpoint; kept in the secret store only.")
+    api_key: SecretStr | None = Field(None, description="The endpoint's API key. Kept in the secret store only.")
 
     @property
     def secret_name(self) -> str:
-        """What the job's secret store calls this grader's key."""
+        """The name of this grader's key in the secret store."""
         return f"{self.name}_api_key"
 
     @model_validator(mode="after")
     def _check_secret_name(self) -> Self:
         if self.name in RESERVED_NAMES:
-            raise field_error(
-                "name", f"a grader with a key of its own cannot be called {self.name!r}: {self.secret_name} is another secret"
-            )
+            raise field_error("name", f"a grader with an api_key cannot be called {self.name!r}: {self.secret_name} is another secret")
         return self
 
 
 class FormatGrader(_Grader):
-    """1 when the completion is <think>…</think><answer>…</answer> and nothing else, over as many lines as it likes."""
+    """1 when the completion is exactly <think>…</think><answer>…</answer>, on any number of lines."""
 
     type: Literal["format"]
     think_tag: Tag = "think"
     answer_tag: Tag = "answer"
     partial: bool = Field(
-        True, description="Otherwise 0.25 for each of the four tags that stands exactly once, 0.75 at most; false: all or nothing."
+        True, description="Otherwise 0.25 for each of the four tags that occurs exactly once, at most 0.75. With false: 0."
     )
 
     @model_validator(mode="after")
@@ -79,11 +78,11 @@ class FormatGrader(_Grader):
 
 
 class StringCheckGrader(_ReferenceGrader):
-    """1 when the answer compares with the reference as asked, else 0. Surrounding whitespace does not count."""
+    """1 when the comparison of answer and reference holds, else 0. Surrounding whitespace is ignored."""
 
     type: Literal["string_check"]
     operation: Literal["eq", "ne", "like", "ilike"] = Field(
-        "eq", description="`like`: the answer contains the reference; `ilike`: whatever the case."
+        "eq", description="`like`: the answer contains the reference; `ilike`: likewise, ignoring case."
     )
 
 
@@ -98,16 +97,16 @@ class ExpressionGrader(_ReferenceGrader):
     """1 when the answer's mathematical expression, LaTeX or plain, equals the reference's (math-verify), else 0."""
 
     type: Literal["expression_accuracy"]
-    timeout_s: float = Field(5.0, gt=0, le=60, description="For one completion; comparing expressions can take forever.")
+    timeout_s: float = Field(5.0, gt=0, le=60, description="For one completion; comparing expressions may not terminate.")
 
 
 class TextSimilarityGrader(_ReferenceGrader, _ApiKeyGrader):
-    """How like the reference the answer is, 0..1: by characters (fuzzy_match), words (bleu, rouge) or meaning (cosine of embeddings)."""
+    """The similarity of answer and reference, 0..1: by characters (fuzzy_match), words (bleu, rouge) or meaning (cosine of embeddings)."""
 
     type: Literal["text_similarity"]
     metric: Literal["fuzzy_match", "bleu", "rouge_1", "rouge_2", "rouge_l", "cosine"] = "fuzzy_match"
     embedding_model: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = Field(
-        None, description="With `cosine`: a model of the endpoint `base_url`; without that, `owner/name` of the deployment's model store."
+        None, description="With `cosine`: a model of the endpoint `base_url`, or without one `owner/name` in the deployment's model store."
     )
     base_url: Endpoint | None = None
 
@@ -129,20 +128,20 @@ class TextSimilarityGrader(_ReferenceGrader, _ApiKeyGrader):
 
 
 class ScoreModelGrader(_ApiKeyGrader):
-    """A judge gives points, which are scaled to 0..1: any endpoint that speaks OpenAI's chat completions."""
+    """A judge model scores the answer; the score is scaled to 0..1. Works with any OpenAI-compatible chat completions endpoint."""
 
     type: Literal["score_model"]
     base_url: Endpoint
     model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
     prompt: Prompt = Field(
         "Rate the answer to the question.\n\nQuestion:\n{{prompt}}\n\nAnswer:\n{{completion}}",
-        description="{{prompt}}, {{completion}} and {{column}} stand for the row's own; nothing else is a template. "
-        "How to write the points down is added by the grader.",
+        description="{{prompt}}, {{completion}} and {{column}} are replaced by the row's values; nothing else is replaced. "
+        "The grader adds the instructions for the format of the score.",
     )
-    min_score: float = Field(0.0, ge=-1e6, le=1e6, description="Becomes 0.")
-    max_score: float = Field(10.0, ge=-1e6, le=1e6, description="Becomes 1. Points outside of these two are a failure of the judge.")
-    concurrency: int = Field(8, ge=1, le=128, description="Calls at once.")
-    timeout_s: float = Field(60.0, gt=0, le=600, description="For one call; it is repeated when the endpoint is busy.")
+    min_score: float = Field(0.0, ge=-1e6, le=1e6, description="The score that becomes 0.")
+    max_score: float = Field(10.0, ge=-1e6, le=1e6, description="Becomes 1. A score outside the range is a failure of the judge.")
+    concurrency: int = Field(8, ge=1, le=128, description="Concurrent calls.")
+    timeout_s: float = Field(60.0, gt=0, le=600, description="For one call; calls to a busy endpoint are repeated.")
 
     @model_validator(mode="after")
     def _check_score_range(self) -> Self:
@@ -152,17 +151,17 @@ class ScoreModelGrader(_ApiKeyGrader):
 
 
 class JsonSchemaGrader(_AnswerGrader):
-    """1 when the answer is JSON that the schema (draft 2020-12, unless it names another) accepts, else 0."""
+    """1 when the answer is JSON that is valid under the schema (draft 2020-12 unless it names another), else 0."""
 
     type: Literal["json_schema"]
     json_schema: dict[str, JsonValue]
-    timeout_s: float = Field(2.0, gt=0, le=60, description="For one completion; a pattern of the schema can take forever.")
+    timeout_s: float = Field(2.0, gt=0, le=60, description="For one completion; a regular expression in the schema may take very long.")
 
 
 class PythonGrader(_Grader):
-    """A function of yours, `grade(completion, row) -> float`, run in a sandbox without files, network, or more than its limits.
+    """Your function `grade(completion, row) -> float`, run in a sandbox without files or network and with limited time and memory.
 
-    `completion` is a string, and `row` a dict of the row's columns and its `prompt`. The sandbox runs a part of Python: functions,
+    `completion` is a string; `row` is a dict of the row's columns and its `prompt`. The sandbox runs a subset of Python: functions,
     classes, comprehensions, match, try, f-strings, and the modules base64, bisect, collections, copy, csv, dataclasses, datetime,
     decimal, functools, hashlib, itertools, json, math, random, re, time, typing and unicodedata. No `yield`, no other modules.
     """

@@ -1,14 +1,15 @@
-"""`training_config` of the request: what to train, how, and what to hand back.
+"""Training configurations of the LLM family, one class per trainer type.
 
-One class per trainer type. The class carries the knobs, their bounds, the rules between them, the OpenAPI
-text and the name of the code in `jobs/llm/trainers/` that obeys it.
+A class declares the hyperparameters with their bounds, the rules between fields, the OpenAPI descriptions and the function in
+`jobs/llm/trainers/` that runs it.
 """
 
-from typing import Annotated, ClassVar, Literal, Self, cast
+from typing import ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
+from pydantic import Field, model_validator
 
-from schema.base import Strict, field_error
+from schema.base import field_error
+from schema.training.base import BaseTrainingConfig
 from schema.training.evaluation import EvalConfig
 from schema.training.export import ExportConfig, ExportFormat
 from schema.training.graders import Grader
@@ -22,21 +23,17 @@ from schema.training.llm_hyperparameters import (
     RewardHyperparameters,
     SftHyperparameters,
 )
-from schema.training.trackers import MlflowConfig, TensorboardConfig, TrackioConfig, WandbConfig
 from schema.types import DatasetType, HubId, Method, Modality, Provider
 
 
-class LlmTrainingConfig(Strict):
-    """What every trainer type of language models has in common."""
+class LlmTrainingConfig(BaseTrainingConfig):
+    """What every trainer type of the LLM family has."""
 
-    # The functions of the family, as "module:function"; jobs/runtime/family.py says what each of them does.
-    train: ClassVar[str]
     check_export: ClassVar[str] = "jobs.llm.exporters:check_exportable"
     export: ClassVar[str] = "jobs.llm.exporters:export_all"
-    dataset_types: ClassVar[tuple[DatasetType, ...]]
     modalities: ClassVar[tuple[Modality, ...]] = ("text",)
     providers: ClassVar[tuple[Provider, ...]] = ("huggingface",)
-    # By method: a LoRA's weights begin at zero and take a rate ten times that of a whole model's.
+    # By method: LoRA's weights start at zero and take a rate ten times that of full fine-tuning.
     learning_rates: ClassVar[dict[Method, float]]
 
     base_model_id: HubId
@@ -46,10 +43,6 @@ class LlmTrainingConfig(Strict):
     hyperparameters: Hyperparameters = Hyperparameters()  # type: ignore[call-arg]  # pyright: every field has a default
     export_config: ExportConfig = ExportConfig()  # type: ignore[call-arg]
     eval_config: EvalConfig = EvalConfig()  # type: ignore[call-arg]
-    wandb_config: WandbConfig | None = None
-    mlflow_config: MlflowConfig | None = None
-    tensorboard_config: TensorboardConfig | None = None
-    trackio_config: TrackioConfig | None = None
 
     @model_validator(mode="after")
     def _check_compatibility(self) -> Self:
@@ -59,9 +52,9 @@ class LlmTrainingConfig(Strict):
         if self.provider not in self.providers or (self.provider == "unsloth" and self.modality == "vision"):
             raise field_error("provider", "provider 'unsloth' is for trainer_type 'sft' on text; use 'huggingface'")
         if self.export_config.include_lora_gguf and self.hyperparameters.use_dora:
-            raise field_error("export_config.include_lora_gguf", "llama.cpp's adapter files cannot hold DoRA; use include_gguf")
+            raise field_error("export_config.include_lora_gguf", "llama.cpp's adapter files do not support DoRA; use include_gguf")
         if self.modality == "vision" and "onnx" in self.export_config.formats:
-            raise field_error("export_config.format", "export format onnx is for models of text that speak")
+            raise field_error("export_config.format", "export format onnx is only for text generation models")
         if self.modality == "vision" and self.hyperparameters.packing:
             raise field_error("hyperparameters.packing", "rows with images cannot be packed; set packing to false")
         return self
@@ -70,15 +63,11 @@ class LlmTrainingConfig(Strict):
     def _set_default_learning_rate(self) -> Self:
         if self.hyperparameters.learning_rate is None:
             rate = self.learning_rates[self.method]
-            # The model is frozen for everybody else.
+            # object.__setattr__: the model is frozen.
             object.__setattr__(self, "hyperparameters", self.hyperparameters.model_copy(update={"learning_rate": rate}))
         return self
 
     def reject_unused_fields(self) -> None:
-        """Raise when a field was sent that this configuration would not use.
-
-        Asked of a request only: a stored configuration has every field spelled out.
-        """
         sent = self.hyperparameters.model_fields_set
         if self.hyperparameters.save_strategy != "steps" and "save_steps" in sent:
             raise field_error("training_config.hyperparameters.save_steps", "save_steps is only used with save_strategy 'steps'")
@@ -96,14 +85,14 @@ class LlmTrainingConfig(Strict):
 
     @property
     def export_formats(self) -> list[ExportFormat]:
-        """The forms of the published model: method Full has no adapter to give."""
+        """The formats of the published model. Method Full has no adapter, so `adapter` means `merged`."""
         if self.method != "Full":
             return self.export_config.formats
-        return list(dict.fromkeys("merged" if form == "adapter" else form for form in self.export_config.formats))
+        return list(dict.fromkeys("merged" if name == "adapter" else name for name in self.export_config.formats))
 
 
 class SftConfig(LlmTrainingConfig):
-    """Supervised fine-tuning: learn to continue a text, or to answer as the data answers."""
+    """Supervised fine-tuning: continue a text, or answer the way the dataset answers."""
 
     train: ClassVar[str] = "jobs.llm.trainers.sft:train"
     dataset_types: ClassVar[tuple[DatasetType, ...]] = ("messages", "prompt_completion", "text")
@@ -133,7 +122,7 @@ class DpoConfig(LlmTrainingConfig):
 
 
 class OrpoConfig(LlmTrainingConfig):
-    """Odds ratio preference optimization: learn the preferred answer, and away from the other, in one go."""
+    """Odds ratio preference optimization: supervised fine-tuning and preference learning in one loss."""
 
     train: ClassVar[str] = "jobs.llm.trainers.orpo:train"
     dataset_types: ClassVar[tuple[DatasetType, ...]] = ("preference",)
@@ -144,7 +133,7 @@ class OrpoConfig(LlmTrainingConfig):
 
 
 class KtoConfig(LlmTrainingConfig):
-    """Kahneman-Tversky optimization: learn from answers that are each just good or bad."""
+    """Kahneman-Tversky optimization: learn from answers that are each labeled good or bad."""
 
     train: ClassVar[str] = "jobs.llm.trainers.kto:train"
     dataset_types: ClassVar[tuple[DatasetType, ...]] = ("unpaired_preference", "preference")
@@ -155,7 +144,7 @@ class KtoConfig(LlmTrainingConfig):
 
 
 class GrpoConfig(LlmTrainingConfig):
-    """Group relative policy optimization: learn from what graders say of the model's own answers."""
+    """Group relative policy optimization: learn from the grades of the model's own answers."""
 
     train: ClassVar[str] = "jobs.llm.trainers.grpo:train"
     dataset_types: ClassVar[tuple[DatasetType, ...]] = ("prompt", "prompt_completion")
@@ -164,30 +153,28 @@ class GrpoConfig(LlmTrainingConfig):
     trainer_type: Literal["grpo"]
     hyperparameters: GrpoHyperparameters = GrpoHyperparameters()  # type: ignore[call-arg]
     reward_config: list[Grader] = Field(
-        min_length=1, max_length=32, description="The graders; the reward is the weighted sum of what they give."
+        min_length=1, max_length=32, description="The graders. The reward is the weighted sum of their grades."
     )
 
     @model_validator(mode="after")
     def _check_completion_length(self) -> Self:
-        knobs = self.hyperparameters
-        if knobs.max_completion_length >= knobs.max_seq_length:
-            why = (
-                f"max_completion_length {knobs.max_completion_length} leaves no room for a prompt in max_seq_length {knobs.max_seq_length}"
-            )
-            raise field_error("hyperparameters.max_completion_length", why)
+        completion, sequence = self.hyperparameters.max_completion_length, self.hyperparameters.max_seq_length
+        if completion >= sequence:
+            reason = f"max_completion_length {completion} leaves no room for a prompt in max_seq_length {sequence}"
+            raise field_error("hyperparameters.max_completion_length", reason)
         return self
 
     @model_validator(mode="after")
     def _check_unique_grader_names(self) -> Self:
         names = [grader.name for grader in self.reward_config]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice:
-            raise field_error("reward_config", f"two graders are called {twice!r}; the metrics could not tell them apart")
+        duplicate = next((name for name in names if names.count(name) > 1), None)
+        if duplicate:
+            raise field_error("reward_config", f"two graders are called {duplicate!r}; metrics need unique names")
         return self
 
 
 class RewardConfig(LlmTrainingConfig):
-    """A reward model: a score for an answer, learned from which of two is preferred."""
+    """A reward model: it scores an answer, and learns from which of two answers is preferred."""
 
     train: ClassVar[str] = "jobs.llm.trainers.reward:train"
     dataset_types: ClassVar[tuple[DatasetType, ...]] = ("preference",)
@@ -200,29 +187,9 @@ class RewardConfig(LlmTrainingConfig):
     def _check_exports(self) -> Self:
         export = self.export_config
         if "onnx" in export.formats:
-            raise field_error("export_config.format", "export format onnx is for models of text that speak")
+            raise field_error("export_config.format", "export format onnx is only for text generation models")
         if export.include_gguf or export.include_lora_gguf:
-            raise field_error("export_config.include_gguf", "a reward model gives scores, not text: llama.cpp cannot run it; use 'merged'")
+            raise field_error(
+                "export_config.include_gguf", "a reward model outputs scores, not text: llama.cpp cannot run it; use 'merged'"
+            )
         return self
-
-
-def _add_default_trainer_type(value: object) -> object:
-    """A config that does not name its trainer type is of the first one."""
-    if isinstance(value, dict) and "trainer_type" not in value:
-        return {"trainer_type": "sft", **cast(dict[str, object], value)}
-    return value  # pyright: ignore[reportUnknownVariableType]  # whatever was sent
-
-
-TrainingConfig = Annotated[
-    Annotated[SftConfig | DpoConfig | OrpoConfig | KtoConfig | GrpoConfig | RewardConfig, Field(discriminator="trainer_type")],
-    BeforeValidator(_add_default_trainer_type),
-]
-TRAINING_CONFIG: TypeAdapter[TrainingConfig] = TypeAdapter(TrainingConfig)
-TRAINER_TYPES: dict[str, type[LlmTrainingConfig]] = {
-    "sft": SftConfig,
-    "dpo": DpoConfig,
-    "orpo": OrpoConfig,
-    "kto": KtoConfig,
-    "grpo": GrpoConfig,
-    "reward": RewardConfig,
-}

@@ -1,4 +1,4 @@
-"""The knobs of a training: those that every trainer has, and those of each trainer type."""
+"""Hyperparameters of the LLM family: those that every trainer type has, and those of each."""
 
 from typing import Annotated, Literal, Self
 
@@ -12,50 +12,50 @@ LORA_FIELDS = ("lora_rank", "lora_alpha", "lora_dropout", "use_dora", "use_rslor
 
 
 class Hyperparameters(Strict):
-    """Knobs shared by every gradient trainer. Defaults suit Gemma from 270M to 27B."""
+    """Hyperparameters of every trainer type. The defaults suit Gemma from 270M to 27B."""
 
     learning_rate: float | None = Field(
-        None, gt=0, le=1, description="Peak learning rate. Left out, what suits the trainer type and method; the job shows which."
+        None, gt=0, le=1, description="Peak learning rate. Default: depends on the trainer type and method; the job shows it."
     )
     batch_size: int = Field(2, ge=1, le=1024, description="Sequences per device and forward pass.")
     gradient_accumulation_steps: int = Field(4, ge=1, le=4096, description="Forward passes per optimizer step.")
     epochs: int = Field(3, ge=1, le=1000, description="Passes over the training rows; unused when max_steps is set.")
-    max_steps: int = Field(-1, ge=-1, le=10_000_000, description="Optimizer steps; -1 means: as `epochs` says.")
+    max_steps: int = Field(-1, ge=-1, le=10_000_000, description="Optimizer steps; -1: train for `epochs`.")
     packing: bool = Field(
-        False, description="Pack several rows into one sequence (best fit, no leak between rows). Trainer type sft, text."
+        False, description="Pack several rows into one sequence (best fit, no attention between rows). Only trainer type sft with text."
     )
     use_fa2: bool = Field(False, description="FlashAttention 2; needs an Ampere or newer GPU.")
-    max_seq_length: int = Field(1024, ge=8, le=131_072, description="Tokens per sequence; longer rows are cut and counted.")
+    max_seq_length: int = Field(1024, ge=8, le=131_072, description="Tokens per sequence; longer rows are truncated and counted.")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = Field(
-        "linear", description="How the learning rate moves after warm-up."
+        "linear", description="The learning rate schedule after warm-up."
     )
-    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the steps spent warming up.")
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the steps used for warm-up.")
     weight_decay: float = Field(0.01, ge=0, le=1)
     max_grad_norm: float = Field(1.0, gt=0, le=1000, description="Gradients are clipped to this norm.")
     seed: int = Field(3407, ge=0, le=2**31 - 1, description="Seeds weights, shuffling and dropout.")
     save_strategy: Literal["no", "steps", "epoch"] = Field(
         "epoch",
-        description="When checkpoints are written. Unless it is `no`, a long interval is broken by a checkpoint every five minutes; "
+        description="When to write checkpoints. Unless `no`, there is also a checkpoint every five minutes; "
         "a pause, the end of a time slice and the end of the training always write one.",
     )
     save_steps: int = Field(50, ge=1, le=1_000_000, description="Optimizer steps between checkpoints, with save_strategy `steps`.")
-    save_total_limit: int = Field(2, ge=1, le=100, description="Checkpoints kept: the newest this many, and the best.")
+    save_total_limit: int = Field(2, ge=1, le=100, description="How many of the newest checkpoints to keep, besides the best.")
     logging_steps: int = Field(10, ge=1, le=100_000, description="Optimizer steps between metric points.")
     lora_rank: int = Field(16, ge=1, le=1024)
     lora_alpha: int = Field(16, ge=1, le=4096)
     lora_dropout: float = Field(0.05, ge=0, lt=1)
-    use_dora: bool = Field(False, description="Weight-decomposed LoRA: magnitude and direction are trained apart. Slower, often better.")
-    use_rslora: bool = Field(False, description="Rank-stabilised LoRA: the update is scaled by alpha/sqrt(rank) instead of alpha/rank.")
+    use_dora: bool = Field(False, description="Weight-decomposed LoRA: magnitude and direction train separately. Slower, often better.")
+    use_rslora: bool = Field(False, description="Rank-stabilized LoRA: the update is scaled by alpha/sqrt(rank) instead of alpha/rank.")
     target_modules: list[ModuleName] | None = Field(
-        None, min_length=1, max_length=64, description="Which linear layers LoRA adapts, such as `q_proj`; left out, all but the head."
+        None, min_length=1, max_length=64, description="The linear layers that LoRA adapts, such as `q_proj`. Default: all except the head."
     )
     gradient_checkpointing: bool | None = Field(
-        None, description="Recompute activations to save memory. Left out, decided from the memory that was found."
+        None, description="Recompute activations to save memory. Default: depends on the available memory."
     )
     torch_compile: bool | None = Field(
-        None, description="Compile the model first, which takes a minute or more. Left out, done when the number of steps pays for it."
+        None, description="Compile the model first, which takes a minute or more. Default: if there are enough steps to gain from it."
     )
-    dataloader_num_workers: int | None = Field(None, ge=0, le=64, description="Processes that prepare batches; left out, decided.")
+    dataloader_num_workers: int | None = Field(None, ge=0, le=64, description="Processes that prepare batches. Default: chosen.")
 
     @model_validator(mode="after")
     def _check_compatibility(self) -> Self:
@@ -69,7 +69,7 @@ class Hyperparameters(Strict):
 class SftHyperparameters(Hyperparameters):
     """Supervised fine-tuning."""
 
-    train_vision_tower: bool = Field(False, description="With modality `vision`: also adapt the layers that look at the image.")
+    train_vision_tower: bool = Field(False, description="With modality `vision`: also adapt the layers of the image encoder.")
 
 
 class DpoHyperparameters(Hyperparameters):
@@ -78,13 +78,11 @@ class DpoHyperparameters(Hyperparameters):
     batch_size: int = Field(1, ge=1, le=1024, description="Pairs per device and forward pass: each is two sequences.")
     gradient_accumulation_steps: int = Field(8, ge=1, le=4096, description="Forward passes per optimizer step.")
     epochs: int = Field(1, ge=1, le=1000, description="Passes over the pairs; unused when max_steps is set.")
-    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps spent warming up.")
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps used for warm-up.")
     lora_dropout: float = Field(0.0, ge=0, lt=1)
-    beta: float = Field(0.1, gt=0, le=10, description="How strongly the model is held near the base: higher is nearer.")
+    beta: float = Field(0.1, gt=0, le=10, description="How strongly the loss keeps the model close to the base model; higher is closer.")
     loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down"] = Field("sigmoid", description="As TRL names them.")
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="The share of pairs that are expected to be labelled the wrong way round."
-    )
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="The expected share of pairs with swapped labels.")
 
     @model_validator(mode="after")
     def _check_label_smoothing(self) -> Self:
@@ -98,23 +96,23 @@ class OrpoHyperparameters(Hyperparameters):
 
     batch_size: int = Field(1, ge=1, le=1024, description="Pairs per device and forward pass: each is two sequences.")
     gradient_accumulation_steps: int = Field(8, ge=1, le=4096, description="Forward passes per optimizer step.")
-    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps spent warming up.")
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps used for warm-up.")
     lora_dropout: float = Field(0.0, ge=0, lt=1)
-    beta: float = Field(0.1, gt=0, le=10, description="Weight of the odds ratio beside the likelihood (lambda in the paper).")
+    beta: float = Field(0.1, gt=0, le=10, description="Weight of the odds ratio term relative to the likelihood (lambda in the paper).")
 
 
 class KtoHyperparameters(Hyperparameters):
     """Kahneman-Tversky optimization (arXiv 2402.01306): thumbs up or down, no pairs."""
 
     batch_size: int = Field(
-        4, ge=2, le=1024, description="Rows per device and forward pass; at least 2, for each row is compared with another."
+        4, ge=2, le=1024, description="Rows per device and forward pass; at least 2, because each row is compared with another."
     )
     epochs: int = Field(1, ge=1, le=1000, description="Passes over the rows; unused when max_steps is set.")
-    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps spent warming up.")
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps used for warm-up.")
     lora_dropout: float = Field(0.0, ge=0, lt=1)
-    beta: float = Field(0.1, gt=0, le=10, description="How strongly the model is held near the base: higher is nearer.")
-    desirable_weight: float = Field(1.0, gt=0, le=100, description="Weight of good rows; raise it when they are the fewer.")
-    undesirable_weight: float = Field(1.0, gt=0, le=100, description="Weight of bad rows; raise it when they are the fewer.")
+    beta: float = Field(0.1, gt=0, le=10, description="How strongly the loss keeps the model close to the base model; higher is closer.")
+    desirable_weight: float = Field(1.0, gt=0, le=100, description="Weight of good rows; raise it when there are fewer of them.")
+    undesirable_weight: float = Field(1.0, gt=0, le=100, description="Weight of bad rows; raise it when there are fewer of them.")
 
 
 class GrpoHyperparameters(Hyperparameters):
@@ -123,31 +121,31 @@ class GrpoHyperparameters(Hyperparameters):
     batch_size: int = Field(8, ge=1, le=1024, description="Completions per device and forward pass.")
     gradient_accumulation_steps: int = Field(1, ge=1, le=4096, description="Forward passes per optimizer step.")
     epochs: int = Field(1, ge=1, le=1000, description="Passes over the prompts; unused when max_steps is set.")
-    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps spent warming up.")
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps used for warm-up.")
     max_grad_norm: float = Field(0.2, gt=0, le=1000, description="Gradients are clipped to this norm.")
-    num_generations: int = Field(8, ge=2, le=128, description="Completions of one prompt, which are compared with each other.")
-    max_completion_length: int = Field(256, ge=1, le=32_768, description="Tokens that are generated at most.")
-    temperature: float = Field(1.0, gt=0, le=2, description="Of the generation.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Of the generation.")
-    top_k: int = Field(0, ge=0, le=100_000, description="Of the generation; 0 is all.")
-    beta: float = Field(0.0, ge=0, le=10, description="Weight of the KL to the base; 0 needs no reference model.")
+    num_generations: int = Field(8, ge=2, le=128, description="Completions per prompt, which are compared with each other.")
+    max_completion_length: int = Field(256, ge=1, le=32_768, description="The maximum number of generated tokens.")
+    temperature: float = Field(1.0, gt=0, le=2, description="Sampling temperature.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling.")
+    top_k: int = Field(0, ge=0, le=100_000, description="Top-k sampling; 0 samples from all tokens.")
+    beta: float = Field(0.0, ge=0, le=10, description="Weight of the KL divergence from the base model; 0 needs no reference model.")
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = Field("dapo", description="As TRL names them.")
-    scale_rewards: Literal["group", "batch", "none"] = Field("group", description="What the advantage is divided by.")
-    mask_truncated_completions: bool = Field(False, description="Completions that did not come to an end teach nothing.")
+    scale_rewards: Literal["group", "batch", "none"] = Field("group", description="The standard deviation that divides the advantage.")
+    mask_truncated_completions: bool = Field(False, description="Exclude truncated completions from the loss.")
 
     @model_validator(mode="after")
     def _check_num_generations(self) -> Self:
         rows = self.batch_size * self.gradient_accumulation_steps
         if rows % self.num_generations:
-            why = f"batch_size × gradient_accumulation_steps is {rows}; it must be a multiple of num_generations ({self.num_generations})"
-            raise field_error("num_generations", why)
+            reason = f"batch_size × gradient_accumulation_steps is {rows}; not a multiple of num_generations ({self.num_generations})"
+            raise field_error("num_generations", reason)
         return self
 
 
 class RewardHyperparameters(Hyperparameters):
-    """A reward model: which of two answers is the better one (Bradley-Terry)."""
+    """A reward model: predicts which of two answers is preferred (Bradley-Terry)."""
 
     epochs: int = Field(1, ge=1, le=1000, description="Passes over the pairs; unused when max_steps is set.")
     center_rewards_coefficient: float | None = Field(
-        None, gt=0, le=1, description="Pulls the rewards towards a mean of zero (arXiv 2312.09244); 0.01 is usual."
+        None, gt=0, le=1, description="Pulls the rewards toward a mean of zero (arXiv 2312.09244); 0.01 is common."
     )

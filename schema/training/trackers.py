@@ -1,4 +1,4 @@
-"""Where a job's curves are mirrored: several places at once, none of which can fail a training."""
+"""Experiment trackers that mirror a job's metrics. A job may use several; none of them can fail a training."""
 
 from typing import Annotated, Literal, Self
 
@@ -8,7 +8,7 @@ from schema.base import Label, Strict, field_error
 
 
 class WandbConfig(Strict):
-    """Where Weights & Biases mirrors the metrics."""
+    """Weights & Biases."""
 
     api_key: SecretStr | None = Field(None, description="Needed unless mode is `offline`. Kept in the secret store only.")
     project: Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^/\\#?%:\s]+$")] = "gemma-fine-tuning"
@@ -25,24 +25,24 @@ class WandbConfig(Strict):
 
 
 class MlflowConfig(Strict):
-    """Where MLflow mirrors the metrics."""
+    """MLflow."""
 
     tracking_uri: Annotated[str, StringConstraints(max_length=2048, pattern=r"^https?://[^\s/@]+(/\S*)?$")] = Field(
-        description="The tracking server, such as https://mlflow.example.com. A credential goes into `token`, not in here."
+        description="The tracking server, such as https://mlflow.example.com. Credentials belong in `token`."
     )
     experiment_name: Label = "gemma-fine-tuning"
     token: SecretStr | None = Field(None, description="A bearer token for the server. Kept in the secret store only.")
 
 
 class TensorboardConfig(Strict):
-    """TensorBoard's event files, in the job's folder of the model store; `tensorboard_config: {}` is enough."""
+    """TensorBoard event files in the job's folder of the model store. `tensorboard_config: {}` enables them."""
 
 
 class TrackioConfig(Strict):
-    """Where Trackio mirrors the metrics: a dashboard in a Hugging Face Space, or a database in the model store."""
+    """Trackio: a dashboard in a Hugging Face Space, or a database in the model store."""
 
     project: Label = "gemma-fine-tuning"
     space_id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,96}/[A-Za-z0-9._-]{1,96}$")] | None = Field(
         None,
-        description="The Space that shows the curves, `owner/name`; needs hf_token. Left out, the run is a database in the model store.",
+        description="The Space that shows the metrics, `owner/name`; needs hf_token. Default: a database in the model store.",
     )

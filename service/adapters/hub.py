@@ -1,17 +1,17 @@
-"""The Hugging Face Hub by its own client. What it knows of a token is never remembered; that it does not answer, for a minute.
+"""The Hugging Face Hub through its own client. Answers about tokens are never cached; after a call without answer it pauses for a minute.
 
-The client is imported at the first use: it takes a third of a second, and most deployments ask late or never.
+The client is imported at first use: that takes a third of a second, and many deployments never need it.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-# The client is loosely typed where it hands on the Hub's JSON.
+# The client is loosely typed where it returns the Hub's JSON.
 
 import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as TookTooLong
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 3.0
-MIN_CONCLUSIVE_TIMEOUT_S = 1.0  # a Hub that was given less may well be there
+MIN_CONCLUSIVE_TIMEOUT_S = 1.0  # a Hub that fails to answer in less than this may still be available
 MAX_WORKERS = 8
 ACCESS_BY_STATUS: dict[int, HubAccess] = {401: "bad_token", 403: "refused"}
-COOLDOWN_S = 60.0  # a Hub that did not answer is left alone for so long: each request would wait for nothing
+COOLDOWN_S = 60.0  # after a call without an answer; each further request would wait in vain
 
 ReturnT = TypeVar("ReturnT")
 
@@ -45,7 +45,7 @@ class HuggingFaceHub:
         self._pool = ThreadPoolExecutor(MAX_WORKERS, "hub")
 
     def check_read_access(self, repo_id: str, token: str | None) -> HubAccess:
-        # False: never a token that somebody left on this machine.
+        # False: never use a token stored on this machine.
         return self._check_access(lambda api: api.auth_check(repo_id, token=token or False))
 
     def check_write_access(self, repo_id: str, token: str) -> HubAccess:
@@ -54,11 +54,11 @@ class HuggingFaceHub:
     def get_account(self, token: str) -> HubAccount | None:
         from huggingface_hub.errors import HfHubHTTPError
 
-        def asked(api: "HfApi") -> dict[str, Any]:
+        def whoami(api: "HfApi") -> dict[str, Any]:
             return api.whoami(token)
 
         try:
-            return parse_account(self._call_with_timeout(asked))
+            return parse_account(self._call_with_timeout(whoami))
         except (HfHubHTTPError, Unavailable):
             return None
 
@@ -99,22 +99,22 @@ class HuggingFaceHub:
         return "yes"
 
     def _call_with_timeout(self, call: "Callable[[HfApi], ReturnT]") -> ReturnT:
-        """The Hub's answer within the caller's patience. Raises HfHubHTTPError, and Unavailable where there is none.
+        """The Hub's answer within the caller's deadline. Raises HfHubHTTPError, and Unavailable without an answer.
 
-        In a thread: looking up a host's name takes as long as the system likes.
+        Runs in a thread because resolving a host name has no timeout.
         """
         from httpx2 import TransportError
         from huggingface_hub.errors import OfflineModeIsEnabled
 
         if self._monotonic() < self._cooldown_until:
             raise Unavailable("the Hugging Face Hub did not answer a moment ago")
-        waited_s = remaining_s(CALL_TIMEOUT_S)
-        asked = self._pool.submit(copy_context().run, lambda: call(self._api))
+        timeout_s = remaining_s(CALL_TIMEOUT_S)
+        future = self._pool.submit(copy_context().run, lambda: call(self._api))
         try:
-            return asked.result(waited_s)
-        except (TookTooLong, TransportError, OfflineModeIsEnabled) as error:
-            asked.cancel()
-            if waited_s >= MIN_CONCLUSIVE_TIMEOUT_S or not isinstance(error, TookTooLong):
+            return future.result(timeout_s)
+        except (FutureTimeout, TransportError, OfflineModeIsEnabled) as error:
+            future.cancel()
+            if timeout_s >= MIN_CONCLUSIVE_TIMEOUT_S or not isinstance(error, FutureTimeout):
                 self._cooldown_until = self._monotonic() + COOLDOWN_S
             log.warning("the Hugging Face Hub does not answer", extra={"endpoint": self._endpoint, "error": type(error).__name__})
             raise Unavailable(f"the Hugging Face Hub does not answer at {self._endpoint}") from error
@@ -125,14 +125,14 @@ class HuggingFaceHub:
 
         with self._lock:
             if self._cached_api is None:
-                get_session().timeout = CALL_TIMEOUT_S  # the client's own is for ever
+                get_session().timeout = CALL_TIMEOUT_S  # the client has no timeout by default
                 self._cached_api = HfApi(endpoint=self._endpoint)
             return self._cached_api
 
 
 # Any: JSON of the Hub, whose shape is documented by example alone: https://huggingface.co/docs/hub/api
 def parse_account(whoami: Mapping[str, Any]) -> HubAccount:
-    """Whose token it is, of what `/api/whoami-v2` tells. What it does not tell is not held against the token."""
+    """The account of a token, from the JSON of `/api/whoami-v2`. A permission that the JSON does not mention is assumed."""
     access: dict[str, Any] = whoami.get("auth", {}).get("accessToken") or {}
     fine = access.get("fineGrained")
     scopes: list[dict[str, Any]] = fine.get("scoped", []) if fine else []

@@ -12,6 +12,7 @@ TunesmithError
 ├── Unauthorized 401
 ├── TooLarge 413
 ├── Unavailable 503         a part of the service does not answer; try again
+│   ├── RecordTooNew 503    a newer version of Tunesmith wrote the record
 │   └── DiskFull 507
 └── LaunchFailed            the launcher refused an attempt for good; never sent to a caller
 """
@@ -103,6 +104,10 @@ class Unavailable(TunesmithError):
     status = HTTPStatus.SERVICE_UNAVAILABLE
     code = "unavailable"
     retry_after_s = 2
+
+
+class RecordTooNew(Unavailable):
+    """A newer version of Tunesmith wrote the record."""
 
 
 class DiskFull(Unavailable):

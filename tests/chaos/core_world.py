@@ -31,7 +31,7 @@ from service.core.jobs.assembly import JobServices, build_job_services
 from service.core.jobs.limits import Limits
 from service.core.ports import Buckets, ExecutionState, JobStore, LaunchRequest, RuntimeCapabilities
 from service.core.tokens import TokenSigner
-from storage import open_store
+from storage.registry import open_store
 from tests.factories import START, make_capabilities, make_dataset, make_train_request
 
 TENANT = "local"

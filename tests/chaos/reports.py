@@ -28,7 +28,7 @@ from service.core.errors import Conflict, Fenced
 from service.core.jobs.assembly import JobServices, build_job_services
 from service.core.ports import Buckets, ExecutionState, JobStore, LaunchRequest, RuntimeCapabilities
 from service.core.tokens import TokenSigner
-from storage import open_store
+from storage.registry import open_store
 from tests.chaos.campaign import Row, Size
 from tests.chaos.core_world import in_memory_folder, without_warnings
 from tests.factories import START, FakeClock, make_capabilities, make_dataset, make_train_request

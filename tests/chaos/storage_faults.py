@@ -29,7 +29,7 @@ from jobs.runtime.retry import retry_store
 from schema.job import Artifact
 from schema.result import Result
 from schema.spec import result_key
-from storage import StorageError, download_many
+from storage import StorageError, map_concurrently
 from storage.gs import GcsStore
 from tests.chaos.campaign import Row, Size
 
@@ -192,7 +192,7 @@ def _read_back(store: GcsStore, artifact: Artifact, folder: Path) -> bool | None
     """Whether the files come through the front as they are; None when the store said that it could not."""
     with tempfile.TemporaryDirectory(dir=folder) as target:
         try:
-            download_many(store, [artifact.key + file.path for file in artifact.files], Path(target), strip_prefix=artifact.key)
+            map_concurrently(lambda file: store.download(artifact.key + file.path, Path(target, file.path)), artifact.files)
         except StorageError:
             return None
         return all(_digest(Path(target, file.path).read_bytes()) == file.sha256 for file in artifact.files)

@@ -12,7 +12,7 @@ from uuid import uuid4
 import pytest
 from fastapi.testclient import TestClient
 
-from infra.loopback.cloud_run import CloudRun
+from infra.loopback.cloud_run.server import CloudRun
 from infra.loopback.cloud_storage import run_cloud_storage
 from infra.loopback.firestore import run_firestore_emulator
 from infra.loopback.proxy import Proxy

@@ -1,4 +1,4 @@
-"""Stand-ins that more than one contract suite needs."""
+"""Emulators that more than one contract suite needs."""
 
 from tests.contract.firestore_fixture import firestore_emulator_host, firestore_project
 from tests.contract.object_fixtures import cloud_storage_url, new_store, s3_url

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from infra.loopback import cloud_storage, s3
-from storage import ObjectStore, open_store
+from storage import ObjectStore
+from storage.registry import open_store
 
 StoreFactory = Callable[[str], ObjectStore]
 
@@ -25,12 +26,12 @@ def s3_url() -> Iterator[str]:
 
 
 def use_cloud_storage(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """Clients of Cloud Storage made from now on speak to the server at `url`."""
+    """New clients of Cloud Storage connect to the server at `url`."""
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
 
 
 def use_s3(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """Clients of S3 made from now on speak to the server at `url`."""
+    """New clients of S3 connect to the server at `url`."""
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", url)
     monkeypatch.setenv("AWS_REGION", "auto")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "an-id")
@@ -40,7 +41,7 @@ def use_s3(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
 
 @pytest.fixture
 def new_store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StoreFactory]:
-    """Makes an empty store of a scheme. Only the servers that are asked for are started."""
+    """Creates an empty store of a scheme. Starts only the servers that a test uses."""
     made: list[ObjectStore] = []
 
     def new(scheme: str) -> ObjectStore:
@@ -69,7 +70,7 @@ def new_store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytes
 
 
 def close_store(store: ObjectStore) -> None:
-    """Connections that are left open are failures here."""
+    """Close a store; a test fails if it leaves connections open."""
     from storage.gs import GcsStore
     from storage.s3 import S3Store
 

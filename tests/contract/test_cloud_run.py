@@ -1,6 +1,6 @@
-"""The Cloud Run launcher beyond the contract: what exactly it sends, and what it makes of everything Cloud Run may answer.
+"""The Cloud Run launcher beyond the contract: the exact request, and the meaning of everything that Cloud Run may answer.
 
-The client library is the real one; what it talks to is the stand-in, or messages built by hand.
+The client library is the real one; it talks to the emulator, or the tests build the messages.
 """
 
 # The library's operations are typed as if they might have no result.
@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,12 @@ from google.rpc.error_details_pb2 import ErrorInfo, QuotaFailure
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infra.loopback.cloud_run import CANCELLED, EXIT_ERROR, MEMORY_LIMIT, TIMEOUT, CloudRun
+from infra.loopback.cloud_run.executions import CANCELLED, EXIT_ERROR, MEMORY_LIMIT, TIMEOUT
+from infra.loopback.cloud_run.server import CloudRun
 from infra.loopback.proxy import Proxy
-from service.adapters.launchers.cloud_run.launcher import (
-    CloudRunLauncher,
-    Deployment,
-    attempt_time_limit_s,
-    build_run_job_request,
-    classify_exit,
-)
+from service.adapters.launchers.cloud_run.exit_reasons import classify_exit
+from service.adapters.launchers.cloud_run.launcher import CloudRunLauncher
+from service.adapters.launchers.cloud_run.render import Deployment, attempt_time_limit_s, build_run_job_request
 from service.core.errors import LaunchFailed, Unavailable
 from service.core.ports import ExitReason, LaunchRequest
 from storage.deadline import deadline
@@ -43,12 +41,12 @@ from storage.deadline import deadline
 GOLDEN = Path(__file__).parent / "golden/run_job_request.json"
 JOB = "projects/demo/locations/here/jobs/tunesmith-cpu"
 CODE = grpc.StatusCode
-# Obeys a word in the job's environment, as an attempt would a service.
+# Prints its environment, then behaves as BEHAVIOR and EXIT say.
 ATTEMPT_SCRIPT = """
 import json, os, sys, time
 print(json.dumps(dict(os.environ)), *sys.argv[1:], flush=True)
-manner = os.environ.get("BEHAVIOR", "end")
-if manner == "sleep": time.sleep(60)
+behavior = os.environ.get("BEHAVIOR", "end")
+if behavior == "sleep": time.sleep(60)
 sys.exit(int(os.environ.get("EXIT", "0")))
 """
 
@@ -74,8 +72,8 @@ def make_launcher(emulator_host: str | None, **changes: Any) -> CloudRunLauncher
 
 
 def make_launch_request(name: str = "job-1.1", hardware: str | None = None, **environment: str) -> LaunchRequest:
-    told = {"JOB_ID": "job-1", "JOB_ATTEMPT": "1", "JOB_TOKEN": "a token of this attempt", "JOB_SPEC_STORE_URL": "gs://demo-configs"}
-    return LaunchRequest(name=name, job_id="job-1", attempt=1, environment=told | environment, profile=hardware)
+    defaults = {"JOB_ID": "job-1", "JOB_ATTEMPT": "1", "JOB_TOKEN": "a token of this attempt", "JOB_SPEC_STORE_URL": "gs://demo-configs"}
+    return LaunchRequest(name=name, job_id="job-1", attempt=1, environment=defaults | environment, profile=hardware)
 
 
 def make_deployment(**changes: Any) -> Deployment:
@@ -93,11 +91,11 @@ def make_deployment(**changes: Any) -> Deployment:
 def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
+        assert time.monotonic() < deadline, "the condition did not hold in time"
         time.sleep(0.01)
 
 
-# --- what is sent ----------------------------------------------------------------------------------------------------
+# --- the request ----------------------------------------------------------------------------------------------------
 
 
 def test_run_job_request_matches_golden_file() -> None:
@@ -105,11 +103,10 @@ def test_run_job_request_matches_golden_file() -> None:
 
 
 def test_environment_order_does_not_change_request() -> None:
-    order = make_launch_request()
-    reversed_order = LaunchRequest(
-        name=order.name, job_id=order.job_id, attempt=1, environment=dict(reversed(list(order.environment.items()))), profile=None
-    )
-    assert build_run_job_request(order, make_deployment()) == build_run_job_request(reversed_order, make_deployment())
+    launch_request = make_launch_request()
+    environment = dict(reversed(list(launch_request.environment.items())))
+    reversed_order = replace(launch_request, environment=environment)
+    assert build_run_job_request(launch_request, make_deployment()) == build_run_job_request(reversed_order, make_deployment())
 
 
 def test_hardware_selects_cloud_run_job() -> None:
@@ -136,7 +133,7 @@ def render(request: run_v2.RunJobRequest) -> Any:
     return json.loads(run_v2.RunJobRequest.to_json(request, always_print_fields_with_no_presence=False))
 
 
-# --- launching, over the wire ----------------------------------------------------------------------------------------
+# --- launching ----------------------------------------------------------------------------------------
 
 
 def test_handle_is_full_execution_name(launcher: CloudRunLauncher) -> None:
@@ -145,7 +142,7 @@ def test_handle_is_full_execution_name(launcher: CloudRunLauncher) -> None:
 
 
 def test_launch_on_removed_profile_fails(launcher: CloudRunLauncher) -> None:
-    with pytest.raises(LaunchFailed, match="no hardware 'l4' any more"):
+    with pytest.raises(LaunchFailed, match="hardware 'l4' is no longer available"):
         launcher.launch(make_launch_request(hardware="l4"))
 
 
@@ -153,7 +150,7 @@ def test_lost_launch_response_is_unavailable_and_attempt_is_found(launcher: Clou
     cloud_run.drop_next_response("RunJob")
     with pytest.raises(Unavailable):
         launcher.launch(make_launch_request(BEHAVIOR="sleep"))
-    assert cloud_run.calls.count("RunJob") == 1  # nobody retried behind our back
+    assert cloud_run.calls.count("RunJob") == 1  # the library does not retry
     handle = cloud_run.executions()[0].name
     assert launcher.find_handle("job-1.1") == handle
     assert launcher.check(handle) == "running"
@@ -167,7 +164,7 @@ def test_find_prefers_running_execution_of_same_name(launcher: CloudRunLauncher)
 
 
 def test_find_searches_later_pages(launcher: CloudRunLauncher, cloud_run: CloudRun) -> None:
-    cloud_run.create_job(JOB, "an image that is not there")  # so that nothing is started
+    cloud_run.create_job(JOB, "a missing image")  # so that no process is started
     oldest = launcher.launch(make_launch_request("job-0.1"))
     for number in range(1, 103):
         launcher.launch(make_launch_request(f"job-{number}.1"))
@@ -212,7 +209,7 @@ def test_close_releases_connection(launcher: CloudRunLauncher, cloud_run: CloudR
     wait_until(lambda: connections() == 0)
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------
+# --- launch errors --------------------------------------------------------------------------------------------------------
 
 QUOTA = QuotaFailure(violations=[QuotaFailure.Violation(quota_id="NvidiaL4GpuAllocNoZonalRedundancyPerProjectRegion", quota_value=0)])
 NO_PERMISSION = ErrorInfo(reason="IAM_PERMISSION_DENIED", domain="iam.googleapis.com", metadata={"permission": "run.jobs.run"})
@@ -239,7 +236,7 @@ REFUSALS = {
         (CODE.PERMISSION_DENIED, "Cloud Run Admin API has been disabled", DISABLED),
         (LaunchFailed, "gcloud services enable run.googleapis.com --project=demo"),
     ),
-    "api, in words": (
+    "api, in the message": (
         (CODE.PERMISSION_DENIED, "Cloud Run Admin API has not been used in project 123 before or it is disabled. Enable it by visiting …"),
         (LaunchFailed, "gcloud services enable run.googleapis.com"),
     ),
@@ -255,14 +252,14 @@ REFUSALS = {
             "https://console.cloud.google.com/iam-admin/quotas?project=demo",
         ),
     ),
-    "quota, in words": ((CODE.FAILED_PRECONDITION, MEMORY_QUOTA), (Unavailable, "MemAllocPerProjectRegion", "quotas?project=demo")),
+    "quota, in the message": ((CODE.FAILED_PRECONDITION, MEMORY_QUOTA), (Unavailable, "MemAllocPerProjectRegion", "quotas?project=demo")),
     "quota, as a bad argument": ((CODE.INVALID_ARGUMENT, NO_GPU_QUOTA), (Unavailable, "CpuAllocPerProjectRegion", "zonal redundancy")),
     "quota of requests": (
         (CODE.RESOURCE_EXHAUSTED, "…", ErrorInfo(reason="RATE_LIMIT_EXCEEDED", metadata={"quota_limit": "RunRequestsPerMinute"})),
         (Unavailable, "RunRequestsPerMinute"),
     ),
     "unknown caller": ((CODE.UNAUTHENTICATED, "invalid credentials"), (Unavailable, "gcloud auth application-default login")),
-    "not now": ((CODE.FAILED_PRECONDITION, "the job is being updated"), (Unavailable, "being updated")),
+    "precondition": ((CODE.FAILED_PRECONDITION, "the job is being updated"), (Unavailable, "being updated")),
     "unavailable": ((CODE.UNAVAILABLE, "try again"), (Unavailable, "try again")),
     "internal": ((CODE.INTERNAL, "oops"), (Unavailable, "oops")),
     "aborted": ((CODE.ABORTED, "another change is under way"), (Unavailable, "another change")),
@@ -276,10 +273,10 @@ def test_launch_error_names_cause_and_fix(case: str, cloud_run: CloudRun, launch
     with pytest.raises((LaunchFailed, Unavailable)) as refusal:
         launcher.launch(make_launch_request())
     assert type(refusal.value) is kind
-    told = f"{refusal.value.message} {refusal.value.hint}"
-    assert not [word for word in words if str(word) not in told], told
-    assert "\n" not in told
-    assert "a token of this attempt" not in told
+    text = f"{refusal.value.message} {refusal.value.hint}"
+    assert not [word for word in words if str(word) not in text], text
+    assert "\n" not in text
+    assert "a token of this attempt" not in text
     assert cloud_run.executions() == []
 
 
@@ -302,7 +299,7 @@ def test_missing_credentials_error_names_login_command(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("method", "ask"),
     [
-        ("ListExecutions", lambda launcher: launcher.find("job-1.1")),
+        ("ListExecutions", lambda launcher: launcher.find_handle("job-1.1")),
         ("CancelExecution", lambda launcher: launcher.cancel(f"{JOB}/executions/x", force=True)),
         ("GetExecution", lambda launcher: launcher.get_exit_reason(f"{JOB}/executions/x")),
     ],
@@ -317,7 +314,7 @@ def test_missing_role_outside_launch_is_retryable(
     assert "roles/run." in refusal.value.hint
 
 
-# --- nobody answers --------------------------------------------------------------------------------------------------
+# --- no answer --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fault", ["cut", "hang", "reset"])
@@ -374,19 +371,19 @@ def test_cancel_is_idempotent(launcher: CloudRunLauncher) -> None:
 
 
 def test_log_location_names_execution(launcher: CloudRunLauncher) -> None:
-    told = launcher.log_location(f"{JOB}/executions/tunesmith-cpu-abcde")
-    assert """labels."run.googleapis.com/execution_name"="tunesmith-cpu-abcde"' --project=demo""" in told
-    assert "https://console.cloud.google.com/run/jobs/executions/details/here/tunesmith-cpu-abcde/tasks?project=demo" in told
+    location = launcher.log_location(f"{JOB}/executions/tunesmith-cpu-abcde")
+    assert """labels."run.googleapis.com/execution_name"="tunesmith-cpu-abcde"' --project=demo""" in location
+    assert "https://console.cloud.google.com/run/jobs/executions/details/here/tunesmith-cpu-abcde/tasks?project=demo" in location
 
 
-# --- why it ended ----------------------------------------------------------------------------------------------------
+# --- exit reasons ----------------------------------------------------------------------------------------------------
 
 State, Common, Reason = run_v2.Condition.State, run_v2.Condition.CommonReason, run_v2.Condition.ExecutionReason
 FAILED = State.CONDITION_FAILED
 
 
 def make_execution(message: str = "", state: int = FAILED, **reasons: Any) -> run_v2.Execution:
-    """One that is over, with the one condition that says how."""
+    """A finished execution with one condition."""
     counts = {name: reasons.pop(name) for name in ("cancelled_count", "delete_time") if name in reasons}
     condition = run_v2.Condition(type_="Completed", state=state, message=message, **reasons)
     return run_v2.Execution(name=f"{JOB}/executions/x", completion_time=datetime.now(UTC), conditions=[condition], **counts)
@@ -398,7 +395,7 @@ def make_task(exit_code: int = 0, term_signal: int = 0, code: int = 0, message: 
 
 
 def task_failure_message(words: str) -> str:
-    """As Cloud Run says it of a task."""
+    """Cloud Run's message for a failed task."""
     return f"Task tunesmith-l4-abcde-task0 failed with message: {words}"
 
 
@@ -456,16 +453,21 @@ EXIT_CASES: dict[str, tuple[run_v2.Execution, run_v2.Task | None, str, bool]] = 
     "deleted": (make_execution("", execution_reason=Reason.DELETED), None, "lost", False),
     "deleted, by time": (make_execution("", delete_time=datetime.now(UTC)), None, "lost", False),
     "image missing": (make_execution("", reason=Common.CONTAINER_MISSING), None, "launch_failed", False),
-    "image missing, in words": (make_execution("Image 'europe-docker.pkg.dev/demo/llm@sha256:0' not found."), None, "launch_failed", False),
+    "image missing, in the message": (
+        make_execution("Image 'eu.pkg.dev/demo/llm@sha256:0' not found."),
+        None,
+        "launch_failed",
+        False,
+    ),
     "image not readable": (make_execution("", reason=Common.CONTAINER_PERMISSION_DENIED), None, "launch_failed", False),
-    "image not readable, in words": (
+    "image not readable, in the message": (
         make_execution("Google Cloud Run Service Agent must have permission to read the image, llm."),
         None,
         "launch_failed",
         False,
     ),
     "image forbidden": (make_execution("", reason=Common.CONTAINER_IMAGE_UNAUTHORIZED), None, "launch_failed", False),
-    "image not judged": (make_execution("", reason=Common.CONTAINER_IMAGE_AUTHORIZATION_CHECK_FAILED), None, "launch_failed", False),
+    "image not checked": (make_execution("", reason=Common.CONTAINER_IMAGE_AUTHORIZATION_CHECK_FAILED), None, "launch_failed", False),
     "secret": (make_execution("", reason=Common.SECRETS_ACCESS_CHECK_FAILED), None, "launch_failed", False),
     "key": (make_execution("", reason=Common.ENCRYPTION_KEY_PERMISSION_DENIED), None, "launch_failed", False),
     "key missing": (make_execution("", reason=Common.ENCRYPTION_KEY_CHECK_FAILED), None, "launch_failed", False),
@@ -485,7 +487,7 @@ EXIT_CASES: dict[str, tuple[run_v2.Execution, run_v2.Task | None, str, bool]] = 
         "preempted",
         True,
     ),
-    "maintenance, in words": (
+    "maintenance, in the message": (
         make_execution(task_failure_message("The instance was terminated for maintenance.")),
         None,
         "preempted",
@@ -494,7 +496,7 @@ EXIT_CASES: dict[str, tuple[run_v2.Execution, run_v2.Task | None, str, bool]] = 
     "internal": (make_execution("", reason=Common.INTERNAL), None, "preempted", True),
     "internal, by status": (make_execution(""), make_task(code=code_pb2.INTERNAL), "preempted", True),
     "internal, of polling": (make_execution("", execution_reason=Reason.JOB_STATUS_SERVICE_POLLING_ERROR), None, "preempted", True),
-    "something new": (make_execution("The moon is in the wrong phase."), make_task(), "lost", False),
+    "unknown message": (make_execution("The moon is in the wrong phase."), make_task(), "lost", False),
 }
 
 
@@ -518,7 +520,7 @@ def test_unknown_cloud_run_message_is_kept() -> None:
     "execution",
     [
         make_execution("Execution completed successfully.", State.CONDITION_SUCCEEDED),
-        make_execution(),  # failed, and not a word why
+        make_execution(),  # failed without a reason
         run_v2.Execution(conditions=[run_v2.Condition(type_="Completed", state=State.CONDITION_RECONCILING)]),
         run_v2.Execution(),
     ],
@@ -529,7 +531,7 @@ def test_execution_without_failure_details_has_no_exit_reason(execution: run_v2.
 
 
 def condition_strategy() -> st.SearchStrategy[run_v2.Condition]:
-    """Any, those of a later version of the API included."""
+    """Any condition, including those of a later API version."""
     number = st.integers(0, 40)
     texts = st.sampled_from([EXIT_ERROR, MEMORY_LIMIT, TIMEOUT, CANCELLED, "", "quota", "maintenance"]) | st.text(max_size=20)
     why = st.sampled_from(["reason", "execution_reason", "revision_reason"])
@@ -544,7 +546,7 @@ def make_condition(kind: str, state: int, message: str, why: str, number: int) -
 
 
 @given(
-    found=st.lists(condition_strategy(), max_size=4),
+    conditions=st.lists(condition_strategy(), max_size=4),
     of_task=st.lists(condition_strategy(), max_size=2),
     exit_code=st.integers(-(2**31), 2**31 - 1),
     term_signal=st.integers(-(2**31), 2**31 - 1),
@@ -553,19 +555,19 @@ def make_condition(kind: str, state: int, message: str, why: str, number: int) -
 )
 @settings(max_examples=200, deadline=None)
 def test_arbitrary_conditions_are_classified(
-    found: list[run_v2.Condition], of_task: list[run_v2.Condition], exit_code: int, term_signal: int, code: int, over: bool
+    conditions: list[run_v2.Condition], of_task: list[run_v2.Condition], exit_code: int, term_signal: int, code: int, over: bool
 ) -> None:
-    execution = run_v2.Execution(conditions=found)
+    execution = run_v2.Execution(conditions=conditions)
     if over:
-        execution.completion_time = datetime.now(UTC)  # type: ignore[assignment]  # the library takes Python's times
+        execution.completion_time = datetime.now(UTC)  # type: ignore[assignment]  # the library accepts Python's times
     task = make_task(exit_code, term_signal, code)
     task.conditions = of_task
     ended = classify_exit(execution, task)
     assert ended is None or (ended.failure.message and "\n" not in ended.failure.message)
 
 
-def run_until_ended(launcher: CloudRunLauncher, order: LaunchRequest) -> ExitReason | None:
-    handle = launcher.launch(order)
+def run_until_ended(launcher: CloudRunLauncher, launch_request: LaunchRequest) -> ExitReason | None:
+    handle = launcher.launch(launch_request)
     wait_until(lambda: launcher.check(handle) == "ended")
     return launcher.get_exit_reason(handle)
 
@@ -626,7 +628,7 @@ def test_external_cancel_is_reported(launcher: CloudRunLauncher) -> None:
     assert "cancelled in Cloud Run" in ended.failure.message
 
 
-# --- the stand-in ----------------------------------------------------------------------------------------------------
+# --- the emulator ----------------------------------------------------------------------------------------------------
 
 
 def test_child_environment_holds_only_given_variables(launcher: CloudRunLauncher, cloud_run: CloudRun) -> None:
@@ -636,12 +638,12 @@ def test_child_environment_holds_only_given_variables(launcher: CloudRunLauncher
     shown = {variable.name: variable.value for variable in execution.template.containers[0].env}
     assert shown["JOB_WORKDIR"] == "/tmp/attempt"
     seen, _, arguments = cloud_run.output_path(handle).read_text().rpartition("}")
-    told = json.loads(seen + "}")
+    environment = json.loads(seen + "}")
     assert arguments.split() == ["--name", "job-1.1"]
     platform = {"CLOUD_RUN_JOB", "CLOUD_RUN_EXECUTION", "CLOUD_RUN_TASK_INDEX", "CLOUD_RUN_TASK_ATTEMPT", "CLOUD_RUN_TASK_COUNT"}
-    assert set(told) - {"LC_CTYPE"} == set(shown) | platform | {"INHERITED"}
-    assert told["CLOUD_RUN_EXECUTION"] == handle.rpartition("/")[2]
-    assert told["JOB_WORKDIR"] != "/tmp/attempt"  # two executions would share it here
+    assert set(environment) - {"LC_CTYPE"} == set(shown) | platform | {"INHERITED"}
+    assert environment["CLOUD_RUN_EXECUTION"] == handle.rpartition("/")[2]
+    assert environment["JOB_WORKDIR"] != "/tmp/attempt"  # all executions share /tmp here
 
 
 def test_emulator_supports_job_create_update_delete(cloud_run: CloudRun) -> None:

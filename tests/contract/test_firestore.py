@@ -1,4 +1,4 @@
-"""What only Firestore can surprise with: lost answers, races between commits, missing indexes, limits, and errors in its own words."""
+"""The Firestore store beyond the contract: lost answers, concurrent commits, indexes, limits and errors."""
 
 import itertools
 import json
@@ -16,7 +16,9 @@ from google.cloud.firestore_v1.types import StructuredQuery
 from schema.events import EventBatch, MetricsLogged, ReportedEvent, StatusChanged, WarningRaised
 from schema.job import Status
 from service.adapters.jobstores.cursors import encode_cursor
-from service.adapters.jobstores.firestore.store import EVENTS_TTL, FILTERS, FirestoreJobStore
+from service.adapters.jobstores.firestore.documents import FILTERS
+from service.adapters.jobstores.firestore.events import EVENTS_TTL
+from service.adapters.jobstores.firestore.store import FirestoreJobStore
 from service.core.errors import Conflict, IdempotencyConflict, InvalidRequest, StaleRevision, TooLarge, Unavailable
 from service.core.job_store_rules import IDEMPOTENCY_TTL
 from service.core.ports import IdempotencyKey, JobQuery
@@ -37,18 +39,18 @@ def store(firestore_project: str) -> Iterator[FirestoreJobStore]:
 
 
 class RpcInterceptor:
-    """Stands where Google's client sends its requests, and lets some of them go wrong."""
+    """Replaces one RPC of Google's client, records its requests and injects faults."""
 
     def __init__(self, store: FirestoreJobStore, rpc: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._api = store._client._firestore_api  # pyright: ignore[reportPrivateUsage]  # the last place before the network
+        self._api = store._database.client._firestore_api  # pyright: ignore[reportPrivateUsage]  # below the client's own logic
         self._send: Rpc = getattr(self._api, rpc)
         self.requests: list[Any] = []
         self._faults: list[Callable[[Callable[[], Any]], Any]] = []
         monkeypatch.setattr(self._api, rpc, self._intercept)
 
-    def set_faults(self, *troubles: Callable[[Callable[[], Any]], Any]) -> None:
-        """What befalls the next requests, one each."""
-        self._faults = list(troubles)
+    def set_faults(self, *faults: Callable[[Callable[[], Any]], Any]) -> None:
+        """The faults of the next requests, one each."""
+        self._faults = list(faults)
 
     def _intercept(self, *args: Any, **kwargs: Any) -> Any:
         self.requests.append(kwargs["request"])
@@ -62,13 +64,13 @@ def commits(store: FirestoreJobStore, monkeypatch: pytest.MonkeyPatch) -> RpcInt
 
 
 def lose_response(send: Callable[[], Any]) -> None:
-    """The request arrives and is carried out; nobody hears of it."""
+    """Firestore carries out the request, and its answer is lost."""
     send()
     raise google.ServiceUnavailable("Socket closed")
 
 
 def lose_request(send: Callable[[], Any]) -> None:
-    """The request never arrives."""
+    """The request never reaches Firestore."""
     raise google.DeadlineExceeded("Deadline Exceeded")
 
 
@@ -240,12 +242,12 @@ def test_concurrent_update_and_batch_are_both_stored(store: FirestoreJobStore, c
     commits.set_faults(after_a_report)
     assert store.replace_job(job, [STATUS_EVENT]).revision == 1
     assert [(stored.attempt, stored.seq) for stored in store.list_events("job-1")] == [(1, 0), (1, 1), (0, 1)]
-    alive = store.find_heartbeat("job-1")
-    assert alive is not None
-    assert alive.next_seq == 2
+    heartbeat = store.find_heartbeat("job-1")
+    assert heartbeat is not None
+    assert heartbeat.next_seq == 2
 
 
-# --- few writes, and none too large ----------------------------------------------------------------------------------
+# --- number and size of writes ----------------------------------------------------------------------------------
 
 
 def test_batch_is_one_commit_of_two_documents(store: FirestoreJobStore, commits: RpcInterceptor) -> None:
@@ -264,9 +266,9 @@ def test_heartbeat_soon_after_another_is_not_written(store: FirestoreJobStore, c
 def test_phase_change_is_written_immediately(store: FirestoreJobStore) -> None:
     store.append_events("job-1", 1, make_batch(0, 2), START)
     store.append_events("job-1", 1, EventBatch(first_seq=2, phase="merging"), START)
-    alive = store.find_heartbeat("job-1")
-    assert alive is not None
-    assert alive.phase == "merging"
+    heartbeat = store.find_heartbeat("job-1")
+    assert heartbeat is not None
+    assert heartbeat.phase == "merging"
 
 
 def test_oversized_batch_is_split_into_commits(store: FirestoreJobStore, commits: RpcInterceptor) -> None:
@@ -281,7 +283,7 @@ def test_oversized_event_is_rejected(store: FirestoreJobStore) -> None:
 
 
 def test_interrupted_deletion_resumes_on_retry(store: FirestoreJobStore, commits: RpcInterceptor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.adapters.jobstores.firestore.store.DELETES_PER_COMMIT", 3)
+    monkeypatch.setattr("service.adapters.jobstores.firestore.events.DELETES_PER_COMMIT", 3)
     store.create_job(make_job())
     for seq in range(8):
         store.append_events("job-1", 1, make_batch(seq, 1), START)
@@ -295,7 +297,7 @@ def test_interrupted_deletion_resumes_on_retry(store: FirestoreJobStore, commits
     assert store.find_job("job-1") is None
 
 
-# --- errors in words -------------------------------------------------------------------------------------------------
+# --- error messages -------------------------------------------------------------------------------------------------
 
 
 NO_INDEX = google.FailedPrecondition("The query requires an index. You can create it here: …")
@@ -316,7 +318,7 @@ NO_API = google.PermissionDenied("Cloud Firestore API has not been used in proje
                 (NO_API, "not enabled", "gcloud services enable firestore"),
                 (NO_DATABASE, "no such database", "gcloud firestore databases create"),
                 (OTHER_MODE, "native mode", "--type=firestore-native"),
-                (google.InvalidArgument("what?"), "refuses what it was asked", ""),
+                (google.InvalidArgument("what?"), "refused the request", ""),
             )
         ),
         ("run_query", NO_INDEX, "lacks an index", "firestore.indexes.json"),
@@ -363,11 +365,11 @@ def test_malformed_cursor_is_rejected(store: FirestoreJobStore, place: tuple[str
         store.list_jobs(JobQuery("local", after=encode_cursor(*place)))
 
 
-# --- indexes: the emulator needs none, so that what is missing shows only here ----------------------------------------
+# --- indexes: the emulator needs none, so only these tests find a missing one ----------------------------------------
 
 
 def call_every_method(store: FirestoreJobStore) -> None:
-    """Every method, with every combination of filters."""
+    """Call every method with every combination of filters."""
     store.create_job(make_job(project_id="p"), IdempotencyKey("k", "digest"))
     store.replace_job(make_job(project_id="p"), [STATUS_EVENT])
     store.append_events("job-1", 1, make_batch(0, 1), START)
@@ -389,7 +391,7 @@ def call_every_method(store: FirestoreJobStore) -> None:
 
 
 class RecordedQuery:
-    """A query as it went over the wire: a collection, what must be equal, and the order."""
+    """A query as sent: its collection, equality fields, range fields and order."""
 
     def __init__(self, query: StructuredQuery) -> None:
         assert len(query.from_) == 1
@@ -397,9 +399,9 @@ class RecordedQuery:
         assert query.limit or query.order_by[0].field.field_path == "__name__"
         self.collection = query.from_[0].collection_id
         filters = list(query.where.composite_filter.filters) or [query.where]
-        asked = [(one.field_filter.field.field_path, one.field_filter.op.name) for one in filters if one.field_filter.field.field_path]
-        self.equality_fields = {path for path, op in asked if op == "EQUAL"}
-        self.range_fields = {path for path, op in asked if op != "EQUAL"}
+        conditions = [(one.field_filter.field.field_path, one.field_filter.op.name) for one in filters if one.field_filter.field.field_path]
+        self.equality_fields = {path for path, op in conditions if op == "EQUAL"}
+        self.range_fields = {path for path, op in conditions if op != "EQUAL"}
         self.order_by = [(order.field.field_path, order.direction.name) for order in query.order_by]
 
     def __repr__(self) -> str:
@@ -407,14 +409,14 @@ class RecordedQuery:
 
     @property
     def indexed_order(self) -> list[tuple[str, str]]:
-        """The order without the document's name, which ends every index in the direction of the field before it."""
+        """The order without the document's name: every index ends with the name, in the direction of the field before."""
         if self.order_by[-1][0] != "__name__":
             return self.order_by
         assert len(self.order_by) == 1 or self.order_by[-1][1] == self.order_by[-2][1]
         return self.order_by[:-1]
 
     def find_indexes(self) -> list[dict[str, Any]] | None:
-        """Those of the file that serve it; empty when none of its own is needed, None when there is none.
+        """The indexes in the file that serve the query; empty when it needs none, None when one is missing.
 
         Firestore's rule: a composite index serves its equalities and then its order; several are merged when each has one of the
         equalities and all have the same order.
@@ -427,9 +429,9 @@ class RecordedQuery:
                 if all(has_single_field_index(self.collection, path) for path in self.equality_fields) and len(self.equality_fields) < 2
                 else None
             )
-        wanted = [[(path, "ASCENDING"), *self.indexed_order] for path in self.equality_fields]
-        found = [index for index in INDEXES["indexes"] if index["collectionGroup"] == self.collection and index_keys(index) in wanted]
-        return found if len(found) == len(wanted) and not self.range_fields else None
+        needed = [[(path, "ASCENDING"), *self.indexed_order] for path in self.equality_fields]
+        found = [index for index in INDEXES["indexes"] if index["collectionGroup"] == self.collection and index_keys(index) in needed]
+        return found if len(found) == len(needed) and not self.range_fields else None
 
 
 def index_keys(index: dict[str, Any]) -> list[tuple[str, str]]:
@@ -438,22 +440,22 @@ def index_keys(index: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def has_single_field_index(collection: str, path: str) -> bool:
-    """Whether the field has an index of its own: each has, unless the file says otherwise, also for the map that it is in."""
+    """Whether the field has a single-field index: it has one unless the file excludes it or the map that contains it."""
     stated = {(one["collectionGroup"], one["fieldPath"]): one["indexes"] for one in INDEXES["fieldOverrides"]}
     own = stated.get((collection, path), stated.get((collection, path.partition(".")[0])))
     return own is None or {"order": "ASCENDING", "queryScope": "COLLECTION"} in own
 
 
 def test_queries_and_indexes_match(store: FirestoreJobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    wire = RpcInterceptor(store, "run_query", monkeypatch)
+    interceptor = RpcInterceptor(store, "run_query", monkeypatch)
     call_every_method(store)
     store.delete_job("job-1")
-    questions = [RecordedQuery(request["structured_query"]) for request in wire.requests]
-    assert len({frozenset(question.equality_fields) for question in questions if question.collection == "jobs"}) == 2 ** len(FILTERS) + 2
+    queries = [RecordedQuery(request["structured_query"]) for request in interceptor.requests]
+    assert len({frozenset(query.equality_fields) for query in queries if query.collection == "jobs"}) == 2 ** len(FILTERS) + 2
     used: list[dict[str, Any]] = []
-    for question in questions:
-        indexes = question.find_indexes()
-        assert indexes is not None, f"no index for {question}"
+    for query in queries:
+        indexes = query.find_indexes()
+        assert indexes is not None, f"no index for {query}"
         used += indexes
     assert [index for index in INDEXES["indexes"] if index not in used] == []
 
@@ -473,7 +475,7 @@ def test_query_without_index_is_detected() -> None:
 def test_every_field_has_index_override(store: FirestoreJobStore) -> None:
     call_every_method(store)
     stated = {(one["collectionGroup"], one["fieldPath"]) for one in INDEXES["fieldOverrides"]}
-    client = store._client  # pyright: ignore[reportPrivateUsage]
+    client = store._database.client  # pyright: ignore[reportPrivateUsage]
     kept = {
         (document.reference.parent.id, name)
         for collection in [*client.collections(), client.collection("jobs/job-1/events")]
@@ -485,7 +487,7 @@ def test_every_field_has_index_override(store: FirestoreJobStore) -> None:
 
 def test_expiring_documents_have_ttl_timestamp(store: FirestoreJobStore) -> None:
     call_every_method(store)
-    client = store._client  # pyright: ignore[reportPrivateUsage]
+    client = store._database.client  # pyright: ignore[reportPrivateUsage]
     lives = {"events": EVENTS_TTL, "idempotency": IDEMPOTENCY_TTL}
     expiring = {one["collectionGroup"] for one in INDEXES["fieldOverrides"] if one.get("ttl")}
     assert expiring == set(lives)

@@ -1,4 +1,4 @@
-"""The Hub's adapter against the loopback Hub, by the real client: who may read, who may write, and what silence means."""
+"""The Hub adapter with the real client against the loopback Hub: read and write access, and a Hub that does not answer."""
 
 import socket
 import threading
@@ -13,8 +13,8 @@ from service.adapters.hub import COOLDOWN_S, HuggingFaceHub
 from service.core.errors import InvalidRequest, Unavailable
 from service.core.ports import Hub, HubAccount
 from service.core.validation.hub import NoHub, check_hub, push_access_error
-from storage import open_store
 from storage.deadline import deadline
+from storage.registry import open_store
 from tests.factories import FakeClock, make_config
 
 TOKENS = {
@@ -27,7 +27,7 @@ TOKENS = {
 
 @pytest.fixture(autouse=True)
 def _hub_online(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # CI sets the variable, for tests that must not reach out
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # CI sets the variable so that other tests stay offline
 
 
 @pytest.fixture
@@ -93,16 +93,16 @@ def test_predicted_push_access_matches_hub(hub: HuggingFaceHub, loopback: Loopba
     access = hub.check_write_access(repo_id, token)
     try:
         push_access_error(repo_id, access, hub.get_account(token))
-        foretold = True
+        predicted = True
     except InvalidRequest:
-        foretold = False
-    assert foretold == loopback.tokens[token].can_write(repo_id)
+        predicted = False
+    assert predicted == loopback.tokens[token].can_write(repo_id)
 
 
 def test_local_hf_token_is_never_used(hub: HuggingFaceHub, loopback: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_ada")
     assert hub.check_read_access("ada/hidden", None) == "absent"
-    assert {asked.token for asked in loopback.requests} == {None}
+    assert {request.token for request in loopback.requests} == {None}
 
 
 def test_token_access_is_not_cached(hub: HuggingFaceHub, loopback: LoopbackHub) -> None:
@@ -120,26 +120,26 @@ def test_repository_commits_and_deletion(hub: HuggingFaceHub, loopback: Loopback
     assert refused.value.param == "X-HF-Token"
     hub.delete_repository("ada/tuned", "hf_ada")
     assert "ada/tuned" not in loopback.repos
-    hub.delete_repository("ada/tuned", "hf_ada")  # a repeat is harmless
+    hub.delete_repository("ada/tuned", "hf_ada")  # repeating is harmless
 
 
 def test_request_check_makes_three_hub_calls(hub: HuggingFaceHub, loopback: LoopbackHub, tmp_path: object) -> None:
     models = open_store(f"file://{tmp_path}")
     config = make_config(base_model_id="google/gated", export_config={"destination": "hfhub", "hf_repo_id": "grace/new"})
     check_hub(config, "hf_grace", hub, models)
-    assert [asked.path for asked in loopback.requests] == [
+    assert [request.path for request in loopback.requests] == [
         "/api/models/google/gated/auth-check",
         "/api/models/grace/new/auth-check/write",
         "/api/whoami-v2",
     ]
 
 
-# --- silence ---------------------------------------------------------------------------------------------------------
+# --- no answer ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def unresponsive_hub_url() -> Iterator[str]:
-    """A host that takes connections and says nothing."""
+    """A host that accepts connections and does not answer."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         held: list[socket.socket] = []
 
@@ -174,7 +174,7 @@ def test_unreachable_hub_is_unknown_and_not_retried_for_a_minute() -> None:
     with pytest.raises(Unavailable, match="a moment ago"):
         hub.list_commits("a/b", "t")
     clock.advance(COOLDOWN_S + 1)
-    with pytest.raises(Unavailable, match="does not answer at"), deadline(0.3):  # the client itself would try again
+    with pytest.raises(Unavailable, match="does not answer at"), deadline(0.3):  # the client itself would retry
         hub.list_commits("a/b", "t")
     hub.close()
 

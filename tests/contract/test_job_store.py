@@ -1,5 +1,6 @@
 """What every job store promises."""
 
+import json
 import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,13 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from schema.dataset import Dataset
 from schema.events import EventBatch, MetricsLogged, PhaseChanged, ReportedEvent, StatusChanged
-from schema.job import Progress, Status
+from schema.job import Job, Progress, Status
 from service.adapters.jobstores import JOB_STORES
 from service.adapters.jobstores.cursors import encode_cursor
+from service.adapters.jobstores.firestore.store import FirestoreJobStore
+from service.adapters.jobstores.memory import MemoryJobStore
 from service.adapters.jobstores.sqlite import SqliteJobStore
 from service.bootstrap import load_adapter
-from service.core.errors import Conflict, IdempotencyConflict, InvalidRequest, NotFound, StaleRevision, Unavailable
+from service.core.errors import Conflict, IdempotencyConflict, InvalidRequest, NotFound, RecordTooNew, StaleRevision, Unavailable
 from service.core.ports import IdempotencyKey, JobQuery, JobStore, StoredEvent
 from tests.factories import START, make_dataset, make_job
 
@@ -139,7 +143,7 @@ def test_idempotency_key_is_scoped_to_tenant(store: JobStore) -> None:
 
 
 def test_pages_list_every_job_once_newest_first(store: JobStore) -> None:
-    for n in range(7):  # pairs share a moment: the id decides between them
+    for n in range(7):  # two jobs per second: the id orders them
         store.create_job(make_job(f"job-{n}", created_at=START + timedelta(seconds=n // 2)))
     seen: list[str] = []
     cursor = None
@@ -162,7 +166,7 @@ def test_new_job_does_not_shift_pages(store: JobStore) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "found"),
+    ("filters", "job_ids"),
     [
         ({"status": Status.FAILED}, ["job-2"]),
         ({"project_id": "p"}, ["job-1"]),
@@ -171,12 +175,12 @@ def test_new_job_does_not_shift_pages(store: JobStore) -> None:
         ({"status": Status.QUEUED, "project_id": "p"}, ["job-1"]),
     ],
 )
-def test_filters_select_matching_jobs(store: JobStore, wanted: dict[str, str], found: list[str]) -> None:
+def test_filters_select_matching_jobs(store: JobStore, filters: dict[str, str], job_ids: list[str]) -> None:
     store.create_job(make_job("job-0"))
     store.create_job(make_job("job-1", project_id="p", created_at=START + timedelta(seconds=1)))
     store.create_job(make_job("job-2", status=Status.FAILED, created_at=START + timedelta(seconds=2)))
     store.create_job(make_job("job-3", tenant_id="other", project_id="p", status=Status.FAILED))
-    assert [row.job_id for row in store.list_jobs(JobQuery("local", **wanted)).rows] == found
+    assert [row.job_id for row in store.list_jobs(JobQuery("local", **filters)).rows] == job_ids
 
 
 @pytest.mark.parametrize("cursor", ["x", "WzEsMl0", "W10", "é", "bnVsbA", "e30"])
@@ -292,9 +296,9 @@ def test_batch_from_older_attempt_is_ignored(store: JobStore) -> None:
     store.create_job(make_job())
     store.append_events("job-1", 2, make_batch(0, 1), START)
     store.append_events("job-1", 1, make_batch(0, 5), START + timedelta(seconds=9))
-    alive = store.find_heartbeat("job-1")
-    assert alive is not None
-    assert (alive.attempt, alive.received_at) == (2, START)
+    heartbeat = store.find_heartbeat("job-1")
+    assert heartbeat is not None
+    assert (heartbeat.attempt, heartbeat.received_at) == (2, START)
     assert len(store.list_events("job-1")) == 1
 
 
@@ -305,9 +309,9 @@ def test_empty_batch_is_a_heartbeat(store: JobStore) -> None:
     store.append_events("job-1", 1, make_batch(0, 0, phase="training", progress=progress), START)
     later = START + timedelta(seconds=5)
     store.append_events("job-1", 1, make_batch(0, 0), later)
-    alive = store.find_heartbeat("job-1")
-    assert alive is not None
-    assert (alive.received_at, alive.phase, alive.progress) == (later, "training", progress)
+    heartbeat = store.find_heartbeat("job-1")
+    assert heartbeat is not None
+    assert (heartbeat.received_at, heartbeat.phase, heartbeat.progress) == (later, "training", progress)
 
 
 def test_events_round_trip(store: JobStore) -> None:
@@ -349,6 +353,71 @@ def test_dataset_create_page_and_delete(store: JobStore) -> None:
     assert not store.delete_dataset("dataset_1")
 
 
+# --- records of other versions -----------------------------------------------------------------------------------------
+
+
+def replace_stored_text(store: JobStore, table: str, record_id: str, text: str) -> None:
+    """Overwrite a record's JSON behind the store's back, as another version of the service would have written it."""
+    match store:
+        case FirestoreJobStore():
+            client = store._database.client  # pyright: ignore[reportPrivateUsage]
+            client.collection(table).document(record_id).update({"record": text})
+        case MemoryJobStore():
+            records = store._jobs if table == "jobs" else store._datasets  # pyright: ignore[reportPrivateUsage]
+            records[record_id] = text
+        case SqliteJobStore():
+            id_column = "job_id" if table == "jobs" else "dataset_id"
+            with store._database.transaction() as db:  # pyright: ignore[reportPrivateUsage]
+                db.execute(f"UPDATE {table} SET record = ? WHERE {id_column} = ?", (text, record_id))
+        case _:
+            raise AssertionError(f"unknown store {store}")
+
+
+def rename_field(old: str, new: str) -> Callable[[dict[str, object]], dict[str, object]]:
+    """A toy migration."""
+    return lambda document: {new if name == old else name: value for name, value in document.items()}
+
+
+def test_old_job_is_migrated_when_read(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Job, "migrations", {0: rename_field("title", "job_name")})
+    job = store.create_job(make_job(job_name="a name"))
+    old = rename_field("job_name", "title")(json.loads(job.model_dump_json())) | {"schema_version": 0}
+    replace_stored_text(store, "jobs", job.job_id, json.dumps(old))
+    assert store.find_job(job.job_id) == job
+    assert store.list_queued_jobs(10) == [job]
+    renamed = store.replace_job(job.model_copy(update={"job_name": "another"}))  # writes the current form
+    monkeypatch.undo()
+    assert store.find_job(job.job_id) == renamed
+
+
+def test_old_dataset_is_migrated_when_read(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Dataset, "migrations", {0: rename_field("title", "name")})
+    dataset = make_dataset()
+    store.create_dataset(dataset)
+    old = rename_field("name", "title")(json.loads(dataset.model_dump_json())) | {"schema_version": 0}
+    replace_stored_text(store, "datasets", dataset.processed_dataset_id, json.dumps(old))
+    assert store.find_dataset(dataset.processed_dataset_id) == dataset
+    assert store.list_datasets(dataset.tenant_id).rows == [dataset]
+
+
+def test_record_without_version_is_read(store: JobStore) -> None:
+    job = store.create_job(make_job())
+    replace_stored_text(store, "jobs", job.job_id, job.model_dump_json(exclude={"schema_version"}))
+    assert store.find_job(job.job_id) == job
+
+
+def test_record_of_newer_version_is_refused_and_kept(store: JobStore) -> None:
+    job, other = store.create_job(make_job()), store.create_job(make_job("job-2"))
+    newer = json.dumps(json.loads(job.model_dump_json()) | {"schema_version": 2})
+    replace_stored_text(store, "jobs", job.job_id, newer)
+    with pytest.raises(RecordTooNew, match="a newer version of Tunesmith wrote this Job record") as refused:
+        store.find_job(job.job_id)
+    assert "deploy" in refused.value.hint
+    assert store.list_queued_jobs(10) == [other]  # it does not stop the work on other jobs
+    replace_stored_text(store, "jobs", job.job_id, job.model_dump_json())
+    assert store.find_job(job.job_id) == job
+
+
 def test_ping_succeeds(store: JobStore) -> None:
     store.ping()
 
@@ -363,7 +432,7 @@ def test_database_of_other_version_is_rejected(tmp_path: Path) -> None:
 
 
 def test_locked_database_is_unavailable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.adapters.jobstores.sqlite.BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("service.adapters.jobstores.sqlite_database.BUSY_TIMEOUT_S", 0.05)
     store = SqliteJobStore(tmp_path / "jobs.db")
     other = sqlite3.connect(tmp_path / "jobs.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -371,7 +440,7 @@ def test_locked_database_is_unavailable(tmp_path: Path, monkeypatch: pytest.Monk
         store.create_job(make_job())
     assert store.find_job("job-1") is None  # readers do not wait
     other.execute("ROLLBACK")
-    store.create_job(make_job())  # and it recovers by itself
+    store.create_job(make_job())  # it recovers
     other.close()
     store.close()
 
@@ -379,7 +448,7 @@ def test_locked_database_is_unavailable(tmp_path: Path, monkeypatch: pytest.Monk
 def test_committed_job_survives_without_close(tmp_path: Path) -> None:
     store = SqliteJobStore(tmp_path / "jobs.db")
     store.create_job(make_job())
-    another = SqliteJobStore(tmp_path / "jobs.db")  # as after a kill: nothing was closed
+    another = SqliteJobStore(tmp_path / "jobs.db")  # as after a kill: the first store was not closed
     assert another.find_job("job-1") == make_job()
     with sqlite3.connect(tmp_path / "jobs.db") as db:
         assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
@@ -409,14 +478,14 @@ QUERIES = [
 )
 def test_list_queries_use_an_index(tmp_path: Path, query: JobQuery, monkeypatch: pytest.MonkeyPatch) -> None:
     store = SqliteJobStore(tmp_path / "jobs.db")
-    asked: list[tuple[str, tuple[object, ...]]] = []
-    read = store._read  # pyright: ignore[reportPrivateUsage]
-    monkeypatch.setattr(store, "_read", lambda sql, *values: asked.append((sql, values)) or read(sql, *values))
+    queries: list[tuple[str, tuple[object, ...]]] = []
+    read = store._database.read  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(store._database, "read", lambda sql, *values: queries.append((sql, values)) or read(sql, *values))
     store.list_jobs(query)
     store.list_queued_jobs(5)
     store.list_active_jobs(5)
     store.list_jobs_using_dataset("d")
-    for sql, values in asked:
+    for sql, values in queries:
         plan = " ".join(row[3] for row in read(f"EXPLAIN QUERY PLAN {sql}", *values))
         assert "USING" in plan
         assert "INDEX jobs_" in plan
@@ -435,14 +504,14 @@ def test_list_queries_use_an_index(tmp_path: Path, query: JobQuery, monkeypatch:
 )
 def test_most_selective_filter_chooses_index(tmp_path: Path, query: JobQuery, index: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store = SqliteJobStore(tmp_path / "jobs.db")
-    read = store._read  # pyright: ignore[reportPrivateUsage]
+    read = store._database.read  # pyright: ignore[reportPrivateUsage]
     plans: list[str] = []
 
     def explained(sql: str, *values: object) -> list[tuple[object, ...]]:
         plans.append(" ".join(row[3] for row in read(f"EXPLAIN QUERY PLAN {sql}", *values)))
         return read(sql, *values)
 
-    monkeypatch.setattr(store, "_read", explained)
+    monkeypatch.setattr(store._database, "read", explained)
     store.list_jobs(query)
     assert index in plans[0]
     store.close()

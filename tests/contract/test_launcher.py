@@ -1,4 +1,4 @@
-"""What every launcher promises. The attempt is a small program that stands where `jobs.run` stands."""
+"""What every launcher promises. The attempt is a small program in place of `jobs.run`."""
 
 import os
 import signal
@@ -13,28 +13,28 @@ from typing import Protocol
 import psutil
 import pytest
 
-from infra.loopback.cloud_run import CloudRun
+from infra.loopback.cloud_run.server import CloudRun
 from service.adapters.launchers import LAUNCHERS
 from service.adapters.launchers.cloud_run.launcher import CloudRunLauncher
 from service.adapters.launchers.local import LocalLauncher
 from service.core.errors import LaunchFailed, Unsupported
 from service.core.ports import Launcher, LaunchRequest, LogLocator, LogReader
 
-# Says what it sees, gives a sign that it is at work, then obeys a word: sleeps, ignores signals, or ends.
+# Writes its environment and a marker, then does what BEHAVIOR says: sleep, ignore signals, or end.
 ATTEMPT_SCRIPT = """
 import os, pathlib, signal, sys, time
-def told(number):
+def record_signal(number):
     pathlib.Path(os.environ["MARKERS_FOLDER"], f"{sys.argv[2]}.{signal.Signals(number).name}").touch()
     os._exit(1)
 print("attempt", sys.argv[2], "é", os.environ["JOB_TOKEN"][:2], flush=True)
-manner = os.environ.get("BEHAVIOR", "sleep")
+behavior = os.environ.get("BEHAVIOR", "sleep")
 for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, signal.SIG_IGN if manner == "ignore_signals" else lambda number, frame: told(number))
-pathlib.Path(os.environ["JOB_WORKDIR"]).mkdir(exist_ok=True)  # as jobs.run: not every launcher makes it
-told_us = sorted(f"{name}={value}" for name, value in os.environ.items())
-pathlib.Path(os.environ["JOB_WORKDIR"], "environment").write_text("\\n".join(told_us))
+    signal.signal(number, signal.SIG_IGN if behavior == "ignore_signals" else lambda number, frame: record_signal(number))
+pathlib.Path(os.environ["JOB_WORKDIR"]).mkdir(exist_ok=True)  # like jobs.run: not every launcher creates it
+environment = sorted(f"{name}={value}" for name, value in os.environ.items())
+pathlib.Path(os.environ["JOB_WORKDIR"], "environment").write_text("\\n".join(environment))
 pathlib.Path(os.environ["MARKERS_FOLDER"], sys.argv[2]).touch()
-if manner != "end": time.sleep(60)
+if behavior != "end": time.sleep(60)
 """
 PROBE_SCRIPT = 'print(\'{"device": "cpu", "device_name": "test", "gguf": true, "flash_attention_2": false}\')'
 
@@ -45,24 +45,25 @@ class LauncherFactory(Protocol):
 
 @dataclass(frozen=True)
 class LauncherHarness:
-    """Where attempts run: `build` makes a launcher for it, and makes another one when the service comes again."""
+    """A place where attempts run. `make_launcher` creates a launcher for it, and another one after a restart of the service."""
 
     folder: Path
     make_launcher: LauncherFactory
 
     def is_attempt_ready(self, name: str = "job-1.1") -> Callable[[], bool]:
-        """Whether the attempt is at work."""
+        """A function that tells whether the attempt is running."""
         return (self.folder / "markers" / name).exists
 
 
 def make_attempt_environment(folder: Path) -> dict[str, str]:
-    """What attempts inherit, and the program that stands for `jobs.run` to run."""
-    for name in ("markers", "source/jobs"):
+    """Write the program that replaces `jobs.run`; returns the environment that attempts inherit."""
+    for name in ("markers", "source/jobs/llm"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     jobs = folder / "source/jobs"
-    (jobs / "__init__.py").touch()
+    for package in (jobs, jobs / "llm"):
+        (package / "__init__.py").touch()
     (jobs / "run.py").write_text(ATTEMPT_SCRIPT)
-    (jobs / "probe.py").write_text(PROBE_SCRIPT)
+    (jobs / "llm/probe.py").write_text(PROBE_SCRIPT)
     return {"PATH": os.environ["PATH"], "MARKERS_FOLDER": str(folder / "markers")}
 
 
@@ -118,7 +119,7 @@ def test_every_registered_launcher_is_covered() -> None:
 
 @dataclass
 class _LauncherTracker:
-    """Builds launchers, and closes them when the test is over."""
+    """Creates launchers and remembers them, to be closed after the test."""
 
     make_launcher: LauncherFactory
     launchers: list[Launcher] = field(default_factory=list[Launcher])
@@ -144,7 +145,7 @@ def make_launch_request(name: str = "job-1.1", **environment: str) -> LaunchRequ
 def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
+        assert time.monotonic() < deadline, "the condition did not hold in time"
         time.sleep(0.01)
 
 
@@ -256,7 +257,7 @@ def test_close_does_not_cancel_attempts(harness: LauncherHarness) -> None:
     assert not harness.is_attempt_ready("job-1.1.SIGINT")()
 
 
-# --- on this machine -------------------------------------------------------------------------------------------------
+# --- the local launcher -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -303,13 +304,13 @@ def test_cancel_and_service_shutdown_use_different_signals(tmp_path: Path, local
     assert (tmp_path / "markers/job-2.1.SIGTERM").exists()
 
 
-@pytest.mark.parametrize(("time_limit_s", "told"), [(None, []), (90.0, ["JOB_TIME_LIMIT_S=90.0"])])
-def test_attempt_receives_time_limit(tmp_path: Path, time_limit_s: float | None, told: list[str]) -> None:
+@pytest.mark.parametrize(("time_limit_s", "variables"), [(None, []), (90.0, ["JOB_TIME_LIMIT_S=90.0"])])
+def test_attempt_receives_time_limit(tmp_path: Path, time_limit_s: float | None, variables: list[str]) -> None:
     launcher = make_local_launcher(tmp_path, time_limit_s=time_limit_s)
     launcher.launch(make_launch_request(BEHAVIOR="end"))
     wait_until((tmp_path / "markers/job-1.1").exists)
     seen = (tmp_path / "home/attempts/job-1.1/environment").read_text().split("\n")
-    assert [line for line in seen if line.startswith("JOB_TIME_LIMIT_S")] == told
+    assert [line for line in seen if line.startswith("JOB_TIME_LIMIT_S")] == variables
     launcher.close()
 
 
@@ -345,7 +346,7 @@ def test_attempt_process_exposes_no_secrets(tmp_path: Path) -> None:
 def test_reused_pid_is_not_the_attempt(tmp_path: Path) -> None:
     launcher = make_local_launcher(tmp_path)
     assert launcher.check(f"{os.getpid()}@1.00") == "ended"
-    launcher.cancel(f"{os.getpid()}@1.00", force=True)  # would end this test
+    launcher.cancel(f"{os.getpid()}@1.00", force=True)  # would end the test itself
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 

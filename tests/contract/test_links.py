@@ -1,4 +1,4 @@
-"""What every signer of links promises: the right bytes under the right name, for a while, and nothing else."""
+"""What every URL signer promises: a link gives the right bytes under the right name until it expires, and nothing else."""
 
 import base64
 import hashlib
@@ -40,7 +40,7 @@ TOKENS = TokenSigner(b"k" * 32, lambda: datetime.now(UTC))
 
 
 class ServiceAccountCredentials(Credentials):
-    """Google's own credentials of a machine, but for where the token comes from: its library settles that when it is imported."""
+    """Google's credentials of a machine with another source of tokens: the library reads the source at import."""
 
     def __init__(self, email: str, token_ttl: timedelta = timedelta(hours=1)) -> None:
         super().__init__(service_account_email=email)
@@ -76,7 +76,7 @@ def follow_link(link: str, **headers: str) -> httpx2.Response:
 
 @pytest.fixture(params=["file", *sorted(URL_SIGNERS)])
 def signer_and_follow(request: pytest.FixtureRequest, new_store: StoreFactory) -> tuple[UrlSigner, Callable[[str], httpx2.Response]]:
-    """A signer, and how its links are followed."""
+    """A signer and a function that opens its links."""
     store = new_store(request.param)
     store.write(KEY, b"weights")
     if request.param == "gs":
@@ -86,7 +86,7 @@ def signer_and_follow(request: pytest.FixtureRequest, new_store: StoreFactory) -
 
 
 def fetch_from_service(store: ObjectStore, link: str) -> httpx2.Response:
-    """The service's own address for files, without the rest of the service."""
+    """The service's route for files, without the rest of the service."""
     key, _ = TOKENS.read_file_token(link.removeprefix("/files/"))
     return httpx2.Response(200, content=store.read(key))
 
@@ -99,9 +99,9 @@ def test_link_downloads_object(signer_and_follow: tuple[UrlSigner, Callable[[str
 
 def test_bucket_link_has_expiry_and_filename(new_store: StoreFactory, links: CloudStorageUrlSigner) -> None:
     for signer, prefix in ((links, "X-Goog"), (create_url_signer(new_store("s3"), TOKENS), "X-Amz")):
-        asked = dict(parse_qsl(urlsplit(signer.sign_url(KEY, "mein Modell \u00fc.gguf", 900)).query))
-        assert asked[f"{prefix}-Expires"] == "900"
-        assert asked["response-content-disposition"] == content_disposition("mein Modell \u00fc.gguf")
+        parameters = dict(parse_qsl(urlsplit(signer.sign_url(KEY, "mein Modell \u00fc.gguf", 900)).query))
+        assert parameters[f"{prefix}-Expires"] == "900"
+        assert parameters["response-content-disposition"] == content_disposition("mein Modell \u00fc.gguf")
 
 
 @pytest.mark.parametrize("life_s", [0, -1, MAX_EXPIRES_S + 1])
@@ -138,19 +138,19 @@ def test_service_links_expire_and_resist_tampering() -> None:
         signer.read_file_token(token)
 
 
-# --- Cloud Storage: no stand-in looks at a signature, so it is checked here, as Google documents it ----------------------
+# --- Cloud Storage: the emulator does not verify signatures, so these tests do, as Google documents it ----------------------
 
 
 def google_string_to_sign(link: str) -> tuple[bytes, bytes]:
-    """What a V4 link's signature is over, worked out from the link alone; and the signature."""
+    """The bytes that a V4 link signs, derived from the link, and the signature."""
     parts = urlsplit(link)
-    asked = dict(parse_qsl(parts.query, keep_blank_values=True))
-    signature = bytes.fromhex(asked.pop("X-Goog-Signature"))
-    query = "&".join(f"{quote(name, safe='~')}={quote(asked[name], safe='~')}" for name in sorted(asked))
-    request = "\n".join(["GET", parts.path, query, f"host:{parts.netloc}", "", asked["X-Goog-SignedHeaders"], "UNSIGNED-PAYLOAD"])
-    scope = asked["X-Goog-Credential"].partition("/")[2]
+    parameters = dict(parse_qsl(parts.query, keep_blank_values=True))
+    signature = bytes.fromhex(parameters.pop("X-Goog-Signature"))
+    query = "&".join(f"{quote(name, safe='~')}={quote(parameters[name], safe='~')}" for name in sorted(parameters))
+    request = "\n".join(["GET", parts.path, query, f"host:{parts.netloc}", "", parameters["X-Goog-SignedHeaders"], "UNSIGNED-PAYLOAD"])
+    scope = parameters["X-Goog-Credential"].partition("/")[2]
     digest = hashlib.sha256(request.encode()).hexdigest()
-    return "\n".join([asked["X-Goog-Algorithm"], asked["X-Goog-Date"], scope, digest]).encode(), signature
+    return "\n".join([parameters["X-Goog-Algorithm"], parameters["X-Goog-Date"], scope, digest]).encode(), signature
 
 
 def check_google_signature(identity: GoogleIdentity, link: str) -> None:
@@ -162,9 +162,9 @@ def test_link_is_signed_by_google_sign_blob(identity: GoogleIdentity, links: Clo
     link = links.sign_url(KEY, "adapter.safetensors", 60)
     check_google_signature(identity, link)
     assert f"X-Goog-Credential={quote(identity.email, safe='')}%2F" in link
-    (asked,) = identity.requests
-    assert asked.path == f"/v1/projects/-/serviceAccounts/{identity.email}:signBlob"
-    assert asked.authorization == f"Bearer {ACCESS_TOKEN}"
+    (request,) = identity.requests
+    assert request.path == f"/v1/projects/-/serviceAccounts/{identity.email}:signBlob"
+    assert request.authorization == f"Bearer {ACCESS_TOKEN}"
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_unreachable_iam_fails_within_deadline(new_store: StoreFactory) -> None:
 
 def test_user_credentials_cannot_sign(new_store: StoreFactory) -> None:
     class UserCredentials(AnonymousCredentials):
-        """Somebody with a token and no service account."""
+        """Credentials with a token and no service account."""
 
     store = new_store("gs")
     assert isinstance(store, GcsStore)
@@ -239,7 +239,7 @@ def test_user_credentials_cannot_sign(new_store: StoreFactory) -> None:
 
 
 def test_signing_works_with_only_metadata_server(identity: GoogleIdentity) -> None:
-    """The whole way, with Google's own credentials: a process of its own, as its library reads the environment once."""
+    """End to end with Google's credentials, in another process because the library reads the environment at import."""
     code = """
 from service.adapters.links.cloud_storage import CloudStorageUrlSigner
 from storage.gs import GcsStore
@@ -256,10 +256,10 @@ print(links.sign_url("a/c", "c", 60))
     assert done.returncode == 0, done.stderr
     for link in done.stdout.split():
         check_google_signature(identity, link)
-    assert [asked.path.partition("?")[0] for asked in identity.requests].count(
+    assert [request.path.partition("?")[0] for request in identity.requests].count(
         "/computeMetadata/v1/instance/service-accounts/default/token"
     ) == 1
-    assert not any("allowedLocations" in asked.path for asked in identity.requests)
+    assert not any("allowedLocations" in request.path for request in identity.requests)
 
 
 # --- S3 -------------------------------------------------------------------------------------------------------------
@@ -273,26 +273,26 @@ def test_s3_link_is_signed_with_service_secret(new_store: StoreFactory) -> None:
 
 
 def is_s3_signature_valid(link: str, secret: str) -> bool:
-    """AWS's signature version 4, worked out from the link."""
+    """AWS's signature version 4, derived from the link."""
     parts = urlsplit(link)
-    asked = dict(parse_qsl(parts.query, keep_blank_values=True))
-    signature = asked.pop("X-Amz-Signature")
-    query = "&".join(f"{quote(name, safe='~')}={quote(asked[name], safe='~')}" for name in sorted(asked))
+    parameters = dict(parse_qsl(parts.query, keep_blank_values=True))
+    signature = parameters.pop("X-Amz-Signature")
+    query = "&".join(f"{quote(name, safe='~')}={quote(parameters[name], safe='~')}" for name in sorted(parameters))
     request = "\n".join(["GET", parts.path, query, f"host:{parts.netloc}", "", "host", "UNSIGNED-PAYLOAD"])
-    scope = asked["X-Amz-Credential"].partition("/")[2]
+    scope = parameters["X-Amz-Credential"].partition("/")[2]
     key = f"AWS4{secret}".encode()
     for word in scope.split("/"):
         key = hmac.digest(key, word.encode(), "sha256")
-    content = "\n".join([asked["X-Amz-Algorithm"], asked["X-Amz-Date"], scope, hashlib.sha256(request.encode()).hexdigest()])
+    content = "\n".join([parameters["X-Amz-Algorithm"], parameters["X-Amz-Date"], scope, hashlib.sha256(request.encode()).hexdigest()])
     return hmac.digest(key, content.encode(), "sha256").hex() == signature
 
 
-# --- the stand-in itself ----------------------------------------------------------------------------------------------
+# --- the identity emulator ----------------------------------------------------------------------------------------------
 
 
 def test_identity_token_is_signed_for_one_audience(identity: GoogleIdentity) -> None:
-    asked = f"http://{identity.host}/computeMetadata/v1/instance/service-accounts/default/identity"
-    token = httpx2.get(asked, params={"audience": "https://service", "format": "full"}, headers={"Metadata-Flavor": "Google"}).text
+    url = f"http://{identity.host}/computeMetadata/v1/instance/service-accounts/default/identity"
+    token = httpx2.get(url, params={"audience": "https://service", "format": "full"}, headers={"Metadata-Flavor": "Google"}).text
     keys = jwt.PyJWKSet.from_dict(httpx2.get(f"http://{identity.host}/oauth2/v3/certs").json())
     claims = jwt.decode(token, keys[KEY_ID], algorithms=["RS256"], audience="https://service", options={"require": ["exp"]})
     assert (claims["email"], claims["email_verified"]) == (identity.email, True)

@@ -8,8 +8,7 @@ import pytest
 from moto.s3.models import s3_backends
 
 from storage import (
-    MAX_TRANSFERS,
-    STORES,
+    MAX_CONCURRENT_TRANSFERS,
     ChecksumMismatch,
     InvalidKey,
     NoSuchObject,
@@ -19,11 +18,10 @@ from storage import (
     StoredObject,
     StoreUnavailable,
     delete_prefix,
-    download_many,
-    open_store,
-    upload_many,
+    map_concurrently,
 )
 from storage.gs import GcsStore
+from storage.registry import STORES, open_store
 from storage.remote import BucketLocation
 from storage.s3 import S3Store
 from tests.contract.object_fixtures import StoreFactory, close_store
@@ -102,7 +100,7 @@ def test_file_upload_and_download_round_trip(store: ObjectStore, tmp_path: Path)
 
 def test_upload_with_wrong_checksum_is_not_visible(store: ObjectStore, tmp_path: Path) -> None:
     source = tmp_path / "source"
-    source.write_bytes(b"changed on its way")
+    source.write_bytes(b"changed in transit")
     with pytest.raises(ChecksumMismatch):
         store.upload(source, "m", sha256="0" * 64)
     assert store.stat("m") is None
@@ -211,38 +209,38 @@ def test_many_files_transfer_concurrently(store: ObjectStore, tmp_path: Path) ->
     sources = [tmp_path / f"{number}.bin" for number in range(20)]
     for source in sources:
         source.write_bytes(source.name.encode())
-    stored = upload_many(store, [(path, f"m/{path.name}", hashlib.sha256(path.read_bytes()).hexdigest()) for path in sources])
-    keys = [file.key for file in stored]
-    assert keys == [f"m/{path.name}" for path in sources]
-    copies = download_many(store, keys, tmp_path / "copies", strip_prefix="m/")
-    assert copies == [tmp_path / "copies" / path.name for path in sources]
+
+    def upload(source: Path) -> StoredObject:
+        return store.upload(source, f"m/{source.name}", sha256=hashlib.sha256(source.read_bytes()).hexdigest())
+
+    keys = [stored.key for stored in map_concurrently(upload, sources)]
+    assert keys == [f"m/{source.name}" for source in sources]
+    copies = map_concurrently(lambda key: store.download(key, tmp_path / "copies" / key), keys)
     assert [path.read_bytes() for path in copies] == [path.read_bytes() for path in sources]
 
 
-def test_batch_transfer_raises_first_error(store: ObjectStore, tmp_path: Path) -> None:
+def test_concurrent_transfers_raise_first_error(store: ObjectStore, tmp_path: Path) -> None:
     (tmp_path / "source").write_bytes(b"x")
     with pytest.raises(ChecksumMismatch):
-        upload_many(store, [(tmp_path / "source", f"m/{number}", "0" * 64 if number == 3 else None) for number in range(10)])
+        map_concurrently(
+            lambda number: store.upload(tmp_path / "source", f"m/{number}", sha256="0" * 64 if number == 3 else None), range(10)
+        )
     assert store.stat("m/3") is None
     store.write("a", b"")
     with pytest.raises(NoSuchObject):
-        download_many(store, ["a", "missing"], tmp_path / "copies")
+        map_concurrently(lambda key: store.download(key, tmp_path / key), ["a", "missing"])
 
 
-def test_batch_transfer_stops_after_error(tmp_path: Path) -> None:
-    class FailingStore:
-        """Fails at once."""
+def test_no_transfer_starts_after_an_error() -> None:
+    started: list[int] = []
 
-        uploads = 0
+    def fail(number: int) -> None:
+        started.append(number)
+        raise StoreUnavailable("no answer")
 
-        def upload(self, source: Path, key: str, *, sha256: str | None = None) -> StoredObject:
-            self.uploads += 1
-            raise StoreUnavailable("away")
-
-    store = FailingStore()
     with pytest.raises(StoreUnavailable):
-        upload_many(store, [(tmp_path, f"{number}", None) for number in range(1000)])  # pyright: ignore[reportArgumentType]
-    assert store.uploads <= MAX_TRANSFERS
+        map_concurrently(fail, range(1000))
+    assert len(started) <= MAX_CONCURRENT_TRANSFERS
 
 
 def test_iteration_continues_across_pages(remote: ObjectStore) -> None:
@@ -259,7 +257,7 @@ def test_iteration_continues_across_pages(remote: ObjectStore) -> None:
 def test_more_than_thousand_objects_are_listed(new_store: StoreFactory) -> None:
     store = new_store("s3")
     place = BucketLocation.parse(store.url, "s3")
-    for number in range(1001):  # straight into the server, which runs in this process
+    for number in range(1001):  # directly into the server, which runs in this process
         s3_backends["123456789012"]["aws"].put_object(place.bucket, f"{place.folder}f/{number:04}", b"")
     assert len(list(store.iter_objects("f/"))) == 1001
 

@@ -1,4 +1,4 @@
-"""What the stores in buckets make of servers that fail: nothing partial is seen, what passes is got over, what does not is told."""
+"""Bucket stores and failing servers: nothing partial becomes visible, transient faults are retried, permanent ones are reported."""
 
 import base64
 import hashlib
@@ -13,9 +13,10 @@ import pytest
 
 from infra.loopback import cloud_storage, s3
 from infra.loopback.http_faults import Fault, FaultKind, HttpFaultProxy, run_http_fault_proxy
-from storage import ChecksumMismatch, NoSuchObject, ObjectExists, ObjectStore, StoreUnavailable, delete_prefix, open_store, upload_many
+from storage import ChecksumMismatch, NoSuchObject, ObjectExists, ObjectStore, StoreUnavailable, delete_prefix, map_concurrently
 from storage.deadline import deadline
 from storage.gs import GcsStore
+from storage.registry import open_store
 from storage.s3 import _choose_read_timeout_s  # pyright: ignore[reportPrivateUsage]
 from tests.contract.object_fixtures import close_store, use_cloud_storage, use_s3
 
@@ -24,30 +25,30 @@ LARGE = bytes(range(256)) * 36_000  # 9.2 MB: more than goes to Cloud Storage in
 TWO_PARTS = bytes(range(256)) * 70_000  # 17.9 MB
 TRANSIENT_FAULTS: list[FaultKind] = ["reject", "reset", "truncate request", "drop response", "truncate response"]
 BUCKET = "a-bucket"
-RESUMABLE_UPLOAD_QUERY = "upload_id="  # the requests that bring the bytes of a large upload
+RESUMABLE_UPLOAD_QUERY = "upload_id="  # in the requests that send the bytes of a large upload
 
 
 @pytest.fixture(scope="module")
 def gs_fault_proxy() -> Iterator[HttpFaultProxy]:
-    with run_http_fault_proxy() as front, cloud_storage.run_cloud_storage(public_url=front.url, buckets=[BUCKET]) as url:
-        front.target = url
-        yield front
+    with run_http_fault_proxy() as proxy, cloud_storage.run_cloud_storage(public_url=proxy.url, buckets=[BUCKET]) as url:
+        proxy.target = url
+        yield proxy
 
 
 @pytest.fixture(scope="module")
 def s3_fault_proxy(s3_url: str) -> Iterator[HttpFaultProxy]:
-    with run_http_fault_proxy(s3_url) as front:
+    with run_http_fault_proxy(s3_url) as proxy:
         s3.create_bucket(s3_url, BUCKET)
-        yield front
+        yield proxy
 
 
 @pytest.fixture(params=["gs", "s3"])
 def fault_proxy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> HttpFaultProxy:
-    """What stands before the store's server, and does as told."""
-    front: HttpFaultProxy = request.getfixturevalue(f"{request.param}_fault_proxy")
-    {"gs": use_cloud_storage, "s3": use_s3}[request.param](monkeypatch, front.url)
-    front.set_faults()
-    return front
+    """The proxy in front of the store's server."""
+    proxy: HttpFaultProxy = request.getfixturevalue(f"{request.param}_fault_proxy")
+    {"gs": use_cloud_storage, "s3": use_s3}[request.param](monkeypatch, proxy.url)
+    proxy.set_faults()
+    return proxy
 
 
 @pytest.fixture
@@ -71,37 +72,37 @@ def find_part_files(folder: Path) -> list[Path]:
     return list(folder.rglob("*.part"))
 
 
-# --- what passes ------------------------------------------------------------------------------------------------------
+# --- transient faults ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrong", TRANSIENT_FAULTS)
-def test_write_survives_transient_fault(fault_proxy: HttpFaultProxy, store: ObjectStore, wrong: FaultKind) -> None:
-    fault_proxy.set_faults(Fault(wrong, method="POST"), Fault(wrong, method="PUT"))
+@pytest.mark.parametrize("kind", TRANSIENT_FAULTS)
+def test_write_survives_transient_fault(fault_proxy: HttpFaultProxy, store: ObjectStore, kind: FaultKind) -> None:
+    fault_proxy.set_faults(Fault(kind, method="POST"), Fault(kind, method="PUT"))
     written = store.write("a", SMALL)
     assert store.read("a") == SMALL
     assert store.stat("a") == written
 
 
-@pytest.mark.parametrize("wrong", [*TRANSIENT_FAULTS, "corrupt response"])
-def test_read_survives_transient_fault(fault_proxy: HttpFaultProxy, store: ObjectStore, wrong: FaultKind) -> None:
+@pytest.mark.parametrize("kind", [*TRANSIENT_FAULTS, "corrupt response"])
+def test_read_survives_transient_fault(fault_proxy: HttpFaultProxy, store: ObjectStore, kind: FaultKind) -> None:
     store.write("a", SMALL)
-    fault_proxy.set_faults(Fault(wrong, method="GET"))
+    fault_proxy.set_faults(Fault(kind, method="GET"))
     assert store.read("a") == SMALL
 
 
-@pytest.mark.parametrize("wrong", ["reset", "drop response", "truncate response", "corrupt response"])
-def test_download_survives_transient_fault(fault_proxy: HttpFaultProxy, store: ObjectStore, tmp_path: Path, wrong: FaultKind) -> None:
+@pytest.mark.parametrize("kind", ["reset", "drop response", "truncate response", "corrupt response"])
+def test_download_survives_transient_fault(fault_proxy: HttpFaultProxy, store: ObjectStore, tmp_path: Path, kind: FaultKind) -> None:
     (tmp_path / "source").write_bytes(LARGE)
     store.upload(tmp_path / "source", "a")
-    # For Cloud Storage, the first two GETs ask what there is and for the first range.
-    fault_proxy.set_faults(Fault(wrong, method="GET", skip_first=2))
+    # For Cloud Storage, the first two GETs read the metadata and the first range.
+    fault_proxy.set_faults(Fault(kind, method="GET", skip_first=2))
     assert store.download("a", tmp_path / "copy").read_bytes() == LARGE
     assert find_part_files(tmp_path) == []
 
 
-@pytest.mark.parametrize("wrong", ["reject", "truncate request", "drop response"])
-def test_upload_survives_transient_fault(fault_proxy: HttpFaultProxy, store: ObjectStore, large_file: Path, wrong: FaultKind) -> None:
-    fault_proxy.set_faults(Fault(wrong, method="PUT"))
+@pytest.mark.parametrize("kind", ["reject", "truncate request", "drop response"])
+def test_upload_survives_transient_fault(fault_proxy: HttpFaultProxy, store: ObjectStore, large_file: Path, kind: FaultKind) -> None:
+    fault_proxy.set_faults(Fault(kind, method="PUT"))
     stored = store.upload(large_file, "a", sha256=hashlib.sha256(LARGE).hexdigest())
     assert store.stat("a") == stored
     assert store.download("a", large_file.with_name("copy")).read_bytes() == LARGE
@@ -114,7 +115,10 @@ def test_upload_session_with_lost_final_response_succeeds(
     store = GcsStore(f"gs://{BUCKET}/lost")
     gs_fault_proxy.set_faults(Fault("drop response", path=RESUMABLE_UPLOAD_QUERY))
     assert store.upload(large_file, "a") == store.stat("a")
-    assert len([passed for passed in gs_fault_proxy.requests if "uploadType=resumable" in passed.path and passed.method == "POST"]) == 1
+    assert (
+        len([recorded for recorded in gs_fault_proxy.requests if "uploadType=resumable" in recorded.path and recorded.method == "POST"])
+        == 1
+    )
     store.close()
 
 
@@ -132,7 +136,7 @@ def test_deletion_survives_transient_fault(fault_proxy: HttpFaultProxy, store: O
     assert list(store.iter_objects("")) == []
 
 
-# --- who was first ----------------------------------------------------------------------------------------------------
+# --- concurrent writers ----------------------------------------------------------------------------------------------------
 
 
 def test_if_absent_write_with_lost_response_succeeds(fault_proxy: HttpFaultProxy, store: ObjectStore) -> None:
@@ -147,15 +151,15 @@ def test_retried_if_absent_write_reports_existing_object(fault_proxy: HttpFaultP
     store.write("a", SMALL)
     fault_proxy.set_faults(Fault("reject"))
     with pytest.raises(ObjectExists):
-        store.write("a", SMALL, if_absent=True)  # the same bytes, and yet another's
+        store.write("a", SMALL, if_absent=True)  # the same bytes, but another write
 
 
-# --- what is damaged --------------------------------------------------------------------------------------------------
+# --- damaged bytes --------------------------------------------------------------------------------------------------
 
 
 def test_corrupt_download_keeps_existing_file(fault_proxy: HttpFaultProxy, store: ObjectStore, tmp_path: Path) -> None:
     store.write("a", SMALL)
-    content = "alt=media" if isinstance(store, GcsStore) else ""  # Google's GET tells what is known of an object, too
+    content = "alt=media" if isinstance(store, GcsStore) else ""  # Cloud Storage also uses GET for metadata
     fault_proxy.set_faults(Fault("corrupt response", method="GET", path=content, times=9))
     (tmp_path / "copy").write_bytes(b"what was there before")
     with pytest.raises(ChecksumMismatch, match="damaged"):
@@ -174,7 +178,7 @@ def test_corrupt_stream_raises_checksum_mismatch(fault_proxy: HttpFaultProxy, st
 
 
 def test_corrupt_upload_is_removed(gs_fault_proxy: HttpFaultProxy, monkeypatch: pytest.MonkeyPatch, large_file: Path) -> None:
-    """Google refuses it before anybody sees it. The stand-in does not look, so that the second line of defence is seen at work."""
+    """Google rejects it before it becomes visible. The emulator does not, which tests the client's own check."""
     use_cloud_storage(monkeypatch, gs_fault_proxy.url)
     store = GcsStore(f"gs://{BUCKET}/damaged")
     gs_fault_proxy.set_faults(Fault("corrupt request", path="uploadType", times=9))
@@ -212,21 +216,21 @@ def test_gcs_upload_declares_checksum(gs_fault_proxy: HttpFaultProxy, monkeypatc
 
 
 def test_s3_requests_declare_body_checksum(s3_fault_proxy: HttpFaultProxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """In the signature, as every server of the kind understands it, and not in a trailer, which many do not."""
+    """In the signature, which every S3 server understands, and not in a trailer, which many do not."""
     use_s3(monkeypatch, s3_fault_proxy.url)
     store = open_store(f"s3://{BUCKET}/sums")
     (tmp_path / "source").write_bytes(TWO_PARTS)
     s3_fault_proxy.set_faults()
     store.upload(tmp_path / "source", "a")
-    bodies = [passed for passed in s3_fault_proxy.requests if passed.method == "PUT"]
-    assert b"".join(passed.body for passed in bodies) == TWO_PARTS
-    for passed in bodies:
-        assert passed.headers["X-Amz-Content-SHA256"] == hashlib.sha256(passed.body).hexdigest()
-        assert "aws-chunked" not in passed.headers.get("Content-Encoding", "")
+    bodies = [recorded for recorded in s3_fault_proxy.requests if recorded.method == "PUT"]
+    assert b"".join(recorded.body for recorded in bodies) == TWO_PARTS
+    for recorded in bodies:
+        assert recorded.headers["X-Amz-Content-SHA256"] == hashlib.sha256(recorded.body).hexdigest()
+        assert "aws-chunked" not in recorded.headers.get("Content-Encoding", "")
     close_store(store)
 
 
-# --- what does not pass -----------------------------------------------------------------------------------------------
+# --- permanent faults -----------------------------------------------------------------------------------------------
 
 OPERATIONS: dict[str, Callable[[ObjectStore, Path], object]] = {
     "write": lambda store, path: store.write("new", SMALL),
@@ -280,7 +284,7 @@ def test_refused_connection_is_store_unavailable(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("use", OPERATIONS)
 def test_a_missing_bucket_is_not_a_missing_object(fault_proxy: HttpFaultProxy, store: ObjectStore, large_file: Path, use: str) -> None:
     elsewhere = open_store(store.url.replace(BUCKET, "no-such-bucket"))
-    with pytest.raises(StoreUnavailable, match="bucket no-such-bucket does not exist; make it: "):
+    with pytest.raises(StoreUnavailable, match="bucket no-such-bucket does not exist; create it: "):
         OPERATIONS[use](elsewhere, large_file)
     close_store(elsewhere)
     assert store.stat("missing") is None
@@ -324,15 +328,15 @@ def test_failed_multipart_upload_is_aborted(s3_fault_proxy: HttpFaultProxy, monk
     )
     with pytest.raises(StoreUnavailable, match="EntityTooSmall"):
         store.upload(tmp_path / "source", "a")
-    assert [passed.method for passed in s3_fault_proxy.requests] == ["POST", "PUT", "PUT", "DELETE"]
+    assert [recorded.method for recorded in s3_fault_proxy.requests] == ["POST", "PUT", "PUT", "DELETE"]
     assert list(store.iter_objects("")) == []
     close_store(store)
 
 
-def test_batch_upload_raises_when_one_file_fails(fault_proxy: HttpFaultProxy, store: ObjectStore, tmp_path: Path) -> None:
+def test_concurrent_uploads_raise_when_one_fails(fault_proxy: HttpFaultProxy, store: ObjectStore, tmp_path: Path) -> None:
     files = [tmp_path / f"{number}" for number in range(5)]
     for file in files:
         file.write_bytes(SMALL)
     fault_proxy.set_faults(Fault("reject", times=1000, skip_first=2))
     with deadline(0.1), pytest.raises(StoreUnavailable):
-        upload_many(store, [(file, f"m/{file.name}", None) for file in files])
+        map_concurrently(lambda file: store.upload(file, f"m/{file.name}"), files)

@@ -76,7 +76,7 @@ def test_concurrent_puts_are_never_mixed(store: SecretStore) -> None:
 def _put(store: SecretStore, value: dict[str, str]) -> bool:
     try:
         store.put("job-1", value)
-    except Unavailable:  # somebody else was faster; nothing is half written
+    except Unavailable:  # another writer was first; nothing is half written
         return False
     return True
 
@@ -121,7 +121,7 @@ def test_large_secrets_fit(store: SecretStore) -> None:
     assert store.read("job-1") == {"key": "k" * 60_000}
 
 
-# --- on this machine -------------------------------------------------------------------------------------------------
+# --- local -------------------------------------------------------------------------------------------------
 
 
 def test_local_secrets_are_encrypted_and_private(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_local_secrets_need_the_same_key_after_restart(tmp_path: Path) -> None:
         LocalSecretStore(tmp_path).read("job-1")
 
 
-# --- in Secret Manager -----------------------------------------------------------------------------------------------
+# --- Secret Manager -----------------------------------------------------------------------------------------------
 
 
 def test_secret_has_ttl(cloud: SecretManagerStore, emulator: SecretManager) -> None:
@@ -220,13 +220,13 @@ def test_job_ids_map_to_valid_secret_ids() -> None:
     assert re.fullmatch(
         r"[A-Za-z0-9_-]{1,255}", PREFIX + make_job_id(longest.processed_dataset_id, longest.training_config.base_model_id, "0" * 12)
     )
-    assert len(PREFIX + "x" * 128) <= 255  # an id is no longer anywhere
+    assert len(PREFIX + "x" * 128) <= 255  # the longest id that is valid
     with pytest.raises(ValidationError):
         TypeAdapter(Id).validate_python("x" * 129)
 
 
 @pytest.mark.parametrize(
-    ("code", "said", "message", "hint"),
+    ("code", "google_message", "message", "hint"),
     [
         (grpc.StatusCode.PERMISSION_DENIED, "Permission denied", "lacks its Secret Manager roles", "make deploy PROJECT_ID=p"),
         (
@@ -236,7 +236,7 @@ def test_job_ids_map_to_valid_secret_ids() -> None:
             "gcloud services enable secretmanager.googleapis.com --project=p",
         ),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, "Quota exceeded", "quota", "https://console.cloud.google.com/iam-admin/quotas"),
-        (grpc.StatusCode.INVALID_ARGUMENT, f"bad payload {CANARY}", "refuses", ""),
+        (grpc.StatusCode.INVALID_ARGUMENT, f"bad payload {CANARY}", "refused", ""),
     ],
 )
 def test_secret_manager_error_names_fix_and_hides_secret(
@@ -244,11 +244,11 @@ def test_secret_manager_error_names_fix_and_hides_secret(
     emulator: SecretManager,
     caplog: pytest.LogCaptureFixture,
     code: grpc.StatusCode,
-    said: str,
+    google_message: str,
     message: str,
     hint: str,
 ) -> None:
-    emulator.fail_next("AddSecretVersion", code, said)
+    emulator.fail_next("AddSecretVersion", code, google_message)
     with caplog.at_level(logging.DEBUG), pytest.raises(Unavailable, match=message) as refusal:
         cloud.put("job-1", {"hf_token": CANARY})
     assert hint in refusal.value.hint
@@ -300,7 +300,7 @@ def test_last_retry_ends_at_caller_deadline(emulator: SecretManager) -> None:
         store.put("job-1", {"a": "1"})
         line.delay(0.1)
         emulator.fail_next("AccessSecretVersion", grpc.StatusCode.UNAVAILABLE)
-        with deadline(0.4), pytest.raises(Unavailable):  # for two tries, of 0.2 s and more each, this is not enough
+        with deadline(0.4), pytest.raises(Unavailable):  # not enough for two tries of at least 0.2 s each
             store.read("job-1")
         store.close()
 

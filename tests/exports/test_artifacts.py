@@ -10,8 +10,9 @@ import pytest
 from jobs.runtime.artifacts import TRIES, ArtifactUploader, ExportedArtifact, artifact_key, sha256_of
 from jobs.runtime.errors import JobFailed
 from schema.job import Fidelity
-from storage import ChecksumMismatch, NoSuchObject, ObjectStore, StorageError, StoredObject, StoreUnavailable, open_store
+from storage import ChecksumMismatch, NoSuchObject, ObjectStore, StorageError, StoredObject, StoreUnavailable
 from storage.file import LocalStore
+from storage.registry import open_store
 
 
 class FaultyStore(LocalStore):

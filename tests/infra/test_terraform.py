@@ -261,16 +261,19 @@ def read_source(path: str) -> str:
 
 
 def test_every_launcher_profile_has_cloud_run_job() -> None:
-    launcher = read_source("service/adapters/launchers/cloud_run/launcher.py")
+    profiles_source = read_source("service/adapters/launchers/cloud_run/profiles.py")
     calls = [
-        node for node in ast.walk(ast.parse(launcher)) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "HardwareProfile"
+        node
+        for node in ast.walk(ast.parse(profiles_source))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "HardwareProfile"
     ]
     profiles = {ast.literal_eval(call.args[0]) for call in calls}
     assert profiles == set(read_hardware_profiles()) == {"l4", "rtx-pro-6000", "cpu"}
     (variable,) = [item for item in MODULE.items_of("variable") if item.labels == ("profiles",)]
     assert any(all(f'"{name}"' in text for name in profiles) for text in iter_strings(variable.body["validation"]))
-    assert 'f"tunesmith-{profile}"' in launcher
-    assert 'CONTAINER = "attempt"' in launcher
+    render = read_source("service/adapters/launchers/cloud_run/render.py")
+    assert 'f"tunesmith-{profile}"' in render
+    assert 'CONTAINER = "attempt"' in render
 
 
 def read_hardware_profiles() -> dict[str, dict[str, Value]]:

@@ -16,8 +16,9 @@ from schema.checkpoint import MANIFEST, Checkpoint, checkpoint_key, checkpoints_
 from schema.events import CheckpointRestored, CheckpointSaved, CheckpointSkipped, Event, WarningRaised
 from schema.job import ExportSource
 from schema.spec import JobSpec
-from storage import ChecksumMismatch, NoSuchObject, ObjectStore, StoredObject, StoreUnavailable, open_store
+from storage import ChecksumMismatch, NoSuchObject, ObjectStore, StoredObject, StoreUnavailable
 from storage.file import LocalStore
+from storage.registry import open_store
 from tests.jobs.conftest import make_spec
 
 CHECKPOINT_INFO = CheckpointInfo(

@@ -17,7 +17,7 @@ from service.core.jobs.assembly import build_job_services
 from service.core.jobs.trackers import DeploymentTrackers
 from service.core.ports import Buckets
 from service.core.tokens import TokenSigner
-from storage import open_store
+from storage.registry import open_store
 from tests.factories import START, FakeClock, make_dataset, make_train_request
 from tests.fakes import FakeHub, FakeLauncher
 

@@ -6,7 +6,7 @@ import pytest
 
 from schema.dataset import Dataset
 from schema.training import TRAINER_TYPES, TRAINING_CONFIG, TrainingConfig
-from service.adapters.launchers.cloud_run.launcher import PROFILES
+from service.adapters.launchers.cloud_run.profiles import PROFILES
 from service.adapters.launchers.local import capabilities_from_probe
 from service.api.train import capabilities_response
 from service.core.errors import InvalidRequest, Unsupported

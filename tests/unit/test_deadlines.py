@@ -1,4 +1,4 @@
-"""How long who waits for what."""
+"""Deadlines: contexts, threads and requests."""
 
 import asyncio
 import threading
@@ -17,7 +17,7 @@ def test_nested_calls_share_remaining_time() -> None:
     with deadline(4):
         assert 3 < remaining_s(30) <= 4
         assert remaining_s(1) == 1
-        with deadline(60):  # nobody inside waits longer than whoever is outside
+        with deadline(60):  # an inner deadline never exceeds the outer one
             assert remaining_s(30) <= 4
     assert remaining_s(30) == 30
 

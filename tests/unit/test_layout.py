@@ -18,10 +18,10 @@ from schema.training.llm_hyperparameters import Hyperparameters
 from schema.types import DatasetType
 from service.adapters.jobstores import JOB_STORES
 from service.adapters.launchers import LAUNCHERS
-from service.adapters.launchers.cloud_run.launcher import IMAGE_PACKAGES
+from service.adapters.launchers.cloud_run.profiles import IMAGE_PACKAGES
 from service.adapters.links import URL_SIGNERS
 from service.adapters.secrets import SECRET_STORES
-from storage import STORES
+from storage.registry import STORES
 
 SOURCE = Path(__file__).resolve().parents[2]
 HEAVY_PACKAGES = {

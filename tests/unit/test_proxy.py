@@ -1,4 +1,4 @@
-"""The line that fault tests break: it must break as it says."""
+"""The proxy of the fault tests."""
 
 import hashlib
 import socket
@@ -15,7 +15,7 @@ SEVERAL_MB = bytes(range(256)) * 20_000
 
 
 class EchoServer:
-    """Answers every piece with the same piece, and remembers what came; says goodbye to who has said all."""
+    """Echoes every chunk and records it; sends a final message at the end of the stream."""
 
     def __init__(self) -> None:
         self.received: list[bytes] = []
@@ -84,7 +84,7 @@ def send_and_receive(client: socket.socket, text: bytes) -> bytes:
 
 
 def fill_send_buffer(client: socket.socket) -> None:
-    """Send until nobody takes any more."""
+    """Send until the peer accepts no more."""
     client.settimeout(0.05)
     with suppress(TimeoutError):
         while True:
@@ -151,7 +151,7 @@ def test_drop_responses_still_delivers_requests(proxy: Proxy, client: socket.soc
     with pytest.raises(TimeoutError):
         send_and_receive(client, b"do it")
     assert echo.received == [b"hello", b"do it"]
-    proxy.restore()  # and what lost something is of no use any more
+    proxy.restore()  # and connections that lost data are reset
     with pytest.raises(ConnectionResetError):
         client.recv(1)
 

@@ -1,5 +1,9 @@
-"""Where job records are kept. One line adds a store: name → "module:Class"."""
+"""Job stores: where the records of jobs, events and datasets are kept.
 
+Here belong adapters of the JobStore port and what they share. Rules that hold for every store are in service/core/job_store_rules.py.
+"""
+
+# One line adds a store: name → "module:Class".
 JOB_STORES = {
     "firestore": "service.adapters.jobstores.firestore.store:FirestoreJobStore",
     "memory": "service.adapters.jobstores.memory:MemoryJobStore",

@@ -1,4 +1,4 @@
-"""The place where a page of records ended, as text that a caller may carry but not read meaning into."""
+"""Cursors of record pages: opaque text that names the last row of a page."""
 
 import base64
 import binascii
@@ -8,12 +8,12 @@ from service.core.errors import InvalidRequest
 
 
 def encode_cursor(created_at: str, row_id: str) -> str:
-    """Text for the place just behind a row."""
+    """The cursor that continues after a row."""
     return base64.urlsafe_b64encode(json.dumps([created_at, row_id]).encode()).decode().rstrip("=")
 
 
 def decode_cursor(cursor: str) -> tuple[str, str]:
-    """The row that a cursor stands behind. Raises InvalidRequest for text that is not one of ours."""
+    """The row that a cursor continues after. Raises InvalidRequest for text that `encode_cursor` did not produce."""
     try:
         created_at, row_id = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
     except (ValueError, binascii.Error, TypeError) as error:

@@ -1,5 +1,9 @@
-"""Where attempts run. One line adds a compute: name → "module:Class"."""
+"""Launchers: where attempts run.
 
+Here belong adapters of the Launcher port. When to launch, retry or cancel is the core's decision.
+"""
+
+# One line adds a launcher: name → "module:Class".
 LAUNCHERS = {
     "local": "service.adapters.launchers.local:LocalLauncher",
     "cloud-run": "service.adapters.launchers.cloud_run.launcher:CloudRunLauncher",

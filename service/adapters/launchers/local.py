@@ -1,7 +1,7 @@
-"""Attempts as child processes on this machine, each in an environment and a process group of its own.
+"""Attempts as child processes on this machine, each with its own environment and process group.
 
-A service that is killed leaves its attempts running; the next one finds them by the name in their command
-line and adopts them. A service that is stopped in good order ends them, and their jobs go back to the queue.
+A service that is killed leaves its attempts running; the next service finds them by the name in their command line and adopts them. A
+service that shuts down ends them, and their jobs return to the queue.
 """
 
 import json
@@ -27,7 +27,7 @@ from service.core.ports import ExecutionState, LaunchRequest, LogPage, RuntimeCa
 log = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 120  # importing torch from a cold disk
-STOP_GRACE_S = 10.0  # to finish a step and save it, as on Cloud Run
+STOP_GRACE_S = 10.0  # to finish a step and save a checkpoint, as on Cloud Run
 
 
 class LocalLauncher:
@@ -57,7 +57,7 @@ class LocalLauncher:
         self._time_limit_s = time_limit_s
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._lock = threading.Lock()
-        self._probe_lock = threading.Lock()  # two requests at once ask the trainer's environment once
+        self._probe_lock = threading.Lock()  # concurrent requests probe the trainer's environment only once
 
     # --- Launcher ----------------------------------------------------------------------------------------------------
 
@@ -92,7 +92,7 @@ class LocalLauncher:
         return "running" if process else "ended"
 
     def cancel(self, handle: str, *, force: bool) -> None:
-        """Told by SIGINT; SIGTERM means that the compute is taken away, and an attempt would save before it ends."""
+        """Send SIGINT. SIGTERM means preemption: the attempt would save a checkpoint before it ends."""
         process = self._find_process(handle)
         if process is None:
             return
@@ -102,7 +102,7 @@ class LocalLauncher:
             _send_signal(process.pid, signal.SIGINT)
 
     def count_free_slots(self, active_jobs: int) -> int:  # noqa: ARG002
-        """Counted among the processes: one that is dying still takes memory."""
+        """Counts the processes: one that is ending still uses memory."""
         self._reap()
         return self._max_concurrent_jobs - len(self._running_attempts())
 
@@ -113,23 +113,23 @@ class LocalLauncher:
             return self._capabilities
 
     def close(self) -> None:
-        """End the attempts in good order, adopted ones too: each is told, then waited for, then made to. Nothing is left behind.
+        """End all attempts, adopted ones included: SIGTERM, a grace period, then SIGKILL.
 
-        What they save, the next service's attempts go on from.
+        The attempts of the next service continue from the checkpoints that these save.
         """
-        ours = self._running_attempts()
-        for process in ours:
+        attempts = self._running_attempts()
+        for process in attempts:
             _send_signal(process.pid, signal.SIGTERM)
-        _, stubborn = psutil.wait_procs(ours, timeout=STOP_GRACE_S)
-        for process in stubborn:
+        _, still_running = psutil.wait_procs(attempts, timeout=STOP_GRACE_S)
+        for process in still_running:
             _kill_group(process.pid)
-        psutil.wait_procs(stubborn, timeout=STOP_GRACE_S)
-        for child in list(self._children.values()):  # also one that ends just now, and is no attempt any more
+        psutil.wait_procs(still_running, timeout=STOP_GRACE_S)
+        for child in list(self._children.values()):  # includes children that are just ending
             with suppress(subprocess.TimeoutExpired):
                 child.wait(STOP_GRACE_S)
         self._reap()
 
-    # --- LogSource ---------------------------------------------------------------------------------------------------
+    # --- LogReader ---------------------------------------------------------------------------------------------------
 
     def read_log(self, name: str, offset: int, max_bytes: int) -> LogPage | None:
         try:
@@ -142,19 +142,19 @@ class LocalLauncher:
         return LogPage(text=content.decode(errors="replace"), next_offset=offset + len(content))
 
     def delete_log(self, name: str) -> bool:
-        """Remove the output of an attempt with its working folder."""
+        """Delete the output of an attempt and its working folder."""
         folder = self._folder / name
-        there = self._log_path(name).exists()
+        existed = self._log_path(name).exists()
         self._log_path(name).unlink(missing_ok=True)
         if folder.is_dir():
             shutil.rmtree(folder, ignore_errors=True)
-        return there
+        return existed
 
     # --- helpers -----------------------------------------------------------------------------------------------------
 
     @cached_property
     def _capabilities(self) -> RuntimeCapabilities:
-        """Asked of the trainer's environment once: only there can the libraries tell."""
+        """Probed once, in the trainer's environment, where the libraries are installed."""
         return capabilities_from_probe(self._probe())
 
     def _probe(self) -> dict[str, object]:
@@ -169,7 +169,7 @@ class LocalLauncher:
             )
             return json.loads(answer.stdout.splitlines()[-1])
         except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
-            log.error("the trainer's environment does not work", extra={"python": str(self._python), "error": str(error)})
+            log.error("probing the trainer's environment failed", extra={"python": str(self._python), "error": str(error)})
             raise Unavailable("the trainer's environment does not work; nothing can be trained", hint="run `make setup`") from error
 
     def _build_environment(self, launch_request: LaunchRequest, workdir: Path) -> dict[str, str]:
@@ -181,7 +181,7 @@ class LocalLauncher:
             "SERVICE_URL": self._service_url,
             "JOB_WORKDIR": str(workdir),
             **({"JOB_TIME_LIMIT_S": str(self._time_limit_s)} if self._time_limit_s is not None else {}),
-            "JOB_REPORT_INTERVAL_S": "0.5",  # the answer to a report is how a cancel arrives, and reports cost nothing here
+            "JOB_REPORT_INTERVAL_S": "0.5",  # the answer to a report carries a cancel, and local reports cost nothing
             "PYTHONPATH": str(self._source),
             "PYTHONUNBUFFERED": "1",
         }
@@ -190,11 +190,11 @@ class LocalLauncher:
         return self._folder / f"{name}.log"
 
     def _running_attempts(self) -> list[psutil.Process]:
-        """The attempts of this home that are at work, whoever launched them."""
+        """The running attempts of this home, whichever service launched them."""
         return [process for process in psutil.process_iter() if self._is_own_attempt(process)]
 
     def _is_own_attempt(self, process: psutil.Process) -> bool:
-        """Another home on this machine may have an attempt of the same name: the working folder tells them apart."""
+        """Whether an attempt belongs to this home. Another home may have one of the same name, in another working folder."""
         name = _attempt_name(process)
         try:
             return name is not None and process.environ().get("JOB_WORKDIR") == str(self._folder / name)
@@ -202,12 +202,12 @@ class LocalLauncher:
             return False
 
     def _reap(self) -> None:
-        """Let children that have ended go."""
+        """Forget children that have ended."""
         with self._lock:
             self._children = {handle: child for handle, child in self._children.items() if child.poll() is None}
 
     def _find_process(self, handle: str) -> psutil.Process | None:
-        """The process behind a handle, if it still is that process and still works."""
+        """The process of a handle, if that process is still running."""
         with self._lock:
             child = self._children.get(handle)
         if child is not None and child.poll() is not None:
@@ -221,20 +221,20 @@ class LocalLauncher:
 
 
 def capabilities_from_probe(probe_result: Mapping[str, object]) -> RuntimeCapabilities:
-    """What an attempt can do here, of what `python -m jobs.llm.probe` told; and why not, where it cannot."""
+    """The capabilities of this machine, from the JSON of `python -m jobs.llm.probe`, with the reason for each missing one."""
     packages = probe_result.get("packages")
     installed = set(cast(Mapping[str, object], packages)) if isinstance(packages, dict) else set[str]()
     on_gpu, flash, gguf = probe_result.get("device") == "cuda", bool(probe_result.get("flash_attention_2")), bool(probe_result.get("gguf"))
     quantized, onnx, lm_eval = ("bitsandbytes" in installed, "onnx" in installed, "lm_eval" in installed)
     unsloth = on_gpu and "unsloth" in installed
-    why_not_unsloth = "unsloth is not installed in the trainer's environment" if on_gpu else "unsloth needs a GPU"
-    missing = {
+    unsloth_note = "unsloth is not installed in the trainer's environment" if on_gpu else "unsloth needs a GPU"
+    requirements = {
         "method": (quantized, "QLoRA needs bitsandbytes in the trainer's environment"),
-        "provider": (unsloth, why_not_unsloth),
+        "provider": (unsloth, unsloth_note),
         "use_fa2": (flash, "FlashAttention 2 needs an Ampere or newer GPU, and the package flash-attn"),
         "include_gguf": (gguf, "`make setup` builds llama.cpp into the trainer's environment"),
         "include_lora_gguf": (gguf, "`make setup` builds llama.cpp into the trainer's environment"),
-        "format": (onnx, "the exporter of ONNX is not installed in the trainer's environment"),
+        "format": (onnx, "the ONNX exporter is not installed in the trainer's environment"),
         "lm_eval_tasks": (lm_eval, "install lm_eval in the trainer's environment"),
     }
     return RuntimeCapabilities(
@@ -248,22 +248,21 @@ def capabilities_from_probe(probe_result: Mapping[str, object]) -> RuntimeCapabi
         gguf=gguf,
         onnx=onnx,
         lm_eval=lm_eval,
-        notes={field: why for field, (there, why) in missing.items() if not there},
+        notes={field: note for field, (available, note) in requirements.items() if not available},
     )
 
 
 def _thread_environment(max_concurrent_jobs: int) -> dict[str, str]:
-    """How an attempt shares the processor.
+    """The variables that limit an attempt's threads to its share of the cores.
 
-    Spinning threads collapse when another process takes their core (measured: 1 s a step became 27 s), so
-    threads wait passively, and each attempt takes its share of the cores.
+    Threads wait passively: spinning threads slow down when another process needs their core (measured: 1 s a step became 27 s).
     """
     share = max(1, len(os.sched_getaffinity(0)) // max_concurrent_jobs)
     return {"OMP_NUM_THREADS": str(share), "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 
 
 def _attempt_name(process: psutil.Process) -> str | None:
-    """The attempt that a process works at, if it is one of `python -m jobs.run --name NAME`."""
+    """The attempt that a process runs, if its command is `python -m jobs.run --name NAME`."""
     try:
         command = process.cmdline()
         if process.status() == psutil.STATUS_ZOMBIE:
@@ -278,7 +277,7 @@ def _process_handle(process: psutil.Process) -> str:
 
 
 def _send_signal(pid: int, signal_number: signal.Signals) -> None:
-    """To the attempt alone: it ends its own children, and would take one that died first for a failure."""
+    """Signal only the attempt: it ends its own children, and would report one that ended first as a failure."""
     with suppress(ProcessLookupError):
         os.kill(pid, signal_number)
 
@@ -289,7 +288,7 @@ def _kill_group(pid: int) -> None:
 
 
 def _trim_partial_utf8(content: bytes) -> bytes:
-    """Without a UTF-8 character that was cut at the end: the next page begins with it."""
+    """The content without a UTF-8 character that is cut at the end; the next page begins with it."""
     for cut in range(1, min(4, len(content)) + 1):
         lead = content[-cut]
         if lead & 0xC0 != 0x80:

@@ -1,6 +1,6 @@
-"""Links to objects of the model store, each good for a while and for one object; one file per kind of store that signs its own.
+"""Signed links to single objects of the model store, valid for a limited time.
 
-Here belongs LinkSigner's adapters. Here belongs nothing that decides who may have a link.
+Here belong adapters of the UrlSigner port, one file per kind of store that signs its own links. Who may have a link is not decided here.
 """
 
 from pkgutil import resolve_name
@@ -11,9 +11,9 @@ from service.core.ports import UrlSigner
 from service.core.tokens import TokenSigner
 from storage import ObjectStore
 
-MAX_EXPIRES_S = 7 * 24 * 3600  # by the rule of version 4 signatures, Google's and Amazon's
+MAX_EXPIRES_S = 7 * 24 * 3600  # the limit of version 4 signatures, Google's and Amazon's
 
-# One line adds a way to sign: url scheme of the store → "module:Class", constructed with the store.
+# One line adds a signer: URL scheme of the store → "module:Class". The class is constructed with the store.
 URL_SIGNERS = {
     "gs": "service.adapters.links.cloud_storage:CloudStorageUrlSigner",
     "s3": "service.adapters.links.s3:S3UrlSigner",
@@ -21,7 +21,7 @@ URL_SIGNERS = {
 
 
 class ServiceUrlSigner:
-    """`/files/{token}`, which this service itself serves: the token says which object, and until when."""
+    """Signs `/files/{token}`, which this service serves. The token names the object and the expiry."""
 
     def __init__(self, tokens: TokenSigner) -> None:
         self._tokens = tokens
@@ -31,7 +31,7 @@ class ServiceUrlSigner:
 
 
 def create_url_signer(models: ObjectStore, tokens: TokenSigner, *, iam_emulator_host: str | None = None) -> UrlSigner:
-    """The signer for a store of models: the store's own, or this service for a folder on its disk."""
+    """The signer for a model store: the store's own, or this service for a folder on its disk."""
     scheme = models.url.partition("://")[0]
     if scheme not in URL_SIGNERS:
         return ServiceUrlSigner(tokens)
@@ -39,14 +39,14 @@ def create_url_signer(models: ObjectStore, tokens: TokenSigner, *, iam_emulator_
 
 
 def content_disposition(filename: str) -> str:
-    """The Content-Disposition that saves an answer under that name, whatever characters are in it (RFC 6266)."""
+    """The Content-Disposition header that saves a download under the name, whatever its characters (RFC 6266)."""
     plain = "".join(char if 32 <= ord(char) < 127 and char not in '"\\%' else "_" for char in filename)
-    fancy = "" if plain == filename else f"; filename*=UTF-8''{quote(filename, safe='')}"
-    return f'attachment; filename="{plain}"{fancy}'
+    encoded = "" if plain == filename else f"; filename*=UTF-8''{quote(filename, safe='')}"
+    return f'attachment; filename="{plain}"{encoded}'
 
 
 def check_expiry(expires_s: int) -> int:
-    """The seconds themselves, if a signature can last that long. Raises InvalidRequest."""
+    """Return the seconds if a signature can last that long. Raises InvalidRequest."""
     if not 0 < expires_s <= MAX_EXPIRES_S:
         raise InvalidRequest(f"a link lasts from 1 second to 7 days, not {expires_s} seconds")
     return expires_s

@@ -1,10 +1,10 @@
-"""Links that Cloud Storage itself serves, signed by the service account without a key of its own: IAM's signBlob has the key.
+"""Links that Cloud Storage serves, signed with the service account's key, which stays in Google Cloud: IAM's signBlob uses it.
 
-The account needs roles/iam.serviceAccountTokenCreator on itself, and roles/storage.objectViewer or more on the bucket: a link can do
-what its signer can.
+The account needs roles/iam.serviceAccountTokenCreator on itself, and roles/storage.objectViewer or more on the bucket: a link has the
+permissions of its signer.
 """
 
-# Google's libraries carry few types.
+# Google's libraries have few types.
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 
 import base64
@@ -34,7 +34,7 @@ TOKEN_CREATOR_ROLE = "roles/iam.serviceAccountTokenCreator"
 
 
 class CloudStorageUrlSigner:
-    """Links to the objects of a Cloud Storage bucket. `emulator_host` (host:port) signs in place of IAM, on a machine without Google."""
+    """Links to the objects of a Cloud Storage bucket. `emulator_host` (host:port) replaces IAM's API."""
 
     def __init__(
         self, store: GcsStore, *, emulator_host: str | None = None, credentials: Callable[[Request], Credentials] | None = None
@@ -47,13 +47,13 @@ class CloudStorageUrlSigner:
         self._signer: Signing | None = None
 
     def sign_url(self, key: str, filename: str, expires_s: int) -> str:
-        life = timedelta(seconds=check_expiry(expires_s))
+        lifetime = timedelta(seconds=check_expiry(expires_s))
         with deadline(SIGN_TIMEOUT_S):
             try:
                 return str(
                     self._store.blob(key).generate_signed_url(
                         version="v4",
-                        expiration=life,
+                        expiration=lifetime,
                         method="GET",
                         response_disposition=content_disposition(filename),
                         credentials=self._get_signer(),
@@ -63,20 +63,21 @@ class CloudStorageUrlSigner:
                 raise Unavailable(f"links cannot be signed now: {error}") from error
 
     def close(self) -> None:
-        """Let go of connections."""
+        """Close the connections."""
         self._session.close()
 
     def _get_signer(self) -> Signing:
         with self._lock:
             if self._signer is None:
                 request = Request(self._session)
-                found = self._find_credentials(request)
-                self._signer = found if isinstance(found, Signing) else RemoteSigner(found, self._session, self._iam_endpoint)
+                credentials = self._find_credentials(request)
+                is_signer = isinstance(credentials, Signing)
+                self._signer = credentials if is_signer else RemoteSigner(credentials, self._session, self._iam_endpoint)
             return self._signer
 
 
 class RemoteSigner(Signing, crypt.Signer):
-    """Signs with the key of the service account that this process is, which only Google holds. Its token is kept until it expires."""
+    """Signs through IAM with the key of this process's service account. Keeps its access token until that expires."""
 
     def __init__(self, credentials: Credentials, session: requests.Session, iam_endpoint: str) -> None:
         self._credentials = credentials
@@ -86,7 +87,7 @@ class RemoteSigner(Signing, crypt.Signer):
 
     @property
     def signer_email(self) -> str:
-        """The account, which is known once there is a token: before that the metadata server calls it "default"."""
+        """The account's email. It is known only with a token: before, the metadata server calls the account "default"."""
         self._access_token()
         email = self._credentials.service_account_email if isinstance(self._credentials, _ServiceAccountCredentials) else None
         if not email:
@@ -100,28 +101,28 @@ class RemoteSigner(Signing, crypt.Signer):
 
     @property
     def key_id(self) -> None:
-        """IAM picks the key."""
+        """None: IAM chooses the key."""
 
     def sign(self, message: bytes | str) -> bytes:
         return self.sign_bytes(message.encode() if isinstance(message, str) else message)
 
     def sign_bytes(self, message: bytes) -> bytes:
-        """Raises Unavailable with the command that mends it, when the account may not sign."""
+        """Sign a message. Raises Unavailable with the command that grants the permission when the account may not sign."""
         email, payload = self.signer_email, base64.b64encode(message).decode()
         url = f"{self._iam_endpoint}/v1/projects/-/serviceAccounts/{email}:signBlob"
-        answer = retry_transient(lambda: self._post_sign_request(url, payload))
-        if answer.status_code != requests.codes.ok:
-            raise _signing_error(answer, email)
-        return base64.b64decode(answer.json()["signedBlob"])
+        response = retry_transient(lambda: self._post_sign_request(url, payload))
+        if response.status_code != requests.codes.ok:
+            raise _signing_error(response, email)
+        return base64.b64decode(response.json()["signedBlob"])
 
     def _post_sign_request(self, url: str, payload: str) -> requests.Response:
         try:
-            answer = self._session.post(url, json={"payload": payload}, headers={"Authorization": f"Bearer {self._access_token()}"})
+            response = self._session.post(url, json={"payload": payload}, headers={"Authorization": f"Bearer {self._access_token()}"})
         except requests.RequestException as error:
             raise TransientStoreError(f"IAM did not answer in time ({type(error).__name__})") from error
-        if answer.status_code >= 500 or answer.status_code == requests.codes.too_many_requests:
-            raise TransientStoreError(f"IAM answers {answer.status_code}")
-        return answer
+        if response.status_code >= 500 or response.status_code == requests.codes.too_many_requests:
+            raise TransientStoreError(f"IAM answers {response.status_code}")
+        return response
 
     def _access_token(self) -> str:
         with self._lock:
@@ -132,7 +133,7 @@ class RemoteSigner(Signing, crypt.Signer):
 
 @runtime_checkable
 class _ServiceAccountCredentials(Protocol):
-    """Credentials that say whose they are: those of a machine on Google Cloud, or borrowed from a service account."""
+    """Credentials that name their account: those of a machine on Google Cloud, or of an impersonated service account."""
 
     @property
     def service_account_email(self) -> str | None: ...
@@ -140,30 +141,30 @@ class _ServiceAccountCredentials(Protocol):
 
 def _default_credentials(request: Request) -> Credentials:
     try:
-        found: tuple[Credentials, str | None] = google.auth.default(SCOPES, request)
+        credentials: tuple[Credentials, str | None] = google.auth.default(SCOPES, request)
     except DefaultCredentialsError as error:
         hint = "run: gcloud auth application-default login --impersonate-service-account=EMAIL"
         raise Unavailable("no Google credentials to sign links with", hint=hint) from error
-    return found[0]
+    return credentials[0]
 
 
-def _signing_error(answer: requests.Response, email: str) -> Unavailable:
-    """IAM's answer, and the command that mends what it complains of."""
-    if answer.status_code == requests.codes.forbidden and _error_reason(answer) == "SERVICE_DISABLED":
+def _signing_error(response: requests.Response, email: str) -> Unavailable:
+    """The error for IAM's response, with the command that fixes it."""
+    if response.status_code == requests.codes.forbidden and _error_reason(response) == "SERVICE_DISABLED":
         hint = "run: gcloud services enable iamcredentials.googleapis.com"
         return Unavailable("links cannot be signed: the IAM Service Account Credentials API is not enabled", hint=hint)
-    if answer.status_code in (requests.codes.forbidden, requests.codes.not_found):
+    if response.status_code in (requests.codes.forbidden, requests.codes.not_found):
         hint = (
             f"run: gcloud iam service-accounts add-iam-policy-binding {email} --member=serviceAccount:{email} --role={TOKEN_CREATOR_ROLE}"
         )
         return Unavailable(f"links cannot be signed: {email} needs {TOKEN_CREATOR_ROLE} on itself", hint=hint)
-    return Unavailable(f"links cannot be signed: IAM answers {answer.status_code}")
+    return Unavailable(f"links cannot be signed: IAM answers {response.status_code}")
 
 
-def _error_reason(answer: requests.Response) -> str | None:
-    """Google's word for it, in the details of its error."""
+def _error_reason(response: requests.Response) -> str | None:
+    """Google's code for the reason, from the error's details."""
     try:
-        details: list[dict[str, Any]] = answer.json()["error"].get("details", [])  # Any: each kind of detail has fields of its own
+        details: list[dict[str, Any]] = response.json()["error"].get("details", [])  # Any: each kind of detail has other fields
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return next((detail["reason"] for detail in details if "reason" in detail), None)

@@ -1,4 +1,4 @@
-"""Links that S3 itself serves, signed here with the credentials of the service. They end no later than those do."""
+"""Links that S3 serves, signed locally with the service's credentials. They expire no later than the credentials."""
 
 from service.adapters.links import check_expiry, content_disposition
 from service.core.errors import Unavailable
@@ -10,7 +10,7 @@ class S3UrlSigner:
     """Links to the objects of an S3 bucket."""
 
     def __init__(self, store: S3Store, *, emulator_host: str | None = None) -> None:
-        del emulator_host  # signing asks nobody
+        del emulator_host  # signing makes no request
         self._store = store
 
     def sign_url(self, key: str, filename: str, expires_s: int) -> str:

@@ -1,4 +1,4 @@
-"""Secrets as one encrypted file per job, readable by the owner alone. The key is a file of its own beside them."""
+"""Secrets as one encrypted file per job, readable only by the owner. The key is a separate file in the same folder."""
 
 import json
 import os
@@ -23,9 +23,9 @@ class LocalSecretStore:
         self._fernet = Fernet(load_or_create_key(folder / "key", Fernet.generate_key))
 
     def put(self, job_id: str, secrets: Mapping[str, str]) -> None:
-        sealed = self._fernet.encrypt(json.dumps(dict(secrets)).encode())
-        part = self._path(job_id).with_suffix(f".{uuid4().hex}.part")  # two who put at once do not meet
-        _write_private_file(part, sealed)
+        encrypted = self._fernet.encrypt(json.dumps(dict(secrets)).encode())
+        part = self._path(job_id).with_suffix(f".{uuid4().hex}.part")  # concurrent calls write different files
+        _write_private_file(part, encrypted)
         part.replace(self._path(job_id))
 
     def read(self, job_id: str) -> dict[str, str]:
@@ -34,7 +34,7 @@ class LocalSecretStore:
         except FileNotFoundError:
             return {}
         except InvalidToken as error:
-            raise Unavailable(f"the secrets of {job_id} cannot be decrypted: the key in {self._folder} is another one") from error
+            raise Unavailable(f"the secrets of {job_id} cannot be decrypted: the key in {self._folder} has changed") from error
 
     def destroy(self, job_id: str) -> bool:
         try:
@@ -54,12 +54,12 @@ class LocalSecretStore:
 
 
 def load_or_create_key(path: Path, generate: Callable[[], bytes]) -> bytes:
-    """The key in a file; made at first use. Two processes that make it at once agree on one."""
+    """The key in a file, created at first use. Two processes that create it at the same time get the same key."""
     if not path.exists():
         part = path.with_name(f"{path.name}.{os.getpid()}")
         _write_private_file(part, generate())
         try:
-            os.link(part, path)  # whole or not at all, and only the first one counts
+            os.link(part, path)  # atomic, and fails when another process was first
         except FileExistsError:
             return path.read_bytes()
         finally:

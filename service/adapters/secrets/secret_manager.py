@@ -1,8 +1,8 @@
-"""Secrets in Google Secret Manager: one secret per job, deleted when the job ends, and expiring by itself if nobody deletes it.
+"""Secrets in Google Secret Manager: one secret per job, deleted when the job ends, with an expiry in case it is not.
 
-A secret's payload is the JSON of all the job's secrets; the version with the highest number counts. Versions are asked for by number,
-which holds as soon as one is added; the alias `latest` and lists may follow minutes later
-(https://cloud.google.com/secret-manager/docs/reference/consistency). A job's secrets are put once, so there is hardly ever a second.
+A secret's payload is the JSON of all the job's secrets; the version with the highest number counts. Versions are read by number, which
+is strongly consistent; the alias `latest` and lists may lag by minutes
+(https://cloud.google.com/secret-manager/docs/reference/consistency). A job's secrets are written once, so a second version is rare.
 """
 
 # pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -30,10 +30,10 @@ from service.core.errors import TooLarge, Unavailable
 from storage.deadline import deadline, remaining_s
 
 PREFIX = "tunesmith-job-"
-SECRET_TTL = timedelta(days=30)  # longer than any job: what is still there then belongs to nobody
+SECRET_TTL = timedelta(days=30)  # longer than any job takes
 MAX_PAYLOAD_BYTES = 64 << 10  # Secret Manager's limit on a payload
 CALL_TIMEOUT_S = 10.0
-MAX_RECONNECT_BACKOFF_MS = 2000  # left to itself gRPC waits up to two minutes before it dials again
+MAX_RECONNECT_BACKOFF_MS = 2000  # gRPC's default waits up to two minutes before it reconnects
 LABELS = {"app": "tunesmith"}
 RETRY_PREDICATE = if_exception_type(errors.ServiceUnavailable, errors.InternalServerError)
 CLOUD_PLATFORM_SCOPE = "https://www.googleapis.com/auth/cloud-platform"
@@ -42,7 +42,7 @@ ReturnT = TypeVar("ReturnT")
 
 
 class SecretManagerStore:
-    """Secrets `tunesmith-job-<job_id>` of a project. `emulator_host` (host:port) is a stand-in without Google."""
+    """Secrets `tunesmith-job-<job_id>` of a project. `emulator_host` (host:port) replaces Google's API."""
 
     def __init__(self, *, project_id: str, emulator_host: str | None = None) -> None:
         self._project_id = project_id
@@ -83,13 +83,13 @@ class SecretManagerStore:
         return iter(sorted(name.removeprefix(PREFIX) for name in ids if name.startswith(PREFIX)))
 
     def close(self) -> None:
-        """Let go of connections."""
+        """Close the connection."""
         with self._lock:
             if self._cached_client is not None:
                 self._cached_client.transport.close()
             self._cached_client = None
 
-    # --- steps -------------------------------------------------------------------------------------------------------
+    # --- calls -------------------------------------------------------------------------------------------------------
 
     def _create_secret(self, job_id: str) -> None:
         replication = secretmanager_v1.Replication(automatic=secretmanager_v1.Replication.Automatic())
@@ -99,14 +99,14 @@ class SecretManagerStore:
             self._call_with_retry(lambda timeout: self._client.create_secret(request, retry=None, timeout=timeout), errors.AlreadyExists)
 
     def _add_version(self, job_id: str, content: bytes) -> int:
-        """Write the next version; returns its number. Never repeated here: what was added and not answered for would be there twice."""
+        """Write the next version; returns its number. Not retried: after a lost answer a retry would add a second version."""
         payload = secretmanager_v1.SecretPayload(data=content, data_crc32c=google_crc32c.value(content))
         request = secretmanager_v1.AddSecretVersionRequest(parent=self._secret_name(job_id), payload=payload)
         added = self._call_once(lambda: self._client.add_secret_version(request, retry=None, timeout=remaining_s(CALL_TIMEOUT_S)))
         return int(added.name.rpartition("/")[2])
 
     def _access_version(self, job_id: str, number: int) -> dict[str, str] | None:
-        """The secrets in a version: none in one that was destroyed or disabled. None when there is no such version."""
+        """The secrets in a version; empty for one that was destroyed or disabled, None when there is no such version."""
         request = secretmanager_v1.AccessSecretVersionRequest(name=self._version_name(job_id, number))
         expected = errors.NotFound, errors.FailedPrecondition
         try:
@@ -123,7 +123,7 @@ class SecretManagerStore:
         return json.loads(content)
 
     def _destroy_version(self, job_id: str, number: int) -> None:
-        """Make a version unreadable. Harmless when somebody else was faster."""
+        """Make a version unreadable. Harmless when it is unreadable already."""
         request = secretmanager_v1.DestroySecretVersionRequest(name=self._version_name(job_id, number))
         expected = errors.NotFound, errors.FailedPrecondition
         with suppress(*expected):
@@ -150,16 +150,16 @@ class SecretManagerStore:
             return self._cached_client
 
     def _call_with_retry(self, call: Callable[[float], ReturnT], *expected: type[GoogleAPICallError]) -> ReturnT:
-        """The answer to a request that may be repeated; `call` is given the seconds that it may take.
+        """Make a call that may be repeated. `call` gets its timeout in seconds.
 
-        All tries together are bounded. The library's own bound is not one: within its last second a try gets the whole time again.
+        The deadline covers all tries together. The library's own does not: a try in its last second gets the full timeout again.
         """
         with deadline(CALL_TIMEOUT_S):
-            again = Retry(predicate=RETRY_PREDICATE, initial=0.1, maximum=2.0, timeout=remaining_s(CALL_TIMEOUT_S))
-            return self._call_once(again(lambda: call(remaining_s(CALL_TIMEOUT_S))), *expected)
+            retry = Retry(predicate=RETRY_PREDICATE, initial=0.1, maximum=2.0, timeout=remaining_s(CALL_TIMEOUT_S))
+            return self._call_once(retry(lambda: call(remaining_s(CALL_TIMEOUT_S))), *expected)
 
     def _call_once(self, call: Callable[[], ReturnT], *expected: type[GoogleAPICallError]) -> ReturnT:
-        """The answer; Google's errors in our words, but for those that the caller asks about."""
+        """Make a call; raises Google's errors as Unavailable, except for the expected ones."""
         try:
             return call()
         except expected:
@@ -184,10 +184,10 @@ class SecretManagerStore:
                 hint = f"https://console.cloud.google.com/iam-admin/quotas?service=secretmanager.googleapis.com&project={project}"
                 return Unavailable("a quota of Secret Manager is used up; try again in a minute", hint=hint)
             case errors.NotFound():
-                message = f"Secret Manager does not find what it was asked for: it was destroyed just now, or there is no project {project}"
+                message = f"Secret Manager does not find the secret: it was destroyed just now, or there is no project {project}"
                 return Unavailable(message, hint=f"gcloud projects describe {project}")
             case errors.ClientError() if not isinstance(error, errors.Cancelled):
-                return Unavailable(f"Secret Manager refuses what it was asked: {type(error).__name__}")  # its text may quote what was sent
+                return Unavailable(f"Secret Manager refused the request: {type(error).__name__}")  # the error's text may quote a secret
             case _:
                 return Unavailable(f"Secret Manager did not answer in time ({type(error).__name__})")
 

@@ -1,0 +1,127 @@
+"""What the documents hold: jobs, heartbeats, datasets and idempotency keys, encoded and decoded."""
+
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+import hashlib
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from google.cloud.firestore import CollectionReference, DocumentReference
+from pydantic import TypeAdapter
+
+from schema.dataset import Dataset
+from schema.job import Job, Status
+from service.adapters.jobstores.firestore.database import Fields, Snapshot
+from service.core.job_store_rules import IDEMPOTENCY_TTL
+from service.core.ports import Heartbeat, IdempotencyKey, JobSummary
+
+FILTERS = ("status", "project_id", "modality", "trainer_type")
+SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # as schema.base.Id; Firestore accepts each of them as a document's name
+
+_HEARTBEAT: TypeAdapter[Heartbeat] = TypeAdapter(Heartbeat)
+
+
+def doc_ref_by_id(collection: CollectionReference, record_id: str) -> DocumentReference:
+    """The document of a record. An id that no record can have maps to a document that never exists."""
+    if SAFE_ID.fullmatch(record_id):
+        return collection.document(record_id)
+    return collection.document("-" + hashlib.sha256(record_id.encode(errors="replace")).hexdigest())
+
+
+def fields_of(snapshot: Snapshot) -> dict[str, Any]:
+    """The fields that were read; empty when there is no document."""
+    return snapshot.to_dict() or {}
+
+
+def format_timestamp(moment: datetime) -> str:
+    """UTC text that sorts like the time it stands for."""
+    return moment.astimezone(UTC).isoformat(timespec="microseconds")
+
+
+# --- jobs ------------------------------------------------------------------------------------------------------------
+
+
+def build_job_fields(job: Job, write_ids: list[str]) -> Fields:
+    """A job's document. `write_ids` are the ids of the last writes to it, newest last. A field that is None is left out."""
+    config = job.training_config
+    summary = {
+        "job_name": job.job_name,
+        "base_model_id": config.base_model_id,
+        "status": str(job.status),
+        "modality": config.modality,
+        "trainer_type": config.trainer_type,
+        "project_id": job.project_id,
+    }
+    return {
+        "record": job.model_dump_json(),
+        "revision": job.revision,
+        "writes": write_ids,
+        "created_at": format_timestamp(job.created_at),
+        "summary": summary,
+        "list_filters": {"tenant_id": job.tenant_id} | build_filter_values(job.tenant_id, summary),
+        "work_state": "queued" if job.status is Status.QUEUED else "active" if job.status.is_active else None,
+        "active_dataset_id": None if job.status.is_final else job.processed_dataset_id,
+    }
+
+
+def build_filter_values(tenant_id: str, values: Mapping[str, str | None]) -> dict[str, str]:
+    """What lists are filtered by. Each value starts with the tenant, so merged indexes never touch another tenant's jobs."""
+    return {name: f"{tenant_id}/{value}" for name in FILTERS if (value := values.get(name)) is not None}
+
+
+def load_summary(snapshot: Snapshot) -> JobSummary:
+    """A job as lists show it."""
+    shown: dict[str, Any] = snapshot.get("summary")
+    created_at = datetime.fromisoformat(snapshot.get("created_at"))
+    return JobSummary(job_id=snapshot.id, created_at=created_at, **shown | {"status": Status(shown["status"])})
+
+
+# --- heartbeats ------------------------------------------------------------------------------------------------------
+
+
+def build_heartbeat_fields(heartbeat: Heartbeat, last_cursor: int) -> Fields:
+    """A heartbeat's document; `last_cursor` is the cursor of the job's newest event."""
+    return {"heartbeat": _HEARTBEAT.dump_json(heartbeat).decode(), "last_cursor": last_cursor}
+
+
+def load_heartbeat(snapshot: Snapshot) -> Heartbeat | None:
+    """The job's heartbeat; None before the first."""
+    text = fields_of(snapshot).get("heartbeat")
+    return _HEARTBEAT.validate_json(text) if text else None
+
+
+def last_cursor_of(snapshot: Snapshot) -> int:
+    """The cursor of the job's newest event; 0 before the first."""
+    return fields_of(snapshot).get("last_cursor", 0)
+
+
+# --- datasets --------------------------------------------------------------------------------------------------------
+
+
+def build_dataset_fields(dataset: Dataset) -> Fields:
+    """A dataset's document."""
+    return {
+        "record": dataset.model_dump_json(),
+        "tenant_id": dataset.tenant_id,
+        "created_at": format_timestamp(dataset.created_at),
+    }
+
+
+# --- idempotency keys ------------------------------------------------------------------------------------------------
+
+
+def idempotency_key_id(tenant_id: str, key: str) -> str:
+    """The name of a key's document: a key may be any text, a document's name may not."""
+    return hashlib.sha256(f"{tenant_id}/{key}".encode()).hexdigest()
+
+
+def build_idempotency_fields(job: Job, idempotency: IdempotencyKey) -> Fields:
+    """A key's document. Firestore deletes it some time after `expire_at`."""
+    return {
+        "body_digest": idempotency.body_digest,
+        "job_id": job.job_id,
+        "created_at": format_timestamp(job.created_at),
+        "expire_at": job.created_at + IDEMPOTENCY_TTL,
+    }

@@ -1,0 +1,60 @@
+"""Pages of records, newest first, and the work lists. Each query is served by an index of infra/firestore.indexes.json."""
+
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from collections.abc import Callable
+from typing import Literal, TypeVar
+
+from google.cloud.firestore import CollectionReference, FieldFilter, Query
+
+from schema.job import Job
+from service.adapters.jobstores.cursors import decode_cursor, encode_cursor
+from service.adapters.jobstores.firestore.database import Database, Snapshot
+from service.adapters.jobstores.firestore.documents import FILTERS, SAFE_ID, build_filter_values, load_summary
+from service.adapters.jobstores.records import load_readable_records
+from service.core.errors import InvalidRequest
+from service.core.ports import JobQuery, JobSummary, Page
+
+Record = TypeVar("Record")
+
+
+def list_jobs(database: Database, jobs: CollectionReference, query: JobQuery) -> Page[JobSummary]:
+    """A page of a tenant's jobs, newest first."""
+    filters = {name: str(value) for name in FILTERS if (value := getattr(query, name)) is not None}
+    selected = jobs.select(["created_at", "summary"])
+    # A filter's value contains the tenant, so the tenant is filtered by itself only where there is no other filter.
+    for name, value in build_filter_values(query.tenant_id, filters).items() if filters else [("tenant_id", query.tenant_id)]:
+        selected = selected.where(filter=FieldFilter(f"list_filters.{name}", "==", value))
+    return fetch_page(database, jobs, selected, query.limit, query.after, load_summary)
+
+
+def list_oldest_jobs(database: Database, jobs: CollectionReference, work_state: Literal["queued", "active"], limit: int) -> list[Job]:
+    """Jobs of all tenants in a work state, oldest first."""
+    selected = jobs.where(filter=FieldFilter("work_state", "==", work_state)).select(["record"])
+    snapshots = database.query(_order_by_creation(selected, Query.ASCENDING).limit(limit))
+    return load_readable_records(Job, (snapshot.get("record") for snapshot in snapshots))
+
+
+def fetch_page(
+    database: Database, collection: CollectionReference, query: Query, limit: int, after: str | None, load: Callable[[Snapshot], Record]
+) -> Page[Record]:
+    """A page of a query's records, newest first. Raises InvalidRequest for a cursor that the API did not issue."""
+    newest_first = _order_by_creation(query, Query.DESCENDING)
+    if after:
+        newest_first = newest_first.start_after(_cursor_position(after, collection))
+    snapshots = database.query(newest_first.limit(limit + 1))
+    shown = snapshots[:limit]
+    next_cursor = encode_cursor(shown[-1].get("created_at"), shown[-1].id) if len(snapshots) > limit else None
+    return Page([load(snapshot) for snapshot in shown], next_cursor)
+
+
+def _order_by_creation(query: Query, direction: str) -> Query:
+    return query.order_by("created_at", direction=direction).order_by("__name__", direction=direction)
+
+
+def _cursor_position(cursor: str, collection: CollectionReference) -> dict[str, object]:
+    """A cursor as Firestore's position. It comes from a caller, so its parts are checked."""
+    created_at, row_id = decode_cursor(cursor)
+    if not (SAFE_ID.fullmatch(row_id) and created_at.isascii()):
+        raise InvalidRequest("the cursor is not one that this API gave out", hint="start again without it", param="cursor")
+    return {"created_at": created_at, "__name__": collection.document(row_id)}
