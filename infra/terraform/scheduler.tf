@@ -3,7 +3,7 @@
 locals {
   upkeep = {
     reconcile = { schedule = "* * * * *", retry_count = 0, does = "Brings every open job a step nearer to where it should be." }
-    sweep     = { schedule = "17 * * * *", retry_count = 3, does = "Destroys secrets whose job has ended." }
+    cleanup   = { schedule = "17 * * * *", retry_count = 3, does = "Destroys secrets whose job has ended." }
   }
 }
 

@@ -162,7 +162,7 @@ def test_blackwell_uses_same_torch_with_newer_cuda() -> None:
 
 
 def test_requirements_do_not_pin_another_torch() -> None:
-    install = next(run.text for run in load_dockerfile(LLM).stage("build").instructions_with("RUN") if "llm.txt" in run.text)
+    install = next(run.text for run in load_dockerfile(LLM).stage("build").instructions_with("RUN") if "llm/requirements.txt" in run.text)
     assert "--constraint jobs/environments/llm/constraints.txt" in install
     pins = read_pins(ROOT / "jobs/environments/llm/requirements.txt")
     assert not {name for name, version in read_constraints().items() if pins.get(name, version) != version}
@@ -312,7 +312,7 @@ def test_image_stays_below_size_limit(installed_image: InstalledImage) -> None:
 def test_every_adapter_imports_in_image(installed_image: InstalledImage) -> None:
     modules = [
         file.relative_to(installed_image.root / "app").with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
-        for package in ("schema", "storage", "service")
+        for package in ("cli", "schema", "storage", "service")
         for file in sorted((installed_image.root / "app" / package).rglob("*.py"))
     ]
     done = installed_image.run("python", "-c", f"import {', '.join(modules)}")
@@ -330,7 +330,7 @@ def test_image_has_no_pip(installed_image: InstalledImage) -> None:
 
 
 def test_service_image_has_no_tests_or_trainers(installed_image: InstalledImage) -> None:
-    assert sorted(path.name for path in (installed_image.root / "app").iterdir()) == ["LICENSE", "schema", "service", "storage"]
+    assert sorted(path.name for path in (installed_image.root / "app").iterdir()) == ["LICENSE", "cli", "schema", "service", "storage"]
 
 
 def http_get(url: str, path: str) -> tuple[int, str]:

@@ -379,7 +379,7 @@ def test_scheduler_urls_exist() -> None:
     table = MODULE.locals["upkeep"]
     assert isinstance(table, dict)
     for name in table.keys() - set(terraform_tree.PARSER_KEYS):
-        assert f'@upkeep.post("/{unquote(name)}")' in read_source("service/api/internal.py")
+        assert f'@maintenance_router.post("/{unquote(name)}")' in read_source("service/api/internal.py")
     (job,) = MODULE.items_of("resource", "google_cloud_scheduler_job")
     assert unquote(get_only_block(job.body, "http_target")["uri"]) == "${local.service_url}/internal/${each.key}"
     assert unquote(get_only_block(job.body, "http_target", "oidc_token")["audience"]) == "local.service_url"
