@@ -4,6 +4,7 @@ Every step is a command that you can type yourself; each is printed before it ru
 environment; the trainer's is used through its own Python.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -32,6 +33,9 @@ console = Console()
 
 def main() -> int:
     """Run the demo; 0 when the tuned model is better on the held-out questions."""
+    argparse.ArgumentParser(
+        prog="make demo", description="Fine-tune Gemma 3 270M and compare its answers. Takes no arguments."
+    ).parse_args()
     began = time.monotonic()
     print_heading("1. The base model: Gemma 3 270M, from its package")
     run_command([TRAINER_PYTHON, "infra/gemma_270m.py", "--store", MODELS_URL])
