@@ -27,9 +27,9 @@ DESCRIPTION = "One HTTP request becomes a fine-tuned model."
 
 
 def create_app(settings: Settings | None = None, clock: Callable[[], datetime] | None = None) -> FastAPI:
-    """The app, with its own background task. Nothing runs before its lifespan begins. `clock` is the machine's if left out.
+    """The ASGI app. Nothing runs before its lifespan begins. `clock` defaults to the machine's clock.
 
-    Raises ValueError for a setting that names what there is not.
+    Raises ValueError for a setting that names an unknown adapter.
     """
     settings = settings or Settings()  # pyright: ignore[reportCallIssue]  # pydantic fills them from the environment
     check_adapters(settings)
@@ -66,12 +66,12 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     app.state.health_checks = make_health_checks(services)
     if services.reconciler is not None:
         services.reconciler.start()
-    asking = asyncio.create_task(_load_capabilities(services))  # seconds, which the first request need not wait for
+    loading = asyncio.create_task(_load_capabilities(services))  # takes seconds; the first request need not wait for it
     log.info("service is ready", extra={"url": services.settings.url, "home": str(services.settings.home_folder)})
     try:
         yield
     finally:
-        asking.cancel()
+        loading.cancel()
         if services.reconciler is not None:
             await run_in_thread(services.reconciler.stop)
         app.state.health_checks.close()
@@ -82,7 +82,7 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
 
 
 async def _load_capabilities(services: Services) -> None:
-    with suppress(Unavailable):  # it is in the log, and every request that needs the answer asks again
+    with suppress(Unavailable):  # the launcher logged it, and each request that needs the capabilities tries again
         await run_in_thread(services.launcher.get_capabilities)
-        if services.reconciler is not None:  # this process is the only one: a secret without a job is nobody's
+        if services.reconciler is not None:  # no other process writes: a secret without a job is left over
             await run_in_thread(lambda: services.jobs.delete_stale_secrets(orphans=True))
