@@ -1,8 +1,8 @@
-"""A stand-in for Cloud Run jobs: speaks google.cloud.run.v2 over gRPC, and runs every task as a child process.
+"""An emulator of Cloud Run jobs: serves google.cloud.run.v2 over gRPC, and runs every task as a child process.
 
-Faithful in what a client sees: names, the environment and arguments of an execution, newest first, conditions with the
-words that Cloud Run uses, SIGTERM and then SIGKILL, the time limit, retries. A container is a process group here, so nothing
-keeps two of them apart but folders: a variable that names a folder of the container's own gets one per execution.
+A client sees what Cloud Run shows: names, the environment and arguments of an execution, newest first, conditions with Cloud
+Run's own texts, SIGTERM and then SIGKILL, the time limit, retries. A container is a process group here, isolated only by its
+folders: each execution gets its own folder for a variable that names a folder of the container.
 
     python -m infra.loopback.cloud_run --folder DIR --python PYTHON --job tunesmith-cpu [--port N] [--source .] [--env K=V …]
 """
@@ -47,7 +47,7 @@ GRACE_S = 10.0  # between SIGTERM and SIGKILL
 POLL_INTERVAL_S = 0.05
 DEFAULT_TIMEOUT_S = 600.0
 NAME_SUFFIX_CHARACTERS = "bcdfghjklmnpqrstvwxz2456789"  # no vowels: no words
-FOLDER_VARIABLES = ("JOB_WORKDIR",)  # in a container these are nobody else's
+FOLDER_VARIABLES = ("JOB_WORKDIR",)  # each execution gets its own
 
 EXIT_ERROR = "The container exited with an error."
 MEMORY_LIMIT = "The configured memory limit was reached."
@@ -74,7 +74,7 @@ class _InjectedError:
 
 
 class CloudRun:
-    """The stand-in. A context manager; `commands` says what runs for an image, `environment` is all that a child inherits."""
+    """The emulator. A context manager; `commands` says what runs for an image, `environment` is all that a child inherits."""
 
     def __init__(
         self,
@@ -276,11 +276,11 @@ class CloudRun:
         if image not in self._commands:
             self._complete(run, f"Image '{image}' not found.", reason=Common.CONTAINER_MISSING)
             return
-        attempt, said = 0, self._run_attempt(run, 0)
-        while said and attempt < execution.template.max_retries and not run.cancelled.is_set():
+        attempt, error = 0, self._run_attempt(run, 0)
+        while error and attempt < execution.template.max_retries and not run.cancelled.is_set():
             attempt += 1
-            said = self._run_attempt(run, attempt)
-        self._complete(run, said)
+            error = self._run_attempt(run, attempt)
+        self._complete(run, error)
 
     def _run_attempt(self, run: _Run, attempt: int) -> str:
         """What went wrong; empty when nothing did."""
@@ -292,12 +292,12 @@ class CloudRun:
             os.killpg(child.pid, signal.SIGKILL)  # what it left behind goes with it, as with a container
         code = child.returncode
         ended = TIMEOUT if timed_out else CANCELLED if run.cancelled.is_set() else MEMORY_LIMIT if code == -signal.SIGKILL else EXIT_ERROR
-        said = ended if code or timed_out else ""
+        message = ended if code or timed_out else ""
         with self._lock:
             run.execution.retried_count = attempt
-            status = status_pb2.Status(code=code_pb2.UNKNOWN if said else code_pb2.OK, message=said)
+            status = status_pb2.Status(code=code_pb2.UNKNOWN if message else code_pb2.OK, message=message)
             run.task.last_attempt_result = run_v2.TaskAttemptResult(exit_code=max(code, 0), term_signal=-min(code, 0), status=status)
-        return said
+        return message
 
     def _wait_for_exit(self, run: _Run, child: subprocess.Popen[bytes]) -> bool:
         """Wait for the end, and bring it about after a cancel or the time limit. Whether it was the limit."""
@@ -467,7 +467,7 @@ class _RpcError(Exception):
 def _apply_overrides(template: run_v2.TaskTemplate, overrides: run_v2.RunJobRequest.Overrides) -> run_v2.TaskTemplate:
     """What an execution runs: the job's template with the overrides in it."""
     if overrides.task_count > 1:
-        raise _RpcError(code_pb2.INVALID_ARGUMENT, "this stand-in runs one task to an execution")
+        raise _RpcError(code_pb2.INVALID_ARGUMENT, "this emulator runs one task per execution")
     template = run_v2.TaskTemplate(template)
     if "timeout" in overrides:
         template.timeout = overrides.timeout
@@ -529,7 +529,7 @@ def main() -> None:
     with CloudRun(options.folder.resolve(), {"llm": command}, environment=environment, cwd=source, port=options.port) as cloud_run:
         for name in options.job:
             cloud_run.create_job(f"projects/{options.project}/locations/{options.region}/jobs/{name}", "llm")
-        print(f"{time.strftime('%H:%M:%S')} Cloud Run stand-in on {cloud_run.host}: {', '.join(options.job)}", flush=True)
+        print(f"{time.strftime('%H:%M:%S')} Cloud Run emulator on {cloud_run.host}: {', '.join(options.job)}", flush=True)
         stopped.wait()
 
 

@@ -1,4 +1,4 @@
-"""Cloud Storage on loopback: the fake-gcs-server binary, which speaks the JSON API to Google's real client library.
+"""Cloud Storage on loopback: the fake-gcs-server binary, which serves the JSON API to Google's real client library.
 
 `python -m infra.loopback.cloud_storage --port 9023 --folder DIR --bucket a --bucket b` runs in the foreground. Clients find it by
 STORAGE_EMULATOR_HOST=<url>. What it does not do, and a test must not believe: it takes every signature, keeps every upload in
@@ -96,7 +96,7 @@ def create_bucket(url: str, name: str) -> None:
 
 
 def find_free_port() -> int:
-    """A port that nobody has at this moment."""
+    """A port that is free at this moment."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

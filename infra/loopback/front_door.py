@@ -1,6 +1,6 @@
-"""Cloud Run's front door, as far as a service behind it can tell: nobody comes in without a Google identity token for it.
+"""Cloud Run's authentication, as a service behind it sees it: a request needs a Google identity token for the service.
 
-`uvicorn infra.loopback.front_door:create_app --factory` is the service with that door before it. The token is checked with the
+`uvicorn infra.loopback.front_door:create_app --factory` is the service behind that check. The token is checked with the
 loopback metadata server's own public key, so it is really asked for, really signed and really for this service.
 """
 
@@ -15,7 +15,7 @@ from service.settings import Settings
 
 # The first that is there is the one that counts; the attempt's own token travels in the second.
 TOKEN_HEADERS = (b"x-serverless-authorization", b"authorization")
-REMOVED_SIGNATURE = b"SIGNATURE_REMOVED_BY_GOOGLE"  # nobody behind the door can use the token to be the caller elsewhere
+REMOVED_SIGNATURE = b"SIGNATURE_REMOVED_BY_GOOGLE"  # the service cannot use the token to impersonate the caller
 
 
 class IdentityTokenMiddleware:

@@ -2,7 +2,7 @@
 
 `python -m infra.loopback.google_identity --port 9025` runs in the foreground. Google's libraries find the metadata server by
 GCE_METADATA_HOST=host:port and GCE_METADATA_IP=host:port; ours find signBlob by IAM_CREDENTIALS_EMULATOR_HOST=host:port. Its
-public key is at /oauth2/v3/certs, where Google has its own, so that whoever is shown an identity token can check it.
+public key is at /oauth2/v3/certs, where Google has its own, so that the receiver of an identity token can verify it.
 """
 
 import argparse
@@ -142,7 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_response({"keyId": KEY_ID, "signedBlob": base64.b64encode(signature).decode()})
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nobody reads it."""
+        """No log."""
 
     def _record_request(self) -> None:
         self.identity.requests.append(RecordedRequest(self.command, self.path, self.headers.get("Authorization")))

@@ -1,4 +1,4 @@
-"""An HTTP front before another server, which does wrong just what it is told to: for tests of what a client makes of it."""
+"""An HTTP proxy that injects faults on request, to test how clients handle them."""
 
 import http.client
 import socket
@@ -20,7 +20,7 @@ FaultKind = Literal[
     "truncate response",  # half of the answer's body, then the connection breaks
     "corrupt response",  # a byte of the answer's body is another one
     "wrong checksum",  # the answer tells a checksum that is not the body's
-    "hang",  # nothing happens until the front is stopped
+    "hang",  # no response until the proxy stops
 ]
 HOP_BY_HOP = {"connection", "transfer-encoding", "keep-alive", "content-length"}
 
@@ -49,7 +49,7 @@ class RecordedRequest:
 
 
 class HttpFaultProxy:
-    """The front. `target` is set when the server behind it is known, which may want to know the front's url first."""
+    """The proxy. `target` may be set later, because the server behind the proxy may need the proxy's URL first."""
 
     def __init__(self, target: str = "") -> None:
         self.target = target
@@ -93,31 +93,31 @@ class HttpFaultProxy:
         return None
 
     def wait_until_stopped(self) -> None:
-        """Returns when the front is stopped."""
+        """Return when the proxy is stopped."""
         self._released.wait(60)
 
 
 @contextmanager
 def run_http_fault_proxy(target: str = "") -> Generator[HttpFaultProxy]:
-    """A front for as long as the block lasts."""
-    front = HttpFaultProxy(target)
-    front.start()
+    """A proxy that runs for the duration of the block."""
+    proxy = HttpFaultProxy(target)
+    proxy.start()
     try:
-        yield front
+        yield proxy
     finally:
-        front.stop()
+        proxy.stop()
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    block_on_close = False  # whoever hangs there is let go, not waited for
+    block_on_close = False  # do not wait for hanging connections
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Broken connections are what this is for."""
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One connection; `front` is set on the class of each server."""
+    """One connection; `proxy` is set on the class of each server."""
 
     proxy: ClassVar[HttpFaultProxy]
     protocol_version = "HTTP/1.1"
@@ -129,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         length = int(self.headers.get("Content-Length", 0))
-        # Looked at before the body has come, as half of it is all that may come; what is noted has it all.
+        # Choose the fault after half of the body, because that may be all that arrives; the recorded request has the whole body.
         half = self.rfile.read(length // 2)
         fault = self.proxy.next_fault(RecordedRequest(self.command, self.path, dict(self.headers), b""))
         if fault and fault.kind == "truncate request":
@@ -163,12 +163,12 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
-        """The server's own answer."""
+        """The upstream server's response."""
         target = urlsplit(self.proxy.target)
         connection = http.client.HTTPConnection(str(target.hostname), target.port, timeout=60)
         try:
             headers = {name: value for name, value in self.headers.items() if name.lower() not in HOP_BY_HOP}
-            with suppress(ConnectionError):  # it may answer, and hang up, before it has heard everything
+            with suppress(ConnectionError):  # it may answer and close before it has read everything
                 connection.request(self.command, self.path, body, headers | {"Content-Length": str(len(body))})
             answer = connection.getresponse()
             return answer.status, dict(answer.getheaders()), answer.read()
@@ -195,10 +195,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nobody reads it."""
+        """No log."""
 
 
 def _corrupt(content: bytes) -> bytes:
-    """One byte in the middle is another one."""
+    """Change one byte in the middle."""
     middle = len(content) // 2
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :] if content else content

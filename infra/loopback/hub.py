@@ -423,7 +423,7 @@ class LoopbackHub:
     # --- rights ------------------------------------------------------------------------------------------------------
 
     def _readable_repo(self, request: HubRequest, repo_id: str) -> Repo:
-        """The repository, if whoever asks may know that it exists."""
+        """The repository, if the caller may see it."""
         repo = self.repos.get(repo_id)
         if repo is None or (repo.private and not (request.token and self.tokens[request.token].can_read(repo_id))):
             raise HubError(404 if request.token else 401, "Repository not found", "RepoNotFound")
@@ -443,7 +443,7 @@ class LoopbackHub:
             raise HubError(403, f"Access to model {repo.repo_id} is restricted and you are not in the authorized list.", "GatedRepo")
 
     def _writable_repo(self, request: HubRequest, repo_id: str) -> Repo:
-        """The repository, if whoever asks may change it."""
+        """The repository, if the caller may change it."""
         repo = self._readable_repo(request, repo_id)
         if request.token is None:
             raise HubError(401, "Invalid username or password.")
@@ -491,7 +491,7 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that hangs up is no news."""
+        """Ignore clients that close the connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -542,7 +542,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nobody reads it."""
+        """No log."""
 
 
 def _error_response(error: HubError) -> HubResponse:

@@ -42,7 +42,7 @@ class Proxy:
         return f"127.0.0.1:{self._port}"
 
     def cut(self) -> None:
-        """Nobody answers at the address, and every connection is closed."""
+        """Refuse new connections and close the open ones."""
         self._run_in_loop(self._set_fault("cut"))
 
     def reset(self) -> None:
@@ -114,7 +114,7 @@ class Proxy:
         self._connections.add(link)
         try:
             await self._relay(link, from_client, client)
-        except (OSError, asyncio.CancelledError):  # the target takes nobody, one end is gone, or the proxy ends
+        except (OSError, asyncio.CancelledError):  # the target refuses, one end has closed, or the proxy stops
             link.abort(reset=False)
         with suppress(OSError):
             await link.wait_closed()

@@ -1,4 +1,4 @@
-"""S3 on loopback: moto's server, which speaks to the real boto3. It checks no signature and no checksum of what is sent.
+"""S3 on loopback: moto's server, which serves the real boto3. It checks no signature and no checksum of what is sent.
 
 `python -m infra.loopback.s3 --port 9024 --bucket a` runs in the foreground. Clients find it by AWS_ENDPOINT_URL_S3=<url>, with any
 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION=us-east-1.

@@ -1,4 +1,4 @@
-"""A stand-in for Secret Manager: speaks google.cloud.secretmanager.v1 over gRPC, and keeps what it is given in memory.
+"""An emulator of Secret Manager: serves google.cloud.secretmanager.v1 over gRPC, and stores everything in memory.
 
 Faithful in what a client sees: names, version numbers, states, status codes, paging, the checksum that is held against the payload (and
 missed when it is not there, which Google allows). It does not age: nothing expires. Where Google only promises that something follows
@@ -55,7 +55,7 @@ class _RpcError(Exception):
 
 
 class SecretManager:
-    """The stand-in; a context manager."""
+    """The emulator; a context manager."""
 
     def __init__(self, *, port: int = 0) -> None:
         self._secrets: dict[str, _StoredSecret] = {}
