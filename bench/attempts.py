@@ -1,4 +1,4 @@
-"""Attempts that the benchmark speaks for: the stand-in holds the slot, and the reports come from here."""
+"""Attempts simulated by the benchmark: the stub trainer occupies the slot, and the benchmark sends the reports."""
 
 import asyncio
 import time

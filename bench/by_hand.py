@@ -1,4 +1,4 @@
-"""The trainer run by hand, without a service: `python -m bench.by_hand SPEC.json WORKDIR` in the trainer's environment.
+"""Runs the trainer without a service: `python -m bench.by_hand SPEC.json WORKDIR` in the trainer's environment.
 
 Prints the seconds of training. Its events go nowhere.
 """
@@ -16,13 +16,13 @@ from schema.spec import JobSpec
 
 
 class NoOpControl:
-    """Neither listens nor stops anything."""
+    """Ignores events and never stops."""
 
     def report(self, event: Event) -> None:
-        """Forget it."""
+        """Do nothing."""
 
     def set_progress(self, **_: object) -> None:
-        """Forget it."""
+        """Do nothing."""
 
     @property
     def stop_reason(self) -> StopReason | None:

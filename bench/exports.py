@@ -1,6 +1,6 @@
-"""What an export of a billion parameters takes: merging tensor by tensor, beside peft's merge of the whole model; both converted to GGUF.
+"""Cost of exporting a billion parameters: merging tensor by tensor, and peft's merge of the whole model; both converted to GGUF.
 
-One after the other, in turns, each in a process of its own, whose memory is the most that it, or the converter it started, had.
+Runs alternate, each in its own process. Memory is the peak of that process or of the converter that it starts.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ MERGE_METHODS = ("streamed", "whole", "whole-bf16")
 
 @dataclass(frozen=True)
 class MergeRun:
-    """One way, once."""
+    """One run of one merge method."""
 
     seconds: float
     merge_s: float

@@ -1,4 +1,4 @@
-"""What was measured, beside what was wanted."""
+"""Measurements and their goals."""
 
 import json
 import math
@@ -15,7 +15,7 @@ Direction = Literal["at least", "at most", "exactly"]
 
 @dataclass(frozen=True)
 class Goal:
-    """What a figure should be."""
+    """The goal of a measurement."""
 
     direction: Direction
     value: float

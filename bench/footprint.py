@@ -1,4 +1,4 @@
-"""B3: from the start of the process to the first 200 on /health, and memory, idle and after 2,000 submissions."""
+"""B3: time from process start to the first 200 of /health; memory when idle and after 2,000 submissions."""
 
 import asyncio
 
@@ -11,11 +11,11 @@ from bench.submit import REQUESTS, submit_many
 
 NAME = "footprint"
 STARTS = 7
-SETTLE_S = 5.0  # what a server still does by itself after it is ready
+SETTLE_S = 5.0  # for background work after a server is ready
 
 
 async def measure(context: BenchmarkContext) -> list[Measurement]:
-    """Ours; then the peers, in their second start, when their tables are there."""
+    """Tunesmith; then its peers, in their second start, after they have created their tables."""
     ready_s = median([await _measure_start(context) for _ in range(STARTS)])
     idle_mb, after_mb = await _measure_memory(context)
     figures = [

@@ -1,11 +1,11 @@
 """How fast LoRA is on this machine's GPU, and what share of its peak that is: `python -m bench.gpu_training [1b] [4b]`.
 
-Runs in the trainer's environment, on a machine with an NVIDIA GPU; elsewhere it says so and measures nothing. The bases have the
-shapes of Gemma 3 1B and 4B and random weights. Rows are packed into 4,096 tokens and learned nearly whole, so that leaving positions
-out gains nothing. TRL trains beside it, with its defaults and with our flags, and Unsloth where its python is given.
+Runs in the trainer's environment, on a machine with an NVIDIA GPU; elsewhere it prints that and measures nothing. The bases have the
+shapes of Gemma 3 1B and 4B and random weights. Rows are packed into 4,096 tokens, and nearly all tokens have a loss, so that skipping
+positions gains nothing. TRL is measured too, with its defaults and with our flags, and Unsloth if its python is given.
 
-The share of the peak counts 4 N operations a token, N being the weights that tokens are multiplied by, the head's included: two on the
-way there and two on the way back, for the weights themselves are frozen. What is computed twice to save memory is not counted.
+The share of the peak counts 4 N operations a token, N being the weights that tokens are multiplied by, including the head: two in the
+forward pass and two in the backward pass, because the weights are frozen. Recomputation to save memory is not counted.
 """
 
 import argparse

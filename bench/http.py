@@ -1,6 +1,6 @@
-"""A small HTTP/1.1 client over asyncio streams, because on two cores a comfortable one would be what is measured.
+"""A small HTTP/1.1 client over asyncio streams, because on two cores a full-featured client would dominate the measurement.
 
-Only what benchmarks need: requests with a body in hand, keep-alive, answers with a length or in chunks.
+It supports only what benchmarks need: requests with a complete body, keep-alive, responses with a length or in chunks.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ CONNECTION_CLOSE = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Request:
-    """What to send. A `body` that is not bytes becomes JSON."""
+    """A request. A `body` that is not bytes is sent as JSON."""
 
     method: str
     path: str

@@ -1,7 +1,7 @@
-"""What never losing a run costs: how long saving stands in the way of training, how soon a pause is obeyed, how soon a paused
-training makes its next step, and what time slices add.
+"""Cost of checkpoints and interruptions: how long saving blocks training, how soon a pause takes effect, how soon a resumed training
+makes its next step, and what time slices add.
 
-The real Gemma 3 270M for the first three, saving as by default; the tiny one for the slices, whose cost is the start of a process.
+The first three use the real Gemma 3 270M with default saving; the slices use the tiny one, because their cost is starting a process.
 """
 
 import asyncio

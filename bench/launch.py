@@ -1,7 +1,7 @@
 """B4: from `POST /train` to the first line of the attempt's output, and from cancel to the end of its process.
 
-The real launcher and the real trainer, on a tiny Gemma with random weights. Cancelled are attempts that have just begun,
-whose libraries are still being loaded, and attempts in the middle of their training.
+The real launcher and the real trainer, on a tiny Gemma with random weights. It cancels attempts that have just started,
+whose libraries are still loading, and attempts that are training.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ TIMEOUT_S = 120.0
 
 
 async def measure(context: BenchmarkContext) -> list[Measurement]:
-    """How soon attempts begin, and how soon they end when told to."""
+    """How soon attempts start, and how soon they end after a cancel."""
     if not REAL_TRAINER.exists():
         return [Measurement(NAME, "POST /train to first line", None, "s", at_most(0.3), "there is no trainer's environment: make setup")]
     home = context.folder / "home"

@@ -1,11 +1,11 @@
-"""The whole Google stack on loopback, with the service on it: Firestore, Cloud Storage, Secret Manager, Cloud Run, identities.
+"""The service on emulators of Google Cloud on loopback: Firestore, Cloud Storage, Secret Manager, Cloud Run, identities.
 
     python -m infra.cloud_local                    # until Ctrl-C; prints what to export in another terminal
     python -m infra.cloud_local -- COMMAND …       # runs a command inside, and ends with it
 
 The service is the real one with the adapters and the client libraries of the deployment; what they talk to is not Google but the
-Firestore emulator, fake-gcs-server, and stand-ins that speak the real protocols (`infra/loopback/`). Attempts are child processes of
-the Cloud Run stand-in. Base models are put into the folder's models bucket and stay there.
+Firestore emulator, fake-gcs-server, and emulators of our own (`infra/loopback/`). Attempts are child processes of
+the Cloud Run emulator. Base models are stored in the folder's models bucket and stay there.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def run_cloud_local(
 ) -> Generator[CloudLocal]:
     """Everything, started and answering; ended in good order. Buckets are below `folder`, records are gone at the end.
 
-    `before_storage` is a front, already at work, through which everybody reaches the buckets: for tests that break it.
+    `before_storage` is a running proxy through which every client reaches the buckets, so that tests can inject faults.
     """
     folder.mkdir(parents=True, exist_ok=True)
     inherited = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Makes or updates everything in a Google Cloud project: infra/deploy.sh PROJECT_ID REGION, or `make deploy`. It can be repeated.
+# Creates or updates a deployment in a Google Cloud project: infra/deploy.sh PROJECT_ID REGION, or `make deploy`. It can be repeated.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source infra/deployment.sh
 
 KEY=tunesmith-signing-key
 TRIES=6
-PAUSE_S="${PAUSE_S:-120}" # with the tries ten minutes: as long as Google says that a new metric takes
+PAUSE_S="${PAUSE_S:-120}" # with six tries ten minutes, the time that Google states for a new metric
 
 main() {
   check_arguments deploy
@@ -16,19 +16,19 @@ main() {
   prepare
   terraform_init
   check_region
-  print_status "The signing key"
+  print_status "Create the signing key"
   make_signing_key
-  print_status "Everything else, with Terraform"
+  print_status "Create everything else with Terraform"
   apply
-  print_status "Checks, tests, images, deployment: Cloud Build"
+  print_status "Check, test, build and deploy with Cloud Build"
   build
   print_status "Done"
   terraform_ output -raw next_steps
 }
 
-# What Terraform itself needs, and the settings that a person keeps.
+# What Terraform itself needs, and the file of settings that the user edits.
 prepare() {
-  print_status "The project $PROJECT_ID, as $ACCOUNT"
+  print_status "Prepare the project $PROJECT_ID as $ACCOUNT"
   gcloud services enable cloudresourcemanager.googleapis.com serviceusage.googleapis.com iam.googleapis.com storage.googleapis.com \
     --project="$PROJECT_ID"
   if ! gcloud storage buckets describe "gs://$STATE_BUCKET" --format='value(name)' >/dev/null 2>&1; then
@@ -41,10 +41,10 @@ prepare() {
 
 first_settings() {
   local kind=user mark=""
-  # A machine's identity may call the service, and reads no mail.
+  # A service account may call the service but receives no email.
   [[ "$ACCOUNT" != *.gserviceaccount.com ]] || { kind=serviceAccount mark="# "; }
   cat <<END
-# Settings of this deployment; infra/terraform/variables.tf describes each. Then: make deploy PROJECT_ID=$PROJECT_ID REGION=$REGION
+# Settings of this deployment; infra/terraform/variables.tf describes each. To apply: make deploy PROJECT_ID=$PROJECT_ID REGION=$REGION
 profiles = ["l4", "cpu"]
 invokers = ["$kind:$ACCOUNT"]
 ${mark}alert_email = "$ACCOUNT"
@@ -53,8 +53,8 @@ ${mark}alert_email = "$ACCOUNT"
 END
 }
 
-# The key goes from openssl to Secret Manager: it is in no file, no argument, and not in Terraform's state. The metrics come along
-# because Google takes minutes to know them, and alerts need them.
+# The key goes from openssl to Secret Manager, so that it is in no file, no argument, and not in Terraform's state. The metrics are
+# created here because they take minutes to appear, and alerts need them.
 make_signing_key() {
   if [[ -n "$(key_versions)" ]]; then
     return
@@ -70,22 +70,22 @@ key_versions() {
   gcloud secrets versions list "$KEY" --project="$PROJECT_ID" --filter=state:ENABLED --format='value(name)' 2>/dev/null || true
 }
 
-# In a new project some things are known everywhere only minutes after they were made. Those are tried again, nothing else.
+# In a new project some resources become visible everywhere only after minutes. Only these errors are retried.
 RETRYABLE_ERRORS_PATTERN='created recently|has not been used in project|SERVICE_DISABLED|Service account .* does not exist|Service agent|try again'
 
 apply() {
-  local try said
-  said="$(mktemp)"
+  local try output
+  output="$(mktemp)"
   for ((try = 1; ; try++)); do
-    if terraform_ apply -input=false -auto-approve "${VARIABLES[@]}" "$@" 2>&1 | tee "$said"; then
-      rm -f "$said"
+    if terraform_ apply -input=false -auto-approve "${VARIABLES[@]}" "$@" 2>&1 | tee "$output"; then
+      rm -f "$output"
       return
     fi
-    if ((try == TRIES)) || ! grep -Eq "$RETRYABLE_ERRORS_PATTERN" "$said"; then
-      rm -f "$said"
-      die "Terraform did not finish; nothing is lost. Mend what it says, and run this again."
+    if ((try == TRIES)) || ! grep -Eq "$RETRYABLE_ERRORS_PATTERN" "$output"; then
+      rm -f "$output"
+      die "Terraform did not finish; nothing is lost. Fix the error above and run this again."
     fi
-    printf '\nSomething is so new that Google does not know it everywhere: again in %s seconds.\n' "$PAUSE_S"
+    printf '\nA new resource is not visible everywhere yet: trying again in %s seconds.\n' "$PAUSE_S"
     sleep "$PAUSE_S"
   done
 }
@@ -94,7 +94,7 @@ build() {
   local repository profiles
   repository="$(terraform_ output -raw repository)"
   profiles="$(terraform_ output -raw profiles)"
-  # ^;^ has gcloud take a semicolon between substitutions: there are commas in the profiles.
+  # ^;^ makes the semicolon separate substitutions, because profiles contain commas.
   gcloud builds submit --config cloudbuild.yaml --ignore-file=.gcloudignore --project="$PROJECT_ID" \
     --substitutions="^;^_REGION=$REGION;_REPOSITORY=$repository;_PROFILES=$profiles"
 }

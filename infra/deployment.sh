@@ -1,4 +1,4 @@
-# What deploy.sh and destroy.sh share. They are called with a project and a region, and source this file.
+# Shared by deploy.sh and destroy.sh, which take a project and a region and source this file.
 # shellcheck shell=bash
 
 PROJECT_ID="${1:-}"
@@ -23,28 +23,28 @@ check_arguments() {
 check_tools() {
   local tool
   for tool in "$@"; do
-    command -v "$tool" >/dev/null || die "$tool is not installed; docs/deploy.md says what is needed."
+    command -v "$tool" >/dev/null || die "$tool is not installed; docs/deploy.md lists what is needed."
   done
 }
 
 check_login() {
   ACCOUNT="$(gcloud auth list --filter=status:ACTIVE --format='value(account)')"
-  [[ -n "$ACCOUNT" ]] || die "Nobody is logged in: gcloud auth login"
+  [[ -n "$ACCOUNT" ]] || die "No account is logged in: gcloud auth login"
 }
 
 check_project() {
   gcloud projects describe "$PROJECT_ID" --format='value(projectNumber)' >/dev/null ||
-    die "$ACCOUNT sees no project $PROJECT_ID. Those it sees: gcloud projects list. A new one: gcloud projects create $PROJECT_ID"
+    die "$ACCOUNT cannot see a project $PROJECT_ID. To list projects: gcloud projects list. To create it: gcloud projects create $PROJECT_ID"
   local billing
   billing="$(gcloud billing projects describe "$PROJECT_ID" --format='value(billingEnabled)')" ||
-    { printf 'Whether %s has billing could not be seen; going on.\n' "$PROJECT_ID" >&2; billing=True; }
-  [[ "$billing" == True ]] || die "$PROJECT_ID has no billing account, without which Google runs nothing:" \
+    { printf 'Could not read whether %s has billing; continuing.\n' "$PROJECT_ID" >&2; billing=True; }
+  [[ "$billing" == True ]] || die "$PROJECT_ID has no billing account, and Google runs nothing without one:" \
     "  gcloud billing accounts list" "  gcloud billing projects link $PROJECT_ID --billing-account=ACCOUNT_ID"
 }
 
 terraform_() { terraform -chdir=infra/terraform "$@"; }
 
-# One login serves all: Terraform and its state take gcloud's token, which is good for an hour, from the environment.
+# Terraform and its state backend read gcloud's access token, which is valid for an hour, from the environment.
 terraform_init() {
   GOOGLE_OAUTH_ACCESS_TOKEN="$(gcloud auth print-access-token)"
   export GOOGLE_OAUTH_ACCESS_TOKEN
@@ -57,5 +57,5 @@ check_region() {
   local deployed
   deployed="$(terraform_ output -raw region 2>/dev/null)" || return 0
   [[ -z "$deployed" || "$deployed" == "$REGION" ]] ||
-    die "$PROJECT_ID has Tunesmith in $deployed, and buckets and records cannot be moved: REGION=$deployed, or another project."
+    die "$PROJECT_ID has a deployment in $deployed, and its data cannot be moved: use REGION=$deployed, or another project."
 }

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Removes what deploy.sh made, except data: infra/destroy.sh PROJECT_ID REGION, or `make destroy`.
+# Removes what deploy.sh created, except data: infra/destroy.sh PROJECT_ID REGION, or `make destroy`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source infra/deployment.sh
 
-# Data stays, and stays in Terraform's state, so that `make deploy` finds it again. Enabled APIs cost nothing.
+# Data stays, also in Terraform's state, so that `make deploy` uses it again. Enabled APIs cost nothing.
 KEPT_RESOURCES_PATTERN='^(data\.|google_(storage_bucket|firestore_[a-z]+|project_service)\.)'
 
 main() {
@@ -20,12 +20,12 @@ main() {
 
 confirm() {
   local answer="${CONFIRM:-}"
-  printf 'The service, the jobs with what runs in them, images, alerts and identities of Tunesmith in %s go.\n' "$PROJECT_ID"
-  printf 'Records in Firestore and everything in the buckets stay.\n'
+  printf 'This removes the service, its Cloud Run jobs and their running executions, images, alerts and service accounts in %s.\n' "$PROJECT_ID"
+  printf 'Records in Firestore and all objects in the buckets stay.\n'
   if [[ -z "$answer" && -t 0 ]]; then
-    read -r -p "Type the project's id to go on: " answer
+    read -r -p "Type the project id to continue: " answer
   fi
-  [[ "$answer" == "$PROJECT_ID" ]] || die "Nothing was touched. To confirm, type the project's id, or CONFIRM=$PROJECT_ID make destroy …"
+  [[ "$answer" == "$PROJECT_ID" ]] || die "Nothing was changed. To confirm, type the project id, or run CONFIRM=$PROJECT_ID make destroy …"
 }
 
 destroy() {
@@ -44,7 +44,7 @@ destroy() {
 print_remaining_resources() {
   cat <<END
 
-Gone. What is left is data, and costs what its storage costs; \`make deploy\` takes it up again. To delete it for good:
+Removed. The data is left, and its storage is billed; \`make deploy\` uses it again. To delete it permanently:
 
   gcloud storage rm gs://$PROJECT_ID-tunesmith-configs --recursive
   gcloud storage rm gs://$PROJECT_ID-tunesmith-datasets --recursive
@@ -54,7 +54,7 @@ Gone. What is left is data, and costs what its storage costs; \`make deploy\` ta
   gcloud secrets list --filter=name:tunesmith-job- --project=$PROJECT_ID
   gcloud storage rm gs://$STATE_BUCKET --recursive
 
-The last one is Terraform's memory: delete it only when the others are gone. Or everything in the project at once:
+The last one is Terraform's state: delete it only after the others. Or delete everything in the project at once:
 
   gcloud projects delete $PROJECT_ID
 END

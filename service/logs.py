@@ -1,4 +1,4 @@
-"""Log lines: a constant message with facts beside it; JSON for a collector, text for a person."""
+"""Log lines: a constant message with fields; JSON for a log collector, text for a person."""
 
 import json
 import logging
@@ -6,7 +6,7 @@ import sys
 from datetime import UTC, datetime
 from typing import Literal
 
-# What every LogRecord has; the rest was given as `extra` and is a fact.
+# Attributes of every LogRecord. All others were given as `extra`.
 STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 
 
@@ -15,7 +15,7 @@ def configure_logging(style: Literal["text", "json"]) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter() if style == "json" else _TextFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    logging.getLogger("uvicorn.access").disabled = True  # one line a request drowns the events
+    logging.getLogger("uvicorn.access").disabled = True  # a line per request would hide the events
 
 
 def _extra_fields(record: logging.LogRecord) -> dict[str, object]:
@@ -25,13 +25,13 @@ def _extra_fields(record: logging.LogRecord) -> dict[str, object]:
 class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         at = datetime.fromtimestamp(record.created, UTC).strftime("%H:%M:%S")
-        facts = " ".join(f"{name}={value}" for name, value in _extra_fields(record).items())
-        line = f"{at} {record.levelname.lower():7} {record.getMessage()} {facts}".rstrip()
+        fields = " ".join(f"{name}={value}" for name, value in _extra_fields(record).items())
+        line = f"{at} {record.levelname.lower():7} {record.getMessage()} {fields}".rstrip()
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
 class _JsonFormatter(logging.Formatter):
-    """Cloud Logging's names for what it knows: severity, message, time."""
+    """Fields as Cloud Logging names them: severity, message, time."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {

@@ -7,12 +7,14 @@ from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 
 from schema.version import VERSION
-from service.api import datasets, errors, files, health, internal, jobs, train
+from service.api import datasets, errors, files, health, internal, jobs, openapi, root, train
 from service.api.attempt_identity import AttemptIdentityMiddleware
 from service.api.body_limits import BodyLimitMiddleware
 from service.api.deadlines import RequestDeadlineMiddleware
+from service.api.health import make_health_checks
 from service.api.stream import Feeds, run_in_thread
 from service.bootstrap import Services, build_services, check_adapters
 from service.core.errors import Unavailable
@@ -25,14 +27,23 @@ DESCRIPTION = "One HTTP request becomes a fine-tuned model."
 
 
 def create_app(settings: Settings | None = None, clock: Callable[[], datetime] | None = None) -> FastAPI:
-    """The app, with its own background task. Nothing runs before its lifespan begins. `clock` is the machine's if left out.
+    """The ASGI app. Nothing runs before its lifespan begins. `clock` defaults to the machine's clock.
 
-    Raises ValueError for a setting that names what there is not.
+    Raises ValueError for a setting that names an unknown adapter.
     """
     settings = settings or Settings()  # pyright: ignore[reportCallIssue]  # pydantic fills them from the environment
     check_adapters(settings)
     configure_logging(settings.log_format)
-    app = FastAPI(title="Tunesmith", version=VERSION, description=DESCRIPTION, lifespan=_lifespan)
+    # GET /docs loads Swagger UI from this service, so that it works without internet access. Redoc is off: it loads its logo from a CDN.
+    app = FastAPIOffline(
+        title="Tunesmith",
+        version=VERSION,
+        description=DESCRIPTION,
+        lifespan=_lifespan,
+        redoc_url=None,
+        static_url="/docs/assets",
+        swagger_ui_parameters={"validatorUrl": None},  # or Swagger UI would send the schema to a validator on the internet
+    )
     app.state.settings = settings
     app.state.clock = clock
     app.add_middleware(RequestDeadlineMiddleware)
@@ -40,9 +51,10 @@ def create_app(settings: Settings | None = None, clock: Callable[[], datetime] |
     if settings.attempt_identity:
         app.add_middleware(AttemptIdentityMiddleware, email=settings.attempt_identity)
     errors.install(app)
-    for part in (train, jobs, datasets, files, health, internal):
+    for part in (root, train, jobs, datasets, files, health, internal):
         app.include_router(part.router)
     app.include_router(internal.maintenance_router)
+    openapi.document_errors(app)
     return app
 
 
@@ -51,16 +63,18 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     services = await run_in_thread(build_services, app.state.settings, app.state.clock)
     app.state.services = services
     app.state.feeds = Feeds(services.jobs.repository, services.settings.event_poll_s)
+    app.state.health_checks = make_health_checks(services)
     if services.reconciler is not None:
         services.reconciler.start()
-    asking = asyncio.create_task(_load_capabilities(services))  # seconds, which the first request need not wait for
+    loading = asyncio.create_task(_load_capabilities(services))  # takes seconds; the first request need not wait for it
     log.info("service is ready", extra={"url": services.settings.url, "home": str(services.settings.home_folder)})
     try:
         yield
     finally:
-        asking.cancel()
+        loading.cancel()
         if services.reconciler is not None:
             await run_in_thread(services.reconciler.stop)
+        app.state.health_checks.close()
         await run_in_thread(services.launcher.close)
         services.hub.close()
         services.secrets.close()
@@ -68,7 +82,7 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
 
 
 async def _load_capabilities(services: Services) -> None:
-    with suppress(Unavailable):  # it is in the log, and every request that needs the answer asks again
+    with suppress(Unavailable):  # the launcher logged it, and each request that needs the capabilities tries again
         await run_in_thread(services.launcher.get_capabilities)
-        if services.reconciler is not None:  # this process is the only one: a secret without a job is nobody's
+        if services.reconciler is not None:  # no other process writes: a secret without a job is left over
             await run_in_thread(lambda: services.jobs.deletion.delete_stale_secrets(orphans=True))

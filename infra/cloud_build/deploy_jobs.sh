@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Gives each hardware profile's Cloud Run job its image by digest; executions that run already keep theirs.
+# Sets the image of each hardware profile's Cloud Run job by digest; running executions keep their image.
 # From cloudbuild.yaml: REGION, PROFILES.
 set -euo pipefail
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds an image, pushes it, and leaves `repository@sha256:…` for the later steps: infra/cloud_build/image.sh NAME DOCKERFILE [BUILD_ARG]…
+# Builds an image, pushes it, and writes `repository@sha256:…` for the later steps: infra/cloud_build/image.sh NAME DOCKERFILE [BUILD_ARG]…
 #
 # From cloudbuild.yaml: REPOSITORY, BUILD_ID, and PROFILES, with REQUIRED_PROFILE naming the one profile that needs this image.
 set -euo pipefail
@@ -14,7 +14,7 @@ main() {
     echo "no profile $REQUIRED_PROFILE in '$PROFILES': $name is not needed"
     return
   fi
-  # docker 23 and newer have BuildKit in a plugin of its own. The Dockerfiles need nothing of it, it is only faster.
+  # docker 23 and newer have BuildKit in a plugin. The Dockerfiles do not need it; it is only faster.
   if docker buildx version >/dev/null 2>&1; then export DOCKER_BUILDKIT=1; fi
   build "$image" "$dockerfile" "${@/#/--build-arg=}"
   docker push --quiet "$image:$BUILD_ID"
@@ -24,13 +24,13 @@ main() {
   echo "pushed $(<"$DIGESTS/$name")"
 }
 
-# What has not changed since the last build is taken from there: from the stage `build`, which is kept under a tag of its own,
-# and from the last image. So unchanged layers are the same layers, which nobody stores or pulls twice.
+# Unchanged layers come from the last build: from its stage `build`, which has its own tag, and from its image. They keep their
+# digests, so that no one stores or pulls them twice.
 build() {
   local image=$1 dockerfile=$2
   shift 2
   local -a options=(--file "$dockerfile" --build-arg BUILDKIT_INLINE_CACHE=1 --cache-from "$image:build" "$@")
-  docker pull --quiet "$image:build" || echo "no earlier build of $image: everything is built anew"
+  docker pull --quiet "$image:build" || echo "no earlier build of $image: building everything"
   docker build "${options[@]}" --target build --tag "$image:build" .
   docker push --quiet "$image:build"
   docker pull --quiet "$image:latest" || true

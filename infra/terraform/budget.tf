@@ -1,4 +1,4 @@
-# It tells, and stops nothing: what bounds the spending is max_concurrent_jobs, the attempts' time limit, and the GPU quota.
+# A budget only notifies. Spending is bounded by max_concurrent_jobs, the time limit of attempts and the GPU quota.
 resource "google_billing_budget" "project" {
   count = var.billing_account == null ? 0 : 1
 

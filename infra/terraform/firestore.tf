@@ -1,5 +1,5 @@
 resource "google_firestore_database" "records" {
-  name                              = "(default)" # the one with a free quota
+  name                              = "(default)" # only this database has a free quota
   location_id                       = coalesce(var.firestore_location, var.region)
   type                              = "FIRESTORE_NATIVE"
   delete_protection_state           = "DELETE_PROTECTION_ENABLED"
@@ -27,7 +27,7 @@ resource "google_firestore_index" "queries" {
   }
 }
 
-# Fields that no query asks for have no index, which is what a write costs most; `ttl` fields have Firestore remove their documents.
+# Fields that no query uses have no index, because indexes are most of the cost of a write. Firestore deletes documents by their `ttl` field.
 resource "google_firestore_field" "overrides" {
   for_each = local.firestore_fields
 

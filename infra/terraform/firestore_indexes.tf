@@ -1,4 +1,4 @@
-# infra/firestore.indexes.json is the one list of indexes, in the form that the Firebase CLI reads too. It is read here, never repeated.
+# infra/firestore.indexes.json is the only list of indexes, in the format of the Firebase CLI.
 
 locals {
   firestore = jsondecode(file("${path.module}/../firestore.indexes.json"))

@@ -1,4 +1,4 @@
-# Who may do what. Grants are on single resources wherever Google takes them there; no identity has a key.
+# Service accounts and their roles. Roles are granted on single resources wherever Google allows it; no account has a key.
 
 # --- api: the service -------------------------------------------------------------------------------------------------
 
@@ -32,11 +32,11 @@ resource "google_cloud_run_v2_job_iam_member" "api_runs_jobs" {
   member   = google_service_account.api.member
 }
 
-# The role above starts executions and does not see them; roles/run.viewer would show everything in the project.
+# The role above starts executions but cannot read them; roles/run.viewer would show everything in the project.
 resource "google_project_iam_custom_role" "execution_keeper" {
   role_id     = "tunesmithExecutionKeeper"
   title       = "Tunesmith execution keeper"
-  description = "Looks after executions of a Cloud Run job."
+  description = "Reads and cancels executions of a Cloud Run job."
   permissions = [
     "run.executions.cancel",
     "run.executions.get",
@@ -64,19 +64,19 @@ resource "google_service_account_iam_member" "api_acts_as_job" {
   member             = google_service_account.api.member
 }
 
-# Download links are signed by IAM (signBlob) with the key of the account itself, which never leaves Google.
+# IAM signs download links (signBlob) with the account's own key, which never leaves Google.
 resource "google_service_account_iam_member" "api_signs_as_itself" {
   service_account_id = google_service_account.api.name
   role               = "roles/iam.serviceAccountTokenCreator"
   member             = google_service_account.api.member
 }
 
-# Creating and listing secrets are permissions on the project: no condition can see the name of a secret there. They give no
-# secret away. Everything else is for secrets of jobs alone, by name.
+# Secrets are created and listed with permissions on the project, where a condition cannot check a secret's name. These two
+# reveal no secret. All other permissions are limited by name to the secrets of jobs.
 resource "google_project_iam_custom_role" "secret_maker" {
   role_id     = "tunesmithSecretMaker"
   title       = "Tunesmith secret maker"
-  description = "Makes secrets, and sees the names of those there are."
+  description = "Creates secrets and lists their names."
   permissions = ["secretmanager.secrets.create", "secretmanager.secrets.list"]
 
   depends_on = [google_project_service.apis]
@@ -91,7 +91,7 @@ resource "google_project_iam_member" "api_makes_secrets" {
 resource "google_project_iam_custom_role" "secret_keeper" {
   role_id     = "tunesmithSecretKeeper"
   title       = "Tunesmith secret keeper"
-  description = "Writes, reads and destroys secrets that it can name."
+  description = "Writes, reads and destroys secrets of jobs."
   permissions = [
     "secretmanager.secrets.delete",
     "secretmanager.secrets.get",
@@ -118,7 +118,7 @@ resource "google_project_iam_member" "api_keeps_secrets_of_jobs" {
   }
 }
 
-# --- job: an attempt. It runs code and models that came from outside, so it reaches bytes and the service, and nothing else ----
+# --- job: an attempt. It runs untrusted code and models, so it may only use the buckets and call the service -------------------
 
 resource "google_service_account" "job" {
   account_id   = "tunesmith-job"
@@ -133,7 +133,7 @@ resource "google_storage_bucket_iam_member" "job_reads_specs" {
   member = google_service_account.job.member
 }
 
-# Results only: no attempt can change a spec. User, not creator: who may not replace an object is not told either that it is there.
+# Only results: no attempt can change a spec. objectUser, not objectCreator: an attempt must be able to replace its result.
 resource "google_storage_bucket_iam_member" "job_writes_results" {
   bucket = google_storage_bucket.buckets["configs"].name
   role   = "roles/storage.objectUser"
@@ -152,7 +152,7 @@ resource "google_storage_bucket_iam_member" "job_reads_datasets" {
   member = google_service_account.job.member
 }
 
-# Rows as tokens, kept beside the rows for the next job; the rows themselves are out of reach: their names end in .jsonl.
+# Cached tokens of a dataset, for the next job. The condition excludes the rows themselves, whose names end in .jsonl.
 resource "google_storage_bucket_iam_member" "job_keeps_tokens" {
   bucket = google_storage_bucket.buckets["datasets"].name
   role   = "roles/storage.objectUser"
@@ -160,7 +160,7 @@ resource "google_storage_bucket_iam_member" "job_keeps_tokens" {
 
   condition {
     title       = "tokens"
-    description = "Only files of tokens."
+    description = "Only cached tokens."
     expression  = "resource.name.startsWith(\"projects/_/buckets/${google_storage_bucket.buckets["datasets"].name}/objects/datasets/\") && resource.name.endsWith(\".npz\")"
   }
 }
@@ -201,7 +201,7 @@ resource "google_cloud_run_v2_service_iam_member" "build_deploys_service" {
   member   = google_service_account.build.member
 }
 
-# It asks the new revision whether it is well before that gets requests.
+# The build checks the health of the new revision before it gets requests.
 resource "google_cloud_run_v2_service_iam_member" "build_asks_health" {
   location = google_cloud_run_v2_service.tunesmith.location
   name     = google_cloud_run_v2_service.tunesmith.name
@@ -209,7 +209,7 @@ resource "google_cloud_run_v2_service_iam_member" "build_asks_health" {
   member   = google_service_account.build.member
 }
 
-# What it shows there: an identity token that it makes for itself.
+# For that check it creates an identity token for itself.
 resource "google_service_account_iam_member" "build_names_itself" {
   service_account_id = google_service_account.build.name
   role               = "roles/iam.serviceAccountOpenIdTokenCreator"
@@ -243,7 +243,7 @@ resource "google_project_iam_member" "build_writes_logs" {
   member  = google_service_account.build.member
 }
 
-# `gcloud builds submit` uploads the sources to a bucket that it makes itself, at the first build: it is not there yet.
+# `gcloud builds submit` uploads the sources to a bucket that it creates at the first build, so Terraform cannot refer to it.
 resource "google_project_iam_member" "build_reads_sources" {
   project = var.project_id
   role    = "roles/storage.objectViewer"
@@ -256,11 +256,11 @@ resource "google_project_iam_member" "build_reads_sources" {
   }
 }
 
-# --- scheduler, and who else may call the service ------------------------------------------------------------------------
+# --- scheduler, and other callers of the service --------------------------------------------------------------------------
 
 resource "google_service_account" "scheduler" {
   account_id   = "tunesmith-scheduler"
-  display_name = "Tunesmith: the clock"
+  display_name = "Tunesmith: the scheduler"
 
   depends_on = [google_project_service.apis]
 }

@@ -1,4 +1,4 @@
-# One Cloud Run job per hardware profile: a run can override arguments, environment and timeout, and nothing of the hardware.
+# One Cloud Run job per hardware profile: an execution can override arguments, environment and timeout, but no hardware.
 
 locals {
   # The file system of an execution is memory. An attempt keeps there the base, the merged model and its GGUFs, beside what the
@@ -25,7 +25,7 @@ resource "google_cloud_run_v2_job" "profiles" {
 
     template {
       service_account               = google_service_account.job.email
-      max_retries                   = 0 # attempts are ours: a retry that we do not know of would be a second writer
+      max_retries                   = 0 # the service retries; a retry by Cloud Run would be a second writer
       timeout                       = "${var.attempt_time_limit_s}s"
       gpu_zonal_redundancy_disabled = each.value.accelerator == null ? null : true
 

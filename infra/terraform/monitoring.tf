@@ -1,13 +1,13 @@
-# What operators are told, and see. The messages are those of the service's log lines (docs/operate.md).
+# Alerts and the dashboard. The messages are those of the service's log lines (docs/operate.md).
 
 locals {
-  # The service by its name, not by reference: new metrics take minutes to be known, so infra/deploy.sh makes them before the service.
+  # The service by its name, not by reference: new metrics take minutes to appear, so infra/deploy.sh creates them before the service.
   service_logs = "resource.type=\"cloud_run_revision\" AND resource.labels.service_name=\"tunesmith\""
 
-  # What a job that does not move writes about once a minute.
+  # A job that makes no progress logs one of these about once a minute.
   stuck_messages = ["attempt is silent", "job could not be reconciled", "launch delayed"]
 
-  # An alert that nobody is told would be paid for like any other.
+  # Without a recipient there are no alerts: they cost the same.
   alerts = var.alert_email == null ? 0 : 1
 
   channels = [for channel in google_monitoring_notification_channel.email : channel.name]
@@ -27,7 +27,7 @@ resource "google_monitoring_notification_channel" "email" {
 
 resource "google_logging_metric" "status_changed" {
   name        = "tunesmith/status_changed"
-  description = "Jobs that came into a status."
+  description = "Status changes of jobs."
   filter      = "${local.service_logs} AND jsonPayload.message=\"status changed\""
 
   label_extractors = {
@@ -41,7 +41,7 @@ resource "google_logging_metric" "status_changed" {
     labels {
       key         = "status"
       value_type  = "STRING"
-      description = "The status that the job came into."
+      description = "The new status."
     }
   }
 
@@ -50,7 +50,7 @@ resource "google_logging_metric" "status_changed" {
 
 resource "google_logging_metric" "stuck" {
   name        = "tunesmith/stuck"
-  description = "Turns in which a job could not be moved on, or was silent."
+  description = "Reconciliations in which a job made no progress or an attempt was silent."
   filter      = "${local.service_logs} AND jsonPayload.message=(${join(" OR ", [for message in local.stuck_messages : "\"${message}\""])})"
 
   metric_descriptor {
@@ -63,7 +63,7 @@ resource "google_logging_metric" "stuck" {
 
 resource "google_logging_metric" "reconciled" {
   name        = "tunesmith/reconciled"
-  description = "Calls of the scheduler that the service answered well."
+  description = "Calls of the scheduler that succeeded."
   filter      = "${local.service_logs} AND httpRequest.requestUrl:\"/internal/reconcile\" AND httpRequest.status=200"
 
   metric_descriptor {
@@ -114,12 +114,12 @@ resource "google_monitoring_alert_policy" "jobs_stuck" {
   notification_channels = local.channels
 
   conditions {
-    display_name = "a job has not moved for some ten minutes"
+    display_name = "a job has made no progress for about ten minutes"
 
     condition_threshold {
       filter          = "resource.type=\"cloud_run_revision\" AND metric.type=\"logging.googleapis.com/user/${google_logging_metric.stuck.name}\""
       comparison      = "COMPARISON_GT"
-      threshold_value = 9 # of fifteen turns, one a minute: a part that did not answer once is no alert
+      threshold_value = 9 # of fifteen reconciliations, one a minute: a single outage is no alert
       duration        = "0s"
 
       aggregations {
@@ -132,7 +132,7 @@ resource "google_monitoring_alert_policy" "jobs_stuck" {
 
   documentation {
     mime_type = "text/markdown"
-    content   = "The service's log has the `job_id`: ${join(", ", local.stuck_messages)}. Often a quota: `tunesmith show ID`, then docs/operate.md."
+    content   = "The service's log has the `job_id` beside one of: ${join(", ", local.stuck_messages)}. The cause is often a quota: `tunesmith show ID`, then docs/operate.md."
   }
 }
 
@@ -144,9 +144,9 @@ resource "google_monitoring_alert_policy" "reconcile_does_not_run" {
   severity              = "CRITICAL"
   notification_channels = local.channels
 
-  # Nothing is launched or judged then, except by other requests. Ten turns in a row are missing, whether as noughts or not at all.
+  # Then only other requests launch and check jobs. Ten calls in a row are missing; a metric without data counts as zero.
   conditions {
-    display_name = "the scheduler was not answered well for ten minutes"
+    display_name = "no call of the scheduler has succeeded for ten minutes"
 
     condition_threshold {
       filter                  = "resource.type=\"cloud_run_revision\" AND metric.type=\"logging.googleapis.com/user/${google_logging_metric.reconciled.name}\""
@@ -165,7 +165,7 @@ resource "google_monitoring_alert_policy" "reconcile_does_not_run" {
 
   documentation {
     mime_type = "text/markdown"
-    content   = "Cloud Scheduler's log for tunesmith-reconcile, then the service's: is it deployed, may tunesmith-scheduler invoke it, does Firestore answer?"
+    content   = "See Cloud Scheduler's log of tunesmith-reconcile, then the service's log: is the service deployed, may tunesmith-scheduler invoke it, does Firestore respond?"
   }
 }
 
@@ -176,17 +176,17 @@ locals {
 
   charts = [
     {
-      title   = "Jobs by the status they came into"
+      title   = "Status changes of jobs"
       filter  = "metric.type=\"logging.googleapis.com/user/${google_logging_metric.status_changed.name}\" resource.type=\"cloud_run_revision\""
       aligner = "ALIGN_SUM", reducer = "REDUCE_SUM", group_by = ["metric.labels.status"]
     },
     {
-      title   = "Turns in which a job did not move"
+      title   = "Reconciliations without progress"
       filter  = "metric.type=\"logging.googleapis.com/user/${google_logging_metric.stuck.name}\" resource.type=\"cloud_run_revision\""
       aligner = "ALIGN_SUM", reducer = "REDUCE_SUM", group_by = []
     },
     {
-      title   = "Requests by class of answer"
+      title   = "Requests by response class"
       filter  = local.requests
       aligner = "ALIGN_RATE", reducer = "REDUCE_SUM", group_by = ["metric.labels.response_code_class"]
     },
@@ -196,22 +196,22 @@ locals {
       aligner = "ALIGN_DELTA", reducer = "REDUCE_PERCENTILE_95", group_by = []
     },
     {
-      title   = "Executions that run, by hardware"
+      title   = "Running executions, by hardware"
       filter  = "metric.type=\"run.googleapis.com/job/running_executions\" ${local.job_resource}"
       aligner = "ALIGN_MAX", reducer = "REDUCE_SUM", group_by = ["resource.labels.job_name"]
     },
     {
-      title   = "Executions that ended, by result"
+      title   = "Completed executions, by result"
       filter  = "metric.type=\"run.googleapis.com/job/completed_execution_count\" ${local.job_resource}"
       aligner = "ALIGN_SUM", reducer = "REDUCE_SUM", group_by = ["metric.labels.result"]
     },
     {
-      title   = "GPU use, 95th percentile"
+      title   = "GPU utilization, 95th percentile"
       filter  = "metric.type=\"run.googleapis.com/container/gpu/utilizations\" ${local.job_resource}"
       aligner = "ALIGN_DELTA", reducer = "REDUCE_PERCENTILE_95", group_by = ["resource.labels.job_name"]
     },
     {
-      title   = "Memory of attempts, 95th percentile: their files too"
+      title   = "Memory of attempts with their files, 95th percentile"
       filter  = "metric.type=\"run.googleapis.com/container/memory/utilizations\" ${local.job_resource}"
       aligner = "ALIGN_DELTA", reducer = "REDUCE_PERCENTILE_95", group_by = ["resource.labels.job_name"]
     },

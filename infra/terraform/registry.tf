@@ -4,7 +4,7 @@ resource "google_artifact_registry_repository" "images" {
   description   = "Images of the service and of the trainer."
   format        = "DOCKER"
 
-  # An image of the trainer is some gigabytes. A keep policy wins over a delete policy, so what is deployed, the newest, stays.
+  # An image of the trainer has several gigabytes. A keep policy overrides a delete policy, so the deployed images, the newest, stay.
   cleanup_policies {
     id     = "delete-old"
     action = "DELETE"
@@ -19,7 +19,7 @@ resource "google_artifact_registry_repository" "images" {
     action = "KEEP"
 
     most_recent_versions {
-      keep_count = 6 # three builds: each pushes the stage that the next one starts from, too
+      keep_count = 6 # three builds: each also pushes the build stage, which is the cache of the next one
     }
   }
 

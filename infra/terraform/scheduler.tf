@@ -1,23 +1,23 @@
-# The service does nothing between requests. These requests make it look after open jobs.
+# The service does nothing between requests, so the scheduler's requests reconcile open jobs and clean up.
 
 locals {
-  upkeep = {
-    reconcile = { schedule = "* * * * *", retry_count = 0, does = "Brings every open job a step nearer to where it should be." }
-    sweep     = { schedule = "17 * * * *", retry_count = 3, does = "Destroys secrets whose job has ended." }
+  maintenance = {
+    reconcile = { schedule = "* * * * *", retry_count = 0, description = "Reconciles every open job." }
+    cleanup   = { schedule = "17 * * * *", retry_count = 3, description = "Deletes secrets of jobs that have ended." }
   }
 }
 
-resource "google_cloud_scheduler_job" "upkeep" {
-  for_each = local.upkeep
+resource "google_cloud_scheduler_job" "maintenance" {
+  for_each = local.maintenance
 
   name             = "tunesmith-${each.key}"
   region           = var.region
-  description      = each.value.does
+  description      = each.value.description
   schedule         = each.value.schedule
   time_zone        = "Etc/UTC"
-  attempt_deadline = "60s" # the service takes 55 at most
+  attempt_deadline = "60s" # the service takes 55 s at most
 
-  # What comes every minute need not be repeated within it.
+  # A call that is made every minute needs no retry within the minute.
   retry_config {
     retry_count          = each.value.retry_count
     min_backoff_duration = "30s"

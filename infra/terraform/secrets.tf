@@ -1,5 +1,5 @@
-# Signs the tokens of attempts. Terraform never sees its value, so that it is in no state file: infra/deploy.sh adds the first
-# version. Without one the service does not start.
+# Signs the tokens of attempts. infra/deploy.sh adds the first version, so that Terraform never has the value in its state. Without a
+# version the service does not start.
 resource "google_secret_manager_secret" "signing_key" {
   secret_id = "tunesmith-signing-key"
 

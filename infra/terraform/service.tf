@@ -1,5 +1,5 @@
 locals {
-  # TUNESMITH_SIGNING_KEY is not here: it comes from Secret Manager, below. PORT is Cloud Run's; host and home are the image's.
+  # TUNESMITH_SIGNING_KEY comes from Secret Manager, below. Cloud Run sets PORT; the image sets host and home.
   service_environment = {
     PROJECT_ID             = var.project_id
     REGION                 = var.region
@@ -21,10 +21,10 @@ locals {
     TUNESMITH_ATTEMPT_TIME_LIMIT_S = tostring(var.attempt_time_limit_s)
     TUNESMITH_MAX_CONCURRENT_JOBS  = tostring(var.max_concurrent_jobs)
 
-    TUNESMITH_RECONCILE_INTERVAL_S = "0"         # scheduler.tf calls instead
-    TUNESMITH_EVENT_POLL_S         = "2"         # each look is paid for
-    TUNESMITH_MAX_INCOMING_BYTES   = "209715200" # read through /tmp, which is memory: twice that, and the rows' digests
-    TUNESMITH_MAX_UPLOAD_BYTES     = "33488896"  # Cloud Run takes bodies of 32 MiB; 64 KiB of that are the form around the file
+    TUNESMITH_RECONCILE_INTERVAL_S = "0"         # Cloud Scheduler calls instead: scheduler.tf
+    TUNESMITH_EVENT_POLL_S         = "2"         # every poll is billed
+    TUNESMITH_MAX_INCOMING_BYTES   = "209715200" # copied to /tmp, which is memory: it takes twice that, and the digests of the rows
+    TUNESMITH_MAX_UPLOAD_BYTES     = "33488896"  # Cloud Run accepts bodies of 32 MiB; 64 KiB of that are for the form around the file
   }
 }
 
@@ -32,13 +32,13 @@ resource "google_cloud_run_v2_service" "tunesmith" {
   name                 = "tunesmith"
   location             = var.region
   ingress              = "INGRESS_TRAFFIC_ALL" # attempts and the scheduler come from outside the network
-  invoker_iam_disabled = false                 # and IAM asks everybody who they are
-  deletion_protection  = false                 # it keeps nothing: what is worth protecting is in Firestore and the buckets
+  invoker_iam_disabled = false                 # IAM authenticates every caller
+  deletion_protection  = false                 # it stores nothing: the data is in Firestore and the buckets
 
   template {
     service_account                  = google_service_account.api.email
-    timeout                          = "900s" # how long a stream of events may stay open
-    max_instance_request_concurrency = 40     # as many as there are threads for requests
+    timeout                          = "900s" # longest time that an event stream stays open
+    max_instance_request_concurrency = 40     # the number of request threads
 
     scaling {
       min_instance_count = 0
@@ -53,7 +53,7 @@ resource "google_cloud_run_v2_service" "tunesmith" {
       }
 
       resources {
-        cpu_idle          = true # a processor only while there are requests: ADR 6
+        cpu_idle          = true # processor only during requests: ADR 6
         startup_cpu_boost = true
 
         limits = {
@@ -62,7 +62,7 @@ resource "google_cloud_run_v2_service" "tunesmith" {
         }
       }
 
-      # Not /health: that says 503 while Firestore or a bucket does not answer, which no new process would change.
+      # Not /health: it answers 503 while Firestore or a bucket does not respond, which a new process would not change.
       startup_probe {
         period_seconds    = 5
         timeout_seconds   = 3
@@ -73,7 +73,7 @@ resource "google_cloud_run_v2_service" "tunesmith" {
         }
       }
 
-      # A page that asks nothing of anybody and needs no thread: it fails only when the process does not run any more.
+      # A page that calls no other service and needs no request thread: it fails only when the process does not work.
       liveness_probe {
         period_seconds    = 60
         timeout_seconds   = 10
@@ -107,7 +107,7 @@ resource "google_cloud_run_v2_service" "tunesmith" {
     }
   }
 
-  # cloudbuild.yaml deploys images by digest; Terraform must not take them back, nor the marks that gcloud leaves.
+  # cloudbuild.yaml deploys images by digest; Terraform must not revert them, nor the metadata that gcloud sets.
   lifecycle {
     ignore_changes = [client, client_version, traffic, template[0].containers[0].image, template[0].labels, template[0].revision]
   }

@@ -1,4 +1,4 @@
-# Specs and results, data sets, models: apart, so that each identity can be given the ones that it needs.
+# Separate buckets for specs and results, datasets, and models, so that each service account gets access only to what it needs.
 
 resource "google_storage_bucket" "buckets" {
   for_each = toset(["configs", "datasets", "models"])
@@ -9,7 +9,7 @@ resource "google_storage_bucket" "buckets" {
   public_access_prevention    = "enforced"
   force_destroy               = false
 
-  # Specs and results are small and written over; everything else is written once, and a second copy would cost.
+  # Specs and results are small and overwritten; everything else is written once, and old versions would cost.
   versioning {
     enabled = each.key == "configs"
   }
@@ -28,7 +28,7 @@ resource "google_storage_bucket" "buckets" {
     }
   }
 
-  # Files that became data sets, or never did.
+  # Files to be ingested as datasets.
   lifecycle_rule {
     action {
       type = "Delete"
@@ -39,7 +39,7 @@ resource "google_storage_bucket" "buckets" {
     }
   }
 
-  # What an attempt that was ended had begun to upload.
+  # Incomplete uploads of attempts that were ended.
   lifecycle_rule {
     action {
       type = "AbortIncompleteMultipartUpload"

@@ -1,17 +1,17 @@
-# infra/deploy.sh gives the first two, and reads the others from infra/terraform/PROJECT_ID.tfvars, which it begins.
+# infra/deploy.sh passes the first two and reads the others from infra/terraform/PROJECT_ID.tfvars, which it creates.
 
 variable "project_id" {
-  description = "The Google Cloud project. Everything lives in it."
+  description = "Google Cloud project of the deployment."
   type        = string
 
   validation {
     condition     = can(regex("^[a-z][a-z0-9-]{4,28}[a-z0-9]$", var.project_id))
-    error_message = "A project id is like my-project-1: 6 to 30 of a-z, 0-9 and -."
+    error_message = "A project id is like my-project-1: 6 to 30 characters of a-z, 0-9 and -."
   }
 }
 
 variable "region" {
-  description = "Where everything runs and lies. One with GPUs for Cloud Run; docs/deploy.md lists them."
+  description = "Region of everything. It needs GPUs for Cloud Run; docs/deploy.md lists such regions."
   type        = string
 
   validation {
@@ -21,7 +21,7 @@ variable "region" {
 }
 
 variable "profiles" {
-  description = "Kinds of hardware that jobs may ask for: l4, rtx-pro-6000, cpu. The first is the default."
+  description = "Hardware profiles that jobs may request: l4, rtx-pro-6000, cpu. The first is the default."
   type        = list(string)
   default     = ["l4", "cpu"]
 
@@ -36,24 +36,24 @@ variable "profiles" {
 }
 
 variable "invokers" {
-  description = "Who may call the service, such as user:me@example.com, group:…, serviceAccount:…. Nobody else can."
+  description = "Members that may call the service, such as user:me@example.com, group:…, serviceAccount:…. No one else may."
   type        = list(string)
   default     = []
 
   validation {
     condition     = alltrue([for member in var.invokers : can(regex("^(user|group|serviceAccount|domain|principal|principalSet):", member))])
-    error_message = "An invoker is a named identity, such as user:me@example.com. The service is never open to everybody."
+    error_message = "An invoker is a named identity, such as user:me@example.com. The service is never public."
   }
 }
 
 variable "max_concurrent_jobs" {
-  description = "Attempts at a time. Not above the GPU quota: what does not fit is tried again every minute."
+  description = "Most attempts at the same time. Keep it within the GPU quota: launches beyond the quota are retried every minute."
   type        = number
   default     = 3
 }
 
 variable "attempt_time_limit_s" {
-  description = "Seconds that an attempt may take. Cloud Run ends a task with a GPU after an hour."
+  description = "Time limit of an attempt in seconds. Cloud Run ends a task with a GPU after an hour."
   type        = number
   default     = 3600
 
@@ -64,19 +64,19 @@ variable "attempt_time_limit_s" {
 }
 
 variable "max_instances" {
-  description = "Most instances of the service. It bounds what a flood of requests can cost."
+  description = "Most instances of the service. This limits the cost of a flood of requests."
   type        = number
   default     = 3
 }
 
 variable "firestore_location" {
-  description = "Where Firestore keeps the records, such as eur3 or nam5. Left out: the region. It can never be changed."
+  description = "Location of Firestore, such as eur3 or nam5. Default: the region. It can never be changed."
   type        = string
   default     = null
 }
 
 variable "soft_delete_days" {
-  description = "Days for which deleted objects can be restored, and are paid for: 0, or 7 to 90."
+  description = "Days for which deleted objects can be restored and are billed: 0, or 7 to 90."
   type        = number
   default     = 7
 
@@ -87,25 +87,25 @@ variable "soft_delete_days" {
 }
 
 variable "alert_email" {
-  description = "Who is told when jobs fail or are stuck, or the budget is used up. Left out: there are no alerts."
+  description = "Recipient of alerts about failed or stuck jobs and about the budget. Default: no alerts."
   type        = string
   default     = null
 }
 
 variable "failed_jobs_per_hour" {
-  description = "More failed jobs than this within an hour are an alert."
+  description = "More failed jobs than this within an hour raise an alert."
   type        = number
   default     = 2
 }
 
 variable "billing_account" {
-  description = "The billing account, like 012345-6789AB-CDEF01, for a budget alert. Left out: no budget."
+  description = "Billing account, like 012345-6789AB-CDEF01, for a budget alert. Default: no budget."
   type        = string
   default     = null
 }
 
 variable "monthly_budget" {
-  description = "What a month may cost before somebody is told, in the billing account's currency. It stops nothing."
+  description = "Monthly cost that raises a budget alert, in the currency of the billing account. It stops nothing."
   type        = number
   default     = 100
 }

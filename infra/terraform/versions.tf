@@ -2,7 +2,7 @@ terraform {
   required_version = ">= 1.9, < 2.0"
 
   required_providers {
-    # The major version whose schema tests/infra checks these files against.
+    # tests/infra checks these files against the schema of this major version.
     google = {
       source  = "hashicorp/google"
       version = "~> 8.0"
@@ -19,7 +19,7 @@ provider "google" {
   project = var.project_id
   region  = var.region
 
-  # The budget API counts calls against a project, which a person's credentials do not name.
+  # The budget API needs a project for its quota, and a person's credentials name none.
   billing_project       = var.project_id
   user_project_override = true
 

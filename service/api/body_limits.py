@@ -12,11 +12,11 @@ MULTIPART_SLACK_BYTES = 1 << 16  # boundaries and form fields around a file
 
 
 class BodyTooLarge(Exception):
-    """More bytes came than the address takes."""
+    """The body is larger than its path allows."""
 
 
 class BodyLimitMiddleware:
-    """ASGI middleware: 413 for a body that is announced as, or turns out to be, too large."""
+    """ASGI middleware: 413 for a body whose Content-Length or actual size is too large."""
 
     def __init__(self, app: ASGIApp, max_upload_bytes: int) -> None:
         self._app = app
@@ -27,23 +27,23 @@ class BodyLimitMiddleware:
             await self._app(scope, receive, send)
             return
         limit = self._limit_bytes(scope["path"])
-        announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        refusal = error_response(413, "too_large", f"the body is larger than {limit} bytes, the most that this address takes")
-        if announced.isdigit() and int(announced) > limit:
+        declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        refusal = error_response(413, "too_large", f"the body is larger than {limit} bytes, the limit of this path")
+        if declared.isdigit() and int(declared) > limit:
             await refusal(scope, receive, send)
             return
         body = _Body(receive, limit)
-        answered = False
+        response_started = False
 
         async def send_unless_too_large(message: Message) -> None:
-            nonlocal answered
-            if not body.too_large:  # whatever the app made of a broken body is not the answer
-                answered = True
+            nonlocal response_started
+            if not body.too_large:  # the app's response to a truncated body is dropped
+                response_started = True
                 await send(message)
 
         with suppress(BodyTooLarge):
             await self._app(scope, body.receive, send_unless_too_large)
-        if body.too_large and not answered:
+        if body.too_large and not response_started:
             await refusal(scope, receive, send)
 
     def _limit_bytes(self, path: str) -> int:

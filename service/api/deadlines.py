@@ -1,17 +1,17 @@
-"""Every request is answered within five seconds, or told to come again: whatever it calls gets what is left of that."""
+"""Every request is answered within five seconds, if need be with 503 and Retry-After. Calls made for it get the remaining time."""
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from storage.deadline import deadline
 
-REQUEST_TIMEOUT_S = 4.0  # of the five that are promised: a busy instance needs some for itself
-MAINTENANCE_TIMEOUT_S = 55.0  # a scheduler comes every minute
-# Moving a dataset takes as long as it takes, and a deletion may have thousands of files to remove; their single calls are bounded.
+REQUEST_TIMEOUT_S = 4.0  # of the promised five; the rest is for a busy instance itself
+MAINTENANCE_TIMEOUT_S = 55.0  # the scheduler calls every minute
+# Uploading or downloading a dataset may take long, and a deletion may remove thousands of files; each single call is bounded.
 UNBOUNDED_PREFIXES = ("/datasets", "/files")
 
 
 class RequestDeadlineMiddleware:
-    """ASGI middleware that sets how long a request may wait for what is behind the service. Streams last."""
+    """ASGI middleware that sets a deadline for the calls of each request. Streams have none."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -19,7 +19,7 @@ from storage import NoSuchObject, StorageError, StoreFull
 
 log = logging.getLogger(__name__)
 
-UNION_BRANCH = re.compile(r"(?:literal|list|function-[a-z-]+)\[.*\]")  # how pydantic calls one of several forms of a field
+UNION_BRANCH = re.compile(r"(?:literal|list|function-[a-z-]+)\[.*\]")  # pydantic's name for one of several forms of a field
 
 
 class ErrorBody(BaseModel):
@@ -32,13 +32,13 @@ class ErrorBody(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """The body of every answer that is not a success."""
+    """The body of every response that is not a success."""
 
     error: ErrorBody
 
 
 def as_request_validation_error(error: ValidationError) -> RequestValidationError:
-    """What a body that was put together from several parts has wrong, told like what is wrong with one that was sent."""
+    """The error of a body that the service assembled, in the form of an error of a body that was sent."""
     return RequestValidationError([{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors()])
 
 
@@ -67,11 +67,11 @@ def _handle_tunesmith_error(_request: Request, error: TunesmithError) -> JSONRes
 
 def _handle_storage_error(_request: Request, error: StorageError) -> JSONResponse:
     if isinstance(error, NoSuchObject):
-        return error_response(404, "not_found", "the file is not there any more")
+        return error_response(404, "not_found", "the file no longer exists")
     log.error("object store failed", extra={"error": str(error)})
     if isinstance(error, StoreFull):
         return _storage_full_response()
-    return error_response(503, "unavailable", "the object store does not answer; try again", headers={"Retry-After": "2"})
+    return error_response(503, "unavailable", "the object store does not respond; try again", headers={"Retry-After": "2"})
 
 
 def _handle_os_error(request: Request, error: OSError) -> JSONResponse:
@@ -82,7 +82,7 @@ def _handle_os_error(request: Request, error: OSError) -> JSONResponse:
 
 def _storage_full_response() -> JSONResponse:
     return error_response(
-        507, "storage_full", "there is no room left", "free some space where the service keeps its files", headers={"Retry-After": "30"}
+        507, "storage_full", "the disk is full", "free some space where the service keeps its files", headers={"Retry-After": "30"}
     )
 
 
@@ -92,7 +92,7 @@ def _handle_validation_error(_request: Request, error: RequestValidationError) -
     param = _param(first)
     if param == "training_config" and first["type"] == "union_tag_invalid":
         message = f"trainer_type {first['ctx']['tag']!r} is not available in this deployment; it can do: {', '.join(TRAINER_TYPES)}"
-        return error_response(400, "unsupported", message, "GET /capabilities lists what this deployment can do", f"{param}.trainer_type")
+        return error_response(400, "unsupported", message, "GET /capabilities lists what this deployment supports", f"{param}.trainer_type")
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     message = f"{param}: {_message(first)}" if param else _message(first)
     return error_response(422, "malformed", message + more, _hint(first), param)
@@ -100,7 +100,7 @@ def _handle_validation_error(_request: Request, error: RequestValidationError) -
 
 def _handle_http_exception(_request: Request, error: HTTPException) -> JSONResponse:
     codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
-    message = "there is no such address" if error.status_code == 404 and error.detail == "Not Found" else str(error.detail)
+    message = "there is no such path" if error.status_code == 404 and error.detail == "Not Found" else str(error.detail)
     return error_response(
         error.status_code, codes.get(error.status_code, "invalid_request"), message, "GET /docs lists the API", headers=error.headers
     )
@@ -108,19 +108,19 @@ def _handle_http_exception(_request: Request, error: HTTPException) -> JSONRespo
 
 def _handle_unexpected_error(request: Request, error: Exception) -> JSONResponse:
     log.error("request failed", exc_info=error, extra={"method": request.method, "path": request.url.path})
-    return error_response(500, "internal", "something went wrong in the service; it is in its log")
+    return error_response(500, "internal", "the service failed unexpectedly; see its log")
 
 
 # Any: pydantic describes its errors as loose dicts.
 def _param(problem: Mapping[str, Any]) -> str | None:
-    named = problem.get("ctx", {}).get("field") if problem["type"] == "fields_conflict" else None
+    conflicting = problem.get("ctx", {}).get("field") if problem["type"] == "fields_conflict" else None
     places = _strip_union_tags(problem["loc"])
     path = [str(place) for place in places[1:] if not (isinstance(place, int) and problem["type"] == "json_invalid")]
-    return ".".join([*path, named] if named else path) or None
+    return ".".join([*path, conflicting] if conflicting else path) or None
 
 
 def _strip_union_tags(path: Sequence[str | int]) -> list[str | int]:
-    """The path as it was sent: of a choice between several forms, pydantic names the one that it took as well."""
+    """The path as it was sent, without the union member that pydantic adds to it."""
     kept: list[str | int] = []
     for n, place in enumerate(path):
         of_trainer = n > 0 and path[n - 1] == "training_config" and place in TRAINER_TYPES
@@ -135,11 +135,11 @@ def _message(problem: Mapping[str, Any]) -> str:
         case "extra_forbidden":
             return "is not a field of this request"
         case "missing" | "too_short" if problem["loc"][-1] == "reward_config":
-            return f"trainer_type 'grpo' learns from graders; name at least one, of type {', '.join(GRADER_TYPES)}"
+            return f"trainer_type 'grpo' needs graders; give at least one, of type {', '.join(GRADER_TYPES)}"
         case "missing":
             return "is missing"
         case "union_tag_not_found" if "reward_config" in problem["loc"]:
-            return f"a grader names its type, one of {', '.join(GRADER_TYPES)}"
+            return f"a grader needs a type, one of {', '.join(GRADER_TYPES)}"
         case "union_tag_invalid" if "reward_config" in problem["loc"]:
             return f"there is no grader of type {problem['ctx']['tag']!r}; known: {', '.join(GRADER_TYPES)}"
         case "model_attributes_type" | "dict_type" if len(problem["loc"]) == 1:

@@ -1,37 +1,72 @@
-"""Is the service alive, and does each part it needs answer?"""
+"""`GET /health`: is the service alive, and does each part that it needs answer?"""
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from schema.version import VERSION
-from service.api.dependencies import ServicesDep
 from service.api.responses import HealthResponse
+from service.bootstrap import Services
 from service.core.errors import Unavailable
-from storage import ObjectStore, StorageError
+from storage import StorageError
+from storage.deadline import remaining_s
 
 router = APIRouter(tags=["health"])
 
+CHECK_TIMEOUT_S = 4.0  # if the caller set no shorter deadline
 
-@router.get("/health")
-def health(response: Response, services: ServicesDep) -> HealthResponse:
-    """200 when every part answers; 503 with the part that does not."""
-    buckets = {store.url: store for store in (services.buckets.configs, services.buckets.datasets, services.buckets.models)}
-    checks = {"job_store": _run_check(services.store.ping)} | {
-        _check_name(url, len(buckets)): _run_check(_make_store_check(store)) for url, store in buckets.items()
-    }
+
+@router.get("/health", responses={503: {"model": HealthResponse, "description": "A part does not answer."}})
+async def health(request: Request, response: Response) -> HealthResponse:
+    """200 when every part answers; 503 with the part that does not. `live` only says that the process runs."""
+    health_checks: HealthChecks = request.app.state.health_checks
+    checks = await health_checks.run()
     ready = all(answer == "ok" for answer in checks.values())
     if not ready:
         response.status_code = 503
     return HealthResponse(status="ok" if ready else "degraded", live=True, ready=ready, checks=checks, version=VERSION)
 
 
-def _check_name(url: str, stores: int) -> str:
-    return "object_store" if stores == 1 else f"object_store {url}"
+class HealthChecks:
+    """Named checks, each in a thread of its own.
+
+    `GET /health` therefore answers while requests occupy every thread of the pool that endpoints share. Requests that arrive while a
+    check runs wait for that same check, so that a dependency that hangs never occupies more than one thread.
+    """
+
+    def __init__(self, checks: Mapping[str, Callable[[], object]], timeout_s: float = CHECK_TIMEOUT_S) -> None:
+        self._checks = checks
+        self._timeout_s = timeout_s
+        self._executor = ThreadPoolExecutor(len(checks), thread_name_prefix="health")
+        self._running: dict[str, Future[str]] = {}
+
+    async def run(self) -> dict[str, str]:
+        """Each check's result: "ok", or what is wrong with that part."""
+        for name, check in self._checks.items():
+            if name not in self._running or self._running[name].done():
+                # The copied context carries the request's deadline, which bounds the calls of the store's client.
+                self._running[name] = self._executor.submit(copy_context().run, _run_check, check)
+        futures = {name: asyncio.wrap_future(running) for name, running in self._running.items()}
+        timeout_s = remaining_s(self._timeout_s)
+        await asyncio.wait([asyncio.shield(future) for future in futures.values()], timeout=timeout_s)
+        return {name: future.result() if future.done() else f"no answer within {timeout_s:.1f} s" for name, future in futures.items()}
+
+    def close(self) -> None:
+        """Start no more checks. Does not wait for those that run."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
 
 
-def _make_store_check(store: ObjectStore) -> Callable[[], object]:
-    return lambda: store.stat("health/probe")
+def make_health_checks(services: Services) -> HealthChecks:
+    """One check of the job store, and one of each object store."""
+    stores = {store.url: store for store in (services.buckets.configs, services.buckets.datasets, services.buckets.models)}
+    checks: dict[str, Callable[[], object]] = {"job_store": lambda: services.store.ping()}
+    for url, store in stores.items():
+        checks["object_store" if len(stores) == 1 else f"object_store {url}"] = partial(store.stat, "health/probe")
+    return HealthChecks(checks)
 
 
 def _run_check(check: Callable[[], object]) -> str:

@@ -1,4 +1,4 @@
-"""The service with the adapters of Google Cloud, over stand-ins on loopback, each behind a proxy that can cut, hang and swallow."""
+"""The service on emulators of Google Cloud, each behind a proxy that can cut, hang and reset connections and drop responses."""
 
 import sys
 import time
@@ -21,17 +21,18 @@ from schema.requests import TRAIN_REQUEST_EXAMPLE
 from service.main import create_app
 from service.settings import Settings
 from tests.factories import FakeClock, make_dataset
+from tests.waiting import wait_until
 
 REGION, PROFILE = "loopback", "cpu"
 BUCKETS = ("configs", "datasets", "models")
 MAX_RESPONSE_S = 5.0
-ATTEMPT_SCRIPT = "import time; time.sleep(60)"  # holds compute, and says nothing
+ATTEMPT_SCRIPT = "import time; time.sleep(60)"  # occupies compute and reports nothing
 Json = dict[str, Any]
 
 
 @dataclass
 class CloudDeployment:
-    """A deployment, and the lines between its parts."""
+    """A deployment, and the proxies between its parts."""
 
     client: TestClient
     clock: FakeClock
@@ -63,17 +64,18 @@ class CloudDeployment:
         return answer.json()
 
     def advance_one_minute(self) -> None:
-        """The scheduler comes by, when a launch may be looked at again."""
+        """Reconcile as the scheduler does, after the interval at which a launch may be retried."""
         self.clock.advance(61)
         assert self.client.post("/internal/reconcile").status_code == 200
 
     def wait_until_launched(self) -> None:
-        """The scheduler comes by until the line is in use again: gRPC dials a broken one anew after up to two seconds."""
-        deadline = time.monotonic() + 10
-        while not self.count_executions():
-            assert time.monotonic() < deadline, "it was not launched"
+        """Reconcile until an execution exists: gRPC reconnects a broken connection only after up to two seconds."""
+
+        def reconcile_and_count() -> int:
             self.advance_one_minute()
-            time.sleep(0.1)
+            return self.count_executions()
+
+        wait_until(lambda: self.count_executions() or reconcile_and_count(), 10, interval_s=0.1, description="the launch")
 
     def count_executions(self) -> int:
         return len(self.cloud_run.executions())
@@ -101,24 +103,24 @@ def storage_url() -> Iterator[str]:
 def cloud(
     firestore_host: str, storage_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> Iterator[CloudDeployment]:
-    """A deployment of its own; parametrized indirectly, with other settings."""
-    project = f"p-{uuid4().hex[:12]}"  # the emulator keeps projects apart
+    """A deployment for one test. Parametrize indirectly to change settings."""
+    project = f"p-{uuid4().hex[:12]}"  # the emulator separates projects
     with ExitStack() as stack:
         cloud_run = stack.enter_context(
             CloudRun(tmp_path / "run", {"llm": [sys.executable, "-c", ATTEMPT_SCRIPT]}, environment={}, grace_s=1)
         )
         cloud_run.create_job(f"projects/{project}/locations/{REGION}/jobs/tunesmith-{PROFILE}", "llm")
         secret_manager = stack.enter_context(SecretManager())
-        lines = [
+        proxies = [
             stack.enter_context(Proxy(*_split_host(host)))
             for host in (firestore_host, storage_url.removeprefix("http://"), secret_manager.host, cloud_run.host)
         ]
-        firestore, storage, secrets, run_line = lines
+        firestore, storage, secret_manager_proxy, cloud_run_proxy = proxies
         monkeypatch.setenv("FIRESTORE_EMULATOR_HOST", firestore.address)
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{storage.address}")
-        monkeypatch.setenv("CLOUD_RUN_EMULATOR_HOST", run_line.address)
-        monkeypatch.setenv("SECRET_MANAGER_EMULATOR_HOST", secrets.address)
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # or each submit would ask the real one
+        monkeypatch.setenv("CLOUD_RUN_EMULATOR_HOST", cloud_run_proxy.address)
+        monkeypatch.setenv("SECRET_MANAGER_EMULATOR_HOST", secret_manager_proxy.address)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # otherwise each submission would call the real Hub
         monkeypatch.setenv("PROJECT_ID", project)
         monkeypatch.setenv("REGION", REGION)
         clock = FakeClock()
@@ -126,9 +128,9 @@ def cloud(
             TestClient(create_app(_make_settings(tmp_path, **getattr(request, "param", {})), clock), raise_server_exceptions=False)
         )
         client.app.state.services.store.create_dataset(make_dataset())  # type: ignore[attr-defined]
-        yield CloudDeployment(client, clock, project, firestore, storage, secrets, run_line, cloud_run)
-        for line in lines:
-            line.restore()
+        yield CloudDeployment(client, clock, project, firestore, storage, secret_manager_proxy, cloud_run_proxy, cloud_run)
+        for proxy in proxies:
+            proxy.restore()
 
 
 def _make_settings(folder: Path, **changes: str) -> Settings:

@@ -1,6 +1,6 @@
-"""Lines that break between the service and Firestore, Cloud Storage, Secret Manager and Cloud Run.
+"""Connections that fail between the service and Firestore, Cloud Storage, Secret Manager and Cloud Run.
 
-What is promised: an answer within five seconds, or 503 with Retry-After; no duplicate; nothing lost; nothing launched twice.
+The promise: a response within five seconds, or 503 with Retry-After; no duplicate, nothing lost, nothing launched twice.
 """
 
 import grpc
@@ -8,7 +8,7 @@ import pytest
 
 from tests.cloud.conftest import CloudDeployment
 
-# Emulators forget what they hold when they end, so durability is shown by cutting them off.
+# Emulators lose their data when they stop, so the tests interrupt connections instead.
 OUTAGES = ["cut", "hang", "reset"]
 
 
@@ -16,10 +16,10 @@ def is_retryable(answer: object) -> bool:
     return answer.status_code == 503 and int(answer.headers["Retry-After"]) > 0  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("how", OUTAGES)
-def test_firestore_outage_returns_503_with_retry_after(cloud: CloudDeployment, how: str) -> None:
+@pytest.mark.parametrize("outage", OUTAGES)
+def test_firestore_outage_returns_503_with_retry_after(cloud: CloudDeployment, outage: str) -> None:
     job_id = cloud.submit()
-    getattr(cloud.firestore_proxy, how)()
+    getattr(cloud.firestore_proxy, outage)()
     assert is_retryable(cloud.get("/jobs"))
     assert is_retryable(cloud.get(f"/jobs/{job_id}"))
     assert is_retryable(cloud.train(key="another"))
@@ -45,24 +45,24 @@ def test_lost_firestore_response_to_submit_creates_one_job(cloud: CloudDeploymen
 def test_retried_report_after_lost_response_is_stored_once(cloud: CloudDeployment) -> None:
     job_id = cloud.submit()
     token = cloud.client.app.state.services.tokens.sign_attempt_token(job_id, 1)  # type: ignore[attr-defined]
-    address, shown = f"/internal/jobs/{job_id}/attempts/1", {"Authorization": f"Bearer {token}"}
-    assert cloud.post(f"{address}/claim", {"claimant": "p"}, **shown).status_code == 200
+    path, headers = f"/internal/jobs/{job_id}/attempts/1", {"Authorization": f"Bearer {token}"}
+    assert cloud.post(f"{path}/claim", {"claimant": "p"}, **headers).status_code == 200
     batch = {
         "first_seq": 0,
         "events": [{"at": "2026-01-01T00:00:00Z", "event": {"type": "metrics", "step": n, "values": {"loss": 1.0}}} for n in range(5)],
     }
     cloud.firestore_proxy.drop_responses()
-    assert cloud.post(f"{address}/events", batch, **shown).status_code in (200, 503)
+    assert cloud.post(f"{path}/events", batch, **headers).status_code in (200, 503)
     cloud.firestore_proxy.restore()
-    assert cloud.post(f"{address}/events", batch, **shown).json()["next_seq"] == 5
+    assert cloud.post(f"{path}/events", batch, **headers).json()["next_seq"] == 5
     events = cloud.get(f"/jobs/{job_id}/events").json()["events"]
     assert [row["event"]["step"] for row in events if row["event"]["type"] == "metrics"] == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("how", OUTAGES)
-def test_job_launches_after_config_bucket_recovers(cloud: CloudDeployment, how: str) -> None:
+@pytest.mark.parametrize("outage", OUTAGES)
+def test_job_launches_after_config_bucket_recovers(cloud: CloudDeployment, outage: str) -> None:
     assert cloud.get("/health").status_code == 200
-    getattr(cloud.storage_proxy, how)()
+    getattr(cloud.storage_proxy, outage)()
     job_id = cloud.submit()
     assert cloud.count_executions() == 0
     assert cloud.get("/health").status_code == 503
@@ -72,9 +72,9 @@ def test_job_launches_after_config_bucket_recovers(cloud: CloudDeployment, how: 
     assert cloud.get_job(job_id)["attempts"][0]["pending_reason"] is None
 
 
-@pytest.mark.parametrize("how", OUTAGES)
-def test_job_launches_after_cloud_run_recovers(cloud: CloudDeployment, how: str) -> None:
-    getattr(cloud.cloud_run_proxy, how)()
+@pytest.mark.parametrize("outage", OUTAGES)
+def test_job_launches_after_cloud_run_recovers(cloud: CloudDeployment, outage: str) -> None:
+    getattr(cloud.cloud_run_proxy, outage)()
     job_id = cloud.submit()
     assert cloud.count_executions() == 0
     assert cloud.get_job(job_id)["attempts"][0]["pending_reason"]
@@ -98,7 +98,7 @@ def test_launch_with_lost_response_is_found_not_repeated(cloud: CloudDeployment)
 
 
 def test_dropped_launch_response_does_not_launch_twice(cloud: CloudDeployment) -> None:
-    first = cloud.submit()  # the channel is open now
+    first = cloud.submit()  # opens the gRPC channel
     cloud.cloud_run_proxy.drop_responses()
     second = cloud.train(key="second").json()["job_id"]
     cloud.cloud_run_proxy.restore()
@@ -117,12 +117,12 @@ def test_slow_connections_still_succeed(cloud: CloudDeployment) -> None:
     assert cloud.count_executions() == 1
 
 
-@pytest.mark.parametrize("how", OUTAGES)
-def test_secret_store_outage_rejects_job_with_token(cloud: CloudDeployment, how: str) -> None:
-    getattr(cloud.secret_manager_proxy, how)()
+@pytest.mark.parametrize("outage", OUTAGES)
+def test_secret_store_outage_rejects_job_with_token(cloud: CloudDeployment, outage: str) -> None:
+    getattr(cloud.secret_manager_proxy, outage)()
     assert is_retryable(cloud.train(hf_token="hf_x"))
     assert cloud.get("/jobs").json()["jobs"] == []
-    assert cloud.train().status_code == 201  # one that needs no secret is
+    assert cloud.train().status_code == 201  # a job that needs no secret is accepted
     assert cloud.count_executions() == 1
 
 

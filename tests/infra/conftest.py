@@ -1,4 +1,4 @@
-"""One Google Cloud SDK for the session: each of its calls takes a second."""
+"""One Google Cloud SDK for the session, because each of its calls takes a second."""
 
 import pytest
 
@@ -7,5 +7,5 @@ from tests.infra.gcloud import Gcloud
 
 @pytest.fixture(scope="session")
 def gcloud(tmp_path_factory: pytest.TempPathFactory) -> Gcloud:
-    """The SDK, which knows no account and touches nobody's configuration."""
+    """The SDK without an account, with a configuration folder of its own."""
     return Gcloud(tmp_path_factory.mktemp("gcloud"))

@@ -1,4 +1,4 @@
-"""A Dockerfile as a value, and what .dockerignore lets into its context: enough to check both without a container engine."""
+"""Parsers of Dockerfiles and .dockerignore, so that both can be checked without a container engine."""
 
 import json
 import re
@@ -12,14 +12,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction, its continuation lines joined."""
+    """One instruction with its continuation lines joined."""
 
     keyword: str
     text: str
 
     @property
     def exec_form(self) -> list[str] | None:
-        """The words of a JSON list, which no shell sees; None for the shell form."""
+        """The words of the exec form; None for the shell form."""
         text = self.text[self.text.find("[") :] if self.keyword == "HEALTHCHECK" else self.text
         return json.loads(text) if text.startswith("[") else None
 
@@ -30,43 +30,43 @@ class Instruction:
 
     @property
     def from_stage(self) -> str | None:
-        """The stage that a COPY takes from; None: the context."""
+        """The stage that a COPY takes files from; None for the build context."""
         found = re.search(r"--from=(\S+)", self.text)
         return found[1] if found else None
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What follows one FROM, with its base."""
+    """One FROM with its instructions."""
 
     base: str
     name: str | None
     instructions: tuple[Instruction, ...]
 
     def instructions_with(self, keyword: str) -> list[Instruction]:
-        """Its instructions of that keyword, in order."""
+        """The instructions with that keyword, in order."""
         return [instruction for instruction in self.instructions if instruction.keyword == keyword]
 
     def last_instruction(self, keyword: str) -> Instruction:
-        """The one that counts."""
+        """The last instruction with that keyword, which takes effect."""
         return self.instructions_with(keyword)[-1]
 
     @property
     def environment(self) -> dict[str, str]:
-        """What its ENV instructions set."""
+        """The variables that its ENV instructions set."""
         return dict(word.split("=", 1) for instruction in self.instructions_with("ENV") for word in instruction.words)
 
 
 @dataclass(frozen=True)
 class Dockerfile:
-    """All its stages; the last is the image."""
+    """All stages; the last one is the image."""
 
     arguments: dict[str, str]
     stages: tuple[Stage, ...]
 
     @cached_property
     def final_stage(self) -> Stage:
-        """The stage that is shipped."""
+        """The stage that becomes the image."""
         return self.stages[-1]
 
     def stage(self, name: str) -> Stage:
@@ -75,7 +75,7 @@ class Dockerfile:
 
 
 def parse_dockerfile(text: str) -> Dockerfile:
-    """The Dockerfile; FROM's arguments have their defaults."""
+    """Parse a Dockerfile; arguments in FROM have their default values."""
     arguments: dict[str, str] = {}
     stages: list[Stage] = []
     for instruction in _instructions(text):
@@ -102,32 +102,32 @@ def _instructions(text: str) -> Iterator[Instruction]:
 
 @dataclass(frozen=True)
 class DockerIgnore:
-    """What .dockerignore keeps out: the last pattern that fits a path, or one of its folders, decides."""
+    """The paths that .dockerignore excludes: the last pattern that matches a path or one of its folders decides."""
 
     patterns: tuple[tuple[re.Pattern[str], bool], ...]
 
     def __contains__(self, path: str) -> bool:
         steps = path.split("/")
-        ways = ["/".join(steps[: count + 1]) for count in range(len(steps))]
-        kept_out = False
-        for pattern, keeps_out in self.patterns:
-            if any(pattern.fullmatch(way) for way in ways):
-                kept_out = keeps_out
-        return kept_out
+        prefixes = ["/".join(steps[: count + 1]) for count in range(len(steps))]
+        is_excluded = False
+        for pattern, excludes in self.patterns:
+            if any(pattern.fullmatch(prefix) for prefix in prefixes):
+                is_excluded = excludes
+        return is_excluded
 
 
 def parse_dockerignore(text: str) -> DockerIgnore:
-    """The rules of a .dockerignore."""
+    """Parse a .dockerignore."""
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
     return DockerIgnore(tuple((_glob_to_regex(line.removeprefix("!")), not line.startswith("!")) for line in lines))
 
 
 def _glob_to_regex(glob: str) -> re.Pattern[str]:
-    """`*` stays inside a folder, `**/` is any number of folders."""
+    """`*` matches within a folder, `**/` matches any number of folders."""
     one_folder = translate(glob.replace("**/", "\0")).replace(".*", "[^/]*")
     return re.compile(one_folder.replace("\0", "(?:.*/)?").replace("\\\0", "(?:.*/)?"))
 
 
 def read_dockerfile(path: Path) -> Dockerfile:
-    """The Dockerfile at that path."""
+    """Parse the Dockerfile at that path."""
     return parse_dockerfile(path.read_text())

@@ -1,4 +1,4 @@
-"""What the Google Cloud SDK can say without a network and without anybody's account."""
+"""The Google Cloud SDK, used for checks that need neither a network nor an account."""
 
 import json
 import os
@@ -29,24 +29,24 @@ class Gcloud:
     config: Path
 
     def run(self, *words: str | Path, cwd: Path | None = None) -> str:
-        """What a command printed."""
+        """Run a command and return its output."""
         done = subprocess.run(["gcloud", *words], env=self._environment, cwd=cwd, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     def load_build(self, path: Path) -> str:
-        """What the loader of `gcloud builds submit` says: the number of steps, or what is wrong."""
+        """Load a build config as `gcloud builds submit` does; the number of steps, or the error."""
         done = subprocess.run(
             [self._python, "-c", LOADER_SCRIPT, self._root, path], env=self._environment, capture_output=True, text=True, check=False
         )
         return (done.stdout or done.stderr).strip()
 
     def files_for_upload(self, folder: Path) -> list[str]:
-        """What `gcloud builds submit` would upload."""
+        """The files that `gcloud builds submit` would upload."""
         return self.run("meta", "list-files-for-upload", folder).splitlines()
 
     def lint(self, commands: Sequence[str]) -> dict[str, str | None]:
-        """What is wrong with each command, None for nothing. All in one call, which takes a second and some ms for each."""
+        """The error of each command, or None. One call for all, because a call takes a second and a command only milliseconds."""
         numbered = {str(number): command for number, command in enumerate(dict.fromkeys(commands), start=1)}
         file = self.config / "commands.json"
         file.write_text(json.dumps([{"command_string": command, "id": number} for number, command in numbered.items()]))
@@ -55,7 +55,7 @@ class Gcloud:
 
     @cached_property
     def command_groups(self) -> set[str]:
-        """The first words of its commands, such as run and storage. There is a terraform among them, which nobody here means."""
+        """The first words of its commands, such as run and storage; without terraform, which is a program of its own here."""
         surface = self._root / "lib/surface"
         return {path.stem.replace("_", "-") for path in surface.iterdir() if path.stem[0] != "_"} - {"terraform"}
 
@@ -76,5 +76,5 @@ class Gcloud:
 
 
 def _lint_error(answers: Sequence[dict[str, str | None]]) -> str | None:
-    said = [answer["error_message"] or "not valid" for answer in answers if not answer["success"]]
-    return "; ".join(said) or None
+    errors = [answer["error_message"] or "not valid" for answer in answers if not answer["success"]]
+    return "; ".join(errors) or None

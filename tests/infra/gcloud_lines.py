@@ -1,4 +1,4 @@
-"""The gcloud commands that a project's files hold: in pages, in scripts and their comments, and in what its programs tell people."""
+"""Finds gcloud commands in pages, in scripts and their comments, and in the messages of programs."""
 
 import ast
 import re
@@ -6,13 +6,13 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-PLACEHOLDER = "filled-in"  # stands for what a shell or a person fills in: it can be a project, a name or a path
+PLACEHOLDER = "filled-in"  # replaces what a shell or a person fills in; valid as a project, a name and a path
 PLACEHOLDER_PATTERN = re.compile(r"\$\([^()]*\)|\$\{[^{}]*\}|\$\w+|<[a-z-]+>|…|\bPROJECT_ID\b")
 
 
 @dataclass(frozen=True)
 class CommandLine:
-    """A command, and where it stands."""
+    """A command and its location."""
 
     command: str
     path: str
@@ -20,8 +20,8 @@ class CommandLine:
 
 
 def find_in_text(text: str, path: str, groups: set[str]) -> Iterator[CommandLine]:
-    """Those of a page, a script or a build file. `groups` are the first words that gcloud knows; other mentions are prose."""
-    # One character for one, so that places keep their lines.
+    """The commands in a page, a script or a build file. `groups` are gcloud's first words; other mentions are prose."""
+    # Replace character by character, so that line numbers stay right.
     flat = re.sub(r"\\\n", "  ", text)
     flat = re.sub(r"`gcloud [^`]+`", lambda span: span[0].replace("\n", " "), flat)
     for found in re.finditer(rf"(?<![\w/.-])gcloud (?=(?:(?:alpha|beta) )?(?:{'|'.join(sorted(groups))})\b)", flat):
@@ -29,7 +29,7 @@ def find_in_text(text: str, path: str, groups: set[str]) -> Iterator[CommandLine
 
 
 def find_in_python(source: str, path: str, groups: set[str]) -> Iterator[CommandLine]:
-    """Those in a program's texts."""
+    """The commands in a program's strings."""
     tree = ast.parse(source)
     texts = _StringResolver(tree)
     within = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node) if part is not node}
@@ -40,7 +40,7 @@ def find_in_python(source: str, path: str, groups: set[str]) -> Iterator[Command
 
 
 def extract_command(text: str) -> str:
-    """The one command that the text begins with; what a shell would fill in is filled in."""
+    """The command at the start of the text, with placeholders replaced."""
     text = PLACEHOLDER_PATTERN.sub(PLACEHOLDER, text)
     quote = ""
     for place, character in enumerate(text):
@@ -57,18 +57,18 @@ def extract_command(text: str) -> str:
 
 
 def _ends_command(character: str, before: str, after: str) -> bool:
-    """Whether a command is over, outside quotes: by the shell's rules, by the sentence around it, or by the quotes around that."""
+    """Whether a character outside quotes ends a command: by the shell's rules, or as the end of the sentence or quotation around it."""
     sentence_ends = character in ".,:" and before != " " and not after.strip(" \n\"')")
     return character in "|;&<>)`\n\"'" or sentence_ends or (before == " " and character in "#(")
 
 
 class _StringResolver:
-    """What a program's expressions say, as far as it can be read: a name says what was last assigned to it above, in its function."""
+    """Evaluates string expressions as far as possible: a name has the value last assigned above it in its function."""
 
     def __init__(self, tree: ast.Module) -> None:
         self._function_of: dict[int, ast.AST] = {}
         self._assigned: dict[tuple[ast.AST, str], list[ast.Assign]] = {}
-        for function in ast.walk(tree):  # outer ones first, so that the innermost has the last word
+        for function in ast.walk(tree):  # outer functions first, so that the innermost one wins
             if isinstance(function, ast.Module | ast.FunctionDef):
                 self._function_of |= {id(node): function for node in ast.walk(function)}
         for node in ast.walk(tree):
@@ -76,7 +76,7 @@ class _StringResolver:
                 self._assigned.setdefault((self._function_of[id(node)], node.targets[0].id), []).append(node)
 
     def resolve(self, node: ast.expr) -> str:
-        """Its text; ANY for what cannot be read."""
+        """The text of an expression; PLACEHOLDER for parts that cannot be evaluated."""
         match node:
             case ast.Constant(value=str(text)):
                 return text

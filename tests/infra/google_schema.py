@@ -1,8 +1,8 @@
-"""The Google provider's schema, as pulumi-gcp carries it: which resources there are, and what may stand in them.
+"""The Google provider's schema, from pulumi-gcp: the resources and their attributes and blocks.
 
-pulumi-gcp is generated from the provider. Its classes have the provider's names but for two habits: they stand in modules, and
-lists are in the plural. Blocks that Terraform names in the singular are listed here by hand; whether *those* are right is the
-one thing that this schema cannot tell. And it holds the beta provider's attributes too.
+pulumi-gcp is generated from the provider. Its names differ in two ways: classes are grouped in modules, and lists are in the plural.
+Blocks that Terraform names in the singular are listed here by hand, and nothing checks that list. The schema also has the attributes
+of the beta provider.
 """
 
 import importlib
@@ -20,9 +20,9 @@ import pulumi_gcp
 
 from tests.infra.terraform_tree import Body, TerraformItem, Value, is_block, iter_strings, strip_parser_keys, unquote
 
-PROVIDER_MAJOR = {10: 8}  # pulumi-gcp 9 took up the provider's version 7, 10 its version 8
+PROVIDER_MAJOR = {10: 8}  # pulumi-gcp 9 has the provider's version 7, 10 its version 8
 
-# Where the module and the class do not spell the type: google_cloud_run_v2_job is cloudrunv2.Job, but
+# Resource types that are not the module's and the class's name together, unlike google_cloud_run_v2_job, which is cloudrunv2.Job.
 RESOURCE_CLASS_OVERRIDES = {
     "google_project_service": ("projects", "Service"),
     "google_project_iam_member": ("projects", "IAMMember"),
@@ -36,7 +36,7 @@ DATA_SOURCES = {"google_project": ("organizations", "get_project", "GetProjectRe
 BLOCK_TO_ARGUMENT = {"env": "envs", "lifecycle_rule": "lifecycle_rules", "matches_prefix": "matches_prefixes"}
 META_ARGUMENTS = {"count", "for_each", "depends_on", "lifecycle", "provider", "timeouts"}
 
-# Pulumi makes these up when they are left out; Terraform asks for them.
+# Optional in Pulumi, which generates them; required in Terraform.
 REQUIRED_NAME_ARGUMENTS = {
     "google_cloud_run_v2_job": "name",
     "google_cloud_run_v2_service": "name",
@@ -54,15 +54,15 @@ REQUIRED_NAME_ARGUMENTS = {
 
 @dataclass(frozen=True)
 class Field:
-    """What may stand under a name: a plain value, or blocks that have a schema of their own."""
+    """What a name may have as its value: a plain value, or blocks with their own schema."""
 
     required: bool
     repeated: bool
-    literal_type: type | None  # bool, int or str, where only that will do
+    literal_type: type | None  # bool, int or str, if only this type is valid
     block_type: type | None
 
     def is_wrong_literal(self, value: Value) -> bool:
-        """Whether a value that is written out is of another kind; expressions are not judged."""
+        """Whether a literal has another type. Expressions are not checked."""
         if self.literal_type is None or (isinstance(value, str) and ("${" in value or value == "null")) or value is None:
             return False
         is_text = isinstance(value, str)
@@ -70,19 +70,19 @@ class Field:
 
 
 def check_resource(item: TerraformItem) -> list[str]:
-    """What the provider would refuse in a resource, in words; empty when its names are all right."""
-    found = _find_resource_class(item.type)
-    if found is None:
+    """The problems that the provider would report for the names in a resource."""
+    resource_class = _find_resource_class(item.type)
+    if resource_class is None:
         return [f"{item.address}: the provider has no resource {item.type}"]
-    module, name = found
+    module, name = resource_class
     fields = schema_fields(getattr(module, f"{name}Args"))
-    named = REQUIRED_NAME_ARGUMENTS.get(item.type)
-    missing = [f"{item.address}: {named} is missing"] if named and named not in item.body else []
+    required = REQUIRED_NAME_ARGUMENTS.get(item.type)
+    missing = [f"{item.address}: {required} is missing"] if required and required not in item.body else []
     return missing + list(_check_body(item.address, {k: v for k, v in item.body.items() if k not in META_ARGUMENTS}, fields))
 
 
 def check_references(item: TerraformItem, resources: Mapping[str, TerraformItem]) -> list[str]:
-    """Attributes of other resources that there are not: google_service_account.api.emial."""
+    """References to attributes that the other resource does not have, such as google_service_account.api.emial."""
     found = [(match[1], match[2]) for text in iter_strings(item.body) for match in ATTRIBUTE.finditer(text)]
     looped = ATTRIBUTE_OF_LOOP.findall(" ".join(iter_strings(item.body)))
     over = unquote(item.body.get("for_each"))
@@ -99,7 +99,7 @@ ATTRIBUTE_OF_LOOP = re.compile(r"\beach\.value\.(\w+)")
 
 
 def resource_attributes(item: TerraformItem) -> set[str]:
-    """What can be read of a resource or data source that is there."""
+    """The attributes of a resource or data source."""
     if item.kind == "data":
         module, _, result = DATA_SOURCES[item.type]
         return _properties(getattr(_module(module), result))
@@ -108,7 +108,7 @@ def resource_attributes(item: TerraformItem) -> set[str]:
 
 
 def check_data_source(item: TerraformItem) -> list[str]:
-    """What the provider would refuse in a data source."""
+    """The problems that the provider would report for a data source."""
     if item.type not in DATA_SOURCES:
         return [f"{item.address}: no data source {item.type} is known here; see DATA_SOURCES"]
     module, function, _ = DATA_SOURCES[item.type]
@@ -117,7 +117,7 @@ def check_data_source(item: TerraformItem) -> list[str]:
 
 
 def check_provider(item: TerraformItem) -> list[str]:
-    """What the provider would refuse in its own block."""
+    """The problems that the provider would report for its own block."""
     return list(_check_body(item.address, item.body, schema_fields(pulumi_gcp.ProviderArgs)))
 
 
@@ -146,14 +146,14 @@ def _check_value(place: str, value: Value, field: Field) -> Iterator[str]:
         return
     assert isinstance(value, list)
     if len(value) > 1 and not field.repeated:
-        yield f"{place} may stand once"
+        yield f"{place} may occur only once"
     for block in value:
         assert isinstance(block, dict)
         yield from _check_body(place, strip_parser_keys(block), schema_fields(field.block_type))
 
 
 def _expand_dynamic_blocks(body: Body) -> Body:
-    """The body with `dynamic "x" { content { … } }` as blocks x, which is what becomes of them."""
+    """The body with each `dynamic "x" { content { … } }` replaced by the block x that it generates."""
     written = {name: value for name, value in body.items() if name != "dynamic"}
     blocks = body.get("dynamic", [])
     assert isinstance(blocks, list)
@@ -168,7 +168,7 @@ def _expand_dynamic_blocks(body: Body) -> Body:
     return written
 
 
-# Any: pulumi's classes are what is looked at here, not what is used.
+# Any: pulumi's classes are inspected here, not used.
 @cache
 def schema_fields(args: Any) -> dict[str, Field]:
     """The schema of a resource or a block, from the constructor of its Args class."""
@@ -196,21 +196,21 @@ def _properties(cls: type) -> set[str]:
 def _module(name: str) -> ModuleType:
     module = importlib.import_module(f"pulumi_gcp.{name}")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of what else is in it
-        assert module.outputs, name  # loads it: until an attribute is asked for, it is empty
+        warnings.simplefilter("ignore", DeprecationWarning)  # of other classes in the module
+        assert module.outputs, name  # loads the module, which is empty until an attribute is read
     return module
 
 
 @cache
 def _find_resource_class(type_: str) -> tuple[ModuleType, str] | None:
-    """The module and the name of a resource's class; None when there is no such resource."""
+    """The module and the name of a resource's class; None for an unknown resource type."""
     if type_ in RESOURCE_CLASS_OVERRIDES:
         module, name = RESOURCE_CLASS_OVERRIDES[type_]
         return (_module(module), name)
-    wanted = type_.removeprefix("google_").replace("_", "")
+    squashed = type_.removeprefix("google_").replace("_", "")
     for info in pkgutil.iter_modules(pulumi_gcp.__path__):
-        if info.ispkg and wanted.startswith(info.name.replace("_", "")):
-            rest = wanted.removeprefix(info.name.replace("_", ""))
+        if info.ispkg and squashed.startswith(info.name.replace("_", "")):
+            rest = squashed.removeprefix(info.name.replace("_", ""))
             for name in dir(_module(info.name)):
                 if name.lower() == f"{rest}args" and hasattr(_module(info.name), name.removesuffix("Args")):
                     return (_module(info.name), name.removesuffix("Args"))

@@ -1,4 +1,4 @@
-"""Terraform files as values: resources, what they refer to, what is declared."""
+"""A parser of Terraform files: their items, and the references between them."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import hcl2
 
-# What python-hcl2 makes: strings keep their quotes, expressions are "${…}", a block is a mapping that is marked as one.
+# The values of python-hcl2: strings keep their quotes, expressions are "${…}", a block is a mapping marked as one.
 Value: TypeAlias = "str | int | float | bool | list[Value] | dict[str, Value] | None"
 Body: TypeAlias = "dict[str, Value]"
 
@@ -17,7 +17,7 @@ PARSER_KEYS = ("__is_block__", "__comments__", "__inline_comments__")
 
 @dataclass(frozen=True)
 class TerraformItem:
-    """A resource, a data source, a variable, an output: anything with labels and a body."""
+    """A block with labels and a body: a resource, data source, variable, output and so on."""
 
     kind: str  # "resource", "data", "variable", …
     labels: tuple[str, ...]
@@ -25,30 +25,30 @@ class TerraformItem:
 
     @property
     def address(self) -> str:
-        """As Terraform prints it: google_storage_bucket.buckets, data.google_project.this, var.region."""
+        """The address as Terraform prints it: google_storage_bucket.buckets, data.google_project.this, var.region."""
         prefix = {"resource": (), "variable": ("var",)}.get(self.kind, (self.kind,))
         return ".".join((*prefix, *self.labels))
 
     @property
     def type(self) -> str:
-        """Of a resource or a data source."""
+        """The type of a resource or data source."""
         return self.labels[0]
 
 
 @dataclass(frozen=True)
 class TerraformModule:
-    """Everything in a folder of Terraform files, as one module."""
+    """All items and locals of a folder of Terraform files."""
 
     items: tuple[TerraformItem, ...]
     locals: Mapping[str, Value]
 
     def items_of(self, kind: str, type_: str | None = None) -> list[TerraformItem]:
-        """The items of a kind, or of one type of resource."""
+        """The items of a kind, optionally of one resource type."""
         return [item for item in self.items if item.kind == kind and (type_ is None or item.type == type_)]
 
 
 def read_files(folder: Path) -> TerraformModule:
-    """Parse every *.tf of the folder. Raises what python-hcl2 raises for text that is no HCL."""
+    """Parse every *.tf of the folder. Raises python-hcl2's error for invalid HCL."""
     return parse(path.read_text() for path in sorted(folder.glob("*.tf")))
 
 
@@ -69,7 +69,7 @@ def parse(texts: Iterable[str]) -> TerraformModule:
 
 
 def _items(kind: str, labels: tuple[str, ...], block: Body) -> Iterator[TerraformItem]:
-    """The items in a block: its labels are keys, one in the other, down to the block's own body."""
+    """The items in a block: its labels are nested keys down to the block's own body."""
     if block.get("__is_block__") is True:
         yield TerraformItem(kind, labels, strip_parser_keys(block))
         return
@@ -79,17 +79,17 @@ def _items(kind: str, labels: tuple[str, ...], block: Body) -> Iterator[Terrafor
 
 
 def strip_parser_keys(block: Body) -> Body:
-    """The block as it was written."""
+    """The block without the parser's marks."""
     return {name: value for name, value in block.items() if name not in PARSER_KEYS}
 
 
 def is_block(value: Value) -> bool:
-    """Whether it was written as blocks, not as an attribute."""
+    """Whether the value is blocks, not an attribute."""
     return isinstance(value, list) and bool(value) and all(isinstance(part, dict) and "__is_block__" in part for part in value)
 
 
 def unquote(value: Value) -> str:
-    """The text of a string, or of a bare expression, without quotes and braces."""
+    """A string or a bare expression without its quotes and braces."""
     text = str(value)
     for start, end in (('"', '"'), ("${", "}")):
         if text.startswith(start) and text.endswith(end) and len(text) > len(start):
@@ -118,7 +118,7 @@ RESOURCE = re.compile(r"(?<![\w.])((?:data\.)?google_\w+\.\w+)")
 
 
 def references(value: Value) -> set[str]:
-    """The addresses that a value refers to: var.region, local.hardware, google_storage_bucket.buckets."""
+    """The addresses in a value: var.region, local.hardware, google_storage_bucket.buckets."""
     found: set[str] = set()
     for text in iter_strings(value):
         found |= {f"var.{name}" for name in VARIABLE.findall(text)}
@@ -128,25 +128,25 @@ def references(value: Value) -> set[str]:
 
 
 def references_by_address(files: TerraformModule) -> dict[str, set[str]]:
-    """What each address refers to."""
+    """The references of each address."""
     found = {item.address: references(item.body) for item in files.items}
     return found | {f"local.{name}": references(value) for name, value in files.locals.items()}
 
 
 def find_undeclared(files: TerraformModule) -> list[str]:
-    """References that lead nowhere."""
+    """References to addresses that are not declared."""
     used = references_by_address(files)
     return sorted(f"{address} refers to {name}" for address, names in used.items() for name in names - used.keys())
 
 
 def find_unused(files: TerraformModule) -> list[str]:
-    """Variables and locals that nothing refers to."""
+    """Variables and locals without a reference."""
     used = set().union(*references_by_address(files).values())
     return sorted(name for name in references_by_address(files) if name.startswith(("var.", "local.")) and name not in used)
 
 
 def find_cycle(files: TerraformModule) -> list[str]:
-    """Addresses that depend on themselves, by whatever way; Terraform refuses those."""
+    """Addresses that depend on themselves directly or through others; Terraform refuses them."""
     left = {
         address: {name for name in names if name != address}
         for address, names in references_by_address(files).items()

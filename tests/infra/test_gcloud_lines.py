@@ -1,4 +1,4 @@
-"""Every gcloud command that the project shows, runs or tells somebody to run is one that gcloud knows."""
+"""gcloud accepts every gcloud command that the project documents, runs or suggests to users."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +53,7 @@ def test_flag_value_after_space_is_accepted(gcloud: Gcloud) -> None:
         ("call `gcloud projects\nlist` and look", "gcloud projects list"),
         ('curl -H "Authorization: Bearer $(gcloud auth print-identity-token)" $URL', "gcloud auth print-identity-token"),
         ("key | gcloud secrets versions add k --data-file=- >/dev/null", "gcloud secrets versions add k --data-file=-"),
-        ('die "Nobody: gcloud projects list. A new one: make it"', "gcloud projects list"),
+        ('die "No account: gcloud projects list. A new one: make it"', "gcloud projects list"),
         (
             'gcloud run jobs update "tunesmith-$profile" --region="$REGION" || exit 1',
             "gcloud run jobs update tunesmith-filled-in --region=filled-in",
@@ -81,8 +81,6 @@ def test_command_has_line_number() -> None:
 
 
 def test_python_strings_resolve_variables() -> None:
-    source = (
-        'def f(p):\n    member = f"--member={p}"\n    return f"mend it: gcloud projects add-iam-policy-binding {p} {member} --role=r"\n'
-    )
+    source = 'def f(p):\n    member = f"--member={p}"\n    return f"fix it: gcloud projects add-iam-policy-binding {p} {member} --role=r"\n'
     found = list(find_in_python(source, "x", {"projects"}))
     assert found == [CommandLine("gcloud projects add-iam-policy-binding filled-in --member=filled-in --role=r", "x", 3)]

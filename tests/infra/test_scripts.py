@@ -1,4 +1,4 @@
-"""infra/deploy.sh and infra/destroy.sh, with programs in place of gcloud and terraform that note how they were called."""
+"""infra/deploy.sh and infra/destroy.sh, run with stubs of gcloud and terraform that record their calls."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from tests.infra.terraform_tree import read_files
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT, REGION = "my-project", "europe-west4"
 
-# Each notes its arguments, what it is given on standard input where that matters, and answers as a new project would.
+# Each stub records its arguments, and its standard input where that matters, and responds like a new project.
 GCLOUD_STUB = """#!/bin/bash
 echo "gcloud $*" >>"$CALLS_FILE"
 case "$*" in
@@ -50,17 +50,22 @@ google_cloud_run_v2_service.tunesmith"""
 
 @dataclass(frozen=True)
 class ScriptHarness:
-    """A copy of the scripts beside programs that only pretend."""
+    """A copy of the scripts, with stubs of the programs."""
 
     home: Path
 
-    def run(self, script: str, *arguments: str, **said: str) -> subprocess.CompletedProcess[str]:
+    def run(self, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run a script of infra/ from this copy."""
-        world = {"STUB_HOME": str(self.home), "CALLS_FILE": str(self.home / "calls"), "FAKE_ACCOUNT": "me@example.com", "PAUSE_S": "0"}
+        stub_variables = {
+            "STUB_HOME": str(self.home),
+            "CALLS_FILE": str(self.home / "calls"),
+            "FAKE_ACCOUNT": "me@example.com",
+            "PAUSE_S": "0",
+        }
         environment = (
             {"PATH": f"{self.home}/bin:{os.environ['PATH']}", "NO_PROJECT": "", "FAKE_REGION": "", "FAKE_STATE": TERRAFORM_STATE}
-            | world
-            | said
+            | stub_variables
+            | variables
         )
         command = [str(self.home / "infra" / script), *arguments]
         return subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
@@ -68,13 +73,12 @@ class ScriptHarness:
     @property
     def calls(self) -> list[str]:
         """Every call of gcloud and terraform, in order."""
-        noted = self.home / "calls"
-        return noted.read_text().splitlines() if noted.exists() else []
+        calls = self.home / "calls"
+        return calls.read_text().splitlines() if calls.exists() else []
 
     def position_of(self, part: str) -> int:
-        """Where a call stands among the others."""
-        (place, *_) = [place for place, call in enumerate(self.calls) if part in call]
-        return place
+        """The index of the first call that contains `part`."""
+        return next(index for index, call in enumerate(self.calls) if part in call)
 
 
 @pytest.fixture
@@ -91,26 +95,26 @@ def cloud(tmp_path: Path) -> ScriptHarness:
 
 
 @pytest.mark.parametrize("script", ["deploy.sh", "destroy.sh"])
-@pytest.mark.parametrize(("arguments", "says"), [((), "PROJECT_ID is missing"), (("p", ""), "REGION is missing")])
-def test_missing_prerequisite_is_reported_first(cloud: ScriptHarness, script: str, arguments: tuple[str, ...], says: str) -> None:
+@pytest.mark.parametrize(("arguments", "message"), [((), "PROJECT_ID is missing"), (("p", ""), "REGION is missing")])
+def test_missing_prerequisite_is_reported_first(cloud: ScriptHarness, script: str, arguments: tuple[str, ...], message: str) -> None:
     run = cloud.run(script, *arguments)
     assert run.returncode == 1
-    assert says in run.stderr
+    assert message in run.stderr
     assert cloud.calls == []
 
 
 @pytest.mark.parametrize(
-    ("said", "says"),
+    ("variables", "message"),
     [
         ({"FAKE_ACCOUNT": ""}, "gcloud auth login"),
         ({"NO_PROJECT": "1"}, "gcloud projects create my-project"),
         ({"FAKE_BILLING": "False"}, "gcloud billing projects link my-project"),
     ],
 )
-def test_unusable_project_error_names_fix(cloud: ScriptHarness, said: dict[str, str], says: str) -> None:
-    run = cloud.run("deploy.sh", PROJECT, REGION, **said)
+def test_unusable_project_error_names_fix(cloud: ScriptHarness, variables: dict[str, str], message: str) -> None:
+    run = cloud.run("deploy.sh", PROJECT, REGION, **variables)
     assert run.returncode == 1
-    assert says in run.stderr
+    assert message in run.stderr
     assert not [call for call in cloud.calls if call.startswith("terraform") or "create" in call or "enable" in call]
 
 
@@ -126,8 +130,8 @@ def test_deploy_to_empty_project_runs_steps_in_order(cloud: ScriptHarness) -> No
         "builds submit",
         "next_steps",
     ]
-    places = [cloud.position_of(step) for step in steps]
-    assert places == sorted(places)
+    positions = [cloud.position_of(step) for step in steps]
+    assert positions == sorted(positions)
     assert "curl the service" in run.stdout
 
 
@@ -229,12 +233,12 @@ def test_destroy_keeps_data_and_prints_delete_commands(cloud: ScriptHarness) -> 
     assert run.returncode == 0, run.stderr
     (call,) = [call for call in cloud.calls if " destroy " in call]
     targets = {word.removeprefix("-target=") for word in call.split() if word.startswith("-target=")}
-    gone = {
+    removed = {
         "google_storage_bucket_iam_member.job_uses_models",
         'google_cloud_run_v2_job.profiles["l4"]',
         "google_cloud_run_v2_service.tunesmith",
     }
-    assert targets == gone
+    assert targets == removed
     for command in ("gs://my-project-tunesmith-models", "firestore databases delete", "--no-delete-protection"):
         assert command in run.stdout
     assert not [call for call in cloud.calls if "storage rm" in call or "databases delete" in call]

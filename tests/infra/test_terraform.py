@@ -1,4 +1,4 @@
-"""infra/terraform without an account: form, names against the provider's schema, what refers to what, and who may do what."""
+"""infra/terraform without an account: format, names against the provider's schema, references and roles."""
 
 import ast
 import json
@@ -21,14 +21,14 @@ RESOURCES = {item.address: item for item in MODULE.items if item.kind in ("resou
 OFFLINE_ENVIRONMENT = {"TF_CLI_CONFIG_FILE": "/dev/null", "CHECKPOINT_DISABLE": "1", "PATH": "/usr/bin:/bin"}
 
 
-# --- form -------------------------------------------------------------------------------------------------------------
+# --- format -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def terraform() -> str:
-    """The program. Without it the half of the checks would be missing, and nobody would notice."""
+    """The terraform command. Required, because without it half of the checks would be missing unnoticed."""
     found = shutil.which("terraform")
-    assert found, "terraform is not installed: docs/deploy.md says where it comes from"
+    assert found, "terraform is not installed: docs/deploy.md says where to get it"
     return found
 
 
@@ -41,7 +41,7 @@ def test_terraform_files_are_formatted(terraform: str) -> None:
 
 
 def find_problems(files: TerraformModule) -> list[str]:
-    """Everything that the provider or Terraform would refuse by its name."""
+    """Every name that the provider or Terraform would refuse."""
     resources = {item.address: item for item in files.items if item.kind in ("resource", "data")}
     found = terraform_tree.find_undeclared(files) + terraform_tree.find_cycle(files)
     for item in files.items:
@@ -66,7 +66,7 @@ def test_schema_matches_required_provider_version() -> None:
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong", "says"),
+    ("right", "wrong", "message"),
     [
         ("max_retries ", "max_retry ", "google_cloud_run_v2_job.profiles.template.template: no attribute or block max_retry"),
         ('resource "google_cloud_run_v2_job"', 'resource "google_cloud_run_v2_jobs"', "no resource google_cloud_run_v2_jobs"),
@@ -92,11 +92,11 @@ def test_schema_matches_required_provider_version() -> None:
         ("user_project_override ", "project_override ", "no attribute or block project_override"),
     ],
 )
-def test_terraform_typo_is_detected(right: str, wrong: str, says: str) -> None:
+def test_terraform_typo_is_detected(right: str, wrong: str, message: str) -> None:
     sources = [path.read_text() for path in sorted(FOLDER.glob("*.tf"))]
-    assert any(right in source for source in sources), f"the files have no {right!r} any more: choose another slip"
-    slipped = terraform_tree.parse(source.replace(right, wrong) for source in sources)
-    assert any(says in complaint for complaint in find_problems(slipped)), find_problems(slipped)
+    assert any(right in source for source in sources), f"no file has {right!r} any more: choose another typo"
+    files = terraform_tree.parse(source.replace(right, wrong) for source in sources)
+    assert any(message in problem for problem in find_problems(files)), find_problems(files)
 
 
 def test_reference_cycle_is_detected() -> None:
@@ -109,7 +109,7 @@ def test_every_declaration_is_used() -> None:
     assert terraform_tree.find_unused(MODULE) == []
 
 
-# --- what nobody may do -------------------------------------------------------------------------------------------------
+# --- access -------------------------------------------------------------------------------------------------------------
 
 
 def item_strings(kind: str = "resource") -> list[str]:
@@ -146,7 +146,7 @@ def test_records_are_protected() -> None:
 
 
 def granted_roles(account: str) -> set[tuple[str, str]]:
-    """What an identity may do: the role, and what it is granted on."""
+    """The roles of a service account, each with the resource on which it is granted."""
     found: set[tuple[str, str]] = set()
     for item in MODULE.items_of("resource"):
         if item.type.endswith("_iam_member") and unquote(item.body["member"]) == f"google_service_account.{account}.member":
@@ -160,7 +160,7 @@ def granted_roles(account: str) -> set[tuple[str, str]]:
 
 
 def describe_grant_target(item: TerraformItem, name: str) -> str:
-    """What a name or an address means, in a word."""
+    """A short name for the resource of a grant."""
     over = unquote(item.body.get("for_each")) if "each.value" in name else name
     word = {
         "google_storage_bucket.buckets": "every bucket",
@@ -286,8 +286,6 @@ def read_hardware_profiles() -> dict[str, dict[str, Value]]:
 def test_hardware_profiles_are_valid_on_cloud_run() -> None:
     cpus = {name: int(unquote(row["cpu"])) for name, row in read_hardware_profiles().items()}
     gigabytes = {name: int(unquote(row["memory"]).removesuffix("Gi")) for name, row in read_hardware_profiles().items()}
-    accelerators = {name: unquote(row["accelerator"]) for name, row in read_hardware_profiles().items()}
-    assert accelerators == {"l4": "nvidia-l4", "rtx-pro-6000": "nvidia-rtx-pro-6000", "cpu": "None"}
     assert 4 <= cpus["l4"] <= 8
     assert 16 <= gigabytes["l4"] <= 32
     assert cpus["rtx-pro-6000"] >= 20
@@ -297,7 +295,7 @@ def test_hardware_profiles_are_valid_on_cloud_run() -> None:
 
 
 def get_only_block(body: Value, *names: str) -> dict[str, Value]:
-    """The block under some names, one in the other, each of which stands once."""
+    """The block at a path of names, each of which occurs once."""
     for name in names:
         assert isinstance(body, dict)
         blocks = body[name]
@@ -319,14 +317,14 @@ def test_cloud_run_job_never_retries() -> None:
 
 
 def read_service_environment() -> dict[str, str]:
-    """The service's variables; expressions as they are written."""
+    """The service's environment variables; expressions are not evaluated."""
     table = MODULE.locals["service_environment"]
     assert isinstance(table, dict)
     return {unquote(name): unquote(value) for name, value in table.items() if name not in terraform_tree.PARSER_KEYS}
 
 
 def service_settings() -> set[str]:
-    """Every environment variable that service/settings.py knows."""
+    """Every environment variable that service/settings.py reads."""
     (settings,) = [
         node
         for node in ast.walk(ast.parse(read_source("service/settings.py")))
@@ -349,24 +347,24 @@ def test_service_environment_has_only_known_settings() -> None:
 
 
 def test_service_environment_has_required_settings() -> None:
-    told = read_service_environment()
-    assert (told["TUNESMITH_JOB_STORE"], told["TUNESMITH_LAUNCHER"], told["TUNESMITH_SECRET_STORE"]) == (
+    environment = read_service_environment()
+    assert (environment["TUNESMITH_JOB_STORE"], environment["TUNESMITH_LAUNCHER"], environment["TUNESMITH_SECRET_STORE"]) == (
         "firestore",
         "cloud-run",
         "secret-manager",
     )
-    assert told["TUNESMITH_RECONCILE_INTERVAL_S"] == "0"
-    assert told["TUNESMITH_LOG_FORMAT"] == "json"
-    assert told["TUNESMITH_PUBLIC_URL"] == told["TUNESMITH_IDENTITY_AUDIENCE"] == "local.service_url"
+    assert environment["TUNESMITH_RECONCILE_INTERVAL_S"] == "0"
+    assert environment["TUNESMITH_LOG_FORMAT"] == "json"
+    assert environment["TUNESMITH_PUBLIC_URL"] == environment["TUNESMITH_IDENTITY_AUDIENCE"] == "local.service_url"
     assert {
         "PROJECT_ID",
         "REGION",
         "GCS_CONFIG_BUCKET_NAME",
         "TUNESMITH_HARDWARE_PROFILES",
         "TUNESMITH_ATTEMPT_TIME_LIMIT_S",
-    } <= told.keys()
-    assert "PORT" not in told  # Cloud Run's own; a deployment that sets it is refused
-    assert int(told["TUNESMITH_MAX_UPLOAD_BYTES"]) < 32 << 20
+    } <= environment.keys()
+    assert "PORT" not in environment  # Cloud Run sets it, and refuses a deployment that does
+    assert int(environment["TUNESMITH_MAX_UPLOAD_BYTES"]) < 32 << 20
 
 
 def test_liveness_probe_does_not_depend_on_buckets() -> None:
@@ -375,14 +373,13 @@ def test_liveness_probe_does_not_depend_on_buckets() -> None:
     assert "tcp_socket" in get_only_block(container, "startup_probe")
     path = unquote(get_only_block(container, "liveness_probe", "http_get")["path"])
     assert path == "/docs"
-    assert "docs_url" not in read_source("service/main.py")  # FastAPI serves it there unless told otherwise
 
 
 def test_scheduler_urls_exist() -> None:
-    table = MODULE.locals["upkeep"]
+    table = MODULE.locals["maintenance"]
     assert isinstance(table, dict)
     for name in table.keys() - set(terraform_tree.PARSER_KEYS):
-        assert f'@upkeep.post("/{unquote(name)}")' in read_source("service/api/internal.py")
+        assert f'@maintenance_router.post("/{unquote(name)}")' in read_source("service/api/internal.py")
     (job,) = MODULE.items_of("resource", "google_cloud_scheduler_job")
     assert unquote(get_only_block(job.body, "http_target")["uri"]) == "${local.service_url}/internal/${each.key}"
     assert unquote(get_only_block(job.body, "http_target", "oidc_token")["audience"]) == "local.service_url"
@@ -396,37 +393,37 @@ def test_alerts_match_logged_messages() -> None:
     assert '"message": record.getMessage()' in read_source("service/logs.py")
 
 
-# --- settings that are refused ------------------------------------------------------------------------------------------
+# --- invalid variables --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def variables_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which Terraform judges variables and needs no provider."""
+    """A folder in which Terraform validates variables without a provider."""
     folder = tmp_path_factory.mktemp("variables")
     shutil.copy(FOLDER / "variables.tf", folder)
     return folder
 
 
 @pytest.mark.parametrize(
-    ("setting", "says"),
+    ("setting", "message"),
     [
         ("project_id=My", "A project id is like"),
         ("region=Europe", "A region is like europe-west4"),
         ('profiles=["l4", "h100"]', "one or more of l4"),
         ("profiles=[]", "one or more of l4"),
-        ('invokers=["allUsers"]', "never open to everybody"),
+        ('invokers=["allUsers"]', "never public"),
         ("attempt_time_limit_s=60", "from 120 seconds"),
         ("soft_delete_days=3", "from 7 to 90"),
         ('invokers=["user:me@example.com"]', None),
     ],
 )
-def test_invalid_variable_error_is_readable(terraform: str, variables_folder: Path, setting: str, says: str | None) -> None:
-    given = [f"-var={value}" for value in ("project_id=my-project", "region=europe-west4", setting)]
+def test_invalid_variable_error_is_readable(terraform: str, variables_folder: Path, setting: str, message: str | None) -> None:
+    variables = [f"-var={value}" for value in ("project_id=my-project", "region=europe-west4", setting)]
     run = subprocess.run(
-        [terraform, "console", *given], input="1", capture_output=True, text=True, cwd=variables_folder, env=OFFLINE_ENVIRONMENT
+        [terraform, "console", *variables], input="1", capture_output=True, text=True, cwd=variables_folder, env=OFFLINE_ENVIRONMENT
     )
-    said = " ".join(run.stderr.replace("\u2502", " ").split())
-    assert (run.returncode == 0) if says is None else says in said, said
+    errors = " ".join(run.stderr.replace("\u2502", " ").split())
+    assert (run.returncode == 0) if message is None else message in errors, errors
 
 
 # --- indexes ------------------------------------------------------------------------------------------------------------
@@ -434,14 +431,14 @@ def test_invalid_variable_error_is_readable(terraform: str, variables_folder: Pa
 
 @pytest.fixture(scope="module")
 def evaluated_locals(terraform: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, object]]]:
-    """What Terraform itself makes of the file of indexes: the locals that the resources loop over."""
+    """The locals of the index file, as Terraform evaluates them. The resources iterate over them."""
     home = tmp_path_factory.mktemp("indexes")
     (home / "infra/terraform").mkdir(parents=True)
     shutil.copy(FOLDER / "firestore_indexes.tf", home / "infra/terraform")
     shutil.copy(ROOT / "infra/firestore.indexes.json", home / "infra")
-    asked = "jsonencode({ indexes = local.firestore_indexes, fields = local.firestore_fields })"
+    expression = "jsonencode({ indexes = local.firestore_indexes, fields = local.firestore_fields })"
     run = subprocess.run(
-        [terraform, "console"], input=asked, capture_output=True, text=True, cwd=home / "infra/terraform", env=OFFLINE_ENVIRONMENT
+        [terraform, "console"], input=expression, capture_output=True, text=True, cwd=home / "infra/terraform", env=OFFLINE_ENVIRONMENT
     )
     assert run.returncode == 0, run.stderr
     return json.loads(json.loads(run.stdout))
@@ -454,13 +451,8 @@ def test_terraform_creates_exactly_listed_indexes(evaluated_locals: dict[str, di
     assert sorted(evaluated_locals["fields"].values(), key=in_order) == sorted(listed["fieldOverrides"], key=in_order)
 
 
-def test_index_resources_iterate_over_index_file() -> None:
-    assert unquote(RESOURCES["google_firestore_index.queries"].body["for_each"]) == "local.firestore_indexes"
-    assert unquote(RESOURCES["google_firestore_field.overrides"].body["for_each"]) == "local.firestore_fields"
-
-
 def test_index_resources_handle_every_key() -> None:
-    """A word that firestore.tf does not read would be lost without a sound."""
+    """Terraform would silently ignore a key that firestore.tf does not read."""
     listed = json.loads(read_source("infra/firestore.indexes.json"))
     known = {"collectionGroup", "queryScope", "fields", "fieldPath", "order", "arrayConfig", "ttl", "indexes"}
     rows = [*listed["indexes"], *listed["fieldOverrides"]]

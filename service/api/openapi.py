@@ -1,0 +1,61 @@
+"""The errors of each route in the OpenAPI document."""
+
+from typing import Any
+
+from fastapi import FastAPI
+
+from service.api.errors import ErrorResponse
+
+DESCRIPTIONS = {
+    400: "A value is not allowed, or this deployment does not support it.",
+    401: "The link or token is not valid, or has expired.",
+    404: "There is no such job, dataset or file.",
+    409: "The state of the job or dataset does not allow this, or the Idempotency-Key was used with another body.",
+    413: "The body is too large.",
+    422: "The request is malformed: a field is missing, unknown or of the wrong type.",
+    503: "A part behind the service does not answer. Retry-After says when to try again.",
+}
+CONFLICT_FREE = {("POST", "/datasets")}  # an upload always makes a new dataset
+SIGNED_PATHS = {"/files/{token}"}
+
+
+def document_errors(app: FastAPI) -> None:
+    """Have the app's OpenAPI document list, for each route, the errors that it can answer with, all of the one shape."""
+    generate = app.openapi
+
+    def generate_with_errors() -> dict[str, Any]:  # Any: a JSON document
+        if app.openapi_schema is None:
+            _add_errors(generate())  # generate() keeps the document that it returns
+        assert app.openapi_schema is not None
+        return app.openapi_schema
+
+    app.openapi = generate_with_errors
+
+
+def _add_errors(document: dict[str, Any]) -> None:
+    schemas = document["components"]["schemas"]
+    for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own shape, which this service never sends
+        schemas.pop(name, None)
+    body_schema = ErrorResponse.model_json_schema(ref_template="#/components/schemas/{model}")
+    schemas |= body_schema.pop("$defs") | {"ErrorResponse": body_schema}
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            responses = operation["responses"]
+            responses.pop("422", None)
+            for status in _error_statuses(method.upper(), path, operation):
+                responses.setdefault(str(status), {"description": DESCRIPTIONS[status], "content": content})
+
+
+def _error_statuses(method: str, path: str, operation: dict[str, Any]) -> list[int]:
+    has_body, has_parameters = "requestBody" in operation, "parameters" in operation
+    possible = {
+        400: has_body or has_parameters,
+        401: path in SIGNED_PATHS,
+        404: "{" in path or has_body,  # a body names a dataset or a file in the object store
+        409: (method != "GET" or path == "/jobs/download/{job_id}") and (method, path) not in CONFLICT_FREE,
+        413: has_body,
+        422: has_body or has_parameters,
+        503: True,
+    }
+    return [status for status, can_happen in possible.items() if can_happen]

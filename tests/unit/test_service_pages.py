@@ -1,0 +1,140 @@
+"""What the service answers about itself: the documentation, the root, its health, and the errors that the OpenAPI document lists."""
+
+import asyncio
+import re
+import threading
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import anyio.to_thread
+import pytest
+from starlette.testclient import TestClient
+
+from service.adapters.launchers.local import LocalLauncher
+from service.api.health import HealthChecks
+from service.main import create_app
+from service.settings import Settings
+from tests.factories import make_capabilities
+from tests.waiting import wait_until
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    settings = Settings(home=tmp_path_factory.mktemp("home"), HF_HUB_OFFLINE=True, reconcile_interval_s=0)  # type: ignore[call-arg]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalLauncher, "get_capabilities", lambda _, profile=None: make_capabilities())
+        with TestClient(create_app(settings), raise_server_exceptions=False) as client:
+            yield client
+
+
+# --- documentation and root ------------------------------------------------------------------------------------------
+
+
+def test_docs_load_only_from_this_service(client: TestClient) -> None:
+    page = client.get("/docs")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "://" not in page.text.replace("window.location.origin", "")
+    loaded = {path: client.get(path) for path in re.findall(r'(?:src|href)="([^"]+)"', page.text)}
+    types = {path.rpartition(".")[2]: answer.headers["content-type"].partition(";")[0] for path, answer in loaded.items()}
+    assert {answer.status_code for answer in loaded.values()} == {200}
+    assert types == {"js": "text/javascript", "css": "text/css", "png": "image/png"}
+    (schema_path,) = re.findall(r"url: '([^']+)'", page.text)
+    assert client.get(schema_path).json()["info"]["title"] == "Tunesmith"
+
+
+def test_docs_never_call_a_validator(client: TestClient) -> None:
+    assert '"validatorUrl": null' in client.get("/docs").text
+    assert client.get("/redoc").status_code == 404
+
+
+def test_root_links_exist(client: TestClient) -> None:
+    root = client.get("/").json()
+    assert (root.pop("name"), bool(root.pop("version"))) == ("Tunesmith", True)
+    assert set(root) == {"docs", "openapi", "health", "capabilities"}
+    assert {name: client.get(path).status_code for name, path in root.items()} == dict.fromkeys(root, 200)
+
+
+def test_root_redirects_browser_to_docs(client: TestClient) -> None:
+    answer = client.get("/", headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}, follow_redirects=False)
+    assert (answer.status_code, answer.headers["location"]) == (307, "/docs")
+
+
+# --- health ----------------------------------------------------------------------------------------------------------
+
+
+def test_health_answers_while_all_request_threads_are_busy(client: TestClient) -> None:
+    release = threading.Event()
+    assert client.portal is not None
+    threads = int(client.portal.call(lambda: anyio.to_thread.current_default_thread_limiter().total_tokens))
+    busy = [client.portal.start_task_soon(anyio.to_thread.run_sync, release.wait) for _ in range(threads + 1)]
+    try:
+        wait_until(partial(client.portal.call, lambda: not anyio.to_thread.current_default_thread_limiter().available_tokens), 10)
+        assert client.get("/health").status_code == 200
+    finally:
+        release.set()
+    assert all(task.result(10) for task in busy)
+
+
+def test_hanging_check_is_named_in_time_and_never_runs_twice() -> None:
+    release, calls = threading.Event(), []
+
+    def hang() -> None:
+        calls.append(None)
+        release.wait()
+
+    checks = HealthChecks({"job_store": hang, "object_store": lambda: None}, timeout_s=0.1)
+    try:
+        for _ in range(2):
+            assert asyncio.run(checks.run()) == {"job_store": "no answer within 0.1 s", "object_store": "ok"}
+        assert len(calls) == 1
+    finally:
+        release.set()
+        checks.close()
+
+
+# --- errors in the OpenAPI document ----------------------------------------------------------------------------------
+
+
+def documented_errors(client: TestClient) -> dict[str, set[str]]:
+    """The error statuses of each operation, as `GET /jobs`."""
+    document = client.get("/openapi.json").json()
+    return {
+        f"{method.upper()} {path}": {status for status in operation["responses"] if status >= "400"}
+        for path, operations in document["paths"].items()
+        for method, operation in operations.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("operation", "statuses"),
+    [
+        ("POST /train", {"400", "404", "409", "413", "422", "503"}),
+        ("GET /jobs", {"400", "422", "503"}),
+        ("GET /jobs/{job_id}", {"400", "404", "422", "503"}),
+        ("GET /jobs/download/{job_id}", {"400", "404", "409", "422", "503"}),
+        ("POST /jobs/{job_id}/cancel", {"400", "404", "409", "422", "503"}),
+        ("POST /datasets", {"400", "404", "413", "422", "503"}),
+        ("DELETE /datasets/{processed_dataset_id}", {"400", "404", "409", "422", "503"}),
+        ("GET /files/{token}", {"400", "401", "404", "422", "503"}),
+        ("GET /health", {"503"}),
+        ("GET /capabilities", {"503"}),
+    ],
+)
+def test_operation_lists_its_errors(client: TestClient, operation: str, statuses: set[str]) -> None:
+    assert documented_errors(client)[operation] == statuses
+
+
+def test_documented_errors_have_the_one_error_shape(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+    schemas: dict[str, Any] = document["components"]["schemas"]
+    assert set(schemas["ErrorBody"]["properties"]) == {"code", "message", "hint", "param"}
+    assert "HTTPValidationError" not in schemas
+    used = [
+        response["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        for path, operations in document["paths"].items()
+        for operation in operations.values()
+        for status, response in operation["responses"].items()
+        if status >= "400" and path != "/health"
+    ]
+    assert set(used) <= {"ErrorResponse", "DeleteJobResponse"}
