@@ -91,7 +91,7 @@ def model_card(record: RunRecord, repo_id: str, base_license: License) -> str:
         usage_snippets=list(usage_snippets(record, repo_id)),
         metrics=list(compare_metrics(record.base_metrics, record.metrics)),
         evaluation_note=_evaluation_note(record.metrics),
-        fidelity=[{"path": _repo_path(made, whole), "found": made.fidelity} for made in record.artifacts if made.fidelity is not None],
+        fidelity=[{"path": _repo_path(made, whole), "fidelity": made.fidelity} for made in record.artifacts if made.fidelity is not None],
         training=[{"name": name, "value": _format_cell(value)} for name, value in _training_rows(record)],
         license_text=_license_text(record.base_model.model_id, base_license),
     )
@@ -236,7 +236,7 @@ def _file_rows(record: RunRecord, has_merged_model: bool) -> Iterator[dict[str, 
             continue
         yield {
             "path": _repo_path(artifact, has_merged_model),
-            "what": KIND_DESCRIPTIONS[artifact.kind],
+            "description": KIND_DESCRIPTIONS[artifact.kind],
             "size": _format_size(artifact.size_bytes),
         }
 
@@ -275,7 +275,7 @@ def _metric_values(metrics: EvalMetrics | None) -> dict[str, float]:
 def _evaluation_note(metrics: EvalMetrics | None) -> str:
     if metrics is None or metrics.eval_rows is None:
         return "Base and tuned model were measured on the same rows."
-    tokens = f", {metrics.eval_tokens} labelled tokens" if metrics.eval_tokens is not None else ""
+    tokens = f", {metrics.eval_tokens} labeled tokens" if metrics.eval_tokens is not None else ""
     return f"Base and tuned model were measured on the same {metrics.eval_rows} rows{tokens}."
 
 

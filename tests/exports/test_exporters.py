@@ -374,7 +374,7 @@ def test_non_finite_weights_are_rejected(adapter: TrainedModel, make_context: Ma
 
 
 def test_adapter_without_held_out_examples_is_verified(adapter: TrainedModel, make_context: MakeContext) -> None:
-    _, artifact, _ = export_all(replace(adapter, probes=()), make_context(include_gguf=True))
+    _, artifact, _ = export_all(replace(adapter, held_out_examples=()), make_context(include_gguf=True))
     assert artifact.fidelity
     assert artifact.fidelity.sample_prompt == "Once upon a time"
     assert artifact.fidelity.compared_tokens > 50
@@ -427,7 +427,7 @@ def test_erased_tuning_gives_warning(workspace: ExportWorkspace, record: EventRe
 
 
 def test_incomplete_lora_gguf_is_flagged_with_advice() -> None:
-    lacking = make_exported_file("f16", base=Path("base.gguf"), lacks="the embeddings of 2 tokens that were trained as well")
+    lacking = make_exported_file("f16", base=Path("base.gguf"), missing_weights="the embeddings of 2 tokens that were trained as well")
     far = make_eval_response(argmax_agreement=0.9, mean_kl_to_trained=0.3, mean_kl_to_base=0.1)
     check_fidelity(lacking, far, [])
     advice = make_advice(lacking, far.comparison)
@@ -533,7 +533,7 @@ def make_exported_file(quantization: Any, **overrides: Any) -> ExportedFile:
 
 
 def make_comparison(**changes: Any) -> Comparison:
-    defaults = {"positions": 10, "argmax_agreement": 1.0, "mean_kl_to_trained": 0.0, "mean_kl_to_base": 1.0, "max_difference": 0.0}
+    defaults = {"positions": 10, "argmax_agreement": 1.0, "mean_kl_to_trained": 0.0, "mean_kl_to_base": 1.0, "max_difference_nats": 0.0}
     return Comparison.model_validate(defaults | changes)
 
 

@@ -53,7 +53,7 @@ def make_record(*artifacts: ArtifactRecord, config: dict[str, Any] | None = None
             splits={"train": SplitRecord(rows=24, sha256="0"), "eval": SplitRecord(rows=5, sha256="1")},
         ),
         "train_tokens": 700,
-        "base": BaseModelRecord(model_id=training_config.base_model_id, revision="f" * 40),
+        "base_model": BaseModelRecord(model_id=training_config.base_model_id, revision="f" * 40),
         "code": CodeRecord(tunesmith_version="0.2.0"),
         "packages": {"torch": "2.13.0", "transformers": "5.23.0"},
         "machine": MachineRecord(platform="Linux", python="3.11", cpu="a CPU", cpu_count=2, memory_bytes=1),
@@ -111,7 +111,7 @@ def test_base_and_tuned_metrics_are_shown_side_by_side() -> None:
     assert "| perplexity | 54.6 | 20.1 |" in text
     assert "| exact_match | unknown | 0.4 |" in text
     assert "bleu" not in text
-    assert "5 rows, 77 labelled tokens" in text
+    assert "5 rows, 77 labeled tokens" in text
 
 
 def test_fidelity_of_each_file_is_shown_and_lost_tuning_is_named() -> None:
@@ -136,7 +136,8 @@ def test_gate_result_is_shown() -> None:
 
 def test_unknown_values_are_not_shown() -> None:
     text = render_card(
-        make_record(metrics=None, base_metrics=None, code=CodeRecord(), base=BaseModelRecord(model_id="o/b"), train_tokens=None), License()
+        make_record(metrics=None, base_metrics=None, code=CodeRecord(), base_model=BaseModelRecord(model_id="o/b"), train_tokens=None),
+        License(),
     ).text
     assert "no held-out rows" in text
     assert "None" not in text

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = "2"  # of the rendering and of the file; a change of either makes other names
+VERSION = "3"  # of the rendering and of the file; a change of either makes other names
 MIN_CACHED_BYTES = 1 << 20  # of rows: fewer are tokenized sooner than fetched
 
 
@@ -123,9 +123,9 @@ def serialize_split(cached_split: CachedSplit) -> bytes:
     rows = cached_split.rows
     lengths = np.array([len(row.input_ids) for row in rows], np.int32)
     ids = np.array([token for row in rows for token in row.input_ids], np.int32)
-    labelled = np.packbits(np.array([label != IGNORE_INDEX for row in rows for label in row.labels], bool))
-    prompts = np.array([row.prompt_tokens for row in rows], np.int32)
-    rest = json.dumps(
+    labeled = np.packbits(np.array([label != IGNORE_INDEX for row in rows for label in row.labels], bool))
+    prompt_tokens = np.array([row.prompt_tokens for row in rows], np.int32)
+    metadata = json.dumps(
         {
             "truncated": cached_split.truncated,
             "dropped": cached_split.dropped,
@@ -134,7 +134,9 @@ def serialize_split(cached_split: CachedSplit) -> bytes:
         }
     ).encode()
     out = io.BytesIO()
-    np.savez_compressed(out, lengths=lengths, ids=ids, labelled=labelled, prompts=prompts, rest=np.frombuffer(rest, np.uint8))
+    np.savez_compressed(
+        out, lengths=lengths, ids=ids, labeled=labeled, prompt_tokens=prompt_tokens, metadata=np.frombuffer(metadata, np.uint8)
+    )
     return out.getvalue()
 
 
@@ -143,16 +145,18 @@ def deserialize_split(content: bytes) -> CachedSplit:
     import numpy as np
 
     with np.load(io.BytesIO(content), allow_pickle=False) as file:
-        lengths, ids, prompts = file["lengths"], file["ids"], file["prompt_tokens"]
-        labelled = np.unpackbits(file["labeled"], count=len(ids)).astype(bool)
-        rest = json.loads(file["metadata"].tobytes())
-    labels = np.where(labelled, ids, IGNORE_INDEX)
+        lengths, ids, prompt_tokens = file["lengths"], file["ids"], file["prompt_tokens"]
+        labeled = np.unpackbits(file["labeled"], count=len(ids)).astype(bool)
+        metadata = json.loads(file["metadata"].tobytes())
+    labels = np.where(labeled, ids, IGNORE_INDEX)
     ends = lengths.cumsum()[:-1]
     rows = [
         TokenizedExample(row.tolist(), wanted.tolist(), text, int(prompt))
-        for row, wanted, text, prompt in zip(np.split(ids, ends), np.split(labels, ends), rest["prompt_texts"], prompts, strict=True)
+        for row, wanted, text, prompt in zip(
+            np.split(ids, ends), np.split(labels, ends), metadata["prompt_texts"], prompt_tokens, strict=True
+        )
     ]
-    return CachedSplit(rows, rest["truncated"], rest["dropped"], rest["good_flags"])
+    return CachedSplit(rows, metadata["truncated"], metadata["dropped"], metadata["good_flags"])
 
 
 def _cache_key(split_key: str, settings: dict[str, str | int], tokenizer: "PreTrainedTokenizerBase") -> str:
