@@ -121,7 +121,7 @@ class RandomFaults(HttpFaultProxy):
         self.faults[kind] += 1
         match kind:
             case "503" | "429":
-                return Fault("refuse", status=int(kind))
+                return Fault("reject", status=int(kind))
             case "reset":
                 return Fault("reset")
             case "truncated":

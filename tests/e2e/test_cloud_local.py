@@ -25,8 +25,8 @@ CONFIG = {
 }
 # What a store does on a bad day, each once: it is busy, breaks off, mangles what it gets, and does as it is told without saying so.
 STORAGE_FAULTS: list[tuple[FaultKind, int]] = [
-    *(("refuse", 503), ("refuse", 429), ("reset", 0), ("truncate request", 0)),
-    *(("corrupt request", 0), ("drop response", 0), ("refuse", 500)),
+    *(("reject", 503), ("reject", 429), ("reset", 0), ("truncate request", 0)),
+    *(("corrupt request", 0), ("drop response", 0), ("reject", 500)),
 ]
 FINAL = ("completed", "failed", "cancelled")
 
@@ -184,7 +184,7 @@ def test_storage_permission_error_fails_job_and_publishes_nothing(
 ) -> None:
     said = "tunesmith-job@p.iam.gserviceaccount.com does not have storage.objects.create access to the Google Cloud Storage object."
     body = json.dumps({"error": {"code": 403, "message": said}})
-    storage_front.set_faults(Fault("refuse", "POST", f"/b/{BUCKETS['models']}/o", times=1000, status=403, body=body))
+    storage_front.set_faults(Fault("reject", "POST", f"/b/{BUCKETS['models']}/o", times=1000, status=403, body=body))
     job_id = submit_job(http, dataset_id)
     job = wait_until_final(http, job_id)
     storage_front.set_faults()
