@@ -7,8 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,12 +170,3 @@ def find_corruption(database: Path) -> str:
         return "" if verdict == "ok" else str(verdict)
     finally:
         reader.close()
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float, description: str, interval_s: float = 0.05) -> None:
-    """Returns when it is true. Raises Broken after `within_s`."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            raise CampaignError(f"{description} did not happen within {timeout_s:.0f} s")
-        time.sleep(interval_s)

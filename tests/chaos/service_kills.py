@@ -20,7 +20,8 @@ import httpx2
 from infra.loopback.firestore import run_firestore_emulator
 from tests.chaos.campaign import CampaignError, Row, Size
 from tests.chaos.request_log import Ledger, read_ledger
-from tests.chaos.service import Service, find_corruption, make_light_trainer, make_train_request, service, wait_until
+from tests.chaos.service import Service, find_corruption, make_light_trainer, make_train_request, service
+from tests.waiting import wait_until
 
 STORES = ("SQLite", "Firestore")
 CLIENTS = 8
@@ -123,7 +124,7 @@ def _run_campaign(store: str, size: Size) -> Outcome:
             submissions = Submissions(total)
             with _run_clients(running, submissions, running.upload()):
                 under_way = _kill_and_start(running, submissions, kills)
-                wait_until(lambda: submissions.all_answered, MAX_LIFETIME_S * 3, "the last answer")
+                wait_until(lambda: submissions.all_answered, MAX_LIFETIME_S * 3, description="the last answer")
             if submissions.refusals:
                 raise CampaignError(f"a submission was refused: {submissions.refusals[0]}")
             _repeat_all(running, submissions)
@@ -162,7 +163,7 @@ def _kill_and_start(running: Service, submissions: Submissions, kills: int) -> i
 
 def _wait_for_answers(submissions: Submissions, answered: int, chance: random.Random) -> None:
     """Returns at some moment after so many answers."""
-    wait_until(lambda: len(submissions.answered) >= answered, MAX_LIFETIME_S, f"{answered} answers", interval_s=0.001)
+    wait_until(lambda: len(submissions.answered) >= answered, MAX_LIFETIME_S, description=f"{answered} answers", interval_s=0.001)
     time.sleep(chance.choice((0.0, chance.uniform(0, 0.02), chance.uniform(0, 0.2))))
 
 

@@ -22,7 +22,8 @@ import psutil
 
 from schema.checkpoint import MANIFEST, checkpoint_key, checkpoints_prefix
 from tests.chaos.campaign import CampaignError, Row, Size
-from tests.chaos.service import SOURCE, Json, Service, service, wait_until
+from tests.chaos.service import SOURCE, Json, Service, service
+from tests.waiting import wait_until
 
 TRAINER_PYTHON = SOURCE / ".venvs/llm/bin/python"
 BASE = "tests/tiny-gemma"
@@ -108,20 +109,20 @@ class KilledJob:
         resumed: list[int] = []
         for inside_a_save in kinds:
             process = self._next_attempt()
-            wait_until(lambda: self._step > 0, MAX_STEP_WAIT_S, f"a step of attempt {self._number}", interval_s=0.005)
+            wait_until(lambda: self._step > 0, MAX_STEP_WAIT_S, interval_s=0.005, description=f"a step of attempt {self._number}")
             resumed.append(self._resumed_step)
             self._suspend_inside_save(process) if inside_a_save else self._suspend_at_step(process)
             at_steps.append(self._step)
             process.kill()
         self._next_attempt()
-        wait_until(lambda: self._step > 0, MAX_STEP_WAIT_S, f"a step of attempt {self._number}", interval_s=0.005)
+        wait_until(lambda: self._step > 0, MAX_STEP_WAIT_S, interval_s=0.005, description=f"a step of attempt {self._number}")
         resumed.append(self._resumed_step)
         return [KillCost(at_step, after) for at_step, after in zip(at_steps, resumed[1:], strict=True)]
 
     def _next_attempt(self) -> psutil.Process:
         self._number += 1
         name = f"{self.job_id}.{self._number}"
-        wait_until(lambda: self._process(name) is not None, MAX_STEP_WAIT_S, f"attempt {name}")
+        wait_until(lambda: self._process(name) is not None, MAX_STEP_WAIT_S, interval_s=0.05, description=f"attempt {name}")
         process = self._process(name)
         if process is None:
             raise CampaignError(f"attempt {name} ended by itself")
@@ -134,7 +135,10 @@ class KilledJob:
         """Stopped after any step, the first attempt also before its first save; later ones save first: three without would be too many."""
         first = self._resumed_step + self._chance.randint(1, 2 * SAVE_STEPS)
         wait_until(
-            lambda: self._step >= first and (self._has_checkpoint or self._number == 1), MAX_STEP_WAIT_S, f"step {first}", interval_s=0.001
+            lambda: self._step >= first and (self._has_checkpoint or self._number == 1),
+            MAX_STEP_WAIT_S,
+            interval_s=0.001,
+            description=f"step {first}",
         )
         process.suspend()
 
@@ -227,7 +231,12 @@ def _submit(running: Service, dataset_id: str, size: Size) -> str:
 
 
 def _wait_until_completed(running: Service, job_id: str) -> Json:
-    wait_until(lambda: running.job(job_id)["status"] in ("completed", "failed", "cancelled"), 300, f"the end of {job_id}", interval_s=0.5)
+    wait_until(
+        lambda: running.job(job_id)["status"] in ("completed", "failed", "cancelled"),
+        300,
+        interval_s=0.5,
+        description=f"the end of {job_id}",
+    )
     job = running.job(job_id)
     if job["status"] != "completed":
         raise CampaignError(f"{job_id} is {job['status']}: {job['failure']}")

@@ -34,7 +34,8 @@ from service.core.ports import ExecutionState, LaunchRequest
 from service.main import create_app
 from service.settings import Settings
 from tests.chaos.campaign import CampaignError, Row, Size
-from tests.chaos.service import ROWS, make_light_trainer, make_train_request, wait_until
+from tests.chaos.service import ROWS, make_light_trainer, make_train_request
+from tests.waiting import wait_until
 
 ROUNDS: dict[Size, int] = {"full": 50, "short": 4}
 TIMEOUT_S = 60.0
@@ -132,7 +133,7 @@ class RunningService:
         first = self.launcher.processes[attempt_name(job_id, 1)]
         try:
             self._expire_lease(job_id)
-            wait_until(lambda: self._job(job_id)["status"] == "completed", TIMEOUT_S, "the end of attempt 2")
+            wait_until(lambda: self._job(job_id)["status"] == "completed", TIMEOUT_S, description="the end of attempt 2")
             before = self._read_state(job_id)
             first.send_signal(signal.SIGCONT)
             code = first.wait(TIMEOUT_S)
@@ -150,11 +151,16 @@ class RunningService:
 
     def _suspend_at(self, stop_point: str, job_id: str, delay_s: float) -> bool:
         """Stop attempt 1 a little after that place. False when it has spoken its last word by then."""
-        wait_until(lambda: self._has_reached(stop_point, job_id), TIMEOUT_S, f"attempt 1 of {job_id} {stop_point}", POLL_INTERVAL_S)
+        wait_until(
+            lambda: self._has_reached(stop_point, job_id),
+            TIMEOUT_S,
+            interval_s=POLL_INTERVAL_S,
+            description=f"attempt 1 of {job_id} {stop_point}",
+        )
         time.sleep(delay_s)
         process = self.launcher.processes[attempt_name(job_id, 1)]
         process.send_signal(signal.SIGSTOP)
-        wait_until(lambda: _process_state(process.pid) in ("T", "Z", ""), TIMEOUT_S, "the stop", POLL_INTERVAL_S)
+        wait_until(lambda: _process_state(process.pid) in ("T", "Z", ""), TIMEOUT_S, interval_s=POLL_INTERVAL_S, description="the stop")
         attempt = self._parts.jobs.find(job_id, TENANT).attempts[0]
         if process.poll() is not None or attempt.ended_at or self._parts.objects.configs.stat(result_key(job_id, 1)):
             process.send_signal(signal.SIGCONT)
@@ -240,7 +246,7 @@ def run_service(folder: Path) -> Iterator[RunningService]:
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, lifespan="on"))
     thread = threading.Thread(target=server.run, name="service", daemon=True)
     thread.start()
-    wait_until(lambda: server.started or not thread.is_alive(), TIMEOUT_S, "the service")
+    wait_until(lambda: server.started or not thread.is_alive(), TIMEOUT_S, description="the service")
     if not thread.is_alive():
         raise CampaignError("the service did not start")
     scene = RunningService(f"http://127.0.0.1:{port}", app.state.services, skip)

@@ -5,8 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,15 @@ import httpx2
 import psutil
 import pytest
 
+from tests import waiting
+
 SOURCE = Path(__file__).resolve().parents[2]
 TRAINER_PYTHON = SOURCE / ".venvs/llm/bin/python"
 TUNESMITH = Path(sys.executable).with_name("tunesmith")
 BASE = "tests/tiny-gemma"
 Json = dict[str, Any]
+
+wait_until = partial(waiting.wait_until, interval_s=0.05)  # most conditions are an HTTP request
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"what does function {n} do"}, {"role": "assistant", "content": f"it returns list {n % 7}"}]}
@@ -106,13 +110,6 @@ class Service:
         done = subprocess.run([str(TUNESMITH), *arguments], env=self.environment, capture_output=True, text=True, cwd=SOURCE)
         assert (done.returncode != 0) == expect_failure, done.stdout + done.stderr
         return done.stderr if expect_failure else done.stdout
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="session")
