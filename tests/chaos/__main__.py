@@ -15,11 +15,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.chaos.campaign import ROWS, Row, Size, run_row
+from tests.chaos.campaign import ROWS, Row, Size, by_duration, run_row
 from tests.chaos.table import render_table, replace_between_marks
 
 CONCURRENCY = 2
-LONGEST_FIRST = ("service_kills", "training_kills", "reports", "zombies", "out_of_memory", "full_disk")
 
 
 def main() -> int:
@@ -53,16 +52,16 @@ def main() -> int:
 def _run_rows(names: list[str], size: Size) -> list[Row]:
     """The rows, in the order of the names; the longest are begun first."""
     running: list[subprocess.Popen[str]] = []
-    begun = sorted(names, key=lambda name: LONGEST_FIRST.index(name) if name in LONGEST_FIRST else len(LONGEST_FIRST))
+    started = by_duration(names)
     with ThreadPoolExecutor(CONCURRENCY) as pool:
         try:
-            found = dict(zip(begun, pool.map(lambda name: _run_in_subprocess(name, size, running), begun), strict=True))
+            rows = dict(zip(started, pool.map(lambda name: _run_in_subprocess(name, size, running), started), strict=True))
         except BaseException:  # told to end: nothing is left running
             pool.shutdown(wait=False, cancel_futures=True)
             for process in running:
                 process.terminate()
             raise
-    return [found[name] for name in names]
+    return [rows[name] for name in names]
 
 
 def _run_in_subprocess(name: str, size: Size, running: list[subprocess.Popen[str]]) -> Row:

@@ -2,6 +2,7 @@
 
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Literal
@@ -29,6 +30,9 @@ ROWS = (
     "full_disk",
 )
 
+# Rows that take longest, in the order in which they start when several run at the same time.
+LONGEST_FIRST = ("service_kills", "training_kills", "out_of_memory", "reports", "clocks", "zombies", "full_disk")
+
 
 class CampaignError(Exception):
     """The campaign itself could not go on: a part did not start, or something took far longer than it may."""
@@ -37,6 +41,11 @@ class CampaignError(Exception):
 # What processes, servers and files do when they do not do what was asked; the other rows are worth running all the same.
 FAILURES = (CampaignError, OSError, RuntimeError, ValueError, LookupError, AssertionError, subprocess.SubprocessError)
 LIBRARY_FAILURES = (httpx2.HTTPError, psutil.Error, StorageError, ImportError)
+
+
+def by_duration(names: Sequence[str]) -> list[str]:
+    """The names of rows, longest first."""
+    return sorted(names, key=lambda name: LONGEST_FIRST.index(name) if name in LONGEST_FIRST else len(LONGEST_FIRST))
 
 
 @dataclass(frozen=True)

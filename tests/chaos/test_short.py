@@ -2,13 +2,13 @@
 
 import pytest
 
-from tests.chaos.campaign import ROWS, Row, run_row
+from tests.chaos.campaign import ROWS, Row, by_duration, run_row
 from tests.chaos.table import BEGIN, END, replace_between_marks
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning:google", "ignore::DeprecationWarning:google")
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", by_duration(ROWS))
 def test_campaign_row_passes(name: str) -> None:
     row = run_row(name, "short")
     assert row.passed, f"{row.fault}: wanted {row.expected}; {row.observed}"

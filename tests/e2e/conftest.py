@@ -5,8 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,6 @@ TRAINER_PYTHON = SOURCE / ".venvs/llm/bin/python"
 TUNESMITH = Path(sys.executable).with_name("tunesmith")
 BASE = "tests/tiny-gemma"
 Json = dict[str, Any]
-
-wait_until = partial(waiting.wait_until, interval_s=0.05)  # most conditions are an HTTP request
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"what does function {n} do"}, {"role": "assistant", "content": f"it returns list {n % 7}"}]}
@@ -110,6 +107,11 @@ class Service:
         done = subprocess.run([str(TUNESMITH), *arguments], env=self.environment, capture_output=True, text=True, cwd=SOURCE)
         assert (done.returncode != 0) == expect_failure, done.stdout + done.stderr
         return done.stderr if expect_failure else done.stdout
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = 120) -> None:
+    """Poll less often than other tests do: most conditions are an HTTP request. Starting an attempt takes 20 s on busy cores."""
+    waiting.wait_until(condition, timeout_s, interval_s=0.05)
 
 
 @pytest.fixture(scope="session")

@@ -106,12 +106,6 @@ def test_watch_of_finished_job_returns(job: Json, service: Service) -> None:
     assert "completed" in service.run_cli("watch", job["job_id"])
 
 
-def test_full_fine_tune_exports_merged_model(service: Service) -> None:
-    job = service.wait_until_final(service.train(service.upload(), config={"method": "Full"}))
-    assert job["status"] == "completed", service.log(job["job_id"])
-    assert [artifact["name"] for artifact in job["artifacts"]] == ["merged"]
-
-
 def test_unknown_base_model_fails_the_job_with_hint(service: Service) -> None:
     job = service.wait_until_final(service.train(service.upload(), config={"base_model_id": "nobody/nothing"}))
     assert job["status"] == "failed"
@@ -119,22 +113,19 @@ def test_unknown_base_model_fails_the_job_with_hint(service: Service) -> None:
     assert job["failure"]["hint"]
 
 
-def test_cancelled_job_releases_the_machine(service: Service) -> None:
-    job_id = service.train(service.upload(), {"max_steps": 100_000})
-    wait_until(lambda: service.job(job_id)["status"] == "training")
-    service.run_cli("cancel", job_id)
-    assert service.wait_until_final(job_id)["status"] == "cancelled"
-    wait_until(lambda: service.attempts() == [])
-    assert service.run_cli("delete", job_id)
-
-
-def test_jobs_wait_for_a_free_slot(service: Service) -> None:
+def test_cancelled_job_releases_its_slot_to_the_next(service: Service) -> None:
     dataset_id = service.upload()
-    first, second = service.train(dataset_id, {"max_steps": 100_000}), service.train(dataset_id)
+    first, second = service.train(dataset_id, {"max_steps": 100_000}), service.train(dataset_id, config={"method": "Full"})
     wait_until(lambda: service.job(first)["status"] == "training")
     assert service.job(second)["status"] == "queued"
-    service.http.post(f"/jobs/{first}/cancel")
-    assert service.wait_until_final(second)["status"] == "completed"
+    [process] = service.attempts()
+    service.run_cli("cancel", first)
+    assert service.wait_until_final(first)["status"] == "cancelled"
+    wait_until(lambda: not process.is_running())
+    assert service.run_cli("delete", first)
+    job = service.wait_until_final(second)
+    assert job["status"] == "completed", service.log(second)
+    assert [artifact["name"] for artifact in job["artifacts"]] == ["merged"]  # a full fine-tune has no adapter
 
 
 def test_cli_workflow(service: Service, tmp_path: Path) -> None:
