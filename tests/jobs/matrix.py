@@ -67,8 +67,10 @@ def cells() -> list[Cell]:
     ]
 
 
-def run_cell(cell: Cell, store: Path, workdir: Path, base: str | None = None, quantizations: Sequence[str] = QUANTIZATIONS) -> Outcome:
-    """Train without and with an interruption, compare, and export."""
+def run_cell(
+    cell: Cell, store: Path, workdir: Path, base: str | None = None, quantizations: Sequence[str] = QUANTIZATIONS, *, export: bool = True
+) -> Outcome:
+    """Train without and with an interruption, compare, and export unless told otherwise."""
     from tests.jobs.test_continuation import TrainingRun
 
     spec = make_cell_spec(cell, store, base, quantizations)
@@ -78,7 +80,7 @@ def run_cell(cell: Cell, store: Path, workdir: Path, base: str | None = None, qu
     story = TrainingRun(make_cell_spec(cell, store, base, quantizations), workdir / "interrupted")
     assert story.run_attempt(stop_after=PAUSE_AT_STEP) == "pause"
     resumed = story.finish()
-    artifacts = {artifact.name: artifact for artifact in export_all(model, context)}
+    artifacts = {artifact.name: artifact for artifact in export_all(model, context)} if export else {}
     context.checkpoints.wait_until_uploaded()
     context.checkpoints.close()
     return Outcome(

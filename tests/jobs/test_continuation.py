@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -211,11 +212,26 @@ class UninterruptedRun:
     model: TrainedModel
 
 
-@pytest.fixture(scope="module", params=CASES)
-def uninterrupted(request: pytest.FixtureRequest, store: Path, tmp_path_factory: pytest.TempPathFactory) -> UninterruptedRun:
-    case = CASES[request.param]
-    story = TrainingRun(case.spec(store), tmp_path_factory.mktemp("unbroken"))
-    return UninterruptedRun(case, story, story.finish())
+@pytest.fixture(scope="module")
+def train_uninterrupted(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], UninterruptedRun]:
+    """Trains a case of CASES; each is trained once, however often it is asked for."""
+
+    @cache
+    def train(name: str) -> UninterruptedRun:
+        run = TrainingRun(CASES[name].spec(store), tmp_path_factory.mktemp("uninterrupted"))
+        return UninterruptedRun(CASES[name], run, run.finish())
+
+    return train
+
+
+@pytest.fixture(params=CASES)
+def uninterrupted(request: pytest.FixtureRequest, train_uninterrupted: Callable[[str], UninterruptedRun]) -> UninterruptedRun:
+    return train_uninterrupted(request.param)
+
+
+@pytest.fixture
+def lora(train_uninterrupted: Callable[[str], UninterruptedRun]) -> UninterruptedRun:
+    return train_uninterrupted("lora-packed-accumulated")
 
 
 def test_one_step_per_time_slice_matches_uninterrupted_run(uninterrupted: UninterruptedRun, store: Path, tmp_path: Path) -> None:
@@ -231,12 +247,6 @@ def test_one_step_per_time_slice_matches_uninterrupted_run(uninterrupted: Uninte
 # --- in one of these ways of training ---
 
 LORA = CASES["lora-packed-accumulated"]
-
-
-@pytest.fixture(scope="module")
-def lora(store: Path, tmp_path_factory: pytest.TempPathFactory) -> UninterruptedRun:
-    story = TrainingRun(LORA.spec(store), tmp_path_factory.mktemp("lora"))
-    return UninterruptedRun(LORA, story, story.finish())
 
 
 @pytest.fixture
