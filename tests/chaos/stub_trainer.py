@@ -19,7 +19,7 @@ WEIGHTS = bytes(range(256)) * 16
 
 
 def install_stubs(name: str) -> None:
-    """What the attempt of this process finds where the trainer and the exporters are named."""
+    """Replace the trainer and the exporters of the attempt in this process."""
     import httpx2
 
     from jobs.llm.exporters import EXPORTERS
@@ -34,7 +34,7 @@ def install_stubs(name: str) -> None:
 
 
 def train(_training_config: "TrainingConfig", context: "JobContext") -> "TrainedModel":
-    """A few bytes for an adapter. Called only by a process that was given the claim."""
+    """Write a few bytes as the adapter. Runs only in a process that got the claim."""
     from jobs.llm.trained_model import TrainedModel
 
     append_entry(f"{context.spec.job_id}.{context.attempt}", "claimed")
@@ -56,7 +56,7 @@ def train(_training_config: "TrainingConfig", context: "JobContext") -> "Trained
 
 
 def export(workspace: "ExportWorkspace") -> "tuple[ExportedArtifact, ...]":
-    """The adapter as it is."""
+    """Return the adapter unchanged."""
     from jobs.runtime.artifacts import ExportedArtifact, artifact_key
 
     spec = workspace.context.spec
@@ -65,11 +65,11 @@ def export(workspace: "ExportWorkspace") -> "tuple[ExportedArtifact, ...]":
 
 
 class NoProvenance:
-    """Nothing is written down: that would need the libraries."""
+    """Records nothing: that would need the ML libraries."""
 
     def __init__(self, _context: "JobContext", **_: object) -> None:
         pass
 
     def finalize(self, _trained: "TrainedModel", _products: object, artifacts: "Sequence[Artifact]") -> "tuple[Artifact, ...]":
-        """The artifacts as they are."""
+        """Return the artifacts unchanged."""
         return tuple(artifacts)

@@ -1,4 +1,4 @@
-"""The main job on the Google stack: real client libraries, a front door that asks for identities, the tiny model."""
+"""The main job on the Google stack: real client libraries, a front door that checks identities, the tiny model."""
 
 import hashlib
 import json
@@ -24,9 +24,9 @@ CONFIG: Json = {
     "export_config": {"format": "merged", "include_gguf": True, "gguf_quantization": "q8_0"},
     "eval_config": {"compute_eval_metrics": True},
 }
-# What has nothing to do with the format of the files trains and exports as little as possible.
+# For tests that do not depend on what is trained and exported.
 ADAPTER_CONFIG: Json = {"base_model_id": BASE, "hyperparameters": {"max_steps": 2, "batch_size": 2}}
-# What a store does on a bad day, each once: it is busy, breaks off, mangles what it gets, and does as it is told without saying so.
+# Each fault of a store once: it is busy, resets the connection, truncates or corrupts a request, succeeds without a response.
 STORAGE_FAULTS: list[tuple[FaultKind, int]] = [
     *(("reject", 503), ("reject", 429), ("reset", 0), ("truncate request", 0)),
     *(("corrupt request", 0), ("drop response", 0), ("reject", 500)),
@@ -112,7 +112,7 @@ def test_request_without_identity_is_rejected(cloud: CloudLocal) -> None:
 def test_attempt_identity_only_opens_attempt_routes(cloud: CloudLocal) -> None:
     headers = {"X-Serverless-Authorization": f"Bearer {cloud.identity.identity_token(cloud.url)}"}
     assert httpx2.get(f"{cloud.url}/jobs", headers=headers).json()["error"]["code"] == "forbidden"
-    somebody = {"Authorization": f"Bearer {cloud.identity_token()}"}  # which the door does not look at when there is the other
+    somebody = {"Authorization": f"Bearer {cloud.identity_token()}"}  # ignored when the other header is present
     assert httpx2.get(f"{cloud.url}/jobs", headers=headers | somebody).status_code == 403
     assert httpx2.post(f"{cloud.url}/internal/jobs/j/attempts/1/claim", json={"claimant": "p"}, headers=headers).status_code == 401
 
@@ -192,8 +192,8 @@ def test_storage_errors_delay_job_without_damage(
 def test_storage_permission_error_fails_job_and_publishes_nothing(
     http: httpx2.Client, dataset_id: str, storage_front: HttpFaultProxy
 ) -> None:
-    said = "tunesmith-job@p.iam.gserviceaccount.com does not have storage.objects.create access to the Google Cloud Storage object."
-    body = json.dumps({"error": {"code": 403, "message": said}})
+    message = "tunesmith-job@p.iam.gserviceaccount.com does not have storage.objects.create access to the Google Cloud Storage object."
+    body = json.dumps({"error": {"code": 403, "message": message}})
     storage_front.set_faults(Fault("reject", "POST", f"/b/{BUCKETS['models']}/o", times=1000, status=403, body=body))
     job_id = submit_job(http, dataset_id, ADAPTER_CONFIG)
     job = wait_until_final(http, job_id)
