@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from jobs.llm.graders.base import FailedGrade
-from jobs.llm.trainers.grpo import compute_log_probs, compute_mean_reward, tokenize_prompt
+from jobs.llm.loss import compute_log_probs
+from jobs.llm.trainers.grpo import compute_mean_reward, tokenize_prompt
 from jobs.runtime.errors import JobFailed
 from schema.events import SamplesGenerated
 from schema.spec import JobSpec
