@@ -1,4 +1,4 @@
-"""Every way to tune, on tiny models: trained, resumed exactly, exported, faithful. `matrix.py` makes docs/training.md's table of it."""
+"""Every trainer type, method and modality on tiny models: trains, resumes exactly, exports faithfully. See `matrix.py`."""
 
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def test_every_combination_trains_resumes_and_exports_faithfully(cell: Cell, exp
         assert fidelity.mean_kl_to_merged < 0.002
 
 
-def test_the_table_in_the_docs_has_every_combination() -> None:
+def test_documented_table_has_every_combination() -> None:
     page = (DOCS / "training.md").read_text()
     shown = page.partition(FIRST_MARK)[2].partition(LAST_MARK)[0]
     rows = [line for line in shown.splitlines() if line.startswith("| `")]

@@ -7,7 +7,7 @@ import pytest
 
 from jobs.llm.data import cache
 from jobs.llm.data.tokenize import tokenize_split
-from jobs.llm.training_loop import prepare_training
+from jobs.llm.training_context import prepare_training
 from tests.jobs.conftest import EventRecorder, make_context, make_spec, messages
 
 

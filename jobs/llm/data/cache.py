@@ -28,7 +28,7 @@ from storage import NoSuchObject, ObjectStore, StorageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from jobs.llm.training_loop import TrainingContext
+    from jobs.llm.training_context import TrainingContext
 
 log = logging.getLogger(__name__)
 
