@@ -14,9 +14,9 @@ router = APIRouter(tags=["files"])
 def download_file(token: str, services: ServicesDep) -> Response:
     """The object that the link is for; ranges are honoured, so a broken download can go on."""
     key, filename = services.tokens.read_file_token(token)
-    if not isinstance(services.objects.models, LocalStore):
+    if not isinstance(services.buckets.models, LocalStore):
         raise NotFound("this deployment's object store signs its own links")
-    path = services.objects.models.path_for_key(key)
+    path = services.buckets.models.path_for_key(key)
     if not path.is_file():
         raise NotFound("the file is not there any more")
     return FileResponse(path, filename=filename, media_type="application/octet-stream")

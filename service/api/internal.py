@@ -41,13 +41,13 @@ AttemptDep = Annotated[tuple[str, int], Depends(authenticate_attempt)]
 @router.post("/claim")
 def claim(body: ClaimRequest, attempt_key: AttemptDep, services: ServicesDep) -> ClaimResponse:
     """Take possession of the attempt, once."""
-    return services.jobs.claim(*attempt_key, body.claimant)
+    return services.jobs.attempts.claim(*attempt_key, body.claimant)
 
 
 @router.post("/events")
 def report(body: EventBatch, attempt_key: AttemptDep, services: ServicesDep) -> EventBatchResponse:
     """Take events, answer with a directive."""
-    return services.jobs.report(*attempt_key, body)
+    return services.jobs.attempts.report(*attempt_key, body)
 
 
 @router.post("/result", status_code=204)
@@ -55,26 +55,26 @@ def finish(body: Result, attempt_key: AttemptDep, services: ServicesDep) -> None
     """Take the attempt's last word."""
     if (body.job_id, body.attempt) != attempt_key:
         raise InvalidRequest("the result is of another attempt than the address", param="attempt")
-    services.jobs.finish(body.job_id, body)
+    services.jobs.attempts.finish(body.job_id, body)
 
 
 @maintenance_router.post("/reconcile")
 def reconcile(services: ServicesDep) -> dict[str, int]:
     """Bring every open job a step nearer to where it should be."""
-    return {"changed": services.jobs.reconcile()}
+    return {"changed": services.jobs.reconciliation.reconcile()}
 
 
 @maintenance_router.post("/cleanup")
 def clean_up(services: ServicesDep, body: Annotated[CleanupRequest | None, Body()] = None) -> dict[str, Any]:
     """Destroy secrets that outlived their job; if asked, remove files of jobs that there are not."""
-    swept = services.jobs.delete_stale_secrets()
-    return {"secrets_deleted": swept} | (_render_orphans(services.jobs.delete_orphans()) if body and body.orphans else {})
+    swept = services.jobs.deletion.delete_stale_secrets()
+    return {"secrets_deleted": swept} | (_render_orphans(services.jobs.deletion.delete_orphans()) if body and body.orphans else {})
 
 
 @maintenance_router.get("/orphans")
 def list_orphans(services: ServicesDep) -> dict[str, Any]:
     """Files of jobs that there are not. `complete`: everything was looked at in the time there was."""
-    return _render_orphans(services.jobs.list_orphans())
+    return _render_orphans(services.jobs.deletion.list_orphans())
 
 
 def _render_orphans(scan: OrphanScan) -> dict[str, Any]:

@@ -31,6 +31,8 @@ from service.api.responses import (
 )
 from service.bootstrap import Services
 from service.core.errors import InvalidRequest
+from service.core.jobs import checkpoints
+from service.core.jobs.queries import LINK_TTL_S
 from service.core.ports import JobQuery
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
@@ -54,7 +56,7 @@ def list_jobs(
 ) -> Response:
     """Jobs, newest first."""
     query = JobQuery(tenant_id, limit, cursor, status, project_id, modality, trainer_type)
-    page = services.jobs.list_jobs(query)
+    page = services.store.list_jobs(query)
     return _json_response({"jobs": [job_row(row) for row in page.rows], "next_cursor": page.next_cursor})
 
 
@@ -67,7 +69,7 @@ def download(
     artifact: Annotated[str | None, Query(max_length=100, description="Which one; left out: GGUF, else merged, else adapter.")] = None,
 ) -> DownloadResponse:
     """Short-lived links to what the job made."""
-    found, links = services.jobs.create_download_links(job_id, tenant_id, artifact)
+    found, links = services.jobs.queries.create_download_links(job_id, tenant_id, artifact)
     base = str(services.settings.public_url or request.base_url).rstrip("/")
     files = [
         FileLink(
@@ -80,14 +82,14 @@ def download(
     ]
     main = next((file for ending in WEIGHT_SUFFIXES for file in files if file.path.endswith(ending)), files[0])
     return DownloadResponse(
-        download_url=main.url, artifact=found.name, is_folder=found.key.endswith("/"), expires_in_s=services.jobs.link_ttl_s, files=files
+        download_url=main.url, artifact=found.name, is_folder=found.key.endswith("/"), expires_in_s=LINK_TTL_S, files=files
     )
 
 
 @router.get("/{job_id}")
 def get_job(job_id: Id, services: ServicesDep, tenant_id: TenantDep) -> JobDetail:
     """Everything about a job: where it is, how it went, what it made."""
-    return job_detail(*services.jobs.get_refreshed(job_id, tenant_id))
+    return job_detail(*services.jobs.queries.get_refreshed(job_id, tenant_id))
 
 
 @router.delete("/{job_id}")
@@ -100,7 +102,7 @@ def delete(
     hub_token: Annotated[str | None, Header(alias="X-HF-Token", max_length=1000, description="Needed with delete_hub.")] = None,
 ) -> DeleteJobResponse:
     """Stop the job and remove it with all its files. 202: it is still stopping, repeat the call."""
-    deleted = services.jobs.delete(job_id, tenant_id, delete_hub=delete_hub, hub_token=hub_token)
+    deleted = services.jobs.deletion.delete(job_id, tenant_id, delete_hub=delete_hub, hub_token=hub_token)
     if deleted is None:
         response.status_code = 202
         return DeleteJobResponse(job_id=job_id, deleted=False, message="The job is being stopped; repeat the call.", deleted_resources=[])
@@ -115,25 +117,25 @@ def delete(
 @router.post("/{job_id}/cancel", status_code=202)
 def cancel(job_id: Id, services: ServicesDep, tenant_id: TenantDep) -> JobDetail:
     """Stop the job; what it saved stays. Can be repeated."""
-    return _job_response(services, services.jobs.cancel(job_id, tenant_id))
+    return _job_response(services, services.jobs.control.cancel(job_id, tenant_id))
 
 
 @router.post("/{job_id}/pause", status_code=202)
 def pause(job_id: Id, services: ServicesDep, tenant_id: TenantDep) -> JobDetail:
     """Save a checkpoint, free the compute, keep the place. Can be repeated."""
-    return _job_response(services, services.jobs.pause(job_id, tenant_id))
+    return _job_response(services, services.jobs.control.pause(job_id, tenant_id))
 
 
 @router.post("/{job_id}/resume", status_code=202)
 def resume(job_id: Id, services: ServicesDep, tenant_id: TenantDep, body: Annotated[ResumeRequest | None, Body()] = None) -> JobDetail:
     """Go on where the pause was, exactly; on other hardware or for longer, if the body says so. Can be repeated."""
-    return _job_response(services, services.jobs.resume(job_id, tenant_id, body or ResumeRequest.model_validate({})))
+    return _job_response(services, services.jobs.control.resume(job_id, tenant_id, body or ResumeRequest.model_validate({})))
 
 
 @router.post("/{job_id}/retry", status_code=202)
 def retry(job_id: Id, services: ServicesDep, tenant_id: TenantDep, body: Annotated[RetryRequest | None, Body()] = None) -> JobDetail:
     """Continue a failed or cancelled job from its last good checkpoint, or from the start. Can be repeated."""
-    return _job_response(services, services.jobs.retry(job_id, tenant_id, body or RetryRequest.model_validate({})))
+    return _job_response(services, services.jobs.control.retry(job_id, tenant_id, body or RetryRequest.model_validate({})))
 
 
 @router.post("/{job_id}/clone", status_code=201)
@@ -146,7 +148,7 @@ def clone(
 ) -> TrainResponse:
     """Run the job's request again, as a job of its own; the body says what is to be different."""
     try:
-        made = services.jobs.clone(job_id, tenant_id, body or CloneRequest.model_validate({}), idempotency_key)
+        made = services.jobs.submission.clone(job_id, tenant_id, body or CloneRequest.model_validate({}), idempotency_key)
     except ValidationError as error:
         raise as_request_validation_error(error) from error
     return TrainResponse(job_id=made.job_id)
@@ -162,13 +164,13 @@ def reexport(
 ) -> TrainResponse:
     """Export what the job has trained once more, in other forms or to another place, without training: a job of its own."""
     request = body or ReexportRequest.model_validate({})
-    return TrainResponse(job_id=services.jobs.reexport(job_id, tenant_id, request, idempotency_key).job_id)
+    return TrainResponse(job_id=services.jobs.exports.reexport(job_id, tenant_id, request, idempotency_key).job_id)
 
 
 @router.get("/{job_id}/checkpoints")
 def list_checkpoints(job_id: Id, services: ServicesDep, tenant_id: TenantDep) -> CheckpointList:
     """What the job can go on from, and be exported at; the one that the next attempt tries first comes first."""
-    return checkpoint_list(services.jobs.list_checkpoints(job_id, tenant_id))
+    return checkpoint_list(checkpoints.list_checkpoints(services.buckets.models, services.jobs.repository.find(job_id, tenant_id)))
 
 
 @router.post("/{job_id}/checkpoints/{step}/export", status_code=201)
@@ -182,7 +184,7 @@ def export(
 ) -> TrainResponse:
     """Export a checkpoint without training again: a job of its own, whose artifacts are downloaded like any other's."""
     request = body or ExportRequest.model_validate({})
-    return TrainResponse(job_id=services.jobs.export(job_id, step, tenant_id, request, idempotency_key).job_id)
+    return TrainResponse(job_id=services.jobs.exports.export(job_id, step, tenant_id, request, idempotency_key).job_id)
 
 
 @router.get("/{job_id}/events", response_model=EventList)
@@ -198,9 +200,9 @@ async def list_events(
 ) -> Response:
     """What the job reported, oldest first; with `Accept: text/event-stream`, as it happens."""
     if "text/event-stream" not in accept:
-        rows = await stream.run_in_thread(services.jobs.list_events, job_id, tenant_id, after, limit)
+        rows = await stream.run_in_thread(services.jobs.queries.list_events, job_id, tenant_id, after, limit)
         return _json_response({"events": [event_row(row) for row in rows], "next_after": rows[-1].cursor if rows else after})
-    await stream.run_in_thread(services.jobs.find, job_id, tenant_id)
+    await stream.run_in_thread(services.jobs.repository.find, job_id, tenant_id)
     place = _parse_event_id(last_event_id) if last_event_id else after
     feed: stream.Feeds = request.app.state.feeds
     return EventSourceResponse(feed.follow(job_id, tenant_id, place), ping=15)
@@ -217,14 +219,14 @@ async def read_logs(
     follow: bool = False,
 ) -> Response:
     """The attempt's output; with `follow`, as plain text until the job ends."""
-    number, page = await stream.run_in_thread(services.jobs.read_log, job_id, tenant_id, attempt, offset, limit)
+    number, page = await stream.run_in_thread(services.jobs.queries.read_log, job_id, tenant_id, attempt, offset, limit)
     if not follow:
         return _json_response({"attempt": number, "text": page.text, "next_offset": page.next_offset})
     return StreamingResponse(stream.follow_log(services.jobs, job_id, tenant_id, attempt, offset), media_type="text/plain; charset=utf-8")
 
 
 def _job_response(services: Services, job: Job) -> JobDetail:
-    return job_detail(job, services.jobs.find_heartbeat(job))
+    return job_detail(job, services.jobs.repository.find_heartbeat(job))
 
 
 def _parse_event_id(text: str) -> int:

@@ -12,7 +12,8 @@ import orjson
 
 from service.api.responses import event_row
 from service.core.errors import Unavailable
-from service.core.jobs.service import Jobs
+from service.core.jobs.assembly import JobServices
+from service.core.jobs.repository import JobRepository
 from service.core.ports import StoredEvent
 
 log = logging.getLogger(__name__)
@@ -64,10 +65,10 @@ class _Feed:
 class Feeds:
     """The jobs that somebody follows now, in this process."""
 
-    def __init__(self, jobs: Jobs, poll_s: float) -> None:
+    def __init__(self, repository: JobRepository, poll_s: float) -> None:
         """`poll_s` is how late an event may be; each turn is one read per followed job."""
         self._poll_s = poll_s
-        self._jobs = jobs
+        self._repository = repository
         self._feeds: dict[str, _Feed] = {}
 
     async def follow(self, job_id: str, tenant_id: str, after: int) -> AsyncIterator[bytes]:
@@ -121,30 +122,30 @@ class Feeds:
 
     def _next_page(self, job_id: str, tenant_id: str, after: int) -> tuple[list[StoredEvent], bool]:
         """The next events, and whether there will be no more: the status is read first, so that none is missed."""
-        job = self._jobs.find_or_none(job_id, tenant_id)
+        job = self._repository.find_or_none(job_id, tenant_id)
         if job is None:
             return [], True
-        rows = self._jobs.list_events_unchecked(job_id, after, PAGE_SIZE)
+        rows = self._repository.store.list_events(job_id, after, PAGE_SIZE)
         return rows, job.status.is_final and len(rows) < PAGE_SIZE
 
     async def _read_chunk(self, job_id: str, after: int, until: int) -> _Chunk:
         """For a listener who came later, or fell behind what the feed remembers."""
-        page = await run_in_thread(self._jobs.list_events_unchecked, job_id, after, PAGE_SIZE)
+        page = await run_in_thread(self._repository.store.list_events, job_id, after, PAGE_SIZE)
         rows = [row for row in page if row.cursor <= until]
         return _Chunk(rows[-1].cursor if len(rows) == PAGE_SIZE else until, _render(rows))
 
 
-async def follow_log(jobs: Jobs, job_id: str, tenant_id: str, attempt: int | None, offset: int) -> AsyncIterator[str]:
+async def follow_log(jobs: JobServices, job_id: str, tenant_id: str, attempt: int | None, offset: int) -> AsyncIterator[str]:
     """An attempt's output until the job ends; without `attempt`, of each attempt in turn."""
     number = attempt
     while True:
-        job = await run_in_thread(jobs.find_or_none, job_id, tenant_id)
+        job = await run_in_thread(jobs.repository.find_or_none, job_id, tenant_id)
         current = attempt or (len(job.attempts) if job else 0)
         if number is None and current:
             number = current
         text = ""
         if number and job:
-            _, page = await run_in_thread(jobs.read_log, job_id, tenant_id, number, offset, LOG_PAGE_BYTES)
+            _, page = await run_in_thread(jobs.queries.read_log, job_id, tenant_id, number, offset, LOG_PAGE_BYTES)
             text, offset = page.text, page.next_offset
         if text:
             yield text

@@ -1,6 +1,6 @@
 """What the core needs from the world, in the core's own words. Adapters obey; each port has one contract suite."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
@@ -8,8 +8,10 @@ from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
 from schema.dataset import Dataset
 from schema.events import Event, EventBatch
 from schema.job import Failure, Job, Phase, Progress, Status
+from storage import ObjectStore
 
 Row = TypeVar("Row")
+Wake = Callable[[str], None]  # called with a job's id when its next step can be taken
 
 # --- records ---------------------------------------------------------------------------------------------------------
 
@@ -156,6 +158,18 @@ class JobStore(Protocol):
     def close(self) -> None:
         """Let go of connections."""
         ...
+
+
+# --- objects ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The object stores, by what is stored there. On a laptop all three are one folder."""
+
+    configs: ObjectStore  # specs and results
+    datasets: ObjectStore
+    models: ObjectStore  # base models, checkpoints, artifacts
 
 
 # --- compute ---------------------------------------------------------------------------------------------------------

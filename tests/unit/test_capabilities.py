@@ -8,9 +8,10 @@ from schema.dataset import Dataset
 from schema.training import TRAINER_TYPES, TRAINING_CONFIG, TrainingConfig
 from service.adapters.launchers.cloud_run.launcher import PROFILES
 from service.adapters.launchers.local import capabilities_from_probe
-from service.core.capabilities import capabilities_response, check_dataset_compatible, check_supported
+from service.api.train import capabilities_response
 from service.core.errors import InvalidRequest, Unsupported
-from service.core.validation.models import find_known_model
+from service.core.validation.common import check_supported
+from service.core.validation.llm import check_dataset_compatible, find_known_model
 from tests.factories import make_capabilities, make_dataset, make_grpo_config
 
 GEMMA = "google/gemma-3-270m"

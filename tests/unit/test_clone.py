@@ -5,13 +5,14 @@ from typing import Any
 import pytest
 from pydantic import JsonValue, ValidationError
 
-from schema.job import Job
+from schema.job import Job, Status
 from schema.requests import CloneRequest, TrainRequest
 from schema.training import TRAINING_CONFIG, SftConfig
-from service.core.errors import InvalidRequest
-from service.core.job_secrets import redact
+from service.core.errors import InvalidRequest, NotFound, Unsupported
 from service.core.jobs.clone import clone_request, merge_patch, original_request
+from service.core.jobs.secrets import redact
 from tests.factories import make_config, make_grpo_config, make_job
+from tests.unit.jobs_harness import TENANT, JobsHarness, make_reexport_request
 
 NO_SECRETS: frozenset[str] = frozenset()
 
@@ -136,3 +137,30 @@ def test_unused_secret_is_rejected() -> None:
 
 def test_redaction_placeholder_is_never_sent() -> None:
     assert "*" not in str(original_request(TRAINING_CONFIG.validate_python(REDACTED_CONFIG.model_dump())))
+
+
+def test_clone_is_a_new_job_with_source_reference(harness: JobsHarness) -> None:
+    job = harness.submit(job_name="first")
+    patch = CloneRequest.model_validate({"training_config": {"hyperparameters": {"epochs": 9}}})
+    made = harness.jobs.submission.clone(job.job_id, TENANT, patch, "key-1")
+    assert harness.jobs.submission.clone(job.job_id, TENANT, patch, "key-1").job_id == made.job_id
+    assert (made.cloned_from, made.job_name, made.status) == (job.job_id, "first", Status.QUEUED)
+    assert made.training_config.hyperparameters.epochs == 9
+    assert harness.find_job(job) == job
+    with pytest.raises(NotFound):
+        harness.jobs.submission.clone(job.job_id, "another tenant", patch)
+
+
+def test_clone_is_validated_like_a_request(harness: JobsHarness) -> None:
+    job = harness.submit()
+    for patch, error in (
+        ({"training_config": {"method": "QLoRA"}}, Unsupported),
+        ({"training_config": {"trainer_type": "dpo"}}, InvalidRequest),
+        ({"processed_dataset_id": "dataset_none"}, NotFound),
+    ):
+        with pytest.raises(error):
+            harness.jobs.submission.clone(job.job_id, TENANT, CloneRequest.model_validate(patch))
+    harness.write_checkpoint(job, step=1)
+    export = harness.jobs.exports.reexport(job.job_id, TENANT, make_reexport_request())
+    with pytest.raises(InvalidRequest, match="trained nothing"):
+        harness.jobs.submission.clone(export.job_id, TENANT, CloneRequest.model_validate({}))

@@ -4,8 +4,8 @@ import pytest
 
 from service.adapters.hub import parse_account
 from service.core.errors import InvalidRequest
-from service.core.hub import base_access_error, check_only_our_commits, push_access_error
 from service.core.ports import HubAccess, HubAccount
+from service.core.validation.hub import base_access_error, check_only_our_commits, push_access_error
 
 WRITER = HubAccount(user="ada", role="write", orgs={"lab": "write", "press": "read"})
 READER = HubAccount(user="ada", role="read", orgs={})

@@ -3,8 +3,8 @@
 import re
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import get_args
 
 import pytest
@@ -62,8 +62,7 @@ def test_trainer_image_packages_match_cloud_profiles() -> None:
 )
 def test_every_registry_line_resolves(registry: dict[str, str]) -> None:
     for line in registry.values():
-        module, _, name = line.partition(":")
-        assert isinstance(getattr(import_module(module), name), type)
+        assert isinstance(resolve_name(line), type)
 
 
 def test_every_trainer_type_names_an_existing_function() -> None:

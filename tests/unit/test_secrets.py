@@ -7,8 +7,8 @@ from pydantic import SecretStr
 
 from schema.requests import ResumeRequest
 from schema.training import TRAINING_CONFIG, TrainingConfig
-from service.core.job_secrets import REDACTED, extract_config_secrets, extract_request_secrets, iter_config_secrets, redact, resent_secrets
-from service.core.trackers import DeploymentTrackers, add_deployment_trackers, deployment_tracker_secrets
+from service.core.jobs.secrets import REDACTED, extract_config_secrets, extract_request_secrets, iter_config_secrets, redact, resent_secrets
+from service.core.jobs.trackers import DeploymentTrackers, add_deployment_trackers, deployment_tracker_secrets
 from tests.factories import make_grpo_config, make_train_request
 
 JUDGE = {"type": "score_model", "name": "judge", "base_url": "https://judge.example/v1", "model": "m", "api_key": "canary-judge"}

@@ -10,7 +10,7 @@ from schema.job import Job
 from schema.requests import CloneRequest, TrainRequest
 from schema.training import TrainingConfig
 from service.core.errors import InvalidRequest
-from service.core.job_secrets import HF_SECRET, FieldPath, iter_config_secrets
+from service.core.jobs.secrets import HF_SECRET, FieldPath, iter_config_secrets
 
 JsonObject = dict[str, JsonValue]
 SECRET_FIELDS = ("api_key", "token")

@@ -7,7 +7,7 @@ from pydantic import BaseModel, model_validator
 from schema.base import Strict
 from schema.training import TrainingConfig
 from schema.training.trackers import MlflowConfig, TensorboardConfig, TrackioConfig, WandbConfig
-from service.core.job_secrets import extract_config_secrets, redact
+from service.core.jobs.secrets import extract_config_secrets, redact
 
 
 class DeploymentTrackers(Strict):

@@ -5,9 +5,9 @@ The Hub tells facts, the functions here decide. What the Hub does not say is not
 
 from schema.training import TrainingConfig
 from service.core.errors import InvalidRequest
-from service.core.job_secrets import HF_SECRET
+from service.core.jobs.secrets import HF_SECRET
 from service.core.ports import Hub, HubAccess, HubAccount
-from service.core.validation.models import is_stored
+from service.core.validation.llm import is_stored
 from storage import ObjectStore, StorageError
 from storage.deadline import deadline
 
