@@ -109,17 +109,17 @@ def expected_accuracy(model: Any, tokenizer: Any, rows: int) -> float:
 def test_harness_evaluates_model_in_memory_and_restores_it(model: Any, tokenizer: Any, tasks: Path) -> None:
     import torch
 
-    pulses: list[int] = []
+    calls: list[int] = []
     before = model.eval()(input_ids=make_input_ids()).logits
     accuracy = expected_accuracy(model, tokenizer, 5)
     model.train()
     state, padding = capture_rng_state(), tokenizer.padding_side
     values, notes = evaluate_with_lm_eval(
-        model, tokenizer, ["tiny_choice", "tiny_free"], limit=5, batch_size=2, check_stop=lambda: pulses.append(1), include_path=tasks
+        model, tokenizer, ["tiny_choice", "tiny_free"], limit=5, batch_size=2, check_stop=lambda: calls.append(1), include_path=tasks
     )
     assert notes == {}
     assert values == {"lm_eval/tiny_choice/acc": accuracy, "lm_eval/tiny_free/exact_match": 0.0}
-    assert len(pulses) >= 3 + 3  # five questions of each task, two at a time
+    assert len(calls) >= 3 + 3  # five questions of each task, two at a time
     assert model.training
     assert (capture_rng_state(), tokenizer.padding_side) == (state, padding)
     assert torch.equal(model.eval()(input_ids=make_input_ids()).logits, before)
@@ -140,11 +140,11 @@ def test_the_harness_can_be_interrupted(model: Any, tokenizer: Any, tasks: Path)
     class Interrupted(Exception):
         pass
 
-    def pulse() -> None:
+    def check_stop() -> None:
         raise Interrupted
 
     with pytest.raises(Interrupted):
-        evaluate_with_lm_eval(model, tokenizer, ["tiny_choice"], limit=2, batch_size=2, check_stop=pulse, include_path=tasks)
+        evaluate_with_lm_eval(model, tokenizer, ["tiny_choice"], limit=2, batch_size=2, check_stop=check_stop, include_path=tasks)
     assert model.training
 
 

@@ -1,4 +1,4 @@
-"""What a model answers while it is being trained: the right words, and a training that does not notice."""
+"""Generation during training: greedy answers, and a training that is not changed by it."""
 
 import random
 from collections.abc import Callable
@@ -192,27 +192,27 @@ def test_rng_state_changed_by_callback_is_restored(model: Any, tokenizer: Any, p
         torch.rand(1)
 
     before = capture_rng_state()
-    generate_answers(model, tokenizer, prompts, pulse=draw)
+    generate_answers(model, tokenizer, prompts, check_stop=draw)
     assert capture_rng_state() == before
 
 
-@pytest.mark.parametrize("pulses", [1, 3, 9])
-def test_generation_can_be_interrupted(model: Any, tokenizer: Any, prompts: list[list[int]], pulses: int) -> None:
+@pytest.mark.parametrize("calls", [1, 3, 9])
+def test_generation_can_be_interrupted(model: Any, tokenizer: Any, prompts: list[list[int]], calls: int) -> None:
     class Interrupted(Exception):
         pass
 
-    heard = 0
+    called = 0
 
-    def pulse() -> None:
-        nonlocal heard
-        heard += 1
-        if heard == pulses:
+    def check_stop() -> None:
+        nonlocal called
+        called += 1
+        if called == calls:
             raise Interrupted
 
     before = capture_rng_state()
     with pytest.raises(Interrupted):
-        generate_answers(model, tokenizer, prompts, 2, pulse=pulse)
-    assert heard == pulses
+        generate_answers(model, tokenizer, prompts, 2, check_stop=check_stop)
+    assert called == calls
     assert model.training
     assert capture_rng_state() == before
 
@@ -291,12 +291,12 @@ class FakeImageTextModel:
 def test_image_features_follow_their_prompts(tokenizer: Any) -> None:
     import torch
 
-    heard = FakeImageTextModel()
+    model = FakeImageTextModel()
     of_first = {"token_type_ids": torch.tensor([0, 1]), "pixel_values": torch.full((1, 3, 2, 2), 1.0)}
     of_last = {"token_type_ids": torch.tensor([0, 1, 1]), "pixel_values": torch.full((2, 3, 2, 2), 2.0)}
-    generate_answers(heard, tokenizer, [[2, 9], [2, 9, 9, 9], [2, 9, 9]], features=[of_first, {}, of_last])
+    generate_answers(model, tokenizer, [[2, 9], [2, 9, 9, 9], [2, 9, 9]], features=[of_first, {}, of_last])
 
-    (inputs,) = heard.inputs
+    (inputs,) = model.inputs
     assert inputs["input_ids"].tolist() == [[2, 9, 9, 9], [0, 2, 9, 9], [0, 0, 2, 9]]  # longest first
     assert inputs["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1]]
     assert inputs["token_type_ids"].tolist() == [[0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 0, 1]]

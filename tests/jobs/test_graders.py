@@ -185,12 +185,12 @@ def test_numbers_are_compared_within_the_tolerance(make: Make, completion: str, 
 
 
 def test_non_numeric_reference_is_a_failure(make: Make) -> None:
-    assert grade(make("numeric_accuracy"), "7", "seven") == FailedGrade("column 'answer' of the row holds no number")
+    assert grade(make("numeric_accuracy"), "7", "seven") == FailedGrade("column 'answer' of the row has no number")
 
 
 def test_missing_reference_is_a_failure(make: Make) -> None:
     for kind in ("string_check", "numeric_accuracy", "expression_accuracy", "text_similarity"):
-        assert grade(make(kind), "7") == FailedGrade("the row has nothing in column 'answer'")
+        assert grade(make(kind), "7") == FailedGrade("the row has no value in column 'answer'")
 
 
 # --- expressions ---------------------------------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ def test_endpoint_embeddings_are_compared(make: Make, endpoint: FakeOpenAI) -> N
 def test_failed_embedding_request_is_a_failure(make: Make, endpoint: FakeOpenAI) -> None:
     endpoint.key = "another"
     cosine = make("text_similarity", metric="cosine", embedding_model="embedder", base_url=endpoint.url)
-    assert grade(cosine, "a", "a") == FailedGrade(f"{endpoint.url} answered 401 (the key is wrong)")
+    assert grade(cosine, "a", "a") == FailedGrade(f"{endpoint.url} answered 401 (the API key is wrong)")
 
 
 def test_stored_model_embeddings_are_compared(make: Make) -> None:
@@ -387,7 +387,7 @@ def test_endpoint_without_schema_support_is_asked_for_plain_text(make: Make, end
 
 def test_unknown_template_column_fails_before_training(make: Make, endpoint: FakeOpenAI) -> None:
     judge = make("score_model", base_url=endpoint.url, model="m", prompt="{{completion}} {{solution}}")
-    with pytest.raises(JobFailed, match=r"names \{\{solution\}\}, which no row has"):
+    with pytest.raises(JobFailed, match=r"uses \{\{solution\}\}, which no row has"):
         check_graders([judge], [GradingInput("p", "c", {"answer": "a"})])
     assert not endpoint.requests
 
@@ -415,13 +415,13 @@ def test_json_is_graded_by_its_schema(make: Make, completion: str, expected: flo
 
 
 def test_invalid_json_schema_fails_before_training(make: Make) -> None:
-    with pytest.raises(JobFailed, match="is no JSON schema: see properties/a/type"):
+    with pytest.raises(JobFailed, match="is not a valid JSON schema: see properties/a/type"):
         check_graders([make("json_schema", json_schema={"properties": {"a": {"type": "text"}}})], [GradingInput("p", "c")])
 
 
 def test_external_schema_reference_is_rejected_without_fetching(make: Make, endpoint: FakeOpenAI) -> None:
     schema = {"$ref": endpoint.url + "/schema.json"}
-    with pytest.raises(JobFailed, match="refers to something outside"):
+    with pytest.raises(JobFailed, match="refers to another document"):
         check_graders([make("json_schema", json_schema=schema)], [GradingInput("p", "c")])
     assert not endpoint.requests
 
@@ -457,7 +457,7 @@ def test_failures_warn_first_and_then_periodically(make: Make, record: EventReco
         numbers(["p", "p"], ["1", "1"], row=[{"answer": 1}, {}])
     told = [event for event in record.events if event.type == "warning"]
     assert [event.message for event in told] == [  # type: ignore[union-attr]
-        "grader 'g' could not grade 1 of 2 completions: the row has nothing in column 'answer'"
+        "grader 'g' could not grade 1 of 2 completions: the row has no value in column 'answer'"
     ] * 2
 
 
@@ -468,7 +468,7 @@ def test_grader_failing_on_everything_fails_the_job(make: Make) -> None:
     numbers(["p"], ["1"], row=[{"answer": 1}])  # it works once, and the count begins anew
     for _ in range(MAX_CONSECUTIVE_FAILURES - 1):
         numbers(["p"], ["1"], row=[{}])
-    with pytest.raises(JobFailed, match="grader 'g' has failed on every completion 10 times in a row: the row has nothing"):
+    with pytest.raises(JobFailed, match="grader 'g' failed on every completion 10 times in a row: the row has no value"):
         numbers(["p"], ["1"], row=[{}])
 
 

@@ -18,7 +18,7 @@ from schema.training.graders import PythonGrader
 Make = Callable[..., SandboxedPythonGrader]
 
 TIMEOUT_FAILURE = FailedGrade("it took longer than its timeout_s")
-MEMORY_FAILURE = FailedGrade("it took more than its memory_mb, or printed too much")
+MEMORY_FAILURE = FailedGrade("it used more than its memory_mb, or printed too much")
 
 
 @pytest.fixture
@@ -90,8 +90,8 @@ def test_random_is_deterministic(make: Make) -> None:
 @pytest.mark.parametrize(
     ("source", "why"),
     [
-        ("def grade(completion, row:\n    return 1", "is not Python that the sandbox knows"),
-        ("def score(completion, row):\n    return 1", "defines no grade"),
+        ("def grade(completion, row:\n    return 1", "is not Python that the sandbox supports"),
+        ("def score(completion, row):\n    return 1", "does not define grade"),
         ("import numpy\ndef grade(completion, row):\n    return 1", "No module named 'numpy'"),
         ("def grade(completion, row):\n    yield 1", "does not yet support yield"),
         ("while True:\n    pass", "time limit"),
@@ -105,7 +105,7 @@ def test_invalid_source_fails_before_training(make: Make, source: str, why: str)
 
 @pytest.mark.parametrize("given", ["None", "'1'", "float('nan')", "float('inf')", "[1]"])
 def test_non_finite_grade_is_a_failure(make: Make, given: str) -> None:
-    assert grade(make(f"def grade(completion, row):\n    return {given}")) == FailedGrade("grade gave no finite number")
+    assert grade(make(f"def grade(completion, row):\n    return {given}")) == FailedGrade("grade did not return a finite number")
 
 
 def test_error_names_line_but_not_row_data(make: Make) -> None:
@@ -164,7 +164,7 @@ def test_sandbox_escapes_fail(make: Make, attack: str) -> None:
 
 
 # A product of two large numbers cannot be interrupted: where it takes longer than the limit allows, its process is killed.
-KILLED_FAILURE = FailedGrade("the sandbox was killed: it did not keep to its limits")
+KILLED_FAILURE = FailedGrade("the sandbox was killed because it exceeded its limits")
 
 RESOURCE_ATTACKS: dict[str, tuple[str, *tuple[FailedGrade, ...]]] = {
     "loop": ("while True:\n    pass", TIMEOUT_FAILURE),
