@@ -2,8 +2,7 @@
 
 import json
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from jobs.llm.trained_model import HeldOutExample, TrainedModel
 from jobs.runtime.checkpoints import Checkpoints
 from jobs.runtime.context import JobContext, Secrets, Stores
 from schema.dataset import Dataset
-from schema.events import Event
 from schema.spec import JobSpec
 from schema.training import SftConfig
+from tests.jobs.conftest import EventRecorder, NeverStop
 from tests.tiny_gemma import build_tiny_gemma
 
 
@@ -34,34 +33,6 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message.role }}\n{{ message.content }}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
-
-
-@dataclass
-class EventRecorder:
-    """An event sink that stores every event."""
-
-    events: list[Event] = field(default_factory=list)
-
-    def report(self, event: Event) -> None:
-        self.events.append(event)
-
-    def set_progress(self, *, phase: Any = None, progress: Any = None) -> None:
-        pass
-
-
-class NeverStop:
-    """A stop signal that never stops the job."""
-
-    stop_reason = None
-
-    def check(self) -> None:
-        pass
-
-    def defer_stop(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def time_left_s(self) -> float | None:
-        return None
 
 
 @pytest.fixture(scope="session")
