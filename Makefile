@@ -1,124 +1,154 @@
-# Everything that a person or CI does here. `make` alone tells.
+# Every command that a person or CI runs here; `make` alone lists them. ARGS="…" is passed on to the program that a target starts.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-service setup-llm setup-dev setup-infra demo cloud-local demo-cloud-local deploy destroy dev test test-fast test-cloud test-infra test-llm test-chaos test-e2e chaos nightly check format bench lock clean
 
 PYTHON ?= python3.11
+ARGS ?=
 VENVS := .venvs
-# Modules are compiled when they are first imported: of the trainer's libraries that is a small part.
-PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
+# Do not compile modules at installation: a run imports a small part of the trainer's libraries.
+PIP_INSTALL := pip install --quiet --disable-pip-version-check --no-compile
+DEV := PYTHONPATH=. $(VENVS)/dev/bin/python
+LLM := PYTHONPATH=. HF_HUB_OFFLINE=1 $(VENVS)/llm/bin/python
+LLM_PINS := jobs/environments/llm
 
-help: ## This list
+.PHONY: help
+help: ## List the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  \1|/' | column -t -s '|'
 
-setup: setup-service setup-llm ## Both environments: the service's, without any ML library, and the trainer's with llama.cpp
+# --- Environments ---------------------------------------------------------------------------------------------------------
+# The service (no ML library), the trainer (llm), the tools and tests (dev) and the checks of the infrastructure (infra).
 
+.PHONY: setup setup-service setup-llm setup-dev setup-infra
+setup: setup-service setup-llm ## Install the service's environment and the trainer's, with llama.cpp
 setup-service: $(VENVS)/service/.installed
 setup-dev: $(VENVS)/dev/.installed
 setup-llm: $(VENVS)/llm/.installed
 setup-infra: $(VENVS)/infra/.installed
 
-$(VENVS)/service/.installed: requirements/service.txt pyproject.toml
-	$(PYTHON) -m venv $(VENVS)/service
-	$(VENVS)/service/bin/pip install $(PIP_FLAGS) -r requirements/service.txt
-	$(VENVS)/service/bin/pip install $(PIP_FLAGS) --no-deps -e .
-	@touch $@
-
-$(VENVS)/dev/.installed: requirements/dev.txt pyproject.toml
-	$(PYTHON) -m venv $(VENVS)/dev
-	$(VENVS)/dev/bin/pip install $(PIP_FLAGS) -r requirements/dev.txt
-	$(VENVS)/dev/bin/pip install $(PIP_FLAGS) --no-deps -e .
+$(VENVS)/service/.installed $(VENVS)/dev/.installed: $(VENVS)/%/.installed: requirements/%.txt pyproject.toml
+	$(PYTHON) -m venv $(VENVS)/$*
+	$(VENVS)/$*/bin/$(PIP_INSTALL) -r requirements/$*.txt
+	$(VENVS)/$*/bin/$(PIP_INSTALL) --no-deps -e .
 	@touch $@
 
 $(VENVS)/infra/.installed: requirements/infra.txt
 	$(PYTHON) -m venv $(VENVS)/infra
-	$(VENVS)/infra/bin/pip install $(PIP_FLAGS) -r requirements/infra.txt
+	$(VENVS)/infra/bin/$(PIP_INSTALL) -r requirements/infra.txt
 	@touch $@
 
-# torch first and alone: its version decides everything else's.
-$(VENVS)/llm/.installed: jobs/environments/llm/requirements.txt jobs/environments/llm/constraints.txt infra/llama_cpp.sh
+# torch first and alone: the versions of the other packages depend on it.
+$(VENVS)/llm/.installed: $(LLM_PINS)/requirements.txt $(LLM_PINS)/constraints.txt infra/llama_cpp.sh
 	$(PYTHON) -m venv $(VENVS)/llm
-	$(VENVS)/llm/bin/pip install $(PIP_FLAGS) -c jobs/environments/llm/constraints.txt torch
-	$(VENVS)/llm/bin/pip install $(PIP_FLAGS) -c jobs/environments/llm/constraints.txt -r jobs/environments/llm/requirements.txt
+	$(VENVS)/llm/bin/$(PIP_INSTALL) -c $(LLM_PINS)/constraints.txt torch
+	$(VENVS)/llm/bin/$(PIP_INSTALL) -c $(LLM_PINS)/constraints.txt -r $(LLM_PINS)/requirements.txt
 	infra/llama_cpp.sh $(VENVS)/llm/bin/python
 	@touch $@
 
-demo: setup ## Fine-tune the real Gemma 3 270M through the HTTP API and talk to it
-	$(VENVS)/service/bin/python infra/demo.py
+# What tests need in the trainer's environment. The fault campaign runs parts of itself there too.
+$(VENVS)/llm/.installed-tests: $(VENVS)/llm/.installed $(LLM_PINS)/requirements-test.txt
+	$(VENVS)/llm/bin/$(PIP_INSTALL) -c $(LLM_PINS)/constraints.txt -r $(LLM_PINS)/requirements-test.txt
+	@touch $@
 
-cloud-local: setup-dev setup-llm ## The whole Google stack on loopback, with the service on it; Ctrl-C ends it
-	PYTHONPATH=. $(VENVS)/dev/bin/python -m infra.cloud_local
+# --- Run ------------------------------------------------------------------------------------------------------------------
 
-demo-cloud-local: setup-dev setup-llm ## The demo, through Google's client libraries, on loopback
-	PYTHONPATH=. $(VENVS)/dev/bin/python -m infra.cloud_local -- $(VENVS)/dev/bin/python infra/demo.py
+.PHONY: dev demo cloud-local demo-cloud-local
+dev: setup-dev setup-llm ## Start a service from this folder, in the environment that has the test tools
+	$(VENVS)/dev/bin/tunesmith serve $(ARGS)
 
-deploy: ## Make or update everything in a Google Cloud project: make deploy PROJECT_ID=… REGION=…
+demo: setup ## Fine-tune the real Gemma 3 270M through the HTTP API and compare its answers
+	$(VENVS)/service/bin/python infra/demo.py $(ARGS)
+
+cloud-local: setup-dev setup-llm ## Run the service on emulators of Google Cloud on this machine; stop with Ctrl-C
+	$(DEV) -m infra.cloud_local $(ARGS)
+
+demo-cloud-local: setup-dev setup-llm ## Run the demo on those emulators, through Google's client libraries
+	$(DEV) -m infra.cloud_local -- $(VENVS)/dev/bin/python infra/demo.py $(ARGS)
+
+# --- Deploy ---------------------------------------------------------------------------------------------------------------
+
+.PHONY: deploy destroy
+deploy: ## Create or update a deployment in a Google Cloud project: make deploy PROJECT_ID=… REGION=…
 	infra/deploy.sh "$(PROJECT_ID)" "$(REGION)"
 
-destroy: ## Remove what deploy made, except the data: make destroy PROJECT_ID=… REGION=…
+destroy: ## Remove a deployment, except its data: make destroy PROJECT_ID=… REGION=…
 	infra/destroy.sh "$(PROJECT_ID)" "$(REGION)"
 
-dev: setup-dev setup-llm ## A service here, with what the tests use
-	$(VENVS)/dev/bin/tunesmith serve
+# --- Check ----------------------------------------------------------------------------------------------------------------
 
-check: setup-dev ## Format, lint, types, import walls
+.PHONY: check format lock
+check: setup-dev ## Check format, lint, types and import boundaries
 	$(VENVS)/dev/bin/ruff format --check .
 	$(VENVS)/dev/bin/ruff check .
 	$(VENVS)/dev/bin/pyright
 	PYTHONPATH=. $(VENVS)/dev/bin/lint-imports
 
-format: setup-dev ## Format and mend what can be mended
+format: setup-dev ## Format the code and fix what ruff can fix
 	$(VENVS)/dev/bin/ruff format .
 	$(VENVS)/dev/bin/ruff check --fix .
 
+lock: setup-dev ## Pin requirements/*.in again
+	cd requirements && for name in service dev infra; do ../$(VENVS)/dev/bin/pip-compile --quiet --strip-extras --no-header \
+	  --annotation-style=line --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options -o $$name.txt $(ARGS) $$name.in; done
+
+# --- Test -----------------------------------------------------------------------------------------------------------------
+
+.PHONY: test test-fast test-cloud test-infra test-llm test-chaos test-e2e coverage-report
 # A worker takes a whole file, whose tests share models and services; the longest files come first (tests/conftest.py).
 BY_FILE := --dist loadfile --no-loadscope-reorder
-
-# Two torch threads on two busy cores are slower than one.
+# One torch thread: two threads on two busy cores are slower.
 test: export OMP_NUM_THREADS = 1
-test: test-fast ## Everything, real processes and models too: about 18 minutes on two cores
-	$(MAKE) --jobs 2 --output-sync test-cloud test-infra
-	$(MAKE) test-llm
-	$(MAKE) test-chaos
-	$(MAKE) test-e2e
+# Tests that run the service in their own process measure its coverage. Tracing takes half as much processor time again for these, and
+# little of the whole; the trainer's tests and the service's child processes are not traced.
+test: export COVERAGE = --cov --cov-report=
+test: test-fast ## Run every test, with real processes and models, and report coverage: about 18 minutes on two cores
+	$(MAKE) --no-print-directory --jobs 2 --output-sync test-cloud test-infra  # the first mostly waits
+	$(MAKE) --no-print-directory test-llm
+	$(MAKE) --no-print-directory test-chaos
+	$(MAKE) --no-print-directory test-e2e
+	$(MAKE) --no-print-directory coverage-report
 
-test-fast: setup-dev ## Unit and contract tests: a minute
-	PYTHONPATH=. $(VENVS)/dev/bin/python -m pytest tests/unit tests/contract -n 2 --dist loadfile
+test-fast: setup-dev ## Run unit and contract tests: a minute
+	COVERAGE_FILE=.coverage.fast $(DEV) -m pytest tests/unit tests/contract -n 2 --dist loadfile $(COVERAGE)
 
-$(VENVS)/llm/.installed-tests: $(VENVS)/llm/.installed jobs/environments/llm/requirements-test.txt
-	$(VENVS)/llm/bin/pip install $(PIP_FLAGS) -c jobs/environments/llm/constraints.txt -r jobs/environments/llm/requirements-test.txt
-	@touch $@
+test-cloud: setup-dev ## Test the service while connections to Google fail; three at a time, because they mostly wait
+	COVERAGE_FILE=.coverage.cloud $(DEV) -m pytest tests/cloud -n 3 $(COVERAGE)
 
-test-llm: $(VENVS)/llm/.installed-tests ## The trainer and the exporters, on a tiny model: three files at a time, as they wait a lot
-	PYTHONPATH=. HF_HUB_OFFLINE=1 $(VENVS)/llm/bin/python -m pytest tests/jobs tests/exports -n 3 $(BY_FILE)
-
-test-cloud: setup-dev ## What the service does when a line to Google breaks: mostly waiting, so three at a time
-	PYTHONPATH=. $(VENVS)/dev/bin/python -m pytest tests/cloud -n 3
-
-test-infra: $(VENVS)/infra/.installed ## Terraform, Dockerfiles, Cloud Build and every gcloud line in the docs, checked without an account
+test-infra: setup-infra ## Check Terraform, Dockerfiles, Cloud Build and the documented gcloud commands without an account
 	PYTHONPATH=. $(VENVS)/infra/bin/python -m pytest tests/infra
 
-test-chaos: setup-dev setup-llm ## The fault campaign in short
-	PYTHONPATH=. $(VENVS)/dev/bin/python -m pytest tests/chaos -n 3 --maxschedchunk 1
+test-llm: $(VENVS)/llm/.installed-tests ## Test the trainer and the exporters on a tiny model; three files at a time, because they often wait
+	$(LLM) -m pytest tests/jobs tests/exports -n 3 $(BY_FILE)
 
-test-e2e: setup-dev setup-service setup-llm ## Real HTTP, real child processes, the README's commands, the real Gemma: three files at a time
-	PYTHONPATH=. $(VENVS)/dev/bin/python -m pytest tests/e2e -n 3 $(BY_FILE)
+test-chaos: setup-dev $(VENVS)/llm/.installed-tests ## Run the fault campaign in its short form
+	$(DEV) -m pytest tests/chaos -n 3 --maxschedchunk 1
 
-chaos: setup-dev setup-llm ## Break what can break, hundreds of times, and count what was lost: a quarter of an hour
-	OMP_NUM_THREADS=1 PYTHONPATH=. $(VENVS)/dev/bin/python -m tests.chaos
+test-e2e: setup-dev setup-service setup-llm ## Test real HTTP, child processes, the README's commands and the real Gemma; three files at a time
+	$(DEV) -m pytest tests/e2e -n 3 $(BY_FILE)
 
-nightly: $(VENVS)/llm/.installed-tests ## Every trainer type and method on the real Gemma 3 270M, and the tests that take long: the better part of an hour
-	OMP_NUM_THREADS=1 PYTHONPATH=. HF_HUB_OFFLINE=1 $(VENVS)/llm/bin/python -m pytest tests/jobs tests/exports -m nightly
-	OMP_NUM_THREADS=1 PYTHONPATH=. HF_HUB_OFFLINE=1 $(VENVS)/llm/bin/python -W ignore -m tests.jobs.matrix --real
+coverage-report: setup-dev ## Combine and show the coverage that `make test` measured
+	$(VENVS)/dev/bin/coverage combine --quiet .coverage.*
+	$(VENVS)/dev/bin/coverage report --skip-covered
 
-bench: setup-dev setup-llm ## Measure against the figures of docs/benchmarks.md, peers side by side
-	PYTHONPATH=. $(VENVS)/dev/bin/python -m bench
+# --- Measure and long tests -----------------------------------------------------------------------------------------------
 
-lock: setup-dev ## Pin requirements/*.in anew
-	cd requirements && for name in service dev infra; do ../$(VENVS)/dev/bin/pip-compile --quiet --strip-extras --no-header \
-	  --annotation-style=line --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options -o $$name.txt $$name.in; done
+.PHONY: chaos nightly test-nightly test-bare-clone bench
+chaos: setup-dev $(VENVS)/llm/.installed-tests ## Run the whole fault campaign and count what was lost: a quarter of an hour
+	OMP_NUM_THREADS=1 $(DEV) -m tests.chaos $(ARGS)
 
-clean: ## Remove environments and caches; what was trained stays
-	rm -rf $(VENVS) .pytest_cache .ruff_cache .hypothesis *.egg-info build
+nightly: test-nightly test-bare-clone ## Run the long tests, and every target of this file from a bare clone: hours
+
+test-nightly: $(VENVS)/llm/.installed-tests ## Run the long tests, and every trainer type and method on the real Gemma 3 270M: most of an hour
+	OMP_NUM_THREADS=1 $(LLM) -m pytest tests/jobs tests/exports -m nightly
+	OMP_NUM_THREADS=1 $(LLM) -W ignore -m tests.jobs.matrix --real $(ARGS)
+
+test-bare-clone: ## Try every target of this file in a bare clone of its own; ARGS="chaos lock" tries only these
+	$(PYTHON) infra/bare_clone_targets.py $(ARGS)
+
+bench: setup-dev setup-llm ## Measure against the goals of docs/benchmarks.md, beside comparable servers
+	$(DEV) -m bench $(ARGS)
+
+.PHONY: clean
+clean: ## Remove environments and caches; trained models stay
+	rm -rf $(VENVS) .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* *.egg-info build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
