@@ -13,10 +13,11 @@ from jobs.llm.llama_cpp.runner import convert
 from jobs.llm.trained_model import HeldOutExample, TrainedModel
 from jobs.runtime.checkpoints import Checkpoints
 from jobs.runtime.context import JobContext, Secrets, Stores
+from jobs.runtime.stop import NeverStop
 from schema.dataset import Dataset
 from schema.spec import JobSpec
 from schema.training import SftConfig
-from tests.jobs.conftest import EventRecorder, NeverStop
+from tests.jobs.conftest import EventRecorder
 from tests.tiny_gemma import build_tiny_gemma
 
 

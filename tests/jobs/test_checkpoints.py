@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 import pytest
 
-from jobs.runtime.checkpoints import CheckpointInfo, Checkpoints, StoredCheckpoint, select_expired, sort_for_resume
+from jobs.runtime.checkpoint_store import StoredCheckpoint, select_expired, sort_for_resume
+from jobs.runtime.checkpoints import CheckpointInfo, Checkpoints
 from jobs.runtime.errors import JobFailed
 from schema.checkpoint import MANIFEST, Checkpoint, checkpoint_key, checkpoints_prefix
 from schema.events import CheckpointRestored, CheckpointSaved, CheckpointSkipped, Event, WarningRaised
@@ -575,7 +576,7 @@ def test_fetch_returns_checkpoint_or_reports_it_missing(make: Make, store: Objec
     with pytest.raises(JobFailed, match="step 10 of job-1 is damaged"):
         another.fetch(source)
     store.delete(source.key + MANIFEST)
-    with pytest.raises(JobFailed, match="step 10 of job-1 is not there any more"):
+    with pytest.raises(JobFailed, match="step 10 of job-1 does not exist any more"):
         another.fetch(source)
 
 

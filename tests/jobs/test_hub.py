@@ -142,7 +142,7 @@ def test_hub_responses_become_files_or_failures_with_hint(hub_url: str, tmp_path
     assert "owner/absent" in absent["message"]
     for refused in (gated, gated_with_wrong):
         assert refused["code"] == "auth"
-        assert "licence" in refused["hint"]
+        assert "license" in refused["hint"]
         assert "hf_token" in refused["hint"]
     assert forbidden["code"] == "auth"
     assert FakeHubHandler.tokens == {None, "Bearer other", "Bearer licensed", "Bearer mine"}

@@ -13,7 +13,8 @@ from infra.loopback.hub import LoopbackHub, Token
 from jobs.runtime.artifacts import ExportedArtifact
 from jobs.runtime.context import JobContext
 from jobs.runtime.errors import JobFailed
-from jobs.runtime.hub import check_push, is_transient, push, repo_creation_denied_reason, repo_files, stale_weights
+from jobs.runtime.http_retry import is_transient_hub_error
+from jobs.runtime.hub import check_push, push, repo_creation_denied_reason, repo_files, stale_weights
 from jobs.runtime.retry import TRIES
 from schema.job import Artifact, HubPush
 from tests.jobs.conftest import make_context, make_spec
@@ -308,6 +309,6 @@ def test_fine_grained_token_follows_its_scopes() -> None:
 def test_offline_mode_is_not_retried() -> None:
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    assert not is_transient(OfflineModeIsEnabled("HF_HUB_OFFLINE=1"))
-    assert is_transient(ConnectionResetError())
-    assert not is_transient(PermissionError("no such luck"))
+    assert not is_transient_hub_error(OfflineModeIsEnabled("HF_HUB_OFFLINE=1"))
+    assert is_transient_hub_error(ConnectionResetError())
+    assert not is_transient_hub_error(PermissionError("no such luck"))

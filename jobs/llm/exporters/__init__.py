@@ -14,7 +14,6 @@ the object store (`jobs/runtime/artifacts.py`) or llama.cpp's interface (`jobs/l
     adapter.py, merged.py, onnx.py, gguf.py, lora_gguf.py  the exporters
 """
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
@@ -25,14 +24,11 @@ from schema.job import ArtifactKind
 from schema.training import TrainingConfig
 
 if TYPE_CHECKING:
-    from jobs.llm.exporters.workspace import ExportWorkspace
     from jobs.llm.trained_model import TrainedModel
-    from jobs.runtime.artifacts import ExportedArtifact
     from jobs.runtime.context import JobContext
+    from jobs.runtime.family import FinalizeArtifacts
     from schema.job import Artifact
-
-    Exporter = Callable[[ExportWorkspace], tuple[ExportedArtifact, ...]]
-    FinalizeArtifacts = Callable[[Sequence[ExportedArtifact], Sequence[Artifact]], tuple[Artifact, ...]]
+    from schema.provenance import RunRecord
 
 # One line adds an exporter: kind -> "module:function". The function takes an ExportWorkspace and returns verified artifacts.
 EXPORTERS: dict[ArtifactKind, str] = {
@@ -48,29 +44,24 @@ def export_all(trained: "TrainedModel", context: "JobContext", finalize: "Finali
     """Make, verify and upload every requested artifact. Raises JobFailed `export_failed`, `upload_failed`, and Stopped.
 
     The upload starts when every artifact is verified, and nothing is visible before the service accepts the result. `finalize`
-    takes the exported artifacts, whose files still exist, and the uploaded ones; it returns the artifacts of the result.
+    takes the exported artifacts, whose files still exist, the uploaded ones, and a function that renders the model card; it returns
+    the artifacts of the result.
     """
     from jobs.llm.exporters.workspace import ExportWorkspace
-    from jobs.runtime.artifacts import ArtifactUploader
+    from jobs.llm.model_card import model_card, read_license
+    from jobs.runtime.artifacts import upload_artifacts
+
+    def render_model_card(record: "RunRecord", repo_id: str) -> str:
+        return model_card(record, repo_id, read_license(trained.base_folder))
 
     check_exportable(context.spec.training_config)
-    uploader = ArtifactUploader(context.stores.models, context.spec.job_id, context.attempt)
     workspace = ExportWorkspace(trained, context)
     try:
-        exported: list[ExportedArtifact] = []
-        for kind in list_requested_kinds(context.spec.training_config):
-            export: Exporter = resolve_name(EXPORTERS[kind])
-            exported += export(workspace)
+        exporters = [resolve_name(EXPORTERS[kind]) for kind in list_requested_kinds(context.spec.training_config)]
+        exported = [artifact for export in exporters for artifact in export(workspace)]
         exported += workspace.usage_artifacts()
-        context.enter_phase("uploading")
-        uploader.delete_previous_attempts()
-        artifacts: list[Artifact] = []
-        for artifact in exported:
-            context.check_stop()
-            artifacts.append(uploader.upload(artifact))
-            context.log_artifact(artifacts[-1])
-        context.check_stop()
-        return finalize(exported, artifacts) if finalize else tuple(artifacts)
+        artifacts = upload_artifacts(exported, context)
+        return finalize(exported, artifacts, render_model_card) if finalize else artifacts
     finally:
         workspace.clear()
 
