@@ -94,12 +94,19 @@ lock: setup-dev ## Pin requirements/*.in again
 # --- Test -----------------------------------------------------------------------------------------------------------------
 
 .PHONY: test test-fast test-cloud test-infra test-llm test-chaos test-e2e coverage-report
+# A worker takes a whole file, whose tests share models and services; the longest files come first (tests/conftest.py).
+BY_FILE := --dist loadfile --no-loadscope-reorder
 # One torch thread: two threads on two busy cores are slower.
 test: export OMP_NUM_THREADS = 1
 # Tests that run the service in their own process measure its coverage. Tracing takes half as much processor time again for these, and
-# little of the whole; the trainer's tests and the service's child processes are not traced.
-test: COVERAGE = --cov --cov-report=
-test: test-fast test-cloud test-infra test-llm test-chaos test-e2e coverage-report ## Run every test, with real processes and models, and report coverage
+# little of the whole; the trainer's tests and the service's child processes are not traced. test-cloud mostly waits, so test-infra runs beside it.
+test: export COVERAGE = --cov --cov-report=
+test: test-fast ## Run every test, with real processes and models, and report coverage: about 18 minutes on two cores
+	$(MAKE) --no-print-directory --jobs 2 --output-sync test-cloud test-infra
+	$(MAKE) --no-print-directory test-llm
+	$(MAKE) --no-print-directory test-chaos
+	$(MAKE) --no-print-directory test-e2e
+	$(MAKE) --no-print-directory coverage-report
 
 test-fast: setup-dev ## Run unit and contract tests: a minute
 	COVERAGE_FILE=.coverage.fast $(DEV) -m pytest tests/unit tests/contract -n 2 --dist loadfile $(COVERAGE)
@@ -111,13 +118,13 @@ test-infra: setup-infra ## Check Terraform, Dockerfiles, Cloud Build and the doc
 	PYTHONPATH=. $(VENVS)/infra/bin/python -m pytest tests/infra
 
 test-llm: $(VENVS)/llm/.installed-tests ## Test the trainer and the exporters on a tiny model; three files at a time, because they often wait
-	$(LLM) -m pytest tests/jobs tests/exports -n 3 --dist loadfile
+	$(LLM) -m pytest tests/jobs tests/exports -n 3 $(BY_FILE)
 
 test-chaos: setup-dev $(VENVS)/llm/.installed-tests ## Run the fault campaign in its short form
-	$(DEV) -m pytest tests/chaos -n 2
+	$(DEV) -m pytest tests/chaos -n 3 --maxschedchunk 1
 
-test-e2e: setup-dev setup-service setup-llm ## Test real HTTP, child processes, the README's commands and the real Gemma; two files at a time
-	$(DEV) -m pytest tests/e2e -n 2 --dist loadfile
+test-e2e: setup-dev setup-service setup-llm ## Test real HTTP, child processes, the README's commands and the real Gemma; three files at a time
+	$(DEV) -m pytest tests/e2e -n 3 $(BY_FILE)
 
 coverage-report: setup-dev ## Combine and show the coverage that `make test` measured
 	$(VENVS)/dev/bin/coverage combine --quiet .coverage.*

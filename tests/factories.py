@@ -13,7 +13,7 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 class FakeClock:
-    """A clock that moves when told to."""
+    """A clock that advances only when a test advances it."""
 
     def __init__(self, now: datetime = START) -> None:
         self.now = now

@@ -1,4 +1,4 @@
-"""A tiny Gemma 3 with random weights and a tokenizer of its own: everything that the real one has, in a megabyte."""
+"""A tiny Gemma 3 with random weights and its own tokenizer: the structure of the real model in a megabyte."""
 
 import io
 import json
@@ -23,7 +23,7 @@ def build_tiny_gemma(folder: Path) -> Path:
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=256,
-        num_hidden_layers=6,  # llama.cpp takes every sixth layer of a Gemma 3 for one of full attention, whatever the config says
+        num_hidden_layers=6,  # llama.cpp treats every sixth layer of a Gemma 3 as full attention, regardless of the config
         num_attention_heads=4,
         num_key_value_heads=1,
         head_dim=32,
@@ -39,7 +39,7 @@ def build_tiny_gemma(folder: Path) -> Path:
     torch.manual_seed(7)
     model = Gemma3ForCausalLM(config)
     for parameter in model.parameters():
-        if parameter.dim() > 1:  # larger than the default, so that the model has opinions
+        if parameter.dim() > 1:  # larger than the default, so that predictions differ clearly
             torch.nn.init.normal_(parameter, std=0.08)
     model.save_pretrained(folder)
     return folder
@@ -78,7 +78,7 @@ def _write_tokenizer(folder: Path) -> None:
     tokenizer = GemmaTokenizer.from_pretrained(folder, add_bos_token=True)
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
     tokenizer.save_pretrained(folder)
-    (folder / "tokenizer.model").write_bytes(model.getvalue())  # the exporter looks for it, as with the real one
+    (folder / "tokenizer.model").write_bytes(model.getvalue())  # the exporter expects it, as the real model has it
 
 
 if __name__ == "__main__":

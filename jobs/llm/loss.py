@@ -164,6 +164,40 @@ def compute_labeled_logits(model: Any, inputs: dict[str, Any], labels: Any) -> t
     return logits[keep].float(), targets[keep]
 
 
+def compute_log_probs(
+    model: Any,
+    input_ids: Any,
+    attention_mask: Any,
+    completion_length: int,
+    batch_size: int | None = None,
+    *,
+    temperature: float,
+    compute_entropy: bool = False,
+    **_: Any,
+) -> tuple[Any, Any, None]:
+    """The log-probability and the entropy of each completion token, (B, completion_length) each, with the signature that TRL calls.
+
+    The completions are the last tokens of `input_ids` (B, T). The model computes `batch_size` rows at a time.
+    """
+    import torch
+
+    labels = input_ids.masked_fill(attention_mask == 0, IGNORE_INDEX)
+    labels[:, :-completion_length] = IGNORE_INDEX
+    chunks: list[Any] = []
+    tensors = (input_ids, attention_mask, labels)
+    for ids, mask, chunk_labels in zip(*(tensor.split(batch_size or len(labels)) for tensor in tensors), strict=True):
+        logits, targets = compute_labeled_logits(model, {"input_ids": ids, "attention_mask": mask}, chunk_labels)
+        log_probs = (logits / temperature).log_softmax(-1)
+        with torch.no_grad():
+            entropy = -(log_probs.exp() * log_probs).sum(-1)
+        is_target = chunk_labels[:, -completion_length:] != IGNORE_INDEX
+        target_log_probs = log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        # A scatter keeps the model in the graph when no completion counts: its gradient is zero instead of missing.
+        chunks.append([values.new_zeros(is_target.shape).masked_scatter(is_target, values) for values in (target_log_probs, entropy)])
+    log_probs, entropy = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return log_probs, entropy if compute_entropy else None, None
+
+
 def evaluate_likelihood(
     model: Any,
     rows: Sequence[TokenizedExample],

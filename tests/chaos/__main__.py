@@ -1,6 +1,6 @@
-"""`python -m tests.chaos [NAME…] [--short] [--write FILE]`: run the rows, print the table; 1 when one of them failed.
+"""`python -m tests.chaos [NAME…] [--short] [--write FILE]` runs rows and prints the table; exits with 1 when a row fails.
 
-Several rows are run two at a time, each in a process of its own: one that waits leaves the machine to another.
+Several rows run two at a time, each in its own process: while one waits, the other uses the machine.
 """
 
 import argparse
@@ -15,25 +15,24 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.chaos.campaign import ROWS, Row, Size, run_row
+from tests.chaos.campaign import ROWS, Row, Size, by_duration, run_row
 from tests.chaos.table import render_table, replace_between_marks
 
 CONCURRENCY = 2
-LONGEST_FIRST = ("service_kills", "training_kills", "reports", "zombies", "out_of_memory", "full_disk")
 
 
 def main() -> int:
-    """Run, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description="Breaks things, and counts what is lost.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which rows: {', '.join(ROWS)}; all when left out")
+    """Run the rows, print the table and write it to a page if requested."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description="Inject faults and count what is lost.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"rows to run: {', '.join(ROWS)}; default: all")
     parser.add_argument("--short", action="store_true", help="the same faults, fewer of them: seconds instead of minutes")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between the two marks of that page as well")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="also write the table between the two marks of this page")
     parser.add_argument("--json", action="store_true", help="print one row as JSON instead of the table")
     chosen = parser.parse_args()
     if unknown := sorted(set(chosen.names) - set(ROWS)):
         parser.error(f"no row {', '.join(unknown)}; known: {', '.join(ROWS)}")
     if chosen.write and (chosen.names or chosen.short):
-        parser.error("a page is written from all rows, in full")
+        parser.error("--write needs all rows in full size")
     _handle_sigterm_as_interrupt()
     size: Size = "short" if chosen.short else "full"
     if chosen.json:
@@ -51,35 +50,35 @@ def main() -> int:
 
 
 def _run_rows(names: list[str], size: Size) -> list[Row]:
-    """The rows, in the order of the names; the longest are begun first."""
+    """Run the rows, the longest first; return them in the order of `names`."""
     running: list[subprocess.Popen[str]] = []
-    begun = sorted(names, key=lambda name: LONGEST_FIRST.index(name) if name in LONGEST_FIRST else len(LONGEST_FIRST))
+    started = by_duration(names)
     with ThreadPoolExecutor(CONCURRENCY) as pool:
         try:
-            found = dict(zip(begun, pool.map(lambda name: _run_in_subprocess(name, size, running), begun), strict=True))
-        except BaseException:  # told to end: nothing is left running
+            rows = dict(zip(started, pool.map(lambda name: _run_in_subprocess(name, size, running), started), strict=True))
+        except BaseException:  # interrupted: leave no process running
             pool.shutdown(wait=False, cancel_futures=True)
             for process in running:
                 process.terminate()
             raise
-    return [found[name] for name in names]
+    return [rows[name] for name in names]
 
 
 def _run_in_subprocess(name: str, size: Size, running: list[subprocess.Popen[str]]) -> Row:
-    """One row in a process of its own."""
+    """Run one row in its own process."""
     command = [sys.executable, "-m", "tests.chaos", name, "--json", *(["--short"] if size == "short" else [])]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     running.append(process)
-    said, _ = process.communicate()
-    lines = said.splitlines()
-    row = Row(**json.loads(lines[-1])) if process.returncode == 0 and lines else Row(name, "", "", "its process ended", passed=False)
+    output, _ = process.communicate()
+    lines = output.splitlines()
+    row = Row(**json.loads(lines[-1])) if process.returncode == 0 and lines else Row(name, "", "", "its process failed", passed=False)
     Console(stderr=True).print(f"{name}: {'passed' if row.passed else 'FAILED'} after {row.seconds:.0f} s: {row.observed}")
     return row
 
 
 def _handle_sigterm_as_interrupt() -> None:
-    """SIGTERM does what Ctrl-C does: processes are ended and folders removed on the way out."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes its background jobs deaf to it
+    """Make SIGTERM behave like Ctrl-C, so that processes are ended and folders are removed."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes its background jobs ignore SIGINT
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
 

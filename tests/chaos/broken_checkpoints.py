@@ -1,6 +1,6 @@
-"""The newest checkpoint of a job is damaged, in another way for every seed; an attempt looks for where to go on.
+"""Damage the newest checkpoint of a job, differently for every seed; the next attempt must resume from the one before.
 
-Beside it, what the stock Trainer does with the very same damage (tests/chaos/stock_trainer.py, in the trainer's environment).
+The full row also counts what the stock Trainer does with the same damage (tests/chaos/stock_trainer.py, in the trainer's environment).
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from tests.factories import make_config, make_dataset
 
 SEEDS: dict[Size, int] = {"full": 100, "short": 20}
 STEPS = (5, 10, 15)
-# The names that the library and we give them, and about as many bytes; what is in them does not matter to who verifies them.
+# The file names of a real checkpoint, with similar sizes; verification does not depend on the contents.
 FILES = {
     "adapter_model.safetensors": 40_000,
     "adapter_config.json": 900,
@@ -37,27 +37,27 @@ FILES = {
 
 
 def run(size: Size) -> Row:
-    """Every seed another damage to another file."""
+    """Damage one checkpoint per seed and count how the next attempt resumes."""
     seeds = range(SEEDS[size])
     with tempfile.TemporaryDirectory(prefix="chaos-checkpoints-") as folder:
-        found = [_resume_from_damaged(Path(folder, str(seed)), seed) for seed in seeds]
-        stock = _run_stock_trainer(Path(folder, "stock"), len(seeds)) if size == "full" else "the stock Trainer was not asked"
-    fell_back, told = sum(one.fell_back for one in found), sum(one.reported for one in found)
+        outcomes = [_resume_from_damaged(Path(folder, str(seed)), seed) for seed in seeds]
+        stock = _run_stock_trainer(Path(folder, "stock"), len(seeds)) if size == "full" else "the stock Trainer was not tested"
+    fell_back, reported = sum(outcome.fell_back for outcome in outcomes), sum(outcome.reported for outcome in outcomes)
     return Row(
         fault="newest checkpoint damaged",
         injected=f"{', '.join(DAMAGES)}: {len(seeds)} seeds, any file of it",
         expected=f"{len(seeds)} fall back to the last verified one, with an event; no crash, no silent load",
-        observed=f"{fell_back} fell back, {told} said so; {stock}",
-        passed=fell_back == told == len(seeds),
+        observed=f"{fell_back} fell back, {reported} reported it; {stock}",
+        passed=fell_back == reported == len(seeds),
     )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an attempt went on from."""
+    """What an attempt resumed from."""
 
-    fell_back: bool  # to the newest checkpoint that is whole, and it is whole here too
-    reported: bool  # an event names the damaged one, and another the one that was taken
+    fell_back: bool  # to the newest intact checkpoint, and the restored copy is intact
+    reported: bool  # one event names the damaged checkpoint, another the restored one
 
 
 def _resume_from_damaged(folder: Path, seed: int) -> Outcome:
@@ -66,15 +66,15 @@ def _resume_from_damaged(folder: Path, seed: int) -> Outcome:
     digests = _save_all(store, spec, folder)
     newest = folder / "objects" / checkpoint_key(spec.checkpoints_prefix, 1, STEPS[-1])
     damage(newest, seed, (*FILES, MANIFEST))
-    told: list[Event] = []
-    checkpoints = _checkpoints(store, spec, 2, folder / "second", told)
+    emitted: list[Event] = []
+    checkpoints = _checkpoints(store, spec, 2, folder / "second", emitted)
     restored = checkpoints.fetch_latest()
     checkpoints.close()
     if restored is None:
         return Outcome(fell_back=False, reported=False)
     here = {name: hashlib.sha256((restored.folder / name).read_bytes()).hexdigest() for name in FILES}
-    skipped = [(event.attempt, event.step) for event in told if isinstance(event, CheckpointSkipped)]
-    resumed = [(event.from_attempt, event.step) for event in told if isinstance(event, CheckpointRestored)]
+    skipped = [(event.attempt, event.step) for event in emitted if isinstance(event, CheckpointSkipped)]
+    resumed = [(event.from_attempt, event.step) for event in emitted if isinstance(event, CheckpointRestored)]
     return Outcome(
         fell_back=restored.checkpoint.step == STEPS[-2] and here == digests[STEPS[-2]],
         reported=(skipped, resumed) == ([(1, STEPS[-1])], [(1, STEPS[-2])]),
@@ -82,7 +82,7 @@ def _resume_from_damaged(folder: Path, seed: int) -> Outcome:
 
 
 def _save_all(store: LocalStore, spec: JobSpec, folder: Path) -> dict[int, dict[str, str]]:
-    """The checkpoints of attempt 1, durable; the digests of their files by step."""
+    """Save the checkpoints of attempt 1; return the digests of their files by step."""
     checkpoints = _checkpoints(store, spec, 1, folder / "first", [])
     digests: dict[int, dict[str, str]] = {}
     for step in STEPS:
@@ -129,12 +129,12 @@ def _make_spec(store: LocalStore) -> JobSpec:
 
 
 def _run_stock_trainer(folder: Path, seeds: int) -> str:
-    """What the library's own way to resume makes of as many damages, in its own words."""
+    """Describe how often the stock Trainer's `resume_from_checkpoint` picks, crashes on or silently loads damaged checkpoints."""
     command = [TRAINER_PYTHON, "-m", "tests.chaos.stock_trainer", folder, str(seeds)]
     environment = {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HOME": str(folder)}
     done = subprocess.run(command, cwd=SOURCE, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
-        raise CampaignError(f"the stock trainer could not be asked: {done.stderr.strip().rpartition(chr(10))[2]}")
-    told = json.loads(done.stdout.splitlines()[-1])
-    ends = f"died of it {told['died']} times, went on without a word {told['went_on']} times, fell back {told['fell_back']} times"
-    return f"the stock Trainer picked the damaged one {told['picked']} times, {ends}"
+        raise CampaignError(f"the stock Trainer could not run: {done.stderr.strip().rpartition(chr(10))[2]}")
+    counts = json.loads(done.stdout.splitlines()[-1])
+    ends = f"crashed {counts['crashed']} times, loaded it silently {counts['loaded']} times, fell back {counts['fell_back']} times"
+    return f"the stock Trainer picked the damaged one {counts['picked']} times, {ends}"

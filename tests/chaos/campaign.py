@@ -1,7 +1,8 @@
-"""What a row of the campaign is, which there are, and running one."""
+"""The rows of the campaign: their type, their names and how to run one."""
 
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Literal
@@ -13,7 +14,7 @@ from storage import StorageError
 
 Size = Literal["full", "short"]
 
-# In the order of the table. Each is a module here with `run(size) -> Row`.
+# In the order of the table. Each is a module of this package with `run(size) -> Row`.
 ROWS = (
     "service_kills",
     "same_request",
@@ -29,33 +30,41 @@ ROWS = (
     "full_disk",
 )
 
+# Rows that take longest, in the order in which they start when several run at the same time.
+LONGEST_FIRST = ("service_kills", "training_kills", "out_of_memory", "reports", "clocks", "zombies", "full_disk")
+
 
 class CampaignError(Exception):
-    """The campaign itself could not go on: a part did not start, or something took far longer than it may."""
+    """The campaign itself failed: a part did not start, or something exceeded its timeout."""
 
 
-# What processes, servers and files do when they do not do what was asked; the other rows are worth running all the same.
+# Errors of processes, servers and files that fail one row and leave the others worth running.
 FAILURES = (CampaignError, OSError, RuntimeError, ValueError, LookupError, AssertionError, subprocess.SubprocessError)
 LIBRARY_FAILURES = (httpx2.HTTPError, psutil.Error, StorageError, ImportError)
 
 
+def by_duration(names: Sequence[str]) -> list[str]:
+    """The names of rows, longest first."""
+    return sorted(names, key=lambda name: LONGEST_FIRST.index(name) if name in LONGEST_FIRST else len(LONGEST_FIRST))
+
+
 @dataclass(frozen=True)
 class Row:
-    """One fault: what was done, what must come of it, and what did."""
+    """One fault: what was injected, what is expected and what was observed."""
 
     fault: str
     injected: str
     expected: str
     observed: str
     passed: bool
-    seconds: float = 0.0  # filled in by `run_row`
+    seconds: float = 0.0  # set by `run_row`
 
 
 def run_row(name: str, size: Size) -> Row:
-    """The row with its time. One that cannot be run to its end has failed, and says why."""
+    """Run a row and measure its time. A row that raises counts as failed, with the error as its observation."""
     began = time.monotonic()
     try:
         row: Row = import_module(f"tests.chaos.{name}").run(size)
     except (*FAILURES, *LIBRARY_FAILURES) as error:
-        row = Row(name.replace("_", " "), "", "", f"could not be run to its end: {type(error).__name__}: {error}", passed=False)
+        row = Row(name.replace("_", " "), "", "", f"did not finish: {type(error).__name__}: {error}", passed=False)
     return replace(row, seconds=time.monotonic() - began)

@@ -1,7 +1,7 @@
-"""The service's clock jumps back and forth by up to ten minutes, and the attempts' clocks are wrong by as much.
+"""The service's clock jumps by up to ten minutes in both directions; the attempts' clocks are off by as much.
 
-An attempt that reports is never doubted for long, let alone ended; its token works, and so does a link that was given before a jump.
-One that has really gone is noticed all the same, a bounded time after the last jump.
+An attempt that reports must never stay suspected or be ended; its token works, and so does a link that was issued before a jump.
+An attempt that really ended must be noticed within a bounded time after the last jump.
 """
 
 import random
@@ -14,31 +14,31 @@ from service.core.errors import Unauthorized
 from tests.chaos.campaign import Row, Size
 from tests.chaos.core_world import CLOUD, LAPTOP, AttemptBehavior, Deployment, Execution, SimulatedProcess, Simulation, open_simulation
 
-ROUNDS: dict[Size, int] = {"full": 20, "short": 3}  # on each kind of place
+ROUNDS: dict[Size, int] = {"full": 20, "short": 3}  # for each deployment
 MAX_OFFSET_S = 600.0
 REPORT_INTERVAL_S = 15.0
 TRAINING_S = 3600.0  # simulated
-MAX_JUMP_INTERVAL_S = 900.0  # between two jumps; the shortest is as long as it takes to report twice
+MAX_JUMP_INTERVAL_S = 900.0  # between two jumps; the shortest interval covers two reports
 HANG_S = 1e6
-LINK_LIFETIME_S = 900  # how long a link is given for, by default
+LINK_LIFETIME_S = 900  # the default lifetime of a link
 DEPLOYMENTS = (replace(LAPTOP, report_interval_s=REPORT_INTERVAL_S), CLOUD)
 JUMPS_S = (-MAX_OFFSET_S, -MAX_OFFSET_S / 2, MAX_OFFSET_S / 2, MAX_OFFSET_S)
 
 
 @dataclass
 class Counts:
-    """What was found."""
+    """What was counted over all rounds."""
 
     jumps: int = 0
     reports: int = 0
     relaunched: int = 0
     fenced: int = 0
-    cancels: int = 0  # attempts that the compute was told to end
+    cancels: int = 0  # attempts that the launcher was asked to end
     refused_tokens: int = 0
     refused_links: int = 0
     wrong_status: int = 0
-    unnoticed: int = 0  # attempts that had gone, and of which that was not known within the bound
-    noticed_s: dict[str, float] = field(default_factory=dict[str, float])  # after the last jump at most
+    unnoticed: int = 0  # lost attempts that were not noticed within the bound
+    noticed_s: dict[str, float] = field(default_factory=dict[str, float])  # the longest time after the last jump
 
     @property
     def passed(self) -> bool:
@@ -47,7 +47,7 @@ class Counts:
 
 
 def run(size: Size) -> Row:
-    """Rounds in which the attempt is well, then as many in which it goes, on a laptop and in the cloud."""
+    """Run rounds with a healthy attempt, then as many in which it is lost, for the laptop's and the cloud's deployment."""
     count = Counts()
     with ExitStack() as stack:
         for seed, place in enumerate(DEPLOYMENTS):
@@ -69,11 +69,11 @@ def run(size: Size) -> Row:
 
 
 def detection_bound_s(deployment: Deployment, *, silently: bool) -> float:
-    """Until when the end of an attempt is noticed: its last sign may have been noted ten minutes in the future."""
+    """Time after which a lost attempt must be noticed: its last sign may be dated ten minutes in the future."""
     limits, turns_s = deployment.limits, 3 * deployment.interval_s
     to_ask = timedelta() if deployment.polling_is_free and not silently else limits.heartbeat_timeout
     lease = limits.lease + limits.lease_grace if silently else timedelta()
-    both_wrong = 2 * MAX_OFFSET_S if silently else MAX_OFFSET_S  # the last sign, and the doubt that follows it
+    both_wrong = 2 * MAX_OFFSET_S if silently else MAX_OFFSET_S  # the last sign, and the suspicion that follows it
     return (0.0 if deployment.polling_is_free and not silently else both_wrong) + (to_ask + lease).total_seconds() + turns_s
 
 
@@ -94,7 +94,7 @@ class Round:
         simulation.clock_offset = timedelta()
 
     def run_healthy(self) -> None:
-        """It trains for an hour, reports, and ends as if every clock were right."""
+        """Train for an hour and report; the job must end as if every clock were right."""
         world, count = self._simulation, self._count
         cancels, fenced, before = world.compute.cancels, world.fenced, len(world.compute.executions)
         reports = int(TRAINING_S / REPORT_INTERVAL_S)
@@ -106,10 +106,10 @@ class Round:
         count.cancels += world.compute.cancels - cancels
         count.fenced += world.fenced - fenced
         count.wrong_status += world.record(self._job_id).status is not Status.COMPLETED
-        world.timeline.run_until(lambda: False, MAX_JUMP_INTERVAL_S)  # the last jumper goes home
+        world.timeline.run_until(lambda: False, MAX_JUMP_INTERVAL_S)  # let the last scheduled jump happen
 
     def run_lost(self, *, silently: bool) -> None:
-        """It reports for a while and is gone; `silently`: its compute goes on to say that it runs."""
+        """Report for a while and disappear; with `silently`, the launcher keeps saying that the attempt runs."""
         world, count = self._simulation, self._count
         reports = self._chance.randint(4, 120)
         gone_at: list[float] = []
@@ -122,7 +122,7 @@ class Round:
         world.timeline.run_until(lambda: bool(gone_at), TRAINING_S)
         self._over = True
         if not gone_at:
-            count.relaunched += 1  # it was given up before it went
+            count.relaunched += 1  # it was given up while it still ran
             return
         since_s = max(gone_at[0], self._last_jump_s)
         bound = detection_bound_s(world.deployment, silently=silently)
@@ -142,7 +142,7 @@ class Round:
         return first if execution.number == 1 else AttemptBehavior()
 
     def _run_clock_jumps(self) -> SimulatedProcess:
-        """Anywhere within ten minutes of the right time; before each jump a link is given, and after it used."""
+        """Set the clock to anywhere within ten minutes of the right time; issue a link before each jump and use it afterwards."""
         world = self._simulation
         while True:
             yield self._chance.uniform(2 * REPORT_INTERVAL_S, self._chance.choice((60.0, MAX_JUMP_INTERVAL_S)))

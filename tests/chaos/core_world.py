@@ -1,8 +1,8 @@
-"""The core of the service in simulated time: real stores, a fake compute, attempts that come to their ends, and a service that dies.
+"""The core of the service in simulated time: real stores, a fake launcher, simulated attempts and a service that crashes.
 
-Nothing here sleeps. Everybody who waits stands on one timeline; the service's clock is the timeline's plus whatever it is wrong by.
-The ports of the service are tapped: every call takes a little time, others act in the meantime, and before or after any of them
-the process may end as by kill −9. A new one then goes on with the same stores.
+Nobody really sleeps. Everything that waits is scheduled on one timeline; the service's clock is the timeline's plus its error. The ports
+of the service are wrapped: every call takes a little time in which others act, and before or after any call the process may end as with
+`kill -9`. A new one then continues with the same stores.
 """
 
 import heapq
@@ -35,19 +35,19 @@ from storage.registry import open_store
 from tests.factories import START, make_capabilities, make_dataset, make_train_request
 
 TENANT = "local"
-MEMORY_BACKED = Path("/dev/shm")  # a round writes dozens of small files, each waited for until it is on the disk
+MEMORY_BACKED = Path("/dev/shm")  # a round writes and syncs dozens of small files
 RETRY_S = 0.5
 FINISH_TRIES = 20
-CANCEL_DELAY_S = 0.5  # an attempt that hears of a cancel
-KILL_DELAY_S = 10.0  # one that was told by Cloud Run, and does not listen
-WAKE_DELAY_S = 0.05  # as the reconciler does
+CANCEL_DELAY_S = 0.5  # until an attempt that receives a cancel ends
+KILL_DELAY_S = 10.0  # until Cloud Run kills one that ignores SIGTERM
+WAKE_DELAY_S = 0.05  # as in the reconciler
 
 Answer = TypeVar("Answer")
-SimulatedProcess = Generator[float, None, None]  # yields how long it sleeps
+SimulatedProcess = Generator[float, None, None]  # yields how long it sleeps, in seconds
 
 
 class Crash(BaseException):
-    """The service's process ends here, as by kill −9."""
+    """The service's process ends here, as with `kill -9`."""
 
 
 class ServiceDown(Exception):
@@ -58,7 +58,7 @@ class ServiceDown(Exception):
 
 
 class Timeline:
-    """Simulated seconds, and who is to act when."""
+    """Simulated seconds and the actions that are scheduled on them."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -66,28 +66,28 @@ class Timeline:
         self._order = count()
 
     def schedule(self, delay_s: float, action: Callable[[], None]) -> None:
-        """Have somebody act after that."""
+        """Schedule an action after a delay."""
         heapq.heappush(self._due, (self.now_s + delay_s, next(self._order), action))
 
     def start(self, process: SimulatedProcess) -> None:
-        """Run somebody who sleeps between two deeds."""
+        """Run a process that yields how long it sleeps."""
         delay_s = next(process, None)
         if delay_s is not None:
             self.schedule(delay_s, lambda: self.start(process))
 
     def advance(self, seconds: float) -> None:
-        """Time passes; nobody acts before they are let."""
+        """Advance the time without running actions."""
         self.now_s += seconds
 
     def run_next_due(self) -> bool:
-        """Whose time has come acts; False when it is nobody's."""
+        """Run the next due action; False when none is due."""
         if not self._due or self._due[0][0] > self.now_s:
             return False
         heapq.heappop(self._due)[2]()
         return True
 
     def run_until(self, condition: Callable[[], bool], max_s: float) -> bool:
-        """Let time pass until it is true; False when it is not after `most_s`."""
+        """Advance until the condition is true; False when it is not after the limit."""
         end_s = self.now_s + max_s
         while not condition():
             if not self._due or self._due[0][0] > end_s:
@@ -100,35 +100,35 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Deployment:
-    """How a deployment looks after its jobs."""
+    """How a deployment reconciles its jobs."""
 
     name: str
     limits: Limits
     interval_s: float  # between two reconciles
-    polling_is_free: bool  # a laptop: one service, whose reconciler can be woken; else several, and each steps by itself
+    polling_is_free: bool  # a laptop: one service, whose reconciler can be woken; otherwise several independent ones
     report_interval_s: float
-    max_call_s: float  # what a call of a port takes at most
-    max_visibility_delay_s: float  # an execution is found by its name at most so long after it was begun
+    max_call_s: float  # the longest duration of a call of a port
+    max_visibility_delay_s: float  # the longest time until a new execution is found by its name
 
 
 LAPTOP = Deployment("laptop", Limits(), 1.0, polling_is_free=True, report_interval_s=0.5, max_call_s=0.02, max_visibility_delay_s=0.0)
 CLOUD = Deployment("cloud", CLOUD_LIMITS, 60.0, polling_is_free=False, report_interval_s=15.0, max_call_s=0.5, max_visibility_delay_s=20.0)
 
 
-# --- the compute -----------------------------------------------------------------------------------------------------
+# --- the launcher ----------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Execution:
-    """What the compute runs: a process somewhere, if it still is."""
+    """An execution of the launcher: a simulated process, alive or not."""
 
     order: LaunchRequest
     handle: str
     started_at_s: float
     visible_at_s: float
     alive: bool = True
-    has_claim: bool = False  # it was given the claim
-    result_written: bool = False  # its last word is durable
+    has_claim: bool = False  # it got the claim
+    result_written: bool = False  # its result is stored
     stop_requested: bool = False
 
     @property
@@ -141,7 +141,7 @@ class Execution:
 
 
 class FakeLauncher:
-    """A launcher whose executions live on the timeline. Its status calls can be away, and the answer to a launch be lost."""
+    """A launcher whose executions live on the timeline. Its status calls can fail, and the response to a launch can be lost."""
 
     name = "fake"
     profiles = ("fake",)
@@ -152,7 +152,7 @@ class FakeLauncher:
         self.on_launch: Callable[[Execution], None] = lambda _: None
         self.is_unavailable = False
         self.loses_responses = False
-        self.refused_calls = 0  # while it was away
+        self.refused_calls = 0  # during outages
         self.cancels = 0
         self._deployment = deployment
         self._timeline = timeline
@@ -170,10 +170,10 @@ class FakeLauncher:
 
     def find_handle(self, name: str) -> str | None:
         self._check_available()
-        visible = [found for found in self.executions if found.order.name == name and found.visible_at_s <= self._timeline.now_s]
+        visible = [one for one in self.executions if one.order.name == name and one.visible_at_s <= self._timeline.now_s]
         if self.polling_is_free:
-            visible = [found for found in visible if found.alive]  # a process that has ended is in no list
-        return min(visible, key=lambda found: not found.alive).handle if visible else None
+            visible = [execution for execution in visible if execution.alive]  # a local process that ended is not listed
+        return min(visible, key=lambda execution: not execution.alive).handle if visible else None
 
     def check(self, handle: str) -> ExecutionState:
         if self.is_unavailable and self._chance.random() < 0.5:
@@ -202,7 +202,7 @@ class FakeLauncher:
         return None
 
     def end(self, execution: Execution) -> None:
-        """The process is gone."""
+        """End the process."""
         execution.alive = False
 
     def _check_available(self) -> None:
@@ -211,11 +211,11 @@ class FakeLauncher:
             raise Unavailable("the compute does not answer")
 
     def _find_execution(self, handle: str) -> Execution:
-        return next(found for found in self.executions if found.handle == handle)
+        return next(execution for execution in self.executions if execution.handle == handle)
 
 
 class FakeCloudLauncher(FakeLauncher):
-    """One that is asked why an execution ended, and has never seen a reason. When it is away, a part of it may still answer."""
+    """A launcher that can be asked why an execution ended, and has no reasons. During an outage, some calls may still answer."""
 
     def get_exit_reason(self, handle: str) -> None:
         if self._chance.random() < 0.5:
@@ -227,15 +227,15 @@ class FakeCloudLauncher(FakeLauncher):
 
 @dataclass
 class ServiceProcess:
-    """One process of the service: how many calls it has made, and at which it dies."""
+    """One process of the service: how many calls it has made, and at which it crashes."""
 
-    crash_at_call: int | None = None  # at that call of a port, counted from 1
-    crash_on: str = ""  # or at the first call of that name
-    crash_after_call: bool = False  # when the call has been carried out, and nobody hears the answer
+    crash_at_call: int | None = None  # at this call of a port, counted from 1
+    crash_on: str = ""  # or at the first call of this name
+    crash_after_call: bool = False  # after the call took effect, before its response is used
     calls: int = 0
     has_crashed: bool = False
     crash_point: str = ""
-    call_names: list[str] = field(default_factory=list[str])  # calls, by name
+    call_names: list[str] = field(default_factory=list[str])  # names of the calls
     before_call: Callable[[], None] = lambda: None
 
     def call(self, name: str, action: Callable[[], Answer]) -> Answer:
@@ -246,7 +246,7 @@ class ServiceProcess:
         self.call_names.append(name)
         its_last = self.calls == self.crash_at_call or name == self.crash_on
         self.before_call()
-        if self.has_crashed:  # it died over something else in the meantime
+        if self.has_crashed:  # it crashed elsewhere in the meantime
             raise Crash(name)
         if its_last and not self.crash_after_call:
             self._crash(f"before {name}")
@@ -261,7 +261,7 @@ class ServiceProcess:
 
 
 class PortProxy:
-    """A port whose every call goes through the life of a service. The names are the port's own."""
+    """A port whose calls pass through a ServiceProcess. The names are the port's own."""
 
     def __init__(self, name: str, port: object, process: ServiceProcess) -> None:
         for attribute in dir(port):
@@ -269,7 +269,7 @@ class PortProxy:
                 setattr(self, attribute, _wrap_attribute(f"{name}.{attribute}", getattr(port, attribute), process))
 
 
-# Any: whatever the port's method takes and gives.
+# Any: the arguments and results of any port's method.
 def _wrap_attribute(name: str, attribute: Any, process: ServiceProcess) -> Any:
     if not callable(attribute):
         return attribute
@@ -278,20 +278,20 @@ def _wrap_attribute(name: str, attribute: Any, process: ServiceProcess) -> Any:
 
 @dataclass(frozen=True)
 class AttemptBehavior:
-    """What an attempt is going to do."""
+    """What a simulated attempt does."""
 
     start_delay_s: float = 2.0
-    reports: int = 14  # longer than a launch is left alone for: 7 s on a laptop, 210 s in the cloud
+    reports: int = 14  # longer than the grace period of a launch: 7 s on a laptop, 210 s in the cloud
     outcome: str = "completed"
-    dies_before: str = ""  # "claim", "report", "result": it vanishes without a word
-    ignores_cancel: bool = False  # it hears no cancel
-    result_not_received: bool = False  # the service never hears its last word
-    before_result: Callable[[], float] = lambda: 0.0  # called before its last word; how long that takes it then
+    dies_before: str = ""  # "claim", "report" or "result": it disappears before this call
+    ignores_cancel: bool = False  # it does not react to a cancel
+    result_not_received: bool = False  # the service never receives its result
+    before_result: Callable[[], float] = lambda: 0.0  # called before the result; returns how long the result then takes
     clock_offset: timedelta = timedelta()
 
 
 class Simulation:
-    """Everything that outlives the service, the service at work, and what goes on around it."""
+    """Everything that outlives the service, the running service, and its clients and attempts."""
 
     def __init__(self, folder: Path, deployment: Deployment, store: JobStore, seed: int = 0) -> None:
         self.deployment = deployment
@@ -305,13 +305,13 @@ class Simulation:
         self.compute.on_launch = lambda execution: self.timeline.start(self._run_attempt(execution))
         self.tokens = TokenSigner(b"k" * 32, self.clock)
         self.choose_behavior: Callable[[Execution], AttemptBehavior] = lambda _: AttemptBehavior()
-        self.fenced = 0  # attempts that were told that they are over
+        self.fenced = 0  # attempts that were told that they are superseded
         self.reconcile_count = 0
-        self.after_reconcile: Callable[[float], None] = lambda _: None  # told when the turn began
-        self.next_process: Callable[[], ServiceProcess] = ServiceProcess  # how the next process of the service will end
+        self.after_reconcile: Callable[[float], None] = lambda _: None  # gets the time at which the reconcile started
+        self.next_process: Callable[[], ServiceProcess] = ServiceProcess  # makes the next process of the service
         self.crash_points: list[str] = []
         self.interleaves = False
-        self.attempts_cut_off = False  # attempts do not reach the service
+        self.attempts_cut_off = False  # attempts cannot reach the service
         self._suffixes = count(1)
         self._depth = 0
         self._reconciling = False
@@ -319,11 +319,11 @@ class Simulation:
         self.timeline.start(self._reconciler())
 
     def clock(self) -> datetime:
-        """The service's."""
+        """The service's clock."""
         return START + timedelta(seconds=self.timeline.now_s) + self.clock_offset
 
     def call_service(self, operation: Callable[[JobServices], Answer]) -> Answer:
-        """A request to whichever process of the service is there. Raises Away, and what the service answers."""
+        """Call the running process of the service. Raises ServiceDown and the service's errors."""
         if self.jobs is None:
             raise ServiceDown
         try:
@@ -335,7 +335,7 @@ class Simulation:
             raise ServiceDown from error
 
     def call_with_retry(self, operation: Callable[[JobServices], Answer]) -> Answer:
-        """The same, repeated until there is an answer."""
+        """Repeat a call until there is an answer."""
         while True:
             try:
                 return self.call_service(operation)
@@ -343,7 +343,7 @@ class Simulation:
                 self.timeline.run_until(lambda: False, RETRY_S)
 
     def retry_on_timeline(self, operation: Callable[[JobServices], object]) -> SimulatedProcess:
-        """The same for a caller who sleeps on the timeline; a job that has ended otherwise is an answer."""
+        """The same for a caller that sleeps on the timeline; a rejection because the job ended counts as an answer."""
         while True:
             try:
                 self.call_service(operation)
@@ -354,21 +354,21 @@ class Simulation:
                 yield RETRY_S
 
     def submit(self, key: str, **changes: object) -> Job:
-        """As our clients do: under a key, until there is an answer."""
+        """Submit as our client does: with a key, until there is an answer."""
         return self.call_with_retry(lambda jobs: jobs.submission.submit(make_train_request(**changes), TENANT, key))
 
     def record(self, job_id: str) -> Job:
-        """What is written, whoever is alive."""
+        """The stored job, whether or not the service runs."""
         job = self.store.find_job(job_id)
         assert job is not None, f"{job_id} is not there"
         return job
 
     def live_executions(self, job_id: str) -> list[Execution]:
-        """What works at the job."""
+        """The live executions of the job."""
         return [execution for execution in self.compute.executions if execution.alive and execution.job_id == job_id]
 
     def is_settled(self, job_id: str) -> bool:
-        """The job has ended, and nothing works at it."""
+        """Whether the job has ended and nothing runs for it."""
         return self.record(job_id).status.is_final and not self.live_executions(job_id)
 
     # --- the service's processes
@@ -393,7 +393,7 @@ class Simulation:
         )
 
     def _handle_crash(self) -> None:
-        """The process is dead; another is started a moment later, and looks at once."""
+        """Start a new process a moment after the crash; it reconciles at once."""
         if self.jobs is None or not self.process.has_crashed:
             return
         self.jobs = None
@@ -431,7 +431,7 @@ class Simulation:
             self._reconciling = False
 
     def _advance_between_calls(self) -> None:
-        """A call takes time, in which others act: attempts, callers, another process of the service."""
+        """A call takes time in which attempts, callers and other processes of the service act."""
         self.timeline.advance(self.chance.uniform(0, self.deployment.max_call_s))
         if self.interleaves and self._depth < 2 and self.chance.random() < 0.3:
             self._depth += 1
@@ -443,7 +443,7 @@ class Simulation:
     # --- the attempts
 
     def _run_attempt(self, execution: Execution) -> SimulatedProcess:
-        """A process from its start to its end."""
+        """Run an attempt from its start to its end."""
         course = self.choose_behavior(execution)
         yield course.start_delay_s
         try:
@@ -467,7 +467,7 @@ class Simulation:
             yield RETRY_S
 
     def _claim(self, execution: Execution) -> SimulatedProcess:
-        """Own the attempt, however long the service is away. Raises Fenced."""
+        """Claim the attempt, however long the service is unavailable. Raises Fenced."""
         claimant = f"process of {execution.handle}"
         while execution.alive and not execution.stop_requested and not execution.has_claim:
             execution.has_claim = (
@@ -476,7 +476,7 @@ class Simulation:
             yield 0.0 if execution.has_claim else RETRY_S
 
     def _train(self, execution: Execution, behavior: AttemptBehavior) -> Generator[float, None, str]:
-        """Report until the course is run, or somebody wants it to end; what it came to. A service that is away is no reason to wait."""
+        """Report until the training is over or a stop is requested; return which. Training continues while the service is unavailable."""
         seq = 0
         for beat in range(behavior.reports + 1):
             if behavior.dies_before == "report" and beat == behavior.reports:
@@ -495,20 +495,20 @@ class Simulation:
         return behavior.outcome
 
     def _wait_for_next_report(self, execution: Execution, behavior: AttemptBehavior) -> SimulatedProcess:
-        """Until the next report; a signal ends it."""
+        """Sleep until the next report; a signal ends the sleep."""
         until_s = self.timeline.now_s + self.deployment.report_interval_s
         while self.timeline.now_s < until_s and execution.alive and (behavior.ignores_cancel or not execution.stop_requested):
             yield min(CANCEL_DELAY_S, max(0.01, until_s - self.timeline.now_s))
 
     def _call_as_attempt(self, operation: Callable[[JobServices], Answer]) -> Answer | None:
-        """What the service answers to an attempt; None when it does not. Raises Fenced."""
+        """The service's answer to an attempt; None when there is none. Raises Fenced."""
         try:
             return None if self.attempts_cut_off else self.call_service(operation)
         except ServiceDown:
             return None
 
     def _make_batch(self, seq: int, behavior: AttemptBehavior) -> EventBatch:
-        """That it trains, until the service has heard it; from then on a point of its curve. Each with the attempt's own time."""
+        """The phase `training` until the service received it; then a metric. Timestamps come from the attempt's clock."""
         at = START + timedelta(seconds=self.timeline.now_s) + behavior.clock_offset
         event = MetricsLogged(step=seq, values={"loss": 1.0}) if seq else PhaseChanged(phase="training")
         return EventBatch(first_seq=seq, events=[ReportedEvent(at=at, event=event)], phase="training")
@@ -522,13 +522,13 @@ class Simulation:
 
 
 def to_timeline_s(moment: datetime) -> float:
-    """A moment of a service whose clock is right, on the timeline."""
+    """Convert a time of a correct clock to timeline seconds."""
     return (moment - START).total_seconds()
 
 
 @contextmanager
 def in_memory_folder(prefix: str) -> Iterator[Path]:
-    """A temporary folder, in memory where the machine has such a place: what is tried here is the order of writes, not the disk."""
+    """A temporary folder, in memory where the machine has such a file system: the order of writes is tested, not the disk."""
     where = MEMORY_BACKED if MEMORY_BACKED.is_dir() else None
     with TemporaryDirectory(prefix=prefix, dir=where) as folder:
         yield Path(folder)
@@ -536,7 +536,7 @@ def in_memory_folder(prefix: str) -> Iterator[Path]:
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """The service says what it gets over, which is everything that is done to it here."""
+    """Silence the service's warnings: every one of them is caused on purpose."""
     log = logging.getLogger("service")
     level = log.level
     log.setLevel(logging.CRITICAL)
@@ -548,7 +548,7 @@ def without_warnings() -> Iterator[None]:
 
 @contextmanager
 def open_simulation(deployment: Deployment, store: str, seed: int = 0) -> Iterator[Simulation]:
-    """A world of its own. `store`: "SQLite" or "memory"."""
+    """Open a Simulation. `store`: "SQLite" or "memory"."""
     with in_memory_folder("chaos-core-") as folder, without_warnings():
         kept = cast(JobStore, SqliteJobStore(folder / "tunesmith.db") if store == "SQLite" else MemoryJobStore())
         kept.create_dataset(make_dataset())

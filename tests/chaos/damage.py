@@ -9,7 +9,7 @@ DAMAGES: tuple[Damage, ...] = ("truncated", "bit flipped", "emptied", "file dele
 
 
 def damage(folder: Path, seed: int, names: tuple[str, ...]) -> tuple[Damage, str]:
-    """Spoil one file of a checkpoint, and only one; says how and which."""
+    """Damage exactly one file of a checkpoint; return how and which."""
     chance = random.Random(seed)
     kind, name = DAMAGES[seed % len(DAMAGES)], chance.choice(names)
     path = folder / name

@@ -1,8 +1,8 @@
-"""A disk that is full, a folder that cannot be written, a database that somebody else holds: while clients submit jobs.
+"""The disk is full, a folder is read-only, or another program locks the database, while clients submit jobs.
 
-The service works in a small file system of its own, in a mount namespace (`unshare`), so that the disk is really full and the folder
-really read-only, for root as well. Where namespaces are forbidden, the folder is a file in the way, the disk a limit on the size of
-files (RLIMIT_FSIZE), and the row says so.
+The service works in a file system of its own, in a mount namespace (`unshare`), so that the disk is really full and the folder is
+read-only even for root. Where namespaces are forbidden, a file in place of the folder and a limit on file sizes (RLIMIT_FSIZE)
+replace them, and the row says so.
 """
 
 import argparse
@@ -30,51 +30,51 @@ from tests.chaos.campaign import CampaignError, Row, Size
 from tests.chaos.service import SOURCE, Service, find_corruption, make_light_trainer, make_train_request, service
 
 CLIENTS = 8
-PAUSE_S = 0.5  # of each client between two rounds: what is acknowledged is worked off afterwards
+PAUSE_S = 0.5  # between two rounds of a client: every accepted job runs afterwards
 DISK_BYTES = 64 << 20
 DURATIONS_S: dict[Size, tuple[float, float]] = {"full": (10.0, 30.0), "short": (2.0, 5.0)}  # disk and folder; database
 MAX_RESPONSE_S = 5.0
 MAX_RECOVERY_S = 60.0
-NAMESPACE_COMMANDS = ("unshare", "-Urm"), ("unshare", "-m")  # the second for root where a user has no namespaces
+NAMESPACE_COMMANDS = ("unshare", "-Urm"), ("unshare", "-m")  # the second works for root where user namespaces are off
 OK = range(200, 300)
 
 
 def run(size: Size) -> Row:
-    """The three faults, one after the other, in one service."""
+    """Inject the three faults one after the other into one service."""
     sealed = next((command for command in NAMESPACE_COMMANDS if _can_mount(command)), ())
     with tempfile.TemporaryDirectory(prefix="chaos-disk-") as folder:
         inside = [sys.executable, "-m", "tests.chaos.full_disk", folder, "--size", size, *(["--can-mount"] if sealed else [])]
         done = subprocess.run([*sealed, *inside], cwd=SOURCE, env=os.environ | {"PYTHONPATH": str(SOURCE)}, capture_output=True, text=True)
     if done.returncode != 0:
         raise CampaignError(done.stderr.strip().rpartition("\n")[2])
-    found = [FaultOutcome(**told) for told in json.loads(done.stdout.splitlines()[-1])]
+    outcomes = [FaultOutcome(**fields) for fields in json.loads(done.stdout.splitlines()[-1])]
     disk_s, database_s = DURATIONS_S[size]
     where = "a full tmpfs and a read-only mount" if sealed else "RLIMIT_FSIZE and a file in the folder's place: no namespaces here"
     return Row(
         fault="disk full, folder read-only, database busy",
         injected=f"for {disk_s:.0f}, {disk_s:.0f} and {database_s:.0f} s under {CLIENTS} clients ({where})",
         expected=f"nothing corrupt, 503/507 typed within {MAX_RESPONSE_S:.0f} s, recovers alone",
-        observed="; ".join(map(str, found)),
-        passed=all(one.passed for one in found),
+        observed="; ".join(map(str, outcomes)),
+        passed=all(outcome.passed for outcome in outcomes),
     )
 
 
 @dataclass
 class FaultOutcome:
-    """What became of one fault."""
+    """The result of one fault."""
 
     fault: str
     status_counts: dict[str, int] = field(default_factory=dict[str, int])  # by status
-    bad_responses: list[str] = field(default_factory=list[str])  # answers that are not what they should be
+    bad_responses: list[str] = field(default_factory=list[str])  # unexpected responses
     slowest_s: float = 0.0
-    lost: int = 0  # jobs that were acknowledged, and are not there
-    unfinished: int = 0  # jobs that were acknowledged, and did not complete after the fault was over
+    lost: int = 0  # acknowledged jobs that are missing
+    unfinished: int = 0  # acknowledged jobs that did not complete after the fault
     corrupt: str = ""
     recovered_s: float | None = None
 
     @property
     def passed(self) -> bool:
-        refused = any(int(status) in (503, 507) for status in self.status_counts)  # else nothing was broken
+        refused = any(int(status) in (503, 507) for status in self.status_counts)  # otherwise the fault had no effect
         return (self.bad_responses, self.lost, self.unfinished, self.corrupt) == ([], 0, 0, "") and self.recovered_s is not None and refused
 
     def __str__(self) -> str:
@@ -90,7 +90,7 @@ class FaultOutcome:
 
 
 def main() -> int:
-    """Inside the namespace, where mounts are ours: break, count, print what was found as JSON."""
+    """Inside the namespace, where we may mount: inject, count and print the outcomes as JSON."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.full_disk")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", choices=("full", "short"), required=True)
@@ -107,8 +107,8 @@ def main() -> int:
         no_room = _fill_disk(home) if chosen.can_mount else _limit_file_size(running)
         faults = {"disk full": (no_room, disk_s), "objects read-only": (_make_read_only(home / "objects", chosen.can_mount), disk_s)}
         faults["database busy"] = (_lock_database(home / "tunesmith.db"), database_s)
-        found = [_run_fault(running, dataset_id, name, fault, lasts_s) for name, (fault, lasts_s) in faults.items()]
-    print(json.dumps([asdict(one) for one in found]))
+        outcomes = [_run_fault(running, dataset_id, name, fault, lasts_s) for name, (fault, lasts_s) in faults.items()]
+    print(json.dumps([asdict(outcome) for outcome in outcomes]))
     return 0
 
 
@@ -117,7 +117,7 @@ def main() -> int:
 
 @contextmanager
 def _fill_disk(home: Path) -> Iterator[None]:
-    """Not a byte is left, whoever frees one."""
+    """Fill the disk to the last byte, and keep it full when something is deleted."""
     filler = home / "filler"
     over = threading.Event()
 
@@ -142,7 +142,7 @@ def _fill_disk(home: Path) -> Iterator[None]:
 
 @contextmanager
 def _limit_file_size(running: Service) -> Iterator[None]:
-    """No file of the service's can grow beyond a few bytes."""
+    """Limit every file of the service to a few bytes."""
     assert running.process is not None
     before = resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, (16, before[1]))
@@ -173,7 +173,7 @@ def _make_read_only(folder: Path, can_mount: bool) -> Iterator[None]:
 
 @contextmanager
 def _lock_database(database: Path) -> Iterator[None]:
-    """Another program writes, and takes its time."""
+    """Hold a write lock on the database, as another program would."""
     with sqlite3.connect(database, isolation_level=None) as other:
         other.execute("BEGIN IMMEDIATE")
         try:
@@ -188,7 +188,7 @@ def _mount(*arguments: str) -> None:
 
 
 def _can_mount(command: tuple[str, ...]) -> bool:
-    """Whether this machine lets us have a namespace in which we may mount."""
+    """Whether this machine allows a namespace with mounts of its own."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             return subprocess.run([*command, "mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True).returncode == 0
@@ -196,56 +196,58 @@ def _can_mount(command: tuple[str, ...]) -> bool:
             return False
 
 
-# --- what becomes of it ----------------------------------------------------------------------------------------------
+# --- outcome ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TimedResponse:
-    """An answer, and how long it took."""
+    """A response and its duration."""
 
     request: str
     status: int
     duration_s: float
     headers: httpx2.Headers
-    body: Any  # JSON of whatever shape came
+    body: Any  # any JSON
 
 
 def _run_fault(running: Service, dataset_id: str, name: str, fault: Any, duration_s: float) -> FaultOutcome:
-    """Clients submit, read and upload for as long as it lasts; then for long enough to recover."""
-    found = FaultOutcome(name)
+    """Let clients submit, read and upload during the fault and afterwards until the service has recovered."""
+    outcome = FaultOutcome(name)
     with fault:
         until = time.monotonic() + duration_s
         with ThreadPoolExecutor(CLIENTS) as pool:
             works = [partial(_run_client, running, dataset_id, f"{name}-{number}", until) for number in range(CLIENTS)]
-            told = [answer for work in [pool.submit(work) for work in works] for answer in work.result()]
-    found.bad_responses = [why for answer in told if (why := _find_fault(answer))]
-    for answer in told:
-        found.status_counts[str(answer.status)] = found.status_counts.get(str(answer.status), 0) + 1
-    found.slowest_s = max(answer.duration_s for answer in told)
-    found.recovered_s = _measure_recovery_s(running, dataset_id, name)
-    acknowledged = {answer.body["job_id"] for answer in told if answer.request == "POST /train" and answer.status in OK}
-    found.lost, found.unfinished = _count_lost_and_unfinished(running, acknowledged)
-    found.corrupt = find_corruption(running.home / "tunesmith.db")
-    return found
+            responses = [answer for work in [pool.submit(work) for work in works] for answer in work.result()]
+    outcome.bad_responses = [fault for answer in responses if (fault := _find_fault(answer))]
+    for answer in responses:
+        outcome.status_counts[str(answer.status)] = outcome.status_counts.get(str(answer.status), 0) + 1
+    outcome.slowest_s = max(answer.duration_s for answer in responses)
+    outcome.recovered_s = _measure_recovery_s(running, dataset_id, name)
+    acknowledged = {answer.body["job_id"] for answer in responses if answer.request == "POST /train" and answer.status in OK}
+    outcome.lost, outcome.unfinished = _count_lost_and_unfinished(running, acknowledged)
+    outcome.corrupt = find_corruption(running.home / "tunesmith.db")
+    return outcome
 
 
 def _run_client(running: Service, dataset_id: str, name: str, deadline: float) -> list[TimedResponse]:
-    """One after the other: a job, an upload, a look."""
-    told: list[TimedResponse] = []
+    """Repeat: submit a job, upload a dataset, list jobs."""
+    responses: list[TimedResponse] = []
     number = 0
     with httpx2.Client(base_url=running.url, timeout=60) as http:
         while time.monotonic() < deadline:
             number += 1
             key = {"Idempotency-Key": f"{name}-{number}".replace(" ", "-")}
-            told.append(_request(http, "POST", "/train", json=make_train_request(dataset_id, job_name=f"{name} {number}"), headers=key))
-            told.append(_request(http, "POST", "/datasets", files={"file": ("rows.jsonl", _rows(name, number))}))
-            told.append(_request(http, "GET", "/jobs"))
+            responses.append(
+                _request(http, "POST", "/train", json=make_train_request(dataset_id, job_name=f"{name} {number}"), headers=key)
+            )
+            responses.append(_request(http, "POST", "/datasets", files={"file": ("rows.jsonl", _rows(name, number))}))
+            responses.append(_request(http, "GET", "/jobs"))
             time.sleep(PAUSE_S)
-    return told
+    return responses
 
 
 def _rows(name: str, number: int) -> str:
-    """Some 100 kB that nobody has uploaded before."""
+    """Some 100 kB of rows that were never uploaded before."""
     return (
         json.dumps({"messages": [{"role": "user", "content": f"{name} {number}"}, {"role": "assistant", "content": "x" * 100_000}]}) + "\n"
     )
@@ -262,7 +264,7 @@ def _request(http: httpx2.Client, method: str, path: str, **options: Any) -> Tim
 
 
 def _find_fault(answer: TimedResponse) -> str:
-    """What is wrong with an answer; nothing with a success, and with a refusal that is typed, in time, and says when to come again."""
+    """Describe what is wrong with a response; empty for a success and for a typed, timely rejection with Retry-After."""
     where = f"{answer.request} {answer.status}"
     if answer.duration_s > MAX_RESPONSE_S:
         return f"{where} after {answer.duration_s:.1f} s"
@@ -277,7 +279,7 @@ def _find_fault(answer: TimedResponse) -> str:
 
 
 def _measure_recovery_s(running: Service, dataset_id: str, name: str) -> float | None:
-    """Seconds until everything works again, with nobody's help."""
+    """Seconds until every request works again without intervention."""
     began = time.monotonic()
     with httpx2.Client(base_url=running.url, timeout=60) as http:
         while time.monotonic() - began < MAX_RECOVERY_S:
@@ -293,7 +295,7 @@ def _measure_recovery_s(running: Service, dataset_id: str, name: str) -> float |
 
 
 def _count_lost_and_unfinished(running: Service, acknowledged: set[str]) -> tuple[int, int]:
-    """How many of these jobs are not there, and how many do not complete."""
+    """Count the jobs that are missing and those that do not complete."""
     deadline = time.monotonic() + MAX_RECOVERY_S
     while True:
         status = {job["job_id"]: job["status"] for job in running.jobs()}

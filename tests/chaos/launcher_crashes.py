@@ -1,7 +1,7 @@
-"""The service dies before or after any call it makes while a job is launched, looked after and ended, and again while it recovers.
+"""The service crashes before or after any call that it makes while it launches, reconciles and ends a job, and again while it recovers.
 
-Every boundary between two calls of a port (job store, object store, secrets, compute) is one: the record may be written and the
-attempt not sent, or sent and its handle not noted. What works on the compute is held against the record after every reconcile.
+Every boundary between two calls of a port (job store, object store, secrets, launcher) is covered: for example, the record is written
+but the launch is not sent, or the launch is sent but its handle is not stored. After every reconcile, executions are compared with records.
 """
 
 import random
@@ -29,11 +29,11 @@ from tests.chaos.core_world import (
 from tests.factories import make_attempt
 
 ROUNDS: dict[Size, int] = {"full": 500, "short": 40}
-MAX_ROUND_S = 3600.0  # simulated; a round takes some minutes
-MAX_EXECUTIONS = 10  # a job that has had more will never end
-MAX_EXTRA_CRASHES = 3  # at most, at random, while what the first one left is mended
+MAX_ROUND_S = 3600.0  # simulated; a round takes a few minutes
+MAX_EXECUTIONS = 10  # a job with more of them will never end
+MAX_EXTRA_CRASHES = 3  # at random, during the recovery from the first
 MAX_UNKNOWN_RECONCILES = 2
-# The calls by which a launch, and what may have to be mended of it, goes on.
+# The calls of a launch and of its recovery.
 CRASH_CALLS = (
     *("store.replace_job", "configs.write", "launcher.launch", "launcher.find_handle", "launcher.check", "launcher.cancel"),
     *("configs.read", "models.iter_objects", "launcher.get_exit_reason", "secrets.destroy"),
@@ -43,12 +43,12 @@ NO_CHANGES = ResumeRequest.model_validate({})
 
 @dataclass(frozen=True)
 class Scenario:
-    """What happens in a round beside the crashes."""
+    """What happens in a round besides the crashes."""
 
     name: str
-    behaviors: tuple[AttemptBehavior, ...] = (AttemptBehavior(),)  # of the attempts, in order; the last one for all that follow
-    loses_responses: bool = False  # launches are carried out, and their answers lost
-    request: str = ""  # what a caller asks for after a while
+    behaviors: tuple[AttemptBehavior, ...] = (AttemptBehavior(),)  # of the attempts, in order; the last one repeats
+    loses_responses: bool = False  # launches succeed and their responses are lost
+    request: str = ""  # a request that a client sends after a while
     expected_statuses: frozenset[Status] = frozenset({Status.COMPLETED})
 
 
@@ -57,7 +57,7 @@ SCENARIOS = (
     Scenario("its answer lost", loses_responses=True),
     Scenario("an attempt that dies", (AttemptBehavior(dies_before="report"), AttemptBehavior())),
     Scenario("one that dies before its claim", (AttemptBehavior(dies_before="claim"), AttemptBehavior())),
-    Scenario("one whose last word is not heard", (AttemptBehavior(result_not_received=True),)),
+    Scenario("result is not received", (AttemptBehavior(result_not_received=True),)),
     Scenario("one quicker than the answer to its launch", (AttemptBehavior(start_delay_s=0.0, reports=0),)),
     Scenario("one that starts late", (AttemptBehavior(start_delay_s=150.0),)),
     Scenario("one that starts late, the answer lost", (AttemptBehavior(start_delay_s=150.0),), loses_responses=True),
@@ -76,7 +76,7 @@ SCENARIOS = (
 
 @dataclass(frozen=True)
 class CrashPoint:
-    """Where the first crash of a round is: at which call of the process that takes the job in, and on which side of it."""
+    """The first crash of a round: at which call of the process that accepts the job, and before or after it."""
 
     call: int
     after: bool
@@ -84,14 +84,14 @@ class CrashPoint:
 
 @dataclass
 class Counts:
-    """What was found over all rounds."""
+    """What was counted over all rounds."""
 
     crashes: Counter[str] = field(default_factory=Counter[str])
-    concurrent_executions: int = 0  # jobs with two executions alive at once
-    double_claims: int = 0  # attempts that two processes were given
-    lost: int = 0  # jobs that did not end, or otherwise than they should
+    concurrent_executions: int = 0  # jobs with two live executions
+    double_claims: int = 0  # attempts that two processes claimed
+    lost: int = 0  # jobs that did not end, or ended in the wrong status
     orphans: int = 0  # executions alive after the end
-    max_unknown_reconciles: int = 0  # reconciles at whose end an execution was not known that could have been found, the most of all
+    max_unknown_reconciles: int = 0  # the most consecutive reconciles that missed a visible execution
     oldest_orphan_s: dict[str, float] = field(default_factory=dict[str, float])
     executions: int = 0
 
@@ -102,17 +102,17 @@ class Counts:
 
 
 def run(size: Size) -> Row:
-    """The rounds, in turn on a laptop and in the cloud, on SQLite and in memory."""
+    """Run the rounds alternately as laptop and cloud, on SQLite and in memory."""
     count = Counts()
     kinds = list(product((LAPTOP, CLOUD), ("SQLite", "memory")))
     with ExitStack() as stack:
         worlds = [stack.enter_context(open_simulation(place, store, seed)) for seed, (place, store) in enumerate(kinds)]
-        for number, (world, story, aim) in enumerate(_plan_rounds(worlds, ROUNDS[size])):
-            Round(world, story, aim, number, count).run()
+        for number, (world, scenario, crash_point) in enumerate(_plan_rounds(worlds, ROUNDS[size])):
+            Round(world, scenario, crash_point, number, count).run()
     oldest = ", ".join(f"{age_s:.0f} s ({name})" for name, age_s in sorted(count.oldest_orphan_s.items()))
     return Row(
         fault="launcher crash between its steps",
-        injected=f"{ROUNDS[size]} rounds of {len(SCENARIOS)} stories with {count.crashes.total():,} crashes, "
+        injected=f"{ROUNDS[size]} rounds of {len(SCENARIOS)} scenarios with {count.crashes.total():,} crashes, "
         f"on {len(count.crashes)} sides of {len({side.partition(' ')[2] for side in count.crashes})} calls of the stores and the compute",
         expected="one live attempt per job, no orphan older than two reconciles",
         observed=f"{count.concurrent_executions} jobs with two live attempts, {count.double_claims} with two owners, {count.lost} jobs "
@@ -123,26 +123,26 @@ def run(size: Size) -> Row:
 
 
 def _plan_rounds(worlds: list[Simulation], rounds: int) -> Iterator[tuple[Simulation, Scenario, CrashPoint]]:
-    """Every story as often as the others; the first crash in turn on every side of every kind of call that the story makes."""
+    """Every scenario equally often; the first crash cycles through both sides of every call that the scenario makes."""
     chance = random.Random(1)
-    calls = {(story.name, id(world)): _record_calls(world, story) for story in SCENARIOS for world in worlds}
+    calls = {(scenario.name, id(world)): _record_calls(world, scenario) for scenario in SCENARIOS for world in worlds}
     for visit, index in (divmod(number, len(SCENARIOS)) for number in range(rounds)):
-        story, world = SCENARIOS[index], worlds[(visit + index) % len(worlds)]
-        made = calls[story.name, id(world)]
+        scenario, world = SCENARIOS[index], worlds[(visit + index) % len(worlds)]
+        made = calls[scenario.name, id(world)]
         kinds = list(product(sorted(set(made)), (False, True)))
         kind, after = kinds[(visit // len(worlds) + visit * len(worlds)) % len(kinds)]
         place = chance.choice([place for place, name in enumerate(made, start=1) if name == kind])
-        yield world, story, CrashPoint(place, after)
+        yield world, scenario, CrashPoint(place, after)
 
 
 def _record_calls(simulation: Simulation, scenario: Scenario) -> list[str]:
-    """The calls that the story makes when nothing crashes, by name."""
+    """The names of the calls that the scenario makes without a crash."""
     Round(simulation, scenario, CrashPoint(call=0, after=False), -1, Counts(), crashes=0).run()
     return list(simulation.process.call_names)
 
 
 class Round:
-    """One job's life, and what is counted in it."""
+    """One job and its counts."""
 
     def __init__(
         self,
@@ -175,14 +175,14 @@ class Round:
         simulation.process.call_names.clear()
 
     def run(self) -> None:
-        """Submit, let things happen, and count."""
+        """Submit the job, run the scenario and count."""
         world = self._simulation
         before = len(world.compute.executions)
         self._job_id = world.submit(self._key, hf_token="hf_x").job_id
         if self._scenario.request:
             world.timeline.start(self._send_requests())
         world.timeline.run_until(lambda: self._is_over(before), MAX_ROUND_S)
-        world.timeline.run_until(lambda: False, 2 * world.deployment.interval_s)  # nothing begins again
+        world.timeline.run_until(lambda: False, 2 * world.deployment.interval_s)  # nothing may start again
         self._update_counts(world.compute.executions[before:])
 
     def _is_over(self, before: int) -> bool:
@@ -190,16 +190,16 @@ class Round:
         return (self._request_answered and world.is_settled(self._job_id)) or len(world.compute.executions) > before + MAX_EXECUTIONS
 
     def _choose_behavior(self, execution: Execution) -> AttemptBehavior:
-        """Asked when an execution begins."""
+        """Called when an execution starts."""
         at_work = [
             other for other in self._simulation.live_executions(execution.job_id) if not other.result_written
-        ]  # with its last word it ends by itself
+        ]  # it ends by itself after its result
         self._had_concurrent_executions |= len(at_work) > 1
         courses = self._scenario.behaviors
         return courses[min(execution.number, len(courses)) - 1]
 
     def _next_process(self) -> ServiceProcess:
-        """The next process of the service dies as well, for a while."""
+        """Make the next process of the service crash as well, at most a few times."""
         if self._crashes_left == 0:
             return ServiceProcess()
         self._crashes_left -= 1
@@ -209,7 +209,7 @@ class Round:
         return ServiceProcess(crash_on=self._chance.choice(CRASH_CALLS), crash_after_call=after)
 
     def _send_requests(self) -> SimulatedProcess:
-        """Asks after a while, until there is an answer; a pause is followed by a resume."""
+        """Send the request after a while and repeat it until there is an answer; resume after a pause."""
         yield self._chance.choice(
             (0.05, self._chance.uniform(0, 2), self._chance.uniform(0, 4 * self._simulation.deployment.report_interval_s))
         )
@@ -227,7 +227,7 @@ class Round:
         self._request_answered = True
 
     def _check_executions(self, started_at_s: float) -> None:
-        """After a reconcile: what works although the record does not know of it, or has done with it?"""
+        """After a reconcile, find executions that the record does not know or that belong to finished attempts."""
         job = self._simulation.store.find_job(self._job_id)
         if job is None:
             return

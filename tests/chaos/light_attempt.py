@@ -1,4 +1,4 @@
-"""An attempt that trains nothing and costs 50 ms: it claims, says that it trains, writes its result and tells it. Standard library only."""
+"""An attempt without training that costs 50 ms: it claims, reports a phase and delivers its result. Standard library only."""
 
 import http.client
 import json
@@ -12,12 +12,12 @@ from urllib.parse import urlsplit
 
 from tests.chaos.request_log import append_entry
 
-SERVICE_TIMEOUT_S = 60.0  # the service is killed all the time
+SERVICE_TIMEOUT_S = 60.0  # the campaign keeps killing the service
 PAUSE_S = 0.1
 
 
 def run_attempt(name: str) -> int:
-    """The whole attempt; returns its exit code."""
+    """Run the whole attempt; return its exit code."""
     append_entry(name, "started")
     claimant = f"light-{os.getpid()}"
     if _post_with_retry("claim", {"claimant": claimant}) != HTTPStatus.OK:
@@ -33,7 +33,7 @@ def run_attempt(name: str) -> int:
 
 
 def _post_with_retry(verb: str, body: dict[str, Any]) -> int:
-    """The status of the service's answer, waiting for one."""
+    """Send until the service answers; return the status."""
     until = time.monotonic() + SERVICE_TIMEOUT_S
     while True:
         status = _post(verb, body)
@@ -43,7 +43,7 @@ def _post_with_retry(verb: str, body: dict[str, Any]) -> int:
 
 
 def _post(verb: str, body: dict[str, Any]) -> int | None:
-    """None: the service is away."""
+    """Return the status, or None while the service is unavailable."""
     where = urlsplit(os.environ["SERVICE_URL"])
     connection = http.client.HTTPConnection(str(where.hostname), where.port, timeout=10)
     headers = {"Authorization": f"Bearer {os.environ['JOB_TOKEN']}", "Content-Type": "application/json"}
@@ -59,7 +59,7 @@ def _post(verb: str, body: dict[str, Any]) -> int | None:
 
 
 def _write_result(result: dict[str, Any]) -> None:
-    """Into the folder that is the object store, whole or not at all."""
+    """Write the result atomically into the folder of the object store."""
     path = Path(urlsplit(os.environ["JOB_SPEC_STORE_URL"]).path, "results", result["job_id"], f"{result['attempt']}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{os.getpid()}.part")

@@ -1,8 +1,8 @@
-"""`python -m tests.chaos.memory_cases FOLDER full|short`, in the trainer's environment: memory runs out, in every way of the row.
+"""`python -m tests.chaos.memory_cases FOLDER full|short`, in the trainer's environment: simulate running out of memory.
 
-The real trainer trains a tiny Gemma. torch's own look-up of embeddings, through which every forward pass goes, refuses batches of more
-rows than fit, from step k on, in training or in measuring; it says what a GPU without memory says. All weights are trained, for that is
-done in fp32: in bf16 the order in which a batch is summed up shows in the third digit. Prints a line of JSON.
+The real trainer trains a tiny Gemma. torch's embedding lookup, which every forward pass uses, raises a GPU's out-of-memory error for
+batches larger than a limit, from step k on, in training or in evaluation. All weights are trained in fp32: in bf16 the order of a sum
+shows in the third digit. Prints a line of JSON.
 """
 
 import json
@@ -34,7 +34,7 @@ HYPERPARAMETERS = {"max_steps": -1, "epochs": 2, "learning_rate": 1e-4, "save_st
 
 @dataclass
 class StepRecorder(EventRecorder):
-    """A voice that knows in which step the training is."""
+    """An event sink that knows the current step."""
 
     step: int = 0
 
@@ -43,7 +43,7 @@ class StepRecorder(EventRecorder):
 
 
 def main() -> None:
-    """A reference with enough memory, then every case."""
+    """Train a reference with enough memory, then every case."""
     folder, size = Path(sys.argv[1]), sys.argv[2]
     build_tiny_gemma(folder / "objects/pretrained_weights/huggingface" / BASE)
     reference = _train(folder, MemoryCase("training", 0, BATCH_SIZE))
@@ -51,10 +51,10 @@ def main() -> None:
 
 
 def _train(folder: Path, case: MemoryCase) -> dict[str, Any]:
-    """What one training came to: losses by step, batches it went down to, and the failure it ended in."""
-    knobs = HYPERPARAMETERS | {"batch_size": BATCH_SIZE, "gradient_accumulation_steps": 1}
-    held_out = messages(BATCH_SIZE, first=100)  # as many as are measured at once
-    spec = make_spec(folder / "objects", method="Full", hyperparameters=knobs, held_out=held_out)
+    """Train once; return losses by step, the batch sizes it used and the failure."""
+    hyperparameters = HYPERPARAMETERS | {"batch_size": BATCH_SIZE, "gradient_accumulation_steps": 1}
+    held_out = messages(BATCH_SIZE, first=100)  # one evaluation batch
+    spec = make_spec(folder / "objects", method="Full", hyperparameters=hyperparameters, held_out=held_out)
     heard, failure = StepRecorder(), None
     context = make_context(spec, folder / spec.job_id, heard)
     with _limit_memory(case, heard) as failures:
@@ -78,7 +78,7 @@ def _train(folder: Path, case: MemoryCase) -> dict[str, Any]:
 
 @contextmanager
 def _limit_memory(case: MemoryCase, recorder: StepRecorder) -> Iterator[list[int]]:
-    """Yields the list of the batches that were refused."""
+    """Yield the list of the rejected batch sizes."""
     import torch
 
     embedding, refused = torch.nn.functional.embedding, list[int]()

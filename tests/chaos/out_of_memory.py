@@ -1,6 +1,6 @@
-"""Memory runs out in step k, once to four times, in training and in measuring, and once so that nothing fits at all.
+"""Memory runs out in step k, one to four times, in training and in evaluation, and once so that nothing fits.
 
-The cases run in the trainer's environment (tests/chaos/memory_cases.py) with the real trainer on a tiny Gemma; here they are judged.
+The cases run in the trainer's environment (tests/chaos/memory_cases.py) with the real trainer on a tiny Gemma and are evaluated here.
 """
 
 import json
@@ -22,7 +22,7 @@ TRAINER_PYTHON = SOURCE / ".venvs/llm/bin/python"
 
 @dataclass(frozen=True)
 class MemoryCase:
-    """Where memory is short, from which step on, and how many rows fit; 0: not even one."""
+    """Where memory runs out, from which step on, and how many rows fit; 0: not even one."""
 
     where: Literal["training", "evaluation"]
     step: int
@@ -30,18 +30,18 @@ class MemoryCase:
 
 
 def run(size: Size) -> Row:
-    """Every case beside the training that had enough."""
+    """Compare every case with the training that had enough memory."""
     with tempfile.TemporaryDirectory(prefix="chaos-memory-") as folder:
-        told = _run_trainer(Path(folder), size)
-    cases: list[Json] = told["cases"]
-    healed = [case for case in cases if case["rows_that_fit"] > 0]
-    training = [case for case in healed if case["where"] == "training"]
-    difference = max(_difference(case, told["reference"]) for case in healed)
+        outcome = _run_trainer(Path(folder), size)
+    cases: list[Json] = outcome["cases"]
+    recovered = [case for case in cases if case["rows_that_fit"] > 0]
+    training = [case for case in recovered if case["where"] == "training"]
+    difference = max(_difference(case, outcome["reference"]) for case in recovered)
     wrong = [why for case in cases if (why := _find_fault(case))]
     return Row(
         fault="out of memory",
-        injected=f"{len(training)} times in training at step k, {len(healed) - len(training)} in evaluation, 1 to 4 times running; "
-        f"{len(cases) - len(healed)} where nothing fits",
+        injected=f"{len(training)} times in training at step k, {len(recovered) - len(training)} in evaluation, 1 to 4 times running; "
+        f"{len(cases) - len(recovered)} where nothing fits",
         expected=f"effective batch constant, loss within {LOSS_TOLERANCE:g}, at most {MAX_RETRIES} retries, then a typed error",
         observed=f"{_summarize(cases)}, losses within {difference:.1g}" + (f"; WRONG: {wrong[0]}" if wrong else ""),
         passed=not wrong and difference <= LOSS_TOLERANCE,
@@ -58,7 +58,7 @@ def _run_trainer(folder: Path, size: Size) -> Json:
 
 
 def _find_fault(case: Json) -> str:
-    """What is wrong with how a case ended; nothing when all is well."""
+    """Describe what is wrong with a case; empty if it is correct."""
     name = f"{case['where']} at step {case['step']} with room for {case['rows_that_fit']}"
     halvings = [size for size in (8, 4, 2, 1) if size >= case["rows_that_fit"]] if case["where"] == "training" else []
     if case["failures"] == 0:
@@ -74,7 +74,7 @@ def _find_fault(case: Json) -> str:
 
 
 def _difference(case: Json, reference: Json) -> float:
-    """The largest distance of a loss, also that on the held-out rows; infinite when a step is missing."""
+    """The largest difference of a loss, including the evaluation's; infinite when a step is missing."""
     if case["losses"].keys() != reference["losses"].keys() or case["eval_loss"] is None:
         return math.inf
     steps = [abs(case["losses"][step] - loss) for step, loss in reference["losses"].items()]

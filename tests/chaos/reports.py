@@ -1,7 +1,7 @@
-"""Claims, reports, last words and wishes in any order, twice and too late, against a model that knows nothing of the service's code.
+"""Claims, reports, results and control requests in any order, repeated and too late, compared with a model independent of the service.
 
-Hypothesis makes the sequences. After every deed the record, the attempts and the stored events must be what the model says; where the
-model says that a deed is refused, the service must refuse it. `completed` is the end; out of `failed` and `cancelled` leads a retry alone.
+Hypothesis generates the sequences. After every step the record, the attempts and the stored events must equal the model; where the model
+says that a step is rejected, the service must reject it. `completed` is final; only a retry leaves `failed` and `cancelled`.
 """
 
 import os
@@ -35,17 +35,17 @@ from tests.factories import START, FakeClock, make_capabilities, make_dataset, m
 
 SEQUENCES: dict[Size, tuple[int, int]] = {"full": (10_000, 300), "short": (150, 15)}  # on SQLite, on Firestore
 STEPS_PER_SEQUENCE = 15  # in a sequence
-MAX_MESSAGE_CHARS = 1500  # characters; its end says most
+MAX_MESSAGE_CHARS = 1500  # the end says most
 INVARIANTS = ("state.the_", "state.every_", "state.teardown")
 TENANT = "local"
-# What the service promises in its documentation, said once more: how often a job is tried in vain.
+# Repeated from the service's documentation: how often a job is tried in vain.
 MAX_ATTEMPTS_WITHOUT_PROGRESS, MAX_LOST_ATTEMPTS = 5, 3
 UNFINISHED = ("queued", "preparing", "training", "pausing", "paused", "cancelling")
 ACTIVE = ("preparing", "training", "pausing", "cancelling")
 
 
 class FakeLauncher:
-    """A compute that takes everything, and whose executions end when a sequence says so."""
+    """A launcher that accepts everything and whose executions end when a sequence says so."""
 
     name = "fake"
     polling_is_free = True
@@ -67,7 +67,7 @@ class FakeLauncher:
         return "ended" if handle in self.ended_handles else "running"
 
     def cancel(self, handle: str, *, force: bool) -> None:
-        """Nobody listens."""
+        """Does nothing."""
 
     def count_free_slots(self, active: int) -> int:
         return 1000
@@ -76,14 +76,14 @@ class FakeLauncher:
         return make_capabilities()
 
     def close(self) -> None:
-        """There is nothing."""
+        """Does nothing."""
 
 
 @dataclass
 class ModelAttempt:
-    """An attempt, as the model knows it."""
+    """An attempt in the model."""
 
-    previous_best_step: int  # the furthest checkpoint when it began
+    previous_best_step: int  # the latest checkpoint when it started
     owner: str | None = None
     next_seq: int = 0
     saved_step: int | None = None
@@ -92,22 +92,22 @@ class ModelAttempt:
 
 @dataclass
 class ModelJob:
-    """The job, as the model knows it."""
+    """The job in the model."""
 
     status: str = "queued"
     attempts: list[ModelAttempt] = field(default_factory=list[ModelAttempt])
     events: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
-    best_step: int = 0  # the furthest checkpoint that counts
+    best_step: int = 0  # the latest valid checkpoint
     attempts_without_progress: int = 0
     lost_attempts: int = 0
     retried: bool = False
 
     def is_active(self, number: int) -> bool:
-        """Whether that is the attempt which may speak."""
+        """Whether this attempt may report."""
         return number == len(self.attempts) and self.status in ACTIVE and self.attempts[-1].outcome is None
 
     def end(self, outcome: str) -> None:
-        """The attempt at work has ended so."""
+        """End the running attempt with that outcome."""
         attempt = self.attempts[-1]
         if outcome == "cancelled" and self.status != "cancelling":
             outcome = "preempted"
@@ -136,7 +136,7 @@ class ModelJob:
 
 
 class JobStateMachine(RuleBasedStateMachine):
-    """One job in the store that `service` has, and its model."""
+    """One job in the store that `service` uses, and its model."""
 
     def __init__(self, service: JobServices, store: JobStore, launcher: FakeLauncher) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class JobStateMachine(RuleBasedStateMachine):
 
     @initialize(far=st.sampled_from(["queued", "preparing", "training", "training", "training"]))
     def start(self, far: str) -> None:
-        """Most sequences begin in the middle of a training: that is where the most can happen."""
+        """Most sequences start in the middle of a training: most can happen there."""
         if far != "queued":
             self.reconcile()
         if far == "training":
@@ -155,7 +155,7 @@ class JobStateMachine(RuleBasedStateMachine):
             self._report(1, 0, ["training", "save"], 3)
 
     def teardown(self) -> None:
-        """The next sequence is to find no work of this one."""
+        """Leave no open job for the next sequence."""
         with suppress(Conflict):
             self.service.control.cancel(self.job_id, TENANT)
         if self.job().status not in ("completed", "failed", "cancelled"):
@@ -164,21 +164,21 @@ class JobStateMachine(RuleBasedStateMachine):
 
     def job(self) -> Job:
         """The record."""
-        found = self.store.find_job(self.job_id)
-        assert found is not None
-        return found
+        job = self.store.find_job(self.job_id)
+        assert job is not None
+        return job
 
-    # --- the compute
+    # --- the launcher
 
     @rule()
     def reconcile(self) -> None:
-        """The reconciler comes by."""
+        """Reconcile once."""
         self.service.reconciliation.reconcile()
         self._apply_reconcile()
 
     @rule()
     def lose_process(self) -> None:
-        """The process at work is gone, and the reconciler comes by."""
+        """The running process disappears; reconcile once."""
         if self.model.attempts and self.model.attempts[-1].outcome is None:
             self.launcher.ended_handles.add(f"{self.job_id}.{len(self.model.attempts)}")
             self.service.reconciliation.reconcile()
@@ -194,20 +194,20 @@ class JobStateMachine(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, 4), who=st.sampled_from("ab"))
     def claim(self, number: int, who: str) -> None:
-        may = self.model.is_active(number) and self.model.attempts[-1].owner in (None, who)
-        self._expect(lambda: self.service.attempts.claim(self.job_id, number, who), may)
-        if may:
+        allowed = self.model.is_active(number) and self.model.attempts[-1].owner in (None, who)
+        self._expect(lambda: self.service.attempts.claim(self.job_id, number, who), allowed)
+        if allowed:
             self.model.attempts[-1].owner = who
 
-    @rule(back=st.integers(0, 3), told=st.lists(st.sampled_from(["training", "save", "decide"]), max_size=3), step=st.integers(1, 30))
-    def report(self, back: int, told: list[str], step: int) -> None:
-        """The attempt at work, or the last one that was."""
-        self._report(len(self.model.attempts), -back, told, step)
+    @rule(back=st.integers(0, 3), events=st.lists(st.sampled_from(["training", "save", "decide"]), max_size=3), step=st.integers(1, 30))
+    def report(self, back: int, events: list[str], step: int) -> None:
+        """The running attempt reports, or the last one that ran."""
+        self._report(len(self.model.attempts), -back, events, step)
 
-    @rule(number=st.integers(0, 4), shift=st.integers(-3, 3), told=st.lists(st.sampled_from(["training", "save"]), max_size=2))
-    def report_any_attempt(self, number: int, shift: int, told: list[str]) -> None:
-        """Any attempt, again what it said, or with a gap."""
-        self._report(number, shift, told, 3)
+    @rule(number=st.integers(0, 4), shift=st.integers(-3, 3), events=st.lists(st.sampled_from(["training", "save"]), max_size=2))
+    def report_any_attempt(self, number: int, shift: int, events: list[str]) -> None:
+        """Any attempt reports, with a repetition or a gap."""
+        self._report(number, shift, events, 3)
 
     def _report(self, number: int, shift: int, event_names: list[str], step: int) -> None:
         is_known = 1 <= number <= len(self.model.attempts)
@@ -216,9 +216,9 @@ class JobStateMachine(RuleBasedStateMachine):
         batch = EventBatch(first_seq=first, events=[ReportedEvent(at=START, event=event) for event in events])
 
         def act() -> None:
-            may = self.model.is_active(number)
-            self._expect(lambda: self.service.attempts.report(self.job_id, number, batch), may)
-            if may:  # asked anew: the attempt may have begun since
+            allowed = self.model.is_active(number)
+            self._expect(lambda: self.service.attempts.report(self.job_id, number, batch), allowed)
+            if allowed:  # checked again: the attempt may have started since
                 self._apply_report(number, self.model.attempts[number - 1], first, event_names, step)
 
         act()
@@ -270,44 +270,46 @@ class JobStateMachine(RuleBasedStateMachine):
 
     @rule()
     def repeat_last_call(self) -> None:
-        """The last report or last word arrives a second time."""
+        """The last report or result arrives a second time."""
         self.last_call()
 
-    # --- people
+    # --- users
 
     @rule()
     def cancel(self) -> None:
-        may = self.model.status in UNFINISHED or self.model.status == "cancelled"
-        self._expect(lambda: self.service.control.cancel(self.job_id, TENANT), may)
-        if may and self.model.status in ("queued", "paused"):
+        allowed = self.model.status in UNFINISHED or self.model.status == "cancelled"
+        self._expect(lambda: self.service.control.cancel(self.job_id, TENANT), allowed)
+        if allowed and self.model.status in ("queued", "paused"):
             self.model.status = "cancelled"
-        elif may and self.model.status != "cancelled":
+        elif allowed and self.model.status != "cancelled":
             self.model.status = "cancelling"
 
     @rule()
     def pause(self) -> None:
-        may = self.model.status in ("queued", "preparing", "training", "pausing", "paused")
-        self._expect(lambda: self.service.control.pause(self.job_id, TENANT), may)
-        if may:
+        allowed = self.model.status in ("queued", "preparing", "training", "pausing", "paused")
+        self._expect(lambda: self.service.control.pause(self.job_id, TENANT), allowed)
+        if allowed:
             self.model.status = "paused" if self.model.status in ("queued", "paused") else "pausing"
 
     @rule()
     def resume(self) -> None:
-        may = self.model.status in ("paused", "queued", "preparing", "training")
-        self._expect(lambda: self.service.control.resume(self.job_id, TENANT, ResumeRequest.model_validate({})), may)
+        allowed = self.model.status in ("paused", "queued", "preparing", "training")
+        self._expect(lambda: self.service.control.resume(self.job_id, TENANT, ResumeRequest.model_validate({})), allowed)
         if self.model.status == "paused":
             self.model.status, self.model.attempts_without_progress, self.model.lost_attempts = "queued", 0, 0
 
     @rule(from_start=st.booleans())
     def retry(self, from_start: bool) -> None:
         ended = self.model.status in ("failed", "cancelled")
-        may = ended or (self.model.retried and self.model.status != "completed")
-        self._expect(lambda: self.service.control.retry(self.job_id, TENANT, RetryRequest.model_validate({"from_start": from_start})), may)
+        allowed = ended or (self.model.retried and self.model.status != "completed")
+        self._expect(
+            lambda: self.service.control.retry(self.job_id, TENANT, RetryRequest.model_validate({"from_start": from_start})), allowed
+        )
         if ended:
             self.model.status, self.model.attempts_without_progress, self.model.lost_attempts, self.model.retried = "queued", 0, 0, True
             self.model.best_step = 0 if from_start else self.model.best_step
 
-    # --- what must be so
+    # --- invariants
 
     @invariant()
     def the_record_matches_the_model(self) -> None:
@@ -336,7 +338,7 @@ class JobStateMachine(RuleBasedStateMachine):
 
 
 def make_event(name: str, step: int) -> Event:
-    """What an attempt tells."""
+    """An event of an attempt."""
     match name:
         case "training":
             return PhaseChanged(phase="training")
@@ -347,24 +349,24 @@ def make_event(name: str, step: int) -> Event:
 
 
 def run(size: Size) -> Row:
-    """Both stores."""
+    """Run the sequences on both stores."""
     on_sqlite, on_firestore = SEQUENCES[size]
-    found: dict[str, str] = {}
+    differences: dict[str, str] = {}
     with without_warnings(), in_memory_folder("chaos-reports-") as folder:
         for name, sequences, opened in (("SQLite", on_sqlite, open_sqlite_store), ("Firestore", on_firestore, open_firestore_store)):
             with opened(folder) as store:
-                found[name] = _run_sequences(store, folder / name, sequences)
+                differences[name] = _run_sequences(store, folder / name, sequences)
     return Row(
         fault="duplicate, late and reordered reports",
-        injected=f"{on_sqlite:,} random sequences of {STEPS_PER_SEQUENCE} deeds on SQLite, {on_firestore:,} on the Firestore emulator",
+        injected=f"{on_sqlite:,} random sequences of {STEPS_PER_SEQUENCE} steps on SQLite, {on_firestore:,} on the Firestore emulator",
         expected="terminal states immutable, model equals store",
-        observed="; ".join(f"{name}: {told or 'model equals store'}" for name, told in found.items()),
-        passed=not any(found.values()),
+        observed="; ".join(f"{name}: {difference or 'model equals store'}" for name, difference in differences.items()),
+        passed=not any(differences.values()),
     )
 
 
 def _run_sequences(store: JobStore, folder: Path, sequences: int) -> str:
-    """What was found wrong; nothing when all is well."""
+    """The first difference that was found; empty when there is none."""
     store.create_dataset(make_dataset())
     clock, machines, tails = FakeClock(), FakeLauncher(), count(1)
     objects = open_store((folder / "objects").as_uri())
@@ -379,33 +381,33 @@ def _run_sequences(store: JobStore, folder: Path, sequences: int) -> str:
         clock=clock,
         random_suffix=lambda: f"{next(tails):06x}",
     )
-    how = settings(
+    options = settings(
         max_examples=sequences,
         stateful_step_count=STEPS_PER_SEQUENCE,
         deadline=None,
         database=None,
-        phases=[Phase.generate],  # the first that is found is enough: what it was is in the message
-        suppress_health_check=tuple(HealthCheck),  # pyright: ignore[reportArgumentType]  # an enum, whatever its metaclass says
+        phases=[Phase.generate],  # the first failing sequence is enough; the message contains it
+        suppress_health_check=tuple(HealthCheck),  # pyright: ignore[reportArgumentType]  # an enum is iterable
     )
     try:
-        # Any: Hypothesis takes whatever makes a machine, and says that it takes a class.
+        # Any: Hypothesis accepts any callable that makes a machine, but is typed to take a class.
         make: Any = lambda: JobStateMachine(service, store, machines)  # noqa: E731
-        run_state_machine_as_test(make, settings=how)
+        run_state_machine_as_test(make, settings=options)
     except (AssertionError, ExceptionGroup) as error:
         return f"differs: {error} {_failing_sequence(error)}"
     return ""
 
 
 def _failing_sequence(error: Exception) -> str:
-    """The sequence that found it, as Hypothesis notes it beside the error."""
+    """The sequence that failed, from Hypothesis' notes on the error."""
     notes = [line for note in getattr(error, "__notes__", ()) for line in note.splitlines()]
-    told = [line.strip() for line in notes if line.strip().startswith("state.")]
-    return "; ".join(line for line in told if not line.startswith(INVARIANTS))[-MAX_MESSAGE_CHARS:]
+    steps = [line.strip() for line in notes if line.strip().startswith("state.")]
+    return "; ".join(line for line in steps if not line.startswith(INVARIANTS))[-MAX_MESSAGE_CHARS:]
 
 
 @contextmanager
 def open_sqlite_store(folder: Path) -> Iterator[JobStore]:
-    """A file in memory."""
+    """A database file in memory."""
     store = SqliteJobStore(folder / "tunesmith.db")
     try:
         yield store
@@ -415,7 +417,7 @@ def open_sqlite_store(folder: Path) -> Iterator[JobStore]:
 
 @contextmanager
 def open_firestore_store(_folder: Path) -> Iterator[JobStore]:
-    """The emulator, asked through Google's own client."""
+    """The emulator through Google's client."""
     from service.adapters.jobstores.firestore.store import FirestoreJobStore
 
     with run_firestore_emulator() as host:

@@ -1,4 +1,4 @@
-"""The same request many times at once, as from a client whose every answer is lost; then the key again with another body."""
+"""The same request many times at once, as from a client that loses every response; then the same key with another body."""
 
 import asyncio
 import tempfile
@@ -16,7 +16,7 @@ CONCURRENCY = 50
 
 
 def run(size: Size) -> Row:
-    """On SQLite, where all of them meet in one process."""
+    """Send the requests to one process with SQLite, where all of them compete."""
     keys = [f"key-{number}" for number in range(KEYS[size])]
     with tempfile.TemporaryDirectory(prefix="chaos-same-") as folder:
         trainer = make_light_trainer(Path(folder, "trainer"), real_one_in=10**9)
@@ -34,10 +34,10 @@ def run(size: Size) -> Row:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the clients were told."""
+    """What the clients received."""
 
-    consistent_keys: int  # keys whose every request was answered 201 with one and the same job
-    conflicts: int  # changed bodies that were answered 409
+    consistent_keys: int  # keys whose requests all got 201 with the same job
+    conflicts: int  # changed bodies that got 409
 
 
 async def _send_all(running: Service, dataset_id: str, keys: Sequence[str]) -> Outcome:

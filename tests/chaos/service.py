@@ -7,8 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +29,7 @@ ROWS = "".join(
     json.dumps({"messages": [{"role": "user", "content": f"what is {n}"}, {"role": "assistant", "content": f"it is {n}"}]}) + "\n"
     for n in range(20)
 )
-# The launcher knows attempts by their command line, so it has to be just what a real one has: nothing may stand in between.
+# The launcher recognizes attempts by their command line, so it must equal that of a real attempt.
 INTERPRETER = """\
 #!/bin/sh
 export PYTHONPATH={site}:"$PYTHONPATH" CHAOS_LEDGER={ledger} CHAOS_REAL_ONE_IN={real_one_in}
@@ -40,7 +39,7 @@ exec {python} "$@"
 
 @dataclass
 class Service:
-    """`tunesmith serve` in a home of its own, on a port that it keeps."""
+    """`tunesmith serve` in its own home, on a fixed port."""
 
     home: Path
     variables: dict[str, str] = field(default_factory=dict[str, str])
@@ -52,7 +51,7 @@ class Service:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Returns when it listens; a moment later it answers. Raises Broken."""
+        """Start the process; return when it listens. Raises CampaignError."""
         self.home.mkdir(parents=True, exist_ok=True)
         kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
         ours = {"HOME": str(self.home), "PYTHONPATH": str(SOURCE), "TUNESMITH_HOME": str(self.home), "OMP_NUM_THREADS": "1"}
@@ -74,7 +73,7 @@ class Service:
         self.port = int(url.rpartition(":")[2])
 
     def kill(self, signal_number: signal.Signals = signal.SIGKILL) -> None:
-        """End it, by default without a chance to tidy up."""
+        """Kill the process, by default without a clean shutdown."""
         assert self.process is not None
         self.process.send_signal(signal_number)
         self.process.wait(STOP_WAIT_S)
@@ -82,34 +81,34 @@ class Service:
         self.process.stdout.close()
 
     def close(self) -> None:
-        """End it, and whatever it started."""
+        """End the process and its attempts."""
         if self.process is not None and self.process.poll() is None:
             self.kill(signal.SIGTERM)
         for attempt in self.attempts():
             attempt.kill()
 
     def attempts(self) -> list[psutil.Process]:
-        """Processes that work at attempts of this home."""
-        found = psutil.process_iter(["cmdline", "environ"])
-        return [process for process in found if self._is_attempt(process.info)]
+        """The attempt processes of this home."""
+        processes = psutil.process_iter(["cmdline", "environ"])
+        return [process for process in processes if self._is_attempt(process.info)]
 
     def request(self, method: str, path: str, **options: Any) -> httpx2.Response:
-        """One request on a connection of its own."""
+        """Send one request on its own connection."""
         return httpx2.request(method, self.url + path, **{"timeout": 60, **options})
 
     def upload(self, rows: str = ROWS) -> str:
-        """A small dataset; its id."""
+        """Upload a small dataset; return its id."""
         answer = self.request("POST", "/datasets", files={"file": ("rows.jsonl", rows)})
         if answer.status_code != 201:
-            raise CampaignError(f"the dataset was not taken: {answer.text}")
+            raise CampaignError(f"the dataset was rejected: {answer.text}")
         return answer.json()["processed_dataset_id"]
 
     def job(self, job_id: str) -> Json:
-        """All that is told of a job."""
+        """Fetch a job."""
         return self.request("GET", f"/jobs/{job_id}").json()
 
     def jobs(self, **query: str) -> Iterator[Json]:
-        """Every job of the listing."""
+        """Iterate over all jobs."""
         cursor: str | None = ""
         while cursor is not None:
             page = self.request(
@@ -123,7 +122,7 @@ class Service:
         return self.home / "service.log"
 
     def last_log_line(self) -> str:
-        """The end of its log."""
+        """The last line of its log."""
         lines = self.log.read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else "nothing"
 
@@ -134,7 +133,7 @@ class Service:
 
 @contextmanager
 def service(home: Path, **variables: str) -> Iterator[Service]:
-    """A service for as long as the block lasts; variables are its environment's."""
+    """Run a service for the duration of the block; `variables` extend its environment."""
     running = Service(home, variables)
     try:
         running.start()
@@ -144,15 +143,15 @@ def service(home: Path, **variables: str) -> Iterator[Service]:
 
 
 def make_light_trainer(folder: Path, *, real_one_in: int = 1) -> Path:
-    """What to use as TUNESMITH_TRAINER_PYTHON: it trains nothing, and one attempt in so many is the real `jobs.run`.
+    """Write an interpreter for TUNESMITH_TRAINER_PYTHON that trains nothing; one attempt in `real_one_in` is the real `jobs.run`.
 
-    The others speak the same protocol with the standard library alone (tests/chaos/light_attempt.py). Each notes in `ledger` of
-    the folder that it started, and whether it was given the claim.
+    The others implement the same protocol with the standard library alone (tests/chaos/light_attempt.py). Each attempt records in the
+    folder's file `ledger` that it started and whether it got the claim.
     """
     folder.mkdir(parents=True, exist_ok=True)
     interpreter = folder / "python"
-    told = {"site": SITE_FOLDER, "ledger": folder / "ledger", "python": sys.executable}
-    interpreter.write_text(INTERPRETER.format(**{name: shlex.quote(str(path)) for name, path in told.items()}, real_one_in=real_one_in))
+    paths = {"site": SITE_FOLDER, "ledger": folder / "ledger", "python": sys.executable}
+    interpreter.write_text(INTERPRETER.format(**{name: shlex.quote(str(path)) for name, path in paths.items()}, real_one_in=real_one_in))
     interpreter.chmod(0o755)
     (folder / "ledger").touch()
     return interpreter
@@ -164,19 +163,10 @@ def make_train_request(dataset_id: str, **changes: Any) -> Json:
 
 
 def find_corruption(database: Path) -> str:
-    """What SQLite finds wrong with its file; nothing when it is sound."""
+    """The errors that SQLite finds in its file; empty when it is intact."""
     reader = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
     try:
         [(verdict,)] = reader.execute("PRAGMA integrity_check").fetchmany(1)
         return "" if verdict == "ok" else str(verdict)
     finally:
         reader.close()
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float, description: str, interval_s: float = 0.05) -> None:
-    """Returns when it is true. Raises Broken after `within_s`."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            raise CampaignError(f"{description} did not happen within {timeout_s:.0f} s")
-        time.sleep(interval_s)

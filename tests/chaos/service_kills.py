@@ -1,8 +1,7 @@
-"""The service is killed (−9) again and again while clients submit jobs and attempts of earlier ones run.
+"""The service is killed (−9) repeatedly while clients submit jobs and attempts of earlier jobs run.
 
-Eight clients send each request under an Idempotency-Key of its own and repeat it until they are answered, as every client of ours
-does. What they were told is held against what the service knows when it is left alone at last, and against the ledger in which
-every attempt's process notes itself.
+Clients send each request with its own Idempotency-Key and repeat it until they get an answer, as our client does. The jobs they got
+are compared with the service's records once it runs undisturbed, and with the log in which every attempt's process records itself.
 """
 
 import random
@@ -20,29 +19,30 @@ import httpx2
 from infra.loopback.firestore import run_firestore_emulator
 from tests.chaos.campaign import CampaignError, Row, Size
 from tests.chaos.request_log import Ledger, read_ledger
-from tests.chaos.service import Service, find_corruption, make_light_trainer, make_train_request, service, wait_until
+from tests.chaos.service import Service, find_corruption, make_light_trainer, make_train_request, service
+from tests.waiting import wait_until
 
 STORES = ("SQLite", "Firestore")
 CLIENTS = 8
 SLOTS = 8
-REAL_ONE_IN = 10  # attempts that are the real `jobs.run`, which takes 0.4 s of a processor; the others take 0.05
+REAL_ONE_IN = 10  # attempts that are the real `jobs.run`, which takes 0.4 s of CPU time; the others take 0.05 s
 SUBMISSIONS: dict[Size, tuple[int, int]] = {"full": (1000, 200), "short": (40, 6)}  # and kills
-MAX_LIFETIME_S = 20.0  # to take its share of the submissions; a machine that is busy needs a few seconds
+MAX_LIFETIME_S = 20.0  # for its share of the submissions; a busy machine needs a few seconds
 MAX_SETTLE_S = {"full": 180.0, "short": 60.0}
 RETRY_S = 0.1
 
 
 def run(size: Size) -> Row:
-    """Both stores side by side: a service that starts keeps one processor busy."""
+    """Run both stores side by side: a starting service uses one core."""
     submissions, kills = SUBMISSIONS[size]
     with ThreadPoolExecutor(len(STORES)) as pool:
-        found = dict(zip(STORES, pool.map(lambda name: _run_campaign(name, size), STORES), strict=True))
+        outcomes = dict(zip(STORES, pool.map(lambda name: _run_campaign(name, size), STORES), strict=True))
     return Row(
         fault="service killed (−9)",
         injected=f"{kills} kills during {submissions:,} submissions by {CLIENTS} clients, on each store",
         expected="0 acknowledged jobs lost, 0 launched twice, 0 stuck",
-        observed="; ".join(f"{name}: {outcome}" for name, outcome in found.items()),
-        passed=all(outcome.passed for outcome in found.values()),
+        observed="; ".join(f"{name}: {outcome}" for name, outcome in outcomes.items()),
+        passed=all(outcome.passed for outcome in outcomes.values()),
     )
 
 
@@ -54,10 +54,10 @@ class Outcome:
     kills_during_submissions: int  # before the last submission was answered
     tries: int
     acknowledged: int
-    lost: int  # told to a client, and not there
+    lost: int  # acknowledged to a client and missing
     duplicate_jobs: int  # jobs beyond one for each key
-    launched_twice: int  # jobs with a second attempt, or with two processes that were given the claim
-    refused_claims: int  # second processes of an attempt that were not given it
+    launched_twice: int  # jobs with a second attempt, or with two processes that got the claim
+    refused_claims: int  # second processes of an attempt that did not get it
     stuck: int
     failed: int
     corrupt: str  # what SQLite finds wrong with its file
@@ -73,13 +73,13 @@ class Outcome:
             f"{self.stuck} stuck, {self.failed} failed"
         )
         file = f", file CORRUPT: {self.corrupt}" if self.corrupt else ""
-        how = f"{self.kills_during_submissions} of {self.kills} kills, {self.tries:,} tries, {self.refused_claims} second starts refused"
-        return f"{jobs}{file} ({how})"
+        counts = f"{self.kills_during_submissions} of {self.kills} kills, {self.tries:,} tries, {self.refused_claims} second starts refused"
+        return f"{jobs}{file} ({counts})"
 
 
 @dataclass
 class Submissions:
-    """What the clients have to do, and what they were told. The killer lets them have a few at a time."""
+    """The requests of the clients and their answers. The killer releases a few at a time."""
 
     total: int
     answered: dict[str, str] = field(default_factory=dict[str, str])  # key → job id
@@ -92,7 +92,7 @@ class Submissions:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def next_key(self) -> str | None:
-        """The key of the next one; None when there are no more, or nobody wants them any more."""
+        """The key of the next request; None when there are no more or the campaign stopped."""
         self.permits.acquire()
         with self._lock:
             if self._next >= self.total or self.stopped.is_set():
@@ -123,7 +123,7 @@ def _run_campaign(store: str, size: Size) -> Outcome:
             submissions = Submissions(total)
             with _run_clients(running, submissions, running.upload()):
                 under_way = _kill_and_start(running, submissions, kills)
-                wait_until(lambda: submissions.all_answered, MAX_LIFETIME_S * 3, "the last answer")
+                wait_until(lambda: submissions.all_answered, MAX_LIFETIME_S * 3, description="the last answer")
             if submissions.refusals:
                 raise CampaignError(f"a submission was refused: {submissions.refusals[0]}")
             _repeat_all(running, submissions)
@@ -143,13 +143,13 @@ def _open_store(name: str) -> Iterator[dict[str, str]]:
 
 
 def _kill_and_start(running: Service, submissions: Submissions, kills: int) -> int:
-    """Kill at any moment: while it starts, while it writes, between two answers. Returns how often submissions were under way."""
+    """Kill at a random moment: while the service starts, writes or answers. Returns how often submissions were in flight."""
     chance = random.Random(4)
     released = under_way = 0
     for kill in range(kills):
         lives_left = kills - kill
         share = chance.randint(1, max(1, 2 * (submissions.total - released) // lives_left - 1))
-        share = min(share, submissions.total - released - lives_left)  # every later life has one to be killed over
+        share = min(share, submissions.total - released - lives_left)  # leave one for every later start to be killed during
         submissions.permits.release(share)
         released += share
         _wait_for_answers(submissions, released - chance.randint(0, share), chance)
@@ -161,8 +161,8 @@ def _kill_and_start(running: Service, submissions: Submissions, kills: int) -> i
 
 
 def _wait_for_answers(submissions: Submissions, answered: int, chance: random.Random) -> None:
-    """Returns at some moment after so many answers."""
-    wait_until(lambda: len(submissions.answered) >= answered, MAX_LIFETIME_S, f"{answered} answers", interval_s=0.001)
+    """Wait for that many answers and a random moment longer."""
+    wait_until(lambda: len(submissions.answered) >= answered, MAX_LIFETIME_S, description=f"{answered} answers", interval_s=0.001)
     time.sleep(chance.choice((0.0, chance.uniform(0, 0.02), chance.uniform(0, 0.2))))
 
 
@@ -188,7 +188,7 @@ def _run_client(url: str, submissions: Submissions, dataset_id: str) -> None:
 
 
 def _submit(http: httpx2.Client, submissions: Submissions, dataset_id: str, key: str) -> bool:
-    """Whether there was an answer; without one the same request is sent again."""
+    """Whether there was an answer; otherwise the same request is sent again."""
     submissions.count_try()
     try:
         answer = http.post("/train", json=make_train_request(dataset_id, job_name=key), headers={"Idempotency-Key": key})
@@ -202,7 +202,7 @@ def _submit(http: httpx2.Client, submissions: Submissions, dataset_id: str, key:
 
 
 def _repeat_all(running: Service, submissions: Submissions) -> None:
-    """Every request once more, as from a client whose answer was lost: the same job must come back."""
+    """Send every request once more, as if its answer had been lost: it must return the same job."""
     dataset_id = running.request("GET", "/datasets").json()["datasets"][0]["processed_dataset_id"]
     with httpx2.Client(base_url=running.url, timeout=30) as http:
         for key in list(submissions.answered):
@@ -210,7 +210,7 @@ def _repeat_all(running: Service, submissions: Submissions) -> None:
 
 
 def _wait_until_final(running: Service, timeout_s: float) -> int:
-    """How many jobs are not final after that."""
+    """Wait; return how many jobs are still not final."""
     deadline = time.monotonic() + timeout_s
     while (open_jobs := sum(job["status"] not in ("completed", "failed", "cancelled") for job in running.jobs())) > 0:
         if time.monotonic() > deadline:
@@ -223,15 +223,15 @@ def _collect_outcome(
     running: Service, submissions: Submissions, ledger: Ledger, kills: int, kills_during_submissions: int, stuck: int
 ) -> Outcome:
     known = {job["job_id"]: job["status"] for job in running.jobs()}
-    told = set(submissions.answered.values())
+    acknowledged = set(submissions.answered.values())
     jobs_of_owners = [name.rpartition(".")[0] for name in ledger.claimed.elements()]
     return Outcome(
         kills=kills,
         kills_during_submissions=kills_during_submissions,
         tries=submissions.tries,
         acknowledged=len(submissions.answered),
-        lost=len(told - known.keys()),
-        duplicate_jobs=len(known) - len(told) + submissions.differing,
+        lost=len(acknowledged - known.keys()),
+        duplicate_jobs=len(known) - len(acknowledged) + submissions.differing,
         launched_twice=len(jobs_of_owners) - len(set(jobs_of_owners)),
         refused_claims=ledger.started.total() - ledger.claimed.total(),
         stuck=stuck,

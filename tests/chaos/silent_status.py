@@ -1,7 +1,7 @@
-"""The compute does not say how its executions are: unknown is not failed.
+"""The launcher cannot say how its executions are: unknown is not failed.
 
-For a while its status calls answer "unknown" or not at all, and it takes no cancel. The job is well, or ends, or is cancelled or paused,
-or is just being launched meanwhile; once the attempt really dies. A peer took such silence for a failure and started well jobs again.
+During an outage its status calls return "unknown" or fail, and it accepts no cancel. Meanwhile the job is healthy, ends, is canceled,
+paused or launched; in one scenario the attempt really dies. Another project treated such silence as failure and restarted healthy jobs.
 """
 
 import random
@@ -12,10 +12,10 @@ from schema.job import Status
 from tests.chaos.campaign import Row, Size
 from tests.chaos.core_world import CLOUD, LAPTOP, TENANT, AttemptBehavior, SimulatedProcess, Simulation, open_simulation
 
-OUTAGES: dict[Size, int] = {"full": 60, "short": 20}  # on each kind of place
+OUTAGES: dict[Size, int] = {"full": 60, "short": 20}  # for each deployment
 MAX_OUTAGE_S = 120.0
 MAX_JOB_S = 2 * 3600.0  # simulated, for one job
-ENDLESS_TRAINING_S = 3600.0  # nobody waits for the end of such an attempt
+ENDLESS_TRAINING_S = 3600.0  # such an attempt is never awaited
 
 
 DEFAULT_BEHAVIOR = AttemptBehavior()
@@ -30,8 +30,8 @@ class Scenario:
     executions: int = 1  # launches that the job needs
     behavior: AttemptBehavior = DEFAULT_BEHAVIOR
     outage_starts: str = "while it trains"  # or "at the launch", "at the end"
-    request: str = ""  # what a caller asks for meanwhile
-    training_s: float = 330.0  # if the outage comes meanwhile: longer than that, and the silence around it
+    request: str = ""  # a request that a client sends during the outage
+    training_s: float = 330.0  # longer than the outage and the silence around it
     reports_lost: bool = False  # the attempt's reports are lost as well, from before the outage until after it
 
 
@@ -58,14 +58,14 @@ SCENARIOS = (
 
 @dataclass
 class Counts:
-    """What was found."""
+    """What was counted over all rounds."""
 
-    refused: int = 0  # calls of the compute that were not answered
+    refused: int = 0  # calls of the launcher that failed
     relaunched: int = 0  # executions beyond those that a job needed
-    too_early: int = 0  # executions that began while nobody could know how the one before was
-    overwritten: int = 0  # ended jobs that were something else later
+    too_early: int = 0  # executions that started while the state of the previous one was unknown
+    overwritten: int = 0  # final jobs whose status changed later
     wrong_status: int = 0
-    ignored_requests: int = 0  # cancels and pauses that were not carried out
+    ignored_requests: int = 0  # cancels and pauses without effect
     bad: list[str] = field(default_factory=list[str])
 
     @property
@@ -74,7 +74,7 @@ class Counts:
 
 
 def run(size: Size) -> Row:
-    """Every story in turn, on a laptop, where the compute is asked all the time, and in the cloud, where it is asked about the silent."""
+    """Run every scenario as a laptop, which polls the launcher constantly, and as the cloud, which asks it only about silent attempts."""
     count = Counts()
     with ExitStack() as stack:
         worlds = [stack.enter_context(open_simulation(place, "SQLite", seed)) for seed, place in enumerate((LAPTOP, CLOUD))]
@@ -85,7 +85,7 @@ def run(size: Size) -> Row:
     return Row(
         fault="the compute's status API unreachable",
         injected=f"{OUTAGES[size]} times for 1 to {MAX_OUTAGE_S:.0f} s (simulated) in a laptop's rhythm and as often in the cloud's, "
-        f"in {len(SCENARIOS)} stories; {count.refused:,} of its calls not answered",
+        f"in {len(SCENARIOS)} scenarios; {count.refused:,} of its calls not answered",
         expected="0 relaunches, no finished job overwritten, no cancel lost",
         observed=f"{count.relaunched} relaunches, {count.too_early} attempts begun while nobody could know of the last one's end, "
         f"{count.overwritten} finished jobs overwritten, {lost}" + "; ".join(["", *count.bad][:3]),
@@ -113,7 +113,7 @@ class Round:
         simulation.after_reconcile = lambda _: self._check_final_status()
 
     def run(self) -> None:
-        """Submit, let the outage come and go, and count."""
+        """Submit the job, run the outage and count."""
         world, before = self._simulation, len(self._simulation.compute.executions)
         self._refused_before = world.compute.refused_calls
         if self._scenario.outage_starts == "at the launch":
@@ -123,12 +123,12 @@ class Round:
         if self._scenario.outage_starts == "while it trains":
             world.timeline.start(self._run_outage_during_training())
         world.timeline.run_until(self._is_settled, MAX_JOB_S)
-        world.timeline.run_until(lambda: False, 10 * world.deployment.interval_s)  # nothing is changed afterwards
+        world.timeline.run_until(lambda: False, 10 * world.deployment.interval_s)  # nothing may change afterwards
         self._check_final_status()
         self._update_counts(len(world.compute.executions) - before)
 
     def _choose_behavior(self, number: int) -> AttemptBehavior:
-        """Asked when an execution begins."""
+        """Called when an execution starts."""
         if number > 1:
             self._too_early |= self._simulation.compute.is_unavailable
             return AttemptBehavior()
@@ -139,12 +139,12 @@ class Round:
         return self._scenario.behavior
 
     def _start_outage(self) -> float:
-        """The outage begins; the attempt ends some time later in it."""
+        """Start the outage; the attempt ends some time later during it."""
         self._simulation.timeline.start(self._run_outage())
         return self._chance.uniform(0, self._outage_s)
 
     def _run_outage_during_training(self) -> SimulatedProcess:
-        """Silence before it where the story says so, so that the compute is asked in the cloud as well."""
+        """With lost reports, silence starts before the outage, so that the cloud asks the launcher as well."""
         world = self._simulation
         yield self._chance.uniform(3.0, 6 * world.deployment.report_interval_s)
         if self._scenario.reports_lost:
@@ -177,7 +177,7 @@ class Round:
         return self._is_over and (status.is_final or status is Status.PAUSED) and not self._simulation.live_executions(self._job_id)
 
     def _check_final_status(self) -> None:
-        """After every reconcile: what has ended stays as it was."""
+        """After every reconcile, a final status must be unchanged."""
         job = self._simulation.store.find_job(self._job_id)
         if job is None:
             return
@@ -188,14 +188,14 @@ class Round:
             self._end = now
 
     def _update_counts(self, executions: int) -> None:
-        count, world, story = self._count, self._simulation, self._scenario
+        count, world, scenario = self._count, self._simulation, self._scenario
         job = world.record(self._job_id)
         count.refused += world.compute.refused_calls - self._refused_before
-        wrong = job.status is not story.expected_status or bool(world.live_executions(self._job_id))
-        count.relaunched += executions > story.executions
+        wrong = job.status is not scenario.expected_status or bool(world.live_executions(self._job_id))
+        count.relaunched += executions > scenario.executions
         count.too_early += self._too_early
         count.overwritten += self._overwritten
-        count.ignored_requests += wrong and bool(story.request)
-        count.wrong_status += wrong and not story.request
-        if wrong or executions > story.executions or self._too_early or self._overwritten:
-            count.bad.append(f"{world.deployment.name}, {story.name}: {job.status} after {executions} executions")
+        count.ignored_requests += wrong and bool(scenario.request)
+        count.wrong_status += wrong and not scenario.request
+        if wrong or executions > scenario.executions or self._too_early or self._overwritten:
+            count.bad.append(f"{world.deployment.name}, {scenario.name}: {job.status} after {executions} executions")

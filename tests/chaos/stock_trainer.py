@@ -1,6 +1,6 @@
-"""`python -m tests.chaos.stock_trainer FOLDER SEEDS`, in the trainer's environment: what `resume_from_checkpoint=True` does with damage.
+"""`python -m tests.chaos.stock_trainer FOLDER SEEDS`: what `resume_from_checkpoint=True` does with damaged checkpoints.
 
-Nothing of Tunesmith is in it: a two-layer Gemma, the library's own Trainer, its own checkpoints, and the same damage to the newest.
+Runs in the trainer's environment without any code of Tunesmith: a two-layer Gemma, the library's Trainer and its own checkpoints.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Damage and resume, once for every seed; print how it ended as a line of JSON."""
+    """Damage and resume once per seed; print the counts as a line of JSON."""
     folder, seeds = Path(sys.argv[1]), int(sys.argv[2])
     import transformers
     from transformers.trainer_utils import get_last_checkpoint
@@ -22,25 +22,25 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     sound = folder / "sound"
     _trainer(sound, steps=4).train()
-    ends = Counter({"picked": 0, "died": 0, "fell_back": 0, "went_on": 0})
+    counts = Counter({"picked": 0, "crashed": 0, "fell_back": 0, "loaded": 0})
     for seed in range(seeds):
         output = folder / str(seed)
         shutil.copytree(sound, output)
         newest = output / "checkpoint-4"
         damage(newest, seed, tuple(sorted(path.name for path in newest.iterdir())))
         picked = get_last_checkpoint(str(output)) == str(newest)
-        ends["picked"] += picked
-        ends[_resume(output) if picked else "fell_back"] += 1
+        counts["picked"] += picked
+        counts[_resume(output) if picked else "fell_back"] += 1
         shutil.rmtree(output)
-    print(json.dumps(ends))
+    print(json.dumps(counts))
 
 
 def _resume(output: Path) -> str:
     try:
         _trainer(output, steps=5).train(resume_from_checkpoint=True)
-    except Exception:  # noqa: BLE001  # whatever a library dies of
-        return "died"
-    return "went_on"
+    except Exception:  # noqa: BLE001  # any error of the library counts as a crash
+        return "crashed"
+    return "loaded"
 
 
 def _trainer(output: Path, steps: int) -> Any:

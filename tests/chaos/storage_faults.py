@@ -1,7 +1,7 @@
-"""A bucket that fails one call in five while attempts publish: fake-gcs-server behind a front that does wrong at random.
+"""A bucket that fails one call in five while attempts publish: fake-gcs-server behind a proxy that injects random faults.
 
-Each publish goes the way of a real attempt: files through `jobs/runtime/artifacts.py` and `storage/gs.py`, then its result into the bucket,
-which names what was published. Afterwards the bucket itself is asked, past the front, what lies there.
+Each publish works like a real attempt: files through `jobs/runtime/artifacts.py` and `storage/gs.py`, then a result that names them.
+Afterwards the contents of the bucket are read without the proxy.
 """
 
 import hashlib
@@ -38,20 +38,20 @@ log = logging.getLogger(__name__)
 PUBLISHES: dict[Size, int] = {"full": 200, "short": 12}
 CONCURRENCY = 4
 FAULT_SHARE = 0.2
-# A file whose sending fails is sent again, whole: one call in five is 1.25 times the bytes, give or take what chance does to few calls.
+# A failed upload is repeated completely: one call in five makes 1.25 times the bytes; with few calls, chance adds some.
 MAX_BYTES_RATIO: dict[Size, float] = {"full": 1.3, "short": 1.6}
 FILES, FILE_BYTES = 12, 512 << 10  # as in the folder of an adapter
-LARGE_ONE_IN, LARGE_BYTES = 40, 17 << 20  # goes up in parts
+LARGE_ONE_IN, LARGE_BYTES = 40, 17 << 20  # a multipart upload
 BUCKET = "chaos"
 KINDS = ("503", "429", "reset", "truncated", "wrong checksum")
 
 
 def run(size: Size) -> Row:
-    """Publishes, then reads everything back, both through the front."""
+    """Publish, then read everything back, both through the proxy."""
     publishes = PUBLISHES[size]
     with (
         tempfile.TemporaryDirectory(prefix="chaos-storage-") as folder,
-        _open_bucket() as (front, url),
+        _open_bucket() as (proxy, url),
         httpx2.Client(base_url=url) as behind,
     ):
         store = GcsStore(f"gs://{BUCKET}")
@@ -60,13 +60,13 @@ def run(size: Size) -> Row:
             sizes = list(
                 pool.map(lambda number: _publish(store, number, products[number % LARGE_ONE_IN == LARGE_ONE_IN - 1]), range(publishes))
             )
-            sent = front.bytes_sent
+            sent = proxy.bytes_sent
             named = _list_published_artifacts(behind)
             reads = list(pool.map(lambda artifact: _read_back(store, artifact, Path(folder)), named))
         store.close()
         whole = [_is_whole(behind, artifact) for artifact in named]
     outcome = Outcome(
-        front.calls, front.faults.total(), len(named), whole.count(False), reads.count(False), reads.count(None), sent / sum(sizes)
+        proxy.calls, proxy.faults.total(), len(named), whole.count(False), reads.count(False), reads.count(None), sent / sum(sizes)
     )
     return Row(
         fault="storage fails",
@@ -85,11 +85,11 @@ class Outcome:
 
     calls: int
     faults: int
-    published: int  # attempts whose result is in the bucket and names what they published
-    partial: int  # of them, those with a file that is not there or is not what the result says
-    damaged: int  # sets that were read through the front and came as something else
-    refused: int  # sets that could not be read through the front within its patience: told, and therefore no damage
-    ratio: float  # bytes of all requests against bytes of the files
+    published: int  # attempts whose result is in the bucket
+    partial: int  # of them, those with a missing or different file
+    damaged: int  # sets that were read with wrong contents
+    refused: int  # sets that could not be read within the retries: reported, so no damage
+    ratio: float  # bytes of all requests divided by bytes of the files
 
     def __str__(self) -> str:
         counted = f"{self.published} visible, {self.partial} of them partial, {self.damaged} bad checksums accepted"
@@ -97,7 +97,7 @@ class Outcome:
 
 
 class RandomFaults(HttpFaultProxy):
-    """Does wrong at random; counts what it is sent."""
+    """Injects faults at random and counts the requests."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class RandomFaults(HttpFaultProxy):
 
     def next_fault(self, passed: RecordedRequest) -> Fault | None:
         with self._counting:
-            self.requests[:] = [passed]  # gigabytes otherwise
+            self.requests[:] = [passed]  # keeping all bodies would take gigabytes
             self.calls += 1
             size_bytes = int(passed.headers.get("Content-Length", 0))
             fault = self._fault(passed.method, size_bytes) if self._chance.random() < FAULT_SHARE else None
@@ -121,7 +121,7 @@ class RandomFaults(HttpFaultProxy):
         self.faults[kind] += 1
         match kind:
             case "503" | "429":
-                return Fault("refuse", status=int(kind))
+                return Fault("reject", status=int(kind))
             case "reset":
                 return Fault("reset")
             case "truncated":
@@ -132,23 +132,23 @@ class RandomFaults(HttpFaultProxy):
 
 @contextmanager
 def _open_bucket() -> Iterator[tuple[RandomFaults, str]]:
-    """A front at which this process's clients find Cloud Storage, and the url of the server behind it."""
-    front = RandomFaults(seed=4)
+    """Yield the proxy, which clients of this process use for Cloud Storage, and the url of the server behind it."""
+    proxy = RandomFaults(seed=4)
     before = os.environ.get("STORAGE_EMULATOR_HOST")
-    with run_cloud_storage(public_url=front.url, buckets=(BUCKET,)) as behind:
-        front.target = behind
-        front.start()
-        os.environ["STORAGE_EMULATOR_HOST"] = front.url
+    with run_cloud_storage(public_url=proxy.url, buckets=(BUCKET,)) as behind:
+        proxy.target = behind
+        proxy.start()
+        os.environ["STORAGE_EMULATOR_HOST"] = proxy.url
         try:
-            yield front, behind
+            yield proxy, behind
         finally:
-            front.stop()
+            proxy.stop()
             os.environ.pop("STORAGE_EMULATOR_HOST")
             os.environ.update({"STORAGE_EMULATOR_HOST": before} if before else {})
 
 
 def _make_artifact_folders(folder: Path) -> tuple[Path, Path]:
-    """What attempts publish: a folder of files, and the same with a large one."""
+    """What attempts publish: a folder of files, and the same with a large file."""
     chance = random.Random(5)
     small, large = folder / "small", folder / "large"
     for made in (small, large):
@@ -160,7 +160,7 @@ def _make_artifact_folders(folder: Path) -> tuple[Path, Path]:
 
 
 def _publish(store: GcsStore, number: int, path: Path) -> int:
-    """An attempt's last steps; how many bytes it had to publish. One that fails has no result, and nothing of it is visible."""
+    """The last steps of an attempt; return the size of its files. A failed one has no result, and none of its files are visible."""
     job_id = f"job-{number}"
     product = ExportedArtifact(name="adapter", kind="adapter", path=path, key=artifact_key("adapter", job_id, 1))
     now = datetime.now(UTC)
@@ -175,21 +175,21 @@ def _publish(store: GcsStore, number: int, path: Path) -> int:
 
 
 def _list_published_artifacts(backend: httpx2.Client) -> list[Artifact]:
-    """Everything that a result in the bucket names."""
-    found: list[Artifact] = []
+    """All artifacts that results in the bucket name."""
+    artifacts: list[Artifact] = []
     for number in range(max(PUBLISHES.values())):
         content = _read_object(backend, result_key(f"job-{number}", 1))
-        found += Result.load(content).artifacts if content is not None else ()
-    return found
+        artifacts += Result.load(content).artifacts if content is not None else ()
+    return artifacts
 
 
 def _is_whole(backend: httpx2.Client, artifact: Artifact) -> bool:
-    """Whether every file that is named lies there, just as it was published."""
+    """Whether every named file is in the bucket exactly as it was published."""
     return all(_digest(_read_object(backend, artifact.key + file.path)) == file.sha256 for file in artifact.files)
 
 
 def _read_back(store: GcsStore, artifact: Artifact, folder: Path) -> bool | None:
-    """Whether the files come through the front as they are; None when the store said that it could not."""
+    """Whether the files are read correctly through the proxy; None when the store reported a failure."""
     with tempfile.TemporaryDirectory(dir=folder) as target:
         try:
             map_concurrently(lambda file: store.download(artifact.key + file.path, Path(target, file.path)), artifact.files)
@@ -199,7 +199,7 @@ def _read_back(store: GcsStore, artifact: Artifact, folder: Path) -> bool | None
 
 
 def _read_object(backend: httpx2.Client, key: str) -> bytes | None:
-    """What lies in the bucket, asked past the front."""
+    """Read an object without the proxy."""
     answer = backend.get(f"/storage/v1/b/{BUCKET}/o/{quote(key, safe='')}", params={"alt": "media"})
     return answer.content if answer.status_code == 200 else None
 

@@ -22,18 +22,18 @@ def install_stubs(name: str) -> None:
     from schema.training import SftConfig
 
     append_entry(name, "started")
-    sys.modules["httpx"] = httpx2  # the same client, under the name that the trainer's environment has it by
+    sys.modules["httpx"] = httpx2  # the trainer's environment has this client under the name httpx
     SftConfig.check_export = f"{__name__}:check_export"
     SftConfig.train = f"{__name__}:train"
     SftConfig.export = f"{__name__}:export"
 
 
 def check_export(_training_config: "TrainingConfig") -> None:
-    """Every export can be made."""
+    """Accept every export."""
 
 
 def train(_training_config: "TrainingConfig", context: "JobContext") -> "TrainedModel":
-    """A few bytes for an adapter. Called only by a process that was given the claim."""
+    """Write a few bytes as the adapter. Runs only in a process that got the claim."""
     from jobs.llm.trained_model import TrainedModel
 
     append_entry(f"{context.spec.job_id}.{context.attempt}", "claimed")

@@ -1,4 +1,4 @@
-"""The rows for a person: on a terminal, and in docs/reliability.md."""
+"""The table of the rows, for a terminal and for docs/reliability.md."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,11 @@ from tests.chaos.campaign import Row
 
 BEGIN = "<!-- the table of `make chaos`: begin -->"
 END = "<!-- the table of `make chaos`: end -->"
-TITLES = ("fault", "injected", "wanted", "found", "passed", "took")
+TITLES = ("fault", "injected", "expected", "observed", "passed", "took")
 
 
 def render_table(rows: Sequence[Row]) -> Table:
-    """For a terminal."""
+    """The table for a terminal."""
     table = Table(*TITLES, show_lines=True)
     for row in rows:
         table.add_row(*_cells(row), style="" if row.passed else "red")
@@ -20,7 +20,7 @@ def render_table(rows: Sequence[Row]) -> Table:
 
 
 def replace_between_marks(page: str, rows: Sequence[Row]) -> str:
-    """The page with the table in place of what stood between its marks. Raises ValueError when it has none."""
+    """Replace what is between the page's marks by the table. Raises ValueError when there are no marks."""
     if page.count(BEGIN) != 1 or page.count(END) != 1:
         raise ValueError(f"the page needs the lines {BEGIN} and {END}, once each")
     before, _, rest = page.partition(BEGIN)

@@ -1,8 +1,8 @@
-"""The training process is killed (−9) at random steps and inside saves; the service starts the next attempt by itself, again and again.
+"""The training process is killed (−9) at random steps and inside saves; the service starts the next attempt each time.
 
-A job of the same configuration is trained beside it without being disturbed. Both are real: `python -m jobs.run` of the trainer's
-environment on a tiny Gemma, with packing, dropout, shuffling and gradient accumulation, over several epochs. What is compared is
-what their processes wrote down at every step, and the files of the adapters.
+A job of the same configuration trains beside it undisturbed. Both are real: `python -m jobs.run` of the trainer's environment on a tiny
+Gemma, with packing, dropout, shuffling and gradient accumulation, over several epochs. The events that their processes spooled at every
+step and the files of the adapters are compared.
 """
 
 import hashlib
@@ -22,20 +22,21 @@ import psutil
 
 from schema.checkpoint import MANIFEST, checkpoint_key, checkpoints_prefix
 from tests.chaos.campaign import CampaignError, Row, Size
-from tests.chaos.service import SOURCE, Json, Service, service, wait_until
+from tests.chaos.service import SOURCE, Json, Service, service
+from tests.waiting import wait_until
 
 TRAINER_PYTHON = SOURCE / ".venvs/llm/bin/python"
 BASE = "tests/tiny-gemma"
 SAVE_STEPS = 5
-KILLS: dict[Size, tuple[int, int]] = {"full": (20, 5), "short": (1, 1)}  # in all, and of them inside a save
+KILLS: dict[Size, tuple[int, int]] = {"full": (20, 5), "short": (1, 1)}  # in total, and of them inside a save
 MAX_STEPS: dict[Size, int] = {"full": 260, "short": 20}
-MAX_STEP_WAIT_S = 120.0  # from the launch to the step: a machine that is busy needs 20 s to import the libraries
-TAIL_BYTES = 8192  # of what an attempt wrote down: its last steps
+MAX_STEP_WAIT_S = 120.0  # from the launch to the step: a busy machine needs 20 s to import the libraries
+TAIL_BYTES = 8192  # of an attempt's spool: its last steps
 WORDS = ("files", "copy", "open", "close", "read", "write", "path", "name", "value", "number", "string", "object", "call")
 
 
 def run(size: Size) -> Row:
-    """The same job twice, one of them killed all the time."""
+    """Train the same job twice and keep killing one of them."""
     kills, inside = KILLS[size]
     with tempfile.TemporaryDirectory(prefix="chaos-training-") as folder:
         home = Path(folder, "home")
@@ -58,12 +59,12 @@ def run(size: Size) -> Row:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the two jobs differ."""
+    """The differences between the two jobs."""
 
     attempts: int
     steps: int
-    repeated: int  # steps that were made more than once
-    missing: int  # steps of the undisturbed job that the other one never wrote down
+    repeated: int  # steps that ran more than once
+    missing: int  # steps of the undisturbed job that the other never reported
     difference: float  # the largest, of any number at any step
     same_weights: bool
     lost_steps: int  # the most work that one kill cost
@@ -81,7 +82,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class KillCost:
-    """What one kill cost."""
+    """The steps that one kill cost."""
 
     at_step: int
     resumed_step: int
@@ -101,27 +102,27 @@ class KilledJob:
         self._number = 0
 
     def kill_repeatedly(self, kills: int, kills_inside_save: int) -> list[KillCost]:
-        """Kill so many attempts, some of them inside a save; what each of the kills cost."""
+        """Kill that many attempts, some of them inside a save; return the cost of each kill."""
         kinds = [True] * kills_inside_save + [False] * (kills - kills_inside_save)
         self._chance.shuffle(kinds)
         at_steps: list[int] = []
         resumed: list[int] = []
         for inside_a_save in kinds:
             process = self._next_attempt()
-            wait_until(lambda: self._step > 0, MAX_STEP_WAIT_S, f"a step of attempt {self._number}", interval_s=0.005)
+            wait_until(lambda: self._step > 0, MAX_STEP_WAIT_S, interval_s=0.005, description=f"a step of attempt {self._number}")
             resumed.append(self._resumed_step)
             self._suspend_inside_save(process) if inside_a_save else self._suspend_at_step(process)
             at_steps.append(self._step)
             process.kill()
         self._next_attempt()
-        wait_until(lambda: self._step > 0, MAX_STEP_WAIT_S, f"a step of attempt {self._number}", interval_s=0.005)
+        wait_until(lambda: self._step > 0, MAX_STEP_WAIT_S, interval_s=0.005, description=f"a step of attempt {self._number}")
         resumed.append(self._resumed_step)
         return [KillCost(at_step, after) for at_step, after in zip(at_steps, resumed[1:], strict=True)]
 
     def _next_attempt(self) -> psutil.Process:
         self._number += 1
         name = f"{self.job_id}.{self._number}"
-        wait_until(lambda: self._process(name) is not None, MAX_STEP_WAIT_S, f"attempt {name}")
+        wait_until(lambda: self._process(name) is not None, MAX_STEP_WAIT_S, interval_s=0.05, description=f"attempt {name}")
         process = self._process(name)
         if process is None:
             raise CampaignError(f"attempt {name} ended by itself")
@@ -131,15 +132,18 @@ class KilledJob:
         return next((process for process in self._running.attempts() if name in process.info["cmdline"]), None)
 
     def _suspend_at_step(self, process: psutil.Process) -> None:
-        """Stopped after any step, the first attempt also before its first save; later ones save first: three without would be too many."""
+        """Suspend after a random step. Later attempts save first: three attempts without a checkpoint would be too many."""
         first = self._resumed_step + self._chance.randint(1, 2 * SAVE_STEPS)
         wait_until(
-            lambda: self._step >= first and (self._has_checkpoint or self._number == 1), MAX_STEP_WAIT_S, f"step {first}", interval_s=0.001
+            lambda: self._step >= first and (self._has_checkpoint or self._number == 1),
+            MAX_STEP_WAIT_S,
+            interval_s=0.001,
+            description=f"step {first}",
         )
         process.suspend()
 
     def _suspend_inside_save(self, process: psutil.Process) -> None:
-        """Stopped while a checkpoint is written or uploaded: its folder is there, its manifest is not."""
+        """Suspend while a checkpoint is written or uploaded: its folder exists, its manifest does not."""
         deadline = time.monotonic() + MAX_STEP_WAIT_S
         while time.monotonic() < deadline:
             if self._has_checkpoint and self._unfinished_saves():
@@ -157,7 +161,7 @@ class KilledJob:
 
     @property
     def _step(self) -> int:
-        """The last step that the attempt at work wrote down."""
+        """The last step that the running attempt spooled."""
         return max((step for step, _ in points(self._folder, TAIL_BYTES)), default=0)
 
     @property
@@ -166,11 +170,11 @@ class KilledJob:
 
     @property
     def _has_checkpoint(self) -> bool:
-        """Whether the attempt at work has made a checkpoint durable."""
+        """Whether the running attempt has uploaded a checkpoint."""
         return any(self._manifests().glob(f"step-*/{MANIFEST}"))
 
     def _unfinished_saves(self) -> list[Path]:
-        """Checkpoints on the attempt's disk that do not exist yet for anybody else."""
+        """Checkpoints on the attempt's disk that are not uploaded yet."""
         there = self._folder.glob("checkpoints/checkpoint-*")
         return [path for path in there if not self._manifest_of(int(path.name.rpartition("-")[2])).exists()]
 
@@ -182,7 +186,7 @@ class KilledJob:
 
 
 def events(folder: Path, tail_bytes: int = 1 << 30) -> Iterator[Json]:
-    """What an attempt wrote down in its folder, in order; the last line may be cut, and the first of a tail."""
+    """The events that an attempt spooled, in order; the last line may be truncated, and so may the first of a tail."""
     for path in folder.glob("events-*.jsonl"):
         for line in path.read_bytes()[-tail_bytes:].splitlines():
             with suppress(ValueError):
@@ -190,24 +194,24 @@ def events(folder: Path, tail_bytes: int = 1 << 30) -> Iterator[Json]:
 
 
 def points(folder: Path, tail_bytes: int = 1 << 30) -> Iterator[tuple[int, Json]]:
-    """The points of the curves that an attempt wrote down, by step: loss, gradient norm and learning rate."""
+    """The metrics that an attempt spooled, by step: loss, gradient norm and learning rate."""
     for event in events(folder, tail_bytes):
         if event["type"] == "metrics":
             yield event["step"], {name: event["values"].get(name) for name in ("loss", "grad_norm", "learning_rate")}
 
 
 def rows() -> str:
-    """Short conversations, all of them different."""
+    """Short conversations, all different."""
     lines = []
     for n in range(64):
         answer = " ".join(["it returns a", WORDS[(3 * n) % 13], *[WORDS[n % 7]] * (n % 4)])
-        told = [{"role": "user", "content": f"what does {WORDS[n % 13]} do {n}"}, {"role": "assistant", "content": answer}]
-        lines.append(json.dumps({"messages": told}))
+        conversation = [{"role": "user", "content": f"what does {WORDS[n % 13]} do {n}"}, {"role": "assistant", "content": answer}]
+        lines.append(json.dumps({"messages": conversation}))
     return "\n".join(lines)
 
 
 def build_tiny_base(home: Path) -> None:
-    """The tiny Gemma where a service of that home looks for base models; made in the trainer's environment."""
+    """Build the tiny Gemma where a service of that home looks for base models, in the trainer's environment."""
     folder = home / "objects/pretrained_weights/huggingface" / BASE
     environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [TRAINER_PYTHON, "-m", "tests.tiny_gemma", folder]
@@ -217,9 +221,15 @@ def build_tiny_base(home: Path) -> None:
 
 
 def _submit(running: Service, dataset_id: str, size: Size) -> str:
-    knobs = {"max_steps": MAX_STEPS[size], "batch_size": 2, "gradient_accumulation_steps": 2, "max_seq_length": 64, "packing": True}
-    knobs |= {"lora_rank": 4, "lora_dropout": 0.1, "logging_steps": 1, "save_strategy": "steps", "save_steps": SAVE_STEPS}
-    config = {"base_model_id": BASE, "hyperparameters": knobs}
+    hyperparameters = {
+        "max_steps": MAX_STEPS[size],
+        "batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_seq_length": 64,
+        "packing": True,
+    }
+    hyperparameters |= {"lora_rank": 4, "lora_dropout": 0.1, "logging_steps": 1, "save_strategy": "steps", "save_steps": SAVE_STEPS}
+    config = {"base_model_id": BASE, "hyperparameters": hyperparameters}
     answer = running.request("POST", "/train", json={"processed_dataset_id": dataset_id, "training_config": config})
     if answer.status_code != 201:
         raise CampaignError(f"the job was refused: {answer.text}")
@@ -227,7 +237,12 @@ def _submit(running: Service, dataset_id: str, size: Size) -> str:
 
 
 def _wait_until_completed(running: Service, job_id: str) -> Json:
-    wait_until(lambda: running.job(job_id)["status"] in ("completed", "failed", "cancelled"), 300, f"the end of {job_id}", interval_s=0.5)
+    wait_until(
+        lambda: running.job(job_id)["status"] in ("completed", "failed", "cancelled"),
+        300,
+        interval_s=0.5,
+        description=f"the end of {job_id}",
+    )
     job = running.job(job_id)
     if job["status"] != "completed":
         raise CampaignError(f"{job_id} is {job['status']}: {job['failure']}")
@@ -235,14 +250,14 @@ def _wait_until_completed(running: Service, job_id: str) -> Json:
 
 
 def _compare(running: Service, reference: Json, killed: Json, losses: list[KillCost]) -> Outcome:
-    wanted = dict(_read_points(running, reference))
-    found = list(_read_points(running, killed))
-    differences = [_difference(values, wanted[step]) for step, values in found]
+    expected = dict(_read_points(running, reference))
+    actual = list(_read_points(running, killed))
+    differences = [_difference(values, expected[step]) for step, values in actual]
     return Outcome(
         attempts=len(killed["attempts"]),
-        steps=len(wanted),
-        repeated=len(found) - len({step for step, _ in found}),
-        missing=len(wanted.keys() - {step for step, _ in found}),
+        steps=len(expected),
+        repeated=len(actual) - len({step for step, _ in actual}),
+        missing=len(expected.keys() - {step for step, _ in actual}),
         difference=max(differences),
         same_weights=_weights(running, reference) == _weights(running, killed),
         lost_steps=max(lost.steps for lost in losses),

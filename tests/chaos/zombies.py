@@ -1,7 +1,7 @@
-"""Attempt 1 is stopped (SIGSTOP) and its machine cut off: it answers nobody, cannot be killed, and its compute says that it runs.
+"""Attempt 1 is suspended (SIGSTOP) and its machine is unreachable: it sends nothing, cannot be killed, and its launcher says that it runs.
 
-Its lease runs out, by the service's clock, which is moved on; attempt 2 does the work; then attempt 1 is woken. Whatever it does from
-then on must not count. The service is the real one over HTTP, the attempts are real processes of `jobs.run` with a light trainer.
+The service's clock advances until the lease ends; attempt 2 does the work; then attempt 1 resumes. None of its later writes may count.
+The service is the real one over HTTP; the attempts are real processes of `jobs.run` with a light trainer.
 """
 
 import contextlib
@@ -34,25 +34,26 @@ from service.core.ports import ExecutionState, LaunchRequest
 from service.main import create_app
 from service.settings import Settings
 from tests.chaos.campaign import CampaignError, Row, Size
-from tests.chaos.service import ROWS, make_light_trainer, make_train_request, wait_until
+from tests.chaos.service import ROWS, make_light_trainer, make_train_request
+from tests.waiting import wait_until
 
 ROUNDS: dict[Size, int] = {"full": 50, "short": 4}
 TIMEOUT_S = 60.0
 POLL_INTERVAL_S = 0.0005
-# How the woken may end: it found nothing to do, or said a last word that did not count; the files it was uploading had been cleared
-# away; it was told that it is over.
+# Exit codes of a resumed attempt: it had nothing to do, or its result did not count; the files that it was uploading had been
+# deleted; it was told that it is superseded.
 RESUMED_EXIT_CODES = {0, 1, 11}
 RECONCILE_INTERVAL_S = 0.1
-RECONCILE_WAIT_S = 2.0  # enough for some turns of the reconciler on a busy machine
+RECONCILE_WAIT_S = 2.0  # enough for a few passes of the reconciler on a busy machine
 TENANT = "local"
 
-# The places of an attempt's life at which it is stopped, by what can be seen of them from outside; then it is let go on for up to JITTER_S.
+# Points at which an attempt is suspended, as seen from outside; it runs on for up to JITTER_S before.
 STOP_POINTS = ("launched", "claimed", "training", "uploading")
 JITTER_S = 0.05
 
 
 class UnreachableLauncher(LocalLauncher):
-    """The local launcher, of whose attempts some are on a machine that nobody reaches: it says that they run, and ends none of them."""
+    """The local launcher with unreachable attempts: it says that they run and cannot end them."""
 
     name = "unreachable"
     unreachable: set[str]
@@ -75,14 +76,14 @@ class UnreachableLauncher(LocalLauncher):
 
 @dataclass
 class Counts:
-    """What was found."""
+    """What was counted over all rounds."""
 
     rounds: int = 0
     stopped: Counter[str] = field(default_factory=Counter[str])
-    accepted_writes: int = 0  # changes of the record, or events, that attempt 1 made after it was given up
+    accepted_writes: int = 0  # changes of the record, or events, by attempt 1 after it was given up
     stale_artifacts: int = 0
-    damaged: int = 0  # published files that are not what the record says
-    exit_codes: Counter[int] = field(default_factory=Counter[int])  # exit codes of the woken
+    damaged: int = 0  # published files that differ from the record
+    exit_codes: Counter[int] = field(default_factory=Counter[int])  # of resumed attempts
     bad: list[str] = field(default_factory=list[str])
 
     @property
@@ -93,24 +94,24 @@ class Counts:
 
 
 def run(size: Size) -> Row:
-    """One job after the other in one service."""
+    """Run one job after the other in one service."""
     count, chance = Counts(), random.Random(20)
     with tempfile.TemporaryDirectory(prefix="chaos-zombies-") as folder, run_service(Path(folder)) as scene:
         while count.rounds < ROUNDS[size]:
             scene.run_round(STOP_POINTS[count.rounds % len(STOP_POINTS)], chance, count)
     places = ", ".join(f"{number} {place}" for place, number in count.stopped.items())
     return Row(
-        fault="attempt 1 stopped past its lease, attempt 2 finishes, attempt 1 woken",
-        injected=f"{count.rounds} interleavings, stopped when it was {places}",
+        fault="attempt 1 suspended past its lease, attempt 2 finishes, attempt 1 resumed",
+        injected=f"{count.rounds} interleavings, suspended when it was {places}",
         expected="0 writes of attempt 1 accepted; artifacts from 2 only",
         observed=f"{count.accepted_writes} writes accepted, artifacts of attempt 1 in {count.stale_artifacts} jobs, {count.damaged} "
-        f"damaged; the woken ended with {dict(count.exit_codes)}" + "; ".join(["", *count.bad][:3]),
+        f"damaged; resumed attempts ended with {dict(count.exit_codes)}" + "; ".join(["", *count.bad][:3]),
         passed=count.passed,
     )
 
 
 class RunningService:
-    """A service at work in this process, and its clock."""
+    """A running service in this process, and its clock."""
 
     def __init__(self, url: str, parts: Services, advance_clock: Callable[[timedelta], None]) -> None:
         self._http = httpx2.Client(base_url=url, timeout=TIMEOUT_S)
@@ -125,19 +126,19 @@ class RunningService:
         return launcher
 
     def run_round(self, stop_point: str, chance: random.Random, count: Counts) -> None:
-        """One job: stop attempt 1 there, let attempt 2 do the work, wake attempt 1, and look at what it did."""
+        """Run one job: suspend attempt 1, let attempt 2 finish, resume attempt 1 and check what it wrote."""
         job_id = self._http.post("/train", json=make_train_request(self._dataset_id)).json()["job_id"]
         if not self._suspend_at(stop_point, job_id, chance.uniform(0, JITTER_S)):
-            return  # it was quicker, and its last word counts
+            return  # it finished first, and its result counts
         first = self.launcher.processes[attempt_name(job_id, 1)]
         try:
             self._expire_lease(job_id)
-            wait_until(lambda: self._job(job_id)["status"] == "completed", TIMEOUT_S, "the end of attempt 2")
+            wait_until(lambda: self._job(job_id)["status"] == "completed", TIMEOUT_S, description="the end of attempt 2")
             before = self._read_state(job_id)
             first.send_signal(signal.SIGCONT)
             code = first.wait(TIMEOUT_S)
         finally:
-            first.kill()  # also what was never woken
+            first.kill()  # even if it was never resumed
         count.rounds += 1
         count.stopped[stop_point] += 1
         count.exit_codes[code] += 1
@@ -145,16 +146,21 @@ class RunningService:
         self._check_artifacts(job_id, count)
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         self._http.close()
 
     def _suspend_at(self, stop_point: str, job_id: str, delay_s: float) -> bool:
-        """Stop attempt 1 a little after that place. False when it has spoken its last word by then."""
-        wait_until(lambda: self._has_reached(stop_point, job_id), TIMEOUT_S, f"attempt 1 of {job_id} {stop_point}", POLL_INTERVAL_S)
+        """Suspend attempt 1 shortly after that point. False when it already wrote its result."""
+        wait_until(
+            lambda: self._has_reached(stop_point, job_id),
+            TIMEOUT_S,
+            interval_s=POLL_INTERVAL_S,
+            description=f"attempt 1 of {job_id} {stop_point}",
+        )
         time.sleep(delay_s)
         process = self.launcher.processes[attempt_name(job_id, 1)]
         process.send_signal(signal.SIGSTOP)
-        wait_until(lambda: _process_state(process.pid) in ("T", "Z", ""), TIMEOUT_S, "the stop", POLL_INTERVAL_S)
+        wait_until(lambda: _process_state(process.pid) in ("T", "Z", ""), TIMEOUT_S, interval_s=POLL_INTERVAL_S, description="the stop")
         attempt = self._parts.jobs.repository.find(job_id, TENANT).attempts[0]
         if process.poll() is not None or attempt.ended_at or self._parts.buckets.configs.stat(result_key(job_id, 1)):
             process.send_signal(signal.SIGCONT)
@@ -177,9 +183,9 @@ class RunningService:
                 return any(True for _ in self._parts.buckets.models.iter_objects(f"trained_adapters/{job_id}/"))
 
     def _expire_lease(self, job_id: str) -> None:
-        """Time passes: it is silent, it is doubted, its lease runs out, and so does the grace. Each is seen by the reconciler.
+        """Advance the clock through silence, suspicion, lease and grace period, each seen by the reconciler.
 
-        What it said just before it was stopped may be heard only now, and then all of it begins anew.
+        A report sent just before the suspension may arrive only now; then all of it starts again.
         """
         limits, until_s = CLOUD_LIMITS, time.monotonic() + TIMEOUT_S
         while len(self._attempts(job_id)) < 2:
@@ -194,7 +200,7 @@ class RunningService:
         return self._parts.jobs.repository.find(job_id, TENANT).attempts
 
     def _read_state(self, job_id: str) -> tuple[Any, ...]:
-        """All that the service knows and shows of a job: its record, its events, its manifest."""
+        """All that the service stores and shows of a job: its record, its events, its manifest."""
         events = [(stored.attempt, stored.seq) for stored in self._parts.store.list_events(job_id, 0, 10_000)]
         manifest = self._parts.buckets.models.read(manifest_key(job_id))
         return self._parts.jobs.repository.find(job_id, TENANT), events, manifest
@@ -217,7 +223,7 @@ class RunningService:
 
 @contextlib.contextmanager
 def run_service(folder: Path) -> Iterator[RunningService]:
-    """The service in a thread, with the limits of the cloud, on a clock that can be moved on."""
+    """Run the service in a thread, with the cloud's limits and a clock that can be advanced."""
     LAUNCHERS["unreachable"] = f"{__name__}:UnreachableLauncher"
     ahead = timedelta()
 
@@ -240,7 +246,7 @@ def run_service(folder: Path) -> Iterator[RunningService]:
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, lifespan="on"))
     thread = threading.Thread(target=server.run, name="service", daemon=True)
     thread.start()
-    wait_until(lambda: server.started or not thread.is_alive(), TIMEOUT_S, "the service")
+    wait_until(lambda: server.started or not thread.is_alive(), TIMEOUT_S, description="the service")
     if not thread.is_alive():
         raise CampaignError("the service did not start")
     scene = RunningService(f"http://127.0.0.1:{port}", app.state.services, skip)
@@ -255,7 +261,7 @@ def run_service(folder: Path) -> Iterator[RunningService]:
 
 
 def _wait_for_reconcile(condition: Callable[[], bool]) -> bool:
-    """Whether the reconciler brings it about in some of its turns."""
+    """Whether the reconciler makes the condition true within a few passes."""
     until_s = time.monotonic() + RECONCILE_WAIT_S
     while not condition() and time.monotonic() < until_s:
         time.sleep(RECONCILE_WAIT_S / 100)
@@ -269,7 +275,7 @@ def _free_port() -> int:
 
 
 def _process_state(pid: int) -> str:
-    """What the kernel says of a process: T is stopped, Z has ended; empty, there is none."""
+    """The kernel's state of a process: T is stopped, Z has ended, empty means that there is none."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from typing import Any
 import httpx2
 import psutil
 import pytest
+
+from tests import waiting
 
 SOURCE = Path(__file__).resolve().parents[2]
 TRAINER_PYTHON = SOURCE / ".venvs/llm/bin/python"
@@ -27,7 +28,7 @@ ROWS = [
 
 
 class Service:
-    """One `tunesmith serve` in a home of its own; can be killed and started again."""
+    """One `tunesmith serve` in its own home; it can be killed and started again."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -42,7 +43,7 @@ class Service:
         self.http = httpx2.Client(timeout=60)
 
     def start(self) -> None:
-        """Start, on the port that it had before if any, and wait for the url."""
+        """Start, on the previous port if there was one, and wait until the service is healthy."""
         with (self.home / "service.log").open("a") as log:
             command = [str(TUNESMITH), "serve", "--port", str(self.port)]
             self.process = subprocess.Popen(command, env=self.environment, stdout=subprocess.PIPE, stderr=log, text=True, cwd=SOURCE)
@@ -86,7 +87,7 @@ class Service:
         return self.http.get(f"/jobs/{job_id}").json()
 
     def wait_until_final(self, job_id: str, timeout_s: float = 120) -> Json:
-        """The job, once it is final."""
+        """Wait until the job is final; return it."""
         wait_until(lambda: self.job(job_id)["status"] in ("completed", "failed", "cancelled"), timeout_s)
         return self.job(job_id)
 
@@ -94,7 +95,7 @@ class Service:
         return self.http.get(f"/jobs/{job_id}/logs", params={"limit": 1 << 20}).json()["text"]
 
     def attempts(self) -> list[psutil.Process]:
-        """Processes that work at attempts of this home."""
+        """The attempt processes of this home."""
         mine = []
         for process in psutil.process_iter(["cmdline", "environ"]):
             if "jobs.run" in (process.info["cmdline"] or []) and str(self.home) in str(process.info["environ"]):
@@ -102,22 +103,20 @@ class Service:
         return mine
 
     def run_cli(self, *arguments: str, expect_failure: bool = False) -> str:
-        """What the command line prints."""
+        """What the command line prints; stderr if it is expected to fail."""
         done = subprocess.run([str(TUNESMITH), *arguments], env=self.environment, capture_output=True, text=True, cwd=SOURCE)
         assert (done.returncode != 0) == expect_failure, done.stdout + done.stderr
         return done.stderr if expect_failure else done.stdout
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
+def wait_until(condition: Callable[[], object], timeout_s: float = 120) -> None:
+    """Poll less often than other tests do: most conditions are an HTTP request. Starting an attempt takes 20 s on busy cores."""
+    waiting.wait_until(condition, timeout_s, interval_s=0.05)
 
 
 @pytest.fixture(scope="session")
 def tiny_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny base, made once in the trainer's environment."""
+    """The tiny base, built once in the trainer's environment."""
     folder = tmp_path_factory.mktemp("tiny") / "gemma"
     environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     subprocess.run(
@@ -136,7 +135,7 @@ def new_service(home: Path, tiny_gemma: Path) -> Service:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, tiny_gemma: Path) -> Iterator[Service]:
-    """A service for tests that leave it in peace."""
+    """A service shared by tests that do not harm it."""
     service = new_service(tmp_path_factory.mktemp("home"), tiny_gemma)
     service.start()
     yield service
@@ -146,7 +145,7 @@ def service(tmp_path_factory: pytest.TempPathFactory, tiny_gemma: Path) -> Itera
 
 @pytest.fixture
 def own_service(tmp_path: Path, tiny_gemma: Path) -> Iterator[Service]:
-    """A service for a test that harms it."""
+    """A service for one test that kills or stops it."""
     service = new_service(tmp_path / "home", tiny_gemma)
     service.start()
     yield service

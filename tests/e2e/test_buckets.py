@@ -1,4 +1,4 @@
-"""A service on this machine that keeps its bytes in an S3 bucket, as teams with MinIO or R2 do."""
+"""A local service that stores its files in an S3 bucket, as teams with MinIO or R2 do."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,8 @@
-"""The main job on the Google stack: real client libraries, a front door that asks for identities, the tiny model."""
+"""The main job on the Google stack: real client libraries, a front door that checks identities, the tiny model."""
 
 import hashlib
 import json
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,16 +18,18 @@ from infra.loopback.http_faults import Fault, FaultKind, HttpFaultProxy, run_htt
 from tests.e2e.conftest import BASE, ROWS, SOURCE, TRAINER_PYTHON, TUNESMITH, Json, wait_until
 
 HF_TOKEN = "hf_canary_cloud_91c2"
-CONFIG = {
+CONFIG: Json = {
     "base_model_id": BASE,
     "hyperparameters": {"max_steps": 8, "batch_size": 2, "learning_rate": 0.01, "logging_steps": 2},
     "export_config": {"format": "merged", "include_gguf": True, "gguf_quantization": "q8_0"},
     "eval_config": {"compute_eval_metrics": True},
 }
-# What a store does on a bad day, each once: it is busy, breaks off, mangles what it gets, and does as it is told without saying so.
+# For tests that do not depend on what is trained and exported.
+ADAPTER_CONFIG: Json = {"base_model_id": BASE, "hyperparameters": {"max_steps": 2, "batch_size": 2}}
+# Each fault of a store once: it is busy, resets the connection, truncates or corrupts a request, succeeds without a response.
 STORAGE_FAULTS: list[tuple[FaultKind, int]] = [
-    *(("refuse", 503), ("refuse", 429), ("reset", 0), ("truncate request", 0)),
-    *(("corrupt request", 0), ("drop response", 0), ("refuse", 500)),
+    *(("reject", 503), ("reject", 429), ("reset", 0), ("truncate request", 0)),
+    *(("corrupt request", 0), ("drop response", 0), ("reject", 500)),
 ]
 FINAL = ("completed", "failed", "cancelled")
 
@@ -75,16 +78,25 @@ def get_bucket(name: str) -> storage.Bucket:
     return storage.Client(project=PROJECT, credentials=AnonymousCredentials()).bucket(BUCKETS[name])
 
 
-def submit_job(http: httpx2.Client, dataset_id: str, *, hyperparameters: Json | None = None, **changes: Any) -> str:
-    config = CONFIG | {"hyperparameters": CONFIG["hyperparameters"] | (hyperparameters or {})}  # type: ignore[operator]
+def submit_job(http: httpx2.Client, dataset_id: str, config: Json = CONFIG, *, max_steps: int | None = None, **changes: Any) -> str:
+    if max_steps is not None:
+        config = config | {"hyperparameters": config["hyperparameters"] | {"max_steps": max_steps}}
     answer = http.post("/train", json={"processed_dataset_id": dataset_id, "training_config": config} | changes)
     assert answer.status_code == 201, answer.text
     return answer.json()["job_id"]
 
 
-def wait_until_final(http: httpx2.Client, job_id: str) -> Json:
-    wait_until(lambda: http.get(f"/jobs/{job_id}").json()["status"] in FINAL, 180)
+def get_job(http: httpx2.Client, job_id: str) -> Json:
     return http.get(f"/jobs/{job_id}").json()
+
+
+def wait_until_final(http: httpx2.Client, job_id: str) -> Json:
+    wait_until(lambda: get_job(http, job_id)["status"] in FINAL, 180)
+    return get_job(http, job_id)
+
+
+def running_executions(cloud: CloudLocal) -> list[str]:
+    return [execution.name for execution in cloud.cloud_run.executions() if "completion_time" not in execution]
 
 
 def read_attempt_log(cloud: CloudLocal) -> str:
@@ -100,7 +112,7 @@ def test_request_without_identity_is_rejected(cloud: CloudLocal) -> None:
 def test_attempt_identity_only_opens_attempt_routes(cloud: CloudLocal) -> None:
     headers = {"X-Serverless-Authorization": f"Bearer {cloud.identity.identity_token(cloud.url)}"}
     assert httpx2.get(f"{cloud.url}/jobs", headers=headers).json()["error"]["code"] == "forbidden"
-    somebody = {"Authorization": f"Bearer {cloud.identity_token()}"}  # which the door does not look at when there is the other
+    somebody = {"Authorization": f"Bearer {cloud.identity_token()}"}  # ignored when the other header is present
     assert httpx2.get(f"{cloud.url}/jobs", headers=headers | somebody).status_code == 403
     assert httpx2.post(f"{cloud.url}/internal/jobs/j/attempts/1/claim", json={"claimant": "p"}, headers=headers).status_code == 401
 
@@ -147,31 +159,29 @@ def test_missing_logs_response_tells_where_they_are(job: Json, http: httpx2.Clie
     assert "gcloud logging read" in answer.json()["error"]["hint"]
 
 
-def test_cancelled_job_releases_compute(http: httpx2.Client, dataset_id: str, cloud: CloudLocal) -> None:
-    job_id = submit_job(http, dataset_id, hyperparameters={"max_steps": 100_000})
-    wait_until(lambda: http.get(f"/jobs/{job_id}").json()["status"] == "training", 120)
+def test_preempted_attempt_is_followed_by_another_and_cancel_releases_compute(
+    http: httpx2.Client, dataset_id: str, cloud: CloudLocal
+) -> None:
+    job_id = submit_job(http, dataset_id, ADAPTER_CONFIG, max_steps=100_000)
+    wait_until(lambda: get_job(http, job_id)["status"] == "training", 120)
+    [running] = running_executions(cloud)
+    cloud.cloud_run.signal_execution(running, signal.SIGTERM)  # as for maintenance
+    wait_until(lambda: len(get_job(http, job_id)["attempts"]) == 2, 60)
+    assert get_job(http, job_id)["attempts"][0]["outcome"] == "preempted"
+    wait_until(lambda: running_executions(cloud) and get_job(http, job_id)["status"] == "training", 120)
     assert http.post(f"/jobs/{job_id}/cancel").status_code == 202
-    wait_until(lambda: http.get(f"/jobs/{job_id}").json()["status"] == "cancelled", 60)
-    wait_until(lambda: not any("completion_time" not in execution for execution in cloud.cloud_run.executions()), 30)
-
-
-def test_preempted_attempt_is_followed_by_another(http: httpx2.Client, dataset_id: str, cloud: CloudLocal) -> None:
-    job_id = submit_job(http, dataset_id, hyperparameters={"max_steps": 100_000})
-    wait_until(lambda: http.get(f"/jobs/{job_id}").json()["status"] == "training", 120)
-    running = next(e for e in cloud.cloud_run.executions() if "completion_time" not in e)
-    cloud.cloud_run.signal_execution(running.name, 15)  # SIGTERM, as for maintenance
-    wait_until(lambda: len(http.get(f"/jobs/{job_id}").json()["attempts"]) == 2, 60)
-    assert http.get(f"/jobs/{job_id}").json()["attempts"][0]["outcome"] == "preempted"
-    http.post(f"/jobs/{job_id}/cancel")
-    wait_until(lambda: http.get(f"/jobs/{job_id}").json()["status"] == "cancelled", 90)
+    wait_until(lambda: get_job(http, job_id)["status"] == "cancelled", 90)
+    wait_until(lambda: not running_executions(cloud), 30)
 
 
 def test_storage_errors_delay_job_without_damage(
     http: httpx2.Client, dataset_id: str, cloud: CloudLocal, storage_front: HttpFaultProxy
 ) -> None:
     storage_front.set_faults(*(Fault(wrong, "POST", f"/b/{BUCKETS['models']}/o", status=status) for wrong, status in STORAGE_FAULTS))
-    job = wait_until_final(http, submit_job(http, dataset_id))
+    job = wait_until_final(http, submit_job(http, dataset_id, ADAPTER_CONFIG))
     assert job["status"] == "completed", f"{job['failure']}\n{read_attempt_log(cloud)}"
+    uploads = [request for request in storage_front.requests if request.method == "POST" and f"/b/{BUCKETS['models']}/o" in request.path]
+    assert len(uploads) > len(STORAGE_FAULTS)  # every fault met an upload
     storage_front.set_faults()
     for artifact in job["artifacts"]:
         for file in artifact["files"]:
@@ -182,10 +192,10 @@ def test_storage_errors_delay_job_without_damage(
 def test_storage_permission_error_fails_job_and_publishes_nothing(
     http: httpx2.Client, dataset_id: str, storage_front: HttpFaultProxy
 ) -> None:
-    said = "tunesmith-job@p.iam.gserviceaccount.com does not have storage.objects.create access to the Google Cloud Storage object."
-    body = json.dumps({"error": {"code": 403, "message": said}})
-    storage_front.set_faults(Fault("refuse", "POST", f"/b/{BUCKETS['models']}/o", times=1000, status=403, body=body))
-    job_id = submit_job(http, dataset_id)
+    message = "tunesmith-job@p.iam.gserviceaccount.com does not have storage.objects.create access to the Google Cloud Storage object."
+    body = json.dumps({"error": {"code": 403, "message": message}})
+    storage_front.set_faults(Fault("reject", "POST", f"/b/{BUCKETS['models']}/o", times=1000, status=403, body=body))
+    job_id = submit_job(http, dataset_id, ADAPTER_CONFIG)
     job = wait_until_final(http, job_id)
     storage_front.set_faults()
     assert (job["status"], job["failure"]["code"]) == ("failed", "upload_failed")

@@ -1,7 +1,7 @@
-"""Pause, resume, cancel, retry, time slices and a killed process: one job each, however many attempts it takes.
+"""Pause, resume, cancel, retry, time slices and a killed process: one job each, over several attempts.
 
-Real processes, real checkpoints. That a continued training is the same bit for bit is shown in tests/jobs; here a step that
-two attempts report must have the same loss in both.
+Real processes, real checkpoints. tests/jobs shows that a resumed training is identical bit for bit; here a step that two attempts report
+must have the same loss in both.
 """
 
 import json
@@ -27,15 +27,15 @@ SHUTDOWN_RESERVE_SHARE = 0.1  # of a time limit, kept back by the attempt
 
 @dataclass(frozen=True)
 class ResumedJob:
-    """A job that was paused in the middle of its training, and resumed for one more epoch."""
+    """A job that was paused during its training and resumed for one more epoch."""
 
-    paused: Json  # as it was then
-    checkpoints: list[Json]  # likewise
-    processes: int  # that were left then
+    paused: Json  # the job while it was paused
+    checkpoints: list[Json]  # while it was paused
+    processes: int  # attempt processes left while it was paused
     refused: dict[str, httpx2.Response]
-    job: Json  # at the end
+    job: Json  # after completion
     events: list[Json]
-    watch_output: str  # what `tunesmith watch` said, from before the pause to the end
+    watch_output: str  # of `tunesmith watch`, from before the pause to the end
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def resumed_job(service: Service) -> ResumedJob:
         "retry": service.http.post(f"/jobs/{job_id}/retry"),
     }
     checkpoints = list_checkpoints(service, job_id)
-    with set_hf_token(service):  # the job has none, and is not sent one
+    with set_hf_token(service):  # the job has no token and must not get one
         assert service.run_cli("resume", job_id, "--epochs", str(MORE_EPOCHS)).strip() == "queued"
     watched, _ = watcher.communicate(timeout=300)
     job = service.wait_until_final(job_id)
@@ -88,14 +88,14 @@ def test_the_loss_curve_of_a_paused_job_has_every_step_once(resumed_job: Resumed
 
 def test_watch_continues_across_pause(resumed_job: ResumedJob) -> None:
     place = resumed_job.paused["checkpoint"]["step"]
-    for said in (
+    for text in (
         "paused",
         f"tunesmith resume {resumed_job.job['job_id']}",
         "preparing, attempt 2",
         f"continues from step {place}",
         "completed",
     ):
-        assert said in resumed_job.watch_output
+        assert text in resumed_job.watch_output
     assert "evaluated after training" in resumed_job.watch_output
 
 
@@ -154,18 +154,18 @@ def test_orphaned_files_are_listed_and_deleted(resumed_job: ResumedJob, service:
     assert left_behind.exists()
     assert "training_nobody" in service.run_cli("orphans", "--delete")
     assert not left_behind.exists()
-    assert list_checkpoints(service, resumed_job.job["job_id"])  # what has a job stays
+    assert list_checkpoints(service, resumed_job.job["job_id"])  # files of existing jobs stay
     assert json.loads(service.run_cli("orphans", "--json")) == {"orphans": [], "complete": True}
 
 
 def test_job_continues_after_cancel_retry_and_kill(service: Service) -> None:
     job_id = service.train(service.upload(), {**HYPERPARAMETERS, "epochs": EPOCHS}, hf_token=TOKEN)
     wait_until(lambda: service.job(job_id)["checkpoint"] is not None)
-    assert service.http.post(f"/jobs/{job_id}/retry").status_code == 409  # it runs
+    assert service.http.post(f"/jobs/{job_id}/retry").status_code == 409  # it is running
     assert service.run_cli("cancel", job_id, "--wait").strip() == "cancelled"
     cancelled = service.job(job_id)
     assert f"tunesmith retry {job_id}" in service.run_cli("show", job_id)
-    assert "--hf-token" in service.run_cli("retry", job_id, expect_failure=True)  # the secret went with the job
+    assert "--hf-token" in service.run_cli("retry", job_id, expect_failure=True)  # the secret was deleted with the cancel
     with set_hf_token(service):
         service.run_cli("retry", job_id)
     wait_until(lambda: service.job(job_id)["checkpoint"]["attempt"] == 2)
@@ -177,14 +177,14 @@ def test_job_continues_after_cancel_retry_and_kill(service: Service) -> None:
     assert second["resumed_step"] == cancelled["checkpoint"]["step"] == first["last_checkpoint_step"]
     assert third["resumed_step"] == second["last_checkpoint_step"] > first["last_checkpoint_step"]
     assert (job["failure"], job["progress"]["step"]) == (None, EPOCHS * STEPS_PER_EPOCH)
-    told = losses(list_events(service, job_id))
-    assert {step for step, _ in told} == set(range(5, EPOCHS * STEPS_PER_EPOCH + 1, 5))
-    assert len({step for step, _ in told}) == len(set(told))  # attempts that told the same step told the same loss
+    points = losses(list_events(service, job_id))
+    assert {step for step, _ in points} == set(range(5, EPOCHS * STEPS_PER_EPOCH + 1, 5))
+    assert len({step for step, _ in points}) == len(set(points))  # a step that two attempts reported has the same loss in both
 
 
 @pytest.fixture
 def time_limited_service(tmp_path: Path, tiny_gemma: Path, resumed_job: ResumedJob) -> Iterator[Service]:
-    """A service whose attempts may take no longer than a start, as long as it takes on this machine, and some training."""
+    """A service whose time limit fits a start, as long as it takes on this machine, and some training."""
     first_point = next(row["at"] for row in resumed_job.events if row["event"]["type"] == "metrics")
     start_s = (datetime.fromisoformat(first_point) - datetime.fromisoformat(resumed_job.job["attempts"][0]["created_at"])).total_seconds()
     service = new_service(tmp_path / "home", tiny_gemma)
@@ -205,12 +205,12 @@ def test_job_longer_than_time_limit_uses_several_attempts(time_limited_service: 
     assert slices
     assert {attempt["outcome"] for attempt in slices} == {"yielded"}
     assert [attempt["resumed_step"] for attempt in job["attempts"]] == [None, *(attempt["last_checkpoint_step"] for attempt in slices)]
-    told = [step for step, _ in losses(list_events(time_limited_service, job_id))]
-    assert told == list(range(5, EPOCHS * STEPS_PER_EPOCH + 1, 5))  # each once: a slice ends at its checkpoint
+    steps = [step for step, _ in losses(list_events(time_limited_service, job_id))]
+    assert steps == list(range(5, EPOCHS * STEPS_PER_EPOCH + 1, 5))  # each step once: a slice ends at its checkpoint
 
 
 def suspend_until_near_time_limit(service: Service) -> None:
-    """Stand still for what a longer training would take: how fast this machine is then does not matter."""
+    """Suspend the attempt for the time that a longer training would take, independent of this machine's speed."""
     limit_s = int(service.environment["TUNESMITH_ATTEMPT_TIME_LIMIT_S"])
     for attempt in service.attempts():
         attempt.suspend()
@@ -234,6 +234,6 @@ def list_events(service: Service, job_id: str) -> list[Json]:
 
 
 def losses(events: list[Json]) -> list[tuple[int, float]]:
-    """Step and loss of every point of the curve, in the order in which they were told."""
+    """Step and loss of every reported point, in order."""
     points = [row["event"] for row in events if row["event"]["type"] == "metrics"]
     return [(point["step"], point["values"]["loss"]) for point in points if point["values"].get("loss") is not None]

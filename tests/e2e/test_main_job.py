@@ -1,4 +1,4 @@
-"""The main job from `POST /train` to a GGUF that answers, through everything real but the size of the model."""
+"""The main job from `POST /train` to a GGUF that answers: everything is real except the size of the model."""
 
 import hashlib
 import json
@@ -15,15 +15,15 @@ CANARIES = {"hf_token": "hf_canary_7c1d", "api_key": "wandb_canary_55e0a1b2c3d4e
 
 @pytest.fixture(scope="module")
 def job(service: Service) -> Json:
-    """A job with everything switched on."""
+    """A job with every feature switched on."""
     dataset_id = service.upload()
     config = {
         **GGUF,
         "eval_config": {"eval_strategy": "steps", "eval_steps": 6, "compute_eval_metrics": True},
         "wandb_config": {"api_key": CANARIES["api_key"], "mode": "offline"},
     }
-    knobs = {"max_steps": 12, "learning_rate": 0.01, "logging_steps": 2}
-    job_id = service.train(dataset_id, knobs, config=config, hf_token=CANARIES["hf_token"], job_name="everything")
+    hyperparameters = {"max_steps": 12, "learning_rate": 0.01, "logging_steps": 2}
+    job_id = service.train(dataset_id, hyperparameters, config=config, hf_token=CANARIES["hf_token"], job_name="everything")
     job = service.wait_until_final(job_id)
     assert job["status"] == "completed", f"{job['failure']}\n{service.log(job_id)}"
     return job
@@ -53,10 +53,10 @@ def test_artifacts_are_stored_with_correct_digests(job: Json, service: Service) 
 def test_every_gguf_matches_the_model(job: Json) -> None:
     fidelity = {artifact["name"]: artifact["fidelity"] for artifact in job["artifacts"] if artifact["name"] in ("gguf-f16", "gguf-q8_0")}
     assert fidelity["gguf-f16"]["argmax_agreement"] >= 0.99
-    for found in fidelity.values():
-        assert found["compared_tokens"] > 0
-        assert found["sample_text"]
-        assert found["mean_kl_to_merged"] < found["mean_kl_to_base"]
+    for measured in fidelity.values():
+        assert measured["compared_tokens"] > 0
+        assert measured["sample_text"]
+        assert measured["mean_kl_to_merged"] < measured["mean_kl_to_base"]
 
 
 def test_the_gguf_answers_after_download(job: Json, service: Service, tmp_path: Path) -> None:
@@ -106,12 +106,6 @@ def test_watch_of_finished_job_returns(job: Json, service: Service) -> None:
     assert "completed" in service.run_cli("watch", job["job_id"])
 
 
-def test_full_fine_tune_exports_merged_model(service: Service) -> None:
-    job = service.wait_until_final(service.train(service.upload(), config={"method": "Full"}))
-    assert job["status"] == "completed", service.log(job["job_id"])
-    assert [artifact["name"] for artifact in job["artifacts"]] == ["merged"]
-
-
 def test_unknown_base_model_fails_the_job_with_hint(service: Service) -> None:
     job = service.wait_until_final(service.train(service.upload(), config={"base_model_id": "nobody/nothing"}))
     assert job["status"] == "failed"
@@ -119,22 +113,19 @@ def test_unknown_base_model_fails_the_job_with_hint(service: Service) -> None:
     assert job["failure"]["hint"]
 
 
-def test_cancelled_job_releases_the_machine(service: Service) -> None:
-    job_id = service.train(service.upload(), {"max_steps": 100_000})
-    wait_until(lambda: service.job(job_id)["status"] == "training")
-    service.run_cli("cancel", job_id)
-    assert service.wait_until_final(job_id)["status"] == "cancelled"
-    wait_until(lambda: service.attempts() == [])
-    assert service.run_cli("delete", job_id)
-
-
-def test_jobs_wait_for_a_free_slot(service: Service) -> None:
+def test_cancelled_job_releases_its_slot_to_the_next(service: Service) -> None:
     dataset_id = service.upload()
-    first, second = service.train(dataset_id, {"max_steps": 100_000}), service.train(dataset_id)
+    first, second = service.train(dataset_id, {"max_steps": 100_000}), service.train(dataset_id, config={"method": "Full"})
     wait_until(lambda: service.job(first)["status"] == "training")
     assert service.job(second)["status"] == "queued"
-    service.http.post(f"/jobs/{first}/cancel")
-    assert service.wait_until_final(second)["status"] == "completed"
+    [process] = service.attempts()
+    service.run_cli("cancel", first)
+    assert service.wait_until_final(first)["status"] == "cancelled"
+    wait_until(lambda: not process.is_running())
+    assert service.run_cli("delete", first)
+    job = service.wait_until_final(second)
+    assert job["status"] == "completed", service.log(second)
+    assert [artifact["name"] for artifact in job["artifacts"]] == ["merged"]  # a full fine-tune has no adapter
 
 
 def test_cli_workflow(service: Service, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The service dies and comes back; the job does not notice."""
+"""The service stops or is killed and starts again; its jobs complete."""
 
 import signal
 
@@ -16,7 +16,7 @@ def test_restarted_service_adopts_running_attempt(own_service: Service) -> None:
     assert (job["status"], len(job["attempts"])) == ("completed", 1), own_service.log(job_id)
     events = own_service.http.get(f"/jobs/{job_id}/events", params={"limit": 1000}).json()["events"]
     seqs = [row["seq"] for row in events if row["attempt"] == 1]
-    assert seqs == list(range(len(seqs)))  # nothing reported meanwhile was lost
+    assert seqs == list(range(len(seqs)))  # no report sent during the outage was lost
 
 
 def test_result_written_during_outage_is_accepted(own_service: Service) -> None:

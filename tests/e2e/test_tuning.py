@@ -34,11 +34,11 @@ def service(tmp_path_factory: pytest.TempPathFactory, tiny_gemma: Path, hub: Loo
 
 @pytest.fixture(scope="module")
 def pushed_job(service: Service, hub: LoopbackHub) -> Json:
-    """A DPO job that pushes what it made."""
+    """A DPO job that pushes its artifacts."""
     export = {"format": ["adapter", "merged"], "destination": "hfhub", "hf_repo_id": "ada/tuned", "include_gguf": True}
     config = {"trainer_type": "dpo", "export_config": export, "tensorboard_config": {}}
-    knobs = {"lora_rank": 4, "max_seq_length": 64, "learning_rate": 1e-3}
-    job = service.wait_until_final(service.train(service.upload(PAIRS), knobs, config=config, hf_token=TOKEN))
+    hyperparameters = {"lora_rank": 4, "max_seq_length": 64, "learning_rate": 1e-3}
+    job = service.wait_until_final(service.train(service.upload(PAIRS), hyperparameters, config=config, hf_token=TOKEN))
     assert job["status"] == "completed", service.log(job["job_id"])
     return job
 
@@ -93,8 +93,15 @@ def test_model_failing_gate_is_published_only_by_explicit_export(service: Servic
         "reward_config": graders,
         "eval_config": {"promotion_gate": gate, "sample_prompts": 1, "max_new_tokens": 8},
     }
-    knobs = {"batch_size": 4, "num_generations": 4, "max_completion_length": 8, "max_seq_length": 64, "max_steps": 2, "lora_rank": 4}
-    job_id = service.train(service.upload(PROMPT_ROWS), knobs, config=config)
+    hyperparameters = {
+        "batch_size": 4,
+        "num_generations": 4,
+        "max_completion_length": 8,
+        "max_seq_length": 64,
+        "max_steps": 2,
+        "lora_rank": 4,
+    }
+    job_id = service.train(service.upload(PROMPT_ROWS), hyperparameters, config=config)
     job = service.wait_until_final(job_id)
     assert job["status"] == "completed", service.log(job_id)
     assert job["gate_passed"] is False

@@ -1,4 +1,4 @@
-"""A tiny Gemma in a store, rows to train it on, and a service that one can talk to."""
+"""A tiny Gemma in an object store, rows to train on, the context of an attempt, and a fake service."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -28,14 +28,14 @@ WORDS = ["files", "copy", "open", "close", "read", "write", "path", "name", "val
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What the libraries say to each other is not ours to mend."""
+    """Ignore warnings raised inside the libraries."""
     for library in ("transformers", "peft", "torch", "accelerate"):
         for kind in ("FutureWarning", "DeprecationWarning", "UserWarning"):
             config.addinivalue_line("filterwarnings", f"ignore::{kind}:{library}")
 
 
 def messages(count: int, first: int = 0) -> list[dict[str, Any]]:
-    """Short conversations, all of them different."""
+    """Short conversations, all different."""
     return [
         {
             "messages": [
@@ -49,7 +49,7 @@ def messages(count: int, first: int = 0) -> list[dict[str, Any]]:
 
 @dataclass
 class EventRecorder:
-    """A voice that remembers."""
+    """An event sink that stores every event."""
 
     events: list[Event] = field(default_factory=list)
 
@@ -78,7 +78,7 @@ class EventRecorder:
 
 @dataclass
 class FinishedTraining:
-    """A finished training: what it left, and what it told."""
+    """A finished training: its model, its events and its files."""
 
     model: TrainedModel
     record: EventRecorder
@@ -87,7 +87,7 @@ class FinishedTraining:
 
     @property
     def checkpoints(self) -> list[int]:
-        """The steps whose checkpoints are durable, or were about to be."""
+        """The steps of all checkpoints, once their uploads are complete."""
         self.context.checkpoints.wait_until_uploaded()
         return saved_steps(self.context.spec)
 
@@ -101,7 +101,7 @@ class FinishedTraining:
 
 
 def load_saved_checkpoints(spec: JobSpec) -> list[Checkpoint]:
-    """The durable checkpoints of a job, by attempt and step."""
+    """The uploaded checkpoints of a job, by attempt and step."""
     folder = Path(spec.stores.models.removeprefix("file://"), spec.checkpoints_prefix)
     return [Checkpoint.load(path.read_bytes()) for path in sorted(folder.glob(f"attempt-*/step-*/{MANIFEST}"))]
 
@@ -112,7 +112,7 @@ def saved_steps(spec: JobSpec) -> list[int]:
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an object store that holds the tiny base."""
+    """The folder of an object store that contains the tiny base."""
     root = tmp_path_factory.mktemp("objects")
     build_tiny_gemma(root / "pretrained_weights/huggingface" / BASE)
     return root
@@ -125,7 +125,7 @@ def base(store: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(base: Path) -> Any:
-    """The tiny base's tokenizer with Gemma's chat template. Not to be changed."""
+    """The tiny base's tokenizer with Gemma's chat template. Tests must not change it."""
     from transformers import AutoTokenizer
 
     from jobs.llm.data.tokenize import set_default_chat_template
@@ -136,7 +136,7 @@ def tokenizer(base: Path) -> Any:
 
 
 def put_split(store: Path, key: str, rows: list[dict[str, Any]]) -> Split:
-    """Rows as a split of a dataset in the store."""
+    """Store rows as a split of a dataset."""
     content = "".join(json.dumps(row) + "\n" for row in rows).encode()
     path = store / key
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,14 +154,14 @@ def make_spec(
     columns: tuple[str, ...] = (),
     **config: Any,
 ) -> JobSpec:
-    """A small job, ten steps at most; `config` changes its training config. Each is a new one, and finds no checkpoint of another."""
+    """A small job of at most ten steps; `config` changes its training config. Each has its own id, and finds no other checkpoints."""
     job_id = job_id or f"job-{uuid4().hex[:12]}"
     splits = {"train": put_split(store, f"datasets/{job_id}/train.jsonl", messages(24) if train is None else train)}
     if held_out != []:
         splits["eval"] = put_split(store, f"datasets/{job_id}/eval.jsonl", held_out or messages(5, first=100))
-    knobs = {"max_steps": 4, "batch_size": 2, "gradient_accumulation_steps": 1, "logging_steps": 1, "save_strategy": "no"}
-    knobs |= {"max_seq_length": 128, "lora_rank": 4} if config.get("method") != "Full" else {"max_seq_length": 128}
-    knobs |= config.pop("hyperparameters", {})
+    hyperparameters = {"max_steps": 4, "batch_size": 2, "gradient_accumulation_steps": 1, "logging_steps": 1, "save_strategy": "no"}
+    hyperparameters |= {"max_seq_length": 128, "lora_rank": 4} if config.get("method") != "Full" else {"max_seq_length": 128}
+    hyperparameters |= config.pop("hyperparameters", {})
     config["eval_config"] = {"sample_prompts": 0} | config.get("eval_config", {})  # generation is slow, and most tests are not about it
     dataset = Dataset.model_validate(
         {"processed_dataset_id": "d", "tenant_id": "local", "name": "d", "dataset_type": dataset_type, "splits": splits, "digest": ""}
@@ -169,7 +169,7 @@ def make_spec(
     )
     return JobSpec.model_validate(
         {"job_id": job_id, "job_name": "a job", "tenant_id": "local", "dataset": dataset}
-        | {"training_config": TRAINING_CONFIG.validate_python({"base_model_id": BASE, "hyperparameters": knobs} | config)}
+        | {"training_config": TRAINING_CONFIG.validate_python({"base_model_id": BASE, "hyperparameters": hyperparameters} | config)}
         | {
             "stores": dict.fromkeys(("datasets", "models", "configs"), f"file://{store}"),
             "checkpoints_prefix": checkpoints_prefix(job_id, None),
@@ -211,13 +211,13 @@ def make_context(
 
 
 def load_trainer(spec: JobSpec) -> Callable[..., TrainedModel]:
-    """The code that obeys the job's training config."""
+    """The `train` function of the job's trainer type."""
     return resolve_name(spec.training_config.train)
 
 
 @pytest.fixture
 def train(store: Path, tmp_path: Path) -> Callable[..., FinishedTraining]:
-    """Trains the tiny base; what is passed changes the job of `a_spec`, hyperparameters by their own names."""
+    """Train the tiny base; the arguments change the job of `make_spec`, hyperparameters by their own names."""
 
     def run(name: str = "one", /, *, spec: dict[str, Any] | None = None, **hyperparameters: Any) -> FinishedTraining:
         record, workdir = EventRecorder(), tmp_path / name
@@ -231,6 +231,6 @@ def train(store: Path, tmp_path: Path) -> Callable[..., FinishedTraining]:
 
 @pytest.fixture
 def service() -> Iterator[FakeService]:
-    """A service on a port of this machine; it obeys the test."""
+    """A fake service on a loopback port; the test sets its answers."""
     with FakeService() as running:
         yield running

@@ -1,7 +1,7 @@
-"""Every trainer type with every method and modality, on a tiny model: trained, resumed exactly, exported, faithful.
+"""Train, resume and export every trainer type with every method and modality on a tiny model.
 
-`python -m tests.jobs.matrix --write docs/training.md` runs all of it and writes the table between the page's marks; with `--real` the base
-is the real Gemma 3 270M, for text.
+`python -m tests.jobs.matrix --write docs/training.md` runs every combination and writes the table between the page's markers. With
+`--real`, text trains on the real Gemma 3 270M.
 """
 
 import argparse
@@ -29,7 +29,7 @@ FIRST_MARK, LAST_MARK = "<!-- matrix: begin -->", "<!-- matrix: end -->"
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination."""
+    """One combination of trainer type, method and modality."""
 
     trainer_type: str
     method: str
@@ -41,16 +41,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a combination."""
+    """The result of one combination."""
 
     gradient_norm: float  # the smallest of all steps
-    weights_changed: bool  # the weights that were published are not the base's
-    resumes_exactly: bool  # paused and resumed, the same bits came out
-    metrics_match: bool  # and the same curves
+    weights_changed: bool  # the published weights differ from the base
+    resumes_exactly: bool  # pausing and resuming gave the same weights bit for bit
+    metrics_match: bool  # and the same logged metrics
     artifacts: dict[str, Artifact]
 
     def fidelity(self, name: str) -> str:
-        """How near an artifact is to the model that was trained, for the table."""
+        """How close an artifact is to the trained model, as text for the table."""
         if name not in self.artifacts:
             return "–"
         found = self.artifacts[name].fidelity
@@ -58,7 +58,7 @@ class Outcome:
 
 
 def cells() -> list[Cell]:
-    """All combinations that a request can ask for."""
+    """All combinations that a request may have."""
     return [
         Cell(name, method, modality)
         for name, config in TRAINER_TYPES.items()
@@ -67,51 +67,53 @@ def cells() -> list[Cell]:
     ]
 
 
-def run_cell(cell: Cell, store: Path, workdir: Path, base: str | None = None, quantizations: Sequence[str] = QUANTIZATIONS) -> Outcome:
-    """Train without and with an interruption, compare, and export."""
+def run_cell(
+    cell: Cell, store: Path, workdir: Path, base: str | None = None, quantizations: Sequence[str] = QUANTIZATIONS, *, export: bool = True
+) -> Outcome:
+    """Train without and with an interruption, compare, and export unless told otherwise."""
     from tests.jobs.test_continuation import TrainingRun
 
     spec = make_cell_spec(cell, store, base, quantizations)
     record = EventRecorder()
     context = make_context(spec, workdir / "straight", record)
     model: TrainedModel = load_trainer(spec)(spec.training_config, context)
-    story = TrainingRun(make_cell_spec(cell, store, base, quantizations), workdir / "interrupted")
-    assert story.run_attempt(stop_after=PAUSE_AT_STEP) == "pause"
-    resumed = story.finish()
-    artifacts = {artifact.name: artifact for artifact in export_all(model, context)}
+    interrupted = TrainingRun(make_cell_spec(cell, store, base, quantizations), workdir / "interrupted")
+    assert interrupted.run_attempt(stop_after=PAUSE_AT_STEP) == "pause"
+    resumed = interrupted.finish()
+    artifacts = {artifact.name: artifact for artifact in export_all(model, context)} if export else {}
     context.checkpoints.wait_until_uploaded()
     context.checkpoints.close()
     return Outcome(
         gradient_norm=min(point.values["grad_norm"] or 0.0 for point in record.points),
         weights_changed=_has_changed_weights(model),
         resumes_exactly=_are_weights_equal(_weights(model.folder), _weights(resumed.folder)),
-        metrics_match=_curve(record) == _curve(*story.recorders),
+        metrics_match=_curve(record) == _curve(*interrupted.recorders),
         artifacts=artifacts,
     )
 
 
 def make_cell_spec(cell: Cell, store: Path, base: str | None, quantizations: Sequence[str]) -> JobSpec:
-    """A small job of that combination, on the tiny base of its modality unless one is named."""
-    speaks = cell.trainer_type != "reward"
+    """A small job of that combination, on the tiny base of its modality unless `base` is given."""
+    generates_text = cell.trainer_type != "reward"
     form, train, held_out = make_cell_rows(cell)
     config: dict[str, Any] = {"trainer_type": cell.trainer_type, "method": cell.method, "modality": cell.modality}
     config["base_model_id"] = base or (VISION_BASE if cell.modality == "vision" else BASE)
     config["export_config"] = {"format": ["merged"] if cell.method == "Full" else ["adapter", "merged"]}
-    config["export_config"] |= {"include_gguf": True, "gguf_quantization": list(quantizations)} if speaks else {}
-    knobs: dict[str, Any] = {"max_steps": STEPS, "batch_size": 4, "learning_rate": 1e-3, "max_seq_length": 512}
+    config["export_config"] |= {"include_gguf": True, "gguf_quantization": list(quantizations)} if generates_text else {}
+    hyperparameters: dict[str, Any] = {"max_steps": STEPS, "batch_size": 4, "learning_rate": 1e-3, "max_seq_length": 512}
     if cell.trainer_type == "grpo":
         grader = {"type": "string_check", "name": "says_it", "operation": "ilike", "reference_field": "answer"}
         config["reward_config"] = [
             grader,
             {"type": "python", "name": "length", "source": "def grade(completion, row):\n    return len(completion) / 100\n"},
         ]
-        knobs |= {"num_generations": 4, "max_completion_length": 8}
+        hyperparameters |= {"num_generations": 4, "max_completion_length": 8}
     columns = ("answer",) if cell.trainer_type == "grpo" else ()
-    return make_spec(store, train=train, held_out=held_out, dataset_type=form, columns=columns, hyperparameters=knobs, **config)
+    return make_spec(store, train=train, held_out=held_out, dataset_type=form, columns=columns, hyperparameters=hyperparameters, **config)
 
 
 def make_cell_rows(cell: Cell) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
-    """The form of the rows that a trainer type learns from, rows to learn and rows held out."""
+    """The dataset type, training rows and held-out rows of a combination."""
     if cell.modality == "vision":
         from tests.jobs.test_vision import make_square_rows
 
@@ -162,7 +164,7 @@ def _has_changed_weights(model: TrainedModel) -> bool:
 
 
 def _curve(*records: EventRecorder) -> dict[int, dict[str, float | None]]:
-    """All that was drawn, but how fast it went and what the machine was doing."""
+    """All logged metrics by step, without speed and system metrics."""
     left_out = ("per_second", "_bytes", "percent", "gpu", "_s")
     return {
         point.step: {name: value for name, value in point.values.items() if not name.endswith(left_out) and "time" not in name}
@@ -172,7 +174,7 @@ def _curve(*records: EventRecorder) -> dict[int, dict[str, float | None]]:
 
 
 def render_table(outcomes: dict[Cell, Outcome]) -> str:
-    """The outcomes in Markdown."""
+    """The outcomes as a Markdown table."""
     lines = [
         "| trainer type | method | modality | trained | resumed exactly | adapter | merged | GGUF f16 | GGUF q8_0 |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -188,11 +190,9 @@ def render_table(outcomes: dict[Cell, Outcome]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all combinations and write the table."""
     parser = argparse.ArgumentParser(prog="python -m tests.jobs.matrix")
-    parser.add_argument("--write", type=Path, help="the page whose table is written anew")
-    parser.add_argument(
-        "--real", action="store_true", help="the real Gemma 3 270M in place of the tiny one, for text: the better part of an hour"
-    )
-    parser.add_argument("names", nargs="*", help="only these, such as dpo-LoRA-text")
+    parser.add_argument("--write", type=Path, help="the page whose table is replaced")
+    parser.add_argument("--real", action="store_true", help="train text on the real Gemma 3 270M: takes most of an hour")
+    parser.add_argument("names", nargs="*", help="only these combinations, such as dpo-LoRA-text")
     options = parser.parse_args(arguments)
     wanted = [
         cell for cell in cells() if (not options.names or str(cell) in options.names) and not (options.real and cell.modality == "vision")
@@ -218,7 +218,7 @@ def real_base(store: Path) -> Path:
 
 
 def build_bases(store: Path) -> Path:
-    """An object store with both tiny bases."""
+    """An object store with the tiny text and vision bases."""
     from tests.tiny_gemma import build_tiny_gemma
     from tests.tiny_gemma_vision import build_tiny_gemma_vision
 

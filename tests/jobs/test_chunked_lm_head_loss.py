@@ -1,4 +1,4 @@
-"""The loss that is made some positions at a time is the one that is made at once, whatever the model and whatever is trained in it."""
+"""The loss computed in chunks equals the loss computed at once, for every kind of model and trained weights."""
 
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from jobs.llm.trainers.sft import pack_examples
 from tests.jobs.conftest import messages
 from tests.jobs.test_trainable_tokens import make_tuned_model
 
-ONE_POSITION = 1  # byte: a part has one position at least
+ONE_POSITION = 1  # byte: a chunk has at least one position
 
 
 @pytest.fixture(scope="module")
 def batch(tokenizer: Any) -> dict[str, Any]:
-    """Blocks of packed rows, and padding."""
+    """Packed rows with padding."""
     found = collate(pack_examples(tokenize_split(iter(messages(7)), "messages", tokenizer, 128).rows, 96), 0)
     found.pop("non_padding_tokens")
     return found
@@ -49,7 +49,7 @@ def gradients(model: Any, loss: Any) -> dict[str, Any]:
 
 
 def assert_same_loss_and_gradients(model: Any, batch: dict[str, Any], divisor: float = 7.0) -> ChunkedLmHeadLoss:
-    """Loss and every gradient, twice: the first batch is looked at more closely."""
+    """The loss and all gradients of two passes: the first batch also probes the model."""
     import torch
 
     expected = compute_full_loss(model, batch, divisor)
@@ -67,7 +67,7 @@ def assert_same_loss_and_gradients(model: Any, batch: dict[str, Any], divisor: f
 
 
 def count_positions(model: Any) -> list[int]:
-    """How many positions go into the head, call by call."""
+    """Records the number of positions in each call of the head."""
     seen: list[int] = []
     model.get_output_embeddings().register_forward_hook(lambda _, states, __: seen.append(states[0].shape[:-1].numel()))
     return seen
@@ -99,10 +99,10 @@ def test_head_only_sees_labeled_positions_in_chunks(base: Path, batch: dict[str,
     head.compute_loss(model, *split_labels(batch))
     seen = count_positions(model)
     head.compute_loss(model, *split_labels(batch))
-    labelled = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+    labeled = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
     assert max(seen) <= 4
-    assert sum(seen) == labelled + 1  # one more is the model's own
-    assert labelled < batch["labels"].numel() / 2
+    assert sum(seen) == labeled + 1  # and the probe
+    assert labeled < batch["labels"].numel() / 2
 
 
 def test_loss_is_the_same_without_gradients(base: Path, batch: dict[str, Any]) -> None:
@@ -118,9 +118,9 @@ def test_loss_is_the_same_without_gradients(base: Path, batch: dict[str, Any]) -
 
 def test_default_divisor_is_number_of_labels(base: Path, batch: dict[str, Any]) -> None:
     model = load_model(base)
-    labelled = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+    labeled = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
     assert ChunkedLmHeadLoss(model).compute_loss(model, *split_labels(batch)).item() == pytest.approx(
-        compute_full_loss(model, batch, labelled).item(), rel=1e-6
+        compute_full_loss(model, batch, labeled).item(), rel=1e-6
     )
 
 
@@ -202,4 +202,4 @@ def test_compiled_model_keeps_layers_in_one_graph(base: Path, batch: dict[str, A
     compiled: Any = torch.compile(model, backend=as_it_is)
     torch._dynamo.reset()
     assert ChunkedLmHeadLoss(model).compute_loss(compiled, *split_labels(batch), 7.0).item() == pytest.approx(expected.item(), rel=1e-5)
-    assert max(sizes) > 0.95 * sum(sizes)  # what is left over is the head and the soft cap of one position
+    assert max(sizes) > 0.95 * sum(sizes)  # the rest is the head and the soft cap of the probe

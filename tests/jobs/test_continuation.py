@@ -1,8 +1,9 @@
-"""A training that was interrupted, anywhere and however, and went on: to the last bit the one that never was."""
+"""Interrupted and resumed trainings equal uninterrupted ones bit for bit, wherever and however they were interrupted."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ from tests.jobs.conftest import EventRecorder, load_saved_checkpoints, load_trai
 
 
 class Killed(BaseException):
-    """As kill -9 would end it: nothing is tidied up, only what was saved remains."""
+    """Simulates kill -9: nothing is cleaned up, and only saved files remain."""
 
 
 @dataclass
 class ProgressRecorder(EventRecorder):
-    """A voice that knows how far the training is; it dies when told to."""
+    """An event sink that records the current step and can kill the attempt at a step."""
 
     step: int = 0
     checks: int = 0  # since the last step
@@ -41,7 +42,7 @@ class ProgressRecorder(EventRecorder):
 
 @dataclass
 class StopAfter:
-    """Somebody asks to stop in or after a step, once it has been looked `checks` times whether anybody did."""
+    """Requests a stop at `step`, once the training has checked for one `checks` times since that step."""
 
     recorder: ProgressRecorder
     step: int
@@ -67,7 +68,7 @@ class StopAfter:
 
 @dataclass
 class KilledWhileSaving:
-    """A mirror that takes the whole process with it, when the files of a checkpoint are there and nothing is durable yet."""
+    """A listener that kills the attempt when the files of a checkpoint are written but not uploaded."""
 
     step: int
 
@@ -88,7 +89,7 @@ class KilledWhileSaving:
 
 @dataclass
 class TrainingRun:
-    """One job, and what all its attempts told together."""
+    """One job, and the events of all its attempts."""
 
     spec: JobSpec
     workdir: Path
@@ -102,7 +103,7 @@ class TrainingRun:
         training_listener: TrainingListener | None = None,
         **stop_options: Any,
     ) -> TrainedModel | StopReason | None:
-        """What the next attempt came to: the model, why it stopped, or None when it was killed."""
+        """Run the next attempt. Returns the model, the reason it stopped, or None if it was killed."""
         self.recorders.append(listener := ProgressRecorder(kill_at_step=kill_at_step))
         stop = None if stop_after is None else StopAfter(listener, stop_after, **stop_options)
         number = len(self.recorders)
@@ -125,7 +126,7 @@ class TrainingRun:
 
     @property
     def curve(self) -> dict[int, tuple[float | None, ...]]:
-        """What was drawn, by step. What was drawn twice must be the same."""
+        """The logged metrics by step. Steps that were logged twice must be equal."""
         points: dict[int, tuple[float | None, ...]] = {}
         for point in (point for listener in self.recorders for point in listener.points):
             drawn = (point.epoch, *(point.values[name] for name in ("loss", "learning_rate", "grad_norm")))
@@ -135,7 +136,9 @@ class TrainingRun:
     @property
     def evaluations(self) -> dict[tuple[str, int], tuple[float | None, int | None]]:
         return {
-            (told.when, told.step): (told.metrics.eval_loss, told.metrics.eval_tokens) for one in self.recorders for told in one.evaluations
+            (event.when, event.step): (event.metrics.eval_loss, event.metrics.eval_tokens)
+            for recorder in self.recorders
+            for event in recorder.evaluations
         }
 
 
@@ -146,7 +149,7 @@ def weights(model: TrainedModel) -> dict[str, Any]:
 
 
 def assert_runs_identical(training_run: TrainingRun, model: TrainedModel, other: TrainingRun, other_model: TrainedModel) -> None:
-    """Bit by bit: every point of the curve, every measurement, every weight."""
+    """All logged metrics, evaluations and weights are equal bit for bit."""
     assert training_run.curve == other.curve
     assert training_run.evaluations == other.evaluations
     ours, theirs = weights(model), weights(other_model)
@@ -173,12 +176,12 @@ BASE_HYPERPARAMETERS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class TrainingCase:
-    """A way to train."""
+    """A method with its hyperparameters."""
 
     method: str
     eval_strategy: str
     hyperparameters: dict[str, Any]
-    steps: int  # of both epochs
+    steps: int  # in both epochs
 
     def spec(self, store: Path, **hyperparameters: Any) -> JobSpec:
         eval_config = {"eval_strategy": self.eval_strategy, "eval_steps": 2, "compute_eval_metrics": True}
@@ -195,7 +198,9 @@ CASES = {
     "lora-packed-accumulated": TrainingCase(
         "LoRA", "steps", {"batch_size": 1, "gradient_accumulation_steps": 2, "packing": True, "max_seq_length": 96}, 8
     ),
-    "full-accumulated": TrainingCase("Full", "steps", {"batch_size": 2, "gradient_accumulation_steps": 5}, 6),  # two batches are left over
+    "full-accumulated": TrainingCase(
+        "Full", "steps", {"batch_size": 2, "gradient_accumulation_steps": 5}, 6
+    ),  # two batches remain for the last step
     "full-packed": TrainingCase(
         "Full", "epoch", {"batch_size": 2, "packing": True, "max_seq_length": 96, "lr_scheduler_type": "cosine"}, 8
     ),
@@ -204,71 +209,80 @@ CASES = {
 
 @dataclass(frozen=True)
 class UninterruptedRun:
-    """A job that nothing interrupted."""
+    """A finished job without interruption."""
 
     case: TrainingCase
     training_run: TrainingRun
     model: TrainedModel
 
 
-@pytest.fixture(scope="module", params=CASES)
-def uninterrupted(request: pytest.FixtureRequest, store: Path, tmp_path_factory: pytest.TempPathFactory) -> UninterruptedRun:
-    case = CASES[request.param]
-    story = TrainingRun(case.spec(store), tmp_path_factory.mktemp("unbroken"))
-    return UninterruptedRun(case, story, story.finish())
+@pytest.fixture(scope="module")
+def train_uninterrupted(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], UninterruptedRun]:
+    """Trains a case of CASES; each is trained once, however often it is asked for."""
+
+    @cache
+    def train(name: str) -> UninterruptedRun:
+        run = TrainingRun(CASES[name].spec(store), tmp_path_factory.mktemp("uninterrupted"))
+        return UninterruptedRun(CASES[name], run, run.finish())
+
+    return train
+
+
+@pytest.fixture(params=CASES)
+def uninterrupted(request: pytest.FixtureRequest, train_uninterrupted: Callable[[str], UninterruptedRun]) -> UninterruptedRun:
+    return train_uninterrupted(request.param)
+
+
+@pytest.fixture
+def lora(train_uninterrupted: Callable[[str], UninterruptedRun]) -> UninterruptedRun:
+    return train_uninterrupted("lora-packed-accumulated")
 
 
 def test_one_step_per_time_slice_matches_uninterrupted_run(uninterrupted: UninterruptedRun, store: Path, tmp_path: Path) -> None:
-    story = TrainingRun(uninterrupted.case.spec(store), tmp_path)
+    run = TrainingRun(uninterrupted.case.spec(store), tmp_path)
     for step in range(1, uninterrupted.case.steps):
-        assert story.run_attempt(stop_after=step, reason="time_slice") == "time_slice"
-        assert load_saved_checkpoints(story.spec)[-1].step == step
-    model = story.finish()
+        assert run.run_attempt(stop_after=step, reason="time_slice") == "time_slice"
+        assert load_saved_checkpoints(run.spec)[-1].step == step
+    model = run.finish()
     assert uninterrupted.training_run.curve.keys() == {step for step in range(1, uninterrupted.case.steps + 1) if step % 3 == 0}
-    assert_runs_identical(story, model, uninterrupted.training_run, uninterrupted.model)
+    assert_runs_identical(run, model, uninterrupted.training_run, uninterrupted.model)
 
 
-# --- in one of these ways of training ---
+# --- with one of these cases ---
 
 LORA = CASES["lora-packed-accumulated"]
 
 
-@pytest.fixture(scope="module")
-def lora(store: Path, tmp_path_factory: pytest.TempPathFactory) -> UninterruptedRun:
-    story = TrainingRun(LORA.spec(store), tmp_path_factory.mktemp("lora"))
-    return UninterruptedRun(LORA, story, story.finish())
-
-
 @pytest.fixture
 def training_run(store: Path, tmp_path: Path) -> TrainingRun:
-    """The job of `lora`, not yet begun."""
+    """The job of `lora`, not started yet."""
     return TrainingRun(LORA.spec(store), tmp_path)
 
 
-@pytest.mark.parametrize("step", [3, 4, 8])  # in the middle, at the end of an epoch, and of the training
+@pytest.mark.parametrize("step", [3, 4, 8])  # within an epoch, at its end, and at the end of the training
 def test_paused_and_resumed_run_matches_uninterrupted_run(lora: UninterruptedRun, training_run: TrainingRun, step: int) -> None:
     assert training_run.run_attempt(stop_after=step) == "pause"
-    (checkpoint,) = load_saved_checkpoints(training_run.spec)  # durable already
+    (checkpoint,) = load_saved_checkpoints(training_run.spec)  # uploaded before the attempt returned
     assert (checkpoint.step, checkpoint.total_steps, checkpoint.reason) == (step, 8, "end" if step == 8 else "pause")
     model = training_run.finish()
     assert_runs_identical(training_run, model, lora.training_run, lora.model)
-    assert "before" not in [told.when for told in training_run.recorders[1].evaluations]  # the base is measured once
+    assert "before" not in [event.when for event in training_run.recorders[1].evaluations]  # the base is evaluated once
     assert model.base_metrics == training_run.recorders[0].evaluations[0].metrics
 
 
 def test_killed_run_resumes_from_last_checkpoint_and_matches(lora: UninterruptedRun, store: Path, tmp_path: Path) -> None:
-    story = TrainingRun(LORA.spec(store, save_strategy="steps", save_steps=2), tmp_path)
-    assert story.run_attempt(kill_at_step=7) is None
-    model = story.finish()
-    assert [event.step for event in story.recorders[-1].events if isinstance(event, CheckpointRestored)] == [6]
-    assert_runs_identical(story, model, lora.training_run, lora.model)
+    run = TrainingRun(LORA.spec(store, save_strategy="steps", save_steps=2), tmp_path)
+    assert run.run_attempt(kill_at_step=7) is None
+    model = run.finish()
+    assert [event.step for event in run.recorders[-1].events if isinstance(event, CheckpointRestored)] == [6]
+    assert_runs_identical(run, model, lora.training_run, lora.model)
 
 
 def test_kill_during_save_resumes_from_previous_checkpoint(lora: UninterruptedRun, store: Path, tmp_path: Path) -> None:
-    story = TrainingRun(LORA.spec(store, save_strategy="steps", save_steps=2), tmp_path)
-    assert story.run_attempt(training_listener=KilledWhileSaving(6)) is None
-    assert saved_steps(story.spec) == [2, 4]
-    assert_runs_identical(story, story.finish(), lora.training_run, lora.model)
+    run = TrainingRun(LORA.spec(store, save_strategy="steps", save_steps=2), tmp_path)
+    assert run.run_attempt(training_listener=KilledWhileSaving(6)) is None
+    assert saved_steps(run.spec) == [2, 4]
+    assert_runs_identical(run, run.finish(), lora.training_run, lora.model)
 
 
 @pytest.mark.parametrize("reason", ["pause", "preempted", "time_slice"])
@@ -277,7 +291,7 @@ def test_checkpoint_records_its_reason(training_run: TrainingRun, reason: StopRe
     assert [(checkpoint.step, checkpoint.reason) for checkpoint in load_saved_checkpoints(training_run.spec)] == [(3, reason)]
 
 
-def test_a_cancel_saves_nothing(training_run: TrainingRun) -> None:
+def test_cancel_saves_no_checkpoint(training_run: TrainingRun) -> None:
     assert training_run.run_attempt(stop_after=3, reason="cancel") == "cancel"
     assert load_saved_checkpoints(training_run.spec) == []
 
@@ -287,9 +301,9 @@ def test_pause_aborts_evaluation_and_resume_repeats_it(lora: UninterruptedRun, t
     assert training_run.run_attempt(stop_after=4, checks=checks) == "pause"  # between two batches of held-out rows
     (checkpoint,) = load_saved_checkpoints(training_run.spec)
     assert (checkpoint.step, checkpoint.eval_loss) == (4, None)
-    assert [told.step for told in training_run.recorders[0].evaluations] == [0, 2]
+    assert [event.step for event in training_run.recorders[0].evaluations] == [0, 2]
     model = training_run.finish()
-    assert [(told.when, told.step) for told in training_run.recorders[1].evaluations] == [
+    assert [(event.when, event.step) for event in training_run.recorders[1].evaluations] == [
         ("during", 4),
         ("during", 6),
         ("during", 8),
@@ -299,34 +313,34 @@ def test_pause_aborts_evaluation_and_resume_repeats_it(lora: UninterruptedRun, t
 
 
 def test_checkpoint_records_eval_loss_of_its_step(store: Path, tmp_path: Path) -> None:
-    story = TrainingRun(LORA.spec(store, save_strategy="steps", save_steps=1, save_total_limit=9), tmp_path)
-    story.finish()
-    losses = {step: loss for (when, step), (loss, _) in story.evaluations.items() if when == "during"}
-    assert {found.step: found.eval_loss for found in load_saved_checkpoints(story.spec)} == {step: losses.get(step) for step in range(1, 9)}
+    run = TrainingRun(LORA.spec(store, save_strategy="steps", save_steps=1, save_total_limit=9), tmp_path)
+    run.finish()
+    losses = {step: loss for (when, step), (loss, _) in run.evaluations.items() if when == "during"}
+    assert {found.step: found.eval_loss for found in load_saved_checkpoints(run.spec)} == {step: losses.get(step) for step in range(1, 9)}
 
 
 def test_finished_training_is_evaluated_but_not_trained_again(lora: UninterruptedRun, store: Path, tmp_path: Path) -> None:
-    story = TrainingRun(replace(LORA, eval_strategy="no").spec(store), tmp_path)
-    first = story.finish()
-    assert [checkpoint.reason for checkpoint in load_saved_checkpoints(story.spec)] == ["end"]
-    again = story.finish()
-    told = story.recorders[1]
-    assert (told.points, [(event.when, event.step) for event in told.evaluations]) == ([], [("after", 8)])
-    assert_runs_identical(story, again, story, first)
-    assert again.train_runtime_s == pytest.approx(first.train_runtime_s, rel=0.1)  # up to the save, which is not training
-    assert saved_steps(story.spec) == [8]
+    run = TrainingRun(replace(LORA, eval_strategy="no").spec(store), tmp_path)
+    first = run.finish()
+    assert [checkpoint.reason for checkpoint in load_saved_checkpoints(run.spec)] == ["end"]
+    again = run.finish()
+    recorder = run.recorders[1]
+    assert (recorder.points, [(event.when, event.step) for event in recorder.evaluations]) == ([], [("after", 8)])
+    assert_runs_identical(run, again, run, first)
+    assert again.train_runtime_s == pytest.approx(first.train_runtime_s, rel=0.1)  # without the save, which is not training time
+    assert saved_steps(run.spec) == [8]
 
 
 def test_more_epochs_continue_with_the_longer_schedule(lora: UninterruptedRun, store: Path, tmp_path: Path) -> None:
     config = lora.training_run.spec.training_config
     longer = config.model_copy(update={"hyperparameters": config.hyperparameters.model_copy(update={"epochs": 3, "logging_steps": 1})})
-    story = TrainingRun(
+    run = TrainingRun(
         lora.training_run.spec.model_copy(update={"training_config": longer}), tmp_path / "more", recorders=[ProgressRecorder()]
     )
-    story.finish()
+    run.finish()
     unbroken = TrainingRun(LORA.spec(store, epochs=3, logging_steps=1), tmp_path / "unbroken")
     unbroken.finish()
-    points = story.recorders[-1].points
+    points = run.recorders[-1].points
     assert [point.step for point in points] == [9, 10, 11, 12]
     assert [point.values["learning_rate"] for point in points] == [
         point.values["learning_rate"] for point in unbroken.recorders[0].points if point.step > 8
@@ -336,16 +350,16 @@ def test_more_epochs_continue_with_the_longer_schedule(lora: UninterruptedRun, s
 
 
 @pytest.mark.parametrize("name", ["lora", "full-accumulated"])
-def test_a_checkpoint_is_exported_without_training(store: Path, tmp_path: Path, name: str) -> None:
+def test_checkpoint_is_exported_without_training(store: Path, tmp_path: Path, name: str) -> None:
     trained = TrainingRun(CASES[name].spec(store), tmp_path / "trained")
     trained.run_attempt(stop_after=4)
     source = ExportSource(
         job_id=trained.spec.job_id, attempt=1, step=4, key=checkpoint_key(trained.spec.checkpoints_prefix, attempt=1, step=4)
     )
-    story = TrainingRun(CASES[name].spec(store).model_copy(update={"export_of": source}), tmp_path / "exported")
-    model = story.finish()
-    assert (story.curve, saved_steps(story.spec)) == ({}, [])
-    assert [(when, step) for when, step in story.evaluations] == [("after", 4)]
+    run = TrainingRun(CASES[name].spec(store).model_copy(update={"export_of": source}), tmp_path / "exported")
+    model = run.finish()
+    assert (run.curve, saved_steps(run.spec)) == ({}, [])
+    assert [(when, step) for when, step in run.evaluations] == [("after", 4)]
     assert model.metrics is not None
     assert model.base_metrics is not None
     assert model.base_metrics == trained.recorders[0].evaluations[0].metrics
@@ -354,34 +368,34 @@ def test_a_checkpoint_is_exported_without_training(store: Path, tmp_path: Path, 
     assert all(part.equal(stored[name]) for name, part in weights(model).items())
 
 
-# --- when it is saved ---
+# --- when to save ---
 
 
 @pytest.mark.parametrize(
-    ("strategy", "step", "epoch_ended", "since_s", "blocked_s", "due"),
+    ("strategy", "step", "epoch_ended", "since_last_save_s", "save_s", "due"),
     [
         ("steps", 50, False, 1.0, 1.0, True),
         ("steps", 51, False, 1.0, 1.0, False),
         ("steps", 51, True, 1.0, 1.0, False),
-        ("steps", 51, False, 300.0, 1.0, True),  # a long interval is broken
+        ("steps", 51, False, 300.0, 1.0, True),  # the safety interval is over
         ("epoch", 50, True, 1.0, 1.0, True),
         ("epoch", 50, False, 299.0, 1.0, False),
         ("epoch", 50, False, 300.0, 15.0, True),
-        ("epoch", 50, False, 300.0, 16.0, False),  # saving is dear here: after 320 s
+        ("epoch", 50, False, 300.0, 16.0, False),  # saves take long, so the safety interval is 320 s
         ("epoch", 50, False, 320.0, 16.0, True),
         ("no", 50, True, 1e6, 1.0, False),
     ],
 )
 def test_save_is_due_by_strategy_or_safety_interval(
-    strategy: Any, step: int, epoch_ended: bool, since_s: float, blocked_s: float, due: bool
+    strategy: Any, step: int, epoch_ended: bool, since_last_save_s: float, save_s: float, due: bool
 ) -> None:
     policy = SavePolicy(strategy, save_steps=50)
-    assert policy.is_due(step, epoch_ended=epoch_ended, since_last_save_s=since_s, save_s=blocked_s) is due
+    assert policy.is_due(step, epoch_ended=epoch_ended, since_last_save_s=since_last_save_s, save_s=save_s) is due
 
 
-@pytest.mark.parametrize("blocked_s", [0.01, 1.0, 15.0, 60.0, 600.0])
-def test_safety_interval_costs_at_most_five_percent(blocked_s: float) -> None:
-    assert blocked_s / compute_checkpoint_interval_s(blocked_s) <= 0.05
+@pytest.mark.parametrize("save_s", [0.01, 1.0, 15.0, 60.0, 600.0])
+def test_safety_interval_costs_at_most_five_percent(save_s: float) -> None:
+    assert save_s / compute_checkpoint_interval_s(save_s) <= 0.05
 
 
 def test_training_state_roundtrips(tmp_path: Path) -> None:
@@ -394,7 +408,7 @@ def test_training_state_roundtrips(tmp_path: Path) -> None:
 
 @dataclass
 class Clock:
-    """It goes when the test says so."""
+    """A clock that the test sets."""
 
     now_s: float = 0.0
 
@@ -404,7 +418,7 @@ class Clock:
 
 @dataclass
 class TimeLimit(StopAfter):
-    """Nobody asks for anything, but the time is limited."""
+    """No stop is requested, but the time is limited."""
 
     clock: Clock = field(default_factory=Clock)
     ends_at_s: float = 1e9
@@ -415,7 +429,7 @@ class TimeLimit(StopAfter):
 
 @dataclass
 class ControlDriver:
-    """A training of a hundred steps, driven by hand."""
+    """Drives the TrainingControl of a training of a hundred steps."""
 
     control: TrainingControl
     clock: Clock
@@ -450,34 +464,34 @@ def make_control_driver(store: Path, tmp_path: Path) -> Callable[..., ControlDri
 
 
 def test_safety_checkpoints_in_long_epoch_depend_on_save_cost(make_control_driver: Callable[..., ControlDriver]) -> None:
-    driven = make_control_driver()
-    driven.step(duration_s=299)
-    assert not driven.control.should_save(epoch_ended=False)
-    driven.step(duration_s=1)
-    assert driven.control.should_save(epoch_ended=False)
-    driven.save(duration_s=20)
-    driven.step(duration_s=399)
-    assert not driven.control.should_save(epoch_ended=False)
-    driven.step(duration_s=1)
-    assert driven.control.should_save(epoch_ended=False)
+    driver = make_control_driver()
+    driver.step(duration_s=299)
+    assert not driver.control.should_save(epoch_ended=False)
+    driver.step(duration_s=1)
+    assert driver.control.should_save(epoch_ended=False)
+    driver.save(duration_s=20)
+    driver.step(duration_s=399)
+    assert not driver.control.should_save(epoch_ended=False)
+    driver.step(duration_s=1)
+    assert driver.control.should_save(epoch_ended=False)
 
 
 def test_training_yields_when_step_and_checkpoint_no_longer_fit(make_control_driver: Callable[..., ControlDriver]) -> None:
-    driven = make_control_driver(ends_at_s=200)
-    driven.control.checkpoint_bytes = 500_000_000  # ten seconds, as long as nobody has seen one
-    driven.step(duration_s=30)
-    assert not driven.control.should_stop()  # 170 s are left, and (30 + 10) x 1.5 + 1 are wanted
-    driven.step(duration_s=10)
-    driven.clock.now_s = 138
-    assert not driven.control.should_stop()
-    driven.clock.now_s = 140
-    assert driven.control.should_stop()
-    assert driven.control.stop_reason == "time_slice"
+    driver = make_control_driver(ends_at_s=200)
+    driver.control.checkpoint_bytes = 500_000_000  # estimated to take ten seconds until one has been saved
+    driver.step(duration_s=30)
+    assert not driver.control.should_stop()  # 170 s are left, and (30 + 10) x 1.5 + 1 are needed
+    driver.step(duration_s=10)
+    driver.clock.now_s = 138
+    assert not driver.control.should_stop()
+    driver.clock.now_s = 140
+    assert driver.control.should_stop()
+    assert driver.control.stop_reason == "time_slice"
 
 
 def test_eta_uses_speed_of_current_attempt(make_control_driver: Callable[..., ControlDriver]) -> None:
-    driven = make_control_driver()
-    assert driven.control.eta_s is None
-    driven.step(duration_s=10)
-    driven.step(duration_s=30)
-    assert driven.control.eta_s == 20 * 98
+    driver = make_control_driver()
+    assert driver.control.eta_s is None
+    driver.step(duration_s=10)
+    driver.step(duration_s=30)
+    assert driver.control.eta_s == 20 * 98

@@ -1,4 +1,4 @@
-"""A training in several processes: the one that a single process makes of the same request, whatever happens to the others."""
+"""Training in several processes: the same result as in one, also after a worker fails or is killed."""
 
 import copy
 import os
@@ -34,7 +34,7 @@ from tests.jobs.test_preferences import curve_points, evaluations_by_step, pairs
 from tests.jobs.test_vision import VISION_BASE, make_square_rows
 from tests.tiny_gemma_vision import build_tiny_gemma_vision
 
-# Nine rows, one at a time, four before each step: the last step of an epoch has a single one, and the other process nothing.
+# Nine batches of one row, four per step: the last step of an epoch has one batch, and the second process gets padding only.
 HYPERPARAMETERS: dict[str, Any] = {"max_steps": -1, "epochs": 2, "learning_rate": 1e-3, "logging_steps": 1, "batch_size": 1}
 HYPERPARAMETERS |= {"gradient_accumulation_steps": 4, "save_strategy": "steps", "save_steps": 2}
 
@@ -57,7 +57,7 @@ def two_processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @dataclass
 class KillWorkerListener:
-    """A mirror that kills the other process in the middle of the training."""
+    """A listener that kills the worker process at a step."""
 
     step: int
     killed_at: float = 0.0
@@ -83,9 +83,9 @@ class KillWorkerListener:
 
 @pytest.fixture
 def single_process_run(make_training_run: Callable[[str], TrainingRun]) -> tuple[TrainingRun, TrainedModel]:
-    """The training in one process."""
-    story = make_training_run("alone")
-    return story, story.finish()
+    """The training in a single process."""
+    run = make_training_run("alone")
+    return run, run.finish()
 
 
 @pytest.mark.usefixtures("single_process_run", "two_processes")
@@ -101,7 +101,7 @@ def test_two_processes_match_one_and_resume_after_kill_and_pause(
     with pytest.raises(JobFailed) as failed:
         broken.run_attempt(training_listener=killer)
     assert time.monotonic() - killer.killed_at < 20
-    assert failed.value.failure.code == "out_of_memory"  # a kernel that has none left kills; below a single row there is no smaller batch
+    assert failed.value.failure.code == "out_of_memory"  # SIGKILL counts as out of memory, and a batch of one row cannot be reduced
     assert broken.run_attempt(stop_after=5) == "pause"
     paused = {file.path: file.sha256 for file in load_saved_checkpoints(broken.spec)[-1].files}
     assert paused["rng_state_0.pth"] != paused["rng_state_1.pth"]
@@ -110,22 +110,22 @@ def test_two_processes_match_one_and_resume_after_kill_and_pause(
 
 
 def assert_runs_close(two: tuple[TrainingRun, TrainedModel], one: tuple[TrainingRun, TrainedModel]) -> None:
-    """The same, but for the order in which numbers are added up."""
+    """Equal up to the order of summation."""
     (ours, our_model), (theirs, their_model) = two, one
     assert our_model.train_tokens == their_model.train_tokens
     for point, other in zip(ours.recorders[0].points, theirs.recorders[0].points, strict=True):
         assert point.values["loss"] == pytest.approx(other.values["loss"], abs=1e-5)
         assert point.values["grad_norm"] == pytest.approx(other.values["grad_norm"], rel=1e-5)
-    assert [(told.when, told.step) for told in ours.recorders[0].evaluations] == [
-        (told.when, told.step) for told in theirs.recorders[0].evaluations
+    assert [(event.when, event.step) for event in ours.recorders[0].evaluations] == [
+        (event.when, event.step) for event in theirs.recorders[0].evaluations
     ]
     expected = weights(their_model)
     assert max(float((part - expected[name]).abs().max()) for name, part in weights(our_model).items()) < 1e-5
 
 
-# --- every way to train ------------------------------------------------------------------------------------------------
+# --- every trainer type ------------------------------------------------------------------------------------------------
 
-# Two batches for each process and then, of the last row, one for the two of them: with figures, a loss, and tokens that count once.
+# Nine rows in batches of two: two batches for each process, then a last batch of one row in one process and padding in the other.
 SHORT_TRAINING: dict[str, Any] = {
     "max_steps": -1,
     "epochs": 1,
@@ -136,7 +136,7 @@ SHORT_TRAINING: dict[str, Any] = {
 }
 SHORT_TRAINING |= {"gradient_accumulation_steps": 4, "warmup_ratio": 0.0}
 PREFERENCE_DATA: dict[str, Any] = {"dataset_type": "preference", "train": pairs(9), "held_out": pairs(2, first=100)}
-# A group of four answers is made by both processes, and its rewards are compared.
+# Both processes generate completions of the same group of four.
 GRPO_HYPERPARAMETERS: dict[str, Any] = {"batch_size": 1, "num_generations": 4, "max_completion_length": 6, "beta": 0.1, "max_steps": 3}
 
 TRAINER_CONFIGS: dict[str, dict[str, Any]] = {
@@ -155,7 +155,7 @@ TRAINER_CONFIGS: dict[str, dict[str, Any]] = {
         "train": [*make_square_rows(6), *messages(3)],
         "held_out": make_square_rows(2, first=500),
     }
-    | {"hyperparameters": SHORT_TRAINING | {"train_vision_tower": True}},  # which some batches leave aside
+    | {"hyperparameters": SHORT_TRAINING | {"train_vision_tower": True}},  # which batches without images do not use
     "grpo": make_grpo_job(LETTER_GRADER, SIMILARITY_GRADER, train=prompts(2))
     | {"hyperparameters": SHORT_TRAINING | GRPO_HYPERPARAMETERS | {"mask_truncated_completions": False}},
 }
@@ -163,20 +163,22 @@ TRAINER_CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def make_distributed_run(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, int], TrainingRun]:
-    """A training of that kind, under a name, in so many processes; to be told."""
+    """Makes the job of a trainer type, to run in `processes` processes."""
 
-    def begin(way: str, name: str, processes: int) -> TrainingRun:
+    def begin(trainer: str, name: str, processes: int) -> TrainingRun:
         monkeypatch.setenv("JOB_PROCESSES", str(processes))
-        seeing = store / "pretrained_weights/huggingface" / VISION_BASE
-        if way == "vision" and not seeing.exists():
-            build_tiny_gemma_vision(seeing)
-        return TrainingRun(make_spec(store, eval_config={"eval_strategy": "epoch"}, **copy.deepcopy(TRAINER_CONFIGS[way])), tmp_path / name)
+        vision_base = store / "pretrained_weights/huggingface" / VISION_BASE
+        if trainer == "vision" and not vision_base.exists():
+            build_tiny_gemma_vision(vision_base)
+        return TrainingRun(
+            make_spec(store, eval_config={"eval_strategy": "epoch"}, **copy.deepcopy(TRAINER_CONFIGS[trainer])), tmp_path / name
+        )
 
     return begin
 
 
 def assert_same_training(ours: tuple[TrainingRun, TrainedModel], theirs: tuple[TrainingRun, TrainedModel]) -> None:
-    """Every figure of the curve and of the measurements, and every weight: the same, but for the order in which numbers are added up."""
+    """All logged metrics, evaluations and weights are equal up to the order of summation."""
     (two, our_model), (one, their_model) = ours, theirs
     assert two.recorders[0].decisions["world_size"] == "2"
     assert two.recorders[0].warnings == one.recorders[0].warnings
@@ -189,21 +191,22 @@ def assert_same_training(ours: tuple[TrainingRun, TrainedModel], theirs: tuple[T
     assert [of.eval_loss for of in found.values()] == pytest.approx([of.eval_loss for of in wanted.values()], rel=1e-5, abs=1e-5)
     assert our_model.train_tokens == their_model.train_tokens > 0
     learned = weights(their_model)
-    # A fifth of what a step moves a weight: where a gradient is next to nothing, Adam makes much of how it was rounded.
+    # A fifth of a step: for gradients near zero, Adam amplifies rounding differences.
     assert max(float((part - learned[name]).abs().max()) for name, part in weights(our_model).items()) < 2e-4
 
 
-# Always one whose batches are shared, and the one that shares as the library does: each start of a process takes seconds.
+# One trainer of each loss reduction that test_two_processes_match_one_and_resume does not cover; starting processes takes seconds.
 NOT_NIGHTLY = ("kto", "grpo")
 
 
 @pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=[] if way in NOT_NIGHTLY else pytest.mark.nightly) for way in TRAINER_CONFIGS if way != "dpo"]
+    "trainer",
+    [pytest.param(name, marks=[] if name in NOT_NIGHTLY else pytest.mark.nightly) for name in TRAINER_CONFIGS if name != "dpo"],
 )
-def test_two_processes_match_one_for_every_trainer(make_distributed_run: Callable[[str, str, int], TrainingRun], way: str) -> None:
-    alone = make_distributed_run(way, "alone", 1)
+def test_two_processes_match_one_for_every_trainer(make_distributed_run: Callable[[str, str, int], TrainingRun], trainer: str) -> None:
+    alone = make_distributed_run(trainer, "alone", 1)
     theirs = (alone, alone.finish())
-    shared = make_distributed_run(way, "shared", 2)
+    shared = make_distributed_run(trainer, "shared", 2)
     assert_same_training((shared, shared.finish()), theirs)
     assert not psutil.Process().children()
 
@@ -220,7 +223,9 @@ def test_metrics_of_both_processes_are_logged_after_resume(
     shutil.rmtree(store / checkpoint_key(resumed.spec.checkpoints_prefix, attempt=1, step=4))
     assert_runs_identical(resumed, resumed.finish(), unbroken, model)
     again = resumed.recorders[1]
-    assert [event.step for event in again.events if isinstance(event, CheckpointRestored)] == [2]  # at an epoch's end, and before a point
+    assert [event.step for event in again.events if isinstance(event, CheckpointRestored)] == [
+        2
+    ]  # at the end of an epoch, and between two logged steps
     assert curve_points(TrainingRun(resumed.spec, resumed.workdir, [again])) == curve_points(unbroken)
 
 
@@ -230,25 +235,25 @@ def raise_invalid_data(_: TrainingContext) -> TrainingTask:
 
 def test_worker_failure_keeps_code_and_hint(store: Path, tmp_path: Path) -> None:
     spec = make_spec(store, held_out=[])
-    machine = DeviceConfig("cpu", None, autocast=False, on_gpu=False, gradient_checkpointing=False)
-    ground = TrainingContext(
+    device_config = DeviceConfig("cpu", None, autocast=False, on_gpu=False, gradient_checkpointing=False)
+    training = TrainingContext(
         spec.training_config,
         make_context(spec, tmp_path),
         tmp_path,
         {},
         None,
         uses_default_chat_template=False,
-        device_config=machine,
+        device_config=device_config,
         resume_checkpoint=None,
     )
-    told = {"state": TrainingControlState(batch_size=1, gradient_accumulation_steps=2), "total_steps": 1, "checkpoint": None}
-    with pytest.raises(JobFailed, match="row 5") as failed, worker_pool(ground, raise_invalid_data, DeviceSlots(2), told):
+    resume_args = {"state": TrainingControlState(batch_size=1, gradient_accumulation_steps=2), "total_steps": 1, "checkpoint": None}
+    with pytest.raises(JobFailed, match="row 5") as failed, worker_pool(training, raise_invalid_data, DeviceSlots(2), resume_args):
         pass
     assert (failed.value.failure.code, failed.value.failure.hint) == ("invalid_data", "leave it out")
 
 
 @pytest.mark.usefixtures("two_processes")
-def test_failed_worker_start_falls_back_to_single_process_fallback(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_worker_start_falls_back_to_single_process(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONHOME", "/nowhere")
     record = EventRecorder()
     spec = make_spec(store, held_out=[], hyperparameters={"max_steps": 2, "gradient_accumulation_steps": 2})
@@ -257,7 +262,7 @@ def test_failed_worker_start_falls_back_to_single_process_fallback(store: Path, 
     assert "process 1 of the training ended with code 1" in record.warnings["single_process_fallback"]
 
 
-# --- without a second process ------------------------------------------------------------------------------------------
+# --- without worker processes ------------------------------------------------------------------------------------------
 
 
 def test_each_process_restores_its_own_rng_state(tmp_path: Path) -> None:
@@ -277,7 +282,7 @@ def test_each_process_restores_its_own_rng_state(tmp_path: Path) -> None:
         assert torch.rand(3).equal(drawn[rank])
 
 
-def test_unshareable_steps_use_single_process_fallback_with_advice(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_indivisible_steps_train_in_single_process_with_advice(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JOB_PROCESSES", "2")
     record = EventRecorder()
     spec = make_spec(store, held_out=[], hyperparameters={"max_steps": 1, "gradient_accumulation_steps": 3})
@@ -288,7 +293,7 @@ def test_unshareable_steps_use_single_process_fallback_with_advice(store: Path, 
 
 
 @pytest.mark.parametrize(
-    ("plan", "items", "most", "processes", "idle"),
+    ("batch", "examples", "max_world_size", "world_size", "idle_reason"),
     [
         ((2, 4), 100, 4, 4, ""),
         ((2, 4), 100, 8, 4, "multiple of 8"),
@@ -297,11 +302,13 @@ def test_unshareable_steps_use_single_process_fallback_with_advice(store: Path, 
         ((2, 4), 5, 4, 2, "only 3 batches"),
     ],
 )
-def test_effective_batch_is_independent_of_process_count(plan: tuple[int, int], items: int, most: int, processes: int, idle: str) -> None:
-    found = choose_world_size(BatchConfig(*plan), items, most)
-    assert found.world_size == processes
-    assert plan[1] % processes == 0
-    assert (idle in found.idle_reason) if idle else found == WorldSizeDecision(processes, found.reason)
+def test_effective_batch_is_independent_of_process_count(
+    batch: tuple[int, int], examples: int, max_world_size: int, world_size: int, idle_reason: str
+) -> None:
+    decision = choose_world_size(BatchConfig(*batch), examples, max_world_size)
+    assert decision.world_size == world_size
+    assert batch[1] % world_size == 0
+    assert (idle_reason in decision.idle_reason) if idle_reason else decision == WorldSizeDecision(world_size, decision.reason)
 
 
 @pytest.mark.parametrize("code", [EXIT_OOM, -signal.SIGKILL])
@@ -338,7 +345,7 @@ def test_visible_gpus_come_from_job_gpus(environment: dict[str, str], names: tup
 def test_first_step_timeout_applies_only_during_the_step() -> None:
     now = 0.0
     step = StartupWatchdog(timeout_s=10.0, clock=lambda: now)
-    now = 100.0  # the base is being measured
+    now = 100.0  # the base is being evaluated
     assert not step.has_timed_out
     step.start()
     now = 109.0

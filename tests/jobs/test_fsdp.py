@@ -1,4 +1,4 @@
-"""A training whose model is divided among its processes: the one that a single process makes, and its checkpoints are anybody's."""
+"""Training with a sharded model (FSDP): the same result as in a single process, and checkpoints that any process count resumes."""
 
 import gc
 import json
@@ -38,7 +38,7 @@ def make_training_run(store: Path, tmp_path: Path) -> Callable[..., TrainingRun]
 
 @pytest.fixture
 def set_fsdp(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
-    """Lets what follows train in two processes that divide the model, or in one."""
+    """Selects two processes that shard the model, or one."""
     monkeypatch.setenv("JOB_PARALLELISM", "fsdp")
     yield lambda wanted: monkeypatch.setenv("JOB_PROCESSES", "2" if wanted else "1")
     assert not psutil.Process().children()
@@ -47,7 +47,7 @@ def set_fsdp(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]
 
 @dataclass
 class ShardSizeListener(KillWorkerListener):
-    """A mirror that weighs what of the model and its optimizer is in this process, and kills nobody."""
+    """A listener that records which fraction of the model and optimizer this process holds. It kills nothing."""
 
     step: int = -1
     shard_fractions: list[float] = field(default_factory=list)
@@ -56,14 +56,14 @@ class ShardSizeListener(KillWorkerListener):
         from torch.distributed.tensor import DTensor
         from torch.optim import AdamW
 
-        optimizer = [one for one in gc.get_objects() if type(one) is AdamW][-1]  # the one before may still be there
+        optimizer = [one for one in gc.get_objects() if type(one) is AdamW][-1]  # an earlier one may not be collected yet
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         parts = weights + [optimizer.state[weight][moment] for weight in weights for moment in ("exp_avg", "exp_avg_sq")]
         assert all(isinstance(part, DTensor) for part in parts)
         self.shard_fractions.append(sum(part.to_local().nbytes for part in parts) / sum(part.nbytes for part in parts))
 
 
-def test_fsdp_matches_single_process_fallback_and_checkpoints_resume_anywhere(
+def test_fsdp_matches_single_process_and_checkpoints_resume_anywhere(
     make_training_run: Callable[..., TrainingRun], set_fsdp: Callable[[bool], None], store: Path, tmp_path: Path
 ) -> None:
     set_fsdp(False)
@@ -81,15 +81,15 @@ def test_fsdp_matches_single_process_fallback_and_checkpoints_resume_anywhere(
     broken = make_training_run("broken")
     with pytest.raises(JobFailed):
         broken.run_attempt(training_listener=KillWorkerListener(3))
-    spec = broken.spec.model_copy(update={"checkpoints_prefix": checkpoints_prefix(f"{broken.spec.job_id}-passed-on", None)})
-    passed_on = TrainingRun(spec, tmp_path / "passed-on", list(broken.recorders))
-    shutil.copytree(store / broken.spec.checkpoints_prefix, store / passed_on.spec.checkpoints_prefix)
+    spec = broken.spec.model_copy(update={"checkpoints_prefix": checkpoints_prefix(f"{broken.spec.job_id}-copied", None)})
+    copied = TrainingRun(spec, tmp_path / "copied", list(broken.recorders))
+    shutil.copytree(store / broken.spec.checkpoints_prefix, store / copied.spec.checkpoints_prefix)
     assert_runs_identical(broken, broken.finish(), unbroken, model)
     assert resumed_steps(broken) == [2]
 
     set_fsdp(False)
-    assert max_weight_difference(passed_on.finish(), expected) < 1e-5
-    assert resumed_steps(passed_on) == [2]
+    assert max_weight_difference(copied.finish(), expected) < 1e-5
+    assert resumed_steps(copied) == [2]
 
 
 def resumed_steps(training_run: TrainingRun) -> list[int]:
@@ -104,7 +104,7 @@ def max_weight_difference(one: TrainedModel, other: TrainedModel) -> float:
 
 @pytest.fixture
 def oom_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Memory runs out in rank 0 in the midst of a model that measures more than one row; what happened so far."""
+    """Memory runs out in a middle layer when more than one row is evaluated. Returns the batch sizes that failed so far."""
     from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
     forward, happened = Gemma3Attention.forward, []
@@ -122,31 +122,31 @@ def oom_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_best_adapter_with_fsdp_is_evaluated_despite_oom_and_published(
     make_training_run: Callable[..., TrainingRun], set_fsdp: Callable[[bool], None], oom_in_evaluation: list[int]
 ) -> None:
-    # The first step has a learning rate of 0, and the others ruin the model.
-    knobs = {"gradient_checkpointing": True, "max_steps": 3, "learning_rate": 1.0, "save_strategy": "no"}
-    knobs |= {"batch_size": 2, "gradient_accumulation_steps": 2}
-    judged = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "sample_prompts": 1, "max_new_tokens": 4}
+    # The first step has a learning rate of 0; the later steps make the model worse.
+    hyperparameters = {"gradient_checkpointing": True, "max_steps": 3, "learning_rate": 1.0, "save_strategy": "no"}
+    hyperparameters |= {"batch_size": 2, "gradient_accumulation_steps": 2}
+    eval_config = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "sample_prompts": 1, "max_new_tokens": 4}
     set_fsdp(True)
-    story = make_training_run("adapter", knobs, method="LoRA", eval_config=judged)
-    model = story.finish()
-    measured = story.evaluations
-    assert oom_in_evaluation == [2] * 5  # once in each measurement, which goes on with a row at a time
+    run = make_training_run("adapter", hyperparameters, method="LoRA", eval_config=eval_config)
+    model = run.finish()
+    measured = run.evaluations
+    assert oom_in_evaluation == [2] * 5  # once in each evaluation, which continues with single rows
     best = min((1, 2, 3), key=lambda step: measured["during", step])
     assert model.step == best < 3
     assert measured["after", best] == measured["during", best]
-    answered = [event.when for event in story.recorders[0].events if isinstance(event, SamplesGenerated)]
+    answered = [event.when for event in run.recorders[0].events if isinstance(event, SamplesGenerated)]
     assert answered == ["before", "during", "during", "during", "after"]
-    (kept,) = [kept for kept in load_saved_checkpoints(story.spec) if kept.step == best]
+    (kept,) = [kept for kept in load_saved_checkpoints(run.spec) if kept.step == best]
     files = {file.path: file.sha256 for file in kept.files}
     assert files.keys() >= {"optimizer.pt", "rng_state_0.pth", "rng_state_1.pth"}
     assert files["adapter_model.safetensors"] == sha256((model.folder / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
-# --- without a second process ------------------------------------------------------------------------------------------
+# --- without worker processes ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("processes", "obstacle", "asked", "room", "value"),
+    ("world_size", "unsupported_reason", "requested", "memory", "value"),
     [
         (1, "", "fsdp", None, "none"),
         (4, "", None, MemoryEstimate(full_model_bytes=30, shard_bytes=10, available_bytes=40), "ddp"),
@@ -159,10 +159,12 @@ def test_best_adapter_with_fsdp_is_evaluated_despite_oom_and_published(
         (4, "", None, None, "ddp"),
     ],
 )
-def test_fsdp_is_chosen_by_memory_or_on_request(processes: int, obstacle: str, asked: Any, room: MemoryEstimate | None, value: str) -> None:
-    found = choose_parallelism(processes, obstacle, asked, room)
+def test_fsdp_is_chosen_by_memory_or_on_request(
+    world_size: int, unsupported_reason: str, requested: Any, memory: MemoryEstimate | None, value: str
+) -> None:
+    found = choose_parallelism(world_size, unsupported_reason, requested, memory)
     assert found.value == value
-    assert obstacle in found.reason
+    assert unsupported_reason in found.reason
     assert found.reason
 
 
@@ -181,7 +183,7 @@ def test_fsdp_memory_estimate_shrinks_with_more_shards(tmp_path: Path, store: Pa
     layers, width, words = 48, 3840, 262_208
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": width, "num_hidden_layers": layers, "vocab_size": words}))
     with (tmp_path / "model.safetensors").open("wb") as file:
-        file.truncate(24_000_000_000)  # 12 billion weights in bf16, and no byte of it on the disk
+        file.truncate(24_000_000_000)  # a sparse file the size of 12 billion bf16 weights
     config = make_spec(store, method=method).training_config
     needed = [estimate_training_bytes(config, tmp_path, gradient_checkpointing=True, num_shards=parts) for parts in (1, 2, 4, 8)]
     whole = {"Full": 16, "LoRA": 2}[method] * 12e9

@@ -1,4 +1,4 @@
-"""Group relative policy optimization on the tiny Gemma: it learns what graders like, goes on exactly, and shows graders that fail."""
+"""GRPO on the tiny Gemma: it increases the reward, resumes exactly and reports failing graders."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from jobs.llm.graders.base import FailedGrade
-from jobs.llm.trainers.grpo import compute_log_probs, compute_mean_reward, tokenize_prompt
+from jobs.llm.loss import compute_log_probs
+from jobs.llm.trainers.grpo import compute_mean_reward, tokenize_prompt
 from jobs.runtime.errors import JobFailed
 from schema.events import SamplesGenerated
 from schema.spec import JobSpec
@@ -18,7 +19,7 @@ Train = Callable[..., FinishedTraining]
 
 LETTER_GRADER = {"name": "letter", "type": "python", "source": "def grade(completion, row):\n    return completion.count('a') / 6"}
 SIMILARITY_GRADER = {"name": "same", "type": "text_similarity"}
-FAILING_GRADER = {"name": "broken", "type": "numeric_accuracy"}  # the rows' answers are words
+FAILING_GRADER = {"name": "broken", "type": "numeric_accuracy"}  # the answers in the rows are words
 
 HYPERPARAMETERS: dict[str, Any] = {"max_steps": 3, "batch_size": 8, "num_generations": 4, "max_completion_length": 6, "warmup_ratio": 0.0}
 HYPERPARAMETERS |= {"mask_truncated_completions": False, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "max_grad_norm": 1.0}
@@ -31,7 +32,7 @@ def prompts(count: int, first: int = 0) -> list[dict[str, Any]]:
 
 
 def make_grpo_job(*graders: dict[str, Any], **overrides: Any) -> dict[str, Any]:
-    """What makes the job of `a_spec` one of trainer type grpo."""
+    """The arguments of `make_spec` for a GRPO job."""
     kind = {"trainer_type": "grpo", "dataset_type": "prompt", "columns": ("answer",), "reward_config": list(graders) or [LETTER_GRADER]}
     return kind | {"train": prompts(8), "held_out": prompts(3, first=50)} | overrides
 
@@ -55,7 +56,7 @@ def test_model_learns_to_increase_reward(train: Train) -> None:
     assert after["graders/letter/mean"] == pytest.approx(after["reward"])
     assert after["graders/letter/failed"] == 0.0
     assert trained.model.metrics.eval_rows == 3
-    assert trained.model.train_tokens > 16 * 16 * 6  # the answers, and their prompts
+    assert trained.model.train_tokens > 16 * 16 * 6  # completions and prompts
     point = trained.record.points[0].values
     assert {"graders/letter/mean", "graders/letter/failed", "reward", "reward_std", "entropy", "grad_norm"} <= point.keys()
 
@@ -69,7 +70,7 @@ def test_reward_is_weighted_sum_and_samples_are_reported(train: Train) -> None:
     shown = [event for event in trained.record.events if isinstance(event, SamplesGenerated)]
     assert [(event.when, event.step, len(event.samples)) for event in shown] == [("before", 0, 2), ("after", 3, 2)]
     assert "say " in shown[0].samples[0].prompt
-    # What the trained model says is what exported files are compared on.
+    # Exported files are compared on the completions of the trained model.
     assert all(len(probe.input_ids) > probe.prompt_tokens for probe in trained.model.held_out_examples)
 
 
@@ -93,7 +94,7 @@ def test_plain_text_prompts_are_accepted(train: Train) -> None:
     assert len(rewards(train(spec=make_grpo_job(train=rows[:8], held_out=rows[8:]), **HYPERPARAMETERS))) == 3
 
 
-# --- graders that fail ---------------------------------------------------------------------------------------------------
+# --- failing graders -----------------------------------------------------------------------------------------------------
 
 
 def test_failing_grader_is_counted_and_left_out_of_reward(train: Train) -> None:
@@ -128,19 +129,19 @@ def test_mean_reward_excludes_failed_grades() -> None:
     assert compute_mean_reward({"a": 1.0}, {"a": [FailedGrade("why")]}) is None
 
 
-# --- bad input -----------------------------------------------------------------------------------------------------------
+# --- invalid input -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("more", "knobs", "why"),
+    ("more", "hyperparameters", "why"),
     [
         ({"train": prompts(1)}, {}, "an optimizer step takes 2"),
-        ({}, {"max_completion_length": 127}, "nothing to learn"),
+        ({}, {"max_completion_length": 127}, "no training row"),
     ],
 )
-def test_too_few_or_too_long_prompts_fail_the_job(train: Train, more: dict[str, Any], knobs: dict[str, Any], why: str) -> None:
-    with pytest.raises(JobFailed, match="no training row" if why == "nothing to learn" else why):
-        train(spec=make_grpo_job(**more), **HYPERPARAMETERS | knobs)
+def test_too_few_or_too_long_prompts_fail_the_job(train: Train, more: dict[str, Any], hyperparameters: dict[str, Any], why: str) -> None:
+    with pytest.raises(JobFailed, match=why):
+        train(spec=make_grpo_job(**more), **HYPERPARAMETERS | hyperparameters)
 
 
 def test_prompts_without_room_for_completion_are_dropped(train: Train) -> None:
@@ -150,7 +151,7 @@ def test_prompts_without_room_for_completion_are_dropped(train: Train) -> None:
     assert trained.record.warnings["rows_dropped"].startswith("1 rows of train")
 
 
-# --- the numbers ---------------------------------------------------------------------------------------------------------
+# --- log-probabilities ---------------------------------------------------------------------------------------------------
 
 
 def test_prompt_tokens_match_chat_template(tokenizer: Any) -> None:
@@ -172,8 +173,8 @@ def test_log_probabilities_match_full_softmax(base: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     ids = torch.randint(5, 900, (3, 9), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
-    mask[0, :2] = 0  # the padding of a shorter prompt
-    mask[1, 7:] = 0  # and of a shorter answer
+    mask[0, :2] = 0  # padding of a shorter prompt
+    mask[1, 7:] = 0  # padding of a shorter completion
     found, entropy, _ = compute_log_probs(model, ids, mask, 4, 2, temperature=0.7, compute_entropy=True)
     logits = model(input_ids=ids, attention_mask=mask).logits[:, -5:-1].float() / 0.7
     every = logits.log_softmax(-1)
@@ -196,13 +197,17 @@ def test_masked_completions_have_zero_gradient(base: Path) -> None:
     assert all(part.grad is None or not part.grad.any() for part in model.parameters())
 
 
-# --- going on ------------------------------------------------------------------------------------------------------------
+# --- resuming ------------------------------------------------------------------------------------------------------------
 
 
 def make_training_run(store: Path, folder: Path, **overrides: Any) -> TrainingRun:
-    """Four prompts and two in a step: two steps in each of three epochs."""
-    knobs = HYPERPARAMETERS | {"max_steps": -1, "epochs": 3, "lora_dropout": 0.1, "logging_steps": 2} | overrides.pop("hyperparameters", {})
-    spec: JobSpec = make_spec(store, **make_grpo_job(LETTER_GRADER, SIMILARITY_GRADER, train=prompts(4)) | overrides, hyperparameters=knobs)
+    """Four prompts, two per step: two steps in each of three epochs."""
+    hyperparameters = (
+        HYPERPARAMETERS | {"max_steps": -1, "epochs": 3, "lora_dropout": 0.1, "logging_steps": 2} | overrides.pop("hyperparameters", {})
+    )
+    spec: JobSpec = make_spec(
+        store, **make_grpo_job(LETTER_GRADER, SIMILARITY_GRADER, train=prompts(4)) | overrides, hyperparameters=hyperparameters
+    )
     return TrainingRun(spec, folder)
 
 
@@ -220,8 +225,8 @@ def test_interrupted_run_matches_uninterrupted_run(store: Path, tmp_path: Path, 
     whole = make_training_run(store, tmp_path / "whole", **more)
     model = whole.finish()
     parted = make_training_run(store, tmp_path / "parted", **more)
-    assert parted.run_attempt(stop_after=1) == "pause"  # in the first epoch, and between two points of the curve
-    assert parted.run_attempt(stop_after=4) == "pause"  # at the end of the second
+    assert parted.run_attempt(stop_after=1) == "pause"  # within the first epoch, and between two logged steps
+    assert parted.run_attempt(stop_after=4) == "pause"  # at the end of the second epoch
     ended = parted.finish()
     assert curve(parted) == curve(whole)
     assert (ended.metrics and ended.metrics.values) == (model.metrics and model.metrics.values)
@@ -231,7 +236,7 @@ def test_interrupted_run_matches_uninterrupted_run(store: Path, tmp_path: Path, 
 
 
 def test_generation_batch_shrinks_with_training_batch(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So when memory runs out, fewer are made at once, and as many make a step."""
+    """When memory runs out, fewer completions are generated at once, and a step has as many as before."""
     import torch
 
     look_up = torch.nn.functional.embedding
@@ -244,8 +249,8 @@ def test_generation_batch_shrinks_with_training_batch(store: Path, tmp_path: Pat
         return look_up(tokens, *rest, **named)
 
     monkeypatch.setattr(torch.nn.functional, "embedding", cramped)
-    story = make_training_run(store, tmp_path, hyperparameters={"epochs": 1, "logging_steps": 1})
-    story.finish()
-    assert story.recorders[0].decisions["batch_size"] == "4"
+    run = make_training_run(store, tmp_path, hyperparameters={"epochs": 1, "logging_steps": 1})
+    run.finish()
+    assert run.recorders[0].decisions["batch_size"] == "4"
     assert max(seen) == 8
-    assert len(story.recorders[0].points) == 2
+    assert len(run.recorders[0].points) == 2

@@ -1,4 +1,4 @@
-"""The loss at labelled positions is the stock loss; padding and neighbours change nothing; the numbers of an evaluation are exact."""
+"""The loss at labeled positions equals the library's; padding and packed neighbors do not change it; evaluations are exact."""
 
 import math
 from pathlib import Path
@@ -22,7 +22,7 @@ def rows(tokenizer: Any) -> list[TokenizedExample]:
 
 @pytest.fixture(scope="module", params=[None, 5.0], ids=["plain", "softcapped"])
 def model(base: Path, request: pytest.FixtureRequest) -> Any:
-    """With and without a soft cap on the logits, as some Gemmas have it."""
+    """With and without a soft cap on the logits, which some Gemma models have."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -130,11 +130,11 @@ def test_packed_and_padded_rows_have_the_same_loss(model: Any, rows: list[Tokeni
 def test_packed_rows_have_same_gradients_as_single_rows(model: Any, rows: list[TokenizedExample]) -> None:
     import torch
 
-    blocks = pack_examples(rows, 100)  # longer than the window of attention
+    blocks = pack_examples(rows, 100)  # longer than the attention window
     assert len(blocks) > 1
     packed = collate(blocks, 0)
     count = packed.pop("non_padding_tokens")
-    assert count < packed["input_ids"].numel()  # some of it is padding
+    assert count < packed["input_ids"].numel()  # some positions are padding
     logits, wanted = compute_labeled_logits(model, packed, packed.pop("labels"))
     together = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
     found = gradients_of(model, together)

@@ -1,4 +1,4 @@
-"""The model that is trained: four bits, adapters of every kind, and what is refused."""
+"""Loading and adapting the model: quantization, adapter configs, memory estimates, and rejected options."""
 
 import json
 from collections.abc import Callable
@@ -20,11 +20,11 @@ def are_weights_equal(one: FinishedTraining, other: FinishedTraining) -> bool:
     return all(bool((part == other.weights()[name]).all()) for name, part in one.weights().items())
 
 
-@pytest.mark.parametrize("knobs", [{}, {"use_dora": True}], ids=["QLoRA", "QDoRA"])
-def test_qlora_trains_every_layer_even_after_evaluation(train: Train, knobs: dict[str, Any]) -> None:
-    # bitsandbytes repacks the weights for a processor in evaluation; what it then computes with has no backward.
-    measured = train("measured", spec={"method": "QLoRA"}, **knobs)
-    unmeasured = train("unmeasured", spec={"method": "QLoRA", "held_out": []}, **knobs)
+@pytest.mark.parametrize("hyperparameters", [{}, {"use_dora": True}], ids=["QLoRA", "QDoRA"])
+def test_qlora_trains_every_layer_even_after_evaluation(train: Train, hyperparameters: dict[str, Any]) -> None:
+    # On some CPUs bitsandbytes repacks the weights in evaluation, and its kernel for repacked weights has no backward.
+    measured = train("measured", spec={"method": "QLoRA"}, **hyperparameters)
+    unmeasured = train("unmeasured", spec={"method": "QLoRA", "held_out": []}, **hyperparameters)
     moved = {name: float(part.abs().max()) for name, part in measured.lora_weights().items() if "lora_B" in name}
     assert min(moved.values()) > 1e-5
     assert are_weights_equal(measured, unmeasured)
@@ -38,16 +38,16 @@ def test_qlora_losses_differ_slightly_from_lora(train: Train) -> None:
 
 
 @pytest.mark.parametrize(
-    ("knobs", "names", "advice"),
+    ("hyperparameters", "names", "advice"),
     [
         ({"target_modules": ["query"]}, "query", "q_proj"),
         ({"target_modules": ["lm_head"]}, "lm_head", "leave it out"),
         ({"lora_rank": 64}, "lora_rank 64", "at most 32"),
     ],
 )
-def test_impossible_adapter_config_is_rejected_by_name(train: Train, knobs: dict[str, Any], names: str, advice: str) -> None:
+def test_impossible_adapter_config_is_rejected_by_name(train: Train, hyperparameters: dict[str, Any], names: str, advice: str) -> None:
     with pytest.raises(JobFailed) as refused:
-        train(**knobs)
+        train(**hyperparameters)
     failure = refused.value.failure
     assert failure.code == "invalid_config"
     assert names in failure.message
@@ -87,9 +87,9 @@ def test_memory_estimate_depends_on_trained_weights(tmp_path: Path) -> None:
     def needed(**config: Any) -> float:
         return estimate_training_bytes(TRAINING_CONFIG.validate_python({"base_model_id": "g/m"} | config), tmp_path)
 
-    seeing = {"modality": "vision", "hyperparameters": {"packing": False, "batch_size": 2}}
-    looking = {"modality": "vision", "hyperparameters": {"packing": False, "batch_size": 2, "train_vision_tower": True}}
-    assert needed(**looking) - needed(**seeing) == 2 * 64 * 64 * 1152 * 27 * ACTIVATION_BYTES
+    frozen_tower = {"modality": "vision", "hyperparameters": {"packing": False, "batch_size": 2}}
+    trained_tower = {"modality": "vision", "hyperparameters": {"packing": False, "batch_size": 2, "train_vision_tower": True}}
+    assert needed(**trained_tower) - needed(**frozen_tower) == 2 * 64 * 64 * 1152 * 27 * ACTIVATION_BYTES
     assert needed(method="Full") - needed() == pytest.approx(500_000 * (16 - 2), rel=0.01)
 
 
@@ -119,8 +119,8 @@ def test_unsloth_gives_the_same_result(train: Train, method: str) -> None:
 
 
 def test_early_stopping_publishes_best_model(train: Train) -> None:
-    judged = {"eval_strategy": "steps", "eval_steps": 1, "early_stopping_patience": 2, "load_best_model_at_end": True}
-    trained = train(spec={"eval_config": judged}, learning_rate=0.5, max_steps=9, save_total_limit=1)
+    eval_config = {"eval_strategy": "steps", "eval_steps": 1, "early_stopping_patience": 2, "load_best_model_at_end": True}
+    trained = train(spec={"eval_config": eval_config}, learning_rate=0.5, max_steps=9, save_total_limit=1)
     losses = {each.step: each.metrics.eval_loss for each in trained.record.evaluations if each.when == "during"}
     best = min(losses, key=lambda step: losses[step] or 0.0)
     assert max(losses) == best + 2 < 9
@@ -132,8 +132,8 @@ def test_early_stopping_publishes_best_model(train: Train) -> None:
 def test_samples_are_generated_and_scored(train: Train) -> None:
     from schema.events import SamplesGenerated
 
-    judged = {"sample_prompts": 2, "compute_eval_metrics": True, "task_rows": 4, "max_new_tokens": 4}
-    trained = train(spec={"eval_config": judged})
+    eval_config = {"sample_prompts": 2, "compute_eval_metrics": True, "task_rows": 4, "max_new_tokens": 4}
+    trained = train(spec={"eval_config": eval_config})
     shown = [event for event in trained.record.events if isinstance(event, SamplesGenerated)]
     assert [(event.when, len(event.samples)) for event in shown] == [("before", 2), ("after", 2)]
     assert shown[0].samples[0].reference
@@ -142,7 +142,7 @@ def test_samples_are_generated_and_scored(train: Train) -> None:
 
 
 def test_sample_generation_does_not_change_training(train: Train) -> None:
-    judged = {"eval_strategy": "steps", "eval_steps": 1, "sample_prompts": 2, "max_new_tokens": 3}
-    asked = train("asked", spec={"eval_config": judged}, lora_dropout=0.3)
-    silent = train("silent", spec={"eval_config": judged | {"sample_prompts": 0}}, lora_dropout=0.3)
-    assert are_weights_equal(asked, silent)
+    eval_config = {"eval_strategy": "steps", "eval_steps": 1, "sample_prompts": 2, "max_new_tokens": 3}
+    sampled = train("sampled", spec={"eval_config": eval_config}, lora_dropout=0.3)
+    plain = train("plain", spec={"eval_config": eval_config | {"sample_prompts": 0}}, lora_dropout=0.3)
+    assert are_weights_equal(sampled, plain)

@@ -1,4 +1,4 @@
-"""What the attempt gets over by itself: too little memory, and a full disk. And what it does not: numbers that are none."""
+"""Failures within an attempt: out of memory and full disk, which it survives, and NaN losses and weights, which end it."""
 
 import errno
 import math
@@ -18,24 +18,24 @@ from schema.spec import JobSpec
 from tests.jobs.conftest import load_saved_checkpoints, make_spec, saved_steps
 from tests.jobs.test_continuation import TrainingRun, weights
 
-# Without dropout, whose draws depend on the shape of a batch, and in fp32: then a step does not depend on how it is split.
+# In fp32 and without dropout, whose random numbers depend on the batch shape: a step does not depend on how it is split into batches.
 HYPERPARAMETERS: dict[str, Any] = {"max_steps": -1, "epochs": 2, "learning_rate": 1e-3, "logging_steps": 1}
 HYPERPARAMETERS |= {"batch_size": 16, "gradient_accumulation_steps": 1}
 
 
 @dataclass
 class LimitedMemory:
-    """A machine with room for so many rows at once, from so many steps on."""
+    """Memory for `rows_that_fit` rows at once, from step `from_step` on."""
 
     training_run: TrainingRun
     rows_that_fit: int
-    from_step: int = 0  # the first step in which memory is short
+    from_step: int = 0  # earlier steps have enough memory
     in_training: bool = True
     failures: int = 0
     make_error: Callable[[], BaseException] | None = None
 
     def wrap_embedding(self, embedding: Callable[..., Any]) -> Callable[..., Any]:
-        """torch's own look-up of embeddings, which runs out of memory."""
+        """torch's embedding function, which runs out of memory."""
         import torch
 
         def look_up(tokens: Any, *rest: Any, **named: Any) -> Any:
@@ -50,15 +50,15 @@ class LimitedMemory:
 
 @pytest.fixture
 def spec(store: Path) -> Callable[..., JobSpec]:
-    return lambda **knobs: make_spec(store, method="Full", hyperparameters=HYPERPARAMETERS | knobs)
+    return lambda **hyperparameters: make_spec(store, method="Full", hyperparameters=HYPERPARAMETERS | hyperparameters)
 
 
 @pytest.fixture
 def limit_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LimitedMemory]:
-    def make(story: TrainingRun, rows_that_fit: int, **how: Any) -> LimitedMemory:
+    def make(run: TrainingRun, rows_that_fit: int, **options: Any) -> LimitedMemory:
         import torch
 
-        memory = LimitedMemory(story, rows_that_fit, **how)
+        memory = LimitedMemory(run, rows_that_fit, **options)
         monkeypatch.setattr(torch.nn.functional, "embedding", memory.wrap_embedding(torch.nn.functional.embedding))
         return memory
 
@@ -68,13 +68,13 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LimitedMemory
 @pytest.fixture(scope="module")
 def reference(store: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainingRun:
     """The same training with enough memory: four steps of 16, 8, 16 and 8 rows."""
-    story = TrainingRun(make_spec(store, method="Full", hyperparameters=HYPERPARAMETERS), tmp_path_factory.mktemp("reference"))
-    story.finish()
-    return story
+    run = TrainingRun(make_spec(store, method="Full", hyperparameters=HYPERPARAMETERS), tmp_path_factory.mktemp("reference"))
+    run.finish()
+    return run
 
 
 def losses(training_run: TrainingRun) -> dict[int, float]:
-    """The newest point of every step: after a lack of memory some are drawn again, with other last digits."""
+    """The last logged loss of each step. After memory runs out, some steps are repeated, with different last digits."""
     return {point.step: point.values["loss"] or math.nan for listener in training_run.recorders for point in listener.points}
 
 
@@ -96,20 +96,20 @@ def test_oom_reduces_batch_size_and_keeps_losses(
     rows_that_fit: int,
     found: list[str],
 ) -> None:
-    story = TrainingRun(spec(save_strategy="steps", save_steps=1), tmp_path)
-    memory = limit_memory(story, rows_that_fit, from_step=step)
-    model = story.finish()
-    assert (reduced_batch_sizes(story), memory.failures) == (found, len(found))
-    assert losses(story).keys() == losses(reference).keys()
-    assert max(abs(loss - losses(reference)[step]) for step, loss in losses(story).items()) < 1e-5
-    last = load_saved_checkpoints(story.spec)[-1]
+    run = TrainingRun(spec(save_strategy="steps", save_steps=1), tmp_path)
+    memory = limit_memory(run, rows_that_fit, from_step=step)
+    model = run.finish()
+    assert (reduced_batch_sizes(run), memory.failures) == (found, len(found))
+    assert losses(run).keys() == losses(reference).keys()
+    assert max(abs(loss - losses(reference)[step]) for step, loss in losses(run).items()) < 1e-5
+    last = load_saved_checkpoints(run.spec)[-1]
     assert (last.batch_size, last.batch_size * last.gradient_accumulation_steps) == (int(found[-1]), 16)
-    assert model.train_tokens == 2 * sum(len(row) for row in tokenized_train_rows(story, model))
-    assert len([told for told in story.recorders[0].evaluations if told.when == "before"]) == 1
+    assert model.train_tokens == 2 * sum(len(row) for row in tokenized_train_rows(run, model))
+    assert len([event for event in run.recorders[0].evaluations if event.when == "before"]) == 1
 
 
 def tokenized_train_rows(training_run: TrainingRun, model: Any) -> list[list[int]]:
-    """The train rows as the trainer saw them."""
+    """The training rows as tokens."""
     from transformers import AutoTokenizer
 
     from jobs.llm.data.tokenize import read_rows, tokenize_split
@@ -121,21 +121,21 @@ def tokenized_train_rows(training_run: TrainingRun, model: Any) -> list[list[int
 def test_batch_size_decision_gives_step_and_reason(
     spec: Callable[..., JobSpec], limit_memory: Callable[..., LimitedMemory], tmp_path: Path
 ) -> None:
-    story = TrainingRun(spec(), tmp_path)
-    limit_memory(story, 8, from_step=3)
-    story.finish()
-    (decided,) = [event for event in story.recorders[0].events if isinstance(event, DecisionMade) and event.setting == "batch_size"]
+    run = TrainingRun(spec(), tmp_path)
+    limit_memory(run, 8, from_step=3)
+    run.finish()
+    (decided,) = [event for event in run.recorders[0].events if isinstance(event, DecisionMade) and event.setting == "batch_size"]
     assert decided.reason == "out of memory in step 3 with batch_size 16; gradient_accumulation_steps 2 keeps the effective batch size"
 
 
 def test_next_attempt_starts_with_reduced_batch_size(
     spec: Callable[..., JobSpec], limit_memory: Callable[..., LimitedMemory], tmp_path: Path
 ) -> None:
-    story = TrainingRun(spec(), tmp_path)
-    memory = limit_memory(story, 4)
-    assert story.run_attempt(stop_after=2) == "pause"
+    run = TrainingRun(spec(), tmp_path)
+    memory = limit_memory(run, 4)
+    assert run.run_attempt(stop_after=2) == "pause"
     assert memory.failures == 2
-    story.finish()
+    run.finish()
     assert memory.failures == 2
 
 
@@ -151,22 +151,22 @@ def test_next_attempt_starts_with_reduced_batch_size(
 def test_cpu_out_of_memory_is_recognized(
     spec: Callable[..., JobSpec], limit_memory: Callable[..., LimitedMemory], tmp_path: Path, raises: Callable[[], BaseException]
 ) -> None:
-    story = TrainingRun(spec(epochs=1), tmp_path)
-    limit_memory(story, 8, make_error=raises)
-    story.finish()
-    assert reduced_batch_sizes(story) == ["8"]
+    run = TrainingRun(spec(epochs=1), tmp_path)
+    limit_memory(run, 8, make_error=raises)
+    run.finish()
+    assert reduced_batch_sizes(run) == ["8"]
 
 
 @pytest.mark.parametrize(("batch_size", "tried"), [(2, ["1"]), (24, ["12", "6", "3", "1"])])
 def test_oom_with_single_row_fails_with_hint(
     spec: Callable[..., JobSpec], limit_memory: Callable[..., LimitedMemory], tmp_path: Path, batch_size: int, tried: list[str]
 ) -> None:
-    story = TrainingRun(spec(batch_size=batch_size), tmp_path)
-    limit_memory(story, 0)
+    run = TrainingRun(spec(batch_size=batch_size), tmp_path)
+    limit_memory(run, 0)
     with pytest.raises(JobFailed) as failed:
-        story.finish()
+        run.finish()
     failure = failed.value.failure
-    assert (failure.code, reduced_batch_sizes(story)) == ("out_of_memory", tried)
+    assert (failure.code, reduced_batch_sizes(run)) == ("out_of_memory", tried)
     assert "in step 1 with batch_size 1" in failure.message
     assert "max_seq_length" in failure.hint
     assert "LoRA" in failure.hint
@@ -174,22 +174,22 @@ def test_oom_with_single_row_fails_with_hint(
 
 
 def test_oom_retries_stop_after_four() -> None:
-    plan = BatchConfig(64, 1)
-    for healed in range(4):
-        plan = reduce_batch_size(plan, 1, healed)
-    assert plan == BatchConfig(4, 16)
+    batch_config = BatchConfig(64, 1)
+    for oom_retries in range(4):
+        batch_config = reduce_batch_size(batch_config, 1, oom_retries)
+    assert batch_config == BatchConfig(4, 16)
     with pytest.raises(JobFailed) as failed:
-        reduce_batch_size(plan, 7, 4)
+        reduce_batch_size(batch_config, 7, 4)
     assert "step 7 with batch_size 4" in failed.value.failure.message
     assert "batch_size 2 and gradient_accumulation_steps 32" in failed.value.failure.hint
 
 
 @pytest.mark.parametrize(
-    ("plan", "smaller"),
+    ("batch", "reduced"),
     [((8, 1), (4, 2)), ((5, 1), (1, 5)), ((5, 2), (2, 5)), ((3, 4), (1, 12)), ((7, 3), (3, 7)), ((2, 4), (1, 8)), ((1, 4), None)],
 )
-def test_reduced_batch_size_is_a_divisor_of_at_most_half(plan: tuple[int, int], smaller: tuple[int, int] | None) -> None:
-    assert BatchConfig(*plan).reduce() == (BatchConfig(*smaller) if smaller else None)
+def test_reduced_batch_size_is_a_divisor_of_at_most_half(batch: tuple[int, int], reduced: tuple[int, int] | None) -> None:
+    assert BatchConfig(*batch).reduce() == (BatchConfig(*reduced) if reduced else None)
 
 
 def test_changed_effective_batch_overrides_reduced_batch_size() -> None:
@@ -201,13 +201,13 @@ def test_changed_effective_batch_overrides_reduced_batch_size() -> None:
 def test_oom_in_evaluation_does_not_change_training(
     reference: TrainingRun, spec: Callable[..., JobSpec], limit_memory: Callable[..., LimitedMemory], tmp_path: Path, rows_that_fit: int
 ) -> None:
-    story = TrainingRun(spec(), tmp_path)
-    memory = limit_memory(story, rows_that_fit, in_training=False)
-    model = story.finish()
+    run = TrainingRun(spec(), tmp_path)
+    memory = limit_memory(run, rows_that_fit, in_training=False)
+    model = run.finish()
     assert memory.failures > 0
-    assert reduced_batch_sizes(story) == []
-    assert losses(story) == losses(reference)
-    (after,) = [told.metrics for told in reference.recorders[0].evaluations if told.when == "after"]
+    assert reduced_batch_sizes(run) == []
+    assert losses(run) == losses(reference)
+    (after,) = [event.metrics for event in reference.recorders[0].evaluations if event.when == "after"]
     assert model.metrics is not None
     assert (model.metrics.eval_loss, model.metrics.eval_tokens) == (pytest.approx(after.eval_loss, rel=1e-6), after.eval_tokens)
 
@@ -215,10 +215,10 @@ def test_oom_in_evaluation_does_not_change_training(
 def test_oom_with_single_held_out_row_fails_the_job(
     spec: Callable[..., JobSpec], limit_memory: Callable[..., LimitedMemory], tmp_path: Path
 ) -> None:
-    story = TrainingRun(spec(), tmp_path)
-    limit_memory(story, 0, in_training=False)
+    run = TrainingRun(spec(), tmp_path)
+    limit_memory(run, 0, in_training=False)
     with pytest.raises(JobFailed, match="single held-out row") as failed:
-        story.finish()
+        run.finish()
     assert failed.value.failure.code == "out_of_memory"
 
 
@@ -229,34 +229,34 @@ def test_oom_with_single_held_out_row_fails_the_job(
 def test_full_disk_skips_checkpoint_but_not_training(
     reference: TrainingRun, spec: Callable[..., JobSpec], tmp_path: Path, name: str
 ) -> None:
-    story = TrainingRun(spec(save_strategy="steps", save_steps=1, save_total_limit=9), tmp_path)
+    run = TrainingRun(spec(save_strategy="steps", save_steps=1, save_total_limit=9), tmp_path)
     half = tmp_path / "1/checkpoints/checkpoint-2"
     half.mkdir(parents=True)
-    (half / name).symlink_to("/dev/full")  # it answers every write with ENOSPC
-    model = story.finish()
-    assert saved_steps(story.spec) == [1, 3, 4]
-    assert "step 2" in story.recorders[0].warnings["disk_full"]
+    (half / name).symlink_to("/dev/full")  # every write fails with ENOSPC
+    model = run.finish()
+    assert saved_steps(run.spec) == [1, 3, 4]
+    assert "step 2" in run.recorders[0].warnings["disk_full"]
     assert not half.exists()
-    assert losses(story) == losses(reference)
+    assert losses(run) == losses(reference)
     assert weights(model).keys()
 
 
 def test_pending_uploads_are_deleted_to_free_disk(spec: Callable[..., JobSpec], tmp_path: Path) -> None:
-    story = TrainingRun(spec(save_strategy="steps", save_steps=1, save_total_limit=9), tmp_path)
+    run = TrainingRun(spec(save_strategy="steps", save_steps=1, save_total_limit=9), tmp_path)
     half = tmp_path / "1/checkpoints/checkpoint-2"
     half.mkdir(parents=True)
     (half / "optimizer.pt").symlink_to("/dev/full")
-    (tmp_path / "1/checkpoints/checkpoint-0").mkdir()  # a leftover
-    story.finish()
-    assert saved_steps(story.spec) == [1, 2, 3, 4]
-    assert "disk_full" not in story.recorders[0].warnings
+    (tmp_path / "1/checkpoints/checkpoint-0").mkdir()  # left over from an earlier attempt
+    run.finish()
+    assert saved_steps(run.spec) == [1, 2, 3, 4]
+    assert "disk_full" not in run.recorders[0].warnings
 
 
 def test_other_save_errors_are_not_treated_as_full_disk(spec: Callable[..., JobSpec], tmp_path: Path) -> None:
-    story = TrainingRun(spec(save_strategy="steps", save_steps=1), tmp_path)
+    run = TrainingRun(spec(save_strategy="steps", save_steps=1), tmp_path)
     (tmp_path / "1/checkpoints/checkpoint-2/tunesmith.json").mkdir(parents=True)
     with pytest.raises(IsADirectoryError):
-        story.finish()
+        run.finish()
 
 
 def test_disk_full_errors_are_recognized() -> None:
@@ -279,7 +279,7 @@ def test_other_errors_are_not_treated_as_oom() -> None:
     assert not is_out_of_memory(ValueError("can't allocate memory"))
 
 
-# --- numbers that are none ---
+# --- NaN ---
 
 
 @pytest.mark.parametrize("step", [1, 3])
@@ -288,33 +288,33 @@ def test_nan_loss_fails_training_and_is_never_saved(
 ) -> None:
     import torch
 
-    story = TrainingRun(spec(save_strategy="steps", save_steps=1), tmp_path)
-    log_softmax = torch.log_softmax  # of which the loss is made in training, and in training alone
+    run = TrainingRun(spec(save_strategy="steps", save_steps=1), tmp_path)
+    log_softmax = torch.log_softmax  # computes the loss in training, and only in training
 
     def broken(*given: Any, **named: Any) -> Any:
         likely = log_softmax(*given, **named)
-        return likely * math.nan if story.recorders[-1].step + 1 == step else likely
+        return likely * math.nan if run.recorders[-1].step + 1 == step else likely
 
     monkeypatch.setattr(torch, "log_softmax", broken)
     with pytest.raises(JobFailed, match=f"step {step}") as failed:
-        story.finish()
+        run.finish()
     assert "learning_rate" in failed.value.failure.hint
-    assert all(saved < step for saved in saved_steps(story.spec))
+    assert all(saved < step for saved in saved_steps(run.spec))
 
 
 def test_nan_weights_are_never_saved(spec: Callable[..., JobSpec], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import torch
 
-    story = TrainingRun(spec(save_strategy="steps", save_steps=1), tmp_path)
+    run = TrainingRun(spec(save_strategy="steps", save_steps=1), tmp_path)
     clip = torch.nn.utils.clip_grad_norm_
 
     def spoil(parameters: Any, *rest: Any, **named: Any) -> Any:
         found = list(parameters)
-        if story.recorders[-1].step == 2:
+        if run.recorders[-1].step == 2:
             next(part.grad for part in found if part.grad is not None).fill_(math.nan)
         return clip(found, *rest, **named)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoil)
     with pytest.raises(JobFailed, match="after step 3"):
-        story.finish()
-    assert saved_steps(story.spec) == [1, 2]
+        run.finish()
+    assert saved_steps(run.spec) == [1, 2]

@@ -1,4 +1,4 @@
-"""The trainers that learn from judged answers: they learn, they are measured, and they go on as if never interrupted."""
+"""DPO, ORPO, KTO and reward models on the tiny Gemma: they learn preferences, resume exactly and report exact metrics."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ CHOSEN_TEXT, REJECTED_TEXT = "it returns a list", "string object call"
 
 
 def pairs(count: int, first: int = 0) -> list[dict[str, Any]]:
-    """The chosen answer speaks of lists, the rejected one of strings."""
+    """Pairs whose chosen answer names lists, and whose rejected answer names strings."""
     return [
         {
             "prompt": [{"role": "user", "content": f"what does {WORDS[n % 13]} do {n}"}],
@@ -40,7 +40,7 @@ def pairs(count: int, first: int = 0) -> list[dict[str, Any]]:
 
 
 def unpaired_rows(count: int, first: int = 0) -> list[dict[str, Any]]:
-    """The same, one by one: all good ones, and then all bad ones."""
+    """The same answers as unpaired rows: the good ones, then the bad ones."""
     rows = pairs(count, first)
     good = {n: n < (count + 1) // 2 for n in range(count)}
     return [
@@ -48,28 +48,30 @@ def unpaired_rows(count: int, first: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-# --- they learn, and go on exactly ---
+# --- learning and resuming ---
 
 HYPERPARAMETERS: dict[str, Any] = {"batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": -1, "epochs": 2, "logging_steps": 2}
 HYPERPARAMETERS |= {"learning_rate": 1e-2, "warmup_ratio": 0.0, "lr_scheduler_type": "constant", "beta": 0.2}
-STEPS = 6  # of both epochs: 11 rows, four to a step, so that every epoch ends with a batch of one row
+STEPS = 6  # in both epochs: 11 rows, four per step, so that every epoch ends with a batch of fewer rows
 
 
 @dataclass(frozen=True)
 class TrainingCase:
-    """A way to learn from judged answers."""
+    """A trainer type with a method and hyperparameters."""
 
     trainer_type: str
     method: str = "LoRA"
     hyperparameters: dict[str, Any] = field(default_factory=dict)
-    improved_metric: str = "rewards/margins"  # what is higher afterwards on held-out rows
+    improved_metric: str = "rewards/margins"  # metrics of the held-out rows that must increase
 
     def spec(self, store: Path) -> JobSpec:
         of_pairs = self.trainer_type != "kto"
         rows = pairs if of_pairs else unpaired_rows
-        knobs = HYPERPARAMETERS | ({"lora_dropout": 0.3} if self.method != "Full" else {"learning_rate": 2e-3}) | self.hyperparameters
+        hyperparameters = (
+            HYPERPARAMETERS | ({"lora_dropout": 0.3} if self.method != "Full" else {"learning_rate": 2e-3}) | self.hyperparameters
+        )
         if self.trainer_type == "reward":
-            del knobs["beta"]
+            del hyperparameters["beta"]
         return make_spec(
             store,
             train=rows(11),
@@ -77,7 +79,7 @@ class TrainingCase:
             dataset_type="preference" if of_pairs else "unpaired_preference",
             trainer_type=self.trainer_type,
             method=self.method,
-            hyperparameters=knobs,
+            hyperparameters=hyperparameters,
             eval_config={"eval_strategy": "steps", "eval_steps": 3},
         )
 
@@ -97,7 +99,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class UninterruptedRun:
-    """A job that nothing interrupted."""
+    """A finished job without interruption."""
 
     case: TrainingCase
     training_run: TrainingRun
@@ -107,8 +109,8 @@ class UninterruptedRun:
 @pytest.fixture(scope="module", params=CASES)
 def uninterrupted(request: pytest.FixtureRequest, store: Path, tmp_path_factory: pytest.TempPathFactory) -> UninterruptedRun:
     case = CASES[request.param]
-    story = TrainingRun(case.spec(store), tmp_path_factory.mktemp("unbroken"))
-    return UninterruptedRun(case, story, story.finish())
+    run = TrainingRun(case.spec(store), tmp_path_factory.mktemp("unbroken"))
+    return UninterruptedRun(case, run, run.finish())
 
 
 def is_timed(name: str) -> bool:
@@ -116,15 +118,15 @@ def is_timed(name: str) -> bool:
 
 
 def curve_points(training_run: TrainingRun) -> dict[int, dict[str, float | None]]:
-    """All figures of the curve, but those of the machine."""
+    """All logged metrics by step, without those of the machine."""
     points = [point for listener in training_run.recorders for point in listener.points]
     assert len({point.step for point in points}) == len(points)
     return {point.step: {name: value for name, value in point.values.items() if not is_timed(name)} for point in points}
 
 
 def evaluations_by_step(training_run: TrainingRun) -> dict[tuple[str, int], EvalMetrics]:
-    told = [event for listener in training_run.recorders for event in listener.evaluations]
-    return {(event.when, event.step): event.metrics.model_copy(update={"eval_runtime": None}) for event in told}
+    events = [event for listener in training_run.recorders for event in listener.evaluations]
+    return {(event.when, event.step): event.metrics.model_copy(update={"eval_runtime": None}) for event in events}
 
 
 def test_training_learns_preferences(uninterrupted: UninterruptedRun) -> None:
@@ -144,20 +146,20 @@ def test_training_learns_preferences(uninterrupted: UninterruptedRun) -> None:
 
 
 def test_interrupted_run_matches_uninterrupted_run(uninterrupted: UninterruptedRun, store: Path, tmp_path: Path) -> None:
-    story = TrainingRun(uninterrupted.case.spec(store), tmp_path)
-    assert story.run_attempt(stop_after=2) == "pause"
-    assert story.run_attempt(stop_after=3, checks=1) == "pause"  # between two batches of held-out rows
-    model = story.finish()
-    assert curve_points(story) == curve_points(uninterrupted.training_run)
-    assert evaluations_by_step(story) == evaluations_by_step(uninterrupted.training_run)
-    assert {step for when, step in evaluations_by_step(story) if when == "during"} == {3, 6}
+    run = TrainingRun(uninterrupted.case.spec(store), tmp_path)
+    assert run.run_attempt(stop_after=2) == "pause"
+    assert run.run_attempt(stop_after=3, checks=1) == "pause"  # between two batches of held-out rows
+    model = run.finish()
+    assert curve_points(run) == curve_points(uninterrupted.training_run)
+    assert evaluations_by_step(run) == evaluations_by_step(uninterrupted.training_run)
+    assert {step for when, step in evaluations_by_step(run) if when == "during"} == {3, 6}
     ours, theirs = weights(model), weights(uninterrupted.model)
     assert ours.keys() == theirs.keys()
     assert [name for name, part in ours.items() if not part.equal(theirs[name])] == []
     assert model.train_tokens == uninterrupted.model.train_tokens
 
 
-# --- each in its own way ---
+# --- trainer types ---
 
 
 def make_job_config(trainer_type: str, dataset_type: str = "preference", **changes: Any) -> dict[str, Any]:
@@ -173,7 +175,7 @@ def test_dpo_reference_keeps_original_token_embeddings(train: Train) -> None:
     assert before is not None
     assert after is not None
     assert (before.values["rewards/chosen"], before.values["rewards/accuracies"]) == (0.0, None)
-    # The reward is beta times what the chosen answers have gained on the base.
+    # The reward is beta times the log-probability that the chosen answers gained over the base.
     gained = (after.values["logps/chosen"] or 0) - (before.values["logps/chosen"] or 0)
     assert after.values["rewards/chosen"] == pytest.approx(0.1 * gained, rel=1e-3)
 
@@ -196,13 +198,13 @@ def test_kto_batch_of_one_row_still_has_kl_example(
     tmp_path: Path,
     limit_memory: Callable[..., LimitedMemory],  # noqa: F811
 ) -> None:
-    story = TrainingRun(
+    run = TrainingRun(
         make_spec(store, **make_job_config("kto", "unpaired_preference"), hyperparameters={"max_steps": 2, "logging_steps": 1}), tmp_path
     )
-    limit_memory(story, 1)
-    story.finish()
-    assert reduced_batch_sizes(story) == ["1"]
-    assert curve_points(story).keys() == {1, 2}
+    limit_memory(run, 1)
+    run.finish()
+    assert reduced_batch_sizes(run) == ["1"]
+    assert curve_points(run).keys() == {1, 2}
 
 
 def test_reward_adapter_loads_with_peft_and_prefers_same_answer(train: Train, base: Path, tokenizer: Any) -> None:
@@ -223,7 +225,7 @@ def test_reward_adapter_loads_with_peft_and_prefers_same_answer(train: Train, ba
     assert (trained.model.metrics.perplexity, trained.model.metrics.notes["perplexity"]) == (None, "a reward model gives a score, not text")
 
 
-# --- what is refused or told ---
+# --- errors and warnings ---
 
 
 @pytest.mark.parametrize(
@@ -330,12 +332,12 @@ def test_kl_example_uses_another_prompt() -> None:
     first, same, other = make_row(2, 7, answer=[9]), make_row(2, 7, answer=[10]), make_row(2, 8, answer=[11])
     placed = add_kl_examples([UnpairedExample(other, True), UnpairedExample(first, True), UnpairedExample(same, False)])
     assert [row.kl_fallback for row in placed] == [same, other, other]
-    assert placed[1].choose_kl_example(placed[0]) == other  # the neighbour's
-    assert placed[2].choose_kl_example(placed[1]) == other  # not the neighbour's, which answers the same
-    assert placed[0].choose_kl_example(placed[0]) == same  # alone in a batch
+    assert placed[1].choose_kl_example(placed[0]) == other  # the neighbor's
+    assert placed[2].choose_kl_example(placed[1]) == other  # not the neighbor's, which has the same prompt
+    assert placed[0].choose_kl_example(placed[0]) == same  # the only row of its batch
 
 
-# --- heads and means ---
+# --- fused head and metrics ---
 
 
 def test_label_scores_match_trl(base: Path) -> None:
@@ -365,7 +367,7 @@ def test_label_scores_match_trl(base: Path) -> None:
 
 @dataclass
 class FakeTrainer:
-    """The library's, as far as it is asked: the loss of a batch is the mean of its rows."""
+    """A trainer whose loss of a batch is the mean of its rows."""
 
     gathered: dict[str, list[float]] = field(default_factory=dict)
     rows_that_fit: int = 100

@@ -1,4 +1,4 @@
-"""Every knob of a request changes the training in the way that its name says."""
+"""Supervised fine-tuning on the tiny Gemma: every hyperparameter takes effect; evaluation, saved files and failures."""
 
 import json
 import math
@@ -20,7 +20,7 @@ Train = Callable[..., FinishedTraining]
 
 
 def distance(one: FinishedTraining, other: FinishedTraining) -> float:
-    """The largest difference between the LoRA weights of two trainings; the untrained part of them is the same."""
+    """The largest difference between the LoRA weights of two trainings."""
     theirs = other.lora_weights()
     return max(float((part - theirs[name]).abs().max()) for name, part in one.lora_weights().items())
 
@@ -34,7 +34,7 @@ def test_training_lowers_held_out_loss(train: Train) -> None:
     assert trained.model.base_metrics is not None
     assert trained.model.metrics is not None
     assert (trained.model.metrics.perplexity or math.inf) < 0.7 * (trained.model.base_metrics.perplexity or 0)
-    assert [(told.when, told.step) for told in trained.record.evaluations] == [("before", 0), ("after", 20)]
+    assert [(event.when, event.step) for event in trained.record.evaluations] == [("before", 0), ("after", 20)]
     assert trained.record.evaluations[-1].metrics == trained.model.metrics
     point = trained.record.points[-1]
     assert {"loss", "learning_rate", "grad_norm", "tokens_per_second", "rss_bytes"} <= point.values.keys()
@@ -65,7 +65,7 @@ def read_adapter_config(trained: FinishedTraining) -> dict[str, Any]:
 
 
 def max_lora_b(trained: FinishedTraining) -> float:
-    """How far the training went: LoRA's B begins at nought."""
+    """The largest weight of LoRA's B, which starts at zero."""
     return max(float(part.abs().max()) for name, part in trained.lora_weights().items() if "lora_B" in name)
 
 
@@ -79,11 +79,11 @@ def lora_a_squared_norm(trained: FinishedTraining) -> float:
 
 @dataclass(frozen=True)
 class HyperparameterCase:
-    """Another value of one hyperparameter, and what must be so in a training with it, compared with the baseline."""
+    """A changed hyperparameter, and the effect that it must have compared with the baseline."""
 
     value: Any
     has_effect: Callable[[FinishedTraining, FinishedTraining], bool]  # (baseline, changed)
-    required: dict[str, Any] = field(default_factory=dict)  # what else must be set, in both, for the knob to matter
+    required: dict[str, Any] = field(default_factory=dict)  # what both trainings need for it to have an effect
 
 
 BASELINE = {"max_steps": -1, "epochs": 1, "batch_size": 6, "gradient_accumulation_steps": 1, "warmup_ratio": 0.0}  # 24 rows: 4 steps
@@ -93,7 +93,7 @@ HYPERPARAMETER_CASES = {
         1e-9, lambda one, other: max(rates(other)) == 1e-9 and max_lora_b(other) < 1e-7 < 1e-5 < max_lora_b(one)
     ),
     "batch_size": HyperparameterCase(12, lambda one, other: (steps(one), steps(other)) == (4, 2)),
-    "gradient_accumulation_steps": HyperparameterCase(3, lambda one, other: steps(other) == 2),  # three batches, then the one that is left
+    "gradient_accumulation_steps": HyperparameterCase(3, lambda one, other: steps(other) == 2),  # three batches, then the remaining one
     "epochs": HyperparameterCase(2, lambda one, other: steps(other) == 8),
     "max_steps": HyperparameterCase(
         5, lambda one, other: steps(other) == 5 and logged_steps(other) == [1, 2, 3, 4, 5]
@@ -113,10 +113,10 @@ HYPERPARAMETER_CASES = {
     "weight_decay": HyperparameterCase(0.9, lambda one, other: lora_a_squared_norm(other) < lora_a_squared_norm(one)),
     "max_grad_norm": HyperparameterCase(
         1e-8, lambda one, other: max_lora_b(other) < 0.9 * max_lora_b(one)
-    ),  # Adam forgives a scale, but not one below its epsilon
-    # LoRA begins without effect: the first loss is that of the first rows, which the seed chose.
+    ),  # Adam cancels a scale of the gradient, unless it is below epsilon
+    # LoRA has no effect at first, so the first loss depends only on the rows that the seed selected.
     "seed": HyperparameterCase(2, lambda one, other: distance(one, other) > 1e-4 and losses(one)[0] != losses(other)[0]),
-    # The end of a training is always saved.
+    # The last step is always saved.
     "save_strategy": HyperparameterCase("epoch", lambda one, other: (one.checkpoints, other.checkpoints) == ([8], [4, 8]), {"epochs": 2}),
     "save_steps": HyperparameterCase(
         3, lambda one, other: (one.checkpoints, other.checkpoints) == ([4], [3, 4]), {"save_strategy": "steps"}
@@ -144,14 +144,14 @@ HYPERPARAMETER_CASES = {
         0.5, lambda one, other: read_adapter_config(other)["lora_dropout"] == 0.5 and distance(one, other) > 1e-6
     ),
 }
-# One needs a GPU (test_unavailable_flash_attention_is_rejected), one a minute and more, and one leaves no trace in the model
-# (test_device_config_follows_hyperparameters).
+# use_fa2 needs a GPU (test_unavailable_flash_attention_is_rejected), torch_compile takes minutes, dataloader_num_workers does not
+# change the model (test_device_config_follows_hyperparameters).
 TESTED_ELSEWHERE = {"use_fa2", "torch_compile", "dataloader_num_workers"}
 
 
 @pytest.fixture(scope="module")
 def baseline(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., FinishedTraining]:
-    """Trains the baseline, once for every set of knobs that it is given."""
+    """Trains the baseline with the given hyperparameters; each combination once."""
 
     @cache
     def run(*given: tuple[str, Any]) -> FinishedTraining:
@@ -196,7 +196,7 @@ def test_unavailable_flash_attention_is_rejected(train: Train) -> None:
 
 @pytest.mark.parametrize(
     ("schedule", "shares"),
-    [  # of the peak, in four steps of which two warm up
+    [  # fractions of the peak in four steps, two of them warmup
         ("linear", [0, 1 / 2, 1, 1 / 2]),
         ("cosine", [0, 1 / 2, 1, (1 + math.cos(math.pi / 2)) / 2]),
         ("constant", [1, 1, 1, 1]),
@@ -210,8 +210,8 @@ def test_schedule_matches_its_name(train: Train, schedule: str, shares: list[flo
 
 
 def test_truncated_rows_are_counted_per_split(train: Train) -> None:
-    told = [event.message for event in train(max_steps=1, max_seq_length=24).record.events if isinstance(event, WarningRaised)]
-    assert told == [
+    warnings = [event.message for event in train(max_steps=1, max_seq_length=24).record.events if isinstance(event, WarningRaised)]
+    assert warnings == [
         "24 rows of train are longer than max_seq_length 24 and were truncated",
         "5 rows of eval are longer than max_seq_length 24 and were truncated",
     ]
@@ -225,9 +225,9 @@ def test_rows_without_reachable_answer_are_dropped_and_counted(train: Train) -> 
 
 
 def test_gradient_accumulation_matches_large_batch(train: Train) -> None:
-    knobs: dict[str, Any] = {"max_steps": 2, "spec": {"method": "Full"}}  # whole numbers of fp32, and no dropout
-    large = train("a", batch_size=4, gradient_accumulation_steps=1, **knobs)
-    small = train("b", batch_size=1, gradient_accumulation_steps=4, **knobs)
+    hyperparameters: dict[str, Any] = {"max_steps": 2, "spec": {"method": "Full"}}  # fp32, and no dropout
+    large = train("a", batch_size=4, gradient_accumulation_steps=1, **hyperparameters)
+    small = train("b", batch_size=1, gradient_accumulation_steps=4, **hyperparameters)
     for one, other in zip(large.record.points, small.record.points, strict=True):
         assert one.values["loss"] == pytest.approx(other.values["loss"], rel=1e-4)
         assert one.values["grad_norm"] == pytest.approx(other.values["grad_norm"], rel=1e-3)
@@ -250,21 +250,21 @@ def test_checkpoints_follow_save_strategy_and_limit(train: Train) -> None:
     ("eval_config", "steps"),
     [
         ({"eval_strategy": "no"}, []),
-        ({"eval_strategy": "steps", "eval_steps": 3}, [3, 4]),  # the last step is always one
+        ({"eval_strategy": "steps", "eval_steps": 3}, [3, 4]),  # the last step is always evaluated
         ({"eval_strategy": "steps", "eval_steps": 2}, [2, 4]),
         ({"eval_strategy": "epoch"}, [2, 4]),
     ],
 )
 def test_evaluation_runs_before_during_and_after(train: Train, eval_config: dict[str, Any], steps: list[int]) -> None:
     trained = train(spec={"eval_config": eval_config}, max_steps=-1, epochs=2, batch_size=12)
-    told = [(event.when, event.step) for event in trained.record.evaluations]
-    assert told == [("before", 0), *(("during", step) for step in steps), ("after", 4)]
+    evaluations = [(event.when, event.step) for event in trained.record.evaluations]
+    assert evaluations == [("before", 0), *(("during", step) for step in steps), ("after", 4)]
 
 
 def test_last_step_is_not_evaluated_twice(train: Train) -> None:
     trained = train(spec={"eval_config": {"eval_strategy": "steps", "eval_steps": 2}}, max_steps=2)
     during, after = trained.record.evaluations[1:]
-    assert during.metrics == after.metrics  # its running time as well
+    assert during.metrics == after.metrics  # its runtime too
 
 
 @pytest.mark.parametrize("eval_config", [{}, {"eval_strategy": "steps", "eval_steps": 1, "compute_eval_metrics": True}])
@@ -272,7 +272,7 @@ def test_missing_held_out_rows_skip_evaluation_with_warning(train: Train, eval_c
     trained = train(spec={"held_out": [], "eval_config": eval_config}, max_steps=1)
     assert (trained.model.metrics, trained.model.base_metrics, trained.record.evaluations) == (None, None, [])
     assert "evaluation_skipped" in trained.record.warnings
-    assert len(trained.model.held_out_examples) == 16  # of the rows it was trained on: there are no others
+    assert len(trained.model.held_out_examples) == 16  # training rows, because there are no others
 
 
 def test_held_out_examples_are_first_eval_rows(train: Train, tokenizer: Any) -> None:
@@ -288,10 +288,10 @@ def test_points_contain_speed_memory_and_progress(train: Train) -> None:
     points = train(max_steps=3).record.points
     assert all((point.values["tokens_per_second"] or 0) > 0 for point in points)
     assert all((point.values["rss_bytes"] or 0) > 50e6 for point in points)
-    told = [point.progress for point in points if point.progress is not None]
-    assert [(at.step, at.total_steps) for at in told] == [(1, 3), (2, 3), (3, 3)]
-    assert (told[0].eta_s or 0) > 0
-    assert told[-1].eta_s == 0
+    progress = [point.progress for point in points if point.progress is not None]
+    assert [(at.step, at.total_steps) for at in progress] == [(1, 3), (2, 3), (3, 3)]
+    assert (progress[0].eta_s or 0) > 0
+    assert progress[-1].eta_s == 0
 
 
 def test_accuracy_is_same_batched_or_gathered_and_optional(train: Train) -> None:
@@ -341,7 +341,7 @@ def loss_of(trained: FinishedTraining) -> float:
 
 
 def recompute_eval_loss(model: Any, tokenizer: Any) -> float:
-    """The loss on the held-out rows of `a_spec`, by the library's own loss, one row at a time."""
+    """The mean loss of the held-out rows of `make_spec`, by the library's own loss, one row at a time."""
     import torch
 
     from jobs.llm.data.tokenize import IGNORE_INDEX, tokenize_split
@@ -389,7 +389,7 @@ def test_rows_without_labels_fail_the_job_with_hint(train: Train) -> None:
 
 @pytest.fixture
 def make_store_with_last_norm(base: Path, tmp_path: Path) -> Callable[[float], Path]:
-    """Makes a store whose tiny base has another weight in its last norm: it multiplies all logits."""
+    """Makes a store whose tiny base has a changed weight in its last norm, which scales all logits."""
 
     def make(weight: float) -> Path:
         import torch
@@ -405,7 +405,7 @@ def make_store_with_last_norm(base: Path, tmp_path: Path) -> Callable[[float], P
     return make
 
 
-@pytest.mark.parametrize("logging_steps", [1, 50])  # also where nothing is logged
+@pytest.mark.parametrize("logging_steps", [1, 50])  # also for steps that are not logged
 def test_nan_loss_fails_the_job_and_names_step(
     make_store_with_last_norm: Callable[[float], Path], tmp_path: Path, logging_steps: int
 ) -> None:
@@ -463,17 +463,17 @@ def test_device_config_follows_hyperparameters(store: Path, tmp_path: Path) -> N
     from jobs.llm.training_context import prepare_training
 
     spec = make_spec(store, hyperparameters={"dataloader_num_workers": 3, "torch_compile": True, "gradient_checkpointing": True})
-    ground = prepare_training(spec.training_config, make_context(spec, tmp_path))
-    assert (ground.device_config.dataloader_num_workers, ground.device_config.gradient_checkpointing) == (3, True)
+    training = prepare_training(spec.training_config, make_context(spec, tmp_path))
+    assert (training.device_config.dataloader_num_workers, training.device_config.gradient_checkpointing) == (3, True)
 
 
 def test_unsupported_option_is_replaced_with_warning(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from jobs.llm.hardware import choose_torch_compile
     from jobs.llm.training_context import prepare_training
 
-    monkeypatch.setenv("PATH", "")  # no C compiler is found
+    monkeypatch.setenv("PATH", "")  # hides the C compiler
     spec, record = make_spec(store, hyperparameters={"torch_compile": True}), EventRecorder()
     context = make_context(spec, tmp_path, record)
-    ground = prepare_training(spec.training_config, context)
-    assert not choose_torch_compile(spec.training_config, context, ground.device_config, ground.base_folder, 10)
+    training = prepare_training(spec.training_config, context)
+    assert not choose_torch_compile(spec.training_config, context, training.device_config, training.base_folder, 10)
     assert "C compiler" in record.warnings["torch_compile_skipped"]

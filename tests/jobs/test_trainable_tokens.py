@@ -1,4 +1,4 @@
-"""The cheap way to train the embeddings of a few tokens gives peft's own numbers, and peft's own files."""
+"""Patched trainable tokens give the same results and files as peft's own."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ TOKENS = [4, 5]  # <start_of_turn>, <end_of_turn>
 
 
 def make_tuned_model(base: Path, dtype: str = "float32") -> Any:
-    """The tiny base with LoRA and trained tokens, all of them moved away from where they began."""
+    """The tiny base with LoRA and trainable tokens, all with changed weights."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -28,14 +28,14 @@ def make_tuned_model(base: Path, dtype: str = "float32") -> Any:
 
 
 def make_input_ids(count: int = 2) -> Any:
-    """Rows in which the trained tokens stand at the beginning, at the end, twice, and not at all."""
+    """Rows with the trainable tokens at the start, at the end, twice, and not at all."""
     import torch
 
     return torch.tensor([[2, 4, 987, 315, 5, 4, 300, 5], [4, 10, 11, 12, 13, 14, 15, 16], [20, 21, 22, 23, 24, 25, 26, 27]])[:count]
 
 
 def compute_logits_and_gradients(model: Any, ids: Any) -> tuple[Any, dict[str, Any]]:
-    """Logits, and the gradients of a loss that depends on all of them."""
+    """The logits, and the gradients of a loss that depends on all of them."""
     model.zero_grad()
     logits = model(input_ids=ids).logits
     logits.float().log_softmax(-1).square().mean().backward()
@@ -48,7 +48,7 @@ def test_logits_and_gradients_match_peft(base: Path, dtype: str, rtol: float, at
 
     model, ids = make_tuned_model(base, dtype), make_input_ids(3)
     theirs, their_gradients = compute_logits_and_gradients(model, ids)
-    assert patch_trainable_token_embedding(model) == 2  # the embedding, and the head that is tied to it
+    assert patch_trainable_token_embedding(model) == 2  # the embedding, and the head tied to it
     ours, our_gradients = compute_logits_and_gradients(model, ids)
     torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
     assert our_gradients.keys() == their_gradients.keys()

@@ -1,4 +1,4 @@
-"""Images in the rows of a training: looked at, never learned to be said, and the answers depend on them."""
+"""Fine-tuning on rows with images: image tokens are never labeled, and answers depend on the images."""
 
 import base64
 import io
@@ -43,7 +43,7 @@ COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
 
 @pytest.fixture(scope="session")
 def vision_base(store: Path) -> Path:
-    """The folder of the tiny base that sees, in the store."""
+    """The folder of the tiny vision-language base in the store."""
     return build_tiny_gemma_vision(store / "pretrained_weights/huggingface" / VISION_BASE)
 
 
@@ -63,7 +63,7 @@ def tokenizer(vision_base: Path) -> Any:
 
 @cache
 def make_image_uri(color: str, shade: int = 0, kind: str = "PNG") -> str:
-    """A small square of about that colour; no two shades are the same."""
+    """A small square of about that color, in a shade of its own."""
     from PIL import Image
 
     red, green, blue = COLORS[color]
@@ -82,12 +82,12 @@ def text_part(text: str) -> dict[str, str]:
 
 
 def make_chat_row(*contents: Any) -> dict[str, Any]:
-    """A conversation; the user begins."""
+    """A conversation that the user starts."""
     return {"messages": [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]}
 
 
 def make_square_rows(count: int, first: int = 0) -> list[dict[str, Any]]:
-    """As many red as blue ones, and what they are."""
+    """Rows with red and blue squares in turn; the answer is the color."""
     colours = ["red", "blue"] * (count // 2)
     return [make_chat_row([image_part(colour, first + n), text_part("what is it")], f"it is {colour}") for n, colour in enumerate(colours)]
 
@@ -179,7 +179,7 @@ def test_long_row_is_truncated_after_last_image(tokenize_rows: TokenizeRows) -> 
 
 @pytest.mark.parametrize("missing", range(2 * TOKENS_PER_IMAGE))
 def test_image_is_never_split(tokenize_rows: TokenizeRows, image_processor: VisionInputConfig, missing: int) -> None:
-    """The row's first answer lies before its last image, and would be learned."""
+    """A row truncated within its last image is dropped, although its first answer is before that image."""
     (whole,) = tokenize_rows(CONVERSATION).rows
     end = max(n for n, token in enumerate(whole.input_ids) if token == image_processor.soft_token_id) + 2
     found = tokenize_rows(CONVERSATION, max_length=end - missing)
@@ -189,9 +189,9 @@ def test_image_is_never_split(tokenize_rows: TokenizeRows, image_processor: Visi
 def test_truncated_and_dropped_rows_are_counted(store: Path, vision_base: Path, tmp_path: Path) -> None:
     long = make_chat_row([image_part(), text_part("what is it")], "files " * 60)
     far = make_chat_row([text_part("open " * 60), image_part()], "it is red")
-    told = train(store, tmp_path, rows=[*make_square_rows(4), long, far], max_seq_length=48, max_steps=1).record.warnings
-    assert told["rows_truncated"] == "1 rows of train are longer than max_seq_length 48 and were truncated"
-    assert told["rows_dropped"].startswith("1 rows of train")
+    warnings = train(store, tmp_path, rows=[*make_square_rows(4), long, far], max_seq_length=48, max_steps=1).record.warnings
+    assert warnings["rows_truncated"] == "1 rows of train are longer than max_seq_length 48 and were truncated"
+    assert warnings["rows_dropped"].startswith("1 rows of train")
 
 
 def test_text_rows_are_rows_without_images(tokenize_rows: TokenizeRows, tokenizer: Any) -> None:
@@ -204,7 +204,7 @@ def test_text_rows_are_rows_without_images(tokenize_rows: TokenizeRows, tokenize
     ]
 
 
-# --- what cannot be shown ---
+# --- invalid images ---
 
 
 def get_failure(call: Callable[[], object]) -> Any:
@@ -240,7 +240,7 @@ def test_invalid_image_is_rejected_before_training_naming_row(store: Path, visio
 
 
 def truncate_image(uri: str) -> str:
-    """An image of which the second half is gone: its header is whole."""
+    """An image whose second half is missing; its header is complete."""
     header, _, content = uri.partition(",")
     whole = base64.b64decode(content)
     return f"{header},{base64.b64encode(whole[: len(whole) * 6 // 10]).decode()}"
@@ -331,7 +331,7 @@ EVAL_CONFIG = {"compute_eval_metrics": True, "sample_prompts": 4, "task_rows": 1
 
 @pytest.fixture(scope="module")
 def trained_on_squares(store: Path, vision_base: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedTraining:
-    """A model that has been shown squares, red and blue."""
+    """A model trained on red and blue squares."""
     rows, held_out = make_square_rows(32), make_square_rows(8, first=500)
     return train(
         store, tmp_path_factory.mktemp("learned"), rows=rows, held_out=held_out, eval_config=EVAL_CONFIG, **LEARNING_HYPERPARAMETERS
@@ -349,7 +349,7 @@ def test_model_learns_to_name_colors(trained_on_squares: FinishedTraining) -> No
 
 @pytest.fixture(scope="module")
 def trained_model(trained_on_squares: FinishedTraining, tokenizer: Any) -> Any:
-    """The trained model, from the files that it left."""
+    """The trained model, loaded from its files."""
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText
 
@@ -424,7 +424,7 @@ def test_loss_matches_library(tokenize_rows: TokenizeRows, trained_model: Any, i
         logits, wanted = compute_labeled_logits(trained_model, batch, labels)
         one_way, _ = compute_labeled_logits(trained_model, {**batch, "token_type_ids": torch.zeros_like(labels)}, labels)
     assert torch.nn.functional.cross_entropy(logits, wanted).item() == pytest.approx(theirs.item(), rel=1e-5)
-    assert (one_way - logits).abs().max().item() > 1e-2  # an image's tokens see each other in both directions
+    assert (one_way - logits).abs().max().item() > 1e-2  # the tokens of an image attend to each other in both directions
 
 
 def test_processor_loads_from_model_folder(trained_on_squares: FinishedTraining, vision_base: Path) -> None:
@@ -446,7 +446,7 @@ def test_held_out_examples_are_text_only_with_decision(trained_on_squares: Finis
     assert trained_on_squares.record.decisions["fidelity_rows"] == "without images"
 
 
-# --- which weights are trained, and from what ---
+# --- trained weights ---
 
 SHORT_TRAINING: dict[str, Any] = {"max_steps": 2, "lora_dropout": 0.0, "held_out": []}
 
@@ -515,7 +515,7 @@ def test_frozen_vision_tower_gets_no_gradient(tokenize_rows: TokenizeRows, visio
     model = AutoModelForImageTextToText.from_pretrained(vision_base).train()
     freeze_vision_tower(model)
     model.gradient_checkpointing_enable()
-    model.enable_input_require_grads()  # as for an adapter: it would let gradients into the tower as well
+    model.enable_input_require_grads()  # as for an adapter; the tower would get gradients too
     features = model.get_image_features(load_pixel_values(tokenize_rows(*make_square_rows(2)).rows[0], image_processor)).pooler_output
     assert not features.requires_grad
 
@@ -525,11 +525,11 @@ def test_dataloader_workers_give_same_weights(store: Path, short_run: FinishedTr
     assert [name for name, part in short_run.weights().items() if not part.equal(helped[name])] == []
 
 
-# --- interrupted ---
+# --- interruptions ---
 
 
 def make_training_run(store: Path, workdir: Path, method: str = "LoRA", held_out: int = 4, **hyperparameters: Any) -> TrainingRun:
-    """Three steps of four rows in each of two epochs."""
+    """Two epochs of three steps of four rows."""
     rows = [*make_square_rows(8), CONVERSATION, *messages(3)]
     long: dict[str, Any] = {"max_steps": -1, "epochs": 2, "batch_size": 2, "gradient_accumulation_steps": 2, "lora_dropout": 0.3}
     long |= {"learning_rate": 5e-3, "logging_steps": 1, "save_strategy": "no"} | hyperparameters
@@ -564,12 +564,18 @@ def test_interrupted_run_matches_uninterrupted_run(store: Path, vision_base: Pat
 def test_oom_reduces_batch_size_and_keeps_losses(store: Path, vision_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    knobs: dict[str, Any] = {"method": "Full", "batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 1e-4, "max_steps": 3}
-    reference = make_training_run(store, tmp_path / "reference", held_out=0, **knobs)
+    hyperparameters: dict[str, Any] = {
+        "method": "Full",
+        "batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-4,
+        "max_steps": 3,
+    }
+    reference = make_training_run(store, tmp_path / "reference", held_out=0, **hyperparameters)
     reference.finish()
-    story = make_training_run(store, tmp_path / "short", held_out=0, **knobs)
-    memory = LimitedMemory(story, rows_that_fit=2, from_step=2)
+    run = make_training_run(store, tmp_path / "short", held_out=0, **hyperparameters)
+    memory = LimitedMemory(run, rows_that_fit=2, from_step=2)
     monkeypatch.setattr(torch.nn.functional, "embedding", memory.wrap_embedding(torch.nn.functional.embedding))
-    story.finish()
+    run.finish()
     assert memory.failures == 1
-    assert losses(story) == pytest.approx(losses(reference), rel=1e-4)
+    assert losses(run) == pytest.approx(losses(reference), rel=1e-4)

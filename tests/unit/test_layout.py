@@ -101,7 +101,7 @@ def test_files_named_in_architecture_exist() -> None:
 
 
 def test_failure_table_names_existing_tests() -> None:
-    page = (SOURCE / "ARCHITECTURE.md").read_text().partition("## What happens when X dies")[2].partition("\n## ")[0]
+    page = (SOURCE / "docs/reliability.md").read_text().partition("## What happens when X fails")[2].partition("\n## ")[0]
     shown = [line.rpartition("| `")[2].removesuffix("` |") for line in page.splitlines() if line.startswith("| ") and "`" in line]
     assert len(shown) > 20
     tests = "".join(path.read_text() for path in (SOURCE / "tests").rglob("test_*.py"))

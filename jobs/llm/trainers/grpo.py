@@ -26,7 +26,7 @@ from jobs.llm.evaluation.state import preserve_rng_state
 from jobs.llm.graders import build_graders, check_graders, close_graders
 from jobs.llm.graders.base import FailedGrade, Grade, GradingInput
 from jobs.llm.graders.reward import RewardFunction, mask_incomparable, summarize_grades, to_text
-from jobs.llm.loss import compute_labeled_logits
+from jobs.llm.loss import compute_log_probs
 from jobs.llm.model import load_base, lora_config
 from jobs.llm.preference import cast_adapter_to_fp32, index_dataset, validate_dataset_type
 from jobs.llm.trained_model import TrainedModel
@@ -378,40 +378,6 @@ def tokenize_prompt(prompt: str | list[dict[str, Any]], tokenizer: Any) -> Token
     row = tokenize_row(with_empty_completion, "prompt_completion", tokenizer)
     ids = row.input_ids[: row.prompt_tokens]
     return TokenizedExample(ids, [IGNORE_INDEX] * len(ids), row.prompt_text, len(ids))
-
-
-def compute_log_probs(
-    model: Any,
-    input_ids: Any,
-    attention_mask: Any,
-    completion_length: int,
-    batch_size: int | None = None,
-    *,
-    temperature: float,
-    compute_entropy: bool = False,
-    **_: Any,
-) -> tuple[Any, Any, None]:
-    """The log-probability and the entropy of each completion token, (B, completion_length) each, with the signature that TRL calls.
-
-    The completions are the last tokens of `input_ids` (B, T). The model computes `batch_size` rows at a time.
-    """
-    import torch
-
-    labels = input_ids.masked_fill(attention_mask == 0, IGNORE_INDEX)
-    labels[:, :-completion_length] = IGNORE_INDEX
-    chunks: list[Any] = []
-    tensors = (input_ids, attention_mask, labels)
-    for ids, mask, chunk_labels in zip(*(tensor.split(batch_size or len(labels)) for tensor in tensors), strict=True):
-        logits, targets = compute_labeled_logits(model, {"input_ids": ids, "attention_mask": mask}, chunk_labels)
-        log_probs = (logits / temperature).log_softmax(-1)
-        with torch.no_grad():
-            entropy = -(log_probs.exp() * log_probs).sum(-1)
-        is_target = chunk_labels[:, -completion_length:] != IGNORE_INDEX
-        target_log_probs = log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-        # A scatter keeps the model in the graph when no completion counts: its gradient is zero instead of missing.
-        chunks.append([values.new_zeros(is_target.shape).masked_scatter(is_target, values) for values in (target_log_probs, entropy)])
-    log_probs, entropy = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-    return log_probs, entropy if compute_entropy else None, None
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""Read by Python before an attempt's own code: puts stand-ins where training and exporting would need a gigabyte of libraries.
+"""Python imports this before an attempt's own code; it replaces training and exporting, which would need a gigabyte of libraries.
 
-On the path only of the interpreter that tests/chaos/service.py writes. What is asked is told by the command line: `-m jobs.llm.probe`
-and, of the attempts, all but one in CHAOS_REAL_ONE_IN are answered here; the rest go on as the real `jobs.run`.
+Only the interpreter that tests/chaos/service.py writes has it on its path. The command line decides: `-m jobs.llm.probe` and, of the
+attempts, all but one in CHAOS_REAL_ONE_IN are answered here; the others run as the real `jobs.run`.
 """
 
 import json
@@ -9,17 +9,17 @@ import os
 import sys
 import zlib
 
-PROBE = {"device": "cpu", "device_name": "stand-in", "gguf": True, "flash_attention_2": False}
-asked, name = sys.orig_argv[2:3], sys.orig_argv[4:5]
+PROBE = {"device": "cpu", "device_name": "stub", "gguf": True, "flash_attention_2": False}
+module, name = sys.orig_argv[2:3], sys.orig_argv[4:5]
 
-if asked == ["jobs.llm.probe"]:
+if module == ["jobs.llm.probe"]:
     print(json.dumps(PROBE), flush=True)
     os._exit(0)
-elif asked == ["jobs.run"] and zlib.crc32(name[0].encode()) % int(os.environ["CHAOS_REAL_ONE_IN"]) != 0:
+elif module == ["jobs.run"] and zlib.crc32(name[0].encode()) % int(os.environ["CHAOS_REAL_ONE_IN"]) != 0:
     from tests.chaos.light_attempt import run_attempt
 
     os._exit(run_attempt(name[0]))
-elif asked == ["jobs.run"]:
+elif module == ["jobs.run"]:
     from tests.chaos.stub_trainer import install_stubs
 
     install_stubs(name[0])
