@@ -50,7 +50,7 @@ def create_app(settings: Settings | None = None, clock: Callable[[], datetime] |
 async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     services = await run_in_thread(build_services, app.state.settings, app.state.clock)
     app.state.services = services
-    app.state.feeds = Feeds(services.jobs, services.settings.event_poll_s)
+    app.state.feeds = Feeds(services.jobs.repository, services.settings.event_poll_s)
     if services.reconciler is not None:
         services.reconciler.start()
     asking = asyncio.create_task(_load_capabilities(services))  # seconds, which the first request need not wait for
@@ -71,4 +71,4 @@ async def _load_capabilities(services: Services) -> None:
     with suppress(Unavailable):  # it is in the log, and every request that needs the answer asks again
         await run_in_thread(services.launcher.get_capabilities)
         if services.reconciler is not None:  # this process is the only one: a secret without a job is nobody's
-            await run_in_thread(lambda: services.jobs.delete_stale_secrets(orphans=True))
+            await run_in_thread(lambda: services.jobs.deletion.delete_stale_secrets(orphans=True))

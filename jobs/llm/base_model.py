@@ -1,12 +1,12 @@
 """Download the base model from the deployment's object store, or else from the Hugging Face Hub."""
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.runtime.errors import JobFailed
-from jobs.runtime.retry import RETRY_INITIAL_S, RETRY_MAX_S, download_all_with_retry, retry_store
+from jobs.runtime.http_retry import http_status, retry_hub
+from jobs.runtime.retry import download_all_with_retry, retry_store
 from storage import ObjectStore
 from storage.file import LocalStore
 
@@ -66,9 +66,10 @@ def _download_from_hub(name: str, token: str | None) -> Path:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return _download_with_retry(
+        return retry_hub(
             # False: never use a token that is stored on this machine.
-            lambda: Path(snapshot_download(name, token=token or False, allow_patterns=ALLOW_PATTERNS, ignore_patterns=IGNORE_PATTERNS))
+            lambda: Path(snapshot_download(name, token=token or False, allow_patterns=ALLOW_PATTERNS, ignore_patterns=IGNORE_PATTERNS)),
+            tries=HUB_TRIES,
         )
     except GatedRepoError as error:
         hint = f"accept the license at https://huggingface.co/{name} and send the hf_token of the account that did"
@@ -78,7 +79,7 @@ def _download_from_hub(name: str, token: str | None) -> Path:
         message = f"base model {name} does not exist on the Hub, or is private and {_describe_token(token)} has no access to it"
         raise JobFailed("invalid_config", message, "check base_model_id; for a private model, send hf_token") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, TransportError) as error:
-        status = _find_http_status(error)
+        status = http_status(error)
         if status in (401, 403):
             hint = "check that hf_token is valid and has access to this model"
             raise JobFailed("auth", f"the Hub refused access to base model {name} ({status})", hint) from error
@@ -88,37 +89,6 @@ def _download_from_hub(name: str, token: str | None) -> Path:
             ) from error
         hint = f"allow network access, or put the model's files at pretrained_weights/huggingface/{name}/ in the model store"
         raise JobFailed("invalid_config", f"base model {name} is not in the model store, and the Hub cannot be reached", hint) from error
-
-
-def _download_with_retry(download: Callable[[], Path]) -> Path:
-    """Retry the download while the Hub or the network is down. Complete files are not downloaded again; a refusal is final."""
-    import tenacity
-    from httpx2 import TransportError
-    from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    def is_transient(error: BaseException) -> bool:
-        status = _find_http_status(error)
-        is_unavailable = isinstance(error, HfHubHTTPError | LocalEntryNotFoundError) and (status is None or status == 429 or status >= 500)
-        return (is_unavailable or isinstance(error, TransportError)) and not constants.HF_HUB_OFFLINE
-
-    retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(is_transient),
-        wait=tenacity.wait_exponential(RETRY_INITIAL_S, RETRY_MAX_S),
-        stop=tenacity.stop_after_attempt(HUB_TRIES),
-        reraise=True,
-    )
-    return retrying(download)
-
-
-def _find_http_status(error: BaseException | None) -> int | None:
-    """The HTTP status of the Hub's response, which its client may have wrapped into "not found in the local cache"; None without one."""
-    while error is not None:
-        response = getattr(error, "response", None)
-        if response is not None:
-            return int(response.status_code)
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _describe_token(token: str | None) -> str:

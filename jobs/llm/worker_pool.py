@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from jobs.runtime.context import JobContext, Secrets, Stores
 from jobs.runtime.errors import JobFailed
 from jobs.runtime.save_policy import TrainingControlState
 from jobs.runtime.settings import clear_rank_environment, set_rank_environment, worker_environment
+from jobs.runtime.stop import NeverStop
 from schema.events import Event
 from schema.job import Failure, Phase, Progress
 from schema.spec import JobSpec, StoreUrls
@@ -256,7 +257,7 @@ def null_context(worker_args: WorkerArgs) -> JobContext:
         store=stores.models, spec=worker_args.spec, attempt=worker_args.attempt, folder=folder, save_total_limit=1, emit=lambda _: None
     )
     return JobContext(
-        worker_args.spec, worker_args.attempt, worker_args.workdir, Secrets({}), stores, _NullEventSink(), _NeverStop(), checkpoints
+        worker_args.spec, worker_args.attempt, worker_args.workdir, Secrets({}), stores, _NullEventSink(), NeverStop(), checkpoints
     )
 
 
@@ -268,21 +269,6 @@ class _NullEventSink:
 
     def set_progress(self, *, phase: Phase | None = None, progress: Progress | None = None) -> None:
         pass
-
-
-class _NeverStop:
-    """Never asks to stop: rank 0 stops or kills the worker."""
-
-    stop_reason = None
-
-    def check(self) -> None:
-        pass
-
-    def defer_stop(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def time_left_s(self) -> float | None:
-        return None
 
 
 def _ready_key(rank: int) -> str:

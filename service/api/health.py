@@ -16,7 +16,7 @@ router = APIRouter(tags=["health"])
 @router.get("/health")
 def health(response: Response, services: ServicesDep) -> HealthResponse:
     """200 when every part answers; 503 with the part that does not."""
-    buckets = {store.url: store for store in (services.objects.configs, services.objects.datasets, services.objects.models)}
+    buckets = {store.url: store for store in (services.buckets.configs, services.buckets.datasets, services.buckets.models)}
     checks = {"job_store": _run_check(services.store.ping)} | {
         _check_name(url, len(buckets)): _run_check(_make_store_check(store)) for url, store in buckets.items()
     }

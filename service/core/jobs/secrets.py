@@ -1,7 +1,7 @@
-"""Secrets in a request: taken out before anything is kept, known by name, and never shown.
+"""Secrets in a request: removed before anything is stored, known by name, and never shown.
 
-The name of a secret says where it stood: `wandb_config.api_key` is `wandb_api_key`, `mlflow_config.token` is `mlflow_token`, and the
-`api_key` of the grader called `judge` is `judge_api_key`. Beside the configuration there is `hf_token`.
+The name of a secret tells its field: `wandb_config.api_key` is `wandb_api_key`, `mlflow_config.token` is `mlflow_token`, and the
+`api_key` of the grader called `judge` is `judge_api_key`. `hf_token` is a field of the request itself.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 @dataclass(frozen=True)
 class SecretPath:
-    """Where a secret stands in a configuration, and what it is called elsewhere."""
+    """A secret of a configuration: its name and its field."""
 
     name: str
     path: FieldPath
@@ -48,19 +48,19 @@ def iter_config_secrets(config: BaseModel) -> Iterator[SecretPath]:
 
 
 def redact(model: Model) -> Model:
-    """The same with every secret hidden: as it may be kept and shown."""
+    """A copy with every secret replaced by REDACTED, which may be stored and shown."""
     changes = {field: hidden for field, value in model if (hidden := _redact_value(value)) is not value}
     return model.model_copy(update=changes) if changes else model
 
 
 def resent_secrets(request: ContinuationOptions) -> dict[str, str]:
-    """The secrets that a caller sends for a job that had them, by name."""
+    """The secrets that a caller sends again for an existing job, by name."""
     sent = {HF_SECRET: request.hf_token, WANDB_SECRET: request.wandb_api_key, **request.secrets}
     return {name: secret.get_secret_value() for name, secret in sent.items() if secret}
 
 
 def _iter_leaves(model: BaseModel, path: FieldPath = (), owner: str = "") -> Iterator[tuple[FieldPath, str, object]]:
-    """Every value in a model that is no model itself: where it stands, and the name of what it belongs to."""
+    """Every value in a model that is not a model itself: its path, and the name of the part it belongs to."""
     for field, value in model:
         if isinstance(value, BaseModel):
             yield from _iter_leaves(value, (*path, field), field.removesuffix("_config"))

@@ -1,4 +1,4 @@
-"""Where a deployment mirrors the curves of jobs that name no place of their own."""
+"""The deployment's own trackers, which record the jobs that name no tracker of that kind."""
 
 from typing import Self
 
@@ -7,11 +7,11 @@ from pydantic import BaseModel, model_validator
 from schema.base import Strict
 from schema.training import TrainingConfig
 from schema.training.trackers import MlflowConfig, TensorboardConfig, TrackioConfig, WandbConfig
-from service.core.job_secrets import extract_config_secrets, redact
+from service.core.jobs.secrets import extract_config_secrets, redact
 
 
 class DeploymentTrackers(Strict):
-    """A deployment's trackers, in the words of a request. W&B only offline: a key of the deployment would be every caller's."""
+    """A deployment's trackers, in the fields of a request. W&B only offline: its API key would act for every caller."""
 
     wandb_config: WandbConfig | None = None
     mlflow_config: MlflowConfig | None = None
@@ -26,19 +26,19 @@ class DeploymentTrackers(Strict):
 
 
 def add_deployment_trackers(config: TrainingConfig, trackers: DeploymentTrackers) -> TrainingConfig:
-    """The configuration with the deployment's trackers, where it names none of that kind."""
+    """The configuration with the deployment's trackers added, except those of a kind that it names itself."""
     own = {kind: tracker for kind, tracker in trackers if tracker is not None and dict(config).get(kind) is None}
     return config.model_copy(update=own) if own else config
 
 
 def deployment_trackers_of(config: TrainingConfig, trackers: DeploymentTrackers) -> dict[str, BaseModel]:
-    """Of a job's trackers, as they are kept, those that are the deployment's: by kind, with their secrets."""
-    kept = dict(config)
-    return {kind: tracker for kind, tracker in trackers if tracker is not None and redact(tracker) == kept.get(kind)}
+    """Those of a stored job's trackers that are the deployment's: by kind, with their secrets."""
+    stored = dict(config)
+    return {kind: tracker for kind, tracker in trackers if tracker is not None and redact(tracker) == stored.get(kind)}
 
 
 def deployment_tracker_secrets(config: TrainingConfig, trackers: DeploymentTrackers) -> dict[str, str]:
-    """The secrets of the deployment's trackers that a job uses, by name: no caller knows them, or is asked for them."""
+    """The secrets of the deployment's trackers that a job uses, by name. No caller has to send them."""
     return extract_config_secrets(
         trackers.model_copy(update=dict.fromkeys(DeploymentTrackers.model_fields) | deployment_trackers_of(config, trackers))
     )
