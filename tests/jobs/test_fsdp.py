@@ -169,13 +169,13 @@ def test_fsdp_is_chosen_by_memory_or_on_request(
 
 
 def test_fsdp_is_not_used_for_qlora_or_other_trainers(store: Path) -> None:
-    def obstacle(**config: Any) -> str:
+    def unsupported_reason(**config: Any) -> str:
         return fsdp_unsupported_reason(make_spec(store, **config).training_config)
 
-    assert not obstacle(method="Full")
-    assert not obstacle(method="LoRA")
-    assert "4 bits" in obstacle(method="QLoRA")
-    assert "sft" in obstacle(trainer_type="dpo", dataset_type="preference")
+    assert not unsupported_reason(method="Full")
+    assert not unsupported_reason(method="LoRA")
+    assert "4-bit" in unsupported_reason(method="QLoRA")
+    assert "sft" in unsupported_reason(trainer_type="dpo", dataset_type="preference")
 
 
 @pytest.mark.parametrize("method", ["Full", "LoRA"])

@@ -111,7 +111,7 @@ def test_failing_grader_is_counted_and_left_out_of_reward(train: Train) -> None:
 
 
 def test_training_with_only_failing_grader_stops_and_logs_no_row(train: Train, caplog: pytest.LogCaptureFixture) -> None:
-    """TRL logs the whole row when every grader fails on it."""
+    """TRL would log the whole row when every grader fails on it."""
     with pytest.raises(JobFailed, match="grader 'broken' failed on every completion 10 times in a row") as failed:
         train(spec=make_grpo_job(FAILING_GRADER, train=prompts(30), held_out=[]), **HYPERPARAMETERS | {"max_steps": 14})
     assert failed.value.failure.code == "invalid_config"
