@@ -1,4 +1,4 @@
-"""The step to the outside: all or nothing, once."""
+"""Uploads of artifacts: verified, retried, and below the attempt's own keys."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from storage.file import LocalStore
 
 
 class FaultyStore(LocalStore):
-    """A folder whose next uploads fail, as often as there are errors left."""
+    """A folder store whose next uploads raise the given errors."""
 
     def __init__(self, url: str, *errors: StorageError) -> None:
         super().__init__(url)
@@ -28,7 +28,7 @@ class FaultyStore(LocalStore):
 
 
 class CorruptingStore(LocalStore):
-    """A folder on a disk that flips bytes."""
+    """A folder store that changes the bytes it receives."""
 
     def upload(self, source: Path, key: str, *, sha256: str | None = None) -> StoredObject:
         mangled = source.with_name("mangled")
@@ -38,7 +38,7 @@ class CorruptingStore(LocalStore):
 
 @dataclass
 class SleepRecorder:
-    """Sleeps that are only counted."""
+    """Records sleeps instead of sleeping."""
 
     durations_s: list[float] = field(default_factory=list)
 

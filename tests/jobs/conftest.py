@@ -1,4 +1,4 @@
-"""A tiny Gemma in a store, rows to train it on, and a service that one can talk to."""
+"""Fixtures of the jobs' tests: a tiny Gemma in an object store, rows to train it on, job specs and contexts, a fake service."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -28,14 +28,14 @@ WORDS = ["files", "copy", "open", "close", "read", "write", "path", "name", "val
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What the libraries say to each other is not ours to mend."""
+    """Ignore warnings that libraries cause in each other."""
     for library in ("transformers", "peft", "torch", "accelerate"):
         for kind in ("FutureWarning", "DeprecationWarning", "UserWarning"):
             config.addinivalue_line("filterwarnings", f"ignore::{kind}:{library}")
 
 
 def messages(count: int, first: int = 0) -> list[dict[str, Any]]:
-    """Short conversations, all of them different."""
+    """Short conversations, all different."""
     return [
         {
             "messages": [
@@ -49,7 +49,7 @@ def messages(count: int, first: int = 0) -> list[dict[str, Any]]:
 
 @dataclass
 class EventRecorder:
-    """A voice that remembers."""
+    """An event sink that keeps the events."""
 
     events: list[Event] = field(default_factory=list)
 
@@ -78,7 +78,7 @@ class EventRecorder:
 
 @dataclass
 class FinishedTraining:
-    """A finished training: what it left, and what it told."""
+    """A finished training: its model, its folder and the events it reported."""
 
     model: TrainedModel
     record: EventRecorder
@@ -87,7 +87,7 @@ class FinishedTraining:
 
     @property
     def checkpoints(self) -> list[int]:
-        """The steps whose checkpoints are durable, or were about to be."""
+        """The steps with a durable checkpoint, after pending uploads have finished."""
         self.context.checkpoints.wait_until_uploaded()
         return saved_steps(self.context.spec)
 
@@ -125,7 +125,7 @@ def base(store: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(base: Path) -> Any:
-    """The tiny base's tokenizer with Gemma's chat template. Not to be changed."""
+    """The tiny base's tokenizer with Gemma's chat template. Tests must not change it."""
     from transformers import AutoTokenizer
 
     from jobs.llm.data.tokenize import set_default_chat_template
@@ -154,22 +154,22 @@ def make_spec(
     columns: tuple[str, ...] = (),
     **config: Any,
 ) -> JobSpec:
-    """A small job, ten steps at most; `config` changes its training config. Each is a new one, and finds no checkpoint of another."""
+    """The spec of a small job; `config` changes its training config. Each job has a new id, so it finds no checkpoints of another."""
     job_id = job_id or f"job-{uuid4().hex[:12]}"
     splits = {"train": put_split(store, f"datasets/{job_id}/train.jsonl", messages(24) if train is None else train)}
     if held_out != []:
         splits["eval"] = put_split(store, f"datasets/{job_id}/eval.jsonl", held_out or messages(5, first=100))
-    knobs = {"max_steps": 4, "batch_size": 2, "gradient_accumulation_steps": 1, "logging_steps": 1, "save_strategy": "no"}
-    knobs |= {"max_seq_length": 128, "lora_rank": 4} if config.get("method") != "Full" else {"max_seq_length": 128}
-    knobs |= config.pop("hyperparameters", {})
-    config["eval_config"] = {"sample_prompts": 0} | config.get("eval_config", {})  # generation is slow, and most tests are not about it
+    hyperparameter_values = {"max_steps": 4, "batch_size": 2, "gradient_accumulation_steps": 1, "logging_steps": 1, "save_strategy": "no"}
+    hyperparameter_values |= {"max_seq_length": 128, "lora_rank": 4} if config.get("method") != "Full" else {"max_seq_length": 128}
+    hyperparameter_values |= config.pop("hyperparameters", {})
+    config["eval_config"] = {"sample_prompts": 0} | config.get("eval_config", {})  # generation is slow, and most tests do not need it
     dataset = Dataset.model_validate(
         {"processed_dataset_id": "d", "tenant_id": "local", "name": "d", "dataset_type": dataset_type, "splits": splits, "digest": ""}
         | {"rows_uploaded": 1, "created_at": "2026-01-01T00:00:00Z", "columns": columns}
     )
     return JobSpec.model_validate(
         {"job_id": job_id, "job_name": "a job", "tenant_id": "local", "dataset": dataset}
-        | {"training_config": TRAINING_CONFIG.validate_python({"base_model_id": BASE, "hyperparameters": knobs} | config)}
+        | {"training_config": TRAINING_CONFIG.validate_python({"base_model_id": BASE, "hyperparameters": hyperparameter_values} | config)}
         | {
             "stores": dict.fromkeys(("datasets", "models", "configs"), f"file://{store}"),
             "checkpoints_prefix": checkpoints_prefix(job_id, None),
@@ -186,7 +186,7 @@ def make_context(
     attempt: int = 1,
     stop: StopSignal | None = None,
 ) -> JobContext:
-    """The context of an attempt at that job."""
+    """The context of an attempt of that job."""
     workdir.mkdir(parents=True, exist_ok=True)
     stores = Stores(spec.stores)
     checkpoints = Checkpoints(
@@ -211,13 +211,13 @@ def make_context(
 
 
 def load_trainer(spec: JobSpec) -> Callable[..., TrainedModel]:
-    """The code that obeys the job's training config."""
+    """The training function of the job's config."""
     return resolve_name(spec.training_config.train)
 
 
 @pytest.fixture
 def train(store: Path, tmp_path: Path) -> Callable[..., FinishedTraining]:
-    """Trains the tiny base; what is passed changes the job of `a_spec`, hyperparameters by their own names."""
+    """Trains the tiny base; arguments change the job of `make_spec`, hyperparameters by their own names."""
 
     def run(name: str = "one", /, *, spec: dict[str, Any] | None = None, **hyperparameters: Any) -> FinishedTraining:
         record, workdir = EventRecorder(), tmp_path / name
@@ -231,6 +231,6 @@ def train(store: Path, tmp_path: Path) -> Callable[..., FinishedTraining]:
 
 @pytest.fixture
 def service() -> Iterator[FakeService]:
-    """A service on a port of this machine; it obeys the test."""
+    """A fake service on loopback, controlled by the test."""
     with FakeService() as running:
         yield running
