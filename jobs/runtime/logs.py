@@ -1,4 +1,4 @@
-"""Lines of the attempt's log: a constant message, and the facts beside it."""
+"""The attempt's log lines: a constant message followed by fields."""
 
 import logging
 import sys
@@ -9,8 +9,8 @@ _STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", 
 
 def format_line(level: str, message: str, facts: dict[str, object]) -> str:
     """`2026-11-21T04:05:06Z INFO attempt started attempt=1`."""
-    told = "".join(f" {name}={_format_value(value)}" for name, value in facts.items())
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {level} {message}{told}"
+    fields = "".join(f" {name}={_format_value(value)}" for name, value in facts.items())
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {level} {message}{fields}"
 
 
 class _LineFormatter(logging.Formatter):
@@ -21,7 +21,7 @@ class _LineFormatter(logging.Formatter):
 
 
 def configure_logging() -> None:
-    """Our own lines go to stdout from INFO; other people's only when they warn."""
+    """Write our own messages to stdout from INFO on, those of libraries from WARNING on."""
     out = logging.StreamHandler(sys.stdout)
     out.setFormatter(_LineFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[out], force=True)

@@ -12,36 +12,36 @@ BUILTIN_METRICS = ("eval_loss", "perplexity", "accuracy", "eval_runtime", "eval_
 
 
 def evaluate_gate(thresholds: Sequence[Threshold], metrics: EvalMetrics | None, base: EvalMetrics | None) -> Gate:
-    """Every threshold, looked up in what was measured of the trained model, and whether all of them hold.
+    """Check every threshold against the metrics of the trained model, and whether all of them pass.
 
-    A number that is missing, or is none, passes nothing. A bound `relative_to_base` is that factor of what the base reached on
-    the same rows. A factor of a negative number turns better into worse, so nothing is compared with a negative base; and where
-    the base reached 0, a factor above 1 asks for more than 0.
+    A metric that is missing or not finite does not pass. A bound `relative_to_base` is a factor of the base model's metric on the same
+    rows. A factor of a negative number would turn better into worse, so a negative base does not pass; and if the base has 0, a factor
+    above 1 requires more than 0.
     """
     checks = tuple(_check(threshold, metrics, base) for threshold in thresholds)
     return Gate(passed=all(check.passed for check in checks), checks=checks)
 
 
 def _check(threshold: Threshold, metrics: EvalMetrics | None, base: EvalMetrics | None) -> GateCheck:
-    value, why = _look_up(threshold.metric, metrics, "the trained model")
+    value, reason = _look_up(threshold.metric, metrics, "the trained model")
     bounds = _bounds(threshold, base)
-    why = why or bounds.reason
-    if value is not None and not why:
-        why = _describe_failed_check(value, threshold, bounds)
+    reason = reason or bounds.reason
+    if value is not None and not reason:
+        reason = _describe_failed_check(value, threshold, bounds)
     return GateCheck(
         metric=threshold.metric,
         value=value,
         at_most=bounds.at_most,
         at_least=bounds.at_least,
         base=bounds.base,
-        passed=not why,
-        reason=why,
+        passed=not reason,
+        reason=reason,
     )
 
 
 @dataclass(frozen=True)
 class _Bounds:
-    """What a value is compared with, and what the base reached if that decides it; or why there is nothing to compare with."""
+    """The bounds of a value, with the base model's metric if they depend on it; or the reason why there are no bounds."""
 
     at_most: float | None = None
     at_least: float | None = None
@@ -52,20 +52,20 @@ class _Bounds:
 def _bounds(threshold: Threshold, base: EvalMetrics | None) -> _Bounds:
     if not threshold.relative_to_base:
         return _Bounds(threshold.at_most, threshold.at_least)
-    reached, why = _look_up(threshold.metric, base, "the base model")
-    if reached is None:
-        return _Bounds(reason=why)
-    if reached < 0:
-        why = f"the base model reached {_format_number(reached)}, and a factor of a negative number has no meaning; give the bound itself"
-        return _Bounds(base=reached, reason=why)
-    return _Bounds(_scale_bound(threshold.at_most, reached), _scale_bound(threshold.at_least, reached), reached)
+    base_value, reason = _look_up(threshold.metric, base, "the base model")
+    if base_value is None:
+        return _Bounds(reason=reason)
+    if base_value < 0:
+        reason = f"the base model has {_format_number(base_value)}, and a factor of a negative number has no meaning; set an absolute bound"
+        return _Bounds(base=base_value, reason=reason)
+    return _Bounds(_scale_bound(threshold.at_most, base_value), _scale_bound(threshold.at_least, base_value), base_value)
 
 
 def _look_up(name: str, metrics: EvalMetrics | None, model_label: str) -> tuple[float | None, str]:
-    """The number of that name; or None, and why there is none."""
+    """The metric of that name, or None and the reason."""
     if metrics is None:
-        return None, f"{model_label} was not measured; a gate needs held-out rows"
-    known = {own: getattr(metrics, own) for own in BUILTIN_METRICS} | metrics.values
+        return None, f"{model_label} was not evaluated; a gate needs held-out rows"
+    known = {builtin: getattr(metrics, builtin) for builtin in BUILTIN_METRICS} | metrics.values
     value = known.get(name)
     if value is not None and math.isfinite(value):
         return float(value), ""
@@ -75,13 +75,13 @@ def _look_up(name: str, metrics: EvalMetrics | None, model_label: str) -> tuple[
     if name not in known and not note:
         return (
             None,
-            f"{model_label} has no metric {name!r}; known: {', '.join(sorted(found for found in known if known[found] is not None))}",
+            f"{model_label} has no metric {name!r}; known: {', '.join(sorted(each for each in known if known[each] is not None))}",
         )
     return None, f"{name} of {model_label} was not measured" + (f": {note}" if note else "")
 
 
 def _find_note(name: str, notes: dict[str, str]) -> str:
-    """Why a metric has no value. A task that did not run has a note, and none of its metrics is known: lm_eval/mmlu/acc, lm_eval/mmlu."""
+    """Why a metric has no value. The note may be that of the whole task: lm_eval/mmlu for lm_eval/mmlu/acc."""
     while name:
         if name in notes:
             return notes[name]
@@ -90,7 +90,7 @@ def _find_note(name: str, notes: dict[str, str]) -> str:
 
 
 def _describe_failed_check(value: float, threshold: Threshold, bounds: _Bounds) -> str:
-    """By what the value misses a bound; empty if it does not."""
+    """Which bound the value misses; empty if it misses none."""
     if bounds.at_most is not None and value > bounds.at_most:
         return f"{_format_number(value)} is above {_format_number(bounds.at_most)}" + _describe_base_factor(threshold.at_most, bounds.base)
     if bounds.at_least is not None and value < bounds.at_least:
@@ -98,7 +98,7 @@ def _describe_failed_check(value: float, threshold: Threshold, bounds: _Bounds) 
             threshold.at_least, bounds.base
         )
     if bounds.base == 0 and value <= 0 and threshold.at_least is not None and threshold.at_least > 1:
-        return f"{_format_number(value)} is no better than the base's 0"
+        return f"{_format_number(value)} is not better than the base's 0"
     return ""
 
 

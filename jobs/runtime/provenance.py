@@ -94,7 +94,7 @@ def build_run_record(
     spec, state = context.spec, context.state
     base, base_notes = base_record(spec.training_config.base_model_id, trained.base_folder)
     notes = base_notes | {"price": PRICE_UNKNOWN} | ({"gpu_energy_wh": energy.missing_reason} if energy.joules is None else {})
-    notes |= {f"code.{name}": "the launcher did not say" for name, value in code.model_dump().items() if value is None}
+    notes |= {f"code.{name}": "the launcher did not set it" for name, value in code.model_dump().items() if value is None}
     return RunRecord(
         job_id=spec.job_id,
         job_name=spec.job_name,
@@ -127,7 +127,7 @@ def build_run_record(
 
 
 def record_bytes(record: RunRecord) -> bytes:
-    """The record as it is stored: the same record is always the same bytes."""
+    """The record as it is stored. Equal records have equal bytes."""
     return json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
 
 
@@ -150,19 +150,19 @@ def _add_file(artifact: Artifact, file: ArtifactFile) -> Artifact:
 
 
 def base_record(model_id: str, folder: Path) -> tuple[BaseModelRecord, dict[str, str]]:
-    """What names the base exactly, and why something of it could not be had."""
+    """What identifies the base model exactly, and notes on what could not be determined."""
     weights = sorted(folder.glob("*.safetensors"))
     digests = {path.name: _hub_cache_digest(path) for path in weights}
-    to_read = sum(path.stat().st_size for path in weights if digests[path.name] is None)
+    unhashed_bytes = sum(path.stat().st_size for path in weights if digests[path.name] is None)
     notes: dict[str, str] = {}
-    if to_read <= MAX_HASHED_BYTES:
+    if unhashed_bytes <= MAX_HASHED_BYTES:
         digests = {path.name: digests[path.name] or sha256_of(path) for path in weights}
     else:
-        notes["base.weights_sha256"] = f"{to_read / 1e9:.0f} GB of weights were not read for it"
-    # The Hub's cache has a folder for each commit.
+        notes["base.weights_sha256"] = f"{unhashed_bytes / 1e9:.0f} GB of weights are too large to hash"
+    # The Hub's cache has one folder per commit.
     revision = folder.name if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
     if revision is None:
-        notes["base.revision"] = "the base was found in the deployment's own store, which keeps no revision of the Hub"
+        notes["base.revision"] = "the base model is from the deployment's own store, which has no Hub revision"
     known = {name: digest for name, digest in digests.items() if digest is not None}
     return BaseModelRecord(
         model_id=model_id,
@@ -173,7 +173,7 @@ def base_record(model_id: str, folder: Path) -> tuple[BaseModelRecord, dict[str,
 
 
 def machine_record() -> MachineRecord:
-    """What this process runs on."""
+    """The machine that this process runs on."""
     import psutil
     import torch
 
@@ -191,19 +191,19 @@ def machine_record() -> MachineRecord:
 
 
 def installed_packages() -> dict[str, str]:
-    """Every package of this environment with its version."""
-    found = {distribution.name.lower().replace("_", "-"): distribution.version for distribution in distributions() if distribution.name}
-    return dict(sorted(found.items()))
+    """The version of every package in this environment."""
+    versions = {distribution.name.lower().replace("_", "-"): distribution.version for distribution in distributions() if distribution.name}
+    return dict(sorted(versions.items()))
 
 
 def _hub_cache_digest(path: Path) -> str | None:
-    """The digest that the Hub's cache gives a large file as its name."""
+    """The sha256 of a large file in the Hub's cache, which uses it as the file's name."""
     name = path.resolve().name
     return name if re.fullmatch(r"[0-9a-f]{64}", name) else None
 
 
 def _cpu_name() -> str:
-    """What the processor calls itself; the architecture where it does not say."""
+    """The processor's model name, or else its architecture."""
     cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
-    return found[1] if found else platform.processor() or platform.machine()
+    match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
+    return match[1] if match else platform.processor() or platform.machine()

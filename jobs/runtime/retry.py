@@ -1,4 +1,4 @@
-"""Trying again while a store or a network is away: with back-off, and not for ever."""
+"""Retries of object store operations while a store or the network is unavailable: with backoff, and a limited number."""
 
 import logging
 import time
@@ -14,9 +14,9 @@ log = logging.getLogger(__name__)
 
 TRIES = 7
 RETRY_INITIAL_S = 0.5
-RETRY_MAX_S = 15.0  # 0.5 + 1 + 2 + 4 + 8 + 15: half a minute in all, a store's restart or a router's
+RETRY_MAX_S = 15.0  # 0.5 + 1 + 2 + 4 + 8 + 15: half a minute in total, enough for a store or a router to restart
 
-HINT = "check the room and the permissions of the store, then retry the job"
+HINT = "check the free space and the permissions of the store, then retry the job"
 
 ReturnT = TypeVar("ReturnT")
 
@@ -29,9 +29,9 @@ def retry_store(
     sleep: Callable[[float], None] = time.sleep,
     tries: int = TRIES,
 ) -> ReturnT:
-    """Do it, again while the store is away or what arrives is not what was sent.
+    """Run an operation, again while the store is unavailable or a checksum does not match.
 
-    Raises JobFailed with `code` in the end; ObjectExists and NoSuchObject as they are, for they are answers.
+    Raises JobFailed with `code` after the last try; ObjectExists and NoSuchObject at once, because they are definitive.
     """
     import tenacity
 
@@ -61,31 +61,31 @@ def upload_with_retry(
     sleep: Callable[[float], None] = time.sleep,
     tries: int = TRIES,
 ) -> None:
-    """Store a file, checked on arrival, waiting for a store that is away. Raises JobFailed.
+    """Upload a file, verified on arrival, waiting while the store is unavailable. Raises JobFailed.
 
-    A store that has lost what it was just being sent, or its session, is one that stumbles: to an upload "no such object" is no answer.
+    For an upload, NoSuchObject means that the store lost the upload session, so it is retried too.
     """
 
     def upload() -> None:
         try:
             store.upload(source, key, sha256=sha256)
         except NoSuchObject as error:
-            raise StoreUnavailable(f"{key} was lost on its way: {error}") from error
+            raise StoreUnavailable(f"{key} was lost during the upload: {error}") from error
 
     retry_store(message, upload, sleep=sleep, tries=tries)
 
 
 def download_with_retry(store: ObjectStore, key: str, target: Path, *, sleep: Callable[[float], None] = time.sleep) -> Path:
-    """An object as a file, waiting for a store that is away. Raises NoSuchObject, JobFailed."""
+    """Download an object, waiting while the store is unavailable. Raises NoSuchObject, JobFailed."""
     return retry_store(f"{store.url}/{key} cannot be read", lambda: store.download(key, target), code="internal", sleep=sleep)
 
 
 def download_all_with_retry(
     store: ObjectStore, keys: Iterable[str], folder: Path, *, prefix: str = "", sleep: Callable[[float], None] = time.sleep
 ) -> list[Path]:
-    """Objects as files in a folder, each under its key without the prefix `below`. Raises NoSuchObject, JobFailed.
+    """Download objects into a folder, each under its key without `prefix`. Raises NoSuchObject, JobFailed.
 
-    Each is asked for again by itself: what has arrived is not fetched twice for the sake of another.
+    Each object is retried by itself, so none is downloaded twice because of another.
     """
     return map_concurrently(
         lambda key: download_with_retry(store, key, folder / check_key(key).removeprefix(prefix), sleep=sleep), list(keys)

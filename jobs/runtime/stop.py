@@ -1,16 +1,17 @@
-"""Stopping in time, whatever the main thread is doing, and without losing what it has done.
+"""Stops an attempt in time, whatever the main thread is doing, and without losing its work.
 
-    cancel      the job shall end: at once, also in the middle of a step
-    pause       the job shall wait: after the step at work and its checkpoint
-    preempted   the compute is taken away (SIGTERM): the same, but the platform kills what is still there 10 s later
-    time_slice  the time is up: the training yields before that by itself, and this is for what does not
+    cancel      the job ends: at once, even in the middle of a step
+    pause       the job waits: it stops after the current step and its checkpoint
+    preempted   the compute is taken away (SIGTERM): like a pause, but the platform kills the process 10 s later
+    time_slice  the time limit is reached: the training yields before that by itself, so this interrupts everything else
 
-A request reaches the main thread as a signal, whose handler raises Stopped. Inside `politely`, where there is something to save,
-it is not sent: the main thread looks at `wanted` after every step. A handler runs in the main thread only between two of its
-bytecodes, and one backward pass is a single call that can take many seconds. So requests have deadlines: if the main thread has
-not come by then, `last_resort` writes the last word in its stead and ends the process.
+A request reaches the main thread as a signal, whose handler raises Stopped. Inside `defer_stop`, where there is work to save, no signal
+is sent: the main thread polls `stop_reason` after every step. Python runs a signal handler only between two bytecodes of the main
+thread, and one backward pass is a single call that can take many seconds. So requests have deadlines: if the main thread has not reacted
+by then, `force_exit` publishes the result from another thread and ends the process.
 
-Signals are heard by a thread, through the wake-up pipe. The handler in the main thread only looks: it takes no lock, writes no log.
+A thread receives the signals through the wake-up file descriptor. The handler in the main thread only checks for a request: it takes no
+lock and writes no log.
 """
 
 import logging
@@ -26,18 +27,18 @@ from jobs.runtime.errors import Stopped, StopReason
 log = logging.getLogger(__name__)
 
 SIGNAL_RETRY_S = 0.1
-INTERRUPT_GRACE_S = 0.6  # for the main thread to come; a cancel must be over in 2 s, and hearing of it takes 0.5
-PREEMPTION_DEADLINE_S = 8.0  # after a SIGTERM, so that one or two are left for the last word
-SIGKILL_DELAY_S = 10.0  # after a SIGTERM, by Cloud Run and by the local launcher
-SHUTDOWN_RESERVE_S = 15.0  # kept back at the end of a time limit
-MAX_SHUTDOWN_SHARE = 0.1  # but not more of it than this
+INTERRUPT_GRACE_S = 0.6  # for the main thread to react; a cancel must be over in 2 s, and its directive takes up to 0.5 s to arrive
+PREEMPTION_DEADLINE_S = 8.0  # after a SIGTERM, so that one or two seconds are left to publish the result
+SIGKILL_DELAY_S = 10.0  # after a SIGTERM: Cloud Run and the local launcher wait this long
+SHUTDOWN_RESERVE_S = 15.0  # reserved at the end of a time limit
+MAX_SHUTDOWN_SHARE = 0.1  # of the time limit; the reserve is never more
 
 REASON_BY_SIGNAL: dict[int, StopReason] = {signal.SIGTERM: "preempted", signal.SIGINT: "cancel"}
-WAKE_SIGNAL = signal.SIGUSR1  # ours: "there is something to look at"; it also ends a sleep or a read
+WAKE_SIGNAL = signal.SIGUSR1  # makes the main thread check for a request; it also ends a sleep or a read
 
 
 class StopController:
-    """Requests to stop, from signals, from the service, or from the clock. The first one counts, but a cancel always does."""
+    """Collects requests to stop from signals, the service and the clock. The first one counts, but a cancel replaces any other."""
 
     def __init__(
         self,
@@ -57,20 +58,20 @@ class StopController:
         self._lock = threading.Lock()
         self._stop_reason: StopReason | None = None
         self._requested: set[StopReason] = set()
-        self._ends_at: float | None = None  # when the time limit interrupts the work, or the earliest deadline
+        self._ends_at: float | None = None  # when the work is interrupted: by the time limit or an earlier deadline
         self._killed_at: float | None = None
         self._is_deferred = False
         self._raised = False
-        self._shutdown_begun = threading.Event()  # the main thread has let go of its work
+        self._shutdown_begun = threading.Event()  # the main thread has left its work
         self._finalized = threading.Event()
 
     @property
     def stop_reason(self) -> StopReason | None:
-        """What was asked for, if anything."""
+        """The requested reason to stop; None if nothing is requested."""
         return self._stop_reason
 
     def install_signal_handlers(self, time_limit_s: float | None = None) -> None:
-        """Hear SIGTERM and SIGINT from now on, and the clock. To be called by the main thread."""
+        """Handle SIGTERM, SIGINT and the time limit from now on. Call it from the main thread."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -86,7 +87,7 @@ class StopController:
             clock.start()
 
     def request(self, reason: StopReason) -> None:
-        """Stop the attempt; from any thread, as often as one likes."""
+        """Request a stop, from any thread; repeated requests have no effect."""
         with self._lock:
             if reason in self._requested or self._finalized.is_set():
                 return
@@ -99,7 +100,7 @@ class StopController:
             if reason == "preempted":
                 self._killed_at = _earlier(self._killed_at, self._clock() + SIGKILL_DELAY_S)
             interrupts = self._should_interrupt
-        log.warning("asked to stop", extra={"reason": reason})
+        log.warning("stop requested", extra={"reason": reason})
         if deadline_s is not None:
             until = self._shutdown_begun if reason == "pause" else self._finalized
             threading.Thread(target=self._enforce_deadline, args=(deadline_s, until), name="stop-deadline", daemon=True).start()
@@ -108,40 +109,40 @@ class StopController:
             _wake_main_thread()
 
     def check(self) -> None:
-        """Raises Stopped when a stop was asked for; inside `politely` only for a cancel, or when the time is up."""
+        """Raises Stopped if a stop is requested; inside `defer_stop` only for a cancel or when the time is up."""
         if self._should_interrupt and self._stop_reason is not None:
             self._raised = True
             raise Stopped(self._stop_reason)
 
     @contextmanager
     def defer_stop(self) -> Generator[None]:
-        """Inside, the main thread looks at `wanted` at every step by itself. What it has not obeyed by the end is raised then."""
+        """Inside, the main thread polls `stop_reason` at every step. On exit, raises Stopped for a request that it did not handle."""
         self.check()
         try:
             self._is_deferred = True
             yield
         except Stopped:
-            self._raised = True  # the main thread is on its way: a second exception would only get in between
+            self._raised = True  # the main thread is stopping already; a second exception would disturb it
             raise
         finally:
             self._is_deferred = False
         self.check()
 
     def time_left_s(self) -> float | None:
-        """Until everything but the last word must be done; None: no limit."""
+        """Seconds until everything except publishing the result must be done; None without a limit."""
         return None if self._ends_at is None else max(0.0, self._ends_at - self._clock())
 
     def time_until_kill_s(self) -> float | None:
-        """Until the platform may kill the process; None: no limit."""
+        """Seconds until the platform may kill the process; None without a limit."""
         return None if self._killed_at is None else max(0.0, self._killed_at - self._clock())
 
     def begin_shutdown(self) -> None:
-        """The main thread has let go of its work. It tidies up now: a pause waits for that, and only a deadline cuts it short."""
+        """The main thread has left its work and flushes what it has. A pause waits for that; other requests have a deadline."""
         self._raised = True
         self._shutdown_begun.set()
 
     def finalize(self) -> StopReason | None:
-        """The main thread has its last word ready: from here on nothing interrupts it. Returns what was asked for by now."""
+        """The main thread publishes its result: from here on nothing interrupts it. Returns the requested reason to stop, if any."""
         self._shutdown_begun.set()
         with self._lock:
             self._finalized.set()
@@ -149,13 +150,13 @@ class StopController:
 
     @property
     def _should_interrupt(self) -> bool:
-        """Whether what is wanted is worth an exception in the middle of anything."""
+        """Whether the request justifies an exception at any point of the main thread."""
         if self._stop_reason is None or self._finalized.is_set():
             return False
         return not self._is_deferred or self._stop_reason == "cancel" or "time_slice" in self._requested
 
     def _deadline_s(self, reason: StopReason) -> float | None:
-        """When the last word is spoken without the main thread; None: when it comes."""
+        """Seconds after which the attempt ends without the main thread; None: it is waited for."""
         match reason:
             case "cancel":
                 return self._grace_s
@@ -174,18 +175,18 @@ class StopController:
         os.close(reader)
 
     def _enforce_deadline(self, deadline_s: float, until: threading.Event) -> None:
-        # A signal that comes while another one's handler runs is not noticed by a sleep that then goes on: it is sent again.
+        # A signal that arrives while the handler of another one runs does not end a sleep, so it is sent again.
         for _ in range(int(deadline_s // SIGNAL_RETRY_S)):
             if until.wait(SIGNAL_RETRY_S):
                 return
             if self._should_interrupt and not self._raised:
                 _wake_main_thread()
         if not until.wait(deadline_s % SIGNAL_RETRY_S) and self._stop_reason is not None:
-            log.warning("the main thread is busy; ending without it", extra={"reason": self._stop_reason})
+            log.warning("main thread is busy, ending without it", extra={"reason": self._stop_reason})
             self._force_exit(self._stop_reason)
 
     def _on_signal(self, _number: int, _frame: object) -> None:
-        """Runs in the main thread, in the middle of anything: it takes no lock and writes no log."""
+        """Runs in the main thread at any point: it takes no lock and writes no log."""
         if not self._raised:
             self.check()
 
@@ -206,12 +207,12 @@ class NeverStop:
 
 
 def _wake_main_thread() -> None:
-    """Let the main thread look at what is wanted."""
+    """Make the main thread check for a request."""
     signal.pthread_kill(threading.main_thread().ident or 0, WAKE_SIGNAL)
 
 
 def shutdown_reserve_s(time_limit_s: float) -> float:
-    """How much of a time limit is kept back for the last word."""
+    """Seconds at the end of a time limit that are reserved for publishing the result."""
     return min(SHUTDOWN_RESERVE_S, time_limit_s * MAX_SHUTDOWN_SHARE)
 
 

@@ -1,6 +1,6 @@
-"""How busy the machine is, and what its GPUs draw: for the curves, and for the lineage of what was trained.
+"""Load of the machine and energy of its GPUs, for the metrics and the provenance record.
 
-A machine without a GPU, or without its driver, simply has no such numbers; that is found out once, and said once.
+A machine without a GPU or its driver has no GPU metrics; that is determined once and logged once.
 """
 
 import functools
@@ -18,14 +18,14 @@ log = logging.getLogger(__name__)
 
 JOULES_PER_WH = 3600.0
 SAMPLE_INTERVAL_S = 5.0
-CPU_INTERVAL_S = 0.1  # psutil's own advice: over less the share is noise
+CPU_INTERVAL_S = 0.1  # psutil's own advice: shorter intervals give noise
 
 
 @dataclass(frozen=True)
 class GpuReading:
-    """One GPU at one moment. None is what its driver does not tell, such as the load of a part of a divided GPU."""
+    """One GPU at one moment. None: the driver does not report it, such as the utilization of a MIG partition."""
 
-    utilization: float | None = None  # percent of the last interval in which something ran
+    utilization: float | None = None  # percent of the last interval in which a kernel ran
     memory_used_bytes: float | None = None
     power_w: float | None = None
     temperature_c: float | None = None
@@ -36,13 +36,13 @@ class Gpus(Protocol):
     """The GPUs that this process can see."""
 
     def read(self) -> Sequence[GpuReading]:
-        """All of them now, in the driver's order."""
+        """A reading of each GPU now, in the driver's order."""
         ...
 
 
 @dataclass(frozen=True)
 class Energy:
-    """What the GPUs took, or why nobody knows."""
+    """The energy that the GPUs used, or why it is unknown."""
 
     joules: float | None
     missing_reason: str = ""
@@ -53,7 +53,7 @@ class Energy:
 
 
 class NvidiaGpus:
-    """The GPUs of NVIDIA's driver; `nvml` is the module pynvml, initialised."""
+    """The GPUs of NVIDIA's driver; `nvml` is the initialized module pynvml."""
 
     def __init__(self, nvml: ModuleType) -> None:
         self._nvml = nvml
@@ -61,7 +61,7 @@ class NvidiaGpus:
 
     @property
     def names(self) -> list[str]:
-        """What the GPUs are called."""
+        """The GPUs' product names."""
         return [str(self._nvml.nvmlDeviceGetName(handle)) for handle in self._handles]
 
     @property
@@ -90,7 +90,7 @@ class NvidiaGpus:
 
 
 class EnergyMeter:
-    """What the GPUs take from now on: by their own counters, or by their power, summed up between two looks."""
+    """Measures the GPUs' energy from now on: by their own counters, or by integrating their power over samples."""
 
     def __init__(self, gpus: Gpus | None = None, *, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._gpus = gpus if gpus is not None else nvidia_gpus()
@@ -101,12 +101,12 @@ class EnergyMeter:
         self._lock = threading.Lock()
 
     def start_sampling(self, interval_s: float = SAMPLE_INTERVAL_S) -> None:
-        """Look at the power now and then, in a thread, from here to the end of the process: where a GPU does not count for itself."""
+        """Sample the power in a thread until the process ends, if a GPU has no energy counter."""
         if any(reading.energy_j is None and reading.power_w is not None for reading in self._first):
             threading.Thread(target=self._sample_periodically, args=(interval_s,), name="energy", daemon=True).start()
 
     def sample(self) -> None:
-        """A look at the power: the sum takes it to have changed evenly since the last one."""
+        """Sample the power and integrate it since the last sample by the trapezoidal rule."""
         with self._lock:
             self._integrate_power()
 
@@ -123,14 +123,14 @@ class EnergyMeter:
         self._last, self._last_s = readings, now_s
 
     def read(self) -> Energy:
-        """What was taken so far, all GPUs together."""
+        """The energy used so far by all GPUs together."""
         if not self._first:
-            return Energy(None, "no GPU whose driver tells what it draws; the energy of a CPU is not measured")
+            return Energy(None, "no GPU with a driver that reports energy; CPU energy is not measured")
         self.sample()
-        taken = [self._gpu_energy_j(index) for index in range(len(self._first))]
-        known = [joules for joules in taken if joules is not None]
-        if len(known) < len(taken):
-            return Energy(None, f"{len(taken) - len(known)} of {len(taken)} GPUs do not tell what they draw")
+        used = [self._gpu_energy_j(index) for index in range(len(self._first))]
+        known = [joules for joules in used if joules is not None]
+        if len(known) < len(used):
+            return Energy(None, f"{len(used) - len(known)} of {len(used)} GPUs do not report energy")
         return Energy(sum(known))
 
     def _gpu_energy_j(self, index: int) -> float | None:
@@ -144,30 +144,30 @@ class EnergyMeter:
 
 
 def system_metrics(folder: Path | None = None, gpus: Gpus | None = None) -> dict[str, float]:
-    """How busy the machine is, as numbers of a curve; `folder` is where the disk's free room is looked up. Takes a millisecond or two."""
+    """Load of the machine as metrics; `folder` is on the disk whose free space is reported. Takes a millisecond or two."""
     import psutil
 
-    found = {
+    metrics = {
         "rss_bytes": float(psutil.Process().memory_info().rss),
         "memory_available_bytes": float(psutil.virtual_memory().available),
         "disk_free_bytes": float(psutil.disk_usage(str(folder or Path.cwd())).free),
     }
     if time.monotonic() - _cpu_sampling_started_s() > CPU_INTERVAL_S:
-        found["cpu_percent"] = psutil.cpu_percent()  # of all cores, since the last call
+        metrics["cpu_percent"] = psutil.cpu_percent()  # of all cores, since the last call
     gpus = gpus if gpus is not None else nvidia_gpus()
-    return found | (gpu_metrics(gpus.read()) if gpus is not None else {})
+    return metrics | (gpu_metrics(gpus.read()) if gpus is not None else {})
 
 
 def gpu_metrics(readings: Sequence[GpuReading]) -> dict[str, float]:
-    """The numbers of one GPU as gpu_…, of several as gpu0_…, gpu1_…."""
-    found: dict[str, float] = {}
+    """Metrics of one GPU as gpu_…, of several as gpu0_…, gpu1_…."""
+    metrics: dict[str, float] = {}
     for index, reading in enumerate(readings):
         prefix = "gpu" if len(readings) == 1 else f"gpu{index}"
         for name in ("utilization", "memory_used_bytes", "power_w", "temperature_c"):
             value = getattr(reading, name)
             if value is not None:
-                found[f"{prefix}_{name}"] = value
-    return found
+                metrics[f"{prefix}_{name}"] = value
+    return metrics
 
 
 @functools.cache
@@ -179,16 +179,16 @@ def nvidia_gpus() -> NvidiaGpus | None:
 
     try:
         pynvml.nvmlInit()
-        found = NvidiaGpus(pynvml)
+        gpus = NvidiaGpus(pynvml)
     except pynvml.NVMLError as error:
-        log.info("no GPU to watch", extra={"reason": str(error)})
+        log.info("no GPU to measure", extra={"reason": str(error)})
         return None
-    return found if found.names else None
+    return gpus if gpus.names else None
 
 
 @functools.cache
 def _cpu_sampling_started_s() -> float:
-    """When the CPU was first looked at. What that look says is about nothing."""
+    """When psutil's first reading was taken, which covers no interval and is discarded."""
     import psutil
 
     psutil.cpu_percent()

@@ -1,4 +1,4 @@
-"""The step to the outside: all or nothing, once."""
+"""Uploads of artifacts: verified, retried, and below the attempt's own keys."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from storage.registry import open_store
 
 
 class FaultyStore(LocalStore):
-    """A folder whose next uploads fail, as often as there are errors left."""
+    """A folder store whose next uploads raise the given errors."""
 
     def __init__(self, url: str, *errors: StorageError) -> None:
         super().__init__(url)
@@ -29,7 +29,7 @@ class FaultyStore(LocalStore):
 
 
 class CorruptingStore(LocalStore):
-    """A folder on a disk that flips bytes."""
+    """A folder store that changes the bytes it receives."""
 
     def upload(self, source: Path, key: str, *, sha256: str | None = None) -> StoredObject:
         mangled = source.with_name("mangled")
@@ -39,7 +39,7 @@ class CorruptingStore(LocalStore):
 
 @dataclass
 class SleepRecorder:
-    """Sleeps that are only counted."""
+    """Records sleeps instead of sleeping."""
 
     durations_s: list[float] = field(default_factory=list)
 

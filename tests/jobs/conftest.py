@@ -186,7 +186,7 @@ def make_context(
     attempt: int = 1,
     stop: StopSignal | None = None,
 ) -> JobContext:
-    """The context of an attempt at that job."""
+    """The context of an attempt of that job."""
     workdir.mkdir(parents=True, exist_ok=True)
     stores = Stores(spec.stores)
     checkpoints = Checkpoints(

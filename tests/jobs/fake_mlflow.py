@@ -1,4 +1,4 @@
-"""An MLflow tracking server for one test: the part of its REST interface that a run needs, with a bearer token at the door."""
+"""A fake MLflow tracking server: the part of its REST API that a run needs, with a bearer token."""
 
 import json
 import threading
@@ -8,14 +8,14 @@ from urllib.parse import parse_qs, urlsplit
 
 
 class FakeMlflow:
-    """The server in a thread; a context manager. `artifact_root` is where it says that files of runs are."""
+    """The server in a thread; a context manager. `artifact_root` is the artifact URI that it reports."""
 
     def __init__(self, token: str = "", artifact_root: str = "mlflow-artifacts:/1") -> None:
         self.token, self.artifact_root = token, artifact_root
         self.experiments: dict[str, str] = {}
         self.runs: dict[str, dict[str, Any]] = {}
         self.artifacts: dict[str, bytes] = {}
-        self.failures_left = 0  # so many requests are answered 503 first
+        self.failures_left = 0  # this many requests get a 503 first
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"owner": self}))
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -31,11 +31,11 @@ class FakeMlflow:
         self._thread.join()
 
     def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
-        """The points of one curve."""
+        """The steps and values of one metric."""
         return [(int(point["step"]), point["value"]) for point in self.runs[run_id]["metrics"] if point["key"] == metric]
 
     def answer(self, verb: str, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """What the server says; `verb` is the path's end."""
+        """Status and body of the response; `verb` is the end of the path."""
         match verb:
             case "experiments/get-by-name":
                 name = request["experiment_name"]
@@ -91,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
             told = json.loads(body or b"{}") | {name: values[-1] for name, values in parse_qs(url.query).items()}
             self._send(*owner.answer(url.path.removeprefix("/api/2.0/mlflow/"), told))
 
-    do_GET = do_PUT = do_POST  # noqa: N815  # the names that the server looks for
+    do_GET = do_PUT = do_POST  # noqa: N815  # the names that http.server calls
 
     def _send(self, status: int, answer: dict[str, Any]) -> None:
         content = json.dumps(answer).encode()

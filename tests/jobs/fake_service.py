@@ -1,4 +1,4 @@
-"""The service as an attempt sees it: three addresses over real HTTP, obeying a test."""
+"""The service as an attempt sees it: three routes over real HTTP, controlled by a test."""
 
 import json
 import threading
@@ -12,7 +12,7 @@ TOKEN = "attempt-token-0123456789"
 
 @dataclass
 class FakeService:
-    """Takes claims, events and results. Every status below can be changed by a test, at any time."""
+    """Accepts claims, events and results. A test can change every field below at any time."""
 
     claim_status: int = 200
     events_status: int = 200
@@ -22,7 +22,7 @@ class FakeService:
     secrets: dict[str, str] = field(default_factory=dict)
     on_events: Callable[[dict[str, Any]], None] = lambda batch: None
     claims: list[str] = field(default_factory=list)
-    batches: list[dict[str, Any]] = field(default_factory=list)  # every one that came, accepted or not
+    batches: list[dict[str, Any]] = field(default_factory=list)  # all that arrived, accepted or not
     events: list[dict[str, Any]] = field(default_factory=list)  # accepted, in order, once each
     results: list[dict[str, Any]] = field(default_factory=list)
     authorizations: set[str | None] = field(default_factory=set)
@@ -71,7 +71,7 @@ class FakeService:
                 return self.result_status, {}
 
     def _accept_events(self, batch: dict[str, Any]) -> tuple[int, Any]:
-        """As the real service: what was seen is ignored, and the answer says what is wanted next."""
+        """Like the real service: ignore known events and respond with the next expected number."""
         self.batches.append(batch)
         self.on_events(batch)
         if self.events_status != 200:

@@ -1,4 +1,4 @@
-"""The loopback Hub, and the real client turned to it."""
+"""Fixtures that run the loopback Hub and point the real client to it."""
 
 from collections.abc import Generator
 
@@ -10,7 +10,7 @@ from infra.loopback.hub import LoopbackHub, Token
 
 @pytest.fixture
 def hub() -> Generator[LoopbackHub]:
-    """A Hub where ada may write and grace may read."""
+    """A Hub with tokens: ada writes to her own and the lab's repositories, a read-only token of hers, and grace."""
     with LoopbackHub() as running:
         running.tokens["hf_ada"] = Token("ada", orgs={"lab": "write"})
         running.tokens["hf_reader"] = Token("ada", "read")
@@ -20,13 +20,13 @@ def hub() -> Generator[LoopbackHub]:
 
 @pytest.fixture
 def hub_proxy(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> Generator[HttpFaultProxy]:
-    """The way to the Hub, on which a test can let things go wrong; the client of this process takes it, by plain Git LFS."""
+    """A proxy in front of the Hub that can inject faults. The client of this process uses it, with Git LFS instead of Xet."""
     from huggingface_hub import constants, hf_api
 
     with run_http_fault_proxy(hub.url) as front:
         monkeypatch.setattr(constants, "ENDPOINT", front.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", front.url + "/{repo_id}/resolve/{revision}/{filename}")
-        monkeypatch.setattr(hf_api.api, "endpoint", front.url)  # the client of whoever makes none of his own
+        monkeypatch.setattr(hf_api.api, "endpoint", front.url)  # the default client of module-level functions
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         yield front

@@ -1,4 +1,4 @@
-"""What an attempt finds to go on from, and what it leaves: over a real folder, without a trainer."""
+"""Which checkpoint an attempt resumes from, and which it saves and keeps: with a real folder as store, without a trainer."""
 
 import json
 import threading
@@ -54,7 +54,7 @@ Make = Callable[..., Checkpoints]
 
 @pytest.fixture
 def make(spec: JobSpec, store: ObjectStore, emitted_events: list[Event], tmp_path: Path) -> Iterator[Make]:
-    """Makes the checkpoints of an attempt; whatever is given takes the place of what it would have."""
+    """Makes the Checkpoints of an attempt; arguments replace the defaults."""
     made: list[Checkpoints] = []
 
     def build(attempt: int = 1, **changes: Any) -> Checkpoints:
@@ -75,7 +75,7 @@ def make(spec: JobSpec, store: ObjectStore, emitted_events: list[Event], tmp_pat
 
 
 def save(checkpoints: Checkpoints, folder: Path, checkpoint_info: CheckpointInfo = CHECKPOINT_INFO, **changes: Any) -> None:
-    """Hand over a folder with files, and wait until they are durable."""
+    """Submit a folder with files and wait until they are durable."""
     checkpoint_info = replace(checkpoint_info, **changes)
     checkpoints.submit(make_checkpoint_folder(folder, checkpoint_info.step), checkpoint_info)
     assert checkpoints.wait_until_uploaded(20)
@@ -90,7 +90,7 @@ def make_checkpoint_folder(folder: Path, step: int, content: bytes = b"") -> Pat
 
 
 def steps(store: ObjectStore, spec: JobSpec) -> list[tuple[int, int]]:
-    """Attempt and step of what counts."""
+    """Attempt and step of every checkpoint with a manifest."""
     found = [
         Checkpoint.load(store.read(stored.key))
         for stored in store.iter_objects(spec.checkpoints_prefix)
@@ -99,7 +99,7 @@ def steps(store: ObjectStore, spec: JobSpec) -> list[tuple[int, int]]:
     return [(checkpoint.attempt, checkpoint.step) for checkpoint in found]
 
 
-# --- keeping ---------------------------------------------------------------------------------------------------------
+# --- saving ----------------------------------------------------------------------------------------------------------
 
 
 def test_saved_checkpoint_is_durable_and_emits_event(make: Make, emitted_events: list[Event], spec: JobSpec, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_saved_checkpoint_is_durable_and_emits_event(make: Make, emitted_events:
     assert (saved.step, saved.reason, saved.size_bytes, saved.save_s) == (10, "interval", kept.size_bytes, 0.1)
     assert checkpoints.saved_step == 10
     assert checkpoints.max_upload_s >= saved.upload_s > 0
-    assert not list((tmp_path / "t").iterdir())  # the disk is given back
+    assert not list((tmp_path / "t").iterdir())  # the local files are deleted
 
 
 def test_pickle_files_are_not_uploaded(make: Make, store: ObjectStore, tmp_path: Path) -> None:
@@ -304,7 +304,7 @@ def test_prune_local_deletes_pending_checkpoints(make: Make, tmp_path: Path) -> 
     assert not list((tmp_path / "t").iterdir())
 
 
-# --- going on --------------------------------------------------------------------------------------------------------
+# --- resuming --------------------------------------------------------------------------------------------------------
 
 
 def test_newest_is_none_without_checkpoints(make: Make, emitted_events: list[Event]) -> None:

@@ -1,4 +1,4 @@
-"""Whatever goes wrong becomes a failure that says what would help."""
+"""Exceptions become failures with a code and a hint."""
 
 import errno
 from typing import Any

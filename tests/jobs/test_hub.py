@@ -1,4 +1,4 @@
-"""Bases from the Hub, asked for with the Hub's own client over real HTTP."""
+"""Base models are downloaded from the Hub by its own client over real HTTP."""
 
 import hashlib
 import json

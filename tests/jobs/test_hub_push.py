@@ -1,4 +1,4 @@
-"""What was made is pushed to the Hub in one step, once, privately; and a Hub that stumbles, or says no, is understood."""
+"""Artifacts are pushed to the Hub in one commit; errors of the Hub are retried or reported with a hint."""
 
 import os
 from collections.abc import Callable
@@ -212,7 +212,7 @@ def get_failure(action: Callable[[], object]) -> tuple[str, str]:
         ("grace/tuned", "hf_ada", "write access to grace/tuned"),
         ("ada/tuned", "hf_reader", "write access to ada/tuned"),
         ("ada/tuned", "hf_wrong", "401"),
-        ("ada/tuned", None, "send hf_token"),
+        ("ada/tuned", None, "send the hf_token"),
     ],
 )
 def test_token_without_write_access_is_rejected_with_hint(
@@ -278,8 +278,8 @@ def test_check_push_verifies_access_and_creates_nothing(
     check_push(context("lab/new"))
     for repo_id, token, told in (
         ("grace/hers", "hf_ada", "grace/hers"),
-        ("grace/new", "hf_ada", "ada does not write for grace"),
-        ("ada/new", "hf_reader", "it may only read"),
+        ("grace/new", "hf_ada", "ada has no write access to grace"),
+        ("ada/new", "hf_reader", "read-only token"),
         ("ada/new", "hf_wrong", "401"),
     ):
         code, text = get_failure(lambda: check_push(context(repo_id, token)))  # noqa: B023  # called at once
@@ -303,7 +303,7 @@ def test_fine_grained_token_follows_its_scopes() -> None:
     assert why("ada/tuned", ada=("repo.write",)) == ""
     assert why("ada/tuned", ada__tuned=("repo.write",)) == ""
     assert "scopes" in why("ada/tuned", ada=("repo.content.read",))
-    assert "does not write for lab" in why("lab/tuned", lab=("repo.write",))
+    assert "no write access to lab" in why("lab/tuned", lab=("repo.write",))
 
 
 def test_offline_mode_is_not_retried() -> None:

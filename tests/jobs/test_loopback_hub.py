@@ -1,4 +1,4 @@
-"""The loopback Hub answers the real client as the Hub does, rights and all."""
+"""The loopback Hub answers the real client as the real Hub does, including access rights."""
 
 from hashlib import sha256
 from pathlib import Path

@@ -84,7 +84,7 @@ def test_bound_passes_or_fails(threshold: dict[str, Any], passes: bool) -> None:
         ),
         (
             {"metric": "reward", "at_least": 0.9, "relative_to_base": True},
-            "the base model reached -2, and a factor of a negative number has no meaning; give the bound itself",
+            "the base model has -2, and a factor of a negative number has no meaning; set an absolute bound",
         ),
     ],
 )
@@ -119,14 +119,14 @@ def test_zero_is_a_valid_metric_value() -> None:
 
 def test_relative_bound_on_zero_base_requires_more_than_zero() -> None:
     nothing = EvalMetrics(values={"exact_match": 0.0})
-    assert check(nothing, metric="exact_match", at_least=1.5, relative_to_base=True).reason == "0 is no better than the base's 0"
+    assert check(nothing, metric="exact_match", at_least=1.5, relative_to_base=True).reason == "0 is not better than the base's 0"
     assert check(nothing, metric="exact_match", at_least=1.0, relative_to_base=True).passed
 
 
 def test_missing_metrics_fail_the_gate() -> None:
-    assert check(None, metric="perplexity", at_most=9).reason == "the trained model was not measured; a gate needs held-out rows"
+    assert check(None, metric="perplexity", at_most=9).reason == "the trained model was not evaluated; a gate needs held-out rows"
     relative = check(base=None, metric="perplexity", at_most=0.9, relative_to_base=True)
-    assert relative.reason == "the base model was not measured; a gate needs held-out rows"
+    assert relative.reason == "the base model was not evaluated; a gate needs held-out rows"
     assert check(base=None, metric="perplexity", at_most=9).passed
 
 

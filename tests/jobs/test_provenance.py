@@ -1,4 +1,4 @@
-"""A model can be traced: what it was made from, by which code, on what, and what came of it; and no secret with it."""
+"""The provenance record holds inputs, code, machine and results of a training, and no secret."""
 
 import json
 from datetime import UTC, datetime, timedelta
@@ -23,7 +23,7 @@ SECRET = "s3cret-of-the-judge"
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A base model as far as a record looks at it."""
+    """The files of a base model that a record reads."""
     folder = tmp_path / "base"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
@@ -51,9 +51,9 @@ def publish_artifacts(context: JobContext, folder: Path) -> tuple[Artifact, ...]
 
 
 def make_record(context: JobContext, base: Path, artifacts: tuple[Artifact, ...] = (), **changes: Any) -> RunRecord:
-    told: dict[str, Any] = {"code": CodeRecord(tunesmith_version="0.2.0", commit="abc"), "energy": Energy(None, "no GPU")}
-    told |= {"started_at": STARTED_AT, "finished_at": STARTED_AT + timedelta(seconds=90)}
-    return build_run_record(context, make_trained_model(context.workdir, base), artifacts, **(told | changes))
+    arguments: dict[str, Any] = {"code": CodeRecord(tunesmith_version="0.2.0", commit="abc"), "energy": Energy(None, "no GPU")}
+    arguments |= {"started_at": STARTED_AT, "finished_at": STARTED_AT + timedelta(seconds=90)}
+    return build_run_record(context, make_trained_model(context.workdir, base), artifacts, **(arguments | changes))
 
 
 def test_record_contains_inputs_and_results(base: Path, tmp_path: Path) -> None:

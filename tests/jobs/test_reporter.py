@@ -1,4 +1,4 @@
-"""Events reach the service in order and once each, whatever the service does meanwhile; and nothing reaches the trainer."""
+"""Events reach the service in order and exactly once, whatever the service does; no error reaches the trainer."""
 
 import threading
 import time
@@ -21,7 +21,7 @@ Make = Callable[..., Reporter]
 
 
 class ReporterCallbacks:
-    """What a reporter passes on."""
+    """Records what a reporter passes on."""
 
     def __init__(self) -> None:
         self.directives: list[str] = []
@@ -35,7 +35,7 @@ def callbacks() -> ReporterCallbacks:
 
 @pytest.fixture
 def make(service: FakeService, callbacks: ReporterCallbacks, tmp_path: Path) -> Iterator[Make]:
-    """Makes started reporters; closes them, and what only the end of a process closes."""
+    """Makes started reporters; afterwards closes them with their spools and clients."""
     made: list[tuple[Reporter, Spool, ServiceClient]] = []
 
     def make(url: str | None = None, interval_s: float = INTERVAL_S) -> Reporter:
@@ -109,7 +109,7 @@ def test_lost_response_makes_no_duplicates(service: FakeService, make: Make) -> 
 
     def lose_once(batch: dict[str, Any]) -> None:
         if batch["events"] and next(lost, False):
-            service.events.extend(batch["events"])  # taken, but the answer is an error
+            service.events.extend(batch["events"])  # accepted, but the response is an error
             service.events_status = 503
         else:
             service.events_status = 200
@@ -207,7 +207,7 @@ def test_every_event_is_on_disk_before_it_is_sent(service: FakeService, make: Ma
 
 def test_full_disk_drops_event_without_error(service: FakeService, callbacks: ReporterCallbacks, tmp_path: Path) -> None:
     spool = Spool(tmp_path / "events.jsonl")
-    spool._file.close()  # a file that refuses
+    spool._file.close()  # a file that cannot be written
     spool._file = Path("/dev/full").open("w+b", buffering=0)  # noqa: SIM115  # closed below
     client = ServiceClient(Settings("job-1", "file:///nowhere", 1, TOKEN, service.url, tmp_path))
     Reporter(client, spool, INTERVAL_S, callbacks.directives.append, callbacks.fenced.set).report(point(1))

@@ -1,4 +1,4 @@
-"""Waiting for a store that is away, and not for ever."""
+"""Store operations are retried while the store is unavailable, a limited number of times."""
 
 from collections import Counter
 from pathlib import Path
@@ -14,7 +14,7 @@ KEYS = ["base/config.json", "base/model.safetensors", "base/inner/vocab.txt"]
 
 
 class FaultyStore(LocalStore):
-    """A folder that fails to hand out a key as often as there are errors left for it."""
+    """A folder store whose downloads of a key raise the given errors first."""
 
     def __init__(self, folder: Path, errors: dict[str, list[StorageError]]) -> None:
         super().__init__(folder.as_uri())
@@ -35,12 +35,12 @@ def skip_sleep(_: float) -> None:
 
 
 def test_download_retries_temporary_outage(tmp_path: Path) -> None:
-    naps: list[float] = []
+    sleeps_s: list[float] = []
     store = FaultyStore(tmp_path / "store", {KEYS[0]: [StoreUnavailable("away"), ChecksumMismatch("damaged"), StoreUnavailable("away")]})
-    target = download_with_retry(store, KEYS[0], tmp_path / "here.json", sleep=naps.append)
+    target = download_with_retry(store, KEYS[0], tmp_path / "here.json", sleep=sleeps_s.append)
     assert target.read_text() == KEYS[0]
-    assert naps == sorted(naps)
-    assert len(naps) == 3
+    assert sleeps_s == sorted(sleeps_s)
+    assert len(sleeps_s) == 3
 
 
 def test_downloaded_file_is_not_fetched_again(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ SOURCE = Path(__file__).resolve().parents[2]
 
 @dataclass
 class AttemptProcess:
-    """An attempt at work."""
+    """A running attempt."""
 
     child: subprocess.Popen[bytes]
     store: Path
@@ -63,7 +63,7 @@ Start = Callable[..., AttemptProcess]
 
 @pytest.fixture
 def start(store: Path, service: FakeService, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Start]:
-    """Starts an attempt at the job of `a_spec`, changed by what is passed."""
+    """Starts an attempt of the job of `make_spec`; arguments change the job."""
     started: list[AttemptProcess] = []
 
     def start(
@@ -80,7 +80,7 @@ def start(store: Path, service: FakeService, tmp_path: Path, request: pytest.Fix
         path.write_text(spec.model_dump_json())
         workdir = tmp_path / f"attempt-{attempt}"
         workdir.mkdir()
-        told = {
+        settings = {
             "JOB_ID": spec.job_id,
             "JOB_ATTEMPT": str(attempt),
             "JOB_TOKEN": TOKEN,
@@ -93,7 +93,7 @@ def start(store: Path, service: FakeService, tmp_path: Path, request: pytest.Fix
         with (workdir / "log").open("wb") as log:
             child = subprocess.Popen(
                 [sys.executable, *program, "--name", f"{spec.job_id}.{attempt}"],
-                env=told | libraries | (environment or {}),
+                env=settings | libraries | (environment or {}),
                 cwd=source,
                 stdout=log,
                 stderr=log,
@@ -120,11 +120,11 @@ def wait_for(condition: Callable[[], Any], process: AttemptProcess) -> None:
 
 
 def phases(service: FakeService) -> list[str]:
-    return [told["event"]["phase"] for told in service.events if told["event"]["type"] == "phase"]
+    return [reported["event"]["phase"] for reported in service.events if reported["event"]["type"] == "phase"]
 
 
 def find_remaining_processes(process: AttemptProcess) -> list[str]:
-    """What still runs in the attempt's process group."""
+    """Processes of the attempt's process group that still run."""
     listed = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout.splitlines()
     return [line for line in listed if line.split()[0] == str(process.child.pid) and not line.split()[1].startswith("Z")]
 
@@ -141,12 +141,14 @@ def test_attempt_trains_exports_and_reports_result(start: Start, service: FakeSe
     assert result.metrics is not None
     assert result.base_metrics is not None
     assert result.train_rows == 24
-    assert [Result.model_validate(told) for told in service.results] == [result]
+    assert [Result.model_validate(each) for each in service.results] == [result]
     assert all("/attempt-1/" in artifact.key for artifact in result.artifacts)
-    assert not (process.store / manifest_key(process.job_id)).exists()  # the service writes it: only it knows which attempt counts
+    assert not (
+        process.store / manifest_key(process.job_id)
+    ).exists()  # only the service knows which attempt counts, so only it writes the manifest
     assert phases(service)[:4] == ["downloading", "tokenizing", "evaluating", "training"]
     assert {"metrics", "evaluation", "decision", "artifact", "tracker", "checkpoint_saved"} <= {
-        told["event"]["type"] for told in service.events
+        reported["event"]["type"] for reported in service.events
     }
     assert len(service.claims) == 1
     assert service.authorizations == {f"Bearer {TOKEN}"}
@@ -212,7 +214,7 @@ def test_claim_waits_for_unavailable_service(start: Start, service: FakeService)
     wait_for(lambda: len(service.claims) >= 2, process)
     service.claim_status = 409
     assert process.wait() == 0
-    assert len(set(service.claims)) == 1  # the same claimant: a claim whose answer was lost is not somebody else's
+    assert len(set(service.claims)) == 1  # the same claimant each time, so a claim whose response was lost can be repeated
 
 
 def test_config_error_fails_quickly_with_hint(start: Start, service: FakeService) -> None:
@@ -299,8 +301,8 @@ ENDLESS_TRAINING = {"max_steps": 100_000, "logging_steps": 1}
 
 
 def latest_step(service: FakeService) -> int:
-    """The newest step that was reported."""
-    return max((told["event"]["step"] for told in service.events if told["event"]["type"] == "metrics"), default=0)
+    """The latest step that was reported."""
+    return max((reported["event"]["step"] for reported in service.events if reported["event"]["type"] == "metrics"), default=0)
 
 
 @pytest.mark.parametrize(
@@ -318,13 +320,13 @@ def test_stopped_training_saves_and_next_attempt_resumes(
     assert (result.outcome, result.yield_reason, result.resumed_step) == (outcome, because, None)
     assert result.last_checkpoint_step == checkpoint.step >= 3
     assert (checkpoint.reason, checkpoint.attempt) == (reason, 1)
-    assert latest_step(service) == checkpoint.step  # every point arrived: nothing is left out of the curve, and nothing is in it twice
+    assert latest_step(service) == checkpoint.step  # the metrics of every step up to the checkpoint arrived
     assert not find_remaining_processes(process)
 
     service.directive, service.events = "continue", []
     process = start(attempt=2, hyperparameters=ENDLESS_TRAINING)
     wait_for(lambda: latest_step(service) > checkpoint.step, process)
-    resumed = [told["event"] for told in service.events if told["event"]["type"] == "checkpoint_restored"]
+    resumed = [reported["event"] for reported in service.events if reported["event"]["type"] == "checkpoint_restored"]
     assert [(event["step"], event["from_attempt"]) for event in resumed] == [(checkpoint.step, 1)]
     process.child.send_signal(signal.SIGINT)
     assert process.wait() == 10, process.log
@@ -332,7 +334,7 @@ def test_stopped_training_saves_and_next_attempt_resumes(
 
 
 ONE_LONG_STEP = {"max_steps": 1, "batch_size": 24, "max_seq_length": 2048}
-LONG_ROWS = [{"text": "it returns a list of files " * 300}] * 24  # one step of half a minute
+LONG_ROWS = [{"text": "it returns a list of files " * 300}] * 24  # one step takes half a minute
 
 
 @pytest.mark.parametrize("way", ["cancel", signal.SIGINT])
@@ -388,7 +390,7 @@ def test_attempt_yields_before_its_time_limit(start: Start, service: FakeService
     began = time.monotonic()
     process = start(environment={"JOB_TIME_LIMIT_S": "1"})
     assert process.wait() == 13
-    assert time.monotonic() - began < 10  # most of it to start
+    assert time.monotonic() - began < 10  # most of it is startup
     result = process.final_result
     assert (result.outcome, result.yield_reason, result.failure) == ("yielded", "time_slice", None)
     assert service.results[0]["outcome"] == "yielded"

@@ -1,4 +1,4 @@
-"""A request to stop reaches the main thread in time, or its deadline does; and what is being saved is not torn apart."""
+"""A stop request interrupts the main thread in time or forces the exit, and does not interrupt saving."""
 
 import os
 import signal
@@ -15,13 +15,13 @@ from jobs.runtime.errors import Stopped, StopReason
 from jobs.runtime.shutdown import FORCED_SHUTDOWN, SHUTDOWN_TIMEOUTS, cap_timeouts
 from jobs.runtime.stop import REASON_BY_SIGNAL, WAKE_SIGNAL, StopController, shutdown_reserve_s
 
-HANG_TIMEOUT_S = 20.0  # nothing here takes that long; it is what would hang
+HANG_TIMEOUT_S = 20.0  # nothing here takes that long unless it hangs
 GRACE_S = 0.15
 
 
 @dataclass
 class ForceExitRecorder:
-    """A last resort that remembers."""
+    """A `force_exit` that records its calls."""
 
     reasons: list[StopReason] = field(default_factory=list)
     called: threading.Event = field(default_factory=threading.Event)
@@ -38,7 +38,7 @@ def force_exit() -> ForceExitRecorder:
 
 @pytest.fixture
 def make(force_exit: ForceExitRecorder) -> Iterator[Callable[..., StopController]]:
-    """Makes a Stop that listens; afterwards signals mean again what they meant, and no deadline is left."""
+    """Makes a StopController with its signal handlers; afterwards restores the old handlers and ends every deadline."""
     made: list[StopController] = []
     before = {number: signal.getsignal(number) for number in REASON_BY_SIGNAL}
 
@@ -52,8 +52,8 @@ def make(force_exit: ForceExitRecorder) -> Iterator[Callable[..., StopController
         stop.finalize()
     for number, handler in before.items():
         signal.signal(number, handler)
-    signal.signal(WAKE_SIGNAL, signal.SIG_IGN)  # one may still be on its way
-    os.close(signal.set_wakeup_fd(-1))  # ends the listener
+    signal.signal(WAKE_SIGNAL, signal.SIG_IGN)  # one may still be pending
+    os.close(signal.set_wakeup_fd(-1))  # ends the signal thread
 
 
 Make = Callable[..., StopController]
@@ -61,17 +61,17 @@ Make = Callable[..., StopController]
 
 @contextmanager
 def assert_stopped(reason: StopReason) -> Generator[None]:
-    """What is inside is stopped, for that reason."""
+    """The block raises Stopped with that reason."""
     try:
         yield
     except Stopped as request:
         assert request.reason == reason
         return
-    pytest.fail("it was not stopped")
+    pytest.fail("Stopped was not raised")
 
 
 def call_later(call: Callable[[], object], after_s: float = 0.05) -> None:
-    """Does it from another thread, in a moment."""
+    """Call it from another thread, a moment later."""
     timer = threading.Timer(after_s, call)
     timer.daemon = True
     timer.start()
@@ -82,13 +82,13 @@ def make_signal_sender(number: signal.Signals) -> Callable[[], None]:
 
 
 def block_signals(seconds: float) -> None:
-    """As a long backward pass: no handler runs in it."""
+    """Block signals like a long backward pass, in which no handler runs."""
     old = signal.pthread_sigmask(signal.SIG_BLOCK, {WAKE_SIGNAL, *REASON_BY_SIGNAL})
     time.sleep(seconds)
     signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 
-# --- outside of what can be saved ------------------------------------------------------------------------------------
+# --- outside of defer_stop -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reason", ["cancel", "pause", "preempted", "time_slice"])
@@ -171,7 +171,7 @@ def test_requests_after_finalize_are_ignored(make: Make, force_exit: ForceExitRe
     assert stop.stop_reason is None
 
 
-# --- inside ----------------------------------------------------------------------------------------------------------
+# --- inside of defer_stop ----------------------------------------------------------------------------------------------------------
 
 
 def test_deferred_pause_waits_for_check_without_deadline(make: Make, force_exit: ForceExitRecorder) -> None:
@@ -203,7 +203,7 @@ def test_earlier_request_is_raised_when_deferral_starts(make: Make) -> None:
         stop.request("pause")
         time.sleep(HANG_TIMEOUT_S)
     with assert_stopped("pause"), stop.defer_stop():
-        pytest.fail("it was let in")
+        pytest.fail("the block was entered")
 
 
 def test_deferred_sigterm_leaves_limited_time_to_save(make: Make, force_exit: ForceExitRecorder) -> None:
@@ -217,7 +217,7 @@ def test_deferred_sigterm_leaves_limited_time_to_save(make: Make, force_exit: Fo
         assert left is not None
         assert 0 < left <= 0.4
         assert force_exit.reasons == []
-        assert force_exit.called.wait(2)  # it was not done in time
+        assert force_exit.called.wait(2)  # saving took too long
         assert stop.time_left_s() == 0
     assert force_exit.reasons == ["preempted"]
 
@@ -294,7 +294,7 @@ def test_time_limit_forces_exit_of_blocked_main_thread(make: Make, force_exit: F
 
 
 class Clock:
-    """Goes when it is told to."""
+    """A clock that the test moves."""
 
     now = 1000.0
 
@@ -303,7 +303,7 @@ class Clock:
 
 
 def test_time_left_is_reported_and_shrinks_on_preemption(make: Make, force_exit: ForceExitRecorder) -> None:
-    make()  # signals are heard
+    make()  # restores the signal handlers afterwards
     clock = Clock()
     stop = StopController(force_exit, clock=clock)
     assert (stop.time_left_s(), stop.time_until_kill_s()) == (None, None)
@@ -323,7 +323,7 @@ def test_shutdown_reserve_is_a_share_of_short_limits(limit_s: float, last_s: flo
     assert shutdown_reserve_s(limit_s) == pytest.approx(last_s)
 
 
-# --- what follows from it --------------------------------------------------------------------------------------------
+# --- decisions by time left ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("cost_s", "left_s", "late"), [(40, None, False), (40, 100, False), (40, 60, True), (0, 2, False), (0, 0.5, True)])
@@ -332,9 +332,9 @@ def test_training_yields_while_step_and_save_still_fit(cost_s: float, left_s: fl
 
 
 def test_shutdown_timeouts_fit_time_left() -> None:
-    patience = SHUTDOWN_TIMEOUTS["completed"]
-    assert cap_timeouts(patience, None) == cap_timeouts(patience, 3600) == patience
-    short = cap_timeouts(patience, 9)
+    timeouts = SHUTDOWN_TIMEOUTS["completed"]
+    assert cap_timeouts(timeouts, None) == cap_timeouts(timeouts, 3600) == timeouts
+    short = cap_timeouts(timeouts, 9)
     assert 3 * short.report_s + short.checkpoint_s + short.tracker_s < 8
-    assert cap_timeouts(patience, 0) == FORCED_SHUTDOWN
+    assert cap_timeouts(timeouts, 0) == FORCED_SHUTDOWN
     assert cap_timeouts(SHUTDOWN_TIMEOUTS["cancelled"], 5).report_s == SHUTDOWN_TIMEOUTS["cancelled"].report_s

@@ -1,4 +1,4 @@
-"""A tracker shows the curves, and can be slow, or die, without the training noticing."""
+"""Trackers show a job's metrics, and neither their delays nor their errors affect the training."""
 
 import json
 import os
@@ -29,7 +29,7 @@ SAMPLED = SamplesGenerated(when="after", step=3, samples=(Sample(prompt="what is
 
 
 class FailingTracker:
-    """A tracker that raises when it is told a number."""
+    """A tracker that raises when metrics are logged."""
 
     run_id = "run-1"
 
@@ -66,7 +66,7 @@ def test_failing_tracker_is_dropped_with_one_redacted_warning(tmp_path: Path) ->
     thread.finish(succeeded=True, timeout_s=5)
     assert tracker.calls == 1
     assert list(record.warnings) == ["tracker_failed"]
-    assert "goes on without it" in record.warnings["tracker_failed"]
+    assert "continues without it" in record.warnings["tracker_failed"]
     assert KEY not in record.warnings["tracker_failed"]
     assert [event.url for event in record.events if isinstance(event, TrackerStarted)] == ["https://curves.example/1"]
 
@@ -110,7 +110,7 @@ def read_wandb_records(path: Path) -> Iterator[bytes]:
 
 
 def read_wandb_run(workdir: Path) -> list[Any]:
-    """What the only W&B run in a folder was told, record by record."""
+    """The records of the only W&B run in a folder."""
     from wandb.proto import wandb_internal_pb2
 
     (path,) = workdir.glob("wandb/offline-run-*/*.wandb")
@@ -174,7 +174,7 @@ def test_offline_wandb_has_metrics_and_config_but_no_key(tmp_path: Path) -> None
 
 
 def run_with_trackers(context: JobContext, losses: dict[int, float], *, succeeded: bool = True) -> list[TrackerThread]:
-    """What a training tells, from its first point to its end."""
+    """Log what a training logs, from its first metrics to its end."""
     threads = start_trackers(context)
     context.log_evaluation("before", 0, EvalMetrics(eval_loss=4.0, perplexity=54.6))
     for step, loss in losses.items():

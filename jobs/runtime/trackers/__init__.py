@@ -1,7 +1,7 @@
-"""Trackers: they show a job's curves somewhere else: W&B, MLflow, TensorBoard, Trackio; several at once.
+"""Trackers, which show a job's metrics elsewhere: W&B, MLflow, TensorBoard, Trackio; several at once.
 
-Here belong one file per tracker and the thread in which each of them works. Nothing here can fail a training or hold it
-up: a tracker that raises is left out from then on, with one warning. One line adds a tracker.
+One file per tracker belongs here, and the thread that each of them works in. A tracker cannot fail a training or delay it: one that
+raises is dropped with one warning. One line in TRACKERS adds a tracker.
 """
 
 import logging
@@ -24,19 +24,19 @@ TRACKERS = {
     "trackio": "jobs.runtime.trackers.trackio_tracker:TrackioTracker",
 }
 
-CHECKPOINT_TIMEOUT_S = 120  # to take a checkpoint's files before they are rotated away
+CHECKPOINT_TIMEOUT_S = 120  # for a tracker to read a checkpoint's files before they are deleted
 
 
 class Tracker(Protocol):
-    """What a tracker does. May raise anything, at any time; made with the job's context."""
+    """A tracker, constructed with the job's context. Every method may raise anything."""
 
     @property
     def run_id(self) -> str | None:
-        """What the tracker calls this job's run, once it has begun. Every attempt of the job goes on with the same one."""
+        """The tracker's id of the job's run, once it has started. Every attempt of the job continues the same run."""
         ...
 
     def start(self) -> str | None:
-        """Begin, or go on where the attempt before ended; returns where the curves can be seen, if anywhere."""
+        """Start the run, or continue that of the previous attempt; returns the address of the run's page, if it has one."""
         ...
 
     def log_metrics(self, event: MetricsLogged) -> None: ...
@@ -50,12 +50,12 @@ class Tracker(Protocol):
     def log_model(self, folder: Path) -> None: ...
 
     def finish(self, *, succeeded: bool) -> None:
-        """Send what is left. A run that has not succeeded is shown as failed; one that another attempt continues has."""
+        """Send the remaining data. A run that another attempt continues counts as succeeded."""
         ...
 
 
 class TrackerThread:
-    """A tracker at work in a thread of its own, one call after the other."""
+    """Runs a tracker's calls one after the other in a thread of its own."""
 
     def __init__(self, name: str, tracker: Tracker, context: JobContext) -> None:
         self.name = name
@@ -66,7 +66,7 @@ class TrackerThread:
 
     @property
     def run_id(self) -> str | None:
-        """The tracker's run, once it has begun."""
+        """The tracker's id of the run, once it has started."""
         return self._tracker.run_id
 
     def start(self) -> None:
@@ -88,10 +88,12 @@ class TrackerThread:
         self._submit(lambda: self._tracker.log_model(folder))
 
     def finish(self, *, succeeded: bool, timeout_s: float) -> None:
-        """Let the tracker send what it has; what takes longer than `patience_s` is lost."""
+        """Let the tracker send its remaining data; what takes longer than `timeout_s` is lost."""
         last = self._submit(lambda: self._tracker.finish(succeeded=succeeded))
         if not wait([last], timeout_s).done and not self._broken:
-            self._context.warn("tracker_unfinished", f"{self.name} did not finish within {timeout_s:.0f} s; its last points may be missing")
+            self._context.warn(
+                "tracker_unfinished", f"{self.name} did not finish within {timeout_s:.0f} s; its last metrics may be missing"
+            )
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _submit(self, call: Callable[[], None]) -> Future[None]:
@@ -105,14 +107,14 @@ class TrackerThread:
             return
         self._broken = True
         reason = str(error).partition("\n")[0][:200]
-        self._context.warn("tracker_failed", f"{self.name} stopped, the training goes on without it: {type(error).__name__}: {reason}")
+        self._context.warn("tracker_failed", f"{self.name} stopped, the training continues without it: {type(error).__name__}: {reason}")
 
 
 def start_trackers(context: JobContext) -> list[TrackerThread]:
-    """Start every tracker that the training config asks for, and let it hear what the context is told."""
+    """Start every tracker that the training config asks for, and register it as a listener of the context."""
     config = context.spec.training_config
-    wanted = [name for name in TRACKERS if f"{name}_config" in type(config).model_fields and getattr(config, f"{name}_config") is not None]
-    threads = [TrackerThread(name, resolve_name(TRACKERS[name])(context), context) for name in wanted]
+    names = [name for name in TRACKERS if f"{name}_config" in type(config).model_fields and getattr(config, f"{name}_config") is not None]
+    threads = [TrackerThread(name, resolve_name(TRACKERS[name])(context), context) for name in names]
     for thread in threads:
         thread.start()
     context.listeners.extend(threads)

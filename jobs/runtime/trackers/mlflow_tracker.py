@@ -1,6 +1,6 @@
-"""MLflow, by its own client for the tracking server's REST interface.
+"""MLflow, through the library's REST store.
 
-Not by `MlflowClient`: it would take the token from the environment, and start the library's telemetry.
+Not through `MlflowClient`, which reads the token from the environment and starts the library's telemetry.
 """
 
 import json
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from mlflow.utils.rest_utils import MlflowHostCreds
 
 JOB_TAG = "tunesmith.job_id"
-TABLES_TAG = "mlflow.loggedArtifacts"  # by which MLflow's own page finds tables
-MAX_TABLES = 60  # a tag holds some 5000 characters; older tables are in the run all the same
-MAX_PARAMS_PER_BATCH = 100  # of the server
+TABLES_TAG = "mlflow.loggedArtifacts"  # MLflow's UI finds tables by this tag
+MAX_TABLES = 60  # a tag holds some 5000 characters; older tables stay in the run but are not listed
+MAX_PARAMS_PER_BATCH = 100  # the server's limit
 MAX_PARAM_CHARACTERS = 6000
 SAMPLE_COLUMNS = ("step", "prompt", "reference", "answer")
 
 
 class MlflowTracker:
-    """One MLflow run for the job, found again by a tag. The token goes into the requests alone: not into the environment."""
+    """One MLflow run for the job, found again by a tag. The token is only sent in requests; it is not in the environment."""
 
     def __init__(self, context: JobContext) -> None:
         config = context.spec.training_config.mlflow_config
@@ -71,7 +71,7 @@ class MlflowTracker:
         """Checkpoints are in the model store."""
 
     def log_model(self, folder: Path) -> None:
-        """So is the model."""
+        """The model is in the model store."""
 
     def finish(self, *, succeeded: bool) -> None:
         from mlflow.entities import RunStatus
@@ -91,16 +91,16 @@ class MlflowTracker:
 
     def _get_or_create_experiment(self) -> str:
         assert self._store is not None
-        found = self._store.get_experiment_by_name(self._config.experiment_name)
-        return str(found.experiment_id if found else self._store.create_experiment(self._config.experiment_name))
+        experiment = self._store.get_experiment_by_name(self._config.experiment_name)
+        return str(experiment.experiment_id if experiment else self._store.create_experiment(self._config.experiment_name))
 
     def _resume_run(self, experiment_id: str) -> "Run | None":
-        """The run that an earlier attempt began."""
+        """The run that an earlier attempt started, set to running again."""
         from mlflow.entities import RunStatus, ViewType
 
         assert self._store is not None
-        wanted = f"tags.`{JOB_TAG}` = '{self._context.spec.job_id}'"
-        for run in self._store.search_runs([experiment_id], wanted, ViewType.ACTIVE_ONLY, max_results=1):
+        job_filter = f"tags.`{JOB_TAG}` = '{self._context.spec.job_id}'"
+        for run in self._store.search_runs([experiment_id], job_filter, ViewType.ACTIVE_ONLY, max_results=1):
             self._store.update_run_info(run.info.run_id, RunStatus.RUNNING, None, None)
             self._tables = [each["path"] for each in json.loads(run.data.tags.get(TABLES_TAG, "[]"))]
             return run
@@ -114,8 +114,8 @@ class MlflowTracker:
         tags = [RunTag(JOB_TAG, spec.job_id), RunTag("mlflow.source.name", "tunesmith")]
         run = cast("Run", self._store.create_run(experiment_id, spec.tenant_id, _now_ms(), tags, spec.job_name))
         params = (Param(name, value[:MAX_PARAM_CHARACTERS]) for name, value in flatten_config(spec.training_config.model_dump(mode="json")))
-        while some := list(islice(params, MAX_PARAMS_PER_BATCH)):
-            self._store.log_batch(run.info.run_id, [], some, [])
+        while batch := list(islice(params, MAX_PARAMS_PER_BATCH)):
+            self._store.log_batch(run.info.run_id, [], batch, [])
         return run
 
     def _log_scalars(self, values: Mapping[str, float], step: int) -> None:
@@ -135,7 +135,7 @@ class MlflowTracker:
         self._store.set_tag(self._run.info.run_id, RunTag(name, value))
 
     def _put_artifact(self, path: str, content: bytes) -> bool:
-        """Hand the server a file of the run; False where it keeps files in a place that only its own credentials open."""
+        """Upload a file of the run to the server; False if the server does not proxy its artifact store."""
         from mlflow.utils.rest_utils import augmented_raise_for_status, http_request
 
         assert self._run is not None
@@ -149,7 +149,7 @@ class MlflowTracker:
 
 
 def flatten_config(value: JsonValue, name: str = "") -> Iterator[tuple[str, str]]:
-    """A config as the names and texts that MLflow knows: `hyperparameters.lora_rank`, `16`. What is not set is left out."""
+    """A config as MLflow parameters: `hyperparameters.lora_rank`, `16`. Fields that are None are left out."""
     if isinstance(value, dict):
         for key, inside in value.items():
             yield from flatten_config(inside, f"{name}.{key}" if name else key)

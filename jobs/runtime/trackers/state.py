@@ -1,4 +1,4 @@
-"""What a tracker wrote into files, in the model store: trackers/{job_id}/{tracker}/attempt-{n}/."""
+"""The files that a tracker writes, in the model store at trackers/{job_id}/{tracker}/attempt-{n}/."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,12 +9,12 @@ from jobs.runtime.retry import upload_with_retry
 
 
 def state_key(context: JobContext, tracker: str) -> str:
-    """The key of a tracker's folder, with one for each attempt below it."""
+    """The key of a tracker's folder, which has a folder for each attempt."""
     return f"trackers/{context.spec.job_id}/{tracker}"
 
 
 def save_state(context: JobContext, tracker: str, files: Iterable[Path]) -> None:
-    """Bring files as they are now to the store, waiting for one that is away. Raises JobFailed."""
+    """Upload files as they are now, waiting while the store is unavailable. Raises JobFailed."""
     for path in files:
         key = f"{state_key(context, tracker)}/attempt-{context.attempt}/{path.name}"
         upload_with_retry(f"the files of {tracker} could not be stored", context.stores.models, path, key, sha256_of(path))

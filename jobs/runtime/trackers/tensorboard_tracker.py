@@ -1,6 +1,6 @@
 """TensorBoard: event files in the model store, at trackers/{job_id}/tensorboard/attempt-{n}/.
 
-`tensorboard --logdir` takes the folder above them, in a bucket too; each attempt is a run of its own there.
+Point `tensorboard --logdir` at the folder above them, which may be in a bucket; it shows each attempt as a run.
 """
 
 import time
@@ -22,7 +22,7 @@ UPLOAD_INTERVAL_S = 60.0
 
 
 class TensorboardTracker:
-    """Event files, written here and brought to the store every minute and at the end."""
+    """Event files, written locally and uploaded to the store every minute and at the end."""
 
     def __init__(self, context: JobContext, *, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._context = context
@@ -40,11 +40,11 @@ class TensorboardTracker:
         from tensorboardX.summary import text
 
         self._folder.mkdir(parents=True, exist_ok=True)
-        # Not the library's SummaryWriter: its `flush` does not wait for the queue that it writes from.
+        # Not the library's SummaryWriter, whose `flush` does not wait for its queue.
         self._writer = EventsWriter(str(self._folder / "events"))
         config = self._context.spec.training_config.model_dump_json(indent=1)
         self._write(text("training_config", f"```json\n{config}\n```"), 0)
-        self._upload()  # a store that does not take it is found out now
+        self._upload()  # a store that rejects it fails here, at the start
         return f"{self._context.stores.models.url}/{state_key(self._context, 'tensorboard')}"
 
     def log_metrics(self, event: MetricsLogged) -> None:
@@ -60,16 +60,16 @@ class TensorboardTracker:
 
         for number, sample in enumerate(event.samples):
             parts = {"prompt": sample.prompt, "answer": sample.text, "reference": sample.reference}
-            shown = "\n\n".join(f"**{name}**\n\n{_to_code_block(part)}" for name, part in parts.items() if part is not None)
-            self._write(text(f"samples-{event.when}/{number}", shown), event.step)
+            markdown = "\n\n".join(f"**{name}**\n\n{_to_code_block(part)}" for name, part in parts.items() if part is not None)
+            self._write(text(f"samples-{event.when}/{number}", markdown), event.step)
 
     def log_checkpoint(self, folder: Path, step: int) -> None:
         """Checkpoints are in the model store."""
 
     def log_model(self, folder: Path) -> None:
-        """So is the model."""
+        """The model is in the model store."""
 
-    def finish(self, *, succeeded: bool) -> None:  # noqa: ARG002  # event files know no status
+    def finish(self, *, succeeded: bool) -> None:  # noqa: ARG002  # event files have no status
         if self._writer is not None:
             self._upload()
             self._writer.close()
@@ -87,17 +87,17 @@ class TensorboardTracker:
         self._writer.write_event(Event(summary=summary, wall_time=time.time(), step=step))
 
     def _upload(self) -> None:
-        """Bring what is written so far to the store, waiting for one that is away. Raises JobFailed."""
+        """Upload what is written so far, waiting while the store is unavailable. Raises JobFailed."""
         assert self._writer is not None
         self._writer.flush()
         try:
             save_state(self._context, "tensorboard", sorted(self._folder.iterdir()))
         except JobFailed:
-            self._writer.close()  # nobody would see what else is written
+            self._writer.close()  # nothing written later could be uploaded
             raise
         self._uploaded_at = self._monotonic()
 
 
 def _to_code_block(text: str) -> str:
-    """A text as Markdown shows it letter by letter: a block that is indented."""
+    """A text as an indented code block of Markdown, which shows it verbatim."""
     return "\n".join(f"    {line}" for line in text.splitlines())

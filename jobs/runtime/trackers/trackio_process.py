@@ -1,11 +1,11 @@
-"""`python -m jobs.runtime.trackers.trackio_process`: Trackio at work for one run. Reads a JSON object a line, and says `done` after each.
+"""`python -m jobs.runtime.trackers.trackio_process`: runs Trackio. Reads one JSON object per line and writes `done` after each.
 
-    {"init": {...}}                                          what `trackio.init` takes
-    {"log": {name: number}, "step": n}                       a point
+    {"init": {...}}                                          arguments of `trackio.init`
+    {"log": {name: number}, "step": n}                       metrics of one step
     {"table": name, "columns": [...], "rows": [...], "step": n}
-    {"finish": true}                                         send what is left
+    {"finish": true}                                         send the remaining data
 
-Whatever the library prints goes to stderr.
+What the library prints goes to stderr.
 """
 
 import contextlib
@@ -15,22 +15,22 @@ from typing import Any
 
 
 def main() -> None:
-    """Obey until the other side hangs up; what the library raises ends the process, and is the last line of its stderr."""
-    answers = sys.stdout
+    """Handle commands until stdin is closed. An error of the library ends the process and is the last line of its stderr."""
+    replies = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
         for line in sys.stdin:
             handle_command(json.loads(line))
-            answers.write("done\n")
-            answers.flush()
+            replies.write("done\n")
+            replies.flush()
 
 
 def handle_command(message: dict[str, Any]) -> None:  # Any: JSON
-    """Do what the message says. Raises whatever the library raises."""
+    """Carry out one command. Raises what the library raises."""
     import trackio
 
     match message:
-        case {"init": dict(told)}:
-            trackio.init(**told, resume="allow", embed=False, auto_log_gpu=False, auto_log_cpu=False)
+        case {"init": dict(arguments)}:
+            trackio.init(**arguments, resume="allow", embed=False, auto_log_gpu=False, auto_log_cpu=False)
         case {"log": dict(values), "step": int(step)}:
             trackio.log(values, step=step)
         case {"table": str(name), "columns": list(columns), "rows": list(rows), "step": int(step)}:

@@ -1,7 +1,7 @@
 """Trackio: in a Hugging Face Space, or as a database in the model store, for `TRACKIO_DIR=folder trackio show`.
 
-It runs in a process of its own: the library takes its token and its folder from the environment alone, and the attempt's has neither.
-It is no part of the trainer's environment, as it asks for an older Pillow than the trainer has. Where it is missing, the run says so.
+It runs in a child process, because the library reads its token and its folder from the environment, where the attempt must not put them.
+It is not part of the trainer's environment, because it needs an older Pillow than the trainer. If it is missing, the job gets a warning.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from schema.events import EvaluationCompleted, MetricsLogged, SamplesGenerated
 
 INSTALL_COMMAND = "pip install trackio==0.43.0"
 REPOSITORY = Path(jobs.__file__).parent.parent
-EXIT_TIMEOUT_S = 50  # to send what is left; the attempt waits a minute
+EXIT_TIMEOUT_S = 50  # to send the remaining data; the attempt waits a minute
 
 
 class TrackioTracker:
-    """One Trackio run for the job, in a child process that hears a line of JSON for each thing to show, and answers each."""
+    """One Trackio run for the job, in a child process that receives one line of JSON per command and replies to each."""
 
     def __init__(self, context: JobContext) -> None:
         config = context.spec.training_config.trackio_config
@@ -53,8 +53,8 @@ class TrackioTracker:
                 text=True,
             )
         spec, config = self._context.spec, self._config
-        begin = {"project": config.project, "name": spec.job_id, "space_id": config.space_id}
-        self._send({"init": begin | {"config": spec.training_config.model_dump(mode="json"), "private": True}})
+        arguments = {"project": config.project, "name": spec.job_id, "space_id": config.space_id}
+        self._send({"init": arguments | {"config": spec.training_config.model_dump(mode="json"), "private": True}})
         if config.space_id is None:
             return f"{self._context.stores.models.url}/{state_key(self._context, 'trackio')}"
         return f"https://huggingface.co/spaces/{config.space_id}"
@@ -73,7 +73,7 @@ class TrackioTracker:
         """Checkpoints are in the model store."""
 
     def log_model(self, folder: Path) -> None:
-        """So is the model."""
+        """The model is in the model store."""
 
     def finish(self, *, succeeded: bool) -> None:
         if self._process is not None:
@@ -83,15 +83,15 @@ class TrackioTracker:
                 save_state(self._context, "trackio", sorted(self._log_path.parent.glob("*.db")))
 
     def _environment(self, folder: Path) -> dict[str, str]:
-        """The child's own: a token where one is needed, and where to write."""
+        """The child's environment: its folder, and a token if the run is in a Space."""
         from huggingface_hub import constants
 
-        told = {"TRACKIO_DIR": str(folder), "HF_HOME": str(folder / "hf"), "HF_ENDPOINT": constants.ENDPOINT, "HOME": str(folder)}
+        environment = {"TRACKIO_DIR": str(folder), "HF_HOME": str(folder / "hf"), "HF_ENDPOINT": constants.ENDPOINT, "HOME": str(folder)}
         token = self._context.secrets.get("hf_token") if self._config.space_id else None
-        return told | ({"HF_TOKEN": token} if token else {})
+        return environment | ({"HF_TOKEN": token} if token else {})
 
     def _send(self, message: dict[str, object]) -> None:
-        """Hand the child one thing to do, and wait until it has done it. Raises RuntimeError in its words."""
+        """Send the child one command and wait until it is done. Raises RuntimeError with the child's message."""
         process = self._process
         assert process is not None
         assert process.stdin is not None
@@ -99,20 +99,20 @@ class TrackioTracker:
         try:
             process.stdin.write(json.dumps(message) + "\n")
             process.stdin.flush()
-            done = process.stdout.readline()
+            reply = process.stdout.readline()
         except BrokenPipeError:
-            done = ""
-        if not done:
+            reply = ""
+        if not reply:
             self._close_process()
             raise RuntimeError(self._read_stderr())
 
     def _close_process(self) -> None:
-        """Let the child end, and free what the two spoke through."""
+        """Wait for the child to exit and close its pipes."""
         assert self._process is not None
         with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
             self._process.communicate(timeout=EXIT_TIMEOUT_S)
 
     def _read_stderr(self) -> str:
-        """What the child ended with: the last line of a traceback."""
+        """The last line that the child wrote: the error of a traceback."""
         lines = [line for line in self._log_path.read_text(errors="replace").splitlines() if line.strip()]
-        return lines[-1] if lines else "its process ended without a word"
+        return lines[-1] if lines else "its process exited without a message"

@@ -11,12 +11,12 @@ from schema.events import EvaluationCompleted, MetricsLogged, SamplesGenerated
 if TYPE_CHECKING:
     import wandb
 
-STEP_METRIC = "train/global_step"  # the name that every Hugging Face project on W&B has
-MAX_RUN_ID_LENGTH = 64  # W&B refuses longer ones; the random tail of a job id is at its end
+STEP_METRIC = "train/global_step"  # the name that Hugging Face's W&B integration uses
+MAX_RUN_ID_LENGTH = 64  # W&B rejects longer ones; a job id is unique in its last characters
 
 
 class WandbTracker:
-    """One W&B run for the job. The key goes to wandb's settings: not to the environment, a netrc file or a command line."""
+    """One W&B run for the job. The API key is passed in wandb's settings, not in the environment, a netrc file or a command line."""
 
     def __init__(self, context: JobContext) -> None:
         self._context = context
@@ -35,13 +35,13 @@ class WandbTracker:
             project=config.project,
             name=spec.job_name,
             id=spec.job_id[-MAX_RUN_ID_LENGTH:].lstrip("-_."),
-            resume="allow",  # every attempt of the job continues the same curves
+            resume="allow",  # every attempt of the job continues the same run
             dir=self._context.workdir,
             config=spec.training_config.model_dump(mode="json", exclude={"wandb_config": {"api_key"}}),
             settings=wandb.Settings(
                 api_key=self._context.secrets.get("wandb_api_key") if config.mode == "online" else None,
                 mode=config.mode,
-                console="off",  # the log is ours; wandb would also copy what it finds there
+                console="off",  # otherwise wandb would capture the attempt's log
                 silent=True,
                 disable_git=True,
                 disable_code=True,
@@ -78,7 +78,7 @@ class WandbTracker:
 
         if self._run is not None:
             self._run.finish(exit_code=0 if succeeded else 1)
-            wandb.teardown()  # `finish` may return before the helper process has written its file, and the attempt kills its children
+            wandb.teardown()  # waits for wandb's helper process, which the attempt would kill while it writes
 
     @property
     def _log_model_mode(self) -> str:
