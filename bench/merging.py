@@ -74,7 +74,8 @@ def measure(step: str, folder: Path) -> None:
     import transformers
 
     from jobs.llm.llama_cpp import get_converter_path
-    from jobs.llm.llama_cpp.runner import convert, run_program
+    from jobs.llm.llama_cpp.runner import convert
+    from jobs.runtime.subprocesses import run_program
 
     _ = transformers.AutoModelForCausalLM, transformers.Gemma3ForCausalLM  # they are imported when they are first named
     target, gguf = folder / step, folder / f"{step}.gguf"

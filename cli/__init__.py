@@ -1,8 +1,5 @@
-"""The command line: a client of the HTTP API like any other, and the way to start a service on this machine.
+"""The `tunesmith` command line: a client of the HTTP API, and the way to start a service or a chat on this machine.
 
-Here belongs nothing that the API does not offer to other programs as well.
+Commands and the rendering of their output belong here. Nothing belongs here that the HTTP API does not offer to other programs. `service`
+and `jobs` are started as processes and are never imported.
 """
-
-from cli.app import main
-
-__all__ = ["main"]

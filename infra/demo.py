@@ -1,12 +1,13 @@
 """`make demo`: fine-tune the real Gemma 3 270M through the HTTP API, and compare what it says before and after.
 
-Every step is a command that you can type yourself; each is printed before it runs. Run it in the service's
-environment; the trainer's is used through its own Python.
+Every step is a command that you can type yourself; each is printed before it runs. Run it in the service's environment; it uses the
+trainer's through that environment's own Python. `--picture FILE` also writes the answers and the metrics as an SVG image, as in the README.
 """
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -28,10 +29,12 @@ ENVIRONMENT = {**os.environ, "TUNESMITH_HOME": str(HOME), "PYTHONPATH": str(SOUR
 ANSWER_TOKENS = 48
 QUESTION_COUNT = 3
 
+PICTURE_WIDTH = 118  # characters; the README shows it at the width of the page
+
 console = Console()
 
 
-def main() -> int:
+def main(picture: Path | None = None) -> int:
     """Run the demo; 0 when the tuned model is better on the held-out questions."""
     argparse.ArgumentParser(
         prog="make demo", description="Fine-tune Gemma 3 270M and compare its answers. Takes no arguments."
@@ -41,7 +44,7 @@ def main() -> int:
     run_command([TRAINER_PYTHON, "infra/gemma_270m.py", "--store", MODELS_URL])
     print_heading("2. A service" + ("" if SERVICE_URL else " on this machine"))
     with use_running_service(SERVICE_URL) if SERVICE_URL else run_service():
-        print_heading("3. A data set: what the functions of Python's standard library do")
+        print_heading("3. A dataset: what the functions of Python's standard library do")
         with tempfile.TemporaryDirectory() as folder:
             rows = Path(folder, "stdlib-docstrings.jsonl")
             run_command([TRAINER_PYTHON, "infra/stdlib_docstrings.py", rows])
@@ -58,7 +61,11 @@ def main() -> int:
         run_command([TUNESMITH, "download", job_id, "--artifact", "gguf-f16", "--to", target])
         print_heading("6. The same held-out questions to the base and to the tuned model, decoded alike")
         detail = json.loads(run_and_capture([TUNESMITH, "datasets", "show", dataset["processed_dataset_id"], "--json"]))
-        compare_answers([row["messages"][0]["content"] for row in detail["preview"]["eval"]][:QUESTION_COUNT], next(target.glob("*.gguf")))
+        questions = [row["messages"][0]["content"] for row in detail["preview"]["eval"]][:QUESTION_COUNT]
+        answers = compare_answers(questions, next(target.glob("*.gguf")))
+        console.print(answers)
+    if picture:
+        draw_picture(answers, job, picture)
     return print_results(job, time.monotonic() - began)
 
 
@@ -89,8 +96,8 @@ def use_running_service(url: str) -> Generator[None]:
     yield
 
 
-def compare_answers(questions: list[str], gguf: Path) -> None:
-    """Print the answers side by side."""
+def compare_answers(questions: list[str], gguf: Path) -> Table:
+    """The answers of base and tuned model side by side."""
     asked = json.dumps({"questions": questions, "max_tokens": ANSWER_TOKENS})
     before = json.loads(run_and_capture([TRAINER_PYTHON, "infra/base_answers.py", "--store", MODELS_URL], stdin=asked, quiet=True))
     table = Table(show_lines=True)
@@ -99,14 +106,13 @@ def compare_answers(questions: list[str], gguf: Path) -> None:
     for question, answer in zip(questions, before, strict=True):
         command = [TRAINER_PYTHON, "-m", "jobs.llm.chat", "--gguf", gguf, "--temperature", "0", "--max-tokens", str(ANSWER_TOKENS)]
         table.add_row(question, answer, run_and_capture([*command, "--prompt", question], quiet=True).strip())
-    console.print(table)
+    return table
 
 
 def print_results(job: dict, seconds: float) -> int:  # type: ignore[type-arg]  # the API's JSON
-    """Numbers, paths, and how to go on."""
+    """Print metrics, paths, and what to do next."""
     base, tuned = job["base_metrics"], job["metrics"]
-    for name in ("eval_loss", "perplexity", "accuracy"):
-        console.print(f"   {name:11} {base[name]:8.3f} → {tuned[name]:.3f}")
+    print_metrics(console, job)
     lower = 1 - tuned["perplexity"] / base["perplexity"]
     console.print(f"   perplexity is {lower:.0%} lower on {tuned['eval_rows']} held-out questions")
     for artifact in job["artifacts"]:
@@ -115,6 +121,22 @@ def print_results(job: dict, seconds: float) -> int:  # type: ignore[type-arg]  
         print_next_steps(job)
     console.print(f"\nThe demo took {seconds:.0f} s.")
     return 0 if lower > 0 else 1
+
+
+def print_metrics(output: Console, job: dict) -> None:  # type: ignore[type-arg]  # the API's JSON
+    """Metrics of base and tuned model on the held-out questions."""
+    for name in ("eval_loss", "perplexity", "accuracy"):
+        output.print(f"   {name:11} {job['base_metrics'][name]:8.3f} → {job['metrics'][name]:.3f}")
+
+
+def draw_picture(answers: Table, job: dict, path: Path) -> None:  # type: ignore[type-arg]  # the API's JSON
+    """Write answers and metrics as an SVG image that loads nothing from elsewhere."""
+    with open(os.devnull, "w") as nowhere:
+        recorder = Console(record=True, width=PICTURE_WIDTH, file=nowhere)
+        recorder.print(answers)
+        print_metrics(recorder, job)
+        svg = recorder.export_svg(title="make demo: Gemma 3 270M before and after", unique_id="demo")
+    path.write_text(re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL))  # rich links to fonts on a CDN
 
 
 def print_next_steps(job: dict) -> None:  # type: ignore[type-arg]
@@ -127,7 +149,7 @@ def print_next_steps(job: dict) -> None:  # type: ignore[type-arg]
 
 
 def print_heading(text: str) -> None:
-    """A headline."""
+    """Print a heading."""
     console.print(f"\n[bold]{text}[/]", highlight=False)
 
 
@@ -156,4 +178,6 @@ def run_and_capture(command: list[object], *, stdin: str | None = None, quiet: b
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    parser = argparse.ArgumentParser(description="Fine-tune Gemma 3 270M and compare its answers before and after.")
+    parser.add_argument("--picture", type=Path, help="also write the answers and the metrics to this SVG file")
+    raise SystemExit(main(parser.parse_args().picture))

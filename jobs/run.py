@@ -1,13 +1,13 @@
-"""`python -m jobs.run [--name JOB.ATTEMPT]`: one attempt of one job; settings come from the environment (jobs/runtime/settings.py).
+"""`python -m jobs.run [--name JOB.ATTEMPT]`: run one attempt of one job. Settings come from the environment (jobs/runtime/settings.py).
 
-The name is only there so that the process can be found in a list of processes. Exit codes:
+The name only makes the process easy to find in a process list. Exit codes:
 
-    0   completed; or another process owns the attempt, and nothing was touched
+    0   completed; or another process owns the attempt, and nothing was changed
     1   failed: the result says why, and the traceback is in the log
-    10  cancelled
-    11  fenced: the service has given the attempt up, and nothing more was written
-    12  paused: the job waits, and goes on from what was saved
-    13  yielded: its time was up or its machine taken away; the next attempt goes on from what was saved
+    10  canceled
+    11  fenced: another attempt has replaced this one, or the job is deleted; nothing more was written
+    12  paused: the job continues from its checkpoint when it is resumed
+    13  yielded: the time limit was near or the compute was taken away; the next attempt continues from the checkpoint
 """
 
 import os
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 def main() -> int:
-    """Work at the attempt; returns the exit code."""
-    # Before anything is imported, so that the log begins at once.
+    """Run the attempt; returns the exit code."""
+    # Before anything is imported, so that the log starts at once.
     name = sys.argv[2] if len(sys.argv) > 2 else "unnamed"
     print(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} INFO attempt started name={name} pid={os.getpid()}", flush=True)
 
@@ -41,9 +41,9 @@ def main() -> int:
 
 
 def run_attempt(attempt: "Attempt") -> int:
-    """The attempt from its claim to its own end; returns the exit code. Raises Stopped when it is stopped before that."""
-    from jobs.runtime.attempt import ExitCode
+    """Run the attempt until it completes or fails; returns the exit code. Raises Stopped if it is stopped before that."""
     from jobs.runtime.errors import AttemptTaken, ClaimRefused, failure_of
+    from jobs.runtime.shutdown import ExitCode
 
     try:
         attempt.claim()
@@ -54,7 +54,7 @@ def run_attempt(attempt: "Attempt") -> int:
     except ClaimRefused as error:
         print(f"the claim was refused: {error}", flush=True)
         return ExitCode.FAILED
-    except Exception as error:  # noqa: BLE001  # the boundary: whatever it is becomes a failure that a person can read
+    except Exception as error:  # noqa: BLE001  # the boundary: every error becomes a failure with a message and a hint
         sys.stderr.write(attempt.redact(traceback.format_exc()))
         attempt.reraise_if_stopping()
         failure = failure_of(error)
@@ -66,4 +66,4 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # no library's exit handler may hold the process up, or change how it ends
+    os._exit(code)  # no exit handler of a library may delay the end or change the exit code

@@ -1,10 +1,10 @@
-"""Puts the adapters named in the settings behind the ports of the core. The only place that knows both."""
+"""Puts the adapters named in the settings behind the ports of the core. The only module that knows both."""
 
 import secrets as random
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 from service.adapters.hub import HuggingFaceHub
@@ -15,15 +15,16 @@ from service.adapters.secrets import SECRET_STORES
 from service.adapters.secrets.local import load_or_create_key
 from service.core.datasets.records import Datasets
 from service.core.datasets.rows import RowLimits
-from service.core.hub import NoHub
+from service.core.jobs.assembly import JobServices, build_job_services
+from service.core.jobs.limits import Limits
 from service.core.jobs.reconciler import Reconciler
-from service.core.jobs.service import Jobs, Limits
-from service.core.ports import Hub, JobStore, Launcher, SecretStore
+from service.core.ports import Buckets, Hub, JobStore, Launcher, SecretStore
 from service.core.tokens import TokenSigner
+from service.core.validation.hub import NoHub
 from service.settings import SOURCE_ROOT, Settings, attempt_environment, inherited_environment
-from storage import STORES, ObjectStore, open_store
+from storage import STORES, open_store
 
-# In the cloud every answer crosses a network, an execution takes seconds to be seen, and a signal is a call that costs.
+# In the cloud every answer crosses a network, an execution shows up seconds after it was started, and each check is a billed call.
 CLOUD_LIMITS = Limits(
     heartbeat_timeout=timedelta(seconds=120),
     cancel_grace=timedelta(seconds=20),
@@ -33,65 +34,55 @@ CLOUD_LIMITS = Limits(
     lease=timedelta(minutes=10),
     lease_grace=timedelta(minutes=5),
 )
-CLOUD_RUN_TIME_LIMIT_S = 3600  # what a task with a GPU may take there
-
-
-@dataclass(frozen=True)
-class Buckets:
-    """The object stores, by what lies there. On a laptop all three are one folder."""
-
-    configs: ObjectStore
-    datasets: ObjectStore
-    models: ObjectStore
+CLOUD_RUN_TIME_LIMIT_S = 3600  # Cloud Run's limit for a task with a GPU
 
 
 @dataclass(frozen=True)
 class Services:
-    """The service, put together."""
+    """The parts of a running service."""
 
     settings: Settings
     store: JobStore
-    objects: Buckets
+    buckets: Buckets
     launcher: Launcher
     secrets: SecretStore
     hub: Hub
     tokens: TokenSigner
-    jobs: Jobs
+    jobs: JobServices
     datasets: Datasets
-    reconciler: Reconciler | None  # None: a scheduler calls the service instead
+    reconciler: Reconciler | None  # None: a scheduler calls POST /internal/reconcile instead
 
 
 def build_services(settings: Settings, clock: Callable[[], datetime] | None = None) -> Services:
-    """Build every part; `clock` is the service's, left out the machine's.
+    """Build every part. `clock` replaces the machine's clock.
 
-    Raises ValueError for a name that no registry knows, Unavailable when a part does not work.
+    Raises ValueError for a name that no registry has, Unavailable when a part does not work.
     """
     home = settings.home_folder
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    store = _job_store(settings)
-    objects = Buckets(**{name: open_store(url) for name, url in settings.object_urls.items()})
-    launcher = _launcher(settings)
     clock = clock or utc_now
-    secrets = _secret_store(settings)
+    store = _open_job_store(settings)
+    buckets = Buckets(**{name: open_store(url) for name, url in settings.object_urls.items()})
+    launcher = _create_launcher(settings)
+    secrets = _open_secret_store(settings)
     hub = NoHub() if settings.hf_hub_offline else HuggingFaceHub(settings.hf_endpoint)
     tokens = TokenSigner(_signing_key(settings), clock)
-    reconciler = Reconciler(lambda: jobs.reconcile(), settings.reconcile_interval_s) if settings.reconcile_interval_s else None
+    interval_s = settings.reconcile_interval_s
+    reconciler = Reconciler(lambda: jobs.reconciliation.reconcile(), interval_s) if interval_s else None
 
-    def step(job_id: str) -> None:
-        jobs.reconcile_job(job_id)
+    def reconcile_inside_request(job_id: str) -> None:
+        jobs.reconciliation.reconcile_job(job_id)
 
-    jobs = Jobs(
+    jobs = build_job_services(
         store=store,
         secrets=secrets,
-        configs=objects.configs,
-        models=objects.models,
-        datasets=objects.datasets,
+        buckets=buckets,
         launcher=launcher,
-        url_signer=create_url_signer(objects.models, tokens, iam_emulator_host=settings.iam_credentials_emulator_host),
+        url_signer=create_url_signer(buckets.models, tokens, iam_emulator_host=settings.iam_credentials_emulator_host),
         tokens=tokens,
         clock=clock,
         random_suffix=lambda: random.token_hex(6),
-        wake=reconciler.wake if reconciler else step,
+        wake=reconciler.wake if reconciler else reconcile_inside_request,
         limits=Limits() if settings.launcher == "local" else CLOUD_LIMITS,
         hub=hub,
         trackers=settings.trackers,
@@ -99,7 +90,7 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
     )
     datasets = Datasets(
         store=store,
-        objects=objects.datasets,
+        objects=buckets.datasets,
         limits=RowLimits(
             max_row_bytes=settings.max_row_bytes,
             max_image_row_bytes=settings.max_image_row_bytes,
@@ -110,51 +101,53 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
         scratch=home / "uploads",
         max_incoming_bytes=settings.max_incoming_bytes,
     )
-    return Services(settings, store, objects, launcher, secrets, hub, tokens, jobs, datasets, reconciler)
+    return Services(settings, store, buckets, launcher, secrets, hub, tokens, jobs, datasets, reconciler)
 
 
 def utc_now() -> datetime:
-    """The service's clock."""
+    """The machine's clock."""
     return datetime.now(UTC)
 
 
 def check_adapters(settings: Settings) -> None:
-    """Raises ValueError for a name that no registry knows, before anything is begun."""
+    """Raise ValueError for a name that no registry has, before anything is started."""
     for registry, kind, name in (
         (JOB_STORES, "job store", settings.job_store),
         (LAUNCHERS, "launcher", settings.launcher),
         (SECRET_STORES, "secret store", settings.secret_store),
         *((STORES, "object store", url.partition(":")[0]) for url in settings.object_urls.values()),
     ):
-        if name not in registry:
-            raise ValueError(f"no {kind} {name!r}; known: {', '.join(sorted(registry))}")
+        _check_known(registry, kind, name)
 
 
-# Any: the class behind a registry line is known when it is loaded; the contract suites hold it to its port.
+# Any: a registry line is text; the contract suites hold the class behind it to its port.
 def load_adapter(registry: dict[str, str], kind: str, name: str) -> Any:  # noqa: ANN401
-    """The class behind a registry line. Raises ValueError naming the lines there are."""
+    """The class behind a registry line. Raises ValueError that lists the known names."""
+    _check_known(registry, kind, name)
+    return resolve_name(registry[name])
+
+
+def _check_known(registry: dict[str, str], kind: str, name: str) -> None:
     if name not in registry:
         raise ValueError(f"no {kind} {name!r}; known: {', '.join(sorted(registry))}")
-    module, _, class_name = registry[name].partition(":")
-    return getattr(import_module(module), class_name)
 
 
-def _job_store(settings: Settings) -> JobStore:
-    build = load_adapter(JOB_STORES, "job store", settings.job_store)
+def _open_job_store(settings: Settings) -> JobStore:
+    create = load_adapter(JOB_STORES, "job store", settings.job_store)
     match settings.job_store:
         case "sqlite":
-            return build(settings.home_folder / "tunesmith.db")
+            return create(settings.home_folder / "tunesmith.db")
         case "firestore":
-            return build(project_id=settings.project_id, database=settings.firestore_database)
+            return create(project_id=settings.project_id, database=settings.firestore_database)
         case _:
-            return build()
+            return create()
 
 
-def _secret_store(settings: Settings) -> SecretStore:
-    build = load_adapter(SECRET_STORES, "secret store", settings.secret_store)
+def _open_secret_store(settings: Settings) -> SecretStore:
+    create = load_adapter(SECRET_STORES, "secret store", settings.secret_store)
     if settings.secret_store == "secret-manager":
-        return build(project_id=settings.project_id, emulator_host=settings.secret_manager_emulator_host)
-    return build(settings.home_folder / "secrets")
+        return create(project_id=settings.project_id, emulator_host=settings.secret_manager_emulator_host)
+    return create(settings.home_folder / "secrets")
 
 
 def _signing_key(settings: Settings) -> bytes:
@@ -163,10 +156,10 @@ def _signing_key(settings: Settings) -> bytes:
     return load_or_create_key(settings.home_folder / "signing-key", lambda: random.token_bytes(32))
 
 
-def _launcher(settings: Settings) -> Launcher:
-    build = load_adapter(LAUNCHERS, "launcher", settings.launcher)
+def _create_launcher(settings: Settings) -> Launcher:
+    create = load_adapter(LAUNCHERS, "launcher", settings.launcher)
     if settings.launcher == "cloud-run":
-        return build(
+        return create(
             project_id=settings.project_id,
             region=settings.region,
             profiles=settings.hardware_profiles,
@@ -176,7 +169,7 @@ def _launcher(settings: Settings) -> Launcher:
             time_limit_s=settings.attempt_time_limit_s or CLOUD_RUN_TIME_LIMIT_S,
             emulator_host=settings.cloud_run_emulator_host,
         )
-    return build(
+    return create(
         home=settings.home_folder,
         python=settings.trainer_python,
         source=SOURCE_ROOT,

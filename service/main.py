@@ -62,7 +62,7 @@ def create_app(settings: Settings | None = None, clock: Callable[[], datetime] |
 async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     services = await run_in_thread(build_services, app.state.settings, app.state.clock)
     app.state.services = services
-    app.state.feeds = Feeds(services.jobs, services.settings.event_poll_s)
+    app.state.feeds = Feeds(services.jobs.repository, services.settings.event_poll_s)
     app.state.health_checks = make_health_checks(services)
     if services.reconciler is not None:
         services.reconciler.start()
@@ -85,4 +85,4 @@ async def _load_capabilities(services: Services) -> None:
     with suppress(Unavailable):  # the launcher logged it, and each request that needs the capabilities tries again
         await run_in_thread(services.launcher.get_capabilities)
         if services.reconciler is not None:  # no other process writes: a secret without a job is left over
-            await run_in_thread(lambda: services.jobs.delete_stale_secrets(orphans=True))
+            await run_in_thread(lambda: services.jobs.deletion.delete_stale_secrets(orphans=True))

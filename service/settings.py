@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from service.core.trackers import DeploymentTrackers
+from service.core.jobs.trackers import DeploymentTrackers
 
 DEFAULT_HF_ENDPOINT = "https://huggingface.co"
 SOURCE_ROOT = Path(__file__).resolve().parent.parent

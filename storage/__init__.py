@@ -9,8 +9,8 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from contextvars import copy_context
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from threading import Event
 from typing import BinaryIO, Protocol, TypeVar
 
@@ -111,8 +111,7 @@ def open_store(url: str) -> ObjectStore:
     scheme = url.partition("://")[0]
     if scheme not in STORES:
         raise StorageError(f"no object store for {url!r}; known schemes: {', '.join(sorted(STORES))}")
-    module, _, name = STORES[scheme].partition(":")
-    return getattr(import_module(module), name)(url)
+    return resolve_name(STORES[scheme])(url)
 
 
 def check_key(key: str) -> str:

@@ -1,15 +1,15 @@
-"""The Hugging Face Hub on loopback, for models: what `huggingface_hub` says to it over HTTP, and what the real one answers.
+"""The Hugging Face Hub on loopback, for models: answers the requests of `huggingface_hub` as the real Hub does.
 
-with LoopbackHub() as hub:
-    hub.tokens["hf_mine"] = Token(user="ada", role="write")
-    hub.add("ada/base", {"config.json": b"{}"}, gated=True, readers={"grace"})
-    …                     # HF_ENDPOINT=hub.url, or HfApi(endpoint=hub.url)
-    hub.repos["ada/tuned"].files["README.md"].content
+    with LoopbackHub() as hub:
+        hub.tokens["hf_mine"] = Token(user="ada", role="write")
+        hub.add_repository("ada/base", {"config.json": b"{}"}, gated=True, readers={"grace"})
+        ...  # use HF_ENDPOINT=hub.url, or HfApi(endpoint=hub.url)
+        hub.repos["ada/tuned"].files["README.md"].content
 
-Large files come by Git LFS, so clients need HF_HUB_DISABLE_XET=1: Xet is a protocol of its own. Standard library alone. Faults of the
-line are `http_faults(hub.url)`; every address that the Hub hands out is one of the host that it was asked by.
+Large files use Git LFS, so clients need HF_HUB_DISABLE_XET=1: Xet is a protocol of its own. Standard library only. For network faults,
+put `run_http_fault_proxy(hub.url)` in front; every URL in a response names the host of the request.
 
-`python -m infra.loopback.hub --port 9025 --token hf_mine=ada` runs in the foreground.
+`python -m infra.loopback.hub --port 9025 --token hf_mine=ada` runs it in the foreground.
 """
 
 import argparse
@@ -18,186 +18,29 @@ import json
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from hashlib import sha1, sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, ClassVar, Literal, Self
-from urllib.parse import parse_qs, unquote, urlsplit
+from typing import Any, Self
+from urllib.parse import parse_qs, unquote
 
-LFS_SUFFIXES = (".safetensors", ".gguf", ".bin", ".model", ".onnx", ".pt", "tokenizer.json")
-LFS_THRESHOLD_BYTES = 10_000_000  # smaller texts are git's own
-POINTER_BYTES = 134
-DATE = "2026-01-01T00:00:00.000Z"  # nothing here depends on a clock
+from infra.loopback.hub_repository import DATE, Blob, HubError, Repo, Token, is_large
+from infra.loopback.hub_server import HubRequest, HubResponse, content_response, create_server
 
-
-@dataclass(frozen=True)
-class Token:
-    """What a token may do, in the Hub's words. `permissions` are a fine-grained one's, by user, organisation or repository."""
-
-    user: str
-    role: Literal["read", "write", "fineGrained"] = "write"
-    orgs: Mapping[str, Literal["read", "contributor", "write", "admin"]] = field(default_factory=dict)
-    permissions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # "repo.content.read", "repo.write"
-    can_read_gated: bool = False  # of a fine-grained one; the others may
-
-    def can_write(self, repo_id: str) -> bool:
-        """Whether it may create or change a repository of that name."""
-        owner = repo_id.partition("/")[0]
-        if owner != self.user and self.orgs.get(owner) not in ("contributor", "write", "admin"):
-            return False
-        return self.role == "write" or (self.role == "fineGrained" and self._has_permission("repo.write", repo_id))
-
-    def can_read(self, repo_id: str) -> bool:
-        """Whether it may see a private repository of that name."""
-        owner = repo_id.partition("/")[0]
-        if owner != self.user and owner not in self.orgs:
-            return False
-        return (
-            self.role != "fineGrained" or self._has_permission("repo.content.read", repo_id) or self._has_permission("repo.write", repo_id)
-        )
-
-    def whoami(self) -> dict[str, Any]:
-        """As `/api/whoami-v2` says it."""
-        access: dict[str, Any] = {"displayName": "a token", "role": self.role, "createdAt": DATE}
-        if self.role == "fineGrained":
-            scoped = [
-                {"entity": {"_id": name, "type": self._entity_type(name), "name": name}, "permissions": list(permissions)}
-                for name, permissions in self.permissions.items()
-            ]
-            access["fineGrained"] = {"canReadGatedRepos": self.can_read_gated, "global": [], "scoped": scoped}
-        orgs = [{"type": "org", "name": name, "roleInOrg": role} for name, role in self.orgs.items()]
-        return {"type": "user", "id": self.user, "name": self.user, "fullname": self.user, "isPro": False, "orgs": orgs} | {
-            "auth": {"type": "access_token", "accessToken": access}
-        }
-
-    def _has_permission(self, permission: str, repo_id: str) -> bool:
-        return any(permission in self.permissions.get(name, ()) for name in (repo_id, repo_id.partition("/")[0]))
-
-    def _entity_type(self, name: str) -> str:
-        return "model" if "/" in name else "user" if name == self.user else "org"
-
-
-@dataclass(frozen=True)
-class Blob:
-    """A file as one commit has it."""
-
-    content: bytes = field(repr=False)
-    lfs: bool
-
-    @property
-    def oid(self) -> str:
-        """The name that clients compare: git's of a small file, the sha256 of a large one."""
-        return sha256(self.content).hexdigest() if self.lfs else self.git_oid
-
-    @property
-    def git_oid(self) -> str:
-        content = self.content
-        if self.lfs:
-            content = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.oid}\nsize {len(self.content)}\n".encode()
-        return sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-@dataclass(frozen=True)
-class Commit:
-    """The whole repository at one time."""
-
-    oid: str
-    title: str
-    files: Mapping[str, Blob]
-
-
-@dataclass
-class Repo:
-    """A model repository; `readers` are the users whom a gated one lets in."""
-
-    repo_id: str
-    private: bool = False
-    gated: bool = False
-    readers: set[str] = field(default_factory=set)
-    commits: list[Commit] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.commit("initial commit", {".gitattributes": Blob(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n", lfs=False)})
-
-    @property
-    def head(self) -> Commit:
-        """The newest commit."""
-        return self.commits[-1]
-
-    @property
-    def files(self) -> Mapping[str, Blob]:
-        """As the newest commit has them."""
-        return self.head.files
-
-    def commit_at(self, revision: str) -> Commit:
-        """The commit of `main` or of a hash. Raises Refused."""
-        found = self.head if revision == "main" else next((commit for commit in self.commits if commit.oid == revision), None)
-        if found is None:
-            raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return found
-
-    def commit(self, title: str, files: Mapping[str, Blob]) -> Commit:
-        """A new state of the repository."""
-        told = json.dumps([len(self.commits), self.repo_id, title, sorted((path, blob.oid) for path, blob in files.items())])
-        made = Commit(sha1(told.encode()).hexdigest(), title, dict(files))
-        self.commits.append(made)
-        return made
-
-
-class HubError(Exception):
-    """The Hub says no: status, its words, and the code that clients look at."""
-
-    def __init__(self, status: int, message: str, code: str = "", **more: object) -> None:
-        super().__init__(message)
-        self.status, self.message, self.code, self.more = status, message, code, more
-
-
-@dataclass(frozen=True)
-class HubRequest:
-    """A request as the Hub hears it."""
-
-    method: str
-    path: str
-    query: Mapping[str, str]
-    headers: Mapping[str, str]
-    body: bytes = field(repr=False)
-
-    @property
-    def json(self) -> Any:  # noqa: ANN401  # JSON
-        return json.loads(self.body)
-
-    @property
-    def token(self) -> str | None:
-        return self.headers.get("authorization", "").removeprefix("Bearer ") or None
-
-    @property
-    def host(self) -> str:
-        return f"http://{self.headers['host']}"
-
-
-@dataclass(frozen=True)
-class HubResponse:
-    """What the Hub says; `json` unless there is content."""
-
-    json: Any = None
-    content: bytes | None = None
-    status: int = 200
-    headers: Mapping[str, str] = field(default_factory=dict)
+POINTER_BYTES = 134  # of a Git LFS pointer file
 
 
 class LoopbackHub:
-    """The Hub in a thread of this process; a context manager. `quota_bytes` is what private large files may take."""
+    """The Hub in a thread of this process; a context manager. `quota_bytes` limits the large files of private repositories."""
 
     def __init__(self, *, port: int = 0, quota_bytes: int | None = None) -> None:
         self.tokens: dict[str, Token] = {}
         self.repos: dict[str, Repo] = {}
         self.requests: list[HubRequest] = []
         self.quota_bytes = quota_bytes
-        self._lfs_objects: dict[str, bytes] = {}  # LFS, by sha256: what was uploaded, committed or not
+        self._lfs_objects: dict[str, bytes] = {}  # by sha256; what was uploaded, committed or not
         self._lock = threading.RLock()
-        self._server = _Server(("127.0.0.1", port), type("Handler", (_Handler,), {"hub": self}))
+        self._server = create_server(self, port)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
 
@@ -213,31 +56,33 @@ class LoopbackHub:
     def add_repository(
         self, repo_id: str, files: Mapping[str, bytes], *, private: bool = False, gated: bool = False, readers: Iterable[str] = ()
     ) -> Repo:
-        """A repository that is there already."""
+        """Create a repository with these files."""
         repo = Repo(repo_id, private, gated, set(readers))
-        blobs = {path: Blob(content, _is_large(path, len(content))) for path, content in files.items()}
+        blobs = {path: Blob(content, is_large(path, len(content))) for path, content in files.items()}
         self._lfs_objects |= {blob.oid: blob.content for blob in blobs.values() if blob.lfs}
         repo.commit("files", {**repo.files, **blobs})
         self.repos[repo_id] = repo
         return repo
 
     def uploaded_digests(self) -> list[str]:
-        """The sha256 of every large file that was sent, as often as it was."""
-        return [asked.path.rpartition("/")[2] for asked in self.requests if asked.method == "PUT" and asked.path.startswith("/lfs/")]
+        """The sha256 of every large file that was uploaded, once per upload."""
+        return [
+            request.path.rpartition("/")[2] for request in self.requests if request.method == "PUT" and request.path.startswith("/lfs/")
+        ]
 
     def handle(self, request: HubRequest) -> HubResponse:
-        """Raises Refused."""
+        """Answer a request. Raises HubError."""
         with self._lock:
             self.requests.append(request)
             if request.token is not None and request.token not in self.tokens:
                 raise HubError(401, "Invalid credentials in Authorization header")
-            for method, pattern, act in ROUTES:
-                found = re.fullmatch(pattern, request.path)
-                if found and request.method in (method, "HEAD" if method == "GET" else ""):
-                    return act(self, request, *(unquote(part) for part in found.groups()))
+            for method, pattern, handler in ROUTES:
+                match = re.fullmatch(pattern, request.path)
+                if match and request.method in (method, "HEAD" if method == "GET" else ""):
+                    return handler(self, request, *(unquote(part) for part in match.groups()))
         raise HubError(404, f"no route for {request.method} {request.path}")
 
-    # --- who ---------------------------------------------------------------------------------------------------------
+    # --- accounts -----------------------------------------------------------------------------------------------------
 
     def whoami(self, request: HubRequest) -> HubResponse:
         if request.token is None:
@@ -315,8 +160,8 @@ class LoopbackHub:
     def paths_info(self, request: HubRequest, repo_id: str, revision: str) -> HubResponse:
         files = self._readable_repo(request, repo_id).commit_at(revision).files
         form = "json" not in request.headers.get("content-type", "")
-        wanted = parse_qs(request.body.decode()).get("paths", []) if form else request.json["paths"]
-        return HubResponse([_tree_entry_json(path, files[path]) for path in wanted if path in files])
+        paths = parse_qs(request.body.decode()).get("paths", []) if form else request.json["paths"]
+        return HubResponse([_tree_entry_json(path, files[path]) for path in paths if path in files])
 
     def resolve(self, request: HubRequest, repo_id: str, revision: str, path: str) -> HubResponse:
         repo = self._readable_repo(request, repo_id)
@@ -327,16 +172,16 @@ class LoopbackHub:
             raise HubError(404, "Entry not found", "EntryNotFound", headers=headers)
         blob = commit.files[path]
         if not blob.lfs:
-            return _content_response(blob.content, request, headers | {"ETag": f'"{blob.oid}"'})
+            return content_response(blob.content, request, headers | {"ETag": f'"{blob.oid}"'})
         linked = {"X-Linked-Size": str(len(blob.content)), "X-Linked-ETag": f'"{blob.oid}"'}
-        # To the same server under another name, as the real one does: clients then keep their token to themselves.
+        # The same server under another host name, as the real Hub redirects to another host: clients then do not send their token.
         store = request.host.replace("127.0.0.1", "localhost")
         return HubResponse(content=b"", status=302, headers=headers | linked | {"Location": f"{store}/lfs/{blob.oid}"})
 
     def get_lfs_object(self, request: HubRequest, oid: str) -> HubResponse:
         if oid not in self._lfs_objects:
             raise HubError(404, "NoSuchKey")
-        return _content_response(self._lfs_objects[oid], request, {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"})
+        return content_response(self._lfs_objects[oid], request, {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"})
 
     # --- writing files -----------------------------------------------------------------------------------------------
 
@@ -347,20 +192,20 @@ class LoopbackHub:
 
     def preupload(self, request: HubRequest, repo_id: str, revision: str) -> HubResponse:
         files = self._writable_repo(request, repo_id).commit_at(revision).files
-        told = [
+        modes = [
             {
                 "path": file["path"],
-                "uploadMode": "lfs" if _is_large(file["path"], file["size"]) else "regular",
+                "uploadMode": "lfs" if is_large(file["path"], file["size"]) else "regular",
                 "shouldIgnore": False,
                 "oid": files[file["path"]].oid if file["path"] in files else None,
             }
             for file in request.json["files"]
         ]
-        return HubResponse({"files": told})
+        return HubResponse({"files": modes})
 
     def lfs_batch(self, request: HubRequest, repo_id: str) -> HubResponse:
-        repo, wanted = self._writable_repo(request, repo_id), request.json["objects"]
-        new = sum(item["size"] for item in wanted if item["oid"] not in self._lfs_objects)
+        repo, objects = self._writable_repo(request, repo_id), request.json["objects"]
+        new = sum(item["size"] for item in objects if item["oid"] not in self._lfs_objects)
         if repo.private and self.quota_bytes is not None and self._private_lfs_bytes() + new > self.quota_bytes:
             raise HubError(
                 403, "Private repository storage limit reached, please upgrade your plan to increase your private storage limit."
@@ -372,7 +217,7 @@ class LoopbackHub:
             return {} if item["oid"] in self._lfs_objects else {"actions": {"upload": upload, "verify": verify}}
 
         return HubResponse(
-            {"transfer": "basic", "objects": [{"oid": item["oid"], "size": item["size"], **actions(item)} for item in wanted]}
+            {"transfer": "basic", "objects": [{"oid": item["oid"], "size": item["size"], **actions(item)} for item in objects]}
         )
 
     def lfs_upload(self, request: HubRequest, oid: str) -> HubResponse:
@@ -389,13 +234,13 @@ class LoopbackHub:
 
     def commit(self, request: HubRequest, repo_id: str, revision: str) -> HubResponse:
         repo = self._writable_repo(request, repo_id)
-        header, *steps = [json.loads(line) for line in request.body.splitlines() if line]
+        header, *operations = [json.loads(line) for line in request.body.splitlines() if line]
         repo.commit_at(revision)
         if header["value"].get("parentCommit", repo.head.oid) != repo.head.oid:
             raise HubError(412, "A commit has happened since. Please refresh and try again.")
         files = dict(repo.files)
-        for step in steps:
-            self._apply(files, step["key"], step["value"])
+        for operation in operations:
+            self._apply(files, operation["key"], operation["value"])
         made = repo.commit(header["value"]["summary"], files)
         return HubResponse(
             {"success": True, "commitOid": made.oid, "commitUrl": f"{request.host}/{repo_id}/commit/{made.oid}", "hookOutput": ""}
@@ -423,14 +268,14 @@ class LoopbackHub:
     # --- rights ------------------------------------------------------------------------------------------------------
 
     def _readable_repo(self, request: HubRequest, repo_id: str) -> Repo:
-        """The repository, if the caller may see it."""
+        """The repository, if the caller may know that it exists. Raises HubError."""
         repo = self.repos.get(repo_id)
         if repo is None or (repo.private and not (request.token and self.tokens[request.token].can_read(repo_id))):
             raise HubError(404 if request.token else 401, "Repository not found", "RepoNotFound")
         return repo
 
     def _check_gated_access(self, request: HubRequest, repo: Repo) -> None:
-        """Past the gate, to the files."""
+        """Raises HubError if the repository is gated and the caller has no access to its files."""
         if not repo.gated:
             return
         if request.token is None:
@@ -443,7 +288,7 @@ class LoopbackHub:
             raise HubError(403, f"Access to model {repo.repo_id} is restricted and you are not in the authorized list.", "GatedRepo")
 
     def _writable_repo(self, request: HubRequest, repo_id: str) -> Repo:
-        """The repository, if the caller may change it."""
+        """The repository, if the caller may change it. Raises HubError."""
         repo = self._readable_repo(request, repo_id)
         if request.token is None:
             raise HubError(401, "Invalid username or password.")
@@ -460,7 +305,7 @@ REPO = r"([\w.-]+(?:/[\w.-]+)?)"
 REV = r"([^/]+)"
 MODEL = rf"/api/models/{REPO}"
 
-# The first that fits, so the longer ones come before `info`, whose name may contain anything.
+# The first match counts, so the longer patterns come before `info`, whose repository name matches anything.
 ROUTES: list[tuple[str, str, Callable[..., HubResponse]]] = [
     ("GET", r"/api/whoami-v2", LoopbackHub.whoami),
     ("POST", r"/api/repos/create", LoopbackHub.create),
@@ -486,89 +331,6 @@ ROUTES: list[tuple[str, str, Callable[..., HubResponse]]] = [
 ]
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Ignore clients that close the connection."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    """One connection; `hub` is set on the class of each server."""
-
-    hub: ClassVar[LoopbackHub]
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def do_GET(self) -> None:
-        url = urlsplit(self.path)
-        query = {name: values[-1] for name, values in parse_qs(url.query).items()}
-        body = self._body()
-        asked = HubRequest(self.command, url.path, query, {name.lower(): value for name, value in self.headers.items()}, body)
-        try:
-            answer = self.hub.handle(asked)
-        except HubError as refused:
-            self._send(_error_response(refused))
-        else:
-            self._send(answer)
-
-    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815  # the names that the server looks for
-
-    def _body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
-            return b"".join(self._chunks())
-        length = int(self.headers.get("Content-Length", 0))
-        content = self.rfile.read(length)
-        if len(content) < length:
-            self.close_connection = True
-            raise ConnectionError("the client hung up")
-        return content
-
-    def _chunks(self) -> Iterator[bytes]:
-        while size := int(self.rfile.readline().partition(b";")[0] or b"0", 16):
-            yield self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-
-    def _send(self, answer: HubResponse) -> None:
-        content = json.dumps(answer.json).encode() if answer.content is None else answer.content
-        self.send_response(answer.status)
-        kind = "application/json" if answer.content is None else "application/octet-stream"
-        for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **answer.headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """No log."""
-
-
-def _error_response(error: HubError) -> HubResponse:
-    """An error as the Hub writes it: in the body for people, in two headers for clients."""
-    more = dict(error.more)
-    headers = {"X-Error-Message": error.message, **({"X-Error-Code": error.code} if error.code else {})}
-    headers |= more.pop("headers", {})  # type: ignore[arg-type]  # given by this file alone
-    return HubResponse({"error": error.message, **more}, status=error.status, headers=headers)
-
-
-def _content_response(content: bytes, request: HubRequest, headers: Mapping[str, str]) -> HubResponse:
-    """The content, or the range of it that was asked for."""
-    found = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
-    if not found:
-        return HubResponse(content=content, headers=headers)
-    first, last = int(found[1]), min(int(found[2] or len(content)), len(content) - 1)
-    if first > last:
-        return HubResponse(content=b"", status=416, headers={**headers, "Content-Range": f"bytes */{len(content)}"})
-    told = {**headers, "Content-Range": f"bytes {first}-{last}/{len(content)}"}
-    return HubResponse(content=content[first : last + 1], status=206, headers=told)
-
-
-def _is_large(path: str, size: int) -> bool:
-    return path.endswith(LFS_SUFFIXES) or size > LFS_THRESHOLD_BYTES
-
-
 def _sibling_json(path: str, blob: Blob) -> dict[str, Any]:
     lfs = {"lfs": {"sha256": blob.oid, "size": len(blob.content), "pointerSize": POINTER_BYTES}} if blob.lfs else {}
     return {"rfilename": path, "size": len(blob.content), "blobId": blob.git_oid, **lfs}
@@ -580,22 +342,22 @@ def _tree_entry_json(path: str, blob: Blob) -> dict[str, Any]:
 
 
 def _list_folders(files: Iterable[str], below: str, *, deep: bool) -> list[dict[str, Any]]:
-    found: set[str] = set()
+    folders: set[str] = set()
     for path in files:
         parts = path.removeprefix(below).split("/")[:-1]
-        found |= {below + "/".join(parts[:depth]) for depth in range(1, len(parts) + 1) if deep or depth == 1}
-    return [{"type": "directory", "oid": sha1(name.encode()).hexdigest(), "size": 0, "path": name} for name in sorted(found)]
+        folders |= {below + "/".join(parts[:depth]) for depth in range(1, len(parts) + 1) if deep or depth == 1}
+    return [{"type": "directory", "oid": sha1(name.encode()).hexdigest(), "size": 0, "path": name} for name in sorted(folders)]
 
 
 def main() -> None:
-    """Run until told to stop."""
+    """Run until SIGTERM or Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m infra.loopback.hub", description=__doc__)
-    parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
-    parser.add_argument("--token", action="append", default=[], metavar="TOKEN=USER", help="a token that may write; may be repeated")
-    chosen = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does it
-    with suppress(KeyboardInterrupt), LoopbackHub(port=chosen.port) as hub:
-        hub.tokens.update({token: Token(user) for token, _, user in (each.partition("=") for each in chosen.token)})
+    parser.add_argument("--port", type=int, default=0, help="0 (the default) takes a free port")
+    parser.add_argument("--token", action="append", default=[], metavar="TOKEN=USER", help="a token with write access; can be repeated")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C
+    with suppress(KeyboardInterrupt), LoopbackHub(port=args.port) as hub:
+        hub.tokens.update({token: Token(user) for token, _, user in (each.partition("=") for each in args.token)})
         print(hub.url, flush=True)
         signal.pause()
 

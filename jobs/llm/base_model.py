@@ -1,12 +1,12 @@
-"""Where the base model comes from: the deployment's own object store, or else the Hugging Face Hub."""
+"""Download the base model from the deployment's object store, or else from the Hugging Face Hub."""
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.runtime.errors import JobFailed
-from jobs.runtime.retry import RETRY_INITIAL_S, RETRY_MAX_S, download_all_with_retry, retry_store
+from jobs.runtime.http_retry import http_status, retry_hub
+from jobs.runtime.retry import download_all_with_retry, retry_store
 from storage import ObjectStore
 from storage.file import LocalStore
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Weights as safetensors only: a pickle can run code when it is opened.
-HUB_TRIES = 4  # 0.5 + 1 + 2 s beside the Hub client's own
+HUB_TRIES = 4  # with waits of 0.5 + 1 + 2 s, beside the Hub client's own retries
+# Weights as safetensors only: loading a pickle can run code.
 ALLOW_PATTERNS = [
     "*.safetensors",
     "*.json",
@@ -30,14 +30,13 @@ ALLOW_PATTERNS = [
     "*TERMS*",
     "USE_POLICY*",
 ]
-IGNORE_PATTERNS = ["*/*", "consolidated*"]  # other frameworks' copies, and a second copy that some repositories carry
+IGNORE_PATTERNS = ["*/*", "consolidated*"]  # copies for other frameworks, and a second copy in some repositories
 
 
 def fetch_base(context: "JobContext") -> Path:
-    """A folder with the base model's configuration, safetensors and tokenizer. Raises JobFailed.
+    """A folder with the base model's config, safetensors and tokenizer. Raises JobFailed.
 
-    Looked for at pretrained_weights/huggingface/{base_model_id}/ in the model store first; files of a local store are
-    used where they lie.
+    The model store is searched first, at pretrained_weights/huggingface/{base_model_id}/. Files of a local store are used in place.
     """
     name = context.spec.training_config.base_model_id
     prefix = f"pretrained_weights/huggingface/{name}/"
@@ -45,12 +44,13 @@ def fetch_base(context: "JobContext") -> Path:
     if folder is not None:
         context.log_decision("base_model", name, "from the object store")
     else:
-        context.log_decision("base_model", name, f"from the Hugging Face Hub: the object store has nothing at {prefix}")
+        context.log_decision("base_model", name, f"from the Hugging Face Hub: the object store has no model at {prefix}")
         folder = _download_from_hub(name, context.secrets.get("hf_token"))
     return _require_safetensors(folder, name)
 
 
 def download_from_store(store: ObjectStore, prefix: str, target: Path) -> Path | None:
+    """Download the model at `prefix` to folder `target`; None if there is none. A local store's own folder is returned instead."""
     keys = retry_store("the base model cannot be listed", lambda: [stored.key for stored in store.iter_objects(prefix)], code="internal")
     if prefix + "config.json" not in keys:
         return None
@@ -66,65 +66,37 @@ def _download_from_hub(name: str, token: str | None) -> Path:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return _download_with_retry(
-            # False: never a token that somebody else left on this machine.
-            lambda: Path(snapshot_download(name, token=token or False, allow_patterns=ALLOW_PATTERNS, ignore_patterns=IGNORE_PATTERNS))
+        return retry_hub(
+            # False: never use a token that is stored on this machine.
+            lambda: Path(snapshot_download(name, token=token or False, allow_patterns=ALLOW_PATTERNS, ignore_patterns=IGNORE_PATTERNS)),
+            tries=HUB_TRIES,
         )
     except GatedRepoError as error:
-        hint = f"accept the licence at https://huggingface.co/{name} and send the hf_token of the account that did"
-        raise JobFailed("auth", f"base model {name} is gated, and {_token_owner(token)} may not read it", hint) from error
+        hint = f"accept the license at https://huggingface.co/{name} and send the hf_token of the account that did"
+        raise JobFailed("auth", f"base model {name} is gated, and {_describe_token(token)} has no access to it", hint) from error
     except RepositoryNotFoundError as error:
-        # The Hub answers 401 for what does not exist as well, so as not to tell what is private.
-        message = f"base model {name} does not exist on the Hub, or is private and {_token_owner(token)} may not read it"
-        raise JobFailed("invalid_config", message, "check base_model_id; for a private model send hf_token") from error
+        # The Hub answers the same for a model that does not exist and one that is private.
+        message = f"base model {name} does not exist on the Hub, or is private and {_describe_token(token)} has no access to it"
+        raise JobFailed("invalid_config", message, "check base_model_id; for a private model, send hf_token") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, TransportError) as error:
-        status = _find_http_status(error)
+        status = http_status(error)
         if status in (401, 403):
-            hint = "check that hf_token is valid and may read this model"
+            hint = "check that hf_token is valid and has access to this model"
             raise JobFailed("auth", f"the Hub refused access to base model {name} ({status})", hint) from error
         if status:
-            raise JobFailed("internal", f"the Hub did not deliver base model {name} ({status})", "retry the job later") from error
-        hint = f"give the job a network, or put the model's files at pretrained_weights/huggingface/{name}/ in the model store"
-        raise JobFailed("invalid_config", f"base model {name} is not stored here, and the Hub cannot be reached", hint) from error
+            raise JobFailed(
+                "internal", f"downloading base model {name} from the Hub failed with HTTP {status}", "retry the job later"
+            ) from error
+        hint = f"allow network access, or put the model's files at pretrained_weights/huggingface/{name}/ in the model store"
+        raise JobFailed("invalid_config", f"base model {name} is not in the model store, and the Hub cannot be reached", hint) from error
 
 
-def _download_with_retry(download: Callable[[], Path]) -> Path:
-    """The download, again while the Hub or the way to it is down; what has arrived is not fetched twice. A refusal is final."""
-    import tenacity
-    from httpx2 import TransportError
-    from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    def is_transient(error: BaseException) -> bool:
-        status = _find_http_status(error)
-        away = isinstance(error, HfHubHTTPError | LocalEntryNotFoundError) and (status is None or status == 429 or status >= 500)
-        return (away or isinstance(error, TransportError)) and not constants.HF_HUB_OFFLINE
-
-    again = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(is_transient),
-        wait=tenacity.wait_exponential(RETRY_INITIAL_S, RETRY_MAX_S),
-        stop=tenacity.stop_after_attempt(HUB_TRIES),
-        reraise=True,
-    )
-    return again(download)
-
-
-def _find_http_status(error: BaseException | None) -> int | None:
-    """The Hub's own answer, which its client may have wrapped into "not found in the local cache"; None when nobody answered."""
-    while error is not None:
-        response = getattr(error, "response", None)
-        if response is not None:
-            return int(response.status_code)
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _token_owner(token: str | None) -> str:
-    return "the hf_token that was sent" if token else "a request without hf_token"
+def _describe_token(token: str | None) -> str:
+    return "the hf_token of the request" if token else "a request without hf_token"
 
 
 def _require_safetensors(folder: Path, name: str) -> Path:
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         hint = "use a model with safetensors weights; pickled weights (.bin, .pt) are never loaded"
-        raise JobFailed("invalid_config", f"base model {name} has no config.json, or no safetensors weights", hint)
+        raise JobFailed("invalid_config", f"base model {name} has no config.json or no safetensors weights", hint)
     return folder

@@ -1,13 +1,12 @@
-"""`python -m jobs.llm.chat --gguf FILE [--prompt TEXT]`: talk to a GGUF file, through the chat template that it carries.
+"""`python -m jobs.llm.chat --gguf FILE [--prompt TEXT]`: chat with a GGUF model, using the chat template stored in the file.
 
 Without --prompt every line of stdin is the next turn of one conversation. With --json the lines are JSON: {"prompt": …} in;
 {"token": …} for each piece of text, then {"done": true, "tokens": n, "seconds": s} out, or {"error": …} for a turn that
-cannot be answered. The answer goes to stdout, everything else to stderr; exit code 2 tells of a file or prompt of no use.
+cannot be answered. Answers go to stdout, everything else to stderr; exit code 2 means an invalid file or prompt.
 """
 
 import argparse
 import codecs
-import ctypes
 import json
 import os
 import sys
@@ -16,22 +15,19 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from jobs.llm.llama_cpp.model import log_errors_only, token_to_bytes
 from jobs.runtime.settings import cpu_thread_count
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-CONTEXT_TOKENS = 4096  # of a whole conversation; Gemma's 32k would take half a gigabyte before the first word
-LOG_LEVEL_ERROR = 4  # ggml_log_level; everything below it is chatter
+CONTEXT_TOKENS = 4096  # of a conversation; Gemma's 32k would take half a gigabyte
 
-# What a terminal would obey and not show: a model must not move the cursor or rename the window.
+# A terminal obeys these instead of printing them: a model must not move the cursor or rename the window.
 CONTROL_CHARACTERS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
-
-# A callback that Python has collected would crash the engine at its next word.
-_live_callbacks: list[object] = []
 
 
 class InvalidPrompt(Exception):
@@ -39,12 +35,12 @@ class InvalidPrompt(Exception):
 
 
 class InvalidModelFile(Exception):
-    """The file cannot be talked to; the message says why."""
+    """The file cannot be used for chat; the message says why."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for on the command line."""
+    """The command line's options."""
 
     gguf: Path
     prompt: str | None
@@ -54,7 +50,7 @@ class Options:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Hold the conversation; returns the exit code."""
+    """Run the conversation; returns the exit code."""
     options = _parse_args(arguments)
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]  # the interpreter's own are text wrappers
@@ -66,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader has heard enough; Python would complain again when it flushes at exit
+    except BrokenPipeError:  # the reader closed the pipe; without this Python fails again when it flushes stdout at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
@@ -76,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @dataclass
 class Conversation:
-    """What was said so far, to a model that answers the next turn."""
+    """The messages so far, and the model that answers the next one."""
 
     model: "ChatModel"
     max_tokens: int
@@ -84,17 +80,17 @@ class Conversation:
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def answer(self, prompt: str) -> Iterator[str]:
-        """The text of each token as it comes; empty while a character is incomplete. Raises Unanswerable before the first."""
-        asked = [*self.messages, {"role": "user", "content": prompt}]
-        tokens = self._fit_to_context(asked)
+        """The text of each token as it is generated; empty while a character is incomplete. Raises InvalidPrompt before the first."""
+        messages = [*self.messages, {"role": "user", "content": prompt}]
+        tokens = self._fit_to_context(messages)
         answer = ""
         for text in self.model.generate(tokens, min(self.max_tokens, self.model.context_tokens - len(tokens)), self.temperature):
             answer += text
             yield text
-        self.messages = [*asked, {"role": "assistant", "content": answer}]
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
 
     def _fit_to_context(self, messages: list[dict[str, str]]) -> list[int]:
-        """The turns as tokens; the oldest are forgotten when there would be no room for an answer."""
+        """The messages as tokens; removes the oldest turns when there is no space for an answer."""
         tokens = self.model.tokenize(messages)
         while len(tokens) + self.max_tokens > self.model.context_tokens and len(messages) > 1:
             del messages[:2]
@@ -105,23 +101,23 @@ class Conversation:
 
 
 def _run_conversation(conversation: Conversation, options: Options) -> None:
-    speak = _print_json_stream if options.as_json else _print_stream
+    print_answer = _print_json_stream if options.as_json else _print_stream
     if options.prompt is not None:
-        speak(conversation.answer(options.prompt))
+        print_answer(conversation.answer(options.prompt))
         return
     for line in _read_turns():
         try:
-            speak(conversation.answer(_parse_prompt(line) if options.as_json else line))
+            print_answer(conversation.answer(_parse_prompt(line) if options.as_json else line))
         except InvalidPrompt as error:
             print(json.dumps({"error": str(error)}) if options.as_json else f"error: {error}", flush=True)
 
 
 def _read_turns() -> Iterator[str]:
-    """Turns from stdin without empty ones; a person at a terminal sees a mark and can edit the line."""
+    """The nonempty lines of stdin; a terminal shows a prompt and supports line editing."""
     if not sys.stdin.isatty():
         yield from (line.strip() for line in sys.stdin if line.strip())
         return
-    import readline  # noqa: F401  # input() edits with it
+    import readline  # noqa: F401  # input() uses it for line editing
 
     while True:
         try:
@@ -171,35 +167,35 @@ class ChatModel:
         self.context_tokens: int = llama.n_ctx()
 
     def tokenize(self, messages: list[dict[str, str]]) -> list[int]:
-        """The conversation as the model was trained to read it, up to where its answer begins."""
+        """The conversation, rendered by the chat template, as tokens up to the start of the answer."""
         from jinja2 import TemplateError
 
         try:
-            rendered = self._template(messages=messages)  # pyright: ignore[reportArgumentType]  # its TypedDict is this dict
+            rendered = self._template(messages=messages)  # pyright: ignore[reportArgumentType]  # its TypedDict has the same shape
         except (TemplateError, ValueError) as error:
-            raise InvalidPrompt(f"the chat template refuses the conversation: {error}") from error
+            raise InvalidPrompt(f"the chat template rejects the conversation: {error}") from error
         return self._llama.tokenize(rendered.prompt.encode(errors="replace"), add_bos=not rendered.added_special, special=True)
 
     def generate(self, tokens: list[int], max_tokens: int, temperature: float) -> Iterator[str]:
-        """The text of each token, up to one that ends the turn."""
+        """The text of each generated token, up to an end token."""
         import llama_cpp
 
         vocabulary = llama_cpp.llama_model_get_vocab(self._llama.model)
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be spread over several tokens
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span several tokens
         with closing(self._llama.generate(tokens, temp=temperature)) as generated:
             for token, _ in zip(generated, range(max_tokens), strict=False):
                 if llama_cpp.llama_vocab_is_eog(vocabulary, token):
                     return
-                yield decoder.decode(_token_bytes(vocabulary, token))
+                yield decoder.decode(token_to_bytes(vocabulary, token))
 
 
 @contextmanager
 def open_model(path: Path, threads: int) -> Generator[ChatModel]:
-    """Load a file. Raises Unusable for one that is missing, broken, or has no chat template."""
+    """Load a file. Raises InvalidModelFile for one that is missing, damaged, or has no chat template."""
     _require_gguf(path)
     import llama_cpp
 
-    errors = _silence_native_logs()
+    errors = log_errors_only()
     try:
         llama = llama_cpp.Llama(str(path), n_ctx=CONTEXT_TOKENS, n_threads=threads, n_threads_batch=threads, verbose=False)
     except (ValueError, RuntimeError) as error:
@@ -224,57 +220,24 @@ def _load_chat_template(llama: "Llama", path: Path) -> "Jinja2ChatFormatter":
 
     template = llama.metadata.get("tokenizer.chat_template")
     if template is None:
-        raise InvalidModelFile(
-            f"{path} has no chat template, so it cannot tell your words from its own; talk to a model that was tuned for chat"
-        )
+        raise InvalidModelFile(f"{path} has no chat template; use a model that was tuned for chat")
     bos, eos = (llama.detokenize([token], special=True).decode() if token >= 0 else "" for token in (llama.token_bos(), llama.token_eos()))
     try:
         return Jinja2ChatFormatter(template=template, bos_token=bos, eos_token=eos)
     except TemplateError as error:
-        raise InvalidModelFile(f"the chat template of {path} is broken: {error}") from error
-
-
-def _silence_native_logs() -> list[str]:
-    """Let llama.cpp speak of errors only; returns where they are gathered, for while it loads it cannot be heard at all."""
-    import llama_cpp
-
-    errors: list[str] = []
-
-    @llama_cpp.llama_log_callback
-    def errors_only(level: int, text: bytes, _: object) -> None:
-        if level == LOG_LEVEL_ERROR:
-            errors.append(text.decode(errors="replace").strip())
-            print(errors[-1], file=sys.stderr)
-
-    _live_callbacks.append(errors_only)
-    llama_cpp.llama_log_set(errors_only, ctypes.c_void_p(0))
-    return errors
-
-
-# Any: a ctypes pointer.
-def _token_bytes(vocabulary: Any, token: int) -> bytes:
-    """What a token stands for; nothing for a control token. The bindings' own way loses tokens of more than 32 bytes."""
-    import llama_cpp
-
-    size = 32
-    while True:
-        buffer = (ctypes.c_char * size)()
-        length = llama_cpp.llama_token_to_piece(vocabulary, token, buffer, size, 0, False)
-        if length >= 0:
-            return buffer.raw[:length]
-        size = -length
+        raise InvalidModelFile(f"the chat template of {path} is invalid: {error}") from error
 
 
 # --- the command line ---
 
 
 def _parse_args(arguments: Sequence[str] | None) -> Options:
-    parser = argparse.ArgumentParser(prog="python -m jobs.llm.chat", description="Talk to a GGUF file.")
-    parser.add_argument("--gguf", type=Path, required=True, help="the model")
-    parser.add_argument("--prompt", help="one question; left out, every line of stdin is the next turn of a conversation")
-    parser.add_argument("--max-tokens", type=_positive, default=256, help="the longest answer (%(default)s)")
-    parser.add_argument("--temperature", type=_temperature, default=0.7, help="0 is always the same answer (%(default)s)")
-    parser.add_argument("--json", action="store_true", dest="as_json", help="speak JSON lines")
+    parser = argparse.ArgumentParser(prog="python -m jobs.llm.chat", description="Chat with a GGUF model.")
+    parser.add_argument("--gguf", type=Path, required=True, help="the model file")
+    parser.add_argument("--prompt", help="one prompt; without it, every line of stdin is the next turn of a conversation")
+    parser.add_argument("--max-tokens", type=_positive, default=256, help="maximum length of an answer (%(default)s)")
+    parser.add_argument("--temperature", type=_temperature, default=0.7, help="0 is deterministic (%(default)s)")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="read and write JSON lines")
     return Options(**vars(parser.parse_args(arguments)))
 
 

@@ -1,4 +1,4 @@
-"""`python -m jobs.llm.probe`: what this environment can do, as one line of JSON for the service."""
+"""`python -m jobs.llm.probe`: prints this environment's capabilities as one line of JSON for the service."""
 
 import json
 import os
@@ -23,7 +23,7 @@ PACKAGES = (
 
 
 def probe_environment() -> dict[str, object]:
-    """Device, precision, and the optional parts that are really there."""
+    """The device, its precision, and the versions of the installed packages."""
     import psutil
     import torch
 
@@ -38,18 +38,18 @@ def probe_environment() -> dict[str, object]:
         "gguf": is_llama_cpp_available(),
         "cpu_count": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "packages": {name: installed for name in PACKAGES if (installed := _version(name))},
     }
 
 
 def has_native_bf16() -> bool:
-    """Whether this processor multiplies bf16 in hardware (AVX512-BF16 or AMX); others imitate it, slower than fp32."""
+    """Whether this processor multiplies bf16 in hardware (AVX512-BF16 or AMX); others emulate it, slower than fp32."""
     flags = set(_cpuinfo("flags").split())
     return bool(flags & {"avx512_bf16", "amx_bf16"})
 
 
 def _cpu_name() -> str:
-    return _cpuinfo("model name") or "a processor"
+    return _cpuinfo("model name") or "CPU"
 
 
 def _cpuinfo(field: str) -> str:

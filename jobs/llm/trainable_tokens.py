@@ -1,8 +1,8 @@
-"""Training the embeddings of a few tokens at the price of a few tokens.
+"""Make peft's trainable tokens cheap: compute the trained rows of the embedding instead of copying the whole matrix.
 
-peft trains rows of an embedding through a copy of the whole matrix, in which it puts the trained rows: for Gemma's 262,144 rows,
-tied to the head, that is a third of a training step. Here the frozen matrix is used as it is and only the trained rows are put
-in, into what comes out. The numbers are the same; parameters, saving, loading and merging stay peft's own.
+peft inserts the trained rows into a copy of the embedding matrix at every forward pass: for Gemma's 262,144 rows, tied to the head,
+that takes a third of a training step. Here the frozen matrix is used unchanged, and the trained rows replace parts of its output. The
+results are the same; parameters, saving, loading and merging stay peft's own.
 """
 
 from types import MethodType
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def patch_trainable_token_embedding(model: Any) -> int:  # any peft model
-    """Let peft's trainable tokens compute their own rows only; how many layers do so."""
+    """Patch every trainable-tokens layer of the model. Returns how many there are."""
     from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 
     layers = [layer for layer in model.modules() if isinstance(layer, TrainableTokensLayer)]
@@ -20,7 +20,7 @@ def patch_trainable_token_embedding(model: Any) -> int:  # any peft model
 
 
 def _forward(layer: Any, x: Any, active_adapters: list[str], *args: Any, **kwargs: Any) -> Any:  # peft's own signature
-    """`x` is tokens (B, T) for an embedding, and hidden states (..., H) for the head that is tied to it."""
+    """`x` is tokens (B, T) for an embedding, and hidden states (..., H) for the head tied to it."""
     import torch
 
     result = layer.base_layer(x, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""What a trainer hands to the exporters: files on this machine, and what was measured."""
+"""What a trainer returns for the exporters: local files and measurements."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +8,10 @@ from schema.job import EvalMetrics
 
 @dataclass(frozen=True)
 class HeldOutExample:
-    """A held-out row, rendered exactly as in training, for comparing exported files with the model that was trained.
+    """A held-out row, rendered exactly as in training, for comparing exported files with the trained model.
 
     `input_ids` holds the prompt and the reference answer; the first `prompt_tokens` of them are the prompt,
-    whose text, without the answer, is `prompt_text`.
+    and `prompt_text` is its text.
     """
 
     prompt_text: str
@@ -24,8 +24,8 @@ class TrainedModel:
     """A trained model on disk.
 
     `folder` holds safetensors with the tokenizer beside them: the LoRA adapter alone if `is_adapter`, else the
-    whole model. `base_folder` holds the unquantized base. `metrics` are of the trained model and `base_metrics`
-    of the base, on the same held-out rows; None without any. `train_tokens` counts real tokens seen, all epochs.
+    full model. `base_folder` holds the unquantized base. `metrics` are of the trained model and `base_metrics`
+    of the base, on the same held-out rows; None without held-out rows. `train_tokens` counts tokens without padding, over all epochs.
     """
 
     folder: Path
@@ -37,5 +37,5 @@ class TrainedModel:
     train_rows: int
     train_tokens: int
     train_runtime_s: float
-    calibration: tuple[tuple[int, ...], ...] = ()  # token ids of training rows, for an importance matrix
-    step: int | None = None  # the optimizer step whose weights these are
+    calibration: tuple[tuple[int, ...], ...] = ()  # token ids of training rows, for the importance matrix
+    step: int | None = None  # the optimizer step of these weights

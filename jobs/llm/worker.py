@@ -1,13 +1,12 @@
 """`python -m jobs.llm.worker`: a worker process of a training on several GPUs.
 
-jobs/llm/distributed.py starts it and sends its arguments on stdin.
+`jobs/llm/worker_pool.py` starts it in rank 0 and sends its WorkerArgs on stdin. The worker ends when stdin is closed, which happens
+when rank 0 ends. It ignores SIGTERM and SIGINT: rank 0 handles them. Exit codes:
 
-It ends when rank 0 does: its stdin is closed then. Signals are rank 0's to hear. Exit codes:
-
-    0   the training is over
-    1   it failed: the traceback is in the log, and rank 0 knows the reason if it is one of ours
+    0   the training ended
+    1   the training failed: the traceback is in the log; the reason of a JobFailed is also in a file for rank 0
     17  memory ran out
-    18  the other processes are gone
+    18  the connection to another process was lost
 """
 
 import os
@@ -19,25 +18,25 @@ import traceback
 
 
 def main() -> int:
-    """Take part in the training; returns the exit code."""
+    """Take part in the training. Returns the exit code."""
     from jobs.runtime.logs import configure_logging
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     configure_logging()
-    errand = pickle.load(sys.stdin.buffer)  # noqa: S301  # from rank 0, through its own pipe
+    worker_args = pickle.load(sys.stdin.buffer)  # noqa: S301  # from rank 0, through its own pipe
     threading.Thread(target=_exit_when_stdin_closes, name="rank-0", daemon=True).start()
 
-    from jobs.llm.distributed import EXIT_OOM, EXIT_PEER_LOST, write_worker_failure
     from jobs.llm.oom import is_out_of_memory
     from jobs.llm.training_loop import train_worker_rank
+    from jobs.llm.worker_pool import EXIT_OOM, EXIT_PEER_LOST, write_worker_failure
     from jobs.runtime.errors import JobFailed
 
     try:
-        train_worker_rank(errand)
+        train_worker_rank(worker_args)
     except JobFailed as failed:
         traceback.print_exc()
-        write_worker_failure(errand, failed)
+        write_worker_failure(worker_args, failed)
         return 1
     except (RuntimeError, MemoryError) as error:
         traceback.print_exc()
@@ -48,12 +47,12 @@ def main() -> int:
 
 
 def _exit_when_stdin_closes() -> None:
-    sys.stdin.buffer.read()  # until it is closed
+    sys.stdin.buffer.read()
     os._exit(0)
 
 
 if __name__ == "__main__":
-    code = main()
+    exit_code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # without the libraries' goodbyes, which wait for each other
+    os._exit(exit_code)  # skip the libraries' exit handlers, which wait for each other

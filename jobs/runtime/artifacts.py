@@ -1,22 +1,26 @@
-"""The step to the outside: files are uploaded below the attempt's own number, each verified on arrival.
+"""Uploads what an attempt exported, below the attempt's own number; the store verifies each file on arrival.
 
-Nothing is visible by that. The attempt's result names them, and the service takes the result of the current attempt only.
+Uploading publishes nothing: the attempt's result names the files, and the service accepts the result of the current attempt only.
 """
 
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jobs.runtime.retry import upload_with_retry
 from schema.job import Artifact, ArtifactFile, ArtifactKind, Fidelity
 from storage import ObjectStore, StorageError, delete_prefix, map_concurrently
 
+if TYPE_CHECKING:
+    from jobs.runtime.context import JobContext
+
 log = logging.getLogger(__name__)
 
-TRIES = 7  # of each file: half a minute in all, a store's restart
+TRIES = 7  # per file: half a minute in total, enough for a store to restart
 FOLDERS: dict[ArtifactKind, str] = {
     "adapter": "trained_adapters",
     "merged": "merged_models",
@@ -28,7 +32,7 @@ FOLDERS: dict[ArtifactKind, str] = {
 
 @dataclass(frozen=True)
 class ExportedArtifact:
-    """A finished file or folder on this machine, and where it goes. The key of a folder ends in "/"."""
+    """A finished file or folder on this machine and the key to upload it to. The key of a folder ends in "/"."""
 
     name: str
     kind: ArtifactKind
@@ -37,9 +41,23 @@ class ExportedArtifact:
     fidelity: Fidelity | None = None
 
 
+def upload_artifacts(products: Sequence[ExportedArtifact], context: "JobContext") -> tuple[Artifact, ...]:
+    """Upload everything that an attempt exported, after deleting what earlier attempts left. Raises JobFailed `upload_failed`, Stopped."""
+    context.enter_phase("uploading")
+    uploader = ArtifactUploader(context.stores.models, context.spec.job_id, context.attempt)
+    uploader.delete_previous_attempts()
+    artifacts: list[Artifact] = []
+    for product in products:
+        context.check_stop()
+        artifacts.append(uploader.upload(product))
+        context.log_artifact(artifacts[-1])
+    context.check_stop()
+    return tuple(artifacts)
+
+
 @dataclass(frozen=True)
 class ArtifactUploader:
-    """Publishes for one attempt of one job."""
+    """Uploads for one attempt of one job."""
 
     store: ObjectStore
     job_id: str
@@ -47,7 +65,7 @@ class ArtifactUploader:
     sleep: Callable[[float], None] = time.sleep
 
     def delete_previous_attempts(self) -> None:
-        """Remove what earlier attempts uploaded and never published. What cannot be removed stays until the job is deleted."""
+        """Delete what earlier attempts uploaded and never published. What cannot be deleted stays until the job is deleted."""
         earlier = [
             f"{folder}/{self.job_id}/attempt-{number}/" for folder in sorted(set(FOLDERS.values())) for number in range(1, self.attempt)
         ]
@@ -58,7 +76,7 @@ class ArtifactUploader:
             log.warning("files of earlier attempts stay", extra={"error": str(error)})
 
     def upload(self, product: ExportedArtifact) -> Artifact:
-        """Upload a product, every file checked on arrival and sent again by itself. Not visible before the result. Raises JobFailed."""
+        """Upload a product; a file that does not arrive intact is sent again by itself. Raises JobFailed."""
         files = [_describe_file(path, product) for path in _list_files(product.path)]
         map_concurrently(lambda file: self._upload_file(product, file), files)
         return Artifact(
@@ -74,17 +92,17 @@ class ArtifactUploader:
     def _upload_file(self, product: ExportedArtifact, file: ArtifactFile) -> None:
         path = product.path / file.path if file.path else product.path
         key = product.key + file.path
-        what = f"{product.name} could not be stored"
-        upload_with_retry(what, self.store, path, key, file.sha256, tries=TRIES, sleep=self.sleep)
+        message = f"{product.name} could not be stored"
+        upload_with_retry(message, self.store, path, key, file.sha256, tries=TRIES, sleep=self.sleep)
 
 
 def artifact_key(kind: ArtifactKind, job_id: str, attempt: int, name: str = "") -> str:
-    """Where an attempt uploads an artifact: a folder, or a file of that name. Each attempt has its own."""
+    """The key an attempt uploads an artifact to: a folder, or a file of that name. Each attempt has its own keys."""
     return f"{FOLDERS[kind]}/{job_id}/attempt-{attempt}/{name}"
 
 
 def sha256_of(path: Path) -> str:
-    """The digest of a file of any size."""
+    """The sha256 of a file of any size, as hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

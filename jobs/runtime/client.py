@@ -1,10 +1,11 @@
-"""The three things that an attempt says to the service: claim, report, finish."""
+"""The attempt's client of the service: claim the attempt, report events, report the result."""
 
 from functools import cached_property
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from jobs.runtime.errors import AttemptTaken, ClaimRefused
+from jobs.runtime.http_retry import is_transient_status
 from jobs.runtime.settings import Settings
 from schema.base import ForwardCompatible
 from schema.events import EventBatch, EventBatchResponse
@@ -15,27 +16,27 @@ if TYPE_CHECKING:
     import httpx
     from google.auth.credentials import Credentials
 
-CLAIM_TIMEOUT_S = 600  # a service that is being replaced; after that the compute is better given back
+CLAIM_TIMEOUT_S = 600  # long enough to replace the service; after that the rented compute is released
 RETRY_INITIAL_S = 0.2
 RETRY_MAX_S = 15.0
 
 
 class ServiceUnavailable(Exception):
-    """The service did not answer, or not now: try again."""
+    """The service did not respond, or cannot now: retry."""
 
 
 class Fenced(Exception):
-    """The attempt is over for the service: nothing that it does counts any more."""
+    """The service has replaced this attempt or deleted its job: nothing it does counts any more."""
 
 
 class RequestRejected(Exception):
-    """The service does not accept what was sent, and never will."""
+    """The service rejects the request; a retry would not help."""
 
 
 class IdTokenSource:
-    """Who this machine is, for a service that lets only known identities in: Cloud Run's front door.
+    """Google identity tokens, for a service on Cloud Run that requires authentication.
 
-    The token goes into a header of its own, because `Authorization` holds the attempt's.
+    The token has its own header, because `Authorization` holds the attempt's token.
     See https://cloud.google.com/run/docs/authenticating/service-to-service.
     """
 
@@ -43,7 +44,7 @@ class IdTokenSource:
         self._audience = audience
 
     def headers(self) -> dict[str, str]:
-        """A valid token, fetched anew before the last one expires. Raises ServiceAway when nobody gives one."""
+        """The header with a valid token, refreshed before it expires. Raises ServiceUnavailable if no token can be fetched."""
         from google.auth.exceptions import GoogleAuthError
         from google.auth.transport.requests import Request
 
@@ -62,7 +63,7 @@ class IdTokenSource:
 
 
 class ServiceClient:
-    """Speaks for one attempt. Made for one thread at a time; each method says what it raises."""
+    """The client of one attempt. Use it from one thread at a time."""
 
     def __init__(self, settings: Settings) -> None:
         import httpx
@@ -71,55 +72,55 @@ class ServiceClient:
             base_url=f"{settings.service_url}/internal/jobs/{settings.job_id}/attempts/{settings.attempt}",
             headers={"Authorization": f"Bearer {settings.token}"},
             timeout=httpx.Timeout(10.0, connect=3.0),
-            trust_env=False,  # a proxy for the outside must not stand between an attempt and its service
+            trust_env=False,  # a proxy that is set for other traffic must not intercept this
         )
         self._id_token_source = IdTokenSource(settings.service_audience) if settings.service_audience else None
 
     def claim(self, claimant: str) -> ClaimResponse:
-        """Own the attempt, waiting for the service if it is away. Raises AttemptTaken, ClaimRefused."""
+        """Claim the attempt, waiting while the service is unavailable. Raises AttemptTaken, ClaimRefused."""
         import tenacity
 
-        patiently = tenacity.Retrying(
+        retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(ServiceUnavailable),
             wait=tenacity.wait_exponential_jitter(multiplier=RETRY_INITIAL_S, max=RETRY_MAX_S, jitter=RETRY_INITIAL_S),
             stop=tenacity.stop_after_delay(CLAIM_TIMEOUT_S),
             reraise=True,
         )
         try:
-            answer = patiently(self._post, "/claim", ClaimRequest(claimant=claimant))
+            response = retrying(self._post, "/claim", ClaimRequest(claimant=claimant))
         except ServiceUnavailable as error:
-            raise ClaimRefused(f"the service did not answer for {CLAIM_TIMEOUT_S} s") from error
-        match answer.status_code:
+            raise ClaimRefused(f"the service did not respond for {CLAIM_TIMEOUT_S} s") from error
+        match response.status_code:
             case HTTPStatus.CONFLICT:
                 raise AttemptTaken
             case HTTPStatus.OK:
-                return ClaimResponse.load(answer.content)
+                return ClaimResponse.load(response.content)
             case status:
                 raise ClaimRefused(f"the service answered {status} to the claim")
 
     def report(self, batch: EventBatch) -> EventBatchResponse:
-        """Send events. Raises ServiceAway, Fenced, Refused."""
-        answer = self._post("/events", batch)
-        match answer.status_code:
+        """Send events. Raises ServiceUnavailable, Fenced, RequestRejected."""
+        response = self._post("/events", batch)
+        match response.status_code:
             case HTTPStatus.OK:
-                return EventBatchResponse.load(answer.content)
+                return EventBatchResponse.load(response.content)
             case HTTPStatus.CONFLICT | HTTPStatus.GONE | HTTPStatus.NOT_FOUND | HTTPStatus.UNAUTHORIZED | HTTPStatus.FORBIDDEN:
-                raise Fenced(f"the service answered {answer.status_code}")
+                raise Fenced(f"the service answered {response.status_code}")
             case status:
                 raise RequestRejected(f"the service answered {status}")
 
     def finish(self, result: Result, timeout_s: float) -> bool:
-        """Give the last word; False when the service could not be reached. It is in the object store as well."""
+        """Report the result; False if the service could not be reached, which then finds the result in the object store."""
         import tenacity
 
-        briefly = tenacity.Retrying(
+        retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(ServiceUnavailable),
             wait=tenacity.wait_fixed(RETRY_INITIAL_S),
             stop=tenacity.stop_after_delay(timeout_s),
             reraise=True,
         )
         try:
-            return briefly(self._post, "/result", result, max(1.0, timeout_s)).is_success
+            return retrying(self._post, "/result", result, max(1.0, timeout_s)).is_success
         except ServiceUnavailable:
             return False
 
@@ -130,9 +131,9 @@ class ServiceClient:
         timeout = self._http.timeout if timeout_s is None else timeout_s
         headers = {"Content-Type": "application/json"} | (self._id_token_source.headers() if self._id_token_source else {})
         try:
-            answer = self._http.post(path, content=content, headers=headers, timeout=timeout)
+            response = self._http.post(path, content=content, headers=headers, timeout=timeout)
         except httpx.TransportError as error:
             raise ServiceUnavailable(f"{type(error).__name__}: {error}") from error
-        if answer.status_code == HTTPStatus.TOO_MANY_REQUESTS or answer.is_server_error:
-            raise ServiceUnavailable(f"the service answered {answer.status_code}")
-        return answer
+        if is_transient_status(response.status_code):
+            raise ServiceUnavailable(f"the service answered {response.status_code}")
+        return response

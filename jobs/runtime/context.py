@@ -1,4 +1,4 @@
-"""What a trainer and an exporter may touch: the spec, the stores, the secrets, a folder, and a voice."""
+"""JobContext: what a trainer and an exporter use of the runtime. The spec, the stores, the secrets, a folder, events and stop signals."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -30,40 +30,40 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# What the next step, save and upload may take more than the longest so far: rows differ in length, and a network has bad moments.
+# The next step, save and upload may take this much longer than the longest so far: rows differ in length, networks in speed.
 YIELD_MARGIN = 1.5
-YIELD_SLACK_S = 1.0  # the same where everything is fast, and a share of nothing would be nothing
+YIELD_SLACK_S = 1.0  # added to it, for trainings where all of these are fast
 
 
 class EventSink(Protocol):
-    """Where events go."""
+    """Receives the events of an attempt."""
 
     def report(self, event: Event) -> None:
         """Take an event; never raises."""
         ...
 
     def set_progress(self, *, phase: Phase | None = None, progress: Progress | None = None) -> None:
-        """Where the attempt is now."""
+        """Set the current phase and progress of the attempt."""
         ...
 
 
 class TrainingListener(Protocol):
-    """Another place that shows the curves; never raises, never blocks for long."""
+    """Receives metrics, samples, checkpoints and the model, such as a tracker; never raises, never blocks for long."""
 
     def log_metrics(self, event: MetricsLogged) -> None:
-        """A point of the curves."""
+        """Metrics of one step."""
         ...
 
     def log_evaluation(self, event: EvaluationCompleted) -> None:
-        """A measurement on the held-out rows."""
+        """An evaluation on the held-out rows."""
         ...
 
     def log_samples(self, event: SamplesGenerated) -> None:
-        """Answers to held-out prompts."""
+        """Completions of held-out prompts."""
         ...
 
     def log_checkpoint(self, folder: Path, step: int) -> None:
-        """A checkpoint was written, and may be removed when this returns."""
+        """A checkpoint was written; it may be deleted when this returns."""
         ...
 
     def log_model(self, folder: Path) -> None:
@@ -72,7 +72,7 @@ class TrainingListener(Protocol):
 
 
 class Secrets(Mapping[str, str]):
-    """The job's secrets, by name. Printing it shows the names alone."""
+    """The job's secrets, by name. Its repr shows only the names."""
 
     def __init__(self, values: Mapping[str, str]) -> None:
         self._values = dict(values)
@@ -90,7 +90,7 @@ class Secrets(Mapping[str, str]):
         return f"Secrets({', '.join(sorted(self._values))})"
 
     def redact(self, text: str) -> str:
-        """The text without any of the values."""
+        """The text with every secret replaced by asterisks."""
         for value in self._values.values():
             text = text.replace(value, "**********") if value else text
         return text
@@ -98,7 +98,7 @@ class Secrets(Mapping[str, str]):
 
 @dataclass(frozen=True)
 class Stores:
-    """The object stores of the job, opened when they are first used."""
+    """The object stores of the job, each opened at its first use."""
 
     urls: StoreUrls
 
@@ -117,7 +117,7 @@ class Stores:
 
 @dataclass
 class AttemptState:
-    """What is known of the attempt so far; it becomes the result, also when the attempt fails."""
+    """What the attempt has found out so far. It becomes part of the result, even if the attempt fails."""
 
     metrics: EvalMetrics | None = None
     base_metrics: EvalMetrics | None = None
@@ -128,32 +128,32 @@ class AttemptState:
 
 
 class StopSignal(Protocol):
-    """Whether the attempt was asked to stop, and when it must."""
+    """Whether the attempt should stop, and by when."""
 
     @property
     def stop_reason(self) -> StopReason | None:
-        """What was asked for, if anything."""
+        """The requested reason to stop; None if nothing is requested."""
         ...
 
     def check(self) -> None:
-        """Raises Stopped when it was; inside `politely` only for a cancel, or when the time is up."""
+        """Raises Stopped if a stop is requested; inside `defer_stop` only for a cancel or when the time is up."""
         ...
 
     def defer_stop(self) -> AbstractContextManager[None]:
-        """Inside, the main thread looks at `wanted` at every step by itself; only a cancel, or the end of the time, interrupts it.
+        """Inside, the main thread polls `stop_reason` at every step; only a cancel, or the end of the time, interrupts it.
 
-        Raises Stopped on the way out when something was asked for and has not been obeyed yet.
+        On exit, raises Stopped for a request that was not handled inside.
         """
         ...
 
     def time_left_s(self) -> float | None:
-        """Until everything but the last word must be done; None: no limit."""
+        """Seconds until everything except writing the result must be done; None without a limit."""
         ...
 
 
 @dataclass
 class JobContext:
-    """One attempt at one job, seen from inside."""
+    """One attempt of one job, as trainers and exporters see it."""
 
     spec: JobSpec
     attempt: int
@@ -167,13 +167,13 @@ class JobContext:
     state: AttemptState = field(default_factory=AttemptState)
 
     def enter_phase(self, phase: Phase) -> None:
-        """Enter a phase of the work. Raises Stopped."""
+        """Report that a phase of the work begins. Raises Stopped."""
         self.check_stop()
         self.event_sink.set_progress(phase=phase)
         self._log_and_report(PhaseChanged(phase=phase), phase=phase)
 
     def report_progress(self, progress: Progress) -> None:
-        """How far the training is; travels with the next report."""
+        """Set the training's progress; it is sent with the next batch of events."""
         self.event_sink.set_progress(progress=progress)
 
     def log_metrics(
@@ -185,46 +185,46 @@ class JobContext:
         notes: Mapping[str, str] | None = None,
         progress: Progress | None = None,
     ) -> None:
-        """A point of the curves; a number that could not be had is None, and its note says why."""
+        """Report metrics of one step. A metric without a value is None, and its note says why."""
         event = MetricsLogged(step=step, epoch=epoch, values=dict(values), notes=dict(notes or {}), progress=progress)
         self._log_and_report(event, step=step, **values)
-        for mirror in self.listeners:
-            mirror.log_metrics(event)
+        for listener in self.listeners:
+            listener.log_metrics(event)
 
     def log_evaluation(self, when: Literal["before", "during", "after"], step: int, metrics: EvalMetrics) -> None:
-        """The model was measured on the held-out rows."""
+        """Report an evaluation on the held-out rows."""
         event = EvaluationCompleted(when=when, step=step, metrics=metrics)
         if when == "before":
             self.state.base_metrics = metrics
         else:
             self.state.metrics = metrics
         self._log_and_report(event, when=when, step=step, eval_loss=metrics.eval_loss, perplexity=metrics.perplexity)
-        for mirror in self.listeners:
-            mirror.log_evaluation(event)
+        for listener in self.listeners:
+            listener.log_evaluation(event)
 
     def log_samples(self, event: SamplesGenerated) -> None:
-        """What the model answers to a few held-out prompts."""
-        self._log_and_report(event, when=event.when, step=event.step)  # the texts are somebody's data: no log has them
-        for mirror in self.listeners:
-            mirror.log_samples(event)
+        """Report the model's completions of a few held-out prompts."""
+        self._log_and_report(event, when=event.when, step=event.step)  # the texts are user data and do not go into the log
+        for listener in self.listeners:
+            listener.log_samples(event)
 
     def log_gate(self, gate: Gate) -> None:
-        """The promotion gate has looked at the trained model."""
+        """Report the outcome of the promotion gate."""
         self.state.gate = gate
         self._log_and_report(GateEvaluated(gate=gate), passed=gate.passed)
 
     def log_decision(self, key: str, value: str, reason: str) -> None:
-        """Something was chosen by the attempt itself."""
+        """Report a setting that the attempt itself chose, and why."""
         self.state.decisions[key] = value
-        self._log_and_report(DecisionMade(setting=key, value=value, reason=reason), what=key, value=value, why=reason)
+        self._log_and_report(DecisionMade(setting=key, value=value, reason=reason), setting=key, value=value, reason=reason)
 
     def warn(self, code: str, message: str) -> None:
-        """Something the user should know, and that does not stop the job."""
+        """Report a problem that the user should know about and that does not fail the job."""
         message = self.secrets.redact(message)
         self._log_and_report(WarningRaised(code=code, message=message), code=code, text=message)
 
     def log_tracker(self, tracker: str, url: str | None) -> None:
-        """A tracker mirrors the job."""
+        """Report that a tracker has started, with the address of its run."""
         if tracker == "wandb":
             self.state.wandb_url = url
         if url:
@@ -232,32 +232,32 @@ class JobContext:
         self._log_and_report(TrackerStarted(tracker=tracker, url=url), tracker=tracker, url=url)
 
     def log_artifact(self, artifact: Artifact) -> None:
-        """An artifact is uploaded and verified."""
+        """Report an artifact that is uploaded and verified."""
         self._log_and_report(ArtifactUploaded(artifact=artifact), artifact=artifact.name, size_bytes=artifact.size_bytes)
 
     def emit(self, event: Event) -> None:
-        """Something happened that has an event of its own, such as a checkpoint that is durable."""
+        """Report an event that has no method of its own here, such as a durable checkpoint."""
         facts = event.model_dump(exclude={"type"})
         self._log_and_report(
             event, **{"text" if name == "message" else name: value for name, value in facts.items()}
-        )  # a log line has a message
+        )  # "message" is a reserved name in a log record
 
     def notify_checkpoint_saved(self, folder: Path, step: int) -> None:
-        """A checkpoint is on this machine, complete; when this returns, it may be removed."""
-        for mirror in self.listeners:
-            mirror.log_checkpoint(folder, step)
+        """Tell the listeners that a complete checkpoint is on this machine; it may be deleted when this returns."""
+        for listener in self.listeners:
+            listener.log_checkpoint(folder, step)
 
     def notify_model_saved(self, folder: Path) -> None:
-        """The trained model is complete."""
-        for mirror in self.listeners:
-            mirror.log_model(folder)
+        """Tell the listeners that the trained model is complete."""
+        for listener in self.listeners:
+            listener.log_model(folder)
 
     def check_stop(self) -> None:
-        """Raises Stopped when the attempt was asked to stop."""
+        """Raises Stopped if a stop is requested."""
         self.stop.check()
 
     def should_yield(self, required_s: float) -> bool:
-        """Whether the training must save and end now: it was asked to, or one more step, save and upload (`cost_s`) may not fit."""
+        """Whether the training must save and end now: a stop is requested, or one more step, save and upload (`required_s`) may not fit."""
         return self.stop.stop_reason is not None or deadline_reached(required_s, self.stop.time_left_s())
 
     def _log_and_report(self, event: Event, **facts: object) -> None:
@@ -266,5 +266,5 @@ class JobContext:
 
 
 def deadline_reached(required_s: float, time_left_s: float | None) -> bool:
-    """Whether what took `cost_s` so far may not be over in the time that is left."""
+    """Whether work that took `required_s` seconds before may not fit into the time that is left."""
     return time_left_s is not None and time_left_s < required_s * YIELD_MARGIN + YIELD_SLACK_S

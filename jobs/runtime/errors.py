@@ -1,18 +1,18 @@
-"""What ends an attempt early, and how an exception becomes a Failure that a person can act on."""
+"""The errors that end an attempt early, and how an exception becomes a Failure with a message and a hint for the user."""
 
 import errno
 from typing import Literal
 
 from schema.job import Failure, FailureCode
 
-# Why an attempt ends early: somebody wants the job to end, or to wait; its compute is taken away; its time is up.
+# Why an attempt stops early: the job is canceled or paused, the compute is taken away, or the time limit is near.
 StopReason = Literal["cancel", "pause", "preempted", "time_slice"]
 
-MAX_MESSAGE_LENGTH = 300  # one line in a table; the whole traceback is in the log
+MAX_MESSAGE_LENGTH = 300  # characters: one line of a table; the full traceback is in the log
 
 
 class JobFailed(Exception):
-    """The job cannot succeed, for a reason we know. The message and the hint are shown to the user."""
+    """The job cannot succeed, for a known reason. The message and the hint are shown to the user."""
 
     def __init__(self, code: FailureCode, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -20,7 +20,7 @@ class JobFailed(Exception):
 
 
 class Stopped(BaseException):
-    """The attempt ends here although it is not done. No Exception, so that no library swallows it."""
+    """The attempt stops before it is done. A BaseException, so that no library catches it."""
 
     def __init__(self, reason: StopReason) -> None:
         super().__init__(reason)
@@ -32,13 +32,13 @@ class AttemptTaken(Exception):
 
 
 class ClaimRefused(Exception):
-    """The service does not know this attempt, or its token."""
+    """The service does not know this attempt or does not accept its token."""
 
 
 def failure_of(error: Exception) -> Failure:
-    """The failure that an exception stands for. Vendor errors are known by name, so that nothing heavy is imported here.
+    """The failure to report for an exception. Errors of libraries are recognized by name, so that no heavy library is imported here.
 
-    Messages never carry what may hold a row or a secret: only our own words, and the first line of unknown errors.
+    Messages hold no rows and no secrets: only our own texts, and the first line of an unknown error.
     """
     if isinstance(error, JobFailed):
         return error.failure
@@ -53,7 +53,7 @@ def failure_of(error: Exception) -> Failure:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Failure(code="internal", message="no space left on the attempt's disk", hint="free some space, or use save_strategy 'no'")
     if "StoreUnavailable" in names:
-        return Failure(code="internal", message=_one_line(text), hint="the object store did not answer or is full; retry the job")
+        return Failure(code="internal", message=_one_line(text), hint="the object store did not respond or is full; retry the job")
     if "NoSuchObject" in names:
         return Failure(code="internal", message=_one_line(text), hint="a file of the job has been deleted; upload the dataset again")
     return Failure(code="internal", message=_one_line(f"{type(error).__name__}: {text}"), hint="the traceback is in the log of the attempt")

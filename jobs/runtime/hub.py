@@ -13,13 +13,12 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from json import JSONDecodeError
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jobs.runtime.artifacts import ExportedArtifact
 from jobs.runtime.errors import JobFailed
-from jobs.runtime.retry import RETRY_INITIAL_S, RETRY_MAX_S, TRIES
+from jobs.runtime.http_retry import exception_chain, http_status, retry_hub
 from schema.job import Artifact, HubPush
 from schema.provenance import RUN_RECORD
 
@@ -63,9 +62,9 @@ def push(
     files = repo_files(products) | {MODEL_CARD: card.encode(), RUN_RECORD: run_record}
     context.check_stop()
     api = _client(target.token)
-    repo = _retry_hub(target, lambda: api.create_repo(target.repo_id, private=target.private, exist_ok=True), sleep)
+    repo = _request(target, lambda: api.create_repo(target.repo_id, private=target.private, exist_ok=True), sleep)
     # With its owner from here on: a name alone is one of the account's own.
-    revision = _retry_hub(target, lambda: _commit(api, repo.repo_id, files, context.spec.job_id), sleep)
+    revision = _request(target, lambda: _commit(api, repo.repo_id, files, context.spec.job_id), sleep)
     pushed = HubPush(repo_id=repo.repo_id, revision=revision, url=f"{repo.url}/tree/{revision}")
     log.info("pushed to the hub", extra={"repo": repo.repo_id, "revision": revision, "files": len(files)})
     return tuple(artifact.model_copy(update={"hub": pushed}) for artifact in artifacts)
@@ -149,43 +148,17 @@ def _commit(api: "HfApi", repo_id: str, files: Mapping[str, Path | bytes], job_i
     return str(made.oid)
 
 
-def _retry_hub(target: PushTarget, operation: Callable[[], ReturnT], sleep: Callable[[float], None]) -> ReturnT:
-    """Do it, again while the Hub is away. Raises JobFailed."""
-    import tenacity
+def _request(target: PushTarget, operation: Callable[[], ReturnT], sleep: Callable[[float], None]) -> ReturnT:
+    """Run a request, again while the Hub is unavailable. Raises JobFailed."""
     from httpx2 import TransportError
     from huggingface_hub.errors import HFValidationError
 
-    retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(is_transient),
-        wait=tenacity.wait_exponential(RETRY_INITIAL_S, RETRY_MAX_S),
-        stop=tenacity.stop_after_attempt(TRIES),
-        sleep=sleep,
-        reraise=True,
-    )
     try:
-        return retrying(operation)
+        return retry_hub(operation, sleep=sleep)
     except HFValidationError as error:
-        raise JobFailed("invalid_config", f"{target.repo_id} is no name for a repository", "use owner/name in hf_repo_id") from error
-    except (TransportError, OSError, RuntimeError, ValueError) as error:  # what the client raises: its HTTP errors are OSErrors
+        raise JobFailed("invalid_config", f"{target.repo_id} is not a valid repository name", "use owner/name in hf_repo_id") from error
+    except (TransportError, OSError, RuntimeError, ValueError) as error:  # the client's HTTP errors are OSErrors
         raise _failure(target, error) from error
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether the same may succeed later: nobody answered, or the Hub said that it could not now."""
-    from httpx2 import TransportError
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    status = http_status(error)
-    if status is not None:
-        # 412: another commit came first. 409: two at once.
-        return status in (408, 409, 412, 429) or status >= 500
-    causes = list(_exception_chain(error))
-    if any(isinstance(cause, JSONDecodeError) for cause in causes):  # a gateway's page in place of the Hub's answer
-        return True
-    if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
-        return False
-    # The Xet client, which is no part of the HTTP client, raises RuntimeError for all that goes wrong on its line.
-    return any(isinstance(cause, TransportError | ConnectionError | TimeoutError | RuntimeError) for cause in causes)
 
 
 def _failure(target: PushTarget, error: Exception) -> JobFailed:
@@ -236,21 +209,8 @@ def repo_creation_denied_reason(repo_id: str, account: Mapping[str, Any]) -> str
 
 def _server_message(error: BaseException) -> str:
     """The Hub's own words, in one line."""
-    for cause in _exception_chain(error):
+    for cause in exception_chain(error):
         words = getattr(cause, "server_message", None)
         if words:
             return str(words).partition("\n")[0]
     return str(error).strip().partition("\n")[0]
-
-
-def http_status(error: BaseException) -> int | None:
-    """The Hub's own answer, which its client may have wrapped into another error; None when nobody answered."""
-    answers = (getattr(cause, "response", None) for cause in _exception_chain(error))
-    return next((int(answer.status_code) for answer in answers if answer is not None), None)
-
-
-def _exception_chain(error: BaseException) -> Iterator[BaseException]:
-    at: BaseException | None = error
-    while at is not None:
-        yield at
-        at = at.__cause__ or at.__context__

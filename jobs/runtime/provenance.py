@@ -1,7 +1,7 @@
-"""Where a model comes from, written down as `run.json` beside every artifact: data, config, code, machine, time, and what was measured.
+"""The provenance of a trained model, `run.json`: data, config, code, machine, time and what was measured.
 
-The record is made once, after the files are uploaded, and is the same wherever it lies: at runs/{job_id}/attempt-{n}/, in every
-folder of the artifacts, and on the Hub.
+The record is built once, after the artifacts are uploaded. The same bytes are stored at runs/{job_id}/attempt-{n}/, beside every
+artifact, and on the Hub.
 """
 
 import hashlib
@@ -10,13 +10,16 @@ import os
 import platform
 import re
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.runtime.artifacts import sha256_of
-from jobs.runtime.system_metrics import Energy, nvidia_gpus
+from jobs.runtime.artifacts import ExportedArtifact, sha256_of
+from jobs.runtime.family import RenderModelCard, TrainedModel
+from jobs.runtime.hub import push
+from jobs.runtime.retry import retry_store
+from jobs.runtime.system_metrics import Energy, EnergyMeter, nvidia_gpus
 from schema.job import Artifact, ArtifactFile
 from schema.provenance import (
     RUN_RECORD,
@@ -30,31 +33,65 @@ from schema.provenance import (
     TimeRecord,
     run_record_key,
 )
+from schema.version import VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from jobs.llm.trained_model import TrainedModel
     from jobs.runtime.context import JobContext
-    from storage import ObjectStore
 
-MAX_HASHED_BYTES = 4 << 30  # of a base's weights to name their digests: some ten seconds
-PRICE_UNKNOWN = "what the hardware costs is known to the deployment, not to the attempt"
+MAX_HASHED_BYTES = 4 << 30  # of the base model's weights; hashing that many takes some ten seconds
+PRICE_UNKNOWN = "the deployment knows what the hardware costs, the attempt does not"
 
 
-def run_record(
+class ProvenanceRecorder:
+    """Records the provenance of one attempt. Created when the attempt begins, to measure its energy; used once, after the upload."""
+
+    def __init__(self, context: "JobContext", *, image: str | None, started_at: datetime) -> None:
+        self._context = context
+        self._code = CodeRecord(tunesmith_version=VERSION, image=image)
+        self._started_at = started_at
+        self._energy = EnergyMeter()
+        self._energy.start_sampling()
+
+    def finalize(
+        self,
+        trained: TrainedModel,
+        products: Sequence[ExportedArtifact],
+        artifacts: Sequence[Artifact],
+        render_model_card: RenderModelCard,
+    ) -> tuple[Artifact, ...]:
+        """Store `run.json` beside the artifacts and push the files to the Hub if the job asks for it; returns the artifacts with both.
+
+        Raises JobFailed `upload_failed`, and `auth` for a token that may not push.
+        """
+        record = build_run_record(
+            self._context,
+            trained,
+            artifacts,
+            code=self._code,
+            energy=self._energy.read(),
+            started_at=self._started_at,
+            finished_at=datetime.now(UTC),
+        )
+        content = record_bytes(record)
+        recorded = store_record(content, artifacts, self._context)
+        repo_id = self._context.spec.training_config.export_config.hf_repo_id
+        if repo_id is None:
+            return recorded
+        return push(products, recorded, render_model_card(record, repo_id), content, self._context)
+
+
+def build_run_record(
     context: "JobContext",
-    trained: "TrainedModel",
+    trained: TrainedModel,
     artifacts: Sequence[Artifact],
     *,
     code: CodeRecord,
     energy: Energy,
     started_at: datetime,
-    now: datetime,
-    decisions: "Mapping[str, str] | None" = None,
+    finished_at: datetime,
 ) -> RunRecord:
-    """The record of an attempt that has made its artifacts."""
-    spec, findings = context.spec, context.state
+    """The record of an attempt that has uploaded its artifacts."""
+    spec, state = context.spec, context.state
     base, base_notes = base_record(spec.training_config.base_model_id, trained.base_folder)
     notes = base_notes | {"price": PRICE_UNKNOWN} | ({"gpu_energy_wh": energy.missing_reason} if energy.joules is None else {})
     notes |= {f"code.{name}": "the launcher did not say" for name, value in code.model_dump().items() if value is None}
@@ -74,14 +111,17 @@ def run_record(
         packages=installed_packages(),
         machine=machine_record(),
         time=TimeRecord(
-            started_at=started_at, finished_at=now, total_s=(now - started_at).total_seconds(), train_runtime_s=trained.train_runtime_s
+            started_at=started_at,
+            finished_at=finished_at,
+            total_s=(finished_at - started_at).total_seconds(),
+            train_runtime_s=trained.train_runtime_s,
         ),
         cost=CostRecord(gpu_energy_wh=energy.watt_hours),
-        base_metrics=findings.base_metrics,
-        metrics=findings.metrics,
-        gate=findings.gate,
+        base_metrics=state.base_metrics,
+        metrics=state.metrics,
+        gate=state.gate,
         artifacts=tuple(ArtifactRecord.from_artifact(artifact) for artifact in artifacts),
-        decisions=dict(decisions or {}),
+        decisions=dict(state.decisions),
         notes=notes,
     )
 
@@ -92,15 +132,21 @@ def record_bytes(record: RunRecord) -> bytes:
 
 
 def store_record(content: bytes, artifacts: Sequence[Artifact], context: "JobContext") -> tuple[Artifact, ...]:
-    """Put the record beside every artifact, and by itself; the artifacts that are folders have it as one of their files from then on.
+    """Store the record by itself and beside every artifact; returns the artifacts, where a folder now lists it as one of its files.
 
     Raises JobFailed `upload_failed`.
     """
     store = context.stores.models
-    for key in [run_record_key(context.spec.job_id, context.attempt), *_record_keys(artifacts)]:
-        _write(store, key, content)
-    own = ArtifactFile(path=RUN_RECORD, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-    return tuple(_with_file(artifact, own) if artifact.key.endswith("/") else artifact for artifact in artifacts)
+    folders = {artifact.key.rpartition("/")[0] for artifact in artifacts}  # files in the same folder share one record
+    for key in [run_record_key(context.spec.job_id, context.attempt), *(f"{folder}/{RUN_RECORD}" for folder in sorted(folders))]:
+        retry_store(f"{RUN_RECORD} could not be stored", lambda key=key: store.write(key, content))
+    record_file = ArtifactFile(path=RUN_RECORD, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    return tuple(_add_file(artifact, record_file) if artifact.key.endswith("/") else artifact for artifact in artifacts)
+
+
+def _add_file(artifact: Artifact, file: ArtifactFile) -> Artifact:
+    files = [each for each in artifact.files if each.path != file.path] + [file]
+    return artifact.model_copy(update={"files": files, "size_bytes": sum(each.size_bytes for each in files)})
 
 
 def base_record(model_id: str, folder: Path) -> tuple[BaseModelRecord, dict[str, str]]:
@@ -148,24 +194,6 @@ def installed_packages() -> dict[str, str]:
     """Every package of this environment with its version."""
     found = {distribution.name.lower().replace("_", "-"): distribution.version for distribution in distributions() if distribution.name}
     return dict(sorted(found.items()))
-
-
-def _record_keys(artifacts: Sequence[Artifact]) -> list[str]:
-    """A key beside each artifact; files that lie together share it."""
-    folders = {artifact.key.rpartition("/")[0] for artifact in artifacts}
-    return [f"{folder}/{RUN_RECORD}" for folder in sorted(folders)]
-
-
-def _write(store: "ObjectStore", key: str, content: bytes) -> None:
-    from jobs.runtime.retry import retry_store
-
-    retry_store(f"{RUN_RECORD} could not be stored", lambda: store.write(key, content))
-
-
-def _with_file(artifact: Artifact, file: ArtifactFile) -> Artifact:
-    files = [each for each in artifact.files if each.path != file.path] + [file]
-    size = sum(each.size_bytes for each in files)
-    return artifact.model_copy(update={"files": files, "size_bytes": size})
 
 
 def _hub_cache_digest(path: Path) -> str | None:

@@ -19,7 +19,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from jobs.runtime.errors import Stopped, StopReason
 
@@ -41,15 +41,15 @@ class StopController:
 
     def __init__(
         self,
-        last_resort: Callable[[StopReason], object],
+        force_exit: Callable[[StopReason], object],
         *,
-        heard: Callable[[StopReason], object] = lambda _: None,
+        on_request: Callable[[StopReason], object] = lambda _: None,
         grace_s: float = INTERRUPT_GRACE_S,
         preemption_deadline_s: float = PREEMPTION_DEADLINE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._force_exit = last_resort
-        self._on_request = heard
+        self._force_exit = force_exit
+        self._on_request = on_request
         self._grace_s = grace_s
         self._preemption_deadline_s = preemption_deadline_s
         self._shutdown_reserve_s = SHUTDOWN_RESERVE_S
@@ -188,6 +188,21 @@ class StopController:
         """Runs in the main thread, in the middle of anything: it takes no lock and writes no log."""
         if not self._raised:
             self.check()
+
+
+class NeverStop:
+    """A stop signal that is never given: for worker processes, which rank 0 stops or kills, and for a trainer that runs alone."""
+
+    stop_reason = None
+
+    def check(self) -> None:
+        """Return always."""
+
+    def defer_stop(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def time_left_s(self) -> float | None:
+        return None
 
 
 def _wake_main_thread() -> None:

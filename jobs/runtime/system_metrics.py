@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol
@@ -171,7 +172,9 @@ def gpu_metrics(readings: Sequence[GpuReading]) -> dict[str, float]:
 
 @functools.cache
 def nvidia_gpus() -> NvidiaGpus | None:
-    """The GPUs of NVIDIA's driver; None without any. Looked for once."""
+    """The GPUs of NVIDIA's driver; None without any, or in an environment without pynvml. Determined once."""
+    if find_spec("pynvml") is None:
+        return None
     import pynvml
 
     try:

@@ -1,17 +1,19 @@
-"""The course of a training: what it has seen so far, when it is saved, and when it must end.
+"""Control a training: track its progress, decide when to save and evaluate, and when to stop.
 
-It decides and remembers; what moves the weights tells it what happens. No library is in here, so that every trainer can have one.
+TrainingControl only decides and keeps state; the training loop reports each step to it. It uses no ML library, so every trainer can
+use it.
 """
 
+import errno
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.llm.oom import BatchConfig, is_disk_full
+from jobs.runtime.batch_config import BatchConfig
 from jobs.runtime.checkpoints import CheckpointInfo
 from jobs.runtime.errors import JobFailed, Stopped, StopReason
 from jobs.runtime.save_policy import SavePolicy, TrainingControlState
@@ -21,25 +23,27 @@ from schema.job import EvalMetrics
 if TYPE_CHECKING:
     from jobs.runtime.context import JobContext
 
-# How fast a checkpoint is written and uploaded, until the first one has been: a guess on the slow side.
+# How fast a checkpoint is written and uploaded, assumed until the first one has been saved: a conservative guess.
 GUESSED_BYTES_PER_S = 50e6
+# torch's archive writer loses the errno: any failed write reads like the third, and what it finds when it closes the file like the last.
+DISK_FULL_MESSAGES = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing", "unexpected pos")
 
 
 class EvaluationInterrupted(Exception):
-    """The training must end now: what is being measured is measured when it goes on."""
+    """The training must stop during an evaluation. The next attempt repeats the evaluation."""
 
 
 @dataclass(frozen=True)
 class EarlyStoppingPolicy:
-    """What becomes of the measurements: whether the best checkpoint is published, and when a training that gets no better ends."""
+    """Whether the best checkpoint is published, and when a training that no longer improves ends."""
 
     load_best_model_at_end: bool = False
-    patience: int | None = None  # evaluations in a row without a lower eval_loss
-    threshold: float = 0.0  # nats by which it must fall
+    patience: int | None = None  # consecutive evaluations without a lower eval_loss
+    threshold: float = 0.0  # nats by which eval_loss must fall to count as lower
 
 
 class TrainingControl:
-    """A training on its way from where `state` left it to `total_steps`."""
+    """The control of one training, from `state` to `total_steps`."""
 
     def __init__(
         self,
@@ -54,10 +58,10 @@ class TrainingControl:
         self.step = state.step
         self.total_steps = total_steps
         self.tokens_seen = state.tokens_seen
-        self.stop_reason: StopReason | None = None  # why it ends before it is done
-        self.checkpoint_bytes = 0  # roughly
-        self.logged_metrics_buffer = dict(state.logged_metrics_buffer)  # what the library has gathered for the next point
-        self.should_save_best = False  # this step is the best so far, and is to be published
+        self.stop_reason: StopReason | None = None  # why it stops before it is done
+        self.checkpoint_bytes = 0  # an estimate
+        self.logged_metrics_buffer = dict(state.logged_metrics_buffer)  # what the library collected since it last logged
+        self.should_save_best = False  # this step is the best so far, and the best step is published
         self._early_stopping = early_stopping
         self._best_loss, self.best_step, self._evaluations_without_improvement = (
             state.best_loss,
@@ -78,24 +82,24 @@ class TrainingControl:
 
     @property
     def batch_config(self) -> BatchConfig:
-        """How many rows go through the model at once."""
+        """The batch of this attempt, which may be smaller than requested."""
         return BatchConfig(self._state.batch_size, self._state.gradient_accumulation_steps)
 
     @property
     def evaluation_is_due(self) -> bool:
-        """The training ended at a step at which it was to be measured, and was not."""
+        """The training stopped before or during an evaluation that it owes."""
         return self._evaluation_due
 
     @property
     def is_done(self) -> bool:
-        """All steps are done, or more of them make it no better."""
+        """All steps are done, or early stopping ended the training."""
         return self.step >= self.total_steps or (
             self._early_stopping.patience is not None and self._evaluations_without_improvement >= self._early_stopping.patience
         )
 
     @property
     def load_best_model_at_end(self) -> bool:
-        """The best checkpoint is published, not the last."""
+        """Publish the best checkpoint, not the last."""
         return self._early_stopping.load_best_model_at_end
 
     @property
@@ -115,7 +119,7 @@ class TrainingControl:
 
     @property
     def state(self) -> TrainingControlState:
-        """What has to be known to go on from here."""
+        """The state to resume from this step."""
         return self._state.model_copy(
             update={
                 "step": self.step,
@@ -137,7 +141,7 @@ class TrainingControl:
         return self._clock() - self._started_at if self.step > self._state.step else 0.0
 
     def start(self) -> None:
-        """The first step comes now."""
+        """Start timing: the first step begins now."""
         self._started_at = self._saved_at = self._clock()
 
     def on_step_begin(self) -> None:
@@ -145,67 +149,67 @@ class TrainingControl:
         self._step_started_at = self._clock()
 
     def on_step_end(self, step: int, loss: float) -> None:
-        """An optimizer step is done, its loss in nats per label. Raises Stopped when cancelled, JobFailed when it is no number."""
+        """An optimizer step ended with `loss` in nats per label. Raises Stopped if canceled, JobFailed if the loss is not finite."""
         self._context.check_stop()
         self.step = step
         self._longest_step_s = max(self._longest_step_s, self._clock() - self._step_started_at)
         if not math.isfinite(loss):
-            raise make_divergence_error(f"the loss is no number any more at step {step}")
+            raise make_divergence_error(f"the loss is NaN or infinite at step {step}")
         self._loss_buffer.append(loss)
 
     def pop_mean_loss(self) -> float:
-        """The mean loss of the steps since the last point of the curve; the next window begins."""
-        window, self._loss_buffer = self._loss_buffer, []
-        return math.fsum(window) / len(window)
+        """The mean loss of the steps since the last call. Empties the buffer."""
+        losses, self._loss_buffer = self._loss_buffer, []
+        return math.fsum(losses) / len(losses)
 
     def should_stop(self) -> bool:
-        """Whether the training must be saved and end here: somebody asked, or time is short. Raises Stopped when cancelled."""
+        """Whether to save and stop after this step: on request, or because time runs out. Raises Stopped if the job was canceled."""
         self._context.check_stop()
         if self.stop_reason is None and self._context.should_yield(self._step_and_save_s):
             self.stop_reason = self._context.stop.stop_reason or "time_slice"
         return self.stop_reason is not None
 
     def should_save(self, *, epoch_ended: bool) -> bool:
-        """Whether this step is to be saved."""
-        since_s = self._clock() - self._saved_at
-        due = self._save_policy.is_due(self.step, epoch_ended=epoch_ended, since_last_save_s=since_s, save_s=self._save_s)
-        return due or self.is_done or self.stop_reason is not None
+        """Whether to save a checkpoint after this step."""
+        since_last_save_s = self._clock() - self._saved_at
+        is_due = self._save_policy.is_due(self.step, epoch_ended=epoch_ended, since_last_save_s=since_last_save_s, save_s=self._save_s)
+        return is_due or self.is_done or self.stop_reason is not None
 
     def evaluate(self, evaluate_fn: Callable[[Callable[[], None]], EvalMetrics]) -> EvalMetrics | None:
-        """Measure at this step, once. None when the training must end first: then it is due when that goes on.
+        """Evaluate this step, once per step. None if the training must stop first; then the next attempt evaluates.
 
-        `measure` is given what it has to call now and then.
+        `evaluate_fn` gets a function that it must call between batches and that raises EvaluationInterrupted.
         """
         if self.step in self._metrics_by_step:
             return self._metrics_by_step[self.step]
         self._evaluation_due = True
         try:
-            found = evaluate_fn(self._check_stop)
+            metrics = evaluate_fn(self._check_stop)
         except EvaluationInterrupted:
             return None
-        self._metrics_by_step, self._evaluation_due = {self.step: found}, False
-        self._context.log_evaluation("during", self.step, found)
-        self._update_best(found)
-        return found
+        self._metrics_by_step, self._evaluation_due = {self.step: metrics}, False
+        self._context.log_evaluation("during", self.step, metrics)
+        self._update_best(metrics)
+        return metrics
 
     def save(self, folder: Path, epoch: float, write_files: Callable[[], object]) -> None:
-        """Let `write` fill the folder, and hand it over to be kept; a full disk is got over. Nothing is saved twice."""
+        """Let `write_files` fill the folder and submit it for upload. On a full disk the checkpoint is skipped. No step is saved twice."""
         if self._saved_step == self.step:
             return
-        began = self._saved_at = self._clock()
+        started_at = self._saved_at = self._clock()
         if not self._write_checkpoint(folder, write_files):
             return
         self.should_save_best = False
-        if self.load_best_model_at_end:  # one that still waits to be uploaded would be dropped for this one, and may be the best
+        if self.load_best_model_at_end:  # this checkpoint would replace a pending one in the upload queue, which may be the best
             self._context.checkpoints.wait_until_uploaded()
         self._context.notify_checkpoint_saved(folder, self.step)
         self._saved_step = self.step
         self._saved_at = self._clock()
-        self._save_s = self._saved_at - began
+        self._save_s = self._saved_at - started_at
         self._context.checkpoints.submit(folder, self._checkpoint_info(epoch))
 
     def raise_if_stopped(self) -> None:
-        """The steps are over. Raises Stopped when the training was asked to end, as soon as what was saved is durable."""
+        """Call after the last step. Raises Stopped if the training was stopped, once the last checkpoint is uploaded."""
         reason = self.stop_reason or self._context.stop.stop_reason
         if reason is not None:
             self._context.checkpoints.wait_until_uploaded(self._context.stop.time_left_s())
@@ -213,17 +217,14 @@ class TrainingControl:
 
     @property
     def _step_and_save_s(self) -> float:
-        """What one more step, and then a checkpoint, may take."""
+        """How long one more step and then a checkpoint may take."""
         upload_s = self._context.checkpoints.max_upload_s
-        saving_s = (
-            self._save_s + upload_s
-            if self._saved_step is not None and upload_s
-            else max(self.checkpoint_bytes / GUESSED_BYTES_PER_S, self._save_s)
-        )
-        return self._longest_step_s + saving_s
+        if self._saved_step is not None and upload_s:
+            return self._longest_step_s + self._save_s + upload_s
+        return self._longest_step_s + max(self.checkpoint_bytes / GUESSED_BYTES_PER_S, self._save_s)
 
     def _update_best(self, metrics: EvalMetrics) -> None:
-        """Whether this is the best measurement so far, and whether there is still hope."""
+        """Record whether this is the best evaluation so far; logs the decision when early stopping ends the training."""
         loss = metrics.eval_loss
         if loss is not None and (self._best_loss is None or loss < self._best_loss - self._early_stopping.threshold):
             self._best_loss, self.best_step, self._evaluations_without_improvement = loss, self.step, 0
@@ -231,8 +232,8 @@ class TrainingControl:
             return
         self._evaluations_without_improvement += 1
         if self._early_stopping.patience is not None and self._evaluations_without_improvement >= self._early_stopping.patience:
-            why = f"eval_loss has not fallen below {self._best_loss} in {self._evaluations_without_improvement} evaluations"
-            self._context.log_decision("early_stopping", f"step {self.step}", why)
+            reason = f"eval_loss has not fallen below {self._best_loss} in {self._evaluations_without_improvement} evaluations"
+            self._context.log_decision("early_stopping", f"step {self.step}", reason)
 
     def _check_stop(self) -> None:
         if self.should_stop():
@@ -250,20 +251,20 @@ class TrainingControl:
                 if not is_disk_full(error):
                     raise
             shutil.rmtree(folder, ignore_errors=True)
-            room = self._context.checkpoints.prune_local()
-            if is_last_try or not room:
+            freed = self._context.checkpoints.prune_local()
+            if is_last_try or not freed:
                 break
-        self._context.warn("disk_full", f"there is no room on the disk to save step {self.step}; the training goes on without")
+        self._context.warn("disk_full", f"the disk is full: step {self.step} was not saved; training continues")
         return False
 
     def _checkpoint_info(self, epoch: float) -> CheckpointInfo:
-        measured = self._metrics_by_step.get(self.step)
+        metrics = self._metrics_by_step.get(self.step)
         return CheckpointInfo(
             step=self.step,
             total_steps=self.total_steps,
             epoch=epoch,
             reason=self._checkpoint_reason,
-            eval_loss=measured.eval_loss if measured else None,
+            eval_loss=metrics.eval_loss if metrics else None,
             batch_size=self._state.batch_size,
             gradient_accumulation_steps=self._state.gradient_accumulation_steps,
             save_s=self._save_s,
@@ -281,5 +282,21 @@ class TrainingControl:
 
 
 def make_divergence_error(message: str) -> JobFailed:
-    """A training that has lost its numbers: going on would only cost."""
-    return JobFailed("invalid_config", message, "lower learning_rate, or raise warmup_ratio")
+    """The failure of a training whose loss or weights are not finite: continuing would only cost money."""
+    return JobFailed("invalid_config", message, "lower learning_rate or raise warmup_ratio")
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether the error, or one in its chain, means that the disk or a quota is full."""
+    for cause in _iter_exception_chain(error):
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(text in str(cause) for text in DISK_FULL_MESSAGES):
+            return True
+    return False
+
+
+def _iter_exception_chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -29,7 +29,10 @@ from schema.types import DatasetType, HubId, Method, Modality, Provider
 class LlmTrainingConfig(Strict):
     """What every trainer type of language models has in common."""
 
-    trainer: ClassVar[str]  # "module:function" of the code that obeys it
+    # The functions of the family, as "module:function"; jobs/runtime/family.py says what each of them does.
+    train: ClassVar[str]
+    check_export: ClassVar[str] = "jobs.llm.exporters:check_exportable"
+    export: ClassVar[str] = "jobs.llm.exporters:export_all"
     dataset_types: ClassVar[tuple[DatasetType, ...]]
     modalities: ClassVar[tuple[Modality, ...]] = ("text",)
     providers: ClassVar[tuple[Provider, ...]] = ("huggingface",)
@@ -102,7 +105,7 @@ class LlmTrainingConfig(Strict):
 class SftConfig(LlmTrainingConfig):
     """Supervised fine-tuning: learn to continue a text, or to answer as the data answers."""
 
-    trainer: ClassVar[str] = "jobs.llm.trainers.sft:train"
+    train: ClassVar[str] = "jobs.llm.trainers.sft:train"
     dataset_types: ClassVar[tuple[DatasetType, ...]] = ("messages", "prompt_completion", "text")
     modalities: ClassVar[tuple[Modality, ...]] = ("text", "vision")
     providers: ClassVar[tuple[Provider, ...]] = ("huggingface", "unsloth")
@@ -121,7 +124,7 @@ class SftConfig(LlmTrainingConfig):
 class DpoConfig(LlmTrainingConfig):
     """Direct preference optimization: learn which of two answers is preferred."""
 
-    trainer: ClassVar[str] = "jobs.llm.trainers.dpo:train"
+    train: ClassVar[str] = "jobs.llm.trainers.dpo:train"
     dataset_types: ClassVar[tuple[DatasetType, ...]] = ("preference",)
     learning_rates: ClassVar[dict[Method, float]] = {"LoRA": 1e-5, "QLoRA": 1e-5, "Full": 1e-6}
 
@@ -132,7 +135,7 @@ class DpoConfig(LlmTrainingConfig):
 class OrpoConfig(LlmTrainingConfig):
     """Odds ratio preference optimization: learn the preferred answer, and away from the other, in one go."""
 
-    trainer: ClassVar[str] = "jobs.llm.trainers.orpo:train"
+    train: ClassVar[str] = "jobs.llm.trainers.orpo:train"
     dataset_types: ClassVar[tuple[DatasetType, ...]] = ("preference",)
     learning_rates: ClassVar[dict[Method, float]] = {"LoRA": 5e-5, "QLoRA": 5e-5, "Full": 8e-6}
 
@@ -143,7 +146,7 @@ class OrpoConfig(LlmTrainingConfig):
 class KtoConfig(LlmTrainingConfig):
     """Kahneman-Tversky optimization: learn from answers that are each just good or bad."""
 
-    trainer: ClassVar[str] = "jobs.llm.trainers.kto:train"
+    train: ClassVar[str] = "jobs.llm.trainers.kto:train"
     dataset_types: ClassVar[tuple[DatasetType, ...]] = ("unpaired_preference", "preference")
     learning_rates: ClassVar[dict[Method, float]] = {"LoRA": 1e-5, "QLoRA": 1e-5, "Full": 1e-6}
 
@@ -154,7 +157,7 @@ class KtoConfig(LlmTrainingConfig):
 class GrpoConfig(LlmTrainingConfig):
     """Group relative policy optimization: learn from what graders say of the model's own answers."""
 
-    trainer: ClassVar[str] = "jobs.llm.trainers.grpo:train"
+    train: ClassVar[str] = "jobs.llm.trainers.grpo:train"
     dataset_types: ClassVar[tuple[DatasetType, ...]] = ("prompt", "prompt_completion")
     learning_rates: ClassVar[dict[Method, float]] = {"LoRA": 1e-5, "QLoRA": 1e-5, "Full": 1e-6}
 
@@ -186,7 +189,7 @@ class GrpoConfig(LlmTrainingConfig):
 class RewardConfig(LlmTrainingConfig):
     """A reward model: a score for an answer, learned from which of two is preferred."""
 
-    trainer: ClassVar[str] = "jobs.llm.trainers.reward:train"
+    train: ClassVar[str] = "jobs.llm.trainers.reward:train"
     dataset_types: ClassVar[tuple[DatasetType, ...]] = ("preference",)
     learning_rates: ClassVar[dict[Method, float]] = {"LoRA": 1e-4, "QLoRA": 1e-4, "Full": 1e-5}
 

@@ -21,20 +21,22 @@ def upload(
     tenant_id: TenantDep,
     file: Annotated[
         UploadFile | None,
-        File(description="JSONL: rows of one form: `messages`, `prompt` and `completion`, `text`, preferences, or prompts for graders."),
+        File(
+            description="JSONL, all rows in one format: `messages`, `prompt` and `completion`, `text`, preferences, or prompts for graders."
+        ),
     ] = None,
     incoming: Annotated[
-        str | None, Form(max_length=900, description="In place of `file`: the key of such a file below `incoming/` of the dataset store.")
+        str | None, Form(max_length=900, description="Instead of `file`: the key of such a file below `incoming/` of the dataset store.")
     ] = None,
-    name: Annotated[Label | None, Form(description="Left out: the file's name.")] = None,
+    name: Annotated[Label | None, Form(description="Default: the file's name.")] = None,
     project_id: Annotated[Id | None, Form()] = None,
     eval_fraction: Annotated[
         float, Form(ge=0, le=0.5, allow_inf_nan=False, description="Share of the rows held out for evaluation.")
     ] = 0.1,
 ) -> DatasetView:
-    """Check every row and keep the dataset, or refuse it naming the first bad line."""
+    """Check every row and store the dataset. An invalid row is a 400 that names its line."""
     if (file is None) == (incoming is None):
-        raise InvalidRequest("send either the rows as `file` or their key as `incoming`, and not both", param="file")
+        raise InvalidRequest("send either the rows as `file` or their key as `incoming`, not both", param="file")
     label = name or _sanitize_filename(file.filename if file else incoming)
     with nullcontext(file.file) if file else services.datasets.open_incoming(incoming or "") as stream:
         request = Upload(stream=stream, name=label, project_id=project_id, eval_fraction=eval_fraction)
@@ -56,18 +58,18 @@ def list_datasets(
 @router.get("/{processed_dataset_id}")
 def get_dataset(processed_dataset_id: Id, services: ServicesDep, tenant_id: TenantDep) -> DatasetDetail:
     """A dataset and the first rows of each split."""
-    found = services.datasets.find(processed_dataset_id, tenant_id)
-    return DatasetDetail(**dataset_view(found).model_dump(), preview=services.datasets.preview(found))
+    dataset = services.datasets.find(processed_dataset_id, tenant_id)
+    return DatasetDetail(**dataset_view(dataset).model_dump(), preview=services.datasets.preview(dataset))
 
 
 @router.delete("/{processed_dataset_id}")
 def delete(processed_dataset_id: Id, services: ServicesDep, tenant_id: TenantDep) -> DeleteDatasetResponse:
-    """Remove a dataset that no unfinished job needs."""
-    removed = services.datasets.delete(processed_dataset_id, tenant_id)
-    return DeleteDatasetResponse(processed_dataset_id=processed_dataset_id, deleted=True, deleted_resources=removed)
+    """Delete a dataset that no unfinished job uses."""
+    deleted = services.datasets.delete(processed_dataset_id, tenant_id)
+    return DeleteDatasetResponse(processed_dataset_id=processed_dataset_id, deleted=True, deleted_resources=deleted)
 
 
 def _sanitize_filename(filename: str | None) -> str:
-    """A label from a file's name, which is a stranger's text."""
+    """A label from a file's name, which a caller chose: printable characters only."""
     readable = "".join(c for c in PurePath(filename or "").name if c.isprintable())
     return readable[:128] or "unnamed dataset"

@@ -1,6 +1,6 @@
-"""What endpoints ask for: the service's parts, and on whose behalf they act.
+"""FastAPI dependencies of the endpoints: the service's parts, and the caller's tenant.
 
-Both are `async` because they never wait: FastAPI would send a plain function through its thread pool.
+Both are `async` because they never block: FastAPI would run a plain function in its thread pool.
 """
 
 from typing import Annotated
@@ -14,12 +14,12 @@ LOCAL_TENANT = "local"
 
 
 async def get_services(request: Request) -> Services:
-    """The service that this request reached."""
+    """The parts of the running service."""
     return request.app.state.services
 
 
 async def get_tenant_id() -> str:
-    """Whose jobs these are. The local profile has one tenant."""
+    """The caller's tenant. There is only one so far."""
     return LOCAL_TENANT
 
 
@@ -27,6 +27,6 @@ ServicesDep = Annotated[Services, Depends(get_services)]
 TenantDep = Annotated[str, Depends(get_tenant_id)]
 IdempotencyHeader = Annotated[
     str | None,
-    Header(alias="Idempotency-Key", description="The same key with the same body is the same job, for 24 hours."),
+    Header(alias="Idempotency-Key", description="The same key with the same body returns the same job, for 24 hours."),
     StringConstraints(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$"),
 ]

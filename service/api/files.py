@@ -1,4 +1,4 @@
-"""Objects behind signed links, for stores that cannot sign links of their own."""
+"""Downloads through links that the service signs itself, for stores that cannot sign links."""
 
 from fastapi import APIRouter
 from starlette.responses import FileResponse, Response
@@ -12,11 +12,11 @@ router = APIRouter(tags=["files"])
 
 @router.get("/files/{token}", response_class=FileResponse)
 def download_file(token: str, services: ServicesDep) -> Response:
-    """The object that the link is for; ranges are honoured, so a broken download can go on."""
+    """The object of the link. Range requests work, so an interrupted download can continue."""
     key, filename = services.tokens.read_file_token(token)
-    if not isinstance(services.objects.models, LocalStore):
+    if not isinstance(services.buckets.models, LocalStore):
         raise NotFound("this deployment's object store signs its own links")
-    path = services.objects.models.path_for_key(key)
+    path = services.buckets.models.path_for_key(key)
     if not path.is_file():
-        raise NotFound("the file is not there any more")
+        raise NotFound("the file does not exist any more")
     return FileResponse(path, filename=filename, media_type="application/octet-stream")

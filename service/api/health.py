@@ -62,7 +62,7 @@ class HealthChecks:
 
 def make_health_checks(services: Services) -> HealthChecks:
     """One check of the job store, and one of each object store."""
-    stores = {store.url: store for store in (services.objects.configs, services.objects.datasets, services.objects.models)}
+    stores = {store.url: store for store in (services.buckets.configs, services.buckets.datasets, services.buckets.models)}
     checks: dict[str, Callable[[], object]] = {"job_store": lambda: services.store.ping()}
     for url, store in stores.items():
         checks["object_store" if len(stores) == 1 else f"object_store {url}"] = partial(store.stat, "health/probe")

@@ -1,6 +1,6 @@
-"""What attempts call: claim, report, finish; each call carries the attempt's own token. And what a scheduler calls.
+"""Endpoints for attempts (claim, report, finish), each with the attempt's own token, and for a scheduler (reconcile, cleanup).
 
-The scheduler's calls may be made by anybody who may call the service at all, at any time, and as often as one likes.
+The scheduler's endpoints have no token of their own: every caller of the service may call them, at any time and repeatedly.
 """
 
 from typing import Annotated, Any
@@ -19,16 +19,16 @@ from service.core.jobs.orphans import OrphanScan
 async def authenticate_attempt(
     job_id: Id, attempt: int, services: ServicesDep, authorization: Annotated[str, Header()] = ""
 ) -> tuple[str, int]:
-    """The attempt that the caller may speak for. Raises Unauthorized."""
+    """The job id and number of the attempt that the token is for. Raises Unauthorized."""
     scheme, _, token = authorization.partition(" ")
     if scheme.lower() != "bearer" or not token:
-        raise Unauthorized("an attempt shows its token: Authorization: Bearer …")
+        raise Unauthorized("an attempt must send its token: Authorization: Bearer …")
     services.tokens.verify_attempt_token(token, job_id, attempt)
     return job_id, attempt
 
 
 class CleanupRequest(Strict):
-    """What to clean besides secrets."""
+    """What to clean up besides secrets."""
 
     orphans: bool = False
 
@@ -40,41 +40,41 @@ AttemptDep = Annotated[tuple[str, int], Depends(authenticate_attempt)]
 
 @router.post("/claim")
 def claim(body: ClaimRequest, attempt_key: AttemptDep, services: ServicesDep) -> ClaimResponse:
-    """Take possession of the attempt, once."""
-    return services.jobs.claim(*attempt_key, body.claimant)
+    """Claim the attempt for one process."""
+    return services.jobs.attempts.claim(*attempt_key, body.claimant)
 
 
 @router.post("/events")
 def report(body: EventBatch, attempt_key: AttemptDep, services: ServicesDep) -> EventBatchResponse:
-    """Take events, answer with a directive."""
-    return services.jobs.report(*attempt_key, body)
+    """Store events; the response has the directive."""
+    return services.jobs.attempts.report(*attempt_key, body)
 
 
 @router.post("/result", status_code=204)
 def finish(body: Result, attempt_key: AttemptDep, services: ServicesDep) -> None:
-    """Take the attempt's last word."""
+    """Apply the attempt's result."""
     if (body.job_id, body.attempt) != attempt_key:
-        raise InvalidRequest("the result is of another attempt than the address", param="attempt")
-    services.jobs.finish(body.job_id, body)
+        raise InvalidRequest("the result is for another attempt than the URL", param="attempt")
+    services.jobs.attempts.finish(body.job_id, body)
 
 
 @maintenance_router.post("/reconcile")
 def reconcile(services: ServicesDep) -> dict[str, int]:
-    """Bring every open job a step nearer to where it should be."""
-    return {"changed": services.jobs.reconcile()}
+    """Take one step with every open job."""
+    return {"changed": services.jobs.reconciliation.reconcile()}
 
 
 @maintenance_router.post("/cleanup")
 def clean_up(services: ServicesDep, body: Annotated[CleanupRequest | None, Body()] = None) -> dict[str, Any]:
-    """Destroy secrets that outlived their job; if asked, remove files of jobs that there are not."""
-    swept = services.jobs.delete_stale_secrets()
-    return {"secrets_deleted": swept} | (_render_orphans(services.jobs.delete_orphans()) if body and body.orphans else {})
+    """Destroy secrets that outlived their job and, if requested, delete files whose job does not exist."""
+    destroyed = services.jobs.deletion.delete_stale_secrets()
+    return {"secrets_deleted": destroyed} | (_render_orphans(services.jobs.deletion.delete_orphans()) if body and body.orphans else {})
 
 
 @maintenance_router.get("/orphans")
 def list_orphans(services: ServicesDep) -> dict[str, Any]:
-    """Files of jobs that there are not. `complete`: everything was looked at in the time there was."""
-    return _render_orphans(services.jobs.list_orphans())
+    """Files whose job does not exist. `complete`: the scan finished within its timeout."""
+    return _render_orphans(services.jobs.deletion.list_orphans())
 
 
 def _render_orphans(scan: OrphanScan) -> dict[str, Any]:

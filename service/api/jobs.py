@@ -1,4 +1,4 @@
-"""The seed's job endpoints, with events, logs, checkpoints and the controls beside them."""
+"""`/jobs`: list, show, download, delete, control, clone, export, events and logs."""
 
 from typing import Annotated
 
@@ -31,6 +31,8 @@ from service.api.responses import (
 )
 from service.bootstrap import Services
 from service.core.errors import InvalidRequest
+from service.core.jobs import checkpoints
+from service.core.jobs.queries import LINK_TTL_S
 from service.core.ports import JobQuery
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
@@ -54,7 +56,7 @@ def list_jobs(
 ) -> Response:
     """Jobs, newest first."""
     query = JobQuery(tenant_id, limit, cursor, status, project_id, modality, trainer_type)
-    page = services.jobs.list_jobs(query)
+    page = services.store.list_jobs(query)
     return _json_response({"jobs": [job_row(row) for row in page.rows], "next_cursor": page.next_cursor})
 
 
@@ -64,14 +66,16 @@ def download(
     request: Request,
     services: ServicesDep,
     tenant_id: TenantDep,
-    artifact: Annotated[str | None, Query(max_length=100, description="Which one; left out: GGUF, else merged, else adapter.")] = None,
+    artifact: Annotated[
+        str | None, Query(max_length=100, description="Name of the artifact. Default: GGUF, else merged, else adapter.")
+    ] = None,
 ) -> DownloadResponse:
-    """Short-lived links to what the job made."""
-    found, links = services.jobs.create_download_links(job_id, tenant_id, artifact)
+    """Short-lived links to the files of an artifact."""
+    chosen, links = services.jobs.queries.create_download_links(job_id, tenant_id, artifact)
     base = str(services.settings.public_url or request.base_url).rstrip("/")
     files = [
         FileLink(
-            path=file.path or found.key.rpartition("/")[2],
+            path=file.path or chosen.key.rpartition("/")[2],
             size_bytes=file.size_bytes,
             sha256=file.sha256,
             url=base + url if url.startswith("/") else url,
@@ -80,14 +84,14 @@ def download(
     ]
     main = next((file for ending in WEIGHT_SUFFIXES for file in files if file.path.endswith(ending)), files[0])
     return DownloadResponse(
-        download_url=main.url, artifact=found.name, is_folder=found.key.endswith("/"), expires_in_s=services.jobs.link_ttl_s, files=files
+        download_url=main.url, artifact=chosen.name, is_folder=chosen.key.endswith("/"), expires_in_s=LINK_TTL_S, files=files
     )
 
 
 @router.get("/{job_id}")
 def get_job(job_id: Id, services: ServicesDep, tenant_id: TenantDep) -> JobDetail:
-    """Everything about a job: where it is, how it went, what it made."""
-    return job_detail(*services.jobs.get_refreshed(job_id, tenant_id))
+    """Everything about a job: its status, metrics, attempts and artifacts."""
+    return job_detail(*services.jobs.queries.get_refreshed(job_id, tenant_id))
 
 
 @router.delete("/{job_id}")
@@ -96,14 +100,14 @@ def delete(
     response: Response,
     services: ServicesDep,
     tenant_id: TenantDep,
-    delete_hub: Annotated[bool, Query(description="Also delete the Hub repositories that hold nothing but what this job pushed.")] = False,
+    delete_hub: Annotated[bool, Query(description="Also delete the Hub repositories that hold only what this job pushed.")] = False,
     hub_token: Annotated[str | None, Header(alias="X-HF-Token", max_length=1000, description="Needed with delete_hub.")] = None,
 ) -> DeleteJobResponse:
-    """Stop the job and remove it with all its files. 202: it is still stopping, repeat the call."""
-    deleted = services.jobs.delete(job_id, tenant_id, delete_hub=delete_hub, hub_token=hub_token)
+    """Cancel the job, then delete it with all its files. 202: it is still being canceled, repeat the call."""
+    deleted = services.jobs.deletion.delete(job_id, tenant_id, delete_hub=delete_hub, hub_token=hub_token)
     if deleted is None:
         response.status_code = 202
-        return DeleteJobResponse(job_id=job_id, deleted=False, message="The job is being stopped; repeat the call.", deleted_resources=[])
+        return DeleteJobResponse(job_id=job_id, deleted=False, message="The job is being canceled; repeat the call.", deleted_resources=[])
     if deleted.failures:
         response.status_code = 503
         message = f"Not everything could be deleted; repeat the call. {'; '.join(deleted.failures)}"
@@ -114,26 +118,26 @@ def delete(
 
 @router.post("/{job_id}/cancel", status_code=202)
 def cancel(job_id: Id, services: ServicesDep, tenant_id: TenantDep) -> JobDetail:
-    """Stop the job; what it saved stays. Can be repeated."""
-    return _job_response(services, services.jobs.cancel(job_id, tenant_id))
+    """Cancel the job; its checkpoints are kept. Can be repeated."""
+    return _job_response(services, services.jobs.control.cancel(job_id, tenant_id))
 
 
 @router.post("/{job_id}/pause", status_code=202)
 def pause(job_id: Id, services: ServicesDep, tenant_id: TenantDep) -> JobDetail:
-    """Save a checkpoint, free the compute, keep the place. Can be repeated."""
-    return _job_response(services, services.jobs.pause(job_id, tenant_id))
+    """Save a checkpoint and free the compute. Can be repeated."""
+    return _job_response(services, services.jobs.control.pause(job_id, tenant_id))
 
 
 @router.post("/{job_id}/resume", status_code=202)
 def resume(job_id: Id, services: ServicesDep, tenant_id: TenantDep, body: Annotated[ResumeRequest | None, Body()] = None) -> JobDetail:
-    """Go on where the pause was, exactly; on other hardware or for longer, if the body says so. Can be repeated."""
-    return _job_response(services, services.jobs.resume(job_id, tenant_id, body or ResumeRequest.model_validate({})))
+    """Continue exactly where the job paused, on other hardware or for longer if the body asks for it. Can be repeated."""
+    return _job_response(services, services.jobs.control.resume(job_id, tenant_id, body or ResumeRequest.model_validate({})))
 
 
 @router.post("/{job_id}/retry", status_code=202)
 def retry(job_id: Id, services: ServicesDep, tenant_id: TenantDep, body: Annotated[RetryRequest | None, Body()] = None) -> JobDetail:
     """Continue a failed or cancelled job from its last good checkpoint, or from the start. Can be repeated."""
-    return _job_response(services, services.jobs.retry(job_id, tenant_id, body or RetryRequest.model_validate({})))
+    return _job_response(services, services.jobs.control.retry(job_id, tenant_id, body or RetryRequest.model_validate({})))
 
 
 @router.post("/{job_id}/clone", status_code=201)
@@ -144,12 +148,12 @@ def clone(
     body: Annotated[CloneRequest | None, Body()] = None,
     idempotency_key: IdempotencyHeader = None,
 ) -> TrainResponse:
-    """Run the job's request again, as a job of its own; the body says what is to be different."""
+    """Create a new job from the job's request, with the changes in the body."""
     try:
-        made = services.jobs.clone(job_id, tenant_id, body or CloneRequest.model_validate({}), idempotency_key)
+        job = services.jobs.submission.clone(job_id, tenant_id, body or CloneRequest.model_validate({}), idempotency_key)
     except ValidationError as error:
         raise as_request_validation_error(error) from error
-    return TrainResponse(job_id=made.job_id)
+    return TrainResponse(job_id=job.job_id)
 
 
 @router.post("/{job_id}/export", status_code=201)
@@ -160,15 +164,15 @@ def reexport(
     body: Annotated[ReexportRequest | None, Body()] = None,
     idempotency_key: IdempotencyHeader = None,
 ) -> TrainResponse:
-    """Export what the job has trained once more, in other forms or to another place, without training: a job of its own."""
+    """Create a job that exports the trained model again, in other formats or to another destination, without training."""
     request = body or ReexportRequest.model_validate({})
-    return TrainResponse(job_id=services.jobs.reexport(job_id, tenant_id, request, idempotency_key).job_id)
+    return TrainResponse(job_id=services.jobs.exports.reexport(job_id, tenant_id, request, idempotency_key).job_id)
 
 
 @router.get("/{job_id}/checkpoints")
 def list_checkpoints(job_id: Id, services: ServicesDep, tenant_id: TenantDep) -> CheckpointList:
-    """What the job can go on from, and be exported at; the one that the next attempt tries first comes first."""
-    return checkpoint_list(services.jobs.list_checkpoints(job_id, tenant_id))
+    """The job's stored checkpoints. The first is the one that the next attempt tries first."""
+    return checkpoint_list(checkpoints.list_checkpoints(services.buckets.models, services.jobs.repository.find(job_id, tenant_id)))
 
 
 @router.post("/{job_id}/checkpoints/{step}/export", status_code=201)
@@ -180,9 +184,9 @@ def export(
     body: Annotated[ExportRequest | None, Body()] = None,
     idempotency_key: IdempotencyHeader = None,
 ) -> TrainResponse:
-    """Export a checkpoint without training again: a job of its own, whose artifacts are downloaded like any other's."""
+    """Create a job that exports one checkpoint without training."""
     request = body or ExportRequest.model_validate({})
-    return TrainResponse(job_id=services.jobs.export(job_id, step, tenant_id, request, idempotency_key).job_id)
+    return TrainResponse(job_id=services.jobs.exports.export(job_id, step, tenant_id, request, idempotency_key).job_id)
 
 
 @router.get("/{job_id}/events", response_model=EventList)
@@ -196,14 +200,14 @@ async def list_events(
     accept: Annotated[str, Header()] = "",
     last_event_id: Annotated[str | None, Header(alias="Last-Event-ID", max_length=20)] = None,
 ) -> Response:
-    """What the job reported, oldest first; with `Accept: text/event-stream`, as it happens."""
+    """The job's events, oldest first; with `Accept: text/event-stream`, a stream of them as they happen."""
     if "text/event-stream" not in accept:
-        rows = await stream.run_in_thread(services.jobs.list_events, job_id, tenant_id, after, limit)
+        rows = await stream.run_in_thread(services.jobs.queries.list_events, job_id, tenant_id, after, limit)
         return _json_response({"events": [event_row(row) for row in rows], "next_after": rows[-1].cursor if rows else after})
-    await stream.run_in_thread(services.jobs.find, job_id, tenant_id)
-    place = _parse_event_id(last_event_id) if last_event_id else after
-    feed: stream.Feeds = request.app.state.feeds
-    return EventSourceResponse(feed.follow(job_id, tenant_id, place), ping=15)
+    await stream.run_in_thread(services.jobs.repository.find, job_id, tenant_id)
+    cursor = _parse_event_id(last_event_id) if last_event_id else after
+    feeds: stream.Feeds = request.app.state.feeds
+    return EventSourceResponse(feeds.follow(job_id, tenant_id, cursor), ping=15)
 
 
 @router.get("/{job_id}/logs", response_model=LogView)
@@ -216,23 +220,23 @@ async def read_logs(
     limit: Annotated[int, Query(ge=1, le=1 << 20, description="Most bytes to return.")] = 1 << 16,
     follow: bool = False,
 ) -> Response:
-    """The attempt's output; with `follow`, as plain text until the job ends."""
-    number, page = await stream.run_in_thread(services.jobs.read_log, job_id, tenant_id, attempt, offset, limit)
+    """An attempt's output; with `follow`, streamed as plain text until the job ends."""
+    number, page = await stream.run_in_thread(services.jobs.queries.read_log, job_id, tenant_id, attempt, offset, limit)
     if not follow:
         return _json_response({"attempt": number, "text": page.text, "next_offset": page.next_offset})
     return StreamingResponse(stream.follow_log(services.jobs, job_id, tenant_id, attempt, offset), media_type="text/plain; charset=utf-8")
 
 
 def _job_response(services: Services, job: Job) -> JobDetail:
-    return job_detail(job, services.jobs.find_heartbeat(job))
+    return job_detail(job, services.jobs.repository.find_heartbeat(job))
 
 
 def _parse_event_id(text: str) -> int:
     if not text.isascii() or not text.isdigit():
-        raise InvalidRequest(f"Last-Event-ID is the id of an event, a number; not {text!r}", param="Last-Event-ID")
+        raise InvalidRequest(f"Last-Event-ID must be the id of an event, a number; not {text!r}", param="Last-Event-ID")
     return int(text)
 
 
 def _json_response(body: dict[str, object]) -> Response:
-    """Already in shape: rendered without a second validation, because lists are long and asked for often."""
+    """Render without a second validation by pydantic: these lists are long and requested often."""
     return Response(orjson.dumps(body), media_type="application/json")

@@ -1,4 +1,4 @@
-"""What the public API answers: the seed's fields under the seed's names, and more."""
+"""The responses of the public API."""
 
 from datetime import datetime
 from typing import Any
@@ -26,7 +26,7 @@ from service.core.ports import Heartbeat, JobSummary, StoredEvent
 
 
 class TrainResponse(BaseModel):
-    """The job that was made."""
+    """The job that was created."""
 
     job_id: str
 
@@ -61,8 +61,8 @@ class AttemptView(BaseModel):
     claimed_at: datetime | None
     ended_at: datetime | None
     outcome: AttemptOutcome | None
-    resumed_step: int | None  # the checkpoint it went on from
-    last_checkpoint_step: int | None  # the newest checkpoint it made durable
+    resumed_step: int | None  # the checkpoint it resumed from
+    last_checkpoint_step: int | None  # its newest durable checkpoint
     failure: Failure | None
 
 
@@ -80,7 +80,7 @@ class JobDetail(BaseModel):
     metrics: EvalMetrics | None
     error: str | None
     base_metrics: EvalMetrics | None
-    gate_passed: bool | None  # the promotion gate; null: there is none, or it has not looked yet
+    gate_passed: bool | None  # the promotion gate; null: there is none, or it was not evaluated yet
     gate: Gate | None
     published_step: int | None  # the optimizer step whose weights were exported
     failure: Failure | None
@@ -89,15 +89,15 @@ class JobDetail(BaseModel):
     hardware: str | None
     attempts: list[AttemptView]
     checkpoint: CheckpointRef | None  # the newest one
-    export_of: ExportSource | None  # the checkpoint that this job exports, if it trains nothing
+    export_of: ExportSource | None  # the checkpoint that this job exports instead of training
     cloned_from: str | None
     artifacts: list[Artifact]
-    tracker_urls: dict[str, str]  # where each tracker shows the curves
+    tracker_urls: dict[str, str]  # where each tracker shows the metrics
     project_id: str | None
     processed_dataset_id: str
     trainer_type: str
     method: str
-    # Any: the configuration as it was sent, with every default filled in and every secret taken out.
+    # Any: the configuration as it was sent, with every default filled in and every secret removed.
     training_config: dict[str, Any]
     created_at: datetime
     updated_at: datetime
@@ -107,7 +107,7 @@ class JobDetail(BaseModel):
 
 
 class EventRow(BaseModel):
-    """One thing the job reported. `id` continues a page or a stream behind it."""
+    """One event of the job. `id` is the cursor after which a page or a stream continues."""
 
     id: int
     attempt: int
@@ -132,7 +132,7 @@ class LogView(BaseModel):
 
 
 class CheckpointRow(BaseModel):
-    """A checkpoint: where a job can go on, or be exported."""
+    """A checkpoint that a job can resume from, or that can be exported."""
 
     attempt: int
     step: int
@@ -140,20 +140,20 @@ class CheckpointRow(BaseModel):
     epoch: float
     reason: CheckpointReason
     eval_loss: float | None
-    is_best: bool  # the lowest eval_loss of those that are left
+    is_best: bool  # has the lowest eval_loss of the stored checkpoints
     size_bytes: int
     created_at: datetime
     uri: str
 
 
 class CheckpointList(BaseModel):
-    """A job's checkpoints, the one that counts first."""
+    """A job's checkpoints. The first is the one that the next attempt tries first."""
 
     checkpoints: list[CheckpointRow]
 
 
 class FileLink(BaseModel):
-    """A file of an artifact, and a link that works for a while without any other credential."""
+    """A file of an artifact, and a link to it that needs no other credential and expires."""
 
     path: str  # relative to the artifact's folder, or the file's name
     size_bytes: int
@@ -162,7 +162,7 @@ class FileLink(BaseModel):
 
 
 class DownloadResponse(BaseModel):
-    """A link to the artifact's file, or to the weights where it is a folder; `files` has them all."""
+    """A link to the artifact's file, or to its weights if it is a folder; `files` lists all files."""
 
     download_url: str
     artifact: str
@@ -172,7 +172,7 @@ class DownloadResponse(BaseModel):
 
 
 class DeleteJobResponse(BaseModel):
-    """What was removed."""
+    """What was deleted."""
 
     job_id: str
     deleted: bool
@@ -194,7 +194,7 @@ class DatasetView(BaseModel):
     rows_uploaded: int
     duplicates_dropped: int
     images: int
-    columns: list[str]  # of a dataset of prompts: what graders can read beside the prompt
+    columns: list[str]  # beside the prompt, in a dataset of prompts: graders can read them
     created_at: datetime
 
 
@@ -212,7 +212,7 @@ class DatasetList(BaseModel):
 
 
 class DeleteDatasetResponse(BaseModel):
-    """What was removed."""
+    """What was deleted."""
 
     processed_dataset_id: str
     deleted: bool
@@ -220,7 +220,7 @@ class DeleteDatasetResponse(BaseModel):
 
 
 class HealthResponse(BaseModel):
-    """Whether the service lives, and whether each part it needs answers."""
+    """Whether the service is live, and whether each part that it needs answers."""
 
     status: str
     live: bool
@@ -248,7 +248,6 @@ def job_detail(job: Job, heartbeat: Heartbeat | None) -> JobDetail:
     config = job.training_config
     weights = [artifact for artifact in job.artifacts if artifact.kind in ("adapter", "merged")]
     ggufs = [artifact for artifact in job.artifacts if artifact.kind == "gguf"]
-    at_work = job.status.is_active
     return JobDetail(
         job_id=job.job_id,
         job_name=job.job_name,
@@ -265,7 +264,7 @@ def job_detail(job: Job, heartbeat: Heartbeat | None) -> JobDetail:
         gate=job.gate,
         published_step=job.published_step,
         failure=job.failure,
-        phase=heartbeat.phase if heartbeat and at_work else None,
+        phase=heartbeat.phase if heartbeat and job.status.is_active else None,
         progress=heartbeat.progress if heartbeat else None,
         hardware=job.hardware,
         attempts=[_attempt_view(attempt) for attempt in job.attempts],
@@ -289,16 +288,16 @@ def job_detail(job: Job, heartbeat: Heartbeat | None) -> JobDetail:
 
 def checkpoint_list(stored: list[StoredCheckpoint]) -> CheckpointList:
     """A job's checkpoints as the API shows them."""
-    losses = [found.checkpoint.eval_loss for found in stored if found.checkpoint.eval_loss is not None]
+    losses = [each.checkpoint.eval_loss for each in stored if each.checkpoint.eval_loss is not None]
     best = min(losses, default=None)
-    shown = ("attempt", "step", "total_steps", "epoch", "reason", "eval_loss", "size_bytes", "created_at")
+    fields = ("attempt", "step", "total_steps", "epoch", "reason", "eval_loss", "size_bytes", "created_at")
     rows = [
         CheckpointRow(
-            **{name: getattr(found.checkpoint, name) for name in shown},
-            is_best=best is not None and found.checkpoint.eval_loss == best,
-            uri=found.uri,
+            **{name: getattr(each.checkpoint, name) for name in fields},
+            is_best=best is not None and each.checkpoint.eval_loss == best,
+            uri=each.uri,
         )
-        for found in stored
+        for each in stored
     ]
     return CheckpointList(checkpoints=rows)
 

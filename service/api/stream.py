@@ -1,4 +1,4 @@
-"""Following a job as it happens: one reader of the store per job, however many listen."""
+"""Following a job's events and logs as they happen: one reader of the store per job, however many clients follow."""
 
 import asyncio
 import functools
@@ -12,7 +12,8 @@ import orjson
 
 from service.api.responses import event_row
 from service.core.errors import Unavailable
-from service.core.jobs.service import Jobs
+from service.core.jobs.assembly import JobServices
+from service.core.jobs.repository import JobRepository
 from service.core.ports import StoredEvent
 
 log = logging.getLogger(__name__)
@@ -21,19 +22,19 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 PAGE_SIZE = 1000
-MAX_BUFFERED_CHUNKS = 200  # what a slow listener may lag behind before it is sent to the store again
+MAX_BUFFERED_CHUNKS = 200  # a client that lags behind further reads from the store again
 LOG_POLL_S = 0.25
 LOG_PAGE_BYTES = 1 << 16
 
 
 async def run_in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call something that may wait, without keeping others waiting."""
+    """Call a blocking function without blocking the event loop."""
     return await anyio.to_thread.run_sync(functools.partial(function, *args, **kwargs))
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Events rendered once for everybody, up to cursor `last`."""
+    """Events rendered once for all clients, up to `last_cursor`."""
 
     last_cursor: int
     text: bytes
@@ -41,11 +42,11 @@ class _Chunk:
 
 @dataclass
 class _Feed:
-    """What is being read for the listeners of one job. `chunks` has each chunk under the cursor that it follows."""
+    """What is read for the clients of one job. `chunks` has each chunk under the cursor that it follows."""
 
     cursor: int
     chunks: dict[int, _Chunk] = field(default_factory=dict[int, _Chunk])
-    listeners: int = 0
+    clients: int = 0
     ended: bool = False
     updated: asyncio.Event = field(default_factory=asyncio.Event)
     task: "asyncio.Task[None] | None" = None
@@ -62,30 +63,30 @@ class _Feed:
 
 
 class Feeds:
-    """The jobs that somebody follows now, in this process."""
+    """The jobs that clients of this process follow now."""
 
-    def __init__(self, jobs: Jobs, poll_s: float) -> None:
-        """`poll_s` is how late an event may be; each turn is one read per followed job."""
+    def __init__(self, repository: JobRepository, poll_s: float) -> None:
+        """`poll_s` is how late an event may be; each poll is one read per followed job."""
         self._poll_s = poll_s
-        self._jobs = jobs
+        self._repository = repository
         self._feeds: dict[str, _Feed] = {}
 
     async def follow(self, job_id: str, tenant_id: str, after: int) -> AsyncIterator[bytes]:
-        """Server-sent events behind `after`, until the job is final and everything was told; then one `done`."""
-        place = after
+        """Server-sent events after the cursor `after`, until the job is final and all its events were sent; then one `done`."""
+        cursor = after
         feed = self._join(job_id, tenant_id, after)
         try:
             while True:
-                news = feed.updated
-                if place < feed.cursor:
-                    chunk = feed.chunks.get(place) or await self._read_chunk(job_id, place, feed.cursor)
-                    place = chunk.last_cursor
+                updated = feed.updated
+                if cursor < feed.cursor:
+                    chunk = feed.chunks.get(cursor) or await self._read_chunk(job_id, cursor, feed.cursor)
+                    cursor = chunk.last_cursor
                     yield chunk.text
                 elif feed.ended:
                     yield b"event: done\ndata: {}\n\n"
                     return
                 else:
-                    await news.wait()
+                    await updated.wait()
         finally:
             self._leave(job_id, feed)
 
@@ -94,12 +95,12 @@ class Feeds:
         if feed is None or feed.ended:
             feed = self._feeds[job_id] = _Feed(cursor=after)
             feed.task = asyncio.create_task(self._read(job_id, tenant_id, feed))
-        feed.listeners += 1
+        feed.clients += 1
         return feed
 
     def _leave(self, job_id: str, feed: _Feed) -> None:
-        feed.listeners -= 1
-        if feed.listeners == 0:
+        feed.clients -= 1
+        if feed.clients == 0:
             if feed.task:
                 feed.task.cancel()
             if self._feeds.get(job_id) is feed:
@@ -120,31 +121,31 @@ class Feeds:
                 await asyncio.sleep(self._poll_s)
 
     def _next_page(self, job_id: str, tenant_id: str, after: int) -> tuple[list[StoredEvent], bool]:
-        """The next events, and whether there will be no more: the status is read first, so that none is missed."""
-        job = self._jobs.find_or_none(job_id, tenant_id)
+        """The next events, and whether they are the last. The status is read first, so that no event is missed."""
+        job = self._repository.find_or_none(job_id, tenant_id)
         if job is None:
             return [], True
-        rows = self._jobs.list_events_unchecked(job_id, after, PAGE_SIZE)
+        rows = self._repository.store.list_events(job_id, after, PAGE_SIZE)
         return rows, job.status.is_final and len(rows) < PAGE_SIZE
 
     async def _read_chunk(self, job_id: str, after: int, until: int) -> _Chunk:
-        """For a listener who came later, or fell behind what the feed remembers."""
-        page = await run_in_thread(self._jobs.list_events_unchecked, job_id, after, PAGE_SIZE)
+        """A chunk for a client that joined later, or fell behind the buffered chunks."""
+        page = await run_in_thread(self._repository.store.list_events, job_id, after, PAGE_SIZE)
         rows = [row for row in page if row.cursor <= until]
         return _Chunk(rows[-1].cursor if len(rows) == PAGE_SIZE else until, _render(rows))
 
 
-async def follow_log(jobs: Jobs, job_id: str, tenant_id: str, attempt: int | None, offset: int) -> AsyncIterator[str]:
-    """An attempt's output until the job ends; without `attempt`, of each attempt in turn."""
+async def follow_log(jobs: JobServices, job_id: str, tenant_id: str, attempt: int | None, offset: int) -> AsyncIterator[str]:
+    """An attempt's output until the job ends; without `attempt`, the output of each attempt in turn."""
     number = attempt
     while True:
-        job = await run_in_thread(jobs.find_or_none, job_id, tenant_id)
+        job = await run_in_thread(jobs.repository.find_or_none, job_id, tenant_id)
         current = attempt or (len(job.attempts) if job else 0)
         if number is None and current:
             number = current
         text = ""
         if number and job:
-            _, page = await run_in_thread(jobs.read_log, job_id, tenant_id, number, offset, LOG_PAGE_BYTES)
+            _, page = await run_in_thread(jobs.queries.read_log, job_id, tenant_id, number, offset, LOG_PAGE_BYTES)
             text, offset = page.text, page.next_offset
         if text:
             yield text
@@ -156,7 +157,7 @@ async def follow_log(jobs: Jobs, job_id: str, tenant_id: str, attempt: int | Non
             await asyncio.sleep(LOG_POLL_S)
 
 
-# Any: events differ in shape; each row is JSON already.
+# Any: the fields depend on the event; each row is plain JSON already.
 def _render(rows: list[StoredEvent]) -> bytes:
     return b"".join(_render_one(event_row(row)) for row in rows)
 

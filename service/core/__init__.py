@@ -1,4 +1,4 @@
-"""What the service does, in our own words: jobs, datasets, and the rules they follow.
+"""What the service does: jobs, datasets, the checks and the state machine they share, and the ports to everything else.
 
-Here belong pure decisions and the ports they need. Here belongs no HTTP, no SQL, no vendor.
+HTTP, SQL and vendor SDKs do not belong here: the API and the adapters have them.
 """

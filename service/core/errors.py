@@ -1,24 +1,26 @@
-"""Everything that goes wrong on purpose. The docstring of an error is its default message.
+"""The deliberate errors of the service, each with its HTTP status. The docstring of an error is its default message.
 
 TunesmithError
-├── InvalidRequest 400      the request cannot be carried out as it stands
-│   ├── Unsupported 400     well-formed, but not what this deployment does
-│   └── InvalidDataset 400  a row of the upload is not usable
+├── InvalidRequest 400      the request is not valid as it stands
+│   ├── Unsupported 400     this deployment cannot do that
+│   └── InvalidDataset 400  a row of the upload is not valid
 ├── NotFound 404
-├── Conflict 409            the thing is not in a state for that
-│   ├── StaleRevision 409   somebody else changed the record first
-│   ├── Fenced 409          the attempt is not the current one any more
+├── Conflict 409            the resource's state does not allow it
+│   ├── StaleRevision 409   another writer changed the record first
+│   ├── Fenced 409          the attempt is no longer the current one
 │   └── IdempotencyConflict 409
 ├── Unauthorized 401
 ├── TooLarge 413
-└── Unavailable 503         a part we need does not answer; try again
+├── Unavailable 503         a part of the service does not answer; try again
+│   └── DiskFull 507
+└── LaunchFailed            the launcher refused an attempt for good; never sent to a caller
 """
 
 from http import HTTPStatus
 
 
 class TunesmithError(Exception):
-    """Something went wrong."""
+    """Base class of all deliberate errors."""
 
     status = HTTPStatus.INTERNAL_SERVER_ERROR
     code = "internal"
@@ -31,7 +33,7 @@ class TunesmithError(Exception):
 
 
 class InvalidRequest(TunesmithError):
-    """The request cannot be carried out as it stands."""
+    """The request is not valid as it stands."""
 
     status = HTTPStatus.BAD_REQUEST
     code = "invalid_request"
@@ -44,34 +46,34 @@ class Unsupported(InvalidRequest):
 
 
 class InvalidDataset(InvalidRequest):
-    """The dataset is not usable."""
+    """The dataset is not valid."""
 
     code = "invalid_data"
 
 
 class Unauthorized(TunesmithError):
-    """The token is missing, expired or not for this."""
+    """The token is missing, expired or meant for something else."""
 
     status = HTTPStatus.UNAUTHORIZED
     code = "unauthorized"
 
 
 class NotFound(TunesmithError):
-    """There is no such thing."""
+    """The resource does not exist."""
 
     status = HTTPStatus.NOT_FOUND
     code = "not_found"
 
 
 class Conflict(TunesmithError):
-    """The thing is not in a state for that."""
+    """The resource's state does not allow this."""
 
     status = HTTPStatus.CONFLICT
     code = "conflict"
 
 
 class StaleRevision(Conflict):
-    """Somebody else changed the record first; read it again."""
+    """Another writer changed the record first; read it again."""
 
     code = "stale"
 
@@ -111,6 +113,6 @@ class DiskFull(Unavailable):
 
 
 class LaunchFailed(TunesmithError):
-    """The compute refused the attempt; it never started."""
+    """The launcher refused the attempt for good; raise Unavailable for errors worth retrying."""
 
     code = "launch_failed"

@@ -1,4 +1,4 @@
-"""Rules that every job store follows, so that they are written once."""
+"""Rules that every job store adapter shares."""
 
 from datetime import datetime, timedelta
 
@@ -10,7 +10,7 @@ IDEMPOTENCY_TTL = timedelta(hours=24)
 
 
 def summarize_job(job: Job) -> JobSummary:
-    """What a list shows of a job."""
+    """The fields of a job that a list shows."""
     config = job.training_config
     return JobSummary(
         job_id=job.job_id,
@@ -27,20 +27,19 @@ def summarize_job(job: Job) -> JobSummary:
 def select_new_events(
     heartbeat: Heartbeat | None, attempt: int, batch: EventBatch, now: datetime
 ) -> tuple[list[tuple[int, ReportedEvent]], Heartbeat]:
-    """The events of a batch that were not seen before, with their numbers, and the sign of life they leave.
+    """The events of a batch that were not stored before, with their seq numbers, and the heartbeat after them.
 
-    A gap is accepted: events may be lost. A batch of an older attempt changes nothing.
+    A gap in the numbers is accepted: an attempt may lose events. A batch of an older attempt changes nothing.
     """
     if heartbeat and heartbeat.attempt > attempt:
         return [], heartbeat
-    seen = heartbeat.next_seq if heartbeat and heartbeat.attempt == attempt else 0
-    fresh = [(seq, event) for seq, event in enumerate(batch.events, start=batch.first_seq) if seq >= seen]
-    kept = heartbeat if heartbeat and heartbeat.attempt == attempt else None
-    liveness = Heartbeat(
+    last = heartbeat if heartbeat and heartbeat.attempt == attempt else None
+    next_seq = last.next_seq if last else 0
+    new_events = [(seq, event) for seq, event in enumerate(batch.events, start=batch.first_seq) if seq >= next_seq]
+    return new_events, Heartbeat(
         attempt=attempt,
         received_at=now,
-        next_seq=fresh[-1][0] + 1 if fresh else seen,
-        phase=batch.phase or (kept.phase if kept else None),
-        progress=batch.progress or (kept.progress if kept else None),
+        next_seq=new_events[-1][0] + 1 if new_events else next_seq,
+        phase=batch.phase or (last.phase if last else None),
+        progress=batch.progress or (last.progress if last else None),
     )
-    return fresh, liveness

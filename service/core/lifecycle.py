@@ -1,7 +1,7 @@
 """The state machine of a job: pure functions from a record and a fact to the next record.
 
-No clock, no store, no network. Every function either returns the record as it should be, which may be the
-record itself when the fact changes nothing, or raises what a caller should be told.
+No clock, no store, no network. Every function either returns the next record, which is the same object when the
+fact changes nothing, or raises the error that the caller should get.
 """
 
 from datetime import datetime
@@ -21,7 +21,7 @@ from schema.result import Result
 from schema.training import TrainingConfig
 from service.core.errors import Conflict, Fenced
 
-# Which status may follow which. Out of `failed` and `cancelled` leads a retry alone; `completed` is the end.
+# Which status may follow which. Only a retry leaves `failed` and `cancelled`; nothing leaves `completed`.
 ALLOWED_TRANSITIONS: dict[Status, frozenset[Status]] = {
     Status.QUEUED: frozenset({Status.PREPARING, Status.PAUSED, Status.CANCELLED, Status.FAILED}),
     Status.PREPARING: frozenset({Status.TRAINING, Status.CANCELLING, Status.PAUSING, Status.COMPLETED, Status.FAILED, Status.QUEUED}),
@@ -33,37 +33,31 @@ ALLOWED_TRANSITIONS: dict[Status, frozenset[Status]] = {
     Status.CANCELLED: frozenset({Status.QUEUED}),
 }
 
-# Attempts in a row that ended early and saved nothing new, before the job is given up.
+# The job fails after so many attempts in a row that ended early and saved nothing new.
 MAX_ATTEMPTS_WITHOUT_PROGRESS = 5
-MAX_LOST_ATTEMPTS = (
-    3  # of them, those that vanished: each may have cost an hour, and a process that is killed for its memory is killed again
-)
-RESULT_FIELDS = (
-    "metrics",
-    "base_metrics",
-    "gate",
-    "published_step",
-    "wandb_url",
-)  # of a result, those that the record takes over as they are
+# Or after so many of them that were lost: each may have cost an hour, and a process killed for its memory is killed again.
+MAX_LOST_ATTEMPTS = 3
+# The fields of a result that the record copies as they are.
+RESULT_FIELDS = ("metrics", "base_metrics", "gate", "published_step", "wandb_url")
 CONTINUABLE_OUTCOMES: frozenset[AttemptOutcome] = frozenset({"yielded", "preempted", "lost"})
-# What the compute may tell of an attempt that ended early, and that another attempt can get over.
+# Exit reasons after which another attempt can succeed.
 CONTINUABLE_FAILURES = frozenset({"preempted", "timeout"})
 
 
 def begin_attempt(job: Job, launcher: str, now: datetime) -> Job:
-    """A queued job gets its next attempt, which has no handle yet."""
+    """Give a queued job its next attempt, which has no handle yet."""
     attempt = Attempt(number=len(job.attempts) + 1, launcher=launcher, created_at=now, launch_started_at=now)
     return _transition(job, Status.PREPARING, now, attempts=(*job.attempts, attempt))
 
 
 def relaunch(job: Job, number: int, now: datetime) -> Job:
-    """Somebody is about to send the attempt once more. Of two at once, the one whose change is kept may."""
+    """Note that a process is about to launch the attempt again. Of two processes, the one whose change is stored launches it."""
     attempt = check_current(job, number)
     return _replace_attempt(job, attempt.model_copy(update={"launch_started_at": now}), now)
 
 
 def delay_launch(job: Job, number: int, reason: str, now: datetime) -> Job:
-    """The compute cannot take the attempt now; it will be tried again."""
+    """Note why the launcher cannot start the attempt now; it is tried again later."""
     attempt = _get_attempt(job, number)
     if attempt.handle is not None or attempt.ended_at is not None or attempt.pending_reason == reason:
         return job
@@ -71,7 +65,7 @@ def delay_launch(job: Job, number: int, reason: str, now: datetime) -> Job:
 
 
 def mark_launched(job: Job, number: int, handle: str, now: datetime) -> Job:
-    """The compute took the attempt. A process that claimed it may have been quicker than the answer, and even have ended."""
+    """Store the handle of a launched attempt. Its process may have claimed it, and even ended it, before the launcher answered."""
     attempt = _get_attempt(job, number)
     if attempt.handle == handle:
         return job
@@ -79,12 +73,12 @@ def mark_launched(job: Job, number: int, handle: str, now: datetime) -> Job:
 
 
 def mark_launch_failed(job: Job, number: int, failure: Failure, now: datetime) -> Job:
-    """The compute said that the attempt can never start."""
+    """End an attempt that the launcher refused for good."""
     return _end(job, number, "launch_failed", failure, now)
 
 
 def claim_attempt(job: Job, number: int, claimant: str, now: datetime) -> Job:
-    """A process takes possession of the attempt; a second process is told that it is too late. Raises Fenced."""
+    """Give the attempt to one process. Raises Fenced for a second process."""
     attempt = check_current(job, number)
     if attempt.claimed_by == claimant:
         return job
@@ -95,7 +89,7 @@ def claim_attempt(job: Job, number: int, claimant: str, now: datetime) -> Job:
 
 
 def apply_event(job: Job, number: int, event: Event, now: datetime) -> Job:
-    """What an event of the current attempt changes in the record; most change nothing. Raises Fenced."""
+    """Apply an event of the current attempt to the record; most events change nothing. Raises Fenced."""
     check_current(job, number)
     match event:
         case PhaseChanged(phase="training") if job.status is Status.PREPARING:
@@ -111,63 +105,63 @@ def apply_event(job: Job, number: int, event: Event, now: datetime) -> Job:
             return job.model_copy(update={"gate": gate, "updated_at": now})
         case CheckpointSaved(step=step):
             return _record_checkpoint(job, number, step, now)
-        case CheckpointRestored(step=step, from_attempt=source) if source != number:  # otherwise it went back for want of memory
+        case CheckpointRestored(step=step, from_attempt=source) if source != number:  # its own: it went back after running out of memory
             return _replace_attempt(job, _get_attempt(job, number).model_copy(update={"resumed_step": step}), now)
         case _:
             return job
 
 
 def apply_result(job: Job, result: Result, now: datetime) -> Job:
-    """The attempt's last word. One that comes too late, or twice, changes nothing; a wrong attempt raises Fenced."""
+    """Apply an attempt's result. A late or repeated one changes nothing; one of an attempt that is not current raises Fenced."""
     attempt = _get_attempt(job, result.attempt)
     if attempt.ended_at is not None:
         return job
     check_current(job, result.attempt)
-    told = job.model_copy(update={name: value for name in RESULT_FIELDS if (value := getattr(result, name)) is not None})
-    told = told.model_copy(update={"tracker_urls": job.tracker_urls | result.tracker_urls})
+    updated = job.model_copy(update={name: value for name in RESULT_FIELDS if (value := getattr(result, name)) is not None})
+    updated = updated.model_copy(update={"tracker_urls": job.tracker_urls | result.tracker_urls})
     if result.last_checkpoint_step is not None:
-        told = _record_checkpoint(told, result.attempt, result.last_checkpoint_step, now)
+        updated = _record_checkpoint(updated, result.attempt, result.last_checkpoint_step, now)
     match result.outcome:
         case "completed":
-            return _end(told.model_copy(update={"artifacts": result.artifacts}), result.attempt, "completed", None, now)
+            return _end(updated.model_copy(update={"artifacts": result.artifacts}), result.attempt, "completed", None, now)
         case "failed":
-            failure = result.failure or Failure(code="internal", message="the attempt failed and did not say why")
-            return _end(told, result.attempt, "failed", failure, now)
+            failure = result.failure or Failure(code="internal", message="the attempt failed without a reason")
+            return _end(updated, result.attempt, "failed", failure, now)
         case "cancelled" if job.status is not Status.CANCELLING:
-            return _end(told, result.attempt, "preempted", None, now)  # nobody asked: its compute was taken away
+            return _end(updated, result.attempt, "preempted", None, now)  # nobody canceled the job: its compute was taken away
         case "yielded" if result.yield_reason == "preempted":
-            return _end(told, result.attempt, "preempted", None, now)
+            return _end(updated, result.attempt, "preempted", None, now)
         case "paused" if job.status not in (Status.PAUSING, Status.CANCELLING):
-            return _end(told, result.attempt, "yielded", None, now)
+            return _end(updated, result.attempt, "yielded", None, now)
         case outcome:
-            return _end(told, result.attempt, outcome, None, now)
+            return _end(updated, result.attempt, outcome, None, now)
 
 
 def mark_lost(
     job: Job, number: int, now: datetime, reason: Failure | None = None, *, preempted: bool = False, last_checkpoint_step: int | None = None
 ) -> Job:
-    """The compute ended and left no result.
+    """End an attempt whose compute ended without a result.
 
-    `reason` is what the compute told, `preempted` that it took itself away unasked, `last_checkpoint_step` the newest checkpoint of the
-    attempt that was found, which may never have been reported.
+    `reason` is the launcher's, if it knows one; `preempted`: the platform took the compute away; `last_checkpoint_step` is the
+    attempt's newest stored checkpoint, which it may never have reported.
     """
     attempt = check_current(job, number)
     if last_checkpoint_step is not None:
         job = _record_checkpoint(job, number, last_checkpoint_step, now)
     if reason is not None:
         return _end(job, number, "preempted" if preempted else "lost" if reason.code in CONTINUABLE_FAILURES else "failed", reason, now)
-    where = "before it started to work" if attempt.claimed_by is None else "without a last word"
+    when = "before it claimed its work" if attempt.claimed_by is None else "without writing a result"
     failure = Failure(
         code="lost",
-        message=f"attempt {number} ended {where}; it was probably killed",
-        hint="see GET /jobs/{id}/logs; a process that ran out of memory dies like this: try a smaller batch_size or max_seq_length",
+        message=f"attempt {number} ended {when}; it was probably killed",
+        hint="see GET /jobs/{id}/logs; a process that ran out of memory ends like this: try a smaller batch_size or max_seq_length",
         attempt=number,
     )
     return _end(job, number, "lost", failure, now)
 
 
 def request_cancel(job: Job, now: datetime) -> Job:
-    """Somebody wants the job to stop. Repeating it is harmless. Raises Conflict for a job that has ended otherwise."""
+    """Cancel the job. Can be repeated. Raises Conflict for a job that has completed or failed."""
     match job.status:
         case Status.CANCELLED | Status.CANCELLING:
             return job
@@ -180,7 +174,7 @@ def request_cancel(job: Job, now: datetime) -> Job:
 
 
 def request_pause(job: Job, now: datetime) -> Job:
-    """Somebody wants the compute freed and the place kept. Repeating it is harmless. Raises Conflict for a job that ends or has ended."""
+    """Pause the job: free the compute, keep the progress. Can be repeated. Raises Conflict for a job that is final or is being canceled."""
     match job.status:
         case Status.PAUSED | Status.PAUSING:
             return job
@@ -193,7 +187,7 @@ def request_pause(job: Job, now: datetime) -> Job:
 
 
 def request_resume(job: Job, now: datetime, *, training_config: TrainingConfig | None = None, hardware: str | None = None) -> Job:
-    """Somebody wants a paused job to go on, perhaps elsewhere or for longer. Repeating it is harmless. Raises Conflict."""
+    """Queue a paused job again, with another configuration or hardware if given. Can be repeated. Raises Conflict."""
     changes: dict[str, object] = {"training_config": training_config or job.training_config, "hardware": hardware or job.hardware}
     match job.status:
         case Status.PAUSED:
@@ -212,7 +206,7 @@ def request_resume(job: Job, now: datetime, *, training_config: TrainingConfig |
 def request_retry(
     job: Job, now: datetime, *, from_start: bool = False, training_config: TrainingConfig | None = None, hardware: str | None = None
 ) -> Job:
-    """Somebody wants a failed or cancelled job to be continued. Repeating it is harmless while the retry is under way. Raises Conflict."""
+    """Queue a failed or cancelled job again. Can be repeated while the retried job runs. Raises Conflict."""
     if job.status not in (Status.FAILED, Status.CANCELLED):
         if job.retried_at is not None and not job.status.is_final:
             return job
@@ -220,7 +214,7 @@ def request_retry(
         raise Conflict(f"{job.job_id} is {job.status}; only a failed or cancelled job can be retried", hint=hint)
     if job.deletion_started_at is not None:
         raise Conflict(f"{job.job_id} is being deleted")
-    following = len(job.attempts) + 1
+    next_attempt = len(job.attempts) + 1
     return _transition(
         job,
         Status.QUEUED,
@@ -228,8 +222,8 @@ def request_retry(
         failure=None,
         finished_at=None,
         retried_at=now,
-        retry_budget_from_attempt=following,
-        resume_from_attempt=following if from_start else job.resume_from_attempt,
+        retry_budget_from_attempt=next_attempt,
+        resume_from_attempt=next_attempt if from_start else job.resume_from_attempt,
         checkpoint=None if from_start else job.checkpoint,
         training_config=training_config or job.training_config,
         hardware=hardware or job.hardware,
@@ -237,31 +231,31 @@ def request_retry(
 
 
 def start_deletion(job: Job, now: datetime) -> Job:
-    """The job's files are about to go: from now on it cannot be retried. Raises Conflict for a job that has not ended."""
+    """Mark the job before its files are deleted: it can no longer be retried. Raises Conflict for a job that has not ended."""
     if not job.status.is_final:
         raise Conflict(f"{job.job_id} is {job.status}; it can be deleted once it has ended")
     return job if job.deletion_started_at else job.model_copy(update={"deletion_started_at": now, "updated_at": now})
 
 
 def suspect(job: Job, number: int, now: datetime) -> Job:
-    """The attempt is silent although its compute is there. From now on its lease runs out, unless it is heard of again."""
+    """Start the lease of an attempt that is silent although its compute runs. A report clears it."""
     attempt = check_current(job, number)
     return _replace_attempt(job, attempt.model_copy(update={"suspected_at": now}), now)
 
 
 def clear_suspicion(job: Job, number: int, now: datetime) -> Job:
-    """The attempt was heard of: a doubt is over for good. Left to be judged by two times, it would come back with a clock that moves."""
+    """Clear `suspected_at` when the attempt reports. Comparing it with the last heartbeat instead would break when a clock jumps."""
     attempt = check_current(job, number)
     return _replace_attempt(job, attempt.model_copy(update={"suspected_at": None}), now) if attempt.suspected_at else job
 
 
 def mark_manifest_written(job: Job, now: datetime) -> Job:
-    """The published files are listed in the bucket as well."""
+    """Note that the publish manifest is in the bucket."""
     return job if job.manifest_written else job.model_copy(update={"manifest_written": True, "updated_at": now})
 
 
 def check_current(job: Job, number: int) -> Attempt:
-    """The attempt, if it is the one at work. Raises Fenced."""
+    """The attempt, if it is the job's current one and has not ended. Raises Fenced."""
     attempt = _get_attempt(job, number)
     if number != len(job.attempts) or attempt.ended_at is not None or not job.status.is_active:
         raise Fenced(f"attempt {number} of {job.job_id} is over")
@@ -269,7 +263,7 @@ def check_current(job: Job, number: int) -> Attempt:
 
 
 def status_event(before: Job, after: Job) -> StatusChanged | None:
-    """What to tell about a change of status, if there was one."""
+    """The event for a change of status, if there was one."""
     if before.status is after.status:
         return None
     attempt = after.attempt
@@ -292,13 +286,13 @@ def _end(job: Job, number: int, outcome: AttemptOutcome, failure: Failure | None
 
 
 def _status_after(job: Job, outcome: AttemptOutcome) -> Status:
-    """Asked when the attempt is noted as ended."""
+    """The status after the attempt, which the record already shows as ended."""
     if outcome == "completed":
-        return Status.COMPLETED  # also when a cancel was under way: it won the race
+        return Status.COMPLETED  # also when a cancel was requested: the attempt completed first
     if job.status is Status.CANCELLING:
         return Status.CANCELLED
     if job.status is Status.PAUSING and outcome in (*CONTINUABLE_OUTCOMES, "paused"):
-        return Status.PAUSED  # whatever ended it, its place is its last checkpoint
+        return Status.PAUSED  # however it ended, it resumes from its last checkpoint
     match outcome:
         case "yielded" | "preempted" | "lost":
             return Status.FAILED if _retry_budget_exhausted(job) else Status.QUEUED
@@ -307,37 +301,39 @@ def _status_after(job: Job, outcome: AttemptOutcome) -> Status:
 
 
 def _retry_budget_exhausted(job: Job) -> bool:
-    """Too many attempts in a row have saved nothing new."""
-    vain = _attempts_without_progress(job)
-    return len(vain) >= MAX_ATTEMPTS_WITHOUT_PROGRESS or sum(attempt.outcome == "lost" for attempt in vain) >= MAX_LOST_ATTEMPTS
+    """Whether too many attempts in a row saved nothing new."""
+    attempts = _attempts_without_progress(job)
+    return len(attempts) >= MAX_ATTEMPTS_WITHOUT_PROGRESS or sum(attempt.outcome == "lost" for attempt in attempts) >= MAX_LOST_ATTEMPTS
 
 
 def _attempts_without_progress(job: Job) -> list[Attempt]:
-    """The latest attempts that ended early and saved nothing beyond what there was before them, newest first."""
-    found: list[Attempt] = []
+    """The latest attempts that ended early without a checkpoint beyond the earlier ones, newest first."""
+    attempts: list[Attempt] = []
     for attempt in reversed(job.attempts[job.retry_budget_from_attempt - 1 :]):
-        before = [earlier.last_checkpoint_step for earlier in job.attempts[job.resume_from_attempt - 1 : attempt.number - 1]]
-        reached = max((step for step in before if step is not None), default=0)
-        if attempt.outcome not in CONTINUABLE_OUTCOMES or (attempt.last_checkpoint_step or 0) > reached:
+        earlier = [other.last_checkpoint_step for other in job.attempts[job.resume_from_attempt - 1 : attempt.number - 1]]
+        furthest = max((step for step in earlier if step is not None), default=0)
+        if attempt.outcome not in CONTINUABLE_OUTCOMES or (attempt.last_checkpoint_step or 0) > furthest:
             break
-        found.append(attempt)
-    return found
+        attempts.append(attempt)
+    return attempts
 
 
 def _retry_exhausted_failure(job: Job, ended: Attempt) -> Failure:
-    """The reason for a person: how often in vain, and what the last attempt came to."""
-    vain = len(_attempts_without_progress(job))
+    """How many attempts made no progress, and how the last one ended."""
+    count = len(_attempts_without_progress(job))
     last = f": {ended.failure.message}" if ended.failure else ""
     return Failure(
         code=ended.failure.code if ended.failure else "timeout" if ended.outcome == "yielded" else "preempted",
-        message=f"{vain} attempts in a row ended early and got no further ({ended.outcome}){last}",
-        hint=ended.failure.hint if ended.failure and ended.failure.hint else "POST /jobs/{id}/retry goes on; larger hardware may help",
+        message=f"{count} attempts in a row ended early without progress ({ended.outcome}){last}",
+        hint=ended.failure.hint
+        if ended.failure and ended.failure.hint
+        else "POST /jobs/{id}/retry continues the job; larger hardware may help",
         attempt=ended.number,
     )
 
 
 def _record_checkpoint(job: Job, number: int, step: int, now: datetime) -> Job:
-    """A checkpoint of the attempt is durable."""
+    """Note a durable checkpoint of the attempt; a lower step than the last one changes nothing."""
     attempt = _get_attempt(job, number)
     if attempt.last_checkpoint_step is not None and attempt.last_checkpoint_step >= step:
         return job

@@ -1,6 +1,6 @@
-"""What the core needs from the world, in the core's own words. Adapters obey; each port has one contract suite."""
+"""The ports: what the core needs from databases, compute, secret stores and the Hub. Each port has one contract suite."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
@@ -8,15 +8,17 @@ from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
 from schema.dataset import Dataset
 from schema.events import Event, EventBatch
 from schema.job import Failure, Job, Phase, Progress, Status
+from storage import ObjectStore
 
 Row = TypeVar("Row")
+Wake = Callable[[str], None]  # called with a job's id when its next step can be taken
 
 # --- records ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class JobSummary:
-    """A job in a list: what can be shown without reading its whole record."""
+    """A job in a list: the fields that are indexed beside its record."""
 
     job_id: str
     job_name: str
@@ -30,7 +32,7 @@ class JobSummary:
 
 @dataclass(frozen=True)
 class JobQuery:
-    """Which jobs, newest first. A None filter lets everything through."""
+    """Which jobs, newest first. A filter that is None matches every job."""
 
     tenant_id: str
     limit: int = 50
@@ -43,7 +45,7 @@ class JobQuery:
 
 @dataclass(frozen=True)
 class Page(Generic[Row]):
-    """Some rows, and the cursor that continues behind them; None when there are no more."""
+    """Some rows, and the cursor of the next page; None on the last page."""
 
     rows: list[Row]
     next_cursor: str | None
@@ -51,7 +53,7 @@ class Page(Generic[Row]):
 
 @dataclass(frozen=True)
 class IdempotencyKey:
-    """A caller's promise that two requests are the same one. Scoped to the tenant, kept 24 hours."""
+    """Marks two requests of a tenant as the same one, for 24 hours."""
 
     key: str
     body_digest: str
@@ -59,7 +61,7 @@ class IdempotencyKey:
 
 @dataclass(frozen=True)
 class StoredEvent:
-    """An event with its place in the job's history. `cursor` grows within the job, as a number."""
+    """An event with its position in the job's history. `cursor` grows within the job."""
 
     cursor: int
     attempt: int  # 0: written by the service
@@ -70,7 +72,7 @@ class StoredEvent:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """The attempt's last sign of life: a record of its own, because it is written so often."""
+    """When an attempt last reported, and what: a record of its own, because it is written so often."""
 
     attempt: int
     received_at: datetime  # the service's clock
@@ -80,14 +82,14 @@ class Heartbeat:
 
 
 class JobStore(Protocol):
-    """Durable records. Every write is all or nothing, and done when the call returns.
+    """Durable records. Every write is atomic, and durable when the call returns.
 
-    A job's record is changed by compare-and-set on `revision`; nothing else guards it.
+    A job's record is changed by compare-and-set on `revision`; there is no other lock.
     Raises Unavailable when the database does not answer.
     """
 
     def create_job(self, job: Job, idempotency: IdempotencyKey | None = None) -> Job:
-        """Keep a new job; or return the job made earlier under the same key. Raises IdempotencyConflict, Conflict."""
+        """Store a new job, or return the job created earlier under the same key. Raises IdempotencyConflict, Conflict."""
         ...
 
     def find_job(self, job_id: str) -> Job | None:
@@ -95,22 +97,22 @@ class JobStore(Protocol):
         ...
 
     def replace_job(self, job: Job, events: Sequence[Event] = ()) -> Job:
-        """Store `job` over the revision it was read at, with what there is to tell; returns it at its new revision.
+        """Store `job` over the revision it was read at, together with `events`; returns it at its new revision.
 
-        Raises StaleRevision when the stored revision is another one, and NotFound when the job is gone.
+        Raises StaleRevision when another writer was faster, and NotFound when the job is gone.
         """
         ...
 
     def list_jobs(self, query: JobQuery) -> Page[JobSummary]:
-        """A page of a tenant's jobs, newest first. Raises InvalidRequest for a cursor that is not ours."""
+        """A page of a tenant's jobs, newest first. Raises InvalidRequest for a malformed cursor."""
         ...
 
     def list_queued_jobs(self, limit: int) -> list[Job]:
-        """Jobs that wait to be launched, over all tenants, oldest first."""
+        """Queued jobs of all tenants, oldest first."""
         ...
 
     def list_active_jobs(self, limit: int) -> list[Job]:
-        """Jobs whose attempt may hold compute, over all tenants, oldest first."""
+        """Jobs of all tenants whose attempt may hold compute, oldest first."""
         ...
 
     def list_jobs_using_dataset(self, dataset_id: str) -> list[str]:
@@ -118,23 +120,23 @@ class JobStore(Protocol):
         ...
 
     def delete_job(self, job_id: str) -> bool:
-        """Forget the job, its events and its liveness. False when it was not there."""
+        """Delete the record, its events and its heartbeat. False when there was none."""
         ...
 
     def append_events(self, job_id: str, attempt: int, batch: EventBatch, now: datetime) -> int:
-        """Keep what is new in the batch and the sign of life; returns the next seq not seen. Repeats are harmless."""
+        """Store the events of the batch that are new, and the heartbeat; returns the next seq expected. Can be repeated."""
         ...
 
     def list_events(self, job_id: str, after: int = 0, limit: int = 500) -> list[StoredEvent]:
-        """Events behind a cursor, oldest first."""
+        """Events after a cursor, oldest first."""
         ...
 
     def find_heartbeat(self, job_id: str) -> Heartbeat | None:
-        """The last sign of life of the job's attempts."""
+        """The last heartbeat of the job's attempts, or None."""
         ...
 
     def create_dataset(self, dataset: Dataset) -> None:
-        """Keep a new dataset."""
+        """Store a new dataset."""
         ...
 
     def find_dataset(self, dataset_id: str) -> Dataset | None:
@@ -146,7 +148,7 @@ class JobStore(Protocol):
         ...
 
     def delete_dataset(self, dataset_id: str) -> bool:
-        """Forget the record. False when it was not there."""
+        """Delete the record. False when there was none."""
         ...
 
     def ping(self) -> None:
@@ -154,8 +156,20 @@ class JobStore(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of connections."""
+        """Close the connections."""
         ...
+
+
+# --- objects ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The object stores, by what is stored there. On a laptop all three are one folder."""
+
+    configs: ObjectStore  # specs and results
+    datasets: ObjectStore
+    models: ObjectStore  # base models, checkpoints, artifacts
 
 
 # --- compute ---------------------------------------------------------------------------------------------------------
@@ -177,7 +191,7 @@ ExecutionState = Literal["running", "ended", "unknown"]
 
 @dataclass(frozen=True)
 class RuntimeCapabilities:
-    """What the compute behind a launcher can do, as far as it is known."""
+    """What the compute behind a launcher can do, as far as the service knows."""
 
     device: str  # "cpu", "cuda"
     device_name: str
@@ -189,21 +203,21 @@ class RuntimeCapabilities:
     gguf: bool
     onnx: bool = False
     lm_eval: bool = False  # lm-evaluation-harness is installed
-    notes: Mapping[str, str] = field(default_factory=dict[str, str])  # why something is missing, by name
+    notes: Mapping[str, str] = field(default_factory=dict[str, str])  # why a capability is missing, by its name
 
 
 class Launcher(Protocol):
     """Starts, checks and ends attempts somewhere.
 
-    Not promised: that an attempt which was launched also starts, and that one which was cancelled is gone at once.
+    Not promised: that a launched attempt also starts, and that a canceled one ends at once.
     """
 
     name: str
-    polling_is_free: bool  # asking costs no call over a network, so it can be done at every turn
+    polling_is_free: bool  # `check` makes no call over a network, so it can be called at every reconcile
     profiles: tuple[str, ...]  # kinds of hardware that a job may ask for; the first is the default
 
     def launch(self, launch_request: LaunchRequest) -> str:
-        """Start the attempt and return its handle. Raises LaunchFailed when it can never start, Unavailable when it may later."""
+        """Start the attempt and return its handle. Raises LaunchFailed for good, Unavailable when a later try may succeed."""
         ...
 
     def find_handle(self, name: str) -> str | None:
@@ -219,41 +233,41 @@ class Launcher(Protocol):
         ...
 
     def count_free_slots(self, active_jobs: int) -> int:
-        """How many attempts may be launched now, when the records say that `active` jobs hold compute or may hold some."""
+        """How many attempts may be launched now, while `active_jobs` jobs hold compute or may hold it."""
         ...
 
     def get_capabilities(self, profile: str | None = None) -> RuntimeCapabilities:
-        """What an attempt can do there. Raises Unsupported for a profile that there is not."""
+        """What an attempt can do there. Raises Unsupported for an unknown profile."""
         ...
 
     def close(self) -> None:
-        """The service stops: leave nothing behind that nobody would look after."""
+        """Called when the service stops: end whatever nothing else would end."""
         ...
 
 
 @dataclass(frozen=True)
 class ExitReason:
-    """What the compute tells about an attempt that has ended without a last word."""
+    """Why an attempt ended that wrote no result."""
 
     failure: Failure
-    preempted: bool = False  # its compute was taken away through no fault of the job, which may go on elsewhere
+    preempted: bool = False  # the platform took the compute away; the job can continue elsewhere
 
 
 @runtime_checkable
 class ExitReasonReader(Protocol):
-    """Extra power of a launcher: it knows why an attempt ended."""
+    """A launcher that also knows why an attempt ended."""
 
     def get_exit_reason(self, handle: str) -> ExitReason | None:
-        """The reason, in our words; None when the compute knows of none. Raises Unavailable."""
+        """The reason as a failure; None when the launcher knows none. Raises Unavailable."""
         ...
 
 
 @runtime_checkable
 class LogLocator(Protocol):
-    """Extra power of a launcher: it says where the output of an attempt can be read, if not here."""
+    """A launcher that names the place where the output of an attempt can be read."""
 
     def log_location(self, handle: str) -> str:
-        """A sentence for a person: an address or a command."""
+        """An address or a command, in one sentence."""
         ...
 
 
@@ -267,14 +281,14 @@ class LogPage:
 
 @runtime_checkable
 class LogReader(Protocol):
-    """Extra power of a launcher: the output of its attempts can be read while they run."""
+    """A launcher whose attempts' output can be read while they run."""
 
     def read_log(self, name: str, offset: int, max_bytes: int) -> LogPage | None:
-        """At most `limit` bytes from `offset`; None when the attempt left no output here."""
+        """At most `max_bytes` bytes from `offset`; None when the attempt has no output here."""
         ...
 
     def delete_log(self, name: str) -> bool:
-        """Remove the output. False when there was none."""
+        """Delete the output. False when there was none."""
         ...
 
 
@@ -282,10 +296,10 @@ class LogReader(Protocol):
 
 
 class SecretStore(Protocol):
-    """Keeps the secrets of a job until the job ends, and no longer."""
+    """Stores the secrets of a job until the job ends, and no longer."""
 
     def put(self, job_id: str, secrets: Mapping[str, str]) -> None:
-        """Keep the secrets of a job, in place of any before."""
+        """Store the secrets of a job, replacing earlier ones."""
         ...
 
     def read(self, job_id: str) -> dict[str, str]:
@@ -293,20 +307,20 @@ class SecretStore(Protocol):
         ...
 
     def destroy(self, job_id: str) -> bool:
-        """Make the secrets unreadable for good. False when there were none."""
+        """Make the secrets permanently unreadable. False when there were none."""
         ...
 
     def iter_job_ids(self) -> Iterator[str]:
-        """Ids of jobs that have secrets here: for finding orphans."""
+        """Ids of the jobs that have secrets here, for finding orphans."""
         ...
 
     def close(self) -> None:
-        """Let go of connections."""
+        """Close the connections."""
         ...
 
 
 class UrlSigner(Protocol):
-    """Turns an object of the model bucket into a link that works for a while without any other credential."""
+    """Makes links to objects of the model bucket that need no other credential and expire."""
 
     def sign_url(self, key: str, filename: str, expires_s: int) -> str:
         """An absolute URL, or a path that starts with `/` when this service itself serves it."""
@@ -315,43 +329,43 @@ class UrlSigner(Protocol):
 
 # --- the Hugging Face Hub ----------------------------------------------------------------------------------------------
 
-# gated: somebody must accept a licence first. absent: there is no such repository, or it is private and not for this token.
+# gated: the account must accept a license first. absent: the repository does not exist, or is private and hidden from this token.
 HubAccess = Literal["yes", "gated", "absent", "refused", "bad_token", "unknown"]
 
 
 @dataclass(frozen=True)
 class HubAccount:
-    """Whose token it is, and what it may do, in the Hub's words."""
+    """The account of a token and what the token may do, in the Hub's terms."""
 
     user: str
-    role: str  # "read", "write", "fineGrained", or a kind that came later
-    orgs: Mapping[str, str]  # organisation → the user's role in it
-    writable: frozenset[str] = frozenset()  # of a fine-grained token: the namespaces and repositories that it may write
+    role: str  # "read", "write", "fineGrained", or a role that the Hub added later
+    orgs: Mapping[str, str]  # organization → the user's role in it
+    writable: frozenset[str] = frozenset()  # the namespaces and repositories that a fine-grained token may write
 
 
 class Hub(Protocol):
-    """What the Hub says about a token and a repository. It never raises for a Hub that is not there: then nothing is known."""
+    """The Hub's facts about tokens and repositories. The access checks never raise: while the Hub is unreachable they return `unknown`."""
 
     def check_read_access(self, repo_id: str, token: str | None) -> HubAccess:
-        """Whether the files of a model can be read with the token, or by anybody."""
+        """Whether the token, or an anonymous caller, can read the files of a model."""
         ...
 
     def check_write_access(self, repo_id: str, token: str) -> HubAccess:
-        """Whether a model repository that is there can be written to with the token."""
+        """Whether the token can write to an existing model repository."""
         ...
 
     def get_account(self, token: str) -> HubAccount | None:
-        """Whose token it is; None when that cannot be known."""
+        """The account of the token; None when the Hub does not tell."""
         ...
 
     def list_commits(self, repo_id: str, token: str) -> list[str] | None:
-        """The hashes of a repository's commits, oldest first; None when there is no such repository. Raises Unavailable."""
+        """The hashes of a repository's commits, oldest first; None when the repository does not exist. Raises Unavailable."""
         ...
 
     def delete_repository(self, repo_id: str, token: str) -> None:
-        """Remove a model repository for good. Raises Unavailable, InvalidRequest when the token may not."""
+        """Permanently delete a model repository. Raises Unavailable, and InvalidRequest when the token may not."""
         ...
 
     def close(self) -> None:
-        """Let go of connections."""
+        """Close the connections."""
         ...

@@ -1,4 +1,4 @@
-"""Tokens that say what their bearer may do, signed by the service: for one attempt, or for one object."""
+"""Tokens that the service signs for their bearers: each is for one attempt, or for one object."""
 
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -9,13 +9,13 @@ from service.core.errors import Unauthorized
 
 ATTEMPT_AUDIENCE = "tunesmith-attempt"
 FILE_AUDIENCE = "tunesmith-file"
-# No attempt lives longer; what really ends a token is the end of its attempt, asked of the record at every call.
+# No attempt runs longer. A token is useless earlier: every call checks in the record that its attempt has not ended.
 ATTEMPT_TOKEN_TTL = timedelta(days=14)
 LEEWAY = timedelta(seconds=60)  # clocks differ
 
 
 class TokenSigner:
-    """Signs and reads tokens with one secret key, so that nothing about them must be stored."""
+    """Signs and reads tokens with one secret key, so no token is stored."""
 
     def __init__(self, key: bytes, clock: Callable[[], datetime]) -> None:
         self._key = key
@@ -26,7 +26,7 @@ class TokenSigner:
         return self._sign({"sub": job_id, "attempt": attempt, "aud": ATTEMPT_AUDIENCE, "exp": self._clock() + ATTEMPT_TOKEN_TTL})
 
     def verify_attempt_token(self, token: str, job_id: str, attempt: int) -> None:
-        """Raises Unauthorized unless the token is for just this attempt."""
+        """Raise Unauthorized unless the token is for exactly this attempt."""
         claims = self._read(token, ATTEMPT_AUDIENCE)
         if claims.get("sub") != job_id or claims.get("attempt") != attempt:
             raise Unauthorized("the token is for another attempt")
@@ -50,7 +50,7 @@ class TokenSigner:
                 self._key,
                 algorithms=["HS256"],
                 audience=audience,
-                options={"require": ["exp", "sub", "aud"], "verify_exp": False},  # judged below, by the service's clock
+                options={"require": ["exp", "sub", "aud"], "verify_exp": False},  # checked below against the service's clock
             )
         except jwt.InvalidTokenError as error:
             raise Unauthorized("the link or token is not valid") from error

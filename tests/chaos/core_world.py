@@ -27,8 +27,9 @@ from service.adapters.links import ServiceUrlSigner
 from service.adapters.secrets.local import LocalSecretStore
 from service.bootstrap import CLOUD_LIMITS
 from service.core.errors import Conflict, Fenced, Unavailable
-from service.core.jobs.service import Jobs, Limits
-from service.core.ports import ExecutionState, JobStore, LaunchRequest, RuntimeCapabilities
+from service.core.jobs.assembly import JobServices, build_job_services
+from service.core.jobs.limits import Limits
+from service.core.ports import Buckets, ExecutionState, JobStore, LaunchRequest, RuntimeCapabilities
 from service.core.tokens import TokenSigner
 from storage import open_store
 from tests.factories import START, make_capabilities, make_dataset, make_train_request
@@ -321,7 +322,7 @@ class Simulation:
         """The service's."""
         return START + timedelta(seconds=self.timeline.now_s) + self.clock_offset
 
-    def call_service(self, operation: Callable[[Jobs], Answer]) -> Answer:
+    def call_service(self, operation: Callable[[JobServices], Answer]) -> Answer:
         """A request to whichever process of the service is there. Raises Away, and what the service answers."""
         if self.jobs is None:
             raise ServiceDown
@@ -333,7 +334,7 @@ class Simulation:
         except Unavailable as error:
             raise ServiceDown from error
 
-    def call_with_retry(self, operation: Callable[[Jobs], Answer]) -> Answer:
+    def call_with_retry(self, operation: Callable[[JobServices], Answer]) -> Answer:
         """The same, repeated until there is an answer."""
         while True:
             try:
@@ -341,7 +342,7 @@ class Simulation:
             except ServiceDown:
                 self.timeline.run_until(lambda: False, RETRY_S)
 
-    def retry_on_timeline(self, operation: Callable[[Jobs], object]) -> SimulatedProcess:
+    def retry_on_timeline(self, operation: Callable[[JobServices], object]) -> SimulatedProcess:
         """The same for a caller who sleeps on the timeline; a job that has ended otherwise is an answer."""
         while True:
             try:
@@ -354,7 +355,7 @@ class Simulation:
 
     def submit(self, key: str, **changes: object) -> Job:
         """As our clients do: under a key, until there is an answer."""
-        return self.call_with_retry(lambda jobs: jobs.submit(make_train_request(**changes), TENANT, key))
+        return self.call_with_retry(lambda jobs: jobs.submission.submit(make_train_request(**changes), TENANT, key))
 
     def record(self, job_id: str) -> Job:
         """What is written, whoever is alive."""
@@ -375,11 +376,14 @@ class Simulation:
     def _start_process(self) -> None:
         self.process = self.next_process()
         self.process.before_call = self._advance_between_calls
-        ports: dict[str, Any] = {"store": self.store, "secrets": self.secrets, "launcher": self.compute}
-        ports |= dict.fromkeys(("configs", "models", "datasets"), self.objects)
-        tapped: dict[str, Any] = {name: PortProxy(name, port, self.process) for name, port in ports.items()}
-        self.jobs: Jobs | None = Jobs(
-            **tapped,
+        ports = {"store": self.store, "secrets": self.secrets, "launcher": self.compute}
+        objects = dict.fromkeys(("configs", "models", "datasets"), self.objects)
+        # Any: a proxy has the names of whatever port is behind it.
+        proxies: dict[str, Any] = {name: PortProxy(name, port, self.process) for name, port in ports.items()}
+        buckets: dict[str, Any] = {name: PortProxy(name, store, self.process) for name, store in objects.items()}
+        self.jobs: JobServices | None = build_job_services(
+            **proxies,
+            buckets=Buckets(**buckets),
             url_signer=ServiceUrlSigner(self.tokens),
             tokens=self.tokens,
             clock=self.clock,
@@ -405,7 +409,7 @@ class Simulation:
         if self.deployment.polling_is_free:
             self.timeline.schedule(WAKE_DELAY_S, self._reconcile)
         elif self.jobs is not None:
-            self.jobs.reconcile_job(job_id)
+            self.jobs.reconciliation.reconcile_job(job_id)
 
     def _reconciler(self) -> SimulatedProcess:
         while True:
@@ -417,7 +421,7 @@ class Simulation:
             return
         began_s, self._reconciling = self.timeline.now_s, True
         try:
-            self.jobs.reconcile()
+            self.jobs.reconciliation.reconcile()
         except Crash:
             self._handle_crash()
         else:
@@ -458,7 +462,7 @@ class Simulation:
             return
         result = self._write_result(execution, outcome)
         for _ in range(0 if behavior.result_not_received else FINISH_TRIES):
-            if self._call_as_attempt(lambda jobs: jobs.finish(execution.job_id, result)):
+            if self._call_as_attempt(lambda jobs: jobs.attempts.finish(execution.job_id, result)):
                 return
             yield RETRY_S
 
@@ -466,7 +470,9 @@ class Simulation:
         """Own the attempt, however long the service is away. Raises Fenced."""
         claimant = f"process of {execution.handle}"
         while execution.alive and not execution.stop_requested and not execution.has_claim:
-            execution.has_claim = self._call_as_attempt(lambda jobs: jobs.claim(execution.job_id, execution.number, claimant)) is not None
+            execution.has_claim = (
+                self._call_as_attempt(lambda jobs: jobs.attempts.claim(execution.job_id, execution.number, claimant)) is not None
+            )
             yield 0.0 if execution.has_claim else RETRY_S
 
     def _train(self, execution: Execution, behavior: AttemptBehavior) -> Generator[float, None, str]:
@@ -478,7 +484,7 @@ class Simulation:
             if not execution.alive:
                 return ""
             batch = self._make_batch(seq, behavior)
-            answer = self._call_as_attempt(lambda jobs, batch=batch: jobs.report(execution.job_id, execution.number, batch))
+            answer = self._call_as_attempt(lambda jobs, batch=batch: jobs.attempts.report(execution.job_id, execution.number, batch))
             seq = answer.next_seq if answer else seq
             if answer and answer.directive != "continue" and not behavior.ignores_cancel:
                 yield CANCEL_DELAY_S
@@ -494,7 +500,7 @@ class Simulation:
         while self.timeline.now_s < until_s and execution.alive and (behavior.ignores_cancel or not execution.stop_requested):
             yield min(CANCEL_DELAY_S, max(0.01, until_s - self.timeline.now_s))
 
-    def _call_as_attempt(self, operation: Callable[[Jobs], Answer]) -> Answer | None:
+    def _call_as_attempt(self, operation: Callable[[JobServices], Answer]) -> Answer | None:
         """What the service answers to an attempt; None when it does not. Raises Fenced."""
         try:
             return None if self.attempts_cut_off else self.call_service(operation)

@@ -214,12 +214,16 @@ class Round:
             (0.05, self._chance.uniform(0, 2), self._chance.uniform(0, 4 * self._simulation.deployment.report_interval_s))
         )
         yield from self._simulation.retry_on_timeline(
-            lambda jobs: jobs.cancel(self._job_id, TENANT) if self._scenario.request == "cancel" else jobs.pause(self._job_id, TENANT)
+            lambda jobs: (
+                jobs.control.cancel(self._job_id, TENANT)
+                if self._scenario.request == "cancel"
+                else jobs.control.pause(self._job_id, TENANT)
+            )
         )
         if self._scenario.request == "pause":
             while self._simulation.record(self._job_id).status in (Status.PREPARING, Status.TRAINING, Status.PAUSING):
                 yield 1.0
-            yield from self._simulation.retry_on_timeline(lambda jobs: jobs.resume(self._job_id, TENANT, NO_CHANGES))
+            yield from self._simulation.retry_on_timeline(lambda jobs: jobs.control.resume(self._job_id, TENANT, NO_CHANGES))
         self._request_answered = True
 
     def _check_executions(self, started_at_s: float) -> None:

@@ -25,8 +25,8 @@ from service.adapters.jobstores.sqlite import SqliteJobStore
 from service.adapters.links import ServiceUrlSigner
 from service.adapters.secrets.local import LocalSecretStore
 from service.core.errors import Conflict, Fenced
-from service.core.jobs.service import Jobs
-from service.core.ports import ExecutionState, JobStore, LaunchRequest, RuntimeCapabilities
+from service.core.jobs.assembly import JobServices, build_job_services
+from service.core.ports import Buckets, ExecutionState, JobStore, LaunchRequest, RuntimeCapabilities
 from service.core.tokens import TokenSigner
 from storage import open_store
 from tests.chaos.campaign import Row, Size
@@ -138,11 +138,11 @@ class ModelJob:
 class JobStateMachine(RuleBasedStateMachine):
     """One job in the store that `service` has, and its model."""
 
-    def __init__(self, service: Jobs, store: JobStore, launcher: FakeLauncher) -> None:
+    def __init__(self, service: JobServices, store: JobStore, launcher: FakeLauncher) -> None:
         super().__init__()
         self.service, self.store, self.launcher = service, store, launcher
         self.model = ModelJob()
-        self.job_id = service.submit(make_train_request(), TENANT).job_id
+        self.job_id = service.submission.submit(make_train_request(), TENANT).job_id
         self.last_call: Callable[[], None] = lambda: None
 
     @initialize(far=st.sampled_from(["queued", "preparing", "training", "training", "training"]))
@@ -157,10 +157,10 @@ class JobStateMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """The next sequence is to find no work of this one."""
         with suppress(Conflict):
-            self.service.cancel(self.job_id, TENANT)
+            self.service.control.cancel(self.job_id, TENANT)
         if self.job().status not in ("completed", "failed", "cancelled"):
             self.launcher.ended_handles.add(f"{self.job_id}.{len(self.model.attempts)}")
-            self.service.reconcile()
+            self.service.reconciliation.reconcile()
 
     def job(self) -> Job:
         """The record."""
@@ -173,7 +173,7 @@ class JobStateMachine(RuleBasedStateMachine):
     @rule()
     def reconcile(self) -> None:
         """The reconciler comes by."""
-        self.service.reconcile()
+        self.service.reconciliation.reconcile()
         self._apply_reconcile()
 
     @rule()
@@ -181,7 +181,7 @@ class JobStateMachine(RuleBasedStateMachine):
         """The process at work is gone, and the reconciler comes by."""
         if self.model.attempts and self.model.attempts[-1].outcome is None:
             self.launcher.ended_handles.add(f"{self.job_id}.{len(self.model.attempts)}")
-            self.service.reconcile()
+            self.service.reconciliation.reconcile()
             self.model.end("lost")
             self._apply_reconcile()
 
@@ -195,7 +195,7 @@ class JobStateMachine(RuleBasedStateMachine):
     @rule(number=st.integers(0, 4), who=st.sampled_from("ab"))
     def claim(self, number: int, who: str) -> None:
         may = self.model.is_active(number) and self.model.attempts[-1].owner in (None, who)
-        self._expect(lambda: self.service.claim(self.job_id, number, who), may)
+        self._expect(lambda: self.service.attempts.claim(self.job_id, number, who), may)
         if may:
             self.model.attempts[-1].owner = who
 
@@ -217,7 +217,7 @@ class JobStateMachine(RuleBasedStateMachine):
 
         def act() -> None:
             may = self.model.is_active(number)
-            self._expect(lambda: self.service.report(self.job_id, number, batch), may)
+            self._expect(lambda: self.service.attempts.report(self.job_id, number, batch), may)
             if may:  # asked anew: the attempt may have begun since
                 self._apply_report(number, self.model.attempts[number - 1], first, event_names, step)
 
@@ -259,7 +259,7 @@ class JobStateMachine(RuleBasedStateMachine):
         def act() -> None:
             is_known = 1 <= number <= len(self.model.attempts)
             is_over = is_known and self.model.attempts[number - 1].outcome is not None
-            self._expect(lambda: self.service.finish(self.job_id, result), is_over or self.model.is_active(number))
+            self._expect(lambda: self.service.attempts.finish(self.job_id, result), is_over or self.model.is_active(number))
             if is_known and not is_over:
                 attempt = self.model.attempts[-1]
                 attempt.saved_step = max(attempt.saved_step or 0, saved) if saved else attempt.saved_step
@@ -278,7 +278,7 @@ class JobStateMachine(RuleBasedStateMachine):
     @rule()
     def cancel(self) -> None:
         may = self.model.status in UNFINISHED or self.model.status == "cancelled"
-        self._expect(lambda: self.service.cancel(self.job_id, TENANT), may)
+        self._expect(lambda: self.service.control.cancel(self.job_id, TENANT), may)
         if may and self.model.status in ("queued", "paused"):
             self.model.status = "cancelled"
         elif may and self.model.status != "cancelled":
@@ -287,14 +287,14 @@ class JobStateMachine(RuleBasedStateMachine):
     @rule()
     def pause(self) -> None:
         may = self.model.status in ("queued", "preparing", "training", "pausing", "paused")
-        self._expect(lambda: self.service.pause(self.job_id, TENANT), may)
+        self._expect(lambda: self.service.control.pause(self.job_id, TENANT), may)
         if may:
             self.model.status = "paused" if self.model.status in ("queued", "paused") else "pausing"
 
     @rule()
     def resume(self) -> None:
         may = self.model.status in ("paused", "queued", "preparing", "training")
-        self._expect(lambda: self.service.resume(self.job_id, TENANT, ResumeRequest.model_validate({})), may)
+        self._expect(lambda: self.service.control.resume(self.job_id, TENANT, ResumeRequest.model_validate({})), may)
         if self.model.status == "paused":
             self.model.status, self.model.attempts_without_progress, self.model.lost_attempts = "queued", 0, 0
 
@@ -302,7 +302,7 @@ class JobStateMachine(RuleBasedStateMachine):
     def retry(self, from_start: bool) -> None:
         ended = self.model.status in ("failed", "cancelled")
         may = ended or (self.model.retried and self.model.status != "completed")
-        self._expect(lambda: self.service.retry(self.job_id, TENANT, RetryRequest.model_validate({"from_start": from_start})), may)
+        self._expect(lambda: self.service.control.retry(self.job_id, TENANT, RetryRequest.model_validate({"from_start": from_start})), may)
         if ended:
             self.model.status, self.model.attempts_without_progress, self.model.lost_attempts, self.model.retried = "queued", 0, 0, True
             self.model.best_step = 0 if from_start else self.model.best_step
@@ -369,12 +369,10 @@ def _run_sequences(store: JobStore, folder: Path, sequences: int) -> str:
     clock, machines, tails = FakeClock(), FakeLauncher(), count(1)
     objects = open_store((folder / "objects").as_uri())
     tokens = TokenSigner(b"k" * 32, clock)
-    service = Jobs(
+    service = build_job_services(
         store=store,
         secrets=LocalSecretStore(folder / "secrets"),
-        configs=objects,
-        models=objects,
-        datasets=objects,
+        buckets=Buckets(configs=objects, datasets=objects, models=objects),
         launcher=machines,
         url_signer=ServiceUrlSigner(tokens),
         tokens=tokens,

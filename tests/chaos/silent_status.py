@@ -168,7 +168,9 @@ class Round:
 
     def _send_request(self) -> SimulatedProcess:
         job_id, cancels = self._job_id, self._scenario.request == "cancel"
-        yield from self._simulation.retry_on_timeline(lambda jobs: jobs.cancel(job_id, TENANT) if cancels else jobs.pause(job_id, TENANT))
+        yield from self._simulation.retry_on_timeline(
+            lambda jobs: jobs.control.cancel(job_id, TENANT) if cancels else jobs.control.pause(job_id, TENANT)
+        )
 
     def _is_settled(self) -> bool:
         status = self._simulation.record(self._job_id).status

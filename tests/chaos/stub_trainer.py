@@ -6,12 +6,9 @@ from typing import TYPE_CHECKING
 from tests.chaos.request_log import append_entry
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from jobs.llm.exporters.workspace import ExportWorkspace
     from jobs.llm.trained_model import TrainedModel
-    from jobs.runtime.artifacts import ExportedArtifact
     from jobs.runtime.context import JobContext
+    from jobs.runtime.family import FinalizeArtifacts
     from schema.job import Artifact
     from schema.training import TrainingConfig
 
@@ -19,18 +16,20 @@ WEIGHTS = bytes(range(256)) * 16
 
 
 def install_stubs(name: str) -> None:
-    """What the attempt of this process finds where the trainer and the exporters are named."""
+    """Make the training config name the functions of this file in place of its family's."""
     import httpx2
 
-    from jobs.llm.exporters import EXPORTERS
-    from jobs.runtime import attempt
     from schema.training import SftConfig
 
     append_entry(name, "started")
     sys.modules["httpx"] = httpx2  # the same client, under the name that the trainer's environment has it by
-    SftConfig.trainer = f"{__name__}:train"
-    EXPORTERS["adapter"] = f"{__name__}:export"
-    attempt.PROVENANCE_RECORDER = f"{__name__}:NoProvenance"
+    SftConfig.check_export = f"{__name__}:check_export"
+    SftConfig.train = f"{__name__}:train"
+    SftConfig.export = f"{__name__}:export"
+
+
+def check_export(_training_config: "TrainingConfig") -> None:
+    """Every export can be made."""
 
 
 def train(_training_config: "TrainingConfig", context: "JobContext") -> "TrainedModel":
@@ -55,21 +54,9 @@ def train(_training_config: "TrainingConfig", context: "JobContext") -> "Trained
     )
 
 
-def export(workspace: "ExportWorkspace") -> "tuple[ExportedArtifact, ...]":
-    """The adapter as it is."""
-    from jobs.runtime.artifacts import ExportedArtifact, artifact_key
+def export(trained: "TrainedModel", context: "JobContext", _finalize: "FinalizeArtifacts") -> "tuple[Artifact, ...]":
+    """Upload the adapter as it is. Its provenance is not recorded: that would need the ML libraries."""
+    from jobs.runtime.artifacts import ExportedArtifact, artifact_key, upload_artifacts
 
-    spec = workspace.context.spec
-    key = artifact_key("adapter", spec.job_id, workspace.context.attempt)
-    return (ExportedArtifact(name="adapter", kind="adapter", path=workspace.trained.folder, key=key),)
-
-
-class NoProvenance:
-    """Nothing is written down: that would need the libraries."""
-
-    def __init__(self, _context: "JobContext", **_: object) -> None:
-        pass
-
-    def finalize(self, _trained: "TrainedModel", _products: object, artifacts: "Sequence[Artifact]") -> "tuple[Artifact, ...]":
-        """The artifacts as they are."""
-        return tuple(artifacts)
+    key = artifact_key("adapter", context.spec.job_id, context.attempt)
+    return upload_artifacts([ExportedArtifact(name="adapter", kind="adapter", path=trained.folder, key=key)], context)

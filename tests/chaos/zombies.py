@@ -155,15 +155,15 @@ class RunningService:
         process = self.launcher.processes[attempt_name(job_id, 1)]
         process.send_signal(signal.SIGSTOP)
         wait_until(lambda: _process_state(process.pid) in ("T", "Z", ""), TIMEOUT_S, "the stop", POLL_INTERVAL_S)
-        attempt = self._parts.jobs.find(job_id, TENANT).attempts[0]
-        if process.poll() is not None or attempt.ended_at or self._parts.objects.configs.stat(result_key(job_id, 1)):
+        attempt = self._parts.jobs.repository.find(job_id, TENANT).attempts[0]
+        if process.poll() is not None or attempt.ended_at or self._parts.buckets.configs.stat(result_key(job_id, 1)):
             process.send_signal(signal.SIGCONT)
             return False
         self.launcher.unreachable.add(attempt.handle or "")
         return True
 
     def _has_reached(self, stop_point: str, job_id: str) -> bool:
-        attempt = self._parts.jobs.find(job_id, TENANT).attempt
+        attempt = self._parts.jobs.repository.find(job_id, TENANT).attempt
         if attempt is None or attempt.handle is None or attempt_name(job_id, 1) not in getattr(self.launcher, "processes", {}):
             return False
         match stop_point:
@@ -174,7 +174,7 @@ class RunningService:
             case "training":
                 return self._job(job_id)["status"] in ("training", "completed")
             case _:
-                return any(True for _ in self._parts.objects.models.iter_objects(f"trained_adapters/{job_id}/"))
+                return any(True for _ in self._parts.buckets.models.iter_objects(f"trained_adapters/{job_id}/"))
 
     def _expire_lease(self, job_id: str) -> None:
         """Time passes: it is silent, it is doubted, its lease runs out, and so does the grace. Each is seen by the reconciler.
@@ -191,17 +191,17 @@ class RunningService:
                 raise CampaignError(f"attempt 1 of {job_id} was not given up within {TIMEOUT_S:.0f} s")
 
     def _attempts(self, job_id: str) -> tuple[Attempt, ...]:
-        return self._parts.jobs.find(job_id, TENANT).attempts
+        return self._parts.jobs.repository.find(job_id, TENANT).attempts
 
     def _read_state(self, job_id: str) -> tuple[Any, ...]:
         """All that the service knows and shows of a job: its record, its events, its manifest."""
-        events = [(stored.attempt, stored.seq) for stored in self._parts.jobs.list_events_unchecked(job_id, 0, 10_000)]
-        manifest = self._parts.objects.models.read(manifest_key(job_id))
-        return self._parts.jobs.find(job_id, TENANT), events, manifest
+        events = [(stored.attempt, stored.seq) for stored in self._parts.store.list_events(job_id, 0, 10_000)]
+        manifest = self._parts.buckets.models.read(manifest_key(job_id))
+        return self._parts.jobs.repository.find(job_id, TENANT), events, manifest
 
     def _check_artifacts(self, job_id: str, count: Counts) -> None:
-        job = self._parts.jobs.find(job_id, TENANT)
-        models = self._parts.objects.models
+        job = self._parts.jobs.repository.find(job_id, TENANT)
+        models = self._parts.buckets.models
         manifest = PublishManifest.load(models.read(manifest_key(job_id)))
         if not job.artifacts or manifest.artifacts != job.artifacts:
             count.bad.append(f"{job_id} has published {len(job.artifacts)} artifacts, and its manifest names {len(manifest.artifacts)}")

@@ -11,8 +11,8 @@ from huggingface_hub import constants
 from infra.loopback.hub import LoopbackHub, Token
 from service.adapters.hub import COOLDOWN_S, HuggingFaceHub
 from service.core.errors import InvalidRequest, Unavailable
-from service.core.hub import NoHub, check_hub, push_access_error
 from service.core.ports import Hub, HubAccount
+from service.core.validation.hub import NoHub, check_hub, push_access_error
 from storage import open_store
 from storage.deadline import deadline
 from tests.factories import FakeClock, make_config

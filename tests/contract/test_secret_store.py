@@ -18,7 +18,7 @@ from service.adapters.secrets import SECRET_STORES
 from service.adapters.secrets.local import LocalSecretStore
 from service.adapters.secrets.secret_manager import PREFIX, SecretManagerStore
 from service.core.errors import TooLarge, Unavailable
-from service.core.jobs.service import make_job_id
+from service.core.jobs.submit import make_job_id
 from service.core.ports import SecretStore
 from storage.deadline import deadline
 from tests.factories import make_config, make_train_request

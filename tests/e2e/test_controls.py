@@ -92,7 +92,7 @@ def test_watch_continues_across_pause(resumed_job: ResumedJob) -> None:
         "paused",
         f"tunesmith resume {resumed_job.job['job_id']}",
         "preparing, attempt 2",
-        f"goes on from step {place}",
+        f"continues from step {place}",
         "completed",
     ):
         assert said in resumed_job.watch_output

@@ -52,4 +52,4 @@ def test_repeatedly_killed_job_fails_with_reason(own_service: Service) -> None:
 
 
 def test_second_service_in_same_home_is_rejected(own_service: Service) -> None:
-    assert "at work in" in own_service.run_cli("serve", "--port", "0", expect_failure=True)
+    assert "already uses" in own_service.run_cli("serve", "--port", "0", expect_failure=True)

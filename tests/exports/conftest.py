@@ -1,26 +1,28 @@
-"""A tiny Gemma, trained in two ways by hand: a LoRA adapter with weights one can see, and a whole model."""
+"""A tiny Gemma, trained in two ways without a trainer: a LoRA adapter with large weights, and a full model."""
 
 import json
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jobs.llm.exporters.staging import make_staging_folder
+from jobs.llm.llama_cpp.runner import convert
 from jobs.llm.trained_model import HeldOutExample, TrainedModel
 from jobs.runtime.checkpoints import Checkpoints
 from jobs.runtime.context import JobContext, Secrets, Stores
+from jobs.runtime.stop import NeverStop
 from schema.dataset import Dataset
-from schema.events import Event
 from schema.spec import JobSpec
 from schema.training import SftConfig
+from tests.jobs.conftest import EventRecorder
 from tests.tiny_gemma import build_tiny_gemma
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What the libraries say to each other is not ours to mend."""
+    """Ignore warnings raised inside the libraries."""
     for library in ("transformers", "peft", "torch"):
         for kind in ("FutureWarning", "DeprecationWarning", "UserWarning"):
             config.addinivalue_line("filterwarnings", f"ignore::{kind}:{library}")
@@ -34,37 +36,9 @@ CHAT_TEMPLATE = (
 )
 
 
-@dataclass
-class EventRecorder:
-    """A voice that remembers."""
-
-    events: list[Event] = field(default_factory=list)
-
-    def report(self, event: Event) -> None:
-        self.events.append(event)
-
-    def set_progress(self, *, phase: Any = None, progress: Any = None) -> None:
-        pass
-
-
-class NeverStop:
-    """Nobody asks to stop."""
-
-    stop_reason = None
-
-    def check(self) -> None:
-        pass
-
-    def defer_stop(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def time_left_s(self) -> float | None:
-        return None
-
-
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny base with what llama.cpp takes for granted in a Gemma 3: every sixth layer sees everything; and in bfloat16."""
+    """The tiny base in bfloat16, with the layers that llama.cpp assumes of a Gemma 3: every sixth has full attention."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -82,22 +56,31 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def probes(tiny_base: Path) -> tuple[HeldOutExample, ...]:
+def base_gguf(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base as a GGUF file; it has no chat template. Not to be changed."""
+    folder = tmp_path_factory.mktemp("base-gguf")
+    staging = make_staging_folder(tiny_base, tiny_base, [tiny_base], folder / "staging")
+    convert(staging, folder / "base.gguf", precision="bf16", name="base")
+    return folder / "base.gguf"
+
+
+@pytest.fixture(scope="session")
+def held_out_examples(tiny_base: Path) -> tuple[HeldOutExample, ...]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
-    found = []
+    examples = []
     for question in PROMPTS:
         prompt = f"<bos><start_of_turn>user\n{question}<end_of_turn>\n<start_of_turn>model\n"
         prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
         answer_ids = tokenizer.encode("it returns a list of name value string<end_of_turn>\n", add_special_tokens=False)
-        found.append(HeldOutExample(prompt_text=prompt, input_ids=(*prompt_ids, *answer_ids), prompt_tokens=len(prompt_ids)))
-    return tuple(found)
+        examples.append(HeldOutExample(prompt_text=prompt, input_ids=(*prompt_ids, *answer_ids), prompt_tokens=len(prompt_ids)))
+    return tuple(examples)
 
 
 @pytest.fixture(scope="session")
-def adapter(tiny_base: Path, probes: tuple[HeldOutExample, ...], tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
-    """A LoRA adapter whose B is random: the tuning is visible."""
+def adapter(tiny_base: Path, held_out_examples: tuple[HeldOutExample, ...], tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
+    """A LoRA adapter with a random B matrix, so that tuning changes the predictions."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -113,15 +96,16 @@ def adapter(tiny_base: Path, probes: tuple[HeldOutExample, ...], tmp_path_factor
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
-    (folder / "training_args.bin").write_bytes(b"what a trainer leaves behind")
+    (folder / "training_args.bin").write_bytes(b"a file that the trainer writes")
     return replace(
-        make_trained_model(folder, tiny_base, probes, is_adapter=True), calibration=tuple(probe.input_ids for probe in probes * 4)
+        make_trained_model(folder, tiny_base, held_out_examples, is_adapter=True),
+        calibration=tuple(example.input_ids for example in held_out_examples * 4),
     )
 
 
 @pytest.fixture(scope="session")
-def full(tiny_base: Path, probes: tuple[HeldOutExample, ...], tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
-    """A whole model, a little away from the base."""
+def full(tiny_base: Path, held_out_examples: tuple[HeldOutExample, ...], tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
+    """A fully trained model: the base with noise added."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -133,7 +117,7 @@ def full(tiny_base: Path, probes: tuple[HeldOutExample, ...], tmp_path_factory: 
             parameter += 0.02 * torch.randn_like(parameter)
     model.to(torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_base).save_pretrained(folder)
-    return make_trained_model(folder, tiny_base, probes, is_adapter=False)
+    return make_trained_model(folder, tiny_base, held_out_examples, is_adapter=False)
 
 
 @pytest.fixture
@@ -143,7 +127,7 @@ def record() -> EventRecorder:
 
 @pytest.fixture
 def make_context(tmp_path: Path, record: EventRecorder) -> Callable[..., JobContext]:
-    """Makes the context of a job that exports what `export_config` says."""
+    """Makes the context of a job with this export config."""
 
     def make(method: str = "LoRA", **export_config: Any) -> JobContext:
         return make_job_context(tmp_path, record, method, **export_config)
@@ -156,9 +140,18 @@ def make_job_context(root: Path, record: EventRecorder, method: str = "LoRA", **
     workdir = root / "work"
     workdir.mkdir(exist_ok=True)
     stores = Stores(spec.stores)
-    kept = Checkpoints(store=stores.models, spec=spec, attempt=1, folder=workdir / "checkpoints", save_total_limit=2, emit=record.report)
+    checkpoints = Checkpoints(
+        store=stores.models, spec=spec, attempt=1, folder=workdir / "checkpoints", save_total_limit=2, emit=record.report
+    )
     return JobContext(
-        spec=spec, attempt=1, workdir=workdir, secrets=Secrets({}), stores=stores, event_sink=record, stop=NeverStop(), checkpoints=kept
+        spec=spec,
+        attempt=1,
+        workdir=workdir,
+        secrets=Secrets({}),
+        stores=stores,
+        event_sink=record,
+        stop=NeverStop(),
+        checkpoints=checkpoints,
     )
 
 
@@ -176,16 +169,16 @@ def make_spec(root: Path, method: str, export_config: dict[str, Any]) -> JobSpec
         training_config=SftConfig.model_validate(config),
         dataset=dataset,
         checkpoints_prefix="checkpoints/test-jobs/job_job-1/",
-        stores={"datasets": url, "models": url, "configs": url},  # pyright: ignore[reportArgumentType]  # pydantic makes it
+        stores={"datasets": url, "models": url, "configs": url},  # pyright: ignore[reportArgumentType]  # pydantic converts it
     )
 
 
-def make_trained_model(folder: Path, base: Path, probes: tuple[HeldOutExample, ...], *, is_adapter: bool) -> TrainedModel:
+def make_trained_model(folder: Path, base: Path, held_out_examples: tuple[HeldOutExample, ...], *, is_adapter: bool) -> TrainedModel:
     return TrainedModel(
         folder=folder,
         is_adapter=is_adapter,
         base_folder=base,
-        held_out_examples=probes,
+        held_out_examples=held_out_examples,
         metrics=None,
         base_metrics=None,
         train_rows=1,

@@ -1,4 +1,4 @@
-"""Talking to a GGUF file, on the tiny model: what a person and a program see."""
+"""Chatting with a GGUF file of the tiny model, as text and as JSON lines."""
 
 import json
 import os
@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from jobs.llm.chat import Conversation, InvalidPrompt, _print_stream, _token_bytes, cpu_thread_count, open_model
+from jobs.llm.chat import Conversation, InvalidPrompt, _print_stream, cpu_thread_count, open_model
 from jobs.llm.llama_cpp import get_converter_path
+from jobs.llm.llama_cpp.model import token_to_bytes
 
 REPOSITORY = Path(__file__).parents[2]
 TURN = [{"role": "user", "content": "what does the function do"}]
@@ -24,7 +25,7 @@ TEMPLATE = """{{ bos_token }}{% for message in messages %}<start_of_turn>{{ 'mod
 
 @pytest.fixture(scope="module")
 def model_folder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model, taught to end its turns after a while, with a chat template like Gemma's."""
+    """The tiny model with a chat template like Gemma's, changed so that it ends its turns."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -66,7 +67,7 @@ def test_temperature_zero_matches_greedy_generation(model_folder: Path, gguf: Pa
     assert done["tokens"] == len(expected) - 1
 
 
-def test_an_answer_is_plain_text_on_stdout(model_folder: Path, gguf: Path) -> None:
+def test_answer_is_plain_text_on_stdout(model_folder: Path, gguf: Path) -> None:
     answered = run_chat(gguf, "--prompt", TURN[0]["content"], "--temperature", "0", "--max-tokens", "3")
     assert (answered.returncode, answered.stderr) == (0, "")
     assert answered.stdout == "".join(generate_greedy(model_folder, TURN[0]["content"])[:3]) + "\n"
@@ -81,7 +82,7 @@ def test_json_lines_mode_answers_each_line(gguf: Path) -> None:
     assert all(end["done"] is True and end["seconds"] >= 0 for end in ends)
 
 
-def test_a_bad_line_does_not_end_the_conversation(gguf: Path) -> None:
+def test_invalid_line_does_not_end_the_conversation(gguf: Path) -> None:
     answered = run_chat(gguf, "--json", "--max-tokens", "2", stdin='{"prompt": 1}\nnonsense\n\n{"prompt": "what"}\n')
     lines = parse_json_lines(answered.stdout)
     assert answered.returncode == 0
@@ -102,16 +103,16 @@ def test_multi_token_characters_are_not_split(gguf: Path) -> None:
     with open_model(gguf, threads=1) as model:
         vocabulary = llama_cpp.llama_model_get_vocab(model._llama.model)
         tokens = model._llama.tokenize("模型 🙂 Ünï  x".encode(), add_bos=False)
-        assert b"".join(_token_bytes(vocabulary, token) for token in tokens).decode() == "模型 🙂 Ünï  x"
+        assert b"".join(token_to_bytes(vocabulary, token) for token in tokens).decode() == "模型 🙂 Ünï  x"
 
 
 def test_prompt_longer_than_context_is_rejected(gguf: Path) -> None:
-    refused = run_chat(gguf, "--prompt", "what " * 5000)
-    assert refused.returncode == 2
-    assert refused.stderr.startswith("error: the prompt has")
+    rejected = run_chat(gguf, "--prompt", "what " * 5000)
+    assert rejected.returncode == 2
+    assert rejected.stderr.startswith("error: the prompt has")
 
 
-# --- with a file of no use ---
+# --- with an unusable file ---
 
 
 def test_unusable_file_gives_one_line_error(gguf: Path, tmp_path: Path) -> None:
@@ -119,32 +120,32 @@ def test_unusable_file_gives_one_line_error(gguf: Path, tmp_path: Path) -> None:
     cases["not a GGUF file"].write_text("hello")
     cases["cannot load"].write_bytes(gguf.read_bytes()[:-1000])
     for words, path in cases.items():
-        refused = run_chat(path, "--prompt", "hi")
-        assert (refused.returncode, refused.stdout) == (2, "")
-        assert refused.stderr.startswith("error: ")
-        assert words in refused.stderr
-        assert str(path) in refused.stderr
-        assert refused.stderr.count("\n") == 1
+        rejected = run_chat(path, "--prompt", "hi")
+        assert (rejected.returncode, rejected.stdout) == (2, "")
+        assert rejected.stderr.startswith("error: ")
+        assert words in rejected.stderr
+        assert str(path) in rejected.stderr
+        assert rejected.stderr.count("\n") == 1
 
 
-def test_missing_chat_template_is_reported(tiny_base: Path, tmp_path: Path) -> None:
-    refused = run_chat(convert(tiny_base, tmp_path / "plain.gguf"), "--prompt", "hi")
-    assert refused.returncode == 2
-    assert "has no chat template" in refused.stderr
+def test_missing_chat_template_is_reported(base_gguf: Path) -> None:
+    rejected = run_chat(base_gguf, "--prompt", "hi")
+    assert rejected.returncode == 2
+    assert "has no chat template" in rejected.stderr
 
 
 @pytest.mark.parametrize("options", [["--temperature", "nan"], ["--temperature", "-1"], ["--max-tokens", "0"], ["--max-tokens", "x"]])
 def test_invalid_options_are_rejected(options: list[str], tmp_path: Path) -> None:
-    refused = run_chat(tmp_path / "any.gguf", *options)
-    assert refused.returncode == 2
-    assert options[0] in refused.stderr
+    rejected = run_chat(tmp_path / "any.gguf", *options)
+    assert rejected.returncode == 2
+    assert options[0] in rejected.stderr
 
 
 # --- without a model ---
 
 
 class FakeChatModel:
-    """A model that says `yes` and has a token for each character."""
+    """A model that always answers `yes`, with one token for each character."""
 
     context_tokens = 20
 
@@ -205,7 +206,7 @@ def convert(folder: Path, target: Path) -> Path:
 
 
 def mark_turn_tokens_as_special(folder: Path) -> None:
-    """llama.cpp's converter reads the kind of added tokens from where transformers 5 no longer writes it."""
+    """Write the added tokens to tokenizer_config.json, where llama.cpp's converter reads them and transformers 5 does not write them."""
     config = json.loads((folder / "tokenizer_config.json").read_text())
     added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
     config["added_tokens_decoder"] = {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in added}
@@ -213,7 +214,7 @@ def mark_turn_tokens_as_special(folder: Path) -> None:
 
 
 def generate_greedy(folder: Path, prompt: str) -> list[str]:
-    """What transformers answers, token by token."""
+    """The greedy answer of transformers, token by token."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)

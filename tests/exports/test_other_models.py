@@ -1,4 +1,4 @@
-"""Models that do more than speak, and another form of those that do: one that sees, one that gives scores, a graph for ONNX Runtime."""
+"""Exports of vision models and reward models, and of a graph for ONNX Runtime."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,12 +23,12 @@ MakeContext = Callable[..., JobContext]
 
 @pytest.fixture(scope="module")
 def vision_adapter(tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
-    """A LoRA of a Gemma that sees, whose language part alone was trained."""
+    """A LoRA of a multimodal Gemma, of which only the language part was trained."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-    base, folder = build_tiny_gemma_vision(tmp_path_factory.mktemp("seeing") / "base"), tmp_path_factory.mktemp("adapter")
+    base, folder = build_tiny_gemma_vision(tmp_path_factory.mktemp("vision") / "base"), tmp_path_factory.mktemp("adapter")
     torch.manual_seed(1)
     targets = r".*language_model.*(q_proj|v_proj|up_proj)"
     model = get_peft_model(AutoModelForImageTextToText.from_pretrained(base), LoraConfig(r=4, lora_alpha=8, target_modules=targets))
@@ -39,8 +39,8 @@ def vision_adapter(tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.save_pretrained(folder)
     image = read_json(base / "config.json")["image_token_index"]
-    probe = HeldOutExample("<bos>look", (2, *[image] * 4, 10, 11), 5)
-    return make_trained_model(folder, base, (probe,), is_adapter=True)
+    example = HeldOutExample("<bos>look", (2, *[image] * 4, 10, 11), 5)
+    return make_trained_model(folder, base, (example,), is_adapter=True)
 
 
 def test_vision_model_is_merged_with_image_processor(vision_adapter: TrainedModel, make_context: MakeContext, tmp_path: Path) -> None:
@@ -53,9 +53,9 @@ def test_vision_model_is_merged_with_image_processor(vision_adapter: TrainedMode
     assert merged.fidelity
     assert merged.fidelity.argmax_agreement == 1.0
     assert AutoProcessor.from_pretrained(folder).image_processor.image_seq_length == 4
-    found = AutoModelForImageTextToText.from_pretrained(folder).state_dict()
-    before = AutoModelForImageTextToText.from_pretrained(vision_adapter.base_folder).state_dict()
-    changed = {name for name in before if not torch.equal(before[name], found[name])}
+    merged_weights = AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+    base_weights = AutoModelForImageTextToText.from_pretrained(vision_adapter.base_folder).state_dict()
+    changed = {name for name in base_weights if not torch.equal(base_weights[name], merged_weights[name])}
     assert len(changed) == 18  # three matrices of six layers
     assert all(".language_model.layers." in name for name in changed)
 
@@ -69,7 +69,7 @@ def test_vision_model_exports_language_gguf_and_mmproj(
     context = with_config(make_context(), modality="vision", export_config=export)
     artifacts = {artifact.name: artifact for artifact in export_all(vision_adapter, context)}
     assert list(artifacts) == ["adapter", "gguf-f32", "gguf-mmproj", "gguf-usage"]
-    assert artifacts["gguf-f32"].fidelity  # of the language part; the row with an image cannot be heard without it
+    assert artifacts["gguf-f32"].fidelity  # of the language part; the row with an image is not used
     assert artifacts["gguf-f32"].fidelity.argmax_agreement == 1.0
     assert artifacts["gguf-f32"].fidelity.perplexity is None
     projector = GGUFReader(context.stores.models.download(artifacts["gguf-mmproj"].key, tmp_path / "mmproj.gguf"))
@@ -82,13 +82,15 @@ def test_vision_model_exports_language_gguf_and_mmproj(
 
 
 @pytest.fixture(scope="module")
-def reward_adapter(tiny_base: Path, probes: tuple[HeldOutExample, ...], tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
-    """A LoRA of the tiny base that ends in a score."""
+def reward_adapter(
+    tiny_base: Path, held_out_examples: tuple[HeldOutExample, ...], tmp_path_factory: pytest.TempPathFactory
+) -> TrainedModel:
+    """A LoRA of the tiny base with a score head."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    folder = tmp_path_factory.mktemp("scoring")
+    folder = tmp_path_factory.mktemp("reward")
     torch.manual_seed(5)
     base = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=1)
     model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", exclude_modules="score", task_type="SEQ_CLS"))
@@ -97,7 +99,7 @@ def reward_adapter(tiny_base: Path, probes: tuple[HeldOutExample, ...], tmp_path
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_base).save_pretrained(folder)
-    return make_trained_model(folder, tiny_base, probes, is_adapter=True)
+    return make_trained_model(folder, tiny_base, held_out_examples, is_adapter=True)
 
 
 def test_merged_reward_model_gives_same_scores(
@@ -110,17 +112,17 @@ def test_merged_reward_model_gives_same_scores(
     context = with_config(make_context(), trainer_type="reward", export_config={"format": "merged", "merged_dtype": "fp32"})
     (merged,) = export_all(reward_adapter, context)
     folder = download_artifact(context.stores.models, merged, tmp_path / "got")
-    assert merged.fidelity is None  # it does not speak
+    assert merged.fidelity is None  # it gives no next-token probabilities
     config = read_json(folder / "config.json")
     assert config["architectures"] == ["Gemma3TextForSequenceClassification"]
     assert config["pad_token_id"] == 0
-    found = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    merged_model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     base = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=1, dtype=torch.float32)
     expected = PeftModel.from_pretrained(base, str(reward_adapter.folder))
     ids = torch.tensor([reward_adapter.held_out_examples[0].input_ids])
     with torch.inference_mode():
         score = float(expected(input_ids=ids).logits)
-        assert float(found(input_ids=ids).logits) == pytest.approx(score, abs=1e-4)
+        assert float(merged_model(input_ids=ids).logits) == pytest.approx(score, abs=1e-4)
     assert abs(score) > 0.01
 
 
@@ -161,11 +163,11 @@ def test_small_model_exports_to_onnx(make_context: MakeContext, tmp_path: Path) 
     assert artifact.fidelity.mean_kl_to_merged < 1e-6
     ids = AutoTokenizer.from_pretrained(folder)(["the list of files", "the path of it"], return_tensors="pt", padding=True)
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
-    (found,) = session.run(["logits"], {name: tensor.numpy() for name, tensor in ids.items() if name != "token_type_ids"})
+    (logits,) = session.run(["logits"], {name: tensor.numpy() for name, tensor in ids.items() if name != "token_type_ids"})
     with torch.inference_mode():
         expected = AutoModelForCausalLM.from_pretrained(trained.folder, dtype=torch.float32)(**ids).logits.numpy()
     attended = ids["attention_mask"].numpy().astype(bool)
-    assert np.abs(found - expected)[attended].max() < 1e-4
+    assert np.abs(logits - expected)[attended].max() < 1e-4
 
 
 def test_model_too_large_for_onnx_is_rejected_before_training(tmp_path: Path, make_context: MakeContext) -> None:
@@ -174,22 +176,22 @@ def test_model_too_large_for_onnx_is_rejected_before_training(tmp_path: Path, ma
     header = b'{"weight":{"dtype":"BF16","shape":[2000000,1000],"data_offsets":[0,4000000000]}}'
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     config = with_config(make_context(), export_config={"format": ["adapter", "onnx"]}).spec.training_config
-    check_exportable(config)  # nothing is known of the base yet
+    check_exportable(config)  # the base is not downloaded yet
     with pytest.raises(JobFailed, match=r"up to 1\.5 billion parameters, and this one has 2\.0") as caught:
         check_exportable(config, tmp_path)
     assert caught.value.failure.code == "invalid_config"
 
 
 def test_missing_imatrix_program_is_rejected_before_training(make_context: MakeContext, tmp_path: Path) -> None:
-    weighed = {"include_gguf": True, "gguf_quantization": "q4_k_m", "gguf_imatrix": True}
-    config = with_config(make_context(), export_config=weighed).spec.training_config
+    export_config = {"include_gguf": True, "gguf_quantization": "q4_k_m", "gguf_imatrix": True}
+    config = with_config(make_context(), export_config=export_config).spec.training_config
     check_exportable(config)
     with pytest.raises(JobFailed, match="llama-imatrix, which is not installed"):
         check_exportable(config, llama_cpp_folder=tmp_path)
 
 
 def make_two_layer_model(folder: Path) -> TrainedModel:
-    """A whole model that is its own base: tracing takes seconds for each layer."""
+    """A full model that is its own base, with two layers: tracing takes seconds for each."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""A merge that never holds more than one tensor, bit by bit what peft makes of the whole model."""
+"""The tensor-by-tensor merge: bit-identical to peft's, with one tensor in memory."""
 
 import shutil
 import sys
@@ -23,7 +23,7 @@ from tests.exports.conftest import read_json
 
 TURN_TOKENS = [4, 5]
 
-# Any: whatever LoraConfig takes.
+# Any: arguments of LoraConfig.
 ADAPTER_OPTIONS: dict[str, dict[str, Any]] = {
     "LoRA": {},
     "DoRA": {"use_dora": True},
@@ -36,7 +36,7 @@ ADAPTER_OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def bases(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The tiny base as it comes, in bfloat16 and one file; and in float32, in several."""
+    """The tiny base in bfloat16 and one file, and in float32 and several."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -48,7 +48,7 @@ def bases(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 @pytest.fixture
 def make_adapter(tmp_path: Path) -> Callable[..., Path]:
-    """Makes an adapter whose every trained number has moved."""
+    """Makes an adapter with every trained number changed."""
 
     def make(base: Path, **options: Any) -> Path:
         import torch
@@ -68,27 +68,27 @@ def make_adapter(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-@pytest.mark.parametrize("way", ADAPTER_OPTIONS)
-@pytest.mark.parametrize("own", ["bf16", "f32"])
+@pytest.mark.parametrize("options", ADAPTER_OPTIONS)
+@pytest.mark.parametrize("precision", ["bf16", "f32"])
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings")
 def test_every_tensor_matches_peft_merge(
-    bases: dict[str, Path], make_adapter: Callable[..., Path], tmp_path: Path, own: str, way: str
+    bases: dict[str, Path], make_adapter: Callable[..., Path], tmp_path: Path, precision: str, options: str
 ) -> None:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    adapter, dtype = make_adapter(bases[own], **ADAPTER_OPTIONS[way]), {"bf16": torch.bfloat16, "f32": torch.float32}[own]
-    changes, _ = load_adapter_delta(bases[own], adapter, "causal")
-    merge_tensors(bases[own], tmp_path / "merged", dtype, changes)
-    shutil.copy(bases[own] / "config.json", tmp_path / "merged")
-    base = AutoModelForCausalLM.from_pretrained(bases[own], dtype=torch.float32)
+    adapter, dtype = make_adapter(bases[precision], **ADAPTER_OPTIONS[options]), {"bf16": torch.bfloat16, "f32": torch.float32}[precision]
+    changes, _ = load_adapter_delta(bases[precision], adapter, "causal")
+    merge_tensors(bases[precision], tmp_path / "merged", dtype, changes)
+    shutil.copy(bases[precision] / "config.json", tmp_path / "merged")
+    base = AutoModelForCausalLM.from_pretrained(bases[precision], dtype=torch.float32)
     expected = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True).to(dtype).state_dict()
-    before = AutoModelForCausalLM.from_pretrained(bases[own], dtype=dtype).state_dict()
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=dtype).state_dict()
-    assert all(torch.equal(found[name].view(torch.uint8), expected[name].view(torch.uint8)) for name in expected)
-    assert sum(not torch.equal(found[name], before[name]) for name in expected) >= len(changes.changed_names)
-    assert [path.name for path in sorted((tmp_path / "merged").glob("*.safetensors"))] == list_weight_files(bases[own])
+    before = AutoModelForCausalLM.from_pretrained(bases[precision], dtype=dtype).state_dict()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=dtype).state_dict()
+    assert all(torch.equal(merged[name].view(torch.uint8), expected[name].view(torch.uint8)) for name in expected)
+    assert sum(not torch.equal(merged[name], before[name]) for name in expected) >= len(changes.changed_names)
+    assert [path.name for path in sorted((tmp_path / "merged").glob("*.safetensors"))] == list_weight_files(bases[precision])
 
 
 def test_only_trained_token_rows_change(bases: dict[str, Path], make_adapter: Callable[..., Path], tmp_path: Path) -> None:
@@ -127,21 +127,21 @@ def test_output_is_readable_by_safetensors(bases: dict[str, Path], tmp_path: Pat
     (tmp_path / "mixed").mkdir()
     save_file(counts, tmp_path / "mixed/model.safetensors")
     merge_tensors(tmp_path / "mixed", tmp_path / "out", torch.float32)
-    found = load_file(tmp_path / "out/model.safetensors")
-    assert {name: tensor.dtype for name, tensor in found.items()} == {"steps": torch.int64, "flags": torch.bool, "half": torch.float32}
+    written = load_file(tmp_path / "out/model.safetensors")
+    assert {name: tensor.dtype for name, tensor in written.items()} == {"steps": torch.int64, "flags": torch.bool, "half": torch.float32}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own count of a process's memory")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the process's memory from /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
     (tmp_path / "base").mkdir()
     save_file({f"layer.{i}": torch.zeros(1024, 1024) for i in range(40)}, tmp_path / "base/model.safetensors")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _process_memory_bytes("VmRSS")
     merge_tensors(tmp_path / "base", tmp_path / "out", torch.bfloat16, AdapterDelta(merge_functions={"layer.7": lambda weight: weight + 1}))
-    assert _process_memory_bytes("VmHWM") - before < 60e6  # the model has 168 MB; a tensor 4
+    assert _process_memory_bytes("VmHWM") - before < 60e6  # the model has 168 MB, a tensor 4 MB
 
 
 def test_float16_overflow_is_rejected_by_name(tmp_path: Path) -> None:
@@ -179,12 +179,12 @@ def test_tensors_missing_in_base_are_added(tmp_path: Path) -> None:
 
     save_file({"body": torch.ones(2, 2)}, tmp_path / "model.safetensors")
     merge_tensors(tmp_path, tmp_path / "out", torch.float32, AdapterDelta(replacements={"score.weight": torch.full((1, 2), 3.0)}))
-    found = load_file(tmp_path / "out/model.safetensors")
-    assert found["score.weight"].tolist() == [[3.0, 3.0]]
-    assert found["body"].tolist() == [[1.0, 1.0], [1.0, 1.0]]
+    written = load_file(tmp_path / "out/model.safetensors")
+    assert written["score.weight"].tolist() == [[3.0, 3.0]]
+    assert written["body"].tolist() == [[1.0, 1.0], [1.0, 1.0]]
 
 
 def _process_memory_bytes(name: str) -> int:
-    """A number of the kernel's about this process, such as VmHWM, the most memory it ever had."""
+    """A field of /proc/self/status in bytes, such as VmHWM, the peak memory."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""What lies beside a GGUF file tells the truth about it."""
+"""The Modelfile and the run script written for a GGUF file."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from jobs.runtime.errors import JobFailed
 
 
 class FakeTokenizer:
-    """As much of one as a chat template needs."""
+    """The part of a tokenizer that a chat template needs."""
 
     bos_token = "<bos>"
 
@@ -26,34 +26,34 @@ class FakeTokenizer:
     def apply_chat_template(self, messages: list[dict[str, str]], **_: object) -> str:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        def refuse(message: str) -> None:
+        def raise_exception(message: str) -> None:
             from jinja2 import TemplateError
 
             raise TemplateError(message)
 
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = refuse
+        environment.globals["raise_exception"] = raise_exception
         template = environment.from_string(self.chat_template or "")
         return template.render(messages=messages, bos_token=self.bos_token, add_generation_prompt=True)
 
 
 @pytest.fixture(scope="module")
 def gemma() -> FakeTokenizer:
-    """With the template that is trained when a base has none: Google's own."""
+    """A tokenizer with Google's template, the one that training uses when a base has none."""
     from importlib.resources import files
 
     return FakeTokenizer((files("trl") / "chat_templates/gemma3.jinja").read_text())
 
 
 def test_ollama_template_matches_gemma_template(gemma: FakeTokenizer) -> None:
-    assert uses_gemma_template(gemma)  # pyright: ignore[reportArgumentType]  # as much as is asked of it
+    assert uses_gemma_template(gemma)  # pyright: ignore[reportArgumentType]  # a fake with the methods it uses
     assert (
         render_gemma_turns(TEMPLATE_TEST_CONVERSATIONS[2])
         == "<start_of_turn>user\nBe brief.\n\nHello.<end_of_turn>\n<start_of_turn>model\n"
     )
-    told = make_modelfile("tuned-q8_0.gguf", gemma)  # pyright: ignore[reportArgumentType]
-    assert told.startswith("# Beside tuned-q8_0.gguf: ollama create NAME -f THIS_FILE\nFROM ./tuned-q8_0.gguf\n")
-    assert f'TEMPLATE """{GEMMA_TEMPLATE}"""\nPARAMETER stop "<end_of_turn>"\n' in told
+    modelfile = make_modelfile("tuned-q8_0.gguf", gemma)  # pyright: ignore[reportArgumentType]
+    assert modelfile.startswith("# Put this file beside tuned-q8_0.gguf and run: ollama create NAME -f THIS_FILE\nFROM ./tuned-q8_0.gguf\n")
+    assert f'TEMPLATE """{GEMMA_TEMPLATE}"""\nPARAMETER stop "<end_of_turn>"\n' in modelfile
 
 
 @pytest.mark.parametrize(
@@ -74,12 +74,12 @@ def test_model_without_chat_template_passes_prompt_through() -> None:
 
 
 def test_adapter_modelfile_names_its_base_file(gemma: FakeTokenizer) -> None:
-    told = make_modelfile("base.gguf", gemma, "tuned-lora-f16.gguf")  # pyright: ignore[reportArgumentType]
-    assert "FROM ./base.gguf\nADAPTER ./tuned-lora-f16.gguf\n" in told
+    modelfile = make_modelfile("base.gguf", gemma, "tuned-lora-f16.gguf")  # pyright: ignore[reportArgumentType]
+    assert "FROM ./base.gguf\nADAPTER ./tuned-lora-f16.gguf\n" in modelfile
 
 
 def test_failing_command_is_not_written(tmp_path: Path) -> None:
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(JobFailed, match=r"broken\.gguf does not answer in llama\.cpp's own program") as caught:
+    with pytest.raises(JobFailed, match=r"llama-completion failed to run broken\.gguf") as caught:
         verify_command(tmp_path / "broken.gguf", "<bos>hello", "<bos>", threads=1)
     assert caught.value.failure.code == "export_failed"

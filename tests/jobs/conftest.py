@@ -2,11 +2,10 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from hashlib import sha256
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 from uuid import uuid4
 
@@ -15,6 +14,7 @@ import pytest
 from jobs.llm.trained_model import TrainedModel
 from jobs.runtime.checkpoints import Checkpoints
 from jobs.runtime.context import JobContext, Secrets, StopSignal, Stores
+from jobs.runtime.stop import NeverStop
 from schema.checkpoint import MANIFEST, Checkpoint, checkpoints_prefix
 from schema.dataset import Dataset, Split
 from schema.events import DecisionMade, EvaluationCompleted, Event, MetricsLogged, WarningRaised
@@ -74,21 +74,6 @@ class EventRecorder:
     @property
     def decisions(self) -> dict[str, str]:
         return {event.setting: event.value for event in self.events if isinstance(event, DecisionMade)}
-
-
-class NeverStop:
-    """Nobody asks to stop."""
-
-    stop_reason = None
-
-    def check(self) -> None:
-        pass
-
-    def defer_stop(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def time_left_s(self) -> float | None:
-        return None
 
 
 @dataclass
@@ -227,8 +212,7 @@ def make_context(
 
 def load_trainer(spec: JobSpec) -> Callable[..., TrainedModel]:
     """The code that obeys the job's training config."""
-    module, _, function = spec.training_config.trainer.partition(":")
-    return getattr(import_module(module), function)
+    return resolve_name(spec.training_config.train)
 
 
 @pytest.fixture

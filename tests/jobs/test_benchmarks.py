@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: run where it is installed, and named as not run where it is not."""
+"""lm-evaluation-harness tasks: run where the harness is installed, and noted as not run elsewhere."""
 
 import json
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ from tests.jobs.test_trainable_tokens import make_input_ids, make_tuned_model
 
 LM_EVAL_INSTALLED = find_spec("lm_eval") is not None
 requires_lm_eval = pytest.mark.skipif(
-    not LM_EVAL_INSTALLED, reason="jobs/environments/llm/requirements-lm-eval.txt is not installed; it is not part of the trainer"
+    not LM_EVAL_INSTALLED, reason="jobs/environments/llm/requirements-lm-eval.txt is not installed; it is optional"
 )
 
 CHOICE_TASK = """
@@ -74,7 +74,7 @@ def test_group_without_metric_gives_task_metrics() -> None:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tasks of six rows, on this machine."""
+    """Two local tasks of six rows."""
     folder = tmp_path_factory.mktemp("tasks")
     rows = [{"question": f"what does {name} do", "choices": ["a list", "a name"], "answer": n % 2} for n, name in enumerate(NAMES)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -85,41 +85,41 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(base: Path) -> Any:
-    """As a training holds it: an adapter, and tied embeddings of which a few rows are trained."""
+    """A model as during training: an adapter, and tied embeddings with a few trained rows."""
     tuned = make_tuned_model(base)
     tuned.config.use_cache = False
     return tuned.train()
 
 
 def expected_accuracy(model: Any, tokenizer: Any, rows: int) -> float:
-    """Share of questions to which the right choice is the likelier one, by the sum of its tokens."""
+    """Fraction of questions whose right choice has the higher sum of token log probabilities."""
     import torch
 
     def likelihood(question: str, choice: str) -> float:
-        asked, whole = tokenizer(question)["input_ids"], tokenizer(f"{question} {choice}")["input_ids"]
+        question_ids, ids = tokenizer(question)["input_ids"], tokenizer(f"{question} {choice}")["input_ids"]
         with torch.no_grad():
-            told = model.eval()(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
-        return sum(float(told[n - 1, whole[n]]) for n in range(len(asked), len(whole)))
+            log_probs = model.eval()(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        return sum(float(log_probs[n - 1, ids[n]]) for n in range(len(question_ids), len(ids)))
 
     scores = [[likelihood(f"what does {name} do", choice) for choice in ("a list", "a name")] for name in NAMES[:rows]]
-    return sum(both.index(max(both)) == n % 2 for n, both in enumerate(scores)) / rows
+    return sum(pair.index(max(pair)) == n % 2 for n, pair in enumerate(scores)) / rows
 
 
 @requires_lm_eval
 def test_harness_evaluates_model_in_memory_and_restores_it(model: Any, tokenizer: Any, tasks: Path) -> None:
     import torch
 
-    pulses: list[int] = []
+    calls: list[int] = []
     before = model.eval()(input_ids=make_input_ids()).logits
     accuracy = expected_accuracy(model, tokenizer, 5)
     model.train()
     state, padding = capture_rng_state(), tokenizer.padding_side
     values, notes = evaluate_with_lm_eval(
-        model, tokenizer, ["tiny_choice", "tiny_free"], limit=5, batch_size=2, check_stop=lambda: pulses.append(1), include_path=tasks
+        model, tokenizer, ["tiny_choice", "tiny_free"], limit=5, batch_size=2, check_stop=lambda: calls.append(1), include_path=tasks
     )
     assert notes == {}
     assert values == {"lm_eval/tiny_choice/acc": accuracy, "lm_eval/tiny_free/exact_match": 0.0}
-    assert len(pulses) >= 3 + 3  # five questions of each task, two at a time
+    assert len(calls) >= 3 + 3  # five questions of each task, two at a time
     assert model.training
     assert (capture_rng_state(), tokenizer.padding_side) == (state, padding)
     assert torch.equal(model.eval()(input_ids=make_input_ids()).logits, before)
@@ -127,24 +127,24 @@ def test_harness_evaluates_model_in_memory_and_restores_it(model: Any, tokenizer
 
 @requires_lm_eval
 def test_task_that_cannot_run_is_noted_and_others_run(model: Any, tokenizer: Any, tasks: Path) -> None:
-    asked = ["nothing_like_it", str(tasks / "choice.yaml"), "arc_easy", "tiny_free"]
-    values, notes = evaluate_with_lm_eval(model, tokenizer, asked, limit=2, batch_size=2, include_path=tasks)
-    assert values == {f"lm_eval/{task}": None for task in asked[:3]} | {"lm_eval/tiny_free/exact_match": 0.0}
+    tasks_to_run = ["nothing_like_it", str(tasks / "choice.yaml"), "arc_easy", "tiny_free"]
+    values, notes = evaluate_with_lm_eval(model, tokenizer, tasks_to_run, limit=2, batch_size=2, include_path=tasks)
+    assert values == {f"lm_eval/{task}": None for task in tasks_to_run[:3]} | {"lm_eval/tiny_free/exact_match": 0.0}
     assert notes["lm_eval/nothing_like_it"] == "lm-evaluation-harness has no task 'nothing_like_it'"
-    assert "has no task" in notes[f"lm_eval/{asked[1]}"]  # a file of somebody else's choice may hold code
+    assert "has no task" in notes[f"lm_eval/{tasks_to_run[1]}"]  # a file may contain code
     assert "its data could not be fetched" in notes["lm_eval/arc_easy"]
 
 
 @requires_lm_eval
-def test_the_harness_can_be_interrupted(model: Any, tokenizer: Any, tasks: Path) -> None:
+def test_harness_can_be_interrupted(model: Any, tokenizer: Any, tasks: Path) -> None:
     class Interrupted(Exception):
         pass
 
-    def pulse() -> None:
+    def check_stop() -> None:
         raise Interrupted
 
     with pytest.raises(Interrupted):
-        evaluate_with_lm_eval(model, tokenizer, ["tiny_choice"], limit=2, batch_size=2, check_stop=pulse, include_path=tasks)
+        evaluate_with_lm_eval(model, tokenizer, ["tiny_choice"], limit=2, batch_size=2, check_stop=check_stop, include_path=tasks)
     assert model.training
 
 

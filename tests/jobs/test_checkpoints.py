@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 import pytest
 
-from jobs.runtime.checkpoints import CheckpointInfo, Checkpoints, StoredCheckpoint, select_expired, sort_for_resume
+from jobs.runtime.checkpoint_store import StoredCheckpoint, select_expired, sort_for_resume
+from jobs.runtime.checkpoints import CheckpointInfo, Checkpoints
 from jobs.runtime.errors import JobFailed
 from schema.checkpoint import MANIFEST, Checkpoint, checkpoint_key, checkpoints_prefix
 from schema.events import CheckpointRestored, CheckpointSaved, CheckpointSkipped, Event, WarningRaised
@@ -59,9 +60,9 @@ def make(spec: JobSpec, store: ObjectStore, emitted_events: list[Event], tmp_pat
         given = {
             "store": store,
             "spec": spec,
-            "keep": 2,
+            "save_total_limit": 2,
             "folder": tmp_path / f"work-{attempt}",
-            "tell": emitted_events.append,
+            "emit": emitted_events.append,
             "sleep": lambda _: None,
         }
         made.append(Checkpoints(attempt=attempt, **given | changes))
@@ -101,7 +102,7 @@ def steps(store: ObjectStore, spec: JobSpec) -> list[tuple[int, int]]:
 
 
 def test_saved_checkpoint_is_durable_and_emits_event(make: Make, emitted_events: list[Event], spec: JobSpec, tmp_path: Path) -> None:
-    checkpoints = make(trackers=lambda: {"wandb": "run-1"})
+    checkpoints = make(get_tracker_run_ids=lambda: {"wandb": "run-1"})
     save(checkpoints, tmp_path / "t")
     restored = make(attempt=2).fetch_latest()
     assert restored is not None
@@ -199,7 +200,7 @@ def test_newer_checkpoint_replaces_pending_upload(make: Make, store: ObjectStore
             assert go_on.wait(20)
             return super().upload(source, key, sha256=sha256)
 
-    checkpoints = make(store=SlowStore(spec.stores.models), keep=9)
+    checkpoints = make(store=SlowStore(spec.stores.models), save_total_limit=9)
     checkpoints.submit(make_checkpoint_folder(tmp_path / "t", 10), CHECKPOINT_INFO)
     assert begun.wait(20)
     for step in (20, 30):
@@ -312,7 +313,7 @@ def test_newest_is_none_without_checkpoints(make: Make, emitted_events: list[Eve
 
 def test_newest_prefers_latest_attempt_and_ignores_later_attempts(make: Make, emitted_events: list[Event], tmp_path: Path) -> None:
     for attempt, step in ((1, 90), (2, 20), (2, 30), (4, 40)):
-        save(make(attempt=attempt, keep=9), tmp_path / "t", step=step)
+        save(make(attempt=attempt, save_total_limit=9), tmp_path / "t", step=step)
     third = make(attempt=3)
     restored = third.fetch_latest()
     assert restored is not None
@@ -447,7 +448,7 @@ def test_checksum_mismatch_from_store_skips_checkpoint(make: Make, emitted_event
             return super().read(key)
 
     for step in (10, 20, 30):
-        save(make(keep=9), tmp_path / "t", step=step)
+        save(make(save_total_limit=9), tmp_path / "t", step=step)
     emitted_events.clear()
     restored = make(attempt=2, store=CorruptStore(spec.stores.models)).fetch_latest()
     assert restored is not None
@@ -471,7 +472,7 @@ def test_skipped_checkpoint_is_deleted_locally_and_reported_once(
 def test_checkpoint_pruned_during_download_falls_back_to_newer_one(
     make: Make, emitted_events: list[Event], spec: JobSpec, tmp_path: Path
 ) -> None:
-    woken = make(attempt=1, keep=1)
+    woken = make(attempt=1, save_total_limit=1)
 
     class PruningStore(LocalStore):
         pruned = False
@@ -490,7 +491,7 @@ def test_checkpoint_pruned_during_download_falls_back_to_newer_one(
 
 
 def test_checkpoint_completed_during_resume_is_used(make: Make, store: ObjectStore, spec: JobSpec, tmp_path: Path) -> None:
-    woken = make(attempt=1, keep=1)
+    woken = make(attempt=1, save_total_limit=1)
 
     class FinishingStore(LocalStore):
         finished = False
@@ -518,7 +519,7 @@ def test_step_resaved_after_failed_upload_is_used(make: Make, spec: JobSpec, tmp
             return super().upload(source, key, sha256=sha256)
 
     store = UnavailableStore(spec.stores.models)
-    checkpoints = make(store=store, keep=9)
+    checkpoints = make(store=store, save_total_limit=9)
     save(checkpoints, tmp_path / "t", step=10)
     store.is_unavailable = True
     save(checkpoints, tmp_path / "t", step=20)
@@ -575,7 +576,7 @@ def test_fetch_returns_checkpoint_or_reports_it_missing(make: Make, store: Objec
     with pytest.raises(JobFailed, match="step 10 of job-1 is damaged"):
         another.fetch(source)
     store.delete(source.key + MANIFEST)
-    with pytest.raises(JobFailed, match="step 10 of job-1 is not there any more"):
+    with pytest.raises(JobFailed, match="step 10 of job-1 does not exist any more"):
         another.fetch(source)
 
 

@@ -14,23 +14,14 @@ from typing import Any
 import psutil
 import pytest
 
-from jobs.llm.distributed import (
-    EXIT_OOM,
-    EXIT_PEER_LOST,
-    DeviceSlots,
-    StartupWatchdog,
-    WorkerFailed,
-    WorldSizeDecision,
-    capture_rng_state,
-    choose_world_size,
-    save_rng_states,
-    worker_error,
-    worker_pool,
-)
-from jobs.llm.model import DeviceConfig
-from jobs.llm.oom import BatchConfig, is_out_of_memory
+from jobs.llm.distributed import StartupWatchdog, capture_rng_state, save_rng_states
+from jobs.llm.hardware import DeviceConfig
+from jobs.llm.oom import is_out_of_memory
+from jobs.llm.parallelism import DeviceSlots, WorldSizeDecision, choose_world_size
 from jobs.llm.trained_model import TrainedModel
-from jobs.llm.training_loop import TrainingContext, TrainingTask
+from jobs.llm.training_context import TrainingContext, TrainingTask
+from jobs.llm.worker_pool import EXIT_OOM, EXIT_PEER_LOST, WorkerFailed, worker_error, worker_pool
+from jobs.runtime.batch_config import BatchConfig
 from jobs.runtime.errors import JobFailed, failure_of
 from jobs.runtime.save_policy import TrainingControlState
 from jobs.runtime.settings import read_max_processes, visible_gpus, worker_environment
@@ -103,7 +94,7 @@ def test_two_processes_match_one_and_resume_after_kill_and_pause(
 ) -> None:
     unbroken = make_training_run("unbroken")
     model = unbroken.finish()
-    assert unbroken.recorders[0].decisions["processes"] == "2"
+    assert unbroken.recorders[0].decisions["world_size"] == "2"
     assert_runs_close((unbroken, model), single_process_run)
 
     broken, killer = make_training_run("broken"), KillWorkerListener(3)
@@ -187,7 +178,7 @@ def make_distributed_run(store: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 def assert_same_training(ours: tuple[TrainingRun, TrainedModel], theirs: tuple[TrainingRun, TrainedModel]) -> None:
     """Every figure of the curve and of the measurements, and every weight: the same, but for the order in which numbers are added up."""
     (two, our_model), (one, their_model) = ours, theirs
-    assert two.recorders[0].decisions["processes"] == "2"
+    assert two.recorders[0].decisions["world_size"] == "2"
     assert two.recorders[0].warnings == one.recorders[0].warnings
     points, expected = curve_points(two), curve_points(one)
     assert points.keys() == expected.keys() != set()
@@ -291,8 +282,8 @@ def test_unshareable_steps_use_single_process_fallback_with_advice(store: Path, 
     record = EventRecorder()
     spec = make_spec(store, held_out=[], hyperparameters={"max_steps": 1, "gradient_accumulation_steps": 3})
     load_trainer(spec)(spec.training_config, make_context(spec, tmp_path, record))
-    assert record.decisions["processes"] == "1"
-    assert "gradient_accumulation_steps 3 cannot be shared" in record.warnings["idle_cpu_slots"]
+    assert record.decisions["world_size"] == "1"
+    assert "gradient_accumulation_steps 3 is not divisible" in record.warnings["idle_cpu_slots"]
     assert "multiple of 2" in record.warnings["idle_cpu_slots"]
 
 

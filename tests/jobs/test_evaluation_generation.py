@@ -1,4 +1,4 @@
-"""What a model answers while it is being trained: the right words, and a training that does not notice."""
+"""Generation during training: greedy answers, and a training that is not changed by it."""
 
 import random
 from collections.abc import Callable
@@ -25,7 +25,7 @@ NEW_TOKENS = 12
 
 @pytest.fixture(scope="module")
 def model(base: Path) -> Any:
-    """The tiny base, as a training holds it. Not to be changed."""
+    """The tiny base in training mode. Not to be changed."""
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(base)
@@ -40,23 +40,23 @@ def prompts(tokenizer: Any) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def expected_answers(model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[str]:
-    """The likeliest tokens, each from a whole pass over all that came before it."""
+    """Greedy answers, each token computed by a full forward pass without a cache."""
     return [generate_greedy(model, tokenizer, prompt) for prompt in prompts]
 
 
 def generate_greedy(model: Any, tokenizer: Any, prompt: list[int], ends: tuple[int, ...] = (1,)) -> str:
     import torch
 
-    said: list[int] = []
+    generated: list[int] = []
     model.eval()
-    while len(said) < NEW_TOKENS:
+    while len(generated) < NEW_TOKENS:
         with torch.no_grad():
-            token = int(model(input_ids=torch.tensor([[*prompt, *said]], device=model.device)).logits[0, -1].argmax())
+            token = int(model(input_ids=torch.tensor([[*prompt, *generated]], device=model.device)).logits[0, -1].argmax())
         if token in ends:
             break
-        said.append(token)
+        generated.append(token)
     model.train()
-    return tokenizer.decode(said, skip_special_tokens=True)
+    return tokenizer.decode(generated, skip_special_tokens=True)
 
 
 def generate_answers(model: Any, tokenizer: Any, prompts: list[list[int]], batch_size: int = 4, **options: Any) -> list[str]:
@@ -90,9 +90,9 @@ def test_answers_are_greedy_for_any_batch_size(
 
 def test_adapter_is_used_without_dropout(base: Path, tokenizer: Any, prompts: list[list[int]], expected_answers: list[str]) -> None:
     adapted = load_with_lora(base).train()
-    said = generate_answers(adapted, tokenizer, prompts)
-    assert said == [generate_greedy(adapted, tokenizer, prompt) for prompt in prompts]
-    assert said != expected_answers
+    generated = generate_answers(adapted, tokenizer, prompts)
+    assert generated == [generate_greedy(adapted, tokenizer, prompt) for prompt in prompts]
+    assert generated != expected_answers
 
 
 def test_bf16_model_matches_greedy_generation(base: Path, tokenizer: Any, prompts: list[list[int]]) -> None:
@@ -107,8 +107,8 @@ def test_sampling_settings_of_generation_config_are_ignored(
 ) -> None:
     from transformers import GenerationConfig
 
-    chatty = GenerationConfig(do_sample=True, temperature=5.0, top_k=50, repetition_penalty=3.0, no_repeat_ngram_size=1, eos_token_id=1)
-    monkeypatch.setattr(model, "generation_config", chatty)
+    sampling = GenerationConfig(do_sample=True, temperature=5.0, top_k=50, repetition_penalty=3.0, no_repeat_ngram_size=1, eos_token_id=1)
+    monkeypatch.setattr(model, "generation_config", sampling)
     assert generate_answers(model, tokenizer, prompts) == expected_answers
 
 
@@ -116,11 +116,11 @@ def test_sampling_settings_of_generation_config_are_ignored(
 def test_generation_stops_at_eos_of_generation_config(
     model: Any, tokenizer: Any, prompts: list[list[int]], expected_answers: list[str], monkeypatch: pytest.MonkeyPatch, as_a_list: bool
 ) -> None:
-    end = tokenizer(expected_answers[0], add_special_tokens=False)["input_ids"][2]  # a token in the midst of an answer
+    end = tokenizer(expected_answers[0], add_special_tokens=False)["input_ids"][2]  # a token inside an answer
     monkeypatch.setattr(model.generation_config, "eos_token_id", [1, end] if as_a_list else end)
-    said = generate_answers(model, tokenizer, prompts)
-    assert said == [generate_greedy(model, tokenizer, prompt, (1, end) if as_a_list else (end,)) for prompt in prompts]
-    assert said[0] != expected_answers[0]
+    generated = generate_answers(model, tokenizer, prompts)
+    assert generated == [generate_greedy(model, tokenizer, prompt, (1, end) if as_a_list else (end,)) for prompt in prompts]
+    assert generated[0] != expected_answers[0]
 
 
 def test_special_tokens_are_removed_from_answers(
@@ -135,11 +135,11 @@ def test_special_tokens_are_removed_from_answers(
 
 
 @pytest.mark.parametrize(
-    ("trained", "longest", "together"),
+    ("train_batch", "longest", "expected"),
     [(1, 20, MAX_BATCH_PROMPTS), (1, 4000, MIN_BATCH_PROMPTS), (1, 1000, MAX_BATCH_TOKENS // 1064), (64, 20, 64), (16, 4000, 16)],
 )
-def test_generation_batch_is_larger_than_training_batch(trained: int, longest: int, together: int) -> None:
-    assert max_generation_batch(trained, [[1], [1] * longest], 64) == together
+def test_generation_batch_is_larger_than_training_batch(train_batch: int, longest: int, expected: int) -> None:
+    assert max_generation_batch(train_batch, [[1], [1] * longest], 64) == expected
 
 
 def test_no_prompts_give_no_answers(model: Any, tokenizer: Any) -> None:
@@ -149,19 +149,19 @@ def test_no_prompts_give_no_answers(model: Any, tokenizer: Any) -> None:
 def test_generation_does_not_change_training(base: Path, tokenizer: Any, prompts: list[list[int]]) -> None:
     import torch
 
-    def trained(*, asked: bool) -> dict[str, Any]:
+    def train_two_steps(*, generate: bool) -> dict[str, Any]:
         adapted = load_with_lora(base).train()
         optimizer = torch.optim.SGD([part for part in adapted.parameters() if part.requires_grad], lr=0.1)
         torch.manual_seed(11)
         for _ in range(2):
-            if asked:
+            if generate:
                 generate_answers(adapted, tokenizer, prompts)
             rows = torch.tensor([prompts[2]])
             adapted(input_ids=rows, labels=rows).loss.backward()
             optimizer.step()
         return {name: part.detach() for name, part in adapted.named_parameters() if part.requires_grad}
 
-    alone, interrupted = trained(asked=False), trained(asked=True)
+    alone, interrupted = train_two_steps(generate=False), train_two_steps(generate=True)
     assert all(torch.equal(alone[name], interrupted[name]) for name in alone)
 
 
@@ -169,7 +169,7 @@ def test_generation_restores_model_and_rng_state(base: Path, tokenizer: Any, pro
     adapted = load_with_lora(base).train()
     adapted.activation_checkpointing_enable()
     adapted.config.use_cache = False
-    frozen = adapted.get_input_embeddings().eval()  # kept from training while the rest is trained
+    frozen = adapted.get_input_embeddings().eval()  # in evaluation mode during training
     before = capture_rng_state(), [(part.training, getattr(part, "gradient_checkpointing", None)) for part in adapted.modules()]
     config = adapted.generation_config.to_dict()
 
@@ -192,34 +192,34 @@ def test_rng_state_changed_by_callback_is_restored(model: Any, tokenizer: Any, p
         torch.rand(1)
 
     before = capture_rng_state()
-    generate_answers(model, tokenizer, prompts, pulse=draw)
+    generate_answers(model, tokenizer, prompts, check_stop=draw)
     assert capture_rng_state() == before
 
 
-@pytest.mark.parametrize("pulses", [1, 3, 9])
-def test_generation_can_be_interrupted(model: Any, tokenizer: Any, prompts: list[list[int]], pulses: int) -> None:
+@pytest.mark.parametrize("calls", [1, 3, 9])
+def test_generation_can_be_interrupted(model: Any, tokenizer: Any, prompts: list[list[int]], calls: int) -> None:
     class Interrupted(Exception):
         pass
 
-    heard = 0
+    called = 0
 
-    def pulse() -> None:
-        nonlocal heard
-        heard += 1
-        if heard == pulses:
+    def check_stop() -> None:
+        nonlocal called
+        called += 1
+        if called == calls:
             raise Interrupted
 
     before = capture_rng_state()
     with pytest.raises(Interrupted):
-        generate_answers(model, tokenizer, prompts, 2, pulse=pulse)
-    assert heard == pulses
+        generate_answers(model, tokenizer, prompts, 2, check_stop=check_stop)
+    assert called == calls
     assert model.training
     assert capture_rng_state() == before
 
 
 @pytest.fixture
 def limit_batch_rows(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
-    """A machine with memory for so many rows at once; the rows of each batch that was tried."""
+    """Simulates memory for a number of rows per batch; returns the list of attempted batch sizes."""
     import torch
 
     embedding = torch.nn.functional.embedding
@@ -228,7 +228,7 @@ def limit_batch_rows(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[in
         tried: list[int] = []
 
         def look_up(tokens: Any, *rest: Any, **named: Any) -> Any:
-            if tokens.shape[1] > 1:  # a prompt, and no token of an answer
+            if tokens.shape[1] > 1:  # a prompt, not a token of an answer
                 tried.append(len(tokens))
             if len(tokens) > rows:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -264,7 +264,7 @@ def test_other_errors_are_not_treated_as_oom(model: Any, tokenizer: Any) -> None
 
 
 class FakeImageTextModel:
-    """Stands for an image-text model: remembers what it was given, and says nothing."""
+    """An image-text model that stores its inputs and generates nothing."""
 
     training = True
     device = "cpu"
@@ -291,19 +291,19 @@ class FakeImageTextModel:
 def test_image_features_follow_their_prompts(tokenizer: Any) -> None:
     import torch
 
-    heard = FakeImageTextModel()
-    of_first = {"token_type_ids": torch.tensor([0, 1]), "pixel_values": torch.full((1, 3, 2, 2), 1.0)}
-    of_last = {"token_type_ids": torch.tensor([0, 1, 1]), "pixel_values": torch.full((2, 3, 2, 2), 2.0)}
-    generate_answers(heard, tokenizer, [[2, 9], [2, 9, 9, 9], [2, 9, 9]], features=[of_first, {}, of_last])
+    model = FakeImageTextModel()
+    first_features = {"token_type_ids": torch.tensor([0, 1]), "pixel_values": torch.full((1, 3, 2, 2), 1.0)}
+    last_features = {"token_type_ids": torch.tensor([0, 1, 1]), "pixel_values": torch.full((2, 3, 2, 2), 2.0)}
+    generate_answers(model, tokenizer, [[2, 9], [2, 9, 9, 9], [2, 9, 9]], features=[first_features, {}, last_features])
 
-    (inputs,) = heard.inputs
+    (inputs,) = model.inputs
     assert inputs["input_ids"].tolist() == [[2, 9, 9, 9], [0, 2, 9, 9], [0, 0, 2, 9]]  # longest first
     assert inputs["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1]]
     assert inputs["token_type_ids"].tolist() == [[0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 0, 1]]
     assert inputs["pixel_values"][:, 0, 0, 0].tolist() == [2.0, 2.0, 1.0]
 
 
-# --- questions ---
+# --- prompts ---
 
 
 def tokenize_rows(rows: list[dict[str, Any]], dataset_type: Any, tokenizer: Any, max_length: int = 512) -> Any:
@@ -315,25 +315,30 @@ def turn(role: str, content: str) -> dict[str, str]:
 
 
 def test_each_assistant_turn_gives_one_eval_prompt(tokenizer: Any) -> None:
-    talk = [turn("user", "what does copy do"), turn("assistant", "it returns a list"), turn("user", "call"), turn("assistant", "a name")]
-    first, second = make_eval_prompts(tokenize_rows([{"messages": talk}], "messages", tokenizer), tokenizer, 9)
+    conversation = [
+        turn("user", "what does copy do"),
+        turn("assistant", "it returns a list"),
+        turn("user", "call"),
+        turn("assistant", "a name"),
+    ]
+    first, second = make_eval_prompts(tokenize_rows([{"messages": conversation}], "messages", tokenizer), tokenizer, 9)
     assert [first.reference, second.reference] == ["it returns a list", "a name"]
     assert first.prompt_text == "<bos><start_of_turn>user\nwhat does copy do<end_of_turn>\n<start_of_turn>model\n"
     assert (
         second.prompt_text
         == first.prompt_text + "it returns a list<end_of_turn>\n<start_of_turn>user\ncall<end_of_turn>\n<start_of_turn>model\n"
     )
-    for question in (first, second):
-        assert tokenizer.decode(question.prompt_ids) == question.prompt_text
-        assert question.row_index == 0
+    for prompt in (first, second):
+        assert tokenizer.decode(prompt.prompt_ids) == prompt.prompt_text
+        assert prompt.row_index == 0
 
 
 def test_completion_is_reference_of_its_prompt(tokenizer: Any) -> None:
-    (question,) = make_eval_prompts(
+    (prompt,) = make_eval_prompts(
         tokenize_rows([{"prompt": "open the", "completion": " path"}], "prompt_completion", tokenizer), tokenizer, 9
     )
-    assert (question.prompt_text, question.reference) == ("open the", " path")
-    assert question.prompt_ids == tuple(tokenizer("open the")["input_ids"])
+    assert (prompt.prompt_text, prompt.reference) == ("open the", " path")
+    assert prompt.prompt_ids == tuple(tokenizer("open the")["input_ids"])
 
 
 def test_text_rows_give_no_eval_prompts(tokenizer: Any) -> None:
@@ -342,13 +347,13 @@ def test_text_rows_give_no_eval_prompts(tokenizer: Any) -> None:
 
 def test_blank_answers_are_not_references(tokenizer: Any) -> None:
     rows = [{"prompt": "what", "completion": " "}, {"prompt": "what", "completion": " call"}]
-    assert [question.row_index for question in make_eval_prompts(tokenize_rows(rows, "prompt_completion", tokenizer), tokenizer, 9)] == [1]
+    assert [prompt.row_index for prompt in make_eval_prompts(tokenize_rows(rows, "prompt_completion", tokenizer), tokenizer, 9)] == [1]
 
 
 def test_eval_prompts_are_first_rows_and_deterministic(tokenizer: Any) -> None:
     rows = tokenize_rows([{"prompt": f"what {n}", "completion": f" name {n}"} for n in range(9)], "prompt_completion", tokenizer)
     chosen = make_eval_prompts(rows, tokenizer, 3)
-    assert [question.reference.strip() for question in chosen] == ["name 0", "name 1", "name 2"]
+    assert [prompt.reference.strip() for prompt in chosen] == ["name 0", "name 1", "name 2"]
     assert make_eval_prompts(rows, tokenizer, 3) == chosen
     assert make_eval_prompts(rows, tokenizer, 0) == []
 
@@ -357,7 +362,7 @@ def test_eval_prompts_are_first_rows_and_deterministic(tokenizer: Any) -> None:
 
 
 def test_samples_are_first_rows_with_control_characters_replaced() -> None:
-    shown = make_samples(["a\nb", "c", "d"], ["ref\x1b[2J", None, "e"], ["x" * 3000, "y", "z"], 2)
-    assert [sample.prompt for sample in shown] == ["a\nb", "c"]
-    assert [sample.reference for sample in shown] == ["ref\N{REPLACEMENT CHARACTER}[2J", None]
-    assert shown[0].text == "x" * 1999 + "…"
+    samples = make_samples(["a\nb", "c", "d"], ["ref\x1b[2J", None, "e"], ["x" * 3000, "y", "z"], 2)
+    assert [sample.prompt for sample in samples] == ["a\nb", "c"]
+    assert [sample.reference for sample in samples] == ["ref\N{REPLACEMENT CHARACTER}[2J", None]
+    assert samples[0].text == "x" * 1999 + "…"

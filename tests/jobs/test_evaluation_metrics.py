@@ -1,4 +1,4 @@
-"""Numbers for answers: the right ones, and none where there is none."""
+"""Text metrics: correct values, and None with a reason where a metric is undefined."""
 
 import math
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ def values(answers: Sequence[str], references: Sequence[str]) -> dict[str, float
 
 
 def test_perfect_answer_scores_one() -> None:
-    found, notes = task_metrics([CAT, "a b c d"], [CAT, "a b c d"])
-    assert {name: value for name, value in found.items() if value is not None} == pytest.approx(
+    metrics, notes = task_metrics([CAT, "a b c d"], [CAT, "a b c d"])
+    assert {name: value for name, value in metrics.items() if value is not None} == pytest.approx(
         dict.fromkeys(["exact_match", "bleu", "chrf", "rouge_1", "rouge_2", "rouge_l"], 1.0)
     )
     assert notes.keys() == {"accuracy_labels", "f1_macro"}
 
 
 def test_answer_without_overlap_scores_zero() -> None:
-    found = values(["zzz qqq"], [CAT])
-    assert [found[name] for name in ("exact_match", "bleu", "chrf", "rouge_1", "rouge_2", "rouge_l")] == [0.0] * 6
+    metrics = values(["zzz qqq"], [CAT])
+    assert [metrics[name] for name in ("exact_match", "bleu", "chrf", "rouge_1", "rouge_2", "rouge_l")] == [0.0] * 6
 
 
 @pytest.mark.parametrize(("answer", "matches"), [(CAT, 1), (f"  {CAT}\n", 1), (CAT.replace(" ", "  \n"), 1), (CAT.upper(), 0), ("", 0)])
@@ -35,39 +35,39 @@ def test_exact_match_ignores_only_whitespace(answer: str, matches: float) -> Non
 
 def test_rouge_is_mean_f1_over_rows() -> None:
     # of 6 and 6 words 5 are in common, of 5 and 5 pairs 3, and the longest common sequence has 5
-    found = values(["the cat sat on the mat", CAT], [CAT, CAT])
-    assert found["rouge_1"] == pytest.approx((5 / 6 + 1) / 2)
-    assert found["rouge_2"] == pytest.approx((3 / 5 + 1) / 2)
-    assert found["rouge_l"] == pytest.approx((5 / 6 + 1) / 2)
+    metrics = values(["the cat sat on the mat", CAT], [CAT, CAT])
+    assert metrics["rouge_1"] == pytest.approx((5 / 6 + 1) / 2)
+    assert metrics["rouge_2"] == pytest.approx((3 / 5 + 1) / 2)
+    assert metrics["rouge_l"] == pytest.approx((5 / 6 + 1) / 2)
 
 
 def test_rouge_combines_precision_and_recall() -> None:
     # precision 2/2, recall 2/6: F = 2 · 1 · 1/3 / (4/3); in the wrong order one word is left of the longest sequence
-    found = values(["mat cat"], [CAT])
-    assert found["rouge_1"] == pytest.approx(0.5)
-    assert found["rouge_l"] == pytest.approx(2 * (1 / 2) * (1 / 6) / (1 / 2 + 1 / 6))
+    metrics = values(["mat cat"], [CAT])
+    assert metrics["rouge_1"] == pytest.approx(0.5)
+    assert metrics["rouge_l"] == pytest.approx(2 * (1 / 2) * (1 / 6) / (1 / 2 + 1 / 6))
 
 
 def test_rouge_matches_rouge_score_package() -> None:
     from rouge_score.rouge_scorer import RougeScorer
 
-    chance = Random(5)
+    random = Random(5)
     words = [*CAT.split(), "Don't", "x-y", "A_B", "3.5%", "!"]
-    answers, references = ([" ".join(chance.choices(words, k=chance.randint(0, 30))) for _ in range(40)] for _ in range(2))
+    answers, references = ([" ".join(random.choices(words, k=random.randint(0, 30))) for _ in range(40)] for _ in range(2))
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
     theirs = [scorer.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
-    found = values(answers, references)
+    metrics = values(answers, references)
     for ours, name in {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}.items():
-        assert found[ours] == pytest.approx(sum(row[name].fmeasure for row in theirs) / 40)
+        assert metrics[ours] == pytest.approx(sum(row[name].fmeasure for row in theirs) / 40)
 
 
 def test_bleu_is_computed_over_whole_corpus() -> None:
-    # sequences of 1, 2, 3, 4 words in common: 7/7, 5/5, 3/3, 1/1 of what was said, but 7 words instead of 12
-    found = values(["the cat is", "a b c d"], [CAT, "a b c d e f"])
-    assert found["bleu"] == pytest.approx(math.exp(1 - 12 / 7))
+    # sequences of 1, 2, 3, 4 words in common: 7/7, 5/5, 3/3, 1/1 of the answers' sequences, but 7 words instead of 12
+    metrics = values(["the cat is", "a b c d"], [CAT, "a b c d e f"])
+    assert metrics["bleu"] == pytest.approx(math.exp(1 - 12 / 7))
     # 7/8, 5/6, 3/4 and 1/2, of the right length
-    found = values(["the cat is on", "x b c d"], ["the cat is on", "a b c d"])
-    assert found["bleu"] == pytest.approx((7 / 8 * 5 / 6 * 3 / 4 * 1 / 2) ** (1 / 4))
+    metrics = values(["the cat is on", "x b c d"], ["the cat is on", "a b c d"])
+    assert metrics["bleu"] == pytest.approx((7 / 8 * 5 / 6 * 3 / 4 * 1 / 2) ** (1 / 4))
 
 
 def test_chrf_counts_characters() -> None:
@@ -96,24 +96,24 @@ REFERENCES = ["positive", "negative", "negative", "neutral", "positive", "negati
 
 
 def test_text_labels_are_scored_as_labels() -> None:
-    """They once came out as 0: the metric wanted numbers, and its error was taken for one."""
-    found, notes = task_metrics(["positive", "negative", "positive", "neutral", "negative", "negative"], REFERENCES)
-    assert found["accuracy_labels"] == pytest.approx(4 / 6)
-    # positive: right 1, said 2, wanted 2; negative: right 2, said 3, wanted 3; neutral: right 1, said 1, wanted 1
-    assert found["f1_macro"] == pytest.approx((2 * 1 / 4 + 2 * 2 / 6 + 2 * 1 / 2) / 3)
+    """Regression: they were 0 because the metric expected numbers and its error was scored as 0."""
+    metrics, notes = task_metrics(["positive", "negative", "positive", "neutral", "negative", "negative"], REFERENCES)
+    assert metrics["accuracy_labels"] == pytest.approx(4 / 6)
+    # positive: 1 right, 2 answered, 2 expected; negative: 2 right, 3 answered, 3 expected; neutral: 1, 1, 1
+    assert metrics["f1_macro"] == pytest.approx((2 * 1 / 4 + 2 * 2 / 6 + 2 * 1 / 2) / 3)
     assert "f1_macro" not in notes
 
 
 def test_label_case_and_punctuation_are_ignored() -> None:
-    found = values(["Positive.", " NEGATIVE", '"negative"', "Neutral!", "positive\n", "negative"], REFERENCES)
-    assert found["accuracy_labels"] == found["f1_macro"] == 1
-    assert found["exact_match"] == pytest.approx(2 / 6)
+    metrics = values(["Positive.", " NEGATIVE", '"negative"', "Neutral!", "positive\n", "negative"], REFERENCES)
+    assert metrics["accuracy_labels"] == metrics["f1_macro"] == 1
+    assert metrics["exact_match"] == pytest.approx(2 / 6)
 
 
 def test_non_label_answer_counts_as_wrong() -> None:
-    found = values(["I think it is positive", "negative", "negative", "neutral", "positive", "negative"], REFERENCES)
-    assert found["accuracy_labels"] == pytest.approx(5 / 6)
-    assert found["f1_macro"] == pytest.approx((2 * 1 / (1 + 2) + 1 + 1) / 3)
+    metrics = values(["I think it is positive", "negative", "negative", "neutral", "positive", "negative"], REFERENCES)
+    assert metrics["accuracy_labels"] == pytest.approx(5 / 6)
+    assert metrics["f1_macro"] == pytest.approx((2 * 1 / (1 + 2) + 1 + 1) / 3)
 
 
 def test_labels_may_be_punctuation() -> None:
@@ -129,13 +129,13 @@ def test_labels_may_be_punctuation() -> None:
     ],
 )
 def test_free_text_is_not_treated_as_labels(references: list[str], why: str) -> None:
-    found, notes = task_metrics(references, references)
-    assert found["f1_macro"] is None
-    assert found["accuracy_labels"] is None
+    metrics, notes = task_metrics(references, references)
+    assert metrics["f1_macro"] is None
+    assert metrics["accuracy_labels"] is None
     assert why in notes["f1_macro"]
 
 
-# --- no number where there is none ---
+# --- undefined metrics ---
 
 
 @pytest.mark.parametrize(
@@ -149,10 +149,10 @@ def test_free_text_is_not_treated_as_labels(references: list[str], why: str) -> 
     ],
 )
 def test_undefined_metric_is_none_with_reason(reference: str, name: str, why: str) -> None:
-    found, notes = task_metrics([reference], [reference])
-    assert found[name] is None
+    metrics, notes = task_metrics([reference], [reference])
+    assert metrics[name] is None
     assert why in notes[name]
-    assert found["exact_match"] == 1
+    assert metrics["exact_match"] == 1
 
 
 @pytest.mark.parametrize("error", [ValueError("bad row"), ZeroDivisionError("bad row"), KeyError("bad row"), TypeError("bad row")])
@@ -160,16 +160,16 @@ def test_failing_metric_is_none_and_others_are_computed(error: Exception) -> Non
     def broken(answers: Sequence[str], references: Sequence[str]) -> float:
         raise error
 
-    found, notes = task_metrics(["a"], ["a"], {"broken": broken, **METRICS})
-    assert found["broken"] is None
+    metrics, notes = task_metrics(["a"], ["a"], {"broken": broken, **METRICS})
+    assert metrics["broken"] is None
     assert type(error).__name__ in notes["broken"]
     assert "bad row" in notes["broken"]
-    assert found["exact_match"] == found["chrf"] == 1
+    assert metrics["exact_match"] == metrics["chrf"] == 1
 
 
 def test_no_rows_give_none_with_reason() -> None:
-    found, notes = task_metrics([], [])
-    assert found == dict.fromkeys(METRICS)
+    metrics, notes = task_metrics([], [])
+    assert metrics == dict.fromkeys(METRICS)
     assert notes == dict.fromkeys(METRICS, "no held-out row has a prompt and an answer to compare with")
 
 
@@ -180,6 +180,6 @@ def test_answer_and_reference_counts_must_match() -> None:
 
 def test_metrics_are_between_zero_and_one_or_noted() -> None:
     answers, references = ["the cat", "", "yes", "\ud800 \x00", "猫"], [CAT, "a b c d", "yes", "?", "no"]
-    found, notes = task_metrics(answers, references)
-    assert all(value is None or 0 <= value <= 1 for value in found.values())
-    assert {name for name, value in found.items() if value is None} == notes.keys()
+    metrics, notes = task_metrics(answers, references)
+    assert all(value is None or 0 <= value <= 1 for value in metrics.values())
+    assert {name for name, value in metrics.items() if value is None} == notes.keys()

@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from jobs.llm.fsdp import MemoryEstimate, choose_parallelism, fsdp_unsupported_reason
-from jobs.llm.model import estimate_training_bytes
+from jobs.llm.hardware import estimate_training_bytes
+from jobs.llm.parallelism import MemoryEstimate, choose_parallelism, fsdp_unsupported_reason
 from jobs.llm.trained_model import TrainedModel
 from jobs.runtime.errors import JobFailed
 from jobs.runtime.settings import read_parallelism

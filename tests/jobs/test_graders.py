@@ -1,4 +1,4 @@
-"""What each grader gives. The faults of another project's graders are among the tests: those with `never` in their name."""
+"""The grades of each grader, and how failures are handled."""
 
 import json
 import threading
@@ -35,14 +35,14 @@ def make(store: Path, tmp_path: Path, record: EventRecorder) -> Iterator[Make]:
     """Makes the reward function of one grader."""
     made: list[RewardFunction] = []
 
-    def one(kind: str, /, secrets: dict[str, str] | None = None, **knobs: Any) -> RewardFunction:
+    def one(kind: str, /, secrets: dict[str, str] | None = None, **settings: Any) -> RewardFunction:
         spec = make_spec(
             store,
             train=[{"prompt": "p", "answer": "a"}],
             held_out=[],
             dataset_type="prompt",
             trainer_type="grpo",
-            reward_config=[{"name": "g", "type": kind} | knobs],
+            reward_config=[{"name": "g", "type": kind} | settings],
             hyperparameters={"batch_size": 2, "num_generations": 2, "max_completion_length": 32},
         )
         made.extend(build_graders(spec.training_config, make_context(spec, tmp_path, record, secrets)))  # type: ignore[arg-type]
@@ -164,8 +164,8 @@ def test_answer_is_last_complete_tag_pair(completion: str, tag: str | None, answ
     ],
 )
 def test_last_number_is_extracted(text: str, number: str | None) -> None:
-    found = find_last_number(text)
-    assert (None if found is None else float(found)) == (None if number is None else float(number))
+    last = find_last_number(text)
+    assert (None if last is None else float(last)) == (None if number is None else float(number))
 
 
 @pytest.mark.parametrize(
@@ -185,25 +185,25 @@ def test_numbers_are_compared_within_the_tolerance(make: Make, completion: str, 
 
 
 def test_non_numeric_reference_is_a_failure(make: Make) -> None:
-    assert grade(make("numeric_accuracy"), "7", "seven") == FailedGrade("column 'answer' of the row holds no number")
+    assert grade(make("numeric_accuracy"), "7", "seven") == FailedGrade("column 'answer' of the row has no number")
 
 
 def test_missing_reference_is_a_failure(make: Make) -> None:
     for kind in ("string_check", "numeric_accuracy", "expression_accuracy", "text_similarity"):
-        assert grade(make(kind), "7") == FailedGrade("the row has nothing in column 'answer'")
+        assert grade(make(kind), "7") == FailedGrade("the row has no value in column 'answer'")
 
 
 # --- expressions ---------------------------------------------------------------------------------------------------------
 
 
 def test_equivalent_expressions_are_equal(make: Make) -> None:
-    same = make("expression_accuracy")
-    assert grade(same, r"So it is $\frac{1}{2}$.", "1/2") == 1.0
-    assert grade(same, r"\boxed{0.5}", "1/2") == 1.0
-    assert grade(same, "$(x+1)^2$", "x^2+2x+1") == 1.0
-    assert grade(same, "72 apples", 72) == 1.0
-    assert grade(same, "$x+1$", "x^2+2x+1") == 0.0
-    assert grade(same, "I do not know", 3) == 0.0
+    grader = make("expression_accuracy")
+    assert grade(grader, r"So it is $\frac{1}{2}$.", "1/2") == 1.0
+    assert grade(grader, r"\boxed{0.5}", "1/2") == 1.0
+    assert grade(grader, "$(x+1)^2$", "x^2+2x+1") == 1.0
+    assert grade(grader, "72 apples", 72) == 1.0
+    assert grade(grader, "$x+1$", "x^2+2x+1") == 0.0
+    assert grade(grader, "I do not know", 3) == 0.0
     assert grade(make("expression_accuracy", answer_tag="answer"), "<answer>(x+1)^2</answer>", "$x^2+2x+1$") == 1.0
 
 
@@ -216,9 +216,9 @@ def test_expressions_are_compared_in_other_threads(make: Make) -> None:
 
 
 def test_expression_timeout_is_a_failure_and_next_one_is_graded(make: Make) -> None:
-    same = make("expression_accuracy", timeout_s=1.0)
-    assert grade(same, "$9^{9^{9}}$", 1) == FailedGrade("it took longer than 1 s")
-    assert grade(same, "$4$", 4) == 1.0
+    grader = make("expression_accuracy", timeout_s=1.0)
+    assert grade(grader, "$9^{9^{9}}$", 1) == FailedGrade("it took longer than 1 s")
+    assert grade(grader, "$4$", 4) == 1.0
 
 
 def test_answer_is_never_executed_as_python(make: Make, tmp_path: Path) -> None:
@@ -233,9 +233,9 @@ def test_answer_is_never_executed_as_python(make: Make, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("metric", ["fuzzy_match", "bleu", "rouge_1", "rouge_2", "rouge_l"])
 def test_similarity_ranks_same_near_and_far_texts(make: Make, metric: str) -> None:
-    alike = make("text_similarity", metric=metric)
+    similarity = make("text_similarity", metric=metric)
     same, near, far = (
-        grade(alike, text, "the cat sat on the mat") for text in ("the cat sat on the mat", "the cat sat on a mat", "no dogs here")
+        grade(similarity, text, "the cat sat on the mat") for text in ("the cat sat on the mat", "the cat sat on a mat", "no dogs here")
     )
     assert same == pytest.approx(1.0)
     assert isinstance(near, float)
@@ -245,8 +245,8 @@ def test_similarity_ranks_same_near_and_far_texts(make: Make, metric: str) -> No
 
 def test_rouge_scores_partial_overlap(make: Make) -> None:
     """Two of four words, one of three pairs, and two in order."""
-    found = [grade(make("text_similarity", metric=f"rouge_{kind}"), "a b x y", "a b c d") for kind in "12l"]
-    assert found == [pytest.approx(1 / 2), pytest.approx(1 / 3), pytest.approx(1 / 2)]
+    grades = [grade(make("text_similarity", metric=f"rouge_{kind}"), "a b x y", "a b c d") for kind in "12l"]
+    assert grades == [pytest.approx(1 / 2), pytest.approx(1 / 3), pytest.approx(1 / 2)]
 
 
 def test_fuzzy_match_differs_between_texts(make: Make) -> None:
@@ -260,18 +260,18 @@ def test_similarity_counts_words_of_any_language(make: Make) -> None:
 
 
 def test_endpoint_embeddings_are_compared(make: Make, endpoint: FakeOpenAI) -> None:
-    knobs = {"metric": "cosine", "embedding_model": "embedder", "base_url": endpoint.url}
-    cosine = make("text_similarity", {"g_api_key": "mine"}, **knobs)
+    settings = {"metric": "cosine", "embedding_model": "embedder", "base_url": endpoint.url}
+    cosine = make("text_similarity", {"g_api_key": "mine"}, **settings)
     cases = [GradingInput("p", text, {"answer": "aab"}) for text in ("baa", "c", "", "aab")]
     assert cosine.grade(cases) == [pytest.approx(1.0), 0.0, 0.0, pytest.approx(1.0)]
-    assert [asked["input"] for asked in endpoint.requests] == [["aab", "baa", "c"]]
+    assert [request["input"] for request in endpoint.requests] == [["aab", "baa", "c"]]
     assert set(endpoint.keys) == {"mine"}
 
 
 def test_failed_embedding_request_is_a_failure(make: Make, endpoint: FakeOpenAI) -> None:
     endpoint.key = "another"
     cosine = make("text_similarity", metric="cosine", embedding_model="embedder", base_url=endpoint.url)
-    assert grade(cosine, "a", "a") == FailedGrade(f"{endpoint.url} answered 401 (the key is wrong)")
+    assert grade(cosine, "a", "a") == FailedGrade(f"{endpoint.url} answered 401 (the API key is wrong)")
 
 
 def test_stored_model_embeddings_are_compared(make: Make) -> None:
@@ -319,7 +319,7 @@ def test_judge_server_error_is_a_failure(make: Make, endpoint: FakeOpenAI) -> No
     endpoint.answer = lambda _: 500
     judge = make("score_model", base_url=endpoint.url, model="m")
     assert grade(judge, "c") == FailedGrade(f"{endpoint.url} answered 500")
-    assert len(endpoint.requests) == 5  # the client tried again
+    assert len(endpoint.requests) == 5  # the client retried
 
 
 def test_busy_judge_is_retried(make: Make, endpoint: FakeOpenAI) -> None:
@@ -387,7 +387,7 @@ def test_endpoint_without_schema_support_is_asked_for_plain_text(make: Make, end
 
 def test_unknown_template_column_fails_before_training(make: Make, endpoint: FakeOpenAI) -> None:
     judge = make("score_model", base_url=endpoint.url, model="m", prompt="{{completion}} {{solution}}")
-    with pytest.raises(JobFailed, match=r"names \{\{solution\}\}, which no row has"):
+    with pytest.raises(JobFailed, match=r"uses \{\{solution\}\}, which no row has"):
         check_graders([judge], [GradingInput("p", "c", {"answer": "a"})])
     assert not endpoint.requests
 
@@ -415,13 +415,13 @@ def test_json_is_graded_by_its_schema(make: Make, completion: str, expected: flo
 
 
 def test_invalid_json_schema_fails_before_training(make: Make) -> None:
-    with pytest.raises(JobFailed, match="is no JSON schema: see properties/a/type"):
+    with pytest.raises(JobFailed, match="is not a valid JSON schema: see properties/a/type"):
         check_graders([make("json_schema", json_schema={"properties": {"a": {"type": "text"}}})], [GradingInput("p", "c")])
 
 
 def test_external_schema_reference_is_rejected_without_fetching(make: Make, endpoint: FakeOpenAI) -> None:
     schema = {"$ref": endpoint.url + "/schema.json"}
-    with pytest.raises(JobFailed, match="refers to something outside"):
+    with pytest.raises(JobFailed, match="refers to another document"):
         check_graders([make("json_schema", json_schema=schema)], [GradingInput("p", "c")])
     assert not endpoint.requests
 
@@ -436,15 +436,15 @@ def test_deeply_nested_json_is_a_failure(make: Make) -> None:
     assert grade(make("json_schema", json_schema={}), "[" * 200_000) == FailedGrade("it is nested too deeply")
 
 
-# --- what is done with failures ------------------------------------------------------------------------------------------
+# --- failed grades --------------------------------------------------------------------------------------------------------
 
 
-def test_failure_is_none_for_trainer_and_a_share_in_metrics(make: Make) -> None:
+def test_failure_is_none_for_trainer_and_a_fraction_in_metrics(make: Make) -> None:
     numbers = make("numeric_accuracy")
-    told: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     rows: list[dict[str, Any]] = [{"answer": 1}, {"answer": 1}, {"answer": "?"}, {}]
-    assert numbers(["p"] * 4, ["1", "2", "1", "1"], row=rows, log_metric=told.__setitem__) == [1.0, 0.0, None, None]
-    assert told == {"graders/g/mean": 0.5, "graders/g/failed": 0.5}
+    assert numbers(["p"] * 4, ["1", "2", "1", "1"], row=rows, log_metric=metrics.__setitem__) == [1.0, 0.0, None, None]
+    assert metrics == {"graders/g/mean": 0.5, "graders/g/failed": 0.5}
 
 
 def test_mean_without_grades_is_none() -> None:
@@ -455,9 +455,9 @@ def test_failures_warn_first_and_then_periodically(make: Make, record: EventReco
     numbers = make("numeric_accuracy")
     for _ in range(60):
         numbers(["p", "p"], ["1", "1"], row=[{"answer": 1}, {}])
-    told = [event for event in record.events if event.type == "warning"]
-    assert [event.message for event in told] == [  # type: ignore[union-attr]
-        "grader 'g' could not grade 1 of 2 completions: the row has nothing in column 'answer'"
+    warnings = [event for event in record.events if event.type == "warning"]
+    assert [event.message for event in warnings] == [  # type: ignore[union-attr]
+        "grader 'g' could not grade 1 of 2 completions: the row has no value in column 'answer'"
     ] * 2
 
 
@@ -465,10 +465,10 @@ def test_grader_failing_on_everything_fails_the_job(make: Make) -> None:
     numbers = make("numeric_accuracy")
     for _ in range(MAX_CONSECUTIVE_FAILURES - 1):
         numbers(["p"], ["1"], row=[{}])
-    numbers(["p"], ["1"], row=[{"answer": 1}])  # it works once, and the count begins anew
+    numbers(["p"], ["1"], row=[{"answer": 1}])  # one success resets the count
     for _ in range(MAX_CONSECUTIVE_FAILURES - 1):
         numbers(["p"], ["1"], row=[{}])
-    with pytest.raises(JobFailed, match="grader 'g' has failed on every completion 10 times in a row: the row has nothing"):
+    with pytest.raises(JobFailed, match="grader 'g' failed on every completion 10 times in a row: the row has no value"):
         numbers(["p"], ["1"], row=[{}])
 
 
@@ -486,19 +486,19 @@ def test_messages_are_graded_by_their_text() -> None:
     assert to_text([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]) == "system: s\n\nuser: u"
 
 
-def test_completion_with_failed_grader_is_left_out_of_its_group() -> None:
+def test_completion_with_failed_grader_is_excluded_from_its_group() -> None:
     import torch
 
     nan = float("nan")
     rewards = torch.tensor([[1, 1], [1, nan], [0, 1], [1, nan], [0, nan], [nan, nan]])
-    known = mask_incomparable(rewards, group_size=3)
-    # Of the first group the second completion is unknown; in the second one the second grader counts for nobody.
-    assert known.isnan().all(dim=1).tolist() == [False, True, False, False, False, True]
-    assert known.nansum(dim=1).tolist() == [2, 0, 1, 1, 0, 0]
+    masked = mask_incomparable(rewards, group_size=3)
+    # The second completion of the first group is excluded; the second grader failed on the whole second group.
+    assert masked.isnan().all(dim=1).tolist() == [False, True, False, False, False, True]
+    assert masked.nansum(dim=1).tolist() == [2, 0, 1, 1, 0, 0]
 
 
 @pytest.mark.parametrize(
-    ("grader", "place"),
+    ("grader", "field"),
     [
         ({"type": "score_model", "base_url": "ftp://x", "model": "m"}, "base_url"),
         ({"type": "score_model", "base_url": "https://me:secret@x/v1", "model": "m"}, "base_url"),
@@ -510,11 +510,11 @@ def test_completion_with_failed_grader_is_left_out_of_its_group() -> None:
         ({"type": "format", "think_tag": "a>.*"}, "think_tag"),
     ],
 )
-def test_invalid_grader_config_is_rejected(grader: dict[str, Any], place: str) -> None:
+def test_invalid_grader_config_is_rejected(grader: dict[str, Any], field: str) -> None:
     from pydantic import ValidationError
 
-    reading: TypeAdapter[Any] = TypeAdapter(Grader)
-    with pytest.raises(ValidationError) as refused:
-        reading.validate_python({"name": "g"} | grader)
-    error = refused.value.errors()[0]
-    assert place in (error["loc"][-1], error.get("ctx", {}).get("field"))
+    adapter: TypeAdapter[Any] = TypeAdapter(Grader)
+    with pytest.raises(ValidationError) as rejected:
+        adapter.validate_python({"name": "g"} | grader)
+    error = rejected.value.errors()[0]
+    assert field in (error["loc"][-1], error.get("ctx", {}).get("field"))

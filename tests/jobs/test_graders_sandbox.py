@@ -1,4 +1,4 @@
-"""Python graders: what works in the sandbox, and everything that one could try to get out of it or to break it."""
+"""Python graders: what works in the sandbox, attempts to escape from it, and attempts to exhaust resources."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ from schema.training.graders import PythonGrader
 Make = Callable[..., SandboxedPythonGrader]
 
 TIMEOUT_FAILURE = FailedGrade("it took longer than its timeout_s")
-MEMORY_FAILURE = FailedGrade("it took more than its memory_mb, or printed too much")
+MEMORY_FAILURE = FailedGrade("it used more than its memory_mb, or printed too much")
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
 
 
 def make_grader_source(code: str) -> str:
-    """A grader that does that and then gives 1."""
+    """The source of a grader that runs this code and then returns 1."""
     lines = "".join(f"    {line}\n" for line in code.splitlines())
     return f"def grade(completion, row):\n{lines}    return 1\n"
 
@@ -56,7 +56,7 @@ class Weights:
     short: float = 0.25
 
 def is_right(completion, answer):
-    return any(found == str(answer) for found in re.findall(r"\\d+", completion))
+    return any(number == str(answer) for number in re.findall(r"\\d+", completion))
 
 def grade(completion, row):
     weights = Weights()
@@ -90,8 +90,8 @@ def test_random_is_deterministic(make: Make) -> None:
 @pytest.mark.parametrize(
     ("source", "why"),
     [
-        ("def grade(completion, row:\n    return 1", "is not Python that the sandbox knows"),
-        ("def score(completion, row):\n    return 1", "defines no grade"),
+        ("def grade(completion, row:\n    return 1", "is not Python that the sandbox supports"),
+        ("def score(completion, row):\n    return 1", "does not define grade"),
         ("import numpy\ndef grade(completion, row):\n    return 1", "No module named 'numpy'"),
         ("def grade(completion, row):\n    yield 1", "does not yet support yield"),
         ("while True:\n    pass", "time limit"),
@@ -103,9 +103,9 @@ def test_invalid_source_fails_before_training(make: Make, source: str, why: str)
     assert failed.value.failure.code == "invalid_config"
 
 
-@pytest.mark.parametrize("given", ["None", "'1'", "float('nan')", "float('inf')", "[1]"])
-def test_non_finite_grade_is_a_failure(make: Make, given: str) -> None:
-    assert grade(make(f"def grade(completion, row):\n    return {given}")) == FailedGrade("grade gave no finite number")
+@pytest.mark.parametrize("value", ["None", "'1'", "float('nan')", "float('inf')", "[1]"])
+def test_non_finite_grade_is_a_failure(make: Make, value: str) -> None:
+    assert grade(make(f"def grade(completion, row):\n    return {value}")) == FailedGrade("grade did not return a finite number")
 
 
 def test_error_names_line_but_not_row_data(make: Make) -> None:
@@ -158,13 +158,13 @@ ESCAPES = {
 
 @pytest.mark.parametrize("attack", ESCAPES.values(), ids=ESCAPES)
 def test_sandbox_escapes_fail(make: Make, attack: str) -> None:
-    found = grade(make(make_grader_source(attack)))
-    assert isinstance(found, FailedGrade)
-    assert "in line" in found.reason  # an exception in the sandbox, and no crash of it
+    failed = grade(make(make_grader_source(attack)))
+    assert isinstance(failed, FailedGrade)
+    assert "in line" in failed.reason  # an exception inside the sandbox, not a crash
 
 
-# A product of two large numbers cannot be interrupted: where it takes longer than the limit allows, its process is killed.
-KILLED_FAILURE = FailedGrade("the sandbox was killed: it did not keep to its limits")
+# A product of two large numbers cannot be interrupted: when it exceeds the time limit, the process is killed.
+KILLED_FAILURE = FailedGrade("the sandbox was killed because it exceeded its limits")
 
 RESOURCE_ATTACKS: dict[str, tuple[str, *tuple[FailedGrade, ...]]] = {
     "loop": ("while True:\n    pass", TIMEOUT_FAILURE),
@@ -195,8 +195,8 @@ def test_limits_are_enforced(make: Make, name: str) -> None:
     bomb, *expected = RESOURCE_ATTACKS[name]
     grader = make(make_grader_source(bomb), memory_mb=16)
     began = time.monotonic()
-    found = grade(grader)
-    assert found in expected
+    result = grade(grader)
+    assert result in expected
     assert time.monotonic() - began < 5
     assert sum(child.memory_info().rss for child in find_sandboxes()) < 16 * 2**20 + 200 * 2**20
 
@@ -225,7 +225,7 @@ def test_killed_sandbox_is_a_failure_and_is_replaced(make: Make) -> None:
 
 
 def test_sandbox_process_has_own_limits_and_no_environment(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second walls: were the interpreter itself broken, there would still be no secret to read and no file to write."""
+    """The second barrier: code that escapes from the interpreter finds no secret to read and no file to write."""
     monkeypatch.setenv("JOB_TOKEN", "the attempt's")
     assert grade(make("def grade(completion, row):\n    return 1")) == 1.0
     [child, *_] = find_sandboxes()

@@ -105,13 +105,13 @@ def test_failing_grader_is_counted_and_left_out_of_reward(train: Train) -> None:
     assert "grader 'broken' could not grade" in trained.record.warnings["grader_failed"]
     assert trained.model.metrics is not None
     assert trained.model.metrics.values["reward"] is None
-    assert trained.model.metrics.notes["reward"] == "there is no answer that every grader could judge"
+    assert trained.model.metrics.notes["reward"] == "there is no completion on which every grader succeeded"
     assert trained.model.metrics.values["graders/broken/failed"] == 1.0
 
 
 def test_training_with_only_failing_grader_stops_and_logs_no_row(train: Train, caplog: pytest.LogCaptureFixture) -> None:
     """TRL logs the whole row when every grader fails on it."""
-    with pytest.raises(JobFailed, match="grader 'broken' has failed on every completion 10 times in a row") as failed:
+    with pytest.raises(JobFailed, match="grader 'broken' failed on every completion 10 times in a row") as failed:
         train(spec=make_grpo_job(FAILING_GRADER, train=prompts(30), held_out=[]), **HYPERPARAMETERS | {"max_steps": 14})
     assert failed.value.failure.code == "invalid_config"
     assert "say " not in caplog.text

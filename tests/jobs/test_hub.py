@@ -23,13 +23,13 @@ from pathlib import Path
 from jobs.llm.base_model import fetch_base
 from jobs.runtime.errors import JobFailed
 from schema.spec import JobSpec
-from tests.jobs.conftest import a_context
+from tests.jobs.conftest import make_context
 spec = JobSpec.load(sys.argv[1])
 for name, token in json.loads(sys.argv[3]):
     config = spec.training_config.model_copy(update={"base_model_id": name})
     asked = spec.model_copy(update={"training_config": config})
     try:
-        folder = fetch_base(a_context(asked, Path(sys.argv[2]), secrets={"hf_token": token} if token else {}))
+        folder = fetch_base(make_context(asked, Path(sys.argv[2]), secrets={"hf_token": token} if token else {}))
         print(json.dumps({"files": sorted(path.name for path in folder.iterdir())}))
     except JobFailed as error:
         print(json.dumps(error.failure.model_dump()))
@@ -142,7 +142,7 @@ def test_hub_responses_become_files_or_failures_with_hint(hub_url: str, tmp_path
     assert "owner/absent" in absent["message"]
     for refused in (gated, gated_with_wrong):
         assert refused["code"] == "auth"
-        assert "licence" in refused["hint"]
+        assert "license" in refused["hint"]
         assert "hf_token" in refused["hint"]
     assert forbidden["code"] == "auth"
     assert FakeHubHandler.tokens == {None, "Bearer other", "Bearer licensed", "Bearer mine"}

@@ -13,7 +13,8 @@ from infra.loopback.hub import LoopbackHub, Token
 from jobs.runtime.artifacts import ExportedArtifact
 from jobs.runtime.context import JobContext
 from jobs.runtime.errors import JobFailed
-from jobs.runtime.hub import check_push, is_transient, push, repo_creation_denied_reason, repo_files, stale_weights
+from jobs.runtime.http_retry import is_transient_hub_error
+from jobs.runtime.hub import check_push, push, repo_creation_denied_reason, repo_files, stale_weights
 from jobs.runtime.retry import TRIES
 from schema.job import Artifact, HubPush
 from tests.jobs.conftest import make_context, make_spec
@@ -144,9 +145,9 @@ def test_push_retries_outage_and_uploads_each_file_once(
     hub: LoopbackHub, hub_proxy: HttpFaultProxy, context: Callable[..., JobContext], tmp_path: Path
 ) -> None:
     hub_proxy.set_faults(
-        Fault("refuse", "POST", "/repos/create", times=2, status=502, body="<html>bad gateway</html>"),
-        Fault("refuse", "POST", "/validate-yaml", status=502, body="<html>bad gateway</html>"),
-        Fault("refuse", "POST", "/commit/", times=3),
+        Fault("reject", "POST", "/repos/create", times=2, status=502, body="<html>bad gateway</html>"),
+        Fault("reject", "POST", "/validate-yaml", status=502, body="<html>bad gateway</html>"),
+        Fault("reject", "POST", "/commit/", times=3),
         Fault("reset", "GET", "/api/models/"),
     )
     push_artifacts(context(), [make_exported_artifact(tmp_path / "a", "adapter", ADAPTER)])
@@ -174,7 +175,7 @@ def test_commit_with_lost_response_is_not_repeated(
 def test_conflicting_commit_is_retried(
     hub: LoopbackHub, hub_proxy: HttpFaultProxy, context: Callable[..., JobContext], tmp_path: Path
 ) -> None:
-    hub_proxy.set_faults(Fault("refuse", "POST", "/commit/", status=412))
+    hub_proxy.set_faults(Fault("reject", "POST", "/commit/", status=412))
     push_artifacts(context(), [make_exported_artifact(tmp_path / "a", "adapter", ADAPTER)])
     assert len(hub.repos["ada/tuned"].commits) == 2
 
@@ -183,7 +184,7 @@ def test_interrupted_upload_resumes_with_missing_files(
     hub: LoopbackHub, hub_proxy: HttpFaultProxy, context: Callable[..., JobContext], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", skip_sleep)  # the client's own waits between its tries
-    monkeypatch.setattr("jobs.runtime.hub.UPLOADS_AT_ONCE", 1)
+    monkeypatch.setattr("jobs.runtime.hub.MAX_UPLOAD_THREADS", 1)
     two = make_exported_artifact(
         tmp_path / "m", "merged", {"a.safetensors": b"first" * 99, "b.safetensors": b"second" * 99, "config.json": b"{}"}
     )
@@ -288,7 +289,7 @@ def test_check_push_verifies_access_and_creates_nothing(
 
 
 def test_hub_outage_does_not_fail_check_push(hub_proxy: HttpFaultProxy, context: Callable[..., JobContext]) -> None:
-    hub_proxy.set_faults(Fault("refuse", status=503, times=9))
+    hub_proxy.set_faults(Fault("reject", status=503, times=9))
     check_push(context())
     hub_proxy.set_faults(Fault("reset", times=9))
     check_push(context())
@@ -308,6 +309,6 @@ def test_fine_grained_token_follows_its_scopes() -> None:
 def test_offline_mode_is_not_retried() -> None:
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    assert not is_transient(OfflineModeIsEnabled("HF_HUB_OFFLINE=1"))
-    assert is_transient(ConnectionResetError())
-    assert not is_transient(PermissionError("no such luck"))
+    assert not is_transient_hub_error(OfflineModeIsEnabled("HF_HUB_OFFLINE=1"))
+    assert is_transient_hub_error(ConnectionResetError())
+    assert not is_transient_hub_error(PermissionError("no such luck"))

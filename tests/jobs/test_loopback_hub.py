@@ -154,7 +154,7 @@ def test_range_requests_and_repository_deletion(hub: LoopbackHub, hub_proxy: Htt
 
 def test_interrupted_upload_is_retried(hub: LoopbackHub, hub_proxy: HttpFaultProxy) -> None:
     api(hub_proxy).create_repo("ada/tuned")
-    hub_proxy.set_faults(Fault("truncate request", "PUT", "/lfs/"), Fault("refuse", "POST", "/preupload/"))
+    hub_proxy.set_faults(Fault("truncate request", "PUT", "/lfs/"), Fault("reject", "POST", "/preupload/"))
     api(hub_proxy).create_commit("ada/tuned", [CommitOperationAdd("w.gguf", WEIGHTS)], commit_message="one")
     assert hub.repos["ada/tuned"].files["w.gguf"].content == WEIGHTS
     assert len([passed for passed in hub_proxy.requests if passed.method == "PUT"]) == 2

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from jobs.llm.model import ACTIVATION_BYTES, DeviceConfig, estimate_training_bytes, load_base
+from jobs.llm.hardware import ACTIVATION_BYTES, DeviceConfig, estimate_training_bytes
+from jobs.llm.model import load_base
 from jobs.runtime.errors import JobFailed
 from schema.training import TRAINING_CONFIG
 from tests.jobs.conftest import BASE, FinishedTraining

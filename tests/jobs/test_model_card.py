@@ -1,4 +1,4 @@
-"""The model card says what is known of a model, in the Hub's own form, and how to run it."""
+"""The model card: its metadata in the Hub's format, its tables and its usage code."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,7 +53,7 @@ def make_record(*artifacts: ArtifactRecord, config: dict[str, Any] | None = None
             splits={"train": SplitRecord(rows=24, sha256="0"), "eval": SplitRecord(rows=5, sha256="1")},
         ),
         "train_tokens": 700,
-        "base": BaseModelRecord(model_id=training_config.base_model_id, revision="f" * 40),
+        "base_model": BaseModelRecord(model_id=training_config.base_model_id, revision="f" * 40),
         "code": CodeRecord(tunesmith_version="0.2.0"),
         "packages": {"torch": "2.13.0", "transformers": "5.23.0"},
         "machine": MachineRecord(platform="Linux", python="3.11", cpu="a CPU", cpu_count=2, memory_bytes=1),
@@ -87,8 +87,8 @@ def test_metadata_follows_hub_format() -> None:
         "pipeline_tag": "text-generation",
         "tags": ["tunesmith", "sft", "lora", "gguf"],
     }
-    found = {metric["type"]: metric["value"] for result in results for metric in result["metrics"]}
-    assert found == {"loss": 3.0, "perplexity": 20.1, "exact_match": 0.4}  # what could not be had is not there
+    metrics = {metric["type"]: metric["value"] for result in results for metric in result["metrics"]}
+    assert metrics == {"loss": 3.0, "perplexity": 20.1, "exact_match": 0.4}  # unknown values are left out
     assert results[0]["dataset"] == {"name": "docs | v2", "type": "d-1", "split": "eval", "revision": "sha256:abc"}
 
 
@@ -111,10 +111,10 @@ def test_base_and_tuned_metrics_are_shown_side_by_side() -> None:
     assert "| perplexity | 54.6 | 20.1 |" in text
     assert "| exact_match | unknown | 0.4 |" in text
     assert "bleu" not in text
-    assert "5 rows, 77 labelled tokens" in text
+    assert "5 rows, 77 labeled tokens" in text
 
 
-def test_fidelity_of_each_file_is_shown_and_lost_tuning_is_named() -> None:
+def test_fidelity_of_each_file_is_shown_and_removed_tuning_is_flagged() -> None:
     good = Fidelity(compared_tokens=9, argmax_agreement=1.0, mean_kl_to_merged=0.0004, mean_kl_to_base=0.9, perplexity=20.2)
     lost = Fidelity(compared_tokens=9, argmax_agreement=0.5, mean_kl_to_merged=0.8, closer_to_base=True, advice="take q8_0")
     text = render_card(
@@ -123,8 +123,8 @@ def test_fidelity_of_each_file_is_shown_and_lost_tuning_is_named() -> None:
         )
     ).text
     assert "| `m-q8_0.gguf` | 100.0 % | 0.0004 | 0.9 | 20.2 | unknown | unknown |" in text
-    assert "**The rounding of this file undid the tuning:** `m-q4_k_m.gguf`: take q8_0" in text
-    assert text.count("undid") == 1
+    assert "**Quantization removed the tuning from this file:** `m-q4_k_m.gguf`: take q8_0" in text
+    assert text.count("removed the tuning") == 1
 
 
 def test_gate_result_is_shown() -> None:
@@ -136,13 +136,14 @@ def test_gate_result_is_shown() -> None:
 
 def test_unknown_values_are_not_shown() -> None:
     text = render_card(
-        make_record(metrics=None, base_metrics=None, code=CodeRecord(), base=BaseModelRecord(model_id="o/b"), train_tokens=None), License()
+        make_record(metrics=None, base_metrics=None, code=CodeRecord(), base_model=BaseModelRecord(model_id="o/b"), train_tokens=None),
+        License(),
     ).text
     assert "no held-out rows" in text
     assert "None" not in text
     assert "tokens seen" not in text
     assert "GPU energy" not in text
-    assert "do not say under which licence" in text
+    assert "do not name its license" in text
     assert "license" not in render_card(make_record(), License()).data.to_dict()
 
 
@@ -168,7 +169,7 @@ def test_license_of_the_base_is_included(tmp_path: Path) -> None:
 
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: lab\nlicense_link: https://lab.example/l\n---\n")
     other = read_license(tmp_path)
-    assert (other.hub_id, other.name) == ("other", "lab")  # what the base says of itself comes first
+    assert (other.hub_id, other.name) == ("other", "lab")  # the base model's card takes precedence
     assert "[lab](https://lab.example/l)" in render_card(make_record(), other).text
 
     (tmp_path / "README.md").unlink()
@@ -178,14 +179,14 @@ def test_license_of_the_base_is_included(tmp_path: Path) -> None:
 
 
 def test_usage_matches_vision_and_reward_models() -> None:
-    def told(**config: Any) -> str:
+    def render_usage(**config: Any) -> str:
         record = make_record(make_artifact_record("merged", "merged"), make_artifact_record("adapter", "adapter"), config=config)
-        return render_card(record).data.get("pipeline_tag") + "\n" + "\n".join(way.text for way in usage_snippets(record, REPO))
+        return render_card(record).data.get("pipeline_tag") + "\n" + "\n".join(snippet.text for snippet in usage_snippets(record, REPO))
 
-    assert told(modality="vision").startswith("image-text-to-text")
-    assert "AutoModelForImageTextToText" in told(modality="vision")
-    assert told(trainer_type="reward").startswith("text-classification")
-    assert "num_labels=1" in told(trainer_type="reward")
+    assert render_usage(modality="vision").startswith("image-text-to-text")
+    assert "AutoModelForImageTextToText" in render_usage(modality="vision")
+    assert render_usage(trainer_type="reward").startswith("text-classification")
+    assert "num_labels=1" in render_usage(trainer_type="reward")
 
 
 def test_usage_names_gguf_files() -> None:
@@ -220,9 +221,9 @@ def test_usage_code_of_the_card_runs(
         make_artifact_record("adapter", "adapter"), make_artifact_record("merged", "merged"), config={"base_model_id": "tiny/gemma"}
     )
     with_transformers, with_peft = usage_snippets(record, REPO)
-    said: list[Any] = []
-    exec(with_transformers.text.replace("max_new_tokens=128", "max_new_tokens=2"), {"print": said.append})
-    assert said[0][0]["generated_text"][-1]["role"] == "assistant"
+    printed: list[Any] = []
+    exec(with_transformers.text.replace("max_new_tokens=128", "max_new_tokens=2"), {"print": printed.append})
+    assert printed[0][0]["generated_text"][-1]["role"] == "assistant"
     names: dict[str, Any] = {}
     exec(with_peft.text, names)
     assert [name for name, _ in names["model"].named_parameters() if "lora_" in name]

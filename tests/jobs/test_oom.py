@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from jobs.llm.oom import BatchConfig, is_disk_full, is_out_of_memory, reduce_batch_size
+from jobs.llm.oom import is_out_of_memory, reduce_batch_size
+from jobs.runtime.batch_config import BatchConfig
 from jobs.runtime.errors import JobFailed
+from jobs.runtime.training_control import is_disk_full
 from schema.events import DecisionMade
 from schema.spec import JobSpec
 from tests.jobs.conftest import load_saved_checkpoints, make_spec, saved_steps
@@ -123,7 +125,7 @@ def test_batch_size_decision_gives_step_and_reason(
     limit_memory(story, 8, from_step=3)
     story.finish()
     (decided,) = [event for event in story.recorders[0].events if isinstance(event, DecisionMade) and event.setting == "batch_size"]
-    assert decided.reason == "memory ran out in step 3 with 16 rows at once; 2 batches of 8 make the same step"
+    assert decided.reason == "out of memory in step 3 with batch_size 16; gradient_accumulation_steps 2 keeps the effective batch size"
 
 
 def test_next_attempt_starts_with_reduced_batch_size(
@@ -150,7 +152,7 @@ def test_cpu_out_of_memory_is_recognized(
     spec: Callable[..., JobSpec], limit_memory: Callable[..., LimitedMemory], tmp_path: Path, raises: Callable[[], BaseException]
 ) -> None:
     story = TrainingRun(spec(epochs=1), tmp_path)
-    limit_memory(story, 8, raises=raises)
+    limit_memory(story, 8, make_error=raises)
     story.finish()
     assert reduced_batch_sizes(story) == ["8"]
 
@@ -165,7 +167,7 @@ def test_oom_with_single_row_fails_with_hint(
         story.finish()
     failure = failed.value.failure
     assert (failure.code, reduced_batch_sizes(story)) == ("out_of_memory", tried)
-    assert "in step 1 with a single row" in failure.message
+    assert "in step 1 with batch_size 1" in failure.message
     assert "max_seq_length" in failure.hint
     assert "LoRA" in failure.hint
     assert "hardware" in failure.hint
@@ -178,7 +180,7 @@ def test_oom_retries_stop_after_four() -> None:
     assert plan == BatchConfig(4, 16)
     with pytest.raises(JobFailed) as failed:
         reduce_batch_size(plan, 7, 4)
-    assert "step 7 with 4 rows at once" in failed.value.failure.message
+    assert "step 7 with batch_size 4" in failed.value.failure.message
     assert "batch_size 2 and gradient_accumulation_steps 32" in failed.value.failure.hint
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from jobs.llm.data.preference import UnpairedExample, tokenize_pairs, tokenize_unpaired
 from jobs.llm.data.tokenize import IGNORE_INDEX, TokenizedExample, tokenize_split
-from jobs.llm.preference import evaluate_trainer_metrics, patch_fused_head, run_in_batches
+from jobs.llm.oom import run_in_batches
+from jobs.llm.preference import evaluate_trainer_metrics, patch_fused_head
 from jobs.llm.trained_model import TrainedModel
 from jobs.llm.trainers.dpo import null_accuracy_at_init
 from jobs.llm.trainers.kto import class_balance_warning, mismatched_pair
@@ -324,10 +325,10 @@ def test_mismatched_pair_joins_prompt_with_other_answer() -> None:
 
 
 def test_kl_example_uses_another_prompt() -> None:
-    from jobs.llm.trainers.kto import _with_kl_examples
+    from jobs.llm.trainers.kto import add_kl_examples
 
     first, same, other = make_row(2, 7, answer=[9]), make_row(2, 7, answer=[10]), make_row(2, 8, answer=[11])
-    placed = _with_kl_examples([UnpairedExample(other, True), UnpairedExample(first, True), UnpairedExample(same, False)])
+    placed = add_kl_examples([UnpairedExample(other, True), UnpairedExample(first, True), UnpairedExample(same, False)])
     assert [row.kl_fallback for row in placed] == [same, other, other]
     assert placed[1].choose_kl_example(placed[0]) == other  # the neighbour's
     assert placed[2].choose_kl_example(placed[1]) == other  # not the neighbour's, which answers the same

@@ -1,4 +1,4 @@
-"""The promotion gate: what passes, what does not, and what it says."""
+"""The promotion gate: which checks pass, and the reason of each that fails."""
 
 import math
 from typing import Any
@@ -24,7 +24,7 @@ TRAINED = EvalMetrics(
     eval_runtime=2.0,
     eval_rows=5,
     values={"exact_match": 0.25, "reward": -1.0, "rouge_l": 0.5, "f1_macro": None, "lm_eval/tiny/acc": 0.75, "lm_eval/mmlu": None},
-    notes={"f1_macro": "the references are no labels", "lm_eval/mmlu": "it is not installed"},
+    notes={"f1_macro": "the references are not labels", "lm_eval/mmlu": "it is not installed"},
 )
 
 
@@ -69,7 +69,7 @@ def test_bound_passes_or_fails(threshold: dict[str, Any], passes: bool) -> None:
         ({"metric": "accuracy", "at_least": 0.9}, "0.6 is below 0.9"),
         ({"metric": "perplexity", "at_most": 0.5, "relative_to_base": True}, "4.5 is above 3.7, 0.5 of the base's 7.4"),
         ({"metric": "rouge_l", "at_least": 2, "relative_to_base": True}, "0.5 is below 0.8, 2 of the base's 0.4"),
-        ({"metric": "f1_macro", "at_least": 0.1}, "f1_macro of the trained model was not measured: the references are no labels"),
+        ({"metric": "f1_macro", "at_least": 0.1}, "f1_macro of the trained model was not measured: the references are not labels"),
         ({"metric": "eval_tokens", "at_least": 1}, "eval_tokens of the trained model was not measured"),
         ({"metric": "lm_eval/mmlu/acc", "at_least": 0.1}, "lm_eval/mmlu/acc of the trained model was not measured: it is not installed"),
         (
@@ -94,9 +94,9 @@ def test_failed_check_gives_reason(threshold: dict[str, Any], why: str) -> None:
 
 def test_metric_missing_on_base_fails_relative_bound() -> None:
     trained = TRAINED.model_copy(update={"values": {"bleu": 0.9}})
-    found = check(trained, metric="bleu", at_least=1.0, relative_to_base=True)
-    assert found.reason == "bleu of the base model was not measured: the metric failed: KeyError: x"
-    assert (found.value, found.base, found.at_least) == (0.9, None, None)
+    result = check(trained, metric="bleu", at_least=1.0, relative_to_base=True)
+    assert result.reason == "bleu of the base model was not measured: the metric failed: KeyError: x"
+    assert (result.value, result.base, result.at_least) == (0.9, None, None)
     assert check(trained, metric="bleu", at_least=0.5).passed
 
 
@@ -105,9 +105,9 @@ def test_metric_missing_on_base_fails_relative_bound() -> None:
 def test_non_finite_metric_fails(value: float, bound: dict[str, Any]) -> None:
     broken = EvalMetrics(eval_loss=value, values={"reward": value})
     for name in ("eval_loss", "reward"):
-        found = check(broken, metric=name, **bound)
-        assert found.reason == f"{name} of the trained model is not a finite number"
-        assert found.value is None  # NaN is no JSON
+        result = check(broken, metric=name, **bound)
+        assert result.reason == f"{name} of the trained model is not a finite number"
+        assert result.value is None  # NaN is not JSON
     assert not check(base=EvalMetrics(eval_loss=value), metric="eval_loss", at_most=1.0, relative_to_base=True).passed
 
 
@@ -131,14 +131,14 @@ def test_missing_metrics_fail_the_gate() -> None:
 
 
 def test_check_shows_absolute_bound_and_base_value() -> None:
-    found = check(metric="perplexity", at_most=0.5, at_least=0.25, relative_to_base=True, base=EvalMetrics(perplexity=10.0))
-    assert found == GateCheck(metric="perplexity", value=4.5, at_most=5.0, at_least=2.5, base=10.0, passed=True)
+    result = check(metric="perplexity", at_most=0.5, at_least=0.25, relative_to_base=True, base=EvalMetrics(perplexity=10.0))
+    assert result == GateCheck(metric="perplexity", value=4.5, at_most=5.0, at_least=2.5, base=10.0, passed=True)
     assert check(metric="perplexity", at_most=9) == GateCheck(metric="perplexity", value=4.5, at_most=9, passed=True)
 
 
 def test_one_failed_check_fails_the_gate() -> None:
     good, bad = (Threshold.model_validate({"metric": "eval_loss", "at_most": bound}) for bound in (2, 1))
-    assert [found.passed for found in evaluate_gate([good, bad, good], TRAINED, BASE).checks] == [True, False, True]
+    assert [result.passed for result in evaluate_gate([good, bad, good], TRAINED, BASE).checks] == [True, False, True]
     assert not evaluate_gate([good, bad, good], TRAINED, BASE).passed
     assert evaluate_gate([good, good], TRAINED, BASE).passed
 

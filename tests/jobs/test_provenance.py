@@ -11,7 +11,7 @@ import pytest
 from jobs.llm.trained_model import TrainedModel
 from jobs.runtime.artifacts import ArtifactUploader, ExportedArtifact, artifact_key
 from jobs.runtime.context import JobContext
-from jobs.runtime.provenance import base_record, installed_packages, machine_record, record_bytes, run_record, store_record
+from jobs.runtime.provenance import base_record, build_run_record, installed_packages, machine_record, record_bytes, store_record
 from jobs.runtime.system_metrics import Energy
 from schema.job import Artifact, EvalMetrics, Fidelity, Gate, GateCheck
 from schema.provenance import CodeRecord, RunRecord
@@ -52,8 +52,8 @@ def publish_artifacts(context: JobContext, folder: Path) -> tuple[Artifact, ...]
 
 def make_record(context: JobContext, base: Path, artifacts: tuple[Artifact, ...] = (), **changes: Any) -> RunRecord:
     told: dict[str, Any] = {"code": CodeRecord(tunesmith_version="0.2.0", commit="abc"), "energy": Energy(None, "no GPU")}
-    told |= {"started_at": STARTED_AT, "now": STARTED_AT + timedelta(seconds=90)}
-    return run_record(context, make_trained_model(context.workdir, base), artifacts, **(told | changes))
+    told |= {"started_at": STARTED_AT, "finished_at": STARTED_AT + timedelta(seconds=90)}
+    return build_run_record(context, make_trained_model(context.workdir, base), artifacts, **(told | changes))
 
 
 def test_record_contains_inputs_and_results(base: Path, tmp_path: Path) -> None:
@@ -61,8 +61,9 @@ def test_record_contains_inputs_and_results(base: Path, tmp_path: Path) -> None:
     context.state.base_metrics = EvalMetrics(eval_loss=4.0, perplexity=54.6)
     context.state.metrics = EvalMetrics(eval_loss=3.0, perplexity=20.1)
     context.state.gate = Gate(passed=True, checks=(GateCheck(metric="perplexity", value=20.1, at_most=49.1, passed=True),))
+    context.state.decisions["attention"] = "sdpa"
     artifacts = publish_artifacts(context, tmp_path / "out")
-    record = make_record(context, base, artifacts, energy=Energy(7200.0), decisions={"attention": "sdpa"})
+    record = make_record(context, base, artifacts, energy=Energy(7200.0))
 
     assert (record.attempt, record.seed, record.published_step, record.train_rows) == (2, 7, 4, 24)
     assert {name: split.rows for name, split in record.dataset.splits.items()} == {"train": 24, "eval": 5}

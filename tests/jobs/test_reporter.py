@@ -14,6 +14,7 @@ from jobs.runtime.settings import Settings
 from schema.events import CheckpointRestored, CheckpointSaved, CheckpointSkipped, Event, MetricsLogged, PhaseChanged
 from schema.job import Progress
 from tests.jobs.fake_service import TOKEN, FakeService
+from tests.waiting import wait_until
 
 INTERVAL_S = 0.05
 Make = Callable[..., Reporter]
@@ -58,13 +59,6 @@ def point(step: int) -> MetricsLogged:
 
 def steps(service: FakeService) -> list[int]:
     return [told["event"]["step"] for told in service.events]
-
-
-def wait_for(condition: Callable[[], Any], timeout_s: float = 5.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
 
 
 def test_events_arrive_in_order_with_attempt_token(service: FakeService, make: Make) -> None:
@@ -135,7 +129,7 @@ def test_events_lost_by_service_are_sent_again(service: FakeService, make: Make)
         reporter.report(point(step))
     assert reporter.flush(5)
     del service.events[2:]
-    wait_for(lambda: len(service.events) == 5)
+    wait_until(lambda: len(service.events) == 5)
     assert steps(service) == list(range(5))
 
 
@@ -143,7 +137,7 @@ def test_heartbeat_without_events_carries_phase_and_progress(service: FakeServic
     reporter = make()
     reporter.set_progress(phase="training", progress=Progress(step=3, total_steps=9, epoch=0.3, total_epochs=1))
     count = len(service.batches)
-    wait_for(lambda: len(service.batches) >= count + 3)
+    wait_until(lambda: len(service.batches) >= count + 3)
     assert service.batches[-1]["events"] == []
     assert (service.batches[-1]["phase"], service.batches[-1]["progress"]["step"]) == ("training", 3)
 
@@ -160,20 +154,20 @@ def test_heartbeat_without_events_carries_phase_and_progress(service: FakeServic
 )
 def test_metrics_wait_for_interval_but_urgent_events_do_not(service: FakeService, make: Make, urgent: Event) -> None:
     reporter = make(interval_s=60)
-    wait_for(lambda: service.batches)
+    wait_until(lambda: service.batches)
     reporter.report(point(1))
     time.sleep(0.2)
     assert service.events == []
     reporter.report(urgent)
-    wait_for(lambda: len(service.events) == 2)
+    wait_until(lambda: len(service.events) == 2)
 
 
 def test_flush_soon_fetches_directive_before_interval(service: FakeService, make: Make, callbacks: ReporterCallbacks) -> None:
     reporter = make(interval_s=60)
-    wait_for(lambda: service.batches)
+    wait_until(lambda: service.batches)
     service.directive = "cancel"
     reporter.flush_soon()
-    wait_for(lambda: callbacks.directives == ["cancel"])
+    wait_until(lambda: callbacks.directives == ["cancel"])
 
 
 @pytest.mark.parametrize("status", [409, 410, 401, 404])
@@ -191,7 +185,7 @@ def test_fenced_attempt_is_notified_and_sends_nothing_more(
 def test_a_directive_is_passed_on(service: FakeService, make: Make, callbacks: ReporterCallbacks) -> None:
     service.directive = "cancel"
     make()
-    wait_for(lambda: "cancel" in callbacks.directives)
+    wait_until(lambda: "cancel" in callbacks.directives)
 
 
 def test_rejected_events_do_not_block_later_ones(service: FakeService, make: Make) -> None:

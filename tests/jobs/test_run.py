@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +19,11 @@ from schema.result import Result
 from schema.spec import JobSpec, manifest_key, result_key, spec_key
 from tests.jobs.conftest import load_saved_checkpoints, make_spec
 from tests.jobs.fake_service import TOKEN, FakeService
+from tests.waiting import wait_until
 
 HF_TOKEN = "hf_aVeryS3cretToken"
 TIMEOUT_S = 90
+SOURCE = Path(__file__).resolve().parents[2]
 
 
 @dataclass
@@ -63,7 +67,12 @@ def start(store: Path, service: FakeService, tmp_path: Path, request: pytest.Fix
     started: list[AttemptProcess] = []
 
     def start(
-        *, attempt: int = 1, program: Sequence[str] = ("-m", "jobs.run"), environment: dict[str, str] | None = None, **changes: Any
+        *,
+        attempt: int = 1,
+        program: Sequence[str] = ("-m", "jobs.run"),
+        environment: dict[str, str] | None = None,
+        source: Path = SOURCE,
+        **changes: Any,
     ) -> AttemptProcess:
         spec = make_spec(store, job_id=f"job-{abs(hash(request.node.name))}", **changes)
         path = store / spec_key(spec.job_id)
@@ -85,6 +94,7 @@ def start(store: Path, service: FakeService, tmp_path: Path, request: pytest.Fix
             child = subprocess.Popen(
                 [sys.executable, *program, "--name", f"{spec.job_id}.{attempt}"],
                 env=told | libraries | (environment or {}),
+                cwd=source,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -100,11 +110,13 @@ def start(store: Path, service: FakeService, tmp_path: Path, request: pytest.Fix
 
 
 def wait_for(condition: Callable[[], Any], process: AttemptProcess) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
+    """Wait until the condition holds; fails at once if the process ends before that."""
+
+    def holds_while_running() -> bool:
         assert process.child.poll() is None, process.log
-        assert time.monotonic() < deadline, process.log
-        time.sleep(0.01)
+        return bool(condition())
+
+    wait_until(holds_while_running, TIMEOUT_S, description=lambda: process.log)
 
 
 def phases(service: FakeService) -> list[str]:
@@ -143,6 +155,36 @@ def test_attempt_trains_exports_and_reports_result(start: Start, service: FakeSe
     written += [path for path in process.store.rglob("*") if path.is_file() and process.job_id in str(path)]
     assert not [path for path in written if HF_TOKEN.encode() in path.read_bytes() or TOKEN.encode() in path.read_bytes()]
     assert HF_TOKEN not in json.dumps(service.batches) + json.dumps(service.results)
+
+
+def test_attempt_needs_only_the_runtime_and_its_family_on_disk(start: Start, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    for name in ("schema", "storage", "jobs/runtime", "jobs/llm"):
+        shutil.copytree(SOURCE / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("jobs/__init__.py", "jobs/run.py"):
+        shutil.copy(SOURCE / name, tree / name)
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", "import service"], cwd=tree, env={"PYTHONPATH": "."}, capture_output=True, check=False
+    )
+    assert elsewhere.returncode != 0  # nothing else of the project can be imported from there
+
+    process = start(source=tree, held_out=[], hyperparameters={"max_steps": 1})
+    assert process.wait() == 0, process.log
+    assert [artifact.name for artifact in process.final_result.artifacts] == ["adapter"]
+
+
+def test_importing_the_runtime_imports_no_family_and_no_ml_library() -> None:
+    config = tomllib.loads((SOURCE / "pyproject.toml").read_text())
+    heavy = set(config["tool"]["ruff"]["lint"]["flake8-tidy-imports"]["banned-module-level-imports"])
+    code = (
+        "import pkgutil, sys, jobs.runtime\n"
+        "for module in pkgutil.walk_packages(jobs.runtime.__path__, 'jobs.runtime.'): __import__(module.name)\n"
+        "print(*sys.modules)"
+    )
+    imported = subprocess.check_output([sys.executable, "-c", code], cwd=SOURCE, env={"PYTHONPATH": "."}, text=True).split()
+    assert "jobs.runtime.trackers.trackio_process" in imported
+    assert not [name for name in imported if name.partition(".")[0] in heavy]
+    assert {name.split(".")[1] for name in imported if name.startswith("jobs.")} == {"runtime"}
 
 
 def test_second_claimant_exits_without_changes(start: Start, service: FakeService) -> None:
@@ -359,14 +401,14 @@ from jobs.runtime.settings import read_settings
 
 class Slow:
     name, run_id = "slow", None
-    def finish(self, *, succeeded, patience_s):
+    def finish(self, *, succeeded, timeout_s):
         print("finishing", flush=True)
         time.sleep(60)
 
 attempt = Attempt(read_settings())
 attempt.claim()
 attempt._trackers.append(Slow())
-sys.exit(attempt.end("completed"))
+sys.exit(attempt.finish("completed"))
 """
 
 

@@ -212,8 +212,8 @@ def test_schedule_matches_its_name(train: Train, schedule: str, shares: list[flo
 def test_truncated_rows_are_counted_per_split(train: Train) -> None:
     told = [event.message for event in train(max_steps=1, max_seq_length=24).record.events if isinstance(event, WarningRaised)]
     assert told == [
-        "24 rows of train are longer than max_seq_length 24 and were cut",
-        "5 rows of eval are longer than max_seq_length 24 and were cut",
+        "24 rows of train are longer than max_seq_length 24 and were truncated",
+        "5 rows of eval are longer than max_seq_length 24 and were truncated",
     ]
 
 
@@ -420,7 +420,7 @@ def test_nan_loss_fails_the_job_and_names_step(
 def test_infinite_grad_norm_is_null_with_reason(make_store_with_last_norm: Callable[[float], Path], tmp_path: Path) -> None:
     (point,) = train_in(tmp_path, make_store_with_last_norm(1e30), {"max_steps": 1}).record.points
     assert point.values["grad_norm"] is None
-    assert point.notes == {"grad_norm": "it is inf"}
+    assert point.notes == {"grad_norm": "the value is inf"}
 
 
 def test_nan_weights_fail_the_job() -> None:
@@ -460,7 +460,7 @@ def test_decisions_are_logged_with_reasons(train: Train) -> None:
 
 
 def test_device_config_follows_hyperparameters(store: Path, tmp_path: Path) -> None:
-    from jobs.llm.training_loop import prepare_training
+    from jobs.llm.training_context import prepare_training
 
     spec = make_spec(store, hyperparameters={"dataloader_num_workers": 3, "torch_compile": True, "gradient_checkpointing": True})
     ground = prepare_training(spec.training_config, make_context(spec, tmp_path))
@@ -468,8 +468,8 @@ def test_device_config_follows_hyperparameters(store: Path, tmp_path: Path) -> N
 
 
 def test_unsupported_option_is_replaced_with_warning(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from jobs.llm.model import choose_torch_compile
-    from jobs.llm.training_loop import prepare_training
+    from jobs.llm.hardware import choose_torch_compile
+    from jobs.llm.training_context import prepare_training
 
     monkeypatch.setenv("PATH", "")  # no C compiler is found
     spec, record = make_spec(store, hyperparameters={"torch_compile": True}), EventRecorder()

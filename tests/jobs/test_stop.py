@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from jobs.runtime.attempt import FORCED_SHUTDOWN, SHUTDOWN_TIMEOUTS, cap_timeouts
 from jobs.runtime.context import deadline_reached
 from jobs.runtime.errors import Stopped, StopReason
+from jobs.runtime.shutdown import FORCED_SHUTDOWN, SHUTDOWN_TIMEOUTS, cap_timeouts
 from jobs.runtime.stop import REASON_BY_SIGNAL, WAKE_SIGNAL, StopController, shutdown_reserve_s
 
 HANG_TIMEOUT_S = 20.0  # nothing here takes that long; it is what would hang

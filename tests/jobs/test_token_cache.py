@@ -1,4 +1,4 @@
-"""Rows that were tokenized once are not tokenized again."""
+"""The cache of tokenized rows."""
 
 from pathlib import Path
 from typing import Any
@@ -7,28 +7,31 @@ import pytest
 
 from jobs.llm.data import cache
 from jobs.llm.data.tokenize import tokenize_split
-from jobs.llm.training_loop import prepare_training
+from jobs.llm.training_context import prepare_training
 from tests.jobs.conftest import EventRecorder, make_context, make_spec, messages
 
 
 def test_rows_roundtrip_through_cache(tokenizer: Any) -> None:
-    rendered = tokenize_split(iter(messages(7)), "messages", tokenizer, 24)
-    tokens = cache.CachedSplit(rendered.rows, rendered.truncated, 3, [True, False] * 3)
-    assert tokens.truncated
-    assert cache.deserialize_split(cache.serialize_split(tokens)) == tokens
+    split = tokenize_split(iter(messages(7)), "messages", tokenizer, 24)
+    cached = cache.CachedSplit(split.rows, split.truncated, 3, [True, False] * 3)
+    assert cached.truncated
+    assert cache.deserialize_split(cache.serialize_split(cached)) == cached
 
 
 @pytest.fixture
 def make_cached_spec(store: Path) -> Any:
-    """A job on rows that are all kept."""
+    """Makes the spec of a job whose rows are all cached."""
     rows = messages(60)
-    return lambda **knobs: make_spec(store, job_id="cached", train=rows, held_out=[], hyperparameters=knobs)
+    return lambda **hyperparameters: make_spec(store, job_id="cached", train=rows, held_out=[], hyperparameters=hyperparameters)
 
 
 def test_second_job_reads_cached_tokens(make_cached_spec: Any, tmp_path: Path) -> None:
-    told = [_tokenize(make_cached_spec(**knobs), tmp_path / str(n)) for n, knobs in enumerate([{}, {}, {"max_seq_length": 24}])]
-    assert [record.decisions.get("tokens") for _, record in told] == [None, "cached", None]
-    assert told[0][0] == told[1][0] != told[2][0]
+    runs = [
+        _tokenize(make_cached_spec(**hyperparameters), tmp_path / str(n))
+        for n, hyperparameters in enumerate([{}, {}, {"max_seq_length": 24}])
+    ]
+    assert [record.decisions.get("tokens") for _, record in runs] == [None, "cached", None]
+    assert runs[0][0] == runs[1][0] != runs[2][0]
 
 
 def test_damaged_cache_file_is_recreated(make_cached_spec: Any, store: Path, tmp_path: Path) -> None:
@@ -54,20 +57,20 @@ def test_preference_rows_are_cached_per_trainer_type(
     store: Path, tmp_path: Path, dataset_type: Any, rows: list[dict[str, Any]], trainer_type: str
 ) -> None:
     spec = make_spec(store, job_id=f"cached-{trainer_type}", train=rows, held_out=[], dataset_type=dataset_type, trainer_type=trainer_type)
-    found, records = [], [EventRecorder(), EventRecorder()]
+    splits, records = [], [EventRecorder(), EventRecorder()]
     for number, record in enumerate(records):
-        ground = prepare_training(spec.training_config, make_context(spec, tmp_path / str(number), record))
-        judged = cache.load_or_tokenize_unpaired(ground, dataset_type, min_bytes=1)["train"]
-        pairs = cache.load_or_tokenize_pairs(ground, min_bytes=1)["train"] if trainer_type == "dpo" else None
-        found.append((judged, pairs))
+        training = prepare_training(spec.training_config, make_context(spec, tmp_path / str(number), record))
+        unpaired = cache.load_or_tokenize_unpaired(training, dataset_type, min_bytes=1)["train"]
+        pairs = cache.load_or_tokenize_pairs(training, min_bytes=1)["train"] if trainer_type == "dpo" else None
+        splits.append((unpaired, pairs))
     assert [record.decisions.get("tokens") for record in records] == [None, "cached"]
-    assert found[0] == found[1]
-    assert [row.is_good for row in found[0][0].rows] == ([True, False, False] if rows is UNPAIRED_ROWS else [True, True, False, False])
+    assert splits[0] == splits[1]
+    assert [row.is_good for row in splits[0][0].rows] == ([True, False, False] if rows is UNPAIRED_ROWS else [True, True, False, False])
     if trainer_type == "dpo":
-        assert (found[0][1].rows[0].chosen, len(found[0][1].rows)) == (found[0][0].rows[0].row, 2)
+        assert (splits[0][1].rows[0].chosen, len(splits[0][1].rows)) == (splits[0][0].rows[0].row, 2)
 
 
 def _tokenize(spec: Any, workdir: Path) -> tuple[Any, EventRecorder]:
     record = EventRecorder()
-    ground = prepare_training(spec.training_config, make_context(spec, workdir, record))
-    return cache.load_or_tokenize_split(ground, "messages", min_bytes=1)["train"].rows, record
+    training = prepare_training(spec.training_config, make_context(spec, workdir, record))
+    return cache.load_or_tokenize_split(training, "messages", min_bytes=1)["train"].rows, record

@@ -1,4 +1,4 @@
-"""Which tokens are read, and which are to be learned, for the three forms of a row."""
+"""The tokens and labels of messages, prompt_completion and text rows."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,10 +36,10 @@ def test_labels_match_training_template_assistant_mask(tokenizer: Any, turns: li
     from importlib.resources import files
 
     template = files("trl").joinpath("chat_templates/gemma3_training.jinja").read_text()
-    marked = tokenizer.apply_chat_template(turns, chat_template=template, return_dict=True, return_assistant_tokens_mask=True)
+    expected = tokenizer.apply_chat_template(turns, chat_template=template, return_dict=True, return_assistant_tokens_mask=True)
     row = tokenize_row({"messages": turns}, "messages", tokenizer)
-    assert row.input_ids == marked["input_ids"]
-    assert [label != IGNORE_INDEX for label in row.labels] == [mask == 1 for mask in marked["assistant_masks"]]
+    assert row.input_ids == expected["input_ids"]
+    assert [label != IGNORE_INDEX for label in row.labels] == [mask == 1 for mask in expected["assistant_masks"]]
 
 
 def test_completion_and_eos_are_labeled(tokenizer: Any) -> None:
@@ -70,21 +70,21 @@ def test_prompt_tokens_end_where_first_answer_starts(tokenizer: Any) -> None:
 
 
 def test_long_rows_are_truncated_or_dropped_and_counted(tokenizer: Any) -> None:
-    whole = tokenize_row({"messages": TURNS[:2]}, "messages", tokenizer)
+    full = tokenize_row({"messages": TURNS[:2]}, "messages", tokenizer)
     rows = [{"messages": TURNS[:2]}, {"messages": [{"role": "user", "content": "x " * 40}, TURNS[1]]}]
-    length = len(whole.input_ids) - 2
-    found = tokenize_split(iter(rows), "messages", tokenizer, length)
-    assert (found.truncated, found.dropped) == (2, 1)
-    assert found.rows[0].input_ids == whole.input_ids[:length]
-    assert found.rows[0].labels == whole.labels[:length]
+    length = len(full.input_ids) - 2
+    split = tokenize_split(iter(rows), "messages", tokenizer, length)
+    assert (split.truncated, split.dropped) == (2, 1)
+    assert split.rows[0].input_ids == full.input_ids[:length]
+    assert split.rows[0].labels == full.labels[:length]
 
 
 def test_conversation_without_answer_is_dropped(tokenizer: Any) -> None:
-    found = tokenize_split(iter([{"messages": TURNS[:1]}]), "messages", tokenizer, 100)
-    assert (found.rows, found.dropped) == ([], 1)
+    split = tokenize_split(iter([{"messages": TURNS[:1]}]), "messages", tokenizer, 100)
+    assert (split.rows, split.dropped) == ([], 1)
 
 
-THINKING_TEMPLATE = (  # as Qwen 3 does: what was thought is kept in the last turn alone
+THINKING_TEMPLATE = (  # as Qwen 3's: only the last turn keeps its reasoning
     "{% for m in messages %}<start_of_turn>{{ m.role }}\n"
     "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}"
@@ -109,17 +109,17 @@ def make_tokenizer(base: Path) -> Callable[[str], Any]:
     return make
 
 
-@pytest.mark.parametrize("template", [THINKING_TEMPLATE, EOS_TEMPLATE], ids=["drops thoughts", "signs the last turn"])
-def test_template_that_rewrites_turns_is_rejected(make_tokenizer: Callable[[str], Any], template: str) -> None:
+@pytest.mark.parametrize("template", [THINKING_TEMPLATE, EOS_TEMPLATE], ids=["removes reasoning", "marks only the last turn"])
+def test_template_that_changes_earlier_turns_is_rejected(make_tokenizer: Callable[[str], Any], template: str) -> None:
     turns = [TURNS[0], {"role": "assistant", "content": "<think>hm</think>it returns"}, *TURNS[2:]]
-    with pytest.raises(JobFailed) as refused:
+    with pytest.raises(JobFailed) as failed:
         tokenize_row({"messages": turns}, "messages", make_tokenizer(template))
-    assert refused.value.failure.code == "invalid_config"
-    assert "rewrites earlier turns" in refused.value.failure.message
-    assert "row of its own" in refused.value.failure.hint
+    assert failed.value.failure.code == "invalid_config"
+    assert "changes earlier turns" in failed.value.failure.message
+    assert "separate row" in failed.value.failure.hint
 
 
-def test_rewriting_template_is_accepted_if_only_last_turn_is_labeled(make_tokenizer: Callable[[str], Any]) -> None:
+def test_template_that_changes_earlier_turns_is_accepted_if_only_last_turn_is_labeled(make_tokenizer: Callable[[str], Any]) -> None:
     tokenizer = make_tokenizer(THINKING_TEMPLATE)
     answer = [{"role": "assistant", "content": "<think>hm</think>it returns"}]
     row = tokenize_row({"prompt": TURNS[:3], "completion": answer}, "prompt_completion", tokenizer)
@@ -127,29 +127,29 @@ def test_rewriting_template_is_accepted_if_only_last_turn_is_labeled(make_tokeni
 
 
 def test_inconsistent_generation_prompt_is_rejected(make_tokenizer: Callable[[str], Any]) -> None:
-    asks_otherwise = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}model: {% endif %}"
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}model: {% endif %}"
     with pytest.raises(JobFailed, match="chat template"):
-        tokenize_row({"messages": TURNS}, "messages", make_tokenizer(asks_otherwise))
+        tokenize_row({"messages": TURNS}, "messages", make_tokenizer(template))
 
 
 def test_template_error_fails_the_job_with_its_message(make_tokenizer: Callable[[str], Any]) -> None:
-    with pytest.raises(JobFailed) as refused:
+    with pytest.raises(JobFailed) as failed:
         tokenize_row({"messages": [{"role": "system", "content": "be short"}, *TURNS]}, "messages", make_tokenizer(NO_SYSTEM_TEMPLATE))
-    assert refused.value.failure.code == "invalid_data"
-    assert "System role not supported" in refused.value.failure.message
-    assert "be short" not in refused.value.failure.message
+    assert failed.value.failure.code == "invalid_data"
+    assert "System role not supported" in failed.value.failure.message
+    assert "be short" not in failed.value.failure.message
 
 
 def test_labels_match_manual_labels(tokenizer: Any) -> None:
     row = tokenize_row({"messages": TURNS}, "messages", tokenizer)
-    by_hand = []
+    expected = []
     for n, turn in enumerate(TURNS):
-        asked = f"{'<bos>' if n == 0 else ''}<start_of_turn>{'user' if turn['role'] == 'user' else 'model'}\n"
-        said = f"{turn['content']}<end_of_turn>\n"
-        for text, is_learned in ((asked, False), (said, turn["role"] == "assistant")):
+        header = f"{'<bos>' if n == 0 else ''}<start_of_turn>{'user' if turn['role'] == 'user' else 'model'}\n"
+        content = f"{turn['content']}<end_of_turn>\n"
+        for text, is_learned in ((header, False), (content, turn["role"] == "assistant")):
             ids = tokenizer.encode(text, add_special_tokens=False)
-            by_hand += [(token, token if is_learned else IGNORE_INDEX) for token in ids]
-    assert list(zip(row.input_ids, row.labels, strict=True)) == by_hand
+            expected += [(token, token if is_learned else IGNORE_INDEX) for token in ids]
+    assert list(zip(row.input_ids, row.labels, strict=True)) == expected
 
 
 @pytest.mark.parametrize("row", [{"text": ""}, {"text": "a"}])

@@ -24,8 +24,9 @@ from jobs.llm.data.images import (
 from jobs.llm.data.tokenize import IGNORE_INDEX, set_default_chat_template
 from jobs.llm.evaluation.generation import generate_batch
 from jobs.llm.evaluation.prompts import make_eval_prompts
+from jobs.llm.hardware import DeviceConfig
 from jobs.llm.loss import compute_labeled_logits, evaluate_likelihood
-from jobs.llm.model import DeviceConfig, load_base, set_eos_tokens
+from jobs.llm.model import load_base, set_eos_tokens
 from jobs.llm.trained_model import TrainedModel
 from jobs.llm.trainers.vision import Collator, ImageFeatures, freeze_vision_tower, group_by_length
 from jobs.runtime.errors import JobFailed
@@ -189,7 +190,7 @@ def test_truncated_and_dropped_rows_are_counted(store: Path, vision_base: Path, 
     long = make_chat_row([image_part(), text_part("what is it")], "files " * 60)
     far = make_chat_row([text_part("open " * 60), image_part()], "it is red")
     told = train(store, tmp_path, rows=[*make_square_rows(4), long, far], max_seq_length=48, max_steps=1).record.warnings
-    assert told["rows_truncated"] == "1 rows of train are longer than max_seq_length 48 and were cut"
+    assert told["rows_truncated"] == "1 rows of train are longer than max_seq_length 48 and were truncated"
     assert told["rows_dropped"].startswith("1 rows of train")
 
 
@@ -376,7 +377,8 @@ def test_answer_depends_on_image_only(
 ) -> None:
     rows = tokenize_rows(*make_square_rows(8, first=700)).rows
     swapped = [
-        replace(row, offset=other.byte_offset, number=other.line_number) for row, other in zip(rows, [*rows[1:], rows[0]], strict=True)
+        replace(row, byte_offset=other.byte_offset, line_number=other.line_number)
+        for row, other in zip(rows, [*rows[1:], rows[0]], strict=True)
     ]
     said = generate_answers(trained_model, tokenizer, image_processor, rows)
     assert said == generate_answers(trained_model, tokenizer, image_processor, rows, batch_size=3)
@@ -441,7 +443,7 @@ def test_held_out_examples_are_text_only_with_decision(trained_on_squares: Finis
     assert len(probes) == 8
     assert all(image_processor.image_token_ids.isdisjoint(probe.input_ids) for probe in probes)
     assert all(image_processor.image_token_ids.isdisjoint(ids) for ids in trained_on_squares.model.calibration)
-    assert trained_on_squares.record.decisions["fidelity_rows"] == "without their images"
+    assert trained_on_squares.record.decisions["fidelity_rows"] == "without images"
 
 
 # --- which weights are trained, and from what ---

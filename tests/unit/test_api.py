@@ -80,9 +80,9 @@ def make_request_body_with_config(dataset_id: str, group: str | None = None, **c
 def complete_job(client: TestClient, job_id: str) -> None:
     """Put a finished job into the store, with files behind it."""
     parts = client.app.state.services  # type: ignore[attr-defined]
-    parts.objects.models.write(f"gguf_models/{job_id}/m-q8_0.gguf", b"0123456789")
+    parts.buckets.models.write(f"gguf_models/{job_id}/m-q8_0.gguf", b"0123456789")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        parts.objects.models.write(f"trained_adapters/{job_id}/{name}", name.encode())
+        parts.buckets.models.write(f"trained_adapters/{job_id}/{name}", name.encode())
     file = ArtifactFile(path="", size_bytes=10, sha256="0")
     gguf = Artifact(name="gguf-q8_0", kind="gguf", uri="file:///g", key=f"gguf_models/{job_id}/m-q8_0.gguf", size_bytes=10, files=[file])
     files = [ArtifactFile(path=name, size_bytes=len(name), sha256="0") for name in ("adapter_config.json", "adapter_model.safetensors")]
@@ -169,7 +169,7 @@ def test_checkpoints_are_listed_and_exported(client: TestClient, dataset_id: str
             | {"files": [{"path": "optimizer.pt", "size_bytes": 7, "sha256": "0"}]}
         )
         key = checkpoint_key(checkpoints_prefix(job_id, None), 1, step) + MANIFEST
-        parts.objects.models.write(key, made.with_checksum())
+        parts.buckets.models.write(key, made.with_checksum())
     rows = client.get(f"/jobs/{job_id}/checkpoints").json()["checkpoints"]
     assert [(row["step"], row["is_best"], row["size_bytes"]) for row in rows] == [(10, False, 7), (5, True, 7)]
     key = {"Idempotency-Key": "export-1"}
@@ -184,7 +184,7 @@ def test_checkpoints_are_listed_and_exported(client: TestClient, dataset_id: str
 
 def test_orphans_are_listed_and_removed_on_request(client: TestClient, dataset_id: str) -> None:
     parts = client.app.state.services  # type: ignore[attr-defined]
-    parts.objects.models.write("trained_adapters/gone/attempt-1/a", b"xyz")
+    parts.buckets.models.write("trained_adapters/gone/attempt-1/a", b"xyz")
     (row,) = client.get("/internal/orphans").json()["orphans"]
     assert (row["job_id"], row["objects"], row["size_bytes"]) == ("gone", 1, 3)
     client.post("/internal/cleanup")
@@ -556,7 +556,7 @@ INVALID_ROW_CASES: list[tuple[str | bytes, str]] = [
 def test_invalid_row_is_rejected_with_line_and_nothing_is_stored(readonly_client: TestClient, content: str | bytes, where: str) -> None:
     assert where in get_error(upload(readonly_client, content), 400)["message"]
     assert readonly_client.get("/datasets").json()["datasets"] == []
-    assert list(readonly_client.app.state.services.objects.models.iter_objects("")) == []  # type: ignore[attr-defined]
+    assert list(readonly_client.app.state.services.buckets.models.iter_objects("")) == []  # type: ignore[attr-defined]
 
 
 def test_oversized_upload_is_rejected(readonly_client: TestClient) -> None:
@@ -710,7 +710,7 @@ def test_attempt_identity_can_only_report(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_file_in_the_store_becomes_a_dataset(client: TestClient) -> None:
-    objects = client.app.state.services.objects.datasets  # type: ignore[attr-defined]
+    objects = client.app.state.services.buckets.datasets  # type: ignore[attr-defined]
     objects.write("incoming/more/rows.jsonl", ROWS.encode())
     answer = client.post("/datasets", data={"incoming": "incoming/more/rows.jsonl", "eval_fraction": "0.2"})
     assert answer.status_code == 201, answer.text
@@ -730,7 +730,7 @@ def test_a_file_in_the_store_becomes_a_dataset(client: TestClient) -> None:
     ],
 )
 def test_invalid_store_file_is_rejected_with_field(readonly_client: TestClient, fields: dict[str, str], status: int, param: str) -> None:
-    objects = readonly_client.app.state.services.objects.datasets  # type: ignore[attr-defined]
+    objects = readonly_client.app.state.services.buckets.datasets  # type: ignore[attr-defined]
     objects.write("incoming/large.jsonl", b"x" * 200_001)
     objects.write("incoming/bad.jsonl", b"no json\n")
     answer = readonly_client.post("/datasets", data=fields)

@@ -1,4 +1,4 @@
-"""What is refused before any compute is spent, and in which words."""
+"""Validation before any compute is spent, and its error messages."""
 
 from typing import Any
 
@@ -8,9 +8,10 @@ from schema.dataset import Dataset
 from schema.training import TRAINER_TYPES, TRAINING_CONFIG, TrainingConfig
 from service.adapters.launchers.cloud_run.launcher import PROFILES
 from service.adapters.launchers.local import capabilities_from_probe
-from service.core.capabilities import capabilities_response, check_dataset_compatible, check_supported
+from service.api.train import capabilities_response
 from service.core.errors import InvalidRequest, Unsupported
-from service.core.validation.models import find_known_model
+from service.core.validation.common import check_supported
+from service.core.validation.llm import check_dataset_compatible, find_known_model
 from tests.factories import make_capabilities, make_dataset, make_grpo_config
 
 GEMMA = "google/gemma-3-270m"
@@ -26,9 +27,9 @@ def make_train_only_dataset(**changes: Any) -> Dataset:
 
 
 def get_validation_error(config: TrainingConfig, dataset: Dataset) -> InvalidRequest:
-    with pytest.raises(InvalidRequest) as refused:
+    with pytest.raises(InvalidRequest) as excinfo:
         check_dataset_compatible(config, dataset)
-    return refused.value
+    return excinfo.value
 
 
 # --- the dataset -----------------------------------------------------------------------------------------------------
@@ -42,10 +43,10 @@ def test_trainer_accepts_only_its_dataset_types(trainer_type: str, dataset_type:
     if dataset_type in TRAINER_TYPES[trainer_type].dataset_types:
         check_dataset_compatible(config, dataset)
         return
-    refused = get_validation_error(config, dataset)
-    assert refused.param == "processed_dataset_id"
-    assert dataset_type in refused.hint  # which trainer would do
-    assert all(known in refused.message for known in (trainer_type, dataset_type, config.dataset_types[0]))
+    error = get_validation_error(config, dataset)
+    assert error.param == "processed_dataset_id"
+    assert dataset_type in error.hint  # the hint names a trainer that fits
+    assert all(known in error.message for known in (trainer_type, dataset_type, config.dataset_types[0]))
 
 
 @pytest.mark.parametrize(
@@ -58,10 +59,10 @@ def test_trainer_accepts_only_its_dataset_types(trainer_type: str, dataset_type:
     ],
 )
 def test_images_with_text_only_model_are_rejected(changes: dict[str, Any], images: int, words: str) -> None:
-    refused = get_validation_error(make_config(**changes), make_dataset(images=images))
-    assert refused.param == "training_config.modality"
-    assert words in refused.message
-    assert refused.hint
+    error = get_validation_error(make_config(**changes), make_dataset(images=images))
+    assert error.param == "training_config.modality"
+    assert words in error.message
+    assert error.hint
 
 
 @pytest.mark.parametrize("base", ["google/gemma-3-4b-it", "somebody/something-new"])
@@ -79,19 +80,19 @@ def test_images_with_possible_vision_model_are_accepted(base: str) -> None:
 )
 def test_grader_with_missing_column_is_rejected(dataset: Dataset, known: str) -> None:
     form, right = {"type": "format", "name": "form"}, {"type": "numeric_accuracy", "name": "right"}
-    refused = get_validation_error(make_grpo_config(form, right), dataset)
-    assert refused.param == "training_config.reward_config.1.reference_field"
-    assert "grader 'right' reads the column 'answer'" in refused.message
-    assert refused.message.endswith(f"have: {known}")
+    error = get_validation_error(make_grpo_config(form, right), dataset)
+    assert error.param == "training_config.reward_config.1.reference_field"
+    assert "grader 'right' reads the column 'answer'" in error.message
+    assert error.message.endswith(f"have: {known}")
 
 
 def test_score_model_prompt_uses_existing_columns() -> None:
     judge = {"type": "score_model", "name": "judge", "base_url": "https://j.example", "model": "m"}
     dataset = make_dataset(dataset_type="prompt", columns=("solution",))
     check_dataset_compatible(make_grpo_config(judge | {"prompt": "{{prompt}} {{completion}} {{solution}} {{ level }}"}), dataset)
-    refused = get_validation_error(make_grpo_config(judge | {"prompt": "{{prompt}} {{level}}"}), dataset)
-    assert refused.param == "training_config.reward_config.0.prompt"
-    assert "'level'" in refused.message
+    error = get_validation_error(make_grpo_config(judge | {"prompt": "{{prompt}} {{level}}"}), dataset)
+    assert error.param == "training_config.reward_config.0.prompt"
+    assert "'level'" in error.message
 
 
 def test_graders_with_existing_columns_are_accepted() -> None:
@@ -124,8 +125,8 @@ def test_known_base_model_is_recognized_by_name(name: str, width: int | None) ->
 
 
 def test_lora_rank_above_known_width_is_rejected() -> None:
-    refused = get_validation_error(make_config(hyperparameters={"lora_rank": 641}), make_dataset())
-    assert (refused.param, "at most 640" in refused.hint) == ("training_config.hyperparameters.lora_rank", True)
+    error = get_validation_error(make_config(hyperparameters={"lora_rank": 641}), make_dataset())
+    assert (error.param, "at most 640" in error.hint) == ("training_config.hyperparameters.lora_rank", True)
     check_dataset_compatible(make_config(hyperparameters={"lora_rank": 640}), make_dataset())
     check_dataset_compatible(make_config(base_model_id="somebody/small", hyperparameters={"lora_rank": 1024}), make_dataset())
 
@@ -144,9 +145,9 @@ def test_lora_rank_above_known_width_is_rejected() -> None:
     ],
 )
 def test_evaluation_requires_held_out_rows(wanted: dict[str, Any], field: str) -> None:
-    refused = get_validation_error(make_config(eval_config=wanted), make_train_only_dataset())
-    assert refused.param == f"training_config.eval_config.{field}"
-    assert "eval_fraction" in refused.hint
+    error = get_validation_error(make_config(eval_config=wanted), make_train_only_dataset())
+    assert error.param == f"training_config.eval_config.{field}"
+    assert "eval_fraction" in error.hint
     check_dataset_compatible(make_config(eval_config=wanted), make_dataset())
 
 
@@ -161,9 +162,9 @@ def test_evaluation_requires_held_out_rows(wanted: dict[str, Any], field: str) -
 )
 def test_gate_on_unmeasured_metric_is_rejected(metric: str, wanted: dict[str, Any], needs: str) -> None:
     config = make_config(eval_config=wanted | {"promotion_gate": [GATE, {"metric": metric, "at_least": 0.5}]})
-    refused = get_validation_error(config, make_dataset())
-    assert refused.param == "training_config.eval_config.promotion_gate.1.metric"
-    assert needs in refused.hint
+    error = get_validation_error(config, make_dataset())
+    assert error.param == "training_config.eval_config.promotion_gate.1.metric"
+    assert needs in error.hint
 
 
 @pytest.mark.parametrize(
@@ -201,10 +202,10 @@ def test_gate_on_lm_eval_tasks_needs_no_held_out_rows() -> None:
 )
 def test_missing_trainer_capability_is_rejected_with_reason(changes: dict[str, Any], param: str, note: str) -> None:
     bare = capabilities_from_probe({"device": "cpu", "device_name": "a processor", "packages": {"torch": "2"}})
-    with pytest.raises(Unsupported) as refused:
+    with pytest.raises(Unsupported) as excinfo:
         check_supported(make_config(**changes), bare)
-    assert refused.value.param == f"training_config.{param}"
-    assert note in refused.value.hint
+    assert excinfo.value.param == f"training_config.{param}"
+    assert note in excinfo.value.hint
     packages = dict.fromkeys(("bitsandbytes", "unsloth", "onnx", "lm_eval"), "1.0")
     rich = capabilities_from_probe({"device": "cuda", "gguf": True, "flash_attention_2": True, "packages": packages})
     check_supported(make_config(**changes), rich)
@@ -222,9 +223,9 @@ def test_cloud_profiles_support_everything_except_unsloth(profile: Any) -> None:
     for trainer_type in TRAINER_TYPES:
         config = make_grpo_config() if trainer_type == "grpo" else make_config(trainer_type=trainer_type, method="QLoRA")
         check_supported(config, facts)
-    with pytest.raises(Unsupported) as refused:
+    with pytest.raises(Unsupported) as excinfo:
         check_supported(make_config(provider="unsloth"), facts)
-    assert "not in the image" in refused.value.hint
+    assert "not in the image" in excinfo.value.hint
 
 
 def test_capabilities_response_lists_options() -> None:

@@ -1,17 +1,18 @@
-"""A job's request once more: RFC 7386 on what was sent, and the whole checked like a new request."""
+"""Cloning: an RFC 7386 patch on the request of a job, validated like a new request."""
 
 from typing import Any
 
 import pytest
 from pydantic import JsonValue, ValidationError
 
-from schema.job import Job
+from schema.job import Job, Status
 from schema.requests import CloneRequest, TrainRequest
 from schema.training import TRAINING_CONFIG, SftConfig
-from service.core.errors import InvalidRequest
-from service.core.job_secrets import redact
+from service.core.errors import InvalidRequest, NotFound, Unsupported
 from service.core.jobs.clone import clone_request, merge_patch, original_request
+from service.core.jobs.secrets import redact
 from tests.factories import make_config, make_grpo_config, make_job
+from tests.unit.jobs_harness import TENANT, JobsHarness, make_reexport_request
 
 NO_SECRETS: frozenset[str] = frozenset()
 
@@ -82,9 +83,9 @@ def test_explicit_fields_are_kept_and_revalidated() -> None:
     ],
 )
 def test_invalid_merged_request_names_field(patch: dict[str, Any], field: str) -> None:
-    with pytest.raises(ValidationError) as refused:
+    with pytest.raises(ValidationError) as excinfo:
         clone(make_job(), training_config=patch)
-    assert field in refused.value.errors()[0]["loc"]
+    assert field in excinfo.value.errors()[0]["loc"]
 
 
 # --- secrets ---------------------------------------------------------------------------------------------------------
@@ -99,9 +100,9 @@ RESENT_SECRETS = {"wandb_api_key": "w2", "judge_api_key": "k2", "hf_token": "h2"
     ("missing", "param"), [("hf_token", "hf_token"), ("judge_api_key", "secrets.judge_api_key"), ("wandb_api_key", "secrets.wandb_api_key")]
 )
 def test_clone_requires_secret_again(missing: str, param: str) -> None:
-    with pytest.raises(InvalidRequest, match=f"made with {missing}") as refused:
+    with pytest.raises(InvalidRequest, match=f"created with {missing}") as excinfo:
         clone(JOB_WITH_SECRETS, secrets={name: value for name, value in RESENT_SECRETS.items() if name != missing})
-    assert refused.value.param == param
+    assert excinfo.value.param == param
 
 
 def test_resent_secrets_are_placed_in_config() -> None:
@@ -129,10 +130,37 @@ def test_removed_secret_is_not_required(patch: dict[str, Any]) -> None:
 
 
 def test_unused_secret_is_rejected() -> None:
-    with pytest.raises(InvalidRequest, match="takes mlflow_token") as refused:
+    with pytest.raises(InvalidRequest, match="uses mlflow_token") as excinfo:
         clone(make_job(), secrets={"mlflow_token": "x"})
-    assert refused.value.param == "secrets.mlflow_token"
+    assert excinfo.value.param == "secrets.mlflow_token"
 
 
 def test_redaction_placeholder_is_never_sent() -> None:
     assert "*" not in str(original_request(TRAINING_CONFIG.validate_python(REDACTED_CONFIG.model_dump())))
+
+
+def test_clone_is_a_new_job_with_source_reference(harness: JobsHarness) -> None:
+    job = harness.submit(job_name="first")
+    patch = CloneRequest.model_validate({"training_config": {"hyperparameters": {"epochs": 9}}})
+    made = harness.jobs.submission.clone(job.job_id, TENANT, patch, "key-1")
+    assert harness.jobs.submission.clone(job.job_id, TENANT, patch, "key-1").job_id == made.job_id
+    assert (made.cloned_from, made.job_name, made.status) == (job.job_id, "first", Status.QUEUED)
+    assert made.training_config.hyperparameters.epochs == 9
+    assert harness.find_job(job) == job
+    with pytest.raises(NotFound):
+        harness.jobs.submission.clone(job.job_id, "another tenant", patch)
+
+
+def test_clone_is_validated_like_a_request(harness: JobsHarness) -> None:
+    job = harness.submit()
+    for patch, error in (
+        ({"training_config": {"method": "QLoRA"}}, Unsupported),
+        ({"training_config": {"trainer_type": "dpo"}}, InvalidRequest),
+        ({"processed_dataset_id": "dataset_none"}, NotFound),
+    ):
+        with pytest.raises(error):
+            harness.jobs.submission.clone(job.job_id, TENANT, CloneRequest.model_validate(patch))
+    harness.write_checkpoint(job, step=1)
+    export = harness.jobs.exports.reexport(job.job_id, TENANT, make_reexport_request())
+    with pytest.raises(InvalidRequest, match="trained nothing"):
+        harness.jobs.submission.clone(export.job_id, TENANT, CloneRequest.model_validate({}))

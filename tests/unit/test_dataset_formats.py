@@ -1,4 +1,4 @@
-"""Preferences, prompts for graders, and images: what is taken, how it is stored, what is refused and how."""
+"""Preferences, prompts for graders, and images: what is accepted, how it is stored, what is refused."""
 
 import base64
 import io
@@ -106,7 +106,7 @@ def test_preference_conversations_are_split_into_shared_prompt() -> None:
         (
             {"prompt": [QUESTION], "chosen": [CHOSEN_ANSWER], "rejected": [SYSTEM, QUESTION, REJECTED_ANSWER]},
             "rejected",
-            "what comes before it is not the prompt",
+            "the messages before it are not the prompt",
         ),
         ({"chosen": [QUESTION, CHOSEN_ANSWER], "rejected": [QUESTION, CHOSEN_ANSWER]}, "rejected", "the same as chosen"),
         (
@@ -124,9 +124,9 @@ def test_preference_conversations_are_split_into_shared_prompt() -> None:
     ],
 )
 def test_invalid_preference_is_rejected(row: object, field: str, reason: str) -> None:
-    refused = get_row_error(row)
-    assert refused.field == field
-    assert reason in refused.reason
+    error = get_row_error(row)
+    assert error.field == field
+    assert reason in error.reason
 
 
 # --- answers that are each good or bad
@@ -142,14 +142,14 @@ def test_labeled_rows_are_stored_unchanged(rows: list[object]) -> None:
 
 @pytest.mark.parametrize(("label", "found"), [(1, "a number"), (0, "a number"), ("true", "a string"), (None, "null")])
 def test_label_must_be_boolean(label: object, found: str) -> None:
-    refused = get_row_error({**LABELED_ROWS[0], "label": label})
-    assert (refused.field, refused.reason) == ("label", f"is {found}; write true for a good completion, false for a bad one")
+    error = get_row_error({**LABELED_ROWS[0], "label": label})
+    assert (error.field, error.reason) == ("label", f"is {found}; write true for a good completion, false for a bad one")
 
 
 def test_identical_labels_are_rejected_with_counts() -> None:
-    refused = get_row_error(*[LABELED_ROWS[1]] * 3)
-    assert (refused.line, refused.field) == (3, "label")
-    assert "0 rows are true and 3 are false" in refused.reason
+    error = get_row_error(*[LABELED_ROWS[1]] * 3)
+    assert (error.line, error.field) == (3, "label")
+    assert "0 rows are true and 3 are false" in error.reason
 
 
 def test_label_requires_prompt() -> None:
@@ -179,13 +179,13 @@ def test_column_order_does_not_matter() -> None:
 @pytest.mark.parametrize(
     ("columns", "field", "reason"),
     [
-        ({"complation": "So."}, "complation", "is nearly 'completion'"),
-        ({"Chosen": "So."}, "Chosen", "is nearly 'chosen'"),
-        ({"labels": "So."}, "labels", "is nearly 'label'"),
-        ({"reject": "So."}, "reject", "is nearly 'rejected'"),
-        ({"the answer": "So."}, "'the answer'", "cannot name a column"),
-        ({"x" * 65: "So."}, "'" + "x" * 40 + "...'", "cannot name a column"),
-        ({"answer\n": "So."}, "'answer\\n'", "cannot name a column"),
+        ({"complation": "So."}, "complation", "is close to 'completion'"),
+        ({"Chosen": "So."}, "Chosen", "is close to 'chosen'"),
+        ({"labels": "So."}, "labels", "is close to 'label'"),
+        ({"reject": "So."}, "reject", "is close to 'rejected'"),
+        ({"the answer": "So."}, "'the answer'", "is not a valid column name"),
+        ({"x" * 65: "So."}, "'" + "x" * 40 + "...'", "is not a valid column name"),
+        ({"answer\n": "So."}, "'answer\\n'", "is not a valid column name"),
         ({"answer": None}, "answer", "is null"),
         ({"answer": ["So."]}, "answer", "is a list; a column beside a prompt is a string, a number, true or false"),
         ({"answer": "\0"}, "answer", "NUL"),
@@ -196,14 +196,14 @@ def test_column_order_does_not_matter() -> None:
     ],
 )
 def test_unreadable_grader_column_is_rejected(columns: dict[str, object], field: str, reason: str) -> None:
-    refused = get_row_error({"prompt": "Why?"} | columns)
-    assert refused.field == field
-    assert reason in refused.reason
+    error = get_row_error({"prompt": "Why?"} | columns)
+    assert error.field == field
+    assert reason in error.reason
 
 
 def test_number_beyond_float_range_is_rejected() -> None:
-    refused = get_bytes_error(b'{"prompt": "a", "n": 1e999}')
-    assert (refused.field, refused.reason) == ("n", "is 1e999, which is too large for a number; write it as a string")
+    error = get_bytes_error(b'{"prompt": "a", "n": 1e999}')
+    assert (error.field, error.reason) == ("n", "is 1e999, which is too large for a number; write it as a string")
 
 
 def test_label_column_is_allowed_with_prompt() -> None:
@@ -214,9 +214,9 @@ def test_label_column_is_allowed_with_prompt() -> None:
     "other", [{"prompt": "b"}, {"prompt": "b", "answer": "4"}, {"prompt": "b", "answer": 4, "more": 1}, {"prompt": [QUESTION], "answer": 4}]
 )
 def test_prompt_rows_must_share_columns_and_types(other: object) -> None:
-    refused = get_row_error({"prompt": "a", "answer": 4}, other)
-    assert refused.line == 2
-    assert "line 1 is prompt with strings and answer (a number)" in refused.reason
+    error = get_row_error({"prompt": "a", "answer": 4}, other)
+    assert error.line == 2
+    assert "line 1 is prompt with strings and answer (a number)" in error.reason
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_prompt_rows_must_share_columns_and_types(other: object) -> None:
 )
 def test_rows_with_same_prompt_stay_in_one_split(make: Any) -> None:
     _, train, held_out = upload(*(make(prompt, n) for n in range(4) for prompt in "abcdefgh"), eval_fraction=0.3)
-    assert len(held_out) == 8  # two prompts of four rows; nine or ten would tear one apart
+    assert len(held_out) == 8  # two prompts of four rows; nine or ten would split the rows of one prompt
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
 
 
@@ -338,7 +338,7 @@ def test_prompt_digest_includes_image() -> None:
 
 
 def replace_png_chunk(name: bytes, data: bytes, png: bytes) -> bytes:
-    """The PNG with another header."""
+    """A PNG file with a changed header."""
     chunk = struct.pack(">I", len(data)) + name + data
     return png[:8] + chunk + struct.pack(">I", zlib.crc32(name + data)) + png[33:]
 
@@ -354,12 +354,12 @@ MANY_SCANS_JPEG = PROGRESSIVE_JPEG[:-2] + PROGRESSIVE_JPEG[PROGRESSIVE_JPEG.rind
     [
         ({"type": "image"}, ".image", 'an image is {"type": "image", "image": "data:image/png;base64,..."}'),
         ({"type": "image", "image": 4}, ".image", "is a number"),
-        ({"type": "image", "image": "cat.png"}, ".image", "is no data: URI"),
+        ({"type": "image", "image": "cat.png"}, ".image", "is not a data: URI"),
         ({"type": "image", "image": "gs://bucket/cat.png"}, ".image", "the service fetches nothing; put the image into the row"),
         (
             {"type": "image_url", "image_url": {"url": "https://example.org/c.png"}},
             ".image_url.url",
-            "is the address 'https://example.org/c.png'",
+            "is the URL 'https://example.org/c.png'",
         ),
         (
             {"type": "image_url", "image_url": {"url": make_data_uri(), "detail": "low"}},
@@ -378,9 +378,9 @@ MANY_SCANS_JPEG = PROGRESSIVE_JPEG[:-2] + PROGRESSIVE_JPEG[PROGRESSIVE_JPEG.rind
         ({"type": "image", "image": "data:image/png;base64,iVBO\nRw0K"}, "", "is not base64"),
         ({"type": "image", "image": "data:image/png;base64,iVBOé"}, "", "is not base64"),
         ({"type": "image", "image": "data:image/png;base64,iVBORw0"}, "", "is not base64 (incorrect padding)"),
-        ({"type": "image", "image": "data:image/png;base64,"}, "", "no PNG, JPEG or WebP image"),
-        (make_image_part(b"GIF89a" + bytes(20)), "", "no PNG, JPEG or WebP image"),
-        (make_image_part(make_image_bytes("JPEG")), "", "says image/png, but its bytes are a JPEG image; write data:image/jpeg"),
+        ({"type": "image", "image": "data:image/png;base64,"}, "", "not a PNG, JPEG or WebP image"),
+        (make_image_part(b"GIF89a" + bytes(20)), "", "not a PNG, JPEG or WebP image"),
+        (make_image_part(make_image_bytes("JPEG")), "", "declares image/png, but is a JPEG image; write data:image/jpeg"),
         (make_image_part(make_image_bytes(size=(64, 64))[:-40]), "", "is a broken PNG image"),
         (make_image_part(make_image_bytes("WEBP")[:-20], "image/webp"), "", "is a broken WebP image"),
         (make_image_part(make_image_bytes(size=(4097, 1))), "", "is 4,097 x 1 pixels; at most 4,096 x 4,096"),
@@ -391,22 +391,22 @@ MANY_SCANS_JPEG = PROGRESSIVE_JPEG[:-2] + PROGRESSIVE_JPEG[PROGRESSIVE_JPEG.rind
     ],
 )
 def test_invalid_image_is_rejected(part: object, field: str, reason: str) -> None:
-    refused = get_row_error(make_vision_row(TEXT, part))
-    assert refused.field == f"messages[0].content[1]{field}"
-    assert reason in refused.reason
-    assert str(refused).isprintable()
+    error = get_row_error(make_vision_row(TEXT, part))
+    assert error.field == f"messages[0].content[1]{field}"
+    assert reason in error.reason
+    assert str(error).isprintable()
 
 
 def test_image_at_size_limit_is_accepted() -> None:
-    assert upload(make_vision_row(make_image_part(make_image_bytes(size=(4096, 4096)))))[0].images == 1
+    assert upload(make_vision_row(make_image_part(make_image_bytes(size=(4096, 4096), mode="L"))))[0].images == 1
 
 
 def test_too_many_images_per_row_are_rejected() -> None:
     assert upload(make_vision_row(*[make_image_part()] * MAX_IMAGES))[0].images == MAX_IMAGES
-    refused = get_row_error(
+    error = get_row_error(
         {"messages": [*make_vision_row(*[make_image_part()] * MAX_IMAGES)["messages"], *make_vision_row(make_image_part())["messages"]]}
     )
-    assert (refused.field, refused.reason) == ("messages", "has 17 images; at most 16 a row")
+    assert (error.field, error.reason) == ("messages", "has 17 images; at most 16 are allowed in a row")
 
 
 @pytest.mark.parametrize("role", ["system", "assistant"])
@@ -415,8 +415,8 @@ def test_images_are_allowed_only_in_user_messages(role: str) -> None:
         "system": [{"role": role, "content": [make_image_part()]}, QUESTION, CHOSEN_ANSWER],
         "assistant": [QUESTION, {"role": role, "content": [make_image_part()]}],
     }
-    refused = get_row_error({"messages": messages[role]})
-    assert refused.reason == f"is an image in a message of role '{role}'; images are for 'user'"
+    error = get_row_error({"messages": messages[role]})
+    assert error.reason == f"is an image in a message of role '{role}'; only 'user' messages may have images"
 
 
 @pytest.mark.parametrize(
@@ -424,9 +424,9 @@ def test_images_are_allowed_only_in_user_messages(role: str) -> None:
     [{"chosen": [CHOSEN_ANSWER], "rejected": [REJECTED_ANSWER]}, {"completion": [CHOSEN_ANSWER], "label": True}, {"answer": "red"}],
 )
 def test_images_in_preference_and_prompt_rows_are_rejected(columns: dict[str, object]) -> None:
-    refused = get_row_error({"prompt": [{"role": "user", "content": [make_image_part()]}]} | columns)
-    assert refused.field == "prompt[0].content[0]"
-    assert "images are for rows of messages, and of prompt and completion" in refused.reason
+    error = get_row_error({"prompt": [{"role": "user", "content": [make_image_part()]}]} | columns)
+    assert error.field == "prompt[0].content[0]"
+    assert "images are allowed in rows of messages and of prompt and completion" in error.reason
 
 
 def test_images_column_error_explains_placement() -> None:
@@ -441,8 +441,8 @@ def test_image_row_may_exceed_text_row_limit() -> None:
     limits = RowLimits(max_row_bytes=400, max_image_row_bytes=len(to_jsonl([row])) - 1)
     assert len(to_jsonl([row])) > 2 * limits.max_row_bytes
     assert len(read_bytes(to_jsonl([row]) + to_jsonl([row])[:-1] + b"\r\n", limits)) == 2
-    refused = get_row_error(row, limits=RowLimits(max_row_bytes=400, max_image_row_bytes=len(to_jsonl([row])) - 2))
-    assert "bytes with its images; use fewer or smaller ones" in refused.reason
+    error = get_row_error(row, limits=RowLimits(max_row_bytes=400, max_image_row_bytes=len(to_jsonl([row])) - 2))
+    assert "bytes with its images; use fewer or smaller ones" in error.reason
 
 
 @pytest.mark.parametrize(
@@ -456,12 +456,12 @@ def test_image_row_may_exceed_text_row_limit() -> None:
     ],
 )
 def test_text_limit_applies_with_images(row: object) -> None:
-    refused = get_row_error(row, limits=RowLimits(max_row_bytes=400))
-    assert "longer than 400 bytes" in refused.reason
+    error = get_row_error(row, limits=RowLimits(max_row_bytes=400))
+    assert "longer than 400 bytes" in error.reason
 
 
 class EndlessImage(io.RawIOBase):
-    """A line that never ends, whose image never ends either."""
+    """A stream with one endless line, in an endless image."""
 
     read_bytes = 0
 
@@ -476,7 +476,7 @@ class EndlessImage(io.RawIOBase):
 def test_endless_image_is_rejected_at_limit() -> None:
     stream = EndlessImage()
     with pytest.raises(InvalidRow, match="longer than 5,000 bytes with its images"):
-        next(read_rows(stream, RowLimits(max_row_bytes=1000, max_image_row_bytes=5000)))  # type: ignore[arg-type]  # it has the one method that is used
+        next(read_rows(stream, RowLimits(max_row_bytes=1000, max_image_row_bytes=5000)))  # type: ignore[arg-type]  # it has the one method that read_rows calls
     assert stream.read_bytes < 5100
 
 
@@ -519,7 +519,7 @@ WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
     lambda text: text.strip()
 )
 NUMBERS = st.integers(-(10**38), 10**39) | st.floats(allow_nan=False, allow_infinity=False)
-NAMES = st.from_regex(r"[xyz_][A-Za-z0-9_]{0,3}", fullmatch=True)  # nothing like the column of another form
+NAMES = st.from_regex(r"[xyz_][A-Za-z0-9_]{0,3}", fullmatch=True)  # not similar to a column of another format
 PICTURES = st.builds(
     lambda file_format, size, colour: make_image_part(make_image_bytes(file_format, size, color=colour), f"image/{file_format.lower()}"),
     st.sampled_from(["PNG", "JPEG", "WEBP"]),
@@ -615,10 +615,10 @@ def test_any_upload_is_accepted_or_rejected_cleanly(rows: list[object], place: i
     content = to_jsonl(rows)
     try:
         read_bytes(content[:place] + noise + content[place:], RowLimits(max_row_bytes=300, max_image_row_bytes=600))
-    except InvalidRow as refused:
-        assert refused.line >= 1
-        assert str(refused).isprintable()
-        str(refused).encode()
+    except InvalidRow as error:
+        assert error.line >= 1
+        assert str(error).isprintable()
+        str(error).encode()
 
 
 @QUICK_SETTINGS
@@ -629,6 +629,6 @@ def test_corrupt_image_is_accepted_or_rejected_cleanly(file_format: str, damage:
         content[place % len(content)] = byte
     try:
         read_bytes(to_jsonl([make_vision_row(make_image_part(bytes(content), f"image/{file_format.lower()}"))]))
-    except InvalidRow as refused:
-        assert refused.field.startswith("messages[0].content[0]")
-        assert str(refused).isprintable()
+    except InvalidRow as error:
+        assert error.field.startswith("messages[0].content[0]")
+        assert str(error).isprintable()

@@ -1,4 +1,4 @@
-"""What an upload may hold, what is refused and how, and how rows are held out."""
+"""Uploads: what is accepted, what is refused, and which rows are held out."""
 
 import hashlib
 import io
@@ -18,7 +18,7 @@ ANSWER = {"role": "assistant", "content": "So."}
 
 @dataclass(frozen=True)
 class UploadOutcome:
-    """An upload, and what was written for it."""
+    """An upload and what was written for it."""
 
     ingested: IngestResult
     train: list[bytes]
@@ -116,10 +116,10 @@ def test_row_at_size_limit_is_accepted() -> None:
         (b'"text"', "", "is a string, not an object"),
         (b"{}", "", "has no columns"),
         (b'{"instruction": "a", "output": "b"}', "", "has the columns 'instruction', 'output'"),
-        (b'{"text": "a", "text": "b"}', "'text'", "stands twice"),
+        (b'{"text": "a", "text": "b"}', "'text'", "appears twice"),
         (b'{"text": NaN}', "", "NaN is not JSON"),
         (b'{"text": -Infinity}', "", "-Infinity is not JSON"),
-        (b'{"text": "a\\ud800b"}', "text", "half a character, \\ud800, at position 2"),
+        (b'{"text": "a\\ud800b"}', "text", "an unpaired surrogate, \\ud800, at position 2"),
         (b'{"text": "a\\u0000b"}', "text", "NUL character at position 2"),
         (b'{"text": " \\n"}', "text", "is empty"),
         (b'{"text": ' + b"1" * 5000 + b"}", "text", "is a number"),
@@ -140,10 +140,10 @@ def test_row_at_size_limit_is_accepted() -> None:
     ],
 )
 def test_invalid_row_error_has_line_field_and_reason(line: bytes, field: str, reason: str) -> None:
-    refused = get_row_error(b"\n" + line + b"\n")
-    assert (refused.line, refused.field) == (2, field)
-    assert reason in refused.reason
-    assert str(refused).encode().decode().isprintable()
+    error = get_row_error(b"\n" + line + b"\n")
+    assert (error.line, error.field) == (2, field)
+    assert reason in error.reason
+    assert str(error).encode().decode().isprintable()
 
 
 @pytest.mark.parametrize(
@@ -174,9 +174,9 @@ def test_invalid_row_error_has_line_field_and_reason(line: bytes, field: str, re
     ],
 )
 def test_misordered_conversation_error_names_message(messages: object, field: str, reason: str) -> None:
-    refused = get_row_error(to_jsonl({"messages": messages}))
-    assert refused.field == field
-    assert reason in refused.reason
+    error = get_row_error(to_jsonl({"messages": messages}))
+    assert error.field == field
+    assert reason in error.reason
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_row_count_over_limit_is_rejected() -> None:
 
 
 class EndlessLine(io.RawIOBase):
-    """A line that never ends, and remembers how much of it was asked for."""
+    """A stream with one endless line, which counts the bytes read."""
 
     read_bytes = 0
 
@@ -227,7 +227,7 @@ class EndlessLine(io.RawIOBase):
 def test_endless_line_is_rejected_at_limit() -> None:
     stream = EndlessLine()
     with pytest.raises(InvalidRow, match="longer than 1,000 bytes"):
-        next(read_rows(stream, RowLimits(max_row_bytes=1000)))  # type: ignore[arg-type]  # it has the one method that is used
+        next(read_rows(stream, RowLimits(max_row_bytes=1000)))  # type: ignore[arg-type]  # it has the one method that read_rows calls
     assert stream.read_bytes < 1100
 
 
@@ -381,9 +381,9 @@ ARBITRARY_BYTES = st.one_of(
 def test_any_upload_is_accepted_or_rejected_cleanly(content: bytes, eval_fraction: float, seed: int) -> None:
     try:
         outcome = upload_bytes(content, eval_fraction=eval_fraction, seed=seed, limits=RowLimits(max_row_bytes=400, max_rows=10))
-    except InvalidRow as refused:
-        assert refused.line >= 1
-        assert str(refused).isprintable()
-        str(refused).encode()
+    except InvalidRow as error:
+        assert error.line >= 1
+        assert str(error).isprintable()
+        str(error).encode()
     else:
         assert outcome.ingested.train.rows >= 1

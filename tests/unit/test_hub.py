@@ -1,11 +1,11 @@
-"""What the Hub's answers mean for a request, and that a Hub which does not answer means nothing."""
+"""Which answers of the Hub refuse a request; unknown access refuses nothing."""
 
 import pytest
 
 from service.adapters.hub import parse_account
 from service.core.errors import InvalidRequest
-from service.core.hub import base_access_error, check_only_our_commits, push_access_error
 from service.core.ports import HubAccess, HubAccount
+from service.core.validation.hub import base_access_error, check_only_our_commits, push_access_error
 
 WRITER = HubAccount(user="ada", role="write", orgs={"lab": "write", "press": "read"})
 READER = HubAccount(user="ada", role="read", orgs={})
@@ -18,14 +18,14 @@ FINE_GRAINED = HubAccount(user="ada", role="fineGrained", orgs={"lab": "admin"},
         ("gated", "hf_token", "is gated, and a request without hf_token may not read it"),
         ("absent", "training_config.base_model_id", "does not exist on the Hub, or is private"),
         ("refused", "hf_token", "does not let"),
-        ("bad_token", "hf_token", "does not know the hf_token"),
+        ("bad_token", "hf_token", "rejects the hf_token"),
     ],
 )
 def test_unreadable_base_model_is_rejected_with_hint(access: HubAccess, param: str, words: str) -> None:
-    with pytest.raises(InvalidRequest) as refused:
+    with pytest.raises(InvalidRequest) as excinfo:
         base_access_error("google/gemma-3-270m", access, has_token=False)
-    assert (refused.value.param, words in refused.value.message) == (param, True)
-    assert refused.value.hint
+    assert (excinfo.value.param, words in excinfo.value.message) == (param, True)
+    assert excinfo.value.hint
 
 
 @pytest.mark.parametrize("access", ["yes", "unknown"])
@@ -37,10 +37,10 @@ def test_unknown_access_is_accepted(access: HubAccess) -> None:
 @pytest.mark.parametrize(
     ("repo_id", "access", "account", "words"),
     [
-        ("ada/tuned", "bad_token", None, "does not know"),
+        ("ada/tuned", "bad_token", None, "rejects the hf_token"),
         ("ada/tuned", "refused", None, "may not write to ada/tuned"),
-        ("ada/tuned", "refused", READER, "can only read"),
-        ("ada/tuned", "absent", READER, "can only read"),
+        ("ada/tuned", "refused", READER, "is read-only"),
+        ("ada/tuned", "absent", READER, "is read-only"),
         ("grace/tuned", "absent", WRITER, "cannot write to 'grace'"),
         ("press/tuned", "absent", WRITER, "cannot write to 'press'"),
         ("ada/two", "absent", FINE_GRAINED, "fine-grained and may not write to ada/two"),
@@ -48,10 +48,10 @@ def test_unknown_access_is_accepted(access: HubAccess) -> None:
     ],
 )
 def test_push_without_write_access_is_rejected(repo_id: str, access: HubAccess, account: HubAccount | None, words: str) -> None:
-    with pytest.raises(InvalidRequest) as refused:
+    with pytest.raises(InvalidRequest) as excinfo:
         push_access_error(repo_id, access, account)
-    assert words in refused.value.message
-    assert refused.value.param in ("hf_token", "training_config.export_config.hf_repo_id")
+    assert words in excinfo.value.message
+    assert excinfo.value.param in ("hf_token", "training_config.export_config.hf_repo_id")
 
 
 @pytest.mark.parametrize(

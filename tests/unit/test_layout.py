@@ -1,10 +1,10 @@
-"""Promises of the house: light imports, resolvable registries, pages that match the code."""
+"""Repository checks: light imports, resolvable registries, pages that match the code."""
 
 import re
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import get_args
 
 import pytest
@@ -40,15 +40,24 @@ HEAVY_PACKAGES = {
 }
 
 
-def test_service_imports_no_heavy_package() -> None:
-    code = "import sys, service.main, cli; print('\\n'.join(sys.modules))"
+def imported_packages(module: str) -> set[str]:
+    """The packages that a fresh interpreter has loaded after it imported the module."""
+    code = f"import sys, {module}; print('\\n'.join(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=SOURCE)
-    assert not HEAVY_PACKAGES & {name.partition(".")[0] for name in done.stdout.split()}
+    return {name.partition(".")[0] for name in done.stdout.split()}
+
+
+def test_service_imports_neither_ml_nor_cli() -> None:
+    assert not (HEAVY_PACKAGES | {"cli", "jobs"}) & imported_packages("service.main")
+
+
+def test_cli_imports_neither_ml_nor_service() -> None:
+    assert not (HEAVY_PACKAGES | {"service", "jobs", "storage", "fastapi", "uvicorn"}) & imported_packages("cli.main")
 
 
 def test_service_requirements_contain_no_ml_library() -> None:
     pinned = {line.partition("==")[0].lower() for line in (SOURCE / "requirements/service.txt").read_text().splitlines()}
-    clients = {"boto3", "huggingface_hub"}  # no ML; their adapters import them when they are asked for
+    clients = {"boto3", "huggingface_hub"}  # not ML libraries; their adapters import them on first use
     assert not {name.replace("_", "-") for name in pinned} & {name.replace("_", "-") for name in HEAVY_PACKAGES - clients}
 
 
@@ -62,14 +71,16 @@ def test_trainer_image_packages_match_cloud_profiles() -> None:
 )
 def test_every_registry_line_resolves(registry: dict[str, str]) -> None:
     for line in registry.values():
-        module, _, name = line.partition(":")
-        assert isinstance(getattr(import_module(module), name), type)
+        assert isinstance(resolve_name(line), type)
 
 
-def test_every_trainer_type_names_an_existing_function() -> None:
+def test_every_trainer_type_names_existing_functions() -> None:
     for config in TRAINER_TYPES.values():
-        module, _, function = config.trainer.partition(":")
-        assert f"def {function}(" in (SOURCE / (module.replace(".", "/") + ".py")).read_text()
+        for entry_point in (config.check_export, config.train, config.export):
+            module, _, function = entry_point.partition(":")
+            path = SOURCE / module.replace(".", "/")
+            source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+            assert f"def {function}(" in source.read_text()
 
 
 def test_settings_page_is_up_to_date() -> None:

@@ -1,4 +1,4 @@
-"""The state machine, by example and by thousands of random lives."""
+"""The state machine: examples, and random sequences of facts."""
 
 from datetime import datetime, timedelta
 
@@ -258,7 +258,9 @@ def test_recorded_checkpoint_step_never_decreases() -> None:
     job = lifecycle.begin_attempt(job, "fake", START)
     job = lifecycle.apply_event(job, 2, CheckpointRestored(step=5, from_attempt=1), START)
     job = lifecycle.apply_event(job, 2, make_checkpoint_event(20), START)
-    job = lifecycle.apply_event(job, 2, CheckpointRestored(step=20, from_attempt=2), START)  # back to its own, for want of memory
+    job = lifecycle.apply_event(
+        job, 2, CheckpointRestored(step=20, from_attempt=2), START
+    )  # back to its own checkpoint, after running out of memory
     assert lifecycle.apply_event(job, 2, make_checkpoint_event(10), START) is job
     assert job.attempt is not None
     assert (job.attempt.resumed_step, job.attempt.last_checkpoint_step) == (5, 20)
@@ -276,7 +278,7 @@ def test_late_messages_of_old_attempt_are_ignored_or_fenced() -> None:
 
 
 class JobLifecycleMachine(RuleBasedStateMachine):
-    """Facts arrive in any order, twice and too late; the record stays a sensible one."""
+    """Facts arrive in any order, twice and late; the record stays consistent."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -294,7 +296,7 @@ class JobLifecycleMachine(RuleBasedStateMachine):
         self.job = after.model_copy(update={"revision": before.revision + (after is not before)})
 
     def try_change(self, change: object) -> None:
-        """Apply a fact that may be refused; a refusal changes nothing."""
+        """Apply a fact that may be refused; then nothing changes."""
         try:
             after = change()  # type: ignore[operator]
         except (Fenced, Conflict):
@@ -347,7 +349,7 @@ class JobLifecycleMachine(RuleBasedStateMachine):
         before = self.job
         self.try_change(lambda: lifecycle.request_retry(self.job, self.tick(), from_start=from_start))
         if self.job.status is not before.status:
-            self.final = None  # the one way out of an end, and never out of `completed`
+            self.final = None  # only a retry leaves a final status, and never `completed`
             assert before.status in (Status.FAILED, Status.CANCELLED)
 
     @precondition(lambda self: self.job.status.is_final)
@@ -366,7 +368,7 @@ class JobLifecycleMachine(RuleBasedStateMachine):
             attempt.outcome in ("yielded", "preempted", "lost") for attempt in self.job.attempts[self.job.retry_budget_from_attempt - 1 :]
         ]
         waits = self.job.status in (Status.QUEUED, Status.PREPARING)
-        assert not (waits and all(unasked) and len(unasked) >= MAX_ATTEMPTS_WITHOUT_PROGRESS)  # nothing is ever saved in these lives
+        assert not (waits and all(unasked) and len(unasked) >= MAX_ATTEMPTS_WITHOUT_PROGRESS)  # these sequences never save a checkpoint
 
     @invariant()
     def only_active_job_has_running_attempt(self) -> None:

@@ -1,4 +1,4 @@
-"""Secrets of a request: found wherever they stand, named, and left out of everything that is kept."""
+"""Secrets of a request: found in every field, named, and removed from everything that is stored."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ from pydantic import SecretStr
 
 from schema.requests import ResumeRequest
 from schema.training import TRAINING_CONFIG, TrainingConfig
-from service.core.job_secrets import REDACTED, extract_config_secrets, extract_request_secrets, iter_config_secrets, redact, resent_secrets
-from service.core.trackers import DeploymentTrackers, add_deployment_trackers, deployment_tracker_secrets
+from service.core.jobs.secrets import REDACTED, extract_config_secrets, extract_request_secrets, iter_config_secrets, redact, resent_secrets
+from service.core.jobs.trackers import DeploymentTrackers, add_deployment_trackers, deployment_tracker_secrets
 from tests.factories import make_grpo_config, make_train_request
 
 JUDGE = {"type": "score_model", "name": "judge", "base_url": "https://judge.example/v1", "model": "m", "api_key": "canary-judge"}
@@ -64,7 +64,7 @@ def test_config_without_secrets_is_unchanged() -> None:
     "field", [field for kind in (make_grpo_config(JUDGE, SIMILARITY_GRADER, **TRACKERS_WITH_SECRETS),) for field, _ in kind]
 )
 def test_every_secret_field_is_detected(field: str) -> None:
-    """Dumped with its secrets shown, what stays of each field has none once those that were found are taken out."""
+    """With secrets revealed, a dump of the config contains the secret until the detected one is removed."""
     config = make_grpo_config(JUDGE, SIMILARITY_GRADER, **TRACKERS_WITH_SECRETS)
     text = repr(_reveal_secrets(dict(config)[field]))
     for secret in extract_config_secrets(config).values():

@@ -1,1 +1,1 @@
-"""From the rows of a dataset to tokens and labels. Here belongs nothing that trains."""
+"""Turns the rows of a dataset into tokens and labels. Code that trains does not belong here."""

@@ -1,7 +1,7 @@
-"""Rows as tokens, made once for each content: beside the dataset, under a name that is the digest of all that they depend on.
+"""Caches tokenized rows beside the dataset, under the digest of everything that they depend on.
 
-A second job on the same rows, with the same tokenizer, template and longest sequence, reads what the first one made, and a GPU that is
-paid for by the second does not wait for a tokenizer. It goes with the dataset when that is deleted.
+A second job on the same rows, with the same tokenizer, chat template and maximum length, reads the tokens that the first one stored, so
+its GPU does not wait for the tokenizer. Deleting the dataset deletes its cache.
 """
 
 import hashlib
@@ -28,17 +28,17 @@ from storage import NoSuchObject, ObjectStore, StorageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from jobs.llm.training_loop import TrainingContext
+    from jobs.llm.training_context import TrainingContext
 
 log = logging.getLogger(__name__)
 
-VERSION = "2"  # of the rendering and of the file; a change of either makes other names
-MIN_CACHED_BYTES = 1 << 20  # of rows: fewer are tokenized sooner than fetched
+VERSION = "3"  # of the rendering and the file format; increase it when either changes
+MIN_CACHED_BYTES = 1 << 20  # of rows; fewer are tokenized faster than downloaded
 
 
 @dataclass
 class CachedSplit:
-    """What is kept of a split: its rows, how many were cut or left out, and a mark on each row where the form has one."""
+    """The cached content of a split. `good_flags` has one entry per row for unpaired preferences, else none."""
 
     rows: list[TokenizedExample]
     truncated: int
@@ -49,83 +49,86 @@ class CachedSplit:
 def load_or_tokenize_split(
     training: "TrainingContext", dataset_type: DatasetType, min_bytes: int = MIN_CACHED_BYTES
 ) -> dict[str, TokenizedSplit]:
-    """The rows of every split as tokens and labels: from the cache, or made, and kept for the next job.
+    """Tokens and labels of every split, from the cache or tokenized now and cached.
 
-    Splits of fewer than `least_bytes` are always made.
+    Splits of fewer than `min_bytes` are not cached.
     """
-    knobs = training.config.hyperparameters
+    max_length = training.config.hyperparameters.max_seq_length
 
-    def make(path: Path) -> CachedSplit:
-        made = tokenize_split(read_rows(path), dataset_type, training.tokenizer, knobs.max_seq_length)
-        return CachedSplit(made.rows, made.truncated, made.dropped)
+    def tokenize(path: Path) -> CachedSplit:
+        split = tokenize_split(read_rows(path), dataset_type, training.tokenizer, max_length)
+        return CachedSplit(split.rows, split.truncated, split.dropped)
 
-    found = _load_or_tokenize(training, "rows", make, min_bytes)
-    return {name: TokenizedSplit(kept.rows, kept.truncated, kept.dropped) for name, kept in found.items()}
+    cached = _load_or_tokenize(training, "rows", tokenize, min_bytes)
+    return {name: TokenizedSplit(split.rows, split.truncated, split.dropped) for name, split in cached.items()}
 
 
 def load_or_tokenize_pairs(training: "TrainingContext", min_bytes: int = MIN_CACHED_BYTES) -> dict[str, TokenizedPreferenceSplit]:
-    """The same for rows of two answers."""
+    """The same for preference pairs; a pair is cached as two rows, chosen and rejected."""
 
-    def make(path: Path) -> CachedSplit:
-        made = tokenize_pairs(read_rows(path), training.tokenizer, training.config.hyperparameters.max_seq_length)
-        return CachedSplit([row for pair in made.rows for row in (pair.chosen, pair.rejected)], made.truncated, made.dropped)
+    max_length = training.config.hyperparameters.max_seq_length
 
-    def pairs(kept: CachedSplit) -> TokenizedPreferenceSplit:
-        answers = iter(kept.rows)
-        return TokenizedPreferenceSplit(
-            [PreferencePair(*both) for both in zip(answers, answers, strict=True)], kept.truncated, kept.dropped
-        )
+    def tokenize(path: Path) -> CachedSplit:
+        split = tokenize_pairs(read_rows(path), training.tokenizer, max_length)
+        return CachedSplit([row for pair in split.rows for row in (pair.chosen, pair.rejected)], split.truncated, split.dropped)
 
-    return {name: pairs(kept) for name, kept in _load_or_tokenize(training, "pairs", make, min_bytes).items()}
+    splits: dict[str, TokenizedPreferenceSplit] = {}
+    for name, cached in _load_or_tokenize(training, "pairs", tokenize, min_bytes).items():
+        answers = iter(cached.rows)
+        pairs = [PreferencePair(chosen, rejected) for chosen, rejected in zip(answers, answers, strict=True)]
+        splits[name] = TokenizedPreferenceSplit(pairs, cached.truncated, cached.dropped)
+    return splits
 
 
 def load_or_tokenize_unpaired(
     training: "TrainingContext", dataset_type: DatasetType, min_bytes: int = MIN_CACHED_BYTES
 ) -> dict[str, TokenizedUnpairedSplit]:
-    """The same for answers that are each good or bad."""
+    """The same for single answers that are good or bad."""
 
-    def make(path: Path) -> CachedSplit:
-        made = tokenize_unpaired(read_rows(path), dataset_type, training.tokenizer, training.config.hyperparameters.max_seq_length)
-        return CachedSplit([judged.row for judged in made.rows], made.truncated, made.dropped, [judged.is_good for judged in made.rows])
+    max_length = training.config.hyperparameters.max_seq_length
 
-    def judged(kept: CachedSplit) -> TokenizedUnpairedSplit:
-        return TokenizedUnpairedSplit(
-            [UnpairedExample(*one) for one in zip(kept.rows, kept.good_flags, strict=True)], kept.truncated, kept.dropped
-        )
+    def tokenize(path: Path) -> CachedSplit:
+        split = tokenize_unpaired(read_rows(path), dataset_type, training.tokenizer, max_length)
+        good_flags = [example.is_good for example in split.rows]
+        return CachedSplit([example.row for example in split.rows], split.truncated, split.dropped, good_flags)
 
-    return {name: judged(kept) for name, kept in _load_or_tokenize(training, "unpaired", make, min_bytes).items()}
+    splits: dict[str, TokenizedUnpairedSplit] = {}
+    for name, cached in _load_or_tokenize(training, "unpaired", tokenize, min_bytes).items():
+        examples = [UnpairedExample(row, is_good) for row, is_good in zip(cached.rows, cached.good_flags, strict=True)]
+        splits[name] = TokenizedUnpairedSplit(examples, cached.truncated, cached.dropped)
+    return splits
 
 
 def _load_or_tokenize(
-    training: "TrainingContext", layout: str, make: Callable[[Path], CachedSplit], min_bytes: int
+    training: "TrainingContext", layout: str, tokenize: Callable[[Path], CachedSplit], min_bytes: int
 ) -> dict[str, CachedSplit]:
     dataset, store = training.context.spec.dataset, training.context.stores.datasets
-    longest = training.config.hyperparameters.max_seq_length
-    found: dict[str, CachedSplit] = {}
+    max_length = training.config.hyperparameters.max_seq_length
+    splits: dict[str, CachedSplit] = {}
     for name, path in training.splits.items():
         split = dataset.splits[name]
-        is_worth_it = split.size_bytes >= min_bytes
-        settings = {"rows": split.sha256, "type": dataset.dataset_type, "layout": layout, "max_length": longest}
+        use_cache = split.size_bytes >= min_bytes
+        settings = {"rows": split.sha256, "type": dataset.dataset_type, "layout": layout, "max_length": max_length}
         key = _cache_key(split.key, settings, training.tokenizer)
-        known = _read(store, key) if is_worth_it else None
-        if known is not None:
-            training.context.log_decision("tokens", "cached", f"{name} was tokenized before, in the same way")
-        found[name] = known or make(path)
-        if is_worth_it and known is None:
-            _store(store, key, found[name])
-    return found
+        cached = _read(store, key) if use_cache else None
+        if cached is not None:
+            training.context.log_decision("tokens", "cached", f"an earlier job tokenized {name} with the same settings")
+        splits[name] = cached or tokenize(path)
+        if use_cache and cached is None:
+            _store(store, key, splits[name])
+    return splits
 
 
 def serialize_split(cached_split: CachedSplit) -> bytes:
-    """The rows as one file, without pickles."""
+    """A split as the content of an .npz file, without pickles."""
     import numpy as np
 
     rows = cached_split.rows
     lengths = np.array([len(row.input_ids) for row in rows], np.int32)
     ids = np.array([token for row in rows for token in row.input_ids], np.int32)
-    labelled = np.packbits(np.array([label != IGNORE_INDEX for row in rows for label in row.labels], bool))
-    prompts = np.array([row.prompt_tokens for row in rows], np.int32)
-    rest = json.dumps(
+    labeled = np.packbits(np.array([label != IGNORE_INDEX for row in rows for label in row.labels], bool))
+    prompt_tokens = np.array([row.prompt_tokens for row in rows], np.int32)
+    metadata = json.dumps(
         {
             "truncated": cached_split.truncated,
             "dropped": cached_split.dropped,
@@ -134,37 +137,41 @@ def serialize_split(cached_split: CachedSplit) -> bytes:
         }
     ).encode()
     out = io.BytesIO()
-    np.savez_compressed(out, lengths=lengths, ids=ids, labelled=labelled, prompts=prompts, rest=np.frombuffer(rest, np.uint8))
+    np.savez_compressed(
+        out, lengths=lengths, ids=ids, labeled=labeled, prompt_tokens=prompt_tokens, metadata=np.frombuffer(metadata, np.uint8)
+    )
     return out.getvalue()
 
 
 def deserialize_split(content: bytes) -> CachedSplit:
-    """The rows of such a file. Raises ValueError, KeyError or OSError for one that is not whole."""
+    """The split in an .npz file. Raises ValueError, KeyError, OSError or BadZipFile for a damaged one."""
     import numpy as np
 
     with np.load(io.BytesIO(content), allow_pickle=False) as file:
-        lengths, ids, prompts = file["lengths"], file["ids"], file["prompt_tokens"]
-        labelled = np.unpackbits(file["labeled"], count=len(ids)).astype(bool)
-        rest = json.loads(file["metadata"].tobytes())
-    labels = np.where(labelled, ids, IGNORE_INDEX)
+        lengths, ids, prompt_tokens = file["lengths"], file["ids"], file["prompt_tokens"]
+        labeled = np.unpackbits(file["labeled"], count=len(ids)).astype(bool)
+        metadata = json.loads(file["metadata"].tobytes())
+    labels = np.where(labeled, ids, IGNORE_INDEX)
     ends = lengths.cumsum()[:-1]
     rows = [
-        TokenizedExample(row.tolist(), wanted.tolist(), text, int(prompt))
-        for row, wanted, text, prompt in zip(np.split(ids, ends), np.split(labels, ends), rest["prompt_texts"], prompts, strict=True)
+        TokenizedExample(row.tolist(), row_labels.tolist(), text, int(prompt))
+        for row, row_labels, text, prompt in zip(
+            np.split(ids, ends), np.split(labels, ends), metadata["prompt_texts"], prompt_tokens, strict=True
+        )
     ]
-    return CachedSplit(rows, rest["truncated"], rest["dropped"], rest["good_flags"])
+    return CachedSplit(rows, metadata["truncated"], metadata["dropped"], metadata["good_flags"])
 
 
 def _cache_key(split_key: str, settings: dict[str, str | int], tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Below the dataset's own folder."""
-    whole = settings | {"version": VERSION, "template": tokenizer.chat_template}
-    digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode())
+    """The object key of a split's tokens, below the dataset's own prefix."""
+    inputs = settings | {"version": VERSION, "template": tokenizer.chat_template}
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     return f"{Path(split_key).parent.as_posix()}/tokens/{digest.hexdigest()}.npz"
 
 
 def _read(store: ObjectStore, key: str) -> CachedSplit | None:
-    """What is kept there; None when there is nothing, or nothing that can be read: then it is made anew."""
+    """The cached split; None when it is missing or damaged, and the rows are tokenized again."""
     from zipfile import BadZipFile
 
     try:
@@ -172,12 +179,12 @@ def _read(store: ObjectStore, key: str) -> CachedSplit | None:
     except NoSuchObject:
         return None
     except (StorageError, ValueError, KeyError, OSError, BadZipFile) as error:
-        log.warning("cached tokens are not used", extra={"key": key, "error": str(error)})
+        log.warning("cached tokens cannot be read", extra={"key": key, "error": str(error)})
         return None
 
 
 def _store(store: ObjectStore, key: str, tokens: CachedSplit) -> None:
-    """For the next job. One that may not write there, or whose store is away, goes on without."""
+    """Store the tokens for the next job. A job without write access, or whose store is unavailable, continues without caching."""
     try:
         store.write(key, serialize_split(tokens))
     except StorageError as error:

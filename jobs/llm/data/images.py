@@ -1,8 +1,7 @@
-"""Rows with images: as tokens, with places kept for each image, and the images themselves, read when a model is to look at them.
+"""Tokenizes rows with images, and decodes the images when a batch needs them.
 
-What the chat template writes for an image, such as <start_of_image>, becomes what the model reads in its place: a fixed number of soft
-tokens, which the features of the image replace. A row keeps the tokens and where it lies in its file; its images are decoded once for
-every batch, and never kept.
+The chat template's image token, such as <start_of_image>, becomes a fixed number of soft tokens, which the model replaces with the
+image's features. A tokenized row stores its position in the dataset file; its images are decoded for every batch and not kept.
 """
 
 import binascii
@@ -28,61 +27,61 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VisionInputConfig:
-    """How a base model is shown images: what stands for one in a text, and what makes pixels of it."""
+    """How a base model takes images: its image tokens in the text, and its image processor."""
 
-    boi_token: str  # as the chat template writes an image
-    full_image_sequence: str  # as the model reads it
-    soft_token_id: int  # the soft token, of which a sequence has `tokens_per_image`
-    boundary_token_ids: frozenset[int]  # the tokens before the first and after the last of them
+    boi_token: str  # the chat template's token for an image
+    full_image_sequence: str  # the text that replaces it before tokenizing
+    soft_token_id: int  # an image has `tokens_per_image` of these
+    boundary_token_ids: frozenset[int]  # the tokens before the first and after the last soft token
     tokens_per_image: int
-    image_processor: Any = field(repr=False)  # of transformers
-    chat_template: str | None = field(repr=False)  # of the processor, where it has one
+    image_processor: Any = field(repr=False)  # an image processor of transformers
+    chat_template: str | None = field(repr=False)  # the processor's, where it has one
 
     @property
     def image_token_ids(self) -> frozenset[int]:
-        """Tokens that stand for an image: no model is to say them."""
+        """The tokens that represent an image; they are never labels."""
         return self.boundary_token_ids | {self.soft_token_id}
 
 
 @dataclass(frozen=True)
 class TokenizedImageExample(TokenizedExample):
-    """A row as tokens, and where its images are."""
+    """A tokenized row, and the position of its images in the dataset file."""
 
     split_path: Path
-    byte_offset: int  # of its line, in bytes
-    line_number: int  # of its line, from 1
+    byte_offset: int  # of its line in the file
+    line_number: int  # from 1
     image_count: int
 
 
 @dataclass
 class TokenizedImageSplit:
-    """The rows that can be learned from, and how many could not, or not wholly."""
+    """The rows to learn from, and the numbers of truncated and dropped rows."""
 
     rows: list[TokenizedImageExample] = field(default_factory=list)
-    text_only_rows: list[TokenizedExample] = field(default_factory=list)  # the same rows, their images left out
+    text_only_rows: list[TokenizedExample] = field(default_factory=list)  # the same rows without their images
     truncated: int = 0
     dropped: int = 0
 
 
 class BrokenImage(Exception):
-    """An image cannot be decoded. It may come out of another process, so a message is all that it has."""
+    """An image cannot be decoded. It has only a message, because it may be raised in a data loader's worker process."""
 
 
 def load_vision_input_config(base_folder: Path, base_model_id: str) -> VisionInputConfig:
-    """How this base sees. Raises JobFailed for one that does not, or not in a way known here."""
+    """The base model's image settings. Raises JobFailed for a model without image input, or with one that is not supported."""
     from transformers import AutoProcessor
     from transformers.models.gemma3 import Gemma3Processor
 
-    hint = "use a Gemma 3 that sees, such as google/gemma-3-4b-it, or modality 'text' with rows that have no images"
+    hint = "use a multimodal Gemma 3, such as google/gemma-3-4b-it, or modality 'text' with rows without images"
     if "vision_config" not in json.loads((base_folder / "config.json").read_text()):
-        raise JobFailed("invalid_config", f"modality 'vision' needs a base model that sees, and {base_model_id} reads text alone", hint)
+        raise JobFailed("invalid_config", f"modality 'vision' needs a multimodal base model; {base_model_id} accepts only text", hint)
     try:
         processor = AutoProcessor.from_pretrained(base_folder, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:  # a file is not there, or names what nobody knows, or what is not installed
-        message = f"{base_model_id} has no image processor that can be loaded here"
+    except (OSError, ValueError, ImportError) as error:  # a missing file, an unknown class, or a missing package
+        message = f"the image processor of {base_model_id} cannot be loaded"
         raise JobFailed("invalid_config", message, "the base model needs its preprocessor_config.json; " + hint) from error
     if not isinstance(processor, Gemma3Processor):
-        raise JobFailed("invalid_config", f"{base_model_id} sees in another way ({type(processor).__name__}) than Gemma 3 does", hint)
+        raise JobFailed("invalid_config", f"{base_model_id} has image processor {type(processor).__name__}, which is not supported", hint)
     tokenizer = processor.tokenizer
     return VisionInputConfig(
         boi_token=processor.boi_token,
@@ -98,70 +97,67 @@ def load_vision_input_config(base_folder: Path, base_model_id: str) -> VisionInp
 def tokenize_split_with_images(
     split_path: Path, dataset_type: DatasetType, tokenizer: "PreTrainedTokenizerBase", vision: VisionInputConfig, max_length: int
 ) -> TokenizedImageSplit:
-    """Tokens and labels of every row of a split. Raises JobFailed for a row that cannot be shown.
+    """Tokens and labels of every row of a split. Raises JobFailed for an invalid row.
 
-    A row is cut to `max_length` tokens behind its last image. One whose images do not all fit is dropped: half an image is none, and an
-    answer about one that is missing teaches to invent.
+    A row is cut to `max_length` tokens after its last image. A row whose images do not all fit is dropped: an answer about a missing image
+    would train the model to invent.
     """
-    found = TokenizedImageSplit()
-    seeing, reading = (
-        _ImageExpandingTokenizer(tokenizer, vision.boi_token, vision.full_image_sequence),
-        _ImageExpandingTokenizer(tokenizer, vision.boi_token, ""),
-    )
+    split = TokenizedImageSplit()
+    with_images = _ImageExpandingTokenizer(tokenizer, vision.boi_token, vision.full_image_sequence)
+    text_only = _ImageExpandingTokenizer(tokenizer, vision.boi_token, "")
     for offset, number, row in _iter_rows(split_path):
         images = extract_image_uris(row)
         with image_error_context():
             for n, image in enumerate(images, 1):
-                _open_image(image, _describe_location(split_path, number, n))  # its header alone: whether it is an image at all
-        shown = _strip_image_data(row)
-        whole = _tokenize_row(shown, dataset_type, seeing)
-        if whole is None:
-            found.dropped += 1
+                _open_image(image, _describe_location(split_path, number, n))  # reads only the header
+        stripped = _strip_image_data(row)
+        full = _tokenize_row(stripped, dataset_type, with_images)
+        if full is None:
+            split.dropped += 1
             continue
-        _check_soft_tokens(whole, len(images), vision, _describe_location(split_path, number))
-        fitting = _truncate_after_images(whole, vision, max_length)
-        if fitting is None:
-            found.dropped += 1
+        _check_soft_tokens(full, len(images), vision, _describe_location(split_path, number))
+        cut = _truncate_after_images(full, vision, max_length)
+        if cut is None:
+            split.dropped += 1
             continue
-        found.truncated += len(whole.input_ids) > max_length
-        prompt = fitting.prompt_text.replace(vision.full_image_sequence, vision.boi_token)
-        row_at = TokenizedImageExample(
-            fitting.input_ids, fitting.labels, prompt, fitting.prompt_tokens, split_path, offset, number, len(images)
+        split.truncated += len(full.input_ids) > max_length
+        prompt = cut.prompt_text.replace(vision.full_image_sequence, vision.boi_token)
+        split.rows.append(
+            TokenizedImageExample(cut.input_ids, cut.labels, prompt, cut.prompt_tokens, split_path, offset, number, len(images))
         )
-        found.rows.append(row_at)
-        words = _tokenize_row(shown, dataset_type, reading)
-        found.text_only_rows.append(_truncate(words, max_length) if words else fitting)
-    return found
+        text_row = _tokenize_row(stripped, dataset_type, text_only)
+        split.text_only_rows.append(text_row.truncate(max_length) if text_row else cut)
+    return split
 
 
 def extract_image_uris(row: dict[str, Any]) -> list[str]:
-    """The `data:` URIs of a row, in the order in which they are looked at."""
+    """The `data:` URIs of a row's images, in order."""
     return [part["image"] for message in _messages(row) for part in _content_parts(message) if part["type"] == "image"]
 
 
 def load_pixel_values(row: TokenizedImageExample, vision: VisionInputConfig, count: int | None = None) -> "Tensor | None":
     """The first `count` images of a row, or all, as pixels (images, channels, height, width). None without any. Raises BrokenImage."""
-    wanted = row.image_count if count is None else count
-    if not wanted:
+    count = row.image_count if count is None else count
+    if not count:
         return None
     with row.split_path.open("rb") as lines:
         lines.seek(row.byte_offset)
         content = json.loads(lines.readline())
-    places = [
-        (image, _describe_location(row.split_path, row.line_number, n)) for n, image in enumerate(extract_image_uris(content)[:wanted], 1)
+    images = [
+        _decode_image(uri, _describe_location(row.split_path, row.line_number, n))
+        for n, uri in enumerate(extract_image_uris(content)[:count], 1)
     ]
-    pictures = [_decode_image(image, place) for image, place in places]
-    # Cut into crops, an image would take more tokens than its row has for it.
-    return vision.image_processor(images=pictures, do_pan_and_scan=False, return_tensors="pt")["pixel_values"]
+    # Without pan-and-scan: its crops would need more tokens than the row has for the image.
+    return vision.image_processor(images=images, do_pan_and_scan=False, return_tensors="pt")["pixel_values"]
 
 
 @contextmanager
 def image_error_context() -> Iterator[None]:
-    """Raises JobFailed where an image is broken, in whichever process that was found."""
+    """Raise JobFailed for a BrokenImage, from this process or a data loader's worker."""
     try:
         yield
     except BrokenImage as error:
-        message = str(error).strip().rpartition("BrokenImage: ")[2]  # a worker's traceback comes before it
+        message = str(error).strip().rpartition("BrokenImage: ")[2]  # a worker's error message starts with its traceback
         raise JobFailed("invalid_data", message, "save the image again as PNG, JPEG or WebP, and upload the dataset again") from error
 
 
@@ -170,7 +166,7 @@ def image_error_context() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _ImageExpandingTokenizer:
-    """A tokenizer whose chat template writes something else for an image. As much of one as `render` needs."""
+    """A tokenizer that replaces the image token in rendered chats. Has the methods that jobs/llm/data/tokenize.py uses."""
 
     tokenizer: "PreTrainedTokenizerBase"
     boi_token: str
@@ -184,15 +180,15 @@ class _ImageExpandingTokenizer:
     def eos_token_id(self) -> int | None:
         return self.tokenizer.eos_token_id
 
-    def apply_chat_template(self, messages: list[dict[str, Any]], **how: bool) -> str:
-        return str(self.tokenizer.apply_chat_template(messages, **how)).replace(self.boi_token, self.replacement)
+    def apply_chat_template(self, messages: list[dict[str, Any]], **options: bool) -> str:
+        return str(self.tokenizer.apply_chat_template(messages, **options)).replace(self.boi_token, self.replacement)
 
-    def __call__(self, text: str, **how: bool) -> "BatchEncoding":
-        return self.tokenizer(text, **how)
+    def __call__(self, text: str, **options: bool) -> "BatchEncoding":
+        return self.tokenizer(text, **options)
 
 
 def _iter_rows(split_path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """The rows of a file, each with where it begins and its number."""
+    """The rows of a file, each with its byte offset and line number."""
     offset = 0
     with split_path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -211,7 +207,7 @@ def _content_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _strip_image_data(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with nothing but a note of each image: no template may write megabytes of base64."""
+    """The row with image parts that have no data: a chat template must not render megabytes of base64."""
 
     def without_images(message: dict[str, Any]) -> dict[str, Any]:
         parts = [{"type": "image"} if part["type"] == "image" else part for part in _content_parts(message)]
@@ -221,43 +217,39 @@ def _strip_image_data(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tokenize_row(row: dict[str, Any], dataset_type: DatasetType, tokenizer: _ImageExpandingTokenizer) -> TokenizedExample | None:
-    """The whole row; None when there is nothing to learn in it."""
+    """The tokenized row, not truncated; None when it has no labels."""
     rows = tokenize_split(iter([row]), dataset_type, cast("PreTrainedTokenizerBase", tokenizer), sys.maxsize).rows
     return rows[0] if rows else None
 
 
 def _check_soft_tokens(row: TokenizedExample, image_count: int, vision: VisionInputConfig, location: str) -> None:
-    """Raises JobFailed when the text has more or fewer places for images than there are images."""
-    found, wanted = row.input_ids.count(vision.soft_token_id), image_count * vision.tokens_per_image
-    if found < wanted:
-        hint = "use a base model whose chat template is made for images"
-        raise JobFailed("invalid_config", f"the base model's chat template does not write the images of {location}", hint)
-    if found > wanted:
-        message = f"{location} writes in its text what stands for an image, such as {vision.boi_token}"
-        raise JobFailed("invalid_data", message, "leave it out of the text: an image is a part of its own")
+    """Raise JobFailed when the text does not have exactly the soft tokens of its images."""
+    actual, expected = row.input_ids.count(vision.soft_token_id), image_count * vision.tokens_per_image
+    if actual < expected:
+        hint = "use a base model whose chat template supports images"
+        raise JobFailed("invalid_config", f"the base model's chat template does not render the images of {location}", hint)
+    if actual > expected:
+        message = f"{location} has an image token in its text, such as {vision.boi_token}"
+        raise JobFailed("invalid_data", message, "remove it from the text; send an image as a separate content part")
 
 
 def _truncate_after_images(row: TokenizedExample, vision: VisionInputConfig, max_length: int) -> TokenizedExample | None:
-    """The row with no image to be said, cut behind its last image; None when that, or an answer, is out of reach."""
+    """The row without labels on image tokens, cut after its last image; None when an image or every label is cut away."""
     labels = [IGNORE_INDEX if label in vision.image_token_ids else label for label in row.labels]
     first = next((n for n, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
     row = replace(row, labels=labels, prompt_tokens=first)
     last = max((n for n, token in enumerate(row.input_ids) if token == vision.soft_token_id), default=-2)
-    if last + 2 > max_length:  # the token that ends an image is behind it
+    if last + 2 > max_length:  # the end-of-image token follows it
         return None
-    row = _truncate(row, max_length)
-    return row if any(label != IGNORE_INDEX for label in row.labels[1:]) else None
-
-
-def _truncate(row: TokenizedExample, max_length: int) -> TokenizedExample:
-    return TokenizedExample(row.input_ids[:max_length], row.labels[:max_length], row.prompt_text, min(row.prompt_tokens, max_length))
+    row = row.truncate(max_length)
+    return row if row.has_labels else None
 
 
 # --- images --------------------------------------------------------------------------------------------------------------
 
 
 def _describe_location(split_path: Path, line_number: int, image_number: int | None = None) -> str:
-    """In words, for whoever has to mend it."""
+    """Where a row or an image is, for error messages."""
     return (
         f"row {line_number} of {split_path.stem}"
         if image_number is None
@@ -266,20 +258,20 @@ def _describe_location(split_path: Path, line_number: int, image_number: int | N
 
 
 def _open_image(uri: str, location: str) -> "Image":
-    """An image of which the header alone has been read. Raises BrokenImage."""
+    """An opened image; only its header has been read. Raises BrokenImage."""
     from PIL import Image
 
     try:
         return Image.open(BytesIO(binascii.a2b_base64(uri.partition(",")[2], strict_mode=True)), formats=("PNG", "JPEG", "WEBP"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BrokenImage(f"{location} cannot be opened: it is no PNG, JPEG or WebP image, or is broken") from error
+        raise BrokenImage(f"{location} cannot be opened: it is not a PNG, JPEG or WebP image, or it is damaged") from error
 
 
 def _decode_image(uri: str, location: str) -> "Image":
-    """An image in red, green and blue, the right way up. Raises BrokenImage."""
+    """The decoded image in RGB, rotated as its EXIF data says. Raises BrokenImage."""
     from PIL import ImageOps
 
     try:
         return ImageOps.exif_transpose(_open_image(uri, location)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, IndexError, EOFError, struct.error) as error:  # what Pillow raises for broken images
+    except (OSError, ValueError, SyntaxError, IndexError, EOFError, struct.error) as error:  # what Pillow raises for damaged images
         raise BrokenImage(f"{location} is broken: its pixels cannot be decoded") from error

@@ -1,6 +1,6 @@
-"""Rows that say which answer is the better one, as tokens and labels; a chat is read as by every other trainer.
+"""Tokenizes preference rows; prompts and answers are split as in every other trainer.
 
-preference           two answers to one prompt: the chosen one, and the rejected one
+preference           two answers to one prompt: the chosen one and the rejected one
 unpaired_preference  one answer, and whether it is good
 """
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """Two answers to one prompt, each a row with the prompt before it and labels on the answer."""
+    """Two answers to one prompt, each a row of prompt and answer with labels on the answer."""
 
     chosen: TokenizedExample
     rejected: TokenizedExample
@@ -33,16 +33,16 @@ class UnpairedExample:
 
 @dataclass
 class TokenizedPreferenceSplit:
-    """The pairs that can be learned from, and how many could not, or not wholly."""
+    """The pairs to learn from, and the numbers of truncated and dropped pairs."""
 
     rows: list[PreferencePair] = field(default_factory=list)
-    truncated: int = 0  # an answer is longer than the longest sequence
-    dropped: int = 0  # an answer is wholly cut away, or both are the same in what was left
+    truncated: int = 0  # pairs with an answer longer than the maximum length
+    dropped: int = 0  # pairs with an answer cut away entirely, or with two equal answers after cutting
 
 
 @dataclass
 class TokenizedUnpairedSplit:
-    """The same for answers that are judged one by one."""
+    """The answers to learn from, and the numbers of truncated and dropped ones."""
 
     rows: list[UnpairedExample] = field(default_factory=list)
     truncated: int = 0
@@ -51,38 +51,37 @@ class TokenizedUnpairedSplit:
 
 def tokenize_pairs(rows: Iterable[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> TokenizedPreferenceSplit:
     """Both answers of every preference row, each cut to `max_length` tokens. Raises JobFailed."""
-    rendered = TokenizedPreferenceSplit()
+    split = TokenizedPreferenceSplit()
     for row in rows:
         answers = [_tokenize_answer(row["prompt"], row[name], tokenizer) for name in ("chosen", "rejected")]
-        rendered.truncated += any(len(answer.input_ids) > max_length for answer in answers)
+        split.truncated += any(len(answer.input_ids) > max_length for answer in answers)
         chosen, rejected = (answer.truncate(max_length) for answer in answers)
         if chosen.has_labels and rejected.has_labels and chosen.input_ids != rejected.input_ids:
-            rendered.rows.append(PreferencePair(chosen, rejected))
+            split.rows.append(PreferencePair(chosen, rejected))
         else:
-            rendered.dropped += 1
-    return rendered
+            split.dropped += 1
+    return split
 
 
 def tokenize_unpaired(
     rows: Iterable[dict[str, Any]], dataset_type: DatasetType, tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> TokenizedUnpairedSplit:
-    """Every answer with its judgement, cut to `max_length` tokens; of a pair, the chosen answers and then the rejected ones."""
+    """Every answer with its flag, cut to `max_length` tokens; of preference rows, all chosen answers and then all rejected ones."""
     if dataset_type == "preference":
         pairs = tokenize_pairs(rows, tokenizer, max_length)
-        judged = [UnpairedExample(pair.chosen, True) for pair in pairs.rows] + [
-            UnpairedExample(pair.rejected, False) for pair in pairs.rows
-        ]
-        return TokenizedUnpairedSplit(judged, pairs.truncated, pairs.dropped)
-    rendered = TokenizedUnpairedSplit()
+        chosen = [UnpairedExample(pair.chosen, True) for pair in pairs.rows]
+        rejected = [UnpairedExample(pair.rejected, False) for pair in pairs.rows]
+        return TokenizedUnpairedSplit(chosen + rejected, pairs.truncated, pairs.dropped)
+    split = TokenizedUnpairedSplit()
     for row in rows:
         answer = _tokenize_answer(row["prompt"], row["completion"], tokenizer)
-        rendered.truncated += len(answer.input_ids) > max_length
+        split.truncated += len(answer.input_ids) > max_length
         answer = answer.truncate(max_length)
         if answer.has_labels:
-            rendered.rows.append(UnpairedExample(answer, bool(row["label"])))
+            split.rows.append(UnpairedExample(answer, bool(row["label"])))
         else:
-            rendered.dropped += 1
-    return rendered
+            split.dropped += 1
+    return split
 
 
 def _tokenize_answer(

@@ -1,8 +1,8 @@
-"""Rows of a dataset as tokens and labels: what the model reads, and what it is to learn to say.
+"""Tokenizes the rows of a dataset, with labels on the tokens to learn.
 
-messages           the chat template; labels on what the assistant says, its end of turn included
-prompt_completion  labels on the completion and the end
-text               labels on everything and the end
+messages           rendered by the chat template; labels on the assistant's messages and their end-of-turn tokens
+prompt_completion  labels on the completion and the EOS token
+text               labels on the whole text and the EOS token
 """
 
 import json
@@ -18,15 +18,18 @@ from schema.types import DatasetType
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORE_INDEX = -100  # torch's cross entropy ignores it
+IGNORE_INDEX = -100  # torch's cross_entropy ignores labels of this value
 
 Message = dict[str, str]
-Span = tuple[int, int]  # characters of a text, from and to
+Span = tuple[int, int]  # start and end, in characters of a text
 
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """One row. `labels` is as long as `input_ids`: the token itself where it is to be learned, else NO_LABEL."""
+    """One row. `labels` is as long as `input_ids`: the token itself where it is to be learned, else IGNORE_INDEX.
+
+    `prompt_tokens` counts the tokens before the first label; `prompt_text` is their text.
+    """
 
     input_ids: list[int]
     labels: list[int]
@@ -35,21 +38,21 @@ class TokenizedExample:
 
     @property
     def has_labels(self) -> bool:
-        """There is something to learn: the first token is never a label, for nothing comes before it."""
+        """Whether there is something to learn. The first token does not count: no token predicts it."""
         return any(label != IGNORE_INDEX for label in self.labels[1:])
 
     def truncate(self, length: int) -> "TokenizedExample":
-        """The first tokens of the row, at most so many."""
+        """The row cut to at most `length` tokens."""
         return TokenizedExample(self.input_ids[:length], self.labels[:length], self.prompt_text, min(self.prompt_tokens, length))
 
 
 @dataclass
 class TokenizedSplit:
-    """The rows that can be learned from, and how many could not, or not wholly."""
+    """The rows to learn from, and the numbers of truncated and dropped rows."""
 
     rows: list[TokenizedExample] = field(default_factory=list)
-    truncated: int = 0  # longer than the longest sequence
-    dropped: int = 0  # without anything to learn in what was left
+    truncated: int = 0  # rows longer than the maximum length
+    dropped: int = 0  # rows without labels within the maximum length
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -60,7 +63,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def set_default_chat_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Give a tokenizer without a chat template Gemma's own; whether that was done."""
+    """Set Gemma's chat template on a tokenizer without one; returns whether it was set."""
     if tokenizer.chat_template:
         return False
     tokenizer.chat_template = files("trl").joinpath("chat_templates/gemma3.jinja").read_text()
@@ -71,16 +74,16 @@ def tokenize_split(
     rows: Iterator[dict[str, Any]], dataset_type: DatasetType, tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> TokenizedSplit:
     """Tokens and labels of every row, cut to `max_length` tokens."""
-    rendered = TokenizedSplit()
+    split = TokenizedSplit()
     for row in rows:
         tokens = tokenize_row(row, dataset_type, tokenizer)
-        rendered.truncated += len(tokens.input_ids) > max_length
+        split.truncated += len(tokens.input_ids) > max_length
         tokens = tokens.truncate(max_length)
         if tokens.has_labels:
-            rendered.rows.append(tokens)
+            split.rows.append(tokens)
         else:
-            rendered.dropped += 1
-    return rendered
+            split.dropped += 1
+    return split
 
 
 def tokenize_row(row: dict[str, Any], dataset_type: DatasetType, tokenizer: "PreTrainedTokenizerBase") -> TokenizedExample:
@@ -90,7 +93,7 @@ def tokenize_row(row: dict[str, Any], dataset_type: DatasetType, tokenizer: "Pre
 
 
 def _render_row(row: dict[str, Any], dataset_type: DatasetType, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, list[Span], bool]:
-    """The row as one text, the parts of it that are to be learned, and whether the chat template wrote it."""
+    """The row as one text, the spans to learn, and whether the chat template rendered it."""
     match dataset_type:
         case "messages":
             return *_render_conversation(row["messages"], 0, tokenizer), True
@@ -102,25 +105,27 @@ def _render_row(row: dict[str, Any], dataset_type: DatasetType, tokenizer: "PreT
         case "text":
             return row["text"], [(0, len(row["text"]))], False
         case "preference" | "unpaired_preference" | "prompt":
-            raise JobFailed("invalid_data", f"rows of the form {dataset_type} have no single answer to learn", "use another trainer_type")
+            raise JobFailed("invalid_data", f"rows of type {dataset_type} have no single answer to learn", "use another trainer_type")
 
 
 def _render_conversation(messages: list[Message], first: int, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, list[Span]]:
-    """A conversation as text; what the assistant says from message `first` on is to be learned, with its end of turn.
+    """A conversation as text, and the spans of the assistant's messages from message `first` on, with their end of turn.
 
-    A turn is found by writing the conversation up to it. That holds only while the template leaves alone what it wrote: some
-    drop the thoughts of earlier turns, or sign the last turn alone, and would put the labels in the wrong place.
+    Rendering the conversation up to a turn gives the turn's position. That requires a template that never changes what it rendered
+    before: some remove the reasoning of earlier turns, or mark only the last turn, which would misplace the labels.
     """
     text = _apply_chat_template(tokenizer, messages, add_generation_prompt=False)
     spans: list[Span] = []
     for n in range(first, len(messages)):
         if messages[n]["role"] == "assistant":
-            before = _apply_chat_template(tokenizer, messages[:n], add_generation_prompt=True)
-            until = _apply_chat_template(tokenizer, messages[: n + 1], add_generation_prompt=False)
-            if not (until.startswith(before) and text.startswith(until)):
-                hint = "send every answer as a row of its own (prompt and completion), or use a base model with another chat template"
-                raise JobFailed("invalid_config", "the base model's chat template rewrites earlier turns; no label can be placed", hint)
-            spans.append((len(before), len(until)))
+            prefix = _apply_chat_template(tokenizer, messages[:n], add_generation_prompt=True)
+            with_answer = _apply_chat_template(tokenizer, messages[: n + 1], add_generation_prompt=False)
+            if not (with_answer.startswith(prefix) and text.startswith(with_answer)):
+                hint = "send every answer as a separate row (prompt and completion), or use a base model with another chat template"
+                raise JobFailed(
+                    "invalid_config", "the base model's chat template changes earlier turns, so the answers cannot be labeled", hint
+                )
+            spans.append((len(prefix), len(with_answer)))
     return text, spans
 
 
@@ -129,14 +134,14 @@ def _apply_chat_template(tokenizer: "PreTrainedTokenizerBase", messages: list[Me
 
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
-    except TemplateError as error:  # the template's own words, such as: System role not supported
+    except TemplateError as error:  # the template's own message, such as: System role not supported
         roles = ", ".join(message["role"] for message in messages) or "none"
-        hint = "write the rows with the roles that the base model knows, or use another base model"
-        raise JobFailed("invalid_data", f"the base model's chat template refuses the roles {roles}: {error.message}", hint) from error
+        hint = "use roles that the base model's chat template accepts, or another base model"
+        raise JobFailed("invalid_data", f"the base model's chat template rejects the roles {roles}: {error.message}", hint) from error
 
 
 def _tokenize_text(text: str, spans: list[Span], tokenizer: "PreTrainedTokenizerBase", *, chat: bool) -> TokenizedExample:
-    """A token is learned when it begins inside a span. A chat template writes its own beginning and ends; other texts get them here."""
+    """Tokenize a text; a token that starts inside a span gets a label. Other texts than chats get BOS and EOS tokens here."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids: list[int] = list(encoded["input_ids"])
     labels = [
@@ -144,8 +149,8 @@ def _tokenize_text(text: str, spans: list[Span], tokenizer: "PreTrainedTokenizer
         for token, offset in zip(ids, encoded["offset_mapping"], strict=True)
     ]
     if not chat:
-        begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-        ids = [*begin, *ids, tokenizer.eos_token_id]
-        labels = [*[IGNORE_INDEX] * len(begin), *labels, tokenizer.eos_token_id]
+        bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+        ids = [*bos, *ids, tokenizer.eos_token_id]
+        labels = [*[IGNORE_INDEX] * len(bos), *labels, tokenizer.eos_token_id]
     first = next((n for n, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
     return TokenizedExample(ids, labels, text[: spans[0][0]] if spans else text, first)

@@ -1,5 +1,5 @@
-"""How a model is judged beside its loss: what it answers, how good that is, and whether it is good enough to be published.
+"""Evaluation beside the loss: generations, text metrics and lm-evaluation-harness tasks.
 
-Nothing here trains, and nothing here knows a job: a model, rows and thresholds go in, numbers with their reasons come out. The
-loss on held-out rows is measured where the model is trained.
+A model, rows and settings go in, numbers and their reasons come out. Code that trains does not belong here, nor code that knows the job.
+`jobs/llm/loss.py` measures the loss on held-out rows.
 """

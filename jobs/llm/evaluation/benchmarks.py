@@ -1,7 +1,7 @@
-"""Tasks of lm-evaluation-harness on a model that is already in memory.
+"""Runs lm-evaluation-harness tasks on a model that is already in memory.
 
-The harness brings three dozen packages and is optional: jobs/environments/llm/requirements-lm-eval.txt adds it. A task
-that cannot be run has the value None under its own name, `lm_eval/{task}`, and the reason in the notes.
+The harness has three dozen dependencies and is optional: jobs/environments/llm/requirements-lm-eval.txt installs it. A task
+that cannot run has the value None under `lm_eval/{task}`, and the reason in the notes.
 """
 
 import logging
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 PREFIX = "lm_eval/"
 MAX_REASON_CHARACTERS = 300
-NOT_INSTALLED = (
-    "lm-evaluation-harness is not installed here; add jobs/environments/llm/requirements-lm-eval.txt to the trainer's environment"
-)
+NOT_INSTALLED = "lm-evaluation-harness is not installed; add jobs/environments/llm/requirements-lm-eval.txt to the trainer's environment"
 
 Values = dict[str, float | None]
 
@@ -38,21 +36,20 @@ def evaluate_with_lm_eval(
     check_stop: Callable[[], None] = lambda: None,
     include_path: Path | None = None,
 ) -> tuple[Values, dict[str, str]]:
-    """What the harness measures, as `lm_eval/{task}/{metric}`, and why a task could not be run, as `lm_eval/{task}`.
+    """The harness's metrics as `lm_eval/{task}/{metric}`, and the reason why a task could not run as `lm_eval/{task}`.
 
-    A metric that a task computes after a filter of its own is `{metric},{filter}`, in the harness's words. `limit` is rows of each
-    task, at most; no chat template is applied, as in the figures that the harness's users publish. Beside its own, tasks are
-    found in `include_path`. The model is left as it was found, and so is every random number generator; `pulse` is called before
-    each batch, and may raise.
+    A metric that a task computes after a filter is named `{metric},{filter}`, as in the harness. `limit` is the maximum number of rows per
+    task. No chat template is applied, as in published results of the harness. `include_path` is a folder with additional tasks. The
+    model and every random number generator are restored; `check_stop` is called before each batch, and may raise.
     """
     if not find_spec("lm_eval"):
         return {PREFIX + task: None for task in tasks}, {PREFIX + task: NOT_INSTALLED for task in tasks}
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model in memory, and of every default
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about every model in memory and every default
     manager = _load_task_manager(include_path)
     values: Values = {}
     notes: dict[str, str] = {}
-    for task in tasks:  # one by one: what one of them lacks, the others need not do without
+    for task in tasks:  # one at a time: a task that fails does not affect the others
         try:
             values |= _run_task(task, manager, model, tokenizer, limit, batch_size, check_stop)
         except _TaskFailed as reason:
@@ -61,23 +58,23 @@ def evaluate_with_lm_eval(
 
 
 def collect_values(task: str, results: dict[str, dict[str, Any]]) -> Values:
-    """The numbers of the task in the harness's results; of a group or tag without any of its own, those of all its tasks."""
+    """The task's metrics in the harness's results; for a group or tag without its own, those of all its tasks."""
     own = _numeric_metrics(task, results.get(task, {}))
     return own or {name: value for part, numbers in results.items() for name, value in _numeric_metrics(part, numbers).items()}
 
 
 @cache
 def _load_task_manager(include_path: Path | None) -> "TaskManager":
-    """All tasks that there are; once, for the harness reads 26,000 files to know them: eight seconds."""
+    """All known tasks, loaded once: the harness reads 26,000 files for them, which takes eight seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=str(include_path) if include_path else None)
 
 
 class _StoppableModel:
-    """A model as far as the harness uses it, with a pulse before each batch.
+    """The part of a model that the harness uses; calls `check_stop` before each batch.
 
-    No torch module: of those the harness ties the weights again, and peft's trained tokens do not survive that.
+    Not a torch module: the harness would tie the module's weights again, which overwrites peft's trained tokens.
     """
 
     def __init__(self, model: Any, check_stop: Callable[[], None]) -> None:  # any model
@@ -108,31 +105,30 @@ def _run_task(
     batch_size: int,
     check_stop: Callable[[], None],
 ) -> Values:
-    """The task's metrics; with fewer rows at once when memory runs out. Raises _CannotRun."""
+    """The task's metrics, with a smaller batch when memory runs out. Raises _TaskFailed."""
     from datasets.exceptions import DatasetsError
     from httpx2 import TransportError
     from jinja2 import TemplateError
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    if task not in manager.task_index:  # the harness would also take it for the path of a file, which may hold code
+    if task not in manager.task_index:  # the harness also accepts file paths, and such a file may contain code
         raise _TaskFailed(f"lm-evaluation-harness has no task {task!r}")
     size = batch_size
     while True:
         try:
             with evaluation_state(model):
-                asked = HFLM(
-                    _StoppableModel(model, check_stop), tokenizer=deepcopy(tokenizer), backend="causal", batch_size=size
-                )  # it writes into both
-                # No stderr by resampling: that starts processes.
-                found = simple_evaluate(asked, tasks=[task], task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False)
-            values = collect_values(task, found["results"] if found else {})
+                # HFLM changes the model's and the tokenizer's attributes, so it gets a wrapper and a copy.
+                wrapped = HFLM(_StoppableModel(model, check_stop), tokenizer=deepcopy(tokenizer), backend="causal", batch_size=size)
+                # bootstrap_iters=0: no standard errors by resampling, which starts processes.
+                output = simple_evaluate(wrapped, tasks=[task], task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False)
+            values = collect_values(task, output["results"] if output else {})
             if not values:
-                raise _TaskFailed("the task has no metric that is a number")
+                raise _TaskFailed("the task has no numeric metric")
             return values
         except (OSError, TransportError, DatasetsError) as error:
             raise _TaskFailed(
-                f"its data could not be fetched ({_describe_error(error)}); most tasks need a network the first time"
+                f"its data could not be fetched ({_describe_error(error)}); most tasks need network access the first time"
             ) from error
         except (
             ArithmeticError,
@@ -154,7 +150,7 @@ def _run_task(
 
 
 def _numeric_metrics(task: str, results: dict[str, Any]) -> Values:
-    """The harness writes `acc,none`: the metric, and the filter that the answers went through."""
+    """The metrics of a task's results; the harness names them `{metric},{filter}`, such as `acc,none`."""
     return {
         f"{PREFIX}{task}/{name.removesuffix(',none')}": float(value)
         for name, value in results.items()

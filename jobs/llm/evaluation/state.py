@@ -1,4 +1,4 @@
-"""A training that is asked questions and goes on as if nobody had."""
+"""Context managers that evaluate a model during training without changing the training."""
 
 import random
 from collections.abc import Iterator
@@ -8,31 +8,30 @@ from typing import Any
 
 @contextmanager
 def evaluation_state(model: Any) -> Iterator[None]:  # any model of transformers or peft
-    """The model ready to answer: no dropout, no gradients, no activations computed twice.
+    """The model in evaluation mode, without dropout, gradients and gradient checkpointing.
 
-    Afterwards every part of it is as it was, and so is every random number generator: what is trained next does not depend on
-    what was asked in between.
+    Afterwards every module and every random number generator is restored, so that training continues as without the evaluation.
     """
     import torch
 
-    modes = [(part, part.training) for part in model.modules()]
-    recomputing = [part for part in model.modules() if getattr(part, "gradient_checkpointing", False)]
+    modes = [(module, module.training) for module in model.modules()]
+    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     try:
         model.eval()
-        for part in recomputing:
-            part.gradient_checkpointing = False
+        for module in checkpointed:
+            module.gradient_checkpointing = False
         with preserve_rng_state(), torch.no_grad():
             yield
     finally:
-        for part in recomputing:
-            part.gradient_checkpointing = True
-        for part, was_training in modes:  # one by one: a part may be kept from training while the rest is trained
-            part.training = was_training
+        for module in checkpointed:
+            module.gradient_checkpointing = True
+        for module, was_training in modes:  # one at a time: some modules may be in evaluation mode during training
+            module.training = was_training
 
 
 @contextmanager
 def preserve_rng_state() -> Iterator[None]:
-    """Afterwards Python, numpy and torch draw the numbers that they would have drawn without what was done in here."""
+    """Restore the random state of Python, numpy and torch afterwards."""
     import numpy
     import torch
 

@@ -1,28 +1,28 @@
-"""How near answers are to their references, in numbers.
+"""Metrics that compare answers with their references.
 
-exact_match      share of answers that are the reference but for white space
+exact_match      fraction of answers equal to the reference, ignoring white space
 bleu, chrf       of the whole sample, by sacrebleu, from 0 to 1
-rouge_1, _2, _l  mean F over the rows, in the words of every script, from 0 to 1; what rouge-score finds in English
-accuracy_labels  share of answers that name the right label, where the references are labels
-f1_macro         F1 of every label that occurs among the references, each counting the same
+rouge_1, _2, _l  mean F1 over the rows, with words of every script, from 0 to 1; equal to rouge-score in English
+accuracy_labels  fraction of answers that are the right label, where the references are labels
+f1_macro         unweighted mean of the F1 of every label among the references
 
-A number is never made up: one that cannot be computed, or would say nothing, is None with its reason.
+A metric that cannot be computed, or has no meaning for the rows, is None with a reason.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-# References are labels when few different ones are often repeated.
+# References count as labels when a few short ones repeat.
 MAX_LABELS = 20
 MAX_LABEL_WORDS = 5
-BLEU_ORDER = 4  # it counts sequences of up to four words
+BLEU_ORDER = 4  # BLEU counts sequences of up to four words
 
-# Scripts that are written without spaces: there a character is taken for a word.
+# Scripts written without spaces: each character counts as a word.
 UNSPACED_SCRIPTS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 WORD_PATTERN = rf"(?V1)[{UNSPACED_SCRIPTS}]\p{{M}}*|[[\p{{L}}\p{{N}}\p{{M}}]--[{UNSPACED_SCRIPTS}]]+"
 
 Metric = Callable[[Sequence[str], Sequence[str]], float]
-MetricResults = tuple[dict[str, float | None], dict[str, str]]  # values, and the reasons of those that are None
+MetricResults = tuple[dict[str, float | None], dict[str, str]]  # values, and the reason for each None
 
 
 class UndefinedMetric(Exception):
@@ -30,9 +30,9 @@ class UndefinedMetric(Exception):
 
 
 def task_metrics(answers: Sequence[str], references: Sequence[str], metrics: Mapping[str, Metric] | None = None) -> MetricResults:
-    """Every metric over answers and their references, row by row the same length; and why one is None, by its name.
+    """Every metric of the answers, and the reason for each that is None. Raises ValueError for different lengths.
 
-    A metric that fails does not take the others with it.
+    A metric that fails does not affect the others.
     """
     if len(answers) != len(references):
         raise ValueError(f"{len(answers)} answers for {len(references)} references")
@@ -46,20 +46,26 @@ def task_metrics(answers: Sequence[str], references: Sequence[str], metrics: Map
             values[name] = metric(answers, references)
         except UndefinedMetric as reason:
             notes[name] = str(reason)
-        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:  # what a library may stumble over
+        except (
+            ArithmeticError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:  # what the metric libraries raise for unusual texts
             notes[name] = f"the metric failed: {type(error).__name__}: {error}"
     return values, notes
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Share of answers that are the reference but for white space."""
+    """Fraction of answers equal to the reference, ignoring white space."""
     return _fraction_true(
         _normalize_whitespace(answer) == _normalize_whitespace(reference) for answer, reference in zip(answers, references, strict=True)
     )
 
 
 def bleu(answers: Sequence[str], references: Sequence[str]) -> float:
-    """BLEU of the whole sample, 0 to 1; in characters where the references are in a script without spaces."""
+    """BLEU of the whole sample, 0 to 1; over characters where the references are in a script without spaces."""
     from sacrebleu.metrics.bleu import BLEU
 
     scorer = BLEU(tokenize="char" if _is_unspaced(references) else "13a")
@@ -78,37 +84,37 @@ def chrf(answers: Sequence[str], references: Sequence[str]) -> float:
 
 
 def rouge_1(answers: Sequence[str], references: Sequence[str]) -> float:
-    """F of the words in common."""
+    """F1 of the common words."""
     return _rouge("rouge1", answers, references, min_words=1)
 
 
 def rouge_2(answers: Sequence[str], references: Sequence[str]) -> float:
-    """F of the pairs of words in common."""
+    """F1 of the common word pairs."""
     return _rouge("rouge2", answers, references, min_words=2)
 
 
 def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
-    """F of the longest sequence of words in common."""
-    from rapidfuzz.distance import LCSseq  # rouge-score's own takes five seconds for a pair of 4,000 words
+    """F1 of the longest common subsequence of words."""
+    from rapidfuzz.distance import LCSseq  # rouge-score takes five seconds for two texts of 4,000 words
 
     _require_words(1, references)
     split = _UnicodeTokenizer().tokenize
     pairs = [(split(answer), split(reference)) for answer, reference in zip(answers, references, strict=True)]
-    return sum(2 * LCSseq.similarity(said, wanted) / max(len(said) + len(wanted), 1) for said, wanted in pairs) / len(pairs)
+    return sum(2 * LCSseq.similarity(answer, reference) / max(len(answer) + len(reference), 1) for answer, reference in pairs) / len(pairs)
 
 
 def accuracy_labels(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Share of answers that name the right label, whatever their case, and with or without a full stop."""
-    return _fraction_true(answer == wanted for answer, wanted in _label_pairs(answers, references))
+    """Fraction of answers that are the right label, ignoring case and punctuation."""
+    return _fraction_true(answer == reference for answer, reference in _label_pairs(answers, references))
 
 
 def f1_macro(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Mean F1 over the labels that occur among the references. An answer that is none of them is a miss of the right one."""
+    """Mean F1 over the labels among the references. An answer that is no label counts as a miss."""
     pairs = _label_pairs(answers, references)
-    said = Counter(answer for answer, _ in pairs)
-    wanted = Counter(reference for _, reference in pairs)
+    answered = Counter(answer for answer, _ in pairs)
+    expected = Counter(reference for _, reference in pairs)
     right = Counter(reference for answer, reference in pairs if answer == reference)
-    return sum(2 * right[label] / (said[label] + wanted[label]) for label in wanted) / len(wanted)
+    return sum(2 * right[label] / (answered[label] + expected[label]) for label in expected) / len(expected)
 
 
 METRICS: Mapping[str, Metric] = {
@@ -124,7 +130,7 @@ METRICS: Mapping[str, Metric] = {
 
 
 class _UnicodeTokenizer:
-    """Splits as rouge-score does, in every language: its own way knows a to z and 0 to 9 alone, and finds nothing in other scripts."""
+    """Splits text of every script into words; rouge-score's own tokenizer finds only a-z and 0-9."""
 
     def tokenize(self, text: str) -> list[str]:
         import regex
@@ -146,13 +152,13 @@ def _require_words(min_words: int, references: Sequence[str]) -> None:
 
 
 def _label_pairs(answers: Sequence[str], references: Sequence[str]) -> list[tuple[str, str]]:
-    """Answers and references as labels, in pairs. Raises SaysNothing when the references are none."""
+    """Pairs of answer and reference as normalized labels. Raises UndefinedMetric when the references are not labels."""
     labels = {_normalize_label(reference) for reference in references}
     longest = max(len(reference.split()) for reference in references)
     if longest > MAX_LABEL_WORDS:
-        raise UndefinedMetric(f"the references are no labels: one has {longest} words")
+        raise UndefinedMetric(f"the references are not labels: one has {longest} words")
     if len(labels) > MAX_LABELS or len(labels) > len(references) / 2:
-        raise UndefinedMetric(f"the references are no labels: {len(labels)} different ones in {len(references)} rows")
+        raise UndefinedMetric(f"the references are not labels: {len(labels)} different ones in {len(references)} rows")
     return [(_normalize_label(answer), _normalize_label(reference)) for answer, reference in zip(answers, references, strict=True)]
 
 
@@ -171,7 +177,7 @@ def _fraction_true(matches: Iterable[bool]) -> float:
 
 
 def _is_unspaced(references: Sequence[str]) -> bool:
-    """Whether most letters are of a script without spaces."""
+    """Whether most letters belong to scripts without spaces."""
     import regex
 
     letters = regex.findall(r"\p{L}", "".join(references))

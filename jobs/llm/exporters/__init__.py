@@ -1,21 +1,21 @@
-"""Turns a trained model into what the job hands back: adapter, merged model, GGUF files; verified, then published.
+"""Turns a trained model into the artifacts that the job publishes: adapter, merged model, GGUF and ONNX files, each verified.
 
-Here belongs one file per kind of artifact, and what they share: the bench. Here belongs nothing that trains, and nothing
-that knows a store (`jobs/runtime/artifacts.py`) or llama.cpp's interface (`jobs/llm/llama_cpp/`).
+This folder has one file per kind of artifact, and what they share. Code that trains does not belong here, nor code that knows
+the object store (`jobs/runtime/artifacts.py`) or llama.cpp's interface (`jobs/llm/llama_cpp/`).
 
-    bench.py      what the exporters of one attempt share: the whole model, made once, and how it speaks
-    folders.py    which files of a model folder are worth handing back, and what must be mended in them
-    merge.py      adapter + base -> a whole model, checked against the two
-    streaming.py  the sum itself, tensor by tensor
-    speech.py     the passages on which models are compared, and a model's log probabilities on them
-    examiner.py   hears a GGUF file out, and decides whether it may go out
-    howto.py      how to run a GGUF file: Ollama's Modelfile, llama.cpp's command line
+    workspace.py     what the exporters of one attempt share: a folder, the merged model, the tokenizer
+    model_files.py   the files of a model folder: which are published, and which are corrected
+    merge.py         adapter + base -> merged model, verified against the two
+    tensor_merge.py  the merge itself, tensor by tensor
+    log_probs.py     the passages on which models are compared, and a model's log probabilities on them
+    verify.py        runs a GGUF file, measures its fidelity, and accepts or rejects it
+    staging.py, imatrix.py, mmproj.py  steps of the GGUF exporters
+    usage.py         how to run a GGUF file: Ollama's Modelfile, llama.cpp's command line
     adapter.py, merged.py, onnx.py, gguf.py, lora_gguf.py  the exporters
 """
 
-from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from jobs.llm.llama_cpp import LLAMA_CPP_FOLDER, find_program
@@ -24,16 +24,13 @@ from schema.job import ArtifactKind
 from schema.training import TrainingConfig
 
 if TYPE_CHECKING:
-    from jobs.llm.exporters.workspace import ExportWorkspace
     from jobs.llm.trained_model import TrainedModel
-    from jobs.runtime.artifacts import ExportedArtifact
     from jobs.runtime.context import JobContext
+    from jobs.runtime.family import FinalizeArtifacts
     from schema.job import Artifact
+    from schema.provenance import RunRecord
 
-    Exporter = Callable[[ExportWorkspace], tuple[ExportedArtifact, ...]]
-    FinalizeArtifacts = Callable[[Sequence[ExportedArtifact], Sequence[Artifact]], tuple[Artifact, ...]]
-
-# One line adds an exporter: kind -> "module:function", called with a Bench, answering finished and verified products.
+# One line adds an exporter: kind -> "module:function". The function takes an ExportWorkspace and returns verified artifacts.
 EXPORTERS: dict[ArtifactKind, str] = {
     "adapter": "jobs.llm.exporters.adapter:export",
     "merged": "jobs.llm.exporters.merged:export",
@@ -44,48 +41,46 @@ EXPORTERS: dict[ArtifactKind, str] = {
 
 
 def export_all(trained: "TrainedModel", context: "JobContext", finalize: "FinalizeArtifacts | None" = None) -> "tuple[Artifact, ...]":
-    """Make, verify and upload everything that the job asked for. Raises JobFailed `export_failed`, `upload_failed`.
+    """Make, verify and upload every requested artifact. Raises JobFailed `export_failed`, `upload_failed`, and Stopped.
 
-    Nothing is uploaded before everything is verified, and nothing is visible before the service has taken the result. `seal` is given
-    the products while their files are still here, and what they became.
+    The upload starts when every artifact is verified, and nothing is visible before the service accepts the result. `finalize`
+    takes the exported artifacts, whose files still exist, the uploaded ones, and a function that renders the model card; it returns
+    the artifacts of the result.
     """
     from jobs.llm.exporters.workspace import ExportWorkspace
-    from jobs.runtime.artifacts import ArtifactUploader
+    from jobs.llm.model_card import model_card, read_license
+    from jobs.runtime.artifacts import upload_artifacts
+
+    def render_model_card(record: "RunRecord", repo_id: str) -> str:
+        return model_card(record, repo_id, read_license(trained.base_folder))
 
     check_exportable(context.spec.training_config)
-    publisher = ArtifactUploader(context.stores.models, context.spec.job_id, context.attempt)
-    bench = ExportWorkspace(trained, context)
+    workspace = ExportWorkspace(trained, context)
     try:
-        products = [product for kind in list_requested_kinds(context.spec.training_config) for product in _load_exporter(kind)(bench)]
-        products += bench.usage_artifacts()
-        context.enter_phase("uploading")
-        publisher.delete_previous_attempts()
-        artifacts: list[Artifact] = []
-        for product in products:
-            context.check_stop()
-            artifacts.append(publisher.upload(product))
-            context.log_artifact(artifacts[-1])
-        context.check_stop()
-        return finalize(products, artifacts) if finalize else tuple(artifacts)
+        exporters = [resolve_name(EXPORTERS[kind]) for kind in list_requested_kinds(context.spec.training_config)]
+        exported = [artifact for export in exporters for artifact in export(workspace)]
+        exported += workspace.usage_artifacts()
+        artifacts = upload_artifacts(exported, context)
+        return finalize(exported, artifacts, render_model_card) if finalize else artifacts
     finally:
-        bench.clear()
+        workspace.clear()
 
 
 def list_requested_kinds(training_config: TrainingConfig) -> tuple[ArtifactKind, ...]:
-    """What a training config asks for."""
+    """The artifact kinds that a training config requests, in the order in which they are made."""
     export = training_config.export_config
-    wanted: list[ArtifactKind] = list(training_config.export_formats)
+    kinds: list[ArtifactKind] = list(training_config.export_formats)
     if export.include_gguf:
-        wanted.append("gguf")
+        kinds.append("gguf")
     if export.include_lora_gguf:
-        wanted.append("lora_gguf")
-    return tuple(wanted)
+        kinds.append("lora_gguf")
+    return tuple(kinds)
 
 
 def check_exportable(training_config: TrainingConfig, base_folder: Path | None = None, llama_cpp_folder: Path = LLAMA_CPP_FOLDER) -> None:
-    """Raises JobFailed for an export that cannot be made here, whatever is trained: to be asked before the training.
+    """Raise JobFailed for an export that is impossible in this environment. Called before training.
 
-    `base` is the base's folder, once there is one: some exports are for small models. `programs` is where llama.cpp's are.
+    `base_folder` is given once the base is downloaded: some exports have a size limit.
     """
     if base_folder is not None and "onnx" in training_config.export_formats:
         from jobs.llm.exporters.onnx import check_model_size
@@ -93,10 +88,5 @@ def check_exportable(training_config: TrainingConfig, base_folder: Path | None =
         check_model_size(base_folder)
     export = training_config.export_config
     if export.gguf_imatrix and find_program("llama-imatrix", llama_cpp_folder) is None:
-        hint = "leave gguf_imatrix out, or run infra/llama_cpp.sh with the trainer's python"
-        raise JobFailed("invalid_config", "gguf_imatrix needs llama.cpp's llama-imatrix, which is not installed here", hint)
-
-
-def _load_exporter(kind: ArtifactKind) -> "Exporter":
-    module, _, function = EXPORTERS[kind].partition(":")
-    return getattr(import_module(module), function)
+        hint = "leave gguf_imatrix out, or install the program with infra/llama_cpp.sh and the trainer's python"
+        raise JobFailed("invalid_config", "gguf_imatrix needs llama.cpp's llama-imatrix, which is not installed", hint)

@@ -1,4 +1,4 @@
-"""The LoRA adapter alone: its weights, its settings and the tokenizer it was trained with."""
+"""Exports the LoRA adapter: its weights, its config and the tokenizer that it was trained with."""
 
 import json
 from pathlib import Path
@@ -17,14 +17,14 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 
 
 def export(workspace: "ExportWorkspace") -> tuple[ExportedArtifact, ...]:
-    """The adapter's folder, without what its trainer left beside it."""
+    """The adapter's folder without the trainer's own files. Raises JobFailed `export_failed` for weights that are not finite."""
     workspace.context.enter_phase("verifying")
     source, folder = workspace.trained.folder, workspace.path("adapter")
     _check_finite(source / ADAPTER_WEIGHTS_FILE)
     copy_files(source, folder, [ADAPTER_WEIGHTS_FILE, *PROCESSOR_FILES])
     copy_tokenizer(source, folder)
     copy_license(workspace.trained.base_folder, folder)
-    # The trainer read the base from a folder of its own; whoever loads the adapter has the Hub.
+    # The config names the trainer's local folder; the published adapter must name the model on the Hub.
     settings = json.loads((source / ADAPTER_CONFIG_FILE).read_text())
     base_model_id = workspace.context.spec.training_config.base_model_id
     write_json(folder / ADAPTER_CONFIG_FILE, settings | {"base_model_name_or_path": base_model_id})
@@ -36,6 +36,6 @@ def _check_finite(weights: Path) -> None:
     from safetensors import safe_open
 
     with safe_open(weights, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118  # no dict
+        for name in tensors.keys():  # noqa: SIM118  # not a dict
             if not torch.isfinite(tensors.get_tensor(name)).all():
-                raise JobFailed("export_failed", f"the adapter's weights are not finite numbers, {name} for one", DIVERGED_HINT)
+                raise JobFailed("export_failed", f"the adapter's weights are not finite, {name} among them", DIVERGED_HINT)

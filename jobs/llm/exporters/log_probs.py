@@ -1,4 +1,4 @@
-"""How a model speaks: its next-token probabilities on held-out passages, computed once and kept in a file."""
+"""The passages on which models are compared, and a model's next-token log probabilities on them, computed once and stored in a file."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
     from jobs.llm.trained_model import HeldOutExample
 
-# Time and memory: with Gemma's vocabulary of 262,144 a position is 1 MB of numbers and 0.3 GFLOP of head.
+# Limits of time and memory: with Gemma's vocabulary of 262,144, a position takes 1 MB of float32 and 0.3 GFLOP in the head.
 MAX_PASSAGES = 8
 MAX_PASSAGE_TOKENS = 256  # of one passage
-MAX_POSITIONS = 256  # compared, of all passages together
+MAX_POSITIONS = 256  # compared positions, over all passages
 
-# A job without held-out rows is verified on these: prose, code, names and figures.
+# A job without held-out rows is verified on these: prose, code, names and numbers.
 FALLBACK_TEXTS = (
     "The quick brown fox jumps over the lazy dog, and the dog does not mind. It is a warm day, and nothing else happens until the evening.",
     "def mean(values: list[float]) -> float:\n    return sum(values) / len(values)\n\n\nprint(mean([1.0, 2.5, 4.0]))\n",
@@ -30,27 +30,27 @@ FALLBACK_PROMPT = "Once upon a time"
 
 
 def make_passages(examples: "Sequence[HeldOutExample]", tokenizer: "PreTrainedTokenizerBase") -> tuple[Passage, ...]:
-    """What the models are asked to read: the ends of held-out rows, where the answers are, within the limits above."""
-    held_out = [_make_passage(probe) for probe in examples if probe.input_ids]
+    """The passages that every model reads: held-out rows cut around the start of the answer, or the fallback texts."""
+    held_out = [_make_passage(example) for example in examples if example.input_ids]
     fallback = [Passage(ids=tuple(tokenizer.encode(text)), compared_tokens=0) for text in FALLBACK_TEXTS] if not held_out else []
     passages = (held_out or fallback)[:MAX_PASSAGES]
-    share = MAX_POSITIONS // len(passages)
-    return tuple(passage.model_copy(update={"compared_tokens": min(share, len(passage.ids))}) for passage in passages)
+    positions = MAX_POSITIONS // len(passages)
+    return tuple(passage.model_copy(update={"compared_tokens": min(positions, len(passage.ids))}) for passage in passages)
 
 
 def select_sample_prompt(examples: "Sequence[HeldOutExample]", tokenizer: "PreTrainedTokenizerBase") -> tuple[str, tuple[int, ...]]:
-    """A prompt to be continued, as text and as ids: the shortest of the held-out ones."""
-    prompts = [probe for probe in examples if probe.prompt_tokens]
+    """The shortest held-out prompt, for a sample generation, as text and as token ids."""
+    prompts = [example for example in examples if example.prompt_tokens]
     if not prompts:
         return FALLBACK_PROMPT, tuple(tokenizer.encode(FALLBACK_PROMPT))
-    shortest = min(prompts, key=lambda probe: probe.prompt_tokens)
+    shortest = min(prompts, key=lambda example: example.prompt_tokens)
     return shortest.prompt_text, _truncate(shortest.input_ids[: shortest.prompt_tokens], shortest.prompt_tokens)
 
 
 def load_model(
     folder: Path, dtype: "torch.dtype", device: str, kind: ModelKind = "causal", num_labels: int | None = None
 ) -> "torch.nn.Module":
-    """A model from a folder on this machine, for reading only; `labels` is the number of scores, where the folder does not tell."""
+    """Load a model from a local folder for inference; `num_labels` is a reward model's number of scores, where the config lacks it."""
     import transformers
 
     options = {} if num_labels is None else {"num_labels": num_labels}
@@ -59,55 +59,55 @@ def load_model(
 
 
 def write_log_probs(model: "torch.nn.Module", passages: Sequence[Passage], path: Path) -> Path:
-    """Let a model read the passages, and keep its log probabilities at the compared positions as rows of a .npy file.
+    """Write a model's log probabilities at the compared positions to a .npy file (positions, vocabulary), float32; returns `path`.
 
-    Raises FloatingPointError when some are not finite.
+    Raises FloatingPointError when logits are not finite.
     """
     import numpy as np
 
-    positions, kept = 0, None
+    positions, rows = 0, None
     for logits in _iter_logits(model, passages):
         if not np.isfinite(logits).all():
             raise FloatingPointError("logits are not finite")
-        if kept is None:
+        if rows is None:
             shape = (sum(passage.compared_tokens for passage in passages), logits.shape[-1])
-            kept = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-        kept[positions : positions + len(logits)] = log_softmax(logits)
+            rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        rows[positions : positions + len(logits)] = log_softmax(logits)
         positions += len(logits)
     return path
 
 
 def load_log_probs(path: Path) -> "NDArray[np.float32]":
-    """What was kept, one row per position, read from the file as it is needed."""
+    """The stored log probabilities (positions, vocabulary), memory-mapped."""
     import numpy as np
 
     return np.load(path, mmap_mode="r")
 
 
 def compute_scores(model: "torch.nn.Module", passages: Sequence[Passage]) -> list[float]:
-    """What a reward model gives for each passage."""
+    """A reward model's score for each passage."""
     import torch
 
     device = next(model.parameters()).device
     with torch.inference_mode():
-        read = [model(input_ids=torch.tensor([passage.ids], device=device), use_cache=False) for passage in passages]
-    return [float(score) for answer in read for score in answer.logits.flatten()]
+        outputs = [model(input_ids=torch.tensor([passage.ids], device=device), use_cache=False) for passage in passages]
+    return [float(score) for output in outputs for score in output.logits.flatten()]
 
 
 def _make_passage(example: "HeldOutExample") -> Passage:
     start = _find_truncation_start(len(example.input_ids), example.prompt_tokens)
-    ids = _truncate(example.input_ids, example.prompt_tokens)
-    return Passage(ids=ids, compared_tokens=0, answer_start=max(1, example.prompt_tokens - (start - 1 if start else 0)))
+    answer_start = max(1, example.prompt_tokens - (start - 1 if start else 0))
+    return Passage(ids=_truncate(example.input_ids, example.prompt_tokens), compared_tokens=0, answer_start=answer_start)
 
 
 def _truncate(ids: tuple[int, ...], prompt_tokens: int) -> tuple[int, ...]:
-    """At most MOST_TOKENS: the first one, which Gemma cannot do without, and those on both sides of the answer's start."""
+    """At most MAX_PASSAGE_TOKENS: the first token, which Gemma requires, and those on both sides of the answer's start."""
     start = _find_truncation_start(len(ids), prompt_tokens)
     return ids[:1] + ids[start : start + MAX_PASSAGE_TOKENS - 1] if start else ids
 
 
 def _find_truncation_start(length: int, prompt_tokens: int) -> int:
-    """Where what follows the first token begins; 0 where nothing is cut."""
+    """The index of the first token kept after the initial one; 0 where nothing is cut."""
     if length <= MAX_PASSAGE_TOKENS:
         return 0
     return min(max(1, prompt_tokens - MAX_PASSAGE_TOKENS // 2), length - MAX_PASSAGE_TOKENS + 1)

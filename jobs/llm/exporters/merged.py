@@ -1,4 +1,4 @@
-"""The whole model as a Hugging Face folder: safetensors, tokenizer, chat template, generation settings."""
+"""Exports the merged model as a Hugging Face folder: safetensors, tokenizer, chat template, generation settings."""
 
 from typing import TYPE_CHECKING
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 def export(workspace: "ExportWorkspace") -> tuple[ExportedArtifact, ...]:
-    """The folder of the whole model; with how near it is to base and adapter, when it was merged from these."""
-    whole = workspace.merged_model
-    found = whole.reference_log_probs and whole.reference_log_probs.comparison
-    fidelity = make_fidelity(found) if found else None
+    """The merged model's folder; with its fidelity to the trained model where it was merged or rounded."""
+    model = workspace.merged_model
+    comparison = model.reference_log_probs and model.reference_log_probs.comparison
+    fidelity = make_fidelity(comparison) if comparison else None
     if fidelity is not None:
-        write_json(whole.folder / FIDELITY_FILE, {"merged": fidelity.model_dump(mode="json")})
-    return (ExportedArtifact(name="merged", kind="merged", path=whole.folder, key=workspace.key("merged"), fidelity=fidelity),)
+        write_json(model.folder / FIDELITY_FILE, {"merged": fidelity.model_dump(mode="json")})
+    return (ExportedArtifact(name="merged", kind="merged", path=model.folder, key=workspace.key("merged"), fidelity=fidelity),)

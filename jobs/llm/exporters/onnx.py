@@ -1,11 +1,9 @@
-"""The whole model for ONNX Runtime: one graph from token ids to logits, in float32, heard through ONNX Runtime before it goes out.
+"""Exports the model for ONNX Runtime: one graph from token ids to logits, in float32, verified with ONNX Runtime.
 
-Made by transformers' own exporter, for small models: tracing one takes five times its weights in memory, and minutes. The graph reads a
-whole sequence at once and keeps nothing between two calls: for scoring texts and for short answers, not for long ones.
+transformers' own exporter makes it, for small models: tracing takes five times the weights in memory, and minutes. The graph reads a
+whole sequence and has no key-value cache: it suits scoring and short answers, not long generations.
 """
 
-import json
-import sys
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,61 +17,56 @@ from jobs.llm.exporters.model_files import (
     list_weight_files,
     write_json,
 )
+from jobs.llm.exporters.onnx_process import OnnxEvalRequest
 from jobs.llm.exporters.tensor_merge import read_header
 from jobs.llm.exporters.verify import MAX_LOSSLESS_KL_NATS, MIN_LOSSLESS_AGREEMENT, is_within_tolerance, make_fidelity
 from jobs.llm.llama_cpp.fidelity import Comparison
-from jobs.llm.llama_cpp.runner import SubprocessFailed, run_program
 from jobs.runtime.artifacts import ExportedArtifact
 from jobs.runtime.errors import JobFailed
+from jobs.runtime.subprocesses import SubprocessFailed, exchange_json, run_module
 
 if TYPE_CHECKING:
-    from jobs.llm.exporters.merge import ReferenceLogProbs
     from jobs.llm.exporters.workspace import ExportWorkspace
 
-MAX_PARAMETERS = 1_500_000_000  # 6 GB of float32, and 30 while it is traced
+MAX_PARAMETERS = 1_500_000_000  # 6 GB of float32, and 30 GB during tracing
 OTHER_FORMATS_HINT = "use export format merged, or include_gguf"
 ONNX_MODULE = "jobs.llm.exporters.onnx_process"
 
 
 def check_model_size(base_folder: Path) -> None:
-    """Raises JobFailed for a base that is too large to be traced: to be asked before the training."""
+    """Raise JobFailed for a base that is too large to trace. Called before training."""
     parameters = sum(prod(tensor.shape) for name in list_weight_files(base_folder) for tensor in read_header(base_folder / name))
     if parameters > MAX_PARAMETERS:
-        limit = f"export format onnx is for models of up to {MAX_PARAMETERS / 1e9:g} billion parameters"
+        limit = f"export format onnx supports models of up to {MAX_PARAMETERS / 1e9:g} billion parameters"
         raise JobFailed("invalid_config", f"{limit}, and this one has {parameters / 1e9:.1f}", OTHER_FORMATS_HINT)
 
 
 def export(workspace: "ExportWorkspace") -> tuple[ExportedArtifact, ...]:
     """The folder of the graph, its weights and the tokenizer. Raises JobFailed `export_failed`."""
     check_model_size(workspace.trained.base_folder)
-    whole, folder = workspace.merged_model, workspace.path("onnx")
-    if workspace.model_kind != "causal" or whole.reference_log_probs is None:
-        raise JobFailed("invalid_config", "export format onnx is for models of text that speak", OTHER_FORMATS_HINT)
+    model, folder = workspace.merged_model, workspace.path("onnx")
+    if workspace.model_kind != "causal" or model.reference_log_probs is None:
+        raise JobFailed("invalid_config", "export format onnx supports only models that generate text from text", OTHER_FORMATS_HINT)
     workspace.context.enter_phase("converting")
     try:
-        run_program("onnx", [sys.executable, "-m", ONNX_MODULE, "export", str(whole.folder), str(folder)])
+        run_module("onnx", ONNX_MODULE, "export", model.folder, folder)
         workspace.context.enter_phase("verifying")
-        found = _evaluate_graph(workspace, folder, whole.reference_log_probs)
+        request = OnnxEvalRequest(graph_folder=str(folder), **model.reference_log_probs.request_fields())
+        comparison = exchange_json("onnx", ONNX_MODULE, request, Comparison, workspace.folder, ["evaluate"])
     except SubprocessFailed as error:
-        raise JobFailed("export_failed", f"no ONNX file could be made: {error}", "the log of the attempt has all that it said") from error
-    if not is_within_tolerance(found):
+        raise JobFailed(
+            "export_failed", f"the ONNX graph could not be made: {error}", "the attempt's log has the program's output"
+        ) from error
+    if not is_within_tolerance(comparison):
         message = (
-            f"the ONNX file does not speak like the trained model: they agree on {found.argmax_agreement:.1%} of {found.positions} tokens "
-            f"(at least {MIN_LOSSLESS_AGREEMENT:.0%}), mean KL {found.mean_kl_to_trained:.4f} nats (at most {MAX_LOSSLESS_KL_NATS})"
+            f"the ONNX graph's predictions differ from the trained model's: they agree on {comparison.argmax_agreement:.1%} of "
+            f"{comparison.positions} tokens "
+            f"(at least {MIN_LOSSLESS_AGREEMENT:.0%}), mean KL {comparison.mean_kl_to_trained:.4f} nats (at most {MAX_LOSSLESS_KL_NATS})"
         )
         raise JobFailed("export_failed", message, OTHER_FORMATS_HINT)
-    copy_files(whole.folder, folder, CONFIG_FILES)
-    copy_tokenizer(whole.folder, folder)
-    copy_license(whole.folder, folder)
-    fidelity = make_fidelity(found)
+    copy_files(model.folder, folder, CONFIG_FILES)
+    copy_tokenizer(model.folder, folder)
+    copy_license(model.folder, folder)
+    fidelity = make_fidelity(comparison)
     write_json(folder / FIDELITY_FILE, {"onnx": fidelity.model_dump(mode="json")})
     return (ExportedArtifact(name="onnx", kind="onnx", path=folder, key=workspace.key("onnx"), fidelity=fidelity),)
-
-
-def _evaluate_graph(workspace: "ExportWorkspace", folder: Path, reference: "ReferenceLogProbs") -> Comparison:
-    asked, answered = workspace.path("onnx-request.json"), workspace.path("onnx-response.json")
-    base = str(reference.base_log_probs) if reference.base_log_probs else None
-    passages = [passage.model_dump() for passage in reference.passages]
-    asked.write_text(json.dumps({"passages": passages, "trained_log_probs": str(reference.log_probs), "base_log_probs": base}))
-    run_program("onnx", [sys.executable, "-m", ONNX_MODULE, "evaluate", str(folder), str(asked), str(answered)])
-    return Comparison.load(answered.read_bytes())

@@ -1,45 +1,47 @@
-"""`python -m jobs.llm.exporters.onnx_process write MODEL TARGET`, and `… hear TARGET QUESTION ANSWER`: in processes of their own, for what
-they take in memory, and because native code may crash. Each exits 0 only when it has written what it was asked for.
+"""`python -m jobs.llm.exporters.onnx_process export MODEL TARGET`, and `… evaluate REQUEST RESPONSE`.
+
+Each runs in a child process, which frees its memory at the end and may crash in native code. Exit code 0 means that the output is written.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.llm.llama_cpp.fidelity import Passage, compare, list_targets
+from jobs.llm.llama_cpp.fidelity import ComparisonRequest, Passage, compare_with_files
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 GRAPH_FILE = "model.onnx"
-TRACE_SHAPE = (2, 8)  # rows and tokens of what the graph is traced with; both may be others afterwards
+TRACE_SHAPE = (2, 8)  # rows and tokens of the input for tracing; both are dynamic in the graph
+
+
+class OnnxEvalRequest(ComparisonRequest):
+    """The graph to evaluate, and what to compare it with."""
+
+    graph_folder: str
 
 
 def export_onnx(model: Path, target: Path) -> None:
-    """Trace a model folder into a graph with its weights beside it."""
+    """Trace the model in a folder into a graph with its weights in a second file."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.exporters import OnnxConfig, OnnxExporter
 
-    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, local_files_only=True).eval()
-    whole.config.use_cache = False
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, local_files_only=True).eval()
+    loaded.config.use_cache = False
     ids = torch.arange(TRACE_SHAPE[0] * TRACE_SHAPE[1]).reshape(TRACE_SHAPE)
     sample: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    OnnxExporter().export(whole, sample, OnnxConfig(dynamic=True)).save_pretrained(target)
+    OnnxExporter().export(loaded, sample, OnnxConfig(dynamic=True)).save_pretrained(target)
 
 
-def evaluate_onnx(folder: Path, request_path: Path, response_path: Path) -> None:
-    """Let ONNX Runtime read the passages, and compare what it says with what the trained model said."""
-    import numpy as np
-
-    asked: dict[str, Any] = json.loads(request_path.read_text())
-    passages = [Passage.model_validate(passage) for passage in asked["passages"]]
-    trained = np.load(asked["trained_log_probs"], mmap_mode="r")
-    base = np.load(asked["base_log_probs"], mmap_mode="r") if asked["base_log_probs"] else None
-    response_path.write_text(compare(_iter_logits(folder / GRAPH_FILE, passages), trained, base, list_targets(passages)).model_dump_json())
+def evaluate_onnx(request_path: Path, response_path: Path) -> None:
+    """Run the graph on the passages and compare its logits with the trained model's log probabilities."""
+    request = OnnxEvalRequest.load(request_path.read_bytes())
+    rows = _iter_logits(Path(request.graph_folder) / GRAPH_FILE, request.passages)
+    response_path.write_text(compare_with_files(rows, request).model_dump_json())
 
 
 def _iter_logits(graph: Path, passages: list[Passage]) -> "Iterator[NDArray[np.float32]]":

@@ -1,8 +1,8 @@
-"""Adds an adapter to its base tensor by tensor: never more than one tensor of the model in memory.
+"""Merges an adapter into its base tensor by tensor, with at most one tensor of the model in memory.
 
-The arithmetic is peft's own. Its layers stand around a skeleton of the base that has no weights (`changes_of`); each tensor of the
-base's files is read, put into the one layer that changes it, merged there in float32, written and forgotten (`stream`). What no
-layer changes is copied as it lies in the file. The result is bit by bit what peft makes of the whole model at once.
+peft does the arithmetic. `load_adapter_delta` puts peft's layers around a base model without weights; `merge_tensors` reads each
+tensor of the base's files, puts it into the layer that changes it, merges it there in float32 and writes it. Other tensors are copied
+as they are. The result is bit-identical to peft merging the whole model at once.
 """
 
 import json
@@ -25,25 +25,25 @@ AUTO_CLASSES: dict[ModelKind, str] = {
     "image_text": "AutoModelForImageTextToText",
 }
 
-CHUNK_BYTES = 16 << 20  # of what is copied or rounded in one go
-ADAPTER_NAME = "default"  # peft's name for the only one
+CHUNK_BYTES = 16 << 20  # copied or rounded at a time
+ADAPTER_NAME = "default"  # peft's name for a single adapter
 
 
 class MergeError(Exception):
-    """The adapter cannot be added to the files of its base; the message says why."""
+    """The adapter cannot be merged into the base's files; the message says why."""
 
 
 class NotFinite(Exception):
-    """A tensor holds what is no number; the message names it."""
+    """A tensor holds NaN or infinity; the message is its name."""
 
 
 class DtypeOverflow(Exception):
-    """A tensor holds numbers that the wanted precision does not have; the message names it."""
+    """A tensor holds numbers too large for the target dtype; the message is its name."""
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """A tensor in a file: `kind` is safetensors' word for its type, such as BF16, and `start` counts from the file's beginning."""
+    """A tensor in a safetensors file: `dtype` in safetensors' names, such as BF16; `offset` in bytes from the start of the file."""
 
     name: str
     dtype: str
@@ -54,7 +54,7 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class RowUpdate:
-    """Some rows of a matrix, anew: the embeddings of a few tokens."""
+    """New values for some rows of a matrix: the embeddings of a few tokens."""
 
     indices: tuple[int, ...]
     values: "torch.Tensor"  # (len(indices), width)
@@ -62,17 +62,16 @@ class RowUpdate:
 
 @dataclass(frozen=True)
 class AdapterDelta:
-    """What training did to the tensors of a base, by the names that these have in its files."""
+    """What training changed in the base's tensors, by their names in its files."""
 
-    merge_functions: "Mapping[str, Callable[[torch.Tensor], torch.Tensor]]" = field(
-        default_factory=dict
-    )  # from the base's tensor, in float32
+    # Each takes the base's tensor in float32 and returns the merged one.
+    merge_functions: "Mapping[str, Callable[[torch.Tensor], torch.Tensor]]" = field(default_factory=dict)
     row_updates: Mapping[str, RowUpdate] = field(default_factory=dict)
-    replacements: "Mapping[str, torch.Tensor]" = field(default_factory=dict)  # also tensors that the base does not have
+    replacements: "Mapping[str, torch.Tensor]" = field(default_factory=dict)  # may include tensors that the base does not have
 
     @property
     def changed_names(self) -> set[str]:
-        """Every tensor that changes."""
+        """The names of all tensors that change."""
         return {*self.merge_functions, *self.row_updates, *self.replacements}
 
 
@@ -81,20 +80,20 @@ NO_CHANGES = AdapterDelta()
 
 @dataclass(frozen=True)
 class FileWritePlan:
-    """How one file is written."""
+    """How to write one file."""
 
     dtype: "torch.dtype"
     delta: AdapterDelta
     rename_tensor: Callable[[str], str]
-    added_names: Sequence[str]  # of what is replaced, that which the base does not have: written last
+    added_names: Sequence[str]  # replacements that the base does not have, written last
 
 
 def merge_tensors(
     base: Path, target: Path, dtype: "torch.dtype", delta: AdapterDelta = NO_CHANGES, rename_tensor: Callable[[str], str] = str
 ) -> None:
-    """Write the weights of a folder into another folder, changed on the way and in the given precision; file by file.
+    """Write a folder's weights to another folder, file by file, with the delta applied and in the given dtype.
 
-    They keep their names, unless `naming` gives them others. Raises NotFinite, TooLarge, Unmergeable.
+    `rename_tensor` maps each name to the written one. Raises NotFinite, DtypeOverflow, MergeError.
     """
     target.mkdir(parents=True, exist_ok=True)
     files = {name: read_header(base / name) for name in list_weight_files(base)}
@@ -113,12 +112,12 @@ def merge_tensors(
 
 
 def load_adapter_delta(base: Path, adapter: Path, kind: ModelKind) -> "tuple[AdapterDelta, PreTrainedModel]":
-    """What a peft adapter does to its base, and the base's model without weights, shaped as the adapter needs it. Raises Unmergeable."""
+    """A peft adapter's changes to its base, and the base model without weights, with the adapter's head. Raises MergeError."""
     from peft import PeftConfig, PeftModel
 
     settings = PeftConfig.from_pretrained(str(adapter))
     if getattr(settings, "bias", "none") != "none" or getattr(settings, "lora_bias", False):
-        raise MergeError("the adapter trains biases, which no merge here knows")
+        raise MergeError("the adapter trains biases, which the merge does not support")
     model = meta_model(base, kind, read_num_labels(adapter))
     names = map_to_checkpoint_names(model, [tensor.name for name in list_weight_files(base) for tensor in read_header(base / name)])
     adapted = PeftModel.from_pretrained(model, str(adapter), ADAPTER_NAME, low_cpu_mem_usage=True, torch_device="cpu").eval()
@@ -126,9 +125,9 @@ def load_adapter_delta(base: Path, adapter: Path, kind: ModelKind) -> "tuple[Ada
 
 
 def meta_model(base: Path, kind: ModelKind, num_labels: int | None = None) -> "PreTrainedModel":
-    """The base's model with every layer in place, and with one zero for all the numbers of a weight.
+    """The base's model with every layer, and each weight a single zero expanded to its shape.
 
-    On the meta device, where such a model is built, peft would move the adapter as well and lose it.
+    The weights cannot stay on the meta device: peft would move the adapter there too and lose its values.
     """
     import torch
     import transformers
@@ -144,7 +143,7 @@ def meta_model(base: Path, kind: ModelKind, num_labels: int | None = None) -> "P
 
 
 def read_num_labels(adapter: Path) -> int | None:
-    """How many scores a reward model's adapter gives; None for a model that speaks."""
+    """The number of scores of a reward model's adapter; None for an adapter without a score head."""
     heads = [
         tensor for name in list_weight_files(adapter) for tensor in read_header(adapter / name) if tensor.name.endswith("score.weight")
     ]
@@ -152,7 +151,7 @@ def read_num_labels(adapter: Path) -> int | None:
 
 
 def map_to_checkpoint_names(model: "PreTrainedModel", checkpoint_names: Sequence[str]) -> dict[str, str]:
-    """The name of each parameter -> the name it has in a checkpoint's files: transformers renames some while it loads them."""
+    """Maps each parameter's name to its name in the checkpoint's files: transformers renames some while loading."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -162,25 +161,19 @@ def map_to_checkpoint_names(model: "PreTrainedModel", checkpoint_names: Sequence
 
 
 def read_header(path: Path) -> list[TensorHeader]:
-    """What a safetensors file holds, in the order in which it lies there: eight bytes of length, JSON, then the bytes of the tensors."""
+    """The tensors of a safetensors file, in file order. The file is eight bytes of length, a JSON header, then the tensors' bytes."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        listed: dict[str, Any] = json.loads(file.read(length))  # Any: JSON
-    found = [
-        TensorHeader(
-            name,
-            told["dtype"],
-            tuple(told["shape"]),
-            8 + length + told["data_offsets"][0],
-            told["data_offsets"][1] - told["data_offsets"][0],
-        )
-        for name, told in listed.items()
-        if name != "__metadata__"
-    ]
-    return sorted(found, key=lambda tensor: tensor.offset)
+        header: dict[str, Any] = json.loads(file.read(length))  # Any: JSON
+    header.pop("__metadata__", None)
+    tensors: list[TensorHeader] = []
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        tensors.append(TensorHeader(name, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin))
+    return sorted(tensors, key=lambda tensor: tensor.offset)
 
 
-# --- what peft's layers do ---
+# --- the changes of peft's layers ---
 
 
 def _collect_delta(model: "PreTrainedModel", names: Mapping[str, str]) -> AdapterDelta:
@@ -196,36 +189,34 @@ def _collect_delta(model: "PreTrainedModel", names: Mapping[str, str]) -> Adapte
             merged[names.get(weight, weight)] = _make_merge_function(layer)
         elif isinstance(layer, TrainableTokensWrapper):
             if layer.token_adapter.tied_adapter is None or weight in names:
-                rows[names.get(weight, weight)] = _make_row_update(layer.token_adapter)
+                adapter = layer.token_adapter
+                indices, values = tuple(adapter.token_indices[ADAPTER_NAME]), adapter.trainable_tokens_delta[ADAPTER_NAME].detach()
+                rows[names.get(weight, weight)] = RowUpdate(indices, values)
         elif isinstance(layer, ModulesToSaveWrapper):
             own = layer.modules_to_save[ADAPTER_NAME].state_dict()
             replaced |= {names.get(f"{name}.{part}", f"{name}.{part}"): tensor for part, tensor in own.items()}
     return AdapterDelta(merged, rows, replaced)
 
 
-def _make_merge_function(layer: Any) -> "Callable[[torch.Tensor], torch.Tensor]":  # one of peft's kinds of layer
+def _make_merge_function(layer: Any) -> "Callable[[torch.Tensor], torch.Tensor]":  # any LoRA layer of peft
     import torch
 
     def merge(weight: "torch.Tensor") -> "torch.Tensor":
         base = layer.get_base_layer()
         empty = base.weight
         base.weight = torch.nn.Parameter(weight, requires_grad=False)
-        layer.merge()  # not safe_merge, which looks for what is no number in a copy: that is done where it is written
+        layer.merge()  # not safe_merge, which copies the weight to check for NaN: _write_rounded checks
         merged, base.weight = base.weight.data, empty
         return merged
 
     return merge
 
 
-def _make_row_update(layer: Any) -> RowUpdate:  # peft's TrainableTokensLayer
-    return RowUpdate(tuple(layer.token_indices[ADAPTER_NAME]), layer.trainable_tokens_delta[ADAPTER_NAME].detach())
-
-
-# --- the files ---
+# --- writing files ---
 
 
 def _write_file(source: Path, tensors: Sequence[TensorHeader], target: Path, plan: FileWritePlan) -> dict[str, int]:
-    """Write one file; returns the bytes of each tensor in it."""
+    """Write one file; returns the size of each tensor in bytes."""
     replaced = plan.delta.replacements
     planned = [_plan_tensor(tensor, plan) for tensor in tensors]
     planned += [(plan.rename_tensor(name), _dtype_name(plan.dtype), tuple(replaced[name].shape)) for name in plan.added_names]
@@ -253,7 +244,7 @@ def _make_header(planned: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[b
         listed[name] = {"dtype": kind, "shape": shape, "data_offsets": [offset, offset + sizes[name]]}
         offset += sizes[name]
     text = json.dumps(listed, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight, as readers that map the file want it
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight bytes, for readers that memory-map the file
     return len(text).to_bytes(8, "little") + text, sizes
 
 
@@ -275,7 +266,7 @@ def _write_tensor(reader: BinaryIO, tensor: TensorHeader, writer: BinaryIO, plan
 
 def _copy_tensor(reader: BinaryIO, tensor: TensorHeader, writer: BinaryIO, dtype: "torch.dtype") -> None:
     for piece in _iter_chunks(reader, tensor, CHUNK_BYTES):
-        if _float_dtypes().get(tensor.dtype) in (None, dtype):  # as it lies there
+        if _float_dtypes().get(tensor.dtype) in (None, dtype):  # copied unchanged
             _write_bytes(writer, piece)
         else:
             _write_rounded(writer, piece, dtype, tensor.name)
@@ -290,7 +281,7 @@ def _overwrite_rows(writer: BinaryIO, begin: int, tensor: TensorHeader, rows: Ro
 
 
 def _iter_chunks(reader: BinaryIO, tensor: TensorHeader, chunk_bytes: int) -> "Iterator[torch.Tensor]":
-    """The tensor's numbers in order, so many bytes at a time. Read, not mapped: a mapped file stays in memory until it is closed."""
+    """The tensor's numbers in order, `chunk_bytes` at a time. Read, not memory-mapped: mapped pages stay in memory until closing."""
     import torch
 
     reader.seek(tensor.offset)
@@ -317,20 +308,20 @@ def _write_bytes(writer: BinaryIO, tensor: "torch.Tensor") -> None:
 
 
 def _float_dtypes() -> "dict[str, torch.dtype]":
-    """The kinds of number that are rounded on the way; counts and masks stay what they are."""
+    """The dtypes that are converted; integers and booleans are copied."""
     import torch
 
     return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def _dtype_name(dtype: "torch.dtype") -> str:
-    return {known: word for word, known in _float_dtypes().items()}[dtype]
+    return {dtype: name for name, dtype in _float_dtypes().items()}[dtype]
 
 
 def _item_bytes(dtype: str) -> int:
-    """Bytes of one number."""
+    """The size of one number in bytes."""
     widths = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}
     widths |= {"U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}
     if dtype not in widths:
-        raise MergeError(f"the base has numbers of kind {dtype}, which cannot be written here")
+        raise MergeError(f"the base has tensors of dtype {dtype}, which the merge does not support")
     return widths[dtype]

@@ -1,15 +1,15 @@
-"""Graders: what a completion is worth, as the job's `reward_config` says. One file per kind; one line adds a kind.
+"""Graders: functions that score a completion, as configured in `reward_config`. One file per kind; one line adds a kind.
 
-Here belongs whatever judges one completion of one row. A grader gives a number or says why it could not: that is never a 0, for
-a judge that is down would then teach as much as a bad answer does. What is done with the grades, and when a training with graders
-that fail is given up, is decided in reward.py; what comes of the rewards, in the trainer.
+Code that grades one completion of one row belongs here. A grader returns a number or a FailedGrade with a reason, never 0 for a
+failure: an endpoint that is down would then train the model as a bad answer does. reward.py decides what happens to failed grades and
+when a training with failing graders ends; the trainer decides what the rewards do.
 
-Nothing that a user or a model wrote runs in this process: Python goes to a sandbox (python.py), and expressions and schemas,
-which can compute for ever, to a child that can be killed (apart.py).
+Nothing that a user or a model wrote runs in this process: Python runs in a sandbox (python.py), and expressions and schemas, which
+may compute without end, in a child process that can be killed (subprocess_graders.py).
 """
 
 from collections.abc import Sequence
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from jobs.llm.graders.base import Grader, GradingInput
@@ -19,7 +19,7 @@ from schema.training import GrpoConfig
 if TYPE_CHECKING:
     from jobs.runtime.context import JobContext
 
-# The grader's type → "module:function"; the function takes the grader's configuration and the job's context.
+# The grader's type → "module:function". The function takes the grader's config and the job's context.
 GRADERS = {
     "format": "jobs.llm.graders.text:format_grader",
     "string_check": "jobs.llm.graders.text:string_grader",
@@ -33,22 +33,21 @@ GRADERS = {
 
 
 def build_graders(config: GrpoConfig, context: "JobContext") -> list[RewardFunction]:
-    """The reward functions of a job, in the order of its `reward_config`. Each is to be closed. Raises JobFailed."""
+    """The reward functions of a job, in the order of its `reward_config`. Close them with `close_graders`. Raises JobFailed."""
     functions: list[RewardFunction] = []
-    for wanted in config.reward_config:
-        module, _, function = GRADERS[wanted.type].partition(":")
-        grader: Grader = getattr(import_module(module), function)(wanted, context)
-        functions.append(RewardFunction(wanted, grader, context))
+    for grader_config in config.reward_config:
+        grader: Grader = resolve_name(GRADERS[grader_config.type])(grader_config, context)
+        functions.append(RewardFunction(grader_config, grader, context))
     return functions
 
 
 def check_graders(functions: Sequence[RewardFunction], cases: Sequence[GradingInput]) -> None:
-    """Ask every grader, before anything is computed, whether it can judge completions of these rows. Raises JobFailed."""
+    """Check before training that every grader can grade completions of these rows. Raises JobFailed."""
     for function in functions:
         function.check(cases)
 
 
 def close_graders(functions: Sequence[RewardFunction]) -> None:
-    """End what the graders started: children, connections."""
+    """Close the graders' child processes and connections."""
     for function in functions:
         function.close()

@@ -1,4 +1,4 @@
-"""What every grader is given, and what it gives."""
+"""The interface of graders: their input, their grades, and parsing that several share."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -8,16 +8,16 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class GradingInput:
-    """A completion to be graded, with its row: the prompt as text, and the other columns."""
+    """A completion to grade, with its row: the prompt as text, and the other columns."""
 
     prompt: str
     completion: str
-    columns: Mapping[str, Any] = field(default_factory=dict)  # strings, numbers and truth values, or None
+    columns: Mapping[str, Any] = field(default_factory=dict)  # strings, numbers, booleans or None
 
 
 @dataclass(frozen=True)
 class FailedGrade:
-    """The grader could not say what a completion is worth. The reason holds no row and no secret."""
+    """The grader could not grade a completion. The reason contains no row data and no secret."""
 
     reason: str
 
@@ -26,62 +26,62 @@ Grade = float | FailedGrade
 
 
 class Grader(Protocol):
-    """Judges completions."""
+    """Grades completions."""
 
     def check(self, cases: Sequence[GradingInput], /) -> None:
-        """Raises JobFailed when it can be known by now that it could not judge completions of these rows."""
+        """Raise JobFailed when it is already certain that completions of these rows cannot be graded."""
         ...
 
     def grade(self, cases: Sequence[GradingInput]) -> list[Grade]:
-        """One grade for each, in order. What goes wrong with one completion is its grade, and no exception."""
+        """One grade for each completion, in order. A failure is a FailedGrade, not an exception."""
         ...
 
     def close(self) -> None:
-        """End what it started."""
+        """Close child processes and connections."""
         ...
 
 
 @dataclass(frozen=True)
 class PerCompletionGrader:
-    """A grader that is a function of one case, and holds nothing."""
+    """A grader that is a pure function of one completion."""
 
     grade_one: Callable[[GradingInput], Grade]
 
     def check(self, _cases: Sequence[GradingInput], /) -> None:
-        """Whatever it is given, it can grade."""
+        """Every row can be graded."""
 
     def grade(self, cases: Sequence[GradingInput]) -> list[Grade]:
-        """Each by itself."""
+        """One grade for each completion, in order."""
         return [self.grade_one(case) for case in cases]
 
     def close(self) -> None:
-        """Nothing was started."""
+        """There is nothing to close."""
 
 
 def extract_answer(completion: str, tag: str | None) -> str | None:
-    """What is to be graded: the completion, or what its last pair of tags holds; None when it has no such pair."""
+    """The text to grade: the completion, or the content of its last complete pair of tags; None without such a pair."""
     if tag is None:
         return completion.strip()
     _, opened, rest = completion.rpartition(f"<{tag}>")
     answer, closed, _ = rest.partition(f"</{tag}>")
     if opened and closed:
         return answer.strip()
-    found = re.findall(f"<{tag}>(.*?)</{tag}>", completion, flags=re.DOTALL)  # an opening tag may stand after the last pair
-    return found[-1].strip() if found else None
+    contents = re.findall(f"<{tag}>(.*?)</{tag}>", completion, flags=re.DOTALL)  # there may be an opening tag after the last pair
+    return contents[-1].strip() if contents else None
 
 
 def get_reference(case: GradingInput, column: str) -> str | FailedGrade:
-    """The row's right answer as text; truth values as JSON writes them."""
+    """The row's reference answer as text; booleans as in JSON."""
     value = case.columns.get(column)
     if value is None:
-        return FailedGrade(f"the row has nothing in column {column!r}")
+        return FailedGrade(f"the row has no value in column {column!r}")
     if isinstance(value, bool):
         return str(value).lower()
     return str(value).strip()
 
 
 def make_comparison_grader(tag: str | None, column: str, compare: Callable[[str, str], Grade]) -> PerCompletionGrader:
-    """A grader that compares answer and reference. Without an answer the grade is 0: the completion is not what was asked for."""
+    """A grader that compares answer and reference. A completion without the answer tag gets 0."""
 
     def grade_one(case: GradingInput) -> Grade:
         reference = get_reference(case, column)

@@ -1,4 +1,4 @@
-"""Embeddings of texts: by an OpenAI-compatible endpoint, or by a model of the deployment's own store."""
+"""Text embeddings from an OpenAI-compatible endpoint, or from a model in the deployment's model store."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,38 +19,38 @@ if TYPE_CHECKING:
 BATCH_SIZE = 64
 MAX_CONCURRENT_REQUESTS = 4
 TIMEOUT_S = 60.0
-MAX_SEQUENCE_TOKENS = 512  # tokens; what most embedding models were trained with
+MAX_SEQUENCE_TOKENS = 512  # what most embedding models were trained with
 TEST_TEXT = "a text"
 
 
 class Embedder(Protocol):
-    """Turns texts into vectors."""
+    """Computes embeddings of texts."""
 
     def check(self) -> None:
-        """Raises JobFailed when it cannot."""
+        """Raise JobFailed when it cannot compute embeddings."""
         ...
 
     def embed(self, texts: Sequence[str]) -> list[Any]:
-        """A vector of numbers for each, or Failed."""
+        """A vector or a FailedGrade for each text."""
         ...
 
     def close(self) -> None:
-        """Let go of what it holds."""
+        """Release the model or the connections."""
         ...
 
 
 def endpoint_embedder(config: TextSimilarityGrader, context: "JobContext") -> "EndpointEmbedder":
-    """The model of an endpoint."""
-    assert config.embedding_model is not None  # the schema sees to it
+    """The embedder for an endpoint's model."""
+    assert config.embedding_model is not None  # the schema requires it with base_url
     endpoint = Endpoint(config.base_url or "", context.secrets.get(config.secret_name), TIMEOUT_S)
     return EndpointEmbedder(config.name, config.embedding_model, endpoint)
 
 
 def stored_embedder(name: str, context: "JobContext") -> "StoredEmbedder":
-    """The model at pretrained_weights/huggingface/{name}/ in the model store. Raises JobFailed."""
+    """The embedder for the model at pretrained_weights/huggingface/{name}/ in the model store. Raises JobFailed."""
     folder = download_from_store(context.stores.models, f"pretrained_weights/huggingface/{name}/", context.workdir / "data" / "embedding")
     if folder is None:
-        hint = f"put its files at pretrained_weights/huggingface/{name}/ in the model store, or name an endpoint by base_url"
+        hint = f"put its files at pretrained_weights/huggingface/{name}/ in the model store, or set base_url to an endpoint"
         raise JobFailed("invalid_config", f"embedding model {name} is not in the model store", hint)
     return StoredEmbedder(folder)
 
@@ -64,7 +64,7 @@ class EndpointEmbedder:
         self._endpoint = endpoint
 
     def check(self) -> None:
-        """Raises JobFailed when the endpoint does not answer as it should."""
+        """Raise JobFailed when the endpoint does not return an embedding."""
         from openai import OpenAIError
 
         [answer] = self._endpoint.send_all(self._request_embeddings, [[TEST_TEXT]], max_concurrency=1)
@@ -74,7 +74,7 @@ class EndpointEmbedder:
             raise JobFailed("invalid_config", f"grader {self._grader_name!r}: {answer[0].reason}", "check the grader's base_url and model")
 
     def embed(self, texts: Sequence[str]) -> list[Any]:
-        """A batch that failed leaves its own texts without vectors, and no others."""
+        """A vector or a FailedGrade for each text; a failed batch does not affect the others."""
         batches = [texts[n : n + BATCH_SIZE] for n in range(0, len(texts), BATCH_SIZE)]
         answers = self._endpoint.send_all(self._request_embeddings, batches, max_concurrency=MAX_CONCURRENT_REQUESTS)
         return [vector for batch, answer in zip(batches, answers, strict=True) for vector in self._vectors_or_failures(batch, answer)]
@@ -90,14 +90,13 @@ class EndpointEmbedder:
         import numpy
 
         answer = await self._endpoint.client.embeddings.create(model=self._model, input=list(batch), encoding_format="float")
-        found = {entry.index: numpy.asarray(entry.embedding, dtype=float) for entry in answer.data}
-        return [
-            found.get(n, FailedGrade(f"{self._endpoint.base_url} answered with fewer embeddings than texts")) for n in range(len(batch))
-        ]
+        vectors = {entry.index: numpy.asarray(entry.embedding, dtype=float) for entry in answer.data}
+        missing = FailedGrade(f"{self._endpoint.base_url} answered with fewer embeddings than texts")
+        return [vectors.get(n, missing) for n in range(len(batch))]
 
 
 class StoredEmbedder:
-    """Embeddings by the mean over a model's last hidden states, computed on the processor beside the training."""
+    """Mean-pooled last hidden states of a stored model, computed on the CPU."""
 
     def __init__(self, folder: Path) -> None:
         import torch
@@ -106,21 +105,22 @@ class StoredEmbedder:
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
-        with torch.random.fork_rng(devices=[]):  # weights that a checkpoint lacks are drawn, and the training's numbers must not move
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # loading initializes missing weights randomly, which must not change the training's random state
             self._model = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True).eval()
-        self._max_tokens = min(
-            MAX_SEQUENCE_TOKENS, int(getattr(self._model.config, "max_position_embeddings", MAX_SEQUENCE_TOKENS))
-        )  # not every architecture has one
+        model_limit = getattr(self._model.config, "max_position_embeddings", MAX_SEQUENCE_TOKENS)  # some architectures have none
+        self._max_tokens = min(MAX_SEQUENCE_TOKENS, int(model_limit))
 
     def check(self) -> None:
-        """It was loaded, and that is what can go wrong."""
+        """Loading has succeeded already."""
 
     def embed(self, texts: Sequence[str]) -> list[Any]:
-        """Long texts are cut."""
+        """A vector for each text, of at most MAX_SEQUENCE_TOKENS tokens."""
         return [vector for n in range(0, len(texts), BATCH_SIZE) for vector in self._embed_batch(texts[n : n + BATCH_SIZE])]
 
     def close(self) -> None:
-        """The memory goes with it."""
+        """There is nothing to close."""
 
     def _embed_batch(self, texts: Sequence[str]) -> "ndarray":
         import torch
@@ -128,5 +128,5 @@ class StoredEmbedder:
         batch = self._tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True, max_length=self._max_tokens)
         with torch.inference_mode():
             states = self._model(**batch).last_hidden_state
-            there = batch["attention_mask"].unsqueeze(-1)
-            return ((states * there).sum(1) / there.sum(1).clamp(min=1)).double().numpy()
+            mask = batch["attention_mask"].unsqueeze(-1)
+            return ((states * mask).sum(1) / mask.sum(1).clamp(min=1)).double().numpy()

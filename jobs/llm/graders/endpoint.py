@@ -1,4 +1,4 @@
-"""An endpoint that speaks OpenAI's API, asked many things at once, and what its errors mean."""
+"""A client for an OpenAI-compatible endpoint: concurrent requests, and messages for its errors."""
 
 import asyncio
 import threading
@@ -11,21 +11,28 @@ from jobs.runtime.errors import JobFailed
 if TYPE_CHECKING:
     from openai import OpenAIError
 
-MAX_RETRIES = 4  # the client waits 0.5 s before the first and twice as long before each next one, or as long as it is told to
+MAX_RETRIES = 4  # the client waits 0.5 s before the first and doubles it each time, or obeys Retry-After
+
+STATUS_EXPLANATIONS = {
+    401: " (the API key is wrong)",
+    403: " (the API key lacks permission)",
+    404: " (no such URL or model)",
+    429: " (too many requests)",
+}
 
 Item = TypeVar("Item")
 Response = TypeVar("Response")
 
 
 class Endpoint:
-    """A client with a key of its own. Its calls run in a thread that dies with the process: a cancel does not wait for a judge."""
+    """A client with its own API key. Requests run in a daemon thread, so that canceling a job does not wait for the endpoint."""
 
     def __init__(self, base_url: str, api_key: str | None, timeout_s: float, *, max_retries: int = MAX_RETRIES) -> None:
         from openai import AsyncOpenAI
 
         self.base_url = base_url
         self.timeout_s = timeout_s
-        # A key is passed always, or the client would take another one from the environment.
+        # Always pass a key: without one the client reads OPENAI_API_KEY from the environment.
         self.client = AsyncOpenAI(base_url=base_url, api_key=api_key or "none", timeout=timeout_s, max_retries=max_retries)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="grader-endpoint", daemon=True)
@@ -34,14 +41,14 @@ class Endpoint:
     def send_all(
         self, send_one: Callable[[Item], Awaitable[Response]], items: Sequence[Item], *, max_concurrency: int
     ) -> "list[Response | OpenAIError]":
-        """What the endpoint answers to each, or how it failed to, in order."""
+        """The response or the error of each item, in order, with at most `max_concurrency` requests at a time."""
         from openai import OpenAIError
 
         async def map_all() -> "list[Response | OpenAIError]":
-            room = asyncio.Semaphore(max_concurrency)
+            semaphore = asyncio.Semaphore(max_concurrency)
 
             async def with_concurrency_limit(item: Item) -> "Response | OpenAIError":
-                async with room:
+                async with semaphore:
                     try:
                         return await send_one(item)
                     except OpenAIError as error:
@@ -56,14 +63,14 @@ class Endpoint:
             future.cancel()
 
     def close(self) -> None:
-        """Close the connections, and end the thread."""
+        """Close the connections and end the thread."""
         asyncio.run_coroutine_threadsafe(self.client.close(), self._loop).result(timeout=5)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=5)
         self._loop.close()
 
     def describe_error(self, error: "OpenAIError") -> str:
-        """What went wrong, without the answer's body: it may repeat the row, or the key."""
+        """The error without the response body, which may repeat the row or the key."""
         from openai import APIConnectionError, APIStatusError, APITimeoutError
 
         match error:
@@ -81,7 +88,7 @@ class Endpoint:
         return FailedGrade(self.describe_error(error))
 
     def make_job_failed(self, grader_name: str, error: "OpenAIError") -> JobFailed:
-        """The error as the end of the job, before it has begun."""
+        """The error as the job's failure, for checks before training."""
         from openai import AuthenticationError, PermissionDeniedError
 
         if isinstance(error, AuthenticationError | PermissionDeniedError):
@@ -91,11 +98,3 @@ class Endpoint:
             f"grader {grader_name!r}: {self.describe_error(error)}",
             "check the grader's base_url and model, or try again later",
         )
-
-
-STATUS_EXPLANATIONS = {
-    401: " (the key is wrong)",
-    403: " (the key may not do this)",
-    404: " (no such address or model)",
-    429: " (too many requests)",
-}

@@ -1,6 +1,6 @@
-"""The child process of apart.py: `python -m jobs.llm.graders.grader_process KIND` reads questions and writes grades, a line of JSON each.
+"""`python -m jobs.llm.graders.grader_process KIND`: the child of subprocess_graders.py; reads requests and writes grades as JSON lines.
 
-It has no environment, may write no file, and has its memory limited. Time is limited by whoever asks.
+It has an empty environment and a memory limit, and cannot write files. The parent limits the time.
 """
 
 import json
@@ -10,23 +10,23 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-MEMORY_BYTES = 4 << 30  # of addresses: sympy and its libraries take a few hundred megabytes
-MAX_WRAPPED_CHARACTERS = 200  # characters of a text that may be a formula without dollars around it
+MEMORY_BYTES = 4 << 30  # of address space; sympy and its libraries take a few hundred megabytes
+MAX_WRAPPED_CHARACTERS = 200  # longer texts are not parsed as a bare formula
 
 GraderResponse = dict[str, float | str]
 
 
 def main() -> None:
-    """Answer until there are no more questions."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints is no answer
+    """Answer requests until stdin is closed."""
+    responses = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints must not mix with the responses
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     grade = {"expression": make_expression_grader, "json_schema": make_schema_grader}[sys.argv[1]]()
-    print("ready", file=answers, flush=True)
+    print("ready", file=responses, flush=True)
     for line in sys.stdin.buffer:
-        print(json.dumps(_grade_request(grade, json.loads(line))), file=answers, flush=True)
+        print(json.dumps(_grade_request(grade, json.loads(line))), file=responses, flush=True)
 
 
 def _grade_request(grade: Callable[[dict[str, Any]], GraderResponse], request: dict[str, Any]) -> GraderResponse:
@@ -39,47 +39,47 @@ def _grade_request(grade: Callable[[dict[str, Any]], GraderResponse], request: d
 
 
 def make_expression_grader() -> Callable[[dict[str, Any]], GraderResponse]:
-    """Whether the answer's expression is the reference's. What cannot be read in the answer is wrong; in the reference, a failure."""
+    """Grades whether two expressions are equal. An unreadable answer gets 0; an unreadable reference is a failure."""
     import logging
 
     from math_verify import parse, verify
 
-    logging.disable(logging.CRITICAL)  # it warns that it keeps no time, which is done from outside
+    logging.disable(logging.CRITICAL)  # it warns that it has no timeout; the parent has one
 
-    def expressions(text: str) -> list[Any]:
-        found = parse(text, parsing_timeout=None)
-        if not found and len(text) <= MAX_WRAPPED_CHARACTERS and "$" not in text:
-            found = parse(f"${text}$", parsing_timeout=None)  # a bare x^2+1 is known for a formula by its dollars only
-        return found
+    def parse_expressions(text: str) -> list[Any]:
+        expressions = parse(text, parsing_timeout=None)
+        if not expressions and len(text) <= MAX_WRAPPED_CHARACTERS and "$" not in text:
+            expressions = parse(f"${text}$", parsing_timeout=None)  # it recognizes a bare x^2+1 only between dollar signs
+        return expressions
 
-    def grade(question: dict[str, Any]) -> GraderResponse:
-        right = expressions(question["reference"])
-        if not right:
-            return {"failed": "the row's reference is no mathematical expression"}
-        return {"grade": float(verify(right, expressions(question["answer"]), timeout_seconds=None))}
+    def grade(request: dict[str, Any]) -> GraderResponse:
+        reference = parse_expressions(request["reference"])
+        if not reference:
+            return {"failed": "the row's reference is not a mathematical expression"}
+        return {"grade": float(verify(reference, parse_expressions(request["answer"]), timeout_seconds=None))}
 
     return grade
 
 
 def make_schema_grader() -> Callable[[dict[str, Any]], GraderResponse]:
-    """Whether the answer is JSON that the schema accepts."""
+    """Grades whether the answer is JSON that the schema accepts."""
     from jsonschema import Draft202012Validator
     from jsonschema.validators import validator_for
     from referencing import Registry
     from referencing.exceptions import Unresolvable
 
-    nothing_else: Registry[Any] = Registry()  # given, so that a reference to another document is never fetched
+    empty_registry: Registry[Any] = Registry()  # so that a reference to another document is never fetched
 
-    def grade(question: dict[str, Any]) -> GraderResponse:
+    def grade(request: dict[str, Any]) -> GraderResponse:
         try:
-            answer = json.loads(question["answer"], parse_constant=_reject_constant)
+            answer = json.loads(request["answer"], parse_constant=_reject_constant)
         except ValueError:
             return {"grade": 0.0}
-        validator = validator_for(question["schema"], default=Draft202012Validator)(question["schema"], registry=nothing_else)
+        validator = validator_for(request["schema"], default=Draft202012Validator)(request["schema"], registry=empty_registry)
         try:
             return {"grade": float(validator.is_valid(answer))}
         except Unresolvable:
-            return {"failed": "json_schema refers to something outside of itself"}
+            return {"failed": "json_schema refers to another document"}
 
     return grade
 

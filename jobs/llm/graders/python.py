@@ -1,12 +1,11 @@
-"""Graders in Python, written by a user, in a sandbox.
+"""Graders that a user wrote in Python, run in a sandbox.
 
-Monty is an interpreter of a part of Python in Rust that has nothing to escape to: no files, no environment, no network, no
-processes, no objects of this interpreter. It runs as a child process, is told how long and how much memory a call may take, and
-is killed and replaced when it does not keep to it. The walls around that process are the second ones: no environment, no file to
-write, few to open, and an end to its addresses.
+Monty is an interpreter, written in Rust, of a subset of Python without access to files, the environment, the network, processes or
+this interpreter's objects. It runs as a child process, limits each call's time and memory, and is killed and replaced when it
+exceeds them. As a second barrier the process itself has no environment, cannot write files, and may open few files and little memory.
 
-Every call begins with nothing: what one completion left behind, the next one does not see. Chance and sleep are not the user's to
-have: a random number is the same in every call, so that a training can be repeated, and a sleep takes no time.
+Every call starts from an empty state, so one completion cannot affect the next. Random numbers are the same in every call, so that
+training is reproducible, and a sleep takes no time.
 """
 
 import math
@@ -29,11 +28,11 @@ if TYPE_CHECKING:
 
 FUNCTION_NAME = "grade"
 CALL_EXPRESSION = f"{FUNCTION_NAME}(_tunesmith_completion, _tunesmith_row)"
-MAX_PRINTED_BYTES = 65_536  # then it has failed; nobody reads it
-MAX_RECURSION_DEPTH = 500  # of calls within calls
-KILL_GRACE_S = 2.0  # for the sandbox to end a call by itself, before its process is killed
-INTERPRETER_MEMORY_MB = 256  # what the interpreter's own process takes beside what the user's code may
-MAX_WORKERS = 8  # at most
+MAX_PRINTED_BYTES = 65_536  # a call that prints more fails
+MAX_RECURSION_DEPTH = 500  # of nested calls
+KILL_GRACE_S = 2.0  # time for the sandbox to stop a call itself, before its process is killed
+INTERPRETER_MEMORY_MB = 256  # the interpreter's own memory, added to the user's limit
+MAX_WORKERS = 8
 
 
 def python_grader(config: PythonGrader, context: "JobContext") -> "SandboxedPythonGrader":
@@ -57,11 +56,11 @@ class SandboxedPythonGrader:
                 request_timeout=config.timeout_s + KILL_GRACE_S,
             )
         )
-        self._stack.callback(_shut_down_threads, threads := ThreadPoolExecutor(self._workers, thread_name_prefix="sandbox"))
-        self._threads = threads
+        self._threads = ThreadPoolExecutor(self._workers, thread_name_prefix="sandbox")
+        self._stack.callback(self._threads.shutdown, wait=False, cancel_futures=True)
 
     def check(self, _cases: Sequence[GradingInput], /) -> None:
-        """Raises JobFailed when the source does not run, or defines no grade(completion, row)."""
+        """Raise JobFailed when the source does not run or does not define grade(completion, row)."""
         from pydantic_monty import MontyError, MontySyntaxError
 
         try:
@@ -69,16 +68,16 @@ class SandboxedPythonGrader:
                 self._run_code(session, self._config.source)
                 self._run_code(session, FUNCTION_NAME + "\nNone")
         except MontySyntaxError as error:
-            raise self._make_job_failed(f"its source is not Python that the sandbox knows: {error.display('traceback')}") from error
+            raise self._make_job_failed(f"its source is not Python that the sandbox supports: {error.display('traceback')}") from error
         except MontyError as error:
-            raise self._make_job_failed(f"its source does not run, or defines no {FUNCTION_NAME}(completion, row): {error}") from error
+            raise self._make_job_failed(f"its source does not run or does not define {FUNCTION_NAME}(completion, row): {error}") from error
 
     def grade(self, cases: Sequence[GradingInput]) -> list[Grade]:
-        """A few at a time."""
+        """One grade for each completion, in order; several are computed at a time."""
         return list(self._threads.map(self._grade_one, cases))
 
     def close(self) -> None:
-        """End the sandboxes."""
+        """End the sandbox processes and threads."""
         self._stack.close()
 
     def _grade_one(self, case: GradingInput) -> Grade:
@@ -92,9 +91,9 @@ class SandboxedPythonGrader:
         except MontyError as error:
             return FailedGrade(_describe_error(error))
         except UnicodeError:
-            return FailedGrade("the row or the completion is no valid text")
+            return FailedGrade("the row or the completion is not valid text")
         if not isinstance(grade, int | float) or not math.isfinite(grade):
-            return FailedGrade(f"{FUNCTION_NAME} gave no finite number")
+            return FailedGrade(f"{FUNCTION_NAME} did not return a finite number")
         return float(grade)
 
     def _open_session(self) -> "MontySession":
@@ -113,27 +112,27 @@ class SandboxedPythonGrader:
         return session.feed_run(code, inputs=inputs, print_callback=CollectString(MAX_PRINTED_BYTES))
 
     def _make_job_failed(self, reason: str) -> JobFailed:
-        return JobFailed("invalid_config", f"grader {self._config.name!r}: {reason}", "see docs/training.md for what the sandbox knows")
+        return JobFailed("invalid_config", f"grader {self._config.name!r}: {reason}", "docs/training.md lists what the sandbox supports")
 
 
 def _describe_error(error: "MontyError") -> str:
-    """What went wrong, without the message: it may repeat the row."""
+    """The error without its message, which may repeat the row."""
     from pydantic_monty import MontyCrashedError, MontyRuntimeError
 
     if isinstance(error, MontyCrashedError):
-        return "the sandbox was killed: it did not keep to its limits"
+        return "the sandbox was killed because it exceeded its limits"
     match error.exception():
         case TimeoutError():
             return "it took longer than its timeout_s"
         case MemoryError():
-            return "it took more than its memory_mb, or printed too much"
+            return "it used more than its memory_mb, or printed too much"
         case other:
             frames = error.traceback() if isinstance(error, MontyRuntimeError) else []
             return type(other).__name__ + (f" in line {frames[-1].line}" if frames else "")
 
 
 def _write_sandbox_launcher(folder: Path, memory_mb: int) -> Path:
-    """A program that sets limits to itself and becomes the sandbox's. Where a system knows a limit not, the sandbox's own holds."""
+    """Write a script that sets resource limits and executes the sandbox. Limits that a system lacks are left to the sandbox's own."""
     from pydantic_monty._binary import find_monty_binary
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -143,7 +142,3 @@ def _write_sandbox_launcher(folder: Path, memory_mb: int) -> Path:
     program.write_text("\n".join([*lines, f'exec /usr/bin/env -i {shlex.quote(find_monty_binary())} "$@"', ""]))
     program.chmod(0o700)
     return program
-
-
-def _shut_down_threads(threads: ThreadPoolExecutor) -> None:
-    threads.shutdown(wait=False, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""How like the reference an answer is: by characters, by words, or by meaning. Every measure is scaled to 0..1."""
+"""Grades the similarity of answer and reference: by characters, words or embeddings. Every metric is scaled to 0..1."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -11,12 +11,12 @@ from schema.training.graders import TextSimilarityGrader
 if TYPE_CHECKING:
     from jobs.runtime.context import JobContext
 
-# What the request calls it → what rouge-score does.
+# The API's name → rouge-score's.
 ROUGE_TYPES = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
 
 
 def similarity_grader(config: TextSimilarityGrader, context: "JobContext") -> Grader:
-    """The grader with the measure that was asked for."""
+    """The grader with the configured metric."""
     if config.embedding_model is None:
         return make_comparison_grader(config.answer_tag, config.reference_field, METRICS[config.metric](config.metric))
     embedder = endpoint_embedder(config, context) if config.base_url else stored_embedder(config.embedding_model, context)
@@ -32,8 +32,8 @@ def _fuzzy_match(_: str) -> Callable[[str, str], Grade]:
 def _bleu(_: str) -> Callable[[str, str], Grade]:
     from sacrebleu import BLEU
 
-    bleu = BLEU(effective_order=True)  # an answer of three words has no 4-grams, and is not worth 0 for that
-    # 100.00000000000004 is what it gives for two equal texts.
+    bleu = BLEU(effective_order=True)  # an answer of three words has no 4-grams, and must not get 0 for that
+    # Two equal texts have a BLEU of 100.00000000000004.
     return lambda answer, reference: min(1.0, bleu.sentence_score(answer, [reference]).score / 100)
 
 
@@ -55,26 +55,26 @@ METRICS: dict[str, Callable[[str], Callable[[str, str], Grade]]] = {
 
 
 class UnicodeTokenizer:
-    """Words of any language. rouge-score's own tokenizer knows a to z and 0 to 9, and finds nothing in a Russian text."""
+    """Splits text of any language into words. rouge-score's own tokenizer finds only a-z and 0-9, so nothing in Russian."""
 
     def tokenize(self, text: str) -> list[str]:
-        """The words, in lower case."""
+        """The words in lower case."""
         return re.findall(r"\w+", text.lower())
 
 
 class CosineGrader:
-    """The cosine of the embeddings of answer and reference; what points away from the reference gets 0."""
+    """Grades the cosine similarity of the embeddings of answer and reference; a negative one is 0."""
 
     def __init__(self, config: TextSimilarityGrader, embedder: Embedder) -> None:
         self._config = config
         self._embedder = embedder
 
     def check(self, _cases: Sequence[GradingInput], /) -> None:
-        """Raises JobFailed when the model does not answer."""
+        """Raise JobFailed when the embedding model does not answer."""
         self._embedder.check()
 
     def grade(self, cases: Sequence[GradingInput]) -> list[Grade]:
-        """All texts in as few calls as can be, each text once: the completions of a prompt share their reference."""
+        """Embed each distinct text once, in as few calls as possible: the completions of a prompt share their reference."""
         pairs = [self._answer_and_reference(case) for case in cases]
         texts = sorted({text for pair in pairs if isinstance(pair, tuple) for text in pair})
         if not texts:
@@ -83,7 +83,7 @@ class CosineGrader:
         return [_grade_cosine(pair, vectors) for pair in pairs]
 
     def close(self) -> None:
-        """Let go of the model, or its endpoint."""
+        """Close the embedder."""
         self._embedder.close()
 
     def _answer_and_reference(self, case: GradingInput) -> tuple[str, str] | FailedGrade | None:
@@ -91,7 +91,7 @@ class CosineGrader:
         if isinstance(reference, FailedGrade):
             return reference
         answer = extract_answer(case.completion, self._config.answer_tag)
-        return (answer, reference) if answer else None  # there is no meaning in an empty text, and endpoints refuse it
+        return (answer, reference) if answer else None  # endpoints reject an empty text
 
 
 def _grade_cosine(pair: tuple[str, str] | FailedGrade | None, vectors: dict[str, Any]) -> Grade:
@@ -106,7 +106,7 @@ def _grade_cosine(pair: tuple[str, str] | FailedGrade | None, vectors: dict[str,
         if isinstance(vector, FailedGrade):
             return vector
     if len(one) != len(other):
-        return FailedGrade("the embeddings are not of one length")
-    lengths = float(numpy.linalg.norm(one) * numpy.linalg.norm(other))
-    cosine = float(numpy.dot(one, other)) / lengths if lengths else float("nan")
-    return FailedGrade("the embedding is not a direction") if cosine != cosine else min(1.0, max(0.0, cosine))
+        return FailedGrade("the embeddings have different lengths")
+    norms = float(numpy.linalg.norm(one) * numpy.linalg.norm(other))
+    cosine = float(numpy.dot(one, other)) / norms if norms else float("nan")
+    return FailedGrade("the embedding is zero or not finite") if cosine != cosine else min(1.0, max(0.0, cosine))

@@ -1,4 +1,4 @@
-"""Graders that look at the text alone: its format, the answer as a string, the answer as a number."""
+"""Graders that compare text: its format, the answer as a string, the answer as a number."""
 
 import re
 from decimal import Decimal
@@ -10,15 +10,15 @@ from schema.training.graders import FormatGrader, NumericGrader, StringCheckGrad
 if TYPE_CHECKING:
     from jobs.runtime.context import JobContext
 
-TAG_GRADE = 0.25  # for each tag that stands exactly once
-MAX_PARTIAL_GRADE = 0.75  # all four tags, but not in their places
+TAG_GRADE = 0.25  # for each tag that occurs exactly once
+MAX_PARTIAL_GRADE = 0.75  # all four tags, but in the wrong order
 
 # A minus after a word, a digit or a bracket is an operator: the last number of "5-3" is 3.
 NUMBER_PATTERN = re.compile(r"(?:(?<![\w)])[-+\N{MINUS SIGN}])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,4})?")
 
 
 def format_grader(config: FormatGrader, _context: "JobContext") -> PerCompletionGrader:
-    """Whether the completion is thought and answer, each in its tags."""
+    """Grades whether the completion is a thought and an answer, each in its tags."""
     whole = re.compile(rf"\s*<{config.think_tag}>(.*)</{config.think_tag}>\s*<{config.answer_tag}>(.*)</{config.answer_tag}>\s*", re.DOTALL)
     tags = [f"<{slash}{name}>" for name in (config.think_tag, config.answer_tag) for slash in ("", "/")]
 
@@ -32,7 +32,7 @@ def format_grader(config: FormatGrader, _context: "JobContext") -> PerCompletion
 
 
 def string_grader(config: StringCheckGrader, _context: "JobContext") -> PerCompletionGrader:
-    """Whether the answer is, is not, or contains the reference."""
+    """Grades whether the answer equals, differs from or contains the reference."""
 
     def compare(answer: str, reference: str) -> Grade:
         match config.operation:
@@ -49,22 +49,22 @@ def string_grader(config: StringCheckGrader, _context: "JobContext") -> PerCompl
 
 
 def numeric_grader(config: NumericGrader, _context: "JobContext") -> PerCompletionGrader:
-    """Whether the last numbers of answer and reference are the same."""
+    """Grades whether the last numbers of answer and reference are equal within the tolerance."""
     tolerance = Decimal(str(config.tolerance))
 
     def compare(answer: str, reference: str) -> Grade:
-        right = find_last_number(reference)
-        if right is None:
-            return FailedGrade(f"column {config.reference_field!r} of the row holds no number")
-        said = find_last_number(answer)
-        if said is None:
+        expected = find_last_number(reference)
+        if expected is None:
+            return FailedGrade(f"column {config.reference_field!r} of the row has no number")
+        number = find_last_number(answer)
+        if number is None:
             return 0.0
-        return float(abs(said - right) <= tolerance * (abs(right) or 1))
+        return float(abs(number - expected) <= tolerance * (abs(expected) or 1))
 
     return make_comparison_grader(config.answer_tag, config.reference_field, compare)
 
 
 def find_last_number(text: str) -> Decimal | None:
     """The last number of a text, such as -1,234.5 or 6e23; None without one."""
-    found = NUMBER_PATTERN.findall(text)
-    return Decimal(found[-1].replace(",", "").replace("\N{MINUS SIGN}", "-")) if found else None
+    numbers = NUMBER_PATTERN.findall(text)
+    return Decimal(numbers[-1].replace(",", "").replace("\N{MINUS SIGN}", "-")) if numbers else None

@@ -1,6 +1,6 @@
-"""`python -m jobs.llm.llama_cpp.evaluate QUESTION ANSWER`: load a GGUF file and tell how it speaks. Both arguments are JSON files.
+"""`python -m jobs.llm.llama_cpp.evaluate REQUEST RESPONSE`: load a GGUF file, tokenize, generate and compare. Both are JSON files.
 
-It measures and does not judge. Exits 0 only when the answer is written; a file that crashes the engine ends this process alone.
+It measures and decides nothing. Exit code 0 means that the response is written; a file that crashes llama.cpp ends only this process.
 """
 
 import sys
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.llm.llama_cpp.fidelity import Comparison, Passage, compare, list_targets
+from jobs.llm.llama_cpp.fidelity import Comparison, ComparisonRequest, Passage, compare_with_files
 from schema.base import ForwardCompatible
 
 if TYPE_CHECKING:
@@ -18,60 +18,49 @@ if TYPE_CHECKING:
     from jobs.llm.llama_cpp.model import GgufModel
 
 
-class EvalRequest(ForwardCompatible):
-    """What to ask of a file. The log probabilities are .npy files of one row for each compared position, in order."""
+class EvalRequest(ComparisonRequest):
+    """Which file to run, on which texts and passages, and what to compare it with."""
 
     model_path: str
-    lora_path: str | None = None  # an adapter to be used with the file
+    lora_path: str | None = None  # an adapter to apply to the model
     threads: int
-    texts: list[str]  # to be tokenized
-    passages: list[Passage]
-    trained_log_probs: str
-    base_log_probs: str | None
-    sample_prompt_ids: list[int]  # to be continued
-    max_sample_tokens: int  # by at most so many tokens
+    texts: list[str]  # to tokenize
+    sample_prompt_ids: list[int]  # the prompt of the sample generation
+    max_sample_tokens: int  # its maximum length
 
 
 class EvalResponse(ForwardCompatible):
-    """What a file said."""
+    """The measurements of a file."""
 
     token_ids: list[list[int]]  # of each text
     comparison: Comparison
-    sample_tokens: int  # tokens generated, with the one that ends the text
+    sample_tokens: int  # generated tokens, including the end token
     sample_text: str
 
 
 def evaluate_gguf(request: EvalRequest) -> EvalResponse:
-    """Load the file and ask it. Raises LlamaError, and ValueError for logits that cannot be compared."""
+    """Load the file and measure it. Raises LlamaError, and ValueError for logits that cannot be compared."""
     from jobs.llm.llama_cpp.model import open_gguf
 
     longest = max(len(passage.ids) for passage in request.passages)
     context_tokens = max(longest, len(request.sample_prompt_ids) + request.max_sample_tokens)
-    most_outputs = max(passage.compared_tokens for passage in request.passages)
+    max_outputs = max(passage.compared_tokens for passage in request.passages)
     lora = Path(request.lora_path) if request.lora_path else None
-    sizes = {"threads": request.threads, "context_tokens": context_tokens, "max_outputs": most_outputs}
+    sizes = {"threads": request.threads, "context_tokens": context_tokens, "max_outputs": max_outputs}
     with open_gguf(Path(request.model_path), **sizes, lora=lora) as model:
         sampled = model.generate(request.sample_prompt_ids, request.max_sample_tokens)
         return EvalResponse(
             token_ids=[model.tokenize(text) for text in request.texts],
-            comparison=_compare(model, request),
+            comparison=compare_with_files(_iter_logits(model, request.passages), request),
             sample_tokens=len(sampled),
             sample_text=model.detokenize(sampled),
         )
 
 
 def main(request_path: str, response_path: str) -> int:
-    """Answer a question; returns the exit code."""
+    """Evaluate the request; returns the exit code."""
     Path(response_path).write_text(evaluate_gguf(EvalRequest.load(Path(request_path).read_bytes())).model_dump_json())
     return 0
-
-
-def _compare(model: "GgufModel", request: EvalRequest) -> Comparison:
-    import numpy as np
-
-    trained = np.load(request.trained_log_probs, mmap_mode="r")
-    base = np.load(request.base_log_probs, mmap_mode="r") if request.base_log_probs else None
-    return compare(_iter_logits(model, request.passages), trained, base, list_targets(request.passages))
 
 
 def _iter_logits(model: "GgufModel", passages: list[Passage]) -> "Iterator[NDArray[np.float32]]":

@@ -1,4 +1,4 @@
-"""How near two models speak: numbers from their next-token probabilities at the same positions. Pure; numpy only."""
+"""Measures how close two models' next-token probabilities are at the same positions. Pure functions; numpy only."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -10,16 +10,16 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# When the file prefers another token than the model, but the model itself gives both nearly the same probability (10 %
-# apart), the choice is a coin toss of rounding and says nothing of the file. A small or hardly trained model has many such.
+# When the file prefers another token than the model, but the model gives both nearly the same probability (10 % apart), rounding
+# decides and the difference counts as agreement. Small or barely trained models have many such ties.
 TIE_NATS = 0.1
-MAX_EXPONENT = 700.0  # exp of more is no float
+MAX_EXPONENT = 700.0  # exp of more overflows a float
 
 
 class Passage(ForwardCompatible):
-    """Token ids to be read by every model; the next-token probabilities after the last `compared` of them are compared.
+    """Token ids that every model reads; the next-token probabilities at the last `compared_tokens` positions are compared.
 
-    Those from `answer_from` on are what a held-out row wants to be said; None where nobody wants anything.
+    The tokens from `answer_start` on are a held-out row's answer; None for a passage without one.
     """
 
     ids: tuple[int, ...]
@@ -27,38 +27,48 @@ class Passage(ForwardCompatible):
     answer_start: int | None = None
 
 
+class ComparisonRequest(ForwardCompatible):
+    """What to compare a model with. The log probabilities are .npy files of one row for each compared position, in order."""
+
+    passages: list[Passage]
+    trained_log_probs: str
+    base_log_probs: str | None
+
+
 class Comparison(ForwardCompatible):
-    """How one model speaks, measured against the trained one, and against the one before training."""
+    """A model compared with the trained model, and with the base model."""
 
     positions: int
-    argmax_agreement: float  # share of positions with the same preferred token; near ties agree
+    argmax_agreement: float  # fraction of positions with the same most likely token; near ties agree
     mean_kl_to_trained: float  # nats
     mean_kl_to_base: float | None  # nats
-    max_difference_nats: float  # nats; the largest of any token's log probability
-    labeled_positions: int = 0  # positions whose next token a held-out row wants
+    max_difference_nats: float  # the largest difference of any token's log probability
+    labeled_positions: int = 0  # positions whose next token belongs to a held-out answer
     perplexity: float | None = None  # on these tokens
     perplexity_trained: float | None = None
     perplexity_base: float | None = None
 
 
 def has_agreement(comparison: Comparison, min_agreement: float) -> bool:
-    """Whether the two prefer the same token at that share of all positions, as far as so few positions can tell: by three deviations."""
-    missed = (1 - comparison.argmax_agreement) * comparison.positions
-    return missed <= (1 - min_agreement) * comparison.positions + 3 * math.sqrt(min_agreement * (1 - min_agreement) * comparison.positions)
+    """Whether the models agree on `min_agreement` of all positions, within three standard deviations for so few positions."""
+    disagreements = (1 - comparison.argmax_agreement) * comparison.positions
+    return disagreements <= (1 - min_agreement) * comparison.positions + 3 * math.sqrt(
+        min_agreement * (1 - min_agreement) * comparison.positions
+    )
 
 
 def list_targets(passages: Sequence[Passage]) -> list[int | None]:
-    """For each compared position, in order, the token that should follow; None where nothing is wanted."""
+    """For each compared position, in order, the next token of the answer; None outside an answer."""
     targets: list[int | None] = []
     for passage in passages:
         for following in range(len(passage.ids) - passage.compared_tokens + 1, len(passage.ids) + 1):
-            wanted = passage.answer_start is not None and passage.answer_start <= following < len(passage.ids)
-            targets.append(passage.ids[following] if wanted else None)
+            in_answer = passage.answer_start is not None and passage.answer_start <= following < len(passage.ids)
+            targets.append(passage.ids[following] if in_answer else None)
     return targets
 
 
 def log_softmax(logits: "NDArray[np.float32]") -> "NDArray[np.float32]":
-    """Log probabilities over the last axis; exact to 1e-6, whatever the size of the vocabulary."""
+    """Log probabilities over the last axis; exact to 1e-6 for any vocabulary size."""
     import numpy as np
 
     shifted = logits - logits.max(axis=-1, keepdims=True)
@@ -75,32 +85,32 @@ def compare(
     """Compare a model's logits, one row per position, with the log probabilities of the trained model and of the base.
 
     Only one row at a time is in memory: 256 rows of Gemma's vocabulary are 268 MB. Raises ValueError for rows that are
-    not finite or do not fit.
+    not finite or have another shape.
     """
     import numpy as np
 
-    agreeing, to_trained, to_base, difference, position = 0, 0.0, 0.0, 0.0, -1
+    agreements, kl_to_trained, kl_to_base, difference, position = 0, 0.0, 0.0, 0.0, -1
     losses: list[tuple[float, float, float]] = []  # of this model, the trained one and the base
     for position, logits in enumerate(logit_rows):
         _check_comparable(position, logits, trained)
-        spoken, meant = log_softmax(logits), np.asarray(trained[position])
+        log_probs, expected = log_softmax(logits), np.asarray(trained[position])
         before = np.asarray(base[position]) if base is not None else None
-        agreeing += bool(meant.max() - meant[spoken.argmax()] <= TIE_NATS)
-        to_trained += compute_kl_nats(meant, spoken)
-        to_base += compute_kl_nats(before, spoken) if before is not None else 0.0
-        difference = max(difference, float(np.abs(spoken - meant).max()))
+        agreements += bool(expected.max() - expected[log_probs.argmax()] <= TIE_NATS)
+        kl_to_trained += compute_kl_nats(expected, log_probs)
+        kl_to_base += compute_kl_nats(before, log_probs) if before is not None else 0.0
+        difference = max(difference, float(np.abs(log_probs - expected).max()))
         target = targets[position] if targets is not None else None
         if target is not None:
-            losses.append((-float(spoken[target]), -float(meant[target]), -float(before[target]) if before is not None else 0.0))
+            losses.append((-float(log_probs[target]), -float(expected[target]), -float(before[target]) if before is not None else 0.0))
     positions = position + 1
     if positions != len(trained):
-        raise ValueError(f"{positions} positions to compare with {len(trained)}")
-    own, of_trained, of_base = (_perplexity([loss[which] for loss in losses]) for which in range(3))
+        raise ValueError(f"{positions} positions, where the trained model has {len(trained)}")
+    own, of_trained, of_base = (_perplexity([loss[model] for loss in losses]) for model in range(3))
     return Comparison(
         positions=positions,
-        argmax_agreement=agreeing / positions,
-        mean_kl_to_trained=to_trained / positions,
-        mean_kl_to_base=to_base / positions if base is not None else None,
+        argmax_agreement=agreements / positions,
+        mean_kl_to_trained=kl_to_trained / positions,
+        mean_kl_to_base=kl_to_base / positions if base is not None else None,
         max_difference_nats=difference,
         labeled_positions=len(losses),
         perplexity=own,
@@ -109,15 +119,24 @@ def compare(
     )
 
 
+def compare_with_files(logit_rows: "Iterable[NDArray[np.float32]]", request: ComparisonRequest) -> Comparison:
+    """`compare`, with the log probabilities read from the request's files as they are needed."""
+    import numpy as np
+
+    trained = np.load(request.trained_log_probs, mmap_mode="r")
+    base = np.load(request.base_log_probs, mmap_mode="r") if request.base_log_probs else None
+    return compare(logit_rows, trained, base, list_targets(request.passages))
+
+
 def compute_kl_nats(reference_log_probs: "NDArray[np.float32]", log_probs: "NDArray[np.float32]") -> float:
-    """KL(meant || spoken) in nats, from log probabilities; never below zero."""
+    """KL(reference || other) in nats, from log probabilities; never negative."""
     import numpy as np
 
     return max(0.0, float((np.exp(reference_log_probs) * (reference_log_probs - log_probs)).sum(dtype=np.float64)))
 
 
 def _perplexity(losses: Sequence[float]) -> float | None:
-    """exp of the mean; None without tokens, and where it is beyond any number."""
+    """exp of the mean loss; None without tokens, or where it overflows."""
     if not losses:
         return None
     mean = math.fsum(losses) / len(losses)

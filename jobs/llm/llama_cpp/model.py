@@ -1,4 +1,4 @@
-"""A GGUF file, loaded by llama.cpp into this process: tokens, logits, greedy text. Only the programs beside it use this."""
+"""A GGUF file loaded by llama.cpp into this process: tokens, logits, greedy generation. For child processes only."""
 
 import sys
 from collections.abc import Generator, Iterator, Sequence
@@ -13,43 +13,49 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-LOG_LEVEL_ERROR = 4  # ggml_log_level; everything below it is chatter
+LOG_LEVEL_ERROR = 4  # of ggml_log_level
 
-# ctypes forgets nothing itself: a callback that Python has collected crashes the engine at its next word.
+# ctypes keeps no reference: llama.cpp crashes when it calls a callback that Python has garbage-collected.
 _live_callbacks: list[object] = []
 
 
 class LlamaError(Exception):
-    """llama.cpp refused: the message says what it was asked to do."""
+    """A call into llama.cpp failed; the message says which."""
 
 
-def silence_native_logs() -> None:
-    """Let llama.cpp speak of errors only."""
+def log_errors_only() -> list[str]:
+    """Make llama.cpp log errors only, to stderr and to the returned list."""
+    import ctypes
+
     import llama_cpp
+
+    errors: list[str] = []
 
     @llama_cpp.llama_log_callback
     def errors_only(level: int, text: bytes, _: object) -> None:
         if level == LOG_LEVEL_ERROR:
-            sys.stderr.write(text.decode(errors="replace"))
+            errors.append(text.decode(errors="replace").strip())
+            print(errors[-1], file=sys.stderr)
 
     _live_callbacks.append(errors_only)
-    llama_cpp.llama_log_set(errors_only, None)
+    llama_cpp.llama_log_set(errors_only, ctypes.c_void_p(0))
+    return errors
 
 
 @contextmanager
 def open_gguf(path: Path, *, threads: int, context_tokens: int, max_outputs: int, lora: Path | None = None) -> Generator["GgufModel"]:
-    """Load a file for sequences of up to `context_tokens`, at most `max_outputs` of whose positions are asked for at once.
+    """Load a file for sequences of up to `context_tokens`, with logits at up to `max_outputs` positions per call.
 
-    `lora` is an adapter to be used with it.
+    `lora` is an adapter to apply. Raises LlamaError.
     """
     import llama_cpp
 
-    silence_native_logs()
+    log_errors_only()
     llama_cpp.llama_backend_init()
     model_params = llama_cpp.llama_model_default_params()
-    # A build for one processor crashes in its AMX kernels at the first quantized matrix; portable builds have none to lose.
+    # A native build crashes in its AMX kernels at the first quantized matrix; portable builds have no such kernels.
     model_params.use_extra_bufts = False
-    model_params.n_gpu_layers = 0  # what is verified is the file, and the memory of the accelerator may be taken
+    model_params.n_gpu_layers = 0  # verifying a file needs no GPU, and the GPU's memory may be in use
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_params)
     if not model:
         raise LlamaError(f"{path.name} cannot be loaded")
@@ -68,7 +74,7 @@ def open_gguf(path: Path, *, threads: int, context_tokens: int, max_outputs: int
 
 
 class GgufModel:
-    """A loaded file. One sequence at a time; every call starts afresh."""
+    """A loaded file. It processes one sequence at a time; calls are independent."""
 
     def __init__(self, llama_cpp: ModuleType, model: "ctypes.c_void_p", context: "ctypes.c_void_p") -> None:
         self._llama = llama_cpp
@@ -77,47 +83,39 @@ class GgufModel:
         self.vocab_size: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
 
     def tokenize(self, text: str) -> list[int]:
-        """The text's token ids: turn tokens are recognised, nothing is added in front."""
+        """The text's token ids; special tokens are recognized, and no BOS token is added."""
         content = text.encode()
-        room = len(content) + 8
-        tokens = (self._llama.llama_token * room)()
-        count = self._llama.llama_tokenize(self._vocab, content, len(content), tokens, room, False, True)
+        capacity = len(content) + 8
+        tokens = (self._llama.llama_token * capacity)()
+        count = self._llama.llama_tokenize(self._vocab, content, len(content), tokens, capacity, False, True)
         if count < 0:
             raise LlamaError(f"a text of {len(content)} bytes has more tokens than bytes")
         return list(tokens[:count])
 
     def iter_logits(self, ids: Sequence[int], num_positions: int) -> Iterator["NDArray[np.float32]"]:
-        """The logits at the last positions of a sequence, one row of the vocabulary's size at a time."""
+        """The logits at the last `num_positions` positions of a sequence, one row of shape (vocabulary,) at a time."""
         self._clear_memory()
         self._decode(ids, 0, num_positions)
         for position in range(len(ids) - num_positions, len(ids)):
             yield self._logits_at(position)
 
     def generate(self, ids: Sequence[int], max_tokens: int) -> list[int]:
-        """The most likely continuation, token by token, up to and with the token that ends it."""
+        """The greedy continuation, up to and including an end token."""
         self._clear_memory()
         self._decode(ids, 0, 1)
-        answer = [int(self._logits_at(len(ids) - 1).argmax())]
-        while len(answer) < max_tokens and not self.is_end_token(answer[-1]):
-            self._decode(answer[-1:], len(ids) + len(answer) - 1, 1)
-            answer.append(int(self._logits_at(0).argmax()))
-        return answer
+        generated = [int(self._logits_at(len(ids) - 1).argmax())]
+        while len(generated) < max_tokens and not self.is_end_token(generated[-1]):
+            self._decode(generated[-1:], len(ids) + len(generated) - 1, 1)
+            generated.append(int(self._logits_at(0).argmax()))
+        return generated
 
     def is_end_token(self, token: int) -> bool:
         """Whether a token ends a turn or a text."""
         return bool(self._llama.llama_vocab_is_eog(self._vocab, token))
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        """The tokens as text, special ones left out."""
-        return b"".join(self._token_to_bytes(token) for token in ids).decode(errors="replace")
-
-    def _token_to_bytes(self, token: int) -> bytes:
-        import ctypes
-
-        room = 256  # bytes; the longest piece of Gemma's vocabulary has 93
-        piece = ctypes.create_string_buffer(room)
-        length = self._llama.llama_token_to_piece(self._vocab, token, piece, room, 0, False)
-        return piece.raw[: max(0, length)]
+        """The tokens as text, without special tokens."""
+        return b"".join(token_to_bytes(self._vocab, token) for token in ids).decode(errors="replace")
 
     def _clear_memory(self) -> None:
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
@@ -133,22 +131,37 @@ class GgufModel:
         finally:
             self._llama.llama_batch_free(batch)
         if code != 0:
-            raise LlamaError(f"decoding {len(ids)} tokens answered {code}")
+            raise LlamaError(f"llama_decode of {len(ids)} tokens returned {code}")
 
     def _logits_at(self, position: int) -> "NDArray[np.float32]":
         import numpy as np
 
-        # A copy: the engine's buffer is overwritten by the next sequence.
+        # A copy: the next call overwrites llama.cpp's buffer.
         return np.ctypeslib.as_array(self._llama.llama_get_logits_ith(self._context, position), shape=(self.vocab_size,)).copy()
 
 
+def token_to_bytes(vocab: "ctypes.c_void_p", token: int) -> bytes:
+    """The text of a token; empty for a control token. The bindings' own method loses tokens of more than 32 bytes."""
+    import ctypes
+
+    import llama_cpp
+
+    size = 32
+    while True:
+        buffer = (ctypes.c_char * size)()
+        length = llama_cpp.llama_token_to_piece(vocab, token, buffer, size, 0, False)
+        if length >= 0:
+            return buffer.raw[:length]
+        size = -length
+
+
 def _load_lora(llama_cpp: ModuleType, model: "ctypes.c_void_p", context: "ctypes.c_void_p", lora: Path) -> None:
-    """Use an adapter at its full strength; it is freed with the model."""
+    """Apply an adapter at scale 1; it is freed with the model."""
     import ctypes
 
     adapter = llama_cpp.llama_adapter_lora_init(model, str(lora).encode())
     if not adapter:
-        raise LlamaError(f"{lora.name} cannot be loaded beside its base")
+        raise LlamaError(f"{lora.name} cannot be loaded with its base")
     adapters, scales = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter), (ctypes.c_float * 1)(1.0)
     if llama_cpp.llama_set_adapters_lora(context, adapters, 1, scales) != 0:
         raise LlamaError(f"{lora.name} cannot be used with its base")
@@ -159,6 +172,6 @@ def _make_context_params(threads: int, context_tokens: int, max_outputs: int) ->
 
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = context_tokens
-    params.n_outputs_max = max_outputs  # a row of logits is 1 MB for Gemma, and the default reserves one per token
+    params.n_outputs_max = max_outputs  # a row of logits takes 1 MB for Gemma, and the default reserves one per token
     params.n_threads = params.n_threads_batch = threads
     return params

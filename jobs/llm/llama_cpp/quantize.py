@@ -1,7 +1,7 @@
 """`python -m jobs.llm.llama_cpp.quantize SOURCE TARGET FILE_TYPE THREADS [IMATRIX]`: write a GGUF file in another precision.
 
-FILE_TYPE is a name of `schema.training.export.GgufQuantization` except `none`; IMATRIX is what llama-imatrix wrote.
-Exits 0 only when the file is written.
+FILE_TYPE is a name of `schema.training.export.GgufQuantization` except `none`; IMATRIX is the output of llama-imatrix.
+Exit code 0 means that the file is written.
 """
 
 import ctypes
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# llama.cpp's own constants.
+# Names of llama.cpp's constants.
 FILE_TYPES = {
     "f32": "LLAMA_FTYPE_ALL_F32",
     "f16": "LLAMA_FTYPE_MOSTLY_F16",
@@ -31,20 +31,20 @@ FILE_TYPES = {
 
 
 def main(source: str, target: str, file_type: str, threads: str, imatrix: str = "") -> int:
-    """Quantize; returns llama.cpp's own code, 0 for success."""
+    """Quantize; returns llama.cpp's code, 0 for success."""
     import llama_cpp
 
     from jobs.llm.llama_cpp.gguf_reader import read_imatrix
-    from jobs.llm.llama_cpp.model import silence_native_logs
+    from jobs.llm.llama_cpp.model import log_errors_only
 
-    silence_native_logs()
+    log_errors_only()
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, FILE_TYPES[file_type])
     params.nthread = int(threads)
     weights = read_imatrix(imatrix) if imatrix else {}
     if weights:
         entries = [llama_cpp.llama_model_imatrix_data(name.encode(), _pointer(values), len(values)) for name, values in weights.items()]
-        # The last one is empty, and tells llama.cpp that it is.
+        # An empty last entry ends the array.
         params.imatrix = (llama_cpp.llama_model_imatrix_data * (len(entries) + 1))(*entries)
     return llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params))
 

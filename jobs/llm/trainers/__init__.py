@@ -1,4 +1,5 @@
-"""One file per trainer type, read top to bottom. Trainers may resemble each other; they share no base class.
+"""The trainers: one file per trainer type, each a function `train(config, context)` that reads top to bottom.
 
-What they share knows no library: `course` (when to save, when to end), `saving` (what a checkpoint holds of ours), `healing`.
+Here belong a trainer type's data, model, loss and evaluation. What all trainers share does not: the loop is in
+`jobs/llm/training_loop.py`, the parts that preference trainers share are in `jobs/llm/preference.py`.
 """

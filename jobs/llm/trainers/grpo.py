@@ -1,13 +1,13 @@
-"""Group relative policy optimization: learn from what graders say of the model's own answers.
+"""Group relative policy optimization: learn from the rewards that graders give to the model's own completions.
 
-    1. rows to prompts, and the columns that graders read; every grader is asked whether it can judge them
-    2. the model answers a prompt several times, and the graders say what each answer is worth; answers that are worth more than the
-       others of their prompt become likelier
-    3. held-out prompts are answered with the likeliest tokens, and graded: the reward that a user would see
+    1. rows to prompts, and the columns that graders read; every grader checks that it can grade them
+    2. the model completes a prompt several times and the graders reward each completion; completions with a higher reward than the
+       others of their prompt become more likely
+    3. held-out prompts are completed greedily and graded, which gives the reward that a user would see
 
-An answer that a grader failed on, but not on all of its group, is not compared with the others: see `incomparable_left_out`.
-All answers of an optimizer step are made at its beginning, as many at once as go through the model at once, so that nothing that was
-generated is ever left over in a checkpoint. Where several processes train, each answers its share, and rank 0 grades all answers.
+If a grader fails on some completions of a group, these are not compared with the others: see `mask_incomparable`. All completions of an
+optimizer step are generated at its beginning, one batch at a time, so that no generated completion has to be in a checkpoint. With
+several processes each generates its share, and rank 0 grades all completions.
 """
 
 import random
@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.llm.data.tokenize import IGNORE_INDEX, TokenizedExample, TokenizedSplit, read_rows, tokenize_row
-from jobs.llm.distributed import LossReduction, disable_metric_gathering
+from jobs.llm.data.tokenize import IGNORE_INDEX, TokenizedExample, read_rows, tokenize_row
+from jobs.llm.distributed import disable_metric_gathering
 from jobs.llm.evaluation.generation import generate_batch, make_samples, max_generation_batch
 from jobs.llm.evaluation.state import preserve_rng_state
 from jobs.llm.graders import build_graders, check_graders, close_graders
@@ -30,14 +30,15 @@ from jobs.llm.loss import compute_labeled_logits
 from jobs.llm.model import load_base, lora_config
 from jobs.llm.preference import cast_adapter_to_fp32, index_dataset, validate_dataset_type
 from jobs.llm.trained_model import TrainedModel
-from jobs.llm.training_loop import (
+from jobs.llm.training_context import (
+    LossReduction,
     TrainingContext,
     prepare_training,
     require_examples,
-    run_training,
     untrained_special_tokens,
     warn_truncation,
 )
+from jobs.llm.training_loop import run_training
 from jobs.runtime.errors import JobFailed
 from jobs.runtime.training_control import TrainingControl
 from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
@@ -52,37 +53,71 @@ NAN = float("nan")
 
 
 def train(config: GrpoConfig, context: "JobContext") -> TrainedModel:
-    """Train as the config says, or go on where an attempt before left off. Raises JobFailed and Stopped."""
+    """Train as configured, or resume an earlier attempt. Raises JobFailed and Stopped."""
     validate_dataset_type(config, context)
-    ground = prepare_training(config, context)
+    training = prepare_training(config, context)
     graders = build_graders(config, context)
     try:
-        return run_training(_build_task(ground, config, graders), ground)
+        train_prompts = _load_prompts(training, config, TRAIN_SPLIT)
+        held_out = _load_prompts(training, config, EVAL_SPLIT) if EVAL_SPLIT in training.splits else []
+        require_examples(training, len(train_prompts), len(held_out))
+        task = GrpoTask(
+            training,
+            config,
+            train_prompts,
+            held_out,
+            graders,
+            [RewardPlaceholder(grader.__name__, grader.weight) for grader in graders],
+            untrained_special_tokens(training, [row.tokens for row in train_prompts]),
+        )
+        task.require_full_step()
+        if not context.spec.export_of:
+            check_graders(graders, [row.make_grading_input("") for row in train_prompts + held_out])
+        return run_training(task, training)
     finally:
         close_graders(graders)
 
 
+def _load_prompts(training: TrainingContext, config: GrpoConfig, split: str) -> list["PromptRow"]:
+    """The rows of a split whose prompts leave room for a completion. Every row has every column of the split."""
+    max_prompt_tokens = config.hyperparameters.max_seq_length - config.hyperparameters.max_completion_length
+    dataset_type = training.context.spec.dataset.dataset_type
+    stored = list(read_rows(training.splits[split]))
+    names = sorted({name for row in stored for name in row} - {"prompt"})
+    rows: list[PromptRow] = []
+    for row in stored:
+        columns = {name: row.get(name) for name in names}
+        tokens = tokenize_prompt(row["prompt"], training.tokenizer)
+        if dataset_type == "prompt_completion":
+            columns["completion"] = to_text(row["completion"])
+            tokens = tokenize_row(row, dataset_type, training.tokenizer)
+        if tokens.prompt_tokens <= max_prompt_tokens:
+            rows.append(PromptRow(row["prompt"], tokens, columns))
+    warn_truncation(training, split, truncated=0, dropped=len(stored) - len(rows))
+    return rows
+
+
 @dataclass(frozen=True)
 class PromptRow:
-    """A row: what the model is asked, and what graders may read beside it."""
+    """A row: the prompt, and the columns that graders may read."""
 
     prompt: str | list[dict[str, Any]]
-    tokens: TokenizedExample  # the prompt; with the row's own completion if it has one
+    tokens: TokenizedExample  # of the prompt, and of the row's own completion if it has one
     columns: dict[str, Any]
 
     @property
     def prompt_ids(self) -> list[int]:
-        """The prompt as the model reads it."""
+        """The tokens of the prompt."""
         return self.tokens.input_ids[: self.tokens.prompt_tokens]
 
     def make_grading_input(self, completion: str) -> GradingInput:
-        """That completion, to be graded."""
+        """What graders get for a completion of this prompt."""
         return GradingInput(to_text(self.prompt), completion, self.columns)
 
 
 @dataclass(frozen=True)
 class RewardPlaceholder:
-    """A grader as TRL knows it, in every process: the lesson asks it itself, in rank 0."""
+    """A reward function for TRL that is never called: GrpoTask.compute_rewards calls the graders in rank 0."""
 
     name: str
     weight: float
@@ -92,34 +127,47 @@ class RewardPlaceholder:
         return self.name
 
     def __call__(self, *_: object, **__: object) -> list[float | None]:
-        raise NotImplementedError(f"grader {self.name!r} is asked by the lesson")
+        raise NotImplementedError(f"GrpoTask.compute_rewards calls grader {self.name!r}")
 
 
 @dataclass
 class GrpoTask:
-    """Prompts, and graders of what the model answers."""
+    """Prompts, and the graders of the model's completions."""
 
     training: TrainingContext
     config: GrpoConfig
     train_prompts: list[PromptRow]
     held_out: list[PromptRow]
-    graders: list[RewardFunction]  # none in another process than rank 0: they may know secrets, and count their failures
-    reward_placeholders: list[RewardPlaceholder]  # the same
+    graders: list[RewardFunction]  # only in rank 0: they may hold secrets, and they count their failures
+    reward_placeholders: list[RewardPlaceholder]  # one for each grader, in every process
     trainable_token_ids: list[int]
-    held_out_completions: list[str] = field(
-        default_factory=list
-    )  # what the model answered to the held-out prompts when it was last measured
+    held_out_completions: list[str] = field(default_factory=list)  # of the last evaluation
 
     @property
     def examples_per_epoch(self) -> int:
-        """Answers in an epoch. Prompts that do not fill a step are left for another epoch, which has another order."""
+        """Completions per epoch. Prompts that do not fill a step are left for another epoch, which has another order."""
         return len(self.train_prompts) // self._prompts_per_step * self._completions_per_step
+
+    def require_full_step(self) -> None:
+        """Raises JobFailed if there are fewer prompts than an optimizer step takes."""
+        if not self.examples_per_epoch:
+            message = f"there are {len(self.train_prompts)} prompts, and an optimizer step takes {self._prompts_per_step}"
+            raise JobFailed("invalid_data", message, "send more prompts, or lower batch_size or gradient_accumulation_steps")
+
+    @property
+    def _completions_per_step(self) -> int:
+        hyperparameters = self.config.hyperparameters
+        return hyperparameters.batch_size * hyperparameters.gradient_accumulation_steps
+
+    @property
+    def _prompts_per_step(self) -> int:
+        return self._completions_per_step // self.config.hyperparameters.num_generations
 
     @property
     def held_out_examples(self) -> Sequence[TokenizedExample]:
-        """Held-out rows; those without a completion of their own with the model's, on which exported files can be compared."""
-        said = self.held_out_completions or [""] * len(self.held_out)
-        return [self._with_completion(row.tokens, text) for row, text in zip(self.held_out, said, strict=True)]
+        """Held-out rows. A row without a completion of its own gets the model's, so that exported files can be compared on it."""
+        completions = self.held_out_completions or [""] * len(self.held_out)
+        return [self._with_completion(row.tokens, completion) for row, completion in zip(self.held_out, completions, strict=True)]
 
     @property
     def has_held_out_rows(self) -> bool:
@@ -146,19 +194,19 @@ class GrpoTask:
         return "trainer"
 
     def build_model(self, weights: Path) -> Any:
-        """Without an adapter: the library puts it on, and knows then that the model without it is what to compare with."""
+        """Without an adapter: TRL adds it, and then uses the model without it as the reference."""
         return load_base(self.config, self.training.device_config, weights)
 
     def build_trainer(self, model: Any, arguments: dict[str, Any], instrument: Callable[[type], type], control: TrainingControl) -> Any:
         from datasets import Dataset
         from trl import GRPOConfig, GRPOTrainer
 
-        lesson, ground = self, self.training
-        # TRL's head scores every position where there is no Triton, and knows nothing of a head of which a few rows are trained.
-        scores_itself = bool(self.trainable_token_ids) or not ground.device_config.on_gpu
+        task, training = self, self.training
+        # Without Triton, TRL's LM head computes every position; and it does not support trainable tokens in the head.
+        uses_own_log_probs = bool(self.trainable_token_ids) or not training.device_config.on_gpu
 
         class PretokenizedGrpoTrainer(GRPOTrainer):
-            """TRL's trainer with our prompts' tokens, our rewards, and answers made a few at once."""
+            """TRL's trainer with our prompt tokens and rewards, generating one batch at a time."""
 
             training_control = control
 
@@ -168,17 +216,17 @@ class GrpoTask:
                 control.tokens_seen += int(self.accelerator.gather(tokens).sum())
                 return inputs
 
-            def compute_loss(self, *inputs: Any, **how: Any) -> Any:
+            def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
                 with disable_metric_gathering(self.accelerator):
-                    return super().compute_loss(*inputs, **how)
+                    return super().compute_loss(*args, **kwargs)
 
             def _generate_and_score_completions(self, inputs: Any) -> Any:
                 before = {name: list(values) for name, values in self._metrics["train"].items()}
-                answered = super()._generate_and_score_completions(inputs)
-                if not self.accelerator.is_main_process:  # these figures are of all answers already, and rank 0 has them
+                scored = super()._generate_and_score_completions(inputs)
+                if not self.accelerator.is_main_process:  # these metrics are of all processes already; only rank 0 reports them
                     self._metrics["train"].clear()
                     self._metrics["train"].update(before)
-                return answered
+                return scored
 
             def _get_train_sampler(self, dataset: Any = None) -> Any:
                 return epoch_seeded_sampler(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
@@ -186,122 +234,113 @@ class GrpoTask:
             def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
                 return [tokenize_prompt(prompt, self.processing_class).input_ids for prompt in prompts], None, {}
 
-            def _generate_single_turn(self, prompt_ids: list[list[int]], *rest: Any, **named: Any) -> tuple[list[list[int]], None]:
-                size = self.args.per_device_train_batch_size
+            def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple[list[list[int]], None]:
+                batch_size = self.args.per_device_train_batch_size
                 first = self.accelerator.process_index * len(prompt_ids)
-                said: list[list[int]] = []
-                for n in range(0, len(prompt_ids), size):
+                completion_ids: list[list[int]] = []
+                for n in range(0, len(prompt_ids), batch_size):
                     with deterministic_sampling(f"{self.args.seed} {self.state.global_step} {first + n}"):
-                        said += super()._generate_single_turn(prompt_ids[n : n + size], *rest, **named)[0]
-                return said, None
+                        completion_ids += super()._generate_single_turn(prompt_ids[n : n + batch_size], *args, **kwargs)[0]
+                return completion_ids, None
 
-            def _get_per_token_logps_and_entropies(self, model: Any, *inputs: Any, **named: Any) -> Any:
-                if scores_itself:
-                    return compute_log_probs(model, *inputs, temperature=self.temperature, **named)
-                return super()._get_per_token_logps_and_entropies(model, *inputs, **named)
+            def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+                if uses_own_log_probs:
+                    return compute_log_probs(model, *args, temperature=self.temperature, **kwargs)
+                return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
             def _calculate_rewards(self, inputs: list[Any], prompts: list[Any], completions: list[Any], completion_ids_list: Any) -> Any:
-                return lesson.compute_rewards(self, [row["row_index"] for row in inputs], completions)
+                return task.compute_rewards(self, [row["row_index"] for row in inputs], completions)
 
-        prompts = [{"prompt": row.prompt, "row_index": place} for place, row in enumerate(self.train_prompts)]
-        with override_name_or_path(ground.base_folder, model):
+        prompts = [{"prompt": row.prompt, "row_index": index} for index, row in enumerate(self.train_prompts)]
+        peft_config = lora_config(self.config, model, trainable_token_ids=self.trainable_token_ids) if training.trains_adapter else None
+        with override_name_or_path(training.base_folder, model):
             trainer = instrument(PretokenizedGrpoTrainer)(
                 model=model,
                 reward_funcs=list(self.reward_placeholders),
                 args=GRPOConfig(**arguments | self._grpo_arguments(arguments)),
                 train_dataset=Dataset.from_list(prompts),
-                eval_dataset=index_dataset(self.held_out) if self.held_out else None,  # never read: `measure` has its own
-                processing_class=ground.tokenizer,
-                peft_config=lora_config(self.config, model, trainable_token_ids=self.trainable_token_ids)
-                if ground.trains_adapter
-                else None,
+                eval_dataset=index_dataset(self.held_out) if self.held_out else None,  # never read: `evaluate` has its own
+                processing_class=training.tokenizer,
+                peft_config=peft_config,
             )
         cast_adapter_to_fp32(trainer.model)
         return trainer
 
     def _grpo_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        knobs = self.config.hyperparameters
+        hyperparameters = self.config.hyperparameters
         return {
-            "gradient_checkpointing": None,  # TRL's default would come on top of what is decided under the newer name
-            "num_generations": knobs.num_generations,
+            "gradient_checkpointing": None,  # TRL's default would be added to activation_checkpointing, which decides it
+            "num_generations": hyperparameters.num_generations,
             "num_generations_eval": 1,
-            "steps_per_generation": arguments["gradient_accumulation_steps"],  # nothing that was generated outlives its optimizer step
-            "max_completion_length": knobs.max_completion_length,
-            "temperature": knobs.temperature,
-            "top_p": knobs.top_p,
-            "top_k": knobs.top_k,
-            "beta": knobs.beta,
-            "loss_type": knobs.loss_type,
-            "scale_rewards": knobs.scale_rewards,
-            "mask_truncated_completions": knobs.mask_truncated_completions,
-            "disable_dropout": not knobs.lora_dropout,
+            "steps_per_generation": arguments["gradient_accumulation_steps"],  # no completion outlives its optimizer step
+            "max_completion_length": hyperparameters.max_completion_length,
+            "temperature": hyperparameters.temperature,
+            "top_p": hyperparameters.top_p,
+            "top_k": hyperparameters.top_k,
+            "beta": hyperparameters.beta,
+            "loss_type": hyperparameters.loss_type,
+            "scale_rewards": hyperparameters.scale_rewards,
+            "mask_truncated_completions": hyperparameters.mask_truncated_completions,
+            "disable_dropout": not hyperparameters.lora_dropout,
             "reward_weights": [grader.weight for grader in self.reward_placeholders],
         }
 
     def compute_rewards(self, trainer: Any, row_indices: list[int], completions: list[Any]) -> Any:
-        """Rewards (answers, graders) of all processes; NaN where an answer cannot be compared with its group. Rank 0 grades them all."""
+        """Rewards (completions, graders) of all processes, graded in rank 0. NaN where a completion cannot be compared with its group."""
         import torch
         from accelerate.utils import broadcast_object_list, gather_object
 
-        answered = gather_object(list(zip(row_indices, completions, strict=True)))
-        known = [self._grade(trainer, answered) if trainer.accelerator.is_main_process else []]
-        broadcast_object_list(known)
-        rewards = torch.tensor(known[0], dtype=torch.float32, device=trainer.accelerator.device).T
+        all_completions = gather_object(list(zip(row_indices, completions, strict=True)))
+        gathered = [self._grade(trainer, all_completions) if trainer.accelerator.is_main_process else []]
+        broadcast_object_list(gathered)
+        rewards = torch.tensor(gathered[0], dtype=torch.float32, device=trainer.accelerator.device).T
         return mask_incomparable(rewards, trainer.num_generations)
 
-    def _grade(self, trainer: Any, answered: list[tuple[int, Any]]) -> list[list[float]]:
-        """What each grader gives to each answer."""
-        rows, completions = [self.train_prompts[place] for place, _ in answered], [completion for _, completion in answered]
+    def _grade(self, trainer: Any, indexed_completions: list[tuple[int, Any]]) -> list[list[float]]:
+        """The rewards of each grader for each completion; NaN where a grader failed."""
+        rows = [self.train_prompts[index] for index, _ in indexed_completions]
+        completions = [completion for _, completion in indexed_completions]
         prompts, columns = [row.prompt for row in rows], [row.columns for row in rows]
-        given = [grader(prompts, completions, row=columns, log_metric=trainer._log_metric) for grader in self.graders]
-        return [[NAN if reward is None else reward for reward in rewards] for rewards in given]
+        rewards_by_grader = [grader(prompts, completions, row=columns, log_metric=trainer._log_metric) for grader in self.graders]
+        return [[NAN if reward is None else reward for reward in rewards] for rewards in rewards_by_grader]
 
     def logged_metrics_buffer(self, trainer: Any) -> MutableMapping[str, list[float]]:
         return trainer._metrics["train"]
 
     def count_tokens(self, inputs: Any) -> int:
-        return 0  # they are not generated yet; the trainer counts them when they are
+        return 0  # nothing is generated yet; the trainer counts the tokens in _prepare_inputs
 
     def evaluate(self, trainer: Any, check_stop: Callable[[], None]) -> EvalMetrics:
-        """What the graders give, in the mean, to the model's likeliest answers to the held-out prompts."""
-        began = time.monotonic()
-        knobs = self.config.hyperparameters
+        """The mean rewards of greedy completions of the held-out prompts."""
+        started_at = time.monotonic()
+        hyperparameters = self.config.hyperparameters
         prompts = [row.prompt_ids for row in self.held_out]
         self.held_out_completions = generate_batch(
             trainer.model,
             self.training.tokenizer,
             prompts,
-            max_new_tokens=knobs.max_completion_length,
-            batch_size=max_generation_batch(knobs.batch_size, prompts, knobs.max_completion_length),
+            max_new_tokens=hyperparameters.max_completion_length,
+            batch_size=max_generation_batch(hyperparameters.batch_size, prompts, hyperparameters.max_completion_length),
             check_stop=check_stop,
         )
         self._emit_samples(trainer.training_control)
-        cases = [row.make_grading_input(text) for row, text in zip(self.held_out, self.held_out_completions, strict=True)]
-        grades = {grader.__name__: grader.grade(cases) for grader in self.graders}
-        values = {name: value for name, given in grades.items() for name, value in summarize_grades(name, given).items()}
+        inputs = [row.make_grading_input(completion) for row, completion in zip(self.held_out, self.held_out_completions, strict=True)]
+        grades = {grader.__name__: grader.grade(inputs) for grader in self.graders}
+        values = {name: value for grader, of_grader in grades.items() for name, value in summarize_grades(grader, of_grader).items()}
         reward = compute_mean_reward({grader.__name__: grader.weight for grader in self.graders}, grades)
-        notes = {name: "the grader could not judge a single answer" for name, value in values.items() if value is None}
+        notes = {name: "the grader failed on every completion" for name, value in values.items() if value is None}
         if reward is None:
-            notes["reward"] = "there is no answer that every grader could judge"
+            notes["reward"] = "there is no completion on which every grader succeeded"
         return EvalMetrics(
-            eval_loss=None if reward is None else -reward,  # what is made smaller: the best checkpoint, and the end of hope, go by it
-            eval_runtime=time.monotonic() - began,
+            eval_loss=None if reward is None else -reward,  # lower is better for the best checkpoint and early stopping
+            eval_runtime=time.monotonic() - started_at,
             eval_rows=len(self.held_out),
             values={"reward": reward} | values,
             notes=notes,
         )
 
-    @property
-    def _completions_per_step(self) -> int:
-        knobs = self.config.hyperparameters
-        return knobs.batch_size * knobs.gradient_accumulation_steps
-
-    @property
-    def _prompts_per_step(self) -> int:
-        return self._completions_per_step // self.config.hyperparameters.num_generations
-
     def _emit_samples(self, control: TrainingControl) -> None:
-        """A few of the answers. Rows with a completion of their own are shown by the loop, beside that."""
+        """Log some completions as samples. evaluate.py logs those of rows with a completion of their own."""
         count = self.config.eval_config.sample_prompts
         rows = [row for row in self.held_out if not row.tokens.has_labels]
         if not count or not rows:
@@ -320,7 +359,7 @@ class GrpoTask:
 
 
 def compute_mean_reward(weights: dict[str, float], grades: dict[str, list[Grade]]) -> float | None:
-    """The mean of the weighted sums, over the answers that no grader failed on; None without any."""
+    """The mean of the weighted rewards over the completions on which no grader failed; None if there are none."""
     sums = [
         sum(weights[name] * grade for name, grade in zip(grades, given, strict=True) if not isinstance(grade, FailedGrade))
         for given in zip(*grades.values(), strict=True)
@@ -330,13 +369,13 @@ def compute_mean_reward(weights: dict[str, float], grades: dict[str, list[Grade]
 
 
 def tokenize_prompt(prompt: str | list[dict[str, Any]], tokenizer: Any) -> TokenizedExample:
-    """A prompt as the model reads it: messages by the chat template, up to where the assistant speaks. Raises JobFailed."""
+    """The prompt as tokens. Messages go through the chat template, up to the start of the assistant's turn. Raises JobFailed."""
     if isinstance(prompt, str):
         row = tokenize_row({"text": prompt}, "text", tokenizer)
-        ids = row.input_ids[:-1]  # without the end
+        ids = row.input_ids[:-1]  # without the end-of-text token
         return TokenizedExample(ids, [IGNORE_INDEX] * len(ids), prompt, len(ids))
-    answered = {"prompt": prompt, "completion": [{"role": "assistant", "content": ""}]}
-    row = tokenize_row(answered, "prompt_completion", tokenizer)
+    with_empty_completion = {"prompt": prompt, "completion": [{"role": "assistant", "content": ""}]}
+    row = tokenize_row(with_empty_completion, "prompt_completion", tokenizer)
     ids = row.input_ids[: row.prompt_tokens]
     return TokenizedExample(ids, [IGNORE_INDEX] * len(ids), row.prompt_text, len(ids))
 
@@ -352,93 +391,60 @@ def compute_log_probs(
     compute_entropy: bool = False,
     **_: Any,
 ) -> tuple[Any, Any, None]:
-    """The log-probability of each token of the answers, which are the last ones of `input_ids` (B, T), and the entropy there, as TRL
-    wants them: (B, answer_length) each. `batch_size` answers go through the model at once."""
+    """The log-probability and the entropy of each completion token, (B, completion_length) each, with the signature that TRL calls.
+
+    The completions are the last tokens of `input_ids` (B, T). The model computes `batch_size` rows at a time.
+    """
     import torch
 
     labels = input_ids.masked_fill(attention_mask == 0, IGNORE_INDEX)
     labels[:, :-completion_length] = IGNORE_INDEX
-    parts: list[Any] = []
-    for ids, mask, wanted in zip(*(part.split(batch_size or len(labels)) for part in (input_ids, attention_mask, labels)), strict=True):
-        logits, said = compute_labeled_logits(model, {"input_ids": ids, "attention_mask": mask}, wanted)
-        logps = (logits / temperature).log_softmax(-1)
+    chunks: list[Any] = []
+    tensors = (input_ids, attention_mask, labels)
+    for ids, mask, chunk_labels in zip(*(tensor.split(batch_size or len(labels)) for tensor in tensors), strict=True):
+        logits, targets = compute_labeled_logits(model, {"input_ids": ids, "attention_mask": mask}, chunk_labels)
+        log_probs = (logits / temperature).log_softmax(-1)
         with torch.no_grad():
-            entropy = -(logps.exp() * logps).sum(-1)
-        there = wanted[:, -completion_length:] != IGNORE_INDEX
-        figures = (logps.gather(-1, said.unsqueeze(-1)).squeeze(-1), entropy)
-        # A scatter keeps the model connected when no answer counts: its gradient is zero, and not missing.
-        parts.append([figure.new_zeros(there.shape).masked_scatter(there, figure) for figure in figures])
-    logps, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
-    return logps, entropy if compute_entropy else None, None
+            entropy = -(log_probs.exp() * log_probs).sum(-1)
+        is_target = chunk_labels[:, -completion_length:] != IGNORE_INDEX
+        target_log_probs = log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        # A scatter keeps the model in the graph when no completion counts: its gradient is zero instead of missing.
+        chunks.append([values.new_zeros(is_target.shape).masked_scatter(is_target, values) for values in (target_log_probs, entropy)])
+    log_probs, entropy = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return log_probs, entropy if compute_entropy else None, None
 
 
 @contextmanager
 def deterministic_sampling(seed: str) -> Iterator[None]:
-    """Inside, random numbers depend on `what` alone, and go on afterwards as if none had been drawn: however many processes answer,
-    and wherever a training was resumed, the answers are the same."""
+    """Inside, random numbers depend only on `seed`; afterwards the RNG state is restored. So the completions do not depend on the
+    number of processes, or on where a training was resumed."""
     import torch
 
     with preserve_rng_state():
-        torch.manual_seed(random.Random(seed).getrandbits(63))  # noqa: S311  # no secret
+        torch.manual_seed(random.Random(seed).getrandbits(63))  # noqa: S311  # not for security
         yield
 
 
 def epoch_seeded_sampler(sampler: Any, epoch: Callable[[], int]) -> Any:
-    """The sampler with an order that depends on seed and epoch alone. TRL's own goes on from the epoch before, which a training that
-    was resumed has not seen."""
+    """The sampler with an order that depends only on seed and epoch. TRL's own continues from the previous epoch's random state, which
+    a resumed training does not have."""
 
-    class ShuffledByEpoch(type(sampler)):
+    class EpochSeededSampler(type(sampler)):
         def __iter__(self) -> Iterator[int]:
             self.generator.manual_seed(self.seed + epoch())
             return super().__iter__()
 
-    sampler.__class__ = ShuffledByEpoch
+    sampler.__class__ = EpochSeededSampler
     return sampler
 
 
 @contextmanager
 def override_name_or_path(folder: Path, model: Any) -> Iterator[None]:
-    """Inside, the model says that it was loaded from there. With `beta`, TRL loads the reference from where the model came from,
-    which for a training that goes on would be a checkpoint."""
+    """Inside, the model's config names `folder` as its source. With `beta`, TRL loads the reference model from there; for a resumed
+    training it would otherwise load the checkpoint."""
     config, name = model.config, model.config._name_or_path
     config._name_or_path = str(folder)
     try:
         yield
     finally:
         config._name_or_path = name
-
-
-def _build_task(training: TrainingContext, config: GrpoConfig, graders: list[RewardFunction]) -> GrpoTask:
-    """Rows to prompts, and the graders asked. Raises JobFailed when nothing can come of them."""
-    train_rows = _load_prompts(training, config, TRAIN_SPLIT)
-    held_out = _load_prompts(training, config, EVAL_SPLIT) if EVAL_SPLIT in training.splits else []
-    require_examples(training, len(train_rows), len(held_out))
-    named = [RewardPlaceholder(grader.__name__, grader.weight) for grader in graders]
-    lesson = GrpoTask(
-        training, config, train_rows, held_out, graders, named, untrained_special_tokens(training, [row.tokens for row in train_rows])
-    )
-    if not lesson.examples_per_epoch:
-        message = f"there are {len(train_rows)} prompts, and an optimizer step takes {lesson._prompts_per_step}"
-        raise JobFailed("invalid_data", message, "send more prompts, or lower batch_size or gradient_accumulation_steps")
-    if not training.context.spec.export_of:
-        check_graders(graders, [row.make_grading_input("") for row in train_rows + held_out])
-    return lesson
-
-
-def _load_prompts(training: TrainingContext, config: GrpoConfig, split: str) -> list[PromptRow]:
-    """The rows of a split whose prompts leave room for a completion; every column is in every row."""
-    room = config.hyperparameters.max_seq_length - config.hyperparameters.max_completion_length
-    dataset_type = training.context.spec.dataset.dataset_type
-    stored = list(read_rows(training.splits[split]))
-    names = sorted({name for row in stored for name in row} - {"prompt"})
-    rows: list[PromptRow] = []
-    for row in stored:
-        columns = {name: row.get(name) for name in names}
-        tokens = tokenize_prompt(row["prompt"], training.tokenizer)
-        if dataset_type == "prompt_completion":
-            columns["completion"] = to_text(row["completion"])
-            tokens = tokenize_row(row, dataset_type, training.tokenizer)
-        if tokens.prompt_tokens <= room:
-            rows.append(PromptRow(row["prompt"], tokens, columns))
-    warn_truncation(training, split, TokenizedSplit(dropped=len(stored) - len(rows)))
-    return rows

@@ -7,8 +7,8 @@ up: a tracker that raises is left out from then on, with one warning. One line a
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Protocol
 
 from jobs.runtime.context import JobContext
@@ -112,13 +112,8 @@ def start_trackers(context: JobContext) -> list[TrackerThread]:
     """Start every tracker that the training config asks for, and let it hear what the context is told."""
     config = context.spec.training_config
     wanted = [name for name in TRACKERS if f"{name}_config" in type(config).model_fields and getattr(config, f"{name}_config") is not None]
-    threads = [TrackerThread(name, _create_tracker(name, context), context) for name in wanted]
+    threads = [TrackerThread(name, resolve_name(TRACKERS[name])(context), context) for name in wanted]
     for thread in threads:
         thread.start()
     context.listeners.extend(threads)
     return threads
-
-
-def _create_tracker(name: str, context: JobContext) -> Tracker:
-    module, _, kind = TRACKERS[name].partition(":")
-    return getattr(import_module(module), kind)(context)

@@ -3,7 +3,7 @@
 Here belongs LinkSigner's adapters. Here belongs nothing that decides who may have a link.
 """
 
-from importlib import import_module
+from pkgutil import resolve_name
 from urllib.parse import quote
 
 from service.core.errors import InvalidRequest
@@ -35,8 +35,7 @@ def create_url_signer(models: ObjectStore, tokens: TokenSigner, *, iam_emulator_
     scheme = models.url.partition("://")[0]
     if scheme not in URL_SIGNERS:
         return ServiceUrlSigner(tokens)
-    module, _, name = URL_SIGNERS[scheme].partition(":")
-    return getattr(import_module(module), name)(models, emulator_host=iam_emulator_host)
+    return resolve_name(URL_SIGNERS[scheme])(models, emulator_host=iam_emulator_host)
 
 
 def content_disposition(filename: str) -> str:

@@ -1,8 +1,8 @@
-"""The six forms of a row: which one it has, what it must hold, and how it is stored.
+"""The six formats of a row: how each is recognized, checked and stored.
 
-The forms are in `schema/dataset.py`. An upload may write the content of a message as typed parts,
-`[{"type": "text", "text": "..."}]`: texts alone are joined; with an image among them they stay a list. It may leave out the
-prompt of a preference between two whole conversations, which then is what they have in common.
+`schema/dataset.py` describes the formats. An upload may write the content of a message as typed parts,
+`[{"type": "text", "text": "..."}]`: they are joined if all are texts, and stay a list if one is an image. It may leave out the
+prompt of a preference between two whole conversations; the prompt is then the beginning they share.
 """
 
 import re
@@ -32,7 +32,7 @@ Message = dict[str, str | list[Part]]
 Values = list[object]
 
 MAX_MESSAGES = 1000
-MAX_IMAGES = 16  # of a row
+MAX_IMAGES = 16  # in a row
 MAX_COLUMNS = 32  # beside a prompt
 FORMATS = (
     '{"messages": [...]}, {"prompt": ..., "completion": ...}, {"text": "..."}, {"prompt": ..., "chosen": ..., "rejected": ...}, '
@@ -54,28 +54,28 @@ TEXT_PART_TYPES = ("text", "input_text")
 
 
 class ValidatedRow(NamedTuple):
-    """A checked row. A file has rows of one shape only, for a column that is now a string and now a list cannot be loaded."""
+    """A checked row. All rows of a file must have one shape: a column that mixes strings and lists cannot be loaded."""
 
     dataset_type: DatasetType
     shape: str
-    columns: dict[str, object]  # as they are stored; a Number stands for its literal
-    prompt: object  # None where the row has no answer apart
+    columns: dict[str, object]  # as they are stored; a Number is written as its literal
+    prompt: object  # None where the row does not separate prompt and answer
     images: tuple[str, ...] = ()
     extra_columns: tuple[str, ...] = ()  # the columns beside a prompt
     label: bool | None = None
 
 
 def parse_row(line: bytes) -> ValidatedRow:
-    """What a line of an upload holds. Raises Refused."""
+    """Parse a line of an upload. Raises InvalidValue."""
     columns = parse(line, EXPECTED_ROW)
-    form = _detect_format(columns)
-    match form:
+    row_format = _detect_format(columns)
+    match row_format:
         case "messages":
             return _parse_chat(columns["messages"])
         case "prompt_completion":
-            return _parse_prompt_completion(form, columns)
+            return _parse_prompt_completion(row_format, columns)
         case "text":
-            return ValidatedRow(form, form, {"text": check_text(columns["text"], "text")}, None)
+            return ValidatedRow(row_format, row_format, {"text": check_text(columns["text"], "text")}, None)
         case "preference":
             return _parse_preference(columns)
         case "unpaired_preference":
@@ -85,17 +85,17 @@ def parse_row(line: bytes) -> ValidatedRow:
 
 
 def _detect_format(columns: dict[str, object]) -> DatasetType:
-    """Which form the row has: it has all the columns of that form, and no other."""
-    form = _detect_format_by_columns(columns)
-    names = COLUMNS_BY_TYPE[form]
+    """The format of a row, which must have all the columns of that format and no other. Raises InvalidValue."""
+    row_format = _detect_format_by_columns(columns)
+    names = COLUMNS_BY_TYPE[row_format]
     for name in names:
-        if name not in columns and not (form == "preference" and name == "prompt"):
-            raise InvalidValue(name, f"is missing; a {form} row has the columns {join_names(names)}")
+        if name not in columns and not (row_format == "preference" and name == "prompt"):
+            raise InvalidValue(name, f"is missing; a {row_format} row has the columns {join_names(names)}")
     for name in columns:
-        if name not in names and form != "prompt":
+        if name not in names and row_format != "prompt":
             place = "; put each image into its message" if name in ("image", "images") else ""
-            raise InvalidValue(preview(name), f"would not be used: a {form} row has only {join_names(names)}; drop the column{place}")
-    return form
+            raise InvalidValue(preview(name), f"would not be used: a {row_format} row has only {join_names(names)}; drop the column{place}")
+    return row_format
 
 
 def _detect_format_by_columns(columns: dict[str, object]) -> DatasetType:
@@ -109,8 +109,8 @@ def _detect_format_by_columns(columns: dict[str, object]) -> DatasetType:
         return "unpaired_preference" if "label" in columns else "prompt_completion"
     if "prompt" in columns:
         return "prompt"
-    found = ", ".join(preview(name) for name in list(columns)[:5])
-    raise InvalidValue("", f"has {f'the columns {found}' if found else 'no columns'}; {EXPECTED_ROW}")
+    names = ", ".join(preview(name) for name in list(columns)[:5])
+    raise InvalidValue("", f"has {f'the columns {names}' if names else 'no columns'}; {EXPECTED_ROW}")
 
 
 def _parse_chat(value: object) -> ValidatedRow:
@@ -118,44 +118,43 @@ def _parse_chat(value: object) -> ValidatedRow:
     return ValidatedRow("messages", "messages", {"messages": messages}, messages[:-1], _check_images(messages, "messages"))
 
 
-def _parse_prompt_completion(form: Literal["prompt_completion", "unpaired_preference"], columns: dict[str, object]) -> ValidatedRow:
-    """A prompt and its completion."""
+def _parse_prompt_completion(row_format: Literal["prompt_completion", "unpaired_preference"], columns: dict[str, object]) -> ValidatedRow:
     prompt, completion = columns["prompt"], columns["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         strings: dict[str, object] = {"prompt": check_text(prompt, "prompt"), "completion": check_text(completion, "completion")}
-        return ValidatedRow(form, f"{form} with strings", strings, prompt)
+        return ValidatedRow(row_format, f"{row_format} with strings", strings, prompt)
     _check_same_type(columns, ("prompt", "completion"))
     turns = _parse_conversation(prompt, "prompt", last_role="user")
-    images = _check_images(turns, "prompt") if form == "prompt_completion" else _reject_images(turns, "prompt")
+    images = _check_images(turns, "prompt") if row_format == "prompt_completion" else _reject_images(turns, "prompt")
     return ValidatedRow(
-        form, f"{form} with messages", {"prompt": turns, "completion": _parse_answer(completion, "completion")}, turns, images
+        row_format, f"{row_format} with messages", {"prompt": turns, "completion": _parse_answer(completion, "completion")}, turns, images
     )
 
 
 def _parse_preference(columns: dict[str, object]) -> ValidatedRow:
     if "prompt" not in columns:
-        prompt, chosen, rejected = _prompt_shaped(columns)
+        prompt, chosen, rejected = _split_shared_prompt(columns)
     elif all(isinstance(value, str) for value in columns.values()):
         prompt, chosen, rejected = (check_text(columns[name], name) for name in COLUMNS_BY_TYPE["preference"])
     else:
-        _check_same_type(columns, COLUMNS_BY_TYPE["preference"], hint="; or leave prompt out where they begin with it")
+        _check_same_type(columns, COLUMNS_BY_TYPE["preference"], hint="; or leave out prompt where both conversations begin with it")
         prompt = _parse_text_conversation(columns["prompt"], "prompt", last_role="user")
         chosen, rejected = (_parse_answer(columns[name], name, prompt) for name in ("chosen", "rejected"))
     if chosen == rejected:
-        raise InvalidValue("rejected", "is the same as chosen, which teaches nothing; drop the row")
+        raise InvalidValue("rejected", "is the same as chosen, which gives nothing to learn; drop the row")
     shape = f"preference with {'strings' if isinstance(prompt, str) else 'messages'}"
     return ValidatedRow("preference", shape, {"prompt": prompt, "chosen": chosen, "rejected": rejected}, prompt)
 
 
-def _prompt_shaped(columns: dict[str, object]) -> tuple[list[Message], list[Message], list[Message]]:
-    """The prompt, the chosen and the rejected answer of a conversation that was written twice, up to its end."""
+def _split_shared_prompt(columns: dict[str, object]) -> tuple[list[Message], list[Message], list[Message]]:
+    """Split two whole conversations that differ only in their last message into prompt, chosen and rejected answer."""
     if not (isinstance(columns["chosen"], list) and isinstance(columns["rejected"], list)):
         raise InvalidValue("prompt", "is missing; add it, or send chosen and rejected as whole conversations, two lists of messages")
     chosen, rejected = (_parse_text_conversation(columns[name], name, last_role="assistant") for name in ("chosen", "rejected"))
-    before = len(chosen) - 1
-    if len(rejected) != len(chosen) or rejected[:before] != chosen[:before]:
+    shared = len(chosen) - 1
+    if len(rejected) != len(chosen) or rejected[:shared] != chosen[:shared]:
         raise InvalidValue("rejected", "differs from chosen before its last message; without a prompt, only the last answers may differ")
-    return chosen[:before], chosen[before:], rejected[before:]
+    return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
 def _parse_unpaired_preference(columns: dict[str, object]) -> ValidatedRow:
@@ -188,11 +187,11 @@ def _describe_prompt_shape(stored: dict[str, object], extra: tuple[str, ...]) ->
 
 
 def _parse_extra_column(name: str, value: object) -> str | bool | Number:
-    """What a grader may read beside a prompt."""
+    """A column beside a prompt, which graders may read."""
     if not COLUMN_NAME.fullmatch(name):
-        raise InvalidValue(preview(name), "cannot name a column: letters, digits and _ can, 64 at most, and no digit first")
-    if meant := _suggest_format(name):
-        raise InvalidValue(name, f"is nearly {meant!r}; name it that, or, if it is a column for graders, something less alike")
+        raise InvalidValue(preview(name), "is not a valid column name: use letters, digits and _, 64 at most, and no digit first")
+    if similar := _suggest_column(name):
+        raise InvalidValue(name, f"is close to {similar!r}; name it {similar!r}, or choose a clearly different name for a grader column")
     match value:
         case bool():
             return value
@@ -205,12 +204,12 @@ def _parse_extra_column(name: str, value: object) -> str | bool | Number:
 
 
 @lru_cache(maxsize=1024)
-def _suggest_format(name: str) -> str | None:
-    """The column of another form that was probably meant. `label` itself is a fine column beside a prompt."""
+def _suggest_column(name: str) -> str | None:
+    """The column of another format that was probably meant. `label` itself is a valid column beside a prompt."""
     if name == "label":
         return None
-    found = get_close_matches(name.lower(), ("completion", "chosen", "rejected", "label", "messages"), n=1, cutoff=0.8)
-    return found[0] if found else None
+    matches = get_close_matches(name.lower(), ("completion", "chosen", "rejected", "label", "messages"), n=1, cutoff=0.8)
+    return matches[0] if matches else None
 
 
 def _check_same_type(columns: dict[str, object], names: tuple[str, ...], hint: str = "") -> None:
@@ -220,25 +219,25 @@ def _check_same_type(columns: dict[str, object], names: tuple[str, ...], hint: s
     first = names[0]
     for name in names:
         if isinstance(columns[name], str) != isinstance(columns[first], str):
-            found = f"is {describe_type(columns[name])} and {first} is {describe_type(columns[first])}"
-            raise InvalidValue(name, f"{found}; {join_names(names)} must all be strings, or all lists of messages{hint}")
+            types = f"is {describe_type(columns[name])} and {first} is {describe_type(columns[first])}"
+            raise InvalidValue(name, f"{types}; {join_names(names)} must all be strings, or all lists of messages{hint}")
 
 
 def _parse_answer(value: object, field: str, prompt: list[Message] | None = None) -> list[Message]:
-    """The answer to a prompt of messages: one assistant message. With `prompt`, that may stand before it once more."""
+    """The answer to a prompt of messages: one assistant message. If `prompt` is given, the answer may repeat it first."""
     answer = _parse_messages(value, field)
     if prompt and answer[:-1] == prompt:
         answer = answer[-1:]
     if len(answer) != 1:
-        before = "what comes before it is not the prompt" if prompt else "what comes before it belongs to the prompt"
-        raise InvalidValue(field, f"has {len(answer)} messages; it must have one, and {before}")
+        reason = "the messages before it are not the prompt" if prompt else "the messages before it belong to the prompt"
+        raise InvalidValue(field, f"has {len(answer)} messages; it must have one, and {reason}")
     if answer[0]["role"] != "assistant":
         raise InvalidValue(f"{field}[0].role", f"is '{answer[0]['role']}'; it must be 'assistant'")
     return answer
 
 
 def _parse_conversation(value: object, field: str, *, last_role: Literal["user", "assistant"]) -> list[Message]:
-    """Messages in an order that every chat template accepts."""
+    """Messages whose order every chat template accepts."""
     messages = _parse_messages(value, field)
     first = 1 if messages[0]["role"] == "system" else 0
     for index in range(first, len(messages)):
@@ -253,7 +252,7 @@ def _parse_conversation(value: object, field: str, *, last_role: Literal["user",
 
 
 def _parse_text_conversation(value: object, field: str, *, last_role: Literal["user", "assistant"]) -> list[Message]:
-    """A conversation of a form that has no images."""
+    """A conversation of a format that does not allow images."""
     messages = _parse_conversation(value, field, last_role=last_role)
     _reject_images(messages, field)
     return messages
@@ -261,17 +260,17 @@ def _parse_text_conversation(value: object, field: str, *, last_role: Literal["u
 
 def _reject_images(messages: list[Message], field: str) -> tuple[str, ...]:
     for path, _ in _iter_image_parts(messages, field):
-        raise InvalidValue(path, "is an image; images are for rows of messages, and of prompt and completion")
+        raise InvalidValue(path, "is an image; images are allowed in rows of messages and of prompt and completion")
     return ()
 
 
 def _check_images(messages: list[Message], field: str) -> tuple[str, ...]:
-    """The images of a conversation, each found to be one."""
+    """The checked images of a conversation."""
     parts = list(_iter_image_parts(messages, field))
     if not parts:
         return ()
     if len(parts) > MAX_IMAGES:
-        raise InvalidValue(field, f"has {len(parts)} images; at most {MAX_IMAGES} a row")
+        raise InvalidValue(field, f"has {len(parts)} images; at most {MAX_IMAGES} are allowed in a row")
     for path, image in parts:
         check_image(image, path)
     return tuple(image for _, image in parts)
@@ -299,8 +298,8 @@ def _parse_message(value: object, field: str) -> Message:
     check_keys(message, field, ("role", "content"))
     role = message["role"]
     if not isinstance(role, str) or role not in ROLES:
-        found = preview(role) if isinstance(role, str) else describe_type(role)
-        raise InvalidValue(f"{field}.role", f"is {found}; known roles: {', '.join(ROLES)}")
+        described = preview(role) if isinstance(role, str) else describe_type(role)
+        raise InvalidValue(f"{field}.role", f"is {described}; known roles: {', '.join(ROLES)}")
     content = message["content"]
     if isinstance(content, list):
         return {"role": role, "content": _parse_parts(cast(Values, content), role, f"{field}.content")}
@@ -308,13 +307,13 @@ def _parse_message(value: object, field: str) -> Message:
 
 
 def _parse_parts(values: Values, role: str, field: str) -> str | list[Part]:
-    """The content of a message that was written in parts: one text, or with images a list."""
+    """The content of a message written in parts: one text if there is no image, else a list."""
     parts = [_parse_part(value, f"{field}[{index}]") for index, value in enumerate(values)]
     image = next((index for index, part in enumerate(parts) if part["type"] == "image"), None)
     if image is None:
         return check_text("".join(part["text"] for part in parts), field)
     if role != "user":
-        raise InvalidValue(f"{field}[{image}]", f"is an image in a message of role '{role}'; images are for 'user'")
+        raise InvalidValue(f"{field}[{image}]", f"is an image in a message of role '{role}'; only 'user' messages may have images")
     return parts
 
 
@@ -325,7 +324,7 @@ def _parse_part(value: object, field: str) -> Part:
     check_keys(part, field, ("type", "text"))
     if part["type"] not in TEXT_PART_TYPES:
         raise InvalidValue(f"{field}.type", "only 'text' and 'image' parts are supported")
-    said = part["text"]
-    if not isinstance(said, str):
-        raise InvalidValue(f"{field}.text", f"is {describe_type(said)}; it must be a string")
-    return {"type": "text", "text": json_safe(said, f"{field}.text")}
+    text = part["text"]
+    if not isinstance(text, str):
+        raise InvalidValue(f"{field}.text", f"is {describe_type(text)}; it must be a string")
+    return {"type": "text", "text": json_safe(text, f"{field}.text")}

@@ -1,6 +1,6 @@
-"""Images in rows: how an upload may write them, the one way in which they are stored, and the check that they are what they say.
+"""Images in rows: the forms that an upload may use, the one form in which they are stored, and the check that they decode.
 
-Every image is decoded once, wholly, so that no training stops at a broken one. Nothing is ever fetched: an image is in its row.
+Every image is fully decoded once, so that no training stops at a broken one. The service fetches nothing: a row contains its images.
 """
 
 import binascii
@@ -19,30 +19,30 @@ from service.core.datasets.values import InvalidValue, as_object, check_keys, de
 
 Format = Literal["png", "jpeg", "webp"]
 
-MAX_SIDE_PX = 4096  # pixels
-MAX_SCANS = 100  # of a progressive JPEG, which has about ten; each costs a pass over all pixels, however few bytes it takes
-HEADER_PREVIEW_CHARS = 32  # characters of a data: URI in an error
+MAX_SIDE_PX = 4096
+MAX_SCANS = 100  # of a progressive JPEG, which usually has about ten; each scan is a pass over all pixels, however few bytes it has
+HEADER_PREVIEW_CHARS = 32  # of a data: URI in an error
 EXAMPLE_IMAGE_PART = '{"type": "image", "image": "data:image/png;base64,..."}'
 IMAGE_PART_TYPES = ("image", "image_url", "input_image")
 DATA_URI_HEADER = re.compile(r"data:image/(png|jpe?g|webp);base64,", re.IGNORECASE)
 URL_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 FORMAT_NAMES: dict[Format, str] = {"png": "PNG", "jpeg": "JPEG", "webp": "WebP"}
-# The classes themselves: `Image.open` would warn of large images before their size can be refused here.
+# The classes themselves: `Image.open` would warn about large images before their size can be checked here.
 READERS: dict[Format, type[PngImageFile | JpegImageFile | WebPImageFile]] = {
     "png": PngImageFile,
     "jpeg": JpegImageFile,
     "webp": WebPImageFile,
 }
-DECODE_LOCK = Lock()  # one image at a time in the whole process: the largest takes 64 MiB, and 256 MiB as WebP
+DECODE_LOCK = Lock()  # decodes one image at a time in the process: the largest takes 64 MiB, and 256 MiB as WebP
 
 
 def is_image_part(part: dict[str, object]) -> bool:
-    """Whether a part of a message means to be an image."""
+    """Whether a part of a message is an image, in any of the accepted forms."""
     return part.get("type") in IMAGE_PART_TYPES or ("type" not in part and "image_url" in part)
 
 
 def normalize_image_part(part: dict[str, object], field: str) -> str:
-    """The image of a part as a `data:` URI in the stored spelling. Its bytes are not looked at yet."""
+    """The image of a part as a `data:` URI in its stored form. Its bytes are not checked yet. Raises InvalidValue."""
     key = "image" if part.get("type") == "image" else "image_url"
     if key not in part:
         raise InvalidValue(f"{field}.{key}", f"is missing; an image is {EXAMPLE_IMAGE_PART}")
@@ -56,17 +56,17 @@ def normalize_image_part(part: dict[str, object], field: str) -> str:
 
 
 def check_image(uri: str, field: str) -> None:
-    """Decode an image; Refused when it is broken, animated, too large, or not what it says."""
+    """Decode an image. Raises InvalidValue when it is broken, animated, too large, or not of the declared format."""
     declared, content = _decode_data_uri(uri, field)
-    found = _detect_format(content)
-    if found is None:
-        raise InvalidValue(field, "holds bytes that are no PNG, JPEG or WebP image")
-    if found != declared:
-        raise InvalidValue(field, f"says image/{declared}, but its bytes are a {FORMAT_NAMES[found]} image; write data:image/{found}")
-    if found == "jpeg" and (scans := content.count(b"\xff\xda")) > MAX_SCANS:
-        raise InvalidValue(field, f"is a JPEG image of {scans:,} scans; at most {MAX_SCANS}: save it again")
+    detected = _detect_format(content)
+    if detected is None:
+        raise InvalidValue(field, "is not a PNG, JPEG or WebP image")
+    if detected != declared:
+        raise InvalidValue(field, f"declares image/{declared}, but is a {FORMAT_NAMES[detected]} image; write data:image/{detected}")
+    if detected == "jpeg" and (scans := content.count(b"\xff\xda")) > MAX_SCANS:
+        raise InvalidValue(field, f"is a JPEG image of {scans:,} scans; at most {MAX_SCANS} are allowed: save it again")
     with DECODE_LOCK:
-        problem = _decode_error(found, content)
+        problem = _decode_error(detected, content)
     if problem:
         raise InvalidValue(field, problem)
 
@@ -84,12 +84,12 @@ def _normalize_data_uri(value: object, field: str) -> str:
 
 def _data_uri_error(value: str) -> str:
     if URL_SCHEME.match(value):
-        return f"is the address {preview(value)}; the service fetches nothing; put the image into the row: {EXAMPLE_IMAGE_PART}"
+        return f"is the URL {preview(value)}; the service fetches nothing; put the image into the row: {EXAMPLE_IMAGE_PART}"
     if value[:5].lower() == "data:":
         return (
             f"begins {preview(value[:HEADER_PREVIEW_CHARS])}; it must be data:image/png, data:image/jpeg or data:image/webp, with ;base64"
         )
-    return f"is no data: URI; an image is {EXAMPLE_IMAGE_PART}"
+    return f"is not a data: URI; an image is {EXAMPLE_IMAGE_PART}"
 
 
 def _decode_data_uri(uri: str, field: str) -> tuple[str, bytes]:
@@ -112,21 +112,21 @@ def _detect_format(content: bytes) -> Format | None:
     return None
 
 
-def _decode_error(found: Format, content: bytes) -> str | None:
-    """Why an image cannot be used. Its size is known, and refused, before any pixel is decoded."""
+def _decode_error(image_format: Format, content: bytes) -> str | None:
+    """Why an image is not valid, or None. Its size is checked before any pixel is decoded."""
     try:
-        with READERS[found](BytesIO(content)) as image:
+        with READERS[image_format](BytesIO(content)) as image:
             if max(image.size) > MAX_SIDE_PX:
                 return _size_error(f"{image.width:,} x {image.height:,}")
             if isinstance(image, PngImageFile | WebPImageFile) and image.is_animated:
-                return "is animated; save one picture of it"
+                return "is animated; save a single frame"
             image.load()
-    except Image.DecompressionBombError:  # a WebP image beyond 179 million pixels, before its size could be asked
+    except Image.DecompressionBombError:  # a WebP image above 179 million pixels, raised before its size can be read
         return _size_error("far more")
     except (SyntaxError, OSError, ValueError, IndexError, EOFError, struct.error) as error:  # what Pillow raises for broken images
-        return f"is a broken {FORMAT_NAMES[found]} image: {preview(str(error))}"
+        return f"is a broken {FORMAT_NAMES[image_format]} image: {preview(str(error))}"
     return None
 
 
 def _size_error(pixels: str) -> str:
-    return f"is {pixels} pixels; at most {MAX_SIDE_PX:,} x {MAX_SIDE_PX:,}: scale it down"
+    return f"is {pixels} pixels; at most {MAX_SIDE_PX:,} x {MAX_SIDE_PX:,} are allowed: scale it down"

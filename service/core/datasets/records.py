@@ -1,4 +1,4 @@
-"""The verbs of a dataset: ingest an upload, find, list, preview, delete."""
+"""Dataset records: ingest an upload, find, list, preview, delete."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from service.core.errors import Conflict, InvalidDataset, InvalidRequest, NotFou
 from service.core.ports import JobStore, Page
 from storage import InvalidKey, ObjectStore, delete_prefix
 
-INCOMING_PREFIX = "incoming/"  # where callers put files that are too large for a request
+INCOMING_PREFIX = "incoming/"  # of the dataset store: callers put files there that are too large for a request
 SPLIT_SEED = 42
 PREVIEW_ROWS = 5
 
@@ -54,7 +54,7 @@ class Datasets:
         self._max_incoming_bytes = max_incoming_bytes
 
     def ingest(self, upload: Upload, tenant_id: str) -> Dataset:
-        """Check every row, split, store, and only then keep the record. Raises InvalidDataset naming the first bad line."""
+        """Check every row, split the rows, store them, then write the record. Raises InvalidDataset that names the first invalid line."""
         dataset_id = f"dataset_{self._random_suffix()}"
         self._scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
@@ -79,7 +79,7 @@ class Datasets:
 
     @contextmanager
     def open_incoming(self, key: str) -> Generator[BinaryIO]:
-        """A file that was put into the store beforehand, below incoming/. Raises InvalidRequest, NotFound, TooLarge."""
+        """Open a file that a caller put below incoming/ of the store. Raises InvalidRequest, NotFound, TooLarge."""
         if not key.startswith(INCOMING_PREFIX):
             raise InvalidRequest(
                 f"{key!r} is not below {INCOMING_PREFIX} of {self._objects.url}", hint=f"put it at {INCOMING_PREFIX}", param="incoming"
@@ -98,7 +98,7 @@ class Datasets:
             yield stream
 
     def find(self, dataset_id: str, tenant_id: str) -> Dataset:
-        """A tenant's dataset. Raises NotFound, also for somebody else's."""
+        """A tenant's dataset. Raises NotFound, also for a dataset of another tenant."""
         dataset = self._store.find_dataset(dataset_id)
         if dataset is None or dataset.tenant_id != tenant_id:
             raise NotFound(f"no dataset {dataset_id!r}", hint="GET /datasets lists them", param="processed_dataset_id")
@@ -109,15 +109,15 @@ class Datasets:
         return self._store.list_datasets(tenant_id, limit, after)
 
     def preview(self, dataset: Dataset) -> dict[str, list[object]]:
-        """The first rows of each split, without reading the rest. Of an image, only its type and size are shown."""
+        """The first rows of each split, without reading the rest. Images are replaced by their type and size."""
         return {name: self._read_first_rows(split) for name, split in dataset.splits.items()}
 
     def delete(self, dataset_id: str, tenant_id: str) -> list[str]:
-        """Remove the rows and the record; says what was removed. Raises Conflict while a job needs it."""
+        """Delete the rows and the record; returns what was deleted. Raises Conflict while a job needs the dataset."""
         self.find(dataset_id, tenant_id)
-        users = self._store.list_jobs_using_dataset(dataset_id)
-        if users:
-            raise Conflict(f"{dataset_id} is used by {', '.join(users[:3])}", hint="cancel or delete those jobs first")
+        job_ids = self._store.list_jobs_using_dataset(dataset_id)
+        if job_ids:
+            raise Conflict(f"{dataset_id} is used by {', '.join(job_ids[:3])}", hint="cancel or delete those jobs first")
         prefix = f"datasets/{dataset_id}/"
         keys = delete_prefix(self._objects, prefix)
         self._store.delete_dataset(dataset_id)
@@ -135,22 +135,22 @@ class Datasets:
                 raise InvalidDataset(f"line {error.line}: {error.reason}", param=error.field or "file") from error
 
     def _store_splits(self, ingested: IngestResult, folder: Path, dataset_id: str) -> dict[str, Split]:
-        found: dict[str, SplitStats | None] = {TRAIN_SPLIT: ingested.train, EVAL_SPLIT: ingested.eval}
+        stats_by_name: dict[str, SplitStats | None] = {TRAIN_SPLIT: ingested.train, EVAL_SPLIT: ingested.eval}
         splits: dict[str, Split] = {}
-        for name, facts in found.items():
-            if facts is not None and facts.rows:
+        for name, stats in stats_by_name.items():
+            if stats is not None and stats.rows:
                 key = f"datasets/{dataset_id}/{name}.jsonl"
-                self._objects.upload(folder / name, key, sha256=facts.sha256)
-                splits[name] = Split(rows=facts.rows, size_bytes=facts.size_bytes, sha256=facts.sha256, key=key)
+                self._objects.upload(folder / name, key, sha256=stats.sha256)
+                splits[name] = Split(rows=stats.rows, size_bytes=stats.size_bytes, sha256=stats.sha256, key=key)
         return splits
 
     def _read_first_rows(self, split: Split) -> list[object]:
-        with self._objects.open_read(split.key) as stream:  # its rows were measured before they were stored
+        with self._objects.open_read(split.key) as stream:  # the ingestion has limited the length of every row
             return [_without_images(json.loads(stream.readline())) for _ in range(min(PREVIEW_ROWS, split.rows))]
 
 
 def _without_images(value: object) -> object:
-    """A value of a stored row, with the bytes of images left out."""
+    """A value of a stored row, without the bytes of images."""
     match value:
         case {"type": "image", "image": str(uri)}:
             header, _, payload = uri.partition(",")
@@ -165,5 +165,5 @@ def _without_images(value: object) -> object:
 
 
 def _digest(splits: dict[str, Split]) -> str:
-    together = "\n".join(f"{name} {split.sha256}" for name, split in sorted(splits.items()))
-    return f"sha256:{hashlib.sha256(together.encode()).hexdigest()}"
+    lines = "\n".join(f"{name} {split.sha256}" for name, split in sorted(splits.items()))
+    return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"

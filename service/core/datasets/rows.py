@@ -1,14 +1,14 @@
-"""The rows of an upload: read, checked and split as they stream by.
+"""The rows of an upload: read, checked and split in one pass over the stream.
 
-A file of gigabytes is fine: one row is held at a time, plus about 150 bytes for each row already seen. The first row that
-cannot be used ends the reading with a BadRow, which names the line, the field and what would work. Nothing is dropped in
-silence: a column that no trainer would use is refused, and exact duplicates are counted.
+A file may have gigabytes: memory holds one row at a time, plus about 150 bytes for each earlier row. The first invalid row
+ends the reading with an InvalidRow that names the line, the field and what would work. Nothing is dropped silently: a column
+that no trainer would use is refused, and exact duplicates are counted.
 
-What a row must hold is in `row_forms.py`. A stored row is one line of JSON that ends in a line feed and holds no other;
-U+2028 and its like may stand in it as they are, so readers split at line feeds only.
+`formats.py` checks the content of a row. A stored row is one line of JSON that ends in a line feed and contains no other;
+it may contain U+2028 and other separators unescaped, so readers must split at line feeds only.
 
-Held-out rows are chosen by the hash of their prompt (everything before the last answer, images too; a whole `text`), so that
-a row never lies on both sides, nor two answers to one prompt, and so that the choice does not depend on the order of the rows.
+Held-out rows are chosen by the hash of their prompt (everything before the last answer, with its images; for `text`, the whole
+text). So a row is never in both splits, nor are two answers to one prompt, and the choice does not depend on the order of the rows.
 """
 
 import hashlib
@@ -30,11 +30,11 @@ from service.core.datasets.values import InvalidValue, Number
 MAX_EVAL_FRACTION = 0.5
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 JSON_WHITESPACE = b" \t\r\n"
-DATA_URI_PATTERN = re.compile(rb'"data:[^"]*', re.IGNORECASE)  # a file within a row, whole or as far as it was read
+DATA_URI_PATTERN = re.compile(rb'"data:[^"]*', re.IGNORECASE)  # a data: URI within a row, whole or as far as it was read
 
 
 class InvalidRow(ValueError):
-    """A row that cannot be used. `line` counts from 1, blank lines too; `field` is a path such as messages[2].content, or empty."""
+    """A row is not valid. `line` counts from 1, blank lines too; `field` is a path such as messages[2].content, or empty."""
 
     def __init__(self, line: int, field: str, reason: str) -> None:
         self.line = line
@@ -45,7 +45,7 @@ class InvalidRow(ValueError):
 
 @dataclass(frozen=True)
 class RowLimits:
-    """How much one upload may hold."""
+    """The size limits of one upload."""
 
     max_row_bytes: int = 1 << 20  # without its images
     max_image_row_bytes: int = 16 << 20  # with them
@@ -53,11 +53,11 @@ class RowLimits:
 
 
 class Row(NamedTuple):
-    """One usable row."""
+    """One valid row."""
 
     line: int
     dataset_type: DatasetType
-    canonical: bytes  # one line of JSON without its line feed: fixed order of keys, no space between tokens, content untouched
+    canonical: bytes  # one line of JSON without its line feed: keys in a fixed order, no space between tokens, content unchanged
     digest: bytes  # equal for equal rows
     prompt_digest: bytes  # equal for rows that must stay on the same side of the split
     images: int = 0
@@ -66,7 +66,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class SplitStats:
-    """What was written for one split."""
+    """Counts of one written split."""
 
     rows: int
     size_bytes: int
@@ -75,15 +75,15 @@ class SplitStats:
 
 @dataclass(frozen=True)
 class IngestResult:
-    """What an upload came to."""
+    """What the ingestion of an upload found and wrote."""
 
     dataset_type: DatasetType
     rows_read: int
     duplicates_dropped: int
     train: SplitStats
-    eval: SplitStats | None  # None: nothing was to be held out, or all rows have the same prompt
+    eval: SplitStats | None  # None: eval_fraction is 0, or all rows have the same prompt
     images: int  # in the rows of both splits
-    columns: tuple[str, ...]  # beside the prompt, in rows of that form
+    columns: tuple[str, ...]  # beside the prompt, in rows of type prompt
 
 
 def ingest(
@@ -97,8 +97,8 @@ def ingest(
 ) -> IngestResult:
     """Read an upload, drop exact duplicates, and write both splits, each in the order of the upload.
 
-    `scratch` is an empty file open for writing and reading; it grows to the size of the rows. The outputs are only written
-    once every row was found usable. Raises BadRow.
+    `scratch` is an empty file open for writing and reading; it grows to the size of the rows. The outputs are written
+    only after every row was found valid. Raises InvalidRow.
     """
     splitter = Splitter(eval_fraction, seed)
     dataset_type: DatasetType = "text"
@@ -112,52 +112,52 @@ def ingest(
             scratch.write(row.canonical + b"\n")
     scratch.seek(0)
     train, held_out = _SplitWriter(train_out), _SplitWriter(eval_out)
-    for side, line in zip(splitter.assign_splits(), scratch, strict=True):
-        (train if side == TRAIN_SPLIT else held_out).write(line)
-    held_out_facts = held_out.stats() if held_out.rows else None
-    return IngestResult(dataset_type, rows_read, splitter.duplicates_dropped, train.stats(), held_out_facts, images, columns)
+    for split, line in zip(splitter.assign_splits(), scratch, strict=True):
+        (train if split == TRAIN_SPLIT else held_out).write(line)
+    held_out_stats = held_out.stats() if held_out.rows else None
+    return IngestResult(dataset_type, rows_read, splitter.duplicates_dropped, train.stats(), held_out_stats, images, columns)
 
 
 def read_rows(stream: BinaryIO, limits: RowLimits) -> Iterator[Row]:
     """The rows of a JSONL upload, one by one; blank lines are skipped.
 
-    Raises BadRow, also when there are no rows or too many, or when all have the same label.
+    Raises InvalidRow, also when there are no rows or too many, or when all rows have the same label.
     """
-    alike = _ConsistencyChecker()
+    consistency = _ConsistencyChecker()
     for number, line in _read_lines(stream, limits):
-        if alike.rows == limits.max_rows:
+        if consistency.rows == limits.max_rows:
             raise InvalidRow(number, "", f"more than {limits.max_rows:,} rows; split the file into several datasets")
         try:
             content = parse_row(line)
-        except InvalidValue as refused:
-            raise InvalidRow(number, refused.field, refused.reason) from refused
-        alike.add(number, content)
+        except InvalidValue as error:
+            raise InvalidRow(number, error.field, error.reason) from error
+        consistency.add(number, content)
         row = _make_row(number, content)
         if len(line) > limits.max_row_bytes:
             _check_text_size(row, content, limits)
         yield row
-    alike.check_labels()
+    consistency.check_labels()
 
 
 class Splitter:
-    """Decides which rows are held out, once it has seen them all.
+    """Decides which rows are held out, after all rows were added.
 
-    Exactly the nearest whole number to `eval_fraction` of the distinct rows is held out when no two rows share a prompt.
-    Prompts are never torn apart, so where they are shared it may be fewer; it is more only when even the rarest prompt
-    has more rows than asked for. Without two different prompts nothing can be held out.
+    When no two rows share a prompt, exactly `eval_fraction` of the distinct rows, rounded, is held out. Rows that share a
+    prompt stay in one split, so it may be fewer; it is more only when even the rarest prompt has more rows than requested.
+    Unless there are two different prompts, nothing is held out.
     """
 
     def __init__(self, eval_fraction: float, seed: int) -> None:
         if not 0 <= eval_fraction <= MAX_EVAL_FRACTION:
-            raise ValueError(f"eval_fraction is {eval_fraction}; it lies between 0 and {MAX_EVAL_FRACTION}")
+            raise ValueError(f"eval_fraction is {eval_fraction}; it must be between 0 and {MAX_EVAL_FRACTION}")
         self.duplicates_dropped = 0
         self._eval_fraction = eval_fraction
         self._seed = f"{seed}:".encode()
         self._seen: set[int] = set()  # 128 bits each; as int they take less memory than as bytes
-        self._keys = array("Q")  # where each kept row's prompt stands in the seed's order
+        self._keys = array("Q")  # each kept row's position in the order that the seed gives to prompts
 
     def add(self, row: Row) -> bool:
-        """Take note of a row; False for a duplicate, which is to be dropped."""
+        """Add a row; False for a duplicate, which the caller drops."""
         digest = int.from_bytes(row.digest)
         if digest in self._seen:
             self.duplicates_dropped += 1
@@ -167,13 +167,13 @@ class Splitter:
         return True
 
     def assign_splits(self) -> Iterator[Literal["train", "eval"]]:
-        """The side of each row that was kept, in the order they were added."""
+        """The split of each kept row, in the order in which they were added."""
         held_out = _choose_held_out(self._keys, self._eval_fraction)
         return (EVAL_SPLIT if key in held_out else TRAIN_SPLIT for key in self._keys)
 
 
 def _choose_held_out(keys: "array[int]", eval_fraction: float) -> set[int]:
-    """The prompts to hold out: in the seed's order, every one whose rows still fit into the number asked for."""
+    """The prompts to hold out: in the seed's order, each one whose rows still fit into the requested number."""
     if eval_fraction == 0 or not keys or min(keys) == max(keys):
         return set()
     ordered = sorted(keys)
@@ -194,7 +194,7 @@ def _count_rows_per_prompt(ordered: list[int]) -> Iterator[tuple[int, int]]:
 
 
 class _SplitWriter:
-    """Writes the lines of one split, and keeps count."""
+    """Writes the lines of one split and counts them."""
 
     def __init__(self, out: BinaryIO) -> None:
         self.rows = 0
@@ -213,7 +213,7 @@ class _SplitWriter:
 
 
 def _read_lines(stream: BinaryIO, limits: RowLimits) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, with their numbers. Never holds more of a line than is allowed."""
+    """The lines that are not blank, with their numbers. Never reads more of a line than the limits allow."""
     number = 0
     while line := _read_raw_line(stream, limits, len(b"\r\n") + (0 if number else len(BYTE_ORDER_MARK))):
         number += 1
@@ -227,7 +227,7 @@ def _read_lines(stream: BinaryIO, limits: RowLimits) -> Iterator[tuple[int, byte
 
 
 def _read_raw_line(stream: BinaryIO, limits: RowLimits, slack: int) -> bytes:
-    """A line with its end, or as much of it as shows that it is too long."""
+    """A line with its line feed, or enough of it to show that it is too long."""
     raw = stream.readline(limits.max_row_bytes + slack)
     if len(raw) > limits.max_row_bytes and not raw.endswith(b"\n") and DATA_URI_PATTERN.search(raw):
         raw += stream.readline(max(0, limits.max_image_row_bytes + slack - len(raw)))
@@ -235,7 +235,7 @@ def _read_raw_line(stream: BinaryIO, limits: RowLimits, slack: int) -> bytes:
 
 
 def _line_length_error(line: bytes, limits: RowLimits) -> str | None:
-    """Why a line is too long. What is not image is counted apart: in memory, a list of short values takes twenty times its bytes."""
+    """Why a line is too long, or None. Text has its own limit: in memory, a list of short values takes twenty times its bytes."""
     images = sum(found.end() - found.start() for found in DATA_URI_PATTERN.finditer(line))
     if len(line) - images > limits.max_row_bytes:
         return _text_length_error(limits, images)
@@ -245,18 +245,18 @@ def _line_length_error(line: bytes, limits: RowLimits) -> str | None:
 
 
 def _text_length_error(limits: RowLimits, images: int) -> str:
-    return f"longer than {limits.max_row_bytes:,} bytes{' without its images' if images else ''}; shorten the row, or cut it into several"
+    return f"longer than {limits.max_row_bytes:,} bytes{' without its images' if images else ''}; shorten the row, or split it into several"
 
 
 def _check_text_size(row: Row, content: ValidatedRow, limits: RowLimits) -> None:
-    """Refuse a row that looked as if it had images, and is too long without them."""
+    """Raise InvalidRow when the row is too long without its images: text that looks like a data: URI does not count as one."""
     images = sum(len(image) for image in content.images)
     if len(row.canonical) - images > limits.max_row_bytes:
         raise InvalidRow(row.line, "", _text_length_error(limits, images))
 
 
 class _ConsistencyChecker:
-    """What the rows of one upload must have in common, and the labels that they must not."""
+    """Checks that all rows of an upload have the same shape, and that their labels are not all the same."""
 
     def __init__(self) -> None:
         self.rows = 0
@@ -270,14 +270,14 @@ class _ConsistencyChecker:
             self._first_line, self._first_shape = number, content.shape
         elif content.shape != self._first_shape:
             found = f"this row is {content.shape}, but line {self._first_line} is {self._first_shape}"
-            raise InvalidRow(number, "", f"{found}; a dataset has rows of one form")
+            raise InvalidRow(number, "", f"{found}; all rows of a dataset must have one format")
         if content.label is not None:
             self._labels[content.label] += 1
         self._last_line = number
         self.rows += 1
 
     def check_labels(self) -> None:
-        """Raises BadRow, also when there were no rows."""
+        """Raise InvalidRow when all labels are the same, or when there were no rows."""
         if not self.rows:
             raise InvalidRow(1, "", f"no rows; a row is one line such as {FORMATS}")
         if len(self._labels) == 1:
@@ -293,9 +293,9 @@ def _make_row(number: int, content: ValidatedRow) -> Row:
 
 
 def _serialize_number(value: object) -> orjson.Fragment:
-    """A number, as the upload writes it."""
+    """A number, exactly as the upload has it."""
     if not isinstance(value, Number):
-        raise TypeError(f"{type(value).__name__} is no value of a row")
+        raise TypeError(f"{type(value).__name__} is not a value of a row")
     return orjson.Fragment(value.literal)
 
 

@@ -1,6 +1,6 @@
-"""The values of a row: one line of JSON read strictly, and what a string or a number must be to be stored.
+"""The values of a row: strict JSON parsing, and the checks on strings and numbers before they are stored.
 
-Here belongs what is true of any row; what makes a row of one form or another is in `row_forms.py`.
+What is true of rows of any format belongs here; the formats themselves are in `formats.py`.
 """
 
 import json
@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn, cast
 
-JsonObject = dict[str, object]  # of JSON
+JsonObject = dict[str, object]
 
-MAX_PREVIEW_CHARS = 40  # of a caller's own word in an error
+MAX_PREVIEW_CHARS = 40  # of a caller's text in an error
 MAX_NUMBER_CHARS = 40  # more digits than any float has, and than 128 bits need
 
 
 class InvalidValue(ValueError):
-    """A value that cannot be used, before its line is known. `field` is a path such as messages[2].content, or empty."""
+    """A value is not valid; its line is not known yet. `field` is a path such as messages[2].content, or empty."""
 
     def __init__(self, field: str, reason: str) -> None:
         self.field = field
@@ -27,13 +27,13 @@ class InvalidValue(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A number as the upload writes it: unlike an int or a float it is read in linear time whatever its length, and nothing is rounded."""
+    """A number as the upload has it: unlike an int it parses in linear time whatever its length, and unlike a float it is not rounded."""
 
     literal: str
 
 
 def parse(line: bytes, expected: str) -> JsonObject:
-    """One line of an upload. Raises Refused, where that helps with what is `expected` of a row."""
+    """Parse one line of an upload. Raises InvalidValue; `expected` describes a row for its message."""
     try:
         value: object = DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -49,7 +49,7 @@ def _reject_duplicate_keys(pairs: list[tuple[str, object]]) -> JsonObject:
     columns = dict(pairs)
     if len(columns) < len(pairs):
         counts = Counter(name for name, _ in pairs)
-        raise InvalidValue(preview(counts.most_common(1)[0][0]), "stands twice in the same object; keep one")
+        raise InvalidValue(preview(counts.most_common(1)[0][0]), "appears twice in the same object; keep one")
     return columns
 
 
@@ -61,36 +61,36 @@ DECODER = json.JSONDecoder(object_pairs_hook=_reject_duplicate_keys, parse_const
 
 
 def as_object(value: object, field: str, example: str) -> JsonObject:
-    """The value, if it is an object."""
+    """The value, which must be an object. Raises InvalidValue; `example` shows one in its message."""
     if not isinstance(value, dict):
         raise InvalidValue(field, f"is {describe_type(value)}, not an object; {example}")
     return cast(JsonObject, value)
 
 
-def check_keys(found: JsonObject, field: str, names: tuple[str, ...]) -> None:
-    """Refuse an object that does not have just these names."""
-    if tuple(found) == names:  # nearly always
+def check_keys(value: JsonObject, field: str, names: tuple[str, ...]) -> None:
+    """Raise InvalidValue unless the object has exactly these keys."""
+    if tuple(value) == names:  # the fast path, for nearly every row
         return
     for name in names:
-        if name not in found:
+        if name not in value:
             raise InvalidValue(f"{field}.{name}", "is missing")
-    for extra in (name for name in found if name not in names):
+    for extra in (name for name in value if name not in names):
         raise InvalidValue(
             f"{field}.{preview(extra)}", f"would not be used: only {join_names(names)} {'is' if len(names) == 1 else 'are'}; drop it"
         )
 
 
 def check_text(value: object, field: str) -> str:
-    """A string that says something and can be stored."""
+    """The value, which must be a string that is not blank and can be stored. Raises InvalidValue."""
     if not isinstance(value, str):
         raise InvalidValue(field, f"is {describe_type(value)}; it must be a string")
     if not value or value.isspace():
-        raise InvalidValue(field, "is empty; drop the row, or write something there")
+        raise InvalidValue(field, "is empty; drop the row, or fill it in")
     return json_safe(value, field)
 
 
 def json_safe(value: str, field: str) -> str:
-    """A string that every reader of a stored row can take."""
+    """The string, if every reader of a stored row can decode it. Raises InvalidValue."""
     if "\0" in value:
         raise InvalidValue(field, f"has a NUL character at position {value.index(chr(0)) + 1}; remove it")
     try:
@@ -98,13 +98,13 @@ def json_safe(value: str, field: str) -> str:
     except UnicodeEncodeError as error:
         surrogate = f"\\u{ord(value[error.start]):04x}"
         raise InvalidValue(
-            field, f"has half a character, {surrogate}, at position {error.start + 1}; write both halves of the pair"
+            field, f"has an unpaired surrogate, {surrogate}, at position {error.start + 1}; write both halves of the pair"
         ) from error
     return value
 
 
 def check_finite(value: Number, field: str) -> Number:
-    """A number that every reader of a stored row can take."""
+    """The number, if every reader of a stored row can parse it. Raises InvalidValue."""
     if len(value.literal) > MAX_NUMBER_CHARS:
         raise InvalidValue(field, f"is a number of {len(value.literal):,} characters; at most {MAX_NUMBER_CHARS}, or write it as a string")
     if math.isinf(float(value.literal)):
@@ -113,7 +113,7 @@ def check_finite(value: Number, field: str) -> Number:
 
 
 def describe_type(value: object) -> str:
-    """What a value is, in words."""
+    """The JSON type of a value, in words."""
     match value:
         case None:
             return "null"
@@ -134,6 +134,6 @@ def join_names(names: Sequence[str]) -> str:
     return " and ".join([*([", ".join(names[:-1])] if names[:-1] else []), names[-1]])
 
 
-def preview(word: str) -> str:
-    """A caller's own word, short and printable whatever it holds."""
-    return ascii(word if len(word) <= MAX_PREVIEW_CHARS else word[:MAX_PREVIEW_CHARS] + "...")
+def preview(text: str) -> str:
+    """A caller's text, shortened and printable, for an error."""
+    return ascii(text if len(text) <= MAX_PREVIEW_CHARS else text[:MAX_PREVIEW_CHARS] + "...")

@@ -1,4 +1,5 @@
-"""What can be done with jobs: submit, control, report, reconcile, export, delete.
+"""What can be done with jobs: one module per concern, each a small class over one JobRepository.
 
-HTTP, databases and launchers do not belong here: the adapters bring them through the ports.
+submit, control, export and queries serve callers; attempts serves attempts; reconcile and launch serve the reconciler; `assembly`
+builds them. HTTP, databases and launchers do not belong here: the adapters bring them through the ports.
 """

@@ -1,4 +1,4 @@
-"""A job's request once more, with changes: a JSON merge patch (RFC 7386) on what was sent, validated like a new request."""
+"""Cloning: a JSON merge patch (RFC 7386) on the request that created a job, validated like a new request."""
 
 import json
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from schema.job import Job
 from schema.requests import CloneRequest, TrainRequest
 from schema.training import TrainingConfig
 from service.core.errors import InvalidRequest
-from service.core.job_secrets import HF_SECRET, FieldPath, iter_config_secrets
+from service.core.jobs.secrets import HF_SECRET, FieldPath, iter_config_secrets
 
 JsonObject = dict[str, JsonValue]
 SECRET_FIELDS = ("api_key", "token")
@@ -19,9 +19,9 @@ SECRET_FIELDS = ("api_key", "token")
 def clone_request(
     source: Job, patch: CloneRequest, *, deployment_secrets: frozenset[str], deployment_trackers: frozenset[str]
 ) -> TrainRequest:
-    """What to submit. Raises ValidationError for a whole that is no request, InvalidRequest for a secret that is missing.
+    """The changed request. Raises ValidationError when it is not valid, InvalidRequest when a secret is missing.
 
-    `leave_out` are the trackers that the deployment adds by itself, `not_asked_for` their secrets.
+    `deployment_trackers` are the kinds of trackers that the deployment adds by itself, `deployment_secrets` the names of their secrets.
     """
     sent = {name: value for name, value in original_request(source.training_config).items() if name not in deployment_trackers}
     config = merge_patch(sent, patch.training_config)
@@ -39,15 +39,15 @@ def clone_request(
 
 
 def original_request(config: TrainingConfig) -> JsonObject:
-    """What a caller would have to send for this configuration: no defaults, no secrets. Other defaults may then suit a change."""
+    """What a caller would send for this configuration: no secrets, and no defaults, so that defaults follow the changes."""
     sent: JsonObject = config.model_dump(mode="json", exclude_defaults=True)
-    for place in iter_config_secrets(config):
-        inner = _get_at_path(sent, place.path[:-1])
-        if is_object(inner):
-            inner.pop(str(place.path[-1]), None)
-    knobs = sent.get("hyperparameters")
-    if is_object(knobs) and knobs.get("learning_rate") == config.learning_rates[config.method]:
-        del knobs["learning_rate"]  # it was chosen by the method, which may be another one now
+    for secret in iter_config_secrets(config):
+        parent = _get_at_path(sent, secret.path[:-1])
+        if is_object(parent):
+            parent.pop(str(secret.path[-1]), None)
+    hyperparameters = sent.get("hyperparameters")
+    if is_object(hyperparameters) and hyperparameters.get("learning_rate") == config.learning_rates[config.method]:
+        del hyperparameters["learning_rate"]  # the default of the method, which may change
     return sent
 
 
@@ -65,12 +65,12 @@ def merge_patch(target: JsonValue, patch: JsonValue) -> JsonValue:
 
 
 def is_object(value: object) -> TypeGuard[JsonObject]:
-    """Whether a JSON value has fields."""
+    """Whether a JSON value is an object."""
     return isinstance(value, dict)
 
 
 def _get_at_path(value: JsonValue, path: FieldPath) -> JsonValue:
-    """What stands at a place."""
+    """The value at a path."""
     for step in path:
         if is_object(value):
             value = value.get(str(step))
@@ -81,32 +81,32 @@ def _get_at_path(value: JsonValue, path: FieldPath) -> JsonValue:
 
 def _hf_token(source: Job, patch: CloneRequest) -> str | None:
     token = patch.hf_token or patch.secrets.get(HF_SECRET)
-    without = HF_SECRET in patch.model_fields_set or HF_SECRET in patch.secrets  # null: the clone needs none
-    if HF_SECRET in source.secret_names and token is None and not without:
+    declined = HF_SECRET in patch.model_fields_set or HF_SECRET in patch.secrets  # null: the clone needs no token
+    if HF_SECRET in source.secret_names and token is None and not declined:
         raise _missing_secret_error(HF_SECRET, HF_SECRET)
     return token.get_secret_value() if token else None
 
 
 def _insert_secrets(config: JsonObject, patch: CloneRequest, required_names: list[str]) -> None:
-    """Put what was sent where it belongs. Raises InvalidRequest when one that the source had is missing."""
-    homes = {f"{owner}_{field}": (part, field) for owner, part in _iter_secret_owners(config) for field in SECRET_FIELDS}
+    """Put the sent secrets into the configuration. Raises InvalidRequest when one that the source had is missing."""
+    fields = {f"{owner}_{field}": (part, field) for owner, part in _iter_secret_owners(config) for field in SECRET_FIELDS}
     for name, secret in patch.secrets.items():
         if name == HF_SECRET or secret is None:
             continue
-        if name not in homes:
-            raise InvalidRequest(f"nothing in the clone's training_config takes {name}", hint="leave it out", param=f"secrets.{name}")
-        part, field = homes[name]
+        if name not in fields:
+            raise InvalidRequest(f"nothing in the clone's training_config uses {name}", hint="leave it out", param=f"secrets.{name}")
+        part, field = fields[name]
         part[field] = secret.get_secret_value()
     for name in required_names:
-        if name not in homes or name in patch.secrets:
+        if name not in fields or name in patch.secrets:
             continue
-        part, field = homes[name]
+        part, field = fields[name]
         if field not in part and part.get("mode") != "offline":
             raise _missing_secret_error(name, f"secrets.{name}")
 
 
 def _iter_secret_owners(config: JsonObject) -> Iterator[tuple[str, JsonObject]]:
-    """The parts of a configuration that may have a secret, by the name that begins the secret's."""
+    """The parts of a configuration that may have a secret, with the prefix of the secret's name."""
     for field, value in config.items():
         if is_object(value):
             yield field.removesuffix("_config"), value
@@ -115,5 +115,5 @@ def _iter_secret_owners(config: JsonObject) -> Iterator[tuple[str, JsonObject]]:
 
 
 def _missing_secret_error(name: str, param: str) -> InvalidRequest:
-    hint = "secrets are never copied from job to job; null makes the clone without it"
-    return InvalidRequest(f"the job was made with {name}, and its clone needs it again; send it in the body", hint=hint, param=param)
+    hint = "secrets are never copied from job to job; null creates the clone without it"
+    return InvalidRequest(f"the job was created with {name}, and its clone needs it again; send it in the body", hint=hint, param=param)

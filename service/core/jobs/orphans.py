@@ -1,4 +1,4 @@
-"""Files in the buckets that belong to no job: what an attempt wrote after its job was deleted, or a deletion left behind."""
+"""Files in the buckets whose job has no record: an attempt wrote them after its job was deleted, or a deletion failed half-way."""
 
 import re
 import time
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from service.core.ports import JobStore
 from storage import ObjectStore, delete_prefix
 
-# Where a job's files can lie, and which part of the key is its id. A job's record is written before any of its files.
+# Where the files of jobs are stored, and which part of a key is the job's id. A job's record is written before any of its files.
 JOB_FOLDERS = ("trained_adapters", "merged_models", "gguf_models", "onnx_models", "trackers", "runs")
 MODEL_PREFIXES = (*(f"{folder}/" for folder in JOB_FOLDERS), "checkpoints/", "results/")
 CONFIG_PREFIXES = ("configs/", "results/")
@@ -21,41 +21,41 @@ JOB_KEY_PATTERN = re.compile(
 
 @dataclass(frozen=True)
 class Orphan:
-    """Files of a job that there is not, below one prefix."""
+    """Files of one job without a record, below one prefix."""
 
     job_id: str
     url: str
-    prefix: str  # a folder, or one key
+    prefix: str  # a folder, which ends in "/", or one key
     objects: int
     size_bytes: int
 
 
 @dataclass(frozen=True)
 class OrphanScan:
-    """What was found, and whether everything could be looked at in the time there was."""
+    """The orphans found, and whether the scan finished within its timeout."""
 
     orphans: list[Orphan]
     complete: bool
 
 
 def find_orphans(jobs: JobStore, *, configs: ObjectStore, models: ObjectStore, timeout_s: float) -> OrphanScan:
-    """Look through the buckets for files of jobs that have no record. Raises StorageError, Unavailable."""
-    until = time.monotonic() + timeout_s
-    known: dict[str, bool] = {}
-    found: dict[tuple[str, str], Orphan] = {}
+    """Scan the buckets for files of jobs that have no record. Raises StorageError, Unavailable."""
+    deadline_s = time.monotonic() + timeout_s
+    has_record: dict[str, bool] = {}
+    orphans: dict[tuple[str, str], Orphan] = {}
     for store, owner, prefix, size_bytes in _iter_job_objects(configs, models):
-        if time.monotonic() > until:
-            return OrphanScan(list(found.values()), complete=False)
-        if owner not in known:
-            known[owner] = jobs.find_job(owner) is not None
-        if not known[owner]:
-            before = found.get((store.url, prefix), Orphan(owner, store.url, prefix, 0, 0))
-            found[store.url, prefix] = Orphan(owner, store.url, prefix, before.objects + 1, before.size_bytes + size_bytes)
-    return OrphanScan(list(found.values()), complete=True)
+        if time.monotonic() > deadline_s:
+            return OrphanScan(list(orphans.values()), complete=False)
+        if owner not in has_record:
+            has_record[owner] = jobs.find_job(owner) is not None
+        if not has_record[owner]:
+            before = orphans.get((store.url, prefix), Orphan(owner, store.url, prefix, 0, 0))
+            orphans[store.url, prefix] = Orphan(owner, store.url, prefix, before.objects + 1, before.size_bytes + size_bytes)
+    return OrphanScan(list(orphans.values()), complete=True)
 
 
 def delete_orphan(orphan: Orphan, *, configs: ObjectStore, models: ObjectStore) -> None:
-    """Remove the files. Can be repeated. Raises StorageError."""
+    """Delete the files. Can be repeated. Raises StorageError."""
     store = configs if orphan.url == configs.url else models
     if orphan.prefix.endswith("/"):
         delete_prefix(store, orphan.prefix)
@@ -64,14 +64,14 @@ def delete_orphan(orphan: Orphan, *, configs: ObjectStore, models: ObjectStore) 
 
 
 def _iter_job_objects(configs: ObjectStore, models: ObjectStore) -> Iterator[tuple[ObjectStore, str, str, int]]:
-    """Every file that belongs, or should belong, to a job: its store, the job, the prefix it is removed with, its size."""
+    """Every file of a job: its store, the job's id, the prefix to delete it with, its size in bytes."""
     one_store = configs.url == models.url
-    places = [(models, folder) for folder in MODEL_PREFIXES] + [
+    prefixes = [(models, folder) for folder in MODEL_PREFIXES] + [
         (configs, folder) for folder in CONFIG_PREFIXES if not one_store or folder not in MODEL_PREFIXES
     ]
-    for store, folder in places:
+    for store, folder in prefixes:
         for stored in store.iter_objects(folder):
-            owned = JOB_KEY_PATTERN.match(stored.key)
-            if owned is not None:
-                owner = next(part for part in owned.groups() if part is not None)
-                yield store, owner, owned.group(0), stored.size_bytes
+            match = JOB_KEY_PATTERN.match(stored.key)
+            if match is not None:
+                owner = next(part for part in match.groups() if part is not None)
+                yield store, owner, match.group(0), stored.size_bytes

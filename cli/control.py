@@ -1,0 +1,107 @@
+"""The commands that control a job: `pause`, `cancel`, `resume` and `retry`."""
+
+import time
+from typing import Annotated
+
+import typer
+
+from cli.http_client import Client, Json
+from cli.job_secrets import SecretOption, send_with_secrets
+from cli.options import (
+    ContinueHardwareOption,
+    EpochsOption,
+    JobIdArgument,
+    JsonOption,
+    MaxStepsOption,
+    ResentHfTokenOption,
+    ResentWandbKeyOption,
+    SecretsOption,
+    create_client,
+)
+from cli.output import print_answer
+from cli.render.formats import format_status
+from cli.request import parse_secrets, without_none
+
+WAIT_POLL_S = 0.5
+
+
+def pause(
+    context: typer.Context,
+    job_id: JobIdArgument,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the job is paused; exit with 1 if it ends instead.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Save a checkpoint and release the compute, so that the job can be resumed."""
+    with create_client(context) as client:
+        job = client.post(f"/jobs/{job_id}/pause")
+        if wait:
+            job = _wait_while(client, job, "pausing")
+    print_answer(job, as_json, format_status(job["status"]))
+    if wait and job["status"] != "paused":
+        raise typer.Exit(1)
+
+
+def cancel(
+    context: typer.Context,
+    job_id: JobIdArgument,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the job is canceled; exit with 1 if it completes instead.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Stop a job. Its checkpoints are kept."""
+    with create_client(context) as client:
+        job = client.post(f"/jobs/{job_id}/cancel")
+        if wait:
+            job = _wait_while(client, job, "cancelling")
+    print_answer(job, as_json, format_status(job["status"]))
+    if wait and job["status"] != "cancelled":
+        raise typer.Exit(1)
+
+
+def _wait_while(client: Client, job: Json, status: str) -> Json:
+    """Poll until the job leaves this status, and return it."""
+    while job["status"] == status:
+        time.sleep(WAIT_POLL_S)
+        job = client.get(f"/jobs/{job['job_id']}")
+    return job
+
+
+def resume(
+    context: typer.Context,
+    job_id: JobIdArgument,
+    hardware: ContinueHardwareOption = None,
+    epochs: EpochsOption = None,
+    max_steps: MaxStepsOption = None,
+    hf_token: ResentHfTokenOption = None,
+    wandb_api_key: ResentWandbKeyOption = None,
+    secret: SecretsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a paused job from its checkpoint."""
+    changes = {"hardware": hardware, "epochs": epochs, "max_steps": max_steps, "secrets": parse_secrets(secret)}
+    secrets = [SecretOption.of(context, "hf_token", hf_token), SecretOption.of(context, "wandb_api_key", wandb_api_key)]
+    _continue_job(context, f"/jobs/{job_id}/resume", changes, secrets, as_json)
+
+
+def retry(
+    context: typer.Context,
+    job_id: JobIdArgument,
+    from_start: Annotated[bool, typer.Option("--from-start", help="Start over and ignore earlier checkpoints.")] = False,
+    hardware: ContinueHardwareOption = None,
+    epochs: EpochsOption = None,
+    max_steps: MaxStepsOption = None,
+    hf_token: ResentHfTokenOption = None,
+    wandb_api_key: ResentWandbKeyOption = None,
+    secret: SecretsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a failed or canceled job from its last valid checkpoint."""
+    changes: Json = {"from_start": from_start or None, "hardware": hardware, "epochs": epochs, "max_steps": max_steps}
+    changes["secrets"] = parse_secrets(secret)
+    secrets = [SecretOption.of(context, "hf_token", hf_token), SecretOption.of(context, "wandb_api_key", wandb_api_key)]
+    _continue_job(context, f"/jobs/{job_id}/retry", changes, secrets, as_json)
+
+
+def _continue_job(context: typer.Context, path: str, changes: Json, secrets: list[SecretOption], as_json: bool) -> None:
+    with create_client(context) as client:
+        job = send_with_secrets(lambda body: client.post(path, body), without_none(changes), secrets)
+    print_answer(job, as_json, format_status(job["status"]))

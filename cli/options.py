@@ -1,0 +1,55 @@
+"""Options that several commands share, and the client that the global options configure."""
+
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from cli.http_client import Client
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the API's response as JSON.")]
+JobIdArgument = Annotated[str, typer.Argument(help="Job id, as printed by `tunesmith train` or `tunesmith jobs`.")]
+DatasetNameOption = Annotated[str | None, typer.Option("--name", help="Name of the dataset. Default: the file name.")]
+EvalFractionOption = Annotated[float, typer.Option("--eval-fraction", help="Fraction of the rows held out for evaluation.")]
+ProjectOption = Annotated[str | None, typer.Option("--project", help="Project of the dataset.")]
+LimitOption = Annotated[int, typer.Option("--limit", min=1, max=200, help="Maximum number of rows.")]
+CursorOption = Annotated[str | None, typer.Option("--cursor", help="Cursor of the next page, as printed below the previous one.")]
+WatchOption = Annotated[bool, typer.Option("--watch", help="Follow the job until it ends.")]
+ContinueHardwareOption = Annotated[
+    str | None, typer.Option("--hardware", help="Continue on another hardware profile; `tunesmith capabilities` lists them.")
+]
+EpochsOption = Annotated[int | None, typer.Option("--epochs", min=1, help="New total number of epochs; must be larger than before.")]
+MaxStepsOption = Annotated[
+    int | None,
+    typer.Option("--max-steps", min=1, help="New total number of steps, for a job that sets max_steps; must be larger than before."),
+]
+HfTokenOption = Annotated[
+    str | None, typer.Option("--hf-token", envvar="HF_TOKEN", help="Hugging Face token for gated or private base models.", show_envvar=True)
+]
+ResentHfTokenOption = Annotated[
+    str | None,
+    typer.Option(
+        "--hf-token",
+        envvar="HF_TOKEN",
+        show_envvar=True,
+        help="Hugging Face token. The environment variable is sent only if the service asks for it.",
+    ),
+]
+ResentWandbKeyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--wandb-api-key",
+        envvar="WANDB_API_KEY",
+        show_envvar=True,
+        help="W&B API key. The environment variable is sent only if the service asks for it.",
+    ),
+]
+SecretsOption = Annotated[
+    list[str] | None, typer.Option("--secret", help="Another secret of the job, such as mlflow_token=VALUE; can be repeated.")
+]
+
+
+def create_client(context: typer.Context) -> Client:
+    """A client for the service that the global options select."""
+    create: Callable[[], Client] = context.obj
+    return create()

@@ -1,0 +1,82 @@
+"""Renders lists as tables, and the capabilities of a deployment as lines."""
+
+from collections.abc import Iterator
+
+from rich.markup import escape
+from rich.table import Table
+
+from cli.http_client import Json
+from cli.render.formats import format_size, format_status, format_time, humanize
+
+
+def job_table(jobs: list[Json]) -> Table:
+    """One row per job."""
+    table = _table("job", "name", "base", "status", "created")
+    for job in jobs:
+        table.add_row(
+            job["job_id"], escape(job["job_name"]), job["base_model_id"], format_status(job["status"]), format_time(job["created_at"])
+        )
+    return table
+
+
+def dataset_table(datasets: list[Json]) -> Table:
+    """One row per dataset."""
+    table = _table("dataset", "name", "type", "rows", "splits", "created")
+    for dataset in datasets:
+        splits = ", ".join(f"{name} {rows}" for name, rows in dataset["splits"].items())
+        cells = (dataset["processed_dataset_id"], escape(dataset["name"]), dataset["dataset_type"], str(dataset["rows"]), splits)
+        table.add_row(*cells, format_time(dataset["created_at"]))
+    return table
+
+
+def checkpoint_table(checkpoints: list[Json]) -> Table:
+    """One row per checkpoint; the next attempt uses the first."""
+    table = _table("step", "epoch", "attempt", "reason", "eval loss", "size", "saved")
+    for checkpoint in checkpoints:
+        step = f"{checkpoint['step']}/{checkpoint['total_steps']}"
+        loss = (
+            ""
+            if checkpoint["eval_loss"] is None
+            else f"{checkpoint['eval_loss']:.3f}" + ("  [green]best[/]" if checkpoint["is_best"] else "")
+        )
+        cells = (
+            f"{checkpoint['epoch']:.2f}",
+            str(checkpoint["attempt"]),
+            humanize(checkpoint["reason"]),
+            loss,
+            format_size(checkpoint["size_bytes"]),
+        )
+        table.add_row(step, *cells, format_time(checkpoint["created_at"]))
+    return table
+
+
+def orphan_table(orphans: list[Json]) -> Table:
+    """One row per folder whose job does not exist."""
+    table = _table("missing job", "files", "size", "where")
+    for orphan in orphans:
+        table.add_row(orphan["job_id"], str(orphan["objects"]), format_size(orphan["size_bytes"]), escape(orphan["url"]))
+    return table
+
+
+def _table(id_column: str, *columns: str) -> Table:
+    """A table whose first column is never truncated, because users copy ids from it."""
+    table = Table(box=None, header_style="bold")
+    table.add_column(id_column, no_wrap=True, overflow="ignore")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def capability_lines(capabilities: Json) -> Iterator[str]:
+    """One line per hardware profile, trainer and kind of option."""
+    hardware = capabilities["hardware"]
+    yield f"launcher    {capabilities['launcher']} on {hardware['device_name']} ({hardware['device']})"
+    for name, profile in capabilities["profiles"].items():
+        yield f"hardware    {name}: {profile['device_name']}"
+    for name, trainer in capabilities["trainer_types"].items():
+        yield f"trainer     {name}: {', '.join(trainer['dataset_types'])}; {', '.join(trainer['modalities'])}"
+    for label in ("methods", "providers", "graders", "trackers"):
+        yield f"{label:11} {', '.join(capabilities[label])}"
+    exports = capabilities["export"]
+    yield f"exports     {', '.join(exports['formats'])}; GGUF {', '.join(exports['gguf_quantizations']) or 'no'}"
+    yield f"to          {', '.join(exports['destinations'])}"

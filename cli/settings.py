@@ -1,0 +1,40 @@
+"""Settings of the command line, with the same environment variables and defaults as service/settings.py."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+SOURCE_ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_URL = "http://127.0.0.1:8080"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the command line, each an environment variable `TUNESMITH_<NAME>`."""
+
+    home: Path = Path("~/.tunesmith")
+    trainer_python: Path = SOURCE_ROOT / ".venvs/llm/bin/python"
+
+    @classmethod
+    def from_environment(cls, variables: Mapping[str, str] = os.environ) -> Self:
+        """Read the settings from environment variables; a missing variable means the default."""
+        return cls(
+            home=Path(variables.get("TUNESMITH_HOME", cls.home)),
+            trainer_python=Path(variables.get("TUNESMITH_TRAINER_PYTHON", cls.trainer_python)),
+        )
+
+    @property
+    def home_folder(self) -> Path:
+        """`home` as an absolute path."""
+        return self.home.expanduser().absolute()
+
+    @property
+    def service_url(self) -> str:
+        """The URL that a running service wrote to `home`/service.json, else the default URL."""
+        try:
+            return json.loads((self.home_folder / "service.json").read_text())["url"]
+        except (FileNotFoundError, ValueError, KeyError):
+            return DEFAULT_URL

@@ -1,0 +1,118 @@
+"""The commands that follow a job: `watch` and `logs`."""
+
+import json
+import sys
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.progress import Progress, TaskID
+
+from cli.errors import ApiError
+from cli.http_client import Client, Json
+from cli.options import JobIdArgument, JsonOption, create_client
+from cli.output import out
+from cli.render.events import event_line, progress_bar
+from cli.render.formats import format_time_left
+from cli.render.job import get_pending_reason, print_job
+
+PENDING_REASON_POLL_S = 15.0
+
+
+def watch(context: typer.Context, job_id: JobIdArgument, as_json: JsonOption = False) -> None:
+    """Follow the progress of a job until it ends; pauses are waited out. Exits with 1 unless the job completed."""
+    with create_client(context) as client:
+        watch_job(client, job_id, as_json)
+
+
+def logs(
+    context: typer.Context,
+    job_id: JobIdArgument,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing until the job ends.")] = False,
+    attempt: Annotated[
+        int | None, typer.Option(min=1, help="Attempt number. Default: the latest, or with --follow each attempt in turn.")
+    ] = None,
+) -> None:
+    """Print the output of an attempt."""
+    with create_client(context) as client:
+        if follow:
+            for text in client.follow_log(job_id, attempt):
+                sys.stdout.write(text)
+                sys.stdout.flush()
+            return
+        offset = 0
+        while True:
+            page = client.get(f"/jobs/{job_id}/logs", attempt=attempt, offset=offset)
+            if not page["text"]:
+                return
+            sys.stdout.write(page["text"])
+            offset = page["next_offset"]
+
+
+def watch_job(client: Client, job_id: str, as_json: bool) -> None:
+    """Print a job's events until it is final. Raises Exit(1) unless it completed."""
+    if as_json:
+        for event in client.stream_events(job_id):
+            print(json.dumps(event), flush=True)
+    else:
+        _show_progress(client, job_id)
+    job = client.get(f"/jobs/{job_id}")
+    if not as_json:
+        print_job(out, job)
+    if job["status"] != "completed":
+        raise typer.Exit(1)
+
+
+def _show_progress(client: Client, job_id: str) -> None:
+    with progress_bar(out) as bar, _print_pending_reason(client, job_id, lambda line: bar.console.print(line, highlight=False)):
+        task = bar.add_task("", total=1, phase="queued", loss="–", eta="")
+        for event in client.stream_events(job_id):
+            _update_progress(bar, task, event["event"])
+            if line := event_line(event):
+                bar.console.print(line, highlight=False)
+            if event["event"].get("status") == "paused" and client.get(f"/jobs/{job_id}")["status"] == "paused":
+                bar.console.print(f"[dim]waiting for `tunesmith resume {job_id}`; Ctrl-C stops watching, not the job[/]", soft_wrap=True)
+
+
+def _update_progress(bar: Progress, task: TaskID, body: Json) -> None:
+    match body["type"]:
+        case "status":
+            bar.update(task, phase=body["status"], eta="")
+        case "phase":
+            bar.update(task, phase=body["phase"])
+        case "checkpoint_restored":
+            bar.update(task, completed=body["step"])
+        case "metrics" if body["progress"]:
+            progress, loss = body["progress"], body["values"].get("loss")
+            bar.update(task, completed=progress["step"], total=progress["total_steps"])
+            bar.update(task, eta=format_time_left(progress["eta_s"]))
+            if loss is not None:
+                bar.update(task, loss=f"{loss:.3f}")
+        case _:
+            pass
+
+
+@contextmanager
+def _print_pending_reason(client: Client, job_id: str, print_line: Callable[[str], None]) -> Generator[None]:
+    """Poll in a thread for the reason that a job is not launched yet, and print each new reason. Events do not carry it."""
+    stop = threading.Event()
+
+    def poll() -> None:
+        printed: str | None = None
+        while not stop.wait(PENDING_REASON_POLL_S):
+            with suppress(ApiError):
+                reason = get_pending_reason(client.get(f"/jobs/{job_id}"))
+                if reason and reason != printed:
+                    print_line(f"[yellow]waiting[/] {escape(reason)}")
+                printed = reason
+
+    thread = threading.Thread(target=poll, name="pending-reason", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,64 @@
+"""What an attempt calls with its own token: claim, report, finish. An attempt that is over is fenced at each of them."""
+
+from datetime import datetime
+
+from schema.events import Directive, EventBatch, EventBatchResponse
+from schema.job import Job, Status
+from schema.result import Result
+from schema.spec import ClaimResponse
+from service.core import lifecycle
+from service.core.jobs.manifest import write_manifest
+from service.core.jobs.repository import JobRepository
+from service.core.ports import Wake
+from storage import ObjectStore
+
+
+class Attempts:
+    """Takes what attempts report, and answers with the directive that the job's status gives."""
+
+    def __init__(self, repository: JobRepository, *, models: ObjectStore, wake: Wake) -> None:
+        self._repository = repository
+        self._models = models
+        self._wake = wake
+
+    def claim(self, job_id: str, number: int, claimant: str) -> ClaimResponse:
+        """Give the attempt to one process, with the job's secrets. Raises Fenced for a second process, NotFound."""
+        job = self._repository.change(job_id, lambda job, now: lifecycle.claim_attempt(job, number, claimant, now))
+        secrets = self._repository.secrets.read(job_id) if job.secret_names else {}
+        return ClaimResponse(secrets=secrets, directive=_directive_for(job))
+
+    def report(self, job_id: str, number: int, batch: EventBatch) -> EventBatchResponse:
+        """Store a batch of events; most change only the heartbeat, not the record. Raises Fenced for an attempt that is over, NotFound."""
+        now = self._repository.clock()
+        job = self._repository.find_for_attempt(job_id)
+        lifecycle.check_current(job, number)
+        next_seq = self._repository.store.append_events(job_id, number, batch, now)
+        if _apply_batch(job, number, batch, now) is not job:
+            job = self._repository.change(job_id, lambda job, _: _apply_batch(job, number, batch, now))
+        return EventBatchResponse(directive=_directive_for(job), next_seq=next_seq)
+
+    def finish(self, job_id: str, result: Result) -> Job:
+        """Apply an attempt's result. It may be sent again without harm. Raises Fenced, NotFound."""
+        job = self._repository.change(job_id, lambda job, now: lifecycle.apply_result(job, result, now))
+        if job.status.is_final:
+            self._repository.destroy_secrets(job)
+        self._wake(job_id)
+        return write_manifest(self._repository, self._models, job)
+
+
+def _apply_batch(job: Job, number: int, batch: EventBatch, now: datetime) -> Job:
+    job = lifecycle.clear_suspicion(job, number, now)
+    for reported in batch.events:
+        job = lifecycle.apply_event(job, number, reported.event, now)
+    return job
+
+
+def _directive_for(job: Job) -> Directive:
+    """What the current attempt should do."""
+    match job.status:
+        case Status.CANCELLING:
+            return "cancel"
+        case Status.PAUSING:
+            return "pause"
+        case _:
+            return "continue"

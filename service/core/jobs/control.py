@@ -1,0 +1,118 @@
+"""Cancel, pause, resume, retry: what a caller asks of a job that exists. Each can be repeated without harm."""
+
+from datetime import datetime
+
+from schema.job import Job, Status
+from schema.requests import ContinuationOptions, ResumeRequest, RetryRequest
+from schema.training import TrainingConfig
+from service.core import lifecycle
+from service.core.errors import InvalidRequest
+from service.core.jobs.repository import JobRepository
+from service.core.jobs.secrets import HF_SECRET, WANDB_SECRET, resent_secrets
+from service.core.jobs.trackers import DeploymentTrackers, deployment_tracker_secrets
+from service.core.ports import Launcher, Wake
+from service.core.validation.common import check_supported
+
+
+class JobControl:
+    """Changes what a job is to do next. The record changes first; then the reconciler is woken to act on it."""
+
+    def __init__(self, repository: JobRepository, *, launcher: Launcher, trackers: DeploymentTrackers, wake: Wake) -> None:
+        self._repository = repository
+        self._launcher = launcher
+        self._trackers = trackers
+        self._wake = wake
+
+    def cancel(self, job_id: str, tenant_id: str) -> Job:
+        """Stop a job: its attempt gets the directive first, and is ended by force if it does not obey. Raises Conflict, NotFound."""
+        self._repository.find(job_id, tenant_id)
+        job = self._repository.change(job_id, lifecycle.request_cancel)
+        if job.status.is_final:
+            self._repository.destroy_secrets(job)
+        self._wake(job_id)
+        return job
+
+    def pause(self, job_id: str, tenant_id: str) -> Job:
+        """Free the compute and keep the progress: the attempt saves a checkpoint and ends. Raises Conflict, NotFound."""
+        self._repository.find(job_id, tenant_id)
+        job = self._repository.change(job_id, lifecycle.request_pause)
+        self._wake(job_id)
+        return job
+
+    def resume(self, job_id: str, tenant_id: str, request: ResumeRequest) -> Job:
+        """Continue a paused job from its checkpoint, on other hardware or for longer if asked. Raises Conflict, InvalidRequest."""
+        before = self._repository.find(job_id, tenant_id)
+        if before.status is Status.PAUSED:
+            self._renew_secrets(before, request)
+
+        def request_resume(job: Job, now: datetime) -> Job:
+            config = self._extend_config(job, request)
+            return lifecycle.request_resume(job, now, training_config=config, hardware=request.hardware)
+
+        job = self._repository.change(job_id, request_resume)
+        self._wake(job_id)
+        return job
+
+    def retry(self, job_id: str, tenant_id: str, request: RetryRequest) -> Job:
+        """Continue a failed or cancelled job from its last good checkpoint. Raises Conflict, InvalidRequest, NotFound."""
+        before = self._repository.find(job_id, tenant_id)
+        if before.status in (Status.FAILED, Status.CANCELLED):
+            self._repository.find_dataset(before.processed_dataset_id, tenant_id)
+            self._renew_secrets(before, request)
+
+        def request_retry(job: Job, now: datetime) -> Job:
+            config = self._extend_config(job, request)
+            return lifecycle.request_retry(job, now, from_start=request.from_start, training_config=config, hardware=request.hardware)
+
+        job = self._repository.change(job_id, request_retry)
+        self._wake(job_id)
+        return job
+
+    def _renew_secrets(self, job: Job, request: ContinuationOptions) -> None:
+        """Store the secrets that were sent again beside those still stored. Raises InvalidRequest when one that the job had is missing."""
+        renewed = resent_secrets(request)
+        for name in renewed.keys() - set(job.secret_names):
+            raise InvalidRequest(
+                f"{job.job_id} was created without {name} and continues without it", hint="leave it out", param=_secret_param(name)
+            )
+        if not job.secret_names:
+            return
+        stored = self._repository.secrets.read(job.job_id)
+        known = deployment_tracker_secrets(job.training_config, self._trackers) | stored | renewed
+        for name in job.secret_names:
+            if name not in known:
+                hint = "secrets are destroyed when a job ends, and expire after 30 days"
+                message = f"{name} is needed again to continue {job.job_id}; send it in the body"
+                raise InvalidRequest(message, hint=hint, param=_secret_param(name))
+        if known != stored:
+            self._repository.secrets.put(job.job_id, known)
+
+    def _extend_config(self, job: Job, request: ContinuationOptions) -> TrainingConfig:
+        """The job's configuration with more epochs or steps. Raises InvalidRequest, and Unsupported when other hardware cannot run it."""
+        config = _extend_training(job.training_config, request)
+        if request.hardware:
+            check_supported(config, self._launcher.get_capabilities(request.hardware))
+        return config
+
+
+def _extend_training(config: TrainingConfig, request: ContinuationOptions) -> TrainingConfig:
+    """Raises InvalidRequest for fewer epochs or steps than before, and for the unit that the job's length is not given in."""
+    hyperparameters = config.hyperparameters
+    changes: dict[str, int] = {}
+    for name, requested in (("epochs", request.epochs), ("max_steps", request.max_steps)):
+        if requested is None or requested == getattr(hyperparameters, name):
+            continue
+        unit = "max_steps" if hyperparameters.max_steps > 0 else "epochs"
+        if name != unit:
+            raise InvalidRequest(f"the length of this job is counted in {unit}; {name} would not be used", hint=f"raise {unit}", param=name)
+        if requested < getattr(hyperparameters, name):
+            planned = getattr(hyperparameters, name)
+            message = f"{name} can only grow: the job was planned with {planned} and may already be past {requested}"
+            raise InvalidRequest(message, hint="an earlier checkpoint can be exported instead", param=name)
+        changes[name] = requested
+    return config.model_copy(update={"hyperparameters": hyperparameters.model_copy(update=changes)}) if changes else config
+
+
+def _secret_param(secret_name: str) -> str:
+    """The field of a request in which the secret is sent again."""
+    return secret_name if secret_name in (HF_SECRET, WANDB_SECRET) else f"secrets.{secret_name}"

@@ -1,0 +1,121 @@
+"""Deleting: a job with all its files, secrets that outlived their job, and files whose job is gone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from schema.checkpoint import checkpoints_prefix
+from schema.job import Job
+from schema.spec import attempt_name, manifest_key, spec_key
+from service.core import lifecycle
+from service.core.errors import InvalidRequest
+from service.core.jobs.control import JobControl
+from service.core.jobs.orphans import JOB_FOLDERS, OrphanScan, delete_orphan, find_orphans
+from service.core.jobs.repository import JobRepository
+from service.core.ports import Buckets, Hub, Launcher, LogReader
+from service.core.validation.hub import check_only_our_commits
+from storage import ObjectStore, StorageError, delete_prefix
+from storage.deadline import remaining_s
+
+ORPHAN_SCAN_TIMEOUT_S = 600.0  # for listing every file of a bucket outside a request
+
+
+@dataclass(frozen=True)
+class DeletionResult:
+    """What a deletion removed, and what it could not remove."""
+
+    resources: list[str]
+    failures: list[str]
+
+
+class Deletion:
+    """Removes jobs and what they left behind. Every method can be repeated until nothing is left."""
+
+    def __init__(self, repository: JobRepository, *, control: JobControl, launcher: Launcher, buckets: Buckets, hub: Hub) -> None:
+        self._repository = repository
+        self._control = control
+        self._launcher = launcher
+        self._buckets = buckets
+        self._hub = hub
+
+    def delete(self, job_id: str, tenant_id: str, *, delete_hub: bool = False, hub_token: str | None = None) -> DeletionResult | None:
+        """Cancel the job, remove its files and then its record. None: it is still being cancelled, repeat the call. Raises NotFound.
+
+        `delete_hub` also removes the Hub repositories that the job pushed to; InvalidRequest for one that holds anything else.
+        """
+        job = self._repository.find(job_id, tenant_id)
+        if not job.status.is_final:
+            job = self._control.cancel(job_id, tenant_id)
+        if not job.status.is_final:
+            return None
+        repositories = self._delete_hub_repositories(job, hub_token) if delete_hub else []
+        job = self._repository.change(job_id, lifecycle.start_deletion)
+        files = self._delete_files(job)
+        if not files.failures:
+            self._repository.store.delete_job(job_id)
+        return DeletionResult(resources=[*repositories, *files.resources], failures=files.failures)
+
+    def delete_stale_secrets(self, *, orphans: bool = False) -> int:
+        """Destroy secrets that outlived their job; returns how many. `orphans`: also secrets of unknown jobs.
+
+        A job's secrets are written before its record, so only the sole process of a deployment may look for orphans.
+        """
+        destroyed = 0
+        for job_id in list(self._repository.secrets.iter_job_ids()):
+            job = self._repository.store.find_job(job_id)
+            if (job is None and orphans) or (job is not None and job.status.is_final):
+                destroyed += self._repository.secrets.destroy(job_id)
+        return destroyed
+
+    def list_orphans(self) -> OrphanScan:
+        """Files whose job does not exist. Raises StorageError, Unavailable."""
+        timeout_s = remaining_s(ORPHAN_SCAN_TIMEOUT_S) * 0.8
+        return find_orphans(self._repository.store, configs=self._buckets.configs, models=self._buckets.models, timeout_s=timeout_s)
+
+    def delete_orphans(self) -> OrphanScan:
+        """Remove files whose job does not exist; returns what was removed. Repeat until the scan is complete."""
+        scan = self.list_orphans()
+        for orphan in scan.orphans:
+            delete_orphan(orphan, configs=self._buckets.configs, models=self._buckets.models)
+        return scan
+
+    def _delete_hub_repositories(self, job: Job, token: str | None) -> list[str]:
+        """Remove the repositories that hold nothing but what this job pushed. Raises InvalidRequest before anything is removed."""
+        pushed: dict[str, set[str]] = {}
+        for push in (artifact.hub for artifact in job.artifacts if artifact.hub):
+            pushed.setdefault(push.repo_id, set()).add(push.revision)
+        if pushed and not token:
+            hint = "send one that may delete the repository"
+            raise InvalidRequest("delete_hub needs a token, in the header X-HF-Token", hint=hint, param="X-HF-Token")
+        commits_by_repository = {repo_id: self._hub.list_commits(repo_id, token or "") for repo_id in pushed}
+        existing = {repo_id: commits for repo_id, commits in commits_by_repository.items() if commits is not None}
+        for repo_id, commits in existing.items():
+            check_only_our_commits(repo_id, commits, pushed[repo_id])
+        for repo_id in existing:
+            self._hub.delete_repository(repo_id, token or "")
+        return [f"hf://{repo_id}" for repo_id in existing]
+
+    def _delete_files(self, job: Job) -> DeletionResult:
+        resources: list[str] = []
+        failures: list[str] = []
+        for store, prefix in self._storage_prefixes(job):
+            try:
+                keys = delete_prefix(store, prefix) if prefix.endswith("/") else [prefix] * store.delete(prefix)
+                resources += [f"{store.url}/{prefix}"] if keys else []
+            except StorageError as error:
+                failures.append(f"{store.url}/{prefix}: {error}")
+        self._repository.destroy_secrets(job)
+        if isinstance(self._launcher, LogReader):
+            names = [attempt_name(job.job_id, attempt.number) for attempt in job.attempts]
+            resources += [f"log of {name}" for name in names if self._launcher.delete_log(name)]
+        return DeletionResult(resources=resources, failures=failures)
+
+    def _storage_prefixes(self, job: Job) -> Sequence[tuple[ObjectStore, str]]:
+        """Every place where a job may have files. The manifest goes first: without it, readers ignore the rest."""
+        configs, models = self._buckets.configs, self._buckets.models
+        return (
+            (models, manifest_key(job.job_id)),
+            *((models, f"{folder}/{job.job_id}/") for folder in JOB_FOLDERS),
+            (models, checkpoints_prefix(job.job_id, job.project_id)),
+            (configs, spec_key(job.job_id)),
+            (configs, f"results/{job.job_id}/"),
+        )

@@ -1,0 +1,123 @@
+"""Exporting a checkpoint of a job again, without training: each export is a job of its own."""
+
+from collections.abc import Callable, Sequence
+
+from pydantic import ValidationError
+
+from schema.job import ExportSource, Job, Status
+from schema.requests import ExportRequest, ReexportRequest
+from schema.training import TrainingConfig
+from service.core.errors import InvalidRequest, NotFound
+from service.core.jobs.checkpoints import StoredCheckpoint, list_checkpoints
+from service.core.jobs.repository import JobRepository, compute_digest
+from service.core.jobs.secrets import HF_SECRET
+from service.core.jobs.submit import make_job_id
+from service.core.jobs.trackers import DeploymentTrackers
+from service.core.ports import Hub, Launcher, Wake
+from service.core.validation.common import check_supported
+from service.core.validation.hub import check_hub, check_token
+from storage import ObjectStore
+
+
+class Exports:
+    """Creates jobs that export a stored checkpoint of another job."""
+
+    def __init__(
+        self,
+        repository: JobRepository,
+        *,
+        launcher: Launcher,
+        models: ObjectStore,
+        hub: Hub,
+        random_suffix: Callable[[], str],
+        wake: Wake,
+    ) -> None:
+        self._repository = repository
+        self._launcher = launcher
+        self._models = models
+        self._hub = hub
+        self._random_suffix = random_suffix
+        self._wake = wake
+
+    def export(self, job_id: str, step: int, tenant_id: str, request: ExportRequest, idempotency_key: str | None = None) -> Job:
+        """Create a job that exports the checkpoint of one step. Raises NotFound, Unsupported, InvalidRequest."""
+        source = self._repository.find(job_id, tenant_id)
+        stored = _pick_checkpoint(list_checkpoints(self._models, source), job_id, step, request.attempt)
+        config = _make_export_config(source.training_config, request)
+        hardware = request.hardware or source.hardware
+        check_supported(config, self._launcher.get_capabilities(hardware))
+        self._repository.find_dataset(source.processed_dataset_id, tenant_id)
+        secrets = {HF_SECRET: request.hf_token.get_secret_value()} if request.hf_token else {}
+        check_token(config, secrets.get(HF_SECRET))
+        check_hub(config, secrets.get(HF_SECRET), self._hub, self._models)
+        now = self._repository.clock()
+        job = Job(
+            job_id=make_job_id(source.processed_dataset_id, config.base_model_id, self._random_suffix()),
+            tenant_id=tenant_id,
+            project_id=source.project_id,
+            job_name=request.job_name or f"{source.job_name[:100]} at step {step}",
+            processed_dataset_id=source.processed_dataset_id,
+            training_config=config,
+            secret_names=tuple(sorted(secrets)),
+            hardware=hardware,
+            export_of=ExportSource(job_id=job_id, attempt=stored.checkpoint.attempt, step=step, key=stored.key),
+            status=Status.QUEUED,
+            created_at=now,
+            updated_at=now,
+            status_changed_at=now,
+        )
+        # The body of a ReexportRequest overrides `step` with the step it asked for, which may be none: the newest checkpoint
+        # changes while a job trains, and the same request must stay the same request.
+        digest = compute_digest({"export_of": job_id, "step": step, **request.model_dump(mode="json", exclude={"hf_token"})})
+        created = self._repository.create(job, secrets, idempotency_key, digest)
+        self._wake(created.job_id)
+        return created
+
+    def reexport(self, job_id: str, tenant_id: str, request: ReexportRequest, idempotency_key: str | None = None) -> Job:
+        """Export a job's model again; without a step, the published checkpoint if it is stored, else the newest. Raises as `export`."""
+        source = self._repository.find(job_id, tenant_id)
+        stored = list_checkpoints(self._models, source)
+        if not stored:
+            raise _no_checkpoint_error(source)
+        steps = [each.checkpoint.step for each in stored if request.attempt in (None, each.checkpoint.attempt)]
+        step = request.step
+        if step is None:
+            step = source.published_step if source.published_step in steps else next(iter(steps), stored[0].checkpoint.step)
+        return self.export(job_id, step, tenant_id, request, idempotency_key)
+
+
+def _make_export_config(config: TrainingConfig, request: ExportRequest) -> TrainingConfig:
+    """The source's configuration with the requested export, no tracker and no gate. Raises InvalidRequest when they do not fit."""
+    export = request.export_config
+    if config.method == "Full" and "adapter" in export.formats and "format" in export.model_fields_set:
+        message = "format 'adapter' needs method LoRA or QLoRA; with method Full use 'merged'"
+        raise InvalidRequest(message, param="export_config.format")
+    if config.method == "Full" and export.include_lora_gguf:
+        raise InvalidRequest("include_lora_gguf needs method LoRA or QLoRA, not Full", param="export_config.include_lora_gguf")
+    evaluation = config.eval_config.model_copy(update={"promotion_gate": [], "lm_eval_tasks": [], "lm_eval_limit": None})
+    changes = {"export_config": export, "eval_config": evaluation, **dict.fromkeys(DeploymentTrackers.model_fields)}
+    try:
+        return type(config).model_validate(config.model_copy(update=changes).model_dump())
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidRequest(first["msg"], param=first.get("ctx", {}).get("field")) from error
+
+
+def _pick_checkpoint(stored: Sequence[StoredCheckpoint], job_id: str, step: int, attempt: int | None) -> StoredCheckpoint:
+    """The checkpoint of a step, the newest attempt's unless one is named. Raises NotFound that lists what there is."""
+    for each in stored:
+        if each.checkpoint.step == step and attempt in (None, each.checkpoint.attempt):
+            return each
+    known = ", ".join(str(each.checkpoint.step) for each in stored) or "none"
+    of_attempt = f" of attempt {attempt}" if attempt else ""
+    raise NotFound(f"{job_id} has no checkpoint{of_attempt} at step {step}; it has: {known}", param="attempt" if attempt else "step")
+
+
+def _no_checkpoint_error(job: Job) -> NotFound:
+    """Why there is no checkpoint, and what would help."""
+    if job.export_of:
+        hint = f"POST /jobs/{job.export_of.job_id}/export exports it again"
+        return NotFound(f"{job.job_id} trained nothing; it exported a checkpoint of {job.export_of.job_id}", hint=hint)
+    if job.status.is_final:
+        return NotFound(f"no checkpoint of {job.job_id} is kept", hint=f"POST /jobs/{job.job_id}/clone trains it again")
+    return NotFound(f"{job.job_id} is {job.status} and has no checkpoint yet", hint="POST /jobs/{id}/pause saves one")

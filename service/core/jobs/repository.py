@@ -1,0 +1,109 @@
+"""The records of jobs: find one for its tenant, create one under an idempotency key, change one by compare-and-set."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from datetime import datetime
+
+from schema.dataset import Dataset
+from schema.job import Job
+from service.core import lifecycle
+from service.core.errors import NotFound, StaleRevision, TunesmithError, Unavailable
+from service.core.ports import Heartbeat, IdempotencyKey, JobStore, SecretStore
+
+log = logging.getLogger(__name__)
+
+MAX_CHANGE_TRIES = 10  # few processes write to one job: its attempt, one caller, one reconciler
+
+
+class JobRepository:
+    """Job records and, stored apart from them, the secrets of each job."""
+
+    def __init__(self, store: JobStore, secrets: SecretStore, clock: Callable[[], datetime]) -> None:
+        self.store = store
+        self.secrets = secrets
+        self.clock = clock
+
+    def find(self, job_id: str, tenant_id: str) -> Job:
+        """A tenant's job. Raises NotFound, also for a job of another tenant."""
+        job = self.find_or_none(job_id, tenant_id)
+        if job is None:
+            raise NotFound(f"no job {job_id!r}", hint="GET /jobs lists them", param="job_id")
+        return job
+
+    def find_or_none(self, job_id: str, tenant_id: str) -> Job | None:
+        """A tenant's job, or None."""
+        job = self.store.find_job(job_id)
+        return job if job and job.tenant_id == tenant_id else None
+
+    def find_for_attempt(self, job_id: str) -> Job:
+        """The job of an attempt, whose token has been checked before. Raises NotFound."""
+        job = self.store.find_job(job_id)
+        if job is None:
+            raise NotFound(f"no job {job_id!r}", param="job_id")
+        return job
+
+    def find_heartbeat(self, job: Job) -> Heartbeat | None:
+        """The last heartbeat of the job's current attempt, or None."""
+        heartbeat = self.store.find_heartbeat(job.job_id)
+        return heartbeat if heartbeat and job.attempt and heartbeat.attempt == job.attempt.number else None
+
+    def find_dataset(self, dataset_id: str, tenant_id: str) -> Dataset:
+        """The dataset that a tenant's job trains on. Raises NotFound."""
+        dataset = self.store.find_dataset(dataset_id)
+        if dataset is None or dataset.tenant_id != tenant_id:
+            raise NotFound(f"no dataset {dataset_id!r}", hint="POST /datasets uploads one", param="processed_dataset_id")
+        return dataset
+
+    def create(self, job: Job, secrets: Mapping[str, str], idempotency_key: str | None, digest: str) -> Job:
+        """Store a new job, or return the job created earlier under the same key. Raises IdempotencyConflict, Unavailable.
+
+        Secrets are stored first, so that no attempt can start without them.
+        """
+        if secrets:
+            self.secrets.put(job.job_id, secrets)
+        try:
+            stored = self.store.create_job(job, IdempotencyKey(idempotency_key, digest) if idempotency_key else None)
+        except Unavailable:
+            raise  # the record may have been written all the same, and would then need its secrets
+        except TunesmithError:
+            self.secrets.destroy(job.job_id)
+            raise
+        if stored.job_id != job.job_id and job.secret_names:
+            self.secrets.destroy(job.job_id)
+        return stored
+
+    def change(self, job_id: str, decide: Callable[[Job, datetime], Job]) -> Job:
+        """Apply a pure decision to the record; when another writer was faster, read the record again and decide again.
+
+        Raises NotFound, Unavailable, and what `decide` raises.
+        """
+        for _ in range(MAX_CHANGE_TRIES):
+            job = self.find_for_attempt(job_id)
+            changed = decide(job, self.clock())
+            if changed is job:
+                return job
+            try:
+                return self.replace(job, changed)
+            except StaleRevision:
+                continue
+        raise Unavailable(f"{job_id} is being changed by too many at once; try again")
+
+    def replace(self, before: Job, after: Job) -> Job:
+        """Store `after` if the record is still `before`, with an event when the status changed. Raises StaleRevision, NotFound."""
+        event = lifecycle.status_event(before, after)
+        stored = self.store.replace_job(after, [event] if event else [])
+        if event:
+            log.info("status changed", extra={"job_id": after.job_id, "status": after.status, "attempt": event.attempt})
+        return stored
+
+    def destroy_secrets(self, job: Job) -> None:
+        """Destroy the secrets of a job, if it has any."""
+        if job.secret_names:
+            self.secrets.destroy(job.job_id)
+
+
+def compute_digest(body: Mapping[str, object]) -> str:
+    """What makes two requests under one idempotency key the same request: equal bodies, whatever the order of their fields."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

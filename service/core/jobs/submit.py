@@ -1,0 +1,111 @@
+"""Submitting a job: everything that can be refused before compute is rented is refused here, then the record is written."""
+
+import re
+from collections.abc import Callable
+
+from schema.job import Job, Status
+from schema.requests import CloneRequest, TrainRequest
+from service.core.errors import InvalidRequest
+from service.core.jobs.clone import clone_request
+from service.core.jobs.repository import JobRepository, compute_digest
+from service.core.jobs.secrets import HF_SECRET, extract_request_secrets, redact
+from service.core.jobs.trackers import DeploymentTrackers, add_deployment_trackers, deployment_tracker_secrets, deployment_trackers_of
+from service.core.ports import Hub, Launcher, Wake
+from service.core.validation.common import check_supported
+from service.core.validation.hub import check_hub, check_token
+from service.core.validation.llm import check_dataset_compatible, check_embedding_models
+from storage import ObjectStore
+
+
+class Submission:
+    """Creates jobs from requests: `submit` from a whole request, `clone` from another job and what is to differ."""
+
+    def __init__(
+        self,
+        repository: JobRepository,
+        *,
+        launcher: Launcher,
+        models: ObjectStore,
+        hub: Hub,
+        trackers: DeploymentTrackers,
+        random_suffix: Callable[[], str],
+        wake: Wake,
+    ) -> None:
+        self._repository = repository
+        self._launcher = launcher
+        self._models = models
+        self._hub = hub
+        self._trackers = trackers
+        self._random_suffix = random_suffix
+        self._wake = wake
+
+    def submit(self, request: TrainRequest, tenant_id: str, idempotency_key: str | None = None) -> Job:
+        """Create a job: its record is durable when this returns, and it is launched soon after.
+
+        Raises NotFound, InvalidRequest, Unsupported, IdempotencyConflict before anything is stored.
+        """
+        return self._create(request, tenant_id, idempotency_key, _request_digest(request))
+
+    def clone(self, job_id: str, tenant_id: str, patch: CloneRequest, idempotency_key: str | None = None) -> Job:
+        """Create a job from another job's request with changes.
+
+        Raises ValidationError when the changed request is not valid, and what `submit` raises.
+        """
+        source = self._repository.find(job_id, tenant_id)
+        if source.export_of:
+            hint = f"export again: POST /jobs/{source.export_of.job_id}/export"
+            raise InvalidRequest(f"{job_id} trained nothing; it exported a checkpoint of {source.export_of.job_id}", hint=hint)
+        request = clone_request(
+            source,
+            patch,
+            deployment_trackers=frozenset(deployment_trackers_of(source.training_config, self._trackers)),
+            deployment_secrets=frozenset(deployment_tracker_secrets(source.training_config, self._trackers)),
+        )
+        digest = compute_digest({"clone_of": job_id, "request": _request_digest(request)})
+        return self._create(request, tenant_id, idempotency_key, digest, cloned_from=job_id)
+
+    def _create(
+        self, request: TrainRequest, tenant_id: str, idempotency_key: str | None, digest: str, cloned_from: str | None = None
+    ) -> Job:
+        config = request.training_config
+        check_supported(config, self._launcher.get_capabilities(request.hardware))
+        dataset = self._repository.find_dataset(request.processed_dataset_id, tenant_id)
+        check_dataset_compatible(config, dataset)
+        check_embedding_models(config, self._models)
+        check_token(config, extract_request_secrets(request).get(HF_SECRET))
+        # The deployment's trackers come after check_token: a caller need not send a token for them.
+        request = request.model_copy(update={"training_config": add_deployment_trackers(config, self._trackers)})
+        secrets = extract_request_secrets(request)
+        check_hub(request.training_config, secrets.get(HF_SECRET), self._hub, self._models)
+        now = self._repository.clock()
+        job = Job(
+            job_id=make_job_id(request.processed_dataset_id, config.base_model_id, self._random_suffix()),
+            tenant_id=tenant_id,
+            project_id=request.project_id,
+            job_name=request.job_name,
+            processed_dataset_id=request.processed_dataset_id,
+            training_config=redact(request.training_config),
+            secret_names=tuple(sorted(secrets)),
+            hardware=request.hardware or self._launcher.profiles[0],
+            cloned_from=cloned_from,
+            status=Status.QUEUED,
+            created_at=now,
+            updated_at=now,
+            status_changed_at=now,
+        )
+        stored = self._repository.create(job, secrets, idempotency_key, digest)
+        self._wake(stored.job_id)
+        return stored
+
+
+def make_job_id(dataset_id: str, base_model_id: str, suffix: str) -> str:
+    """The API's readable form, training_<dataset>_<model>_<suffix>. The suffix is random: two jobs never share an id."""
+    dataset = dataset_id.removeprefix("dataset_")
+    model = base_model_id.rpartition("/")[2]
+    readable = [re.sub(r"[^A-Za-z0-9-]+", "-", part)[:40].strip("-") for part in (dataset, model)]
+    return "_".join(["training", *readable, suffix])
+
+
+def _request_digest(request: TrainRequest) -> str:
+    """The digest of everything but the secrets, which a caller may renew between two tries."""
+    return compute_digest(request.model_dump(mode="json", exclude={"hf_token"}))

@@ -1,0 +1,30 @@
+"""`tunesmith serve`: start and stop with Ctrl-C."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+from tests.e2e.conftest import TUNESMITH
+
+
+def test_serve_stops_cleanly_on_ctrl_c_and_ignores_current_folder(tmp_path: Path) -> None:
+    other = tmp_path / "service"
+    other.mkdir()
+    (other / "__main__.py").write_text("print('not Tunesmith')")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TUNESMITH_")}
+    with subprocess.Popen(
+        [str(TUNESMITH), "serve", "--port", "0"],
+        env=environment | {"TUNESMITH_HOME": str(tmp_path / "home")},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("http://127.0.0.1:")
+        while not (tmp_path / "home/service.json").exists():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+    assert not (tmp_path / "home/service.json").exists()

@@ -1,0 +1,78 @@
+"""The requests that commands send, and what they print."""
+
+import json
+
+import httpx2
+from typer.testing import CliRunner, Result
+
+from cli.errors import ApiError, CliError
+from cli.main import app
+from tests.unit.cli.fake_service import JOB_CREATED, FakeReply, FakeService
+
+
+def run_command(*words: str, replies: list[FakeReply], environment: dict[str, str] | None = None) -> tuple[Result, list[httpx2.Request]]:
+    """Run a command against a service that returns these replies."""
+    service = FakeService(*replies)
+    variables = {"HF_TOKEN": None, "WANDB_API_KEY": None} | (environment or {})
+    done = CliRunner().invoke(app, [*words], env=variables, obj=lambda: service.client)
+    return done, service.requests
+
+
+def test_clone_sends_changes_and_required_secrets() -> None:
+    error = {"code": "invalid_request", "message": "needed again", "hint": "", "param": "hf_token"}
+    needs = httpx2.Response(400, json={"error": error})
+    words = [
+        "clone",
+        "training_0",
+        "--set",
+        "hyperparameters.learning_rate=1e-4",
+        "--set",
+        "wandb_config=null",
+        "--secret",
+        "a_api_key=k=1",
+    ]
+    done, requests = run_command(*words, replies=[needs, JOB_CREATED], environment={"HF_TOKEN": "hf_x"})
+    assert (done.exit_code, done.output.strip()) == (0, "training_1")
+    first, second = (json.loads(request.content) for request in requests)
+    assert first == {
+        "training_config": {"hyperparameters": {"learning_rate": 1e-4}, "wandb_config": None},
+        "secrets": {"a_api_key": "k=1"},
+    }
+    assert second == first | {"hf_token": "hf_x"}
+    assert {request.url.path for request in requests} == {"/jobs/training_0/clone"}
+
+
+def test_missing_secret_error_names_option() -> None:
+    error = {"code": "invalid_request", "message": "needed again", "hint": "h", "param": "secrets.judge_api_key"}
+    done, requests = run_command("clone", "training_0", replies=[httpx2.Response(400, json={"error": error})])
+    assert isinstance(done.exception, ApiError)
+    assert done.exception.hint == "--secret judge_api_key=…; h"
+    assert len(requests) == 1
+
+
+def test_export_without_step_uses_published_model() -> None:
+    words = ["export", "training_0", "--format", "merged", "--gguf", "q8_0", "--lora-gguf", "--to-hub", "ada/tuned"]
+    done, [request] = run_command(*words, replies=[JOB_CREATED])
+    assert done.exit_code == 0, done.output
+    assert request.url.path == "/jobs/training_0/export"
+    assert json.loads(request.content)["export_config"] == {
+        "format": ["merged"],
+        "include_gguf": True,
+        "gguf_quantization": ["q8_0"],
+        "include_lora_gguf": True,
+        "destination": "hfhub",
+        "hf_repo_id": "ada/tuned",
+    }
+    _, [request] = run_command("export", "training_0", "40", replies=[JOB_CREATED])
+    assert request.url.path == "/jobs/training_0/checkpoints/40/export"
+
+
+def test_delete_affects_hub_only_with_option() -> None:
+    gone = httpx2.Response(200, json={"deleted": True, "message": "gone", "job_id": "j", "deleted_resources": []})
+    _, [request] = run_command("delete", "training_0", replies=[gone], environment={"HF_TOKEN": "hf_x"})
+    assert ("X-HF-Token" in request.headers, request.url.query) == (False, b"")
+    _, [request] = run_command("delete", "training_0", "--hub", replies=[gone], environment={"HF_TOKEN": "hf_x"})
+    assert (request.headers["X-HF-Token"], request.url.query) == ("hf_x", b"delete_hub=true")
+    done, requests = run_command("delete", "training_0", "--hub", replies=[gone])
+    assert isinstance(done.exception, CliError)
+    assert requests == []

@@ -1,0 +1,42 @@
+"""The settings of the command line: same variables and defaults as the service, and where it finds a running service."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cli.settings import DEFAULT_URL, Settings
+from service.settings import Settings as ServiceSettings
+
+
+def test_defaults_match_service_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TUNESMITH_HOME", "TUNESMITH_HOST", "TUNESMITH_PORT", "PORT", "TUNESMITH_PUBLIC_URL", "TUNESMITH_TRAINER_PYTHON"):
+        monkeypatch.delenv(name, raising=False)
+    settings, service_settings = Settings.from_environment({}), ServiceSettings()  # type: ignore[call-arg]
+    assert (settings.home_folder, settings.trainer_python, DEFAULT_URL) == (
+        service_settings.home_folder,
+        service_settings.trainer_python,
+        service_settings.url,
+    )
+
+
+def test_variables_match_service_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"TUNESMITH_HOME": "~/elsewhere", "TUNESMITH_TRAINER_PYTHON": "/opt/trainer/bin/python"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    settings, service_settings = Settings.from_environment(variables), ServiceSettings()  # type: ignore[call-arg]
+    assert (settings.home_folder, settings.trainer_python) == (service_settings.home_folder, service_settings.trainer_python)
+    assert settings.trainer_python == Path("/opt/trainer/bin/python")
+
+
+def test_running_service_is_found_through_its_home(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    assert settings.service_url == DEFAULT_URL
+    (tmp_path / "service.json").write_text(json.dumps({"url": "http://127.0.0.1:41000", "pid": 1}))
+    assert settings.service_url == "http://127.0.0.1:41000"
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}"])
+def test_unreadable_service_file_is_ignored(tmp_path: Path, content: str) -> None:
+    (tmp_path / "service.json").write_text(content)
+    assert Settings(home=tmp_path).service_url == DEFAULT_URL
