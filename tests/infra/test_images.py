@@ -286,7 +286,7 @@ def test_image_stays_below_size_limit(installed_image: InstalledImage) -> None:
 def test_every_adapter_imports_in_image(installed_image: InstalledImage) -> None:
     modules = [
         file.relative_to(installed_image.root / "app").with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
-        for package in ("cli", "schema", "storage", "service")
+        for package in ("schema", "storage", "service")
         for file in sorted((installed_image.root / "app" / package).rglob("*.py"))
     ]
     done = installed_image.run("python", "-c", f"import {', '.join(modules)}")
@@ -304,7 +304,7 @@ def test_image_has_no_pip(installed_image: InstalledImage) -> None:
 
 
 def test_service_image_has_no_tests_or_trainers(installed_image: InstalledImage) -> None:
-    assert sorted(path.name for path in (installed_image.root / "app").iterdir()) == ["LICENSE", "cli", "schema", "service", "storage"]
+    assert sorted(path.name for path in (installed_image.root / "app").iterdir()) == ["LICENSE", "schema", "service", "storage"]
 
 
 def http_get(url: str, path: str) -> tuple[int, str]:

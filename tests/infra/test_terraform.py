@@ -386,7 +386,7 @@ def test_scheduler_urls_exist() -> None:
 
 
 def test_alerts_match_logged_messages() -> None:
-    logged = read_source("service/core/jobs/service.py")
+    logged = "".join(path.read_text() for path in (ROOT / "service/core/jobs").glob("*.py"))
     for message in [*iter_strings(MODULE.locals["stuck_messages"]), '"status changed"']:
         assert re.search(rf'log\.\w+\("{unquote(message)}"', logged), message
     assert '"status": after.status' in logged
