@@ -3,20 +3,17 @@
 Uploading publishes nothing: the attempt's result names the files, and the service accepts the result of the current attempt only.
 """
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from jobs.runtime.context import JobContext
+from jobs.runtime.files import describe_file, list_files
 from jobs.runtime.retry import upload_with_retry
 from schema.job import Artifact, ArtifactFile, ArtifactKind, Fidelity
 from storage import ObjectStore, StorageError, delete_prefix, map_concurrently
-
-if TYPE_CHECKING:
-    from jobs.runtime.context import JobContext
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +38,7 @@ class ExportedArtifact:
     fidelity: Fidelity | None = None
 
 
-def upload_artifacts(products: Sequence[ExportedArtifact], context: "JobContext") -> tuple[Artifact, ...]:
+def upload_artifacts(products: Sequence[ExportedArtifact], context: JobContext) -> tuple[Artifact, ...]:
     """Upload everything that an attempt exported, after deleting what earlier attempts left. Raises JobFailed `upload_failed`, Stopped."""
     context.enter_phase("uploading")
     uploader = ArtifactUploader(context.stores.models, context.spec.job_id, context.attempt)
@@ -77,7 +74,7 @@ class ArtifactUploader:
 
     def upload(self, product: ExportedArtifact) -> Artifact:
         """Upload a product; a file that does not arrive intact is sent again by itself. Raises JobFailed."""
-        files = [_describe_file(path, product) for path in _list_files(product.path)]
+        files = [describe_file(path, product.path) for path in list_files(product.path)]
         map_concurrently(lambda file: self._upload_file(product, file), files)
         return Artifact(
             name=product.name,
@@ -99,18 +96,3 @@ class ArtifactUploader:
 def artifact_key(kind: ArtifactKind, job_id: str, attempt: int, name: str = "") -> str:
     """The key an attempt uploads an artifact to: a folder, or a file of that name. Each attempt has its own keys."""
     return f"{FOLDERS[kind]}/{job_id}/attempt-{attempt}/{name}"
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file of any size, as hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _describe_file(path: Path, product: ExportedArtifact) -> ArtifactFile:
-    relative = path.relative_to(product.path).as_posix() if product.path.is_dir() else ""
-    return ArtifactFile(path=relative, size_bytes=path.stat().st_size, sha256=sha256_of(path))
-
-
-def _list_files(path: Path) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from jobs.runtime.artifacts import sha256_of
 from jobs.runtime.errors import JobFailed
+from jobs.runtime.files import describe_file, list_files, sha256_of
 from jobs.runtime.retry import retry_store, upload_with_retry
 from schema.checkpoint import MANIFEST, Checkpoint
 from schema.job import ArtifactFile
@@ -132,7 +132,7 @@ class CheckpointStore:
 
     def write(self, key: str, folder: Path, make_manifest: Callable[[tuple[ArtifactFile, ...]], Checkpoint]) -> Checkpoint:
         """Upload a folder's files and, once all are stored, their manifest. Raises JobFailed."""
-        files = tuple(_describe_file(path, folder) for path in _list_files(folder))
+        files = tuple(describe_file(path, folder) for path in list_files(folder) if path.name not in NOT_UPLOADED)
         map_concurrently(
             lambda file: upload_with_retry(
                 f"{PurePosixPath(file.path).name} could not be stored",
@@ -237,11 +237,3 @@ def parse_attempt_and_step(folder: str) -> tuple[int, int]:
     """Attempt and step from the name of a checkpoint's folder; 0 for a part that is not a number."""
     attempt, step = (part.rpartition("-")[2] for part in folder.rstrip("/").split("/")[-2:])
     return int(attempt) if attempt.isdecimal() else 0, int(step) if step.isdecimal() else 0
-
-
-def _list_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in NOT_UPLOADED)
-
-
-def _describe_file(path: Path, folder: Path) -> ArtifactFile:
-    return ArtifactFile(path=path.relative_to(folder).as_posix(), size_bytes=path.stat().st_size, sha256=sha256_of(path))

@@ -6,8 +6,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
+from jobs.runtime.checkpoints import Checkpoints
 from jobs.runtime.errors import StopReason
 from schema.events import (
     ArtifactUploaded,
@@ -25,9 +26,6 @@ from schema.job import Artifact, EvalMetrics, Gate, Phase, Progress
 from schema.spec import JobSpec, StoreUrls
 from storage import ObjectStore
 from storage.registry import open_store
-
-if TYPE_CHECKING:
-    from jobs.runtime.checkpoints import Checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +161,7 @@ class JobContext:
     stores: Stores
     event_sink: EventSink
     stop: StopSignal
-    checkpoints: "Checkpoints"
+    checkpoints: Checkpoints
     listeners: list[TrainingListener] = field(default_factory=list)
     state: AttemptState = field(default_factory=AttemptState)
 

@@ -1,6 +1,7 @@
 """The errors that end an attempt early, and how an exception becomes a Failure with a message and a hint for the user."""
 
 import errno
+from collections.abc import Iterator
 from typing import Literal
 
 from schema.job import Failure, FailureCode
@@ -57,6 +58,14 @@ def failure_of(error: Exception) -> Failure:
     if "NoSuchObject" in names:
         return Failure(code="internal", message=_one_line(text), hint="a file of the job has been deleted; upload the dataset again")
     return Failure(code="internal", message=_one_line(f"{type(error).__name__}: {text}"), hint="the traceback is in the log of the attempt")
+
+
+def exception_chain(error: BaseException) -> Iterator[BaseException]:
+    """The error, the one it was raised from, and so on."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def _one_line(text: str) -> str:

@@ -10,13 +10,11 @@ A training config names the functions of its family as "module:function" (`check
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+from jobs.runtime.artifacts import ExportedArtifact
 from schema.job import Artifact, EvalMetrics
 from schema.provenance import RunRecord
-
-if TYPE_CHECKING:
-    from jobs.runtime.artifacts import ExportedArtifact
 
 
 class TrainedModel(Protocol):
@@ -59,4 +57,4 @@ class TrainedModel(Protocol):
 # Renders the model card, the README.md of the repository with that id on the Hub.
 RenderModelCard = Callable[[RunRecord, str], str]
 # Records the provenance of uploaded artifacts and, if the job asks for it, pushes the files to the Hub; returns the final artifacts.
-FinalizeArtifacts = Callable[["Sequence[ExportedArtifact]", Sequence[Artifact], RenderModelCard], tuple[Artifact, ...]]
+FinalizeArtifacts = Callable[[Sequence[ExportedArtifact], Sequence[Artifact], RenderModelCard], tuple[Artifact, ...]]

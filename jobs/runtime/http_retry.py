@@ -1,10 +1,11 @@
 """Which HTTP errors may pass, and retries of requests to the Hugging Face Hub."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from json import JSONDecodeError
 from typing import TypeVar
 
+from jobs.runtime.errors import exception_chain
 from jobs.runtime.retry import RETRY_INITIAL_S, RETRY_MAX_S, TRIES
 
 ReturnT = TypeVar("ReturnT")
@@ -50,11 +51,3 @@ def http_status(error: BaseException) -> int | None:
     """The status of the response that caused an error, which a client may have wrapped in others; None if no response came."""
     responses = (getattr(cause, "response", None) for cause in exception_chain(error))
     return next((int(response.status_code) for response in responses if response is not None), None)
-
-
-def exception_chain(error: BaseException) -> Iterator[BaseException]:
-    """The error, what it was raised from, and so on."""
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__ or cause.__context__

@@ -17,15 +17,15 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jobs.runtime.artifacts import ExportedArtifact
-from jobs.runtime.errors import JobFailed
-from jobs.runtime.http_retry import exception_chain, http_status, retry_hub
+from jobs.runtime.context import JobContext
+from jobs.runtime.errors import JobFailed, exception_chain
+from jobs.runtime.files import list_files
+from jobs.runtime.http_retry import http_status, retry_hub
 from schema.job import Artifact, HubPush
 from schema.provenance import RUN_RECORD
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-
-    from jobs.runtime.context import JobContext
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def push(
     artifacts: Sequence[Artifact],
     card: str,
     run_record: bytes,
-    context: "JobContext",
+    context: JobContext,
     *,
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[Artifact, ...]:
@@ -74,7 +74,7 @@ def push(
     return tuple(artifact.model_copy(update={"hub": pushed}) for artifact in artifacts)
 
 
-def check_push(context: "JobContext") -> None:
+def check_push(context: JobContext) -> None:
     """Check before the training that the token may push. Raises JobFailed `auth`.
 
     A Hub that cannot be reached now may be available when the model is done, so that is only logged. Nothing is created on the Hub.
@@ -91,7 +91,7 @@ def check_push(context: "JobContext") -> None:
         log.warning("could not check write access to the hub", extra={"reason": http_status(error) or type(error).__name__})
 
 
-def push_target(context: "JobContext") -> PushTarget:
+def push_target(context: JobContext) -> PushTarget:
     """The target that the job asks for. Raises JobFailed `auth` without a token."""
     export = context.spec.training_config.export_config
     if export.hf_repo_id is None:
@@ -111,8 +111,7 @@ def repo_files(products: Sequence[ExportedArtifact]) -> dict[str, Path | bytes]:
 
 def _artifact_repo_files(product: ExportedArtifact, *, has_merged_model: bool) -> Iterator[tuple[str, Path]]:
     folder = {"adapter": "adapter/" if has_merged_model else "", "onnx": "onnx/"}.get(product.kind, "")
-    files = sorted(file for file in product.path.rglob("*") if file.is_file()) if product.path.is_dir() else [product.path]
-    for file in files:
+    for file in list_files(product.path):
         inside = file.relative_to(product.path).as_posix() if product.path.is_dir() else file.name
         if inside not in (MODEL_CARD, RUN_RECORD):  # the push adds one of each
             yield folder + inside, file

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from jobs.runtime.artifacts import ExportedArtifact, sha256_of
+from jobs.runtime.artifacts import ExportedArtifact
+from jobs.runtime.context import JobContext
 from jobs.runtime.family import RenderModelCard, TrainedModel
+from jobs.runtime.files import sha256_of
 from jobs.runtime.hub import push
 from jobs.runtime.retry import retry_store
 from jobs.runtime.system_metrics import Energy, EnergyMeter, nvidia_gpus
@@ -35,9 +36,6 @@ from schema.provenance import (
 )
 from schema.version import VERSION
 
-if TYPE_CHECKING:
-    from jobs.runtime.context import JobContext
-
 MAX_HASHED_BYTES = 4 << 30  # of the base model's weights; hashing that many takes some ten seconds
 PRICE_UNKNOWN = "the deployment knows what the hardware costs, the attempt does not"
 
@@ -45,7 +43,7 @@ PRICE_UNKNOWN = "the deployment knows what the hardware costs, the attempt does 
 class ProvenanceRecorder:
     """Records the provenance of one attempt. Created when the attempt begins, to measure its energy; used once, after the upload."""
 
-    def __init__(self, context: "JobContext", *, image: str | None, started_at: datetime) -> None:
+    def __init__(self, context: JobContext, *, image: str | None, started_at: datetime) -> None:
         self._context = context
         self._code = CodeRecord(tunesmith_version=VERSION, image=image)
         self._started_at = started_at
@@ -81,7 +79,7 @@ class ProvenanceRecorder:
 
 
 def build_run_record(
-    context: "JobContext",
+    context: JobContext,
     trained: TrainedModel,
     artifacts: Sequence[Artifact],
     *,
@@ -131,7 +129,7 @@ def record_bytes(record: RunRecord) -> bytes:
     return json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
 
 
-def store_record(content: bytes, artifacts: Sequence[Artifact], context: "JobContext") -> tuple[Artifact, ...]:
+def store_record(content: bytes, artifacts: Sequence[Artifact], context: JobContext) -> tuple[Artifact, ...]:
     """Store the record by itself and beside every artifact; returns the artifacts, where a folder now lists it as one of its files.
 
     Raises JobFailed `upload_failed`.

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 import pytest
 
-from jobs.runtime.artifacts import TRIES, ArtifactUploader, ExportedArtifact, artifact_key, sha256_of
+from jobs.runtime.artifacts import TRIES, ArtifactUploader, ExportedArtifact, artifact_key
 from jobs.runtime.errors import JobFailed
+from jobs.runtime.files import sha256_of
 from schema.job import Fidelity
 from storage import ChecksumMismatch, NoSuchObject, ObjectStore, StorageError, StoredObject, StoreUnavailable
 from storage.file import LocalStore

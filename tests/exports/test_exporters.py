@@ -22,9 +22,9 @@ from jobs.llm.llama_cpp import is_llama_cpp_available
 from jobs.llm.llama_cpp.evaluate import EvalResponse
 from jobs.llm.llama_cpp.fidelity import TIE_NATS, Comparison, Passage, compare, list_targets, log_softmax
 from jobs.llm.trained_model import HeldOutExample, TrainedModel
-from jobs.runtime.artifacts import sha256_of
 from jobs.runtime.context import JobContext
 from jobs.runtime.errors import JobFailed, Stopped
+from jobs.runtime.files import sha256_of
 from jobs.runtime.subprocesses import SubprocessFailed, run_program
 from schema.events import DecisionMade, PhaseChanged, WarningRaised
 from schema.job import Artifact

@@ -1,8 +1,10 @@
 """Repository checks: light imports, resolvable registries, pages that match the code."""
 
+import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import get_args
@@ -53,6 +55,23 @@ def test_service_imports_neither_ml_nor_cli() -> None:
 
 def test_cli_imports_neither_ml_nor_service() -> None:
     assert not (HEAVY_PACKAGES | {"service", "jobs", "storage", "fastapi", "uvicorn"}) & imported_packages("cli.main")
+
+
+def imported_names(path: Path) -> set[str]:
+    """Every module or name that a file imports, also inside functions and under TYPE_CHECKING."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_modules_have_no_import_cycles() -> None:
+    paths = [path for package in ("jobs", "service", "schema", "storage", "cli") for path in (SOURCE / package).rglob("*.py")]
+    modules = {".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+    TopologicalSorter({module: imported_names(path) & modules.keys() - {module} for module, path in modules.items()}).prepare()
 
 
 def test_service_requirements_contain_no_ml_library() -> None:

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from jobs.runtime.artifacts import sha256_of
 from jobs.runtime.context import JobContext
+from jobs.runtime.files import sha256_of
 from jobs.runtime.retry import upload_with_retry
 
 
