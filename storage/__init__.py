@@ -59,21 +59,22 @@ class StoreFull(StoreUnavailable):
 class ObjectStore(Protocol):
     """Bytes under `/`-separated keys. A write becomes visible as a whole or not at all; a reader never sees part of one.
 
-    Not promised: the order of concurrent writes to one key, and empty folders.
+    Every method may raise StoreUnavailable, and InvalidKey for a key that `check_key` rejects. Not promised: the order of concurrent
+    writes to one key, and empty folders.
     """
 
     url: str
 
     def write(self, key: str, content: bytes, *, if_absent: bool = False) -> StoredObject:
-        """Store a small object. Raises ObjectExists when `if_absent` and the key is taken."""
+        """Store a small object. Raises ObjectExists when `if_absent` and the key is taken, ChecksumMismatch."""
         ...
 
     def read(self, key: str) -> bytes:
-        """The content of a small object. Raises NoSuchObject."""
+        """The content of a small object. Raises NoSuchObject, ChecksumMismatch."""
         ...
 
     def open_read(self, key: str) -> AbstractContextManager[BinaryIO]:
-        """A stream over an object of any size. Raises NoSuchObject."""
+        """A stream over an object of any size. Raises NoSuchObject; reading it may raise ChecksumMismatch."""
         ...
 
     def upload(self, source: Path, key: str, *, sha256: str | None = None) -> StoredObject:
@@ -106,23 +107,23 @@ def check_key(key: str) -> str:
 
 
 def delete_prefix(store: ObjectStore, prefix: str) -> list[str]:
-    """Delete every object in a folder and return their keys. Can be repeated until it returns none."""
+    """Delete every object in a folder and return their keys. Can be repeated until it returns none. Raises InvalidKey, StoreUnavailable."""
     if not prefix.endswith("/"):
         raise InvalidKey(f"a folder ends in '/': {prefix!r}")
     keys = [stored.key for stored in store.iter_objects(prefix)]
-    return [key for key, gone in zip(keys, map_concurrently(store.delete, keys), strict=True) if gone]
+    return [key for key, deleted in zip(keys, map_concurrently(store.delete, keys), strict=True) if deleted]
 
 
 def map_concurrently(function: Callable[[Item], ReturnT], items: Sequence[Item]) -> list[ReturnT]:
     """Apply a function to every item, several at a time; returns the results in order. Every thread inherits the caller's deadline.
 
-    Raises the first error in the order of the items. After an error no further item is begun; those in progress finish.
+    Raises the first error in the order of the items. After an error no further call starts; those in progress finish.
     """
     if len(items) < 2:
         return [function(item) for item in items]
     failed = Event()
 
-    def unless_failed(item: Item) -> ReturnT:
+    def call_unless_failed(item: Item) -> ReturnT:
         if failed.is_set():
             raise CancelledError
         try:
@@ -132,9 +133,9 @@ def map_concurrently(function: Callable[[Item], ReturnT], items: Sequence[Item])
             raise
 
     with ThreadPoolExecutor(min(MAX_CONCURRENT_TRANSFERS, len(items)), "transfer") as pool:
-        futures = [pool.submit(copy_context().run, unless_failed, item) for item in items]
+        futures = [pool.submit(copy_context().run, call_unless_failed, item) for item in items]
     errors = (future.exception() for future in futures)
-    first = next((error for error in errors if error is not None and not isinstance(error, CancelledError)), None)
-    if first is not None:
-        raise first
+    first_error = next((error for error in errors if error is not None and not isinstance(error, CancelledError)), None)
+    if first_error is not None:
+        raise first_error
     return [future.result() for future in futures]

@@ -15,7 +15,7 @@ _deadline_at: ContextVar[float | None] = ContextVar("deadline", default=None)
 
 @contextmanager
 def deadline(timeout_s: float) -> Generator[None]:
-    """Bound every call in the block by this timeout, or by an outer deadline that is nearer."""
+    """Bound every call in the block by this timeout, or by an outer deadline that is earlier."""
     token = _deadline_at.set(time.monotonic() + remaining_s(timeout_s))
     try:
         yield
@@ -25,5 +25,5 @@ def deadline(timeout_s: float) -> Generator[None]:
 
 def remaining_s(max_s: float) -> float:
     """Seconds that a call may take: `max_s`, or the time left until the deadline if that is less."""
-    until = _deadline_at.get()
-    return max_s if until is None else max(MIN_TIMEOUT_S, min(max_s, until - time.monotonic()))
+    deadline_at = _deadline_at.get()
+    return max_s if deadline_at is None else max(MIN_TIMEOUT_S, min(max_s, deadline_at - time.monotonic()))

@@ -84,7 +84,7 @@ class LocalStore:
         folder = self.root / prefix.rpartition("/")[0]
         if not folder.resolve().is_relative_to(self.root.resolve()):
             raise InvalidKey(f"not below the store: {prefix!r}")
-        keys = (Path(where, name).relative_to(self.root).as_posix() for where, _, names in os.walk(folder) for name in names)
+        keys = (Path(parent, name).relative_to(self.root).as_posix() for parent, _, names in os.walk(folder) for name in names)
         for key in sorted(key for key in keys if key.startswith(prefix) and not key.startswith(INCOMING + "/")):
             if (stored := self.stat(key)) is not None:  # None: deleted since the folder was read
                 yield stored
@@ -131,7 +131,7 @@ class LocalStore:
             try:
                 os.link(temporary.path, path)  # unlike a rename, a link fails when the name is taken
             except FileExistsError as error:
-                raise ObjectExists(f"{self.url}/{key} is already there") from error
+                raise ObjectExists(f"{self.url}/{key} already exists") from error
         else:
             os.replace(temporary.path, path)
         _sync_folder(path.parent)

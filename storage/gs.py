@@ -55,7 +55,7 @@ CONTENT_TYPE = "application/octet-stream"
 
 
 class GcsStore:
-    """A bucket, or a folder of it. Every upload declares its CRC32C, so the server refuses damaged bytes."""
+    """A bucket, or a folder of it. Every upload declares its CRC32C, so the server rejects damaged bytes."""
 
     def __init__(self, url: str, *, page_size: int = PAGE_SIZE) -> None:
         self._location = BucketLocation.parse(url, "gs")
@@ -179,7 +179,7 @@ class GcsStore:
                 )
             except google_errors.PreconditionFailed as error:
                 if not self._is_own_write(blob):
-                    raise ObjectExists(f"{self.url}/{key} is already there") from error
+                    raise ObjectExists(f"{self.url}/{key} already exists") from error
         return self._verify_upload(blob, key, crc32c)
 
     def _upload(self, source: Path, key: str, checksums: "_Checksums") -> StoredObject:
@@ -206,7 +206,7 @@ class GcsStore:
         return self._verify_upload(blob, key, checksums.crc32c)
 
     def _is_own_write(self, blob: Blob) -> bool:
-        """Whether the stored object comes from this write, whose answer was lost. Then reloads `blob`."""
+        """Whether the stored object comes from this write, whose answer was lost. If so, reloads `blob`."""
         stored = self._bucket().blob(blob.name)
         try:
             stored.reload(retry=_retry_policy())
@@ -305,7 +305,7 @@ def _mount_deadline_adapter(session: requests.Session) -> requests.Session:
 
 
 def _retry_policy() -> Retry:
-    """Retries until the caller's deadline; the library's default is two minutes. An upload in parts applies it to each part."""
+    """Retries until the caller's deadline; the library retries for two minutes by default. In an upload in parts, it covers each part."""
     return DEFAULT_RETRY.with_timeout(remaining_s(MAX_RETRY_S)).with_delay(INITIAL_BACKOFF_S, MAX_BACKOFF_S, 2)
 
 
@@ -341,8 +341,8 @@ def _translate_error(error: Exception, location: BucketLocation) -> StorageError
         case google_errors.BadRequest() if "crc32c" in str(error).lower():
             return ChecksumMismatch(f"the store refused an object for {location.url}: it arrived damaged")
         case google_errors.Unauthorized() | GoogleAuthError():
-            fix = "gcloud auth application-default login, or give the process a service account"
-            return StoreUnavailable(f"Google refused the credentials for {location.url} ({_first_line(error)}); {fix}")
+            command = "run: gcloud auth application-default login, or give the process a service account"
+            return StoreUnavailable(f"Google refused the credentials for {location.url} ({_first_line(error)}); {command}")
         case google_errors.GoogleAPICallError():
             return StoreUnavailable(f"Cloud Storage answers {error.code} for {location.url}: {_first_line(error)}")
         case _:

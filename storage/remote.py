@@ -63,7 +63,7 @@ class BucketLocation:
 
     @classmethod
     def parse(cls, url: str, scheme: str) -> "BucketLocation":
-        """Raises StorageError for a URL that is not like gs://bucket or gs://bucket/folder."""
+        """Parse a URL. Raises StorageError for one that is not like gs://bucket or gs://bucket/folder."""
         parts = urlsplit(url)
         folder = parts.path.strip("/")
         if parts.scheme != scheme or not BUCKET.fullmatch(parts.netloc) or parts.query or parts.fragment:
@@ -88,13 +88,13 @@ class BucketLocation:
 
 
 def retry_transient(function: Callable[[], ReturnT]) -> ReturnT:
-    """Call a function; repeat it with growing pauses while it raises TransientStoreError and there is time."""
-    until = time.monotonic() + remaining_s(MAX_RETRY_S)
+    """Call a function; repeat it with growing pauses while it raises TransientStoreError and the caller's deadline allows."""
+    give_up_at = time.monotonic() + remaining_s(MAX_RETRY_S)
     for pause_s in _backoff_delays_s():
         try:
             return function()
         except TransientStoreError:
-            if time.monotonic() + pause_s >= until:
+            if time.monotonic() + pause_s >= give_up_at:
                 raise
             time.sleep(pause_s)
     raise AssertionError("the loop ends by returning or raising")

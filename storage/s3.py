@@ -64,7 +64,7 @@ ReturnT = TypeVar("ReturnT")
 
 
 class S3Store:
-    """A bucket, or a folder of it. Each request's signature covers the SHA-256 of its body, so the server refuses damaged bytes."""
+    """A bucket, or a folder of it. Each request's signature covers the SHA-256 of its body, so the server rejects damaged bytes."""
 
     def __init__(self, url: str, *, page_size: int = PAGE_SIZE) -> None:
         self._location = BucketLocation.parse(url, "s3")
@@ -77,9 +77,9 @@ class S3Store:
     def write(self, key: str, content: bytes, *, if_absent: bool = False) -> StoredObject:
         metadata = _metadata(hashlib.sha256(content).hexdigest())
         condition = {"IfNoneMatch": "*"} if if_absent else {}
-        put = {**self._object_params(key), "Body": content, "ContentType": CONTENT_TYPE, "Metadata": metadata, **condition}
+        params = {**self._object_params(key), "Body": content, "ContentType": CONTENT_TYPE, "Metadata": metadata, **condition}
         try:
-            response = retry_on_checksum_mismatch(lambda: self._call(key, lambda s3: s3.put_object(**put)))
+            response = retry_on_checksum_mismatch(lambda: self._call(key, lambda s3: s3.put_object(**params)))
         except ObjectExists:
             head = self._head(key)
             if head is None or head["Metadata"].get(WRITE_ID_KEY) != metadata[WRITE_ID_KEY]:
@@ -100,9 +100,9 @@ class S3Store:
             raise NoSuchObject(f"nothing is stored at {self.url}/{key}")
 
         def fetch(start: int, end: int) -> bytes:
-            place = {**self._object_params(key), "Range": f"bytes={start}-{end - 1}", "IfMatch": head["ETag"]}
+            params = {**self._object_params(key), "Range": f"bytes={start}-{end - 1}", "IfMatch": head["ETag"]}
             try:
-                return self._call(key, lambda s3: s3.get_object(**place)["Body"].read())
+                return self._call(key, lambda s3: s3.get_object(**params)["Body"].read())
             except (ObjectExists, NoSuchObject) as error:  # all ranges must come from one version of the object
                 raise ChecksumMismatch(f"{self.url}/{key} was replaced or deleted while it was read") from error
 
@@ -117,10 +117,10 @@ class S3Store:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         check_sha256(source, sha256, digest, f"{self.url}/{key}")
         metadata = _metadata(digest)
-        begun = self._call(
+        created = self._call(
             key, lambda s3: s3.create_multipart_upload(**self._object_params(key), ContentType=CONTENT_TYPE, Metadata=metadata)
         )
-        upload = {**self._object_params(key), "UploadId": begun["UploadId"]}
+        upload = {**self._object_params(key), "UploadId": created["UploadId"]}
         try:
             return self._send_parts(source, key, upload, metadata)
         except BaseException:
@@ -135,16 +135,16 @@ class S3Store:
         return None if head is None else _stored_object(key, head["ContentLength"], head["ETag"])
 
     def iter_objects(self, prefix: str) -> Iterator[StoredObject]:
-        more: dict[str, str] = {}
+        continuation: dict[str, str] = {}
         while True:
-            page = self._list_page(prefix, self._page_size, more)
+            page = self._list_page(prefix, self._page_size, continuation)
             for entry in page.get("Contents", ()):
                 key = self._location.key_from_object_name(entry["Key"])
                 if key is not None:
                     yield _stored_object(key, entry["Size"], entry["ETag"])
             if not page.get("IsTruncated"):
                 return
-            more = {"ContinuationToken": page["NextContinuationToken"]}
+            continuation = {"ContinuationToken": page["NextContinuationToken"]}
 
     def delete(self, key: str) -> bool:
         existed = self._head(key) is not None  # S3 gives the same answer whether there was an object or not
@@ -175,33 +175,33 @@ class S3Store:
             return None
 
     def _list_page(self, prefix: str, max_keys: int, continuation: dict[str, str]) -> dict[str, Any]:
-        place = {"Bucket": self._location.bucket, "Prefix": self._location.folder + prefix, "MaxKeys": max_keys}
-        return self._call(prefix, lambda s3: s3.list_objects_v2(**place, **continuation))
+        params = {"Bucket": self._location.bucket, "Prefix": self._location.folder + prefix, "MaxKeys": max_keys}
+        return self._call(prefix, lambda s3: s3.list_objects_v2(**params, **continuation))
 
     def _send_parts(self, source: Path, key: str, upload: dict[str, str], metadata: dict[str, str]) -> StoredObject:
         """Upload in parts. Raises ChecksumMismatch, before anything is visible, when the file changed since its digest was computed."""
         size_bytes = source.stat().st_size
         part_bytes = max(PART_BYTES, -(-size_bytes // MAX_PARTS))  # all of one size: R2 requires it
-        digest, tags = hashlib.sha256(), list[str]()
+        digest, etags = hashlib.sha256(), list[str]()
         with source.open("rb") as stream:
             while part := stream.read(part_bytes):
                 digest.update(part)
-                tags.append(self._send_part(key, upload, len(tags) + 1, part))
+                etags.append(self._send_part(key, upload, len(etags) + 1, part))
         check_sha256(source, metadata[SHA256_KEY], digest.hexdigest(), f"{self.url}/{key}")
-        parts = [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(tags, 1)]
+        parts = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(etags, 1)]
         try:
-            done = self._call(key, lambda s3: s3.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts}))
+            completed = self._call(key, lambda s3: s3.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts}))
         except NoSuchObject:  # the upload is over: the answer to its completion was lost, or another process aborted it
             head = self._head(key)
             if head is None or head["Metadata"].get(WRITE_ID_KEY) != metadata[WRITE_ID_KEY]:
                 raise StoreUnavailable(f"the upload of {key} to {self.url} was ended by the store; start it again") from None
             return _stored_object(key, head["ContentLength"], head["ETag"])
-        return _stored_object(key, size_bytes, done["ETag"])
+        return _stored_object(key, size_bytes, completed["ETag"])
 
     def _send_part(self, key: str, upload: dict[str, str], number: int, part: bytes) -> str:
         # A stream is sent in small blocks, each with its own timeout; a bytes object would have to be sent within one timeout.
-        put = {**upload, "PartNumber": number}
-        return retry_on_checksum_mismatch(lambda: self._call(key, lambda s3: s3.upload_part(**put, Body=io.BytesIO(part))))["ETag"]
+        params = {**upload, "PartNumber": number}
+        return retry_on_checksum_mismatch(lambda: self._call(key, lambda s3: s3.upload_part(**params, Body=io.BytesIO(part))))["ETag"]
 
     def _abort(self, upload: dict[str, str]) -> None:
         """Delete the parts of an upload that will not be completed: they would cost money."""
@@ -211,7 +211,7 @@ class S3Store:
     def _call(self, key: str, function: Callable[[Any], ReturnT]) -> ReturnT:
         """Call boto3, retrying transient errors; raises errors of the store."""
 
-        def once() -> ReturnT:
+        def call_once() -> ReturnT:
             try:
                 response = function(self._client())
             except ClientError as error:
@@ -221,7 +221,7 @@ class S3Store:
             self._bucket_confirmed = True
             return response
 
-        return retry_transient(once)
+        return retry_transient(call_once)
 
     def _client(self) -> Any:  # noqa: ANN401  # boto3's clients have no type
         read_timeout_s = _choose_read_timeout_s(remaining_s(MAX_RETRY_S))
@@ -241,7 +241,7 @@ class S3Store:
         if code in NOT_FOUND_CODES or code == "NoSuchUpload":
             return NoSuchObject(f"nothing is stored at {self.url}/{key}")
         if status == 412:
-            return ObjectExists(f"{self.url}/{key} is already there")
+            return ObjectExists(f"{self.url}/{key} already exists")
         if status in (401, 403):
             permissions = "s3:GetObject, s3:PutObject, s3:DeleteObject on its objects and s3:ListBucket on the bucket"
             return StoreUnavailable(f"the credentials may not use {self.url} ({code}); they need {permissions}")
@@ -264,7 +264,7 @@ class S3Store:
 
 
 def _new_client(url: str, read_timeout_s: float) -> Any:  # noqa: ANN401
-    """Uses path-style addresses except for AWS: other providers may have no host name for each bucket."""
+    """A boto3 client. Uses path-style addresses except for AWS: other providers may have no host name for each bucket."""
     with _CLIENT_LOCK:
         try:
             client = _session().client("s3", config=_config("auto", read_timeout_s))
@@ -278,7 +278,7 @@ def _new_client(url: str, read_timeout_s: float) -> Any:  # noqa: ANN401
 
 @functools.cache
 def _session() -> boto3.Session:
-    """One per process: it reads S3's description from disk and holds the credentials that all stores share."""
+    """The session, one per process: it reads S3's description from disk and holds the credentials that all stores share."""
     return boto3.Session()
 
 
@@ -312,11 +312,11 @@ def _stored_object(key: str, size_bytes: int, etag: str) -> StoredObject:
 
 def _stored_digest(head: dict[str, Any]) -> StoredDigest | None:
     """The SHA-256 from the metadata; else the ETag, which is an MD5 if the object was written in one part without its own key."""
-    sha256, tag = head["Metadata"].get(SHA256_KEY), str(head["ETag"]).strip('"')
+    sha256, etag = head["Metadata"].get(SHA256_KEY), str(head["ETag"]).strip('"')
     if sha256 is not None:
         return StoredDigest(hashlib.sha256, bytes.fromhex(sha256))
-    if len(tag) == 32 and head.get("ServerSideEncryption") in (None, "AES256"):
-        return StoredDigest(lambda: hashlib.md5(usedforsecurity=False), bytes.fromhex(tag))
+    if len(etag) == 32 and head.get("ServerSideEncryption") in (None, "AES256"):
+        return StoredDigest(lambda: hashlib.md5(usedforsecurity=False), bytes.fromhex(etag))
     return None
 
 
