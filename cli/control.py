@@ -95,8 +95,13 @@ def retry(
     as_json: JsonOption = False,
 ) -> None:
     """Continue a failed or canceled job from its last valid checkpoint."""
-    changes: Json = {"from_start": from_start or None, "hardware": hardware, "epochs": epochs, "max_steps": max_steps}
-    changes["secrets"] = parse_secrets(secret)
+    changes = {
+        "from_start": from_start or None,
+        "hardware": hardware,
+        "epochs": epochs,
+        "max_steps": max_steps,
+        "secrets": parse_secrets(secret),
+    }
     secrets = [SecretOption.of(context, "hf_token", hf_token), SecretOption.of(context, "wandb_api_key", wandb_api_key)]
     _continue_job(context, f"/jobs/{job_id}/retry", changes, secrets, as_json)
 

@@ -17,12 +17,12 @@ def download(
     artifact: Annotated[
         str | None, typer.Option(help="Artifact name: adapter, merged, gguf-q8_0, …. Default: GGUF, else merged, else adapter.")
     ] = None,
-    to: Annotated[Path, typer.Option("--to", help="Folder to write to.")] = Path(),
+    folder: Annotated[Path, typer.Option("--to", help="Folder to write to.")] = Path(),
     as_json: JsonOption = False,
 ) -> None:
     """Download an artifact of a job and verify its SHA-256 digests."""
     with create_client(context) as client:
-        paths = download_artifact(client, job_id, artifact, to)
+        paths = download_artifact(client, job_id, artifact, folder)
     if as_json:
         out.print_json(data={"files": [str(path) for path in paths]})
     else:
@@ -30,13 +30,16 @@ def download(
             print(path)  # rich would wrap long paths
 
 
-def download_artifact(client: Client, job_id: str, artifact: str | None, to: Path, *, skip_existing: bool = False) -> list[Path]:
-    """Download the files of an artifact. `skip_existing` skips files that already exist with the right size."""
+def download_artifact(client: Client, job_id: str, artifact: str | None, folder: Path, *, skip_existing: bool = False) -> list[Path]:
+    """Download the files of an artifact and return their paths. Raises ApiError.
+
+    `skip_existing` skips files that already exist with the right size.
+    """
     answer = client.get(f"/jobs/download/{job_id}", artifact=artifact)
     paths: list[Path] = []
     with Progress(*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn(), console=err, transient=True) as bar:
         for file in answer["files"]:
-            target = to / answer["artifact"] / file["path"] if answer["is_folder"] else to / file["path"]
+            target = folder / answer["artifact"] / file["path"] if answer["is_folder"] else folder / file["path"]
             paths.append(target)
             if skip_existing and target.exists() and target.stat().st_size == file["size_bytes"]:
                 continue

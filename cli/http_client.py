@@ -19,16 +19,16 @@ TIMEOUT = httpx2.Timeout(30.0, read=300.0)  # the service validates every row of
 MAX_TRIES = 4  # over a few seconds, which covers a restart of the service
 MAX_WATCH_TRIES = 20  # about a minute: `watch` runs for hours and should survive an outage
 BACKOFF = wait_exponential(0.3, max=3)
-MAX_RETRY_AFTER_S = 30  # a longer Retry-After is cut: a person is waiting
+MAX_RETRY_AFTER_S = 30  # a longer Retry-After is capped: a person is waiting
 RECONNECT_DELAY_S = 0.5
 
 
-# Any: responses are JSON; their shapes are in service/api/responses.py.
+# Any: responses are JSON; their fields are in service/api/responses.py.
 Json = dict[str, Any]
 
 
 class Client:
-    """A client of one service. Every method raises ApiError with a hint.
+    """A client of one service. Every method that sends a request raises ApiError.
 
     Broken connections, 429 responses and 503 responses with Retry-After are retried. A request that creates a job sends the same
     Idempotency-Key with every try, so a lost response never creates a second job. Uploads have no key and are sent once.
@@ -54,7 +54,7 @@ class Client:
         self._http.close()
 
     def get(self, path: str, **params: str | int | None) -> Json:
-        """GET a resource. Parameters that are None are left out."""
+        """GET a resource. Query parameters that are None are left out."""
         query = {name: value for name, value in params.items() if value is not None}
         return self._call_with_retry(lambda: self._http.get(path, params=query))
 

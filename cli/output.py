@@ -1,4 +1,4 @@
-"""Printing: results on standard output, remarks about them on standard error."""
+"""Printing: results on standard output, messages about them on standard error."""
 
 import json
 import sys

@@ -37,8 +37,8 @@ def event_line(event: Json) -> str | None:
         case "samples":
             return "\n".join(_sample_lines(body))
         case "gate":
-            lines = [*gate_lines(body["gate"])]
-            return "\n".join([*lines, "[green]gate passed[/]" if body["gate"]["passed"] else "[red]gate not passed: not published[/]"])
+            verdict = "[green]gate passed[/]" if body["gate"]["passed"] else "[red]gate not passed: not published[/]"
+            return "\n".join([*gate_lines(body["gate"]), verdict])
         case "warning":
             return f"[yellow]warning[/] {escape(body['message'])}"
         case "checkpoint_saved":

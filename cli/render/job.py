@@ -18,8 +18,8 @@ def print_job(console: Console, job: Json) -> None:
         console.print(f"  [red]{job['failure']['code']}[/]: {escape(job['failure']['message'])}", highlight=False)
         if job["failure"]["hint"]:
             console.print(f"  hint: {escape(job['failure']['hint'])}", highlight=False)
-    if why := get_pending_reason(job):
-        console.print(f"  waiting: {escape(why)}", highlight=False)
+    if reason := get_pending_reason(job):
+        console.print(f"  waiting: {escape(reason)}", highlight=False)
     for line in (*progress_lines(job), *attempt_lines(job["attempts"]), *metric_lines(job), *gate_lines(job["gate"])):
         console.print(f"  {line}", highlight=False)
     for line in artifact_lines(job["artifacts"]):
@@ -43,9 +43,9 @@ def progress_lines(job: Json) -> Iterator[str]:
         yield f"exports     step {job['export_of']['step']} of {job['export_of']['job_id']}"
     if job["progress"] and job["status"] != "completed":
         progress = job["progress"]
-        left = f", {format_time_left(progress['eta_s'])}" if progress["eta_s"] is not None and job["status"] == "training" else ""
+        time_left = f", {format_time_left(progress['eta_s'])}" if progress["eta_s"] is not None and job["status"] == "training" else ""
         step, epoch = f"{progress['step']}/{progress['total_steps']}", f"{progress['epoch']:.2f}/{progress['total_epochs']:g}"
-        yield f"progress    step {step}, epoch {epoch}{left}"
+        yield f"progress    step {step}, epoch {epoch}{time_left}"
     if job["checkpoint"]:
         yield f"checkpoint  step {job['checkpoint']['step']}, {format_time(job['checkpoint']['at'])}"
 

@@ -24,8 +24,14 @@ def dataset_table(datasets: list[Json]) -> Table:
     table = _table("dataset", "name", "type", "rows", "splits", "created")
     for dataset in datasets:
         splits = ", ".join(f"{name} {rows}" for name, rows in dataset["splits"].items())
-        cells = (dataset["processed_dataset_id"], escape(dataset["name"]), dataset["dataset_type"], str(dataset["rows"]), splits)
-        table.add_row(*cells, format_time(dataset["created_at"]))
+        table.add_row(
+            dataset["processed_dataset_id"],
+            escape(dataset["name"]),
+            dataset["dataset_type"],
+            str(dataset["rows"]),
+            splits,
+            format_time(dataset["created_at"]),
+        )
     return table
 
 
@@ -33,26 +39,22 @@ def checkpoint_table(checkpoints: list[Json]) -> Table:
     """One row per checkpoint; the next attempt uses the first."""
     table = _table("step", "epoch", "attempt", "reason", "eval loss", "size", "saved")
     for checkpoint in checkpoints:
-        step = f"{checkpoint['step']}/{checkpoint['total_steps']}"
-        loss = (
-            ""
-            if checkpoint["eval_loss"] is None
-            else f"{checkpoint['eval_loss']:.3f}" + ("  [green]best[/]" if checkpoint["is_best"] else "")
-        )
-        cells = (
+        loss = "" if checkpoint["eval_loss"] is None else f"{checkpoint['eval_loss']:.3f}"
+        table.add_row(
+            f"{checkpoint['step']}/{checkpoint['total_steps']}",
             f"{checkpoint['epoch']:.2f}",
             str(checkpoint["attempt"]),
             humanize(checkpoint["reason"]),
-            loss,
+            loss + ("  [green]best[/]" if checkpoint["is_best"] else ""),
             format_size(checkpoint["size_bytes"]),
+            format_time(checkpoint["created_at"]),
         )
-        table.add_row(step, *cells, format_time(checkpoint["created_at"]))
     return table
 
 
 def orphan_table(orphans: list[Json]) -> Table:
     """One row per folder whose job does not exist."""
-    table = _table("missing job", "files", "size", "where")
+    table = _table("missing job", "files", "size", "location")
     for orphan in orphans:
         table.add_row(orphan["job_id"], str(orphan["objects"]), format_size(orphan["size_bytes"]), escape(orphan["url"]))
     return table
