@@ -162,7 +162,7 @@ Directive = Literal["continue", "pause", "cancel"]
 
 
 class EventBatchResponse(ForwardCompatible):
-    """The answer to a batch: what the attempt shall do, and the next `seq` that the service has not seen."""
+    """The answer to a batch: what the attempt must do, and the next `seq` that the service has not seen."""
 
     directive: Directive
     next_seq: int

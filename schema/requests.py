@@ -86,7 +86,6 @@ class TrainRequest(Strict):
         return self
 
 
-# Fields that must not change between two attempts.
 HYPERPARAMETER_FIELDS = set[str]().union(
     SftHyperparameters.model_fields,
     DpoHyperparameters.model_fields,
@@ -95,6 +94,8 @@ HYPERPARAMETER_FIELDS = set[str]().union(
     GrpoHyperparameters.model_fields,
     RewardHyperparameters.model_fields,
 )
+# Fields that must not change between two attempts.
+# Fields that must not change between two attempts.
 IMMUTABLE_FIELDS = ("training_config", "base_model_id", "method", *sorted(HYPERPARAMETER_FIELDS - {"epochs", "max_steps"}))
 
 

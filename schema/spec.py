@@ -1,4 +1,4 @@
-"""The job spec: what an attempt shall do, as a JSON file in the config bucket, without secrets."""
+"""The job spec: what an attempt must do, as a JSON file in the config bucket, without secrets."""
 
 from schema.base import ForwardCompatible, Id
 from schema.dataset import Dataset

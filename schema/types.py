@@ -7,7 +7,6 @@ from pydantic import Field, StringConstraints
 Provider = Literal["huggingface", "unsloth"]
 Method = Literal["Full", "LoRA", "QLoRA"]
 Modality = Literal["text", "vision"]
-TrainerType = Literal["sft", "dpo", "orpo", "kto", "grpo", "reward"]
 DatasetType = Literal["messages", "prompt_completion", "text", "preference", "unpaired_preference", "prompt"]
 
 HubId = Annotated[

@@ -22,7 +22,7 @@ class BaseTrainingConfig(Strict):
     trackio_config: TrackioConfig | None = None
 
     def reject_unused_fields(self) -> None:
-        """Raise when a request has a field that this configuration would not use.
+        """Raise a PydanticCustomError, for the field, when a request sets a field that this configuration would not use.
 
         Only requests are checked: a stored configuration has every field spelled out.
         """

@@ -74,7 +74,7 @@ class ExportConfig(Strict):
                 return []
             case None:
                 return ["q8_0"]
-            case list() as several:
-                return several
-            case one:
-                return [one]
+            case list() as quantizations:
+                return quantizations
+            case quantization:
+                return [quantization]

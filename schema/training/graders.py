@@ -185,8 +185,8 @@ Grader = Annotated[
 ]
 
 GRADER_TYPES = tuple(
-    get_args(kind.model_fields["type"].annotation)[0]
-    for kind in (
+    get_args(grader.model_fields["type"].annotation)[0]
+    for grader in (
         FormatGrader,
         StringCheckGrader,
         NumericGrader,

@@ -47,8 +47,8 @@ class LlmTrainingConfig(BaseTrainingConfig):
     @model_validator(mode="after")
     def _check_compatibility(self) -> Self:
         if self.modality not in self.modalities:
-            known = " or ".join(self.modalities)
-            raise field_error("modality", f"this trainer type trains {known}, not {self.modality}; for images use trainer_type 'sft'")
+            supported = " or ".join(self.modalities)
+            raise field_error("modality", f"this trainer type trains {supported}, not {self.modality}; for images use trainer_type 'sft'")
         if self.provider not in self.providers or (self.provider == "unsloth" and self.modality == "vision"):
             raise field_error("provider", "provider 'unsloth' is for trainer_type 'sft' on text; use 'huggingface'")
         if self.export_config.include_lora_gguf and self.hyperparameters.use_dora:

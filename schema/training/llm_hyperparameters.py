@@ -55,7 +55,9 @@ class Hyperparameters(Strict):
     torch_compile: bool | None = Field(
         None, description="Compile the model first, which takes a minute or more. Default: if there are enough steps to gain from it."
     )
-    dataloader_num_workers: int | None = Field(None, ge=0, le=64, description="Processes that prepare batches. Default: chosen.")
+    dataloader_num_workers: int | None = Field(
+        None, ge=0, le=64, description="Processes that prepare batches. Default: chosen for the machine."
+    )
 
     @model_validator(mode="after")
     def _check_compatibility(self) -> Self:
@@ -137,7 +139,9 @@ class GrpoHyperparameters(Hyperparameters):
     def _check_num_generations(self) -> Self:
         rows = self.batch_size * self.gradient_accumulation_steps
         if rows % self.num_generations:
-            reason = f"batch_size × gradient_accumulation_steps is {rows}; not a multiple of num_generations ({self.num_generations})"
+            reason = (
+                f"batch_size × gradient_accumulation_steps is {rows}, which is not a multiple of num_generations ({self.num_generations})"
+            )
             raise field_error("num_generations", reason)
         return self
 
