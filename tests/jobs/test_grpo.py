@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 
+from jobs.llm.data.prompts import tokenize_prompt
 from jobs.llm.graders.base import FailedGrade
 from jobs.llm.loss import compute_log_probs
-from jobs.llm.trainers.grpo import compute_mean_reward, tokenize_prompt
+from jobs.llm.trainers.grpo import compute_mean_reward
 from jobs.runtime.errors import JobFailed
 from schema.events import SamplesGenerated
 from schema.spec import JobSpec
-from tests.jobs.conftest import WORDS, FinishedTraining, make_spec
-from tests.jobs.test_continuation import TrainingRun, weights
+from tests.jobs.conftest import WORDS, FinishedTraining, load_weights, make_spec
+from tests.jobs.test_continuation import TrainingRun
 
 Train = Callable[..., FinishedTraining]
 
@@ -33,8 +34,8 @@ def prompts(count: int, first: int = 0) -> list[dict[str, Any]]:
 
 def make_grpo_job(*graders: dict[str, Any], **overrides: Any) -> dict[str, Any]:
     """The arguments of `make_spec` for a GRPO job."""
-    kind = {"trainer_type": "grpo", "dataset_type": "prompt", "columns": ("answer",), "reward_config": list(graders) or [LETTER_GRADER]}
-    return kind | {"train": prompts(8), "held_out": prompts(3, first=50)} | overrides
+    defaults = {"trainer_type": "grpo", "dataset_type": "prompt", "columns": ("answer",), "reward_config": list(graders) or [LETTER_GRADER]}
+    return defaults | {"train": prompts(8), "held_out": prompts(3, first=50)} | overrides
 
 
 def rewards(trained: FinishedTraining) -> list[float]:
@@ -97,7 +98,7 @@ def test_plain_text_prompts_are_accepted(train: Train) -> None:
 # --- failing graders -----------------------------------------------------------------------------------------------------
 
 
-def test_failing_grader_is_counted_and_left_out_of_reward(train: Train) -> None:
+def test_failing_grader_is_counted_and_excluded_from_reward(train: Train) -> None:
     trained = train(spec=make_grpo_job(LETTER_GRADER, FAILING_GRADER), **HYPERPARAMETERS)
     for point in trained.record.points:
         assert point.values["graders/broken/failed"] == 1.0
@@ -124,24 +125,26 @@ def test_invalid_grader_fails_the_job_before_evaluation(train: Train) -> None:
 
 
 def test_mean_reward_excludes_failed_grades() -> None:
-    grades: dict[str, list[float | FailedGrade]] = {"a": [1.0, 0.0, 1.0], "b": [0.5, FailedGrade("why"), 1.0]}
+    grades: dict[str, list[float | FailedGrade]] = {"a": [1.0, 0.0, 1.0], "b": [0.5, FailedGrade("reason"), 1.0]}
     assert compute_mean_reward({"a": 1.0, "b": 2.0}, grades) == pytest.approx((2.0 + 3.0) / 2)
-    assert compute_mean_reward({"a": 1.0}, {"a": [FailedGrade("why")]}) is None
+    assert compute_mean_reward({"a": 1.0}, {"a": [FailedGrade("reason")]}) is None
 
 
 # --- invalid input -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("more", "hyperparameters", "why"),
+    ("overrides", "hyperparameters", "reason"),
     [
         ({"train": prompts(1)}, {}, "an optimizer step takes 2"),
         ({}, {"max_completion_length": 127}, "no training row"),
     ],
 )
-def test_too_few_or_too_long_prompts_fail_the_job(train: Train, more: dict[str, Any], hyperparameters: dict[str, Any], why: str) -> None:
-    with pytest.raises(JobFailed, match=why):
-        train(spec=make_grpo_job(**more), **HYPERPARAMETERS | hyperparameters)
+def test_too_few_or_too_long_prompts_fail_the_job(
+    train: Train, overrides: dict[str, Any], hyperparameters: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(JobFailed, match=reason):
+        train(spec=make_grpo_job(**overrides), **HYPERPARAMETERS | hyperparameters)
 
 
 def test_prompts_without_room_for_completion_are_dropped(train: Train) -> None:
@@ -156,10 +159,10 @@ def test_prompts_without_room_for_completion_are_dropped(train: Train) -> None:
 
 def test_prompt_tokens_match_chat_template(tokenizer: Any) -> None:
     messages = [{"role": "user", "content": "say files"}]
-    found = tokenize_prompt(messages, tokenizer)
-    assert found.input_ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert found.prompt_tokens == len(found.input_ids)
-    assert not found.has_labels
+    tokenized = tokenize_prompt(messages, tokenizer)
+    assert tokenized.input_ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert tokenized.prompt_tokens == len(tokenized.input_ids)
+    assert not tokenized.has_labels
     assert tokenize_prompt("say files", tokenizer).input_ids == [
         tokenizer.bos_token_id,
         *tokenizer("say files", add_special_tokens=False)["input_ids"],
@@ -175,12 +178,12 @@ def test_log_probabilities_match_full_softmax(base: Path) -> None:
     mask = torch.ones_like(ids)
     mask[0, :2] = 0  # padding of a shorter prompt
     mask[1, 7:] = 0  # padding of a shorter completion
-    found, entropy, _ = compute_log_probs(model, ids, mask, 4, 2, temperature=0.7, compute_entropy=True)
+    log_probs, entropy, _ = compute_log_probs(model, ids, mask, 4, 2, temperature=0.7, compute_entropy=True)
     logits = model(input_ids=ids, attention_mask=mask).logits[:, -5:-1].float() / 0.7
-    every = logits.log_softmax(-1)
-    there = mask[:, -4:] == 1
-    assert torch.allclose(found, every.gather(-1, ids[:, -4:, None]).squeeze(-1) * there, atol=1e-4)
-    assert torch.allclose(entropy, -(every.exp() * every).sum(-1) * there, atol=1e-4)
+    full = logits.log_softmax(-1)
+    is_token = mask[:, -4:] == 1
+    assert torch.allclose(log_probs, full.gather(-1, ids[:, -4:, None]).squeeze(-1) * is_token, atol=1e-4)
+    assert torch.allclose(entropy, -(full.exp() * full).sum(-1) * is_token, atol=1e-4)
 
 
 def test_masked_completions_have_zero_gradient(base: Path) -> None:
@@ -191,10 +194,10 @@ def test_masked_completions_have_zero_gradient(base: Path) -> None:
     ids = torch.randint(5, 900, (2, 6), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[:, 3:] = 0
-    found, _, _ = compute_log_probs(model, ids, mask, 3, temperature=1.0)
-    found.sum().backward()
-    assert found.tolist() == [[0.0] * 3] * 2
-    assert all(part.grad is None or not part.grad.any() for part in model.parameters())
+    log_probs, _, _ = compute_log_probs(model, ids, mask, 3, temperature=1.0)
+    log_probs.sum().backward()
+    assert log_probs.tolist() == [[0.0] * 3] * 2
+    assert all(weight.grad is None or not weight.grad.any() for weight in model.parameters())
 
 
 # --- resuming ------------------------------------------------------------------------------------------------------------
@@ -213,44 +216,44 @@ def make_training_run(store: Path, folder: Path, **overrides: Any) -> TrainingRu
 
 def curve(training_run: TrainingRun) -> dict[int, tuple[float | None, ...]]:
     names = ("reward", "graders/letter/mean", "graders/same/mean", "completions/mean_length", "entropy", "loss", "grad_norm")
-    return {point.step: tuple(point.values[name] for name in names) for one in training_run.recorders for point in one.points}
+    return {point.step: tuple(point.values[name] for name in names) for recorder in training_run.recorders for point in recorder.points}
 
 
 @pytest.mark.parametrize(
-    "more",
+    "overrides",
     [{}, {"method": "Full", "hyperparameters": {"beta": 0.1, "batch_size": 4, "gradient_accumulation_steps": 2}}],
     ids=["LoRA", "Full with a reference and accumulation"],
 )
-def test_interrupted_run_matches_uninterrupted_run(store: Path, tmp_path: Path, more: dict[str, Any]) -> None:
-    whole = make_training_run(store, tmp_path / "whole", **more)
-    model = whole.finish()
-    parted = make_training_run(store, tmp_path / "parted", **more)
-    assert parted.run_attempt(stop_after=1) == "pause"  # within the first epoch, and between two logged steps
-    assert parted.run_attempt(stop_after=4) == "pause"  # at the end of the second epoch
-    ended = parted.finish()
-    assert curve(parted) == curve(whole)
-    assert (ended.metrics and ended.metrics.values) == (model.metrics and model.metrics.values)
-    assert ended.train_tokens == model.train_tokens
-    theirs = weights(ended)
-    assert all(part.equal(theirs[name]) for name, part in weights(model).items())
+def test_interrupted_run_matches_uninterrupted_run(store: Path, tmp_path: Path, overrides: dict[str, Any]) -> None:
+    uninterrupted = make_training_run(store, tmp_path / "uninterrupted", **overrides)
+    model = uninterrupted.finish()
+    interrupted = make_training_run(store, tmp_path / "interrupted", **overrides)
+    assert interrupted.run_attempt(stop_after=1) == "pause"  # within the first epoch, and between two logged steps
+    assert interrupted.run_attempt(stop_after=4) == "pause"  # at the end of the second epoch
+    resumed = interrupted.finish()
+    assert curve(interrupted) == curve(uninterrupted)
+    assert (resumed.metrics and resumed.metrics.values) == (model.metrics and model.metrics.values)
+    assert resumed.train_tokens == model.train_tokens
+    theirs = load_weights(resumed.folder)
+    assert all(tensor.equal(theirs[name]) for name, tensor in load_weights(model.folder).items())
 
 
 def test_generation_batch_shrinks_with_training_batch(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When memory runs out, fewer completions are generated at once, and a step has as many as before."""
+    """When memory runs out, fewer completions are generated at once, and the number per step stays the same."""
     import torch
 
-    look_up = torch.nn.functional.embedding
-    seen: list[int] = []
+    embedding = torch.nn.functional.embedding
+    batch_sizes: list[int] = []
 
-    def cramped(tokens: Any, *rest: Any, **named: Any) -> Any:
-        seen.append(len(tokens))
+    def look_up(tokens: Any, *rest: Any, **named: Any) -> Any:
+        batch_sizes.append(len(tokens))
         if len(tokens) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return look_up(tokens, *rest, **named)
+        return embedding(tokens, *rest, **named)
 
-    monkeypatch.setattr(torch.nn.functional, "embedding", cramped)
+    monkeypatch.setattr(torch.nn.functional, "embedding", look_up)
     run = make_training_run(store, tmp_path, hyperparameters={"epochs": 1, "logging_steps": 1})
     run.finish()
     assert run.recorders[0].decisions["batch_size"] == "4"
-    assert max(seen) == 8
+    assert max(batch_sizes) == 8
     assert len(run.recorders[0].points) == 2

@@ -10,23 +10,20 @@ optimizer step are generated at its beginning, one batch at a time, so that no g
 several processes each generates its share, and rank 0 grades all completions.
 """
 
-import random
 import time
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.llm.data.tokenize import IGNORE_INDEX, TokenizedExample, read_rows, tokenize_row
-from jobs.llm.distributed import disable_metric_gathering
+from jobs.llm.data.prompts import PromptRow, tokenize_prompt
+from jobs.llm.data.tokenize import TokenizedExample, read_rows, tokenize_row
 from jobs.llm.evaluation.generation import generate_batch, make_samples, max_generation_batch
-from jobs.llm.evaluation.state import preserve_rng_state
 from jobs.llm.graders import build_graders, check_graders, close_graders
-from jobs.llm.graders.base import FailedGrade, Grade, GradingInput
-from jobs.llm.graders.reward import RewardFunction, mask_incomparable, summarize_grades, to_text
-from jobs.llm.loss import compute_log_probs
+from jobs.llm.graders.base import FailedGrade, Grade
+from jobs.llm.graders.reward import RewardFunction, summarize_grades, to_text
+from jobs.llm.grpo_trainer import GrpoTrainerMixin, RewardPlaceholder, override_name_or_path
 from jobs.llm.model import load_base, lora_config
 from jobs.llm.preference import cast_adapter_to_fp32, index_dataset, validate_dataset_type
 from jobs.llm.trained_model import TrainedModel
@@ -48,8 +45,6 @@ from schema.training import GrpoConfig
 
 if TYPE_CHECKING:
     from jobs.runtime.context import JobContext
-
-NAN = float("nan")
 
 
 def train(config: GrpoConfig, context: "JobContext") -> TrainedModel:
@@ -78,7 +73,7 @@ def train(config: GrpoConfig, context: "JobContext") -> TrainedModel:
         close_graders(graders)
 
 
-def _load_prompts(training: TrainingContext, config: GrpoConfig, split: str) -> list["PromptRow"]:
+def _load_prompts(training: TrainingContext, config: GrpoConfig, split: str) -> list[PromptRow]:
     """The rows of a split whose prompts leave room for a completion. Every row has every column of the split."""
     max_prompt_tokens = config.hyperparameters.max_seq_length - config.hyperparameters.max_completion_length
     dataset_type = training.context.spec.dataset.dataset_type
@@ -95,39 +90,6 @@ def _load_prompts(training: TrainingContext, config: GrpoConfig, split: str) -> 
             rows.append(PromptRow(row["prompt"], tokens, columns))
     warn_truncation(training, split, truncated=0, dropped=len(stored) - len(rows))
     return rows
-
-
-@dataclass(frozen=True)
-class PromptRow:
-    """A row: the prompt, and the columns that graders may read."""
-
-    prompt: str | list[dict[str, Any]]
-    tokens: TokenizedExample  # of the prompt, and of the row's own completion if it has one
-    columns: dict[str, Any]
-
-    @property
-    def prompt_ids(self) -> list[int]:
-        """The tokens of the prompt."""
-        return self.tokens.input_ids[: self.tokens.prompt_tokens]
-
-    def make_grading_input(self, completion: str) -> GradingInput:
-        """What graders get for a completion of this prompt."""
-        return GradingInput(to_text(self.prompt), completion, self.columns)
-
-
-@dataclass(frozen=True)
-class RewardPlaceholder:
-    """A reward function for TRL that is never called: GrpoTask.compute_rewards calls the graders in rank 0."""
-
-    name: str
-    weight: float
-
-    @property
-    def __name__(self) -> str:
-        return self.name
-
-    def __call__(self, *_: object, **__: object) -> list[float | None]:
-        raise NotImplementedError(f"GrpoTask.compute_rewards calls grader {self.name!r}")
 
 
 @dataclass
@@ -167,7 +129,8 @@ class GrpoTask:
     def held_out_examples(self) -> Sequence[TokenizedExample]:
         """Held-out rows. A row without a completion of its own gets the model's, so that exported files can be compared on it."""
         completions = self.held_out_completions or [""] * len(self.held_out)
-        return [self._with_completion(row.tokens, completion) for row, completion in zip(self.held_out, completions, strict=True)]
+        tokenizer = self.training.tokenizer
+        return [row.tokens_with_completion(completion, tokenizer) for row, completion in zip(self.held_out, completions, strict=True)]
 
     @property
     def has_held_out_rows(self) -> bool:
@@ -202,54 +165,15 @@ class GrpoTask:
         from trl import GRPOConfig, GRPOTrainer
 
         task, training = self, self.training
-        # Without Triton, TRL's LM head computes every position; and it does not support trainable tokens in the head.
-        uses_own_log_probs = bool(self.trainable_token_ids) or not training.device_config.on_gpu
 
-        class PretokenizedGrpoTrainer(GRPOTrainer):
-            """TRL's trainer with our prompt tokens and rewards, generating one batch at a time."""
+        class PretokenizedGrpoTrainer(GrpoTrainerMixin, GRPOTrainer):
+            """The mixin with the values of this training."""
 
             training_control = control
-
-            def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-                inputs = super()._prepare_inputs(generation_batch)
-                tokens = inputs["prompt_mask"].sum() + inputs["completion_mask"].sum()
-                control.tokens_seen += int(self.accelerator.gather(tokens).sum())
-                return inputs
-
-            def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-                with disable_metric_gathering(self.accelerator):
-                    return super().compute_loss(*args, **kwargs)
-
-            def _generate_and_score_completions(self, inputs: Any) -> Any:
-                before = {name: list(values) for name, values in self._metrics["train"].items()}
-                scored = super()._generate_and_score_completions(inputs)
-                if not self.accelerator.is_main_process:  # these metrics are of all processes already; only rank 0 reports them
-                    self._metrics["train"].clear()
-                    self._metrics["train"].update(before)
-                return scored
-
-            def _get_train_sampler(self, dataset: Any = None) -> Any:
-                return epoch_seeded_sampler(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
-
-            def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
-                return [tokenize_prompt(prompt, self.processing_class).input_ids for prompt in prompts], None, {}
-
-            def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple[list[list[int]], None]:
-                batch_size = self.args.per_device_train_batch_size
-                first = self.accelerator.process_index * len(prompt_ids)
-                completion_ids: list[list[int]] = []
-                for n in range(0, len(prompt_ids), batch_size):
-                    with deterministic_sampling(f"{self.args.seed} {self.state.global_step} {first + n}"):
-                        completion_ids += super()._generate_single_turn(prompt_ids[n : n + batch_size], *args, **kwargs)[0]
-                return completion_ids, None
-
-            def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-                if uses_own_log_probs:
-                    return compute_log_probs(model, *args, temperature=self.temperature, **kwargs)
-                return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-
-            def _calculate_rewards(self, inputs: list[Any], prompts: list[Any], completions: list[Any], completion_ids_list: Any) -> Any:
-                return task.compute_rewards(self, [row["row_index"] for row in inputs], completions)
+            train_prompts = task.train_prompts
+            graders = task.graders
+            # Without Triton, TRL's LM head computes every position; and it does not support trainable tokens in the head.
+            uses_own_log_probs = bool(task.trainable_token_ids) or not training.device_config.on_gpu
 
         prompts = [{"prompt": row.prompt, "row_index": index} for index, row in enumerate(self.train_prompts)]
         peft_config = lora_config(self.config, model, trainable_token_ids=self.trainable_token_ids) if training.trains_adapter else None
@@ -285,30 +209,11 @@ class GrpoTask:
             "reward_weights": [grader.weight for grader in self.reward_placeholders],
         }
 
-    def compute_rewards(self, trainer: Any, row_indices: list[int], completions: list[Any]) -> Any:
-        """Rewards (completions, graders) of all processes, graded in rank 0. NaN where a completion cannot be compared with its group."""
-        import torch
-        from accelerate.utils import broadcast_object_list, gather_object
-
-        all_completions = gather_object(list(zip(row_indices, completions, strict=True)))
-        gathered = [self._grade(trainer, all_completions) if trainer.accelerator.is_main_process else []]
-        broadcast_object_list(gathered)
-        rewards = torch.tensor(gathered[0], dtype=torch.float32, device=trainer.accelerator.device).T
-        return mask_incomparable(rewards, trainer.num_generations)
-
-    def _grade(self, trainer: Any, indexed_completions: list[tuple[int, Any]]) -> list[list[float]]:
-        """The rewards of each grader for each completion; NaN where a grader failed."""
-        rows = [self.train_prompts[index] for index, _ in indexed_completions]
-        completions = [completion for _, completion in indexed_completions]
-        prompts, columns = [row.prompt for row in rows], [row.columns for row in rows]
-        rewards_by_grader = [grader(prompts, completions, row=columns, log_metric=trainer._log_metric) for grader in self.graders]
-        return [[NAN if reward is None else reward for reward in rewards] for rewards in rewards_by_grader]
-
     def logged_metrics_buffer(self, trainer: Any) -> MutableMapping[str, list[float]]:
         return trainer._metrics["train"]
 
     def count_tokens(self, inputs: Any) -> int:
-        return 0  # nothing is generated yet; the trainer counts the tokens in _prepare_inputs
+        return 0  # nothing is generated yet; GrpoTrainerMixin counts the tokens
 
     def evaluate(self, trainer: Any, check_stop: Callable[[], None]) -> EvalMetrics:
         """The mean rewards of greedy completions of the held-out prompts."""
@@ -326,7 +231,9 @@ class GrpoTask:
         self._emit_samples(trainer.training_control)
         inputs = [row.make_grading_input(completion) for row, completion in zip(self.held_out, self.held_out_completions, strict=True)]
         grades = {grader.__name__: grader.grade(inputs) for grader in self.graders}
-        values = {name: value for grader, of_grader in grades.items() for name, value in summarize_grades(grader, of_grader).items()}
+        values = {
+            name: value for grader, grader_grades in grades.items() for name, value in summarize_grades(grader, grader_grades).items()
+        }
         reward = compute_mean_reward({grader.__name__: grader.weight for grader in self.graders}, grades)
         notes = {name: "the grader failed on every completion" for name, value in values.items() if value is None}
         if reward is None:
@@ -349,68 +256,12 @@ class GrpoTask:
         samples = make_samples([row.tokens.prompt_text for row in rows], [None] * len(rows), self.held_out_completions, count)
         self.training.context.log_samples(SamplesGenerated(when=when, step=control.step, samples=samples))
 
-    def _with_completion(self, tokens: TokenizedExample, completion: str) -> TokenizedExample:
-        if tokens.has_labels:
-            return tokens
-        ids = self.training.tokenizer(completion, add_special_tokens=False)["input_ids"]
-        return TokenizedExample(
-            tokens.input_ids + ids, [IGNORE_INDEX] * (len(tokens.input_ids) + len(ids)), tokens.prompt_text, tokens.prompt_tokens
-        )
-
 
 def compute_mean_reward(weights: dict[str, float], grades: dict[str, list[Grade]]) -> float | None:
     """The mean of the weighted rewards over the completions on which no grader failed; None if there are none."""
     sums = [
-        sum(weights[name] * grade for name, grade in zip(grades, given, strict=True) if not isinstance(grade, FailedGrade))
-        for given in zip(*grades.values(), strict=True)
-        if not any(isinstance(grade, FailedGrade) for grade in given)
+        sum(weights[name] * grade for name, grade in zip(grades, completion_grades, strict=True) if not isinstance(grade, FailedGrade))
+        for completion_grades in zip(*grades.values(), strict=True)
+        if not any(isinstance(grade, FailedGrade) for grade in completion_grades)
     ]
     return sum(sums) / len(sums) if sums else None
-
-
-def tokenize_prompt(prompt: str | list[dict[str, Any]], tokenizer: Any) -> TokenizedExample:
-    """The prompt as tokens. Messages go through the chat template, up to the start of the assistant's turn. Raises JobFailed."""
-    if isinstance(prompt, str):
-        row = tokenize_row({"text": prompt}, "text", tokenizer)
-        ids = row.input_ids[:-1]  # without the end-of-text token
-        return TokenizedExample(ids, [IGNORE_INDEX] * len(ids), prompt, len(ids))
-    with_empty_completion = {"prompt": prompt, "completion": [{"role": "assistant", "content": ""}]}
-    row = tokenize_row(with_empty_completion, "prompt_completion", tokenizer)
-    ids = row.input_ids[: row.prompt_tokens]
-    return TokenizedExample(ids, [IGNORE_INDEX] * len(ids), row.prompt_text, len(ids))
-
-
-@contextmanager
-def deterministic_sampling(seed: str) -> Iterator[None]:
-    """Inside, random numbers depend only on `seed`; afterwards the RNG state is restored. So the completions do not depend on the
-    number of processes, or on where a training was resumed."""
-    import torch
-
-    with preserve_rng_state():
-        torch.manual_seed(random.Random(seed).getrandbits(63))  # noqa: S311  # not for security
-        yield
-
-
-def epoch_seeded_sampler(sampler: Any, epoch: Callable[[], int]) -> Any:
-    """The sampler with an order that depends only on seed and epoch. TRL's own continues from the previous epoch's random state, which
-    a resumed training does not have."""
-
-    class EpochSeededSampler(type(sampler)):
-        def __iter__(self) -> Iterator[int]:
-            self.generator.manual_seed(self.seed + epoch())
-            return super().__iter__()
-
-    sampler.__class__ = EpochSeededSampler
-    return sampler
-
-
-@contextmanager
-def override_name_or_path(folder: Path, model: Any) -> Iterator[None]:
-    """Inside, the model's config names `folder` as its source. With `beta`, TRL loads the reference model from there; for a resumed
-    training it would otherwise load the checkpoint."""
-    config, name = model.config, model.config._name_or_path
-    config._name_or_path = str(folder)
-    try:
-        yield
-    finally:
-        config._name_or_path = name
