@@ -10,23 +10,17 @@ Torch, transformers and peft are imported inside the functions that use them.
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from jobs.llm.data.tokenize import END_OF_TURN
 from jobs.llm.hardware import DeviceConfig
+from jobs.llm.model_kinds import AUTO_CLASSES, ModelKind
 from jobs.llm.trainable_tokens import patch_trainable_token_embedding
 from jobs.runtime.errors import JobFailed
 from jobs.runtime.settings import enable_unsloth_logits
 from jobs.runtime.training_control import make_divergence_error
 from schema.training import TrainingConfig
 
-ModelKind = Literal["causal", "score", "image_text"]
-
-# ModelKind -> transformers' auto class, and how error messages describe the model.
-AUTO_CLASSES: dict[ModelKind, tuple[str, str]] = {
-    "causal": ("AutoModelForCausalLM", "a language model"),
-    "score": ("AutoModelForSequenceClassification", "a language model"),
-    "image_text": ("AutoModelForImageTextToText", "a vision-language model"),
-}
 VISION_MODULES_PATTERN = r".*(vision_tower|vision_model|multi_modal_projector|embed_vision).*"
 
 
@@ -60,13 +54,12 @@ def load_base(config: TrainingConfig, device_config: DeviceConfig, weights: Path
     set_seed(config.hyperparameters.seed)
     if config.provider == "unsloth":
         return _load_with_unsloth(config, device_config, weights)
-    auto_class, description = AUTO_CLASSES[model_kind]
     options |= {"dtype": device_config.dtype, "trust_remote_code": False, "local_files_only": True}
     options["attn_implementation"] = "flash_attention_2" if config.hyperparameters.use_fa2 else "sdpa"
     if config.method == "QLoRA":
         options |= {"quantization_config": _make_bnb_config(device_config, model_kind), "device_map": {"": device_config.device}}
     try:
-        model = getattr(transformers, auto_class).from_pretrained(weights, **options)
+        model = getattr(transformers, AUTO_CLASSES[model_kind]).from_pretrained(weights, **options)
     except ImportError as error:
         if config.method == "QLoRA" and "bitsandbytes" in str(error):
             raise JobFailed("invalid_config", "QLoRA needs the package bitsandbytes, which is not installed", "use method LoRA") from error
@@ -75,6 +68,7 @@ def load_base(config: TrainingConfig, device_config: DeviceConfig, weights: Path
         ) from error
     except (ValueError, KeyError) as error:  # transformers raises these for a model type that it, or the auto class, does not know
         reason = str(error).partition("\n")[0][:200]
+        description = "a vision-language model" if model_kind == "image_text" else "a language model"
         message = f"base model {config.base_model_id} is not {description} that this image can load: {reason}"
         raise JobFailed("invalid_config", message, "use another base_model_id") from error
     if config.method == "QLoRA":
@@ -188,7 +182,7 @@ def load_adapter(model: Any, checkpoint: Path) -> None:
 
 def set_eos_tokens(model: Any, tokenizer: Any) -> None:
     """Make generation stop at the end of a turn as well as at the end of a text."""
-    end_of_turn = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    end_of_turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
     if end_of_turn not in (None, tokenizer.unk_token_id):
         model.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, end_of_turn})
 

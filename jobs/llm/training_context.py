@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from jobs.llm.base_model import fetch_base
-from jobs.llm.data.tokenize import TokenizedExample, set_default_chat_template
+from jobs.llm.data.tokenize import END_OF_TURN, START_OF_TURN, TokenizedExample, set_default_chat_template
 from jobs.llm.evaluation.generation import Features
 from jobs.llm.evaluation.prompts import EvalPrompt
 from jobs.llm.exporters import check_exportable
@@ -32,8 +32,6 @@ Row = TypeVar("Row")
 # How several processes arrive at the loss of one: every label of an optimizer step counts the same, every batch counts the same, or the
 # library's trainer distributes the rows and normalizes the loss itself.
 LossReduction = Literal["labels", "batches", "trainer"]
-
-TURN_TOKENS = ["<start_of_turn>", "<end_of_turn>"]
 
 
 @dataclass(frozen=True)
@@ -210,7 +208,7 @@ def untrained_special_tokens(training: TrainingContext, rows: Sequence[Tokenized
     """
     if not training.uses_default_chat_template:
         return []
-    turn_tokens = set(training.tokenizer.convert_tokens_to_ids(TURN_TOKENS)) - {None, training.tokenizer.unk_token_id}
+    turn_tokens = set(training.tokenizer.convert_tokens_to_ids([START_OF_TURN, END_OF_TURN])) - {None, training.tokenizer.unk_token_id}
     token_ids = sorted(turn_tokens & {token for row in rows for token in row.input_ids})
     if token_ids:
         reason = "the base model has no chat template; the embeddings of the turn tokens are trained too"

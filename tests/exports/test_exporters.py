@@ -172,7 +172,7 @@ def test_importance_matrix_is_used_where_it_helps(exported: Exported) -> None:
     with_imatrix = {name for name, artifact in exported[0].items() if artifact.fidelity and artifact.fidelity.imatrix}
     assert with_imatrix == {"gguf-q4_k_m"}
     (decision,) = [event for event in exported[2].events if isinstance(event, DecisionMade) and event.setting == "gguf_imatrix"]
-    assert (decision.value, decision.reason) == ("true", "q4_k_m gain by it")
+    assert (decision.value, decision.reason) == ("true", "it improves q4_k_m")
 
 
 def test_lora_gguf_matches_the_model(exported: Exported) -> None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 IGNORE_INDEX = -100  # torch's cross_entropy ignores labels of this value
 
+START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"  # the tokens of Gemma's chat template
+
 Message = dict[str, str]
 Span = tuple[int, int]  # start and end, in characters of a text
 
@@ -141,7 +143,7 @@ def _apply_chat_template(tokenizer: "PreTrainedTokenizerBase", messages: list[Me
 
 
 def _tokenize_text(text: str, spans: list[Span], tokenizer: "PreTrainedTokenizerBase", *, chat: bool) -> TokenizedExample:
-    """Tokenize a text; a token that starts inside a span gets a label. Other texts than chats get BOS and EOS tokens here."""
+    """Tokenize a text; a token that starts inside a span gets a label. Texts that are not chats get BOS and EOS tokens here."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids: list[int] = list(encoded["input_ids"])
     labels = [

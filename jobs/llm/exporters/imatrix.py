@@ -13,7 +13,7 @@ from schema.training.export import GgufQuantization
 if TYPE_CHECKING:
     from jobs.llm.exporters.workspace import ExportWorkspace
 
-# The quantizations whose rounding llama.cpp weights; q8_0 loses too little to gain.
+# The quantizations whose rounding llama.cpp weights; q8_0 loses too little precision to benefit.
 IMATRIX_QUANTIZATIONS: tuple[GgufQuantization, ...] = ("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q2_k")
 # Reading 2048 tokens takes Gemma 270M 10 s on two cores, and a mean of squares over them is stable.
 CALIBRATION_TOKENS = 2048
@@ -38,7 +38,7 @@ def make_imatrix(workspace: "ExportWorkspace", converted: Path) -> Path | None:
             context.log_decision("gguf_imatrix", "false", reason)
         return None
     context.log_decision(
-        "gguf_imatrix", "true", f"{', '.join(eligible)} gain by it" if requested is None else "the request sets gguf_imatrix"
+        "gguf_imatrix", "true", f"it improves {', '.join(eligible)}" if requested is None else "the request sets gguf_imatrix"
     )
     try:
         return _run_imatrix(workspace, converted, text, chunk_tokens)
@@ -54,7 +54,7 @@ def _imatrix_skipped_reason(requested: bool | None, eligible: Sequence[str], chu
     if requested is False:
         return "the request sets gguf_imatrix to false"
     if not eligible:
-        return f"none of the requested quantizations gains by it; {', '.join(IMATRIX_QUANTIZATIONS)} do"
+        return f"it improves none of the requested quantizations, only {', '.join(IMATRIX_QUANTIZATIONS)}"
     if find_program("llama-imatrix") is None:
         return "llama.cpp's llama-imatrix is not installed; infra/llama_cpp.sh builds it"
     return "" if chunk_tokens >= MIN_CHUNK_TOKENS else "the training rows have too little text"

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.llm.exporters.tensor_merge import AUTO_CLASSES, ModelKind
 from jobs.llm.llama_cpp.fidelity import Passage, log_softmax
+from jobs.llm.model_kinds import AUTO_CLASSES, ModelKind
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,13 +48,13 @@ def select_sample_prompt(examples: "Sequence[HeldOutExample]", tokenizer: "PreTr
 
 
 def load_model(
-    folder: Path, dtype: "torch.dtype", device: str, kind: ModelKind = "causal", num_labels: int | None = None
+    folder: Path, dtype: "torch.dtype", device: str, model_kind: ModelKind = "causal", num_labels: int | None = None
 ) -> "torch.nn.Module":
     """Load a model from a local folder for inference; `num_labels` is a reward model's number of scores, where the config lacks it."""
     import transformers
 
     options = {} if num_labels is None else {"num_labels": num_labels}
-    model = getattr(transformers, AUTO_CLASSES[kind]).from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
+    model = getattr(transformers, AUTO_CLASSES[model_kind]).from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
     return model.to(device).eval()
 
 

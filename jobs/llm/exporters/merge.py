@@ -27,13 +27,13 @@ from jobs.llm.exporters.tensor_merge import (
     NO_CHANGES,
     DtypeOverflow,
     MergeError,
-    ModelKind,
     NotFinite,
     load_adapter_delta,
     merge_tensors,
     read_num_labels,
 )
 from jobs.llm.llama_cpp.fidelity import Comparison, Passage, compare, has_agreement, list_targets
+from jobs.llm.model_kinds import ModelKind
 from jobs.runtime.errors import JobFailed
 
 if TYPE_CHECKING:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from jobs.llm.data.tokenize import END_OF_TURN
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
@@ -32,8 +34,6 @@ CONFIG_FILES = ("config.json", "generation_config.json")
 MODEL_FILES = (*CONFIG_FILES, WEIGHTS_INDEX_FILE)
 # A vision model's image preprocessing, which training does not change.
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-# Besides the EOS token, these end a chat model's answer.
-TURN_END_TOKENS = ("<end_of_turn>",)
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
@@ -81,8 +81,8 @@ def set_generation_eos(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> No
     path = folder / "generation_config.json"
     config = json.loads(path.read_text()) if path.is_file() else {}
     existing = config.get("eos_token_id")
-    eos_ids = [*(existing if isinstance(existing, list) else [existing]), tokenizer.eos_token_id]
-    eos_ids += [tokenizer.get_vocab().get(token) for token in TURN_END_TOKENS]
+    end_of_turn = tokenizer.get_vocab().get(END_OF_TURN)
+    eos_ids = [*(existing if isinstance(existing, list) else [existing]), tokenizer.eos_token_id, end_of_turn]
     write_json(path, config | {"eos_token_id": list(dict.fromkeys(token for token in eos_ids if token is not None))})
 
 

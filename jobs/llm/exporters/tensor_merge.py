@@ -10,20 +10,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from jobs.llm.exporters.model_files import WEIGHTS_INDEX_FILE, list_weight_files, write_json
+from jobs.llm.model_kinds import AUTO_CLASSES, ModelKind
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
-ModelKind = Literal["causal", "score", "image_text"]
-AUTO_CLASSES: dict[ModelKind, str] = {
-    "causal": "AutoModelForCausalLM",
-    "score": "AutoModelForSequenceClassification",
-    "image_text": "AutoModelForImageTextToText",
-}
 
 CHUNK_BYTES = 16 << 20  # copied or rounded at a time
 ADAPTER_NAME = "default"  # peft's name for a single adapter
@@ -100,31 +94,31 @@ def merge_tensors(
     known = {tensor.name for tensors in files.values() for tensor in tensors}
     if missing := sorted({*delta.merge_functions, *delta.row_updates} - known):
         raise MergeError(f"the base's files have no {', '.join(missing[:3])}")
-    added = sorted(delta.replacements.keys() - known)
+    added_names = sorted(delta.replacements.keys() - known)
     sizes: dict[str, dict[str, int]] = {}
     for name, tensors in files.items():
-        plan = FileWritePlan(dtype, delta, rename_tensor, added if name == max(files) else [])
+        plan = FileWritePlan(dtype, delta, rename_tensor, added_names if name == max(files) else [])
         sizes[name] = _write_file(base / name, tensors, target / name, plan)
     if (base / WEIGHTS_INDEX_FILE).is_file():
-        weight_map = {tensor: name for name, within in sizes.items() for tensor in within}
-        total = sum(size for within in sizes.values() for size in within.values())
+        weight_map = {tensor: name for name, tensor_sizes in sizes.items() for tensor in tensor_sizes}
+        total = sum(size for tensor_sizes in sizes.values() for size in tensor_sizes.values())
         write_json(target / WEIGHTS_INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def load_adapter_delta(base: Path, adapter: Path, kind: ModelKind) -> "tuple[AdapterDelta, PreTrainedModel]":
+def load_adapter_delta(base: Path, adapter: Path, model_kind: ModelKind) -> "tuple[AdapterDelta, PreTrainedModel]":
     """A peft adapter's changes to its base, and the base model without weights, with the adapter's head. Raises MergeError."""
     from peft import PeftConfig, PeftModel
 
     settings = PeftConfig.from_pretrained(str(adapter))
     if getattr(settings, "bias", "none") != "none" or getattr(settings, "lora_bias", False):
         raise MergeError("the adapter trains biases, which the merge does not support")
-    model = meta_model(base, kind, read_num_labels(adapter))
+    model = make_weightless_model(base, model_kind, read_num_labels(adapter))
     names = map_to_checkpoint_names(model, [tensor.name for name in list_weight_files(base) for tensor in read_header(base / name)])
     adapted = PeftModel.from_pretrained(model, str(adapter), ADAPTER_NAME, low_cpu_mem_usage=True, torch_device="cpu").eval()
     return _collect_delta(adapted.get_base_model(), names), model
 
 
-def meta_model(base: Path, kind: ModelKind, num_labels: int | None = None) -> "PreTrainedModel":
+def make_weightless_model(base: Path, model_kind: ModelKind, num_labels: int | None = None) -> "PreTrainedModel":
     """The base's model with every layer, and each weight a single zero expanded to its shape.
 
     The weights cannot stay on the meta device: peft would move the adapter there too and lose its values.
@@ -135,7 +129,7 @@ def meta_model(base: Path, kind: ModelKind, num_labels: int | None = None) -> "P
     options = {} if num_labels is None else {"num_labels": num_labels}
     config = transformers.AutoConfig.from_pretrained(base, local_files_only=True, **options)
     with torch.device("meta"):
-        model = getattr(transformers, AUTO_CLASSES[kind]).from_config(config).eval()
+        model = getattr(transformers, AUTO_CLASSES[model_kind]).from_config(config).eval()
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
             setattr(module, name, torch.nn.Parameter(torch.zeros(()).expand(weight.shape), requires_grad=False))
@@ -180,22 +174,22 @@ def _collect_delta(model: "PreTrainedModel", names: Mapping[str, str]) -> Adapte
     from peft.tuners.lora import LoraLayer
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
-    merged: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
-    rows: dict[str, RowUpdate] = {}
-    replaced: dict[str, torch.Tensor] = {}
+    merge_functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+    row_updates: dict[str, RowUpdate] = {}
+    replacements: dict[str, torch.Tensor] = {}
     for name, layer in model.named_modules():
         weight = f"{name}.weight"
         if isinstance(layer, LoraLayer):
-            merged[names.get(weight, weight)] = _make_merge_function(layer)
+            merge_functions[names.get(weight, weight)] = _make_merge_function(layer)
         elif isinstance(layer, TrainableTokensWrapper):
             if layer.token_adapter.tied_adapter is None or weight in names:
                 adapter = layer.token_adapter
                 indices, values = tuple(adapter.token_indices[ADAPTER_NAME]), adapter.trainable_tokens_delta[ADAPTER_NAME].detach()
-                rows[names.get(weight, weight)] = RowUpdate(indices, values)
+                row_updates[names.get(weight, weight)] = RowUpdate(indices, values)
         elif isinstance(layer, ModulesToSaveWrapper):
-            own = layer.modules_to_save[ADAPTER_NAME].state_dict()
-            replaced |= {names.get(f"{name}.{part}", f"{name}.{part}"): tensor for part, tensor in own.items()}
-    return AdapterDelta(merged, rows, replaced)
+            trained = layer.modules_to_save[ADAPTER_NAME].state_dict()
+            replacements |= {names.get(f"{name}.{part}", f"{name}.{part}"): tensor for part, tensor in trained.items()}
+    return AdapterDelta(merge_functions, row_updates, replacements)
 
 
 def _make_merge_function(layer: Any) -> "Callable[[torch.Tensor], torch.Tensor]":  # any LoRA layer of peft
@@ -217,33 +211,35 @@ def _make_merge_function(layer: Any) -> "Callable[[torch.Tensor], torch.Tensor]"
 
 def _write_file(source: Path, tensors: Sequence[TensorHeader], target: Path, plan: FileWritePlan) -> dict[str, int]:
     """Write one file; returns the size of each tensor in bytes."""
-    replaced = plan.delta.replacements
+    replacements = plan.delta.replacements
     planned = [_plan_tensor(tensor, plan) for tensor in tensors]
-    planned += [(plan.rename_tensor(name), _dtype_name(plan.dtype), tuple(replaced[name].shape)) for name in plan.added_names]
+    planned += [(plan.rename_tensor(name), _dtype_name(plan.dtype), tuple(replacements[name].shape)) for name in plan.added_names]
     header, sizes = _make_header(planned)
     with source.open("rb") as reader, target.open("wb") as writer:
         writer.write(header)
         for tensor in tensors:
             _write_tensor(reader, tensor, writer, plan)
         for name in plan.added_names:
-            _write_rounded(writer, replaced[name], plan.dtype, name)
+            _write_rounded(writer, replacements[name], plan.dtype, name)
     return sizes
 
 
 def _plan_tensor(tensor: TensorHeader, plan: FileWritePlan) -> tuple[str, str, tuple[int, ...]]:
-    replaced = plan.delta.replacements
-    shape = tuple(replaced[tensor.name].shape) if tensor.name in replaced else tensor.shape
+    """The written tensor's name, dtype and shape."""
+    replacements = plan.delta.replacements
+    shape = tuple(replacements[tensor.name].shape) if tensor.name in replacements else tensor.shape
     return plan.rename_tensor(tensor.name), _dtype_name(plan.dtype) if tensor.dtype in _float_dtypes() else tensor.dtype, shape
 
 
 def _make_header(planned: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
-    listed: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    """A safetensors header for tensors of these names, dtypes and shapes, and the size of each in bytes."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     sizes, offset = {}, 0
-    for name, kind, shape in planned:
-        sizes[name] = prod(shape) * _item_bytes(kind)
-        listed[name] = {"dtype": kind, "shape": shape, "data_offsets": [offset, offset + sizes[name]]}
+    for name, dtype, shape in planned:
+        sizes[name] = prod(shape) * _item_bytes(dtype)
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + sizes[name]]}
         offset += sizes[name]
-    text = json.dumps(listed, separators=(",", ":")).encode()
+    text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight bytes, for readers that memory-map the file
     return len(text).to_bytes(8, "little") + text, sizes
 
@@ -251,25 +247,25 @@ def _make_header(planned: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[b
 def _write_tensor(reader: BinaryIO, tensor: TensorHeader, writer: BinaryIO, plan: FileWritePlan) -> None:
     import torch
 
-    name, changes, dtype = tensor.name, plan.delta, plan.dtype
-    if name in changes.replacements:
-        _write_rounded(writer, changes.replacements[name], dtype, name)
-    elif name in changes.merge_functions:
+    name, delta, dtype = tensor.name, plan.delta, plan.dtype
+    if name in delta.replacements:
+        _write_rounded(writer, delta.replacements[name], dtype, name)
+    elif name in delta.merge_functions:
         (weight,) = _iter_chunks(reader, tensor, tensor.size_bytes)
-        _write_rounded(writer, changes.merge_functions[name](weight.to(torch.float32).reshape(tensor.shape)), dtype, name)
+        _write_rounded(writer, delta.merge_functions[name](weight.to(torch.float32).reshape(tensor.shape)), dtype, name)
     else:
         begin = writer.tell()
         _copy_tensor(reader, tensor, writer, dtype)
-        if name in changes.row_updates:
-            _overwrite_rows(writer, begin, tensor, changes.row_updates[name], dtype)
+        if name in delta.row_updates:
+            _overwrite_rows(writer, begin, tensor, delta.row_updates[name], dtype)
 
 
 def _copy_tensor(reader: BinaryIO, tensor: TensorHeader, writer: BinaryIO, dtype: "torch.dtype") -> None:
-    for piece in _iter_chunks(reader, tensor, CHUNK_BYTES):
+    for chunk in _iter_chunks(reader, tensor, CHUNK_BYTES):
         if _float_dtypes().get(tensor.dtype) in (None, dtype):  # copied unchanged
-            _write_bytes(writer, piece)
+            _write_bytes(writer, chunk)
         else:
-            _write_rounded(writer, piece, dtype, tensor.name)
+            _write_rounded(writer, chunk, dtype, tensor.name)
 
 
 def _overwrite_rows(writer: BinaryIO, begin: int, tensor: TensorHeader, rows: RowUpdate, dtype: "torch.dtype") -> None:
@@ -285,12 +281,12 @@ def _iter_chunks(reader: BinaryIO, tensor: TensorHeader, chunk_bytes: int) -> "I
     import torch
 
     reader.seek(tensor.offset)
-    left = tensor.size_bytes
-    while left:
-        buffer = bytearray(min(chunk_bytes, left))
+    bytes_left = tensor.size_bytes
+    while bytes_left:
+        buffer = bytearray(min(chunk_bytes, bytes_left))
         if reader.readinto(buffer) != len(buffer):  # pyright: ignore[reportAttributeAccessIssue]  # a buffered file has it
             raise MergeError(f"the base's file ends inside {tensor.name}")
-        left -= len(buffer)
+        bytes_left -= len(buffer)
         yield torch.frombuffer(buffer, dtype=_float_dtypes().get(tensor.dtype, torch.uint8))
 
 

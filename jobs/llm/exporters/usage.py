@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.llm.data.tokenize import END_OF_TURN
 from jobs.llm.exporters.model_files import FIDELITY_FILE, write_json
 from jobs.llm.exporters.verify import ExportedFile
 from jobs.llm.llama_cpp import find_program
@@ -33,7 +34,6 @@ GEMMA_TEMPLATE = """\
 {{- else }}{{ print "<start_of_turn>model\\n" $message.Content "<end_of_turn>\\n" }}
 {{- end }}
 {{- end }}{{ print "<start_of_turn>model\\n" }}"""
-END_OF_TURN = "<end_of_turn>"
 # Google's recommendation for Gemma 3.
 GEMMA_SAMPLING = ("temperature 1.0", "top_k 64", "top_p 0.95")
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jobs.llm.data.tokenize import END_OF_TURN, START_OF_TURN
 from jobs.llm.evaluation.generation import make_printable
 from jobs.llm.exporters.log_probs import select_sample_prompt
 from jobs.llm.llama_cpp.evaluate import EvalRequest, EvalResponse
@@ -25,13 +26,12 @@ if TYPE_CHECKING:
 LOSSLESS_QUANTIZATIONS: tuple[GgufQuantization, ...] = ("none", "f32", "f16", "bf16")
 MIN_LOSSLESS_AGREEMENT = 0.99
 MAX_LOSSLESS_KL_NATS = 0.002
-# Below this two models are indistinguishable, and it means nothing which of two others a file is closer to.
+# Below this two models are indistinguishable, so which of the two a file is closer to means nothing.
 NEGLIGIBLE_KL_NATS = 0.01
 
 MAX_SAMPLE_TOKENS = 32
 MAX_SAMPLE_PROMPT_CHARACTERS = 2000  # stored in the job's record
 
-TURN_TOKENS = ("<start_of_turn>", "<end_of_turn>")
 # What converted tokenizers get wrong: runs of spaces, tabs and newlines, non-Latin scripts, emoji of several code points.
 TOKENIZER_EDGE_CASES = (
     "a  b   c    d        e                f                                 g",
@@ -114,7 +114,7 @@ def make_fidelity(comparison: Comparison) -> Fidelity:
 def tokenizer_test_texts(examples: "Sequence[HeldOutExample]", tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """Texts that a file must split into exactly the tokens of the model's own tokenizer."""
     vocabulary = tokenizer.get_vocab()
-    turns = [f"{token}user\nwhat is 1  +  1?{token}\n" for token in TURN_TOKENS if token in vocabulary]
+    turns = [f"{token}user\nwhat is 1  +  1?{token}\n" for token in (START_OF_TURN, END_OF_TURN) if token in vocabulary]
     held_out = [text for example in examples for text in (example.prompt_text, str(tokenizer.decode(list(example.input_ids))))]
     return [*TOKENIZER_EDGE_CASES, *turns, *held_out]
 
@@ -122,9 +122,9 @@ def tokenizer_test_texts(examples: "Sequence[HeldOutExample]", tokenizer: "PreTr
 def check_fidelity(candidate: ExportedFile, response: EvalResponse, token_ids: list[list[int]]) -> None:
     """Raise JobFailed when a file tokenizes differently, or is lossless and its predictions differ from the trained model's."""
     name, comparison = candidate.path.name, response.comparison
-    different = sum(expected != actual for expected, actual in zip(token_ids, response.token_ids, strict=True))
-    if different:
-        message = f"{name} splits {different} of {len(token_ids)} texts into other tokens than the model's tokenizer does"
+    differing_texts = sum(expected != actual for expected, actual in zip(token_ids, response.token_ids, strict=True))
+    if differing_texts:
+        message = f"{name} splits {differing_texts} of {len(token_ids)} texts into other tokens than the model's tokenizer does"
         raise JobFailed("export_failed", message, "the base model needs a tokenizer.model that matches its tokenizer.json")
     if candidate.quantization in LOSSLESS_QUANTIZATIONS and not candidate.missing_weights and not is_within_tolerance(comparison):
         message = (
@@ -135,7 +135,7 @@ def check_fidelity(candidate: ExportedFile, response: EvalResponse, token_ids: l
 
 
 def make_advice(candidate: ExportedFile, comparison: Comparison) -> str:
-    """What reduces the quality of a file that is uploaded nevertheless, and what to use instead; empty for a good file."""
+    """What reduces the quality of a file that is uploaded anyway, and what to use instead; empty for a good file."""
     name, closer_to_base = candidate.path.name, is_closer_to_base(comparison)
     if candidate.missing_weights and not is_within_tolerance(comparison):
         numbers = f"mean KL {comparison.mean_kl_to_trained:.3f} nats, agreement {comparison.argmax_agreement:.1%}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from jobs.llm.exporters.log_probs import make_passages
 from jobs.llm.exporters.merge import MergedModel, MergeSpec, choose_compute_dtype, merge_model
 from jobs.llm.exporters.model_files import Precision
-from jobs.llm.exporters.tensor_merge import ModelKind
+from jobs.llm.model_kinds import ModelKind
 from jobs.runtime.artifacts import ExportedArtifact, artifact_key
 from schema.job import ArtifactKind
 from schema.training.export import GgufQuantization, MergedDtype
@@ -32,7 +32,7 @@ class ExportWorkspace:
         self.trained = trained
         self.context = context
         self.folder = context.workdir / "exports"
-        self.clear()
+        self.clear()  # of an earlier export in the same folder
         self.folder.mkdir(parents=True)
 
     @cached_property
@@ -114,5 +114,5 @@ class ExportWorkspace:
         return [ExportedArtifact(name=USAGE_ARTIFACT, kind="gguf", path=folder, key=self.key("gguf", "usage/"))] if folder.is_dir() else []
 
     def clear(self) -> None:
-        """Delete the workspace's files; the artifacts have been uploaded."""
+        """Delete the workspace's files."""
         shutil.rmtree(self.folder, ignore_errors=True)
