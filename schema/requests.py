@@ -95,7 +95,6 @@ HYPERPARAMETER_FIELDS = set[str]().union(
     RewardHyperparameters.model_fields,
 )
 # Fields that must not change between two attempts.
-# Fields that must not change between two attempts.
 IMMUTABLE_FIELDS = ("training_config", "base_model_id", "method", *sorted(HYPERPARAMETER_FIELDS - {"epochs", "max_steps"}))
 
 
