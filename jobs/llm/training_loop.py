@@ -27,9 +27,10 @@ from jobs.llm.trained_model import HeldOutExample, TrainedModel
 from jobs.llm.training_context import TrainingContext, TrainingTask
 from jobs.llm.worker_pool import WorkerArgs, join_process_group, null_context, worker_pool
 from jobs.runtime.batch_config import BatchConfig
+from jobs.runtime.early_stopping import EarlyStoppingPolicy
 from jobs.runtime.errors import failure_of
 from jobs.runtime.save_policy import SavePolicy, TrainingControlState
-from jobs.runtime.training_control import EarlyStoppingPolicy, TrainingControl
+from jobs.runtime.training_control import TrainingControl
 from schema.job import EvalMetrics
 
 if TYPE_CHECKING:

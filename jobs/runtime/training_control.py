@@ -4,42 +4,28 @@ TrainingControl only decides and keeps state; the training loop reports each ste
 use it.
 """
 
-import errno
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jobs.runtime.batch_config import BatchConfig
 from jobs.runtime.checkpoints import CheckpointInfo
+from jobs.runtime.context import JobContext
+from jobs.runtime.disk_full import write_folder
+from jobs.runtime.early_stopping import NO_EARLY_STOPPING, EarlyStopping, EarlyStoppingPolicy
 from jobs.runtime.errors import JobFailed, Stopped, StopReason
 from jobs.runtime.save_policy import SavePolicy, TrainingControlState
+from jobs.runtime.training_timer import TrainingTimer
 from schema.checkpoint import CheckpointReason
 from schema.job import EvalMetrics
 
-if TYPE_CHECKING:
-    from jobs.runtime.context import JobContext
-
 # How fast a checkpoint is written and uploaded, assumed until the first one has been saved: a conservative guess.
 GUESSED_BYTES_PER_S = 50e6
-# torch's archive writer loses the errno: any failed write reads like the third, and what it finds when it closes the file like the last.
-DISK_FULL_MESSAGES = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing", "unexpected pos")
 
 
 class EvaluationInterrupted(Exception):
     """The training must stop during an evaluation. The next attempt repeats the evaluation."""
-
-
-@dataclass(frozen=True)
-class EarlyStoppingPolicy:
-    """Whether the best checkpoint is published, and when a training that no longer improves ends."""
-
-    load_best_model_at_end: bool = False
-    patience: int | None = None  # consecutive evaluations without a lower eval_loss
-    threshold: float = 0.0  # nats by which eval_loss must fall to count as lower
 
 
 class TrainingControl:
@@ -47,12 +33,12 @@ class TrainingControl:
 
     def __init__(
         self,
-        context: "JobContext",
+        context: JobContext,
         save_policy: SavePolicy,
         state: TrainingControlState,
         *,
         total_steps: int,
-        early_stopping: EarlyStoppingPolicy = EarlyStoppingPolicy(),  # frozen
+        early_stopping: EarlyStoppingPolicy = NO_EARLY_STOPPING,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.step = state.step
@@ -61,23 +47,17 @@ class TrainingControl:
         self.stop_reason: StopReason | None = None  # why it stops before it is done
         self.checkpoint_bytes = 0  # an estimate
         self.logged_metrics_buffer = dict(state.logged_metrics_buffer)  # what the library collected since it last logged
+        self.load_best_model_at_end = early_stopping.load_best_model_at_end  # publish the best checkpoint, not the last
         self.should_save_best = False  # this step is the best so far, and the best step is published
-        self._early_stopping = early_stopping
-        self._best_loss, self.best_step, self._evaluations_without_improvement = (
-            state.best_loss,
-            state.best_step,
-            state.evaluations_without_improvement,
-        )
+        self._early_stopping = EarlyStopping(early_stopping, state)
         self._published_step: int | None = None
         self._context = context
         self._save_policy = save_policy
         self._state = state
-        self._clock = clock
+        self._timer = TrainingTimer(clock)
         self._loss_buffer = list(state.loss_buffer)
         self._metrics_by_step = dict(state.metrics_by_step)
         self._evaluation_due = state.evaluation_due
-        self._started_at = self._saved_at = self._step_started_at = clock()
-        self._longest_step_s = self._save_s = 0.0
         self._saved_step: int | None = None
 
     @property
@@ -87,20 +67,18 @@ class TrainingControl:
 
     @property
     def evaluation_is_due(self) -> bool:
-        """The training stopped before or during an evaluation that it owes."""
+        """The training stopped before or during an evaluation, which is still to be done."""
         return self._evaluation_due
 
     @property
     def is_done(self) -> bool:
         """All steps are done, or early stopping ended the training."""
-        return self.step >= self.total_steps or (
-            self._early_stopping.patience is not None and self._evaluations_without_improvement >= self._early_stopping.patience
-        )
+        return self.step >= self.total_steps or self._early_stopping.ends_training
 
     @property
-    def load_best_model_at_end(self) -> bool:
-        """Publish the best checkpoint, not the last."""
-        return self._early_stopping.load_best_model_at_end
+    def best_step(self) -> int | None:
+        """The step with the lowest eval_loss so far."""
+        return self._early_stopping.best_step
 
     @property
     def published_step(self) -> int:
@@ -114,8 +92,8 @@ class TrainingControl:
     @property
     def eta_s(self) -> float | None:
         """Seconds until the last step, at the speed of this attempt; None before its first."""
-        done = self.step - self._state.step
-        return (self._clock() - self._started_at) / done * (self.total_steps - self.step) if done else None
+        steps_done = self.step - self._state.step
+        return self._timer.elapsed_s / steps_done * (self.total_steps - self.step) if steps_done else None
 
     @property
     def state(self) -> TrainingControlState:
@@ -124,35 +102,31 @@ class TrainingControl:
             update={
                 "step": self.step,
                 "tokens_seen": self.tokens_seen,
-                "train_s": self._state.train_s + self._trained_s,
+                "train_s": self._state.train_s + (self._timer.elapsed_s if self.step > self._state.step else 0.0),
                 "loss_buffer": tuple(self._loss_buffer),
                 "logged_metrics_buffer": {name: tuple(values) for name, values in self.logged_metrics_buffer.items()},
-                "best_loss": self._best_loss,
-                "best_step": self.best_step,
-                "evaluations_without_improvement": self._evaluations_without_improvement,
+                "best_loss": self._early_stopping.best_loss,
+                "best_step": self._early_stopping.best_step,
+                "evaluations_without_improvement": self._early_stopping.evaluations_without_improvement,
                 "metrics_by_step": self._metrics_by_step,
                 "evaluation_due": self._evaluation_due,
                 "base_metrics": self._context.state.base_metrics,
             }
         )
 
-    @property
-    def _trained_s(self) -> float:
-        return self._clock() - self._started_at if self.step > self._state.step else 0.0
-
     def start(self) -> None:
         """Start timing: the first step begins now."""
-        self._started_at = self._saved_at = self._clock()
+        self._timer.start()
 
     def on_step_begin(self) -> None:
         """An optimizer step begins."""
-        self._step_started_at = self._clock()
+        self._timer.begin_step()
 
     def on_step_end(self, step: int, loss: float) -> None:
         """An optimizer step ended with `loss` in nats per label. Raises Stopped if canceled, JobFailed if the loss is not finite."""
         self._context.check_stop()
         self.step = step
-        self._longest_step_s = max(self._longest_step_s, self._clock() - self._step_started_at)
+        self._timer.end_step()
         if not math.isfinite(loss):
             raise make_divergence_error(f"the loss is NaN or infinite at step {step}")
         self._loss_buffer.append(loss)
@@ -171,8 +145,10 @@ class TrainingControl:
 
     def should_save(self, *, epoch_ended: bool) -> bool:
         """Whether to save a checkpoint after this step."""
-        since_last_save_s = self._clock() - self._saved_at
-        is_due = self._save_policy.is_due(self.step, epoch_ended=epoch_ended, since_last_save_s=since_last_save_s, save_s=self._save_s)
+        timer = self._timer
+        is_due = self._save_policy.is_due(
+            self.step, epoch_ended=epoch_ended, since_last_save_s=timer.since_last_save_s, save_s=timer.save_s
+        )
         return is_due or self.is_done or self.stop_reason is not None
 
     def evaluate(self, evaluate_fn: Callable[[Callable[[], None]], EvalMetrics]) -> EvalMetrics | None:
@@ -184,29 +160,40 @@ class TrainingControl:
             return self._metrics_by_step[self.step]
         self._evaluation_due = True
         try:
-            metrics = evaluate_fn(self._check_stop)
+            metrics = evaluate_fn(self._raise_if_stopping)
         except EvaluationInterrupted:
             return None
         self._metrics_by_step, self._evaluation_due = {self.step: metrics}, False
         self._context.log_evaluation("during", self.step, metrics)
-        self._update_best(metrics)
+        if self._early_stopping.record_evaluation(self.step, metrics.eval_loss):
+            self.should_save_best = self.load_best_model_at_end
+        elif self._early_stopping.ends_training:
+            evaluations = self._early_stopping.evaluations_without_improvement
+            reason = f"eval_loss has not fallen below {self._early_stopping.best_loss} in {evaluations} evaluations"
+            self._context.log_decision("early_stopping", f"step {self.step}", reason)
         return metrics
 
     def save(self, folder: Path, epoch: float, write_files: Callable[[], object]) -> None:
         """Let `write_files` fill the folder and submit it for upload. On a full disk the checkpoint is skipped. No step is saved twice."""
+
+        def write_files_and_state() -> None:
+            write_files()
+            self.state.write(folder)
+
         if self._saved_step == self.step:
             return
-        started_at = self._saved_at = self._clock()
-        if not self._write_checkpoint(folder, write_files):
+        checkpoints = self._context.checkpoints
+        self._timer.begin_save()
+        if not write_folder(folder, write_files_and_state, checkpoints.prune_local):
+            self._context.warn("disk_full", f"the disk is full: step {self.step} was not saved; training continues")
             return
         self.should_save_best = False
         if self.load_best_model_at_end:  # this checkpoint would replace a pending one in the upload queue, which may be the best
-            self._context.checkpoints.wait_until_uploaded()
+            checkpoints.wait_until_uploaded()
         self._context.notify_checkpoint_saved(folder, self.step)
         self._saved_step = self.step
-        self._saved_at = self._clock()
-        self._save_s = self._saved_at - started_at
-        self._context.checkpoints.submit(folder, self._checkpoint_info(epoch))
+        self._timer.end_save()
+        checkpoints.submit(folder, self._make_checkpoint_info(epoch))
 
     def raise_if_stopped(self) -> None:
         """Call after the last step. Raises Stopped if the training was stopped, once the last checkpoint is uploaded."""
@@ -218,46 +205,16 @@ class TrainingControl:
     @property
     def _step_and_save_s(self) -> float:
         """How long one more step and then a checkpoint may take."""
-        upload_s = self._context.checkpoints.max_upload_s
+        timer, upload_s = self._timer, self._context.checkpoints.max_upload_s
         if self._saved_step is not None and upload_s:
-            return self._longest_step_s + self._save_s + upload_s
-        return self._longest_step_s + max(self.checkpoint_bytes / GUESSED_BYTES_PER_S, self._save_s)
+            return timer.longest_step_s + timer.save_s + upload_s
+        return timer.longest_step_s + max(self.checkpoint_bytes / GUESSED_BYTES_PER_S, timer.save_s)
 
-    def _update_best(self, metrics: EvalMetrics) -> None:
-        """Record whether this is the best evaluation so far; logs the decision when early stopping ends the training."""
-        loss = metrics.eval_loss
-        if loss is not None and (self._best_loss is None or loss < self._best_loss - self._early_stopping.threshold):
-            self._best_loss, self.best_step, self._evaluations_without_improvement = loss, self.step, 0
-            self.should_save_best = self.load_best_model_at_end
-            return
-        self._evaluations_without_improvement += 1
-        if self._early_stopping.patience is not None and self._evaluations_without_improvement >= self._early_stopping.patience:
-            reason = f"eval_loss has not fallen below {self._best_loss} in {self._evaluations_without_improvement} evaluations"
-            self._context.log_decision("early_stopping", f"step {self.step}", reason)
-
-    def _check_stop(self) -> None:
+    def _raise_if_stopping(self) -> None:
         if self.should_stop():
             raise EvaluationInterrupted
 
-    def _write_checkpoint(self, folder: Path, write_files: Callable[[], object]) -> bool:
-        from safetensors import SafetensorError
-
-        for is_last_try in (False, True):
-            try:
-                write_files()
-                self.state.write(folder)
-                return True
-            except (OSError, RuntimeError, SafetensorError) as error:
-                if not is_disk_full(error):
-                    raise
-            shutil.rmtree(folder, ignore_errors=True)
-            freed = self._context.checkpoints.prune_local()
-            if is_last_try or not freed:
-                break
-        self._context.warn("disk_full", f"the disk is full: step {self.step} was not saved; training continues")
-        return False
-
-    def _checkpoint_info(self, epoch: float) -> CheckpointInfo:
+    def _make_checkpoint_info(self, epoch: float) -> CheckpointInfo:
         metrics = self._metrics_by_step.get(self.step)
         return CheckpointInfo(
             step=self.step,
@@ -267,7 +224,7 @@ class TrainingControl:
             eval_loss=metrics.eval_loss if metrics else None,
             batch_size=self._state.batch_size,
             gradient_accumulation_steps=self._state.gradient_accumulation_steps,
-            save_s=self._save_s,
+            save_s=self._timer.save_s,
         )
 
     @property
@@ -284,19 +241,3 @@ class TrainingControl:
 def make_divergence_error(message: str) -> JobFailed:
     """The failure of a training whose loss or weights are not finite: continuing would only cost money."""
     return JobFailed("invalid_config", message, "lower learning_rate or raise warmup_ratio")
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether the error, or one in its chain, means that the disk or a quota is full."""
-    for cause in _iter_exception_chain(error):
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(text in str(cause) for text in DISK_FULL_MESSAGES):
-            return True
-    return False
-
-
-def _iter_exception_chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

@@ -1,0 +1,44 @@
+"""How long a training, its steps and its saves take, from which TrainingControl decides when to save and when to yield."""
+
+from collections.abc import Callable
+
+
+class TrainingTimer:
+    """Times one training in one attempt. All times are in seconds of `clock`."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.longest_step_s = 0.0
+        self.save_s = 0.0  # how long the last save blocked the training
+        self._clock = clock
+        self._started_at = self._saved_at = self._step_started_at = clock()
+
+    @property
+    def elapsed_s(self) -> float:
+        """Since `start`."""
+        return self._clock() - self._started_at
+
+    @property
+    def since_last_save_s(self) -> float:
+        """Since the end of the last save, or since the beginning of one that failed."""
+        return self._clock() - self._saved_at
+
+    def start(self) -> None:
+        """The training begins."""
+        self._started_at = self._saved_at = self._clock()
+
+    def begin_step(self) -> None:
+        """An optimizer step begins."""
+        self._step_started_at = self._clock()
+
+    def end_step(self) -> None:
+        """The optimizer step ended."""
+        self.longest_step_s = max(self.longest_step_s, self._clock() - self._step_started_at)
+
+    def begin_save(self) -> None:
+        """A save begins, which blocks the training."""
+        self._saved_at = self._clock()
+
+    def end_save(self) -> None:
+        """The save succeeded."""
+        began_at, self._saved_at = self._saved_at, self._clock()
+        self.save_s = self._saved_at - began_at
