@@ -1,7 +1,7 @@
-"""How fast and how small the service is, side by side with servers that keep comparable records.
+"""Benchmarks of the service and the trainer, next to comparable servers and trainers.
 
-`make bench` measures everything; `python -m bench NAME…` some. One file a benchmark, each with
-`measure(scene) -> list[Figure]`; the rest is what they share. What belongs here: measuring, through HTTP, a service that
-is started as a user starts it. What does not: tests (nothing here fails because a machine is slow), and any change to
-the service for the sake of a figure.
+`make bench` runs all of them; `python -m bench NAME…` runs some. Each benchmark is one file with
+`measure(context) -> list[Measurement]`; the other files are shared. Here belong measurements, over HTTP, of a service that is
+started as a user starts it. Tests do not belong here (nothing fails because a machine is slow), nor does any change that the
+service would need only to be measured.
 """

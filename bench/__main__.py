@@ -12,8 +12,8 @@ from pathlib import Path
 import uvloop
 from rich.console import Console
 
+from bench.context import BenchmarkContext
 from bench.figures import Measurement, exactly, print_table, write_json
-from bench.scene import BenchmarkContext
 from bench.servers import ServerUnavailable
 
 BENCHMARKS = (
@@ -31,35 +31,37 @@ BENCHMARKS = (
     "training",
     "exports",
 )
-# What servers and attempts do when they do not do what was asked; the other benchmarks are worth having all the same.
+# How servers and attempts fail. One failed benchmark must not stop the others.
 RECOVERABLE_ERRORS = (ServerUnavailable, OSError, EOFError, ValueError, RuntimeError, subprocess.SubprocessError, ExceptionGroup)
 
 
 def main() -> int:
-    """Measure, print, write. 1 when a goal was missed."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Measures the service against its goals, and beside its peers.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which ones: {', '.join(BENCHMARKS)}; all when left out")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON, too")
-    parser.add_argument("--no-peers", action="store_true", help="leave MLflow, Prefect and dstack out")
-    chosen = parser.parse_args()
-    if unknown := sorted(set(chosen.names) - set(BENCHMARKS)):
+    """Run the benchmarks and print the results. Returns 1 if a goal was missed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description="Measures the service against its goals and compares it with its peers."
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"the benchmarks to run: {', '.join(BENCHMARKS)}; default: all")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements as JSON")
+    parser.add_argument("--no-peers", action="store_true", help="skip MLflow, Prefect and dstack")
+    args = parser.parse_args()
+    if unknown := sorted(set(args.names) - set(BENCHMARKS)):
         parser.error(f"no benchmark {', '.join(unknown)}; known: {', '.join(BENCHMARKS)}")
     _treat_sigterm_as_interrupt()
     figures: list[Measurement] = []
-    for name in chosen.names or BENCHMARKS:
-        found = _measure(name, not chosen.no_peers)
-        print_table(found)
-        figures += found
-        if chosen.json:  # after each, so that a run that is stopped leaves what it had
-            write_json(figures, chosen.json)
+    for name in args.names or BENCHMARKS:
+        measurements = _measure(name, not args.no_peers)
+        print_table(measurements)
+        figures += measurements
+        if args.json:  # after each benchmark, so that an interrupted run keeps its results
+            write_json(figures, args.json)
     missed = [f"{figure.benchmark}: {figure.name}" for figure in figures if figure.is_goal_met is False]
     Console().print(f"missed: {'; '.join(missed)}" if missed else "every goal was met")
     return 1 if missed else 0
 
 
 def _treat_sigterm_as_interrupt() -> None:
-    """SIGTERM does what Ctrl-C does: asyncio unwinds, so that servers are stopped and folders removed."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes its background jobs deaf to it
+    """Make SIGTERM act like Ctrl-C: asyncio unwinds, so that servers are stopped and folders removed."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores SIGINT for its background jobs
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
 

@@ -16,53 +16,53 @@ LAUNCH_TIMEOUT_S = 60
 
 @dataclass(frozen=True)
 class ClaimedAttempt:
-    """The first attempt of a job, claimed."""
+    """The claimed first attempt of a job."""
 
     job_id: str
     token: str
 
     def build_report(self, first_seq: int, steps: Sequence[int]) -> Request:
-        """A batch of one metric point a step, as a trainer sends them."""
+        """A batch with one metric point per step, as a trainer sends it."""
         now = datetime.now(UTC).isoformat()
         points = [{"at": now, "event": {"type": "metrics", "step": step, "values": _metric_values(step)}} for step in steps]
         return self.build_request("events", {"first_seq": first_seq, "events": points})
 
     def build_request(self, action: str, body: dict[str, Any]) -> Request:
-        """Something that an attempt says."""
+        """A request that the attempt sends to the service, such as `events` or `result`."""
         return Request("POST", f"/internal/jobs/{self.job_id}/attempts/1/{action}", body, {"Authorization": f"Bearer {self.token}"})
 
 
 async def claim_attempts(server: Server, jobs: int) -> list[ClaimedAttempt]:
     """Submit jobs, wait until all are launched, and claim them."""
     submitted = await submit_many(server, await upload_dataset(server), jobs, "held")
-    held = [await _wait_for_launch(server, answer.json()["job_id"]) for answer in submitted.responses]
-    for attempt in held:
+    attempts = [await _wait_for_launch(server, answer.json()["job_id"]) for answer in submitted.responses]
+    for attempt in attempts:
         await request_json(server.url, attempt.build_request("claim", {"claimant": "bench"}))
-        begun = {"first_seq": 0, "events": [{"at": datetime.now(UTC).isoformat(), "event": {"type": "phase", "phase": "training"}}]}
-        await request_json(server.url, attempt.build_request("events", begun))
-    return held
+        started = {"first_seq": 0, "events": [{"at": datetime.now(UTC).isoformat(), "event": {"type": "phase", "phase": "training"}}]}
+        await request_json(server.url, attempt.build_request("events", started))
+    return attempts
 
 
 async def load_stored_steps(server: Server, job_id: str) -> list[tuple[int, int]]:
-    """The id and the step of every metric point that the service has of a job, in its order."""
-    found: list[tuple[int, int]] = []
+    """The event id and step of every metric point that the service stored for a job, in its order."""
+    stored: list[tuple[int, int]] = []
     after = 0
     while True:
         page = await request_json(server.url, Request("GET", f"/jobs/{job_id}/events?limit=1000&after={after}"))
-        found += [(row["id"], row["event"]["step"]) for row in page["events"] if row["event"]["type"] == "metrics"]
+        stored += [(row["id"], row["event"]["step"]) for row in page["events"] if row["event"]["type"] == "metrics"]
         if not page["events"]:
-            return found
+            return stored
         after = page["next_after"]
 
 
 async def _wait_for_launch(server: Server, job_id: str) -> ClaimedAttempt:
-    token = server.home / "attempts" / f"{job_id}.1" / "token"
+    token_file = server.home / "attempts" / f"{job_id}.1" / "token"
     deadline = time.monotonic() + LAUNCH_TIMEOUT_S
-    while not token.exists():
+    while not token_file.exists():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{job_id} was not launched within {LAUNCH_TIMEOUT_S} s")
         await asyncio.sleep(0.02)
-    return ClaimedAttempt(job_id, token.read_text())
+    return ClaimedAttempt(job_id, token_file.read_text())
 
 
 def _metric_values(step: int) -> dict[str, float]:

@@ -21,7 +21,7 @@ class Goal:
     value: float
 
     def is_met_by(self, value: float) -> bool:
-        """Whether a measured value is good enough. A value that is not a number never is."""
+        """Whether a measured value meets the goal. NaN never does."""
         match self.direction:
             case "at least":
                 return value >= self.value
@@ -33,7 +33,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One number of one benchmark. Without a goal it is there to explain the others; without a value, `note` says why."""
+    """One number of one benchmark. Without a goal it is informative; without a value, `note` is the reason."""
 
     benchmark: str
     name: str
@@ -44,51 +44,51 @@ class Measurement:
 
     @property
     def is_goal_met(self) -> bool | None:
-        """None where nothing was wanted. A goal whose figure could not be had is not met."""
+        """None without a goal. A goal without a measured value is not met."""
         if self.goal is None:
             return None
         return self.value is not None and self.goal.is_met_by(self.value)
 
 
 def at_least(value: float) -> Goal:
-    """More is better."""
+    """A goal that larger values meet."""
     return Goal("at least", value)
 
 
 def at_most(value: float) -> Goal:
-    """Less is better."""
+    """A goal that smaller values meet."""
     return Goal("at most", value)
 
 
 def exactly(value: float) -> Goal:
-    """Nothing else will do."""
+    """A goal that only this value meets."""
     return Goal("exactly", value)
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that `percent` of the values do not exceed; nan of nothing."""
+    """The smallest value that `percent` of the values do not exceed; NaN without values."""
     if not values:
         return math.nan
     return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)]
 
 
 def median(values: Sequence[float]) -> float:
-    """The middle one."""
+    """The 50th percentile."""
     return percentile(values, 50)
 
 
-def print_table(figures: Sequence[Measurement], console: Console | None = None) -> None:
-    """The figures for a person."""
-    table = Table("benchmark", "figure", "measured", "goal", "met", "remark")
+def print_table(figures: Sequence[Measurement]) -> None:
+    """Print the measurements as a table."""
+    table = Table("benchmark", "figure", "measured", "goal", "met", "note")
     for figure in figures:
         goal = f"{figure.goal.direction} {_format_number(figure.goal.value)} {figure.unit}".strip() if figure.goal else ""
         met = {None: "", True: "[green]yes[/]", False: "[red]no[/]"}[figure.is_goal_met]
         table.add_row(figure.benchmark, figure.name, _format_value(figure), goal, met, figure.note)
-    (console or Console()).print(table)
+    Console().print(table)
 
 
 def write_json(figures: Sequence[Measurement], path: Path) -> None:
-    """The figures for a program."""
+    """Write the measurements as JSON."""
     path.write_text(json.dumps([asdict(figure) | {"met": figure.is_goal_met} for figure in figures], indent=1) + "\n")
 
 

@@ -1,7 +1,7 @@
-"""B8: the job store on Firestore's emulator: pages of 50 among 10,000 jobs, and 200 attempts that report at once.
+"""B8: the job store on Firestore's emulator: pages of 50 among 10,000 jobs, and 200 attempts that report concurrently.
 
-What is measured is our own work, Google's client and the emulator, which has no indexes: it walks over every job for each page.
-Firestore itself reads a page along an index, over a network.
+The time is that of the store, of Google's client and of the emulator, which has no indexes and reads every job for each page.
+Firestore itself reads a page from an index, over a network.
 """
 
 import asyncio
@@ -16,8 +16,8 @@ from datetime import UTC, datetime, timedelta
 
 from google.cloud.firestore import Client
 
+from bench.context import BenchmarkContext
 from bench.figures import Measurement, at_most, exactly, percentile
-from bench.scene import BenchmarkContext
 from infra.loopback.firestore import run_firestore_emulator
 from schema.events import EventBatch, MetricsLogged, ReportedEvent
 from schema.job import Job, Status
@@ -34,12 +34,12 @@ NAME = "firestore"
 JOBS = 10_000
 JOBS_PER_COMMIT = 400
 PAGE = 50
-PAGES = 100  # of each filter
+PAGES = 100  # per filter
 WRITERS = 200
-BATCHES = 5  # of each writer
-EVENTS = 20  # of each batch
+BATCHES = 5  # per writer
+EVENTS = 20  # per batch
 CALLER_TIMEOUT_S = 4.5  # as in the API
-MAX_TRIES = 10  # an attempt's reporter goes on for hours
+MAX_TRIES = 10  # an attempt's reporter retries for hours
 START = datetime(2026, 1, 1, tzinfo=UTC)
 CONFIG = SftConfig.model_validate(TRAIN_REQUEST_EXAMPLE["training_config"])
 STATUSES = (Status.COMPLETED,) * 8 + (Status.FAILED, Status.CANCELLED)
@@ -55,7 +55,7 @@ FILTERS = {
 
 
 async def measure(_: BenchmarkContext) -> list[Measurement]:
-    """Pages first, for the emulator walks over events, too."""
+    """Measure pages before reports: the emulator also scans events, which would slow the pages."""
     with run_firestore_emulator() as host:
         os.environ["FIRESTORE_EMULATOR_HOST"] = host  # read by Google's client
         try:
@@ -74,12 +74,12 @@ def _measure() -> list[Measurement]:
 
 def _measure_pages(store: FirestoreJobStore) -> Iterator[Measurement]:
     _insert_jobs(Client(project="bench"))
-    for _ in range(PAGES):  # the emulator's Java warms up
+    for _ in range(PAGES):  # warm up the emulator's Java
         store.list_jobs(JobQuery("local"))
     for name, query in FILTERS.items():
-        took_ms = [_time_page_ms(store, query) for _ in range(PAGES)]
-        note = f"p50 {percentile(took_ms, 50):.1f} ms"
-        yield Measurement(NAME, f"a page of {PAGE} among {JOBS:,}, p95: {name}", percentile(took_ms, 95), "ms", at_most(100), note)
+        times_ms = [_time_page_ms(store, query) for _ in range(PAGES)]
+        note = f"p50 {percentile(times_ms, 50):.1f} ms"
+        yield Measurement(NAME, f"a page of {PAGE} among {JOBS:,}, p95: {name}", percentile(times_ms, 95), "ms", at_most(100), note)
 
 
 def _insert_jobs(client: Client) -> None:
@@ -110,32 +110,32 @@ def _make_job(number: int) -> Job:
 
 
 def _time_page_ms(store: FirestoreJobStore, query: JobQuery) -> float:
-    began = time.perf_counter()
+    started_at = time.perf_counter()
     store.list_jobs(query)
-    return (time.perf_counter() - began) * 1000
+    return (time.perf_counter() - started_at) * 1000
 
 
 def _measure_reports(store: FirestoreJobStore) -> list[Measurement]:
-    began = time.perf_counter()
+    started_at = time.perf_counter()
     with ThreadPoolExecutor(WRITERS) as pool:
         reports = [report for writer in pool.map(lambda number: _append_batches(store, number), range(WRITERS)) for report in writer]
-    took_s = time.perf_counter() - began
+    elapsed_s = time.perf_counter() - started_at
     expected = Counter({(number, seq): 1 for number in range(WRITERS) for seq in range(BATCHES * EVENTS)})
-    kept = Counter((number, stored.seq) for number in range(WRITERS) for stored in store.list_events(f"job-{number}"))
-    what = f"{WRITERS} writers at once, {BATCHES} batches of {EVENTS} events each"
-    again = sum(report.retries for report in reports)
-    waits_ms = [report.elapsed_ms for report in reports]
+    stored = Counter((number, row.seq) for number in range(WRITERS) for row in store.list_events(f"job-{number}"))
+    load = f"{WRITERS} concurrent writers, {BATCHES} batches of {EVENTS} events each"
+    retries = sum(report.retries for report in reports)
+    latencies_ms = [report.elapsed_ms for report in reports]
     return [
-        Measurement(NAME, f"{what}: events lost", (expected - kept).total(), "events", exactly(0), f"{expected.total():,} were sent"),
-        Measurement(NAME, f"{what}: events doubled", (kept - expected).total(), "events", exactly(0)),
-        Measurement(NAME, f"{what}: a batch, p95", percentile(waits_ms, 95), "ms", note=f"{again} were told to try again"),
-        Measurement(NAME, f"{what}: together", expected.total() / took_s, "events/s"),
+        Measurement(NAME, f"{load}: events lost", (expected - stored).total(), "events", exactly(0), f"{expected.total():,} were sent"),
+        Measurement(NAME, f"{load}: events duplicated", (stored - expected).total(), "events", exactly(0)),
+        Measurement(NAME, f"{load}: a batch, p95", percentile(latencies_ms, 95), "ms", note=f"{retries} retries"),
+        Measurement(NAME, f"{load}: total rate", expected.total() / elapsed_s, "events/s"),
     ]
 
 
 @dataclass(frozen=True)
 class _AppendResult:
-    """One batch that was kept in the end."""
+    """The outcome of one stored batch."""
 
     elapsed_ms: float
     retries: int
@@ -148,9 +148,9 @@ def _append_batches(store: FirestoreJobStore, number: int) -> list[_AppendResult
 def _append_with_retry(store: FirestoreJobStore, job_id: str, first_seq: int) -> _AppendResult:
     now = datetime.now(UTC)
     events = [ReportedEvent(at=now, event=MetricsLogged(step=first_seq + n, values={"loss": 1.0})) for n in range(EVENTS)]
-    began = time.perf_counter()
-    for refused in range(MAX_TRIES):
+    started_at = time.perf_counter()
+    for retries in range(MAX_TRIES):
         with suppress(Unavailable), deadline(CALLER_TIMEOUT_S):
             store.append_events(job_id, 1, EventBatch(first_seq=first_seq, events=events), now)
-            return _AppendResult((time.perf_counter() - began) * 1000, refused)
-    raise RuntimeError(f"{job_id} could not report in {MAX_TRIES} tries")
+            return _AppendResult((time.perf_counter() - started_at) * 1000, retries)
+    raise RuntimeError(f"{job_id} could not store a batch in {MAX_TRIES} tries")

@@ -2,11 +2,11 @@
 
 import asyncio
 
+from bench.context import REAL_TRAINER, BenchmarkContext
 from bench.figures import Measurement, at_most, median
 from bench.peers import PEERS, Peer, peer_server
-from bench.scene import REAL_TRAINER, BenchmarkContext
 from bench.servers import ServerUnavailable, run_service, upload_dataset
-from bench.standin import make_stub_trainer
+from bench.stub_trainer import make_stub_trainer
 from bench.submit import REQUESTS, submit_many
 
 NAME = "footprint"
@@ -15,13 +15,13 @@ SETTLE_S = 5.0  # for background work after a server is ready
 
 
 async def measure(context: BenchmarkContext) -> list[Measurement]:
-    """Tunesmith; then its peers, in their second start, after they have created their tables."""
+    """Measure the service, then its peers in their second start, after they have created their tables."""
     ready_s = median([await _measure_start(context) for _ in range(STARTS)])
-    idle_mb, after_mb = await _measure_memory(context)
+    idle_mb, loaded_mb = await _measure_memory(context)
     figures = [
         Measurement(NAME, "ready", ready_s, "s", at_most(1.5), f"median of {STARTS} starts"),
         Measurement(NAME, "memory, idle", idle_mb, "MB", at_most(120)),
-        Measurement(NAME, f"memory after {REQUESTS:,} submissions", after_mb, "MB", at_most(120)),
+        Measurement(NAME, f"memory after {REQUESTS:,} submissions", loaded_mb, "MB", at_most(120)),
     ]
     if context.with_peers:
         for peer in PEERS:
@@ -30,7 +30,7 @@ async def measure(context: BenchmarkContext) -> list[Measurement]:
 
 
 async def _measure_start(context: BenchmarkContext) -> float:
-    """With the real trainer's environment where there is one: the service asks it what it can do while it starts."""
+    """Seconds until the service is ready, with the real trainer's environment if installed: the service probes it at startup."""
     trainer = REAL_TRAINER if REAL_TRAINER.exists() else make_stub_trainer(context.folder / "trainer")
     async with run_service(context.folder / "start", trainer) as server:
         return server.ready_s

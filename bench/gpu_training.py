@@ -72,7 +72,7 @@ def measure(size: str, gpu: str, batch: int, folder: Path, unsloth: Path | None)
     seen: dict[str, list[TrainingRecord]] = {}
     for number in range(ROUNDS):
         for name, (python, script, plan) in _make_trainer_plans(folder, batch, unsloth).items():
-            own = replace(plan, out=f"{plan.output_folder}-{number}")
+            own = replace(plan, output_folder=f"{plan.output_folder}-{number}")
             path = Path(own.output_folder + ".json")
             own.write(path)
             _run_trainer(python, script, path)
@@ -114,10 +114,10 @@ def _make_trainer_plans(folder: Path, batch: int, unsloth: Path | None) -> dict[
     here = Path(sys.executable)
     found = {
         "Tunesmith": (here, "tunesmith", ours),
-        "TRL, its defaults": (here, "trl_trainer", replace(ours, out=str(folder / "trl-defaults"), flags="defaults")),
-        "TRL, our flags": (here, "trl_trainer", replace(ours, out=str(folder / "trl"))),
+        "TRL, its defaults": (here, "trl_trainer", replace(ours, output_folder=str(folder / "trl-defaults"), flags="defaults")),
+        "TRL, our flags": (here, "trl_trainer", replace(ours, output_folder=str(folder / "trl"))),
     }
-    return found | ({"Unsloth": (unsloth, "unsloth_trainer", replace(ours, out=str(folder / "unsloth")))} if unsloth else {})
+    return found | ({"Unsloth": (unsloth, "unsloth_trainer", replace(ours, output_folder=str(folder / "unsloth")))} if unsloth else {})
 
 
 def _run_trainer(python: Path, script: str, *arguments: str | Path) -> None:

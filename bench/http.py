@@ -50,18 +50,18 @@ class Request:
 
 @dataclass(frozen=True)
 class Response:
-    """What came back."""
+    """A response with its complete body."""
 
     status: int
     body: bytes
 
     @property
     def ok(self) -> bool:
-        """Whether the server did it."""
+        """Whether the status is a success."""
         return 200 <= self.status < 300
 
     def json(self) -> Any:
-        """The body. Any: each caller knows what it asked for. Raises ValueError, with the text, when it is no success."""
+        """The parsed body. Any: each caller knows its shape. Raises ValueError with the body's text for an error status."""
         if not self.ok:
             raise ValueError(f"the server answered {self.status}: {self.body[:500].decode(errors='replace')}")
         return json.loads(self.body)
@@ -77,7 +77,7 @@ class Connection:
         self._writer: asyncio.StreamWriter | None = None
 
     async def send(self, request: Request) -> Response:
-        """Send and wait. Raises OSError or EOFError when the server hangs up, TimeoutError when it is silent."""
+        """The response to a request. Raises OSError or EOFError if the server disconnects, TimeoutError if it does not answer."""
         async with asyncio.timeout(RESPONSE_TIMEOUT_S):
             reader, head, status = await self._open(request)
             body = await self._body(reader, head)
@@ -86,7 +86,7 @@ class Connection:
         return Response(status, body)
 
     async def stream(self, request: Request) -> AsyncIterator[bytes]:
-        """The chunks of an answer that has no end. Raises EOFError when the server hangs up."""
+        """The chunks of a streaming response. Raises EOFError if the server disconnects, ValueError for an error status."""
         reader, head, status = await self._open(request)
         if status != 200:
             body = await self._body(reader, head)
@@ -95,7 +95,7 @@ class Connection:
             yield chunk
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         if self._writer:
             self._writer.close()
         self._reader = self._writer = None
@@ -105,10 +105,10 @@ class Connection:
             self._reader, self._writer = await asyncio.open_connection(self._host, self._port, limit=1 << 20)
         self._writer.write(request.render(f"{self._host}:{self._port}"))
         head = await self._reader.readuntil(b"\r\n\r\n")
-        found = STATUS.match(head)
-        if not found:
+        status = STATUS.match(head)
+        if not status:
             raise EOFError(f"not HTTP: {head[:80]!r}")
-        return self._reader, head, int(found[1])
+        return self._reader, head, int(status[1])
 
     async def _body(self, reader: asyncio.StreamReader, head: bytes) -> bytes:
         if length := LENGTH.search(head):
@@ -126,16 +126,16 @@ async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
 
 @dataclass
 class LoadResult:
-    """What became of many requests."""
+    """The outcome of many requests."""
 
-    latencies_s: list[float] = field(default_factory=list[float])  # of those that were done
-    rejected: Counter[str] = field(default_factory=Counter[str])  # the others: by status, or by how the connection ended
+    latencies_s: list[float] = field(default_factory=list[float])  # of successful requests
+    rejected: Counter[str] = field(default_factory=Counter[str])  # other requests, by status or exception
     responses: list[Response] = field(default_factory=list[Response])
     elapsed_s: float = 0.0
 
     @property
     def requests_per_s(self) -> float:
-        """Requests done a second."""
+        """Successful requests per second."""
         return len(self.latencies_s) / self.elapsed_s if self.elapsed_s else 0.0
 
     def latency_ms(self, percent: float) -> float:
@@ -144,37 +144,37 @@ class LoadResult:
 
 
 async def run_load(url: str, requests: Iterable[Request], clients: int, max_duration_s: float = 120.0) -> LoadResult:
-    """Send the requests, each client the next as soon as it has its answer, until there are no more or the time is over."""
-    done = LoadResult()
+    """Send requests from concurrent clients, each one request at a time, until none is left or the time is over."""
+    result = LoadResult()
     shared = iter(requests)
-    began = time.perf_counter()
-    await asyncio.gather(*(_one_client(url, shared, done, began + max_duration_s) for _ in range(clients)))
-    done.elapsed_s = time.perf_counter() - began
-    return done
+    started_at = time.perf_counter()
+    await asyncio.gather(*(_run_client(url, shared, result, started_at + max_duration_s) for _ in range(clients)))
+    result.elapsed_s = time.perf_counter() - started_at
+    return result
 
 
-async def _one_client(url: str, requests: Iterator[Request], done: LoadResult, deadline: float) -> None:
+async def _run_client(url: str, requests: Iterator[Request], result: LoadResult, deadline: float) -> None:
     connection = Connection(url)
     for request in requests:
-        began = time.perf_counter()
-        if began > deadline:
+        sent_at = time.perf_counter()
+        if sent_at > deadline:
             break
         try:
-            answer = await connection.send(request)
+            response = await connection.send(request)
         except (OSError, EOFError, TimeoutError) as error:
-            done.rejected[type(error).__name__] += 1
+            result.rejected[type(error).__name__] += 1
             connection.close()
             continue
-        if answer.ok:
-            done.latencies_s.append(time.perf_counter() - began)
-            done.responses.append(answer)
+        if response.ok:
+            result.latencies_s.append(time.perf_counter() - sent_at)
+            result.responses.append(response)
         else:
-            done.rejected[str(answer.status)] += 1
+            result.rejected[str(response.status)] += 1
     connection.close()
 
 
 async def request_json(url: str, request: Request) -> Any:
-    """One request on a connection of its own; the answer's JSON. Raises ValueError when the server did not do it."""
+    """Send one request on a new connection; returns the response's JSON. Raises ValueError for an error status."""
     connection = Connection(url)
     try:
         return (await connection.send(request)).json()

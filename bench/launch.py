@@ -1,7 +1,7 @@
-"""B4: from `POST /train` to the first line of the attempt's output, and from cancel to the end of its process.
+"""B4: time from `POST /train` to the first line of the attempt's output, and from a cancel to the end of its process.
 
-The real launcher and the real trainer, on a tiny Gemma with random weights. It cancels attempts that have just started,
-whose libraries are still loading, and attempts that are training.
+It uses the real launcher and trainer, on a tiny Gemma with random weights, and cancels both attempts that have just started, whose
+libraries are still loading, and attempts that are training.
 """
 
 import asyncio
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import psutil
 
-from bench.figures import Measurement, at_most, median, percentile
+from bench.context import MISSING_TRAINER_NOTE, REAL_TRAINER, BenchmarkContext
+from bench.figures import Measurement, at_most, median
 from bench.http import Request, request_json
-from bench.scene import REAL_TRAINER, BenchmarkContext
 from bench.servers import SOURCE, Server, ServerUnavailable, make_environment, run_service, upload_dataset
 
 NAME = "launch"
@@ -28,38 +28,37 @@ TIMEOUT_S = 120.0
 async def measure(context: BenchmarkContext) -> list[Measurement]:
     """How soon attempts start, and how soon they end after a cancel."""
     if not REAL_TRAINER.exists():
-        return [Measurement(NAME, "POST /train to first line", None, "s", at_most(0.3), "there is no trainer's environment: make setup")]
+        return [Measurement(NAME, "POST /train to first line", None, "s", at_most(0.3), MISSING_TRAINER_NOTE)]
     home = context.folder / "home"
     await asyncio.to_thread(install_tiny_base, home)
     async with run_service(home, REAL_TRAINER) as server:
         dataset_id = await upload_dataset(server)
-        await request_json(server.url, Request("GET", "/capabilities"))  # asked once per service: what the trainer's environment can do
-        await _launch_and_cancel(server, dataset_id, in_training=False)  # files in the page cache, as on any day but the first
+        await request_json(server.url, Request("GET", "/capabilities"))  # the service probes the trainer's environment once
+        await _launch_and_cancel(server, dataset_id, in_training=False)  # fills the page cache
         early = [await _launch_and_cancel(server, dataset_id, in_training=False) for _ in range(LAUNCHES)]
         late = [await _launch_and_cancel(server, dataset_id, in_training=True) for _ in range(LAUNCHES_IN_TRAINING)]
-    begun_s = [begin_s for begin_s, _ in early]
+    first_line_s = [start_s for start_s, _ in early]
     return [
         Measurement(
-            NAME, "POST /train to first line, p50", median(begun_s), "s", at_most(0.3), f"of {LAUNCHES}, slowest {max(begun_s):.2f} s"
+            NAME,
+            "POST /train to first line, p50",
+            median(first_line_s),
+            "s",
+            at_most(0.3),
+            f"of {LAUNCHES}, slowest {max(first_line_s):.2f} s",
         ),
-        _cancel_measurement("an attempt that has just begun", [gone_s for _, gone_s in early]),
-        _cancel_measurement("an attempt in training", [gone_s for _, gone_s in late]),
+        _cancel_measurement("an attempt that has just started", [exit_s for _, exit_s in early]),
+        _cancel_measurement("an attempt in training", [exit_s for _, exit_s in late]),
     ]
 
 
-def _cancel_measurement(what: str, gone_s: list[float]) -> Measurement:
-    return Measurement(
-        NAME,
-        f"cancel to no process: {what}, slowest",
-        max(gone_s),
-        "s",
-        at_most(2),
-        f"of {len(gone_s)}, p50 {percentile(gone_s, 50):.2f} s",
-    )
+def _cancel_measurement(attempt: str, exit_s: list[float]) -> Measurement:
+    note = f"of {len(exit_s)}, p50 {median(exit_s):.2f} s"
+    return Measurement(NAME, f"from the cancel to the end of the process: {attempt}, slowest", max(exit_s), "s", at_most(2), note)
 
 
 def install_tiny_base(home: Path) -> None:
-    """Put the tiny Gemma where the jobs of a service in that home find it."""
+    """Put the tiny Gemma into the object store of the service with this home."""
     folder = home / "objects/pretrained_weights/huggingface" / BASE
     folder.mkdir(parents=True)
     command = [REAL_TRAINER, "-m", "tests.tiny_gemma", folder]
@@ -67,23 +66,23 @@ def install_tiny_base(home: Path) -> None:
 
 
 async def _launch_and_cancel(server: Server, dataset_id: str, *, in_training: bool) -> tuple[float, float]:
-    """Seconds to the first line, and from the cancel until the process is gone."""
+    """Seconds from the request to the first line, and from the cancel to the end of the process."""
     config = {"base_model_id": BASE, "hyperparameters": {"max_steps": 1_000_000, "batch_size": 2, "logging_steps": 1}}
-    began = time.perf_counter()
+    submitted_at = time.perf_counter()
     answer = await request_json(server.url, Request("POST", "/train", {"processed_dataset_id": dataset_id, "training_config": config}))
     job_id = answer["job_id"]
     log = server.home / "attempts" / f"{job_id}.1.log"
     await _wait_until(lambda: log.exists() and b"\n" in log.read_bytes())
-    begun_s = time.perf_counter() - began
-    attempt = _find_process(job_id)
+    first_line_s = time.perf_counter() - submitted_at
+    process = _find_process(job_id)
     if in_training:
         await _wait_for_first_metrics(server, job_id)
-    began = time.perf_counter()
+    cancelled_at = time.perf_counter()
     await request_json(server.url, Request("POST", f"/jobs/{job_id}/cancel"))
-    await _wait_until(lambda: not _is_alive(attempt))
-    gone_s = time.perf_counter() - began
+    await _wait_until(lambda: not _is_alive(process))
+    exit_s = time.perf_counter() - cancelled_at
     await _wait_until_cancelled(server, job_id)
-    return begun_s, gone_s
+    return first_line_s, exit_s
 
 
 def _find_process(job_id: str) -> psutil.Process:
@@ -98,8 +97,6 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 async def _wait_for_first_metrics(server: Server, job_id: str) -> None:
-    """Until the first metric point has come."""
-
     async def has_metrics() -> bool:
         page = await request_json(server.url, Request("GET", f"/jobs/{job_id}/events?limit=1000"))
         return any(row["event"]["type"] == "metrics" for row in page["events"])
@@ -108,12 +105,12 @@ async def _wait_for_first_metrics(server: Server, job_id: str) -> None:
 
 
 async def _wait_until_cancelled(server: Server, job_id: str) -> None:
-    """Until the job is final. A process that is gone for another reason than the cancel is no measurement."""
+    """Raises ServerUnavailable if the process ended for another reason than the cancel."""
 
     async def is_cancelled() -> bool:
         status = (await request_json(server.url, Request("GET", f"/jobs/{job_id}")))["status"]
         if status in ("completed", "failed"):
-            raise ServerUnavailable(f"{job_id} should have been cancelled, and is {status}")
+            raise ServerUnavailable(f"{job_id} is {status}, not cancelled")
         return status == "cancelled"
 
     await _wait_until_async(is_cancelled, job_id)
@@ -123,7 +120,7 @@ async def _wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.perf_counter() + TIMEOUT_S
     while not condition():
         if time.perf_counter() > deadline:
-            raise TimeoutError(f"it did not happen within {TIMEOUT_S:.0f} s")
+            raise TimeoutError(f"the condition was not met within {TIMEOUT_S:.0f} s")
         await asyncio.sleep(POLL_S)
 
 
@@ -131,5 +128,5 @@ async def _wait_until_async(condition: Callable[[], Awaitable[bool]], job_id: st
     deadline = time.perf_counter() + TIMEOUT_S
     while not await condition():
         if time.perf_counter() > deadline:
-            raise TimeoutError(f"{job_id} did not get there within {TIMEOUT_S:.0f} s")
+            raise TimeoutError(f"{job_id}: the condition was not met within {TIMEOUT_S:.0f} s")
         await asyncio.sleep(0.1)

@@ -1,8 +1,8 @@
-"""B2: a page of 50 jobs among 10,000, 100,000 and 1,000,000, plain and filtered, and the newest 50 runs at the peers.
+"""B2: a page of 50 jobs among 10,000, 100,000 and 1,000,000, with and without filters, and the newest 50 runs at the peers.
 
-Rows are copies of one record, written straight into each server's SQLite file while it is stopped: through the HTTP API a
-million would take most of an hour, and the page cannot tell. All jobs are final; a hundred projects share them. A million
-jobs take some 6 GB of the temporary folder for a while.
+Rows are copies of one record, written into each server's SQLite file while the server is stopped: a million requests over HTTP would
+take most of an hour and give the same pages. All jobs are final, in a hundred projects. A million jobs need about 6 GB of the
+temporary folder.
 """
 
 import itertools
@@ -12,12 +12,12 @@ from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from bench.figures import Goal, Measurement, at_least, at_most
+from bench.context import BenchmarkContext
+from bench.figures import Measurement, at_least, at_most
 from bench.http import LoadResult, Request, request_json, run_load
 from bench.peers import PEERS, Peer, clone_runs, make_run_requests, peer_server
-from bench.scene import BenchmarkContext
 from bench.servers import Server, ServerUnavailable, run_service
-from bench.standin import make_stub_trainer
+from bench.stub_trainer import make_stub_trainer
 from schema.job import Job, Status
 from schema.requests import TRAIN_REQUEST_EXAMPLE
 from schema.training import SftConfig
@@ -30,14 +30,14 @@ PEER_ROWS = 100_000
 PAGE = 50
 CLIENTS = 4
 REQUESTS = 2000
-PAGES = 200  # of each filter, one client: what one page costs, not what the machine can bear
+PAGES = 200  # per filter, one client: the cost of one page, not the capacity of the machine
 PAGES_TIMEOUT_S = 20.0
 ROUNDS = 3
 PEER_REQUESTS = 200
 PEER_TIMEOUT_S = 20.0
 START = datetime(2026, 1, 1, tzinfo=UTC)
-RARE_PROJECT_ID = "a-needle"  # a project of a single job, the oldest
-# No job is queued or at work: the reconciler would look after it while we measure.
+RARE_PROJECT_ID = "project-with-one-job"  # the oldest job
+# No job is active: the reconciler would work on it during the measurement.
 STATUSES = (Status.COMPLETED,) * 8 + (Status.FAILED, Status.CANCELLED)
 FILTERS = {
     "no filter": "",
@@ -59,31 +59,31 @@ MIDDLE_PAGE = "a page from the middle"
 
 
 async def measure(context: BenchmarkContext) -> list[Measurement]:
-    """Speed at 100,000, then how little the number of rows matters, then the peers."""
-    busy: dict[int, LoadResult] = {}
+    """Measure the speed at 100,000 jobs, its growth with the number of jobs, and the peers."""
+    loads: dict[int, LoadResult] = {}
     page_ms: dict[int, dict[str, float]] = {}
     for rows in SIZES:
-        busy[rows], page_ms[rows] = await _measure_service(context, rows)
+        loads[rows], page_ms[rows] = await _measure_service(context, rows)
     small, large = page_ms[SIZES[0]], page_ms[SIZES[-1]]
-    among = f"{SIZES[1]:,}"
+    medium = loads[SIZES[1]]
     figures = [
-        Measurement(NAME, f"GET /jobs among {among}, p99", busy[SIZES[1]].latency_ms(99), "ms", at_most(20), f"{CLIENTS} clients"),
-        Measurement(NAME, f"GET /jobs among {among}", busy[SIZES[1]].requests_per_s, "/s", note=f"{CLIENTS} clients"),
+        Measurement(NAME, f"GET /jobs among {SIZES[1]:,}, p99", medium.latency_ms(99), "ms", at_most(20), f"{CLIENTS} clients"),
+        Measurement(NAME, f"GET /jobs among {SIZES[1]:,}", medium.requests_per_s, "/s", note=f"{CLIENTS} clients"),
         *(_growth_measurement(name, small[name], large[name]) for name in small),
     ]
     if not context.with_peers:
         return figures
     peers = [await _measure_peer(context, peer) for peer in PEERS]
     best = max((figure.value or 0.0 for figure in peers), default=0.0)
-    ratio = busy[SIZES[1]].requests_per_s / best if best else None
+    ratio = medium.requests_per_s / best if best else None
     return [*figures, *peers, Measurement(NAME, "times the best peer", ratio, "×", at_least(10))]
 
 
 def fill_database(database: Path, rows: int) -> None:
-    """A database of the service with that many jobs."""
+    """Create a database of the service with this many jobs."""
     SqliteJobStore(database).close()
     with closing(sqlite3.connect(database)) as db:
-        db.execute("PRAGMA synchronous = OFF")  # while it is filled
+        db.execute("PRAGMA synchronous = OFF")  # for this connection only
         with db:
             db.executemany("INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", _make_job_rows(rows))
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -108,13 +108,24 @@ def _make_job_rows(rows: int) -> Iterator[tuple[object, ...]]:
         status = STATUSES[number // 100 % len(STATUSES)]  # every project has every status
         created_at = (START + timedelta(seconds=number)).isoformat(timespec="microseconds")
         project_id = RARE_PROJECT_ID if number == 0 else f"project-{number % 100}"
-        kinds = (config.base_model_id, status, config.modality, config.trainer_type)
-        own = record.replace("the-id", job_id)
-        yield (job_id, "local", project_id, "a job", *kinds, "dataset_1", created_at, status.is_active, status.is_final, 0, own)
+        filter_columns = (config.base_model_id, status, config.modality, config.trainer_type)
+        yield (
+            job_id,
+            "local",
+            project_id,
+            "a job",
+            *filter_columns,
+            "dataset_1",
+            created_at,
+            status.is_active,
+            status.is_final,
+            0,
+            record.replace("the-id", job_id),
+        )
 
 
 async def _measure_service(context: BenchmarkContext, rows: int) -> tuple[LoadResult, dict[str, float]]:
-    """The plain page from several clients, and the median milliseconds of a page by filter from one."""
+    """The load result of unfiltered pages with several clients, and by filter the median time of a page in ms with one client."""
     home = context.folder / f"home-{rows}"
     fill_database(home / "tunesmith.db", rows)
     async with run_service(home, make_stub_trainer(context.folder / "trainer")) as server:
@@ -122,20 +133,20 @@ async def _measure_service(context: BenchmarkContext, rows: int) -> tuple[LoadRe
         rounds = [await _load_pages(server, "", CLIENTS, REQUESTS) for _ in range(ROUNDS)]
         queries = {**FILTERS, MIDDLE_PAGE: await _middle_page_query(server, rows)}
         page_ms = {name: (await _load_pages(server, query, 1, PAGES)).latency_ms(50) for name, query in queries.items()}
-    by_p99 = sorted(rounds, key=lambda done: done.latency_ms(99))
+    by_p99 = sorted(rounds, key=lambda load: load.latency_ms(99))
     (home / "tunesmith.db").unlink()
     return by_p99[ROUNDS // 2], page_ms
 
 
 async def _load_pages(server: Server, query: str, clients: int, requests: int) -> LoadResult:
-    done = await run_load(server.url, itertools.repeat(Request("GET", f"/jobs?limit={PAGE}{query}"), requests), clients, PAGES_TIMEOUT_S)
-    if done.rejected:
-        raise ServerUnavailable(f"GET /jobs{query} was refused: {dict(done.rejected)}")
-    return done
+    load = await run_load(server.url, itertools.repeat(Request("GET", f"/jobs?limit={PAGE}{query}"), requests), clients, PAGES_TIMEOUT_S)
+    if load.rejected:
+        raise ServerUnavailable(f"GET /jobs{query} was rejected: {dict(load.rejected)}")
+    return load
 
 
 async def _middle_page_query(server: Server, rows: int) -> str:
-    """A cursor is a place, not a number of rows: any page may be asked for without those before it."""
+    """The query of a page from the middle. A cursor is a position, not a count of rows: no earlier page has to be read first."""
     number = rows // 2
     created_at = (START + timedelta(seconds=number)).isoformat(timespec="microseconds")
     query = f"&cursor={encode_cursor(created_at, f'training_bench_gemma-3-270m_{number:012x}')}"
@@ -145,28 +156,28 @@ async def _middle_page_query(server: Server, rows: int) -> str:
 
 
 def _growth_measurement(name: str, small_ms: float, large_ms: float) -> Measurement:
-    goal: Goal = at_most(1.5)
-    return Measurement(
-        NAME, f"{SIZES[-1]:,} against {SIZES[0]:,}: {name}", large_ms / small_ms, "×", goal, f"{small_ms:.2f} → {large_ms:.2f} ms"
-    )
+    note = f"{small_ms:.2f} → {large_ms:.2f} ms"
+    return Measurement(NAME, f"{SIZES[-1]:,} against {SIZES[0]:,}: {name}", large_ms / small_ms, "×", at_most(1.5), note)
 
 
 async def _measure_peer(context: BenchmarkContext, peer: Peer) -> Measurement:
-    """The newest 50 among as many rows as ours had; the better of one client and several."""
-    what = f"{peer.name}, newest 50 among {PEER_ROWS:,}"
+    """The newest 50 among as many rows as the service had; the better of one client and several."""
+    name = f"{peer.name}, newest 50 among {PEER_ROWS:,}"
     home = context.folder / peer.name.replace(" ", "-")
     try:
         async with peer_server(peer, home) as server:
             await request_json(server.url, next(await make_run_requests(peer, server)))
         clone_runs(peer, home, PEER_ROWS)
         async with peer_server(peer, home) as server:
-            found = await request_json(server.url, peer.page_request)
-            rows = len(found.get("runs", []) if isinstance(found, dict) else found)
+            page = await request_json(server.url, peer.page_request)
+            rows = len(page.get("runs", []) if isinstance(page, dict) else page)
             if rows != PAGE:
-                raise ServerUnavailable(f"it shows {rows} of its {PEER_ROWS:,} runs on a page of {PAGE}; that cannot be compared")
-            requests = [(clients, itertools.repeat(peer.page_request, PEER_REQUESTS)) for clients in (1, CLIENTS)]
-            loads = [(clients, await run_load(server.url, pages, clients, PEER_TIMEOUT_S)) for clients, pages in requests]
+                raise ServerUnavailable(f"its page of {PAGE} has {rows} of its {PEER_ROWS:,} runs, which cannot be compared")
+            loads = [
+                (clients, await run_load(server.url, itertools.repeat(peer.page_request, PEER_REQUESTS), clients, PEER_TIMEOUT_S))
+                for clients in (1, CLIENTS)
+            ]
     except (ServerUnavailable, ValueError, sqlite3.Error) as error:
-        return Measurement(NAME, what, None, "/s", note=str(error))
-    words = [f"{clients} clients: {done.requests_per_s:.3g}/s, p99 {done.latency_ms(99):.0f} ms" for clients, done in loads]
-    return Measurement(NAME, what, max(done.requests_per_s for _, done in loads), "/s", note="; ".join(words))
+        return Measurement(NAME, name, None, "/s", note=str(error))
+    note = "; ".join(f"{clients} clients: {load.requests_per_s:.3g}/s, p99 {load.latency_ms(99):.0f} ms" for clients, load in loads)
+    return Measurement(NAME, name, max(load.requests_per_s for _, load in loads), "/s", note=note)

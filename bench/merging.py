@@ -1,12 +1,12 @@
-"""`python -m bench.merging STEP FOLDER`: one step of the benchmark of exports, in a process of its own, in the trainer's environment.
+"""`python -m bench.merging STEP FOLDER`: one step of the export benchmark, in its own process and the trainer's environment.
 
-    make       FOLDER/base, a synthetic Gemma 3 of a billion parameters in bf16, and FOLDER/adapter, a LoRA of it
-    streamed   merged and converted to GGUF as a job does it, tensor by tensor
-    whole      peft's merge_and_unload of the base in float32, rounded to bf16 and saved; llama.cpp's converter
-    whole-bf16 the same with the base in bf16 all the time, where peft rounds twice
+    make       create FOLDER/base, a synthetic Gemma 3 with a billion parameters in bf16, and FOLDER/adapter, a LoRA for it
+    streamed   merge tensor by tensor and convert to GGUF, as a job does
+    whole      run peft's merge_and_unload on the base in float32, round to bf16 and save; then llama.cpp's converter
+    whole-bf16 the same, but the base stays in bf16, where peft rounds twice
 
-The last three print the seconds that merging and converting took, and a digest of the tensors in the GGUF file. What the process
-itself imports is not counted.
+The last three print how long merging and converting took, and a digest of the tensors in the GGUF file. Importing the libraries is
+not counted.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
 def make_synthetic_model(folder: Path) -> None:
-    """Random weights: neither way looks at what they are."""
+    """The weights are random: no merge method depends on their values."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, Gemma3TextConfig
@@ -45,19 +45,19 @@ def make_synthetic_model(folder: Path) -> None:
 
 
 def merge_streamed(base: Path, adapter: Path, target: Path) -> None:
-    """As `jobs/llm/exporters/merge.py` writes it."""
+    """The merge of `jobs/llm/exporters/merge.py`."""
     import torch
 
     from jobs.llm.exporters.model_files import CONFIG_FILES, copy_files
     from jobs.llm.exporters.tensor_merge import load_adapter_delta, merge_tensors
 
-    changes, _ = load_adapter_delta(base, adapter, "causal")
-    merge_tensors(base, target, torch.bfloat16, changes)
+    delta, _ = load_adapter_delta(base, adapter, "causal")
+    merge_tensors(base, target, torch.bfloat16, delta)
     copy_files(base, target, CONFIG_FILES)
 
 
 def merge_with_peft(base: Path, adapter: Path, target: Path, *, use_fp32: bool = True) -> None:
-    """As peft's documentation has it."""
+    """The merge that peft's documentation describes."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -68,7 +68,7 @@ def merge_with_peft(base: Path, adapter: Path, target: Path, *, use_fp32: bool =
 
 
 def measure(step: str, folder: Path) -> None:
-    """Merge and convert once, and tell how long it took."""
+    """Merge and convert once; print how long it took."""
     import peft  # noqa: F401
     import torch  # noqa: F401
     import transformers
@@ -77,29 +77,29 @@ def measure(step: str, folder: Path) -> None:
     from jobs.llm.llama_cpp.runner import convert
     from jobs.runtime.subprocesses import run_program
 
-    _ = transformers.AutoModelForCausalLM, transformers.Gemma3ForCausalLM  # they are imported when they are first named
+    _ = transformers.AutoModelForCausalLM, transformers.Gemma3ForCausalLM  # imported lazily, on first access
     target, gguf = folder / step, folder / f"{step}.gguf"
-    began, used = time.monotonic(), _cpu_s()
+    started_at, cpu_before_s = time.monotonic(), _cpu_s()
     if step == "streamed":
         merge_streamed(folder / "base", folder / "adapter", target)
     else:
         merge_with_peft(folder / "base", folder / "adapter", target, use_fp32=step == "whole")
-    merged_s = time.monotonic() - began
+    merged_s = time.monotonic() - started_at
     for name in TOKENIZER_FILES:
         shutil.copy(folder / "base" / name, target)
     if step == "streamed":
         convert(target, gguf, precision="bf16", name="synthetic")
     else:
         run_program("convert", [sys.executable, str(get_converter_path()), str(target), "--outtype", "bf16", "--outfile", str(gguf)])
-    taken = {"seconds": time.monotonic() - began, "merge_s": merged_s, "cpu_s": _cpu_s() - used, "peak_bytes": _peak_bytes()}
-    print(json.dumps(taken | {"digest": _tensor_digest(gguf)}))
+    result = {"seconds": time.monotonic() - started_at, "merge_s": merged_s, "cpu_s": _cpu_s() - cpu_before_s, "peak_bytes": _peak_bytes()}
+    print(json.dumps(result | {"digest": _tensor_digest(gguf)}))
     shutil.rmtree(target)
     gguf.unlink()
 
 
 def _peak_bytes() -> int:
-    """The most memory that this process had so far, or one that it waited for."""
-    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
+    """Peak memory of this process and of the children that it waited for."""
+    return max(resource.getrusage(scope).ru_maxrss for scope in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
 
 
 def _cpu_s() -> float:
@@ -108,14 +108,14 @@ def _cpu_s() -> float:
 
 
 def _tensor_digest(gguf: Path) -> str:
-    """Of every tensor's name and bytes. The order in the file is that of the shards, which are cut differently."""
+    """A digest of every tensor's name and bytes, sorted by name: the order in the file depends on how the shards were split."""
     from gguf import GGUFReader
 
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for tensor in sorted(GGUFReader(gguf).tensors, key=lambda tensor: tensor.name):
-        found.update(tensor.name.encode())
-        found.update(memoryview(tensor.data).cast("B"))
-    return found.hexdigest()
+        digest.update(tensor.name.encode())
+        digest.update(memoryview(tensor.data).cast("B"))
+    return digest.hexdigest()
 
 
 if __name__ == "__main__":

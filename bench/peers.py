@@ -1,7 +1,7 @@
-"""Servers that keep comparable records: MLflow, Prefect and dstack, each in an environment of its own.
+"""Servers that store comparable records: MLflow, Prefect and dstack, each in its own environment.
 
-Each runs from SQLite with its default number of workers, and is spared the work that it would do beside ours: MLflow's and
-dstack's background jobs and Prefect's services are off. A peer that cannot be installed or started is left out, and the table says why.
+Each uses SQLite and its default number of workers. Work that the service does not do is turned off: the background jobs of MLflow and
+dstack and the services of Prefect. A peer that cannot be installed or started is skipped, with the reason in the table.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ RowOverrides = Callable[[int, str], Mapping[str, str]]
 
 @dataclass(frozen=True)
 class PeerTable:
-    """A table of which one run has one row, and what is different in another run's row: by its number and by a uuid."""
+    """A table with one row per run, and the columns to change in a copy of a row: a function of the run's number and uuid."""
 
     name: str
     row_overrides: RowOverrides
@@ -36,17 +36,17 @@ class PeerTable:
 
 @dataclass(frozen=True)
 class Peer:
-    """What measuring needs to know of a server. `{home}` and `{port}` stand for what they say."""
+    """How to install, run and measure a server. `{home}` and `{port}` are replaced in `command` and `environment`."""
 
     name: str
     packages: tuple[str, ...]
     command: tuple[str, ...]
     environment: Mapping[str, str]
     health_request: Request
-    setup_request: Request | None  # what has to be there before a run; its id goes to `create`
-    make_create_request: Callable[[int, str], Request]  # the n-th run
-    page_request: Request  # the newest 50
-    database: str  # the SQLite file, below its home
+    setup_request: Request | None  # creates what a run belongs to; its id goes to `make_create_request`
+    make_create_request: Callable[[int, str], Request]  # of the n-th run
+    page_request: Request  # for the newest 50 runs
+    database: str  # path of the SQLite file in its home
     tables: tuple[PeerTable, ...]
 
 
@@ -73,7 +73,7 @@ MLFLOW = Peer(
 
 PREFECT = Peer(
     name="Prefect 3.8.8",
-    # It needs fastapi from 0.139 on by its own word, and one that still takes Body(min_items=...).
+    # It requires fastapi 0.139 or newer, but still uses Body(min_items=...), which later versions removed.
     packages=("prefect==3.8.8", "fastapi==0.139.2"),
     command=("prefect", "server", "start", "--host", "127.0.0.1", "--port", "{port}", "--no-services"),
     environment={"PREFECT_HOME": "{home}", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"},
@@ -90,7 +90,7 @@ PREFECT = Peer(
     ),
 )
 
-DSTACK_TOKEN = "bench-only"  # of a server on loopback that lives for a minute
+DSTACK_TOKEN = "bench-only"  # for a server on loopback that runs for a minute
 DSTACK_HEADERS = {"Authorization": f"Bearer {DSTACK_TOKEN}"}
 
 
@@ -121,7 +121,7 @@ PEERS = (MLFLOW, PREFECT, DSTACK)
 
 @asynccontextmanager
 async def peer_server(peer: Peer, home: Path) -> AsyncGenerator[Server]:
-    """A peer at work, installed first where it is missing. Raises ServerDown."""
+    """A running peer; installs it first if necessary. Raises ServerUnavailable."""
     programs = await asyncio.to_thread(_install, peer)
     home.mkdir(parents=True, exist_ok=True)
     port = find_free_port()
@@ -132,47 +132,52 @@ async def peer_server(peer: Peer, home: Path) -> AsyncGenerator[Server]:
 
 
 async def make_run_requests(peer: Peer, server: Server) -> Iterator[Request]:
-    """Requests that create a run each, as many as one likes."""
-    made = await request_json(server.url, peer.setup_request) if peer.setup_request else {"id": ""}
-    return (peer.make_create_request(number, made["id"]) for number in itertools.count())
+    """Endless requests, each of which creates a run."""
+    parent = await request_json(server.url, peer.setup_request) if peer.setup_request else {"id": ""}
+    return (peer.make_create_request(number, parent["id"]) for number in itertools.count())
 
 
 def clone_runs(peer: Peer, home: Path, rows: int) -> None:
-    """Give a peer that is not running as many more runs, each a copy of the one that it has."""
+    """Add this many copies of the only run to the database of a stopped peer."""
     with closing(sqlite3.connect(home / peer.database)) as db, db:
         db.row_factory = sqlite3.Row
         for table in peer.tables:
             _clone_rows(db, table, rows)
 
 
+def cache_folder() -> Path:
+    """Where the benchmarks install other software."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tunesmith/bench"
+
+
+def describe_install_error(error: OSError | subprocess.SubprocessError) -> str:
+    """The last line that the failed command printed to stderr, if any."""
+    return error.stderr.strip().splitlines()[-1] if isinstance(error, subprocess.CalledProcessError) and error.stderr else str(error)
+
+
 def _clone_rows(db: sqlite3.Connection, table: PeerTable, rows: int) -> None:
     row = dict(db.execute(f"SELECT * FROM {table.name} LIMIT 1").fetchone())
     columns = ", ".join(f'"{name}"' for name in row)
-    marks = ", ".join(f":{name}" for name in row)
+    placeholders = ", ".join(f":{name}" for name in row)
     clones = ({**row, **table.row_overrides(n, _run_key(n))} for n in range(rows))
-    for part in iter(lambda: list(itertools.islice(clones, 10_000)), []):
-        db.executemany(f"INSERT INTO {table.name} ({columns}) VALUES ({marks})", part)
+    for batch in iter(lambda: list(itertools.islice(clones, 10_000)), []):
+        db.executemany(f"INSERT INTO {table.name} ({columns}) VALUES ({placeholders})", batch)
 
 
 def _install(peer: Peer) -> Path:
-    """The folder of a peer's programs. Raises ServerDown when it cannot be installed."""
-    folder = _cache_folder() / peer.name.partition(" ")[0].lower()
-    done = folder / ".installed"
-    if done.exists() and done.read_text().split() == list(peer.packages):
+    """Install a peer if necessary; returns the folder with its programs. Raises ServerUnavailable."""
+    folder = cache_folder() / peer.name.partition(" ")[0].lower()
+    marker = folder / ".installed"
+    if marker.exists() and marker.read_text().split() == list(peer.packages):
         return folder / "bin"
     try:
         subprocess.run([PYTHON, "-m", "venv", folder], check=True, capture_output=True, text=True)
         command = [folder / "bin/pip", "install", *PIP_QUIET_FLAGS, *peer.packages]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S)
     except (OSError, subprocess.SubprocessError) as error:
-        why = error.stderr.strip().splitlines()[-1] if isinstance(error, subprocess.CalledProcessError) and error.stderr else str(error)
-        raise ServerUnavailable(f"{peer.name} could not be installed: {why}") from error
-    done.write_text("\n".join(peer.packages))
+        raise ServerUnavailable(f"{peer.name} could not be installed: {describe_install_error(error)}") from error
+    marker.write_text("\n".join(peer.packages))
     return folder / "bin"
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tunesmith/bench"
 
 
 def _run_key(n: int) -> str:
@@ -180,12 +185,12 @@ def _run_key(n: int) -> str:
 
 
 def _second_uuid(key: str) -> str:
-    """Another uuid that belongs to a run."""
+    """A second uuid for the run with this key."""
     return str(_deterministic_uuid4(key))
 
 
 def _deterministic_uuid4(name: str) -> uuid.UUID:
-    """The same for the same name, and yet of version 4: dstack does not show a run with another."""
+    """A uuid derived from the name, marked as version 4: dstack hides runs with other versions."""
     return uuid.UUID(bytes=hashlib.blake2b(name.encode(), digest_size=16).digest(), version=4)
 
 

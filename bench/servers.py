@@ -1,4 +1,4 @@
-"""Servers as child processes on loopback: the service as a user starts it, and what measuring needs to know of it."""
+"""Servers as child processes on loopback, among them the service as a user starts it, and their time and memory."""
 
 import asyncio
 import os
@@ -28,54 +28,56 @@ ROWS = b"".join(
 
 
 class ServerUnavailable(Exception):
-    """A server did not start or did not work; says why."""
+    """A server cannot be measured: it was not installed, did not start or did not work. The message is the reason."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """A server at work."""
+    """A running server."""
 
     url: str
     process: psutil.Process
     home: Path
-    ready_s: float  # from its start to the first 200
+    ready_s: float  # from its start to the first 200 of its health endpoint
 
     def rss_mb(self) -> float:
-        """Memory of the server and of the workers that it is made of, in megabytes."""
+        """Memory of the server and its workers, in megabytes."""
         return sum(process.memory_info().rss for process in self.processes()) / 1e6
 
     def cpu_s(self) -> float:
-        """Processor time that it has used."""
+        """CPU time that the server and its workers have used."""
         return sum(sum(process.cpu_times()[:2]) for process in self.processes())
 
     def processes(self) -> list[psutil.Process]:
-        """The server and its workers; not the attempts that it has launched, which have groups of their own."""
+        """The server and its workers, without the attempts that it launched, which have their own process groups."""
         return [self.process, *(child for child in self.process.children(recursive=True) if _process_group(child.pid) == self.process.pid)]
 
 
-def make_environment(home: Path, **more: str) -> dict[str, str]:
-    """What a server sees of this process's environment: where programs are, and little else."""
+def make_environment(home: Path, **variables: str) -> dict[str, str]:
+    """The environment of a server: a few variables of this process, and those given."""
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR", "SSL_CERT_FILE") if name in os.environ}
-    return {**kept, "HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
+    return {**kept, "HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
 
 
 @asynccontextmanager
 async def run_server(
     command: Sequence[str | Path], home: Path, variables: dict[str, str], port: int, health: Request
 ) -> AsyncGenerator[Server]:
-    """A server until the end of the block, once it is healthy. Raises ServerDown."""
+    """Run a server for the length of the block; yields it once it is healthy. Raises ServerUnavailable."""
     url = f"http://127.0.0.1:{port}"
     log = home / "server.log"
     with log.open("ab") as output:
-        began = time.perf_counter()
+        started_at = time.perf_counter()
         process = psutil.Popen(
             command, cwd=home, env=variables, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
     try:
         try:
-            ready_s = await _wait_until_healthy(url, health, process, began)
+            ready_s = await _wait_until_healthy(url, health, process, started_at)
         except ServerUnavailable as error:
-            raise ServerUnavailable(f"{Path(command[0]).name} did not start: {error}; the end of its log: {_log_tail(log)}") from error
+            raise ServerUnavailable(
+                f"{Path(command[0]).name} did not start: {error}; the last line of its log: {_last_line(log)}"
+            ) from error
         yield Server(url, process, home, ready_s)
     finally:
         _stop(process)
@@ -85,7 +87,7 @@ async def run_server(
 async def run_service(
     home: Path, trainer_python: Path, slots: int = 1, settings: Mapping[str, str] = MappingProxyType({})
 ) -> AsyncGenerator[Server]:
-    """`tunesmith serve` in a home, with its default settings but for where it trains and what is named."""
+    """Run `tunesmith serve` with this home, trainer, number of slots and these settings; other settings are the defaults."""
     home.mkdir(parents=True, exist_ok=True)
     port = find_free_port()
     variables = make_environment(
@@ -96,7 +98,7 @@ async def run_service(
 
 
 async def upload_dataset(server: Server) -> str:
-    """A small dataset; returns its id."""
+    """Upload a small dataset; returns its id."""
     boundary = "bench"
     head = f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="rows.jsonl"\r\n\r\n'.encode()
     body = head + ROWS + f"\r\n--{boundary}--\r\n".encode()
@@ -105,7 +107,7 @@ async def upload_dataset(server: Server) -> str:
 
 
 def find_free_port() -> int:
-    """A port that nobody listens on now."""
+    """A port that is free at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -118,15 +120,15 @@ def _process_group(pid: int) -> int | None:
         return None
 
 
-async def _wait_until_healthy(url: str, health: Request, process: psutil.Popen, began: float) -> float:
-    """Seconds from `began`. What the body says does not matter: not everybody's is JSON."""
-    while time.perf_counter() - began < START_TIMEOUT_S:
+async def _wait_until_healthy(url: str, health: Request, process: psutil.Popen, started_at: float) -> float:
+    """Seconds from `started_at` until the first 200. Ignores the body, which not every server sends as JSON."""
+    while time.perf_counter() - started_at < START_TIMEOUT_S:
         if process.poll() is not None:
-            raise ServerUnavailable(f"it ended with {process.returncode} before it was ready")
+            raise ServerUnavailable(f"it exited with {process.returncode} before it was ready")
         connection = Connection(url)
         try:
             if (await connection.send(health)).status == 200:
-                return time.perf_counter() - began
+                return time.perf_counter() - started_at
         except (OSError, EOFError):
             pass  # not yet
         finally:
@@ -135,16 +137,16 @@ async def _wait_until_healthy(url: str, health: Request, process: psutil.Popen, 
     raise ServerUnavailable(f"it was not ready after {START_TIMEOUT_S} s")
 
 
-def _log_tail(log: Path) -> str:
+def _last_line(log: Path) -> str:
     lines = log.read_text(errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
 
 
 def _stop(process: psutil.Popen) -> None:
-    """End the server, then what is left of its own workers."""
-    family = [process, *(process.children(recursive=True) if process.is_running() else [])]
+    """Terminate the server, then kill what is left of its children."""
+    processes = [process, *(process.children(recursive=True) if process.is_running() else [])]
     process.terminate()
-    _, left = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
-    for stubborn in left:
-        stubborn.kill()
-    psutil.wait_procs(left, timeout=STOP_TIMEOUT_S)
+    _, alive = psutil.wait_procs(processes, timeout=STOP_TIMEOUT_S)
+    for survivor in alive:
+        survivor.kill()
+    psutil.wait_procs(alive, timeout=STOP_TIMEOUT_S)

@@ -1,7 +1,7 @@
-"""B6: 200 clients that follow one job over server-sent events, at 100 events a second for 15 seconds.
+"""B6: 200 clients follow one job over server-sent events, at 100 events a second for 15 seconds.
 
-Twenty of them are cut off on the way, at different moments, and come back with the last id that they saw. Each client must
-have had each event once, in order. Lag is from the moment that the reporting attempt sends an event to its arrival at a client.
+Twenty of them are disconnected at different moments and reconnect with the last event id that they received. Each client must
+receive each event once, in order. Lag is the time from when the attempt sends an event until it reaches a client.
 """
 
 import asyncio
@@ -10,11 +10,11 @@ import time
 from dataclasses import dataclass, field
 
 from bench.attempts import ClaimedAttempt, claim_attempts, load_stored_steps
+from bench.context import BenchmarkContext
 from bench.figures import Measurement, at_most, exactly, percentile
 from bench.http import Connection, Request
-from bench.scene import BenchmarkContext
 from bench.servers import Server, run_service
-from bench.standin import make_stub_trainer
+from bench.stub_trainer import make_stub_trainer
 
 NAME = "streams"
 CLIENTS = 200
@@ -28,7 +28,7 @@ EVENT_ID = re.compile(rb"^id: (\d+)$", re.MULTILINE)
 
 @dataclass
 class Listener:
-    """A client, and what it saw when."""
+    """A client, with the id and arrival time of each event."""
 
     disconnect_after_s: float | None = None
     received: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
@@ -37,40 +37,47 @@ class Listener:
 
 
 async def measure(context: BenchmarkContext) -> list[Measurement]:
-    """Completeness, lag and what it costs."""
+    """Completeness, lag, and CPU and memory of the service."""
     trainer = make_stub_trainer(context.folder / "trainer")
     async with run_service(context.folder / "home", trainer) as server:
         [attempt] = await claim_attempts(server, 1)
         listeners = [Listener(_disconnect_after_s(number)) for number in range(CLIENTS)]
-        cpu_s, began = server.cpu_s(), time.perf_counter()
+        cpu_before_s, started_at = server.cpu_s(), time.perf_counter()
         async with asyncio.timeout(SECONDS * 2 + DRAIN_TIMEOUT_S), asyncio.TaskGroup() as group:
             for listener in listeners:
                 group.create_task(_listen(server, attempt.job_id, listener))
-            await asyncio.sleep(1)  # everybody is there
-            sent = await _send_reports(server, attempt)
+            await asyncio.sleep(1)  # all clients are connected
+            sent_at = await _send_reports(server, attempt)
             await _send_result(server, attempt)
-        share = (server.cpu_s() - cpu_s) / (time.perf_counter() - began)
+        cpu_share = (server.cpu_s() - cpu_before_s) / (time.perf_counter() - started_at)
         stored = await load_stored_steps(server, attempt.job_id)
         rss_mb = server.rss_mb()
-    return _figures(listeners, stored, sent, share, rss_mb)
+    return _figures(listeners, stored, sent_at, cpu_share, rss_mb)
 
 
 def _figures(
-    listeners: list[Listener], stored: list[tuple[int, int]], sent: dict[int, float], share: float, rss_mb: float
+    listeners: list[Listener], stored: list[tuple[int, int]], sent_at: dict[int, float], cpu_share: float, rss_mb: float
 ) -> list[Measurement]:
     step_of = dict(stored)
-    wrong = sum(_count_wrong_events(listener, step_of, len(sent)) for listener in listeners)
-    lags_s = [at - sent[step_of[event]] for listener in listeners for event, at in listener.received if event in step_of]
-    again = sum(listener.connections - 1 for listener in listeners)
+    wrong = sum(_count_wrong_events(listener, step_of, len(sent_at)) for listener in listeners)
+    lags_s = [at - sent_at[step_of[event]] for listener in listeners for event, at in listener.received if event in step_of]
+    reconnects = sum(listener.connections - 1 for listener in listeners)
     return [
-        Measurement(NAME, "events lost, doubled or out of order", wrong, "", exactly(0), f"of {CLIENTS * len(sent):,}, {again} reconnects"),
+        Measurement(
+            NAME,
+            "events lost, duplicated or out of order",
+            wrong,
+            "",
+            exactly(0),
+            f"of {CLIENTS * len(sent_at):,}, {reconnects} reconnects",
+        ),
         Measurement(NAME, "lag p99", percentile(lags_s, 99) * 1000, "ms", at_most(250), f"p50 {percentile(lags_s, 50) * 1000:.0f} ms"),
-        Measurement(NAME, "processor of the service", share * 100, "%", note=f"{rss_mb:.0f} MB afterwards"),
+        Measurement(NAME, "CPU of the service", cpu_share * 100, "%", note=f"{rss_mb:.0f} MB afterwards"),
     ]
 
 
 def _count_wrong_events(listener: Listener, step_of: dict[int, int], expected: int) -> int:
-    """Of the events that matter here; those that tell of the status come between them."""
+    """How many metric events are missing or duplicated, at least 1 if any is out of order. Status events are ignored."""
     steps = [step_of[event] for event, _ in listener.received if event in step_of]
     if steps == list(range(expected)):
         return 0
@@ -78,63 +85,61 @@ def _count_wrong_events(listener: Listener, step_of: dict[int, int], expected: i
 
 
 def _disconnect_after_s(number: int) -> float | None:
-    """When a client's connection is cut, if it is one of those; spread over the time that events flow."""
+    """When a client is disconnected, spread over the time in which events are sent; None for a client that stays connected."""
     return 1 + SECONDS * (number + 0.5) / RECONNECTS if number < RECONNECTS else None
 
 
 async def _listen(server: Server, job_id: str, listener: Listener) -> None:
-    began = time.perf_counter()
+    started_at = time.perf_counter()
     while not listener.ended:
-        left_s = (
-            None
-            if listener.disconnect_after_s is None or listener.connections
-            else listener.disconnect_after_s - (time.perf_counter() - began)
-        )
+        timeout_s = None  # only the first connection is cut
+        if listener.disconnect_after_s is not None and not listener.connections:
+            timeout_s = listener.disconnect_after_s - (time.perf_counter() - started_at)
         try:
-            async with asyncio.timeout(left_s):
+            async with asyncio.timeout(timeout_s):
                 await _read_stream(server, job_id, listener)
         except TimeoutError:
-            continue  # cut off: again from the last id
+            continue  # disconnected: reconnect from the last id
 
 
 async def _read_stream(server: Server, job_id: str, listener: Listener) -> None:
-    """One connection, until it is cut or the service says that there will be no more."""
+    """Read one connection until it is cut or the service ends the stream."""
     headers = {"Accept": "text/event-stream"}
     if listener.received:
         headers["Last-Event-ID"] = str(listener.received[-1][0])
     listener.connections += 1
     connection = Connection(server.url)
-    rest = b""
+    unfinished = b""
     try:
         async for chunk in connection.stream(Request("GET", f"/jobs/{job_id}/events", headers=headers)):
             now = time.time()
-            whole, end, rest = (rest + chunk).rpartition(b"\n\n")
-            listener.received += [(int(event), now) for event in EVENT_ID.findall(whole)]
-            listener.ended = listener.ended or b"event: done" in whole + end
+            complete, end, unfinished = (unfinished + chunk).rpartition(b"\n\n")
+            listener.received += [(int(event), now) for event in EVENT_ID.findall(complete)]
+            listener.ended = listener.ended or b"event: done" in complete + end
     finally:
         connection.close()
 
 
 async def _send_reports(server: Server, attempt: ClaimedAttempt) -> dict[int, float]:
-    """Send batches at their times; returns when each step was sent."""
-    sent: dict[int, float] = {}
+    """Send the batches on schedule; returns when each step was sent."""
+    sent_at: dict[int, float] = {}
     connection = Connection(server.url)
-    began = time.perf_counter()
+    started_at = time.perf_counter()
     for number in range(SECONDS * BATCHES_PER_S):
-        await asyncio.sleep(max(0.0, began + number / BATCHES_PER_S - time.perf_counter()))
+        await asyncio.sleep(max(0.0, started_at + number / BATCHES_PER_S - time.perf_counter()))
         steps = range(number * BATCH, (number + 1) * BATCH)
-        sent |= dict.fromkeys(steps, time.time())
+        sent_at |= dict.fromkeys(steps, time.time())
         (await connection.send(attempt.build_report(1 + steps.start, steps))).json()
     connection.close()
-    return sent
+    return sent_at
 
 
 async def _send_result(server: Server, attempt: ClaimedAttempt) -> None:
-    """The attempt's last word, so that the streams end by themselves."""
+    """Send the attempt's result, so that the streams end by themselves."""
     moment = "2026-01-01T00:00:00Z"
     result = {"job_id": attempt.job_id, "attempt": 1, "outcome": "completed", "started_at": moment, "finished_at": moment}
     connection = Connection(server.url)
     answer = await connection.send(attempt.build_request("result", result))
     connection.close()
     if not answer.ok:
-        raise ValueError(f"the result was answered with {answer.status}: {answer.body[:300]!r}")
+        raise ValueError(f"the service answered the result with {answer.status}: {answer.body[:300]!r}")

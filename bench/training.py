@@ -21,9 +21,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bench.context import REAL_TRAINER, BenchmarkContext
 from bench.figures import Measurement, at_least, at_most, median, print_table, write_json
 from bench.peers_training.plan import TrainingPlan, TrainingRecord
-from bench.scene import REAL_TRAINER, BenchmarkContext
 from bench.servers import SOURCE, ServerUnavailable, make_environment
 
 NAME = "training"
@@ -117,7 +117,7 @@ def compare(context: BenchmarkContext, comparisons: Sequence[Comparison], size: 
 
 
 def install_llama_factory() -> Path:
-    """The python of an environment that has LLaMA-Factory and our build of torch, made first where it is missing. Raises ServerDown."""
+    """The python of an environment that has LLaMA-Factory and our build of torch, made first where it is missing. Raises ServerUnavailable."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tunesmith/bench/llamafactory"
     done = cache / ".installed"
     if done.exists() and done.read_text() == LLAMA_FACTORY:
@@ -160,7 +160,7 @@ def _run_comparison(
             )
     _check_comparable(seen)
     adapters = [runs[0].adapter for runs in seen.values()]
-    told = _run_script(REAL_TRAINER, folder, "judge", folder / "base", folder / "held-out.jsonl", *adapters).split()
+    told = _run_script(REAL_TRAINER, folder, "evaluate", folder / "base", folder / "held-out.jsonl", *adapters).split()
     base_loss, *losses = map(float, told)
     return _figures(comparison, seen, base_loss, dict(zip(seen, losses, strict=True)))
 

@@ -1,7 +1,7 @@
-"""B9: a 2 GB file through a folder and 50 MB objects through the loopback servers, up and down, and the memory that it takes.
+"""B9: speed and memory of transfers: a 2 GB file through a folder, and 50 MB objects through the loopback servers.
 
-Each transfer is a child process, whose peak memory the system tells; its interpreter and client library are in it. The servers keep
-uploads in their own memory, so 2 GB go to the folder only, and what they do a second is theirs rather than a network's.
+Each transfer runs in its own child process; its peak memory, as the system reports it, includes the interpreter and the client library.
+The servers keep uploads in their memory, so only the folder gets the 2 GB file, and their throughput is not that of a network.
 """
 
 import json
@@ -11,8 +11,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.context import BenchmarkContext
 from bench.figures import Measurement, at_most
-from bench.scene import BenchmarkContext
 from bench.servers import SOURCE, make_environment
 from infra.loopback.cloud_storage import run_cloud_storage
 from infra.loopback.s3 import run_s3
@@ -21,61 +21,61 @@ NAME = "transfers"
 MB = 1_000_000
 LARGE_MB = 2000
 OBJECT_MB = 50
-FILES = 20  # at once, 2.5 MB each
+FILES = 20  # transferred concurrently, 2.5 MB each
 MAX_PEAK_MEMORY_MB = 200
 BUCKET = "bench-transfers"
 S3_KEYS = {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench", "AWS_REGION": "us-east-1"}
 
-# Its peak counts from its own start: a forked child's getrusage would count its parent's pages.
+# VmHWM counts from the start of the program; getrusage in a forked child would include the pages of its parent.
 CHILD_SCRIPT = """
 import hashlib, json, sys, time
 from pathlib import Path
 from storage import map_concurrently
 from storage.registry import open_store
-how, url, source, target = sys.argv[1:]
+direction, url, source, target = sys.argv[1:]
 store, source, target = open_store(url), Path(source), Path(target)
 files = sorted(source.iterdir()) if source.is_dir() else [source]
-began = time.perf_counter()
-if how == "up":
+started_at = time.perf_counter()
+if direction == "up":
     digests = {file: hashlib.file_digest(file.open("rb"), "sha256").hexdigest() for file in files}
     map_concurrently(lambda file: store.upload(file, f"m/{file.name}", sha256=digests[file]), files)
-elif how == "down":
+elif direction == "down":
     map_concurrently(lambda file: store.download(f"m/{file.name}", target / file.name), files)
 else:
     with store.open_read(f"m/{files[0].name}") as stream:
         while stream.read(1 << 16):
             pass
-took_s = time.perf_counter() - began
+elapsed_s = time.perf_counter() - started_at
 for line in Path("/proc/self/status").read_text().splitlines():
     if line.startswith("VmHWM"):
         peak_mb = int(line.split()[1]) * 1024 / 1e6
-print(json.dumps({"took_s": took_s, "peak_mb": peak_mb}))
+print(json.dumps({"elapsed_s": elapsed_s, "peak_mb": peak_mb}))
 """
 
 
 @dataclass(frozen=True)
 class TransferResult:
-    """One transfer."""
+    """Time and peak memory of one transfer."""
 
-    took_s: float
+    elapsed_s: float
     peak_mb: float
 
 
 async def measure(context: BenchmarkContext) -> list[Measurement]:
-    """Three ways, three stores; then many files at once."""
-    one, many = context.folder / "one.bin", context.folder / "many"
-    _write_file(one, OBJECT_MB)
-    many.mkdir()
+    """Measure upload, download and streaming in three stores, and concurrent transfers of many files."""
+    single_file, file_folder = context.folder / "one.bin", context.folder / "many"
+    _write_file(single_file, OBJECT_MB)
+    file_folder.mkdir()
     for number in range(FILES):
-        _write_file(many / f"{number:02}.bin", OBJECT_MB / FILES)
+        _write_file(file_folder / f"{number:02}.bin", OBJECT_MB / FILES)
     figures = _measure_file_store(context)
     with ExitStack() as servers:
         gs = servers.enter_context(run_cloud_storage(buckets=[BUCKET]))
         aws = servers.enter_context(run_s3(buckets=[BUCKET]))
         variables = {"STORAGE_EMULATOR_HOST": gs, "AWS_ENDPOINT_URL_S3": aws, **S3_KEYS}
         for scheme in ("gs", "s3"):
-            figures += _measure(context, f"{scheme}://{BUCKET}/one", one, f"{scheme}, {OBJECT_MB} MB", OBJECT_MB, variables)
-            figures += _measure(context, f"{scheme}://{BUCKET}/many", many, f"{scheme}, {FILES} files at once", OBJECT_MB, variables)
+            figures += _measure(context, f"{scheme}://{BUCKET}/one", single_file, f"{scheme}, {OBJECT_MB} MB", OBJECT_MB, variables)
+            figures += _measure(context, f"{scheme}://{BUCKET}/many", file_folder, f"{scheme}, {FILES} files at once", OBJECT_MB, variables)
     return figures
 
 
@@ -88,14 +88,14 @@ def _measure_file_store(context: BenchmarkContext) -> list[Measurement]:
     return figures
 
 
-def _measure(context: BenchmarkContext, url: str, source: Path, what: str, size_mb: float, variables: dict[str, str]) -> list[Measurement]:
+def _measure(context: BenchmarkContext, url: str, source: Path, name: str, size_mb: float, variables: dict[str, str]) -> list[Measurement]:
     figures: list[Measurement] = []
-    for how in ("up", "down", "stream"):
-        if how == "stream" and source.is_dir():
+    for direction in ("up", "down", "stream"):
+        if direction == "stream" and source.is_dir():
             continue
-        moved = _run_transfer(context, how, url, source, variables)
-        figures.append(Measurement(NAME, f"{what}, {how}, peak memory", moved.peak_mb, "MB", at_most(MAX_PEAK_MEMORY_MB)))
-        figures.append(Measurement(NAME, f"{what}, {how}", size_mb / moved.took_s, "MB/s"))
+        result = _run_transfer(context, direction, url, source, variables)
+        figures.append(Measurement(NAME, f"{name}, {direction}, peak memory", result.peak_mb, "MB", at_most(MAX_PEAK_MEMORY_MB)))
+        figures.append(Measurement(NAME, f"{name}, {direction}", size_mb / result.elapsed_s, "MB/s"))
     for copy in (context.folder / "copies").glob("*"):
         copy.unlink()
     return figures
@@ -110,7 +110,7 @@ def _run_transfer(context: BenchmarkContext, direction: str, url: str, source: P
 
 
 def _write_file(path: Path, size_mb: float) -> None:
-    """Each block begins with its number."""
+    """Write a file whose blocks all differ: each begins with its number."""
     block = bytes(range(256)) * 3906  # 999,936 bytes
     with path.open("wb") as stream:
         for number in range(round(size_mb * MB / len(block))):

@@ -5,7 +5,7 @@
     trl_trainer      TRL's SFTTrainer, with its defaults or with our flags
     llama_factory    LLaMA-Factory, as its examples set it
     unsloth_trainer  Unsloth, on a GPU
-    judge            the loss of a finished adapter on held-out rows, by plain transformers, the same for all
+    evaluate         the loss of a finished adapter on held-out rows, by plain transformers, the same for all
 
 Each reads a plan and writes what it saw beside it (`plan.py`). What they share knows no library, so that any environment can read it.
 """

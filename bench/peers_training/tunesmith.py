@@ -6,7 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from bench.by_hand import NoOpControl
+from bench.direct_training import NoOpControl
 from bench.peers_training.plan import RANK, SEED, Stopwatch, TrainingPlan, TrainingRecord, run_script
 from jobs.llm.trainers.sft import train as train_sft
 from jobs.runtime.checkpoints import Checkpoints

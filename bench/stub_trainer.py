@@ -1,13 +1,13 @@
-"""A trainer's environment that trains nothing: each attempt holds its slot and sleeps.
+"""A stub of the trainer's environment for benchmarks of the service alone: each attempt occupies its slot and sleeps.
 
-For benchmarks of the service alone. It is an interpreter, as `TUNESMITH_TRAINER_PYTHON` must be, that runs the two
-modules below instead of `jobs.llm.probe` and `jobs.run`; each attempt leaves its token in its own working folder.
+The stub is an interpreter, as `TUNESMITH_TRAINER_PYTHON` must be. It runs the two modules below instead of the real probe and
+`jobs.run`. Each attempt writes its token into its working folder.
 """
 
 import sys
 from pathlib import Path
 
-PROBE_SCRIPT = 'print(\'{"device": "cpu", "device_name": "stand-in", "gguf": true, "flash_attention_2": false}\')\n'
+PROBE_SCRIPT = 'print(\'{"device": "cpu", "device_name": "stub", "gguf": true, "flash_attention_2": false}\')\n'
 ATTEMPT_SCRIPT = """\
 import os, pathlib, time
 token = pathlib.Path(os.environ["JOB_WORKDIR"], "token")
@@ -16,7 +16,7 @@ token.with_suffix(".part").rename(token)
 print("attempt started", flush=True)
 time.sleep(3600)
 """
-# The launcher knows attempts by their command line, so it has to be just what a real one has.
+# The launcher finds attempts by their command line, which must therefore equal that of a real one.
 INTERPRETER_SCRIPT = """\
 #!{python} -S
 import os, sys
@@ -26,7 +26,7 @@ os.execve({python!r}, [{python!r}, *sys.argv[1:]], {{**os.environ, "PYTHONPATH":
 
 
 def make_stub_trainer(folder: Path) -> Path:
-    """Write the stand-in below `folder`; returns what to use as the trainer's Python."""
+    """Write the stub below `folder`; returns the path to use as the trainer's Python."""
     jobs = folder / "jobs"
     jobs.mkdir(parents=True, exist_ok=True)
     (jobs / "__init__.py").touch()

@@ -1,4 +1,4 @@
-"""How good an adapter has become: `python -m bench.peers_training.judge BASE ROWS.jsonl ADAPTER...`, one loss a line.
+"""How good an adapter has become: `python -m bench.peers_training.evaluate BASE ROWS.jsonl ADAPTER...`, one loss a line.
 
 The mean over all tokens of the held-out answers, row by row, in fp32, by the model's own loss: no trainer's code is asked.
 """

@@ -1,6 +1,6 @@
-"""Runs the trainer without a service: `python -m bench.by_hand SPEC.json WORKDIR` in the trainer's environment.
+"""Runs the trainer without the service: `python -m bench.direct_training SPEC.json WORKDIR` in the trainer's environment.
 
-Prints the seconds of training. Its events go nowhere.
+Prints the training time in seconds; discards all events.
 """
 
 import sys
@@ -26,24 +26,26 @@ class NoOpControl:
 
     @property
     def stop_reason(self) -> StopReason | None:
-        """Nothing."""
+        """Always None."""
         return None
 
     def check(self) -> None:
-        """Go on."""
+        """Do nothing."""
 
     def defer_stop(self) -> AbstractContextManager[None]:
-        """Go on."""
+        """A context that defers nothing."""
         return nullcontext()
 
     def time_left_s(self) -> float | None:
-        """As much as there is."""
+        """No limit."""
         return None
 
 
 def main() -> None:
-    """Train as the spec says."""
-    spec = JobSpec.load(Path(sys.argv[1]).read_bytes()).model_copy(update={"resume_from_attempt": 2})  # what the job saved does not count
+    """Train according to the spec."""
+    spec = JobSpec.load(Path(sys.argv[1]).read_bytes()).model_copy(
+        update={"resume_from_attempt": 2}
+    )  # a later attempt: ignores the job's checkpoints
     workdir = Path(sys.argv[2])
     context = JobContext(
         spec=spec,
