@@ -1,34 +1,31 @@
-"""What the service answers about itself: the documentation, the root, its health, and the errors that the OpenAPI document lists."""
+"""How the service describes itself: documentation, root, capabilities, health, and the OpenAPI document."""
 
 import asyncio
 import re
 import threading
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import anyio.to_thread
 import pytest
 from starlette.testclient import TestClient
 
-from service.adapters.launchers.local import LocalLauncher
+from schema.requests import TRAIN_REQUEST_EXAMPLE
 from service.api.health import HealthChecks
-from service.main import create_app
-from service.settings import Settings
-from tests.factories import make_capabilities
+from service.core.errors import Unavailable
+from tests.unit.api_harness import get_services, run_test_service
 from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    settings = Settings(home=tmp_path_factory.mktemp("home"), HF_HUB_OFFLINE=True, reconcile_interval_s=0)  # type: ignore[call-arg]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LocalLauncher, "get_capabilities", lambda _, profile=None: make_capabilities())
-        with TestClient(create_app(settings), raise_server_exceptions=False) as client:
-            yield client
+    """One service for all tests: nothing here changes it. It never reconciles on its own."""
+    with run_test_service(tmp_path_factory.mktemp("home"), reconcile_interval_s=0) as client:
+        yield client
 
 
-# --- documentation and root ------------------------------------------------------------------------------------------
+# --- documentation, root and capabilities ----------------------------------------------------------------------------
 
 
 def test_docs_load_only_from_this_service(client: TestClient) -> None:
@@ -36,8 +33,8 @@ def test_docs_load_only_from_this_service(client: TestClient) -> None:
     assert page.headers["content-type"].startswith("text/html")
     assert "://" not in page.text.replace("window.location.origin", "")
     loaded = {path: client.get(path) for path in re.findall(r'(?:src|href)="([^"]+)"', page.text)}
-    types = {path.rpartition(".")[2]: answer.headers["content-type"].partition(";")[0] for path, answer in loaded.items()}
-    assert {answer.status_code for answer in loaded.values()} == {200}
+    types = {path.rpartition(".")[2]: response.headers["content-type"].partition(";")[0] for path, response in loaded.items()}
+    assert {response.status_code for response in loaded.values()} == {200}
     assert types == {"js": "text/javascript", "css": "text/css", "png": "image/png"}
     (schema_path,) = re.findall(r"url: '([^']+)'", page.text)
     assert client.get(schema_path).json()["info"]["title"] == "Tunesmith"
@@ -56,11 +53,33 @@ def test_root_links_exist(client: TestClient) -> None:
 
 
 def test_root_redirects_browser_to_docs(client: TestClient) -> None:
-    answer = client.get("/", headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}, follow_redirects=False)
-    assert (answer.status_code, answer.headers["location"]) == (307, "/docs")
+    response = client.get("/", headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}, follow_redirects=False)
+    assert (response.status_code, response.headers["location"]) == (307, "/docs")
+
+
+def test_capabilities_list_all_request_options(client: TestClient) -> None:
+    capabilities = client.get("/capabilities").json()
+    assert set(capabilities["trainer_types"]) == {"sft", "dpo", "orpo", "kto", "grpo", "reward"}
+    assert capabilities["profiles"]["local"]["methods"] == capabilities["methods"]
+    assert {"graders", "trackers", "modalities", "export", "lm_eval"} <= set(capabilities)
 
 
 # --- health ----------------------------------------------------------------------------------------------------------
+
+
+def test_health_lists_dependencies(client: TestClient) -> None:
+    health = client.get("/health").json()
+    assert (health["live"], health["ready"]) == (True, True)
+
+
+def test_unavailable_store_makes_service_unready(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raise_unavailable() -> NoReturn:
+        raise Unavailable("the disk is gone")
+
+    monkeypatch.setattr(get_services(client).store, "ping", raise_unavailable)
+    response = client.get("/health")
+    assert (response.status_code, response.json()["live"], response.json()["ready"]) == (503, True, False)
+    assert response.json()["checks"]["job_store"] == "the disk is gone"
 
 
 def test_health_answers_while_all_request_threads_are_busy(client: TestClient) -> None:
@@ -93,7 +112,26 @@ def test_hanging_check_is_named_in_time_and_never_runs_twice() -> None:
         checks.close()
 
 
-# --- errors in the OpenAPI document ----------------------------------------------------------------------------------
+# --- the OpenAPI document --------------------------------------------------------------------------------------------
+
+
+def test_openapi_documents_the_contract_with_an_example(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+    assert {"/train", "/jobs", "/jobs/{job_id}", "/jobs/download/{job_id}", "/health", "/datasets", "/capabilities"} <= set(
+        document["paths"]
+    )
+    assert not [path for path in document["paths"] if path.startswith("/internal")]
+    schemas = document["components"]["schemas"]
+    request = schemas["TrainRequest"]
+    assert request["examples"][0]["training_config"]["hyperparameters"] == TRAIN_REQUEST_EXAMPLE["training_config"]["hyperparameters"]
+    config = request["properties"]["training_config"]
+    assert set(config["discriminator"]["mapping"]) == {"sft", "dpo", "orpo", "kto", "grpo", "reward"}
+    assert schemas["SftConfig"]["properties"]["trainer_type"]["default"] == "sft"
+    assert "reward_config" in schemas["GrpoConfig"]["required"]
+    hyperparameters = schemas["SftHyperparameters"]["properties"]
+    assert hyperparameters["lora_rank"]["minimum"] == 1
+    assert hyperparameters["learning_rate"]["anyOf"][0]["maximum"] == 1
+    assert schemas["DpoHyperparameters"]["properties"]["beta"]["default"] == 0.1
 
 
 def documented_errors(client: TestClient) -> dict[str, set[str]]:

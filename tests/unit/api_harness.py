@@ -1,0 +1,87 @@
+"""A service for tests of the HTTP API, the requests they send and the errors they expect."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from schema.requests import TRAIN_REQUEST_EXAMPLE
+from service.adapters.launchers.local import LocalLauncher
+from service.bootstrap import Services
+from service.core import lifecycle
+from service.main import create_app
+from service.settings import Settings
+from tests.factories import START, make_capabilities
+
+ROWS = "\n".join(
+    json.dumps({"messages": [{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": f"answer {n}"}]})
+    for n in range(20)
+)
+
+
+@contextmanager
+def run_test_service(home: Path, **changes: Any) -> Iterator[TestClient]:
+    """A service with low limits, whose launcher starts no process. `changes` are settings."""
+    limits = {"max_upload_bytes": 100_000, "max_incoming_bytes": 200_000, "max_row_bytes": 10_000}
+    settings = Settings(home=home, HF_HUB_OFFLINE=True, **limits | changes)  # type: ignore[call-arg]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalLauncher, "get_capabilities", lambda _, profile=None: make_capabilities())
+        patch.setattr(LocalLauncher, "count_free_slots", lambda _, active_jobs: 0)  # jobs stay queued
+        patch.setattr(LocalLauncher, "check", lambda *_: "running")  # the attempts of `start_attempt` have no process
+        with TestClient(create_app(settings), raise_server_exceptions=False) as client:
+            yield client
+
+
+def get_services(client: TestClient) -> Services:
+    """The parts of the service behind a client."""
+    return client.app.state.services  # type: ignore[attr-defined]
+
+
+def upload(client: TestClient, content: str | bytes, **fields: str) -> Any:
+    return client.post("/datasets", files={"file": ("rows.jsonl", content)}, data=fields)
+
+
+def make_request_body(dataset_id: str, **changes: Any) -> dict[str, Any]:
+    return {**TRAIN_REQUEST_EXAMPLE, "processed_dataset_id": dataset_id, **changes}
+
+
+def make_request_body_with_config(dataset_id: str, group: str | None = None, **changes: Any) -> dict[str, Any]:
+    """The documented example with changes in its training config, or in a group of it such as `hyperparameters`."""
+    config: dict[str, Any] = json.loads(json.dumps(TRAIN_REQUEST_EXAMPLE["training_config"]))
+    (config[group] if group else config).update(changes)
+    return make_request_body(dataset_id, training_config=config)
+
+
+def submit_job(client: TestClient, dataset_id: str) -> str:
+    return client.post("/train", json=make_request_body(dataset_id)).json()["job_id"]
+
+
+def start_attempt(client: TestClient, dataset_id: str) -> str:
+    """Submit a job and record its first attempt as launched."""
+    job_id = submit_job(client, dataset_id)
+    store = get_services(client).store
+    job = store.replace_job(lifecycle.begin_attempt(store.find_job(job_id), "local", START))
+    store.replace_job(lifecycle.mark_launched(job, 1, "0@0", START))
+    return job_id
+
+
+def attempt_headers(client: TestClient, job_id: str, attempt: int = 1) -> dict[str, str]:
+    return {"Authorization": f"Bearer {get_services(client).tokens.sign_attempt_token(job_id, attempt)}"}
+
+
+def make_result_body(job_id: str, outcome: str = "completed", **changes: Any) -> dict[str, Any]:
+    body = {"job_id": job_id, "attempt": 1, "outcome": outcome, "started_at": START.isoformat(), "finished_at": START.isoformat()}
+    return body | changes
+
+
+def get_error(response: Any, status: int) -> dict[str, Any]:
+    """The error in a response, which must have this status and the one shape of errors."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"code", "message", "hint", "param"}
+    assert "Traceback" not in response.text
+    return error

@@ -1,0 +1,172 @@
+"""POST /train: what is accepted, and the field that each error names."""
+
+import json
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from service.adapters.launchers.local import LocalLauncher
+from tests.factories import make_capabilities
+from tests.unit.api_harness import ROWS, get_error, make_request_body, make_request_body_with_config, upload
+
+
+def test_documented_example_request_is_accepted(client: TestClient, dataset_id: str) -> None:
+    body = make_request_body_with_config(dataset_id, "export_config", include_gguf=False, gguf_quantization=None)
+    response = client.post("/train", json=body)
+    assert response.status_code == 201
+    job_id = response.json()["job_id"]
+    assert job_id.startswith(f"training_{dataset_id.removeprefix('dataset_')}_gemma-3-270m_")
+    listed = client.get("/jobs").json()["jobs"][0]
+    assert {name: listed[name] for name in ("job_id", "job_name", "base_model_id", "status", "modality")} == {
+        "job_id": job_id,
+        "job_name": "my-job-name",
+        "base_model_id": "google/gemma-3-270m",
+        "status": "queued",
+        "modality": "text",
+    }
+    job = client.get(f"/jobs/{job_id}").json()
+    documented = {"job_name", "status", "modality", "wandb_url", "adapter_path", "base_model_id", "gguf_path", "metrics", "error"}
+    assert documented <= set(job)
+    assert "hf_..." not in json.dumps(job)
+
+
+def test_same_key_returns_same_job_and_other_body_conflicts(client: TestClient, dataset_id: str) -> None:
+    key = {"Idempotency-Key": "k"}
+    first = client.post("/train", json=make_request_body(dataset_id), headers=key).json()
+    assert client.post("/train", json=make_request_body(dataset_id), headers=key).json() == first
+    changed = client.post("/train", json=make_request_body(dataset_id, job_name="other"), headers=key)
+    assert get_error(changed, 409)["code"] == "idempotency_conflict"
+    get_error(client.post("/train", json=make_request_body(dataset_id), headers={"Idempotency-Key": "x" * 300}), 422)
+
+
+def test_evaluation_without_held_out_rows_is_rejected(client: TestClient) -> None:
+    dataset_id = upload(client, ROWS, eval_fraction="0").json()["processed_dataset_id"]
+    assert get_error(client.post("/train", json=make_request_body(dataset_id)), 400)["param"] == "training_config.eval_config.eval_strategy"
+
+
+# --- invalid requests ------------------------------------------------------------------------------------------------
+
+GRPO_CONFIG = {"trainer_type": "grpo", "reward_config": [{"type": "format", "name": "tags"}]}
+INVALID_CONFIG_CASES: list[tuple[str | None, dict[str, Any], str]] = [
+    ("hyperparameters", {"learning_rate": -1}, "learning_rate"),
+    ("hyperparameters", {"learning_rate": 0}, "learning_rate"),
+    ("hyperparameters", {"learning_rate": "fast"}, "learning_rate"),
+    ("hyperparameters", {"batch_size": 0}, "batch_size"),
+    ("hyperparameters", {"batch_size": "4"}, "batch_size"),
+    ("hyperparameters", {"batch_size": 1.5}, "batch_size"),
+    ("hyperparameters", {"batch_size": True}, "batch_size"),
+    ("hyperparameters", {"epochs": -3}, "epochs"),
+    ("hyperparameters", {"max_steps": 0}, "max_steps"),
+    ("hyperparameters", {"max_steps": -2}, "max_steps"),
+    ("hyperparameters", {"packing": "yes"}, "packing"),
+    ("hyperparameters", {"lora_dropout": 1}, "lora_dropout"),
+    ("hyperparameters", {"lr_scheduler_type": "zigzag"}, "lr_scheduler_type"),
+    ("hyperparameters", {"save_strategy": "sometimes"}, "save_strategy"),
+    ("hyperparameters", {"save_steps": 5}, "save_steps"),
+    ("hyperparameters", {"learning_rates": 1}, "learning_rates"),
+    ("hyperparameters", {"seed": 2**40}, "seed"),
+    ("export_config", {"format": "zip"}, "format"),
+    ("export_config", {"format": []}, "format"),
+    ("export_config", {"format": ["merged", "merged"]}, "format"),
+    (None, {"trainer_type": "grpo"}, "reward_config"),
+    (None, {"trainer_type": "grpo", "reward_config": []}, "reward_config"),
+    (None, {"trainer_type": "grpo", "reward_config": [{"name": "a"}]}, "reward_config.0"),
+    (None, {"trainer_type": "grpo", "reward_config": [{"type": "vibes", "name": "a"}]}, "reward_config.0"),
+    (None, {"reward_config": [{"type": "format", "name": "a"}]}, "reward_config"),
+    (None, {"trainer_type": "dpo", "modality": "vision"}, "modality"),
+    (None, {"trainer_type": "dpo", "provider": "unsloth", "hyperparameters": {}}, "provider"),
+    (None, {"trainer_type": "dpo", "hyperparameters": {"label_smoothing": 0.1}}, "label_smoothing"),
+    (None, GRPO_CONFIG | {"hyperparameters": {"max_completion_length": 512, "max_seq_length": 512}}, "max_completion_length"),
+    (None, GRPO_CONFIG | {"hyperparameters": {"batch_size": 3, "num_generations": 2}}, "num_generations"),
+    (None, {"hyperparameters": {"use_dora": True}, "export_config": {"include_lora_gguf": True}}, "include_lora_gguf"),
+    (None, {"modality": "vision", "hyperparameters": {"packing": True}}, "packing"),
+    (None, {"modality": "vision", "export_config": {"format": "onnx"}}, "format"),
+    (None, {"trainer_type": "reward", "export_config": {"include_gguf": True}}, "include_gguf"),
+    ("hyperparameters", {"beta": 0.1}, "beta"),
+    ("hyperparameters", {"train_vision_tower": True}, "train_vision_tower"),
+    ("export_config", {"destination": "hfhub"}, "hf_repo_id"),
+    ("export_config", {"hf_repo_id": "a/b"}, "hf_repo_id"),
+    ("export_config", {"include_gguf": False}, "gguf_quantization"),
+    ("export_config", {"gguf_quantization": "q9"}, "gguf_quantization"),
+    ("export_config", {"gguf_quantization": []}, "gguf_quantization"),
+    ("export_config", {"gguf_quantization": ["f16", "f16"]}, "gguf_quantization"),
+    ("eval_config", {"eval_strategy": "often"}, "eval_strategy"),
+    ("eval_config", {"eval_steps": 0}, "eval_steps"),
+    ("eval_config", {"compute_eval_metrics": False, "batch_eval_metrics": True}, "batch_eval_metrics"),
+    (None, {"base_model_id": "../../etc/passwd"}, "base_model_id"),
+    (None, {"base_model_id": ""}, "base_model_id"),
+    (None, {"method": "Magic"}, "method"),
+    (None, {"method": "Full"}, "lora_"),
+    (None, {"wandb_config": {"project": "p"}}, "api_key"),
+    (None, {"mlflow_config": {"tracking_uri": "https://me:canary@mlflow.example"}}, "tracking_uri"),
+    (None, {"wandb_config": {"api_key": "k", "project": "a/b"}}, "project"),
+]
+
+
+@pytest.mark.parametrize(
+    ("group", "changes", "param"), INVALID_CONFIG_CASES, ids=lambda value: json.dumps(value) if isinstance(value, dict) else None
+)
+def test_invalid_config_value_is_rejected_with_field(
+    readonly_client: TestClient, readonly_dataset_id: str, group: str | None, changes: dict[str, Any], param: str
+) -> None:
+    error = get_error(readonly_client.post("/train", json=make_request_body_with_config(readonly_dataset_id, group, **changes)), 422)
+    assert error["param"].startswith("training_config.")
+    assert param in error["param"]
+    assert "canary" not in str(error)
+    assert readonly_client.get("/jobs").json()["jobs"] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"processed_dataset_id": None}, "processed_dataset_id"),
+        ({"processed_dataset_id": "a/../b"}, "processed_dataset_id"),
+        ({"job_name": ""}, "job_name"),
+        ({"job_name": "a\x1b[2Jb"}, "job_name"),
+        ({"job_name": "x" * 129}, "job_name"),
+        ({"project_id": "a b"}, "project_id"),
+        ({"training_config": None}, "training_config"),
+        ({"training_config": []}, "training_config"),
+        ({"unknown": 1}, "unknown"),
+    ],
+)
+def test_invalid_request_field_is_rejected_with_name(
+    readonly_client: TestClient, readonly_dataset_id: str, changes: dict[str, Any], param: str
+) -> None:
+    assert get_error(readonly_client.post("/train", json=make_request_body(readonly_dataset_id, **changes)), 422)["param"] == param
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"a": NaN}', b'"' + b"x" * 1000 + b'"', b"[" * 10_000, b'{"a":1}' * 2]
+)
+def test_malformed_body_is_rejected(readonly_client: TestClient, body: bytes) -> None:
+    response = readonly_client.post("/train", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code in (400, 422)
+    assert response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_non_finite_number_is_rejected(readonly_client: TestClient, readonly_dataset_id: str, number: str) -> None:
+    body = json.dumps(make_request_body(readonly_dataset_id)).replace('"learning_rate": 0.0001', f'"learning_rate": {number}')
+    response = readonly_client.post("/train", content=body, headers={"Content-Type": "application/json"})
+    assert "learning_rate" in get_error(response, 422)["param"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainer_type": "dpo"}, "it can do: sft"),
+        ({"trainer_type": "ppo"}, "it can do: sft, dpo, orpo, kto, grpo, reward"),
+        ({"provider": "unsloth"}, "it can do: huggingface"),
+        ({"method": "QLoRA"}, "it can do: LoRA, Full"),
+        ({"modality": "vision"}, "it can do: text"),
+    ],
+)
+def test_unsupported_option_error_names_supported_ones(
+    readonly_client: TestClient, readonly_dataset_id: str, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow = make_capabilities(trainer_types=("sft",), modalities=("text",))
+    monkeypatch.setattr(LocalLauncher, "get_capabilities", lambda _, profile=None: narrow)
+    error = get_error(readonly_client.post("/train", json=make_request_body_with_config(readonly_dataset_id, **changes)), 400)
+    assert (error["code"], message in error["message"]) == ("unsupported", True)
