@@ -13,6 +13,7 @@ from jobs.runtime.context import JobContext, Secrets, Stores
 from jobs.runtime.errors import StopReason
 from schema.events import Event
 from schema.spec import JobSpec
+from schema.training import SftConfig
 
 
 class NoOpControl:
@@ -47,6 +48,7 @@ def main() -> None:
         update={"resume_from_attempt": 2}
     )  # a later attempt: ignores the job's checkpoints
     workdir = Path(sys.argv[2])
+    assert isinstance(spec.training_config, SftConfig)
     context = JobContext(
         spec=spec,
         attempt=2,

@@ -83,7 +83,7 @@ def _measure_pages(store: FirestoreJobStore) -> Iterator[Measurement]:
 
 
 def _insert_jobs(client: Client) -> None:
-    """As many jobs as the store would have written, many in one commit."""
+    """Write the documents that the store would write for these jobs, but many in one commit."""
     for first in range(0, JOBS, JOBS_PER_COMMIT):
         batch = client.batch()
         for number in range(first, min(first + JOBS_PER_COMMIT, JOBS)):

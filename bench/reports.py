@@ -76,7 +76,7 @@ async def _report_all(server: Server, attempts: list[ClaimedAttempt], schedule: 
 
 
 async def _report_one(server: Server, attempt: ClaimedAttempt, schedule: ReportSchedule, load: LoadResult) -> None:
-    """Send a job's reports on schedule. Latency counts from when a report was due, so a slow response also delays the next reports."""
+    """Send a job's reports on schedule. Latency counts from when a report was due, so a slow response also counts against later reports."""
     connection = Connection(server.url)
     interval_s = schedule.batch_size / POINTS_PER_S
     first_due_at = time.perf_counter() + random.Random(attempt.job_id).uniform(

@@ -1,19 +1,18 @@
-"""How fast the trainer is, beside TRL's and LLaMA-Factory: the same rows, base, adapter and learning rate, once over all rows.
+"""Speed of the trainer, compared with TRL and LLaMA-Factory: the same rows, base, adapter and learning rate, for one epoch.
 
-Three comparisons, each in one run, the trainers taking turns, each training in a process of its own with one thread:
+There are three comparisons. In each, the trainers take turns, and each training runs in its own process with one thread:
 
-    packed       half of each row is learned: Tunesmith, TRL with its defaults, TRL with our flags, LLaMA-Factory as in its examples
+    packed       half of each row is labeled: Tunesmith, TRL with its defaults, TRL with our flags, LLaMA-Factory as in its examples
                  and with packing
-    all learned  the same packed rows, but nearly all of each is learned: what is gained by leaving positions out is gone
-    unpacked     a quarter of each row is learned, rows beside each other: what the head costs where nothing is learned
+    all labeled  the same packed rows, but nearly every token is labeled, so skipping unlabeled positions saves nothing
+    unpacked     a quarter of each row is labeled, in padded batches: shows the cost of the LM head at unlabeled positions
 
-A training counts when its gradients were not zero, its loss fell, and it saw exactly the tokens and labels of the others.
-`python -m bench.training --real` takes the real Gemma 3 270M and real questions and answers.
+A training counts only if its gradients were not zero, its loss fell, and it saw exactly the tokens and labels of the others.
+`python -m bench.training --real` uses the real Gemma 3 270M and real questions and answers.
 """
 
 import argparse
 import asyncio
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,8 +20,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench.context import REAL_TRAINER, BenchmarkContext
+from bench.context import MISSING_TRAINER_NOTE, REAL_TRAINER, BenchmarkContext
 from bench.figures import Measurement, at_least, at_most, median, print_table, write_json
+from bench.peers import cache_folder, describe_install_error
 from bench.peers_training.plan import TrainingPlan, TrainingRecord
 from bench.servers import SOURCE, ServerUnavailable, make_environment
 
@@ -35,7 +35,7 @@ INSTALL_TIMEOUT_S = 1800
 
 @dataclass(frozen=True)
 class TrainerSetup:
-    """Who trains, and how: what its plan differs in."""
+    """A trainer, and the part of its plan that differs from the others."""
 
     name: str
     script: str
@@ -47,15 +47,15 @@ class TrainerSetup:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Trainers on the same rows; the first is ours."""
+    """Trainers on the same rows; the first is Tunesmith."""
 
     name: str
     label_share: float
     trainers: tuple[TrainerSetup, ...]
-    goals: Mapping[str, float]  # times as fast as that trainer, at least
+    goals: Mapping[str, float]  # by trainer: how many times as fast Tunesmith must be
 
 
-# Eight rows make a step, or as many tokens packed into one block.
+# One step takes eight rows, or as many tokens packed into one block.
 TUNESMITH = TrainerSetup("Tunesmith", "tunesmith", packing=True, batch_size=1)
 TRL_TUNESMITH_FLAGS = TrainerSetup("TRL, our flags", "trl_trainer", packing=True, batch_size=1)
 TRL_DEFAULTS = TrainerSetup("TRL, its defaults", "trl_trainer", packing=False, batch_size=8, flags="defaults")
@@ -71,7 +71,7 @@ COMPARISONS = (
         (TUNESMITH, TRL_DEFAULTS, TRL_TUNESMITH_FLAGS, LLAMA_FACTORY_EXAMPLE, LLAMA_FACTORY_PACKED),
         {TRL_DEFAULTS.name: 2.5, TRL_TUNESMITH_FLAGS.name: 0.98},
     ),
-    Comparison("all learned", 1.0, (TUNESMITH, TRL_TUNESMITH_FLAGS), {TRL_TUNESMITH_FLAGS.name: 0.98}),
+    Comparison("all labeled", 1.0, (TUNESMITH, TRL_TUNESMITH_FLAGS), {TRL_TUNESMITH_FLAGS.name: 0.98}),
     Comparison(
         "unpacked",
         0.25,
@@ -83,9 +83,9 @@ COMPARISONS = (
 
 @dataclass(frozen=True)
 class TrainingSize:
-    """What is trained on what."""
+    """The base and the rows of a comparison."""
 
-    base: Path | None  # a real one; else a small one is made
+    base: Path | None  # a real base; None makes a small one
     rows: int
     learning_rate: float
     logging_steps: int
@@ -96,14 +96,14 @@ SMALL_SIZE = TrainingSize(None, rows=96, learning_rate=6e-3, logging_steps=4)
 
 
 async def measure(context: BenchmarkContext) -> list[Measurement]:
-    """All comparisons on the small base."""
+    """Run all comparisons on the small base."""
     return await asyncio.to_thread(compare, context, COMPARISONS, SMALL_SIZE, ROUNDS)
 
 
 def compare(context: BenchmarkContext, comparisons: Sequence[Comparison], size: TrainingSize, rounds: int) -> list[Measurement]:
-    """Figures of the comparisons."""
+    """Run these comparisons. Skips LLaMA-Factory if it cannot be installed."""
     if not REAL_TRAINER.exists():
-        return [Measurement(NAME, "training", None, note="there is no trainer's environment: make setup")]
+        return [Measurement(NAME, "training", None, note=MISSING_TRAINER_NOTE)]
     pythons, figures = {"tunesmith": REAL_TRAINER, "trl_trainer": REAL_TRAINER}, []
     try:
         pythons |= {"llama_factory": install_llama_factory()} if context.with_peers else {}
@@ -117,52 +117,51 @@ def compare(context: BenchmarkContext, comparisons: Sequence[Comparison], size: 
 
 
 def install_llama_factory() -> Path:
-    """The python of an environment that has LLaMA-Factory and our build of torch, made first where it is missing. Raises ServerUnavailable."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tunesmith/bench/llamafactory"
-    done = cache / ".installed"
-    if done.exists() and done.read_text() == LLAMA_FACTORY:
-        return cache / "bin/python"
-    pip = [cache / "bin/pip", "--quiet", "--disable-pip-version-check"]
+    """Install LLaMA-Factory with our build of torch if necessary; returns its Python. Raises ServerUnavailable."""
+    environment = cache_folder() / "llamafactory"
+    marker = environment / ".installed"
+    if marker.exists() and marker.read_text() == LLAMA_FACTORY:
+        return environment / "bin/python"
+    pip = [environment / "bin/pip", "--quiet", "--disable-pip-version-check"]
     pinned = ["install", "-c", SOURCE / "jobs/environments/llm/constraints.txt"]
     try:
         for command in (
-            ["python3.11", "-m", "venv", cache],
+            ["python3.11", "-m", "venv", environment],
             [*pip, *pinned, "torch"],
             [*pip, *pinned, LLAMA_FACTORY],
-            [*pip, "uninstall", "-y", "torchvision"],  # text needs none, and one that is not of torch's own build breaks transformers
+            [*pip, "uninstall", "-y", "torchvision"],  # not needed for text, and a build that does not match torch breaks transformers
         ):
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S)
     except (OSError, subprocess.SubprocessError) as error:
-        why = error.stderr.strip().splitlines()[-1] if isinstance(error, subprocess.CalledProcessError) and error.stderr else str(error)
-        raise ServerUnavailable(f"{LLAMA_FACTORY} could not be installed: {why}") from error
-    done.write_text(LLAMA_FACTORY)
-    return cache / "bin/python"
+        raise ServerUnavailable(f"{LLAMA_FACTORY} could not be installed: {describe_install_error(error)}") from error
+    marker.write_text(LLAMA_FACTORY)
+    return environment / "bin/python"
 
 
 def _run_comparison(
     comparison: Comparison, folder: Path, size: TrainingSize, pythons: Mapping[str, Path], rounds: int
 ) -> list[Measurement]:
-    """The trainers in turns, and what came of it."""
+    """Train with each trainer in turn, for several rounds, and evaluate the adapters."""
     real = ("--real", size.base) if size.base else ()
     _run_script(REAL_TRAINER, folder, "rows", folder, "--rows", str(size.rows), "--label-share", str(comparison.label_share), *real)
-    seen: dict[str, list[TrainingRecord]] = {trainer.name: [] for trainer in comparison.trainers}
+    records: dict[str, list[TrainingRecord]] = {trainer.name: [] for trainer in comparison.trainers}
     for number in range(rounds):
         for trainer in comparison.trainers:
             plan = _make_plan(trainer, folder, size, number)
             path = Path(plan.output_folder).with_suffix(".json")
             plan.write(path)
             _run_script(pythons[trainer.script], folder, trainer.script, path)
-            seen[trainer.name].append(TrainingRecord.read(path.with_suffix(".record.json")))
+            records[trainer.name].append(TrainingRecord.read(path.with_suffix(".record.json")))
             print(
-                f"  {comparison.name}, {trainer.name}: {_tokens_per_second(seen[trainer.name][-1]):.0f} tokens/s",
+                f"  {comparison.name}, {trainer.name}: {_tokens_per_second(records[trainer.name][-1]):.0f} tokens/s",
                 file=sys.stderr,
                 flush=True,
             )
-    _check_comparable(seen)
-    adapters = [runs[0].adapter for runs in seen.values()]
-    told = _run_script(REAL_TRAINER, folder, "evaluate", folder / "base", folder / "held-out.jsonl", *adapters).split()
-    base_loss, *losses = map(float, told)
-    return _figures(comparison, seen, base_loss, dict(zip(seen, losses, strict=True)))
+    _check_comparable(records)
+    adapters = [runs[0].adapter for runs in records.values()]
+    output = _run_script(REAL_TRAINER, folder, "evaluate", folder / "base", folder / "held-out.jsonl", *adapters)
+    base_loss, *losses = map(float, output.split())
+    return _figures(comparison, records, base_loss, dict(zip(records, losses, strict=True)))
 
 
 def _make_plan(trainer: TrainerSetup, folder: Path, size: TrainingSize, number: int) -> TrainingPlan:
@@ -181,7 +180,7 @@ def _make_plan(trainer: TrainerSetup, folder: Path, size: TrainingSize, number: 
 
 
 def _run_script(python: Path, home: Path, script: str, *arguments: str | Path) -> str:
-    """What a script of the trainers prints. Raises RuntimeError with the end of what it said."""
+    """Run a script of bench/peers_training; returns its output. Raises RuntimeError with the end of its stderr."""
     home.mkdir(parents=True, exist_ok=True)
     command = [python, "-m", f"bench.peers_training.{script}", *arguments]
     variables = make_environment(home, PYTHONPATH=str(SOURCE), TOKENIZERS_PARALLELISM="false")
@@ -191,12 +190,12 @@ def _run_script(python: Path, home: Path, script: str, *arguments: str | Path) -
     return done.stdout
 
 
-def _check_comparable(seen: Mapping[str, Sequence[TrainingRecord]]) -> None:
-    """Raises RuntimeError when a training learned nothing, or something else than the others."""
-    amounts = {name: {(run.tokens, run.labels) for run in runs} for name, runs in seen.items()}
-    if len(set.union(*amounts.values())) > 1:
-        raise RuntimeError(f"the trainers did not see the same tokens and labels: {amounts}")
-    for name, runs in seen.items():
+def _check_comparable(records: Mapping[str, Sequence[TrainingRecord]]) -> None:
+    """Raises RuntimeError if a training learned nothing, or saw other tokens or labels than the rest."""
+    counts = {name: {(run.tokens, run.labels) for run in runs} for name, runs in records.items()}
+    if len(set.union(*counts.values())) > 1:
+        raise RuntimeError(f"the trainers did not see the same tokens and labels: {counts}")
+    for name, runs in records.items():
         for run in runs:
             if not run.grad_norms or min(run.grad_norms) <= 0:
                 raise RuntimeError(f"{name} had no gradient: {run.grad_norms}")
@@ -205,27 +204,27 @@ def _check_comparable(seen: Mapping[str, Sequence[TrainingRecord]]) -> None:
 
 
 def _figures(
-    comparison: Comparison, seen: Mapping[str, Sequence[TrainingRecord]], base_loss: float, losses: Mapping[str, float]
+    comparison: Comparison, records: Mapping[str, Sequence[TrainingRecord]], base_loss: float, losses: Mapping[str, float]
 ) -> list[Measurement]:
-    ours, *others = seen
+    ours, *others = records
     figures = [
         Measurement(
             NAME,
             f"{comparison.name}: {name}",
             median([_tokens_per_second(run) for run in runs]),
             "tokens/s",
-            note=f"{median([run.peak_rss_mb for run in runs]):,.0f} MB at most, {runs[0].steps} steps of {runs[0].tokens:,} tokens, "
-            f"{runs[0].labels:,} learned; held-out loss {base_loss:.3f} → {losses[name]:.3f}",
+            note=f"{median([run.peak_rss_mb for run in runs]):,.0f} MB peak, {runs[0].steps} steps of {runs[0].tokens:,} tokens, "
+            f"{runs[0].labels:,} labeled; held-out loss {base_loss:.3f} → {losses[name]:.3f}",
         )
-        for name, runs in seen.items()
+        for name, runs in records.items()
     ]
     for name in others:
-        ratios = [_tokens_per_second(mine) / _tokens_per_second(theirs) for mine, theirs in zip(seen[ours], seen[name], strict=True)]
+        ratios = [_tokens_per_second(mine) / _tokens_per_second(theirs) for mine, theirs in zip(records[ours], records[name], strict=True)]
         goal = at_least(comparison.goals[name]) if name in comparison.goals else None
         note = f"median of {len(ratios)}, from {min(ratios):.2f} to {max(ratios):.2f}"
         figures.append(Measurement(NAME, f"{comparison.name}: times as fast as {name}", median(ratios), "×", goal, note))
-    apart = 100 * (max(losses.values()) / min(losses.values()) - 1)
-    figures.append(Measurement(NAME, f"{comparison.name}: final losses apart", apart, "%", at_most(1)))
+    difference = 100 * (max(losses.values()) / min(losses.values()) - 1)
+    figures.append(Measurement(NAME, f"{comparison.name}: difference of final losses", difference, "%", at_most(1)))
     return figures
 
 
@@ -234,27 +233,27 @@ def _tokens_per_second(run: TrainingRecord) -> float:
 
 
 def main() -> int:
-    """Some of it, or with the real base: `python -m bench.training [--real] [--rounds N] [--no-peers] [--json FILE] [COMPARISON…]`."""
+    """Run chosen comparisons, or one on the real base. Returns 1 if a goal was missed."""
     parser = argparse.ArgumentParser(prog="python -m bench.training", description=__doc__.partition("\n")[0] if __doc__ else "")
-    parser.add_argument("names", nargs="*", metavar="COMPARISON", help=", ".join(one.name for one in COMPARISONS))
-    parser.add_argument("--real", action="store_true", help="the real Gemma 3 270M on questions and answers about Python")
+    parser.add_argument("names", nargs="*", metavar="COMPARISON", help=", ".join(comparison.name for comparison in COMPARISONS))
+    parser.add_argument("--real", action="store_true", help="train the real Gemma 3 270M on questions and answers about Python")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--no-peers", action="store_true", help="leave LLaMA-Factory out")
+    parser.add_argument("--no-peers", action="store_true", help="skip LLaMA-Factory")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    chosen = parser.parse_args()
-    comparisons = [one for one in COMPARISONS if one.name in (chosen.names or [one.name])]
+    args = parser.parse_args()
+    comparisons = [comparison for comparison in COMPARISONS if not args.names or comparison.name in args.names]
     size = SMALL_SIZE
-    if chosen.real:
-        told = subprocess.run([REAL_TRAINER, "infra/gemma_270m.py", "--cache-only"], cwd=SOURCE, check=True, capture_output=True, text=True)
-        size = TrainingSize(
-            Path(told.stdout.split()[-1]), rows=96, learning_rate=2e-4, logging_steps=2, max_length=288
-        )  # eight rows of these
+    if args.real:
+        command = [REAL_TRAINER, "infra/gemma_270m.py", "--cache-only"]
+        base = Path(subprocess.run(command, cwd=SOURCE, check=True, capture_output=True, text=True).stdout.split()[-1])
+        # 288 tokens are about eight of these rows.
+        size = TrainingSize(base, rows=96, learning_rate=2e-4, logging_steps=2, max_length=288)
         comparisons = [COMPARISONS[0]]
     with tempfile.TemporaryDirectory(prefix="bench-training-") as folder:
-        figures = compare(BenchmarkContext(Path(folder), not chosen.no_peers), comparisons, size, chosen.rounds)
+        figures = compare(BenchmarkContext(Path(folder), not args.no_peers), comparisons, size, args.rounds)
     print_table(figures)
-    if chosen.json:
-        write_json(figures, chosen.json)
+    if args.json:
+        write_json(figures, args.json)
     return 1 if any(figure.is_goal_met is False for figure in figures) else 0
 
 

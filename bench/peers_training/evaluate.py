@@ -1,6 +1,6 @@
-"""How good an adapter has become: `python -m bench.peers_training.evaluate BASE ROWS.jsonl ADAPTER...`, one loss a line.
+"""Evaluates adapters: `python -m bench.peers_training.evaluate BASE ROWS.jsonl ADAPTER...` prints one loss per line.
 
-The mean over all tokens of the held-out answers, row by row, in fp32, by the model's own loss: no trainer's code is asked.
+The loss is the mean over all tokens of the held-out answers, computed row by row in fp32 by the model itself, without any trainer's code.
 """
 
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Print the base's loss, then that of each adapter."""
+    """Print the loss of the base, then that of each adapter."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,23 +25,23 @@ def main() -> None:
 
 
 def _tokenize_example(tokenizer: Any, prompt: list[Any], completion: list[Any]) -> tuple[list[int], int]:
-    """Tokens of a row, and how many of them are the question's."""
-    asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-    whole = tokenizer.apply_chat_template(prompt + completion, return_dict=True)["input_ids"]
-    assert whole[: len(asked)] == asked
-    return whole, len(asked)
+    """The tokens of a row, and how many of them belong to the prompt."""
+    prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    ids = tokenizer.apply_chat_template(prompt + completion, return_dict=True)["input_ids"]
+    assert ids[: len(prompt_ids)] == prompt_ids
+    return ids, len(prompt_ids)
 
 
 def _mean_loss(model: Any, examples: list[tuple[list[int], int]]) -> float:
     import torch
 
     total, count = 0.0, 0
-    for ids, asked in examples:
-        labels = torch.tensor([[-100] * asked + ids[asked:]])
+    for ids, prompt_length in examples:
+        labels = torch.tensor([[-100] * prompt_length + ids[prompt_length:]])
         with torch.no_grad():
             mean = model(input_ids=torch.tensor([ids]), labels=labels).loss.item()
-        total += mean * (len(ids) - asked)
-        count += len(ids) - asked
+        total += mean * (len(ids) - prompt_length)
+        count += len(ids) - prompt_length
     return total / count
 
 

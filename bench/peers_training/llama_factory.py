@@ -1,4 +1,4 @@
-"""LLaMA-Factory, as its own examples of LoRA set it: a row at a time, eight of them a step, activations computed twice, bf16."""
+"""LLaMA-Factory, as its LoRA examples configure it: one row per batch, eight rows per step, gradient checkpointing, bf16."""
 
 import json
 import sys
@@ -19,11 +19,11 @@ def train(plan: TrainingPlan) -> TrainingRecord:
     watch = Stopwatch()
 
     class TokenCountCallback(TrainerCallback):
-        """How much there is to learn."""
+        """Records the number of tokens and labels."""
 
         def on_train_begin(self, *_: Any, train_dataloader: Any, **__: Any) -> None:
             rows = train_dataloader.dataset
-            # A packed row is padded: what is no row of its own is no token.
+            # Packed rows are padded; the attention mask is 0 at padding and counts the packed rows from 1.
             lengths = (sum(map(bool, mask)) for mask in rows["attention_mask"])
             watch.record.tokens = sum(lengths)
             watch.record.labels = sum(label != -100 for labels in rows["labels"] for label in labels)
@@ -35,7 +35,7 @@ def train(plan: TrainingPlan) -> TrainingRecord:
 
 
 def stub_torchaudio() -> None:
-    """It imports torchaudio, which reads sound and has no build for every torch. Where that cannot be loaded an empty module stands in."""
+    """Replace torchaudio by an empty module if it cannot be loaded: LLaMA-Factory imports it, and not every torch has a build of it."""
     try:
         __import__("torchaudio")
     except (ImportError, OSError):
@@ -44,23 +44,23 @@ def stub_torchaudio() -> None:
 
 
 def write_rows(plan: TrainingPlan, folder: Path) -> None:
-    """The rows as it reads them, below `folder`."""
+    """Write the rows into `folder` in the format of LLaMA-Factory."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in Path(plan.rows_path).read_text().splitlines()]
     (folder / "rows.json").write_text(json.dumps([{"messages": row["prompt"] + row["completion"]} for row in rows]))
     tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
-    about = {"file_name": "rows.json", "formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": tags}
-    (folder / "dataset_info.json").write_text(json.dumps({"rows": about}))
+    description = {"file_name": "rows.json", "formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": tags}
+    (folder / "dataset_info.json").write_text(json.dumps({"rows": description}))
 
 
 def make_arguments(plan: TrainingPlan) -> dict[str, Any]:
-    """Its example for LoRA; rank, rate and schedule are everybody's."""
+    """The arguments of its LoRA example; rank, learning rate and schedule are the same for all trainers."""
     packed = {"packing": True, "neat_packing": True, "cutoff_len": plan.max_length} if plan.packing else {"cutoff_len": 2048}
     return packed | {
         "stage": "sft",
         "do_train": True,
         "model_name_or_path": plan.base,
-        "template": "gemma",  # the text of gemma3, without its images
+        "template": "gemma",  # gemma3's text format, without images
         "finetuning_type": "lora",
         "lora_target": "all",
         "lora_rank": RANK,

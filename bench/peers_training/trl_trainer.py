@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer, as its documentation shows it, or with the flags that Tunesmith chooses."""
+"""TRL's SFTTrainer, with its defaults or with the flags that Tunesmith chooses."""
 
 from typing import Any
 
@@ -30,13 +30,13 @@ def train(plan: TrainingPlan) -> TrainingRecord:
 
 
 def record_token_counts(rows: Any, watch: Stopwatch) -> None:
-    """How much there is to learn. The first token of a row has nothing before it: no trainer predicts it, and none labels it here."""
+    """Record the number of tokens and labels. The first token of a row is never labeled, because nothing predicts it."""
     watch.record.tokens = sum(len(ids) for ids in rows["input_ids"])
     watch.record.labels = sum(label != -100 for labels in rows["labels"] for label in labels)
 
 
 def common_arguments(plan: TrainingPlan) -> dict[str, Any]:
-    """What is the same for everybody, and whether there is a GPU. The rest is the library's."""
+    """The arguments that are the same for all trainers; the others keep the library's defaults."""
     return {
         "output_dir": plan.output_folder,
         "use_cpu": not plan.on_gpu,
@@ -51,7 +51,7 @@ def common_arguments(plan: TrainingPlan) -> dict[str, Any]:
 
 
 def tunesmith_arguments(plan: TrainingPlan) -> dict[str, Any]:
-    """What Tunesmith chooses for the same rows on the same machine."""
+    """The arguments that Tunesmith chooses for the same rows on the same machine."""
     return {
         "packing": plan.packing,
         "packing_strategy": "bfd",
@@ -59,14 +59,14 @@ def tunesmith_arguments(plan: TrainingPlan) -> dict[str, Any]:
         "per_device_train_batch_size": plan.batch_size,
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "gradient_checkpointing": False,
-        "bf16": False,  # no autocast: the weights are
+        "bf16": False,  # no autocast: the weights themselves are bf16
         "model_init_kwargs": {"dtype": "bfloat16", "attn_implementation": "flash_attention_2" if plan.use_fa2 else "sdpa"},
         "dataloader_pin_memory": plan.on_gpu,
     }
 
 
 def lora_config() -> Any:
-    """The same for everybody: all linear layers but the head."""
+    """The adapter, the same for all trainers: on all linear layers except the head."""
     from peft import LoraConfig
 
     return LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=LORA_TARGET_MODULES, task_type="CAUSAL_LM")

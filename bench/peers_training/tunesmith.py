@@ -1,4 +1,4 @@
-"""Tunesmith's trainer, by the code that an attempt runs, without a service."""
+"""Tunesmith's trainer, with the code that an attempt runs but without the service."""
 
 import os
 import shutil
@@ -22,18 +22,18 @@ BASE = "bench/base"
 
 
 class StopwatchEventSink:
-    """A voice that tells the stopwatch."""
+    """An event sink that calls the stopwatch."""
 
     def __init__(self, watch: Stopwatch) -> None:
         self._watch = watch
 
     def report(self, event: Event) -> None:
-        """A point of the curve."""
+        """Record the metrics of a step."""
         if isinstance(event, MetricsLogged):
             self._watch.record_metrics(event.values.get("loss"), event.values.get("grad_norm"))
 
     def set_progress(self, *, phase: Phase | None = None, progress: Progress | None = None) -> None:
-        """The steps begin, or one is done."""
+        """Start the stopwatch, or record the end of a step."""
         if phase == "training":
             self._watch.start()
         if progress is not None:
@@ -64,8 +64,8 @@ def train(plan: TrainingPlan) -> TrainingRecord:
 
 
 def make_spec(plan: TrainingPlan, objects: Path) -> JobSpec:
-    """The job, and its base and rows in a store."""
-    # A store takes no symbolic links, and a copy of a large base is a copy of a large base.
+    """The spec of the job; puts its base and rows into a store."""
+    # Hard links: the store rejects symbolic links, and copying a large base takes long.
     shutil.copytree(plan.base, objects / "pretrained_weights/huggingface" / BASE, copy_function=os.link)
     content = Path(plan.rows_path).read_bytes()
     (objects / "datasets").mkdir()
@@ -81,8 +81,8 @@ def make_spec(plan: TrainingPlan, objects: Path) -> JobSpec:
 
 
 def make_config(plan: TrainingPlan) -> dict[str, Any]:
-    """What a user would send; schedule, decay and dropout are those that TRL has when it is told nothing."""
-    knobs = {
+    """The training config that a user would send; schedule, weight decay and dropout are TRL's defaults."""
+    hyperparameters = {
         "packing": plan.packing,
         "batch_size": plan.batch_size,
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
@@ -99,18 +99,18 @@ def make_config(plan: TrainingPlan) -> dict[str, Any]:
         "save_strategy": "no",
         "seed": SEED,
     }
-    return {"base_model_id": BASE, "hyperparameters": knobs, "eval_config": {"sample_prompts": 0}}
+    return {"base_model_id": BASE, "hyperparameters": hyperparameters, "eval_config": {"sample_prompts": 0}}
 
 
 def count_labels(context: JobContext, spec: JobSpec) -> int:
-    """How many tokens were to be learned."""
+    """The number of labeled tokens in the training split."""
     from transformers import AutoTokenizer
 
     from jobs.llm.data.tokenize import IGNORE_INDEX, read_rows, tokenize_split
 
     tokenizer = AutoTokenizer.from_pretrained(context.workdir / "model")
-    longest = spec.training_config.hyperparameters.max_seq_length
-    rows = tokenize_split(read_rows(context.workdir / "data/train.jsonl"), "prompt_completion", tokenizer, longest).rows
+    max_length = spec.training_config.hyperparameters.max_seq_length
+    rows = tokenize_split(read_rows(context.workdir / "data/train.jsonl"), "prompt_completion", tokenizer, max_length).rows
     return sum(label != IGNORE_INDEX for row in rows for label in row.labels)
 
 

@@ -1,4 +1,4 @@
-"""Unsloth, as its notebooks use it: its model, its gradient checkpointing, and TRL's trainer, which it rewrites. Needs an NVIDIA GPU."""
+"""Unsloth, as in its notebooks: its model and gradient checkpointing, and TRL's trainer, which it patches. Needs an NVIDIA GPU."""
 
 from bench.peers_training.plan import RANK, SEED, Stopwatch, TrainingPlan, TrainingRecord, make_trainer_callback, run_script
 from bench.peers_training.trl_trainer import LORA_TARGET_MODULES, common_arguments, record_token_counts
@@ -6,7 +6,7 @@ from bench.peers_training.trl_trainer import LORA_TARGET_MODULES, common_argumen
 
 def train(plan: TrainingPlan) -> TrainingRecord:
     """One epoch over the rows."""
-    from unsloth import FastLanguageModel  # isort: skip  # before the libraries that it rewrites
+    from unsloth import FastLanguageModel  # isort: skip  # before the libraries that it patches
     from datasets import load_dataset
     from trl import SFTConfig, SFTTrainer
 
