@@ -1,4 +1,4 @@
-"""A tiny Gemma in an object store, rows to train on, the context of an attempt, and a fake service."""
+"""Fixtures and factories: a tiny Gemma in an object store, training rows, the context of an attempt, and a fake service."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -78,7 +78,7 @@ class EventRecorder:
 
 @dataclass
 class FinishedTraining:
-    """A finished training: its model, its events and its files."""
+    """A finished training with its model, events and files."""
 
     model: TrainedModel
     record: EventRecorder
@@ -92,12 +92,17 @@ class FinishedTraining:
         return saved_steps(self.context.spec)
 
     def weights(self) -> dict[str, Any]:
-        from safetensors.torch import load_file
-
-        return {name: part for path in self.model.folder.glob("*.safetensors") for name, part in load_file(path).items()}
+        return load_weights(self.model.folder)
 
     def lora_weights(self) -> dict[str, Any]:
-        return {name: part for name, part in self.weights().items() if "lora_" in name}
+        return {name: tensor for name, tensor in self.weights().items() if "lora_" in name}
+
+
+def load_weights(folder: Path) -> dict[str, Any]:
+    """The tensors of all safetensors files in a folder, by name."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def load_saved_checkpoints(spec: JobSpec) -> list[Checkpoint]:
@@ -154,7 +159,7 @@ def make_spec(
     columns: tuple[str, ...] = (),
     **config: Any,
 ) -> JobSpec:
-    """A small job of at most ten steps; `config` changes its training config. Each has its own id, and finds no other checkpoints."""
+    """A small job of at most ten steps; `config` changes its training config. Without `job_id`, its id is new: it finds no checkpoints."""
     job_id = job_id or f"job-{uuid4().hex[:12]}"
     splits = {"train": put_split(store, f"datasets/{job_id}/train.jsonl", messages(24) if train is None else train)}
     if held_out != []:
@@ -186,7 +191,7 @@ def make_context(
     attempt: int = 1,
     stop: StopSignal | None = None,
 ) -> JobContext:
-    """The context of an attempt of that job."""
+    """The context of an attempt of the job."""
     workdir.mkdir(parents=True, exist_ok=True)
     stores = Stores(spec.stores)
     checkpoints = Checkpoints(
@@ -217,7 +222,7 @@ def load_trainer(spec: JobSpec) -> Callable[..., TrainedModel]:
 
 @pytest.fixture
 def train(store: Path, tmp_path: Path) -> Callable[..., FinishedTraining]:
-    """Train the tiny base; the arguments change the job of `make_spec`, hyperparameters by their own names."""
+    """Trains the tiny base. `spec` has arguments for `make_spec`; the other arguments are hyperparameters."""
 
     def run(name: str = "one", /, *, spec: dict[str, Any] | None = None, **hyperparameters: Any) -> FinishedTraining:
         record, workdir = EventRecorder(), tmp_path / name

@@ -15,7 +15,7 @@ class FakeMlflow:
         self.experiments: dict[str, str] = {}
         self.runs: dict[str, dict[str, Any]] = {}
         self.artifacts: dict[str, bytes] = {}
-        self.failures_left = 0  # this many requests get a 503 first
+        self.failures_left = 0  # the number of requests that get a 503 first
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"owner": self}))
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -34,9 +34,9 @@ class FakeMlflow:
         """The steps and values of one metric."""
         return [(int(point["step"]), point["value"]) for point in self.runs[run_id]["metrics"] if point["key"] == metric]
 
-    def answer(self, verb: str, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """Status and body of the response; `verb` is the end of the path."""
-        match verb:
+    def answer(self, endpoint: str, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """Status and body of the response; `endpoint` is the end of the path."""
+        match endpoint:
             case "experiments/get-by-name":
                 name = request["experiment_name"]
                 if name not in self.experiments:
@@ -51,8 +51,8 @@ class FakeMlflow:
                 self.runs[run_id] = {"name": request["run_name"], "tags": tags, "params": {}, "metrics": [], "status": "RUNNING"}
                 return 200, {"run": self._run_info(run_id)}
             case "runs/search":
-                wanted = request["filter"].rpartition(" = ")[2].strip("'")
-                return 200, {"runs": [self._run_info(each) for each, run in self.runs.items() if wanted in run["tags"].values()]}
+                tag_value = request["filter"].rpartition(" = ")[2].strip("'")
+                return 200, {"runs": [self._run_info(run_id) for run_id, run in self.runs.items() if tag_value in run["tags"].values()]}
             case "runs/update":
                 self.runs[request["run_id"]]["status"] = request["status"]
                 return 200, {"run_info": self._run_info(request["run_id"])["info"]}
@@ -64,7 +64,7 @@ class FakeMlflow:
                 run["metrics"] += request.get("metrics", [])
                 run["params"] |= {param["key"]: param["value"] for param in request.get("params", [])}
                 return (400, {"error_code": "INVALID_PARAMETER_VALUE"}) if len(request.get("params", [])) > 100 else (200, {})
-        return 404, {"error_code": "ENDPOINT_NOT_FOUND", "message": verb}
+        return 404, {"error_code": "ENDPOINT_NOT_FOUND", "message": endpoint}
 
     def _run_info(self, run_id: str) -> dict[str, Any]:
         run = self.runs[run_id]
@@ -83,13 +83,13 @@ class _Handler(BaseHTTPRequestHandler):
             owner.failures_left -= 1
             self._send(503, {})
         elif owner.token and self.headers["Authorization"] != f"Bearer {owner.token}":
-            self._send(401, {"error_code": "UNAUTHENTICATED", "message": "who are you?"})
+            self._send(401, {"error_code": "UNAUTHENTICATED", "message": "the token is not valid"})
         elif self.command == "PUT":
             owner.artifacts[url.path.removeprefix("/api/2.0/mlflow-artifacts/artifacts/")] = body
             self._send(200, {})
         else:
-            told = json.loads(body or b"{}") | {name: values[-1] for name, values in parse_qs(url.query).items()}
-            self._send(*owner.answer(url.path.removeprefix("/api/2.0/mlflow/"), told))
+            request = json.loads(body or b"{}") | {name: values[-1] for name, values in parse_qs(url.query).items()}
+            self._send(*owner.answer(url.path.removeprefix("/api/2.0/mlflow/"), request))
 
     do_GET = do_PUT = do_POST  # noqa: N815  # the names that http.server calls
 

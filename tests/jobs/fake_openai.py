@@ -1,4 +1,4 @@
-"""An endpoint that speaks OpenAI's API over real HTTP, for the real client, and answers as a test wants."""
+"""A server with OpenAI's API over real HTTP, for the real client; a test sets its answers."""
 
 import json
 import threading
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
-# What a chat completion is answered with: its content, or a status.
+# Maps a request to the content of the completion, or to an HTTP error status.
 Answer = Callable[[dict[str, Any]], str | int]
 
 
@@ -17,14 +17,14 @@ def answer_score_ten(_: dict[str, Any]) -> str | int:
 
 @dataclass
 class FakeOpenAI:
-    """POST /v1/chat/completions and /v1/embeddings. Every field can be changed by a test, at any time."""
+    """Answers POST /v1/chat/completions and /v1/embeddings. A test can change every field at any time."""
 
     answer: Answer = answer_score_ten
-    key: str | None = None  # the only one that is let in; None: any
+    key: str | None = None  # the only accepted API key; None accepts every key
     embed: Callable[[str], list[float]] = lambda text: [float(text.count(letter)) for letter in "abcdefgh"]
     requests: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
-    max_concurrent: int = 0  # the most that were being answered at the same time
+    max_concurrent: int = 0  # the largest number of requests in progress at the same time
     _active: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -50,7 +50,7 @@ class FakeOpenAI:
 
         class Server(ThreadingHTTPServer):
             def handle_error(self, *_: Any) -> None:
-                """A client that does not wait for its answer is no news."""
+                """Ignore clients that disconnect before the response."""
 
         self._server = Server(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
@@ -89,5 +89,5 @@ class FakeOpenAI:
 
 
 def get_judge_prompt(body: dict[str, Any]) -> str:
-    """What the judge was asked."""
+    """The prompt that was sent to the judge."""
     return str(body["messages"][-1]["content"])

@@ -18,7 +18,7 @@ from jobs.llm.trained_model import TrainedModel
 from schema.job import Artifact
 from schema.spec import JobSpec
 from schema.training import TRAINER_TYPES
-from tests.jobs.conftest import BASE, WORDS, EventRecorder, load_trainer, make_context, make_spec, messages
+from tests.jobs.conftest import BASE, WORDS, EventRecorder, load_trainer, load_weights, make_context, make_spec, messages
 
 STEPS, PAUSE_AT_STEP = 4, 2
 QUANTIZATIONS = ("f16", "q8_0")
@@ -49,15 +49,15 @@ class Outcome:
     metrics_match: bool  # and the same logged metrics
     artifacts: dict[str, Artifact]
 
-    def fidelity(self, name: str) -> str:
+    def describe_fidelity(self, name: str) -> str:
         """How close an artifact is to the trained model, as text for the table."""
         if name not in self.artifacts:
             return "–"
-        found = self.artifacts[name].fidelity
-        return "exported" if found is None else f"{found.argmax_agreement:.0%}, KL {found.mean_kl_to_merged:.0e}"
+        fidelity = self.artifacts[name].fidelity
+        return "exported" if fidelity is None else f"{fidelity.argmax_agreement:.0%}, KL {fidelity.mean_kl_to_merged:.0e}"
 
 
-def cells() -> list[Cell]:
+def all_cells() -> list[Cell]:
     """All combinations that a request may have."""
     return [
         Cell(name, method, modality)
@@ -70,12 +70,12 @@ def cells() -> list[Cell]:
 def run_cell(
     cell: Cell, store: Path, workdir: Path, base: str | None = None, quantizations: Sequence[str] = QUANTIZATIONS, *, export: bool = True
 ) -> Outcome:
-    """Train without and with an interruption, compare, and export unless told otherwise."""
+    """Train without and with an interruption, compare them, and export the model if `export` is true."""
     from tests.jobs.test_continuation import TrainingRun
 
     spec = make_cell_spec(cell, store, base, quantizations)
     record = EventRecorder()
-    context = make_context(spec, workdir / "straight", record)
+    context = make_context(spec, workdir / "uninterrupted", record)
     model: TrainedModel = load_trainer(spec)(spec.training_config, context)
     interrupted = TrainingRun(make_cell_spec(cell, store, base, quantizations), workdir / "interrupted")
     assert interrupted.run_attempt(stop_after=PAUSE_AT_STEP) == "pause"
@@ -86,16 +86,16 @@ def run_cell(
     return Outcome(
         gradient_norm=min(point.values["grad_norm"] or 0.0 for point in record.points),
         weights_changed=_has_changed_weights(model),
-        resumes_exactly=_are_weights_equal(_weights(model.folder), _weights(resumed.folder)),
+        resumes_exactly=_are_weights_equal(load_weights(model.folder), load_weights(resumed.folder)),
         metrics_match=_curve(record) == _curve(*interrupted.recorders),
         artifacts=artifacts,
     )
 
 
 def make_cell_spec(cell: Cell, store: Path, base: str | None, quantizations: Sequence[str]) -> JobSpec:
-    """A small job of that combination, on the tiny base of its modality unless `base` is given."""
+    """A small job of the combination, on `base` or the tiny base of its modality."""
     generates_text = cell.trainer_type != "reward"
-    form, train, held_out = make_cell_rows(cell)
+    dataset_type, train, held_out = make_cell_rows(cell)
     config: dict[str, Any] = {"trainer_type": cell.trainer_type, "method": cell.method, "modality": cell.modality}
     config["base_model_id"] = base or (VISION_BASE if cell.modality == "vision" else BASE)
     config["export_config"] = {"format": ["merged"] if cell.method == "Full" else ["adapter", "merged"]}
@@ -109,7 +109,9 @@ def make_cell_spec(cell: Cell, store: Path, base: str | None, quantizations: Seq
         ]
         hyperparameters |= {"num_generations": 4, "max_completion_length": 8}
     columns = ("answer",) if cell.trainer_type == "grpo" else ()
-    return make_spec(store, train=train, held_out=held_out, dataset_type=form, columns=columns, hyperparameters=hyperparameters, **config)
+    return make_spec(
+        store, train=train, held_out=held_out, dataset_type=dataset_type, columns=columns, hyperparameters=hyperparameters, **config
+    )
 
 
 def make_cell_rows(cell: Cell) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
@@ -118,16 +120,16 @@ def make_cell_rows(cell: Cell) -> tuple[str, list[dict[str, Any]], list[dict[str
         from tests.jobs.test_vision import make_square_rows
 
         return "messages", make_square_rows(16), make_square_rows(4, first=100)
-    talks = messages(16), messages(4, first=100)
+    conversations = messages(16), messages(4, first=100)
     match cell.trainer_type:
         case "sft":
-            return "messages", *talks
+            return "messages", *conversations
         case "kto":
-            return "unpaired_preference", *[[_to_unpaired_preference(row, n) for n, row in enumerate(rows)] for rows in talks]
+            return "unpaired_preference", *[[_to_unpaired_preference(row, n) for n, row in enumerate(rows)] for rows in conversations]
         case "grpo":
-            return "prompt", *[[_to_prompt(row) for row in rows] for rows in talks]
+            return "prompt", *[[_to_prompt(row) for row in rows] for rows in conversations]
         case _:
-            return "preference", *[[_to_preference(row, n) for n, row in enumerate(rows)] for rows in talks]
+            return "preference", *[[_to_preference(row, n) for n, row in enumerate(rows)] for rows in conversations]
 
 
 def _to_preference(row: dict[str, Any], n: int) -> dict[str, Any]:
@@ -145,29 +147,23 @@ def _to_prompt(row: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": prompt, "answer": answer["content"].split()[-1]}
 
 
-def _weights(folder: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    return {name: part for path in sorted(folder.glob("*.safetensors")) for name, part in load_file(path).items()}
-
-
 def _are_weights_equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return one.keys() == other.keys() and all(bool((part == other[name]).all()) for name, part in one.items())
+    return one.keys() == other.keys() and all(bool((tensor == other[name]).all()) for name, tensor in one.items())
 
 
 def _has_changed_weights(model: TrainedModel) -> bool:
-    trained = _weights(model.folder)
+    trained = load_weights(model.folder)
     if model.is_adapter:
-        return any(bool(part.abs().max() > 0) for name, part in trained.items() if "lora_B" in name)
-    base = _weights(model.base_folder)
-    return any(bool((part.float() != base[name].float()).any()) for name, part in trained.items() if name in base)
+        return any(bool(tensor.abs().max() > 0) for name, tensor in trained.items() if "lora_B" in name)
+    base = load_weights(model.base_folder)
+    return any(bool((tensor.float() != base[name].float()).any()) for name, tensor in trained.items() if name in base)
 
 
 def _curve(*records: EventRecorder) -> dict[int, dict[str, float | None]]:
     """All logged metrics by step, without speed and system metrics."""
-    left_out = ("per_second", "_bytes", "percent", "gpu", "_s")
+    excluded = ("per_second", "_bytes", "percent", "gpu", "_s")
     return {
-        point.step: {name: value for name, value in point.values.items() if not name.endswith(left_out) and "time" not in name}
+        point.step: {name: value for name, value in point.values.items() if not name.endswith(excluded) and "time" not in name}
         for record in records
         for point in record.points
     }
@@ -179,28 +175,30 @@ def render_table(outcomes: dict[Cell, Outcome]) -> str:
         "| trainer type | method | modality | trained | resumed exactly | adapter | merged | GGUF f16 | GGUF q8_0 |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for cell, found in outcomes.items():
-        trained = "yes" if found.weights_changed and found.gradient_norm > 0 else "no"
-        exact = "yes" if found.resumes_exactly and found.metrics_match else "no"
-        shown = [found.fidelity(name) for name in ("adapter", "merged", "gguf-f16", "gguf-q8_0")]
-        lines.append(" | ".join([f"| `{cell.trainer_type}`", cell.method, cell.modality, trained, exact, *shown]) + " |")
+    for cell, outcome in outcomes.items():
+        trained = "yes" if outcome.weights_changed and outcome.gradient_norm > 0 else "no"
+        exact = "yes" if outcome.resumes_exactly and outcome.metrics_match else "no"
+        fidelities = [outcome.describe_fidelity(name) for name in ("adapter", "merged", "gguf-f16", "gguf-q8_0")]
+        lines.append(" | ".join([f"| `{cell.trainer_type}`", cell.method, cell.modality, trained, exact, *fidelities]) + " |")
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all combinations and write the table."""
     parser = argparse.ArgumentParser(prog="python -m tests.jobs.matrix")
-    parser.add_argument("--write", type=Path, help="the page whose table is replaced")
+    parser.add_argument("--write", type=Path, help="the page to write the table into")
     parser.add_argument("--real", action="store_true", help="train text on the real Gemma 3 270M: takes most of an hour")
-    parser.add_argument("names", nargs="*", help="only these combinations, such as dpo-LoRA-text")
+    parser.add_argument("names", nargs="*", help="run only these combinations, such as dpo-LoRA-text")
     options = parser.parse_args(arguments)
-    wanted = [
-        cell for cell in cells() if (not options.names or str(cell) in options.names) and not (options.real and cell.modality == "vision")
+    selected = [
+        cell
+        for cell in all_cells()
+        if (not options.names or str(cell) in options.names) and not (options.real and cell.modality == "vision")
     ]
     outcomes: dict[Cell, Outcome] = {}
-    for cell in wanted:
-        with tempfile.TemporaryDirectory() as folder:  # one at a time: a whole model's checkpoints are gigabytes
-            store = real_base(Path(folder) / "objects") if options.real else build_bases(Path(folder) / "objects")
+    for cell in selected:
+        with tempfile.TemporaryDirectory() as folder:  # one at a time: the checkpoints of the real model take gigabytes
+            store = fetch_real_base(Path(folder) / "objects") if options.real else build_tiny_bases(Path(folder) / "objects")
             outcomes[cell] = run_cell(cell, store, Path(folder) / str(cell), REAL_BASE if options.real else None)
         print(render_table({cell: outcomes[cell]}).splitlines()[-1], flush=True)
     if options.write:
@@ -208,17 +206,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         before, _, rest = page.partition(FIRST_MARK)
         _, _, after = rest.partition(LAST_MARK)
         options.write.write_text(f"{before}{FIRST_MARK}\n{render_table(outcomes)}\n{LAST_MARK}{after}")
-    return 0 if all(found.weights_changed and found.resumes_exactly and found.metrics_match for found in outcomes.values()) else 1
+    return 0 if all(outcome.weights_changed and outcome.resumes_exactly and outcome.metrics_match for outcome in outcomes.values()) else 1
 
 
-def real_base(store: Path) -> Path:
-    """An object store with the real Gemma 3 270M."""
+def fetch_real_base(store: Path) -> Path:
+    """Put the real Gemma 3 270M into an object store."""
     subprocess.run([sys.executable, "infra/gemma_270m.py", "--store", f"file://{store}"], check=True, stdout=subprocess.DEVNULL)
     return store
 
 
-def build_bases(store: Path) -> Path:
-    """An object store with the tiny text and vision bases."""
+def build_tiny_bases(store: Path) -> Path:
+    """Put the tiny text and vision bases into an object store."""
     from tests.tiny_gemma import build_tiny_gemma
     from tests.tiny_gemma_vision import build_tiny_gemma_vision
 

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness tasks: run where the harness is installed, and noted as not run elsewhere."""
+"""lm-evaluation-harness tasks run where the harness is installed; elsewhere the metrics have a note that says why they did not."""
 
 import json
 from importlib.util import find_spec
@@ -157,7 +157,7 @@ def test_harness_batch_shrinks_when_memory_is_short(
 
     embedding = torch.nn.functional.embedding
 
-    def look_up(input: Any, *rest: Any, **named: Any) -> Any:  # torch's own name: peft uses it
+    def look_up(input: Any, *rest: Any, **named: Any) -> Any:  # the name that torch uses and peft passes
         if len(input) > rows_that_fit:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return embedding(input, *rest, **named)

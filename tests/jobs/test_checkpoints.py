@@ -1,4 +1,4 @@
-"""Which checkpoint an attempt resumes from, and which it saves and keeps: with a real folder as store, without a trainer."""
+"""Which checkpoints an attempt saves, keeps and resumes from. The store is a real folder; there is no trainer."""
 
 import json
 import threading
@@ -58,7 +58,7 @@ def make(spec: JobSpec, store: ObjectStore, emitted_events: list[Event], tmp_pat
     made: list[Checkpoints] = []
 
     def build(attempt: int = 1, **changes: Any) -> Checkpoints:
-        given = {
+        defaults = {
             "store": store,
             "spec": spec,
             "save_total_limit": 2,
@@ -66,7 +66,7 @@ def make(spec: JobSpec, store: ObjectStore, emitted_events: list[Event], tmp_pat
             "emit": emitted_events.append,
             "sleep": lambda _: None,
         }
-        made.append(Checkpoints(attempt=attempt, **given | changes))
+        made.append(Checkpoints(attempt=attempt, **defaults | changes))
         return made[-1]
 
     yield build
@@ -75,7 +75,7 @@ def make(spec: JobSpec, store: ObjectStore, emitted_events: list[Event], tmp_pat
 
 
 def save(checkpoints: Checkpoints, folder: Path, checkpoint_info: CheckpointInfo = CHECKPOINT_INFO, **changes: Any) -> None:
-    """Submit a folder with files and wait until they are durable."""
+    """Submit a folder with files and wait until they are uploaded."""
     checkpoint_info = replace(checkpoint_info, **changes)
     checkpoints.submit(make_checkpoint_folder(folder, checkpoint_info.step), checkpoint_info)
     assert checkpoints.wait_until_uploaded(20)
@@ -91,12 +91,12 @@ def make_checkpoint_folder(folder: Path, step: int, content: bytes = b"") -> Pat
 
 def steps(store: ObjectStore, spec: JobSpec) -> list[tuple[int, int]]:
     """Attempt and step of every checkpoint with a manifest."""
-    found = [
+    manifests = [
         Checkpoint.load(store.read(stored.key))
         for stored in store.iter_objects(spec.checkpoints_prefix)
         if stored.key.endswith(f"/{MANIFEST}")
     ]
-    return [(checkpoint.attempt, checkpoint.step) for checkpoint in found]
+    return [(checkpoint.attempt, checkpoint.step) for checkpoint in manifests]
 
 
 # --- saving ----------------------------------------------------------------------------------------------------------
@@ -157,25 +157,25 @@ def test_last_and_best_checkpoints_are_kept(make: Make, store: ObjectStore, spec
 
 def test_incomplete_uploads_of_earlier_attempts_are_deleted(make: Make, store: ObjectStore, spec: JobSpec, tmp_path: Path) -> None:
     store.write(checkpoint_key(spec.checkpoints_prefix, 1, 5) + "optimizer.pt", b"half")
-    later = checkpoint_key(spec.checkpoints_prefix, 3, 5) + "optimizer.pt"
-    store.write(later, b"of an attempt after mine")
+    later_key = checkpoint_key(spec.checkpoints_prefix, 3, 5) + "optimizer.pt"
+    store.write(later_key, b"of a later attempt")
     save(make(attempt=2), tmp_path / "t")
     assert store.stat(checkpoint_key(spec.checkpoints_prefix, 1, 5) + "optimizer.pt") is None
-    assert store.stat(later) is not None
+    assert store.stat(later_key) is not None
 
 
 @pytest.mark.parametrize("project", ["attempt-1", "attempt-7", "step-1"])
 def test_cleanup_only_touches_own_job_for_any_project_name(
     make: Make, store: ObjectStore, spec: JobSpec, tmp_path: Path, project: str
 ) -> None:
-    another = checkpoint_key(checkpoints_prefix("job-2", project), 1, 5) + "optimizer.pt"
-    store.write(another, b"of another job")
+    other_job_key = checkpoint_key(checkpoints_prefix("job-2", project), 1, 5) + "optimizer.pt"
+    store.write(other_job_key, b"of another job")
     own = spec.model_copy(update={"project_id": project, "checkpoints_prefix": checkpoints_prefix("job-1", project)})
-    half = checkpoint_key(own.checkpoints_prefix, 1, 5) + "inner/optimizer.pt"
-    store.write(half, b"half")
+    incomplete_key = checkpoint_key(own.checkpoints_prefix, 1, 5) + "inner/optimizer.pt"
+    store.write(incomplete_key, b"half")
     save(make(spec=own), tmp_path / "t")
-    assert store.stat(another) is not None
-    assert store.stat(half) is None
+    assert store.stat(other_job_key) is not None
+    assert store.stat(incomplete_key) is None
     assert steps(store, own) == [(1, 10)]
 
 
@@ -184,9 +184,9 @@ def test_superseded_attempt_does_not_prune_newer_checkpoints(make: Make, store: 
     save(first, tmp_path / "1", step=10)
     for step in (20, 30):
         save(second, tmp_path / "2", step=step)
-    for step in (40, 50, 60):  # woken
+    for step in (40, 50, 60):  # the first attempt continues although it was superseded
         save(first, tmp_path / "1", step=step)
-    assert [found for found in steps(store, spec) if found[0] == 2] == [(2, 20), (2, 30)]
+    assert [(attempt, step) for attempt, step in steps(store, spec) if attempt == 2] == [(2, 20), (2, 30)]
     restored = make(attempt=3).fetch_latest()
     assert restored is not None
     assert (restored.checkpoint.attempt, restored.checkpoint.step) == (2, 30)
@@ -225,13 +225,13 @@ def test_upload_is_retried_and_permanent_failure_loses_one_checkpoint(
                 raise StoreUnavailable("away")
             return super().upload(source, key, sha256=sha256)
 
-    away = UnavailableStore(spec.stores.models)
-    checkpoints = make(store=away)
-    away.failures_left = 4
+    unavailable_store = UnavailableStore(spec.stores.models)
+    checkpoints = make(store=unavailable_store)
+    unavailable_store.failures_left = 4
     save(checkpoints, tmp_path / "t", step=10)
-    away.failures_left = 1000
+    unavailable_store.failures_left = 1000
     save(checkpoints, tmp_path / "t", step=20)
-    away.failures_left = 0
+    unavailable_store.failures_left = 0
     save(checkpoints, tmp_path / "t", step=30)
     assert steps(store, spec) == [(1, 10), (1, 30)]
     [warning] = [event for event in emitted_events if isinstance(event, WarningRaised)]
@@ -258,14 +258,14 @@ def test_resaved_step_replaces_only_a_damaged_checkpoint(
         save(checkpoints, tmp_path / "t", step=step)
     if damage:
         (tmp_path / "objects" / checkpoint_key(spec.checkpoints_prefix, 1, 20) / "optimizer.pt").write_bytes(b"")
-        assert checkpoints.fetch_latest() is not None  # memory ran out, and step 20 could not be gone on from
+        assert checkpoints.fetch_latest() is not None  # as after running out of memory: step 20 is damaged, so step 10 is restored
     checkpoints.submit(make_checkpoint_folder(tmp_path / "t", 20, b" another batch size"), replace(CHECKPOINT_INFO, step=20))
     assert checkpoints.wait_until_uploaded(20)
     emitted_events.clear()
     restored = make(attempt=2).fetch_latest()
     assert restored is not None
     assert emitted_events == [CheckpointRestored(step=20, from_attempt=1)]
-    assert (b"another" in (restored.folder / "optimizer.pt").read_bytes()) is damage  # what is whole is left as it is
+    assert (b"another" in (restored.folder / "optimizer.pt").read_bytes()) is damage  # an intact checkpoint is not replaced
 
 
 def test_saving_works_after_unexpected_upload_error(make: Make, spec: JobSpec, tmp_path: Path) -> None:
@@ -277,10 +277,10 @@ def test_saving_works_after_unexpected_upload_error(make: Make, spec: JobSpec, t
                 raise NoSuchObject("the session of the upload")
             return super().upload(source, key, sha256=sha256)
 
-    odd = FailingStore(spec.stores.models)
-    checkpoints = make(store=odd)
+    failing_store = FailingStore(spec.stores.models)
+    checkpoints = make(store=failing_store)
     save(checkpoints, tmp_path / "t", step=10)
-    odd.fails = False
+    failing_store.fails = False
     save(checkpoints, tmp_path / "t", step=20)
     assert checkpoints.saved_step == 20
 
@@ -289,7 +289,7 @@ def test_cleanup_failure_does_not_fail_a_saved_checkpoint(make: Make, emitted_ev
     class ListingFailsStore(LocalStore):
         def iter_objects(self, prefix: str) -> Iterator[StoredObject]:
             if "/attempt-1/" in prefix:
-                raise FileNotFoundError("a folder that was removed this moment")
+                raise FileNotFoundError("a folder was removed during the listing")
             return super().iter_objects(prefix)
 
     save(make(store=ListingFailsStore(spec.stores.models)), tmp_path / "t")
@@ -307,12 +307,12 @@ def test_prune_local_deletes_pending_checkpoints(make: Make, tmp_path: Path) -> 
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 
-def test_newest_is_none_without_checkpoints(make: Make, emitted_events: list[Event]) -> None:
+def test_latest_is_none_without_checkpoints(make: Make, emitted_events: list[Event]) -> None:
     assert make().fetch_latest() is None
     assert emitted_events == []
 
 
-def test_newest_prefers_latest_attempt_and_ignores_later_attempts(make: Make, emitted_events: list[Event], tmp_path: Path) -> None:
+def test_latest_prefers_previous_attempt_and_ignores_later_attempts(make: Make, emitted_events: list[Event], tmp_path: Path) -> None:
     for attempt, step in ((1, 90), (2, 20), (2, 30), (4, 40)):
         save(make(attempt=attempt, save_total_limit=9), tmp_path / "t", step=step)
     third = make(attempt=3)
@@ -360,7 +360,7 @@ def test_damaged_checkpoint_is_skipped_for_previous_one(
 
 
 def with_valid_checksum(manifest: dict[str, Any]) -> bytes:
-    """A manifest that was written by somebody who knows how."""
+    """The manifest as bytes, with a checksum that matches its changed content."""
     return Checkpoint.load(json.dumps(manifest)).with_checksum()
 
 
@@ -382,14 +382,14 @@ def test_unreadable_manifest_is_skipped(
 def test_any_flipped_bit_in_manifest_is_detected(make: Make, store: ObjectStore, spec: JobSpec, tmp_path: Path) -> None:
     save(make(), tmp_path / "t")
     content = store.read(checkpoint_key(spec.checkpoints_prefix, 1, 10) + MANIFEST)
-    for place in range(0, len(content), 5):
+    for index in range(0, len(content), 5):
         flipped = bytearray(content)
-        flipped[place] ^= 1 << (place % 7)
+        flipped[index] ^= 1 << (index % 7)
         try:
             read = Checkpoint.from_verified_bytes(bytes(flipped))
         except ValueError:
             continue
-        assert read == Checkpoint.from_verified_bytes(content)  # white space between two values
+        assert read == Checkpoint.from_verified_bytes(content)  # the bit changed only white space between two values
 
 
 def test_incomplete_checkpoint_is_skipped_with_event(
@@ -440,12 +440,12 @@ def test_checksum_mismatch_from_store_skips_checkpoint(make: Make, emitted_event
     class CorruptStore(LocalStore):
         def download(self, key: str, target: Path) -> Path:
             if key.endswith("step-00000030/optimizer.pt"):
-                raise ChecksumMismatch("not what was stored")
+                raise ChecksumMismatch("the content differs from what was stored")
             return super().download(key, target)
 
         def read(self, key: str) -> bytes:
             if key.endswith(f"step-00000020/{MANIFEST}"):
-                raise ChecksumMismatch("not what was stored")
+                raise ChecksumMismatch("the content differs from what was stored")
             return super().read(key)
 
     for step in (10, 20, 30):
@@ -464,7 +464,7 @@ def test_skipped_checkpoint_is_deleted_locally_and_reported_once(
         save(make(), tmp_path / "t", step=step)
     (tmp_path / "objects" / checkpoint_key(spec.checkpoints_prefix, 1, 20) / "optimizer.pt").write_bytes(b"")
     second = make(attempt=2)
-    for _ in range(2):  # once more after a lack of memory
+    for _ in range(2):  # again, as after running out of memory
         assert second.fetch_latest() is not None
     assert [path.name for path in (tmp_path / "work-2").iterdir()] == ["restored-1-10"]
     assert len([event for event in emitted_events if isinstance(event, CheckpointSkipped)]) == 1
@@ -473,7 +473,7 @@ def test_skipped_checkpoint_is_deleted_locally_and_reported_once(
 def test_checkpoint_pruned_during_download_falls_back_to_newer_one(
     make: Make, emitted_events: list[Event], spec: JobSpec, tmp_path: Path
 ) -> None:
-    woken = make(attempt=1, save_total_limit=1)
+    superseded = make(attempt=1, save_total_limit=1)
 
     class PruningStore(LocalStore):
         pruned = False
@@ -481,10 +481,10 @@ def test_checkpoint_pruned_during_download_falls_back_to_newer_one(
         def download(self, key: str, target: Path) -> Path:
             if not self.pruned:
                 self.pruned = True
-                save(woken, tmp_path / "t", step=50)
+                save(superseded, tmp_path / "t", step=50)
             return super().download(key, target)
 
-    save(woken, tmp_path / "t", step=40)
+    save(superseded, tmp_path / "t", step=40)
     restored = make(attempt=2, store=PruningStore(spec.stores.models)).fetch_latest()
     assert restored is not None
     assert restored.checkpoint.step == 50
@@ -492,7 +492,7 @@ def test_checkpoint_pruned_during_download_falls_back_to_newer_one(
 
 
 def test_checkpoint_completed_during_resume_is_used(make: Make, store: ObjectStore, spec: JobSpec, tmp_path: Path) -> None:
-    woken = make(attempt=1, save_total_limit=1)
+    superseded = make(attempt=1, save_total_limit=1)
 
     class FinishingStore(LocalStore):
         finished = False
@@ -500,10 +500,10 @@ def test_checkpoint_completed_during_resume_is_used(make: Make, store: ObjectSto
         def download(self, key: str, target: Path) -> Path:
             if not self.finished:
                 self.finished = True
-                save(woken, tmp_path / "t", step=50)  # and 40 is pruned
+                save(superseded, tmp_path / "t", step=50)  # and 40 is pruned
             return super().download(key, target)
 
-    save(woken, tmp_path / "t", step=40)
+    save(superseded, tmp_path / "t", step=40)
     store.write(checkpoint_key(spec.checkpoints_prefix, 1, 50) + "optimizer.pt", b"half")
     restored = make(attempt=2, store=FinishingStore(spec.stores.models)).fetch_latest()
     assert restored is not None
@@ -559,10 +559,10 @@ def test_store_outage_is_not_reported_as_damage(make: Make, emitted_events: list
 
     save(make(), tmp_path / "t")
     assert make(attempt=2, store=UnavailableStore(spec.stores.models)).fetch_latest() is not None
-    for_good = UnavailableStore(spec.stores.models)
-    for_good.failures_left = 10_000
+    permanently_unavailable = UnavailableStore(spec.stores.models)
+    permanently_unavailable.failures_left = 10_000
     with pytest.raises(JobFailed, match=f"{spec.stores.models}/.* cannot be read: away"):
-        make(attempt=3, store=for_good).fetch_latest()
+        make(attempt=3, store=permanently_unavailable).fetch_latest()
     assert not [event for event in emitted_events if isinstance(event, CheckpointSkipped)]
 
 
@@ -577,11 +577,11 @@ def test_fetch_returns_checkpoint_or_reports_it_missing(make: Make, store: Objec
     with pytest.raises(JobFailed, match="step 10 of job-1 is damaged"):
         another.fetch(source)
     store.delete(source.key + MANIFEST)
-    with pytest.raises(JobFailed, match="step 10 of job-1 does not exist any more"):
+    with pytest.raises(JobFailed, match="step 10 of job-1 no longer exists"):
         another.fetch(source)
 
 
-# --- what is decided without a store ---------------------------------------------------------------------------------
+# --- selection without a store ----------------------------------------------------------------------------------------
 
 
 def make_stored_checkpoint(attempt: int, step: int, eval_loss: float | None = None) -> StoredCheckpoint:
@@ -610,6 +610,6 @@ def test_best_checkpoint_is_kept_once() -> None:
         1,
         2,
     )
-    assert [found.checkpoint.step for found in select_expired(in_order, 1)] == [1, 1]
+    assert [stored.checkpoint.step for stored in select_expired(in_order, 1)] == [1, 1]
     assert select_expired(in_order, 4) == []
     assert select_expired([], 1) == []

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from jobs.llm import loss as likelihood
+from jobs.llm import loss as loss_module
 from jobs.llm.data.tokenize import IGNORE_INDEX, tokenize_split
 from jobs.llm.loss import ChunkedLmHeadLoss, collate, compute_labeled_logits
 from jobs.llm.trainable_tokens import patch_trainable_token_embedding
@@ -19,9 +19,9 @@ ONE_POSITION = 1  # byte: a chunk has at least one position
 @pytest.fixture(scope="module")
 def batch(tokenizer: Any) -> dict[str, Any]:
     """Packed rows with padding."""
-    found = collate(pack_examples(tokenize_split(iter(messages(7)), "messages", tokenizer, 128).rows, 96), 0)
-    found.pop("non_padding_tokens")
-    return found
+    packed = collate(pack_examples(tokenize_split(iter(messages(7)), "messages", tokenizer, 128).rows, 96), 0)
+    packed.pop("non_padding_tokens")
+    return packed
 
 
 def load_model(base: Path, dtype: str = "float32") -> Any:
@@ -38,54 +38,54 @@ def split_labels(batch: dict[str, Any]) -> tuple[dict[str, Any], Any]:
 def compute_full_loss(model: Any, batch: dict[str, Any], divisor: float) -> Any:
     import torch
 
-    logits, wanted = compute_labeled_logits(model, *split_labels(batch))
-    return torch.nn.functional.cross_entropy(logits, wanted, reduction="sum") / divisor
+    logits, labels = compute_labeled_logits(model, *split_labels(batch))
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / divisor
 
 
 def gradients(model: Any, loss: Any) -> dict[str, Any]:
     model.zero_grad()
     loss.backward()
-    return {name: part.grad.clone() for name, part in model.named_parameters() if part.grad is not None}
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
 
 def assert_same_loss_and_gradients(model: Any, batch: dict[str, Any], divisor: float = 7.0) -> ChunkedLmHeadLoss:
-    """The loss and all gradients of two passes: the first batch also probes the model."""
+    """Compare the loss and all gradients with the full loss in two passes; the first pass also probes the model."""
     import torch
 
     expected = compute_full_loss(model, batch, divisor)
-    slopes = gradients(model, expected)
+    expected_gradients = gradients(model, expected)
     head = ChunkedLmHeadLoss(model)
     for _ in range(2):
         loss = head.compute_loss(model, *split_labels(batch), divisor)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-        found = gradients(model, loss)
-        assert found.keys() == slopes.keys()
-        for name, slope in found.items():
-            largest = float(slopes[name].abs().max())
-            torch.testing.assert_close(slope, slopes[name], rtol=1e-4, atol=1e-5 * largest, msg=name)
+        actual_gradients = gradients(model, loss)
+        assert actual_gradients.keys() == expected_gradients.keys()
+        for name, gradient in actual_gradients.items():
+            largest = float(expected_gradients[name].abs().max())
+            torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-5 * largest, msg=name)
     return head
 
 
 def count_positions(model: Any) -> list[int]:
     """Records the number of positions in each call of the head."""
-    seen: list[int] = []
-    model.get_output_embeddings().register_forward_hook(lambda _, states, __: seen.append(states[0].shape[:-1].numel()))
-    return seen
+    counts: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda _, states, __: counts.append(states[0].shape[:-1].numel()))
+    return counts
 
 
-@pytest.mark.parametrize("part_bytes", [ONE_POSITION, 3 * 4 * 1024, 1 << 20], ids=["one", "some", "all"])
+@pytest.mark.parametrize("chunk_bytes", [ONE_POSITION, 3 * 4 * 1024, 1 << 20], ids=["one", "some", "all"])
 @pytest.mark.parametrize("softcap", [None, 5.0], ids=["plain", "softcapped"])
 def test_all_weights_get_same_gradients(
-    base: Path, batch: dict[str, Any], part_bytes: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+    base: Path, batch: dict[str, Any], chunk_bytes: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(likelihood.LOGITS_CHUNK_BYTES, "cpu", part_bytes)
+    monkeypatch.setitem(loss_module.LOGITS_CHUNK_BYTES, "cpu", chunk_bytes)
     model = load_model(base)
     model.config.final_logit_softcapping = softcap
     assert_same_loss_and_gradients(model, batch)
 
 
 def test_adapter_and_token_embeddings_get_same_gradients(base: Path, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(likelihood.LOGITS_CHUNK_BYTES, "cpu", ONE_POSITION)
+    monkeypatch.setitem(loss_module.LOGITS_CHUNK_BYTES, "cpu", ONE_POSITION)
     model = make_tuned_model(base)
     patch_trainable_token_embedding(model)
     assert_same_loss_and_gradients(model, batch)
@@ -93,15 +93,15 @@ def test_adapter_and_token_embeddings_get_same_gradients(base: Path, batch: dict
 
 
 def test_head_only_sees_labeled_positions_in_chunks(base: Path, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(likelihood.LOGITS_CHUNK_BYTES, "cpu", 4 * 4 * 1024)
+    monkeypatch.setitem(loss_module.LOGITS_CHUNK_BYTES, "cpu", 4 * 4 * 1024)
     model = load_model(base)
     head = ChunkedLmHeadLoss(model)
     head.compute_loss(model, *split_labels(batch))
-    seen = count_positions(model)
+    counts = count_positions(model)
     head.compute_loss(model, *split_labels(batch))
     labeled = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-    assert max(seen) <= 4
-    assert sum(seen) == labeled + 1  # and the probe
+    assert max(counts) <= 4
+    assert sum(counts) == labeled + 1  # and the probe
     assert labeled < batch["labels"].numel() / 2
 
 
@@ -182,10 +182,11 @@ def test_failed_forward_leaves_no_state_behind(base: Path, batch: dict[str, Any]
 def test_bf16_gradients_are_close_to_full_loss(base: Path, batch: dict[str, Any]) -> None:
     model = load_model(base, "bfloat16")
     expected = compute_full_loss(model, batch, 7.0)
-    slopes = gradients(model, expected)
-    found = gradients(model, ChunkedLmHeadLoss(model).compute_loss(model, *split_labels(batch), 7.0))
-    for name, slope in found.items():
-        assert float((slope - slopes[name]).float().norm()) <= 0.02 * float(slopes[name].float().norm()), name
+    expected_gradients = gradients(model, expected)
+    actual_gradients = gradients(model, ChunkedLmHeadLoss(model).compute_loss(model, *split_labels(batch), 7.0))
+    for name, gradient in actual_gradients.items():
+        difference = (gradient - expected_gradients[name]).float().norm()
+        assert float(difference) <= 0.02 * float(expected_gradients[name].float().norm()), name
 
 
 def test_compiled_model_keeps_layers_in_one_graph(base: Path, batch: dict[str, Any]) -> None:
@@ -193,13 +194,13 @@ def test_compiled_model_keeps_layers_in_one_graph(base: Path, batch: dict[str, A
 
     sizes: list[int] = []
 
-    def as_it_is(graph: Any, _: Any) -> Any:
+    def count_nodes(graph: Any, _: Any) -> Any:
         sizes.append(len(graph.graph.nodes))
         return graph.forward
 
     model = load_model(base)
     expected = compute_full_loss(model, batch, 7.0)
-    compiled: Any = torch.compile(model, backend=as_it_is)
+    compiled: Any = torch.compile(model, backend=count_nodes)
     torch._dynamo.reset()
     assert ChunkedLmHeadLoss(model).compute_loss(compiled, *split_labels(batch), 7.0).item() == pytest.approx(expected.item(), rel=1e-5)
     assert max(sizes) > 0.95 * sum(sizes)  # the rest is the head and the soft cap of the probe

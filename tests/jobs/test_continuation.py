@@ -18,7 +18,7 @@ from schema.checkpoint import checkpoint_key
 from schema.events import CheckpointRestored, EvaluationCompleted, MetricsLogged
 from schema.job import ExportSource, Progress
 from schema.spec import JobSpec
-from tests.jobs.conftest import EventRecorder, load_saved_checkpoints, load_trainer, make_context, make_spec, saved_steps
+from tests.jobs.conftest import EventRecorder, load_saved_checkpoints, load_trainer, load_weights, make_context, make_spec, saved_steps
 
 
 class Killed(BaseException):
@@ -42,7 +42,7 @@ class ProgressRecorder(EventRecorder):
 
 @dataclass
 class StopAfter:
-    """Requests a stop at `step`, once the training has checked for one `checks` times since that step."""
+    """Requests a stop at `step`, once the training has called `check` `checks` times since that step."""
 
     recorder: ProgressRecorder
     step: int
@@ -51,8 +51,8 @@ class StopAfter:
 
     @property
     def stop_reason(self) -> StopReason | None:
-        there = self.recorder.step >= self.step and self.recorder.checks >= self.checks
-        return self.reason if there and self.reason != "time_slice" else None
+        is_reached = self.recorder.step >= self.step and self.recorder.checks >= self.checks
+        return self.reason if is_reached and self.reason != "time_slice" else None
 
     def check(self) -> None:
         self.recorder.checks += 1
@@ -104,10 +104,10 @@ class TrainingRun:
         **stop_options: Any,
     ) -> TrainedModel | StopReason | None:
         """Run the next attempt. Returns the model, the reason it stopped, or None if it was killed."""
-        self.recorders.append(listener := ProgressRecorder(kill_at_step=kill_at_step))
-        stop = None if stop_after is None else StopAfter(listener, stop_after, **stop_options)
+        self.recorders.append(recorder := ProgressRecorder(kill_at_step=kill_at_step))
+        stop = None if stop_after is None else StopAfter(recorder, stop_after, **stop_options)
         number = len(self.recorders)
-        context = make_context(self.spec, self.workdir / str(number), listener, attempt=number, stop=stop)
+        context = make_context(self.spec, self.workdir / str(number), recorder, attempt=number, stop=stop)
         context.listeners += [training_listener] if training_listener else []
         try:
             return load_trainer(self.spec)(self.spec.training_config, context)
@@ -128,9 +128,9 @@ class TrainingRun:
     def curve(self) -> dict[int, tuple[float | None, ...]]:
         """The logged metrics by step. Steps that were logged twice must be equal."""
         points: dict[int, tuple[float | None, ...]] = {}
-        for point in (point for listener in self.recorders for point in listener.points):
-            drawn = (point.epoch, *(point.values[name] for name in ("loss", "learning_rate", "grad_norm")))
-            assert points.setdefault(point.step, drawn) == drawn
+        for point in (point for recorder in self.recorders for point in recorder.points):
+            values = (point.epoch, *(point.values[name] for name in ("loss", "learning_rate", "grad_norm")))
+            assert points.setdefault(point.step, values) == values
         return points
 
     @property
@@ -142,19 +142,13 @@ class TrainingRun:
         }
 
 
-def weights(model: TrainedModel) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    return {name: part for path in model.folder.glob("*.safetensors") for name, part in load_file(path).items()}
-
-
 def assert_runs_identical(training_run: TrainingRun, model: TrainedModel, other: TrainingRun, other_model: TrainedModel) -> None:
-    """All logged metrics, evaluations and weights are equal bit for bit."""
+    """Fail unless all logged metrics, evaluations and weights are equal bit for bit."""
     assert training_run.curve == other.curve
     assert training_run.evaluations == other.evaluations
-    ours, theirs = weights(model), weights(other_model)
+    ours, theirs = load_weights(model.folder), load_weights(other_model.folder)
     assert ours.keys() == theirs.keys()
-    assert [name for name, part in ours.items() if not part.equal(theirs[name])] == []
+    assert [name for name, tensor in ours.items() if not tensor.equal(theirs[name])] == []
     assert (model.train_tokens, model.train_rows, model.held_out_examples) == (
         other_model.train_tokens,
         other_model.train_rows,
@@ -218,7 +212,7 @@ class UninterruptedRun:
 
 @pytest.fixture(scope="module")
 def train_uninterrupted(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], UninterruptedRun]:
-    """Trains a case of CASES; each is trained once, however often it is asked for."""
+    """Trains a case of CASES, each at most once."""
 
     @cache
     def train(name: str) -> UninterruptedRun:
@@ -248,7 +242,7 @@ def test_one_step_per_time_slice_matches_uninterrupted_run(uninterrupted: Uninte
     assert_runs_identical(run, model, uninterrupted.training_run, uninterrupted.model)
 
 
-# --- with one of these cases ---
+# --- with the packed LoRA case ---
 
 LORA = CASES["lora-packed-accumulated"]
 
@@ -338,12 +332,12 @@ def test_more_epochs_continue_with_the_longer_schedule(lora: UninterruptedRun, s
         lora.training_run.spec.model_copy(update={"training_config": longer}), tmp_path / "more", recorders=[ProgressRecorder()]
     )
     run.finish()
-    unbroken = TrainingRun(LORA.spec(store, epochs=3, logging_steps=1), tmp_path / "unbroken")
-    unbroken.finish()
+    uninterrupted = TrainingRun(LORA.spec(store, epochs=3, logging_steps=1), tmp_path / "uninterrupted")
+    uninterrupted.finish()
     points = run.recorders[-1].points
     assert [point.step for point in points] == [9, 10, 11, 12]
     assert [point.values["learning_rate"] for point in points] == [
-        point.values["learning_rate"] for point in unbroken.recorders[0].points if point.step > 8
+        point.values["learning_rate"] for point in uninterrupted.recorders[0].points if point.step > 8
     ]
     assert points[-1].progress is not None
     assert (points[-1].progress.step, points[-1].progress.total_steps, points[-1].progress.total_epochs) == (12, 12, 3.0)
@@ -364,8 +358,8 @@ def test_checkpoint_is_exported_without_training(store: Path, tmp_path: Path, na
     assert model.base_metrics is not None
     assert model.base_metrics == trained.recorders[0].evaluations[0].metrics
     assert model.metrics.eval_loss != model.base_metrics.eval_loss
-    stored = weights(TrainedModel(Path(store, source.key), model.is_adapter, model.base_folder, (), None, None, 0, 0, 0.0))
-    assert all(part.equal(stored[name]) for name, part in weights(model).items())
+    stored = load_weights(Path(store, source.key))
+    assert all(tensor.equal(stored[name]) for name, tensor in load_weights(model.folder).items())
 
 
 # --- when to save ---
@@ -429,7 +423,7 @@ class TimeLimit(StopAfter):
 
 @dataclass
 class ControlDriver:
-    """Drives the TrainingControl of a training of a hundred steps."""
+    """Drives a TrainingControl through a training of 100 steps."""
 
     control: TrainingControl
     clock: Clock
@@ -451,7 +445,7 @@ class ControlDriver:
 
 @pytest.fixture
 def make_control_driver(store: Path, tmp_path: Path) -> Callable[..., ControlDriver]:
-    def begin(ends_at_s: float = 1e9) -> ControlDriver:
+    def make(ends_at_s: float = 1e9) -> ControlDriver:
         clock = Clock()
         stop = TimeLimit(ProgressRecorder(), step=1000, clock=clock, ends_at_s=ends_at_s)
         context = make_context(make_spec(store), tmp_path, stop=stop)
@@ -460,7 +454,7 @@ def make_control_driver(store: Path, tmp_path: Path) -> Callable[..., ControlDri
             TrainingControl(context, SavePolicy("epoch", 50), state, total_steps=100, clock=clock), clock, tmp_path / "checkpoint"
         )
 
-    return begin
+    return make
 
 
 def test_safety_checkpoints_in_long_epoch_depend_on_save_cost(make_control_driver: Callable[..., ControlDriver]) -> None:

@@ -27,8 +27,8 @@ from jobs.runtime.save_policy import TrainingControlState
 from jobs.runtime.settings import read_max_processes, visible_gpus, worker_environment
 from schema.checkpoint import checkpoint_key
 from schema.events import CheckpointRestored, EvaluationCompleted, MetricsLogged, SamplesGenerated
-from tests.jobs.conftest import EventRecorder, load_saved_checkpoints, load_trainer, make_context, make_spec, messages
-from tests.jobs.test_continuation import TrainingRun, assert_runs_identical, weights
+from tests.jobs.conftest import EventRecorder, load_saved_checkpoints, load_trainer, load_weights, make_context, make_spec, messages
+from tests.jobs.test_continuation import TrainingRun, assert_runs_identical
 from tests.jobs.test_grpo import LETTER_GRADER, SIMILARITY_GRADER, make_grpo_job, prompts
 from tests.jobs.test_preferences import curve_points, evaluations_by_step, pairs, unpaired_rows
 from tests.jobs.test_vision import VISION_BASE, make_square_rows
@@ -64,8 +64,8 @@ class KillWorkerListener:
 
     def log_metrics(self, event: MetricsLogged) -> None:
         if event.step == self.step:
-            (other,) = psutil.Process().children()
-            other.kill()
+            (worker,) = psutil.Process().children()
+            worker.kill()
             self.killed_at = time.monotonic()
 
     def log_evaluation(self, event: EvaluationCompleted) -> None:
@@ -106,11 +106,11 @@ def test_two_processes_match_one_and_resume_after_kill_and_pause(
     paused = {file.path: file.sha256 for file in load_saved_checkpoints(broken.spec)[-1].files}
     assert paused["rng_state_0.pth"] != paused["rng_state_1.pth"]
     assert_runs_identical(broken, broken.finish(), unbroken, model)
-    assert [event.step for listener in broken.recorders for event in listener.events if isinstance(event, CheckpointRestored)] == [2, 5]
+    assert [event.step for recorder in broken.recorders for event in recorder.events if isinstance(event, CheckpointRestored)] == [2, 5]
 
 
 def assert_runs_close(two: tuple[TrainingRun, TrainedModel], one: tuple[TrainingRun, TrainedModel]) -> None:
-    """Equal up to the order of summation."""
+    """Fail unless logged metrics, evaluations and weights are equal up to the order of summation."""
     (ours, our_model), (theirs, their_model) = two, one
     assert our_model.train_tokens == their_model.train_tokens
     for point, other in zip(ours.recorders[0].points, theirs.recorders[0].points, strict=True):
@@ -119,8 +119,8 @@ def assert_runs_close(two: tuple[TrainingRun, TrainedModel], one: tuple[Training
     assert [(event.when, event.step) for event in ours.recorders[0].evaluations] == [
         (event.when, event.step) for event in theirs.recorders[0].evaluations
     ]
-    expected = weights(their_model)
-    assert max(float((part - expected[name]).abs().max()) for name, part in weights(our_model).items()) < 1e-5
+    expected = load_weights(their_model.folder)
+    assert max(float((part - expected[name]).abs().max()) for name, part in load_weights(our_model.folder).items()) < 1e-5
 
 
 # --- every trainer type ------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ TRAINER_CONFIGS: dict[str, dict[str, Any]] = {
         "train": [*make_square_rows(6), *messages(3)],
         "held_out": make_square_rows(2, first=500),
     }
-    | {"hyperparameters": SHORT_TRAINING | {"train_vision_tower": True}},  # which batches without images do not use
+    | {"hyperparameters": SHORT_TRAINING | {"train_vision_tower": True}},  # batches without images do not use the tower
     "grpo": make_grpo_job(LETTER_GRADER, SIMILARITY_GRADER, train=prompts(2))
     | {"hyperparameters": SHORT_TRAINING | GRPO_HYPERPARAMETERS | {"mask_truncated_completions": False}},
 }
@@ -165,7 +165,7 @@ TRAINER_CONFIGS: dict[str, dict[str, Any]] = {
 def make_distributed_run(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, int], TrainingRun]:
     """Makes the job of a trainer type, to run in `processes` processes."""
 
-    def begin(trainer: str, name: str, processes: int) -> TrainingRun:
+    def make(trainer: str, name: str, processes: int) -> TrainingRun:
         monkeypatch.setenv("JOB_PROCESSES", str(processes))
         vision_base = store / "pretrained_weights/huggingface" / VISION_BASE
         if trainer == "vision" and not vision_base.exists():
@@ -174,11 +174,11 @@ def make_distributed_run(store: Path, tmp_path: Path, monkeypatch: pytest.Monkey
             make_spec(store, eval_config={"eval_strategy": "epoch"}, **copy.deepcopy(TRAINER_CONFIGS[trainer])), tmp_path / name
         )
 
-    return begin
+    return make
 
 
 def assert_same_training(ours: tuple[TrainingRun, TrainedModel], theirs: tuple[TrainingRun, TrainedModel]) -> None:
-    """All logged metrics, evaluations and weights are equal up to the order of summation."""
+    """Like `assert_runs_close`, for every logged metric and for trainings with warnings."""
     (two, our_model), (one, their_model) = ours, theirs
     assert two.recorders[0].decisions["world_size"] == "2"
     assert two.recorders[0].warnings == one.recorders[0].warnings
@@ -186,22 +186,24 @@ def assert_same_training(ours: tuple[TrainingRun, TrainedModel], theirs: tuple[T
     assert points.keys() == expected.keys() != set()
     for step, values in points.items():
         assert values == pytest.approx(expected[step], rel=1e-5, abs=1e-5), step
-    found, wanted = evaluations_by_step(two), evaluations_by_step(one)
-    assert found.keys() == wanted.keys()
-    assert [of.eval_loss for of in found.values()] == pytest.approx([of.eval_loss for of in wanted.values()], rel=1e-5, abs=1e-5)
+    ours_by_step, theirs_by_step = evaluations_by_step(two), evaluations_by_step(one)
+    assert ours_by_step.keys() == theirs_by_step.keys()
+    expected_losses = [metrics.eval_loss for metrics in theirs_by_step.values()]
+    assert [metrics.eval_loss for metrics in ours_by_step.values()] == pytest.approx(expected_losses, rel=1e-5, abs=1e-5)
     assert our_model.train_tokens == their_model.train_tokens > 0
-    learned = weights(their_model)
-    # A fifth of a step: for gradients near zero, Adam amplifies rounding differences.
-    assert max(float((part - learned[name]).abs().max()) for name, part in weights(our_model).items()) < 2e-4
+    expected_weights = load_weights(their_model.folder)
+    # The tolerance is a fifth of a step: for gradients near zero, Adam amplifies rounding differences.
+    assert max(float((part - expected_weights[name]).abs().max()) for name, part in load_weights(our_model.folder).items()) < 2e-4
 
 
-# One trainer of each loss reduction that test_two_processes_match_one_and_resume does not cover; starting processes takes seconds.
-NOT_NIGHTLY = ("kto", "grpo")
+# One trainer of each loss reduction that test_two_processes_match_one_and_resume_after_kill_and_pause does not cover; starting
+# processes takes seconds, so the other trainers run nightly.
+ALWAYS_RUN = ("kto", "grpo")
 
 
 @pytest.mark.parametrize(
     "trainer",
-    [pytest.param(name, marks=[] if name in NOT_NIGHTLY else pytest.mark.nightly) for name in TRAINER_CONFIGS if name != "dpo"],
+    [pytest.param(name, marks=[] if name in ALWAYS_RUN else pytest.mark.nightly) for name in TRAINER_CONFIGS if name != "dpo"],
 )
 def test_two_processes_match_one_for_every_trainer(make_distributed_run: Callable[[str, str, int], TrainingRun], trainer: str) -> None:
     alone = make_distributed_run(trainer, "alone", 1)
@@ -222,11 +224,10 @@ def test_metrics_of_both_processes_are_logged_after_resume(
     resumed = TrainingRun(unbroken.spec, unbroken.workdir / "resumed", [*unbroken.recorders])
     shutil.rmtree(store / checkpoint_key(resumed.spec.checkpoints_prefix, attempt=1, step=4))
     assert_runs_identical(resumed, resumed.finish(), unbroken, model)
-    again = resumed.recorders[1]
-    assert [event.step for event in again.events if isinstance(event, CheckpointRestored)] == [
-        2
-    ]  # at the end of an epoch, and between two logged steps
-    assert curve_points(TrainingRun(resumed.spec, resumed.workdir, [again])) == curve_points(unbroken)
+    recorder = resumed.recorders[1]
+    # Step 2 is at the end of an epoch and between two logged steps.
+    assert [event.step for event in recorder.events if isinstance(event, CheckpointRestored)] == [2]
+    assert curve_points(TrainingRun(resumed.spec, resumed.workdir, [recorder])) == curve_points(unbroken)
 
 
 def raise_invalid_data(_: TrainingContext) -> TrainingTask:
@@ -324,9 +325,11 @@ def test_other_worker_exit_fails_attempt_and_names_process() -> None:
 
 
 def test_worker_environment_has_own_gpu_and_no_token() -> None:
-    found = worker_environment(1, 2, 4711, "3", {"JOB_TOKEN": "t0ken", "CUDA_VISIBLE_DEVICES": "2", "PATH": "/bin"})
-    assert found.items() >= {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "4711", "CUDA_VISIBLE_DEVICES": "3", "PATH": "/bin"}.items()
-    assert "t0ken" not in found.values()
+    environment = worker_environment(1, 2, 4711, "3", {"JOB_TOKEN": "t0ken", "CUDA_VISIBLE_DEVICES": "2", "PATH": "/bin"})
+    assert (
+        environment.items() >= {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "4711", "CUDA_VISIBLE_DEVICES": "3", "PATH": "/bin"}.items()
+    )
+    assert "t0ken" not in environment.values()
 
 
 @pytest.mark.parametrize(
@@ -338,22 +341,22 @@ def test_worker_environment_has_own_gpu_and_no_token() -> None:
         ({"JOB_VISIBLE_GPUS": ""}, ("",)),
     ],
 )
-def test_visible_gpus_come_from_job_gpus(environment: dict[str, str], names: tuple[str, ...]) -> None:
+def test_visible_gpus_come_from_job_visible_gpus(environment: dict[str, str], names: tuple[str, ...]) -> None:
     assert visible_gpus(4, environment) == names
 
 
 def test_first_step_timeout_applies_only_during_the_step() -> None:
     now = 0.0
-    step = StartupWatchdog(timeout_s=10.0, clock=lambda: now)
+    watchdog = StartupWatchdog(timeout_s=10.0, clock=lambda: now)
     now = 100.0  # the base is being evaluated
-    assert not step.has_timed_out
-    step.start()
+    assert not watchdog.has_timed_out
+    watchdog.start()
     now = 109.0
-    assert not step.has_timed_out
+    assert not watchdog.has_timed_out
     now = 111.0
-    assert step.has_timed_out
-    step.stop()
-    assert not step.has_timed_out
+    assert watchdog.has_timed_out
+    watchdog.stop()
+    assert not watchdog.has_timed_out
 
 
 def test_process_count_below_one_is_rejected() -> None:

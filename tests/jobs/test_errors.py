@@ -61,8 +61,8 @@ def test_settings_do_not_show_the_token() -> None:
     assert "t0ken" not in repr(read_settings(complete | {"JOB_TOKEN": "t0ken"}))
 
 
-@pytest.mark.parametrize(("shown", "used"), [({}, "0"), ({"CUDA_VISIBLE_DEVICES": "2,3"}, "2"), ({"CUDA_VISIBLE_DEVICES": ""}, "")])
-def test_use_one_gpu_keeps_full_list_in_job_gpus(shown: dict[str, str], used: str) -> None:
-    told = shown.get("CUDA_VISIBLE_DEVICES")
-    use_one_gpu(shown)
-    assert shown == {"CUDA_VISIBLE_DEVICES": used} | ({} if told is None else {"JOB_VISIBLE_GPUS": told})
+@pytest.mark.parametrize(("environment", "used"), [({}, "0"), ({"CUDA_VISIBLE_DEVICES": "2,3"}, "2"), ({"CUDA_VISIBLE_DEVICES": ""}, "")])
+def test_use_one_gpu_keeps_full_list_in_job_visible_gpus(environment: dict[str, str], used: str) -> None:
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    use_one_gpu(environment)
+    assert environment == {"CUDA_VISIBLE_DEVICES": used} | ({} if visible is None else {"JOB_VISIBLE_GPUS": visible})

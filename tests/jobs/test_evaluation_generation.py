@@ -1,4 +1,4 @@
-"""Generation during training: greedy answers, and a training that is not changed by it."""
+"""Generation during training: answers are greedy, and the training does not change."""
 
 import random
 from collections.abc import Callable
@@ -25,7 +25,7 @@ NEW_TOKENS = 12
 
 @pytest.fixture(scope="module")
 def model(base: Path) -> Any:
-    """The tiny base in training mode. Not to be changed."""
+    """The tiny base in training mode. Tests must not change it."""
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(base)
@@ -112,14 +112,14 @@ def test_sampling_settings_of_generation_config_are_ignored(
     assert generate_answers(model, tokenizer, prompts) == expected_answers
 
 
-@pytest.mark.parametrize("as_a_list", [True, False])
+@pytest.mark.parametrize("as_list", [True, False])
 def test_generation_stops_at_eos_of_generation_config(
-    model: Any, tokenizer: Any, prompts: list[list[int]], expected_answers: list[str], monkeypatch: pytest.MonkeyPatch, as_a_list: bool
+    model: Any, tokenizer: Any, prompts: list[list[int]], expected_answers: list[str], monkeypatch: pytest.MonkeyPatch, as_list: bool
 ) -> None:
     end = tokenizer(expected_answers[0], add_special_tokens=False)["input_ids"][2]  # a token inside an answer
-    monkeypatch.setattr(model.generation_config, "eos_token_id", [1, end] if as_a_list else end)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [1, end] if as_list else end)
     generated = generate_answers(model, tokenizer, prompts)
-    assert generated == [generate_greedy(model, tokenizer, prompt, (1, end) if as_a_list else (end,)) for prompt in prompts]
+    assert generated == [generate_greedy(model, tokenizer, prompt, (1, end) if as_list else (end,)) for prompt in prompts]
     assert generated[0] != expected_answers[0]
 
 
@@ -128,9 +128,9 @@ def test_special_tokens_are_removed_from_answers(
 ) -> None:
     import torch
 
-    turn = tokenizer.convert_tokens_to_ids("<start_of_turn>")
+    start_of_turn = tokenizer.convert_tokens_to_ids("<start_of_turn>")
     head = model.lm_head.forward
-    monkeypatch.setattr(model.lm_head, "forward", lambda hidden: head(hidden).index_fill(-1, torch.tensor([turn]), 1e4))
+    monkeypatch.setattr(model.lm_head, "forward", lambda hidden: head(hidden).index_fill(-1, torch.tensor([start_of_turn]), 1e4))
     assert generate_answers(model, tokenizer, prompts) == [""] * len(prompts)
 
 
@@ -169,7 +169,7 @@ def test_generation_restores_model_and_rng_state(base: Path, tokenizer: Any, pro
     adapted = load_with_lora(base).train()
     adapted.activation_checkpointing_enable()
     adapted.config.use_cache = False
-    frozen = adapted.get_input_embeddings().eval()  # in evaluation mode during training
+    frozen = adapted.get_input_embeddings().eval()  # one module stays in evaluation mode during training
     before = capture_rng_state(), [(part.training, getattr(part, "gradient_checkpointing", None)) for part in adapted.modules()]
     config = adapted.generation_config.to_dict()
 

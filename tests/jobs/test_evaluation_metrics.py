@@ -34,7 +34,7 @@ def test_exact_match_ignores_only_whitespace(answer: str, matches: float) -> Non
 
 
 def test_rouge_is_mean_f1_over_rows() -> None:
-    # of 6 and 6 words 5 are in common, of 5 and 5 pairs 3, and the longest common sequence has 5
+    # in the first row 5 of 6 words and 3 of 5 pairs are in common, and the longest common sequence has 5 words
     metrics = values(["the cat sat on the mat", CAT], [CAT, CAT])
     assert metrics["rouge_1"] == pytest.approx((5 / 6 + 1) / 2)
     assert metrics["rouge_2"] == pytest.approx((3 / 5 + 1) / 2)
@@ -42,7 +42,7 @@ def test_rouge_is_mean_f1_over_rows() -> None:
 
 
 def test_rouge_combines_precision_and_recall() -> None:
-    # precision 2/2, recall 2/6: F = 2 · 1 · 1/3 / (4/3); in the wrong order one word is left of the longest sequence
+    # precision 2/2, recall 2/6: F = 2 · 1 · 1/3 / (4/3); the order is wrong, so the longest common sequence has one word
     metrics = values(["mat cat"], [CAT])
     assert metrics["rouge_1"] == pytest.approx(0.5)
     assert metrics["rouge_l"] == pytest.approx(2 * (1 / 2) * (1 / 6) / (1 / 2 + 1 / 6))
@@ -62,16 +62,16 @@ def test_rouge_matches_rouge_score_package() -> None:
 
 
 def test_bleu_is_computed_over_whole_corpus() -> None:
-    # sequences of 1, 2, 3, 4 words in common: 7/7, 5/5, 3/3, 1/1 of the answers' sequences, but 7 words instead of 12
+    # precision of 1 to 4 words: 7/7, 5/5, 3/3, 1/1, but the answers have 7 words instead of 12
     metrics = values(["the cat is", "a b c d"], [CAT, "a b c d e f"])
     assert metrics["bleu"] == pytest.approx(math.exp(1 - 12 / 7))
-    # 7/8, 5/6, 3/4 and 1/2, of the right length
+    # precision 7/8, 5/6, 3/4 and 1/2, and the lengths are equal
     metrics = values(["the cat is on", "x b c d"], ["the cat is on", "a b c d"])
     assert metrics["bleu"] == pytest.approx((7 / 8 * 5 / 6 * 3 / 4 * 1 / 2) ** (1 / 4))
 
 
 def test_chrf_counts_characters() -> None:
-    # "ab" of "abc": sequences of one and two characters, precision 1 and 1, recall 2/3 and 1/2; recall counts twice, squared
+    # "ab" of "abc": sequences of one and two characters, precision 1 and 1, recall 2/3 and 1/2; beta is 2: recall weighs 4 times
     recall = (2 / 3 + 1 / 2) / 2
     assert values(["ab"], ["abc"])["chrf"] == pytest.approx(5 * 1 * recall / (4 * 1 + recall))
 
@@ -121,25 +121,25 @@ def test_labels_may_be_punctuation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("references", "why"),
+    ("references", "reason"),
     [
         (["yes", "no", "maybe", "yes"], "3 different ones in 4 rows"),
         ([f"label {n % 21}" for n in range(100)], "21 different ones in 100 rows"),
         (["one two three four five six", "a"] * 4, "one has 6 words"),
     ],
 )
-def test_free_text_is_not_treated_as_labels(references: list[str], why: str) -> None:
+def test_free_text_is_not_treated_as_labels(references: list[str], reason: str) -> None:
     metrics, notes = task_metrics(references, references)
     assert metrics["f1_macro"] is None
     assert metrics["accuracy_labels"] is None
-    assert why in notes["f1_macro"]
+    assert reason in notes["f1_macro"]
 
 
 # --- undefined metrics ---
 
 
 @pytest.mark.parametrize(
-    ("reference", "name", "why"),
+    ("reference", "name", "reason"),
     [
         ("yes", "bleu", "no reference is that long"),
         ("yes", "rouge_2", "no reference has two words"),
@@ -148,10 +148,10 @@ def test_free_text_is_not_treated_as_labels(references: list[str], why: str) -> 
         (" ", "chrf", "every reference is empty"),
     ],
 )
-def test_undefined_metric_is_none_with_reason(reference: str, name: str, why: str) -> None:
+def test_undefined_metric_is_none_with_reason(reference: str, name: str, reason: str) -> None:
     metrics, notes = task_metrics([reference], [reference])
     assert metrics[name] is None
-    assert why in notes[name]
+    assert reason in notes[name]
     assert metrics["exact_match"] == 1
 
 

@@ -20,8 +20,8 @@ from jobs.runtime.errors import JobFailed
 from jobs.runtime.settings import read_parallelism
 from schema.checkpoint import checkpoints_prefix
 from schema.events import CheckpointRestored, MetricsLogged, SamplesGenerated
-from tests.jobs.conftest import load_saved_checkpoints, make_spec, messages
-from tests.jobs.test_continuation import TrainingRun, assert_runs_identical, weights
+from tests.jobs.conftest import load_saved_checkpoints, load_weights, make_spec, messages
+from tests.jobs.test_continuation import TrainingRun, assert_runs_identical
 from tests.jobs.test_distributed import HYPERPARAMETERS, KillWorkerListener, assert_runs_close
 
 
@@ -40,14 +40,14 @@ def make_training_run(store: Path, tmp_path: Path) -> Callable[..., TrainingRun]
 def set_fsdp(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
     """Selects two processes that shard the model, or one."""
     monkeypatch.setenv("JOB_PARALLELISM", "fsdp")
-    yield lambda wanted: monkeypatch.setenv("JOB_PROCESSES", "2" if wanted else "1")
+    yield lambda sharded: monkeypatch.setenv("JOB_PROCESSES", "2" if sharded else "1")
     assert not psutil.Process().children()
     assert not {"RANK", "WORLD_SIZE", "MASTER_PORT"} & os.environ.keys()
 
 
 @dataclass
 class ShardSizeListener(KillWorkerListener):
-    """A listener that records which fraction of the model and optimizer this process holds. It kills nothing."""
+    """A listener that records which fraction of the model and optimizer this process holds. It kills no worker."""
 
     step: int = -1
     shard_fractions: list[float] = field(default_factory=list)
@@ -56,7 +56,7 @@ class ShardSizeListener(KillWorkerListener):
         from torch.distributed.tensor import DTensor
         from torch.optim import AdamW
 
-        optimizer = [one for one in gc.get_objects() if type(one) is AdamW][-1]  # an earlier one may not be collected yet
+        optimizer = [instance for instance in gc.get_objects() if type(instance) is AdamW][-1]  # an earlier one may not be collected yet
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         parts = weights + [optimizer.state[weight][moment] for weight in weights for moment in ("exp_avg", "exp_avg_sq")]
         assert all(isinstance(part, DTensor) for part in parts)
@@ -70,13 +70,13 @@ def test_fsdp_matches_single_process_and_checkpoints_resume_anywhere(
     alone = make_training_run("alone")
     expected = alone.finish()
     set_fsdp(True)
-    unbroken, scales = make_training_run("unbroken"), ShardSizeListener()
-    model = unbroken.run_attempt(training_listener=scales)
+    unbroken, listener = make_training_run("unbroken"), ShardSizeListener()
+    model = unbroken.run_attempt(training_listener=listener)
     assert isinstance(model, TrainedModel)
     assert_runs_close((unbroken, model), (alone, expected))
     assert unbroken.recorders[0].decisions["parallelism"] == "fsdp"
-    assert len(scales.shard_fractions) == 6
-    assert all(0.45 < share < 0.55 for share in scales.shard_fractions)
+    assert len(listener.shard_fractions) == 6
+    assert all(0.45 < fraction < 0.55 for fraction in listener.shard_fractions)
 
     broken = make_training_run("broken")
     with pytest.raises(JobFailed):
@@ -93,30 +93,30 @@ def test_fsdp_matches_single_process_and_checkpoints_resume_anywhere(
 
 
 def resumed_steps(training_run: TrainingRun) -> list[int]:
-    return [event.step for listener in training_run.recorders for event in listener.events if isinstance(event, CheckpointRestored)]
+    return [event.step for recorder in training_run.recorders for event in recorder.events if isinstance(event, CheckpointRestored)]
 
 
 def max_weight_difference(one: TrainedModel, other: TrainedModel) -> float:
-    ours, theirs = weights(one), weights(other)
+    ours, theirs = load_weights(one.folder), load_weights(other.folder)
     assert ours.keys() == theirs.keys()
     return max(float((part - theirs[name]).abs().max()) for name, part in ours.items())
 
 
 @pytest.fixture
 def oom_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Memory runs out in a middle layer when more than one row is evaluated. Returns the batch sizes that failed so far."""
+    """Memory runs out in a middle layer when more than one row is evaluated. The value lists the batch sizes that failed."""
     from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
-    forward, happened = Gemma3Attention.forward, []
+    forward, failed_batch_sizes = Gemma3Attention.forward, []
 
-    def short(part: Any, *, hidden_states: Any, **options: Any) -> Any:
+    def run_out_of_memory(part: Any, *, hidden_states: Any, **options: Any) -> Any:
         if not part.training and part.layer_idx == 3 and len(hidden_states) > 1:
-            happened.append(len(hidden_states))
+            failed_batch_sizes.append(len(hidden_states))
             raise RuntimeError("CUDA out of memory")
         return forward(part, hidden_states=hidden_states, **options)
 
-    monkeypatch.setattr(Gemma3Attention, "forward", short)
-    return happened
+    monkeypatch.setattr(Gemma3Attention, "forward", run_out_of_memory)
+    return failed_batch_sizes
 
 
 def test_best_adapter_with_fsdp_is_evaluated_despite_oom_and_published(
@@ -129,15 +129,15 @@ def test_best_adapter_with_fsdp_is_evaluated_despite_oom_and_published(
     set_fsdp(True)
     run = make_training_run("adapter", hyperparameters, method="LoRA", eval_config=eval_config)
     model = run.finish()
-    measured = run.evaluations
+    evaluations = run.evaluations
     assert oom_in_evaluation == [2] * 5  # once in each evaluation, which continues with single rows
-    best = min((1, 2, 3), key=lambda step: measured["during", step])
+    best = min((1, 2, 3), key=lambda step: evaluations["during", step])
     assert model.step == best < 3
-    assert measured["after", best] == measured["during", best]
-    answered = [event.when for event in run.recorders[0].events if isinstance(event, SamplesGenerated)]
-    assert answered == ["before", "during", "during", "during", "after"]
-    (kept,) = [kept for kept in load_saved_checkpoints(run.spec) if kept.step == best]
-    files = {file.path: file.sha256 for file in kept.files}
+    assert evaluations["after", best] == evaluations["during", best]
+    sampled = [event.when for event in run.recorders[0].events if isinstance(event, SamplesGenerated)]
+    assert sampled == ["before", "during", "during", "during", "after"]
+    (checkpoint,) = [checkpoint for checkpoint in load_saved_checkpoints(run.spec) if checkpoint.step == best]
+    files = {file.path: file.sha256 for file in checkpoint.files}
     assert files.keys() >= {"optimizer.pt", "rng_state_0.pth", "rng_state_1.pth"}
     assert files["adapter_model.safetensors"] == sha256((model.folder / "adapter_model.safetensors").read_bytes()).hexdigest()
 
@@ -152,8 +152,8 @@ def test_best_adapter_with_fsdp_is_evaluated_despite_oom_and_published(
         (4, "", None, MemoryEstimate(full_model_bytes=30, shard_bytes=10, available_bytes=40), "ddp"),
         (4, "", None, MemoryEstimate(full_model_bytes=50, shard_bytes=20, available_bytes=40), "fsdp"),
         (4, "", None, MemoryEstimate(full_model_bytes=500, shard_bytes=200, available_bytes=40), "ddp"),
-        (4, "cannot be", None, MemoryEstimate(full_model_bytes=50, shard_bytes=20, available_bytes=40), "ddp"),
-        (4, "cannot be", "fsdp", None, "ddp"),
+        (4, "not supported", None, MemoryEstimate(full_model_bytes=50, shard_bytes=20, available_bytes=40), "ddp"),
+        (4, "not supported", "fsdp", None, "ddp"),
         (4, "", "fsdp", MemoryEstimate(full_model_bytes=30, shard_bytes=10, available_bytes=40), "fsdp"),
         (4, "", "ddp", MemoryEstimate(full_model_bytes=50, shard_bytes=20, available_bytes=40), "ddp"),
         (4, "", None, None, "ddp"),
@@ -162,10 +162,10 @@ def test_best_adapter_with_fsdp_is_evaluated_despite_oom_and_published(
 def test_fsdp_is_chosen_by_memory_or_on_request(
     world_size: int, unsupported_reason: str, requested: Any, memory: MemoryEstimate | None, value: str
 ) -> None:
-    found = choose_parallelism(world_size, unsupported_reason, requested, memory)
-    assert found.value == value
-    assert unsupported_reason in found.reason
-    assert found.reason
+    decision = choose_parallelism(world_size, unsupported_reason, requested, memory)
+    assert decision.value == value
+    assert unsupported_reason in decision.reason
+    assert decision.reason
 
 
 def test_fsdp_is_not_used_for_qlora_or_other_trainers(store: Path) -> None:
@@ -180,17 +180,19 @@ def test_fsdp_is_not_used_for_qlora_or_other_trainers(store: Path) -> None:
 
 @pytest.mark.parametrize("method", ["Full", "LoRA"])
 def test_fsdp_memory_estimate_shrinks_with_more_shards(tmp_path: Path, store: Path, method: str) -> None:
-    layers, width, words = 48, 3840, 262_208
-    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": width, "num_hidden_layers": layers, "vocab_size": words}))
+    num_layers, hidden_size, vocab_size = 48, 3840, 262_208
+    (tmp_path / "config.json").write_text(
+        json.dumps({"hidden_size": hidden_size, "num_hidden_layers": num_layers, "vocab_size": vocab_size})
+    )
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.truncate(24_000_000_000)  # a sparse file the size of 12 billion bf16 weights
     config = make_spec(store, method=method).training_config
-    needed = [estimate_training_bytes(config, tmp_path, gradient_checkpointing=True, num_shards=parts) for parts in (1, 2, 4, 8)]
-    whole = {"Full": 16, "LoRA": 2}[method] * 12e9
-    assert needed[0] > whole
-    assert needed[1:] == sorted(needed[1:], reverse=True)
-    assert needed[1] - needed[3] == pytest.approx(whole * (1 / 2 - 1 / 8))
-    assert estimate_training_bytes(config, tmp_path) > needed[0]
+    needed_bytes = [estimate_training_bytes(config, tmp_path, gradient_checkpointing=True, num_shards=shards) for shards in (1, 2, 4, 8)]
+    unsharded_bytes = {"Full": 16, "LoRA": 2}[method] * 12e9
+    assert needed_bytes[0] > unsharded_bytes
+    assert needed_bytes[1:] == sorted(needed_bytes[1:], reverse=True)
+    assert needed_bytes[1] - needed_bytes[3] == pytest.approx(unsharded_bytes * (1 / 2 - 1 / 8))
+    assert estimate_training_bytes(config, tmp_path) > needed_bytes[0]
 
 
 def test_only_known_parallelism_values_are_accepted() -> None:

@@ -35,7 +35,7 @@ def make(store: Path, tmp_path: Path, record: EventRecorder) -> Iterator[Make]:
     """Makes the reward function of one grader."""
     made: list[RewardFunction] = []
 
-    def one(kind: str, /, secrets: dict[str, str] | None = None, **settings: Any) -> RewardFunction:
+    def build(kind: str, /, secrets: dict[str, str] | None = None, **settings: Any) -> RewardFunction:
         spec = make_spec(
             store,
             train=[{"prompt": "p", "answer": "a"}],
@@ -48,7 +48,7 @@ def make(store: Path, tmp_path: Path, record: EventRecorder) -> Iterator[Make]:
         made.extend(build_graders(spec.training_config, make_context(spec, tmp_path, record, secrets)))  # type: ignore[arg-type]
         return made[-1]
 
-    yield one
+    yield build
     close_graders(made)
 
 
@@ -208,7 +208,7 @@ def test_equivalent_expressions_are_equal(make: Make) -> None:
 
 
 def test_expressions_are_compared_in_other_threads(make: Make) -> None:
-    """math-verify's own alarm would raise there."""
+    """math-verify's own timeout uses a signal, which raises outside the main thread."""
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(1) as threads:
@@ -232,19 +232,19 @@ def test_answer_is_never_executed_as_python(make: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("metric", ["fuzzy_match", "bleu", "rouge_1", "rouge_2", "rouge_l"])
-def test_similarity_ranks_same_near_and_far_texts(make: Make, metric: str) -> None:
+def test_similarity_ranks_same_similar_and_different_texts(make: Make, metric: str) -> None:
     similarity = make("text_similarity", metric=metric)
-    same, near, far = (
+    same, similar, different = (
         grade(similarity, text, "the cat sat on the mat") for text in ("the cat sat on the mat", "the cat sat on a mat", "no dogs here")
     )
     assert same == pytest.approx(1.0)
-    assert isinstance(near, float)
-    assert isinstance(far, float)
-    assert 0 <= far < near < 1
+    assert isinstance(similar, float)
+    assert isinstance(different, float)
+    assert 0 <= different < similar < 1
 
 
 def test_rouge_scores_partial_overlap(make: Make) -> None:
-    """Two of four words, one of three pairs, and two in order."""
+    """In common: two of four words, one of three pairs, and a sequence of two words."""
     grades = [grade(make("text_similarity", metric=f"rouge_{kind}"), "a b x y", "a b c d") for kind in "12l"]
     assert grades == [pytest.approx(1 / 2), pytest.approx(1 / 3), pytest.approx(1 / 2)]
 
@@ -448,7 +448,7 @@ def test_failure_is_none_for_trainer_and_a_fraction_in_metrics(make: Make) -> No
 
 
 def test_mean_without_grades_is_none() -> None:
-    assert summarize_grades("g", [FailedGrade("why")]) == {"graders/g/mean": None, "graders/g/failed": 1.0}
+    assert summarize_grades("g", [FailedGrade("reason")]) == {"graders/g/mean": None, "graders/g/failed": 1.0}
 
 
 def test_failures_warn_first_and_then_periodically(make: Make, record: EventRecorder) -> None:

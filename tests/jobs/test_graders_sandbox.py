@@ -25,12 +25,12 @@ MEMORY_FAILURE = FailedGrade("it used more than its memory_mb, or printed too mu
 def make(tmp_path: Path) -> Iterator[Make]:
     made: list[SandboxedPythonGrader] = []
 
-    def one(source: str, *, timeout_s: float = 0.3, memory_mb: int = 32) -> SandboxedPythonGrader:
+    def build(source: str, *, timeout_s: float = 0.3, memory_mb: int = 32) -> SandboxedPythonGrader:
         config = PythonGrader(name="g", type="python", source=source, timeout_s=timeout_s, memory_mb=memory_mb)
         made.append(SandboxedPythonGrader(config, tmp_path))
         return made[-1]
 
-    yield one
+    yield build
     for grader in made:
         grader.close()
 
@@ -88,7 +88,7 @@ def test_random_is_deterministic(make: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "why"),
+    ("source", "reason"),
     [
         ("def grade(completion, row:\n    return 1", "is not Python that the sandbox supports"),
         ("def score(completion, row):\n    return 1", "does not define grade"),
@@ -97,8 +97,8 @@ def test_random_is_deterministic(make: Make) -> None:
         ("while True:\n    pass", "time limit"),
     ],
 )
-def test_invalid_source_fails_before_training(make: Make, source: str, why: str) -> None:
-    with pytest.raises(JobFailed, match=why) as failed:
+def test_invalid_source_fails_before_training(make: Make, source: str, reason: str) -> None:
+    with pytest.raises(JobFailed, match=reason) as failed:
         make(source).check([])
     assert failed.value.failure.code == "invalid_config"
 
@@ -192,8 +192,8 @@ RESOURCE_ATTACKS: dict[str, tuple[str, *tuple[FailedGrade, ...]]] = {
 
 @pytest.mark.parametrize("name", RESOURCE_ATTACKS)
 def test_limits_are_enforced(make: Make, name: str) -> None:
-    bomb, *expected = RESOURCE_ATTACKS[name]
-    grader = make(make_grader_source(bomb), memory_mb=16)
+    attack, *expected = RESOURCE_ATTACKS[name]
+    grader = make(make_grader_source(attack), memory_mb=16)
     began = time.monotonic()
     result = grade(grader)
     assert result in expected
@@ -225,7 +225,7 @@ def test_killed_sandbox_is_a_failure_and_is_replaced(make: Make) -> None:
 
 
 def test_sandbox_process_has_own_limits_and_no_environment(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second barrier: code that escapes from the interpreter finds no secret to read and no file to write."""
+    """The second line of defense: code that escapes from the interpreter finds no secret to read and no file to write."""
     monkeypatch.setenv("JOB_TOKEN", "the attempt's")
     assert grade(make("def grade(completion, row):\n    return 1")) == 1.0
     [child, *_] = find_sandboxes()
@@ -241,10 +241,10 @@ def test_sandbox_process_has_own_limits_and_no_environment(make: Make, monkeypat
 def test_closing_ends_the_sandboxes(make: Make) -> None:
     grader = make("def grade(completion, row):\n    return 1")
     assert grade(grader) == 1.0
-    mine = find_sandboxes()
-    assert mine
+    sandboxes = find_sandboxes()
+    assert sandboxes
     grader.close()
-    assert not psutil.wait_procs(mine, timeout=5)[1]
+    assert not psutil.wait_procs(sandboxes, timeout=5)[1]
 
 
 def find_sandboxes() -> list[psutil.Process]:

@@ -16,7 +16,7 @@ from tests.jobs.conftest import make_spec
 
 FILES = {"config.json": b"{}", "model.safetensors": b"weights", "tokenizer.json": b"{}", "pytorch_model.bin": b"a pickle"}
 COMMIT = "a" * 40
-# In a process of its own: the Hub's address is read when its client is imported.
+# Runs in its own process, because the Hub client reads the Hub's URL when it is imported.
 FETCH_SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -27,9 +27,9 @@ from tests.jobs.conftest import make_context
 spec = JobSpec.load(sys.argv[1])
 for name, token in json.loads(sys.argv[3]):
     config = spec.training_config.model_copy(update={"base_model_id": name})
-    asked = spec.model_copy(update={"training_config": config})
+    job = spec.model_copy(update={"training_config": config})
     try:
-        folder = fetch_base(make_context(asked, Path(sys.argv[2]), secrets={"hf_token": token} if token else {}))
+        folder = fetch_base(make_context(job, Path(sys.argv[2]), secrets={"hf_token": token} if token else {}))
         print(json.dumps({"files": sorted(path.name for path in folder.iterdir())}))
     except JobFailed as error:
         print(json.dumps(error.failure.model_dump()))
@@ -37,9 +37,9 @@ for name, token in json.loads(sys.argv[3]):
 
 
 class FakeHubHandler(BaseHTTPRequestHandler):
-    """Knows owner/open, owner/gated (with token `licensed`) and owner/forbidden; 401 for all else, as the real one.
+    """Has owner/open, owner/gated (for the token `licensed`) and owner/forbidden; answers 401 for any other, like the real Hub.
 
-    While it has troubles left it answers 503, or hangs up.
+    While `failures` is not empty, each request pops one and gets a 503 or a closed connection.
     """
 
     protocol_version = "HTTP/1.1"
@@ -59,9 +59,9 @@ class FakeHubHandler(BaseHTTPRequestHandler):
                 self._send(503, b"{}", {}, with_body)
             self.close_connection = True
             return
-        refusal = self._error()
-        if refusal:
-            status, code = refusal
+        error = self._error()
+        if error:
+            status, code = error
             self._send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": "refused"}, with_body)
         elif self.path.startswith("/api/models/"):
             siblings = [{"rfilename": name, "size": len(content)} for name, content in FILES.items()]
@@ -69,8 +69,8 @@ class FakeHubHandler(BaseHTTPRequestHandler):
                 tree = [{"type": "file", "path": name, "size": len(c), "oid": hashlib.sha1(c).hexdigest()} for name, c in FILES.items()]
                 self._send(200, json.dumps(tree).encode(), {}, with_body)
             else:
-                found = {"id": "owner/open", "sha": COMMIT, "siblings": siblings, "private": False, "tags": [], "downloads": 0}
-                self._send(200, json.dumps(found).encode(), {}, with_body)
+                model_info = {"id": "owner/open", "sha": COMMIT, "siblings": siblings, "private": False, "tags": [], "downloads": 0}
+                self._send(200, json.dumps(model_info).encode(), {}, with_body)
         else:
             content = FILES[self.path.rpartition("/")[2]]
             etag = hashlib.sha1(content).hexdigest()
@@ -110,9 +110,9 @@ def hub_url() -> Iterator[str]:
 def fetch_bases(
     url: str, tmp_path: Path, *requests: tuple[str, str | None], environment: dict[str, str] | None = None
 ) -> list[dict[str, Any]]:
-    """What `fetch_base` answers for names with tokens, one after the other."""
+    """Call `fetch_base` for each base model id and token, in order; return the file names or the failure of each."""
     spec = make_spec(tmp_path / "objects").model_dump_json()
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", FETCH_SCRIPT, spec, str(tmp_path / "work"), json.dumps(requests)],
         env={"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0", "PYTHONPATH": ".", "HF_HUB_DISABLE_XET": "1"}
         | {"HF_HUB_ETAG_TIMEOUT": "2", "HOME": str(tmp_path)}
@@ -122,12 +122,12 @@ def fetch_bases(
         timeout=60,
         check=False,
     )
-    assert told.returncode == 0, told.stderr
-    return [json.loads(line) for line in told.stdout.splitlines() if line.startswith("{")]
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def test_hub_responses_become_files_or_failures_with_hint(hub_url: str, tmp_path: Path) -> None:
-    open_, absent, gated, gated_with_wrong, gated_with_right, forbidden = fetch_bases(
+    open_, absent, gated, wrong_token, licensed, forbidden = fetch_bases(
         hub_url,
         tmp_path,
         ("owner/open", None),
@@ -137,17 +137,17 @@ def test_hub_responses_become_files_or_failures_with_hint(hub_url: str, tmp_path
         ("owner/gated", "licensed"),
         ("owner/forbidden", "mine"),
     )
-    assert open_ == gated_with_right == {"files": ["config.json", "model.safetensors", "tokenizer.json"]}  # no pickle
+    assert open_ == licensed == {"files": ["config.json", "model.safetensors", "tokenizer.json"]}  # no pickle
     assert absent["code"] == "invalid_config"
     assert "owner/absent" in absent["message"]
-    for refused in (gated, gated_with_wrong):
+    for refused in (gated, wrong_token):
         assert refused["code"] == "auth"
         assert "license" in refused["hint"]
         assert "hf_token" in refused["hint"]
     assert forbidden["code"] == "auth"
     assert FakeHubHandler.tokens == {None, "Bearer other", "Bearer licensed", "Bearer mine"}
-    left = b"".join(path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file())
-    assert not [token for token in (b"licensed", b"other", b"mine") if token in left]  # no token was left behind
+    cached = b"".join(path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    assert not [token for token in (b"licensed", b"other", b"mine") if token in cached]
 
 
 def test_hub_errors_are_retried(hub_url: str, tmp_path: Path) -> None:
@@ -157,9 +157,9 @@ def test_hub_errors_are_retried(hub_url: str, tmp_path: Path) -> None:
 
 
 def test_offline_failure_explains_local_store(tmp_path: Path) -> None:
-    (away,) = fetch_bases("http://127.0.0.1:9", tmp_path, ("owner/open", None))
+    (unreachable,) = fetch_bases("http://127.0.0.1:9", tmp_path, ("owner/open", None))
     (offline,) = fetch_bases("http://127.0.0.1:9", tmp_path, ("owner/open", None), environment={"HF_HUB_OFFLINE": "1"})
-    for failure in (away, offline):
+    for failure in (unreachable, offline):
         assert failure["code"] == "invalid_config"
         assert "pretrained_weights/huggingface/owner/open/" in failure["hint"]
 

@@ -21,14 +21,14 @@ from tests.jobs.conftest import make_context, make_spec
 from tests.jobs.hub_fixture import hub, hub_proxy
 
 __all__ = ["hub", "hub_proxy"]
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own way with httpx
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # how the Hub client calls httpx
 CARD = "---\nlicense: gemma\n---\n# a card\n"
 ADAPTER = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"a" * 3000}
 MERGED = {"config.json": b"{}", "model.safetensors": b"m" * 5000, "LICENSE": b"terms"}
 
 
 def skip_sleep(_: float) -> None:
-    """Sleep no time."""
+    """Do not sleep."""
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def context(tmp_path: Path) -> Callable[..., JobContext]:
 
 
 def make_exported_artifact(folder: Path, kind: Any, files: dict[str, bytes]) -> ExportedArtifact:
-    """A folder of files; a single one for GGUF."""
+    """An artifact of these files: the folder, or for GGUF its first file."""
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
@@ -66,12 +66,12 @@ def contents(hub: LoopbackHub, repo_id: str = "ada/tuned") -> dict[str, bytes]:
 def test_adapter_is_pushed_in_one_commit_to_private_repository(
     hub: LoopbackHub, hub_proxy: HttpFaultProxy, context: Callable[..., JobContext], tmp_path: Path
 ) -> None:
-    found = push_artifacts(context(), [make_exported_artifact(tmp_path / "a", "adapter", ADAPTER)])
+    pushed = push_artifacts(context(), [make_exported_artifact(tmp_path / "a", "adapter", ADAPTER)])
     repo = hub.repos["ada/tuned"]
     assert contents(hub) == {**ADAPTER, "README.md": CARD.encode(), "run.json": b"{}"}
     assert repo.private
     assert [commit.title for commit in repo.commits] == ["initial commit", "Trained by job job-1"]
-    assert found == HubPush(repo_id="ada/tuned", revision=repo.head.oid, url=f"{hub_proxy.url}/ada/tuned/tree/{repo.head.oid}")
+    assert pushed == HubPush(repo_id="ada/tuned", revision=repo.head.oid, url=f"{hub_proxy.url}/ada/tuned/tree/{repo.head.oid}")
 
 
 def test_public_repository_is_created_on_request_and_existing_is_kept(
@@ -96,7 +96,7 @@ def test_repository_without_owner_uses_token_owner(
 def test_merged_model_is_at_root_and_adapter_in_folder(tmp_path: Path) -> None:
     adapter, merged = (
         make_exported_artifact(tmp_path / "a", "adapter", ADAPTER),
-        make_exported_artifact(tmp_path / "m", "merged", {**MERGED, "README.md": b"a library's"}),
+        make_exported_artifact(tmp_path / "m", "merged", {**MERGED, "README.md": b"written by a library"}),
     )
     gguf, onnx = (
         make_exported_artifact(tmp_path / "g", "gguf", {"m-q8_0.gguf": b"g"}),
@@ -136,7 +136,7 @@ def test_repeated_push_sends_nothing_and_returns_same_commit(
     assert first == again
     assert len(hub.repos["ada/tuned"].commits) == 2
     assert len(hub.uploaded_digests()) == 1
-    third = push_artifacts(context(), [adapter], run=b'{"attempt": 2}')  # of the next attempt: its record is another one
+    third = push_artifacts(context(), [adapter], run=b'{"attempt": 2}')  # the next attempt has a different record
     assert third.revision != first.revision
     assert len(hub.uploaded_digests()) == 1
 
@@ -167,9 +167,9 @@ def test_commit_with_lost_response_is_not_repeated(
     hub: LoopbackHub, hub_proxy: HttpFaultProxy, context: Callable[..., JobContext], tmp_path: Path
 ) -> None:
     hub_proxy.set_faults(Fault("drop response", "POST", "/commit/"))
-    found = push_artifacts(context(), [make_exported_artifact(tmp_path / "a", "adapter", ADAPTER)])
+    pushed = push_artifacts(context(), [make_exported_artifact(tmp_path / "a", "adapter", ADAPTER)])
     assert len(hub.repos["ada/tuned"].commits) == 2
-    assert found.revision == hub.repos["ada/tuned"].head.oid
+    assert pushed.revision == hub.repos["ada/tuned"].head.oid
 
 
 def test_conflicting_commit_is_retried(
@@ -183,19 +183,19 @@ def test_conflicting_commit_is_retried(
 def test_interrupted_upload_resumes_with_missing_files(
     hub: LoopbackHub, hub_proxy: HttpFaultProxy, context: Callable[..., JobContext], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", skip_sleep)  # the client's own waits between its tries
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", skip_sleep)  # the waits of the Hub client between its retries
     monkeypatch.setattr("jobs.runtime.hub.MAX_UPLOAD_THREADS", 1)
-    two = make_exported_artifact(
+    merged = make_exported_artifact(
         tmp_path / "m", "merged", {"a.safetensors": b"first" * 99, "b.safetensors": b"second" * 99, "config.json": b"{}"}
     )
     hub_proxy.set_faults(Fault("truncate request", "PUT", "/lfs/", skip_first=1, times=99))
     with pytest.raises(JobFailed) as failed:
-        push_artifacts(context(), [two])
+        push_artifacts(context(), [merged])
     assert failed.value.failure.code == "upload_failed"
     assert "not sent again" in failed.value.failure.hint
     assert set(contents(hub)) == set()  # nothing is visible
     hub_proxy.set_faults()
-    push_artifacts(context(), [two])
+    push_artifacts(context(), [merged])
     assert len(hub.uploaded_digests()) == len(set(hub.uploaded_digests())) == 2
     assert contents(hub)["b.safetensors"] == b"second" * 99
 
@@ -207,7 +207,7 @@ def get_failure(action: Callable[[], object]) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("repo_id", "token", "told"),
+    ("repo_id", "token", "expected"),
     [
         ("grace/tuned", "hf_ada", "write access to grace/tuned"),
         ("ada/tuned", "hf_reader", "write access to ada/tuned"),
@@ -218,7 +218,7 @@ def get_failure(action: Callable[[], object]) -> tuple[str, str]:
 def test_token_without_write_access_is_rejected_with_hint(
     repo_id: str,
     token: str | None,
-    told: str,
+    expected: str,
     hub: LoopbackHub,
     hub_proxy: HttpFaultProxy,
     context: Callable[..., JobContext],
@@ -226,9 +226,9 @@ def test_token_without_write_access_is_rejected_with_hint(
 ) -> None:
     code, text = get_failure(lambda: push_artifacts(context(repo_id, token), [make_exported_artifact(tmp_path / "a", "adapter", ADAPTER)]))
     assert code == "auth"
-    assert told in text
+    assert expected in text
     assert hub.repos == {}
-    assert not [passed for passed in hub_proxy.requests if "/lfs/" in passed.path]
+    assert not [request for request in hub_proxy.requests if "/lfs/" in request.path]
 
 
 def test_read_token_is_rejected_before_upload(
@@ -267,7 +267,7 @@ def test_token_is_only_sent_in_api_requests(
     caplog.set_level("DEBUG")
     push_artifacts(context(), [make_exported_artifact(tmp_path / "a", "adapter", ADAPTER)])
     assert "hf_ada" not in caplog.text + "".join(capfd.readouterr()) + str(dict(os.environ))
-    assert {passed.headers["authorization"] for passed in hub_proxy.requests if "/api/" in passed.path} == {"Bearer hf_ada"}
+    assert {request.headers["authorization"] for request in hub_proxy.requests if "/api/" in request.path} == {"Bearer hf_ada"}
 
 
 def test_check_push_verifies_access_and_creates_nothing(
@@ -276,7 +276,7 @@ def test_check_push_verifies_access_and_creates_nothing(
     hub.add_repository("grace/hers", {})
     check_push(context("ada/new"))
     check_push(context("lab/new"))
-    for repo_id, token, told in (
+    for repo_id, token, expected in (
         ("grace/hers", "hf_ada", "grace/hers"),
         ("grace/new", "hf_ada", "ada has no write access to grace"),
         ("ada/new", "hf_reader", "read-only token"),
@@ -284,7 +284,7 @@ def test_check_push_verifies_access_and_creates_nothing(
     ):
         code, text = get_failure(lambda: check_push(context(repo_id, token)))  # noqa: B023  # called at once
         assert code == "auth"
-        assert told in text
+        assert expected in text
     assert set(hub.repos) == {"grace/hers"}
 
 
@@ -296,14 +296,14 @@ def test_hub_outage_does_not_fail_check_push(hub_proxy: HttpFaultProxy, context:
 
 
 def test_fine_grained_token_follows_its_scopes() -> None:
-    def why(repo_id: str, **permissions: tuple[str, ...]) -> str:
-        named = {name.replace("__", "/"): granted for name, granted in permissions.items()}
-        return repo_creation_denied_reason(repo_id, Token("ada", "fineGrained", orgs={"lab": "read"}, permissions=named).whoami())
+    def denied_reason(repo_id: str, **permissions: tuple[str, ...]) -> str:
+        scopes = {name.replace("__", "/"): granted for name, granted in permissions.items()}
+        return repo_creation_denied_reason(repo_id, Token("ada", "fineGrained", orgs={"lab": "read"}, permissions=scopes).whoami())
 
-    assert why("ada/tuned", ada=("repo.write",)) == ""
-    assert why("ada/tuned", ada__tuned=("repo.write",)) == ""
-    assert "scopes" in why("ada/tuned", ada=("repo.content.read",))
-    assert "no write access to lab" in why("lab/tuned", lab=("repo.write",))
+    assert denied_reason("ada/tuned", ada=("repo.write",)) == ""
+    assert denied_reason("ada/tuned", ada__tuned=("repo.write",)) == ""
+    assert "scopes" in denied_reason("ada/tuned", ada=("repo.content.read",))
+    assert "no write access to lab" in denied_reason("lab/tuned", lab=("repo.write",))
 
 
 def test_offline_mode_is_not_retried() -> None:

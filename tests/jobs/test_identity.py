@@ -1,4 +1,4 @@
-"""The identity token that an attempt shows to the service's front door, from a metadata server on loopback."""
+"""The identity token that an attempt sends to the service, from a metadata server on loopback."""
 
 import base64
 import json
@@ -16,22 +16,20 @@ AUDIENCE = "https://tunesmith.example"
 
 
 class FakeMetadataServer:
-    """Gives an identity token to whoever asks as Google's library does."""
+    """Answers requests of Google's library with an identity token."""
 
     def __init__(self) -> None:
         self.token_lifetime_s = 3600
         self.is_unavailable = False
-        self.requested_audiences: list[str] = []  # audiences
+        self.requested_audiences: list[str] = []
 
     def answer(self, path: str, query: dict[str, list[str]]) -> str | None:
         if not path.endswith("/identity"):
             return json.dumps({"email": "job@p.iam.gserviceaccount.com", "scopes": []})
         self.requested_audiences += query["audience"]
-        return (
-            None
-            if self.is_unavailable
-            else make_token(query["audience"][0], int(time.time()) + self.token_lifetime_s, len(self.requested_audiences))
-        )
+        if self.is_unavailable:
+            return None
+        return make_token(query["audience"][0], int(time.time()) + self.token_lifetime_s, len(self.requested_audiences))
 
 
 def make_token(audience: str, expires: int, number: int) -> str:
@@ -45,13 +43,13 @@ def metadata(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeMetadataServer]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            place = urlsplit(self.path)
-            said = metadata.answer(place.path, parse_qs(place.query))
-            self.send_response(404 if said is None else 200)
+            url = urlsplit(self.path)
+            content = metadata.answer(url.path, parse_qs(url.query))
+            self.send_response(404 if content is None else 200)
             self.send_header("Metadata-Flavor", "Google")
-            self.send_header("Content-Type", "text/plain" if place.path.endswith("/identity") else "application/json")
+            self.send_header("Content-Type", "text/plain" if url.path.endswith("/identity") else "application/json")
             self.end_headers()
-            self.wfile.write((said or "").encode())
+            self.wfile.write((content or "").encode())
 
         def log_message(self, format: str, *args: object) -> None:
             pass
@@ -71,7 +69,7 @@ def metadata(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeMetadataServer]:
 
 
 def reread_environment(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
-    """The library reads where the metadata server is when it is imported."""
+    """Set the address of the metadata server again, because the library reads it when it is imported."""
     from google.auth.compute_engine import _metadata
 
     for name in ("_GCE_METADATA_HOST", "_GCE_DEFAULT_HOST", "_GCE_DEFAULT_MDS_IP"):

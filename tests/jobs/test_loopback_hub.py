@@ -19,12 +19,12 @@ from infra.loopback.hub import LoopbackHub, Token
 from tests.jobs.hub_fixture import hub, hub_proxy
 
 __all__ = ["hub", "hub_proxy"]
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own way with httpx
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # how the Hub client calls httpx
 WEIGHTS = bytes(range(256)) * 40
 
 
-def api(line: HttpFaultProxy, token: str | bool = "hf_ada") -> HfApi:
-    return HfApi(endpoint=line.url, token=token)
+def api(hub_proxy: HttpFaultProxy, token: str | bool = "hf_ada") -> HfApi:
+    return HfApi(endpoint=hub_proxy.url, token=token)
 
 
 def get_status_code(error: pytest.ExceptionInfo[HfHubHTTPError]) -> int:
@@ -32,26 +32,26 @@ def get_status_code(error: pytest.ExceptionInfo[HfHubHTTPError]) -> int:
 
 
 def test_push_is_private_downloadable_and_has_history(hub: LoopbackHub, hub_proxy: HttpFaultProxy, tmp_path: Path) -> None:
-    mine = api(hub_proxy)
-    mine.create_repo("ada/tuned", private=True)
-    first = mine.create_commit(
+    client = api(hub_proxy)
+    client.create_repo("ada/tuned", private=True)
+    first = client.create_commit(
         "ada/tuned", [CommitOperationAdd("model.safetensors", WEIGHTS), CommitOperationAdd("sub/config.json", b"{}")], commit_message="one"
     )
-    second = mine.create_commit("ada/tuned", [CommitOperationDelete("sub/")], commit_message="two")
-    assert [commit.title for commit in mine.list_repo_commits("ada/tuned")] == ["two", "one", "initial commit"]
-    assert mine.model_info("ada/tuned").sha == second.oid == hub.repos["ada/tuned"].head.oid
-    assert mine.model_info("ada/tuned").private
+    second = client.create_commit("ada/tuned", [CommitOperationDelete("sub/")], commit_message="two")
+    assert [commit.title for commit in client.list_repo_commits("ada/tuned")] == ["two", "one", "initial commit"]
+    assert client.model_info("ada/tuned").sha == second.oid == hub.repos["ada/tuned"].head.oid
+    assert client.model_info("ada/tuned").private
     assert hub.uploaded_digests() == [sha256(WEIGHTS).hexdigest()]
 
     at_first = snapshot_download(
         "ada/tuned", revision=first.oid, token="hf_ada", endpoint=hub_proxy.url, cache_dir=tmp_path / "a", allow_patterns="*.safetensors"
     )
     assert Path(at_first, "model.safetensors").read_bytes() == WEIGHTS
-    assert {asked.token for asked in hub.requests if asked.path.startswith("/lfs/")} == {None}  # a token is not for a file store
-    tree = mine.list_repo_tree("ada/tuned", revision=first.oid, recursive=True)
+    assert {request.token for request in hub.requests if request.path.startswith("/lfs/")} == {None}  # file storage gets no token
+    tree = client.list_repo_tree("ada/tuned", revision=first.oid, recursive=True)
     assert [entry.path for entry in tree] == ["sub", ".gitattributes", "model.safetensors", "sub/config.json"]
     with pytest.raises(RevisionNotFoundError):
-        mine.model_info("ada/tuned", revision="0" * 40)
+        client.model_info("ada/tuned", revision="0" * 40)
     with pytest.raises(EntryNotFoundError):
         hf_hub_download("ada/tuned", "sub/config.json", token="hf_ada", endpoint=hub_proxy.url, cache_dir=tmp_path / "b")
 
@@ -84,7 +84,7 @@ def test_gated_repository_allows_only_approved_readers(hub: LoopbackHub, hub_pro
     hub.add_repository("ada/gated", {"config.json": b"{}"}, gated=True, readers={"grace"})
     hub.tokens["hf_eve"] = Token("eve")
     hub.tokens["hf_narrow"] = Token("grace", "fineGrained")
-    assert api(hub_proxy, False).model_info("ada/gated").gated == "manual"  # that it is there is no secret
+    assert api(hub_proxy, False).model_info("ada/gated").gated == "manual"  # its existence is public
     for token, status in ((False, 401), ("hf_eve", 403), ("hf_narrow", 403)):
         with pytest.raises(GatedRepoError) as error:
             hf_hub_download("ada/gated", "config.json", token=token, endpoint=hub_proxy.url, cache_dir=tmp_path / str(token))
@@ -103,7 +103,7 @@ def test_token_role_limits_writes(hub: LoopbackHub, hub_proxy: HttpFaultProxy) -
     assert api(hub_proxy, "hf_narrow").whoami()["auth"]["accessToken"]["fineGrained"]["scoped"][0]["entity"]["name"] == "ada/tuned"
     assert api(hub_proxy, "hf_reader").whoami()["auth"]["accessToken"]["role"] == "read"
     api(hub_proxy, "hf_narrow").auth_check("ada/tuned", write=True)
-    api(hub_proxy).create_repo("lab/shared")  # of an organisation that she writes for
+    api(hub_proxy).create_repo("lab/shared")  # an organization that ada can write to
     for token, name in (("hf_narrow", "ada/other"), ("hf_reader", "ada/other"), ("hf_ada", "grace/other")):
         with pytest.raises(HfHubHTTPError, match="rights to create") as error:
             api(hub_proxy, token).create_repo(name)
@@ -157,4 +157,4 @@ def test_interrupted_upload_is_retried(hub: LoopbackHub, hub_proxy: HttpFaultPro
     hub_proxy.set_faults(Fault("truncate request", "PUT", "/lfs/"), Fault("reject", "POST", "/preupload/"))
     api(hub_proxy).create_commit("ada/tuned", [CommitOperationAdd("w.gguf", WEIGHTS)], commit_message="one")
     assert hub.repos["ada/tuned"].files["w.gguf"].content == WEIGHTS
-    assert len([passed for passed in hub_proxy.requests if passed.method == "PUT"]) == 2
+    assert len([request for request in hub_proxy.requests if request.method == "PUT"]) == 2

@@ -40,8 +40,8 @@ def make_batch(rows: list[TokenizedExample], pad_id: int = 0) -> tuple[dict[str,
 def our_loss(model: Any, rows: list[TokenizedExample], pad_id: int = 0) -> Any:
     import torch
 
-    logits, wanted = compute_labeled_logits(model, *make_batch(rows, pad_id))
-    return torch.nn.functional.cross_entropy(logits, wanted)
+    logits, targets = compute_labeled_logits(model, *make_batch(rows, pad_id))
+    return torch.nn.functional.cross_entropy(logits, targets)
 
 
 def make_row(ids: list[int], label_from: int = 1) -> TokenizedExample:
@@ -52,7 +52,7 @@ def make_row(ids: list[int], label_from: int = 1) -> TokenizedExample:
 def gradients_of(model: Any, loss: Any) -> dict[str, Any]:
     model.zero_grad()
     loss.backward()
-    return {name: part.grad.clone() for name, part in model.named_parameters() if part.grad is not None}
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
 
 def assert_same_gradients(ours: dict[str, Any], stock: dict[str, Any]) -> None:
@@ -81,9 +81,9 @@ def test_loss_with_lora_and_token_embeddings_matches_stock(base: Path, rows: lis
     patch_trainable_token_embedding(model)
     ours = our_loss(model, rows)
     assert ours.item() == pytest.approx(stock.item(), rel=1e-6)
-    found = gradients_of(model, ours)
-    assert any("lora_A" in name for name in found)
-    assert_same_gradients(found, expected)
+    actual = gradients_of(model, ours)
+    assert any("lora_A" in name for name in actual)
+    assert_same_gradients(actual, expected)
 
 
 def test_padding_is_never_labeled_and_pad_token_does_not_matter(model: Any, rows: list[TokenizedExample]) -> None:
@@ -106,9 +106,9 @@ def test_packed_row_does_not_attend_to_neighbors(model: Any, rows: list[Tokenize
     def logits_of_last(first: TokenizedExample) -> Any:
         batch = collate([[first, rows[1], rows[2]], [rows[3]]], 0)
         with torch.no_grad():
-            found = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0]
+            logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0]
         start = len(first.input_ids) + len(rows[1].input_ids)
-        return found[start : start + len(rows[2].input_ids)]
+        return logits[start : start + len(rows[2].input_ids)]
 
     other = make_row(list(reversed(rows[0].input_ids)))
     torch.testing.assert_close(logits_of_last(rows[0]), logits_of_last(other), rtol=0, atol=1e-5)
@@ -123,8 +123,8 @@ def test_packed_and_padded_rows_have_the_same_loss(model: Any, rows: list[Tokeni
     packed = collate(pack_examples(rows, 96), 0)
     assert int(packed.pop("non_padding_tokens")) == sum(len(row.input_ids) for row in rows)
     labels = packed.pop("labels")
-    logits, wanted = compute_labeled_logits(model, packed, labels)
-    assert torch.nn.functional.cross_entropy(logits, wanted).item() == pytest.approx(our_loss(model, rows).item(), rel=1e-5)
+    logits, targets = compute_labeled_logits(model, packed, labels)
+    assert torch.nn.functional.cross_entropy(logits, targets).item() == pytest.approx(our_loss(model, rows).item(), rel=1e-5)
 
 
 def test_packed_rows_have_same_gradients_as_single_rows(model: Any, rows: list[TokenizedExample]) -> None:
@@ -135,23 +135,23 @@ def test_packed_rows_have_same_gradients_as_single_rows(model: Any, rows: list[T
     packed = collate(blocks, 0)
     count = packed.pop("non_padding_tokens")
     assert count < packed["input_ids"].numel()  # some positions are padding
-    logits, wanted = compute_labeled_logits(model, packed, packed.pop("labels"))
-    together = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
-    found = gradients_of(model, together)
+    logits, targets = compute_labeled_logits(model, packed, packed.pop("labels"))
+    together = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    packed_gradients = gradients_of(model, together)
     alone = sum(our_loss(model, [row]) * sum(label != IGNORE_INDEX for label in row.labels[1:]) for row in rows)
     assert together.item() == pytest.approx(alone.item(), rel=1e-5)
-    assert_same_gradients(found, gradients_of(model, alone))
+    assert_same_gradients(packed_gradients, gradients_of(model, alone))
 
 
 def test_blocks_of_a_batch_may_be_joined(model: Any, rows: list[TokenizedExample]) -> None:
     import torch
 
-    batch = collate([rows[:2], [rows[2]]], 0), collate([rows[:3]], 0)
-    assert batch[0].pop("non_padding_tokens") == batch[1].pop("non_padding_tokens")
+    batches = collate([rows[:2], [rows[2]]], 0), collate([rows[:3]], 0)
+    assert batches[0].pop("non_padding_tokens") == batches[1].pop("non_padding_tokens")
     losses = []
-    for inputs in batch:
-        logits, wanted = compute_labeled_logits(model, inputs, inputs.pop("labels"))
-        losses.append(torch.nn.functional.cross_entropy(logits, wanted).item())
+    for inputs in batches:
+        logits, targets = compute_labeled_logits(model, inputs, inputs.pop("labels"))
+        losses.append(torch.nn.functional.cross_entropy(logits, targets).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -167,22 +167,22 @@ def test_evaluation_counts_every_labeled_token_once(model: Any, rows: list[Token
 
     eval_config = {"compute_eval_metrics": True, "batch_eval_metrics": batch_eval_metrics}
     config = SftConfig.model_validate({"base_model_id": "a/b", "hyperparameters": {"batch_size": 4}, "eval_config": eval_config})
-    loss, right, count = 0.0, 0, 0
+    loss, correct, count = 0.0, 0, 0
     for row in rows:  # one at a time, without padding, position by position
         with torch.no_grad():
             scores = torch.log_softmax(model(input_ids=torch.tensor([row.input_ids])).logits[0].float(), dim=-1)
         for n in range(1, len(row.input_ids)):
             if row.labels[n] != IGNORE_INDEX:
                 loss -= scores[n - 1, row.labels[n]].item()
-                right += int(scores[n - 1].argmax()) == row.labels[n]
+                correct += int(scores[n - 1].argmax()) == row.labels[n]
                 count += 1
-    found = evaluate_likelihood(model, rows, 0, config)
-    assert found.eval_loss == pytest.approx(loss / count, rel=1e-5)
-    assert found.perplexity == pytest.approx(math.exp(loss / count), rel=1e-5)
-    assert (found.accuracy, found.eval_tokens, found.eval_rows) == (right / count, count, len(rows))
-    assert found.eval_runtime is not None
-    assert found.eval_runtime > 0
+    metrics = evaluate_likelihood(model, rows, 0, config)
+    assert metrics.eval_loss == pytest.approx(loss / count, rel=1e-5)
+    assert metrics.perplexity == pytest.approx(math.exp(loss / count), rel=1e-5)
+    assert (metrics.accuracy, metrics.eval_tokens, metrics.eval_rows) == (correct / count, count, len(rows))
+    assert metrics.eval_runtime is not None
+    assert metrics.eval_runtime > 0
 
 
-def test_accuracy_is_measured_only_when_asked_for(model: Any, rows: list[TokenizedExample]) -> None:
+def test_accuracy_is_measured_only_on_request(model: Any, rows: list[TokenizedExample]) -> None:
     assert evaluate_likelihood(model, rows, 0, SftConfig(base_model_id="a/b")).accuracy is None

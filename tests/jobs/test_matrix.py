@@ -5,23 +5,23 @@ from typing import Any
 
 import pytest
 
-from tests.jobs.matrix import FIRST_MARK, LAST_MARK, Cell, build_bases, cells, render_table, run_cell
+from tests.jobs.matrix import FIRST_MARK, LAST_MARK, Cell, all_cells, build_tiny_bases, render_table, run_cell
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_bases(tmp_path_factory.mktemp("bases"))
+    return build_tiny_bases(tmp_path_factory.mktemp("bases"))
 
 
 def list_cases() -> list[Any]:
-    """Every combination; those that export like another one do so only in the nightly run, as exporting takes half of the time.
+    """Every combination. Exporting takes half of the time, so combinations that export like another one export only in the nightly run.
 
-    What is exported depends on method and modality, and each of them is exported with `sft`; each trainer type is exported with LoRA.
+    The exported files depend on method and modality, so `sft` exports with each of them; the other trainer types export with LoRA.
     """
     cases: list[Any] = []
-    for cell in cells():
+    for cell in all_cells():
         has_own_export = cell.trainer_type == "sft" or cell.method == "LoRA"
         cases.append(pytest.param(cell, has_own_export, id=str(cell)))
         if not has_own_export:
@@ -31,7 +31,7 @@ def list_cases() -> list[Any]:
 
 @pytest.mark.parametrize(("cell", "export"), list_cases())
 def test_every_combination_trains_resumes_and_exports_faithfully(cell: Cell, export: bool, bases: Path, tmp_path: Path) -> None:
-    outcome = run_cell(cell, bases, tmp_path, quantizations=["f16"], export=export)  # f16 alone must answer like the model
+    outcome = run_cell(cell, bases, tmp_path, quantizations=["f16"], export=export)  # only f16 must give the same answers as the model
     assert outcome.gradient_norm > 0
     assert outcome.weights_changed
     assert outcome.resumes_exactly
@@ -49,10 +49,10 @@ def test_every_combination_trains_resumes_and_exports_faithfully(cell: Cell, exp
 
 def test_documented_table_has_every_combination() -> None:
     page = (DOCS / "training.md").read_text()
-    shown = page.partition(FIRST_MARK)[2].partition(LAST_MARK)[0]
-    rows = [line for line in shown.splitlines() if line.startswith("| `")]
+    table = page.partition(FIRST_MARK)[2].partition(LAST_MARK)[0]
+    rows = [line for line in table.splitlines() if line.startswith("| `")]
     assert [tuple(part.strip(" `") for part in row.split("|")[1:4]) for row in rows] == [
-        (c.trainer_type, c.method, c.modality) for c in cells()
+        (cell.trainer_type, cell.method, cell.modality) for cell in all_cells()
     ]
     assert all(row.split("|")[4].strip() == row.split("|")[5].strip() == "yes" for row in rows)
     assert render_table({}).splitlines()[0] in page

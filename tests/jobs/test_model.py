@@ -17,65 +17,67 @@ Train = Callable[..., FinishedTraining]
 
 
 def are_weights_equal(one: FinishedTraining, other: FinishedTraining) -> bool:
-    return all(bool((part == other.weights()[name]).all()) for name, part in one.weights().items())
+    return all(bool((tensor == other.weights()[name]).all()) for name, tensor in one.weights().items())
 
 
 @pytest.mark.parametrize("hyperparameters", [{}, {"use_dora": True}], ids=["QLoRA", "QDoRA"])
 def test_qlora_trains_every_layer_even_after_evaluation(train: Train, hyperparameters: dict[str, Any]) -> None:
     # On some CPUs bitsandbytes repacks the weights in evaluation, and its kernel for repacked weights has no backward.
-    measured = train("measured", spec={"method": "QLoRA"}, **hyperparameters)
-    unmeasured = train("unmeasured", spec={"method": "QLoRA", "held_out": []}, **hyperparameters)
-    moved = {name: float(part.abs().max()) for name, part in measured.lora_weights().items() if "lora_B" in name}
-    assert min(moved.values()) > 1e-5
-    assert are_weights_equal(measured, unmeasured)
+    evaluated = train("evaluated", spec={"method": "QLoRA"}, **hyperparameters)
+    not_evaluated = train("not-evaluated", spec={"method": "QLoRA", "held_out": []}, **hyperparameters)
+    changes = {name: float(tensor.abs().max()) for name, tensor in evaluated.lora_weights().items() if "lora_B" in name}
+    assert min(changes.values()) > 1e-5
+    assert are_weights_equal(evaluated, not_evaluated)
 
 
 def test_qlora_losses_differ_slightly_from_lora(train: Train) -> None:
-    four, sixteen = train("four", spec={"method": "QLoRA"}), train("sixteen", spec={"method": "LoRA"})
-    assert four.record.evaluations[0].metrics.eval_loss != sixteen.record.evaluations[0].metrics.eval_loss
-    losses = zip(four.record.points, sixteen.record.points, strict=True)
+    qlora, lora = train("qlora", spec={"method": "QLoRA"}), train("lora", spec={"method": "LoRA"})
+    assert qlora.record.evaluations[0].metrics.eval_loss != lora.record.evaluations[0].metrics.eval_loss
+    losses = zip(qlora.record.points, lora.record.points, strict=True)
     assert all(abs(a.values["loss"] - b.values["loss"]) < 0.5 for a, b in losses)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(
-    ("hyperparameters", "names", "advice"),
+    ("hyperparameters", "expected_message", "expected_hint"),
     [
         ({"target_modules": ["query"]}, "query", "q_proj"),
         ({"target_modules": ["lm_head"]}, "lm_head", "leave it out"),
         ({"lora_rank": 64}, "lora_rank 64", "at most 32"),
     ],
 )
-def test_impossible_adapter_config_is_rejected_by_name(train: Train, hyperparameters: dict[str, Any], names: str, advice: str) -> None:
-    with pytest.raises(JobFailed) as refused:
+def test_impossible_adapter_config_is_rejected_by_name(
+    train: Train, hyperparameters: dict[str, Any], expected_message: str, expected_hint: str
+) -> None:
+    with pytest.raises(JobFailed) as failed:
         train(**hyperparameters)
-    failure = refused.value.failure
+    failure = failed.value.failure
     assert failure.code == "invalid_config"
-    assert names in failure.message
-    assert advice in failure.hint
+    assert expected_message in failure.message
+    assert expected_hint in failure.hint
 
 
 def test_frozen_head_is_not_copied_per_row(store: Path) -> None:
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    multiplied: list[tuple[int, ...]] = []
+    shapes: list[tuple[int, ...]] = []
 
     class MatmulRecorder(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, inputs: Any = (), named: Any = None) -> Any:
             if function in (torch.ops.aten.bmm.default, torch.ops.aten.mm.default):
-                multiplied.append(tuple(inputs[1].shape))
+                shapes.append(tuple(inputs[1].shape))
             return function(*inputs, **(named or {}))
 
     config = TRAINING_CONFIG.validate_python({"base_model_id": BASE})
-    machine = DeviceConfig(
+    device_config = DeviceConfig(
         torch.device("cpu"), torch.float32, autocast=False, on_gpu=False, gradient_checkpointing=False, dataloader_num_workers=0
     )
-    model = load_base(config, machine, store / "pretrained_weights/huggingface" / BASE).requires_grad_(False).eval()
+    model = load_base(config, device_config, store / "pretrained_weights/huggingface" / BASE).requires_grad_(False).eval()
     with MatmulRecorder():
         model.generate(torch.tensor([[5, 6, 7]] * 3), max_new_tokens=2, do_sample=False)
-    words = model.config.vocab_size
-    heads = [shape for shape in multiplied if words in shape]
-    assert heads == [(model.config.hidden_size, words)] * 2
+    vocab_size = model.config.vocab_size
+    head_shapes = [shape for shape in shapes if vocab_size in shape]
+    assert head_shapes == [(model.config.hidden_size, vocab_size)] * 2
 
 
 def test_memory_estimate_depends_on_trained_weights(tmp_path: Path) -> None:
@@ -84,21 +86,21 @@ def test_memory_estimate_depends_on_trained_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"text_config": text, "vision_config": vision}))
     (tmp_path / "model.safetensors").write_bytes(bytes(1_000_000))
 
-    def needed(**config: Any) -> float:
+    def needed_bytes(**config: Any) -> float:
         return estimate_training_bytes(TRAINING_CONFIG.validate_python({"base_model_id": "g/m"} | config), tmp_path)
 
     frozen_tower = {"modality": "vision", "hyperparameters": {"packing": False, "batch_size": 2}}
     trained_tower = {"modality": "vision", "hyperparameters": {"packing": False, "batch_size": 2, "train_vision_tower": True}}
-    assert needed(**trained_tower) - needed(**frozen_tower) == 2 * 64 * 64 * 1152 * 27 * ACTIVATION_BYTES
-    assert needed(method="Full") - needed() == pytest.approx(500_000 * (16 - 2), rel=0.01)
+    assert needed_bytes(**trained_tower) - needed_bytes(**frozen_tower) == 2 * 64 * 64 * 1152 * 27 * ACTIVATION_BYTES
+    assert needed_bytes(method="Full") - needed_bytes() == pytest.approx(500_000 * (16 - 2), rel=0.01)
 
 
 def test_unsloth_without_gpu_is_rejected(train: Train) -> None:
-    with pytest.raises(JobFailed) as refused:
+    with pytest.raises(JobFailed) as failed:
         train(spec={"provider": "unsloth"})
-    assert "unsloth" in refused.value.failure.message
-    assert "GPU" in refused.value.failure.message
-    assert "huggingface" in refused.value.failure.hint
+    assert "unsloth" in failed.value.failure.message
+    assert "GPU" in failed.value.failure.message
+    assert "huggingface" in failed.value.failure.hint
 
 
 def has_unsloth() -> bool:
@@ -109,7 +111,7 @@ def has_unsloth() -> bool:
     return torch.cuda.is_available() and find_spec("unsloth") is not None
 
 
-@pytest.mark.skipif(not has_unsloth(), reason="no GPU, or no unsloth: never run yet")
+@pytest.mark.skipif(not has_unsloth(), reason="needs a GPU and unsloth; not run yet")
 @pytest.mark.parametrize("method", ["LoRA", "QLoRA", "Full"])
 def test_unsloth_gives_the_same_result(train: Train, method: str) -> None:
     ours, theirs = train("ours", spec={"method": method}), train("theirs", spec={"method": method, "provider": "unsloth"})
@@ -121,7 +123,7 @@ def test_unsloth_gives_the_same_result(train: Train, method: str) -> None:
 def test_early_stopping_publishes_best_model(train: Train) -> None:
     eval_config = {"eval_strategy": "steps", "eval_steps": 1, "early_stopping_patience": 2, "load_best_model_at_end": True}
     trained = train(spec={"eval_config": eval_config}, learning_rate=0.5, max_steps=9, save_total_limit=1)
-    losses = {each.step: each.metrics.eval_loss for each in trained.record.evaluations if each.when == "during"}
+    losses = {event.step: event.metrics.eval_loss for event in trained.record.evaluations if event.when == "during"}
     best = min(losses, key=lambda step: losses[step] or 0.0)
     assert max(losses) == best + 2 < 9
     assert trained.model.step == best

@@ -1,4 +1,4 @@
-"""Failures within an attempt: out of memory and full disk, which it survives, and NaN losses and weights, which end it."""
+"""Failures within an attempt: it survives running out of memory and a full disk; NaN losses and weights fail it."""
 
 import errno
 import math
@@ -11,14 +11,14 @@ import pytest
 
 from jobs.llm.oom import is_out_of_memory, reduce_batch_size
 from jobs.runtime.batch_config import BatchConfig
+from jobs.runtime.disk_full import is_disk_full
 from jobs.runtime.errors import JobFailed
-from jobs.runtime.training_control import is_disk_full
 from schema.events import DecisionMade
 from schema.spec import JobSpec
-from tests.jobs.conftest import load_saved_checkpoints, make_spec, saved_steps
-from tests.jobs.test_continuation import TrainingRun, weights
+from tests.jobs.conftest import load_saved_checkpoints, load_weights, make_spec, saved_steps
+from tests.jobs.test_continuation import TrainingRun
 
-# In fp32 and without dropout, whose random numbers depend on the batch shape: a step does not depend on how it is split into batches.
+# In fp32 and without dropout, whose random numbers depend on the batch shape: so a step does not depend on how it is split into batches.
 HYPERPARAMETERS: dict[str, Any] = {"max_steps": -1, "epochs": 2, "learning_rate": 1e-3, "logging_steps": 1}
 HYPERPARAMETERS |= {"batch_size": 16, "gradient_accumulation_steps": 1}
 
@@ -35,12 +35,12 @@ class LimitedMemory:
     make_error: Callable[[], BaseException] | None = None
 
     def wrap_embedding(self, embedding: Callable[..., Any]) -> Callable[..., Any]:
-        """torch's embedding function, which runs out of memory."""
+        """Return torch's embedding function, changed to run out of memory."""
         import torch
 
         def look_up(tokens: Any, *rest: Any, **named: Any) -> Any:
-            here = torch.is_grad_enabled() == self.in_training and self.training_run.recorders[-1].step + 1 >= self.from_step
-            if here and len(tokens) > self.rows_that_fit:
+            is_limited = torch.is_grad_enabled() == self.in_training and self.training_run.recorders[-1].step + 1 >= self.from_step
+            if is_limited and len(tokens) > self.rows_that_fit:
                 self.failures += 1
                 raise self.make_error() if self.make_error else torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             return embedding(tokens, *rest, **named)
@@ -75,16 +75,16 @@ def reference(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Training
 
 def losses(training_run: TrainingRun) -> dict[int, float]:
     """The last logged loss of each step. After memory runs out, some steps are repeated, with different last digits."""
-    return {point.step: point.values["loss"] or math.nan for listener in training_run.recorders for point in listener.points}
+    return {point.step: point.values["loss"] or math.nan for recorder in training_run.recorders for point in recorder.points}
 
 
 def reduced_batch_sizes(training_run: TrainingRun) -> list[str]:
-    decided = [event for listener in training_run.recorders for event in listener.events if isinstance(event, DecisionMade)]
-    return [event.value for event in decided if event.setting == "batch_size"]
+    decisions = [event for recorder in training_run.recorders for event in recorder.events if isinstance(event, DecisionMade)]
+    return [event.value for event in decisions if event.setting == "batch_size"]
 
 
 @pytest.mark.parametrize(
-    ("step", "rows_that_fit", "found"),
+    ("step", "rows_that_fit", "reduced"),
     [(1, 8, ["8"]), (3, 5, ["8", "4"]), (3, 2, ["8", "4", "2"]), (1, 1, ["8", "4", "2", "1"]), (3, 1, ["8", "4", "2", "1"])],
 )
 def test_oom_reduces_batch_size_and_keeps_losses(
@@ -94,16 +94,16 @@ def test_oom_reduces_batch_size_and_keeps_losses(
     tmp_path: Path,
     step: int,
     rows_that_fit: int,
-    found: list[str],
+    reduced: list[str],
 ) -> None:
     run = TrainingRun(spec(save_strategy="steps", save_steps=1), tmp_path)
     memory = limit_memory(run, rows_that_fit, from_step=step)
     model = run.finish()
-    assert (reduced_batch_sizes(run), memory.failures) == (found, len(found))
+    assert (reduced_batch_sizes(run), memory.failures) == (reduced, len(reduced))
     assert losses(run).keys() == losses(reference).keys()
     assert max(abs(loss - losses(reference)[step]) for step, loss in losses(run).items()) < 1e-5
-    last = load_saved_checkpoints(run.spec)[-1]
-    assert (last.batch_size, last.batch_size * last.gradient_accumulation_steps) == (int(found[-1]), 16)
+    checkpoint = load_saved_checkpoints(run.spec)[-1]
+    assert (checkpoint.batch_size, checkpoint.batch_size * checkpoint.gradient_accumulation_steps) == (int(reduced[-1]), 16)
     assert model.train_tokens == 2 * sum(len(row) for row in tokenized_train_rows(run, model))
     assert len([event for event in run.recorders[0].evaluations if event.when == "before"]) == 1
 
@@ -124,8 +124,8 @@ def test_batch_size_decision_gives_step_and_reason(
     run = TrainingRun(spec(), tmp_path)
     limit_memory(run, 8, from_step=3)
     run.finish()
-    (decided,) = [event for event in run.recorders[0].events if isinstance(event, DecisionMade) and event.setting == "batch_size"]
-    assert decided.reason == "out of memory in step 3 with batch_size 16; gradient_accumulation_steps 2 keeps the effective batch size"
+    (decision,) = [event for event in run.recorders[0].events if isinstance(event, DecisionMade) and event.setting == "batch_size"]
+    assert decision.reason == "out of memory in step 3 with batch_size 16; gradient_accumulation_steps 2 keeps the effective batch size"
 
 
 def test_next_attempt_starts_with_reduced_batch_size(
@@ -140,7 +140,7 @@ def test_next_attempt_starts_with_reduced_batch_size(
 
 
 @pytest.mark.parametrize(
-    "raises",
+    "make_error",
     [
         lambda: RuntimeError(
             "[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
@@ -149,10 +149,10 @@ def test_next_attempt_starts_with_reduced_batch_size(
     ],
 )
 def test_cpu_out_of_memory_is_recognized(
-    spec: Callable[..., JobSpec], limit_memory: Callable[..., LimitedMemory], tmp_path: Path, raises: Callable[[], BaseException]
+    spec: Callable[..., JobSpec], limit_memory: Callable[..., LimitedMemory], tmp_path: Path, make_error: Callable[[], BaseException]
 ) -> None:
     run = TrainingRun(spec(epochs=1), tmp_path)
-    limit_memory(run, 8, make_error=raises)
+    limit_memory(run, 8, make_error=make_error)
     run.finish()
     assert reduced_batch_sizes(run) == ["8"]
 
@@ -230,22 +230,22 @@ def test_full_disk_skips_checkpoint_but_not_training(
     reference: TrainingRun, spec: Callable[..., JobSpec], tmp_path: Path, name: str
 ) -> None:
     run = TrainingRun(spec(save_strategy="steps", save_steps=1, save_total_limit=9), tmp_path)
-    half = tmp_path / "1/checkpoints/checkpoint-2"
-    half.mkdir(parents=True)
-    (half / name).symlink_to("/dev/full")  # every write fails with ENOSPC
+    incomplete = tmp_path / "1/checkpoints/checkpoint-2"
+    incomplete.mkdir(parents=True)
+    (incomplete / name).symlink_to("/dev/full")  # every write fails with ENOSPC
     model = run.finish()
     assert saved_steps(run.spec) == [1, 3, 4]
     assert "step 2" in run.recorders[0].warnings["disk_full"]
-    assert not half.exists()
+    assert not incomplete.exists()
     assert losses(run) == losses(reference)
-    assert weights(model).keys()
+    assert load_weights(model.folder).keys()
 
 
 def test_pending_uploads_are_deleted_to_free_disk(spec: Callable[..., JobSpec], tmp_path: Path) -> None:
     run = TrainingRun(spec(save_strategy="steps", save_steps=1, save_total_limit=9), tmp_path)
-    half = tmp_path / "1/checkpoints/checkpoint-2"
-    half.mkdir(parents=True)
-    (half / "optimizer.pt").symlink_to("/dev/full")
+    incomplete = tmp_path / "1/checkpoints/checkpoint-2"
+    incomplete.mkdir(parents=True)
+    (incomplete / "optimizer.pt").symlink_to("/dev/full")
     (tmp_path / "1/checkpoints/checkpoint-0").mkdir()  # left over from an earlier attempt
     run.finish()
     assert saved_steps(run.spec) == [1, 2, 3, 4]
@@ -267,11 +267,10 @@ def test_disk_full_errors_are_recognized() -> None:
     assert not is_disk_full(OSError(errno.EIO, "no"))
     assert not is_disk_full(RuntimeError("a shape is wrong"))
     assert is_disk_full(SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"))
-    wrapped = RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
-    assert is_disk_full(wrapped)
-    caused = ValueError("could not save")
-    caused.__cause__ = OSError(errno.ENOSPC, "no")
-    assert is_disk_full(caused)
+    assert is_disk_full(RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"))
+    chained = ValueError("could not save")
+    chained.__cause__ = OSError(errno.ENOSPC, "no")
+    assert is_disk_full(chained)
 
 
 def test_other_errors_are_not_treated_as_oom() -> None:
@@ -291,11 +290,11 @@ def test_nan_loss_fails_training_and_is_never_saved(
     run = TrainingRun(spec(save_strategy="steps", save_steps=1), tmp_path)
     log_softmax = torch.log_softmax  # computes the loss in training, and only in training
 
-    def broken(*given: Any, **named: Any) -> Any:
-        likely = log_softmax(*given, **named)
-        return likely * math.nan if run.recorders[-1].step + 1 == step else likely
+    def return_nan(*arguments: Any, **options: Any) -> Any:
+        log_probs = log_softmax(*arguments, **options)
+        return log_probs * math.nan if run.recorders[-1].step + 1 == step else log_probs
 
-    monkeypatch.setattr(torch, "log_softmax", broken)
+    monkeypatch.setattr(torch, "log_softmax", return_nan)
     with pytest.raises(JobFailed, match=f"step {step}") as failed:
         run.finish()
     assert "learning_rate" in failed.value.failure.hint
@@ -308,13 +307,13 @@ def test_nan_weights_are_never_saved(spec: Callable[..., JobSpec], monkeypatch: 
     run = TrainingRun(spec(save_strategy="steps", save_steps=1), tmp_path)
     clip = torch.nn.utils.clip_grad_norm_
 
-    def spoil(parameters: Any, *rest: Any, **named: Any) -> Any:
-        found = list(parameters)
+    def clip_nan(parameters: Any, *rest: Any, **named: Any) -> Any:
+        weights = list(parameters)
         if run.recorders[-1].step == 2:
-            next(part.grad for part in found if part.grad is not None).fill_(math.nan)
-        return clip(found, *rest, **named)
+            next(weight.grad for weight in weights if weight.grad is not None).fill_(math.nan)
+        return clip(weights, *rest, **named)
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoil)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_nan)
     with pytest.raises(JobFailed, match="after step 3"):
         run.finish()
     assert saved_steps(run.spec) == [1, 2]

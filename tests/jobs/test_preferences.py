@@ -18,9 +18,9 @@ from jobs.runtime.errors import JobFailed
 from jobs.runtime.training_control import EvaluationInterrupted
 from schema.job import EvalMetrics
 from schema.spec import JobSpec
-from tests.jobs.conftest import WORDS, FinishedTraining, make_spec
-from tests.jobs.test_continuation import TrainingRun, weights
-from tests.jobs.test_oom import LimitedMemory, limit_memory, reduced_batch_sizes  # noqa: F401  # the last is a fixture
+from tests.jobs.conftest import WORDS, FinishedTraining, load_weights, make_spec
+from tests.jobs.test_continuation import TrainingRun
+from tests.jobs.test_oom import LimitedMemory, limit_memory, reduced_batch_sizes  # noqa: F401  # limit_memory is a fixture
 
 Train = Callable[..., FinishedTraining]
 
@@ -52,7 +52,7 @@ def unpaired_rows(count: int, first: int = 0) -> list[dict[str, Any]]:
 
 HYPERPARAMETERS: dict[str, Any] = {"batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": -1, "epochs": 2, "logging_steps": 2}
 HYPERPARAMETERS |= {"learning_rate": 1e-2, "warmup_ratio": 0.0, "lr_scheduler_type": "constant", "beta": 0.2}
-STEPS = 6  # in both epochs: 11 rows, four per step, so that every epoch ends with a batch of fewer rows
+STEPS = 6  # two epochs of 11 rows, four per step, so that each epoch ends with a smaller batch
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class TrainingCase:
     improved_metric: str = "rewards/margins"  # metrics of the held-out rows that must increase
 
     def spec(self, store: Path) -> JobSpec:
-        of_pairs = self.trainer_type != "kto"
-        rows = pairs if of_pairs else unpaired_rows
+        has_pairs = self.trainer_type != "kto"
+        rows = pairs if has_pairs else unpaired_rows
         hyperparameters = (
             HYPERPARAMETERS | ({"lora_dropout": 0.3} if self.method != "Full" else {"learning_rate": 2e-3}) | self.hyperparameters
         )
@@ -76,7 +76,7 @@ class TrainingCase:
             store,
             train=rows(11),
             held_out=rows(5, first=100),
-            dataset_type="preference" if of_pairs else "unpaired_preference",
+            dataset_type="preference" if has_pairs else "unpaired_preference",
             trainer_type=self.trainer_type,
             method=self.method,
             hyperparameters=hyperparameters,
@@ -109,23 +109,23 @@ class UninterruptedRun:
 @pytest.fixture(scope="module", params=CASES)
 def uninterrupted(request: pytest.FixtureRequest, store: Path, tmp_path_factory: pytest.TempPathFactory) -> UninterruptedRun:
     case = CASES[request.param]
-    run = TrainingRun(case.spec(store), tmp_path_factory.mktemp("unbroken"))
+    run = TrainingRun(case.spec(store), tmp_path_factory.mktemp("uninterrupted"))
     return UninterruptedRun(case, run, run.finish())
 
 
-def is_timed(name: str) -> bool:
+def is_system_metric(name: str) -> bool:
     return name.endswith(("per_second", "_bytes", "_percent", "_celsius", "_watts"))
 
 
 def curve_points(training_run: TrainingRun) -> dict[int, dict[str, float | None]]:
-    """All logged metrics by step, without those of the machine."""
-    points = [point for listener in training_run.recorders for point in listener.points]
+    """All logged metrics by step, without speed and system metrics."""
+    points = [point for recorder in training_run.recorders for point in recorder.points]
     assert len({point.step for point in points}) == len(points)
-    return {point.step: {name: value for name, value in point.values.items() if not is_timed(name)} for point in points}
+    return {point.step: {name: value for name, value in point.values.items() if not is_system_metric(name)} for point in points}
 
 
 def evaluations_by_step(training_run: TrainingRun) -> dict[tuple[str, int], EvalMetrics]:
-    events = [event for listener in training_run.recorders for event in listener.evaluations]
+    events = [event for recorder in training_run.recorders for event in recorder.evaluations]
     return {(event.when, event.step): event.metrics.model_copy(update={"eval_runtime": None}) for event in events}
 
 
@@ -153,9 +153,9 @@ def test_interrupted_run_matches_uninterrupted_run(uninterrupted: UninterruptedR
     assert curve_points(run) == curve_points(uninterrupted.training_run)
     assert evaluations_by_step(run) == evaluations_by_step(uninterrupted.training_run)
     assert {step for when, step in evaluations_by_step(run) if when == "during"} == {3, 6}
-    ours, theirs = weights(model), weights(uninterrupted.model)
+    ours, theirs = load_weights(model.folder), load_weights(uninterrupted.model.folder)
     assert ours.keys() == theirs.keys()
-    assert [name for name, part in ours.items() if not part.equal(theirs[name])] == []
+    assert [name for name, tensor in ours.items() if not tensor.equal(theirs[name])] == []
     assert model.train_tokens == uninterrupted.model.train_tokens
 
 
@@ -169,8 +169,8 @@ def make_job_config(trainer_type: str, dataset_type: str = "preference", **chang
 
 def test_dpo_reference_keeps_original_token_embeddings(train: Train) -> None:
     trained = train(spec=make_job_config("dpo"), max_steps=3, learning_rate=1e-2)
-    moved = [name for name in trained.weights() if "token_adapter" in name or "trainable_tokens" in name]
-    assert moved
+    token_weights = [name for name in trained.weights() if "token_adapter" in name or "trainable_tokens" in name]
+    assert token_weights
     before, after = trained.model.base_metrics, trained.model.metrics
     assert before is not None
     assert after is not None
@@ -181,10 +181,12 @@ def test_dpo_reference_keeps_original_token_embeddings(train: Train) -> None:
 
 
 def test_gradient_checkpointing_gives_same_training(train: Train) -> None:
-    kept = train("kept", spec=make_job_config("dpo"), max_steps=2, gradient_checkpointing=False)
-    again = train("again", spec=make_job_config("dpo"), max_steps=2, gradient_checkpointing=True)
-    assert [point.values["loss"] for point in again.record.points] == pytest.approx([point.values["loss"] for point in kept.record.points])
-    assert all(part.equal(again.weights()[name]) for name, part in kept.weights().items())
+    plain = train("plain", spec=make_job_config("dpo"), max_steps=2, gradient_checkpointing=False)
+    checkpointed = train("checkpointed", spec=make_job_config("dpo"), max_steps=2, gradient_checkpointing=True)
+    assert [point.values["loss"] for point in checkpointed.record.points] == pytest.approx(
+        [point.values["loss"] for point in plain.record.points]
+    )
+    assert all(tensor.equal(checkpointed.weights()[name]) for name, tensor in plain.weights().items())
 
 
 def test_kto_splits_pairs_into_good_and_bad_rows(train: Train) -> None:
@@ -229,22 +231,22 @@ def test_reward_adapter_loads_with_peft_and_prefers_same_answer(train: Train, ba
 
 
 @pytest.mark.parametrize(
-    ("trainer_type", "form"), [("dpo", "unpaired_preference"), ("orpo", "messages"), ("kto", "text"), ("reward", "prompt")]
+    ("trainer_type", "dataset_type"), [("dpo", "unpaired_preference"), ("orpo", "messages"), ("kto", "text"), ("reward", "prompt")]
 )
-def test_wrong_dataset_type_is_rejected(train: Train, trainer_type: str, form: str) -> None:
-    with pytest.raises(JobFailed) as refused:
-        train(spec=make_job_config(trainer_type, form))
-    assert refused.value.failure.code == "invalid_data"
-    assert form in refused.value.failure.message
-    assert "preference" in refused.value.failure.message
+def test_wrong_dataset_type_is_rejected(train: Train, trainer_type: str, dataset_type: str) -> None:
+    with pytest.raises(JobFailed) as failed:
+        train(spec=make_job_config(trainer_type, dataset_type))
+    assert failed.value.failure.code == "invalid_data"
+    assert dataset_type in failed.value.failure.message
+    assert "preference" in failed.value.failure.message
 
 
 @pytest.mark.parametrize("trainer_type", ["dpo", "kto"])
-def test_pairs_without_labels_left_are_rejected(train: Train, trainer_type: str) -> None:
-    with pytest.raises(JobFailed) as refused:
+def test_pairs_truncated_to_no_labels_are_rejected(train: Train, trainer_type: str) -> None:
+    with pytest.raises(JobFailed) as failed:
         train(spec=make_job_config(trainer_type), max_seq_length=8)
-    assert refused.value.failure.code == "invalid_data"
-    assert "max_seq_length" in refused.value.failure.hint
+    assert failed.value.failure.code == "invalid_data"
+    assert "max_seq_length" in failed.value.failure.hint
 
 
 def test_truncated_and_dropped_rows_are_reported(train: Train, tokenizer: Any) -> None:
@@ -259,7 +261,7 @@ def test_truncated_and_dropped_rows_are_reported(train: Train, tokenizer: Any) -
 
 
 @pytest.mark.parametrize(
-    ("good", "bad", "weights_given", "says"),
+    ("good", "bad", "class_weights", "expected"),
     [
         (50, 50, (1.0, 1.0), None),
         (20, 100, (1.0, 1.0), "desirable_weight between 5.00 and 6.65"),
@@ -270,9 +272,9 @@ def test_truncated_and_dropped_rows_are_reported(train: Train, tokenizer: Any) -
         (0, 10, (1.0, 1.0), "no good row"),
     ],
 )
-def test_class_imbalance_gives_weight_advice(good: int, bad: int, weights_given: tuple[float, float], says: str | None) -> None:
-    advice = class_balance_warning(good, bad, *weights_given)
-    assert advice is None if says is None else says in (advice or "")
+def test_class_imbalance_gives_weight_advice(good: int, bad: int, class_weights: tuple[float, float], expected: str | None) -> None:
+    advice = class_balance_warning(good, bad, *class_weights)
+    assert advice is None if expected is None else expected in (advice or "")
 
 
 # --- rows ---
@@ -305,16 +307,16 @@ def test_equal_or_fully_truncated_pairs_are_dropped(tokenizer: Any) -> None:
 
 
 def test_pair_becomes_one_good_and_one_bad_row(tokenizer: Any) -> None:
-    found = tokenize_unpaired(pairs(2), "preference", tokenizer, 128).rows
-    both = tokenize_pairs(pairs(2), tokenizer, 128).rows
-    assert found == [
-        UnpairedExample(both[0].chosen, True),
-        UnpairedExample(both[1].chosen, True),
-        UnpairedExample(both[0].rejected, False),
-        UnpairedExample(both[1].rejected, False),
+    unpaired = tokenize_unpaired(pairs(2), "preference", tokenizer, 128).rows
+    paired = tokenize_pairs(pairs(2), tokenizer, 128).rows
+    assert unpaired == [
+        UnpairedExample(paired[0].chosen, True),
+        UnpairedExample(paired[1].chosen, True),
+        UnpairedExample(paired[0].rejected, False),
+        UnpairedExample(paired[1].rejected, False),
     ]
-    alone = {"prompt": "a", "completion": " b", "label": False}
-    assert [row.is_good for row in tokenize_unpaired([alone], "unpaired_preference", tokenizer, 128).rows] == [False]
+    single = {"prompt": "a", "completion": " b", "label": False}
+    assert [row.is_good for row in tokenize_unpaired([single], "unpaired_preference", tokenizer, 128).rows] == [False]
 
 
 def make_row(*prompt: int, answer: Sequence[int]) -> TokenizedExample:
@@ -330,11 +332,11 @@ def test_kl_example_uses_another_prompt() -> None:
     from jobs.llm.trainers.kto import add_kl_examples
 
     first, same, other = make_row(2, 7, answer=[9]), make_row(2, 7, answer=[10]), make_row(2, 8, answer=[11])
-    placed = add_kl_examples([UnpairedExample(other, True), UnpairedExample(first, True), UnpairedExample(same, False)])
-    assert [row.kl_fallback for row in placed] == [same, other, other]
-    assert placed[1].choose_kl_example(placed[0]) == other  # the neighbor's
-    assert placed[2].choose_kl_example(placed[1]) == other  # not the neighbor's, which has the same prompt
-    assert placed[0].choose_kl_example(placed[0]) == same  # the only row of its batch
+    rows = add_kl_examples([UnpairedExample(other, True), UnpairedExample(first, True), UnpairedExample(same, False)])
+    assert [row.kl_fallback for row in rows] == [same, other, other]
+    assert rows[1].choose_kl_example(rows[0]) == other  # the neighbor's
+    assert rows[2].choose_kl_example(rows[1]) == other  # not the neighbor's, which has the same prompt
+    assert rows[0].choose_kl_example(rows[0]) == same  # the only row of its batch
 
 
 # --- fused head and metrics ---
@@ -348,15 +350,15 @@ def test_label_scores_match_trl(base: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     forward, ids = model.forward, torch.tensor([[2, 20, 30, 40, 50], [2, 21, 31, 0, 0]])
     labels = torch.tensor([[IGNORE_INDEX, IGNORE_INDEX, 30, 40, 50], [IGNORE_INDEX, IGNORE_INDEX, 31, IGNORE_INDEX, IGNORE_INDEX]])
-    asked = {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels, "use_cache": False, "fused_lm_head": True}
+    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels, "use_cache": False, "fused_lm_head": True}
     fields = ("log_probs", "entropy", "mean_logits", "is_top1")
     add_fused_lm_head(model, outputs=fields)
-    theirs = model(**asked)
+    theirs = model(**inputs)
     theirs.log_probs.sum().backward()
     gradient = model.model.embed_tokens.weight.grad.clone()
     model.zero_grad()
     patch_fused_head(model, forward)
-    ours = model(**asked)
+    ours = model(**inputs)
     ours.log_probs.sum().backward()
     for name in fields:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-4)
@@ -367,7 +369,7 @@ def test_label_scores_match_trl(base: Path) -> None:
 
 @dataclass
 class FakeTrainer:
-    """A trainer whose loss of a batch is the mean of its rows."""
+    """A trainer for which the loss of a batch is the mean of its rows."""
 
     gathered: dict[str, list[float]] = field(default_factory=dict)
     rows_that_fit: int = 100
@@ -388,18 +390,18 @@ def evaluate_means(trainer: FakeTrainer, batch_size: int, check_stop: Callable[[
     import torch
 
     trainer.model = torch.nn.Dropout()
-    found = evaluate_trainer_metrics(
+    metrics = evaluate_trainer_metrics(
         trainer, trainer.gathered, [1.0, 2.0, 6.0], lambda rows: {"rows": rows}, batch_size=batch_size, check_stop=check_stop
     )
     assert trainer.model.training
-    return found
+    return metrics
 
 
-@pytest.mark.parametrize(("size", "rows_that_fit"), [(1, 100), (2, 100), (3, 100), (3, 1), (3, 2)])
-def test_metrics_do_not_depend_on_batch_size_or_oom(size: int, rows_that_fit: int) -> None:
+@pytest.mark.parametrize(("batch_size", "rows_that_fit"), [(1, 100), (2, 100), (3, 100), (3, 1), (3, 2)])
+def test_metrics_do_not_depend_on_batch_size_or_oom(batch_size: int, rows_that_fit: int) -> None:
     trainer = FakeTrainer(rows_that_fit=rows_that_fit)
-    found = evaluate_means(trainer, size)
-    assert (found["loss"], found["rewards/chosen"], found["large"]) == (pytest.approx(3), pytest.approx(3), 1.0)
+    metrics = evaluate_means(trainer, batch_size)
+    assert (metrics["loss"], metrics["rewards/chosen"], metrics["large"]) == (pytest.approx(3), pytest.approx(3), 1.0)
     assert trainer.gathered == {}
 
 
@@ -411,23 +413,23 @@ def test_oom_with_single_row_fails() -> None:
 def test_interrupted_evaluation_leaves_no_metrics_behind() -> None:
     calls: list[int] = []
 
-    def pulse() -> None:
+    def check_stop() -> None:
         calls.append(1)
         if len(calls) == 2:
             raise EvaluationInterrupted
 
     trainer = FakeTrainer()
     with pytest.raises(EvaluationInterrupted):
-        evaluate_means(trainer, 1, pulse)
+        evaluate_means(trainer, 1, check_stop)
     assert trainer.gathered == {}
 
 
 def test_other_errors_are_not_hidden() -> None:
-    def work(_: Sequence[int]) -> None:
+    def fail(_: Sequence[int]) -> None:
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        run_in_batches([1, 2], 2, work, lambda: None)
+        run_in_batches([1, 2], 2, fail, lambda: None)
 
 
 def test_accuracy_at_initialization_is_none() -> None:

@@ -55,7 +55,7 @@ def check(metrics: EvalMetrics | None = TRAINED, base: EvalMetrics | None = BASE
         ({"metric": "eval_runtime", "at_most": 0.5, "relative_to_base": True}, True),
         ({"metric": "rouge_l", "at_least": 1.25, "relative_to_base": True}, True),
         ({"metric": "rouge_l", "at_least": 1.26, "relative_to_base": True}, False),
-        ({"metric": "exact_match", "at_least": 1.5, "relative_to_base": True}, True),  # a base of 0 was left behind
+        ({"metric": "exact_match", "at_least": 1.5, "relative_to_base": True}, True),  # more than a base of 0
     ],
 )
 def test_bound_passes_or_fails(threshold: dict[str, Any], passes: bool) -> None:
@@ -63,7 +63,7 @@ def test_bound_passes_or_fails(threshold: dict[str, Any], passes: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("threshold", "why"),
+    ("threshold", "reason"),
     [
         ({"metric": "eval_loss", "at_most": 1.0}, "1.5 is above 1"),
         ({"metric": "accuracy", "at_least": 0.9}, "0.6 is below 0.9"),
@@ -88,8 +88,8 @@ def test_bound_passes_or_fails(threshold: dict[str, Any], passes: bool) -> None:
         ),
     ],
 )
-def test_failed_check_gives_reason(threshold: dict[str, Any], why: str) -> None:
-    assert check(**threshold).reason == why
+def test_failed_check_gives_reason(threshold: dict[str, Any], reason: str) -> None:
+    assert check(**threshold).reason == reason
 
 
 def test_metric_missing_on_base_fails_relative_bound() -> None:
@@ -103,24 +103,24 @@ def test_metric_missing_on_base_fails_relative_bound() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("bound", [{"at_least": -1e9}, {"at_most": 1e9}, {"at_least": 0.0, "relative_to_base": True}])
 def test_non_finite_metric_fails(value: float, bound: dict[str, Any]) -> None:
-    broken = EvalMetrics(eval_loss=value, values={"reward": value})
+    metrics = EvalMetrics(eval_loss=value, values={"reward": value})
     for name in ("eval_loss", "reward"):
-        result = check(broken, metric=name, **bound)
+        result = check(metrics, metric=name, **bound)
         assert result.reason == f"{name} of the trained model is not a finite number"
         assert result.value is None  # NaN is not JSON
     assert not check(base=EvalMetrics(eval_loss=value), metric="eval_loss", at_most=1.0, relative_to_base=True).passed
 
 
 def test_zero_is_a_valid_metric_value() -> None:
-    nothing = EvalMetrics(eval_loss=0.0, values={"exact_match": 0.0})
-    assert check(nothing, metric="eval_loss", at_most=0.1).value == 0.0
-    assert check(nothing, metric="exact_match", at_least=0.0).passed
+    zero = EvalMetrics(eval_loss=0.0, values={"exact_match": 0.0})
+    assert check(zero, metric="eval_loss", at_most=0.1).value == 0.0
+    assert check(zero, metric="exact_match", at_least=0.0).passed
 
 
 def test_relative_bound_on_zero_base_requires_more_than_zero() -> None:
-    nothing = EvalMetrics(values={"exact_match": 0.0})
-    assert check(nothing, metric="exact_match", at_least=1.5, relative_to_base=True).reason == "0 is not better than the base's 0"
-    assert check(nothing, metric="exact_match", at_least=1.0, relative_to_base=True).passed
+    zero = EvalMetrics(values={"exact_match": 0.0})
+    assert check(zero, metric="exact_match", at_least=1.5, relative_to_base=True).reason == "0 is not better than the base's 0"
+    assert check(zero, metric="exact_match", at_least=1.0, relative_to_base=True).passed
 
 
 def test_missing_metrics_fail_the_gate() -> None:

@@ -23,7 +23,7 @@ SECRET = "s3cret-of-the-judge"
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """The files of a base model that a record reads."""
+    """The files of a base model that a record is made from."""
     folder = tmp_path / "base"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
@@ -81,10 +81,10 @@ def test_record_contains_inputs_and_results(base: Path, tmp_path: Path) -> None:
     assert record.metrics.perplexity == 20.1
     assert record.gate
     assert record.gate.passed
-    assert {made.name: made.files[0].sha256 for made in record.artifacts}["gguf-q8_0"] == sha256(b"gguf").hexdigest()
+    assert {artifact.name: artifact.files[0].sha256 for artifact in record.artifacts}["gguf-q8_0"] == sha256(b"gguf").hexdigest()
     assert record.artifacts[1].fidelity
     assert record.artifacts[1].fidelity.perplexity == 3.5
-    assert "a row" not in record_bytes(record).decode()  # what was compared is somebody's data
+    assert "a row" not in record_bytes(record).decode()  # the compared text is user data
     assert record.decisions == {"attention": "sdpa"}
 
 
@@ -107,7 +107,7 @@ def test_record_is_stored_beside_every_artifact(base: Path, tmp_path: Path) -> N
     assert adapter.size_bytes == sum(file.size_bytes for file in adapter.files)
     assert adapter.files[1].sha256 == sha256(content).hexdigest()
     assert gguf == artifacts[1]
-    assert store_record(content, (adapter, gguf), context) == (adapter, gguf)  # again, by a retry: nothing is listed twice
+    assert store_record(content, (adapter, gguf), context) == (adapter, gguf)  # a retry lists nothing twice
 
 
 def test_record_roundtrips_as_same_bytes(base: Path, tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_base_in_hub_cache_is_identified_without_reading(tmp_path: Path) -> None
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / ("a" * 40)
     blobs.mkdir()
     snapshot.mkdir(parents=True)
-    (blobs / ("b" * 64)).write_bytes(b"what is here is not looked at")
+    (blobs / ("b" * 64)).write_bytes(b"this content is not read")
     (snapshot / "config.json").write_text("{}")
     (snapshot / "model.safetensors").symlink_to(blobs / ("b" * 64))
     record, notes = base_record("owner/base", snapshot)

@@ -1,4 +1,4 @@
-"""Events reach the service in order and exactly once, whatever the service does; no error reaches the trainer."""
+"""Events reach the service in order and exactly once despite its failures; no error reaches the trainer."""
 
 import threading
 import time
@@ -21,7 +21,7 @@ Make = Callable[..., Reporter]
 
 
 class ReporterCallbacks:
-    """Records what a reporter passes on."""
+    """Records the directives and the fencing that a reporter passes on."""
 
     def __init__(self) -> None:
         self.directives: list[str] = []
@@ -35,7 +35,7 @@ def callbacks() -> ReporterCallbacks:
 
 @pytest.fixture
 def make(service: FakeService, callbacks: ReporterCallbacks, tmp_path: Path) -> Iterator[Make]:
-    """Makes started reporters; afterwards closes them with their spools and clients."""
+    """Makes and starts reporters; afterwards closes them with their spools and clients."""
     made: list[tuple[Reporter, Spool, ServiceClient]] = []
 
     def make(url: str | None = None, interval_s: float = INTERVAL_S) -> Reporter:
@@ -58,7 +58,7 @@ def point(step: int) -> MetricsLogged:
 
 
 def steps(service: FakeService) -> list[int]:
-    return [told["event"]["step"] for told in service.events]
+    return [reported["event"]["step"] for reported in service.events]
 
 
 def test_events_arrive_in_order_with_attempt_token(service: FakeService, make: Make) -> None:

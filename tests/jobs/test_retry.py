@@ -31,13 +31,13 @@ class FaultyStore(LocalStore):
 
 
 def skip_sleep(_: float) -> None:
-    """No time passes."""
+    """Do not sleep."""
 
 
 def test_download_retries_temporary_outage(tmp_path: Path) -> None:
     sleeps_s: list[float] = []
     store = FaultyStore(tmp_path / "store", {KEYS[0]: [StoreUnavailable("away"), ChecksumMismatch("damaged"), StoreUnavailable("away")]})
-    target = download_with_retry(store, KEYS[0], tmp_path / "here.json", sleep=sleeps_s.append)
+    target = download_with_retry(store, KEYS[0], tmp_path / "config.json", sleep=sleeps_s.append)
     assert target.read_text() == KEYS[0]
     assert sleeps_s == sorted(sleeps_s)
     assert len(sleeps_s) == 3
@@ -45,28 +45,28 @@ def test_download_retries_temporary_outage(tmp_path: Path) -> None:
 
 def test_downloaded_file_is_not_fetched_again(tmp_path: Path) -> None:
     store = FaultyStore(tmp_path / "store", {KEYS[1]: [StoreUnavailable("away")] * 2})
-    found = download_all_with_retry(store, KEYS, tmp_path / "here", prefix="base/", sleep=skip_sleep)
-    assert [path.relative_to(tmp_path / "here").as_posix() for path in found] == ["config.json", "model.safetensors", "inner/vocab.txt"]
-    assert [path.read_text() for path in found] == KEYS
+    paths = download_all_with_retry(store, KEYS, tmp_path / "target", prefix="base/", sleep=skip_sleep)
+    assert [path.relative_to(tmp_path / "target").as_posix() for path in paths] == ["config.json", "model.safetensors", "inner/vocab.txt"]
+    assert [path.read_text() for path in paths] == KEYS
     assert store.downloads == {KEYS[0]: 1, KEYS[1]: 3, KEYS[2]: 1}
 
 
 def test_permanent_outage_fails_with_store_url(tmp_path: Path) -> None:
     store = FaultyStore(tmp_path / "store", {KEYS[0]: [StoreUnavailable("away")] * 100})
     with pytest.raises(JobFailed, match=f"{store.url}/{KEYS[0]} cannot be read: away") as caught:
-        download_with_retry(store, KEYS[0], tmp_path / "here.json", sleep=skip_sleep)
+        download_with_retry(store, KEYS[0], tmp_path / "config.json", sleep=skip_sleep)
     assert caught.value.failure.code == "internal"
     assert store.downloads[KEYS[0]] == TRIES
 
 
-@pytest.mark.parametrize("answer", [NoSuchObject("nothing there"), ObjectExists("taken")])
-def test_definitive_error_is_not_retried(answer: StorageError) -> None:
-    asked: list[int] = []
+@pytest.mark.parametrize("error", [NoSuchObject("nothing there"), ObjectExists("taken")])
+def test_definitive_error_is_not_retried(error: StorageError) -> None:
+    calls: list[int] = []
 
-    def act() -> None:
-        asked.append(1)
-        raise answer
+    def fail() -> None:
+        calls.append(1)
+        raise error
 
-    with pytest.raises(type(answer)):
-        retry_store("it could not be done", act, sleep=skip_sleep)
-    assert len(asked) == 1
+    with pytest.raises(type(error)):
+        retry_store("it could not be done", fail, sleep=skip_sleep)
+    assert len(calls) == 1

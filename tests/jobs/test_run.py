@@ -1,4 +1,4 @@
-"""`python -m jobs.run` as a launcher starts it: a process, an environment, a service, an object store."""
+"""`python -m jobs.run` as a launcher starts it: a process with an environment, a service and an object store."""
 
 import json
 import os
@@ -141,11 +141,10 @@ def test_attempt_trains_exports_and_reports_result(start: Start, service: FakeSe
     assert result.metrics is not None
     assert result.base_metrics is not None
     assert result.train_rows == 24
-    assert [Result.model_validate(each) for each in service.results] == [result]
+    assert [Result.model_validate(body) for body in service.results] == [result]
     assert all("/attempt-1/" in artifact.key for artifact in result.artifacts)
-    assert not (
-        process.store / manifest_key(process.job_id)
-    ).exists()  # only the service knows which attempt counts, so only it writes the manifest
+    # Only the service knows which attempt counts, so only the service writes the manifest.
+    assert not (process.store / manifest_key(process.job_id)).exists()
     assert phases(service)[:4] == ["downloading", "tokenizing", "evaluating", "training"]
     assert {"metrics", "evaluation", "decision", "artifact", "tracker", "checkpoint_saved"} <= {
         reported["event"]["type"] for reported in service.events
@@ -159,16 +158,16 @@ def test_attempt_trains_exports_and_reports_result(start: Start, service: FakeSe
     assert HF_TOKEN not in json.dumps(service.batches) + json.dumps(service.results)
 
 
-def test_attempt_needs_only_the_runtime_and_its_family_on_disk(start: Start, tmp_path: Path) -> None:
+def test_attempt_needs_only_runtime_and_family_packages(start: Start, tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     for name in ("schema", "storage", "jobs/runtime", "jobs/llm"):
         shutil.copytree(SOURCE / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("jobs/__init__.py", "jobs/run.py"):
         shutil.copy(SOURCE / name, tree / name)
-    elsewhere = subprocess.run(
+    importing = subprocess.run(
         [sys.executable, "-c", "import service"], cwd=tree, env={"PYTHONPATH": "."}, capture_output=True, check=False
     )
-    assert elsewhere.returncode != 0  # nothing else of the project can be imported from there
+    assert importing.returncode != 0  # the tree has no other package of the project
 
     process = start(source=tree, held_out=[], hyperparameters={"max_steps": 1})
     assert process.wait() == 0, process.log
@@ -269,18 +268,18 @@ def request_stop(process: AttemptProcess, service: FakeService, method: str | si
         service.directive = method
 
 
-@pytest.mark.parametrize(("way", "code", "outcome", "because"), STOP_CASES)
+@pytest.mark.parametrize(("method", "code", "outcome", "yield_reason"), STOP_CASES)
 def test_stop_before_training_ends_within_two_seconds(
-    start: Start, service: FakeService, way: str | signal.Signals, code: int, outcome: str, because: str | None
+    start: Start, service: FakeService, method: str | signal.Signals, code: int, outcome: str, yield_reason: str | None
 ) -> None:
     process = start()
     wait_for(lambda: "downloading" in phases(service), process)
-    request_stop(process, service, way)
+    request_stop(process, service, method)
     began = time.monotonic()
     assert process.wait() == code, process.log
     assert time.monotonic() - began < 2
     result = process.final_result
-    assert (result.outcome, result.yield_reason, result.last_checkpoint_step, result.failure) == (outcome, because, None, None)
+    assert (result.outcome, result.yield_reason, result.last_checkpoint_step, result.failure) == (outcome, yield_reason, None, None)
     assert service.results[0]["outcome"] == outcome
     assert not find_remaining_processes(process)
 
@@ -295,7 +294,7 @@ def test_stop_before_claim_reports_nothing(start: Start, service: FakeService) -
     assert service.results == []
 
 
-# --- in a training ---------------------------------------------------------------------------------------------------
+# --- during training -------------------------------------------------------------------------------------------------
 
 ENDLESS_TRAINING = {"max_steps": 100_000, "logging_steps": 1}
 
@@ -306,18 +305,18 @@ def latest_step(service: FakeService) -> int:
 
 
 @pytest.mark.parametrize(
-    ("way", "code", "outcome", "because", "reason"),
+    ("method", "code", "outcome", "yield_reason", "reason"),
     [("pause", 12, "paused", None, "pause"), (signal.SIGTERM, 13, "yielded", "preempted", "preempted")],
 )
 def test_stopped_training_saves_and_next_attempt_resumes(
-    start: Start, service: FakeService, way: str | signal.Signals, code: int, outcome: str, because: str | None, reason: str
+    start: Start, service: FakeService, method: str | signal.Signals, code: int, outcome: str, yield_reason: str | None, reason: str
 ) -> None:
     process = start(hyperparameters=ENDLESS_TRAINING)
     wait_for(lambda: latest_step(service) >= 3, process)
-    request_stop(process, service, way)
+    request_stop(process, service, method)
     assert process.wait() == code, process.log
     result, checkpoint = process.final_result, load_saved_checkpoints(process.spec)[-1]
-    assert (result.outcome, result.yield_reason, result.resumed_step) == (outcome, because, None)
+    assert (result.outcome, result.yield_reason, result.resumed_step) == (outcome, yield_reason, None)
     assert result.last_checkpoint_step == checkpoint.step >= 3
     assert (checkpoint.reason, checkpoint.attempt) == (reason, 1)
     assert latest_step(service) == checkpoint.step  # the metrics of every step up to the checkpoint arrived
@@ -337,13 +336,13 @@ ONE_LONG_STEP = {"max_steps": 1, "batch_size": 24, "max_seq_length": 2048}
 LONG_ROWS = [{"text": "it returns a list of files " * 300}] * 24  # one step takes half a minute
 
 
-@pytest.mark.parametrize("way", ["cancel", signal.SIGINT])
-def test_cancel_during_long_step_ends_within_two_seconds(start: Start, service: FakeService, way: str | signal.Signals) -> None:
+@pytest.mark.parametrize("method", ["cancel", signal.SIGINT])
+def test_cancel_during_long_step_ends_within_two_seconds(start: Start, service: FakeService, method: str | signal.Signals) -> None:
     process = start(train=LONG_ROWS, held_out=[], dataset_type="text", hyperparameters=ONE_LONG_STEP)
     wait_for(lambda: "training" in phases(service), process)
     time.sleep(1.5)  # well inside the step
     began = time.monotonic()
-    request_stop(process, service, way)
+    request_stop(process, service, method)
     assert process.wait() == 10, process.log
     assert time.monotonic() - began < 2
     assert process.final_result.outcome == "cancelled"

@@ -22,10 +22,10 @@ Train = Callable[..., FinishedTraining]
 def distance(one: FinishedTraining, other: FinishedTraining) -> float:
     """The largest difference between the LoRA weights of two trainings."""
     theirs = other.lora_weights()
-    return max(float((part - theirs[name]).abs().max()) for name, part in one.lora_weights().items())
+    return max(float((tensor - theirs[name]).abs().max()) for name, tensor in one.lora_weights().items())
 
 
-def rates(trained: FinishedTraining) -> list[float]:
+def learning_rates(trained: FinishedTraining) -> list[float]:
     return [point.values["learning_rate"] or 0.0 for point in trained.record.points]
 
 
@@ -66,15 +66,15 @@ def read_adapter_config(trained: FinishedTraining) -> dict[str, Any]:
 
 def max_lora_b(trained: FinishedTraining) -> float:
     """The largest weight of LoRA's B, which starts at zero."""
-    return max(float(part.abs().max()) for name, part in trained.lora_weights().items() if "lora_B" in name)
+    return max(float(tensor.abs().max()) for name, tensor in trained.lora_weights().items() if "lora_B" in name)
 
 
 def lora_a(trained: FinishedTraining) -> list[Any]:
-    return [part for name, part in trained.lora_weights().items() if "lora_A" in name]
+    return [tensor for name, tensor in trained.lora_weights().items() if "lora_A" in name]
 
 
 def lora_a_squared_norm(trained: FinishedTraining) -> float:
-    return sum(float(part.square().sum()) for part in lora_a(trained))
+    return sum(float(tensor.square().sum()) for tensor in lora_a(trained))
 
 
 @dataclass(frozen=True)
@@ -83,65 +83,88 @@ class HyperparameterCase:
 
     value: Any
     has_effect: Callable[[FinishedTraining, FinishedTraining], bool]  # (baseline, changed)
-    required: dict[str, Any] = field(default_factory=dict)  # what both trainings need for it to have an effect
+    required: dict[str, Any] = field(default_factory=dict)  # hyperparameters that both trainings need for the effect
 
 
 BASELINE = {"max_steps": -1, "epochs": 1, "batch_size": 6, "gradient_accumulation_steps": 1, "warmup_ratio": 0.0}  # 24 rows: 4 steps
 
 HYPERPARAMETER_CASES = {
     "learning_rate": HyperparameterCase(
-        1e-9, lambda one, other: max(rates(other)) == 1e-9 and max_lora_b(other) < 1e-7 < 1e-5 < max_lora_b(one)
+        1e-9, lambda baseline, changed: max(learning_rates(changed)) == 1e-9 and max_lora_b(changed) < 1e-7 < 1e-5 < max_lora_b(baseline)
     ),
-    "batch_size": HyperparameterCase(12, lambda one, other: (steps(one), steps(other)) == (4, 2)),
-    "gradient_accumulation_steps": HyperparameterCase(3, lambda one, other: steps(other) == 2),  # three batches, then the remaining one
-    "epochs": HyperparameterCase(2, lambda one, other: steps(other) == 8),
+    "batch_size": HyperparameterCase(12, lambda baseline, changed: (steps(baseline), steps(changed)) == (4, 2)),
+    "gradient_accumulation_steps": HyperparameterCase(
+        3, lambda baseline, changed: steps(changed) == 2
+    ),  # three batches, then the remaining one
+    "epochs": HyperparameterCase(2, lambda baseline, changed: steps(changed) == 8),
     "max_steps": HyperparameterCase(
-        5, lambda one, other: steps(other) == 5 and logged_steps(other) == [1, 2, 3, 4, 5]
+        5, lambda baseline, changed: steps(changed) == 5 and logged_steps(changed) == [1, 2, 3, 4, 5]
     ),  # more than an epoch
     "packing": HyperparameterCase(
-        True, lambda one, other: steps(other) < steps(one) and other.model.train_tokens == one.model.train_tokens
+        True, lambda baseline, changed: steps(changed) < steps(baseline) and changed.model.train_tokens == baseline.model.train_tokens
     ),
     "max_seq_length": HyperparameterCase(
-        24, lambda one, other: other.model.train_tokens <= 24 * other.model.train_rows < one.model.train_tokens
+        24, lambda baseline, changed: changed.model.train_tokens <= 24 * changed.model.train_rows < baseline.model.train_tokens
     ),
     "lr_scheduler_type": HyperparameterCase(
-        "cosine", lambda one, other: rates(other)[0] == rates(one)[0] and rates(other)[1] > rates(one)[1]
+        "cosine",
+        lambda baseline, changed: (
+            learning_rates(changed)[0] == learning_rates(baseline)[0] and learning_rates(changed)[1] > learning_rates(baseline)[1]
+        ),
     ),
     "warmup_ratio": HyperparameterCase(
-        0.5, lambda one, other: rates(one).index(max(rates(one))) == 0 and rates(other).index(max(rates(other))) == 2
+        0.5,
+        lambda baseline, changed: (
+            learning_rates(baseline).index(max(learning_rates(baseline))) == 0
+            and learning_rates(changed).index(max(learning_rates(changed))) == 2
+        ),
     ),
-    "weight_decay": HyperparameterCase(0.9, lambda one, other: lora_a_squared_norm(other) < lora_a_squared_norm(one)),
+    "weight_decay": HyperparameterCase(0.9, lambda baseline, changed: lora_a_squared_norm(changed) < lora_a_squared_norm(baseline)),
     "max_grad_norm": HyperparameterCase(
-        1e-8, lambda one, other: max_lora_b(other) < 0.9 * max_lora_b(one)
+        1e-8, lambda baseline, changed: max_lora_b(changed) < 0.9 * max_lora_b(baseline)
     ),  # Adam cancels a scale of the gradient, unless it is below epsilon
     # LoRA has no effect at first, so the first loss depends only on the rows that the seed selected.
-    "seed": HyperparameterCase(2, lambda one, other: distance(one, other) > 1e-4 and losses(one)[0] != losses(other)[0]),
+    "seed": HyperparameterCase(
+        2, lambda baseline, changed: distance(baseline, changed) > 1e-4 and losses(baseline)[0] != losses(changed)[0]
+    ),
     # The last step is always saved.
-    "save_strategy": HyperparameterCase("epoch", lambda one, other: (one.checkpoints, other.checkpoints) == ([8], [4, 8]), {"epochs": 2}),
+    "save_strategy": HyperparameterCase(
+        "epoch", lambda baseline, changed: (baseline.checkpoints, changed.checkpoints) == ([8], [4, 8]), {"epochs": 2}
+    ),
     "save_steps": HyperparameterCase(
-        3, lambda one, other: (one.checkpoints, other.checkpoints) == ([4], [3, 4]), {"save_strategy": "steps"}
+        3, lambda baseline, changed: (baseline.checkpoints, changed.checkpoints) == ([4], [3, 4]), {"save_strategy": "steps"}
     ),
     "save_total_limit": HyperparameterCase(
-        1, lambda one, other: (one.checkpoints, other.checkpoints) == ([3, 4], [4]), {"save_strategy": "steps", "save_steps": 1}
+        1,
+        lambda baseline, changed: (baseline.checkpoints, changed.checkpoints) == ([3, 4], [4]),
+        {"save_strategy": "steps", "save_steps": 1},
     ),
-    "logging_steps": HyperparameterCase(2, lambda one, other: (logged_steps(one), logged_steps(other)) == ([1, 2, 3, 4], [2, 4])),
+    "logging_steps": HyperparameterCase(
+        2, lambda baseline, changed: (logged_steps(baseline), logged_steps(changed)) == ([1, 2, 3, 4], [2, 4])
+    ),
     "lora_rank": HyperparameterCase(
-        8, lambda one, other: read_adapter_config(other)["r"] == 8 and {len(part) for part in lora_a(other)} == {8}
+        8, lambda baseline, changed: read_adapter_config(changed)["r"] == 8 and {len(tensor) for tensor in lora_a(changed)} == {8}
     ),
-    "lora_alpha": HyperparameterCase(64, lambda one, other: read_adapter_config(other)["lora_alpha"] == 64 and distance(one, other) > 1e-6),
+    "lora_alpha": HyperparameterCase(
+        64, lambda baseline, changed: read_adapter_config(changed)["lora_alpha"] == 64 and distance(baseline, changed) > 1e-6
+    ),
     "use_dora": HyperparameterCase(
-        True, lambda one, other: any("magnitude" in name for name in other.weights()) and distance(one, other) > 1e-6
+        True, lambda baseline, changed: any("magnitude" in name for name in changed.weights()) and distance(baseline, changed) > 1e-6
     ),
-    "use_rslora": HyperparameterCase(True, lambda one, other: read_adapter_config(other)["use_rslora"] and distance(one, other) > 1e-6),
+    "use_rslora": HyperparameterCase(
+        True, lambda baseline, changed: read_adapter_config(changed)["use_rslora"] and distance(baseline, changed) > 1e-6
+    ),
     "target_modules": HyperparameterCase(
-        ["q_proj"], lambda one, other: {name.split(".")[-3] for name in other.lora_weights()} == {"q_proj"}
+        ["q_proj"], lambda baseline, changed: {name.split(".")[-3] for name in changed.lora_weights()} == {"q_proj"}
     ),
-    "train_vision_tower": HyperparameterCase(False, lambda one, other: distance(one, other) == 0),  # with images: tests/jobs/test_vision.py
+    "train_vision_tower": HyperparameterCase(
+        False, lambda baseline, changed: distance(baseline, changed) == 0
+    ),  # with images: tests/jobs/test_vision.py
     "gradient_checkpointing": HyperparameterCase(
-        True, lambda one, other: other.record.decisions["gradient_checkpointing"] == "true" and distance(one, other) < 1e-6
+        True, lambda baseline, changed: changed.record.decisions["gradient_checkpointing"] == "true" and distance(baseline, changed) < 1e-6
     ),
     "lora_dropout": HyperparameterCase(
-        0.5, lambda one, other: read_adapter_config(other)["lora_dropout"] == 0.5 and distance(one, other) > 1e-6
+        0.5, lambda baseline, changed: read_adapter_config(changed)["lora_dropout"] == 0.5 and distance(baseline, changed) > 1e-6
     ),
 }
 # use_fa2 needs a GPU (test_unavailable_flash_attention_is_rejected), torch_compile takes minutes, dataloader_num_workers does not
@@ -151,11 +174,11 @@ TESTED_ELSEWHERE = {"use_fa2", "torch_compile", "dataloader_num_workers"}
 
 @pytest.fixture(scope="module")
 def baseline(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., FinishedTraining]:
-    """Trains the baseline with the given hyperparameters; each combination once."""
+    """Trains the baseline with the required hyperparameters of a case, each combination at most once."""
 
     @cache
-    def run(*given: tuple[str, Any]) -> FinishedTraining:
-        return train_in(tmp_path_factory.mktemp("baseline"), store, BASELINE | dict(given))
+    def run(*required: tuple[str, Any]) -> FinishedTraining:
+        return train_in(tmp_path_factory.mktemp("baseline"), store, BASELINE | dict(required))
 
     return run
 
@@ -170,10 +193,10 @@ def train_in(workdir: Path, store: Path, hyperparameters: dict[str, Any], **spec
 
 @pytest.mark.parametrize("name", HYPERPARAMETER_CASES)
 def test_every_hyperparameter_takes_effect(store: Path, tmp_path: Path, baseline: Callable[..., FinishedTraining], name: str) -> None:
-    knob = HYPERPARAMETER_CASES[name]
-    unchanged = baseline(*knob.required.items())
-    changed = train_in(tmp_path, store, BASELINE | knob.required | {name: knob.value})
-    assert knob.has_effect(unchanged, changed)
+    case = HYPERPARAMETER_CASES[name]
+    unchanged = baseline(*case.required.items())
+    changed = train_in(tmp_path, store, BASELINE | case.required | {name: case.value})
+    assert case.has_effect(unchanged, changed)
 
 
 def test_all_hyperparameters_are_covered() -> None:
@@ -183,19 +206,19 @@ def test_all_hyperparameters_are_covered() -> None:
 def test_same_seed_gives_identical_weights(store: Path, tmp_path: Path, baseline: Callable[..., FinishedTraining]) -> None:
     first, again = baseline(), train_in(tmp_path, store, BASELINE)
     assert first.weights().keys() == again.weights().keys()
-    assert all(bool((part == again.weights()[name]).all()) for name, part in first.weights().items())
+    assert all(bool((tensor == again.weights()[name]).all()) for name, tensor in first.weights().items())
 
 
 def test_unavailable_flash_attention_is_rejected(train: Train) -> None:
-    with pytest.raises(JobFailed) as refused:
+    with pytest.raises(JobFailed) as failed:
         train(use_fa2=True)
-    assert refused.value.failure.code == "invalid_config"
-    assert "use_fa2" in refused.value.failure.message
-    assert "use_fa2" in refused.value.failure.hint
+    assert failed.value.failure.code == "invalid_config"
+    assert "use_fa2" in failed.value.failure.message
+    assert "use_fa2" in failed.value.failure.hint
 
 
 @pytest.mark.parametrize(
-    ("schedule", "shares"),
+    ("schedule", "fractions"),
     [  # fractions of the peak in four steps, two of them warmup
         ("linear", [0, 1 / 2, 1, 1 / 2]),
         ("cosine", [0, 1 / 2, 1, (1 + math.cos(math.pi / 2)) / 2]),
@@ -204,9 +227,9 @@ def test_unavailable_flash_attention_is_rejected(train: Train) -> None:
         ("inverse_sqrt", [0, 1 / 2, 1, math.sqrt(2 / 3)]),
     ],
 )
-def test_schedule_matches_its_name(train: Train, schedule: str, shares: list[float]) -> None:
+def test_schedule_matches_its_name(train: Train, schedule: str, fractions: list[float]) -> None:
     trained = train(learning_rate=3e-3, lr_scheduler_type=schedule, warmup_ratio=0.5, max_steps=4)
-    assert rates(trained) == pytest.approx([3e-3 * share for share in shares])
+    assert learning_rates(trained) == pytest.approx([3e-3 * fraction for fraction in fractions])
 
 
 def test_truncated_rows_are_counted_per_split(train: Train) -> None:
@@ -235,10 +258,10 @@ def test_gradient_accumulation_matches_large_batch(train: Train) -> None:
 
 
 def test_all_linear_layers_except_head_are_adapted(train: Train) -> None:
-    parts = train(max_steps=1).lora_weights()
-    kinds = {name.split(".lora_")[0].rpartition(".")[2] for name in parts}
-    assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert len(parts) == 6 * 7 * 2
+    names = train(max_steps=1).lora_weights()
+    modules = {name.split(".lora_")[0].rpartition(".")[2] for name in names}
+    assert modules == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert len(names) == 6 * 7 * 2
 
 
 def test_checkpoints_follow_save_strategy_and_limit(train: Train) -> None:
@@ -289,7 +312,7 @@ def test_points_contain_speed_memory_and_progress(train: Train) -> None:
     assert all((point.values["tokens_per_second"] or 0) > 0 for point in points)
     assert all((point.values["rss_bytes"] or 0) > 50e6 for point in points)
     progress = [point.progress for point in points if point.progress is not None]
-    assert [(at.step, at.total_steps) for at in progress] == [(1, 3), (2, 3), (3, 3)]
+    assert [(point.step, point.total_steps) for point in progress] == [(1, 3), (2, 3), (3, 3)]
     assert (progress[0].eta_s or 0) > 0
     assert progress[-1].eta_s == 0
 
@@ -348,10 +371,10 @@ def recompute_eval_loss(model: Any, tokenizer: Any) -> float:
 
     total, count = 0.0, 0
     for row in tokenize_split(iter(messages(5, first=100)), "messages", tokenizer, 128).rows:
-        learned = sum(label != IGNORE_INDEX for label in row.labels[1:])
+        labeled = sum(label != IGNORE_INDEX for label in row.labels[1:])
         with torch.no_grad():
             loss = model.eval()(input_ids=torch.tensor([row.input_ids]), labels=torch.tensor([row.labels])).loss
-        total, count = total + loss.item() * learned, count + learned
+        total, count = total + loss.item() * labeled, count + labeled
     return total / count
 
 
@@ -365,8 +388,8 @@ def test_full_training_changes_all_weights_and_sets_eos_tokens(train: Train, bas
     after = trained.weights()
     assert before.keys() == after.keys()
     assert all((after[name] != before[name].to(after[name].dtype)).any() for name in before)
-    stops = GenerationConfig.from_pretrained(trained.model.folder).eos_token_id
-    assert set(stops) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")}  # type: ignore[arg-type]  # a list here
+    eos_token_ids = GenerationConfig.from_pretrained(trained.model.folder).eos_token_id
+    assert set(eos_token_ids) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")}  # type: ignore[arg-type]  # a list here
 
 
 @pytest.mark.parametrize(
@@ -381,10 +404,10 @@ def test_other_dataset_types_are_trained(train: Train, dataset_type: str, row: d
 
 
 def test_rows_without_labels_fail_the_job_with_hint(train: Train) -> None:
-    with pytest.raises(JobFailed) as refused:
+    with pytest.raises(JobFailed) as failed:
         train(max_seq_length=8)
-    assert refused.value.failure.code == "invalid_data"
-    assert "max_seq_length" in refused.value.failure.hint
+    assert failed.value.failure.code == "invalid_data"
+    assert "max_seq_length" in failed.value.failure.hint
 
 
 @pytest.fixture
@@ -409,9 +432,9 @@ def make_store_with_last_norm(base: Path, tmp_path: Path) -> Callable[[float], P
 def test_nan_loss_fails_the_job_and_names_step(
     make_store_with_last_norm: Callable[[float], Path], tmp_path: Path, logging_steps: int
 ) -> None:
-    with pytest.raises(JobFailed) as refused:
+    with pytest.raises(JobFailed) as failed:
         train_in(tmp_path, make_store_with_last_norm(math.nan), {"logging_steps": logging_steps, "gradient_accumulation_steps": 2})
-    failure = failure_of(refused.value)
+    failure = failure_of(failed.value)
     assert failure.code == "invalid_config"
     assert "step 1" in failure.message
     assert "learning_rate" in failure.hint
@@ -445,17 +468,17 @@ def test_nan_eval_loss_is_null_with_reason(store: Path, base: Path, tokenizer: A
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.nn.init.constant_(model.model.norm.weight, math.nan)
     rows = tokenize_split(iter(messages(2)), "messages", tokenizer, 128).rows
-    found = evaluate_likelihood(model, rows, 0, make_spec(store).training_config)
-    assert (found.eval_loss, found.perplexity) == (None, None)
-    assert found.notes.keys() == {"eval_loss", "perplexity"}
+    metrics = evaluate_likelihood(model, rows, 0, make_spec(store).training_config)
+    assert (metrics.eval_loss, metrics.perplexity) == (None, None)
+    assert metrics.notes.keys() == {"eval_loss", "perplexity"}
 
 
 def test_decisions_are_logged_with_reasons(train: Train) -> None:
     trained = train(max_steps=1)
-    decided = [event for event in trained.record.events if isinstance(event, DecisionMade)]
-    chosen_here = {"gradient_checkpointing", "dataloader_num_workers", "torch_compile", "learning_rate", "parallelism"}
-    assert {event.setting for event in decided} == {"base_model", "chat_template", "device", "dtype"} | chosen_here
-    assert all(event.value and event.reason for event in decided)
+    decisions = [event for event in trained.record.events if isinstance(event, DecisionMade)]
+    chosen_by_trainer = {"gradient_checkpointing", "dataloader_num_workers", "torch_compile", "learning_rate", "parallelism"}
+    assert {event.setting for event in decisions} == {"base_model", "chat_template", "device", "dtype"} | chosen_by_trainer
+    assert all(event.value and event.reason for event in decisions)
     assert train("full", spec={"method": "Full"}, max_steps=1).record.decisions["dtype"] == "float32"
 
 

@@ -15,7 +15,7 @@ from jobs.runtime.errors import Stopped, StopReason
 from jobs.runtime.shutdown import FORCED_SHUTDOWN, SHUTDOWN_TIMEOUTS, cap_timeouts
 from jobs.runtime.stop import REASON_BY_SIGNAL, WAKE_SIGNAL, StopController, shutdown_reserve_s
 
-HANG_TIMEOUT_S = 20.0  # nothing here takes that long unless it hangs
+HANG_TIMEOUT_S = 20.0  # no test takes that long unless it hangs
 GRACE_S = 0.15
 
 
@@ -52,7 +52,7 @@ def make(force_exit: ForceExitRecorder) -> Iterator[Callable[..., StopController
         stop.finalize()
     for number, handler in before.items():
         signal.signal(number, handler)
-    signal.signal(WAKE_SIGNAL, signal.SIG_IGN)  # one may still be pending
+    signal.signal(WAKE_SIGNAL, signal.SIG_IGN)  # a signal may still be pending
     os.close(signal.set_wakeup_fd(-1))  # ends the signal thread
 
 
@@ -71,7 +71,7 @@ def assert_stopped(reason: StopReason) -> Generator[None]:
 
 
 def call_later(call: Callable[[], object], after_s: float = 0.05) -> None:
-    """Call it from another thread, a moment later."""
+    """Call `call` from another thread after `after_s`."""
     timer = threading.Timer(after_s, call)
     timer.daemon = True
     timer.start()
@@ -171,7 +171,7 @@ def test_requests_after_finalize_are_ignored(make: Make, force_exit: ForceExitRe
     assert stop.stop_reason is None
 
 
-# --- inside of defer_stop ----------------------------------------------------------------------------------------------------------
+# --- inside of defer_stop --------------------------------------------------------------------------------------------
 
 
 def test_deferred_pause_waits_for_check_without_deadline(make: Make, force_exit: ForceExitRecorder) -> None:
@@ -193,7 +193,7 @@ def test_unhandled_request_is_raised_when_deferral_ends(make: Make) -> None:
     with assert_stopped("pause"):
         with stop.defer_stop():
             stop.request("pause")
-        after.append("never")
+        after.append("not reached")
     assert after == []
 
 
@@ -250,7 +250,7 @@ def test_cancel_during_pause_cleanup_forces_exit(make: Make, force_exit: ForceEx
         raise Stopped("pause")
     stop.begin_shutdown()
     call_later(make_signal_sender(signal.SIGINT), 0)
-    assert force_exit.called.wait(2)  # and the main thread was not interrupted
+    assert force_exit.called.wait(2)  # the main thread was not interrupted
     assert force_exit.reasons == ["cancel"]
 
 
@@ -318,17 +318,19 @@ def test_time_left_is_reported_and_shrinks_on_preemption(make: Make, force_exit:
     stop.finalize()
 
 
-@pytest.mark.parametrize(("limit_s", "last_s"), [(3600, 15), (150, 15), (60, 6), (1, 0.1)])
-def test_shutdown_reserve_is_a_share_of_short_limits(limit_s: float, last_s: float) -> None:
-    assert shutdown_reserve_s(limit_s) == pytest.approx(last_s)
+@pytest.mark.parametrize(("limit_s", "reserve_s"), [(3600, 15), (150, 15), (60, 6), (1, 0.1)])
+def test_shutdown_reserve_is_a_fraction_of_short_limits(limit_s: float, reserve_s: float) -> None:
+    assert shutdown_reserve_s(limit_s) == pytest.approx(reserve_s)
 
 
 # --- decisions by time left ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("cost_s", "left_s", "late"), [(40, None, False), (40, 100, False), (40, 60, True), (0, 2, False), (0, 0.5, True)])
-def test_training_yields_while_step_and_save_still_fit(cost_s: float, left_s: float | None, late: bool) -> None:
-    assert deadline_reached(cost_s, left_s) is late
+@pytest.mark.parametrize(
+    ("cost_s", "left_s", "reached"), [(40, None, False), (40, 100, False), (40, 60, True), (0, 2, False), (0, 0.5, True)]
+)
+def test_training_yields_while_step_and_save_still_fit(cost_s: float, left_s: float | None, reached: bool) -> None:
+    assert deadline_reached(cost_s, left_s) is reached
 
 
 def test_shutdown_timeouts_fit_time_left() -> None:

@@ -1,5 +1,5 @@
 # ruff: noqa: N802  # the names of the driver's library
-"""What the machine and its GPUs do is told, and a machine without any is no problem."""
+"""Metrics of the machine and its GPUs; a machine without a GPU reports none."""
 
 import itertools
 import threading
@@ -14,7 +14,7 @@ from jobs.runtime.system_metrics import EnergyMeter, GpuReading, NvidiaGpus, gpu
 
 @dataclass
 class FakeGpuReader:
-    """Reads what the test says, one reading a look; the last one for ever."""
+    """Returns one of `readings` per call; the last one repeats."""
 
     readings: list[list[GpuReading]]
     returned: list[list[GpuReading]] = field(default_factory=list)
@@ -25,7 +25,7 @@ class FakeGpuReader:
 
 
 class FakeNvml:
-    """The driver's library for a machine with two GPUs, the second of them divided: its load is not told."""
+    """The driver's library for a machine with two GPUs. The second is partitioned and does not report its utilization."""
 
     NVML_TEMPERATURE_GPU = 0
 
@@ -63,11 +63,11 @@ class FakeNvml:
 
 
 def test_machine_metrics_are_reported(tmp_path: Path) -> None:
-    found = system_metrics(tmp_path, FakeGpuReader([[]]))  # and the first look at the CPU
-    assert {"rss_bytes", "memory_available_bytes", "disk_free_bytes"} <= set(found)
+    metrics = system_metrics(tmp_path, FakeGpuReader([[]]))  # also the first CPU reading
+    assert {"rss_bytes", "memory_available_bytes", "disk_free_bytes"} <= set(metrics)
     time.sleep(0.11)
     assert 0 <= system_metrics(tmp_path)["cpu_percent"] <= 100
-    assert all(value >= 0 for value in found.values())
+    assert all(value >= 0 for value in metrics.values())
 
 
 def test_driver_is_probed_only_once() -> None:
@@ -78,11 +78,11 @@ def test_driver_is_probed_only_once() -> None:
 def test_multiple_gpus_are_reported_and_missing_values_left_out() -> None:
     gpus = NvidiaGpus(FakeNvml())
     assert (gpus.names, gpus.driver) == (["GPU 0", "GPU 1"], "580.1")
-    found = gpu_metrics(gpus.read())
-    assert found["gpu0_utilization"] == 87
-    assert found["gpu1_power_w"] == 71.5
-    assert "gpu1_utilization" not in found
-    assert "gpu_temperature_c" in gpu_metrics(gpus.read()[:1])  # a single one has none
+    metrics = gpu_metrics(gpus.read())
+    assert metrics["gpu0_utilization"] == 87
+    assert metrics["gpu1_power_w"] == 71.5
+    assert "gpu1_utilization" not in metrics
+    assert "gpu_temperature_c" in gpu_metrics(gpus.read()[:1])  # a single GPU has no number
 
 
 def test_energy_uses_hardware_counters() -> None:
@@ -93,39 +93,39 @@ def test_energy_uses_hardware_counters() -> None:
 
 def test_energy_without_counter_integrates_power() -> None:
     clock = iter([0.0, 10.0, 30.0])
-    looks = [[GpuReading(power_w=100.0)], [GpuReading(power_w=200.0)], [GpuReading(power_w=0.0)]]
-    meter = EnergyMeter(FakeGpuReader(looks), monotonic=lambda: next(clock))
+    readings = [[GpuReading(power_w=100.0)], [GpuReading(power_w=200.0)], [GpuReading(power_w=0.0)]]
+    meter = EnergyMeter(FakeGpuReader(readings), monotonic=lambda: next(clock))
     meter.sample()
     assert meter.read().joules == 150 * 10 + 100 * 20
 
 
 def test_power_is_sampled_when_no_counter_exists() -> None:
-    looked = threading.Event()
+    sampled = threading.Event()
 
     class SignalingReader(FakeGpuReader):
         def read(self) -> list[GpuReading]:
-            found = super().read()
-            if len(self.returned) == 4:  # the first, and three of the thread
-                looked.set()
-            return found
+            reading = super().read()
+            if len(self.returned) == 4:  # the first reading and three of the sampling thread
+                sampled.set()
+            return reading
 
     ticks = itertools.count(step=10.0)
     meter = EnergyMeter(SignalingReader([[GpuReading(power_w=100.0)]]), monotonic=lambda: next(ticks))
     meter.start_sampling(interval_s=0.001)
-    assert looked.wait(10)
+    assert sampled.wait(10)
     assert (meter.read().joules or 0) >= 100 * 30
 
 
 def test_gpu_with_counter_is_not_sampled() -> None:
-    driver = FakeGpuReader([[GpuReading(power_w=100.0, energy_j=1.0)]])
+    reader = FakeGpuReader([[GpuReading(power_w=100.0, energy_j=1.0)]])
     before = threading.active_count()
-    EnergyMeter(driver).start_sampling(interval_s=0.001)
+    EnergyMeter(reader).start_sampling(interval_s=0.001)
     assert threading.active_count() == before
 
 
 def test_unmeasured_energy_is_null_with_reason() -> None:
-    silent = EnergyMeter(FakeGpuReader([[GpuReading(energy_j=1.0), GpuReading()]])).read()
-    none = EnergyMeter(FakeGpuReader([[]])).read()
-    assert silent.joules is none.joules is none.watt_hours is None
-    assert "1 of 2 GPUs" in silent.missing_reason
-    assert "no GPU" in none.missing_reason
+    unmetered = EnergyMeter(FakeGpuReader([[GpuReading(energy_j=1.0), GpuReading()]])).read()
+    no_gpu = EnergyMeter(FakeGpuReader([[]])).read()
+    assert unmetered.joules is no_gpu.joules is no_gpu.watt_hours is None
+    assert "1 of 2 GPUs" in unmetered.missing_reason
+    assert "no GPU" in no_gpu.missing_reason

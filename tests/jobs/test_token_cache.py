@@ -38,8 +38,8 @@ def test_damaged_cache_file_is_recreated(make_cached_spec: Any, store: Path, tmp
     first, _ = _tokenize(make_cached_spec(), tmp_path / "one")
     for path in (store / "datasets/cached/tokens").glob("*.npz"):
         path.write_bytes(path.read_bytes()[:-200])
-    again, record = _tokenize(make_cached_spec(), tmp_path / "two")
-    assert again == first
+    recreated, record = _tokenize(make_cached_spec(), tmp_path / "two")
+    assert recreated == first
     assert "tokens" not in record.decisions
 
 

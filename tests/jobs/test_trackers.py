@@ -1,4 +1,4 @@
-"""Trackers show a job's metrics, and neither their delays nor their errors affect the training."""
+"""Trackers log a job's metrics; their delays and errors do not affect the training."""
 
 import json
 import os
@@ -58,7 +58,7 @@ class FailingTracker:
 def test_failing_tracker_is_dropped_with_one_redacted_warning(tmp_path: Path) -> None:
     record, tracker = EventRecorder(), FailingTracker()
     context = make_context(make_spec(tmp_path / "objects"), tmp_path, record, secrets={"wandb_api_key": KEY})
-    thread = TrackerThread("moody", tracker, context)
+    thread = TrackerThread("failing", tracker, context)
     thread.start()
     for step in range(5):
         thread.log_metrics(MetricsLogged(step=step, values={}))
@@ -74,13 +74,13 @@ def test_failing_tracker_is_dropped_with_one_redacted_warning(tmp_path: Path) ->
 def test_hanging_tracker_is_waited_for_with_timeout(tmp_path: Path) -> None:
     class HangingTracker(FailingTracker):
         def log_metrics(self, event: MetricsLogged) -> None:
-            let_go.wait(20)
+            released.wait(20)
 
-    let_go, record = threading.Event(), EventRecorder()
-    thread = TrackerThread("stuck", HangingTracker(), make_context(make_spec(tmp_path / "objects"), tmp_path, record))
+    released, record = threading.Event(), EventRecorder()
+    thread = TrackerThread("hanging", HangingTracker(), make_context(make_spec(tmp_path / "objects"), tmp_path, record))
     thread.log_metrics(MetricsLogged(step=1, values={}))
     thread.finish(succeeded=True, timeout_s=0.1)
-    let_go.set()
+    released.set()
     assert list(record.warnings) == ["tracker_unfinished"]
 
 
@@ -96,14 +96,14 @@ def test_no_tracker_is_started_without_config(tmp_path: Path) -> None:
 
 def read_wandb_records(path: Path) -> Iterator[bytes]:
     """The records of a .wandb file: a header of seven bytes, then a LevelDB log in blocks of 32 KiB."""
-    content, place, parts = path.read_bytes(), 7, b""
-    while place + 7 <= len(content):
-        if (rest := 32768 - place % 32768) < 7:
-            place += rest
+    content, offset, parts = path.read_bytes(), 7, b""
+    while offset + 7 <= len(content):
+        if (rest := 32768 - offset % 32768) < 7:
+            offset += rest
             continue
-        _, length, kind = struct.unpack("<IHB", content[place : place + 7])
-        parts += content[place + 7 : place + 7 + length]
-        place += 7 + length
+        _, length, kind = struct.unpack("<IHB", content[offset : offset + 7])
+        parts += content[offset + 7 : offset + 7 + length]
+        offset += 7 + length
         if kind in (1, 4):
             yield parts
             parts = b""
@@ -168,13 +168,13 @@ def test_offline_wandb_has_metrics_and_config_but_no_key(tmp_path: Path) -> None
     (table,) = (tmp_path / "wandb").rglob("*.table.json")
     assert json.loads(table.read_text())["data"] == [[3, "what is", None, "an answer"]]
     assert "tiny/gemma" in config["base_model_id"]
-    everything = b"".join(found.read_bytes() for found in (tmp_path / "wandb").rglob("*") if found.is_file())
-    assert KEY.encode() not in everything
+    written = b"".join(path.read_bytes() for path in (tmp_path / "wandb").rglob("*") if path.is_file())
+    assert KEY.encode() not in written
     assert not list(tmp_path.rglob("*netrc"))
 
 
 def run_with_trackers(context: JobContext, losses: dict[int, float], *, succeeded: bool = True) -> list[TrackerThread]:
-    """Log what a training logs, from its first metrics to its end."""
+    """Log what a training logs, from its first evaluation to its end."""
     threads = start_trackers(context)
     context.log_evaluation("before", 0, EvalMetrics(eval_loss=4.0, perplexity=54.6))
     for step, loss in losses.items():
@@ -231,7 +231,7 @@ def test_mlflow_token_is_only_sent_in_requests(tmp_path: Path) -> None:
         )
         run_with_trackers(context, {1: 2.5})
     assert list(record.warnings) == ["tracker_failed"]  # a wrong token is a warning
-    assert "who are you?" in record.warnings["tracker_failed"]
+    assert "the token is not valid" in record.warnings["tracker_failed"]
     assert KEY not in str(dict(os.environ)) + context.spec.model_dump_json() + str(record.warnings)
 
 
@@ -243,11 +243,11 @@ def test_mlflow_errors_are_retried_and_outage_gives_warning(tmp_path: Path, monk
         spec = make_mlflow_spec(tmp_path / "objects", server)
         run_with_trackers(make_context(spec, tmp_path / "one", record), {1: 2.5})
         assert record.warnings == {}
-        away = make_context(spec, tmp_path / "two", record)
-        threads = start_trackers(away)
-        away.log_metrics(2, {"loss": 2.0})
-        threads[0]._pool.submit(lambda: None).result(30)  # it has begun
-    away.log_metrics(3, {"loss": 1.0})
+        context = make_context(spec, tmp_path / "two", record)
+        threads = start_trackers(context)
+        context.log_metrics(2, {"loss": 2.0})
+        threads[0]._pool.submit(lambda: None).result(30)  # wait until the run has started
+    context.log_metrics(3, {"loss": 1.0})
     threads[0].finish(succeeded=True, timeout_s=30)
     assert list(record.warnings) == ["tracker_failed"]
     assert server.history("run1", "train/loss") == [(1, 2.5), (2, 2.0)]
@@ -275,17 +275,17 @@ def read_event_files(folder: Path) -> dict[str, list[tuple[int, Any]]]:
     """Every value in the event files of a folder, by tag: TFRecords, each a length, its checksum, an Event, and its checksum."""
     from tensorboardX.proto.event_pb2 import Event
 
-    found: dict[str, list[tuple[int, Any]]] = {}
+    values_by_tag: dict[str, list[tuple[int, Any]]] = {}
     for path in sorted(folder.glob("events.out.tfevents.*")):
-        content, place = path.read_bytes(), 0
-        while place < len(content):
-            (length,) = struct.unpack("<Q", content[place : place + 8])
-            event = Event.FromString(content[place + 12 : place + 12 + length])
-            place += 16 + length
+        content, offset = path.read_bytes(), 0
+        while offset < len(content):
+            (length,) = struct.unpack("<Q", content[offset : offset + 8])
+            event = Event.FromString(content[offset + 12 : offset + 12 + length])
+            offset += 16 + length
             for value in event.summary.value:
                 text = b"".join(value.tensor.string_val).decode()
-                found.setdefault(value.tag, []).append((event.step, text or round(value.simple_value, 6)))
-    return found
+                values_by_tag.setdefault(value.tag, []).append((event.step, text or round(value.simple_value, 6)))
+    return values_by_tag
 
 
 def test_tensorboard_files_are_stored_per_attempt(tmp_path: Path) -> None:
@@ -293,10 +293,10 @@ def test_tensorboard_files_are_stored_per_attempt(tmp_path: Path) -> None:
     spec, record = make_spec(objects, tensorboard_config={}), EventRecorder()
     for attempt in (1, 2):
         run_with_trackers(make_context(spec, tmp_path / str(attempt), record, attempt=attempt), {attempt: 2.5 / attempt})
-    place = objects / "trackers" / spec.job_id / "tensorboard"
-    first, second = read_event_files(place / "attempt-1"), read_event_files(place / "attempt-2")
+    folder = objects / "trackers" / spec.job_id / "tensorboard"
+    first, second = read_event_files(folder / "attempt-1"), read_event_files(folder / "attempt-2")
     assert record.warnings == {}
-    assert [event.url for event in record.events if isinstance(event, TrackerStarted)] == [f"file://{place}"] * 2
+    assert [event.url for event in record.events if isinstance(event, TrackerStarted)] == [f"file://{folder}"] * 2
     assert (first["train/loss"], second["train/loss"]) == ([(1, 2.5)], [(2, 1.25)])
     assert first["base/loss"] == [(0, 4.0)]
     assert first["eval/exact_match"] == [(1, 0.5)]
@@ -310,13 +310,13 @@ def test_tensorboard_files_are_uploaded_during_training(tmp_path: Path) -> None:
     context = make_context(make_spec(tmp_path / "objects", tensorboard_config={}), tmp_path / "work")
     tracker = TensorboardTracker(context, monotonic=lambda: now)
     tracker.start()
-    place = tmp_path / "objects" / "trackers" / context.spec.job_id / "tensorboard/attempt-1"
-    assert "train/loss" not in read_event_files(place)
+    folder = tmp_path / "objects" / "trackers" / context.spec.job_id / "tensorboard/attempt-1"
+    assert "train/loss" not in read_event_files(folder)
     tracker.log_metrics(MetricsLogged(step=1, values={"loss": 2.0}))
-    assert "train/loss" not in read_event_files(place)
+    assert "train/loss" not in read_event_files(folder)
     now = UPLOAD_INTERVAL_S
     tracker.log_metrics(MetricsLogged(step=2, values={"loss": 1.0}))
-    assert read_event_files(place)["train/loss"] == [(1, 2.0), (2, 1.0)]
+    assert read_event_files(folder)["train/loss"] == [(1, 2.0), (2, 1.0)]
     tracker.finish(succeeded=False)
 
 
@@ -331,22 +331,22 @@ def test_failed_tensorboard_upload_gives_warning(tmp_path: Path) -> None:
 
 # --- Trackio ------------------------------------------------------------------------------------------------------------
 
-# Takes the place of the library where it is not installed; says what it was told, and fails when it is asked to.
+# Replaces the library: records its calls in calls.jsonl, and fails for a loss of 666.
 FAKE_TRACKIO = """
 import json, os, pathlib
-told = pathlib.Path(os.environ["TRACKIO_DIR"], "told.jsonl")
-def say(**what):
-    told.with_suffix(".db").write_text("curves")
-    told.open("a").write(json.dumps(what, default=str) + "\\n")
-def init(**what):
+calls = pathlib.Path(os.environ["TRACKIO_DIR"], "calls.jsonl")
+def record(**call):
+    calls.with_suffix(".db").write_text("curves")
+    calls.open("a").write(json.dumps(call, default=str) + "\\n")
+def init(**arguments):
     print("noise on stdout")
-    say(init=what, token=os.environ.get("HF_TOKEN"), service_token=os.environ.get("JOB_TOKEN"))
+    record(init=arguments, token=os.environ.get("HF_TOKEN"), service_token=os.environ.get("JOB_TOKEN"))
 def log(values, step):
     if values.get("train/loss") == 666:
         raise ConnectionError("the Space is gone")
-    say(log=values, step=step)
+    record(log=values, step=step)
 def finish():
-    say(finish=True)
+    record(finish=True)
 class Table:
     def __init__(self, dataframe):
         self.rows = dataframe.values.tolist()
@@ -357,27 +357,27 @@ class Table:
 
 @pytest.fixture
 def fake_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A module called trackio, found before any other; and where a job's process leaves what it was told."""
+    """Puts a fake module trackio first on the path. The value is the file in which it records its calls."""
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "trackio.py").write_text(FAKE_TRACKIO)
     monkeypatch.syspath_prepend(str(tmp_path / "lib"))
-    return tmp_path / "work" / "trackio" / "told.jsonl"
+    return tmp_path / "work" / "trackio" / "calls.jsonl"
 
 
 def test_trackio_process_gets_all_events_and_own_environment(fake_trackio: Path, tmp_path: Path) -> None:
     record = EventRecorder()
     spec = make_spec(tmp_path / "objects", trackio_config={"space_id": "ada/curves", "project": "p"})
     (thread,) = run_with_trackers(make_context(spec, tmp_path / "work", record, secrets={"hf_token": KEY}), {1: 2.5})
-    begin, *told = [json.loads(line) for line in fake_trackio.read_text().splitlines()]
+    begin, *calls = [json.loads(line) for line in fake_trackio.read_text().splitlines()]
     assert record.warnings == {}
     assert thread.run_id == spec.job_id
     assert (begin["init"]["project"], begin["init"]["name"], begin["init"]["resume"]) == ("p", spec.job_id, "allow")
     assert begin["init"]["private"] is True
     assert (begin["token"], begin["service_token"]) == (KEY, None)
     assert KEY not in str(dict(os.environ))
-    assert {"log": {"train/loss": 2.5, "train/epoch": 0.1}, "step": 1} in told
-    assert {"log": {"samples/after": "[['what is', None, 'an answer']]"}, "step": 3} in told
-    assert told[-1] == {"finish": True}
+    assert {"log": {"train/loss": 2.5, "train/epoch": 0.1}, "step": 1} in calls
+    assert {"log": {"samples/after": "[['what is', None, 'an answer']]"}, "step": 3} in calls
+    assert calls[-1] == {"finish": True}
     assert [event.url for event in record.events if isinstance(event, TrackerStarted)] == ["https://huggingface.co/spaces/ada/curves"]
 
 
@@ -385,12 +385,12 @@ def test_trackio_failure_stops_tracker_with_its_message(fake_trackio: Path, tmp_
     record = EventRecorder()
     spec = make_spec(tmp_path / "objects", trackio_config={})
     run_with_trackers(make_context(spec, tmp_path / "work", record, secrets={"hf_token": KEY}), {1: 2.5, 2: 666, 3: 2.0})
-    begin, *told = [json.loads(line) for line in fake_trackio.read_text().splitlines()]
+    begin, *calls = [json.loads(line) for line in fake_trackio.read_text().splitlines()]
     assert list(record.warnings) == ["tracker_failed"]
     assert "the Space is gone" in record.warnings["tracker_failed"]
     assert not (tmp_path / "objects" / "trackers").exists()
-    assert begin["token"] is None  # nothing leaves the machine: no token is needed
-    assert [each["step"] for each in told] == [0, 1]
+    assert begin["token"] is None  # the run stays on this machine, so no token is needed
+    assert [call["step"] for call in calls] == [0, 1]
 
 
 @pytest.mark.skipif(find_spec("trackio") is not None, reason="trackio is installed")
@@ -408,8 +408,8 @@ def test_real_trackio_stores_run_in_job_folder(tmp_path: Path) -> None:
         run_with_trackers(make_context(spec, tmp_path / "work", record, attempt=attempt), {attempt: 2.5 / attempt})
         assert record.warnings == {}
     read = f"import json; from trackio.sqlite_storage import SQLiteStorage as S; print(json.dumps(S.get_logs('p', '{spec.job_id}')))"
-    kept = tmp_path / "objects/trackers" / spec.job_id / "trackio/attempt-2"
-    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "TRACKIO_DIR": str(kept), "HOME": str(tmp_path)}
+    folder = tmp_path / "objects/trackers" / spec.job_id / "trackio/attempt-2"
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "TRACKIO_DIR": str(folder), "HOME": str(tmp_path)}
     rows = json.loads(subprocess.check_output([sys.executable, "-c", read], env=environment, text=True))
     assert [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row] == [(1, 2.5), (2, 1.25)]
     assert [row["samples/after"]["_value"][0]["answer"] for row in rows if "samples/after" in row] == ["an answer"] * 2
@@ -432,13 +432,12 @@ def test_failing_tracker_does_not_affect_others(tmp_path: Path) -> None:
 
 
 def test_tracker_libraries_are_imported_lazily() -> None:
-    modules = ", ".join(place.partition(":")[0] for place in TRACKERS.values())
+    modules = ", ".join(target.partition(":")[0] for target in TRACKERS.values())
     code = f"import sys, {modules}; print([name for name in ('wandb', 'mlflow', 'tensorboardX', 'trackio') if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], env={"PYTHONPATH": "."}, text=True).strip() == "[]"
 
 
 def test_mlflow_skips_missing_evaluation_values(tmp_path: Path) -> None:
-    """A number that could not be had is left out of a measurement, and the others are there."""
     with FakeMlflow() as server:
         tracker = MlflowTracker(make_context(make_mlflow_spec(tmp_path / "objects", server), tmp_path / "work"))
         tracker.start()

@@ -21,9 +21,9 @@ def make_tuned_model(base: Path, dtype: str = "float32") -> Any:
     lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], trainable_token_indices=TOKENS, task_type="CAUSAL_LM")
     tuned = get_peft_model(model, lora).eval()
     with torch.no_grad():
-        for name, part in tuned.named_parameters():
+        for name, weight in tuned.named_parameters():
             if "trainable_tokens_delta" in name or "lora_B" in name:
-                part += 0.05 * torch.randn_like(part)
+                weight += 0.05 * torch.randn_like(weight)
     return tuned
 
 
@@ -39,7 +39,7 @@ def compute_logits_and_gradients(model: Any, ids: Any) -> tuple[Any, dict[str, A
     model.zero_grad()
     logits = model(input_ids=ids).logits
     logits.float().log_softmax(-1).square().mean().backward()
-    return logits.detach(), {name: part.grad.clone() for name, part in model.named_parameters() if part.grad is not None}
+    return logits.detach(), {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
 
 @pytest.mark.parametrize(("dtype", "rtol", "atol"), [("float32", 1e-4, 1e-5), ("bfloat16", 5e-2, 5e-2)])
@@ -61,7 +61,7 @@ def test_logits_and_gradients_match_peft(base: Path, dtype: str, rtol: float, at
 def test_only_lora_and_token_rows_are_trained(base: Path) -> None:
     model = make_tuned_model(base)
     patch_trainable_token_embedding(model)
-    trained = {name: part.shape for name, part in model.named_parameters() if part.requires_grad and "lora_" not in name}
+    trained = {name: weight.shape for name, weight in model.named_parameters() if weight.requires_grad and "lora_" not in name}
     assert list(trained.values()) == [(len(TOKENS), 64)]
 
 
@@ -82,8 +82,8 @@ def test_disabled_adapter_gives_base_logits(base: Path) -> None:
     model, ids = make_tuned_model(base), make_input_ids()
     patch_trainable_token_embedding(model)
     with torch.no_grad(), model.disable_adapter():
-        found = model(input_ids=ids).logits
-        torch.testing.assert_close(found, AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)(input_ids=ids).logits)
+        logits = model(input_ids=ids).logits
+        torch.testing.assert_close(logits, AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)(input_ids=ids).logits)
 
 
 def test_merged_model_gives_same_logits(base: Path) -> None:

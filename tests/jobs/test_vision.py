@@ -48,7 +48,7 @@ def vision_base(store: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def image_processor(vision_base: Path) -> VisionInputConfig:
+def vision_input(vision_base: Path) -> VisionInputConfig:
     return load_vision_input_config(vision_base, VISION_BASE)
 
 
@@ -63,7 +63,7 @@ def tokenizer(vision_base: Path) -> Any:
 
 @cache
 def make_image_uri(color: str, shade: int = 0, kind: str = "PNG") -> str:
-    """A small square of about that color, in a shade of its own."""
+    """A small image of about that color; each `shade` is different."""
     from PIL import Image
 
     red, green, blue = COLORS[color]
@@ -88,8 +88,8 @@ def make_chat_row(*contents: Any) -> dict[str, Any]:
 
 def make_square_rows(count: int, first: int = 0) -> list[dict[str, Any]]:
     """Rows with red and blue squares in turn; the answer is the color."""
-    colours = ["red", "blue"] * (count // 2)
-    return [make_chat_row([image_part(colour, first + n), text_part("what is it")], f"it is {colour}") for n, colour in enumerate(colours)]
+    colors = ["red", "blue"] * (count // 2)
+    return [make_chat_row([image_part(color, first + n), text_part("what is it")], f"it is {color}") for n, color in enumerate(colors)]
 
 
 def write_rows(folder: Path, *rows: dict[str, Any]) -> Path:
@@ -102,9 +102,9 @@ TokenizeRows = Callable[..., TokenizedImageSplit]
 
 
 @pytest.fixture
-def tokenize_rows(tmp_path: Path, tokenizer: Any, image_processor: VisionInputConfig) -> TokenizeRows:
+def tokenize_rows(tmp_path: Path, tokenizer: Any, vision_input: VisionInputConfig) -> TokenizeRows:
     def run(*rows: dict[str, Any], max_length: int = 512, dataset_type: Any = "messages") -> TokenizedImageSplit:
-        return tokenize_split_with_images(write_rows(tmp_path, *rows), dataset_type, tokenizer, image_processor, max_length)
+        return tokenize_split_with_images(write_rows(tmp_path, *rows), dataset_type, tokenizer, vision_input, max_length)
 
     return run
 
@@ -127,7 +127,8 @@ def test_rows_match_library_processor(tokenize_rows: TokenizeRows, vision_base: 
     processor = AutoProcessor.from_pretrained(vision_base)
     (row,) = tokenize_rows(CONVERSATION).rows
     pictures = [
-        Image.open(io.BytesIO(base64.b64decode(make_image_uri(*which).partition(",")[2]))) for which in (("red",), ("blue",), ("red", 3))
+        Image.open(io.BytesIO(base64.b64decode(make_image_uri(*arguments).partition(",")[2])))
+        for arguments in (("red",), ("blue",), ("red", 3))
     ]
     text = tokenizer.apply_chat_template(CONVERSATION["messages"], tokenize=False)
     theirs = processor(text=[text], images=[pictures], add_special_tokens=False, return_tensors="pt")
@@ -142,13 +143,13 @@ def test_only_assistant_turns_are_labeled(tokenize_rows: TokenizeRows, tokenizer
     assert learned == "a file<end_of_turn>\na path or a name<end_of_turn>\n"
 
 
-def test_image_tokens_are_never_labeled(tokenize_rows: TokenizeRows, image_processor: VisionInputConfig) -> None:
-    shown = make_chat_row(
+def test_image_tokens_are_never_labeled(tokenize_rows: TokenizeRows, vision_input: VisionInputConfig) -> None:
+    assistant_images = make_chat_row(
         "show me a file", [image_part(), text_part("a file"), image_part("blue")], [image_part()], [text_part("a name"), image_part()]
     )
-    for row in tokenize_rows(CONVERSATION, *make_square_rows(4), shown).rows:
-        assert row.input_ids.count(image_processor.soft_token_id) == row.image_count * TOKENS_PER_IMAGE
-        assert image_processor.image_token_ids.isdisjoint(row.labels)
+    for row in tokenize_rows(CONVERSATION, *make_square_rows(4), assistant_images).rows:
+        assert row.input_ids.count(vision_input.soft_token_id) == row.image_count * TOKENS_PER_IMAGE
+        assert vision_input.image_token_ids.isdisjoint(row.labels)
         assert row.labels[row.prompt_tokens] != IGNORE_INDEX
         assert set(row.labels[: row.prompt_tokens]) == {IGNORE_INDEX}
 
@@ -160,47 +161,47 @@ def test_prompt_completion_matches_conversation(tokenize_rows: TokenizeRows) -> 
     assert (ours.input_ids, ours.labels, ours.image_count) == (theirs.input_ids, theirs.labels, 1)
 
 
-def test_rows_without_images_can_be_mixed_in(tokenize_rows: TokenizeRows, image_processor: VisionInputConfig) -> None:
+def test_rows_without_images_can_be_mixed_in(tokenize_rows: TokenizeRows, vision_input: VisionInputConfig) -> None:
     plain = messages(1)[0]
-    found = tokenize_rows(*make_square_rows(2), plain)
-    assert [row.image_count for row in found.rows] == [1, 1, 0]
-    assert "pixel_values" not in Collator(0, image_processor)(found.rows[2:])
-    assert Collator(0, image_processor)(found.rows)["pixel_values"].shape == (2, 3, IMAGE_SIZE, IMAGE_SIZE)
+    split = tokenize_rows(*make_square_rows(2), plain)
+    assert [row.image_count for row in split.rows] == [1, 1, 0]
+    assert "pixel_values" not in Collator(0, vision_input)(split.rows[2:])
+    assert Collator(0, vision_input)(split.rows)["pixel_values"].shape == (2, 3, IMAGE_SIZE, IMAGE_SIZE)
 
 
 def test_long_row_is_truncated_after_last_image(tokenize_rows: TokenizeRows) -> None:
     (whole,) = tokenize_rows(CONVERSATION).rows
     length = len(whole.input_ids) - 3
-    found = tokenize_rows(CONVERSATION, max_length=length)
-    assert (found.truncated, found.dropped) == (1, 0)
-    assert found.rows[0].input_ids == whole.input_ids[:length]
-    assert found.rows[0].labels == whole.labels[:length]
+    split = tokenize_rows(CONVERSATION, max_length=length)
+    assert (split.truncated, split.dropped) == (1, 0)
+    assert split.rows[0].input_ids == whole.input_ids[:length]
+    assert split.rows[0].labels == whole.labels[:length]
 
 
 @pytest.mark.parametrize("missing", range(2 * TOKENS_PER_IMAGE))
-def test_image_is_never_split(tokenize_rows: TokenizeRows, image_processor: VisionInputConfig, missing: int) -> None:
+def test_image_is_never_split(tokenize_rows: TokenizeRows, vision_input: VisionInputConfig, missing: int) -> None:
     """A row truncated within its last image is dropped, although its first answer is before that image."""
     (whole,) = tokenize_rows(CONVERSATION).rows
-    end = max(n for n, token in enumerate(whole.input_ids) if token == image_processor.soft_token_id) + 2
-    found = tokenize_rows(CONVERSATION, max_length=end - missing)
-    assert (len(found.rows), found.dropped) == ((1, 0) if missing == 0 else (0, 1))
+    end = max(n for n, token in enumerate(whole.input_ids) if token == vision_input.soft_token_id) + 2
+    split = tokenize_rows(CONVERSATION, max_length=end - missing)
+    assert (len(split.rows), split.dropped) == ((1, 0) if missing == 0 else (0, 1))
 
 
 def test_truncated_and_dropped_rows_are_counted(store: Path, vision_base: Path, tmp_path: Path) -> None:
     long = make_chat_row([image_part(), text_part("what is it")], "files " * 60)
-    far = make_chat_row([text_part("open " * 60), image_part()], "it is red")
-    warnings = train(store, tmp_path, rows=[*make_square_rows(4), long, far], max_seq_length=48, max_steps=1).record.warnings
+    late_image = make_chat_row([text_part("open " * 60), image_part()], "it is red")
+    warnings = train(store, tmp_path, rows=[*make_square_rows(4), long, late_image], max_seq_length=48, max_steps=1).record.warnings
     assert warnings["rows_truncated"] == "1 rows of train are longer than max_seq_length 48 and were truncated"
     assert warnings["rows_dropped"].startswith("1 rows of train")
 
 
 def test_text_rows_are_rows_without_images(tokenize_rows: TokenizeRows, tokenizer: Any) -> None:
-    found = tokenize_rows(*make_square_rows(4), CONVERSATION)
-    assert len(found.text_only_rows) == len(found.rows)
-    without = make_chat_row("what is thisand that", "a file", "and", "a path or a name")
-    assert tokenizer.decode(found.text_only_rows[-1].input_ids) == tokenizer.apply_chat_template(without["messages"], tokenize=False)
-    assert [label for label in found.text_only_rows[-1].labels if label != IGNORE_INDEX] == [
-        label for label in found.rows[-1].labels if label != IGNORE_INDEX
+    split = tokenize_rows(*make_square_rows(4), CONVERSATION)
+    assert len(split.text_only_rows) == len(split.rows)
+    text_only = make_chat_row("what is thisand that", "a file", "and", "a path or a name")
+    assert tokenizer.decode(split.text_only_rows[-1].input_ids) == tokenizer.apply_chat_template(text_only["messages"], tokenize=False)
+    assert [label for label in split.text_only_rows[-1].labels if label != IGNORE_INDEX] == [
+        label for label in split.rows[-1].labels if label != IGNORE_INDEX
     ]
 
 
@@ -220,13 +221,13 @@ def test_text_with_image_token_is_rejected_naming_row(tokenize_rows: TokenizeRow
     assert "row 3 of train" in failure.message
 
 
-def test_template_without_image_support_is_rejected(tmp_path: Path, vision_base: Path, image_processor: VisionInputConfig) -> None:
+def test_template_without_image_support_is_rejected(tmp_path: Path, vision_base: Path, vision_input: VisionInputConfig) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(vision_base)
     tokenizer.chat_template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     failure = get_failure(
-        lambda: tokenize_split_with_images(write_rows(tmp_path, *make_square_rows(2)), "messages", tokenizer, image_processor, 512)
+        lambda: tokenize_split_with_images(write_rows(tmp_path, *make_square_rows(2)), "messages", tokenizer, vision_input, 512)
     )
     assert failure.code == "invalid_config"
     assert "chat template" in failure.message
@@ -359,12 +360,12 @@ def trained_model(trained_on_squares: FinishedTraining, tokenizer: Any) -> Any:
 
 
 def generate_answers(
-    model: Any, tokenizer: Any, sight: VisionInputConfig, rows: Sequence[TokenizedImageExample], batch_size: int = 8
+    model: Any, tokenizer: Any, vision_input: VisionInputConfig, rows: Sequence[TokenizedImageExample], batch_size: int = 8
 ) -> list[str]:
     questions = make_eval_prompts(rows, tokenizer, len(rows))
     prompts = [question.prompt_ids for question in questions]
     return generate_batch(
-        model, tokenizer, prompts, max_new_tokens=10, batch_size=batch_size, features=ImageFeatures(questions, rows, sight)
+        model, tokenizer, prompts, max_new_tokens=10, batch_size=batch_size, features=ImageFeatures(questions, rows, vision_input)
     )
 
 
@@ -373,36 +374,37 @@ def test_answer_depends_on_image_only(
     trained_on_squares: FinishedTraining,
     trained_model: Any,
     tokenizer: Any,
-    image_processor: VisionInputConfig,
+    vision_input: VisionInputConfig,
 ) -> None:
     rows = tokenize_rows(*make_square_rows(8, first=700)).rows
     swapped = [
         replace(row, byte_offset=other.byte_offset, line_number=other.line_number)
         for row, other in zip(rows, [*rows[1:], rows[0]], strict=True)
     ]
-    said = generate_answers(trained_model, tokenizer, image_processor, rows)
-    assert said == generate_answers(trained_model, tokenizer, image_processor, rows, batch_size=3)
-    assert [text.strip() for text in said] == ["it is red", "it is blue"] * 4
-    assert [text.strip() for text in generate_answers(trained_model, tokenizer, image_processor, swapped)] == [
+    answers = generate_answers(trained_model, tokenizer, vision_input, rows)
+    assert answers == generate_answers(trained_model, tokenizer, vision_input, rows, batch_size=3)
+    assert [text.strip() for text in answers] == ["it is red", "it is blue"] * 4
+    assert [text.strip() for text in generate_answers(trained_model, tokenizer, vision_input, swapped)] == [
         "it is blue",
         "it is red",
     ] * 4
     config = trained_on_squares.context.spec.training_config
-    right, wrong = (
-        evaluate_likelihood(trained_model, some, 0, config, collate_fn=Collator(0, image_processor)).eval_loss for some in (rows, swapped)
+    matching_loss, swapped_loss = (
+        evaluate_likelihood(trained_model, examples, 0, config, collate_fn=Collator(0, vision_input)).eval_loss
+        for examples in (rows, swapped)
     )
-    assert (right or math.inf) < (wrong or 0.0) - 0.5  # nats
+    assert (matching_loss or math.inf) < (swapped_loss or 0.0) - 0.5  # nats
 
 
 def test_images_follow_their_prompts_in_a_conversation(
-    tokenize_rows: TokenizeRows, tokenizer: Any, image_processor: VisionInputConfig
+    tokenize_rows: TokenizeRows, tokenizer: Any, vision_input: VisionInputConfig
 ) -> None:
     rows = tokenize_rows(*make_square_rows(2), CONVERSATION).rows
     questions = make_eval_prompts(rows, tokenizer, 9)
-    looks = ImageFeatures(questions, rows, image_processor)
+    features = ImageFeatures(questions, rows, vision_input)
     assert [question.row_index for question in questions] == [0, 1, 2, 2]
-    assert [len(look["pixel_values"]) for look in looks] == [1, 1, 2, 3]
-    assert all(len(look["token_type_ids"]) == len(question.prompt_ids) for look, question in zip(looks, questions, strict=True))
+    assert [len(feature["pixel_values"]) for feature in features] == [1, 1, 2, 3]
+    assert all(len(feature["token_type_ids"]) == len(question.prompt_ids) for feature, question in zip(features, questions, strict=True))
 
 
 def test_samples_are_shown_in_template_format(trained_on_squares: FinishedTraining) -> None:
@@ -413,18 +415,18 @@ def test_samples_are_shown_in_template_format(trained_on_squares: FinishedTraini
     assert (shown[0].text.strip(), (shown[0].reference or "").strip()) == ("it is red", "it is red")
 
 
-def test_loss_matches_library(tokenize_rows: TokenizeRows, trained_model: Any, image_processor: VisionInputConfig) -> None:
+def test_loss_matches_library(tokenize_rows: TokenizeRows, trained_model: Any, vision_input: VisionInputConfig) -> None:
     import torch
 
-    batch = Collator(0, image_processor)(tokenize_rows(CONVERSATION, *make_square_rows(2)).rows)
+    batch = Collator(0, vision_input)(tokenize_rows(CONVERSATION, *make_square_rows(2)).rows)
     batch.pop("non_padding_tokens")
     labels = batch.pop("labels")
     with torch.no_grad():
         theirs = trained_model(**batch, labels=labels).loss
-        logits, wanted = compute_labeled_logits(trained_model, batch, labels)
-        one_way, _ = compute_labeled_logits(trained_model, {**batch, "token_type_ids": torch.zeros_like(labels)}, labels)
-    assert torch.nn.functional.cross_entropy(logits, wanted).item() == pytest.approx(theirs.item(), rel=1e-5)
-    assert (one_way - logits).abs().max().item() > 1e-2  # the tokens of an image attend to each other in both directions
+        logits, targets = compute_labeled_logits(trained_model, batch, labels)
+        causal_logits, _ = compute_labeled_logits(trained_model, {**batch, "token_type_ids": torch.zeros_like(labels)}, labels)
+    assert torch.nn.functional.cross_entropy(logits, targets).item() == pytest.approx(theirs.item(), rel=1e-5)
+    assert (causal_logits - logits).abs().max().item() > 1e-2  # the tokens of an image attend to each other in both directions
 
 
 def test_processor_loads_from_model_folder(trained_on_squares: FinishedTraining, vision_base: Path) -> None:
@@ -438,11 +440,11 @@ def test_processor_loads_from_model_folder(trained_on_squares: FinishedTraining,
     assert processor.image_seq_length == TOKENS_PER_IMAGE
 
 
-def test_held_out_examples_are_text_only_with_decision(trained_on_squares: FinishedTraining, image_processor: VisionInputConfig) -> None:
+def test_held_out_examples_are_text_only_with_decision(trained_on_squares: FinishedTraining, vision_input: VisionInputConfig) -> None:
     probes = trained_on_squares.model.held_out_examples
     assert len(probes) == 8
-    assert all(image_processor.image_token_ids.isdisjoint(probe.input_ids) for probe in probes)
-    assert all(image_processor.image_token_ids.isdisjoint(ids) for ids in trained_on_squares.model.calibration)
+    assert all(vision_input.image_token_ids.isdisjoint(probe.input_ids) for probe in probes)
+    assert all(vision_input.image_token_ids.isdisjoint(ids) for ids in trained_on_squares.model.calibration)
     assert trained_on_squares.record.decisions["fidelity_rows"] == "without images"
 
 
@@ -464,32 +466,41 @@ def test_only_language_model_is_adapted(trained_on_squares: FinishedTraining) ->
 
 def test_vision_tower_is_adapted_on_request(store: Path, vision_base: Path, tmp_path: Path) -> None:
     trained = train(store, tmp_path, train_vision_tower=True, max_steps=2, learning_rate=1e-2, held_out=[])
-    moved = {name: float(part.abs().max()) for name, part in trained.lora_weights().items() if "lora_B" in name}
-    assert min(part for name, part in moved.items() if "vision_tower" in name) > 1e-4
-    assert min(part for name, part in moved.items() if "language_model" in name) > 1e-4
+    changes = {name: float(tensor.abs().max()) for name, tensor in trained.lora_weights().items() if "lora_B" in name}
+    assert min(change for name, change in changes.items() if "vision_tower" in name) > 1e-4
+    assert min(change for name, change in changes.items() if "language_model" in name) > 1e-4
     assert trained.record.decisions["vision_tower"] == "trained"
 
 
-@pytest.mark.parametrize("asked", [False, True])
-def test_full_training_changes_vision_tower_only_on_request(store: Path, vision_base: Path, tmp_path: Path, asked: bool) -> None:
+@pytest.mark.parametrize("train_vision_tower", [False, True])
+def test_full_training_changes_vision_tower_only_on_request(
+    store: Path, vision_base: Path, tmp_path: Path, train_vision_tower: bool
+) -> None:
     from safetensors.torch import load_file
 
     trained = train(
-        store, tmp_path, method="Full", train_vision_tower=asked, max_steps=1, learning_rate=1e-3, warmup_ratio=0.0, held_out=[]
+        store,
+        tmp_path,
+        method="Full",
+        train_vision_tower=train_vision_tower,
+        max_steps=1,
+        learning_rate=1e-3,
+        warmup_ratio=0.0,
+        held_out=[],
     ).weights()
     before = load_file(vision_base / "model.safetensors")
     assert trained.keys() == before.keys()
-    changed = {name for name, part in trained.items() if not part.equal(before[name])}
-    of_vision = {name for name in before if "vision_tower" in name or "multi_modal_projector" in name}
-    assert bool(changed & of_vision) == asked
+    changed = {name for name, tensor in trained.items() if not tensor.equal(before[name])}
+    vision_names = {name for name in before if "vision_tower" in name or "multi_modal_projector" in name}
+    assert bool(changed & vision_names) == train_vision_tower
     assert any("language_model" in name for name in changed)
 
 
 def test_qlora_trains_every_adapted_layer(store: Path, vision_base: Path, tmp_path: Path) -> None:
     trained = train(store, tmp_path, method="QLoRA", max_steps=2, learning_rate=1e-2)
-    moved = {name: float(part.abs().max()) for name, part in trained.lora_weights().items() if "lora_B" in name}
-    assert min(moved.values()) > 1e-5
-    assert all(".language_model." in name for name in moved)
+    changes = {name: float(tensor.abs().max()) for name, tensor in trained.lora_weights().items() if "lora_B" in name}
+    assert min(changes.values()) > 1e-5
+    assert all(".language_model." in name for name in changes)
 
 
 def test_qlora_does_not_quantize_vision_layers(store: Path, vision_base: Path) -> None:
@@ -497,32 +508,32 @@ def test_qlora_does_not_quantize_vision_layers(store: Path, vision_base: Path) -
     from bitsandbytes.nn import Linear4bit
 
     spec = make_spec(store, base_model_id=VISION_BASE, modality="vision", method="QLoRA")
-    machine = DeviceConfig(torch.device("cpu"), torch.float32, autocast=False, on_gpu=False, gradient_checkpointing=False)
-    model = load_base(spec.training_config, machine, vision_base, "image_text")
-    rounded = [name for name, part in model.named_modules() if isinstance(part, Linear4bit)]
-    assert len(rounded) == 6 * 7
-    assert [name for name in rounded if "language_model" not in name] == []
+    device_config = DeviceConfig(torch.device("cpu"), torch.float32, autocast=False, on_gpu=False, gradient_checkpointing=False)
+    model = load_base(spec.training_config, device_config, vision_base, "image_text")
+    quantized = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+    assert len(quantized) == 6 * 7
+    assert [name for name in quantized if "language_model" not in name] == []
 
 
 def test_gradient_checkpointing_gives_same_weights(store: Path, short_run: FinishedTraining, tmp_path: Path) -> None:
-    twice = train(store, tmp_path, gradient_checkpointing=True, **SHORT_TRAINING).weights()
-    assert max(float((part - twice[name]).abs().max()) for name, part in short_run.weights().items()) < 1e-6
+    checkpointed = train(store, tmp_path, gradient_checkpointing=True, **SHORT_TRAINING).weights()
+    assert max(float((tensor - checkpointed[name]).abs().max()) for name, tensor in short_run.weights().items()) < 1e-6
 
 
-def test_frozen_vision_tower_gets_no_gradient(tokenize_rows: TokenizeRows, vision_base: Path, image_processor: VisionInputConfig) -> None:
+def test_frozen_vision_tower_gets_no_gradient(tokenize_rows: TokenizeRows, vision_base: Path, vision_input: VisionInputConfig) -> None:
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(vision_base).train()
     freeze_vision_tower(model)
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()  # as for an adapter; the tower would get gradients too
-    features = model.get_image_features(load_pixel_values(tokenize_rows(*make_square_rows(2)).rows[0], image_processor)).pooler_output
+    features = model.get_image_features(load_pixel_values(tokenize_rows(*make_square_rows(2)).rows[0], vision_input)).pooler_output
     assert not features.requires_grad
 
 
 def test_dataloader_workers_give_same_weights(store: Path, short_run: FinishedTraining, tmp_path: Path) -> None:
-    helped = train(store, tmp_path, dataloader_num_workers=1, **SHORT_TRAINING).weights()
-    assert [name for name, part in short_run.weights().items() if not part.equal(helped[name])] == []
+    with_worker = train(store, tmp_path, dataloader_num_workers=1, **SHORT_TRAINING).weights()
+    assert [name for name, tensor in short_run.weights().items() if not tensor.equal(with_worker[name])] == []
 
 
 # --- interruptions ---
@@ -531,8 +542,8 @@ def test_dataloader_workers_give_same_weights(store: Path, short_run: FinishedTr
 def make_training_run(store: Path, workdir: Path, method: str = "LoRA", held_out: int = 4, **hyperparameters: Any) -> TrainingRun:
     """Two epochs of three steps of four rows."""
     rows = [*make_square_rows(8), CONVERSATION, *messages(3)]
-    long: dict[str, Any] = {"max_steps": -1, "epochs": 2, "batch_size": 2, "gradient_accumulation_steps": 2, "lora_dropout": 0.3}
-    long |= {"learning_rate": 5e-3, "logging_steps": 1, "save_strategy": "no"} | hyperparameters
+    defaults: dict[str, Any] = {"max_steps": -1, "epochs": 2, "batch_size": 2, "gradient_accumulation_steps": 2, "lora_dropout": 0.3}
+    defaults |= {"learning_rate": 5e-3, "logging_steps": 1, "save_strategy": "no"} | hyperparameters
     eval_config = {"eval_strategy": "epoch", "sample_prompts": 1, "max_new_tokens": 2}
     return TrainingRun(
         make_spec(
@@ -542,7 +553,7 @@ def make_training_run(store: Path, workdir: Path, method: str = "LoRA", held_out
             base_model_id=VISION_BASE,
             method=method,
             modality="vision",
-            hyperparameters=long,
+            hyperparameters=defaults,
             eval_config=eval_config,
         ),
         workdir,
@@ -550,15 +561,15 @@ def make_training_run(store: Path, workdir: Path, method: str = "LoRA", held_out
 
 
 def test_interrupted_run_matches_uninterrupted_run(store: Path, vision_base: Path, tmp_path: Path) -> None:
-    unbroken = make_training_run(store, tmp_path / "unbroken")
-    model = unbroken.finish()
-    assert sorted(unbroken.curve) == [1, 2, 3, 4, 5, 6]
-    broken = make_training_run(store, tmp_path / "broken")
-    assert broken.run_attempt(stop_after=3, reason="time_slice") == "time_slice"  # at the end of an epoch
-    assert broken.run_attempt(stop_after=5, reason="preempted") == "preempted"
-    finished = broken.finish()
+    uninterrupted = make_training_run(store, tmp_path / "uninterrupted")
+    model = uninterrupted.finish()
+    assert sorted(uninterrupted.curve) == [1, 2, 3, 4, 5, 6]
+    interrupted = make_training_run(store, tmp_path / "interrupted")
+    assert interrupted.run_attempt(stop_after=3, reason="time_slice") == "time_slice"  # at the end of an epoch
+    assert interrupted.run_attempt(stop_after=5, reason="preempted") == "preempted"
+    finished = interrupted.finish()
     assert isinstance(finished, TrainedModel)
-    assert_runs_identical(broken, finished, unbroken, model)
+    assert_runs_identical(interrupted, finished, uninterrupted, model)
 
 
 def test_oom_reduces_batch_size_and_keeps_losses(store: Path, vision_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -573,7 +584,7 @@ def test_oom_reduces_batch_size_and_keeps_losses(store: Path, vision_base: Path,
     }
     reference = make_training_run(store, tmp_path / "reference", held_out=0, **hyperparameters)
     reference.finish()
-    run = make_training_run(store, tmp_path / "short", held_out=0, **hyperparameters)
+    run = make_training_run(store, tmp_path / "limited", held_out=0, **hyperparameters)
     memory = LimitedMemory(run, rows_that_fit=2, from_step=2)
     monkeypatch.setattr(torch.nn.functional, "embedding", memory.wrap_embedding(torch.nn.functional.embedding))
     run.finish()
