@@ -1,5 +1,6 @@
 """Fixtures of the unit tests."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,14 @@ from starlette.testclient import TestClient
 
 from tests.unit.api_harness import ROWS, run_test_service, upload
 from tests.unit.jobs_harness import JobsHarness
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_fsync() -> Iterator[None]:
+    """No unit test loses power, and fsync would take a third of their time. The contract suites run with it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture

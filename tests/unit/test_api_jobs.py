@@ -20,6 +20,15 @@ from tests.unit.api_harness import (
 )
 
 
+@pytest.fixture(scope="module")
+def paused_job_id(readonly_client: TestClient, readonly_dataset_id: str) -> str:
+    """A job for requests that are rejected. Its config sets a hyperparameter that only LoRA accepts."""
+    body = make_request_body_with_config(readonly_dataset_id, "hyperparameters", lora_dropout=0.1)
+    job_id = readonly_client.post("/train", json=body).json()["job_id"]
+    readonly_client.post(f"/jobs/{job_id}/pause")
+    return job_id
+
+
 def complete_job(client: TestClient, job_id: str) -> None:
     """Record the job as completed, and write its artifacts."""
     services = get_services(client)
@@ -124,11 +133,11 @@ def test_retry_without_required_token_is_rejected(client: TestClient, dataset_id
         ([], 422, None),
     ],
 )
-def test_resume_with_immutable_field_is_rejected(client: TestClient, dataset_id: str, body: Any, status: int, param: str | None) -> None:
-    job_id = submit_job(client, dataset_id)
-    client.post(f"/jobs/{job_id}/pause")
-    assert get_error(client.post(f"/jobs/{job_id}/resume", json=body), status)["param"] == param
-    assert client.get(f"/jobs/{job_id}").json()["status"] == "paused"
+def test_resume_with_immutable_field_is_rejected(
+    readonly_client: TestClient, paused_job_id: str, body: Any, status: int, param: str | None
+) -> None:
+    assert get_error(readonly_client.post(f"/jobs/{paused_job_id}/resume", json=body), status)["param"] == param
+    assert readonly_client.get(f"/jobs/{paused_job_id}").json()["status"] == "paused"
 
 
 def test_invalid_transition_is_a_conflict(client: TestClient, dataset_id: str) -> None:
@@ -206,11 +215,11 @@ def test_clone_is_a_new_job_with_changes(client: TestClient, dataset_id: str) ->
         ([], 422, None),
     ],
 )
-def test_invalid_clone_is_rejected_with_field(client: TestClient, dataset_id: str, body: Any, status: int, param: str | None) -> None:
-    request_body = make_request_body_with_config(dataset_id, "hyperparameters", lora_dropout=0.1)
-    job_id = client.post("/train", json=request_body).json()["job_id"]
-    assert get_error(client.post(f"/jobs/{job_id}/clone", json=body), status)["param"] == param
-    assert len(client.get("/jobs").json()["jobs"]) == 1
+def test_invalid_clone_is_rejected_with_field(
+    readonly_client: TestClient, paused_job_id: str, body: Any, status: int, param: str | None
+) -> None:
+    assert get_error(readonly_client.post(f"/jobs/{paused_job_id}/clone", json=body), status)["param"] == param
+    assert len(readonly_client.get("/jobs").json()["jobs"]) == 1
 
 
 def test_failed_gate_is_shown_with_publish_hint(client: TestClient, dataset_id: str) -> None:
