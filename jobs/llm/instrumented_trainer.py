@@ -1,14 +1,13 @@
 """The library's trainer (transformers' or TRL's) with our checkpoints, evaluation, stop handling and metrics.
 
-`build_trainer` makes a task's trainer: its class gets InstrumentedTrainer as a mixin, and TrainingControlCallback reports every step
-to TrainingControl and passes its decisions to the library.
+`build_instrumented_trainer` builds a task's trainer: its class gets InstrumentedTrainer as a mixin, and TrainingControlCallback reports
+every step to TrainingControl and passes its decisions to the library.
 """
 
 import math
 import shutil
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +58,7 @@ class TrainerSession:
     step_tokens: int = 0
 
 
-def build_trainer(
+def build_instrumented_trainer(
     task: TrainingTask,
     training: TrainingContext,
     checkpoint: Path | None,
@@ -69,9 +68,6 @@ def build_trainer(
     """The task's trainer with the model of the checkpoint, or of the base if there is none."""
     from transformers import PrinterCallback, TrainerCallback
 
-    class Callback(TrainingControlCallback, TrainerCallback):
-        """TrainerCallback has the events that TrainingControlCallback does not handle."""
-
     if training.trains_adapter:
         weights, adapter = training.base_folder, checkpoint
     else:
@@ -80,10 +76,19 @@ def build_trainer(
     if model.can_generate():
         set_eos_tokens(model, training.tokenizer)
     session = TrainerSession(task, training, control, topology, resume_checkpoint=checkpoint)
+
+    def instrument(trainer_class: type) -> type:
+        """The class with InstrumentedTrainer as a mixin. It keeps its name, which the library writes into its messages."""
+        sharded_class = shard_training_steps(trainer_class, task, topology)
+        return type(trainer_class.__name__, (InstrumentedTrainer, sharded_class), {"session": session})
+
+    class Callback(TrainingControlCallback, TrainerCallback):
+        """TrainerCallback has the events that TrainingControlCallback does not handle."""
+
     arguments = make_training_arguments(task, training, control) | make_distributed_arguments(
         topology.world_size, control.batch_config.gradient_accumulation_steps
     )
-    trainer = task.build_trainer(model, arguments, partial(instrument_trainer, session), control)
+    trainer = task.build_trainer(model, arguments, instrument, control)
     trainer.remove_callback(PrinterCallback)  # it prints the library's losses
     trainer.add_callback(Callback(session, trainer))
     if topology.sharded:
@@ -107,7 +112,7 @@ def _build_sharded_model(task: TrainingTask, training: TrainingContext, weights:
 
 
 def make_training_arguments(task: TrainingTask, training: TrainingContext, control: TrainingControl) -> dict[str, Any]:
-    """The arguments that every library's trainer gets, by the names of transformers.TrainingArguments."""
+    """The arguments that the library's trainer gets for every task, by the names of transformers.TrainingArguments."""
     config, device_config, batch_config = training.config, training.device_config, control.batch_config
     hyperparameters = config.hyperparameters
     return {
@@ -139,17 +144,10 @@ def make_training_arguments(task: TrainingTask, training: TrainingContext, contr
     }
 
 
-def instrument_trainer(session: TrainerSession, trainer_class: type) -> type:
-    """The trainer class with InstrumentedTrainer as a mixin, and with its share of each optimizer step."""
-    sharded_class = shard_training_steps(trainer_class, session.task, session.topology)
-    # It keeps its name, which the library writes into its messages.
-    return type(trainer_class.__name__, (InstrumentedTrainer, sharded_class), {"session": session})
-
-
 class InstrumentedTrainer(Trainer):
     """A mixin of the library's trainer: counts tokens and losses, and evaluates and saves as TrainingControl decides."""
 
-    session: TrainerSession  # set by `instrument_trainer`
+    session: TrainerSession  # set by `build_instrumented_trainer`
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         session = self.session
@@ -159,28 +157,23 @@ class InstrumentedTrainer(Trainer):
         return loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Rank 0 evaluates the whole model; the other ranks lend it their shards."""
-        topology = self.session.topology
-        eval_loss = math.nan
+        """Rank 0 evaluates the whole model; the other ranks take part in unsharding it."""
+        session, topology, training_control = self.session, self.session.topology, self.session.control
+        metrics = None
         if topology.is_main_process:
+            self.control.should_evaluate = False
             with unsharded_evaluation(topology, self.model):
-                eval_loss = self._evaluate_on_main_process()
+                metrics = training_control.evaluate(
+                    lambda check_stop: evaluate_step(session.task, session.training, self, "during", training_control.step, check_stop)
+                )
+            if metrics is None or training_control.is_done:
+                self.control.should_save = self.control.should_training_stop = True
+            if training_control.should_save_best:
+                self.control.should_save = True
         else:
             serve_shards(topology, self.model)
         sync_control_flags(topology, self.control)
-        return {"eval_loss": eval_loss}
-
-    def _evaluate_on_main_process(self) -> float:
-        task, training, training_control = self.session.task, self.session.training, self.session.control
-        self.control.should_evaluate = False
-        metrics = training_control.evaluate(
-            lambda check_stop: evaluate_step(task, training, self, "during", training_control.step, check_stop)
-        )
-        if metrics is None or training_control.is_done:
-            self.control.should_save = self.control.should_training_stop = True
-        if training_control.should_save_best:
-            self.control.should_save = True
-        return math.nan if metrics is None or metrics.eval_loss is None else metrics.eval_loss
+        return {"eval_loss": math.nan if metrics is None or metrics.eval_loss is None else metrics.eval_loss}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the weights only: the tokenizer is 33 MB, and the library would pickle the arguments."""
@@ -218,7 +211,7 @@ class InstrumentedTrainer(Trainer):
             load_optimizer(self, Path(checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Restore the buffered metrics. `build_trainer` loaded the weights already."""
+        """Restore the buffered metrics. `build_instrumented_trainer` has loaded the weights."""
         session = self.session
         if session.topology.is_main_process:
             buffer = session.control.logged_metrics_buffer

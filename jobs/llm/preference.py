@@ -1,4 +1,4 @@
-"""What the trainers share that learn from preferences (DPO, ORPO, KTO, reward): rows, batches, adapters and evaluation.
+"""What the preference trainers (DPO, ORPO, KTO and reward) share: rows, batches, adapters and evaluation.
 
 The losses are TRL's. Rows are tokenized by our own code, so that every trainer reads a chat in the same way. Evaluation metrics are
 weighted by rows, so that they do not depend on the batch size.
@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from jobs.llm.data.cache import load_or_tokenize_pairs
 from jobs.llm.data.preference import PreferencePair
+from jobs.llm.data.splits import check_splits, untrained_special_tokens
 from jobs.llm.data.tokenize import IGNORE_INDEX, TokenizedExample
 from jobs.llm.evaluation.state import evaluation_state
 from jobs.llm.loss import collate, compute_labeled_logits, evaluate_likelihood
 from jobs.llm.model import load_base
 from jobs.llm.oom import run_in_batches
 from jobs.llm.trainable_tokens import patch_trainable_token_embedding
-from jobs.llm.training_context import LossReduction, TrainingContext, check_splits, untrained_special_tokens
+from jobs.llm.training_context import LossReduction, TrainingContext
 from jobs.runtime.errors import JobFailed
 from schema.job import EvalMetrics
 from schema.training import TrainingConfig

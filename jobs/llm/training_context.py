@@ -4,22 +4,20 @@
 TrainingTask from it, which `training_loop.run_training` trains.
 """
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from jobs.llm.base_model import fetch_base
-from jobs.llm.data.tokenize import END_OF_TURN, START_OF_TURN, TokenizedExample, set_default_chat_template
+from jobs.llm.data.tokenize import TokenizedExample, set_default_chat_template
 from jobs.llm.evaluation.generation import Features
 from jobs.llm.evaluation.prompts import EvalPrompt
 from jobs.llm.exporters import check_exportable
 from jobs.llm.hardware import DeviceConfig, detect_device
 from jobs.llm.model import import_unsloth
-from jobs.runtime.errors import JobFailed
 from jobs.runtime.retry import download_with_retry
 from jobs.runtime.training_control import TrainingControl
-from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
 from schema.job import EvalMetrics
 from schema.training import TrainingConfig
 
@@ -27,10 +25,8 @@ if TYPE_CHECKING:
     from jobs.runtime.checkpoints import LocalCheckpoint
     from jobs.runtime.context import JobContext
 
-Row = TypeVar("Row")
-
-# How several processes arrive at the loss of one: every label of an optimizer step counts the same, every batch counts the same, or the
-# library's trainer distributes the rows and normalizes the loss itself.
+# How several processes compute the loss of a single one: every label of an optimizer step counts the same, every batch counts the same,
+# or the library's trainer distributes the rows and normalizes the loss itself.
 LossReduction = Literal["labels", "batches", "trainer"]
 
 
@@ -100,7 +96,7 @@ class TrainingTask(Protocol):
 
     @property
     def loss_reduction(self) -> LossReduction:
-        """How several processes arrive at the loss of one."""
+        """How several processes compute the loss of a single one."""
         ...
 
     def count_tokens(self, inputs: Any) -> int:
@@ -122,25 +118,6 @@ class MultimodalTask(Protocol):
 
     def prompt_features(self, eval_prompts: Sequence[EvalPrompt]) -> Sequence[Features]:
         """The model inputs of each prompt besides its tokens."""
-        ...
-
-
-class TokenizedRows(Protocol[Row]):
-    """A tokenized split of any kind."""
-
-    @property
-    def rows(self) -> list[Row]:
-        """The rows with something to train on."""
-        ...
-
-    @property
-    def truncated(self) -> int:
-        """How many rows were cut to max_seq_length."""
-        ...
-
-    @property
-    def dropped(self) -> int:
-        """How many rows were left out because nothing to train on is left of them."""
         ...
 
 
@@ -166,51 +143,3 @@ def prepare_training(config: TrainingConfig, context: "JobContext") -> TrainingC
         tokenizer.pad_token = tokenizer.eos_token
     device_config = detect_device(config, context, base_folder)
     return TrainingContext(config, context, base_folder, splits, tokenizer, uses_default_chat_template, device_config, checkpoint)
-
-
-def check_splits(training: TrainingContext, splits: Mapping[str, TokenizedRows[Row]]) -> tuple[list[Row], list[Row]]:
-    """The training rows and the held-out rows. Warns about truncated and dropped rows; raises JobFailed without training rows."""
-    for name, split in splits.items():
-        warn_truncation(training, name, truncated=split.truncated, dropped=split.dropped)
-    train_rows = splits[TRAIN_SPLIT].rows
-    held_out = splits[EVAL_SPLIT].rows if EVAL_SPLIT in splits else []
-    require_examples(training, len(train_rows), len(held_out))
-    return train_rows, held_out
-
-
-def warn_truncation(training: TrainingContext, split: str, *, truncated: int, dropped: int) -> None:
-    """Warn about rows that were truncated or dropped."""
-    max_length = training.config.hyperparameters.max_seq_length
-    if truncated:
-        message = f"{truncated} rows of {split} are longer than max_seq_length {max_length} and were truncated"
-        training.context.warn("rows_truncated", message)
-    if dropped:
-        message = f"{dropped} rows of {split} have nothing to train on within max_seq_length {max_length} and were dropped"
-        training.context.warn("rows_dropped", message)
-
-
-def require_examples(training: TrainingContext, train_count: int, held_out_count: int) -> None:
-    """Raises JobFailed without training rows. Without held-out rows, warns that the model is not evaluated."""
-    if not train_count:
-        raise JobFailed(
-            "invalid_data", "no training row has anything to train on", "raise max_seq_length, or check the answers in the dataset"
-        )
-    if not held_out_count:
-        message = "no held-out row has anything to evaluate on, so the model is not evaluated"
-        training.context.warn("evaluation_skipped", message)
-
-
-def untrained_special_tokens(training: TrainingContext, rows: Sequence[TokenizedExample]) -> list[int]:
-    """Turn tokens that occur in the rows but were never trained in the base; their embeddings are trained with the adapter.
-
-    In a base that was never trained on chats, their embeddings are nearly equal to those of other unused tokens, and LoRA on the
-    layers between cannot tell them apart.
-    """
-    if not training.uses_default_chat_template:
-        return []
-    turn_tokens = set(training.tokenizer.convert_tokens_to_ids([START_OF_TURN, END_OF_TURN])) - {None, training.tokenizer.unk_token_id}
-    token_ids = sorted(turn_tokens & {token for row in rows for token in row.input_ids})
-    if token_ids:
-        reason = "the base model has no chat template; the embeddings of the turn tokens are trained too"
-        training.context.log_decision("chat_template", "gemma3", reason)
-    return token_ids

@@ -3,7 +3,8 @@
     1. prepare_training   (training_context.py) download and detect what the training needs
     2. run_training       evaluate the base, train, evaluate again, save the model
        a. several GPUs    parallelism.py decides, worker_pool.py starts the worker processes
-       b. one step        the library's trainer, instrumented by instrumented_trainer.py
+       b. training        instrumented_trainer.py builds the library's trainer, which calls TrainingControl at each step
+       c. evaluation      evaluate.py
 
 A trainer type adds a TrainingTask. When memory runs out, the loop reduces the batch size and resumes from the last checkpoint.
 """
@@ -19,7 +20,7 @@ from jobs.llm.evaluate import evaluate_after_training, evaluate_before_training
 from jobs.llm.exporters.model_files import PROCESSOR_FILES, copy_files
 from jobs.llm.fsdp import gather_weights, serve_shards, unsharded_evaluation
 from jobs.llm.hardware import choose_torch_compile
-from jobs.llm.instrumented_trainer import build_trainer
+from jobs.llm.instrumented_trainer import build_instrumented_trainer
 from jobs.llm.model import check_finite_weights
 from jobs.llm.oom import free_memory, is_out_of_memory, reduce_batch_size
 from jobs.llm.parallelism import DeviceSlots, detect_devices, resolve_sharding, resolve_world_size, supports_multiple_processes
@@ -70,7 +71,7 @@ def run_training(task: TrainingTask, training: TrainingContext) -> TrainedModel:
         if best is not None:
             del outcome
             free_memory()
-            outcome = TrainingOutcome(build_trainer(task, training, best, control), control)
+            outcome = TrainingOutcome(build_instrumented_trainer(task, training, best, control), control)
     state = control.state  # before the evaluation, which is not training time
     if full_weights is None:
         metrics = evaluate_after_training(task, training, outcome.trainer, control)
@@ -109,7 +110,7 @@ def _load_checkpoint_for_export(task: TrainingTask, training: TrainingContext) -
     slots = detect_devices(on_gpu=training.device_config.on_gpu)
     if slots.max_world_size > 1 and supports_multiple_processes(training.config) and resolve_sharding(training, slots.max_world_size):
         return _train_attempt(task, training, checkpoint, control, replace(slots, sharded=True))
-    return TrainingOutcome(build_trainer(task, training, checkpoint.folder, control), control)
+    return TrainingOutcome(build_instrumented_trainer(task, training, checkpoint.folder, control), control)
 
 
 def _train_with_oom_retry(task: TrainingTask, training: TrainingContext) -> TrainingOutcome:
@@ -209,7 +210,7 @@ def _train_rank_zero(
 ) -> TrainingOutcome:
     """The training in rank 0, which evaluates, decides and saves."""
     context = training.context
-    trainer = build_trainer(task, training, checkpoint, control, topology)
+    trainer = build_instrumented_trainer(task, training, checkpoint, control, topology)
     with unsharded_evaluation(topology, trainer.model):
         evaluate_before_training(task, training, checkpoint, trainer, control)
     context.enter_phase("training")
@@ -228,7 +229,7 @@ def _train_rank_zero(
     if best is not None:
         del trainer
         free_memory()
-        trainer = build_trainer(task, training, best, control, topology)
+        trainer = build_instrumented_trainer(task, training, best, control, topology)
     with unsharded_evaluation(topology, trainer.model):
         metrics = evaluate_after_training(task, training, trainer, control)
     full_weights = gather_weights(topology, trainer.model)
@@ -244,7 +245,7 @@ def train_worker_rank(worker_args: WorkerArgs) -> None:
     control = TrainingControl(context, SavePolicy("no", 1), worker_args.state, total_steps=worker_args.total_steps)
     topology = join_process_group(worker_args)
     checkpoint = worker_args.checkpoint
-    trainer = build_trainer(task, training, checkpoint, control, topology)
+    trainer = build_instrumented_trainer(task, training, checkpoint, control, topology)
     serve_shards(topology, trainer.model)
     if topology.broadcast_object(None):
         topology.barrier()
@@ -255,7 +256,7 @@ def train_worker_rank(worker_args: WorkerArgs) -> None:
     if best is not None:
         del trainer
         free_memory()
-        trainer = build_trainer(task, training, best, control, topology)
+        trainer = build_instrumented_trainer(task, training, best, control, topology)
     serve_shards(topology, trainer.model)
     gather_weights(topology, trainer.model)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.llm.data.prompts import PromptRow, tokenize_prompt
+from jobs.llm.data.splits import require_examples, untrained_special_tokens, warn_truncation
 from jobs.llm.data.tokenize import TokenizedExample, read_rows, tokenize_row
 from jobs.llm.evaluation.generation import generate_batch, make_samples, max_generation_batch
 from jobs.llm.graders import build_graders, check_graders, close_graders
@@ -27,14 +28,7 @@ from jobs.llm.grpo_trainer import GrpoTrainerMixin, RewardPlaceholder, override_
 from jobs.llm.model import load_base, lora_config
 from jobs.llm.preference import cast_adapter_to_fp32, index_dataset, validate_dataset_type
 from jobs.llm.trained_model import TrainedModel
-from jobs.llm.training_context import (
-    LossReduction,
-    TrainingContext,
-    prepare_training,
-    require_examples,
-    untrained_special_tokens,
-    warn_truncation,
-)
+from jobs.llm.training_context import LossReduction, TrainingContext, prepare_training
 from jobs.llm.training_loop import run_training
 from jobs.runtime.errors import JobFailed
 from jobs.runtime.training_control import TrainingControl
@@ -78,10 +72,10 @@ def _load_prompts(training: TrainingContext, config: GrpoConfig, split: str) -> 
     max_prompt_tokens = config.hyperparameters.max_seq_length - config.hyperparameters.max_completion_length
     dataset_type = training.context.spec.dataset.dataset_type
     stored = list(read_rows(training.splits[split]))
-    names = sorted({name for row in stored for name in row} - {"prompt"})
+    column_names = sorted({name for row in stored for name in row} - {"prompt"})
     rows: list[PromptRow] = []
     for row in stored:
-        columns = {name: row.get(name) for name in names}
+        columns = {name: row.get(name) for name in column_names}
         tokens = tokenize_prompt(row["prompt"], training.tokenizer)
         if dataset_type == "prompt_completion":
             columns["completion"] = to_text(row["completion"])

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.llm.data.cache import load_or_tokenize_unpaired
 from jobs.llm.data.preference import UnpairedExample
+from jobs.llm.data.splits import check_splits, untrained_special_tokens
 from jobs.llm.data.tokenize import TokenizedExample
 from jobs.llm.loss import evaluate_likelihood
 from jobs.llm.model import load_base, lora_config
@@ -34,7 +35,7 @@ from jobs.llm.preference import (
     validate_dataset_type,
 )
 from jobs.llm.trained_model import TrainedModel
-from jobs.llm.training_context import LossReduction, TrainingContext, check_splits, prepare_training, untrained_special_tokens
+from jobs.llm.training_context import LossReduction, TrainingContext, prepare_training
 from jobs.llm.training_loop import run_training
 from jobs.runtime.training_control import TrainingControl
 from schema.job import EvalMetrics
@@ -238,6 +239,6 @@ def add_kl_examples(rows: Sequence[UnpairedExample]) -> list[KtoExample]:
     return examples
 
 
-def has_same_prompt(one: TokenizedExample, other: TokenizedExample) -> bool:
+def has_same_prompt(row: TokenizedExample, other: TokenizedExample) -> bool:
     """Whether both rows answer the same prompt."""
-    return one.prompt_text == other.prompt_text
+    return row.prompt_text == other.prompt_text

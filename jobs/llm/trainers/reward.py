@@ -73,7 +73,8 @@ class RewardTask(PairTask):
         return adapted
 
     def build_trainer(self, model: Any, arguments: dict[str, Any], instrument: Callable[[type], type], control: TrainingControl) -> Any:
-        from trl import RewardConfig, RewardTrainer
+        from trl import RewardConfig as TrlRewardConfig
+        from trl import RewardTrainer
 
         class PretokenizedRewardTrainer(RewardTrainer):
             """TRL's trainer for rows that are tokens already. It logs metrics under the names in METRIC_NAMES."""
@@ -91,7 +92,7 @@ class RewardTask(PairTask):
         hyperparameters = self.config.hyperparameters
         trainer = instrument(PretokenizedRewardTrainer)(
             model=model,
-            args=RewardConfig(
+            args=TrlRewardConfig(
                 **arguments,
                 center_rewards_coefficient=hyperparameters.center_rewards_coefficient,
                 max_length=None,  # the rows are truncated already

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.llm.data.cache import load_or_tokenize_split
+from jobs.llm.data.splits import check_splits, untrained_special_tokens
 from jobs.llm.data.tokenize import TokenizedExample
 from jobs.llm.loss import ChunkedLmHeadLoss, collate, evaluate_likelihood
 from jobs.llm.model import add_adapter, load_base, lora_config
 from jobs.llm.trained_model import TrainedModel
-from jobs.llm.training_context import LossReduction, TrainingContext, check_splits, prepare_training, untrained_special_tokens
+from jobs.llm.training_context import LossReduction, TrainingContext, prepare_training
 from jobs.llm.training_loop import run_training
 from jobs.runtime.training_control import TrainingControl
 from schema.job import EvalMetrics

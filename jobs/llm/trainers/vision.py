@@ -25,13 +25,14 @@ from jobs.llm.data.images import (
     load_vision_input_config,
     tokenize_split_with_images,
 )
+from jobs.llm.data.splits import check_splits, untrained_special_tokens
 from jobs.llm.data.tokenize import TokenizedExample
 from jobs.llm.evaluation.generation import Features
 from jobs.llm.evaluation.prompts import EvalPrompt, make_eval_prompts
 from jobs.llm.loss import collate, compute_labeled_logits, evaluate_likelihood
 from jobs.llm.model import VISION_MODULES_PATTERN, add_adapter, load_base, lora_config
 from jobs.llm.trained_model import TrainedModel
-from jobs.llm.training_context import LossReduction, TrainingContext, check_splits, prepare_training, untrained_special_tokens
+from jobs.llm.training_context import LossReduction, TrainingContext, prepare_training
 from jobs.llm.training_loop import run_training
 from jobs.runtime.training_control import TrainingControl
 from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
@@ -50,13 +51,13 @@ MIN_SORT_WINDOWS = 4
 def train(config: SftConfig, context: "JobContext") -> TrainedModel:
     """Train as configured, or resume an earlier attempt. Raises JobFailed and Stopped."""
     training = prepare_training(config, context)
-    image_processor = load_vision_input_config(training.base_folder, config.base_model_id)
-    if training.uses_default_chat_template and image_processor.chat_template:  # the base keeps it with its image processor
-        training.tokenizer.chat_template = image_processor.chat_template
+    vision_input = load_vision_input_config(training.base_folder, config.base_model_id)
+    if training.uses_default_chat_template and vision_input.chat_template:  # the base keeps it with its image processor
+        training.tokenizer.chat_template = vision_input.chat_template
         training = replace(training, uses_default_chat_template=False)
     dataset_type, max_length = context.spec.dataset.dataset_type, config.hyperparameters.max_seq_length
     splits = {
-        name: tokenize_split_with_images(path, dataset_type, training.tokenizer, image_processor, max_length)
+        name: tokenize_split_with_images(path, dataset_type, training.tokenizer, vision_input, max_length)
         for name, path in training.splits.items()
     }
     train_rows, held_out = check_splits(training, splits)
@@ -64,7 +65,7 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
     task = VisionTask(
         training,
         config,
-        Collator(training.pad_id, image_processor),
+        Collator(training.pad_id, vision_input),
         train_rows,
         splits[TRAIN_SPLIT].text_only_rows,
         held_out,
@@ -89,15 +90,15 @@ class Collator:
     """Makes batches of rows: what `collate` makes, the mask of image tokens, and the pixels of the images in the order of the rows."""
 
     pad_id: int
-    image_processor: VisionInputConfig
+    vision_input: VisionInputConfig
 
     def __call__(self, rows: Sequence[TokenizedImageExample]) -> dict[str, Any]:
         """Raises BrokenImage."""
         import torch
 
         batch = collate([[row] for row in rows], self.pad_id)
-        batch["token_type_ids"] = (batch["input_ids"] == self.image_processor.soft_token_id).long()
-        pixel_values = [pixels for row in rows if (pixels := load_pixel_values(row, self.image_processor)) is not None]
+        batch["token_type_ids"] = (batch["input_ids"] == self.vision_input.soft_token_id).long()
+        pixel_values = [pixels for row in rows if (pixels := load_pixel_values(row, self.vision_input)) is not None]
         return batch | {"pixel_values": torch.cat(pixel_values)} if pixel_values else batch
 
 
@@ -199,16 +200,16 @@ class VisionTask:
 
     def eval_prompts(self, count: int) -> list[EvalPrompt]:
         """Prompts of the held-out rows, with images. In their texts an image is what the chat template writes for it."""
-        image_processor = self.collator.image_processor
+        vision_input = self.collator.vision_input
         prompts = make_eval_prompts(self.held_out, self.training.tokenizer, count)
         return [
-            replace(prompt, prompt_text=prompt.prompt_text.replace(image_processor.full_image_sequence, image_processor.boi_token))
+            replace(prompt, prompt_text=prompt.prompt_text.replace(vision_input.full_image_sequence, vision_input.boi_token))
             for prompt in prompts
         ]
 
     def prompt_features(self, eval_prompts: Sequence[EvalPrompt]) -> Sequence[Features]:
         """The image inputs of each prompt, decoded on access."""
-        return ImageFeatures(eval_prompts, self.held_out, self.collator.image_processor)
+        return ImageFeatures(eval_prompts, self.held_out, self.collator.vision_input)
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ class ImageFeatures(Sequence[Features]):
 
     eval_prompts: Sequence[EvalPrompt]
     rows: Sequence[TokenizedImageExample]
-    image_processor: VisionInputConfig
+    vision_input: VisionInputConfig
 
     def __len__(self) -> int:
         return len(self.eval_prompts)
@@ -226,10 +227,10 @@ class ImageFeatures(Sequence[Features]):
         import torch
 
         prompt = self.eval_prompts[index]
-        is_image_token = torch.tensor(prompt.prompt_ids) == self.image_processor.soft_token_id
-        image_count = int(is_image_token.sum()) // self.image_processor.tokens_per_image
+        is_image_token = torch.tensor(prompt.prompt_ids) == self.vision_input.soft_token_id
+        image_count = int(is_image_token.sum()) // self.vision_input.tokens_per_image
         with image_error_context():
-            pixels = load_pixel_values(self.rows[prompt.row_index], self.image_processor, image_count)
+            pixels = load_pixel_values(self.rows[prompt.row_index], self.vision_input, image_count)
         features = {"token_type_ids": is_image_token.long()}
         return features if pixels is None else features | {"pixel_values": pixels}
 
