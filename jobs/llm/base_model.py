@@ -38,15 +38,15 @@ def fetch_base(context: "JobContext") -> Path:
 
     The model store is searched first, at pretrained_weights/huggingface/{base_model_id}/. Files of a local store are used in place.
     """
-    name = context.spec.training_config.base_model_id
-    prefix = f"pretrained_weights/huggingface/{name}/"
+    model_id = context.spec.training_config.base_model_id
+    prefix = f"pretrained_weights/huggingface/{model_id}/"
     folder = download_from_store(context.stores.models, prefix, context.workdir / "base")
     if folder is not None:
-        context.log_decision("base_model", name, "from the object store")
+        context.log_decision("base_model", model_id, "from the object store")
     else:
-        context.log_decision("base_model", name, f"from the Hugging Face Hub: the object store has no model at {prefix}")
-        folder = _download_from_hub(name, context.secrets.get("hf_token"))
-    return _require_safetensors(folder, name)
+        context.log_decision("base_model", model_id, f"from the Hugging Face Hub: the object store has no model at {prefix}")
+        folder = _download_from_hub(model_id, context.secrets.get("hf_token"))
+    return _require_safetensors(folder, model_id)
 
 
 def download_from_store(store: ObjectStore, prefix: str, target: Path) -> Path | None:
@@ -60,7 +60,7 @@ def download_from_store(store: ObjectStore, prefix: str, target: Path) -> Path |
     return target
 
 
-def _download_from_hub(name: str, token: str | None) -> Path:
+def _download_from_hub(model_id: str, token: str | None) -> Path:
     from httpx2 import TransportError
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -68,35 +68,37 @@ def _download_from_hub(name: str, token: str | None) -> Path:
     try:
         return retry_hub(
             # False: never use a token that is stored on this machine.
-            lambda: Path(snapshot_download(name, token=token or False, allow_patterns=ALLOW_PATTERNS, ignore_patterns=IGNORE_PATTERNS)),
+            lambda: Path(snapshot_download(model_id, token=token or False, allow_patterns=ALLOW_PATTERNS, ignore_patterns=IGNORE_PATTERNS)),
             tries=HUB_TRIES,
         )
     except GatedRepoError as error:
-        hint = f"accept the license at https://huggingface.co/{name} and send the hf_token of the account that did"
-        raise JobFailed("auth", f"base model {name} is gated, and {_describe_token(token)} has no access to it", hint) from error
+        hint = f"accept the license at https://huggingface.co/{model_id} and send the hf_token of the account that did"
+        raise JobFailed("auth", f"base model {model_id} is gated, and {_describe_token(token)} has no access to it", hint) from error
     except RepositoryNotFoundError as error:
         # The Hub answers the same for a model that does not exist and one that is private.
-        message = f"base model {name} does not exist on the Hub, or is private and {_describe_token(token)} has no access to it"
+        message = f"base model {model_id} does not exist on the Hub, or is private and {_describe_token(token)} has no access to it"
         raise JobFailed("invalid_config", message, "check base_model_id; for a private model, send hf_token") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, TransportError) as error:
         status = http_status(error)
         if status in (401, 403):
             hint = "check that hf_token is valid and has access to this model"
-            raise JobFailed("auth", f"the Hub refused access to base model {name} ({status})", hint) from error
+            raise JobFailed("auth", f"the Hub refused access to base model {model_id} ({status})", hint) from error
         if status:
             raise JobFailed(
-                "internal", f"downloading base model {name} from the Hub failed with HTTP {status}", "retry the job later"
+                "internal", f"downloading base model {model_id} from the Hub failed with HTTP {status}", "retry the job later"
             ) from error
-        hint = f"allow network access, or put the model's files at pretrained_weights/huggingface/{name}/ in the model store"
-        raise JobFailed("invalid_config", f"base model {name} is not in the model store, and the Hub cannot be reached", hint) from error
+        hint = f"allow network access, or put the model's files at pretrained_weights/huggingface/{model_id}/ in the model store"
+        raise JobFailed(
+            "invalid_config", f"base model {model_id} is not in the model store, and the Hub cannot be reached", hint
+        ) from error
 
 
 def _describe_token(token: str | None) -> str:
     return "the hf_token of the request" if token else "a request without hf_token"
 
 
-def _require_safetensors(folder: Path, name: str) -> Path:
+def _require_safetensors(folder: Path, model_id: str) -> Path:
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         hint = "use a model with safetensors weights; pickled weights (.bin, .pt) are never loaded"
-        raise JobFailed("invalid_config", f"base model {name} has no config.json or no safetensors weights", hint)
+        raise JobFailed("invalid_config", f"base model {model_id} has no config.json or no safetensors weights", hint)
     return folder

@@ -21,7 +21,7 @@ COLLECTIVE_TIMEOUT = timedelta(days=7)  # an evaluation in rank 0 may take any t
 FIRST_STEP_TIMEOUT_S = 900.0  # until the first step ends; where a GPU's collectives do not work, they often hang
 
 PADDING_BATCH = "padding_batch"  # marks a batch that a process gets where the last step of an epoch has too few
-_NO_GATHER_OVERRIDES: dict[str, Any] = dict.fromkeys(("gather", "gather_for_metrics", "reduce"), lambda part, *_, **__: part)
+_NO_GATHER_OVERRIDES: dict[str, Any] = dict.fromkeys(("gather", "gather_for_metrics", "reduce"), lambda tensor, *_, **__: tensor)
 
 
 class StartupWatchdog:
@@ -41,7 +41,7 @@ class StartupWatchdog:
 
     @property
     def has_timed_out(self) -> bool:
-        """The timeout was started, not stopped, and is over."""
+        """The timeout was started, not stopped, and has elapsed."""
         return self._deadline is not None and self._clock() > self._deadline
 
 

@@ -123,8 +123,8 @@ def full_tensors(topology: ProcessTopology, shards: Mapping[str, Any]) -> dict[s
     with torch.no_grad():
         for tensor in shards.values():
             if id(tensor) not in gathered:
-                whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-                gathered[id(tensor)] = whole.detach().cpu() if topology.is_main_process else None
+                full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+                gathered[id(tensor)] = full.detach().cpu() if topology.is_main_process else None
     return {name: gathered[id(tensor)] for name, tensor in shards.items()} if topology.is_main_process else {}
 
 
@@ -145,17 +145,17 @@ def load_optimizer(trainer: Any, folder: Path) -> None:
     saved = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
     weights = [weight for group in trainer.optimizer.param_groups for weight in group["params"]]
     saved["state"] = {
-        index: {name: _local_shard(whole, weights[index]) for name, whole in moments.items()} for index, moments in saved["state"].items()
+        index: {name: _local_shard(full, weights[index]) for name, full in moments.items()} for index, moments in saved["state"].items()
     }
     trainer.optimizer.load_state_dict(saved)
     trainer.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
 
 
-def _local_shard(whole: Any, weight: Any) -> Any:
-    """The shard of `whole` that belongs to this process's shard of `weight`. A step count is not sharded."""
+def _local_shard(full: Any, weight: Any) -> Any:
+    """The shard of the tensor `full` that belongs to this process's shard of `weight`. A step count is not sharded."""
     from torch.distributed.tensor import distribute_tensor
 
-    if whole.shape != weight.shape:
-        return whole
-    local = distribute_tensor(whole.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
+    if full.shape != weight.shape:
+        return full
+    local = distribute_tensor(full.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
     return local.clone()  # without a copy it would keep the whole tensor in memory

@@ -118,19 +118,19 @@ def _make_contiguous(_: Any, states: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def lora_config(config: TrainingConfig, model: Any, *, task_type: str = "CAUSAL_LM", trainable_token_ids: Sequence[int] = ()) -> Any:
-    """The peft config of the adapter. Raises JobFailed for target modules that do not exist and a rank above a layer's width."""
+    """The peft config of the adapter. Raises JobFailed for a target module that does not exist, and for a rank above a layer's width."""
     from peft import LoraConfig
 
     hyperparameters = config.hyperparameters
     trains_vision = bool(getattr(hyperparameters, "train_vision_tower", False))  # only SFT has the field
     linear_layers = _linear_layers(model)
     linear = {name: layer for name, layer in linear_layers if trains_vision or not _is_vision_module(name)}
-    known = {name.rpartition(".")[2] for name in linear} - {"lm_head", "score"}
-    targets = sorted(hyperparameters.target_modules or known)
+    layer_names = {name.rpartition(".")[2] for name in linear} - {"lm_head", "score"}
+    targets = sorted(hyperparameters.target_modules or layer_names)
     for target in targets:
         if not any(name == target or name.endswith("." + target) for name in linear):
             message = f"target_modules names {target!r}, which is not a linear layer of this model"
-            raise JobFailed("invalid_config", message, f"it has: {', '.join(sorted(known))}")
+            raise JobFailed("invalid_config", message, f"it has: {', '.join(sorted(layer_names))}")
         if target.rpartition(".")[2] == "lm_head":
             raise JobFailed("invalid_config", "target_modules names lm_head, which is tied to the embeddings", "leave it out")
     width, narrowest = min(

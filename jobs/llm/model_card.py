@@ -108,18 +108,18 @@ def card_data(record: RunRecord, repo_id: str, base_license: License) -> "ModelC
 
     config, kinds = record.training_config, {artifact.kind for artifact in record.artifacts}
     trainer, modality = str(config["trainer_type"]), str(config["modality"])
-    reward = trainer == "reward"
+    pipeline_tag = "text-classification" if trainer == "reward" else PIPELINE_TAGS[modality]
     return ModelCardData(
         base_model=record.base_model.model_id,
         base_model_relation="finetune" if kinds & {"merged", "gguf", "onnx"} else "adapter",
         library_name="transformers" if "merged" in kinds else "peft" if "adapter" in kinds else "gguf",
-        pipeline_tag="text-classification" if reward else PIPELINE_TAGS[modality],
+        pipeline_tag=pipeline_tag,
         tags=["tunesmith", trainer, str(config["method"]).lower(), *(["gguf"] if kinds & {"gguf", "lora_gguf"} else [])],
         license=base_license.hub_id,
         license_name=base_license.name,
         license_link=base_license.link,
         model_name=repo_id.rpartition("/")[2],
-        eval_results=list(_eval_results(record, "text-classification" if reward else PIPELINE_TAGS[modality])) or None,
+        eval_results=list(_eval_results(record, pipeline_tag)) or None,
     )
 
 
@@ -141,9 +141,9 @@ def read_license(base_folder: Path) -> License:
 
 def compare_metrics(base: EvalMetrics | None, tuned: EvalMetrics | None) -> Iterator[MetricRow]:
     """Each metric of the base and the tuned model; a metric that neither has is left out."""
-    before, after = _metric_values(base), _metric_values(tuned)
-    for name in dict.fromkeys([*after, *before]):
-        yield MetricRow(METRIC_NAMES.get(name, name), before.get(name), after.get(name))
+    base_values, tuned_values = _metric_values(base), _metric_values(tuned)
+    for name in dict.fromkeys([*tuned_values, *base_values]):
+        yield MetricRow(METRIC_NAMES.get(name, name), base_values.get(name), tuned_values.get(name))
 
 
 def usage_snippets(record: RunRecord, repo_id: str) -> Iterator[UsageSnippet]:
@@ -183,13 +183,15 @@ def _transformers(record: RunRecord, repo_id: str) -> str:
 
 def _peft(record: RunRecord, repo_id: str, *, has_merged_model: bool) -> str:
     config = record.training_config
-    auto = "AutoModelForImageTextToText" if config["modality"] == "vision" else "AutoModelForCausalLM"
-    auto, labels = ("AutoModelForSequenceClassification", ", num_labels=1") if config["trainer_type"] == "reward" else (auto, "")
-    inside = ', subfolder="adapter"' if has_merged_model else ""
+    auto_class = "AutoModelForImageTextToText" if config["modality"] == "vision" else "AutoModelForCausalLM"
+    options = ""
+    if config["trainer_type"] == "reward":
+        auto_class, options = "AutoModelForSequenceClassification", ", num_labels=1"
+    subfolder = ', subfolder="adapter"' if has_merged_model else ""
     return (
-        f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
-        f'base = {auto}.from_pretrained("{record.base_model.model_id}"{labels})\n'
-        f'model = PeftModel.from_pretrained(base, "{repo_id}"{inside})'
+        f"from peft import PeftModel\nfrom transformers import {auto_class}\n\n"
+        f'base = {auto_class}.from_pretrained("{record.base_model.model_id}"{options})\n'
+        f'model = PeftModel.from_pretrained(base, "{repo_id}"{subfolder})'
     )
 
 
@@ -219,7 +221,7 @@ def _training_rows(record: RunRecord) -> Iterator[tuple[str, object]]:
         for name in REPORTED_HYPERPARAMETERS
         if hyperparameters.get(name) is not None and _is_used(name, config)
     )
-    facts = {
+    run_values = {
         "optimizer steps": record.published_step,
         "tokens seen": record.train_tokens,
         "training time": None if record.time.train_runtime_s is None else f"{record.time.train_runtime_s:.0f} s",
@@ -231,7 +233,7 @@ def _training_rows(record: RunRecord) -> Iterator[tuple[str, object]]:
         "job": f"{record.job_id}, attempt {record.attempt}",
         "finished": f"{record.time.finished_at:%Y-%m-%d}",
     }
-    yield from ((name, value) for name, value in facts.items() if value not in (None, ""))
+    yield from ((name, value) for name, value in run_values.items() if value not in (None, ""))
 
 
 def _is_used(name: str, config: Mapping[str, JsonValue]) -> bool:
@@ -276,8 +278,8 @@ def _eval_results(record: RunRecord, task: str) -> "Iterator[EvalResult]":
 def _metric_values(metrics: EvalMetrics | None) -> dict[str, float]:
     if metrics is None:
         return {}
-    named = {"eval_loss": metrics.eval_loss, "perplexity": metrics.perplexity, "accuracy": metrics.accuracy, **metrics.values}
-    return {name: value for name, value in named.items() if value is not None}
+    values = {"eval_loss": metrics.eval_loss, "perplexity": metrics.perplexity, "accuracy": metrics.accuracy, **metrics.values}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _evaluation_note(metrics: EvalMetrics | None) -> str:
@@ -295,8 +297,8 @@ def _license_text(base_id: str, base_license: License) -> str:
             f"to it, and every distribution of it must include them.{terms}"
         )
     if base_license.hub_id:
-        named = base_license.name or base_license.hub_id
-        license_name = f"[{named}]({base_license.link})" if base_license.link else named
+        name = base_license.name or base_license.hub_id
+        license_name = f"[{name}]({base_license.link})" if base_license.link else name
         return f"The license of {base_id} is {license_name}. It applies to this model too.{terms}"
     return f"The files of {base_id} do not name its license; its terms apply to this model too.{terms}"
 

@@ -11,7 +11,7 @@ Row = TypeVar("Row")
 
 MAX_OOM_RETRIES = 4  # four halvings: a sixteenth of the requested batch size
 
-# What the libraries say. torch.OutOfMemoryError is recognized by its name, so that this module does not import torch.
+# Parts of the libraries' error messages. torch.OutOfMemoryError is recognized by its name, so that this module does not import torch.
 OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", "not enough memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -36,13 +36,13 @@ def run_in_batches(
 
     Raises JobFailed when memory runs out with a single row.
     """
-    done = 0
-    while done < len(rows):
+    rows_done = 0
+    while rows_done < len(rows):
         check_stop()
-        batch = rows[done : done + batch_size]
+        batch = rows[rows_done : rows_done + batch_size]
         try:
             process_batch(batch)
-            done += len(batch)
+            rows_done += len(batch)
             continue
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -57,9 +57,9 @@ def run_in_batches(
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the error means that GPU or host memory ran out."""
-    named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+    is_torch_error = any(error_class.__name__ == "OutOfMemoryError" for error_class in type(error).__mro__)
     return (
-        named
+        is_torch_error
         or isinstance(error, MemoryError)
         or (isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY_MESSAGES))
     )

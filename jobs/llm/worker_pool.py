@@ -215,7 +215,7 @@ def _read_worker_failure(workdir: Path, world_size: int) -> JobFailed | None:
 
 
 def _reset_distributed_state() -> None:
-    """Make this process a single process again."""
+    """Reset this process to training alone."""
     from accelerate.state import AcceleratorState, GradientState
 
     clear_rank_environment()

@@ -64,8 +64,7 @@ def load_or_tokenize_split(
 
 
 def load_or_tokenize_pairs(training: "TrainingContext", min_bytes: int = MIN_CACHED_BYTES) -> dict[str, TokenizedPreferenceSplit]:
-    """The same for preference pairs; a pair is cached as two rows, chosen and rejected."""
-
+    """`load_or_tokenize_split` for preference pairs; a pair is cached as two rows, chosen and rejected."""
     max_length = training.config.hyperparameters.max_seq_length
 
     def tokenize(path: Path) -> CachedSplit:
@@ -83,8 +82,7 @@ def load_or_tokenize_pairs(training: "TrainingContext", min_bytes: int = MIN_CAC
 def load_or_tokenize_unpaired(
     training: "TrainingContext", dataset_type: DatasetType, min_bytes: int = MIN_CACHED_BYTES
 ) -> dict[str, TokenizedUnpairedSplit]:
-    """The same for single answers that are good or bad."""
-
+    """`load_or_tokenize_split` for single answers that are good or bad."""
     max_length = training.config.hyperparameters.max_seq_length
 
     def tokenize(path: Path) -> CachedSplit:
@@ -110,12 +108,12 @@ def _load_or_tokenize(
         use_cache = split.size_bytes >= min_bytes
         settings = {"rows": split.sha256, "type": dataset.dataset_type, "layout": layout, "max_length": max_length}
         key = _cache_key(split.key, settings, training.tokenizer)
-        cached = _read(store, key) if use_cache else None
+        cached = _read_cached_split(store, key) if use_cache else None
         if cached is not None:
             training.context.log_decision("tokens", "cached", f"an earlier job tokenized {name} with the same settings")
         splits[name] = cached or tokenize(path)
         if use_cache and cached is None:
-            _store(store, key, splits[name])
+            _write_cached_split(store, key, splits[name])
     return splits
 
 
@@ -136,11 +134,11 @@ def serialize_split(cached_split: CachedSplit) -> bytes:
             "good_flags": cached_split.good_flags,
         }
     ).encode()
-    out = io.BytesIO()
+    buffer = io.BytesIO()
     np.savez_compressed(
-        out, lengths=lengths, ids=ids, labeled=labeled, prompt_tokens=prompt_tokens, metadata=np.frombuffer(metadata, np.uint8)
+        buffer, lengths=lengths, ids=ids, labeled=labeled, prompt_tokens=prompt_tokens, metadata=np.frombuffer(metadata, np.uint8)
     )
-    return out.getvalue()
+    return buffer.getvalue()
 
 
 def deserialize_split(content: bytes) -> CachedSplit:
@@ -154,8 +152,8 @@ def deserialize_split(content: bytes) -> CachedSplit:
     labels = np.where(labeled, ids, IGNORE_INDEX)
     ends = lengths.cumsum()[:-1]
     rows = [
-        TokenizedExample(row.tolist(), row_labels.tolist(), text, int(prompt))
-        for row, row_labels, text, prompt in zip(
+        TokenizedExample(row.tolist(), row_labels.tolist(), prompt_text, int(row_prompt_tokens))
+        for row, row_labels, prompt_text, row_prompt_tokens in zip(
             np.split(ids, ends), np.split(labels, ends), metadata["prompt_texts"], prompt_tokens, strict=True
         )
     ]
@@ -170,7 +168,7 @@ def _cache_key(split_key: str, settings: dict[str, str | int], tokenizer: "PreTr
     return f"{Path(split_key).parent.as_posix()}/tokens/{digest.hexdigest()}.npz"
 
 
-def _read(store: ObjectStore, key: str) -> CachedSplit | None:
+def _read_cached_split(store: ObjectStore, key: str) -> CachedSplit | None:
     """The cached split; None when it is missing or damaged, and the rows are tokenized again."""
     from zipfile import BadZipFile
 
@@ -183,9 +181,9 @@ def _read(store: ObjectStore, key: str) -> CachedSplit | None:
         return None
 
 
-def _store(store: ObjectStore, key: str, tokens: CachedSplit) -> None:
-    """Store the tokens for the next job. A job without write access, or whose store is unavailable, continues without caching."""
+def _write_cached_split(store: ObjectStore, key: str, split: CachedSplit) -> None:
+    """Store the split for the next job. A job without write access, or whose store is unavailable, continues without caching."""
     try:
-        store.write(key, serialize_split(tokens))
+        store.write(key, serialize_split(split))
     except StorageError as error:
         log.warning("tokens are not cached", extra={"key": key, "error": str(error)})

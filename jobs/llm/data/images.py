@@ -95,16 +95,16 @@ def load_vision_input_config(base_folder: Path, base_model_id: str) -> VisionInp
 
 
 def tokenize_split_with_images(
-    split_path: Path, dataset_type: DatasetType, tokenizer: "PreTrainedTokenizerBase", vision: VisionInputConfig, max_length: int
+    split_path: Path, dataset_type: DatasetType, tokenizer: "PreTrainedTokenizerBase", vision_input: VisionInputConfig, max_length: int
 ) -> TokenizedImageSplit:
     """Tokens and labels of every row of a split. Raises JobFailed for an invalid row.
 
     A row is cut to `max_length` tokens after its last image. A row whose images do not all fit is dropped: an answer about a missing image
-    would train the model to invent.
+    would train the model to hallucinate.
     """
     split = TokenizedImageSplit()
-    with_images = _ImageExpandingTokenizer(tokenizer, vision.boi_token, vision.full_image_sequence)
-    text_only = _ImageExpandingTokenizer(tokenizer, vision.boi_token, "")
+    with_images = _ImageExpandingTokenizer(tokenizer, vision_input.boi_token, vision_input.full_image_sequence)
+    text_only = _ImageExpandingTokenizer(tokenizer, vision_input.boi_token, "")
     for offset, number, row in _iter_rows(split_path):
         images = extract_image_uris(row)
         with image_error_context():
@@ -115,13 +115,13 @@ def tokenize_split_with_images(
         if full is None:
             split.dropped += 1
             continue
-        _check_soft_tokens(full, len(images), vision, _describe_location(split_path, number))
-        cut = _truncate_after_images(full, vision, max_length)
+        _check_soft_tokens(full, len(images), vision_input, _describe_location(split_path, number))
+        cut = _truncate_after_images(full, vision_input, max_length)
         if cut is None:
             split.dropped += 1
             continue
         split.truncated += len(full.input_ids) > max_length
-        prompt = cut.prompt_text.replace(vision.full_image_sequence, vision.boi_token)
+        prompt = cut.prompt_text.replace(vision_input.full_image_sequence, vision_input.boi_token)
         split.rows.append(
             TokenizedImageExample(cut.input_ids, cut.labels, prompt, cut.prompt_tokens, split_path, offset, number, len(images))
         )
@@ -135,7 +135,7 @@ def extract_image_uris(row: dict[str, Any]) -> list[str]:
     return [part["image"] for message in _messages(row) for part in _content_parts(message) if part["type"] == "image"]
 
 
-def load_pixel_values(row: TokenizedImageExample, vision: VisionInputConfig, count: int | None = None) -> "Tensor | None":
+def load_pixel_values(row: TokenizedImageExample, vision_input: VisionInputConfig, count: int | None = None) -> "Tensor | None":
     """The first `count` images of a row, or all, as pixels (images, channels, height, width). None without any. Raises BrokenImage."""
     count = row.image_count if count is None else count
     if not count:
@@ -148,7 +148,7 @@ def load_pixel_values(row: TokenizedImageExample, vision: VisionInputConfig, cou
         for n, uri in enumerate(extract_image_uris(content)[:count], 1)
     ]
     # Without pan-and-scan: its crops would need more tokens than the row has for the image.
-    return vision.image_processor(images=images, do_pan_and_scan=False, return_tensors="pt")["pixel_values"]
+    return vision_input.image_processor(images=images, do_pan_and_scan=False, return_tensors="pt")["pixel_values"]
 
 
 @contextmanager
@@ -222,23 +222,23 @@ def _tokenize_row(row: dict[str, Any], dataset_type: DatasetType, tokenizer: _Im
     return rows[0] if rows else None
 
 
-def _check_soft_tokens(row: TokenizedExample, image_count: int, vision: VisionInputConfig, location: str) -> None:
+def _check_soft_tokens(row: TokenizedExample, image_count: int, vision_input: VisionInputConfig, location: str) -> None:
     """Raise JobFailed when the text does not have exactly the soft tokens of its images."""
-    actual, expected = row.input_ids.count(vision.soft_token_id), image_count * vision.tokens_per_image
+    actual, expected = row.input_ids.count(vision_input.soft_token_id), image_count * vision_input.tokens_per_image
     if actual < expected:
         hint = "use a base model whose chat template supports images"
         raise JobFailed("invalid_config", f"the base model's chat template does not render the images of {location}", hint)
     if actual > expected:
-        message = f"{location} has an image token in its text, such as {vision.boi_token}"
+        message = f"{location} has an image token in its text, such as {vision_input.boi_token}"
         raise JobFailed("invalid_data", message, "remove it from the text; send an image as a separate content part")
 
 
-def _truncate_after_images(row: TokenizedExample, vision: VisionInputConfig, max_length: int) -> TokenizedExample | None:
+def _truncate_after_images(row: TokenizedExample, vision_input: VisionInputConfig, max_length: int) -> TokenizedExample | None:
     """The row without labels on image tokens, cut after its last image; None when an image or every label is cut away."""
-    labels = [IGNORE_INDEX if label in vision.image_token_ids else label for label in row.labels]
+    labels = [IGNORE_INDEX if label in vision_input.image_token_ids else label for label in row.labels]
     first = next((n for n, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
     row = replace(row, labels=labels, prompt_tokens=first)
-    last = max((n for n, token in enumerate(row.input_ids) if token == vision.soft_token_id), default=-2)
+    last = max((n for n, token in enumerate(row.input_ids) if token == vision_input.soft_token_id), default=-2)
     if last + 2 > max_length:  # the end-of-image token follows it
         return None
     row = row.truncate(max_length)

@@ -60,7 +60,7 @@ def evaluate_with_lm_eval(
 def collect_values(task: str, results: dict[str, dict[str, Any]]) -> Values:
     """The task's metrics in the harness's results; for a group or tag without its own, those of all its tasks."""
     own = _numeric_metrics(task, results.get(task, {}))
-    return own or {name: value for part, numbers in results.items() for name, value in _numeric_metrics(part, numbers).items()}
+    return own or {name: value for subtask, metrics in results.items() for name, value in _numeric_metrics(subtask, metrics).items()}
 
 
 @cache
@@ -83,13 +83,13 @@ class _StoppableModel:
         self._model = model
         self._check_stop = check_stop
 
-    def __call__(self, *args: Any, **named: Any) -> Any:  # the model's own signature
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # the model's own signature
         self._check_stop()
-        return self._model(*args, **named)
+        return self._model(*args, **kwargs)
 
-    def generate(self, *args: Any, **named: Any) -> Any:
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         self._check_stop()
-        return self._model.generate(*args, **named)
+        return self._model.generate(*args, **kwargs)
 
 
 class _TaskFailed(Exception):
@@ -114,12 +114,11 @@ def _run_task(
 
     if task not in manager.task_index:  # the harness also accepts file paths, and such a file may contain code
         raise _TaskFailed(f"lm-evaluation-harness has no task {task!r}")
-    size = batch_size
     while True:
         try:
             with evaluation_state(model):
                 # HFLM changes the model's and the tokenizer's attributes, so it gets a wrapper and a copy.
-                wrapped = HFLM(_StoppableModel(model, check_stop), tokenizer=deepcopy(tokenizer), backend="causal", batch_size=size)
+                wrapped = HFLM(_StoppableModel(model, check_stop), tokenizer=deepcopy(tokenizer), backend="causal", batch_size=batch_size)
                 # bootstrap_iters=0: no standard errors by resampling, which starts processes.
                 output = simple_evaluate(wrapped, tasks=[task], task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False)
             values = collect_values(task, output["results"] if output else {})
@@ -143,9 +142,9 @@ def _run_task(
         ) as error:
             if not is_out_of_memory(error):
                 raise _TaskFailed(f"the task failed: {_describe_error(error)}") from error
-            if size == 1:
+            if batch_size == 1:
                 raise _TaskFailed("memory ran out with a single row") from error
-        size //= 2
+        batch_size //= 2
         free_memory()
 
 

@@ -40,27 +40,25 @@ def generate_batch(
 
     When memory runs out, the batch is halved. Raises JobFailed when a single prompt is too large.
     """
-    longest_first = sorted(
-        range(len(prompts)), key=lambda n: -len(prompts[n])
-    )  # little padding, and memory runs out in the first batch if at all
+    # Longest first: there is little padding, and memory runs out in the first batch if at all.
+    longest_first = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
     config = _greedy_config(model, tokenizer, max_new_tokens)
-    size = batch_size
     answers: dict[int, str] = {}
     with evaluation_state(model):
         while len(answers) < len(prompts):
             check_stop()
-            batch = longest_first[len(answers) : len(answers) + size]
+            batch = longest_first[len(answers) : len(answers) + batch_size]
             inputs = _collate_left_padded(
                 [prompts[n] for n in batch], [features[n] for n in batch] if features else [], config.pad_token_id
             )
             generated = _generate_or_none(model, inputs, config, check_stop)
             if generated is not None:
                 answers |= {n: _decode_answer(tokens, config, tokenizer) for n, tokens in zip(batch, generated, strict=True)}
-            elif size == 1:
+            elif batch_size == 1:
                 hint = "lower max_seq_length or eval_config.max_new_tokens, or choose hardware with more memory"
                 raise JobFailed("out_of_memory", "memory ran out while generating the answer to a single held-out prompt", hint)
             else:
-                size //= 2
+                batch_size //= 2
                 free_memory()
     return [answers[n] for n in range(len(prompts))]
 
@@ -113,14 +111,14 @@ def _collate_left_padded(prompts: list[Sequence[int]], features: list[Features],
     for n, prompt in enumerate(prompts):
         inputs["input_ids"][n, length - len(prompt) :] = torch.tensor(prompt)
         inputs["attention_mask"][n, length - len(prompt) :] = 1
-    for name in {name for of_prompt in features for name in of_prompt}:
-        parts = [(n, of_prompt[name]) for n, of_prompt in enumerate(features) if name in of_prompt]
-        if all(part.shape == (len(prompts[n]),) for n, part in parts):
-            inputs[name] = torch.zeros(len(prompts), length, dtype=parts[0][1].dtype)
-            for n, part in parts:
-                inputs[name][n, length - len(part) :] = part
+    for name in {name for prompt_features in features for name in prompt_features}:
+        tensors = [(n, prompt_features[name]) for n, prompt_features in enumerate(features) if name in prompt_features]
+        if all(tensor.shape == (len(prompts[n]),) for n, tensor in tensors):
+            inputs[name] = torch.zeros(len(prompts), length, dtype=tensors[0][1].dtype)
+            for n, tensor in tensors:
+                inputs[name][n, length - len(tensor) :] = tensor
         else:
-            inputs[name] = torch.cat([part for _, part in parts])
+            inputs[name] = torch.cat([tensor for _, tensor in tensors])
     return inputs
 
 
@@ -133,13 +131,13 @@ def _generate_or_none(
     """The new tokens of each row of a batch; None when memory runs out."""
     import torch
 
-    def never_stop(tokens: "Tensor", *_: object, **__: object) -> "Tensor":
+    def check_stop_at_each_token(tokens: "Tensor", *_: object, **__: object) -> "Tensor":
         check_stop()
         return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
 
     try:
-        on_device = {name: part.to(model.device) for name, part in inputs.items()}
-        tokens = model.generate(**on_device, generation_config=config, stopping_criteria=[never_stop])
+        on_device = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        tokens = model.generate(**on_device, generation_config=config, stopping_criteria=[check_stop_at_each_token])
         return tokens[:, inputs["input_ids"].shape[1] :].tolist()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

@@ -32,12 +32,12 @@ def make_eval_prompts(rows: Sequence[TokenizedExample], tokenizer: "PreTrainedTo
 
 def _iter_row_prompts(row_index: int, row: TokenizedExample, tokenizer: "PreTrainedTokenizerBase") -> Iterator[EvalPrompt]:
     for start, end in _labeled_spans(row.labels):
-        prompt = row.input_ids[:start]
+        prompt_ids = row.input_ids[:start]
         # The template's newline after a turn has a label, but is not part of the answer.
         reference = str(tokenizer.decode(row.labels[start:end], skip_special_tokens=True)).rstrip()
-        if reference and any(token != tokenizer.bos_token_id for token in prompt):
-            text = row.prompt_text if start == row.prompt_tokens else str(tokenizer.decode(prompt))
-            yield EvalPrompt(tuple(prompt), text, reference, row_index)
+        if reference and any(token != tokenizer.bos_token_id for token in prompt_ids):
+            text = row.prompt_text if start == row.prompt_tokens else str(tokenizer.decode(prompt_ids))
+            yield EvalPrompt(tuple(prompt_ids), text, reference, row_index)
 
 
 def _labeled_spans(labels: Sequence[int]) -> Iterator[tuple[int, int]]:

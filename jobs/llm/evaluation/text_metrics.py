@@ -46,13 +46,8 @@ def task_metrics(answers: Sequence[str], references: Sequence[str], metrics: Map
             values[name] = metric(answers, references)
         except UndefinedMetric as reason:
             notes[name] = str(reason)
-        except (
-            ArithmeticError,
-            LookupError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:  # what the metric libraries raise for unusual texts
+        # What the metric libraries raise for unusual texts.
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             notes[name] = f"the metric failed: {type(error).__name__}: {error}"
     return values, notes
 
@@ -98,8 +93,8 @@ def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
     from rapidfuzz.distance import LCSseq  # rouge-score takes five seconds for two texts of 4,000 words
 
     _require_words(1, references)
-    split = _UnicodeTokenizer().tokenize
-    pairs = [(split(answer), split(reference)) for answer, reference in zip(answers, references, strict=True)]
+    tokenize = _UnicodeTokenizer().tokenize
+    pairs = [(tokenize(answer), tokenize(reference)) for answer, reference in zip(answers, references, strict=True)]
     return sum(2 * LCSseq.similarity(answer, reference) / max(len(answer) + len(reference), 1) for answer, reference in pairs) / len(pairs)
 
 
@@ -113,8 +108,8 @@ def f1_macro(answers: Sequence[str], references: Sequence[str]) -> float:
     pairs = _label_pairs(answers, references)
     answered = Counter(answer for answer, _ in pairs)
     expected = Counter(reference for _, reference in pairs)
-    right = Counter(reference for answer, reference in pairs if answer == reference)
-    return sum(2 * right[label] / (answered[label] + expected[label]) for label in expected) / len(expected)
+    correct = Counter(reference for answer, reference in pairs if answer == reference)
+    return sum(2 * correct[label] / (answered[label] + expected[label]) for label in expected) / len(expected)
 
 
 METRICS: Mapping[str, Metric] = {
@@ -163,8 +158,8 @@ def _label_pairs(answers: Sequence[str], references: Sequence[str]) -> list[tupl
 
 
 def _normalize_label(text: str) -> str:
-    spaced = _normalize_whitespace(text).casefold()
-    return spaced.strip(" .,;:!?\"'") or spaced
+    label = _normalize_whitespace(text).casefold()
+    return label.strip(" .,;:!?\"'") or label
 
 
 def _normalize_whitespace(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The importance matrix: which weights the training rows use most, so that the quantizer rounds those with more care."""
+"""The importance matrix: which weights the training rows use most, so that the quantizer rounds those more precisely."""
 
 from collections.abc import Sequence
 from pathlib import Path

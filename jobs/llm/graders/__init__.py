@@ -1,11 +1,11 @@
 """Graders: functions that score a completion, as configured in `reward_config`. One file per kind; one line adds a kind.
 
 Code that grades one completion of one row belongs here. A grader returns a number or a FailedGrade with a reason, never 0 for a
-failure: an endpoint that is down would then train the model as a bad answer does. reward.py decides what happens to failed grades and
-when a training with failing graders ends; the trainer decides what the rewards do.
+failure: an endpoint that is down would then train the model as if the completions were bad. reward.py decides what happens to failed
+grades and when a training with failing graders ends; the trainer decides what the rewards do.
 
-Nothing that a user or a model wrote runs in this process: Python runs in a sandbox (python.py), and expressions and schemas, which
-may compute without end, in a child process that can be killed (subprocess_graders.py).
+Nothing that a user or a model wrote runs in this process: Python runs in a sandbox (python.py), and expressions and schemas, whose
+evaluation may never end, in a child process that can be killed (subprocess_graders.py).
 """
 
 from collections.abc import Sequence

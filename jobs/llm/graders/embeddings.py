@@ -67,17 +67,19 @@ class EndpointEmbedder:
         """Raise JobFailed when the endpoint does not return an embedding."""
         from openai import OpenAIError
 
-        [answer] = self._endpoint.send_all(self._request_embeddings, [[TEST_TEXT]], max_concurrency=1)
-        if isinstance(answer, OpenAIError):
-            raise self._endpoint.make_job_failed(self._grader_name, answer)
-        if isinstance(answer[0], FailedGrade):
-            raise JobFailed("invalid_config", f"grader {self._grader_name!r}: {answer[0].reason}", "check the grader's base_url and model")
+        [response] = self._endpoint.send_all(self._request_embeddings, [[TEST_TEXT]], max_concurrency=1)
+        if isinstance(response, OpenAIError):
+            raise self._endpoint.make_job_failed(self._grader_name, response)
+        if isinstance(response[0], FailedGrade):
+            raise JobFailed(
+                "invalid_config", f"grader {self._grader_name!r}: {response[0].reason}", "check the grader's base_url and model"
+            )
 
     def embed(self, texts: Sequence[str]) -> list[Any]:
         """A vector or a FailedGrade for each text; a failed batch does not affect the others."""
         batches = [texts[n : n + BATCH_SIZE] for n in range(0, len(texts), BATCH_SIZE)]
-        answers = self._endpoint.send_all(self._request_embeddings, batches, max_concurrency=MAX_CONCURRENT_REQUESTS)
-        return [vector for batch, answer in zip(batches, answers, strict=True) for vector in self._vectors_or_failures(batch, answer)]
+        responses = self._endpoint.send_all(self._request_embeddings, batches, max_concurrency=MAX_CONCURRENT_REQUESTS)
+        return [vector for batch, response in zip(batches, responses, strict=True) for vector in self._vectors_or_failures(batch, response)]
 
     def close(self) -> None:
         """Close the connections."""
@@ -89,8 +91,8 @@ class EndpointEmbedder:
     async def _request_embeddings(self, batch: Sequence[str]) -> list[Any]:
         import numpy
 
-        answer = await self._endpoint.client.embeddings.create(model=self._model, input=list(batch), encoding_format="float")
-        vectors = {entry.index: numpy.asarray(entry.embedding, dtype=float) for entry in answer.data}
+        response = await self._endpoint.client.embeddings.create(model=self._model, input=list(batch), encoding_format="float")
+        vectors = {entry.index: numpy.asarray(entry.embedding, dtype=float) for entry in response.data}
         missing = FailedGrade(f"{self._endpoint.base_url} answered with fewer embeddings than texts")
         return [vectors.get(n, missing) for n in range(len(batch))]
 
@@ -105,9 +107,8 @@ class StoredEmbedder:
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # loading initializes missing weights randomly, which must not change the training's random state
+        # Loading initializes missing weights randomly, which must not change the training's random state.
+        with torch.random.fork_rng(devices=[]):
             self._model = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True).eval()
         model_limit = getattr(self._model.config, "max_position_embeddings", MAX_SEQUENCE_TOKENS)  # some architectures have none
         self._max_tokens = min(MAX_SEQUENCE_TOKENS, int(model_limit))

@@ -56,18 +56,18 @@ class Judge:
         self._check_placeholders({"prompt", "completion"} | {name for case in cases for name in case.columns})
         for name, options in REQUEST_OPTIONS:
             self._request_options = options
-            [answer] = self._endpoint.send_all(self._request_score, [cases[0]], max_concurrency=1)
-            if isinstance(answer, str):
+            [response] = self._endpoint.send_all(self._request_score, [cases[0]], max_concurrency=1)
+            if isinstance(response, str):
                 self._log_decision(f"grader {self._config.name}", name, "the best request options that the judge's endpoint supports")
                 return
-            unsupported = isinstance(answer, APIStatusError) and answer.status_code in UNSUPPORTED_OPTION_STATUSES
+            unsupported = isinstance(response, APIStatusError) and response.status_code in UNSUPPORTED_OPTION_STATUSES
             if not unsupported or name == REQUEST_OPTIONS[-1][0]:
-                raise self._endpoint.make_job_failed(self._config.name, answer)
+                raise self._endpoint.make_job_failed(self._config.name, response)
 
     def grade(self, cases: Sequence[GradingInput]) -> list[Grade]:
         """The scores, scaled to 0..1; a FailedGrade where the judge does not answer or its answer has no score."""
-        answers = self._endpoint.send_all(self._request_score, list(cases), max_concurrency=self._config.concurrency)
-        return [self._parse_grade(answer) for answer in answers]
+        responses = self._endpoint.send_all(self._request_score, list(cases), max_concurrency=self._config.concurrency)
+        return [self._parse_grade(response) for response in responses]
 
     def close(self) -> None:
         """Close the connections."""
@@ -80,20 +80,20 @@ class Judge:
             raise JobFailed("invalid_config", message, f"the rows have {', '.join(sorted(known))}")
 
     async def _request_score(self, case: GradingInput) -> str:
-        answer = await self._endpoint.client.chat.completions.create(
+        response = await self._endpoint.client.chat.completions.create(
             model=self._config.model, messages=cast(Any, self._make_messages(case)), **self._request_options
         )
-        return (answer.choices[0].message.content or "") if answer.choices else ""
+        return (response.choices[0].message.content or "") if response.choices else ""
 
     def _make_messages(self, case: GradingInput) -> list[dict[str, str]]:
         low, high = self._config.min_score, self._config.max_score
         instruction = f'Answer with JSON alone: {{"score": n}}, where n is a number from {low:g} to {high:g}.'
         return [{"role": "system", "content": instruction}, {"role": "user", "content": fill_template(self._config.prompt, case)}]
 
-    def _parse_grade(self, answer: "str | OpenAIError") -> Grade:
-        if not isinstance(answer, str):
-            return self._endpoint.make_failed_grade(answer)
-        score = parse_score(answer)
+    def _parse_grade(self, response: "str | OpenAIError") -> Grade:
+        if not isinstance(response, str):
+            return self._endpoint.make_failed_grade(response)
+        score = parse_score(response)
         low, high = self._config.min_score, self._config.max_score
         if score is None:
             return FailedGrade("the judge did not answer with a score")

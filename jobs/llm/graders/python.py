@@ -66,7 +66,7 @@ class SandboxedPythonGrader:
         try:
             with self._open_session() as session:
                 self._run_code(session, self._config.source)
-                self._run_code(session, FUNCTION_NAME + "\nNone")
+                self._run_code(session, FUNCTION_NAME + "\nNone")  # fails if the name is not defined; a function cannot be returned
         except MontySyntaxError as error:
             raise self._make_job_failed(f"its source is not Python that the sandbox supports: {error.display('traceback')}") from error
         except MontyError as error:
@@ -126,9 +126,9 @@ def _describe_error(error: "MontyError") -> str:
             return "it took longer than its timeout_s"
         case MemoryError():
             return "it used more than its memory_mb, or printed too much"
-        case other:
+        case exception:
             frames = error.traceback() if isinstance(error, MontyRuntimeError) else []
-            return type(other).__name__ + (f" in line {frames[-1].line}" if frames else "")
+            return type(exception).__name__ + (f" in line {frames[-1].line}" if frames else "")
 
 
 def _write_sandbox_launcher(folder: Path, memory_mb: int) -> Path:

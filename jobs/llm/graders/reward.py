@@ -22,7 +22,7 @@ TextOrMessages = str | list[dict[str, Any]]
 class RewardFunction:
     """A grader, with its weight, as a reward function of TRL's GRPOTrainer.
 
-    A completion that could not be graded gets None. The mean of the others and the fraction that failed are logged as metrics.
+    A completion that could not be graded gets None. Logs the mean of the other grades, and the fraction that failed, as metrics.
     """
 
     def __init__(self, config: "GraderConfig", grader: Grader, context: "JobContext") -> None:
@@ -46,7 +46,7 @@ class RewardFunction:
     ) -> list[float | None]:
         """The grades of these completions; `row` holds each row's other columns. Raises JobFailed after repeated failures."""
         rows = row or [{}] * len(prompts)
-        cases = [GradingInput(*texts) for texts in zip(map(to_text, prompts), map(to_text, completions), rows, strict=True)]
+        cases = [GradingInput(*case) for case in zip(map(to_text, prompts), map(to_text, completions), rows, strict=True)]
         grades = self.grade(cases)
         for name, value in summarize_grades(self.__name__, grades).items():
             log_metric(name, float("nan") if value is None else value)

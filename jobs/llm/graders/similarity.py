@@ -101,12 +101,12 @@ def _grade_cosine(pair: tuple[str, str] | FailedGrade | None, vectors: dict[str,
         return pair
     if pair is None:
         return 0.0
-    one, other = vectors[pair[0]], vectors[pair[1]]
-    for vector in (one, other):
+    answer, reference = vectors[pair[0]], vectors[pair[1]]
+    for vector in (answer, reference):
         if isinstance(vector, FailedGrade):
             return vector
-    if len(one) != len(other):
+    if len(answer) != len(reference):
         return FailedGrade("the embeddings have different lengths")
-    norms = float(numpy.linalg.norm(one) * numpy.linalg.norm(other))
-    cosine = float(numpy.dot(one, other)) / norms if norms else float("nan")
+    norms = float(numpy.linalg.norm(answer) * numpy.linalg.norm(reference))
+    cosine = float(numpy.dot(answer, reference)) / norms if norms else float("nan")
     return FailedGrade("the embedding is zero or not finite") if cosine != cosine else min(1.0, max(0.0, cosine))

@@ -1,4 +1,4 @@
-"""Graders that may compute without end, run in a child process with a timeout: mathematical expressions and JSON schemas.
+"""Graders whose computation may never end, run in a child process with a timeout: mathematical expressions and JSON schemas.
 
 math-verify's own timeout is an alarm signal: it works only in the main thread, replaces the attempt's signal handlers, and cannot
 interrupt a single long multiplication. A regular expression in a schema cannot be interrupted at all.

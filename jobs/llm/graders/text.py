@@ -19,14 +19,16 @@ NUMBER_PATTERN = re.compile(r"(?:(?<![\w)])[-+\N{MINUS SIGN}])?(?:(?:\d{1,3}(?:,
 
 def format_grader(config: FormatGrader, _context: "JobContext") -> PerCompletionGrader:
     """Grades whether the completion is a thought and an answer, each in its tags."""
-    whole = re.compile(rf"\s*<{config.think_tag}>(.*)</{config.think_tag}>\s*<{config.answer_tag}>(.*)</{config.answer_tag}>\s*", re.DOTALL)
+    expected_format = re.compile(
+        rf"\s*<{config.think_tag}>(.*)</{config.think_tag}>\s*<{config.answer_tag}>(.*)</{config.answer_tag}>\s*", re.DOTALL
+    )
     tags = [f"<{slash}{name}>" for name in (config.think_tag, config.answer_tag) for slash in ("", "/")]
 
     def grade_one(case: GradingInput) -> Grade:
-        once = sum(case.completion.count(tag) == 1 for tag in tags)
-        if once == len(tags) and whole.fullmatch(case.completion):
+        tags_found_once = sum(case.completion.count(tag) == 1 for tag in tags)
+        if tags_found_once == len(tags) and expected_format.fullmatch(case.completion):
             return 1.0
-        return min(MAX_PARTIAL_GRADE, TAG_GRADE * once) if config.partial else 0.0
+        return min(MAX_PARTIAL_GRADE, TAG_GRADE * tags_found_once) if config.partial else 0.0
 
     return PerCompletionGrader(grade_one)
 

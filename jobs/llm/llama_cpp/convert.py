@@ -27,11 +27,15 @@ def main(*arguments: str) -> None:
     runpy.run_path(str(get_converter_path()), run_name="__main__")
 
 
-def patch_lazy_tensor(lazy: Any, gguf: Any) -> None:
+def patch_lazy_tensor(lazy_tensor_class: Any, gguf: Any) -> None:
     """Make the converter's lazy tensors keep their position in the safetensors file while their numbers are unchanged."""
     import torch
 
-    from_local_tensor, original_numpy, getitem = lazy.from_local_tensor.__func__, lazy.numpy, lazy.__getitem__
+    from_local_tensor, original_numpy, getitem = (
+        lazy_tensor_class.from_local_tensor.__func__,
+        lazy_tensor_class.numpy,
+        lazy_tensor_class.__getitem__,
+    )
     streamed_tensor = make_row_streamed_tensor_class(gguf)
 
     def from_local_tensor_with_source(cls: Any, tensor: Any) -> Any:
@@ -40,7 +44,7 @@ def patch_lazy_tensor(lazy: Any, gguf: Any) -> None:
         return result
 
     def to(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = lazy._wrap_fn(lambda tensor, *args, **kwargs: tensor.to(*args, **kwargs), use_self=self)(*args, **kwargs)
+        result = lazy_tensor_class._wrap_fn(lambda tensor, *args, **kwargs: tensor.to(*args, **kwargs), use_self=self)(*args, **kwargs)
         if args == (torch.float32,) and not kwargs:  # the converter's call for every matrix
             result.local_tensor = self.__dict__.get("local_tensor")
         return result
@@ -57,7 +61,8 @@ def patch_lazy_tensor(lazy: Any, gguf: Any) -> None:
             return original_numpy(self)
         return streamed_tensor(local_tensor, tuple(self.shape), "float32")
 
-    lazy.from_local_tensor, lazy.to, lazy.__getitem__, lazy.numpy = classmethod(from_local_tensor_with_source), to, first_rows, numpy
+    lazy_tensor_class.from_local_tensor = classmethod(from_local_tensor_with_source)
+    lazy_tensor_class.to, lazy_tensor_class.__getitem__, lazy_tensor_class.numpy = to, first_rows, numpy
 
 
 def make_row_streamed_tensor_class(gguf: Any) -> Any:
@@ -66,7 +71,7 @@ def make_row_streamed_tensor_class(gguf: Any) -> Any:
     import torch
 
     types = gguf.GGMLQuantizationType
-    exact = {types.F32: torch.float32, types.F16: torch.float16, types.BF16: torch.bfloat16}
+    torch_dtypes = {types.F32: torch.float32, types.F16: torch.float16, types.BF16: torch.bfloat16}
 
     class RowStreamedTensor(gguf.LazyChunkedTensor):
         """The rows of `local_tensor`, gguf's `LocalTensor`, rounded by torch, which rounds as llama.cpp does."""
@@ -76,28 +81,28 @@ def make_row_streamed_tensor_class(gguf: Any) -> Any:
             self._local_tensor = local_tensor
 
         def quantize(self, qtype: Any) -> Any:
-            described = super().quantize(qtype)
-            return RowStreamedTensor(self._local_tensor, described.shape, described.dtype, qtype)
+            quantized = super().quantize(qtype)
+            return RowStreamedTensor(self._local_tensor, quantized.shape, quantized.dtype, qtype)
 
         def tofile(self, file: Any) -> None:
             for rows in self._iter_rows():
-                dtype = exact.get(self._qtype)
+                dtype = torch_dtypes.get(self._qtype)
                 if dtype is None:
                     gguf.quants.quantize(rows.to(torch.float32).numpy(), self._qtype).tofile(file)
                 else:
                     rows.to(dtype).view(torch.uint8).numpy().tofile(file)
 
         def _iter_rows(self) -> Any:
-            stored, span = getattr(torch, TORCH_DTYPES[self._local_tensor.dtype]), self._local_tensor.data_range
-            width, left = self._local_tensor.shape[1], self.shape[0]
-            chunk_rows = max(1, CHUNK_BYTES // (width * stored.itemsize))
-            with open(span.filename, "rb") as source:
-                source.seek(span.offset)
-                while left:
-                    rows = min(chunk_rows, left)
-                    numbers = np.fromfile(source, dtype=np.uint8, count=rows * width * stored.itemsize)
-                    yield torch.from_numpy(numbers).view(stored).reshape(rows, width)
-                    left -= rows
+            source_dtype, data_range = getattr(torch, TORCH_DTYPES[self._local_tensor.dtype]), self._local_tensor.data_range
+            width, rows_left = self._local_tensor.shape[1], self.shape[0]
+            chunk_rows = max(1, CHUNK_BYTES // (width * source_dtype.itemsize))
+            with open(data_range.filename, "rb") as source:
+                source.seek(data_range.offset)
+                while rows_left:
+                    rows = min(chunk_rows, rows_left)
+                    numbers = np.fromfile(source, dtype=np.uint8, count=rows * width * source_dtype.itemsize)
+                    yield torch.from_numpy(numbers).view(source_dtype).reshape(rows, width)
+                    rows_left -= rows
 
     return RowStreamedTensor
 

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# When the file prefers another token than the model, but the model gives both nearly the same probability (10 % apart), rounding
-# decides and the difference counts as agreement. Small or barely trained models have many such ties.
+# When the file prefers another token than the model, but the model gives both nearly the same probability (10 % apart), only rounding
+# decides between them, and the position counts as agreement. Small or barely trained models have many such ties.
 TIE_NATS = 0.1
 MAX_EXPONENT = 700.0  # exp of more overflows a float
 
@@ -61,9 +61,9 @@ def list_targets(passages: Sequence[Passage]) -> list[int | None]:
     """For each compared position, in order, the next token of the answer; None outside an answer."""
     targets: list[int | None] = []
     for passage in passages:
-        for following in range(len(passage.ids) - passage.compared_tokens + 1, len(passage.ids) + 1):
-            in_answer = passage.answer_start is not None and passage.answer_start <= following < len(passage.ids)
-            targets.append(passage.ids[following] if in_answer else None)
+        for next_position in range(len(passage.ids) - passage.compared_tokens + 1, len(passage.ids) + 1):
+            in_answer = passage.answer_start is not None and passage.answer_start <= next_position < len(passage.ids)
+            targets.append(passage.ids[next_position] if in_answer else None)
     return targets
 
 
@@ -72,8 +72,8 @@ def log_softmax(logits: "NDArray[np.float32]") -> "NDArray[np.float32]":
     import numpy as np
 
     shifted = logits - logits.max(axis=-1, keepdims=True)
-    total = np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)
-    return (shifted - np.log(total)).astype(np.float32)
+    normalizer = np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)
+    return (shifted - np.log(normalizer)).astype(np.float32)
 
 
 def compare(
@@ -93,19 +93,21 @@ def compare(
     losses: list[tuple[float, float, float]] = []  # of this model, the trained one and the base
     for position, logits in enumerate(logit_rows):
         _check_comparable(position, logits, trained)
-        log_probs, expected = log_softmax(logits), np.asarray(trained[position])
-        before = np.asarray(base[position]) if base is not None else None
-        agreements += bool(expected.max() - expected[log_probs.argmax()] <= TIE_NATS)
-        kl_to_trained += compute_kl_nats(expected, log_probs)
-        kl_to_base += compute_kl_nats(before, log_probs) if before is not None else 0.0
-        difference = max(difference, float(np.abs(log_probs - expected).max()))
+        log_probs, trained_row = log_softmax(logits), np.asarray(trained[position])
+        base_row = np.asarray(base[position]) if base is not None else None
+        agreements += bool(trained_row.max() - trained_row[log_probs.argmax()] <= TIE_NATS)
+        kl_to_trained += compute_kl_nats(trained_row, log_probs)
+        kl_to_base += compute_kl_nats(base_row, log_probs) if base_row is not None else 0.0
+        difference = max(difference, float(np.abs(log_probs - trained_row).max()))
         target = targets[position] if targets is not None else None
         if target is not None:
-            losses.append((-float(log_probs[target]), -float(expected[target]), -float(before[target]) if before is not None else 0.0))
+            losses.append(
+                (-float(log_probs[target]), -float(trained_row[target]), -float(base_row[target]) if base_row is not None else 0.0)
+            )
     positions = position + 1
     if positions != len(trained):
         raise ValueError(f"{positions} positions, where the trained model has {len(trained)}")
-    own, of_trained, of_base = (_perplexity([loss[model] for loss in losses]) for model in range(3))
+    perplexity, perplexity_trained, perplexity_base = (_perplexity([loss[model] for loss in losses]) for model in range(3))
     return Comparison(
         positions=positions,
         argmax_agreement=agreements / positions,
@@ -113,9 +115,9 @@ def compare(
         mean_kl_to_base=kl_to_base / positions if base is not None else None,
         max_difference_nats=difference,
         labeled_positions=len(losses),
-        perplexity=own,
-        perplexity_trained=of_trained,
-        perplexity_base=of_base if base is not None else None,
+        perplexity=perplexity,
+        perplexity_trained=perplexity_trained,
+        perplexity_base=perplexity_base if base is not None else None,
     )
 
 
@@ -129,7 +131,7 @@ def compare_with_files(logit_rows: "Iterable[NDArray[np.float32]]", request: Com
 
 
 def compute_kl_nats(reference_log_probs: "NDArray[np.float32]", log_probs: "NDArray[np.float32]") -> float:
-    """KL(reference || other) in nats, from log probabilities; never negative."""
+    """KL(reference || model) in nats, from log probabilities; never negative."""
     import numpy as np
 
     return max(0.0, float((np.exp(reference_log_probs) * (reference_log_probs - log_probs)).sum(dtype=np.float64)))

@@ -6,11 +6,6 @@ Exit code 0 means that the file is written.
 
 import ctypes
 import sys
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 # Names of llama.cpp's constants.
 FILE_TYPES = {
@@ -43,14 +38,14 @@ def main(source: str, target: str, file_type: str, threads: str, imatrix: str = 
     params.nthread = int(threads)
     weights = read_imatrix(imatrix) if imatrix else {}
     if weights:
-        entries = [llama_cpp.llama_model_imatrix_data(name.encode(), _pointer(values), len(values)) for name, values in weights.items()]
+        float_pointer = ctypes.POINTER(ctypes.c_float)
+        entries = [
+            llama_cpp.llama_model_imatrix_data(name.encode(), values.ctypes.data_as(float_pointer), len(values))
+            for name, values in weights.items()
+        ]
         # An empty last entry ends the array.
         params.imatrix = (llama_cpp.llama_model_imatrix_data * (len(entries) + 1))(*entries)
     return llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params))
-
-
-def _pointer(values: "NDArray[np.float32]") -> "ctypes._Pointer[ctypes.c_float]":
-    return values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
 
 
 if __name__ == "__main__":
