@@ -44,9 +44,8 @@ class NoOpControl:
 
 def main() -> None:
     """Train according to the spec."""
-    spec = JobSpec.load(Path(sys.argv[1]).read_bytes()).model_copy(
-        update={"resume_from_attempt": 2}
-    )  # a later attempt: ignores the job's checkpoints
+    # Resume from this attempt itself, so that the job's checkpoints are ignored.
+    spec = JobSpec.load(Path(sys.argv[1]).read_bytes()).model_copy(update={"resume_from_attempt": 2})
     workdir = Path(sys.argv[2])
     assert isinstance(spec.training_config, SftConfig)
     context = JobContext(

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -145,7 +145,8 @@ def _last_line(log: Path) -> str:
 def _stop(process: psutil.Popen) -> None:
     """Terminate the server, then kill what is left of its children."""
     processes = [process, *(process.children(recursive=True) if process.is_running() else [])]
-    process.terminate()
+    with suppress(psutil.NoSuchProcess):  # it ended by itself
+        process.terminate()
     _, alive = psutil.wait_procs(processes, timeout=STOP_TIMEOUT_S)
     for survivor in alive:
         survivor.kill()

@@ -1,1 +1,4 @@
-"""What surrounds the product: the demo, the model and the data it uses, llama.cpp's installation. Nothing here is imported by it."""
+"""Deployment, local emulators, the demo with its model and data, and the installation of llama.cpp.
+
+Nothing here is imported by the service, the jobs or the command line.
+"""

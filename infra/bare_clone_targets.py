@@ -1,10 +1,10 @@
 """Tries every target of the Makefile alone, each in a new clone with nothing installed: `python infra/bare_clone_targets.py [TARGET…]`.
 
-A target that works only because another one ran before it (an environment, a package, a generated file) fails here. The set-up of
-each target runs in full; where the target itself takes long or needs a person, it is asked for something short: to collect its
-tests, to print its help, or to refuse arguments that are missing. pip's cache is shared, so packages are downloaded once.
+A target that works only because another one ran before it (an environment, a package, a generated file) fails here. The setup of
+each target runs in full. A target that takes long or needs a person does something short instead: it collects its tests, prints its
+help, or refuses missing arguments. pip's cache is shared, so packages are downloaded once.
 
-Exits with 1 when a target failed, or when the Makefile has a target that is not listed here.
+Exits with 1 if a target failed, or if the Makefile has a target that is not listed here.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 3600
-OUTPUT_LINES = 30  # of a target that failed
+OUTPUT_LINES = 30  # of a failed target
 
 
 @dataclass(frozen=True)
 class Smoke:
-    """How to try a target, and what it must do."""
+    """How to run a target, and its expected result."""
 
     arguments: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -71,14 +71,14 @@ def main() -> int:
     """Try the targets and print one line for each."""
     parser = argparse.ArgumentParser(description="Try each target of the Makefile in a bare clone of its own.")
     parser.add_argument("targets", nargs="*", metavar="TARGET", help="try only these targets")
-    chosen = parser.parse_args().targets
-    if unknown := sorted(set(chosen) - SMOKES.keys()):
+    targets = parser.parse_args().targets
+    if unknown := sorted(set(targets) - SMOKES.keys()):
         parser.error(f"no target {', '.join(unknown)}; known: {', '.join(SMOKES)}")
     failed = [f"{target}: add it to infra/bare_clone_targets.py" for target in sorted(find_untried_targets(SOURCE))]
-    for target in chosen or SMOKES:
-        began = time.monotonic()
+    for target in targets or SMOKES:
+        started_at = time.monotonic()
         problem = try_target(SOURCE, target, SMOKES[target])
-        print(f"{'failed' if problem else 'ok':6} make {target} ({time.monotonic() - began:.0f} s)", flush=True)
+        print(f"{'failed' if problem else 'ok':6} make {target} ({time.monotonic() - started_at:.0f} s)", flush=True)
         if problem:
             failed.append(f"{target}: {problem}")
     print(*failed, sep="\n\n")
@@ -87,12 +87,12 @@ def main() -> int:
 
 def find_untried_targets(source: Path) -> set[str]:
     """Targets of the Makefile that are neither tried nor aggregates."""
-    targets = set(re.findall(r"^([a-z0-9-]+):", (source / "Makefile").read_text(), re.MULTILINE))
-    return targets - SMOKES.keys() - AGGREGATES
+    declared = set(re.findall(r"^([a-z0-9-]+):", (source / "Makefile").read_text(), re.MULTILINE))
+    return declared - SMOKES.keys() - AGGREGATES
 
 
 def try_target(source: Path, target: str, smoke: Smoke) -> str | None:
-    """Run the target in a new clone of the last commit of `source`; what went wrong, or None."""
+    """Run the target in a new clone of the last commit of `source`; returns the problem, or None."""
     with tempfile.TemporaryDirectory(prefix=f"clone-{target}-") as folder:
         clone = Path(folder, "clone")
         _run(["git", "clone", "--quiet", "--no-hardlinks", str(source), str(clone)], source, os.environ, check=True)
@@ -102,14 +102,14 @@ def try_target(source: Path, target: str, smoke: Smoke) -> str | None:
     if (done.returncode == 0) != smoke.succeeds:
         return f"exit code {done.returncode}\n{tail}"
     if smoke.output_has not in output:
-        return f"the output does not have {smoke.output_has!r}\n{tail}"
+        return f"the output does not contain {smoke.output_has!r}\n{tail}"
     return None
 
 
 def _environment() -> dict[str, str]:
-    """This process's variables, except those by which an outer `make` or Python environment would help the target."""
-    hidden = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "ARGS", "PYTHONPATH", "VIRTUAL_ENV", "PYTEST_ADDOPTS"}
-    return {name: value for name, value in os.environ.items() if name not in hidden}
+    """This process's variables, except those through which an outer `make` or Python environment would affect the target."""
+    removed = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "ARGS", "PYTHONPATH", "VIRTUAL_ENV", "PYTEST_ADDOPTS"}
+    return {name: value for name, value in os.environ.items() if name not in removed}
 
 
 def _run(command: Sequence[str], folder: Path, environment: Mapping[str, str], check: bool = False) -> "subprocess.CompletedProcess[str]":

@@ -1,11 +1,11 @@
-"""The service on emulators of Google Cloud on loopback: Firestore, Cloud Storage, Secret Manager, Cloud Run, identities.
+"""Runs the service on emulators of Google Cloud on this machine: Firestore, Cloud Storage, Secret Manager, Cloud Run, identities.
 
-    python -m infra.cloud_local                    # until Ctrl-C; prints what to export in another terminal
-    python -m infra.cloud_local -- COMMAND …       # runs a command inside, and ends with it
+    python -m infra.cloud_local                    # runs until Ctrl-C; prints the variables to export in another terminal
+    python -m infra.cloud_local -- COMMAND …       # runs a command with these variables, then stops
 
-The service is the real one with the adapters and the client libraries of the deployment; what they talk to is not Google but the
-Firestore emulator, fake-gcs-server, and emulators of our own (`infra/loopback/`). Attempts are child processes of
-the Cloud Run emulator. Base models are stored in the folder's models bucket and stay there.
+The service is the real one, with the deployment's adapters and client libraries. They connect to the Firestore emulator,
+fake-gcs-server and our own emulators (`infra/loopback/`). Attempts are child processes of the Cloud Run emulator. Buckets are in the
+folder, so base models stay there between runs.
 """
 
 import argparse
@@ -34,11 +34,11 @@ TRAINER_PYTHON = SOURCE / ".venvs/llm/bin/python"
 PROJECT, REGION, PROFILE = "tunesmith-local", "loopback", "cpu"
 BUCKETS = {name: f"{PROJECT}-{name}" for name in ("configs", "datasets", "models")}
 USER = "somebody@example.com"
-SERVICE_ACCOUNT = f"tunesmith@{PROJECT}.iam.gserviceaccount.com"  # service and attempts are apart in the cloud, and one here
-RECONCILE_INTERVAL_S = 2.0  # Cloud Scheduler's minute, for people who watch
+SERVICE_ACCOUNT = f"tunesmith@{PROJECT}.iam.gserviceaccount.com"  # in the cloud, the service and attempts have different ones
+RECONCILE_INTERVAL_S = 2.0  # Cloud Scheduler calls once a minute; a person should not wait that long
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
-# What a process on this machine needs, cloud or not.
+# Variables of this machine that every process needs.
 INHERITED_VARIABLES = (
     *("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "OMP_NUM_THREADS"),
     *("HF_HOME", "HF_HUB_OFFLINE", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"),
@@ -47,7 +47,7 @@ INHERITED_VARIABLES = (
 
 @dataclass(frozen=True)
 class CloudLocal:
-    """The stack, at work."""
+    """The running service and its emulators."""
 
     url: str
     firestore_host: str
@@ -58,11 +58,11 @@ class CloudLocal:
     service_log: Path
 
     def identity_token(self) -> str:
-        """What `gcloud auth print-identity-token` would print for somebody who may call the service."""
+        """An identity token of a user who may call the service, like that of `gcloud auth print-identity-token`."""
         return self.identity.identity_token(self.url, USER)
 
     def client_environment(self) -> dict[str, str]:
-        """What a program needs to be a user of this deployment: the service, who they are, and the models bucket."""
+        """The environment of a client: the service's URL, the user's identity token, and the models bucket."""
         return {
             "TUNESMITH_URL": self.url,
             "TUNESMITH_IDENTITY_TOKEN": self.identity_token(),
@@ -72,7 +72,7 @@ class CloudLocal:
         }
 
     def reconcile(self) -> None:
-        """What Cloud Scheduler does every minute."""
+        """Send the request that Cloud Scheduler sends every minute."""
         request = urllib.request.Request(f"{self.url}/internal/reconcile", data=b"", method="POST")
         request.add_header("Authorization", f"Bearer {self.identity_token()}")
         with urllib.request.urlopen(request, timeout=60):
@@ -83,9 +83,9 @@ class CloudLocal:
 def run_cloud_local(
     folder: Path, *, trainer_python: Path = TRAINER_PYTHON, port: int = 0, storage_faults: HttpFaultProxy | None = None
 ) -> Generator[CloudLocal]:
-    """Everything, started and answering; ended in good order. Buckets are below `folder`, records are gone at the end.
+    """Run the service and its emulators for the length of the block. Buckets are in `folder`; records are lost at the end.
 
-    `before_storage` is a running proxy through which every client reaches the buckets, so that tests can inject faults.
+    `storage_faults` is a running proxy between all clients and the buckets, for tests that inject faults.
     """
     folder.mkdir(parents=True, exist_ok=True)
     inherited = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
@@ -119,7 +119,7 @@ def run_cloud_local(
 
 
 def service_settings(url: str, folder: Path, firestore: str, cloud_run: str, secret_manager: str) -> dict[str, str]:
-    """The environment of the deployed service, as infra/terraform sets it, and where Google is."""
+    """The environment of the deployed service, as infra/terraform sets it, plus the addresses of the emulators."""
     return {
         "PROJECT_ID": PROJECT,
         "REGION": REGION,
@@ -162,28 +162,28 @@ def _run_service(port: int, environment: Mapping[str, str], log: Path) -> Genera
 
 
 def _wait_until_ready(local: CloudLocal) -> None:
-    until = time.monotonic() + START_TIMEOUT_S
+    deadline = time.monotonic() + START_TIMEOUT_S
     while not _is_ready(local):
-        if time.monotonic() > until:
-            raise SystemExit(f"the service did not start; it said:\n{local.service_log.read_text()[-3000:]}")
+        if time.monotonic() > deadline:
+            raise SystemExit(f"the service did not start; its log ends with:\n{local.service_log.read_text()[-3000:]}")
         time.sleep(0.1)
 
 
 def _is_ready(local: CloudLocal) -> bool:
     request = urllib.request.Request(f"{local.url}/health", headers={"Authorization": f"Bearer {local.identity_token()}"})
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            return answer.status == 200
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return response.status == 200
     except (urllib.error.URLError, ConnectionError, TimeoutError):
         return False
 
 
 @contextmanager
 def _run_scheduler(local: CloudLocal) -> Generator[None]:
-    ending = threading.Event()
+    stopping = threading.Event()
 
     def call_periodically() -> None:
-        while not ending.wait(RECONCILE_INTERVAL_S):
+        while not stopping.wait(RECONCILE_INTERVAL_S):
             try:
                 local.reconcile()
             except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
@@ -194,40 +194,40 @@ def _run_scheduler(local: CloudLocal) -> Generator[None]:
     try:
         yield
     finally:
-        ending.set()
+        stopping.set()
         thread.join()
 
 
 def main() -> int:
-    """Run the stack, or a command inside it; returns the command's exit code."""
-    parser = argparse.ArgumentParser(prog="python -m infra.cloud_local", description="The whole Google stack on loopback.")
+    """Run until Ctrl-C, or run a command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m infra.cloud_local", description="Runs the service on emulators of Google Cloud.")
     home = Path("~/.tunesmith/cloud-local").expanduser()
-    parser.add_argument("--folder", type=Path, default=home, help="for buckets, logs and executions")
-    parser.add_argument("--port", type=int, default=0, help="of the service; 0 takes a free one")
-    parser.add_argument("command", nargs="*", help="a command to run inside, behind --")
-    arguments = parser.parse_args()
+    parser.add_argument("--folder", type=Path, default=home, help="folder for buckets, logs and executions")
+    parser.add_argument("--port", type=int, default=0, help="port of the service; 0 takes a free one")
+    parser.add_argument("command", nargs="*", help="a command to run, after --")
+    args = parser.parse_args()
     signal.signal(signal.SIGTERM, _raise_keyboard_interrupt)
-    with run_cloud_local(arguments.folder, port=arguments.port) as local:
-        if arguments.command:
-            return subprocess.run(arguments.command, env=os.environ | local.client_environment(), check=False).returncode
+    with run_cloud_local(args.folder, port=args.port) as local:
+        if args.command:
+            return subprocess.run(args.command, env=os.environ | local.client_environment(), check=False).returncode
         _print_instructions(local)
         try:
             signal.pause()
         except KeyboardInterrupt:
-            print("ending")
+            print("stopping")
     return 0
 
 
 def _print_instructions(local: CloudLocal) -> None:
-    print("# The service is up, on Google's client libraries. In another terminal:\n")
+    print("# The service is running. In another terminal:\n")
     for name, value in local.client_environment().items():
         print(f"export {name}={value}")
     print(f'\ncurl -H "Authorization: Bearer $TUNESMITH_IDENTITY_TOKEN" {local.url}/health')
     print(".venvs/dev/bin/tunesmith jobs")
     print(".venvs/dev/bin/python infra/demo.py\n")
     print(f"# The service's log: {local.service_log}")
-    print(f"# What attempts print: {local.service_log.parent / 'executions'}")
-    print("# Ctrl-C ends it all. The token is good for an hour.", flush=True)
+    print(f"# The output of attempts: {local.service_log.parent / 'executions'}")
+    print("# Ctrl-C stops everything. The token is valid for an hour.", flush=True)
 
 
 def _raise_keyboard_interrupt(*_: object) -> None:

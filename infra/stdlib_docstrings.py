@@ -1,9 +1,9 @@
-"""A real data set that every machine has: what the functions of Python's standard library do, from their docstrings.
+"""Makes a real dataset that needs no download: what the functions of Python's standard library do, from their docstrings.
 
     python infra/stdlib_docstrings.py rows.jsonl [--rows 650]
 
-Each row is a question in one form, and the docstring's first paragraph as the answer. Functions and methods only, and only
-answers that begin with a verb, for "What does X do?" asks for one. The same Python gives the same rows.
+Each row asks "What does X do?" and answers with the first paragraph of the docstring. Only functions and methods are used, and only
+answers that begin with a verb. The same Python version gives the same rows.
 """
 
 import argparse
@@ -26,16 +26,19 @@ pickletools platform plistlib pprint queue random re reprlib sched secrets selec
 socketserver sqlite3 ssl stat statistics string struct subprocess symtable tarfile tempfile textwrap threading time timeit
 tokenize traceback types typing unicodedata unittest unittest.mock urllib.error urllib.parse urllib.request uuid venv warnings wave
 weakref webbrowser xml.dom.minidom xml.etree.ElementTree xml.sax zipapp zipfile zlib zoneinfo
-""".split()  # noqa: SIM905  # a list of a hundred names in quotes is not easier to read
-MODULE_ALIASES = {"os": ("os", "posix", "nt"), "os.path": ("posixpath", "ntpath", "genericpath")}  # where they differ from the name
-MIN_ANSWER_CHARS, MAX_ANSWER_CHARS = 40, 160  # characters of an answer: enough to say something, short enough for a laptop
+""".split()  # noqa: SIM905  # a hundred quoted names would be harder to read
+MODULE_ALIASES = {
+    "os": ("os", "posix", "nt"),
+    "os.path": ("posixpath", "ntpath", "genericpath"),
+}  # modules in which their functions are defined
+MIN_ANSWER_CHARS, MAX_ANSWER_CHARS = 40, 160  # long enough to be useful, short enough for training on a laptop
 UNWANTED_PATTERN = re.compile(
     r"deprecat|obsolete|internal|undocumented|like |same as|alias|equivalent|similar to|delegate|override|subclass|callback|hook|backward"
     r"|for details|see |this (method|function|class)|the (method|function|class) |\bself\b|[<>=]{2,}|:(param|return)|[^ -~]",
     re.IGNORECASE,
 )
 SIGNATURE_PATTERN = re.compile(r"^[\w.]+\([^)]*\)\s*(->\s*[\w\[\], .]+)?\s*(--|:)?\s*")
-# What an answer may begin with; a list, because no rule tells "Process one file." from "Process time for profiling."
+# Verbs that an answer may begin with. A list, because no rule distinguishes "Process one file." from "Process time for profiling."
 ALLOWED_FIRST_WORDS = """
 Accept Acquire Add Announce Append Apply Arrange Assert Attach Attempt Begin Block Calculate Call Change Check Choose Clean Clear Close
 Collapse Collect Combine Commit Compare Compile Compress Compute Concatenate Conditionally Connect Construct Convert Copy Create Decode
@@ -47,31 +50,31 @@ Reconfigure Recursively Register Release Remove Rename Reorder Replace Represent
 Rotate Round Run Scan Schedule Search Send Separate Serialize Set Show Shuffle Shutdown Skip Split Start Stop Store Strip Submit Summarize
 Swap Tell Terminate Test Tokenize Transform Translate Truncate Try Turn Unpack Unregister Unset Update Upgrade Verify Wait Wake Walk Wrap
 Write Yield
-""".split()  # noqa: SIM905  # the same
+""".split()  # noqa: SIM905  # as above
 
 
 def main() -> None:
-    """Write the rows and say how many."""
+    """Write the rows and print how many there are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--rows", type=int, default=650)
-    arguments = parser.parse_args()
+    args = parser.parse_args()
     pairs = sorted(generate_question_answer_pairs())
     random.Random(42).shuffle(pairs)
-    rows = pairs[: arguments.rows]
-    with arguments.out.open("w", encoding="utf-8") as out:
+    rows = pairs[: args.rows]
+    with args.out.open("w", encoding="utf-8") as out:
         for question, answer in rows:
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             out.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
-    print(f"{len(rows)} questions and answers, of {len(pairs)} found, in {arguments.out}")
+    print(f"{len(rows)} of {len(pairs)} questions and answers are in {args.out}")
 
 
 def generate_question_answer_pairs() -> Iterator[tuple[str, str]]:
-    """One pair for every public function and method that explains itself; no answer twice."""
+    """One pair for every public function and method with a usable docstring; no answer twice."""
     seen: set[str] = set()
     for name in MODULES:
-        for path, thing in _members(name):
-            answer = _first_paragraph(inspect.getdoc(thing) or "")
+        for path, function in _functions(name):
+            answer = _first_paragraph(inspect.getdoc(function) or "")
             if answer not in seen and _is_usable_answer(answer):
                 seen.add(answer)
                 yield f"What does {path} do?", answer
@@ -86,7 +89,7 @@ def _is_usable_answer(answer: str) -> bool:
 
 
 def _import_or_empty(name: str) -> ModuleType:
-    """The module; an empty one where this Python was built or packaged without it, as happens to lzma, sqlite3 and venv."""
+    """The module, or an empty one if this Python was built or packaged without it, as may happen to lzma, sqlite3 and venv."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -95,30 +98,30 @@ def _import_or_empty(name: str) -> ModuleType:
             return ModuleType(name)
 
 
-def _members(module_name: str) -> Iterator[tuple[str, object]]:
-    """The functions, and the methods of the classes, that are at home in the module and not just imported there."""
+def _functions(module_name: str) -> Iterator[tuple[str, object]]:
+    """The functions, and the methods of the classes, that are defined in the module and not just imported there."""
     module = _import_or_empty(module_name)
     for name in sorted(getattr(module, "__all__", None) or dir(module)):
-        thing = getattr(module, name, None)
-        if name.startswith("_") or getattr(thing, "__name__", None) != name or not _is_defined_in(thing, module_name):
+        member = getattr(module, name, None)
+        if name.startswith("_") or getattr(member, "__name__", None) != name or not _is_defined_in(member, module_name):
             continue
-        if inspect.isroutine(thing):
-            yield f"{module_name}.{name}", thing
-        elif inspect.isclass(thing) and not issubclass(thing, BaseException):
-            for method in sorted(vars(thing)):
-                if not method.startswith("_") and inspect.isroutine(getattr(thing, method, None)):
-                    yield f"{module_name}.{name}.{method}", getattr(thing, method)
+        if inspect.isroutine(member):
+            yield f"{module_name}.{name}", member
+        elif inspect.isclass(member) and not issubclass(member, BaseException):
+            for method in sorted(vars(member)):
+                if not method.startswith("_") and inspect.isroutine(getattr(member, method, None)):
+                    yield f"{module_name}.{name}.{method}", getattr(member, method)
 
 
-def _is_defined_in(thing: object, module_name: str) -> bool:
-    """Whether a thing was made by that package, or by the C twin of it whose name begins with an underscore."""
+def _is_defined_in(member: object, module_name: str) -> bool:
+    """Whether a member is defined in the package, or in its C implementation, whose name begins with an underscore."""
     package = module_name.partition(".")[0]
-    home = str(getattr(thing, "__module__", None) or package).partition(".")[0].lstrip("_")
-    return home in MODULE_ALIASES.get(module_name, (package,))
+    defined_in = str(getattr(member, "__module__", None) or package).partition(".")[0].lstrip("_")
+    return defined_in in MODULE_ALIASES.get(module_name, (package,))
 
 
 def _first_paragraph(docstring: str) -> str:
-    """The first paragraph in one line, without the signature that C functions begin with, and without marks of emphasis."""
+    """The first paragraph on one line, without the signature at the start of C functions' docstrings, and without emphasis marks."""
     paragraphs = [" ".join(part.split()) for part in docstring.split("\n\n")]
     first = SIGNATURE_PATTERN.sub("", paragraphs[0]) if paragraphs else ""
     if not first and len(paragraphs) > 1:

@@ -44,7 +44,7 @@ def test_target_that_needs_earlier_build_fails(repository: Path) -> None:
 def test_missing_output_fails(repository: Path) -> None:
     problem = try_target(repository, "alone", Smoke(output_has="usage"))
     assert problem is not None
-    assert problem.startswith("the output does not have 'usage'")
+    assert problem.startswith("the output does not contain 'usage'")
 
 
 def test_expected_refusal_passes_and_unexpected_success_fails(repository: Path) -> None:
