@@ -115,7 +115,7 @@ class Repo:
 
     def commit_at(self, revision: str) -> Commit:
         """The commit of `main` or of a hash. Raises HubError."""
-        commit = self.head if revision == "main" else next((each for each in self.commits if each.oid == revision), None)
+        commit = self.head if revision == "main" else next((commit for commit in self.commits if commit.oid == revision), None)
         if commit is None:
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return commit
@@ -131,9 +131,9 @@ class Repo:
 class HubError(Exception):
     """The Hub refuses a request: HTTP status, message, and the error code that clients read."""
 
-    def __init__(self, status: int, message: str, code: str = "", **more: object) -> None:
+    def __init__(self, status: int, message: str, code: str = "", **details: object) -> None:
         super().__init__(message)
-        self.status, self.message, self.code, self.more = status, message, code, more
+        self.status, self.message, self.code, self.details = status, message, code, details
 
 
 def is_large(path: str, size: int) -> bool:

@@ -129,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _error_response(error: HubError) -> HubResponse:
     """An error as the Hub sends it: in the body for people, in two headers for clients."""
-    more = dict(error.more)
+    details = dict(error.details)
     headers = {"X-Error-Message": error.message, **({"X-Error-Code": error.code} if error.code else {})}
-    headers |= more.pop("headers", {})  # type: ignore[arg-type]  # hub.py passes a dict
-    return HubResponse({"error": error.message, **more}, status=error.status, headers=headers)
+    headers |= details.pop("headers", {})  # type: ignore[arg-type]  # hub_routes.py passes a dict
+    return HubResponse({"error": error.message, **details}, status=error.status, headers=headers)

@@ -123,7 +123,7 @@ def test_commit_requires_uploaded_files_and_current_parent(hub: LoopbackHub, hub
     assert get_status_code(error) == 412
     lost = CommitOperationAdd("w.gguf", WEIGHTS)
     api(hub_proxy).preupload_lfs_files("ada/tuned", [lost], free_memory=False)
-    hub._lfs_objects.clear()
+    hub.lfs_objects.clear()
     with pytest.raises(BadRequestError, match="does not exist"):
         api(hub_proxy).create_commit("ada/tuned", [lost], commit_message="three")
     with pytest.raises(EntryNotFoundError):
