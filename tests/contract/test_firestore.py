@@ -247,7 +247,7 @@ def test_concurrent_update_and_batch_are_both_stored(store: FirestoreJobStore, c
     assert heartbeat.next_seq == 2
 
 
-# --- number and size of writes ----------------------------------------------------------------------------------
+# --- number and size of writes ---------------------------------------------------------------------------------------
 
 
 def test_batch_is_one_commit_of_two_documents(store: FirestoreJobStore, commits: RpcInterceptor) -> None:
@@ -297,7 +297,7 @@ def test_interrupted_deletion_resumes_on_retry(store: FirestoreJobStore, commits
     assert store.find_job("job-1") is None
 
 
-# --- error messages -------------------------------------------------------------------------------------------------
+# --- error messages --------------------------------------------------------------------------------------------------
 
 
 NO_INDEX = google.FailedPrecondition("The query requires an index. You can create it here: …")

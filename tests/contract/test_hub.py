@@ -12,10 +12,11 @@ from infra.loopback.hub import LoopbackHub, Token
 from service.adapters.hub import COOLDOWN_S, HuggingFaceHub
 from service.core.errors import InvalidRequest, Unavailable
 from service.core.ports import Hub, HubAccount
-from service.core.validation.hub import NoHub, check_hub, push_access_error
+from service.core.validation.hub import NoHub, check_hub, check_push_access
 from storage.deadline import deadline
 from storage.registry import open_store
-from tests.factories import FakeClock, make_config
+from tests.factories import make_config
+from tests.fakes import FakeClock
 
 TOKENS = {
     "hf_ada": Token("ada", orgs={"lab": "write", "press": "read"}),
@@ -92,7 +93,7 @@ def test_token_account(hub: HuggingFaceHub) -> None:
 def test_predicted_push_access_matches_hub(hub: HuggingFaceHub, loopback: LoopbackHub, token: str, repo_id: str) -> None:
     access = hub.check_write_access(repo_id, token)
     try:
-        push_access_error(repo_id, access, hub.get_account(token))
+        check_push_access(repo_id, access, hub.get_account(token))
         predicted = True
     except InvalidRequest:
         predicted = False
@@ -134,7 +135,7 @@ def test_request_check_makes_three_hub_calls(hub: HuggingFaceHub, loopback: Loop
     ]
 
 
-# --- no answer ---------------------------------------------------------------------------------------------------------
+# --- no answer -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -353,7 +353,7 @@ def test_dataset_create_page_and_delete(store: JobStore) -> None:
     assert not store.delete_dataset("dataset_1")
 
 
-# --- records of other versions -----------------------------------------------------------------------------------------
+# --- records of other versions ---------------------------------------------------------------------------------------
 
 
 def replace_stored_text(store: JobStore, table: str, record_id: str, text: str) -> None:

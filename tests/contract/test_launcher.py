@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from service.adapters.launchers.cloud_run.launcher import CloudRunLauncher
 from service.adapters.launchers.local import LocalLauncher
 from service.core.errors import LaunchFailed, Unsupported
 from service.core.ports import Launcher, LaunchRequest, LogLocator, LogReader
+from tests.waiting import wait_until
 
 # Writes its environment and a marker, then does what BEHAVIOR says: sleep, ignore signals, or end.
 ATTEMPT_SCRIPT = """
@@ -142,13 +142,6 @@ def make_launch_request(name: str = "job-1.1", **environment: str) -> LaunchRequ
     return LaunchRequest(name=name, job_id=name.partition(".")[0], attempt=1, environment={"JOB_TOKEN": "tk-secret", **environment})
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not hold in time"
-        time.sleep(0.01)
-
-
 def test_launched_attempt_runs_until_cancelled(harness: LauncherHarness) -> None:
     launcher = harness.make_launcher()
     handle = launcher.launch(make_launch_request(BEHAVIOR="sleep"))
@@ -257,7 +250,7 @@ def test_close_does_not_cancel_attempts(harness: LauncherHarness) -> None:
     assert not harness.is_attempt_ready("job-1.1.SIGINT")()
 
 
-# --- the local launcher -------------------------------------------------------------------------------------------------
+# --- the local launcher ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -138,7 +138,7 @@ def test_service_links_expire_and_resist_tampering() -> None:
         signer.read_file_token(token)
 
 
-# --- Cloud Storage: the emulator does not verify signatures, so these tests do, as Google documents it ----------------------
+# --- Cloud Storage: the emulator does not verify signatures, so these tests do, as Google documents it ---------------
 
 
 def google_string_to_sign(link: str) -> tuple[bytes, bytes]:
@@ -262,7 +262,7 @@ print(links.sign_url("a/c", "c", 60))
     assert not any("allowedLocations" in request.path for request in identity.requests)
 
 
-# --- S3 -------------------------------------------------------------------------------------------------------------
+# --- S3 --------------------------------------------------------------------------------------------------------------
 
 
 def test_s3_link_is_signed_with_service_secret(new_store: StoreFactory) -> None:
@@ -287,7 +287,7 @@ def is_s3_signature_valid(link: str, secret: str) -> bool:
     return hmac.digest(key, content.encode(), "sha256").hex() == signature
 
 
-# --- the identity emulator ----------------------------------------------------------------------------------------------
+# --- the identity emulator -------------------------------------------------------------------------------------------
 
 
 def test_identity_token_is_signed_for_one_audience(identity: GoogleIdentity) -> None:

@@ -72,7 +72,7 @@ def find_part_files(folder: Path) -> list[Path]:
     return list(folder.rglob("*.part"))
 
 
-# --- transient faults ------------------------------------------------------------------------------------------------------
+# --- transient faults ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", TRANSIENT_FAULTS)
@@ -136,7 +136,7 @@ def test_deletion_survives_transient_fault(fault_proxy: HttpFaultProxy, store: O
     assert list(store.iter_objects("")) == []
 
 
-# --- concurrent writers ----------------------------------------------------------------------------------------------------
+# --- concurrent writers ----------------------------------------------------------------------------------------------
 
 
 def test_if_absent_write_with_lost_response_succeeds(fault_proxy: HttpFaultProxy, store: ObjectStore) -> None:
@@ -154,7 +154,7 @@ def test_retried_if_absent_write_reports_existing_object(fault_proxy: HttpFaultP
         store.write("a", SMALL, if_absent=True)  # the same bytes, but another write
 
 
-# --- damaged bytes --------------------------------------------------------------------------------------------------
+# --- damaged bytes ---------------------------------------------------------------------------------------------------
 
 
 def test_corrupt_download_keeps_existing_file(fault_proxy: HttpFaultProxy, store: ObjectStore, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_s3_requests_declare_body_checksum(s3_fault_proxy: HttpFaultProxy, monke
     close_store(store)
 
 
-# --- permanent faults -----------------------------------------------------------------------------------------------
+# --- permanent faults ------------------------------------------------------------------------------------------------
 
 OPERATIONS: dict[str, Callable[[ObjectStore, Path], object]] = {
     "write": lambda store, path: store.write("new", SMALL),

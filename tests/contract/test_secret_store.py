@@ -121,7 +121,7 @@ def test_large_secrets_fit(store: SecretStore) -> None:
     assert store.read("job-1") == {"key": "k" * 60_000}
 
 
-# --- local -------------------------------------------------------------------------------------------------
+# --- local -----------------------------------------------------------------------------------------------------------
 
 
 def test_local_secrets_are_encrypted_and_private(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_local_secrets_need_the_same_key_after_restart(tmp_path: Path) -> None:
         LocalSecretStore(tmp_path).read("job-1")
 
 
-# --- Secret Manager -----------------------------------------------------------------------------------------------
+# --- Secret Manager --------------------------------------------------------------------------------------------------
 
 
 def test_secret_has_ttl(cloud: SecretManagerStore, emulator: SecretManager) -> None:

@@ -1,0 +1,47 @@
+"""The Cloud Run emulator with one job, and launchers that use it through Google's client library."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.loopback.cloud_run.server import CloudRun
+from service.adapters.launchers.cloud_run.launcher import CloudRunLauncher
+from service.core.ports import LaunchRequest
+
+JOB = "projects/demo/locations/here/jobs/tunesmith-cpu"
+# Prints its environment, then behaves as BEHAVIOR and EXIT say.
+ATTEMPT_SCRIPT = """
+import json, os, sys, time
+print(json.dumps(dict(os.environ)), *sys.argv[1:], flush=True)
+behavior = os.environ.get("BEHAVIOR", "end")
+if behavior == "sleep": time.sleep(60)
+sys.exit(int(os.environ.get("EXIT", "0")))
+"""
+
+
+@pytest.fixture
+def cloud_run(tmp_path: Path) -> Iterator[CloudRun]:
+    with CloudRun(tmp_path, {"llm": [sys.executable, "-c", ATTEMPT_SCRIPT]}, environment={"INHERITED": "yes"}, grace_s=0.2) as cloud_run:
+        cloud_run.create_job(JOB, "llm")
+        yield cloud_run
+
+
+@pytest.fixture
+def launcher(cloud_run: CloudRun) -> Iterator[CloudRunLauncher]:
+    launcher = make_launcher(cloud_run.host)
+    yield launcher
+    launcher.close()
+
+
+def make_launcher(emulator_host: str | None, **changes: Any) -> CloudRunLauncher:
+    options = {"time_limit_s": 600, "profiles": ("cpu",), "max_concurrent_jobs": 2, "service_audience": None}
+    where = {"project_id": "demo", "region": "here", "service_url": "https://tunesmith.example"}
+    return CloudRunLauncher(**where, **options | changes, emulator_host=emulator_host)
+
+
+def make_launch_request(name: str = "job-1.1", hardware: str | None = None, **environment: str) -> LaunchRequest:
+    defaults = {"JOB_ID": "job-1", "JOB_ATTEMPT": "1", "JOB_TOKEN": "a token of this attempt", "JOB_SPEC_STORE_URL": "gs://demo-configs"}
+    return LaunchRequest(name=name, job_id="job-1", attempt=1, environment=defaults | environment, profile=hardware)
