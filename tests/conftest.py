@@ -1,4 +1,4 @@
-"""The order of test files: those that take longest first, so that no worker of `pytest -n` starts one of them when the others are done."""
+"""Runs the longest test files first, so that no worker of `pytest -n` starts one of them when the others are done."""
 
 import pytest
 

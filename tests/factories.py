@@ -1,6 +1,6 @@
-"""Values with every default, so that a test shows only what matters to it."""
+"""Values with every field set, so that a test names only the fields that matter to it."""
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 from schema.dataset import Dataset, Split
@@ -12,27 +12,13 @@ from service.core.ports import RuntimeCapabilities
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-class FakeClock:
-    """A clock that advances only when a test advances it."""
-
-    def __init__(self, now: datetime = START) -> None:
-        self.now = now
-
-    def __call__(self) -> datetime:
-        return self.now
-
-    def advance(self, seconds: float) -> datetime:
-        self.now += timedelta(seconds=seconds)
-        return self.now
-
-
 def make_config(**changes: Any) -> SftConfig:
     return SftConfig.model_validate({"base_model_id": "google/gemma-3-270m"} | changes)
 
 
 def make_grpo_config(*graders: dict[str, Any], **changes: Any) -> TrainingConfig:
-    checks = graders or ({"type": "numeric_accuracy", "name": "right"},)
-    config = {"base_model_id": "google/gemma-3-270m", "trainer_type": "grpo", "reward_config": list(checks)}
+    reward_config = list(graders) or [{"type": "numeric_accuracy", "name": "right"}]
+    config = {"base_model_id": "google/gemma-3-270m", "trainer_type": "grpo", "reward_config": reward_config}
     return TRAINING_CONFIG.validate_python(config | changes)
 
 
@@ -79,7 +65,7 @@ def make_train_request(**changes: Any) -> TrainRequest:
 
 
 def make_capabilities(**changes: Any) -> RuntimeCapabilities:
-    facts: dict[str, Any] = {
+    capabilities: dict[str, Any] = {
         "device": "cpu",
         "device_name": "a processor",
         "methods": ("LoRA", "Full"),
@@ -89,4 +75,4 @@ def make_capabilities(**changes: Any) -> RuntimeCapabilities:
         "flash_attention_2": False,
         "gguf": True,
     }
-    return RuntimeCapabilities(**facts | changes)
+    return RuntimeCapabilities(**capabilities | changes)

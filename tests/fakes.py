@@ -1,12 +1,28 @@
-"""In-memory fakes of the service's ports, whose answers a test sets."""
+"""In-memory fakes of the service's clock and ports, whose answers a test sets."""
+
+from datetime import datetime, timedelta
 
 from service.core.errors import Unavailable
 from service.core.ports import ExecutionState, ExitReason, HubAccess, HubAccount, LaunchRequest, RuntimeCapabilities
-from tests.factories import make_capabilities
+from tests.factories import START, make_capabilities
+
+
+class FakeClock:
+    """A clock that advances only when a test advances it."""
+
+    def __init__(self, now: datetime = START) -> None:
+        self.now = now
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def advance(self, seconds: float) -> datetime:
+        self.now += timedelta(seconds=seconds)
+        return self.now
 
 
 class FakeLauncher:
-    """Launches into a dictionary. A test can make it refuse, and lose the response of a launch."""
+    """Records launches in a dictionary. A test can make it reject a launch, or lose the response to one."""
 
     name = "fake"
     polling_is_free = True
@@ -55,7 +71,7 @@ class FakeLauncher:
 
 
 class FakeHub:
-    """Returns what a test sets; has repositories with commits."""
+    """Returns the access and account that a test sets, records requests and holds repositories with commits."""
 
     def __init__(self) -> None:
         self.read_result: HubAccess = "unknown"

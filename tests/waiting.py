@@ -1,4 +1,4 @@
-"""Waiting for something that another thread or process does: the one poller of tests, infra and benchmarks."""
+"""Polling for the result of another thread or process. Tests, infra and benchmarks use it."""
 
 import time
 from collections.abc import Callable
@@ -10,9 +10,9 @@ T = TypeVar("T")
 def wait_until(
     condition: Callable[[], T], timeout_s: float = 60.0, *, interval_s: float = 0.01, description: str | Callable[[], str] = "the condition"
 ) -> T:
-    """Call `condition` until it returns something true, and return that. It is called at least once.
+    """Call `condition` until it returns a true value, and return that value. It is called at least once.
 
-    `description` says what is awaited; a callable is evaluated only on failure, for example to show a log.
+    `description` names the condition in the error; a callable is evaluated only on timeout, for example to show a log.
     Raises TimeoutError after `timeout_s` seconds; errors of `condition` pass through.
     """
     deadline_at = time.monotonic() + timeout_s

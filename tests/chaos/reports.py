@@ -1,4 +1,4 @@
-"""Claims, reports, results and control requests in any order, repeated and too late, compared with a model independent of the service.
+"""Claims, reports, results and control requests in any order, repeated and late, compared with a model independent of the service.
 
 Hypothesis generates the sequences. After every step the record, the attempts and the stored events must equal the model; where the model
 says that a step is rejected, the service must reject it. `completed` is final; only a retry leaves `failed` and `cancelled`.
@@ -30,15 +30,16 @@ from service.core.ports import Buckets, ExecutionState, JobStore, LaunchRequest,
 from service.core.tokens import TokenSigner
 from storage.registry import open_store
 from tests.chaos.campaign import Row, Size
-from tests.chaos.core_world import in_memory_folder, without_warnings
-from tests.factories import START, FakeClock, make_capabilities, make_dataset, make_train_request
+from tests.chaos.simulation import in_memory_folder, without_warnings
+from tests.factories import START, make_capabilities, make_dataset, make_train_request
+from tests.fakes import FakeClock
 
 SEQUENCES: dict[Size, tuple[int, int]] = {"full": (10_000, 300), "short": (150, 15)}  # on SQLite, on Firestore
-STEPS_PER_SEQUENCE = 15  # in a sequence
-MAX_MESSAGE_CHARS = 1500  # the end says most
+STEPS_PER_SEQUENCE = 15
+MAX_MESSAGE_CHARS = 1500  # the last steps explain most
 INVARIANTS = ("state.the_", "state.every_", "state.teardown")
 TENANT = "local"
-# Repeated from the service's documentation: how often a job is tried in vain.
+# Limits from the service's documentation, not imported from it, so that the model stays independent.
 MAX_ATTEMPTS_WITHOUT_PROGRESS, MAX_LOST_ATTEMPTS = 5, 3
 UNFINISHED = ("queued", "preparing", "training", "pausing", "paused", "cancelling")
 ACTIVE = ("preparing", "training", "pausing", "cancelling")
@@ -55,9 +56,9 @@ class FakeLauncher:
         self.ended_handles: set[str] = set()
         self.launched: dict[str, list[int]] = {}  # job → its attempts, in the order in which they were launched
 
-    def launch(self, order: LaunchRequest) -> str:
-        self.launched.setdefault(order.job_id, []).append(order.attempt)
-        return order.name
+    def launch(self, launch_request: LaunchRequest) -> str:
+        self.launched.setdefault(launch_request.job_id, []).append(launch_request.attempt)
+        return launch_request.name
 
     def find_handle(self, name: str) -> str | None:
         job_id, _, number = name.rpartition(".")
@@ -83,7 +84,7 @@ class FakeLauncher:
 class ModelAttempt:
     """An attempt in the model."""
 
-    previous_best_step: int  # the latest checkpoint when it started
+    previous_best_step: int  # the latest checkpoint when the attempt started
     owner: str | None = None
     next_seq: int = 0
     saved_step: int | None = None
@@ -145,17 +146,17 @@ class JobStateMachine(RuleBasedStateMachine):
         self.job_id = service.submission.submit(make_train_request(), TENANT).job_id
         self.last_call: Callable[[], None] = lambda: None
 
-    @initialize(far=st.sampled_from(["queued", "preparing", "training", "training", "training"]))
-    def start(self, far: str) -> None:
-        """Most sequences start in the middle of a training: most can happen there."""
-        if far != "queued":
+    @initialize(status=st.sampled_from(["queued", "preparing", "training", "training", "training"]))
+    def start(self, status: str) -> None:
+        """Start most sequences during a training, where most calls are allowed."""
+        if status != "queued":
             self.reconcile()
-        if far == "training":
+        if status == "training":
             self.claim(1, "a")
             self._report(1, 0, ["training", "save"], 3)
 
     def teardown(self) -> None:
-        """Leave no open job for the next sequence."""
+        """End the job, so that the next sequence starts without one."""
         with suppress(Conflict):
             self.service.control.cancel(self.job_id, TENANT)
         if self.job().status not in ("completed", "failed", "cancelled"):
@@ -192,17 +193,19 @@ class JobStateMachine(RuleBasedStateMachine):
 
     # --- attempts
 
-    @rule(number=st.integers(0, 4), who=st.sampled_from("ab"))
-    def claim(self, number: int, who: str) -> None:
-        allowed = self.model.is_active(number) and self.model.attempts[-1].owner in (None, who)
-        self._expect(lambda: self.service.attempts.claim(self.job_id, number, who), allowed)
+    @rule(number=st.integers(0, 4), claimant=st.sampled_from("ab"))
+    def claim(self, number: int, claimant: str) -> None:
+        allowed = self.model.is_active(number) and self.model.attempts[-1].owner in (None, claimant)
+        self._expect(lambda: self.service.attempts.claim(self.job_id, number, claimant), allowed)
         if allowed:
-            self.model.attempts[-1].owner = who
+            self.model.attempts[-1].owner = claimant
 
-    @rule(back=st.integers(0, 3), events=st.lists(st.sampled_from(["training", "save", "decide"]), max_size=3), step=st.integers(1, 30))
-    def report(self, back: int, events: list[str], step: int) -> None:
+    @rule(
+        shift_back=st.integers(0, 3), events=st.lists(st.sampled_from(["training", "save", "decide"]), max_size=3), step=st.integers(1, 30)
+    )
+    def report(self, shift_back: int, events: list[str], step: int) -> None:
         """The running attempt reports, or the last one that ran."""
-        self._report(len(self.model.attempts), -back, events, step)
+        self._report(len(self.model.attempts), -shift_back, events, step)
 
     @rule(number=st.integers(0, 4), shift=st.integers(-3, 3), events=st.lists(st.sampled_from(["training", "save"]), max_size=2))
     def report_any_attempt(self, number: int, shift: int, events: list[str]) -> None:
@@ -212,7 +215,7 @@ class JobStateMachine(RuleBasedStateMachine):
     def _report(self, number: int, shift: int, event_names: list[str], step: int) -> None:
         is_known = 1 <= number <= len(self.model.attempts)
         first = max(0, (self.model.attempts[number - 1].next_seq if is_known else 0) + shift)
-        events: list[Event] = [make_event(what, step) for what in event_names]
+        events: list[Event] = [make_event(name, step) for name in event_names]
         batch = EventBatch(first_seq=first, events=[ReportedEvent(at=START, event=event) for event in events])
 
         def act() -> None:
@@ -332,9 +335,9 @@ class JobStateMachine(RuleBasedStateMachine):
         try:
             action()
         except (Conflict, Fenced):
-            assert not is_allowed, "what had to be accepted was refused"
+            assert not is_allowed, "the service rejected an allowed call"
             return
-        assert is_allowed, "what had to be refused was accepted"
+        assert is_allowed, "the service accepted a call that it had to reject"
 
 
 def make_event(name: str, step: int) -> Event:
@@ -353,8 +356,11 @@ def run(size: Size) -> Row:
     on_sqlite, on_firestore = SEQUENCES[size]
     differences: dict[str, str] = {}
     with without_warnings(), in_memory_folder("chaos-reports-") as folder:
-        for name, sequences, opened in (("SQLite", on_sqlite, open_sqlite_store), ("Firestore", on_firestore, open_firestore_store)):
-            with opened(folder) as store:
+        for name, sequences, open_job_store in (
+            ("SQLite", on_sqlite, open_sqlite_store),
+            ("Firestore", on_firestore, open_firestore_store),
+        ):
+            with open_job_store(folder) as store:
                 differences[name] = _run_sequences(store, folder / name, sequences)
     return Row(
         fault="duplicate, late and reordered reports",
@@ -366,20 +372,20 @@ def run(size: Size) -> Row:
 
 
 def _run_sequences(store: JobStore, folder: Path, sequences: int) -> str:
-    """The first difference that was found; empty when there is none."""
+    """Describe the first difference; empty when there is none."""
     store.create_dataset(make_dataset())
-    clock, machines, tails = FakeClock(), FakeLauncher(), count(1)
+    clock, launcher, suffixes = FakeClock(), FakeLauncher(), count(1)
     objects = open_store((folder / "objects").as_uri())
     tokens = TokenSigner(b"k" * 32, clock)
     service = build_job_services(
         store=store,
         secrets=LocalSecretStore(folder / "secrets"),
         buckets=Buckets(configs=objects, datasets=objects, models=objects),
-        launcher=machines,
+        launcher=launcher,
         url_signer=ServiceUrlSigner(tokens),
         tokens=tokens,
         clock=clock,
-        random_suffix=lambda: f"{next(tails):06x}",
+        random_suffix=lambda: f"{next(suffixes):06x}",
     )
     options = settings(
         max_examples=sequences,
@@ -391,7 +397,7 @@ def _run_sequences(store: JobStore, folder: Path, sequences: int) -> str:
     )
     try:
         # Any: Hypothesis accepts any callable that makes a machine, but is typed to take a class.
-        make: Any = lambda: JobStateMachine(service, store, machines)  # noqa: E731
+        make: Any = lambda: JobStateMachine(service, store, launcher)  # noqa: E731
         run_state_machine_as_test(make, settings=options)
     except (AssertionError, ExceptionGroup) as error:
         return f"differs: {error} {_failing_sequence(error)}"

@@ -20,7 +20,8 @@ from infra.loopback.secret_manager import SecretManager
 from schema.requests import TRAIN_REQUEST_EXAMPLE
 from service.main import create_app
 from service.settings import Settings
-from tests.factories import FakeClock, make_dataset
+from tests.factories import make_dataset
+from tests.fakes import FakeClock
 from tests.waiting import wait_until
 
 REGION, PROFILE = "loopback", "cpu"

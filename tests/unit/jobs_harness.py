@@ -18,8 +18,8 @@ from service.core.jobs.trackers import DeploymentTrackers
 from service.core.ports import Buckets
 from service.core.tokens import TokenSigner
 from storage.registry import open_store
-from tests.factories import START, FakeClock, make_dataset, make_train_request
-from tests.fakes import FakeHub, FakeLauncher
+from tests.factories import START, make_dataset, make_train_request
+from tests.fakes import FakeClock, FakeHub, FakeLauncher
 
 TENANT = "local"
 
