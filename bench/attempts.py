@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from bench.http import Request, request_json
-from bench.servers import Server, upload_dataset
+from bench.servers import Server, ServerUnavailable, upload_dataset
 from bench.submit import submit_many
 
 LAUNCH_TIMEOUT_S = 60
@@ -35,6 +35,8 @@ class ClaimedAttempt:
 async def claim_attempts(server: Server, jobs: int) -> list[ClaimedAttempt]:
     """Submit jobs, wait until all are launched, and claim them."""
     submitted = await submit_many(server, await upload_dataset(server), jobs, "held")
+    if submitted.rejected:
+        raise ServerUnavailable(f"the service rejected jobs: {dict(submitted.rejected)}")
     attempts = [await _wait_for_launch(server, answer.json()["job_id"]) for answer in submitted.responses]
     for attempt in attempts:
         await request_json(server.url, attempt.build_request("claim", {"claimant": "bench"}))

@@ -1,7 +1,7 @@
 """A stub of the trainer's environment for benchmarks of the service alone: each attempt occupies its slot and sleeps.
 
-The stub is an interpreter, as `TUNESMITH_TRAINER_PYTHON` must be. It runs the two modules below instead of the real probe and
-`jobs.run`. Each attempt writes its token into its working folder.
+The stub is an interpreter, as `TUNESMITH_TRAINER_PYTHON` must be. It runs the two modules below instead of
+`jobs.llm.probe` and `jobs.run`. Each attempt writes its token into its working folder.
 """
 
 import sys
@@ -28,9 +28,10 @@ os.execve({python!r}, [{python!r}, *sys.argv[1:]], {{**os.environ, "PYTHONPATH":
 def make_stub_trainer(folder: Path) -> Path:
     """Write the stub below `folder`; returns the path to use as the trainer's Python."""
     jobs = folder / "jobs"
-    jobs.mkdir(parents=True, exist_ok=True)
+    (jobs / "llm").mkdir(parents=True, exist_ok=True)
     (jobs / "__init__.py").touch()
-    (jobs / "probe.py").write_text(PROBE_SCRIPT)
+    (jobs / "llm/__init__.py").touch()
+    (jobs / "llm/probe.py").write_text(PROBE_SCRIPT)
     (jobs / "run.py").write_text(ATTEMPT_SCRIPT)
     interpreter = folder / "python"
     interpreter.write_text(INTERPRETER_SCRIPT.format(python=sys.executable, folder=str(folder)))
