@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 
 from schema.version import VERSION
@@ -42,6 +43,7 @@ def create_app(settings: Settings | None = None, clock: Callable[[], datetime] |
         lifespan=_lifespan,
         redoc_url=None,
         static_url="/docs/assets",
+        generate_unique_id_function=_make_operation_id,
         swagger_ui_parameters={"validatorUrl": None},  # or Swagger UI would send the schema to a validator on the internet
     )
     app.state.settings = settings
@@ -56,6 +58,11 @@ def create_app(settings: Settings | None = None, clock: Callable[[], datetime] |
     app.include_router(internal.maintenance_router)
     openapi.document_errors(app)
     return app
+
+
+def _make_operation_id(route: APIRoute) -> str:
+    """The name of the route's function. FastAPI derives the summary from the same name."""
+    return route.name
 
 
 @asynccontextmanager

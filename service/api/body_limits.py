@@ -10,6 +10,8 @@ JSON_BODY_BYTES = 1 << 20  # a training request is some kilobytes
 REPORT_BODY_BYTES = 16 << 20  # a batch of a thousand events
 MULTIPART_SLACK_BYTES = 1 << 16  # boundaries and form fields around a file
 
+UPLOAD_HINT = "put the file below incoming/ of the dataset store, and send its key as `incoming`"
+
 
 class BodyTooLarge(Exception):
     """The body is larger than its path allows."""
@@ -28,7 +30,8 @@ class BodyLimitMiddleware:
             return
         limit = self._limit_bytes(scope["path"])
         declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        refusal = error_response(413, "too_large", f"the body is larger than {limit} bytes, the limit of this path")
+        hint = UPLOAD_HINT if scope["path"].rstrip("/") == "/datasets" else ""
+        refusal = error_response(413, "too_large", f"the body is larger than {limit} bytes, the limit of this path", hint)
         if declared.isdigit() and int(declared) > limit:
             await refusal(scope, receive, send)
             return

@@ -16,7 +16,7 @@ router = APIRouter(prefix="/datasets", tags=["datasets"])
 
 
 @router.post("", status_code=201)
-def upload(
+def upload_dataset(
     services: ServicesDep,
     tenant_id: TenantDep,
     file: Annotated[
@@ -34,7 +34,7 @@ def upload(
         float, Form(ge=0, le=0.5, allow_inf_nan=False, description="Share of the rows held out for evaluation.")
     ] = 0.1,
 ) -> DatasetView:
-    """Check every row and store the dataset. An invalid row is a 400 that names its line."""
+    """Check every row and store the dataset. An invalid row is answered with a 400 that names its line."""
     if (file is None) == (incoming is None):
         raise InvalidRequest("send either the rows as `file` or their key as `incoming`, not both", param="file")
     label = name or _sanitize_filename(file.filename if file else incoming)
@@ -63,7 +63,7 @@ def get_dataset(processed_dataset_id: Id, services: ServicesDep, tenant_id: Tena
 
 
 @router.delete("/{processed_dataset_id}")
-def delete(processed_dataset_id: Id, services: ServicesDep, tenant_id: TenantDep) -> DeleteDatasetResponse:
+def delete_dataset(processed_dataset_id: Id, services: ServicesDep, tenant_id: TenantDep) -> DeleteDatasetResponse:
     """Delete a dataset that no unfinished job uses."""
     deleted = services.datasets.delete(processed_dataset_id, tenant_id)
     return DeleteDatasetResponse(processed_dataset_id=processed_dataset_id, deleted=True, deleted_resources=deleted)

@@ -29,9 +29,10 @@ def _timeout_s(scope: Scope) -> float | None:
     path, method = scope["path"], scope["method"]
     if path in ("/internal/reconcile", "/internal/cleanup", "/internal/orphans"):
         return MAINTENANCE_TIMEOUT_S
+    if path.startswith("/jobs/") and method == "DELETE":
+        return MAINTENANCE_TIMEOUT_S
     moves_files = path.startswith(UNBOUNDED_PREFIXES) and method in ("POST", "DELETE")
-    deletes_job = path.startswith("/jobs/") and method == "DELETE"
-    follows = b"follow=true" in scope["query_string"] or any(
+    is_stream = b"follow=true" in scope["query_string"] or any(
         b"text/event-stream" in value for name, value in scope["headers"] if name == b"accept"
     )
-    return MAINTENANCE_TIMEOUT_S if deletes_job else None if moves_files or follows else REQUEST_TIMEOUT_S
+    return None if moves_files or is_stream else REQUEST_TIMEOUT_S

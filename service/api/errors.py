@@ -38,7 +38,7 @@ class ErrorResponse(BaseModel):
 
 
 def as_request_validation_error(error: ValidationError) -> RequestValidationError:
-    """The error of a body that the service assembled, in the form of an error of a body that was sent."""
+    """The validation error of a body that the service assembled, in the form that FastAPI raises for a body that a caller sent."""
     return RequestValidationError([{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors()])
 
 
@@ -75,9 +75,9 @@ def _handle_storage_error(_request: Request, error: StorageError) -> JSONRespons
 
 
 def _handle_os_error(request: Request, error: OSError) -> JSONResponse:
-    return (
-        _storage_full_response() if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else _handle_unexpected_error(request, error)
-    )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return _storage_full_response()
+    return _handle_unexpected_error(request, error)
 
 
 def _storage_full_response() -> JSONResponse:
@@ -91,7 +91,7 @@ def _handle_validation_error(_request: Request, error: RequestValidationError) -
     first = problems[0]
     param = _param(first)
     if param == "training_config" and first["type"] == "union_tag_invalid":
-        message = f"trainer_type {first['ctx']['tag']!r} is not available in this deployment; it can do: {', '.join(TRAINER_TYPES)}"
+        message = f"trainer_type {first['ctx']['tag']!r} is not available in this deployment; it supports: {', '.join(TRAINER_TYPES)}"
         return error_response(400, "unsupported", message, "GET /capabilities lists what this deployment supports", f"{param}.trainer_type")
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     message = f"{param}: {_message(first)}" if param else _message(first)
@@ -114,19 +114,19 @@ def _handle_unexpected_error(request: Request, error: Exception) -> JSONResponse
 # Any: pydantic describes its errors as loose dicts.
 def _param(problem: Mapping[str, Any]) -> str | None:
     conflicting = problem.get("ctx", {}).get("field") if problem["type"] == "fields_conflict" else None
-    places = _strip_union_tags(problem["loc"])
-    path = [str(place) for place in places[1:] if not (isinstance(place, int) and problem["type"] == "json_invalid")]
+    location = _strip_union_tags(problem["loc"])
+    path = [str(step) for step in location[1:] if not (isinstance(step, int) and problem["type"] == "json_invalid")]
     return ".".join([*path, conflicting] if conflicting else path) or None
 
 
 def _strip_union_tags(path: Sequence[str | int]) -> list[str | int]:
     """The path as it was sent, without the union member that pydantic adds to it."""
     kept: list[str | int] = []
-    for n, place in enumerate(path):
-        of_trainer = n > 0 and path[n - 1] == "training_config" and place in TRAINER_TYPES
-        of_grader = n > 1 and path[n - 2] == "reward_config" and isinstance(path[n - 1], int) and place in GRADER_TYPES
-        if not (of_trainer or of_grader or UNION_BRANCH.fullmatch(str(place))):
-            kept.append(place)
+    for index, step in enumerate(path):
+        is_trainer_type = index > 0 and path[index - 1] == "training_config" and step in TRAINER_TYPES
+        is_grader_type = index > 1 and path[index - 2] == "reward_config" and isinstance(path[index - 1], int) and step in GRADER_TYPES
+        if not (is_trainer_type or is_grader_type or UNION_BRANCH.fullmatch(str(step))):
+            kept.append(step)
     return kept
 
 

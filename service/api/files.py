@@ -12,11 +12,11 @@ router = APIRouter(tags=["files"])
 
 @router.get("/files/{token}", response_class=FileResponse)
 def download_file(token: str, services: ServicesDep) -> Response:
-    """The object of the link. Range requests work, so an interrupted download can continue."""
+    """The file that a link points to. Range requests work, so an interrupted download can continue."""
     key, filename = services.tokens.read_file_token(token)
     if not isinstance(services.buckets.models, LocalStore):
-        raise NotFound("this deployment's object store signs its own links")
+        raise NotFound("this deployment's object store signs its own links", hint="GET /jobs/download/{job_id} returns new ones")
     path = services.buckets.models.path_for_key(key)
     if not path.is_file():
-        raise NotFound("the file does not exist any more")
+        raise NotFound("the file no longer exists")
     return FileResponse(path, filename=filename, media_type="application/octet-stream")

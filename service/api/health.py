@@ -21,7 +21,7 @@ CHECK_TIMEOUT_S = 4.0  # if the caller set no shorter deadline
 
 
 @router.get("/health", responses={503: {"model": HealthResponse, "description": "A part does not answer."}})
-async def health(request: Request, response: Response) -> HealthResponse:
+async def get_health(request: Request, response: Response) -> HealthResponse:
     """200 when every part answers; 503 with the part that does not. `live` only says that the process runs."""
     health_checks: HealthChecks = request.app.state.health_checks
     checks = await health_checks.run()

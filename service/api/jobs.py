@@ -38,7 +38,7 @@ from service.core.ports import JobQuery
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
 Limit = Annotated[int, Query(ge=1, le=200, description="Rows on the page.")]
-# SQLite's and JSON's largest exact integer is far beyond any real cursor.
+# 2**53 is the largest integer that every JSON parser keeps exact, far beyond any real cursor.
 Offset = Annotated[int, Query(ge=0, le=2**53)]
 WEIGHT_SUFFIXES = (".gguf", "model.safetensors", ".safetensors")
 
@@ -61,7 +61,7 @@ def list_jobs(
 
 
 @router.get("/download/{job_id}")
-def download(
+def get_download_links(
     job_id: Id,
     request: Request,
     services: ServicesDep,
@@ -82,9 +82,9 @@ def download(
         )
         for file, url in links
     ]
-    main = next((file for ending in WEIGHT_SUFFIXES for file in files if file.path.endswith(ending)), files[0])
+    main_file = next((file for suffix in WEIGHT_SUFFIXES for file in files if file.path.endswith(suffix)), files[0])
     return DownloadResponse(
-        download_url=main.url, artifact=chosen.name, is_folder=chosen.key.endswith("/"), expires_in_s=LINK_TTL_S, files=files
+        download_url=main_file.url, artifact=chosen.name, is_folder=chosen.key.endswith("/"), expires_in_s=LINK_TTL_S, files=files
     )
 
 
@@ -95,7 +95,7 @@ def get_job(job_id: Id, services: ServicesDep, tenant_id: TenantDep) -> JobDetai
 
 
 @router.delete("/{job_id}")
-def delete(
+def delete_job(
     job_id: Id,
     response: Response,
     services: ServicesDep,
@@ -103,7 +103,7 @@ def delete(
     delete_hub: Annotated[bool, Query(description="Also delete the Hub repositories that hold only what this job pushed.")] = False,
     hub_token: Annotated[str | None, Header(alias="X-HF-Token", max_length=1000, description="Needed with delete_hub.")] = None,
 ) -> DeleteJobResponse:
-    """Cancel the job, then delete it with all its files. 202: it is still being canceled, repeat the call."""
+    """Cancel the job, then delete it with all its files. 202: the job is still being canceled; repeat the call."""
     deleted = services.jobs.deletion.delete(job_id, tenant_id, delete_hub=delete_hub, hub_token=hub_token)
     if deleted is None:
         response.status_code = 202
@@ -117,31 +117,31 @@ def delete(
 
 
 @router.post("/{job_id}/cancel", status_code=202)
-def cancel(job_id: Id, services: ServicesDep, tenant_id: TenantDep) -> JobDetail:
+def cancel_job(job_id: Id, services: ServicesDep, tenant_id: TenantDep) -> JobDetail:
     """Cancel the job; its checkpoints are kept. Can be repeated."""
     return _job_response(services, services.jobs.control.cancel(job_id, tenant_id))
 
 
 @router.post("/{job_id}/pause", status_code=202)
-def pause(job_id: Id, services: ServicesDep, tenant_id: TenantDep) -> JobDetail:
+def pause_job(job_id: Id, services: ServicesDep, tenant_id: TenantDep) -> JobDetail:
     """Save a checkpoint and free the compute. Can be repeated."""
     return _job_response(services, services.jobs.control.pause(job_id, tenant_id))
 
 
 @router.post("/{job_id}/resume", status_code=202)
-def resume(job_id: Id, services: ServicesDep, tenant_id: TenantDep, body: Annotated[ResumeRequest | None, Body()] = None) -> JobDetail:
+def resume_job(job_id: Id, services: ServicesDep, tenant_id: TenantDep, body: Annotated[ResumeRequest | None, Body()] = None) -> JobDetail:
     """Continue exactly where the job paused, on other hardware or for longer if the body asks for it. Can be repeated."""
     return _job_response(services, services.jobs.control.resume(job_id, tenant_id, body or ResumeRequest.model_validate({})))
 
 
 @router.post("/{job_id}/retry", status_code=202)
-def retry(job_id: Id, services: ServicesDep, tenant_id: TenantDep, body: Annotated[RetryRequest | None, Body()] = None) -> JobDetail:
+def retry_job(job_id: Id, services: ServicesDep, tenant_id: TenantDep, body: Annotated[RetryRequest | None, Body()] = None) -> JobDetail:
     """Continue a failed or cancelled job from its last good checkpoint, or from the start. Can be repeated."""
     return _job_response(services, services.jobs.control.retry(job_id, tenant_id, body or RetryRequest.model_validate({})))
 
 
 @router.post("/{job_id}/clone", status_code=201)
-def clone(
+def clone_job(
     job_id: Id,
     services: ServicesDep,
     tenant_id: TenantDep,
@@ -157,7 +157,7 @@ def clone(
 
 
 @router.post("/{job_id}/export", status_code=201)
-def reexport(
+def export_job(
     job_id: Id,
     services: ServicesDep,
     tenant_id: TenantDep,
@@ -176,7 +176,7 @@ def list_checkpoints(job_id: Id, services: ServicesDep, tenant_id: TenantDep) ->
 
 
 @router.post("/{job_id}/checkpoints/{step}/export", status_code=201)
-def export(
+def export_checkpoint(
     job_id: Id,
     step: Annotated[int, Path(ge=0, le=10_000_000)],
     services: ServicesDep,
@@ -190,7 +190,7 @@ def export(
 
 
 @router.get("/{job_id}/events", response_model=EventList)
-async def list_events(
+async def list_job_events(
     job_id: Id,
     request: Request,
     services: ServicesDep,
@@ -211,13 +211,13 @@ async def list_events(
 
 
 @router.get("/{job_id}/logs", response_model=LogView)
-async def read_logs(
+async def read_job_logs(
     job_id: Id,
     services: ServicesDep,
     tenant_id: TenantDep,
     attempt: Annotated[int | None, Query(ge=1, le=10_000)] = None,
     offset: Offset = 0,
-    limit: Annotated[int, Query(ge=1, le=1 << 20, description="Most bytes to return.")] = 1 << 16,
+    limit: Annotated[int, Query(ge=1, le=1 << 20, description="The maximum number of bytes to return.")] = 1 << 16,
     follow: bool = False,
 ) -> Response:
     """An attempt's output; with `follow`, streamed as plain text until the job ends."""

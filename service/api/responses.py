@@ -289,12 +289,12 @@ def job_detail(job: Job, heartbeat: Heartbeat | None) -> JobDetail:
 def checkpoint_list(stored: list[StoredCheckpoint]) -> CheckpointList:
     """A job's checkpoints as the API shows them."""
     losses = [each.checkpoint.eval_loss for each in stored if each.checkpoint.eval_loss is not None]
-    best = min(losses, default=None)
+    best_loss = min(losses, default=None)
     fields = ("attempt", "step", "total_steps", "epoch", "reason", "eval_loss", "size_bytes", "created_at")
     rows = [
         CheckpointRow(
             **{name: getattr(each.checkpoint, name) for name in fields},
-            is_best=best is not None and each.checkpoint.eval_loss == best,
+            is_best=best_loss is not None and each.checkpoint.eval_loss == best_loss,
             uri=each.uri,
         )
         for each in stored

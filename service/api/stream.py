@@ -42,7 +42,7 @@ class _Chunk:
 
 @dataclass
 class _Feed:
-    """What is read for the clients of one job. `chunks` has each chunk under the cursor that it follows."""
+    """The events read for the clients of one job. `chunks` maps a cursor to the chunk that follows it."""
 
     cursor: int
     chunks: dict[int, _Chunk] = field(default_factory=dict[int, _Chunk])

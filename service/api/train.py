@@ -22,7 +22,9 @@ router = APIRouter(tags=["training"])
 
 
 @router.post("/train", status_code=201)
-def train(body: TrainRequest, services: ServicesDep, tenant_id: TenantDep, idempotency_key: IdempotencyHeader = None) -> TrainResponse:
+def create_training_job(
+    body: TrainRequest, services: ServicesDep, tenant_id: TenantDep, idempotency_key: IdempotencyHeader = None
+) -> TrainResponse:
     """Create a training job. Its record is durable when this responds."""
     return TrainResponse(job_id=services.jobs.submission.submit(body, tenant_id, idempotency_key).job_id)
 
