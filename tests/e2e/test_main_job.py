@@ -53,10 +53,10 @@ def test_artifacts_are_stored_with_correct_digests(job: Json, service: Service) 
 def test_every_gguf_matches_the_model(job: Json) -> None:
     fidelity = {artifact["name"]: artifact["fidelity"] for artifact in job["artifacts"] if artifact["name"] in ("gguf-f16", "gguf-q8_0")}
     assert fidelity["gguf-f16"]["argmax_agreement"] >= 0.99
-    for measured in fidelity.values():
-        assert measured["compared_tokens"] > 0
-        assert measured["sample_text"]
-        assert measured["mean_kl_to_merged"] < measured["mean_kl_to_base"]
+    for measurements in fidelity.values():
+        assert measurements["compared_tokens"] > 0
+        assert measurements["sample_text"]
+        assert measurements["mean_kl_to_merged"] < measurements["mean_kl_to_base"]
 
 
 def test_the_gguf_answers_after_download(job: Json, service: Service, tmp_path: Path) -> None:
@@ -146,6 +146,6 @@ def test_cli_workflow(service: Service, tmp_path: Path) -> None:
     assert "no GGUF" in service.run_cli("chat", job_id, expect_failure=True)
     assert "LoRA" in service.run_cli("capabilities")
     assert "no job" in service.run_cli("watch", "nobody", expect_failure=True)
-    assert "it can do: sft" in service.run_cli(
+    assert "it supports: sft" in service.run_cli(
         "train", str(config), "--dataset", dataset_id, "--set", "trainer_type=ppo", expect_failure=True
     )

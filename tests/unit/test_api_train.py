@@ -156,11 +156,11 @@ def test_non_finite_number_is_rejected(readonly_client: TestClient, readonly_dat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"trainer_type": "dpo"}, "it can do: sft"),
-        ({"trainer_type": "ppo"}, "it can do: sft, dpo, orpo, kto, grpo, reward"),
-        ({"provider": "unsloth"}, "it can do: huggingface"),
-        ({"method": "QLoRA"}, "it can do: LoRA, Full"),
-        ({"modality": "vision"}, "it can do: text"),
+        ({"trainer_type": "dpo"}, "it supports: sft"),
+        ({"trainer_type": "ppo"}, "it supports: sft, dpo, orpo, kto, grpo, reward"),
+        ({"provider": "unsloth"}, "it supports: huggingface"),
+        ({"method": "QLoRA"}, "it supports: LoRA, Full"),
+        ({"modality": "vision"}, "it supports: text"),
     ],
 )
 def test_unsupported_option_error_names_supported_ones(

@@ -1,11 +1,11 @@
-"""Which answers of the Hub refuse a request; unknown access refuses nothing."""
+"""How the Hub's answers decide whether a request is rejected. Unknown access rejects nothing."""
 
 import pytest
 
 from service.adapters.hub import parse_account
 from service.core.errors import InvalidRequest
 from service.core.ports import HubAccess, HubAccount
-from service.core.validation.hub import base_access_error, check_only_our_commits, push_access_error
+from service.core.validation.hub import check_base_access, check_only_our_commits, check_push_access
 
 WRITER = HubAccount(user="ada", role="write", orgs={"lab": "write", "press": "read"})
 READER = HubAccount(user="ada", role="read", orgs={})
@@ -13,7 +13,7 @@ FINE_GRAINED = HubAccount(user="ada", role="fineGrained", orgs={"lab": "admin"},
 
 
 @pytest.mark.parametrize(
-    ("access", "param", "words"),
+    ("access", "param", "message"),
     [
         ("gated", "hf_token", "is gated, and a request without hf_token may not read it"),
         ("absent", "training_config.base_model_id", "does not exist on the Hub, or is private"),
@@ -21,21 +21,21 @@ FINE_GRAINED = HubAccount(user="ada", role="fineGrained", orgs={"lab": "admin"},
         ("bad_token", "hf_token", "rejects the hf_token"),
     ],
 )
-def test_unreadable_base_model_is_rejected_with_hint(access: HubAccess, param: str, words: str) -> None:
+def test_unreadable_base_model_is_rejected_with_hint(access: HubAccess, param: str, message: str) -> None:
     with pytest.raises(InvalidRequest) as excinfo:
-        base_access_error("google/gemma-3-270m", access, has_token=False)
-    assert (excinfo.value.param, words in excinfo.value.message) == (param, True)
+        check_base_access("google/gemma-3-270m", access, has_token=False)
+    assert (excinfo.value.param, message in excinfo.value.message) == (param, True)
     assert excinfo.value.hint
 
 
 @pytest.mark.parametrize("access", ["yes", "unknown"])
 def test_unknown_access_is_accepted(access: HubAccess) -> None:
-    base_access_error("google/gemma-3-270m", access, has_token=True)
-    push_access_error("ada/tuned", access, None)
+    check_base_access("google/gemma-3-270m", access, has_token=True)
+    check_push_access("ada/tuned", access, None)
 
 
 @pytest.mark.parametrize(
-    ("repo_id", "access", "account", "words"),
+    ("repo_id", "access", "account", "message"),
     [
         ("ada/tuned", "bad_token", None, "rejects the hf_token"),
         ("ada/tuned", "refused", None, "may not write to ada/tuned"),
@@ -47,10 +47,10 @@ def test_unknown_access_is_accepted(access: HubAccess) -> None:
         ("ada/two", "unknown", FINE_GRAINED, "fine-grained and may not write to ada/two"),
     ],
 )
-def test_push_without_write_access_is_rejected(repo_id: str, access: HubAccess, account: HubAccount | None, words: str) -> None:
+def test_push_without_write_access_is_rejected(repo_id: str, access: HubAccess, account: HubAccount | None, message: str) -> None:
     with pytest.raises(InvalidRequest) as excinfo:
-        push_access_error(repo_id, access, account)
-    assert words in excinfo.value.message
+        check_push_access(repo_id, access, account)
+    assert message in excinfo.value.message
     assert excinfo.value.param in ("hf_token", "training_config.export_config.hf_repo_id")
 
 
@@ -68,7 +68,7 @@ def test_push_without_write_access_is_rejected(repo_id: str, access: HubAccess, 
     ],
 )
 def test_push_with_possible_write_access_is_accepted(repo_id: str, access: HubAccess, account: HubAccount | None) -> None:
-    push_access_error(repo_id, access, account)
+    check_push_access(repo_id, access, account)
 
 
 def test_missing_account_fields_do_not_restrict_token() -> None:

@@ -21,7 +21,9 @@ def check_supported(config: TrainingConfig, capabilities: RuntimeCapabilities) -
         ("modality", config.modality, capabilities.modalities),
     ):
         if value not in known:
-            raise _unsupported(field, f"{field} {value!r} is not available in this deployment; it can do: {', '.join(known)}", capabilities)
+            raise _unsupported(
+                field, f"{field} {value!r} is not available in this deployment; it supports: {', '.join(known)}", capabilities
+            )
     if (export.include_gguf or export.include_lora_gguf) and not capabilities.gguf:
         field = "include_gguf" if export.include_gguf else "include_lora_gguf"
         message = "this deployment cannot write GGUF: llama.cpp is not installed in its trainer environment"
@@ -40,18 +42,18 @@ def check_supported(config: TrainingConfig, capabilities: RuntimeCapabilities) -
 def check_dataset_type(config: TrainingConfig, dataset: Dataset) -> None:
     """Raise InvalidRequest when the trainer cannot train on a dataset of that type."""
     if dataset.dataset_type not in config.dataset_types:
-        able = [name for name, trainer in TRAINER_TYPES.items() if dataset.dataset_type in trainer.dataset_types]
+        matching = [name for name, trainer in TRAINER_TYPES.items() if dataset.dataset_type in trainer.dataset_types]
         raise InvalidRequest(
             f"trainer_type {config.trainer_type!r} needs a dataset of {' or '.join(config.dataset_types)}; "
             f"{dataset.processed_dataset_id} is {dataset.dataset_type}",
-            hint=f"trainer_type {' or '.join(able)} trains on {dataset.dataset_type}" if able else "",
+            hint=f"trainer_type {' or '.join(matching)} trains on {dataset.dataset_type}" if matching else "",
             param="processed_dataset_id",
         )
 
 
 def check_eval_split(eval_config: EvalConfig, dataset_id: str) -> None:
     """Raise InvalidRequest for anything that is measured on held-out rows: the dataset has none."""
-    for field, requested, instead in (
+    for field, requested, alternative in (
         ("eval_strategy", eval_config.eval_strategy != "no", "set eval_strategy to 'no'"),
         ("compute_eval_metrics", eval_config.compute_eval_metrics, "set compute_eval_metrics to false"),
         ("promotion_gate", any(not check.metric.startswith(LM_EVAL_PREFIX) for check in eval_config.promotion_gate), "leave out the gate"),
@@ -60,15 +62,15 @@ def check_eval_split(eval_config: EvalConfig, dataset_id: str) -> None:
             value = f" {eval_config.eval_strategy!r}" if field == "eval_strategy" else ""
             raise InvalidRequest(
                 f"{field}{value} needs held-out rows, and {dataset_id} has none",
-                hint=f"upload the dataset with eval_fraction above 0, or {instead}",
+                hint=f"upload the dataset with eval_fraction above 0, or {alternative}",
                 param=f"training_config.eval_config.{field}",
             )
 
 
 def check_gate(eval_config: EvalConfig) -> None:
     """Raise InvalidRequest for a gate on a metric that the job will not measure: it could never pass."""
-    for n, check in enumerate(eval_config.promotion_gate):
-        param = f"training_config.eval_config.promotion_gate.{n}.metric"
+    for index, check in enumerate(eval_config.promotion_gate):
+        param = f"training_config.eval_config.promotion_gate.{index}.metric"
         if check.metric.startswith(OPTIONAL_METRIC_PREFIXES) and not eval_config.compute_eval_metrics:
             message = f"the gate checks {check.metric}, which is only measured with compute_eval_metrics"
             raise InvalidRequest(message, hint="set eval_config.compute_eval_metrics to true", param=param)

@@ -1,6 +1,6 @@
 """Checks against the Hugging Face Hub: whether a job can read its base model and push its results.
 
-The Hub port returns facts, the functions here decide. What the Hub does not tell passes here, and the job finds out.
+The Hub port returns facts; the functions here decide. When the Hub does not answer, the request passes, and the job checks again.
 """
 
 from schema.training import TrainingConfig
@@ -28,10 +28,10 @@ class NoHub:
         return None
 
     def list_commits(self, repo_id: str, token: str) -> list[str] | None:  # noqa: ARG002
-        raise InvalidRequest("this deployment is offline: it does not call the Hub")
+        raise InvalidRequest("this deployment is offline: it does not call the Hub", hint="repeat the call without delete_hub")
 
     def delete_repository(self, repo_id: str, token: str) -> None:  # noqa: ARG002
-        raise InvalidRequest("this deployment is offline: it does not call the Hub")
+        raise InvalidRequest("this deployment is offline: it does not call the Hub", hint="repeat the call without delete_hub")
 
     def close(self) -> None:
         return None
@@ -51,15 +51,15 @@ def check_token(config: TrainingConfig, token: str | None) -> None:
 
 def check_hub(config: TrainingConfig, token: str | None, hub: Hub, models: ObjectStore) -> None:
     """Raise InvalidRequest when the Hub reports that the job cannot read its base model or cannot push. Takes HUB_TIMEOUT_S at most."""
-    pushes_to = config.export_config.hf_repo_id  # the schema requires it with destination hfhub, and forbids it otherwise
+    push_repo_id = config.export_config.hf_repo_id  # the schema requires it with destination hfhub, and forbids it otherwise
     if isinstance(hub, NoHub):
-        return  # then the base model need not be looked up either
+        return  # without looking for the base model in the model store
     with deadline(HUB_TIMEOUT_S):
         if not _is_base_stored(models, config.base_model_id):
-            base_access_error(config.base_model_id, hub.check_read_access(config.base_model_id, token), has_token=bool(token))
-        if pushes_to and token:
-            access = hub.check_write_access(pushes_to, token)
-            push_access_error(pushes_to, access, hub.get_account(token) if access in ("refused", "absent", "unknown") else None)
+            check_base_access(config.base_model_id, hub.check_read_access(config.base_model_id, token), has_token=bool(token))
+        if push_repo_id and token:
+            access = hub.check_write_access(push_repo_id, token)
+            check_push_access(push_repo_id, access, hub.get_account(token) if access in ("refused", "absent", "unknown") else None)
 
 
 def _is_base_stored(models: ObjectStore, base_model_id: str) -> bool:
@@ -70,7 +70,7 @@ def _is_base_stored(models: ObjectStore, base_model_id: str) -> bool:
         return True
 
 
-def base_access_error(base_model_id: str, access: HubAccess, *, has_token: bool) -> None:
+def check_base_access(base_model_id: str, access: HubAccess, *, has_token: bool) -> None:
     """Raise InvalidRequest when the base model cannot be read."""
     reader = "the hf_token that was sent" if has_token else "a request without hf_token"
     match access:
@@ -85,20 +85,20 @@ def base_access_error(base_model_id: str, access: HubAccess, *, has_token: bool)
             message = f"the Hub does not let {reader} read base model {base_model_id}"
             raise InvalidRequest(message, hint="give the token read access to that repository", param=HF_SECRET)
         case "bad_token":
-            raise InvalidRequest("the Hub rejects the hf_token that was sent", hint="it may have been revoked", param=HF_SECRET)
+            raise _bad_token_error()
         case _:
             return
 
 
-def push_access_error(repo_id: str, access: HubAccess, account: HubAccount | None) -> None:
+def check_push_access(repo_id: str, access: HubAccess, account: HubAccount | None) -> None:
     """Raise InvalidRequest when the results cannot be pushed. `account` decides where the repository's own answer does not."""
     namespace = repo_id.partition("/")[0] if "/" in repo_id else (account.user if account else "")
     if access == "bad_token":
-        raise InvalidRequest("the Hub rejects the hf_token that was sent", hint="it may have been revoked", param=HF_SECRET)
+        raise _bad_token_error()
     if account is not None and access != "yes":
         if account.role == "read":
             hint = "create one with write access: https://huggingface.co/settings/tokens"
-            raise InvalidRequest("hf_token is read-only, and the job is to push", hint=hint, param=HF_SECRET)
+            raise InvalidRequest("hf_token is read-only, and the job must push", hint=hint, param=HF_SECRET)
         if namespace != account.user and account.orgs.get(namespace) not in WRITE_ROLES:
             known = ", ".join([account.user, *(name for name, role in account.orgs.items() if role in WRITE_ROLES)])
             message = f"hf_token belongs to {account.user}, who cannot write to {namespace!r}"
@@ -109,6 +109,11 @@ def push_access_error(repo_id: str, access: HubAccess, account: HubAccount | Non
     if access == "refused":
         hint = "use a token with write access to it, or another hf_repo_id"
         raise InvalidRequest(f"hf_token may not write to {repo_id}", hint=hint, param="training_config.export_config.hf_repo_id")
+
+
+def _bad_token_error() -> InvalidRequest:
+    hint = "it may have been revoked; create another: https://huggingface.co/settings/tokens"
+    return InvalidRequest("the Hub rejects the hf_token that was sent", hint=hint, param=HF_SECRET)
 
 
 def check_only_our_commits(repo_id: str, commits: list[str], pushed: set[str]) -> None:

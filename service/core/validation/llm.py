@@ -55,7 +55,7 @@ def check_dataset_compatible(config: TrainingConfig, dataset: Dataset) -> None:
 
 def check_embedding_models(config: TrainingConfig, models: ObjectStore) -> None:
     """Raise InvalidRequest when a grader's embedding model is not in the model store: jobs never download embedding models."""
-    for n, grader in enumerate(config.reward_config if isinstance(config, GrpoConfig) else []):
+    for index, grader in enumerate(config.reward_config if isinstance(config, GrpoConfig) else []):
         if not isinstance(grader, TextSimilarityGrader) or grader.embedding_model is None or grader.base_url is not None:
             continue
         if not is_stored(models, grader.embedding_model):
@@ -63,7 +63,7 @@ def check_embedding_models(config: TrainingConfig, models: ObjectStore) -> None:
             raise InvalidRequest(
                 f"grader {grader.name!r} uses {grader.embedding_model}, which is not in this deployment's model store",
                 hint=f"set base_url to an endpoint that serves it, or put its files at {folder}",
-                param=f"training_config.reward_config.{n}.embedding_model",
+                param=f"training_config.reward_config.{index}.embedding_model",
             )
 
 
