@@ -17,11 +17,12 @@ def decode_cursor(cursor: str) -> tuple[str, str]:
     try:
         created_at, row_id = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
     except (ValueError, binascii.Error, TypeError) as error:
-        raise _invalid_cursor() from error
+        raise invalid_cursor_error() from error
     if not isinstance(created_at, str) or not isinstance(row_id, str) or not (created_at + row_id).isascii():
-        raise _invalid_cursor()
+        raise invalid_cursor_error()
     return created_at, row_id
 
 
-def _invalid_cursor() -> InvalidRequest:
-    return InvalidRequest("the cursor is not one that this API gave out", hint="start again without it", param="cursor")
+def invalid_cursor_error() -> InvalidRequest:
+    """The error for a cursor that the API did not issue."""
+    return InvalidRequest("the cursor is not one that this API issued", hint="leave it out to get the first page", param="cursor")

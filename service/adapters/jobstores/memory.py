@@ -41,7 +41,7 @@ class MemoryJobStore:
                         return earlier
                 self._idempotency_entries[job.tenant_id, idempotency.key] = (idempotency, job.job_id, job.created_at)
             if job.job_id in self._jobs:
-                raise Conflict(f"{job.job_id} is there already")
+                raise Conflict(f"{job.job_id} already exists")
             self._jobs[job.job_id] = job.model_dump_json()
             return job
 
@@ -55,7 +55,7 @@ class MemoryJobStore:
             if stored is None:
                 raise NotFound(f"no job {job.job_id!r}")
             if stored.revision != job.revision:
-                raise StaleRevision(f"{job.job_id} was changed by somebody else")
+                raise StaleRevision(f"{job.job_id} was changed by another writer")
             updated = job.model_copy(update={"revision": job.revision + 1})
             self._jobs[job.job_id] = updated.model_dump_json()
             for event in events:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from typing import TypeVar
 
 from schema.migrations import NewerRecord, VersionedRecord
@@ -10,6 +11,11 @@ from service.core.errors import RecordTooNew
 log = logging.getLogger(__name__)
 
 Record = TypeVar("Record", bound=VersionedRecord)
+
+
+def format_timestamp(timestamp: datetime) -> str:
+    """UTC text that sorts like the time it stands for."""
+    return timestamp.astimezone(UTC).isoformat(timespec="microseconds")
 
 
 def load_record(model: type[Record], text: str) -> Record:
@@ -27,5 +33,5 @@ def load_readable_records(model: type[Record], texts: Iterable[str]) -> list[Rec
         try:
             records.append(load_record(model, text))
         except RecordTooNew as error:
-            log.error("a record is skipped: a newer version of Tunesmith wrote it", extra={"error": error.message})
+            log.error("record skipped: a newer version of Tunesmith wrote it", extra={"error": error.message})
     return records

@@ -1,11 +1,11 @@
 """Records in one SQLite file: the job store of a laptop. One service process writes it; any process may read it.
 
-Readers never wait, because the file is in write-ahead mode; what was answered survives a power cut, because of synchronous=FULL.
+Readers never wait, because the file is in write-ahead mode. With synchronous=FULL, a committed write survives a power cut.
 """
 
 import sqlite3
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from schema.dataset import Dataset
 from schema.events import Event, EventBatch
 from schema.job import Job, Progress, Status
 from service.adapters.jobstores.cursors import decode_cursor, encode_cursor
-from service.adapters.jobstores.records import Record, load_readable_records, load_record
+from service.adapters.jobstores.records import Record, format_timestamp, load_readable_records, load_record
 from service.adapters.jobstores.sqlite_database import SqliteDatabase
 from service.core.errors import Conflict, IdempotencyConflict, NotFound, StaleRevision
 from service.core.job_store_rules import IDEMPOTENCY_TTL, select_new_events
@@ -53,7 +53,7 @@ class SqliteJobStore:
                         job.training_config.modality,
                         job.training_config.trainer_type,
                         job.processed_dataset_id,
-                        _format_timestamp(job.created_at),
+                        format_timestamp(job.created_at),
                         job.status.is_active,
                         job.status.is_final,
                         job.revision,
@@ -61,7 +61,7 @@ class SqliteJobStore:
                     ),
                 )
             except sqlite3.IntegrityError as error:
-                raise Conflict(f"{job.job_id} is there already") from error
+                raise Conflict(f"{job.job_id} already exists") from error
         return job
 
     def find_job(self, job_id: str) -> Job | None:
@@ -77,7 +77,7 @@ class SqliteJobStore:
             )
             if cursor.rowcount == 0:
                 if db.execute("SELECT 1 FROM jobs WHERE job_id = ?", (job.job_id,)).fetchone():
-                    raise StaleRevision(f"{job.job_id} was changed by somebody else")
+                    raise StaleRevision(f"{job.job_id} was changed by another writer")
                 raise NotFound(f"no job {job.job_id!r}")
             for event in events:
                 _append_event(db, updated.job_id, 0, updated.revision, updated.updated_at, event)
@@ -101,7 +101,7 @@ class SqliteJobStore:
         jobs = [_load_summary(*row) for row in rows]
         shown = jobs[: query.limit]
         last = shown[-1] if len(jobs) > query.limit else None
-        return Page(shown, encode_cursor(_format_timestamp(last.created_at), last.job_id) if last else None)
+        return Page(shown, encode_cursor(format_timestamp(last.created_at), last.job_id) if last else None)
 
     def list_queued_jobs(self, limit: int) -> list[Job]:
         rows = self._database.read("SELECT record FROM jobs WHERE status = 'queued' ORDER BY created_at, job_id LIMIT ?", limit)
@@ -132,7 +132,7 @@ class SqliteJobStore:
             progress = heartbeat.progress.model_dump_json() if heartbeat.progress else None
             db.execute(
                 "INSERT OR REPLACE INTO heartbeats VALUES (?, ?, ?, ?, ?, ?)",
-                (job_id, heartbeat.attempt, _format_timestamp(heartbeat.received_at), heartbeat.next_seq, heartbeat.phase, progress),
+                (job_id, heartbeat.attempt, format_timestamp(heartbeat.received_at), heartbeat.next_seq, heartbeat.phase, progress),
             )
         return heartbeat.next_seq
 
@@ -155,7 +155,7 @@ class SqliteJobStore:
 
     def create_dataset(self, dataset: Dataset) -> None:
         with self._database.transaction() as db:
-            values = (dataset.processed_dataset_id, dataset.tenant_id, _format_timestamp(dataset.created_at), dataset.model_dump_json())
+            values = (dataset.processed_dataset_id, dataset.tenant_id, format_timestamp(dataset.created_at), dataset.model_dump_json())
             db.execute("INSERT INTO datasets VALUES (?, ?, ?, ?)", values)
 
     def find_dataset(self, dataset_id: str) -> Dataset | None:
@@ -172,7 +172,7 @@ class SqliteJobStore:
         )
         datasets = [load_record(Dataset, row[0]) for row in rows]
         last = datasets[limit - 1] if len(datasets) > limit else None
-        return Page(datasets[:limit], encode_cursor(_format_timestamp(last.created_at), last.processed_dataset_id) if last else None)
+        return Page(datasets[:limit], encode_cursor(format_timestamp(last.created_at), last.processed_dataset_id) if last else None)
 
     def delete_dataset(self, dataset_id: str) -> bool:
         with self._database.transaction() as db:
@@ -188,7 +188,7 @@ class SqliteJobStore:
 
     def _find_idempotent_job(self, db: sqlite3.Connection, job: Job, idempotency: IdempotencyKey) -> Job | None:
         """The job created under the same key less than a day ago; without one, reserve the key for this job."""
-        expired_at = _format_timestamp(job.created_at - IDEMPOTENCY_TTL)
+        expired_at = format_timestamp(job.created_at - IDEMPOTENCY_TTL)
         db.execute("DELETE FROM idempotency WHERE created_at <= ?", (expired_at,))
         row = db.execute(
             "SELECT body_digest, job_id FROM idempotency WHERE tenant_id = ? AND key = ?", (job.tenant_id, idempotency.key)
@@ -197,7 +197,7 @@ class SqliteJobStore:
             raise IdempotencyConflict(param="Idempotency-Key")
         if row and (earlier := _load_first(db.execute(JOB_BY_ID, (row[1],)).fetchall(), Job)):
             return earlier
-        values = (job.tenant_id, idempotency.key, idempotency.body_digest, job.job_id, _format_timestamp(job.created_at))
+        values = (job.tenant_id, idempotency.key, idempotency.body_digest, job.job_id, format_timestamp(job.created_at))
         db.execute("INSERT OR REPLACE INTO idempotency VALUES (?, ?, ?, ?, ?)", values)
         return None
 
@@ -205,7 +205,7 @@ class SqliteJobStore:
 def _append_event(db: sqlite3.Connection, job_id: str, attempt: int, seq: int, at: datetime, event: Event) -> None:
     db.execute(
         "INSERT OR IGNORE INTO events (job_id, attempt, seq, at, event) VALUES (?, ?, ?, ?, ?)",
-        (job_id, attempt, seq, _format_timestamp(at), event.model_dump_json()),
+        (job_id, attempt, seq, format_timestamp(at), event.model_dump_json()),
     )
 
 
@@ -233,8 +233,3 @@ def _load_summary(*row: str) -> JobSummary:
     return JobSummary(
         job_id, job_name, base_model_id, Status(status), modality, trainer_type, project_id, datetime.fromisoformat(created_at)
     )
-
-
-def _format_timestamp(moment: datetime) -> str:
-    """UTC text that sorts like the time it stands for."""
-    return moment.astimezone(UTC).isoformat(timespec="microseconds")

@@ -88,8 +88,8 @@ class SqliteDatabase:
                 if db.in_transaction:
                     db.execute("ROLLBACK")
                 if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
-                    raise DiskFull("there is no room left for the job database", hint="free some space below TUNESMITH_HOME") from error
-                raise Unavailable(f"the job database does not take writes now: {error}") from error
+                    raise DiskFull("there is no space left for the job database", hint="free some space below TUNESMITH_HOME") from error
+                raise Unavailable(f"the job database does not accept writes now: {error}") from error
 
     def close(self) -> None:
         """Close every connection."""
@@ -99,11 +99,11 @@ class SqliteDatabase:
     @contextmanager
     def _acquire_writer(self) -> Generator[float]:
         """Take this thread's turn; yields the seconds it may then wait for other processes. Raises Unavailable."""
-        until = time.monotonic() + remaining_s(BUSY_TIMEOUT_S)
+        deadline_at = time.monotonic() + remaining_s(BUSY_TIMEOUT_S)
         if not self._write_lock.acquire(timeout=remaining_s(BUSY_TIMEOUT_S)):
-            raise Unavailable("the job database does not take writes now: it is busy")
+            raise Unavailable("the job database does not accept writes now: it is busy")
         try:
-            yield max(0.0, until - time.monotonic())
+            yield max(0.0, deadline_at - time.monotonic())
         finally:
             self._write_lock.release()
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
-from google.api_core import exceptions as google
+from google.api_core import exceptions as google_errors
 from google.api_core.retry import Retry
 from google.auth.exceptions import DefaultCredentialsError
 from google.cloud.firestore import DELETE_FIELD, Client, DocumentReference, DocumentSnapshot, Query, WriteBatch
@@ -49,8 +49,8 @@ class Database:
             self.client = _Client(project=project_id, database=database)
         except DefaultCredentialsError as error:
             raise Unavailable(
-                "there are no Google credentials for Firestore here",
-                hint="on Cloud Run the service account is found by itself; elsewhere: gcloud auth application-default login",
+                "there are no Google credentials for Firestore",
+                hint="on Cloud Run they come from the service account; elsewhere, run: gcloud auth application-default login",
             ) from error
         self.client.open()
 
@@ -60,15 +60,15 @@ class Database:
         A step reads, decides and commits; it must recognize its own earlier commit whose answer was lost.
         """
         with deadline(CALL_TIMEOUT_S):
-            for turn in itertools.count():
+            for retries in itertools.count():
                 try:
                     return step()
                 except (PreconditionFailed, *AMBIGUOUS_ERRORS) as error:
-                    pause_s = min(INITIAL_BACKOFF_S * 2**turn, MAX_BACKOFF_S) * random.uniform(0.5, 1)  # noqa: S311  # no secret
+                    pause_s = min(INITIAL_BACKOFF_S * 2**retries, MAX_BACKOFF_S) * random.uniform(0.5, 1)  # noqa: S311  # no secret
                     if remaining_s(CALL_TIMEOUT_S) - pause_s <= MIN_TIMEOUT_S:
                         raise translate_error(error, self._project_id, self._name) from error
                     time.sleep(pause_s)
-                except google.GoogleAPICallError as error:
+                except google_errors.GoogleAPICallError as error:
                     raise translate_error(error, self._project_id, self._name) from error
         raise AssertionError("the loop ends by returning or raising")
 
@@ -81,8 +81,8 @@ class Database:
     def get_all(self, doc_refs: Sequence[DocumentReference], *fields: str) -> list[Snapshot]:
         """Several documents as of one moment, in the order given."""
         snapshots = {
-            one.id + one.reference.parent.id: one
-            for one in self.client.get_all(list(doc_refs), fields, retry=NO_RETRIES, timeout=remaining_s(RPC_TIMEOUT_S))
+            snapshot.id + snapshot.reference.parent.id: snapshot
+            for snapshot in self.client.get_all(list(doc_refs), fields, retry=NO_RETRIES, timeout=remaining_s(RPC_TIMEOUT_S))
         }
         return [snapshots[doc_ref.id + doc_ref.parent.id] for doc_ref in doc_refs]
 
@@ -95,7 +95,7 @@ class Database:
             batch.create(stored.reference, {name: value for name, value in fields.items() if value is not None})
 
     def commit(self, batch: WriteBatch) -> None:
-        """Carry out all writes or none. Raises PreconditionFailed, and AMBIGUOUS_ERRORS, after which they may have been carried out."""
+        """Apply all writes or none. Raises PreconditionFailed, or one of AMBIGUOUS_ERRORS, after which they may have been applied."""
         try:
             batch.commit(retry=NO_RETRIES, timeout=remaining_s(RPC_TIMEOUT_S))
         except WRITE_CONFLICT_ERRORS as error:
@@ -106,11 +106,11 @@ class Database:
     # --- complete calls ----------------------------------------------------------------------------------------------
 
     def query(self, query: Query) -> list[Snapshot]:
-        """All documents that a query finds."""
+        """All documents that match a query. Raises Unavailable."""
         return self.run_with_retry(lambda: list(query.get(retry=NO_RETRIES, timeout=remaining_s(RPC_TIMEOUT_S))))
 
     def delete(self, doc_refs: Iterable[DocumentReference]) -> None:
-        """Delete documents in one commit; harmless for those that are gone already."""
+        """Delete documents in one commit; those that do not exist are ignored. Raises Unavailable."""
         batch = self.client.batch()
         for doc_ref in doc_refs:
             batch.delete(doc_ref)

@@ -5,7 +5,7 @@
 import hashlib
 import re
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from google.cloud.firestore import CollectionReference, DocumentReference
@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 from schema.dataset import Dataset
 from schema.job import Job, Status
 from service.adapters.jobstores.firestore.database import Fields, Snapshot
+from service.adapters.jobstores.records import format_timestamp
 from service.core.job_store_rules import IDEMPOTENCY_TTL
 from service.core.ports import Heartbeat, IdempotencyKey, JobSummary
 
@@ -33,11 +34,6 @@ def doc_ref_by_id(collection: CollectionReference, record_id: str) -> DocumentRe
 def fields_of(snapshot: Snapshot) -> dict[str, Any]:
     """The fields that were read; empty when there is no document."""
     return snapshot.to_dict() or {}
-
-
-def format_timestamp(moment: datetime) -> str:
-    """UTC text that sorts like the time it stands for."""
-    return moment.astimezone(UTC).isoformat(timespec="microseconds")
 
 
 # --- jobs ------------------------------------------------------------------------------------------------------------
@@ -67,15 +63,15 @@ def build_job_fields(job: Job, write_ids: list[str]) -> Fields:
 
 
 def build_filter_values(tenant_id: str, values: Mapping[str, str | None]) -> dict[str, str]:
-    """What lists are filtered by. Each value starts with the tenant, so merged indexes never touch another tenant's jobs."""
+    """The fields that lists filter by. Each value starts with the tenant, so merged indexes never touch another tenant's jobs."""
     return {name: f"{tenant_id}/{value}" for name in FILTERS if (value := values.get(name)) is not None}
 
 
 def load_summary(snapshot: Snapshot) -> JobSummary:
     """A job as lists show it."""
-    shown: dict[str, Any] = snapshot.get("summary")
+    summary: dict[str, Any] = snapshot.get("summary")
     created_at = datetime.fromisoformat(snapshot.get("created_at"))
-    return JobSummary(job_id=snapshot.id, created_at=created_at, **shown | {"status": Status(shown["status"])})
+    return JobSummary(job_id=snapshot.id, created_at=created_at, **summary | {"status": Status(summary["status"])})
 
 
 # --- heartbeats ------------------------------------------------------------------------------------------------------

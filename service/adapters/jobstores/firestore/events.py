@@ -16,7 +16,7 @@ EVENTS_TTL = timedelta(days=400)  # a year of metrics, and a month to look back 
 MAX_CHUNK_BYTES = 900_000  # a document's limit is 1 MiB
 CHUNKS_PER_COMMIT = 4  # a commit's limit is 10 MiB, the emulator's 4
 CHUNKS_PER_READ = 50
-DELETES_PER_COMMIT = 400  # Firestore's limit was 500
+DELETES_PER_COMMIT = 400  # below 500, the limit that Firestore once had and emulators may have
 
 
 class SequencedEvent(ReportedEvent):
@@ -29,7 +29,7 @@ _EVENTS: TypeAdapter[list[SequencedEvent]] = TypeAdapter(list[SequencedEvent])
 
 
 def split_into_chunks(events: Sequence[SequencedEvent]) -> Iterator[list[SequencedEvent]]:
-    """The events in portions that each fit into a document."""
+    """The events in chunks that each fit into a document."""
     chunk: list[SequencedEvent] = []
     size_bytes = 0
     for event in events:
@@ -97,6 +97,6 @@ def _chunk_name(cursor: int) -> str:
 
 def _load_chunk(chunk: Snapshot) -> list[StoredEvent]:
     events = _EVENTS.validate_json(chunk.get("events"))
-    first = int(chunk.id) - len(events) + 1
+    first_cursor = int(chunk.id) - len(events) + 1
     attempt = chunk.get("attempt")
-    return [StoredEvent(cursor, attempt, event.seq, event.at, event.event) for cursor, event in enumerate(events, start=first)]
+    return [StoredEvent(cursor, attempt, event.seq, event.at, event.event) for cursor, event in enumerate(events, start=first_cursor)]

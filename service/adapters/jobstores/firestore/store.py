@@ -2,7 +2,7 @@
 
 | collection | one document is | its fields |
 |---|---|---|
-| `jobs` | a job | `record` (JSON), `revision`, `writes`, what lists show and filter by |
+| `jobs` | a job | `record` (JSON), `revision`, `writes`, and the fields that lists show and filter by |
 | `jobs/{id}/events` | a chunk of events reported together, named by the cursor of the last | `events` (JSON), `attempt`, `expire_at` |
 | `heartbeats` | the job's last heartbeat | `heartbeat` (JSON), `last_cursor` |
 | `datasets` | a dataset | `record` (JSON), `tenant_id`, `created_at` |
@@ -92,7 +92,7 @@ class FirestoreJobStore:
             if stored.exists:
                 if write_id in stored.get("writes"):
                     return job
-                raise Conflict(f"{job.job_id} is there already")
+                raise Conflict(f"{job.job_id} already exists")
             batch = self._database.client.batch()
             self._database.set_if_unchanged(batch, stored, build_job_fields(job, [write_id]))
             if key and idempotency:
@@ -119,7 +119,7 @@ class FirestoreJobStore:
             if write_id in stored.get("writes"):
                 return updated
             if stored.get("revision") != job.revision:
-                raise StaleRevision(f"{job.job_id} was changed by somebody else")
+                raise StaleRevision(f"{job.job_id} was changed by another writer")
             batch = self._database.client.batch()
             write_ids = [*stored.get("writes"), write_id][-MAX_WRITE_IDS:]
             self._database.set_if_unchanged(batch, stored, build_job_fields(updated, write_ids))
@@ -142,8 +142,8 @@ class FirestoreJobStore:
         return queries.list_oldest_jobs(self._database, self._jobs, "active", limit)
 
     def list_jobs_using_dataset(self, dataset_id: str) -> list[str]:
-        users = self._jobs.where(filter=FieldFilter("active_dataset_id", "==", dataset_id)).order_by("__name__").select([])
-        return [snapshot.id for snapshot in self._database.query(users)]
+        query = self._jobs.where(filter=FieldFilter("active_dataset_id", "==", dataset_id)).order_by("__name__").select([])
+        return [snapshot.id for snapshot in self._database.query(query)]
 
     def delete_job(self, job_id: str) -> bool:
         """Delete the job's events, its heartbeat and its record, the record last: an interrupted deletion goes on when repeated."""
@@ -199,7 +199,7 @@ class FirestoreJobStore:
             stored = self._database.get(doc_ref)
             if stored.exists:
                 if stored.to_dict() != fields:
-                    raise Conflict(f"{dataset.processed_dataset_id} is there already")
+                    raise Conflict(f"{dataset.processed_dataset_id} already exists")
                 return
             batch = self._database.client.batch()
             self._database.set_if_unchanged(batch, stored, fields)
