@@ -57,9 +57,9 @@ def _load_settings() -> Settings:
         return Settings()  # pyright: ignore[reportCallIssue]  # pydantic fills them from the environment
     except ValidationError as error:
         first = error.errors()[0]
-        where = f"{first['loc'][0]}: " if first["loc"] else ""
-        what = first["msg"].removeprefix("Value error, ")
-        raise StartError(f"invalid settings: {where}{what}", "docs/settings.md describes all settings") from error
+        setting = f"{first['loc'][0]}: " if first["loc"] else ""
+        reason = first["msg"].removeprefix("Value error, ")
+        raise StartError(f"invalid settings: {setting}{reason}", "docs/settings.md describes all settings") from error
 
 
 def serve(settings: Settings) -> None:

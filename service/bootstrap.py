@@ -1,10 +1,10 @@
 """Puts the adapters named in the settings behind the ports of the core. The only module that knows both."""
 
-import secrets as random
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pkgutil import resolve_name
+from secrets import token_bytes, token_hex
 from typing import Any
 
 from service.adapters.hub import HuggingFaceHub
@@ -24,7 +24,7 @@ from service.core.validation.hub import NoHub
 from service.settings import SOURCE_ROOT, Settings, attempt_environment, inherited_environment
 from storage.registry import STORES, open_store
 
-# In the cloud every answer crosses a network, an execution shows up seconds after it was started, and each check is a billed call.
+# In the cloud every call crosses a network, an execution is listed seconds after it was started, and each check is billed.
 CLOUD_LIMITS = Limits(
     heartbeat_timeout=timedelta(seconds=120),
     cancel_grace=timedelta(seconds=20),
@@ -68,6 +68,7 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
     hub = NoHub() if settings.hf_hub_offline else HuggingFaceHub(settings.hf_endpoint)
     tokens = TokenSigner(_signing_key(settings), clock)
     interval_s = settings.reconcile_interval_s
+    # `jobs` is built below, because it needs the reconciler's `wake`.
     reconciler = Reconciler(lambda: jobs.reconciliation.reconcile(), interval_s) if interval_s else None
 
     def reconcile_inside_request(job_id: str) -> None:
@@ -81,7 +82,7 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
         url_signer=create_url_signer(buckets.models, tokens, iam_emulator_host=settings.iam_credentials_emulator_host),
         tokens=tokens,
         clock=clock,
-        random_suffix=lambda: random.token_hex(6),
+        random_suffix=lambda: token_hex(6),
         wake=reconciler.wake if reconciler else reconcile_inside_request,
         limits=Limits() if settings.launcher == "local" else CLOUD_LIMITS,
         hub=hub,
@@ -97,7 +98,7 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
             max_rows=settings.max_dataset_rows,
         ),
         clock=clock,
-        random_suffix=lambda: random.token_hex(6),
+        random_suffix=lambda: token_hex(6),
         scratch=home / "uploads",
         max_incoming_bytes=settings.max_incoming_bytes,
     )
@@ -153,7 +154,7 @@ def _open_secret_store(settings: Settings) -> SecretStore:
 def _signing_key(settings: Settings) -> bytes:
     if settings.signing_key is not None:
         return settings.signing_key.get_secret_value().encode()
-    return load_or_create_key(settings.home_folder / "signing-key", lambda: random.token_bytes(32))
+    return load_or_create_key(settings.home_folder / "signing-key", lambda: token_bytes(32))
 
 
 def _create_launcher(settings: Settings) -> Launcher:

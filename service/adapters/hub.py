@@ -1,4 +1,4 @@
-"""The Hugging Face Hub through its own client. Answers about tokens are never cached; after a call without answer it pauses for a minute.
+"""The Hugging Face Hub through its own client. Nothing is cached. After a call without an answer, calls fail at once for a minute.
 
 The client is imported at first use: that takes a third of a second, and many deployments never need it.
 """
@@ -28,7 +28,7 @@ CALL_TIMEOUT_S = 3.0
 MIN_CONCLUSIVE_TIMEOUT_S = 1.0  # a Hub that fails to answer in less than this may still be available
 MAX_WORKERS = 8
 ACCESS_BY_STATUS: dict[int, HubAccess] = {401: "bad_token", 403: "refused"}
-COOLDOWN_S = 60.0  # after a call without an answer; each further request would wait in vain
+COOLDOWN_S = 60.0  # after a call without an answer; otherwise each request would wait for another timeout
 
 ReturnT = TypeVar("ReturnT")
 
@@ -107,7 +107,7 @@ class HuggingFaceHub:
         from huggingface_hub.errors import OfflineModeIsEnabled
 
         if self._monotonic() < self._cooldown_until:
-            raise Unavailable("the Hugging Face Hub did not answer a moment ago")
+            raise Unavailable("the Hugging Face Hub did not answer a moment ago", hint="try again in a minute")
         timeout_s = remaining_s(CALL_TIMEOUT_S)
         future = self._pool.submit(copy_context().run, lambda: call(self._api))
         try:
@@ -117,7 +117,7 @@ class HuggingFaceHub:
             if timeout_s >= MIN_CONCLUSIVE_TIMEOUT_S or not isinstance(error, FutureTimeout):
                 self._cooldown_until = self._monotonic() + COOLDOWN_S
             log.warning("the Hugging Face Hub does not answer", extra={"endpoint": self._endpoint, "error": type(error).__name__})
-            raise Unavailable(f"the Hugging Face Hub does not answer at {self._endpoint}") from error
+            raise Unavailable(f"the Hugging Face Hub does not answer at {self._endpoint}", hint="try again in a minute") from error
 
     @property
     def _api(self) -> "HfApi":
@@ -134,11 +134,11 @@ class HuggingFaceHub:
 def parse_account(whoami: Mapping[str, Any]) -> HubAccount:
     """The account of a token, from the JSON of `/api/whoami-v2`. A permission that the JSON does not mention is assumed."""
     access: dict[str, Any] = whoami.get("auth", {}).get("accessToken") or {}
-    fine = access.get("fineGrained")
-    scopes: list[dict[str, Any]] = fine.get("scoped", []) if fine else []
+    fine_grained = access.get("fineGrained")
+    scopes: list[dict[str, Any]] = fine_grained.get("scoped", []) if fine_grained else []
     return HubAccount(
         user=whoami["name"],
-        role=access.get("role", "") if fine or access.get("role") != "fineGrained" else "",
+        role=access.get("role", "") if fine_grained or access.get("role") != "fineGrained" else "",
         orgs={org["name"]: org.get("roleInOrg") or "write" for org in whoami.get("orgs", [])},
         writable=frozenset(scope["entity"].get("name", "") for scope in scopes if "repo.write" in scope.get("permissions", [])),
     )
@@ -146,5 +146,7 @@ def parse_account(whoami: Mapping[str, Any]) -> HubAccount:
 
 def _access_error(repo_id: str, status: int) -> InvalidRequest | Unavailable:
     if status in (401, 403):
-        return InvalidRequest(f"the token may not change {repo_id} on the Hub", hint="send one with write access to it", param="X-HF-Token")
+        return InvalidRequest(
+            f"the token may not change {repo_id} on the Hub", hint="send a token with write access to it", param="X-HF-Token"
+        )
     return Unavailable(f"the Hugging Face Hub answered {status} about {repo_id}; try again")

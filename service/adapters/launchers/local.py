@@ -53,7 +53,7 @@ class LocalLauncher:
         self._source = source
         self._service_url = service_url
         self._max_concurrent_jobs = max_concurrent_jobs
-        self._inherited = dict(environment)
+        self._inherited_environment = dict(environment)
         self._time_limit_s = time_limit_s
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._lock = threading.Lock()
@@ -162,7 +162,7 @@ class LocalLauncher:
             answer = subprocess.run(
                 [self._python, "-m", "jobs.llm.probe"],
                 cwd=self._source,
-                env={**self._inherited, "PYTHONPATH": str(self._source)},
+                env={**self._inherited_environment, "PYTHONPATH": str(self._source)},
                 capture_output=True,
                 timeout=PROBE_TIMEOUT_S,
                 check=True,
@@ -170,13 +170,13 @@ class LocalLauncher:
             return json.loads(answer.stdout.splitlines()[-1])
         except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
             log.error("probing the trainer's environment failed", extra={"python": str(self._python), "error": str(error)})
-            raise Unavailable("the trainer's environment does not work; nothing can be trained", hint="run `make setup`") from error
+            raise Unavailable("the trainer's environment does not work, so nothing can be trained", hint="run `make setup`") from error
 
     def _build_environment(self, launch_request: LaunchRequest, workdir: Path) -> dict[str, str]:
         return {
             **_thread_environment(self._max_concurrent_jobs),
             "TOKENIZERS_PARALLELISM": "false",
-            **self._inherited,
+            **self._inherited_environment,
             **launch_request.environment,
             "SERVICE_URL": self._service_url,
             "JOB_WORKDIR": str(workdir),
@@ -215,7 +215,7 @@ class LocalLauncher:
         try:
             process = psutil.Process(int(handle.partition("@")[0]))
             alive = _process_handle(process) == handle and process.status() != psutil.STATUS_ZOMBIE
-        except (psutil.Error, ValueError):  # the second is a handle of another launcher
+        except (psutil.Error, ValueError):  # ValueError: a handle of another launcher
             return None
         return process if alive else None
 
@@ -225,7 +225,7 @@ def capabilities_from_probe(probe_result: Mapping[str, object]) -> RuntimeCapabi
     packages = probe_result.get("packages")
     installed = set(cast(Mapping[str, object], packages)) if isinstance(packages, dict) else set[str]()
     on_gpu, flash, gguf = probe_result.get("device") == "cuda", bool(probe_result.get("flash_attention_2")), bool(probe_result.get("gguf"))
-    quantized, onnx, lm_eval = ("bitsandbytes" in installed, "onnx" in installed, "lm_eval" in installed)
+    quantized, onnx, lm_eval = "bitsandbytes" in installed, "onnx" in installed, "lm_eval" in installed
     unsloth = on_gpu and "unsloth" in installed
     unsloth_note = "unsloth is not installed in the trainer's environment" if on_gpu else "unsloth needs a GPU"
     requirements = {

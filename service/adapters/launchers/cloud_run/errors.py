@@ -49,8 +49,8 @@ def translate_errors(translate: Callable[[GoogleAPICallError], TunesmithError]) 
 
 def translate_launch_error(error: GoogleAPICallError, profile: str, deployment: Deployment) -> LaunchFailed | Unavailable:
     """The error for a launch that Cloud Run refused. LaunchFailed is permanent; Unavailable is worth a retry."""
-    if cause := _project_error(error, deployment):
-        return cause
+    if project_error := _project_error(error, deployment):
+        return project_error
     if _is_quota_error(error):
         return _quota_error(error, profile, deployment)
     message, job = single_line(error.message), cloud_run_job_id(profile)
@@ -74,12 +74,12 @@ def translate_launch_error(error: GoogleAPICallError, profile: str, deployment: 
 
 
 def translate_call_error(error: GoogleAPICallError, permission: str, resource: str, deployment: Deployment) -> Unavailable:
-    """The error for a failed call other than a launch; every one of them can be retried. `permission` is what the call needs."""
+    """The error for a failed call other than a launch, which can always be retried. `permission` is the one that the call needs."""
     if isinstance(error, PermissionDenied):
         permission = _missing_permission(error) or permission
         job = resource.partition("/executions/")[0].rpartition("/")[2]
         hint = _grant_command(permission, job, deployment)
-        return Unavailable(f"the service may not do that in Cloud Run: it lacks {permission} on {job}", hint=hint)
+        return Unavailable(f"the service may not use the Cloud Run job {job}: it lacks {permission}", hint=hint)
     if isinstance(error, Unauthenticated):
         return no_credentials_error(error)
     return Unavailable(f"Cloud Run does not answer: {single_line(error.message)}")
@@ -136,8 +136,8 @@ def _exhausted_quotas(error: GoogleAPICallError) -> list[str]:
 
 
 def _missing_permission(error: GoogleAPICallError) -> str | None:
-    in_message = re.search(r"[Pp]ermission '([\w.]+)'", error.message)
-    return (error.metadata or {}).get("permission") or (in_message and in_message[1])
+    match = re.search(r"[Pp]ermission '([\w.]+)'", error.message)
+    return (error.metadata or {}).get("permission") or (match and match[1])
 
 
 def _grant_command(permission: str, job: str, deployment: Deployment) -> str:

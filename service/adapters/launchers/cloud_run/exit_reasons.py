@@ -15,6 +15,7 @@ from service.adapters.launchers.cloud_run.errors import single_line
 from service.core.ports import ExitReason
 
 RETRY_HINT = "nothing to do: the service launches another attempt"
+RETRY_REQUEST_HINT = "POST /jobs/{id}/retry continues the job"
 COMPLETED = "Completed"  # the type of the condition that describes the whole execution
 
 Common = run_v2.Condition.CommonReason
@@ -99,11 +100,9 @@ def _enum_value(condition: run_v2.Condition, name: str) -> int:
 
 def _cancelled(evidence: ExitEvidence) -> ExitReason | None:
     if evidence.deleted:
-        return _exit_reason("lost", "the execution was deleted in Cloud Run", "send the job again")
+        return _exit_reason("lost", "the execution was deleted in Cloud Run", RETRY_REQUEST_HINT)
     if evidence.cancelled:
-        return _exit_reason(
-            "lost", "the execution was cancelled in Cloud Run, not through this service", "send the job again; cancel jobs here"
-        )
+        return _exit_reason("lost", "the execution was canceled in Cloud Run, not through this service", RETRY_REQUEST_HINT)
     return None
 
 
@@ -129,8 +128,8 @@ def _image_unavailable(evidence: ExitEvidence) -> ExitReason | None:
     if evidence.reasons & {Common.CONTAINER_IMAGE_UNAUTHORIZED, Common.CONTAINER_IMAGE_AUTHORIZATION_CHECK_FAILED}:
         hint = "see the Binary Authorization policy of the project"
         return _exit_reason("launch_failed", f"a policy of the project forbids the image{evidence.message_suffix}", hint)
-    missing = r"image .*not found|ImagePull|pull(ing)? .*image|image import failed|manifest unknown"
-    if Common.CONTAINER_MISSING in evidence.reasons or evidence.matches(missing):
+    missing_image = r"image .*not found|ImagePull|pull(ing)? .*image|image import failed|manifest unknown"
+    if Common.CONTAINER_MISSING in evidence.reasons or evidence.matches(missing_image):
         return _exit_reason(
             "launch_failed", f"Cloud Run cannot pull the image{evidence.message_suffix}", "`make deploy` builds and pushes it"
         )
@@ -153,8 +152,12 @@ def _access_denied(evidence: ExitEvidence) -> ExitReason | None:
 def _no_capacity(evidence: ExitEvidence) -> ExitReason | None:
     """Cloud Run accepted the attempt and then had no compute for it: not the job's fault, and worth another attempt."""
     exhausted = evidence.status_code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
-    late = Common.PROGRESS_DEADLINE_EXCEEDED in evidence.reasons
-    if not (exhausted or late or evidence.matches(r"quota|capacity|resources? (is |are )?(exhausted|unavailable)|no available instance")):
+    not_started_in_time = Common.PROGRESS_DEADLINE_EXCEEDED in evidence.reasons
+    if not (
+        exhausted
+        or not_started_in_time
+        or evidence.matches(r"quota|capacity|resources? (is |are )?(exhausted|unavailable)|no available instance")
+    ):
         return None
     hint = "ask for more of the quota, or use other hardware or another region"
     return _exit_reason("launch_failed", f"Cloud Run had no compute for the attempt{evidence.message_suffix}", hint, preempted=True)
@@ -162,11 +165,11 @@ def _no_capacity(evidence: ExitEvidence) -> ExitReason | None:
 
 def _preempted(evidence: ExitEvidence) -> ExitReason | None:
     """Cloud Run does not migrate GPU tasks for maintenance: it ends them with SIGTERM."""
-    broken = Common.INTERNAL in evidence.reasons or Reason.JOB_STATUS_SERVICE_POLLING_ERROR in evidence.execution_reasons
+    internal_error = Common.INTERNAL in evidence.reasons or Reason.JOB_STATUS_SERVICE_POLLING_ERROR in evidence.execution_reasons
     reported = evidence.matches(r"maintenance|preempt|evict|internal (system )?error|stopped unexpectedly")
-    if not (broken or reported or evidence.signal == SIGTERM):
+    if not (internal_error or reported or evidence.signal == SIGTERM):
         return None
-    return _exit_reason("preempted", f"Cloud Run took the attempt's machine away{evidence.message_suffix}", RETRY_HINT, preempted=True)
+    return _exit_reason("preempted", f"Cloud Run preempted the attempt{evidence.message_suffix}", RETRY_HINT, preempted=True)
 
 
 def _crashed(evidence: ExitEvidence) -> ExitReason | None:
@@ -186,12 +189,7 @@ def _platform_error(evidence: ExitEvidence) -> ExitReason | None:
     codes = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED)
     if evidence.status_code not in {code.value[0] for code in codes}:
         return None
-    return _exit_reason(
-        "preempted",
-        f"Cloud Run lost the attempt{evidence.message_suffix}",
-        RETRY_HINT,
-        preempted=True,
-    )
+    return _exit_reason("preempted", f"Cloud Run lost the attempt{evidence.message_suffix}", RETRY_HINT, preempted=True)
 
 
 def _unknown(evidence: ExitEvidence) -> ExitReason | None:
@@ -200,7 +198,7 @@ def _unknown(evidence: ExitEvidence) -> ExitReason | None:
     return _exit_reason("lost", f"the execution failed{evidence.message_suffix}", "see its output in Cloud Logging")
 
 
-# The first rule that answers wins. A SIGKILL counts as out of memory only after cancels and timeouts are excluded.
+# The first rule that returns a reason wins. A SIGKILL counts as out of memory only after cancels and timeouts are excluded.
 EXIT_RULES = (
     *(_cancelled, _timed_out, _out_of_memory, _image_unavailable, _access_denied),
     *(_no_capacity, _preempted, _crashed, _platform_error, _unknown),

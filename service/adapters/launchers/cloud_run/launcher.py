@@ -1,6 +1,6 @@
 """Attempts as executions of Cloud Run jobs: one job resource per hardware profile, created by Terraform, run with overrides.
 
-Attempts outlive the service; the next service process finds them by the name in their arguments. Handles are full execution names.
+Attempts outlive the service; the next service process finds them by the name in their arguments.
 Retries are off in Cloud Run (`max_retries = 0` in the job resource) and in the client library: the core decides on every attempt.
 """
 
@@ -115,7 +115,7 @@ class CloudRunLauncher:
                 log.info("execution has ended already or is being canceled", extra={"handle": handle})
 
     def count_free_slots(self, active_jobs: int) -> int:
-        """Counts by the records: they include launches that Cloud Run does not list yet."""
+        """Counts the active jobs of the records, which include launches that Cloud Run does not list yet."""
         return self._max_concurrent_jobs - active_jobs
 
     def get_capabilities(self, profile: str | None = None) -> RuntimeCapabilities:
@@ -140,14 +140,14 @@ class CloudRunLauncher:
                 return None
 
     def log_location(self, handle: str) -> str:
-        parts = EXECUTION_NAME.fullmatch(handle)
-        if parts is None:
+        match = EXECUTION_NAME.fullmatch(handle)
+        if match is None:
             return f"no Cloud Run execution is called {handle!r}"
-        project, region, execution = parts["project"], parts["region"], parts["execution"]
+        project, region, execution = match["project"], match["region"], match["execution"]
         entries = f'resource.type="cloud_run_job" AND labels."run.googleapis.com/execution_name"="{execution}"'
         command = f"gcloud logging read '{entries}' --project={project} --order=asc --freshness=30d --limit=1000"
-        address = f"https://console.cloud.google.com/run/jobs/executions/details/{region}/{execution}/tasks?project={project}"
-        return f"the output is in Cloud Logging: {command} --format='value(textPayload,jsonPayload.message)' or {address}"
+        url = f"https://console.cloud.google.com/run/jobs/executions/details/{region}/{execution}/tasks?project={project}"
+        return f"the output is in Cloud Logging: {command} --format='value(textPayload,jsonPayload.message)' or {url}"
 
     # --- calls -------------------------------------------------------------------------------------------------------
 
@@ -172,7 +172,7 @@ class CloudRunLauncher:
         return self._connection.open().executions.get_execution(request, retry=None, timeout=remaining_s(CALL_TIMEOUT_S))
 
     def _get_task(self, handle: str) -> run_v2.Task | None:
-        """The execution's only task, which knows the exit code. None when the service may not read it: the execution tells enough."""
+        """The execution's only task, which knows the exit code. None when the service may not read it: the execution alone is enough."""
         request = run_v2.ListTasksRequest(parent=handle, page_size=1)
         try:
             pager = self._connection.open().tasks.list_tasks(request, retry=None, timeout=remaining_s(CALL_TIMEOUT_S))
