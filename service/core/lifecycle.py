@@ -33,9 +33,9 @@ ALLOWED_TRANSITIONS: dict[Status, frozenset[Status]] = {
     Status.CANCELLED: frozenset({Status.QUEUED}),
 }
 
-# The job fails after so many attempts in a row that ended early and saved nothing new.
+# The job fails after this many attempts in a row that ended early and saved nothing new.
 MAX_ATTEMPTS_WITHOUT_PROGRESS = 5
-# Or after so many of them that were lost: each may have cost an hour, and a process killed for its memory is killed again.
+# Or after this many of them that were lost: each may have cost an hour, and a process killed for its memory is killed again.
 MAX_LOST_ATTEMPTS = 3
 # The fields of a result that the record copies as they are.
 RESULT_FIELDS = ("metrics", "base_metrics", "gate", "published_step", "wandb_url")
@@ -150,10 +150,10 @@ def mark_lost(
         job = _record_checkpoint(job, number, last_checkpoint_step, now)
     if reason is not None:
         return _end(job, number, "preempted" if preempted else "lost" if reason.code in CONTINUABLE_FAILURES else "failed", reason, now)
-    when = "before it claimed its work" if attempt.claimed_by is None else "without writing a result"
+    ending = "before a process claimed it" if attempt.claimed_by is None else "without writing a result"
     failure = Failure(
         code="lost",
-        message=f"attempt {number} ended {when}; it was probably killed",
+        message=f"attempt {number} ended {ending}; it was probably killed",
         hint="see GET /jobs/{id}/logs; a process that ran out of memory ends like this: try a smaller batch_size or max_seq_length",
         attempt=number,
     )
@@ -321,13 +321,12 @@ def _attempts_without_progress(job: Job) -> list[Attempt]:
 def _retry_exhausted_failure(job: Job, ended: Attempt) -> Failure:
     """How many attempts made no progress, and how the last one ended."""
     count = len(_attempts_without_progress(job))
-    last = f": {ended.failure.message}" if ended.failure else ""
+    last_message = f": {ended.failure.message}" if ended.failure else ""
+    own_hint = ended.failure.hint if ended.failure else ""
     return Failure(
         code=ended.failure.code if ended.failure else "timeout" if ended.outcome == "yielded" else "preempted",
-        message=f"{count} attempts in a row ended early without progress ({ended.outcome}){last}",
-        hint=ended.failure.hint
-        if ended.failure and ended.failure.hint
-        else "POST /jobs/{id}/retry continues the job; larger hardware may help",
+        message=f"{count} attempts in a row ended early without progress ({ended.outcome}){last_message}",
+        hint=own_hint or "POST /jobs/{id}/retry continues the job; larger hardware may help",
         attempt=ended.number,
     )
 

@@ -229,7 +229,7 @@ class Launcher(Protocol):
         ...
 
     def cancel(self, handle: str, *, force: bool) -> None:
-        """Ask the attempt to stop; with `force`, end it. Harmless for one that has ended."""
+        """Ask the attempt to stop; with `force`, kill it. Does nothing for one that has ended. Raises Unavailable."""
         ...
 
     def count_free_slots(self, active_jobs: int) -> int:
@@ -296,10 +296,10 @@ class LogReader(Protocol):
 
 
 class SecretStore(Protocol):
-    """Stores the secrets of a job until the job ends, and no longer."""
+    """Stores the secrets of a job until the job ends, and no longer. Raises Unavailable when the store does not answer."""
 
     def put(self, job_id: str, secrets: Mapping[str, str]) -> None:
-        """Store the secrets of a job, replacing earlier ones."""
+        """Store the secrets of a job, replacing earlier ones. Raises TooLarge when the store cannot hold them."""
         ...
 
     def read(self, job_id: str) -> dict[str, str]:
@@ -323,7 +323,7 @@ class UrlSigner(Protocol):
     """Makes links to objects of the model bucket that need no other credential and expire."""
 
     def sign_url(self, key: str, filename: str, expires_s: int) -> str:
-        """An absolute URL, or a path that starts with `/` when this service itself serves it."""
+        """An absolute URL, or a path that starts with `/` when this service itself serves it. Raises InvalidRequest, Unavailable."""
         ...
 
 
@@ -355,7 +355,7 @@ class Hub(Protocol):
         ...
 
     def get_account(self, token: str) -> HubAccount | None:
-        """The account of the token; None when the Hub does not tell."""
+        """The account of the token; None when the Hub does not return it."""
         ...
 
     def list_commits(self, repo_id: str, token: str) -> list[str] | None:

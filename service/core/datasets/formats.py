@@ -85,7 +85,7 @@ def parse_row(line: bytes) -> ValidatedRow:
 
 
 def _detect_format(columns: dict[str, object]) -> DatasetType:
-    """The format of a row, which must have all the columns of that format and no other. Raises InvalidValue."""
+    """The format of a row, which must have all columns of that format and no others. Raises InvalidValue."""
     row_format = _detect_format_by_columns(columns)
     names = COLUMNS_BY_TYPE[row_format]
     for name in names:
@@ -93,8 +93,10 @@ def _detect_format(columns: dict[str, object]) -> DatasetType:
             raise InvalidValue(name, f"is missing; a {row_format} row has the columns {join_names(names)}")
     for name in columns:
         if name not in names and row_format != "prompt":
-            place = "; put each image into its message" if name in ("image", "images") else ""
-            raise InvalidValue(preview(name), f"would not be used: a {row_format} row has only {join_names(names)}; drop the column{place}")
+            advice = "; put each image into its message" if name in ("image", "images") else ""
+            raise InvalidValue(
+                preview(name), f"would not be used: a {row_format} row has only {join_names(names)}; drop the column{advice}"
+            )
     return row_format
 
 
@@ -239,9 +241,9 @@ def _parse_answer(value: object, field: str, prompt: list[Message] | None = None
 def _parse_conversation(value: object, field: str, *, last_role: Literal["user", "assistant"]) -> list[Message]:
     """Messages whose order every chat template accepts."""
     messages = _parse_messages(value, field)
-    first = 1 if messages[0]["role"] == "system" else 0
-    for index in range(first, len(messages)):
-        expected = "assistant" if (index - first) % 2 else "user"
+    first_turn = 1 if messages[0]["role"] == "system" else 0
+    for index in range(first_turn, len(messages)):
+        expected = "assistant" if (index - first_turn) % 2 else "user"
         if messages[index]["role"] != expected:
             raise InvalidValue(f"{field}[{index}].role", f"is '{messages[index]['role']}'; it must be '{expected}': {TURN_ORDER_RULE}")
     if messages[-1]["role"] != last_role:
@@ -279,9 +281,9 @@ def _check_images(messages: list[Message], field: str) -> tuple[str, ...]:
 def _iter_image_parts(messages: list[Message], field: str) -> Iterator[tuple[str, str]]:
     for index, message in enumerate(messages):
         if isinstance(message["content"], list):
-            for place, part in enumerate(message["content"]):
+            for part_index, part in enumerate(message["content"]):
                 if part["type"] == "image":
-                    yield f"{field}[{index}].content[{place}]", part["image"]
+                    yield f"{field}[{index}].content[{part_index}]", part["image"]
 
 
 def _parse_messages(value: object, field: str) -> list[Message]:
@@ -309,11 +311,11 @@ def _parse_message(value: object, field: str) -> Message:
 def _parse_parts(values: Values, role: str, field: str) -> str | list[Part]:
     """The content of a message written in parts: one text if there is no image, else a list."""
     parts = [_parse_part(value, f"{field}[{index}]") for index, value in enumerate(values)]
-    image = next((index for index, part in enumerate(parts) if part["type"] == "image"), None)
-    if image is None:
+    first_image = next((index for index, part in enumerate(parts) if part["type"] == "image"), None)
+    if first_image is None:
         return check_text("".join(part["text"] for part in parts), field)
     if role != "user":
-        raise InvalidValue(f"{field}[{image}]", f"is an image in a message of role '{role}'; only 'user' messages may have images")
+        raise InvalidValue(f"{field}[{first_image}]", f"is an image in a message of role '{role}'; only 'user' messages may have images")
     return parts
 
 

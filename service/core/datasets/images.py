@@ -49,9 +49,9 @@ def normalize_image_part(part: dict[str, object], field: str) -> str:
     check_keys(part, field, ("type", key) if "type" in part else (key,))
     value, path = part[key], f"{field}.{key}"
     if key == "image_url" and isinstance(value, dict):
-        holder = as_object(cast(object, value), path, EXAMPLE_IMAGE_PART)
-        check_keys(holder, path, ("url",))
-        value, path = holder["url"], f"{path}.url"
+        image_url = as_object(cast(object, value), path, EXAMPLE_IMAGE_PART)
+        check_keys(image_url, path, ("url",))
+        value, path = image_url["url"], f"{path}.url"
     return _normalize_data_uri(value, path)
 
 

@@ -177,13 +177,13 @@ def _choose_held_out(keys: "array[int]", eval_fraction: float) -> set[int]:
     if eval_fraction == 0 or not keys or min(keys) == max(keys):
         return set()
     ordered = sorted(keys)
-    room = max(1, round(eval_fraction * len(ordered)))
+    remaining = max(1, round(eval_fraction * len(ordered)))
     held_out: set[int] = set()
     for key, rows in _count_rows_per_prompt(ordered):
-        if rows <= room:
+        if rows <= remaining:
             held_out.add(key)
-            room -= rows
-        if not room:
+            remaining -= rows
+        if not remaining:
             break
     return held_out or {min(_count_rows_per_prompt(ordered), key=lambda prompt: prompt[1])[0]}
 
@@ -236,23 +236,24 @@ def _read_raw_line(stream: BinaryIO, limits: RowLimits, slack: int) -> bytes:
 
 def _line_length_error(line: bytes, limits: RowLimits) -> str | None:
     """Why a line is too long, or None. Text has its own limit: in memory, a list of short values takes twenty times its bytes."""
-    images = sum(found.end() - found.start() for found in DATA_URI_PATTERN.finditer(line))
-    if len(line) - images > limits.max_row_bytes:
-        return _text_length_error(limits, images)
+    image_bytes = sum(match.end() - match.start() for match in DATA_URI_PATTERN.finditer(line))
+    if len(line) - image_bytes > limits.max_row_bytes:
+        return _text_length_error(limits, has_images=image_bytes > 0)
     if len(line) > max(limits.max_row_bytes, limits.max_image_row_bytes):
         return f"longer than {limits.max_image_row_bytes:,} bytes with its images; use fewer or smaller ones"
     return None
 
 
-def _text_length_error(limits: RowLimits, images: int) -> str:
-    return f"longer than {limits.max_row_bytes:,} bytes{' without its images' if images else ''}; shorten the row, or split it into several"
+def _text_length_error(limits: RowLimits, *, has_images: bool) -> str:
+    without = " without its images" if has_images else ""
+    return f"longer than {limits.max_row_bytes:,} bytes{without}; shorten the row, or split it into several"
 
 
 def _check_text_size(row: Row, content: ValidatedRow, limits: RowLimits) -> None:
     """Raise InvalidRow when the row is too long without its images: text that looks like a data: URI does not count as one."""
-    images = sum(len(image) for image in content.images)
-    if len(row.canonical) - images > limits.max_row_bytes:
-        raise InvalidRow(row.line, "", _text_length_error(limits, images))
+    image_bytes = sum(len(image) for image in content.images)
+    if len(row.canonical) - image_bytes > limits.max_row_bytes:
+        raise InvalidRow(row.line, "", _text_length_error(limits, has_images=image_bytes > 0))
 
 
 class _ConsistencyChecker:
@@ -269,8 +270,8 @@ class _ConsistencyChecker:
         if not self.rows:
             self._first_line, self._first_shape = number, content.shape
         elif content.shape != self._first_shape:
-            found = f"this row is {content.shape}, but line {self._first_line} is {self._first_shape}"
-            raise InvalidRow(number, "", f"{found}; all rows of a dataset must have one format")
+            difference = f"this row is {content.shape}, but line {self._first_line} is {self._first_shape}"
+            raise InvalidRow(number, "", f"{difference}; all rows of a dataset must have one format")
         if content.label is not None:
             self._labels[content.label] += 1
         self._last_line = number
@@ -281,8 +282,8 @@ class _ConsistencyChecker:
         if not self.rows:
             raise InvalidRow(1, "", f"no rows; a row is one line such as {FORMATS}")
         if len(self._labels) == 1:
-            found = f"{self._labels[True]:,} rows are true and {self._labels[False]:,} are false"
-            raise InvalidRow(self._last_line, "label", f"is the same in all rows: {found}; there must be some of each")
+            counts = f"{self._labels[True]:,} rows are true and {self._labels[False]:,} are false"
+            raise InvalidRow(self._last_line, "label", f"is the same in all rows: {counts}; there must be some of each")
 
 
 def _make_row(number: int, content: ValidatedRow) -> Row:

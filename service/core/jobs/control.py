@@ -1,4 +1,4 @@
-"""Cancel, pause, resume, retry: what a caller asks of a job that exists. Each can be repeated without harm."""
+"""Cancel, pause, resume, retry: what a caller can do with an existing job. Each call can be repeated without harm."""
 
 from datetime import datetime
 
@@ -24,7 +24,7 @@ class JobControl:
         self._wake = wake
 
     def cancel(self, job_id: str, tenant_id: str) -> Job:
-        """Stop a job: its attempt gets the directive first, and is ended by force if it does not obey. Raises Conflict, NotFound."""
+        """Stop a job: its attempt gets the directive first, and is killed if it does not stop. Raises Conflict, NotFound."""
         self._repository.find(job_id, tenant_id)
         job = self._repository.change(job_id, lifecycle.request_cancel)
         if job.status.is_final:
@@ -40,7 +40,10 @@ class JobControl:
         return job
 
     def resume(self, job_id: str, tenant_id: str, request: ResumeRequest) -> Job:
-        """Continue a paused job from its checkpoint, on other hardware or for longer if asked. Raises Conflict, InvalidRequest."""
+        """Continue a paused job from its checkpoint, on other hardware or for longer if requested.
+
+        Raises Conflict, InvalidRequest, Unsupported, NotFound.
+        """
         before = self._repository.find(job_id, tenant_id)
         if before.status is Status.PAUSED:
             self._renew_secrets(before, request)
@@ -54,7 +57,10 @@ class JobControl:
         return job
 
     def retry(self, job_id: str, tenant_id: str, request: RetryRequest) -> Job:
-        """Continue a failed or cancelled job from its last good checkpoint. Raises Conflict, InvalidRequest, NotFound."""
+        """Continue a failed or cancelled job from its last good checkpoint.
+
+        Raises Conflict, InvalidRequest, Unsupported, NotFound.
+        """
         before = self._repository.find(job_id, tenant_id)
         if before.status in (Status.FAILED, Status.CANCELLED):
             self._repository.find_dataset(before.processed_dataset_id, tenant_id)

@@ -38,9 +38,10 @@ class Deletion:
         self._hub = hub
 
     def delete(self, job_id: str, tenant_id: str, *, delete_hub: bool = False, hub_token: str | None = None) -> DeletionResult | None:
-        """Cancel the job, remove its files and then its record. None: it is still being cancelled, repeat the call. Raises NotFound.
+        """Cancel the job, remove its files and then its record. None: the job is still being canceled; repeat the call.
 
-        `delete_hub` also removes the Hub repositories that the job pushed to; InvalidRequest for one that holds anything else.
+        `delete_hub` also removes the Hub repositories that the job pushed to. Raises InvalidRequest when one of them holds anything else,
+        NotFound.
         """
         job = self._repository.find(job_id, tenant_id)
         if not job.status.is_final:

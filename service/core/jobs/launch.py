@@ -42,7 +42,7 @@ class AttemptStarter:
         return self._start(job, lifecycle.begin_attempt(job, self._launcher.name, self._repository.clock()))
 
     def start_again(self, job: Job, number: int) -> Job:
-        """Launch an attempt that was written down and, as the caller found out, never reached the compute."""
+        """Launch an attempt that was recorded but never started, which the caller has verified with the launcher."""
         return self._start(job, lifecycle.relaunch(job, number, self._repository.clock()))
 
     def _start(self, before: Job, after: Job) -> Job:

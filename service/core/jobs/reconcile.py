@@ -1,4 +1,4 @@
-"""Reconciling: one step for each open job, from what the record, the bucket and the launcher say, towards where the job should be.
+"""Reconciling: one step for each open job, decided from its record, the bucket and the launcher, toward the state it should have.
 
 Any process may reconcile at any time and as often as it likes: each step is a compare-and-set on the job's record.
 """
@@ -85,8 +85,8 @@ class Reconciliation:
         if self._launcher.polling_is_free or len(jobs) < 2:
             return sum(self._try_step(step, job) for job in jobs)
         with ThreadPoolExecutor(RECONCILE_CONCURRENCY, "reconcile") as pool:
-            steps = [pool.submit(copy_context().run, self._try_step, step, job) for job in jobs]
-        return sum(taken.result() for taken in steps)
+            futures = [pool.submit(copy_context().run, self._try_step, step, job) for job in jobs]
+        return sum(future.result() for future in futures)
 
     def _try_step(self, step: Callable[[Job], Job], job: Job) -> bool:
         """Whether the step changed the job."""
@@ -96,7 +96,7 @@ class Reconciliation:
             log.warning("job could not be reconciled", extra={"job_id": job.job_id, "error": str(error)})
             return False
 
-    # --- one step with an active job, in the order in which the facts are looked at
+    # --- one step with an active job ---------------------------------------------------------------------------------
 
     def _reconcile_active(self, job: Job) -> Job:
         assert job.attempt is not None
@@ -117,7 +117,7 @@ class Reconciliation:
                 return job  # unknown is not lost
 
     def _recover_launch(self, job: Job) -> Job:
-        """A process died between writing the attempt down and storing its handle: look the attempt up before launching it again."""
+        """A process died between recording the attempt and storing its handle: look the attempt up before launching it again."""
         attempt = job.attempt
         assert attempt is not None
         if self._repository.clock() - (attempt.launch_started_at or attempt.created_at) < self._limits.launch_lookup_delay:
@@ -125,7 +125,7 @@ class Reconciliation:
         handle = self._launcher.find_handle(attempt_name(job.job_id, attempt.number))
         if handle is not None:
             return self._repository.change(job.job_id, lambda job, now: lifecycle.mark_launched(job, attempt.number, handle, now))
-        if attempt.claimed_by is not None:  # a process claimed it and cannot be found: it lives as long as it reports
+        if attempt.claimed_by is not None:  # a process claimed it and cannot be found: it counts as running while it reports
             if (result := self._read_result(job)) is not None:
                 return self._attempts.finish(job.job_id, result)
             return self._mark_lost(job) if self._is_silent(job) else job
@@ -158,7 +158,7 @@ class Reconciliation:
         return self._mark_lost(job) if now - suspected_at >= self._limits.lease + self._limits.lease_grace else job
 
     def _end_without_compute(self, job: Job) -> Job:
-        """The compute is gone. The attempt may have written its result after the first look."""
+        """The compute is gone. The attempt may have written its result since the result was last read."""
         result = self._read_result(job)
         return self._attempts.finish(job.job_id, result) if result else self._mark_lost(job)
 

@@ -88,7 +88,7 @@ class JobRepository:
                 return self.replace(job, changed)
             except StaleRevision:
                 continue
-        raise Unavailable(f"{job_id} is being changed by too many at once; try again")
+        raise Unavailable(f"{job_id} is being changed by too many writers at once; try again")
 
     def replace(self, before: Job, after: Job) -> Job:
         """Store `after` if the record is still `before`, with an event when the status changed. Raises StaleRevision, NotFound."""
@@ -105,5 +105,5 @@ class JobRepository:
 
 
 def compute_digest(body: Mapping[str, object]) -> str:
-    """What makes two requests under one idempotency key the same request: equal bodies, whatever the order of their fields."""
+    """The digest by which two requests under one idempotency key count as the same: equal for equal bodies, in any order of fields."""
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

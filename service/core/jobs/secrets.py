@@ -1,6 +1,6 @@
 """Secrets in a request: removed before anything is stored, known by name, and never shown.
 
-The name of a secret tells its field: `wandb_config.api_key` is `wandb_api_key`, `mlflow_config.token` is `mlflow_token`, and the
+The name of a secret follows from its field: `wandb_config.api_key` is `wandb_api_key`, `mlflow_config.token` is `mlflow_token`, and the
 `api_key` of the grader called `judge` is `judge_api_key`. `hf_token` is a field of the request itself.
 """
 
@@ -22,7 +22,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 @dataclass(frozen=True)
 class SecretPath:
-    """A secret of a configuration: its name and its field."""
+    """A secret of a configuration, with its name and the path of its field."""
 
     name: str
     path: FieldPath
@@ -37,7 +37,7 @@ def extract_request_secrets(request: TrainRequest) -> dict[str, str]:
 
 def extract_config_secrets(config: BaseModel) -> dict[str, str]:
     """The secrets in a configuration, by name."""
-    return {place.name: place.secret.get_secret_value() for place in iter_config_secrets(config)}
+    return {secret_path.name: secret_path.secret.get_secret_value() for secret_path in iter_config_secrets(config)}
 
 
 def iter_config_secrets(config: BaseModel) -> Iterator[SecretPath]:
@@ -49,7 +49,7 @@ def iter_config_secrets(config: BaseModel) -> Iterator[SecretPath]:
 
 def redact(model: Model) -> Model:
     """A copy with every secret replaced by REDACTED, which may be stored and shown."""
-    changes = {field: hidden for field, value in model if (hidden := _redact_value(value)) is not value}
+    changes = {field: redacted for field, value in model if (redacted := _redact_value(value)) is not value}
     return model.model_copy(update=changes) if changes else model
 
 
@@ -66,9 +66,9 @@ def _iter_leaves(model: BaseModel, path: FieldPath = (), owner: str = "") -> Ite
             yield from _iter_leaves(value, (*path, field), field.removesuffix("_config"))
         elif isinstance(value, list):
             items = cast(Sequence[object], value)
-            for n, item in enumerate(items):
+            for index, item in enumerate(items):
                 if isinstance(item, BaseModel):
-                    yield from _iter_leaves(item, (*path, field, n), str(dict(item).get("name", f"{field}_{n}")))
+                    yield from _iter_leaves(item, (*path, field, index), str(dict(item).get("name", f"{field}_{index}")))
         else:
             yield (*path, field), owner, value
 
@@ -81,7 +81,7 @@ def _redact_value(value: object) -> object:
             return redact(value)
         case list():
             items = cast(list[object], value)
-            hidden = [_redact_value(item) for item in items]
-            return hidden if any(one is not other for one, other in zip(hidden, items, strict=True)) else items
+            redacted = [_redact_value(item) for item in items]
+            return redacted if any(after is not before for after, before in zip(redacted, items, strict=True)) else items
         case _:
             return value

@@ -18,7 +18,7 @@ from storage import ObjectStore
 
 
 class Submission:
-    """Creates jobs from requests: `submit` from a whole request, `clone` from another job and what is to differ."""
+    """Creates jobs from requests: `submit` from a whole request, `clone` from another job and the changes to it."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class Submission:
 
 
 def make_job_id(dataset_id: str, base_model_id: str, suffix: str) -> str:
-    """The API's readable form, training_<dataset>_<model>_<suffix>. The suffix is random: two jobs never share an id."""
+    """A readable id, training_<dataset>_<model>_<suffix>. The suffix is random: two jobs never share an id."""
     dataset = dataset_id.removeprefix("dataset_")
     model = base_model_id.rpartition("/")[2]
     readable = [re.sub(r"[^A-Za-z0-9-]+", "-", part)[:40].strip("-") for part in (dataset, model)]

@@ -27,8 +27,8 @@ class DeploymentTrackers(Strict):
 
 def add_deployment_trackers(config: TrainingConfig, trackers: DeploymentTrackers) -> TrainingConfig:
     """The configuration with the deployment's trackers added, except those of a kind that it names itself."""
-    own = {kind: tracker for kind, tracker in trackers if tracker is not None and dict(config).get(kind) is None}
-    return config.model_copy(update=own) if own else config
+    added = {kind: tracker for kind, tracker in trackers if tracker is not None and dict(config).get(kind) is None}
+    return config.model_copy(update=added) if added else config
 
 
 def deployment_trackers_of(config: TrainingConfig, trackers: DeploymentTrackers) -> dict[str, BaseModel]:
