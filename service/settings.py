@@ -18,7 +18,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="TUNESMITH_", extra="ignore", frozen=True)
 
-    home: Path = Field(Path("~/.tunesmith"), description="Folder of records, objects, secrets and logs, where no cloud keeps them.")
+    home: Path = Field(Path("~/.tunesmith"), description="Folder of the records, objects, secrets and logs that are not stored in a cloud.")
     host: str = Field("127.0.0.1", description="Address to listen on. Without a cloud there is no authentication: keep it on loopback.")
     port: int = Field(
         8080, ge=0, le=65535, validation_alias=AliasChoices("TUNESMITH_PORT", "PORT"), description="Port to listen on; 0 picks a free one."
@@ -71,7 +71,9 @@ class Settings(BaseSettings):
     signing_key: SecretStr | None = Field(
         None, min_length=32, description="Key that signs attempt tokens and links; the same in every instance. Default: a key file in home."
     )
-    max_concurrent_jobs: int = Field(1, ge=1, le=1000, description="Most attempts that run at the same time; other jobs wait in the queue.")
+    max_concurrent_jobs: int = Field(
+        1, ge=1, le=1000, description="Maximum number of attempts that run at the same time; other jobs wait in the queue."
+    )
     trainer_python: Path = Field(SOURCE_ROOT / ".venvs/llm/bin/python", description="Python of the trainer's environment.")
     max_upload_bytes: int = Field(2 << 30, ge=1, description="Largest dataset file in an upload, in bytes.")
     max_incoming_bytes: int = Field(
@@ -81,7 +83,7 @@ class Settings(BaseSettings):
     max_image_row_bytes: int = Field(
         16 << 20, ge=100, description="Longest row of a dataset including its images, in bytes; max_row_bytes applies without them."
     )
-    max_dataset_rows: int = Field(1_000_000, ge=1, description="Most rows of a dataset.")
+    max_dataset_rows: int = Field(1_000_000, ge=1, description="Maximum number of rows of a dataset.")
     hf_endpoint: str = Field(
         DEFAULT_HF_ENDPOINT,
         pattern=r"^https?://[^\s@]+$",
