@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def main() -> int:
     """Run the attempt; returns the exit code."""
-    # Before anything is imported, so that the log starts at once.
+    # Before anything heavy is imported, so that the log starts immediately.
     name = sys.argv[2] if len(sys.argv) > 2 else "unnamed"
     print(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} INFO attempt started name={name} pid={os.getpid()}", flush=True)
 
@@ -36,8 +36,8 @@ def main() -> int:
     attempt = Attempt(read_settings())
     try:
         return run_attempt(attempt)
-    except Stopped as request:
-        return attempt.finish_stopped(request.reason)
+    except Stopped as stopped:
+        return attempt.finish_stopped(stopped.reason)
 
 
 def run_attempt(attempt: "Attempt") -> int:
@@ -63,7 +63,7 @@ def run_attempt(attempt: "Attempt") -> int:
 
 
 if __name__ == "__main__":
-    code = main()
+    exit_code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # no exit handler of a library may delay the end or change the exit code
+    os._exit(exit_code)  # a library's exit handler must not delay the end or change the exit code

@@ -17,7 +17,6 @@ from storage import ObjectStore, StorageError, delete_prefix, map_concurrently
 
 log = logging.getLogger(__name__)
 
-TRIES = 7  # per file: half a minute in total, enough for a store to restart
 FOLDERS: dict[ArtifactKind, str] = {
     "adapter": "trained_adapters",
     "merged": "merged_models",
@@ -38,15 +37,15 @@ class ExportedArtifact:
     fidelity: Fidelity | None = None
 
 
-def upload_artifacts(products: Sequence[ExportedArtifact], context: JobContext) -> tuple[Artifact, ...]:
+def upload_artifacts(exported_artifacts: Sequence[ExportedArtifact], context: JobContext) -> tuple[Artifact, ...]:
     """Upload everything that an attempt exported, after deleting what earlier attempts left. Raises JobFailed `upload_failed`, Stopped."""
     context.enter_phase("uploading")
     uploader = ArtifactUploader(context.stores.models, context.spec.job_id, context.attempt)
     uploader.delete_previous_attempts()
     artifacts: list[Artifact] = []
-    for product in products:
+    for exported in exported_artifacts:
         context.check_stop()
-        artifacts.append(uploader.upload(product))
+        artifacts.append(uploader.upload(exported))
         context.log_artifact(artifacts[-1])
     context.check_stop()
     return tuple(artifacts)
@@ -70,27 +69,27 @@ class ArtifactUploader:
             for prefix in earlier:
                 delete_prefix(self.store, prefix)
         except StorageError as error:
-            log.warning("files of earlier attempts stay", extra={"error": str(error)})
+            log.warning("could not delete files of earlier attempts", extra={"error": str(error)})
 
-    def upload(self, product: ExportedArtifact) -> Artifact:
-        """Upload a product; a file that does not arrive intact is sent again by itself. Raises JobFailed."""
-        files = [describe_file(path, product.path) for path in list_files(product.path)]
-        map_concurrently(lambda file: self._upload_file(product, file), files)
+    def upload(self, exported: ExportedArtifact) -> Artifact:
+        """Upload an exported artifact; each file that does not arrive intact is retried by itself. Raises JobFailed."""
+        files = [describe_file(path, exported.path) for path in list_files(exported.path)]
+        map_concurrently(lambda file: self._upload_file(exported, file), files)
         return Artifact(
-            name=product.name,
-            kind=product.kind,
-            uri=f"{self.store.url}/{product.key}",
-            key=product.key,
+            name=exported.name,
+            kind=exported.kind,
+            uri=f"{self.store.url}/{exported.key}",
+            key=exported.key,
             size_bytes=sum(file.size_bytes for file in files),
             files=files,
-            fidelity=product.fidelity,
+            fidelity=exported.fidelity,
         )
 
-    def _upload_file(self, product: ExportedArtifact, file: ArtifactFile) -> None:
-        path = product.path / file.path if file.path else product.path
-        key = product.key + file.path
-        message = f"{product.name} could not be stored"
-        upload_with_retry(message, self.store, path, key, file.sha256, tries=TRIES, sleep=self.sleep)
+    def _upload_file(self, exported: ExportedArtifact, file: ArtifactFile) -> None:
+        path = exported.path / file.path if file.path else exported.path
+        key = exported.key + file.path
+        message = f"{exported.name} could not be stored"
+        upload_with_retry(message, self.store, path, key, file.sha256, sleep=self.sleep)
 
 
 def artifact_key(kind: ArtifactKind, job_id: str, attempt: int, name: str = "") -> str:

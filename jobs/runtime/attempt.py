@@ -56,7 +56,7 @@ from storage.registry import open_store
 
 log = logging.getLogger(__name__)
 
-# What trainers and exporters write into the attempt's folder: gigabytes that nobody reads afterwards.
+# What trainers and exporters write into the attempt's folder: gigabytes that nothing reads after the attempt.
 SCRATCH_FOLDERS = ("base", "data", "checkpoints", "model", "exports")
 
 
@@ -71,7 +71,7 @@ class Attempt:
         self._stop = StopController(self._force_finish, on_request=self._refresh_directive)
         self._secrets = Secrets({})
         self._state = AttemptState()
-        self._owned = False
+        self._claimed = False
         self._checkpoints: Checkpoints | None = None
         self._reporter: Reporter | None = None
         self._trackers: list[TrackerThread] = []
@@ -80,13 +80,13 @@ class Attempt:
         self._build_final_result: Callable[[], Result] | None = None
         self._finish_lock = threading.Lock()
 
-    # --- the work ----------------------------------------------------------------------------------------------------
+    # --- claim, train and export -------------------------------------------------------------------------------------
 
     def claim(self) -> None:
         """Take ownership of the attempt. Raises AttemptTaken, ClaimRefused, Stopped."""
         self._stop.install_signal_handlers(self._settings.time_limit_s)
         response = self._client.claim(self._claimant)
-        self._owned = True
+        self._claimed = True
         self._secrets = Secrets(response.secrets)
         log.info("attempt claimed", extra={"job_id": self._settings.job_id, "attempt": self._settings.attempt})
         if response.directive in ("cancel", "pause"):
@@ -130,7 +130,7 @@ class Attempt:
             attempt=self._settings.attempt,
             folder=workdir / "checkpoints",
             save_total_limit=spec.training_config.hyperparameters.save_total_limit,
-            emit=lambda event: context.emit(event),
+            emit=lambda event: context.emit(event),  # a lambda, because `context` is created below
             get_tracker_run_ids=lambda: {tracker.name: tracker.run_id for tracker in self._trackers if tracker.run_id},
         )
         context = JobContext(
@@ -146,7 +146,7 @@ class Attempt:
         self._reporter.start()
         return context
 
-    # --- what the service says ---------------------------------------------------------------------------------------
+    # --- directives of the service -----------------------------------------------------------------------------------
 
     def _apply_directive(self, directive: Directive) -> None:
         match directive:
@@ -167,7 +167,7 @@ class Attempt:
         kill_children()
         os._exit(ExitCode.FENCED)
 
-    # --- the end -----------------------------------------------------------------------------------------------------
+    # --- finish ------------------------------------------------------------------------------------------------------
 
     def finish(
         self, outcome: Literal["completed", "failed"], *, failure: Failure | None = None, artifacts: tuple[Artifact, ...] = ()
@@ -240,7 +240,7 @@ class Attempt:
         """
         with self._finish_lock:
             kill_children()
-            if not self._owned:  # another process may own the attempt; only the owner writes a result
+            if not self._claimed:  # another process may own the attempt; only the owner writes a result
                 log.info("attempt ended before it was claimed", extra={"outcome": result.outcome})
                 return EXIT_CODES[result.outcome]
             if self._reporter is not None:

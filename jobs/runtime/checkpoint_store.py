@@ -176,7 +176,7 @@ class CheckpointStore:
     def prune(self, newest_key: str, save_total_limit: int) -> None:
         """Delete expired and incomplete checkpoints of this and earlier attempts. Only logs a warning if it cannot.
 
-        The manifest goes first, so that a checkpoint is complete or does not count.
+        Deletes the manifest first, so that a checkpoint is complete or does not count.
         """
         try:
             in_order = sort_for_resume(self._list_manifests(), 1, self._attempt)
@@ -188,34 +188,37 @@ class CheckpointStore:
             for incomplete in folders - {stored.key for stored in in_order} - {newest_key}:
                 delete_prefix(self._store, incomplete)
         except (StorageError, JobFailed, OSError) as error:
-            log.warning("old checkpoints stay", extra={"error": str(error)})
+            log.warning("could not delete old checkpoints", extra={"error": str(error)})
 
     def _list_manifests(self, on_skipped: Callable[[str, str], None] = lambda _key, _reason: None) -> list[StoredCheckpoint]:
         """Every checkpoint of the job, of all attempts, whose manifest is valid. Raises JobFailed."""
-        where = f"{self._store.url}/{self._spec.checkpoints_prefix}"
+        location = f"{self._store.url}/{self._spec.checkpoints_prefix}"
         keys = retry_store(
-            f"the checkpoints at {where} cannot be listed",
+            f"the checkpoints at {location} cannot be listed",
             lambda: [stored.key for stored in self._store.iter_objects(self._spec.checkpoints_prefix)],
             code="internal",
             sleep=self._sleep,
         )
-        with_manifest = [key.removesuffix(MANIFEST) for key in keys if key.endswith(f"/{MANIFEST}")]
-        for folder in sorted({self._folder_of(key) for key in keys}.difference(with_manifest)):
+        complete_folders = [key.removesuffix(MANIFEST) for key in keys if key.endswith(f"/{MANIFEST}")]
+        for folder in sorted({self._folder_of(key) for key in keys}.difference(complete_folders)):
             on_skipped(folder, "it was never finished, or its manifest is gone")  # if it is finished later, it counts from then on
-        found: list[StoredCheckpoint] = []
-        for folder in with_manifest:
+        checkpoints: list[StoredCheckpoint] = []
+        for folder in complete_folders:
             try:
-                found.append(self.read_manifest(folder, self._spec.job_id, *parse_attempt_and_step(folder)))
+                checkpoints.append(self.read_manifest(folder, self._spec.job_id, *parse_attempt_and_step(folder)))
             except NoSuchObject:  # deleted since it was listed
                 continue
-            except CorruptCheckpoint as damage:
-                on_skipped(folder, str(damage))
-        return found
+            except CorruptCheckpoint as error:
+                on_skipped(folder, str(error))
+        return checkpoints
 
     def _folder_of(self, key: str) -> str:
-        """The checkpoint's folder that holds a key at any depth. Never above the job's prefix: a project may be named attempt-1 too."""
-        below = key.removeprefix(self._spec.checkpoints_prefix).split("/")[:2]
-        return f"{self._spec.checkpoints_prefix}{'/'.join(below)}/"
+        """The checkpoint's folder that holds a key at any depth.
+
+        Only parts below the job's prefix count, because a project may be named attempt-1 too.
+        """
+        attempt_and_step = key.removeprefix(self._spec.checkpoints_prefix).split("/")[:2]
+        return f"{self._spec.checkpoints_prefix}{'/'.join(attempt_and_step)}/"
 
     def _download_file(self, key: str, file: ArtifactFile, target: Path) -> None:
         path = target / file.path

@@ -42,7 +42,7 @@ class CheckpointInfo:
     eval_loss: float | None
     batch_size: int
     gradient_accumulation_steps: int
-    save_s: float  # how long the training stood still to save it
+    save_s: float  # how long the save blocked the training
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class Checkpoints:
         while stored := next((each for each in self._store.list_for_resume(self._report_skipped) if each.key not in pruned), None):
             try:
                 restored = self._download(stored)
-            except CorruptCheckpoint as damage:
-                self._skip_corrupt(stored, damage)
+            except CorruptCheckpoint as error:
+                self._skip_corrupt(stored, error)
                 continue
             except NoSuchObject:
                 pruned.add(stored.key)
@@ -116,8 +116,8 @@ class Checkpoints:
         for stored in sorted(measured, key=lambda stored: stored.checkpoint.eval_loss or 0.0):
             try:
                 return self._download(stored)
-            except CorruptCheckpoint as damage:
-                self._skip_corrupt(stored, damage)
+            except CorruptCheckpoint as error:
+                self._skip_corrupt(stored, error)
             except NoSuchObject:
                 continue
         return None
@@ -129,7 +129,7 @@ class Checkpoints:
         try:
             return self._download(self._store.read_manifest(source.key, source.job_id, source.attempt, source.step))
         except NoSuchObject as error:
-            raise JobFailed("invalid_data", f"{name} does not exist any more", hint) from error
+            raise JobFailed("invalid_data", f"{name} no longer exists", hint) from error
         except CorruptCheckpoint as error:
             raise JobFailed("invalid_data", f"{name} is damaged: {error}", hint) from error
 
@@ -139,9 +139,9 @@ class Checkpoints:
         self._store.download(stored, target)
         return LocalCheckpoint(target, checkpoint)
 
-    def _skip_corrupt(self, stored: StoredCheckpoint, damage: CorruptCheckpoint) -> None:
+    def _skip_corrupt(self, stored: StoredCheckpoint, error: CorruptCheckpoint) -> None:
         self._store.mark_corrupt(stored.key)
-        self._report_skipped(stored.key, str(damage))
+        self._report_skipped(stored.key, str(error))
 
     def _report_skipped(self, key: str, reason: str) -> None:
         """Report a checkpoint that does not count, once, if this attempt might have resumed from it."""

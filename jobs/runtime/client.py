@@ -22,11 +22,11 @@ RETRY_MAX_S = 15.0
 
 
 class ServiceUnavailable(Exception):
-    """The service did not respond, or cannot now: retry."""
+    """The service did not respond, or cannot handle the request now: retry."""
 
 
 class Fenced(Exception):
-    """The service has replaced this attempt or deleted its job: nothing it does counts any more."""
+    """The service has replaced this attempt or deleted its job: nothing it does counts anymore."""
 
 
 class RequestRejected(Exception):

@@ -1,4 +1,4 @@
-"""JobContext: what a trainer and an exporter use of the runtime. The spec, the stores, the secrets, a folder, events and stop signals."""
+"""JobContext: what trainers and exporters use of the runtime: the spec, stores, secrets, a folder, events, checkpoints and stop signals."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -116,7 +116,7 @@ class Stores:
 
 @dataclass
 class AttemptState:
-    """What the attempt has found out so far. It becomes part of the result, even if the attempt fails."""
+    """What the attempt has measured and decided so far. It becomes part of the result, even if the attempt fails."""
 
     metrics: EvalMetrics | None = None
     base_metrics: EvalMetrics | None = None
@@ -139,7 +139,7 @@ class StopSignal(Protocol):
         ...
 
     def defer_stop(self) -> AbstractContextManager[None]:
-        """Inside, the main thread polls `stop_reason` at every step; only a cancel, or the end of the time, interrupts it.
+        """Inside, the main thread polls `stop_reason` at every step; only a cancel or the time limit interrupts it.
 
         On exit, raises Stopped for a request that was not handled inside.
         """
@@ -235,11 +235,10 @@ class JobContext:
         self._log_and_report(ArtifactUploaded(artifact=artifact), artifact=artifact.name, size_bytes=artifact.size_bytes)
 
     def emit(self, event: Event) -> None:
-        """Report an event that has no method of its own here, such as a durable checkpoint."""
-        facts = event.model_dump(exclude={"type"})
-        self._log_and_report(
-            event, **{"text" if name == "message" else name: value for name, value in facts.items()}
-        )  # "message" is a reserved name in a log record
+        """Report an event that has no method of its own here, such as CheckpointSaved."""
+        # "message" is a reserved name in a log record.
+        facts = {"text" if name == "message" else name: value for name, value in event.model_dump(exclude={"type"}).items()}
+        self._log_and_report(event, **facts)
 
     def notify_checkpoint_saved(self, folder: Path, step: int) -> None:
         """Tell the listeners that a complete checkpoint is on this machine; it may be deleted when this returns."""

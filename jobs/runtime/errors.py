@@ -43,9 +43,9 @@ def failure_of(error: Exception) -> Failure:
     """
     if isinstance(error, JobFailed):
         return error.failure
-    names = {kind.__name__ for kind in type(error).__mro__}
+    class_names = {cls.__name__ for cls in type(error).__mro__}
     text = str(error)
-    if "OutOfMemoryError" in names or isinstance(error, MemoryError) or "can't allocate memory" in text:
+    if "OutOfMemoryError" in class_names or isinstance(error, MemoryError) or "can't allocate memory" in text:
         return Failure(
             code="out_of_memory",
             message="the attempt ran out of memory",
@@ -53,11 +53,13 @@ def failure_of(error: Exception) -> Failure:
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Failure(code="internal", message="no space left on the attempt's disk", hint="free some space, or use save_strategy 'no'")
-    if "StoreUnavailable" in names:
-        return Failure(code="internal", message=_one_line(text), hint="the object store did not respond or is full; retry the job")
-    if "NoSuchObject" in names:
-        return Failure(code="internal", message=_one_line(text), hint="a file of the job has been deleted; upload the dataset again")
-    return Failure(code="internal", message=_one_line(f"{type(error).__name__}: {text}"), hint="the traceback is in the log of the attempt")
+    if "StoreUnavailable" in class_names:
+        return Failure(code="internal", message=_first_line(text), hint="the object store did not respond or is full; retry the job")
+    if "NoSuchObject" in class_names:
+        return Failure(code="internal", message=_first_line(text), hint="a file of the job has been deleted; upload the dataset again")
+    return Failure(
+        code="internal", message=_first_line(f"{type(error).__name__}: {text}"), hint="the traceback is in the log of the attempt"
+    )
 
 
 def exception_chain(error: BaseException) -> Iterator[BaseException]:
@@ -68,6 +70,6 @@ def exception_chain(error: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__ or cause.__context__
 
 
-def _one_line(text: str) -> str:
+def _first_line(text: str) -> str:
     line = text.strip().partition("\n")[0]
     return line if len(line) <= MAX_MESSAGE_LENGTH else line[: MAX_MESSAGE_LENGTH - 1] + "…"

@@ -1,4 +1,4 @@
-"""Which HTTP errors may pass, and retries of requests to the Hugging Face Hub."""
+"""Which HTTP errors are transient, and retries of requests to the Hugging Face Hub."""
 
 import time
 from collections.abc import Callable
@@ -12,12 +12,12 @@ ReturnT = TypeVar("ReturnT")
 
 
 def is_transient_status(status: int) -> bool:
-    """Whether the same request may succeed later: a timeout, too many requests, or a server that has a problem of its own."""
+    """Whether the same request may succeed later: a timeout, too many requests, or a server error."""
     return status in (408, 429) or status >= 500
 
 
 def retry_hub(operation: Callable[[], ReturnT], *, tries: int = TRIES, sleep: Callable[[float], None] = time.sleep) -> ReturnT:
-    """Run a request to the Hub, again while its error is transient. Raises the last error."""
+    """Run a request to the Hub and retry it while its error is transient. Raises the last error."""
     import tenacity
 
     retrying = tenacity.Retrying(
@@ -48,6 +48,6 @@ def is_transient_hub_error(error: BaseException) -> bool:
 
 
 def http_status(error: BaseException) -> int | None:
-    """The status of the response that caused an error, which a client may have wrapped in others; None if no response came."""
+    """The status of the response that caused an error, which a client may have wrapped in others; None without a response."""
     responses = (getattr(cause, "response", None) for cause in exception_chain(error))
     return next((int(response.status_code) for response in responses if response is not None), None)

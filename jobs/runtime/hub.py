@@ -30,11 +30,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MODEL_CARD = "README.md"
-WEIGHT_SUFFIXES = (
-    ".safetensors",
-    ".safetensors.index.json",
-    "adapter_config.json",
-)  # the files by which a library recognizes the model in a folder
+# The files by which a library recognizes the model in a folder.
+WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", "adapter_config.json")
 MAX_UPLOAD_THREADS = 4
 
 ReturnT = TypeVar("ReturnT")
@@ -50,7 +47,7 @@ class PushTarget:
 
 
 def push(
-    products: Sequence[ExportedArtifact],
+    exported_artifacts: Sequence[ExportedArtifact],
     artifacts: Sequence[Artifact],
     card: str,
     run_record: bytes,
@@ -63,15 +60,15 @@ def push(
     Files that the Hub already has are not sent again, and a push without changes makes no commit, so a retry continues an interrupted one.
     """
     target = push_target(context)
-    files = repo_files(products) | {MODEL_CARD: card.encode(), RUN_RECORD: run_record}
+    files = repo_files(exported_artifacts) | {MODEL_CARD: card.encode(), RUN_RECORD: run_record}
     context.check_stop()
     api = _client(target.token)
-    repo = _request(target, lambda: api.create_repo(target.repo_id, private=target.private, exist_ok=True), sleep)
+    repo = _request_with_retry(target, lambda: api.create_repo(target.repo_id, private=target.private, exist_ok=True), sleep)
     # From here on use the id with the owner: a name without one belongs to the token's account.
-    revision = _request(target, lambda: _commit(api, repo.repo_id, files, context.spec.job_id), sleep)
-    pushed = HubPush(repo_id=repo.repo_id, revision=revision, url=f"{repo.url}/tree/{revision}")
+    revision = _request_with_retry(target, lambda: _commit(api, repo.repo_id, files, context.spec.job_id), sleep)
+    hub_push = HubPush(repo_id=repo.repo_id, revision=revision, url=f"{repo.url}/tree/{revision}")
     log.info("pushed to the hub", extra={"repo": repo.repo_id, "revision": revision, "files": len(files)})
-    return tuple(artifact.model_copy(update={"hub": pushed}) for artifact in artifacts)
+    return tuple(artifact.model_copy(update={"hub": hub_push}) for artifact in artifacts)
 
 
 def check_push(context: JobContext) -> None:
@@ -87,7 +84,7 @@ def check_push(context: JobContext) -> None:
         _check_access(target, _client(target.token))
     except (HfHubHTTPError, TransportError, OfflineModeIsEnabled) as error:
         if http_status(error) in (401, 403):
-            raise _no_access(target, error) from error
+            raise _access_error(target, error) from error
         log.warning("could not check write access to the hub", extra={"reason": http_status(error) or type(error).__name__})
 
 
@@ -103,28 +100,30 @@ def push_target(context: JobContext) -> PushTarget:
     return PushTarget(export.hf_repo_id, export.hf_private, token)
 
 
-def repo_files(products: Sequence[ExportedArtifact]) -> dict[str, Path | bytes]:
+def repo_files(exported_artifacts: Sequence[ExportedArtifact]) -> dict[str, Path | bytes]:
     """The files of the repository, by their path in it."""
-    has_whole_model = any(product.kind == "merged" for product in products)
-    return {path: file for product in products for path, file in _artifact_repo_files(product, has_merged_model=has_whole_model)}
+    has_merged_model = any(exported.kind == "merged" for exported in exported_artifacts)
+    return {
+        path: file for exported in exported_artifacts for path, file in _artifact_repo_files(exported, has_merged_model=has_merged_model)
+    }
 
 
-def _artifact_repo_files(product: ExportedArtifact, *, has_merged_model: bool) -> Iterator[tuple[str, Path]]:
-    folder = {"adapter": "adapter/" if has_merged_model else "", "onnx": "onnx/"}.get(product.kind, "")
-    for file in list_files(product.path):
-        inside = file.relative_to(product.path).as_posix() if product.path.is_dir() else file.name
-        if inside not in (MODEL_CARD, RUN_RECORD):  # the push adds one of each
-            yield folder + inside, file
+def _artifact_repo_files(exported: ExportedArtifact, *, has_merged_model: bool) -> Iterator[tuple[str, Path]]:
+    folder = {"adapter": "adapter/" if has_merged_model else "", "onnx": "onnx/"}.get(exported.kind, "")
+    for file in list_files(exported.path):
+        relative_path = file.relative_to(exported.path).as_posix() if exported.path.is_dir() else file.name
+        if relative_path not in (MODEL_CARD, RUN_RECORD):  # the push adds one of each
+            yield folder + relative_path, file
 
 
-def stale_weights(present: Sequence[str], files: Mapping[str, object]) -> list[str]:
+def stale_weights(existing: Sequence[str], files: Mapping[str, object]) -> list[str]:
     """The weights of an earlier model in folders that get new weights: a library that finds both would load a mixture.
 
     All other files of the repository stay, including GGUF files, each of which is a complete model.
     """
     replaced = {PurePosixPath(path).parent for path in files if path.endswith(WEIGHT_SUFFIXES)}
     return sorted(
-        path for path in present if path.endswith(WEIGHT_SUFFIXES) and PurePosixPath(path).parent in replaced and path not in files
+        path for path in existing if path.endswith(WEIGHT_SUFFIXES) and PurePosixPath(path).parent in replaced and path not in files
     )
 
 
@@ -151,8 +150,8 @@ def _commit(api: "HfApi", repo_id: str, files: Mapping[str, Path | bytes], job_i
     return str(commit.oid)
 
 
-def _request(target: PushTarget, operation: Callable[[], ReturnT], sleep: Callable[[float], None]) -> ReturnT:
-    """Run a request, again while the Hub is unavailable. Raises JobFailed."""
+def _request_with_retry(target: PushTarget, operation: Callable[[], ReturnT], sleep: Callable[[float], None]) -> ReturnT:
+    """Run a request and retry it while the Hub is unavailable. Raises JobFailed."""
     from httpx2 import TransportError
     from huggingface_hub.errors import HFValidationError
 
@@ -161,10 +160,10 @@ def _request(target: PushTarget, operation: Callable[[], ReturnT], sleep: Callab
     except HFValidationError as error:
         raise JobFailed("invalid_config", f"{target.repo_id} is not a valid repository name", "use owner/name in hf_repo_id") from error
     except (TransportError, OSError, RuntimeError, ValueError) as error:  # the client's HTTP errors are OSErrors
-        raise _failure(target, error) from error
+        raise _push_error(target, error) from error
 
 
-def _failure(target: PushTarget, error: Exception) -> JobFailed:
+def _push_error(target: PushTarget, error: Exception) -> JobFailed:
     status, message = http_status(error), _server_message(error)
     if status in (402, 413) or "storage limit" in message or "quota" in message.lower():
         return JobFailed(
@@ -173,14 +172,14 @@ def _failure(target: PushTarget, error: Exception) -> JobFailed:
             "free some storage on the Hub, then retry the job",
         )
     if status in (401, 403, 404):
-        return _no_access(target, error)
+        return _access_error(target, error)
     if status == 400 or isinstance(error, ValueError):
         return JobFailed("upload_failed", f"the Hub rejected the push to {target.repo_id}: {message}", "the log has the full response")
     hint = "retry the job when the Hub can be reached; files that it already has are not sent again"
     return JobFailed("upload_failed", f"the push to {target.repo_id} failed ({status or type(error).__name__})", hint)
 
 
-def _no_access(target: PushTarget, error: Exception) -> JobFailed:
+def _access_error(target: PushTarget, error: Exception) -> JobFailed:
     message = f"hf_token has no write access to {target.repo_id} ({http_status(error)}: {_server_message(error)})"
     return JobFailed("auth", message, f"send a token with write access to {target.repo_id}, or change hf_repo_id")
 
@@ -200,7 +199,7 @@ def _check_access(target: PushTarget, api: "HfApi") -> None:
 
 
 def repo_creation_denied_reason(repo_id: str, account: Mapping[str, Any]) -> str:
-    """Why a token cannot create that repository, according to `whoami-v2`; empty if nothing there forbids it."""
+    """Why a token cannot create that repository, according to `whoami-v2`; empty if it can."""
     owner, token = repo_id.rpartition("/")[0] or account["name"], account["auth"]["accessToken"]
     if owner not in {account["name"]} | {org["name"] for org in account.get("orgs", ()) if org.get("roleInOrg") != "read"}:
         return f"{account['name']} has no write access to {owner}"

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from schema.job import EvalMetrics, Gate, GateCheck
 from schema.training.evaluation import Threshold
 
-# The metrics that have a field of their own; all others are in `values`.
-BUILTIN_METRICS = ("eval_loss", "perplexity", "accuracy", "eval_runtime", "eval_rows", "eval_tokens")
-
 
 def evaluate_gate(thresholds: Sequence[Threshold], metrics: EvalMetrics | None, base: EvalMetrics | None) -> Gate:
     """Check every threshold against the metrics of the trained model, and whether all of them pass.
@@ -65,7 +62,7 @@ def _look_up(name: str, metrics: EvalMetrics | None, model_label: str) -> tuple[
     """The metric of that name, or None and the reason."""
     if metrics is None:
         return None, f"{model_label} was not evaluated; a gate needs held-out rows"
-    known = {builtin: getattr(metrics, builtin) for builtin in BUILTIN_METRICS} | metrics.values
+    known = metrics.model_dump(exclude={"notes", "values"}) | metrics.values
     value = known.get(name)
     if value is not None and math.isfinite(value):
         return float(value), ""
@@ -73,10 +70,8 @@ def _look_up(name: str, metrics: EvalMetrics | None, model_label: str) -> tuple[
         return None, f"{name} of {model_label} is not a finite number"
     note = _find_note(name, metrics.notes)
     if name not in known and not note:
-        return (
-            None,
-            f"{model_label} has no metric {name!r}; known: {', '.join(sorted(each for each in known if known[each] is not None))}",
-        )
+        measured = ", ".join(sorted(metric for metric in known if known[metric] is not None))
+        return None, f"{model_label} has no metric {name!r}; known: {measured}"
     return None, f"{name} of {model_label} was not measured" + (f": {note}" if note else "")
 
 

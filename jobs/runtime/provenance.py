@@ -53,7 +53,7 @@ class ProvenanceRecorder:
     def finalize(
         self,
         trained: TrainedModel,
-        products: Sequence[ExportedArtifact],
+        exported_artifacts: Sequence[ExportedArtifact],
         artifacts: Sequence[Artifact],
         render_model_card: RenderModelCard,
     ) -> tuple[Artifact, ...]:
@@ -75,7 +75,7 @@ class ProvenanceRecorder:
         repo_id = self._context.spec.training_config.export_config.hf_repo_id
         if repo_id is None:
             return recorded
-        return push(products, recorded, render_model_card(record, repo_id), content, self._context)
+        return push(exported_artifacts, recorded, render_model_card(record, repo_id), content, self._context)
 
 
 def build_run_record(

@@ -1,7 +1,7 @@
 """Sends events to the service: each event goes to a file first, then in order and in batches, retried until the service has it.
 
 Losing events never fails a training; nothing here raises into the trainer. A thread sends what the file holds and follows the service's
-`next_seq`, so a batch that arrives twice or only in part does no harm.
+`next_seq`, so a batch that arrives twice or only in part causes no error.
 """
 
 import errno
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 MAX_BATCH_EVENTS = 500
 # Events that users wait for, or that the service counts as progress: sent at once.
 URGENT_EVENT_TYPES = frozenset(
-    {"status", "phase", "evaluation", "artifact", "tracker", "checkpoint_saved", "checkpoint_skipped", "checkpoint_restored"}
+    {"phase", "evaluation", "artifact", "tracker", "checkpoint_saved", "checkpoint_skipped", "checkpoint_restored"}
 )
 
 
@@ -38,20 +38,20 @@ class Spool:
 
     def append(self, event: ReportedEvent) -> None:
         """Store an event. Raises OSError if it cannot be written; then the file is unchanged for readers."""
-        text = event.model_dump_json().encode() + b"\n"
+        line = event.model_dump_json().encode() + b"\n"
         with self._lock:
             self._file.seek(self._ends[-1])
-            if self._file.write(text) != len(text):
+            if self._file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, "only a part of the event could be written")
-            self._ends.append(self._ends[-1] + len(text))
+            self._ends.append(self._ends[-1] + len(line))
 
     def read(self, first_seq: int, limit: int) -> list[ReportedEvent]:
         """At most `limit` events, starting at `first_seq`."""
         with self._lock:
             last = min(first_seq + limit, len(self._ends) - 1)
             self._file.seek(self._ends[first_seq])
-            text = self._file.read(self._ends[last] - self._ends[first_seq])
-        return [ReportedEvent.load(part) for part in text.splitlines()]
+            lines = self._file.read(self._ends[last] - self._ends[first_seq])
+        return [ReportedEvent.load(line) for line in lines.splitlines()]
 
 
 class Reporter:
@@ -77,7 +77,7 @@ class Reporter:
         self._rejected_before_seq = 0  # events before this number were rejected for good
         self._phase: Phase | None = None
         self._progress: Progress | None = None
-        self._thread = threading.Thread(target=self._work, name="reporter", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
 
     def start(self) -> None:
         """Start sending; an empty batch is sent as a heartbeat at every interval."""
@@ -113,7 +113,7 @@ class Reporter:
         self._wake.set()
         self._thread.join(timeout_s)
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         while not self._closing.is_set():
             self._wake.clear()
             self._send_all()
@@ -122,9 +122,9 @@ class Reporter:
 
     def _send_all(self) -> None:
         """Send at least one batch, which may be empty: the heartbeat."""
-        more = True
-        while more and not self._closing.is_set():
-            more = self._send_batch()
+        has_more = True
+        while has_more and not self._closing.is_set():
+            has_more = self._send_batch()
 
     def _send_batch(self) -> bool:
         """Send the next batch, waiting while the service is unavailable; True if more events remain."""
@@ -162,9 +162,9 @@ class Reporter:
     def _acknowledge(self, seq: int) -> bool:
         """The service expects `seq` next; True if it made progress and more events remain."""
         with self._all_sent:
-            before, self._acknowledged = self._acknowledged, min(seq, len(self._spool))
+            previous, self._acknowledged = self._acknowledged, min(seq, len(self._spool))
             self._all_sent.notify_all()
-            return self._acknowledged not in (before, len(self._spool))  # no progress: wait for the next interval
+            return self._acknowledged not in (previous, len(self._spool))  # no progress: wait for the next interval
 
     def _wait_before_retry(self, seconds: float) -> None:
         """Sleep between two tries; an urgent event ends it early."""

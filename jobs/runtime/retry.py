@@ -1,4 +1,4 @@
-"""Retries of object store operations while a store or the network is unavailable: with backoff, and a limited number."""
+"""Retries of object store operations while a store or the network is unavailable, with backoff and a limited number of tries."""
 
 import logging
 import time
@@ -29,7 +29,7 @@ def retry_store(
     sleep: Callable[[float], None] = time.sleep,
     tries: int = TRIES,
 ) -> ReturnT:
-    """Run an operation, again while the store is unavailable or a checksum does not match.
+    """Run an operation and retry it while the store is unavailable or a checksum does not match.
 
     Raises JobFailed with `code` after the last try; ObjectExists and NoSuchObject at once, because they are definitive.
     """

@@ -41,7 +41,7 @@ class Settings:
 
 
 def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
-    """Raises JobFailed for a variable that is missing or not a number."""
+    """Read the settings from the environment. Raises JobFailed for a variable that is missing or not a number."""
     limit = environment.get("JOB_TIME_LIMIT_S")
     return Settings(
         job_id=_read_required(environment, "JOB_ID"),
@@ -67,9 +67,8 @@ def _parse_number(name: str, text: str) -> float:
     try:
         return float(text)
     except ValueError as error:
-        raise JobFailed(
-            "internal", f"{name} is not a number: {text!r}", "the launcher must set it; see jobs/runtime/settings.py"
-        ) from error
+        message = f"{name} is not a number: {text!r}"
+        raise JobFailed("internal", message, "the launcher must set it; see jobs/runtime/settings.py") from error
 
 
 def cpu_thread_count(environment: Mapping[str, str] = os.environ) -> int:
@@ -141,9 +140,8 @@ def clear_rank_environment(environment: MutableMapping[str, str] = os.environ) -
 def _rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     """The variables that torchrun sets. Each process sees one device, so its local rank is 0."""
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": "0"}
-    sockets = (
-        {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-    )  # otherwise Gloo resolves the host name, which may have no address
+    # Otherwise Gloo resolves the host name, which may have no address.
+    sockets = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     return {"RANK": str(rank), "WORLD_SIZE": str(world_size)} | rendezvous | sockets
 
 

@@ -82,9 +82,9 @@ class StopController:
             self._shutdown_reserve_s = shutdown_reserve_s(time_limit_s)
             self._killed_at = self._clock() + time_limit_s
             self._ends_at = self._killed_at - self._shutdown_reserve_s
-            clock = threading.Timer(time_limit_s - self._shutdown_reserve_s, self.request, args=("time_slice",))
-            clock.daemon = True
-            clock.start()
+            timer = threading.Timer(time_limit_s - self._shutdown_reserve_s, self.request, args=("time_slice",))
+            timer.daemon = True
+            timer.start()
 
     def request(self, reason: StopReason) -> None:
         """Request a stop, from any thread; repeated requests have no effect."""
@@ -99,13 +99,13 @@ class StopController:
                 self._ends_at = _earlier(None if reason == "time_slice" else self._ends_at, self._clock() + deadline_s)
             if reason == "preempted":
                 self._killed_at = _earlier(self._killed_at, self._clock() + SIGKILL_DELAY_S)
-            interrupts = self._should_interrupt
+            should_interrupt = self._should_interrupt
         log.warning("stop requested", extra={"reason": reason})
         if deadline_s is not None:
-            until = self._shutdown_begun if reason == "pause" else self._finalized
-            threading.Thread(target=self._enforce_deadline, args=(deadline_s, until), name="stop-deadline", daemon=True).start()
+            ended = self._shutdown_begun if reason == "pause" else self._finalized
+            threading.Thread(target=self._enforce_deadline, args=(deadline_s, ended), name="stop-deadline", daemon=True).start()
         self._on_request(reason)
-        if interrupts:
+        if should_interrupt:
             _wake_main_thread()
 
     def check(self) -> None:
@@ -156,7 +156,7 @@ class StopController:
         return not self._is_deferred or self._stop_reason == "cancel" or "time_slice" in self._requested
 
     def _deadline_s(self, reason: StopReason) -> float | None:
-        """Seconds after which the attempt ends without the main thread; None: it is waited for."""
+        """Seconds after which the attempt ends without the main thread; None: wait for the main thread."""
         match reason:
             case "cancel":
                 return self._grace_s
@@ -174,14 +174,14 @@ class StopController:
                     self.request(REASON_BY_SIGNAL[number])
         os.close(reader)
 
-    def _enforce_deadline(self, deadline_s: float, until: threading.Event) -> None:
+    def _enforce_deadline(self, deadline_s: float, ended: threading.Event) -> None:
         # A signal that arrives while the handler of another one runs does not end a sleep, so it is sent again.
         for _ in range(int(deadline_s // SIGNAL_RETRY_S)):
-            if until.wait(SIGNAL_RETRY_S):
+            if ended.wait(SIGNAL_RETRY_S):
                 return
             if self._should_interrupt and not self._raised:
                 _wake_main_thread()
-        if not until.wait(deadline_s % SIGNAL_RETRY_S) and self._stop_reason is not None:
+        if not ended.wait(deadline_s % SIGNAL_RETRY_S) and self._stop_reason is not None:
             log.warning("main thread is busy, ending without it", extra={"reason": self._stop_reason})
             self._force_exit(self._stop_reason)
 
@@ -192,12 +192,12 @@ class StopController:
 
 
 class NeverStop:
-    """A stop signal that is never given: for worker processes, which rank 0 stops or kills, and for a trainer that runs alone."""
+    """A StopSignal that never requests a stop: for worker processes, which rank 0 stops or kills, and for a trainer that runs alone."""
 
     stop_reason = None
 
     def check(self) -> None:
-        """Return always."""
+        """Never raises."""
 
     def defer_stop(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -216,5 +216,5 @@ def shutdown_reserve_s(time_limit_s: float) -> float:
     return min(SHUTDOWN_RESERVE_S, time_limit_s * MAX_SHUTDOWN_SHARE)
 
 
-def _earlier(one: float | None, other: float) -> float:
-    return other if one is None else min(one, other)
+def _earlier(current: float | None, new: float) -> float:
+    return new if current is None else min(current, new)

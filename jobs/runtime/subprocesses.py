@@ -1,4 +1,4 @@
-"""The child processes of an attempt: run one to its end, exchange JSON with one, kill all of them."""
+"""The child processes of an attempt: run a program, exchange JSON with it, and kill all children."""
 
 import logging
 import signal
@@ -26,7 +26,7 @@ class SubprocessFailed(Exception):
 
 
 def run_program(name: str, command: Sequence[str], cwd: Path = REPOSITORY) -> None:
-    """Run a program and wait for its end. Raises SubprocessFailed unless it exits with code 0.
+    """Run a program and wait until it exits. Raises SubprocessFailed unless it exits with code 0.
 
     When an exception interrupts the wait, such as Stopped, `subprocess.run` kills the program.
     """
@@ -38,12 +38,13 @@ def run_program(name: str, command: Sequence[str], cwd: Path = REPOSITORY) -> No
         return
     output = process.stdout.decode(errors="replace").strip()
     log.error("program failed", extra={"program": name, "output": output[-MAX_LOGGED_CHARACTERS:]})
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-    raise SubprocessFailed(f"{name} {how}: {output.rpartition(chr(10))[2][-MAX_MESSAGE_CHARACTERS:]}")
+    ending = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+    last_line = output.rpartition("\n")[2]
+    raise SubprocessFailed(f"{name} {ending}: {last_line[-MAX_MESSAGE_CHARACTERS:]}")
 
 
 def run_module(name: str, module: str, *arguments: str | Path) -> None:
-    """Run `python -m module` and wait for its end. Raises SubprocessFailed."""
+    """Run `python -m module` and wait until it exits. Raises SubprocessFailed."""
     run_program(name, [sys.executable, "-m", module, *map(str, arguments)])
 
 

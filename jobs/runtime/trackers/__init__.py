@@ -1,6 +1,6 @@
 """Trackers, which show a job's metrics elsewhere: W&B, MLflow, TensorBoard, Trackio; several at once.
 
-One file per tracker belongs here, and the thread that each of them works in. A tracker cannot fail a training or delay it: one that
+One file per tracker belongs here, and the thread that each of them runs in. A tracker cannot fail a training or delay it: one that
 raises is dropped with one warning. One line in TRACKERS adds a tracker.
 """
 
@@ -89,8 +89,8 @@ class TrackerThread:
 
     def finish(self, *, succeeded: bool, timeout_s: float) -> None:
         """Let the tracker send its remaining data; what takes longer than `timeout_s` is lost."""
-        last = self._submit(lambda: self._tracker.finish(succeeded=succeeded))
-        if not wait([last], timeout_s).done and not self._broken:
+        finished = self._submit(lambda: self._tracker.finish(succeeded=succeeded))
+        if not wait([finished], timeout_s).done and not self._broken:
             self._context.warn(
                 "tracker_unfinished", f"{self.name} did not finish within {timeout_s:.0f} s; its last metrics may be missing"
             )

@@ -64,8 +64,8 @@ class MlflowTracker:
         rows = [[event.step, sample.prompt, sample.reference, sample.text] for sample in event.samples]
         if not self._put_artifact(path, json.dumps({"columns": SAMPLE_COLUMNS, "data": rows}).encode()):
             return
-        self._tables = [*(each for each in self._tables if each != path), path][-MAX_TABLES:]
-        self._set_tag(TABLES_TAG, json.dumps([{"path": path, "type": "table"} for path in self._tables]))
+        self._tables = [*(table for table in self._tables if table != path), path][-MAX_TABLES:]
+        self._set_tag(TABLES_TAG, json.dumps([{"path": table, "type": "table"} for table in self._tables]))
 
     def log_checkpoint(self, folder: Path, step: int) -> None:
         """Checkpoints are in the model store."""
@@ -102,7 +102,7 @@ class MlflowTracker:
         job_filter = f"tags.`{JOB_TAG}` = '{self._context.spec.job_id}'"
         for run in self._store.search_runs([experiment_id], job_filter, ViewType.ACTIVE_ONLY, max_results=1):
             self._store.update_run_info(run.info.run_id, RunStatus.RUNNING, None, None)
-            self._tables = [each["path"] for each in json.loads(run.data.tags.get(TABLES_TAG, "[]"))]
+            self._tables = [table["path"] for table in json.loads(run.data.tags.get(TABLES_TAG, "[]"))]
             return run
         return None
 
@@ -124,8 +124,8 @@ class MlflowTracker:
         assert self._store is not None
         assert self._run is not None
         now = _now_ms()
-        points = [Metric(name, value, now, step) for name, value in values.items()]
-        self._store.log_batch(self._run.info.run_id, points, [], [])
+        metrics = [Metric(name, value, now, step) for name, value in values.items()]
+        self._store.log_batch(self._run.info.run_id, metrics, [], [])
 
     def _set_tag(self, name: str, value: str) -> None:
         from mlflow.entities import RunTag
@@ -151,8 +151,8 @@ class MlflowTracker:
 def flatten_config(value: JsonValue, name: str = "") -> Iterator[tuple[str, str]]:
     """A config as MLflow parameters: `hyperparameters.lora_rank`, `16`. Fields that are None are left out."""
     if isinstance(value, dict):
-        for key, inside in value.items():
-            yield from flatten_config(inside, f"{name}.{key}" if name else key)
+        for key, child in value.items():
+            yield from flatten_config(child, f"{name}.{key}" if name else key)
     elif value is not None:
         yield name, value if isinstance(value, str) else json.dumps(value)
 

@@ -12,14 +12,13 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import jobs
 from jobs.runtime.context import JobContext
+from jobs.runtime.subprocesses import REPOSITORY
 from jobs.runtime.trackers.names import evaluation_scalars, training_scalars
 from jobs.runtime.trackers.state import save_state, state_key
 from schema.events import EvaluationCompleted, MetricsLogged, SamplesGenerated
 
 INSTALL_COMMAND = "pip install trackio==0.43.0"
-REPOSITORY = Path(jobs.__file__).parent.parent
 EXIT_TIMEOUT_S = 50  # to send the remaining data; the attempt waits a minute
 
 
