@@ -1,4 +1,4 @@
-"""The core's job services over in-memory ports, with a clock that a test moves."""
+"""The core's job services over fakes, with a clock that a test advances."""
 
 from collections.abc import Callable
 from itertools import count

@@ -1,4 +1,4 @@
-"""What attempts call: claim, report, finish."""
+"""The calls of an attempt: claim, report, finish."""
 
 import pytest
 
@@ -50,7 +50,7 @@ def test_lost_attempt_publishes_nothing(harness: JobsHarness) -> None:
     job = harness.start_training()
     harness.launcher.states[f"handle of {attempt_name(job.job_id, 1)}"] = "ended"
     harness.jobs.reconciliation.reconcile()
-    late = harness.write_result(job, artifacts=[make_artifact(job)])
-    harness.jobs.attempts.finish(job.job_id, late)
+    late_result = harness.write_result(job, artifacts=[make_artifact(job)])
+    harness.jobs.attempts.finish(job.job_id, late_result)
     assert harness.find_job(job).artifacts == ()
     assert harness.objects.stat(manifest_key(job.job_id)) is None

@@ -1,4 +1,4 @@
-"""Validation before any compute is spent, and its error messages."""
+"""Validation against dataset, base model and hardware before anything is launched, and its error messages."""
 
 from typing import Any
 
@@ -46,11 +46,11 @@ def test_trainer_accepts_only_its_dataset_types(trainer_type: str, dataset_type:
     error = get_validation_error(config, dataset)
     assert error.param == "processed_dataset_id"
     assert dataset_type in error.hint  # the hint names a trainer that fits
-    assert all(known in error.message for known in (trainer_type, dataset_type, config.dataset_types[0]))
+    assert all(name in error.message for name in (trainer_type, dataset_type, config.dataset_types[0]))
 
 
 @pytest.mark.parametrize(
-    ("changes", "images", "words"),
+    ("changes", "images", "message"),
     [
         ({"modality": "text"}, 3, "has 3 images"),
         ({"modality": "vision", "base_model_id": "google/gemma-3-4b-it"}, 0, "has none"),
@@ -58,10 +58,10 @@ def test_trainer_accepts_only_its_dataset_types(trainer_type: str, dataset_type:
         ({"modality": "vision", "base_model_id": "unsloth/gemma-3-1b-it-qat"}, 3, "text model"),
     ],
 )
-def test_images_with_text_only_model_are_rejected(changes: dict[str, Any], images: int, words: str) -> None:
+def test_images_with_text_only_model_are_rejected(changes: dict[str, Any], images: int, message: str) -> None:
     error = get_validation_error(make_config(**changes), make_dataset(images=images))
     assert error.param == "training_config.modality"
-    assert words in error.message
+    assert message in error.message
     assert error.hint
 
 
@@ -71,19 +71,19 @@ def test_images_with_possible_vision_model_are_accepted(base: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dataset", "known"),
+    ("dataset", "columns"),
     [
         (make_dataset(dataset_type="prompt", columns=("solution", "level")), "solution, level"),
         (make_dataset(dataset_type="prompt"), "none beside the prompt"),
         (make_dataset(dataset_type="prompt_completion"), "completion"),
     ],
 )
-def test_grader_with_missing_column_is_rejected(dataset: Dataset, known: str) -> None:
+def test_grader_with_missing_column_is_rejected(dataset: Dataset, columns: str) -> None:
     form, right = {"type": "format", "name": "form"}, {"type": "numeric_accuracy", "name": "right"}
     error = get_validation_error(make_grpo_config(form, right), dataset)
     assert error.param == "training_config.reward_config.1.reference_field"
     assert "grader 'right' reads the column 'answer'" in error.message
-    assert error.message.endswith(f"have: {known}")
+    assert error.message.endswith(f"have: {columns}")
 
 
 def test_score_model_prompt_uses_existing_columns() -> None:
@@ -96,13 +96,13 @@ def test_score_model_prompt_uses_existing_columns() -> None:
 
 
 def test_graders_with_existing_columns_are_accepted() -> None:
-    right = {"type": "numeric_accuracy", "name": "right", "reference_field": "solution"}
-    schema = {"type": "json_schema", "name": "shape", "json_schema": {}}
-    check_dataset_compatible(make_grpo_config(right, schema), make_dataset(dataset_type="prompt", columns=("solution",)))
-    check_dataset_compatible(make_grpo_config(right | {"reference_field": "completion"}), make_dataset(dataset_type="prompt_completion"))
+    grader = {"type": "numeric_accuracy", "name": "right", "reference_field": "solution"}
+    json_grader = {"type": "json_schema", "name": "shape", "json_schema": {}}
+    check_dataset_compatible(make_grpo_config(grader, json_grader), make_dataset(dataset_type="prompt", columns=("solution",)))
+    check_dataset_compatible(make_grpo_config(grader | {"reference_field": "completion"}), make_dataset(dataset_type="prompt_completion"))
 
 
-# --- the base --------------------------------------------------------------------------------------------------------
+# --- the base model --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_lora_rank_above_known_width_is_rejected() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "field"),
+    ("eval_config", "field"),
     [
         ({"eval_strategy": "steps"}, "eval_strategy"),
         ({"eval_strategy": "epoch", "early_stopping_patience": 2}, "eval_strategy"),
@@ -144,15 +144,15 @@ def test_lora_rank_above_known_width_is_rejected() -> None:
         ({"promotion_gate": [GATE]}, "promotion_gate"),
     ],
 )
-def test_evaluation_requires_held_out_rows(wanted: dict[str, Any], field: str) -> None:
-    error = get_validation_error(make_config(eval_config=wanted), make_train_only_dataset())
+def test_evaluation_requires_held_out_rows(eval_config: dict[str, Any], field: str) -> None:
+    error = get_validation_error(make_config(eval_config=eval_config), make_train_only_dataset())
     assert error.param == f"training_config.eval_config.{field}"
     assert "eval_fraction" in error.hint
-    check_dataset_compatible(make_config(eval_config=wanted), make_dataset())
+    check_dataset_compatible(make_config(eval_config=eval_config), make_dataset())
 
 
 @pytest.mark.parametrize(
-    ("metric", "wanted", "needs"),
+    ("metric", "eval_config", "needs"),
     [
         ("accuracy", {}, "compute_eval_metrics"),
         ("rouge_l", {}, "compute_eval_metrics"),
@@ -160,15 +160,15 @@ def test_evaluation_requires_held_out_rows(wanted: dict[str, Any], field: str) -
         ("lm_eval/arc_easy/acc", {"lm_eval_tasks": ["arc"]}, "arc_easy"),
     ],
 )
-def test_gate_on_unmeasured_metric_is_rejected(metric: str, wanted: dict[str, Any], needs: str) -> None:
-    config = make_config(eval_config=wanted | {"promotion_gate": [GATE, {"metric": metric, "at_least": 0.5}]})
+def test_gate_on_unmeasured_metric_is_rejected(metric: str, eval_config: dict[str, Any], needs: str) -> None:
+    config = make_config(eval_config=eval_config | {"promotion_gate": [GATE, {"metric": metric, "at_least": 0.5}]})
     error = get_validation_error(config, make_dataset())
     assert error.param == "training_config.eval_config.promotion_gate.1.metric"
     assert needs in error.hint
 
 
 @pytest.mark.parametrize(
-    ("metric", "wanted"),
+    ("metric", "eval_config"),
     [
         ("eval_loss", {}),
         ("rewards/accuracies", {}),
@@ -176,13 +176,15 @@ def test_gate_on_unmeasured_metric_is_rejected(metric: str, wanted: dict[str, An
         ("lm_eval/arc_easy/acc", {"lm_eval_tasks": ["arc_easy"]}),
     ],
 )
-def test_gate_on_measurable_metric_is_accepted(metric: str, wanted: dict[str, Any]) -> None:
-    check_dataset_compatible(make_config(eval_config=wanted | {"promotion_gate": [{"metric": metric, "at_least": 0.5}]}), make_dataset())
+def test_gate_on_measurable_metric_is_accepted(metric: str, eval_config: dict[str, Any]) -> None:
+    check_dataset_compatible(
+        make_config(eval_config=eval_config | {"promotion_gate": [{"metric": metric, "at_least": 0.5}]}), make_dataset()
+    )
 
 
 def test_gate_on_lm_eval_tasks_needs_no_held_out_rows() -> None:
-    wanted = {"lm_eval_tasks": ["arc_easy"], "promotion_gate": [{"metric": "lm_eval/arc_easy/acc", "at_least": 0.5}]}
-    check_dataset_compatible(make_config(eval_config=wanted), make_train_only_dataset())
+    eval_config = {"lm_eval_tasks": ["arc_easy"], "promotion_gate": [{"metric": "lm_eval/arc_easy/acc", "at_least": 0.5}]}
+    check_dataset_compatible(make_config(eval_config=eval_config), make_train_only_dataset())
 
 
 # --- the hardware ----------------------------------------------------------------------------------------------------
@@ -201,15 +203,15 @@ def test_gate_on_lm_eval_tasks_needs_no_held_out_rows() -> None:
     ],
 )
 def test_missing_trainer_capability_is_rejected_with_reason(changes: dict[str, Any], param: str, note: str) -> None:
-    bare = capabilities_from_probe({"device": "cpu", "device_name": "a processor", "packages": {"torch": "2"}})
+    minimal = capabilities_from_probe({"device": "cpu", "device_name": "a processor", "packages": {"torch": "2"}})
     with pytest.raises(Unsupported) as excinfo:
-        check_supported(make_config(**changes), bare)
+        check_supported(make_config(**changes), minimal)
     assert excinfo.value.param == f"training_config.{param}"
     assert note in excinfo.value.hint
     packages = dict.fromkeys(("bitsandbytes", "unsloth", "onnx", "lm_eval"), "1.0")
-    rich = capabilities_from_probe({"device": "cuda", "gguf": True, "flash_attention_2": True, "packages": packages})
-    check_supported(make_config(**changes), rich)
-    assert rich.notes == {}
+    complete = capabilities_from_probe({"device": "cuda", "gguf": True, "flash_attention_2": True, "packages": packages})
+    check_supported(make_config(**changes), complete)
+    assert complete.notes == {}
 
 
 def test_missing_unsloth_is_noted() -> None:
@@ -219,22 +221,22 @@ def test_missing_unsloth_is_noted() -> None:
 
 @pytest.mark.parametrize("profile", PROFILES.values(), ids=lambda profile: profile.name)
 def test_cloud_profiles_support_everything_except_unsloth(profile: Any) -> None:
-    facts = profile.capabilities
+    capabilities = profile.capabilities
     for trainer_type in TRAINER_TYPES:
         config = make_grpo_config() if trainer_type == "grpo" else make_config(trainer_type=trainer_type, method="QLoRA")
-        check_supported(config, facts)
+        check_supported(config, capabilities)
     with pytest.raises(Unsupported) as excinfo:
-        check_supported(make_config(provider="unsloth"), facts)
+        check_supported(make_config(provider="unsloth"), capabilities)
     assert "not in the image" in excinfo.value.hint
 
 
 def test_capabilities_response_lists_options() -> None:
-    told: Any = capabilities_response({"local": make_capabilities(methods=("LoRA", "QLoRA", "Full"))}, "local")
-    assert told["trainer_types"]["kto"] == {"dataset_types": ["unpaired_preference", "preference"], "modalities": ["text"]}
-    assert told["trainer_types"]["sft"]["modalities"] == ["text", "vision"]
-    assert {"score_model", "python", "json_schema"} <= set(told["graders"])
-    assert told["trackers"] == ["wandb", "mlflow", "tensorboard", "trackio"]
-    assert told["export"]["destinations"] == ["gcs", "hfhub"]
-    assert told["export"]["formats"] == ["adapter", "merged"]
-    assert told["methods"] == ["LoRA", "QLoRA", "Full"]
+    response: Any = capabilities_response({"local": make_capabilities(methods=("LoRA", "QLoRA", "Full"))}, "local")
+    assert response["trainer_types"]["kto"] == {"dataset_types": ["unpaired_preference", "preference"], "modalities": ["text"]}
+    assert response["trainer_types"]["sft"]["modalities"] == ["text", "vision"]
+    assert {"score_model", "python", "json_schema"} <= set(response["graders"])
+    assert response["trackers"] == ["wandb", "mlflow", "tensorboard", "trackio"]
+    assert response["export"]["destinations"] == ["gcs", "hfhub"]
+    assert response["export"]["formats"] == ["adapter", "merged"]
+    assert response["methods"] == ["LoRA", "QLoRA", "Full"]
     assert "onnx" in capabilities_response({"local": make_capabilities(onnx=True)}, "local")["export"]["formats"]  # type: ignore[index]

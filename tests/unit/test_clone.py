@@ -47,8 +47,12 @@ def test_merge_patch_follows_rfc_7386(target: JsonValue, patch: JsonValue, merge
 
 
 def test_clone_without_changes_repeats_request() -> None:
-    knobs = {"learning_rate": 3e-4, "epochs": 7, "target_modules": ["q_proj"]}
-    for config in (make_config(hyperparameters=knobs, export_config={"format": ["adapter", "merged"]}), make_config(), make_grpo_config()):
+    hyperparameters = {"learning_rate": 3e-4, "epochs": 7, "target_modules": ["q_proj"]}
+    for config in (
+        make_config(hyperparameters=hyperparameters, export_config={"format": ["adapter", "merged"]}),
+        make_config(),
+        make_grpo_config(),
+    ):
         source = make_job(training_config=config, job_name="mine", project_id="p", hardware="l4")
         request = clone(source)
         assert request.training_config == config
@@ -142,10 +146,10 @@ def test_redaction_placeholder_is_never_sent() -> None:
 def test_clone_is_a_new_job_with_source_reference(harness: JobsHarness) -> None:
     job = harness.submit(job_name="first")
     patch = CloneRequest.model_validate({"training_config": {"hyperparameters": {"epochs": 9}}})
-    made = harness.jobs.submission.clone(job.job_id, TENANT, patch, "key-1")
-    assert harness.jobs.submission.clone(job.job_id, TENANT, patch, "key-1").job_id == made.job_id
-    assert (made.cloned_from, made.job_name, made.status) == (job.job_id, "first", Status.QUEUED)
-    assert made.training_config.hyperparameters.epochs == 9
+    cloned = harness.jobs.submission.clone(job.job_id, TENANT, patch, "key-1")
+    assert harness.jobs.submission.clone(job.job_id, TENANT, patch, "key-1").job_id == cloned.job_id
+    assert (cloned.cloned_from, cloned.job_name, cloned.status) == (job.job_id, "first", Status.QUEUED)
+    assert cloned.training_config.hyperparameters.epochs == 9
     assert harness.find_job(job) == job
     with pytest.raises(NotFound):
         harness.jobs.submission.clone(job.job_id, "another tenant", patch)

@@ -46,12 +46,12 @@ def test_pausing_unlaunched_job_does_not_relaunch_it(harness: JobsHarness) -> No
 def test_resume_allows_extension_and_rejects_immutable_fields(harness: JobsHarness) -> None:
     job = harness.submit()
     harness.jobs.control.pause(job.job_id, TENANT)
-    for changes, param, words in (
+    for changes, param, message in (
         ({"epochs": 1}, "epochs", "can only grow"),
         ({"max_steps": 50}, "max_steps", "counted in epochs"),
         ({"hf_token": "hf_x"}, "hf_token", "was created without"),
     ):
-        with pytest.raises(InvalidRequest, match=words) as excinfo:
+        with pytest.raises(InvalidRequest, match=message) as excinfo:
             harness.jobs.control.resume(job.job_id, TENANT, ResumeRequest.model_validate(changes))
         assert excinfo.value.param == param
     with pytest.raises(ValidationError, match="learning_rate cannot change"):
@@ -82,7 +82,7 @@ def test_retry_resumes_from_checkpoint_or_restarts(harness: JobsHarness) -> None
     harness.jobs.control.retry(job.job_id, TENANT, RetryRequest.model_validate({}))
     harness.jobs.reconciliation.reconcile()
     assert JobSpec.load(harness.objects.read(spec_key(job.job_id))).resume_from_attempt == 1
-    assert [found.checkpoint.step for found in list_checkpoints(harness.objects, harness.find_job(job))] == [8]
+    assert [stored.checkpoint.step for stored in list_checkpoints(harness.objects, harness.find_job(job))] == [8]
     harness.jobs.attempts.claim(job.job_id, 2, "p")
     harness.jobs.attempts.finish(job.job_id, harness.write_result(job, "failed", attempt=2))
     harness.jobs.control.retry(job.job_id, TENANT, RetryRequest.model_validate({"from_start": True}))

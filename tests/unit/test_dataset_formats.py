@@ -1,4 +1,4 @@
-"""Preferences, prompts for graders, and images: what is accepted, how it is stored, what is refused."""
+"""Preferences, prompts for graders, and images: what is accepted, how it is stored, what is rejected."""
 
 import base64
 import io
@@ -55,11 +55,11 @@ def get_bytes_error(content: bytes, limits: RowLimits | None = None) -> InvalidR
 def upload(*rows: object, eval_fraction: float = 0.0) -> tuple[IngestResult, list[Any], list[Any]]:
     train, held_out = io.BytesIO(), io.BytesIO()
     ingested = ingest(io.BytesIO(to_jsonl(rows)), RowLimits(), eval_fraction, 0, train, held_out, io.BytesIO())
-    kept, kept_apart = ([json.loads(line) for line in out.getvalue().splitlines()] for out in (train, held_out))
-    return ingested, kept, kept_apart
+    train_rows, held_out_rows = ([json.loads(line) for line in out.getvalue().splitlines()] for out in (train, held_out))
+    return ingested, train_rows, held_out_rows
 
 
-# --- preferences
+# --- preferences -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -76,10 +76,10 @@ def test_preference_row_is_stored_unchanged(row: object) -> None:
 
 
 def test_preference_conversations_are_split_into_shared_prompt() -> None:
-    before = [SYSTEM, QUESTION, REJECTED_ANSWER, QUESTION]
-    explicit = {"prompt": before, "chosen": [CHOSEN_ANSWER], "rejected": [REJECTED_ANSWER]}
-    implicit = {"chosen": [*before, CHOSEN_ANSWER], "rejected": [*before, REJECTED_ANSWER]}
-    assert store_rows(implicit, {"prompt": before, **implicit}, explicit) == [explicit] * 3
+    prompt = [SYSTEM, QUESTION, REJECTED_ANSWER, QUESTION]
+    explicit = {"prompt": prompt, "chosen": [CHOSEN_ANSWER], "rejected": [REJECTED_ANSWER]}
+    implicit = {"chosen": [*prompt, CHOSEN_ANSWER], "rejected": [*prompt, REJECTED_ANSWER]}
+    assert store_rows(implicit, {"prompt": prompt, **implicit}, explicit) == [explicit] * 3
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_invalid_preference_is_rejected(row: object, field: str, reason: str) ->
     assert reason in error.reason
 
 
-# --- answers that are each good or bad
+# --- labeled answers -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -140,10 +140,10 @@ def test_labeled_rows_are_stored_unchanged(rows: list[object]) -> None:
     assert (ingested.dataset_type, train) == ("unpaired_preference", rows)
 
 
-@pytest.mark.parametrize(("label", "found"), [(1, "a number"), (0, "a number"), ("true", "a string"), (None, "null")])
-def test_label_must_be_boolean(label: object, found: str) -> None:
+@pytest.mark.parametrize(("label", "kind"), [(1, "a number"), (0, "a number"), ("true", "a string"), (None, "null")])
+def test_label_must_be_boolean(label: object, kind: str) -> None:
     error = get_row_error({**LABELED_ROWS[0], "label": label})
-    assert (error.field, error.reason) == ("label", f"is {found}; write true for a good completion, false for a bad one")
+    assert (error.field, error.reason) == ("label", f"is {kind}; write true for a good completion, false for a bad one")
 
 
 def test_identical_labels_are_rejected_with_counts() -> None:
@@ -156,7 +156,7 @@ def test_label_requires_prompt() -> None:
     assert get_row_error({"completion": "So.", "label": True}).field == "prompt"
 
 
-# --- prompts for graders
+# --- prompts for graders ---------------------------------------------------------------------------------------------
 
 
 def test_prompt_columns_keep_exact_numbers() -> None:
@@ -234,7 +234,7 @@ def test_rows_with_same_prompt_stay_in_one_split(make: Any) -> None:
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
 
 
-# --- images
+# --- images ----------------------------------------------------------------------------------------------------------
 
 
 def make_image_bytes(
@@ -321,8 +321,8 @@ def test_prompt_messages_may_contain_images() -> None:
 
 
 def test_prompt_digest_includes_image() -> None:
-    red, blue = (make_image_part(make_image_bytes(color=colour)) for colour in ("red", "blue"))
-    one, other, again = read_rows(
+    red, blue = (make_image_part(make_image_bytes(color=color)) for color in ("red", "blue"))
+    first, other_image, same_image = read_rows(
         io.BytesIO(
             to_jsonl(
                 [
@@ -334,7 +334,7 @@ def test_prompt_digest_includes_image() -> None:
         ),
         RowLimits(),
     )
-    assert one.prompt_digest == again.prompt_digest != other.prompt_digest
+    assert first.prompt_digest == same_image.prompt_digest != other_image.prompt_digest
 
 
 def replace_png_chunk(name: bytes, data: bytes, png: bytes) -> bytes:
@@ -433,7 +433,7 @@ def test_images_column_error_explains_placement() -> None:
     assert "put each image into its message" in get_row_error({"messages": [QUESTION, CHOSEN_ANSWER], "images": []}).reason
 
 
-# --- how long a row may be
+# --- row size limits -------------------------------------------------------------------------------------------------
 
 
 def test_image_row_may_exceed_text_row_limit() -> None:
@@ -467,7 +467,7 @@ class EndlessImage(io.RawIOBase):
 
     def readline(self, size: int | None = -1, /) -> bytes:
         assert size is not None
-        assert size >= 0, "the whole line was asked for"
+        assert size >= 0, "the whole line was requested"
         start = b"" if self.read_bytes else b'{"image": "data:'
         self.read_bytes += size
         return start + b"x" * (size - len(start))
@@ -480,17 +480,17 @@ def test_endless_image_is_rejected_at_limit() -> None:
     assert stream.read_bytes < 5100
 
 
-# --- the record and its preview
+# --- the record and its preview --------------------------------------------------------------------------------------
 
 
 def test_dataset_counts_images_and_preview_shows_only_size(tmp_path: Path) -> None:
     datasets = make_datasets(tmp_path)
     content = make_image_bytes(size=(700, 700), file_format="WEBP", lossless=True)
     rows = [make_vision_row(TEXT, make_image_part(content, "image/webp")), {"messages": [QUESTION, CHOSEN_ANSWER]}]
-    dataset = datasets.ingest(Upload(io.BytesIO(to_jsonl(rows)), "seen", None, 0.0), "local")
+    dataset = datasets.ingest(Upload(io.BytesIO(to_jsonl(rows)), "images", None, 0.0), "local")
     assert (dataset.images, dataset.columns) == (1, ())
-    shown = {"type": "image", "image": f"data:image/webp;base64,… ({len(content)} bytes)"}
-    assert datasets.preview(dataset) == {"train": [make_vision_row(TEXT, shown), rows[1]]}
+    preview_part = {"type": "image", "image": f"data:image/webp;base64,… ({len(content)} bytes)"}
+    assert datasets.preview(dataset) == {"train": [make_vision_row(TEXT, preview_part), rows[1]]}
 
 
 def test_prompt_dataset_records_columns(tmp_path: Path) -> None:
@@ -513,15 +513,15 @@ def make_datasets(folder: Path) -> Datasets:
     )
 
 
-# --- what holds for every upload
+# --- what holds for every upload -------------------------------------------------------------------------------------
 
 WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20).filter(
     lambda text: text.strip()
 )
 NUMBERS = st.integers(-(10**38), 10**39) | st.floats(allow_nan=False, allow_infinity=False)
 NAMES = st.from_regex(r"[xyz_][A-Za-z0-9_]{0,3}", fullmatch=True)  # not similar to a column of another format
-PICTURES = st.builds(
-    lambda file_format, size, colour: make_image_part(make_image_bytes(file_format, size, color=colour), f"image/{file_format.lower()}"),
+IMAGE_PARTS = st.builds(
+    lambda file_format, size, color: make_image_part(make_image_bytes(file_format, size, color=color), f"image/{file_format.lower()}"),
     st.sampled_from(["PNG", "JPEG", "WEBP"]),
     st.tuples(st.integers(1, 9), st.integers(1, 9)),
     st.sampled_from(["red", "green", "blue"]),
@@ -531,8 +531,8 @@ PICTURES = st.builds(
 @st.composite
 def prompts(draw: st.DrawFn) -> list[dict[str, str]]:
     turns = draw(st.lists(st.tuples(WORDS, WORDS), max_size=2))
-    said = [(role, text) for pair in turns for role, text in zip(("user", "assistant"), pair, strict=True)]
-    return [{"role": role, "content": text} for role, text in [*said, ("user", draw(WORDS))]]
+    messages = [(role, text) for pair in turns for role, text in zip(("user", "assistant"), pair, strict=True)]
+    return [{"role": role, "content": text} for role, text in [*messages, ("user", draw(WORDS))]]
 
 
 def make_answer(text: str) -> list[dict[str, str]]:
@@ -562,8 +562,8 @@ def graded_rows(draw: st.DrawFn) -> list[dict[str, Any]]:
 
 @st.composite
 def vision_rows(draw: st.DrawFn) -> dict[str, object]:
-    parts = draw(st.lists(PICTURES | WORDS.map(lambda text: {"type": "text", "text": text}), max_size=3))
-    return make_vision_row(draw(PICTURES), *parts)
+    parts = draw(st.lists(IMAGE_PARTS | WORDS.map(lambda text: {"type": "text", "text": text}), max_size=3))
+    return make_vision_row(draw(IMAGE_PARTS), *parts)
 
 
 VALID_ROWS = st.one_of(PREFERENCES, UNPAIRED, graded_rows(), st.lists(vision_rows(), min_size=1, max_size=3))
@@ -611,10 +611,10 @@ JSON = st.recursive(
 
 @settings(QUICK_SETTINGS, max_examples=200)
 @given(st.lists(JSON, max_size=3), st.integers(0, 300), st.binary(max_size=2))
-def test_any_upload_is_accepted_or_rejected_cleanly(rows: list[object], place: int, noise: bytes) -> None:
+def test_any_upload_is_accepted_or_rejected_cleanly(rows: list[object], position: int, noise: bytes) -> None:
     content = to_jsonl(rows)
     try:
-        read_bytes(content[:place] + noise + content[place:], RowLimits(max_row_bytes=300, max_image_row_bytes=600))
+        read_bytes(content[:position] + noise + content[position:], RowLimits(max_row_bytes=300, max_image_row_bytes=600))
     except InvalidRow as error:
         assert error.line >= 1
         assert str(error).isprintable()
@@ -625,8 +625,8 @@ def test_any_upload_is_accepted_or_rejected_cleanly(rows: list[object], place: i
 @given(st.sampled_from(["PNG", "JPEG", "WEBP"]), st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), min_size=1, max_size=6))
 def test_corrupt_image_is_accepted_or_rejected_cleanly(file_format: str, damage: list[tuple[int, int]]) -> None:
     content = bytearray(make_image_bytes(file_format))
-    for place, byte in damage:
-        content[place % len(content)] = byte
+    for position, byte in damage:
+        content[position % len(content)] = byte
     try:
         read_bytes(to_jsonl([make_vision_row(make_image_part(bytes(content), f"image/{file_format.lower()}"))]))
     except InvalidRow as error:

@@ -1,4 +1,4 @@
-"""Uploads: what is accepted, what is refused, and which rows are held out."""
+"""Uploads: what is accepted, what is rejected, and which rows are held out."""
 
 import hashlib
 import io
@@ -60,7 +60,7 @@ def parse_rows(*rows: object) -> list[Row]:
     return list(read_rows(io.BytesIO(to_jsonl(*rows)), RowLimits()))
 
 
-# --- what is accepted
+# --- what is accepted ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_row_at_size_limit_is_accepted() -> None:
     assert get_row_error(row, RowLimits(max_row_bytes=len(row) - 2)).line == 1
 
 
-# --- what is refused, where and why
+# --- what is rejected, where and why ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ class EndlessLine(io.RawIOBase):
 
     def readline(self, size: int | None = -1, /) -> bytes:
         assert size is not None
-        assert size >= 0, "the whole line was asked for"
+        assert size >= 0, "the whole line was requested"
         self.read_bytes += size
         return b"x" * size
 
@@ -243,7 +243,7 @@ def test_row_with_too_many_columns_is_rejected_quickly() -> None:
     assert get_row_error(b"{" + columns.encode() + b"}").field == "'79999'"
 
 
-# --- what is held out
+# --- what is held out ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("rows", "eval_fraction", "held_out"), [(100, 0.1, 10), (1000, 0.05, 50), (3, 0.5, 2), (2, 0.01, 1), (7, 0.0, 0)])
@@ -276,9 +276,8 @@ def test_duplicates_are_dropped_and_counted() -> None:
 
 
 def test_another_seed_holds_out_other_rows() -> None:
-    assert (
-        upload(*make_text_rows(50), eval_fraction=0.5, seed=1).held_out != upload(*make_text_rows(50), eval_fraction=0.5, seed=2).held_out
-    )
+    first, second = (upload(*make_text_rows(50), eval_fraction=0.5, seed=seed) for seed in (1, 2))
+    assert first.held_out != second.held_out
 
 
 @pytest.mark.parametrize("eval_fraction", [-0.1, 0.51, float("nan")])
@@ -287,7 +286,7 @@ def test_invalid_eval_fraction_is_rejected(eval_fraction: float) -> None:
         Splitter(eval_fraction, 0)
 
 
-# --- what holds for every upload
+# --- what holds for every upload -------------------------------------------------------------------------------------
 
 CONTENT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=30).filter(
     lambda text: text.strip()
@@ -304,10 +303,10 @@ PAIRS = st.lists(
 def conversations(draw: st.DrawFn) -> object:
     system = draw(st.lists(CONTENT, max_size=1))
     turns = draw(st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=3))
-    said = [("system", text) for text in system] + [
+    messages = [("system", text) for text in system] + [
         (role, text) for pair in turns for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
-    return {"messages": [{"role": role, "content": text} for role, text in said]}
+    return {"messages": [{"role": role, "content": text} for role, text in messages]}
 
 
 VALID_ROWS = st.one_of(
@@ -343,9 +342,9 @@ def get_prompts(lines: list[bytes] | set[bytes]) -> set[str]:
 @QUICK_SETTINGS
 @given(PAIRS.flatmap(lambda rows: st.tuples(st.just(rows), st.permutations(rows))), FRACTIONS, SEEDS)
 def test_row_order_does_not_affect_splits(orders: tuple[list[object], list[object]], eval_fraction: float, seed: int) -> None:
-    one, other = (upload(*rows, eval_fraction=eval_fraction, seed=seed) for rows in orders)
-    assert sorted(one.held_out) == sorted(other.held_out)
-    assert sorted(one.train) == sorted(other.train)
+    first, second = (upload(*rows, eval_fraction=eval_fraction, seed=seed) for rows in orders)
+    assert sorted(first.held_out) == sorted(second.held_out)
+    assert sorted(first.train) == sorted(second.train)
 
 
 @QUICK_SETTINGS
@@ -371,7 +370,7 @@ ARBITRARY_BYTES = st.one_of(
     st.lists(st.sampled_from(JSON_FRAGMENTS), max_size=12).map(b"".join),
     st.lists(JSON, max_size=3).map(lambda rows: "\n".join(json.dumps(row) for row in rows).encode()),
     st.tuples(VALID_ROWS, st.binary(max_size=3), st.integers(0, 200)).map(
-        lambda cut: to_jsonl(*cut[0])[: cut[2]] + cut[1] + to_jsonl(*cut[0])[cut[2] :]
+        lambda drawn: to_jsonl(*drawn[0])[: drawn[2]] + drawn[1] + to_jsonl(*drawn[0])[drawn[2] :]
     ),
 )
 

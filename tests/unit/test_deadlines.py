@@ -50,8 +50,8 @@ def test_deadline_does_not_apply_to_other_threads() -> None:
     ],
 )
 def test_requests_have_deadlines_and_streams_do_not(method: str, path: str, query: bytes, accept: bytes, seconds: float | None) -> None:
-    seen = asyncio.run(remaining_s_in_app(method, path, query, accept))
-    assert seen == pytest.approx(seconds or 1000, abs=0.5)
+    remaining = asyncio.run(remaining_s_in_app(method, path, query, accept))
+    assert remaining == pytest.approx(seconds or 1000, abs=0.5)
 
 
 async def remaining_s_in_app(method: str, path: str, query: bytes, accept: bytes) -> float:

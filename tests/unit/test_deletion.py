@@ -19,7 +19,7 @@ from tests.unit.jobs_harness import TENANT, JobsHarness, make_artifact
 def test_sweep_destroys_only_leftover_secrets(harness: JobsHarness) -> None:
     ended, open_job = harness.submit(hf_token="hf_x"), harness.submit(hf_token="hf_x")
     harness.jobs.control.cancel(ended.job_id, TENANT)
-    harness.secrets.put(ended.job_id, {"hf_token": "hf_x"})  # as if destroying them had failed
+    harness.secrets.put(ended.job_id, {"hf_token": "hf_x"})  # as after a failed destroy
     harness.secrets.put("orphan", {"hf_token": "hf_x"})
     assert harness.jobs.deletion.delete_stale_secrets() == 1
     assert list(harness.secrets.iter_job_ids()) == sorted(["orphan", open_job.job_id])
@@ -70,10 +70,10 @@ def test_orphaned_files_are_found_and_removed(harness: JobsHarness) -> None:
         "datasets/dataset_1/train.jsonl",
     ):
         harness.objects.write(key, b"xy")
-    kept = {stored.key for stored in harness.objects.iter_objects("")}
-    found = harness.jobs.deletion.list_orphans()
-    assert found.complete
-    assert sorted((orphan.prefix, orphan.objects, orphan.size_bytes) for orphan in found.orphans) == [
+    keys = {stored.key for stored in harness.objects.iter_objects("")}
+    listing = harness.jobs.deletion.list_orphans()
+    assert listing.complete
+    assert sorted((orphan.prefix, orphan.objects, orphan.size_bytes) for orphan in listing.orphans) == [
         ("checkpoints/projects/p/jobs/gone/", 1, 2),
         ("configs/gone.json", 1, 2),
         ("onnx_models/gone/", 1, 2),
@@ -83,7 +83,7 @@ def test_orphaned_files_are_found_and_removed(harness: JobsHarness) -> None:
         ("trained_adapters/gone/", 2, 4),
     ]
     harness.jobs.deletion.delete_orphans()
-    assert kept - {stored.key for stored in harness.objects.iter_objects("")} == {key for key in kept if "gone" in key}
+    assert keys - {stored.key for stored in harness.objects.iter_objects("")} == {key for key in keys if "gone" in key}
     assert harness.jobs.deletion.list_orphans().orphans == []
 
 

@@ -17,19 +17,19 @@ def test_checkpoints_are_listed_in_resume_order(harness: JobsHarness) -> None:
         harness.write_checkpoint(job, step=step, attempt=attempt)
     harness.objects.write(f"{checkpoints_prefix(job.job_id, None)}attempt-3/step-00000040/adapter.bin", b"half a checkpoint")
     harness.objects.write(f"{checkpoints_prefix(job.job_id, None)}attempt-3/step-00000050/manifest.json", b"{")
-    found = list_checkpoints(harness.objects, harness.find_job(job))
-    assert [(stored.checkpoint.attempt, stored.checkpoint.step) for stored in found] == [(2, 20), (1, 30), (1, 10)]
+    checkpoints = list_checkpoints(harness.objects, harness.find_job(job))
+    assert [(stored.checkpoint.attempt, stored.checkpoint.step) for stored in checkpoints] == [(2, 20), (1, 30), (1, 10)]
 
 
 def test_checkpoint_export_creates_its_own_job(harness: JobsHarness) -> None:
     job = harness.start_training()
     harness.write_checkpoint(job, step=10)
     request = ExportRequest.model_validate({"export_config": {"format": "merged"}})
-    made = harness.jobs.exports.export(job.job_id, 10, TENANT, request, "key-1")
-    assert harness.jobs.exports.export(job.job_id, 10, TENANT, request, "key-1").job_id == made.job_id
-    assert made.job_name == f"{job.job_name} at step 10"
+    export_job = harness.jobs.exports.export(job.job_id, 10, TENANT, request, "key-1")
+    assert harness.jobs.exports.export(job.job_id, 10, TENANT, request, "key-1").job_id == export_job.job_id
+    assert export_job.job_name == f"{job.job_name} at step 10"
     harness.jobs.reconciliation.reconcile()
-    spec = JobSpec.load(harness.objects.read(spec_key(made.job_id)))
+    spec = JobSpec.load(harness.objects.read(spec_key(export_job.job_id)))
     assert spec.export_of is not None
     assert (spec.export_of.job_id, spec.export_of.key) == (job.job_id, checkpoint_key(checkpoints_prefix(job.job_id, None), 1, 10))
     assert spec.training_config.export_config.format == "merged"
@@ -42,9 +42,9 @@ def test_export_runs_no_gate_and_no_trackers(harness: JobsHarness) -> None:
     gate = {"promotion_gate": [{"metric": "perplexity", "at_most": 0.9, "relative_to_base": True}]}
     job = harness.submit(training_config=config | {"eval_config": gate})
     harness.write_checkpoint(job, step=10)
-    made = harness.jobs.exports.export(job.job_id, 10, TENANT, ExportRequest.model_validate({}))
-    assert (made.training_config.tensorboard_config, made.training_config.wandb_config) == (None, None)
-    assert made.training_config.eval_config.promotion_gate == []
+    export_job = harness.jobs.exports.export(job.job_id, 10, TENANT, ExportRequest.model_validate({}))
+    assert (export_job.training_config.tensorboard_config, export_job.training_config.wandb_config) == (None, None)
+    assert export_job.training_config.eval_config.promotion_gate == []
 
 
 @pytest.mark.parametrize(
@@ -73,17 +73,16 @@ def test_export_defaults_to_published_then_newest_checkpoint(harness: JobsHarnes
     assert newest.export_of is not None
     assert newest.export_of.step == 30
     harness.jobs.attempts.finish(job.job_id, harness.write_result(job, published_step=20))
-    assert (
-        harness.jobs.exports.reexport(job.job_id, TENANT, make_reexport_request(), "key-1").job_id == newest.job_id
-    )  # the same request: the same job
+    repeated = harness.jobs.exports.reexport(job.job_id, TENANT, make_reexport_request(), "key-1")
+    assert repeated.job_id == newest.job_id
     for body, step in (({}, 20), ({"step": 10}, 10)):
-        made = harness.jobs.exports.reexport(job.job_id, TENANT, make_reexport_request(**body))
-        assert made.export_of is not None
-        assert made.export_of.step == step
+        export_job = harness.jobs.exports.reexport(job.job_id, TENANT, make_reexport_request(**body))
+        assert export_job.export_of is not None
+        assert export_job.export_of.step == step
     harness.objects.delete(checkpoint_key(checkpoints_prefix(job.job_id, None), 1, 20) + MANIFEST)
-    made = harness.jobs.exports.reexport(job.job_id, TENANT, make_reexport_request())
-    assert made.export_of is not None
-    assert made.export_of.step == 30
+    export_job = harness.jobs.exports.reexport(job.job_id, TENANT, make_reexport_request())
+    assert export_job.export_of is not None
+    assert export_job.export_of.step == 30
 
 
 def test_export_without_checkpoint_explains_why(harness: JobsHarness) -> None:

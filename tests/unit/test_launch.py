@@ -74,7 +74,7 @@ def test_missing_launch_is_retried(harness: JobsHarness) -> None:
     harness.jobs.reconciliation.reconcile()
     harness.launcher.refusal = None
     harness.jobs.reconciliation.reconcile()
-    assert harness.launcher.launched == {}  # too early to look it up: another process may be launching it
+    assert harness.launcher.launched == {}  # too early: another process may be launching it
     harness.clock.advance(60)
     harness.jobs.reconciliation.reconcile()
     assert list(harness.launcher.launched) == [attempt_name(job.job_id, 1)]
@@ -107,11 +107,11 @@ def test_pending_launch_shows_reason_until_launched(harness: JobsHarness) -> Non
 
 
 def test_missing_bucket_delays_launch_with_reason(harness: JobsHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_bucket(*_: object, **__: object) -> None:
+    def raise_unavailable(*_: object, **__: object) -> None:
         raise StoreUnavailable("no bucket configs")
 
     with monkeypatch.context() as patch:
-        patch.setattr(harness.objects, "write", no_bucket)
+        patch.setattr(harness.objects, "write", raise_unavailable)
         job = harness.submit()
         harness.jobs.reconciliation.reconcile()
     attempt = harness.find_job(job).attempt

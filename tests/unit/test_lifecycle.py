@@ -1,5 +1,6 @@
-"""The state machine: examples, and random sequences of facts."""
+"""The state machine: examples, and random sequences of changes."""
 
+from collections.abc import Callable
 from datetime import datetime, timedelta
 
 import pytest
@@ -228,17 +229,17 @@ def test_retry_keeps_attempt_history() -> None:
     assert retried.attempts == failed.attempts
     assert retried.resume_from_attempt == 1
     assert lifecycle.request_retry(retried, START) is retried
-    again = lifecycle.request_retry(failed, START, from_start=True)
-    assert (again.resume_from_attempt, again.checkpoint) == (2, None)
+    restarted = lifecycle.request_retry(failed, START, from_start=True)
+    assert (restarted.resume_from_attempt, restarted.checkpoint) == (2, None)
 
 
 def test_retry_requires_failed_or_cancelled_job_not_being_deleted() -> None:
     for job in (make_job(), make_active_job(), make_job(status=Status.COMPLETED), make_job(status=Status.PAUSED)):
         with pytest.raises(Conflict, match="only a failed or cancelled job"):
             lifecycle.request_retry(job, START)
-    going = lifecycle.start_deletion(lifecycle.request_cancel(make_job(), START), START)
+    deleting = lifecycle.start_deletion(lifecycle.request_cancel(make_job(), START), START)
     with pytest.raises(Conflict, match="being deleted"):
-        lifecycle.request_retry(going, START)
+        lifecycle.request_retry(deleting, START)
 
 
 def test_retry_resets_lost_attempt_budget() -> None:
@@ -258,9 +259,8 @@ def test_recorded_checkpoint_step_never_decreases() -> None:
     job = lifecycle.begin_attempt(job, "fake", START)
     job = lifecycle.apply_event(job, 2, CheckpointRestored(step=5, from_attempt=1), START)
     job = lifecycle.apply_event(job, 2, make_checkpoint_event(20), START)
-    job = lifecycle.apply_event(
-        job, 2, CheckpointRestored(step=20, from_attempt=2), START
-    )  # back to its own checkpoint, after running out of memory
+    # Back to its own checkpoint, after running out of memory.
+    job = lifecycle.apply_event(job, 2, CheckpointRestored(step=20, from_attempt=2), START)
     assert lifecycle.apply_event(job, 2, make_checkpoint_event(10), START) is job
     assert job.attempt is not None
     assert (job.attempt.resumed_step, job.attempt.last_checkpoint_step) == (5, 20)
@@ -278,14 +278,14 @@ def test_late_messages_of_old_attempt_are_ignored_or_fenced() -> None:
 
 
 class JobLifecycleMachine(RuleBasedStateMachine):
-    """Facts arrive in any order, twice and late; the record stays consistent."""
+    """Changes arrive in any order, repeated and late; the record stays consistent."""
 
     def __init__(self) -> None:
         super().__init__()
         self.job = make_job()
         self.now = START
         self.final: Job | None = None
-        self.owners: dict[int, str] = {}
+        self.claimants: dict[int, str] = {}
 
     def apply_change(self, after: Job) -> None:
         before = self.job
@@ -295,10 +295,10 @@ class JobLifecycleMachine(RuleBasedStateMachine):
         assert after.attempts[: len(before.attempts) - 1] == before.attempts[:-1]
         self.job = after.model_copy(update={"revision": before.revision + (after is not before)})
 
-    def try_change(self, change: object) -> None:
-        """Apply a fact that may be refused; then nothing changes."""
+    def try_change(self, change: Callable[[], Job]) -> None:
+        """Apply a change that may be rejected; then the job stays as it is."""
         try:
-            after = change()  # type: ignore[operator]
+            after = change()
         except (Fenced, Conflict):
             return
         self.apply_change(after)
@@ -311,11 +311,11 @@ class JobLifecycleMachine(RuleBasedStateMachine):
     def launch(self) -> None:
         self.try_change(lambda: lifecycle.begin_attempt(self.job, "fake", self.tick()))
 
-    @rule(number=st.integers(0, 4), who=st.sampled_from("ab"))
-    def claim(self, number: int, who: str) -> None:
+    @rule(number=st.integers(0, 4), claimant=st.sampled_from("ab"))
+    def claim(self, number: int, claimant: str) -> None:
         def claim() -> Job:
-            job = lifecycle.claim_attempt(self.job, number, who, self.tick())
-            assert self.owners.setdefault(number, who) == who
+            job = lifecycle.claim_attempt(self.job, number, claimant, self.tick())
+            assert self.claimants.setdefault(number, claimant) == claimant
             return job
 
         self.try_change(claim)
@@ -329,7 +329,7 @@ class JobLifecycleMachine(RuleBasedStateMachine):
         self.try_change(lambda: lifecycle.apply_result(self.job, make_result(number, outcome), self.tick()))
 
     @rule(number=st.integers(0, 4))
-    def vanish(self, number: int) -> None:
+    def lose(self, number: int) -> None:
         self.try_change(lambda: lifecycle.mark_lost(self.job, number, self.tick()))
 
     @rule()
@@ -364,11 +364,13 @@ class JobLifecycleMachine(RuleBasedStateMachine):
 
     @invariant()
     def attempts_without_progress_are_bounded(self) -> None:
-        unasked = [
+        involuntary = [
             attempt.outcome in ("yielded", "preempted", "lost") for attempt in self.job.attempts[self.job.retry_budget_from_attempt - 1 :]
         ]
-        waits = self.job.status in (Status.QUEUED, Status.PREPARING)
-        assert not (waits and all(unasked) and len(unasked) >= MAX_ATTEMPTS_WITHOUT_PROGRESS)  # these sequences never save a checkpoint
+        is_waiting = self.job.status in (Status.QUEUED, Status.PREPARING)
+        assert not (
+            is_waiting and all(involuntary) and len(involuntary) >= MAX_ATTEMPTS_WITHOUT_PROGRESS
+        )  # these sequences never save a checkpoint
 
     @invariant()
     def only_active_job_has_running_attempt(self) -> None:

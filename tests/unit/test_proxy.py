@@ -32,15 +32,15 @@ class EchoServer:
                 client, _ = self.listener.accept()
             except OSError:
                 return
-            self.threads.append(threading.Thread(target=self._answer, args=(client,)))
+            self.threads.append(threading.Thread(target=self._echo, args=(client,)))
             self.threads[-1].start()
 
-    def _answer(self, client: socket.socket) -> None:
+    def _echo(self, client: socket.socket) -> None:
         with client:
             try:
-                while self.is_reading.wait() and (heard := client.recv(1 << 16)):
-                    self.received.append(heard)
-                    client.sendall(heard)
+                while self.is_reading.wait() and (chunk := client.recv(1 << 16)):
+                    self.received.append(chunk)
+                    client.sendall(chunk)
                 client.sendall(b"bye")
             except OSError:
                 return
@@ -62,8 +62,8 @@ def echo() -> Iterator[EchoServer]:
 
 @pytest.fixture
 def proxy(echo: EchoServer) -> Iterator[Proxy]:
-    with Proxy("127.0.0.1", echo.port) as line:
-        yield line
+    with Proxy("127.0.0.1", echo.port) as proxy:
+        yield proxy
 
 
 @pytest.fixture
@@ -73,8 +73,8 @@ def client(proxy: Proxy) -> Iterator[socket.socket]:
         yield client
 
 
-def connect(line: Proxy) -> socket.socket:
-    host, _, port = line.address.rpartition(":")
+def connect(proxy: Proxy) -> socket.socket:
+    host, _, port = proxy.address.rpartition(":")
     return socket.create_connection((host, int(port)), timeout=5)
 
 
@@ -96,9 +96,9 @@ def test_large_data_and_eof_pass_through(proxy: Proxy) -> None:
     with connect(proxy) as client:
         sender = threading.Thread(target=lambda: (client.sendall(SEVERAL_MB), client.shutdown(socket.SHUT_WR)))
         sender.start()
-        came = b"".join(iter(lambda: client.recv(1 << 16), b""))
+        received = b"".join(iter(lambda: client.recv(1 << 16), b""))
         sender.join()
-    assert hashlib.sha256(came).digest() == hashlib.sha256(SEVERAL_MB + b"bye").digest()
+    assert hashlib.sha256(received).digest() == hashlib.sha256(SEVERAL_MB + b"bye").digest()
 
 
 def test_many_concurrent_connections(proxy: Proxy) -> None:
@@ -112,7 +112,7 @@ def test_many_concurrent_connections(proxy: Proxy) -> None:
 def test_unreachable_target_closes_connection() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    with Proxy("127.0.0.1", port) as line, connect(line) as client:
+    with Proxy("127.0.0.1", port) as proxy, connect(proxy) as client:
         assert client.recv(1) == b""
 
 
@@ -151,7 +151,7 @@ def test_drop_responses_still_delivers_requests(proxy: Proxy, client: socket.soc
     with pytest.raises(TimeoutError):
         send_and_receive(client, b"do it")
     assert echo.received == [b"hello", b"do it"]
-    proxy.restore()  # and connections that lost data are reset
+    proxy.restore()  # resets the connections that lost data
     with pytest.raises(ConnectionResetError):
         client.recv(1)
 
@@ -209,14 +209,14 @@ def test_blocked_sender_is_disconnected(proxy: Proxy, echo: EchoServer, verb: st
 
 def test_proxy_cleans_up_threads_and_sockets(echo: EchoServer) -> None:
     before = set(threading.enumerate())
-    with Proxy("127.0.0.1", echo.port) as line, connect(line) as stalled, connect(line) as waiting, connect(line) as gone:
-        send_and_receive(gone, b"x")
-        line.hang()
-        stalled.sendall(b"never to arrive")
+    with Proxy("127.0.0.1", echo.port) as proxy, connect(proxy) as stalled, connect(proxy) as blocked, connect(proxy) as idle:
+        send_and_receive(idle, b"x")
+        proxy.hang()
+        stalled.sendall(b"never delivered")
         echo.is_reading.clear()
-        line.restore()
-        fill_send_buffer(waiting)
-        line.delay(60)
+        proxy.restore()
+        fill_send_buffer(blocked)
+        proxy.delay(60)
     assert {thread.name for thread in set(threading.enumerate()) - before} & {"proxy"} == set()
     with pytest.raises(ConnectionRefusedError):
-        connect(line)
+        connect(proxy)

@@ -74,8 +74,8 @@ def test_completed_job_has_download_link(harness: JobsHarness) -> None:
     gguf = Artifact(name="gguf-q8_0", kind="gguf", uri="u", key=f"gguf_models/{job.job_id}/m.gguf", size_bytes=1, files=[file])
     adapter = gguf.model_copy(update={"name": "adapter", "kind": "adapter", "key": f"trained_adapters/{job.job_id}/"})
     harness.jobs.attempts.finish(job.job_id, harness.write_result(job, artifacts=[adapter.model_dump(), gguf.model_dump()]))
-    found, [(_, link)] = harness.jobs.queries.create_download_links(job.job_id, TENANT, None)
-    assert found == gguf
+    artifact, [(_, link)] = harness.jobs.queries.create_download_links(job.job_id, TENANT, None)
+    assert artifact == gguf
     assert harness.tokens.read_file_token(link.removeprefix("/files/")) == (gguf.key, "m.gguf")
     with pytest.raises(NotFound, match="it has: adapter, gguf-q8_0"):
         harness.jobs.queries.create_download_links(job.job_id, TENANT, "gguf-f16")

@@ -49,7 +49,7 @@ def test_redacted_config_has_no_secrets_and_all_other_fields() -> None:
     config = make_config_with_secrets()
     kept = redact(config)
     assert "canary" not in kept.model_dump_json() + repr(kept) + str(kept.model_dump())
-    assert {place.secret.get_secret_value() for place in iter_config_secrets(kept)} == {REDACTED.get_secret_value()}
+    assert {secret.secret.get_secret_value() for secret in iter_config_secrets(kept)} == {REDACTED.get_secret_value()}
     assert type(kept).model_validate_json(kept.model_dump_json()) == kept
     hidden = {"wandb_config", "mlflow_config", "reward_config"}
     assert kept.model_dump(exclude=hidden) == config.model_dump(exclude=hidden)
@@ -61,7 +61,7 @@ def test_config_without_secrets_is_unchanged() -> None:
 
 
 @pytest.mark.parametrize(
-    "field", [field for kind in (make_grpo_config(JUDGE, SIMILARITY_GRADER, **TRACKERS_WITH_SECRETS),) for field, _ in kind]
+    "field", [field for config in (make_grpo_config(JUDGE, SIMILARITY_GRADER, **TRACKERS_WITH_SECRETS),) for field, _ in config]
 )
 def test_every_secret_field_is_detected(field: str) -> None:
     """With secrets revealed, a dump of the config contains the secret until the detected one is removed."""

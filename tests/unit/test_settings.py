@@ -1,4 +1,4 @@
-"""What the environment may say, and what it must."""
+"""The service's settings: what the environment may set, what it must set, and what attempts inherit."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def test_local_default_stores_objects_in_one_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "missing"),
+    ("given", "message"),
     [
         ({"job_store": "firestore"}, "firestore needs PROJECT_ID"),
         ({"secret_store": "secret-manager"}, "secret-manager needs PROJECT_ID"),
@@ -37,8 +37,8 @@ def test_local_default_stores_objects_in_one_folder(tmp_path: Path) -> None:
         (CLOUD_SETTINGS | {"PROJECT_ID": "p", "REGION": "r", "hardware_profiles": ""}, "cloud-run needs TUNESMITH_HARDWARE_PROFILES"),
     ],
 )
-def test_missing_setting_error_names_environment_variable(given: dict[str, str], missing: str) -> None:
-    with pytest.raises(ValidationError, match=missing):
+def test_missing_setting_error_names_environment_variable(given: dict[str, str], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         Settings(**given)  # type: ignore[arg-type]
 
 
@@ -55,10 +55,10 @@ def test_only_attempts_using_s3_inherit_aws_credentials(monkeypatch: pytest.Monk
 
 
 def test_attempts_inherit_process_and_parallelism_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = {"JOB_PROCESSES": "2", "JOB_PARALLELISM": "ddp"}
-    for name, value in told.items():
+    variables = {"JOB_PROCESSES": "2", "JOB_PARALLELISM": "ddp"}
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert told.items() <= inherited_environment(Settings()).items()  # type: ignore[call-arg]
+    assert variables.items() <= inherited_environment(Settings()).items()  # type: ignore[call-arg]
 
 
 def test_trackers_setting_is_json_and_hides_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,8 +70,8 @@ def test_trackers_setting_is_json_and_hides_secrets(monkeypatch: pytest.MonkeyPa
     assert settings.trackers.mlflow_config is not None
     assert settings.trackers.mlflow_config.token is not None
     assert "canary" not in repr(settings)
-    for wrong in ('{"mlflow": {}}', '{"wandb_config": {"api_key": "k"}}', '{"mlflow_config": {}}'):
-        monkeypatch.setenv("TUNESMITH_TRACKERS", wrong)
+    for invalid in ('{"mlflow": {}}', '{"wandb_config": {"api_key": "k"}}', '{"mlflow_config": {}}'):
+        monkeypatch.setenv("TUNESMITH_TRACKERS", invalid)
         with pytest.raises(ValidationError, match="trackers"):
             Settings()  # type: ignore[call-arg]
 

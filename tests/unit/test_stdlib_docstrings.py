@@ -1,4 +1,4 @@
-"""The demo's data set: enough rows, in one style, that the service takes as they are."""
+"""The demo's dataset: enough rows in one style, accepted by the service unchanged."""
 
 import io
 import json
@@ -23,6 +23,12 @@ def generated_rows(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return run_script(tmp_path_factory.mktemp("docstrings") / "rows.jsonl")
 
 
+@pytest.fixture(scope="module")
+def all_rows(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """More rows than the standard library gives."""
+    return run_script(tmp_path_factory.mktemp("docstrings") / "rows.jsonl", "--rows", "5000")
+
+
 def test_service_accepts_every_row(generated_rows: bytes) -> None:
     rows = list(read_rows(io.BytesIO(generated_rows), RowLimits()))
     assert {row.dataset_type for row in rows} == {"messages"}
@@ -36,16 +42,16 @@ def test_questions_are_uniform_and_answers_unique(generated_rows: bytes) -> None
     assert len({answer for _, answer in pairs}) == len({question for question, _ in pairs}) == len(pairs)
 
 
-def test_functions_are_named_by_public_path(tmp_path: Path) -> None:
-    everything = run_script(tmp_path / "rows.jsonl", "--rows", "5000").decode()
-    assert "What does os.path.split do?" in everything
-    assert "posixpath" not in everything
-    assert "What does shutil.copyfile do?" in everything
+def test_functions_are_named_by_public_path(all_rows: bytes) -> None:
+    text = all_rows.decode()
+    assert "What does os.path.split do?" in text
+    assert "posixpath" not in text
+    assert "What does shutil.copyfile do?" in text
 
 
 def test_rows_are_deterministic(tmp_path: Path, generated_rows: bytes) -> None:
     assert run_script(tmp_path / "rows.jsonl") == generated_rows
 
 
-def test_smaller_output_is_a_prefix(tmp_path: Path, generated_rows: bytes) -> None:
-    assert run_script(tmp_path / "rows.jsonl", "--rows", "7").splitlines() == generated_rows.splitlines()[:7]
+def test_smaller_output_is_a_prefix(all_rows: bytes, generated_rows: bytes) -> None:
+    assert generated_rows.splitlines() == all_rows.splitlines()[:650]

@@ -1,4 +1,4 @@
-"""Submitting: what is refused, what is stored, where the secrets go."""
+"""Submitting: what is rejected, what is stored, and where the secrets go."""
 
 from pathlib import Path
 
@@ -97,26 +97,26 @@ def test_secrets_are_kept_when_create_outcome_is_unknown(harness: JobsHarness, m
 
 
 def test_deployment_tracker_is_shown_and_needs_no_user_secret(tmp_path: Path) -> None:
-    ours = DeploymentTrackers.model_validate({"mlflow_config": {"tracking_uri": "https://ours.example", "token": "canary"}})
-    harness = JobsHarness(tmp_path, ours)
+    trackers = DeploymentTrackers.model_validate({"mlflow_config": {"tracking_uri": "https://ours.example", "token": "canary"}})
+    harness = JobsHarness(tmp_path, trackers)
     job = harness.submit()
     assert job.training_config.mlflow_config is not None
     assert job.training_config.mlflow_config.tracking_uri == "https://ours.example"
     assert "canary" not in harness.find_job(job).model_dump_json()
     harness.jobs.control.cancel(job.job_id, TENANT)
     harness.jobs.control.retry(job.job_id, TENANT, RetryRequest.model_validate({}))
-    made = harness.jobs.submission.clone(job.job_id, TENANT, CloneRequest.model_validate({}))
+    cloned = harness.jobs.submission.clone(job.job_id, TENANT, CloneRequest.model_validate({}))
     harness.jobs.reconciliation.reconcile()
-    for each in (job, made):
-        assert harness.jobs.attempts.claim(each.job_id, 1, "p").secrets == {"mlflow_token": "canary"}
+    for submitted in (job, cloned):
+        assert harness.jobs.attempts.claim(submitted.job_id, 1, "p").secrets == {"mlflow_token": "canary"}
 
 
 def test_embedding_grader_needs_stored_model_or_endpoint(harness: JobsHarness) -> None:
     harness.store.create_dataset(make_dataset("prompts", dataset_type="prompt", columns=("answer",)))
-    near = {"type": "text_similarity", "name": "near", "metric": "cosine", "embedding_model": "lab/small"}
+    grader = {"type": "text_similarity", "name": "near", "metric": "cosine", "embedding_model": "lab/small"}
 
     def submit(**changes: object) -> Job:
-        config = {"base_model_id": "g/m", "trainer_type": "grpo", "reward_config": [near | changes]}
+        config = {"base_model_id": "g/m", "trainer_type": "grpo", "reward_config": [grader | changes]}
         return harness.submit(processed_dataset_id="prompts", training_config=config)
 
     with pytest.raises(InvalidRequest, match="not in this deployment's model store") as excinfo:
@@ -131,12 +131,12 @@ PUSH_CONFIG = {"base_model_id": "g/m", "export_config": {"destination": "hfhub",
 
 
 def test_hub_push_requires_token(harness: JobsHarness) -> None:
-    space = {"base_model_id": "g/m", "trackio_config": {"space_id": "ada/curves"}}
-    for config in (PUSH_CONFIG, space):
+    trackio_config = {"base_model_id": "g/m", "trackio_config": {"space_id": "ada/curves"}}
+    for config in (PUSH_CONFIG, trackio_config):
         with pytest.raises(InvalidRequest, match="needs hf_token, to write to ada/") as excinfo:
             harness.submit(training_config=config)
         assert excinfo.value.param == "hf_token"
-    assert harness.submit(training_config=space, hf_token="hf_x").secret_names == ("hf_token",)
+    assert harness.submit(training_config=trackio_config, hf_token="hf_x").secret_names == ("hf_token",)
     job = harness.submit()
     harness.write_checkpoint(job, step=1)
     with pytest.raises(InvalidRequest, match="needs hf_token"):
