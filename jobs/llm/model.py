@@ -119,11 +119,12 @@ def _make_contiguous(_: Any, states: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def lora_config(config: TrainingConfig, model: Any, *, task_type: str = "CAUSAL_LM", trainable_token_ids: Sequence[int] = ()) -> Any:
     """The peft config of the adapter. Raises JobFailed for a target module that does not exist, and for a rank above a layer's width."""
+    import torch
     from peft import LoraConfig
 
     hyperparameters = config.hyperparameters
     trains_vision = bool(getattr(hyperparameters, "train_vision_tower", False))  # only SFT has the field
-    linear_layers = _linear_layers(model)
+    linear_layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]
     linear = {name: layer for name, layer in linear_layers if trains_vision or not _is_vision_module(name)}
     layer_names = {name.rpartition(".")[2] for name in linear} - {"lm_head", "score"}
     targets = sorted(hyperparameters.target_modules or layer_names)
@@ -151,12 +152,6 @@ def lora_config(config: TrainingConfig, model: Any, *, task_type: str = "CAUSAL_
         trainable_token_indices=list(trainable_token_ids) or None,
         task_type=task_type,
     )
-
-
-def _linear_layers(model: Any) -> list[tuple[str, Any]]:
-    import torch
-
-    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]
 
 
 def _is_vision_module(name: str) -> bool:

@@ -1,12 +1,10 @@
 """Writes the model card, the README.md of a repository on the Hub, from the run record. Unknown values are left out."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from pydantic import JsonValue
 
 from jobs.llm.exporters.model_files import LICENSE_FILES
 from schema.job import EvalMetrics, GateCheck
@@ -156,7 +154,8 @@ def usage_snippets(record: RunRecord, repo_id: str) -> Iterator[UsageSnippet]:
     for artifact in record.artifacts:
         file = _repo_path(artifact, has_merged_model=False)
         if artifact.kind == "gguf" and file.endswith(".gguf"):
-            yield UsageSnippet(f"`{file}` with llama.cpp or Ollama", "sh", _llama_cpp(repo_id, file))
+            commands = f'llama-cli -hf {repo_id} -hff {file} -p "Your question"\nollama run hf.co/{repo_id}:{file}'
+            yield UsageSnippet(f"`{file}` with llama.cpp or Ollama", "sh", commands)
         elif artifact.kind == "lora_gguf":
             command = f"hf download {repo_id} {file} --local-dir .\nllama-cli -m base.gguf --lora {file}"
             yield UsageSnippet(f"`{file}` with llama.cpp and the base model's GGUF file", "sh", command)
@@ -195,10 +194,6 @@ def _peft(record: RunRecord, repo_id: str, *, has_merged_model: bool) -> str:
     )
 
 
-def _llama_cpp(repo_id: str, file: str) -> str:
-    return f'llama-cli -hf {repo_id} -hff {file} -p "Your question"\nollama run hf.co/{repo_id}:{file}'
-
-
 def _summary(record: RunRecord) -> str:
     config = record.training_config
     tool = f"Tunesmith {record.code.tunesmith_version}" if record.code.tunesmith_version else "Tunesmith"
@@ -216,11 +211,10 @@ def _training_rows(record: RunRecord) -> Iterator[tuple[str, object]]:
     yield "dataset digest", f"`{record.dataset.digest}`" if record.dataset.digest else "unknown"
     yield "rows", ", ".join(f"{split.rows} {name}" for name, split in record.dataset.splits.items())
     yield from ((name, config[name]) for name in ("trainer_type", "method", "modality", "provider"))
-    yield from (
-        (name, hyperparameters[name])
-        for name in REPORTED_HYPERPARAMETERS
-        if hyperparameters.get(name) is not None and _is_used(name, config)
-    )
+    for name in REPORTED_HYPERPARAMETERS:
+        is_unused = config["method"] == "Full" and name.startswith(("lora_", "use_"))
+        if hyperparameters.get(name) is not None and not is_unused:
+            yield name, hyperparameters[name]
     run_values = {
         "optimizer steps": record.published_step,
         "tokens seen": record.train_tokens,
@@ -234,10 +228,6 @@ def _training_rows(record: RunRecord) -> Iterator[tuple[str, object]]:
         "finished": f"{record.time.finished_at:%Y-%m-%d}",
     }
     yield from ((name, value) for name, value in run_values.items() if value not in (None, ""))
-
-
-def _is_used(name: str, config: Mapping[str, JsonValue]) -> bool:
-    return not (config["method"] == "Full" and name.startswith(("lora_", "use_")))
 
 
 def _file_rows(record: RunRecord, has_merged_model: bool) -> Iterator[dict[str, str]]:

@@ -12,7 +12,6 @@ from schema.training.graders import TextSimilarityGrader
 
 if TYPE_CHECKING:
     from numpy import ndarray
-    from openai import OpenAIError
 
     from jobs.runtime.context import JobContext
 
@@ -79,14 +78,14 @@ class EndpointEmbedder:
         """A vector or a FailedGrade for each text; a failed batch does not affect the others."""
         batches = [texts[n : n + BATCH_SIZE] for n in range(0, len(texts), BATCH_SIZE)]
         responses = self._endpoint.send_all(self._request_embeddings, batches, max_concurrency=MAX_CONCURRENT_REQUESTS)
-        return [vector for batch, response in zip(batches, responses, strict=True) for vector in self._vectors_or_failures(batch, response)]
+        results: list[Any] = []
+        for batch, response in zip(batches, responses, strict=True):
+            results += response if isinstance(response, list) else [self._endpoint.make_failed_grade(response)] * len(batch)
+        return results
 
     def close(self) -> None:
         """Close the connections."""
         self._endpoint.close()
-
-    def _vectors_or_failures(self, batch: Sequence[str], response: "list[Any] | OpenAIError") -> list[Any]:
-        return response if isinstance(response, list) else [self._endpoint.make_failed_grade(response)] * len(batch)
 
     async def _request_embeddings(self, batch: Sequence[str]) -> list[Any]:
         import numpy
