@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tests.chaos.campaign import ROWS, Row, Size, by_duration, run_row
-from tests.chaos.table import render_table, replace_between_marks
+from tests.chaos.table import render_table, replace_between_markers
 
 CONCURRENCY = 2
 
@@ -24,25 +24,25 @@ CONCURRENCY = 2
 def main() -> int:
     """Run the rows, print the table and write it to a page if requested."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description="Inject faults and count what is lost.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"rows to run: {', '.join(ROWS)}; default: all")
-    parser.add_argument("--short", action="store_true", help="the same faults, fewer of them: seconds instead of minutes")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="also write the table between the two marks of this page")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"the rows to run: {', '.join(ROWS)}; default: all")
+    parser.add_argument("--short", action="store_true", help="inject fewer faults of each kind: seconds instead of minutes")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="also write the table between the two markers of this page")
     parser.add_argument("--json", action="store_true", help="print one row as JSON instead of the table")
-    chosen = parser.parse_args()
-    if unknown := sorted(set(chosen.names) - set(ROWS)):
+    options = parser.parse_args()
+    if unknown := sorted(set(options.names) - set(ROWS)):
         parser.error(f"no row {', '.join(unknown)}; known: {', '.join(ROWS)}")
-    if chosen.write and (chosen.names or chosen.short):
+    if options.write and (options.names or options.short):
         parser.error("--write needs all rows in full size")
     _handle_sigterm_as_interrupt()
-    size: Size = "short" if chosen.short else "full"
-    if chosen.json:
-        print(json.dumps(asdict(run_row(chosen.names[0], size))))
+    size: Size = "short" if options.short else "full"
+    if options.json:
+        print(json.dumps(asdict(run_row(options.names[0], size))))
         return 0
     began = time.monotonic()
-    rows = _run_rows(chosen.names or list(ROWS), size)
+    rows = _run_rows(options.names or list(ROWS), size)
     Console().print(render_table(rows))
-    if chosen.write:
-        chosen.write.write_text(replace_between_marks(chosen.write.read_text(), rows))
+    if options.write:
+        options.write.write_text(replace_between_markers(options.write.read_text(), rows))
     failed = [row.fault for row in rows if not row.passed]
     minutes = (time.monotonic() - began) / 60
     Console().print(f"{len(rows)} rows in {minutes:.1f} minutes; " + (f"failed: {'; '.join(failed)}" if failed else "all passed"))
@@ -52,10 +52,10 @@ def main() -> int:
 def _run_rows(names: list[str], size: Size) -> list[Row]:
     """Run the rows, the longest first; return them in the order of `names`."""
     running: list[subprocess.Popen[str]] = []
-    started = by_duration(names)
+    by_start = by_duration(names)
     with ThreadPoolExecutor(CONCURRENCY) as pool:
         try:
-            rows = dict(zip(started, pool.map(lambda name: _run_in_subprocess(name, size, running), started), strict=True))
+            rows = dict(zip(by_start, pool.map(lambda name: _run_in_subprocess(name, size, running), by_start), strict=True))
         except BaseException:  # interrupted: leave no process running
             pool.shutdown(wait=False, cancel_futures=True)
             for process in running:

@@ -18,8 +18,7 @@ from schema.spec import JobSpec, StoreUrls
 from storage.file import LocalStore
 from tests.chaos.campaign import CampaignError, Row, Size
 from tests.chaos.damage import DAMAGES, damage
-from tests.chaos.service import SOURCE
-from tests.chaos.training_kills import TRAINER_PYTHON
+from tests.chaos.service import SOURCE, TRAINER_PYTHON
 from tests.factories import make_config, make_dataset
 
 SEEDS: dict[Size, int] = {"full": 100, "short": 20}
@@ -45,7 +44,7 @@ def run(size: Size) -> Row:
     fell_back, reported = sum(outcome.fell_back for outcome in outcomes), sum(outcome.reported for outcome in outcomes)
     return Row(
         fault="newest checkpoint damaged",
-        injected=f"{', '.join(DAMAGES)}: {len(seeds)} seeds, any file of it",
+        injected=f"{', '.join(DAMAGES)}: {len(seeds)} seeds, any of its files",
         expected=f"{len(seeds)} fall back to the last verified one, with an event; no crash, no silent load",
         observed=f"{fell_back} fell back, {reported} reported it; {stock}",
         passed=fell_back == reported == len(seeds),
@@ -54,7 +53,7 @@ def run(size: Size) -> Row:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an attempt resumed from."""
+    """How an attempt resumed."""
 
     fell_back: bool  # to the newest intact checkpoint, and the restored copy is intact
     reported: bool  # one event names the damaged checkpoint, another the restored one
@@ -72,11 +71,11 @@ def _resume_from_damaged(folder: Path, seed: int) -> Outcome:
     checkpoints.close()
     if restored is None:
         return Outcome(fell_back=False, reported=False)
-    here = {name: hashlib.sha256((restored.folder / name).read_bytes()).hexdigest() for name in FILES}
+    restored_digests = {name: hashlib.sha256((restored.folder / name).read_bytes()).hexdigest() for name in FILES}
     skipped = [(event.attempt, event.step) for event in emitted if isinstance(event, CheckpointSkipped)]
     resumed = [(event.from_attempt, event.step) for event in emitted if isinstance(event, CheckpointRestored)]
     return Outcome(
-        fell_back=restored.checkpoint.step == STEPS[-2] and here == digests[STEPS[-2]],
+        fell_back=restored.checkpoint.step == STEPS[-2] and restored_digests == digests[STEPS[-2]],
         reported=(skipped, resumed) == ([(1, STEPS[-1])], [(1, STEPS[-2])]),
     )
 
@@ -86,12 +85,12 @@ def _save_all(store: LocalStore, spec: JobSpec, folder: Path) -> dict[int, dict[
     checkpoints = _checkpoints(store, spec, 1, folder / "first", [])
     digests: dict[int, dict[str, str]] = {}
     for step in STEPS:
-        made = folder / "first" / f"checkpoint-{step}"
-        made.mkdir(parents=True)
+        checkpoint_folder = folder / "first" / f"checkpoint-{step}"
+        checkpoint_folder.mkdir(parents=True)
         for number, (name, size_bytes) in enumerate(FILES.items()):
-            (made / name).write_bytes(random.Random(1000 * step + number).randbytes(size_bytes))
-        digests[step] = {name: hashlib.sha256((made / name).read_bytes()).hexdigest() for name in FILES}
-        checkpoints.submit(made, _make_checkpoint_info(step))
+            (checkpoint_folder / name).write_bytes(random.Random(1000 * step + number).randbytes(size_bytes))
+        digests[step] = {name: hashlib.sha256((checkpoint_folder / name).read_bytes()).hexdigest() for name in FILES}
+        checkpoints.submit(checkpoint_folder, _make_checkpoint_info(step))
         if not checkpoints.wait_until_uploaded():
             raise CampaignError(f"the checkpoint of step {step} could not be saved")
     checkpoints.close()
@@ -136,5 +135,5 @@ def _run_stock_trainer(folder: Path, seeds: int) -> str:
     if done.returncode != 0:
         raise CampaignError(f"the stock Trainer could not run: {done.stderr.strip().rpartition(chr(10))[2]}")
     counts = json.loads(done.stdout.splitlines()[-1])
-    ends = f"crashed {counts['crashed']} times, loaded it silently {counts['loaded']} times, fell back {counts['fell_back']} times"
-    return f"the stock Trainer picked the damaged one {counts['picked']} times, {ends}"
+    outcomes = f"crashed {counts['crashed']} times, loaded it silently {counts['loaded']} times, fell back {counts['fell_back']} times"
+    return f"the stock Trainer picked the damaged one {counts['picked']} times, {outcomes}"

@@ -1,4 +1,4 @@
-"""Damage to a checkpoint, the same for the same seed. Standard library only: both environments use it."""
+"""Damage to a checkpoint, the same for the same random seed. Standard library only, because both environments use it."""
 
 import random
 from pathlib import Path
@@ -9,7 +9,7 @@ DAMAGES: tuple[Damage, ...] = ("truncated", "bit flipped", "emptied", "file dele
 
 
 def damage(folder: Path, seed: int, names: tuple[str, ...]) -> tuple[Damage, str]:
-    """Damage exactly one file of a checkpoint; return how and which."""
+    """Damage exactly one file of a checkpoint; return the kind of damage and the file."""
     chance = random.Random(seed)
     kind, name = DAMAGES[seed % len(DAMAGES)], chance.choice(names)
     path = folder / name

@@ -1,6 +1,6 @@
 """The disk is full, a folder is read-only, or another program locks the database, while clients submit jobs.
 
-The service works in a file system of its own, in a mount namespace (`unshare`), so that the disk is really full and the folder is
+The service uses its own file system in a mount namespace (`unshare`), so that the disk is really full and the folder is
 read-only even for root. Where namespaces are forbidden, a file in place of the folder and a limit on file sizes (RLIMIT_FSIZE)
 replace them, and the row says so.
 """
@@ -35,24 +35,28 @@ DISK_BYTES = 64 << 20
 DURATIONS_S: dict[Size, tuple[float, float]] = {"full": (10.0, 30.0), "short": (2.0, 5.0)}  # disk and folder; database
 MAX_RESPONSE_S = 5.0
 MAX_RECOVERY_S = 60.0
-NAMESPACE_COMMANDS = ("unshare", "-Urm"), ("unshare", "-m")  # the second works for root where user namespaces are off
+NAMESPACE_COMMANDS = ("unshare", "-Urm"), ("unshare", "-m")  # the second works for root where user namespaces are disabled
 OK = range(200, 300)
 
 
 def run(size: Size) -> Row:
     """Inject the three faults one after the other into one service."""
-    sealed = next((command for command in NAMESPACE_COMMANDS if _can_mount(command)), ())
+    namespace_command = next((candidate for candidate in NAMESPACE_COMMANDS if _can_mount(candidate)), ())
     with tempfile.TemporaryDirectory(prefix="chaos-disk-") as folder:
-        inside = [sys.executable, "-m", "tests.chaos.full_disk", folder, "--size", size, *(["--can-mount"] if sealed else [])]
-        done = subprocess.run([*sealed, *inside], cwd=SOURCE, env=os.environ | {"PYTHONPATH": str(SOURCE)}, capture_output=True, text=True)
+        command = [sys.executable, "-m", "tests.chaos.full_disk", folder, "--size", size, *(["--can-mount"] if namespace_command else [])]
+        done = subprocess.run(
+            [*namespace_command, *command], cwd=SOURCE, env=os.environ | {"PYTHONPATH": str(SOURCE)}, capture_output=True, text=True
+        )
     if done.returncode != 0:
         raise CampaignError(done.stderr.strip().rpartition("\n")[2])
     outcomes = [FaultOutcome(**fields) for fields in json.loads(done.stdout.splitlines()[-1])]
     disk_s, database_s = DURATIONS_S[size]
-    where = "a full tmpfs and a read-only mount" if sealed else "RLIMIT_FSIZE and a file in the folder's place: no namespaces here"
+    method = (
+        "a full tmpfs and a read-only mount" if namespace_command else "RLIMIT_FSIZE and a file in the folder's place: no namespaces here"
+    )
     return Row(
         fault="disk full, folder read-only, database busy",
-        injected=f"for {disk_s:.0f}, {disk_s:.0f} and {database_s:.0f} s under {CLIENTS} clients ({where})",
+        injected=f"for {disk_s:.0f}, {disk_s:.0f} and {database_s:.0f} s under {CLIENTS} clients ({method})",
         expected=f"nothing corrupt, 503/507 typed within {MAX_RESPONSE_S:.0f} s, recovers alone",
         observed="; ".join(map(str, outcomes)),
         passed=all(outcome.passed for outcome in outcomes),
@@ -64,7 +68,7 @@ class FaultOutcome:
     """The result of one fault."""
 
     fault: str
-    status_counts: dict[str, int] = field(default_factory=dict[str, int])  # by status
+    status_counts: dict[str, int] = field(default_factory=dict[str, int])
     bad_responses: list[str] = field(default_factory=list[str])  # unexpected responses
     slowest_s: float = 0.0
     lost: int = 0  # acknowledged jobs that are missing
@@ -74,40 +78,42 @@ class FaultOutcome:
 
     @property
     def passed(self) -> bool:
-        refused = any(int(status) in (503, 507) for status in self.status_counts)  # otherwise the fault had no effect
-        return (self.bad_responses, self.lost, self.unfinished, self.corrupt) == ([], 0, 0, "") and self.recovered_s is not None and refused
+        rejected = any(int(status) in (503, 507) for status in self.status_counts)  # otherwise the fault had no effect
+        return (
+            (self.bad_responses, self.lost, self.unfinished, self.corrupt) == ([], 0, 0, "") and self.recovered_s is not None and rejected
+        )
 
     def __str__(self) -> str:
-        answers = ", ".join(f"{count}× {status}" for status, count in sorted(self.status_counts.items()))
-        wrong = (
-            f"; {len(self.bad_responses)} bad answers, such as {', '.join(sorted(set(self.bad_responses))[:3])}"
+        statuses = ", ".join(f"{count}× {status}" for status, count in sorted(self.status_counts.items()))
+        problems = (
+            f"; {len(self.bad_responses)} bad responses, such as {', '.join(sorted(set(self.bad_responses))[:3])}"
             if self.bad_responses
             else ""
         )
-        kept = f"{self.lost} lost, {self.unfinished} unfinished, database {self.corrupt or 'sound'}"
-        after = f"recovered after {self.recovered_s:.1f} s" if self.recovered_s is not None else "did not recover"
-        return f"{self.fault}: {answers}, slowest {self.slowest_s:.1f} s, {kept}, {after}{wrong}"
+        damage = f"{self.lost} lost, {self.unfinished} unfinished, database {self.corrupt or 'intact'}"
+        recovery = f"recovered after {self.recovered_s:.1f} s" if self.recovered_s is not None else "did not recover"
+        return f"{self.fault}: {statuses}, slowest {self.slowest_s:.1f} s, {damage}, {recovery}{problems}"
 
 
 def main() -> int:
-    """Inside the namespace, where we may mount: inject, count and print the outcomes as JSON."""
+    """Inside the namespace, where this process may mount: inject the faults, count and print the outcomes as JSON."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.full_disk")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", choices=("full", "short"), required=True)
     parser.add_argument("--can-mount", action="store_true", help="this process may mount")
-    chosen = parser.parse_args()
-    home = chosen.folder / "home"
+    options = parser.parse_args()
+    home = options.folder / "home"
     home.mkdir()
-    if chosen.can_mount:
+    if options.can_mount:
         _mount("-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(home))
-    trainer = make_light_trainer(chosen.folder / "trainer", real_one_in=10)
-    disk_s, database_s = DURATIONS_S[chosen.size]
+    trainer = make_light_trainer(options.folder / "trainer", real_one_in=10)
+    disk_s, database_s = DURATIONS_S[options.size]
     with service(home, TUNESMITH_TRAINER_PYTHON=str(trainer), TUNESMITH_MAX_CONCURRENT_JOBS="8") as running:
         dataset_id = running.upload()
-        no_room = _fill_disk(home) if chosen.can_mount else _limit_file_size(running)
-        faults = {"disk full": (no_room, disk_s), "objects read-only": (_make_read_only(home / "objects", chosen.can_mount), disk_s)}
+        disk_full = _fill_disk(home) if options.can_mount else _limit_file_size(running)
+        faults = {"disk full": (disk_full, disk_s), "objects read-only": (_make_read_only(home / "objects", options.can_mount), disk_s)}
         faults["database busy"] = (_lock_database(home / "tunesmith.db"), database_s)
-        outcomes = [_run_fault(running, dataset_id, name, fault, lasts_s) for name, (fault, lasts_s) in faults.items()]
+        outcomes = [_run_fault(running, dataset_id, name, fault, duration_s) for name, (fault, duration_s) in faults.items()]
     print(json.dumps([asdict(outcome) for outcome in outcomes]))
     return 0
 
@@ -119,11 +125,11 @@ def main() -> int:
 def _fill_disk(home: Path) -> Iterator[None]:
     """Fill the disk to the last byte, and keep it full when something is deleted."""
     filler = home / "filler"
-    over = threading.Event()
+    stopped = threading.Event()
 
     def fill() -> None:
         with filler.open("wb", buffering=0) as stream:
-            while not over.wait(0.01):
+            while not stopped.wait(0.01):
                 try:
                     while stream.write(bytes(4096)):
                         pass
@@ -135,7 +141,7 @@ def _fill_disk(home: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        over.set()
+        stopped.set()
         filling.join()
         filler.unlink()
 
@@ -155,13 +161,13 @@ def _limit_file_size(running: Service) -> Iterator[None]:
 @contextmanager
 def _make_read_only(folder: Path, can_mount: bool) -> Iterator[None]:
     if not can_mount:
-        aside = folder.rename(folder.with_name("aside"))
+        moved = folder.rename(folder.with_name("moved"))
         folder.touch()
         try:
             yield
         finally:
             folder.unlink()
-            aside.rename(folder)
+            moved.rename(folder)
         return
     _mount("--bind", str(folder), str(folder))
     _mount("-o", "remount,bind,ro", str(folder))
@@ -174,13 +180,13 @@ def _make_read_only(folder: Path, can_mount: bool) -> Iterator[None]:
 @contextmanager
 def _lock_database(database: Path) -> Iterator[None]:
     """Hold a write lock on the database, as another program would."""
-    with sqlite3.connect(database, isolation_level=None) as other:
-        other.execute("BEGIN IMMEDIATE")
+    with sqlite3.connect(database, isolation_level=None) as connection:
+        connection.execute("BEGIN IMMEDIATE")
         try:
             yield
         finally:
-            other.execute("ROLLBACK")
-    other.close()
+            connection.execute("ROLLBACK")
+    connection.close()
 
 
 def _mount(*arguments: str) -> None:
@@ -196,7 +202,7 @@ def _can_mount(command: tuple[str, ...]) -> bool:
             return False
 
 
-# --- outcome ---------------------------------------------------------------------------------------------------------
+# --- outcomes --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -216,14 +222,14 @@ def _run_fault(running: Service, dataset_id: str, name: str, fault: Any, duratio
     with fault:
         until = time.monotonic() + duration_s
         with ThreadPoolExecutor(CLIENTS) as pool:
-            works = [partial(_run_client, running, dataset_id, f"{name}-{number}", until) for number in range(CLIENTS)]
-            responses = [answer for work in [pool.submit(work) for work in works] for answer in work.result()]
-    outcome.bad_responses = [fault for answer in responses if (fault := _find_fault(answer))]
-    for answer in responses:
-        outcome.status_counts[str(answer.status)] = outcome.status_counts.get(str(answer.status), 0) + 1
-    outcome.slowest_s = max(answer.duration_s for answer in responses)
+            clients = [partial(_run_client, running, dataset_id, f"{name}-{number}", until) for number in range(CLIENTS)]
+            responses = [response for future in [pool.submit(client) for client in clients] for response in future.result()]
+    outcome.bad_responses = [problem for response in responses if (problem := _describe_problem(response))]
+    for response in responses:
+        outcome.status_counts[str(response.status)] = outcome.status_counts.get(str(response.status), 0) + 1
+    outcome.slowest_s = max(response.duration_s for response in responses)
     outcome.recovered_s = _measure_recovery_s(running, dataset_id, name)
-    acknowledged = {answer.body["job_id"] for answer in responses if answer.request == "POST /train" and answer.status in OK}
+    acknowledged = {response.body["job_id"] for response in responses if response.request == "POST /train" and response.status in OK}
     outcome.lost, outcome.unfinished = _count_lost_and_unfinished(running, acknowledged)
     outcome.corrupt = find_corruption(running.home / "tunesmith.db")
     return outcome
@@ -247,7 +253,7 @@ def _run_client(running: Service, dataset_id: str, name: str, deadline: float) -
 
 
 def _rows(name: str, number: int) -> str:
-    """Some 100 kB of rows that were never uploaded before."""
+    """About 100 kB of rows that differ from all earlier uploads."""
     return (
         json.dumps({"messages": [{"role": "user", "content": f"{name} {number}"}, {"role": "assistant", "content": "x" * 100_000}]}) + "\n"
     )
@@ -256,26 +262,26 @@ def _rows(name: str, number: int) -> str:
 def _request(http: httpx2.Client, method: str, path: str, **options: Any) -> TimedResponse:
     began = time.monotonic()
     try:
-        answer = http.request(method, path, **options)
+        response = http.request(method, path, **options)
     except httpx2.TransportError as error:
         return TimedResponse(f"{method} {path}", 0, time.monotonic() - began, httpx2.Headers(), f"{type(error).__name__}: {error}")
-    body = answer.json() if "json" in answer.headers.get("content-type", "") else None
-    return TimedResponse(f"{method} {path}", answer.status_code, time.monotonic() - began, answer.headers, body)
+    body = response.json() if "json" in response.headers.get("content-type", "") else None
+    return TimedResponse(f"{method} {path}", response.status_code, time.monotonic() - began, response.headers, body)
 
 
-def _find_fault(answer: TimedResponse) -> str:
+def _describe_problem(response: TimedResponse) -> str:
     """Describe what is wrong with a response; empty for a success and for a typed, timely rejection with Retry-After."""
-    where = f"{answer.request} {answer.status}"
-    if answer.duration_s > MAX_RESPONSE_S:
-        return f"{where} after {answer.duration_s:.1f} s"
-    if answer.status in OK:
+    request = f"{response.request} {response.status}"
+    if response.duration_s > MAX_RESPONSE_S:
+        return f"{request} after {response.duration_s:.1f} s"
+    if response.status in OK:
         return ""
-    if answer.status not in (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.INSUFFICIENT_STORAGE):
-        return where if answer.status else f"{answer.request} without an answer ({answer.body})"
-    if answer.status == HTTPStatus.SERVICE_UNAVAILABLE and "retry-after" not in answer.headers:
-        return f"{where} without Retry-After"
-    error = answer.body.get("error", {}) if isinstance(answer.body, dict) else {}
-    return "" if error.get("code") and error.get("message") else f"{where} without our error: {answer.body}"
+    if response.status not in (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.INSUFFICIENT_STORAGE):
+        return request if response.status else f"{response.request} without a response ({response.body})"
+    if response.status == HTTPStatus.SERVICE_UNAVAILABLE and "retry-after" not in response.headers:
+        return f"{request} without Retry-After"
+    error = response.body.get("error", {}) if isinstance(response.body, dict) else {}
+    return "" if error.get("code") and error.get("message") else f"{request} without a typed error: {response.body}"
 
 
 def _measure_recovery_s(running: Service, dataset_id: str, name: str) -> float | None:
@@ -284,11 +290,11 @@ def _measure_recovery_s(running: Service, dataset_id: str, name: str) -> float |
     with httpx2.Client(base_url=running.url, timeout=60) as http:
         while time.monotonic() - began < MAX_RECOVERY_S:
             key = {"Idempotency-Key": f"after-{name}".replace(" ", "-")}
-            asked: list[Callable[[], TimedResponse]] = [
+            requests: list[Callable[[], TimedResponse]] = [
                 partial(_request, http, "POST", "/train", json=make_train_request(dataset_id), headers=key),
                 partial(_request, http, "POST", "/datasets", files={"file": ("rows.jsonl", _rows("after", 0))}),
             ]
-            if all(ask().status in OK for ask in asked):
+            if all(send().status in OK for send in requests):
                 return time.monotonic() - began
             time.sleep(0.1)
     return None

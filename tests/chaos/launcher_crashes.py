@@ -14,7 +14,7 @@ from itertools import product
 from schema.job import Status
 from schema.requests import ResumeRequest
 from tests.chaos.campaign import Row, Size
-from tests.chaos.core_world import (
+from tests.chaos.simulation import (
     CLOUD,
     LAPTOP,
     TENANT,
@@ -30,7 +30,7 @@ from tests.factories import make_attempt
 
 ROUNDS: dict[Size, int] = {"full": 500, "short": 40}
 MAX_ROUND_S = 3600.0  # simulated; a round takes a few minutes
-MAX_EXECUTIONS = 10  # a job with more of them will never end
+MAX_EXECUTIONS = 10  # a job with more executions will never end
 MAX_EXTRA_CRASHES = 3  # at random, during the recovery from the first
 MAX_UNKNOWN_RECONCILES = 2
 # The calls of a launch and of its recovery.
@@ -53,24 +53,22 @@ class Scenario:
 
 
 SCENARIOS = (
-    Scenario("a launch"),
-    Scenario("its answer lost", loses_responses=True),
-    Scenario("an attempt that dies", (AttemptBehavior(dies_before="report"), AttemptBehavior())),
-    Scenario("one that dies before its claim", (AttemptBehavior(dies_before="claim"), AttemptBehavior())),
-    Scenario("result is not received", (AttemptBehavior(result_not_received=True),)),
-    Scenario("one quicker than the answer to its launch", (AttemptBehavior(start_delay_s=0.0, reports=0),)),
-    Scenario("one that starts late", (AttemptBehavior(start_delay_s=150.0),)),
-    Scenario("one that starts late, the answer lost", (AttemptBehavior(start_delay_s=150.0),), loses_responses=True),
+    Scenario("launch"),
+    Scenario("launch response lost", loses_responses=True),
+    Scenario("attempt dies", (AttemptBehavior(dies_before="report"), AttemptBehavior())),
+    Scenario("attempt dies before its claim", (AttemptBehavior(dies_before="claim"), AttemptBehavior())),
+    Scenario("result not received", (AttemptBehavior(result_not_received=True),)),
+    Scenario("attempt ends before the launch response", (AttemptBehavior(start_delay_s=0.0, reports=0),)),
+    Scenario("attempt starts late", (AttemptBehavior(start_delay_s=150.0),)),
+    Scenario("attempt starts late, launch response lost", (AttemptBehavior(start_delay_s=150.0),), loses_responses=True),
+    Scenario("cancel", (AttemptBehavior(reports=20),), request="cancel", expected_statuses=frozenset({Status.CANCELLED, Status.COMPLETED})),
     Scenario(
-        "a cancel", (AttemptBehavior(reports=20),), request="cancel", expected_statuses=frozenset({Status.CANCELLED, Status.COMPLETED})
-    ),
-    Scenario(
-        "a cancel that is not listened to",
+        "cancel ignored by the attempt",
         (AttemptBehavior(reports=100, ignores_cancel=True),),
         request="cancel",
         expected_statuses=frozenset({Status.CANCELLED}),
     ),
-    Scenario("a pause and a resume", (AttemptBehavior(reports=20), AttemptBehavior()), request="pause"),
+    Scenario("pause and resume", (AttemptBehavior(reports=20), AttemptBehavior()), request="pause"),
 )
 
 
@@ -91,48 +89,48 @@ class Counts:
     double_claims: int = 0  # attempts that two processes claimed
     lost: int = 0  # jobs that did not end, or ended in the wrong status
     orphans: int = 0  # executions alive after the end
-    max_unknown_reconciles: int = 0  # the most consecutive reconciles that missed a visible execution
+    max_unknown_reconciles: int = 0  # the largest number of reconciles that missed a visible execution
     oldest_orphan_s: dict[str, float] = field(default_factory=dict[str, float])
     executions: int = 0
 
     @property
     def passed(self) -> bool:
-        bad = self.concurrent_executions + self.double_claims + self.lost + self.orphans
-        return bad == 0 and self.max_unknown_reconciles <= MAX_UNKNOWN_RECONCILES
+        failures = self.concurrent_executions + self.double_claims + self.lost + self.orphans
+        return failures == 0 and self.max_unknown_reconciles <= MAX_UNKNOWN_RECONCILES
 
 
 def run(size: Size) -> Row:
     """Run the rounds alternately as laptop and cloud, on SQLite and in memory."""
-    count = Counts()
+    counts = Counts()
     kinds = list(product((LAPTOP, CLOUD), ("SQLite", "memory")))
     with ExitStack() as stack:
-        worlds = [stack.enter_context(open_simulation(place, store, seed)) for seed, (place, store) in enumerate(kinds)]
-        for number, (world, scenario, crash_point) in enumerate(_plan_rounds(worlds, ROUNDS[size])):
-            Round(world, scenario, crash_point, number, count).run()
-    oldest = ", ".join(f"{age_s:.0f} s ({name})" for name, age_s in sorted(count.oldest_orphan_s.items()))
+        simulations = [stack.enter_context(open_simulation(deployment, store, seed)) for seed, (deployment, store) in enumerate(kinds)]
+        for number, (simulation, scenario, crash_point) in enumerate(_plan_rounds(simulations, ROUNDS[size])):
+            Round(simulation, scenario, crash_point, number, counts).run()
+    oldest = ", ".join(f"{age_s:.0f} s ({name})" for name, age_s in sorted(counts.oldest_orphan_s.items()))
     return Row(
         fault="launcher crash between its steps",
-        injected=f"{ROUNDS[size]} rounds of {len(SCENARIOS)} scenarios with {count.crashes.total():,} crashes, "
-        f"on {len(count.crashes)} sides of {len({side.partition(' ')[2] for side in count.crashes})} calls of the stores and the compute",
+        injected=f"{ROUNDS[size]} rounds of {len(SCENARIOS)} scenarios with {counts.crashes.total():,} crashes, "
+        f"on {len(counts.crashes)} sides of {len({side.partition(' ')[2] for side in counts.crashes})} calls of stores and launcher",
         expected="one live attempt per job, no orphan older than two reconciles",
-        observed=f"{count.concurrent_executions} jobs with two live attempts, {count.double_claims} with two owners, {count.lost} jobs "
-        f"that did not end as they should, {count.orphans} of {count.executions} executions left over; none unknown for more than "
-        f"{count.max_unknown_reconciles} reconciles that could have found it, the oldest orphan {oldest}",
-        passed=count.passed,
+        observed=f"{counts.concurrent_executions} jobs with two live attempts, {counts.double_claims} with two owners, {counts.lost} jobs "
+        f"with a wrong end, {counts.orphans} of {counts.executions} executions left over; none unknown for more than "
+        f"{counts.max_unknown_reconciles} reconciles that could have found it, the oldest orphan {oldest}",
+        passed=counts.passed,
     )
 
 
-def _plan_rounds(worlds: list[Simulation], rounds: int) -> Iterator[tuple[Simulation, Scenario, CrashPoint]]:
+def _plan_rounds(simulations: list[Simulation], rounds: int) -> Iterator[tuple[Simulation, Scenario, CrashPoint]]:
     """Every scenario equally often; the first crash cycles through both sides of every call that the scenario makes."""
     chance = random.Random(1)
-    calls = {(scenario.name, id(world)): _record_calls(world, scenario) for scenario in SCENARIOS for world in worlds}
+    calls = {(scenario.name, id(simulation)): _record_calls(simulation, scenario) for scenario in SCENARIOS for simulation in simulations}
     for visit, index in (divmod(number, len(SCENARIOS)) for number in range(rounds)):
-        scenario, world = SCENARIOS[index], worlds[(visit + index) % len(worlds)]
-        made = calls[scenario.name, id(world)]
-        kinds = list(product(sorted(set(made)), (False, True)))
-        kind, after = kinds[(visit // len(worlds) + visit * len(worlds)) % len(kinds)]
-        place = chance.choice([place for place, name in enumerate(made, start=1) if name == kind])
-        yield world, scenario, CrashPoint(place, after)
+        scenario, simulation = SCENARIOS[index], simulations[(visit + index) % len(simulations)]
+        call_names = calls[scenario.name, id(simulation)]
+        crash_points = list(product(sorted(set(call_names)), (False, True)))
+        crash_call, after = crash_points[(visit // len(simulations) + visit * len(simulations)) % len(crash_points)]
+        call = chance.choice([number for number, name in enumerate(call_names, start=1) if name == crash_call])
+        yield simulation, scenario, CrashPoint(call, after)
 
 
 def _record_calls(simulation: Simulation, scenario: Scenario) -> list[str]:
@@ -150,12 +148,12 @@ class Round:
         scenario: Scenario,
         crash_point: CrashPoint,
         number: int,
-        count: Counts,
+        counts: Counts,
         crashes: int = MAX_EXTRA_CRASHES,
     ) -> None:
         self._simulation = simulation
         self._scenario = scenario
-        self._count = count
+        self._counts = counts
         self._chance = random.Random(number)
         self._crashes_left = self._chance.randint(0, crashes)
         self._job_id = ""
@@ -166,7 +164,7 @@ class Round:
         simulation.chance.seed(number)
         simulation.interleaves = True
         simulation.choose_behavior = self._choose_behavior
-        simulation.compute.loses_responses = scenario.loses_responses
+        simulation.launcher.loses_responses = scenario.loses_responses
         simulation.after_reconcile = self._check_executions
         simulation.next_process = self._next_process
         simulation.crash_points.clear()
@@ -176,27 +174,28 @@ class Round:
 
     def run(self) -> None:
         """Submit the job, run the scenario and count."""
-        world = self._simulation
-        before = len(world.compute.executions)
-        self._job_id = world.submit(self._key, hf_token="hf_x").job_id
+        simulation = self._simulation
+        before = len(simulation.launcher.executions)
+        self._job_id = simulation.submit(self._key, hf_token="hf_x").job_id
         if self._scenario.request:
-            world.timeline.start(self._send_requests())
-        world.timeline.run_until(lambda: self._is_over(before), MAX_ROUND_S)
-        world.timeline.run_until(lambda: False, 2 * world.deployment.interval_s)  # nothing may start again
-        self._update_counts(world.compute.executions[before:])
+            simulation.timeline.start(self._send_requests())
+        simulation.timeline.run_until(lambda: self._is_over(before), MAX_ROUND_S)
+        simulation.timeline.run_until(lambda: False, 2 * simulation.deployment.interval_s)  # nothing may start again
+        self._update_counts(simulation.launcher.executions[before:])
 
     def _is_over(self, before: int) -> bool:
-        world = self._simulation
-        return (self._request_answered and world.is_settled(self._job_id)) or len(world.compute.executions) > before + MAX_EXECUTIONS
+        simulation = self._simulation
+        return (self._request_answered and simulation.is_settled(self._job_id)) or len(
+            simulation.launcher.executions
+        ) > before + MAX_EXECUTIONS
 
     def _choose_behavior(self, execution: Execution) -> AttemptBehavior:
         """Called when an execution starts."""
-        at_work = [
-            other for other in self._simulation.live_executions(execution.job_id) if not other.result_written
-        ]  # it ends by itself after its result
-        self._had_concurrent_executions |= len(at_work) > 1
-        courses = self._scenario.behaviors
-        return courses[min(execution.number, len(courses)) - 1]
+        # An execution whose result is stored ends by itself.
+        working = [other for other in self._simulation.live_executions(execution.job_id) if not other.result_written]
+        self._had_concurrent_executions |= len(working) > 1
+        behaviors = self._scenario.behaviors
+        return behaviors[min(execution.number, len(behaviors)) - 1]
 
     def _next_process(self) -> ServiceProcess:
         """Make the next process of the service crash as well, at most a few times."""
@@ -239,17 +238,19 @@ class Round:
                 self._unknown[execution.handle] += 1
 
     def _update_counts(self, executions: list[Execution]) -> None:
-        count, job = self._count, self._simulation.record(self._job_id)
-        count.executions += len(executions)
-        count.crashes.update(self._simulation.crash_points)
-        count.concurrent_executions += self._had_concurrent_executions
+        counts, job = self._counts, self._simulation.record(self._job_id)
+        counts.executions += len(executions)
+        counts.crashes.update(self._simulation.crash_points)
+        counts.concurrent_executions += self._had_concurrent_executions
         owners = Counter(execution.number for execution in executions if execution.has_claim)
-        count.double_claims += sum(number > 1 for number in owners.values())
-        count.lost += not self._request_answered or job.status not in self._scenario.expected_statuses
-        count.orphans += len(self._simulation.live_executions(self._job_id))
-        count.max_unknown_reconciles = max(count.max_unknown_reconciles, *self._unknown.values(), 0)
-        place = self._simulation.deployment.name
+        counts.double_claims += sum(number > 1 for number in owners.values())
+        counts.lost += not self._request_answered or job.status not in self._scenario.expected_statuses
+        counts.orphans += len(self._simulation.live_executions(self._job_id))
+        counts.max_unknown_reconciles = max(counts.max_unknown_reconciles, *self._unknown.values(), 0)
+        deployment = self._simulation.deployment.name
         for attempt in job.attempts:
-            begun = [execution.started_at_s for execution in executions if execution.handle == attempt.handle]
-            if begun and attempt.launched_at:
-                count.oldest_orphan_s[place] = max(count.oldest_orphan_s.get(place, 0.0), to_timeline_s(attempt.launched_at) - begun[0])
+            started_at_s = [execution.started_at_s for execution in executions if execution.handle == attempt.handle]
+            if started_at_s and attempt.launched_at:
+                counts.oldest_orphan_s[deployment] = max(
+                    counts.oldest_orphan_s.get(deployment, 0.0), to_timeline_s(attempt.launched_at) - started_at_s[0]
+                )

@@ -1,4 +1,4 @@
-"""An attempt without training that costs 50 ms: it claims, reports a phase and delivers its result. Standard library only."""
+"""An attempt without training that takes 50 ms: it claims, reports a phase and sends its result. Standard library only."""
 
 import http.client
 import json
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tests.chaos.request_log import append_entry
+from tests.chaos.attempt_log import append_entry
 
 SERVICE_TIMEOUT_S = 60.0  # the campaign keeps killing the service
-PAUSE_S = 0.1
+RETRY_INTERVAL_S = 0.1
 
 
 def run_attempt(name: str) -> int:
@@ -21,7 +21,7 @@ def run_attempt(name: str) -> int:
     append_entry(name, "started")
     claimant = f"light-{os.getpid()}"
     if _post_with_retry("claim", {"claimant": claimant}) != HTTPStatus.OK:
-        return 0  # another process owns it
+        return 0  # another process has the claim
     append_entry(name, "claimed")
     now = datetime.now(UTC).isoformat()
     _post_with_retry("events", {"first_seq": 0, "events": [{"at": now, "event": {"type": "phase", "phase": "training"}}]})
@@ -32,22 +32,22 @@ def run_attempt(name: str) -> int:
     return 0
 
 
-def _post_with_retry(verb: str, body: dict[str, Any]) -> int:
+def _post_with_retry(endpoint: str, body: dict[str, Any]) -> int:
     """Send until the service answers; return the status."""
     until = time.monotonic() + SERVICE_TIMEOUT_S
     while True:
-        status = _post(verb, body)
+        status = _post(endpoint, body)
         if status is not None or time.monotonic() > until:
             return status or HTTPStatus.SERVICE_UNAVAILABLE
-        time.sleep(PAUSE_S)
+        time.sleep(RETRY_INTERVAL_S)
 
 
-def _post(verb: str, body: dict[str, Any]) -> int | None:
+def _post(endpoint: str, body: dict[str, Any]) -> int | None:
     """Return the status, or None while the service is unavailable."""
-    where = urlsplit(os.environ["SERVICE_URL"])
-    connection = http.client.HTTPConnection(str(where.hostname), where.port, timeout=10)
+    service_url = urlsplit(os.environ["SERVICE_URL"])
+    connection = http.client.HTTPConnection(str(service_url.hostname), service_url.port, timeout=10)
     headers = {"Authorization": f"Bearer {os.environ['JOB_TOKEN']}", "Content-Type": "application/json"}
-    path = f"/internal/jobs/{os.environ['JOB_ID']}/attempts/{os.environ['JOB_ATTEMPT']}/{verb}"
+    path = f"/internal/jobs/{os.environ['JOB_ID']}/attempts/{os.environ['JOB_ATTEMPT']}/{endpoint}"
     try:
         connection.request("POST", path, json.dumps(body), headers)
         status = connection.getresponse().status
@@ -62,6 +62,6 @@ def _write_result(result: dict[str, Any]) -> None:
     """Write the result atomically into the folder of the object store."""
     path = Path(urlsplit(os.environ["JOB_SPEC_STORE_URL"]).path, "results", result["job_id"], f"{result['attempt']}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{os.getpid()}.part")
-    part.write_text(json.dumps(result))
-    part.rename(path)
+    temporary = path.with_name(f"{os.getpid()}.part")
+    temporary.write_text(json.dumps(result))
+    temporary.rename(path)

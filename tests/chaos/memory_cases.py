@@ -34,7 +34,7 @@ HYPERPARAMETERS = {"max_steps": -1, "epochs": 2, "learning_rate": 1e-4, "save_st
 
 @dataclass
 class StepRecorder(EventRecorder):
-    """An event sink that knows the current step."""
+    """An event sink that records the current step."""
 
     step: int = 0
 
@@ -53,11 +53,11 @@ def main() -> None:
 def _train(folder: Path, case: MemoryCase) -> dict[str, Any]:
     """Train once; return losses by step, the batch sizes it used and the failure."""
     hyperparameters = HYPERPARAMETERS | {"batch_size": BATCH_SIZE, "gradient_accumulation_steps": 1}
-    held_out = messages(BATCH_SIZE, first=100)  # one evaluation batch
+    held_out = messages(BATCH_SIZE, first=100)  # the rows of one evaluation batch
     spec = make_spec(folder / "objects", method="Full", hyperparameters=hyperparameters, held_out=held_out)
-    heard, failure = StepRecorder(), None
-    context = make_context(spec, folder / spec.job_id, heard)
-    with _limit_memory(case, heard) as failures:
+    recorder, failure = StepRecorder(), None
+    context = make_context(spec, folder / spec.job_id, recorder)
+    with _limit_memory(case, recorder) as failures:
         try:
             train(spec.training_config, context)
         except JobFailed as error:
@@ -65,12 +65,16 @@ def _train(folder: Path, case: MemoryCase) -> dict[str, Any]:
         finally:
             context.checkpoints.wait_until_uploaded()
             context.checkpoints.close()
-    after = [told.metrics.eval_loss for told in heard.evaluations if told.when == "after"]
+    after = [event.metrics.eval_loss for event in recorder.evaluations if event.when == "after"]
     return {
-        "losses": {point.step: point.values["loss"] for point in heard.points},
+        "losses": {point.step: point.values["loss"] for point in recorder.points},
         "eval_loss": after[-1] if after else None,
-        "smaller": [int(event.value) for event in heard.events if isinstance(event, DecisionMade) and event.setting == "batch_size"],
-        "effective": sorted({one.batch_size * one.gradient_accumulation_steps for one in load_saved_checkpoints(spec)}),
+        "reduced_batch_sizes": [
+            int(event.value) for event in recorder.events if isinstance(event, DecisionMade) and event.setting == "batch_size"
+        ],
+        "effective_batch_sizes": sorted(
+            {checkpoint.batch_size * checkpoint.gradient_accumulation_steps for checkpoint in load_saved_checkpoints(spec)}
+        ),
         "failures": len(failures),
         "failure": failure and failure.model_dump(),
     }
@@ -78,21 +82,21 @@ def _train(folder: Path, case: MemoryCase) -> dict[str, Any]:
 
 @contextmanager
 def _limit_memory(case: MemoryCase, recorder: StepRecorder) -> Iterator[list[int]]:
-    """Yield the list of the rejected batch sizes."""
+    """Limit the memory during the block; yield the list of rejected batch sizes."""
     import torch
 
-    embedding, refused = torch.nn.functional.embedding, list[int]()
+    embedding, rejected = torch.nn.functional.embedding, list[int]()
 
     def look_up(tokens: Any, *rest: Any, **named: Any) -> Any:
-        here = torch.is_grad_enabled() == (case.where == "training") and recorder.step + 1 >= case.step
-        if here and len(tokens) > case.rows_that_fit:
-            refused.append(len(tokens))
+        is_limited = torch.is_grad_enabled() == (case.phase == "training") and recorder.step + 1 >= case.step
+        if is_limited and len(tokens) > case.rows_that_fit:
+            rejected.append(len(tokens))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return embedding(tokens, *rest, **named)
 
     torch.nn.functional.embedding = look_up
     try:
-        yield refused
+        yield rejected
     finally:
         torch.nn.functional.embedding = embedding
 

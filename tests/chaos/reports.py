@@ -70,7 +70,7 @@ class FakeLauncher:
     def cancel(self, handle: str, *, force: bool) -> None:
         """Does nothing."""
 
-    def count_free_slots(self, active: int) -> int:
+    def count_free_slots(self, active_jobs: int) -> int:
         return 1000
 
     def get_capabilities(self, profile: str | None = None) -> RuntimeCapabilities:

@@ -16,7 +16,7 @@ CONCURRENCY = 50
 
 
 def run(size: Size) -> Row:
-    """Send the requests to one process with SQLite, where all of them compete."""
+    """Send the requests to one service with SQLite, in which all of them compete."""
     keys = [f"key-{number}" for number in range(KEYS[size])]
     with tempfile.TemporaryDirectory(prefix="chaos-same-") as folder:
         trainer = make_light_trainer(Path(folder, "trainer"), real_one_in=10**9)
@@ -42,21 +42,23 @@ class Outcome:
 
 async def _send_all(running: Service, dataset_id: str, keys: Sequence[str]) -> Outcome:
     connections = [Connection(running.url) for _ in range(CONCURRENCY)]
-    agreed = conflicts = 0
+    consistent_keys = conflicts = 0
     for key in keys:
         same = _request(key, make_train_request(dataset_id, job_name=key))
-        answers = await asyncio.gather(*(connection.send(same) for connection in connections))
-        agreed += {answer.status for answer in answers} == {HTTPStatus.CREATED} and len({answer.body for answer in answers}) == 1
-        other = _request(key, make_train_request(dataset_id, job_name="another job"))
-        conflicts += _is_conflict(await connections[0].send(other))
+        responses = await asyncio.gather(*(connection.send(same) for connection in connections))
+        consistent_keys += {response.status for response in responses} == {HTTPStatus.CREATED} and len(
+            {response.body for response in responses}
+        ) == 1
+        changed = _request(key, make_train_request(dataset_id, job_name="another job"))
+        conflicts += _is_conflict(await connections[0].send(changed))
     for connection in connections:
         connection.close()
-    return Outcome(agreed, conflicts)
+    return Outcome(consistent_keys, conflicts)
 
 
 def _request(key: str, body: dict[str, object]) -> Request:
     return Request("POST", "/train", body, {"Idempotency-Key": key})
 
 
-def _is_conflict(answer: Response) -> bool:
-    return answer.status == HTTPStatus.CONFLICT and b'"idempotency_conflict"' in answer.body
+def _is_conflict(response: Response) -> bool:
+    return response.status == HTTPStatus.CONFLICT and b'"idempotency_conflict"' in response.body

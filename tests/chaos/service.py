@@ -1,4 +1,4 @@
-"""The real service as a process that can be killed, and a trainer's environment in which attempts cost milliseconds."""
+"""The real service as a process that can be killed, and a trainer environment in which an attempt takes milliseconds."""
 
 import json
 import os
@@ -20,9 +20,10 @@ from tests.chaos.campaign import CampaignError
 
 SOURCE = Path(__file__).resolve().parents[2]
 TUNESMITH = Path(sys.executable).with_name("tunesmith")
+TRAINER_PYTHON = SOURCE / ".venvs/llm/bin/python"
 SITE_FOLDER = Path(__file__).resolve().with_name("site")
 STOP_WAIT_S = 30
-KEPT_VARIABLES = ("PATH", "LANG", "TMPDIR", "TZ", "CLOUDSDK_ROOT")
+INHERITED_VARIABLES = ("PATH", "LANG", "TMPDIR", "TZ", "CLOUDSDK_ROOT")
 Json = dict[str, Any]
 
 ROWS = "".join(
@@ -32,7 +33,7 @@ ROWS = "".join(
 # The launcher recognizes attempts by their command line, so it must equal that of a real attempt.
 INTERPRETER = """\
 #!/bin/sh
-export PYTHONPATH={site}:"$PYTHONPATH" CHAOS_LEDGER={ledger} CHAOS_REAL_ONE_IN={real_one_in}
+export PYTHONPATH={site}:"$PYTHONPATH" CHAOS_ATTEMPT_LOG={attempt_log} CHAOS_REAL_ONE_IN={real_one_in}
 exec {python} "$@"
 """
 
@@ -53,13 +54,13 @@ class Service:
     def start(self) -> None:
         """Start the process; return when it listens. Raises CampaignError."""
         self.home.mkdir(parents=True, exist_ok=True)
-        kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
-        ours = {"HOME": str(self.home), "PYTHONPATH": str(SOURCE), "TUNESMITH_HOME": str(self.home), "OMP_NUM_THREADS": "1"}
+        inherited = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
+        settings = {"HOME": str(self.home), "PYTHONPATH": str(SOURCE), "TUNESMITH_HOME": str(self.home), "OMP_NUM_THREADS": "1"}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [TUNESMITH, "serve", "--port", str(self.port)],
                 cwd=SOURCE,
-                env={**kept, **ours, "HF_HUB_OFFLINE": "1", **self.variables},
+                env={**inherited, **settings, "HF_HUB_OFFLINE": "1", **self.variables},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -98,10 +99,10 @@ class Service:
 
     def upload(self, rows: str = ROWS) -> str:
         """Upload a small dataset; return its id."""
-        answer = self.request("POST", "/datasets", files={"file": ("rows.jsonl", rows)})
-        if answer.status_code != 201:
-            raise CampaignError(f"the dataset was rejected: {answer.text}")
-        return answer.json()["processed_dataset_id"]
+        response = self.request("POST", "/datasets", files={"file": ("rows.jsonl", rows)})
+        if response.status_code != 201:
+            raise CampaignError(f"the dataset was rejected: {response.text}")
+        return response.json()["processed_dataset_id"]
 
     def job(self, job_id: str) -> Json:
         """Fetch a job."""
@@ -146,14 +147,14 @@ def make_light_trainer(folder: Path, *, real_one_in: int = 1) -> Path:
     """Write an interpreter for TUNESMITH_TRAINER_PYTHON that trains nothing; one attempt in `real_one_in` is the real `jobs.run`.
 
     The others implement the same protocol with the standard library alone (tests/chaos/light_attempt.py). Each attempt records in the
-    folder's file `ledger` that it started and whether it got the claim.
+    folder's file `attempt.log` that it started and whether it got the claim.
     """
     folder.mkdir(parents=True, exist_ok=True)
     interpreter = folder / "python"
-    paths = {"site": SITE_FOLDER, "ledger": folder / "ledger", "python": sys.executable}
+    paths = {"site": SITE_FOLDER, "attempt_log": folder / "attempt.log", "python": sys.executable}
     interpreter.write_text(INTERPRETER.format(**{name: shlex.quote(str(path)) for name, path in paths.items()}, real_one_in=real_one_in))
     interpreter.chmod(0o755)
-    (folder / "ledger").touch()
+    (folder / "attempt.log").touch()
     return interpreter
 
 

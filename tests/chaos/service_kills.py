@@ -1,6 +1,6 @@
 """The service is killed (−9) repeatedly while clients submit jobs and attempts of earlier jobs run.
 
-Clients send each request with its own Idempotency-Key and repeat it until they get an answer, as our client does. The jobs they got
+Clients send each request with its own Idempotency-Key and repeat it until they get an answer, as Tunesmith's client does. The jobs they got
 are compared with the service's records once it runs undisturbed, and with the log in which every attempt's process records itself.
 """
 
@@ -17,8 +17,8 @@ from pathlib import Path
 import httpx2
 
 from infra.loopback.firestore import run_firestore_emulator
+from tests.chaos.attempt_log import AttemptLog, read_attempt_log
 from tests.chaos.campaign import CampaignError, Row, Size
-from tests.chaos.request_log import Ledger, read_ledger
 from tests.chaos.service import Service, find_corruption, make_light_trainer, make_train_request, service
 from tests.waiting import wait_until
 
@@ -27,7 +27,7 @@ CLIENTS = 8
 SLOTS = 8
 REAL_ONE_IN = 10  # attempts that are the real `jobs.run`, which takes 0.4 s of CPU time; the others take 0.05 s
 SUBMISSIONS: dict[Size, tuple[int, int]] = {"full": (1000, 200), "short": (40, 6)}  # and kills
-MAX_LIFETIME_S = 20.0  # for its share of the submissions; a busy machine needs a few seconds
+MAX_LIFETIME_S = 20.0  # for the submissions released during it; a busy machine needs a few seconds
 MAX_SETTLE_S = {"full": 180.0, "short": 60.0}
 RETRY_S = 0.1
 
@@ -57,15 +57,15 @@ class Outcome:
     lost: int  # acknowledged to a client and missing
     duplicate_jobs: int  # jobs beyond one for each key
     launched_twice: int  # jobs with a second attempt, or with two processes that got the claim
-    refused_claims: int  # second processes of an attempt that did not get it
+    refused_claims: int  # second processes of an attempt that did not get the claim
     stuck: int
     failed: int
-    corrupt: str  # what SQLite finds wrong with its file
+    corrupt: str  # the errors that SQLite finds in its file
 
     @property
     def passed(self) -> bool:
-        nothing_bad = (self.lost, self.duplicate_jobs, self.launched_twice, self.stuck, self.failed) == (0, 0, 0, 0, 0)
-        return nothing_bad and not self.corrupt and self.kills == self.kills_during_submissions
+        no_damage = (self.lost, self.duplicate_jobs, self.launched_twice, self.stuck, self.failed) == (0, 0, 0, 0, 0)
+        return no_damage and not self.corrupt and self.kills == self.kills_during_submissions
 
     def __str__(self) -> str:
         jobs = (
@@ -83,11 +83,11 @@ class Submissions:
 
     total: int
     answered: dict[str, str] = field(default_factory=dict[str, str])  # key → job id
-    differing: int = 0  # keys that were answered with two jobs
+    conflicting_answers: int = 0  # keys that were answered with two jobs
     tries: int = 0
     permits: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     stopped: threading.Event = field(default_factory=threading.Event)
-    refusals: list[str] = field(default_factory=list[str])
+    rejections: list[str] = field(default_factory=list[str])
     _next: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -107,7 +107,7 @@ class Submissions:
     def record_answer(self, key: str, job_id: str) -> None:
         with self._lock:
             if self.answered.setdefault(key, job_id) != job_id:
-                self.differing += 1
+                self.conflicting_answers += 1
 
     @property
     def all_answered(self) -> bool:
@@ -122,14 +122,14 @@ def _run_campaign(store: str, size: Size) -> Outcome:
         with service(Path(folder, "home"), **variables) as running:
             submissions = Submissions(total)
             with _run_clients(running, submissions, running.upload()):
-                under_way = _kill_and_start(running, submissions, kills)
+                kills_during_submissions = _kill_and_start(running, submissions, kills)
                 wait_until(lambda: submissions.all_answered, MAX_LIFETIME_S * 3, description="the last answer")
-            if submissions.refusals:
-                raise CampaignError(f"a submission was refused: {submissions.refusals[0]}")
+            if submissions.rejections:
+                raise CampaignError(f"a submission was rejected: {submissions.rejections[0]}")
             _repeat_all(running, submissions)
             stuck = _wait_until_final(running, MAX_SETTLE_S[size])
-            ledger = read_ledger(Path(folder, "trainer", "ledger"))
-            return _collect_outcome(running, submissions, ledger, kills, under_way, stuck)
+            attempt_log = read_attempt_log(Path(folder, "trainer", "attempt.log"))
+            return _collect_outcome(running, submissions, attempt_log, kills, kills_during_submissions, stuck)
 
 
 @contextmanager
@@ -145,19 +145,19 @@ def _open_store(name: str) -> Iterator[dict[str, str]]:
 def _kill_and_start(running: Service, submissions: Submissions, kills: int) -> int:
     """Kill at a random moment: while the service starts, writes or answers. Returns how often submissions were in flight."""
     chance = random.Random(4)
-    released = under_way = 0
+    released = kills_during_submissions = 0
     for kill in range(kills):
-        lives_left = kills - kill
-        share = chance.randint(1, max(1, 2 * (submissions.total - released) // lives_left - 1))
-        share = min(share, submissions.total - released - lives_left)  # leave one for every later start to be killed during
-        submissions.permits.release(share)
-        released += share
-        _wait_for_answers(submissions, released - chance.randint(0, share), chance)
-        under_way += not submissions.all_answered
+        kills_left = kills - kill
+        count = chance.randint(1, max(1, 2 * (submissions.total - released) // kills_left - 1))
+        count = min(count, submissions.total - released - kills_left)  # leave one submission for each later kill
+        submissions.permits.release(count)
+        released += count
+        _wait_for_answers(submissions, released - chance.randint(0, count), chance)
+        kills_during_submissions += not submissions.all_answered
         running.kill()
         running.start()
     submissions.permits.release(submissions.total + CLIENTS)
-    return under_way
+    return kills_during_submissions
 
 
 def _wait_for_answers(submissions: Submissions, answered: int, chance: random.Random) -> None:
@@ -188,17 +188,17 @@ def _run_client(url: str, submissions: Submissions, dataset_id: str) -> None:
 
 
 def _submit(http: httpx2.Client, submissions: Submissions, dataset_id: str, key: str) -> bool:
-    """Whether there was an answer; otherwise the same request is sent again."""
+    """Submit once; return whether there was an answer. Without one, the caller repeats the request."""
     submissions.count_try()
     try:
-        answer = http.post("/train", json=make_train_request(dataset_id, job_name=key), headers={"Idempotency-Key": key})
+        response = http.post("/train", json=make_train_request(dataset_id, job_name=key), headers={"Idempotency-Key": key})
     except httpx2.TransportError:
         return False
-    if answer.status_code == 201:
-        submissions.record_answer(key, answer.json()["job_id"])
-    elif answer.status_code < 500:
-        submissions.refusals.append(answer.text)
-    return answer.status_code == 201
+    if response.status_code == 201:
+        submissions.record_answer(key, response.json()["job_id"])
+    elif response.status_code < 500:
+        submissions.rejections.append(response.text)
+    return response.status_code == 201
 
 
 def _repeat_all(running: Service, submissions: Submissions) -> None:
@@ -220,21 +220,21 @@ def _wait_until_final(running: Service, timeout_s: float) -> int:
 
 
 def _collect_outcome(
-    running: Service, submissions: Submissions, ledger: Ledger, kills: int, kills_during_submissions: int, stuck: int
+    running: Service, submissions: Submissions, attempt_log: AttemptLog, kills: int, kills_during_submissions: int, stuck: int
 ) -> Outcome:
-    known = {job["job_id"]: job["status"] for job in running.jobs()}
+    statuses = {job["job_id"]: job["status"] for job in running.jobs()}
     acknowledged = set(submissions.answered.values())
-    jobs_of_owners = [name.rpartition(".")[0] for name in ledger.claimed.elements()]
+    claimed_job_ids = [name.rpartition(".")[0] for name in attempt_log.claimed.elements()]
     return Outcome(
         kills=kills,
         kills_during_submissions=kills_during_submissions,
         tries=submissions.tries,
         acknowledged=len(submissions.answered),
-        lost=len(acknowledged - known.keys()),
-        duplicate_jobs=len(known) - len(acknowledged) + submissions.differing,
-        launched_twice=len(jobs_of_owners) - len(set(jobs_of_owners)),
-        refused_claims=ledger.started.total() - ledger.claimed.total(),
+        lost=len(acknowledged - statuses.keys()),
+        duplicate_jobs=len(statuses) - len(acknowledged) + submissions.conflicting_answers,
+        launched_twice=len(claimed_job_ids) - len(set(claimed_job_ids)),
+        refused_claims=attempt_log.started.total() - attempt_log.claimed.total(),
         stuck=stuck,
-        failed=sum(status in ("failed", "cancelled") for status in known.values()),
+        failed=sum(status in ("failed", "cancelled") for status in statuses.values()),
         corrupt=find_corruption(running.home / "tunesmith.db") if "sqlite" in running.variables.values() else "",
     )

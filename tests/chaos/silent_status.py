@@ -1,7 +1,7 @@
-"""The launcher cannot say how its executions are: unknown is not failed.
+"""The launcher does not know the state of its executions; unknown must not count as failed.
 
 During an outage its status calls return "unknown" or fail, and it accepts no cancel. Meanwhile the job is healthy, ends, is canceled,
-paused or launched; in one scenario the attempt really dies. Another project treated such silence as failure and restarted healthy jobs.
+paused or launched; in one scenario the attempt really dies. A service that treats silence as failure would restart healthy jobs.
 """
 
 import random
@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 
 from schema.job import Status
 from tests.chaos.campaign import Row, Size
-from tests.chaos.core_world import CLOUD, LAPTOP, TENANT, AttemptBehavior, SimulatedProcess, Simulation, open_simulation
+from tests.chaos.simulation import CLOUD, LAPTOP, TENANT, AttemptBehavior, SimulatedProcess, Simulation, open_simulation
 
 OUTAGES: dict[Size, int] = {"full": 60, "short": 20}  # for each deployment
 MAX_OUTAGE_S = 120.0
 MAX_JOB_S = 2 * 3600.0  # simulated, for one job
-ENDLESS_TRAINING_S = 3600.0  # such an attempt is never awaited
+ENDLESS_TRAINING_S = 3600.0  # no round waits for the end of such an attempt
 
 
 DEFAULT_BEHAVIOR = AttemptBehavior()
@@ -36,16 +36,16 @@ class Scenario:
 
 
 SCENARIOS = (
-    Scenario("well"),
-    Scenario("well, and silent", reports_lost=True),
+    Scenario("healthy"),
+    Scenario("healthy, reports lost", reports_lost=True),
     Scenario("ends", outage_starts="at the end"),
-    Scenario("ends, and nobody hears it", outage_starts="at the end", behavior=AttemptBehavior(result_not_received=True)),
+    Scenario("ends, result not received", outage_starts="at the end", behavior=AttemptBehavior(result_not_received=True)),
     Scenario("is launched", outage_starts="at the launch"),
-    Scenario("is launched, and starts late", outage_starts="at the launch", behavior=AttemptBehavior(start_delay_s=MAX_OUTAGE_S)),
+    Scenario("is launched, starts late", outage_starts="at the launch", behavior=AttemptBehavior(start_delay_s=MAX_OUTAGE_S)),
     Scenario("is cancelled", Status.CANCELLED, request="cancel", training_s=ENDLESS_TRAINING_S),
-    Scenario("is cancelled, and does not hear it", Status.CANCELLED, request="cancel", training_s=ENDLESS_TRAINING_S, reports_lost=True),
+    Scenario("is cancelled, reports lost", Status.CANCELLED, request="cancel", training_s=ENDLESS_TRAINING_S, reports_lost=True),
     Scenario(
-        "is cancelled, and does not listen",
+        "is cancelled, ignores it",
         Status.CANCELLED,
         request="cancel",
         training_s=ENDLESS_TRAINING_S,
@@ -66,46 +66,46 @@ class Counts:
     overwritten: int = 0  # final jobs whose status changed later
     wrong_status: int = 0
     ignored_requests: int = 0  # cancels and pauses without effect
-    bad: list[str] = field(default_factory=list[str])
+    failures: list[str] = field(default_factory=list[str])
 
     @property
     def passed(self) -> bool:
-        return not self.bad
+        return not self.failures
 
 
 def run(size: Size) -> Row:
-    """Run every scenario as a laptop, which polls the launcher constantly, and as the cloud, which asks it only about silent attempts."""
-    count = Counts()
+    """Run every scenario on a laptop, which polls the launcher constantly, and in the cloud, which polls it only for silent attempts."""
+    counts = Counts()
     with ExitStack() as stack:
-        worlds = [stack.enter_context(open_simulation(place, "SQLite", seed)) for seed, place in enumerate((LAPTOP, CLOUD))]
-        for world in worlds:
+        simulations = [stack.enter_context(open_simulation(deployment, "SQLite", seed)) for seed, deployment in enumerate((LAPTOP, CLOUD))]
+        for simulation in simulations:
             for number in range(OUTAGES[size]):
-                Round(world, SCENARIOS[number % len(SCENARIOS)], number, count).run()
-    lost = f"{count.ignored_requests} cancels or pauses not carried out, {count.wrong_status} other ends"
+                Round(simulation, SCENARIOS[number % len(SCENARIOS)], number, counts).run()
+    lost = f"{counts.ignored_requests} cancels or pauses not carried out, {counts.wrong_status} jobs ended differently"
     return Row(
-        fault="the compute's status API unreachable",
-        injected=f"{OUTAGES[size]} times for 1 to {MAX_OUTAGE_S:.0f} s (simulated) in a laptop's rhythm and as often in the cloud's, "
-        f"in {len(SCENARIOS)} scenarios; {count.refused:,} of its calls not answered",
+        fault="the launcher's status API unreachable",
+        injected=f"{OUTAGES[size]} times for 1 to {MAX_OUTAGE_S:.0f} s (simulated) in each deployment, "
+        f"in {len(SCENARIOS)} scenarios; {counts.refused:,} of its calls not answered",
         expected="0 relaunches, no finished job overwritten, no cancel lost",
-        observed=f"{count.relaunched} relaunches, {count.too_early} attempts begun while nobody could know of the last one's end, "
-        f"{count.overwritten} finished jobs overwritten, {lost}" + "; ".join(["", *count.bad][:3]),
-        passed=count.passed,
+        observed=f"{counts.relaunched} relaunches, {counts.too_early} attempts started while the state of the previous one was unknown, "
+        f"{counts.overwritten} finished jobs overwritten, {lost}" + "; ".join(["", *counts.failures][:3]),
+        passed=counts.passed,
     )
 
 
 class Round:
     """One job and one outage."""
 
-    def __init__(self, simulation: Simulation, scenario: Scenario, number: int, count: Counts) -> None:
+    def __init__(self, simulation: Simulation, scenario: Scenario, number: int, counts: Counts) -> None:
         self._simulation = simulation
         self._scenario = scenario
-        self._count = count
+        self._counts = counts
         self._chance = random.Random(number)
         self._outage_s = self._chance.uniform(1.0, MAX_OUTAGE_S)
         self._key = f"{scenario.name} {number}"
         self._job_id = ""
         self._is_over = False
-        self._end: tuple[Status, int] | None = None
+        self._final_state: tuple[Status, int] | None = None
         self._overwritten = self._too_early = False
         simulation.chance.seed(number)
         simulation.interleaves = True
@@ -114,23 +114,23 @@ class Round:
 
     def run(self) -> None:
         """Submit the job, run the outage and count."""
-        world, before = self._simulation, len(self._simulation.compute.executions)
-        self._refused_before = world.compute.refused_calls
+        simulation, before = self._simulation, len(self._simulation.launcher.executions)
+        self._refused_before = simulation.launcher.refused_calls
         if self._scenario.outage_starts == "at the launch":
-            world.compute.loses_responses = True
-            world.timeline.start(self._run_outage())
-        self._job_id = world.submit(self._key).job_id
+            simulation.launcher.loses_responses = True
+            simulation.timeline.start(self._run_outage())
+        self._job_id = simulation.submit(self._key).job_id
         if self._scenario.outage_starts == "while it trains":
-            world.timeline.start(self._run_outage_during_training())
-        world.timeline.run_until(self._is_settled, MAX_JOB_S)
-        world.timeline.run_until(lambda: False, 10 * world.deployment.interval_s)  # nothing may change afterwards
+            simulation.timeline.start(self._run_outage_during_training())
+        simulation.timeline.run_until(self._is_settled, MAX_JOB_S)
+        simulation.timeline.run_until(lambda: False, 10 * simulation.deployment.interval_s)  # the job must not change afterwards
         self._check_final_status()
-        self._update_counts(len(world.compute.executions) - before)
+        self._update_counts(len(simulation.launcher.executions) - before)
 
     def _choose_behavior(self, number: int) -> AttemptBehavior:
         """Called when an execution starts."""
         if number > 1:
-            self._too_early |= self._simulation.compute.is_unavailable
+            self._too_early |= self._simulation.launcher.is_unavailable
             return AttemptBehavior()
         if self._scenario.outage_starts == "while it trains":
             return replace(self._scenario.behavior, reports=int(self._scenario.training_s / self._simulation.deployment.report_interval_s))
@@ -144,26 +144,26 @@ class Round:
         return self._chance.uniform(0, self._outage_s)
 
     def _run_outage_during_training(self) -> SimulatedProcess:
-        """With lost reports, silence starts before the outage, so that the cloud asks the launcher as well."""
-        world = self._simulation
-        yield self._chance.uniform(3.0, 6 * world.deployment.report_interval_s)
+        """With lost reports, silence starts before the outage, so that the cloud polls the launcher as well."""
+        simulation = self._simulation
+        yield self._chance.uniform(3.0, 6 * simulation.deployment.report_interval_s)
         if self._scenario.reports_lost:
-            world.attempts_cut_off = True
-            yield world.deployment.limits.heartbeat_timeout.total_seconds() + self._chance.uniform(0, 10.0)
+            simulation.attempts_cut_off = True
+            yield simulation.deployment.limits.heartbeat_timeout.total_seconds() + self._chance.uniform(0, 10.0)
         yield from self._run_outage()
         if self._scenario.reports_lost:
             yield self._chance.uniform(0, 10.0)
-            world.attempts_cut_off = False
+            simulation.attempts_cut_off = False
 
     def _run_outage(self) -> SimulatedProcess:
-        world = self._simulation
-        world.compute.is_unavailable = True
-        asked_after_s = self._chance.uniform(0, self._outage_s)
-        yield asked_after_s
+        simulation = self._simulation
+        simulation.launcher.is_unavailable = True
+        request_after_s = self._chance.uniform(0, self._outage_s)
+        yield request_after_s
         if self._scenario.request:
-            world.timeline.start(self._send_request())
-        yield self._outage_s - asked_after_s
-        world.compute.is_unavailable = world.compute.loses_responses = False
+            simulation.timeline.start(self._send_request())
+        yield self._outage_s - request_after_s
+        simulation.launcher.is_unavailable = simulation.launcher.loses_responses = False
         self._is_over = True
 
     def _send_request(self) -> SimulatedProcess:
@@ -181,21 +181,21 @@ class Round:
         job = self._simulation.store.find_job(self._job_id)
         if job is None:
             return
-        now = (job.status, len(job.attempts))
-        if self._end is not None and now != self._end:
+        state = (job.status, len(job.attempts))
+        if self._final_state is not None and state != self._final_state:
             self._overwritten = True
         if job.status.is_final:
-            self._end = now
+            self._final_state = state
 
     def _update_counts(self, executions: int) -> None:
-        count, world, scenario = self._count, self._simulation, self._scenario
-        job = world.record(self._job_id)
-        count.refused += world.compute.refused_calls - self._refused_before
-        wrong = job.status is not scenario.expected_status or bool(world.live_executions(self._job_id))
-        count.relaunched += executions > scenario.executions
-        count.too_early += self._too_early
-        count.overwritten += self._overwritten
-        count.ignored_requests += wrong and bool(scenario.request)
-        count.wrong_status += wrong and not scenario.request
+        counts, simulation, scenario = self._counts, self._simulation, self._scenario
+        job = simulation.record(self._job_id)
+        counts.refused += simulation.launcher.refused_calls - self._refused_before
+        wrong = job.status is not scenario.expected_status or bool(simulation.live_executions(self._job_id))
+        counts.relaunched += executions > scenario.executions
+        counts.too_early += self._too_early
+        counts.overwritten += self._overwritten
+        counts.ignored_requests += wrong and bool(scenario.request)
+        counts.wrong_status += wrong and not scenario.request
         if wrong or executions > scenario.executions or self._too_early or self._overwritten:
-            count.bad.append(f"{world.deployment.name}, {scenario.name}: {job.status} after {executions} executions")
+            counts.failures.append(f"{simulation.deployment.name}, {scenario.name}: {job.status} after {executions} executions")

@@ -20,12 +20,12 @@ def main() -> None:
     from tests.chaos.damage import damage
 
     transformers.logging.set_verbosity_error()
-    sound = folder / "sound"
-    _trainer(sound, steps=4).train()
+    intact = folder / "intact"
+    _trainer(intact, steps=4).train()
     counts = Counter({"picked": 0, "crashed": 0, "fell_back": 0, "loaded": 0})
     for seed in range(seeds):
         output = folder / str(seed)
-        shutil.copytree(sound, output)
+        shutil.copytree(intact, output)
         newest = output / "checkpoint-4"
         damage(newest, seed, tuple(sorted(path.name for path in newest.iterdir())))
         picked = get_last_checkpoint(str(output)) == str(newest)
@@ -69,7 +69,7 @@ def _trainer(output: Path, steps: int) -> Any:
         disable_tqdm=True,
         use_cpu=True,
     )
-    return Trainer(model=Gemma3ForCausalLM(config), args=arguments, train_dataset=rows)  # pyright: ignore[reportArgumentType]  # a list will do
+    return Trainer(model=Gemma3ForCausalLM(config), args=arguments, train_dataset=rows)  # pyright: ignore[reportArgumentType]  # a list works
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 PUBLISHES: dict[Size, int] = {"full": 200, "short": 12}
 CONCURRENCY = 4
-FAULT_SHARE = 0.2
+FAULT_RATE = 0.2
 # A failed upload is repeated completely: one call in five makes 1.25 times the bytes; with few calls, chance adds some.
 MAX_BYTES_RATIO: dict[Size, float] = {"full": 1.3, "short": 1.6}
 FILES, FILE_BYTES = 12, 512 << 10  # as in the folder of an adapter
@@ -52,21 +52,21 @@ def run(size: Size) -> Row:
     with (
         tempfile.TemporaryDirectory(prefix="chaos-storage-") as folder,
         _open_bucket() as (proxy, url),
-        httpx2.Client(base_url=url) as behind,
+        httpx2.Client(base_url=url) as backend,
     ):
         store = GcsStore(f"gs://{BUCKET}")
-        products = _make_artifact_folders(Path(folder))
+        folders = _make_artifact_folders(Path(folder))
         with ThreadPoolExecutor(CONCURRENCY) as pool:
             sizes = list(
-                pool.map(lambda number: _publish(store, number, products[number % LARGE_ONE_IN == LARGE_ONE_IN - 1]), range(publishes))
+                pool.map(lambda number: _publish(store, number, folders[number % LARGE_ONE_IN == LARGE_ONE_IN - 1]), range(publishes))
             )
             sent = proxy.bytes_sent
-            named = _list_published_artifacts(behind)
-            reads = list(pool.map(lambda artifact: _read_back(store, artifact, Path(folder)), named))
+            artifacts = _list_published_artifacts(backend)
+            reads = list(pool.map(lambda artifact: _read_back(store, artifact, Path(folder)), artifacts))
         store.close()
-        whole = [_is_whole(behind, artifact) for artifact in named]
+        intact = [_is_intact(backend, artifact) for artifact in artifacts]
     outcome = Outcome(
-        proxy.calls, proxy.faults.total(), len(named), whole.count(False), reads.count(False), reads.count(None), sent / sum(sizes)
+        proxy.calls, proxy.faults.total(), len(artifacts), intact.count(False), reads.count(False), reads.count(None), sent / sum(sizes)
     )
     return Row(
         fault="storage fails",
@@ -86,14 +86,14 @@ class Outcome:
     calls: int
     faults: int
     published: int  # attempts whose result is in the bucket
-    partial: int  # of them, those with a missing or different file
-    damaged: int  # sets that were read with wrong contents
-    refused: int  # sets that could not be read within the retries: reported, so no damage
+    partial: int  # published artifacts with a missing or different file
+    damaged: int  # artifacts that were read with wrong contents
+    refused: int  # artifacts that could not be read within the retries; the error was reported, so this is no damage
     ratio: float  # bytes of all requests divided by bytes of the files
 
     def __str__(self) -> str:
-        counted = f"{self.published} visible, {self.partial} of them partial, {self.damaged} bad checksums accepted"
-        return f"{counted}, {self.ratio:.2f}× the bytes ({self.refused} reads refused)"
+        visible = f"{self.published} visible, {self.partial} of them partial, {self.damaged} bad checksums accepted"
+        return f"{visible}, {self.ratio:.2f}× the bytes ({self.refused} reads refused)"
 
 
 class RandomFaults(HttpFaultProxy):
@@ -107,12 +107,12 @@ class RandomFaults(HttpFaultProxy):
         self.calls = 0
         self.faults: Counter[str] = Counter()
 
-    def next_fault(self, passed: RecordedRequest) -> Fault | None:
+    def next_fault(self, request: RecordedRequest) -> Fault | None:
         with self._counting:
-            self.requests[:] = [passed]  # keeping all bodies would take gigabytes
+            self.requests[:] = [request]  # keeping all bodies would take gigabytes
             self.calls += 1
-            size_bytes = int(passed.headers.get("Content-Length", 0))
-            fault = self._fault(passed.method, size_bytes) if self._chance.random() < FAULT_SHARE else None
+            size_bytes = int(request.headers.get("Content-Length", 0))
+            fault = self._fault(request.method, size_bytes) if self._chance.random() < FAULT_RATE else None
             self.bytes_sent += size_bytes // 2 if fault and fault.kind == "truncate request" else size_bytes
             return fault
 
@@ -135,12 +135,12 @@ def _open_bucket() -> Iterator[tuple[RandomFaults, str]]:
     """Yield the proxy, which clients of this process use for Cloud Storage, and the url of the server behind it."""
     proxy = RandomFaults(seed=4)
     before = os.environ.get("STORAGE_EMULATOR_HOST")
-    with run_cloud_storage(public_url=proxy.url, buckets=(BUCKET,)) as behind:
-        proxy.target = behind
+    with run_cloud_storage(public_url=proxy.url, buckets=(BUCKET,)) as server_url:
+        proxy.target = server_url
         proxy.start()
         os.environ["STORAGE_EMULATOR_HOST"] = proxy.url
         try:
-            yield proxy, behind
+            yield proxy, server_url
         finally:
             proxy.stop()
             os.environ.pop("STORAGE_EMULATOR_HOST")
@@ -151,10 +151,10 @@ def _make_artifact_folders(folder: Path) -> tuple[Path, Path]:
     """What attempts publish: a folder of files, and the same with a large file."""
     chance = random.Random(5)
     small, large = folder / "small", folder / "large"
-    for made in (small, large):
-        made.mkdir()
+    for artifact_folder in (small, large):
+        artifact_folder.mkdir()
         for number in range(FILES):
-            (made / f"part-{number}.bin").write_bytes(chance.randbytes(FILE_BYTES + number))
+            (artifact_folder / f"part-{number}.bin").write_bytes(chance.randbytes(FILE_BYTES + number))
     (large / "model.gguf").write_bytes(chance.randbytes(LARGE_BYTES))
     return small, large
 
@@ -183,7 +183,7 @@ def _list_published_artifacts(backend: httpx2.Client) -> list[Artifact]:
     return artifacts
 
 
-def _is_whole(backend: httpx2.Client, artifact: Artifact) -> bool:
+def _is_intact(backend: httpx2.Client, artifact: Artifact) -> bool:
     """Whether every named file is in the bucket exactly as it was published."""
     return all(_digest(_read_object(backend, artifact.key + file.path)) == file.sha256 for file in artifact.files)
 
@@ -200,8 +200,8 @@ def _read_back(store: GcsStore, artifact: Artifact, folder: Path) -> bool | None
 
 def _read_object(backend: httpx2.Client, key: str) -> bytes | None:
     """Read an object without the proxy."""
-    answer = backend.get(f"/storage/v1/b/{BUCKET}/o/{quote(key, safe='')}", params={"alt": "media"})
-    return answer.content if answer.status_code == 200 else None
+    response = backend.get(f"/storage/v1/b/{BUCKET}/o/{quote(key, safe='')}", params={"alt": "media"})
+    return response.content if response.status_code == 200 else None
 
 
 def _digest(content: bytes | None) -> str:

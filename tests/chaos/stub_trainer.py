@@ -3,7 +3,7 @@
 import sys
 from typing import TYPE_CHECKING
 
-from tests.chaos.request_log import append_entry
+from tests.chaos.attempt_log import append_entry
 
 if TYPE_CHECKING:
     from jobs.llm.trained_model import TrainedModel

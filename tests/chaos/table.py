@@ -19,8 +19,8 @@ def render_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def replace_between_marks(page: str, rows: Sequence[Row]) -> str:
-    """Replace what is between the page's marks by the table. Raises ValueError when there are no marks."""
+def replace_between_markers(page: str, rows: Sequence[Row]) -> str:
+    """Replace the text between the page's markers with the table. Raises ValueError when a marker is missing."""
     if page.count(BEGIN) != 1 or page.count(END) != 1:
         raise ValueError(f"the page needs the lines {BEGIN} and {END}, once each")
     before, _, rest = page.partition(BEGIN)

@@ -1,8 +1,8 @@
 """The training process is killed (−9) at random steps and inside saves; the service starts the next attempt each time.
 
-A job of the same configuration trains beside it undisturbed. Both are real: `python -m jobs.run` of the trainer's environment on a tiny
-Gemma, with packing, dropout, shuffling and gradient accumulation, over several epochs. The events that their processes spooled at every
-step and the files of the adapters are compared.
+A job with the same configuration trains undisturbed at the same time. Both are real: `python -m jobs.run` in the trainer's
+environment on a tiny Gemma, with packing, dropout, shuffling and gradient accumulation, over several epochs. The row compares the events
+that their processes spooled at every step and the files of the adapters.
 """
 
 import hashlib
@@ -22,10 +22,9 @@ import psutil
 
 from schema.checkpoint import MANIFEST, checkpoint_key, checkpoints_prefix
 from tests.chaos.campaign import CampaignError, Row, Size
-from tests.chaos.service import SOURCE, Json, Service, service
+from tests.chaos.service import SOURCE, TRAINER_PYTHON, Json, Service, service
 from tests.waiting import wait_until
 
-TRAINER_PYTHON = SOURCE / ".venvs/llm/bin/python"
 BASE = "tests/tiny-gemma"
 SAVE_STEPS = 5
 KILLS: dict[Size, tuple[int, int]] = {"full": (20, 5), "short": (1, 1)}  # in total, and of them inside a save
@@ -46,8 +45,8 @@ def run(size: Size) -> Row:
             dataset_id = running.upload(rows())
             undisturbed = pool.submit(lambda: _wait_until_completed(running, _submit(running, dataset_id, size)))
             killed = KilledJob(running, _submit(running, dataset_id, size))
-            losses = killed.kill_repeatedly(kills, inside)
-            outcome = _compare(running, undisturbed.result(), _wait_until_completed(running, killed.job_id), losses)
+            kill_costs = killed.kill_repeatedly(kills, inside)
+            outcome = _compare(running, undisturbed.result(), _wait_until_completed(running, killed.job_id), kill_costs)
     return Row(
         fault="training process killed (−9)",
         injected=f"{kills} kills at random steps, {inside} of them inside a save; packing, dropout, shuffling, accumulation",
@@ -67,7 +66,7 @@ class Outcome:
     missing: int  # steps of the undisturbed job that the other never reported
     difference: float  # the largest, of any number at any step
     same_weights: bool
-    lost_steps: int  # the most work that one kill cost
+    lost_steps: int  # the largest number of steps that one kill cost
 
     @property
     def passed(self) -> bool:
@@ -106,18 +105,18 @@ class KilledJob:
         kinds = [True] * kills_inside_save + [False] * (kills - kills_inside_save)
         self._chance.shuffle(kinds)
         at_steps: list[int] = []
-        resumed: list[int] = []
+        resumed_steps: list[int] = []
         for inside_a_save in kinds:
             process = self._next_attempt()
             wait_until(lambda: self._step > 0, MAX_STEP_WAIT_S, interval_s=0.005, description=f"a step of attempt {self._number}")
-            resumed.append(self._resumed_step)
+            resumed_steps.append(self._resumed_step)
             self._suspend_inside_save(process) if inside_a_save else self._suspend_at_step(process)
             at_steps.append(self._step)
             process.kill()
         self._next_attempt()
         wait_until(lambda: self._step > 0, MAX_STEP_WAIT_S, interval_s=0.005, description=f"a step of attempt {self._number}")
-        resumed.append(self._resumed_step)
-        return [KillCost(at_step, after) for at_step, after in zip(at_steps, resumed[1:], strict=True)]
+        resumed_steps.append(self._resumed_step)
+        return [KillCost(at_step, resumed_step) for at_step, resumed_step in zip(at_steps, resumed_steps[1:], strict=True)]
 
     def _next_attempt(self) -> psutil.Process:
         self._number += 1
@@ -133,12 +132,12 @@ class KilledJob:
 
     def _suspend_at_step(self, process: psutil.Process) -> None:
         """Suspend after a random step. Later attempts save first: three attempts without a checkpoint would be too many."""
-        first = self._resumed_step + self._chance.randint(1, 2 * SAVE_STEPS)
+        target_step = self._resumed_step + self._chance.randint(1, 2 * SAVE_STEPS)
         wait_until(
-            lambda: self._step >= first and (self._has_checkpoint or self._number == 1),
+            lambda: self._step >= target_step and (self._has_checkpoint or self._number == 1),
             MAX_STEP_WAIT_S,
             interval_s=0.001,
-            description=f"step {first}",
+            description=f"step {target_step}",
         )
         process.suspend()
 
@@ -153,7 +152,7 @@ class KilledJob:
                     return
                 process.resume()
             time.sleep(0.0005)
-        raise CampaignError(f"attempt {self._number} was never seen inside a save")
+        raise CampaignError(f"attempt {self._number} was never inside a save")
 
     @property
     def _folder(self) -> Path:
@@ -175,8 +174,8 @@ class KilledJob:
 
     def _unfinished_saves(self) -> list[Path]:
         """Checkpoints on the attempt's disk that are not uploaded yet."""
-        there = self._folder.glob("checkpoints/checkpoint-*")
-        return [path for path in there if not self._manifest_of(int(path.name.rpartition("-")[2])).exists()]
+        folders = self._folder.glob("checkpoints/checkpoint-*")
+        return [path for path in folders if not self._manifest_of(int(path.name.rpartition("-")[2])).exists()]
 
     def _manifest_of(self, step: int) -> Path:
         return self._running.home / "objects" / checkpoint_key(checkpoints_prefix(self.job_id, None), self._number, step) / MANIFEST
@@ -230,10 +229,10 @@ def _submit(running: Service, dataset_id: str, size: Size) -> str:
     }
     hyperparameters |= {"lora_rank": 4, "lora_dropout": 0.1, "logging_steps": 1, "save_strategy": "steps", "save_steps": SAVE_STEPS}
     config = {"base_model_id": BASE, "hyperparameters": hyperparameters}
-    answer = running.request("POST", "/train", json={"processed_dataset_id": dataset_id, "training_config": config})
-    if answer.status_code != 201:
-        raise CampaignError(f"the job was refused: {answer.text}")
-    return answer.json()["job_id"]
+    response = running.request("POST", "/train", json={"processed_dataset_id": dataset_id, "training_config": config})
+    if response.status_code != 201:
+        raise CampaignError(f"the job was rejected: {response.text}")
+    return response.json()["job_id"]
 
 
 def _wait_until_completed(running: Service, job_id: str) -> Json:
@@ -249,7 +248,7 @@ def _wait_until_completed(running: Service, job_id: str) -> Json:
     return job
 
 
-def _compare(running: Service, reference: Json, killed: Json, losses: list[KillCost]) -> Outcome:
+def _compare(running: Service, reference: Json, killed: Json, kill_costs: list[KillCost]) -> Outcome:
     expected = dict(_read_points(running, reference))
     actual = list(_read_points(running, killed))
     differences = [_difference(values, expected[step]) for step, values in actual]
@@ -259,8 +258,8 @@ def _compare(running: Service, reference: Json, killed: Json, losses: list[KillC
         repeated=len(actual) - len({step for step, _ in actual}),
         missing=len(expected.keys() - {step for step, _ in actual}),
         difference=max(differences),
-        same_weights=_weights(running, reference) == _weights(running, killed),
-        lost_steps=max(lost.steps for lost in losses),
+        same_weights=_adapter_digest(running, reference) == _adapter_digest(running, killed),
+        lost_steps=max(cost.steps for cost in kill_costs),
     )
 
 
@@ -273,7 +272,7 @@ def _difference(values: Json, expected: Json) -> float:
     return max(abs(values[name] - expected[name]) for name in expected)
 
 
-def _weights(running: Service, job: Json) -> str:
+def _adapter_digest(running: Service, job: Json) -> str:
     """The digest of the published adapter."""
     [path] = (running.home / "objects/trained_adapters" / job["job_id"]).rglob("adapter_model.safetensors")
     return hashlib.sha256(path.read_bytes()).hexdigest()

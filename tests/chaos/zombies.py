@@ -1,4 +1,4 @@
-"""Attempt 1 is suspended (SIGSTOP) and its machine is unreachable: it sends nothing, cannot be killed, and its launcher says that it runs.
+"""Attempt 1 is suspended (SIGSTOP) on an unreachable machine: it sends nothing, cannot be killed, and its launcher reports it as running.
 
 The service's clock advances until the lease ends; attempt 2 does the work; then attempt 1 resumes. None of its later writes may count.
 The service is the real one over HTTP; the attempts are real processes of `jobs.run` with a light trainer.
@@ -40,30 +40,30 @@ from tests.waiting import wait_until
 ROUNDS: dict[Size, int] = {"full": 50, "short": 4}
 TIMEOUT_S = 60.0
 POLL_INTERVAL_S = 0.0005
-# Exit codes of a resumed attempt: it had nothing to do, or its result did not count; the files that it was uploading had been
-# deleted; it was told that it is superseded.
+# Exit codes of a resumed attempt. 0: it had nothing to do, or its result did not count; 1: the files that it was uploading had been
+# deleted; 11: it learned that it is superseded.
 RESUMED_EXIT_CODES = {0, 1, 11}
 RECONCILE_INTERVAL_S = 0.1
 RECONCILE_WAIT_S = 2.0  # enough for a few passes of the reconciler on a busy machine
 TENANT = "local"
 
-# Points at which an attempt is suspended, as seen from outside; it runs on for up to JITTER_S before.
+# Points after which an attempt is suspended, as seen from outside, with a delay of up to JITTER_S.
 STOP_POINTS = ("launched", "claimed", "training", "uploading")
 JITTER_S = 0.05
 
 
 class UnreachableLauncher(LocalLauncher):
-    """The local launcher with unreachable attempts: it says that they run and cannot end them."""
+    """The local launcher with unreachable attempts, which it reports as running and cannot end."""
 
     name = "unreachable"
     unreachable: set[str]
     processes: dict[str, "subprocess.Popen[bytes]"]
 
-    def launch(self, order: LaunchRequest) -> str:
-        handle = super().launch(order)
+    def launch(self, launch_request: LaunchRequest) -> str:
+        handle = super().launch(launch_request)
         if not hasattr(self, "processes"):  # the launcher is built by the service, with its own arguments
             self.processes, self.unreachable = {}, set()
-        self.processes[order.name] = self._children[handle]
+        self.processes[launch_request.name] = self._children[handle]
         return handle
 
     def check(self, handle: str) -> ExecutionState:
@@ -79,53 +79,53 @@ class Counts:
     """What was counted over all rounds."""
 
     rounds: int = 0
-    stopped: Counter[str] = field(default_factory=Counter[str])
+    suspended: Counter[str] = field(default_factory=Counter[str])
     accepted_writes: int = 0  # changes of the record, or events, by attempt 1 after it was given up
     stale_artifacts: int = 0
     damaged: int = 0  # published files that differ from the record
     exit_codes: Counter[int] = field(default_factory=Counter[int])  # of resumed attempts
-    bad: list[str] = field(default_factory=list[str])
+    failures: list[str] = field(default_factory=list[str])
 
     @property
     def passed(self) -> bool:
-        return (self.accepted_writes, self.stale_artifacts, self.damaged, self.bad) == (0, 0, 0, []) and set(
+        return (self.accepted_writes, self.stale_artifacts, self.damaged, self.failures) == (0, 0, 0, []) and set(
             self.exit_codes
         ) <= RESUMED_EXIT_CODES
 
 
 def run(size: Size) -> Row:
     """Run one job after the other in one service."""
-    count, chance = Counts(), random.Random(20)
-    with tempfile.TemporaryDirectory(prefix="chaos-zombies-") as folder, run_service(Path(folder)) as scene:
-        while count.rounds < ROUNDS[size]:
-            scene.run_round(STOP_POINTS[count.rounds % len(STOP_POINTS)], chance, count)
-    places = ", ".join(f"{number} {place}" for place, number in count.stopped.items())
+    counts, chance = Counts(), random.Random(20)
+    with tempfile.TemporaryDirectory(prefix="chaos-zombies-") as folder, run_service(Path(folder)) as running:
+        while counts.rounds < ROUNDS[size]:
+            running.run_round(STOP_POINTS[counts.rounds % len(STOP_POINTS)], chance, counts)
+    stop_points = ", ".join(f"{number} {stop_point}" for stop_point, number in counts.suspended.items())
     return Row(
         fault="attempt 1 suspended past its lease, attempt 2 finishes, attempt 1 resumed",
-        injected=f"{count.rounds} interleavings, suspended when it was {places}",
+        injected=f"{counts.rounds} interleavings, suspended when it was {stop_points}",
         expected="0 writes of attempt 1 accepted; artifacts from 2 only",
-        observed=f"{count.accepted_writes} writes accepted, artifacts of attempt 1 in {count.stale_artifacts} jobs, {count.damaged} "
-        f"damaged; resumed attempts ended with {dict(count.exit_codes)}" + "; ".join(["", *count.bad][:3]),
-        passed=count.passed,
+        observed=f"{counts.accepted_writes} writes accepted, artifacts of attempt 1 in {counts.stale_artifacts} jobs, {counts.damaged} "
+        f"damaged; resumed attempts ended with {dict(counts.exit_codes)}" + "; ".join(["", *counts.failures][:3]),
+        passed=counts.passed,
     )
 
 
 class RunningService:
     """A running service in this process, and its clock."""
 
-    def __init__(self, url: str, parts: Services, advance_clock: Callable[[timedelta], None]) -> None:
+    def __init__(self, url: str, services: Services, advance_clock: Callable[[timedelta], None]) -> None:
         self._http = httpx2.Client(base_url=url, timeout=TIMEOUT_S)
-        self._parts = parts
+        self._services = services
         self._advance_clock = advance_clock
         self._dataset_id: str = self._http.post("/datasets", files={"file": ("rows.jsonl", ROWS)}).json()["processed_dataset_id"]
 
     @property
     def launcher(self) -> UnreachableLauncher:
-        launcher = self._parts.launcher
+        launcher = self._services.launcher
         assert isinstance(launcher, UnreachableLauncher)
         return launcher
 
-    def run_round(self, stop_point: str, chance: random.Random, count: Counts) -> None:
+    def run_round(self, stop_point: str, chance: random.Random, counts: Counts) -> None:
         """Run one job: suspend attempt 1, let attempt 2 finish, resume attempt 1 and check what it wrote."""
         job_id = self._http.post("/train", json=make_train_request(self._dataset_id)).json()["job_id"]
         if not self._suspend_at(stop_point, job_id, chance.uniform(0, JITTER_S)):
@@ -136,14 +136,14 @@ class RunningService:
             wait_until(lambda: self._job(job_id)["status"] == "completed", TIMEOUT_S, description="the end of attempt 2")
             before = self._read_state(job_id)
             first.send_signal(signal.SIGCONT)
-            code = first.wait(TIMEOUT_S)
+            exit_code = first.wait(TIMEOUT_S)
         finally:
             first.kill()  # even if it was never resumed
-        count.rounds += 1
-        count.stopped[stop_point] += 1
-        count.exit_codes[code] += 1
-        count.accepted_writes += self._read_state(job_id) != before
-        self._check_artifacts(job_id, count)
+        counts.rounds += 1
+        counts.suspended[stop_point] += 1
+        counts.exit_codes[exit_code] += 1
+        counts.accepted_writes += self._read_state(job_id) != before
+        self._check_artifacts(job_id, counts)
 
     def close(self) -> None:
         """Close the connections."""
@@ -161,15 +161,15 @@ class RunningService:
         process = self.launcher.processes[attempt_name(job_id, 1)]
         process.send_signal(signal.SIGSTOP)
         wait_until(lambda: _process_state(process.pid) in ("T", "Z", ""), TIMEOUT_S, interval_s=POLL_INTERVAL_S, description="the stop")
-        attempt = self._parts.jobs.repository.find(job_id, TENANT).attempts[0]
-        if process.poll() is not None or attempt.ended_at or self._parts.buckets.configs.stat(result_key(job_id, 1)):
+        attempt = self._services.jobs.repository.find(job_id, TENANT).attempts[0]
+        if process.poll() is not None or attempt.ended_at or self._services.buckets.configs.stat(result_key(job_id, 1)):
             process.send_signal(signal.SIGCONT)
             return False
         self.launcher.unreachable.add(attempt.handle or "")
         return True
 
     def _has_reached(self, stop_point: str, job_id: str) -> bool:
-        attempt = self._parts.jobs.repository.find(job_id, TENANT).attempt
+        attempt = self._services.jobs.repository.find(job_id, TENANT).attempt
         if attempt is None or attempt.handle is None or attempt_name(job_id, 1) not in getattr(self.launcher, "processes", {}):
             return False
         match stop_point:
@@ -180,12 +180,12 @@ class RunningService:
             case "training":
                 return self._job(job_id)["status"] in ("training", "completed")
             case _:
-                return any(True for _ in self._parts.buckets.models.iter_objects(f"trained_adapters/{job_id}/"))
+                return any(True for _ in self._services.buckets.models.iter_objects(f"trained_adapters/{job_id}/"))
 
     def _expire_lease(self, job_id: str) -> None:
         """Advance the clock through silence, suspicion, lease and grace period, each seen by the reconciler.
 
-        A report sent just before the suspension may arrive only now; then all of it starts again.
+        A report sent just before the suspension may arrive only now; then all of this starts again.
         """
         limits, until_s = CLOUD_LIMITS, time.monotonic() + TIMEOUT_S
         while len(self._attempts(job_id)) < 2:
@@ -197,25 +197,27 @@ class RunningService:
                 raise CampaignError(f"attempt 1 of {job_id} was not given up within {TIMEOUT_S:.0f} s")
 
     def _attempts(self, job_id: str) -> tuple[Attempt, ...]:
-        return self._parts.jobs.repository.find(job_id, TENANT).attempts
+        return self._services.jobs.repository.find(job_id, TENANT).attempts
 
     def _read_state(self, job_id: str) -> tuple[Any, ...]:
-        """All that the service stores and shows of a job: its record, its events, its manifest."""
-        events = [(stored.attempt, stored.seq) for stored in self._parts.store.list_events(job_id, 0, 10_000)]
-        manifest = self._parts.buckets.models.read(manifest_key(job_id))
-        return self._parts.jobs.repository.find(job_id, TENANT), events, manifest
+        """Everything that the service stores about a job: its record, events and manifest."""
+        events = [(stored.attempt, stored.seq) for stored in self._services.store.list_events(job_id, 0, 10_000)]
+        manifest = self._services.buckets.models.read(manifest_key(job_id))
+        return self._services.jobs.repository.find(job_id, TENANT), events, manifest
 
-    def _check_artifacts(self, job_id: str, count: Counts) -> None:
-        job = self._parts.jobs.repository.find(job_id, TENANT)
-        models = self._parts.buckets.models
+    def _check_artifacts(self, job_id: str, counts: Counts) -> None:
+        job = self._services.jobs.repository.find(job_id, TENANT)
+        models = self._services.buckets.models
         manifest = PublishManifest.load(models.read(manifest_key(job_id)))
         if not job.artifacts or manifest.artifacts != job.artifacts:
-            count.bad.append(f"{job_id} has published {len(job.artifacts)} artifacts, and its manifest names {len(manifest.artifacts)}")
-        of_1 = [artifact for artifact in job.artifacts if "/attempt-2/" not in artifact.key]
-        count.stale_artifacts += bool(of_1) or manifest.attempt != 2
+            counts.failures.append(
+                f"{job_id} has published {len(job.artifacts)} artifacts, and its manifest names {len(manifest.artifacts)}"
+            )
+        stale = [artifact for artifact in job.artifacts if "/attempt-2/" not in artifact.key]
+        counts.stale_artifacts += bool(stale) or manifest.attempt != 2
         for artifact in job.artifacts:
             contents = ((file, models.read(artifact.key + file.path)) for file in artifact.files)
-            count.damaged += sum(hashlib.sha256(content).hexdigest() != file.sha256 for file, content in contents)
+            counts.damaged += sum(hashlib.sha256(content).hexdigest() != file.sha256 for file, content in contents)
 
     def _job(self, job_id: str) -> dict[str, Any]:
         return self._http.get(f"/jobs/{job_id}").json()
@@ -225,14 +227,14 @@ class RunningService:
 def run_service(folder: Path) -> Iterator[RunningService]:
     """Run the service in a thread, with the cloud's limits and a clock that can be advanced."""
     LAUNCHERS["unreachable"] = f"{__name__}:UnreachableLauncher"
-    ahead = timedelta()
+    offset = timedelta()
 
     def clock() -> datetime:
-        return datetime.now(UTC) + ahead
+        return datetime.now(UTC) + offset
 
-    def skip(by: timedelta) -> None:
-        nonlocal ahead
-        ahead += by + timedelta(seconds=1)
+    def advance_clock(duration: timedelta) -> None:
+        nonlocal offset
+        offset += duration + timedelta(seconds=1)
 
     port = _free_port()
     settings = Settings.model_validate(
@@ -249,11 +251,11 @@ def run_service(folder: Path) -> Iterator[RunningService]:
     wait_until(lambda: server.started or not thread.is_alive(), TIMEOUT_S, description="the service")
     if not thread.is_alive():
         raise CampaignError("the service did not start")
-    scene = RunningService(f"http://127.0.0.1:{port}", app.state.services, skip)
+    running = RunningService(f"http://127.0.0.1:{port}", app.state.services, advance_clock)
     try:
-        yield scene
+        yield running
     finally:
-        scene.close()
+        running.close()
         server.should_exit = True
         thread.join(TIMEOUT_S)
         log.setLevel(level)

@@ -1,7 +1,7 @@
 """Python imports this before an attempt's own code; it replaces training and exporting, which would need a gigabyte of libraries.
 
-Only the interpreter that tests/chaos/service.py writes has it on its path. The command line decides: `-m jobs.llm.probe` and, of the
-attempts, all but one in CHAOS_REAL_ONE_IN are answered here; the others run as the real `jobs.run`.
+Only the interpreter that tests/chaos/service.py writes has this folder on its path. The command line decides: this file handles
+`-m jobs.llm.probe` and all attempts but one in CHAOS_REAL_ONE_IN; the others run as the real `jobs.run`.
 """
 
 import json

@@ -1,8 +1,8 @@
 """The core of the service in simulated time: real stores, a fake launcher, simulated attempts and a service that crashes.
 
-Nobody really sleeps. Everything that waits is scheduled on one timeline; the service's clock is the timeline's plus its error. The ports
-of the service are wrapped: every call takes a little time in which others act, and before or after any call the process may end as with
-`kill -9`. A new one then continues with the same stores.
+No code really sleeps. Everything that waits is scheduled on one timeline; the service's clock is the timeline's time plus an
+offset. The service's ports are wrapped: during every call, other simulated processes may run, and the service may crash before or after
+any call as with `kill -9`. A new process then continues with the same stores.
 """
 
 import heapq
@@ -38,8 +38,8 @@ TENANT = "local"
 MEMORY_BACKED = Path("/dev/shm")  # a round writes and syncs dozens of small files
 RETRY_S = 0.5
 FINISH_TRIES = 20
-CANCEL_DELAY_S = 0.5  # until an attempt that receives a cancel ends
-KILL_DELAY_S = 10.0  # until Cloud Run kills one that ignores SIGTERM
+CANCEL_DELAY_S = 0.5  # from the cancel to the end of the attempt
+KILL_DELAY_S = 10.0  # until Cloud Run kills an attempt that ignores SIGTERM
 WAKE_DELAY_S = 0.05  # as in the reconciler
 
 Answer = TypeVar("Answer")
@@ -105,7 +105,7 @@ class Deployment:
     name: str
     limits: Limits
     interval_s: float  # between two reconciles
-    polling_is_free: bool  # a laptop: one service, whose reconciler can be woken; otherwise several independent ones
+    polling_is_free: bool  # a laptop: one service, whose reconciler can be woken; otherwise several independent services
     report_interval_s: float
     max_call_s: float  # the longest duration of a call of a port
     max_visibility_delay_s: float  # the longest time until a new execution is found by its name
@@ -122,7 +122,7 @@ CLOUD = Deployment("cloud", CLOUD_LIMITS, 60.0, polling_is_free=False, report_in
 class Execution:
     """An execution of the launcher: a simulated process, alive or not."""
 
-    order: LaunchRequest
+    launch_request: LaunchRequest
     handle: str
     started_at_s: float
     visible_at_s: float
@@ -133,11 +133,11 @@ class Execution:
 
     @property
     def job_id(self) -> str:
-        return self.order.job_id
+        return self.launch_request.job_id
 
     @property
     def number(self) -> int:
-        return self.order.attempt
+        return self.launch_request.attempt
 
 
 class FakeLauncher:
@@ -158,19 +158,23 @@ class FakeLauncher:
         self._timeline = timeline
         self._chance = chance
 
-    def launch(self, order: LaunchRequest) -> str:
+    def launch(self, launch_request: LaunchRequest) -> str:
         now_s = self._timeline.now_s
         visible_s = now_s + self._chance.uniform(0, self._deployment.max_visibility_delay_s)
-        execution = Execution(order, f"execution {len(self.executions)} of {order.name}", now_s, visible_s)
+        execution = Execution(launch_request, f"execution {len(self.executions)} of {launch_request.name}", now_s, visible_s)
         self.executions.append(execution)
         self.on_launch(execution)
         if self.loses_responses:
-            raise Unavailable("the answer was lost")
+            raise Unavailable("the response was lost")
         return execution.handle
 
     def find_handle(self, name: str) -> str | None:
         self._check_available()
-        visible = [one for one in self.executions if one.order.name == name and one.visible_at_s <= self._timeline.now_s]
+        visible = [
+            execution
+            for execution in self.executions
+            if execution.launch_request.name == name and execution.visible_at_s <= self._timeline.now_s
+        ]
         if self.polling_is_free:
             visible = [execution for execution in visible if execution.alive]  # a local process that ended is not listed
         return min(visible, key=lambda execution: not execution.alive).handle if visible else None
@@ -192,7 +196,7 @@ class FakeLauncher:
         elif not self.polling_is_free:
             self._timeline.schedule(KILL_DELAY_S, lambda: self.end(execution))
 
-    def count_free_slots(self, active: int) -> int:
+    def count_free_slots(self, active_jobs: int) -> int:
         return 10
 
     def get_capabilities(self, profile: str | None = None) -> RuntimeCapabilities:
@@ -208,14 +212,14 @@ class FakeLauncher:
     def _check_available(self) -> None:
         if self.is_unavailable:
             self.refused_calls += 1
-            raise Unavailable("the compute does not answer")
+            raise Unavailable("the launcher does not answer")
 
     def _find_execution(self, handle: str) -> Execution:
         return next(execution for execution in self.executions if execution.handle == handle)
 
 
 class FakeCloudLauncher(FakeLauncher):
-    """A launcher that can be asked why an execution ended, and has no reasons. During an outage, some calls may still answer."""
+    """A launcher with `get_exit_reason`, which knows no reasons. During an outage, some calls may still answer."""
 
     def get_exit_reason(self, handle: str) -> None:
         if self._chance.random() < 0.5:
@@ -227,7 +231,7 @@ class FakeCloudLauncher(FakeLauncher):
 
 @dataclass
 class ServiceProcess:
-    """One process of the service: how many calls it has made, and at which it crashes."""
+    """One process of the service, which counts its calls and crashes at one of them."""
 
     crash_at_call: int | None = None  # at this call of a port, counted from 1
     crash_on: str = ""  # or at the first call of this name
@@ -244,20 +248,20 @@ class ServiceProcess:
             raise Crash(name)
         self.calls += 1
         self.call_names.append(name)
-        its_last = self.calls == self.crash_at_call or name == self.crash_on
+        crashes = self.calls == self.crash_at_call or name == self.crash_on
         self.before_call()
         if self.has_crashed:  # it crashed elsewhere in the meantime
             raise Crash(name)
-        if its_last and not self.crash_after_call:
+        if crashes and not self.crash_after_call:
             self._crash(f"before {name}")
-        done = action()
-        if its_last:
+        result = action()
+        if crashes:
             self._crash(f"after {name}")
-        return done
+        return result
 
-    def _crash(self, where: str) -> None:
-        self.has_crashed, self.crash_point = True, where
-        raise Crash(where)
+    def _crash(self, crash_point: str) -> None:
+        self.has_crashed, self.crash_point = True, crash_point
+        raise Crash(crash_point)
 
 
 class PortProxy:
@@ -281,7 +285,7 @@ class AttemptBehavior:
     """What a simulated attempt does."""
 
     start_delay_s: float = 2.0
-    reports: int = 14  # longer than the grace period of a launch: 7 s on a laptop, 210 s in the cloud
+    reports: int = 14  # takes longer than the grace period of a launch: 7 s on a laptop, 210 s in the cloud
     outcome: str = "completed"
     dies_before: str = ""  # "claim", "report" or "result": it disappears before this call
     ignores_cancel: bool = False  # it does not react to a cancel
@@ -301,11 +305,11 @@ class Simulation:
         self.store = store
         self.objects = open_store((folder / "objects").as_uri())
         self.secrets = LocalSecretStore(folder / "secrets")
-        self.compute = (FakeLauncher if deployment.polling_is_free else FakeCloudLauncher)(deployment, self.timeline, self.chance)
-        self.compute.on_launch = lambda execution: self.timeline.start(self._run_attempt(execution))
+        self.launcher = (FakeLauncher if deployment.polling_is_free else FakeCloudLauncher)(deployment, self.timeline, self.chance)
+        self.launcher.on_launch = lambda execution: self.timeline.start(self._run_attempt(execution))
         self.tokens = TokenSigner(b"k" * 32, self.clock)
         self.choose_behavior: Callable[[Execution], AttemptBehavior] = lambda _: AttemptBehavior()
-        self.fenced = 0  # attempts that were told that they are superseded
+        self.fenced = 0  # attempts that learned that they are superseded
         self.reconcile_count = 0
         self.after_reconcile: Callable[[float], None] = lambda _: None  # gets the time at which the reconcile started
         self.next_process: Callable[[], ServiceProcess] = ServiceProcess  # makes the next process of the service
@@ -343,7 +347,7 @@ class Simulation:
                 self.timeline.run_until(lambda: False, RETRY_S)
 
     def retry_on_timeline(self, operation: Callable[[JobServices], object]) -> SimulatedProcess:
-        """The same for a caller that sleeps on the timeline; a rejection because the job ended counts as an answer."""
+        """Like `call_with_retry` for a process on the timeline; a Conflict, because the job ended, counts as an answer."""
         while True:
             try:
                 self.call_service(operation)
@@ -354,18 +358,18 @@ class Simulation:
                 yield RETRY_S
 
     def submit(self, key: str, **changes: object) -> Job:
-        """Submit as our client does: with a key, until there is an answer."""
+        """Submit with an idempotency key until there is an answer, as Tunesmith's client does."""
         return self.call_with_retry(lambda jobs: jobs.submission.submit(make_train_request(**changes), TENANT, key))
 
     def record(self, job_id: str) -> Job:
         """The stored job, whether or not the service runs."""
         job = self.store.find_job(job_id)
-        assert job is not None, f"{job_id} is not there"
+        assert job is not None, f"{job_id} is not stored"
         return job
 
     def live_executions(self, job_id: str) -> list[Execution]:
         """The live executions of the job."""
-        return [execution for execution in self.compute.executions if execution.alive and execution.job_id == job_id]
+        return [execution for execution in self.launcher.executions if execution.alive and execution.job_id == job_id]
 
     def is_settled(self, job_id: str) -> bool:
         """Whether the job has ended and nothing runs for it."""
@@ -376,7 +380,7 @@ class Simulation:
     def _start_process(self) -> None:
         self.process = self.next_process()
         self.process.before_call = self._advance_between_calls
-        ports = {"store": self.store, "secrets": self.secrets, "launcher": self.compute}
+        ports = {"store": self.store, "secrets": self.secrets, "launcher": self.launcher}
         objects = dict.fromkeys(("configs", "models", "datasets"), self.objects)
         # Any: a proxy has the names of whatever port is behind it.
         proxies: dict[str, Any] = {name: PortProxy(name, port, self.process) for name, port in ports.items()}
@@ -444,13 +448,13 @@ class Simulation:
 
     def _run_attempt(self, execution: Execution) -> SimulatedProcess:
         """Run an attempt from its start to its end."""
-        course = self.choose_behavior(execution)
-        yield course.start_delay_s
+        behavior = self.choose_behavior(execution)
+        yield behavior.start_delay_s
         try:
-            yield from self._claim_and_train(execution, course)
+            yield from self._claim_and_train(execution, behavior)
         except Fenced:
             self.fenced += 1
-        self.compute.end(execution)
+        self.launcher.end(execution)
 
     def _claim_and_train(self, execution: Execution, behavior: AttemptBehavior) -> SimulatedProcess:
         if behavior.dies_before == "claim":
@@ -476,19 +480,19 @@ class Simulation:
             yield 0.0 if execution.has_claim else RETRY_S
 
     def _train(self, execution: Execution, behavior: AttemptBehavior) -> Generator[float, None, str]:
-        """Report until the training is over or a stop is requested; return which. Training continues while the service is unavailable."""
+        """Report until the training is over or a stop is requested; return the outcome. The service may be unavailable meanwhile."""
         seq = 0
         for beat in range(behavior.reports + 1):
             if behavior.dies_before == "report" and beat == behavior.reports:
-                self.compute.end(execution)
+                self.launcher.end(execution)
             if not execution.alive:
                 return ""
             batch = self._make_batch(seq, behavior)
-            answer = self._call_as_attempt(lambda jobs, batch=batch: jobs.attempts.report(execution.job_id, execution.number, batch))
-            seq = answer.next_seq if answer else seq
-            if answer and answer.directive != "continue" and not behavior.ignores_cancel:
+            response = self._call_as_attempt(lambda jobs, batch=batch: jobs.attempts.report(execution.job_id, execution.number, batch))
+            seq = response.next_seq if response else seq
+            if response and response.directive != "continue" and not behavior.ignores_cancel:
                 yield CANCEL_DELAY_S
-                return "paused" if answer.directive == "pause" else "cancelled"
+                return "paused" if response.directive == "pause" else "cancelled"
             yield from self._wait_for_next_report(execution, behavior)
             if execution.stop_requested and not behavior.ignores_cancel:
                 return "cancelled"
@@ -529,14 +533,14 @@ def to_timeline_s(moment: datetime) -> float:
 @contextmanager
 def in_memory_folder(prefix: str) -> Iterator[Path]:
     """A temporary folder, in memory where the machine has such a file system: the order of writes is tested, not the disk."""
-    where = MEMORY_BACKED if MEMORY_BACKED.is_dir() else None
-    with TemporaryDirectory(prefix=prefix, dir=where) as folder:
+    parent = MEMORY_BACKED if MEMORY_BACKED.is_dir() else None
+    with TemporaryDirectory(prefix=prefix, dir=parent) as folder:
         yield Path(folder)
 
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """Silence the service's warnings: every one of them is caused on purpose."""
+    """Silence the service's warnings, which the injected faults cause."""
     log = logging.getLogger("service")
     level = log.level
     log.setLevel(logging.CRITICAL)
@@ -550,9 +554,9 @@ def without_warnings() -> Iterator[None]:
 def open_simulation(deployment: Deployment, store: str, seed: int = 0) -> Iterator[Simulation]:
     """Open a Simulation. `store`: "SQLite" or "memory"."""
     with in_memory_folder("chaos-core-") as folder, without_warnings():
-        kept = cast(JobStore, SqliteJobStore(folder / "tunesmith.db") if store == "SQLite" else MemoryJobStore())
-        kept.create_dataset(make_dataset())
+        job_store = cast(JobStore, SqliteJobStore(folder / "tunesmith.db") if store == "SQLite" else MemoryJobStore())
+        job_store.create_dataset(make_dataset())
         try:
-            yield Simulation(folder, deployment, kept, seed)
+            yield Simulation(folder, deployment, job_store, seed)
         finally:
-            kept.close()
+            job_store.close()
