@@ -69,9 +69,9 @@ class Service:
 
     def upload(self, rows: list[Json] = ROWS, **fields: str) -> str:
         content = "\n".join(json.dumps(row) for row in rows)
-        answer = self.http.post("/datasets", files={"file": ("rows.jsonl", content)}, data=fields)
-        assert answer.status_code == 201, answer.text
-        return answer.json()["processed_dataset_id"]
+        response = self.http.post("/datasets", files={"file": ("rows.jsonl", content)}, data=fields)
+        assert response.status_code == 201, response.text
+        return response.json()["processed_dataset_id"]
 
     def train(self, dataset_id: str, hyperparameters: Json | None = None, **changes: Any) -> str:
         request = {
@@ -79,9 +79,9 @@ class Service:
             "training_config": {"base_model_id": BASE, "hyperparameters": {"max_steps": 4, "batch_size": 2, **(hyperparameters or {})}},
         }
         request["training_config"] |= changes.pop("config", {})
-        answer = self.http.post("/train", json=request | changes)
-        assert answer.status_code == 201, answer.text
-        return answer.json()["job_id"]
+        response = self.http.post("/train", json=request | changes)
+        assert response.status_code == 201, response.text
+        return response.json()["job_id"]
 
     def job(self, job_id: str) -> Json:
         return self.http.get(f"/jobs/{job_id}").json()
@@ -96,21 +96,21 @@ class Service:
 
     def attempts(self) -> list[psutil.Process]:
         """The attempt processes of this home."""
-        mine = []
+        attempts = []
         for process in psutil.process_iter(["cmdline", "environ"]):
             if "jobs.run" in (process.info["cmdline"] or []) and str(self.home) in str(process.info["environ"]):
-                mine.append(process)
-        return mine
+                attempts.append(process)
+        return attempts
 
     def run_cli(self, *arguments: str, expect_failure: bool = False) -> str:
-        """What the command line prints; stderr if it is expected to fail."""
+        """Run the command line; return its stdout, or its stderr if it is expected to fail."""
         done = subprocess.run([str(TUNESMITH), *arguments], env=self.environment, capture_output=True, text=True, cwd=SOURCE)
         assert (done.returncode != 0) == expect_failure, done.stdout + done.stderr
         return done.stderr if expect_failure else done.stdout
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float = 120) -> None:
-    """Poll less often than other tests do: most conditions are an HTTP request. Starting an attempt takes 20 s on busy cores."""
+    """Poll less often than other tests: most conditions are an HTTP request. Starting an attempt takes 20 s on busy cores."""
     waiting.wait_until(condition, timeout_s, interval_s=0.05)
 
 
@@ -135,7 +135,7 @@ def new_service(home: Path, tiny_gemma: Path) -> Service:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, tiny_gemma: Path) -> Iterator[Service]:
-    """A service shared by tests that do not harm it."""
+    """A service shared by tests that do not stop it."""
     service = new_service(tmp_path_factory.mktemp("home"), tiny_gemma)
     service.start()
     yield service

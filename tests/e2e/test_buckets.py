@@ -43,10 +43,10 @@ def test_job_runs_on_s3_bucket_with_presigned_downloads(service: Service) -> Non
     job = service.wait_until_final(job_id)
     assert job["status"] == "completed", f"{job['failure']}\n{service.log(job_id)}"
     assert job["gguf_path"].startswith(f"s3://{BUCKET}/tunesmith/gguf_models/{job_id}/")
-    answer = service.http.get(f"/jobs/download/{job_id}").json()
-    assert "X-Amz-Signature" in answer["download_url"]
-    assert httpx2.get(answer["download_url"]).content[:4] == b"GGUF"
+    response = service.http.get(f"/jobs/download/{job_id}").json()
+    assert "X-Amz-Signature" in response["download_url"]
+    assert httpx2.get(response["download_url"]).content[:4] == b"GGUF"
     assert not (service.home / "objects").exists()
     assert SECRET_KEY not in service.log(job_id) + (service.home / "service.log").read_text()
     assert service.http.delete(f"/jobs/{job_id}").json()["deleted"]
-    assert httpx2.get(answer["download_url"]).is_client_error
+    assert httpx2.get(response["download_url"]).is_client_error

@@ -1,4 +1,4 @@
-"""The main job on the Google stack: real client libraries, a front door that checks identities, the tiny model."""
+"""The main job on the Google stack: real client libraries, a proxy that checks identities, and the tiny model."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ CONFIG: Json = {
 }
 # For tests that do not depend on what is trained and exported.
 ADAPTER_CONFIG: Json = {"base_model_id": BASE, "hyperparameters": {"max_steps": 2, "batch_size": 2}}
-# Each fault of a store once: it is busy, resets the connection, truncates or corrupts a request, succeeds without a response.
+# Each fault of a store once: busy, connection reset, request truncated or corrupted, success without a response.
 STORAGE_FAULTS: list[tuple[FaultKind, int]] = [
     *(("reject", 503), ("reject", 429), ("reset", 0), ("truncate request", 0)),
     *(("corrupt request", 0), ("drop response", 0), ("reject", 500)),
@@ -35,15 +35,15 @@ FINAL = ("completed", "failed", "cancelled")
 
 
 @pytest.fixture(scope="module")
-def storage_front() -> Iterator[HttpFaultProxy]:
-    with run_http_fault_proxy() as front:
-        yield front
+def storage_proxy() -> Iterator[HttpFaultProxy]:
+    with run_http_fault_proxy() as proxy:
+        yield proxy
 
 
 @pytest.fixture(scope="module")
-def cloud(tmp_path_factory: pytest.TempPathFactory, tiny_gemma: Path, storage_front: HttpFaultProxy) -> Iterator[CloudLocal]:
+def cloud(tmp_path_factory: pytest.TempPathFactory, tiny_gemma: Path, storage_proxy: HttpFaultProxy) -> Iterator[CloudLocal]:
     folder = tmp_path_factory.mktemp("cloud")
-    with pytest.MonkeyPatch.context() as patch, run_cloud_local(folder, storage_faults=storage_front) as local:
+    with pytest.MonkeyPatch.context() as patch, run_cloud_local(folder, storage_faults=storage_proxy) as local:
         patch.setenv("STORAGE_EMULATOR_HOST", local.storage_url)
         bucket = get_bucket("models")
         for file in tiny_gemma.iterdir():
@@ -61,9 +61,9 @@ def http(cloud: CloudLocal) -> Iterator[httpx2.Client]:
 @pytest.fixture(scope="module")
 def dataset_id(http: httpx2.Client) -> str:
     rows = "\n".join(json.dumps(row) for row in ROWS)
-    answer = http.post("/datasets", files={"file": ("rows.jsonl", rows)})
-    assert answer.status_code == 201, answer.text
-    return answer.json()["processed_dataset_id"]
+    response = http.post("/datasets", files={"file": ("rows.jsonl", rows)})
+    assert response.status_code == 201, response.text
+    return response.json()["processed_dataset_id"]
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +81,9 @@ def get_bucket(name: str) -> storage.Bucket:
 def submit_job(http: httpx2.Client, dataset_id: str, config: Json = CONFIG, *, max_steps: int | None = None, **changes: Any) -> str:
     if max_steps is not None:
         config = config | {"hyperparameters": config["hyperparameters"] | {"max_steps": max_steps}}
-    answer = http.post("/train", json={"processed_dataset_id": dataset_id, "training_config": config} | changes)
-    assert answer.status_code == 201, answer.text
-    return answer.json()["job_id"]
+    response = http.post("/train", json={"processed_dataset_id": dataset_id, "training_config": config} | changes)
+    assert response.status_code == 201, response.text
+    return response.json()["job_id"]
 
 
 def get_job(http: httpx2.Client, job_id: str) -> Json:
@@ -105,15 +105,15 @@ def read_attempt_log(cloud: CloudLocal) -> str:
 
 def test_request_without_identity_is_rejected(cloud: CloudLocal) -> None:
     assert httpx2.get(f"{cloud.url}/health").status_code == 403
-    for_somebody_else = cloud.identity.identity_token("https://other.example")
-    assert httpx2.get(f"{cloud.url}/health", headers={"Authorization": f"Bearer {for_somebody_else}"}).status_code == 403
+    other_audience_token = cloud.identity.identity_token("https://other.example")
+    assert httpx2.get(f"{cloud.url}/health", headers={"Authorization": f"Bearer {other_audience_token}"}).status_code == 403
 
 
 def test_attempt_identity_only_opens_attempt_routes(cloud: CloudLocal) -> None:
     headers = {"X-Serverless-Authorization": f"Bearer {cloud.identity.identity_token(cloud.url)}"}
     assert httpx2.get(f"{cloud.url}/jobs", headers=headers).json()["error"]["code"] == "forbidden"
-    somebody = {"Authorization": f"Bearer {cloud.identity_token()}"}  # ignored when the other header is present
-    assert httpx2.get(f"{cloud.url}/jobs", headers=headers | somebody).status_code == 403
+    user = {"Authorization": f"Bearer {cloud.identity_token()}"}  # ignored when the other header is present
+    assert httpx2.get(f"{cloud.url}/jobs", headers=headers | user).status_code == 403
     assert httpx2.post(f"{cloud.url}/internal/jobs/j/attempts/1/claim", json={"claimant": "p"}, headers=headers).status_code == 401
 
 
@@ -129,19 +129,19 @@ def test_files_are_in_their_buckets_and_use_signed_urls(job: Json, http: httpx2.
     assert job["gguf_path"].startswith(f"gs://{BUCKETS['models']}/gguf_models/{job_id}/")
     assert get_bucket("configs").blob(f"results/{job_id}/1.json").exists()
     assert not get_bucket("models").blob(f"results/{job_id}/1.json").exists()
-    answer = http.get(f"/jobs/download/{job_id}").json()
-    assert "X-Goog-Signature" in answer["download_url"]
-    content = httpx2.get(answer["download_url"]).content
+    response = http.get(f"/jobs/download/{job_id}").json()
+    assert "X-Goog-Signature" in response["download_url"]
+    content = httpx2.get(response["download_url"]).content
     assert content[:4] == b"GGUF"
-    assert len(content) == answer["files"][0]["size_bytes"]
+    assert len(content) == response["files"][0]["size_bytes"]
 
 
 def test_secrets_are_destroyed_and_never_logged(job: Json, cloud: CloudLocal) -> None:
     assert cloud.secret_manager.secret_names() == []
-    seen = [*cloud.service_log.parent.rglob("*.log"), *cloud.service_log.parent.rglob("executions/**/*")]
-    for path in (path for path in seen if path.is_file()):
+    logs = [*cloud.service_log.parent.rglob("*.log"), *cloud.service_log.parent.rglob("executions/**/*")]
+    for path in (path for path in logs if path.is_file()):
         assert HF_TOKEN.encode() not in path.read_bytes(), path
-    assert not [e for e in cloud.cloud_run.executions() if HF_TOKEN in str(e)]
+    assert not [execution for execution in cloud.cloud_run.executions() if HF_TOKEN in str(execution)]
 
 
 def test_job_events_are_complete(job: Json, http: httpx2.Client) -> None:
@@ -153,10 +153,10 @@ def test_job_events_are_complete(job: Json, http: httpx2.Client) -> None:
     assert {2, 4, 6, 8} <= set(steps)
 
 
-def test_missing_logs_response_tells_where_they_are(job: Json, http: httpx2.Client) -> None:
-    answer = http.get(f"/jobs/{job['job_id']}/logs")
-    assert answer.status_code == 404
-    assert "gcloud logging read" in answer.json()["error"]["hint"]
+def test_missing_logs_response_explains_where_logs_are(job: Json, http: httpx2.Client) -> None:
+    response = http.get(f"/jobs/{job['job_id']}/logs")
+    assert response.status_code == 404
+    assert "gcloud logging read" in response.json()["error"]["hint"]
 
 
 def test_preempted_attempt_is_followed_by_another_and_cancel_releases_compute(
@@ -175,14 +175,14 @@ def test_preempted_attempt_is_followed_by_another_and_cancel_releases_compute(
 
 
 def test_storage_errors_delay_job_without_damage(
-    http: httpx2.Client, dataset_id: str, cloud: CloudLocal, storage_front: HttpFaultProxy
+    http: httpx2.Client, dataset_id: str, cloud: CloudLocal, storage_proxy: HttpFaultProxy
 ) -> None:
-    storage_front.set_faults(*(Fault(wrong, "POST", f"/b/{BUCKETS['models']}/o", status=status) for wrong, status in STORAGE_FAULTS))
+    storage_proxy.set_faults(*(Fault(kind, "POST", f"/b/{BUCKETS['models']}/o", status=status) for kind, status in STORAGE_FAULTS))
     job = wait_until_final(http, submit_job(http, dataset_id, ADAPTER_CONFIG))
     assert job["status"] == "completed", f"{job['failure']}\n{read_attempt_log(cloud)}"
-    uploads = [request for request in storage_front.requests if request.method == "POST" and f"/b/{BUCKETS['models']}/o" in request.path]
+    uploads = [request for request in storage_proxy.requests if request.method == "POST" and f"/b/{BUCKETS['models']}/o" in request.path]
     assert len(uploads) > len(STORAGE_FAULTS)  # every fault met an upload
-    storage_front.set_faults()
+    storage_proxy.set_faults()
     for artifact in job["artifacts"]:
         for file in artifact["files"]:
             content = get_bucket("models").blob(artifact["key"] + file["path"]).download_as_bytes()
@@ -190,14 +190,14 @@ def test_storage_errors_delay_job_without_damage(
 
 
 def test_storage_permission_error_fails_job_and_publishes_nothing(
-    http: httpx2.Client, dataset_id: str, storage_front: HttpFaultProxy
+    http: httpx2.Client, dataset_id: str, storage_proxy: HttpFaultProxy
 ) -> None:
     message = "tunesmith-job@p.iam.gserviceaccount.com does not have storage.objects.create access to the Google Cloud Storage object."
     body = json.dumps({"error": {"code": 403, "message": message}})
-    storage_front.set_faults(Fault("reject", "POST", f"/b/{BUCKETS['models']}/o", times=1000, status=403, body=body))
+    storage_proxy.set_faults(Fault("reject", "POST", f"/b/{BUCKETS['models']}/o", times=1000, status=403, body=body))
     job_id = submit_job(http, dataset_id, ADAPTER_CONFIG)
     job = wait_until_final(http, job_id)
-    storage_front.set_faults()
+    storage_proxy.set_faults()
     assert (job["status"], job["failure"]["code"]) == ("failed", "upload_failed")
     assert "roles/storage.objectUser" in job["failure"]["message"]
     assert job["artifacts"] == []
@@ -208,17 +208,17 @@ def test_storage_permission_error_fails_job_and_publishes_nothing(
 def test_cli_works_against_cloud_service(job: Json, cloud: CloudLocal, tmp_path: Path) -> None:
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), **cloud.client_environment()}
 
-    def tunesmith(*arguments: str) -> str:
+    def run_cli(*arguments: str) -> str:
         done = subprocess.run([str(TUNESMITH), *arguments], env=environment, capture_output=True, text=True, cwd=SOURCE)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    assert job["job_id"] in tunesmith("jobs", "--json")
+    assert job["job_id"] in run_cli("jobs", "--json")
     get_bucket("datasets").blob("incoming/rows.jsonl").upload_from_string("\n".join(json.dumps(row) for row in ROWS))
-    assert tunesmith("datasets", "import", "incoming/rows.jsonl").startswith("dataset_")
-    assert json.loads(tunesmith("capabilities", "--json"))["launcher"] == "cloud-run"
-    tunesmith("download", job["job_id"], "--artifact", "gguf-q8_0", "--to", str(tmp_path / "got"))
-    gguf = next((tmp_path / "got").glob("*.gguf"))
+    assert run_cli("datasets", "import", "incoming/rows.jsonl").startswith("dataset_")
+    assert json.loads(run_cli("capabilities", "--json"))["launcher"] == "cloud-run"
+    run_cli("download", job["job_id"], "--artifact", "gguf-q8_0", "--to", str(tmp_path / "downloaded"))
+    gguf = next((tmp_path / "downloaded").glob("*.gguf"))
     command = [TRAINER_PYTHON, "-m", "jobs.llm.chat", "--gguf", gguf, "--temperature", "0", "--max-tokens", "4", "--prompt", "what is it"]
     assert subprocess.run(command, cwd=SOURCE, capture_output=True, check=True, env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)})
 
@@ -226,6 +226,6 @@ def test_cli_works_against_cloud_service(job: Json, cloud: CloudLocal, tmp_path:
 def test_deleted_job_leaves_no_objects(http: httpx2.Client, job: Json) -> None:
     job_id = job["job_id"]
     assert http.delete(f"/jobs/{job_id}").json()["deleted"]
-    left = [blob.name for name in BUCKETS for blob in get_bucket(name).list_blobs() if job_id in blob.name]
-    assert left == []
+    remaining = [blob.name for name in BUCKETS for blob in get_bucket(name).list_blobs() if job_id in blob.name]
+    assert remaining == []
     assert http.get(f"/jobs/{job_id}").status_code == 404

@@ -18,11 +18,11 @@ import pytest
 
 from tests.e2e.conftest import SOURCE, TUNESMITH, Json, Service, new_service, wait_until
 
-# 54 rows in batches of 2: 27 steps an epoch, of some 35 ms. Losses of every fifth step, a checkpoint now and then.
+# 54 rows in batches of 2: 27 steps an epoch, of about 35 ms. Every fifth step is logged, and every 40th is saved.
 HYPERPARAMETERS = {"max_steps": -1, "gradient_accumulation_steps": 1, "logging_steps": 5, "save_strategy": "steps", "save_steps": 40}
 EPOCHS, MORE_EPOCHS, STEPS_PER_EPOCH = 8, 9, 27
 TOKEN = "hf_canary_again"
-SHUTDOWN_RESERVE_SHARE = 0.1  # of a time limit, kept back by the attempt
+SHUTDOWN_RESERVE_FRACTION = 0.1  # of a time limit, kept back by the attempt
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ def resumed_job(service: Service) -> ResumedJob:
     checkpoints = list_checkpoints(service, job_id)
     with set_hf_token(service):  # the job has no token and must not get one
         assert service.run_cli("resume", job_id, "--epochs", str(MORE_EPOCHS)).strip() == "queued"
-    watched, _ = watcher.communicate(timeout=300)
+    watch_output, _ = watcher.communicate(timeout=300)
     job = service.wait_until_final(job_id)
     assert job["status"] == "completed", service.log(job_id)
-    return ResumedJob(paused, checkpoints, processes, refused, job, list_events(service, job_id), watched)
+    return ResumedJob(paused, checkpoints, processes, refused, job, list_events(service, job_id), watch_output)
 
 
 def test_pause_saves_checkpoint_and_releases_machine(resumed_job: ResumedJob) -> None:
@@ -72,8 +72,8 @@ def test_pause_saves_checkpoint_and_releases_machine(resumed_job: ResumedJob) ->
 
 
 def test_resumed_job_continues_to_new_epoch_count(resumed_job: ResumedJob) -> None:
-    place = resumed_job.paused["checkpoint"]["step"]
-    assert [attempt["resumed_step"] for attempt in resumed_job.job["attempts"]] == [None, place]
+    paused_step = resumed_job.paused["checkpoint"]["step"]
+    assert [attempt["resumed_step"] for attempt in resumed_job.job["attempts"]] == [None, paused_step]
     assert [row["event"]["from_attempt"] for row in resumed_job.events if row["event"]["type"] == "checkpoint_restored"] == [1]
     assert resumed_job.job["progress"]["step"] == MORE_EPOCHS * STEPS_PER_EPOCH
     assert resumed_job.job["training_config"]["hyperparameters"]["epochs"] == MORE_EPOCHS
@@ -81,18 +81,18 @@ def test_resumed_job_continues_to_new_epoch_count(resumed_job: ResumedJob) -> No
     assert statuses == ["preparing", "training", "pausing", "paused", "queued", "preparing", "training", "completed"]
 
 
-def test_the_loss_curve_of_a_paused_job_has_every_step_once(resumed_job: ResumedJob) -> None:
+def test_loss_curve_of_paused_job_has_every_step_once(resumed_job: ResumedJob) -> None:
     steps = [step for step, _ in losses(resumed_job.events)]
     assert steps == list(range(5, MORE_EPOCHS * STEPS_PER_EPOCH + 1, 5))
 
 
 def test_watch_continues_across_pause(resumed_job: ResumedJob) -> None:
-    place = resumed_job.paused["checkpoint"]["step"]
+    paused_step = resumed_job.paused["checkpoint"]["step"]
     for text in (
         "paused",
         f"tunesmith resume {resumed_job.job['job_id']}",
         "preparing, attempt 2",
-        f"continues from step {place}",
+        f"continues from step {paused_step}",
         "completed",
     ):
         assert text in resumed_job.watch_output
@@ -111,19 +111,19 @@ def test_invalid_resume_changes_are_rejected(resumed_job: ResumedJob) -> None:
 
 def test_control_of_completed_job_is_rejected(resumed_job: ResumedJob, service: Service) -> None:
     job_id = resumed_job.job["job_id"]
-    for verb in ("pause", "resume", "retry", "cancel"):
-        answer = service.http.post(f"/jobs/{job_id}/{verb}")
-        assert (answer.status_code, "completed" in answer.json()["error"]["message"]) == (409, True), verb
-        assert service.http.post(f"/jobs/nobody/{verb}").status_code == 404
+    for action in ("pause", "resume", "retry", "cancel"):
+        response = service.http.post(f"/jobs/{job_id}/{action}")
+        assert (response.status_code, "completed" in response.json()["error"]["message"]) == (409, True), action
+        assert service.http.post(f"/jobs/nobody/{action}").status_code == 404
     assert "nothing to resume" in service.run_cli("resume", job_id, expect_failure=True)
 
 
 def test_earlier_checkpoint_is_exported_without_training(resumed_job: ResumedJob, service: Service, tmp_path: Path) -> None:
     job_id = resumed_job.job["job_id"]
-    kept = list_checkpoints(service, job_id)
-    assert kept[0]["reason"] == "end"
-    earlier = kept[-1]["step"]
-    assert earlier < kept[0]["step"]
+    checkpoints = list_checkpoints(service, job_id)
+    assert checkpoints[0]["reason"] == "end"
+    earlier = checkpoints[-1]["step"]
+    assert earlier < checkpoints[0]["step"]
     assert f"{earlier}/" in service.run_cli("checkpoints", job_id)
     export_id = service.run_cli("export", job_id, str(earlier), "--format", "adapter").strip()
     export = service.wait_until_final(export_id)
@@ -138,22 +138,22 @@ def test_earlier_checkpoint_is_exported_without_training(resumed_job: ResumedJob
 
 
 def test_missing_checkpoint_cannot_be_exported(resumed_job: ResumedJob, service: Service) -> None:
-    answer = service.http.post(f"/jobs/{resumed_job.job['job_id']}/checkpoints/7/export")
-    assert answer.status_code == 404
+    response = service.http.post(f"/jobs/{resumed_job.job['job_id']}/checkpoints/7/export")
+    assert response.status_code == 404
     for row in list_checkpoints(service, resumed_job.job["job_id"]):
-        assert str(row["step"]) in answer.json()["error"]["message"]
+        assert str(row["step"]) in response.json()["error"]["message"]
 
 
 def test_orphaned_files_are_listed_and_deleted(resumed_job: ResumedJob, service: Service) -> None:
-    left_behind = service.home / "objects/merged_models/training_nobody/attempt-1/model.safetensors"
-    left_behind.parent.mkdir(parents=True)
-    left_behind.write_bytes(b"x" * 1000)
+    orphan = service.home / "objects/merged_models/training_nobody/attempt-1/model.safetensors"
+    orphan.parent.mkdir(parents=True)
+    orphan.write_bytes(b"x" * 1000)
     listed = service.run_cli("orphans")
     assert "training_nobody" in listed
     assert resumed_job.job["job_id"] not in listed
-    assert left_behind.exists()
+    assert orphan.exists()
     assert "training_nobody" in service.run_cli("orphans", "--delete")
-    assert not left_behind.exists()
+    assert not orphan.exists()
     assert list_checkpoints(service, resumed_job.job["job_id"])  # files of existing jobs stay
     assert json.loads(service.run_cli("orphans", "--json")) == {"orphans": [], "complete": True}
 
@@ -161,7 +161,7 @@ def test_orphaned_files_are_listed_and_deleted(resumed_job: ResumedJob, service:
 def test_job_continues_after_cancel_retry_and_kill(service: Service) -> None:
     job_id = service.train(service.upload(), {**HYPERPARAMETERS, "epochs": EPOCHS}, hf_token=TOKEN)
     wait_until(lambda: service.job(job_id)["checkpoint"] is not None)
-    assert service.http.post(f"/jobs/{job_id}/retry").status_code == 409  # it is running
+    assert service.http.post(f"/jobs/{job_id}/retry").status_code == 409  # the job is running
     assert service.run_cli("cancel", job_id, "--wait").strip() == "cancelled"
     cancelled = service.job(job_id)
     assert f"tunesmith retry {job_id}" in service.run_cli("show", job_id)
@@ -214,7 +214,7 @@ def suspend_until_near_time_limit(service: Service) -> None:
     limit_s = int(service.environment["TUNESMITH_ATTEMPT_TIME_LIMIT_S"])
     for attempt in service.attempts():
         attempt.suspend()
-        time.sleep(max(0.0, (1 - SHUTDOWN_RESERVE_SHARE) * limit_s - 3 - (time.time() - attempt.create_time())))
+        time.sleep(max(0.0, (1 - SHUTDOWN_RESERVE_FRACTION) * limit_s - 3 - (time.time() - attempt.create_time())))
         attempt.resume()
 
 

@@ -24,7 +24,7 @@ EXAMPLES = 40  # of each kind and operation
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LocalLauncher, "get_capabilities", lambda _, profile=None: make_capabilities())
-        patch.setattr(LocalLauncher, "count_free_slots", lambda _, active: 0)
+        patch.setattr(LocalLauncher, "count_free_slots", lambda _, active_jobs: 0)
         home: Path = tmp_path_factory.mktemp("home")
         yield schemathesis.openapi.from_asgi("/openapi.json", create_app(Settings(home=home)))
 

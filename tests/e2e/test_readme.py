@@ -25,16 +25,16 @@ def commands() -> list[str]:
     return [re.sub(r"\s+# .*$", "", command) for command in lines]
 
 
-# The longest test comes first, so that the other files run beside it.
+# The longest test comes first, so that the other files run at the same time.
 @pytest.mark.timeout(900)
 def test_make_demo_tunes_real_gemma(tmp_path: Path, service: Service) -> None:
     environment = {**service.environment, "TUNESMITH_HOME": str(tmp_path / "home"), "COLUMNS": "200"}
     del environment["HF_HUB_OFFLINE"]  # as a user would run it
     done = subprocess.run(["make", "demo"], cwd=SOURCE, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    lower = re.search(r"perplexity is (\d+)% lower", done.stdout)
-    assert lower, done.stdout
-    assert int(lower.group(1)) >= 40
+    match = re.search(r"perplexity is (\d+)% lower", done.stdout)
+    assert match, done.stdout
+    assert int(match.group(1)) >= 40
     for text in ("Gemma Terms of Use", "base", "tuned", "gguf-q8_0", "gguf-f16", "chat training_"):
         assert text in done.stdout
     assert list((tmp_path / "home/downloads").rglob("*-f16.gguf"))
@@ -43,13 +43,13 @@ def test_make_demo_tunes_real_gemma(tmp_path: Path, service: Service) -> None:
 def test_readme_commands_run_in_order(service: Service, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
     ids = {"dataset_…": "", "training_…": ""}
-    ran = commands()
-    assert len(ran) >= 9
-    for command in ran:
+    readme_commands = commands()
+    assert len(readme_commands) >= 9
+    for command in readme_commands:
         line = command.replace("http://127.0.0.1:8080", str(service.http.base_url).rstrip("/")).replace("google/gemma-3-270m", BASE)
         line = line.replace("max_steps=40", "max_steps=3")
-        for placeholder, real in ids.items():
-            line = line.replace(placeholder, real)
+        for placeholder, id_ in ids.items():
+            line = line.replace(placeholder, id_)
         script = f'set -euo pipefail; tunesmith() {{ "{TUNESMITH}" "$@"; }}; {line}'
         done = subprocess.run(
             ["bash", "-c", script], cwd=tmp_path, env=service.environment, input="hello\n", capture_output=True, text=True
@@ -57,20 +57,20 @@ def test_readme_commands_run_in_order(service: Service, tmp_path: Path) -> None:
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         assert '"error":{' not in done.stdout, f"{line}\n{done.stdout}"
         for placeholder in ids:
-            if made := re.search(rf"\b{placeholder[:-1]}[\w.-]+", done.stdout):
-                ids[placeholder] = made.group()
+            if match := re.search(rf"\b{placeholder[:-1]}[\w.-]+", done.stdout):
+                ids[placeholder] = match.group()
     assert service.wait_until_final(ids["training_…"])["status"] == "completed"
 
 
 def test_readme_example_rows_are_accepted(service: Service) -> None:
     [rows] = [block for block in blocks("json") if '"messages"' in block]
-    forms: dict[tuple[str, ...], list[str]] = {}
+    rows_by_fields: dict[tuple[str, ...], list[str]] = {}
     for line in rows.strip().splitlines():
-        forms.setdefault(tuple(json.loads(line)), []).append(line)
-    assert len(forms) == len(get_args(DatasetType))
-    for lines in forms.values():
-        answer = service.http.post("/datasets", files={"file": ("rows.jsonl", "\n".join(lines))}, data={"eval_fraction": "0"})
-        assert answer.status_code == 201, answer.text
+        rows_by_fields.setdefault(tuple(json.loads(line)), []).append(line)
+    assert len(rows_by_fields) == len(get_args(DatasetType))
+    for lines in rows_by_fields.values():
+        response = service.http.post("/datasets", files={"file": ("rows.jsonl", "\n".join(lines))}, data={"eval_fraction": "0"})
+        assert response.status_code == 201, response.text
 
 
 def test_documented_make_targets_exist() -> None:

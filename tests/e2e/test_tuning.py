@@ -65,17 +65,17 @@ def test_tensorboard_files_are_stored(pushed_job: Json, service: Service) -> Non
 def test_read_only_token_is_rejected_before_job_is_created(service: Service) -> None:
     export = {"destination": "hfhub", "hf_repo_id": "ada/tuned"}
     body = {"processed_dataset_id": service.upload(), "hf_token": "hf_reader"}
-    answer = service.http.post("/train", json=body | {"training_config": {"base_model_id": BASE, "export_config": export}})
-    assert answer.status_code in (400, 403)
-    assert "hf_token" in answer.json()["error"]["param"]
-    assert "only read" in answer.json()["error"]["message"]
+    response = service.http.post("/train", json=body | {"training_config": {"base_model_id": BASE, "export_config": export}})
+    assert response.status_code in (400, 403)
+    assert "hf_token" in response.json()["error"]["param"]
+    assert "only read" in response.json()["error"]["message"]
 
 
 def test_clone_copies_job_with_changes(pushed_job: Json, service: Service) -> None:
     change = {"training_config": {"hyperparameters": {"beta": 0.5, "max_steps": 1}, "export_config": None, "tensorboard_config": None}}
-    answer = service.http.post(f"/jobs/{pushed_job['job_id']}/clone", json=change | {"hf_token": None})
-    assert answer.status_code == 201, answer.text
-    clone = service.wait_until_final(answer.json()["job_id"])
+    response = service.http.post(f"/jobs/{pushed_job['job_id']}/clone", json=change | {"hf_token": None})
+    assert response.status_code == 201, response.text
+    clone = service.wait_until_final(response.json()["job_id"])
     assert clone["status"] == "completed", service.log(clone["job_id"])
     assert clone["cloned_from"] == pushed_job["job_id"]
     assert (clone["training_config"]["trainer_type"], clone["training_config"]["hyperparameters"]["beta"]) == ("dpo", 0.5)
@@ -106,11 +106,11 @@ def test_model_failing_gate_is_published_only_by_explicit_export(service: Servic
     assert job["status"] == "completed", service.log(job_id)
     assert job["gate_passed"] is False
     assert job["artifacts"] == []
-    refused = service.http.get(f"/jobs/download/{job_id}")
-    assert refused.status_code in (404, 409)
-    assert "reward" in refused.json()["error"]["message"]
-    again = service.http.post(f"/jobs/{job_id}/export", json={})
-    assert again.status_code == 201, again.text
-    exported = service.wait_until_final(again.json()["job_id"])
+    download_response = service.http.get(f"/jobs/download/{job_id}")
+    assert download_response.status_code in (404, 409)
+    assert "reward" in download_response.json()["error"]["message"]
+    export_response = service.http.post(f"/jobs/{job_id}/export", json={})
+    assert export_response.status_code == 201, export_response.text
+    exported = service.wait_until_final(export_response.json()["job_id"])
     assert exported["status"] == "completed", service.log(exported["job_id"])
     assert "adapter" in [artifact["name"] for artifact in exported["artifacts"]]
