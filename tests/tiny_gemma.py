@@ -1,4 +1,4 @@
-"""A tiny Gemma 3 with random weights and its own tokenizer: the structure of the real model in a megabyte."""
+"""A tiny Gemma 3 with random weights and its own tokenizer: the architecture of the real model in one megabyte."""
 
 import io
 import json
@@ -78,7 +78,7 @@ def _write_tokenizer(folder: Path) -> None:
     tokenizer = GemmaTokenizer.from_pretrained(folder, add_bos_token=True)
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
     tokenizer.save_pretrained(folder)
-    (folder / "tokenizer.model").write_bytes(model.getvalue())  # the exporter expects it, as the real model has it
+    (folder / "tokenizer.model").write_bytes(model.getvalue())  # the exporter expects this file, which the real model has
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A tiny Gemma 3 that sees, with random weights: the files that the real one has, in two megabytes.
+"""A tiny vision-language Gemma 3 with random weights and the same files as the real model, in two megabytes.
 
-An image is `TOKENS_PER_IMAGE` soft tokens between <start_of_image> and <end_of_image>; the real one has 256 of them.
+An image is `TOKENS_PER_IMAGE` soft tokens between <start_of_image> and <end_of_image>; the real model has 256 of them.
 """
 
 import json
@@ -29,14 +29,14 @@ def _write_tokenizer(folder: Path) -> None:
     from transformers import AutoTokenizer
 
     with TemporaryDirectory() as text:
-        of_text = build_tiny_gemma(Path(text))
-        tokenizer = AutoTokenizer.from_pretrained(of_text, extra_special_tokens=IMAGE_TOKENS)
+        text_model = build_tiny_gemma(Path(text))
+        tokenizer = AutoTokenizer.from_pretrained(text_model, extra_special_tokens=IMAGE_TOKENS)
         tokenizer.save_pretrained(folder)
-        (folder / "tokenizer.model").write_bytes((of_text / "tokenizer.model").read_bytes())
+        (folder / "tokenizer.model").write_bytes((text_model / "tokenizer.model").read_bytes())
 
 
 def _write_processor(folder: Path) -> None:
-    """As google/gemma-3-4b-it has them, but for the sizes."""
+    """Write the processor files of google/gemma-3-4b-it, with smaller sizes."""
     images = {
         "do_convert_rgb": None,
         "do_normalize": True,
@@ -95,7 +95,7 @@ def _write_model(folder: Path) -> None:
     torch.manual_seed(7)
     model = Gemma3ForConditionalGeneration(config)
     for parameter in model.parameters():
-        if parameter.dim() > 1:  # larger than the default, so that the model has opinions, and an image matters
+        if parameter.dim() > 1:  # larger than the default, so that predictions differ clearly and depend on the image
             torch.nn.init.normal_(parameter, std=0.08)
     model.save_pretrained(folder)
 

@@ -57,7 +57,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def base_gguf(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny base as a GGUF file; it has no chat template. Not to be changed."""
+    """The tiny base as a GGUF file; it has no chat template. Tests must not change it."""
     folder = tmp_path_factory.mktemp("base-gguf")
     staging = make_staging_folder(tiny_base, tiny_base, [tiny_base], folder / "staging")
     convert(staging, folder / "base.gguf", precision="bf16", name="base")
@@ -127,7 +127,7 @@ def record() -> EventRecorder:
 
 @pytest.fixture
 def make_context(tmp_path: Path, record: EventRecorder) -> Callable[..., JobContext]:
-    """Makes the context of a job with this export config."""
+    """Makes the context of a job with an export config."""
 
     def make(method: str = "LoRA", **export_config: Any) -> JobContext:
         return make_job_context(tmp_path, record, method, **export_config)

@@ -1,4 +1,4 @@
-"""Uploads of artifacts: verified, retried, and below the attempt's own keys."""
+"""Uploads of artifacts are verified and retried, and each attempt has its own keys."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -7,9 +7,10 @@ from typing import ClassVar
 
 import pytest
 
-from jobs.runtime.artifacts import TRIES, ArtifactUploader, ExportedArtifact, artifact_key
+from jobs.runtime.artifacts import ArtifactUploader, ExportedArtifact, artifact_key
 from jobs.runtime.errors import JobFailed
 from jobs.runtime.files import sha256_of
+from jobs.runtime.retry import TRIES
 from schema.job import Fidelity
 from storage import ChecksumMismatch, NoSuchObject, ObjectStore, StorageError, StoredObject, StoreUnavailable
 from storage.file import LocalStore
@@ -91,7 +92,7 @@ def test_a_folder_is_published_file_by_file(store: ObjectStore, folder: Exported
 
 def test_single_file_has_its_own_uri(store: ObjectStore, file: ExportedArtifact) -> None:
     artifact = ArtifactUploader(store, "job-1", 1).upload(file)
-    assert [part.path for part in artifact.files] == [""]
+    assert [stored.path for stored in artifact.files] == [""]
     assert artifact.sha256 == sha256_of(file.path)
     assert artifact.fidelity == file.fidelity
     assert store.read(artifact.key) == file.path.read_bytes()

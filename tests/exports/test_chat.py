@@ -45,7 +45,7 @@ def gguf(model_folder: Path) -> Path:
     return convert(model_folder, model_folder / "model.gguf")
 
 
-# --- with a model ---
+# --- tests with a model ---
 
 
 def test_model_tokenizes_conversation_with_chat_template(model_folder: Path, gguf: Path) -> None:
@@ -60,41 +60,41 @@ def test_model_tokenizes_conversation_with_chat_template(model_folder: Path, ggu
 def test_temperature_zero_matches_greedy_generation(model_folder: Path, gguf: Path) -> None:
     expected = generate_greedy(model_folder, TURN[0]["content"])
     assert expected[-1] == "<end_of_turn>"
-    answered = run_chat(gguf, "--prompt", TURN[0]["content"], "--temperature", "0", "--json")
-    *tokens, done = parse_json_lines(answered.stdout)
-    assert (answered.returncode, answered.stderr) == (0, "")
+    completed = run_chat(gguf, "--prompt", TURN[0]["content"], "--temperature", "0", "--json")
+    *tokens, done = parse_json_lines(completed.stdout)
+    assert (completed.returncode, completed.stderr) == (0, "")
     assert [token["token"] for token in tokens] == expected[:-1]
     assert done["tokens"] == len(expected) - 1
 
 
 def test_answer_is_plain_text_on_stdout(model_folder: Path, gguf: Path) -> None:
-    answered = run_chat(gguf, "--prompt", TURN[0]["content"], "--temperature", "0", "--max-tokens", "3")
-    assert (answered.returncode, answered.stderr) == (0, "")
-    assert answered.stdout == "".join(generate_greedy(model_folder, TURN[0]["content"])[:3]) + "\n"
+    completed = run_chat(gguf, "--prompt", TURN[0]["content"], "--temperature", "0", "--max-tokens", "3")
+    assert (completed.returncode, completed.stderr) == (0, "")
+    assert completed.stdout == "".join(generate_greedy(model_folder, TURN[0]["content"])[:3]) + "\n"
 
 
 def test_json_lines_mode_answers_each_line(gguf: Path) -> None:
     prompts = "".join(json.dumps({"prompt": text}) + "\n" for text in ("what", "does"))
-    answered = run_chat(gguf, "--json", "--max-tokens", "4", "--temperature", "0", stdin=prompts)
-    ends = [line for line in parse_json_lines(answered.stdout) if "done" in line]
-    assert answered.returncode == 0
-    assert [end["tokens"] for end in ends] == [4, 4]
-    assert all(end["done"] is True and end["seconds"] >= 0 for end in ends)
+    completed = run_chat(gguf, "--json", "--max-tokens", "4", "--temperature", "0", stdin=prompts)
+    summaries = [line for line in parse_json_lines(completed.stdout) if "done" in line]
+    assert completed.returncode == 0
+    assert [summary["tokens"] for summary in summaries] == [4, 4]
+    assert all(summary["done"] is True and summary["seconds"] >= 0 for summary in summaries)
 
 
 def test_invalid_line_does_not_end_the_conversation(gguf: Path) -> None:
-    answered = run_chat(gguf, "--json", "--max-tokens", "2", stdin='{"prompt": 1}\nnonsense\n\n{"prompt": "what"}\n')
-    lines = parse_json_lines(answered.stdout)
-    assert answered.returncode == 0
+    completed = run_chat(gguf, "--json", "--max-tokens", "2", stdin='{"prompt": 1}\nnonsense\n\n{"prompt": "what"}\n')
+    lines = parse_json_lines(completed.stdout)
+    assert completed.returncode == 0
     assert "a turn is like" in lines[0]["error"]
     assert "not JSON" in lines[1]["error"]
     assert lines[-1]["done"]
 
 
 def test_plain_text_lines_are_turns(gguf: Path) -> None:
-    answered = run_chat(gguf, "--max-tokens", "3", "--temperature", "0", stdin="what\n\ndoes\n")
-    assert answered.returncode == 0
-    assert len(answered.stdout.splitlines()) >= 2
+    completed = run_chat(gguf, "--max-tokens", "3", "--temperature", "0", stdin="what\n\ndoes\n")
+    assert completed.returncode == 0
+    assert len(completed.stdout.splitlines()) >= 2
 
 
 def test_multi_token_characters_are_not_split(gguf: Path) -> None:
@@ -112,18 +112,18 @@ def test_prompt_longer_than_context_is_rejected(gguf: Path) -> None:
     assert rejected.stderr.startswith("error: the prompt has")
 
 
-# --- with an unusable file ---
+# --- tests with an unusable file ---
 
 
 def test_unusable_file_gives_one_line_error(gguf: Path, tmp_path: Path) -> None:
     cases = {"cannot read": tmp_path / "missing.gguf", "not a GGUF file": tmp_path / "text.gguf", "cannot load": tmp_path / "cut.gguf"}
     cases["not a GGUF file"].write_text("hello")
     cases["cannot load"].write_bytes(gguf.read_bytes()[:-1000])
-    for words, path in cases.items():
+    for message, path in cases.items():
         rejected = run_chat(path, "--prompt", "hi")
         assert (rejected.returncode, rejected.stdout) == (2, "")
         assert rejected.stderr.startswith("error: ")
-        assert words in rejected.stderr
+        assert message in rejected.stderr
         assert str(path) in rejected.stderr
         assert rejected.stderr.count("\n") == 1
 
@@ -141,7 +141,7 @@ def test_invalid_options_are_rejected(options: list[str], tmp_path: Path) -> Non
     assert options[0] in rejected.stderr
 
 
-# --- without a model ---
+# --- tests without a model ---
 
 
 class FakeChatModel:
@@ -206,10 +206,12 @@ def convert(folder: Path, target: Path) -> Path:
 
 
 def mark_turn_tokens_as_special(folder: Path) -> None:
-    """Write the added tokens to tokenizer_config.json, where llama.cpp's converter reads them and transformers 5 does not write them."""
+    """Write the added tokens to tokenizer_config.json: llama.cpp's converter reads them there, transformers 5 does not write them."""
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
-    config["added_tokens_decoder"] = {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in added}
+    added_tokens = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    config["added_tokens_decoder"] = {
+        str(token["id"]): {name: value for name, value in token.items() if name != "id"} for token in added_tokens
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
@@ -219,7 +221,7 @@ def generate_greedy(folder: Path, prompt: str) -> list[str]:
 
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     turns = [{"role": "user", "content": prompt}]
-    read = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
-    written = model.generate(**read, max_new_tokens=64, do_sample=False, eos_token_id=ends)[0, read["input_ids"].shape[1] :]
-    return [tokenizer.decode([token]) for token in written]
+    inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    eos_token_ids = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
+    generated = model.generate(**inputs, max_new_tokens=64, do_sample=False, eos_token_id=eos_token_ids)[0, inputs["input_ids"].shape[1] :]
+    return [tokenizer.decode([token]) for token in generated]

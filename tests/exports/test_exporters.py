@@ -39,7 +39,7 @@ Exported = tuple[dict[str, Artifact], JobContext, EventRecorder]
 
 @pytest.fixture(scope="module")
 def exported(adapter: TrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """Every artifact of a LoRA job, made once."""
+    """Every artifact of a LoRA job, exported once."""
     record = EventRecorder()
     quantizations = ["none", "bf16", "f16", "f32", "q8_0", "q4_k_m"]
     root = tmp_path_factory.mktemp("job")
@@ -79,7 +79,7 @@ def test_export_config_selects_artifact_kinds(method: str, export_config: dict[s
 def test_artifacts_are_stored_under_their_keys(exported: Exported, tmp_path: Path) -> None:
     artifacts, context, _ = exported
     store = context.stores.models
-    assert store.stat(manifest_key("job-1")) is None  # the service publishes
+    assert store.stat(manifest_key("job-1")) is None  # only the service writes the manifest
     ggufs = ["gguf-none", "gguf-bf16", "gguf-f16", "gguf-f32", "gguf-q8_0", "gguf-q4_k_m", "lora-gguf", "gguf-usage"]
     assert list(artifacts) == ["adapter", "merged", *ggufs]
     assert artifacts["gguf-none"].key == "gguf_models/job-1/attempt-1/gemma-3-270m-none.gguf"
@@ -114,7 +114,7 @@ def test_merged_model_matches_base_with_adapter(exported: Exported, adapter: Tra
     assert fidelity is not None
     assert fidelity.mean_kl_to_merged < 1e-4
     assert fidelity.mean_kl_to_base is not None
-    assert fidelity.mean_kl_to_base > 0.01  # the tuning is in the merged model
+    assert fidelity.mean_kl_to_base > 0.01  # the merged model contains the tuning
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert merged.generation_config.eos_token_id == [1, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(adapter.folder).chat_template
@@ -212,11 +212,11 @@ def test_exported_command_line_runs(exported: Exported, tmp_path: Path) -> None:
     context.stores.models.download(artifacts["gguf-q8_0"].key, tmp_path / "gemma-3-270m-q8_0.gguf")
     tool = find_program("llama-completion")
     assert tool
-    ran = subprocess.run(
+    completed = subprocess.run(
         ["sh", folder / "gemma-3-270m-q8_0.sh"], cwd=tmp_path, env={"PATH": f"{tool.parent}:/usr/bin:/bin"}, capture_output=True
     )
-    assert ran.returncode == 0
-    assert b"model\n" in ran.stdout
+    assert completed.returncode == 0
+    assert b"model\n" in completed.stdout
 
 
 def test_gguf_has_chat_template_and_control_tokens(exported: Exported, adapter: TrainedModel, tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_gguf_has_chat_template_and_control_tokens(exported: Exported, adapter: 
 def test_adapter_is_exported_alone(adapter: TrainedModel, make_context: MakeContext, tmp_path: Path) -> None:
     context = make_context()
     (artifact,) = export_all(adapter, context)
-    folder = download_artifact(context.stores.models, artifact, tmp_path / "got")
+    folder = download_artifact(context.stores.models, artifact, tmp_path / "downloaded")
     assert sorted(path.name for path in folder.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -273,7 +273,7 @@ def test_model_without_held_out_examples_is_verified(exported_without_examples: 
 def test_full_model_needs_no_merge(full: TrainedModel, make_context: MakeContext, tmp_path: Path) -> None:
     context = make_context("Full", include_gguf=True, gguf_quantization="f16")
     merged, f16, _ = export_all(full, context)
-    folder = download_artifact(context.stores.models, merged, tmp_path / "got")
+    folder = download_artifact(context.stores.models, merged, tmp_path / "downloaded")
     assert (folder / "model.safetensors").read_bytes() == (full.folder / "model.safetensors").read_bytes()
     assert f16.fidelity
     assert f16.fidelity.argmax_agreement == 1.0
@@ -284,7 +284,7 @@ def test_full_model_needs_no_merge(full: TrainedModel, make_context: MakeContext
 def test_merged_model_has_requested_dtype(adapter: TrainedModel, make_context: MakeContext, tmp_path: Path) -> None:
     context = make_context(format="merged", merged_dtype="fp16")
     (merged,) = export_all(adapter, context)
-    folder = download_artifact(context.stores.models, merged, tmp_path / "got")
+    folder = download_artifact(context.stores.models, merged, tmp_path / "downloaded")
     assert read_precision(folder) == "f16"
     assert read_json(folder / "config.json")["dtype"] == "float16"
     assert merged.fidelity
@@ -295,16 +295,16 @@ def test_full_model_is_rounded_to_dtype_of_base(full: TrainedModel, make_context
     import torch
     from transformers import AutoModelForCausalLM
 
-    wide = tmp_path / "wide"
-    merge_tensors(full.folder, wide, torch.float32)
+    float32_folder = tmp_path / "wide"
+    merge_tensors(full.folder, float32_folder, torch.float32)
     for path in full.folder.glob("*.json"):
-        (wide / path.name).write_bytes(path.read_bytes())
+        (float32_folder / path.name).write_bytes(path.read_bytes())
     context = make_context("Full")
-    (merged,) = export_all(replace(full, folder=wide), context)
-    folder = download_artifact(context.stores.models, merged, tmp_path / "got")
+    (merged,) = export_all(replace(full, folder=float32_folder), context)
+    folder = download_artifact(context.stores.models, merged, tmp_path / "downloaded")
     assert read_precision(folder) == "bf16"
     assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
-    assert merged.fidelity  # with the model before it was rounded
+    assert merged.fidelity  # compared with the model before rounding
     assert merged.fidelity.mean_kl_to_merged < 1e-4
 
 
@@ -349,8 +349,8 @@ def test_gguf_matches_llama_cpp_converter_byte_for_byte(exported: Exported, adap
     from jobs.llm.llama_cpp import get_converter_path
 
     artifacts, context, _ = exported
-    whole = download_artifact(context.stores.models, artifacts["merged"], tmp_path / "merged")
-    staging = make_staging_folder(whole, whole, [adapter.base_folder], tmp_path / "staging")
+    merged = download_artifact(context.stores.models, artifacts["merged"], tmp_path / "merged")
+    staging = make_staging_folder(merged, merged, [adapter.base_folder], tmp_path / "staging")
     options = ["--outtype", "bf16", "--model-name", "gemma-3-270m"]
     run_program("convert", [sys.executable, str(get_converter_path()), str(staging), *options, "--outfile", str(tmp_path / "plain.gguf")])
     assert sha256_of(tmp_path / "plain.gguf") == artifacts["gguf-bf16"].sha256
@@ -393,8 +393,8 @@ def test_tokenizer_edge_cases_include_runs_of_spaces() -> None:
 
 def test_staging_marks_turn_tokens_as_special(workspace: ExportWorkspace, adapter: TrainedModel, tmp_path: Path) -> None:
     staging = make_staging_folder(workspace.merged_model.folder, workspace.merged_model.folder, [adapter.base_folder], tmp_path / "staging")
-    listed = read_json(staging / "tokenizer_config.json")["added_tokens_decoder"]
-    special = {token["content"]: token["special"] for token in listed.values()}
+    added_tokens = read_json(staging / "tokenizer_config.json")["added_tokens_decoder"]
+    special = {token["content"]: token["special"] for token in added_tokens.values()}
     assert special["<start_of_turn>"]
     assert special["<end_of_turn>"]
     assert "added_tokens_decoder" not in read_json(workspace.merged_model.folder / "tokenizer_config.json")
@@ -406,11 +406,11 @@ def test_gguf_with_different_tokenization_is_rejected() -> None:
 
 
 def test_only_unquantized_gguf_must_match_the_model() -> None:
-    answer = make_eval_response(argmax_agreement=0.5, mean_kl_to_trained=1.0)
-    check_fidelity(make_exported_file("q4_k_m"), answer, [])
+    response = make_eval_response(argmax_agreement=0.5, mean_kl_to_trained=1.0)
+    check_fidelity(make_exported_file("q4_k_m"), response, [])
     for quantization in ("none", "f32", "f16", "bf16"):
         with pytest.raises(JobFailed, match=r"agree on 50\.0% of 10 tokens"):
-            check_fidelity(make_exported_file(quantization), answer, [])
+            check_fidelity(make_exported_file(quantization), response, [])
 
 
 def test_closer_to_base_is_detected() -> None:
@@ -421,7 +421,7 @@ def test_closer_to_base_is_detected() -> None:
 
 
 def test_file_closer_to_base_gives_warning(workspace: ExportWorkspace, record: EventRecorder, base_gguf: Path) -> None:
-    # The base's own file stands for a quantization that rounded every change away.
+    # The base's own file is like a quantization that removed every change.
     fidelity = GgufVerifier(workspace).verify(ExportedFile(base_gguf, "q2_k"))
     assert fidelity.closer_to_base
     (warning,) = [event for event in record.events if isinstance(event, WarningRaised)]
@@ -431,14 +431,14 @@ def test_file_closer_to_base_gives_warning(workspace: ExportWorkspace, record: E
 
 def test_incomplete_lora_gguf_is_flagged_with_advice() -> None:
     incomplete = make_exported_file("f16", base=Path("base.gguf"), missing_weights="the trained embeddings of 2 tokens")
-    far = make_eval_response(argmax_agreement=0.9, mean_kl_to_trained=0.3, mean_kl_to_base=0.1)
-    check_fidelity(incomplete, far, [])
-    advice = make_advice(incomplete, far.comparison)
+    distant = make_eval_response(argmax_agreement=0.9, mean_kl_to_trained=0.3, mean_kl_to_base=0.1)
+    check_fidelity(incomplete, distant, [])
+    advice = make_advice(incomplete, distant.comparison)
     assert "lacks the trained embeddings of 2 tokens" in advice
     assert "closer to the base model; use include_gguf" in advice
-    assert not make_advice(incomplete, make_eval_response().comparison)  # those embeddings hardly changed
+    assert not make_advice(incomplete, make_eval_response().comparison)  # the missing embeddings changed little
     with pytest.raises(JobFailed, match="predictions differ from"):
-        check_fidelity(make_exported_file("f16", base=Path("base.gguf")), far, [])
+        check_fidelity(make_exported_file("f16", base=Path("base.gguf")), distant, [])
 
 
 @pytest.mark.parametrize(
@@ -551,7 +551,7 @@ def download_artifact(store: ObjectStore, artifact: Artifact, target: Path) -> P
 
 
 class raise_after:  # noqa: N801  # reads as a statement
-    """Raises an error in the main thread after a while, as a signal handler does."""
+    """Raises an error in the main thread after `after_s`, as a signal handler does."""
 
     def __init__(self, error: BaseException, after_s: float) -> None:
         self.error, self.after_s = error, after_s
@@ -560,9 +560,9 @@ class raise_after:  # noqa: N801  # reads as a statement
         def raise_error(number: int, frame: FrameType | None) -> None:
             raise self.error
 
-        self.before = signal.signal(signal.SIGALRM, raise_error)
+        self.previous_handler = signal.signal(signal.SIGALRM, raise_error)
         signal.setitimer(signal.ITIMER_REAL, self.after_s)
 
     def __exit__(self, *_: object) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, self.before)
+        signal.signal(signal.SIGALRM, self.previous_handler)

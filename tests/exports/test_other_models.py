@@ -1,4 +1,4 @@
-"""Exports of vision models and reward models, and of a graph for ONNX Runtime."""
+"""Exports of vision and reward models, and exports to ONNX."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +23,7 @@ MakeContext = Callable[..., JobContext]
 
 @pytest.fixture(scope="module")
 def vision_adapter(tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
-    """A LoRA of a multimodal Gemma, of which only the language part was trained."""
+    """A LoRA adapter for the language model of a vision-language Gemma."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForImageTextToText, AutoTokenizer
@@ -38,8 +38,8 @@ def vision_adapter(tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.save_pretrained(folder)
-    image = read_json(base / "config.json")["image_token_index"]
-    example = HeldOutExample("<bos>look", (2, *[image] * 4, 10, 11), 5)
+    image_token = read_json(base / "config.json")["image_token_index"]
+    example = HeldOutExample("<bos>look", (2, *[image_token] * 4, 10, 11), 5)
     return make_trained_model(folder, base, (example,), is_adapter=True)
 
 
@@ -49,7 +49,7 @@ def test_vision_model_is_merged_with_image_processor(vision_adapter: TrainedMode
 
     context = with_config(make_context(), modality="vision", export_config={"format": "merged"})
     (merged,) = export_all(vision_adapter, context)
-    folder = download_artifact(context.stores.models, merged, tmp_path / "got")
+    folder = download_artifact(context.stores.models, merged, tmp_path / "downloaded")
     assert merged.fidelity
     assert merged.fidelity.argmax_agreement == 1.0
     assert AutoProcessor.from_pretrained(folder).image_processor.image_seq_length == 4
@@ -69,7 +69,7 @@ def test_vision_model_exports_language_gguf_and_mmproj(
     context = with_config(make_context(), modality="vision", export_config=export)
     artifacts = {artifact.name: artifact for artifact in export_all(vision_adapter, context)}
     assert list(artifacts) == ["adapter", "gguf-f32", "gguf-mmproj", "gguf-usage"]
-    assert artifacts["gguf-f32"].fidelity  # of the language part; the row with an image is not used
+    assert artifacts["gguf-f32"].fidelity  # of the language model; the row with an image is not used
     assert artifacts["gguf-f32"].fidelity.argmax_agreement == 1.0
     assert artifacts["gguf-f32"].fidelity.perplexity is None
     projector = GGUFReader(context.stores.models.download(artifacts["gguf-mmproj"].key, tmp_path / "mmproj.gguf"))
@@ -85,7 +85,7 @@ def test_vision_model_exports_language_gguf_and_mmproj(
 def reward_adapter(
     tiny_base: Path, held_out_examples: tuple[HeldOutExample, ...], tmp_path_factory: pytest.TempPathFactory
 ) -> TrainedModel:
-    """A LoRA of the tiny base with a score head."""
+    """A LoRA adapter of the tiny base with a score head."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -111,7 +111,7 @@ def test_merged_reward_model_gives_same_scores(
 
     context = with_config(make_context(), trainer_type="reward", export_config={"format": "merged", "merged_dtype": "fp32"})
     (merged,) = export_all(reward_adapter, context)
-    folder = download_artifact(context.stores.models, merged, tmp_path / "got")
+    folder = download_artifact(context.stores.models, merged, tmp_path / "downloaded")
     assert merged.fidelity is None  # it gives no next-token probabilities
     config = read_json(folder / "config.json")
     assert config["architectures"] == ["Gemma3TextForSequenceClassification"]
@@ -155,7 +155,7 @@ def test_small_model_exports_to_onnx(make_context: MakeContext, tmp_path: Path) 
     trained = make_two_layer_model(tmp_path / "small")
     context = with_config(make_context("Full"), method="Full", export_config={"format": "onnx"})
     (artifact,) = export_all(trained, context)
-    folder = download_artifact(context.stores.models, artifact, tmp_path / "got")
+    folder = download_artifact(context.stores.models, artifact, tmp_path / "downloaded")
     assert (artifact.kind, artifact.key) == ("onnx", "onnx_models/job-1/attempt-1/")
     assert {path.name for path in folder.iterdir()} >= {"model.onnx", "model.onnx.data", "config.json", "tokenizer.json", "fidelity.json"}
     assert artifact.fidelity

@@ -36,7 +36,7 @@ ADAPTER_OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def bases(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The tiny base in bfloat16 and one file, and in float32 and several."""
+    """The tiny base in bfloat16 in one file, and in float32 in several files."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -48,7 +48,7 @@ def bases(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 @pytest.fixture
 def make_adapter(tmp_path: Path) -> Callable[..., Path]:
-    """Makes an adapter with every trained number changed."""
+    """Makes an adapter in which every trainable weight is changed."""
 
     def make(base: Path, **options: Any) -> Path:
         import torch
@@ -79,15 +79,15 @@ def test_every_tensor_matches_peft_merge(
     from transformers import AutoModelForCausalLM
 
     adapter, dtype = make_adapter(bases[precision], **ADAPTER_OPTIONS[options]), {"bf16": torch.bfloat16, "f32": torch.float32}[precision]
-    changes, _ = load_adapter_delta(bases[precision], adapter, "causal")
-    merge_tensors(bases[precision], tmp_path / "merged", dtype, changes)
+    delta, _ = load_adapter_delta(bases[precision], adapter, "causal")
+    merge_tensors(bases[precision], tmp_path / "merged", dtype, delta)
     shutil.copy(bases[precision] / "config.json", tmp_path / "merged")
     base = AutoModelForCausalLM.from_pretrained(bases[precision], dtype=torch.float32)
     expected = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True).to(dtype).state_dict()
     before = AutoModelForCausalLM.from_pretrained(bases[precision], dtype=dtype).state_dict()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=dtype).state_dict()
     assert all(torch.equal(merged[name].view(torch.uint8), expected[name].view(torch.uint8)) for name in expected)
-    assert sum(not torch.equal(merged[name], before[name]) for name in expected) >= len(changes.changed_names)
+    assert sum(not torch.equal(merged[name], before[name]) for name in expected) >= len(delta.changed_names)
     assert [path.name for path in sorted((tmp_path / "merged").glob("*.safetensors"))] == list_weight_files(bases[precision])
 
 
@@ -95,8 +95,8 @@ def test_only_trained_token_rows_change(bases: dict[str, Path], make_adapter: Ca
     import torch
     from safetensors.torch import load_file
 
-    changes, _ = load_adapter_delta(bases["bf16"], make_adapter(bases["bf16"], **ADAPTER_OPTIONS["token rows"]), "causal")
-    merge_tensors(bases["bf16"], tmp_path / "merged", torch.bfloat16, changes)
+    delta, _ = load_adapter_delta(bases["bf16"], make_adapter(bases["bf16"], **ADAPTER_OPTIONS["token rows"]), "causal")
+    merge_tensors(bases["bf16"], tmp_path / "merged", torch.bfloat16, delta)
     before, after = (
         load_file(folder / "model.safetensors")["model.embed_tokens.weight"] for folder in (bases["bf16"], tmp_path / "merged")
     )
@@ -159,9 +159,9 @@ def test_nan_is_rejected_by_name(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"whole": torch.ones(2, 2)}, tmp_path / "model.safetensors")
-    rows = AdapterDelta(row_updates={"whole": RowUpdate((1,), torch.tensor([[1.0, float("nan")]]))})
+    delta = AdapterDelta(row_updates={"whole": RowUpdate((1,), torch.tensor([[1.0, float("nan")]]))})
     with pytest.raises(NotFinite, match="whole"):
-        merge_tensors(tmp_path, tmp_path / "out", torch.float32, rows)
+        merge_tensors(tmp_path, tmp_path / "out", torch.float32, delta)
 
 
 def test_adapter_of_another_base_is_rejected(tmp_path: Path) -> None:
