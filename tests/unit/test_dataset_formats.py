@@ -47,9 +47,9 @@ def get_row_error(*rows: object, limits: RowLimits | None = None) -> InvalidRow:
 
 
 def get_bytes_error(content: bytes, limits: RowLimits | None = None) -> InvalidRow:
-    with pytest.raises(InvalidRow) as caught:
+    with pytest.raises(InvalidRow) as excinfo:
         read_bytes(content, limits)
-    return caught.value
+    return excinfo.value
 
 
 def upload(*rows: object, eval_fraction: float = 0.0) -> tuple[IngestResult, list[Any], list[Any]]:

@@ -47,9 +47,9 @@ def to_jsonl(*rows: object) -> bytes:
 
 
 def get_row_error(content: bytes, limits: RowLimits | None = None) -> InvalidRow:
-    with pytest.raises(InvalidRow) as caught:
+    with pytest.raises(InvalidRow) as excinfo:
         upload_bytes(content, limits=limits)
-    return caught.value
+    return excinfo.value
 
 
 def make_text_rows(count: int) -> list[object]:

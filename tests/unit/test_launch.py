@@ -46,10 +46,10 @@ def test_launch_failure_fails_job_with_reason(harness: JobsHarness) -> None:
     harness.launcher.refusal = LaunchFailed("no such machine", hint="make setup")
     job = harness.submit(hf_token="hf_x")
     harness.jobs.reconciliation.reconcile()
-    kept = harness.find_job(job)
-    assert kept.status is Status.FAILED
-    assert kept.failure is not None
-    assert (kept.failure.code, kept.failure.message, kept.failure.hint) == ("launch_failed", "no such machine", "make setup")
+    job = harness.find_job(job)
+    assert job.status is Status.FAILED
+    assert job.failure is not None
+    assert (job.failure.code, job.failure.message, job.failure.hint) == ("launch_failed", "no such machine", "make setup")
     assert list(harness.secrets.iter_job_ids()) == []
 
 

@@ -121,34 +121,37 @@ def test_files_named_in_architecture_exist() -> None:
 
 def test_failure_table_names_existing_tests() -> None:
     page = (SOURCE / "docs/reliability.md").read_text().partition("## What happens when X fails")[2].partition("\n## ")[0]
-    shown = [line.rpartition("| `")[2].removesuffix("` |") for line in page.splitlines() if line.startswith("| ") and "`" in line]
-    assert len(shown) > 20
+    named = [line.rpartition("| `")[2].removesuffix("` |") for line in page.splitlines() if line.startswith("| ") and "`" in line]
+    assert len(named) > 20
     tests = "".join(path.read_text() for path in (SOURCE / "tests").rglob("test_*.py"))
-    missing = [name for name in shown if not ((SOURCE / name).is_file() if "/" in name else f"def {name}(" in tests)]
+    missing = [name for name in named if not ((SOURCE / name).is_file() if "/" in name else f"def {name}(" in tests)]
     assert missing == []
 
 
 def test_api_page_lists_defaults_per_trainer_type() -> None:
     page = (SOURCE / "docs/api.md").read_text()
     rows = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for line in page.splitlines() if len(cells := line.split("|")) == 9}
-    knobs = {name: config.model_fields["hyperparameters"].default for name, config in TRAINER_TYPES.items()}
-    assert rows[""] == [f"`{name}`" for name in knobs]
+    defaults = {name: config.model_fields["hyperparameters"].default for name, config in TRAINER_TYPES.items()}
+    assert rows[""] == [f"`{name}`" for name in defaults]
     rates = [config.learning_rates for config in TRAINER_TYPES.values()]
     assert [float(cell) for cell in rows["`learning_rate`, LoRA and QLoRA"]] == [rate["LoRA"] for rate in rates]
     assert [float(cell) for cell in rows["`learning_rate`, Full"]] == [rate["Full"] for rate in rates]
     assert all(rate["LoRA"] == rate["QLoRA"] for rate in rates)
-    batches = [f"{knob.batch_size} × {knob.gradient_accumulation_steps}" for knob in knobs.values()]
+    batches = [f"{hyperparameters.batch_size} × {hyperparameters.gradient_accumulation_steps}" for hyperparameters in defaults.values()]
     assert rows["`batch_size` × `gradient_accumulation_steps`"] == batches
-    assert [int(cell) for cell in rows["`epochs`"]] == [knob.epochs for knob in knobs.values()]
-    own = [[f"`{name}`" for name in type(knob).model_fields if name not in Hyperparameters.model_fields] for knob in knobs.values()]
+    assert [int(cell) for cell in rows["`epochs`"]] == [hyperparameters.epochs for hyperparameters in defaults.values()]
+    own = [
+        [f"`{name}`" for name in type(hyperparameters).model_fields if name not in Hyperparameters.model_fields]
+        for hyperparameters in defaults.values()
+    ]
     assert [cell.split(", ") for cell in rows["its own"]] == own
 
 
 def test_api_page_lists_trainer_types_graders_and_fields() -> None:
     page = (SOURCE / "docs/api.md").read_text()
-    told = set(re.findall(r"`(\w+)`", page))
-    assert set(TRAINER_TYPES) | set(GRADER_TYPES) | set(get_args(DatasetType)) <= told
-    assert set(EvalConfig.model_fields) - {"batch_eval_metrics"} | set(ExportConfig.model_fields) <= told
+    documented = set(re.findall(r"`(\w+)`", page))
+    assert set(TRAINER_TYPES) | set(GRADER_TYPES) | set(get_args(DatasetType)) <= documented
+    assert set(EvalConfig.model_fields) - {"batch_eval_metrics"} | set(ExportConfig.model_fields) <= documented
     for name, config in TRAINER_TYPES.items():
         [row] = [line for line in page.splitlines() if line.startswith((f"| `{name}` |", f"| `{name}` (left out) |"))]
         assert [cell.strip() for cell in row.split("|")][3:5] == [

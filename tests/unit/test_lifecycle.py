@@ -368,9 +368,8 @@ class JobLifecycleMachine(RuleBasedStateMachine):
             attempt.outcome in ("yielded", "preempted", "lost") for attempt in self.job.attempts[self.job.retry_budget_from_attempt - 1 :]
         ]
         is_waiting = self.job.status in (Status.QUEUED, Status.PREPARING)
-        assert not (
-            is_waiting and all(involuntary) and len(involuntary) >= MAX_ATTEMPTS_WITHOUT_PROGRESS
-        )  # these sequences never save a checkpoint
+        # These sequences never save a checkpoint.
+        assert not (is_waiting and all(involuntary) and len(involuntary) >= MAX_ATTEMPTS_WITHOUT_PROGRESS)
 
     @invariant()
     def only_active_job_has_running_attempt(self) -> None:

@@ -172,9 +172,9 @@ def test_unaffected_connection_survives_drop_responses(proxy: Proxy, client: soc
 
 def test_delay_applies_in_both_directions_until_restored(proxy: Proxy, client: socket.socket) -> None:
     proxy.delay(0.05)
-    began = time.monotonic()
+    started_at_s = time.monotonic()
     assert send_and_receive(client, b"slowly") == b"slowly"
-    assert time.monotonic() - began >= 0.1
+    assert time.monotonic() - started_at_s >= 0.1
     proxy.delay(60)
     proxy.restore()
     assert send_and_receive(client, b"fast") == b"fast"

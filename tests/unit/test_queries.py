@@ -35,8 +35,8 @@ def test_failed_gate_completes_job_but_blocks_download(harness: JobsHarness) -> 
     passed = GateCheck(metric="accuracy", value=0.9, at_least=0.5, passed=True)
     gate = Gate(passed=False, checks=(passed, failed))
     harness.jobs.attempts.finish(job.job_id, harness.write_result(job, gate=gate, published_step=0, tracker_urls={"mlflow": "https://m"}))
-    kept = harness.find_job(job)
-    assert (kept.status, kept.gate, kept.published_step, kept.tracker_urls) == (Status.COMPLETED, gate, 0, {"mlflow": "https://m"})
+    job = harness.find_job(job)
+    assert (job.status, job.gate, job.published_step, job.tracker_urls) == (Status.COMPLETED, gate, 0, {"mlflow": "https://m"})
     with pytest.raises(Conflict, match=r"perplexity: 12\.5 is above 9") as excinfo:
         harness.jobs.queries.create_download_links(job.job_id, TENANT, None)
     assert "accuracy" not in excinfo.value.message

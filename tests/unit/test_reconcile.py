@@ -154,9 +154,9 @@ def test_exit_reason_decides_retry_or_failure(harness: JobsHarness, preempted: b
     harness.launcher.states[handle] = "ended"
     harness.launcher.exit_reasons[handle] = ExitReason(Failure(code="out_of_memory", message="16 GiB were not enough"), preempted)
     harness.jobs.reconciliation.reconcile()
-    kept = harness.find_job(job)
-    assert kept.status is status
-    failure = kept.attempts[0].failure
+    job = harness.find_job(job)
+    assert job.status is status
+    failure = job.attempts[0].failure
     assert failure is not None
     assert (failure.code, failure.attempt) == ("out_of_memory", 1)
 

@@ -47,12 +47,12 @@ def test_secret_names_describe_their_location() -> None:
 
 def test_redacted_config_has_no_secrets_and_all_other_fields() -> None:
     config = make_config_with_secrets()
-    kept = redact(config)
-    assert "canary" not in kept.model_dump_json() + repr(kept) + str(kept.model_dump())
-    assert {secret.secret.get_secret_value() for secret in iter_config_secrets(kept)} == {REDACTED.get_secret_value()}
-    assert type(kept).model_validate_json(kept.model_dump_json()) == kept
+    redacted = redact(config)
+    assert "canary" not in redacted.model_dump_json() + repr(redacted) + str(redacted.model_dump())
+    assert {entry.secret.get_secret_value() for entry in iter_config_secrets(redacted)} == {REDACTED.get_secret_value()}
+    assert type(redacted).model_validate_json(redacted.model_dump_json()) == redacted
     hidden = {"wandb_config", "mlflow_config", "reward_config"}
-    assert kept.model_dump(exclude=hidden) == config.model_dump(exclude=hidden)
+    assert redacted.model_dump(exclude=hidden) == config.model_dump(exclude=hidden)
 
 
 def test_config_without_secrets_is_unchanged() -> None:

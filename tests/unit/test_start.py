@@ -18,9 +18,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def start_and_fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Standard error of a start that fails."""
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit) as excinfo:
         main(["--port", "0", *arguments])
-    assert caught.value.code == 1
+    assert excinfo.value.code == 1
     printed = capsys.readouterr()
     assert printed.out == ""  # the URL is printed only by a service that starts
     assert len(printed.err.splitlines()) == 2

@@ -38,11 +38,11 @@ def test_secrets_are_in_the_secret_store_and_nowhere_else(harness: JobsHarness, 
     job = harness.jobs.submission.submit(make_train_request(hf_token="hf_canary", training_config=config), TENANT)
     harness.jobs.reconciliation.reconcile()
     assert harness.secrets.read(job.job_id) == {"hf_token": "hf_canary", "wandb_api_key": "wb_canary"}
-    kept = harness.find_job(job)
-    everything = kept.model_dump_json() + repr(kept) + repr(harness.launcher.launched) + str(kept.training_config)
-    everything += "".join(path.read_text() for path in (tmp_path / "objects").rglob("*") if path.is_file())
-    everything += str(harness.launcher.launched[attempt_name(job.job_id, 1)].environment)
-    assert "canary" not in everything
+    stored_job = harness.find_job(job)
+    stored_text = stored_job.model_dump_json() + repr(stored_job) + repr(harness.launcher.launched) + str(stored_job.training_config)
+    stored_text += "".join(path.read_text() for path in (tmp_path / "objects").rglob("*") if path.is_file())
+    stored_text += str(harness.launcher.launched[attempt_name(job.job_id, 1)].environment)
+    assert "canary" not in stored_text
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def run_command(*words: str, replies: list[FakeReply], environment: dict[str, st
 
 def test_clone_sends_changes_and_required_secrets() -> None:
     error = {"code": "invalid_request", "message": "needed again", "hint": "", "param": "hf_token"}
-    needs = httpx2.Response(400, json={"error": error})
+    needs_token = httpx2.Response(400, json={"error": error})
     words = [
         "clone",
         "training_0",
@@ -31,7 +31,7 @@ def test_clone_sends_changes_and_required_secrets() -> None:
         "--secret",
         "a_api_key=k=1",
     ]
-    done, requests = run_command(*words, replies=[needs, JOB_CREATED], environment={"HF_TOKEN": "hf_x"})
+    done, requests = run_command(*words, replies=[needs_token, JOB_CREATED], environment={"HF_TOKEN": "hf_x"})
     assert (done.exit_code, done.output.strip()) == (0, "training_1")
     first, second = (json.loads(request.content) for request in requests)
     assert first == {
@@ -68,11 +68,11 @@ def test_export_without_step_uses_published_model() -> None:
 
 
 def test_delete_affects_hub_only_with_option() -> None:
-    gone = httpx2.Response(200, json={"deleted": True, "message": "gone", "job_id": "j", "deleted_resources": []})
-    _, [request] = run_command("delete", "training_0", replies=[gone], environment={"HF_TOKEN": "hf_x"})
+    deleted = httpx2.Response(200, json={"deleted": True, "message": "deleted", "job_id": "j", "deleted_resources": []})
+    _, [request] = run_command("delete", "training_0", replies=[deleted], environment={"HF_TOKEN": "hf_x"})
     assert ("X-HF-Token" in request.headers, request.url.query) == (False, b"")
-    _, [request] = run_command("delete", "training_0", "--hub", replies=[gone], environment={"HF_TOKEN": "hf_x"})
+    _, [request] = run_command("delete", "training_0", "--hub", replies=[deleted], environment={"HF_TOKEN": "hf_x"})
     assert (request.headers["X-HF-Token"], request.url.query) == ("hf_x", b"delete_hub=true")
-    done, requests = run_command("delete", "training_0", "--hub", replies=[gone])
+    done, requests = run_command("delete", "training_0", "--hub", replies=[deleted])
     assert isinstance(done.exception, CliError)
     assert requests == []

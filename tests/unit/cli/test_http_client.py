@@ -44,20 +44,20 @@ def test_each_job_gets_its_own_key(create_job: Callable[[Client], str]) -> None:
     assert len(set(service.idempotency_keys)) == 2
 
 
-@pytest.mark.parametrize(("answer", "status"), [(UNAVAILABLE, 503), (BUSY, 429)])
-def test_persistent_error_is_raised_with_message(answer: httpx2.Response, status: int) -> None:
-    service = FakeService(answer)
-    with pytest.raises(ApiError) as caught:
+@pytest.mark.parametrize(("response", "status"), [(UNAVAILABLE, 503), (BUSY, 429)])
+def test_persistent_error_is_raised_with_message(response: httpx2.Response, status: int) -> None:
+    service = FakeService(response)
+    with pytest.raises(ApiError) as excinfo:
         service.client.post("/jobs/training_1/pause")
-    assert caught.value.status == status
+    assert excinfo.value.status == status
     assert len(service.requests) == MAX_TRIES
 
 
 def test_unreachable_service_error_has_hint() -> None:
     service = FakeService(httpx2.ConnectError("refused"))
-    with pytest.raises(ApiError, match="no service answers at http://service") as caught:
+    with pytest.raises(ApiError, match="no service answers at http://service") as excinfo:
         service.client.get("/jobs")
-    assert "tunesmith serve" in caught.value.hint
+    assert "tunesmith serve" in excinfo.value.hint
     assert len(service.requests) == MAX_TRIES
 
 
@@ -75,9 +75,9 @@ def test_retry_after_is_respected_up_to_a_limit() -> None:
 def test_invalid_request_is_not_retried_and_names_field() -> None:
     error = {"code": "invalid_request", "message": "hf_token is needed again", "hint": "", "param": "hf_token"}
     service = FakeService(httpx2.Response(400, json={"error": error}))
-    with pytest.raises(ApiError) as caught:
+    with pytest.raises(ApiError) as excinfo:
         service.client.post("/jobs/training_1/retry", {})
-    assert (caught.value.param, len(service.requests)) == ("hf_token", 1)
+    assert (excinfo.value.param, len(service.requests)) == ("hf_token", 1)
 
 
 def test_incomplete_deletion_raises_with_message() -> None:
@@ -88,9 +88,9 @@ def test_incomplete_deletion_raises_with_message() -> None:
         "deleted_resources": [],
     }
     service = FakeService(httpx2.Response(503, json=incomplete))
-    with pytest.raises(ApiError, match="Not everything could be deleted") as caught:
+    with pytest.raises(ApiError, match="Not everything could be deleted") as excinfo:
         service.client.delete("/jobs/training_1")
-    assert caught.value.status == 503
+    assert excinfo.value.status == 503
     assert len(service.requests) == 1
 
 
