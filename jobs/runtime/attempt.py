@@ -169,6 +169,15 @@ class Attempt:
 
     # --- finish ------------------------------------------------------------------------------------------------------
 
+    def reraise_if_stopping(self) -> None:
+        """Raises Stopped if the job is being canceled or the compute taken away: errors at that time are not the job's fault."""
+        if self._stop.stop_reason in ("cancel", "preempted"):
+            raise Stopped(self._stop.stop_reason)
+
+    def redact(self, text: str) -> str:
+        """The text without the job's secrets and the attempt's token."""
+        return self._secrets.redact(text).replace(self._settings.token, "**********")
+
     def finish(
         self, outcome: Literal["completed", "failed"], *, failure: Failure | None = None, artifacts: tuple[Artifact, ...] = ()
     ) -> ExitCode:
@@ -250,17 +259,8 @@ class Attempt:
             reported = self._client.finish(result, timeout_s=timeouts.report_s)
             if self._checkpoints is not None:
                 self._checkpoints.close()
-            # Free the disk: everything that matters is uploaded. The events and a tracker's offline run stay with the log.
+            # Free the disk: everything that matters is uploaded. The events and a tracker's offline run are kept with the log.
             for name in SCRATCH_FOLDERS:
                 shutil.rmtree(self._settings.workdir / name, ignore_errors=True)
             log.info("attempt ended", extra={"outcome": result.outcome, "reported": reported})
         return EXIT_CODES[result.outcome]
-
-    def reraise_if_stopping(self) -> None:
-        """Raises Stopped if the job is being canceled or the compute taken away: errors at that time are not the job's fault."""
-        if self._stop.stop_reason in ("cancel", "preempted"):
-            raise Stopped(self._stop.stop_reason)
-
-    def redact(self, text: str) -> str:
-        """The text without the job's secrets and the attempt's token."""
-        return self._secrets.redact(text).replace(self._settings.token, "**********")

@@ -157,8 +157,8 @@ class CheckpointStore:
     def find_saved(self, key: str, step: int) -> Checkpoint | None:
         """This attempt's checkpoint of that step, if it is stored already: a training that runs out of memory repeats steps.
 
-        An intact one stays, because files and manifest must come from the same save. Of a corrupt one the manifest is deleted, so
-        that it can be written again.
+        An intact one is kept, because files and manifest must come from the same save. The manifest of a corrupt one is deleted, so that
+        the checkpoint can be written again.
         """
         try:
             stored = self.read_manifest(key, self._spec.job_id, self._attempt, step)

@@ -235,7 +235,7 @@ class JobContext:
         self._log_and_report(ArtifactUploaded(artifact=artifact), artifact=artifact.name, size_bytes=artifact.size_bytes)
 
     def emit(self, event: Event) -> None:
-        """Report an event that has no method of its own here, such as CheckpointSaved."""
+        """Report an event that has no specific method here, such as CheckpointSaved."""
         # "message" is a reserved name in a log record.
         facts = {"text" if name == "message" else name: value for name, value in event.model_dump(exclude={"type"}).items()}
         self._log_and_report(event, **facts)

@@ -1,4 +1,4 @@
-"""Writing a checkpoint to a disk that may be full: recognize the error, free space and try once more."""
+"""Writing a checkpoint to a disk that may be full: recognize the error, free space and try again."""
 
 import errno
 import shutil

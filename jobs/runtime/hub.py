@@ -119,7 +119,7 @@ def _artifact_repo_files(exported: ExportedArtifact, *, has_merged_model: bool) 
 def stale_weights(existing: Sequence[str], files: Mapping[str, object]) -> list[str]:
     """The weights of an earlier model in folders that get new weights: a library that finds both would load a mixture.
 
-    All other files of the repository stay, including GGUF files, each of which is a complete model.
+    All other files of the repository are kept, including GGUF files, each of which is a complete model.
     """
     replaced = {PurePosixPath(path).parent for path in files if path.endswith(WEIGHT_SUFFIXES)}
     return sorted(

@@ -59,9 +59,9 @@ class StopController:
         self._stop_reason: StopReason | None = None
         self._requested: set[StopReason] = set()
         self._ends_at: float | None = None  # when the work is interrupted: by the time limit or an earlier deadline
-        self._killed_at: float | None = None
+        self._killed_at: float | None = None  # when the platform may kill the process
         self._is_deferred = False
-        self._raised = False
+        self._raised = False  # the main thread is stopping already, so a signal raises nothing
         self._shutdown_begun = threading.Event()  # the main thread has left its work
         self._finalized = threading.Event()
 

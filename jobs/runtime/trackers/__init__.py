@@ -55,7 +55,7 @@ class Tracker(Protocol):
 
 
 class TrackerThread:
-    """Runs a tracker's calls one after the other in a thread of its own."""
+    """Runs a tracker's calls one after the other in its own thread."""
 
     def __init__(self, name: str, tracker: Tracker, context: JobContext) -> None:
         self.name = name
