@@ -83,12 +83,12 @@ class Round:
     def __init__(self, simulation: Simulation, number: int, counts: Counts) -> None:
         self._simulation = simulation
         self._counts = counts
-        self._chance = random.Random(number)
+        self._rng = random.Random(number)
         self._key = f"clock {number}"
         self._is_over = False
         self._job_id = ""
         self._last_jump_s = simulation.timeline.now_s
-        simulation.chance.seed(number)
+        simulation.rng.seed(number)
         simulation.interleaves = True
         simulation.after_reconcile = lambda _: None
         simulation.clock_offset = timedelta()
@@ -111,7 +111,7 @@ class Round:
     def run_lost(self, *, silently: bool) -> None:
         """Report for a while and disappear; with `silently`, the launcher keeps reporting that the attempt runs."""
         simulation, counts = self._simulation, self._counts
-        reports = self._chance.randint(4, 120)
+        reports = self._rng.randint(4, 120)
         disappeared_at_s: list[float] = []
 
         def disappear() -> float:
@@ -145,13 +145,11 @@ class Round:
         """Set the clock to any time within ten minutes of the right time; issue a link before each jump and use it afterwards."""
         simulation = self._simulation
         while True:
-            yield self._chance.uniform(2 * REPORT_INTERVAL_S, self._chance.choice((60.0, MAX_JUMP_INTERVAL_S)))
+            yield self._rng.uniform(2 * REPORT_INTERVAL_S, self._rng.choice((60.0, MAX_JUMP_INTERVAL_S)))
             if self._is_over:
                 return
             link = simulation.tokens.sign_file_token("a/key", "file", LINK_LIFETIME_S)
-            offset_s = simulation.clock_offset.total_seconds() + self._chance.choice(JUMPS_S) * self._chance.choice(
-                (1.0, self._chance.random())
-            )
+            offset_s = simulation.clock_offset.total_seconds() + self._rng.choice(JUMPS_S) * self._rng.choice((1.0, self._rng.random()))
             simulation.clock_offset = timedelta(seconds=min(MAX_OFFSET_S, max(-MAX_OFFSET_S, offset_s)))
             self._last_jump_s = simulation.timeline.now_s
             self._counts.jumps += 1
@@ -172,4 +170,4 @@ class Round:
                 self._counts.refused_tokens += 1
 
     def _random_offset(self) -> timedelta:
-        return timedelta(seconds=self._chance.choice((-MAX_OFFSET_S, MAX_OFFSET_S, self._chance.uniform(-MAX_OFFSET_S, MAX_OFFSET_S))))
+        return timedelta(seconds=self._rng.choice((-MAX_OFFSET_S, MAX_OFFSET_S, self._rng.uniform(-MAX_OFFSET_S, MAX_OFFSET_S))))

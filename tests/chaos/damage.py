@@ -10,15 +10,15 @@ DAMAGES: tuple[Damage, ...] = ("truncated", "bit flipped", "emptied", "file dele
 
 def damage(folder: Path, seed: int, names: tuple[str, ...]) -> tuple[Damage, str]:
     """Damage exactly one file of a checkpoint; return the kind of damage and the file."""
-    chance = random.Random(seed)
-    kind, name = DAMAGES[seed % len(DAMAGES)], chance.choice(names)
+    rng = random.Random(seed)
+    kind, name = DAMAGES[seed % len(DAMAGES)], rng.choice(names)
     path = folder / name
     content = bytearray(path.read_bytes())
     match kind:
         case "truncated":
-            path.write_bytes(content[: chance.randrange(1, len(content))])
+            path.write_bytes(content[: rng.randrange(1, len(content))])
         case "bit flipped":
-            content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
             path.write_bytes(content)
         case "emptied":
             path.write_bytes(b"")

@@ -122,14 +122,14 @@ def run(size: Size) -> Row:
 
 def _plan_rounds(simulations: list[Simulation], rounds: int) -> Iterator[tuple[Simulation, Scenario, CrashPoint]]:
     """Every scenario equally often; the first crash cycles through both sides of every call that the scenario makes."""
-    chance = random.Random(1)
+    rng = random.Random(1)
     calls = {(scenario.name, id(simulation)): _record_calls(simulation, scenario) for scenario in SCENARIOS for simulation in simulations}
     for visit, index in (divmod(number, len(SCENARIOS)) for number in range(rounds)):
         scenario, simulation = SCENARIOS[index], simulations[(visit + index) % len(simulations)]
         call_names = calls[scenario.name, id(simulation)]
         crash_points = list(product(sorted(set(call_names)), (False, True)))
         crash_call, after = crash_points[(visit // len(simulations) + visit * len(simulations)) % len(crash_points)]
-        call = chance.choice([number for number, name in enumerate(call_names, start=1) if name == crash_call])
+        call = rng.choice([number for number, name in enumerate(call_names, start=1) if name == crash_call])
         yield simulation, scenario, CrashPoint(call, after)
 
 
@@ -154,14 +154,14 @@ class Round:
         self._simulation = simulation
         self._scenario = scenario
         self._counts = counts
-        self._chance = random.Random(number)
-        self._crashes_left = self._chance.randint(0, crashes)
+        self._rng = random.Random(number)
+        self._crashes_left = self._rng.randint(0, crashes)
         self._job_id = ""
         self._request_answered = not scenario.request
         self._unknown: Counter[str] = Counter()
         self._had_concurrent_executions = False
         self._key = f"{scenario.name} {number}"
-        simulation.chance.seed(number)
+        simulation.rng.seed(number)
         simulation.interleaves = True
         simulation.choose_behavior = self._choose_behavior
         simulation.launcher.loses_responses = scenario.loses_responses
@@ -202,16 +202,14 @@ class Round:
         if self._crashes_left == 0:
             return ServiceProcess()
         self._crashes_left -= 1
-        after = self._chance.random() < 0.5
-        if self._chance.random() < 0.5:
-            return ServiceProcess(crash_at_call=self._chance.randint(1, 25), crash_after_call=after)
-        return ServiceProcess(crash_on=self._chance.choice(CRASH_CALLS), crash_after_call=after)
+        after = self._rng.random() < 0.5
+        if self._rng.random() < 0.5:
+            return ServiceProcess(crash_at_call=self._rng.randint(1, 25), crash_after_call=after)
+        return ServiceProcess(crash_on=self._rng.choice(CRASH_CALLS), crash_after_call=after)
 
     def _send_requests(self) -> SimulatedProcess:
         """Send the request after a while and repeat it until there is an answer; resume after a pause."""
-        yield self._chance.choice(
-            (0.05, self._chance.uniform(0, 2), self._chance.uniform(0, 4 * self._simulation.deployment.report_interval_s))
-        )
+        yield self._rng.choice((0.05, self._rng.uniform(0, 2), self._rng.uniform(0, 4 * self._simulation.deployment.report_interval_s)))
         yield from self._simulation.retry_on_timeline(
             lambda jobs: (
                 jobs.control.cancel(self._job_id, TENANT)

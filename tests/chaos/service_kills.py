@@ -144,15 +144,15 @@ def _open_store(name: str) -> Iterator[dict[str, str]]:
 
 def _kill_and_start(running: Service, submissions: Submissions, kills: int) -> int:
     """Kill at a random moment: while the service starts, writes or answers. Returns how often submissions were in flight."""
-    chance = random.Random(4)
+    rng = random.Random(4)
     released = kills_during_submissions = 0
     for kill in range(kills):
         kills_left = kills - kill
-        count = chance.randint(1, max(1, 2 * (submissions.total - released) // kills_left - 1))
+        count = rng.randint(1, max(1, 2 * (submissions.total - released) // kills_left - 1))
         count = min(count, submissions.total - released - kills_left)  # leave one submission for each later kill
         submissions.permits.release(count)
         released += count
-        _wait_for_answers(submissions, released - chance.randint(0, count), chance)
+        _wait_for_answers(submissions, released - rng.randint(0, count), rng)
         kills_during_submissions += not submissions.all_answered
         running.kill()
         running.start()
@@ -160,10 +160,10 @@ def _kill_and_start(running: Service, submissions: Submissions, kills: int) -> i
     return kills_during_submissions
 
 
-def _wait_for_answers(submissions: Submissions, answered: int, chance: random.Random) -> None:
+def _wait_for_answers(submissions: Submissions, answered: int, rng: random.Random) -> None:
     """Wait for that many answers and a random moment longer."""
     wait_until(lambda: len(submissions.answered) >= answered, MAX_LIFETIME_S, description=f"{answered} answers", interval_s=0.001)
-    time.sleep(chance.choice((0.0, chance.uniform(0, 0.02), chance.uniform(0, 0.2))))
+    time.sleep(rng.choice((0.0, rng.uniform(0, 0.02), rng.uniform(0, 0.2))))
 
 
 @contextmanager

@@ -100,14 +100,14 @@ class Round:
         self._simulation = simulation
         self._scenario = scenario
         self._counts = counts
-        self._chance = random.Random(number)
-        self._outage_s = self._chance.uniform(1.0, MAX_OUTAGE_S)
+        self._rng = random.Random(number)
+        self._outage_s = self._rng.uniform(1.0, MAX_OUTAGE_S)
         self._key = f"{scenario.name} {number}"
         self._job_id = ""
         self._is_over = False
         self._final_state: tuple[Status, int] | None = None
         self._overwritten = self._too_early = False
-        simulation.chance.seed(number)
+        simulation.rng.seed(number)
         simulation.interleaves = True
         simulation.choose_behavior = lambda execution: self._choose_behavior(execution.number)
         simulation.after_reconcile = lambda _: self._check_final_status()
@@ -141,24 +141,24 @@ class Round:
     def _start_outage(self) -> float:
         """Start the outage; the attempt ends some time later during it."""
         self._simulation.timeline.start(self._run_outage())
-        return self._chance.uniform(0, self._outage_s)
+        return self._rng.uniform(0, self._outage_s)
 
     def _run_outage_during_training(self) -> SimulatedProcess:
         """With lost reports, silence starts before the outage, so that the cloud polls the launcher as well."""
         simulation = self._simulation
-        yield self._chance.uniform(3.0, 6 * simulation.deployment.report_interval_s)
+        yield self._rng.uniform(3.0, 6 * simulation.deployment.report_interval_s)
         if self._scenario.reports_lost:
             simulation.attempts_cut_off = True
-            yield simulation.deployment.limits.heartbeat_timeout.total_seconds() + self._chance.uniform(0, 10.0)
+            yield simulation.deployment.limits.heartbeat_timeout.total_seconds() + self._rng.uniform(0, 10.0)
         yield from self._run_outage()
         if self._scenario.reports_lost:
-            yield self._chance.uniform(0, 10.0)
+            yield self._rng.uniform(0, 10.0)
             simulation.attempts_cut_off = False
 
     def _run_outage(self) -> SimulatedProcess:
         simulation = self._simulation
         simulation.launcher.is_unavailable = True
-        request_after_s = self._chance.uniform(0, self._outage_s)
+        request_after_s = self._rng.uniform(0, self._outage_s)
         yield request_after_s
         if self._scenario.request:
             simulation.timeline.start(self._send_request())

@@ -146,7 +146,7 @@ class FakeLauncher:
     name = "fake"
     profiles = ("fake",)
 
-    def __init__(self, deployment: Deployment, timeline: Timeline, chance: random.Random) -> None:
+    def __init__(self, deployment: Deployment, timeline: Timeline, rng: random.Random) -> None:
         self.polling_is_free = deployment.polling_is_free
         self.executions: list[Execution] = []
         self.on_launch: Callable[[Execution], None] = lambda _: None
@@ -156,11 +156,11 @@ class FakeLauncher:
         self.cancels = 0
         self._deployment = deployment
         self._timeline = timeline
-        self._chance = chance
+        self._rng = rng
 
     def launch(self, launch_request: LaunchRequest) -> str:
         now_s = self._timeline.now_s
-        visible_s = now_s + self._chance.uniform(0, self._deployment.max_visibility_delay_s)
+        visible_s = now_s + self._rng.uniform(0, self._deployment.max_visibility_delay_s)
         execution = Execution(launch_request, f"execution {len(self.executions)} of {launch_request.name}", now_s, visible_s)
         self.executions.append(execution)
         self.on_launch(execution)
@@ -180,7 +180,7 @@ class FakeLauncher:
         return min(visible, key=lambda execution: not execution.alive).handle if visible else None
 
     def check(self, handle: str) -> ExecutionState:
-        if self.is_unavailable and self._chance.random() < 0.5:
+        if self.is_unavailable and self._rng.random() < 0.5:
             self.refused_calls += 1
             return "unknown"
         self._check_available()
@@ -222,7 +222,7 @@ class FakeCloudLauncher(FakeLauncher):
     """A launcher with `get_exit_reason`, which knows no reasons. During an outage, some calls may still answer."""
 
     def get_exit_reason(self, handle: str) -> None:
-        if self._chance.random() < 0.5:
+        if self._rng.random() < 0.5:
             self._check_available()
 
 
@@ -299,13 +299,13 @@ class Simulation:
 
     def __init__(self, folder: Path, deployment: Deployment, store: JobStore, seed: int = 0) -> None:
         self.deployment = deployment
-        self.chance = random.Random(seed)
+        self.rng = random.Random(seed)
         self.timeline = Timeline()
         self.clock_offset = timedelta()
         self.store = store
         self.objects = open_store((folder / "objects").as_uri())
         self.secrets = LocalSecretStore(folder / "secrets")
-        self.launcher = (FakeLauncher if deployment.polling_is_free else FakeCloudLauncher)(deployment, self.timeline, self.chance)
+        self.launcher = (FakeLauncher if deployment.polling_is_free else FakeCloudLauncher)(deployment, self.timeline, self.rng)
         self.launcher.on_launch = lambda execution: self.timeline.start(self._run_attempt(execution))
         self.tokens = TokenSigner(b"k" * 32, self.clock)
         self.choose_behavior: Callable[[Execution], AttemptBehavior] = lambda _: AttemptBehavior()
@@ -402,7 +402,7 @@ class Simulation:
             return
         self.jobs = None
         self.crash_points.append(self.process.crash_point)
-        self.timeline.schedule(self.chance.uniform(0, 3.0), self._restart_after_crash)
+        self.timeline.schedule(self.rng.uniform(0, 3.0), self._restart_after_crash)
 
     def _restart_after_crash(self) -> None:
         self._start_process()
@@ -436,8 +436,8 @@ class Simulation:
 
     def _advance_between_calls(self) -> None:
         """A call takes time in which attempts, callers and other processes of the service act."""
-        self.timeline.advance(self.chance.uniform(0, self.deployment.max_call_s))
-        if self.interleaves and self._depth < 2 and self.chance.random() < 0.3:
+        self.timeline.advance(self.rng.uniform(0, self.deployment.max_call_s))
+        if self.interleaves and self._depth < 2 and self.rng.random() < 0.3:
             self._depth += 1
             try:
                 self.timeline.run_next_due()

@@ -101,7 +101,7 @@ class RandomFaults(HttpFaultProxy):
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        self._chance = random.Random(seed)
+        self._rng = random.Random(seed)
         self._counting = threading.Lock()
         self.bytes_sent = 0
         self.calls = 0
@@ -112,12 +112,12 @@ class RandomFaults(HttpFaultProxy):
             self.requests[:] = [request]  # keeping all bodies would take gigabytes
             self.calls += 1
             size_bytes = int(request.headers.get("Content-Length", 0))
-            fault = self._fault(request.method, size_bytes) if self._chance.random() < FAULT_RATE else None
+            fault = self._fault(request.method, size_bytes) if self._rng.random() < FAULT_RATE else None
             self.bytes_sent += size_bytes // 2 if fault and fault.kind == "truncate request" else size_bytes
             return fault
 
     def _fault(self, method: str, size_bytes: int) -> Fault:
-        kind = self._chance.choice(KINDS)
+        kind = self._rng.choice(KINDS)
         self.faults[kind] += 1
         match kind:
             case "503" | "429":
@@ -125,9 +125,9 @@ class RandomFaults(HttpFaultProxy):
             case "reset":
                 return Fault("reset")
             case "truncated":
-                return Fault(self._chance.choice(("truncate request", "truncate response")) if size_bytes else "truncate response")
+                return Fault(self._rng.choice(("truncate request", "truncate response")) if size_bytes else "truncate response")
             case _:
-                return Fault("corrupt request" if size_bytes else self._chance.choice(("wrong checksum", "corrupt response")))
+                return Fault("corrupt request" if size_bytes else self._rng.choice(("wrong checksum", "corrupt response")))
 
 
 @contextmanager
@@ -149,13 +149,13 @@ def _open_bucket() -> Iterator[tuple[RandomFaults, str]]:
 
 def _make_artifact_folders(folder: Path) -> tuple[Path, Path]:
     """What attempts publish: a folder of files, and the same with a large file."""
-    chance = random.Random(5)
+    rng = random.Random(5)
     small, large = folder / "small", folder / "large"
     for artifact_folder in (small, large):
         artifact_folder.mkdir()
         for number in range(FILES):
-            (artifact_folder / f"part-{number}.bin").write_bytes(chance.randbytes(FILE_BYTES + number))
-    (large / "model.gguf").write_bytes(chance.randbytes(LARGE_BYTES))
+            (artifact_folder / f"part-{number}.bin").write_bytes(rng.randbytes(FILE_BYTES + number))
+    (large / "model.gguf").write_bytes(rng.randbytes(LARGE_BYTES))
     return small, large
 
 

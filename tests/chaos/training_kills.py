@@ -97,13 +97,13 @@ class KilledJob:
     def __init__(self, running: Service, job_id: str) -> None:
         self.job_id = job_id
         self._running = running
-        self._chance = random.Random(9)
+        self._rng = random.Random(9)
         self._number = 0
 
     def kill_repeatedly(self, kills: int, kills_inside_save: int) -> list[KillCost]:
         """Kill that many attempts, some of them inside a save; return the cost of each kill."""
         kinds = [True] * kills_inside_save + [False] * (kills - kills_inside_save)
-        self._chance.shuffle(kinds)
+        self._rng.shuffle(kinds)
         at_steps: list[int] = []
         resumed_steps: list[int] = []
         for inside_a_save in kinds:
@@ -132,7 +132,7 @@ class KilledJob:
 
     def _suspend_at_step(self, process: psutil.Process) -> None:
         """Suspend after a random step. Later attempts save first: three attempts without a checkpoint would be too many."""
-        target_step = self._resumed_step + self._chance.randint(1, 2 * SAVE_STEPS)
+        target_step = self._resumed_step + self._rng.randint(1, 2 * SAVE_STEPS)
         wait_until(
             lambda: self._step >= target_step and (self._has_checkpoint or self._number == 1),
             MAX_STEP_WAIT_S,
@@ -146,7 +146,7 @@ class KilledJob:
         deadline = time.monotonic() + MAX_STEP_WAIT_S
         while time.monotonic() < deadline:
             if self._has_checkpoint and self._unfinished_saves():
-                time.sleep(self._chance.choice((0.0, 0.005, 0.02)))
+                time.sleep(self._rng.choice((0.0, 0.005, 0.02)))
                 process.suspend()
                 if self._unfinished_saves():
                     return

@@ -95,10 +95,10 @@ class Counts:
 
 def run(size: Size) -> Row:
     """Run one job after the other in one service."""
-    counts, chance = Counts(), random.Random(20)
+    counts, rng = Counts(), random.Random(20)
     with tempfile.TemporaryDirectory(prefix="chaos-zombies-") as folder, run_service(Path(folder)) as running:
         while counts.rounds < ROUNDS[size]:
-            running.run_round(STOP_POINTS[counts.rounds % len(STOP_POINTS)], chance, counts)
+            running.run_round(STOP_POINTS[counts.rounds % len(STOP_POINTS)], rng, counts)
     stop_points = ", ".join(f"{number} {stop_point}" for stop_point, number in counts.suspended.items())
     return Row(
         fault="attempt 1 suspended past its lease, attempt 2 finishes, attempt 1 resumed",
@@ -125,10 +125,10 @@ class RunningService:
         assert isinstance(launcher, UnreachableLauncher)
         return launcher
 
-    def run_round(self, stop_point: str, chance: random.Random, counts: Counts) -> None:
+    def run_round(self, stop_point: str, rng: random.Random, counts: Counts) -> None:
         """Run one job: suspend attempt 1, let attempt 2 finish, resume attempt 1 and check what it wrote."""
         job_id = self._http.post("/train", json=make_train_request(self._dataset_id)).json()["job_id"]
-        if not self._suspend_at(stop_point, job_id, chance.uniform(0, JITTER_S)):
+        if not self._suspend_at(stop_point, job_id, rng.uniform(0, JITTER_S)):
             return  # it finished first, and its result counts
         first = self.launcher.processes[attempt_name(job_id, 1)]
         try:
