@@ -46,7 +46,7 @@ metric_list:
 NAMES = "abcdef"
 
 
-@pytest.mark.skipif(LM_EVAL_INSTALLED, reason="lm-evaluation-harness is installed here")
+@pytest.mark.skipif(LM_EVAL_INSTALLED, reason="lm-evaluation-harness is installed")
 def test_missing_harness_is_noted_for_every_task() -> None:
     values, notes = evaluate_with_lm_eval(None, None, ["arc_easy", "mmlu"], limit=None, batch_size=1)
     assert values == {"lm_eval/arc_easy": None, "lm_eval/mmlu": None}

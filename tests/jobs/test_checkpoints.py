@@ -82,11 +82,11 @@ def save(checkpoints: Checkpoints, folder: Path, checkpoint_info: CheckpointInfo
 
 
 def make_checkpoint_folder(folder: Path, step: int, content: bytes = b"") -> Path:
-    made = folder / f"checkpoint-{step}"
-    made.mkdir(parents=True)
+    checkpoint_folder = folder / f"checkpoint-{step}"
+    checkpoint_folder.mkdir(parents=True)
     for name, beginning in FILES.items():
-        (made / name).write_bytes(beginning + str(step).encode() + content)
-    return made
+        (checkpoint_folder / name).write_bytes(beginning + str(step).encode() + content)
+    return checkpoint_folder
 
 
 def steps(store: ObjectStore, spec: JobSpec) -> list[tuple[int, int]]:
@@ -110,11 +110,11 @@ def test_saved_checkpoint_is_durable_and_emits_event(make: Make, emitted_events:
     assert {path.name: path.read_bytes() for path in restored.folder.iterdir()} == {
         name: content + b"10" for name, content in FILES.items()
     }
-    kept = restored.checkpoint
-    assert (kept.attempt, kept.step, kept.batch_size, kept.tracker_run_ids) == (1, 10, 2, {"wandb": "run-1"})
-    assert kept.training_config == spec.training_config
+    checkpoint = restored.checkpoint
+    assert (checkpoint.attempt, checkpoint.step, checkpoint.batch_size, checkpoint.tracker_run_ids) == (1, 10, 2, {"wandb": "run-1"})
+    assert checkpoint.training_config == spec.training_config
     [saved] = [event for event in emitted_events if isinstance(event, CheckpointSaved)]
-    assert (saved.step, saved.reason, saved.size_bytes, saved.save_s) == (10, "interval", kept.size_bytes, 0.1)
+    assert (saved.step, saved.reason, saved.size_bytes, saved.save_s) == (10, "interval", checkpoint.size_bytes, 0.1)
     assert checkpoints.saved_step == 10
     assert checkpoints.max_upload_s >= saved.upload_s > 0
     assert not list((tmp_path / "t").iterdir())  # the local files are deleted

@@ -310,7 +310,9 @@ def test_checkpoint_records_eval_loss_of_its_step(store: Path, tmp_path: Path) -
     run = TrainingRun(LORA.spec(store, save_strategy="steps", save_steps=1, save_total_limit=9), tmp_path)
     run.finish()
     losses = {step: loss for (when, step), (loss, _) in run.evaluations.items() if when == "during"}
-    assert {found.step: found.eval_loss for found in load_saved_checkpoints(run.spec)} == {step: losses.get(step) for step in range(1, 9)}
+    assert {checkpoint.step: checkpoint.eval_loss for checkpoint in load_saved_checkpoints(run.spec)} == {
+        step: losses.get(step) for step in range(1, 9)
+    }
 
 
 def test_finished_training_is_evaluated_but_not_trained_again(lora: UninterruptedRun, store: Path, tmp_path: Path) -> None:

@@ -140,10 +140,10 @@ def test_hub_responses_become_files_or_failures_with_hint(hub_url: str, tmp_path
     assert open_ == licensed == {"files": ["config.json", "model.safetensors", "tokenizer.json"]}  # no pickle
     assert absent["code"] == "invalid_config"
     assert "owner/absent" in absent["message"]
-    for refused in (gated, wrong_token):
-        assert refused["code"] == "auth"
-        assert "license" in refused["hint"]
-        assert "hf_token" in refused["hint"]
+    for failure in (gated, wrong_token):
+        assert failure["code"] == "auth"
+        assert "license" in failure["hint"]
+        assert "hf_token" in failure["hint"]
     assert forbidden["code"] == "auth"
     assert FakeHubHandler.tokens == {None, "Bearer other", "Bearer licensed", "Bearer mine"}
     cached = b"".join(path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file())

@@ -18,7 +18,7 @@ from schema.spec import JobSpec
 from tests.jobs.conftest import load_saved_checkpoints, load_weights, make_spec, saved_steps
 from tests.jobs.test_continuation import TrainingRun
 
-# In fp32 and without dropout, whose random numbers depend on the batch shape: so a step does not depend on how it is split into batches.
+# In fp32 and without dropout, whose random numbers depend on the batch shape. So the split of a step into batches does not matter.
 HYPERPARAMETERS: dict[str, Any] = {"max_steps": -1, "epochs": 2, "learning_rate": 1e-3, "logging_steps": 1}
 HYPERPARAMETERS |= {"batch_size": 16, "gradient_accumulation_steps": 1}
 

@@ -294,13 +294,13 @@ def test_answers_are_tokenized_as_in_sft(tokenizer: Any) -> None:
 
 def test_equal_or_fully_truncated_pairs_are_dropped(tokenizer: Any) -> None:
     row = {"prompt": "what does it do", "chosen": " it returns a list of files", "rejected": " it returns a list of names"}
-    whole = tokenize_pairs([row], tokenizer, 128)
+    untruncated = tokenize_pairs([row], tokenizer, 128)
     common = next(
         n
-        for n, (one, other) in enumerate(zip(whole.rows[0].chosen.input_ids, whole.rows[0].rejected.input_ids, strict=False))
+        for n, (one, other) in enumerate(zip(untruncated.rows[0].chosen.input_ids, untruncated.rows[0].rejected.input_ids, strict=False))
         if one != other
     )
-    assert (len(whole.rows), whole.truncated, whole.dropped) == (1, 0, 0)
+    assert (len(untruncated.rows), untruncated.truncated, untruncated.dropped) == (1, 0, 0)
     assert (tokenize_pairs([row], tokenizer, common + 1).dropped, tokenize_pairs([row], tokenizer, common + 1).truncated) == (0, 1)
     assert (tokenize_pairs([row], tokenizer, common).dropped, tokenize_pairs([row], tokenizer, 3).dropped) == (1, 1)
     assert tokenize_pairs([row | {"rejected": row["chosen"]}], tokenizer, 128).dropped == 1

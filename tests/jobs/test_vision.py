@@ -170,19 +170,19 @@ def test_rows_without_images_can_be_mixed_in(tokenize_rows: TokenizeRows, vision
 
 
 def test_long_row_is_truncated_after_last_image(tokenize_rows: TokenizeRows) -> None:
-    (whole,) = tokenize_rows(CONVERSATION).rows
-    length = len(whole.input_ids) - 3
+    (untruncated,) = tokenize_rows(CONVERSATION).rows
+    length = len(untruncated.input_ids) - 3
     split = tokenize_rows(CONVERSATION, max_length=length)
     assert (split.truncated, split.dropped) == (1, 0)
-    assert split.rows[0].input_ids == whole.input_ids[:length]
-    assert split.rows[0].labels == whole.labels[:length]
+    assert split.rows[0].input_ids == untruncated.input_ids[:length]
+    assert split.rows[0].labels == untruncated.labels[:length]
 
 
 @pytest.mark.parametrize("missing", range(2 * TOKENS_PER_IMAGE))
 def test_image_is_never_split(tokenize_rows: TokenizeRows, vision_input: VisionInputConfig, missing: int) -> None:
     """A row truncated within its last image is dropped, although its first answer is before that image."""
-    (whole,) = tokenize_rows(CONVERSATION).rows
-    end = max(n for n, token in enumerate(whole.input_ids) if token == vision_input.soft_token_id) + 2
+    (untruncated,) = tokenize_rows(CONVERSATION).rows
+    end = max(n for n, token in enumerate(untruncated.input_ids) if token == vision_input.soft_token_id) + 2
     split = tokenize_rows(CONVERSATION, max_length=end - missing)
     assert (len(split.rows), split.dropped) == ((1, 0) if missing == 0 else (0, 1))
 
@@ -243,8 +243,8 @@ def test_invalid_image_is_rejected_before_training_naming_row(store: Path, visio
 def truncate_image(uri: str) -> str:
     """An image whose second half is missing; its header is complete."""
     header, _, content = uri.partition(",")
-    whole = base64.b64decode(content)
-    return f"{header},{base64.b64encode(whole[: len(whole) * 6 // 10]).decode()}"
+    image = base64.b64decode(content)
+    return f"{header},{base64.b64encode(image[: len(image) * 6 // 10]).decode()}"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
