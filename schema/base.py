@@ -19,7 +19,7 @@ class ForwardCompatible(BaseModel):
 
     @classmethod
     def load(cls, text: str | bytes) -> Self:
-        """Read JSON; fields that a newer version added are ignored at every depth."""
+        """Read JSON; fields that a newer version added are ignored at every depth. Raises ValidationError."""
         return cls.model_validate_json(text, extra="ignore")
 
 

@@ -44,7 +44,7 @@ class Checkpoint(VersionedRecord):
 
     @classmethod
     def from_verified_bytes(cls, content: bytes) -> Self:
-        """Read a manifest. Raises ValueError when its checksum is wrong."""
+        """Read a manifest. Raises ValueError when it is not JSON, its checksum is wrong, or its content is not valid."""
         parsed: object = json.loads(content)
         manifest = cast(dict[str, object], parsed) if isinstance(parsed, dict) else {}
         if manifest.get("checksum") != _compute_checksum({name: value for name, value in manifest.items() if name != "checksum"}):

@@ -26,7 +26,7 @@ class Status(StrEnum):
 
     @property
     def is_final(self) -> bool:
-        """Nothing more happens to the job unless somebody retries it."""
+        """Nothing more happens to the job unless a caller retries it."""
         return self in (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
 
     @property

@@ -1,4 +1,5 @@
-"""The control plane: takes requests, keeps records, launches attempts, hands out results.
+"""The control plane: accepts requests, stores records, launches attempts and serves results.
 
-Stateless and light. Here belongs nothing that trains, and no ML library, not even inside a function.
+It is stateless and has few dependencies. Code that trains does not belong here, nor does any ML library, not even one imported inside a
+function.
 """

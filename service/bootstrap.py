@@ -1,4 +1,4 @@
-"""Puts the adapters named in the settings behind the ports of the core. The only module that knows both."""
+"""Puts the adapters named in the settings behind the ports of the core. The only module that imports both."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

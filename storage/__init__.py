@@ -1,7 +1,7 @@
 """Object storage: bytes under keys, in a folder or a bucket. The service and the jobs share it.
 
-Here belong the ObjectStore port with its errors, the registry, and one file per kind of store. A vendor's SDK is imported only by its
-own store's file, which the registry loads when a URL asks for it. Nothing here knows what a job is.
+The ObjectStore port with its errors, the registry, and one file per kind of store belong here. A vendor's SDK is imported only by its
+own store's file, which the registry loads when a URL names its scheme. Code about jobs does not belong here.
 """
 
 from collections.abc import Callable, Iterator, Sequence

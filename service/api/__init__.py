@@ -1,1 +1,1 @@
-"""HTTP in, HTTP out: parse, call the core, render. Here belongs no rule about jobs."""
+"""The HTTP API: parses requests, calls the core and renders responses. Rules about jobs do not belong here: the core has them."""

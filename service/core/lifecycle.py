@@ -142,7 +142,7 @@ def mark_lost(
 ) -> Job:
     """End an attempt whose compute ended without a result.
 
-    `reason` is the launcher's, if it knows one; `preempted`: the platform took the compute away; `last_checkpoint_step` is the
+    `reason` is the launcher's, if it has one; `preempted`: the platform took the compute away; `last_checkpoint_step` is the
     attempt's newest stored checkpoint, which it may never have reported.
     """
     attempt = check_current(job, number)

@@ -144,7 +144,7 @@ class JobStore(Protocol):
         ...
 
     def list_datasets(self, tenant_id: str, limit: int = 50, after: str | None = None) -> Page[Dataset]:
-        """A page of a tenant's datasets, newest first."""
+        """A page of a tenant's datasets, newest first. Raises InvalidRequest for a malformed cursor."""
         ...
 
     def delete_dataset(self, dataset_id: str) -> bool:
@@ -191,7 +191,7 @@ ExecutionState = Literal["running", "ended", "unknown"]
 
 @dataclass(frozen=True)
 class RuntimeCapabilities:
-    """What the compute behind a launcher can do, as far as the service knows."""
+    """What attempts can do on the compute of a launcher."""
 
     device: str  # "cpu", "cuda"
     device_name: str
@@ -237,7 +237,7 @@ class Launcher(Protocol):
         ...
 
     def get_capabilities(self, profile: str | None = None) -> RuntimeCapabilities:
-        """What an attempt can do there. Raises Unsupported for an unknown profile."""
+        """What an attempt can do there. Raises Unsupported for an unknown profile, Unavailable when it cannot be determined."""
         ...
 
     def close(self) -> None:
@@ -255,10 +255,10 @@ class ExitReason:
 
 @runtime_checkable
 class ExitReasonReader(Protocol):
-    """A launcher that also knows why an attempt ended."""
+    """A launcher that can also report why an attempt ended."""
 
     def get_exit_reason(self, handle: str) -> ExitReason | None:
-        """The reason as a failure; None when the launcher knows none. Raises Unavailable."""
+        """The reason as a failure; None when the launcher has none. Raises Unavailable."""
         ...
 
 

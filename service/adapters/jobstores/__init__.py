@@ -1,6 +1,6 @@
 """Job stores: where the records of jobs, events and datasets are kept.
 
-Here belong adapters of the JobStore port and what they share. Rules that hold for every store are in service/core/job_store_rules.py.
+Adapters of the JobStore port and the code they share belong here. Rules that hold for every store are in service/core/job_store_rules.py.
 """
 
 # One line adds a store: name → "module:Class".

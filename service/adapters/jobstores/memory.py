@@ -1,4 +1,4 @@
-"""Records in memory, as JSON like in every other store: for tests, and the simplest implementation of the port."""
+"""Records in memory, stored as JSON like in every other store. For tests, and to read as the simplest implementation of the port."""
 
 from collections.abc import Callable, Sequence
 from datetime import datetime

@@ -1,6 +1,6 @@
 """Launchers: where attempts run.
 
-Here belong adapters of the Launcher port. When to launch, retry or cancel is the core's decision.
+Adapters of the Launcher port belong here. When to launch, retry or cancel is the core's decision.
 """
 
 # One line adds a launcher: name → "module:Class".

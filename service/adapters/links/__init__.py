@@ -1,6 +1,6 @@
 """Signed links to single objects of the model store, valid for a limited time.
 
-Here belong adapters of the UrlSigner port, one file per kind of store that signs its own links. Who may have a link is not decided here.
+Adapters of the UrlSigner port belong here, one file per kind of store that signs its own links. Who may have a link is not decided here.
 """
 
 from pkgutil import resolve_name

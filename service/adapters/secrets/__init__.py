@@ -1,6 +1,6 @@
 """Secret stores: where the secrets of jobs are kept until the jobs end.
 
-Here belong adapters of the SecretStore port. Which secrets a job has is the core's business.
+Adapters of the SecretStore port belong here. Which secrets a job has does not: the core decides it.
 """
 
 # One line adds a store: name → "module:Class".

@@ -54,7 +54,10 @@ class Datasets:
         self._max_incoming_bytes = max_incoming_bytes
 
     def ingest(self, upload: Upload, tenant_id: str) -> Dataset:
-        """Check every row, split the rows, store them, then write the record. Raises InvalidDataset that names the first invalid line."""
+        """Check every row, split the rows, store them, then write the record.
+
+        Raises InvalidDataset that names the first invalid line, StorageError, Unavailable.
+        """
         dataset_id = f"dataset_{self._random_suffix()}"
         self._scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
@@ -105,15 +108,18 @@ class Datasets:
         return dataset
 
     def list_datasets(self, tenant_id: str, limit: int, after: str | None) -> Page[Dataset]:
-        """A page of a tenant's datasets, newest first."""
+        """A page of a tenant's datasets, newest first. Raises InvalidRequest for a malformed cursor."""
         return self._store.list_datasets(tenant_id, limit, after)
 
     def preview(self, dataset: Dataset) -> dict[str, list[object]]:
-        """The first rows of each split, without reading the rest. Images are replaced by their type and size."""
+        """The first rows of each split, without reading the rest. Images are replaced by their type and size.
+
+        Raises StorageError.
+        """
         return {name: self._read_first_rows(split) for name, split in dataset.splits.items()}
 
     def delete(self, dataset_id: str, tenant_id: str) -> list[str]:
-        """Delete the rows and the record; returns what was deleted. Raises Conflict while a job needs the dataset."""
+        """Delete the rows and the record; returns what was deleted. Raises Conflict while a job needs the dataset, NotFound."""
         self.find(dataset_id, tenant_id)
         job_ids = self._store.list_jobs_using_dataset(dataset_id)
         if job_ids:

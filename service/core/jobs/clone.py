@@ -21,7 +21,7 @@ def clone_request(
 ) -> TrainRequest:
     """The changed request. Raises ValidationError when it is not valid, InvalidRequest when a secret is missing.
 
-    `deployment_trackers` are the kinds of trackers that the deployment adds by itself, `deployment_secrets` the names of their secrets.
+    `deployment_trackers` are the kinds of trackers that the deployment adds, `deployment_secrets` the names of their secrets.
     """
     sent = {name: value for name, value in original_request(source.training_config).items() if name not in deployment_trackers}
     config = merge_patch(sent, patch.training_config)

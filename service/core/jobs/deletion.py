@@ -58,7 +58,7 @@ class Deletion:
     def delete_stale_secrets(self, *, orphans: bool = False) -> int:
         """Destroy secrets that outlived their job; returns how many. `orphans`: also secrets of unknown jobs.
 
-        A job's secrets are written before its record, so only the sole process of a deployment may look for orphans.
+        A job's secrets are written before its record, so only the sole process of a deployment may look for orphans. Raises Unavailable.
         """
         destroyed = 0
         for job_id in list(self._repository.secrets.iter_job_ids()):
@@ -73,7 +73,7 @@ class Deletion:
         return find_orphans(self._repository.store, configs=self._buckets.configs, models=self._buckets.models, timeout_s=timeout_s)
 
     def delete_orphans(self) -> OrphanScan:
-        """Remove files whose job does not exist; returns what was removed. Repeat until the scan is complete."""
+        """Remove files whose job does not exist; returns what was removed. Repeat until the scan is complete. Raises as `list_orphans`."""
         scan = self.list_orphans()
         for orphan in scan.orphans:
             delete_orphan(orphan, configs=self._buckets.configs, models=self._buckets.models)

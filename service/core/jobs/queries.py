@@ -45,7 +45,7 @@ class JobQueries:
         return self._repository.store.list_events(job_id, after, limit)
 
     def read_log(self, job_id: str, tenant_id: str, attempt: int | None, offset: int, limit: int) -> tuple[int, LogPage]:
-        """A part of an attempt's output, the latest attempt's by default, and that attempt's number. Raises NotFound."""
+        """The number of an attempt, by default the latest, and a part of its output. Raises NotFound. `offset` and `limit` are in bytes."""
         job = self._repository.find(job_id, tenant_id)
         number = attempt or len(job.attempts)
         if number == 0:
@@ -62,10 +62,10 @@ class JobQueries:
     def create_download_links(
         self, job_id: str, tenant_id: str, artifact_name: str | None
     ) -> tuple[Artifact, list[tuple[ArtifactFile, str]]]:
-        """Links to the files of an artifact, by default the first of DOWNLOAD_PREFERENCE. Raises NotFound, Conflict."""
+        """Links to the files of an artifact, by default the first of DOWNLOAD_PREFERENCE. Raises NotFound, Conflict, Unavailable."""
         job = self._repository.find(job_id, tenant_id)
         if job.status is not Status.COMPLETED:
-            raise Conflict(f"{job_id} is {job.status}; its artifacts can be downloaded once it is completed")
+            raise Conflict(f"{job_id} is {job.status}; its artifacts can be downloaded when it is completed")
         if job.gate and not job.gate.passed and not job.artifacts:
             message = f"{job_id} published nothing because it did not pass the promotion gate: {_describe_failed_checks(job.gate)}"
             raise Conflict(message, hint=f"POST /jobs/{job_id}/export exports it anyway")

@@ -55,7 +55,10 @@ class Reconciliation:
         self._wake = wake
 
     def reconcile(self) -> int:
-        """Take one step with every open job; returns how many jobs changed. An error of one job never stops the others."""
+        """Take one step with every open job; returns how many jobs changed. An error of one job never stops the others.
+
+        Raises Unavailable when the job store does not answer.
+        """
         active = self._repository.store.list_active_jobs(MAX_JOBS_PER_RECONCILE)
         return self._step_all(self._reconcile_active, active) + self._launch_queued(active=len(active))
 
@@ -134,7 +137,7 @@ class Reconciliation:
         return self._starter.start_again(job, attempt.number)
 
     def _escalate_cancel(self, job: Job, handle: str) -> None:
-        """The attempt has the directive. If it does not end by itself, the launcher cancels it, at last by force."""
+        """The attempt has received the directive. If it does not end, the launcher cancels it, and later kills it."""
         waited = self._repository.clock() - job.status_changed_at
         if waited >= self._limits.cancel_grace:
             self._launcher.cancel(handle, force=waited >= self._limits.kill_grace)

@@ -24,7 +24,7 @@ from storage import ObjectStore
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A family of models, recognized by how their names begin, whoever publishes the copy."""
+    """A family of models, recognized by how their names begin, whichever account publishes the copy."""
 
     name: str
     has_vision: bool  # accepts images beside text

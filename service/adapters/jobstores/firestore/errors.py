@@ -25,7 +25,8 @@ def is_database_error(error: google_errors.GoogleAPICallError) -> bool:
 def translate_error(error: Exception, project_id: str, database: str) -> TunesmithError:
     """The service's error for one of Firestore's, with the command that fixes it."""
     database_label = f"Firestore (project {project_id}, database {database})"
-    create_database = f"gcloud firestore databases create --project={project_id} --database='{database}' --type=firestore-native"
+    database_flags = f"--project={project_id} --database='{database}' --type=firestore-native"
+    create_database = f"gcloud firestore databases create {database_flags} --location=REGION"
     match error:
         case PreconditionFailed():
             return Unavailable("too many writers are changing the record at once; try again")
@@ -40,16 +41,14 @@ def translate_error(error: Exception, project_id: str, database: str) -> Tunesmi
                 hint=f"gcloud projects add-iam-policy-binding {project_id} --member={member} --role=roles/datastore.user",
             )
         case google_errors.NotFound() if is_database_error(error):
-            return Unavailable(f"{database_label}: there is no such database", hint=f"{create_database} --location=REGION")
+            return Unavailable(f"{database_label}: there is no such database", hint=create_database)
         case google_errors.FailedPrecondition() if "index" in str(error):
             return Unavailable(
                 f"{database_label} lacks an index, or is still building it: {error.message}",
                 hint="infra/firestore.indexes.json names every index that is needed; `make deploy` creates them",
             )
         case google_errors.FailedPrecondition() if is_database_error(error):
-            return Unavailable(
-                f"{database_label} is in Datastore mode; Tunesmith needs one in native mode", hint=f"{create_database} --location=REGION"
-            )
+            return Unavailable(f"{database_label} is in Datastore mode; Tunesmith needs one in native mode", hint=create_database)
         case google_errors.InvalidArgument() if "longer than" in str(error) or "maximum allowed size" in str(error):
             return TooLarge(f"the record exceeds the size limit of Firestore: {error.message}")
         case google_errors.TooManyRequests():

@@ -21,7 +21,7 @@ def list_jobs(database: Database, jobs: CollectionReference, query: JobQuery) ->
     """A page of a tenant's jobs, newest first."""
     filters = {name: str(value) for name in FILTERS if (value := getattr(query, name)) is not None}
     selected = jobs.select(["created_at", "summary"])
-    # A filter's value contains the tenant, so the tenant is filtered by itself only where there is no other filter.
+    # A filter's value contains the tenant, so a filter for the tenant alone is needed only where there is no other filter.
     for name, value in build_filter_values(query.tenant_id, filters).items() if filters else [("tenant_id", query.tenant_id)]:
         selected = selected.where(filter=FieldFilter(f"list_filters.{name}", "==", value))
     return fetch_page(database, jobs, selected, query.limit, query.after, load_summary)
