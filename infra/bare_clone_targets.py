@@ -96,7 +96,7 @@ def try_target(source: Path, target: str, smoke: Smoke) -> str | None:
     with tempfile.TemporaryDirectory(prefix=f"clone-{target}-") as folder:
         clone = Path(folder, "clone")
         _run(["git", "clone", "--quiet", "--no-hardlinks", str(source), str(clone)], source, os.environ, check=True)
-        done = _run(["make", target, *smoke.arguments], clone, _environment() | smoke.environment)
+        done = _run(["make", target, *smoke.arguments], clone, {**_environment(), **smoke.environment})
     output = done.stdout.strip()
     tail = "\n".join(output.splitlines()[-OUTPUT_LINES:])
     if (done.returncode == 0) != smoke.succeeds:

@@ -1,48 +1,48 @@
 #!/usr/bin/env bash
-# llama.cpp for the trainer's environment: infra/llama_cpp.sh PYTHON
+# Installs llama.cpp into the trainer's environment: infra/llama_cpp.sh PYTHON
 #
-# Installs the bindings (llama_cpp) and, from the very same source archive, the converters that no wheel holds:
-# <environment>/share/llama.cpp/{convert_hf_to_gguf.py,convert_lora_to_gguf.py,conversion/,gguf-py/}, and two of llama.cpp's
-# own programs in bin/ there: llama-imatrix, and llama-completion. They are linked with the libraries of the bindings' wheel, so
-# that they cost seconds and not another build.
-# Wheel and programs are built once per machine and kept in the cache with the archive; a second run finds all in place.
+# It installs the bindings (llama_cpp) and, from the same source archive, the converters, which no wheel contains:
+# <environment>/share/llama.cpp/{convert_hf_to_gguf.py,convert_lora_to_gguf.py,conversion/,gguf-py/}, and in bin/ there two of
+# llama.cpp's own programs: llama-imatrix and llama-completion. The programs are linked with the libraries of the bindings' wheel,
+# which takes seconds instead of another build.
+# Wheel and programs are built once per machine and cached with the archive; a second run changes nothing.
 set -euo pipefail
 
 readonly VERSION=0.3.36
 readonly SDIST_SHA256=832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e
-readonly DISKCACHE=diskcache==5.6.3 # llama_cpp imports it; installed by name, since --no-deps keeps numpy where torch wants it
+readonly DISKCACHE=diskcache==5.6.3 # llama_cpp imports it; installed by name, because --no-deps keeps numpy at the version that torch needs
 readonly SDIST=llama_cpp_python-$VERSION.tar.gz
 readonly WHEELS=${XDG_CACHE_HOME:-$HOME/.cache}/tunesmith/wheels
 readonly CONVERTERS=(convert_hf_to_gguf.py convert_lora_to_gguf.py conversion gguf-py LICENSE)
-readonly PROGRAMS=(imatrix completion) # folders of llama.cpp's tools/; the program of each is called llama-NAME
+readonly PROGRAMS=(imatrix completion) # folders of llama.cpp's tools/; each program is called llama-NAME
 readonly HEADERS=(common include ggml/include vendor)
 
-# GGML_NATIVE=OFF: a native build may not run on another machine, and on a processor with AMX it dies at the first
-# quantized matrix. The rest is never used here, and off it halves the build.
+# GGML_NATIVE=OFF: a native build may not run on another machine, and on a processor with AMX it crashes at the first
+# quantized matrix. The other features are never used; without them the build takes half the time.
 readonly BUILD_FLAGS="-DGGML_NATIVE=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF"
 
 main() {
-  [[ $# -eq 1 && -x $1 ]] || fail "usage: infra/llama_cpp.sh PYTHON, the python of the trainer's environment"
+  [[ $# -eq 1 && -x $1 ]] || fail "usage: infra/llama_cpp.sh PYTHON, the Python of the trainer's environment"
   python=$1
   share=$("$python" -c 'import sys; print(sys.prefix)')/share/llama.cpp
   if is_installed; then
-    print_status "llama.cpp ($VERSION) is in place"
+    print_status "llama.cpp ($VERSION) is installed"
     return
   fi
   mkdir -p "$WHEELS" "$(dirname "$share")"
-  scratch=$(mktemp -d "$WHEELS/.scratch-XXXXXX") # beside its destination, so that a finished file is moved in one step
+  scratch=$(mktemp -d "$WHEELS/.scratch-XXXXXX") # in the same file system, so that a finished file is moved atomically
   trap 'rm -rf "$scratch"' EXIT
   [[ -f $WHEELS/$SDIST ]] || timed "downloading $SDIST (77 MB)" download_sdist
   check_sdist
   [[ -n $(cached_wheel) ]] || timed "building llama.cpp for this machine, once (3 minutes on 2 idle cores)" build_wheel
   timed "installing $(basename "$(cached_wheel)")" install_wheel
-  ! wants_programs || [[ -d $(cached_programs) ]] || timed "building llama.cpp's programs (20 seconds)" build_programs
+  ! supports_programs || [[ -d $(cached_programs) ]] || timed "building llama.cpp's programs (20 seconds)" build_programs
   timed "unpacking the converters into $share" unpack_converters
 }
 
 is_installed() {
   [[ -f $share/.sdist-sha256 && $(<"$share/.sdist-sha256") == "$SDIST_SHA256" ]] || return 1
-  ! wants_programs || [[ -x $share/bin/llama-imatrix && -x $share/bin/llama-completion ]] || return 1
+  ! supports_programs || [[ -x $share/bin/llama-imatrix && -x $share/bin/llama-completion ]] || return 1
   "$python" - "$VERSION" <<'PYTHON'
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -55,7 +55,7 @@ except PackageNotFoundError:
 PYTHON
 }
 
-# pip reads the archive's metadata, which compiles nothing.
+# pip also reads the archive's metadata, but compiles nothing.
 download_sdist() {
   quiet "$python" -m pip download --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
     "llama-cpp-python==$VERSION" -d "$scratch"
@@ -63,9 +63,9 @@ download_sdist() {
 }
 
 check_sdist() {
-  local found
-  found=$("$python" -c 'import hashlib, sys; print(hashlib.file_digest(open(sys.argv[1], "rb"), "sha256").hexdigest())' "$WHEELS/$SDIST")
-  [[ $found == "$SDIST_SHA256" ]] || fail "$WHEELS/$SDIST has sha256 $found, expected $SDIST_SHA256; remove it and run again"
+  local digest
+  digest=$("$python" -c 'import hashlib, sys; print(hashlib.file_digest(open(sys.argv[1], "rb"), "sha256").hexdigest())' "$WHEELS/$SDIST")
+  [[ $digest == "$SDIST_SHA256" ]] || fail "$WHEELS/$SDIST has sha256 $digest, expected $SDIST_SHA256; remove it and run again"
 }
 
 cached_wheel() {
@@ -85,28 +85,28 @@ install_wheel() {
   "$python" -c 'import llama_cpp' || fail "llama.cpp was built but does not load; remove $(cached_wheel) and run again"
 }
 
-# They are linked as Linux does it; elsewhere jobs do without.
-wants_programs() {
+# The linker options are those of Linux; on other systems jobs run without the programs.
+supports_programs() {
   [[ $(uname -s) == Linux ]]
 }
 
-# The libraries' place depends on the version of Python, and the programs find them from their own.
+# The programs find the libraries by a relative path, which contains the version of Python.
 cached_programs() {
   echo "$WHEELS/llama_cpp_programs-$VERSION-$("$python" -c 'import sysconfig; print(sysconfig.get_python_version())')-$(uname -s)_$(uname -m)"
 }
 
-# The common library of llama.cpp is in the wheel beside the package, at the top level.
+# The wheel has llama.cpp's common library in lib/ at its top level, and the others in the package.
 build_programs() {
-  local inside=${SDIST%.tar.gz}/vendor/llama.cpp source=$scratch/source packages here name
+  local inside=${SDIST%.tar.gz}/vendor/llama.cpp source=$scratch/source packages relative name
   packages=$("$python" -c 'import llama_cpp, pathlib; print(pathlib.Path(llama_cpp.__file__).parent.parent)')
-  here=$("$python" -c 'import os, sys; print(os.path.relpath(sys.argv[1], sys.argv[2]))' "$packages" "$share/bin")
+  relative=$("$python" -c 'import os, sys; print(os.path.relpath(sys.argv[1], sys.argv[2]))' "$packages" "$share/bin")
   mkdir "$source" "$scratch/programs"
   tar -xzf "$WHEELS/$SDIST" -C "$source" --strip-components=3 "${HEADERS[@]/#/$inside/}" "${PROGRAMS[@]/#/$inside/tools/}"
   for name in "${PROGRAMS[@]}"; do
-    # Old tags: an rpath also serves the libraries that the libraries need.
+    # --disable-new-dtags: unlike a runpath, an rpath also applies to the libraries' own dependencies.
     quiet "${CXX:-c++}" -std=c++17 -O2 -DNDEBUG -w "${HEADERS[@]/#/-I$source/}" -I"$source/tools/$name" "$source/tools/$name"/*.cpp \
       -o "$scratch/programs/llama-$name" -L"$packages/lib" -L"$packages/llama_cpp/lib" -lllama-common -lllama -lggml -lggml-base -pthread \
-      -Wl,--disable-new-dtags "-Wl,-rpath-link,$packages/llama_cpp/lib" "-Wl,-rpath,\$ORIGIN/$here/lib" "-Wl,-rpath,\$ORIGIN/$here/llama_cpp/lib"
+      -Wl,--disable-new-dtags "-Wl,-rpath-link,$packages/llama_cpp/lib" "-Wl,-rpath,\$ORIGIN/$relative/lib" "-Wl,-rpath,\$ORIGIN/$relative/llama_cpp/lib"
   done
   mv "$scratch/programs" "$(cached_programs)"
 }
@@ -115,10 +115,10 @@ unpack_converters() {
   local inside=${SDIST%.tar.gz}/vendor/llama.cpp
   mkdir "$scratch/converters"
   tar -xzf "$WHEELS/$SDIST" -C "$scratch/converters" --strip-components=3 "${CONVERTERS[@]/#/$inside/}"
-  ! wants_programs || cp -R "$(cached_programs)" "$scratch/converters/bin"
+  ! supports_programs || cp -R "$(cached_programs)" "$scratch/converters/bin"
   rm -rf "$share"
   mv "$scratch/converters" "$share"
-  ! wants_programs || check_programs
+  ! supports_programs || check_programs
   echo "$SDIST_SHA256" >"$share/.sdist-sha256" # last: without it the next run starts over
 }
 
@@ -129,20 +129,20 @@ check_programs() {
   done
 }
 
-# Runs a command whose output is shown only if it fails.
+# Runs a command; prints its output only if it fails.
 quiet() {
   "$@" >"$scratch/log" 2>&1 || {
     tail -n 40 "$scratch/log" >&2
-    fail "this failed, see above: $*"
+    fail "this command failed, see above: $*"
   }
 }
 
 timed() {
-  local what=$1 started=$SECONDS
+  local activity=$1 started_at=$SECONDS
   shift
-  print_status "$what …"
+  print_status "$activity …"
   "$@"
-  print_status "  done in $((SECONDS - started)) s"
+  print_status "  done in $((SECONDS - started_at)) s"
 }
 
 print_status() { echo "$*"; }

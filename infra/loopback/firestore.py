@@ -46,7 +46,7 @@ def run_firestore_emulator(port: int = 0) -> Generator[str]:
     command = [*_find_java(), "-cp", str(_find_jar()), MAIN_CLASS, "start", "--host=127.0.0.1"]
     port = port or _find_free_port()
     with tempfile.TemporaryFile() as output:
-        # The jar itself: the SDK's wrapper scripts leave it running when they end.
+        # The jar itself, because the SDK's wrapper scripts leave the emulator running when they end.
         emulator = subprocess.Popen([*command, f"--port={port}"], stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         try:
             _wait_until_ready(emulator, port, output)
@@ -93,27 +93,27 @@ def _find_jar() -> Path:
 
 
 def _sdk_roots() -> Iterator[Path]:
-    """Where the SDK may be, most certain first."""
+    """Folders where the SDK may be, most likely first."""
     if named := os.environ.get("CLOUDSDK_ROOT"):
         yield Path(named)
     if gcloud := shutil.which("gcloud"):
         yield Path(gcloud).resolve().parents[1]
-        asked = [gcloud, "info", "--format=value(installation.sdk_root)"]
-        if (root := subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()) and Path(root).is_dir():
+        command = [gcloud, "info", "--format=value(installation.sdk_root)"]
+        if (root := subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()) and Path(root).is_dir():
             yield Path(root)
     yield from (Path(root).expanduser() for root in DEFAULT_SDK_ROOTS)
 
 
 def _find_free_port() -> int:
-    with closing(socket.socket()) as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with closing(socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def _wait_until_ready(emulator: "subprocess.Popen[bytes]", port: int, output: IO[bytes]) -> None:
-    until = time.monotonic() + START_TIMEOUT_S
+    deadline = time.monotonic() + START_TIMEOUT_S
     while not _is_ready(port):
-        if emulator.poll() is not None or time.monotonic() > until:
+        if emulator.poll() is not None or time.monotonic() > deadline:
             output.seek(0)
             log = output.read()[-2000:].decode(errors="replace")
             raise EmulatorFailed(f"the Firestore emulator did not start on port {port}; its output:\n{log}")

@@ -1,7 +1,7 @@
 """Cloud Run's authentication in front of a service: a request needs a Google identity token for the service.
 
 `uvicorn infra.loopback.front_door:create_app --factory` runs the service behind it. The token is verified with the public key of the
-loopback metadata server, so clients must really fetch a signed token for this service.
+loopback metadata server, so a client must fetch a signed token for this service from there.
 """
 
 import os
@@ -28,13 +28,13 @@ class IdentityTokenMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            shown = dict(scope["headers"])
-            name = next((name for name in TOKEN_HEADERS if name in shown), None)
-            if name is None or not self._is_valid_token(shown[name].decode()):
-                refusal = PlainTextResponse("Error: Forbidden. Your client does not have permission to get this URL.", 403)
-                await refusal(scope, receive, send)
+            headers = dict(scope["headers"])
+            name = next((name for name in TOKEN_HEADERS if name in headers), None)
+            if name is None or not self._is_valid_token(headers[name].decode()):
+                forbidden = PlainTextResponse("Error: Forbidden. Your client does not have permission to get this URL.", 403)
+                await forbidden(scope, receive, send)
                 return
-            unsigned = shown[name].rpartition(b".")[0] + b"." + REMOVED_SIGNATURE
+            unsigned = headers[name].rpartition(b".")[0] + b"." + REMOVED_SIGNATURE
             scope = {**scope, "headers": [(header, unsigned if header == name else value) for header, value in scope["headers"]]}
         await self._app(scope, receive, send)
 

@@ -1,8 +1,8 @@
-"""A process's identity on Google Cloud, on loopback: the metadata server, and the IAM Credentials API that signs with the account's key.
+"""Google Cloud's process identity on loopback: the metadata server, and the IAM Credentials API, which signs with the account's key.
 
 `python -m infra.loopback.google_identity --port 9025` runs in the foreground. Google's libraries find the metadata server by
 GCE_METADATA_HOST=host:port and GCE_METADATA_IP=host:port; Tunesmith finds signBlob by IAM_CREDENTIALS_EMULATOR_HOST=host:port.
-The public key is at /oauth2/v3/certs, as Google's, to verify identity tokens.
+The public key that verifies identity tokens is at /oauth2/v3/certs, as on Google's server.
 """
 
 import argparse
@@ -100,8 +100,8 @@ class GoogleIdentity:
         """An identity token for `audience`, of this or another account, valid for an hour like Google's."""
         now = int(time.time())
         claims = {"iss": "https://accounts.google.com", "aud": audience, "iat": now, "exp": now + self.token_ttl_s}
-        who = {"email": email or self.email, "email_verified": True, "sub": "100000000000000000000"}
-        return jwt.encode({**claims, **who}, self.key, algorithm="RS256", headers={"kid": KEY_ID})
+        account = {"email": email or self.email, "email_verified": True, "sub": "100000000000000000000"}
+        return jwt.encode({**claims, **account}, self.key, algorithm="RS256", headers={"kid": KEY_ID})
 
     def public_keys(self) -> dict[str, object]:
         """The public key that verifies tokens, as a JSON Web Key Set."""
@@ -129,14 +129,14 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self._record_request()
-        refusals = self.identity.injected_errors
+        errors = self.identity.injected_errors
         if self.path.partition("?")[0] != f"/v1/projects/-/serviceAccounts/{self.identity.email}:signBlob":
             self._send_response({"error": {"code": 404, "message": "no such account"}}, HTTPStatus.NOT_FOUND)
         elif self.headers.get("Authorization") != f"Bearer {ACCESS_TOKEN}":
             self._send_response({"error": {"code": 401, "message": "invalid credentials"}}, HTTPStatus.UNAUTHORIZED)
-        elif refusals:
-            refusal = refusals.pop(0)
-            self._send_response(_error_body(refusal), HTTPStatus(refusal.status))
+        elif errors:
+            error = errors.pop(0)
+            self._send_response(_error_body(error), HTTPStatus(error.status))
         else:
             signature = self.identity.sign(base64.b64decode(json.loads(content)["payload"]))
             self._send_response({"keyId": KEY_ID, "signedBlob": base64.b64encode(signature).decode()})
@@ -161,9 +161,9 @@ class _Handler(BaseHTTPRequestHandler):
 def _metadata_response(identity: GoogleIdentity, path: str, query: Mapping[str, list[str]]) -> tuple[object, HTTPStatus]:
     """The metadata server's response at a path."""
     account = path.removeprefix("/computeMetadata/v1/instance/service-accounts/").rstrip("/")
-    name, _, what = account.partition("/")
+    name, _, attribute = account.partition("/")
     if name in ("default", identity.email):
-        match what:
+        match attribute:
             case "" if "recursive" in query:
                 return {"aliases": ["default"], "email": identity.email, "scopes": [SCOPE]}, HTTPStatus.OK
             case "token":
@@ -194,12 +194,12 @@ def _error_body(error: InjectedError) -> dict[str, object]:
 def main() -> None:
     """Run until SIGINT or SIGTERM."""
     parser = argparse.ArgumentParser(prog="python -m infra.loopback.google_identity", description=__doc__)
-    parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
-    parser.add_argument("--email", default=EMAIL, help="the service account that processes are")
+    parser.add_argument("--port", type=int, default=0, help="0 takes a free port")
+    parser.add_argument("--email", default=EMAIL, help="the service account")
     parser.add_argument("--project", default=PROJECT)
-    chosen = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: stops what was started
-    with suppress(KeyboardInterrupt), GoogleIdentity(port=chosen.port, email=chosen.email, project=chosen.project) as identity:
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C
+    with suppress(KeyboardInterrupt), GoogleIdentity(port=args.port, email=args.email, project=args.project) as identity:
         print(identity.host, flush=True)
         signal.pause()
 

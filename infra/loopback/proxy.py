@@ -90,9 +90,9 @@ class Proxy:
         self._fault = fault
         self._changed.set()
         self._changed = asyncio.Event()
-        for link in list(self._connections):
-            if fault in ("cut", "reset") or (fault == "none" and link.lost_data):
-                link.abort(reset=fault != "cut")
+        for connection in list(self._connections):
+            if fault in ("cut", "reset") or (fault == "none" and connection.lost_data):
+                connection.abort(reset=fault != "cut")
         if fault == "cut" and self._listener is not None:
             self._listener.close()
             self._listener = None
@@ -102,22 +102,22 @@ class Proxy:
 
     async def _shut_down(self) -> None:
         await self._set_fault("cut")
-        links = asyncio.all_tasks() - {asyncio.current_task()}
-        for link in links:
-            link.cancel()
-        await asyncio.gather(*links, return_exceptions=True)
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _handle_connection(self, from_client: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
         """Handle a connection from beginning to end."""
-        link = _Connection([client])
-        self._connections.add(link)
+        connection = _Connection([client])
+        self._connections.add(connection)
         try:
-            await self._relay(link, from_client, client)
+            await self._relay(connection, from_client, client)
         except (OSError, asyncio.CancelledError):  # the target refuses, one side is gone, or the proxy stops
-            link.abort(reset=False)
+            connection.abort(reset=False)
         with suppress(OSError):
-            await link.wait_closed()
-        self._connections.discard(link)
+            await connection.wait_closed()
+        self._connections.discard(connection)
 
     async def _relay(self, connection: "_Connection", from_client: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
         if self._fault == "reset":
@@ -142,18 +142,18 @@ class Proxy:
         """Forward one direction until its end, including the end of the stream."""
         with suppress(OSError):
             while True:
-                piece = await source.read(CHUNK_BYTES)
+                chunk = await source.read(CHUNK_BYTES)
                 await asyncio.sleep(self._delay_s)
                 while self._fault == "hang":
                     await self._changed.wait()
                 if is_response and self._fault == "drop_responses":
                     connection.lost_data = True
-                elif piece:
-                    target.write(piece)
+                elif chunk:
+                    target.write(chunk)
                     await target.drain()
                 elif not target.is_closing():
                     target.write_eof()
-                if not piece:
+                if not chunk:
                     return
         connection.abort(reset=False)  # one side is gone: close the other
 

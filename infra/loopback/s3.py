@@ -48,18 +48,18 @@ def run_s3(*, port: int = 0, buckets: Iterable[str] = ()) -> Generator[str]:
 
 
 def create_bucket(url: str, name: str) -> None:
-    """Unsigned: the server checks no credentials."""
+    """Create a bucket. The request is unsigned: the server checks no credentials."""
     httpx2.put(f"{url}/{name}").raise_for_status()
 
 
 def main() -> None:
     """Run until SIGINT or SIGTERM."""
     parser = argparse.ArgumentParser(prog="python -m infra.loopback.s3", description=__doc__)
-    parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
-    parser.add_argument("--bucket", action="append", default=[], help="a bucket to make; may be repeated")
-    chosen = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: stops what was started
-    with suppress(KeyboardInterrupt), run_s3(port=chosen.port, buckets=chosen.bucket) as url:
+    parser.add_argument("--port", type=int, default=0, help="0 takes a free port")
+    parser.add_argument("--bucket", action="append", default=[], help="a bucket to create; can be repeated")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C
+    with suppress(KeyboardInterrupt), run_s3(port=args.port, buckets=args.bucket) as url:
         print(url, flush=True)
         signal.pause()
 

@@ -1,8 +1,8 @@
 """An emulator of Secret Manager: serves google.cloud.secretmanager.v1 over gRPC from memory.
 
 It implements what a client sees: names, version numbers, states, status codes, paging, verification of the payload's checksum (and
-required, although Google allows to omit it). Nothing expires. Where Google is only eventually consistent, it is as late as allowed: the
-alias `latest` and the list of versions do not include the newest version.
+required, although Google makes it optional). Nothing expires. Where Google is only eventually consistent, the emulator always returns
+stale results: the alias `latest` and the list of versions do not include the newest version.
 
     python -m infra.loopback.secret_manager [--port N]
 """
@@ -38,7 +38,7 @@ class _StoredSecret:
 
 @dataclass(frozen=True)
 class _Fault:
-    """An error for a call. Without a code the call succeeds."""
+    """A fault for one call. Without a code the call succeeds."""
 
     is_executed: bool = True
     is_corrupted: bool = False
@@ -88,11 +88,11 @@ class SecretManager:
         self._inject_fault(method, _Fault(is_executed=False, code=code, message=message))
 
     def drop_next_response(self, method: str) -> None:
-        """Carry out the next call of a method and lose its answer."""
-        self._inject_fault(method, _Fault(code=grpc.StatusCode.UNAVAILABLE, message="the answer was lost"))
+        """Carry out the next call of a method and lose its response."""
+        self._inject_fault(method, _Fault(code=grpc.StatusCode.UNAVAILABLE, message="the response was lost"))
 
     def corrupt_next_response(self, method: str) -> None:
-        """Change one byte of the payload in the next answer of a method, but not its checksum."""
+        """Change one byte of the payload in the next response of a method, but not its checksum."""
         self._inject_fault(method, _Fault(is_corrupted=True))
 
     def _inject_fault(self, method: str, fault: _Fault) -> None:
@@ -122,13 +122,13 @@ class SecretManager:
         return secret
 
     def AddSecretVersion(self, request: sm.AddSecretVersionRequest) -> sm.SecretVersion:  # noqa: N802
-        kept, content = self._find_secret(request.parent), bytes(request.payload.data)
+        secret, content = self._find_secret(request.parent), bytes(request.payload.data)
         if len(content) > MAX_PAYLOAD_BYTES:
             raise _RpcError(grpc.StatusCode.INVALID_ARGUMENT, "The payload is larger than 65536 bytes.")
         if request.payload.data_crc32c != google_crc32c.value(content):
             raise _RpcError(grpc.StatusCode.INVALID_ARGUMENT, "Data crc32c check failed")
-        kept.versions.append(content)
-        return self._version(request.parent, len(kept.versions))
+        secret.versions.append(content)
+        return self._version(request.parent, len(secret.versions))
 
     def AccessSecretVersion(self, request: sm.AccessSecretVersionRequest) -> sm.AccessSecretVersionResponse:  # noqa: N802
         number, content = self._find_payload(request.name)
@@ -146,9 +146,9 @@ class SecretManager:
 
     def ListSecretVersions(self, request: sm.ListSecretVersionsRequest) -> sm.ListSecretVersionsResponse:  # noqa: N802
         """Newest first, all on one page. Supports only the filter by state."""
-        wanted = {"": (ENABLED, DESTROYED), "state:ENABLED": (ENABLED,)}[request.filter]
-        every = [self._version(request.parent, number) for number in range(len(self._find_secret(request.parent).versions) - 1, 0, -1)]
-        return sm.ListSecretVersionsResponse(versions=[version for version in every if version.state in wanted])
+        states = {"": (ENABLED, DESTROYED), "state:ENABLED": (ENABLED,)}[request.filter]
+        versions = [self._version(request.parent, number) for number in range(len(self._find_secret(request.parent).versions) - 1, 0, -1)]
+        return sm.ListSecretVersionsResponse(versions=[version for version in versions if version.state in states])
 
     def GetSecret(self, request: sm.GetSecretRequest) -> sm.Secret:  # noqa: N802
         return self._find_secret(request.name).secret
@@ -161,14 +161,16 @@ class SecretManager:
     def ListSecrets(self, request: sm.ListSecretsRequest) -> sm.ListSecretsResponse:  # noqa: N802
         """Supports the filters `name:WORD` and `labels.NAME=VALUE`, joined with AND."""
         terms = [term for term in request.filter.split(" AND ") if term]
-        found = [
+        names = [
             name
             for name in sorted(self._secrets)
             if name.startswith(request.parent) and all(self._matches_filter(name, term) for term in terms)
         ]
         first, size = int(request.page_token or 0), min(request.page_size or PAGE_SIZE, PAGE_SIZE)
-        more = str(first + size) if first + size < len(found) else ""
-        return sm.ListSecretsResponse(secrets=[self._secrets[name].secret for name in found[first : first + size]], next_page_token=more)
+        next_page = str(first + size) if first + size < len(names) else ""
+        return sm.ListSecretsResponse(
+            secrets=[self._secrets[name].secret for name in names[first : first + size]], next_page_token=next_page
+        )
 
     # --- helpers -----------------------------------------------------------------------------------------------------
 
@@ -184,8 +186,8 @@ class SecretManager:
         return self._secrets[name]
 
     def _find_payload(self, name: str) -> tuple[int, bytes | None]:
-        versions, word = self._find_secret(_parent(name)).versions, name.rpartition("/")[2]
-        number = len(versions) - 1 if word == "latest" else int(word)
+        versions, version = self._find_secret(_parent(name)).versions, name.rpartition("/")[2]
+        number = len(versions) - 1 if version == "latest" else int(version)
         if not 1 <= number <= len(versions):
             raise _RpcError(grpc.StatusCode.NOT_FOUND, f"Secret Version [{name}] not found or has no versions.")
         return number, versions[number - 1]
@@ -230,11 +232,11 @@ def _parent(version: str) -> str:
     return version.rpartition("/versions/")[0]
 
 
-def _corrupt(answer: sm.AccessSecretVersionResponse) -> sm.AccessSecretVersionResponse:
-    content = bytearray(answer.payload.data)
+def _corrupt(response: sm.AccessSecretVersionResponse) -> sm.AccessSecretVersionResponse:
+    content = bytearray(response.payload.data)
     content[len(content) // 2] ^= 1
-    answer.payload.data = bytes(content)
-    return answer
+    response.payload.data = bytes(content)
+    return response
 
 
 def _serialize(message: Any) -> bytes:  # noqa: ANN401
@@ -244,12 +246,12 @@ def _serialize(message: Any) -> bytes:  # noqa: ANN401
 def main() -> None:
     """Run until SIGINT or SIGTERM."""
     parser = argparse.ArgumentParser(
-        prog="python -m infra.loopback.secret_manager", description="Secret Manager, on this machine, in memory."
+        prog="python -m infra.loopback.secret_manager", description="An emulator of Secret Manager that keeps its data in memory."
     )
-    parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
+    parser.add_argument("--port", type=int, default=0, help="0 takes a free port")
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    with SecretManager(port=parser.parse_args().port) as stand_in:
-        print(f"export SECRET_MANAGER_EMULATOR_HOST={stand_in.host}", flush=True)
+    with SecretManager(port=parser.parse_args().port) as emulator:
+        print(f"export SECRET_MANAGER_EMULATOR_HOST={emulator.host}", flush=True)
         signal.sigwait({signal.SIGINT, signal.SIGTERM})
 
 

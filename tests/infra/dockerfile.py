@@ -31,8 +31,8 @@ class Instruction:
     @property
     def from_stage(self) -> str | None:
         """The stage that a COPY takes files from; None for the build context."""
-        found = re.search(r"--from=(\S+)", self.text)
-        return found[1] if found else None
+        match = re.search(r"--from=(\S+)", self.text)
+        return match[1] if match else None
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,9 @@ def parse_dockerfile(text: str) -> Dockerfile:
     stages: list[Stage] = []
     for instruction in _instructions(text):
         if instruction.keyword == "FROM":
-            base, *named = instruction.words
-            base = re.sub(r"\$\{(\w+)\}", lambda found: arguments[found[1]], base)
-            stages.append(Stage(base, named[1] if named else None, ()))
+            base, *stage_name = instruction.words
+            base = re.sub(r"\$\{(\w+)\}", lambda match: arguments[match[1]], base)
+            stages.append(Stage(base, stage_name[1] if stage_name else None, ()))
         elif not stages:
             name, _, default = instruction.text.partition("=")
             arguments[name] = default
@@ -107,8 +107,8 @@ class DockerIgnore:
     patterns: tuple[tuple[re.Pattern[str], bool], ...]
 
     def __contains__(self, path: str) -> bool:
-        steps = path.split("/")
-        prefixes = ["/".join(steps[: count + 1]) for count in range(len(steps))]
+        parts = path.split("/")
+        prefixes = ["/".join(parts[: count + 1]) for count in range(len(parts))]
         is_excluded = False
         for pattern, excludes in self.patterns:
             if any(pattern.fullmatch(prefix) for prefix in prefixes):

@@ -24,18 +24,20 @@ def find_in_text(text: str, path: str, groups: set[str]) -> Iterator[CommandLine
     # Replace character by character, so that line numbers stay right.
     flat = re.sub(r"\\\n", "  ", text)
     flat = re.sub(r"`gcloud [^`]+`", lambda span: span[0].replace("\n", " "), flat)
-    for found in re.finditer(rf"(?<![\w/.-])gcloud (?=(?:(?:alpha|beta) )?(?:{'|'.join(sorted(groups))})\b)", flat):
-        yield CommandLine(extract_command(flat[found.start() :]), path, text.count("\n", 0, found.start()) + 1)
+    for match in re.finditer(rf"(?<![\w/.-])gcloud (?=(?:(?:alpha|beta) )?(?:{'|'.join(sorted(groups))})\b)", flat):
+        yield CommandLine(extract_command(flat[match.start() :]), path, text.count("\n", 0, match.start()) + 1)
 
 
 def find_in_python(source: str, path: str, groups: set[str]) -> Iterator[CommandLine]:
     """The commands in a program's strings."""
     tree = ast.parse(source)
-    texts = _StringResolver(tree)
-    within = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node) if part is not node}
+    resolver = _StringResolver(tree)
+    inside_fstrings = {
+        id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node) if part is not node
+    }
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant | ast.JoinedStr) and id(node) not in within:
-            for line in find_in_text(texts.resolve(node), path, groups):
+        if isinstance(node, ast.Constant | ast.JoinedStr) and id(node) not in inside_fstrings:
+            for line in find_in_text(resolver.resolve(node), path, groups):
                 yield CommandLine(line.command, path, node.lineno)
 
 
@@ -43,14 +45,14 @@ def extract_command(text: str) -> str:
     """The command at the start of the text, with placeholders replaced."""
     text = PLACEHOLDER_PATTERN.sub(PLACEHOLDER, text)
     quote = ""
-    for place, character in enumerate(text):
-        before, after = text[place - 1], text[place + 1 : place + 2]
+    for index, character in enumerate(text):
+        before, after = text[index - 1], text[index + 1 : index + 2]
         if quote:
             quote = "" if character == quote else quote
         elif character in "\"'" and before in " =(":
             quote = character
         elif _ends_command(character, before, after):
-            text = re.sub(r" 2$", "", text[:place]) if character == ">" else text[:place]
+            text = re.sub(r" 2$", "", text[:index]) if character == ">" else text[:index]
             break
     words = shlex.split(text)
     return shlex.join(words[: words.index("or")] if "or" in words else words)

@@ -83,13 +83,13 @@ def check_resource(item: TerraformItem) -> list[str]:
 
 def check_references(item: TerraformItem, resources: Mapping[str, TerraformItem]) -> list[str]:
     """References to attributes that the other resource does not have, such as google_service_account.api.emial."""
-    found = [(match[1], match[2]) for text in iter_strings(item.body) for match in ATTRIBUTE.finditer(text)]
-    looped = ATTRIBUTE_OF_LOOP.findall(" ".join(iter_strings(item.body)))
-    over = unquote(item.body.get("for_each"))
-    found += [(over, name) for name in looped if over in resources]
+    attributes = [(match[1], match[2]) for text in iter_strings(item.body) for match in ATTRIBUTE.finditer(text)]
+    loop_attributes = ATTRIBUTE_OF_LOOP.findall(" ".join(iter_strings(item.body)))
+    iterated = unquote(item.body.get("for_each"))
+    attributes += [(iterated, name) for name in loop_attributes if iterated in resources]
     return [
         f"{item.address}: {address} has no attribute {name}"
-        for address, name in found
+        for address, name in attributes
         if address in resources and name not in resource_attributes(resources[address])
     ]
 
@@ -103,8 +103,8 @@ def resource_attributes(item: TerraformItem) -> set[str]:
     if item.kind == "data":
         module, _, result = DATA_SOURCES[item.type]
         return _properties(getattr(_module(module), result))
-    found = _find_resource_class(item.type)
-    return _properties(getattr(*found)) | {"id"} if found else set()
+    resource_class = _find_resource_class(item.type)
+    return _properties(getattr(*resource_class)) | {"id"} if resource_class else set()
 
 
 def check_data_source(item: TerraformItem) -> list[str]:
@@ -121,35 +121,35 @@ def check_provider(item: TerraformItem) -> list[str]:
     return list(_check_body(item.address, item.body, schema_fields(pulumi_gcp.ProviderArgs)))
 
 
-def _check_body(place: str, body: Body, fields: Mapping[str, Field]) -> Iterator[str]:
+def _check_body(path: str, body: Body, fields: Mapping[str, Field]) -> Iterator[str]:
     written = _expand_dynamic_blocks(body)
     for name in written:
         key = BLOCK_TO_ARGUMENT.get(name, name)
         if key not in fields or name in BLOCK_TO_ARGUMENT.values():
-            yield f"{place}: no attribute or block {name}; there are: {', '.join(sorted(fields))}"
+            yield f"{path}: no attribute or block {name}; known: {', '.join(sorted(fields))}"
         else:
-            yield from _check_value(f"{place}.{name}", written[name], fields[key])
+            yield from _check_value(f"{path}.{name}", written[name], fields[key])
     for key, field in fields.items():
         if field.required and not any(BLOCK_TO_ARGUMENT.get(name, name) == key for name in written):
-            yield f"{place}: {key} is missing"
+            yield f"{path}: {key} is missing"
 
 
-def _check_value(place: str, value: Value, field: Field) -> Iterator[str]:
+def _check_value(path: str, value: Value, field: Field) -> Iterator[str]:
     if field.block_type is None:
         if is_block(value):
-            yield f"{place} is an attribute, and is written as a block"
+            yield f"{path} is an attribute, not a block"
         elif field.is_wrong_literal(value):
-            yield f"{place} takes a {field.literal_type.__name__ if field.literal_type else ''}, not {value!r}"
+            yield f"{path} takes a {field.literal_type.__name__ if field.literal_type else ''}, not {value!r}"
         return
     if not is_block(value):
-        yield f"{place} is a block, and is written as an attribute"
+        yield f"{path} is a block, not an attribute"
         return
     assert isinstance(value, list)
     if len(value) > 1 and not field.repeated:
-        yield f"{place} may occur only once"
+        yield f"{path} may occur only once"
     for block in value:
         assert isinstance(block, dict)
-        yield from _check_body(place, strip_parser_keys(block), schema_fields(field.block_type))
+        yield from _check_body(path, strip_parser_keys(block), schema_fields(field.block_type))
 
 
 def _expand_dynamic_blocks(body: Body) -> Body:

@@ -119,18 +119,18 @@ RESOURCE = re.compile(r"(?<![\w.])((?:data\.)?google_\w+\.\w+)")
 
 def references(value: Value) -> set[str]:
     """The addresses in a value: var.region, local.hardware, google_storage_bucket.buckets."""
-    found: set[str] = set()
+    addresses: set[str] = set()
     for text in iter_strings(value):
-        found |= {f"var.{name}" for name in VARIABLE.findall(text)}
-        found |= {f"local.{name}" for name in LOCAL.findall(text)}
-        found |= set(RESOURCE.findall(text))
-    return found
+        addresses |= {f"var.{name}" for name in VARIABLE.findall(text)}
+        addresses |= {f"local.{name}" for name in LOCAL.findall(text)}
+        addresses |= set(RESOURCE.findall(text))
+    return addresses
 
 
 def references_by_address(files: TerraformModule) -> dict[str, set[str]]:
     """The references of each address."""
-    found = {item.address: references(item.body) for item in files.items}
-    return found | {f"local.{name}": references(value) for name, value in files.locals.items()}
+    by_address = {item.address: references(item.body) for item in files.items}
+    return by_address | {f"local.{name}": references(value) for name, value in files.locals.items()}
 
 
 def find_undeclared(files: TerraformModule) -> list[str]:
@@ -147,11 +147,11 @@ def find_unused(files: TerraformModule) -> list[str]:
 
 def find_cycle(files: TerraformModule) -> list[str]:
     """Addresses that depend on themselves directly or through others; Terraform refuses them."""
-    left = {
+    remaining = {
         address: {name for name in names if name != address}
         for address, names in references_by_address(files).items()
         if not address.startswith("output.")
     }
-    while ready := {address for address, names in left.items() if not names & left.keys()}:
-        left = {address: names for address, names in left.items() if address not in ready}
-    return sorted(left)
+    while ready := {address for address, names in remaining.items() if not names & remaining.keys()}:
+        remaining = {address: names for address, names in remaining.items() if address not in ready}
+    return sorted(remaining)

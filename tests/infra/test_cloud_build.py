@@ -94,8 +94,8 @@ def test_sources_and_tests_are_in_upload(uploaded_files: set[str]) -> None:
 
 
 def test_environments_caches_and_history_are_not_uploaded(uploaded_files: set[str]) -> None:
-    kept = re.compile(r"(^|/)(\.venvs|\.git|__pycache__|\.pytest_cache|\.ruff_cache|\.hypothesis|\.terraform|\w+\.egg-info)/|\.pyc$")
-    assert not [path for path in uploaded_files if kept.search(path)]
+    excluded = re.compile(r"(^|/)(\.venvs|\.git|__pycache__|\.pytest_cache|\.ruff_cache|\.hypothesis|\.terraform|\w+\.egg-info)/|\.pyc$")
+    assert not [path for path in uploaded_files if excluded.search(path)]
 
 
 def test_records_datasets_models_and_secrets_are_not_uploaded(gcloud: Gcloud, tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ class BuildHarness:
 
 
 def substitute(text: str, values: Mapping[str, str]) -> str:
-    return re.sub(r"\$\{(\w+)\}", lambda found: values[found[1]], text)
+    return re.sub(r"\$\{(\w+)\}", lambda match: values[match[1]], text)
 
 
 @pytest.fixture
@@ -277,4 +277,4 @@ def test_gcloud_accepts_every_call(builder: BuildHarness, gcloud: Gcloud) -> Non
         builder.run_step(step)
     calls = [call for call in builder.calls if call.startswith("gcloud")]
     assert len(calls) == 6
-    assert {command: wrong for command, wrong in gcloud.lint(calls).items() if wrong} == {}
+    assert {command: error for command, error in gcloud.lint(calls).items() if error} == {}

@@ -14,16 +14,16 @@ PYTHON_GLOBS = ("service/**/*.py", "storage/**/*.py", "infra/**/*.py")
 
 
 def find_all_commands(groups: set[str]) -> Iterator[CommandLine]:
-    for read, globs in ((find_in_text, TEXT_GLOBS), (find_in_python, PYTHON_GLOBS)):
+    for find, globs in ((find_in_text, TEXT_GLOBS), (find_in_python, PYTHON_GLOBS)):
         for path in sorted({path for glob in globs for path in ROOT.glob(glob) if ".venvs" not in path.parts}):
-            yield from read(path.read_text(), path.relative_to(ROOT).as_posix(), groups)
+            yield from find(path.read_text(), path.relative_to(ROOT).as_posix(), groups)
 
 
 def test_gcloud_accepts_every_documented_command(gcloud: Gcloud) -> None:
-    found = list(find_all_commands(gcloud.command_groups))
-    assert len({line.path for line in found}) > 5
-    wrong = gcloud.lint([line.command for line in found])
-    assert [f"{line.path}:{line.number}: {line.command}\n    {wrong[line.command]}" for line in found if wrong[line.command]] == []
+    lines = list(find_all_commands(gcloud.command_groups))
+    assert len({line.path for line in lines}) > 5
+    errors = gcloud.lint([line.command for line in lines])
+    assert [f"{line.path}:{line.number}: {line.command}\n    {errors[line.command]}" for line in lines if errors[line.command]] == []
 
 
 @pytest.mark.parametrize(
@@ -82,5 +82,5 @@ def test_command_has_line_number() -> None:
 
 def test_python_strings_resolve_variables() -> None:
     source = 'def f(p):\n    member = f"--member={p}"\n    return f"fix it: gcloud projects add-iam-policy-binding {p} {member} --role=r"\n'
-    found = list(find_in_python(source, "x", {"projects"}))
-    assert found == [CommandLine("gcloud projects add-iam-policy-binding filled-in --member=filled-in --role=r", "x", 3)]
+    lines = list(find_in_python(source, "x", {"projects"}))
+    assert lines == [CommandLine("gcloud projects add-iam-policy-binding filled-in --member=filled-in --role=r", "x", 3)]

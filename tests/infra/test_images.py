@@ -74,11 +74,11 @@ def test_image_does_not_run_as_root(path: str) -> None:
 
 @parametrize_dockerfile
 def test_entrypoint_uses_no_shell(path: str) -> None:
-    shipped = load_dockerfile(path).final_stage
-    entry = shipped.last_instruction("ENTRYPOINT").exec_form
+    stage = load_dockerfile(path).final_stage
+    entry = stage.last_instruction("ENTRYPOINT").exec_form
     assert entry is not None
     assert entry[0] == "python"
-    assert not shipped.instructions_with("CMD")
+    assert not stage.instructions_with("CMD")
 
 
 @parametrize_dockerfile
@@ -93,8 +93,8 @@ def test_copied_files_exist_and_are_not_ignored(path: str) -> None:
 def test_libraries_are_installed_before_the_code_is_copied(path: str) -> None:
     order = [f"{instruction.keyword} {instruction.text}" for instruction in load_dockerfile(path).stage("build").instructions]
     installed = max(index for index, step in enumerate(order) if " -m pip " in step)
-    code = min(index for index, step in enumerate(order) if step.startswith("COPY schema/"))
-    assert installed < code
+    copied = min(index for index, step in enumerate(order) if step.startswith("COPY schema/"))
+    assert installed < copied
 
 
 @pytest.mark.parametrize(
@@ -154,9 +154,9 @@ def test_trainer_entrypoint_runs_attempt() -> None:
 
 
 def parse_torch_and_cuda(base: str) -> tuple[str, tuple[int, ...]]:
-    found = re.fullmatch(r"pytorch/pytorch:([\d.]+)-cuda([\d.]+)-cudnn\d+-runtime@.*", base)
-    assert found, base
-    return found[1], tuple(int(part) for part in found[2].split("."))
+    match = re.fullmatch(r"pytorch/pytorch:([\d.]+)-cuda([\d.]+)-cudnn\d+-runtime@.*", base)
+    assert match, base
+    return match[1], tuple(int(part) for part in match[2].split("."))
 
 
 def read_constraints() -> dict[str, str]:
@@ -230,29 +230,29 @@ def installed_image(tmp_path_factory: pytest.TempPathFactory) -> InstalledImage:
 
 def find_base_python() -> str:
     """Python 3.11, the version of the image."""
-    found = shutil.which("python3.11")
-    assert found, "no python3.11 on the PATH"
-    return found
+    python = shutil.which("python3.11")
+    assert python, "no python3.11 on the PATH"
+    return python
 
 
-def run_copy_instruction(step: Instruction, image_root: InstalledImage, folder: Path) -> None:
+def run_copy_instruction(step: Instruction, image: InstalledImage, folder: Path) -> None:
     *sources, target = step.words
-    to = folder / image_root.relocate_paths(target)
+    target_folder = folder / image.relocate_paths(target)
     for source in sources:
-        given = ROOT / source
-        for file in [given] if given.is_file() else (file for file in given.rglob("*") if file.is_file()):
+        source_path = ROOT / source
+        for file in [source_path] if source_path.is_file() else (file for file in source_path.rglob("*") if file.is_file()):
             path = file.relative_to(ROOT).as_posix()
             if path not in DOCKER_IGNORE:
-                place = to / (file.name if given.is_file() else file.relative_to(given))
-                place.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(file, place)
+                copy = target_folder / (file.name if source_path.is_file() else file.relative_to(source_path))
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(file, copy)
 
 
-def run_shell_instruction(step: Instruction, image_root: InstalledImage, folder: Path) -> None:
-    # How this machine reaches the package index, and the cache of packages that it has downloaded before.
+def run_shell_instruction(step: Instruction, image: InstalledImage, folder: Path) -> None:
+    # Settings for access to the package index, and the home folder, which has pip's cache.
     network = {name: value for name, value in os.environ.items() if re.match(r"PIP_|SSL_|.*_proxy$|.*_PROXY$|HOME$", name)}
-    command = image_root.relocate_paths(step.text).replace("--no-cache-dir ", "--quiet ")
-    path = f"{image_root.root}/usr/local/bin:/usr/bin:/bin"
+    command = image.relocate_paths(step.text).replace("--no-cache-dir ", "--quiet ")
+    path = f"{image.root}/usr/local/bin:/usr/bin:/bin"
     done = subprocess.run(
         ["/bin/sh", "-ec", command], env=network | {"PATH": path}, cwd=folder, capture_output=True, text=True, check=False
     )
@@ -322,7 +322,7 @@ def http_get(url: str, path: str) -> tuple[int, str]:
 
 
 def test_multiline_instruction_is_parsed_as_one() -> None:
-    read_back = parse_dockerfile('ARG A=b\nFROM ${A} AS build\nRUN one \\\n# comment\n    && two\nFROM c\nENTRYPOINT ["x"]\n')
-    assert read_back.stage("build").base == "b"
-    assert read_back.stage("build").instructions_with("RUN")[0].text == "one && two"
-    assert read_back.final_stage.last_instruction("ENTRYPOINT").exec_form == ["x"]
+    parsed = parse_dockerfile('ARG A=b\nFROM ${A} AS build\nRUN one \\\n# comment\n    && two\nFROM c\nENTRYPOINT ["x"]\n')
+    assert parsed.stage("build").base == "b"
+    assert parsed.stage("build").instructions_with("RUN")[0].text == "one && two"
+    assert parsed.final_stage.last_instruction("ENTRYPOINT").exec_form == ["x"]

@@ -35,7 +35,7 @@ case "$*" in
   *" output -raw repository") echo tunesmith ;;
   *" output -raw next_steps") echo "curl the service" ;;
   *" state list") printf '%s\\n' "$FAKE_STATE" ;;
-  *" apply "*) if [[ -s "$STUB_HOME/refusals" ]]; then head -1 "$STUB_HOME/refusals"; sed -i 1d "$STUB_HOME/refusals"; exit 1; fi ;;
+  *" apply "*) if [[ -s "$STUB_HOME/errors" ]]; then head -1 "$STUB_HOME/errors"; sed -i 1d "$STUB_HOME/errors"; exit 1; fi ;;
 esac
 """
 TERRAFORM_STATE = """data.google_project.this
@@ -151,9 +151,9 @@ def test_signing_key_is_only_passed_through_stdin(cloud: ScriptHarness) -> None:
     assert len(key) == 64
     assert not key.endswith("\n")
     assert key not in run.stdout + run.stderr + "".join(cloud.calls)
-    first, then = [call for call in cloud.calls if " apply " in call]
+    first, second = [call for call in cloud.calls if " apply " in call]
     assert "-target=google_secret_manager_secret.signing_key" in first
-    assert "-target" not in then
+    assert "-target" not in second
 
 
 def test_existing_signing_key_is_kept(cloud: ScriptHarness) -> None:
@@ -171,14 +171,14 @@ def test_terraform_reuses_gcloud_login_without_printing_token(cloud: ScriptHarne
 
 def test_not_yet_visible_resources_are_retried(cloud: ScriptHarness) -> None:
     (cloud.home / "key").write_text("old")
-    (cloud.home / "refusals").write_text("Error 404: If a metric was created recently, it could take up to 10 minutes\n" * 2)
+    (cloud.home / "errors").write_text("Error 404: If a metric was created recently, it could take up to 10 minutes\n" * 2)
     assert cloud.run("deploy.sh", PROJECT, REGION).returncode == 0
     assert len([call for call in cloud.calls if " apply " in call]) == 3
 
 
 def test_other_errors_stop_deployment(cloud: ScriptHarness) -> None:
     (cloud.home / "key").write_text("old")
-    (cloud.home / "refusals").write_text("Error 403: quota\n" * 9)
+    (cloud.home / "errors").write_text("Error 403: quota\n" * 9)
     run = cloud.run("deploy.sh", PROJECT, REGION)
     assert run.returncode == 1
     assert "run this again" in run.stderr

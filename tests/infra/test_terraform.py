@@ -27,9 +27,9 @@ OFFLINE_ENVIRONMENT = {"TF_CLI_CONFIG_FILE": "/dev/null", "CHECKPOINT_DISABLE": 
 @pytest.fixture(scope="module")
 def terraform() -> str:
     """The terraform command. Required, because without it half of the checks would be missing unnoticed."""
-    found = shutil.which("terraform")
-    assert found, "terraform is not installed: docs/deploy.md says where to get it"
-    return found
+    path = shutil.which("terraform")
+    assert path, "terraform is not installed: docs/deploy.md says where to get it"
+    return path
 
 
 def test_terraform_files_are_formatted(terraform: str) -> None:
@@ -43,16 +43,16 @@ def test_terraform_files_are_formatted(terraform: str) -> None:
 def find_problems(files: TerraformModule) -> list[str]:
     """Every name that the provider or Terraform would refuse."""
     resources = {item.address: item for item in files.items if item.kind in ("resource", "data")}
-    found = terraform_tree.find_undeclared(files) + terraform_tree.find_cycle(files)
+    problems = terraform_tree.find_undeclared(files) + terraform_tree.find_cycle(files)
     for item in files.items:
-        found += google_schema.check_references(item, resources)
+        problems += google_schema.check_references(item, resources)
         if item.kind == "resource":
-            found += google_schema.check_resource(item)
+            problems += google_schema.check_resource(item)
         elif item.kind == "data":
-            found += google_schema.check_data_source(item)
+            problems += google_schema.check_data_source(item)
         elif item.kind == "provider":
-            found += google_schema.check_provider(item)
-    return found
+            problems += google_schema.check_provider(item)
+    return problems
 
 
 def test_names_match_provider_schema() -> None:
@@ -78,8 +78,8 @@ def test_schema_matches_required_provider_version() -> None:
         ("field_path   = fields", "path = fields", "no attribute or block path"),
         ("startup_cpu_boost = true", 'startup_cpu_boost = "yes"', "takes a bool"),
         ("max_retries                   = 0", 'max_retries = "none"', "takes a int"),
-        ("retry_config {", "retry_config = {", "is a block, and is written as an attribute"),
-        ("limits = {", "limits {", "is an attribute, and is written as a block"),
+        ("retry_config {", "retry_config = {", "is a block, not an attribute"),
+        ("limits = {", "limits {", "is an attribute, not a block"),
         ("public_access_prevention ", "public_access ", "no attribute or block public_access"),
         ("  location_id ", "  # ", "google_firestore_database.records: location_id is missing"),
         ('  account_id   = "tunesmith-job"', "", "account_id is missing"),
@@ -147,34 +147,34 @@ def test_records_are_protected() -> None:
 
 def granted_roles(account: str) -> set[tuple[str, str]]:
     """The roles of a service account, each with the resource on which it is granted."""
-    found: set[tuple[str, str]] = set()
+    roles: set[tuple[str, str]] = set()
     for item in MODULE.items_of("resource"):
         if item.type.endswith("_iam_member") and unquote(item.body["member"]) == f"google_service_account.{account}.member":
-            on = [
+            targets = [
                 unquote(item.body[name])
                 for name in ("bucket", "name", "secret_id", "service_account_id", "repository", "project")
                 if name in item.body
             ]
-            found.add((unquote(item.body["role"]).removeprefix("roles/"), describe_grant_target(item, on[0])))
-    return found
+            roles.add((unquote(item.body["role"]).removeprefix("roles/"), describe_grant_target(item, targets[0])))
+    return roles
 
 
 def describe_grant_target(item: TerraformItem, name: str) -> str:
     """A short name for the resource of a grant."""
-    over = unquote(item.body.get("for_each")) if "each.value" in name else name
-    word = {
+    target = unquote(item.body.get("for_each")) if "each.value" in name else name
+    label = {
         "google_storage_bucket.buckets": "every bucket",
         "google_cloud_run_v2_job.profiles": "every job",
         "google_cloud_run_v2_service.tunesmith.name": "service",
         "google_artifact_registry_repository.images.name": "repository",
         "google_secret_manager_secret.signing_key.id": "signing key",
         "var.project_id": "project",
-    }.get(over, over)
-    if bucket := re.fullmatch(r'google_storage_bucket\.buckets\["(\w+)"\]\.name', word):
-        word = f"{bucket[1]} bucket"
-    if account := re.fullmatch(r"google_service_account\.(\w+)\.name", word):
-        word = f"account {account[1]}"
-    return word + (" on condition" if "condition" in item.body else "")
+    }.get(target, target)
+    if bucket := re.fullmatch(r'google_storage_bucket\.buckets\["(\w+)"\]\.name', label):
+        label = f"{bucket[1]} bucket"
+    if account := re.fullmatch(r"google_service_account\.(\w+)\.name", label):
+        label = f"account {account[1]}"
+    return label + (" on condition" if "condition" in item.body else "")
 
 
 def test_attempt_account_has_only_required_roles() -> None:
