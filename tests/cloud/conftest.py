@@ -55,14 +55,14 @@ class CloudDeployment:
         return self.post("/train", body, **{"Idempotency-Key": key})
 
     def submit(self) -> str:
-        answer = self.train()
-        assert answer.status_code == 201, answer.text
-        return answer.json()["job_id"]
+        response = self.train()
+        assert response.status_code == 201, response.text
+        return response.json()["job_id"]
 
     def get_job(self, job_id: str) -> Json:
-        answer = self.get(f"/jobs/{job_id}")
-        assert answer.status_code == 200, answer.text
-        return answer.json()
+        response = self.get(f"/jobs/{job_id}")
+        assert response.status_code == 200, response.text
+        return response.json()
 
     def advance_one_minute(self) -> None:
         """Reconcile as the scheduler does, after the interval at which a launch may be retried."""
@@ -82,10 +82,10 @@ class CloudDeployment:
         return len(self.cloud_run.executions())
 
     def _timed_request(self, method: str, path: str, **options: Any) -> Any:
-        began = time.monotonic()
-        answer = self.client.request(method, path, **options)
-        assert time.monotonic() - began < MAX_RESPONSE_S
-        return answer
+        started_at_s = time.monotonic()
+        response = self.client.request(method, path, **options)
+        assert time.monotonic() - started_at_s < MAX_RESPONSE_S
+        return response
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
-"""Connections that fail between the service and Firestore, Cloud Storage, Secret Manager and Cloud Run.
+"""Failing connections between the service and Firestore, Cloud Storage, Secret Manager and Cloud Run.
 
-The promise: a response within five seconds, or 503 with Retry-After; no duplicate, nothing lost, nothing launched twice.
+The service responds within five seconds, if need be with 503 and Retry-After; nothing is duplicated, lost or launched twice.
 """
 
 import grpc
@@ -12,8 +12,8 @@ from tests.cloud.conftest import CloudDeployment
 OUTAGES = ["cut", "hang", "reset"]
 
 
-def is_retryable(answer: object) -> bool:
-    return answer.status_code == 503 and int(answer.headers["Retry-After"]) > 0  # type: ignore[attr-defined]
+def is_retryable(response: object) -> bool:
+    return response.status_code == 503 and int(response.headers["Retry-After"]) > 0  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("outage", OUTAGES)

@@ -12,7 +12,7 @@ from service.adapters.launchers.cloud_run.launcher import CloudRunLauncher
 from service.core.ports import LaunchRequest
 
 JOB = "projects/demo/locations/here/jobs/tunesmith-cpu"
-# Prints its environment, then behaves as BEHAVIOR and EXIT say.
+# Prints its environment and arguments, sleeps if BEHAVIOR is "sleep", and exits with code EXIT.
 ATTEMPT_SCRIPT = """
 import json, os, sys, time
 print(json.dumps(dict(os.environ)), *sys.argv[1:], flush=True)
@@ -38,8 +38,8 @@ def launcher(cloud_run: CloudRun) -> Iterator[CloudRunLauncher]:
 
 def make_launcher(emulator_host: str | None, **changes: Any) -> CloudRunLauncher:
     options = {"time_limit_s": 600, "profiles": ("cpu",), "max_concurrent_jobs": 2, "service_audience": None}
-    where = {"project_id": "demo", "region": "here", "service_url": "https://tunesmith.example"}
-    return CloudRunLauncher(**where, **options | changes, emulator_host=emulator_host)
+    location = {"project_id": "demo", "region": "here", "service_url": "https://tunesmith.example"}
+    return CloudRunLauncher(**location, **options | changes, emulator_host=emulator_host)
 
 
 def make_launch_request(name: str = "job-1.1", hardware: str | None = None, **environment: str) -> LaunchRequest:

@@ -42,7 +42,7 @@ def use_s3(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
 @pytest.fixture
 def new_store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StoreFactory]:
     """Creates an empty store of a scheme. Starts only the servers that a test uses."""
-    made: list[ObjectStore] = []
+    opened: list[ObjectStore] = []
 
     def new(scheme: str) -> ObjectStore:
         bucket = f"bucket-{uuid.uuid4().hex[:12]}"
@@ -61,11 +61,11 @@ def new_store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytes
                 url = f"s3://{bucket}/some/folder"
             case _:
                 raise AssertionError(f"no server for {scheme}")
-        made.append(open_store(url))
-        return made[-1]
+        opened.append(open_store(url))
+        return opened[-1]
 
     yield new
-    for store in made:
+    for store in opened:
         close_store(store)
 
 

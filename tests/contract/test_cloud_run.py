@@ -29,7 +29,7 @@ CODE = grpc.StatusCode
 
 
 def make_deployment(**changes: Any) -> Deployment:
-    facts = {
+    fields = {
         "project_id": "demo",
         "region": "europe-west4",
         "default_profile": "l4",
@@ -37,7 +37,7 @@ def make_deployment(**changes: Any) -> Deployment:
         "service_audience": "https://tunesmith.example",
         "time_limit_s": 3600,
     }
-    return Deployment(**facts | changes)
+    return Deployment(**fields | changes)
 
 
 # --- the request -----------------------------------------------------------------------------------------------------
@@ -64,9 +64,9 @@ def test_no_audience_sets_no_audience_variable() -> None:
     assert "SERVICE_AUDIENCE" not in {variable.name for variable in request.overrides.container_overrides[0].env}
 
 
-@pytest.mark.parametrize(("limit_s", "own_s"), [(3600, 3480), (43_200, 43_080), (600, 540), (120, 108)])
-def test_attempt_time_limit_is_shorter_than_cloud_run_timeout(limit_s: int, own_s: int) -> None:
-    assert attempt_time_limit_s(limit_s) == own_s
+@pytest.mark.parametrize(("timeout_s", "attempt_limit_s"), [(3600, 3480), (43_200, 43_080), (600, 540), (120, 108)])
+def test_attempt_time_limit_is_shorter_than_cloud_run_timeout(timeout_s: int, attempt_limit_s: int) -> None:
+    assert attempt_time_limit_s(timeout_s) == attempt_limit_s
 
 
 def test_unknown_profile_is_rejected() -> None:
@@ -102,10 +102,10 @@ def test_lost_launch_response_is_unavailable_and_attempt_is_found(launcher: Clou
 
 
 def test_find_prefers_running_execution_of_same_name(launcher: CloudRunLauncher) -> None:
-    working = launcher.launch(make_launch_request(BEHAVIOR="sleep"))
+    running = launcher.launch(make_launch_request(BEHAVIOR="sleep"))
     ended = launcher.launch(make_launch_request(BEHAVIOR="end"))
     wait_until(lambda: launcher.check(ended) == "ended")
-    assert launcher.find_handle("job-1.1") == working
+    assert launcher.find_handle("job-1.1") == running
 
 
 def test_find_searches_later_pages(launcher: CloudRunLauncher, cloud_run: CloudRun) -> None:
@@ -125,10 +125,10 @@ def test_profile_without_cloud_run_job_has_no_executions(cloud_run: CloudRun) ->
 
 
 def test_many_threads_share_one_connection(launcher: CloudRunLauncher) -> None:
-    together = threading.Barrier(8)
+    barrier = threading.Barrier(8)
 
     def launch(number: int) -> str:
-        together.wait()
+        barrier.wait()
         return launcher.launch(make_launch_request(f"job-{number}.1"))
 
     with ThreadPoolExecutor(8) as pool:
@@ -146,7 +146,7 @@ def test_close_releases_connection(launcher: CloudRunLauncher, cloud_run: CloudR
     port = int(cloud_run.host.partition(":")[2])
 
     def connections() -> int:
-        return sum(1 for line in psutil.Process().net_connections("tcp") if line.raddr and line.raddr.port == port)
+        return sum(1 for connection in psutil.Process().net_connections("tcp") if connection.raddr and connection.raddr.port == port)
 
     launcher.launch(make_launch_request())
     assert connections() == 1
@@ -161,7 +161,7 @@ NO_PERMISSION = ErrorInfo(reason="IAM_PERMISSION_DENIED", domain="iam.googleapis
 DISABLED = ErrorInfo(reason="SERVICE_DISABLED", domain="googleapis.com", metadata={"service": "run.googleapis.com"})
 NO_GPU_QUOTA = "spec.template.spec.parallelism: You do not have quota for using GPUs without zonal redundancy."
 MEMORY_QUOTA = "Max instances must be 0.\n\nQuota violated:\nMemAllocPerProjectRegion requested: 85899345920 allowed: 42949672960"
-REFUSALS = {
+LAUNCH_ERRORS = {
     "role": (
         (CODE.PERMISSION_DENIED, f"Permission 'run.jobs.runWithOverrides' denied on resource '{JOB}' (or resource may not exist)."),
         (LaunchFailed, "run.jobs.runWithOverrides", "roles/run.jobsExecutorWithOverrides", "gcloud run jobs add-iam-policy-binding"),
@@ -211,15 +211,15 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSALS)
+@pytest.mark.parametrize("case", LAUNCH_ERRORS)
 def test_launch_error_names_cause_and_fix(case: str, cloud_run: CloudRun, launcher: CloudRunLauncher) -> None:
-    answer, (kind, *words) = REFUSALS[case]
-    cloud_run.fail_next("RunJob", *answer)  # type: ignore[arg-type]
-    with pytest.raises((LaunchFailed, Unavailable)) as refusal:
+    error, (kind, *messages) = LAUNCH_ERRORS[case]
+    cloud_run.fail_next("RunJob", *error)  # type: ignore[arg-type]
+    with pytest.raises((LaunchFailed, Unavailable)) as excinfo:
         launcher.launch(make_launch_request())
-    assert type(refusal.value) is kind
-    text = f"{refusal.value.message} {refusal.value.hint}"
-    assert not [word for word in words if str(word) not in text], text
+    assert type(excinfo.value) is kind
+    text = f"{excinfo.value.message} {excinfo.value.hint}"
+    assert not [message for message in messages if str(message) not in text], text
     assert "\n" not in text
     assert "a token of this attempt" not in text
     assert cloud_run.executions() == []
@@ -235,14 +235,14 @@ def test_missing_cloud_run_job_fails_launch(cloud_run: CloudRun) -> None:
 def test_missing_credentials_error_names_login_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "nowhere.json"))
     launcher = make_launcher(None)
-    with pytest.raises(Unavailable) as refusal:
+    with pytest.raises(Unavailable) as excinfo:
         launcher.launch(make_launch_request())
-    assert "gcloud auth application-default login" in refusal.value.hint
+    assert "gcloud auth application-default login" in excinfo.value.hint
     assert launcher.check(f"{JOB}/executions/x") == "unknown"
 
 
 @pytest.mark.parametrize(
-    ("method", "ask"),
+    ("method", "call"),
     [
         ("ListExecutions", lambda launcher: launcher.find_handle("job-1.1")),
         ("CancelExecution", lambda launcher: launcher.cancel(f"{JOB}/executions/x", force=True)),
@@ -250,37 +250,37 @@ def test_missing_credentials_error_names_login_command(monkeypatch: pytest.Monke
     ],
 )
 def test_missing_role_outside_launch_is_retryable(
-    method: str, ask: Callable[[CloudRunLauncher], object], cloud_run: CloudRun, launcher: CloudRunLauncher
+    method: str, call: Callable[[CloudRunLauncher], object], cloud_run: CloudRun, launcher: CloudRunLauncher
 ) -> None:
     cloud_run.fail_next(method, CODE.PERMISSION_DENIED, "The caller does not have permission")
-    with pytest.raises(Unavailable) as refusal:
-        ask(launcher)
-    assert "add-iam-policy-binding tunesmith-cpu" in refusal.value.hint
-    assert "roles/run." in refusal.value.hint
+    with pytest.raises(Unavailable) as excinfo:
+        call(launcher)
+    assert "add-iam-policy-binding tunesmith-cpu" in excinfo.value.hint
+    assert "roles/run." in excinfo.value.hint
 
 
-# --- no answer -------------------------------------------------------------------------------------------------------
+# --- no response -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fault", ["cut", "hang", "reset"])
 def test_unresponsive_api_is_unavailable_within_deadline_not_ended(fault: str, cloud_run: CloudRun) -> None:
-    with Proxy("127.0.0.1", int(cloud_run.host.partition(":")[2])) as line:
-        launcher = make_launcher(line.address)
+    with Proxy("127.0.0.1", int(cloud_run.host.partition(":")[2])) as proxy:
+        launcher = make_launcher(proxy.address)
         handle = launcher.launch(make_launch_request(BEHAVIOR="sleep"))
-        getattr(line, fault)()
-        for ask in (
+        getattr(proxy, fault)()
+        for call in (
             lambda: launcher.launch(make_launch_request("job-2.1")),
             lambda: launcher.find_handle("job-1.1"),
             lambda: launcher.cancel(handle, force=False),
             lambda: launcher.get_exit_reason(handle),
         ):
-            began = time.monotonic()
+            started_at_s = time.monotonic()
             with deadline(0.2), pytest.raises(Unavailable):
-                ask()
-            assert time.monotonic() - began < 1
+                call()
+            assert time.monotonic() - started_at_s < 1
         with deadline(0.2):
             assert launcher.check(handle) == "unknown"
-        line.restore()
+        proxy.restore()
         wait_until(lambda: launcher.check(handle) == "running", 10)
         launcher.close()
 
@@ -293,10 +293,10 @@ def test_api_error_is_unknown_not_ended(code: grpc.StatusCode, cloud_run: CloudR
 
 
 def test_missing_execution_counts_as_ended(launcher: CloudRunLauncher) -> None:
-    gone = f"{JOB}/executions/tunesmith-cpu-xxxxx"
-    assert launcher.check(gone) == "ended"
-    assert launcher.get_exit_reason(gone) is None
-    launcher.cancel(gone, force=True)
+    missing = f"{JOB}/executions/tunesmith-cpu-xxxxx"
+    assert launcher.check(missing) == "ended"
+    assert launcher.get_exit_reason(missing) is None
+    launcher.cancel(missing, force=True)
 
 
 def test_foreign_handle_counts_as_ended(cloud_run: CloudRun, launcher: CloudRunLauncher) -> None:

@@ -20,13 +20,13 @@ def test_child_environment_holds_only_given_variables(launcher: CloudRunLauncher
     handle = launcher.launch(make_launch_request())
     wait_until(lambda: launcher.check(handle) == "ended")
     execution = cloud_run.executions()[0]
-    shown = {variable.name: variable.value for variable in execution.template.containers[0].env}
-    assert shown["JOB_WORKDIR"] == "/tmp/attempt"
-    seen, _, arguments = cloud_run.output_path(handle).read_text().rpartition("}")
-    environment = json.loads(seen + "}")
+    variables = {variable.name: variable.value for variable in execution.template.containers[0].env}
+    assert variables["JOB_WORKDIR"] == "/tmp/attempt"
+    printed, _, arguments = cloud_run.output_path(handle).read_text().rpartition("}")
+    environment = json.loads(printed + "}")
     assert arguments.split() == ["--name", "job-1.1"]
     platform = {"CLOUD_RUN_JOB", "CLOUD_RUN_EXECUTION", "CLOUD_RUN_TASK_INDEX", "CLOUD_RUN_TASK_ATTEMPT", "CLOUD_RUN_TASK_COUNT"}
-    assert set(environment) - {"LC_CTYPE"} == set(shown) | platform | {"INHERITED"}
+    assert set(environment) - {"LC_CTYPE"} == set(variables) | platform | {"INHERITED"}
     assert environment["CLOUD_RUN_EXECUTION"] == handle.rpartition("/")[2]
     assert environment["JOB_WORKDIR"] != "/tmp/attempt"  # all executions share /tmp here
 
@@ -39,19 +39,19 @@ def test_emulator_supports_job_create_update_delete(cloud_run: CloudRun) -> None
         container = run_v2.Container(name="attempt", image="llm")
         job = run_v2.Job(template=run_v2.ExecutionTemplate(template=run_v2.TaskTemplate(containers=[container], max_retries=1)))
         parent = JOB.rpartition("/jobs/")[0]
-        made = client.create_job(parent=parent, job=job, job_id="another").result()
-        made.labels = {"profile": "another"}
-        client.update_job(job=made).result()
-        assert client.get_job(name=made.name).labels == {"profile": "another"}
-        assert {job.name for job in client.list_jobs(parent=parent)} == {JOB, made.name}
+        created = client.create_job(parent=parent, job=job, job_id="another").result()
+        created.labels = {"profile": "another"}
+        client.update_job(job=created).result()
+        assert client.get_job(name=created.name).labels == {"profile": "another"}
+        assert {job.name for job in client.list_jobs(parent=parent)} == {JOB, created.name}
         env = [run_v2.EnvVar(name="EXIT", value="1")]
         override = run_v2.RunJobRequest.Overrides.ContainerOverride(name="attempt", env=env)
-        request = run_v2.RunJobRequest(name=made.name, overrides={"container_overrides": [override]})
+        request = run_v2.RunJobRequest(name=created.name, overrides={"container_overrides": [override]})
         execution = client.run_job(request).metadata.name
         wait_until(lambda: "completion_time" in cloud_run.executions()[0])
         assert cloud_run.executions()[0].retried_count == 1
         assert cloud_run.executions()[0].name == execution
-        client.delete_job(name=made.name).result()
+        client.delete_job(name=created.name).result()
         assert [job.name for job in client.list_jobs(parent=parent)] == [JOB]
 
 
@@ -62,8 +62,8 @@ def test_stopping_emulator_ends_children(tmp_path: Path) -> None:
         handle = launcher.launch(make_launch_request(BEHAVIOR="sleep"))
         wait_until(lambda: cloud_run.output_path(handle).exists() and cloud_run.output_path(handle).stat().st_size > 0)
         launcher.close()
-        began = time.monotonic()
-    assert time.monotonic() - began < 5
+        started_at_s = time.monotonic()
+    assert time.monotonic() - started_at_s < 5
     assert "completion_time" in cloud_run.executions()[0]
 
 

@@ -35,9 +35,9 @@ def make_task(exit_code: int = 0, term_signal: int = 0, code: int = 0, message: 
     return run_v2.Task(last_attempt_result=run_v2.TaskAttemptResult(exit_code=exit_code, term_signal=term_signal, status=status))
 
 
-def task_failure_message(words: str) -> str:
+def task_failure_message(message: str) -> str:
     """Cloud Run's message for a failed task."""
-    return f"Task tunesmith-l4-abcde-task0 failed with message: {words}"
+    return f"Task tunesmith-l4-abcde-task0 failed with message: {message}"
 
 
 NON_ZERO_EXIT = Reason.NON_ZERO_EXIT_CODE
@@ -144,17 +144,17 @@ EXIT_CASES: dict[str, tuple[run_v2.Execution, run_v2.Task | None, str, bool]] = 
 @pytest.mark.parametrize("case", EXIT_CASES)
 def test_exit_cases_map_to_failure_codes(case: str) -> None:
     execution, task, code, preempted = EXIT_CASES[case]
-    ended = classify_exit(execution, task)
-    assert ended is not None
-    assert (ended.failure.code, ended.preempted) == (code, preempted), ended
-    assert ended.failure.hint
-    assert "\n" not in ended.failure.message
+    reason = classify_exit(execution, task)
+    assert reason is not None
+    assert (reason.failure.code, reason.preempted) == (code, preempted), reason
+    assert reason.failure.hint
+    assert "\n" not in reason.failure.message
 
 
 def test_unknown_cloud_run_message_is_kept() -> None:
-    ended = classify_exit(make_execution("The moon is in the wrong phase."), None)
-    assert ended
-    assert "The moon is in the wrong phase." in ended.failure.message
+    reason = classify_exit(make_execution("The moon is in the wrong phase."), None)
+    assert reason
+    assert "The moon is in the wrong phase." in reason.failure.message
 
 
 @pytest.mark.parametrize(
@@ -175,36 +175,41 @@ def condition_strategy() -> st.SearchStrategy[run_v2.Condition]:
     """Any condition, including those of a later API version."""
     number = st.integers(0, 40)
     texts = st.sampled_from([EXIT_ERROR, MEMORY_LIMIT, TIMEOUT, CANCELLED, "", "quota", "maintenance"]) | st.text(max_size=20)
-    why = st.sampled_from(["reason", "execution_reason", "revision_reason"])
-    return st.builds(make_condition, st.sampled_from(["Completed", "Started", ""]), number, texts, why, number)
+    reason_field = st.sampled_from(["reason", "execution_reason", "revision_reason"])
+    return st.builds(make_condition, st.sampled_from(["Completed", "Started", ""]), number, texts, reason_field, number)
 
 
-def make_condition(kind: str, state: int, message: str, why: str, number: int) -> run_v2.Condition:
+def make_condition(kind: str, state: int, message: str, reason_field: str, number: int) -> run_v2.Condition:
     condition = run_v2.Condition.pb(run_v2.Condition(type_=kind, message=message))
     condition.state = state
-    setattr(condition, why, number)
+    setattr(condition, reason_field, number)
     return run_v2.Condition.wrap(condition)
 
 
 @given(
     conditions=st.lists(condition_strategy(), max_size=4),
-    of_task=st.lists(condition_strategy(), max_size=2),
+    task_conditions=st.lists(condition_strategy(), max_size=2),
     exit_code=st.integers(-(2**31), 2**31 - 1),
     term_signal=st.integers(-(2**31), 2**31 - 1),
     code=st.integers(0, 40),
-    over=st.booleans(),
+    is_finished=st.booleans(),
 )
 @settings(max_examples=200, deadline=None)
 def test_arbitrary_conditions_are_classified(
-    conditions: list[run_v2.Condition], of_task: list[run_v2.Condition], exit_code: int, term_signal: int, code: int, over: bool
+    conditions: list[run_v2.Condition],
+    task_conditions: list[run_v2.Condition],
+    exit_code: int,
+    term_signal: int,
+    code: int,
+    is_finished: bool,
 ) -> None:
     execution = run_v2.Execution(conditions=conditions)
-    if over:
+    if is_finished:
         execution.completion_time = datetime.now(UTC)  # type: ignore[assignment]  # the library accepts Python's times
     task = make_task(exit_code, term_signal, code)
-    task.conditions = of_task
-    ended = classify_exit(execution, task)
-    assert ended is None or (ended.failure.message and "\n" not in ended.failure.message)
+    task.conditions = task_conditions
+    reason = classify_exit(execution, task)
+    assert reason is None or (reason.failure.message and "\n" not in reason.failure.message)
 
 
 def run_until_ended(launcher: CloudRunLauncher, launch_request: LaunchRequest) -> ExitReason | None:
@@ -218,33 +223,33 @@ def test_clean_exit_has_no_exit_reason(launcher: CloudRunLauncher) -> None:
 
 
 def test_exit_code_is_reported(launcher: CloudRunLauncher) -> None:
-    ended = run_until_ended(launcher, make_launch_request(EXIT="3"))
-    assert ended
-    assert ended.failure.code == "internal"
-    assert "code 3" in ended.failure.message
+    reason = run_until_ended(launcher, make_launch_request(EXIT="3"))
+    assert reason
+    assert reason.failure.code == "internal"
+    assert "code 3" in reason.failure.message
 
 
 def test_exit_reason_falls_back_to_execution_without_task_access(launcher: CloudRunLauncher, cloud_run: CloudRun) -> None:
     cloud_run.fail_next("ListTasks", grpc.StatusCode.PERMISSION_DENIED, "…")
-    ended = run_until_ended(launcher, make_launch_request(EXIT="3"))
-    assert ended
-    assert ended.failure.code == "internal"
+    reason = run_until_ended(launcher, make_launch_request(EXIT="3"))
+    assert reason
+    assert reason.failure.code == "internal"
 
 
 def test_time_limit_ends_attempt(cloud_run: CloudRun) -> None:
     launcher = make_launcher(cloud_run.host, time_limit_s=0)
-    ended = run_until_ended(launcher, make_launch_request(BEHAVIOR="sleep"))
-    assert ended
-    assert ended.failure.code == "timeout"
+    reason = run_until_ended(launcher, make_launch_request(BEHAVIOR="sleep"))
+    assert reason
+    assert reason.failure.code == "timeout"
     launcher.close()
 
 
 def test_missing_image_is_reported(launcher: CloudRunLauncher, cloud_run: CloudRun) -> None:
     cloud_run.create_job(JOB, "europe-west4-docker.pkg.dev/demo/tunesmith/llm")
-    ended = run_until_ended(launcher, make_launch_request())
-    assert ended
-    assert ended.failure.code == "launch_failed"
-    assert "make deploy" in ended.failure.hint
+    reason = run_until_ended(launcher, make_launch_request())
+    assert reason
+    assert reason.failure.code == "launch_failed"
+    assert "make deploy" in reason.failure.hint
 
 
 @pytest.mark.parametrize(("number", "code", "preempted"), [(signal.SIGTERM, "preempted", True), (signal.SIGKILL, "out_of_memory", False)])
@@ -254,16 +259,16 @@ def test_platform_signal_is_reported(launcher: CloudRunLauncher, cloud_run: Clou
     wait_until(lambda: cloud_run.output_path(handle).stat().st_size > 0)
     cloud_run.signal_execution(handle, number)
     wait_until(lambda: launcher.check(handle) == "ended")
-    ended = launcher.get_exit_reason(handle)
-    assert ended
-    assert (ended.failure.code, ended.preempted) == (code, preempted)
+    reason = launcher.get_exit_reason(handle)
+    assert reason
+    assert (reason.failure.code, reason.preempted) == (code, preempted)
 
 
 def test_external_cancel_is_reported(launcher: CloudRunLauncher) -> None:
     handle = launcher.launch(make_launch_request(BEHAVIOR="sleep"))
     launcher.cancel(handle, force=False)
     wait_until(lambda: launcher.check(handle) == "ended")
-    ended = launcher.get_exit_reason(handle)
-    assert ended
-    assert ended.failure.code == "lost"
-    assert "canceled in Cloud Run" in ended.failure.message
+    reason = launcher.get_exit_reason(handle)
+    assert reason
+    assert reason.failure.code == "lost"
+    assert "canceled in Cloud Run" in reason.failure.message

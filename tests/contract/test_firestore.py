@@ -1,4 +1,4 @@
-"""The Firestore store beyond the contract: lost answers, concurrent commits, indexes, limits and errors."""
+"""The Firestore store beyond the contract: lost responses, concurrent commits, indexes, limits and errors."""
 
 import itertools
 import json
@@ -64,7 +64,7 @@ def commits(store: FirestoreJobStore, monkeypatch: pytest.MonkeyPatch) -> RpcInt
 
 
 def lose_response(send: Callable[[], Any]) -> None:
-    """Firestore carries out the request, and its answer is lost."""
+    """Firestore carries out the request, and its response is lost."""
     send()
     raise google.ServiceUnavailable("Socket closed")
 
@@ -86,7 +86,7 @@ def make_batch(first_seq: int, count: int, message: str = "x") -> EventBatch:
     return EventBatch(first_seq=first_seq, events=events)
 
 
-# --- lost answers ----------------------------------------------------------------------------------------------------
+# --- lost responses --------------------------------------------------------------------------------------------------
 
 parametrize_loss = pytest.mark.parametrize("loss", [lose_response, lose_request])
 
@@ -107,9 +107,9 @@ def test_update_and_event_are_stored_once_after_lost_rpc(
 ) -> None:
     job = store.create_job(make_job())
     commits.set_faults(loss, loss)
-    kept = store.replace_job(job, [STATUS_EVENT])
-    assert kept.revision == 1
-    assert store.find_job("job-1") == kept
+    updated = store.replace_job(job, [STATUS_EVENT])
+    assert updated.revision == 1
+    assert store.find_job("job-1") == updated
     assert [stored.event for stored in store.list_events("job-1")] == [STATUS_EVENT]
 
 
@@ -142,17 +142,17 @@ def test_lost_update_after_concurrent_update_is_stale(store: FirestoreJobStore, 
 
 def test_late_duplicate_request_changes_nothing(store: FirestoreJobStore, commits: RpcInterceptor) -> None:
     job = store.create_job(make_job())
-    late: list[Callable[[], Any]] = []
+    delayed: list[Callable[[], Any]] = []
 
     def delay_request(send: Callable[[], Any]) -> None:
-        late.append(send)
+        delayed.append(send)
         raise google.DeadlineExceeded("Deadline Exceeded")
 
     commits.set_faults(delay_request)
     store.replace_job(job, [STATUS_EVENT])
     commits.set_faults(delay_request)
     store.append_events("job-1", 1, make_batch(0, 2), START)
-    for send in late:
+    for send in delayed:
         with pytest.raises(google.FailedPrecondition):
             send()
     assert [(stored.attempt, stored.seq) for stored in store.list_events("job-1")] == [(0, 1), (1, 0), (1, 1)]
@@ -333,9 +333,9 @@ def test_firestore_error_names_operator_fix(
         "commit": lambda: store.create_dataset(make_dataset()),
     }
     RpcInterceptor(store, rpc, monkeypatch).set_faults(fail_with(error))
-    with pytest.raises(Unavailable, match=message) as refused:
+    with pytest.raises(Unavailable, match=message) as excinfo:
         calls[rpc]()
-    assert hint in refused.value.hint
+    assert hint in excinfo.value.hint
 
 
 @pytest.mark.parametrize("error", [google.ServiceUnavailable("x"), google.ResourceExhausted("Quota exceeded"), google.Aborted("x")])
@@ -347,11 +347,11 @@ def test_persistent_error_is_unavailable_within_deadline(
         store.create_job(make_job())
 
 
-@pytest.mark.parametrize("listens", [True, False], ids=["silent", "closed"])
-def test_unresponsive_firestore_is_unavailable_within_deadline(monkeypatch: pytest.MonkeyPatch, listens: bool) -> None:
+@pytest.mark.parametrize("is_listening", [True, False], ids=["silent", "closed"])
+def test_unresponsive_firestore_is_unavailable_within_deadline(monkeypatch: pytest.MonkeyPatch, is_listening: bool) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as silent:
         monkeypatch.setenv("FIRESTORE_EMULATOR_HOST", f"127.0.0.1:{silent.getsockname()[1]}")
-        if not listens:
+        if not is_listening:
             silent.close()
         store = FirestoreJobStore(project_id="p")
         with deadline(0.3), pytest.raises(Unavailable, match=r"Firestore .* did not answer in time"):
@@ -359,10 +359,10 @@ def test_unresponsive_firestore_is_unavailable_within_deadline(monkeypatch: pyte
         store.close()
 
 
-@pytest.mark.parametrize("place", [("2026-01-01", "a/b"), ("2026-01-01", ""), ("\ud800", "x"), ("2026-01-01", "__x__")])
-def test_malformed_cursor_is_rejected(store: FirestoreJobStore, place: tuple[str, str]) -> None:
+@pytest.mark.parametrize("position", [("2026-01-01", "a/b"), ("2026-01-01", ""), ("\ud800", "x"), ("2026-01-01", "__x__")])
+def test_malformed_cursor_is_rejected(store: FirestoreJobStore, position: tuple[str, str]) -> None:
     with pytest.raises(InvalidRequest):
-        store.list_jobs(JobQuery("local", after=encode_cursor(*place)))
+        store.list_jobs(JobQuery("local", after=encode_cursor(*position)))
 
 
 # --- indexes: the emulator needs none, so only these tests find a missing one ----------------------------------------
@@ -399,7 +399,8 @@ class RecordedQuery:
         assert query.limit or query.order_by[0].field.field_path == "__name__"
         self.collection = query.from_[0].collection_id
         filters = list(query.where.composite_filter.filters) or [query.where]
-        conditions = [(one.field_filter.field.field_path, one.field_filter.op.name) for one in filters if one.field_filter.field.field_path]
+        field_filters = [part.field_filter for part in filters if part.field_filter.field.field_path]
+        conditions = [(field_filter.field.field_path, field_filter.op.name) for field_filter in field_filters]
         self.equality_fields = {path for path, op in conditions if op == "EQUAL"}
         self.range_fields = {path for path, op in conditions if op != "EQUAL"}
         self.order_by = [(order.field.field_path, order.direction.name) for order in query.order_by]
@@ -430,8 +431,8 @@ class RecordedQuery:
                 else None
             )
         needed = [[(path, "ASCENDING"), *self.indexed_order] for path in self.equality_fields]
-        found = [index for index in INDEXES["indexes"] if index["collectionGroup"] == self.collection and index_keys(index) in needed]
-        return found if len(found) == len(needed) and not self.range_fields else None
+        indexes = [index for index in INDEXES["indexes"] if index["collectionGroup"] == self.collection and index_keys(index) in needed]
+        return indexes if len(indexes) == len(needed) and not self.range_fields else None
 
 
 def index_keys(index: dict[str, Any]) -> list[tuple[str, str]]:
@@ -441,9 +442,9 @@ def index_keys(index: dict[str, Any]) -> list[tuple[str, str]]:
 
 def has_single_field_index(collection: str, path: str) -> bool:
     """Whether the field has a single-field index: it has one unless the file excludes it or the map that contains it."""
-    stated = {(one["collectionGroup"], one["fieldPath"]): one["indexes"] for one in INDEXES["fieldOverrides"]}
-    own = stated.get((collection, path), stated.get((collection, path.partition(".")[0])))
-    return own is None or {"order": "ASCENDING", "queryScope": "COLLECTION"} in own
+    overrides = {(override["collectionGroup"], override["fieldPath"]): override["indexes"] for override in INDEXES["fieldOverrides"]}
+    indexes = overrides.get((collection, path), overrides.get((collection, path.partition(".")[0])))
+    return indexes is None or {"order": "ASCENDING", "queryScope": "COLLECTION"} in indexes
 
 
 def test_queries_and_indexes_match(store: FirestoreJobStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -474,31 +475,31 @@ def test_query_without_index_is_detected() -> None:
 
 def test_every_field_has_index_override(store: FirestoreJobStore) -> None:
     call_every_method(store)
-    stated = {(one["collectionGroup"], one["fieldPath"]) for one in INDEXES["fieldOverrides"]}
+    overrides = {(override["collectionGroup"], override["fieldPath"]) for override in INDEXES["fieldOverrides"]}
     client = store._database.client  # pyright: ignore[reportPrivateUsage]
-    kept = {
+    stored = {
         (document.reference.parent.id, name)
         for collection in [*client.collections(), client.collection("jobs/job-1/events")]
         for document in collection.stream()
         for name in document.to_dict()
     }
-    assert kept == stated
+    assert stored == overrides
 
 
 def test_expiring_documents_have_ttl_timestamp(store: FirestoreJobStore) -> None:
     call_every_method(store)
     client = store._database.client  # pyright: ignore[reportPrivateUsage]
-    lives = {"events": EVENTS_TTL, "idempotency": IDEMPOTENCY_TTL}
-    expiring = {one["collectionGroup"] for one in INDEXES["fieldOverrides"] if one.get("ttl")}
-    assert expiring == set(lives)
-    for collection, life in lives.items():
+    ttls = {"events": EVENTS_TTL, "idempotency": IDEMPOTENCY_TTL}
+    expiring = {override["collectionGroup"] for override in INDEXES["fieldOverrides"] if override.get("ttl")}
+    assert expiring == set(ttls)
+    for collection, ttl in ttls.items():
         for document in client.collection_group(collection).stream():
             expire_at = document.get("expire_at")
             assert isinstance(expire_at, datetime)
-            assert expire_at == START + life
+            assert expire_at == START + ttl
 
 
 def test_null_metric_values_are_stored(store: FirestoreJobStore) -> None:
-    point = MetricsLogged(step=1, values={"loss": None, "learning_rate": 1e-5})
-    store.append_events("job-1", 1, EventBatch(first_seq=0, events=[ReportedEvent(at=START, event=point)]), START)
-    assert store.list_events("job-1")[0].event == point
+    metrics = MetricsLogged(step=1, values={"loss": None, "learning_rate": 1e-5})
+    store.append_events("job-1", 1, EventBatch(first_seq=0, events=[ReportedEvent(at=START, event=metrics)]), START)
+    assert store.list_events("job-1")[0].event == metrics

@@ -1,4 +1,4 @@
-"""The Hub adapter with the real client against the loopback Hub: read and write access, and a Hub that does not answer."""
+"""The Hub adapter with the real client against the loopback Hub: read and write access, and a Hub that does not respond."""
 
 import socket
 import threading
@@ -43,9 +43,9 @@ def loopback() -> Iterator[LoopbackHub]:
 
 @pytest.fixture
 def hub(loopback: LoopbackHub) -> Iterator[HuggingFaceHub]:
-    made = HuggingFaceHub(loopback.url)
-    yield made
-    made.close()
+    hub = HuggingFaceHub(loopback.url)
+    yield hub
+    hub.close()
 
 
 @pytest.mark.parametrize(
@@ -116,9 +116,9 @@ def test_repository_commits_and_deletion(hub: HuggingFaceHub, loopback: Loopback
     commits = hub.list_commits("ada/tuned", "hf_ada")
     assert commits == [commit.oid for commit in loopback.repos["ada/tuned"].commits]
     assert hub.list_commits("ada/none", "hf_ada") is None
-    with pytest.raises(InvalidRequest, match="may not change ada/tuned") as refused:
+    with pytest.raises(InvalidRequest, match="may not change ada/tuned") as excinfo:
         hub.delete_repository("ada/tuned", "hf_grace")
-    assert refused.value.param == "X-HF-Token"
+    assert excinfo.value.param == "X-HF-Token"
     hub.delete_repository("ada/tuned", "hf_ada")
     assert "ada/tuned" not in loopback.repos
     hub.delete_repository("ada/tuned", "hf_ada")  # repeating is harmless
@@ -135,26 +135,26 @@ def test_request_check_makes_three_hub_calls(hub: HuggingFaceHub, loopback: Loop
     ]
 
 
-# --- no answer -------------------------------------------------------------------------------------------------------
+# --- no response -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def unresponsive_hub_url() -> Iterator[str]:
-    """A host that accepts connections and does not answer."""
+    """A host that accepts connections and does not respond."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        held: list[socket.socket] = []
+        connections: list[socket.socket] = []
 
         def accept_connections() -> None:
             while True:
                 try:
-                    held.append(server.accept()[0])
+                    connections.append(server.accept()[0])
                 except OSError:
                     return
 
         threading.Thread(target=accept_connections, daemon=True).start()
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
         server.shutdown(socket.SHUT_RDWR)
-        for connection in held:
+        for connection in connections:
             connection.close()
 
 
@@ -168,9 +168,9 @@ def test_disabled_hub_reports_unknown() -> None:
 
 def test_unreachable_hub_is_unknown_and_not_retried_for_a_minute() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        closed = server.getsockname()[1]
+        closed_port = server.getsockname()[1]
     clock = FakeClock()
-    hub = HuggingFaceHub(f"http://127.0.0.1:{closed}", monotonic=lambda: clock.now.timestamp())
+    hub = HuggingFaceHub(f"http://127.0.0.1:{closed_port}", monotonic=lambda: clock.now.timestamp())
     assert is_unknown(hub)
     with pytest.raises(Unavailable, match="a moment ago"):
         hub.list_commits("a/b", "t")
@@ -182,11 +182,11 @@ def test_unreachable_hub_is_unknown_and_not_retried_for_a_minute() -> None:
 
 def test_unresponsive_hub_respects_caller_deadline(unresponsive_hub_url: str) -> None:
     hub = HuggingFaceHub(unresponsive_hub_url)
-    began = time.monotonic()
+    started_at_s = time.monotonic()
     with deadline(0.3):
         assert hub.check_read_access("a/b", None) == "unknown"
         assert hub.check_write_access("a/b", "t") == "unknown"
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - started_at_s < 2
     hub.close()
 
 

@@ -80,9 +80,9 @@ def test_second_writer_gets_stale_revision(store: JobStore) -> None:
     store.replace_job(job.model_copy(update={"job_name": "first"}))
     with pytest.raises(StaleRevision):
         store.replace_job(job.model_copy(update={"job_name": "second"}))
-    kept = store.find_job(job.job_id)
-    assert kept is not None
-    assert kept.job_name == "first"
+    stored_job = store.find_job(job.job_id)
+    assert stored_job is not None
+    assert stored_job.job_name == "first"
 
 
 def test_one_of_many_concurrent_writers_wins(store: JobStore) -> None:
@@ -121,8 +121,8 @@ def test_same_idempotency_key_returns_same_job(store: JobStore) -> None:
 
 def test_concurrent_requests_with_same_key_create_one_job(store: JobStore) -> None:
     with ThreadPoolExecutor(16) as pool:
-        made = pool.map(lambda n: store.create_job(make_job(f"job-{n}"), IdempotencyKey("k", "digest")).job_id, range(50))
-    assert len(set(made)) == 1
+        job_ids = pool.map(lambda n: store.create_job(make_job(f"job-{n}"), IdempotencyKey("k", "digest")).job_id, range(50))
+    assert len(set(job_ids)) == 1
 
 
 def test_same_key_with_other_body_conflicts(store: JobStore) -> None:
@@ -207,10 +207,10 @@ def test_final_job_is_neither_queued_nor_active(store: JobStore) -> None:
 def test_retried_job_is_queued_then_active(store: JobStore) -> None:
     job = store.create_job(make_job(status=Status.FAILED))
     job = store.replace_job(job.model_copy(update={"status": Status.QUEUED}))
-    assert [found.job_id for found in store.list_queued_jobs(10)] == ["job-1"]
+    assert [job.job_id for job in store.list_queued_jobs(10)] == ["job-1"]
     assert store.list_jobs_using_dataset("dataset_1") == ["job-1"]
     store.replace_job(job.model_copy(update={"status": Status.TRAINING}))
-    assert [found.job_id for found in store.list_active_jobs(10)] == ["job-1"]
+    assert [job.job_id for job in store.list_active_jobs(10)] == ["job-1"]
     assert store.list_queued_jobs(10) == []
 
 
@@ -226,9 +226,9 @@ def test_events_are_ordered_after_cursor(store: JobStore) -> None:
     store.create_job(make_job())
     assert store.append_events("job-1", 1, make_batch(0, 3), START) == 3
     assert store.append_events("job-1", 1, make_batch(3, 2), START) == 5
-    everything = store.list_events("job-1")
-    assert [stored.seq for stored in everything] == [0, 1, 2, 3, 4]
-    assert [stored.seq for stored in store.list_events("job-1", after=everything[1].cursor, limit=2)] == [2, 3]
+    events = store.list_events("job-1")
+    assert [stored.seq for stored in events] == [0, 1, 2, 3, 4]
+    assert [stored.seq for stored in store.list_events("job-1", after=events[1].cursor, limit=2)] == [2, 3]
 
 
 def test_repeated_batch_is_stored_once(store: JobStore) -> None:
@@ -316,10 +316,10 @@ def test_empty_batch_is_a_heartbeat(store: JobStore) -> None:
 
 def test_events_round_trip(store: JobStore) -> None:
     store.create_job(make_job())
-    point = MetricsLogged(step=0, values={"loss": None}, notes={"loss": "not a number"})
-    events = [ReportedEvent(at=START, event=PhaseChanged(phase="tokenizing")), ReportedEvent(at=START, event=point)]
+    metrics = MetricsLogged(step=0, values={"loss": None}, notes={"loss": "not a number"})
+    events = [ReportedEvent(at=START, event=PhaseChanged(phase="tokenizing")), ReportedEvent(at=START, event=metrics)]
     store.append_events("job-1", 1, EventBatch(first_seq=0, events=events), START)
-    assert [stored.event for stored in store.list_events("job-1")] == [PhaseChanged(phase="tokenizing"), point]
+    assert [stored.event for stored in store.list_events("job-1")] == [PhaseChanged(phase="tokenizing"), metrics]
 
 
 def test_thousand_event_batch_keeps_order(store: JobStore) -> None:
@@ -410,10 +410,10 @@ def test_record_of_newer_version_is_refused_and_kept(store: JobStore) -> None:
     job, other = store.create_job(make_job()), store.create_job(make_job("job-2"))
     newer = json.dumps(json.loads(job.model_dump_json()) | {"schema_version": 2})
     replace_stored_text(store, "jobs", job.job_id, newer)
-    with pytest.raises(RecordTooNew, match="a newer version of Tunesmith wrote this Job record") as refused:
+    with pytest.raises(RecordTooNew, match="a newer version of Tunesmith wrote this Job record") as excinfo:
         store.find_job(job.job_id)
-    assert "deploy" in refused.value.hint
-    assert store.list_queued_jobs(10) == [other]  # it does not stop the work on other jobs
+    assert "deploy" in excinfo.value.hint
+    assert store.list_queued_jobs(10) == [other]  # other jobs still run
     replace_stored_text(store, "jobs", job.job_id, job.model_dump_json())
     assert store.find_job(job.job_id) == job
 
@@ -438,7 +438,7 @@ def test_locked_database_is_unavailable(tmp_path: Path, monkeypatch: pytest.Monk
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(Unavailable):
         store.create_job(make_job())
-    assert store.find_job("job-1") is None  # readers do not wait
+    assert store.find_job("job-1") is None  # reads do not wait for the lock
     other.execute("ROLLBACK")
     store.create_job(make_job())  # it recovers
     other.close()

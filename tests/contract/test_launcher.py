@@ -1,4 +1,4 @@
-"""What every launcher promises. The attempt is a small program in place of `jobs.run`."""
+"""What every launcher promises. A small program in place of `jobs.run` is the attempt."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ from service.core.errors import LaunchFailed, Unsupported
 from service.core.ports import Launcher, LaunchRequest, LogLocator, LogReader
 from tests.waiting import wait_until
 
-# Writes its environment and a marker, then does what BEHAVIOR says: sleep, ignore signals, or end.
+# Writes its environment and a marker file, then sleeps, ignores signals or ends, according to BEHAVIOR.
 ATTEMPT_SCRIPT = """
 import os, pathlib, signal, sys, time
 def record_signal(number):
@@ -45,13 +45,13 @@ class LauncherFactory(Protocol):
 
 @dataclass(frozen=True)
 class LauncherHarness:
-    """A place where attempts run. `make_launcher` creates a launcher for it, and another one after a restart of the service."""
+    """An environment in which attempts run. `make_launcher` creates a launcher; a second call stands for a restarted service."""
 
     folder: Path
     make_launcher: LauncherFactory
 
     def is_attempt_ready(self, name: str = "job-1.1") -> Callable[[], bool]:
-        """A function that tells whether the attempt is running."""
+        """A function that returns whether the attempt is running."""
         return (self.folder / "markers" / name).exists
 
 
@@ -118,7 +118,7 @@ def test_every_registered_launcher_is_covered() -> None:
 
 
 @dataclass
-class _LauncherTracker:
+class _LauncherRecorder:
     """Creates launchers and remembers them, to be closed after the test."""
 
     make_launcher: LauncherFactory
@@ -131,10 +131,10 @@ class _LauncherTracker:
 
 @pytest.fixture(params=sorted(LAUNCHERS))
 def harness(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LauncherHarness]:
-    with HARNESSES[request.param](tmp_path) as compute:
-        closing = _LauncherTracker(compute.make_launcher)
-        yield LauncherHarness(compute.folder, closing)
-        for launcher in closing.launchers:
+    with HARNESSES[request.param](tmp_path) as harness:
+        recorder = _LauncherRecorder(harness.make_launcher)
+        yield LauncherHarness(harness.folder, recorder)
+        for launcher in recorder.launchers:
             launcher.close()
 
 
@@ -231,9 +231,9 @@ def test_every_profile_reports_capabilities(harness: LauncherHarness) -> None:
     launcher = harness.make_launcher()
     assert launcher.get_capabilities() == launcher.get_capabilities(launcher.profiles[0])
     for profile in launcher.profiles:
-        hardware = launcher.get_capabilities(profile)
-        assert hardware.gguf
-        assert "sft" in hardware.trainer_types
+        capabilities = launcher.get_capabilities(profile)
+        assert capabilities.gguf
+        assert "sft" in capabilities.trainer_types
 
 
 def test_unknown_hardware_error_names_known_profiles(harness: LauncherHarness) -> None:
@@ -302,8 +302,8 @@ def test_attempt_receives_time_limit(tmp_path: Path, time_limit_s: float | None,
     launcher = make_local_launcher(tmp_path, time_limit_s=time_limit_s)
     launcher.launch(make_launch_request(BEHAVIOR="end"))
     wait_until((tmp_path / "markers/job-1.1").exists)
-    seen = (tmp_path / "home/attempts/job-1.1/environment").read_text().split("\n")
-    assert [line for line in seen if line.startswith("JOB_TIME_LIMIT_S")] == variables
+    variables_seen = (tmp_path / "home/attempts/job-1.1/environment").read_text().split("\n")
+    assert [line for line in variables_seen if line.startswith("JOB_TIME_LIMIT_S")] == variables
     launcher.close()
 
 
@@ -317,9 +317,9 @@ def test_close_ends_all_local_attempts(local_launcher: LocalLauncher) -> None:
 def test_missing_trainer_environment_fails_launch_with_hint(tmp_path: Path) -> None:
     launcher = make_local_launcher(tmp_path)
     launcher._python = tmp_path / "nowhere"  # type: ignore[attr-defined]
-    with pytest.raises(LaunchFailed) as refusal:
+    with pytest.raises(LaunchFailed) as excinfo:
         launcher.launch(make_launch_request())
-    assert "make setup" in refusal.value.hint
+    assert "make setup" in excinfo.value.hint
 
 
 def test_attempt_process_exposes_no_secrets(tmp_path: Path) -> None:
@@ -329,9 +329,9 @@ def test_attempt_process_exposes_no_secrets(tmp_path: Path) -> None:
     wait_until((tmp_path / "markers/job-1.1").exists)
     process = psutil.Process(int(handle.partition("@")[0]))
     assert "tk-secret" not in " ".join(process.cmdline())
-    seen = [line.partition("=")[0] for line in (workdir / "environment").read_text().split("\n")]
-    assert not [name for name in seen if "KEY" in name or "PASSWORD" in name or "AWS" in name]
-    assert {"OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} <= set(seen)
+    names = [line.partition("=")[0] for line in (workdir / "environment").read_text().split("\n")]
+    assert not [name for name in names if "KEY" in name or "PASSWORD" in name or "AWS" in name]
+    assert {"OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} <= set(names)
     assert os.getpgid(process.pid) == process.pid
     launcher.close()
 

@@ -1,4 +1,4 @@
-"""What every URL signer promises: a link gives the right bytes under the right name until it expires, and nothing else."""
+"""What every URL signer promises: until it expires, a link downloads one object under its filename, and nothing else."""
 
 import base64
 import hashlib
@@ -93,8 +93,8 @@ def fetch_from_service(store: ObjectStore, link: str) -> httpx2.Response:
 
 def test_link_downloads_object(signer_and_follow: tuple[UrlSigner, Callable[[str], httpx2.Response]]) -> None:
     signer, follow = signer_and_follow
-    answer = follow(signer.sign_url(KEY, "adapter model.safetensors", 60))
-    assert (answer.status_code, answer.content) == (200, b"weights")
+    response = follow(signer.sign_url(KEY, "adapter model.safetensors", 60))
+    assert (response.status_code, response.content) == (200, b"weights")
 
 
 def test_bucket_link_has_expiry_and_filename(new_store: StoreFactory, links: CloudStorageUrlSigner) -> None:
@@ -104,11 +104,11 @@ def test_bucket_link_has_expiry_and_filename(new_store: StoreFactory, links: Clo
         assert parameters["response-content-disposition"] == content_disposition("mein Modell \u00fc.gguf")
 
 
-@pytest.mark.parametrize("life_s", [0, -1, MAX_EXPIRES_S + 1])
-def test_invalid_link_lifetime_is_rejected(new_store: StoreFactory, links: CloudStorageUrlSigner, life_s: int) -> None:
+@pytest.mark.parametrize("lifetime_s", [0, -1, MAX_EXPIRES_S + 1])
+def test_invalid_link_lifetime_is_rejected(new_store: StoreFactory, links: CloudStorageUrlSigner, lifetime_s: int) -> None:
     for signer in (links, create_url_signer(new_store("s3"), TOKENS)):
         with pytest.raises(InvalidRequest, match="7 days"):
-            signer.sign_url(KEY, "m", life_s)
+            signer.sign_url(KEY, "m", lifetime_s)
 
 
 @pytest.mark.parametrize(
@@ -168,30 +168,32 @@ def test_link_is_signed_by_google_sign_blob(identity: GoogleIdentity, links: Clo
 
 
 @pytest.mark.parametrize(
-    ("part", "instead"),
+    ("part", "replacement"),
     [("Expires=60", "Expires=6000"), ("adapter%20model", "other%20model"), ("filename", "filenama"), ("X-Goog-Date=2", "X-Goog-Date=3")],
 )
-def test_tampered_link_has_invalid_signature(identity: GoogleIdentity, links: CloudStorageUrlSigner, part: str, instead: str) -> None:
+def test_tampered_link_has_invalid_signature(identity: GoogleIdentity, links: CloudStorageUrlSigner, part: str, replacement: str) -> None:
     link = links.sign_url(KEY, "m", 60)
     assert part in link
     with pytest.raises(InvalidSignature):
-        check_google_signature(identity, link.replace(part, instead, 1))
+        check_google_signature(identity, link.replace(part, replacement, 1))
 
 
-@pytest.mark.parametrize(("life", "tokens"), [(timedelta(hours=1), 1), (timedelta(seconds=-1), 4)])
-def test_access_token_is_cached_until_expiry(identity: GoogleIdentity, new_store: StoreFactory, life: timedelta, tokens: int) -> None:
+@pytest.mark.parametrize(("token_ttl", "refreshes"), [(timedelta(hours=1), 1), (timedelta(seconds=-1), 4)])
+def test_access_token_is_cached_until_expiry(
+    identity: GoogleIdentity, new_store: StoreFactory, token_ttl: timedelta, refreshes: int
+) -> None:
     store = new_store("gs")
     assert isinstance(store, GcsStore)
-    credentials = ServiceAccountCredentials(identity.email, life)
+    credentials = ServiceAccountCredentials(identity.email, token_ttl)
     links = CloudStorageUrlSigner(store, emulator_host=identity.host, credentials=lambda _: credentials)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda number: links.sign_url(f"{number}", "m", 60), range(4)))
-    assert (credentials.refresh_count == 1) if tokens == 1 else (credentials.refresh_count >= tokens)
+    assert (credentials.refresh_count == 1) if refreshes == 1 else (credentials.refresh_count >= refreshes)
     links.close()
 
 
 @pytest.mark.parametrize(
-    ("refusal", "message", "command"),
+    ("error", "message", "command"),
     [
         (
             InjectedError(403, "IAM_PERMISSION_DENIED"),
@@ -203,12 +205,12 @@ def test_access_token_is_cached_until_expiry(identity: GoogleIdentity, new_store
     ],
 )
 def test_signing_error_names_fix_command(
-    identity: GoogleIdentity, links: CloudStorageUrlSigner, refusal: InjectedError, message: str, command: str
+    identity: GoogleIdentity, links: CloudStorageUrlSigner, error: InjectedError, message: str, command: str
 ) -> None:
-    identity.injected_errors.append(refusal)
-    with pytest.raises(Unavailable, match=message) as caught:
+    identity.injected_errors.append(error)
+    with pytest.raises(Unavailable, match=message) as excinfo:
         links.sign_url(KEY, "m", 60)
-    assert command.format(email=identity.email) in caught.value.hint
+    assert command.format(email=identity.email) in excinfo.value.hint
 
 
 def test_busy_iam_is_retried(identity: GoogleIdentity, links: CloudStorageUrlSigner) -> None:
@@ -232,9 +234,9 @@ def test_user_credentials_cannot_sign(new_store: StoreFactory) -> None:
     store = new_store("gs")
     assert isinstance(store, GcsStore)
     links = CloudStorageUrlSigner(store, emulator_host="127.0.0.1:1", credentials=lambda _: UserCredentials())
-    with pytest.raises(Unavailable, match="a person's credentials") as caught:
+    with pytest.raises(Unavailable, match="a person's credentials") as excinfo:
         links.sign_url(KEY, "m", 60)
-    assert "--impersonate-service-account" in caught.value.hint
+    assert "--impersonate-service-account" in excinfo.value.hint
     links.close()
 
 
@@ -249,8 +251,8 @@ print(links.sign_url("a/b", "b", 60))
 print(links.sign_url("a/c", "c", 60))
 """
     identity.requests.clear()
-    nobody = {"HTTPS_PROXY": "http://127.0.0.1:1", "NO_PROXY": "127.0.0.1", "CLOUDSDK_CONFIG": "/nonexistent", "HOME": "/nonexistent"}
-    environment = {"PATH": os.environ["PATH"], "STORAGE_EMULATOR_HOST": "http://127.0.0.1:1", **nobody, **identity.environment}
+    isolated = {"HTTPS_PROXY": "http://127.0.0.1:1", "NO_PROXY": "127.0.0.1", "CLOUDSDK_CONFIG": "/nonexistent", "HOME": "/nonexistent"}
+    environment = {"PATH": os.environ["PATH"], "STORAGE_EMULATOR_HOST": "http://127.0.0.1:1", **isolated, **identity.environment}
     command = [sys.executable, "-W", "error::ResourceWarning", "-c", code, identity.host]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=SOURCE)
     assert done.returncode == 0, done.stderr

@@ -256,9 +256,9 @@ def test_iteration_continues_across_pages(remote: ObjectStore) -> None:
 
 def test_more_than_thousand_objects_are_listed(new_store: StoreFactory) -> None:
     store = new_store("s3")
-    place = BucketLocation.parse(store.url, "s3")
+    location = BucketLocation.parse(store.url, "s3")
     for number in range(1001):  # directly into the server, which runs in this process
-        s3_backends["123456789012"]["aws"].put_object(place.bucket, f"{place.folder}f/{number:04}", b"")
+        s3_backends["123456789012"]["aws"].put_object(location.bucket, f"{location.folder}f/{number:04}", b"")
     assert len(list(store.iter_objects("f/"))) == 1001
 
 

@@ -161,10 +161,10 @@ def test_corrupt_download_keeps_existing_file(fault_proxy: HttpFaultProxy, store
     store.write("a", SMALL)
     content = "alt=media" if isinstance(store, GcsStore) else ""  # Cloud Storage also uses GET for metadata
     fault_proxy.set_faults(Fault("corrupt response", method="GET", path=content, times=9))
-    (tmp_path / "copy").write_bytes(b"what was there before")
+    (tmp_path / "copy").write_bytes(b"existing content")
     with pytest.raises(ChecksumMismatch, match="damaged"):
         store.download("a", tmp_path / "copy")
-    assert (tmp_path / "copy").read_bytes() == b"what was there before"
+    assert (tmp_path / "copy").read_bytes() == b"existing content"
     assert find_part_files(tmp_path) == []
 
 
@@ -244,14 +244,14 @@ OPERATIONS: dict[str, Callable[[ObjectStore, Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("use", OPERATIONS)
-def test_unavailable_store_fails_within_deadline(fault_proxy: HttpFaultProxy, store: ObjectStore, large_file: Path, use: str) -> None:
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_unavailable_store_fails_within_deadline(fault_proxy: HttpFaultProxy, store: ObjectStore, large_file: Path, operation: str) -> None:
     store.write("a", SMALL)
     fault_proxy.set_faults(Fault("reject", times=1000))
-    began = time.monotonic()
+    started_at_s = time.monotonic()
     with deadline(0.1), pytest.raises(StoreUnavailable, match=f"://{BUCKET}"):
-        OPERATIONS[use](store, large_file)
-    assert time.monotonic() - began < 2
+        OPERATIONS[operation](store, large_file)
+    assert time.monotonic() - started_at_s < 2
     fault_proxy.set_faults()
     assert [stored.key for stored in store.iter_objects("")] == ["a"]
     assert sorted(path.name for path in large_file.parent.iterdir()) == ["large"]
@@ -260,15 +260,15 @@ def test_unavailable_store_fails_within_deadline(fault_proxy: HttpFaultProxy, st
 def test_hanging_store_fails_within_deadline(fault_proxy: HttpFaultProxy, store: ObjectStore) -> None:
     store.write("a", SMALL)
     fault_proxy.set_faults(Fault("hang", times=1000))
-    began = time.monotonic()
+    started_at_s = time.monotonic()
     with deadline(0.2), pytest.raises(StoreUnavailable):
         store.read("a")
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - started_at_s < 1.5
 
 
-@pytest.mark.parametrize("left_s", [120, 55, 4.5, 2, 1, 0.5])
-def test_s3_read_timeout_fits_within_deadline(left_s: float) -> None:
-    assert 1.5 * _choose_read_timeout_s(left_s) <= left_s
+@pytest.mark.parametrize("remaining_s", [120, 55, 4.5, 2, 1, 0.5])
+def test_s3_read_timeout_fits_within_deadline(remaining_s: float) -> None:
+    assert 1.5 * _choose_read_timeout_s(remaining_s) <= remaining_s
 
 
 def test_refused_connection_is_store_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,30 +281,34 @@ def test_refused_connection_is_store_unavailable(monkeypatch: pytest.MonkeyPatch
         close_store(store)
 
 
-@pytest.mark.parametrize("use", OPERATIONS)
-def test_a_missing_bucket_is_not_a_missing_object(fault_proxy: HttpFaultProxy, store: ObjectStore, large_file: Path, use: str) -> None:
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_missing_bucket_is_not_a_missing_object(
+    fault_proxy: HttpFaultProxy, store: ObjectStore, large_file: Path, operation: str
+) -> None:
     elsewhere = open_store(store.url.replace(BUCKET, "no-such-bucket"))
     with pytest.raises(StoreUnavailable, match="bucket no-such-bucket does not exist; create it: "):
-        OPERATIONS[use](elsewhere, large_file)
+        OPERATIONS[operation](elsewhere, large_file)
     close_store(elsewhere)
     assert store.stat("missing") is None
     with pytest.raises(NoSuchObject):
         store.read("missing")
 
 
-@pytest.mark.parametrize("use", OPERATIONS)
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_gcs_permission_error_names_role_and_command(
-    gs_fault_proxy: HttpFaultProxy, monkeypatch: pytest.MonkeyPatch, large_file: Path, use: str
+    gs_fault_proxy: HttpFaultProxy, monkeypatch: pytest.MonkeyPatch, large_file: Path, operation: str
 ) -> None:
     use_cloud_storage(monkeypatch, gs_fault_proxy.url)
-    who = "tunesmith-job@p.iam.gserviceaccount.com"
-    message = f"{who} does not have storage.objects.get access to the Google Cloud Storage object."
+    account = "tunesmith-job@p.iam.gserviceaccount.com"
+    message = f"{account} does not have storage.objects.get access to the Google Cloud Storage object."
     gs_fault_proxy.set_faults(Fault("reject", status=403, times=9, body=json.dumps({"error": {"code": 403, "message": message}})))
     store = GcsStore(f"gs://{BUCKET}")
-    with pytest.raises(StoreUnavailable) as caught:
-        OPERATIONS[use](store, large_file)
-    command = f"gcloud storage buckets add-iam-policy-binding gs://{BUCKET} --member=serviceAccount:{who} --role=roles/storage.objectUser"
-    assert command in str(caught.value)
+    with pytest.raises(StoreUnavailable) as excinfo:
+        OPERATIONS[operation](store, large_file)
+    command = (
+        f"gcloud storage buckets add-iam-policy-binding gs://{BUCKET} --member=serviceAccount:{account} --role=roles/storage.objectUser"
+    )
+    assert command in str(excinfo.value)
     assert len(gs_fault_proxy.requests) == 1
     store.close()
     gs_fault_proxy.set_faults()

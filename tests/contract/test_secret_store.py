@@ -34,8 +34,8 @@ def test_every_registered_store_is_covered() -> None:
 
 @pytest.fixture
 def emulator() -> Iterator[SecretManager]:
-    with SecretManager() as stand_in:
-        yield stand_in
+    with SecretManager() as emulator:
+        yield emulator
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_concurrent_puts_are_never_mixed(store: SecretStore) -> None:
 def _put(store: SecretStore, value: dict[str, str]) -> bool:
     try:
         store.put("job-1", value)
-    except Unavailable:  # another writer was first; nothing is half written
+    except Unavailable:  # another writer was first; nothing is partly written
         return False
     return True
 
@@ -167,9 +167,9 @@ def test_disabled_version_is_not_read(cloud: SecretManagerStore, emulator: Secre
 def test_concurrent_puts_leave_one_version(cloud: SecretManagerStore) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda number: cloud.put("job-1", {"a": str(number)}), range(8)))
-    found = [cloud._access_version("job-1", number) for number in range(1, 9)]
-    assert found[:-1] == [{}] * 7
-    assert found[-1] == cloud.read("job-1") != {}
+    versions = [cloud._access_version("job-1", number) for number in range(1, 9)]
+    assert versions[:-1] == [{}] * 7
+    assert versions[-1] == cloud.read("job-1") != {}
 
 
 def test_second_client_reads_latest_secret(cloud: SecretManagerStore, emulator: SecretManager) -> None:
@@ -183,9 +183,9 @@ def test_second_client_reads_latest_secret(cloud: SecretManagerStore, emulator: 
 def test_corrupt_payload_is_rejected(cloud: SecretManagerStore, emulator: SecretManager) -> None:
     cloud.put("job-1", {"a": CANARY})
     emulator.corrupt_next_response("AccessSecretVersion")
-    with pytest.raises(Unavailable, match="job-1 arrived damaged") as refusal:
+    with pytest.raises(Unavailable, match="job-1 arrived damaged") as excinfo:
         cloud.read("job-1")
-    assert CANARY not in str(refusal.value)
+    assert CANARY not in str(excinfo.value)
     assert cloud.read("job-1") == {"a": CANARY}
 
 
@@ -197,9 +197,9 @@ def test_secret_destroyed_during_write_raises(cloud: SecretManagerStore, emulato
 
 def test_missing_project_is_named(cloud: SecretManagerStore, emulator: SecretManager) -> None:
     emulator.fail_next("ListSecrets", grpc.StatusCode.NOT_FOUND, "Project not found")
-    with pytest.raises(Unavailable, match="no project p") as refusal:
+    with pytest.raises(Unavailable, match="no project p") as excinfo:
         cloud.iter_job_ids()
-    assert refusal.value.hint == "gcloud projects describe p"
+    assert excinfo.value.hint == "gcloud projects describe p"
 
 
 def test_foreign_secrets_are_not_listed(cloud: SecretManagerStore, emulator: SecretManager) -> None:
@@ -249,10 +249,10 @@ def test_secret_manager_error_names_fix_and_hides_secret(
     hint: str,
 ) -> None:
     emulator.fail_next("AddSecretVersion", code, google_message)
-    with caplog.at_level(logging.DEBUG), pytest.raises(Unavailable, match=message) as refusal:
+    with caplog.at_level(logging.DEBUG), pytest.raises(Unavailable, match=message) as excinfo:
         cloud.put("job-1", {"hf_token": CANARY})
-    assert hint in refusal.value.hint
-    assert CANARY not in f"{refusal.value.message} {refusal.value.hint} {caplog.text} {cloud!r}"
+    assert hint in excinfo.value.hint
+    assert CANARY not in f"{excinfo.value.message} {excinfo.value.hint} {caplog.text} {cloud!r}"
 
 
 @pytest.mark.parametrize("method", ["CreateSecret", "AccessSecretVersion", "DestroySecretVersion", "DeleteSecret", "ListSecrets"])
@@ -281,30 +281,30 @@ def test_lost_response_raises_and_retry_succeeds(cloud: SecretManagerStore, emul
 
 
 def test_dropped_responses_respect_caller_deadline(emulator: SecretManager) -> None:
-    with Proxy(*split_host(emulator)) as line:
-        store = SecretManagerStore(project_id=PROJECT, emulator_host=line.address)
+    with Proxy(*split_host(emulator)) as proxy:
+        store = SecretManagerStore(project_id=PROJECT, emulator_host=proxy.address)
         store.put("job-1", {"a": "1"})
-        line.drop_responses()
+        proxy.drop_responses()
         with deadline(0.5), pytest.raises(Unavailable, match="did not answer in time"):
             store.put("job-2", {"a": "1"})
-        assert [name.rpartition("/")[2] for name in emulator.secret_names()] == [f"{PREFIX}job-1", f"{PREFIX}job-2"]  # it was carried out
-        line.restore()
+        assert [name.rpartition("/")[2] for name in emulator.secret_names()] == [f"{PREFIX}job-1", f"{PREFIX}job-2"]  # it was executed
+        proxy.restore()
         store.put("job-2", {"a": "2"})
         assert store.read("job-2") == {"a": "2"}
         store.close()
 
 
 def test_last_retry_ends_at_caller_deadline(emulator: SecretManager) -> None:
-    with Proxy(*split_host(emulator)) as line:
-        store = SecretManagerStore(project_id=PROJECT, emulator_host=line.address)
+    with Proxy(*split_host(emulator)) as proxy:
+        store = SecretManagerStore(project_id=PROJECT, emulator_host=proxy.address)
         store.put("job-1", {"a": "1"})
-        line.delay(0.1)
+        proxy.delay(0.1)
         emulator.fail_next("AccessSecretVersion", grpc.StatusCode.UNAVAILABLE)
         with deadline(0.4), pytest.raises(Unavailable):  # not enough for two tries of at least 0.2 s each
             store.read("job-1")
         store.close()
 
 
-def split_host(stand_in: SecretManager) -> tuple[str, int]:
-    address, _, port = stand_in.host.rpartition(":")
+def split_host(emulator: SecretManager) -> tuple[str, int]:
+    address, _, port = emulator.host.rpartition(":")
     return address, int(port)
