@@ -1,8 +1,8 @@
 """`make demo`: fine-tunes the real Gemma 3 270M through the HTTP API and compares its answers before and after.
 
 Every step is a command that you can type yourself; each is printed before it runs. Run it in the service's environment; steps that need
-the trainer's environment use that environment's Python. `--picture FILE` also writes the answers and the
-metrics as an SVG image, as in the README.
+the trainer's environment use that environment's Python. `--picture FILE` also writes the answers and the metrics as an SVG image, as in
+the README.
 """
 
 import argparse
