@@ -5,7 +5,7 @@ import signal
 import subprocess
 from pathlib import Path
 
-from tests.e2e.conftest import TUNESMITH
+from tests.e2e.conftest import SOURCE, TUNESMITH
 
 
 def test_serve_stops_cleanly_on_ctrl_c_and_ignores_current_folder(tmp_path: Path) -> None:
@@ -13,6 +13,7 @@ def test_serve_stops_cleanly_on_ctrl_c_and_ignores_current_folder(tmp_path: Path
     other.mkdir()
     (other / "__main__.py").write_text("print('not Tunesmith')")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TUNESMITH_")}
+    environment["PYTHONPATH"] = str(SOURCE)  # `make` sets "."; in another folder that would be this one
     with subprocess.Popen(
         [str(TUNESMITH), "serve", "--port", "0"],
         env=environment | {"TUNESMITH_HOME": str(tmp_path / "home")},

@@ -68,7 +68,7 @@ def test_read_only_token_is_rejected_before_job_is_created(service: Service) -> 
     response = service.http.post("/train", json=body | {"training_config": {"base_model_id": BASE, "export_config": export}})
     assert response.status_code in (400, 403)
     assert "hf_token" in response.json()["error"]["param"]
-    assert "only read" in response.json()["error"]["message"]
+    assert "read-only" in response.json()["error"]["message"]
 
 
 def test_clone_copies_job_with_changes(pushed_job: Json, service: Service) -> None:
