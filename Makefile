@@ -101,7 +101,7 @@ test: export OMP_NUM_THREADS = 1
 # Tests that run the service in their own process measure its coverage. Tracing takes half as much processor time again for these, and
 # little of the whole; the trainer's tests and the service's child processes are not traced. test-cloud mostly waits, so test-infra runs beside it.
 test: export COVERAGE = --cov --cov-report=
-test: test-fast ## Run every test, with real processes and models, and report coverage: about 18 minutes on two cores
+test: test-fast ## Run every test, with real processes and models, and report coverage: about 20 minutes on two cores
 	$(MAKE) --no-print-directory --jobs 2 --output-sync test-cloud test-infra
 	$(MAKE) --no-print-directory test-llm
 	$(MAKE) --no-print-directory test-chaos
