@@ -22,8 +22,8 @@ class AttemptIdentityMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not scope["path"].startswith(ATTEMPT_PATH_PREFIX) and _caller_email(scope) == self._email:
-            refusal = error_response(403, "forbidden", f"{self._email} is the service account of attempts; it may only report")
-            await refusal(scope, receive, send)
+            rejection = error_response(403, "forbidden", f"{self._email} is the service account of attempts; it may only report")
+            await rejection(scope, receive, send)
             return
         await self._app(scope, receive, send)
 

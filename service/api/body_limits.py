@@ -31,9 +31,9 @@ class BodyLimitMiddleware:
         limit = self._limit_bytes(scope["path"])
         declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         hint = UPLOAD_HINT if scope["path"].rstrip("/") == "/datasets" else ""
-        refusal = error_response(413, "too_large", f"the body is larger than {limit} bytes, the limit of this path", hint)
+        rejection = error_response(413, "too_large", f"the body is larger than {limit} bytes, the limit of this path", hint)
         if declared.isdigit() and int(declared) > limit:
-            await refusal(scope, receive, send)
+            await rejection(scope, receive, send)
             return
         body = _Body(receive, limit)
         response_started = False
@@ -47,7 +47,7 @@ class BodyLimitMiddleware:
         with suppress(BodyTooLarge):
             await self._app(scope, body.receive, send_unless_too_large)
         if body.too_large and not response_started:
-            await refusal(scope, receive, send)
+            await rejection(scope, receive, send)
 
     def _limit_bytes(self, path: str) -> int:
         if path.rstrip("/") == "/datasets":

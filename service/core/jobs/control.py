@@ -46,7 +46,7 @@ class JobControl:
         """
         before = self._repository.find(job_id, tenant_id)
         if before.status is Status.PAUSED:
-            self._renew_secrets(before, request)
+            self._refresh_secrets(before, request)
 
         def request_resume(job: Job, now: datetime) -> Job:
             config = self._extend_config(job, request)
@@ -64,7 +64,7 @@ class JobControl:
         before = self._repository.find(job_id, tenant_id)
         if before.status in (Status.FAILED, Status.CANCELLED):
             self._repository.find_dataset(before.processed_dataset_id, tenant_id)
-            self._renew_secrets(before, request)
+            self._refresh_secrets(before, request)
 
         def request_retry(job: Job, now: datetime) -> Job:
             config = self._extend_config(job, request)
@@ -74,7 +74,7 @@ class JobControl:
         self._wake(job_id)
         return job
 
-    def _renew_secrets(self, job: Job, request: ContinuationOptions) -> None:
+    def _refresh_secrets(self, job: Job, request: ContinuationOptions) -> None:
         """Store the secrets that were sent again beside those still stored. Raises InvalidRequest when one that the job had is missing."""
         renewed = resent_secrets(request)
         for name in renewed.keys() - set(job.secret_names):
