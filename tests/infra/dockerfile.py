@@ -28,12 +28,6 @@ class Instruction:
         """The words without options."""
         return [word for word in shlex.split(self.text) if not word.startswith("--")]
 
-    @property
-    def from_stage(self) -> str | None:
-        """The stage that a COPY takes files from; None for the build context."""
-        match = re.search(r"--from=(\S+)", self.text)
-        return match[1] if match else None
-
 
 @dataclass(frozen=True)
 class Stage:

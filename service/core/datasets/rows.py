@@ -173,7 +173,7 @@ class Splitter:
 
 
 def _choose_held_out(keys: "array[int]", eval_fraction: float) -> set[int]:
-    """The prompts to hold out: in the seed's order, each one whose rows still fit into the requested number."""
+    """The keys of the prompts to hold out: in ascending order, each one whose rows still fit into the requested number."""
     if eval_fraction == 0 or not keys or min(keys) == max(keys):
         return set()
     ordered = sorted(keys)
