@@ -1,15 +1,16 @@
 """A checkpoint: everything an attempt needs to continue a training exactly."""
 
 import json
+from collections.abc import Mapping
 from datetime import datetime
 from hashlib import sha256
-from typing import Literal, Self, cast
+from typing import ClassVar, Literal, Self, cast
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from schema.base import Id
 from schema.job import ArtifactFile
-from schema.migrations import VersionedRecord
+from schema.migrations import Document, Migration, VersionedRecord
 from schema.training import TrainingConfig
 
 MANIFEST = "manifest.json"
@@ -18,19 +19,29 @@ MANIFEST = "manifest.json"
 # (so that an interrupted export does not train again).
 CheckpointReason = Literal["interval", "pause", "time_slice", "preempted", "end"]
 
+BATCH_FIELDS = ("batch_size", "gradient_accumulation_steps")
+
+
+def move_batch_to_details(document: Document) -> Document:
+    """From version 1 of `manifest.json` and `tunesmith.json`, when every trainer had batches, to `details`."""
+    kept = {name: value for name, value in document.items() if name not in BATCH_FIELDS}
+    return kept | {"details": {name: document[name] for name in BATCH_FIELDS if name in document}}
+
 
 class Checkpoint(VersionedRecord):
     """`manifest.json`, written last. A checkpoint without it, or with a file that differs from it, is not used."""
 
+    migrations: ClassVar[Mapping[int, Migration]] = {1: move_batch_to_details}
+
+    schema_version: int = 2
     job_id: Id
     attempt: int  # which attempt wrote it
-    step: int  # optimizer steps done
+    step: int  # steps done, in the family's unit of progress
     total_steps: int
     epoch: float
     reason: CheckpointReason = "interval"
-    eval_loss: float | None = None  # nats per labeled token on the held-out rows, if measured at this step
-    batch_size: int  # rows per forward pass; smaller than requested after running out of memory
-    gradient_accumulation_steps: int
+    eval_loss: float | None = None  # on the held-out rows, if measured at this step
+    details: dict[str, JsonValue] = Field(default={})  # the family's own, such as the batch size that fitted into memory
     tracker_run_ids: dict[str, str] = Field(default={})  # tracker → the run that the next attempt continues
     training_config: TrainingConfig  # with every default and without secrets
     files: tuple[ArtifactFile, ...]
@@ -44,7 +55,7 @@ class Checkpoint(VersionedRecord):
 
     @classmethod
     def from_verified_bytes(cls, content: bytes) -> Self:
-        """Read a manifest. Raises ValueError when it is not JSON, its checksum is wrong, or its content is not valid."""
+        """Read a manifest of any version. Raises ValueError when it is not JSON, its checksum is wrong, or its content is not valid."""
         parsed: object = json.loads(content)
         manifest = cast(dict[str, object], parsed) if isinstance(parsed, dict) else {}
         if manifest.get("checksum") != _compute_checksum({name: value for name, value in manifest.items() if name != "checksum"}):

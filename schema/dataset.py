@@ -15,10 +15,13 @@ string, or with images a list of parts, {"type": "text", "text": "..."} and
 """
 
 from datetime import datetime
+from typing import Literal
 
 from schema.base import ForwardCompatible, Id, Label
 from schema.migrations import VersionedRecord
 from schema.types import DatasetType
+
+TextDatasetType = Literal["messages", "prompt_completion", "text", "preference", "unpaired_preference", "prompt"]
 
 TRAIN_SPLIT = "train"
 EVAL_SPLIT = "eval"

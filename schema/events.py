@@ -7,7 +7,8 @@ from pydantic import Field
 
 from schema.base import ForwardCompatible
 from schema.checkpoint import CheckpointReason
-from schema.job import Artifact, EvalMetrics, Failure, Gate, Phase, Progress, Sample, Status
+from schema.job import Artifact, EvalMetrics, Failure, Gate, Progress, Sample, Status
+from schema.types import Phase
 
 
 class StatusChanged(ForwardCompatible):

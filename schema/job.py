@@ -4,11 +4,12 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from schema.base import ForwardCompatible, Id, Label
 from schema.migrations import VersionedRecord
 from schema.training import TrainingConfig
+from schema.types import ArtifactKind
 
 
 class Status(StrEnum):
@@ -34,8 +35,6 @@ class Status(StrEnum):
         """An attempt holds or may hold compute."""
         return self in (Status.PREPARING, Status.TRAINING, Status.PAUSING, Status.CANCELLING)
 
-
-Phase = Literal["downloading", "tokenizing", "training", "evaluating", "merging", "converting", "verifying", "uploading"]
 
 FailureCode = Literal[
     "invalid_data",
@@ -74,12 +73,12 @@ class Progress(ForwardCompatible):
 class EvalMetrics(ForwardCompatible):
     """Metrics on the held-out rows. A value that could not be computed is null; `notes` gives the reason, by name."""
 
-    eval_loss: float | None = None  # the trainer's loss: for sft nats per labeled token, for grpo minus the mean reward
+    eval_loss: float | None = None  # the trainer's own loss, on whose scale lower is better
     perplexity: float | None = None  # exp(eval_loss)
     accuracy: float | None = None  # share of labeled tokens predicted correctly, 0..1
     eval_runtime: float | None = None  # seconds
     eval_rows: int | None = None
-    eval_tokens: int | None = None  # labeled tokens
+    eval_tokens: int | None = None  # labeled tokens, in a family that has tokens
     values: dict[str, float | None] = Field(default={})  # by trainer type or task: rewards/accuracies, exact_match, rouge_l, ...
     notes: dict[str, str] = Field(default={})
 
@@ -127,27 +126,6 @@ class HubPush(ForwardCompatible):
     url: str
 
 
-class Fidelity(ForwardCompatible):
-    """How closely an exported file matches the trained model, measured on held-out prompts."""
-
-    compared_tokens: int
-    argmax_agreement: float  # share of positions where both rank the same next token first, 0..1
-    mean_kl_to_merged: float  # nats; KL divergence from the trained model
-    mean_kl_to_base: float | None = None  # nats; KL divergence from the base model
-    sample_prompt: str = ""
-    sample_text: str = ""  # the file's answer to it
-    closer_to_base: bool = False  # closer to the base than to the trained model
-    labeled_tokens: int = 0  # of the compared tokens, those that a held-out row labels
-    perplexity: float | None = None  # of the file, on the labeled tokens
-    perplexity_merged: float | None = None  # of the trained model, on the same tokens
-    perplexity_base: float | None = None
-    imatrix: bool = False  # quantized with an importance matrix of the training rows
-    advice: str = ""  # how to improve the file, where that is needed
-
-
-ArtifactKind = Literal["adapter", "merged", "gguf", "lora_gguf", "onnx"]
-
-
 class Artifact(ForwardCompatible):
     """A named file or folder that the job produced, at a stable URI."""
 
@@ -157,7 +135,8 @@ class Artifact(ForwardCompatible):
     key: str  # the same place as a key of the model bucket; ends in "/" for a folder
     size_bytes: int
     files: list[ArtifactFile]
-    fidelity: Fidelity | None = None
+    # What the family measured of the file. Names that begin with "sample_" show held-out rows, and are left out of run.json.
+    fidelity: dict[str, JsonValue] | None = None
     hub: HubPush | None = None  # with destination hfhub
 
     @property

@@ -7,9 +7,11 @@ from pydantic import Field, JsonValue
 
 from schema.base import ForwardCompatible, Id
 from schema.dataset import Dataset
-from schema.job import Artifact, ArtifactFile, ArtifactKind, EvalMetrics, Fidelity, Gate
+from schema.job import Artifact, ArtifactFile, EvalMetrics, Gate
+from schema.types import ArtifactKind
 
 RUN_RECORD = "run.json"
+SAMPLE_PREFIX = "sample_"  # of the names in `Artifact.fidelity` whose values show held-out rows
 
 
 class CodeRecord(ForwardCompatible):
@@ -62,7 +64,7 @@ class MachineRecord(ForwardCompatible):
     memory_bytes: int
     gpus: tuple[str, ...] = ()
     gpu_driver: str | None = None
-    cuda: str | None = None  # the version that torch was built for
+    cuda: str | None = None  # the version that the family's framework was built for
 
 
 class TimeRecord(ForwardCompatible):
@@ -89,12 +91,12 @@ class ArtifactRecord(ForwardCompatible):
     key: str  # in the model bucket; ends in "/" for a folder
     size_bytes: int
     files: tuple[ArtifactFile, ...]
-    fidelity: Fidelity | None = None  # without the compared answers
+    fidelity: dict[str, JsonValue] | None = None  # without what shows held-out rows
 
     @classmethod
     def from_artifact(cls, artifact: Artifact) -> "ArtifactRecord":
         """The part of an artifact that a run record keeps."""
-        fidelity = artifact.fidelity and artifact.fidelity.model_copy(update={"sample_prompt": "", "sample_text": ""})
+        fidelity = artifact.fidelity and {name: value for name, value in artifact.fidelity.items() if not name.startswith(SAMPLE_PREFIX)}
         return cls(
             name=artifact.name,
             kind=artifact.kind,
@@ -119,7 +121,7 @@ class RunRecord(ForwardCompatible):
     dataset: DatasetRecord
     train_rows: int | None = None
     train_tokens: int | None = None  # in all epochs
-    base_model: BaseModelRecord
+    base_model: BaseModelRecord | None = None  # None: the family trains without one
     code: CodeRecord
     packages: dict[str, str]
     machine: MachineRecord

@@ -1,20 +1,13 @@
 """Request bodies of the public API."""
 
+from dataclasses import fields
 from typing import Annotated, Self
 
 from pydantic import ConfigDict, Field, JsonValue, SecretStr, StringConstraints, model_validator
 
 from schema.base import Id, Label, Strict, field_error
-from schema.training import TrainingConfig
-from schema.training.export import ExportConfig
-from schema.training.llm_hyperparameters import (
-    DpoHyperparameters,
-    GrpoHyperparameters,
-    KtoHyperparameters,
-    OrpoHyperparameters,
-    RewardHyperparameters,
-    SftHyperparameters,
-)
+from schema.training import DEFAULT_EXPORT_CONFIG, TRAINER_TYPES, AnyExportConfig, TrainingConfig
+from schema.training.base import LENGTH_UNITS, TrainingSummary
 
 TRAIN_REQUEST_EXAMPLE: dict[str, JsonValue] = {
     "processed_dataset_id": "dataset_abc123",
@@ -86,16 +79,13 @@ class TrainRequest(Strict):
         return self
 
 
-HYPERPARAMETER_FIELDS = set[str]().union(
-    SftHyperparameters.model_fields,
-    DpoHyperparameters.model_fields,
-    OrpoHyperparameters.model_fields,
-    KtoHyperparameters.model_fields,
-    GrpoHyperparameters.model_fields,
-    RewardHyperparameters.model_fields,
-)
+HYPERPARAMETER_FIELDS = set[str]().union(*(config.hyperparameter_names() for config in TRAINER_TYPES.values()))
 # Fields that must not change between two attempts.
-IMMUTABLE_FIELDS = ("training_config", "base_model_id", "method", *sorted(HYPERPARAMETER_FIELDS - {"epochs", "max_steps"}))
+IMMUTABLE_FIELDS = (
+    "training_config",
+    *(field.name for field in fields(TrainingSummary)),
+    *sorted(HYPERPARAMETER_FIELDS.difference(LENGTH_UNITS)),
+)
 
 
 class ContinuationOptions(Strict):
@@ -136,7 +126,7 @@ class RetryRequest(ContinuationOptions):
 class ExportRequest(Strict):
     """`POST /jobs/{job_id}/checkpoints/{step}/export`: a job that trains nothing and exports a checkpoint."""
 
-    export_config: ExportConfig = ExportConfig()  # type: ignore[call-arg]  # pyright: every field has a default
+    export_config: AnyExportConfig = DEFAULT_EXPORT_CONFIG
     attempt: int | None = Field(
         None, ge=1, description="The attempt that wrote the checkpoint, if several have one of that step. Default: the newest."
     )

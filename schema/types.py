@@ -1,13 +1,15 @@
-"""Types that several parts of the contract share."""
+"""Types that several parts of the contract share.
 
-from typing import Annotated, Literal
+The names of dataset types, artifact kinds and phases are open: each family declares its own, and every other part passes them on.
+"""
+
+from typing import Annotated
 
 from pydantic import Field, StringConstraints
 
-Provider = Literal["huggingface", "unsloth"]
-Method = Literal["Full", "LoRA", "QLoRA"]
-Modality = Literal["text", "vision"]
-DatasetType = Literal["messages", "prompt_completion", "text", "preference", "unpaired_preference", "prompt"]
+DatasetType = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+ArtifactKind = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+Phase = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]  # what an attempt is doing, such as "training"
 
 HubId = Annotated[
     str,

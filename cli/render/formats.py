@@ -51,7 +51,7 @@ def format_time(timestamp: str) -> str:
 def format_fidelity(artifact: Json) -> str:
     """How closely an exported file matches the tuned model."""
     fidelity = artifact["fidelity"]
-    if not fidelity:
+    if not fidelity or "argmax_agreement" not in fidelity:  # another family measures something else
         return ""
     values = [f"{fidelity[name]:.2f} ({label})" for name, label in PERPLEXITY_LABELS if fidelity[name] is not None]
     perplexity = f", perplexity {' / '.join(values)}" if values else ""

@@ -100,7 +100,7 @@ def artifact_lines(artifacts: list[Json]) -> Iterator[str]:
     for artifact in artifacts:
         yield f"{artifact['name']:14} {format_size(artifact['size_bytes']):>9}  {artifact['uri']}{format_fidelity(artifact)}"
         fidelity = artifact["fidelity"]
-        if fidelity and fidelity["advice"]:
+        if fidelity and fidelity.get("advice"):
             yield f"{'':14} advice: {escape(fidelity['advice'])}"
     for url in dict.fromkeys(artifact["hub"]["url"] for artifact in artifacts if artifact["hub"]):
         yield f"{'on the Hub':14} {escape(url)}"

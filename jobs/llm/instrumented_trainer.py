@@ -31,6 +31,7 @@ from jobs.llm.fsdp import (
 )
 from jobs.llm.model import check_finite_weights, load_adapter, set_eos_tokens
 from jobs.llm.training_context import TrainingContext, TrainingTask
+from jobs.runtime.batch_config import BatchConfig
 from jobs.runtime.system_metrics import system_metrics
 from jobs.runtime.training_control import TrainingControl
 from schema.job import Progress
@@ -86,7 +87,7 @@ def build_instrumented_trainer(
         """TrainerCallback has the events that TrainingControlCallback does not handle."""
 
     arguments = make_training_arguments(task, training, control) | make_distributed_arguments(
-        topology.world_size, control.batch_config.gradient_accumulation_steps
+        topology.world_size, BatchConfig.from_details(control.details).gradient_accumulation_steps
     )
     trainer = task.build_trainer(model, arguments, instrument, control)
     trainer.remove_callback(PrinterCallback)  # it prints the library's losses
@@ -113,7 +114,7 @@ def _build_sharded_model(task: TrainingTask, training: TrainingContext, weights:
 
 def make_training_arguments(task: TrainingTask, training: TrainingContext, control: TrainingControl) -> dict[str, Any]:
     """The arguments that the library's trainer gets for every task, by the names of transformers.TrainingArguments."""
-    config, device_config, batch_config = training.config, training.device_config, control.batch_config
+    config, device_config, batch_config = training.config, training.device_config, BatchConfig.from_details(control.details)
     hyperparameters = config.hyperparameters
     return {
         "output_dir": str(training.context.workdir / "checkpoints"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from jobs.llm.exporters.model_files import LICENSE_FILES
 from schema.job import EvalMetrics, GateCheck
-from schema.provenance import ArtifactRecord, RunRecord
+from schema.provenance import ArtifactRecord, BaseModelRecord, RunRecord
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -95,7 +95,7 @@ def model_card(record: RunRecord, repo_id: str, base_license: License) -> str:
             if artifact.fidelity
         ],
         training=[{"name": name, "value": _format_cell(value)} for name, value in _training_rows(record)],
-        license_text=_license_text(record.base_model.model_id, base_license),
+        license_text=_license_text(_base_model(record).model_id, base_license),
     )
     return str(ModelCard(text))  # parse it as the Hub does: invalid metadata raises here
 
@@ -108,7 +108,7 @@ def card_data(record: RunRecord, repo_id: str, base_license: License) -> "ModelC
     trainer, modality = str(config["trainer_type"]), str(config["modality"])
     pipeline_tag = "text-classification" if trainer == "reward" else PIPELINE_TAGS[modality]
     return ModelCardData(
-        base_model=record.base_model.model_id,
+        base_model=_base_model(record).model_id,
         base_model_relation="finetune" if kinds & {"merged", "gguf", "onnx"} else "adapter",
         library_name="transformers" if "merged" in kinds else "peft" if "adapter" in kinds else "gguf",
         pipeline_tag=pipeline_tag,
@@ -189,16 +189,21 @@ def _peft(record: RunRecord, repo_id: str, *, has_merged_model: bool) -> str:
     subfolder = ', subfolder="adapter"' if has_merged_model else ""
     return (
         f"from peft import PeftModel\nfrom transformers import {auto_class}\n\n"
-        f'base = {auto_class}.from_pretrained("{record.base_model.model_id}"{options})\n'
+        f'base = {auto_class}.from_pretrained("{_base_model(record).model_id}"{options})\n'
         f'model = PeftModel.from_pretrained(base, "{repo_id}"{subfolder})'
     )
 
 
+def _base_model(record: RunRecord) -> BaseModelRecord:
+    assert record.base_model is not None  # every language model is trained from one
+    return record.base_model
+
+
 def _summary(record: RunRecord) -> str:
-    config = record.training_config
+    config, base_model = record.training_config, _base_model(record)
     tool = f"Tunesmith {record.code.tunesmith_version}" if record.code.tunesmith_version else "Tunesmith"
-    base = f"[{record.base_model.model_id}](https://huggingface.co/{record.base_model.model_id})"
-    revision = f" (revision `{record.base_model.revision}`)" if record.base_model.revision else ""
+    base = f"[{base_model.model_id}](https://huggingface.co/{base_model.model_id})"
+    revision = f" (revision `{base_model.revision}`)" if base_model.revision else ""
     return f"{base}{revision}, tuned by {tool} with {str(config['trainer_type']).upper()} and method {config['method']}."
 
 

@@ -39,3 +39,4 @@ class TrainedModel:
     train_runtime_s: float
     calibration: tuple[tuple[int, ...], ...] = ()  # token ids of training rows, for the importance matrix
     step: int | None = None  # the optimizer step of these weights
+    cuda: str | None = None  # the CUDA version that torch was built for

@@ -60,6 +60,8 @@ def run_training(task: TrainingTask, training: TrainingContext) -> TrainedModel:
 
     For a job that only exports a checkpoint, evaluate and save the checkpoint's model.
     """
+    import torch
+
     context, hyperparameters = training.context, training.config.hyperparameters
     context.log_decision(
         "learning_rate", f"{hyperparameters.learning_rate:g}", "set in the request, or the default of the trainer type and method"
@@ -97,6 +99,7 @@ def run_training(task: TrainingTask, training: TrainingContext) -> TrainedModel:
         train_runtime_s=state.train_s,
         calibration=tuple(tuple(row.input_ids) for row in islice(task.train_examples, CALIBRATION_ROWS)),
         step=control.published_step,
+        cuda=torch.version.cuda,
     )
 
 
@@ -127,7 +130,8 @@ def _train_with_oom_retry(task: TrainingTask, training: TrainingContext) -> Trai
         state = _initial_control_state(checkpoint, requested, reduced)
         context.state.base_metrics = context.state.base_metrics or state.base_metrics
         control = _make_training_control(training, state, total_steps)
-        world_size = resolve_world_size(training, control.batch_config, task.examples_per_epoch, slots)
+        batch_config = BatchConfig.from_details(control.details)
+        world_size = resolve_world_size(training, batch_config, task.examples_per_epoch, slots)
         sharded = resolve_sharding(training, world_size)
         try:
             return _train_attempt(task, training, checkpoint, control, replace(slots, max_world_size=world_size, sharded=sharded))
@@ -139,9 +143,9 @@ def _train_with_oom_retry(task: TrainingTask, training: TrainingContext) -> Trai
         # Python has deleted the error here, and with its traceback the last reference to the model.
         if ran_out_of_memory:
             failed_step = control.step + 1
-            reduced = reduce_batch_size(control.batch_config, failed_step, oom_retries)
+            reduced = reduce_batch_size(batch_config, failed_step, oom_retries)
             oom_retries += 1
-            reason = f"out of memory in step {failed_step} with {control.batch_config}; gradient_accumulation_steps "
+            reason = f"out of memory in step {failed_step} with {batch_config}; gradient_accumulation_steps "
             reason += f"{reduced.gradient_accumulation_steps} keeps the effective batch size"
             context.log_decision("batch_size", str(reduced.batch_size), reason)
         else:
@@ -169,9 +173,8 @@ def _initial_control_state(
     state = TrainingControlState.read(checkpoint.folder) if checkpoint else None
     batch_config = reduced or requested
     if state and not reduced:
-        batch_config = requested.adopt_if_compatible(BatchConfig(state.batch_size, state.gradient_accumulation_steps))
-    update = {"batch_size": batch_config.batch_size, "gradient_accumulation_steps": batch_config.gradient_accumulation_steps}
-    return state.model_copy(update=update) if state else TrainingControlState.model_validate(update)
+        batch_config = requested.adopt_if_compatible(BatchConfig.from_details(state.details))
+    return (state or TrainingControlState()).model_copy(update={"details": batch_config.details})
 
 
 def _make_training_control(training: TrainingContext, state: TrainingControlState, total_steps: int) -> TrainingControl:

@@ -30,8 +30,9 @@ from jobs.runtime.save_policy import TrainingControlState
 from jobs.runtime.settings import clear_rank_environment, set_rank_environment, worker_environment
 from jobs.runtime.stop import NeverStop
 from schema.events import Event
-from schema.job import Failure, Phase, Progress
+from schema.job import Failure, Progress
 from schema.spec import JobSpec, StoreUrls
+from schema.types import Phase
 
 log = logging.getLogger(__name__)
 

@@ -5,25 +5,20 @@ Uploading publishes nothing: the attempt's result names the files, and the servi
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import JsonValue
 
 from jobs.runtime.context import JobContext
 from jobs.runtime.files import describe_file, list_files
 from jobs.runtime.retry import upload_with_retry
-from schema.job import Artifact, ArtifactFile, ArtifactKind, Fidelity
+from schema.job import Artifact, ArtifactFile
+from schema.types import ArtifactKind
 from storage import ObjectStore, StorageError, delete_prefix, map_concurrently
 
 log = logging.getLogger(__name__)
-
-FOLDERS: dict[ArtifactKind, str] = {
-    "adapter": "trained_adapters",
-    "merged": "merged_models",
-    "gguf": "gguf_models",
-    "lora_gguf": "gguf_models",
-    "onnx": "onnx_models",
-}
 
 
 @dataclass(frozen=True)
@@ -34,13 +29,15 @@ class ExportedArtifact:
     kind: ArtifactKind
     path: Path
     key: str
-    fidelity: Fidelity | None = None
+    fidelity: Mapping[str, JsonValue] | None = None  # what the family measured of it, if anything
+    hub_folder: str = ""  # where its files go in a repository on the Hub: "" is the root, a folder ends in "/"
 
 
 def upload_artifacts(exported_artifacts: Sequence[ExportedArtifact], context: JobContext) -> tuple[Artifact, ...]:
     """Upload everything that an attempt exported, after deleting what earlier attempts left. Raises JobFailed `upload_failed`, Stopped."""
     context.enter_phase("uploading")
-    uploader = ArtifactUploader(context.stores.models, context.spec.job_id, context.attempt)
+    folders = context.spec.training_config.artifact_folders()
+    uploader = ArtifactUploader(context.stores.models, context.spec.job_id, context.attempt, folders)
     uploader.delete_previous_attempts()
     artifacts: list[Artifact] = []
     for exported in exported_artifacts:
@@ -58,13 +55,12 @@ class ArtifactUploader:
     store: ObjectStore
     job_id: str
     attempt: int
+    folders: Sequence[str]  # of the model bucket, with artifacts of this job
     sleep: Callable[[float], None] = time.sleep
 
     def delete_previous_attempts(self) -> None:
         """Delete what earlier attempts uploaded and never published. What cannot be deleted stays until the job is deleted."""
-        earlier = [
-            f"{folder}/{self.job_id}/attempt-{number}/" for folder in sorted(set(FOLDERS.values())) for number in range(1, self.attempt)
-        ]
+        earlier = [artifact_key(folder, self.job_id, number) for folder in sorted(self.folders) for number in range(1, self.attempt)]
         try:
             for prefix in earlier:
                 delete_prefix(self.store, prefix)
@@ -82,7 +78,7 @@ class ArtifactUploader:
             key=exported.key,
             size_bytes=sum(file.size_bytes for file in files),
             files=files,
-            fidelity=exported.fidelity,
+            fidelity=None if exported.fidelity is None else dict(exported.fidelity),
         )
 
     def _upload_file(self, exported: ExportedArtifact, file: ArtifactFile) -> None:
@@ -92,6 +88,6 @@ class ArtifactUploader:
         upload_with_retry(message, self.store, path, key, file.sha256, sleep=self.sleep)
 
 
-def artifact_key(kind: ArtifactKind, job_id: str, attempt: int, name: str = "") -> str:
-    """The key an attempt uploads an artifact to: a folder, or a file of that name. Each attempt has its own keys."""
-    return f"{FOLDERS[kind]}/{job_id}/attempt-{attempt}/{name}"
+def artifact_key(folder: str, job_id: str, attempt: int, name: str = "") -> str:
+    """The key an attempt uploads an artifact to, below its kind's folder: a folder, or a file of that name. Each attempt has its own."""
+    return f"{folder}/{job_id}/attempt-{attempt}/{name}"

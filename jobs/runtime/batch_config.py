@@ -1,6 +1,15 @@
-"""How the rows of one optimizer step pass through the model: batch size times gradient accumulation steps."""
+"""How the rows of one optimizer step pass through the model: batch size times gradient accumulation steps.
 
+For families that train in batches; the rest of the runtime does not know about them.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
+
+from pydantic import JsonValue, TypeAdapter
+
+from schema.checkpoint import BATCH_FIELDS
 
 
 @dataclass(frozen=True)
@@ -9,6 +18,16 @@ class BatchConfig:
 
     batch_size: int
     gradient_accumulation_steps: int
+
+    @classmethod
+    def from_details(cls, details: Mapping[str, JsonValue]) -> Self:
+        """The batch that `details` of a training's state gives. Raises ValidationError if it gives none."""
+        return TypeAdapter(cls).validate_python({name: details.get(name) for name in BATCH_FIELDS})
+
+    @property
+    def details(self) -> dict[str, JsonValue]:
+        """The form in which a training's state and its checkpoints keep it."""
+        return {"batch_size": self.batch_size, "gradient_accumulation_steps": self.gradient_accumulation_steps}
 
     def __str__(self) -> str:
         return f"batch_size {self.batch_size}"

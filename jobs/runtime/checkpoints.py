@@ -7,10 +7,12 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+
+from pydantic import JsonValue
 
 from jobs.runtime.checkpoint_store import CheckpointStore, CorruptCheckpoint, StoredCheckpoint, parse_attempt_and_step
 from jobs.runtime.errors import JobFailed
@@ -40,9 +42,8 @@ class CheckpointInfo:
     epoch: float
     reason: CheckpointReason
     eval_loss: float | None
-    batch_size: int
-    gradient_accumulation_steps: int
     save_s: float  # how long the save blocked the training
+    details: Mapping[str, JsonValue] = field(default_factory=dict[str, JsonValue])  # the family's own
 
 
 @dataclass(frozen=True)
@@ -235,8 +236,7 @@ class Checkpoints:
             epoch=info.epoch,
             reason=info.reason,
             eval_loss=info.eval_loss,
-            batch_size=info.batch_size,
-            gradient_accumulation_steps=info.gradient_accumulation_steps,
+            details=dict(info.details),
             tracker_run_ids=self._get_tracker_run_ids(),
             training_config=self._spec.training_config,
             files=files,

@@ -22,8 +22,9 @@ from schema.events import (
     TrackerStarted,
     WarningRaised,
 )
-from schema.job import Artifact, EvalMetrics, Gate, Phase, Progress
+from schema.job import Artifact, EvalMetrics, Gate, Progress
 from schema.spec import JobSpec, StoreUrls
+from schema.types import Phase
 from storage import ObjectStore
 from storage.registry import open_store
 

@@ -1,11 +1,13 @@
-"""The interface between the runtime and a family of trainers such as `jobs/llm`.
+"""The interface between the runtime and a family of trainers, which is a folder `jobs/<family>/`.
 
-A training config names the functions of its family as "module:function" (`check_export`, `train` and `export` in
-`schema/training/`). The runtime finds them with `pkgutil.resolve_name`, so it never imports a family.
+A training config names the functions of its family as "module:function" (`BaseTrainingConfig` in `schema/training/base.py`). The
+runtime finds them with `pkgutil.resolve_name`, so it never imports a family.
 
     check_export(training_config) -> None                  raises JobFailed for an export that this environment cannot make
     train(training_config, context) -> TrainedModel        continues from the job's newest checkpoint; raises JobFailed, Stopped
     export(trained, context, finalize) -> artifacts        makes, verifies and uploads the artifacts, then calls `finalize`
+    probe() -> FamilyCapabilities                          what this environment's packages can do; run when it is installed
+    predict                                                optional: runs an exported model
 """
 
 from collections.abc import Callable, Sequence
@@ -29,8 +31,8 @@ class TrainedModel(Protocol):
         ...
 
     @property
-    def base_folder(self) -> Path:
-        """The folder of the base model's files."""
+    def base_folder(self) -> Path | None:
+        """The folder of the base model's files; None if the training started from nothing."""
         ...
 
     @property
@@ -40,17 +42,22 @@ class TrainedModel(Protocol):
     def base_metrics(self) -> EvalMetrics | None: ...
 
     @property
-    def train_rows(self) -> int: ...
+    def train_rows(self) -> int | None: ...
 
     @property
-    def train_tokens(self) -> int: ...
+    def train_tokens(self) -> int | None: ...
 
     @property
     def train_runtime_s(self) -> float: ...
 
     @property
     def step(self) -> int | None:
-        """The optimizer step at which the model had these weights."""
+        """The step at which the model had these weights; None in a family without steps."""
+        ...
+
+    @property
+    def cuda(self) -> str | None:
+        """The CUDA version that the family's framework was built for, for `run.json`; None without one."""
         ...
 
 

@@ -1,9 +1,7 @@
 """Pushes the artifacts of a job to the Hugging Face Hub, all of them in one commit.
 
-merged (or a whole model)   the root of the repository
-adapter                     the root, or `adapter/` beside a merged model
-GGUF, ONNX                  *.gguf with their Modelfiles at the root, `onnx/`
-README.md, run.json         the model card and the provenance record
+an artifact's files     the root of the repository, or the folder that its exporter gives (`ExportedArtifact.hub_folder`)
+README.md, run.json     the model card and the provenance record
 
 The token is passed to the client as an argument: it is not in the environment, in a log, or on the disk. The client reads the Hub's
 address from HF_ENDPOINT.
@@ -102,18 +100,14 @@ def push_target(context: JobContext) -> PushTarget:
 
 def repo_files(exported_artifacts: Sequence[ExportedArtifact]) -> dict[str, Path | bytes]:
     """The files of the repository, by their path in it."""
-    has_merged_model = any(exported.kind == "merged" for exported in exported_artifacts)
-    return {
-        path: file for exported in exported_artifacts for path, file in _artifact_repo_files(exported, has_merged_model=has_merged_model)
-    }
+    return {path: file for exported in exported_artifacts for path, file in _artifact_repo_files(exported)}
 
 
-def _artifact_repo_files(exported: ExportedArtifact, *, has_merged_model: bool) -> Iterator[tuple[str, Path]]:
-    folder = {"adapter": "adapter/" if has_merged_model else "", "onnx": "onnx/"}.get(exported.kind, "")
+def _artifact_repo_files(exported: ExportedArtifact) -> Iterator[tuple[str, Path]]:
     for file in list_files(exported.path):
         relative_path = file.relative_to(exported.path).as_posix() if exported.path.is_dir() else file.name
         if relative_path not in (MODEL_CARD, RUN_RECORD):  # the push adds one of each
-            yield folder + relative_path, file
+            yield exported.hub_folder + relative_path, file
 
 
 def stale_weights(existing: Sequence[str], files: Mapping[str, object]) -> list[str]:

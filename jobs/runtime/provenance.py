@@ -37,6 +37,8 @@ from schema.provenance import (
 from schema.version import VERSION
 
 MAX_HASHED_BYTES = 4 << 30  # of the base model's weights; hashing that many takes some ten seconds
+# Of the files with weights, in order of preference: where a folder has several formats, they are copies for other frameworks.
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".ckpt", ".pkl", ".h5", ".msgpack")
 PRICE_UNKNOWN = "the deployment knows what the hardware costs, the attempt does not"
 
 
@@ -90,7 +92,9 @@ def build_run_record(
 ) -> RunRecord:
     """The record of an attempt that has uploaded its artifacts."""
     spec, state = context.spec, context.state
-    base, base_notes = base_record(spec.training_config.base_model_id, trained.base_folder)
+    base, base_notes = None, {"base_model": "the training started without a base model"}
+    if trained.base_folder is not None:
+        base, base_notes = base_record(spec.training_config.summarize().base_model_id, trained.base_folder)
     notes = base_notes | {"price": PRICE_UNKNOWN} | ({"gpu_energy_wh": energy.missing_reason} if energy.joules is None else {})
     notes |= {f"code.{name}": "the launcher did not set it" for name, value in code.model_dump().items() if value is None}
     return RunRecord(
@@ -107,7 +111,7 @@ def build_run_record(
         base_model=base,
         code=code,
         packages=installed_packages(),
-        machine=machine_record(),
+        machine=machine_record(trained.cuda),
         time=TimeRecord(
             started_at=started_at,
             finished_at=finished_at,
@@ -149,7 +153,8 @@ def _add_file(artifact: Artifact, file: ArtifactFile) -> Artifact:
 
 def base_record(model_id: str, folder: Path) -> tuple[BaseModelRecord, dict[str, str]]:
     """What identifies the base model exactly, and notes on what could not be determined."""
-    weights = sorted(folder.glob("*.safetensors"))
+    suffix = next((suffix for suffix in WEIGHT_SUFFIXES if any(folder.glob(f"*{suffix}"))), "")
+    weights = sorted(folder.glob(f"*{suffix}")) if suffix else []
     digests = {path.name: _hub_cache_digest(path) for path in weights}
     unhashed_bytes = sum(path.stat().st_size for path in weights if digests[path.name] is None)
     notes: dict[str, str] = {}
@@ -161,19 +166,21 @@ def base_record(model_id: str, folder: Path) -> tuple[BaseModelRecord, dict[str,
     revision = folder.name if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
     if revision is None:
         notes["base.revision"] = "the base model is from the deployment's own store, which has no Hub revision"
+    config = folder / "config.json"
+    if not config.is_file():
+        notes["base.config_sha256"] = "the base model has no config.json"
     known = {name: digest for name, digest in digests.items() if digest is not None}
     return BaseModelRecord(
         model_id=model_id,
         revision=revision,
-        config_sha256=sha256_of(folder / "config.json"),
+        config_sha256=sha256_of(config) if config.is_file() else None,
         weights_sha256=known if len(known) == len(digests) else None,
     ), notes
 
 
-def machine_record() -> MachineRecord:
-    """The machine that this process runs on."""
+def machine_record(cuda: str | None = None) -> MachineRecord:
+    """The machine that this process runs on. `cuda` is the version that the family's framework was built for."""
     import psutil
-    import torch
 
     gpus = nvidia_gpus()
     return MachineRecord(
@@ -184,7 +191,7 @@ def machine_record() -> MachineRecord:
         memory_bytes=psutil.virtual_memory().total,
         gpus=tuple(gpus.names) if gpus else (),
         gpu_driver=gpus.driver if gpus else None,
-        cuda=torch.version.cuda,
+        cuda=cuda,
     )
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from jobs.runtime.client import RETRY_INITIAL_S, RETRY_MAX_S, Fenced, RequestRejected, ServiceClient, ServiceUnavailable
 from schema.events import Directive, Event, EventBatch, EventBatchResponse, ReportedEvent
-from schema.job import Phase, Progress
+from schema.job import Progress
+from schema.types import Phase
 
 log = logging.getLogger(__name__)
 

@@ -1,13 +1,15 @@
 """When a training saves a checkpoint, and the state that it saves beside the library's own files so that it resumes exactly."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, JsonValue
 
-from schema.base import ForwardCompatible
+from schema.checkpoint import move_batch_to_details
 from schema.job import EvalMetrics
+from schema.migrations import Migration, VersionedRecord
 
 STATE_FILE = "tunesmith.json"
 
@@ -40,13 +42,14 @@ def compute_checkpoint_interval_s(save_s: float) -> float:
     return max(MAX_CHECKPOINT_INTERVAL_S, save_s / MAX_SAVE_OVERHEAD)
 
 
-class TrainingControlState(ForwardCompatible):
+class TrainingControlState(VersionedRecord):
     """`tunesmith.json` in a checkpoint: the state that the library's files do not have."""
 
-    model_config = ConfigDict(ser_json_inf_nan="strings")  # TRL records NaN for undefined metrics
+    model_config = ConfigDict(ser_json_inf_nan="strings")  # libraries record NaN for undefined metrics
+    migrations: ClassVar[Mapping[int, Migration]] = {1: move_batch_to_details}
 
-    batch_size: int
-    gradient_accumulation_steps: int
+    schema_version: int = 2
+    details: dict[str, JsonValue] = Field(default={})  # the family's own, copied into the checkpoint's manifest
     step: int = 0
     tokens_seen: int = 0
     train_s: float = 0.0  # training time of all attempts so far

@@ -6,10 +6,11 @@ use it.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from jobs.runtime.batch_config import BatchConfig
+from pydantic import JsonValue
+
 from jobs.runtime.checkpoints import CheckpointInfo
 from jobs.runtime.context import JobContext
 from jobs.runtime.disk_full import write_folder
@@ -61,9 +62,9 @@ class TrainingControl:
         self._saved_step: int | None = None
 
     @property
-    def batch_config(self) -> BatchConfig:
-        """The batch of this attempt, which may be smaller than requested."""
-        return BatchConfig(self._state.batch_size, self._state.gradient_accumulation_steps)
+    def details(self) -> Mapping[str, JsonValue]:
+        """What the family itself keeps in every checkpoint, such as the batch of this attempt."""
+        return self._state.details
 
     @property
     def evaluation_is_due(self) -> bool:
@@ -222,9 +223,8 @@ class TrainingControl:
             epoch=epoch,
             reason=self._checkpoint_reason,
             eval_loss=metrics.eval_loss if metrics else None,
-            batch_size=self._state.batch_size,
-            gradient_accumulation_steps=self._state.gradient_accumulation_steps,
             save_s=self._timer.save_s,
+            details=self._state.details,
         )
 
     @property

@@ -1,15 +1,20 @@
 """`training_config` of a request: what to train, how, and what to publish.
 
-One file per family, the parts that families share, and the union of all config classes, discriminated by `trainer_type`. Code that runs
-a config does not belong here.
+One or more files per family (`llm*.py`), the parts that families share, and the union of all config classes, discriminated by
+`trainer_type`. To add a trainer type, import its class and add it to the union; everything else is derived from that. Code that runs a
+config does not belong here.
 """
 
-from typing import Annotated, cast
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Union, cast, get_args
 
 from pydantic import BeforeValidator, Field, TypeAdapter
 
 from schema.training.base import BaseTrainingConfig
+from schema.training.export import BaseExportConfig
 from schema.training.llm import DpoConfig, GrpoConfig, KtoConfig, LlmTrainingConfig, OrpoConfig, RewardConfig, SftConfig
+
+AnyTrainingConfig = SftConfig | DpoConfig | OrpoConfig | KtoConfig | GrpoConfig | RewardConfig
 
 DEFAULT_TRAINER_TYPE = "sft"
 
@@ -21,22 +26,37 @@ def _add_default_trainer_type(value: object) -> object:
 
 
 TrainingConfig = Annotated[
-    Annotated[SftConfig | DpoConfig | OrpoConfig | KtoConfig | GrpoConfig | RewardConfig, Field(discriminator="trainer_type")],
+    Annotated[AnyTrainingConfig, Field(discriminator="trainer_type")],
     BeforeValidator(_add_default_trainer_type),
 ]
 TRAINING_CONFIG: TypeAdapter[TrainingConfig] = TypeAdapter(TrainingConfig)
-TRAINER_TYPES: dict[str, type[LlmTrainingConfig]] = {
-    "sft": SftConfig,
-    "dpo": DpoConfig,
-    "orpo": OrpoConfig,
-    "kto": KtoConfig,
-    "grpo": GrpoConfig,
-    "reward": RewardConfig,
-}
+
+
+def _group_by_family(classes: Iterable[type[BaseTrainingConfig]]) -> dict[str, tuple[type[BaseTrainingConfig], ...]]:
+    families: dict[str, tuple[type[BaseTrainingConfig], ...]] = {}
+    for config in classes:
+        families[config.family] = (*families.get(config.family, ()), config)
+    return families
+
+
+_CLASSES: tuple[type[BaseTrainingConfig], ...] = get_args(AnyTrainingConfig)
+TRAINER_TYPES = {config.trainer_type_name(): config for config in _CLASSES}
+FAMILIES = _group_by_family(_CLASSES)  # family → its config classes
+
+# What a request to export a checkpoint may send; the job that it names decides which of the classes it must be.
+if TYPE_CHECKING:
+    AnyExportConfig = BaseExportConfig
+else:
+    AnyExportConfig = Union[tuple(config.model_fields["export_config"].annotation for config in TRAINER_TYPES.values())]  # noqa: UP007
+DEFAULT_EXPORT_CONFIG: BaseExportConfig = TRAINER_TYPES[DEFAULT_TRAINER_TYPE].model_fields["export_config"].default
 
 __all__ = [
+    "DEFAULT_EXPORT_CONFIG",
+    "FAMILIES",
     "TRAINER_TYPES",
     "TRAINING_CONFIG",
+    "AnyExportConfig",
+    "AnyTrainingConfig",
     "BaseTrainingConfig",
     "DpoConfig",
     "GrpoConfig",

@@ -4,15 +4,16 @@ A class declares the hyperparameters with their bounds, the rules between fields
 `jobs/llm/trainers/` that runs it.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from schema.base import field_error
-from schema.training.base import BaseTrainingConfig
-from schema.training.evaluation import EvalConfig
-from schema.training.export import ExportConfig, ExportFormat
-from schema.training.graders import Grader
+from schema.training.base import ArtifactKindInfo, BaseTrainingConfig, TrainingSummary
+from schema.training.llm_evaluation import EvalConfig
+from schema.training.llm_export import ExportConfig, ExportFormat
+from schema.training.llm_graders import Grader
 from schema.training.llm_hyperparameters import (
     LORA_FIELDS,
     DpoHyperparameters,
@@ -23,15 +24,39 @@ from schema.training.llm_hyperparameters import (
     RewardHyperparameters,
     SftHyperparameters,
 )
-from schema.types import DatasetType, HubId, Method, Modality, Provider
+from schema.types import DatasetType, HubId, Phase
+
+Provider = Literal["huggingface", "unsloth"]
+Method = Literal["Full", "LoRA", "QLoRA"]
+Modality = Literal["text", "vision"]
 
 
 class LlmTrainingConfig(BaseTrainingConfig):
     """What every trainer type of the LLM family has."""
 
+    family: ClassVar[str] = "llm"
+    environment: ClassVar[str] = "llm"
     check_export: ClassVar[str] = "jobs.llm.exporters:check_exportable"
     export: ClassVar[str] = "jobs.llm.exporters:export_all"
-    modalities: ClassVar[tuple[Modality, ...]] = ("text",)
+    probe: ClassVar[str] = "jobs.llm.probe:probe"
+    artifact_kinds: ClassVar[tuple[ArtifactKindInfo, ...]] = (
+        ArtifactKindInfo("gguf", "gguf_models"),
+        ArtifactKindInfo("merged", "merged_models"),
+        ArtifactKindInfo("adapter", "trained_adapters"),
+        ArtifactKindInfo("onnx", "onnx_models"),
+        ArtifactKindInfo("lora_gguf", "gguf_models"),
+    )
+    phases: ClassVar[tuple[Phase, ...]] = (
+        "downloading",
+        "tokenizing",
+        "training",
+        "evaluating",
+        "merging",
+        "converting",
+        "verifying",
+        "uploading",
+    )
+    modalities: ClassVar[tuple[str, ...]] = ("text",)
     providers: ClassVar[tuple[Provider, ...]] = ("huggingface",)
     # By method: LoRA's weights start at zero and take a rate ten times that of full fine-tuning.
     learning_rates: ClassVar[dict[Method, float]]
@@ -71,17 +96,37 @@ class LlmTrainingConfig(BaseTrainingConfig):
         sent = self.hyperparameters.model_fields_set
         if self.hyperparameters.save_strategy != "steps" and "save_steps" in sent:
             raise field_error("training_config.hyperparameters.save_steps", "save_steps is only used with save_strategy 'steps'")
+        if self.method == "Full":
+            for name in LORA_FIELDS:
+                if name in sent:
+                    reason = f"{name} is only used with method LoRA or QLoRA, not Full"
+                    raise field_error(f"training_config.hyperparameters.{name}", reason)
+        self._reject_unused_export("training_config.export_config")
+
+    def reject_unused_export(self) -> None:
+        self._reject_unused_export("export_config")
+
+    def _reject_unused_export(self, path: str) -> None:
         if self.method != "Full":
             return
-        for name in LORA_FIELDS:
-            if name in sent:
-                raise field_error(f"training_config.hyperparameters.{name}", f"{name} is only used with method LoRA or QLoRA, not Full")
         if "adapter" in self.export_config.formats and "format" in self.export_config.model_fields_set:
-            raise field_error(
-                "training_config.export_config.format", "format 'adapter' needs method LoRA or QLoRA; with method Full use 'merged'"
-            )
+            raise field_error(f"{path}.format", "format 'adapter' needs method LoRA or QLoRA; with method Full use 'merged'")
         if self.export_config.include_lora_gguf:
-            raise field_error("training_config.export_config.include_lora_gguf", "include_lora_gguf needs method LoRA or QLoRA, not Full")
+            raise field_error(f"{path}.include_lora_gguf", "include_lora_gguf needs method LoRA or QLoRA, not Full")
+
+    def summarize(self) -> TrainingSummary:
+        return TrainingSummary(base_model_id=self.base_model_id, modality=self.modality, method=self.method)
+
+    def computed_defaults(self) -> Mapping[str, JsonValue]:
+        return {"hyperparameters": {"learning_rate": self.learning_rates[self.method]}}
+
+    @property
+    def length_unit(self) -> str | None:
+        return "max_steps" if self.hyperparameters.max_steps > 0 else "epochs"
+
+    @property
+    def hub_model_id(self) -> str:
+        return self.base_model_id
 
     @property
     def export_formats(self) -> list[ExportFormat]:
@@ -96,7 +141,7 @@ class SftConfig(LlmTrainingConfig):
 
     train: ClassVar[str] = "jobs.llm.trainers.sft:train"
     dataset_types: ClassVar[tuple[DatasetType, ...]] = ("messages", "prompt_completion", "text")
-    modalities: ClassVar[tuple[Modality, ...]] = ("text", "vision")
+    modalities: ClassVar[tuple[str, ...]] = ("text", "vision")
     providers: ClassVar[tuple[Provider, ...]] = ("huggingface", "unsloth")
     learning_rates: ClassVar[dict[Method, float]] = {"LoRA": 2e-4, "QLoRA": 2e-4, "Full": 2e-5}
 

@@ -4,14 +4,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
-from schema.base import Strict, field_error
+from schema.base import field_error
+from schema.training.base import BaseHyperparameters
 
 ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]{1,128}$")]
 
 LORA_FIELDS = ("lora_rank", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "target_modules")
 
 
-class Hyperparameters(Strict):
+class Hyperparameters(BaseHyperparameters):
     """Hyperparameters of every trainer type. The defaults suit Gemma from 270M to 27B."""
 
     learning_rate: float | None = Field(
@@ -32,14 +33,12 @@ class Hyperparameters(Strict):
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the steps used for warm-up.")
     weight_decay: float = Field(0.01, ge=0, le=1)
     max_grad_norm: float = Field(1.0, gt=0, le=1000, description="Gradients are clipped to this norm.")
-    seed: int = Field(3407, ge=0, le=2**31 - 1, description="Seeds weights, shuffling and dropout.")
     save_strategy: Literal["no", "steps", "epoch"] = Field(
         "epoch",
         description="When to write checkpoints. Unless `no`, there is also a checkpoint every five minutes; "
         "a pause, the end of a time slice and the end of the training always write one.",
     )
     save_steps: int = Field(50, ge=1, le=1_000_000, description="Optimizer steps between checkpoints, with save_strategy `steps`.")
-    save_total_limit: int = Field(2, ge=1, le=100, description="How many of the newest checkpoints to keep, besides the best.")
     logging_steps: int = Field(10, ge=1, le=100_000, description="Optimizer steps between metric points.")
     lora_rank: int = Field(16, ge=1, le=1024)
     lora_alpha: int = Field(16, ge=1, le=4096)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from schema.training import TRAINER_TYPES
-from schema.training.graders import GRADER_TYPES
+from schema.training.llm_graders import GRADER_TYPES
 from service.core.errors import TunesmithError, Unavailable
 from storage import NoSuchObject, StorageError, StoreFull
 

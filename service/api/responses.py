@@ -17,10 +17,10 @@ from schema.job import (
     Failure,
     Gate,
     Job,
-    Phase,
     Progress,
     Status,
 )
+from schema.types import Phase
 from service.core.jobs.checkpoints import StoredCheckpoint
 from service.core.ports import Heartbeat, JobSummary, StoredEvent
 
@@ -245,17 +245,17 @@ def job_row(summary: JobSummary) -> dict[str, object]:
 
 def job_detail(job: Job, heartbeat: Heartbeat | None) -> JobDetail:
     """A job as the API shows it."""
-    config = job.training_config
+    config, summary = job.training_config, job.training_config.summarize()
     weights = [artifact for artifact in job.artifacts if artifact.kind in ("adapter", "merged")]
     ggufs = [artifact for artifact in job.artifacts if artifact.kind == "gguf"]
     return JobDetail(
         job_id=job.job_id,
         job_name=job.job_name,
         status=job.status,
-        modality=config.modality,
+        modality=summary.modality,
         wandb_url=job.wandb_url,
         adapter_path=weights[0].uri if weights else None,
-        base_model_id=config.base_model_id,
+        base_model_id=summary.base_model_id,
         gguf_path=ggufs[0].uri if ggufs else None,
         metrics=job.metrics,
         error=job.failure.message if job.failure else None,
@@ -276,7 +276,7 @@ def job_detail(job: Job, heartbeat: Heartbeat | None) -> JobDetail:
         project_id=job.project_id,
         processed_dataset_id=job.processed_dataset_id,
         trainer_type=config.trainer_type,
-        method=config.method,
+        method=summary.method,
         training_config=config.model_dump(mode="json"),
         created_at=job.created_at,
         updated_at=job.updated_at,

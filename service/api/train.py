@@ -6,11 +6,10 @@ from typing import Any, get_args
 
 from fastapi import APIRouter
 
-from schema.job import ArtifactKind
 from schema.requests import TrainRequest
 from schema.training import TRAINER_TYPES
-from schema.training.export import ExportFormat, GgufQuantization
-from schema.training.graders import GRADER_TYPES
+from schema.training.llm_export import ExportFormat, GgufQuantization
+from schema.training.llm_graders import GRADER_TYPES
 from service.api.dependencies import IdempotencyHeader, ServicesDep, TenantDep
 from service.api.responses import TrainResponse
 from service.core.ports import RuntimeCapabilities
@@ -56,7 +55,7 @@ def capabilities_response(profiles: Mapping[str, RuntimeCapabilities], launcher_
             "formats": [name for name in get_args(ExportFormat) if name != "onnx" or default.onnx],
             "destinations": list(DESTINATIONS),
             "gguf_quantizations": list(get_args(GgufQuantization)) if default.gguf else [],
-            "artifacts": list(get_args(ArtifactKind)),
+            "artifacts": sorted({info.name for config in TRAINER_TYPES.values() for info in config.artifact_kinds}),
         },
         "trackers": list(TRACKERS),
         "lm_eval": default.lm_eval,

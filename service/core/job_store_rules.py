@@ -11,14 +11,14 @@ IDEMPOTENCY_TTL = timedelta(hours=24)
 
 def summarize_job(job: Job) -> JobSummary:
     """The fields of a job that a list shows."""
-    config = job.training_config
+    summary = job.training_config.summarize()
     return JobSummary(
         job_id=job.job_id,
         job_name=job.job_name,
-        base_model_id=config.base_model_id,
+        base_model_id=summary.base_model_id,
         status=job.status,
-        modality=config.modality,
-        trainer_type=config.trainer_type,
+        modality=summary.modality,
+        trainer_type=job.training_config.trainer_type,
         project_id=job.project_id,
         created_at=job.created_at,
     )

@@ -7,7 +7,8 @@ from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 from schema.dataset import Dataset
 from schema.events import Event, EventBatch
-from schema.job import Failure, Job, Phase, Progress, Status
+from schema.job import Failure, Job, Progress, Status
+from schema.types import Phase
 from storage import ObjectStore
 
 Row = TypeVar("Row")

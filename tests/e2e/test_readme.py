@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 
-from schema.types import DatasetType
+from schema.dataset import TextDatasetType
 from tests.e2e.conftest import BASE, ROWS, SOURCE, TUNESMITH, Service
 
 README = (SOURCE / "README.md").read_text()
@@ -67,7 +67,7 @@ def test_readme_example_rows_are_accepted(service: Service) -> None:
     rows_by_fields: dict[tuple[str, ...], list[str]] = {}
     for line in rows.strip().splitlines():
         rows_by_fields.setdefault(tuple(json.loads(line)), []).append(line)
-    assert len(rows_by_fields) == len(get_args(DatasetType))
+    assert len(rows_by_fields) == len(get_args(TextDatasetType))
     for lines in rows_by_fields.values():
         response = service.http.post("/datasets", files={"file": ("rows.jsonl", "\n".join(lines))}, data={"eval_fraction": "0"})
         assert response.status_code == 201, response.text

@@ -17,7 +17,7 @@ from jobs.llm.graders.judge import Judge
 from jobs.llm.graders.reward import MAX_CONSECUTIVE_FAILURES, RewardFunction, mask_incomparable, summarize_grades, to_text
 from jobs.llm.graders.text import find_last_number
 from jobs.runtime.errors import JobFailed
-from schema.training.graders import GRADER_TYPES, Grader, ScoreModelGrader
+from schema.training.llm_graders import GRADER_TYPES, Grader, ScoreModelGrader
 from tests.jobs.conftest import BASE, EventRecorder, make_context, make_spec
 from tests.jobs.fake_openai import FakeOpenAI, get_judge_prompt
 

@@ -13,7 +13,7 @@ import pytest
 from jobs.llm.graders.base import FailedGrade, GradingInput
 from jobs.llm.graders.python import SandboxedPythonGrader
 from jobs.runtime.errors import JobFailed
-from schema.training.graders import PythonGrader
+from schema.training.llm_graders import PythonGrader
 
 Make = Callable[..., SandboxedPythonGrader]
 

@@ -12,12 +12,12 @@ from typing import get_args
 import pytest
 
 from infra.settings_table import render_settings_page
+from schema.dataset import TextDatasetType
 from schema.training import TRAINER_TYPES
-from schema.training.evaluation import EvalConfig
-from schema.training.export import ExportConfig
-from schema.training.graders import GRADER_TYPES
+from schema.training.llm_evaluation import EvalConfig
+from schema.training.llm_export import ExportConfig
+from schema.training.llm_graders import GRADER_TYPES
 from schema.training.llm_hyperparameters import Hyperparameters
-from schema.types import DatasetType
 from service.adapters.jobstores import JOB_STORES
 from service.adapters.launchers import LAUNCHERS
 from service.adapters.launchers.cloud_run.profiles import IMAGE_PACKAGES
@@ -150,7 +150,7 @@ def test_api_page_lists_defaults_per_trainer_type() -> None:
 def test_api_page_lists_trainer_types_graders_and_fields() -> None:
     page = (SOURCE / "docs/api.md").read_text()
     documented = set(re.findall(r"`(\w+)`", page))
-    assert set(TRAINER_TYPES) | set(GRADER_TYPES) | set(get_args(DatasetType)) <= documented
+    assert set(TRAINER_TYPES) | set(GRADER_TYPES) | set(get_args(TextDatasetType)) <= documented
     assert set(EvalConfig.model_fields) - {"batch_eval_metrics"} | set(ExportConfig.model_fields) <= documented
     for name, config in TRAINER_TYPES.items():
         [row] = [line for line in page.splitlines() if line.startswith((f"| `{name}` |", f"| `{name}` (left out) |"))]

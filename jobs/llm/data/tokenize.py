@@ -106,7 +106,7 @@ def _render_row(row: dict[str, Any], dataset_type: DatasetType, tokenizer: "PreT
             return text, [(len(row["prompt"]), len(text))], False
         case "text":
             return row["text"], [(0, len(row["text"]))], False
-        case "preference" | "unpaired_preference" | "prompt":
+        case _:
             raise JobFailed("invalid_data", f"rows of type {dataset_type} have no single answer to learn", "use another trainer_type")
 
 

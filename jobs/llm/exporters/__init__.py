@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 from jobs.llm.llama_cpp import LLAMA_CPP_FOLDER, find_program
 from jobs.runtime.errors import JobFailed
-from schema.job import ArtifactKind
 from schema.training import TrainingConfig
+from schema.types import ArtifactKind
 
 if TYPE_CHECKING:
     from jobs.llm.trained_model import TrainedModel

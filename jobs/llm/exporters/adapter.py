@@ -28,7 +28,9 @@ def export(workspace: "ExportWorkspace") -> tuple[ExportedArtifact, ...]:
     settings = json.loads((source / ADAPTER_CONFIG_FILE).read_text())
     base_model_id = workspace.context.spec.training_config.base_model_id
     write_json(folder / ADAPTER_CONFIG_FILE, settings | {"base_model_name_or_path": base_model_id})
-    return (ExportedArtifact(name="adapter", kind="adapter", path=folder, key=workspace.key("adapter")),)
+    # In a repository on the Hub, a merged model takes the root.
+    hub_folder = "adapter/" if "merged" in workspace.context.spec.training_config.export_formats else ""
+    return (ExportedArtifact(name="adapter", kind="adapter", path=folder, key=workspace.key("adapter"), hub_folder=hub_folder),)
 
 
 def _check_finite(weights: Path) -> None:

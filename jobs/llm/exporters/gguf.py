@@ -38,7 +38,7 @@ def export(workspace: "ExportWorkspace") -> tuple[ExportedArtifact, ...]:
     for candidate in candidates:
         workspace.context.check_stop()
         name, path = f"gguf-{candidate.quantization}", candidate.path
-        fidelity = verifier.verify(candidate)
+        fidelity = verifier.verify(candidate).model_dump(mode="json")
         artifacts.append(ExportedArtifact(name=name, kind="gguf", path=path, key=workspace.key("gguf", path.name), fidelity=fidelity))
         write_usage(workspace, candidate, verifier.sample_prompt)
     if has_vision_tower(model_folder):

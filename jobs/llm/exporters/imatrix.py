@@ -8,7 +8,7 @@ from jobs.llm.llama_cpp import find_program
 from jobs.llm.llama_cpp.runner import compute_imatrix, quantize
 from jobs.runtime.errors import JobFailed
 from jobs.runtime.subprocesses import SubprocessFailed
-from schema.training.export import GgufQuantization
+from schema.training.llm_export import GgufQuantization
 
 if TYPE_CHECKING:
     from jobs.llm.exporters.workspace import ExportWorkspace

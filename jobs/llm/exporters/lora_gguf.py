@@ -47,8 +47,9 @@ def export(workspace: "ExportWorkspace") -> tuple[ExportedArtifact, ...]:
         raise JobFailed("export_failed", f"the adapter could not be written as GGUF: {error}", INCLUDE_GGUF_HINT) from error
     workspace.context.enter_phase("verifying")
     verifier, candidate = GgufVerifier(workspace), ExportedFile(path, "f16", base=base, missing_weights=missing_weights)
+    fidelity = verifier.verify(candidate).model_dump(mode="json")
     artifact = ExportedArtifact(
-        name=ARTIFACT_NAME, kind="lora_gguf", path=path, key=workspace.key("lora_gguf", path.name), fidelity=verifier.verify(candidate)
+        name=ARTIFACT_NAME, kind="lora_gguf", path=path, key=workspace.key("lora_gguf", path.name), fidelity=fidelity
     )
     write_usage(workspace, candidate, verifier.sample_prompt)
     record_fidelity(workspace, [artifact])

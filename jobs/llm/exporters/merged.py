@@ -14,7 +14,7 @@ def export(workspace: "ExportWorkspace") -> tuple[ExportedArtifact, ...]:
     """The merged model's folder; with its fidelity to the trained model where it was merged or rounded."""
     model = workspace.merged_model
     comparison = model.reference_log_probs and model.reference_log_probs.comparison
-    fidelity = make_fidelity(comparison) if comparison else None
+    fidelity = make_fidelity(comparison).model_dump(mode="json") if comparison else None
     if fidelity is not None:
-        write_json(model.folder / FIDELITY_FILE, {"merged": fidelity.model_dump(mode="json")})
+        write_json(model.folder / FIDELITY_FILE, {"merged": fidelity})
     return (ExportedArtifact(name="merged", kind="merged", path=model.folder, key=workspace.key("merged"), fidelity=fidelity),)

@@ -66,7 +66,7 @@ def record_fidelity(workspace: "ExportWorkspace", artifacts: Sequence[ExportedAr
     """Add the measured fidelity of these artifacts to the usage folder's fidelity.json."""
     path = workspace.usage_folder() / FIDELITY_FILE
     recorded: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}  # Any: JSON
-    write_json(path, recorded | {artifact.name: artifact.fidelity.model_dump(mode="json") for artifact in artifacts if artifact.fidelity})
+    write_json(path, recorded | {artifact.name: artifact.fidelity for artifact in artifacts if artifact.fidelity})
 
 
 def make_modelfile(name: str, tokenizer: "PreTrainedTokenizerBase", adapter: str | None = None) -> str:

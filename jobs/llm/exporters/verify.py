@@ -13,8 +13,8 @@ from jobs.llm.llama_cpp.fidelity import Comparison
 from jobs.llm.llama_cpp.runner import evaluate
 from jobs.runtime.errors import JobFailed
 from jobs.runtime.subprocesses import SubprocessFailed
-from schema.job import Fidelity
-from schema.training.export import GgufQuantization
+from schema.training.llm_export import GgufQuantization
+from schema.training.llm_fidelity import Fidelity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

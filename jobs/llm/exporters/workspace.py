@@ -11,15 +11,15 @@ from jobs.llm.exporters.merge import MergedModel, MergeSpec, choose_compute_dtyp
 from jobs.llm.exporters.model_files import Precision
 from jobs.llm.model_kinds import ModelKind
 from jobs.runtime.artifacts import ExportedArtifact, artifact_key
-from schema.job import ArtifactKind
-from schema.training.export import GgufQuantization, MergedDtype
+from schema.training.llm_export import GgufQuantization, MergedDtype
+from schema.types import ArtifactKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from jobs.llm.trained_model import HeldOutExample, TrainedModel
     from jobs.runtime.context import JobContext
-    from schema.training.export import ExportConfig
+    from schema.training.llm_export import ExportConfig
 
 PRECISION_OF_DTYPE: dict[MergedDtype, Precision] = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
 USAGE_ARTIFACT = "gguf-usage"
@@ -100,7 +100,7 @@ class ExportWorkspace:
 
     def key(self, kind: ArtifactKind, name: str = "") -> str:
         """The object key under which this attempt uploads an artifact."""
-        return artifact_key(kind, self.context.spec.job_id, self.context.attempt, name)
+        return artifact_key(self.context.spec.training_config.artifact_folder(kind), self.context.spec.job_id, self.context.attempt, name)
 
     def usage_folder(self) -> Path:
         """The folder of Modelfiles, run scripts and fidelity.json, published beside the GGUF files."""

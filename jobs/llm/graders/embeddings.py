@@ -8,7 +8,7 @@ from jobs.llm.base_model import download_from_store
 from jobs.llm.graders.base import FailedGrade
 from jobs.llm.graders.endpoint import Endpoint
 from jobs.runtime.errors import JobFailed
-from schema.training.graders import TextSimilarityGrader
+from schema.training.llm_graders import TextSimilarityGrader
 
 if TYPE_CHECKING:
     from numpy import ndarray

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from jobs.llm.graders.base import FailedGrade, Grade, GradingInput
 from jobs.llm.graders.endpoint import Endpoint
 from jobs.runtime.errors import JobFailed
-from schema.training.graders import ScoreModelGrader
+from schema.training.llm_graders import ScoreModelGrader
 
 if TYPE_CHECKING:
     from openai import OpenAIError

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.llm.graders.base import FailedGrade, Grade, GradingInput
 from jobs.runtime.errors import JobFailed
 from jobs.runtime.settings import cpu_thread_count
-from schema.training.graders import PythonGrader
+from schema.training.llm_graders import PythonGrader
 
 if TYPE_CHECKING:
     from pydantic_monty import MontyError, MontySession

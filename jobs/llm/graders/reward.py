@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from jobs.runtime.context import JobContext
-    from schema.training.graders import Grader as GraderConfig
+    from schema.training.llm_graders import Grader as GraderConfig
 
 MAX_CONSECUTIVE_FAILURES = 10  # calls without a single grade; then the training fails, because waiting does not help
 WARN_EVERY = 50  # calls with failures, between two warnings

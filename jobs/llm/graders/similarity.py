@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.llm.graders.base import FailedGrade, Grade, Grader, GradingInput, extract_answer, get_reference, make_comparison_grader
 from jobs.llm.graders.embeddings import Embedder, endpoint_embedder, stored_embedder
-from schema.training.graders import TextSimilarityGrader
+from schema.training.llm_graders import TextSimilarityGrader
 
 if TYPE_CHECKING:
     from jobs.runtime.context import JobContext

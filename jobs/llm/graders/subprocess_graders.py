@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 from jobs.llm.graders.base import FailedGrade, Grade, GradingInput, extract_answer, get_reference
 from jobs.runtime.errors import JobFailed
 from jobs.runtime.subprocesses import REPOSITORY
-from schema.training.graders import ExpressionGrader, JsonSchemaGrader
+from schema.training.llm_graders import ExpressionGrader, JsonSchemaGrader
 
 if TYPE_CHECKING:
     from jobs.runtime.context import JobContext

@@ -5,7 +5,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING
 
 from jobs.llm.graders.base import FailedGrade, Grade, GradingInput, PerCompletionGrader, make_comparison_grader
-from schema.training.graders import FormatGrader, NumericGrader, StringCheckGrader
+from schema.training.llm_graders import FormatGrader, NumericGrader, StringCheckGrader
 
 if TYPE_CHECKING:
     from jobs.runtime.context import JobContext

@@ -1,6 +1,6 @@
 """`python -m jobs.llm.llama_cpp.quantize SOURCE TARGET FILE_TYPE THREADS [IMATRIX]`: write a GGUF file in another precision.
 
-FILE_TYPE is a name of `schema.training.export.GgufQuantization` except `none`; IMATRIX is the output of llama-imatrix.
+FILE_TYPE is a name of `schema.training.llm_export.GgufQuantization` except `none`; IMATRIX is the output of llama-imatrix.
 Exit code 0 means that the file is written.
 """
 

@@ -34,6 +34,7 @@ from jobs.llm.model import VISION_MODULES_PATTERN, add_adapter, load_base, lora_
 from jobs.llm.trained_model import TrainedModel
 from jobs.llm.training_context import LossReduction, TrainingContext, prepare_training
 from jobs.llm.training_loop import run_training
+from jobs.runtime.batch_config import BatchConfig
 from jobs.runtime.training_control import TrainingControl
 from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
 from schema.job import EvalMetrics
@@ -155,7 +156,9 @@ class VisionTask:
         lengths = [len(row.input_ids) for row in self.rows]
         if "ddp_find_unused_parameters" in arguments and self.config.hyperparameters.train_vision_tower:
             arguments = arguments | {"ddp_find_unused_parameters": True}  # a batch without images does not use the vision tower
-        sampler = LengthSortedSampler(lengths, control.batch_config.effective_batch_size, self.config.hyperparameters.seed)
+        sampler = LengthSortedSampler(
+            lengths, BatchConfig.from_details(control.details).effective_batch_size, self.config.hyperparameters.seed
+        )
 
         class VisionTrainer(Trainer):
             """Transformers' trainer with the loss at labeled positions and batches of similar length."""

@@ -20,7 +20,7 @@ from typing import cast, get_args
 import psutil
 
 from schema.training import TRAINER_TYPES
-from schema.types import Modality
+from schema.training.llm import Modality
 from service.core.errors import LaunchFailed, Unavailable, Unsupported
 from service.core.ports import ExecutionState, LaunchRequest, LogPage, RuntimeCapabilities
 

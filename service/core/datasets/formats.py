@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from typing import Literal, NamedTuple, cast
 
-from schema.types import DatasetType
+from schema.dataset import TextDatasetType
 from service.core.datasets.images import check_image, is_image_part, normalize_image_part
 from service.core.datasets.values import (
     InvalidValue,
@@ -39,7 +39,7 @@ FORMATS = (
     '{"prompt": ..., "completion": ..., "label": true} or {"prompt": ..., and columns for graders}'
 )
 EXPECTED_ROW = f"a row is {FORMATS}"
-COLUMNS_BY_TYPE: dict[DatasetType, tuple[str, ...]] = {
+COLUMNS_BY_TYPE: dict[TextDatasetType, tuple[str, ...]] = {
     "messages": ("messages",),
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
@@ -56,7 +56,7 @@ TEXT_PART_TYPES = ("text", "input_text")
 class ValidatedRow(NamedTuple):
     """A checked row. All rows of a file must have one shape: a column that mixes strings and lists cannot be loaded."""
 
-    dataset_type: DatasetType
+    dataset_type: TextDatasetType
     shape: str
     columns: dict[str, object]  # as they are stored; a Number is written as its literal
     prompt: object  # None where the row does not separate prompt and answer
@@ -84,7 +84,7 @@ def parse_row(line: bytes) -> ValidatedRow:
             return _parse_prompt(columns)
 
 
-def _detect_format(columns: dict[str, object]) -> DatasetType:
+def _detect_format(columns: dict[str, object]) -> TextDatasetType:
     """The format of a row, which must have all columns of that format and no others. Raises InvalidValue."""
     row_format = _detect_format_by_columns(columns)
     names = COLUMNS_BY_TYPE[row_format]
@@ -100,7 +100,7 @@ def _detect_format(columns: dict[str, object]) -> DatasetType:
     return row_format
 
 
-def _detect_format_by_columns(columns: dict[str, object]) -> DatasetType:
+def _detect_format_by_columns(columns: dict[str, object]) -> TextDatasetType:
     if "messages" in columns:
         return "messages"
     if "text" in columns:

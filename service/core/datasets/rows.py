@@ -22,8 +22,7 @@ from typing import BinaryIO, Literal, NamedTuple
 
 import orjson
 
-from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
-from schema.types import DatasetType
+from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT, TextDatasetType
 from service.core.datasets.formats import FORMATS, ValidatedRow, parse_row
 from service.core.datasets.values import InvalidValue, Number
 
@@ -56,7 +55,7 @@ class Row(NamedTuple):
     """One valid row."""
 
     line: int
-    dataset_type: DatasetType
+    dataset_type: TextDatasetType
     canonical: bytes  # one line of JSON without its line feed: keys in a fixed order, no space between tokens, content unchanged
     digest: bytes  # equal for equal rows
     prompt_digest: bytes  # equal for rows that must stay on the same side of the split
@@ -77,7 +76,7 @@ class SplitStats:
 class IngestResult:
     """What the ingestion of an upload found and wrote."""
 
-    dataset_type: DatasetType
+    dataset_type: TextDatasetType
     rows_read: int
     duplicates_dropped: int
     train: SplitStats
@@ -101,7 +100,7 @@ def ingest(
     only after every row was found valid. Raises InvalidRow.
     """
     splitter = Splitter(eval_fraction, seed)
-    dataset_type: DatasetType = "text"
+    dataset_type: TextDatasetType = "text"
     columns: tuple[str, ...] = ()
     rows_read = images = 0
     for row in read_rows(stream, limits):

@@ -1,7 +1,7 @@
 """Cloning: a JSON merge patch (RFC 7386) on the request that created a job, validated like a new request."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TypeGuard
 
 from pydantic import JsonValue
@@ -45,9 +45,7 @@ def original_request(config: TrainingConfig) -> JsonObject:
         parent = _get_at_path(sent, secret.path[:-1])
         if is_object(parent):
             parent.pop(str(secret.path[-1]), None)
-    hyperparameters = sent.get("hyperparameters")
-    if is_object(hyperparameters) and hyperparameters.get("learning_rate") == config.learning_rates[config.method]:
-        del hyperparameters["learning_rate"]  # the default of the method, which may change
+    _remove_computed(sent, config.computed_defaults())
     return sent
 
 
@@ -67,6 +65,16 @@ def merge_patch(target: JsonValue, patch: JsonValue) -> JsonValue:
 def is_object(value: object) -> TypeGuard[JsonObject]:
     """Whether a JSON value is an object."""
     return isinstance(value, dict)
+
+
+def _remove_computed(sent: JsonObject, computed: Mapping[str, JsonValue]) -> None:
+    """Remove values that the configuration computed: the clone computes them from its own fields."""
+    for name, value in computed.items():
+        part = sent.get(name)
+        if is_object(value) and is_object(part):
+            _remove_computed(part, value)
+        elif name in sent and part == value:
+            del sent[name]
 
 
 def _get_at_path(value: JsonValue, path: FieldPath) -> JsonValue:

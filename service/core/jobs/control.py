@@ -106,9 +106,11 @@ def _extend_training(config: TrainingConfig, request: ContinuationOptions) -> Tr
     hyperparameters = config.hyperparameters
     changes: dict[str, int] = {}
     for name, requested in (("epochs", request.epochs), ("max_steps", request.max_steps)):
-        if requested is None or requested == getattr(hyperparameters, name):
+        if requested is None or requested == getattr(hyperparameters, name, None):
             continue
-        unit = "max_steps" if hyperparameters.max_steps > 0 else "epochs"
+        unit = config.length_unit
+        if unit is None:
+            raise InvalidRequest(f"the length of a {config.trainer_type} job cannot change", hint=f"leave {name} out", param=name)
         if name != unit:
             raise InvalidRequest(f"the length of this job is counted in {unit}; {name} would not be used", hint=f"raise {unit}", param=name)
         if requested < getattr(hyperparameters, name):

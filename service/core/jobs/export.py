@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from pydantic import ValidationError
+from pydantic_core import PydanticCustomError
 
 from schema.job import ExportSource, Job, Status
 from schema.requests import ExportRequest, ReexportRequest
@@ -52,7 +53,7 @@ class Exports:
         check_hub(config, secrets.get(HF_SECRET), self._hub, self._models)
         now = self._repository.clock()
         job = Job(
-            job_id=make_job_id(source.processed_dataset_id, config.base_model_id, self._random_suffix()),
+            job_id=make_job_id(source.processed_dataset_id, config.summarize().base_model_id, self._random_suffix()),
             tenant_id=tenant_id,
             project_id=source.project_id,
             job_name=request.job_name or f"{source.job_name[:100]} at step {step}",
@@ -88,16 +89,15 @@ class Exports:
 
 def _make_export_config(config: TrainingConfig, request: ExportRequest) -> TrainingConfig:
     """The source's configuration with the requested export, no tracker and no gate. Raises InvalidRequest when they do not fit."""
-    export = request.export_config
-    if config.method == "Full" and "adapter" in export.formats and "format" in export.model_fields_set:
-        message = "format 'adapter' needs method LoRA or QLoRA; with method Full use 'merged'"
-        raise InvalidRequest(message, param="export_config.format")
-    if config.method == "Full" and export.include_lora_gguf:
-        raise InvalidRequest("include_lora_gguf needs method LoRA or QLoRA, not Full", param="export_config.include_lora_gguf")
-    evaluation = config.eval_config.model_copy(update={"promotion_gate": [], "lm_eval_tasks": [], "lm_eval_limit": None})
-    changes = {"export_config": export, "eval_config": evaluation, **dict.fromkeys(DeploymentTrackers.model_fields)}
+    changes = {"eval_config": config.eval_config.for_export(), **dict.fromkeys(DeploymentTrackers.model_fields)}
     try:
-        return type(config).model_validate(config.model_copy(update=changes).model_dump())
+        # Only what was sent, read by the job's own class: the defaults of another family's are not the job's.
+        export = type(config.export_config).model_validate(request.export_config.model_dump(exclude_unset=True))
+        changed = config.model_copy(update=changes | {"export_config": export})
+        changed.reject_unused_export()
+        return type(config).model_validate(changed.model_dump())
+    except PydanticCustomError as error:
+        raise InvalidRequest(error.message(), param=(error.context or {}).get("field")) from error
     except ValidationError as error:
         first = error.errors()[0]
         raise InvalidRequest(first["msg"], param=first.get("ctx", {}).get("field")) from error

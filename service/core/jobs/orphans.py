@@ -5,11 +5,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from schema.training import TRAINER_TYPES
 from service.core.ports import JobStore
 from storage import ObjectStore, delete_prefix
 
 # Where the files of jobs are stored, and which part of a key is the job's id. A job's record is written before any of its files.
-JOB_FOLDERS = ("trained_adapters", "merged_models", "gguf_models", "onnx_models", "trackers", "runs")
+ARTIFACT_FOLDERS = sorted({folder for config in TRAINER_TYPES.values() for folder in config.artifact_folders()})
+JOB_FOLDERS = (*ARTIFACT_FOLDERS, "trackers", "runs")
 MODEL_PREFIXES = (*(f"{folder}/" for folder in JOB_FOLDERS), "checkpoints/", "results/")
 CONFIG_PREFIXES = ("configs/", "results/")
 JOB_KEY_PATTERN = re.compile(

@@ -1,6 +1,6 @@
 """What callers read of a job: its current state, its log, links to its artifacts."""
 
-from schema.job import Artifact, ArtifactFile, ArtifactKind, Gate, Job, Status
+from schema.job import Artifact, ArtifactFile, Gate, Job, Status
 from schema.spec import attempt_name
 from service.core.errors import Conflict, NotFound
 from service.core.jobs.limits import Limits
@@ -10,8 +10,6 @@ from service.core.ports import Heartbeat, Launcher, LogLocator, LogPage, LogRead
 from storage import ObjectStore
 
 LINK_TTL_S = 900  # how long a download link works
-# Which artifact a download returns when the caller names none.
-DOWNLOAD_PREFERENCE: tuple[ArtifactKind, ...] = ("gguf", "merged", "adapter", "onnx", "lora_gguf")
 
 
 class JobQueries:
@@ -62,7 +60,7 @@ class JobQueries:
     def create_download_links(
         self, job_id: str, tenant_id: str, artifact_name: str | None
     ) -> tuple[Artifact, list[tuple[ArtifactFile, str]]]:
-        """Links to the files of an artifact, by default the first of DOWNLOAD_PREFERENCE. Raises NotFound, Conflict, Unavailable."""
+        """Links to the files of an artifact, by default the one that its family prefers. Raises NotFound, Conflict, Unavailable."""
         job = self._repository.find(job_id, tenant_id)
         if job.status is not Status.COMPLETED:
             raise Conflict(f"{job_id} is {job.status}; its artifacts can be downloaded when it is completed")
@@ -87,7 +85,8 @@ def _pick_artifact(job: Job, name: str | None) -> Artifact:
     if name is None:
         if not job.artifacts:
             raise NotFound(f"{job.job_id} has no artifacts")
-        return min(job.artifacts, key=lambda artifact: DOWNLOAD_PREFERENCE.index(artifact.kind))
+        preferred = [info.name for info in job.training_config.artifact_kinds]
+        return min(job.artifacts, key=lambda artifact: preferred.index(artifact.kind) if artifact.kind in preferred else len(preferred))
     for artifact in job.artifacts:
         if artifact.name == name:
             return artifact

@@ -11,9 +11,9 @@ from service.core.jobs.repository import JobRepository, compute_digest
 from service.core.jobs.secrets import HF_SECRET, extract_request_secrets, redact
 from service.core.jobs.trackers import DeploymentTrackers, add_deployment_trackers, deployment_tracker_secrets, deployment_trackers_of
 from service.core.ports import Hub, Launcher, Wake
+from service.core.validation import check_job
 from service.core.validation.common import check_supported
 from service.core.validation.hub import check_hub, check_token
-from service.core.validation.llm import check_dataset_compatible, check_embedding_models
 from storage import ObjectStore
 
 
@@ -70,8 +70,7 @@ class Submission:
         config = request.training_config
         check_supported(config, self._launcher.get_capabilities(request.hardware))
         dataset = self._repository.find_dataset(request.processed_dataset_id, tenant_id)
-        check_dataset_compatible(config, dataset)
-        check_embedding_models(config, self._models)
+        check_job(config, dataset, self._models)
         check_token(config, extract_request_secrets(request).get(HF_SECRET))
         # The deployment's trackers come after check_token: a caller need not send a token for them.
         request = request.model_copy(update={"training_config": add_deployment_trackers(config, self._trackers)})
@@ -79,7 +78,7 @@ class Submission:
         check_hub(request.training_config, secrets.get(HF_SECRET), self._hub, self._models)
         now = self._repository.clock()
         job = Job(
-            job_id=make_job_id(request.processed_dataset_id, config.base_model_id, self._random_suffix()),
+            job_id=make_job_id(request.processed_dataset_id, config.summarize().base_model_id, self._random_suffix()),
             tenant_id=tenant_id,
             project_id=request.project_id,
             job_name=request.job_name,
@@ -99,11 +98,11 @@ class Submission:
 
 
 def make_job_id(dataset_id: str, base_model_id: str, suffix: str) -> str:
-    """A readable id, training_<dataset>_<model>_<suffix>. The suffix is random: two jobs never share an id."""
+    """A readable id, training_<dataset>_<model>_<suffix>, without empty parts. The suffix is random: no two jobs share an id."""
     dataset = dataset_id.removeprefix("dataset_")
     model = base_model_id.rpartition("/")[2]
     readable = [re.sub(r"[^A-Za-z0-9-]+", "-", part)[:40].strip("-") for part in (dataset, model)]
-    return "_".join(["training", *readable, suffix])
+    return "_".join(["training", *filter(None, readable), suffix])
 
 
 def _request_digest(request: TrainRequest) -> str:

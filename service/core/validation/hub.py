@@ -7,7 +7,7 @@ from schema.training import TrainingConfig
 from service.core.errors import InvalidRequest
 from service.core.jobs.secrets import HF_SECRET
 from service.core.ports import Hub, HubAccess, HubAccount
-from service.core.validation.llm import is_stored
+from service.core.validation.common import is_stored
 from storage import ObjectStore, StorageError
 from storage.deadline import deadline
 
@@ -55,8 +55,9 @@ def check_hub(config: TrainingConfig, token: str | None, hub: Hub, models: Objec
     if isinstance(hub, NoHub):
         return  # without looking for the base model in the model store
     with deadline(HUB_TIMEOUT_S):
-        if not _is_base_stored(models, config.base_model_id):
-            check_base_access(config.base_model_id, hub.check_read_access(config.base_model_id, token), has_token=bool(token))
+        base_model_id = config.hub_model_id
+        if base_model_id and not _is_base_stored(models, base_model_id):
+            check_base_access(base_model_id, hub.check_read_access(base_model_id, token), has_token=bool(token))
         if push_repo_id and token:
             access = hub.check_write_access(push_repo_id, token)
             check_push_access(push_repo_id, access, hub.get_account(token) if access in ("refused", "absent", "unknown") else None)

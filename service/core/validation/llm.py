@@ -1,4 +1,4 @@
-"""Checks for language models: the base model, the images and columns of the dataset, the graders.
+"""Checks for language models: the base model, the images and columns of the dataset, the graders, the requested metrics.
 
 Nothing is downloaded: an unknown model name passes, and the job checks it again.
 """
@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from schema.dataset import EVAL_SPLIT, Dataset
-from schema.training import GrpoConfig, TrainingConfig
-from schema.training.graders import (
+from schema.training.llm import GrpoConfig, LlmTrainingConfig
+from schema.training.llm_evaluation import EvalConfig
+from schema.training.llm_graders import (
     ExpressionGrader,
     Grader,
     NumericGrader,
@@ -18,8 +19,12 @@ from schema.training.graders import (
     TextSimilarityGrader,
 )
 from service.core.errors import InvalidRequest
-from service.core.validation.common import check_dataset_type, check_eval_split, check_gate
+from service.core.validation.common import check_dataset_type, is_stored
 from storage import ObjectStore
+
+LM_EVAL_PREFIX = "lm_eval/"  # prefix of the metrics of lm-evaluation-harness
+# Metrics that only compute_eval_metrics measures, by how their names begin.
+OPTIONAL_METRIC_PREFIXES = ("accuracy", "exact_match", "rouge", "bleu", "chrf", "f1")
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,13 @@ KNOWN_MODELS = (
 )
 
 
-def check_dataset_compatible(config: TrainingConfig, dataset: Dataset) -> None:
+def check_job(config: LlmTrainingConfig, dataset: Dataset, models: ObjectStore) -> None:
+    """Raise InvalidRequest when the trainer cannot train on that dataset, or a grader's model is missing. Raises StorageError."""
+    check_dataset_compatible(config, dataset)
+    check_embedding_models(config, models)
+
+
+def check_dataset_compatible(config: LlmTrainingConfig, dataset: Dataset) -> None:
     """Raise InvalidRequest when the trainer cannot train on that dataset, as far as that shows before any compute is spent."""
     check_dataset_type(config, dataset)
     _check_images(config, dataset)
@@ -53,7 +64,7 @@ def check_dataset_compatible(config: TrainingConfig, dataset: Dataset) -> None:
     check_gate(config.eval_config)
 
 
-def check_embedding_models(config: TrainingConfig, models: ObjectStore) -> None:
+def check_embedding_models(config: LlmTrainingConfig, models: ObjectStore) -> None:
     """Raise InvalidRequest when a grader's embedding model is not in the model store: jobs never download embedding models."""
     for index, grader in enumerate(config.reward_config if isinstance(config, GrpoConfig) else []):
         if not isinstance(grader, TextSimilarityGrader) or grader.embedding_model is None or grader.base_url is not None:
@@ -67,9 +78,33 @@ def check_embedding_models(config: TrainingConfig, models: ObjectStore) -> None:
             )
 
 
-def is_stored(models: ObjectStore, model_id: str) -> bool:
-    """Whether the deployment's model store has a copy of a model. Raises StorageError."""
-    return models.stat(f"pretrained_weights/huggingface/{model_id}/config.json") is not None
+def check_eval_split(eval_config: EvalConfig, dataset_id: str) -> None:
+    """Raise InvalidRequest for anything that is measured on held-out rows: the dataset has none."""
+    for field, requested, alternative in (
+        ("eval_strategy", eval_config.eval_strategy != "no", "set eval_strategy to 'no'"),
+        ("compute_eval_metrics", eval_config.compute_eval_metrics, "set compute_eval_metrics to false"),
+        ("promotion_gate", any(not check.metric.startswith(LM_EVAL_PREFIX) for check in eval_config.promotion_gate), "leave out the gate"),
+    ):
+        if requested:
+            value = f" {eval_config.eval_strategy!r}" if field == "eval_strategy" else ""
+            raise InvalidRequest(
+                f"{field}{value} needs held-out rows, and {dataset_id} has none",
+                hint=f"upload the dataset with eval_fraction above 0, or {alternative}",
+                param=f"training_config.eval_config.{field}",
+            )
+
+
+def check_gate(eval_config: EvalConfig) -> None:
+    """Raise InvalidRequest for a gate on a metric that the job will not measure: it could never pass."""
+    for index, check in enumerate(eval_config.promotion_gate):
+        param = f"training_config.eval_config.promotion_gate.{index}.metric"
+        if check.metric.startswith(OPTIONAL_METRIC_PREFIXES) and not eval_config.compute_eval_metrics:
+            message = f"the gate checks {check.metric}, which is only measured with compute_eval_metrics"
+            raise InvalidRequest(message, hint="set eval_config.compute_eval_metrics to true", param=param)
+        task = check.metric.removeprefix(LM_EVAL_PREFIX).partition("/")[0]
+        if check.metric.startswith(LM_EVAL_PREFIX) and task not in eval_config.lm_eval_tasks:
+            message = f"the gate checks {check.metric}, and {task!r} is not in lm_eval_tasks"
+            raise InvalidRequest(message, hint=f"add {task} to eval_config.lm_eval_tasks", param=param)
 
 
 def find_known_model(base_model_id: str) -> KnownModel | None:
@@ -78,7 +113,7 @@ def find_known_model(base_model_id: str) -> KnownModel | None:
     return next((base for base in KNOWN_MODELS if re.match(rf"{re.escape(base.name)}(?![a-z0-9])", name)), None)
 
 
-def _check_images(config: TrainingConfig, dataset: Dataset) -> None:
+def _check_images(config: LlmTrainingConfig, dataset: Dataset) -> None:
     if config.modality == "text" and dataset.images:
         message = f"{dataset.processed_dataset_id} has {dataset.images} images, and modality 'text' does not accept images"
         raise InvalidRequest(
@@ -89,7 +124,7 @@ def _check_images(config: TrainingConfig, dataset: Dataset) -> None:
         raise InvalidRequest(message, hint="set modality to 'text', or upload rows with images", param="training_config.modality")
 
 
-def _check_base(config: TrainingConfig) -> None:
+def _check_base(config: LlmTrainingConfig) -> None:
     base, rank = find_known_model(config.base_model_id), config.hyperparameters.lora_rank
     if base is None:
         return

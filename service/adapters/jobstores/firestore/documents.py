@@ -44,9 +44,9 @@ def build_job_fields(job: Job, write_ids: list[str]) -> Fields:
     config = job.training_config
     summary = {
         "job_name": job.job_name,
-        "base_model_id": config.base_model_id,
+        "base_model_id": config.summarize().base_model_id,
         "status": str(job.status),
-        "modality": config.modality,
+        "modality": config.summarize().modality,
         "trainer_type": config.trainer_type,
         "project_id": job.project_id,
     }

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from schema.training import TRAINER_TYPES
-from schema.types import Modality
+from schema.training.llm import Modality
 from service.core.ports import RuntimeCapabilities
 
 # What jobs/environments/llm/requirements.txt installs in the image; a test compares the two.
