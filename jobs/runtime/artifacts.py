@@ -36,9 +36,8 @@ class ExportedArtifact:
 def upload_artifacts(exported_artifacts: Sequence[ExportedArtifact], context: JobContext) -> tuple[Artifact, ...]:
     """Upload everything that an attempt exported, after deleting what earlier attempts left. Raises JobFailed `upload_failed`, Stopped."""
     context.enter_phase("uploading")
-    folders = context.spec.training_config.artifact_folders()
-    uploader = ArtifactUploader(context.stores.models, context.spec.job_id, context.attempt, folders)
-    uploader.delete_previous_attempts()
+    uploader = ArtifactUploader(context.stores.models, context.spec.job_id, context.attempt)
+    uploader.delete_previous_attempts(context.spec.training_config.artifact_folders())
     artifacts: list[Artifact] = []
     for exported in exported_artifacts:
         context.check_stop()
@@ -55,12 +54,11 @@ class ArtifactUploader:
     store: ObjectStore
     job_id: str
     attempt: int
-    folders: Sequence[str]  # of the model bucket, with artifacts of this job
     sleep: Callable[[float], None] = time.sleep
 
-    def delete_previous_attempts(self) -> None:
-        """Delete what earlier attempts uploaded and never published. What cannot be deleted stays until the job is deleted."""
-        earlier = [artifact_key(folder, self.job_id, number) for folder in sorted(self.folders) for number in range(1, self.attempt)]
+    def delete_previous_attempts(self, folders: Sequence[str]) -> None:
+        """Delete what earlier attempts uploaded to `folders` and never published. What cannot be deleted stays until the job is deleted."""
+        earlier = [artifact_key(folder, self.job_id, number) for folder in sorted(folders) for number in range(1, self.attempt)]
         try:
             for prefix in earlier:
                 delete_prefix(self.store, prefix)

@@ -109,8 +109,6 @@ def _make_checkpoint_info(step: int) -> CheckpointInfo:
         epoch=step / 10,
         reason="interval",
         eval_loss=None,
-        batch_size=2,
-        gradient_accumulation_steps=2,
         save_s=0.0,
     )
 

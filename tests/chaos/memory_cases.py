@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.llm.trainers.sft import train
+from jobs.runtime.batch_config import BatchConfig
 from jobs.runtime.errors import JobFailed
 from schema.events import DecisionMade
 from tests.chaos.out_of_memory import BATCH_SIZE, MemoryCase
@@ -73,7 +74,7 @@ def _train(folder: Path, case: MemoryCase) -> dict[str, Any]:
             int(event.value) for event in recorder.events if isinstance(event, DecisionMade) and event.setting == "batch_size"
         ],
         "effective_batch_sizes": sorted(
-            {checkpoint.batch_size * checkpoint.gradient_accumulation_steps for checkpoint in load_saved_checkpoints(spec)}
+            {BatchConfig.from_details(checkpoint.details).effective_batch_size for checkpoint in load_saved_checkpoints(spec)}
         ),
         "failures": len(failures),
         "failure": failure and failure.model_dump(),

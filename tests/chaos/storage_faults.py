@@ -162,7 +162,7 @@ def _make_artifact_folders(folder: Path) -> tuple[Path, Path]:
 def _publish(store: GcsStore, number: int, path: Path) -> int:
     """The last steps of an attempt; return the size of its files. A failed one has no result, and none of its files are visible."""
     job_id = f"job-{number}"
-    product = ExportedArtifact(name="adapter", kind="adapter", path=path, key=artifact_key("adapter", job_id, 1))
+    product = ExportedArtifact(name="adapter", kind="adapter", path=path, key=artifact_key("trained_adapters", job_id, 1))
     now = datetime.now(UTC)
     try:
         artifact = ArtifactUploader(store, job_id, 1).upload(product)

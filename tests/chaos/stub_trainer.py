@@ -58,5 +58,5 @@ def export(trained: "TrainedModel", context: "JobContext", _finalize: "FinalizeA
     """Upload the adapter as it is. Its provenance is not recorded: that would need the ML libraries."""
     from jobs.runtime.artifacts import ExportedArtifact, artifact_key, upload_artifacts
 
-    key = artifact_key("adapter", context.spec.job_id, context.attempt)
+    key = artifact_key("trained_adapters", context.spec.job_id, context.attempt)
     return upload_artifacts([ExportedArtifact(name="adapter", kind="adapter", path=trained.folder, key=key)], context)

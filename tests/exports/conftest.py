@@ -15,8 +15,10 @@ from jobs.runtime.checkpoints import Checkpoints
 from jobs.runtime.context import JobContext, Secrets, Stores
 from jobs.runtime.stop import NeverStop
 from schema.dataset import Dataset
+from schema.job import Artifact
 from schema.spec import JobSpec
 from schema.training import SftConfig
+from schema.training.llm_fidelity import Fidelity
 from tests.jobs.conftest import EventRecorder
 from tests.tiny_gemma import build_tiny_gemma
 
@@ -171,6 +173,12 @@ def make_spec(root: Path, method: str, export_config: dict[str, Any]) -> JobSpec
         checkpoints_prefix="checkpoints/test-jobs/job_job-1/",
         stores={"datasets": url, "models": url, "configs": url},  # pyright: ignore[reportArgumentType]  # pydantic converts it
     )
+
+
+def fidelity_of(artifact: Artifact) -> Fidelity:
+    """The artifact's measured fidelity, which it must have."""
+    assert artifact.fidelity is not None
+    return Fidelity.model_validate(artifact.fidelity)
 
 
 def make_trained_model(folder: Path, base: Path, held_out_examples: tuple[HeldOutExample, ...], *, is_adapter: bool) -> TrainedModel:

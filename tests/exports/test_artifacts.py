@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from pydantic import JsonValue
 
 from jobs.runtime.artifacts import ArtifactUploader, ExportedArtifact, artifact_key
 from jobs.runtime.errors import JobFailed
 from jobs.runtime.files import sha256_of
 from jobs.runtime.retry import TRIES
-from schema.job import Fidelity
+from schema.training import SftConfig
 from storage import ChecksumMismatch, NoSuchObject, ObjectStore, StorageError, StoredObject, StoreUnavailable
 from storage.file import LocalStore
 from storage.registry import open_store
@@ -77,7 +78,7 @@ def folder(tmp_path: Path) -> ExportedArtifact:
 def file(tmp_path: Path) -> ExportedArtifact:
     path = tmp_path / "gemma-q8_0.gguf"
     path.write_bytes(b"GGUF" * 1000)
-    fidelity = Fidelity(compared_tokens=1, argmax_agreement=1.0, mean_kl_to_merged=0.0)
+    fidelity: dict[str, JsonValue] = {"compared_tokens": 1, "argmax_agreement": 1.0, "mean_kl_to_merged": 0.0}
     return ExportedArtifact(name="gguf-q8_0", kind="gguf", path=path, key="gguf_models/job-1/gemma-q8_0.gguf", fidelity=fidelity)
 
 
@@ -99,16 +100,16 @@ def test_single_file_has_its_own_uri(store: ObjectStore, file: ExportedArtifact)
 
 
 def test_each_attempt_has_its_own_keys(store: ObjectStore, file: ExportedArtifact) -> None:
-    keys = {artifact_key("gguf", "job-1", attempt, "gemma.gguf") for attempt in (1, 2)}
+    keys = {artifact_key("gguf_models", "job-1", attempt, "gemma.gguf") for attempt in (1, 2)}
     assert keys == {"gguf_models/job-1/attempt-1/gemma.gguf", "gguf_models/job-1/attempt-2/gemma.gguf"}
-    assert artifact_key("adapter", "job-1", 1) == "trained_adapters/job-1/attempt-1/"
+    assert artifact_key("trained_adapters", "job-1", 1) == "trained_adapters/job-1/attempt-1/"
 
 
 def test_only_artifacts_of_earlier_attempts_are_deleted(store: ObjectStore) -> None:
     kept = ["gguf_models/job-1/attempt-3/b", "merged_models/job-2/attempt-1/c", "trained_adapters/job-1/attempt-2/d"]
     for key in ("trained_adapters/job-1/attempt-1/a", "gguf_models/job-1/attempt-1/a", *kept):
         store.write(key, b"x")
-    ArtifactUploader(store, "job-1", 2).delete_previous_attempts()
+    ArtifactUploader(store, "job-1", 2).delete_previous_attempts(SftConfig.artifact_folders())
     assert sorted(stored.key for stored in store.iter_objects("")) == kept
 
 
@@ -117,7 +118,7 @@ def test_cleanup_failure_does_not_fail_publishing(url: str) -> None:
         def iter_objects(self, prefix: str) -> Iterator[StoredObject]:
             raise StoreUnavailable("away")
 
-    ArtifactUploader(ListingFailsStore(url), "job-1", 2).delete_previous_attempts()
+    ArtifactUploader(ListingFailsStore(url), "job-1", 2).delete_previous_attempts(SftConfig.artifact_folders())
 
 
 def test_uploaded_file_is_not_sent_again(url: str, folder: ExportedArtifact, sleeps: SleepRecorder) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from jobs.llm.exporters import EXPORTERS, export_all, list_requested_kinds
+from jobs.llm.exporters.adapter import export as export_adapter
 from jobs.llm.exporters.log_probs import MAX_PASSAGE_TOKENS, MAX_POSITIONS, make_passages, select_sample_prompt
 from jobs.llm.exporters.merge import check_merge_fidelity
 from jobs.llm.exporters.model_files import read_precision
@@ -31,7 +32,7 @@ from schema.job import Artifact
 from schema.spec import manifest_key
 from schema.training import SftConfig
 from storage import ObjectStore
-from tests.exports.conftest import EventRecorder, make_job_context, read_json
+from tests.exports.conftest import EventRecorder, fidelity_of, make_job_context, read_json
 
 MakeContext = Callable[..., JobContext]
 Exported = tuple[dict[str, Artifact], JobContext, EventRecorder]
@@ -110,8 +111,7 @@ def test_merged_model_matches_base_with_adapter(exported: Exported, adapter: Tra
     with torch.inference_mode():
         expected = PeftModel.from_pretrained(base, str(adapter.folder))(input_ids=ids).logits
         assert (merged(input_ids=ids).logits - expected).abs().max() < 0.05  # the weights are rounded to bfloat16
-    fidelity = artifacts["merged"].fidelity
-    assert fidelity is not None
+    fidelity = fidelity_of(artifacts["merged"])
     assert fidelity.mean_kl_to_merged < 1e-4
     assert fidelity.mean_kl_to_base is not None
     assert fidelity.mean_kl_to_base > 0.01  # the merged model contains the tuning
@@ -123,8 +123,7 @@ def test_merged_model_matches_base_with_adapter(exported: Exported, adapter: Tra
 
 @pytest.mark.parametrize("quantization", ["none", "bf16", "f16", "f32"])
 def test_unquantized_gguf_matches_the_model(exported: Exported, quantization: str) -> None:
-    fidelity = exported[0][f"gguf-{quantization}"].fidelity
-    assert fidelity is not None
+    fidelity = fidelity_of(exported[0][f"gguf-{quantization}"])
     assert fidelity.argmax_agreement == 1.0
     assert fidelity.mean_kl_to_merged < 1e-4
     assert fidelity.compared_tokens > 100
@@ -135,12 +134,9 @@ def test_unquantized_gguf_matches_the_model(exported: Exported, quantization: st
 def test_coarser_quantizations_are_further_from_the_model(exported: Exported) -> None:
     f16, q8, q4 = (exported[0][f"gguf-{name}"] for name in ("f16", "q8_0", "q4_k_m"))
     assert f16.size_bytes > q8.size_bytes > q4.size_bytes
-    assert f16.fidelity
-    assert q8.fidelity
-    assert q4.fidelity
-    assert f16.fidelity.mean_kl_to_merged < q8.fidelity.mean_kl_to_merged < q4.fidelity.mean_kl_to_merged
-    assert q8.fidelity.argmax_agreement > 0.95
-    assert not q8.fidelity.closer_to_base
+    assert fidelity_of(f16).mean_kl_to_merged < fidelity_of(q8).mean_kl_to_merged < fidelity_of(q4).mean_kl_to_merged
+    assert fidelity_of(q8).argmax_agreement > 0.95
+    assert not fidelity_of(q8).closer_to_base
 
 
 def test_perplexity_is_reported_with_model_and_base(exported: Exported, adapter: TrainedModel) -> None:
@@ -156,7 +152,7 @@ def test_perplexity_is_reported_with_model_and_base(exported: Exported, adapter:
         with torch.inference_mode():
             log_probs = base(input_ids=ids).logits[0].log_softmax(-1)
         losses += [-float(log_probs[i - 1, example.input_ids[i]]) for i in range(example.prompt_tokens, len(example.input_ids))]
-    f16, q4, merged = (exported[0][name].fidelity for name in ("gguf-f16", "gguf-q4_k_m", "merged"))
+    f16, q4, merged = (fidelity_of(exported[0][name]) for name in ("gguf-f16", "gguf-q4_k_m", "merged"))
     assert f16
     assert q4
     assert merged
@@ -169,7 +165,7 @@ def test_perplexity_is_reported_with_model_and_base(exported: Exported, adapter:
 
 
 def test_importance_matrix_is_used_where_it_helps(exported: Exported) -> None:
-    with_imatrix = {name for name, artifact in exported[0].items() if artifact.fidelity and artifact.fidelity.imatrix}
+    with_imatrix = {name for name, artifact in exported[0].items() if artifact.fidelity and fidelity_of(artifact).imatrix}
     assert with_imatrix == {"gguf-q4_k_m"}
     (decision,) = [event for event in exported[2].events if isinstance(event, DecisionMade) and event.setting == "gguf_imatrix"]
     assert (decision.value, decision.reason) == ("true", "it improves q4_k_m")
@@ -180,21 +176,18 @@ def test_lora_gguf_matches_the_model(exported: Exported) -> None:
     assert lora.kind == "lora_gguf"
     assert lora.key == "gguf_models/job-1/attempt-1/gemma-3-270m-lora-f16.gguf"
     assert lora.size_bytes < exported[0]["gguf-f16"].size_bytes / 5
-    assert lora.fidelity
-    assert lora.fidelity.argmax_agreement == 1.0
-    assert lora.fidelity.mean_kl_to_merged < 1e-4
-    assert lora.fidelity.mean_kl_to_base
-    assert lora.fidelity.mean_kl_to_base > 0.01
-    assert not lora.fidelity.advice
+    assert fidelity_of(lora).argmax_agreement == 1.0
+    assert fidelity_of(lora).mean_kl_to_merged < 1e-4
+    assert fidelity_of(lora).mean_kl_to_base
+    assert fidelity_of(lora).mean_kl_to_base > 0.01
+    assert not fidelity_of(lora).advice
 
 
 def test_usage_and_fidelity_files_are_exported(exported: Exported, tmp_path: Path) -> None:
     artifacts, context, _ = exported
     folder = download_artifact(context.stores.models, artifacts["gguf-usage"], tmp_path)
     verified = [artifact for artifact in artifacts.values() if artifact.kind in ("gguf", "lora_gguf") and artifact.fidelity]
-    assert read_json(folder / "fidelity.json") == {
-        artifact.name: artifact.fidelity.model_dump(mode="json") for artifact in verified if artifact.fidelity
-    }
+    assert read_json(folder / "fidelity.json") == {artifact.name: artifact.fidelity for artifact in verified if artifact.fidelity}
     for artifact in verified:
         stem = artifact.key.rpartition("/")[2].removesuffix(".gguf")
         assert f"{stem}.gguf" in (folder / f"{stem}.Modelfile").read_text()
@@ -248,6 +241,14 @@ def test_adapter_is_exported_alone(adapter: TrainedModel, make_context: MakeCont
     assert artifact.key == "trained_adapters/job-1/attempt-1/"
 
 
+@pytest.mark.parametrize(("formats", "folder"), [("adapter", ""), (["merged", "adapter"], "adapter/")])
+def test_adapter_beside_merged_model_has_its_own_folder_on_hub(
+    formats: Any, folder: str, adapter: TrainedModel, make_context: MakeContext
+) -> None:
+    (artifact,) = export_adapter(ExportWorkspace(adapter, make_context(format=formats)))
+    assert artifact.hub_folder == folder
+
+
 @pytest.fixture(scope="module")
 def exported_without_examples(adapter: TrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """A LoRA job without held-out rows that asks for a GGUF file and no merged model."""
@@ -264,8 +265,7 @@ def test_gguf_beside_an_adapter_publishes_no_merged_model(exported_without_examp
 
 
 def test_model_without_held_out_examples_is_verified(exported_without_examples: Exported) -> None:
-    fidelity = exported_without_examples[0]["gguf-q8_0"].fidelity
-    assert fidelity
+    fidelity = fidelity_of(exported_without_examples[0]["gguf-q8_0"])
     assert fidelity.sample_prompt == "Once upon a time"
     assert fidelity.compared_tokens > 50
 
@@ -275,10 +275,9 @@ def test_full_model_needs_no_merge(full: TrainedModel, make_context: MakeContext
     merged, f16, _ = export_all(full, context)
     folder = download_artifact(context.stores.models, merged, tmp_path / "downloaded")
     assert (folder / "model.safetensors").read_bytes() == (full.folder / "model.safetensors").read_bytes()
-    assert f16.fidelity
-    assert f16.fidelity.argmax_agreement == 1.0
-    assert f16.fidelity.mean_kl_to_base
-    assert f16.fidelity.mean_kl_to_base > 0.01
+    assert fidelity_of(f16).argmax_agreement == 1.0
+    assert fidelity_of(f16).mean_kl_to_base
+    assert fidelity_of(f16).mean_kl_to_base > 0.01
 
 
 def test_merged_model_has_requested_dtype(adapter: TrainedModel, make_context: MakeContext, tmp_path: Path) -> None:
@@ -287,8 +286,7 @@ def test_merged_model_has_requested_dtype(adapter: TrainedModel, make_context: M
     folder = download_artifact(context.stores.models, merged, tmp_path / "downloaded")
     assert read_precision(folder) == "f16"
     assert read_json(folder / "config.json")["dtype"] == "float16"
-    assert merged.fidelity
-    assert merged.fidelity.argmax_agreement > 0.99
+    assert fidelity_of(merged).argmax_agreement > 0.99
 
 
 def test_full_model_is_rounded_to_dtype_of_base(full: TrainedModel, make_context: MakeContext, tmp_path: Path) -> None:
@@ -304,8 +302,7 @@ def test_full_model_is_rounded_to_dtype_of_base(full: TrainedModel, make_context
     folder = download_artifact(context.stores.models, merged, tmp_path / "downloaded")
     assert read_precision(folder) == "bf16"
     assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
-    assert merged.fidelity  # compared with the model before rounding
-    assert merged.fidelity.mean_kl_to_merged < 1e-4
+    assert fidelity_of(merged).mean_kl_to_merged < 1e-4
 
 
 def test_float16_overflow_is_rejected_with_hint(full: TrainedModel, make_context: MakeContext, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from jobs.runtime.context import JobContext
 from jobs.runtime.errors import JobFailed
 from schema.events import DecisionMade, WarningRaised
 from schema.training import TRAINING_CONFIG
-from tests.exports.conftest import EventRecorder, make_trained_model, read_json
+from tests.exports.conftest import EventRecorder, fidelity_of, make_trained_model, read_json
 from tests.exports.test_exporters import download_artifact
 from tests.tiny_gemma import build_tiny_gemma
 from tests.tiny_gemma_vision import build_tiny_gemma_vision
@@ -50,8 +50,7 @@ def test_vision_model_is_merged_with_image_processor(vision_adapter: TrainedMode
     context = with_config(make_context(), modality="vision", export_config={"format": "merged"})
     (merged,) = export_all(vision_adapter, context)
     folder = download_artifact(context.stores.models, merged, tmp_path / "downloaded")
-    assert merged.fidelity
-    assert merged.fidelity.argmax_agreement == 1.0
+    assert fidelity_of(merged).argmax_agreement == 1.0
     assert AutoProcessor.from_pretrained(folder).image_processor.image_seq_length == 4
     merged_weights = AutoModelForImageTextToText.from_pretrained(folder).state_dict()
     base_weights = AutoModelForImageTextToText.from_pretrained(vision_adapter.base_folder).state_dict()
@@ -69,9 +68,8 @@ def test_vision_model_exports_language_gguf_and_mmproj(
     context = with_config(make_context(), modality="vision", export_config=export)
     artifacts = {artifact.name: artifact for artifact in export_all(vision_adapter, context)}
     assert list(artifacts) == ["adapter", "gguf-f32", "gguf-mmproj", "gguf-usage"]
-    assert artifacts["gguf-f32"].fidelity  # of the language model; the row with an image is not used
-    assert artifacts["gguf-f32"].fidelity.argmax_agreement == 1.0
-    assert artifacts["gguf-f32"].fidelity.perplexity is None
+    assert fidelity_of(artifacts["gguf-f32"]).argmax_agreement == 1.0
+    assert fidelity_of(artifacts["gguf-f32"]).perplexity is None
     projector = GGUFReader(context.stores.models.download(artifacts["gguf-mmproj"].key, tmp_path / "mmproj.gguf"))
     assert projector.fields["general.type"].contents() == "mmproj"
     assert projector.fields["clip.projector_type"].contents() == "gemma3"
@@ -158,9 +156,8 @@ def test_small_model_exports_to_onnx(make_context: MakeContext, tmp_path: Path) 
     folder = download_artifact(context.stores.models, artifact, tmp_path / "downloaded")
     assert (artifact.kind, artifact.key) == ("onnx", "onnx_models/job-1/attempt-1/")
     assert {path.name for path in folder.iterdir()} >= {"model.onnx", "model.onnx.data", "config.json", "tokenizer.json", "fidelity.json"}
-    assert artifact.fidelity
-    assert artifact.fidelity.argmax_agreement == 1.0
-    assert artifact.fidelity.mean_kl_to_merged < 1e-6
+    assert fidelity_of(artifact).argmax_agreement == 1.0
+    assert fidelity_of(artifact).mean_kl_to_merged < 1e-6
     ids = AutoTokenizer.from_pretrained(folder)(["the list of files", "the path of it"], return_tensors="pt", padding=True)
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
     (logits,) = session.run(["logits"], {name: tensor.numpy() for name, tensor in ids.items() if name != "token_type_ids"})

@@ -54,7 +54,7 @@ class Outcome:
         if name not in self.artifacts:
             return "–"
         fidelity = self.artifacts[name].fidelity
-        return "exported" if fidelity is None else f"{fidelity.argmax_agreement:.0%}, KL {fidelity.mean_kl_to_merged:.0e}"
+        return "exported" if fidelity is None else f"{fidelity['argmax_agreement']:.0%}, KL {fidelity['mean_kl_to_merged']:.0e}"
 
 
 def all_cells() -> list[Cell]:

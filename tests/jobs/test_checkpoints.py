@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from pydantic import ValidationError
 
+from jobs.runtime.batch_config import BatchConfig
 from jobs.runtime.checkpoint_store import StoredCheckpoint, select_expired, sort_for_resume
 from jobs.runtime.checkpoints import CheckpointInfo, Checkpoints
 from jobs.runtime.errors import JobFailed
+from jobs.runtime.save_policy import TrainingControlState
 from schema.checkpoint import MANIFEST, Checkpoint, checkpoint_key, checkpoints_prefix
 from schema.events import CheckpointRestored, CheckpointSaved, CheckpointSkipped, Event, WarningRaised
 from schema.job import ExportSource
@@ -27,10 +30,10 @@ CHECKPOINT_INFO = CheckpointInfo(
     epoch=0.5,
     reason="interval",
     eval_loss=None,
-    batch_size=2,
-    gradient_accumulation_steps=4,
     save_s=0.1,
+    details={"learned": [2, 4]},
 )
+GOLDEN = Path(__file__).parent / "golden"  # written by the version that they name
 FILES = {"adapter_model.safetensors": b"weights" * 100, "optimizer.pt": b"moments" * 200, "trainer_state.json": b"{}"}
 
 
@@ -111,7 +114,8 @@ def test_saved_checkpoint_is_durable_and_emits_event(make: Make, emitted_events:
         name: content + b"10" for name, content in FILES.items()
     }
     checkpoint = restored.checkpoint
-    assert (checkpoint.attempt, checkpoint.step, checkpoint.batch_size, checkpoint.tracker_run_ids) == (1, 10, 2, {"wandb": "run-1"})
+    assert (checkpoint.attempt, checkpoint.step, checkpoint.tracker_run_ids) == (1, 10, {"wandb": "run-1"})
+    assert checkpoint.details == {"learned": [2, 4]}
     assert checkpoint.training_config == spec.training_config
     [saved] = [event for event in emitted_events if isinstance(event, CheckpointSaved)]
     assert (saved.step, saved.reason, saved.size_bytes, saved.save_s) == (10, "interval", checkpoint.size_bytes, 0.1)
@@ -592,11 +596,38 @@ def make_stored_checkpoint(attempt: int, step: int, eval_loss: float | None = No
         "total_steps": 9,
         "epoch": 1,
         "eval_loss": eval_loss,
-        "batch_size": 1,
         "files": [],
     }
-    config = {"gradient_accumulation_steps": 1, "training_config": {"base_model_id": "a/b"}, "created_at": "2026-01-01T00:00:00Z"}
+    config = {"training_config": {"base_model_id": "a/b"}, "created_at": "2026-01-01T00:00:00Z"}
     return StoredCheckpoint(f"attempt-{attempt}/step-{step}/", Checkpoint.model_validate(body | config))
+
+
+def test_checkpoint_of_version_1_is_continued_from(make: Make, spec: JobSpec, store: ObjectStore) -> None:
+    for path in (GOLDEN / "checkpoint_version_1").iterdir():
+        store.write(checkpoint_key(spec.checkpoints_prefix, 1, 10) + path.name, path.read_bytes())
+    restored = make(attempt=2).fetch_latest()
+    assert restored is not None
+    batch = {"batch_size": 2, "gradient_accumulation_steps": 8}
+    assert (restored.checkpoint.step, restored.checkpoint.schema_version, restored.checkpoint.details) == (10, 2, batch)
+    state = TrainingControlState.read(restored.folder)
+    assert (state.step, state.tokens_seen, state.details, state.evaluation_due) == (10, 640, batch, True)
+    assert BatchConfig.from_details(state.details) == BatchConfig(2, 8)
+
+
+def test_changed_manifest_of_version_1_is_damaged() -> None:
+    content = (GOLDEN / "checkpoint_version_1" / MANIFEST).read_bytes()
+    assert Checkpoint.from_verified_bytes(content).step == 10
+    with pytest.raises(ValueError, match="checksum"):
+        Checkpoint.from_verified_bytes(content.replace(b'"batch_size": 2', b'"batch_size": 4', 1))
+
+
+def test_family_without_batches_has_no_details(make: Make, spec: JobSpec, tmp_path: Path) -> None:
+    save(make(), tmp_path / "t", replace(CHECKPOINT_INFO, details={}))
+    restored = make(attempt=2).fetch_latest()
+    assert restored is not None
+    assert restored.checkpoint.details == TrainingControlState().details == {}
+    with pytest.raises(ValidationError):
+        BatchConfig.from_details(restored.checkpoint.details)
 
 
 def test_best_checkpoint_is_kept_once() -> None:

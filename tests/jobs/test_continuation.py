@@ -396,7 +396,7 @@ def test_safety_interval_costs_at_most_five_percent(save_s: float) -> None:
 
 def test_training_state_roundtrips(tmp_path: Path) -> None:
     state = TrainingControlState(
-        batch_size=3, gradient_accumulation_steps=2, step=7, train_s=0.1 + 0.2, loss_buffer=(1 / 3, 2.0**-40, 1e300)
+        details={"batch_size": 3, "gradient_accumulation_steps": 2}, step=7, train_s=0.1 + 0.2, loss_buffer=(1 / 3, 2.0**-40, 1e300)
     )
     state.write(tmp_path)
     assert TrainingControlState.read(tmp_path) == state
@@ -451,7 +451,7 @@ def make_control_driver(store: Path, tmp_path: Path) -> Callable[..., ControlDri
         clock = Clock()
         stop = TimeLimit(ProgressRecorder(), step=1000, clock=clock, ends_at_s=ends_at_s)
         context = make_context(make_spec(store), tmp_path, stop=stop)
-        state = TrainingControlState(batch_size=2, gradient_accumulation_steps=1)
+        state = TrainingControlState()
         return ControlDriver(
             TrainingControl(context, SavePolicy("epoch", 50), state, total_steps=100, clock=clock), clock, tmp_path / "checkpoint"
         )

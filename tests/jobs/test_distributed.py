@@ -247,7 +247,7 @@ def test_worker_failure_keeps_code_and_hint(store: Path, tmp_path: Path) -> None
         device_config=device_config,
         resume_checkpoint=None,
     )
-    resume_args = {"state": TrainingControlState(batch_size=1, gradient_accumulation_steps=2), "total_steps": 1, "checkpoint": None}
+    resume_args = {"state": TrainingControlState(details=BatchConfig(1, 2).details), "total_steps": 1, "checkpoint": None}
     with pytest.raises(JobFailed, match="row 5") as failed, worker_pool(training, raise_invalid_data, DeviceSlots(2), resume_args):
         pass
     assert (failed.value.failure.code, failed.value.failure.hint) == ("invalid_data", "leave it out")

@@ -40,13 +40,13 @@ def context(tmp_path: Path) -> Callable[..., JobContext]:
     return make
 
 
-def make_exported_artifact(folder: Path, kind: Any, files: dict[str, bytes]) -> ExportedArtifact:
+def make_exported_artifact(folder: Path, kind: str, files: dict[str, bytes], hub_folder: str = "") -> ExportedArtifact:
     """An artifact of these files: the folder, or for GGUF its first file."""
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     path = folder / next(iter(files)) if kind == "gguf" else folder
-    return ExportedArtifact(kind, kind, path, "key/")
+    return ExportedArtifact(kind, kind, path, "key/", hub_folder=hub_folder)
 
 
 def make_artifact(name: str = "adapter") -> Artifact:
@@ -93,16 +93,15 @@ def test_repository_without_owner_uses_token_owner(
     assert "ada/tuned" in hub.repos
 
 
-def test_merged_model_is_at_root_and_adapter_in_folder(tmp_path: Path) -> None:
+def test_artifact_files_are_in_the_folder_that_its_exporter_gives(tmp_path: Path) -> None:
     adapter, merged = (
-        make_exported_artifact(tmp_path / "a", "adapter", ADAPTER),
+        make_exported_artifact(tmp_path / "a", "adapter", ADAPTER, "adapter/"),
         make_exported_artifact(tmp_path / "m", "merged", {**MERGED, "README.md": b"written by a library"}),
     )
     gguf, onnx = (
         make_exported_artifact(tmp_path / "g", "gguf", {"m-q8_0.gguf": b"g"}),
-        make_exported_artifact(tmp_path / "o", "onnx", {"model.onnx": b"o"}),
+        make_exported_artifact(tmp_path / "o", "onnx", {"model.onnx": b"o"}, "onnx/"),
     )
-    assert set(repo_files([adapter])) == set(ADAPTER)
     assert set(repo_files([adapter, merged, gguf, onnx])) == {
         *MERGED,
         "adapter/adapter_config.json",

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from infra.loopback.http_faults import HttpFaultProxy
 from infra.loopback.hub import LoopbackHub
 from jobs.llm.model_card import License, model_card, read_license, usage_snippets
-from schema.job import ArtifactFile, ArtifactKind, EvalMetrics, Fidelity, Gate, GateCheck
+from schema.job import ArtifactFile, EvalMetrics, Gate, GateCheck
 from schema.provenance import (
     ArtifactRecord,
     BaseModelRecord,
@@ -23,6 +23,8 @@ from schema.provenance import (
     TimeRecord,
 )
 from schema.training import TRAINING_CONFIG
+from schema.training.llm_fidelity import Fidelity
+from schema.types import ArtifactKind
 from tests.jobs.hub_fixture import hub, hub_proxy
 
 __all__ = ["hub", "hub_proxy"]
@@ -34,7 +36,9 @@ def make_artifact_record(kind: ArtifactKind, name: str, *, fidelity: Fidelity | 
     """An artifact; a name with a suffix is a single file."""
     key = f"{kind}/job-1/attempt-1/" + (name if "." in name else "")
     files = (ArtifactFile(path="", size_bytes=9, sha256="0" * 64),)
-    return ArtifactRecord(name=name.partition(".")[0], kind=kind, key=key, size_bytes=550_000_000, files=files, fidelity=fidelity)
+    return ArtifactRecord(
+        name=name.partition(".")[0], kind=kind, key=key, size_bytes=550_000_000, files=files, fidelity=fidelity and fidelity.model_dump()
+    )
 
 
 def make_record(*artifacts: ArtifactRecord, config: dict[str, Any] | None = None, **changes: Any) -> RunRecord:

@@ -103,7 +103,7 @@ def test_oom_reduces_batch_size_and_keeps_losses(
     assert losses(run).keys() == losses(reference).keys()
     assert max(abs(loss - losses(reference)[step]) for step, loss in losses(run).items()) < 1e-5
     checkpoint = load_saved_checkpoints(run.spec)[-1]
-    assert (checkpoint.batch_size, checkpoint.batch_size * checkpoint.gradient_accumulation_steps) == (int(reduced[-1]), 16)
+    assert BatchConfig.from_details(checkpoint.details) == BatchConfig(int(reduced[-1]), 16 // int(reduced[-1]))
     assert model.train_tokens == 2 * sum(len(row) for row in tokenized_train_rows(run, model))
     assert len([event for event in run.recorders[0].evaluations if event.when == "before"]) == 1
 

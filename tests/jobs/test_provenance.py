@@ -13,8 +13,9 @@ from jobs.runtime.artifacts import ArtifactUploader, ExportedArtifact, artifact_
 from jobs.runtime.context import JobContext
 from jobs.runtime.provenance import base_record, build_run_record, installed_packages, machine_record, record_bytes, store_record
 from jobs.runtime.system_metrics import Energy
-from schema.job import Artifact, EvalMetrics, Fidelity, Gate, GateCheck
+from schema.job import Artifact, EvalMetrics, Gate, GateCheck
 from schema.provenance import CodeRecord, RunRecord
+from schema.training.llm_fidelity import Fidelity
 from tests.jobs.conftest import make_context, make_spec
 
 STARTED_AT = datetime(2026, 11, 21, 14, 0, tzinfo=UTC)
@@ -42,10 +43,12 @@ def publish_artifacts(context: JobContext, folder: Path) -> tuple[Artifact, ...]
     (adapter / "adapter_model.safetensors").write_bytes(b"weights")
     (folder / "m-q8_0.gguf").write_bytes(b"gguf")
     job, number = context.spec.job_id, context.attempt
-    fidelity = Fidelity(compared_tokens=9, argmax_agreement=1.0, mean_kl_to_merged=0.001, perplexity=3.5, sample_prompt="a row")
+    fidelity = Fidelity(
+        compared_tokens=9, argmax_agreement=1.0, mean_kl_to_merged=0.001, perplexity=3.5, sample_prompt="a row"
+    ).model_dump()
     products = [
-        ExportedArtifact("adapter", "adapter", adapter, artifact_key("adapter", job, number)),
-        ExportedArtifact("gguf-q8_0", "gguf", folder / "m-q8_0.gguf", artifact_key("gguf", job, number, "m-q8_0.gguf"), fidelity),
+        ExportedArtifact("adapter", "adapter", adapter, artifact_key("trained_adapters", job, number)),
+        ExportedArtifact("gguf-q8_0", "gguf", folder / "m-q8_0.gguf", artifact_key("gguf_models", job, number, "m-q8_0.gguf"), fidelity),
     ]
     return tuple(ArtifactUploader(context.stores.models, job, number).upload(product) for product in products)
 
@@ -83,7 +86,7 @@ def test_record_contains_inputs_and_results(base: Path, tmp_path: Path) -> None:
     assert record.gate.passed
     assert {artifact.name: artifact.files[0].sha256 for artifact in record.artifacts}["gguf-q8_0"] == sha256(b"gguf").hexdigest()
     assert record.artifacts[1].fidelity
-    assert record.artifacts[1].fidelity.perplexity == 3.5
+    assert record.artifacts[1].fidelity["perplexity"] == 3.5
     assert "a row" not in record_bytes(record).decode()  # the compared text is user data
     assert record.decisions == {"attention": "sdpa"}
 

@@ -13,7 +13,7 @@ import pytest
 
 from infra.settings_table import render_settings_page
 from schema.dataset import TextDatasetType
-from schema.training import TRAINER_TYPES
+from schema.training import TRAINER_TYPES, SftConfig
 from schema.training.llm_evaluation import EvalConfig
 from schema.training.llm_export import ExportConfig
 from schema.training.llm_graders import GRADER_TYPES
@@ -72,6 +72,48 @@ def test_modules_have_no_import_cycles() -> None:
     paths = [path for package in ("jobs", "service", "schema", "storage", "cli") for path in (SOURCE / package).rglob("*.py")]
     modules = {".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
     TopologicalSorter({module: imported_names(path) & modules.keys() - {module} for module, path in modules.items()}).prepare()
+
+
+FAMILY_NEUTRAL = ("jobs/run.py", "jobs/runtime", "schema", "service/core/jobs", "service/core/job_store_rules.py")
+FAMILY_FILES = ("schema/training/__init__.py", "schema/training/llm")  # the union, and the files of the family
+
+
+def family_neutral_files() -> list[Path]:
+    """The files that must read a family through its config class only."""
+    paths = [path for name in FAMILY_NEUTRAL for path in ((SOURCE / name).rglob("*.py") if (SOURCE / name).is_dir() else [SOURCE / name])]
+    return [path for path in paths if not path.relative_to(SOURCE).as_posix().startswith(FAMILY_FILES)]
+
+
+def find_family_names() -> set[str]:
+    """The public names that the files of a family define."""
+    trees = [ast.parse(path.read_text()) for path in (SOURCE / "schema/training").glob("llm*.py")]
+    return {node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def find_mentioned_names(path: Path) -> set[str]:
+    """Every name and attribute in a file's code."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    return {node.id for node in nodes if isinstance(node, ast.Name)} | {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+
+
+@pytest.mark.parametrize("path", family_neutral_files(), ids=lambda path: path.relative_to(SOURCE).as_posix())
+def test_shared_code_names_no_family(path: Path) -> None:
+    imported = imported_names(path)
+    assert [name for name in imported if re.search(r"(^|[._])llm", name)] == []
+    assert (find_mentioned_names(path) | {name.rpartition(".")[2] for name in imported}) & find_family_names() == set()
+    assert re.findall(r"\bllm\b", path.read_text()) == []
+
+
+@pytest.mark.parametrize("path", sorted((SOURCE / "jobs/runtime").rglob("*.py")), ids=lambda path: path.name)
+def test_runtime_imports_no_ml_library_even_in_functions(path: Path) -> None:
+    ml_packages = {"torch", "transformers", "trl", "peft", "datasets", "numpy", "llama_cpp", "sklearn", "ultralytics"}
+    assert {name.partition(".")[0] for name in imported_names(path)} & ml_packages == set()
+
+
+def test_llm_enters_declared_phases_only() -> None:
+    source = "".join(path.read_text() for path in [*(SOURCE / "jobs/llm").rglob("*.py"), SOURCE / "jobs/runtime/artifacts.py"])
+    entered = set(re.findall(r'enter_phase\("(\w+)"\)', source))
+    assert entered == set(SftConfig.phases)
 
 
 def test_service_requirements_contain_no_ml_library() -> None:
