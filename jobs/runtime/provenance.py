@@ -158,7 +158,9 @@ def base_record(model_id: str, folder: Path) -> tuple[BaseModelRecord, dict[str,
     digests = {path.name: _hub_cache_digest(path) for path in weights}
     unhashed_bytes = sum(path.stat().st_size for path in weights if digests[path.name] is None)
     notes: dict[str, str] = {}
-    if unhashed_bytes <= MAX_HASHED_BYTES:
+    if not weights:
+        notes["base.weights_sha256"] = "the base model's folder has no file of a known format of weights"
+    elif unhashed_bytes <= MAX_HASHED_BYTES:
         digests = {path.name: digests[path.name] or sha256_of(path) for path in weights}
     else:
         notes["base.weights_sha256"] = f"{unhashed_bytes / 1e9:.0f} GB of weights are too large to hash"
@@ -174,7 +176,7 @@ def base_record(model_id: str, folder: Path) -> tuple[BaseModelRecord, dict[str,
         model_id=model_id,
         revision=revision,
         config_sha256=sha256_of(config) if config.is_file() else None,
-        weights_sha256=known if len(known) == len(digests) else None,
+        weights_sha256=known if known and len(known) == len(digests) else None,
     ), notes
 
 

@@ -1,6 +1,7 @@
 """The provenance record holds inputs, code, machine and results of a training, and no secret."""
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -151,8 +152,35 @@ def test_hash_of_large_weights_is_skipped_with_reason(tmp_path: Path) -> None:
     assert "5 GB" in notes["base.weights_sha256"]
 
 
+def test_training_without_base_model_and_tokens_is_recorded(base: Path, tmp_path: Path) -> None:
+    context = make_context(make_spec(tmp_path / "objects"), tmp_path / "work")
+    trained: Any = replace(make_trained_model(tmp_path, base), base_folder=None, train_rows=None, train_tokens=None, step=None)
+    moments = {"started_at": STARTED_AT, "finished_at": STARTED_AT}
+    record = build_run_record(context, trained, (), code=CodeRecord(), energy=Energy(1.0), **moments)
+    assert record.base_model is record.train_rows is record.train_tokens is record.published_step is None
+    assert record.notes["base_model"] == "the training started without a base model"
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_base_weights_of_any_format_are_recorded(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / f"model{suffix}").write_bytes(b"weights")
+    (tmp_path / "copy.onnx").write_bytes(b"for another framework")
+    record, notes = base_record("detector", tmp_path)
+    assert record.weights_sha256 == {f"model{suffix}": sha256(b"weights").hexdigest()}
+    assert record.config_sha256 is None
+    assert notes["base.config_sha256"] == "the base model has no config.json"
+
+
+def test_base_without_known_weights_is_noted(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    record, notes = base_record("owner/base", tmp_path)
+    assert record.weights_sha256 is None
+    assert notes["base.weights_sha256"] == "the base model's folder has no file of a known format of weights"
+
+
 def test_machine_and_packages_are_recorded() -> None:
-    machine = machine_record()
+    machine = machine_record("12.8")
+    assert machine.cuda == "12.8"
     assert machine.cpu
     assert machine.cpu_count >= 1
     assert machine.python.startswith("3.")
