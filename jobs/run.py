@@ -57,7 +57,7 @@ def run_attempt(attempt: "Attempt") -> int:
     except Exception as error:  # noqa: BLE001  # the boundary: every error becomes a failure with a message and a hint
         sys.stderr.write(attempt.redact(traceback.format_exc()))
         attempt.reraise_if_stopping()
-        failure = failure_of(error)
+        failure = failure_of(error, attempt.out_of_memory_hint)
         failure = failure.model_copy(update={"message": attempt.redact(failure.message)})
         return attempt.finish("failed", failure=failure)
 

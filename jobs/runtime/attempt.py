@@ -26,7 +26,7 @@ from uuid import uuid4
 from jobs.runtime.checkpoints import Checkpoints
 from jobs.runtime.client import ServiceClient
 from jobs.runtime.context import AttemptState, JobContext, Secrets, Stores
-from jobs.runtime.errors import Stopped, StopReason
+from jobs.runtime.errors import DEFAULT_OUT_OF_MEMORY_HINT, Stopped, StopReason
 from jobs.runtime.family import TrainedModel
 from jobs.runtime.hub import check_push
 from jobs.runtime.promotion_gate import evaluate_gate
@@ -64,6 +64,7 @@ class Attempt:
     """The attempt that this process works on."""
 
     def __init__(self, settings: Settings) -> None:
+        self.out_of_memory_hint = DEFAULT_OUT_OF_MEMORY_HINT  # until the spec names the family
         self._settings = settings
         self._started_at = datetime.now(UTC)
         self._claimant = f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
@@ -98,6 +99,7 @@ class Attempt:
         key, store = spec_key(self._settings.job_id), open_store(self._settings.spec_store_url)
         spec = JobSpec.load(retry_store("the job's spec could not be read", lambda: store.read(key), code="internal"))
         config = spec.training_config
+        self.out_of_memory_hint = config.out_of_memory_hint
         context = self._create_context(spec)
         self._state = context.state
 

@@ -9,6 +9,7 @@ from schema.job import Failure, FailureCode
 # Why an attempt stops early: the job is canceled or paused, the compute is taken away, or the time limit is near.
 StopReason = Literal["cancel", "pause", "preempted", "time_slice"]
 
+DEFAULT_OUT_OF_MEMORY_HINT = "request hardware with more memory"  # a family that knows more says so in its training config
 MAX_MESSAGE_LENGTH = 300  # characters: one line of a table; the full traceback is in the log
 
 
@@ -36,7 +37,7 @@ class ClaimRefused(Exception):
     """The service does not know this attempt or does not accept its token."""
 
 
-def failure_of(error: Exception) -> Failure:
+def failure_of(error: Exception, out_of_memory_hint: str = DEFAULT_OUT_OF_MEMORY_HINT) -> Failure:
     """The failure to report for an exception. Errors of libraries are recognized by name, so that no heavy library is imported here.
 
     Messages hold no rows and no secrets: only our own texts, and the first line of an unknown error.
@@ -49,7 +50,7 @@ def failure_of(error: Exception) -> Failure:
         return Failure(
             code="out_of_memory",
             message="the attempt ran out of memory",
-            hint="lower batch_size or max_seq_length (raise gradient_accumulation_steps to keep the effective batch), or use method LoRA",
+            hint=out_of_memory_hint,
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Failure(code="internal", message="no space left on the attempt's disk", hint="free some space, or use save_strategy 'no'")

@@ -46,6 +46,9 @@ class LlmTrainingConfig(BaseTrainingConfig):
         ArtifactKindInfo("onnx", "onnx_models"),
         ArtifactKindInfo("lora_gguf", "gguf_models"),
     )
+    out_of_memory_hint: ClassVar[str] = (
+        "lower batch_size or max_seq_length (raise gradient_accumulation_steps to keep the effective batch), or use method LoRA"
+    )
     phases: ClassVar[tuple[Phase, ...]] = (
         "downloading",
         "tokenizing",

@@ -7,6 +7,7 @@ import pytest
 
 from jobs.runtime.errors import JobFailed, Stopped, failure_of
 from jobs.runtime.settings import read_settings, use_one_gpu
+from schema.training import SftConfig
 from storage import NoSuchObject, StoreUnavailable
 
 
@@ -20,9 +21,9 @@ def out_of_memory() -> Exception:
     ("error", "code", "hint"),
     [
         (JobFailed("invalid_data", "m", "h"), "invalid_data", "h"),
-        (out_of_memory, "out_of_memory", "batch_size"),
-        (MemoryError(), "out_of_memory", "max_seq_length"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), "out_of_memory", "batch_size"),
+        (out_of_memory, "out_of_memory", "more memory"),
+        (MemoryError(), "out_of_memory", "more memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), "out_of_memory", "more memory"),
         (OSError(errno.ENOSPC, "No space left on device"), "internal", "free some space"),
         (StoreUnavailable("no room left"), "internal", "object store"),
         (NoSuchObject("nothing is stored at x"), "internal", "upload"),
@@ -33,6 +34,10 @@ def test_an_exception_becomes_a_failure_with_a_hint(error: Any, code: str, hint:
     failure = failure_of(error if isinstance(error, Exception) else error())
     assert failure.code == code
     assert hint in failure.hint
+
+
+def test_family_says_what_helps_when_memory_runs_out() -> None:
+    assert "batch_size" in failure_of(MemoryError(), SftConfig.out_of_memory_hint).hint
 
 
 def test_an_unknown_error_shows_its_type_and_its_first_line_only() -> None:
