@@ -1,9 +1,11 @@
 """Interrupted and resumed trainings equal uninterrupted ones bit for bit, wherever and however they were interrupted."""
 
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,9 @@ import pytest
 from jobs.llm.trained_model import TrainedModel
 from jobs.runtime.context import TrainingListener
 from jobs.runtime.errors import Stopped, StopReason
-from jobs.runtime.save_policy import SavePolicy, TrainingControlState, compute_checkpoint_interval_s
+from jobs.runtime.save_policy import STATE_FILE, SavePolicy, TrainingControlState, compute_checkpoint_interval_s
 from jobs.runtime.training_control import TrainingControl
-from schema.checkpoint import checkpoint_key
+from schema.checkpoint import MANIFEST, checkpoint_key
 from schema.events import CheckpointRestored, EvaluationCompleted, MetricsLogged
 from schema.job import ExportSource, Progress
 from schema.spec import JobSpec
@@ -251,6 +253,32 @@ LORA = CASES["lora-packed-accumulated"]
 def training_run(store: Path, tmp_path: Path) -> TrainingRun:
     """The job of `lora`, not started yet."""
     return TrainingRun(LORA.spec(store), tmp_path)
+
+
+def rewrite_as_version_1(folder: Path) -> None:
+    """Give a stored checkpoint the form that 0.1 wrote: the batch at the top, a state without a version, and checksums to match."""
+    state = json.loads((folder / STATE_FILE).read_text())
+    del state["schema_version"]
+    content = json.dumps(state.pop("details") | state, indent=1).encode()
+    (folder / STATE_FILE).write_bytes(content)
+    manifest = json.loads((folder / MANIFEST).read_text()) | {"schema_version": 1}
+    del manifest["checksum"]
+    manifest |= manifest.pop("details")
+    for file in manifest["files"]:
+        if file["path"] == STATE_FILE:
+            file |= {"size_bytes": len(content), "sha256": sha256(content).hexdigest()}
+    checksum = sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"checksum": checksum}))
+
+
+def test_run_resumed_from_checkpoint_of_version_1_matches_uninterrupted_run(
+    lora: UninterruptedRun, training_run: TrainingRun, store: Path
+) -> None:
+    assert training_run.run_attempt(stop_after=3) == "pause"
+    rewrite_as_version_1(store / checkpoint_key(training_run.spec.checkpoints_prefix, 1, 3))
+    model = training_run.finish()
+    assert training_run.recorders[1].points[0].step == 6  # the steps before are not repeated
+    assert_runs_identical(training_run, model, lora.training_run, lora.model)
 
 
 @pytest.mark.parametrize("step", [3, 4, 8])  # within an epoch, at its end, and at the end of the training
