@@ -8,6 +8,7 @@ from rich.console import Console
 
 from cli.http_client import Json
 from cli.render.events import event_line
+from cli.render.formats import format_fidelity
 from cli.render.job import print_job
 from cli.render.tables import checkpoint_table
 
@@ -172,3 +173,7 @@ def test_artifact_shows_fidelity_and_hub_url() -> None:
     assert "advice: use q8_0 [or f16]" in text
     assert text.count("https://hub/ada/tuned/tree/a") == 1
     assert "mlflow: https://m" in text
+
+
+def test_fidelity_of_another_family_is_left_out() -> None:
+    assert format_fidelity({"fidelity": {"mean_average_precision": 0.5}}) == ""
