@@ -1,6 +1,6 @@
 """Detect the device of an attempt and choose what depends on it: precision, gradient checkpointing, data loader workers, torch.compile.
 
-Also estimates the memory and time of a training; `parallelism.py` uses the memory estimate to decide whether the model is sharded.
+The choices use the estimates of `schema.estimate.llm`; `parallelism.py` uses them to decide whether the model is sharded.
 """
 
 import json
@@ -10,22 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.llm.exporters.model_files import measure_weights_bytes
 from jobs.llm.probe import has_native_bf16
+from schema.estimate import llm
 from schema.training import TrainingConfig
 
 if TYPE_CHECKING:
     from jobs.runtime.context import JobContext
-
-# Activation memory in bytes per token, hidden unit and layer: measured for Gemma in bf16 without gradient checkpointing.
-# The logits at labeled positions are extra.
-ACTIVATION_BYTES = 40
-CHECKPOINTED_ACTIVATION_BYTES = 4  # the same with gradient checkpointing: only the layer's input is kept
-UNSHARDED_LAYERS = 3  # FSDP layers that are whole at once: the computing one, the prefetched one, and the previous one's gradients
-USABLE_MEMORY_FRACTION = 0.8  # of free memory; the rest is left to the allocator
-
-# torch.compile takes a minute or more, then saves a fraction of each step.
-COMPILE_S = 300.0
-COMPILE_SAVED_FRACTION = 0.15
-GPU_FLOP_PER_S = 40e12  # an L4 at a third of its peak; faster GPUs finish sooner, so compiling pays off less often
 
 
 @dataclass(frozen=True)
@@ -77,7 +66,7 @@ def _choose_gradient_checkpointing(config: TrainingConfig, context: "JobContext"
         return requested
     free_bytes = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
     required_bytes = estimate_training_bytes(config, base_folder)
-    fits = required_bytes < free_bytes * USABLE_MEMORY_FRACTION
+    fits = required_bytes < llm.usable_memory_bytes(free_bytes)
     reason = f"training without it needs about {required_bytes / 1e9:.1f} GB, and {free_bytes / 1e9:.1f} GB are free"
     context.log_decision("gradient_checkpointing", str(not fits).lower(), reason)
     return not fits
@@ -97,42 +86,27 @@ def _choose_dataloader_num_workers(config: TrainingConfig, context: "JobContext"
 def estimate_training_bytes(
     config: TrainingConfig, base_folder: Path, *, gradient_checkpointing: bool = False, num_shards: int = 1
 ) -> float:
-    """Rough peak memory of a training on one device: weights, gradients, optimizer state and activations.
+    """Rough peak memory of a training on one device, as `schema.estimate.llm` estimates it."""
+    model, training = read_base_shape(base_folder), get_training_shape(config)
+    return llm.estimate_training_bytes(model, training, gradient_checkpointing=gradient_checkpointing, num_shards=num_shards)
 
-    With `num_shards` above 1, weights, gradients and optimizer state are sharded; a few layers and the embeddings stay whole.
-    """
-    model_config = json.loads((base_folder / "config.json").read_text())
-    text_config = model_config.get("text_config", model_config)
+
+def read_base_shape(base_folder: Path) -> llm.ModelShape:
+    """The sizes of a base model that its memory and time depend on."""
+    return llm.read_model_shape(json.loads((base_folder / "config.json").read_text()), measure_weights_bytes(base_folder))
+
+
+def get_training_shape(config: TrainingConfig) -> llm.TrainingShape:
+    """The settings of a config that memory and time depend on."""
     hyperparameters = config.hyperparameters
-    parameters = measure_weights_bytes(base_folder) / 2  # bases are stored in bf16; an fp32 one is overestimated by a factor of 2
-    bytes_per_parameter = {"Full": 16.0, "LoRA": 2.0, "QLoRA": 0.6}[config.method]
-    if config.method == "Full" and config.trainer_type in ("dpo", "kto"):
-        bytes_per_parameter += 4  # the reference model
-    hidden_size = text_config.get("hidden_size", 4096)
-    layers = text_config.get("num_hidden_layers", 32)
-    vocab_size = text_config.get("vocab_size", 262_144)
-    sequences_per_row = 2 if config.trainer_type in ("dpo", "orpo", "reward") else 1
-    tokens = hyperparameters.batch_size * hyperparameters.max_seq_length * sequences_per_row
-    bytes_per_hidden_unit = _activation_bytes_per_token(layers, gradient_checkpointing=gradient_checkpointing)
-    activations = tokens * (hidden_size * bytes_per_hidden_unit + 6 * vocab_size)
-    if getattr(hyperparameters, "train_vision_tower", False):  # only SFT has the field; a frozen tower keeps no activations
-        vision_config = model_config.get("vision_config", {})
-        activations += hyperparameters.batch_size * _vision_activation_bytes(vision_config, gradient_checkpointing=gradient_checkpointing)
-    unsharded = 0.0 if num_shards == 1 else 8 * vocab_size * hidden_size + UNSHARDED_LAYERS * 4 * parameters / layers
-    return parameters * bytes_per_parameter / num_shards + unsharded + activations
-
-
-def _activation_bytes_per_token(layers: int, *, gradient_checkpointing: bool) -> float:
-    """Activation bytes of a token in all layers, per hidden unit."""
-    return layers * CHECKPOINTED_ACTIVATION_BYTES + ACTIVATION_BYTES if gradient_checkpointing else layers * ACTIVATION_BYTES
-
-
-def _vision_activation_bytes(vision_config: dict[str, Any], *, gradient_checkpointing: bool) -> float:
-    """Activation bytes of one image in the vision tower."""
-    patches = (vision_config.get("image_size", 896) // vision_config.get("patch_size", 14)) ** 2
-    layers = vision_config.get("num_hidden_layers", 27)
-    bytes_per_hidden_unit = _activation_bytes_per_token(layers, gradient_checkpointing=gradient_checkpointing)
-    return patches * vision_config.get("hidden_size", 1152) * bytes_per_hidden_unit
+    return llm.TrainingShape(
+        trainer_type=config.trainer_type,
+        method=config.method,
+        batch_size=hyperparameters.batch_size,
+        max_seq_length=hyperparameters.max_seq_length,
+        gradient_accumulation_steps=hyperparameters.gradient_accumulation_steps,
+        train_vision_tower=getattr(hyperparameters, "train_vision_tower", False),  # only SFT has the field
+    )
 
 
 def choose_torch_compile(config: TrainingConfig, context: "JobContext", device_config: DeviceConfig, base_folder: Path, steps: int) -> bool:
@@ -149,15 +123,8 @@ def choose_torch_compile(config: TrainingConfig, context: "JobContext", device_c
     if not device_config.on_gpu:
         context.log_decision("torch_compile", "false", "on a CPU the model is compiled only on request")
         return False
-    saved_s = estimate_training_s(config, base_folder, steps) * COMPILE_SAVED_FRACTION
-    reason = f"compiling would save about {saved_s:.0f} s in {steps} steps and take about {COMPILE_S:.0f} s"
-    context.log_decision("torch_compile", str(saved_s > COMPILE_S).lower(), reason)
-    return saved_s > COMPILE_S
-
-
-def estimate_training_s(config: TrainingConfig, base_folder: Path, steps: int) -> float:
-    """Rough duration of `steps` optimizer steps on a data-center GPU that reaches GPU_FLOP_PER_S."""
-    hyperparameters = config.hyperparameters
-    tokens = steps * hyperparameters.batch_size * hyperparameters.gradient_accumulation_steps * hyperparameters.max_seq_length
-    flop_per_token = (6 if config.method == "Full" else 4) * measure_weights_bytes(base_folder) / 2
-    return tokens * flop_per_token / GPU_FLOP_PER_S
+    training_s = llm.estimate_training_s(read_base_shape(base_folder), get_training_shape(config), steps)
+    saved_s = llm.estimate_compile_saving_s(training_s)
+    reason = f"compiling would save about {saved_s:.0f} s in {steps} steps and take about {llm.COMPILE_S:.0f} s"
+    context.log_decision("torch_compile", str(saved_s > llm.COMPILE_S).lower(), reason)
+    return saved_s > llm.COMPILE_S

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from jobs.llm.hardware import USABLE_MEMORY_FRACTION, estimate_training_bytes
+from jobs.llm.hardware import estimate_training_bytes
 from jobs.llm.training_context import TrainingContext
 from jobs.runtime.batch_config import BatchConfig
 from jobs.runtime.settings import read_max_processes, read_parallelism, visible_gpus
 from jobs.runtime.system_metrics import nvidia_gpus
+from schema.estimate.llm import usable_memory_bytes
 from schema.training import TrainingConfig
 
 UNSLOTH_SINGLE_GPU = "only provider huggingface trains on several GPUs"
@@ -152,5 +153,5 @@ def _estimate_memory(training: TrainingContext, world_size: int) -> MemoryEstima
     return MemoryEstimate(
         full_model_bytes=estimate(),
         shard_bytes=estimate(num_shards=world_size),
-        available_bytes=torch.cuda.mem_get_info()[0] * USABLE_MEMORY_FRACTION,
+        available_bytes=usable_memory_bytes(torch.cuda.mem_get_info()[0]),
     )

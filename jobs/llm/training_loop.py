@@ -32,6 +32,7 @@ from jobs.runtime.early_stopping import EarlyStoppingPolicy
 from jobs.runtime.errors import failure_of
 from jobs.runtime.save_policy import SavePolicy, TrainingControlState
 from jobs.runtime.training_control import TrainingControl
+from schema.estimate.disk import estimate_checkpoint_bytes
 from schema.job import EvalMetrics
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
 NUM_HELD_OUT_EXAMPLES = 16
 CALIBRATION_ROWS = 256  # of the importance matrix: more rows change it little
-ADAM_COPIES = 3  # of a trained weight in a checkpoint: itself and Adam's two moments
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,8 @@ def _train_rank_zero(
     with unsharded_evaluation(topology, trainer.model):
         evaluate_before_training(task, training, checkpoint, trainer, control)
     context.enter_phase("training")
-    control.checkpoint_bytes = ADAM_COPIES * sum(weight.nbytes for weight in trainer.model.parameters() if weight.requires_grad)
+    trained_weights_bytes = sum(weight.nbytes for weight in trainer.model.parameters() if weight.requires_grad)
+    control.checkpoint_bytes = estimate_checkpoint_bytes(trained_weights_bytes)
     with context.stop.defer_stop():
         if topology.broadcast_object(not control.is_done):
             topology.barrier()

@@ -19,10 +19,8 @@ from jobs.runtime.errors import JobFailed, Stopped, StopReason
 from jobs.runtime.save_policy import SavePolicy, TrainingControlState
 from jobs.runtime.training_timer import TrainingTimer
 from schema.checkpoint import CheckpointReason
+from schema.estimate.disk import estimate_save_s
 from schema.job import EvalMetrics
-
-# How fast a checkpoint is written and uploaded, assumed until the first one has been saved: a conservative guess.
-GUESSED_BYTES_PER_S = 50e6
 
 
 class EvaluationInterrupted(Exception):
@@ -209,7 +207,7 @@ class TrainingControl:
         timer, upload_s = self._timer, self._context.checkpoints.max_upload_s
         if self._saved_step is not None and upload_s:
             return timer.longest_step_s + timer.save_s + upload_s
-        return timer.longest_step_s + max(self.checkpoint_bytes / GUESSED_BYTES_PER_S, timer.save_s)
+        return timer.longest_step_s + max(estimate_save_s(self.checkpoint_bytes), timer.save_s)
 
     def _raise_if_stopping(self) -> None:
         if self.should_stop():

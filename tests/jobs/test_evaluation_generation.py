@@ -9,15 +9,13 @@ import pytest
 
 from jobs.llm.data.tokenize import tokenize_split
 from jobs.llm.evaluation.generation import (
-    MAX_BATCH_PROMPTS,
-    MAX_BATCH_TOKENS,
-    MIN_BATCH_PROMPTS,
     generate_batch,
     make_samples,
     max_generation_batch,
 )
 from jobs.llm.evaluation.prompts import make_eval_prompts
 from jobs.runtime.errors import JobFailed
+from schema.estimate.llm import MAX_BATCH_PROMPTS, MAX_BATCH_TOKENS, MIN_BATCH_PROMPTS
 
 PROMPTS = ["what does files do", "it", "open close read write path name value number string", "call", "what does copy do 17", "a list of"]
 NEW_TOKENS = 12

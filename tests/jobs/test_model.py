@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from jobs.llm.hardware import ACTIVATION_BYTES, DeviceConfig, estimate_training_bytes
+from jobs.llm.hardware import DeviceConfig, estimate_training_bytes
 from jobs.llm.model import load_base
 from jobs.runtime.errors import JobFailed
+from schema.estimate.llm import ACTIVATION_BYTES
 from schema.training import TRAINING_CONFIG
 from tests.jobs.conftest import BASE, FinishedTraining
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.llm.evaluation.state import evaluation_state
 from jobs.llm.oom import free_memory, is_out_of_memory
 from jobs.runtime.errors import JobFailed
+from schema.estimate.llm import limit_generation_batch
 from schema.job import Sample
 
 if TYPE_CHECKING:
@@ -13,9 +14,6 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 MAX_SAMPLE_CHARACTERS = 2000  # of a prompt, a reference or an answer in an event
-
-# Larger batches cost less per token, and need memory for the keys and values of every prompt.
-MIN_BATCH_PROMPTS, MAX_BATCH_PROMPTS, MAX_BATCH_TOKENS = 8, 32, 16_384
 
 Features = Mapping[str, "Tensor"]
 
@@ -65,7 +63,7 @@ def generate_batch(
 
 def max_generation_batch(train_batch_size: int, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
     """The number of prompts per batch, at least the training batch size."""
-    return max(train_batch_size, MIN_BATCH_PROMPTS, min(MAX_BATCH_PROMPTS, MAX_BATCH_TOKENS // (max(map(len, prompts)) + max_new_tokens)))
+    return limit_generation_batch(train_batch_size, max(map(len, prompts)), max_new_tokens)
 
 
 def make_samples(prompts: Sequence[str], references: Sequence[str | None], generations: Sequence[str], count: int) -> tuple[Sample, ...]:

@@ -35,6 +35,7 @@ from jobs.llm.exporters.tensor_merge import (
 from jobs.llm.llama_cpp.fidelity import Comparison, Passage, compare, has_agreement, list_targets
 from jobs.llm.model_kinds import ModelKind
 from jobs.runtime.errors import JobFailed
+from schema.estimate.llm import estimate_comparison_bytes, float32_weights_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -134,8 +135,8 @@ def choose_compute_dtype(base: Path, context: "JobContext") -> "tuple[torch.dtyp
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     free_bytes = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
-    float32_bytes = measure_weights_bytes(base) * (1 if read_precision(base) == "f32" else 2)
-    if float32_bytes * 1.5 < free_bytes:  # half as much again for the activations and the logits
+    float32_bytes = float32_weights_bytes(measure_weights_bytes(base), stored_in_float32=read_precision(base) == "f32")
+    if estimate_comparison_bytes(float32_bytes) < free_bytes:
         return torch.float32, device
     reason = f"{float32_bytes / 1e9:.1f} GB of float32 weights do not fit into {free_bytes / 1e9:.1f} GB of free memory"
     context.log_decision("fidelity_dtype", "bfloat16", reason)

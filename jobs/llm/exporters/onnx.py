@@ -24,11 +24,11 @@ from jobs.llm.llama_cpp.fidelity import Comparison
 from jobs.runtime.artifacts import ExportedArtifact
 from jobs.runtime.errors import JobFailed
 from jobs.runtime.subprocesses import SubprocessFailed, exchange_json, run_module
+from schema.estimate.llm import ONNX_MAX_PARAMETERS
 
 if TYPE_CHECKING:
     from jobs.llm.exporters.workspace import ExportWorkspace
 
-MAX_PARAMETERS = 1_500_000_000  # 6 GB of float32, and 30 GB during tracing
 OTHER_FORMATS_HINT = "use export format merged, or include_gguf"
 ONNX_MODULE = "jobs.llm.exporters.onnx_process"
 
@@ -36,8 +36,8 @@ ONNX_MODULE = "jobs.llm.exporters.onnx_process"
 def check_model_size(base_folder: Path) -> None:
     """Raise JobFailed for a base that is too large to trace. Called before training."""
     parameters = sum(prod(tensor.shape) for name in list_weight_files(base_folder) for tensor in read_header(base_folder / name))
-    if parameters > MAX_PARAMETERS:
-        limit = f"export format onnx supports models of up to {MAX_PARAMETERS / 1e9:g} billion parameters"
+    if parameters > ONNX_MAX_PARAMETERS:
+        limit = f"export format onnx supports models of up to {ONNX_MAX_PARAMETERS / 1e9:g} billion parameters"
         raise JobFailed("invalid_config", f"{limit}, and this one has {parameters / 1e9:.1f}", OTHER_FORMATS_HINT)
 
 
