@@ -19,11 +19,10 @@ help: ## List the targets
 # --- Environments ---------------------------------------------------------------------------------------------------------
 # The service (no ML library), the trainer (llm), the tools and tests (dev) and the checks of the infrastructure (infra).
 
-.PHONY: setup setup-service setup-llm setup-dev setup-infra
+.PHONY: setup setup-service setup-dev setup-infra
 setup: setup-service setup-llm ## Install the service's environment and the trainer's, with llama.cpp
 setup-service: $(VENVS)/service/.installed
 setup-dev: $(VENVS)/dev/.installed
-setup-llm: $(VENVS)/llm/.installed
 setup-infra: $(VENVS)/infra/.installed
 
 $(VENVS)/service/.installed $(VENVS)/dev/.installed: $(VENVS)/%/.installed: requirements/%.txt pyproject.toml
@@ -37,12 +36,19 @@ $(VENVS)/infra/.installed: requirements/infra.txt
 	$(VENVS)/infra/bin/$(PIP_INSTALL) -r requirements/infra.txt
 	@touch $@
 
-# torch first and alone: the versions of the other packages depend on it.
-$(VENVS)/llm/.installed: $(LLM_PINS)/requirements.txt $(LLM_PINS)/constraints.txt infra/llama_cpp.sh
-	$(PYTHON) -m venv $(VENVS)/llm
-	$(VENVS)/llm/bin/$(PIP_INSTALL) -c $(LLM_PINS)/constraints.txt torch
-	$(VENVS)/llm/bin/$(PIP_INSTALL) -c $(LLM_PINS)/constraints.txt -r $(LLM_PINS)/requirements.txt
-	infra/llama_cpp.sh $(VENVS)/llm/bin/python
+# An environment of attempts is a folder of jobs/environments. It is installed from its constraints and requirements, by its own install.sh
+# where it has one, and then writes the manifest of what it can run: `make setup-<name>`.
+ENVIRONMENTS := $(notdir $(patsubst %/,%,$(dir $(wildcard jobs/environments/*/requirements.txt))))
+
+.PHONY: $(ENVIRONMENTS:%=setup-%)
+$(ENVIRONMENTS:%=setup-%): setup-%: $(VENVS)/%/.installed
+
+.SECONDEXPANSION:
+$(ENVIRONMENTS:%=$(VENVS)/%/.installed): $(VENVS)/%/.installed: $$(wildcard jobs/environments/$$*/*.txt jobs/environments/$$*/install.sh) infra/llama_cpp.sh
+	$(PYTHON) -m venv $(VENVS)/$*
+	if [[ -f jobs/environments/$*/install.sh ]]; then bash jobs/environments/$*/install.sh $(VENVS)/$*/bin/python; \
+	  else $(VENVS)/$*/bin/$(PIP_INSTALL) -c jobs/environments/$*/constraints.txt -r jobs/environments/$*/requirements.txt; fi
+	PYTHONPATH=. $(VENVS)/$*/bin/python -m jobs.runtime.probe $* --output jobs/environments/$*/capabilities.json
 	@touch $@
 
 # What tests need in the trainer's environment. The fault campaign runs parts of itself there too.

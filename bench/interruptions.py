@@ -33,7 +33,7 @@ async def measure(context: BenchmarkContext) -> list[Measurement]:
 
 async def _measure_pause(home: Path) -> list[Measurement]:
     await asyncio.to_thread(install_real_base, home)
-    async with run_service(home, REAL_TRAINER) as server:
+    async with run_service(home, {}) as server:
         hyperparameters = {
             "epochs": REAL_EPOCHS,
             "batch_size": 2,
@@ -72,8 +72,8 @@ async def _measure_time_slices(home: Path) -> list[Measurement]:
     await asyncio.to_thread(install_tiny_base, home)
     config = {"base_model_id": BASE, "hyperparameters": {"max_steps": SLICED_STEPS, "logging_steps": 100}}
     runs: list[tuple[float, int]] = []
-    for limits in ({}, {"TUNESMITH_ATTEMPT_TIME_LIMIT_S": str(SLICE_S)}):
-        async with run_service(home, REAL_TRAINER, settings=limits) as server:
+    for limits in ({}, {"TUNESMITH_LOCAL_TIME_LIMIT_S": str(SLICE_S)}):
+        async with run_service(home, {}, settings=limits) as server:
             started_at = time.perf_counter()
             job = await wait_for_status(server, await submit_job(server, config), "completed")
             runs.append((time.perf_counter() - started_at, len(job["attempts"])))

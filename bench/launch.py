@@ -31,7 +31,7 @@ async def measure(context: BenchmarkContext) -> list[Measurement]:
         return [Measurement(NAME, "POST /train to first line", None, "s", at_most(0.3), MISSING_TRAINER_NOTE)]
     home = context.folder / "home"
     await asyncio.to_thread(install_tiny_base, home)
-    async with run_service(home, REAL_TRAINER) as server:
+    async with run_service(home, {}) as server:
         dataset_id = await upload_dataset(server)
         await request_json(server.url, Request("GET", "/capabilities"))  # the service probes the trainer's environment once
         await _launch_and_cancel(server, dataset_id, in_training=False)  # fills the page cache

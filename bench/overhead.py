@@ -28,7 +28,7 @@ async def measure(context: BenchmarkContext) -> list[Measurement]:
         return [Measurement(NAME, name, None, "%", at_most(2), MISSING_TRAINER_NOTE)]
     home = context.folder / "home"
     await asyncio.to_thread(install_tiny_base, home)
-    async with run_service(home, REAL_TRAINER) as server:
+    async with run_service(home, {}) as server:
         dataset_id = await upload_dataset(server)
         pairs = [await _measure_pair(server, dataset_id, context, number) for number in range(PAIRS)]
     added = [100 * (served / direct - 1) for served, direct in pairs]

@@ -85,14 +85,12 @@ async def run_server(
 
 @asynccontextmanager
 async def run_service(
-    home: Path, trainer_python: Path, slots: int = 1, settings: Mapping[str, str] = MappingProxyType({})
+    home: Path, trainer: Mapping[str, str], slots: int = 1, settings: Mapping[str, str] = MappingProxyType({})
 ) -> AsyncGenerator[Server]:
-    """Run `tunesmith serve` with this home, trainer, number of slots and these settings; other settings are the defaults."""
+    """Run `tunesmith serve` with this home, the settings of a trainer, number of slots and these settings; others are the defaults."""
     home.mkdir(parents=True, exist_ok=True)
     port = find_free_port()
-    variables = make_environment(
-        home, TUNESMITH_HOME=str(home), TUNESMITH_TRAINER_PYTHON=str(trainer_python), TUNESMITH_MAX_CONCURRENT_JOBS=str(slots), **settings
-    )
+    variables = make_environment(home, TUNESMITH_HOME=str(home), TUNESMITH_LOCAL_MAX_CONCURRENT_JOBS=str(slots), **trainer, **settings)
     async with run_server([TUNESMITH, "serve", "--port", str(port)], home, variables, port, HEALTH) as server:
         yield server
 

@@ -1,4 +1,4 @@
-"""Settings of the command line, with the same environment variables and defaults as service/settings.py."""
+"""Settings of the command line, with the same environment variables and defaults as the service."""
 
 import json
 import os
@@ -16,15 +16,20 @@ class Settings:
     """Settings of the command line, each an environment variable `TUNESMITH_<NAME>`."""
 
     home: Path = Path("~/.tunesmith")
-    trainer_python: Path = SOURCE_ROOT / ".venvs/llm/bin/python"
+    venvs: Path = SOURCE_ROOT / ".venvs"
 
     @classmethod
     def from_environment(cls, variables: Mapping[str, str] = os.environ) -> Self:
         """Read the settings from environment variables; a missing variable means the default."""
         return cls(
             home=Path(variables.get("TUNESMITH_HOME", cls.home)),
-            trainer_python=Path(variables.get("TUNESMITH_TRAINER_PYTHON", cls.trainer_python)),
+            venvs=Path(variables.get("TUNESMITH_LOCAL_VENVS", cls.venvs)),
         )
+
+    @property
+    def trainer_python(self) -> Path:
+        """The Python of the environment that `chat` uses."""
+        return self.venvs / "llm/bin/python"
 
     @property
     def home_folder(self) -> Path:

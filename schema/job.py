@@ -1,13 +1,16 @@
 """A job with its attempts and results, as job stores keep it."""
 
+from collections.abc import Mapping
 from datetime import datetime
 from enum import StrEnum
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, JsonValue
 
 from schema.base import ForwardCompatible, Id, Label
-from schema.migrations import VersionedRecord
+from schema.job_migrations import place_job
+from schema.migrations import Migration, VersionedRecord
+from schema.placement import Placement
 from schema.training import TrainingConfig
 from schema.types import ArtifactKind
 
@@ -148,14 +151,24 @@ class Artifact(ForwardCompatible):
 AttemptOutcome = Literal["completed", "failed", "cancelled", "paused", "yielded", "preempted", "lost", "launch_failed"]
 
 
+class Refusal(ForwardCompatible):
+    """A placement that could not take an attempt."""
+
+    placement: Placement
+    reason: str  # one line, with what would help
+    permanent: bool  # a later try would be refused as well
+    at: datetime
+
+
 class Attempt(ForwardCompatible):
     """One launch of a job on some compute."""
 
     number: int  # from 1
-    launcher: str
+    placement: Placement  # where it runs; only this launcher knows its handle
     created_at: datetime
-    launch_started_at: datetime | None = None  # when the latest launch began; the process that wrote this value sends it
-    pending_reason: str | None = None  # why it has not been launched yet
+    launch_started_at: datetime | None = None  # when the latest launch began, by the process that wrote this value; None: not yet
+    pending_reason: str | None = None  # why it does not run yet
+    refusals: tuple[Refusal, ...] = ()  # the latest of each placement that was tried before
     handle: str | None = None  # the launcher's name for it; None until the launch is answered
     launched_at: datetime | None = None
     claimed_by: str | None = None  # the process that owns the attempt
@@ -188,6 +201,9 @@ class ExportSource(ForwardCompatible):
 class Job(VersionedRecord):
     """One request to train one model, and everything known about it. Holds no secret."""
 
+    migrations: ClassVar[Mapping[int, Migration]] = {1: place_job}
+
+    schema_version: int = 2
     job_id: Id
     tenant_id: Id
     project_id: Id | None = None
@@ -195,7 +211,7 @@ class Job(VersionedRecord):
     processed_dataset_id: Id
     training_config: TrainingConfig  # without secrets
     secret_names: tuple[str, ...] = ()  # the secrets that the secret store holds for the job
-    hardware: str | None = None  # a hardware profile of the launcher
+    placements: tuple[Placement, ...]  # where its attempts may run, in order of preference
     export_of: ExportSource | None = None  # if set, nothing is trained and this checkpoint is exported
     cloned_from: Id | None = None  # the job whose request this one repeats, possibly with changes
     status: Status
@@ -225,3 +241,10 @@ class Job(VersionedRecord):
     def attempt(self) -> Attempt | None:
         """The current attempt: the last one."""
         return self.attempts[-1] if self.attempts else None
+
+    @property
+    def launchers(self) -> tuple[str, ...]:
+        """The launchers that have the next step: of a queued job those that may take it, of an active one the one that runs it."""
+        if self.status is Status.QUEUED:
+            return tuple(dict.fromkeys(placement.launcher for placement in self.placements))
+        return (self.attempt.placement.launcher,) if self.attempt and self.status.is_active else ()

@@ -6,6 +6,7 @@ from typing import Annotated, Self
 from pydantic import ConfigDict, Field, JsonValue, SecretStr, StringConstraints, model_validator
 
 from schema.base import Id, Label, Strict, field_error
+from schema.placement import Hardware
 from schema.training import DEFAULT_EXPORT_CONFIG, TRAINER_TYPES, AnyExportConfig, TrainingConfig
 from schema.training.base import LENGTH_UNITS, TrainingSummary
 
@@ -67,9 +68,10 @@ class TrainRequest(Strict):
     )
     job_name: Label = "unnamed job"
     project_id: Id | None = Field(None, description="Groups jobs, and their checkpoints, under a project.")
-    hardware: Id | None = Field(
+    hardware: Hardware | None = Field(
         None,
-        description="A hardware profile of this deployment, such as `l4`; `GET /capabilities` lists them. Default: the first.",
+        description="A hardware profile of this deployment, such as `l4`, or `cloud-run/l4` where several launchers have one of that name; "
+        "or a list of them: the first that has room takes the job. `GET /capabilities` lists them. Default: the deployment's first.",
     )
     training_config: TrainingConfig
 
@@ -91,7 +93,7 @@ IMMUTABLE_FIELDS = (
 class ContinuationOptions(Strict):
     """What may change between two attempts of a job: the hardware and the length. What determined the finished steps may not."""
 
-    hardware: Id | None = Field(None, description="Continue on another hardware profile of this deployment.")
+    hardware: Hardware | None = Field(None, description="Continue on other hardware, also of another launcher; a profile or a list.")
     epochs: int | None = Field(
         None, ge=1, le=1000, description="More passes over the rows than before. The learning rate schedule then covers the new total."
     )
@@ -131,7 +133,7 @@ class ExportRequest(Strict):
         None, ge=1, description="The attempt that wrote the checkpoint, if several have one of that step. Default: the newest."
     )
     job_name: Label | None = None
-    hardware: Id | None = None
+    hardware: Hardware | None = None
     hf_token: SecretStr | None = None
 
 
@@ -148,7 +150,7 @@ class CloneRequest(Strict):
 
     job_name: Label | None = None
     processed_dataset_id: Id | None = None
-    hardware: Id | None = None
+    hardware: Hardware | None = None
     hf_token: SecretStr | None = Field(None, description="Needed again if the job had one; null creates the clone without it.")
     secrets: dict[SecretName, SecretStr | None] = Field(
         {},

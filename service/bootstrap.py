@@ -2,39 +2,28 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pkgutil import resolve_name
 from secrets import token_bytes, token_hex
 from typing import Any
 
 from service.adapters.hub import HuggingFaceHub
 from service.adapters.jobstores import JOB_STORES
-from service.adapters.launchers import LAUNCHERS
+from service.adapters.launchers import LauncherDeployment, create_launchers
 from service.adapters.links import create_url_signer
 from service.adapters.secrets import SECRET_STORES
 from service.adapters.secrets.local import load_or_create_key
 from service.core.datasets.records import Datasets
 from service.core.datasets.rows import RowLimits
 from service.core.jobs.assembly import JobServices, build_job_services
-from service.core.jobs.limits import Limits
 from service.core.jobs.reconciler import Reconciler
-from service.core.ports import Buckets, Hub, JobStore, Launcher, SecretStore
+from service.core.launchers import LauncherPool
+from service.core.ports import Buckets, Hub, JobStore, SecretStore
+from service.core.principals import UPKEEP_PRINCIPAL
 from service.core.tokens import TokenSigner
 from service.core.validation.hub import NoHub
-from service.settings import SOURCE_ROOT, Settings, attempt_environment, inherited_environment
+from service.settings import Settings, attempt_variables, check_renamed_variables, inherited_variables
 from storage.registry import STORES, open_store
-
-# In the cloud every call crosses a network, an execution is listed seconds after it was started, and each check is billed.
-CLOUD_LIMITS = Limits(
-    heartbeat_timeout=timedelta(seconds=120),
-    cancel_grace=timedelta(seconds=20),
-    kill_grace=timedelta(seconds=40),
-    launch_lookup_delay=timedelta(seconds=60),
-    start_timeout=timedelta(minutes=60),  # an execution may wait for a GPU
-    lease=timedelta(minutes=10),
-    lease_grace=timedelta(minutes=5),
-)
-CLOUD_RUN_TIME_LIMIT_S = 3600  # Cloud Run's limit for a task with a GPU
 
 
 @dataclass(frozen=True)
@@ -44,7 +33,7 @@ class Services:
     settings: Settings
     store: JobStore
     buckets: Buckets
-    launcher: Launcher
+    launchers: LauncherPool
     secrets: SecretStore
     hub: Hub
     tokens: TokenSigner
@@ -63,13 +52,18 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
     clock = clock or utc_now
     store = _open_job_store(settings)
     buckets = Buckets(**{name: open_store(url) for name, url in settings.object_urls.items()})
-    launcher = _create_launcher(settings)
+    launchers = LauncherPool(create_launchers(settings.launchers, _describe_deployment(settings)))
     secrets = _open_secret_store(settings)
     hub = NoHub() if settings.hf_hub_offline else HuggingFaceHub(settings.hf_endpoint)
     tokens = TokenSigner(_signing_key(settings), clock)
-    interval_s = settings.reconcile_interval_s
-    # `jobs` is built below, because it needs the reconciler's `wake`.
-    reconciler = Reconciler(lambda: jobs.reconciliation.reconcile(), interval_s) if interval_s else None
+    interval_s, names = settings.reconcile_interval_s, [launcher.name for launcher in launchers]
+
+    def reconcile_launcher(name: str) -> int:
+        return jobs.reconciliation.reconcile_launcher(
+            UPKEEP_PRINCIPAL, name
+        )  # `jobs` is built below, because it needs the reconciler's `wake`
+
+    reconciler = Reconciler(reconcile_launcher, names, interval_s) if interval_s else None
 
     def reconcile_inside_request(job_id: str) -> None:
         jobs.reconciliation.reconcile_job(job_id)
@@ -78,16 +72,15 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
         store=store,
         secrets=secrets,
         buckets=buckets,
-        launcher=launcher,
+        launchers=launchers,
         url_signer=create_url_signer(buckets.models, tokens, iam_emulator_host=settings.iam_credentials_emulator_host),
         tokens=tokens,
         clock=clock,
         random_suffix=lambda: token_hex(6),
         wake=reconciler.wake if reconciler else reconcile_inside_request,
-        limits=Limits() if settings.launcher == "local" else CLOUD_LIMITS,
         hub=hub,
         trackers=settings.trackers,
-        attempt_environment=attempt_environment(settings),
+        attempt_variables=attempt_variables(settings),
     )
     datasets = Datasets(
         store=store,
@@ -102,7 +95,7 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
         scratch=home / "uploads",
         max_incoming_bytes=settings.max_incoming_bytes,
     )
-    return Services(settings, store, buckets, launcher, secrets, hub, tokens, jobs, datasets, reconciler)
+    return Services(settings, store, buckets, launchers, secrets, hub, tokens, jobs, datasets, reconciler)
 
 
 def utc_now() -> datetime:
@@ -111,14 +104,26 @@ def utc_now() -> datetime:
 
 
 def check_adapters(settings: Settings) -> None:
-    """Raise ValueError for a name that no registry has, before anything is started."""
+    """Raise ValueError for a name that no registry has, and for a launcher's invalid settings, before anything is started."""
+    check_renamed_variables()
     for registry, kind, name in (
         (JOB_STORES, "job store", settings.job_store),
-        (LAUNCHERS, "launcher", settings.launcher),
         (SECRET_STORES, "secret store", settings.secret_store),
         *((STORES, "object store", url.partition(":")[0]) for url in settings.object_urls.values()),
     ):
         _check_known(registry, kind, name)
+    LauncherPool(create_launchers(settings.launchers, _describe_deployment(settings)))
+
+
+def _describe_deployment(settings: Settings) -> LauncherDeployment:
+    """What launchers learn of the deployment."""
+    return LauncherDeployment(
+        home=settings.home_folder,
+        service_url=settings.url,
+        public_url=settings.public_url,
+        service_audience=settings.identity_audience,
+        variables=inherited_variables(settings),
+    )
 
 
 # Any: a registry line is text; the contract suites hold the class behind it to its port.
@@ -155,27 +160,3 @@ def _signing_key(settings: Settings) -> bytes:
     if settings.signing_key is not None:
         return settings.signing_key.get_secret_value().encode()
     return load_or_create_key(settings.home_folder / "signing-key", lambda: token_bytes(32))
-
-
-def _create_launcher(settings: Settings) -> Launcher:
-    create = load_adapter(LAUNCHERS, "launcher", settings.launcher)
-    if settings.launcher == "cloud-run":
-        return create(
-            project_id=settings.project_id,
-            region=settings.region,
-            profiles=settings.hardware_profiles,
-            service_url=settings.url,
-            service_audience=settings.identity_audience,
-            max_concurrent_jobs=settings.max_concurrent_jobs,
-            time_limit_s=settings.attempt_time_limit_s or CLOUD_RUN_TIME_LIMIT_S,
-            emulator_host=settings.cloud_run_emulator_host,
-        )
-    return create(
-        home=settings.home_folder,
-        python=settings.trainer_python,
-        source=SOURCE_ROOT,
-        service_url=settings.url,
-        max_concurrent_jobs=settings.max_concurrent_jobs,
-        environment=inherited_environment(settings),
-        time_limit_s=settings.attempt_time_limit_s,
-    )

@@ -11,19 +11,22 @@ from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 
 from schema.version import VERSION
-from service.api import datasets, errors, files, health, internal, jobs, openapi, root, train
+from service.api import capabilities, datasets, errors, files, health, internal, jobs, openapi, root, train
 from service.api.attempt_identity import AttemptIdentityMiddleware
-from service.api.body_limits import BodyLimitMiddleware
-from service.api.deadlines import RequestDeadlineMiddleware
 from service.api.health import make_health_checks
 from service.api.stream import Feeds, run_in_thread
 from service.bootstrap import Services, build_services, check_adapters
 from service.core.errors import Unavailable
+from service.core.principals import UPKEEP_PRINCIPAL
 from service.logs import configure_logging
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
+ROUTERS = (
+    *(part.router for part in (root, train, capabilities, jobs, datasets, files, health, internal)),
+    internal.maintenance_router,
+)
 DESCRIPTION = "One HTTP request becomes a fine-tuned model."
 
 
@@ -48,15 +51,12 @@ def create_app(settings: Settings | None = None, clock: Callable[[], datetime] |
     )
     app.state.settings = settings
     app.state.clock = clock
-    app.add_middleware(RequestDeadlineMiddleware)
-    app.add_middleware(BodyLimitMiddleware, max_upload_bytes=settings.max_upload_bytes)
     if settings.attempt_identity:
         app.add_middleware(AttemptIdentityMiddleware, email=settings.attempt_identity)
     errors.install(app)
-    for part in (root, train, jobs, datasets, files, health, internal):
-        app.include_router(part.router)
-    app.include_router(internal.maintenance_router)
-    openapi.document_errors(app)
+    for router in ROUTERS:
+        app.include_router(router)
+    openapi.document_errors(app, ROUTERS)
     return app
 
 
@@ -73,7 +73,7 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     app.state.health_checks = make_health_checks(services)
     if services.reconciler is not None:
         services.reconciler.start()
-    loading = asyncio.create_task(_load_capabilities(services))  # takes seconds; the first request need not wait for it
+    loading = asyncio.create_task(_prepare(services))  # takes seconds; the first request need not wait for it
     log.info("service is ready", extra={"url": services.settings.url, "home": str(services.settings.home_folder)})
     try:
         yield
@@ -82,14 +82,18 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
         if services.reconciler is not None:
             await run_in_thread(services.reconciler.stop)
         app.state.health_checks.close()
-        await run_in_thread(services.launcher.close)
+        for launcher in services.launchers:
+            await run_in_thread(launcher.close)
         services.hub.close()
         services.secrets.close()
         services.store.close()
 
 
-async def _load_capabilities(services: Services) -> None:
-    with suppress(Unavailable):  # the launcher logged it, and each request that needs the capabilities tries again
-        await run_in_thread(services.launcher.get_capabilities)
+async def _prepare(services: Services) -> None:
+    for launcher in services.launchers:
+        with suppress(Unavailable):  # the launcher logged it, and each request that needs the capabilities tries again
+            await run_in_thread(launcher.list_environments)
+    with suppress(Unavailable):
+        await run_in_thread(services.jobs.reconciliation.reconcile_removed_launchers, UPKEEP_PRINCIPAL)
         if services.reconciler is not None:  # no other process writes: a secret without a job is left over
-            await run_in_thread(lambda: services.jobs.deletion.delete_stale_secrets(orphans=True))
+            await run_in_thread(lambda: services.jobs.deletion.delete_stale_secrets(UPKEEP_PRINCIPAL, orphans=True))

@@ -1,16 +1,16 @@
-"""Every setting of the service. Only this module reads the environment."""
+"""The settings of the service. Each launcher has settings of its own, beside its adapter; no other code reads the environment."""
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import AliasChoices, Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.core.jobs.trackers import DeploymentTrackers
+from service.setting_types import CommaList
 
 DEFAULT_HF_ENDPOINT = "https://huggingface.co"
-SOURCE_ROOT = Path(__file__).resolve().parent.parent
 
 
 class Settings(BaseSettings):
@@ -27,7 +27,12 @@ class Settings(BaseSettings):
     job_store: str = Field(
         "sqlite", description="Where job records are stored: `sqlite`, `firestore`, or `memory` (lost when the service stops)."
     )
-    launcher: str = Field("local", description="Launcher that runs attempts: `local` or `cloud-run`.")
+    launchers: CommaList = Field(
+        ("local",),
+        min_length=1,
+        description="Launchers that run attempts, by comma: `local`, `cloud-run`. Jobs that ask for no hardware use the first one's first "
+        "profile. Each launcher has settings of its own, below.",
+    )
     secret_store: str = Field("local", description="Where secrets are stored: `local` or `secret-manager`.")
     objects_url: str | None = Field(
         None, description="URL of the object store: `file:///…`, `gs://bucket`, `s3://bucket`. Default: a folder in home."
@@ -43,25 +48,9 @@ class Settings(BaseSettings):
     project_id: str | None = Field(
         None,
         validation_alias=AliasChoices("TUNESMITH_PROJECT_ID", "PROJECT_ID", "GOOGLE_CLOUD_PROJECT"),
-        description="The Google Cloud project of Firestore, Cloud Run and Secret Manager.",
-    )
-    region: str | None = Field(
-        None,
-        validation_alias=AliasChoices("TUNESMITH_REGION", "REGION"),
-        description="The region of the Cloud Run jobs, such as `europe-west4`.",
+        description="The Google Cloud project of Firestore and Secret Manager, and of Cloud Run.",
     )
     firestore_database: str = Field("(default)", description="The Firestore database.")
-    hardware_profiles: Annotated[tuple[str, ...], NoDecode] = Field(
-        ("l4",),
-        description="Hardware profiles that jobs may request, by comma; the first is the default. Each has its own Cloud Run job.",
-    )
-    attempt_time_limit_s: int | None = Field(
-        None,
-        ge=10,
-        le=604_800,
-        description="Time limit of an attempt in seconds. An attempt saves a checkpoint before it, and the next attempt continues. "
-        "Default: an hour on Cloud Run, the longest that a GPU task may take there, and no limit elsewhere.",
-    )
     identity_audience: str | None = Field(
         None, description="Audience of an attempt's identity token, where IAM protects the service: the service's https URL."
     )
@@ -71,10 +60,6 @@ class Settings(BaseSettings):
     signing_key: SecretStr | None = Field(
         None, min_length=32, description="Key that signs attempt tokens and links; the same in every instance. Default: a key file in home."
     )
-    max_concurrent_jobs: int = Field(
-        1, ge=1, le=1000, description="Maximum number of attempts that run at the same time; other jobs wait in the queue."
-    )
-    trainer_python: Path = Field(SOURCE_ROOT / ".venvs/llm/bin/python", description="Python of the trainer's environment.")
     max_upload_bytes: int = Field(2 << 30, ge=1, description="Largest dataset file in an upload, in bytes.")
     max_incoming_bytes: int = Field(
         2 << 30, ge=1, description="Largest dataset file that is read from `incoming/` of the dataset store, in bytes."
@@ -107,9 +92,6 @@ class Settings(BaseSettings):
     )
     log_format: Literal["text", "json"] = Field("text", description="`json` for a log collector.")
 
-    cloud_run_emulator_host: str | None = Field(
-        None, validation_alias="CLOUD_RUN_EMULATOR_HOST", description="host:port of a Cloud Run emulator, for `make cloud-local`."
-    )
     secret_manager_emulator_host: str | None = Field(
         None, validation_alias="SECRET_MANAGER_EMULATOR_HOST", description="host:port of a Secret Manager emulator."
     )
@@ -119,20 +101,11 @@ class Settings(BaseSettings):
         description="host:port of an emulator of IAM Credentials, which signs links.",
     )
 
-    @field_validator("hardware_profiles", mode="before")
-    @classmethod
-    def _split_commas(cls, value: object) -> object:
-        return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
-
     @model_validator(mode="after")
     def _check_cloud_settings(self) -> Self:
-        needs = {"firestore": ("project_id",), "secret-manager": ("project_id",), "cloud-run": ("project_id", "region", "public_url")}
-        for adapter in (self.job_store, self.secret_store, self.launcher):
-            for name in needs.get(adapter, ()):
-                if not getattr(self, name):
-                    raise ValueError(f"{adapter} needs {_variable_name(name)}")
-        if self.launcher == "cloud-run" and not self.hardware_profiles:
-            raise ValueError("cloud-run needs TUNESMITH_HARDWARE_PROFILES, such as l4,cpu")
+        for adapter in (self.job_store, self.secret_store):
+            if adapter in ("firestore", "secret-manager") and not self.project_id:
+                raise ValueError(f"{adapter} needs PROJECT_ID")
         return self
 
     @property
@@ -154,9 +127,21 @@ class Settings(BaseSettings):
         return self.public_url or f"http://{host}:{self.port}"
 
 
-def _variable_name(name: str) -> str:
-    """The environment variable of a setting."""
-    return {"project_id": "PROJECT_ID", "region": "REGION"}.get(name, f"TUNESMITH_{name.upper()}")
+# Settings that an earlier version had, with their names since. Ignored without a word, they would change what a deployment does.
+RENAMED_VARIABLES = {
+    "TUNESMITH_LAUNCHER": "TUNESMITH_LAUNCHERS",
+    "TUNESMITH_TRAINER_PYTHON": "TUNESMITH_LOCAL_VENVS",
+    "TUNESMITH_HARDWARE_PROFILES": "TUNESMITH_CLOUD_RUN_PROFILES",
+    "TUNESMITH_MAX_CONCURRENT_JOBS": "TUNESMITH_LOCAL_MAX_CONCURRENT_JOBS or TUNESMITH_CLOUD_RUN_MAX_CONCURRENT_JOBS",
+    "TUNESMITH_ATTEMPT_TIME_LIMIT_S": "TUNESMITH_LOCAL_TIME_LIMIT_S or TUNESMITH_CLOUD_RUN_TIME_LIMIT_S",
+}
+
+
+def check_renamed_variables() -> None:
+    """Raise ValueError for a setting of an earlier version in the environment."""
+    for old, new in RENAMED_VARIABLES.items():
+        if old in os.environ:
+            raise ValueError(f"{old} is now called {new}")
 
 
 # Variables that an attempt on this machine inherits. It gets no others, and above all no credentials of the service.
@@ -177,13 +162,13 @@ INHERITED_S3_VARIABLES = (
 )
 
 
-def inherited_environment(settings: Settings) -> dict[str, str]:
+def inherited_variables(settings: Settings) -> dict[str, str]:
     """The service's variables that an attempt may see."""
     uses_s3 = any(url.startswith("s3://") for url in settings.object_urls.values())
     names = (*INHERITED_VARIABLES, *INHERITED_S3_VARIABLES) if uses_s3 else INHERITED_VARIABLES
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
-def attempt_environment(settings: Settings) -> dict[str, str]:
+def attempt_variables(settings: Settings) -> dict[str, str]:
     """Variables of every attempt, on any launcher: the URL of the Hub, if it is not the public one."""
     return {} if settings.hf_endpoint == DEFAULT_HF_ENDPOINT else {"HF_ENDPOINT": settings.hf_endpoint}

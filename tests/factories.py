@@ -3,13 +3,16 @@
 from datetime import UTC, datetime
 from typing import Any
 
+from schema.capabilities import EnvironmentManifest, FamilyCapabilities
 from schema.dataset import Dataset, Split
 from schema.job import Attempt, Job, Status
+from schema.placement import Placement
 from schema.requests import TRAIN_REQUEST_EXAMPLE, TrainRequest
 from schema.training import TRAINER_TYPES, TRAINING_CONFIG, SftConfig, TrainingConfig
-from service.core.ports import RuntimeCapabilities
+from service.core.ports import Profile
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
+FAKE_PLACEMENT = Placement(launcher="fake", profile="fake", environment="llm")
 
 
 def make_config(**changes: Any) -> SftConfig:
@@ -29,6 +32,7 @@ def make_job(job_id: str = "job-1", **changes: Any) -> Job:
         job_name="a job",
         processed_dataset_id="dataset_1",
         training_config=make_config(),
+        placements=(FAKE_PLACEMENT,),
         status=Status.QUEUED,
         created_at=START,
         updated_at=START,
@@ -38,7 +42,7 @@ def make_job(job_id: str = "job-1", **changes: Any) -> Job:
 
 
 def make_attempt(number: int = 1, **changes: Any) -> Attempt:
-    return Attempt(number=number, launcher="fake", created_at=START).model_copy(update=changes)
+    return Attempt(number=number, placement=FAKE_PLACEMENT, created_at=START).model_copy(update=changes)
 
 
 def make_dataset(dataset_id: str = "dataset_1", **changes: Any) -> Dataset:
@@ -64,15 +68,16 @@ def make_train_request(**changes: Any) -> TrainRequest:
     return TrainRequest.model_validate(body | changes)
 
 
-def make_capabilities(**changes: Any) -> RuntimeCapabilities:
-    capabilities: dict[str, Any] = {
-        "device": "cpu",
-        "device_name": "a processor",
-        "methods": ("LoRA", "Full"),
-        "providers": ("huggingface",),
-        "modalities": ("text", "vision"),
-        "trainer_types": tuple(TRAINER_TYPES),
-        "flash_attention_2": False,
-        "gguf": True,
-    }
-    return RuntimeCapabilities(**capabilities | changes)
+def make_capabilities(**changes: Any) -> FamilyCapabilities:
+    """Language models with llama.cpp, and nothing else that is optional."""
+    options = {"provider": ("huggingface",), "method": ("LoRA", "Full"), "modality": ("text", "vision")}
+    capabilities: dict[str, Any] = {"trainer_types": tuple(TRAINER_TYPES), "options": options, "features": {"gguf": True}}
+    return FamilyCapabilities(**capabilities | changes)
+
+
+def make_manifest(capabilities: FamilyCapabilities | None = None, environment: str = "llm") -> EnvironmentManifest:
+    return EnvironmentManifest(environment=environment, python="3.11.0", families={"llm": capabilities or make_capabilities()})
+
+
+def make_profile(name: str = "fake", **changes: Any) -> Profile:
+    return Profile(**{"name": name, "device": "cpu", "device_name": "a processor"} | changes)

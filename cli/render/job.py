@@ -32,7 +32,7 @@ def print_job(console: Console, job: Json) -> None:
 
 def get_pending_reason(job: Json) -> str | None:
     """The reason that the current attempt is not launched yet, or None."""
-    return job["attempts"][-1]["pending_reason"] if job["attempts"] else None
+    return job["pending_reason"]
 
 
 def progress_lines(job: Json) -> Iterator[str]:

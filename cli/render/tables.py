@@ -71,10 +71,15 @@ def _table(id_column: str, *columns: str) -> Table:
 
 def capability_lines(capabilities: Json) -> Iterator[str]:
     """One line per hardware profile, trainer and kind of option."""
-    hardware = capabilities["hardware"]
-    yield f"launcher    {capabilities['launcher']} on {hardware['device_name']} ({hardware['device']})"
-    for name, profile in capabilities["profiles"].items():
-        yield f"hardware    {name}: {profile['device_name']}"
+    for launcher_name, launcher in capabilities["launchers"].items():
+        for name, profile in launcher["profiles"].items():
+            default = ", the default" if f"{launcher_name}/{name}" == capabilities["default_hardware"] else ""
+            price = f", ${profile['price']['usd_per_hour']:.2f} an hour" if profile["price"] else ""
+            yield f"hardware    {launcher_name}/{name}: {profile['device_name']}{price}{default}"
+        if launcher["environments"]:
+            yield f"environment {launcher_name}: {', '.join(launcher['environments'])}"
+        if launcher["problem"]:
+            yield f"[red]problem     {launcher_name}: {escape(launcher['problem'])}[/]"
     for name, trainer in capabilities["trainer_types"].items():
         yield f"trainer     {name}: {', '.join(trainer['dataset_types'])}; {', '.join(trainer['modalities'])}"
     for label in ("methods", "providers", "graders", "trackers"):

@@ -22,6 +22,15 @@ main() {
   mkdir -p "$DIGESTS"
   digest_of "$image" >"$DIGESTS/$name"
   echo "pushed $(<"$DIGESTS/$name")"
+  if [[ $dockerfile == "jobs/environments/$name/Dockerfile" ]]; then copy_manifest "$image" "$name"; fi
+}
+
+# The manifest that the build of an environment's image wrote. The image of the service contains it.
+copy_manifest() {
+  local image=$1 environment=$2 container
+  container=$(docker create "$image:$BUILD_ID")
+  docker cp "$container:/app/jobs/environments/$environment/capabilities.json" "jobs/environments/$environment/"
+  docker rm "$container" >/dev/null
 }
 
 # Unchanged layers come from the last build: from its stage `build`, which has its own tag, and from its image. They keep their

@@ -6,7 +6,7 @@ locals {
     GCS_CONFIG_BUCKET_NAME = google_storage_bucket.buckets["configs"].name
 
     TUNESMITH_JOB_STORE    = "firestore"
-    TUNESMITH_LAUNCHER     = "cloud-run"
+    TUNESMITH_LAUNCHERS    = "cloud-run"
     TUNESMITH_SECRET_STORE = "secret-manager"
     TUNESMITH_CONFIGS_URL  = google_storage_bucket.buckets["configs"].url
     TUNESMITH_DATASETS_URL = google_storage_bucket.buckets["datasets"].url
@@ -17,9 +17,9 @@ locals {
     TUNESMITH_IDENTITY_AUDIENCE = local.service_url
     TUNESMITH_ATTEMPT_IDENTITY  = google_service_account.job.email
 
-    TUNESMITH_HARDWARE_PROFILES    = join(",", var.profiles)
-    TUNESMITH_ATTEMPT_TIME_LIMIT_S = tostring(var.attempt_time_limit_s)
-    TUNESMITH_MAX_CONCURRENT_JOBS  = tostring(var.max_concurrent_jobs)
+    TUNESMITH_CLOUD_RUN_PROFILES            = join(",", var.profiles)
+    TUNESMITH_CLOUD_RUN_TIME_LIMIT_S        = tostring(var.attempt_time_limit_s)
+    TUNESMITH_CLOUD_RUN_MAX_CONCURRENT_JOBS = tostring(var.max_concurrent_jobs)
 
     TUNESMITH_RECONCILE_INTERVAL_S = "0"         # Cloud Scheduler calls instead: scheduler.tf
     TUNESMITH_EVENT_POLL_S         = "2"         # every poll is billed

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.llm.exporters.model_files import measure_weights_bytes
-from jobs.llm.probe import has_native_bf16
 from schema.estimate import llm
 from schema.training import TrainingConfig
 
@@ -128,3 +127,13 @@ def choose_torch_compile(config: TrainingConfig, context: "JobContext", device_c
     reason = f"compiling would save about {saved_s:.0f} s in {steps} steps and take about {llm.COMPILE_S:.0f} s"
     context.log_decision("torch_compile", str(saved_s > llm.COMPILE_S).lower(), reason)
     return saved_s > llm.COMPILE_S
+
+
+def has_native_bf16() -> bool:
+    """Whether this processor multiplies bf16 in hardware (AVX512-BF16 or AMX); others emulate it, slower than fp32."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            flags = next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set[str]())
+    except OSError:
+        return False
+    return bool(flags & {"avx512_bf16", "amx_bf16"})

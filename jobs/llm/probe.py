@@ -1,71 +1,47 @@
-"""`python -m jobs.llm.probe`: prints this environment's capabilities as one line of JSON for the service."""
+"""What the packages of an environment let this family do. Nothing heavy is imported: installed packages are found by their metadata."""
 
-import json
-import os
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from typing import get_args
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "accelerate",
-    "llama_cpp_python",
-    "wandb",
-    "bitsandbytes",
-    "unsloth",
-    "lm_eval",
-    "onnx",
-    "mlflow_skinny",
-    "trackio",
-)
+from jobs.llm.llama_cpp import is_llama_cpp_available
+from schema.capabilities import FamilyCapabilities
+from schema.training import TRAINER_TYPES
+from schema.training.llm import Modality
 
 
-def probe_environment() -> dict[str, object]:
-    """The device, its precision, and the versions of the installed packages."""
-    import psutil
-    import torch
-
-    from jobs.llm.llama_cpp import is_llama_cpp_available
-
-    on_gpu = torch.cuda.is_available()
-    return {
-        "device": "cuda" if on_gpu else "cpu",
-        "device_name": torch.cuda.get_device_name() if on_gpu else _cpu_name(),
-        "bf16": torch.cuda.is_bf16_supported() if on_gpu else has_native_bf16(),
-        "flash_attention_2": on_gpu and torch.cuda.get_device_capability() >= (8, 0) and find_spec("flash_attn") is not None,
-        "gguf": is_llama_cpp_available(),
-        "cpu_count": os.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "packages": {name: installed for name in PACKAGES if (installed := _version(name))},
+def probe() -> FamilyCapabilities:
+    """The family's capabilities here. Raises RuntimeError when a package is missing without which nothing can be trained."""
+    missing = [package for package in ("torch", "transformers", "trl", "peft") if not _is_installed(package)]
+    if missing:
+        raise RuntimeError(f"{', '.join(missing)} not installed")
+    quantized, unsloth, gguf = _is_installed("bitsandbytes"), _is_installed("unsloth"), is_llama_cpp_available()
+    flash, onnx, lm_eval = find_spec("flash_attn") is not None, _is_installed("onnx"), _is_installed("lm_eval")
+    requirements = {
+        "method": (quantized, "QLoRA needs bitsandbytes in the trainer's environment"),
+        "provider": (unsloth, "unsloth is not installed in the trainer's environment"),
+        "use_fa2": (flash, "FlashAttention 2 needs an Ampere or newer GPU, and the package flash-attn"),
+        "include_gguf": (gguf, "`make setup` builds llama.cpp into the trainer's environment"),
+        "include_lora_gguf": (gguf, "`make setup` builds llama.cpp into the trainer's environment"),
+        "format": (onnx, "the ONNX exporter is not installed in the trainer's environment"),
+        "lm_eval_tasks": (lm_eval, "install lm_eval in the trainer's environment"),
     }
+    return FamilyCapabilities(
+        trainer_types=tuple(name for name, config in TRAINER_TYPES.items() if config.family == "llm"),
+        options={
+            "provider": ("huggingface", "unsloth") if unsloth else ("huggingface",),
+            "method": ("LoRA", "QLoRA", "Full") if quantized else ("LoRA", "Full"),
+            "modality": get_args(Modality),
+        },
+        features={"gguf": gguf, "onnx": onnx, "lm_eval": lm_eval, "flash_attention_2": flash},
+        needs_gpu=("unsloth", "flash_attention_2"),
+        notes={field: note for field, (available, note) in requirements.items() if not available},
+    )
 
 
-def has_native_bf16() -> bool:
-    """Whether this processor multiplies bf16 in hardware (AVX512-BF16 or AMX); others emulate it, slower than fp32."""
-    flags = set(_cpuinfo("flags").split())
-    return bool(flags & {"avx512_bf16", "amx_bf16"})
-
-
-def _cpu_name() -> str:
-    return _cpuinfo("model name") or "CPU"
-
-
-def _cpuinfo(field: str) -> str:
+def _is_installed(package: str) -> bool:
     try:
-        with open("/proc/cpuinfo") as lines:
-            return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
-    except OSError:
-        return ""
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
+        version(package)
     except PackageNotFoundError:
-        return None
-
-
-if __name__ == "__main__":
-    print(json.dumps(probe_environment()))
+        return False
+    return True

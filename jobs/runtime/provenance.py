@@ -11,7 +11,6 @@ import platform
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import distributions
 from pathlib import Path
 
 from jobs.runtime.artifacts import ExportedArtifact
@@ -19,6 +18,7 @@ from jobs.runtime.context import JobContext
 from jobs.runtime.family import RenderModelCard, TrainedModel
 from jobs.runtime.files import sha256_of
 from jobs.runtime.hub import push
+from jobs.runtime.probe import installed_packages
 from jobs.runtime.retry import retry_store
 from jobs.runtime.system_metrics import Energy, EnergyMeter, nvidia_gpus
 from schema.job import Artifact, ArtifactFile
@@ -195,12 +195,6 @@ def machine_record(cuda: str | None = None) -> MachineRecord:
         gpu_driver=gpus.driver if gpus else None,
         cuda=cuda,
     )
-
-
-def installed_packages() -> dict[str, str]:
-    """The version of every package in this environment."""
-    versions = {distribution.name.lower().replace("_", "-"): distribution.version for distribution in distributions() if distribution.name}
-    return dict(sorted(versions.items()))
 
 
 def _hub_cache_digest(path: Path) -> str | None:

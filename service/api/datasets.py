@@ -7,18 +7,23 @@ from typing import Annotated
 from fastapi import APIRouter, File, Form, Query, UploadFile
 
 from schema.base import Id, Label
-from service.api.dependencies import ServicesDep, TenantDep
+from service.api.dependencies import PrincipalDep, ServicesDep
 from service.api.responses import DatasetDetail, DatasetList, DatasetView, DeleteDatasetResponse, dataset_view
+from service.api.route import LimitedRoute, limits
 from service.core.datasets.records import Upload
 from service.core.errors import InvalidRequest
 
-router = APIRouter(prefix="/datasets", tags=["datasets"])
+router = APIRouter(route_class=LimitedRoute, prefix="/datasets", tags=["datasets"])
+
+
+UPLOAD_HINT = "put the file below incoming/ of the dataset store, and send its key as `incoming`"
 
 
 @router.post("", status_code=201)
+@limits(timeout_s=None, body_bytes=None, body_hint=UPLOAD_HINT, never_conflicts=True)
 def upload_dataset(
     services: ServicesDep,
-    tenant_id: TenantDep,
+    principal: PrincipalDep,
     file: Annotated[
         UploadFile | None,
         File(
@@ -38,34 +43,35 @@ def upload_dataset(
     if (file is None) == (incoming is None):
         raise InvalidRequest("send either the rows as `file` or their key as `incoming`, not both", param="file")
     label = name or _sanitize_filename(file.filename if file else incoming)
-    with nullcontext(file.file) if file else services.datasets.open_incoming(incoming or "") as stream:
+    with nullcontext(file.file) if file else services.datasets.open_incoming(principal, incoming or "") as stream:
         request = Upload(stream=stream, name=label, project_id=project_id, eval_fraction=eval_fraction)
-        return dataset_view(services.datasets.ingest(request, tenant_id))
+        return dataset_view(services.datasets.ingest(principal, request))
 
 
 @router.get("")
 def list_datasets(
     services: ServicesDep,
-    tenant_id: TenantDep,
+    principal: PrincipalDep,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     cursor: Annotated[str | None, Query(max_length=500)] = None,
 ) -> DatasetList:
     """Datasets, newest first."""
-    page = services.datasets.list_datasets(tenant_id, limit, cursor)
+    page = services.datasets.list_datasets(principal, limit, cursor)
     return DatasetList(datasets=[dataset_view(dataset) for dataset in page.rows], next_cursor=page.next_cursor)
 
 
 @router.get("/{processed_dataset_id}")
-def get_dataset(processed_dataset_id: Id, services: ServicesDep, tenant_id: TenantDep) -> DatasetDetail:
+def get_dataset(processed_dataset_id: Id, services: ServicesDep, principal: PrincipalDep) -> DatasetDetail:
     """A dataset and the first rows of each split."""
-    dataset = services.datasets.find(processed_dataset_id, tenant_id)
-    return DatasetDetail(**dataset_view(dataset).model_dump(), preview=services.datasets.preview(dataset))
+    dataset = services.datasets.find(principal, processed_dataset_id)
+    return DatasetDetail(**dataset_view(dataset).model_dump(), preview=services.datasets.preview(principal, processed_dataset_id))
 
 
 @router.delete("/{processed_dataset_id}")
-def delete_dataset(processed_dataset_id: Id, services: ServicesDep, tenant_id: TenantDep) -> DeleteDatasetResponse:
+@limits(timeout_s=None)
+def delete_dataset(processed_dataset_id: Id, services: ServicesDep, principal: PrincipalDep) -> DeleteDatasetResponse:
     """Delete a dataset that no unfinished job uses."""
-    deleted = services.datasets.delete(processed_dataset_id, tenant_id)
+    deleted = services.datasets.delete(principal, processed_dataset_id)
     return DeleteDatasetResponse(processed_dataset_id=processed_dataset_id, deleted=True, deleted_resources=deleted)
 
 

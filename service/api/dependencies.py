@@ -1,4 +1,4 @@
-"""FastAPI dependencies of the endpoints: the service's parts, and the caller's tenant.
+"""FastAPI dependencies of the endpoints: the service's parts, and the caller.
 
 Both are `async` because they never block: FastAPI would run a plain function in its thread pool.
 """
@@ -9,8 +9,7 @@ from fastapi import Depends, Header, Request
 from pydantic import StringConstraints
 
 from service.bootstrap import Services
-
-LOCAL_TENANT = "local"
+from service.core.principals import LOCAL_PRINCIPAL, Principal
 
 
 async def get_services(request: Request) -> Services:
@@ -18,13 +17,13 @@ async def get_services(request: Request) -> Services:
     return request.app.state.services
 
 
-async def get_tenant_id() -> str:
-    """The caller's tenant. There is only one so far."""
-    return LOCAL_TENANT
+async def get_principal() -> Principal:
+    """Who calls. Without identities there is only one caller."""
+    return LOCAL_PRINCIPAL
 
 
 ServicesDep = Annotated[Services, Depends(get_services)]
-TenantDep = Annotated[str, Depends(get_tenant_id)]
+PrincipalDep = Annotated[Principal, Depends(get_principal)]
 IdempotencyHeader = Annotated[
     str | None,
     Header(alias="Idempotency-Key", description="The same key with the same body returns the same job, for 24 hours."),

@@ -4,13 +4,15 @@ from fastapi import APIRouter
 from starlette.responses import FileResponse, Response
 
 from service.api.dependencies import ServicesDep
+from service.api.route import LimitedRoute, limits
 from service.core.errors import NotFound
 from storage.file import LocalStore
 
-router = APIRouter(tags=["files"])
+router = APIRouter(route_class=LimitedRoute, tags=["files"])
 
 
 @router.get("/files/{token}", response_class=FileResponse)
+@limits(needs_token=True)
 def download_file(token: str, services: ServicesDep) -> Response:
     """The file that a link points to. Range requests work, so an interrupted download can continue."""
     key, filename = services.tokens.read_file_token(token)

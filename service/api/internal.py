@@ -11,20 +11,20 @@ from schema.base import Id, Strict
 from schema.events import EventBatch, EventBatchResponse
 from schema.result import Result
 from schema.spec import ClaimRequest, ClaimResponse
-from service.api.dependencies import ServicesDep
+from service.api.dependencies import PrincipalDep, ServicesDep
+from service.api.route import MAINTENANCE_TIMEOUT_S, REPORT_BODY_BYTES, LimitedRoute, limits
 from service.core.errors import InvalidRequest, Unauthorized
 from service.core.jobs.orphans import OrphanScan
+from service.core.principals import Principal, attempt_principal
 
 
-async def authenticate_attempt(
-    job_id: Id, attempt: int, services: ServicesDep, authorization: Annotated[str, Header()] = ""
-) -> tuple[str, int]:
-    """The job id and number of the attempt that the token is for. Raises Unauthorized."""
+async def authenticate_attempt(job_id: Id, attempt: int, services: ServicesDep, authorization: Annotated[str, Header()] = "") -> Principal:
+    """The attempt that the token is for. Raises Unauthorized."""
     scheme, _, token = authorization.partition(" ")
     if scheme.lower() != "bearer" or not token:
         raise Unauthorized("an attempt must send its token: Authorization: Bearer …")
     services.tokens.verify_attempt_token(token, job_id, attempt)
-    return job_id, attempt
+    return attempt_principal(job_id, attempt)
 
 
 class CleanupRequest(Strict):
@@ -33,48 +33,57 @@ class CleanupRequest(Strict):
     orphans: bool = False
 
 
-router = APIRouter(prefix="/internal/jobs/{job_id}/attempts/{attempt}", tags=["internal"], include_in_schema=False)
-maintenance_router = APIRouter(prefix="/internal", tags=["internal"], include_in_schema=False)
-AttemptDep = Annotated[tuple[str, int], Depends(authenticate_attempt)]
+router = APIRouter(
+    route_class=LimitedRoute, prefix="/internal/jobs/{job_id}/attempts/{attempt}", tags=["internal"], include_in_schema=False
+)
+maintenance_router = APIRouter(route_class=LimitedRoute, prefix="/internal", tags=["internal"], include_in_schema=False)
+AttemptDep = Annotated[Principal, Depends(authenticate_attempt)]
 
 
 @router.post("/claim")
-def claim(body: ClaimRequest, attempt_key: AttemptDep, services: ServicesDep) -> ClaimResponse:
+@limits(body_bytes=REPORT_BODY_BYTES)
+def claim(job_id: Id, attempt: int, body: ClaimRequest, principal: AttemptDep, services: ServicesDep) -> ClaimResponse:
     """Claim the attempt for one process."""
-    return services.jobs.attempts.claim(*attempt_key, body.claimant)
+    return services.jobs.attempts.claim(principal, job_id, attempt, body.claimant)
 
 
 @router.post("/events")
-def report(body: EventBatch, attempt_key: AttemptDep, services: ServicesDep) -> EventBatchResponse:
+@limits(body_bytes=REPORT_BODY_BYTES)
+def report(job_id: Id, attempt: int, body: EventBatch, principal: AttemptDep, services: ServicesDep) -> EventBatchResponse:
     """Store events; the response has the directive."""
-    return services.jobs.attempts.report(*attempt_key, body)
+    return services.jobs.attempts.report(principal, job_id, attempt, body)
 
 
 @router.post("/result", status_code=204)
-def finish(body: Result, attempt_key: AttemptDep, services: ServicesDep) -> None:
+@limits(body_bytes=REPORT_BODY_BYTES)
+def finish(job_id: Id, attempt: int, body: Result, principal: AttemptDep, services: ServicesDep) -> None:
     """Apply the attempt's result."""
-    if (body.job_id, body.attempt) != attempt_key:
+    if (body.job_id, body.attempt) != (job_id, attempt):
         raise InvalidRequest("the result is for another attempt than the URL", param="attempt")
-    services.jobs.attempts.finish(body.job_id, body)
+    services.jobs.attempts.finish(principal, body)
 
 
 @maintenance_router.post("/reconcile")
-def reconcile(services: ServicesDep) -> dict[str, int]:
+@limits(timeout_s=MAINTENANCE_TIMEOUT_S)
+def reconcile(services: ServicesDep, principal: PrincipalDep) -> dict[str, int]:
     """Take one step with every open job."""
-    return {"changed": services.jobs.reconciliation.reconcile()}
+    return {"changed": services.jobs.reconciliation.reconcile(principal)}
 
 
 @maintenance_router.post("/cleanup")
-def clean_up(services: ServicesDep, body: Annotated[CleanupRequest | None, Body()] = None) -> dict[str, Any]:
-    """Destroy secrets that outlived their job and, if requested, delete files whose job does not exist."""
-    destroyed = services.jobs.deletion.delete_stale_secrets()
-    return {"secrets_deleted": destroyed} | (_render_orphans(services.jobs.deletion.delete_orphans()) if body and body.orphans else {})
+@limits(timeout_s=MAINTENANCE_TIMEOUT_S)
+def clean_up(services: ServicesDep, principal: PrincipalDep, body: Annotated[CleanupRequest | None, Body()] = None) -> dict[str, Any]:
+    """Destroy secrets that outlived their job, end silent attempts of removed launchers, and delete orphans if requested."""
+    services.jobs.reconciliation.reconcile_removed_launchers(principal)
+    answer: dict[str, Any] = {"secrets_deleted": services.jobs.deletion.delete_stale_secrets(principal)}
+    return answer | (_render_orphans(services.jobs.deletion.delete_orphans(principal)) if body and body.orphans else {})
 
 
 @maintenance_router.get("/orphans")
-def list_orphans(services: ServicesDep) -> dict[str, Any]:
+@limits(timeout_s=MAINTENANCE_TIMEOUT_S)
+def list_orphans(services: ServicesDep, principal: PrincipalDep) -> dict[str, Any]:
     """Files whose job does not exist. `complete`: the scan finished within its timeout."""
-    return _render_orphans(services.jobs.deletion.list_orphans())
+    return _render_orphans(services.jobs.deletion.list_orphans(principal))
 
 
 def _render_orphans(scan: OrphanScan) -> dict[str, Any]:

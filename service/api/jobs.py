@@ -12,7 +12,7 @@ from schema.base import Id
 from schema.job import Job, Status
 from schema.requests import CloneRequest, ExportRequest, ReexportRequest, ResumeRequest, RetryRequest
 from service.api import stream
-from service.api.dependencies import IdempotencyHeader, ServicesDep, TenantDep
+from service.api.dependencies import IdempotencyHeader, PrincipalDep, ServicesDep
 from service.api.errors import as_request_validation_error
 from service.api.responses import (
     CheckpointList,
@@ -29,13 +29,13 @@ from service.api.responses import (
     job_detail,
     job_row,
 )
+from service.api.route import MAINTENANCE_TIMEOUT_S, LimitedRoute, limits
 from service.bootstrap import Services
 from service.core.errors import InvalidRequest
-from service.core.jobs import checkpoints
 from service.core.jobs.queries import LINK_TTL_S
 from service.core.ports import JobQuery
 
-router = APIRouter(prefix="/jobs", tags=["jobs"])
+router = APIRouter(route_class=LimitedRoute, prefix="/jobs", tags=["jobs"])
 
 Limit = Annotated[int, Query(ge=1, le=200, description="Rows on the page.")]
 # 2**53 is the largest integer that every JSON parser keeps exact, far beyond any real cursor.
@@ -46,7 +46,7 @@ WEIGHT_SUFFIXES = (".gguf", "model.safetensors", ".safetensors")
 @router.get("", response_model=JobList)
 def list_jobs(
     services: ServicesDep,
-    tenant_id: TenantDep,
+    principal: PrincipalDep,
     limit: Limit = 50,
     cursor: Annotated[str | None, Query(max_length=500)] = None,
     status: Status | None = None,
@@ -55,8 +55,8 @@ def list_jobs(
     trainer_type: Annotated[str | None, Query(max_length=40)] = None,
 ) -> Response:
     """Jobs, newest first."""
-    query = JobQuery(tenant_id, limit, cursor, status, project_id, modality, trainer_type)
-    page = services.store.list_jobs(query)
+    query = JobQuery(principal.tenant_id, limit, cursor, status, project_id, modality, trainer_type)
+    page = services.jobs.queries.list_jobs(principal, query)
     return _json_response({"jobs": [job_row(row) for row in page.rows], "next_cursor": page.next_cursor})
 
 
@@ -65,13 +65,13 @@ def get_download_links(
     job_id: Id,
     request: Request,
     services: ServicesDep,
-    tenant_id: TenantDep,
+    principal: PrincipalDep,
     artifact: Annotated[
         str | None, Query(max_length=100, description="Name of the artifact. Default: GGUF, else merged, else adapter.")
     ] = None,
 ) -> DownloadResponse:
     """Short-lived links to the files of an artifact."""
-    chosen, links = services.jobs.queries.create_download_links(job_id, tenant_id, artifact)
+    chosen, links = services.jobs.queries.create_download_links(principal, job_id, artifact)
     base = str(services.settings.public_url or request.base_url).rstrip("/")
     files = [
         FileLink(
@@ -89,22 +89,23 @@ def get_download_links(
 
 
 @router.get("/{job_id}")
-def get_job(job_id: Id, services: ServicesDep, tenant_id: TenantDep) -> JobDetail:
+def get_job(job_id: Id, services: ServicesDep, principal: PrincipalDep) -> JobDetail:
     """Everything about a job: its status, metrics, attempts and artifacts."""
-    return job_detail(*services.jobs.queries.get_refreshed(job_id, tenant_id))
+    return job_detail(services.jobs.queries.get_refreshed(principal, job_id))
 
 
 @router.delete("/{job_id}")
+@limits(timeout_s=MAINTENANCE_TIMEOUT_S)
 def delete_job(
     job_id: Id,
     response: Response,
     services: ServicesDep,
-    tenant_id: TenantDep,
+    principal: PrincipalDep,
     delete_hub: Annotated[bool, Query(description="Also delete the Hub repositories that hold only what this job pushed.")] = False,
     hub_token: Annotated[str | None, Header(alias="X-HF-Token", max_length=1000, description="Needed with delete_hub.")] = None,
 ) -> DeleteJobResponse:
     """Cancel the job, then delete it with all its files. 202: the job is still being canceled; repeat the call."""
-    deleted = services.jobs.deletion.delete(job_id, tenant_id, delete_hub=delete_hub, hub_token=hub_token)
+    deleted = services.jobs.deletion.delete(principal, job_id, delete_hub=delete_hub, hub_token=hub_token)
     if deleted is None:
         response.status_code = 202
         return DeleteJobResponse(job_id=job_id, deleted=False, message="The job is being canceled; repeat the call.", deleted_resources=[])
@@ -117,40 +118,42 @@ def delete_job(
 
 
 @router.post("/{job_id}/cancel", status_code=202)
-def cancel_job(job_id: Id, services: ServicesDep, tenant_id: TenantDep) -> JobDetail:
+def cancel_job(job_id: Id, services: ServicesDep, principal: PrincipalDep) -> JobDetail:
     """Cancel the job; its checkpoints are kept. Can be repeated."""
-    return _job_response(services, services.jobs.control.cancel(job_id, tenant_id))
+    return _job_response(services, services.jobs.control.cancel(principal, job_id))
 
 
 @router.post("/{job_id}/pause", status_code=202)
-def pause_job(job_id: Id, services: ServicesDep, tenant_id: TenantDep) -> JobDetail:
+def pause_job(job_id: Id, services: ServicesDep, principal: PrincipalDep) -> JobDetail:
     """Save a checkpoint and free the compute. Can be repeated."""
-    return _job_response(services, services.jobs.control.pause(job_id, tenant_id))
+    return _job_response(services, services.jobs.control.pause(principal, job_id))
 
 
 @router.post("/{job_id}/resume", status_code=202)
-def resume_job(job_id: Id, services: ServicesDep, tenant_id: TenantDep, body: Annotated[ResumeRequest | None, Body()] = None) -> JobDetail:
+def resume_job(
+    job_id: Id, services: ServicesDep, principal: PrincipalDep, body: Annotated[ResumeRequest | None, Body()] = None
+) -> JobDetail:
     """Continue exactly where the job paused, on other hardware or for longer if the body asks for it. Can be repeated."""
-    return _job_response(services, services.jobs.control.resume(job_id, tenant_id, body or ResumeRequest.model_validate({})))
+    return _job_response(services, services.jobs.control.resume(principal, job_id, body or ResumeRequest.model_validate({})))
 
 
 @router.post("/{job_id}/retry", status_code=202)
-def retry_job(job_id: Id, services: ServicesDep, tenant_id: TenantDep, body: Annotated[RetryRequest | None, Body()] = None) -> JobDetail:
+def retry_job(job_id: Id, services: ServicesDep, principal: PrincipalDep, body: Annotated[RetryRequest | None, Body()] = None) -> JobDetail:
     """Continue a failed or cancelled job from its last good checkpoint, or from the start. Can be repeated."""
-    return _job_response(services, services.jobs.control.retry(job_id, tenant_id, body or RetryRequest.model_validate({})))
+    return _job_response(services, services.jobs.control.retry(principal, job_id, body or RetryRequest.model_validate({})))
 
 
 @router.post("/{job_id}/clone", status_code=201)
 def clone_job(
     job_id: Id,
     services: ServicesDep,
-    tenant_id: TenantDep,
+    principal: PrincipalDep,
     body: Annotated[CloneRequest | None, Body()] = None,
     idempotency_key: IdempotencyHeader = None,
 ) -> TrainResponse:
     """Create a new job from the job's request, with the changes in the body."""
     try:
-        job = services.jobs.submission.clone(job_id, tenant_id, body or CloneRequest.model_validate({}), idempotency_key)
+        job = services.jobs.submission.clone(principal, job_id, body or CloneRequest.model_validate({}), idempotency_key)
     except ValidationError as error:
         raise as_request_validation_error(error) from error
     return TrainResponse(job_id=job.job_id)
@@ -160,19 +163,19 @@ def clone_job(
 def export_job(
     job_id: Id,
     services: ServicesDep,
-    tenant_id: TenantDep,
+    principal: PrincipalDep,
     body: Annotated[ReexportRequest | None, Body()] = None,
     idempotency_key: IdempotencyHeader = None,
 ) -> TrainResponse:
     """Create a job that exports the trained model again, in other formats or to another destination, without training."""
     request = body or ReexportRequest.model_validate({})
-    return TrainResponse(job_id=services.jobs.exports.reexport(job_id, tenant_id, request, idempotency_key).job_id)
+    return TrainResponse(job_id=services.jobs.exports.reexport(principal, job_id, request, idempotency_key).job_id)
 
 
 @router.get("/{job_id}/checkpoints")
-def list_checkpoints(job_id: Id, services: ServicesDep, tenant_id: TenantDep) -> CheckpointList:
+def list_checkpoints(job_id: Id, services: ServicesDep, principal: PrincipalDep) -> CheckpointList:
     """The job's stored checkpoints. The first is the one that the next attempt tries first."""
-    return checkpoint_list(checkpoints.list_checkpoints(services.buckets.models, services.jobs.repository.find(job_id, tenant_id)))
+    return checkpoint_list(services.jobs.queries.list_checkpoints(principal, job_id))
 
 
 @router.post("/{job_id}/checkpoints/{step}/export", status_code=201)
@@ -180,13 +183,13 @@ def export_checkpoint(
     job_id: Id,
     step: Annotated[int, Path(ge=0, le=10_000_000)],
     services: ServicesDep,
-    tenant_id: TenantDep,
+    principal: PrincipalDep,
     body: Annotated[ExportRequest | None, Body()] = None,
     idempotency_key: IdempotencyHeader = None,
 ) -> TrainResponse:
     """Create a job that exports one checkpoint without training."""
     request = body or ExportRequest.model_validate({})
-    return TrainResponse(job_id=services.jobs.exports.export(job_id, step, tenant_id, request, idempotency_key).job_id)
+    return TrainResponse(job_id=services.jobs.exports.export(principal, job_id, step, request, idempotency_key).job_id)
 
 
 @router.get("/{job_id}/events", response_model=EventList)
@@ -194,7 +197,7 @@ async def list_job_events(
     job_id: Id,
     request: Request,
     services: ServicesDep,
-    tenant_id: TenantDep,
+    principal: PrincipalDep,
     after: Offset = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 200,
     accept: Annotated[str, Header()] = "",
@@ -202,33 +205,33 @@ async def list_job_events(
 ) -> Response:
     """The job's events, oldest first; with `Accept: text/event-stream`, a stream of them as they happen."""
     if "text/event-stream" not in accept:
-        rows = await stream.run_in_thread(services.jobs.queries.list_events, job_id, tenant_id, after, limit)
+        rows = await stream.run_in_thread(services.jobs.queries.list_events, principal, job_id, after, limit)
         return _json_response({"events": [event_row(row) for row in rows], "next_after": rows[-1].cursor if rows else after})
-    await stream.run_in_thread(services.jobs.repository.find, job_id, tenant_id)
+    await stream.run_in_thread(services.jobs.queries.list_events, principal, job_id, 0, 1)  # raises for a job that is not theirs
     cursor = _parse_event_id(last_event_id) if last_event_id else after
     feeds: stream.Feeds = request.app.state.feeds
-    return EventSourceResponse(feeds.follow(job_id, tenant_id, cursor), ping=15)
+    return EventSourceResponse(feeds.follow(principal, job_id, cursor), ping=15)
 
 
 @router.get("/{job_id}/logs", response_model=LogView)
 async def read_job_logs(
     job_id: Id,
     services: ServicesDep,
-    tenant_id: TenantDep,
+    principal: PrincipalDep,
     attempt: Annotated[int | None, Query(ge=1, le=10_000)] = None,
     offset: Offset = 0,
     limit: Annotated[int, Query(ge=1, le=1 << 20, description="The maximum number of bytes to return.")] = 1 << 16,
     follow: bool = False,
 ) -> Response:
     """An attempt's output; with `follow`, streamed as plain text until the job ends."""
-    number, page = await stream.run_in_thread(services.jobs.queries.read_log, job_id, tenant_id, attempt, offset, limit)
+    number, page = await stream.run_in_thread(services.jobs.queries.read_log, principal, job_id, attempt, offset, limit)
     if not follow:
         return _json_response({"attempt": number, "text": page.text, "next_offset": page.next_offset})
-    return StreamingResponse(stream.follow_log(services.jobs, job_id, tenant_id, attempt, offset), media_type="text/plain; charset=utf-8")
+    return StreamingResponse(stream.follow_log(services.jobs, principal, job_id, attempt, offset), media_type="text/plain; charset=utf-8")
 
 
 def _job_response(services: Services, job: Job) -> JobDetail:
-    return job_detail(job, services.jobs.repository.find_heartbeat(job))
+    return job_detail(services.jobs.queries.describe(job))
 
 
 def _parse_event_id(text: str) -> int:

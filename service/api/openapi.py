@@ -1,10 +1,12 @@
 """The errors of each route in the OpenAPI document."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 
 from service.api.errors import ErrorResponse
+from service.api.route import LimitedRoute, RouteLimits
 
 DESCRIPTIONS = {
     400: "A value is not allowed, or this deployment does not support it.",
@@ -15,24 +17,28 @@ DESCRIPTIONS = {
     422: "The request is malformed: a field is missing, unknown or of the wrong type.",
     503: "A part behind the service does not answer. Retry-After says when to try again.",
 }
-CONFLICT_FREE = {("POST", "/datasets")}  # an upload always makes a new dataset
-SIGNED_PATHS = {"/files/{token}"}
 
 
-def document_errors(app: FastAPI) -> None:
-    """Have the app's OpenAPI document list, for each route, the errors that it can answer with, all of the one shape."""
+def document_errors(app: FastAPI, routers: Sequence[APIRouter]) -> None:
+    """Have the app's OpenAPI document list, for each route of its routers, the errors that it can answer with, all of the one shape."""
     generate = app.openapi
 
     def generate_with_errors() -> dict[str, Any]:  # Any: a JSON document
         if app.openapi_schema is None:
-            _add_errors(generate())  # generate() keeps the document that it returns
+            _add_errors(generate(), _limits_by_operation(routers))  # generate() keeps the document that it returns
         assert app.openapi_schema is not None
         return app.openapi_schema
 
     app.openapi = generate_with_errors
 
 
-def _add_errors(document: dict[str, Any]) -> None:
+def _limits_by_operation(routers: Sequence[APIRouter]) -> dict[tuple[str, str], RouteLimits]:
+    """The limits of each route, by its method and path."""
+    routes = [route for router in routers for route in router.routes if isinstance(route, LimitedRoute)]
+    return {(method, route.path): route.limits for route in routes for method in route.methods or ()}
+
+
+def _add_errors(document: dict[str, Any], limits: dict[tuple[str, str], RouteLimits]) -> None:
     schemas = document["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own shape, which this service never sends
         schemas.pop(name, None)
@@ -43,17 +49,17 @@ def _add_errors(document: dict[str, Any]) -> None:
         for method, operation in operations.items():
             responses = operation["responses"]
             responses.pop("422", None)
-            for status in _error_statuses(method.upper(), path, operation):
+            for status in _error_statuses(method.upper(), path, operation, limits[method.upper(), path]):
                 responses.setdefault(str(status), {"description": DESCRIPTIONS[status], "content": content})
 
 
-def _error_statuses(method: str, path: str, operation: dict[str, Any]) -> list[int]:
+def _error_statuses(method: str, path: str, operation: dict[str, Any], limits: RouteLimits) -> list[int]:
     has_body, has_parameters = "requestBody" in operation, "parameters" in operation
     possible = {
         400: has_body or has_parameters,
-        401: path in SIGNED_PATHS,
+        401: limits.needs_token,
         404: "{" in path or has_body,  # a body names a dataset or a file in the object store
-        409: (method != "GET" or path == "/jobs/download/{job_id}") and (method, path) not in CONFLICT_FREE,
+        409: (method != "GET" or path == "/jobs/download/{job_id}") and not limits.never_conflicts,
         413: has_body,
         422: has_body or has_parameters,
         503: True,

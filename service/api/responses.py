@@ -16,13 +16,15 @@ from schema.job import (
     ExportSource,
     Failure,
     Gate,
-    Job,
     Progress,
+    Refusal,
     Status,
 )
+from schema.placement import Placement
 from schema.types import Phase
 from service.core.jobs.checkpoints import StoredCheckpoint
-from service.core.ports import Heartbeat, JobSummary, StoredEvent
+from service.core.jobs.queries import JobView
+from service.core.ports import JobSummary, StoredEvent
 
 
 class TrainResponse(BaseModel):
@@ -56,6 +58,9 @@ class AttemptView(BaseModel):
 
     number: int
     launcher: str
+    hardware: str  # the launcher's profile
+    environment: str
+    refusals: list[Refusal]  # placements that could not take it
     created_at: datetime
     pending_reason: str | None  # why it is not launched yet
     claimed_at: datetime | None
@@ -86,7 +91,10 @@ class JobDetail(BaseModel):
     failure: Failure | None
     phase: Phase | None
     progress: Progress | None
-    hardware: str | None
+    hardware: str  # the profile of the current attempt, or the one that the job prefers
+    launcher: str  # likewise
+    placements: list[Placement]  # where its attempts may run, in order of preference
+    pending_reason: str | None  # why it does not run yet, where that is known
     attempts: list[AttemptView]
     checkpoint: CheckpointRef | None  # the newest one
     export_of: ExportSource | None  # the checkpoint that this job exports instead of training
@@ -226,6 +234,7 @@ class HealthResponse(BaseModel):
     live: bool
     ready: bool
     checks: dict[str, str]
+    launchers: dict[str, str]  # of each one "ok", or why it can launch nothing now; the service takes jobs all the same
     version: str
 
 
@@ -243,9 +252,11 @@ def job_row(summary: JobSummary) -> dict[str, object]:
     }
 
 
-def job_detail(job: Job, heartbeat: Heartbeat | None) -> JobDetail:
+def job_detail(view: JobView) -> JobDetail:
     """A job as the API shows it."""
+    job, heartbeat = view.job, view.heartbeat
     config, summary = job.training_config, job.training_config.summarize()
+    placement = job.attempt.placement if job.attempt and job.status.is_active else job.placements[0]
     weights = [artifact for artifact in job.artifacts if artifact.kind in ("adapter", "merged")]
     ggufs = [artifact for artifact in job.artifacts if artifact.kind == "gguf"]
     return JobDetail(
@@ -266,7 +277,10 @@ def job_detail(job: Job, heartbeat: Heartbeat | None) -> JobDetail:
         failure=job.failure,
         phase=heartbeat.phase if heartbeat and job.status.is_active else None,
         progress=heartbeat.progress if heartbeat else None,
-        hardware=job.hardware,
+        hardware=placement.profile,
+        launcher=placement.launcher,
+        placements=list(job.placements),
+        pending_reason=view.pending_reason,
         attempts=[_attempt_view(attempt) for attempt in job.attempts],
         checkpoint=job.checkpoint,
         export_of=job.export_of,
@@ -333,4 +347,6 @@ def dataset_view(dataset: Dataset) -> DatasetView:
 
 
 def _attempt_view(attempt: Attempt) -> AttemptView:
-    return AttemptView(**attempt.model_dump(include=set(AttemptView.model_fields)))
+    placement = attempt.placement
+    shown = attempt.model_dump(include=set(AttemptView.model_fields))
+    return AttemptView(launcher=placement.launcher, hardware=placement.profile, environment=placement.environment, **shown)

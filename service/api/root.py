@@ -4,8 +4,9 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from schema.version import VERSION
+from service.api.route import LimitedRoute
 
-router = APIRouter(include_in_schema=False)
+router = APIRouter(route_class=LimitedRoute, include_in_schema=False)
 
 LINKS = {"docs": "/docs", "openapi": "/openapi.json", "health": "/health", "capabilities": "/capabilities"}
 

@@ -15,6 +15,7 @@ from service.core.errors import Unavailable
 from service.core.jobs.assembly import JobServices
 from service.core.jobs.repository import JobRepository
 from service.core.ports import StoredEvent
+from service.core.principals import Principal
 
 log = logging.getLogger(__name__)
 
@@ -71,10 +72,10 @@ class Feeds:
         self._repository = repository
         self._feeds: dict[str, _Feed] = {}
 
-    async def follow(self, job_id: str, tenant_id: str, after: int) -> AsyncIterator[bytes]:
+    async def follow(self, principal: Principal, job_id: str, after: int) -> AsyncIterator[bytes]:
         """Server-sent events after the cursor `after`, until the job is final and all its events were sent; then one `done`."""
         cursor = after
-        feed = self._join(job_id, tenant_id, after)
+        feed = self._join(principal, job_id, after)
         try:
             while True:
                 updated = feed.updated
@@ -90,11 +91,11 @@ class Feeds:
         finally:
             self._leave(job_id, feed)
 
-    def _join(self, job_id: str, tenant_id: str, after: int) -> _Feed:
+    def _join(self, principal: Principal, job_id: str, after: int) -> _Feed:
         feed = self._feeds.get(job_id)
         if feed is None or feed.ended:
             feed = self._feeds[job_id] = _Feed(cursor=after)
-            feed.task = asyncio.create_task(self._read(job_id, tenant_id, feed))
+            feed.task = asyncio.create_task(self._read(principal, job_id, feed))
         feed.clients += 1
         return feed
 
@@ -106,10 +107,10 @@ class Feeds:
             if self._feeds.get(job_id) is feed:
                 del self._feeds[job_id]
 
-    async def _read(self, job_id: str, tenant_id: str, feed: _Feed) -> None:
+    async def _read(self, principal: Principal, job_id: str, feed: _Feed) -> None:
         while not feed.ended:
             try:
-                rows, feed.ended = await run_in_thread(self._next_page, job_id, tenant_id, feed.cursor)
+                rows, feed.ended = await run_in_thread(self._next_page, principal, job_id, feed.cursor)
             except Unavailable as error:
                 log.warning("events cannot be read now", extra={"job_id": job_id, "error": error.message})
                 rows = []
@@ -120,9 +121,9 @@ class Feeds:
             if len(rows) < PAGE_SIZE and not feed.ended:
                 await asyncio.sleep(self._poll_s)
 
-    def _next_page(self, job_id: str, tenant_id: str, after: int) -> tuple[list[StoredEvent], bool]:
+    def _next_page(self, principal: Principal, job_id: str, after: int) -> tuple[list[StoredEvent], bool]:
         """The next events, and whether they are the last. The status is read first, so that no event is missed."""
-        job = self._repository.find_or_none(job_id, tenant_id)
+        job = self._repository.find_or_none(principal, job_id)
         if job is None:
             return [], True
         rows = self._repository.store.list_events(job_id, after, PAGE_SIZE)
@@ -135,17 +136,17 @@ class Feeds:
         return _Chunk(rows[-1].cursor if len(rows) == PAGE_SIZE else until, _render(rows))
 
 
-async def follow_log(jobs: JobServices, job_id: str, tenant_id: str, attempt: int | None, offset: int) -> AsyncIterator[str]:
+async def follow_log(jobs: JobServices, principal: Principal, job_id: str, attempt: int | None, offset: int) -> AsyncIterator[str]:
     """An attempt's output until the job ends; without `attempt`, the output of each attempt in turn."""
     number = attempt
     while True:
-        job = await run_in_thread(jobs.repository.find_or_none, job_id, tenant_id)
+        job = await run_in_thread(jobs.repository.find_or_none, principal, job_id)
         current = attempt or (len(job.attempts) if job else 0)
         if number is None and current:
             number = current
         text = ""
         if number and job:
-            _, page = await run_in_thread(jobs.queries.read_log, job_id, tenant_id, number, offset, LOG_PAGE_BYTES)
+            _, page = await run_in_thread(jobs.queries.read_log, principal, job_id, number, offset, LOG_PAGE_BYTES)
             text, offset = page.text, page.next_offset
         if text:
             yield text

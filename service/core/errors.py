@@ -10,9 +10,11 @@ TunesmithError
 │   ├── Fenced 409          the attempt is no longer the current one
 │   └── IdempotencyConflict 409
 ├── Unauthorized 401
+├── Forbidden 403           the caller lacks a scope
 ├── TooLarge 413
 ├── Unavailable 503         a part of the service does not answer; try again
 │   ├── RecordTooNew 503    a newer version of Tunesmith wrote the record
+│   ├── NoCapacity 503      the launcher has no compute for an attempt now; never sent to a caller
 │   └── DiskFull 507
 └── LaunchFailed            the launcher refused an attempt for good; never sent to a caller
 """
@@ -57,6 +59,13 @@ class Unauthorized(TunesmithError):
 
     status = HTTPStatus.UNAUTHORIZED
     code = "unauthorized"
+
+
+class Forbidden(TunesmithError):
+    """The caller may not do this."""
+
+    status = HTTPStatus.FORBIDDEN
+    code = "forbidden"
 
 
 class NotFound(TunesmithError):
@@ -108,6 +117,10 @@ class Unavailable(TunesmithError):
 
 class RecordTooNew(Unavailable):
     """A newer version of Tunesmith wrote the record."""
+
+
+class NoCapacity(Unavailable):
+    """The launcher has no compute for the attempt now, and started nothing."""
 
 
 class DiskFull(Unavailable):

@@ -1,9 +1,10 @@
 """Rules that every job store adapter shares."""
 
 from datetime import datetime, timedelta
+from typing import Literal
 
 from schema.events import EventBatch, ReportedEvent
-from schema.job import Job
+from schema.job import Job, Status
 from service.core.ports import Heartbeat, JobSummary
 
 IDEMPOTENCY_TTL = timedelta(hours=24)
@@ -22,6 +23,11 @@ def summarize_job(job: Job) -> JobSummary:
         project_id=job.project_id,
         created_at=job.created_at,
     )
+
+
+def work_state_of(job: Job) -> Literal["queued", "active"] | None:
+    """In which of the lists of work a job is; None for one that waits for nobody."""
+    return "queued" if job.status is Status.QUEUED else "active" if job.status.is_active else None
 
 
 def select_new_events(

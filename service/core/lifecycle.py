@@ -16,10 +16,12 @@ from schema.events import (
     StatusChanged,
     TrackerStarted,
 )
-from schema.job import Attempt, AttemptOutcome, CheckpointRef, Failure, Job, Status
+from schema.job import Attempt, AttemptOutcome, CheckpointRef, Failure, Job, Refusal, Status
+from schema.placement import Placement
 from schema.result import Result
 from schema.training import TrainingConfig
 from service.core.errors import Conflict, Fenced
+from service.core.retry_budget import CONTINUABLE_OUTCOMES, describe_exhausted, is_exhausted
 
 # Which status may follow which. Only a retry leaves `failed` and `cancelled`; nothing leaves `completed`.
 ALLOWED_TRANSITIONS: dict[Status, frozenset[Status]] = {
@@ -33,20 +35,15 @@ ALLOWED_TRANSITIONS: dict[Status, frozenset[Status]] = {
     Status.CANCELLED: frozenset({Status.QUEUED}),
 }
 
-# The job fails after this many attempts in a row that ended early and saved nothing new.
-MAX_ATTEMPTS_WITHOUT_PROGRESS = 5
-# Or after this many of them that were lost: each may have cost an hour, and a process killed for its memory is killed again.
-MAX_LOST_ATTEMPTS = 3
 # The fields of a result that the record copies as they are.
 RESULT_FIELDS = ("metrics", "base_metrics", "gate", "published_step", "wandb_url")
-CONTINUABLE_OUTCOMES: frozenset[AttemptOutcome] = frozenset({"yielded", "preempted", "lost"})
 # Exit reasons after which another attempt can succeed.
 CONTINUABLE_FAILURES = frozenset({"preempted", "timeout"})
 
 
-def begin_attempt(job: Job, launcher: str, now: datetime) -> Job:
+def begin_attempt(job: Job, placement: Placement, now: datetime) -> Job:
     """Give a queued job its next attempt, which has no handle yet."""
-    attempt = Attempt(number=len(job.attempts) + 1, launcher=launcher, created_at=now, launch_started_at=now)
+    attempt = Attempt(number=len(job.attempts) + 1, placement=placement, created_at=now, launch_started_at=now)
     return _transition(job, Status.PREPARING, now, attempts=(*job.attempts, attempt))
 
 
@@ -64,17 +61,51 @@ def delay_launch(job: Job, number: int, reason: str, now: datetime) -> Job:
     return _replace_attempt(job, attempt.model_copy(update={"pending_reason": reason}), now)
 
 
+def refuse_launch(job: Job, number: int, failure: Failure, now: datetime, *, permanent: bool) -> Job:
+    """Note that the attempt's launcher refused it, having started nothing, and move the attempt to the next candidate placement.
+
+    After the last one it waits at the first for a later try. It fails if no placement could ever take it.
+    """
+    attempt = _get_attempt(job, number)
+    if attempt.handle is not None or attempt.ended_at is not None:
+        return job
+    reason = f"{failure.message} {failure.hint}".strip()
+    refusal = Refusal(placement=attempt.placement, reason=reason, permanent=permanent, at=now)
+    refusals = (*(other for other in attempt.refusals if other.placement != attempt.placement), refusal)
+    impossible = [refusal.placement for refusal in refusals if refusal.permanent]
+    usable = [placement for placement in job.placements if placement not in impossible]
+    changes: dict[str, object] = {"refusals": refusals, "pending_reason": reason}
+    if not usable:
+        if len(refusals) > 1:
+            failure = failure.model_copy(update={"message": "; ".join(f"{each.placement.hardware}: {each.reason}" for each in refusals)})
+        return _end(_replace_attempt(job, attempt.model_copy(update=changes), now), number, "launch_failed", failure, now)
+    tried = job.placements.index(attempt.placement) if attempt.placement in job.placements else -1
+    following = next((placement for placement in job.placements[tried + 1 :] if placement in usable), None)
+    # Without a time, its launcher starts the attempt at once; with one, only after the delay of a retry.
+    changes |= {"placement": following or usable[0], "launch_started_at": None if following else now}
+    return _replace_attempt(job, attempt.model_copy(update=changes), now)
+
+
+def mark_launch_failed(job: Job, number: int, failure: Failure, now: datetime) -> Job:
+    """End an attempt that no launcher could start."""
+    return _end(job, number, "launch_failed", failure, now)
+
+
+def mark_waiting(job: Job, number: int, now: datetime) -> Job:
+    """Note that the attempt is launched and waits until a machine claims it."""
+    attempt = check_current(job, number)
+    reason = f"waits until a machine of {attempt.placement.launcher} takes it"
+    if attempt.claimed_by is not None or attempt.pending_reason == reason:
+        return job
+    return _replace_attempt(job, attempt.model_copy(update={"pending_reason": reason}), now)
+
+
 def mark_launched(job: Job, number: int, handle: str, now: datetime) -> Job:
     """Store the handle of a launched attempt. Its process may have claimed it, and even ended it, before the launcher answered."""
     attempt = _get_attempt(job, number)
     if attempt.handle == handle:
         return job
     return _replace_attempt(job, attempt.model_copy(update={"handle": handle, "launched_at": now, "pending_reason": None}), now)
-
-
-def mark_launch_failed(job: Job, number: int, failure: Failure, now: datetime) -> Job:
-    """End an attempt that the launcher refused for good."""
-    return _end(job, number, "launch_failed", failure, now)
 
 
 def claim_attempt(job: Job, number: int, claimant: str, now: datetime) -> Job:
@@ -84,7 +115,8 @@ def claim_attempt(job: Job, number: int, claimant: str, now: datetime) -> Job:
         return job
     if attempt.claimed_by is not None:
         raise Fenced(f"attempt {number} of {job.job_id} is owned by another process")
-    job = _replace_attempt(job, attempt.model_copy(update={"claimed_by": claimant, "claimed_at": now}), now)
+    changes = {"claimed_by": claimant, "claimed_at": now, "pending_reason": None}
+    job = _replace_attempt(job, attempt.model_copy(update=changes), now)
     return job if job.started_at else job.model_copy(update={"started_at": now})
 
 
@@ -186,9 +218,11 @@ def request_pause(job: Job, now: datetime) -> Job:
             raise Conflict(f"{job.job_id} is {job.status}; there is nothing to pause")
 
 
-def request_resume(job: Job, now: datetime, *, training_config: TrainingConfig | None = None, hardware: str | None = None) -> Job:
-    """Queue a paused job again, with another configuration or hardware if given. Can be repeated. Raises Conflict."""
-    changes: dict[str, object] = {"training_config": training_config or job.training_config, "hardware": hardware or job.hardware}
+def request_resume(
+    job: Job, now: datetime, *, training_config: TrainingConfig | None = None, placements: tuple[Placement, ...] | None = None
+) -> Job:
+    """Queue a paused job again, with another configuration or other placements if given. Can be repeated. Raises Conflict."""
+    changes: dict[str, object] = {"training_config": training_config or job.training_config, "placements": placements or job.placements}
     match job.status:
         case Status.PAUSED:
             return _transition(job, Status.QUEUED, now, retry_budget_from_attempt=len(job.attempts) + 1, **changes)
@@ -204,7 +238,12 @@ def request_resume(job: Job, now: datetime, *, training_config: TrainingConfig |
 
 
 def request_retry(
-    job: Job, now: datetime, *, from_start: bool = False, training_config: TrainingConfig | None = None, hardware: str | None = None
+    job: Job,
+    now: datetime,
+    *,
+    from_start: bool = False,
+    training_config: TrainingConfig | None = None,
+    placements: tuple[Placement, ...] | None = None,
 ) -> Job:
     """Queue a failed or cancelled job again. Can be repeated while the retried job runs. Raises Conflict."""
     if job.status not in (Status.FAILED, Status.CANCELLED):
@@ -226,7 +265,7 @@ def request_retry(
         resume_from_attempt=next_attempt if from_start else job.resume_from_attempt,
         checkpoint=None if from_start else job.checkpoint,
         training_config=training_config or job.training_config,
-        hardware=hardware or job.hardware,
+        placements=placements or job.placements,
     )
 
 
@@ -281,7 +320,7 @@ def _end(job: Job, number: int, outcome: AttemptOutcome, failure: Failure | None
     job = _replace_attempt(job, ended, now)
     status = _status_after(job, outcome)
     if status is Status.FAILED:
-        return _transition(job, status, now, failure=_retry_exhausted_failure(job, ended) if outcome in CONTINUABLE_OUTCOMES else failure)
+        return _transition(job, status, now, failure=describe_exhausted(job, ended) if outcome in CONTINUABLE_OUTCOMES else failure)
     return _transition(job, status, now)
 
 
@@ -295,40 +334,9 @@ def _status_after(job: Job, outcome: AttemptOutcome) -> Status:
         return Status.PAUSED  # however it ended, it resumes from its last checkpoint
     match outcome:
         case "yielded" | "preempted" | "lost":
-            return Status.FAILED if _retry_budget_exhausted(job) else Status.QUEUED
+            return Status.FAILED if is_exhausted(job) else Status.QUEUED
         case _:
             return Status.FAILED
-
-
-def _retry_budget_exhausted(job: Job) -> bool:
-    """Whether too many attempts in a row saved nothing new."""
-    attempts = _attempts_without_progress(job)
-    return len(attempts) >= MAX_ATTEMPTS_WITHOUT_PROGRESS or sum(attempt.outcome == "lost" for attempt in attempts) >= MAX_LOST_ATTEMPTS
-
-
-def _attempts_without_progress(job: Job) -> list[Attempt]:
-    """The latest attempts that ended early without a checkpoint beyond the earlier ones, newest first."""
-    attempts: list[Attempt] = []
-    for attempt in reversed(job.attempts[job.retry_budget_from_attempt - 1 :]):
-        earlier = [other.last_checkpoint_step for other in job.attempts[job.resume_from_attempt - 1 : attempt.number - 1]]
-        furthest = max((step for step in earlier if step is not None), default=0)
-        if attempt.outcome not in CONTINUABLE_OUTCOMES or (attempt.last_checkpoint_step or 0) > furthest:
-            break
-        attempts.append(attempt)
-    return attempts
-
-
-def _retry_exhausted_failure(job: Job, ended: Attempt) -> Failure:
-    """How many attempts made no progress, and how the last one ended."""
-    count = len(_attempts_without_progress(job))
-    last_message = f": {ended.failure.message}" if ended.failure else ""
-    own_hint = ended.failure.hint if ended.failure else ""
-    return Failure(
-        code=ended.failure.code if ended.failure else "timeout" if ended.outcome == "yielded" else "preempted",
-        message=f"{count} attempts in a row ended early without progress ({ended.outcome}){last_message}",
-        hint=own_hint or "POST /jobs/{id}/retry continues the job; larger hardware may help",
-        attempt=ended.number,
-    )
 
 
 def _record_checkpoint(job: Job, number: int, step: int, now: datetime) -> Job:

@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
 
+from schema.capabilities import EnvironmentManifest
 from schema.dataset import Dataset
 from schema.events import Event, EventBatch
 from schema.job import Failure, Job, Progress, Status
 from schema.types import Phase
+from service.core.limits import Limits
 from storage import ObjectStore
 
 Row = TypeVar("Row")
@@ -108,12 +110,12 @@ class JobStore(Protocol):
         """A page of a tenant's jobs, newest first. Raises InvalidRequest for a malformed cursor."""
         ...
 
-    def list_queued_jobs(self, limit: int) -> list[Job]:
-        """Queued jobs of all tenants, oldest first."""
+    def list_queued_jobs(self, launcher: str | None, limit: int) -> list[Job]:
+        """Queued jobs of all tenants that the launcher may take, oldest first; None: of every launcher."""
         ...
 
-    def list_active_jobs(self, limit: int) -> list[Job]:
-        """Jobs of all tenants whose attempt may hold compute, oldest first."""
+    def list_active_jobs(self, launcher: str | None, limit: int) -> list[Job]:
+        """Jobs of all tenants whose attempt may hold the launcher's compute, oldest first; None: of every launcher."""
         ...
 
     def list_jobs_using_dataset(self, dataset_id: str) -> list[str]:
@@ -177,48 +179,62 @@ class Buckets:
 
 
 @dataclass(frozen=True)
+class Profile:
+    """One kind of hardware that a launcher offers. None: the launcher does not know it."""
+
+    name: str
+    device: str  # "cpu", "cuda"
+    device_name: str
+    gpus: int = 0
+    gpu_memory_bytes: int | None = None  # of one GPU
+    compute_capability: float | None = None  # CUDA's: 8.9 for an L4
+    cpus: int | None = None
+    memory_bytes: int | None = None
+    time_limit_s: int | None = None  # of an attempt; the next attempt continues. None: no limit
+
+
+@dataclass(frozen=True)
 class LaunchRequest:
-    """One attempt to start. `name` is unique to it and can be looked up; `environment` holds its token."""
+    """One attempt to start. `name` is unique to it and can be looked up; `variables` holds its token."""
 
     name: str
     job_id: str
     attempt: int
-    environment: Mapping[str, str] = field(repr=False)
-    profile: str | None = None  # a profile of the launcher; None is its default
+    profile: str
+    environment: str  # the name of the environment with the trainer's packages
+    variables: Mapping[str, str] = field(repr=False)  # environment variables of the process
 
 
-ExecutionState = Literal["running", "ended", "unknown"]
-
-
-@dataclass(frozen=True)
-class RuntimeCapabilities:
-    """What attempts can do on the compute of a launcher."""
-
-    device: str  # "cpu", "cuda"
-    device_name: str
-    methods: tuple[str, ...]
-    providers: tuple[str, ...]
-    modalities: tuple[str, ...]
-    trainer_types: tuple[str, ...]
-    flash_attention_2: bool
-    gguf: bool
-    onnx: bool = False
-    lm_eval: bool = False  # lm-evaluation-harness is installed
-    notes: Mapping[str, str] = field(default_factory=dict[str, str])  # why a capability is missing, by its name
+# waiting: launched, and not yet claimed by a machine that asks for work; it holds no compute and may wait for any time.
+ExecutionState = Literal["waiting", "running", "ended", "unknown"]
 
 
 class Launcher(Protocol):
-    """Starts, checks and ends attempts somewhere.
+    """Starts, checks and ends attempts somewhere, or offers them to machines that ask for work.
 
-    Not promised: that a launched attempt also starts, and that a canceled one ends at once.
+    It is asked only about handles that it returned itself: each attempt's record names its launcher. Not promised: that a launched
+    attempt also starts, and that a canceled one ends at once.
     """
 
     name: str
     polling_is_free: bool  # `check` makes no call over a network, so it can be called at every reconcile
-    profiles: tuple[str, ...]  # kinds of hardware that a job may ask for; the first is the default
+    limits: Limits
+
+    @property
+    def profiles(self) -> Mapping[str, Profile]:
+        """The kinds of hardware that a job may ask for, by name; the first is the default."""
+        ...
+
+    def list_environments(self) -> Mapping[str, EnvironmentManifest]:
+        """The environments that attempts can use here, by name, each with what it can run. Raises Unavailable."""
+        ...
 
     def launch(self, launch_request: LaunchRequest) -> str:
-        """Start the attempt and return its handle. Raises LaunchFailed for good, Unavailable when a later try may succeed."""
+        """Start or offer the attempt and return its handle.
+
+        Raises LaunchFailed when no later try could succeed, NoCapacity when nothing was started and a later try may succeed, and
+        Unavailable when it is not known whether the attempt was started.
+        """
         ...
 
     def find_handle(self, name: str) -> str | None:
@@ -230,15 +246,18 @@ class Launcher(Protocol):
         ...
 
     def cancel(self, handle: str, *, force: bool) -> None:
-        """Ask the attempt to stop; with `force`, kill it. Does nothing for one that has ended. Raises Unavailable."""
+        """Ask the attempt to stop; with `force`, kill it. Withdraws one that waits, and does nothing for one that has ended.
+
+        Raises Unavailable.
+        """
         ...
 
     def count_free_slots(self, active_jobs: int) -> int:
-        """How many attempts may be launched now, while `active_jobs` jobs hold compute or may hold it."""
+        """How many attempts may be launched now, while `active_jobs` jobs hold its compute or may hold it."""
         ...
 
-    def get_capabilities(self, profile: str | None = None) -> RuntimeCapabilities:
-        """What an attempt can do there. Raises Unsupported for an unknown profile, Unavailable when it cannot be determined."""
+    def ping(self) -> None:
+        """Raise Unavailable, with the reason, unless an attempt could be launched now."""
         ...
 
     def close(self) -> None:

@@ -108,7 +108,7 @@ def main() -> int:
         _mount("-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(home))
     trainer = make_light_trainer(options.folder / "trainer", real_one_in=10)
     disk_s, database_s = DURATIONS_S[options.size]
-    with service(home, TUNESMITH_TRAINER_PYTHON=str(trainer), TUNESMITH_MAX_CONCURRENT_JOBS="8") as running:
+    with service(home, TUNESMITH_LOCAL_MAX_CONCURRENT_JOBS="8", **trainer) as running:
         dataset_id = running.upload()
         disk_full = _fill_disk(home) if options.can_mount else _limit_file_size(running)
         faults = {"disk full": (disk_full, disk_s), "objects read-only": (_make_read_only(home / "objects", options.can_mount), disk_s)}

@@ -13,11 +13,11 @@ from itertools import product
 
 from schema.job import Status
 from schema.requests import ResumeRequest
+from service.core.principals import LOCAL_PRINCIPAL as PRINCIPAL
 from tests.chaos.campaign import Row, Size
 from tests.chaos.simulation import (
     CLOUD,
     LAPTOP,
-    TENANT,
     AttemptBehavior,
     Execution,
     ServiceProcess,
@@ -212,15 +212,15 @@ class Round:
         yield self._rng.choice((0.05, self._rng.uniform(0, 2), self._rng.uniform(0, 4 * self._simulation.deployment.report_interval_s)))
         yield from self._simulation.retry_on_timeline(
             lambda jobs: (
-                jobs.control.cancel(self._job_id, TENANT)
+                jobs.control.cancel(PRINCIPAL, self._job_id)
                 if self._scenario.request == "cancel"
-                else jobs.control.pause(self._job_id, TENANT)
+                else jobs.control.pause(PRINCIPAL, self._job_id)
             )
         )
         if self._scenario.request == "pause":
             while self._simulation.record(self._job_id).status in (Status.PREPARING, Status.TRAINING, Status.PAUSING):
                 yield 1.0
-            yield from self._simulation.retry_on_timeline(lambda jobs: jobs.control.resume(self._job_id, TENANT, NO_CHANGES))
+            yield from self._simulation.retry_on_timeline(lambda jobs: jobs.control.resume(PRINCIPAL, self._job_id, NO_CHANGES))
         self._request_answered = True
 
     def _check_executions(self, started_at_s: float) -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from infra.loopback.firestore import run_firestore_emulator
+from schema.capabilities import EnvironmentManifest
 from schema.events import CheckpointSaved, DecisionMade, Event, EventBatch, PhaseChanged, ReportedEvent
 from schema.job import Job
 from schema.requests import ResumeRequest, RetryRequest
@@ -26,19 +27,22 @@ from service.adapters.links import ServiceUrlSigner
 from service.adapters.secrets.local import LocalSecretStore
 from service.core.errors import Conflict, Fenced
 from service.core.jobs.assembly import JobServices, build_job_services
-from service.core.ports import Buckets, ExecutionState, JobStore, LaunchRequest, RuntimeCapabilities
+from service.core.launchers import LauncherPool
+from service.core.limits import Limits
+from service.core.ports import Buckets, ExecutionState, JobStore, LaunchRequest
+from service.core.principals import LOCAL_PRINCIPAL, UPKEEP_PRINCIPAL, attempt_principal
 from service.core.tokens import TokenSigner
 from storage.registry import open_store
 from tests.chaos.campaign import Row, Size
 from tests.chaos.simulation import in_memory_folder, without_warnings
-from tests.factories import START, make_capabilities, make_dataset, make_train_request
+from tests.factories import START, make_dataset, make_manifest, make_profile, make_train_request
 from tests.fakes import FakeClock
 
 SEQUENCES: dict[Size, tuple[int, int]] = {"full": (10_000, 300), "short": (150, 15)}  # on SQLite, on Firestore
 STEPS_PER_SEQUENCE = 15
 MAX_MESSAGE_CHARS = 1500  # the last steps explain most
 INVARIANTS = ("state.the_", "state.every_", "state.teardown")
-TENANT = "local"
+PRINCIPAL = LOCAL_PRINCIPAL
 # Limits from the service's documentation, not imported from it, so that the model stays independent.
 MAX_ATTEMPTS_WITHOUT_PROGRESS, MAX_LOST_ATTEMPTS = 5, 3
 UNFINISHED = ("queued", "preparing", "training", "pausing", "paused", "cancelling")
@@ -50,9 +54,10 @@ class FakeLauncher:
 
     name = "fake"
     polling_is_free = True
-    profiles: tuple[str, ...] = ("fake",)
 
     def __init__(self) -> None:
+        self.limits = Limits()
+        self.profiles = {"fake": make_profile()}
         self.ended_handles: set[str] = set()
         self.launched: dict[str, list[int]] = {}  # job → its attempts, in the order in which they were launched
 
@@ -73,8 +78,11 @@ class FakeLauncher:
     def count_free_slots(self, active_jobs: int) -> int:
         return 1000
 
-    def get_capabilities(self, profile: str | None = None) -> RuntimeCapabilities:
-        return make_capabilities()
+    def list_environments(self) -> dict[str, EnvironmentManifest]:
+        return {"llm": make_manifest()}
+
+    def ping(self) -> None:
+        """Does nothing."""
 
     def close(self) -> None:
         """Does nothing."""
@@ -143,7 +151,7 @@ class JobStateMachine(RuleBasedStateMachine):
         super().__init__()
         self.service, self.store, self.launcher = service, store, launcher
         self.model = ModelJob()
-        self.job_id = service.submission.submit(make_train_request(), TENANT).job_id
+        self.job_id = service.submission.submit(PRINCIPAL, make_train_request()).job_id
         self.last_call: Callable[[], None] = lambda: None
 
     @initialize(status=st.sampled_from(["queued", "preparing", "training", "training", "training"]))
@@ -158,10 +166,10 @@ class JobStateMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """End the job, so that the next sequence starts without one."""
         with suppress(Conflict):
-            self.service.control.cancel(self.job_id, TENANT)
+            self.service.control.cancel(PRINCIPAL, self.job_id)
         if self.job().status not in ("completed", "failed", "cancelled"):
             self.launcher.ended_handles.add(f"{self.job_id}.{len(self.model.attempts)}")
-            self.service.reconciliation.reconcile()
+            self.service.reconciliation.reconcile(UPKEEP_PRINCIPAL)
 
     def job(self) -> Job:
         """The record."""
@@ -174,7 +182,7 @@ class JobStateMachine(RuleBasedStateMachine):
     @rule()
     def reconcile(self) -> None:
         """Reconcile once."""
-        self.service.reconciliation.reconcile()
+        self.service.reconciliation.reconcile(UPKEEP_PRINCIPAL)
         self._apply_reconcile()
 
     @rule()
@@ -182,7 +190,7 @@ class JobStateMachine(RuleBasedStateMachine):
         """The running process disappears; reconcile once."""
         if self.model.attempts and self.model.attempts[-1].outcome is None:
             self.launcher.ended_handles.add(f"{self.job_id}.{len(self.model.attempts)}")
-            self.service.reconciliation.reconcile()
+            self.service.reconciliation.reconcile(UPKEEP_PRINCIPAL)
             self.model.end("lost")
             self._apply_reconcile()
 
@@ -196,7 +204,7 @@ class JobStateMachine(RuleBasedStateMachine):
     @rule(number=st.integers(0, 4), claimant=st.sampled_from("ab"))
     def claim(self, number: int, claimant: str) -> None:
         allowed = self.model.is_active(number) and self.model.attempts[-1].owner in (None, claimant)
-        self._expect(lambda: self.service.attempts.claim(self.job_id, number, claimant), allowed)
+        self._expect(lambda: self.service.attempts.claim(attempt_principal(self.job_id, number), self.job_id, number, claimant), allowed)
         if allowed:
             self.model.attempts[-1].owner = claimant
 
@@ -220,7 +228,7 @@ class JobStateMachine(RuleBasedStateMachine):
 
         def act() -> None:
             allowed = self.model.is_active(number)
-            self._expect(lambda: self.service.attempts.report(self.job_id, number, batch), allowed)
+            self._expect(lambda: self.service.attempts.report(attempt_principal(self.job_id, number), self.job_id, number, batch), allowed)
             if allowed:  # checked again: the attempt may have started since
                 self._apply_report(number, self.model.attempts[number - 1], first, event_names, step)
 
@@ -262,7 +270,10 @@ class JobStateMachine(RuleBasedStateMachine):
         def act() -> None:
             is_known = 1 <= number <= len(self.model.attempts)
             is_over = is_known and self.model.attempts[number - 1].outcome is not None
-            self._expect(lambda: self.service.attempts.finish(self.job_id, result), is_over or self.model.is_active(number))
+            self._expect(
+                lambda: self.service.attempts.finish(attempt_principal(self.job_id, number), result),
+                is_over or self.model.is_active(number),
+            )
             if is_known and not is_over:
                 attempt = self.model.attempts[-1]
                 attempt.saved_step = max(attempt.saved_step or 0, saved) if saved else attempt.saved_step
@@ -281,7 +292,7 @@ class JobStateMachine(RuleBasedStateMachine):
     @rule()
     def cancel(self) -> None:
         allowed = self.model.status in UNFINISHED or self.model.status == "cancelled"
-        self._expect(lambda: self.service.control.cancel(self.job_id, TENANT), allowed)
+        self._expect(lambda: self.service.control.cancel(PRINCIPAL, self.job_id), allowed)
         if allowed and self.model.status in ("queued", "paused"):
             self.model.status = "cancelled"
         elif allowed and self.model.status != "cancelled":
@@ -290,14 +301,14 @@ class JobStateMachine(RuleBasedStateMachine):
     @rule()
     def pause(self) -> None:
         allowed = self.model.status in ("queued", "preparing", "training", "pausing", "paused")
-        self._expect(lambda: self.service.control.pause(self.job_id, TENANT), allowed)
+        self._expect(lambda: self.service.control.pause(PRINCIPAL, self.job_id), allowed)
         if allowed:
             self.model.status = "paused" if self.model.status in ("queued", "paused") else "pausing"
 
     @rule()
     def resume(self) -> None:
         allowed = self.model.status in ("paused", "queued", "preparing", "training")
-        self._expect(lambda: self.service.control.resume(self.job_id, TENANT, ResumeRequest.model_validate({})), allowed)
+        self._expect(lambda: self.service.control.resume(PRINCIPAL, self.job_id, ResumeRequest.model_validate({})), allowed)
         if self.model.status == "paused":
             self.model.status, self.model.attempts_without_progress, self.model.lost_attempts = "queued", 0, 0
 
@@ -306,7 +317,7 @@ class JobStateMachine(RuleBasedStateMachine):
         ended = self.model.status in ("failed", "cancelled")
         allowed = ended or (self.model.retried and self.model.status != "completed")
         self._expect(
-            lambda: self.service.control.retry(self.job_id, TENANT, RetryRequest.model_validate({"from_start": from_start})), allowed
+            lambda: self.service.control.retry(PRINCIPAL, self.job_id, RetryRequest.model_validate({"from_start": from_start})), allowed
         )
         if ended:
             self.model.status, self.model.attempts_without_progress, self.model.lost_attempts, self.model.retried = "queued", 0, 0, True
@@ -381,7 +392,7 @@ def _run_sequences(store: JobStore, folder: Path, sequences: int) -> str:
         store=store,
         secrets=LocalSecretStore(folder / "secrets"),
         buckets=Buckets(configs=objects, datasets=objects, models=objects),
-        launcher=launcher,
+        launchers=LauncherPool([launcher]),
         url_signer=ServiceUrlSigner(tokens),
         tokens=tokens,
         clock=clock,

@@ -20,7 +20,7 @@ def run(size: Size) -> Row:
     keys = [f"key-{number}" for number in range(KEYS[size])]
     with tempfile.TemporaryDirectory(prefix="chaos-same-") as folder:
         trainer = make_light_trainer(Path(folder, "trainer"), real_one_in=10**9)
-        with service(Path(folder, "home"), TUNESMITH_TRAINER_PYTHON=str(trainer)) as running:
+        with service(Path(folder, "home"), **trainer) as running:
             outcome = asyncio.run(_send_all(running, running.upload(), keys))
             jobs = sum(1 for _ in running.jobs())
     return Row(

@@ -16,6 +16,7 @@ from typing import Any
 import httpx2
 import psutil
 
+from bench.stub_trainer import write_interpreter, write_manifest
 from tests.chaos.campaign import CampaignError
 
 SOURCE = Path(__file__).resolve().parents[2]
@@ -143,19 +144,17 @@ def service(home: Path, **variables: str) -> Iterator[Service]:
         running.close()
 
 
-def make_light_trainer(folder: Path, *, real_one_in: int = 1) -> Path:
-    """Write an interpreter for TUNESMITH_TRAINER_PYTHON that trains nothing; one attempt in `real_one_in` is the real `jobs.run`.
+def make_light_trainer(folder: Path, *, real_one_in: int = 1) -> dict[str, str]:
+    """Write an interpreter that trains nothing; one attempt in `real_one_in` is the real `jobs.run`. Returns the launcher's settings.
 
     The others implement the same protocol with the standard library alone (tests/chaos/light_attempt.py). Each attempt records in the
     folder's file `attempt.log` that it started and whether it got the claim.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    interpreter = folder / "python"
     paths = {"site": SITE_FOLDER, "attempt_log": folder / "attempt.log", "python": sys.executable}
-    interpreter.write_text(INTERPRETER.format(**{name: shlex.quote(str(path)) for name, path in paths.items()}, real_one_in=real_one_in))
-    interpreter.chmod(0o755)
     (folder / "attempt.log").touch()
-    return interpreter
+    write_interpreter(folder, INTERPRETER.format(**{name: shlex.quote(str(path)) for name, path in paths.items()}, real_one_in=real_one_in))
+    return write_manifest(folder)
 
 
 def make_train_request(dataset_id: str, **changes: Any) -> Json:

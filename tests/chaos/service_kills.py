@@ -118,7 +118,7 @@ def _run_campaign(store: str, size: Size) -> Outcome:
     total, kills = SUBMISSIONS[size]
     with tempfile.TemporaryDirectory(prefix="chaos-kills-") as folder, _open_store(store) as variables:
         trainer = make_light_trainer(Path(folder, "trainer"), real_one_in=REAL_ONE_IN)
-        variables |= {"TUNESMITH_TRAINER_PYTHON": str(trainer), "TUNESMITH_MAX_CONCURRENT_JOBS": str(SLOTS)}
+        variables |= trainer | {"TUNESMITH_LOCAL_MAX_CONCURRENT_JOBS": str(SLOTS)}
         with service(Path(folder, "home"), **variables) as running:
             submissions = Submissions(total)
             with _run_clients(running, submissions, running.upload()):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from schema.job import Status
 from tests.chaos.campaign import Row, Size
-from tests.chaos.simulation import CLOUD, LAPTOP, TENANT, AttemptBehavior, SimulatedProcess, Simulation, open_simulation
+from tests.chaos.simulation import CLOUD, LAPTOP, PRINCIPAL, AttemptBehavior, SimulatedProcess, Simulation, open_simulation
 
 OUTAGES: dict[Size, int] = {"full": 60, "short": 20}  # for each deployment
 MAX_OUTAGE_S = 120.0
@@ -169,7 +169,7 @@ class Round:
     def _send_request(self) -> SimulatedProcess:
         job_id, cancels = self._job_id, self._scenario.request == "cancel"
         yield from self._simulation.retry_on_timeline(
-            lambda jobs: jobs.control.cancel(job_id, TENANT) if cancels else jobs.control.pause(job_id, TENANT)
+            lambda jobs: jobs.control.cancel(PRINCIPAL, job_id) if cancels else jobs.control.pause(PRINCIPAL, job_id)
         )
 
     def _is_settled(self) -> bool:

@@ -17,24 +17,28 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, cast
 
+from schema.capabilities import EnvironmentManifest
 from schema.events import EventBatch, MetricsLogged, PhaseChanged, ReportedEvent
 from schema.job import Job
 from schema.result import Result
 from schema.spec import result_key
 from service.adapters.jobstores.memory import MemoryJobStore
 from service.adapters.jobstores.sqlite import SqliteJobStore
+from service.adapters.launchers.cloud_run.launcher import LIMITS as CLOUD_LIMITS
 from service.adapters.links import ServiceUrlSigner
 from service.adapters.secrets.local import LocalSecretStore
-from service.bootstrap import CLOUD_LIMITS
 from service.core.errors import Conflict, Fenced, Unavailable
 from service.core.jobs.assembly import JobServices, build_job_services
-from service.core.jobs.limits import Limits
-from service.core.ports import Buckets, ExecutionState, JobStore, LaunchRequest, RuntimeCapabilities
+from service.core.launchers import LauncherPool
+from service.core.limits import Limits
+from service.core.ports import Buckets, ExecutionState, JobStore, LaunchRequest
+from service.core.principals import LOCAL_PRINCIPAL, UPKEEP_PRINCIPAL, Principal, attempt_principal
 from service.core.tokens import TokenSigner
 from storage.registry import open_store
-from tests.factories import START, make_capabilities, make_dataset, make_train_request
+from tests.factories import START, make_dataset, make_manifest, make_profile, make_train_request
 
-TENANT = "local"
+PRINCIPAL = LOCAL_PRINCIPAL
+LAUNCHER_NAMES = ("first", "second")  # side by side; jobs prefer them in turn
 MEMORY_BACKED = Path("/dev/shm")  # a round writes and syncs dozens of small files
 RETRY_S = 0.5
 FINISH_TRIES = 20
@@ -122,6 +126,7 @@ CLOUD = Deployment("cloud", CLOUD_LIMITS, 60.0, polling_is_free=False, report_in
 class Execution:
     """An execution of the launcher: a simulated process, alive or not."""
 
+    launcher: str
     launch_request: LaunchRequest
     handle: str
     started_at_s: float
@@ -139,12 +144,13 @@ class Execution:
     def number(self) -> int:
         return self.launch_request.attempt
 
+    @property
+    def principal(self) -> Principal:
+        return attempt_principal(self.job_id, self.number)
 
-class FakeLauncher:
-    """A launcher whose executions live on the timeline. Its status calls can fail, and the response to a launch can be lost."""
 
-    name = "fake"
-    profiles = ("fake",)
+class Compute:
+    """The executions of all launchers, on the timeline. Status calls can fail, and the response to a launch can be lost."""
 
     def __init__(self, deployment: Deployment, timeline: Timeline, rng: random.Random) -> None:
         self.polling_is_free = deployment.polling_is_free
@@ -158,37 +164,37 @@ class FakeLauncher:
         self._timeline = timeline
         self._rng = rng
 
-    def launch(self, launch_request: LaunchRequest) -> str:
+    def launch(self, launcher: str, launch_request: LaunchRequest) -> str:
         now_s = self._timeline.now_s
         visible_s = now_s + self._rng.uniform(0, self._deployment.max_visibility_delay_s)
-        execution = Execution(launch_request, f"execution {len(self.executions)} of {launch_request.name}", now_s, visible_s)
+        execution = Execution(launcher, launch_request, f"execution {len(self.executions)} of {launch_request.name}", now_s, visible_s)
         self.executions.append(execution)
         self.on_launch(execution)
         if self.loses_responses:
             raise Unavailable("the response was lost")
         return execution.handle
 
-    def find_handle(self, name: str) -> str | None:
-        self._check_available()
+    def find_handle(self, launcher: str, name: str) -> str | None:
+        self.check_available()
         visible = [
             execution
             for execution in self.executions
-            if execution.launch_request.name == name and execution.visible_at_s <= self._timeline.now_s
+            if (execution.launcher, execution.launch_request.name) == (launcher, name) and execution.visible_at_s <= self._timeline.now_s
         ]
         if self.polling_is_free:
             visible = [execution for execution in visible if execution.alive]  # a local process that ended is not listed
         return min(visible, key=lambda execution: not execution.alive).handle if visible else None
 
-    def check(self, handle: str) -> ExecutionState:
+    def check(self, launcher: str, handle: str) -> ExecutionState:
         if self.is_unavailable and self._rng.random() < 0.5:
             self.refused_calls += 1
             return "unknown"
-        self._check_available()
-        return "running" if self._find_execution(handle).alive else "ended"
+        self.check_available()
+        return "running" if self.find_execution(launcher, handle).alive else "ended"
 
-    def cancel(self, handle: str, *, force: bool) -> None:
-        self._check_available()
-        execution = self._find_execution(handle)
+    def cancel(self, launcher: str, handle: str, *, force: bool) -> None:
+        self.check_available()
+        execution = self.find_execution(launcher, handle)
         execution.stop_requested = True
         self.cancels += 1
         if self.polling_is_free and force:
@@ -196,34 +202,69 @@ class FakeLauncher:
         elif not self.polling_is_free:
             self._timeline.schedule(KILL_DELAY_S, lambda: self.end(execution))
 
-    def count_free_slots(self, active_jobs: int) -> int:
-        return 10
-
-    def get_capabilities(self, profile: str | None = None) -> RuntimeCapabilities:
-        return make_capabilities()
-
-    def close(self) -> None:
-        return None
-
     def end(self, execution: Execution) -> None:
         """End the process."""
         execution.alive = False
 
-    def _check_available(self) -> None:
+    def check_available(self) -> None:
+        """Raise Unavailable during an outage."""
         if self.is_unavailable:
             self.refused_calls += 1
             raise Unavailable("the launcher does not answer")
 
-    def _find_execution(self, handle: str) -> Execution:
-        return next(execution for execution in self.executions if execution.handle == handle)
+    def find_execution(self, launcher: str, handle: str) -> Execution:
+        """The execution of a handle, about which only the launcher that returned it may be asked."""
+        execution = next(execution for execution in self.executions if execution.handle == handle)
+        assert execution.launcher == launcher, f"{launcher} is asked about {handle!r} of {execution.launcher}"
+        return execution
+
+    def answers(self) -> bool:
+        """Whether a call during an outage may answer all the same."""
+        return self._rng.random() < 0.5
+
+
+class FakeLauncher:
+    """One launcher of the compute."""
+
+    def __init__(self, name: str, compute: Compute, limits: Limits) -> None:
+        self.name = name
+        self.limits = limits
+        self.polling_is_free = compute.polling_is_free
+        self.profiles = {"fake": make_profile()}
+        self._compute = compute
+
+    def list_environments(self) -> dict[str, EnvironmentManifest]:
+        return {"llm": make_manifest()}
+
+    def launch(self, launch_request: LaunchRequest) -> str:
+        return self._compute.launch(self.name, launch_request)
+
+    def find_handle(self, name: str) -> str | None:
+        return self._compute.find_handle(self.name, name)
+
+    def check(self, handle: str) -> ExecutionState:
+        return self._compute.check(self.name, handle)
+
+    def cancel(self, handle: str, *, force: bool) -> None:
+        self._compute.cancel(self.name, handle, force=force)
+
+    def count_free_slots(self, active_jobs: int) -> int:
+        return 10
+
+    def ping(self) -> None:
+        self._compute.check_available()
+
+    def close(self) -> None:
+        return None
 
 
 class FakeCloudLauncher(FakeLauncher):
     """A launcher with `get_exit_reason`, which knows no reasons. During an outage, some calls may still answer."""
 
     def get_exit_reason(self, handle: str) -> None:
-        if self._rng.random() < 0.5:
-            self._check_available()
+        self._compute.find_execution(self.name, handle)
+        if self._compute.answers():
+            self._compute.check_available()
 
 
 # --- the service -----------------------------------------------------------------------------------------------------
@@ -305,7 +346,7 @@ class Simulation:
         self.store = store
         self.objects = open_store((folder / "objects").as_uri())
         self.secrets = LocalSecretStore(folder / "secrets")
-        self.launcher = (FakeLauncher if deployment.polling_is_free else FakeCloudLauncher)(deployment, self.timeline, self.rng)
+        self.launcher = Compute(deployment, self.timeline, self.rng)
         self.launcher.on_launch = lambda execution: self.timeline.start(self._run_attempt(execution))
         self.tokens = TokenSigner(b"k" * 32, self.clock)
         self.choose_behavior: Callable[[Execution], AttemptBehavior] = lambda _: AttemptBehavior()
@@ -317,6 +358,7 @@ class Simulation:
         self.interleaves = False
         self.attempts_cut_off = False  # attempts cannot reach the service
         self._suffixes = count(1)
+        self._submissions = count()
         self._depth = 0
         self._reconciling = False
         self._start_process()
@@ -359,7 +401,9 @@ class Simulation:
 
     def submit(self, key: str, **changes: object) -> Job:
         """Submit with an idempotency key until there is an answer, as Tunesmith's client does."""
-        return self.call_with_retry(lambda jobs: jobs.submission.submit(make_train_request(**changes), TENANT, key))
+        preferred = [f"{name}/fake" for name in sorted(LAUNCHER_NAMES, reverse=next(self._submissions) % 2 == 1)]
+        request = make_train_request(hardware=preferred, **changes)
+        return self.call_with_retry(lambda jobs: jobs.submission.submit(PRINCIPAL, request, key))
 
     def record(self, job_id: str) -> Job:
         """The stored job, whether or not the service runs."""
@@ -380,20 +424,23 @@ class Simulation:
     def _start_process(self) -> None:
         self.process = self.next_process()
         self.process.before_call = self._advance_between_calls
-        ports = {"store": self.store, "secrets": self.secrets, "launcher": self.launcher}
+        ports = {"store": self.store, "secrets": self.secrets}
+        launcher_class = FakeLauncher if self.deployment.polling_is_free else FakeCloudLauncher
+        launchers = [launcher_class(name, self.launcher, self.deployment.limits) for name in LAUNCHER_NAMES]
         objects = dict.fromkeys(("configs", "models", "datasets"), self.objects)
         # Any: a proxy has the names of whatever port is behind it.
         proxies: dict[str, Any] = {name: PortProxy(name, port, self.process) for name, port in ports.items()}
+        pool: list[Any] = [PortProxy("launcher", launcher, self.process) for launcher in launchers]
         buckets: dict[str, Any] = {name: PortProxy(name, store, self.process) for name, store in objects.items()}
         self.jobs: JobServices | None = build_job_services(
             **proxies,
+            launchers=LauncherPool(pool),
             buckets=Buckets(**buckets),
             url_signer=ServiceUrlSigner(self.tokens),
             tokens=self.tokens,
             clock=self.clock,
             random_suffix=lambda: f"{next(self._suffixes):04x}",
             wake=self._wake,
-            limits=self.deployment.limits,
         )
 
     def _handle_crash(self) -> None:
@@ -425,7 +472,8 @@ class Simulation:
             return
         began_s, self._reconciling = self.timeline.now_s, True
         try:
-            self.jobs.reconciliation.reconcile()
+            for name in LAUNCHER_NAMES:  # one after the other: a simulation has no threads
+                self.jobs.reconciliation.reconcile_launcher(UPKEEP_PRINCIPAL, name)
         except Crash:
             self._handle_crash()
         else:
@@ -466,7 +514,7 @@ class Simulation:
             return
         result = self._write_result(execution, outcome)
         for _ in range(0 if behavior.result_not_received else FINISH_TRIES):
-            if self._call_as_attempt(lambda jobs: jobs.attempts.finish(execution.job_id, result)):
+            if self._call_as_attempt(lambda jobs: jobs.attempts.finish(execution.principal, result)):
                 return
             yield RETRY_S
 
@@ -475,7 +523,8 @@ class Simulation:
         claimant = f"process of {execution.handle}"
         while execution.alive and not execution.stop_requested and not execution.has_claim:
             execution.has_claim = (
-                self._call_as_attempt(lambda jobs: jobs.attempts.claim(execution.job_id, execution.number, claimant)) is not None
+                self._call_as_attempt(lambda jobs: jobs.attempts.claim(execution.principal, execution.job_id, execution.number, claimant))
+                is not None
             )
             yield 0.0 if execution.has_claim else RETRY_S
 
@@ -488,7 +537,9 @@ class Simulation:
             if not execution.alive:
                 return ""
             batch = self._make_batch(seq, behavior)
-            response = self._call_as_attempt(lambda jobs, batch=batch: jobs.attempts.report(execution.job_id, execution.number, batch))
+            response = self._call_as_attempt(
+                lambda jobs, batch=batch: jobs.attempts.report(execution.principal, execution.job_id, execution.number, batch)
+            )
             seq = response.next_seq if response else seq
             if response and response.directive != "continue" and not behavior.ignores_cancel:
                 yield CANCEL_DELAY_S

@@ -40,7 +40,7 @@ def run(size: Size) -> Row:
     with tempfile.TemporaryDirectory(prefix="chaos-training-") as folder:
         home = Path(folder, "home")
         build_tiny_base(home)
-        variables = {"TUNESMITH_TRAINER_PYTHON": str(TRAINER_PYTHON), "TUNESMITH_MAX_CONCURRENT_JOBS": "2"}
+        variables = {"TUNESMITH_LOCAL_MAX_CONCURRENT_JOBS": "2"}
         with service(home, **variables) as running, ThreadPoolExecutor(1) as pool:
             dataset_id = running.upload(rows())
             undisturbed = pool.submit(lambda: _wait_until_completed(running, _submit(running, dataset_id, size)))

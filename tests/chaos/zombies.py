@@ -7,6 +7,7 @@ The service is the real one over HTTP; the attempts are real processes of `jobs.
 import contextlib
 import hashlib
 import logging
+import os
 import random
 import signal
 import socket
@@ -28,9 +29,11 @@ from schema.job import Attempt
 from schema.result import PublishManifest
 from schema.spec import attempt_name, manifest_key, result_key
 from service.adapters.launchers import LAUNCHERS
-from service.adapters.launchers.local import LocalLauncher
-from service.bootstrap import CLOUD_LIMITS, Services
+from service.adapters.launchers.cloud_run.launcher import LIMITS as CLOUD_LIMITS
+from service.adapters.launchers.local.launcher import LocalLauncher
+from service.bootstrap import Services
 from service.core.ports import ExecutionState, LaunchRequest
+from service.core.principals import LOCAL_PRINCIPAL
 from service.main import create_app
 from service.settings import Settings
 from tests.chaos.campaign import CampaignError, Row, Size
@@ -45,7 +48,7 @@ POLL_INTERVAL_S = 0.0005
 RESUMED_EXIT_CODES = {0, 1, 11}
 RECONCILE_INTERVAL_S = 0.1
 RECONCILE_WAIT_S = 2.0  # enough for a few passes of the reconciler on a busy machine
-TENANT = "local"
+PRINCIPAL = LOCAL_PRINCIPAL
 
 # Points after which an attempt is suspended, as seen from outside, with a delay of up to JITTER_S.
 STOP_POINTS = ("launched", "claimed", "training", "uploading")
@@ -56,6 +59,7 @@ class UnreachableLauncher(LocalLauncher):
     """The local launcher with unreachable attempts, which it reports as running and cannot end."""
 
     name = "unreachable"
+    limits = CLOUD_LIMITS
     unreachable: set[str]
     processes: dict[str, "subprocess.Popen[bytes]"]
 
@@ -121,7 +125,7 @@ class RunningService:
 
     @property
     def launcher(self) -> UnreachableLauncher:
-        launcher = self._services.launcher
+        launcher = self._services.launchers.get("unreachable")
         assert isinstance(launcher, UnreachableLauncher)
         return launcher
 
@@ -161,7 +165,7 @@ class RunningService:
         process = self.launcher.processes[attempt_name(job_id, 1)]
         process.send_signal(signal.SIGSTOP)
         wait_until(lambda: _process_state(process.pid) in ("T", "Z", ""), TIMEOUT_S, interval_s=POLL_INTERVAL_S, description="the stop")
-        attempt = self._services.jobs.repository.find(job_id, TENANT).attempts[0]
+        attempt = self._services.jobs.repository.find(PRINCIPAL, job_id).attempts[0]
         if process.poll() is not None or attempt.ended_at or self._services.buckets.configs.stat(result_key(job_id, 1)):
             process.send_signal(signal.SIGCONT)
             return False
@@ -169,7 +173,7 @@ class RunningService:
         return True
 
     def _has_reached(self, stop_point: str, job_id: str) -> bool:
-        attempt = self._services.jobs.repository.find(job_id, TENANT).attempt
+        attempt = self._services.jobs.repository.find(PRINCIPAL, job_id).attempt
         if attempt is None or attempt.handle is None or attempt_name(job_id, 1) not in getattr(self.launcher, "processes", {}):
             return False
         match stop_point:
@@ -197,16 +201,16 @@ class RunningService:
                 raise CampaignError(f"attempt 1 of {job_id} was not given up within {TIMEOUT_S:.0f} s")
 
     def _attempts(self, job_id: str) -> tuple[Attempt, ...]:
-        return self._services.jobs.repository.find(job_id, TENANT).attempts
+        return self._services.jobs.repository.find(PRINCIPAL, job_id).attempts
 
     def _read_state(self, job_id: str) -> tuple[Any, ...]:
         """Everything that the service stores about a job: its record, events and manifest."""
         events = [(stored.attempt, stored.seq) for stored in self._services.store.list_events(job_id, 0, 10_000)]
         manifest = self._services.buckets.models.read(manifest_key(job_id))
-        return self._services.jobs.repository.find(job_id, TENANT), events, manifest
+        return self._services.jobs.repository.find(PRINCIPAL, job_id), events, manifest
 
     def _check_artifacts(self, job_id: str, counts: Counts) -> None:
-        job = self._services.jobs.repository.find(job_id, TENANT)
+        job = self._services.jobs.repository.find(PRINCIPAL, job_id)
         models = self._services.buckets.models
         manifest = PublishManifest.load(models.read(manifest_key(job_id)))
         if not job.artifacts or manifest.artifacts != job.artifacts:
@@ -237,9 +241,10 @@ def run_service(folder: Path) -> Iterator[RunningService]:
         offset += duration + timedelta(seconds=1)
 
     port = _free_port()
+    os.environ |= make_light_trainer(folder / "trainer") | {"TUNESMITH_LOCAL_MAX_CONCURRENT_JOBS": "8"}
     settings = Settings.model_validate(
-        {"home": folder / "home", "port": port, "launcher": "unreachable", "trainer_python": make_light_trainer(folder / "trainer")}
-        | {"HF_HUB_OFFLINE": True, "max_concurrent_jobs": 8, "reconcile_interval_s": RECONCILE_INTERVAL_S}
+        {"home": folder / "home", "port": port, "launchers": ("unreachable",)}
+        | {"HF_HUB_OFFLINE": True, "reconcile_interval_s": RECONCILE_INTERVAL_S}
     )
     app = create_app(settings, clock)
     log = logging.getLogger()

@@ -10,6 +10,7 @@ import pytest
 from infra.loopback.cloud_run.server import CloudRun
 from service.adapters.launchers.cloud_run.launcher import CloudRunLauncher
 from service.core.ports import LaunchRequest
+from service.setting_types import SOURCE_ROOT
 
 JOB = "projects/demo/locations/here/jobs/tunesmith-cpu"
 # Prints its environment and arguments, sleeps if BEHAVIOR is "sleep", and exits with code EXIT.
@@ -37,11 +38,17 @@ def launcher(cloud_run: CloudRun) -> Iterator[CloudRunLauncher]:
 
 
 def make_launcher(emulator_host: str | None, **changes: Any) -> CloudRunLauncher:
-    options = {"time_limit_s": 600, "profiles": ("cpu",), "max_concurrent_jobs": 2, "service_audience": None}
+    options = {
+        "environments": SOURCE_ROOT / "tests",
+        "time_limit_s": 600,
+        "profiles": ("cpu",),
+        "max_concurrent_jobs": 2,
+        "service_audience": None,
+    }
     location = {"project_id": "demo", "region": "here", "service_url": "https://tunesmith.example"}
     return CloudRunLauncher(**location, **options | changes, emulator_host=emulator_host)
 
 
-def make_launch_request(name: str = "job-1.1", hardware: str | None = None, **environment: str) -> LaunchRequest:
+def make_launch_request(name: str = "job-1.1", hardware: str = "cpu", environment: str = "llm", **variables: str) -> LaunchRequest:
     defaults = {"JOB_ID": "job-1", "JOB_ATTEMPT": "1", "JOB_TOKEN": "a token of this attempt", "JOB_SPEC_STORE_URL": "gs://demo-configs"}
-    return LaunchRequest(name=name, job_id="job-1", attempt=1, environment=defaults | environment, profile=hardware)
+    return LaunchRequest(name=name, job_id="job-1", attempt=1, profile=hardware, environment=environment, variables=defaults | variables)

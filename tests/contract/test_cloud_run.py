@@ -19,7 +19,7 @@ from infra.loopback.cloud_run.server import CloudRun
 from infra.loopback.proxy import Proxy
 from service.adapters.launchers.cloud_run.launcher import CloudRunLauncher
 from service.adapters.launchers.cloud_run.render import Deployment, attempt_time_limit_s, build_run_job_request
-from service.core.errors import LaunchFailed, Unavailable
+from service.core.errors import LaunchFailed, NoCapacity, Unavailable
 from storage.deadline import deadline
 from tests.contract.cloud_run_fixture import JOB, make_launch_request, make_launcher
 from tests.waiting import wait_until
@@ -32,7 +32,6 @@ def make_deployment(**changes: Any) -> Deployment:
     fields = {
         "project_id": "demo",
         "region": "europe-west4",
-        "default_profile": "l4",
         "service_url": "https://tunesmith.example",
         "service_audience": "https://tunesmith.example",
         "time_limit_s": 3600,
@@ -44,19 +43,20 @@ def make_deployment(**changes: Any) -> Deployment:
 
 
 def test_run_job_request_matches_golden_file() -> None:
-    assert render(build_run_job_request(make_launch_request(), make_deployment())) == json.loads(GOLDEN.read_text())
+    assert render(build_run_job_request(make_launch_request(hardware="l4"), make_deployment())) == json.loads(GOLDEN.read_text())
 
 
 def test_environment_order_does_not_change_request() -> None:
     launch_request = make_launch_request()
-    environment = dict(reversed(list(launch_request.environment.items())))
-    reversed_order = replace(launch_request, environment=environment)
+    reversed_order = replace(launch_request, variables=dict(reversed(list(launch_request.variables.items()))))
     assert build_run_job_request(launch_request, make_deployment()) == build_run_job_request(reversed_order, make_deployment())
 
 
 def test_hardware_selects_cloud_run_job() -> None:
     request = build_run_job_request(make_launch_request(hardware="rtx-pro-6000"), make_deployment())
     assert request.name == "projects/demo/locations/europe-west4/jobs/tunesmith-rtx-pro-6000"
+    request = build_run_job_request(make_launch_request(hardware="l4", environment="vision"), make_deployment())
+    assert request.name == "projects/demo/locations/europe-west4/jobs/tunesmith-vision-l4"
 
 
 def test_no_audience_sets_no_audience_variable() -> None:
@@ -192,16 +192,16 @@ LAUNCH_ERRORS = {
     "quota, in the details": (
         (CODE.RESOURCE_EXHAUSTED, "Quota exceeded", QUOTA),
         (
-            Unavailable,
+            NoCapacity,
             "NvidiaL4GpuAllocNoZonalRedundancyPerProjectRegion",
             "https://console.cloud.google.com/iam-admin/quotas?project=demo",
         ),
     ),
-    "quota, in the message": ((CODE.FAILED_PRECONDITION, MEMORY_QUOTA), (Unavailable, "MemAllocPerProjectRegion", "quotas?project=demo")),
-    "quota, as a bad argument": ((CODE.INVALID_ARGUMENT, NO_GPU_QUOTA), (Unavailable, "CpuAllocPerProjectRegion", "zonal redundancy")),
+    "quota, in the message": ((CODE.FAILED_PRECONDITION, MEMORY_QUOTA), (NoCapacity, "MemAllocPerProjectRegion", "quotas?project=demo")),
+    "quota, as a bad argument": ((CODE.INVALID_ARGUMENT, NO_GPU_QUOTA), (NoCapacity, "CpuAllocPerProjectRegion", "zonal redundancy")),
     "quota of requests": (
         (CODE.RESOURCE_EXHAUSTED, "…", ErrorInfo(reason="RATE_LIMIT_EXCEEDED", metadata={"quota_limit": "RunRequestsPerMinute"})),
-        (Unavailable, "RunRequestsPerMinute"),
+        (NoCapacity, "RunRequestsPerMinute"),
     ),
     "unknown caller": ((CODE.UNAUTHENTICATED, "invalid credentials"), (Unavailable, "gcloud auth application-default login")),
     "precondition": ((CODE.FAILED_PRECONDITION, "the job is being updated"), (Unavailable, "being updated")),
@@ -228,7 +228,7 @@ def test_launch_error_names_cause_and_fix(case: str, cloud_run: CloudRun, launch
 def test_missing_cloud_run_job_fails_launch(cloud_run: CloudRun) -> None:
     launcher = make_launcher(cloud_run.host, profiles=("l4",))
     with pytest.raises(LaunchFailed, match="no Cloud Run job tunesmith-l4 in project demo, region here"):
-        launcher.launch(make_launch_request())
+        launcher.launch(make_launch_request(hardware="l4"))
     launcher.close()
 
 
@@ -299,8 +299,8 @@ def test_missing_execution_counts_as_ended(launcher: CloudRunLauncher) -> None:
     launcher.cancel(missing, force=True)
 
 
-def test_foreign_handle_counts_as_ended(cloud_run: CloudRun, launcher: CloudRunLauncher) -> None:
-    assert launcher.check("4711@12.50") == "ended"
+def test_foreign_handle_is_unknown_and_left_alone(cloud_run: CloudRun, launcher: CloudRunLauncher) -> None:
+    assert launcher.check("4711@12.50") == "unknown"
     assert launcher.get_exit_reason("4711@12.50") is None
     launcher.cancel("4711@12.50", force=True)
     assert "4711" in launcher.log_location("4711@12.50")

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 from google.api_core import exceptions as google
+from google.cloud.firestore import DELETE_FIELD
 from google.cloud.firestore_v1.types import StructuredQuery
 
 from schema.events import EventBatch, MetricsLogged, ReportedEvent, StatusChanged, WarningRaised
-from schema.job import Status
+from schema.job import Job, Status
 from service.adapters.jobstores.cursors import encode_cursor
 from service.adapters.jobstores.firestore.documents import FILTERS
 from service.adapters.jobstores.firestore.events import EVENTS_TTL
@@ -23,7 +24,7 @@ from service.core.errors import Conflict, IdempotencyConflict, InvalidRequest, S
 from service.core.job_store_rules import IDEMPOTENCY_TTL
 from service.core.ports import IdempotencyKey, JobQuery
 from storage.deadline import deadline
-from tests.factories import START, make_dataset, make_job
+from tests.factories import START, make_attempt, make_dataset, make_job
 
 INDEXES = json.loads((Path(__file__).parents[2] / "infra/firestore.indexes.json").read_text())
 STATUS_EVENT = StatusChanged(status=Status.PREPARING, attempt=1)
@@ -177,7 +178,7 @@ def test_dataset_create_and_delete_survive_lost_rpc(store: FirestoreJobStore, co
 @parametrize_loss
 def test_read_is_retried(store: FirestoreJobStore, monkeypatch: pytest.MonkeyPatch, loss: Callable[..., None]) -> None:
     store.create_job(make_job())
-    for rpc, read in (("batch_get_documents", lambda: store.find_job("job-1")), ("run_query", lambda: store.list_queued_jobs(1)[0])):
+    for rpc, read in (("batch_get_documents", lambda: store.find_job("job-1")), ("run_query", lambda: store.list_queued_jobs(None, 1)[0])):
         RpcInterceptor(store, rpc, monkeypatch).set_faults(loss, loss)
         assert read() == make_job()
 
@@ -191,7 +192,7 @@ def test_interrupted_query_stream_is_retried(store: FirestoreJobStore, monkeypat
         raise google.ServiceUnavailable("Socket closed")
 
     RpcInterceptor(store, "run_query", monkeypatch).set_faults(break_stream)
-    assert [job.job_id for job in store.list_queued_jobs(10)] == ["job-0", "job-1", "job-2"]
+    assert [job.job_id for job in store.list_queued_jobs(None, 10)] == ["job-0", "job-1", "job-2"]
 
 
 @pytest.mark.parametrize("contended", [google.Aborted("Transaction lock timeout."), google.FailedPrecondition("stored version")])
@@ -328,7 +329,7 @@ def test_firestore_error_names_operator_fix(
     store: FirestoreJobStore, monkeypatch: pytest.MonkeyPatch, rpc: str, error: google.GoogleAPICallError, message: str, hint: str
 ) -> None:
     calls = {
-        "run_query": lambda: store.list_queued_jobs(1),
+        "run_query": lambda: store.list_queued_jobs(None, 1),
         "batch_get_documents": store.ping,
         "commit": lambda: store.create_dataset(make_dataset()),
     }
@@ -382,8 +383,8 @@ def call_every_method(store: FirestoreJobStore) -> None:
                 store.list_jobs(JobQuery("local", after=after, **{name: values[name] for name in names}))
     for after in (None, cursor):
         store.list_datasets("local", after=after)
-    store.list_queued_jobs(1)
-    store.list_active_jobs(1)
+    store.list_queued_jobs(None, 1)
+    store.list_active_jobs(None, 1)
     store.list_jobs_using_dataset("dataset_1")
     store.list_events("job-1")
     store.find_heartbeat("job-1")
@@ -401,8 +402,9 @@ class RecordedQuery:
         filters = list(query.where.composite_filter.filters) or [query.where]
         field_filters = [part.field_filter for part in filters if part.field_filter.field.field_path]
         conditions = [(field_filter.field.field_path, field_filter.op.name) for field_filter in field_filters]
-        self.equality_fields = {path for path, op in conditions if op == "EQUAL"}
-        self.range_fields = {path for path, op in conditions if op != "EQUAL"}
+        self.equality_fields = {path for path, op in conditions if op in ("EQUAL", "ARRAY_CONTAINS")}
+        self.array_fields = {path for path, op in conditions if op == "ARRAY_CONTAINS"}
+        self.range_fields = {path for path, op in conditions if op not in ("EQUAL", "ARRAY_CONTAINS")}
         self.order_by = [(order.field.field_path, order.direction.name) for order in query.order_by]
 
     def __repr__(self) -> str:
@@ -430,14 +432,14 @@ class RecordedQuery:
                 if all(has_single_field_index(self.collection, path) for path in self.equality_fields) and len(self.equality_fields) < 2
                 else None
             )
-        needed = [[(path, "ASCENDING"), *self.indexed_order] for path in self.equality_fields]
+        needed = [[(path, "CONTAINS" if path in self.array_fields else "ASCENDING"), *self.indexed_order] for path in self.equality_fields]
         indexes = [index for index in INDEXES["indexes"] if index["collectionGroup"] == self.collection and index_keys(index) in needed]
         return indexes if len(indexes) == len(needed) and not self.range_fields else None
 
 
 def index_keys(index: dict[str, Any]) -> list[tuple[str, str]]:
     assert index["queryScope"] == "COLLECTION"
-    return [(field["fieldPath"], field["order"]) for field in index["fields"]]
+    return [(field["fieldPath"], field.get("order") or field["arrayConfig"]) for field in index["fields"]]
 
 
 def has_single_field_index(collection: str, path: str) -> bool:
@@ -452,7 +454,7 @@ def test_queries_and_indexes_match(store: FirestoreJobStore, monkeypatch: pytest
     call_every_method(store)
     store.delete_job("job-1")
     queries = [RecordedQuery(request["structured_query"]) for request in interceptor.requests]
-    assert len({frozenset(query.equality_fields) for query in queries if query.collection == "jobs"}) == 2 ** len(FILTERS) + 2
+    assert len({frozenset(query.equality_fields) for query in queries if query.collection == "jobs"}) == 2 ** len(FILTERS) + 3
     used: list[dict[str, Any]] = []
     for query in queries:
         indexes = query.find_indexes()
@@ -473,6 +475,26 @@ def test_query_without_index_is_detected() -> None:
     assert RecordedQuery(query).find_indexes() is None
 
 
+FIELDS_OF_EARLIER_VERSIONS = {("jobs", "work_state")}
+
+
+@pytest.mark.parametrize(
+    ("state", "job"), [("queued", make_job()), ("active", make_job(status=Status.TRAINING, attempts=(make_attempt(),)))]
+)
+def test_open_job_of_an_earlier_version_is_found_after_an_upgrade(firestore_project: str, state: str, job: Job) -> None:
+    """Its document has `work_state`, a text, and is in no list of work."""
+    before = FirestoreJobStore(project_id=firestore_project)
+    before.create_job(job)
+    document = before._database.client.document(f"jobs/{job.job_id}")  # pyright: ignore[reportPrivateUsage]
+    document.update({"work_state": state, "work_lists": DELETE_FIELD})
+    store = FirestoreJobStore(project_id=firestore_project)
+    listed = store.list_queued_jobs("fake", 10) if state == "queued" else store.list_active_jobs("fake", 10)
+    assert listed == [job]
+    assert "work_state" not in document.get().to_dict()
+    before.close()
+    store.close()
+
+
 def test_every_field_has_index_override(store: FirestoreJobStore) -> None:
     call_every_method(store)
     overrides = {(override["collectionGroup"], override["fieldPath"]) for override in INDEXES["fieldOverrides"]}
@@ -483,7 +505,7 @@ def test_every_field_has_index_override(store: FirestoreJobStore) -> None:
         for document in collection.stream()
         for name in document.to_dict()
     }
-    assert stored == overrides
+    assert stored | FIELDS_OF_EARLIER_VERSIONS == overrides
 
 
 def test_expiring_documents_have_ttl_timestamp(store: FirestoreJobStore) -> None:

@@ -12,6 +12,7 @@ import pytest
 from schema.dataset import Dataset
 from schema.events import EventBatch, MetricsLogged, PhaseChanged, ReportedEvent, StatusChanged
 from schema.job import Job, Progress, Status
+from schema.placement import Placement
 from service.adapters.jobstores import JOB_STORES
 from service.adapters.jobstores.cursors import encode_cursor
 from service.adapters.jobstores.firestore.store import FirestoreJobStore
@@ -20,7 +21,7 @@ from service.adapters.jobstores.sqlite import SqliteJobStore
 from service.bootstrap import load_adapter
 from service.core.errors import Conflict, IdempotencyConflict, InvalidRequest, NotFound, RecordTooNew, StaleRevision, Unavailable
 from service.core.ports import IdempotencyKey, JobQuery, JobStore, StoredEvent
-from tests.factories import START, make_dataset, make_job
+from tests.factories import START, make_attempt, make_dataset, make_job
 
 BUILDERS: dict[str, Callable[[type, pytest.FixtureRequest], JobStore]] = {
     "firestore": lambda store, request: store(project_id=request.getfixturevalue("firestore_project")),
@@ -192,26 +193,84 @@ def test_invalid_cursor_is_rejected(store: JobStore, cursor: str) -> None:
 def test_queued_and_active_jobs_are_found_oldest_first(store: JobStore) -> None:
     for n, status in enumerate([*Status, Status.QUEUED, Status.TRAINING]):
         store.create_job(make_job(f"job-{n}-{status}", status=status, created_at=START - timedelta(seconds=n)))
-    assert [job.job_id for job in store.list_queued_jobs(limit=10)] == ["job-9-queued", "job-0-queued"]
-    assert [job.job_id for job in store.list_queued_jobs(limit=1)] == ["job-9-queued"]
-    active = [job.status for job in store.list_active_jobs(limit=10)]
+    assert [job.job_id for job in store.list_queued_jobs(None, 10)] == ["job-9-queued", "job-0-queued"]
+    assert [job.job_id for job in store.list_queued_jobs(None, 1)] == ["job-9-queued"]
+    active = [job.status for job in store.list_active_jobs(None, 10)]
     assert active == [Status.TRAINING, Status.CANCELLING, Status.PAUSING, Status.TRAINING, Status.PREPARING]
+
+
+def place(*launchers: str) -> tuple[Placement, ...]:
+    return tuple(Placement(launcher=launcher, profile="p", environment="llm") for launcher in launchers)
+
+
+def list_ids(jobs: list[Job]) -> list[str]:
+    return [job.job_id for job in jobs]
+
+
+def test_work_of_a_launcher_follows_the_job(store: JobStore) -> None:
+    job = store.create_job(make_job("both", placements=place("a", "b")))
+    store.create_job(make_job("only-b", placements=place("b", "b"), created_at=START + timedelta(seconds=1)))
+    assert list_ids(store.list_queued_jobs("a", 10)) == ["both"]
+    assert list_ids(store.list_queued_jobs("b", 10)) == ["both", "only-b"]
+    assert list_ids(store.list_queued_jobs("b", 1)) == ["both"]
+    attempt = make_attempt(placement=place("b")[0])
+    job = store.replace_job(job.model_copy(update={"status": Status.TRAINING, "attempts": (attempt,)}))
+    assert (list_ids(store.list_active_jobs("a", 10)), list_ids(store.list_active_jobs("b", 10))) == ([], ["both"])
+    assert (list_ids(store.list_queued_jobs("a", 10)), list_ids(store.list_queued_jobs("b", 10))) == ([], ["only-b"])
+    job = store.replace_job(job.model_copy(update={"status": Status.QUEUED}))
+    assert (list_ids(store.list_queued_jobs("a", 10)), store.list_active_jobs("b", 10)) == (["both"], [])
+    store.replace_job(job.model_copy(update={"status": Status.CANCELLED}))
+    store.delete_job("only-b")
+    assert all(store.list_queued_jobs(name, 10) + store.list_active_jobs(name, 10) == [] for name in ("a", "b", None))
+
+
+def test_long_queue_of_one_launcher_hides_no_job_of_another(store: JobStore) -> None:
+    for number in range(300):
+        store.create_job(make_job(f"a-{number}", placements=place("a"), created_at=START + timedelta(seconds=number)))
+    store.create_job(make_job("b", placements=place("b"), created_at=START + timedelta(days=1)))
+    assert list_ids(store.list_queued_jobs("b", 1)) == ["b"]
+    assert list_ids(store.list_queued_jobs("a", 2)) == ["a-0", "a-1"]
+    assert len(store.list_queued_jobs(None, 1000)) == 301
+
+
+def test_open_jobs_of_an_earlier_sqlite_file_are_found_after_an_upgrade(tmp_path: Path) -> None:
+    """Its tables have version 2: there is no table of launchers, and its records have version 1."""
+    path = tmp_path / "jobs.db"
+    store = SqliteJobStore(path)
+    placement = Placement(launcher="cloud-run", profile="l4", environment="llm")
+    job = store.create_job(make_job(placements=(placement,)))
+    first = json.loads(job.model_dump_json(exclude={"schema_version", "placements"})) | {"hardware": "l4", "schema_version": 1}
+    attempt = {"number": 1, "launcher": "cloud-run", "created_at": START.isoformat(), "launch_started_at": None, "handle": "h"}
+    active = first | {"job_id": "job-2", "status": "training", "attempts": [attempt]}
+    store.create_job(make_job("job-2", status=Status.TRAINING))
+    store.create_job(make_job("job-3", status=Status.COMPLETED))
+    with store._database.transaction() as db:  # pyright: ignore[reportPrivateUsage]
+        for record in (first, active):
+            db.execute("UPDATE jobs SET record = ? WHERE job_id = ?", (json.dumps(record), record["job_id"]))
+        db.execute("DROP TABLE job_launchers")
+        db.execute("PRAGMA user_version = 2")
+    store.close()
+    store = SqliteJobStore(path)
+    assert list_ids(store.list_queued_jobs("cloud-run", 10)) == ["job-1"]
+    [found] = store.list_active_jobs("cloud-run", 10)
+    assert (found.job_id, found.attempts[0].placement, found.attempts[0].launch_started_at) == ("job-2", placement, START)
+    store.close()
 
 
 def test_final_job_is_neither_queued_nor_active(store: JobStore) -> None:
     job = store.create_job(make_job())
     store.replace_job(job.model_copy(update={"status": Status.CANCELLED}))
-    assert store.list_queued_jobs(10) + store.list_active_jobs(10) == []
+    assert store.list_queued_jobs(None, 10) + store.list_active_jobs(None, 10) == []
 
 
 def test_retried_job_is_queued_then_active(store: JobStore) -> None:
     job = store.create_job(make_job(status=Status.FAILED))
     job = store.replace_job(job.model_copy(update={"status": Status.QUEUED}))
-    assert [job.job_id for job in store.list_queued_jobs(10)] == ["job-1"]
+    assert [job.job_id for job in store.list_queued_jobs(None, 10)] == ["job-1"]
     assert store.list_jobs_using_dataset("dataset_1") == ["job-1"]
     store.replace_job(job.model_copy(update={"status": Status.TRAINING}))
-    assert [job.job_id for job in store.list_active_jobs(10)] == ["job-1"]
-    assert store.list_queued_jobs(10) == []
+    assert [job.job_id for job in store.list_active_jobs(None, 10)] == ["job-1"]
+    assert store.list_queued_jobs(None, 10) == []
 
 
 def test_dataset_uses_are_non_final_jobs(store: JobStore) -> None:
@@ -379,12 +438,12 @@ def rename_field(old: str, new: str) -> Callable[[dict[str, object]], dict[str, 
 
 
 def test_old_job_is_migrated_when_read(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Job, "migrations", {0: rename_field("title", "job_name")})
+    monkeypatch.setattr(Job, "migrations", {0: rename_field("title", "job_name"), 1: lambda document: document})
     job = store.create_job(make_job(job_name="a name"))
     old = rename_field("job_name", "title")(json.loads(job.model_dump_json())) | {"schema_version": 0}
     replace_stored_text(store, "jobs", job.job_id, json.dumps(old))
     assert store.find_job(job.job_id) == job
-    assert store.list_queued_jobs(10) == [job]
+    assert store.list_queued_jobs(None, 10) == [job]
     renamed = store.replace_job(job.model_copy(update={"job_name": "another"}))  # writes the current form
     monkeypatch.undo()
     assert store.find_job(job.job_id) == renamed
@@ -401,19 +460,21 @@ def test_old_dataset_is_migrated_when_read(store: JobStore, monkeypatch: pytest.
 
 
 def test_record_without_version_is_read(store: JobStore) -> None:
-    job = store.create_job(make_job())
-    replace_stored_text(store, "jobs", job.job_id, job.model_dump_json(exclude={"schema_version"}))
+    placement = Placement(launcher="cloud-run", profile="l4", environment="llm")
+    job = store.create_job(make_job(placements=(placement,)))
+    first = json.loads(job.model_dump_json(exclude={"schema_version", "placements"})) | {"hardware": "l4"}
+    replace_stored_text(store, "jobs", job.job_id, json.dumps(first))
     assert store.find_job(job.job_id) == job
 
 
 def test_record_of_newer_version_is_refused_and_kept(store: JobStore) -> None:
     job, other = store.create_job(make_job()), store.create_job(make_job("job-2"))
-    newer = json.dumps(json.loads(job.model_dump_json()) | {"schema_version": 2})
+    newer = json.dumps(json.loads(job.model_dump_json()) | {"schema_version": 3})
     replace_stored_text(store, "jobs", job.job_id, newer)
     with pytest.raises(RecordTooNew, match="a newer version of Tunesmith wrote this Job record") as excinfo:
         store.find_job(job.job_id)
     assert "deploy" in excinfo.value.hint
-    assert store.list_queued_jobs(10) == [other]  # other jobs still run
+    assert store.list_queued_jobs(None, 10) == [other]  # other jobs still run
     replace_stored_text(store, "jobs", job.job_id, job.model_dump_json())
     assert store.find_job(job.job_id) == job
 
@@ -482,8 +543,8 @@ def test_list_queries_use_an_index(tmp_path: Path, query: JobQuery, monkeypatch:
     read = store._database.read  # pyright: ignore[reportPrivateUsage]
     monkeypatch.setattr(store._database, "read", lambda sql, *values: queries.append((sql, values)) or read(sql, *values))
     store.list_jobs(query)
-    store.list_queued_jobs(5)
-    store.list_active_jobs(5)
+    store.list_queued_jobs(None, 5)
+    store.list_active_jobs(None, 5)
     store.list_jobs_using_dataset("d")
     for sql, values in queries:
         plan = " ".join(row[3] for row in read(f"EXPLAIN QUERY PLAN {sql}", *values))

@@ -1,9 +1,12 @@
 """What every launcher promises. A small program in place of `jobs.run` is the attempt."""
 
+import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +18,10 @@ import pytest
 from infra.loopback.cloud_run.server import CloudRun
 from service.adapters.launchers import LAUNCHERS
 from service.adapters.launchers.cloud_run.launcher import CloudRunLauncher
-from service.adapters.launchers.local import LocalLauncher
-from service.core.errors import LaunchFailed, Unsupported
-from service.core.ports import Launcher, LaunchRequest, LogLocator, LogReader
+from service.adapters.launchers.local.environments import LocalEnvironments
+from service.adapters.launchers.local.launcher import LocalLauncher
+from service.core.errors import LaunchFailed, Unavailable
+from service.core.ports import ExitReasonReader, Launcher, LaunchRequest, LogLocator, LogReader
 from tests.waiting import wait_until
 
 # Writes its environment and a marker file, then sleeps, ignores signals or ends, according to BEHAVIOR.
@@ -36,7 +40,15 @@ pathlib.Path(os.environ["JOB_WORKDIR"], "environment").write_text("\\n".join(env
 pathlib.Path(os.environ["MARKERS_FOLDER"], sys.argv[2]).touch()
 if behavior != "end": time.sleep(60)
 """
-PROBE_SCRIPT = 'print(\'{"device": "cpu", "device_name": "test", "gguf": true, "flash_attention_2": false}\')'
+# Writes a manifest, and counts how often it was called.
+PROBE_SCRIPT = """
+import json, os, pathlib, sys, time
+with open(os.path.join(os.environ["MARKERS_FOLDER"], "probes"), "a") as probes: probes.write("x")
+time.sleep(0.2)
+families = {"llm": {"trainer_types": ["sft"], "features": {"gguf": True}}}
+manifest = {"environment": sys.argv[1], "python": "3.11", "families": families}
+pathlib.Path(sys.argv[3]).write_text(json.dumps(manifest))
+"""
 
 
 class LauncherFactory(Protocol):
@@ -57,13 +69,19 @@ class LauncherHarness:
 
 def make_attempt_environment(folder: Path) -> dict[str, str]:
     """Write the program that replaces `jobs.run`; returns the environment that attempts inherit."""
-    for name in ("markers", "source/jobs/llm"):
+    for name in ("markers", "source/jobs/runtime"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     jobs = folder / "source/jobs"
-    for package in (jobs, jobs / "llm"):
+    for package in (jobs, jobs / "runtime"):
         (package / "__init__.py").touch()
     (jobs / "run.py").write_text(ATTEMPT_SCRIPT)
-    (jobs / "llm/probe.py").write_text(PROBE_SCRIPT)
+    (jobs / "runtime/probe.py").write_text(PROBE_SCRIPT)
+    interpreter = folder / "venvs/llm/bin/python"
+    if not interpreter.exists():
+        interpreter.parent.mkdir(parents=True)
+        interpreter.symlink_to(sys.executable)
+    (folder / "venvs/llm/lib/python3.11/site-packages").mkdir(parents=True, exist_ok=True)
+    (folder / "environments/llm").mkdir(parents=True, exist_ok=True)
     return {"PATH": os.environ["PATH"], "MARKERS_FOLDER": str(folder / "markers")}
 
 
@@ -71,13 +89,22 @@ def make_local_launcher(folder: Path, slots: int = 2, time_limit_s: float | None
     environment = make_attempt_environment(folder)
     return LocalLauncher(
         home=folder / "home",
-        python=Path(sys.executable),
+        environments=make_environments(folder, environment),
         source=folder / "source",
         service_url="http://127.0.0.1:1",
         max_concurrent_jobs=slots,
-        environment=environment,
+        variables=environment,
         time_limit_s=time_limit_s,
     )
+
+
+def make_environments(folder: Path, variables: dict[str, str]) -> LocalEnvironments:
+    return LocalEnvironments(environments=folder / "environments", venvs=folder / "venvs", source=folder / "source", variables=variables)
+
+
+def count_probes(folder: Path) -> int:
+    probes = folder / "markers/probes"
+    return len(probes.read_text()) if probes.exists() else 0
 
 
 @contextmanager
@@ -89,6 +116,8 @@ def run_local_harness(folder: Path) -> Generator[LauncherHarness]:
 def run_cloud_run_harness(folder: Path) -> Generator[LauncherHarness]:
     environment, command = make_attempt_environment(folder), [sys.executable, "-m", "jobs.run"]
     with CloudRun(folder / "run", {"llm": command}, environment=environment, cwd=folder / "source", grace_s=0.5) as cloud_run:
+        manifest = {"environment": "llm", "python": "3.12", "families": {"llm": {"trainer_types": ["sft"]}}}
+        (folder / "environments/llm/capabilities.json").write_text(json.dumps(manifest))
         for profile in ("l4", "cpu"):
             cloud_run.create_job(f"projects/demo/locations/here/jobs/tunesmith-{profile}", "llm")
 
@@ -97,6 +126,7 @@ def run_cloud_run_harness(folder: Path) -> Generator[LauncherHarness]:
                 project_id="demo",
                 region="here",
                 profiles=("l4", "cpu"),
+                environments=folder / "environments",
                 service_url="http://127.0.0.1:1",
                 service_audience=None,
                 max_concurrent_jobs=slots,
@@ -138,8 +168,16 @@ def harness(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Launcher
             launcher.close()
 
 
-def make_launch_request(name: str = "job-1.1", **environment: str) -> LaunchRequest:
-    return LaunchRequest(name=name, job_id=name.partition(".")[0], attempt=1, environment={"JOB_TOKEN": "tk-secret", **environment})
+def make_launch_request(name: str = "job-1.1", profile: str = "cpu", environment: str = "llm", **variables: str) -> LaunchRequest:
+    """`profile` is ignored by the local launcher, which has only one."""
+    return LaunchRequest(
+        name=name,
+        job_id=name.partition(".")[0],
+        attempt=1,
+        profile=profile,
+        environment=environment,
+        variables={"JOB_TOKEN": "tk-secret", **variables},
+    )
 
 
 def test_launched_attempt_runs_until_cancelled(harness: LauncherHarness) -> None:
@@ -227,19 +265,41 @@ def test_closed_launcher_leaves_no_unreachable_attempt(harness: LauncherHarness)
         assert another.check(handle) == "ended" or another.find_handle(name) == handle
 
 
-def test_every_profile_reports_capabilities(harness: LauncherHarness) -> None:
+def test_profiles_are_named_and_describe_a_device(harness: LauncherHarness) -> None:
     launcher = harness.make_launcher()
-    assert launcher.get_capabilities() == launcher.get_capabilities(launcher.profiles[0])
-    for profile in launcher.profiles:
-        capabilities = launcher.get_capabilities(profile)
-        assert capabilities.gguf
-        assert "sft" in capabilities.trainer_types
+    assert launcher.profiles
+    for name, profile in launcher.profiles.items():
+        assert (profile.name, profile.device in ("cpu", "cuda"), bool(profile.device_name)) == (name, True, True)
+        assert (profile.gpus > 0) == (profile.device == "cuda")
 
 
-def test_unknown_hardware_error_names_known_profiles(harness: LauncherHarness) -> None:
+def test_environments_are_read_from_their_manifests(harness: LauncherHarness) -> None:
+    environments = harness.make_launcher().list_environments()
+    assert {name: manifest.environment for name, manifest in environments.items()} == {"llm": "llm"}
+    assert environments["llm"].families["llm"].trainer_types == ("sft",)
+
+
+def test_ping_passes_while_attempts_could_be_launched(harness: LauncherHarness) -> None:
+    harness.make_launcher().ping()
+
+
+@pytest.mark.parametrize(
+    "handle", ["handle of job-1.1", "projects/p/locations/r/jobs/tunesmith-l4/executions/x", "123@1.5", "hf-jobs/abc", ""]
+)
+def test_foreign_handle_is_never_ended_nor_touched(harness: LauncherHarness, handle: str) -> None:
     launcher = harness.make_launcher()
-    with pytest.raises(Unsupported, match=launcher.profiles[0]):
-        launcher.get_capabilities("quantum")
+    own = launcher.launch(make_launch_request())
+    wait_until(harness.is_attempt_ready())
+    if type(handle) is type(own) and _has_form_of(own, handle):
+        return  # in the form of its own handles: an attempt that has ended
+    assert launcher.check(handle) == "unknown"
+    launcher.cancel(handle, force=True)
+    assert not isinstance(launcher, ExitReasonReader) or launcher.get_exit_reason(handle) is None
+    assert launcher.check(own) == "running"
+
+
+def _has_form_of(own: str, handle: str) -> bool:
+    return re.sub(r"[\w-]+", "x", own) == re.sub(r"[\w-]+", "x", handle)
 
 
 def test_close_does_not_cancel_attempts(harness: LauncherHarness) -> None:
@@ -316,10 +376,48 @@ def test_close_ends_all_local_attempts(local_launcher: LocalLauncher) -> None:
 
 def test_missing_trainer_environment_fails_launch_with_hint(tmp_path: Path) -> None:
     launcher = make_local_launcher(tmp_path)
-    launcher._python = tmp_path / "nowhere"  # type: ignore[attr-defined]
     with pytest.raises(LaunchFailed) as excinfo:
-        launcher.launch(make_launch_request())
+        launcher.launch(make_launch_request(environment="vision"))
+    assert "make setup-vision" in excinfo.value.hint
+
+
+def test_installing_a_package_probes_the_environment_again_and_concurrent_requests_only_once(tmp_path: Path) -> None:
+    launcher = make_local_launcher(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: launcher.list_environments(), range(8)))
+    assert all(answer == answers[0] for answer in answers)
+    assert count_probes(tmp_path) == 1
+    later = (tmp_path / "environments/llm/capabilities.json").stat().st_mtime + 10
+    os.utime(tmp_path / "venvs/llm/lib/python3.11/site-packages", (later, later))
+    launcher.list_environments()
+    assert count_probes(tmp_path) == 2
+
+
+def test_environment_that_does_not_work_is_unavailable_with_hint(tmp_path: Path) -> None:
+    launcher = make_local_launcher(tmp_path)
+    (tmp_path / "source/jobs/runtime/probe.py").write_text("raise SystemExit('broken')")
+    with pytest.raises(Unavailable, match="does not work") as excinfo:
+        launcher.list_environments()
     assert "make setup" in excinfo.value.hint
+    with pytest.raises(Unavailable):
+        launcher.ping()
+
+
+def test_machine_without_any_environment_is_unavailable(tmp_path: Path) -> None:
+    launcher = make_local_launcher(tmp_path)
+    (tmp_path / "venvs/llm/bin/python").unlink()
+    with pytest.raises(Unavailable, match="no trainer environment is installed"):
+        launcher.ping()
+
+
+def test_gpu_is_described_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\necho "NVIDIA L4, 23034, 8.9"\necho "NVIDIA L4, [N/A], 8.9"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    profile = make_local_launcher(tmp_path).profiles["local"]
+    assert (profile.device, profile.device_name, profile.gpus) == ("cuda", "NVIDIA L4", 2)
+    assert (profile.gpu_memory_bytes, profile.compute_capability) == (23034 << 20, 8.9)
 
 
 def test_attempt_process_exposes_no_secrets(tmp_path: Path) -> None:

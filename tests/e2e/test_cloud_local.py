@@ -216,7 +216,7 @@ def test_cli_works_against_cloud_service(job: Json, cloud: CloudLocal, tmp_path:
     assert job["job_id"] in run_cli("jobs", "--json")
     get_bucket("datasets").blob("incoming/rows.jsonl").upload_from_string("\n".join(json.dumps(row) for row in ROWS))
     assert run_cli("datasets", "import", "incoming/rows.jsonl").startswith("dataset_")
-    assert json.loads(run_cli("capabilities", "--json"))["launcher"] == "cloud-run"
+    assert set(json.loads(run_cli("capabilities", "--json"))["launchers"]) == {"cloud-run"}
     run_cli("download", job["job_id"], "--artifact", "gguf-q8_0", "--to", str(tmp_path / "downloaded"))
     gguf = next((tmp_path / "downloaded").glob("*.gguf"))
     command = [TRAINER_PYTHON, "-m", "jobs.llm.chat", "--gguf", gguf, "--temperature", "0", "--max-tokens", "4", "--prompt", "what is it"]

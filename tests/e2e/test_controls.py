@@ -188,7 +188,7 @@ def time_limited_service(tmp_path: Path, tiny_gemma: Path, resumed_job: ResumedJ
     first_point = next(row["at"] for row in resumed_job.events if row["event"]["type"] == "metrics")
     start_s = (datetime.fromisoformat(first_point) - datetime.fromisoformat(resumed_job.job["attempts"][0]["created_at"])).total_seconds()
     service = new_service(tmp_path / "home", tiny_gemma)
-    service.environment["TUNESMITH_ATTEMPT_TIME_LIMIT_S"] = str(round(1.3 * start_s + 10))
+    service.environment["TUNESMITH_LOCAL_TIME_LIMIT_S"] = str(round(1.3 * start_s + 10))
     service.start()
     yield service
     service.stop()
@@ -211,7 +211,7 @@ def test_job_longer_than_time_limit_uses_several_attempts(time_limited_service: 
 
 def suspend_until_near_time_limit(service: Service) -> None:
     """Suspend the attempt for the time that a longer training would take, independent of this machine's speed."""
-    limit_s = int(service.environment["TUNESMITH_ATTEMPT_TIME_LIMIT_S"])
+    limit_s = int(service.environment["TUNESMITH_LOCAL_TIME_LIMIT_S"])
     for attempt in service.attempts():
         attempt.suspend()
         time.sleep(max(0.0, (1 - SHUTDOWN_RESERVE_FRACTION) * limit_s - 3 - (time.time() - attempt.create_time())))

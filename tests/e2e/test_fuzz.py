@@ -12,10 +12,10 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 
-from service.adapters.launchers.local import LocalLauncher
+from service.adapters.launchers.local.launcher import LocalLauncher
 from service.main import create_app
 from service.settings import Settings
-from tests.factories import make_capabilities
+from tests.factories import make_manifest
 
 EXAMPLES = 40  # of each kind and operation
 
@@ -23,7 +23,7 @@ EXAMPLES = 40  # of each kind and operation
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LocalLauncher, "get_capabilities", lambda _, profile=None: make_capabilities())
+        patch.setattr(LocalLauncher, "list_environments", lambda _: {"llm": make_manifest()})
         patch.setattr(LocalLauncher, "count_free_slots", lambda _, active_jobs: 0)
         home: Path = tmp_path_factory.mktemp("home")
         yield schemathesis.openapi.from_asgi("/openapi.json", create_app(Settings(home=home)))

@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+import yaml
 
 from tests.infra.dockerfile import Dockerfile, Instruction, parse_dockerfile, parse_dockerignore, read_dockerfile
 
@@ -85,8 +86,29 @@ def test_entrypoint_uses_no_shell(path: str) -> None:
 def test_copied_files_exist_and_are_not_ignored(path: str) -> None:
     for copy in load_dockerfile(path).stage("build").instructions_with("COPY"):
         for source in copy.words[:-1]:
-            assert (ROOT / source).exists(), source
+            assert (ROOT / source).exists() or is_built_manifest(source), source
             assert source.rstrip("/") not in DOCKER_IGNORE
+
+
+def is_built_manifest(source: str) -> bool:
+    """Whether the file is the manifest of an environment, which the build of that environment's image writes."""
+    folder, _, name = source.rpartition("/")
+    return name == "capabilities.json" and (ROOT / folder / "Dockerfile").exists()
+
+
+def test_each_environment_writes_its_manifest_before_the_service_image_is_built() -> None:
+    copied = [
+        source for copy in load_dockerfile("service/Dockerfile").stage("build").instructions_with("COPY") for source in copy.words[:-1]
+    ]
+    environments = sorted(path.parent.name for path in (ROOT / "jobs/environments").glob("*/Dockerfile"))
+    steps = {step["id"]: step for step in yaml.safe_load((ROOT / "cloudbuild.yaml").read_text())["steps"]}
+    for name in environments:
+        path = f"jobs/environments/{name}/capabilities.json"
+        assert path in copied
+        runs = [step.text for step in load_dockerfile(f"jobs/environments/{name}/Dockerfile").final_stage.instructions_with("RUN")]
+        assert f"python -m jobs.runtime.probe {name} --output {path}" in runs
+        assert f"{name}-image" in steps["service-image"]["waitFor"]
+    assert "docker cp" in (ROOT / "infra/cloud_build/image.sh").read_text()
 
 
 @parametrize_dockerfile
@@ -235,11 +257,18 @@ def find_base_python() -> str:
     return python
 
 
+def write_manifest(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('{"environment": "llm", "python": "3.12.0", "families": {}}')
+
+
 def run_copy_instruction(step: Instruction, image: InstalledImage, folder: Path) -> None:
     *sources, target = step.words
     target_folder = folder / image.relocate_paths(target)
     for source in sources:
         source_path = ROOT / source
+        if is_built_manifest(source) and not source_path.exists():  # here no image of the environment was built
+            write_manifest(target_folder / source_path.name)
         for file in [source_path] if source_path.is_file() else (file for file in source_path.rglob("*") if file.is_file()):
             path = file.relative_to(ROOT).as_posix()
             if path not in DOCKER_IGNORE:
@@ -304,7 +333,9 @@ def test_image_has_no_pip(installed_image: InstalledImage) -> None:
 
 
 def test_service_image_has_no_tests_or_trainers(installed_image: InstalledImage) -> None:
-    assert sorted(path.name for path in (installed_image.root / "app").iterdir()) == ["LICENSE", "schema", "service", "storage"]
+    assert sorted(path.name for path in (installed_image.root / "app").iterdir()) == ["LICENSE", "jobs", "schema", "service", "storage"]
+    jobs = [path for path in (installed_image.root / "app/jobs").rglob("*") if path.is_file()]
+    assert [path.name for path in jobs] == ["capabilities.json"]
 
 
 def http_get(url: str, path: str) -> tuple[int, str]:

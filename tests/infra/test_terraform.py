@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -263,14 +263,19 @@ def read_source(path: str) -> str:
 def test_every_launcher_profile_has_cloud_run_job() -> None:
     profiles_source = read_source("service/adapters/launchers/cloud_run/profiles.py")
     calls = [
-        node
+        {keyword.arg: keyword.value for keyword in node.keywords}
         for node in ast.walk(ast.parse(profiles_source))
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "HardwareProfile"
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Profile"
     ]
-    profiles = {ast.literal_eval(call.args[0]) for call in calls}
-    assert profiles == set(read_hardware_profiles()) == {"l4", "rtx-pro-6000", "cpu"}
+    sizes = {
+        ast.literal_eval(call["name"]): (ast.literal_eval(call["cpus"]), f"{ast.unparse(call['memory_bytes']).removesuffix(' * GIB')}Gi")
+        for call in calls
+    }
+    profiles = read_hardware_profiles()
+    assert sizes == {name: (int(unquote(profile["cpu"])), unquote(profile["memory"])) for name, profile in profiles.items()}
+    assert set(sizes) == {"l4", "rtx-pro-6000", "cpu"}
     (variable,) = [item for item in MODULE.items_of("variable") if item.labels == ("profiles",)]
-    assert any(all(f'"{name}"' in text for name in profiles) for text in iter_strings(variable.body["validation"]))
+    assert any(all(f'"{name}"' in text for name in sizes) for text in iter_strings(variable.body["validation"]))
     render = read_source("service/adapters/launchers/cloud_run/render.py")
     assert 'f"tunesmith-{profile}"' in render
     assert 'CONTAINER = "attempt"' in render
@@ -324,19 +329,21 @@ def read_service_environment() -> dict[str, str]:
 
 
 def service_settings() -> set[str]:
-    """Every environment variable that service/settings.py reads."""
+    """Every environment variable that the service and its Cloud Run launcher read."""
+    launcher = "service/adapters/launchers/cloud_run/settings.py"
+    return {*_read_settings("service/settings.py", "TUNESMITH_"), *_read_settings(launcher, "TUNESMITH_CLOUD_RUN_")}
+
+
+def _read_settings(path: str, prefix: str) -> Iterator[str]:
+    """The variables of the settings class in a file."""
     (settings,) = [
-        node
-        for node in ast.walk(ast.parse(read_source("service/settings.py")))
-        if isinstance(node, ast.ClassDef) and node.name == "Settings"
+        node for node in ast.walk(ast.parse(read_source(path))) if isinstance(node, ast.ClassDef) and node.name.endswith("Settings")
     ]
-    known: set[str] = set()
     for line in settings.body:
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
             alias = [keyword.value for keyword in getattr(line.value, "keywords", []) if keyword.arg == "validation_alias"]
             names = [str(node.value) for part in alias for node in ast.walk(part) if isinstance(node, ast.Constant)]
-            known |= set(names or [f"TUNESMITH_{line.target.id.upper()}"])
-    return known
+            yield from names or [f"{prefix}{line.target.id.upper()}"]
 
 
 def test_service_environment_has_only_known_settings() -> None:
@@ -348,7 +355,7 @@ def test_service_environment_has_only_known_settings() -> None:
 
 def test_service_environment_has_required_settings() -> None:
     environment = read_service_environment()
-    assert (environment["TUNESMITH_JOB_STORE"], environment["TUNESMITH_LAUNCHER"], environment["TUNESMITH_SECRET_STORE"]) == (
+    assert (environment["TUNESMITH_JOB_STORE"], environment["TUNESMITH_LAUNCHERS"], environment["TUNESMITH_SECRET_STORE"]) == (
         "firestore",
         "cloud-run",
         "secret-manager",
@@ -360,8 +367,8 @@ def test_service_environment_has_required_settings() -> None:
         "PROJECT_ID",
         "REGION",
         "GCS_CONFIG_BUCKET_NAME",
-        "TUNESMITH_HARDWARE_PROFILES",
-        "TUNESMITH_ATTEMPT_TIME_LIMIT_S",
+        "TUNESMITH_CLOUD_RUN_PROFILES",
+        "TUNESMITH_CLOUD_RUN_TIME_LIMIT_S",
     } <= environment.keys()
     assert "PORT" not in environment  # Cloud Run sets it, and refuses a deployment that does
     assert int(environment["TUNESMITH_MAX_UPLOAD_BYTES"]) < 32 << 20

@@ -10,12 +10,12 @@ import pytest
 from starlette.testclient import TestClient
 
 from schema.requests import TRAIN_REQUEST_EXAMPLE
-from service.adapters.launchers.local import LocalLauncher
+from service.adapters.launchers.local.launcher import LocalLauncher
 from service.bootstrap import Services
 from service.core import lifecycle
 from service.main import create_app
 from service.settings import Settings
-from tests.factories import START, make_capabilities
+from tests.factories import START, make_manifest, make_profile
 
 ROWS = "\n".join(
     json.dumps({"messages": [{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": f"answer {n}"}]})
@@ -29,7 +29,9 @@ def run_test_service(home: Path, **changes: Any) -> Iterator[TestClient]:
     limits = {"max_upload_bytes": 100_000, "max_incoming_bytes": 200_000, "max_row_bytes": 10_000}
     settings = Settings(home=home, HF_HUB_OFFLINE=True, **limits | changes)  # type: ignore[call-arg]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LocalLauncher, "get_capabilities", lambda _, profile=None: make_capabilities())
+        patch.setattr(LocalLauncher, "profiles", {"local": make_profile("local")})
+        patch.setattr(LocalLauncher, "list_environments", lambda _: {"llm": make_manifest()})
+        patch.setattr(LocalLauncher, "ping", lambda _: None)
         patch.setattr(LocalLauncher, "count_free_slots", lambda _, active_jobs: 0)  # jobs stay queued
         patch.setattr(LocalLauncher, "check", lambda *_: "running")  # the attempts of `start_attempt` have no process
         with TestClient(create_app(settings), raise_server_exceptions=False) as client:
@@ -64,7 +66,9 @@ def start_attempt(client: TestClient, dataset_id: str) -> str:
     """Submit a job and record its first attempt as launched."""
     job_id = submit_job(client, dataset_id)
     store = get_services(client).store
-    job = store.replace_job(lifecycle.begin_attempt(store.find_job(job_id), "local", START))
+    queued = store.find_job(job_id)
+    assert queued is not None
+    job = store.replace_job(lifecycle.begin_attempt(queued, queued.placements[0], START))
     store.replace_job(lifecycle.mark_launched(job, 1, "0@0", START))
     return job_id
 

@@ -1,38 +1,49 @@
 """The core's job services over fakes, with a clock that a test advances."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
 from schema.checkpoint import MANIFEST, Checkpoint, checkpoint_key, checkpoints_prefix
-from schema.events import EventBatch, PhaseChanged, ReportedEvent
+from schema.events import EventBatch, EventBatchResponse, PhaseChanged, ReportedEvent
 from schema.job import Job
 from schema.requests import ReexportRequest
 from schema.result import Result
-from schema.spec import result_key
+from schema.spec import ClaimResponse, result_key
 from service.adapters.jobstores.memory import MemoryJobStore
 from service.adapters.links import ServiceUrlSigner
 from service.adapters.secrets.local import LocalSecretStore
 from service.core.jobs.assembly import build_job_services
 from service.core.jobs.trackers import DeploymentTrackers
-from service.core.ports import Buckets
+from service.core.launchers import LauncherPool
+from service.core.ports import Buckets, JobStore
+from service.core.principals import LOCAL_PRINCIPAL, UPKEEP_PRINCIPAL, attempt_principal
 from service.core.tokens import TokenSigner
 from storage.registry import open_store
 from tests.factories import START, make_dataset, make_train_request
 from tests.fakes import FakeClock, FakeHub, FakeLauncher
 
-TENANT = "local"
+PRINCIPAL = LOCAL_PRINCIPAL
+OTHER_PRINCIPAL = replace(LOCAL_PRINCIPAL, tenant_id="other", subject="other")
 
 
 class JobsHarness:
     """The job services and the fakes behind their ports."""
 
-    def __init__(self, folder: Path, trackers: DeploymentTrackers | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        trackers: DeploymentTrackers | None = None,
+        launchers: Sequence[FakeLauncher] = (),
+        store: JobStore | None = None,
+    ) -> None:
         self.clock = FakeClock()
-        self.store = MemoryJobStore()
+        self.store = store or MemoryJobStore()
         self.objects = open_store((folder / "objects").as_uri())
         self.secrets = LocalSecretStore(folder / "secrets")
-        self.launcher = FakeLauncher()
+        self.launchers = list(launchers) or [FakeLauncher()]
+        self.launcher = self.launchers[0]
         self.hub = FakeHub()
         self.tokens = TokenSigner(b"k" * 32, self.clock)
         self.wake_count = 0
@@ -42,7 +53,7 @@ class JobsHarness:
             store=self.store,
             secrets=self.secrets,
             buckets=Buckets(configs=self.objects, datasets=self.objects, models=self.objects),
-            launcher=self.launcher,
+            launchers=LauncherPool(self.launchers),
             url_signer=ServiceUrlSigner(self.tokens),
             tokens=self.tokens,
             clock=self.clock,
@@ -50,7 +61,7 @@ class JobsHarness:
             wake=self._wake,
             hub=self.hub,
             trackers=trackers,
-            attempt_environment={"HF_ENDPOINT": "https://hub.example"},
+            attempt_variables={"HF_ENDPOINT": "https://hub.example"},
         )
         self.store.create_dataset(make_dataset())
 
@@ -59,17 +70,29 @@ class JobsHarness:
         self.on_wake(job_id)
 
     def submit(self, **changes: object) -> Job:
-        return self.jobs.submission.submit(make_train_request(**changes), TENANT)
+        return self.jobs.submission.submit(PRINCIPAL, make_train_request(**changes))
 
     def start_training(self) -> Job:
         job = self.submit()
-        self.jobs.reconciliation.reconcile()
-        self.jobs.attempts.claim(job.job_id, 1, "p")
-        self.jobs.attempts.report(job.job_id, 1, make_batch(PhaseChanged(phase="training")))
+        self.reconcile()
+        self.claim(job, 1, "p")
+        self.report(job, 1, make_batch(PhaseChanged(phase="training")))
         return self.find_job(job)
 
+    def reconcile(self) -> int:
+        return self.jobs.reconciliation.reconcile(UPKEEP_PRINCIPAL)
+
+    def claim(self, job: Job, number: int, claimant: str) -> ClaimResponse:
+        return self.jobs.attempts.claim(attempt_principal(job.job_id, number), job.job_id, number, claimant)
+
+    def report(self, job: Job, number: int, batch: EventBatch) -> EventBatchResponse:
+        return self.jobs.attempts.report(attempt_principal(job.job_id, number), job.job_id, number, batch)
+
+    def finish(self, result: Result) -> Job:
+        return self.jobs.attempts.finish(attempt_principal(result.job_id, result.attempt), result)
+
     def find_job(self, job: Job) -> Job:
-        return self.jobs.repository.find(job.job_id, TENANT)
+        return self.jobs.repository.find(PRINCIPAL, job.job_id)
 
     def write_checkpoint(self, job: Job, step: int, attempt: int = 1) -> Checkpoint:
         """Write a checkpoint to the bucket, as an attempt does."""

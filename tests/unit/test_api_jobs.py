@@ -39,7 +39,9 @@ def complete_job(client: TestClient, job_id: str) -> None:
     gguf = Artifact(name="gguf-q8_0", kind="gguf", uri="file:///g", key=f"gguf_models/{job_id}/m-q8_0.gguf", size_bytes=10, files=[file])
     files = [ArtifactFile(path=name, size_bytes=len(name), sha256="0") for name in ("adapter_config.json", "adapter_model.safetensors")]
     adapter = Artifact(name="adapter", kind="adapter", uri="file:///a/", key=f"trained_adapters/{job_id}/", size_bytes=44, files=files)
-    job = lifecycle.begin_attempt(services.store.find_job(job_id), "local", START)
+    queued = services.store.find_job(job_id)
+    assert queued is not None
+    job = lifecycle.begin_attempt(queued, queued.placements[0], START)
     metrics = EvalMetrics(eval_loss=0.5, perplexity=1.6, accuracy=0.9, eval_runtime=1.0)
     changes = {"status": Status.COMPLETED, "artifacts": (adapter, gguf), "metrics": metrics, "base_metrics": metrics}
     services.store.replace_job(job.model_copy(update=changes))

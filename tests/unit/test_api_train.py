@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from service.adapters.launchers.local import LocalLauncher
-from tests.factories import make_capabilities
+from service.adapters.launchers.local.launcher import LocalLauncher
+from tests.factories import make_capabilities, make_manifest
 from tests.unit.api_harness import ROWS, get_error, make_request_body, make_request_body_with_config, upload
 
 
@@ -156,7 +156,7 @@ def test_non_finite_number_is_rejected(readonly_client: TestClient, readonly_dat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"trainer_type": "dpo"}, "it supports: sft"),
+        ({"trainer_type": "dpo"}, "environment 'llm' has: sft"),
         ({"trainer_type": "ppo"}, "it supports: sft, dpo, orpo, kto, grpo, reward"),
         ({"provider": "unsloth"}, "it supports: huggingface"),
         ({"method": "QLoRA"}, "it supports: LoRA, Full"),
@@ -166,7 +166,8 @@ def test_non_finite_number_is_rejected(readonly_client: TestClient, readonly_dat
 def test_unsupported_option_error_names_supported_ones(
     readonly_client: TestClient, readonly_dataset_id: str, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    narrow = make_capabilities(trainer_types=("sft",), modalities=("text",))
-    monkeypatch.setattr(LocalLauncher, "get_capabilities", lambda _, profile=None: narrow)
+    options = {"provider": ("huggingface",), "method": ("LoRA", "Full"), "modality": ("text",)}
+    narrow = make_manifest(make_capabilities(trainer_types=("sft",), options=options))
+    monkeypatch.setattr(LocalLauncher, "list_environments", lambda _: {"llm": narrow})
     error = get_error(readonly_client.post("/train", json=make_request_body_with_config(readonly_dataset_id, **changes)), 400)
     assert (error["code"], message in error["message"]) == ("unsupported", True)

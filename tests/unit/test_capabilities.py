@@ -1,18 +1,20 @@
 """Validation against dataset, base model and hardware before anything is launched, and its error messages."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from schema.capabilities import EnvironmentManifest, FamilyCapabilities
 from schema.dataset import Dataset
 from schema.training import TRAINER_TYPES, TRAINING_CONFIG, TrainingConfig
-from service.adapters.launchers.cloud_run.profiles import PROFILES
-from service.adapters.launchers.local import capabilities_from_probe
-from service.api.train import capabilities_response
-from service.core.errors import InvalidRequest, Unsupported
-from service.core.validation.common import check_supported
+from service.api.capabilities import capabilities_response
+from service.core.errors import InvalidRequest, Unavailable, Unsupported
+from service.core.launchers import LauncherPool
 from service.core.validation.llm import check_dataset_compatible, find_known_model
-from tests.factories import make_capabilities, make_dataset, make_grpo_config
+from service.core.validation.placement import check_environment
+from tests.factories import make_dataset, make_grpo_config, make_manifest, make_profile
+from tests.fakes import FakeLauncher
 
 GEMMA = "google/gemma-3-270m"
 GATE = {"metric": "perplexity", "at_most": 0.9, "relative_to_base": True}
@@ -189,6 +191,27 @@ def test_gate_on_lm_eval_tasks_needs_no_held_out_rows() -> None:
 
 # --- the hardware ----------------------------------------------------------------------------------------------------
 
+COMPLETE = FamilyCapabilities(
+    trainer_types=tuple(TRAINER_TYPES),
+    options={"provider": ("huggingface", "unsloth"), "method": ("LoRA", "QLoRA", "Full"), "modality": ("text", "vision")},
+    features={"gguf": True, "onnx": True, "lm_eval": True, "flash_attention_2": True},
+    needs_gpu=("unsloth", "flash_attention_2"),
+)
+MINIMAL = COMPLETE.model_copy(
+    update={
+        "options": {"provider": ("huggingface",), "method": ("LoRA", "Full"), "modality": ("text", "vision")},
+        "features": {},
+        "notes": {
+            "method": "QLoRA needs bitsandbytes",
+            "format": "the ONNX exporter is missing",
+            "include_gguf": "llama.cpp is missing",
+            "include_lora_gguf": "llama.cpp is missing",
+            "lm_eval_tasks": "install lm_eval",
+        },
+    }
+)
+GPU = make_profile("gpu", device="cuda", device_name="NVIDIA L4", compute_capability=8.9)
+
 
 @pytest.mark.parametrize(
     ("changes", "param", "note"),
@@ -203,40 +226,48 @@ def test_gate_on_lm_eval_tasks_needs_no_held_out_rows() -> None:
     ],
 )
 def test_missing_trainer_capability_is_rejected_with_reason(changes: dict[str, Any], param: str, note: str) -> None:
-    minimal = capabilities_from_probe({"device": "cpu", "device_name": "a processor", "packages": {"torch": "2"}})
     with pytest.raises(Unsupported) as excinfo:
-        check_supported(make_config(**changes), minimal)
+        check_environment(make_config(**changes), make_manifest(MINIMAL), make_profile())
     assert excinfo.value.param == f"training_config.{param}"
     assert note in excinfo.value.hint
-    packages = dict.fromkeys(("bitsandbytes", "unsloth", "onnx", "lm_eval"), "1.0")
-    complete = capabilities_from_probe({"device": "cuda", "gguf": True, "flash_attention_2": True, "packages": packages})
-    check_supported(make_config(**changes), complete)
-    assert complete.notes == {}
+    check_environment(make_config(**changes), make_manifest(COMPLETE), GPU)
 
 
-def test_missing_unsloth_is_noted() -> None:
-    assert capabilities_from_probe({"device": "cuda"}).notes["provider"].startswith("unsloth is not installed")
-    assert capabilities_from_probe({"device": "cpu", "packages": {"unsloth": "1"}}).providers == ("huggingface",)
+@pytest.mark.parametrize("changes", [{"provider": "unsloth"}, {"hyperparameters": {"use_fa2": True}}])
+def test_installed_package_that_needs_a_gpu_is_refused_without_one(changes: dict[str, Any]) -> None:
+    with pytest.raises(Unsupported):
+        check_environment(make_config(**changes), make_manifest(COMPLETE), make_profile())
+    old_gpu = replace(GPU, compute_capability=7.5)
+    if "hyperparameters" in changes:
+        with pytest.raises(Unsupported):
+            check_environment(make_config(**changes), make_manifest(COMPLETE), old_gpu)
 
 
-@pytest.mark.parametrize("profile", PROFILES.values(), ids=lambda profile: profile.name)
-def test_cloud_profiles_support_everything_except_unsloth(profile: Any) -> None:
-    capabilities = profile.capabilities
-    for trainer_type in TRAINER_TYPES:
-        config = make_grpo_config() if trainer_type == "grpo" else make_config(trainer_type=trainer_type, method="QLoRA")
-        check_supported(config, capabilities)
-    with pytest.raises(Unsupported) as excinfo:
-        check_supported(make_config(provider="unsloth"), capabilities)
-    assert "not in the image" in excinfo.value.hint
+def test_trainer_type_without_its_environment_is_rejected() -> None:
+    with pytest.raises(Unsupported, match="trainer_type 'sft' is not available"):
+        check_environment(make_config(), make_manifest(COMPLETE.model_copy(update={"trainer_types": ("kto",)})), GPU)
 
 
-def test_capabilities_response_lists_options() -> None:
-    response: Any = capabilities_response({"local": make_capabilities(methods=("LoRA", "QLoRA", "Full"))}, "local")
-    assert response["trainer_types"]["kto"] == {"dataset_types": ["unpaired_preference", "preference"], "modalities": ["text"]}
+def test_capabilities_response_lists_launchers_and_options() -> None:
+    on_gpu = FakeLauncher("cloud-run", ("l4", "moon"))
+    on_gpu.manifests = {"llm": make_manifest(COMPLETE)}
+    away = FakeLauncher("away")
+    away.list_environments = raise_unavailable  # type: ignore[method-assign]
+    response: Any = capabilities_response(LauncherPool([away, on_gpu, FakeLauncher()]))
+    assert response["trainer_types"]["kto"]["dataset_types"] == ["unpaired_preference", "preference"]
+    assert response["trainer_types"]["kto"]["hardware"] == ["cloud-run/l4", "cloud-run/moon", "fake/fake"]
     assert response["trainer_types"]["sft"]["modalities"] == ["text", "vision"]
+    assert response["launchers"]["cloud-run"]["profiles"]["l4"]["price"]["usd_per_hour"] > 1
+    assert response["launchers"]["cloud-run"]["profiles"]["moon"]["price"] is None
+    assert (response["launchers"]["away"]["problem"], response["launchers"]["fake"]["problem"]) == ("it does not answer", None)
+    assert response["default_hardware"] == "cloud-run/l4"
     assert {"score_model", "python", "json_schema"} <= set(response["graders"])
     assert response["trackers"] == ["wandb", "mlflow", "tensorboard", "trackio"]
     assert response["export"]["destinations"] == ["gcs", "hfhub"]
-    assert response["export"]["formats"] == ["adapter", "merged"]
     assert response["methods"] == ["LoRA", "QLoRA", "Full"]
-    assert "onnx" in capabilities_response({"local": make_capabilities(onnx=True)}, "local")["export"]["formats"]  # type: ignore[index]
+    assert response["export"]["formats"] == ["adapter", "merged", "onnx"]
+    assert capabilities_response(LauncherPool([FakeLauncher()]))["export"]["formats"] == ["adapter", "merged"]  # type: ignore[index]
+
+
+def raise_unavailable() -> dict[str, EnvironmentManifest]:
+    raise Unavailable("it does not answer")

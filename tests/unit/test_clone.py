@@ -11,8 +11,8 @@ from schema.training import TRAINING_CONFIG, SftConfig
 from service.core.errors import InvalidRequest, NotFound, Unsupported
 from service.core.jobs.clone import clone_request, merge_patch, original_request
 from service.core.jobs.secrets import redact
-from tests.factories import make_config, make_grpo_config, make_job
-from tests.unit.jobs_harness import TENANT, JobsHarness, make_reexport_request
+from tests.factories import FAKE_PLACEMENT, make_config, make_grpo_config, make_job
+from tests.unit.jobs_harness import OTHER_PRINCIPAL, PRINCIPAL, JobsHarness, make_reexport_request
 
 NO_SECRETS: frozenset[str] = frozenset()
 
@@ -53,10 +53,10 @@ def test_clone_without_changes_repeats_request() -> None:
         make_config(),
         make_grpo_config(),
     ):
-        source = make_job(training_config=config, job_name="mine", project_id="p", hardware="l4")
+        source = make_job(training_config=config, job_name="mine", project_id="p", placements=(FAKE_PLACEMENT,))
         request = clone(source)
         assert request.training_config == config
-        assert (request.job_name, request.project_id, request.hardware) == ("mine", "p", "l4")
+        assert (request.job_name, request.project_id, request.hardware) == ("mine", "p", ["fake/fake"])
 
 
 def test_unset_fields_follow_new_defaults() -> None:
@@ -146,13 +146,13 @@ def test_redaction_placeholder_is_never_sent() -> None:
 def test_clone_is_a_new_job_with_source_reference(harness: JobsHarness) -> None:
     job = harness.submit(job_name="first")
     patch = CloneRequest.model_validate({"training_config": {"hyperparameters": {"epochs": 9}}})
-    cloned = harness.jobs.submission.clone(job.job_id, TENANT, patch, "key-1")
-    assert harness.jobs.submission.clone(job.job_id, TENANT, patch, "key-1").job_id == cloned.job_id
+    cloned = harness.jobs.submission.clone(PRINCIPAL, job.job_id, patch, "key-1")
+    assert harness.jobs.submission.clone(PRINCIPAL, job.job_id, patch, "key-1").job_id == cloned.job_id
     assert (cloned.cloned_from, cloned.job_name, cloned.status) == (job.job_id, "first", Status.QUEUED)
     assert cloned.training_config.hyperparameters.epochs == 9
     assert harness.find_job(job) == job
     with pytest.raises(NotFound):
-        harness.jobs.submission.clone(job.job_id, "another tenant", patch)
+        harness.jobs.submission.clone(OTHER_PRINCIPAL, job.job_id, patch)
 
 
 def test_clone_is_validated_like_a_request(harness: JobsHarness) -> None:
@@ -163,8 +163,8 @@ def test_clone_is_validated_like_a_request(harness: JobsHarness) -> None:
         ({"processed_dataset_id": "dataset_none"}, NotFound),
     ):
         with pytest.raises(error):
-            harness.jobs.submission.clone(job.job_id, TENANT, CloneRequest.model_validate(patch))
+            harness.jobs.submission.clone(PRINCIPAL, job.job_id, CloneRequest.model_validate(patch))
     harness.write_checkpoint(job, step=1)
-    export = harness.jobs.exports.reexport(job.job_id, TENANT, make_reexport_request())
+    export = harness.jobs.exports.reexport(PRINCIPAL, job.job_id, make_reexport_request())
     with pytest.raises(InvalidRequest, match="trained nothing"):
-        harness.jobs.submission.clone(export.job_id, TENANT, CloneRequest.model_validate({}))
+        harness.jobs.submission.clone(PRINCIPAL, export.job_id, CloneRequest.model_validate({}))

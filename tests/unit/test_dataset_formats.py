@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from service.core.datasets.formats import MAX_COLUMNS
 from service.core.datasets.records import Upload
 from service.core.datasets.rows import InvalidRow, RowLimits
+from service.core.principals import LOCAL_PRINCIPAL
 from tests.unit.dataset_harness import (
     CHOSEN_ANSWER,
     LABELED_ROWS,
@@ -213,9 +214,9 @@ def test_rows_with_same_prompt_stay_in_one_split(make: Any) -> None:
 def test_prompt_dataset_records_columns(tmp_path: Path) -> None:
     datasets = make_datasets(tmp_path)
     row = {"prompt": "2 + 2 =", "level": 1, "answer": 10**39}
-    dataset = datasets.ingest(Upload(io.BytesIO(to_jsonl([row])), "prompts", None, 0.0), "local")
+    dataset = datasets.ingest(LOCAL_PRINCIPAL, Upload(io.BytesIO(to_jsonl([row])), "prompts", None, 0.0))
     assert (dataset.dataset_type, dataset.columns, dataset.images) == ("prompt", ("answer", "level"), 0)
-    assert datasets.preview(dataset) == {"train": [row]}
+    assert datasets.preview(LOCAL_PRINCIPAL, dataset.processed_dataset_id) == {"train": [row]}
 
 
 # --- what holds for every upload -------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from PIL import Image
 from service.core.datasets.formats import MAX_IMAGES
 from service.core.datasets.records import Upload
 from service.core.datasets.rows import InvalidRow, RowLimits, read_rows
+from service.core.principals import LOCAL_PRINCIPAL
 from tests.unit.dataset_harness import (
     CHOSEN_ANSWER,
     QUESTION,
@@ -255,7 +256,7 @@ def test_dataset_counts_images_and_preview_shows_only_size(tmp_path: Path) -> No
     datasets = make_datasets(tmp_path)
     content = make_image_bytes(size=(700, 700), file_format="WEBP", lossless=True)
     rows = [make_vision_row(TEXT, make_image_part(content, "image/webp")), {"messages": [QUESTION, CHOSEN_ANSWER]}]
-    dataset = datasets.ingest(Upload(io.BytesIO(to_jsonl(rows)), "images", None, 0.0), "local")
+    dataset = datasets.ingest(LOCAL_PRINCIPAL, Upload(io.BytesIO(to_jsonl(rows)), "images", None, 0.0))
     assert (dataset.images, dataset.columns) == (1, ())
     preview_part = {"type": "image", "image": f"data:image/webp;base64,… ({len(content)} bytes)"}
-    assert datasets.preview(dataset) == {"train": [make_vision_row(TEXT, preview_part), rows[1]]}
+    assert datasets.preview(LOCAL_PRINCIPAL, dataset.processed_dataset_id) == {"train": [make_vision_row(TEXT, preview_part), rows[1]]}

@@ -1,11 +1,15 @@
-"""Deadlines: contexts, threads and requests."""
+"""Deadlines of contexts, threads and requests, and the limits that routes declare."""
 
-import asyncio
 import threading
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
+from fastapi import APIRouter, FastAPI
+from starlette.responses import StreamingResponse
+from starlette.testclient import TestClient
 
-from service.api.deadlines import RequestDeadlineMiddleware
+from service.api.route import LimitedRoute, limits
+from service.main import ROUTERS
 from storage.deadline import MIN_TIMEOUT_S, deadline, remaining_s
 
 
@@ -36,30 +40,83 @@ def test_deadline_does_not_apply_to_other_threads() -> None:
     assert seen == [30]
 
 
+ROUTES = {(method, route.path): route for router in ROUTERS for route in router.routes for method in route.methods}  # type: ignore[attr-defined]
+
+
+def test_every_route_keeps_declared_limits() -> None:
+    assert len(ROUTES) > 25
+    assert all(isinstance(route, LimitedRoute) for route in ROUTES.values())
+
+
 @pytest.mark.parametrize(
-    ("method", "path", "query", "accept", "seconds"),
+    ("method", "path", "seconds", "body_bytes"),
     [
-        ("POST", "/train", b"", b"*/*", 4.0),
-        ("GET", "/datasets", b"", b"*/*", 4.0),
-        ("POST", "/datasets", b"", b"*/*", None),
-        ("DELETE", "/jobs/j", b"", b"*/*", 55),
-        ("POST", "/internal/reconcile", b"", b"*/*", 55),
-        ("GET", "/jobs/j/events", b"", b"text/event-stream", None),
-        ("GET", "/jobs/j/logs", b"follow=true", b"*/*", None),
-        ("POST", "/internal/jobs/j/attempts/1/events", b"", b"*/*", 4.0),
+        ("POST", "/train", 4.0, 1 << 20),
+        ("GET", "/datasets", 4.0, 1 << 20),
+        ("POST", "/datasets", None, None),
+        ("DELETE", "/datasets/{processed_dataset_id}", None, 1 << 20),
+        ("DELETE", "/jobs/{job_id}", 55.0, 1 << 20),
+        ("POST", "/internal/reconcile", 55.0, 1 << 20),
+        ("POST", "/internal/jobs/{job_id}/attempts/{attempt}/events", 4.0, 16 << 20),
     ],
 )
-def test_requests_have_deadlines_and_streams_do_not(method: str, path: str, query: bytes, accept: bytes, seconds: float | None) -> None:
-    remaining = asyncio.run(remaining_s_in_app(method, path, query, accept))
-    assert remaining == pytest.approx(seconds or 1000, abs=0.5)
+def test_route_declares_its_limits(method: str, path: str, seconds: float | None, body_bytes: int | None) -> None:
+    route = ROUTES[method, path]
+    assert isinstance(route, LimitedRoute)
+    assert (route.limits.timeout_s, route.limits.body_bytes) == (seconds, body_bytes)
 
 
-async def remaining_s_in_app(method: str, path: str, query: bytes, accept: bytes) -> float:
-    seen: list[float] = []
+def test_endpoint_has_its_deadline_and_a_stream_has_none() -> None:
+    router = APIRouter(route_class=LimitedRoute)
 
-    async def app(*_: object) -> None:
-        seen.append(remaining_s(1000))
+    @router.get("/default")
+    def read_default() -> float:  # in a thread
+        return remaining_s(1000)
 
-    scope = {"type": "http", "method": method, "path": path, "query_string": query, "headers": [(b"accept", accept)]}
-    await RequestDeadlineMiddleware(app)(scope, None, None)  # type: ignore[arg-type]
-    return seen[0]
+    @router.get("/long")
+    @limits(timeout_s=55.0)
+    async def read_long() -> float:
+        return remaining_s(1000)
+
+    @router.get("/unbounded")
+    @limits(timeout_s=None)
+    def read_unbounded() -> float:
+        return remaining_s(1000)
+
+    @router.get("/stream")
+    async def stream() -> StreamingResponse:
+        async def chunks() -> AsyncIterator[str]:
+            yield str(remaining_s(1000))
+
+        return StreamingResponse(chunks())
+
+    app = FastAPI()
+    app.include_router(router)
+    client = TestClient(app)
+    assert [client.get(path).json() for path in ("/default", "/long", "/unbounded", "/stream")] == [
+        pytest.approx(4.0, abs=0.5),
+        pytest.approx(55.0, abs=0.5),
+        1000,
+        1000,
+    ]
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_too_large_body_is_refused_while_it_arrives(declared: bool) -> None:
+    router, seen = APIRouter(route_class=LimitedRoute), list[int]()
+
+    @router.post("/small")
+    @limits(body_bytes=100, body_hint="send less")
+    def read(body: dict[str, str]) -> int:
+        seen.append(len(body))
+        return 1
+
+    app = FastAPI()
+    app.include_router(router)
+
+    def chunks() -> Iterator[bytes]:
+        for _ in range(100):
+            yield b"x" * 50
+
+    response = TestClient(app).post("/small", content=b"x" * 101 if declared else chunks())
+    assert (response.status_code, response.json()["error"]["hint"], seen) == (413, "send less", [])

@@ -10,36 +10,38 @@ from schema.requests import RetryRequest
 from schema.spec import attempt_name, spec_key
 from service.core.errors import Conflict, InvalidRequest, NotFound
 from service.core.jobs.deletion import Deletion
+from service.core.launchers import LauncherPool
 from service.core.ports import Buckets
+from service.core.principals import UPKEEP_PRINCIPAL
 from storage import StoreUnavailable
 from storage.file import LocalStore
-from tests.unit.jobs_harness import TENANT, JobsHarness, make_artifact
+from tests.unit.jobs_harness import PRINCIPAL, JobsHarness, make_artifact
 
 
 def test_sweep_destroys_only_leftover_secrets(harness: JobsHarness) -> None:
     ended, open_job = harness.submit(hf_token="hf_x"), harness.submit(hf_token="hf_x")
-    harness.jobs.control.cancel(ended.job_id, TENANT)
+    harness.jobs.control.cancel(PRINCIPAL, ended.job_id)
     harness.secrets.put(ended.job_id, {"hf_token": "hf_x"})  # as after a failed destroy
     harness.secrets.put("orphan", {"hf_token": "hf_x"})
-    assert harness.jobs.deletion.delete_stale_secrets() == 1
+    assert harness.jobs.deletion.delete_stale_secrets(UPKEEP_PRINCIPAL) == 1
     assert list(harness.secrets.iter_job_ids()) == sorted(["orphan", open_job.job_id])
-    assert harness.jobs.deletion.delete_stale_secrets(orphans=True) == 1
+    assert harness.jobs.deletion.delete_stale_secrets(UPKEEP_PRINCIPAL, orphans=True) == 1
     assert list(harness.secrets.iter_job_ids()) == [open_job.job_id]
 
 
 def test_hub_repository_is_deleted_only_on_request_without_foreign_commits(harness: JobsHarness) -> None:
     job = harness.start_training()
     push = HubPush(repo_id="ada/tuned", revision="a", url="https://hub")
-    harness.jobs.attempts.finish(job.job_id, harness.write_result(job, artifacts=[make_artifact(job) | {"hub": push}]))
+    harness.finish(harness.write_result(job, artifacts=[make_artifact(job) | {"hub": push}]))
     harness.hub.repositories["ada/tuned"] = ["initial", "a", "of another job"]
     with pytest.raises(InvalidRequest, match="needs a token") as excinfo:
-        harness.jobs.deletion.delete(job.job_id, TENANT, delete_hub=True)
+        harness.jobs.deletion.delete(PRINCIPAL, job.job_id, delete_hub=True)
     assert excinfo.value.param == "X-HF-Token"
     with pytest.raises(InvalidRequest, match="1 commits that are not of this job"):
-        harness.jobs.deletion.delete(job.job_id, TENANT, delete_hub=True, hub_token="hf_x")
+        harness.jobs.deletion.delete(PRINCIPAL, job.job_id, delete_hub=True, hub_token="hf_x")
     assert harness.find_job(job).deletion_started_at is None
     harness.hub.repositories["ada/tuned"].pop()
-    deleted = harness.jobs.deletion.delete(job.job_id, TENANT, delete_hub=True, hub_token="hf_x")
+    deleted = harness.jobs.deletion.delete(PRINCIPAL, job.job_id, delete_hub=True, hub_token="hf_x")
     assert deleted is not None
     assert deleted.resources[0] == "hf://ada/tuned"
     assert harness.hub.repositories == {}
@@ -48,9 +50,9 @@ def test_hub_repository_is_deleted_only_on_request_without_foreign_commits(harne
 def test_deletion_keeps_hub_repository_by_default(harness: JobsHarness) -> None:
     job = harness.start_training()
     push = HubPush(repo_id="ada/tuned", revision="a", url="https://hub")
-    harness.jobs.attempts.finish(job.job_id, harness.write_result(job, artifacts=[make_artifact(job) | {"hub": push}]))
+    harness.finish(harness.write_result(job, artifacts=[make_artifact(job) | {"hub": push}]))
     harness.hub.repositories["ada/tuned"] = ["initial", "a"]
-    assert harness.jobs.deletion.delete(job.job_id, TENANT)
+    assert harness.jobs.deletion.delete(PRINCIPAL, job.job_id)
     assert "ada/tuned" in harness.hub.repositories
 
 
@@ -71,7 +73,7 @@ def test_orphaned_files_are_found_and_removed(harness: JobsHarness) -> None:
     ):
         harness.objects.write(key, b"xy")
     keys = {stored.key for stored in harness.objects.iter_objects("")}
-    listing = harness.jobs.deletion.list_orphans()
+    listing = harness.jobs.deletion.list_orphans(UPKEEP_PRINCIPAL)
     assert listing.complete
     assert sorted((orphan.prefix, orphan.objects, orphan.size_bytes) for orphan in listing.orphans) == [
         ("checkpoints/projects/p/jobs/gone/", 1, 2),
@@ -82,9 +84,9 @@ def test_orphaned_files_are_found_and_removed(harness: JobsHarness) -> None:
         ("trackers/gone/", 1, 2),
         ("trained_adapters/gone/", 2, 4),
     ]
-    harness.jobs.deletion.delete_orphans()
+    harness.jobs.deletion.delete_orphans(UPKEEP_PRINCIPAL)
     assert keys - {stored.key for stored in harness.objects.iter_objects("")} == {key for key in keys if "gone" in key}
-    assert harness.jobs.deletion.list_orphans().orphans == []
+    assert harness.jobs.deletion.list_orphans(UPKEEP_PRINCIPAL).orphans == []
 
 
 def test_a_job_that_is_being_deleted_cannot_be_retried(harness: JobsHarness, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,11 +97,11 @@ def test_a_job_that_is_being_deleted_cannot_be_retried(harness: JobsHarness, mon
 
     harness.objects.write(spec_key(job.job_id), b"{}")
     monkeypatch.setattr(harness.objects, "delete", raise_unavailable)
-    deleted = harness.jobs.deletion.delete(job.job_id, TENANT)
+    deleted = harness.jobs.deletion.delete(PRINCIPAL, job.job_id)
     assert deleted is not None
     assert deleted.failures
     with pytest.raises(Conflict, match="being deleted"):
-        harness.jobs.control.retry(job.job_id, TENANT, RetryRequest.model_validate({}))
+        harness.jobs.control.retry(PRINCIPAL, job.job_id, RetryRequest.model_validate({}))
 
 
 def test_delete_cancels_job_first_and_removes_everything(harness: JobsHarness, tmp_path: Path) -> None:
@@ -115,11 +117,11 @@ def test_delete_cancels_job_first_and_removes_everything(harness: JobsHarness, t
         other_key,
     ):
         harness.objects.write(key, b"x")
-    assert harness.jobs.deletion.delete(job.job_id, TENANT) is None
+    assert harness.jobs.deletion.delete(PRINCIPAL, job.job_id) is None
     assert harness.find_job(job).status is Status.CANCELLING
     harness.launcher.states[f"handle of {attempt_name(job.job_id, 1)}"] = "ended"
-    harness.jobs.reconciliation.reconcile()
-    deleted = harness.jobs.deletion.delete(job.job_id, TENANT)
+    harness.reconcile()
+    deleted = harness.jobs.deletion.delete(PRINCIPAL, job.job_id)
     assert deleted is not None
     assert f"{harness.objects.url}/trained_adapters/{job.job_id}/" in deleted.resources
     assert [stored.key for stored in harness.objects.iter_objects("")] == [other_key]
@@ -136,8 +138,10 @@ def test_failed_deletion_is_reported_and_keeps_record(harness: JobsHarness) -> N
 
     harness.objects.write(f"merged_models/{job.job_id}/m", b"x")
     buckets = Buckets(configs=harness.objects, datasets=harness.objects, models=UndeletableStore(harness.objects.url))
-    deletion = Deletion(harness.jobs.repository, control=harness.jobs.control, launcher=harness.launcher, buckets=buckets, hub=harness.hub)
-    deleted = deletion.delete(job.job_id, TENANT)
+    deletion = Deletion(
+        harness.jobs.repository, control=harness.jobs.control, launchers=LauncherPool(harness.launchers), buckets=buckets, hub=harness.hub
+    )
+    deleted = deletion.delete(PRINCIPAL, job.job_id)
     assert deleted is not None
     assert deleted.failures
     assert harness.find_job(job).status is Status.CANCELLED

@@ -20,7 +20,10 @@ from service.core.job_store_rules import summarize_job
 from service.core.jobs.clone import original_request
 from service.core.jobs.control import _extend_training  # pyright: ignore[reportPrivateUsage]
 from service.core.jobs.export import _make_export_config  # pyright: ignore[reportPrivateUsage]
-from service.core.jobs.queries import _pick_artifact  # pyright: ignore[reportPrivateUsage]
+from service.core.jobs.queries import (
+    JobView,
+    _pick_artifact,  # pyright: ignore[reportPrivateUsage]
+)
 from service.core.jobs.submit import make_job_id
 from service.core.validation import FAMILY_CHECKS
 from service.core.validation.hub import check_hub
@@ -100,7 +103,7 @@ def test_trainer_types_are_derived_from_the_union() -> None:
 
 
 def test_job_of_any_family_is_shown() -> None:
-    detail = job_detail(make_job(training_config=TABULAR), None)
+    detail = job_detail(JobView(make_job(training_config=TABULAR), None, None))
     assert (detail.base_model_id, detail.modality, detail.method, detail.trainer_type) == ("", "", "", "tabular")
     row = summarize_job(make_job(training_config=DETECTOR))
     assert (row.base_model_id, row.modality, row.trainer_type) == ("tiny.pt", "images", "detector")

@@ -13,9 +13,11 @@ from schema.job import EvalMetrics, Failure, Gate, GateCheck, Job, Status
 from schema.result import Result
 from service.core import lifecycle
 from service.core.errors import Conflict, Fenced
-from service.core.lifecycle import ALLOWED_TRANSITIONS, MAX_ATTEMPTS_WITHOUT_PROGRESS, MAX_LOST_ATTEMPTS
-from tests.factories import START, make_config, make_job
+from service.core.lifecycle import ALLOWED_TRANSITIONS
+from service.core.retry_budget import MAX_ATTEMPTS_WITHOUT_PROGRESS, MAX_LOST_ATTEMPTS
+from tests.factories import FAKE_PLACEMENT, START, make_config, make_job
 
+BIG = FAKE_PLACEMENT.model_copy(update={"profile": "big"})
 OUTCOMES = ("completed", "failed", "cancelled", "paused", "yielded")
 
 
@@ -26,12 +28,12 @@ def make_result(attempt: int = 1, outcome: str = "completed", **changes: object)
 
 
 def make_active_job(status: Status = Status.PREPARING) -> Job:
-    job = lifecycle.claim_attempt(lifecycle.begin_attempt(make_job(), "fake", START), 1, "process-1", START)
+    job = lifecycle.claim_attempt(lifecycle.begin_attempt(make_job(), FAKE_PLACEMENT, START), 1, "process-1", START)
     return job.model_copy(update={"status": status})
 
 
 def test_new_attempt_moves_job_to_preparing() -> None:
-    job = lifecycle.begin_attempt(make_job(), "fake", START)
+    job = lifecycle.begin_attempt(make_job(), FAKE_PLACEMENT, START)
     assert job.status is Status.PREPARING
     assert job.attempt is not None
     assert (job.attempt.number, job.attempt.handle) == (1, None)
@@ -109,13 +111,13 @@ def test_unrequested_stop_requeues_job() -> None:
     job = lifecycle.apply_result(make_active_job(Status.TRAINING), make_result(outcome="cancelled"), START)
     assert job.status is Status.QUEUED
     assert job.attempts[0].outcome == "preempted"
-    assert lifecycle.begin_attempt(job, "fake", START).attempts[1].number == 2
+    assert lifecycle.begin_attempt(job, FAKE_PLACEMENT, START).attempts[1].number == 2
 
 
 def test_repeated_preemption_without_progress_fails_job() -> None:
     job = make_job()
     for number in range(1, MAX_ATTEMPTS_WITHOUT_PROGRESS + 1):
-        job = lifecycle.begin_attempt(job, "fake", START)
+        job = lifecycle.begin_attempt(job, FAKE_PLACEMENT, START)
         job = lifecycle.apply_result(job, make_result(number, "cancelled"), START)
     assert job.status is Status.FAILED
     assert job.failure is not None
@@ -126,7 +128,7 @@ def test_lost_attempts_are_retried_up_to_limit() -> None:
     job = lifecycle.mark_lost(make_active_job(Status.TRAINING), 1, START)
     assert (job.status, job.attempts[0].outcome) == (Status.QUEUED, "lost")
     for number in range(2, MAX_LOST_ATTEMPTS + 1):
-        job = lifecycle.mark_lost(lifecycle.begin_attempt(job, "fake", START), number, START)
+        job = lifecycle.mark_lost(lifecycle.begin_attempt(job, FAKE_PLACEMENT, START), number, START)
     assert job.status is Status.FAILED
     assert job.failure is not None
     assert (job.failure.code, job.failure.attempt) == ("lost", MAX_LOST_ATTEMPTS)
@@ -137,7 +139,7 @@ def test_lost_attempts_are_retried_up_to_limit() -> None:
 def test_lost_attempts_with_progress_are_unlimited() -> None:
     job = make_job()
     for number in range(1, 20):
-        job = lifecycle.begin_attempt(job, "fake", START)
+        job = lifecycle.begin_attempt(job, FAKE_PLACEMENT, START)
         job = lifecycle.mark_lost(job, number, START, last_checkpoint_step=10 * number)
         assert job.status is Status.QUEUED
     assert job.checkpoint is not None
@@ -147,7 +149,7 @@ def test_lost_attempts_with_progress_are_unlimited() -> None:
 def test_existing_checkpoint_does_not_count_as_progress() -> None:
     job = lifecycle.mark_lost(make_active_job(Status.TRAINING), 1, START, last_checkpoint_step=50)
     for number in range(2, 2 + MAX_LOST_ATTEMPTS):
-        job = lifecycle.mark_lost(lifecycle.begin_attempt(job, "fake", START), number, START, last_checkpoint_step=50)
+        job = lifecycle.mark_lost(lifecycle.begin_attempt(job, FAKE_PLACEMENT, START), number, START, last_checkpoint_step=50)
     assert job.status is Status.FAILED
 
 
@@ -162,12 +164,12 @@ def test_exit_reason_decides_whether_to_retry() -> None:
 def test_time_slices_continue_only_with_progress() -> None:
     job = make_job()
     for number in range(1, 11):
-        job = lifecycle.begin_attempt(job, "fake", START)
+        job = lifecycle.begin_attempt(job, FAKE_PLACEMENT, START)
         job = lifecycle.apply_result(job, make_result(number, "yielded", yield_reason="time_slice", last_checkpoint_step=number), START)
         assert job.status is Status.QUEUED
     for number in range(11, 11 + MAX_ATTEMPTS_WITHOUT_PROGRESS):
         job = lifecycle.apply_result(
-            lifecycle.begin_attempt(job, "fake", START), make_result(number, "yielded", last_checkpoint_step=10), START
+            lifecycle.begin_attempt(job, FAKE_PLACEMENT, START), make_result(number, "yielded", last_checkpoint_step=10), START
         )
     assert job.status is Status.FAILED
     assert job.failure is not None
@@ -211,11 +213,11 @@ def test_cancel_overrides_pause() -> None:
 def test_only_paused_job_can_be_resumed_with_changes() -> None:
     longer = make_config(hyperparameters={"epochs": 9})
     paused = lifecycle.request_pause(make_job(), START)
-    resumed = lifecycle.request_resume(paused, START, training_config=longer, hardware="big")
-    assert (resumed.training_config, resumed.hardware) == (longer, "big")
-    assert lifecycle.request_resume(resumed, START, training_config=longer, hardware="big") is resumed
+    resumed = lifecycle.request_resume(paused, START, training_config=longer, placements=(BIG,))
+    assert (resumed.training_config, resumed.placements) == (longer, (BIG,))
+    assert lifecycle.request_resume(resumed, START, training_config=longer, placements=(BIG,)) is resumed
     with pytest.raises(Conflict, match="while it is paused"):
-        lifecycle.request_resume(make_active_job(), START, hardware="big")
+        lifecycle.request_resume(make_active_job(), START, placements=(BIG,))
     with pytest.raises(Conflict, match="still pausing"):
         lifecycle.request_resume(lifecycle.request_pause(make_active_job(), START), START)
     with pytest.raises(Conflict, match="nothing to resume"):
@@ -245,9 +247,9 @@ def test_retry_requires_failed_or_cancelled_job_not_being_deleted() -> None:
 def test_retry_resets_lost_attempt_budget() -> None:
     job = make_active_job(Status.TRAINING)
     for number in range(1, MAX_LOST_ATTEMPTS + 1):
-        job = lifecycle.mark_lost(job if number == 1 else lifecycle.begin_attempt(job, "fake", START), number, START)
+        job = lifecycle.mark_lost(job if number == 1 else lifecycle.begin_attempt(job, FAKE_PLACEMENT, START), number, START)
     assert job.status is Status.FAILED
-    job = lifecycle.begin_attempt(lifecycle.request_retry(job, START), "fake", START)
+    job = lifecycle.begin_attempt(lifecycle.request_retry(job, START), FAKE_PLACEMENT, START)
     assert lifecycle.mark_lost(job, MAX_LOST_ATTEMPTS + 1, START).status is Status.QUEUED
 
 
@@ -256,7 +258,7 @@ def test_recorded_checkpoint_step_never_decreases() -> None:
         return CheckpointSaved(step=step, epoch=1.0, reason="interval", size_bytes=1, save_s=0.1, upload_s=0.1)
 
     job = lifecycle.apply_result(make_active_job(Status.TRAINING), make_result(outcome="yielded", last_checkpoint_step=5), START)
-    job = lifecycle.begin_attempt(job, "fake", START)
+    job = lifecycle.begin_attempt(job, FAKE_PLACEMENT, START)
     job = lifecycle.apply_event(job, 2, CheckpointRestored(step=5, from_attempt=1), START)
     job = lifecycle.apply_event(job, 2, make_checkpoint_event(20), START)
     # Back to its own checkpoint, after running out of memory.
@@ -270,7 +272,7 @@ def test_recorded_checkpoint_step_never_decreases() -> None:
 
 def test_late_messages_of_old_attempt_are_ignored_or_fenced() -> None:
     job = lifecycle.apply_result(make_active_job(Status.TRAINING), make_result(outcome="yielded"), START)
-    second = lifecycle.begin_attempt(job, "fake", START)
+    second = lifecycle.begin_attempt(job, FAKE_PLACEMENT, START)
     assert lifecycle.apply_result(second, make_result(1, "completed"), START) is second
     for number in (1, 3, 0, -1):
         with pytest.raises(Fenced):
@@ -309,7 +311,7 @@ class JobLifecycleMachine(RuleBasedStateMachine):
 
     @rule()
     def launch(self) -> None:
-        self.try_change(lambda: lifecycle.begin_attempt(self.job, "fake", self.tick()))
+        self.try_change(lambda: lifecycle.begin_attempt(self.job, FAKE_PLACEMENT, self.tick()))
 
     @rule(number=st.integers(0, 4), claimant=st.sampled_from("ab"))
     def claim(self, number: int, claimant: str) -> None:

@@ -9,14 +9,14 @@ from schema.result import PublishManifest
 from schema.spec import manifest_key
 from service.core.errors import Conflict, NotFound
 from storage import StoreUnavailable
-from tests.unit.jobs_harness import TENANT, JobsHarness, make_artifact
+from tests.unit.jobs_harness import OTHER_PRINCIPAL, PRINCIPAL, JobsHarness, make_artifact
 
 
 def test_job_of_other_tenant_is_not_found(harness: JobsHarness) -> None:
     job = harness.submit()
     for read in (harness.jobs.repository.find, harness.jobs.control.cancel, harness.jobs.deletion.delete):
         with pytest.raises(NotFound):
-            read(job.job_id, "another tenant")
+            read(OTHER_PRINCIPAL, job.job_id)
 
 
 def test_reading_silent_job_reconciles_it(harness: JobsHarness) -> None:
@@ -24,9 +24,9 @@ def test_reading_silent_job_reconciles_it(harness: JobsHarness) -> None:
     harness.launcher.polling_is_free = False
     harness.on_wake = harness.jobs.reconciliation.reconcile_job
     harness.write_result(job)
-    assert harness.jobs.queries.get_refreshed(job.job_id, TENANT)[0].status is Status.TRAINING  # its heartbeat is recent
+    assert harness.jobs.queries.get_refreshed(PRINCIPAL, job.job_id).job.status is Status.TRAINING  # its heartbeat is recent
     harness.clock.advance(61)
-    assert harness.jobs.queries.get_refreshed(job.job_id, TENANT)[0].status is Status.COMPLETED
+    assert harness.jobs.queries.get_refreshed(PRINCIPAL, job.job_id).job.status is Status.COMPLETED
 
 
 def test_failed_gate_completes_job_but_blocks_download(harness: JobsHarness) -> None:
@@ -34,18 +34,18 @@ def test_failed_gate_completes_job_but_blocks_download(harness: JobsHarness) -> 
     failed = GateCheck(metric="perplexity", value=12.5, at_most=9.0, passed=False, reason="12.5 is above 9")
     passed = GateCheck(metric="accuracy", value=0.9, at_least=0.5, passed=True)
     gate = Gate(passed=False, checks=(passed, failed))
-    harness.jobs.attempts.finish(job.job_id, harness.write_result(job, gate=gate, published_step=0, tracker_urls={"mlflow": "https://m"}))
+    harness.finish(harness.write_result(job, gate=gate, published_step=0, tracker_urls={"mlflow": "https://m"}))
     job = harness.find_job(job)
     assert (job.status, job.gate, job.published_step, job.tracker_urls) == (Status.COMPLETED, gate, 0, {"mlflow": "https://m"})
     with pytest.raises(Conflict, match=r"perplexity: 12\.5 is above 9") as excinfo:
-        harness.jobs.queries.create_download_links(job.job_id, TENANT, None)
+        harness.jobs.queries.create_download_links(PRINCIPAL, job.job_id, None)
     assert "accuracy" not in excinfo.value.message
     assert f"POST /jobs/{job.job_id}/export" in excinfo.value.hint
 
 
 def test_service_writes_publish_manifest(harness: JobsHarness) -> None:
     job = harness.start_training()
-    harness.jobs.attempts.finish(job.job_id, harness.write_result(job, artifacts=[make_artifact(job)]))
+    harness.finish(harness.write_result(job, artifacts=[make_artifact(job)]))
     manifest = PublishManifest.load(harness.objects.read(manifest_key(job.job_id)))
     assert (manifest.attempt, [artifact.name for artifact in manifest.artifacts]) == (1, ["adapter"])
     assert harness.find_job(job).manifest_written
@@ -60,22 +60,22 @@ def test_unwritten_manifest_is_written_on_next_read(harness: JobsHarness, monkey
 
     with monkeypatch.context() as broken:
         broken.setattr(harness.objects, "write", raise_unavailable)
-        assert harness.jobs.attempts.finish(job.job_id, result).status is Status.COMPLETED
+        assert harness.finish(result).status is Status.COMPLETED
     assert harness.objects.stat(manifest_key(job.job_id)) is None
-    harness.jobs.queries.get_refreshed(job.job_id, TENANT)
+    harness.jobs.queries.get_refreshed(PRINCIPAL, job.job_id)
     assert harness.objects.stat(manifest_key(job.job_id)) is not None
 
 
 def test_completed_job_has_download_link(harness: JobsHarness) -> None:
     job = harness.start_training()
     with pytest.raises(Conflict):
-        harness.jobs.queries.create_download_links(job.job_id, TENANT, None)
+        harness.jobs.queries.create_download_links(PRINCIPAL, job.job_id, None)
     file = ArtifactFile(path="", size_bytes=1, sha256="0")
     gguf = Artifact(name="gguf-q8_0", kind="gguf", uri="u", key=f"gguf_models/{job.job_id}/m.gguf", size_bytes=1, files=[file])
     adapter = gguf.model_copy(update={"name": "adapter", "kind": "adapter", "key": f"trained_adapters/{job.job_id}/"})
-    harness.jobs.attempts.finish(job.job_id, harness.write_result(job, artifacts=[adapter.model_dump(), gguf.model_dump()]))
-    artifact, [(_, link)] = harness.jobs.queries.create_download_links(job.job_id, TENANT, None)
+    harness.finish(harness.write_result(job, artifacts=[adapter.model_dump(), gguf.model_dump()]))
+    artifact, [(_, link)] = harness.jobs.queries.create_download_links(PRINCIPAL, job.job_id, None)
     assert artifact == gguf
     assert harness.tokens.read_file_token(link.removeprefix("/files/")) == (gguf.key, "m.gguf")
     with pytest.raises(NotFound, match="it has: adapter, gguf-q8_0"):
-        harness.jobs.queries.create_download_links(job.job_id, TENANT, "gguf-f16")
+        harness.jobs.queries.create_download_links(PRINCIPAL, job.job_id, "gguf-f16")

@@ -60,7 +60,9 @@ def test_root_redirects_browser_to_docs(client: TestClient) -> None:
 def test_capabilities_list_all_request_options(client: TestClient) -> None:
     capabilities = client.get("/capabilities").json()
     assert set(capabilities["trainer_types"]) == {"sft", "dpo", "orpo", "kto", "grpo", "reward"}
-    assert capabilities["profiles"]["local"]["methods"] == capabilities["methods"]
+    assert capabilities["launchers"]["local"]["profiles"]["local"]["device"] == "cpu"
+    assert capabilities["launchers"]["local"]["environments"]["llm"]["families"]["llm"]["options"]["method"] == capabilities["methods"]
+    assert capabilities["default_hardware"] == "local/local"
     assert {"graders", "trackers", "modalities", "export", "lm_eval"} <= set(capabilities)
 
 

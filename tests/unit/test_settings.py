@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from service.settings import Settings, attempt_environment, inherited_environment
-
-CLOUD_SETTINGS = {"launcher": "cloud-run", "public_url": "https://t.example"}
+from service.adapters.launchers import LauncherDeployment, create_launchers
+from service.adapters.launchers.cloud_run.settings import CloudRunSettings
+from service.settings import Settings, attempt_variables, inherited_variables
 
 
 def test_cloud_settings_come_from_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -16,9 +16,11 @@ def test_cloud_settings_come_from_environment(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("GCS_CONFIG_BUCKET_NAME", "p-configs")
     monkeypatch.setenv("TUNESMITH_MODELS_URL", "gs://p-models")
     monkeypatch.setenv("TUNESMITH_DATASETS_URL", "s3://rows/here")
-    monkeypatch.setenv("TUNESMITH_HARDWARE_PROFILES", "l4, cpu")
-    settings = Settings(**CLOUD_SETTINGS)  # type: ignore[arg-type]
-    assert (settings.project_id, settings.region, settings.hardware_profiles) == ("p", "r", ("l4", "cpu"))
+    monkeypatch.setenv("TUNESMITH_LAUNCHERS", "cloud-run, local")
+    monkeypatch.setenv("TUNESMITH_CLOUD_RUN_PROFILES", "l4, cpu")
+    settings, cloud_run = Settings(), CloudRunSettings()  # type: ignore[call-arg]
+    assert (settings.project_id, settings.launchers) == ("p", ("cloud-run", "local"))
+    assert (cloud_run.project_id, cloud_run.region, cloud_run.profiles) == ("p", "r", ("l4", "cpu"))
     assert settings.object_urls == {"configs": "gs://p-configs", "datasets": "s3://rows/here", "models": "gs://p-models"}
 
 
@@ -32,14 +34,35 @@ def test_local_default_stores_objects_in_one_folder(tmp_path: Path) -> None:
     [
         ({"job_store": "firestore"}, "firestore needs PROJECT_ID"),
         ({"secret_store": "secret-manager"}, "secret-manager needs PROJECT_ID"),
-        (CLOUD_SETTINGS | {"PROJECT_ID": "p"}, "cloud-run needs REGION"),
-        ({"launcher": "cloud-run", "PROJECT_ID": "p", "REGION": "r"}, "cloud-run needs TUNESMITH_PUBLIC_URL"),
-        (CLOUD_SETTINGS | {"PROJECT_ID": "p", "REGION": "r", "hardware_profiles": ""}, "cloud-run needs TUNESMITH_HARDWARE_PROFILES"),
     ],
 )
 def test_missing_setting_error_names_environment_variable(given: dict[str, str], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         Settings(**given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("variables", "public_url", "message"),
+    [
+        ({"PROJECT_ID": "p"}, "https://t.example", "cloud-run needs REGION"),
+        ({"REGION": "r"}, "https://t.example", "cloud-run needs PROJECT_ID"),
+        ({"PROJECT_ID": "p", "REGION": "r"}, None, "cloud-run needs TUNESMITH_PUBLIC_URL"),
+        ({"PROJECT_ID": "p", "REGION": "r", "TUNESMITH_CLOUD_RUN_PROFILES": "moon"}, "https://t.example", "no hardware profile moon"),
+        ({"PROJECT_ID": "p", "REGION": "r", "TUNESMITH_CLOUD_RUN_TIME_LIMIT_S": "1"}, "https://t.example", "time_limit_s: .* 10"),
+    ],
+)
+def test_missing_launcher_setting_error_names_environment_variable(
+    variables: dict[str, str], public_url: str | None, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("PROJECT_ID", "REGION", "GOOGLE_CLOUD_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    deployment = LauncherDeployment(
+        home=tmp_path, service_url="http://127.0.0.1:1", public_url=public_url, service_audience=None, variables={}
+    )
+    with pytest.raises(ValueError, match=message):
+        create_launchers(["cloud-run"], deployment)
 
 
 def test_signing_key_has_minimum_length_and_is_hidden() -> None:
@@ -50,15 +73,15 @@ def test_signing_key_has_minimum_length_and_is_hidden() -> None:
 
 def test_only_attempts_using_s3_inherit_aws_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    assert "AWS_SECRET_ACCESS_KEY" not in inherited_environment(Settings())  # type: ignore[call-arg]
-    assert inherited_environment(Settings(models_url="s3://models"))["AWS_SECRET_ACCESS_KEY"] == "secret"  # type: ignore[call-arg]
+    assert "AWS_SECRET_ACCESS_KEY" not in inherited_variables(Settings())  # type: ignore[call-arg]
+    assert inherited_variables(Settings(models_url="s3://models"))["AWS_SECRET_ACCESS_KEY"] == "secret"  # type: ignore[call-arg]
 
 
 def test_attempts_inherit_process_and_parallelism_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     variables = {"JOB_PROCESSES": "2", "JOB_PARALLELISM": "ddp"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert variables.items() <= inherited_environment(Settings()).items()  # type: ignore[call-arg]
+    assert variables.items() <= inherited_variables(Settings()).items()  # type: ignore[call-arg]
 
 
 def test_trackers_setting_is_json_and_hides_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,9 +102,9 @@ def test_trackers_setting_is_json_and_hides_secrets(monkeypatch: pytest.MonkeyPa
 def test_attempts_use_the_service_hub_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TUNESMITH_HF_ENDPOINT", "HF_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
-    assert attempt_environment(Settings()) == {}  # type: ignore[call-arg]
+    assert attempt_variables(Settings()) == {}  # type: ignore[call-arg]
     for name in ("HF_ENDPOINT", "TUNESMITH_HF_ENDPOINT"):
         monkeypatch.setenv(name, f"https://{name.lower().replace('_', '-')}.example")
         settings = Settings()  # type: ignore[call-arg]
         assert settings.hf_endpoint.startswith(f"https://{name.lower().replace('_', '-')}")
-        assert attempt_environment(settings)["HF_ENDPOINT"] == settings.hf_endpoint
+        assert attempt_variables(settings)["HF_ENDPOINT"] == settings.hf_endpoint

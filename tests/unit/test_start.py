@@ -44,8 +44,15 @@ def test_occupied_port_is_an_error_with_hint(capsys: pytest.CaptureFixture[str])
 
 
 def test_invalid_setting_is_an_error_with_hint(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TUNESMITH_MAX_CONCURRENT_JOBS", "none")
+    monkeypatch.setenv("TUNESMITH_LOCAL_MAX_CONCURRENT_JOBS", "none")
     assert "max_concurrent_jobs" in start_and_fail(capsys)
+
+
+def test_setting_of_an_earlier_version_is_an_error_with_its_new_name(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNESMITH_LAUNCHER", "cloud-run")
+    assert "TUNESMITH_LAUNCHER is now called TUNESMITH_LAUNCHERS" in start_and_fail(capsys)
 
 
 def test_unknown_adapter_is_an_error_with_hint(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,9 @@ from schema.spec import attempt_name
 from service.core.errors import InvalidRequest, NotFound, Unavailable, Unsupported
 from service.core.jobs.trackers import DeploymentTrackers
 from service.core.ports import HubAccount, IdempotencyKey
+from service.core.principals import attempt_principal
 from tests.factories import make_dataset, make_train_request
-from tests.unit.jobs_harness import TENANT, JobsHarness, make_reexport_request
+from tests.unit.jobs_harness import OTHER_PRINCIPAL, PRINCIPAL, JobsHarness, make_reexport_request
 
 
 def test_submitted_job_is_stored_and_wakes_launcher(harness: JobsHarness) -> None:
@@ -27,21 +28,21 @@ def test_equal_requests_create_two_jobs(harness: JobsHarness) -> None:
 
 
 def test_idempotency_key_ignores_changed_token(harness: JobsHarness) -> None:
-    first = harness.jobs.submission.submit(make_train_request(hf_token="hf_old"), TENANT, "key")
-    second = harness.jobs.submission.submit(make_train_request(hf_token="hf_new"), TENANT, "key")
+    first = harness.jobs.submission.submit(PRINCIPAL, make_train_request(hf_token="hf_old"), "key")
+    second = harness.jobs.submission.submit(PRINCIPAL, make_train_request(hf_token="hf_new"), "key")
     assert first == second
     assert list(harness.secrets.iter_job_ids()) == [first.job_id]
 
 
 def test_secrets_are_in_the_secret_store_and_nowhere_else(harness: JobsHarness, tmp_path: Path) -> None:
     config = {"base_model_id": "google/gemma-3-270m", "wandb_config": {"api_key": "wb_canary"}}
-    job = harness.jobs.submission.submit(make_train_request(hf_token="hf_canary", training_config=config), TENANT)
-    harness.jobs.reconciliation.reconcile()
+    job = harness.jobs.submission.submit(PRINCIPAL, make_train_request(hf_token="hf_canary", training_config=config))
+    harness.reconcile()
     assert harness.secrets.read(job.job_id) == {"hf_token": "hf_canary", "wandb_api_key": "wb_canary"}
     stored_job = harness.find_job(job)
     stored_text = stored_job.model_dump_json() + repr(stored_job) + repr(harness.launcher.launched) + str(stored_job.training_config)
     stored_text += "".join(path.read_text() for path in (tmp_path / "objects").rglob("*") if path.is_file())
-    stored_text += str(harness.launcher.launched[attempt_name(job.job_id, 1)].environment)
+    stored_text += str(harness.launcher.launched[attempt_name(job.job_id, 1)].variables)
     assert "canary" not in stored_text
 
 
@@ -65,7 +66,7 @@ def test_unsupported_request_is_rejected_before_storing(
     with pytest.raises(error) as excinfo:
         harness.submit(**changes, hf_token="hf_x")
     assert excinfo.value.param == param
-    assert harness.store.list_queued_jobs(10) == []
+    assert harness.store.list_queued_jobs(None, 10) == []
     assert list(harness.secrets.iter_job_ids()) == []
 
 
@@ -78,7 +79,7 @@ def test_evaluation_without_held_out_rows_is_rejected(harness: JobsHarness) -> N
 
 def test_dataset_of_other_tenant_is_not_found(harness: JobsHarness) -> None:
     with pytest.raises(NotFound):
-        harness.jobs.submission.submit(make_train_request(), "another tenant")
+        harness.jobs.submission.submit(OTHER_PRINCIPAL, make_train_request())
 
 
 def test_secrets_are_kept_when_create_outcome_is_unknown(harness: JobsHarness, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,8 +93,8 @@ def test_secrets_are_kept_when_create_outcome_is_unknown(harness: JobsHarness, m
     with pytest.raises(Unavailable):
         harness.submit(hf_token="hf_x")
     (job_id,) = harness.secrets.iter_job_ids()
-    harness.jobs.reconciliation.reconcile()
-    assert harness.jobs.attempts.claim(job_id, 1, "p").secrets == {"hf_token": "hf_x"}
+    harness.reconcile()
+    assert harness.jobs.attempts.claim(attempt_principal(job_id, 1), job_id, 1, "p").secrets == {"hf_token": "hf_x"}
 
 
 def test_deployment_tracker_is_shown_and_needs_no_user_secret(tmp_path: Path) -> None:
@@ -103,12 +104,12 @@ def test_deployment_tracker_is_shown_and_needs_no_user_secret(tmp_path: Path) ->
     assert job.training_config.mlflow_config is not None
     assert job.training_config.mlflow_config.tracking_uri == "https://ours.example"
     assert "canary" not in harness.find_job(job).model_dump_json()
-    harness.jobs.control.cancel(job.job_id, TENANT)
-    harness.jobs.control.retry(job.job_id, TENANT, RetryRequest.model_validate({}))
-    cloned = harness.jobs.submission.clone(job.job_id, TENANT, CloneRequest.model_validate({}))
-    harness.jobs.reconciliation.reconcile()
+    harness.jobs.control.cancel(PRINCIPAL, job.job_id)
+    harness.jobs.control.retry(PRINCIPAL, job.job_id, RetryRequest.model_validate({}))
+    cloned = harness.jobs.submission.clone(PRINCIPAL, job.job_id, CloneRequest.model_validate({}))
+    harness.reconcile()
     for submitted in (job, cloned):
-        assert harness.jobs.attempts.claim(submitted.job_id, 1, "p").secrets == {"mlflow_token": "canary"}
+        assert harness.claim(submitted, 1, "p").secrets == {"mlflow_token": "canary"}
 
 
 def test_embedding_grader_needs_stored_model_or_endpoint(harness: JobsHarness) -> None:
@@ -140,7 +141,7 @@ def test_hub_push_requires_token(harness: JobsHarness) -> None:
     job = harness.submit()
     harness.write_checkpoint(job, step=1)
     with pytest.raises(InvalidRequest, match="needs hf_token"):
-        harness.jobs.exports.reexport(job.job_id, TENANT, make_reexport_request(export_config=PUSH_CONFIG["export_config"]))
+        harness.jobs.exports.reexport(PRINCIPAL, job.job_id, make_reexport_request(export_config=PUSH_CONFIG["export_config"]))
 
 
 def test_missing_hub_access_is_rejected_before_storing(harness: JobsHarness) -> None:
@@ -150,7 +151,7 @@ def test_missing_hub_access_is_rejected_before_storing(harness: JobsHarness) -> 
     harness.hub.read_result = "gated"
     with pytest.raises(InvalidRequest, match="gated"):
         harness.submit()
-    assert harness.store.list_queued_jobs(10) == []
+    assert harness.store.list_queued_jobs(None, 10) == []
     assert list(harness.secrets.iter_job_ids()) == []
     harness.hub.read_result, harness.hub.write_result = "unknown", "unknown"
     harness.hub.account_result = None

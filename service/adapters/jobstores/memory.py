@@ -70,11 +70,11 @@ class MemoryJobStore:
         sort_keys = [(row.created_at.isoformat(), row.job_id) for row in rows]
         return _page(rows, sort_keys, query.limit, query.after)
 
-    def list_queued_jobs(self, limit: int) -> list[Job]:
-        return self._oldest_matching(lambda job: job.status is Status.QUEUED, limit)
+    def list_queued_jobs(self, launcher: str | None, limit: int) -> list[Job]:
+        return self._oldest_matching(lambda job: job.status is Status.QUEUED and launcher in (None, *job.launchers), limit)
 
-    def list_active_jobs(self, limit: int) -> list[Job]:
-        return self._oldest_matching(lambda job: job.status.is_active, limit)
+    def list_active_jobs(self, launcher: str | None, limit: int) -> list[Job]:
+        return self._oldest_matching(lambda job: job.status.is_active and launcher in (None, *job.launchers), limit)
 
     def list_jobs_using_dataset(self, dataset_id: str) -> list[str]:
         return sorted(job.job_id for job in self._load_jobs() if job.processed_dataset_id == dataset_id and not job.status.is_final)

@@ -16,12 +16,16 @@ from schema.events import Event, EventBatch
 from schema.job import Job, Progress, Status
 from service.adapters.jobstores.cursors import decode_cursor, encode_cursor
 from service.adapters.jobstores.records import Record, format_timestamp, load_readable_records, load_record
-from service.adapters.jobstores.sqlite_database import SqliteDatabase
+from service.adapters.jobstores.sqlite_database import SqliteDatabase, index_launchers
 from service.core.errors import Conflict, IdempotencyConflict, NotFound, StaleRevision
 from service.core.job_store_rules import IDEMPOTENCY_TTL, select_new_events
 from service.core.ports import Heartbeat, IdempotencyKey, JobQuery, JobSummary, Page, StoredEvent
 
 JOB_BY_ID = "SELECT record FROM jobs WHERE job_id = ?"
+WORK_OF_LAUNCHER = (
+    "SELECT record FROM job_launchers AS work JOIN jobs USING (job_id) WHERE launcher = ? AND work_state = ? "
+    "ORDER BY work.created_at, work.job_id LIMIT ?"
+)
 HEARTBEAT_BY_JOB = "SELECT attempt, received_at, next_seq, phase, progress FROM heartbeats WHERE job_id = ?"
 EVENT_ADAPTER: TypeAdapter[Event] = TypeAdapter(Event)
 
@@ -62,6 +66,7 @@ class SqliteJobStore:
                 )
             except sqlite3.IntegrityError as error:
                 raise Conflict(f"{job.job_id} already exists") from error
+            index_launchers(db, job)
         return job
 
     def find_job(self, job_id: str) -> Job | None:
@@ -79,6 +84,7 @@ class SqliteJobStore:
                 if db.execute("SELECT 1 FROM jobs WHERE job_id = ?", (job.job_id,)).fetchone():
                     raise StaleRevision(f"{job.job_id} was changed by another writer")
                 raise NotFound(f"no job {job.job_id!r}")
+            index_launchers(db, updated)
             for event in events:
                 _append_event(db, updated.job_id, 0, updated.revision, updated.updated_at, event)
         return updated
@@ -103,12 +109,20 @@ class SqliteJobStore:
         last = shown[-1] if len(jobs) > query.limit else None
         return Page(shown, encode_cursor(format_timestamp(last.created_at), last.job_id) if last else None)
 
-    def list_queued_jobs(self, limit: int) -> list[Job]:
+    def list_queued_jobs(self, launcher: str | None, limit: int) -> list[Job]:
+        if launcher is not None:
+            return self._list_work(launcher, "queued", limit)
         rows = self._database.read("SELECT record FROM jobs WHERE status = 'queued' ORDER BY created_at, job_id LIMIT ?", limit)
         return load_readable_records(Job, (row[0] for row in rows))
 
-    def list_active_jobs(self, limit: int) -> list[Job]:
+    def list_active_jobs(self, launcher: str | None, limit: int) -> list[Job]:
+        if launcher is not None:
+            return self._list_work(launcher, "active", limit)
         rows = self._database.read("SELECT record FROM jobs WHERE is_active = 1 ORDER BY created_at, job_id LIMIT ?", limit)
+        return load_readable_records(Job, (row[0] for row in rows))
+
+    def _list_work(self, launcher: str, work_state: str, limit: int) -> list[Job]:
+        rows = self._database.read(WORK_OF_LAUNCHER, launcher, work_state, limit)
         return load_readable_records(Job, (row[0] for row in rows))
 
     def list_jobs_using_dataset(self, dataset_id: str) -> list[str]:
@@ -119,6 +133,7 @@ class SqliteJobStore:
         with self._database.transaction() as db:
             db.execute("DELETE FROM events WHERE job_id = ?", (job_id,))
             db.execute("DELETE FROM heartbeats WHERE job_id = ?", (job_id,))
+            db.execute("DELETE FROM job_launchers WHERE job_id = ?", (job_id,))
             return db.execute("DELETE FROM jobs WHERE job_id = ?", (job_id,)).rowcount > 0
 
     # --- events ------------------------------------------------------------------------------------------------------

@@ -8,12 +8,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from schema.job import Job
+from service.adapters.jobstores.records import format_timestamp, load_readable_records
 from service.core.errors import DiskFull, Unavailable
+from service.core.job_store_rules import work_state_of
 from storage.deadline import remaining_s
 
 BUSY_TIMEOUT_S = 4  # a request may wait this long for another writer before it gets Unavailable
-TABLES_VERSION = 2
+TABLES_VERSION = 3
 
+# The launchers that have a job's next step. A job is in it while it is queued or active.
+LAUNCHER_TABLE = """
+CREATE TABLE job_launchers (
+    launcher TEXT NOT NULL, work_state TEXT NOT NULL, created_at TEXT NOT NULL, job_id TEXT NOT NULL,
+    PRIMARY KEY (launcher, work_state, created_at, job_id)) WITHOUT ROWID;
+CREATE INDEX job_launchers_of_job ON job_launchers (job_id);
+"""
 # is_active and is_final repeat Job.status in the form that the partial indexes need: most jobs are final and in none of them.
 TABLES = """
 CREATE TABLE jobs (
@@ -120,11 +130,28 @@ class SqliteDatabase:
         with self.transaction() as db:
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version == 0:
-                for statement in filter(str.strip, TABLES.split(";")):
-                    db.execute(statement)
-                db.execute(f"PRAGMA user_version = {TABLES_VERSION}")
+                _execute_all(db, TABLES + LAUNCHER_TABLE)
+            elif version == 2:
+                _execute_all(db, LAUNCHER_TABLE)
+                rows = db.execute("SELECT record FROM jobs WHERE is_final = 0").fetchall()
+                for job in load_readable_records(Job, (row[0] for row in rows)):
+                    index_launchers(db, job)
             elif version != TABLES_VERSION:
                 raise Unavailable(
                     f"{self._path} was written by another version of Tunesmith (tables {version}, this one reads {TABLES_VERSION})",
                     hint="run that version, or move the file away to start with an empty database",
                 )
+            db.execute(f"PRAGMA user_version = {TABLES_VERSION}")
+
+
+def index_launchers(db: sqlite3.Connection, job: Job) -> None:
+    """Put a job into the work lists of its launchers, and out of all others."""
+    db.execute("DELETE FROM job_launchers WHERE job_id = ?", (job.job_id,))
+    work_state, created_at = work_state_of(job), format_timestamp(job.created_at)
+    rows = [(launcher, work_state, created_at, job.job_id) for launcher in job.launchers]
+    db.executemany("INSERT INTO job_launchers VALUES (?, ?, ?, ?)", rows)
+
+
+def _execute_all(db: sqlite3.Connection, statements: str) -> None:
+    for statement in filter(str.strip, statements.split(";")):
+        db.execute(statement)

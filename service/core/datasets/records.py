@@ -14,6 +14,7 @@ from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT, Dataset, Split
 from service.core.datasets.rows import IngestResult, InvalidRow, RowLimits, SplitStats, ingest
 from service.core.errors import Conflict, InvalidDataset, InvalidRequest, NotFound, TooLarge
 from service.core.ports import JobStore, Page
+from service.core.principals import Principal, Scope
 from storage import InvalidKey, ObjectStore, delete_prefix
 
 INCOMING_PREFIX = "incoming/"  # of the dataset store: callers put files there that are too large for a request
@@ -53,11 +54,12 @@ class Datasets:
         self._scratch = scratch
         self._max_incoming_bytes = max_incoming_bytes
 
-    def ingest(self, upload: Upload, tenant_id: str) -> Dataset:
+    def ingest(self, principal: Principal, upload: Upload) -> Dataset:
         """Check every row, split the rows, store them, then write the record.
 
         Raises InvalidDataset that names the first invalid line, StorageError, Unavailable.
         """
+        principal.require(Scope.DATASETS_WRITE)
         dataset_id = f"dataset_{self._random_suffix()}"
         self._scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
@@ -65,7 +67,7 @@ class Datasets:
             splits = self._store_splits(ingested, Path(folder), dataset_id)
         dataset = Dataset(
             processed_dataset_id=dataset_id,
-            tenant_id=tenant_id,
+            tenant_id=principal.tenant_id,
             project_id=upload.project_id,
             name=upload.name,
             dataset_type=ingested.dataset_type,
@@ -81,8 +83,9 @@ class Datasets:
         return dataset
 
     @contextmanager
-    def open_incoming(self, key: str) -> Generator[BinaryIO]:
+    def open_incoming(self, principal: Principal, key: str) -> Generator[BinaryIO]:
         """Open a file that a caller put below incoming/ of the store. Raises InvalidRequest, NotFound, TooLarge."""
+        principal.require(Scope.DATASETS_WRITE)
         if not key.startswith(INCOMING_PREFIX):
             raise InvalidRequest(
                 f"{key!r} is not below {INCOMING_PREFIX} of {self._objects.url}", hint=f"put it at {INCOMING_PREFIX}", param="incoming"
@@ -100,27 +103,27 @@ class Datasets:
         with self._objects.open_read(key) as stream:
             yield stream
 
-    def find(self, dataset_id: str, tenant_id: str) -> Dataset:
-        """A tenant's dataset. Raises NotFound, also for a dataset of another tenant."""
-        dataset = self._store.find_dataset(dataset_id)
-        if dataset is None or dataset.tenant_id != tenant_id:
-            raise NotFound(f"no dataset {dataset_id!r}", hint="GET /datasets lists them", param="processed_dataset_id")
-        return dataset
+    def find(self, principal: Principal, dataset_id: str) -> Dataset:
+        """A dataset of the principal's tenant. Raises NotFound, also for a dataset of another tenant."""
+        principal.require(Scope.DATASETS_READ)
+        return self._find_own(principal, dataset_id)
 
-    def list_datasets(self, tenant_id: str, limit: int, after: str | None) -> Page[Dataset]:
+    def list_datasets(self, principal: Principal, limit: int, after: str | None) -> Page[Dataset]:
         """A page of a tenant's datasets, newest first. Raises InvalidRequest for a malformed cursor."""
-        return self._store.list_datasets(tenant_id, limit, after)
+        principal.require(Scope.DATASETS_READ)
+        return self._store.list_datasets(principal.tenant_id, limit, after)
 
-    def preview(self, dataset: Dataset) -> dict[str, list[object]]:
+    def preview(self, principal: Principal, dataset_id: str) -> dict[str, list[object]]:
         """The first rows of each split, without reading the rest. Images are replaced by their type and size.
 
-        Raises StorageError.
+        Raises NotFound, StorageError.
         """
-        return {name: self._read_first_rows(split) for name, split in dataset.splits.items()}
+        return {name: self._read_first_rows(split) for name, split in self.find(principal, dataset_id).splits.items()}
 
-    def delete(self, dataset_id: str, tenant_id: str) -> list[str]:
+    def delete(self, principal: Principal, dataset_id: str) -> list[str]:
         """Delete the rows and the record; returns what was deleted. Raises Conflict while a job needs the dataset, NotFound."""
-        self.find(dataset_id, tenant_id)
+        principal.require(Scope.DATASETS_WRITE)
+        self._find_own(principal, dataset_id)
         job_ids = self._store.list_jobs_using_dataset(dataset_id)
         if job_ids:
             raise Conflict(f"{dataset_id} is used by {', '.join(job_ids[:3])}", hint="cancel or delete those jobs first")
@@ -128,6 +131,12 @@ class Datasets:
         keys = delete_prefix(self._objects, prefix)
         self._store.delete_dataset(dataset_id)
         return [f"{self._objects.url}/{key}" for key in keys]
+
+    def _find_own(self, principal: Principal, dataset_id: str) -> Dataset:
+        dataset = self._store.find_dataset(dataset_id)
+        if dataset is None or dataset.tenant_id != principal.tenant_id:
+            raise NotFound(f"no dataset {dataset_id!r}", hint="GET /datasets lists them", param="processed_dataset_id")
+        return dataset
 
     def _read(self, upload: Upload, folder: Path) -> IngestResult:
         with (

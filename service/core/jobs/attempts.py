@@ -7,9 +7,11 @@ from schema.job import Job, Status
 from schema.result import Result
 from schema.spec import ClaimResponse
 from service.core import lifecycle
+from service.core.errors import Forbidden
 from service.core.jobs.manifest import write_manifest
 from service.core.jobs.repository import JobRepository
 from service.core.ports import Wake
+from service.core.principals import Principal, Scope, attempt_subject
 from storage import ObjectStore
 
 
@@ -21,29 +23,46 @@ class Attempts:
         self._models = models
         self._wake = wake
 
-    def claim(self, job_id: str, number: int, claimant: str) -> ClaimResponse:
-        """Give the attempt to one process, with the job's secrets. Raises Fenced for a second process, NotFound."""
+    def claim(self, principal: Principal, job_id: str, number: int, claimant: str) -> ClaimResponse:
+        """Give the attempt to one process, with the job's secrets. Raises Fenced for a second process, Forbidden, NotFound."""
+        _require_attempt(principal, job_id, number)
         job = self._repository.change(job_id, lambda job, now: lifecycle.claim_attempt(job, number, claimant, now))
         secrets = self._repository.secrets.read(job_id) if job.secret_names else {}
         return ClaimResponse(secrets=secrets, directive=_directive_for(job))
 
-    def report(self, job_id: str, number: int, batch: EventBatch) -> EventBatchResponse:
-        """Store a batch of events; most change only the heartbeat, not the record. Raises Fenced for an attempt that is over, NotFound."""
+    def report(self, principal: Principal, job_id: str, number: int, batch: EventBatch) -> EventBatchResponse:
+        """Store a batch of events; most change only the heartbeat, not the record.
+
+        Raises Fenced for an attempt that is over, Forbidden, NotFound.
+        """
+        _require_attempt(principal, job_id, number)
         now = self._repository.clock()
-        job = self._repository.find_for_attempt(job_id)
+        job = self._repository.get(job_id)
         lifecycle.check_current(job, number)
         next_seq = self._repository.store.append_events(job_id, number, batch, now)
         if _apply_batch(job, number, batch, now) is not job:
             job = self._repository.change(job_id, lambda job, _: _apply_batch(job, number, batch, now))
         return EventBatchResponse(directive=_directive_for(job), next_seq=next_seq)
 
-    def finish(self, job_id: str, result: Result) -> Job:
-        """Apply an attempt's result. It may be sent again without harm. Raises Fenced, NotFound."""
+    def finish(self, principal: Principal, result: Result) -> Job:
+        """Apply the result that an attempt sends. It may be sent again without harm. Raises Fenced, Forbidden, NotFound."""
+        _require_attempt(principal, result.job_id, result.attempt)
+        return self.apply_result(result.job_id, result)
+
+    def apply_result(self, job_id: str, result: Result) -> Job:
+        """Apply a result that an attempt sent or left in the bucket. Raises Fenced, NotFound."""
         job = self._repository.change(job_id, lambda job, now: lifecycle.apply_result(job, result, now))
         if job.status.is_final:
             self._repository.destroy_secrets(job)
         self._wake(job_id)
         return write_manifest(self._repository, self._models, job)
+
+
+def _require_attempt(principal: Principal, job_id: str, number: int) -> None:
+    """Raise Forbidden unless the principal is that attempt."""
+    principal.require(Scope.ATTEMPT)
+    if principal.subject != attempt_subject(job_id, number):
+        raise Forbidden(f"{principal.subject} is not attempt {number} of {job_id}")
 
 
 def _apply_batch(job: Job, number: int, batch: EventBatch, now: datetime) -> Job:

@@ -31,7 +31,7 @@ def clone_request(
         "processed_dataset_id": patch.processed_dataset_id or source.processed_dataset_id,
         "job_name": patch.job_name or source.job_name,
         "project_id": source.project_id,
-        "hardware": patch.hardware or source.hardware,
+        "hardware": _hardware(source, patch),
         "hf_token": _hf_token(source, patch),
         "training_config": config,
     }
@@ -85,6 +85,17 @@ def _get_at_path(value: JsonValue, path: FieldPath) -> JsonValue:
         elif isinstance(value, list) and isinstance(step, int):
             value = value[step]
     return value
+
+
+def _hardware(source: Job, patch: CloneRequest) -> JsonValue:
+    names: list[JsonValue] = [placement.hardware for placement in source.placements]
+    match patch.hardware:
+        case None:
+            return names
+        case str(name):
+            return name
+        case list(requested):
+            return [*requested]
 
 
 def _hf_token(source: Job, patch: CloneRequest) -> str | None:

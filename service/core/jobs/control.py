@@ -3,6 +3,7 @@
 from datetime import datetime
 
 from schema.job import Job, Status
+from schema.placement import Placement
 from schema.requests import ContinuationOptions, ResumeRequest, RetryRequest
 from schema.training import TrainingConfig
 from service.core import lifecycle
@@ -10,65 +11,73 @@ from service.core.errors import InvalidRequest
 from service.core.jobs.repository import JobRepository
 from service.core.jobs.secrets import HF_SECRET, WANDB_SECRET, resent_secrets
 from service.core.jobs.trackers import DeploymentTrackers, deployment_tracker_secrets
-from service.core.ports import Launcher, Wake
-from service.core.validation.common import check_supported
+from service.core.launchers import LauncherPool
+from service.core.ports import Wake
+from service.core.principals import Principal, Scope
+from service.core.validation.placement import place
 
 
 class JobControl:
     """Changes what a job is to do next. The record changes first; then the reconciler is woken to act on it."""
 
-    def __init__(self, repository: JobRepository, *, launcher: Launcher, trackers: DeploymentTrackers, wake: Wake) -> None:
+    def __init__(self, repository: JobRepository, *, launchers: LauncherPool, trackers: DeploymentTrackers, wake: Wake) -> None:
         self._repository = repository
-        self._launcher = launcher
+        self._launchers = launchers
         self._trackers = trackers
         self._wake = wake
 
-    def cancel(self, job_id: str, tenant_id: str) -> Job:
+    def cancel(self, principal: Principal, job_id: str) -> Job:
         """Stop a job: its attempt gets the directive first, and is killed if it does not stop. Raises Conflict, NotFound."""
-        self._repository.find(job_id, tenant_id)
+        principal.require(Scope.JOBS_WRITE)
+        self._repository.find(principal, job_id)
         job = self._repository.change(job_id, lifecycle.request_cancel)
         if job.status.is_final:
             self._repository.destroy_secrets(job)
         self._wake(job_id)
         return job
 
-    def pause(self, job_id: str, tenant_id: str) -> Job:
+    def pause(self, principal: Principal, job_id: str) -> Job:
         """Free the compute and keep the progress: the attempt saves a checkpoint and ends. Raises Conflict, NotFound."""
-        self._repository.find(job_id, tenant_id)
+        principal.require(Scope.JOBS_WRITE)
+        self._repository.find(principal, job_id)
         job = self._repository.change(job_id, lifecycle.request_pause)
         self._wake(job_id)
         return job
 
-    def resume(self, job_id: str, tenant_id: str, request: ResumeRequest) -> Job:
+    def resume(self, principal: Principal, job_id: str, request: ResumeRequest) -> Job:
         """Continue a paused job from its checkpoint, on other hardware or for longer if requested.
 
         Raises Conflict, InvalidRequest, Unsupported, NotFound.
         """
-        before = self._repository.find(job_id, tenant_id)
+        principal.require(Scope.JOBS_WRITE)
+        before = self._repository.find(principal, job_id)
+        placements = self._resolve_placements(before, request)
         if before.status is Status.PAUSED:
             self._refresh_secrets(before, request)
 
         def request_resume(job: Job, now: datetime) -> Job:
-            config = self._extend_config(job, request)
-            return lifecycle.request_resume(job, now, training_config=config, hardware=request.hardware)
+            config = _extend_training(job.training_config, request)
+            return lifecycle.request_resume(job, now, training_config=config, placements=placements)
 
         job = self._repository.change(job_id, request_resume)
         self._wake(job_id)
         return job
 
-    def retry(self, job_id: str, tenant_id: str, request: RetryRequest) -> Job:
+    def retry(self, principal: Principal, job_id: str, request: RetryRequest) -> Job:
         """Continue a failed or cancelled job from its last good checkpoint.
 
         Raises Conflict, InvalidRequest, Unsupported, NotFound.
         """
-        before = self._repository.find(job_id, tenant_id)
+        principal.require(Scope.JOBS_WRITE)
+        before = self._repository.find(principal, job_id)
+        placements = self._resolve_placements(before, request)
         if before.status in (Status.FAILED, Status.CANCELLED):
-            self._repository.find_dataset(before.processed_dataset_id, tenant_id)
+            self._repository.find_dataset(before.processed_dataset_id, before.tenant_id)
             self._refresh_secrets(before, request)
 
         def request_retry(job: Job, now: datetime) -> Job:
-            config = self._extend_config(job, request)
-            return lifecycle.request_retry(job, now, from_start=request.from_start, training_config=config, hardware=request.hardware)
+            config = _extend_training(job.training_config, request)
+            return lifecycle.request_retry(job, now, from_start=request.from_start, training_config=config, placements=placements)
 
         job = self._repository.change(job_id, request_retry)
         self._wake(job_id)
@@ -93,12 +102,9 @@ class JobControl:
         if known != stored:
             self._repository.secrets.put(job.job_id, known)
 
-    def _extend_config(self, job: Job, request: ContinuationOptions) -> TrainingConfig:
-        """The job's configuration with more epochs or steps. Raises InvalidRequest, and Unsupported when other hardware cannot run it."""
-        config = _extend_training(job.training_config, request)
-        if request.hardware:
-            check_supported(config, self._launcher.get_capabilities(request.hardware))
-        return config
+    def _resolve_placements(self, job: Job, request: ContinuationOptions) -> tuple[Placement, ...] | None:
+        """The placements of the requested hardware; None without a request. Raises InvalidRequest, Unsupported, Unavailable."""
+        return place(job.training_config, request.hardware, self._launchers) if request.hardware else None
 
 
 def _extend_training(config: TrainingConfig, request: ContinuationOptions) -> TrainingConfig:

@@ -11,7 +11,9 @@ from service.core.errors import InvalidRequest
 from service.core.jobs.control import JobControl
 from service.core.jobs.orphans import JOB_FOLDERS, OrphanScan, delete_orphan, find_orphans
 from service.core.jobs.repository import JobRepository
-from service.core.ports import Buckets, Hub, Launcher, LogReader
+from service.core.launchers import LauncherPool
+from service.core.ports import Buckets, Hub, LogReader
+from service.core.principals import Principal, Scope
 from service.core.validation.hub import check_only_our_commits
 from storage import ObjectStore, StorageError, delete_prefix
 from storage.deadline import remaining_s
@@ -30,22 +32,23 @@ class DeletionResult:
 class Deletion:
     """Removes jobs and what they left behind. Every method can be repeated until nothing is left."""
 
-    def __init__(self, repository: JobRepository, *, control: JobControl, launcher: Launcher, buckets: Buckets, hub: Hub) -> None:
+    def __init__(self, repository: JobRepository, *, control: JobControl, launchers: LauncherPool, buckets: Buckets, hub: Hub) -> None:
         self._repository = repository
         self._control = control
-        self._launcher = launcher
+        self._launchers = launchers
         self._buckets = buckets
         self._hub = hub
 
-    def delete(self, job_id: str, tenant_id: str, *, delete_hub: bool = False, hub_token: str | None = None) -> DeletionResult | None:
+    def delete(self, principal: Principal, job_id: str, *, delete_hub: bool = False, hub_token: str | None = None) -> DeletionResult | None:
         """Cancel the job, remove its files and then its record. None: the job is still being canceled; repeat the call.
 
         `delete_hub` also removes the Hub repositories that the job pushed to. Raises InvalidRequest when one of them holds anything else,
         NotFound.
         """
-        job = self._repository.find(job_id, tenant_id)
+        principal.require(Scope.JOBS_WRITE)
+        job = self._repository.find(principal, job_id)
         if not job.status.is_final:
-            job = self._control.cancel(job_id, tenant_id)
+            job = self._control.cancel(principal, job_id)
         if not job.status.is_final:
             return None
         repositories = self._delete_hub_repositories(job, hub_token) if delete_hub else []
@@ -55,11 +58,12 @@ class Deletion:
             self._repository.store.delete_job(job_id)
         return DeletionResult(resources=[*repositories, *files.resources], failures=files.failures)
 
-    def delete_stale_secrets(self, *, orphans: bool = False) -> int:
+    def delete_stale_secrets(self, principal: Principal, *, orphans: bool = False) -> int:
         """Destroy secrets that outlived their job; returns how many. `orphans`: also secrets of unknown jobs.
 
         A job's secrets are written before its record, so only the sole process of a deployment may look for orphans. Raises Unavailable.
         """
+        principal.require(Scope.UPKEEP)
         destroyed = 0
         for job_id in list(self._repository.secrets.iter_job_ids()):
             job = self._repository.store.find_job(job_id)
@@ -67,14 +71,15 @@ class Deletion:
                 destroyed += self._repository.secrets.destroy(job_id)
         return destroyed
 
-    def list_orphans(self) -> OrphanScan:
+    def list_orphans(self, principal: Principal) -> OrphanScan:
         """Files whose job does not exist. Raises StorageError, Unavailable."""
+        principal.require(Scope.UPKEEP)
         timeout_s = remaining_s(ORPHAN_SCAN_TIMEOUT_S) * 0.8
         return find_orphans(self._repository.store, configs=self._buckets.configs, models=self._buckets.models, timeout_s=timeout_s)
 
-    def delete_orphans(self) -> OrphanScan:
+    def delete_orphans(self, principal: Principal) -> OrphanScan:
         """Remove files whose job does not exist; returns what was removed. Repeat until the scan is complete. Raises as `list_orphans`."""
-        scan = self.list_orphans()
+        scan = self.list_orphans(principal)
         for orphan in scan.orphans:
             delete_orphan(orphan, configs=self._buckets.configs, models=self._buckets.models)
         return scan
@@ -105,9 +110,10 @@ class Deletion:
             except StorageError as error:
                 failures.append(f"{store.url}/{prefix}: {error}")
         self._repository.destroy_secrets(job)
-        if isinstance(self._launcher, LogReader):
-            names = [attempt_name(job.job_id, attempt.number) for attempt in job.attempts]
-            resources += [f"log of {name}" for name in names if self._launcher.delete_log(name)]
+        for attempt in job.attempts:
+            launcher, name = self._launchers.find(attempt.placement.launcher), attempt_name(job.job_id, attempt)
+            if isinstance(launcher, LogReader) and launcher.delete_log(name):
+                resources.append(f"log of {name}")
         return DeletionResult(resources=resources, failures=failures)
 
     def _storage_prefixes(self, job: Job) -> Sequence[tuple[ObjectStore, str]]:

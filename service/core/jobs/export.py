@@ -14,9 +14,11 @@ from service.core.jobs.repository import JobRepository, compute_digest
 from service.core.jobs.secrets import HF_SECRET
 from service.core.jobs.submit import make_job_id
 from service.core.jobs.trackers import DeploymentTrackers
-from service.core.ports import Hub, Launcher, Wake
-from service.core.validation.common import check_supported
+from service.core.launchers import LauncherPool
+from service.core.ports import Hub, Wake
+from service.core.principals import Principal, Scope
 from service.core.validation.hub import check_hub, check_token
+from service.core.validation.placement import place
 from storage import ObjectStore
 
 
@@ -27,40 +29,41 @@ class Exports:
         self,
         repository: JobRepository,
         *,
-        launcher: Launcher,
+        launchers: LauncherPool,
         models: ObjectStore,
         hub: Hub,
         random_suffix: Callable[[], str],
         wake: Wake,
     ) -> None:
         self._repository = repository
-        self._launcher = launcher
+        self._launchers = launchers
         self._models = models
         self._hub = hub
         self._random_suffix = random_suffix
         self._wake = wake
 
-    def export(self, job_id: str, step: int, tenant_id: str, request: ExportRequest, idempotency_key: str | None = None) -> Job:
+    def export(self, principal: Principal, job_id: str, step: int, request: ExportRequest, idempotency_key: str | None = None) -> Job:
         """Create a job that exports the checkpoint of one step. Raises NotFound, Unsupported, InvalidRequest."""
-        source = self._repository.find(job_id, tenant_id)
+        principal.require(Scope.JOBS_WRITE)
+        source = self._repository.find(principal, job_id)
         stored = _pick_checkpoint(list_checkpoints(self._models, source), job_id, step, request.attempt)
         config = _make_export_config(source.training_config, request)
-        hardware = request.hardware or source.hardware
-        check_supported(config, self._launcher.get_capabilities(hardware))
-        self._repository.find_dataset(source.processed_dataset_id, tenant_id)
+        hardware = request.hardware or [placement.hardware for placement in source.placements]
+        placements = place(config, hardware, self._launchers)
+        self._repository.find_dataset(source.processed_dataset_id, source.tenant_id)
         secrets = {HF_SECRET: request.hf_token.get_secret_value()} if request.hf_token else {}
         check_token(config, secrets.get(HF_SECRET))
         check_hub(config, secrets.get(HF_SECRET), self._hub, self._models)
         now = self._repository.clock()
         job = Job(
             job_id=make_job_id(source.processed_dataset_id, config.summarize().base_model_id, self._random_suffix()),
-            tenant_id=tenant_id,
+            tenant_id=source.tenant_id,
             project_id=source.project_id,
             job_name=request.job_name or f"{source.job_name[:100]} at step {step}",
             processed_dataset_id=source.processed_dataset_id,
             training_config=config,
             secret_names=tuple(sorted(secrets)),
-            hardware=hardware,
+            placements=placements,
             export_of=ExportSource(job_id=job_id, attempt=stored.checkpoint.attempt, step=step, key=stored.key),
             status=Status.QUEUED,
             created_at=now,
@@ -74,9 +77,10 @@ class Exports:
         self._wake(created.job_id)
         return created
 
-    def reexport(self, job_id: str, tenant_id: str, request: ReexportRequest, idempotency_key: str | None = None) -> Job:
+    def reexport(self, principal: Principal, job_id: str, request: ReexportRequest, idempotency_key: str | None = None) -> Job:
         """Export a job's model again; without a step, the published checkpoint if it is stored, else the newest. Raises as `export`."""
-        source = self._repository.find(job_id, tenant_id)
+        principal.require(Scope.JOBS_WRITE)
+        source = self._repository.find(principal, job_id)
         stored = list_checkpoints(self._models, source)
         if not stored:
             raise _no_checkpoint_error(source)
@@ -84,7 +88,7 @@ class Exports:
         step = request.step
         if step is None:
             step = source.published_step if source.published_step in steps else next(iter(steps), stored[0].checkpoint.step)
-        return self.export(job_id, step, tenant_id, request, idempotency_key)
+        return self.export(principal, job_id, step, request, idempotency_key)
 
 
 def _make_export_config(config: TrainingConfig, request: ExportRequest) -> TrainingConfig:

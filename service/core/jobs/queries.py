@@ -1,67 +1,113 @@
 """What callers read of a job: its current state, its log, links to its artifacts."""
 
+from dataclasses import dataclass, replace
+
 from schema.job import Artifact, ArtifactFile, Gate, Job, Status
 from schema.spec import attempt_name
 from service.core.errors import Conflict, NotFound
-from service.core.jobs.limits import Limits
+from service.core.jobs.checkpoints import StoredCheckpoint, list_checkpoints
 from service.core.jobs.manifest import write_manifest
 from service.core.jobs.repository import JobRepository
-from service.core.ports import Heartbeat, Launcher, LogLocator, LogPage, LogReader, StoredEvent, UrlSigner, Wake
+from service.core.launchers import LauncherPool
+from service.core.ports import (
+    Heartbeat,
+    JobQuery,
+    JobSummary,
+    LogLocator,
+    LogPage,
+    LogReader,
+    Page,
+    StoredEvent,
+    UrlSigner,
+    Wake,
+)
+from service.core.principals import Principal, Scope
 from storage import ObjectStore
 
 LINK_TTL_S = 900  # how long a download link works
+
+
+@dataclass(frozen=True)
+class JobView:
+    """A job as a caller sees it."""
+
+    job: Job
+    heartbeat: Heartbeat | None  # of its current attempt
+    pending_reason: str | None  # why it does not run yet, where that is known
 
 
 class JobQueries:
     """Reads jobs for callers. Reading a silent job also reconciles it, where no background task does."""
 
     def __init__(
-        self, repository: JobRepository, *, launcher: Launcher, models: ObjectStore, url_signer: UrlSigner, limits: Limits, wake: Wake
+        self, repository: JobRepository, *, launchers: LauncherPool, models: ObjectStore, url_signer: UrlSigner, wake: Wake
     ) -> None:
         self._repository = repository
-        self._launcher = launcher
+        self._launchers = launchers
         self._models = models
         self._url_signer = url_signer
-        self._limits = limits
         self._wake = wake
 
-    def get_refreshed(self, job_id: str, tenant_id: str) -> tuple[Job, Heartbeat | None]:
-        """A tenant's job and its heartbeat. An active job whose heartbeat has expired is reconciled first. Raises NotFound."""
-        job = self._repository.find(job_id, tenant_id)
-        heartbeat = self._repository.find_heartbeat(job)
-        job = write_manifest(self._repository, self._models, job)
-        if not job.status.is_active or self._launcher.polling_is_free:
-            return job, heartbeat
-        if not self._limits.is_heartbeat_expired(job, heartbeat, self._repository.clock()):
-            return job, heartbeat
-        self._wake(job_id)
-        return self._repository.find(job_id, tenant_id), heartbeat
+    def list_jobs(self, principal: Principal, query: JobQuery) -> Page[JobSummary]:
+        """A page of the tenant's jobs, newest first. Raises InvalidRequest for a malformed cursor."""
+        principal.require(Scope.JOBS_READ)
+        return self._repository.store.list_jobs(replace(query, tenant_id=principal.tenant_id))
 
-    def list_events(self, job_id: str, tenant_id: str, after: int, limit: int) -> list[StoredEvent]:
+    def get_refreshed(self, principal: Principal, job_id: str) -> JobView:
+        """A job with what is known of it outside its record. A silent job is reconciled first. Raises NotFound."""
+        principal.require(Scope.JOBS_READ)
+        job = write_manifest(self._repository, self._models, self._repository.find(principal, job_id))
+        if self._is_silent(job):
+            self._wake(job_id)
+            job = self._repository.find(principal, job_id)
+        return self.describe(job)
+
+    def describe(self, job: Job) -> JobView:
+        """A job with its heartbeat, and why it waits."""
+        attempt = job.attempt
+        pending_reason = attempt.pending_reason if attempt and job.status.is_active else None
+        if job.status is Status.QUEUED:
+            pending_reason = self._launchers.describe_missing(job)
+        return JobView(job, self._repository.find_heartbeat(job), pending_reason)
+
+    def list_events(self, principal: Principal, job_id: str, after: int, limit: int) -> list[StoredEvent]:
         """A page of a job's events, oldest first. Raises NotFound."""
-        self._repository.find(job_id, tenant_id)
+        principal.require(Scope.JOBS_READ)
+        self._repository.find(principal, job_id)
         return self._repository.store.list_events(job_id, after, limit)
 
-    def read_log(self, job_id: str, tenant_id: str, attempt: int | None, offset: int, limit: int) -> tuple[int, LogPage]:
+    def list_checkpoints(self, principal: Principal, job_id: str) -> list[StoredCheckpoint]:
+        """The stored checkpoints of a job, the one first that its next attempt tries first. Raises NotFound, StorageError."""
+        principal.require(Scope.JOBS_READ)
+        return list_checkpoints(self._models, self._repository.find(principal, job_id))
+
+    def read_log(self, principal: Principal, job_id: str, attempt: int | None, offset: int, limit: int) -> tuple[int, LogPage]:
         """The number of an attempt, by default the latest, and a part of its output. Raises NotFound. `offset` and `limit` are in bytes."""
-        job = self._repository.find(job_id, tenant_id)
+        principal.require(Scope.JOBS_READ)
+        job = self._repository.find(principal, job_id)
         number = attempt or len(job.attempts)
         if number == 0:
             return 0, LogPage(text="", next_offset=0)
         if number > len(job.attempts):
             raise NotFound(f"{job_id} has no attempt {number}; it has {len(job.attempts)}", param="attempt")
-        if not isinstance(self._launcher, LogReader):
+        launcher, name = self._launchers.find_for_attempt(job, number), job.attempts[number - 1].placement.launcher
+        if launcher is None:
+            raise NotFound(
+                f"attempt {number} of {job_id} ran on the launcher {name!r}, which this deployment no longer has", param="attempt"
+            )
+        if not isinstance(launcher, LogReader):
             handle = job.attempts[number - 1].handle
-            location = self._launcher.log_location(handle) if handle and isinstance(self._launcher, LogLocator) else ""
-            raise NotFound(f"the launcher {self._launcher.name!r} keeps its logs elsewhere", hint=location)
-        page = self._launcher.read_log(attempt_name(job_id, number), offset, limit)
+            location = launcher.log_location(handle) if handle and isinstance(launcher, LogLocator) else ""
+            raise NotFound(f"the launcher {name!r} keeps its logs elsewhere", hint=location)
+        page = launcher.read_log(attempt_name(job_id, number), offset, limit)
         return number, page or LogPage(text="", next_offset=offset)
 
     def create_download_links(
-        self, job_id: str, tenant_id: str, artifact_name: str | None
+        self, principal: Principal, job_id: str, artifact_name: str | None
     ) -> tuple[Artifact, list[tuple[ArtifactFile, str]]]:
         """Links to the files of an artifact, by default the one that its family prefers. Raises NotFound, Conflict, Unavailable."""
-        job = self._repository.find(job_id, tenant_id)
+        principal.require(Scope.JOBS_READ)
+        job = self._repository.find(principal, job_id)
         if job.status is not Status.COMPLETED:
             raise Conflict(f"{job_id} is {job.status}; its artifacts can be downloaded when it is completed")
         if job.gate and not job.gate.passed and not job.artifacts:
@@ -70,6 +116,14 @@ class JobQueries:
         job = write_manifest(self._repository, self._models, job)
         artifact = _pick_artifact(job, artifact_name)
         return artifact, [(file, self._sign_url(artifact, file)) for file in artifact.files]
+
+    def _is_silent(self, job: Job) -> bool:
+        """Whether an active job should be reconciled now because asking its launcher costs a call, so that it is rarely asked."""
+        launcher = self._launchers.find_for_attempt(job, len(job.attempts)) if job.status.is_active else None
+        if launcher is None or launcher.polling_is_free:
+            return False
+        heartbeat = self._repository.find_heartbeat(job)
+        return launcher.limits.is_heartbeat_expired(job, heartbeat.received_at if heartbeat else None, self._repository.clock())
 
     def _sign_url(self, artifact: Artifact, file: ArtifactFile) -> str:
         key = artifact.key + file.path if artifact.key.endswith("/") else artifact.key

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from service.core.errors import TunesmithError
 
@@ -12,40 +12,48 @@ log = logging.getLogger(__name__)
 
 
 class Reconciler:
-    """A thread that calls `reconcile` when woken, and at least every `interval_s` seconds."""
+    """A thread for each launcher, so that one that does not answer delays no job of another.
 
-    def __init__(self, reconcile: Callable[[], int], interval_s: float) -> None:
+    Each thread calls `reconcile` with the launcher's name when woken, and at least every `interval_s` seconds.
+    """
+
+    def __init__(self, reconcile: Callable[[str], int], launchers: Sequence[str], interval_s: float) -> None:
         self._reconcile = reconcile
         self._interval_s = interval_s
-        self._woken = threading.Event()
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="reconciler", daemon=True)
+        self._woken = {name: threading.Event() for name in launchers}
+        self._threads = [threading.Thread(target=self._run, args=(name,), name=f"reconciler-{name}", daemon=True) for name in launchers]
 
     def start(self) -> None:
-        """Start the thread. It reconciles at once, which adopts the attempts that an earlier service left running."""
-        self._thread.start()
+        """Start the threads. They reconcile at once, which adopts the attempts that an earlier service left running."""
+        for thread in self._threads:
+            thread.start()
 
     def wake(self, job_id: str) -> None:  # noqa: ARG002  # a reconcile looks at every open job
         """Reconcile soon: the next step of a job can be taken."""
-        self._woken.set()
+        for woken in self._woken.values():
+            woken.set()
 
     def stop(self) -> None:
-        """Finish the reconcile that is running, then end the thread."""
+        """Finish the reconciles that are running, then end the threads."""
         self._stopping.set()
-        self._woken.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        for woken in self._woken.values():
+            woken.set()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
 
-    def _run(self) -> None:
+    def _run(self, launcher: str) -> None:
+        woken = self._woken[launcher]
         while not self._stopping.is_set():
-            self._woken.clear()
+            woken.clear()
             changed = 0
             try:
-                changed = self._reconcile()
+                changed = self._reconcile(launcher)
             except TunesmithError as error:
-                log.warning("reconcile did not finish", extra={"error": error.message})
-            except Exception:  # the thread has no caller: if it ended, every job would be stuck
-                log.exception("reconcile failed")
+                log.warning("reconcile did not finish", extra={"launcher": launcher, "error": error.message})
+            except Exception:  # the thread has no caller: if it ended, every job of the launcher would be stuck
+                log.exception("reconcile failed", extra={"launcher": launcher})
             if not changed:  # after a change, another step may be possible at once
-                self._woken.wait(self._interval_s)
+                woken.wait(self._interval_s)
             self._stopping.wait(MIN_INTERVAL_S)

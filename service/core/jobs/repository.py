@@ -11,6 +11,7 @@ from schema.job import Job
 from service.core import lifecycle
 from service.core.errors import NotFound, StaleRevision, TunesmithError, Unavailable
 from service.core.ports import Heartbeat, IdempotencyKey, JobStore, SecretStore
+from service.core.principals import Principal
 
 log = logging.getLogger(__name__)
 
@@ -25,20 +26,20 @@ class JobRepository:
         self.secrets = secrets
         self.clock = clock
 
-    def find(self, job_id: str, tenant_id: str) -> Job:
-        """A tenant's job. Raises NotFound, also for a job of another tenant."""
-        job = self.find_or_none(job_id, tenant_id)
+    def find(self, principal: Principal, job_id: str) -> Job:
+        """A job of the principal's tenant. Raises NotFound, also for a job of another tenant."""
+        job = self.find_or_none(principal, job_id)
         if job is None:
             raise NotFound(f"no job {job_id!r}", hint="GET /jobs lists them", param="job_id")
         return job
 
-    def find_or_none(self, job_id: str, tenant_id: str) -> Job | None:
-        """A tenant's job, or None."""
+    def find_or_none(self, principal: Principal, job_id: str) -> Job | None:
+        """A job of the principal's tenant, or None."""
         job = self.store.find_job(job_id)
-        return job if job and job.tenant_id == tenant_id else None
+        return job if job and job.tenant_id == principal.tenant_id else None
 
-    def find_for_attempt(self, job_id: str) -> Job:
-        """The job of an attempt, whose token has been checked before. Raises NotFound."""
+    def get(self, job_id: str) -> Job:
+        """The job, whatever its tenant: for a caller whose right to it has been checked. Raises NotFound."""
         job = self.store.find_job(job_id)
         if job is None:
             raise NotFound(f"no job {job_id!r}", param="job_id")
@@ -80,7 +81,7 @@ class JobRepository:
         Raises NotFound, Unavailable, and what `decide` raises.
         """
         for _ in range(MAX_CHANGE_TRIES):
-            job = self.find_for_attempt(job_id)
+            job = self.get(job_id)
             changed = decide(job, self.clock())
             if changed is job:
                 return job

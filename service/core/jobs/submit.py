@@ -10,10 +10,12 @@ from service.core.jobs.clone import clone_request
 from service.core.jobs.repository import JobRepository, compute_digest
 from service.core.jobs.secrets import HF_SECRET, extract_request_secrets, redact
 from service.core.jobs.trackers import DeploymentTrackers, add_deployment_trackers, deployment_tracker_secrets, deployment_trackers_of
-from service.core.ports import Hub, Launcher, Wake
+from service.core.launchers import LauncherPool
+from service.core.ports import Hub, Wake
+from service.core.principals import Principal, Scope
 from service.core.validation import check_job
-from service.core.validation.common import check_supported
 from service.core.validation.hub import check_hub, check_token
+from service.core.validation.placement import place
 from storage import ObjectStore
 
 
@@ -24,7 +26,7 @@ class Submission:
         self,
         repository: JobRepository,
         *,
-        launcher: Launcher,
+        launchers: LauncherPool,
         models: ObjectStore,
         hub: Hub,
         trackers: DeploymentTrackers,
@@ -32,26 +34,28 @@ class Submission:
         wake: Wake,
     ) -> None:
         self._repository = repository
-        self._launcher = launcher
+        self._launchers = launchers
         self._models = models
         self._hub = hub
         self._trackers = trackers
         self._random_suffix = random_suffix
         self._wake = wake
 
-    def submit(self, request: TrainRequest, tenant_id: str, idempotency_key: str | None = None) -> Job:
+    def submit(self, principal: Principal, request: TrainRequest, idempotency_key: str | None = None) -> Job:
         """Create a job: its record is durable when this returns, and it is launched soon after.
 
         Raises NotFound, InvalidRequest, Unsupported, IdempotencyConflict before anything is stored.
         """
-        return self._create(request, tenant_id, idempotency_key, _request_digest(request))
+        principal.require(Scope.JOBS_WRITE)
+        return self._create(principal, request, idempotency_key, _request_digest(request))
 
-    def clone(self, job_id: str, tenant_id: str, patch: CloneRequest, idempotency_key: str | None = None) -> Job:
+    def clone(self, principal: Principal, job_id: str, patch: CloneRequest, idempotency_key: str | None = None) -> Job:
         """Create a job from another job's request with changes.
 
         Raises ValidationError when the changed request is not valid, and what `submit` raises.
         """
-        source = self._repository.find(job_id, tenant_id)
+        principal.require(Scope.JOBS_WRITE)
+        source = self._repository.find(principal, job_id)
         if source.export_of:
             hint = f"export again: POST /jobs/{source.export_of.job_id}/export"
             raise InvalidRequest(f"{job_id} trained nothing; it exported a checkpoint of {source.export_of.job_id}", hint=hint)
@@ -62,14 +66,14 @@ class Submission:
             deployment_secrets=frozenset(deployment_tracker_secrets(source.training_config, self._trackers)),
         )
         digest = compute_digest({"clone_of": job_id, "request": _request_digest(request)})
-        return self._create(request, tenant_id, idempotency_key, digest, cloned_from=job_id)
+        return self._create(principal, request, idempotency_key, digest, cloned_from=job_id)
 
     def _create(
-        self, request: TrainRequest, tenant_id: str, idempotency_key: str | None, digest: str, cloned_from: str | None = None
+        self, principal: Principal, request: TrainRequest, idempotency_key: str | None, digest: str, cloned_from: str | None = None
     ) -> Job:
         config = request.training_config
-        check_supported(config, self._launcher.get_capabilities(request.hardware))
-        dataset = self._repository.find_dataset(request.processed_dataset_id, tenant_id)
+        placements = place(config, request.hardware, self._launchers)
+        dataset = self._repository.find_dataset(request.processed_dataset_id, principal.tenant_id)
         check_job(config, dataset, self._models)
         check_token(config, extract_request_secrets(request).get(HF_SECRET))
         # The deployment's trackers come after check_token: a caller need not send a token for them.
@@ -79,13 +83,13 @@ class Submission:
         now = self._repository.clock()
         job = Job(
             job_id=make_job_id(request.processed_dataset_id, config.summarize().base_model_id, self._random_suffix()),
-            tenant_id=tenant_id,
+            tenant_id=principal.tenant_id,
             project_id=request.project_id,
             job_name=request.job_name,
             processed_dataset_id=request.processed_dataset_id,
             training_config=redact(request.training_config),
             secret_names=tuple(sorted(secrets)),
-            hardware=request.hardware or self._launcher.profiles[0],
+            placements=placements,
             cloned_from=cloned_from,
             status=Status.QUEUED,
             created_at=now,

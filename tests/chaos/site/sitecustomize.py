@@ -1,21 +1,16 @@
 """Python imports this before an attempt's own code; it replaces training and exporting, which would need a gigabyte of libraries.
 
 Only the interpreter that tests/chaos/service.py writes has this folder on its path. The command line decides: this file handles
-`-m jobs.llm.probe` and all attempts but one in CHAOS_REAL_ONE_IN; the others run as the real `jobs.run`.
+all attempts but one in CHAOS_REAL_ONE_IN; the others run as the real `jobs.run`.
 """
 
-import json
 import os
 import sys
 import zlib
 
-PROBE = {"device": "cpu", "device_name": "stub", "gguf": True, "flash_attention_2": False}
 module, name = sys.orig_argv[2:3], sys.orig_argv[4:5]
 
-if module == ["jobs.llm.probe"]:
-    print(json.dumps(PROBE), flush=True)
-    os._exit(0)
-elif module == ["jobs.run"] and zlib.crc32(name[0].encode()) % int(os.environ["CHAOS_REAL_ONE_IN"]) != 0:
+if module == ["jobs.run"] and zlib.crc32(name[0].encode()) % int(os.environ["CHAOS_REAL_ONE_IN"]) != 0:
     from tests.chaos.light_attempt import run_attempt
 
     os._exit(run_attempt(name[0]))

@@ -29,6 +29,7 @@ def make_attempt_json(number: int, **changes: Any) -> Json:
 def make_job_json(**changes: Any) -> Json:
     nothing = ("failure", "progress", "checkpoint", "export_of", "cloned_from", "metrics", "base_metrics", "gate", "gate_passed")
     fields: Json = {"job_id": "training_1", "status": "training", "job_name": "mine", "attempts": [], "artifacts": [], "tracker_urls": {}}
+    fields |= {"pending_reason": None}
     return fields | dict.fromkeys(nothing) | changes
 
 
@@ -103,7 +104,7 @@ def test_summary_of_many_attempts_shows_latest() -> None:
 
 
 def test_summary_shows_pending_reason() -> None:
-    assert "waiting: no quota for [l4]" in render_summary(attempts=[make_attempt_json(1, pending_reason="no quota for [l4]")])
+    assert "waiting: no quota for [l4]" in render_summary(pending_reason="no quota for [l4]")
 
 
 def test_user_text_is_not_interpreted_as_markup() -> None:

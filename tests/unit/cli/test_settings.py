@@ -6,27 +6,25 @@ from pathlib import Path
 import pytest
 
 from cli.settings import DEFAULT_URL, Settings
+from service.adapters.launchers.local.settings import LocalSettings
 from service.settings import Settings as ServiceSettings
 
 
 def test_defaults_match_service_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TUNESMITH_HOME", "TUNESMITH_HOST", "TUNESMITH_PORT", "PORT", "TUNESMITH_PUBLIC_URL", "TUNESMITH_TRAINER_PYTHON"):
+    for name in ("TUNESMITH_HOME", "TUNESMITH_HOST", "TUNESMITH_PORT", "PORT", "TUNESMITH_PUBLIC_URL", "TUNESMITH_LOCAL_VENVS"):
         monkeypatch.delenv(name, raising=False)
     settings, service_settings = Settings.from_environment({}), ServiceSettings()  # type: ignore[call-arg]
-    assert (settings.home_folder, settings.trainer_python, DEFAULT_URL) == (
-        service_settings.home_folder,
-        service_settings.trainer_python,
-        service_settings.url,
-    )
+    expected = (service_settings.home_folder, LocalSettings().venvs, service_settings.url)  # type: ignore[call-arg]
+    assert (settings.home_folder, settings.venvs, DEFAULT_URL) == expected
 
 
 def test_variables_match_service_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    variables = {"TUNESMITH_HOME": "~/elsewhere", "TUNESMITH_TRAINER_PYTHON": "/opt/trainer/bin/python"}
+    variables = {"TUNESMITH_HOME": "~/elsewhere", "TUNESMITH_LOCAL_VENVS": "/opt/venvs"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     settings, service_settings = Settings.from_environment(variables), ServiceSettings()  # type: ignore[call-arg]
-    assert (settings.home_folder, settings.trainer_python) == (service_settings.home_folder, service_settings.trainer_python)
-    assert settings.trainer_python == Path("/opt/trainer/bin/python")
+    assert (settings.home_folder, settings.venvs) == (service_settings.home_folder, LocalSettings().venvs)  # type: ignore[call-arg]
+    assert settings.trainer_python == Path("/opt/venvs/llm/bin/python")
 
 
 def test_running_service_is_found_through_its_home(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from schema.dataset import Dataset
 from schema.job import Job, Status
 from service.adapters.jobstores.firestore.database import Fields, Snapshot
 from service.adapters.jobstores.records import format_timestamp
-from service.core.job_store_rules import IDEMPOTENCY_TTL
+from service.core.job_store_rules import IDEMPOTENCY_TTL, work_state_of
 from service.core.ports import Heartbeat, IdempotencyKey, JobSummary
 
 FILTERS = ("status", "project_id", "modality", "trainer_type")
@@ -57,9 +57,16 @@ def build_job_fields(job: Job, write_ids: list[str]) -> Fields:
         "created_at": format_timestamp(job.created_at),
         "summary": summary,
         "list_filters": {"tenant_id": job.tenant_id} | build_filter_values(job.tenant_id, summary),
-        "work_state": "queued" if job.status is Status.QUEUED else "active" if job.status.is_active else None,
+        "work_lists": list_work_lists(job) or None,
+        "work_state": None,  # what versions before 0.2 wrote instead
         "active_dataset_id": None if job.status.is_final else job.processed_dataset_id,
     }
+
+
+def list_work_lists(job: Job) -> list[str]:
+    """The lists of work that a job is in: that of all launchers, and that of each launcher that has its next step."""
+    state = work_state_of(job)
+    return [state, *(f"{state}/{launcher}" for launcher in job.launchers)] if state else []
 
 
 def build_filter_values(tenant_id: str, values: Mapping[str, str | None]) -> dict[str, str]:

@@ -27,11 +27,23 @@ def list_jobs(database: Database, jobs: CollectionReference, query: JobQuery) ->
     return fetch_page(database, jobs, selected, query.limit, query.after, load_summary)
 
 
-def list_oldest_jobs(database: Database, jobs: CollectionReference, work_state: Literal["queued", "active"], limit: int) -> list[Job]:
-    """Jobs of all tenants in a work state, oldest first."""
-    selected = jobs.where(filter=FieldFilter("work_state", "==", work_state)).select(["record"])
+def list_oldest_jobs(
+    database: Database, jobs: CollectionReference, work_state: Literal["queued", "active"], launcher: str | None, limit: int
+) -> list[Job]:
+    """Jobs of all tenants in a list of work, oldest first; without a launcher, of every launcher."""
+    work_list = f"{work_state}/{launcher}" if launcher else work_state
+    selected = jobs.where(filter=FieldFilter("work_lists", "array_contains", work_list)).select(["record"])
     snapshots = database.query(_order_by_creation(selected, Query.ASCENDING).limit(limit))
     return load_readable_records(Job, (snapshot.get("record") for snapshot in snapshots))
+
+
+def list_unlisted_jobs(database: Database, jobs: CollectionReference, limit: int) -> list[str]:
+    """Ids of open jobs that a version before 0.2 wrote, which are in no list of work."""
+    unlisted: list[str] = []
+    for work_state in ("queued", "active"):
+        query = jobs.where(filter=FieldFilter("work_state", "==", work_state)).select([])
+        unlisted += [snapshot.id for snapshot in database.query(_order_by_creation(query, Query.ASCENDING).limit(limit))]
+    return unlisted
 
 
 def fetch_page(

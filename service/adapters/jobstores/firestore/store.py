@@ -18,7 +18,7 @@ Four rules:
   reader behind a cursor misses none. This costs one write per report; Firestore sustains about one per second on a document. All
   events of a report share a document and are billed as one.
 - **Each query is served by an index** of infra/firestore.indexes.json, or by merging indexes that differ in one equality only. Fields
-  that no query uses have no index; absent fields (`work_state`, `active_dataset_id`) cost none.
+  that no query uses have no index; absent fields (`work_lists`, `active_dataset_id`) cost none.
 """
 
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -28,6 +28,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import partial
 from uuid import uuid4
 
 from google.cloud.firestore import DocumentReference, FieldFilter
@@ -56,12 +57,13 @@ from service.adapters.jobstores.firestore.events import (
     fetch_events,
     split_into_chunks,
 )
-from service.adapters.jobstores.records import Record, load_record
+from service.adapters.jobstores.records import Record, load_readable_records, load_record
 from service.core.errors import Conflict, IdempotencyConflict, NotFound, StaleRevision
 from service.core.job_store_rules import IDEMPOTENCY_TTL, select_new_events
 from service.core.ports import Heartbeat, IdempotencyKey, JobQuery, JobSummary, Page, StoredEvent
 from storage.deadline import deadline
 
+MAX_UNLISTED_JOBS = 1000  # more than a deployment before 0.2 can have had open
 MAX_WRITE_IDS = 16  # far more than one job can collect while a writer looks for a lost answer
 MIN_HEARTBEAT_WRITE_INTERVAL = timedelta(seconds=5)  # for a heartbeat without news; silence is judged by the minute
 
@@ -76,6 +78,7 @@ class FirestoreJobStore:
         self._heartbeats = client.collection("heartbeats")
         self._datasets = client.collection("datasets")
         self._idempotency_keys = client.collection("idempotency")
+        self._lists_are_complete = False
 
     # --- jobs --------------------------------------------------------------------------------------------------------
 
@@ -135,11 +138,32 @@ class FirestoreJobStore:
     def list_jobs(self, query: JobQuery) -> Page[JobSummary]:
         return queries.list_jobs(self._database, self._jobs, query)
 
-    def list_queued_jobs(self, limit: int) -> list[Job]:
-        return queries.list_oldest_jobs(self._database, self._jobs, "queued", limit)
+    def list_queued_jobs(self, launcher: str | None, limit: int) -> list[Job]:
+        self._list_jobs_of_earlier_version()
+        return queries.list_oldest_jobs(self._database, self._jobs, "queued", launcher, limit)
 
-    def list_active_jobs(self, limit: int) -> list[Job]:
-        return queries.list_oldest_jobs(self._database, self._jobs, "active", limit)
+    def list_active_jobs(self, launcher: str | None, limit: int) -> list[Job]:
+        self._list_jobs_of_earlier_version()
+        return queries.list_oldest_jobs(self._database, self._jobs, "active", launcher, limit)
+
+    def _list_jobs_of_earlier_version(self) -> None:
+        """Put the open jobs of a version before 0.2 into the lists of work, once for each process.
+
+        Their documents have a field `work_state` instead. This and its index can go when no deployment has such jobs any more.
+        """
+        if self._lists_are_complete:
+            return
+        for job_id in queries.list_unlisted_jobs(self._database, self._jobs, MAX_UNLISTED_JOBS):
+            self._database.run_with_retry(partial(self._write_again, doc_ref_by_id(self._jobs, job_id)))
+        self._lists_are_complete = True
+
+    def _write_again(self, job_ref: DocumentReference) -> None:
+        """Write a job's document as it is, with today's fields."""
+        stored = self._database.get(job_ref)
+        for job in load_readable_records(Job, [stored.get("record")] if stored.exists else []):
+            batch = self._database.client.batch()
+            self._database.set_if_unchanged(batch, stored, build_job_fields(job, stored.get("writes")))
+            self._database.commit(batch)
 
     def list_jobs_using_dataset(self, dataset_id: str) -> list[str]:
         query = self._jobs.where(filter=FieldFilter("active_dataset_id", "==", dataset_id)).order_by("__name__").select([])

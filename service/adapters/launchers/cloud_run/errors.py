@@ -22,7 +22,7 @@ from google.rpc.error_details_pb2 import QuotaFailure
 
 from service.adapters.launchers.cloud_run.profiles import PROFILES
 from service.adapters.launchers.cloud_run.render import Deployment, cloud_run_job_id
-from service.core.errors import LaunchFailed, TunesmithError, Unavailable
+from service.core.errors import LaunchFailed, NoCapacity, TunesmithError, Unavailable
 
 EXECUTOR_ROLE = "roles/run.jobsExecutorWithOverrides"
 ROLE_BY_PERMISSION = {
@@ -47,13 +47,13 @@ def translate_errors(translate: Callable[[GoogleAPICallError], TunesmithError]) 
         raise no_credentials_error(error) from error
 
 
-def translate_launch_error(error: GoogleAPICallError, profile: str, deployment: Deployment) -> LaunchFailed | Unavailable:
-    """The error for a launch that Cloud Run refused. LaunchFailed is permanent; Unavailable is worth a retry."""
+def translate_launch_error(error: GoogleAPICallError, profile: str, environment: str, deployment: Deployment) -> LaunchFailed | Unavailable:
+    """The error for a launch that Cloud Run refused. LaunchFailed is permanent; Unavailable, such as NoCapacity, is worth a retry."""
     if project_error := _project_error(error, deployment):
         return project_error
     if _is_quota_error(error):
         return _quota_error(error, profile, deployment)
-    message, job = single_line(error.message), cloud_run_job_id(profile)
+    message, job = single_line(error.message), cloud_run_job_id(profile, environment)
     match error:
         case PermissionDenied():
             permission = _missing_permission(error) or "run.jobs.runWithOverrides"
@@ -117,10 +117,10 @@ def _is_quota_error(error: GoogleAPICallError) -> bool:
     return mentions_quota or isinstance(error, ResourceExhausted)
 
 
-def _quota_error(error: GoogleAPICallError, profile: str, deployment: Deployment) -> Unavailable:
+def _quota_error(error: GoogleAPICallError, profile: str, deployment: Deployment) -> NoCapacity:
     quota = ", ".join(_exhausted_quotas(error)) or PROFILES[profile].quota
     page = f"https://console.cloud.google.com/iam-admin/quotas?project={deployment.project_id}"
-    return Unavailable(
+    return NoCapacity(
         f"the quota {quota} of project {deployment.project_id} in {deployment.region} is used up: {single_line(error.message)}",
         hint=f"the job stays queued and is retried; request more at {page} (service Cloud Run Admin API), or use other hardware",
     )

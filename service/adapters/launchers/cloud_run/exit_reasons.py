@@ -109,7 +109,7 @@ def _cancelled(evidence: ExitEvidence) -> ExitReason | None:
 def _timed_out(evidence: ExitEvidence) -> ExitReason | None:
     if not evidence.matches(r"timeout was reached|maximum timeout") and evidence.status_code != grpc.StatusCode.DEADLINE_EXCEEDED.value[0]:
         return None
-    hint = "raise TUNESMITH_ATTEMPT_TIME_LIMIT_S, or lower epochs or max_steps"
+    hint = "raise TUNESMITH_CLOUD_RUN_TIME_LIMIT_S, or lower epochs or max_steps"
     return _exit_reason("timeout", f"the attempt exceeded its time limit before writing a result{evidence.message_suffix}", hint)
 
 

@@ -1,58 +1,56 @@
-"""The hardware profiles that this launcher offers, and what an attempt can do on each."""
+"""The hardware profiles that this launcher knows. The Cloud Run job of each is sized in infra/terraform; a test compares the two."""
 
-from dataclasses import dataclass, field
-from typing import get_args
+from dataclasses import dataclass, replace
 
-from schema.training import TRAINER_TYPES
-from schema.training.llm import Modality
-from service.core.ports import RuntimeCapabilities
+from service.core.ports import Profile
 
-# What jobs/environments/llm/requirements.txt installs in the image; a test compares the two.
-IMAGE_PACKAGES = {"bitsandbytes": True, "onnx": True, "lm_eval": False, "unsloth": False}
-NOTES = {
-    "provider": "unsloth is not in the image: it pins its own versions of what the image holds",
-    "use_fa2": "flash-attn is not in the image; the GPU could run it",
-    "lm_eval_tasks": "lm_eval is not in the image",
-}
+GIB = 1 << 30
 
 
 @dataclass(frozen=True)
-class HardwareProfile:
-    """One kind of hardware. Its Cloud Run job is `tunesmith-<name>`, sized in infra/terraform."""
+class CloudRunProfile:
+    """A profile, and the quota that usually runs out first."""
 
-    name: str
-    device: str
-    device_name: str
-    quota: str  # the Cloud Run quota that usually runs out first
-    notes: dict[str, str] = field(default_factory=lambda: dict(NOTES))
+    profile: Profile
+    quota: str
 
-    @property
-    def capabilities(self) -> RuntimeCapabilities:
-        """What an attempt can do on this hardware. Every profile runs the same image."""
-        return RuntimeCapabilities(
-            device=self.device,
-            device_name=self.device_name,
-            methods=("LoRA", "QLoRA", "Full"),
-            providers=("huggingface",),
-            modalities=get_args(Modality),
-            trainer_types=tuple(TRAINER_TYPES),
-            flash_attention_2=False,
-            gguf=True,
-            onnx=IMAGE_PACKAGES["onnx"],
-            lm_eval=IMAGE_PACKAGES["lm_eval"],
-            notes=self.notes,
-        )
+    def with_time_limit(self, time_limit_s: int) -> Profile:
+        """The profile as a deployment with that time limit offers it."""
+        return replace(self.profile, time_limit_s=time_limit_s)
 
 
 PROFILES = {
-    profile.name: profile
-    for profile in (
-        HardwareProfile("l4", "cuda", "NVIDIA L4, 24 GB", "NvidiaL4GpuAllocNoZonalRedundancyPerProjectRegion"),
-        HardwareProfile(
-            "rtx-pro-6000", "cuda", "NVIDIA RTX PRO 6000 Blackwell, 96 GB", "NvidiaRtxPro6000GpuAllocNoZonalRedundancyPerProjectRegion"
+    each.profile.name: each
+    for each in (
+        CloudRunProfile(
+            Profile(
+                name="l4",
+                device="cuda",
+                device_name="NVIDIA L4, 24 GB",
+                gpus=1,
+                gpu_memory_bytes=24 * GIB,
+                compute_capability=8.9,
+                cpus=8,
+                memory_bytes=32 * GIB,
+            ),
+            quota="NvidiaL4GpuAllocNoZonalRedundancyPerProjectRegion",
         ),
-        HardwareProfile(
-            "cpu", "cpu", "Cloud Run CPU", "CpuAllocPerProjectRegion", {**NOTES, "use_fa2": "FlashAttention 2 needs an Ampere or newer GPU"}
+        CloudRunProfile(
+            Profile(
+                name="rtx-pro-6000",
+                device="cuda",
+                device_name="NVIDIA RTX PRO 6000 Blackwell, 96 GB",
+                gpus=1,
+                gpu_memory_bytes=96 * GIB,
+                compute_capability=12.0,
+                cpus=20,
+                memory_bytes=80 * GIB,
+            ),
+            quota="NvidiaRtxPro6000GpuAllocNoZonalRedundancyPerProjectRegion",
+        ),
+        CloudRunProfile(
+            Profile(name="cpu", device="cpu", device_name="Cloud Run CPU", cpus=8, memory_bytes=32 * GIB),
+            quota="CpuAllocPerProjectRegion",
         ),
     )
 }

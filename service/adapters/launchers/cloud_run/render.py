@@ -11,6 +11,7 @@ from google.cloud import run_v2
 from service.core.ports import LaunchRequest
 
 CONTAINER = "attempt"
+DEFAULT_ENVIRONMENT = "llm"  # its jobs are named by their profile alone
 WORKDIR = "/tmp/attempt"  # noqa: S108  # each container has its own in-memory /tmp
 SHUTDOWN_RESERVE_S = 120  # the part of an execution's time for starting the container and for an attempt that ends a little late
 
@@ -21,19 +22,18 @@ class Deployment:
 
     project_id: str
     region: str
-    default_profile: str
     service_url: str
     service_audience: str | None  # set where the service requires an identity token
     time_limit_s: int
 
-    def cloud_run_job_name(self, profile: str) -> str:
-        """The full resource name of a profile's Cloud Run job."""
-        return f"projects/{self.project_id}/locations/{self.region}/jobs/{cloud_run_job_id(profile)}"
+    def cloud_run_job_name(self, profile: str, environment: str) -> str:
+        """The full resource name of the Cloud Run job of a profile and an environment."""
+        return f"projects/{self.project_id}/locations/{self.region}/jobs/{cloud_run_job_id(profile, environment)}"
 
 
-def cloud_run_job_id(profile: str) -> str:
-    """The id of a profile's Cloud Run job."""
-    return f"tunesmith-{profile}"
+def cloud_run_job_id(profile: str, environment: str) -> str:
+    """The id of the Cloud Run job that runs the image of an environment on a profile."""
+    return f"tunesmith-{profile}" if environment == DEFAULT_ENVIRONMENT else f"tunesmith-{environment}-{profile}"
 
 
 def build_run_job_request(launch_request: LaunchRequest, deployment: Deployment) -> run_v2.RunJobRequest:
@@ -43,8 +43,8 @@ def build_run_job_request(launch_request: LaunchRequest, deployment: Deployment)
     is fenced with its attempt, and it only allows reporting for that attempt. User secrets are never put here; the attempt fetches
     them with the token, once, when it claims.
     """
-    environment = {
-        **launch_request.environment,
+    variables = {
+        **launch_request.variables,
         **({"SERVICE_AUDIENCE": deployment.service_audience} if deployment.service_audience else {}),
         "SERVICE_URL": deployment.service_url,
         "JOB_WORKDIR": WORKDIR,
@@ -53,10 +53,10 @@ def build_run_job_request(launch_request: LaunchRequest, deployment: Deployment)
     container = run_v2.RunJobRequest.Overrides.ContainerOverride(
         name=CONTAINER,
         args=["--name", launch_request.name],
-        env=[run_v2.EnvVar(name=name, value=value) for name, value in sorted(environment.items())],
+        env=[run_v2.EnvVar(name=name, value=value) for name, value in sorted(variables.items())],
     )
     return run_v2.RunJobRequest(
-        name=deployment.cloud_run_job_name(launch_request.profile or deployment.default_profile),
+        name=deployment.cloud_run_job_name(launch_request.profile, launch_request.environment),
         overrides=run_v2.RunJobRequest.Overrides(
             container_overrides=[container], task_count=1, timeout=timedelta(seconds=deployment.time_limit_s)
         ),

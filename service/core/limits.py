@@ -1,15 +1,14 @@
-"""How long the service waits for an attempt before it acts."""
+"""How long the service waits for an attempt before it acts. Each launcher has limits of its own."""
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from schema.job import Job
-from service.core.ports import Heartbeat
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The waiting times of one deployment. The defaults are for attempts on the service's own machine."""
+    """The waiting times of one launcher. The defaults are for attempts on the service's own machine."""
 
     heartbeat_timeout: timedelta = timedelta(seconds=60)  # without a heartbeat for this long: ask the launcher
     cancel_grace: timedelta = timedelta(seconds=1)  # for an attempt to obey the directive; then the launcher cancels it
@@ -19,8 +18,7 @@ class Limits:
     lease: timedelta = timedelta(minutes=5)  # silent for this long after `suspected_at`: the launcher cancels it by force
     lease_grace: timedelta = timedelta(minutes=1)  # then it counts as lost, whatever the launcher reports
 
-    def is_heartbeat_expired(self, job: Job, heartbeat: Heartbeat | None, now: datetime) -> bool:
-        """Whether the current attempt has been silent for longer than `heartbeat_timeout`."""
+    def is_heartbeat_expired(self, job: Job, received_at: datetime | None, now: datetime) -> bool:
+        """Whether the current attempt, which last reported at `received_at`, has been silent for longer than `heartbeat_timeout`."""
         launched_at = job.attempt.launched_at if job.attempt else None
-        last_seen_at = heartbeat.received_at if heartbeat else launched_at or job.updated_at
-        return now - last_seen_at > self.heartbeat_timeout
+        return now - (received_at or launched_at or job.updated_at) > self.heartbeat_timeout

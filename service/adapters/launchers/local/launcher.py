@@ -4,9 +4,8 @@ A service that is killed leaves its attempts running; the next service finds the
 service that shuts down ends them, and their jobs return to the queue.
 """
 
-import json
-import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,18 +14,21 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import cast, get_args
+from typing import Self
 
 import psutil
 
-from schema.training import TRAINER_TYPES
-from schema.training.llm import Modality
-from service.core.errors import LaunchFailed, Unavailable, Unsupported
-from service.core.ports import ExecutionState, LaunchRequest, LogPage, RuntimeCapabilities
+from schema.capabilities import EnvironmentManifest
+from service.adapters.launchers import LauncherDeployment
+from service.adapters.launchers.local.device import detect_profile
+from service.adapters.launchers.local.environments import LocalEnvironments
+from service.adapters.launchers.local.settings import LocalSettings
+from service.core.errors import LaunchFailed, Unavailable
+from service.core.limits import Limits
+from service.core.ports import ExecutionState, LaunchRequest, LogPage, Profile
+from service.setting_types import SOURCE_ROOT
 
-log = logging.getLogger(__name__)
-
-PROBE_TIMEOUT_S = 120  # importing torch from a cold disk
+HANDLE = re.compile(r"\d+@[\d.]+")
 STOP_GRACE_S = 10.0  # to finish a step and save a checkpoint, as on Cloud Run
 
 
@@ -35,43 +37,67 @@ class LocalLauncher:
 
     name = "local"
     polling_is_free = True
-    profiles: tuple[str, ...] = ("local",)
+    limits = Limits()
 
     def __init__(
         self,
         *,
         home: Path,
-        python: Path,
+        environments: LocalEnvironments,
         source: Path,
         service_url: str,
         max_concurrent_jobs: int,
-        environment: Mapping[str, str],
-        time_limit_s: float | None = None,
+        variables: Mapping[str, str],
+        time_limit_s: int | None = None,
     ) -> None:
         self._folder = home / "attempts"
-        self._python = python
+        self._environments = environments
         self._source = source
         self._service_url = service_url
         self._max_concurrent_jobs = max_concurrent_jobs
-        self._inherited_environment = dict(environment)
+        self._inherited_variables = dict(variables)
         self._time_limit_s = time_limit_s
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._lock = threading.Lock()
-        self._probe_lock = threading.Lock()  # concurrent requests probe the trainer's environment only once
+
+    @classmethod
+    def from_environment(cls, deployment: LauncherDeployment) -> Self:
+        """The launcher with the settings in the environment. Raises ValueError for a setting that is not valid."""
+        settings = LocalSettings()  # pyright: ignore[reportCallIssue]  # pydantic fills them from the environment
+        return cls(
+            home=deployment.home,
+            environments=LocalEnvironments(
+                environments=settings.environments, venvs=settings.venvs, source=SOURCE_ROOT, variables=deployment.variables
+            ),
+            source=SOURCE_ROOT,
+            service_url=deployment.service_url,
+            max_concurrent_jobs=settings.max_concurrent_jobs,
+            variables=deployment.variables,
+            time_limit_s=settings.time_limit_s,
+        )
 
     # --- Launcher ----------------------------------------------------------------------------------------------------
 
+    @cached_property
+    def profiles(self) -> Mapping[str, Profile]:
+        return {self.name: detect_profile(self.name, self._time_limit_s)}
+
+    def list_environments(self) -> Mapping[str, EnvironmentManifest]:
+        return self._environments.list_installed()
+
     def launch(self, launch_request: LaunchRequest) -> str:
-        if not self._python.exists():
-            raise LaunchFailed(f"the trainer's environment is missing: no {self._python}", hint="run `make setup`")
+        python = self._environments.python_of(launch_request.environment)
+        if not python.exists():
+            hint = f"run `make setup-{launch_request.environment}`"
+            raise LaunchFailed(f"the environment {launch_request.environment!r} is missing: no {python}", hint=hint)
         workdir = self._folder / launch_request.name
         try:
             workdir.mkdir(parents=True, exist_ok=True, mode=0o700)
             with self._log_path(launch_request.name).open("ab") as output:
                 child = subprocess.Popen(
-                    [self._python, "-m", "jobs.run", "--name", launch_request.name],
+                    [python, "-m", "jobs.run", "--name", launch_request.name],
                     cwd=self._source,
-                    env=self._build_environment(launch_request, workdir),
+                    env=self._build_variables(launch_request, workdir),
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -89,6 +115,8 @@ class LocalLauncher:
 
     def check(self, handle: str) -> ExecutionState:
         process = self._find_process(handle)
+        if not process and not HANDLE.fullmatch(handle):
+            return "unknown"  # not one of this launcher's
         return "running" if process else "ended"
 
     def cancel(self, handle: str, *, force: bool) -> None:
@@ -106,11 +134,8 @@ class LocalLauncher:
         self._reap()
         return self._max_concurrent_jobs - len(self._running_attempts())
 
-    def get_capabilities(self, profile: str | None = None) -> RuntimeCapabilities:
-        if profile not in (None, *self.profiles):
-            raise Unsupported(f"no hardware {profile!r}; this deployment has: local", param="hardware")
-        with self._probe_lock:
-            return self._capabilities
+    def ping(self) -> None:
+        self._environments.list_installed()
 
     def close(self) -> None:
         """End all attempts, adopted ones included: SIGTERM, a grace period, then SIGKILL.
@@ -152,32 +177,12 @@ class LocalLauncher:
 
     # --- helpers -----------------------------------------------------------------------------------------------------
 
-    @cached_property
-    def _capabilities(self) -> RuntimeCapabilities:
-        """Probed once, in the trainer's environment, where the libraries are installed."""
-        return capabilities_from_probe(self._probe())
-
-    def _probe(self) -> dict[str, object]:
-        try:
-            answer = subprocess.run(
-                [self._python, "-m", "jobs.llm.probe"],
-                cwd=self._source,
-                env={**self._inherited_environment, "PYTHONPATH": str(self._source)},
-                capture_output=True,
-                timeout=PROBE_TIMEOUT_S,
-                check=True,
-            )
-            return json.loads(answer.stdout.splitlines()[-1])
-        except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
-            log.error("probing the trainer's environment failed", extra={"python": str(self._python), "error": str(error)})
-            raise Unavailable("the trainer's environment does not work, so nothing can be trained", hint="run `make setup`") from error
-
-    def _build_environment(self, launch_request: LaunchRequest, workdir: Path) -> dict[str, str]:
+    def _build_variables(self, launch_request: LaunchRequest, workdir: Path) -> dict[str, str]:
         return {
-            **_thread_environment(self._max_concurrent_jobs),
+            **_thread_variables(self._max_concurrent_jobs),
             "TOKENIZERS_PARALLELISM": "false",
-            **self._inherited_environment,
-            **launch_request.environment,
+            **self._inherited_variables,
+            **launch_request.variables,
             "SERVICE_URL": self._service_url,
             "JOB_WORKDIR": str(workdir),
             **({"JOB_TIME_LIMIT_S": str(self._time_limit_s)} if self._time_limit_s is not None else {}),
@@ -220,39 +225,7 @@ class LocalLauncher:
         return process if alive else None
 
 
-def capabilities_from_probe(probe_result: Mapping[str, object]) -> RuntimeCapabilities:
-    """The capabilities of this machine, from the JSON of `python -m jobs.llm.probe`, with the reason for each missing one."""
-    packages = probe_result.get("packages")
-    installed = set(cast(Mapping[str, object], packages)) if isinstance(packages, dict) else set[str]()
-    on_gpu, flash, gguf = probe_result.get("device") == "cuda", bool(probe_result.get("flash_attention_2")), bool(probe_result.get("gguf"))
-    quantized, onnx, lm_eval = "bitsandbytes" in installed, "onnx" in installed, "lm_eval" in installed
-    unsloth = on_gpu and "unsloth" in installed
-    unsloth_note = "unsloth is not installed in the trainer's environment" if on_gpu else "unsloth needs a GPU"
-    requirements = {
-        "method": (quantized, "QLoRA needs bitsandbytes in the trainer's environment"),
-        "provider": (unsloth, unsloth_note),
-        "use_fa2": (flash, "FlashAttention 2 needs an Ampere or newer GPU, and the package flash-attn"),
-        "include_gguf": (gguf, "`make setup` builds llama.cpp into the trainer's environment"),
-        "include_lora_gguf": (gguf, "`make setup` builds llama.cpp into the trainer's environment"),
-        "format": (onnx, "the ONNX exporter is not installed in the trainer's environment"),
-        "lm_eval_tasks": (lm_eval, "install lm_eval in the trainer's environment"),
-    }
-    return RuntimeCapabilities(
-        device=str(probe_result.get("device", "unknown")),
-        device_name=str(probe_result.get("device_name", "unknown")),
-        methods=("LoRA", "QLoRA", "Full") if quantized else ("LoRA", "Full"),
-        providers=("huggingface", "unsloth") if unsloth else ("huggingface",),
-        modalities=get_args(Modality),
-        trainer_types=tuple(TRAINER_TYPES),
-        flash_attention_2=flash,
-        gguf=gguf,
-        onnx=onnx,
-        lm_eval=lm_eval,
-        notes={field: note for field, (available, note) in requirements.items() if not available},
-    )
-
-
-def _thread_environment(max_concurrent_jobs: int) -> dict[str, str]:
+def _thread_variables(max_concurrent_jobs: int) -> dict[str, str]:
     """The variables that limit an attempt's threads to its share of the cores.
 
     Threads wait passively: spinning threads slow down when another process needs their core (measured: 1 s a step became 27 s).

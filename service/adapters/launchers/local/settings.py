@@ -1,0 +1,31 @@
+"""The settings of the local launcher."""
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.setting_types import SOURCE_ROOT
+
+
+class LocalSettings(BaseSettings):
+    """Settings of the local launcher, each an environment variable `TUNESMITH_LOCAL_<NAME>`."""
+
+    model_config = SettingsConfigDict(env_prefix="TUNESMITH_LOCAL_", extra="ignore", frozen=True)
+
+    max_concurrent_jobs: int = Field(
+        1, ge=1, le=1000, description="Maximum number of attempts that run at the same time; other jobs wait in the queue."
+    )
+    time_limit_s: int | None = Field(
+        None,
+        ge=10,
+        le=604_800,
+        description="Time limit of an attempt in seconds. An attempt saves a checkpoint before it, and the next attempt continues. "
+        "Default: no limit.",
+    )
+    venvs: Path = Field(
+        SOURCE_ROOT / ".venvs", description="Folder of the virtual environments of attempts, each named as its environment."
+    )
+    environments: Path = Field(
+        SOURCE_ROOT / "jobs/environments", description="Folder of the environments, each with the manifest of what it can run."
+    )

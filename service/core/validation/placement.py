@@ -1,0 +1,39 @@
+"""Checks the hardware that a request asks for: whether this deployment has it, and whether the job can run there."""
+
+from collections.abc import Callable
+from pkgutil import resolve_name
+
+from schema.capabilities import EnvironmentManifest, FamilyCapabilities
+from schema.placement import Placement
+from schema.training import TrainingConfig
+from service.core.errors import Unsupported
+from service.core.launchers import LauncherPool
+from service.core.ports import Profile
+
+# One line for each family: "module:function", called with the config, the family's capabilities and the profile. It raises Unsupported.
+SUPPORT_CHECKS = {"llm": "service.core.validation.llm_support:check_support"}
+
+
+def place(config: TrainingConfig, hardware: str | list[str] | None, launchers: LauncherPool) -> tuple[Placement, ...]:
+    """The placements that a job may use, in the order of the request. Every one of them must be able to run it.
+
+    Raises Unsupported, InvalidRequest, and Unavailable when a launcher cannot tell now what it offers.
+    """
+    offers = launchers.resolve(hardware, config.environment)
+    for offer in offers:
+        check_environment(config, offer.manifest, offer.profile)
+    return tuple(offer.placement for offer in offers)
+
+
+def check_environment(config: TrainingConfig, manifest: EnvironmentManifest, profile: Profile) -> None:
+    """Raise Unsupported when the job needs something that the environment or the hardware does not have."""
+    capabilities = manifest.families.get(config.family)
+    known = capabilities.trainer_types if capabilities else ()
+    if capabilities is None or config.trainer_type not in known:
+        message = (
+            f"trainer_type {config.trainer_type!r} is not available in this deployment; its environment {manifest.environment!r} has: "
+        )
+        hint = "GET /capabilities lists what this deployment can do"
+        raise Unsupported(message + (", ".join(known) or "none"), hint=hint, param="training_config.trainer_type")
+    check: Callable[[TrainingConfig, FamilyCapabilities, Profile], None] = resolve_name(SUPPORT_CHECKS[config.family])
+    check(config, capabilities, profile)
