@@ -17,10 +17,11 @@ from infra.loopback.cloud_storage import run_cloud_storage
 from infra.loopback.firestore import run_firestore_emulator
 from infra.loopback.proxy import Proxy
 from infra.loopback.secret_manager import SecretManager
+from schema.capabilities import MANIFEST_FILE
 from schema.requests import TRAIN_REQUEST_EXAMPLE
 from service.main import create_app
 from service.settings import Settings
-from tests.factories import make_dataset
+from tests.factories import make_dataset, make_manifest
 from tests.fakes import FakeClock
 from tests.waiting import wait_until
 
@@ -124,6 +125,12 @@ def cloud(
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # otherwise each submission would call the real Hub
         monkeypatch.setenv("PROJECT_ID", project)
         monkeypatch.setenv("REGION", REGION)
+        monkeypatch.setenv("TUNESMITH_CLOUD_RUN_PROFILES", PROFILE)
+        monkeypatch.setenv("TUNESMITH_CLOUD_RUN_MAX_CONCURRENT_JOBS", "10")
+        monkeypatch.setenv("TUNESMITH_CLOUD_RUN_ENVIRONMENTS", str(tmp_path / "environments"))
+        manifest = tmp_path / "environments/llm" / MANIFEST_FILE
+        manifest.parent.mkdir(parents=True)
+        manifest.write_text(make_manifest().model_dump_json())
         clock = FakeClock()
         client = stack.enter_context(
             TestClient(create_app(_make_settings(tmp_path, **getattr(request, "param", {})), clock), raise_server_exceptions=False)
@@ -138,15 +145,13 @@ def _make_settings(folder: Path, **changes: str) -> Settings:
     settings = Settings(  # type: ignore[call-arg]  # the rest comes from the environment
         home=folder / "home",
         job_store="firestore",
-        launcher="cloud-run",
+        launchers=("cloud-run",),
         secret_store="secret-manager",
         configs_url="gs://configs",
         datasets_url="gs://datasets",
         models_url="gs://models",
         public_url="http://127.0.0.1:1",
-        hardware_profiles=(PROFILE,),
         reconcile_interval_s=0,
-        max_concurrent_jobs=10,
         signing_key="k" * 32,  # type: ignore[arg-type]
     )
     return settings.model_copy(update=changes)

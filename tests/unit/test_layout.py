@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -101,6 +102,46 @@ def test_shared_code_names_no_family(path: Path) -> None:
     imported = imported_names(path)
     assert [name for name in imported if re.search(r"(^|[._])llm", name)] == []
     assert (find_mentioned_names(path) | {name.rpartition(".")[2] for name in imported}) & find_family_names() == set()
+
+
+def find_wall_violations(source: Path) -> list[str]:
+    """Imports between families, from the runtime to a family, from `cli` beyond the schema, and of AGPL code outside `jobs/yolo`."""
+    families = {path.name for path in (source / "jobs").iterdir() if (path / "__init__.py").exists()} - {"runtime"}
+    violations: list[str] = []
+    for path in sorted(source.rglob("*.py")):
+        parts = path.relative_to(source).parts
+        owner = parts[1] if parts[0] == "jobs" and len(parts) > 2 else parts[0]
+        for name in imported_names(path):
+            imported = name.split(".")
+            family = imported[1] if imported[0] == "jobs" and len(imported) > 1 and imported[1] in families else None
+            crosses_families = family is not None and parts[0] == "jobs" and owner != family
+            beyond_schema = parts[0] == "cli" and imported[0] in ("service", "storage", "jobs")
+            agpl = imported[0] == "ultralytics" and parts[:2] != ("jobs", "yolo")
+            if crosses_families or beyond_schema or agpl:
+                violations.append(f"{'/'.join(parts)}: {name}")
+    return violations
+
+
+def test_families_runtime_and_cli_keep_their_walls(tmp_path: Path) -> None:
+    for package in ("schema", "storage", "service", "cli", "jobs"):
+        shutil.copytree(SOURCE / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    assert find_wall_violations(tmp_path) == []
+
+
+def test_broken_wall_is_detected(tmp_path: Path) -> None:
+    for name, text in {
+        "jobs/llm/__init__.py": "import jobs.yolo.trainer",
+        "jobs/yolo/__init__.py": "import ultralytics",
+        "jobs/runtime/__init__.py": "from jobs.llm import chat",
+        "jobs/runtime/client.py": "def f():\n    import ultralytics",
+        "cli/main.py": "import storage.file",
+        "service/core/x.py": "import schema.job",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert {line.partition(":")[0] for line in find_wall_violations(tmp_path)} == {
+        *("cli/main.py", "jobs/llm/__init__.py", "jobs/runtime/__init__.py", "jobs/runtime/client.py")
+    }
 
 
 @pytest.mark.parametrize("path", sorted((SOURCE / "jobs/runtime").rglob("*.py")), ids=lambda path: path.name)

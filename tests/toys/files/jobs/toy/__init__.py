@@ -1,0 +1,1 @@
+"""A family of trainers that needs nothing but the standard library."""

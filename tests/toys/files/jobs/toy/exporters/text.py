@@ -1,0 +1,12 @@
+"""The count as a text file."""
+
+from typing import Any
+
+from jobs.runtime.artifacts import ExportedArtifact, artifact_key
+from jobs.runtime.context import JobContext
+
+
+def export(trained: Any, context: JobContext) -> ExportedArtifact:
+    folder = context.spec.training_config.artifact_folder("count")
+    key = artifact_key(folder, context.spec.job_id, context.attempt, "count.txt")
+    return ExportedArtifact(name="count", kind="count", path=trained.folder / "count", key=key)
