@@ -20,7 +20,7 @@ from cli.options import (
 )
 from cli.output import print_answer
 from cli.render.formats import format_status
-from cli.request import parse_secrets, without_none
+from cli.request import parse_hardware, parse_secrets, without_none
 
 WAIT_POLL_S = 0.5
 
@@ -77,7 +77,7 @@ def resume(
     as_json: JsonOption = False,
 ) -> None:
     """Continue a paused job from its checkpoint."""
-    changes = {"hardware": hardware, "epochs": epochs, "max_steps": max_steps, "secrets": parse_secrets(secret)}
+    changes = {"hardware": parse_hardware(hardware), "epochs": epochs, "max_steps": max_steps, "secrets": parse_secrets(secret)}
     secrets = [SecretOption.of(context, "hf_token", hf_token), SecretOption.of(context, "wandb_api_key", wandb_api_key)]
     _continue_job(context, f"/jobs/{job_id}/resume", changes, secrets, as_json)
 
@@ -97,7 +97,7 @@ def retry(
     """Continue a failed or canceled job from its last valid checkpoint."""
     changes = {
         "from_start": from_start or None,
-        "hardware": hardware,
+        "hardware": parse_hardware(hardware),
         "epochs": epochs,
         "max_steps": max_steps,
         "secrets": parse_secrets(secret),

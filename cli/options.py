@@ -16,7 +16,8 @@ LimitOption = Annotated[int, typer.Option("--limit", min=1, max=200, help="Maxim
 CursorOption = Annotated[str | None, typer.Option("--cursor", help="Cursor of the next page, as printed below the previous one.")]
 WatchOption = Annotated[bool, typer.Option("--watch", help="Follow the job until it ends.")]
 ContinueHardwareOption = Annotated[
-    str | None, typer.Option("--hardware", help="Continue on another hardware profile; `tunesmith capabilities` lists them.")
+    str | None,
+    typer.Option("--hardware", help="Continue on other hardware, also of another launcher; `tunesmith capabilities` lists them."),
 ]
 EpochsOption = Annotated[int | None, typer.Option("--epochs", min=1, help="New total number of epochs; must be larger than before.")]
 MaxStepsOption = Annotated[

@@ -55,6 +55,12 @@ def apply_overrides(training_config: Json, overrides: list[str] | None) -> None:
         target[name] = value
 
 
+def parse_hardware(text: str | None) -> str | list[str] | None:
+    """The `--hardware` option as a request writes it: one profile, or a list if there are several, separated by commas."""
+    names = [name.strip() for name in text.split(",")] if text else []
+    return names if len(names) > 1 else text
+
+
 def parse_secrets(secrets: list[str] | None) -> dict[str, str] | None:
     """The `--secret NAME=VALUE` options as an object, or None if there are none."""
     return dict(_parse_pair("--secret", text) for text in secrets) if secrets else None

@@ -18,7 +18,7 @@ from cli.options import (
     create_client,
 )
 from cli.output import print_answer
-from cli.request import apply_overrides, build_train_request, parse_secrets, without_none
+from cli.request import apply_overrides, build_train_request, parse_hardware, parse_secrets, without_none
 from cli.watch import watch_job
 
 
@@ -32,7 +32,9 @@ def train(
     name: Annotated[str | None, typer.Option(help="job_name")] = None,
     trainer: Annotated[str | None, typer.Option(help="trainer_type: sft, dpo, orpo, kto, grpo or reward. Default: sft.")] = None,
     method: Annotated[str | None, typer.Option(help="LoRA, QLoRA or Full")] = None,
-    hardware: Annotated[str | None, typer.Option(help="Hardware profile; `tunesmith capabilities` lists them.")] = None,
+    hardware: Annotated[
+        str | None, typer.Option(help="Hardware profile, or several by comma in order of preference; `tunesmith capabilities` lists them.")
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", help="Any other field of training_config, such as hyperparameters.max_steps=40; can be repeated."),
@@ -44,7 +46,7 @@ def train(
     """Submit a training job. Prints its id."""
     request = build_train_request(
         file,
-        {"processed_dataset_id": dataset, "job_name": name, "hf_token": hf_token, "hardware": hardware},
+        {"processed_dataset_id": dataset, "job_name": name, "hf_token": hf_token, "hardware": parse_hardware(hardware)},
         {"base_model_id": base, "method": method, "trainer_type": trainer},
         overrides,
     )
@@ -90,7 +92,13 @@ def export(
         }
     )
     request = without_none(
-        {"export_config": export_config or None, "attempt": attempt, "job_name": name, "hardware": hardware, "hf_token": hf_token}
+        {
+            "export_config": export_config or None,
+            "attempt": attempt,
+            "job_name": name,
+            "hardware": parse_hardware(hardware),
+            "hf_token": hf_token,
+        }
     )
     with create_client(context) as client:
         _print_new_job(client, client.export(job_id, step, request), should_watch, as_json)
@@ -116,7 +124,12 @@ def clone(
     training_config: dict[str, object] = {}
     apply_overrides(training_config, overrides)
     request = without_none(
-        {"job_name": name, "processed_dataset_id": dataset, "hardware": hardware, "training_config": training_config or None}
+        {
+            "job_name": name,
+            "processed_dataset_id": dataset,
+            "hardware": parse_hardware(hardware),
+            "training_config": training_config or None,
+        }
     )
     request["secrets"] = parse_secrets(secret) or {}
     secrets = [
