@@ -163,6 +163,7 @@ async def post_endless_body(app: ASGIApp, path: str, headers: dict[bytes, bytes]
 
     async def receive() -> Message:
         nonlocal taken_bytes
+        assert taken_bytes < 100_000, "the body is read without a limit"
         body = b"x" * 100 if taken_bytes else FORM_START
         taken_bytes += len(body)
         return {"type": "http.request", "body": body, "more_body": True}
