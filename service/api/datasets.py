@@ -20,7 +20,7 @@ UPLOAD_HINT = "put the file below incoming/ of the dataset store, and send its k
 
 
 @router.post("", status_code=201)
-@limits(timeout_s=None, body_bytes=None, body_hint=UPLOAD_HINT, never_conflicts=True)
+@limits(timeout_s=None, body_bytes=None, body_hint=UPLOAD_HINT, can_conflict=False)
 def upload_dataset(
     services: ServicesDep,
     principal: PrincipalDep,

@@ -61,6 +61,7 @@ def list_jobs(
 
 
 @router.get("/download/{job_id}")
+@limits(can_conflict=True)  # an unfinished job has no files
 def get_download_links(
     job_id: Id,
     request: Request,

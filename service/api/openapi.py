@@ -59,7 +59,7 @@ def _error_statuses(method: str, path: str, operation: dict[str, Any], limits: R
         400: has_body or has_parameters,
         401: limits.needs_token,
         404: "{" in path or has_body,  # a body names a dataset or a file in the object store
-        409: (method != "GET" or path == "/jobs/download/{job_id}") and not limits.never_conflicts,
+        409: method != "GET" if limits.can_conflict is None else limits.can_conflict,
         413: has_body,
         422: has_body or has_parameters,
         503: True,

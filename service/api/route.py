@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive
 
 from service.api.errors import error_response
@@ -27,12 +28,12 @@ Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class RouteLimits:
-    """The limits of one route, and which errors it cannot answer with."""
+    """The limits of one route, and the errors that OpenAPI cannot derive from its parameters."""
 
     timeout_s: float | None = REQUEST_TIMEOUT_S  # None: moving a file may take long; each single call is bounded. A stream has no deadline
     body_bytes: int | None = JSON_BODY_BYTES  # None: the setting max_upload_bytes
     body_hint: str = ""  # what would help when the body is too large
-    never_conflicts: bool = False
+    can_conflict: bool | None = None  # None: unless it is a GET
     needs_token: bool = False  # the path has a signed token
 
 
@@ -45,11 +46,11 @@ def limits(
     timeout_s: float | None = REQUEST_TIMEOUT_S,
     body_bytes: int | None = JSON_BODY_BYTES,
     body_hint: str = "",
-    never_conflicts: bool = False,
+    can_conflict: bool | None = None,
     needs_token: bool = False,
 ) -> Callable[[Endpoint], Endpoint]:
-    """Declare the limits of the endpoint below; goes under the route's decorator."""
-    route_limits = RouteLimits(timeout_s, body_bytes, body_hint, never_conflicts, needs_token)
+    """Declare the limits of an endpoint, below or above the decorator of its router."""
+    route_limits = RouteLimits(timeout_s, body_bytes, body_hint, can_conflict, needs_token)
 
     def declare(endpoint: Endpoint) -> Endpoint:
         _declared[endpoint] = route_limits
@@ -58,8 +59,11 @@ def limits(
     return declare
 
 
-class BodyTooLarge(Exception):
-    """The body is larger than its route allows."""
+class BodyTooLarge(HTTPException):
+    """The body is larger than its route allows. An HTTPException, because FastAPI makes a 400 of every other error of reading a body."""
+
+    def __init__(self) -> None:
+        super().__init__(413)
 
 
 class LimitedRoute(APIRoute):
@@ -71,27 +75,22 @@ class LimitedRoute(APIRoute):
         return _declared.get(self.endpoint, DEFAULT_LIMITS)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle, route_limits = super().get_route_handler(), self.limits
+        handle = super().get_route_handler()
 
         async def handle_within_limits(request: Request) -> Response:
+            route_limits = self.limits
             max_bytes = route_limits.body_bytes
             if max_bytes is None:
                 max_bytes = request.app.state.settings.max_upload_bytes + MULTIPART_SLACK_BYTES
-            rejection = error_response(
-                413, "too_large", f"the body is larger than {max_bytes} bytes, the limit of this path", route_limits.body_hint
-            )
-            declared = request.headers.get("content-length", "0")
-            if declared.isdigit() and int(declared) > max_bytes:
-                return rejection
-            body = _Body(request.receive, max_bytes)
-            with deadline(route_limits.timeout_s) if route_limits.timeout_s is not None else nullcontext():
-                try:
-                    response = await handle(Request(request.scope, body.receive))
-                except Exception:
-                    if body.too_large:  # whatever the reader of a truncated body made of it
-                        return rejection
-                    raise
-            return rejection if body.too_large else response
+            declared_bytes = request.headers.get("content-length", "")
+            try:
+                if declared_bytes.isdecimal() and int(declared_bytes) > max_bytes:
+                    raise BodyTooLarge
+                with deadline(route_limits.timeout_s) if route_limits.timeout_s is not None else nullcontext():
+                    return await handle(Request(request.scope, _Body(request.receive, max_bytes).receive))
+            except BodyTooLarge:
+                message = f"the body is larger than {max_bytes} bytes, the limit of this path"
+                return error_response(413, "too_large", message, route_limits.body_hint)
 
         return handle_within_limits
 
@@ -103,13 +102,9 @@ class _Body:
         self._receive = receive
         self._remaining_bytes = max_bytes
 
-    @property
-    def too_large(self) -> bool:
-        return self._remaining_bytes < 0
-
     async def receive(self) -> Message:
         message = await self._receive()
         self._remaining_bytes -= len(message.get("body", b""))
-        if self.too_large:
+        if self._remaining_bytes < 0:
             raise BodyTooLarge
         return message

@@ -1,11 +1,9 @@
-"""Errors that do not depend on one endpoint: unknown resources, wrong methods and queries, oversized bodies."""
-
-from collections.abc import Iterator
+"""Errors that do not depend on one endpoint: unknown resources, wrong methods and wrong queries."""
 
 import pytest
 from starlette.testclient import TestClient
 
-from tests.unit.api_harness import get_error, upload
+from tests.unit.api_harness import get_error
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=1000", "limit=x", "status=odd", "cursor=odd", "project_id=a%20b"])
@@ -22,17 +20,3 @@ def test_missing_resource_is_404(readonly_client: TestClient, path: str) -> None
 
 def test_a_wrong_method_is_405(readonly_client: TestClient) -> None:
     get_error(readonly_client.put("/train"), 405)
-
-
-def test_oversized_upload_is_rejected(readonly_client: TestClient) -> None:
-    assert get_error(upload(readonly_client, "x" * 200_000), 413)["code"] == "too_large"
-    assert get_error(readonly_client.post("/train", content=b"x" * 2_000_000), 413)["code"] == "too_large"
-
-
-def test_oversized_chunked_upload_is_rejected_while_streaming(readonly_client: TestClient) -> None:
-    def chunks() -> Iterator[bytes]:
-        for _ in range(50):
-            yield b"x" * 65536
-
-    response = readonly_client.post("/train", content=chunks(), headers={"Content-Type": "application/json"})
-    assert get_error(response, 413)["code"] == "too_large"
