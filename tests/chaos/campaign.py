@@ -23,6 +23,7 @@ ROWS = (
     "zombies",
     "launcher_crashes",
     "silent_status",
+    "launcher_away",
     "storage_faults",
     "reports",
     "clocks",

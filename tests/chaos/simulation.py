@@ -157,6 +157,7 @@ class Compute:
         self.executions: list[Execution] = []
         self.on_launch: Callable[[Execution], None] = lambda _: None
         self.is_unavailable = False
+        self.away: set[str] = set()  # launchers that do not answer, while the others do
         self.loses_responses = False
         self.refused_calls = 0  # during outages
         self.cancels = 0
@@ -167,15 +168,18 @@ class Compute:
     def launch(self, launcher: str, launch_request: LaunchRequest) -> str:
         now_s = self._timeline.now_s
         visible_s = now_s + self._rng.uniform(0, self._deployment.max_visibility_delay_s)
+        if launcher in self.away and self.answers():  # else the launch takes effect and its response is lost
+            self.check_available(launcher)
         execution = Execution(launcher, launch_request, f"execution {len(self.executions)} of {launch_request.name}", now_s, visible_s)
         self.executions.append(execution)
         self.on_launch(execution)
-        if self.loses_responses:
+        if self.loses_responses or launcher in self.away:
+            self.refused_calls += launcher in self.away
             raise Unavailable("the response was lost")
         return execution.handle
 
     def find_handle(self, launcher: str, name: str) -> str | None:
-        self.check_available()
+        self.check_available(launcher)
         visible = [
             execution
             for execution in self.executions
@@ -186,14 +190,14 @@ class Compute:
         return min(visible, key=lambda execution: not execution.alive).handle if visible else None
 
     def check(self, launcher: str, handle: str) -> ExecutionState:
-        if self.is_unavailable and self._rng.random() < 0.5:
+        if self._is_away(launcher) and self.answers():
             self.refused_calls += 1
             return "unknown"
-        self.check_available()
+        self.check_available(launcher)
         return "running" if self.find_execution(launcher, handle).alive else "ended"
 
     def cancel(self, launcher: str, handle: str, *, force: bool) -> None:
-        self.check_available()
+        self.check_available(launcher)
         execution = self.find_execution(launcher, handle)
         execution.stop_requested = True
         self.cancels += 1
@@ -206,9 +210,9 @@ class Compute:
         """End the process."""
         execution.alive = False
 
-    def check_available(self) -> None:
-        """Raise Unavailable during an outage."""
-        if self.is_unavailable:
+    def check_available(self, launcher: str) -> None:
+        """Raise Unavailable during an outage of the launcher."""
+        if self._is_away(launcher):
             self.refused_calls += 1
             raise Unavailable("the launcher does not answer")
 
@@ -221,6 +225,9 @@ class Compute:
     def answers(self) -> bool:
         """Whether a call during an outage may answer all the same."""
         return self._rng.random() < 0.5
+
+    def _is_away(self, launcher: str) -> bool:
+        return self.is_unavailable or launcher in self.away
 
 
 class FakeLauncher:
@@ -252,7 +259,7 @@ class FakeLauncher:
         return 10
 
     def ping(self) -> None:
-        self._compute.check_available()
+        self._compute.check_available(self.name)
 
     def close(self) -> None:
         return None
@@ -264,7 +271,7 @@ class FakeCloudLauncher(FakeLauncher):
     def get_exit_reason(self, handle: str) -> None:
         self._compute.find_execution(self.name, handle)
         if self._compute.answers():
-            self._compute.check_available()
+            self._compute.check_available(self.name)
 
 
 # --- the service -----------------------------------------------------------------------------------------------------
@@ -400,9 +407,9 @@ class Simulation:
                 yield RETRY_S
 
     def submit(self, key: str, **changes: object) -> Job:
-        """Submit with an idempotency key until there is an answer, as Tunesmith's client does."""
+        """Submit with an idempotency key until there is an answer, as Tunesmith's client does. Jobs list both launchers, unless told."""
         preferred = [f"{name}/fake" for name in sorted(LAUNCHER_NAMES, reverse=next(self._submissions) % 2 == 1)]
-        request = make_train_request(hardware=preferred, **changes)
+        request = make_train_request(**{"hardware": preferred} | changes)
         return self.call_with_retry(lambda jobs: jobs.submission.submit(PRINCIPAL, request, key))
 
     def record(self, job_id: str) -> Job:
