@@ -1,36 +1,26 @@
 """One of two launchers is away or hangs while the other runs jobs; the jobs of the other must not notice.
 
-*Away*, in simulated time: every call of the launcher fails, and some launches take effect all the same. *Hung*, with real threads: a call of
-the launcher does not return, under the reconciler of a laptop and under the single reconcile that a scheduler requests. Jobs run on either
-launcher, or list both and prefer the one that fails.
+*Away*, in simulated time: every call of the launcher fails, and some launches take effect all the same. *Hung*, with real threads: a call
+of the launcher does not return, under the reconciler of a laptop and under the single reconcile that a scheduler requests. Jobs run on
+either launcher, or list both and prefer the one that fails.
 """
 
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import count
-from pathlib import Path
+from itertools import product
 
 from schema.job import Job, Status
-from schema.result import Result
 from service.adapters.jobstores.sqlite import SqliteJobStore
-from service.adapters.links import ServiceUrlSigner
-from service.adapters.secrets.local import LocalSecretStore
-from service.core.jobs.assembly import JobServices, build_job_services
 from service.core.jobs.queue import MAX_PREFERENCE_WAIT
 from service.core.jobs.reconciler import Reconciler
-from service.core.launchers import LauncherPool
-from service.core.ports import Buckets
-from service.core.principals import UPKEEP_PRINCIPAL, attempt_principal
-from service.core.tokens import TokenSigner
-from storage.registry import open_store
+from service.core.principals import UPKEEP_PRINCIPAL
 from tests.chaos.campaign import Row, Size
 from tests.chaos.simulation import (
     CLOUD,
     LAPTOP,
     LAUNCHER_NAMES,
-    PRINCIPAL,
     AttemptBehavior,
     Execution,
     SimulatedProcess,
@@ -39,8 +29,8 @@ from tests.chaos.simulation import (
     open_simulation,
     without_warnings,
 )
-from tests.factories import START, make_dataset, make_train_request
-from tests.fakes import FakeClock, FakeLauncher
+from tests.fakes import FakeLauncher
+from tests.unit.jobs_harness import JobsHarness
 from tests.waiting import wait_until
 
 OUTAGES: dict[Size, int] = {"full": 48, "short": 12}  # for each deployment
@@ -77,7 +67,7 @@ def run(size: Size) -> Row:
             for number in range(OUTAGES[size]):
                 Outage(simulation, number, counts).run()
     for number in range(HANGS[size]):
-        _run_hang(number, counts)
+        run_hang(number, counts)
     slowest = ", ".join(f"{seconds:.0f} s ({name})" for name, seconds in counts.slowest_s.items())
     return Row(
         fault="one launcher away or hung, the other not",
@@ -104,6 +94,7 @@ class Outage:
         self._away = LAUNCHER_NAMES[number // len(SCENARIOS) % 2]
         self._other = LAUNCHER_NAMES[1 - LAUNCHER_NAMES.index(self._away)]
         self._too_early = 0
+        self._has_begun = False
         simulation.rng.seed(number)
         simulation.interleaves = True
         simulation.choose_behavior = self._choose_behavior
@@ -114,7 +105,9 @@ class Outage:
         refused = compute.refused_calls
         before = [] if self._scenario == "at the launch" else self._submit_jobs("early", self._away)
         if before:  # the outage starts when all of them train
-            simulation.timeline.run_until(lambda: all(simulation.record(job_id).status is Status.TRAINING for job_id in before), MAX_ROUND_S)
+            simulation.timeline.run_until(
+                lambda: all(simulation.record(job_id).status is Status.TRAINING for job_id in before), MAX_ROUND_S
+            )
         began_s = simulation.timeline.now_s
         simulation.timeline.start(self._run_outage())
         late = self._submit_jobs("late", self._away)
@@ -133,28 +126,113 @@ class Outage:
             needed = 2 if job_id in before and self._scenario == "while its attempts die" else 1
             executions = sum(execution.job_id == job_id for execution in compute.executions)
             self._counts.relaunched += executions > needed
-            self._counts.wrong_end += simulation.record(job_id).status is not Status.COMPLETED or not simulation.is_settled(job_id)
+            completed = simulation.record(job_id).status is Status.COMPLETED and simulation.is_settled(job_id)
+            self._counts.wrong_end += not completed or executions < needed  # fewer: the attempt that was to die did not
 
     def _submit_jobs(self, kind: str, *launchers: str) -> list[str]:
         hardware = [f"{name}/fake" for name in launchers]
         return [self._simulation.submit(f"{kind} {self._number} {job}", hardware=hardware).job_id for job in range(JOBS_EACH)]
 
     def _run_outage(self) -> SimulatedProcess:
+        self._has_begun = True
         self._simulation.launcher.away.add(self._away)
         yield OUTAGE_S
         self._simulation.launcher.away.clear()
 
     def _choose_behavior(self, execution: Execution) -> AttemptBehavior:
-        """Called when an execution starts. Attempts that are to die do so during the outage."""
-        away = self._simulation.launcher.away
-        self._too_early += execution.number > 1 and bool(away)
-        dies = self._scenario == "while its attempts die" and execution.launcher == self._away and execution.number == 1 and not away
-        is_early = dies and self._simulation.record(execution.job_id).launchers == (self._away,) and not self._outage_is_over(execution)
-        return AttemptBehavior(dies_before="report") if is_early else AttemptBehavior()
-
-    def _outage_is_over(self, execution: Execution) -> bool:
-        return self._simulation.record(execution.job_id).idempotency_key != f"early {self._number}"
+        """Called when an execution starts."""
+        self._too_early += execution.number > 1 and execution.launcher in self._simulation.launcher.away
+        dies = self._scenario == "while its attempts die" and not self._has_begun
+        return AttemptBehavior(dies_before="report") if dies else AttemptBehavior()
 
     def _count_slowest(self, seconds: float) -> None:
         name = self._simulation.deployment.name
         self._counts.slowest_s[name] = max(seconds, self._counts.slowest_s.get(name, 0.0))
+
+
+# --- hung ------------------------------------------------------------------------------------------------------------
+
+
+def run_hang(number: int, counts: Counts) -> None:
+    """Jobs on both launchers while one hangs in its next call, at a launch or with an attempt that runs."""
+    hung_index, has_reconciler, hangs_at_launch = list(product((0, 1), (True, False), (True, False)))[number % 8]
+    launchers = [FakeLauncher(name) for name in LAUNCHER_NAMES]
+    hung, other = launchers[hung_index], launchers[1 - hung_index]
+    with in_memory_folder("chaos-hang-") as folder, without_warnings():
+        store = SqliteJobStore(folder / "tunesmith.db")
+        try:
+            harness = JobsHarness(folder, launchers=launchers, store=store)
+            Hang(harness, hung, other, counts).run(has_reconciler=has_reconciler, hangs_at_launch=hangs_at_launch)
+        finally:
+            store.close()
+
+
+class Hang:
+    """One call of a launcher that does not return until it is released."""
+
+    def __init__(self, harness: JobsHarness, hung: FakeLauncher, other: FakeLauncher, counts: Counts) -> None:
+        self._harness = harness
+        self._hung = hung
+        self._other = other
+        self._counts = counts
+        self._is_hanging, self._released = threading.Event(), threading.Event()
+
+    def run(self, *, has_reconciler: bool, hangs_at_launch: bool) -> None:
+        """Submit, hang, look at the other launcher's jobs, release and count."""
+        harness = self._harness
+        on_hung = [] if hangs_at_launch else self._submit_jobs(self._hung)
+        harness.reconcile()
+        self._hung.on_call = self._hang
+        on_hung += self._submit_jobs(self._hung)
+        on_other = self._submit_jobs(self._other)
+        reconciler = Reconciler(self._reconcile_launcher, LAUNCHER_NAMES, interval_s=0.05)
+        request = threading.Thread(target=harness.reconcile)  # a scheduler's, which waits for the launcher that hangs
+        if has_reconciler:
+            reconciler.start()
+        else:
+            request.start()
+        on_both: list[Job] = []
+        try:
+            assert self._is_hanging.wait(MAX_HANG_WAIT_S), "the launcher was not called"
+            self._counts.delayed += self._count_not_launched(on_other)
+            on_both = self._submit_jobs(self._hung, self._other)
+            if has_reconciler:  # one request has read the queue before these jobs were in it
+                harness.clock.advance(MAX_PREFERENCE_WAIT.total_seconds())
+                self._counts.delayed += self._count_not_launched(on_both)
+            assert not self._released.is_set()
+        finally:
+            self._released.set()
+            reconciler.stop()
+            if not has_reconciler:
+                request.join()
+        harness.reconcile()
+        self._complete_jobs([*on_hung, *on_other, *on_both])
+
+    def _hang(self) -> None:
+        self._is_hanging.set()
+        self._released.wait()
+
+    def _reconcile_launcher(self, name: str) -> int:
+        return self._harness.jobs.reconciliation.reconcile_launcher(UPKEEP_PRINCIPAL, name)
+
+    def _submit_jobs(self, *launchers: FakeLauncher) -> list[Job]:
+        hardware = [f"{launcher.name}/fake" for launcher in launchers]
+        return [self._harness.submit(hardware=hardware) for _ in range(JOBS_EACH)]
+
+    def _count_not_launched(self, jobs: list[Job]) -> int:
+        """How many of the jobs the other launcher does not start while the first one hangs."""
+        ids = {job.job_id for job in jobs}
+        try:
+            wait_until(lambda: ids <= {request.job_id for request in list(self._other.launched.values())}, MAX_HANG_WAIT_S)
+        except TimeoutError:
+            return len(ids - {request.job_id for request in self._other.launched.values()})
+        return 0
+
+    def _complete_jobs(self, jobs: list[Job]) -> None:
+        """Let every attempt report its result; each job has exactly one, on one launcher."""
+        launches = Counter(request.job_id for launcher in (self._hung, self._other) for request in launcher.launched.values())
+        for job in jobs:
+            self._counts.relaunched += launches[job.job_id] > 1
+            self._harness.claim(job, 1, "process")
+            self._harness.finish(self._harness.write_result(job))
+            self._counts.wrong_end += launches[job.job_id] == 0 or self._harness.find_job(job).status is not Status.COMPLETED
