@@ -1,6 +1,7 @@
 """Launchers side by side: what a request may ask for, which launcher takes a job, and what happens when one refuses."""
 
 import pytest
+from pydantic import ValidationError
 
 from schema.job import Job, Status
 from schema.placement import Placement
@@ -9,7 +10,7 @@ from schema.spec import attempt_name
 from service.core.errors import InvalidRequest, LaunchFailed, NoCapacity, Unsupported
 from service.core.launchers import LauncherPool
 from service.core.principals import UPKEEP_PRINCIPAL
-from tests.factories import make_manifest
+from tests.factories import make_manifest, make_train_request
 from tests.fakes import FakeLauncher, PullLauncher
 from tests.unit.jobs_harness import PRINCIPAL, JobsHarness
 
@@ -80,6 +81,24 @@ def test_launcher_without_the_environment_is_refused_and_skipped_as_default(harn
     with pytest.raises(Unsupported, match="environment 'llm', which launcher 'cloud' does not have; it has: vision") as excinfo:
         harness.submit(hardware="l4")
     assert "make setup-llm" in excinfo.value.hint
+
+
+@pytest.mark.parametrize(
+    ("hardware", "message"),
+    [
+        ("a b", "'a b' is no such name"),
+        (3, "3 is no such name"),
+        ([], "names 1 to 8 profiles, not 0"),
+        (["l4"] * 9, "not 9"),
+        ([["l4"]], "is no such name"),
+        ("a/b/c", "is no such name"),
+    ],
+)
+def test_malformed_hardware_is_one_error_at_its_field(hardware: object, message: str) -> None:
+    with pytest.raises(ValidationError) as excinfo:
+        make_train_request(hardware=hardware)
+    [error] = excinfo.value.errors()
+    assert (error["loc"], message in error["msg"]) == (("hardware",), True)
 
 
 def test_two_launchers_of_one_name_are_refused() -> None:

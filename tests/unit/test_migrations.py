@@ -68,3 +68,35 @@ def test_current_record_starts_with_its_version() -> None:
     text = Toy(size_bytes=5).model_dump_json()
     assert text.startswith('{"schema_version":3,')
     assert json.loads(text) == {"schema_version": 3, "size_bytes": 5}
+
+
+JOB_OF_VERSION_1 = {
+    "job_id": "training_1",
+    "tenant_id": "local",
+    "job_name": "mine",
+    "processed_dataset_id": "dataset_1",
+    "training_config": {"base_model_id": "google/gemma-3-270m", "trainer_type": "sft"},
+    "status": "training",
+    "created_at": "2026-01-01T00:00:00Z",
+    "updated_at": "2026-01-01T00:00:00Z",
+    "status_changed_at": "2026-01-01T00:00:00Z",
+}
+ATTEMPT_OF_VERSION_1 = {"number": 1, "launcher": "cloud-run", "created_at": "2026-01-01T00:00:00Z", "launch_started_at": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "placement"),
+    [
+        ({"hardware": "l4", "attempts": [ATTEMPT_OF_VERSION_1]}, "cloud-run/l4"),
+        ({"hardware": None, "attempts": [ATTEMPT_OF_VERSION_1]}, "cloud-run/l4"),
+        ({"hardware": "cpu", "attempts": []}, "cloud-run/cpu"),
+        ({"hardware": "local", "attempts": []}, "local/local"),
+        ({}, "local/local"),
+    ],
+)
+def test_job_of_version_1_is_placed_where_it_ran(changes: dict[str, object], placement: str) -> None:
+    job = Job.load(json.dumps({"schema_version": 1} | JOB_OF_VERSION_1 | changes))
+    assert [each.hardware for each in job.placements] == [placement]
+    assert job.placements[0].environment == "llm"
+    for attempt in job.attempts:
+        assert (attempt.placement, attempt.launch_started_at) == (job.placements[0], attempt.created_at)

@@ -57,18 +57,22 @@ class JobQueries:
         """A job with what is known of it outside its record. A silent job is reconciled first. Raises NotFound."""
         principal.require(Scope.JOBS_READ)
         job = write_manifest(self._repository, self._models, self._repository.find(principal, job_id))
-        if self._is_silent(job):
+        heartbeat = self._repository.find_heartbeat(job)
+        if self._is_silent(job, heartbeat):
             self._wake(job_id)
             job = self._repository.find(principal, job_id)
-        return self.describe(job)
+        return self._make_view(job, heartbeat)
 
     def describe(self, job: Job) -> JobView:
         """A job with its heartbeat, and why it waits."""
+        return self._make_view(job, self._repository.find_heartbeat(job))
+
+    def _make_view(self, job: Job, heartbeat: Heartbeat | None) -> JobView:
         attempt = job.attempt
         pending_reason = attempt.pending_reason if attempt and job.status.is_active else None
         if job.status is Status.QUEUED:
             pending_reason = self._launchers.describe_missing(job)
-        return JobView(job, self._repository.find_heartbeat(job), pending_reason)
+        return JobView(job, heartbeat, pending_reason)
 
     def list_events(self, principal: Principal, job_id: str, after: int, limit: int) -> list[StoredEvent]:
         """A page of a job's events, oldest first. Raises NotFound."""
@@ -117,12 +121,11 @@ class JobQueries:
         artifact = _pick_artifact(job, artifact_name)
         return artifact, [(file, self._sign_url(artifact, file)) for file in artifact.files]
 
-    def _is_silent(self, job: Job) -> bool:
+    def _is_silent(self, job: Job, heartbeat: Heartbeat | None) -> bool:
         """Whether an active job should be reconciled now because asking its launcher costs a call, so that it is rarely asked."""
         launcher = self._launchers.find_for_attempt(job, len(job.attempts)) if job.status.is_active else None
         if launcher is None or launcher.polling_is_free:
             return False
-        heartbeat = self._repository.find_heartbeat(job)
         return launcher.limits.is_heartbeat_expired(job, heartbeat.received_at if heartbeat else None, self._repository.clock())
 
     def _sign_url(self, artifact: Artifact, file: ArtifactFile) -> str:
