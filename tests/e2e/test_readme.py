@@ -76,8 +76,15 @@ def test_readme_example_rows_are_accepted(service: Service) -> None:
 def test_documented_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z0-9-]+):.*## ", (SOURCE / "Makefile").read_text(), re.MULTILINE))
     for page in (README, (SOURCE / "CONTRIBUTING.md").read_text()):
-        for target in re.findall(r"\bmake ([a-z0-9-]+)", page):
-            assert target in targets, target
+        for target in re.findall(r"\bmake ([A-Za-z0-9-]+)", page):
+            assert target in targets or target == "setup-NAME", target
+
+
+def test_every_environment_has_a_setup_target() -> None:
+    for path in (SOURCE / "jobs/environments").glob("*/requirements.txt"):
+        command = ["make", "--dry-run", "--always-make", f"setup-{path.parent.name}"]
+        planned = subprocess.run(command, cwd=SOURCE, capture_output=True, text=True, check=True).stdout
+        assert f"-m jobs.runtime.probe {path.parent.name} --output jobs/environments/{path.parent.name}/capabilities.json" in planned
 
 
 def test_make_without_target_prints_help() -> None:
