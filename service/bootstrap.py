@@ -59,9 +59,8 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
     interval_s, names = settings.reconcile_interval_s, [launcher.name for launcher in launchers]
 
     def reconcile_launcher(name: str) -> int:
-        return jobs.reconciliation.reconcile_launcher(
-            UPKEEP_PRINCIPAL, name
-        )  # `jobs` is built below, because it needs the reconciler's `wake`
+        # `jobs` is built below, because it needs the reconciler's `wake`.
+        return jobs.reconciliation.reconcile_launcher(UPKEEP_PRINCIPAL, name)
 
     reconciler = Reconciler(reconcile_launcher, names, interval_s) if interval_s else None
 

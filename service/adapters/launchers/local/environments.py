@@ -12,7 +12,7 @@ from service.core.errors import Unavailable
 
 log = logging.getLogger(__name__)
 
-PROBE_TIMEOUT_S = 120  # importing an ML library from a cold disk
+PROBE_TIMEOUT_S = 120  # a probe reads metadata; one that imports a library from a cold disk takes longer
 
 
 class LocalEnvironments:
