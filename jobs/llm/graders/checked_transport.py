@@ -11,13 +11,13 @@ from collections.abc import AsyncIterator
 import httpx2
 
 from jobs.runtime.egress import Resolve, checked_addresses, operator_proxy, resolve
-from schema.egress import EgressPolicy, Target, parse_url
+from schema.egress import EgressPolicy, EgressRefused, Target, parse_url
 
 MAX_RESPONSE_BYTES = 32 << 20  # 64 embeddings of 8192 numbers are some 12 MB of JSON
 
 
 class CheckedTransport(httpx2.AsyncBaseTransport):
-    """Sends requests only to addresses that the policy allows; raises EgressRefused for any other.
+    """Sends requests only to addresses that the policy allows; raises ConnectError from EgressRefused for any other.
 
     Behind a proxy of the operator, the proxy resolves the name and connects; a name that this machine can resolve is still checked.
     """
@@ -45,23 +45,29 @@ class CheckedTransport(httpx2.AsyncBaseTransport):
         await self._inner.aclose()
 
     async def _send(self, request: httpx2.Request) -> httpx2.Response:
-        target = parse_url(str(request.url))
-        timeout_s = request.extensions.get("timeout", {}).get("connect")
-        addresses: tuple[str, ...] = ()
         try:
-            addresses = await asyncio.wait_for(asyncio.to_thread(checked_addresses, target, self._policy, self._resolve), timeout_s)
+            target = parse_url(str(request.url))
+            addresses = await self._find_addresses(request, target)
+        except EgressRefused as error:
+            raise httpx2.ConnectError(str(error), request=request) from error
+        if self._proxy is not None:
+            return await self._inner.handle_async_request(request)
+        for address in addresses[:-1]:
+            with contextlib.suppress(httpx2.ConnectError, httpx2.ConnectTimeout):
+                return await self._inner.handle_async_request(_pin(request, target, address))
+        return await self._inner.handle_async_request(_pin(request, target, addresses[-1]))
+
+    async def _find_addresses(self, request: httpx2.Request, target: Target) -> tuple[str, ...]:
+        """The addresses, all allowed; none for a name that only the operator's proxy can resolve. Raises EgressRefused."""
+        timeout_s = request.extensions.get("timeout", {}).get("connect")
+        try:
+            return await asyncio.wait_for(asyncio.to_thread(checked_addresses, target, self._policy, self._resolve), timeout_s)
         except TimeoutError as error:
             raise httpx2.ConnectTimeout(f"{target.host} was not found in time", request=request) from error
         except OSError as error:
-            if self._proxy is None:
-                raise httpx2.ConnectError(f"{target.host} is not found", request=request) from error
-        if self._proxy is not None:
-            return await self._inner.handle_async_request(request)
-        *others, last = addresses
-        for address in others:
-            with contextlib.suppress(httpx2.ConnectError, httpx2.ConnectTimeout):
-                return await self._inner.handle_async_request(_pin(request, target, address))
-        return await self._inner.handle_async_request(_pin(request, target, last))
+            if self._proxy is not None:
+                return ()
+            raise httpx2.ConnectError(f"{target.host} is not found", request=request) from error
 
 
 class LimitedStream(httpx2.AsyncByteStream):
