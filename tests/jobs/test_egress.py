@@ -153,12 +153,17 @@ def test_judge_that_redirects_is_refused(store: Path, tmp_path: Path, internal_s
 def test_local_profile_does_not_reach_the_service_itself(internal_server: FakeOpenAI) -> None:
     port = int(parse_url(internal_server.url).port)
     policy = EgressPolicy(allow_loopback=True, own_ports=(port,), own_addresses=own_addresses())
-    for host in ("127.0.0.1", "127.0.0.2", "127.1", "localhost", "[::1]", "0.0.0.0", "[::]", "[::ffff:127.0.0.1]", socket.gethostname()):
+    for host in ("127.0.0.1", "127.0.0.2", "127.1", "localhost", "[::1]", "0.0.0.0", "[::]", "[::ffff:127.0.0.1]", *own_names()):
         with pytest.raises(EgressRefused):
             check_url(f"http://{host}:{port}/v1", policy)
         with pytest.raises(httpx2.ConnectError) as refused:
             send(CheckedTransport("http://judge.example", policy), f"http://{host}:{port}/v1/chat/completions")
         assert isinstance(refused.value.__cause__, EgressRefused)
+
+
+def own_names() -> list[str]:
+    """The name of this machine, if it resolves."""
+    return [socket.gethostname()] if own_addresses() else []
 
 
 def own_addresses() -> tuple[str, ...]:

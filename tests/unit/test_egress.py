@@ -1,15 +1,20 @@
 """The egress policy: which URLs of a caller a deployment connects to."""
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
 from schema.egress import EgressPolicy, EgressRefused, allow_rule_of, parse_allow_rule, parse_url
+from schema.requests import CloneRequest
 from schema.training import TRAINER_TYPES
 from service.core.errors import InvalidRequest
+from service.core.jobs.trackers import DeploymentTrackers
 from service.core.validation.egress import URL_FIELDS, EgressCheck
 from service.settings import Settings, egress_policy
-from tests.factories import make_grpo_config
+from tests.factories import make_config, make_grpo_config
 from tests.unit.egress_targets import ALLOWED_URLS, HOSTILE_NAMES, HOSTILE_URLS, LOOPBACK_URLS, METADATA_URLS, UNSPECIFIED_URLS
+from tests.unit.jobs_harness import PRINCIPAL, JobsHarness
 
 STRICT = EgressPolicy()
 LOCAL = EgressPolicy(allow_loopback=True, own_ports=(8080,), own_addresses=("192.168.0.7", "2606:4700::7"), own_hosts=("t.example:443",))
@@ -232,6 +237,24 @@ def test_refused_url_is_an_error_of_its_field(graders: list[dict[str, object]], 
 
 def test_host_that_is_not_found_passes() -> None:
     EgressCheck(STRICT, FixedResolver()).check(make_grpo_config(JUDGE | {"base_url": "https://only-inside.example/v1"}))
+
+
+def test_submit_and_clone_check_urls(tmp_path: Path) -> None:
+    harness = JobsHarness(tmp_path)
+    job = harness.submit(training_config=make_config(mlflow_config={"tracking_uri": "https://mlflow.example"}))
+    with pytest.raises(InvalidRequest, match="is refused"):
+        harness.submit(training_config=make_config(mlflow_config={"tracking_uri": "https://10.0.0.8"}))
+    patch = CloneRequest.model_validate({"training_config": {"mlflow_config": {"tracking_uri": "https://10.0.0.8"}}})
+    with pytest.raises(InvalidRequest, match="is refused") as excinfo:
+        harness.jobs.submission.clone(PRINCIPAL, job.job_id, patch)
+    assert excinfo.value.param == "training_config.mlflow_config.tracking_uri"
+    assert harness.wake_count == 1
+
+
+def test_operator_tracker_may_be_anywhere(tmp_path: Path) -> None:
+    trackers = DeploymentTrackers.model_validate({"mlflow_config": {"tracking_uri": "http://10.0.0.8:5000"}})
+    job = JobsHarness(tmp_path, trackers=trackers).submit()
+    assert job.training_config.mlflow_config is not None
 
 
 def test_every_url_field_of_a_training_config_is_checked() -> None:
