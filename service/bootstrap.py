@@ -17,6 +17,7 @@ from service.adapters.identity.oidc import OidcVerifier
 from service.adapters.jobstores import JOB_STORES
 from service.adapters.launchers import LauncherDeployment, create_launchers
 from service.adapters.links import create_url_signer
+from service.adapters.resolver import SystemResolver
 from service.adapters.secrets import SECRET_STORES
 from service.adapters.secrets.local import load_or_create_key
 from service.core.access.audit import AuditLog
@@ -31,8 +32,9 @@ from service.core.launchers import LauncherPool
 from service.core.ports import Buckets, Hub, JobStore, SecretStore
 from service.core.principals import UPKEEP_PRINCIPAL
 from service.core.tokens import TokenSigner
+from service.core.validation.egress import EgressCheck
 from service.core.validation.hub import NoHub
-from service.settings import Settings, attempt_variables, check_renamed_variables, inherited_variables
+from service.settings import Settings, attempt_variables, check_renamed_variables, egress_policy, inherited_variables
 from storage.registry import STORES, open_store
 
 
@@ -97,6 +99,7 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
         hub=hub,
         trackers=settings.trackers,
         attempt_variables=attempt_variables(settings),
+        egress=EgressCheck(egress_policy(settings), SystemResolver()),
     )
     datasets = Datasets(
         store=store,
