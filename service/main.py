@@ -38,12 +38,11 @@ ROUTERS = (
 DESCRIPTION = "One HTTP request becomes a fine-tuned model."
 
 
-def create_app(
-    settings: Settings | None = None, clock: Callable[[], datetime] | None = None, *, holds_home_lock: bool = False
-) -> FastAPI:
+def create_app(settings: Settings | None = None, clock: Callable[[], datetime] | None = None, *, holds_home_lock: bool = False) -> FastAPI:
     """The ASGI app. Nothing runs before its lifespan begins. `clock` defaults to the machine's clock.
 
-    The lifespan locks the home folder, unless the caller holds the lock for as long as the app runs. Raises ValueError for a setting that names an unknown adapter.
+    The lifespan locks the home folder, unless the caller holds the lock for as long as the app runs. Raises ValueError for a setting
+    that names an unknown adapter.
     """
     settings = settings or Settings()  # pyright: ignore[reportCallIssue]  # pydantic fills them from the environment
     check_adapters(settings)

@@ -67,15 +67,17 @@ class Settings(BaseSettings):
     )
     allowed_origins: CommaList = Field(
         (),
-        description="Origins whose web pages may call the API from a browser, by comma: `https://dashboard.example.com`. Default: only pages "
-        "of this service.",
+        description="Origins whose web pages may call the API from a browser, by comma: `https://dashboard.example.com`. "
+        "Default: only pages of this service.",
     )
     trusted_proxies: CommaList = Field(
         (),
         description="Addresses or networks of reverse proxies, by comma, whose X-Forwarded-For and X-Forwarded-Proto are believed; `*`: "
         "whoever connects, where nobody but the proxy can. Default: none.",
     )
-    max_header_bytes: int = Field(32 << 10, ge=1 << 10, description="Largest header of a request, in bytes; longer ones are answered with 431.")
+    max_header_bytes: int = Field(
+        32 << 10, ge=1 << 10, description="Largest header of a request, in bytes; longer ones are answered with 431."
+    )
     header_timeout_s: float = Field(10.0, gt=0, description="Seconds in which the header of a request must arrive.")
     keep_alive_s: float = Field(5.0, gt=0, description="Seconds that a connection stays open between two requests.")
     body_timeout_s: float = Field(
@@ -88,7 +90,9 @@ class Settings(BaseSettings):
         "Default: as many as the process may have files, less 256, at most 16384.",
     )
     max_concurrent_uploads: int = Field(
-        2, ge=1, description="Datasets that are checked at the same time. Four times as many wait; more are answered with 503 and Retry-After."
+        2,
+        ge=1,
+        description="Datasets that are checked at the same time. Four times as many wait; more are answered with 503 and Retry-After.",
     )
     otlp_endpoint: str | None = Field(
         None,
