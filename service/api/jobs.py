@@ -65,7 +65,6 @@ def list_jobs(
 @limits(can_conflict=True, audited=True)  # an unfinished job has no files
 def get_download_links(
     job_id: Id,
-    request: Request,
     services: ServicesDep,
     principal: PrincipalDep,
     artifact: Annotated[
@@ -74,7 +73,7 @@ def get_download_links(
 ) -> DownloadResponse:
     """Short-lived links to the files of an artifact."""
     chosen, links = services.jobs.queries.create_download_links(principal, job_id, artifact)
-    base = str(services.settings.public_url or request.base_url).rstrip("/")
+    base = services.settings.url.rstrip("/")  # not from the request, whose header Host anybody can choose
     files = [
         FileLink(
             path=file.path or chosen.key.rpartition("/")[2],
