@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive
 
 from service.api.errors import error_response
+from service.api.json_body import JsonRequest
 from storage.deadline import deadline
 
 REQUEST_TIMEOUT_S = 4.0  # of the promised five; the rest is for a busy instance itself
@@ -87,7 +88,7 @@ class LimitedRoute(APIRoute):
                 if declared_bytes.isdecimal() and int(declared_bytes) > max_bytes:
                     raise BodyTooLarge
                 with deadline(route_limits.timeout_s) if route_limits.timeout_s is not None else nullcontext():
-                    return await handle(Request(request.scope, _Body(request.receive, max_bytes).receive))
+                    return await handle(JsonRequest(request.scope, _Body(request.receive, max_bytes).receive))
             except BodyTooLarge:
                 message = f"the body is larger than {max_bytes} bytes, the limit of this path"
                 return error_response(413, "too_large", message, route_limits.body_hint)
