@@ -9,7 +9,6 @@ from schema.checkpoint import CheckpointReason
 from schema.job import Artifact, EvalMetrics, Failure, Gate, Progress, Sample, Status
 from schema.types import Phase
 
-
 MAX_SEQ = 2**53  # the largest integer that every JSON parser keeps exact
 
 

@@ -8,6 +8,7 @@ TunesmithError
 ├── Conflict 409            the resource's state does not allow it
 │   ├── StaleRevision 409   another writer changed the record first
 │   ├── Fenced 409          the attempt is no longer the current one
+│   ├── UnreadableRecord 409  the stored record is damaged; it can only be deleted
 │   └── IdempotencyConflict 409
 ├── Unauthorized 401
 ├── Forbidden 403           the caller lacks a scope
@@ -92,6 +93,12 @@ class Fenced(Conflict):
     """The attempt is not the current one, or belongs to another process."""
 
     code = "fenced"
+
+
+class UnreadableRecord(Conflict):
+    """The stored record cannot be read."""
+
+    code = "unreadable_record"
 
 
 class IdempotencyConflict(Conflict):

@@ -62,7 +62,9 @@ def test_value_that_cannot_be_stored_is_rejected_with_its_place(
 
 
 @pytest.mark.parametrize("path", ["/train", "/jobs/x/clone", "/jobs/x/retry", "/internal/cleanup"])
-@pytest.mark.parametrize("content", [b"[" * 100_000, b"[" * 250 + b"]" * 250, b'{"a":' * 900 + b"1" + b"}" * 900, b"9" * 5000, b"\xff\xfe{"])
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b"[" * 250 + b"]" * 250, b'{"a":' * 900 + b"1" + b"}" * 900, b"9" * 5000, b"\xff\xfe{"]
+)
 def test_hostile_body_is_a_client_error_at_every_route(readonly_client: TestClient, path: str, content: bytes) -> None:
     response = readonly_client.post(path, content=content, headers=JSON_HEADERS)
     assert 400 <= response.status_code < 500
