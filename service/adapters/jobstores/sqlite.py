@@ -202,7 +202,8 @@ class SqliteJobStore:
         condition = "AND (created_at, dataset_id) < (?, ?)" if after else ""
         position = decode_cursor(after) if after else ()
         rows = self._database.read(
-            f"SELECT dataset_id, created_at, record FROM datasets WHERE tenant_id = ? {condition} ORDER BY created_at DESC, dataset_id DESC LIMIT ?",  # noqa: S608  # the clause is a constant
+            "SELECT dataset_id, created_at, record FROM datasets "  # noqa: S608  # the clause is a constant
+            f"WHERE tenant_id = ? {condition} ORDER BY created_at DESC, dataset_id DESC LIMIT ?",
             tenant_id,
             *position,
             limit + 1,
