@@ -14,7 +14,7 @@ from schema.version import VERSION
 from service.api import capabilities, datasets, errors, files, health, internal, jobs, openapi, root, train
 from service.api.attempt_identity import AttemptIdentityMiddleware
 from service.api.health import make_health_checks
-from service.api.stream import Feeds, run_in_thread
+from service.api.stream import Feeds, FollowerLimits, run_in_thread
 from service.bootstrap import Services, build_services, check_adapters
 from service.core.errors import Unavailable
 from service.core.principals import UPKEEP_PRINCIPAL
@@ -69,7 +69,11 @@ def _make_operation_id(route: APIRoute) -> str:
 async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     services = await run_in_thread(build_services, app.state.settings, app.state.clock)
     app.state.services = services
-    app.state.feeds = Feeds(services.jobs.repository, services.settings.event_poll_s)
+    app.state.feeds = Feeds(
+        services.jobs.repository,
+        services.settings.event_poll_s,
+        FollowerLimits(services.settings.max_followers, services.settings.max_followers_per_job),
+    )
     app.state.health_checks = make_health_checks(services)
     if services.reconciler is not None:
         services.reconciler.start()

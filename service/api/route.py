@@ -21,7 +21,7 @@ from storage.deadline import deadline
 REQUEST_TIMEOUT_S = 4.0  # of the promised five; the rest is for a busy instance itself
 MAINTENANCE_TIMEOUT_S = 55.0  # the scheduler calls every minute, and a deletion may remove thousands of files
 JSON_BODY_BYTES = 1 << 20  # a training request is some kilobytes
-REPORT_BODY_BYTES = 16 << 20  # a batch of a thousand events
+REPORT_BODY_BYTES = 4 << 20  # a batch of some hundred events; an attempt sends at most 3 MiB at a time
 MULTIPART_SLACK_BYTES = 1 << 16  # boundaries and form fields around a file
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])

@@ -15,6 +15,7 @@ TunesmithError
 ├── TooLarge 413
 ├── Unavailable 503         a part of the service does not answer; try again
 │   ├── RecordTooNew 503    a newer version of Tunesmith wrote the record
+│   ├── TooManyFollowers 503  a client cannot follow a job now
 │   ├── NoCapacity 503      the launcher has no compute for an attempt now; never sent to a caller
 │   └── DiskFull 507
 └── LaunchFailed            the launcher refused an attempt for good; never sent to a caller
@@ -124,6 +125,13 @@ class Unavailable(TunesmithError):
 
 class RecordTooNew(Unavailable):
     """A newer version of Tunesmith wrote the record."""
+
+
+class TooManyFollowers(Unavailable):
+    """Too many clients follow jobs now."""
+
+    code = "too_many_followers"
+    retry_after_s = 10
 
 
 class NoCapacity(Unavailable):
