@@ -25,7 +25,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="TUNESMITH_", extra="ignore", frozen=True)
 
     home: Path = Field(Path("~/.tunesmith"), description="Folder of the records, objects, secrets and logs that are not stored in a cloud.")
-    host: str = Field("127.0.0.1", description="Address to listen on. Without a cloud there is no authentication: keep it on loopback.")
+    host: str = Field("127.0.0.1", description="Address to listen on. Other than loopback, it needs `identity`.")
     port: int = Field(
         8080, ge=0, le=65535, validation_alias=AliasChoices("TUNESMITH_PORT", "PORT"), description="Port to listen on; 0 picks a free one."
     )
@@ -57,6 +57,14 @@ class Settings(BaseSettings):
         description="The Google Cloud project of Firestore and Secret Manager, and of Cloud Run.",
     )
     firestore_database: str = Field("(default)", description="The Firestore database.")
+    identity: str | None = Field(
+        None,
+        description="The rule file that says which identities may call and what they may do (docs/identity.md), or its content as JSON. "
+        "Needed to listen elsewhere than on loopback. Without it, callers are API keys and whoever can read the token in home.",
+    )
+    cloud_run_service: str | None = Field(
+        None, validation_alias="K_SERVICE", description="Set by Cloud Run. `identity` may trust its front end only there."
+    )
     identity_audience: str | None = Field(
         None, description="Audience of an attempt's identity token, where IAM protects the service: the service's https URL."
     )

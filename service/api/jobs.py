@@ -62,7 +62,7 @@ def list_jobs(
 
 
 @router.get("/download/{job_id}")
-@limits(can_conflict=True)  # an unfinished job has no files
+@limits(can_conflict=True, audited=True)  # an unfinished job has no files
 def get_download_links(
     job_id: Id,
     request: Request,
