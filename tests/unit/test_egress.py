@@ -7,13 +7,13 @@ from httpx2 import Response
 from pydantic import ValidationError
 from starlette.testclient import TestClient
 
-from schema.egress import EgressPolicy, EgressRefused, allow_rule_of, parse_allow_rule, parse_url
+from schema.egress import EGRESS_VARIABLE, EgressPolicy, EgressRefused, allow_rule_of, parse_allow_rule, parse_url
 from schema.requests import CloneRequest
 from schema.training import TRAINER_TYPES
 from service.core.errors import InvalidRequest
 from service.core.jobs.trackers import DeploymentTrackers
 from service.core.validation.egress import URL_FIELDS, EgressCheck
-from service.settings import Settings, egress_policy
+from service.settings import Settings, attempt_variables, egress_policy
 from tests.factories import make_config, make_grpo_config
 from tests.unit.api_harness import get_error, run_test_service, upload
 from tests.unit.egress_targets import ALLOWED_URLS, HOSTILE_NAMES, HOSTILE_URLS, LOOPBACK_URLS, METADATA_URLS, UNSPECIFIED_URLS
@@ -196,7 +196,9 @@ def test_loopback_is_allowed_only_where_all_is_on_one_machine(settings: dict[str
 def test_settings_make_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNESMITH_EGRESS_ALLOW", "10.2.0.0/16, *.corp.example")
     monkeypatch.setenv("TUNESMITH_TRACKERS", '{"mlflow_config": {"tracking_uri": "http://mlflow:5000"}}')
-    policy = egress_policy(Settings(port=8123, public_url="http://10.2.0.9:9000"))  # type: ignore[call-arg]
+    settings = Settings(port=8123, public_url="http://10.2.0.9:9000")  # type: ignore[call-arg]
+    policy = egress_policy(settings)
+    assert EgressPolicy.load(attempt_variables(settings)[EGRESS_VARIABLE]) == policy
     assert policy.allow == ("10.2.0.0/16", "*.corp.example", "mlflow:5000")
     assert policy.own_ports == (8123, 9000)
     assert {"127.0.0.1", "10.2.0.9"} <= set(policy.own_addresses)
