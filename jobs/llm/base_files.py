@@ -41,6 +41,7 @@ MAX_TERMS_BYTES = 4 * MEBIBYTE
 TERMS_PATTERN = re.compile(r"(LICENSE|LICENCE|NOTICE|USE_POLICY|[A-Z_-]{0,32}TERMS)[A-Za-z0-9._-]{0,64}", re.IGNORECASE)
 WEIGHTS_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.safetensors")
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+PICKLES_HINT = "use a model with safetensors weights; pickled weights (.bin, .pt) are never loaded"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIGS = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json")
 # What the Hub is asked for: the same names. `*/*` is ignored, so no pattern reaches into a folder.
@@ -84,8 +85,7 @@ class _BaseFiles:
 
     def require_weights(self) -> None:
         if not (self._folder / "config.json").is_file() or not any(self._folder.glob("*.safetensors")):
-            hint = "use a model with safetensors weights; pickled weights (.bin, .pt) are never loaded"
-            raise self._make_failure("has no config.json or no safetensors weights", hint)
+            raise self._make_failure("has no config.json or no safetensors weights", PICKLES_HINT)
 
     def list_files(self) -> Iterator[Path]:
         """The files that are used, each within its size limit and below the root."""
@@ -95,7 +95,10 @@ class _BaseFiles:
                 if name.endswith(".safetensors"):
                     raise self._make_failure(f"has a file of weights with an unusual name: {name[:80]!r}", "rename the model's files")
                 continue
-            resolved = path.resolve()
+            try:
+                resolved = path.resolve()
+            except RuntimeError:  # a link that leads to itself
+                resolved = path
             if not resolved.is_relative_to(self._root):
                 raise self._make_failure(f"has a link that leaves its folder: {name}", "replace the link by the file")
             if not resolved.is_file():
@@ -120,6 +123,8 @@ class _BaseFiles:
         for path in sorted(self._folder.glob("*.safetensors")):
             self._check_header(path)
         if index is None:
+            if not (self._folder / "model.safetensors").is_file():
+                raise self._make_failure(f"has neither model.safetensors nor {INDEX_FILE}", PICKLES_HINT)
             return
         weight_map = index.get("weight_map")
         names = set(weight_map.values()) if isinstance(weight_map, dict) and all(isinstance(n, str) for n in weight_map.values()) else None

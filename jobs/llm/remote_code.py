@@ -23,18 +23,7 @@ CODE_KEYS = frozenset(
         "_experts_implementation_internal",
     }
 )
-AUTO_CLASSES = (
-    "AutoConfig",
-    "AutoFeatureExtractor",
-    "AutoImageProcessor",
-    "AutoModel",
-    "AutoModelForCausalLM",
-    "AutoModelForImageTextToText",
-    "AutoModelForSequenceClassification",
-    "AutoProcessor",
-    "AutoTokenizer",
-    "AutoVideoProcessor",
-)
+AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoProcessor", "AutoTokenizer")  # what llama.cpp's converters use
 
 
 def remove_code_keys(part: Any) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from jobs.llm.base_model import fetch_base
+from jobs.llm.chat_templates import check_chat_template
 from jobs.llm.data.tokenize import TokenizedExample, set_default_chat_template
 from jobs.llm.evaluation.generation import Features
 from jobs.llm.evaluation.prompts import EvalPrompt
@@ -139,6 +140,8 @@ def prepare_training(config: TrainingConfig, context: "JobContext") -> TrainingC
     context.enter_phase("tokenizing")
     tokenizer = load_tokenizer(base_folder, config.base_model_id)
     uses_default_chat_template = set_default_chat_template(tokenizer)
+    if not uses_default_chat_template:
+        check_chat_template(tokenizer, config.base_model_id, splits.values(), context.workdir / "data")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     device_config = detect_device(config, context, base_folder)
