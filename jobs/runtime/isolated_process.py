@@ -1,4 +1,4 @@
-"""`python -m jobs.runtime.isolated_process PROGRAM ARGUMENT…`: replace this process by a program that has no network.
+"""`python isolated_process.py PROGRAM ARGUMENT…`: replace this process by a program that has no network.
 
 On Linux a process may enter a new user namespace with a new network namespace, which holds nothing but an unconfigured loopback. Many
 containers forbid it; the program then keeps the network. The first line of output says which, for the attempt's log.

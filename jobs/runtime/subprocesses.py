@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import jobs
-from jobs.runtime.isolated_process import NETWORK_LINE
+from jobs.runtime import isolated_process
 from jobs.runtime.settings import child_environment
 from schema.base import ForwardCompatible
 
 log = logging.getLogger(__name__)
 
 REPOSITORY = Path(jobs.__file__).parent.parent  # `python -m jobs...` runs from here, wherever the attempt's own folder is
-ISOLATED_PROCESS = "jobs.runtime.isolated_process"
 MAX_MESSAGE_CHARACTERS = 300  # of the last line of a program's output, in an error message
 MAX_LOGGED_CHARACTERS = 4000
 
@@ -40,7 +39,7 @@ def run_program(name: str, command: Sequence[str], cwd: Path = REPOSITORY, timeo
     started = time.monotonic()
     try:
         process = subprocess.run(
-            [sys.executable, "-m", ISOLATED_PROCESS, *command],
+            [sys.executable, "-I", isolated_process.__file__, *command],  # by path, because the program may run in any folder
             cwd=cwd,
             env=child_environment(),
             stdin=subprocess.DEVNULL,
@@ -66,7 +65,9 @@ def run_program(name: str, command: Sequence[str], cwd: Path = REPOSITORY, timeo
 def _split_network_line(output: str) -> tuple[str, str]:
     """Whether the child had a network, which it prints first, and the rest of its output."""
     first, _, rest = output.partition("\n")
-    return (first.removeprefix(NETWORK_LINE), rest) if first.startswith(NETWORK_LINE) else ("unknown", output)
+    if not first.startswith(isolated_process.NETWORK_LINE):  # it was killed before
+        return "unknown", output
+    return first.removeprefix(isolated_process.NETWORK_LINE), rest
 
 
 def run_module(name: str, module: str, *arguments: str | Path, timeout_s: float | None = None) -> None:

@@ -201,7 +201,7 @@ def test_child_processes_get_no_secret_and_no_network(tmp_path: Path, monkeypatc
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     output = tmp_path / "environment"
     code = f"import json, os, pathlib; pathlib.Path({str(output)!r}).write_text(json.dumps(dict(os.environ)))"
-    run_program("child", [sys.executable, "-c", code])
+    run_program("child", [sys.executable, "-c", code], cwd=tmp_path)
     environment = json.loads(output.read_text())
     assert "s3cret" not in environment.values()
     assert environment.items() >= {"HF_HUB_OFFLINE": "1", "HOME": str(tmp_path), "OMP_NUM_THREADS": "3"}.items()
