@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import uvicorn
 from pydantic import ValidationError
 
+from service.adapters.identity.local import LocalToken
+from service.core.access.rules import LOOPBACK_HOSTS
 from service.home import SERVICE_FILE, HomeInUse, lock_home
 from service.http_protocol import ConnectionLimits, GuardedConfig
 from service.main import create_app
@@ -67,6 +69,11 @@ def _load_settings() -> Settings:
 
 def serve(settings: Settings) -> None:
     """Run a service until a signal stops it. Its URL is the first line on standard output. Raises StartError."""
+    if settings.identity is None and settings.host not in LOOPBACK_HOSTS:
+        raise StartError(
+            f"listening on {settings.host} needs identities: everybody on the network could reach the service",
+            "set TUNESMITH_IDENTITY to a rule file (docs/identity.md; `{}` admits API keys only), or listen on 127.0.0.1",
+        )
     try:
         with lock_home(settings.home_folder):
             _serve_in_home(settings)
@@ -84,6 +91,7 @@ def _serve_in_home(settings: Settings) -> None:
             app = create_app(settings, holds_home_lock=True)
         except ValueError as error:
             raise StartError(f"invalid settings: {error}", "docs/settings.md describes all settings") from error
+        LocalToken(settings.home_folder)  # exists before the line below, whose readers use both
         print(settings.url, flush=True)  # scripts read this line
         with _write_service_file(settings):
             config = GuardedConfig(app, _connection_limits(settings, files), backlog=backlog, graceful_shutdown_s=GRACEFUL_SHUTDOWN_S)

@@ -13,8 +13,8 @@ from fastapi_offline import FastAPIOffline
 from starlette.types import ASGIApp
 
 from schema.version import VERSION
-from service.api import capabilities, datasets, docs, errors, files, health, internal, jobs, openapi, root, train
-from service.api.attempt_identity import AttemptIdentityMiddleware
+from service.api import access, capabilities, datasets, docs, errors, files, health, internal, jobs, openapi, root, train
+from service.api.authentication import Authenticator
 from service.api.health import make_health_checks
 from service.api.ingestion import IngestionSlots
 from service.api.middleware import install_front_door
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ROUTERS = (
-    *(part.router for part in (root, docs, train, capabilities, jobs, datasets, files, health, internal)),
+    *(part.router for part in (root, docs, train, capabilities, jobs, datasets, access, files, health, internal)),
     internal.maintenance_router,
 )
 DESCRIPTION = "One HTTP request becomes a fine-tuned model."
@@ -64,8 +64,6 @@ def create_app(settings: Settings | None = None, clock: Callable[[], datetime] |
     app.state.clock = clock
     app.state.telemetry = telemetry
     app.state.holds_home_lock = holds_home_lock
-    if settings.attempt_identity:
-        app.add_middleware(AttemptIdentityMiddleware, email=settings.attempt_identity)
     errors.install(app)
     for router in ROUTERS:
         app.include_router(router)
@@ -108,6 +106,14 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
 async def _run_services(app: FastAPI) -> AsyncGenerator[None]:
     services = await run_in_thread(build_services, app.state.settings, app.state.clock)
     app.state.services = services
+    app.state.authenticator = Authenticator(
+        keys=services.keys,
+        local_token=services.local_token,
+        rules=services.identity_rules,
+        verifier=services.identity_verifier,
+        tokens=services.tokens,
+        attempt_identity=services.settings.attempt_identity,
+    )
     app.state.feeds = Feeds(services.jobs.repository, services.settings.event_poll_s)
     app.state.health_checks = make_health_checks(services)
     app.state.ingestion_slots = IngestionSlots(services.settings.max_concurrent_uploads)
@@ -131,6 +137,8 @@ async def _run_services(app: FastAPI) -> AsyncGenerator[None]:
             await run_in_thread(launcher.close)
         services.hub.close()
         services.secrets.close()
+        services.identity_verifier.close()
+        services.access_store.close()
         services.store.close()
 
 
