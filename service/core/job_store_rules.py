@@ -6,7 +6,8 @@ from typing import Literal
 
 from schema.events import Event, EventBatch, WarningRaised
 from schema.job import Job, Status
-from service.core.ports import Heartbeat, JobEntry, JobSummary
+from service.core.event_store import Heartbeat
+from service.core.ports import JobEntry, JobSummary
 from service.core.stored_json import make_storable
 
 IDEMPOTENCY_TTL = timedelta(hours=24)

@@ -43,7 +43,8 @@ from service.core.errors import (
     Unavailable,
     UnreadableRecord,
 )
-from service.core.ports import IdempotencyKey, JobQuery, JobStore, StoredEvent
+from service.core.event_store import StoredEvent
+from service.core.ports import IdempotencyKey, JobQuery, JobStore
 from service.core.stored_json import MAX_EVENT_BYTES, MAX_RECORD_BYTES, MAX_SAMPLES_EVENT_BYTES
 from tests.factories import START, make_attempt, make_dataset, make_grpo_config, make_job
 

@@ -12,8 +12,9 @@ from schema.job import Job
 from service.adapters.jobstores.cursors import decode_cursor, encode_cursor
 from service.adapters.jobstores.records import RecordReader, load_record
 from service.core.errors import Conflict, IdempotencyConflict, NotFound, StaleRevision
+from service.core.event_store import Heartbeat, StoredEvent
 from service.core.job_store_rules import IDEMPOTENCY_TTL, make_entry, select_new_events, work_state_of
-from service.core.ports import Heartbeat, IdempotencyKey, JobEntry, JobQuery, JobSummary, Page, Row, StoredEvent
+from service.core.ports import IdempotencyKey, JobEntry, JobQuery, JobSummary, Page, Row
 from service.core.stored_json import dump_record, load_event, make_storable
 
 IdempotencyEntry = tuple[IdempotencyKey, str, datetime]  # the key, the id of its job, and when it was created

@@ -16,8 +16,9 @@ from service.adapters.jobstores.cursors import decode_cursor, encode_cursor
 from service.adapters.jobstores.records import Record, RecordReader, format_timestamp, load_progress, load_record
 from service.adapters.jobstores.sqlite_database import SqliteDatabase, index_launchers
 from service.core.errors import Conflict, IdempotencyConflict, NotFound, StaleRevision
+from service.core.event_store import Heartbeat, StoredEvent
 from service.core.job_store_rules import IDEMPOTENCY_TTL, select_new_events
-from service.core.ports import Heartbeat, IdempotencyKey, JobEntry, JobQuery, JobSummary, Page, StoredEvent
+from service.core.ports import IdempotencyKey, JobEntry, JobQuery, JobSummary, Page
 from service.core.stored_json import dump_record, load_event, make_storable
 
 JOB_BY_ID = "SELECT record FROM jobs WHERE job_id = ?"

@@ -5,19 +5,18 @@ from dataclasses import dataclass, replace
 from schema.job import Artifact, ArtifactFile, Gate, Job, Status
 from schema.spec import attempt_name
 from service.core.errors import Conflict, NotFound
+from service.core.event_store import Heartbeat, StoredEvent
 from service.core.jobs.checkpoints import StoredCheckpoint, list_checkpoints
 from service.core.jobs.manifest import write_manifest
 from service.core.jobs.repository import JobRepository
 from service.core.launchers import LauncherPool
 from service.core.ports import (
-    Heartbeat,
     JobQuery,
     JobSummary,
     LogLocator,
     LogPage,
     LogReader,
     Page,
-    StoredEvent,
     UrlSigner,
     Wake,
 )

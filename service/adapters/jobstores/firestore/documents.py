@@ -16,8 +16,9 @@ from schema.dataset import Dataset
 from schema.job import Job, Status
 from service.adapters.jobstores.firestore.database import Fields, Snapshot
 from service.adapters.jobstores.records import format_timestamp
+from service.core.event_store import Heartbeat
 from service.core.job_store_rules import IDEMPOTENCY_TTL, work_state_of
-from service.core.ports import Heartbeat, IdempotencyKey, JobEntry, JobSummary
+from service.core.ports import IdempotencyKey, JobEntry, JobSummary
 from service.core.stored_json import dump_record
 
 FILTERS = ("status", "project_id", "modality", "trainer_type")

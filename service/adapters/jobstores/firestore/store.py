@@ -60,8 +60,9 @@ from service.adapters.jobstores.firestore.events import (
 )
 from service.adapters.jobstores.records import Record, RecordReader, load_record
 from service.core.errors import Conflict, IdempotencyConflict, NotFound, StaleRevision
+from service.core.event_store import Heartbeat, StoredEvent
 from service.core.job_store_rules import IDEMPOTENCY_TTL, select_new_events
-from service.core.ports import Heartbeat, IdempotencyKey, JobEntry, JobQuery, JobSummary, Page, StoredEvent
+from service.core.ports import IdempotencyKey, JobEntry, JobQuery, JobSummary, Page
 from service.core.stored_json import make_storable
 from storage.deadline import deadline
 
