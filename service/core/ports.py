@@ -34,6 +34,14 @@ class JobSummary:
 
 
 @dataclass(frozen=True)
+class JobEntry:
+    """What is indexed beside a job's record, and known when the record cannot be read."""
+
+    tenant_id: str
+    summary: JobSummary
+
+
+@dataclass(frozen=True)
 class JobQuery:
     """Which jobs, newest first. A filter that is None matches every job."""
 
@@ -82,12 +90,16 @@ class Heartbeat:
     next_seq: int
     phase: Phase | None = None
     progress: Progress | None = None
+    stored_events: int = 0  # of all attempts of the job
+    stored_event_bytes: int = 0
+    dropped_events: int = 0  # beyond the limits of a job
 
 
 class JobStore(Protocol):
     """Durable records. Every write is atomic, and durable when the call returns.
 
-    A job's record is changed by compare-and-set on `revision`; there is no other lock.
+    A job's record is changed by compare-and-set on `revision`; there is no other lock. A record that could not be read back is refused
+    with InvalidRequest or TooLarge. Lists skip records that cannot be read, which an earlier or later version wrote.
     Raises Unavailable when the database does not answer.
     """
 
@@ -96,7 +108,11 @@ class JobStore(Protocol):
         ...
 
     def find_job(self, job_id: str) -> Job | None:
-        """The record, or None."""
+        """The record, or None. Raises UnreadableRecord, RecordTooNew."""
+        ...
+
+    def find_job_entry(self, job_id: str) -> JobEntry | None:
+        """What is known of a job without reading its record, or None."""
         ...
 
     def replace_job(self, job: Job, events: Sequence[Event] = ()) -> Job:
@@ -130,8 +146,12 @@ class JobStore(Protocol):
         """Store the events of the batch that are new, and the heartbeat; returns the next seq expected. Can be repeated."""
         ...
 
-    def list_events(self, job_id: str, after: int = 0, limit: int = 500) -> list[StoredEvent]:
-        """Events after a cursor, oldest first."""
+    def list_events(self, job_id: str, after: int = 0, limit: int = 500, max_bytes: int | None = None) -> list[StoredEvent]:
+        """Events after a cursor, oldest first: at most `limit`, and no more once `max_bytes` are reached. Empty only after the last."""
+        ...
+
+    def find_last_cursor(self, job_id: str) -> int:
+        """The cursor of the job's newest event; 0 before the first."""
         ...
 
     def find_heartbeat(self, job_id: str) -> Heartbeat | None:
@@ -143,7 +163,11 @@ class JobStore(Protocol):
         ...
 
     def find_dataset(self, dataset_id: str) -> Dataset | None:
-        """The record, or None."""
+        """The record, or None. Raises UnreadableRecord, RecordTooNew."""
+        ...
+
+    def find_dataset_tenant(self, dataset_id: str) -> str | None:
+        """The tenant of a dataset, without reading its record; None when there is no such dataset."""
         ...
 
     def list_datasets(self, tenant_id: str, limit: int = 50, after: str | None = None) -> Page[Dataset]:
@@ -361,6 +385,14 @@ class HubAccount:
     role: str  # "read", "write", "fineGrained", or a role that the Hub added later
     orgs: Mapping[str, str]  # organization → the user's role in it
     writable: frozenset[str] = frozenset()  # the namespaces and repositories that a fine-grained token may write
+
+
+class HostResolver(Protocol):
+    """Finds the addresses of a host within the caller's deadline."""
+
+    def resolve(self, host: str, port: int) -> tuple[str, ...]:
+        """All addresses; none if the host is not found, or not in time. Never raises."""
+        ...
 
 
 class Hub(Protocol):
