@@ -11,6 +11,7 @@ from schema.events import Event, EventBatch
 from schema.job import Failure, Job, Progress, Status
 from schema.types import Phase
 from service.core.limits import Limits
+from service.core.usage import UsageStore
 from storage import ObjectStore
 
 Row = TypeVar("Row")
@@ -84,7 +85,7 @@ class Heartbeat:
     progress: Progress | None = None
 
 
-class JobStore(Protocol):
+class JobStore(UsageStore, Protocol):
     """Durable records. Every write is atomic, and durable when the call returns.
 
     A job's record is changed by compare-and-set on `revision`; there is no other lock.

@@ -12,6 +12,17 @@ from service.adapters.jobstores.records import load_readable_records, load_recor
 from service.core.errors import Conflict, IdempotencyConflict, NotFound, StaleRevision
 from service.core.job_store_rules import IDEMPOTENCY_TTL, select_new_events, summarize_job
 from service.core.ports import Heartbeat, IdempotencyKey, JobQuery, JobSummary, Page, Row, StoredEvent
+from service.core.usage import (
+    STORED,
+    JobState,
+    Usage,
+    UsageEntry,
+    dataset_bytes_key,
+    dataset_entry,
+    iter_job_entries,
+    job_bytes_key,
+    statuses_of,
+)
 
 IdempotencyEntry = tuple[IdempotencyKey, str, datetime]  # the key, the id of its job, and when it was created
 
@@ -25,6 +36,7 @@ class MemoryJobStore:
         self._heartbeats: dict[str, Heartbeat] = {}
         self._datasets: dict[str, str] = {}  # by id: the dataset's JSON
         self._idempotency_entries: dict[tuple[str, str], IdempotencyEntry] = {}
+        self._usage: dict[tuple[str, str], UsageEntry] = {}  # by period and key
         self._cursor = 0
         self._lock = RLock()
 
@@ -58,6 +70,7 @@ class MemoryJobStore:
                 raise StaleRevision(f"{job.job_id} was changed by another writer")
             updated = job.model_copy(update={"revision": job.revision + 1})
             self._jobs[job.job_id] = updated.model_dump_json()
+            self._usage |= {(entry.period, entry.key): entry for entry in iter_job_entries(updated)}
             for event in events:
                 self._append(job.job_id, 0, updated.revision, updated.updated_at, event)
             return updated
@@ -83,6 +96,7 @@ class MemoryJobStore:
         with self._lock:
             self._events.pop(job_id, None)
             self._heartbeats.pop(job_id, None)
+            self._usage.pop((STORED, job_bytes_key(job_id)), None)
             return self._jobs.pop(job_id, None) is not None
 
     # --- events ------------------------------------------------------------------------------------------------------
@@ -105,6 +119,7 @@ class MemoryJobStore:
 
     def create_dataset(self, dataset: Dataset) -> None:
         self._datasets[dataset.processed_dataset_id] = dataset.model_dump_json()
+        self._usage[STORED, dataset_bytes_key(dataset.processed_dataset_id)] = dataset_entry(dataset)
 
     def find_dataset(self, dataset_id: str) -> Dataset | None:
         text = self._datasets.get(dataset_id)
@@ -117,7 +132,21 @@ class MemoryJobStore:
         return _page(rows, sort_keys, limit, after)
 
     def delete_dataset(self, dataset_id: str) -> bool:
+        self._usage.pop((STORED, dataset_bytes_key(dataset_id)), None)
         return self._datasets.pop(dataset_id, None) is not None
+
+    # --- usage -------------------------------------------------------------------------------------------------------
+
+    def count_jobs(self, tenant_id: str, state: JobState) -> int:
+        return sum(job.tenant_id == tenant_id and job.status in statuses_of(state) for job in self._load_jobs())
+
+    def sum_usage(self, tenant_id: str, period: str) -> Usage:
+        entries = list(self._usage.values())
+        return sum((entry.usage for entry in entries if (entry.tenant_id, entry.period) == (tenant_id, period)), Usage())
+
+    def find_job_by_key(self, tenant_id: str, idempotency_key: str, body_digest: str) -> Job | None:
+        entry = self._idempotency_entries.get((tenant_id, idempotency_key))
+        return self.find_job(entry[1]) if entry and entry[0].body_digest == body_digest else None
 
     # --- the store ---------------------------------------------------------------------------------------------------
 

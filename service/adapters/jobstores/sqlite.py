@@ -17,9 +17,11 @@ from schema.job import Job, Progress, Status
 from service.adapters.jobstores.cursors import decode_cursor, encode_cursor
 from service.adapters.jobstores.records import Record, format_timestamp, load_readable_records, load_record
 from service.adapters.jobstores.sqlite_database import SqliteDatabase, index_launchers
+from service.adapters.jobstores.sqlite_usage import SUM_OF_PERIOD, delete_usage, load_sum, write_usage
 from service.core.errors import Conflict, IdempotencyConflict, NotFound, StaleRevision
 from service.core.job_store_rules import IDEMPOTENCY_TTL, select_new_events
 from service.core.ports import Heartbeat, IdempotencyKey, JobQuery, JobSummary, Page, StoredEvent
+from service.core.usage import STORED, JobState, Usage, dataset_bytes_key, dataset_entry, iter_job_entries, job_bytes_key, statuses_of
 
 JOB_BY_ID = "SELECT record FROM jobs WHERE job_id = ?"
 WORK_OF_LAUNCHER = (
@@ -85,6 +87,7 @@ class SqliteJobStore:
                     raise StaleRevision(f"{job.job_id} was changed by another writer")
                 raise NotFound(f"no job {job.job_id!r}")
             index_launchers(db, updated)
+            write_usage(db, iter_job_entries(updated))
             for event in events:
                 _append_event(db, updated.job_id, 0, updated.revision, updated.updated_at, event)
         return updated
@@ -134,6 +137,8 @@ class SqliteJobStore:
             db.execute("DELETE FROM events WHERE job_id = ?", (job_id,))
             db.execute("DELETE FROM heartbeats WHERE job_id = ?", (job_id,))
             db.execute("DELETE FROM job_launchers WHERE job_id = ?", (job_id,))
+            for (tenant_id,) in db.execute("SELECT tenant_id FROM jobs WHERE job_id = ?", (job_id,)).fetchall():
+                delete_usage(db, tenant_id, STORED, job_bytes_key(job_id))
             return db.execute("DELETE FROM jobs WHERE job_id = ?", (job_id,)).rowcount > 0
 
     # --- events ------------------------------------------------------------------------------------------------------
@@ -172,6 +177,7 @@ class SqliteJobStore:
         with self._database.transaction() as db:
             values = (dataset.processed_dataset_id, dataset.tenant_id, format_timestamp(dataset.created_at), dataset.model_dump_json())
             db.execute("INSERT INTO datasets VALUES (?, ?, ?, ?)", values)
+            write_usage(db, [dataset_entry(dataset)])
 
     def find_dataset(self, dataset_id: str) -> Dataset | None:
         return _load_first(self._database.read("SELECT record FROM datasets WHERE dataset_id = ?", dataset_id), Dataset)
@@ -191,7 +197,24 @@ class SqliteJobStore:
 
     def delete_dataset(self, dataset_id: str) -> bool:
         with self._database.transaction() as db:
+            for (tenant_id,) in db.execute("SELECT tenant_id FROM datasets WHERE dataset_id = ?", (dataset_id,)).fetchall():
+                delete_usage(db, tenant_id, STORED, dataset_bytes_key(dataset_id))
             return db.execute("DELETE FROM datasets WHERE dataset_id = ?", (dataset_id,)).rowcount > 0
+
+    # --- usage -------------------------------------------------------------------------------------------------------
+
+    def count_jobs(self, tenant_id: str, state: JobState) -> int:
+        statuses = statuses_of(state)
+        marks = ", ".join("?" * len(statuses))
+        return self._database.read(f"SELECT count(*) FROM jobs WHERE tenant_id = ? AND status IN ({marks})", tenant_id, *statuses)[0][0]  # noqa: S608  # question marks
+
+    def sum_usage(self, tenant_id: str, period: str) -> Usage:
+        return load_sum(self._database.read(SUM_OF_PERIOD, tenant_id, period))
+
+    def find_job_by_key(self, tenant_id: str, idempotency_key: str, body_digest: str) -> Job | None:
+        query = "SELECT job_id FROM idempotency WHERE tenant_id = ? AND key = ? AND body_digest = ?"
+        rows = self._database.read(query, tenant_id, idempotency_key, body_digest)
+        return self.find_job(rows[0][0]) if rows else None
 
     # --- the database ------------------------------------------------------------------------------------------------
 
