@@ -14,10 +14,12 @@ from schema.version import VERSION
 from service.api import capabilities, datasets, errors, files, health, internal, jobs, openapi, root, train
 from service.api.attempt_identity import AttemptIdentityMiddleware
 from service.api.health import make_health_checks
+from service.api.rate_limits import RateLimiter
 from service.api.stream import Feeds, run_in_thread
 from service.bootstrap import Services, build_services, check_adapters
 from service.core.errors import Unavailable
 from service.core.principals import UPKEEP_PRINCIPAL
+from service.core.rate_limits import parse_rate_limits
 from service.logs import configure_logging
 from service.settings import Settings
 
@@ -51,6 +53,7 @@ def create_app(settings: Settings | None = None, clock: Callable[[], datetime] |
     )
     app.state.settings = settings
     app.state.clock = clock
+    app.state.rate_limiter = RateLimiter(parse_rate_limits(settings.rate_limits))
     if settings.attempt_identity:
         app.add_middleware(AttemptIdentityMiddleware, email=settings.attempt_identity)
     errors.install(app)

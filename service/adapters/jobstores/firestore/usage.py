@@ -55,5 +55,5 @@ def _scope(tenant_id: str, period: str) -> str:
 
 def _run(database: Database, query: AggregationQuery) -> float:
     """The value of a query with one aggregation. Raises Unavailable."""
-    answer = database.run_with_retry(lambda: query.get(retry=NO_RETRIES, timeout=remaining_s(RPC_TIMEOUT_S)))
-    return float(answer[0][0].value)
+    results = database.run_with_retry(lambda: list(query.stream(retry=NO_RETRIES, timeout=remaining_s(RPC_TIMEOUT_S))))
+    return float(results[0][0].value)

@@ -1,0 +1,97 @@
+"""Rate limits of callers, enforced after authentication and before the body is read, and of failed authentications by address.
+
+Counted in the memory of the process: with several instances a caller has the limit at each of them.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from ipaddress import IPv6Address, ip_address
+
+from fastapi import Request
+from limits import RateLimitItem
+from limits.storage import MemoryStorage
+from limits.strategies import MovingWindowRateLimiter
+
+from service.core.errors import TooManyRequests
+from service.core.principals import LOCAL_PRINCIPAL, Principal, Scope
+from service.core.rate_limits import RateKind
+
+IPV6_NETWORK_BITS = 64  # what one customer of a network gets at least: single addresses of it cost nothing
+
+
+class RateLimiter:
+    """Counts requests of principals and failed authentications of addresses, each in a moving window."""
+
+    def __init__(self, rates: Mapping[RateKind, RateLimitItem]) -> None:
+        self._rates = rates
+        self._limiter = MovingWindowRateLimiter(MemoryStorage())
+
+    def check(self, principal: Principal, kind: RateKind) -> dict[str, str]:
+        """Count a request; returns the headers that describe the limit. Raises TooManyRequests.
+
+        Without limits are attempts, which the service itself has started, and the caller of a service that has no identities.
+        """
+        is_local = (principal.tenant_id, principal.subject) == (LOCAL_PRINCIPAL.tenant_id, LOCAL_PRINCIPAL.subject)
+        if is_local or Scope.ATTEMPT in principal.scopes:
+            return {}
+        return self._hit(kind, (principal.tenant_id, principal.subject), f"{kind} requests of {principal.subject}")
+
+    def check_address(self, address: str) -> None:
+        """Raise TooManyRequests for an address whose requests have failed to authenticate too often. Counts nothing."""
+        rate = self._rates.get("failed_auth")
+        if rate is not None and not self._limiter.test(rate, "failed_auth", _network_of(address)):
+            raise self._exceeded(rate, ("failed_auth", _network_of(address)), "failed authentications from this address")
+
+    def record_failed_authentication(self, address: str) -> None:
+        """Count a request whose token is missing or not valid."""
+        if rate := self._rates.get("failed_auth"):
+            self._limiter.hit(rate, "failed_auth", _network_of(address))
+
+    def _hit(self, kind: RateKind, caller: tuple[str, ...], what: str) -> dict[str, str]:
+        rate = self._rates.get(kind)
+        if rate is None:
+            return {}
+        key = (kind, *caller)
+        if not self._limiter.hit(rate, *key):
+            raise self._exceeded(rate, key, what)
+        return self._headers(rate, key)
+
+    def _exceeded(self, rate: RateLimitItem, key: tuple[str, ...], what: str) -> TooManyRequests:
+        headers = self._headers(rate, key)
+        headers["Retry-After"] = headers["RateLimit-Reset"]
+        message = f"too many {what}: at most {rate.amount} in {rate.get_expiry()} seconds"
+        return TooManyRequests(message, hint=f"try again in {headers['Retry-After']} seconds", headers=headers)
+
+    def _headers(self, rate: RateLimitItem, key: tuple[str, ...]) -> dict[str, str]:
+        """The state of a limit. `RateLimit-Reset`: seconds until the oldest counted request no longer counts."""
+        stats = self._limiter.get_window_stats(rate, *key)
+        return {
+            "RateLimit-Limit": str(rate.amount),
+            "RateLimit-Remaining": str(max(0, stats.remaining)),
+            "RateLimit-Reset": str(max(1, math.ceil(stats.reset_time - time.time()))),
+        }
+
+
+def check_rate(request: Request, principal: Principal, *, is_upload: bool) -> dict[str, str]:
+    """Count a request of an authenticated caller; returns headers for the response. Raises TooManyRequests. It reads no body."""
+    limiter: RateLimiter = request.app.state.rate_limiter
+    return limiter.check(principal, kind_of(request.method, is_upload=is_upload))
+
+
+def kind_of(method: str, *, is_upload: bool) -> RateKind:
+    """The limit that a request counts toward. `is_upload`: its route takes a file."""
+    if method in ("GET", "HEAD", "OPTIONS"):
+        return "read"
+    return "upload" if is_upload else "write"
+
+
+def _network_of(address: str) -> str:
+    """The address, or its network where an address alone says little. A name that is no address stays as it is."""
+    try:
+        parsed = ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(parsed, IPv6Address):
+        return str(parsed.ipv4_mapped) if parsed.ipv4_mapped else str(int(parsed) >> (128 - IPV6_NETWORK_BITS))
+    return str(parsed)
