@@ -3,6 +3,7 @@
 Counted in the memory of the process: with several instances a caller has the limit at each of them.
 """
 
+import json
 import math
 import time
 from collections.abc import Mapping
@@ -35,37 +36,34 @@ class RateLimiter:
         is_local = (principal.tenant_id, principal.subject) == (LOCAL_PRINCIPAL.tenant_id, LOCAL_PRINCIPAL.subject)
         if is_local or Scope.ATTEMPT in principal.scopes:
             return {}
-        return self._hit(kind, (principal.tenant_id, principal.subject), f"{kind} requests of {principal.subject}")
+        rate = self._rates.get(kind)
+        if rate is None:
+            return {}
+        key = json.dumps([kind, principal.tenant_id, principal.subject])  # quoted: two pairs of names never read alike
+        if not self._limiter.hit(rate, key):
+            raise self._exceeded(rate, key, f"{kind} requests of {principal.subject}")
+        return self._headers(rate, key)
 
     def check_address(self, address: str) -> None:
         """Raise TooManyRequests for an address whose requests have failed to authenticate too often. Counts nothing."""
         rate = self._rates.get("failed_auth")
-        if rate is not None and not self._limiter.test(rate, "failed_auth", _network_of(address)):
-            raise self._exceeded(rate, ("failed_auth", _network_of(address)), "failed authentications from this address")
+        if rate is not None and not self._limiter.test(rate, _network_of(address)):
+            raise self._exceeded(rate, _network_of(address), "failed authentications from this address")
 
     def record_failed_authentication(self, address: str) -> None:
         """Count a request whose token is missing or not valid."""
         if rate := self._rates.get("failed_auth"):
-            self._limiter.hit(rate, "failed_auth", _network_of(address))
+            self._limiter.hit(rate, _network_of(address))
 
-    def _hit(self, kind: RateKind, caller: tuple[str, ...], what: str) -> dict[str, str]:
-        rate = self._rates.get(kind)
-        if rate is None:
-            return {}
-        key = (kind, *caller)
-        if not self._limiter.hit(rate, *key):
-            raise self._exceeded(rate, key, what)
-        return self._headers(rate, key)
-
-    def _exceeded(self, rate: RateLimitItem, key: tuple[str, ...], what: str) -> TooManyRequests:
+    def _exceeded(self, rate: RateLimitItem, key: str, what: str) -> TooManyRequests:
         headers = self._headers(rate, key)
         headers["Retry-After"] = headers["RateLimit-Reset"]
         message = f"too many {what}: at most {rate.amount} in {rate.get_expiry()} seconds"
         return TooManyRequests(message, hint=f"try again in {headers['Retry-After']} seconds", headers=headers)
 
-    def _headers(self, rate: RateLimitItem, key: tuple[str, ...]) -> dict[str, str]:
+    def _headers(self, rate: RateLimitItem, key: str) -> dict[str, str]:
         """The state of a limit. `RateLimit-Reset`: seconds until the oldest counted request no longer counts."""
-        stats = self._limiter.get_window_stats(rate, *key)
+        stats = self._limiter.get_window_stats(rate, key)
         return {
             "RateLimit-Limit": str(rate.amount),
             "RateLimit-Remaining": str(max(0, stats.remaining)),

@@ -16,6 +16,7 @@ from service.core.spending import MAX_RESERVE_SHARE, estimate_stop_s
 from service.core.usage import STORED, Usage
 
 USAGE_MAX_AGE = timedelta(seconds=10)  # of a sum that running jobs are checked against: each report asks for it
+NEW_ATTEMPT_S = 70.0  # room for a new attempt: as long to work as it takes to stop
 MAX_ACTIVE_JOBS = 1000  # of all tenants, whose running attempts are added to a tenant's usage
 
 
@@ -60,7 +61,7 @@ class QuotaChecks:
                 hint = "wait until one starts, or cancel or pause one"
                 raise _exceeded("max_queued_jobs", tenant_id, str(quotas.max_queued_jobs), f"{queued} jobs are queued", hint)
         self.check_upload(tenant_id)
-        if (reason := self.find_reached_quota(tenant_id, rates, use_cache=False)) is not None:
+        if (reason := self.find_reached_quota(tenant_id, rates, starts=True, use_cache=False)) is not None:
             raise self._month_exceeded(tenant_id, reason)
 
     def check_upload(self, tenant_id: str, size_bytes: int = 0) -> None:
@@ -79,14 +80,22 @@ class QuotaChecks:
         most = self._quotas.of(tenant_id).max_running_jobs
         return None if most is None else most - self._store.count_jobs(tenant_id, "active")
 
-    def find_reached_quota(self, tenant_id: str, rates: Sequence[ComputeRate], *, use_cache: bool = True) -> PauseReason | None:
-        """The quota of this month that the tenant would exceed by compute at one of these rates. Raises Unavailable."""
+    def find_reached_quota(
+        self, tenant_id: str, rates: Sequence[ComputeRate], *, starts: bool = False, use_cache: bool = True
+    ) -> PauseReason | None:
+        """The quota of this month that the tenant would exceed by compute at one of these rates. Raises Unavailable.
+
+        Running compute must have time to stop; compute that `starts` must also have some to work.
+        """
         quotas = self._quotas.of(tenant_id)
         gpu_hours = quotas.max_gpu_hours_per_month if any(rate.gpus for rate in rates) else None
         cost_usd = quotas.max_cost_usd_per_month if any(rate.usd_per_hour for rate in rates) else None
         if gpu_hours is None and cost_usd is None:
             return None
         used, reserve = self._sum_usage(tenant_id, use_cache=use_cache)
+        if starts:
+            gpu_seconds = NEW_ATTEMPT_S * max(rate.gpus for rate in rates)
+            reserve += Usage(gpu_seconds, NEW_ATTEMPT_S / SECONDS_PER_HOUR * max(rate.usd_per_hour or 0.0 for rate in rates))
         if gpu_hours is not None and _is_reached(used.gpu_seconds, reserve.gpu_seconds, gpu_hours * SECONDS_PER_HOUR):
             return "gpu_hours_quota"
         if cost_usd is not None and _is_reached(used.usd, reserve.usd, cost_usd):
@@ -99,7 +108,7 @@ class QuotaChecks:
         if free_runs is not None and free_runs <= 0:
             most = self._quotas.of(tenant_id).max_running_jobs
             return f"waits for the quota max_running_jobs of tenant {tenant_id!r}: {most} may run at a time"
-        reason = self.find_reached_quota(tenant_id, rates)
+        reason = self.find_reached_quota(tenant_id, rates, starts=True)
         return f"waits for next month: {self._month_exceeded(tenant_id, reason).message}" if reason else None
 
     def _sum_usage(self, tenant_id: str, *, use_cache: bool) -> tuple[Usage, Usage]:
@@ -124,9 +133,15 @@ class QuotaChecks:
         quotas, (used, _) = self._quotas.of(tenant_id), self._sum_usage(tenant_id, use_cache=True)
         hint = "it begins again with the next month (UTC); the operator of the deployment sets it in TUNESMITH_QUOTAS"
         if reason == "gpu_hours_quota":
-            use = f"{used.gpu_seconds / SECONDS_PER_HOUR:.2f} are used"
+            use = f"{used.gpu_seconds / SECONDS_PER_HOUR:.2f} are used, which leaves too little for a job"
             return _exceeded("max_gpu_hours_per_month", tenant_id, f"{quotas.max_gpu_hours_per_month:g}", use, hint)
-        return _exceeded("max_cost_usd_per_month", tenant_id, f"{quotas.max_cost_usd_per_month:g}", f"${used.usd:.2f} are used", hint)
+        return _exceeded(
+            "max_cost_usd_per_month",
+            tenant_id,
+            f"{quotas.max_cost_usd_per_month:g}",
+            f"${used.usd:.2f} are used, which leaves too little for a job",
+            hint,
+        )
 
 
 def _exceeded(name: str, tenant_id: str, value: str, use: str, hint: str) -> QuotaExceeded:

@@ -92,7 +92,7 @@ class Budget:
         if reason is not None:
             self._pause(job, reason)
             return False
-        return self._quotas.find_reached_quota(job.tenant_id, self._rates((placement,))) is None
+        return self._quotas.find_reached_quota(job.tenant_id, self._rates((placement,)), starts=True) is None
 
     def _pause(self, job: Job, reason: PauseReason) -> Job:
         expected = (Status.QUEUED, Status.PREPARING, Status.TRAINING)
