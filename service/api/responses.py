@@ -45,6 +45,7 @@ class JobRow(BaseModel):
     trainer_type: str
     project_id: str | None
     created_at: datetime
+    cost_usd: float | None  # what its compute has cost until now; null: no price is known
 
 
 class JobList(BaseModel):
@@ -253,8 +254,9 @@ class HealthResponse(BaseModel):
     version: str
 
 
-def job_row(summary: JobSummary) -> dict[str, object]:
+def job_row(summary: JobSummary, now: datetime) -> dict[str, object]:
     """A JobRow, as plain values."""
+    usd = summary.cost.until(now).usd
     return {
         "job_id": summary.job_id,
         "job_name": summary.job_name,
@@ -264,6 +266,7 @@ def job_row(summary: JobSummary) -> dict[str, object]:
         "trainer_type": summary.trainer_type,
         "project_id": summary.project_id,
         "created_at": summary.created_at,
+        "cost_usd": None if usd is None else round(usd, 4),
     }
 
 

@@ -5,10 +5,11 @@ The sum never decreases. Months are those of UTC.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
+from schema.base import ForwardCompatible
 from schema.estimate.prices import SECONDS_PER_HOUR
 from schema.job import Attempt, Job
 
@@ -21,10 +22,38 @@ class Spending:
     usd: float | None
 
 
+class JobCost(ForwardCompatible):
+    """What lists store of a job's cost: the sum of its ended attempts, and the attempt that still adds to it."""
+
+    gpu_seconds: float = 0.0
+    usd: float | None = None
+    running: Attempt | None = None
+
+    def until(self, now: datetime) -> Spending:
+        """What the job has used until now."""
+        running = sum_attempts((self.running,) if self.running else (), now)
+        costs = [usd for usd in (self.usd, running.usd) if usd is not None]
+        return Spending(self.gpu_seconds + running.gpu_seconds, math.fsum(costs) if costs else None)
+
+
+def summarize_cost(job: Job) -> JobCost:
+    """The cost of a job, from which it can be computed at any time until its record changes."""
+    ended = [attempt for attempt in job.attempts if attempt.ended_at is not None]
+    running = next((attempt for attempt in job.attempts if attempt.ended_at is None and attempt.rate is not None), None)
+    spent = sum_attempts(ended, job.updated_at)
+    times = running.model_copy(update={"refusals": (), "pending_reason": None}) if running else None
+    return JobCost(gpu_seconds=spent.gpu_seconds, usd=spent.usd, running=times)
+
+
 def sum_spending(job: Job, now: datetime) -> Spending:
     """What the attempts of a job have used until now."""
-    gpu_seconds = math.fsum(_gpu_seconds(attempt, now) for attempt in job.attempts)
-    costs = [usd for attempt in job.attempts if (usd := _usd(attempt, now)) is not None]
+    return sum_attempts(job.attempts, now)
+
+
+def sum_attempts(attempts: Sequence[Attempt], now: datetime) -> Spending:
+    """What attempts have used until now."""
+    gpu_seconds = math.fsum(_gpu_seconds(attempt, now) for attempt in attempts)
+    costs = [usd for attempt in attempts if (usd := _usd(attempt, now)) is not None]
     return Spending(gpu_seconds, math.fsum(costs) if costs else None)
 
 

@@ -5,6 +5,7 @@ from typing import Literal
 
 from schema.events import EventBatch, ReportedEvent
 from schema.job import Job, Status
+from service.core.accrual import summarize_cost
 from service.core.ports import Heartbeat, JobSummary
 
 IDEMPOTENCY_TTL = timedelta(hours=24)
@@ -22,6 +23,7 @@ def summarize_job(job: Job) -> JobSummary:
         trainer_type=job.training_config.trainer_type,
         project_id=job.project_id,
         created_at=job.created_at,
+        cost=summarize_cost(job),
     )
 
 

@@ -10,6 +10,7 @@ from schema.dataset import Dataset
 from schema.events import Event, EventBatch
 from schema.job import Failure, Job, Progress, Status
 from schema.types import Phase
+from service.core.accrual import JobCost
 from service.core.limits import Limits
 from service.core.usage import UsageStore
 from storage import ObjectStore
@@ -32,6 +33,7 @@ class JobSummary:
     trainer_type: str
     project_id: str | None
     created_at: datetime
+    cost: JobCost = field(default_factory=JobCost)  # empty for a record of an earlier version
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import pytest
 
 from schema.job import Artifact, ComputeRate, Job, Status
 from service.adapters.jobstores.sqlite import SqliteJobStore
-from service.core.ports import IdempotencyKey, JobStore
+from service.core.accrual import Spending
+from service.core.ports import IdempotencyKey, JobQuery, JobStore
 from service.core.usage import STORED, Usage
 from tests.contract.test_job_store import store
 from tests.factories import START, make_attempt, make_dataset, make_job
@@ -91,6 +92,20 @@ def test_stored_bytes_are_those_of_datasets_and_artifacts_that_exist(store: JobS
     assert store.sum_usage("other", STORED).stored_bytes == 200
 
 
+def test_list_shows_what_jobs_cost_at_any_moment(store: JobStore) -> None:
+    waiting = store.create_job(make_job("job-1"))
+    running = make_attempt(2, rate=PRICED, launched_at=START + timedelta(seconds=50))
+    job = store.create_job(make_job("job-2", created_at=START + timedelta(seconds=1)))
+    ended = make_ended_job("job-2", 10).attempts
+    store.replace_job(job.model_copy(update={"status": Status.TRAINING, "attempts": (*ended, running)}))
+    listed = {row.job_id: row.cost for row in store.list_jobs(JobQuery("local")).rows}
+    assert listed[waiting.job_id].until(START) == Spending(0.0, None)
+    for seconds, usd in ((50, 0.01), (100, 0.06), (150, 0.11)):
+        assert listed["job-2"].until(START + timedelta(seconds=seconds)).usd == pytest.approx(usd)
+    store.delete_job("job-2")
+    assert [row.job_id for row in store.list_jobs(JobQuery("local")).rows] == ["job-1"]
+
+
 def test_job_is_found_by_the_key_that_created_it(store: JobStore) -> None:
     job = store.create_job(make_job(), IdempotencyKey("key", "digest"))
     assert store.find_job_by_key("local", "key", "digest") == job
@@ -108,9 +123,12 @@ def test_database_of_an_earlier_version_gets_its_usage(tmp_path: Path) -> None:
     earlier.close()
     with sqlite3.connect(path) as db:
         db.execute("DROP TABLE usage")
+        db.execute("DROP TABLE job_costs")
         db.execute("PRAGMA user_version = 3")
     db.close()
     current = SqliteJobStore(path)
     assert current.sum_usage("local", "2026-01").gpu_seconds == pytest.approx(20)
     assert current.sum_usage("local", STORED).stored_bytes == 200
+    [row] = current.list_jobs(JobQuery("local")).rows
+    assert row.cost.until(START).usd == pytest.approx(0.01)
     current.close()

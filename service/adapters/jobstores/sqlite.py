@@ -17,11 +17,12 @@ from schema.job import Job, Progress, Status
 from service.adapters.jobstores.cursors import decode_cursor, encode_cursor
 from service.adapters.jobstores.records import Record, format_timestamp, load_readable_records, load_record
 from service.adapters.jobstores.sqlite_database import SqliteDatabase, index_launchers
-from service.adapters.jobstores.sqlite_usage import SUM_OF_PERIOD, delete_usage, load_sum, write_usage
+from service.adapters.jobstores.sqlite_usage import SUM_OF_PERIOD, delete_job, delete_usage, load_sum, write_job, write_usage
+from service.core.accrual import JobCost
 from service.core.errors import Conflict, IdempotencyConflict, NotFound, StaleRevision
 from service.core.job_store_rules import IDEMPOTENCY_TTL, select_new_events
 from service.core.ports import Heartbeat, IdempotencyKey, JobQuery, JobSummary, Page, StoredEvent
-from service.core.usage import STORED, JobState, Usage, dataset_bytes_key, dataset_entry, iter_job_entries, job_bytes_key, statuses_of
+from service.core.usage import STORED, JobState, Usage, dataset_bytes_key, dataset_entry, statuses_of
 
 JOB_BY_ID = "SELECT record FROM jobs WHERE job_id = ?"
 WORK_OF_LAUNCHER = (
@@ -69,6 +70,7 @@ class SqliteJobStore:
             except sqlite3.IntegrityError as error:
                 raise Conflict(f"{job.job_id} already exists") from error
             index_launchers(db, job)
+            write_job(db, job)
         return job
 
     def find_job(self, job_id: str) -> Job | None:
@@ -87,7 +89,7 @@ class SqliteJobStore:
                     raise StaleRevision(f"{job.job_id} was changed by another writer")
                 raise NotFound(f"no job {job.job_id!r}")
             index_launchers(db, updated)
-            write_usage(db, iter_job_entries(updated))
+            write_job(db, updated)
             for event in events:
                 _append_event(db, updated.job_id, 0, updated.revision, updated.updated_at, event)
         return updated
@@ -102,7 +104,8 @@ class SqliteJobStore:
             clauses.append("(created_at, job_id) < (?, ?)")
             values += decode_cursor(query.after)
         rows = self._database.read(
-            "SELECT job_id, job_name, base_model_id, status, modality, trainer_type, project_id, created_at FROM jobs "  # noqa: S608  # clauses are constants
+            "SELECT job_id, job_name, base_model_id, status, modality, trainer_type, project_id, created_at, "  # noqa: S608  # clauses are constants
+            "(SELECT cost FROM job_costs WHERE job_costs.job_id = jobs.job_id) FROM jobs "
             f"WHERE {' AND '.join(clauses)} ORDER BY created_at DESC, job_id DESC LIMIT ?",
             *values,
             query.limit + 1,
@@ -137,8 +140,7 @@ class SqliteJobStore:
             db.execute("DELETE FROM events WHERE job_id = ?", (job_id,))
             db.execute("DELETE FROM heartbeats WHERE job_id = ?", (job_id,))
             db.execute("DELETE FROM job_launchers WHERE job_id = ?", (job_id,))
-            for (tenant_id,) in db.execute("SELECT tenant_id FROM jobs WHERE job_id = ?", (job_id,)).fetchall():
-                delete_usage(db, tenant_id, STORED, job_bytes_key(job_id))
+            delete_job(db, job_id)
             return db.execute("DELETE FROM jobs WHERE job_id = ?", (job_id,)).rowcount > 0
 
     # --- events ------------------------------------------------------------------------------------------------------
@@ -267,7 +269,6 @@ def _load_heartbeat(rows: list[tuple[Any, ...]]) -> Heartbeat | None:
 
 
 def _load_summary(*row: str) -> JobSummary:
-    job_id, job_name, base_model_id, status, modality, trainer_type, project_id, created_at = row
-    return JobSummary(
-        job_id, job_name, base_model_id, Status(status), modality, trainer_type, project_id, datetime.fromisoformat(created_at)
-    )
+    job_id, job_name, base_model_id, status, modality, trainer_type, project_id, at, cost = row
+    created_at, spent = datetime.fromisoformat(at), JobCost.load(cost) if cost else JobCost()
+    return JobSummary(job_id, job_name, base_model_id, Status(status), modality, trainer_type, project_id, created_at, spent)
