@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping
 from ipaddress import IPv6Address, ip_address
 
-from fastapi import Request
 from limits import RateLimitItem
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
@@ -31,7 +30,7 @@ class RateLimiter:
     def check(self, principal: Principal, kind: RateKind) -> dict[str, str]:
         """Count a request; returns the headers that describe the limit. Raises TooManyRequests.
 
-        Without limits are attempts, which the service itself has started, and the caller of a service that has no identities.
+        Without limits are attempts, which the service itself has started, and whoever has the token of the home folder.
         """
         is_local = (principal.tenant_id, principal.subject) == (LOCAL_PRINCIPAL.tenant_id, LOCAL_PRINCIPAL.subject)
         if is_local or Scope.ATTEMPT in principal.scopes:
@@ -44,16 +43,14 @@ class RateLimiter:
             raise self._exceeded(rate, key, f"{kind} requests of {principal.subject}")
         return self._headers(rate, key)
 
-    def check_address(self, address: str) -> None:
-        """Raise TooManyRequests for an address whose requests have failed to authenticate too often. Counts nothing."""
-        rate = self._rates.get("failed_auth")
-        if rate is not None and not self._limiter.test(rate, _network_of(address)):
-            raise self._exceeded(rate, _network_of(address), "failed authentications from this address")
+    def count_failed_authentication(self, address: str) -> None:
+        """Count a request that names no caller. Raises TooManyRequests for an address with too many of them.
 
-    def record_failed_authentication(self, address: str) -> None:
-        """Count a request whose token is missing or not valid."""
-        if rate := self._rates.get("failed_auth"):
-            self._limiter.hit(rate, _network_of(address))
+        Valid callers of the same address are not affected: there may be many behind one. Processes of this machine have no limit.
+        """
+        rate, network = self._rates.get("failed_auth"), _network_of(address)
+        if rate is not None and network is not None and not self._limiter.hit(rate, network):
+            raise self._exceeded(rate, network, "failed authentications from this address")
 
     def _exceeded(self, rate: RateLimitItem, key: str, what: str) -> TooManyRequests:
         headers = self._headers(rate, key)
@@ -71,12 +68,6 @@ class RateLimiter:
         }
 
 
-def check_rate(request: Request, principal: Principal, *, is_upload: bool) -> dict[str, str]:
-    """Count a request of an authenticated caller; returns headers for the response. Raises TooManyRequests. It reads no body."""
-    limiter: RateLimiter = request.app.state.rate_limiter
-    return limiter.check(principal, kind_of(request.method, is_upload=is_upload))
-
-
 def kind_of(method: str, *, is_upload: bool) -> RateKind:
     """The limit that a request counts toward. `is_upload`: its route takes a file."""
     if method in ("GET", "HEAD", "OPTIONS"):
@@ -84,12 +75,14 @@ def kind_of(method: str, *, is_upload: bool) -> RateKind:
     return "upload" if is_upload else "write"
 
 
-def _network_of(address: str) -> str:
-    """The address, or its network where an address alone says little. A name that is no address stays as it is."""
+def _network_of(address: str) -> str | None:
+    """The address, or its network where an address alone says little; None for this machine and for what is no address."""
     try:
         parsed = ip_address(address)
     except ValueError:
-        return address
+        return None
     if isinstance(parsed, IPv6Address):
-        return str(parsed.ipv4_mapped) if parsed.ipv4_mapped else str(int(parsed) >> (128 - IPV6_NETWORK_BITS))
-    return str(parsed)
+        parsed = parsed.ipv4_mapped or parsed
+    if parsed.is_loopback:
+        return None
+    return str(int(parsed) >> (128 - IPV6_NETWORK_BITS)) if isinstance(parsed, IPv6Address) else str(parsed)

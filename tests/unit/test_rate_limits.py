@@ -2,18 +2,18 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from fastapi import FastAPI, Request, Response
 from starlette.testclient import TestClient
 
-from service.api import errors
-from service.api.rate_limits import RateLimiter, check_rate, kind_of
+from service.api.rate_limits import RateLimiter, kind_of
 from service.core.errors import TooManyRequests
 from service.core.principals import LOCAL_PRINCIPAL, Principal, Scope, attempt_principal
 from service.core.rate_limits import DEFAULT_RATE_LIMITS, parse_rate_limits
 from service.settings import Settings
-from tests.unit.api_harness import get_error
+from tests.local_token import local_headers
+from tests.unit.api_harness import ROWS, get_error, run_test_service, upload
 
 ALICE = Principal("team-a", "alice", frozenset({Scope.JOBS_READ, Scope.JOBS_WRITE}))
 
@@ -23,18 +23,11 @@ def make_limiter(rates: str = "read=3/hour,write=1/hour,upload=1/hour,failed_aut
 
 
 @pytest.fixture
-def limited_client() -> Iterator[TestClient]:
-    """An app whose routes count each request for ALICE before they read its body."""
-    app = FastAPI()
-    app.state.rate_limiter = make_limiter()
-    errors.install(app)
-
-    @app.api_route("/jobs", methods=["GET", "POST"])
-    async def handle(request: Request, response: Response) -> str:  # pyright: ignore[reportUnusedFunction]
-        response.headers.update(check_rate(request, ALICE, is_upload=False))
-        return "answered"
-
-    with TestClient(app, raise_server_exceptions=False) as client:
+def limited_client(tmp_path: Path) -> Iterator[TestClient]:
+    """A service with low limits, called with an API key."""
+    with run_test_service(tmp_path / "home", rate_limits="read=3/hour,write=2/hour,upload=1/hour,failed_auth=2/hour") as client:
+        key = client.post("/keys", json={"name": "ci"}).json()["key"]
+        client.headers["Authorization"] = f"Bearer {key}"
         yield client
 
 
@@ -51,11 +44,27 @@ def test_request_beyond_the_limit_gets_429_in_the_shape_of_errors(limited_client
     response = limited_client.get("/jobs")
     error = get_error(response, 429)
     assert error["code"] == "too_many_requests"
-    assert error["message"] == "too many read requests of alice: at most 3 in 3600 seconds"
+    assert error["message"].startswith("too many read requests of ")
+    assert error["message"].endswith(": at most 3 in 3600 seconds")
     assert response.headers["Retry-After"] == response.headers["RateLimit-Reset"]
     assert response.headers["RateLimit-Remaining"] == "0"
     assert 3500 < int(response.headers["Retry-After"]) <= 3600
-    assert limited_client.post("/jobs").status_code == 200  # another kind of request has its own limit
+    assert limited_client.post("/jobs/unknown/pause").status_code == 404  # another kind of request has its own limit
+
+
+def test_refused_request_writes_no_entry_of_the_audit_log(limited_client: TestClient, tmp_path: Path) -> None:
+    assert [upload(limited_client, ROWS).status_code for _ in range(3)] == [201, 429, 429]
+    entries = limited_client.get("/audit", headers=local_headers(tmp_path / "home")).json()["entries"]
+    assert [entry["status"] for entry in entries if entry["action"] == "upload_dataset"] == [201]
+
+
+def test_too_many_failed_authentications_are_answered_with_429(tmp_path: Path) -> None:
+    with run_test_service(tmp_path / "home", rate_limits="failed_auth=2/hour") as client:
+        remote = TestClient(client.app, raise_server_exceptions=False, client=("192.0.2.7", 50000), base_url=client.base_url)
+        strange = {"Authorization": "Bearer tsk_unknown"}
+        assert [remote.get("/jobs", headers=strange).status_code for _ in range(4)] == [401, 401, 429, 429]
+        assert remote.get("/jobs", headers=dict(client.headers)).status_code == 200  # a valid caller behind the same address
+        assert [client.get("/jobs", headers=strange).status_code for _ in range(4)] == [401] * 4  # from no remote address
 
 
 def test_refused_requests_do_not_prolong_the_wait() -> None:
@@ -104,21 +113,26 @@ def test_kind_that_is_left_out_has_no_limit() -> None:
         ("2001:db8:1:2::1", "2001:db8:1:2:ffff::9", True),  # one customer's network
         ("2001:db8:1:2::1", "2001:db8:1:3::1", False),
         ("::ffff:192.0.2.1", "192.0.2.1", True),
-        ("testclient", "testclient", True),
     ],
 )
 def test_failed_authentications_are_limited_by_network(first: str, second: str, is_shared: bool) -> None:
     limiter = make_limiter()
     for _ in range(2):
-        limiter.check_address(first)
-        limiter.record_failed_authentication(first)
+        limiter.count_failed_authentication(first)
     with pytest.raises(TooManyRequests, match="failed authentications from this address"):
-        limiter.check_address(first)
+        limiter.count_failed_authentication(first)
     if is_shared:
         with pytest.raises(TooManyRequests):
-            limiter.check_address(second)
+            limiter.count_failed_authentication(second)
     else:
-        limiter.check_address(second)
+        limiter.count_failed_authentication(second)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1", "::ffff:127.0.0.1", "a-unix-socket", ""])
+def test_failed_authentications_of_this_machine_have_no_limit(address: str) -> None:
+    limiter = make_limiter()
+    for _ in range(9):
+        limiter.count_failed_authentication(address)
 
 
 def test_kind_of_request_follows_from_method_and_route() -> None:

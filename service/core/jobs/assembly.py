@@ -19,6 +19,7 @@ from service.core.launchers import LauncherPool
 from service.core.ports import Buckets, Hub, JobStore, SecretStore, UrlSigner, Wake
 from service.core.quotas import QuotaChecks, Quotas
 from service.core.tokens import TokenSigner
+from service.core.validation.egress import EgressCheck
 from service.core.validation.hub import NoHub
 
 
@@ -51,6 +52,7 @@ def build_job_services(
     trackers: DeploymentTrackers | None = None,
     attempt_variables: Mapping[str, str] | None = None,
     quotas: QuotaChecks | None = None,
+    egress: EgressCheck | None = None,
 ) -> JobServices:
     """Build the parts. `wake` is called with a job's id whenever its next step can be taken."""
     hub, trackers = hub or NoHub(), trackers or DeploymentTrackers()
@@ -69,6 +71,7 @@ def build_job_services(
             models=models,
             hub=hub,
             trackers=trackers,
+            egress=egress or EgressCheck(),
             random_suffix=random_suffix,
             wake=wake,
         ),
