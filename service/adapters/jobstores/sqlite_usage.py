@@ -8,7 +8,7 @@ from typing import Any
 
 from schema.dataset import Dataset
 from schema.job import Job
-from service.adapters.jobstores.records import load_readable_records
+from service.adapters.jobstores.records import RecordReader
 from service.core.accrual import summarize_cost
 from service.core.usage import STORED, Usage, UsageEntry, dataset_entry, iter_job_entries, job_bytes_key
 
@@ -55,7 +55,8 @@ def load_sum(rows: list[tuple[Any, ...]]) -> Usage:
 
 def fill_usage(db: sqlite3.Connection) -> None:
     """Write the entries of all records, for a database that has none yet."""
-    for job in load_readable_records(Job, (row[0] for row in db.execute("SELECT record FROM jobs").fetchall())):
+    reader = RecordReader()
+    for job in reader.load_readable(Job, db.execute("SELECT job_id, record FROM jobs").fetchall()):
         write_job(db, job)
-    for dataset in load_readable_records(Dataset, (row[0] for row in db.execute("SELECT record FROM datasets").fetchall())):
+    for dataset in reader.load_readable(Dataset, db.execute("SELECT dataset_id, record FROM datasets").fetchall()):
         write_usage(db, [dataset_entry(dataset)])
