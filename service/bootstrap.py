@@ -31,6 +31,7 @@ from service.core.jobs.reconciler import Reconciler
 from service.core.launchers import LauncherPool
 from service.core.ports import Buckets, Hub, JobStore, SecretStore
 from service.core.principals import UPKEEP_PRINCIPAL
+from service.core.quotas import QuotaChecks
 from service.core.tokens import TokenSigner
 from service.core.validation.egress import EgressCheck
 from service.core.validation.hub import NoHub
@@ -75,6 +76,7 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
     secrets = _open_secret_store(settings)
     hub = NoHub() if settings.hf_hub_offline else HuggingFaceHub(settings.hf_endpoint)
     tokens = TokenSigner(_signing_key(settings), clock)
+    quotas = QuotaChecks(store, settings.quotas, clock)
     interval_s, names = settings.reconcile_interval_s, [launcher.name for launcher in launchers]
 
     def reconcile_launcher(name: str) -> int:
@@ -99,6 +101,7 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
         hub=hub,
         trackers=settings.trackers,
         attempt_variables=attempt_variables(settings),
+        quotas=quotas,
         egress=EgressCheck(egress_policy(settings), SystemResolver()),
     )
     datasets = Datasets(
@@ -114,6 +117,7 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
         random_suffix=lambda: token_hex(6),
         scratch=home / "uploads",
         max_incoming_bytes=settings.max_incoming_bytes,
+        quotas=quotas,
         incoming_by_tenant=settings.identity is not None,
     )
     return Services(

@@ -18,10 +18,12 @@ from service.api.authentication import Authenticator
 from service.api.health import make_health_checks
 from service.api.ingestion import IngestionSlots
 from service.api.middleware import install_front_door
+from service.api.rate_limits import RateLimiter
 from service.api.stream import Feeds, FollowerLimits, run_in_thread
 from service.bootstrap import Services, build_services, check_adapters
 from service.core.errors import Unavailable
 from service.core.principals import UPKEEP_PRINCIPAL
+from service.core.rate_limits import parse_rate_limits
 from service.home import lock_home
 from service.logs import configure_logging
 from service.settings import Settings
@@ -62,6 +64,7 @@ def create_app(settings: Settings | None = None, clock: Callable[[], datetime] |
     )
     app.state.settings = settings
     app.state.clock = clock
+    app.state.rate_limiter = RateLimiter(parse_rate_limits(settings.rate_limits))
     app.state.telemetry = telemetry
     app.state.holds_home_lock = holds_home_lock
     errors.install(app)

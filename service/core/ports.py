@@ -9,8 +9,10 @@ from schema.capabilities import EnvironmentManifest
 from schema.dataset import Dataset
 from schema.events import Event
 from schema.job import Failure, Job, Status
+from service.core.accrual import JobCost
 from service.core.event_store import EventStore
 from service.core.limits import Limits
+from service.core.usage import UsageStore
 from storage import ObjectStore
 
 Row = TypeVar("Row")
@@ -31,6 +33,7 @@ class JobSummary:
     trainer_type: str
     project_id: str | None
     created_at: datetime
+    cost: JobCost = field(default_factory=JobCost)  # empty for a record of an earlier version
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class IdempotencyKey:
     body_digest: str
 
 
-class JobStore(EventStore, Protocol):
+class JobStore(EventStore, UsageStore, Protocol):
     """Durable records. Every write is atomic, and durable when the call returns.
 
     A job's record is changed by compare-and-set on `revision`; there is no other lock. A record that could not be read back is refused

@@ -455,7 +455,26 @@ def test_queries_and_indexes_match(store: FirestoreJobStore, monkeypatch: pytest
         indexes = query.find_indexes()
         assert indexes is not None, f"no index for {query}"
         used += indexes
-    assert [index for index in INDEXES["indexes"] if index not in used] == []
+    assert [index for index in INDEXES["indexes"] if index not in used and index["collectionGroup"] != "usage"] == []
+
+
+def test_sums_and_counts_match_indexes(store: FirestoreJobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum is served by an index of the filter and the field, a count by that of the query that it counts."""
+    interceptor = RpcInterceptor(store, "run_aggregation_query", monkeypatch)
+    store.count_jobs("local", "queued")
+    store.count_jobs("local", "active")
+    store.sum_usage("local", "2026-01")
+    needed: list[list[tuple[str, str]]] = []
+    for request in interceptor.requests:
+        aggregation = request["structured_aggregation_query"]
+        query, [wanted] = aggregation.structured_query, aggregation.aggregations
+        order = [(each.field.field_path, each.direction.name) for each in query.order_by]
+        summed = [(wanted.sum.field.field_path, "ASCENDING")] if wanted.sum.field.field_path else []
+        needed.append([(query.where.field_filter.field.field_path, "ASCENDING"), *order, *summed])
+    listed = [index_keys(index) for index in INDEXES["indexes"]]
+    assert [keys for keys in needed if keys not in listed] == []
+    assert [keys for keys in listed if keys[0][0] == "scope" and keys not in needed] == []
+    assert len(needed) == 5
 
 
 def test_query_without_index_is_detected() -> None:
