@@ -18,7 +18,7 @@ from service.api.authentication import Authenticator
 from service.api.health import make_health_checks
 from service.api.ingestion import IngestionSlots
 from service.api.middleware import install_front_door
-from service.api.stream import Feeds, run_in_thread
+from service.api.stream import Feeds, FollowerLimits, run_in_thread
 from service.bootstrap import Services, build_services, check_adapters
 from service.core.errors import Unavailable
 from service.core.principals import UPKEEP_PRINCIPAL
@@ -114,7 +114,11 @@ async def _run_services(app: FastAPI) -> AsyncGenerator[None]:
         tokens=services.tokens,
         attempt_identity=services.settings.attempt_identity,
     )
-    app.state.feeds = Feeds(services.jobs.repository, services.settings.event_poll_s)
+    app.state.feeds = Feeds(
+        services.jobs.repository,
+        services.settings.event_poll_s,
+        FollowerLimits(services.settings.max_followers, services.settings.max_followers_per_job),
+    )
     app.state.health_checks = make_health_checks(services)
     app.state.ingestion_slots = IngestionSlots(services.settings.max_concurrent_uploads)
     telemetry: Telemetry | None = app.state.telemetry

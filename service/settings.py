@@ -154,6 +154,8 @@ class Settings(BaseSettings):
     event_poll_s: float = Field(
         0.1, gt=0, le=60, description="Seconds between two polls for the events of a followed job; each reads the job store."
     )
+    max_followers: int = Field(1000, ge=1, description="How many clients may follow events or logs at the same time.")
+    max_followers_per_job: int = Field(500, ge=1, description="How many clients may follow the events or logs of one job at the same time.")
     log_format: Literal["text", "json"] = Field("text", description="`json` for a log collector.")
 
     secret_manager_emulator_host: str | None = Field(

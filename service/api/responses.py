@@ -22,9 +22,10 @@ from schema.job import (
 )
 from schema.placement import Placement
 from schema.types import Phase
+from service.core.event_store import StoredEvent
 from service.core.jobs.checkpoints import StoredCheckpoint
 from service.core.jobs.queries import JobView
-from service.core.ports import JobSummary, StoredEvent
+from service.core.ports import JobSummary
 
 
 class TrainResponse(BaseModel):

@@ -7,9 +7,9 @@ from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 from schema.capabilities import EnvironmentManifest
 from schema.dataset import Dataset
-from schema.events import Event, EventBatch
-from schema.job import Failure, Job, Progress, Status
-from schema.types import Phase
+from schema.events import Event
+from schema.job import Failure, Job, Status
+from service.core.event_store import EventStore
 from service.core.limits import Limits
 from storage import ObjectStore
 
@@ -31,6 +31,14 @@ class JobSummary:
     trainer_type: str
     project_id: str | None
     created_at: datetime
+
+
+@dataclass(frozen=True)
+class JobEntry:
+    """What is indexed beside a job's record, and known when the record cannot be read."""
+
+    tenant_id: str
+    summary: JobSummary
 
 
 @dataclass(frozen=True)
@@ -62,32 +70,11 @@ class IdempotencyKey:
     body_digest: str
 
 
-@dataclass(frozen=True)
-class StoredEvent:
-    """An event with its position in the job's history. `cursor` grows within the job."""
-
-    cursor: int
-    attempt: int  # 0: written by the service
-    seq: int
-    at: datetime
-    event: Event
-
-
-@dataclass(frozen=True)
-class Heartbeat:
-    """When an attempt last reported, and what: a record of its own, because it is written so often."""
-
-    attempt: int
-    received_at: datetime  # the service's clock
-    next_seq: int
-    phase: Phase | None = None
-    progress: Progress | None = None
-
-
-class JobStore(Protocol):
+class JobStore(EventStore, Protocol):
     """Durable records. Every write is atomic, and durable when the call returns.
 
-    A job's record is changed by compare-and-set on `revision`; there is no other lock.
+    A job's record is changed by compare-and-set on `revision`; there is no other lock. A record that could not be read back is refused
+    with InvalidRequest or TooLarge. Lists skip records that cannot be read, which an earlier or later version wrote.
     Raises Unavailable when the database does not answer.
     """
 
@@ -96,7 +83,11 @@ class JobStore(Protocol):
         ...
 
     def find_job(self, job_id: str) -> Job | None:
-        """The record, or None."""
+        """The record, or None. Raises UnreadableRecord, RecordTooNew."""
+        ...
+
+    def find_job_entry(self, job_id: str) -> JobEntry | None:
+        """What is known of a job without reading its record, or None."""
         ...
 
     def replace_job(self, job: Job, events: Sequence[Event] = ()) -> Job:
@@ -126,24 +117,16 @@ class JobStore(Protocol):
         """Delete the record, its events and its heartbeat. False when there was none."""
         ...
 
-    def append_events(self, job_id: str, attempt: int, batch: EventBatch, now: datetime) -> int:
-        """Store the events of the batch that are new, and the heartbeat; returns the next seq expected. Can be repeated."""
-        ...
-
-    def list_events(self, job_id: str, after: int = 0, limit: int = 500) -> list[StoredEvent]:
-        """Events after a cursor, oldest first."""
-        ...
-
-    def find_heartbeat(self, job_id: str) -> Heartbeat | None:
-        """The last heartbeat of the job's attempts, or None."""
-        ...
-
     def create_dataset(self, dataset: Dataset) -> None:
         """Store a new dataset."""
         ...
 
     def find_dataset(self, dataset_id: str) -> Dataset | None:
-        """The record, or None."""
+        """The record, or None. Raises UnreadableRecord, RecordTooNew."""
+        ...
+
+    def find_dataset_tenant(self, dataset_id: str) -> str | None:
+        """The tenant of a dataset, without reading its record; None when there is no such dataset."""
         ...
 
     def list_datasets(self, tenant_id: str, limit: int = 50, after: str | None = None) -> Page[Dataset]:

@@ -37,9 +37,9 @@ DECLARED_LIMITS = {
     "GET /internal/orphans": (55, MIB),
     "POST /datasets": (None, None),  # the setting max_upload_bytes
     "POST /internal/cleanup": (55, MIB),
-    "POST /internal/jobs/{job_id}/attempts/{attempt}/claim": (4, 16 * MIB),
-    "POST /internal/jobs/{job_id}/attempts/{attempt}/events": (4, 16 * MIB),
-    "POST /internal/jobs/{job_id}/attempts/{attempt}/result": (4, 16 * MIB),
+    "POST /internal/jobs/{job_id}/attempts/{attempt}/claim": (4, 4 * MIB),
+    "POST /internal/jobs/{job_id}/attempts/{attempt}/events": (4, 4 * MIB),
+    "POST /internal/jobs/{job_id}/attempts/{attempt}/result": (4, 4 * MIB),
     "POST /internal/reconcile": (55, MIB),
 }
 
