@@ -4,7 +4,7 @@ import hashlib
 import json
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from google.cloud import storage
 
 from infra.cloud_local import BUCKETS, PROJECT, CloudLocal, run_cloud_local
 from infra.loopback.http_faults import Fault, FaultKind, HttpFaultProxy, run_http_fault_proxy
-from tests.e2e.conftest import BASE, ROWS, SOURCE, TRAINER_PYTHON, TUNESMITH, Json, wait_until
+from tests import waiting
+from tests.e2e.conftest import BASE, ROWS, SOURCE, TRAINER_PYTHON, TUNESMITH, Json
 
 HF_TOKEN = "hf_canary_cloud_91c2"
 CONFIG: Json = {
@@ -88,6 +89,11 @@ def submit_job(http: httpx2.Client, dataset_id: str, config: Json = CONFIG, *, m
 
 def get_job(http: httpx2.Client, job_id: str) -> Json:
     return http.get(f"/jobs/{job_id}").json()
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float) -> None:
+    """Poll rarely enough for the rate limit of a caller."""
+    waiting.wait_until(condition, timeout_s, interval_s=0.3)
 
 
 def wait_until_final(http: httpx2.Client, job_id: str) -> Json:

@@ -206,15 +206,17 @@ def test_incoming_files_of_tenants_are_apart(tmp_path: Path) -> None:
     with run_test_service(tmp_path, identity="{}") as client:
         other = make_headers(client, "submit", tenant_id="other")
         store = get_services(client).buckets.datasets
-        store.write("incoming/local/rows.jsonl", ROWS.encode())
-        store.write("incoming/other/rows.jsonl", ROWS.encode())
-        for key, status in (
-            ("incoming/other/rows.jsonl", 201),
-            ("incoming/local/rows.jsonl", 400),
-            ("incoming/other/../local/rows.jsonl", 400),
-        ):
-            answer = client.post("/datasets", data={"incoming": key}, headers=other)
-            assert answer.status_code == status, answer.text
+        for key in ("incoming/rows.jsonl", "incoming/local/rows.jsonl", "incoming/other/rows.jsonl"):
+            store.write(key, ROWS.encode())
+
+        def import_rows(key: str, headers: dict[str, str]) -> int:
+            return client.post("/datasets", data={"incoming": key}, headers=headers).status_code
+
+        assert import_rows("incoming/other/rows.jsonl", other) == 201
+        for key in ("incoming/rows.jsonl", "incoming/local/rows.jsonl", "incoming/other/../local/rows.jsonl", "incoming/other"):
+            assert import_rows(key, other) == 400, key
+        assert import_rows("incoming/rows.jsonl", {}) == import_rows("incoming/local/rows.jsonl", {}) == 201
+        assert import_rows("incoming/other/rows.jsonl", {}) == 400
 
 
 # --- identities ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT, Dataset, Split
 from service.core.datasets.rows import IngestResult, InvalidRow, RowLimits, SplitStats, ingest
 from service.core.errors import Conflict, InvalidDataset, InvalidRequest, NotFound, RecordTooNew, TooLarge, UnreadableRecord
 from service.core.ports import JobStore, Page
-from service.core.principals import Principal, Scope
+from service.core.principals import LOCAL_TENANT, Principal, Scope
 from service.core.quotas import QuotaChecks
 from storage import InvalidKey, ObjectStore, delete_prefix
 
@@ -98,7 +98,8 @@ class Datasets:
         """
         principal.require(Scope.DATASETS_WRITE)
         prefix = f"{INCOMING_PREFIX}{principal.tenant_id}/" if self._incoming_by_tenant else INCOMING_PREFIX
-        if not key.startswith(prefix):
+        is_at_the_top = principal.tenant_id == LOCAL_TENANT and key.startswith(INCOMING_PREFIX) and key.count("/") == 1
+        if not (key.startswith(prefix) or is_at_the_top):
             raise InvalidRequest(f"{key!r} is not below {prefix} of {self._objects.url}", hint=f"put it at {prefix}", param="incoming")
         try:
             stored = self._objects.stat(key)
