@@ -14,14 +14,12 @@ A stopped attempt writes a result too: the next attempt continues from what it s
 import logging
 import os
 import shutil
-import socket
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from pkgutil import resolve_name
 from typing import Literal, assert_never
-from uuid import uuid4
 
 from jobs.runtime.checkpoints import Checkpoints
 from jobs.runtime.client import ServiceClient
@@ -67,7 +65,6 @@ class Attempt:
         self.out_of_memory_hint = DEFAULT_OUT_OF_MEMORY_HINT  # until the spec names the family
         self._settings = settings
         self._started_at = datetime.now(UTC)
-        self._claimant = f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
         self._client = ServiceClient(settings)
         self._stop = StopController(self._force_finish, on_request=self._refresh_directive)
         self._secrets = Secrets({})
@@ -86,7 +83,7 @@ class Attempt:
     def claim(self) -> None:
         """Take ownership of the attempt. Raises AttemptTaken, ClaimRefused, Stopped."""
         self._stop.install_signal_handlers(self._settings.time_limit_s)
-        response = self._client.claim(self._claimant)
+        response = self._client.claim()
         self._claimed = True
         self._secrets = Secrets(response.secrets)
         log.info("attempt claimed", extra={"job_id": self._settings.job_id, "attempt": self._settings.attempt})
@@ -177,8 +174,8 @@ class Attempt:
             raise Stopped(self._stop.stop_reason)
 
     def redact(self, text: str) -> str:
-        """The text without the job's secrets and the attempt's token."""
-        return self._secrets.redact(text).replace(self._settings.token, "**********")
+        """The text without the job's secrets and the attempt's tokens."""
+        return self._client.redact(self._secrets.redact(text))
 
     def finish(
         self, outcome: Literal["completed", "failed"], *, failure: Failure | None = None, artifacts: tuple[Artifact, ...] = ()
@@ -224,7 +221,7 @@ class Attempt:
         return Result(
             job_id=self._settings.job_id,
             attempt=self._settings.attempt,
-            claimant=self._claimant,
+            claimant=self._client.claimant,
             outcome=outcome,
             yield_reason=reason if reason in ("preempted", "time_slice") else None,
             last_checkpoint_step=checkpoints.saved_step if checkpoints else None,

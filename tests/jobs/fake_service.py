@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
-TOKEN = "attempt-token-0123456789"
+TOKEN = "launch-token-0123456789"
+CLAIM_TOKEN = "attempt-token-0123456789"
 
 
 @dataclass
@@ -15,6 +16,7 @@ class FakeService:
     """Accepts claims, events and results. A test can change every field below at any time."""
 
     claim_status: int = 200
+    token_status: int = 200
     events_status: int = 200
     result_status: int = 204
     claim_directive: str = "continue"
@@ -26,6 +28,10 @@ class FakeService:
     events: list[dict[str, Any]] = field(default_factory=list)  # accepted, in order, once each
     results: list[dict[str, Any]] = field(default_factory=list)
     authorizations: set[str | None] = field(default_factory=set)
+    claimants: set[str | None] = field(default_factory=set)  # the secrets that were sent as headers
+    next_token: str | None = None  # in the answers to events
+    tokens: int = 0  # how many the attempt asked for
+    expired: set[str] = field(default_factory=set)  # the values of `Authorization` that are answered with 401
 
     def __enter__(self) -> Self:
         service = self
@@ -34,9 +40,11 @@ class FakeService:
             protocol_version = "HTTP/1.1"
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
                 service.authorizations.add(self.headers["Authorization"])
-                status, answer = service.answer(self.path.rpartition("/")[2], body)
+                service.claimants.add(self.headers["X-Claimant"])
+                is_expired = self.headers["Authorization"] in service.expired
+                status, answer = (401, {}) if is_expired else service.answer(self.path.rpartition("/")[2], body)
                 content = json.dumps(answer).encode() if status != 204 else b""
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(content)))
@@ -63,7 +71,10 @@ class FakeService:
         match endpoint:
             case "claim":
                 self.claims.append(body["claimant"])
-                return self.claim_status, {"secrets": self.secrets, "directive": self.claim_directive}
+                return self.claim_status, {"secrets": self.secrets, "directive": self.claim_directive, "token": CLAIM_TOKEN}
+            case "token":
+                self.tokens += 1
+                return self.token_status, {"token": f"renewed-token-{self.tokens}"}
             case "events":
                 return self._accept_events(body)
             case _:
@@ -78,4 +89,4 @@ class FakeService:
             return self.events_status, {}
         new = batch["events"][max(0, len(self.events) - batch["first_seq"]) :]
         self.events.extend(new)
-        return 200, {"directive": self.directive, "next_seq": len(self.events)}
+        return 200, {"directive": self.directive, "next_seq": len(self.events), "token": self.next_token}

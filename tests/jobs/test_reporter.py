@@ -3,17 +3,20 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jobs.runtime.client import ServiceClient
+from jobs.runtime.client import Fenced, ServiceClient, ServiceUnavailable
 from jobs.runtime.reporter import Reporter, Spool
 from jobs.runtime.settings import Settings
-from schema.events import CheckpointRestored, CheckpointSaved, CheckpointSkipped, Event, MetricsLogged, PhaseChanged
+from schema.events import CheckpointRestored, CheckpointSaved, CheckpointSkipped, Event, EventBatch, MetricsLogged, PhaseChanged
 from schema.job import Progress
-from tests.jobs.fake_service import TOKEN, FakeService
+from schema.result import Result
+from schema.spec import claimant_id
+from tests.jobs.fake_service import CLAIM_TOKEN, TOKEN, FakeService
 from tests.waiting import wait_until
 
 INTERVAL_S = 0.05
@@ -214,3 +217,61 @@ def test_full_disk_drops_event_without_error(service: FakeService, callbacks: Re
     assert len(spool) == 0
     spool._file.close()
     client._http.close()
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def client(service: FakeService, tmp_path: Path) -> Iterator[ServiceClient]:
+    client = ServiceClient(Settings("job-1", "file:///nowhere", 1, TOKEN, service.url, tmp_path))
+    client.claim()
+    yield client
+    client._http.close()
+
+
+def test_calls_after_the_claim_use_its_token_and_the_claimants_secret(service: FakeService, client: ServiceClient) -> None:
+    client.report(EventBatch(first_seq=0))
+    assert service.authorizations == {f"Bearer {TOKEN}", f"Bearer {CLAIM_TOKEN}"}
+    [secret] = service.claims
+    assert service.claimants == {secret}
+    assert len(secret) == 64
+    assert client.claimant == claimant_id(secret) != secret
+
+
+def test_newest_token_of_an_answer_is_used(service: FakeService, client: ServiceClient) -> None:
+    service.next_token = "newer-token"
+    client.report(EventBatch(first_seq=0))
+    client.report(EventBatch(first_seq=0))
+    assert "Bearer newer-token" in service.authorizations
+    assert client.redact("newer-token") == "**********"
+
+
+def test_expired_token_is_replaced_after_a_long_silence(service: FakeService, client: ServiceClient) -> None:
+    service.expired.add(f"Bearer {CLAIM_TOKEN}")
+    assert client.report(EventBatch(first_seq=0)).directive == "continue"
+    assert (service.tokens, len(service.batches)) == (1, 1)
+    service.expired.add("Bearer renewed-token-1")
+    assert client.finish(make_result(), 2)
+    assert service.tokens == 2
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 409])
+def test_attempt_that_gets_no_new_token_is_fenced(service: FakeService, client: ServiceClient, status: int) -> None:
+    service.expired.add(f"Bearer {CLAIM_TOKEN}")
+    service.token_status = status
+    with pytest.raises(Fenced):
+        client.report(EventBatch(first_seq=0))
+    assert not client.finish(make_result(), 2)
+
+
+def test_renewal_waits_for_an_unavailable_service(service: FakeService, client: ServiceClient) -> None:
+    service.expired.add(f"Bearer {CLAIM_TOKEN}")
+    service.token_status = 503
+    with pytest.raises(ServiceUnavailable):
+        client.report(EventBatch(first_seq=0))
+
+
+def make_result() -> Result:
+    now = datetime.now(UTC)
+    return Result(job_id="job-1", attempt=1, outcome="completed", started_at=now, finished_at=now)

@@ -30,8 +30,8 @@ def test_sweep_destroys_only_leftover_secrets(harness: JobsHarness) -> None:
 
 
 def test_hub_repository_is_deleted_only_on_request_without_foreign_commits(harness: JobsHarness) -> None:
-    job = harness.start_training()
-    push = HubPush(repo_id="ada/tuned", revision="a", url="https://hub")
+    job = harness.start_pushing_to("ada/tuned")
+    push = HubPush(repo_id="ada/tuned", revision="a", url="https://hub/ada/tuned/tree/a")
     harness.finish(harness.write_result(job, artifacts=[make_artifact(job) | {"hub": push}]))
     harness.hub.repositories["ada/tuned"] = ["initial", "a", "of another job"]
     with pytest.raises(InvalidRequest, match="needs a token") as excinfo:
@@ -48,8 +48,8 @@ def test_hub_repository_is_deleted_only_on_request_without_foreign_commits(harne
 
 
 def test_deletion_keeps_hub_repository_by_default(harness: JobsHarness) -> None:
-    job = harness.start_training()
-    push = HubPush(repo_id="ada/tuned", revision="a", url="https://hub")
+    job = harness.start_pushing_to("ada/tuned")
+    push = HubPush(repo_id="ada/tuned", revision="a", url="https://hub/ada/tuned/tree/a")
     harness.finish(harness.write_result(job, artifacts=[make_artifact(job) | {"hub": push}]))
     harness.hub.repositories["ada/tuned"] = ["initial", "a"]
     assert harness.jobs.deletion.delete(PRINCIPAL, job.job_id)

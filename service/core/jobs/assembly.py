@@ -54,7 +54,7 @@ def build_job_services(
     models = buckets.models
     repository = JobRepository(store, secrets, clock)
     control = JobControl(repository, launchers=launchers, trackers=trackers, wake=wake)
-    attempts = Attempts(repository, models=models, wake=wake)
+    attempts = Attempts(repository, models=models, tokens=tokens, wake=wake)
     starter = AttemptStarter(repository, buckets=buckets, tokens=tokens, attempt_variables=attempt_variables or {}, wake=wake)
     return JobServices(
         repository=repository,

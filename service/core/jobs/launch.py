@@ -108,7 +108,7 @@ class AttemptStarter:
             **self._attempt_variables,
             "JOB_ID": job.job_id,
             "JOB_ATTEMPT": str(attempt.number),
-            "JOB_TOKEN": self._tokens.sign_attempt_token(job.job_id, attempt.number),
+            "JOB_TOKEN": self._tokens.sign_launch_token(job.job_id, attempt.number),
             "JOB_SPEC_STORE_URL": self._buckets.configs.url,
         }
         return LaunchRequest(

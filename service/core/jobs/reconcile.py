@@ -16,7 +16,7 @@ from schema.job import Job, Status
 from schema.result import Result
 from schema.spec import attempt_name, result_key
 from service.core import lifecycle
-from service.core.errors import TunesmithError
+from service.core.errors import Fenced, InvalidRequest, TunesmithError
 from service.core.jobs.attempts import Attempts
 from service.core.jobs.checkpoints import find_last_checkpoint_step
 from service.core.jobs.launch import AttemptStarter
@@ -258,8 +258,12 @@ class Reconciliation:
         """The result of the current attempt, if it has written one."""
         assert job.attempt is not None
         try:
-            return Result.load(self._buckets.configs.read(result_key(job.job_id, job.attempt.number)))
+            result = Result.load(self._buckets.configs.read(result_key(job.job_id, job.attempt.number)))
+            return self._attempts.check_result(job.job_id, result)
         except NoSuchObject:
+            return None
+        except (Fenced, InvalidRequest) as error:
+            log.error("result is refused", extra={"job_id": job.job_id, "attempt": job.attempt.number, "error": error.message})
             return None
         except ValidationError:
             log.error("result is not readable", extra={"job_id": job.job_id, "attempt": job.attempt.number})
