@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pkgutil import resolve_name
-from secrets import token_bytes, token_hex
+from secrets import token_hex
 from typing import Any
 
 from service.adapters.hub import HuggingFaceHub
@@ -12,7 +12,7 @@ from service.adapters.jobstores import JOB_STORES
 from service.adapters.launchers import LauncherDeployment, create_launchers
 from service.adapters.links import create_url_signer
 from service.adapters.secrets import SECRET_STORES
-from service.adapters.secrets.local import load_or_create_key
+from service.adapters.secrets.signing_keys import load_signing_keys
 from service.core.datasets.records import Datasets
 from service.core.datasets.rows import RowLimits
 from service.core.jobs.assembly import JobServices, build_job_services
@@ -55,7 +55,7 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
     launchers = LauncherPool(create_launchers(settings.launchers, _describe_deployment(settings)))
     secrets = _open_secret_store(settings)
     hub = NoHub() if settings.hf_hub_offline else HuggingFaceHub(settings.hf_endpoint)
-    tokens = TokenSigner(_signing_key(settings), clock)
+    tokens = _create_token_signer(settings, clock)
     interval_s, names = settings.reconcile_interval_s, [launcher.name for launcher in launchers]
 
     def reconcile_launcher(name: str) -> int:
@@ -155,7 +155,8 @@ def _open_secret_store(settings: Settings) -> SecretStore:
     return create(settings.home_folder / "secrets")
 
 
-def _signing_key(settings: Settings) -> bytes:
+def _create_token_signer(settings: Settings, clock: Callable[[], datetime]) -> TokenSigner:
     if settings.signing_key is not None:
-        return settings.signing_key.get_secret_value().encode()
-    return load_or_create_key(settings.home_folder / "signing-key", lambda: token_bytes(32))
+        return TokenSigner(settings.signing_key.get_secret_value().encode(), clock, settings.previous_signing_keys)
+    current, previous = load_signing_keys(settings.home_folder, clock())
+    return TokenSigner(current, clock, previous)

@@ -60,6 +60,11 @@ class Settings(BaseSettings):
     signing_key: SecretStr | None = Field(
         None, min_length=32, description="Key that signs attempt tokens and links; the same in every instance. Default: a key file in home."
     )
+    signing_key_previous: SecretStr | None = Field(
+        None,
+        min_length=32,
+        description="Earlier signing keys, by comma: their tokens and links stay valid after the key was replaced, and they sign nothing.",
+    )
     max_upload_bytes: int = Field(2 << 30, ge=1, description="Largest dataset file in an upload, in bytes.")
     max_incoming_bytes: int = Field(
         2 << 30, ge=1, description="Largest dataset file that is read from `incoming/` of the dataset store, in bytes."
@@ -102,6 +107,16 @@ class Settings(BaseSettings):
     )
 
     @model_validator(mode="after")
+    def _check_signing_keys(self) -> Self:
+        if self.signing_key_previous is None:
+            return self
+        if self.signing_key is None:
+            raise ValueError("TUNESMITH_SIGNING_KEY_PREVIOUS needs TUNESMITH_SIGNING_KEY, the key that signs now")
+        if any(len(key) < 32 for key in self.previous_signing_keys):
+            raise ValueError("each key in TUNESMITH_SIGNING_KEY_PREVIOUS has at least 32 characters")
+        return self
+
+    @model_validator(mode="after")
     def _check_cloud_settings(self) -> Self:
         for adapter in (self.job_store, self.secret_store):
             if adapter in ("firestore", "secret-manager") and not self.project_id:
@@ -112,6 +127,12 @@ class Settings(BaseSettings):
     def home_folder(self) -> Path:
         """`home` as an absolute path."""
         return self.home.expanduser().absolute()
+
+    @property
+    def previous_signing_keys(self) -> tuple[bytes, ...]:
+        """The earlier signing keys in the settings."""
+        text = self.signing_key_previous.get_secret_value() if self.signing_key_previous else ""
+        return tuple(key.strip().encode() for key in text.split(",") if key.strip())
 
     @property
     def object_urls(self) -> dict[Literal["configs", "datasets", "models"], str]:

@@ -104,6 +104,21 @@ resource "google_cloud_run_v2_service" "tunesmith" {
           }
         }
       }
+
+      dynamic "env" {
+        for_each = var.previous_signing_key_version == null ? [] : [var.previous_signing_key_version]
+
+        content {
+          name = "TUNESMITH_SIGNING_KEY_PREVIOUS"
+
+          value_source {
+            secret_key_ref {
+              secret  = google_secret_manager_secret.signing_key.secret_id
+              version = env.value
+            }
+          }
+        }
+      }
     }
   }
 

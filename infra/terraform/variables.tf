@@ -86,6 +86,12 @@ variable "soft_delete_days" {
   }
 }
 
+variable "previous_signing_key_version" {
+  description = "Version of the secret tunesmith-signing-key that is still accepted after a newer one was added, such as 1. Default: none."
+  type        = string
+  default     = null
+}
+
 variable "alert_email" {
   description = "Recipient of alerts about failed or stuck jobs and about the budget. Default: no alerts."
   type        = string
