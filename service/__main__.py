@@ -7,12 +7,13 @@ import os
 import socket
 import sys
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import uvicorn
 from pydantic import ValidationError
 
+from service.attempt_socket import open_attempt_socket
 from service.main import create_app
 from service.settings import Settings
 
@@ -64,7 +65,11 @@ def _load_settings() -> Settings:
 
 def serve(settings: Settings) -> None:
     """Run a service until a signal stops it. Its URL is the first line on standard output. Raises StartError."""
-    with _lock_home(settings.home_folder), _open_listener(settings.host, settings.port) as listener:
+    with (
+        _lock_home(settings.home_folder),
+        _open_listener(settings.host, settings.port) as listener,
+        _open_attempt_socket(settings.home_folder) as attempt_socket,
+    ):
         settings = settings.model_copy(update={"port": listener.getsockname()[1]})
         try:
             app = create_app(settings)
@@ -73,7 +78,7 @@ def serve(settings: Settings) -> None:
         print(settings.url, flush=True)  # scripts read this line
         with _write_service_file(settings):
             config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S, access_log=False)
-            uvicorn.Server(config).run(sockets=[listener])
+            uvicorn.Server(config).run(sockets=[listener, attempt_socket])
 
 
 @contextmanager
@@ -108,6 +113,16 @@ def _open_listener(host: str, port: int) -> Generator[socket.socket]:
         except OSError as error:
             raise StartError(f"cannot listen on {host}:{port}: {error.strerror}", "choose another --port; 0 picks a free port") from error
         listener.listen(BACKLOG)
+        yield listener
+
+
+@contextmanager
+def _open_attempt_socket(home: Path) -> Generator[socket.socket]:
+    with ExitStack() as stack:
+        try:
+            listener = stack.enter_context(open_attempt_socket(home))
+        except OSError as error:
+            raise StartError(f"cannot listen at the socket for attempts: {error}", "set TUNESMITH_HOME to a folder of your own") from error
         yield listener
 
 

@@ -67,6 +67,12 @@ class IdTokenSource:
         return fetch_id_token_credentials(self._audience)
 
 
+def _transport_url(settings: Settings) -> str:
+    """The service's URL; behind its Unix socket there is no TLS."""
+    scheme, separator, rest = settings.service_url.partition("://")
+    return f"http{separator}{rest}" if settings.service_socket else f"{scheme}{separator}{rest}"
+
+
 class ServiceClient:
     """The client of one attempt. Use it from one thread at a time."""
 
@@ -77,7 +83,8 @@ class ServiceClient:
         self._token = settings.token
         self._claimant = secrets.token_hex(32)
         self._http = httpx.Client(
-            base_url=f"{settings.service_url}/internal/jobs/{settings.job_id}/attempts/{settings.attempt}",
+            base_url=f"{_transport_url(settings)}/internal/jobs/{settings.job_id}/attempts/{settings.attempt}",
+            transport=httpx.HTTPTransport(uds=str(settings.service_socket)) if settings.service_socket else None,
             timeout=httpx.Timeout(10.0, connect=3.0),
             trust_env=False,  # a proxy that is set for other traffic must not intercept this
         )

@@ -1,20 +1,38 @@
 """The service as an attempt sees it: three routes over real HTTP, controlled by a test."""
 
 import json
+import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, Self
 
 TOKEN = "launch-token-0123456789"
 CLAIM_TOKEN = "attempt-token-0123456789"
 
 
+class UnixHTTPServer(ThreadingHTTPServer):
+    """An HTTP server at a Unix socket."""
+
+    address_family = socket.AF_UNIX
+    server_address: Any
+
+    def server_bind(self) -> None:
+        self.socket.bind(self.server_address)
+        self.server_name, self.server_port = "localhost", 0
+
+    def get_request(self) -> tuple[Any, Any]:
+        connection, _ = self.socket.accept()
+        return connection, ("local", 0)
+
+
 @dataclass
 class FakeService:
     """Accepts claims, events and results. A test can change every field below at any time."""
 
+    socket: Path | None = None  # listens at this Unix socket instead of a port
     claim_status: int = 200
     token_status: int = 200
     events_status: int = 200
@@ -28,6 +46,7 @@ class FakeService:
     events: list[dict[str, Any]] = field(default_factory=list)  # accepted, in order, once each
     results: list[dict[str, Any]] = field(default_factory=list)
     authorizations: set[str | None] = field(default_factory=set)
+    hosts: set[str | None] = field(default_factory=set)
     claimants: set[str | None] = field(default_factory=set)  # the secrets that were sent as headers
     next_token: str | None = None  # in the answers to events
     tokens: int = 0  # how many the attempt asked for
@@ -42,6 +61,7 @@ class FakeService:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
                 service.authorizations.add(self.headers["Authorization"])
+                service.hosts.add(self.headers["Host"])
                 service.claimants.add(self.headers["X-Claimant"])
                 is_expired = self.headers["Authorization"] in service.expired
                 status, answer = (401, {}) if is_expired else service.answer(self.path.rpartition("/")[2], body)
@@ -54,12 +74,16 @@ class FakeService:
             def log_message(self, format: str, *args: Any) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = UnixHTTPServer(str(self.socket), Handler) if self.socket else ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop answering. Can be repeated."""
         self.server.shutdown()
         self.server.server_close()
 

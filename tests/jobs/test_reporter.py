@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -275,3 +276,24 @@ def test_renewal_waits_for_an_unavailable_service(service: FakeService, client: 
 def make_result() -> Result:
     now = datetime.now(UTC)
     return Result(job_id="job-1", attempt=1, outcome="completed", started_at=now, finished_at=now)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. <socket.socket:pytest.PytestUnraisableExceptionWarning"
+)  # httpcore leaves it open
+def test_attempt_reports_through_the_services_socket_and_sends_nothing_to_its_port(service: FakeService, tmp_path: Path) -> None:
+    """Another user of the machine may listen on the port after the service was killed."""
+    with TemporaryDirectory() as folder, FakeService(socket=Path(folder, "s")) as own:
+        settings = Settings("job-1", "file:///nowhere", 1, TOKEN, service.url, tmp_path, service_socket=Path(folder, "s"))
+        client = ServiceClient(settings)
+        client.claim()
+        client.report(EventBatch(first_seq=0))
+        assert client.finish(make_result(), 2)
+        assert own.hosts == {service.url.removeprefix("http://")}
+        client._http.close()
+        own.close()
+        client = ServiceClient(settings)
+        with pytest.raises(ServiceUnavailable):
+            client.report(EventBatch(first_seq=0))
+        client._http.close()
+    assert (len(own.batches), service.claims, service.batches, service.results, service.authorizations) == (1, [], [], [], set())

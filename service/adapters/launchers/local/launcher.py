@@ -23,6 +23,7 @@ from service.adapters.launchers import LauncherDeployment
 from service.adapters.launchers.local.device import detect_profile
 from service.adapters.launchers.local.environments import LocalEnvironments
 from service.adapters.launchers.local.settings import LocalSettings
+from service.attempt_socket import find_attempt_socket
 from service.core.errors import LaunchFailed, Unavailable
 from service.core.limits import Limits
 from service.core.ports import ExecutionState, LaunchRequest, LogPage, Profile
@@ -50,6 +51,7 @@ class LocalLauncher:
         variables: Mapping[str, str],
         time_limit_s: int | None = None,
     ) -> None:
+        self._home = home
         self._folder = home / "attempts"
         self._environments = environments
         self._source = source
@@ -178,12 +180,14 @@ class LocalLauncher:
     # --- helpers -----------------------------------------------------------------------------------------------------
 
     def _build_variables(self, launch_request: LaunchRequest, workdir: Path) -> dict[str, str]:
+        attempt_socket = find_attempt_socket(self._home)
         return {
             **_thread_variables(self._max_concurrent_jobs),
             "TOKENIZERS_PARALLELISM": "false",
             **self._inherited_variables,
             **launch_request.variables,
             "SERVICE_URL": self._service_url,
+            **({"JOB_SERVICE_SOCKET": str(attempt_socket)} if attempt_socket else {}),
             "JOB_WORKDIR": str(workdir),
             **({"JOB_TIME_LIMIT_S": str(self._time_limit_s)} if self._time_limit_s is not None else {}),
             "JOB_REPORT_INTERVAL_S": "0.5",  # the answer to a report carries a cancel, and local reports cost nothing
