@@ -1,5 +1,6 @@
 """Puts the adapters named in the settings behind the ports of the core. The only module that imports both."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,6 +13,7 @@ from service.adapters.jobstores import JOB_STORES
 from service.adapters.launchers import LauncherDeployment, create_launchers
 from service.adapters.links import create_url_signer
 from service.adapters.secrets import SECRET_STORES
+from service.adapters.secrets.local import load_or_create_key
 from service.adapters.secrets.signing_keys import load_signing_keys
 from service.core.datasets.records import Datasets
 from service.core.datasets.rows import RowLimits
@@ -74,6 +76,7 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
         launchers=launchers,
         url_signer=create_url_signer(buckets.models, tokens, iam_emulator_host=settings.iam_credentials_emulator_host),
         tokens=tokens,
+        deployment_id=_find_deployment_id(settings),
         clock=clock,
         random_suffix=lambda: token_hex(6),
         wake=reconciler.wake if reconciler else reconcile_inside_request,
@@ -160,3 +163,12 @@ def _create_token_signer(settings: Settings, clock: Callable[[], datetime]) -> T
         return TokenSigner(settings.signing_key.get_secret_value().encode(), clock, settings.previous_signing_keys)
     current, previous = load_signing_keys(settings.home_folder, clock())
     return TokenSigner(current, clock, previous)
+
+
+def _find_deployment_id(settings: Settings) -> str:
+    """The name of the deployment in the object stores: one for each store of records."""
+    if settings.deployment_id is not None:
+        return settings.deployment_id
+    if settings.job_store == "firestore":
+        return hashlib.sha256(f"{settings.project_id}/{settings.firestore_database}".encode()).hexdigest()[:16]
+    return load_or_create_key(settings.home_folder / "deployment-id", lambda: token_hex(8).encode()).decode()

@@ -40,6 +40,12 @@ class Settings(BaseSettings):
     configs_url: str | None = Field(None, description="URL of the store of specs and results, if not the object store above.")
     datasets_url: str | None = Field(None, description="URL of the store of datasets, if not the object store above.")
     models_url: str | None = Field(None, description="URL of the store of base models and artifacts, if not the object store above.")
+    deployment_id: str | None = Field(
+        None,
+        pattern=r"^[a-z0-9][a-z0-9-]{0,62}$",
+        description="Name of this deployment in the object stores, which several deployments can share. Default: one for each store of "
+        "records.",
+    )
     gcs_config_bucket_name: str | None = Field(
         None,
         validation_alias="GCS_CONFIG_BUCKET_NAME",

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, Header
+from fastapi import APIRouter, Body, Depends, Header, Query
+from pydantic import Field
 
 from schema.base import Id, Strict
 from schema.events import EventBatch, EventBatchResponse
@@ -19,8 +20,12 @@ from schema.spec import CLAIMANT_HEADER, ClaimRequest, ClaimResponse, TokenRespo
 from service.api.dependencies import PrincipalDep, ServicesDep
 from service.api.route import MAINTENANCE_TIMEOUT_S, REPORT_BODY_BYTES, LimitedRoute, limits
 from service.core.errors import InvalidRequest, Unauthorized
+from service.core.jobs.deletion import ORPHAN_MIN_AGE
 from service.core.jobs.orphans import OrphanScan
 from service.core.principals import Principal, attempt_principal
+
+ORPHAN_MIN_AGE_HOURS = ORPHAN_MIN_AGE / timedelta(hours=1)
+MAX_AGE_HOURS = 24 * 366 * 10
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class CleanupRequest(Strict):
     """What to clean up besides secrets."""
 
     orphans: bool = False
+    min_age_hours: float = Field(ORPHAN_MIN_AGE_HOURS, ge=0, le=MAX_AGE_HOURS)  # of orphans, since their job was last launched
 
 
 router = APIRouter(
@@ -120,14 +126,18 @@ def clean_up(services: ServicesDep, principal: PrincipalDep, body: Annotated[Cle
     """Destroy secrets that outlived their job, end silent attempts of removed launchers, and delete orphans if requested."""
     services.jobs.reconciliation.reconcile_removed_launchers(principal)
     answer: dict[str, Any] = {"secrets_deleted": services.jobs.deletion.delete_stale_secrets(principal)}
-    return answer | (_render_orphans(services.jobs.deletion.delete_orphans(principal)) if body and body.orphans else {})
+    if not body or not body.orphans:
+        return answer
+    return answer | _render_orphans(services.jobs.deletion.delete_orphans(principal, min_age=timedelta(hours=body.min_age_hours)))
 
 
 @maintenance_router.get("/orphans")
 @limits(timeout_s=MAINTENANCE_TIMEOUT_S)
-def list_orphans(services: ServicesDep, principal: PrincipalDep) -> dict[str, Any]:
-    """Files whose job does not exist. `complete`: the scan finished within its timeout."""
-    return _render_orphans(services.jobs.deletion.list_orphans(principal))
+def list_orphans(
+    services: ServicesDep, principal: PrincipalDep, min_age_hours: Annotated[float, Query(ge=0, le=MAX_AGE_HOURS)] = ORPHAN_MIN_AGE_HOURS
+) -> dict[str, Any]:
+    """Files of this deployment's jobs that do not exist. `complete`: the scan finished within its timeout."""
+    return _render_orphans(services.jobs.deletion.list_orphans(principal, min_age=timedelta(hours=min_age_hours)))
 
 
 def _render_orphans(scan: OrphanScan) -> dict[str, Any]:

@@ -404,6 +404,7 @@ def _run_sequences(store: JobStore, folder: Path, sequences: int) -> str:
         buckets=Buckets(configs=objects, datasets=objects, models=objects),
         launchers=LauncherPool([launcher]),
         url_signer=ServiceUrlSigner(tokens),
+        deployment_id="reports",
         tokens=tokens,
         clock=clock,
         random_suffix=lambda: f"{next(suffixes):06x}",

@@ -449,6 +449,7 @@ class Simulation:
             buckets=Buckets(**buckets),
             url_signer=ServiceUrlSigner(self.tokens),
             tokens=self.tokens,
+            deployment_id="simulation",
             clock=self.clock,
             random_suffix=lambda: f"{next(self._suffixes):04x}",
             wake=self._wake,

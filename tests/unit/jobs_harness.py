@@ -24,6 +24,7 @@ from storage.registry import open_store
 from tests.factories import START, make_dataset, make_train_request
 from tests.fakes import FakeClock, FakeHub, FakeLauncher
 
+DEPLOYMENT_ID = "test"
 PRINCIPAL = LOCAL_PRINCIPAL
 OTHER_PRINCIPAL = replace(LOCAL_PRINCIPAL, tenant_id="other", subject="other")
 
@@ -37,6 +38,7 @@ class JobsHarness:
         trackers: DeploymentTrackers | None = None,
         launchers: Sequence[FakeLauncher] = (),
         store: JobStore | None = None,
+        deployment_id: str = DEPLOYMENT_ID,
     ) -> None:
         self.clock = FakeClock()
         self.store = store or MemoryJobStore()
@@ -56,6 +58,7 @@ class JobsHarness:
             launchers=LauncherPool(self.launchers),
             url_signer=ServiceUrlSigner(self.tokens),
             tokens=self.tokens,
+            deployment_id=deployment_id,
             clock=self.clock,
             random_suffix=lambda: f"{next(suffixes):04x}",
             wake=self._wake,

@@ -7,6 +7,7 @@ import jwt
 from starlette.testclient import TestClient
 
 from schema.spec import CLAIMANT_HEADER
+from service.core.jobs.ownership import JobMarks
 from tests.factories import START
 from tests.unit.api_harness import (
     CLAIMANT,
@@ -52,7 +53,12 @@ def test_attempt_identity_can_only_report(tmp_path: Path) -> None:
 
 
 def test_orphans_are_listed_and_removed_on_request(client: TestClient) -> None:
-    get_services(client).buckets.models.write("trained_adapters/gone/attempt-1/a", b"xyz")
+    services = get_services(client)
+    services.buckets.models.write("trained_adapters/gone/attempt-1/a", b"xyz")
+    deployment_id = (services.settings.home_folder / "deployment-id").read_text()
+    JobMarks(services.buckets.models, deployment_id).write("gone", START)
+    assert client.get("/internal/orphans?min_age_hours=80000").json()["orphans"] == []
+    get_error(client.get("/internal/orphans?min_age_hours=-1"), 422)
     (row,) = client.get("/internal/orphans").json()["orphans"]
     assert (row["job_id"], row["objects"], row["size_bytes"]) == ("gone", 1, 3)
     client.post("/internal/cleanup")

@@ -9,6 +9,7 @@ from service.core.jobs.control import JobControl
 from service.core.jobs.deletion import Deletion
 from service.core.jobs.export import Exports
 from service.core.jobs.launch import AttemptStarter
+from service.core.jobs.ownership import JobMarks
 from service.core.jobs.queries import JobQueries
 from service.core.jobs.reconcile import Reconciliation
 from service.core.jobs.repository import JobRepository
@@ -42,6 +43,7 @@ def build_job_services(
     launchers: LauncherPool,
     url_signer: UrlSigner,
     tokens: TokenSigner,
+    deployment_id: str,
     clock: Callable[[], datetime],
     random_suffix: Callable[[], str],
     wake: Wake = lambda _: None,
@@ -49,13 +51,17 @@ def build_job_services(
     trackers: DeploymentTrackers | None = None,
     attempt_variables: Mapping[str, str] | None = None,
 ) -> JobServices:
-    """Build the parts. `wake` is called with a job's id whenever its next step can be taken."""
+    """Build the parts.
+
+    `deployment_id` names the deployment in the object stores. `wake` is called with a job's id whenever its next step can be taken.
+    """
     hub, trackers = hub or NoHub(), trackers or DeploymentTrackers()
     models = buckets.models
+    marks = JobMarks(models, deployment_id)
     repository = JobRepository(store, secrets, clock)
     control = JobControl(repository, launchers=launchers, trackers=trackers, wake=wake)
     attempts = Attempts(repository, models=models, tokens=tokens, wake=wake)
-    starter = AttemptStarter(repository, buckets=buckets, tokens=tokens, attempt_variables=attempt_variables or {}, wake=wake)
+    starter = AttemptStarter(repository, buckets=buckets, marks=marks, tokens=tokens, attempt_variables=attempt_variables or {}, wake=wake)
     return JobServices(
         repository=repository,
         submission=Submission(
@@ -64,7 +70,7 @@ def build_job_services(
         control=control,
         exports=Exports(repository, launchers=launchers, models=models, hub=hub, random_suffix=random_suffix, wake=wake),
         queries=JobQueries(repository, launchers=launchers, models=models, url_signer=url_signer, wake=wake),
-        deletion=Deletion(repository, control=control, launchers=launchers, buckets=buckets, hub=hub),
+        deletion=Deletion(repository, control=control, launchers=launchers, buckets=buckets, marks=marks, hub=hub),
         attempts=attempts,
         reconciliation=Reconciliation(repository, launchers=launchers, starter=starter, attempts=attempts, buckets=buckets, wake=wake),
     )

@@ -13,6 +13,7 @@ from schema.placement import Placement
 from schema.spec import JobSpec, StoreUrls, attempt_name, spec_key
 from service.core import lifecycle
 from service.core.errors import LaunchFailed, NoCapacity, NotFound, StaleRevision, TunesmithError, Unavailable
+from service.core.jobs.ownership import JobMarks
 from service.core.jobs.repository import JobRepository
 from service.core.ports import Buckets, Launcher, LaunchRequest, Wake
 from service.core.tokens import TokenSigner
@@ -29,12 +30,14 @@ class AttemptStarter:
         repository: JobRepository,
         *,
         buckets: Buckets,
+        marks: JobMarks,
         tokens: TokenSigner,
         attempt_variables: Mapping[str, str],
         wake: Wake,
     ) -> None:
         self._repository = repository
         self._buckets = buckets
+        self._marks = marks
         self._tokens = tokens
         self._attempt_variables = attempt_variables
         self._wake = wake
@@ -57,6 +60,7 @@ class AttemptStarter:
         number = attempt.number
         try:
             spec = self._render_spec(job)
+            self._marks.write(job.job_id, self._repository.clock())
             self._buckets.configs.write(spec_key(job.job_id), spec.model_dump_json(indent=1).encode())
             handle = launcher.launch(self._render_launch_request(job, attempt))
         except (LaunchFailed, NoCapacity) as error:
