@@ -3,14 +3,13 @@
 An attempt claims itself with the token that it was launched with. Every later call needs the secret of the process that made the claim
 as well, so a token alone is of no use to anyone else on the machine or in the logs of a proxy.
 
-The scheduler's endpoints have no token of their own: every caller of the service may call them, at any time and repeatedly.
+The scheduler's endpoints are for a caller with the role `scheduler` or `operator`. They may be called at any time and repeatedly.
 """
 
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, Header, Query
+from fastapi import APIRouter, Body, Depends, Header, Query, Request
 from pydantic import Field
 
 from schema.base import Id, Strict
@@ -22,30 +21,9 @@ from service.api.route import MAINTENANCE_TIMEOUT_S, REPORT_BODY_BYTES, LimitedR
 from service.core.errors import InvalidRequest, Unauthorized
 from service.core.jobs.deletion import ORPHAN_MIN_AGE
 from service.core.jobs.orphans import OrphanScan
-from service.core.principals import Principal, attempt_principal
 
 ORPHAN_MIN_AGE_HOURS = ORPHAN_MIN_AGE / timedelta(hours=1)
 MAX_AGE_HOURS = 24 * 366 * 10
-
-
-@dataclass(frozen=True)
-class Caller:
-    """The attempt whose token was sent, and for how long the token is still valid."""
-
-    principal: Principal
-    token_lifetime: timedelta
-
-
-async def authenticate_launch(job_id: Id, attempt: int, services: ServicesDep, authorization: Annotated[str, Header()] = "") -> Principal:
-    """The attempt that was launched with the token. Raises Unauthorized."""
-    services.tokens.verify_launch_token(_read_bearer(authorization), job_id, attempt)
-    return attempt_principal(job_id, attempt)
-
-
-async def authenticate_attempt(job_id: Id, attempt: int, services: ServicesDep, authorization: Annotated[str, Header()] = "") -> Caller:
-    """The attempt that the token is for. Raises Unauthorized."""
-    token_lifetime = services.tokens.verify_attempt_token(_read_bearer(authorization), job_id, attempt)
-    return Caller(attempt_principal(job_id, attempt), token_lifetime)
 
 
 async def read_claimant(secret: Annotated[str, Header(alias=CLAIMANT_HEADER, max_length=200)] = "") -> str:
@@ -55,11 +33,9 @@ async def read_claimant(secret: Annotated[str, Header(alias=CLAIMANT_HEADER, max
     return claimant_id(secret)
 
 
-def _read_bearer(authorization: str) -> str:
-    scheme, _, token = authorization.partition(" ")
-    if scheme.lower() != "bearer" or not token:
-        raise Unauthorized("an attempt must send its token: Authorization: Bearer …")
-    return token
+async def get_token_lifetime(request: Request) -> timedelta:
+    """How long the attempt's token, which the route has verified, is still valid."""
+    return request.state.token_lifetime
 
 
 class CleanupRequest(Strict):
@@ -73,48 +49,54 @@ router = APIRouter(
     route_class=LimitedRoute, prefix="/internal/jobs/{job_id}/attempts/{attempt}", tags=["internal"], include_in_schema=False
 )
 maintenance_router = APIRouter(route_class=LimitedRoute, prefix="/internal", tags=["internal"], include_in_schema=False)
-LaunchDep = Annotated[Principal, Depends(authenticate_launch)]
-AttemptDep = Annotated[Caller, Depends(authenticate_attempt)]
 ClaimantDep = Annotated[str, Depends(read_claimant)]
+TokenLifetimeDep = Annotated[timedelta, Depends(get_token_lifetime)]
 
 
 @router.post("/claim")
-@limits(body_bytes=REPORT_BODY_BYTES)
-def claim(job_id: Id, attempt: int, body: ClaimRequest, principal: LaunchDep, services: ServicesDep) -> ClaimResponse:
+@limits(body_bytes=REPORT_BODY_BYTES, access="launch")
+def claim(job_id: Id, attempt: int, body: ClaimRequest, principal: PrincipalDep, services: ServicesDep) -> ClaimResponse:
     """Claim the attempt for one process."""
     return services.jobs.attempts.claim(principal, job_id, attempt, claimant_id(body.claimant))
 
 
 @router.post("/token")
-def renew_token(job_id: Id, attempt: int, principal: LaunchDep, claimant: ClaimantDep, services: ServicesDep) -> TokenResponse:
+@limits(access="launch")
+def renew_token(job_id: Id, attempt: int, principal: PrincipalDep, claimant: ClaimantDep, services: ServicesDep) -> TokenResponse:
     """A new token for the process that owns the attempt, which was silent until the last one expired."""
     return TokenResponse(token=services.jobs.attempts.renew_token(principal, job_id, attempt, claimant))
 
 
 @router.post("/events")
-@limits(body_bytes=REPORT_BODY_BYTES)
+@limits(body_bytes=REPORT_BODY_BYTES, access="attempt")
 def report(
-    job_id: Id, attempt: int, body: EventBatch, caller: AttemptDep, claimant: ClaimantDep, services: ServicesDep
+    job_id: Id,
+    attempt: int,
+    body: EventBatch,
+    principal: PrincipalDep,
+    claimant: ClaimantDep,
+    token_lifetime: TokenLifetimeDep,
+    services: ServicesDep,
 ) -> EventBatchResponse:
     """Store events; the response has the directive, and a new token when the one in use expires soon."""
-    response = services.jobs.attempts.report(caller.principal, job_id, attempt, body, claimant)
-    token = services.tokens.renew_attempt_token(job_id, attempt, caller.token_lifetime)
+    response = services.jobs.attempts.report(principal, job_id, attempt, body, claimant)
+    token = services.tokens.renew_attempt_token(job_id, attempt, token_lifetime)
     return response.model_copy(update={"token": token}) if token else response
 
 
 @router.post("/result", status_code=204)
-@limits(body_bytes=REPORT_BODY_BYTES)
-def finish(job_id: Id, attempt: int, body: Result, caller: AttemptDep, claimant: ClaimantDep, services: ServicesDep) -> None:
+@limits(body_bytes=REPORT_BODY_BYTES, access="attempt")
+def finish(job_id: Id, attempt: int, body: Result, principal: PrincipalDep, claimant: ClaimantDep, services: ServicesDep) -> None:
     """Apply the attempt's result."""
     if (body.job_id, body.attempt) != (job_id, attempt):
         raise InvalidRequest("the result is for another attempt than the URL", param="attempt")
     if body.claimant != claimant:
         raise InvalidRequest("the result is of another process than the one that sends it", param="claimant")
-    services.jobs.attempts.finish(caller.principal, body)
+    services.jobs.attempts.finish(principal, body)
 
 
 @maintenance_router.post("/reconcile")
-@limits(timeout_s=MAINTENANCE_TIMEOUT_S)
+@limits(timeout_s=MAINTENANCE_TIMEOUT_S, audited=False)  # every minute
 def reconcile(services: ServicesDep, principal: PrincipalDep) -> dict[str, int]:
     """Take one step with every open job."""
     return {"changed": services.jobs.reconciliation.reconcile(principal)}
@@ -125,6 +107,7 @@ def reconcile(services: ServicesDep, principal: PrincipalDep) -> dict[str, int]:
 def clean_up(services: ServicesDep, principal: PrincipalDep, body: Annotated[CleanupRequest | None, Body()] = None) -> dict[str, Any]:
     """Destroy secrets that outlived their job, end silent attempts of removed launchers, and delete orphans if requested."""
     services.jobs.reconciliation.reconcile_removed_launchers(principal)
+    services.audit_log.delete_old_entries(principal)
     answer: dict[str, Any] = {"secrets_deleted": services.jobs.deletion.delete_stale_secrets(principal)}
     if not body or not body.orphans:
         return answer

@@ -11,6 +11,7 @@ from starlette.responses import StreamingResponse
 from schema.base import Id
 from schema.job import Job, Status
 from schema.requests import CloneRequest, ExportRequest, ReexportRequest, ResumeRequest, RetryRequest
+from schema.types import SECRET_PATTERN
 from service.api import stream
 from service.api.dependencies import IdempotencyHeader, PrincipalDep, ServicesDep
 from service.api.errors import as_request_validation_error
@@ -61,10 +62,9 @@ def list_jobs(
 
 
 @router.get("/download/{job_id}")
-@limits(can_conflict=True)  # an unfinished job has no files
+@limits(can_conflict=True, audited=True)  # an unfinished job has no files
 def get_download_links(
     job_id: Id,
-    request: Request,
     services: ServicesDep,
     principal: PrincipalDep,
     artifact: Annotated[
@@ -73,7 +73,7 @@ def get_download_links(
 ) -> DownloadResponse:
     """Short-lived links to the files of an artifact."""
     chosen, links = services.jobs.queries.create_download_links(principal, job_id, artifact)
-    base = str(services.settings.public_url or request.base_url).rstrip("/")
+    base = services.settings.url.rstrip("/")  # not from the request, whose header Host anybody can choose
     files = [
         FileLink(
             path=file.path or chosen.key.rpartition("/")[2],
@@ -103,7 +103,9 @@ def delete_job(
     services: ServicesDep,
     principal: PrincipalDep,
     delete_hub: Annotated[bool, Query(description="Also delete the Hub repositories that hold only what this job pushed.")] = False,
-    hub_token: Annotated[str | None, Header(alias="X-HF-Token", max_length=1000, description="Needed with delete_hub.")] = None,
+    hub_token: Annotated[
+        str | None, Header(alias="X-HF-Token", max_length=1000, pattern=SECRET_PATTERN, description="Needed with delete_hub.")
+    ] = None,
 ) -> DeleteJobResponse:
     """Cancel the job, then delete it with all its files. 202: the job is still being canceled; repeat the call."""
     deleted = services.jobs.deletion.delete(principal, job_id, delete_hub=delete_hub, hub_token=hub_token)

@@ -17,6 +17,7 @@ from service.core import lifecycle
 from service.main import create_app
 from service.settings import Settings
 from tests.factories import START, make_manifest, make_profile
+from tests.local_token import local_headers
 
 CLAIMANT = "c" * 64  # the secret of the process that claims the attempts of the tests
 ROWS = "\n".join(
@@ -37,6 +38,7 @@ def run_test_service(home: Path, **changes: Any) -> Iterator[TestClient]:
         patch.setattr(LocalLauncher, "count_free_slots", lambda _, active_jobs: 0)  # jobs stay queued
         patch.setattr(LocalLauncher, "check", lambda *_: "running")  # the attempts of `start_attempt` have no process
         with TestClient(create_app(settings), raise_server_exceptions=False) as client:
+            client.headers |= local_headers(home)
             yield client
 
 
