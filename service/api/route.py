@@ -30,8 +30,6 @@ MULTIPART_SLACK_BYTES = 1 << 16  # boundaries and form fields around a file
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 # launch: an attempt that is to claim itself; public: everybody, or whoever has a link with a signed token
 Access = Literal["caller", "launch", "attempt", "public"]
-    "caller", "launch", "attempt", "public"
-]  # launch: an attempt that is to claim itself; public: everybody, or whoever has a link with a signed token
 
 
 @dataclass(frozen=True)
