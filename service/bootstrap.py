@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from pkgutil import resolve_name
 from secrets import token_hex
@@ -102,6 +102,7 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
         hub=hub,
         trackers=settings.trackers,
         attempt_variables=attempt_variables(settings),
+        preparation_limit=timedelta(seconds=settings.preparation_limit_s),
         egress=EgressCheck(egress_policy(settings), SystemResolver()),
     )
     datasets = Datasets(

@@ -157,6 +157,11 @@ class Settings(BaseSettings):
         "Loopback is allowed where callers and attempts are all on this machine. Link-local and metadata addresses and the service itself "
         "are never allowed.",
     )
+    preparation_limit_s: int = Field(
+        7200,
+        ge=60,
+        description="Seconds that an attempt may take to download its base model and prepare its dataset; after that its job fails.",
+    )
     reconcile_interval_s: float = Field(
         1.0,
         ge=0,

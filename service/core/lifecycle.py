@@ -172,6 +172,12 @@ def apply_result(job: Job, result: Result, now: datetime) -> Job:
             return _end(updated, result.attempt, outcome, None, now)
 
 
+def fail_attempt(job: Job, number: int, failure: Failure, now: datetime) -> Job:
+    """End the current attempt, whose job another attempt could not complete either. Raises Fenced."""
+    check_current(job, number)
+    return _end(job, number, "failed", failure, now)
+
+
 def mark_lost(
     job: Job, number: int, now: datetime, reason: Failure | None = None, *, preempted: bool = False, last_checkpoint_step: int | None = None
 ) -> Job:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from service.core.jobs.attempts import Attempts
 from service.core.jobs.control import JobControl
@@ -10,6 +10,7 @@ from service.core.jobs.deletion import Deletion
 from service.core.jobs.export import Exports
 from service.core.jobs.launch import AttemptStarter
 from service.core.jobs.ownership import JobMarks
+from service.core.jobs.preparation import DEFAULT_PREPARATION_LIMIT, PreparationLimit
 from service.core.jobs.queries import JobQueries
 from service.core.jobs.reconcile import Reconciliation
 from service.core.jobs.repository import JobRepository
@@ -51,6 +52,7 @@ def build_job_services(
     hub: Hub | None = None,
     trackers: DeploymentTrackers | None = None,
     attempt_variables: Mapping[str, str] | None = None,
+    preparation_limit: timedelta = DEFAULT_PREPARATION_LIMIT,
     egress: EgressCheck | None = None,
 ) -> JobServices:
     """Build the parts.
@@ -81,5 +83,13 @@ def build_job_services(
         queries=JobQueries(repository, launchers=launchers, models=models, url_signer=url_signer, wake=wake),
         deletion=Deletion(repository, control=control, launchers=launchers, buckets=buckets, marks=marks, hub=hub),
         attempts=attempts,
-        reconciliation=Reconciliation(repository, launchers=launchers, starter=starter, attempts=attempts, buckets=buckets, wake=wake),
+        reconciliation=Reconciliation(
+            repository,
+            launchers=launchers,
+            starter=starter,
+            attempts=attempts,
+            buckets=buckets,
+            preparation_limit=PreparationLimit(repository, preparation_limit, wake),
+            wake=wake,
+        ),
     )

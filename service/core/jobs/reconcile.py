@@ -20,6 +20,7 @@ from service.core.errors import Fenced, InvalidRequest, TunesmithError
 from service.core.jobs.attempts import Attempts
 from service.core.jobs.checkpoints import find_last_checkpoint_step
 from service.core.jobs.launch import AttemptStarter
+from service.core.jobs.preparation import PreparationLimit
 from service.core.jobs.queue import LaunchQueue
 from service.core.jobs.repository import JobRepository
 from service.core.launchers import LauncherPool
@@ -48,6 +49,7 @@ class Reconciliation:
         starter: AttemptStarter,
         attempts: Attempts,
         buckets: Buckets,
+        preparation_limit: PreparationLimit,
         wake: Wake,
     ) -> None:
         self._repository = repository
@@ -55,6 +57,7 @@ class Reconciliation:
         self._starter = starter
         self._attempts = attempts
         self._buckets = buckets
+        self._preparation_limit = preparation_limit
         self._wake = wake
         self._queue = LaunchQueue(repository, launchers)
 
@@ -147,6 +150,8 @@ class Reconciliation:
             return self._recover_launch(launcher, job)
         if (result := self._read_result(job)) is not None:
             return self._attempts.apply_result(job.job_id, result)
+        if (failed := self._preparation_limit.enforce(launcher, job)) is not None:
+            return failed
         if job.status is Status.CANCELLING:
             self._escalate_cancel(launcher, job, job.attempt.handle)
         elif not launcher.polling_is_free and not self._is_silent(job, launcher.limits):
