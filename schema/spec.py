@@ -1,9 +1,10 @@
 """The job spec: what an attempt must do, as a JSON file in the config bucket, without secrets; and what an attempt says to claim itself."""
 
 import hashlib
-from typing import Annotated
+from datetime import datetime
+from typing import Annotated, Literal
 
-from pydantic import StringConstraints
+from pydantic import Field, StringConstraints
 
 from schema.base import ForwardCompatible, Id
 from schema.dataset import Dataset
@@ -42,6 +43,11 @@ def spec_key(job_id: str) -> str:
 def result_key(job_id: str, attempt: int) -> str:
     """The key of an attempt's result in the config bucket."""
     return f"results/{job_id}/{attempt}.json"
+
+
+def result_prefix(job_id: str) -> str:
+    """The folder of a job's results in the config bucket."""
+    return f"results/{job_id}/"
 
 
 def manifest_key(job_id: str) -> str:
@@ -87,3 +93,16 @@ class TokenResponse(ForwardCompatible):
     """A new token for the process that owns the attempt."""
 
     token: str
+
+
+class AttemptCredentials(ForwardCompatible):
+    """What an attempt uses to reach the object stores.
+
+    none     a folder on its own machine
+    ambient  the credentials of its machine or service account
+    google   an access token that reaches only what the job needs, until it expires
+    """
+
+    kind: Literal["none", "ambient", "google"]
+    token: str | None = Field(None, repr=False)
+    expires_at: datetime | None = None

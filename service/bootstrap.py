@@ -29,9 +29,10 @@ from service.core.access.rules import IdentityRules
 from service.core.datasets.records import Datasets
 from service.core.datasets.rows import RowLimits
 from service.core.jobs.assembly import JobServices, build_job_services
+from service.core.jobs.credentials import DeploymentCredentials
 from service.core.jobs.reconciler import Reconciler
 from service.core.launchers import LauncherPool
-from service.core.ports import Buckets, Hub, JobStore, SecretStore
+from service.core.ports import Buckets, CredentialIssuer, Hub, JobStore, SecretStore
 from service.core.principals import UPKEEP_PRINCIPAL
 from service.core.tokens import TokenSigner
 from service.core.validation.egress import EgressCheck
@@ -102,6 +103,7 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
         hub=hub,
         trackers=settings.trackers,
         attempt_variables=attempt_variables(settings),
+        credentials=_create_credential_issuer(settings, clock),
         preparation_limit=timedelta(seconds=settings.preparation_limit_s),
         egress=EgressCheck(egress_policy(settings), SystemResolver()),
     )
@@ -244,3 +246,11 @@ def _find_deployment_id(settings: Settings) -> str:
     if settings.job_store == "firestore":
         return hashlib.sha256(f"{settings.project_id}/{settings.firestore_database}".encode()).hexdigest()[:16]
     return load_or_create_key(settings.home_folder / "deployment-id", lambda: token_hex(8).encode()).decode()
+
+
+def _create_credential_issuer(settings: Settings, clock: Callable[[], datetime]) -> CredentialIssuer:
+    if not settings.narrow_attempt_credentials:
+        return DeploymentCredentials()
+    from service.adapters.credentials.cloud_storage import GoogleCredentialIssuer  # a heavy import, for deployments on Google Cloud only
+
+    return GoogleCredentialIssuer(clock)

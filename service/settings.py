@@ -77,6 +77,10 @@ class Settings(BaseSettings):
     attempt_identity: str | None = Field(
         None, description="Service account of attempts, where IAM protects the service. It may only report."
     )
+    narrow_attempt_credentials: bool = Field(
+        False,
+        description="`true`: attempts get Google access tokens that reach only their own job's objects; all object stores are `gs://`.",
+    )
     signing_key: SecretStr | None = Field(
         None, min_length=32, description="Key that signs attempt tokens and links; the same in every instance. Default: a key file in home."
     )
@@ -215,6 +219,12 @@ class Settings(BaseSettings):
         """The earlier signing keys in the settings."""
         text = self.signing_key_previous.get_secret_value() if self.signing_key_previous else ""
         return tuple(key.strip().encode() for key in text.split(",") if key.strip())
+
+    @model_validator(mode="after")
+    def _check_narrow_credentials(self) -> Self:
+        if self.narrow_attempt_credentials and not all(url.startswith("gs://") for url in self.object_urls.values()):
+            raise ValueError("TUNESMITH_NARROW_ATTEMPT_CREDENTIALS needs object stores on Google Cloud: gs://bucket")
+        return self
 
     @property
     def object_urls(self) -> dict[Literal["configs", "datasets", "models"], str]:

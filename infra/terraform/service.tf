@@ -27,6 +27,8 @@ locals {
       ]
     })
 
+    TUNESMITH_NARROW_ATTEMPT_CREDENTIALS = tostring(var.narrow_attempt_credentials)
+
     TUNESMITH_CLOUD_RUN_PROFILES            = join(",", var.profiles)
     TUNESMITH_CLOUD_RUN_TIME_LIMIT_S        = tostring(var.attempt_time_limit_s)
     TUNESMITH_CLOUD_RUN_MAX_CONCURRENT_JOBS = tostring(var.max_concurrent_jobs)

@@ -5,6 +5,7 @@ answers to reports renew. After a silence longer than its life, a new one is fet
 """
 
 import secrets
+from datetime import datetime
 from functools import cached_property
 from http import HTTPStatus
 from typing import TYPE_CHECKING
@@ -15,12 +16,14 @@ from jobs.runtime.settings import Settings
 from schema.base import ForwardCompatible
 from schema.events import EventBatch, EventBatchResponse
 from schema.result import Result
-from schema.spec import CLAIMANT_HEADER, ClaimRequest, ClaimResponse, TokenResponse, claimant_id
+from schema.spec import CLAIMANT_HEADER, AttemptCredentials, ClaimRequest, ClaimResponse, TokenResponse, claimant_id
+from storage import StoreUnavailable
 
 if TYPE_CHECKING:
     import httpx
     from google.auth.credentials import Credentials
 
+CREDENTIALS_TIMEOUT_S = 60  # the store that asked tries again
 CLAIM_TIMEOUT_S = 600  # long enough to replace the service; after that the rented compute is released
 RETRY_INITIAL_S = 0.2
 RETRY_MAX_S = 15.0
@@ -138,6 +141,34 @@ class ServiceClient:
             case status:
                 raise RequestRejected(f"the service answered {status}")
 
+    def issues_store_tokens(self) -> bool:
+        """Whether the service issues tokens for gs:// stores; otherwise the machine's own credentials are used."""
+        return self._request_credentials().kind == "google"
+
+    def fetch_store_token(self) -> tuple[str, datetime]:
+        """A token for the object stores of this job, and when it expires. Raises StoreUnavailable."""
+        credentials = self._request_credentials()
+        if credentials.token is None or credentials.expires_at is None:
+            raise StoreUnavailable("the service issues no tokens for the object store any more")
+        return credentials.token, credentials.expires_at
+
+    def _request_credentials(self) -> AttemptCredentials:
+        import tenacity
+
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(ServiceUnavailable),
+            wait=tenacity.wait_exponential_jitter(multiplier=RETRY_INITIAL_S, max=RETRY_MAX_S, jitter=RETRY_INITIAL_S),
+            stop=tenacity.stop_after_delay(CREDENTIALS_TIMEOUT_S),
+            reraise=True,
+        )
+        try:
+            response = retrying(self._post_as_owner, "/credentials", None)
+        except ServiceUnavailable as error:
+            raise StoreUnavailable(f"no credentials for the object store: {error}") from error
+        if response.status_code != HTTPStatus.OK:
+            raise StoreUnavailable(f"no credentials for the object store: the service answered {response.status_code}")
+        return AttemptCredentials.load(response.content)
+
     def finish(self, result: Result, timeout_s: float) -> bool:
         """Report the result; False if the service could not be reached, which then finds the result in the object store."""
         import tenacity
@@ -153,7 +184,7 @@ class ServiceClient:
         except ServiceUnavailable:
             return False
 
-    def _post_as_owner(self, path: str, body: ForwardCompatible, timeout_s: float | None = None) -> "httpx.Response":
+    def _post_as_owner(self, path: str, body: ForwardCompatible | None, timeout_s: float | None = None) -> "httpx.Response":
         """Send with the current token, or with a new one if the service does not accept that one any more."""
         response = self._post(path, body, timeout_s)
         if response.status_code != HTTPStatus.UNAUTHORIZED:

@@ -15,7 +15,7 @@ from pydantic import Field
 from schema.base import Id, Strict
 from schema.events import EventBatch, EventBatchResponse
 from schema.result import Result
-from schema.spec import CLAIMANT_HEADER, ClaimRequest, ClaimResponse, TokenResponse, claimant_id
+from schema.spec import CLAIMANT_HEADER, AttemptCredentials, ClaimRequest, ClaimResponse, TokenResponse, claimant_id
 from service.api.dependencies import PrincipalDep, ServicesDep
 from service.api.route import MAINTENANCE_TIMEOUT_S, REPORT_BODY_BYTES, LimitedRoute, limits
 from service.core.errors import InvalidRequest, Unauthorized
@@ -65,6 +65,15 @@ def claim(job_id: Id, attempt: int, body: ClaimRequest, principal: PrincipalDep,
 def renew_token(job_id: Id, attempt: int, principal: PrincipalDep, claimant: ClaimantDep, services: ServicesDep) -> TokenResponse:
     """A new token for the process that owns the attempt, which was silent until the last one expired."""
     return TokenResponse(token=services.jobs.attempts.renew_token(principal, job_id, attempt, claimant))
+
+
+@router.post("/credentials")
+@limits(access="attempt")
+def issue_credentials(
+    job_id: Id, attempt: int, principal: PrincipalDep, claimant: ClaimantDep, services: ServicesDep
+) -> AttemptCredentials:
+    """What the attempt uses to reach the object stores. Ask again before it expires."""
+    return services.jobs.attempts.issue_credentials(principal, job_id, attempt, claimant)
 
 
 @router.post("/events")

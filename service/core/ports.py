@@ -9,6 +9,7 @@ from schema.capabilities import EnvironmentManifest
 from schema.dataset import Dataset
 from schema.events import Event, EventBatch
 from schema.job import Failure, Job, Progress, Status
+from schema.spec import AttemptCredentials
 from schema.types import Phase
 from service.core.limits import Limits
 from storage import ObjectStore
@@ -173,6 +174,23 @@ class Buckets:
     configs: ObjectStore  # specs and results
     datasets: ObjectStore
     models: ObjectStore  # base models, checkpoints, artifacts
+
+
+@dataclass(frozen=True)
+class StoreAccess:
+    """What an attempt may reach in one store: keys, and prefixes that end in "/"."""
+
+    url: str
+    readable: tuple[str, ...]
+    writable: tuple[str, ...]  # and readable
+
+
+class CredentialIssuer(Protocol):
+    """Issues the credentials with which attempts reach the object stores."""
+
+    def issue(self, accesses: Sequence[StoreAccess]) -> AttemptCredentials:
+        """Credentials for exactly that, which expire within hours. Raises Unavailable."""
+        ...
 
 
 # --- compute ---------------------------------------------------------------------------------------------------------

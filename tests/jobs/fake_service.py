@@ -48,6 +48,7 @@ class FakeService:
     authorizations: set[str | None] = field(default_factory=set)
     hosts: set[str | None] = field(default_factory=set)
     claimants: set[str | None] = field(default_factory=set)  # the secrets that were sent as headers
+    credentials: dict[str, Any] = field(default_factory=lambda: {"kind": "ambient"})
     next_token: str | None = None  # in the answers to events
     tokens: int = 0  # how many the attempt asked for
     expired: set[str] = field(default_factory=set)  # the values of `Authorization` that are answered with 401
@@ -96,6 +97,8 @@ class FakeService:
             case "claim":
                 self.claims.append(body["claimant"])
                 return self.claim_status, {"secrets": self.secrets, "directive": self.claim_directive, "token": CLAIM_TOKEN}
+            case "credentials":
+                return 200, self.credentials
             case "token":
                 self.tokens += 1
                 return self.token_status, {"token": f"renewed-token-{self.tokens}"}

@@ -17,6 +17,7 @@ from schema.events import CheckpointRestored, CheckpointSaved, CheckpointSkipped
 from schema.job import Progress
 from schema.result import Result
 from schema.spec import claimant_id
+from storage import StoreUnavailable
 from tests.jobs.fake_service import CLAIM_TOKEN, TOKEN, FakeService
 from tests.waiting import wait_until
 
@@ -271,6 +272,19 @@ def test_renewal_waits_for_an_unavailable_service(service: FakeService, client: 
     service.token_status = 503
     with pytest.raises(ServiceUnavailable):
         client.report(EventBatch(first_seq=0))
+
+
+def test_store_tokens_come_from_the_service_if_it_issues_them(service: FakeService, client: ServiceClient) -> None:
+    assert not client.issues_store_tokens()
+    with pytest.raises(StoreUnavailable):
+        client.fetch_store_token()
+    service.credentials = {"kind": "google", "token": "ya29.narrow", "expires_at": "2026-01-01T00:00:00Z"}
+    assert client.issues_store_tokens()
+    assert client.fetch_store_token() == ("ya29.narrow", datetime(2026, 1, 1, tzinfo=UTC))
+    service.expired.add(f"Bearer {CLAIM_TOKEN}")
+    service.token_status = 409
+    with pytest.raises(StoreUnavailable, match="409"):
+        client.fetch_store_token()
 
 
 def make_result() -> Result:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def start_attempt(client: TestClient, dataset_id: str, *, claimed: bool = True) 
     job = store.replace_job(lifecycle.begin_attempt(queued, queued.placements[0], START))
     job = store.replace_job(lifecycle.mark_launched(job, 1, "0@0", START))
     if claimed:
-        store.replace_job(lifecycle.claim_attempt(job, 1, claimant_id(CLAIMANT), START))
+        store.replace_job(lifecycle.claim_attempt(job, 1, claimant_id(CLAIMANT), datetime.now(UTC)))
     return job_id
 
 

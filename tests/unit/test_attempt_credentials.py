@@ -184,3 +184,14 @@ def test_token_without_key_id_is_refused() -> None:
     claims = {"sub": "job", "attempt": 1, "aud": ATTEMPT_AUDIENCE, "exp": START + timedelta(minutes=5)}
     with pytest.raises(Unauthorized):
         signer.verify_attempt_token(jwt.encode(claims, b"k" * 32, algorithm="HS256"), "job", 1)
+
+
+def test_store_credentials_need_the_owner(client: TestClient, dataset_id: str) -> None:
+    job_id = start_attempt(client, dataset_id)
+    url, headers = f"/internal/jobs/{job_id}/attempts/1/credentials", attempt_headers(client, job_id)
+    assert client.post(url, headers=headers).json() == {"kind": "none", "token": None, "expires_at": None}
+    get_error(client.post(url, headers=headers | {CLAIMANT_HEADER: "d" * 64}), 409)
+    get_error(client.post(url, headers=headers | launch_headers(client, job_id)), 401)
+    get_error(client.post(url, headers={CLAIMANT_HEADER: CLAIMANT}), 401)
+    assert post(client, job_id, "result", headers).status_code == 204
+    get_error(client.post(url, headers=headers), 409)

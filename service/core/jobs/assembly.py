@@ -6,6 +6,7 @@ from datetime import datetime, timedelta
 
 from service.core.jobs.attempts import Attempts
 from service.core.jobs.control import JobControl
+from service.core.jobs.credentials import DeploymentCredentials
 from service.core.jobs.deletion import Deletion
 from service.core.jobs.export import Exports
 from service.core.jobs.launch import AttemptStarter
@@ -17,7 +18,7 @@ from service.core.jobs.repository import JobRepository
 from service.core.jobs.submit import Submission
 from service.core.jobs.trackers import DeploymentTrackers
 from service.core.launchers import LauncherPool
-from service.core.ports import Buckets, Hub, JobStore, SecretStore, UrlSigner, Wake
+from service.core.ports import Buckets, CredentialIssuer, Hub, JobStore, SecretStore, UrlSigner, Wake
 from service.core.tokens import TokenSigner
 from service.core.validation.egress import EgressCheck
 from service.core.validation.hub import NoHub
@@ -52,6 +53,7 @@ def build_job_services(
     hub: Hub | None = None,
     trackers: DeploymentTrackers | None = None,
     attempt_variables: Mapping[str, str] | None = None,
+    credentials: CredentialIssuer | None = None,
     preparation_limit: timedelta = DEFAULT_PREPARATION_LIMIT,
     egress: EgressCheck | None = None,
 ) -> JobServices:
@@ -64,7 +66,7 @@ def build_job_services(
     marks = JobMarks(models, deployment_id)
     repository = JobRepository(store, secrets, clock)
     control = JobControl(repository, launchers=launchers, trackers=trackers, wake=wake)
-    attempts = Attempts(repository, models=models, tokens=tokens, wake=wake)
+    attempts = Attempts(repository, buckets=buckets, tokens=tokens, credentials=credentials or DeploymentCredentials(), wake=wake)
     starter = AttemptStarter(repository, buckets=buckets, marks=marks, tokens=tokens, attempt_variables=attempt_variables or {}, wake=wake)
     return JobServices(
         repository=repository,

@@ -5,24 +5,28 @@ from datetime import datetime
 from schema.events import Directive, EventBatch, EventBatchResponse
 from schema.job import Job, Status
 from schema.result import Result
-from schema.spec import ClaimResponse
+from schema.spec import AttemptCredentials, ClaimResponse
 from service.core import lifecycle
 from service.core.errors import Forbidden
+from service.core.jobs.credentials import find_attempt_access
 from service.core.jobs.manifest import write_manifest
 from service.core.jobs.reported import check_batch, check_result
 from service.core.jobs.repository import JobRepository
-from service.core.ports import Wake
+from service.core.ports import Buckets, CredentialIssuer, Wake
 from service.core.principals import Principal, Scope, attempt_subject
 from service.core.tokens import TokenSigner
-from storage import ObjectStore
 
 
 class Attempts:
     """Takes what attempts report, and answers with the directive that the job's status gives."""
 
-    def __init__(self, repository: JobRepository, *, models: ObjectStore, tokens: TokenSigner, wake: Wake) -> None:
+    def __init__(
+        self, repository: JobRepository, *, buckets: Buckets, tokens: TokenSigner, credentials: CredentialIssuer, wake: Wake
+    ) -> None:
         self._repository = repository
-        self._models = models
+        self._buckets = buckets
+        self._models = buckets.models
+        self._credentials = credentials
         self._tokens = tokens
         self._wake = wake
 
@@ -40,6 +44,12 @@ class Attempts:
         """A new token for the process that owns the attempt. Raises Fenced for another one, and when the attempt is over."""
         self.check_owner(principal, job_id, number, claimant)
         return self._tokens.sign_attempt_token(job_id, number)
+
+    def issue_credentials(self, principal: Principal, job_id: str, number: int, claimant: str) -> AttemptCredentials:
+        """Credentials for the object stores. Raises Fenced for another process, and when the attempt is over; Unavailable."""
+        job = self.check_owner(principal, job_id, number, claimant)
+        dataset = self._repository.find_dataset(job.processed_dataset_id, job.tenant_id)
+        return self._credentials.issue(find_attempt_access(job, dataset, self._buckets))
 
     def check_owner(self, principal: Principal, job_id: str, number: int, claimant: str) -> Job:
         """The job, if the attempt is its current one and belongs to that process. Raises Fenced, Forbidden, NotFound."""
