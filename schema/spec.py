@@ -104,5 +104,5 @@ class AttemptCredentials(ForwardCompatible):
     """
 
     kind: Literal["none", "ambient", "google"]
-    token: str | None = Field(None, repr=False)
+    token: str | None = Field(default=None, repr=False)
     expires_at: datetime | None = None

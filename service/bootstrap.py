@@ -32,8 +32,10 @@ from service.core.jobs.assembly import JobServices, build_job_services
 from service.core.jobs.credentials import DeploymentCredentials
 from service.core.jobs.reconciler import Reconciler
 from service.core.launchers import LauncherPool
-from service.core.ports import Buckets, CredentialIssuer, Hub, JobStore, SecretStore
+from service.core.ports import Buckets, Hub, JobStore, SecretStore
 from service.core.principals import UPKEEP_PRINCIPAL
+from service.core.quotas import QuotaChecks
+from service.core.store_credentials import CredentialIssuer
 from service.core.tokens import TokenSigner
 from service.core.validation.egress import EgressCheck
 from service.core.validation.hub import NoHub
@@ -78,6 +80,7 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
     secrets = _open_secret_store(settings)
     hub = NoHub() if settings.hf_hub_offline else HuggingFaceHub(settings.hf_endpoint)
     tokens = _create_token_signer(settings, clock)
+    quotas = QuotaChecks(store, settings.quotas, clock)
     interval_s, names = settings.reconcile_interval_s, [launcher.name for launcher in launchers]
 
     def reconcile_launcher(name: str) -> int:
@@ -105,6 +108,7 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
         attempt_variables=attempt_variables(settings),
         credentials=_create_credential_issuer(settings, clock),
         preparation_limit=timedelta(seconds=settings.preparation_limit_s),
+        quotas=quotas,
         egress=EgressCheck(egress_policy(settings), SystemResolver()),
     )
     datasets = Datasets(
@@ -120,6 +124,7 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
         random_suffix=lambda: token_hex(6),
         scratch=home / "uploads",
         max_incoming_bytes=settings.max_incoming_bytes,
+        quotas=quotas,
         incoming_by_tenant=settings.identity is not None,
     )
     return Services(

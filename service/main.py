@@ -18,10 +18,12 @@ from service.api.authentication import Authenticator
 from service.api.health import make_health_checks
 from service.api.ingestion import IngestionSlots
 from service.api.middleware import install_front_door
-from service.api.stream import Feeds, run_in_thread
+from service.api.rate_limits import RateLimiter
+from service.api.stream import Feeds, FollowerLimits, run_in_thread
 from service.bootstrap import Services, build_services, check_adapters
 from service.core.errors import Unavailable
 from service.core.principals import UPKEEP_PRINCIPAL
+from service.core.rate_limits import parse_rate_limits
 from service.home import lock_home
 from service.logs import configure_logging
 from service.settings import Settings
@@ -62,6 +64,7 @@ def create_app(settings: Settings | None = None, clock: Callable[[], datetime] |
     )
     app.state.settings = settings
     app.state.clock = clock
+    app.state.rate_limiter = RateLimiter(parse_rate_limits(settings.rate_limits))
     app.state.telemetry = telemetry
     app.state.holds_home_lock = holds_home_lock
     errors.install(app)
@@ -114,7 +117,11 @@ async def _run_services(app: FastAPI) -> AsyncGenerator[None]:
         tokens=services.tokens,
         attempt_identity=services.settings.attempt_identity,
     )
-    app.state.feeds = Feeds(services.jobs.repository, services.settings.event_poll_s)
+    app.state.feeds = Feeds(
+        services.jobs.repository,
+        services.settings.event_poll_s,
+        FollowerLimits(services.settings.max_followers, services.settings.max_followers_per_job),
+    )
     app.state.health_checks = make_health_checks(services)
     app.state.ingestion_slots = IngestionSlots(services.settings.max_concurrent_uploads)
     telemetry: Telemetry | None = app.state.telemetry

@@ -8,17 +8,22 @@ TunesmithError
 ├── Conflict 409            the resource's state does not allow it
 │   ├── StaleRevision 409   another writer changed the record first
 │   ├── Fenced 409          the attempt is no longer the current one
+│   ├── UnreadableRecord 409  the stored record is damaged; it can only be deleted
 │   └── IdempotencyConflict 409
 ├── Unauthorized 401
 ├── Forbidden 403           the caller lacks a scope
+│   └── QuotaExceeded 403   the tenant has used up a quota
+├── TooManyRequests 429     the caller has exceeded a rate limit
 ├── TooLarge 413
 ├── Unavailable 503         a part of the service does not answer; try again
 │   ├── RecordTooNew 503    a newer version of Tunesmith wrote the record
+│   ├── TooManyFollowers 503  a client cannot follow a job now
 │   ├── NoCapacity 503      the launcher has no compute for an attempt now; never sent to a caller
 │   └── DiskFull 507
 └── LaunchFailed            the launcher refused an attempt for good; never sent to a caller
 """
 
+from collections.abc import Mapping
 from http import HTTPStatus
 
 
@@ -68,6 +73,23 @@ class Forbidden(TunesmithError):
     code = "forbidden"
 
 
+class QuotaExceeded(Forbidden):
+    """The tenant has used up a quota of this deployment."""
+
+    code = "quota_exceeded"
+
+
+class TooManyRequests(TunesmithError):
+    """Too many requests in too short a time."""
+
+    status = HTTPStatus.TOO_MANY_REQUESTS
+    code = "too_many_requests"
+
+    def __init__(self, message: str = "", *, hint: str = "", headers: Mapping[str, str]) -> None:
+        super().__init__(message, hint=hint)
+        self.headers = headers  # of the response: Retry-After, and the state of the limit
+
+
 class NotFound(TunesmithError):
     """The resource does not exist."""
 
@@ -94,6 +116,12 @@ class Fenced(Conflict):
     code = "fenced"
 
 
+class UnreadableRecord(Conflict):
+    """The stored record cannot be read."""
+
+    code = "unreadable_record"
+
+
 class IdempotencyConflict(Conflict):
     """The Idempotency-Key was used before with another request."""
 
@@ -117,6 +145,13 @@ class Unavailable(TunesmithError):
 
 class RecordTooNew(Unavailable):
     """A newer version of Tunesmith wrote the record."""
+
+
+class TooManyFollowers(Unavailable):
+    """Too many clients follow jobs now."""
+
+    code = "too_many_followers"
+    retry_after_s = 10
 
 
 class NoCapacity(Unavailable):

@@ -7,11 +7,12 @@ from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 from schema.capabilities import EnvironmentManifest
 from schema.dataset import Dataset
-from schema.events import Event, EventBatch
-from schema.job import Failure, Job, Progress, Status
-from schema.spec import AttemptCredentials
-from schema.types import Phase
+from schema.events import Event
+from schema.job import Failure, Job, Status
+from service.core.accrual import JobCost
+from service.core.event_store import EventStore
 from service.core.limits import Limits
+from service.core.usage import UsageStore
 from storage import ObjectStore
 
 Row = TypeVar("Row")
@@ -32,6 +33,15 @@ class JobSummary:
     trainer_type: str
     project_id: str | None
     created_at: datetime
+    cost: JobCost = field(default_factory=JobCost)  # empty for a record of an earlier version
+
+
+@dataclass(frozen=True)
+class JobEntry:
+    """What is indexed beside a job's record, and known when the record cannot be read."""
+
+    tenant_id: str
+    summary: JobSummary
 
 
 @dataclass(frozen=True)
@@ -63,32 +73,11 @@ class IdempotencyKey:
     body_digest: str
 
 
-@dataclass(frozen=True)
-class StoredEvent:
-    """An event with its position in the job's history. `cursor` grows within the job."""
-
-    cursor: int
-    attempt: int  # 0: written by the service
-    seq: int
-    at: datetime
-    event: Event
-
-
-@dataclass(frozen=True)
-class Heartbeat:
-    """When an attempt last reported, and what: a record of its own, because it is written so often."""
-
-    attempt: int
-    received_at: datetime  # the service's clock
-    next_seq: int
-    phase: Phase | None = None
-    progress: Progress | None = None
-
-
-class JobStore(Protocol):
+class JobStore(EventStore, UsageStore, Protocol):
     """Durable records. Every write is atomic, and durable when the call returns.
 
-    A job's record is changed by compare-and-set on `revision`; there is no other lock.
+    A job's record is changed by compare-and-set on `revision`; there is no other lock. A record that could not be read back is refused
+    with InvalidRequest or TooLarge. Lists skip records that cannot be read, which an earlier or later version wrote.
     Raises Unavailable when the database does not answer.
     """
 
@@ -97,7 +86,11 @@ class JobStore(Protocol):
         ...
 
     def find_job(self, job_id: str) -> Job | None:
-        """The record, or None."""
+        """The record, or None. Raises UnreadableRecord, RecordTooNew."""
+        ...
+
+    def find_job_entry(self, job_id: str) -> JobEntry | None:
+        """What is known of a job without reading its record, or None."""
         ...
 
     def replace_job(self, job: Job, events: Sequence[Event] = ()) -> Job:
@@ -127,24 +120,16 @@ class JobStore(Protocol):
         """Delete the record, its events and its heartbeat. False when there was none."""
         ...
 
-    def append_events(self, job_id: str, attempt: int, batch: EventBatch, now: datetime) -> int:
-        """Store the events of the batch that are new, and the heartbeat; returns the next seq expected. Can be repeated."""
-        ...
-
-    def list_events(self, job_id: str, after: int = 0, limit: int = 500) -> list[StoredEvent]:
-        """Events after a cursor, oldest first."""
-        ...
-
-    def find_heartbeat(self, job_id: str) -> Heartbeat | None:
-        """The last heartbeat of the job's attempts, or None."""
-        ...
-
     def create_dataset(self, dataset: Dataset) -> None:
         """Store a new dataset."""
         ...
 
     def find_dataset(self, dataset_id: str) -> Dataset | None:
-        """The record, or None."""
+        """The record, or None. Raises UnreadableRecord, RecordTooNew."""
+        ...
+
+    def find_dataset_tenant(self, dataset_id: str) -> str | None:
+        """The tenant of a dataset, without reading its record; None when there is no such dataset."""
         ...
 
     def list_datasets(self, tenant_id: str, limit: int = 50, after: str | None = None) -> Page[Dataset]:
@@ -174,23 +159,6 @@ class Buckets:
     configs: ObjectStore  # specs and results
     datasets: ObjectStore
     models: ObjectStore  # base models, checkpoints, artifacts
-
-
-@dataclass(frozen=True)
-class StoreAccess:
-    """What an attempt may reach in one store: keys, and prefixes that end in "/"."""
-
-    url: str
-    readable: tuple[str, ...]
-    writable: tuple[str, ...]  # and readable
-
-
-class CredentialIssuer(Protocol):
-    """Issues the credentials with which attempts reach the object stores."""
-
-    def issue(self, accesses: Sequence[StoreAccess]) -> AttemptCredentials:
-        """Credentials for exactly that, which expire within hours. Raises Unavailable."""
-        ...
 
 
 # --- compute ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from schema.job import ExportSource
 from service.adapters.credentials.cloud_storage import GoogleCredentialIssuer, render_boundary
 from service.core.errors import Unavailable
 from service.core.jobs.credentials import DeploymentCredentials, find_attempt_access
-from service.core.ports import Buckets, StoreAccess
+from service.core.ports import Buckets
+from service.core.store_credentials import StoreAccess
 from storage.gs import GcsStore
 from storage.registry import open_store
 from tests.factories import START, make_dataset, make_job

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi.routing import APIRoute
 from starlette.testclient import TestClient
 from starlette.types import Message
 
@@ -40,6 +41,7 @@ def anonymous(client: TestClient) -> Iterator[TestClient]:
 def iter_routes() -> Iterator[tuple[str, str]]:
     for router in ROUTERS:
         for route in router.routes:
+            assert isinstance(route, APIRoute)
             assert isinstance(route, LimitedRoute) or route.path == "/docs"
             yield from ((method, route.path) for method in route.methods)
 

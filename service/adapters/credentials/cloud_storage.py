@@ -22,7 +22,7 @@ from google.oauth2 import sts
 
 from schema.spec import AttemptCredentials
 from service.core.errors import Unavailable
-from service.core.ports import StoreAccess
+from service.core.store_credentials import StoreAccess
 from storage.gs import create_deadline_session
 from storage.remote import BucketLocation
 
@@ -41,11 +41,11 @@ class GoogleCredentialIssuer:
         clock: Callable[[], datetime],
         *,
         sts_url: str = STS_URL,
-        find_credentials: Callable[[], Credentials] = lambda: google.auth.default(scopes=[SCOPE])[0],
+        find_credentials: Callable[[], Credentials] | None = None,
     ) -> None:
         self._clock = clock
         self._sts = sts.Client(sts_url)
-        self._find_credentials = find_credentials
+        self._find_credentials = find_credentials or _find_own_credentials
         self._source: Credentials | None = None
 
     def issue(self, accesses: Sequence[StoreAccess]) -> AttemptCredentials:
@@ -71,6 +71,11 @@ class GoogleCredentialIssuer:
         if "expires_in" in answer:
             return self._clock() + timedelta(seconds=int(answer["expires_in"]))
         return source.expiry.replace(tzinfo=UTC) if source.expiry else self._clock() + timedelta(minutes=10)
+
+
+def _find_own_credentials() -> Credentials:
+    credentials, _ = google.auth.default(scopes=[SCOPE])
+    return credentials
 
 
 def render_boundary(accesses: Sequence[StoreAccess]) -> dict[str, Any]:

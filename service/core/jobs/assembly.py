@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from service.core.jobs.attempts import Attempts
+from service.core.jobs.budget import Budget
 from service.core.jobs.control import JobControl
 from service.core.jobs.credentials import DeploymentCredentials
 from service.core.jobs.deletion import Deletion
@@ -18,7 +19,9 @@ from service.core.jobs.repository import JobRepository
 from service.core.jobs.submit import Submission
 from service.core.jobs.trackers import DeploymentTrackers
 from service.core.launchers import LauncherPool
-from service.core.ports import Buckets, CredentialIssuer, Hub, JobStore, SecretStore, UrlSigner, Wake
+from service.core.ports import Buckets, Hub, JobStore, SecretStore, UrlSigner, Wake
+from service.core.quotas import QuotaChecks, Quotas
+from service.core.store_credentials import CredentialIssuer
 from service.core.tokens import TokenSigner
 from service.core.validation.egress import EgressCheck
 from service.core.validation.hub import NoHub
@@ -55,6 +58,7 @@ def build_job_services(
     attempt_variables: Mapping[str, str] | None = None,
     credentials: CredentialIssuer | None = None,
     preparation_limit: timedelta = DEFAULT_PREPARATION_LIMIT,
+    quotas: QuotaChecks | None = None,
     egress: EgressCheck | None = None,
 ) -> JobServices:
     """Build the parts.
@@ -65,14 +69,18 @@ def build_job_services(
     models = buckets.models
     marks = JobMarks(models, deployment_id)
     repository = JobRepository(store, secrets, clock)
-    control = JobControl(repository, launchers=launchers, trackers=trackers, wake=wake)
-    attempts = Attempts(repository, buckets=buckets, tokens=tokens, credentials=credentials or DeploymentCredentials(), wake=wake)
+    budget = Budget(repository, launchers, quotas or QuotaChecks(store, Quotas.model_validate({}), clock))
+    control = JobControl(repository, launchers=launchers, budget=budget, trackers=trackers, wake=wake)
+    attempts = Attempts(
+        repository, budget=budget, buckets=buckets, tokens=tokens, credentials=credentials or DeploymentCredentials(), wake=wake
+    )
     starter = AttemptStarter(repository, buckets=buckets, marks=marks, tokens=tokens, attempt_variables=attempt_variables or {}, wake=wake)
     return JobServices(
         repository=repository,
         submission=Submission(
             repository,
             launchers=launchers,
+            budget=budget,
             models=models,
             hub=hub,
             trackers=trackers,
@@ -81,8 +89,8 @@ def build_job_services(
             wake=wake,
         ),
         control=control,
-        exports=Exports(repository, launchers=launchers, models=models, hub=hub, random_suffix=random_suffix, wake=wake),
-        queries=JobQueries(repository, launchers=launchers, models=models, url_signer=url_signer, wake=wake),
+        exports=Exports(repository, launchers=launchers, budget=budget, models=models, hub=hub, random_suffix=random_suffix, wake=wake),
+        queries=JobQueries(repository, launchers=launchers, budget=budget, models=models, url_signer=url_signer, wake=wake),
         deletion=Deletion(repository, control=control, launchers=launchers, buckets=buckets, marks=marks, hub=hub),
         attempts=attempts,
         reconciliation=Reconciliation(
@@ -90,6 +98,7 @@ def build_job_services(
             launchers=launchers,
             starter=starter,
             attempts=attempts,
+            budget=budget,
             buckets=buckets,
             preparation_limit=PreparationLimit(repository, preparation_limit, wake),
             wake=wake,

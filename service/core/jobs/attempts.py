@@ -8,12 +8,15 @@ from schema.result import Result
 from schema.spec import AttemptCredentials, ClaimResponse
 from service.core import lifecycle
 from service.core.errors import Forbidden
+from service.core.jobs.budget import Budget
 from service.core.jobs.credentials import find_attempt_access
 from service.core.jobs.manifest import write_manifest
 from service.core.jobs.reported import check_batch, check_result
 from service.core.jobs.repository import JobRepository
-from service.core.ports import Buckets, CredentialIssuer, Wake
+from service.core.ports import Buckets, Wake
 from service.core.principals import Principal, Scope, attempt_subject
+from service.core.store_credentials import CredentialIssuer
+from service.core.stored_json import MAX_RECORD_BYTES_BY_EVENTS, MAX_RESULT_BYTES, dump_record
 from service.core.tokens import TokenSigner
 
 
@@ -21,9 +24,17 @@ class Attempts:
     """Takes what attempts report, and answers with the directive that the job's status gives."""
 
     def __init__(
-        self, repository: JobRepository, *, buckets: Buckets, tokens: TokenSigner, credentials: CredentialIssuer, wake: Wake
+        self,
+        repository: JobRepository,
+        *,
+        budget: Budget,
+        buckets: Buckets,
+        tokens: TokenSigner,
+        credentials: CredentialIssuer,
+        wake: Wake,
     ) -> None:
         self._repository = repository
+        self._budget = budget
         self._buckets = buckets
         self._models = buckets.models
         self._credentials = credentials
@@ -69,12 +80,13 @@ class Attempts:
         batch = check_batch(job, number, batch, self._models.url)
         next_seq = self._repository.store.append_events(job_id, number, batch, now)
         if _apply_batch(job, number, batch, now) is not job:
-            job = self._repository.change(job_id, lambda job, _: _apply_batch(job, number, batch, now))
-        return EventBatchResponse(directive=_directive_for(job), next_seq=next_seq)
+            job = self._repository.change(job_id, lambda job, _: _apply_batch(job, number, batch, now), MAX_RECORD_BYTES_BY_EVENTS)
+        return EventBatchResponse(directive=_directive_for(self._budget.enforce(job)), next_seq=next_seq)
 
     def finish(self, principal: Principal, result: Result) -> Job:
-        """Apply the result that an attempt sends. It may be sent again without harm. Raises as `apply_result`, and Forbidden."""
+        """Apply the result that an attempt sends. It may be sent again without harm. Raises as `apply_result`, TooLarge and Forbidden."""
         _require_attempt(principal, result.job_id, result.attempt)
+        dump_record(result, MAX_RESULT_BYTES)
         return self.apply_result(result.job_id, result)
 
     def apply_result(self, job_id: str, result: Result) -> Job:

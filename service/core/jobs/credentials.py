@@ -7,7 +7,8 @@ from schema.dataset import Dataset
 from schema.job import Job
 from schema.spec import AttemptCredentials, result_prefix, spec_key
 from service.core.jobs.orphans import JOB_FOLDERS
-from service.core.ports import Buckets, StoreAccess
+from service.core.ports import Buckets
+from service.core.store_credentials import StoreAccess
 
 BASE_MODELS_PREFIX = "pretrained_weights/"
 
@@ -17,7 +18,7 @@ class DeploymentCredentials:
 
     def issue(self, accesses: Sequence[StoreAccess]) -> AttemptCredentials:
         is_local = all(access.url.startswith("file://") for access in accesses)
-        return AttemptCredentials(kind="none" if is_local else "ambient")
+        return AttemptCredentials(kind="none" if is_local else "ambient", token=None)
 
 
 def find_attempt_access(job: Job, dataset: Dataset, buckets: Buckets) -> tuple[StoreAccess, ...]:

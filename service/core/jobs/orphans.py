@@ -68,7 +68,7 @@ def find_orphans(
 
 def is_forgotten(jobs: JobStore, marks: JobMarks, job_id: str, launched_before: datetime) -> bool:
     """Whether this deployment launched a job, before a time, and has no record of it. Raises StorageError, Unavailable."""
-    if jobs.find_job(job_id) is not None:
+    if jobs.find_job_entry(job_id) is not None:
         return False
     launched_at = marks.find_launch(job_id)
     return launched_at is not None and launched_at < launched_before

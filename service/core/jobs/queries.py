@@ -2,22 +2,23 @@
 
 from dataclasses import dataclass, replace
 
-from schema.job import Artifact, ArtifactFile, Gate, Job, Status
+from schema.job import Artifact, ArtifactFile, ComputeRate, Gate, Job, Status
 from schema.spec import attempt_name
+from service.core.accrual import Spending, sum_spending
 from service.core.errors import Conflict, NotFound
+from service.core.event_store import Heartbeat, StoredEvent
+from service.core.jobs.budget import Budget
 from service.core.jobs.checkpoints import StoredCheckpoint, list_checkpoints
 from service.core.jobs.manifest import write_manifest
 from service.core.jobs.repository import JobRepository
 from service.core.launchers import LauncherPool
 from service.core.ports import (
-    Heartbeat,
     JobQuery,
     JobSummary,
     LogLocator,
     LogPage,
     LogReader,
     Page,
-    StoredEvent,
     UrlSigner,
     Wake,
 )
@@ -25,6 +26,7 @@ from service.core.principals import Principal, Scope
 from storage import ObjectStore
 
 LINK_TTL_S = 900  # how long a download link works
+MAX_PAGE_BYTES = 1 << 20  # of stored events in one answer; the event that reaches it is still part of it
 
 
 @dataclass(frozen=True)
@@ -34,16 +36,26 @@ class JobView:
     job: Job
     heartbeat: Heartbeat | None  # of its current attempt
     pending_reason: str | None  # why it does not run yet, where that is known
+    spending: Spending  # of all attempts until now
+    rate: ComputeRate  # of the current attempt, else of the placement that the job prefers
 
 
 class JobQueries:
     """Reads jobs for callers. Reading a silent job also reconciles it, where no background task does."""
 
     def __init__(
-        self, repository: JobRepository, *, launchers: LauncherPool, models: ObjectStore, url_signer: UrlSigner, wake: Wake
+        self,
+        repository: JobRepository,
+        *,
+        launchers: LauncherPool,
+        budget: Budget,
+        models: ObjectStore,
+        url_signer: UrlSigner,
+        wake: Wake,
     ) -> None:
         self._repository = repository
         self._launchers = launchers
+        self._budget = budget
         self._models = models
         self._url_signer = url_signer
         self._wake = wake
@@ -71,14 +83,21 @@ class JobQueries:
         attempt = job.attempt
         pending_reason = attempt.pending_reason if attempt and job.status.is_active else None
         if job.status is Status.QUEUED:
-            pending_reason = self._launchers.describe_missing(job)
-        return JobView(job, heartbeat, pending_reason)
+            pending_reason = self._launchers.describe_missing(job) or self._budget.describe_wait(job)
+        rate = attempt.rate if attempt and attempt.rate and job.status is not Status.QUEUED else self._budget.find_rate(job)
+        return JobView(job, heartbeat, pending_reason, sum_spending(job, self._repository.clock()), rate)
 
     def list_events(self, principal: Principal, job_id: str, after: int, limit: int) -> list[StoredEvent]:
-        """A page of a job's events, oldest first. Raises NotFound."""
+        """A page of a job's events, oldest first: at most `limit`, and about MAX_PAGE_BYTES. Raises NotFound."""
         principal.require(Scope.JOBS_READ)
         self._repository.find(principal, job_id)
-        return self._repository.store.list_events(job_id, after, limit)
+        return self._repository.store.list_events(job_id, after, limit, MAX_PAGE_BYTES)
+
+    def find_last_cursor(self, principal: Principal, job_id: str) -> int:
+        """The cursor of a job's newest event; 0 before the first. Raises NotFound."""
+        principal.require(Scope.JOBS_READ)
+        self._repository.find(principal, job_id)
+        return self._repository.store.find_last_cursor(job_id)
 
     def list_checkpoints(self, principal: Principal, job_id: str) -> list[StoredCheckpoint]:
         """The stored checkpoints of a job, the one first that its next attempt tries first. Raises NotFound, StorageError."""

@@ -10,14 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from datetime import datetime
 
-from pydantic import ValidationError
-
 from schema.job import Job, Status
 from schema.result import Result
 from schema.spec import attempt_name, result_key
 from service.core import lifecycle
-from service.core.errors import Fenced, InvalidRequest, TunesmithError
+from service.core.errors import TooLarge, TunesmithError, Unavailable
 from service.core.jobs.attempts import Attempts
+from service.core.jobs.budget import Budget
 from service.core.jobs.checkpoints import find_last_checkpoint_step
 from service.core.jobs.launch import AttemptStarter
 from service.core.jobs.preparation import PreparationLimit
@@ -27,6 +26,7 @@ from service.core.launchers import LauncherPool
 from service.core.limits import Limits
 from service.core.ports import Buckets, ExitReasonReader, Launcher, Wake
 from service.core.principals import Principal, Scope
+from service.core.stored_json import MAX_RESULT_BYTES, dump_record
 from storage import NoSuchObject, StorageError
 from storage.deadline import remaining_s
 
@@ -48,6 +48,7 @@ class Reconciliation:
         launchers: LauncherPool,
         starter: AttemptStarter,
         attempts: Attempts,
+        budget: Budget,
         buckets: Buckets,
         preparation_limit: PreparationLimit,
         wake: Wake,
@@ -56,10 +57,11 @@ class Reconciliation:
         self._launchers = launchers
         self._starter = starter
         self._attempts = attempts
+        self._budget = budget
         self._buckets = buckets
         self._preparation_limit = preparation_limit
         self._wake = wake
-        self._queue = LaunchQueue(repository, launchers)
+        self._queue = LaunchQueue(repository, launchers, budget)
 
     def reconcile(self, principal: Principal) -> int:
         """Take one step with every open job, all launchers at the same time; returns how many jobs changed.
@@ -102,6 +104,8 @@ class Reconciliation:
                 self._launch_next(job)
         except TunesmithError as error:
             log.warning("job could not be reconciled", extra={"job_id": job_id, "error": error.message})
+        except Exception:  # what concerns other jobs must not fail the request; `reconcile` tries again
+            log.exception("job could not be reconciled", extra={"job_id": job_id})
 
     def _launch_next(self, job: Job) -> None:
         """Launch one queued job on a launcher that the given job waits for, or whose slot it has freed."""
@@ -133,6 +137,9 @@ class Reconciliation:
         except (TunesmithError, StorageError) as error:
             log.warning("job could not be reconciled", extra={"job_id": job.job_id, "error": str(error)})
             return False
+        except Exception:  # a defect that one job brings to light must not stop the others
+            log.exception("job could not be reconciled", extra={"job_id": job.job_id})
+            return False
 
     def _launcher_of(self, job: Job) -> Launcher | None:
         """The launcher of the current attempt; None when this deployment no longer has it."""
@@ -152,17 +159,22 @@ class Reconciliation:
             return self._attempts.apply_result(job.job_id, result)
         if (failed := self._preparation_limit.enforce(launcher, job)) is not None:
             return failed
+        handle, job = job.attempt.handle, self._budget.enforce(job)
+        if not job.status.is_active:
+            return job
         if job.status is Status.CANCELLING:
-            self._escalate_cancel(launcher, job, job.attempt.handle)
+            self._escalate_cancel(launcher, job, handle)
+        elif self._budget.should_end(job):
+            self._budget.end(launcher, job, handle)
         elif not launcher.polling_is_free and not self._is_silent(job, launcher.limits):
             return job  # asking the launcher costs a call, and the attempt reports
-        match launcher.check(job.attempt.handle):
+        match launcher.check(handle):
             case "ended":
                 return self._end_without_compute(launcher, job)
             case "running":
-                return self._enforce_lease(launcher, job, job.attempt.handle)
+                return self._enforce_lease(launcher, job, handle)
             case "waiting":
-                return self._keep_waiting(launcher, job, job.attempt.handle)
+                return self._keep_waiting(launcher, job, handle)
             case "unknown":
                 return job  # unknown is not lost
 
@@ -263,13 +275,19 @@ class Reconciliation:
         """The result of the current attempt, if it has written one."""
         assert job.attempt is not None
         try:
-            result = Result.load(self._buckets.configs.read(result_key(job.job_id, job.attempt.number)))
-            return self._attempts.check_result(job.job_id, result)
+            with self._buckets.configs.open_read(result_key(job.job_id, job.attempt.number)) as stream:
+                content = stream.read(MAX_RESULT_BYTES + 1)
+            if len(content) > MAX_RESULT_BYTES:
+                raise TooLarge(f"the result is larger than {MAX_RESULT_BYTES} bytes")
+            result = Result.load(content)
+            dump_record(result)
+            result = self._attempts.check_result(job.job_id, result)
         except NoSuchObject:
             return None
-        except (Fenced, InvalidRequest) as error:
-            log.error("result is refused", extra={"job_id": job.job_id, "attempt": job.attempt.number, "error": error.message})
+        except Unavailable:
+            raise  # the bucket does not answer: that says nothing of the result
+        except (TunesmithError, ValueError, RecursionError) as error:
+            reason = str(error).partition("\n")[0]
+            log.error("result is not readable", extra={"job_id": job.job_id, "attempt": job.attempt.number, "error": reason})
             return None
-        except ValidationError:
-            log.error("result is not readable", extra={"job_id": job.job_id, "attempt": job.attempt.number})
-            return None
+        return result
