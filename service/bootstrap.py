@@ -24,6 +24,7 @@ from service.adapters.secrets.local import load_or_create_key
 from service.adapters.secrets.signing_keys import load_signing_keys
 from service.core.access.audit import AuditLog
 from service.core.access.keys import Keys
+from service.core.access.logins import Logins
 from service.core.access.ports import AccessStore, IdentityVerifier
 from service.core.access.rules import IdentityRules
 from service.core.datasets.records import Datasets
@@ -58,6 +59,7 @@ class Services:
     jobs: JobServices
     datasets: Datasets
     keys: Keys
+    logins: Logins
     audit_log: AuditLog
     identity_rules: IdentityRules
     identity_verifier: IdentityVerifier
@@ -127,6 +129,7 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
         quotas=quotas,
         incoming_by_tenant=settings.identity is not None,
     )
+    keys, local_token = Keys(access_store, clock), LocalToken(home)
     return Services(
         settings=settings,
         store=store,
@@ -138,11 +141,12 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
         tokens=tokens,
         jobs=jobs,
         datasets=datasets,
-        keys=Keys(access_store, clock),
+        keys=keys,
+        logins=Logins(tokens, keys, local_token, clock),
         audit_log=AuditLog(access_store, clock, random_suffix=lambda: token_hex(6)),
         identity_rules=rules,
         identity_verifier=OidcVerifier(rules.issuers, clock),
-        local_token=LocalToken(home),
+        local_token=local_token,
         reconciler=reconciler,
     )
 

@@ -13,7 +13,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.types import ASGIApp
 
 from schema.version import VERSION
-from service.api import access, capabilities, datasets, docs, errors, files, health, internal, jobs, openapi, root, train
+from service.api import access, capabilities, datasets, docs, errors, files, health, internal, jobs, login, openapi, root, train
 from service.api.authentication import Authenticator
 from service.api.health import make_health_checks
 from service.api.ingestion import IngestionSlots
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ROUTERS = (
-    *(part.router for part in (root, docs, train, capabilities, jobs, datasets, access, files, health, internal)),
+    *(part.router for part in (root, docs, train, capabilities, jobs, datasets, access, login, files, health, internal)),
     internal.maintenance_router,
 )
 DESCRIPTION = "One HTTP request becomes a fine-tuned model."
@@ -111,6 +111,7 @@ async def _run_services(app: FastAPI) -> AsyncGenerator[None]:
     app.state.services = services
     app.state.authenticator = Authenticator(
         keys=services.keys,
+        logins=services.logins,
         local_token=services.local_token,
         rules=services.identity_rules,
         verifier=services.identity_verifier,

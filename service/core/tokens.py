@@ -6,7 +6,7 @@ be replaced while attempts run and links are in use.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 
 import jwt
@@ -60,6 +60,14 @@ class TokenSigner:
         """The object's key and the name to save it under. Raises Unauthorized."""
         claims = self._read(token, FILE_AUDIENCE, leeway=timedelta())
         return str(claims["sub"]), str(claims["filename"])
+
+    def sign(self, claims: Mapping[str, object], audience: str, lifetime: timedelta) -> str:
+        """A token with these claims, `sub` among them, for one purpose."""
+        return self._sign({**claims, "aud": audience}, lifetime)
+
+    def read(self, token: str, audience: str) -> dict[str, object]:
+        """The claims of a token for that purpose. Raises Unauthorized."""
+        return self._read(token, audience, leeway=timedelta())
 
     def _sign(self, claims: dict[str, object], lifetime: timedelta) -> str:
         claims = claims | {"exp": self._clock() + lifetime}
