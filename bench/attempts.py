@@ -10,13 +10,15 @@ from typing import Any
 from bench.http import Request, request_json
 from bench.servers import Server, ServerUnavailable, upload_dataset
 from bench.submit import submit_many
+from schema.spec import CLAIMANT_HEADER
 
 LAUNCH_TIMEOUT_S = 60
+CLAIMANT = "benchmark"
 
 
 @dataclass(frozen=True)
 class ClaimedAttempt:
-    """The claimed first attempt of a job."""
+    """The first attempt of a job: claimed, once it has the token of a claim."""
 
     job_id: str
     token: str
@@ -29,7 +31,11 @@ class ClaimedAttempt:
 
     def build_request(self, action: str, body: dict[str, Any]) -> Request:
         """A request that the attempt sends to the service, such as `events` or `result`."""
-        return Request("POST", f"/internal/jobs/{self.job_id}/attempts/1/{action}", body, {"Authorization": f"Bearer {self.token}"})
+        return Request("POST", f"/internal/jobs/{self.job_id}/attempts/1/{action}", body, self._headers)
+
+    @property
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.token}", CLAIMANT_HEADER: CLAIMANT}
 
 
 async def claim_attempts(server: Server, jobs: int) -> list[ClaimedAttempt]:
@@ -37,9 +43,11 @@ async def claim_attempts(server: Server, jobs: int) -> list[ClaimedAttempt]:
     submitted = await submit_many(server, await upload_dataset(server), jobs, "held")
     if submitted.rejected:
         raise ServerUnavailable(f"the service rejected jobs: {dict(submitted.rejected)}")
-    attempts = [await _wait_for_launch(server, answer.json()["job_id"]) for answer in submitted.responses]
-    for attempt in attempts:
-        await request_json(server.url, attempt.build_request("claim", {"claimant": "bench"}))
+    launched = [await _wait_for_launch(server, answer.json()["job_id"]) for answer in submitted.responses]
+    attempts: list[ClaimedAttempt] = []
+    for attempt in launched:
+        claim = await request_json(server.url, attempt.build_request("claim", {"claimant": CLAIMANT}))
+        attempts.append(attempt := ClaimedAttempt(attempt.job_id, claim["token"]))
         started = {"first_seq": 0, "events": [{"at": datetime.now(UTC).isoformat(), "event": {"type": "phase", "phase": "training"}}]}
         await request_json(server.url, attempt.build_request("events", started))
     return attempts

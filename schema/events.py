@@ -168,3 +168,4 @@ class EventBatchResponse(ForwardCompatible):
 
     directive: Directive
     next_seq: int
+    token: str | None = None  # to use from now on: the one in use expires soon

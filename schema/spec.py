@@ -1,4 +1,10 @@
-"""The job spec: what an attempt must do, as a JSON file in the config bucket, without secrets."""
+"""The job spec: what an attempt must do, as a JSON file in the config bucket, without secrets; and what an attempt says to claim itself."""
+
+import hashlib
+from datetime import datetime
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
 
 from schema.base import ForwardCompatible, Id
 from schema.dataset import Dataset
@@ -39,6 +45,11 @@ def result_key(job_id: str, attempt: int) -> str:
     return f"results/{job_id}/{attempt}.json"
 
 
+def result_prefix(job_id: str) -> str:
+    """The folder of a job's results in the config bucket."""
+    return f"results/{job_id}/"
+
+
 def manifest_key(job_id: str) -> str:
     """The key of the list of published files in the model bucket, which the service writes when the job has completed."""
     return f"results/{job_id}/manifest.json"
@@ -49,14 +60,49 @@ def attempt_name(job_id: str, attempt: Attempt | int) -> str:
     return f"{job_id}.{attempt if isinstance(attempt, int) else attempt.number}"
 
 
-class ClaimRequest(ForwardCompatible):
-    """A process asks to own an attempt. `claimant` identifies the process."""
+def artifact_key(folder: str, job_id: str, attempt: int, name: str = "") -> str:
+    """The key an attempt uploads an artifact to, below its kind's folder: a folder, or a file of that name. Each attempt has its own."""
+    return f"{folder}/{job_id}/attempt-{attempt}/{name}"
 
-    claimant: str
+
+CLAIMANT_HEADER = "X-Claimant"  # in every call of an attempt after its claim: the secret of the process that claimed it
+
+ClaimantSecret = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[\x21-\x7e]+$")]
+
+
+def claimant_id(secret: str) -> str:
+    """What records and results call the process with that secret: a digest, so that reading either gives nobody the secret."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+class ClaimRequest(ForwardCompatible):
+    """A process asks to own an attempt. `claimant` is a random secret of the process, which it sends with every later call."""
+
+    claimant: ClaimantSecret
 
 
 class ClaimResponse(ForwardCompatible):
-    """The claim is granted: the job's secrets, returned once, to be kept in memory."""
+    """The claim is granted: the job's secrets, returned once, to be kept in memory, and the token for the later calls."""
 
     secrets: dict[str, str]
     directive: str
+    token: str
+
+
+class TokenResponse(ForwardCompatible):
+    """A new token for the process that owns the attempt."""
+
+    token: str
+
+
+class AttemptCredentials(ForwardCompatible):
+    """What an attempt uses to reach the object stores.
+
+    none     a folder on its own machine
+    ambient  the credentials of its machine or service account
+    google   an access token that reaches only what the job needs, until it expires
+    """
+
+    kind: Literal["none", "ambient", "google"]
+    token: str | None = Field(default=None, repr=False)
+    expires_at: datetime | None = None

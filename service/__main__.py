@@ -7,12 +7,14 @@ import resource
 import socket
 import sys
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import uvicorn
 from pydantic import ValidationError
 
 from service.adapters.identity.local import LocalToken
+from service.attempt_socket import open_attempt_socket
 from service.core.access.rules import LOOPBACK_HOSTS
 from service.home import SERVICE_FILE, HomeInUse, lock_home
 from service.http_protocol import ConnectionLimits, GuardedConfig
@@ -85,7 +87,10 @@ def _serve_in_home(settings: Settings) -> None:
     files = _raise_file_limit()
     # A burst of connections may use the reserve for a moment: the oldest are closed only after the new ones were accepted.
     backlog = min(MAX_BACKLOG, files // 8)
-    with _open_listener(settings.host, settings.port, backlog) as listener:
+    with (
+        _open_listener(settings.host, settings.port, backlog) as listener,
+        _open_attempt_socket(settings.home_folder) as attempt_socket,
+    ):
         settings = settings.model_copy(update={"port": listener.getsockname()[1]})
         try:
             app = create_app(settings, holds_home_lock=True)
@@ -95,7 +100,7 @@ def _serve_in_home(settings: Settings) -> None:
         print(settings.url, flush=True)  # scripts read this line
         with _write_service_file(settings):
             config = GuardedConfig(app, _connection_limits(settings, files), backlog=backlog, graceful_shutdown_s=GRACEFUL_SHUTDOWN_S)
-            uvicorn.Server(config).run(sockets=[listener])
+            uvicorn.Server(config).run(sockets=[listener, attempt_socket])
 
 
 def _raise_file_limit() -> int:
@@ -126,6 +131,16 @@ def _open_listener(host: str, port: int, backlog: int) -> Generator[socket.socke
         except OSError as error:
             raise StartError(f"cannot listen on {host}:{port}: {error.strerror}", "choose another --port; 0 picks a free port") from error
         listener.listen(backlog)
+        yield listener
+
+
+@contextmanager
+def _open_attempt_socket(home: Path) -> Generator[socket.socket]:
+    with ExitStack() as stack:
+        try:
+            listener = stack.enter_context(open_attempt_socket(home))
+        except OSError as error:
+            raise StartError(f"cannot listen at the socket for attempts: {error}", "set TUNESMITH_HOME to a folder of your own") from error
         yield listener
 
 

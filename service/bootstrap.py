@@ -1,11 +1,12 @@
 """Puts the adapters named in the settings behind the ports of the core. The only module that imports both."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from pkgutil import resolve_name
-from secrets import token_bytes, token_hex
+from secrets import token_hex
 from typing import Any
 
 from pydantic import ValidationError
@@ -20,6 +21,7 @@ from service.adapters.links import create_url_signer
 from service.adapters.resolver import SystemResolver
 from service.adapters.secrets import SECRET_STORES
 from service.adapters.secrets.local import load_or_create_key
+from service.adapters.secrets.signing_keys import load_signing_keys
 from service.core.access.audit import AuditLog
 from service.core.access.keys import Keys
 from service.core.access.logins import Logins
@@ -28,11 +30,13 @@ from service.core.access.rules import IdentityRules
 from service.core.datasets.records import Datasets
 from service.core.datasets.rows import RowLimits
 from service.core.jobs.assembly import JobServices, build_job_services
+from service.core.jobs.credentials import DeploymentCredentials
 from service.core.jobs.reconciler import Reconciler
 from service.core.launchers import LauncherPool
 from service.core.ports import Buckets, Hub, JobStore, SecretStore
 from service.core.principals import UPKEEP_PRINCIPAL
 from service.core.quotas import QuotaChecks
+from service.core.store_credentials import CredentialIssuer
 from service.core.tokens import TokenSigner
 from service.core.validation.egress import EgressCheck
 from service.core.validation.hub import NoHub
@@ -77,7 +81,7 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
     launchers = LauncherPool(create_launchers(settings.launchers, _describe_deployment(settings)))
     secrets = _open_secret_store(settings)
     hub = NoHub() if settings.hf_hub_offline else HuggingFaceHub(settings.hf_endpoint)
-    tokens = TokenSigner(_signing_key(settings), clock)
+    tokens = _create_token_signer(settings, clock)
     quotas = QuotaChecks(store, settings.quotas, clock)
     interval_s, names = settings.reconcile_interval_s, [launcher.name for launcher in launchers]
 
@@ -97,12 +101,15 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
         launchers=launchers,
         url_signer=create_url_signer(buckets.models, tokens, iam_emulator_host=settings.iam_credentials_emulator_host),
         tokens=tokens,
+        deployment_id=_find_deployment_id(settings),
         clock=clock,
         random_suffix=lambda: token_hex(6),
         wake=reconciler.wake if reconciler else reconcile_inside_request,
         hub=hub,
         trackers=settings.trackers,
         attempt_variables=attempt_variables(settings),
+        credentials=_create_credential_issuer(settings, clock),
+        preparation_limit=timedelta(seconds=settings.preparation_limit_s),
         quotas=quotas,
         egress=EgressCheck(egress_policy(settings), SystemResolver()),
     )
@@ -234,7 +241,25 @@ def _open_secret_store(settings: Settings) -> SecretStore:
     return create(settings.home_folder / "secrets")
 
 
-def _signing_key(settings: Settings) -> bytes:
+def _create_token_signer(settings: Settings, clock: Callable[[], datetime]) -> TokenSigner:
     if settings.signing_key is not None:
-        return settings.signing_key.get_secret_value().encode()
-    return load_or_create_key(settings.home_folder / "signing-key", lambda: token_bytes(32))
+        return TokenSigner(settings.signing_key.get_secret_value().encode(), clock, settings.previous_signing_keys)
+    current, previous = load_signing_keys(settings.home_folder, clock())
+    return TokenSigner(current, clock, previous)
+
+
+def _find_deployment_id(settings: Settings) -> str:
+    """The name of the deployment in the object stores: one for each store of records."""
+    if settings.deployment_id is not None:
+        return settings.deployment_id
+    if settings.job_store == "firestore":
+        return hashlib.sha256(f"{settings.project_id}/{settings.firestore_database}".encode()).hexdigest()[:16]
+    return load_or_create_key(settings.home_folder / "deployment-id", lambda: token_hex(8).encode()).decode()
+
+
+def _create_credential_issuer(settings: Settings, clock: Callable[[], datetime]) -> CredentialIssuer:
+    if not settings.narrow_attempt_credentials:
+        return DeploymentCredentials()
+    from service.adapters.credentials.cloud_storage import GoogleCredentialIssuer  # a heavy import, for deployments on Google Cloud only
+
+    return GoogleCredentialIssuer(clock)

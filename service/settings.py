@@ -48,6 +48,12 @@ class Settings(BaseSettings):
     configs_url: str | None = Field(None, description="URL of the store of specs and results, if not the object store above.")
     datasets_url: str | None = Field(None, description="URL of the store of datasets, if not the object store above.")
     models_url: str | None = Field(None, description="URL of the store of base models and artifacts, if not the object store above.")
+    deployment_id: str | None = Field(
+        None,
+        pattern=r"^[a-z0-9][a-z0-9-]{0,62}$",
+        description="Name of this deployment in the object stores, which several deployments can share. Default: one for each store of "
+        "records.",
+    )
     gcs_config_bucket_name: str | None = Field(
         None,
         validation_alias="GCS_CONFIG_BUCKET_NAME",
@@ -73,8 +79,17 @@ class Settings(BaseSettings):
     attempt_identity: str | None = Field(
         None, description="Service account of attempts, where IAM protects the service. It may only report."
     )
+    narrow_attempt_credentials: bool = Field(
+        False,
+        description="`true`: attempts get Google access tokens that reach only their own job's objects; all object stores are `gs://`.",
+    )
     signing_key: SecretStr | None = Field(
         None, min_length=32, description="Key that signs attempt tokens and links; the same in every instance. Default: a key file in home."
+    )
+    signing_key_previous: SecretStr | None = Field(
+        None,
+        min_length=32,
+        description="Earlier signing keys, by comma: their tokens and links stay valid after the key was replaced, and they sign nothing.",
     )
     allowed_hosts: CommaList = Field(
         (),
@@ -159,6 +174,11 @@ class Settings(BaseSettings):
         "Loopback is allowed where callers and attempts are all on this machine. Link-local and metadata addresses and the service itself "
         "are never allowed.",
     )
+    preparation_limit_s: int = Field(
+        7200,
+        ge=60,
+        description="Seconds that an attempt may take to download its base model and prepare its dataset; after that its job fails.",
+    )
     reconcile_interval_s: float = Field(
         1.0,
         ge=0,
@@ -181,6 +201,16 @@ class Settings(BaseSettings):
     )
 
     @model_validator(mode="after")
+    def _check_signing_keys(self) -> Self:
+        if self.signing_key_previous is None:
+            return self
+        if self.signing_key is None:
+            raise ValueError("TUNESMITH_SIGNING_KEY_PREVIOUS needs TUNESMITH_SIGNING_KEY, the key that signs now")
+        if any(len(key) < 32 for key in self.previous_signing_keys):
+            raise ValueError("each key in TUNESMITH_SIGNING_KEY_PREVIOUS has at least 32 characters")
+        return self
+
+    @model_validator(mode="after")
     def _check_cloud_settings(self) -> Self:
         for adapter in (self.job_store, self.secret_store):
             if adapter in ("firestore", "secret-manager") and not self.project_id:
@@ -198,6 +228,18 @@ class Settings(BaseSettings):
     def home_folder(self) -> Path:
         """`home` as an absolute path."""
         return self.home.expanduser().absolute()
+
+    @property
+    def previous_signing_keys(self) -> tuple[bytes, ...]:
+        """The earlier signing keys in the settings."""
+        text = self.signing_key_previous.get_secret_value() if self.signing_key_previous else ""
+        return tuple(key.strip().encode() for key in text.split(",") if key.strip())
+
+    @model_validator(mode="after")
+    def _check_narrow_credentials(self) -> Self:
+        if self.narrow_attempt_credentials and not all(url.startswith("gs://") for url in self.object_urls.values()):
+            raise ValueError("TUNESMITH_NARROW_ATTEMPT_CREDENTIALS needs object stores on Google Cloud: gs://bucket")
+        return self
 
     @property
     def object_urls(self) -> dict[Literal["configs", "datasets", "models"], str]:

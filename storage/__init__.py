@@ -9,6 +9,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from contextvars import copy_context
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from threading import Event
 from typing import BinaryIO, Protocol, TypeVar
@@ -17,6 +18,7 @@ MAX_CONCURRENT_TRANSFERS = 8  # enough to saturate a network; each holds a part 
 
 Item = TypeVar("Item")
 ReturnT = TypeVar("ReturnT")
+TokenSource = Callable[[], tuple[str, datetime]]  # an access token and when it expires. Raises StorageError
 
 
 @dataclass(frozen=True)

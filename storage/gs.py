@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,9 +29,10 @@ from google.auth.exceptions import GoogleAuthError
 from google.cloud.storage import Blob, Bucket, Client
 from google.cloud.storage.exceptions import DataCorruption
 from google.cloud.storage.retry import DEFAULT_RETRY
+from google.oauth2.credentials import Credentials
 from requests.adapters import HTTPAdapter
 
-from storage import ChecksumMismatch, NoSuchObject, ObjectExists, StorageError, StoredObject, StoreUnavailable
+from storage import ChecksumMismatch, NoSuchObject, ObjectExists, StorageError, StoredObject, StoreUnavailable, TokenSource
 from storage.deadline import remaining_s
 from storage.remote import (
     CONNECT_TIMEOUT_S,
@@ -57,10 +59,11 @@ CONTENT_TYPE = "application/octet-stream"
 class GcsStore:
     """A bucket, or a folder of it. Every upload declares its CRC32C, so the server rejects damaged bytes."""
 
-    def __init__(self, url: str, *, page_size: int = PAGE_SIZE) -> None:
+    def __init__(self, url: str, *, page_size: int = PAGE_SIZE, get_token: TokenSource | None = None) -> None:
         self._location = BucketLocation.parse(url, "gs")
         self.url = self._location.url
         self._page_size = page_size
+        self._get_token = get_token
         self._lock = threading.Lock()
         self._client: Client | None = None
         self._bucket_confirmed = False
@@ -152,7 +155,7 @@ class GcsStore:
     def _get_client(self) -> Client:
         with self._lock:
             if self._client is None:
-                self._client = _new_client(self.url)
+                self._client = _new_client(self.url, self._get_token)
             return self._client
 
     def _bucket(self) -> Bucket:
@@ -255,6 +258,8 @@ class GcsStore:
             list(self._get_client().list_blobs(self._location.bucket, max_results=1, fields="items(name)", retry=_retry_policy()))
         except google_errors.NotFound:
             return False
+        except google_errors.Forbidden:
+            return True  # narrow credentials may not list all of the bucket
         except (google_errors.GoogleAPIError, GoogleAuthError, requests.RequestException) as error:
             raise _translate_error(error, self._location) from error
         self._bucket_confirmed = True
@@ -285,9 +290,10 @@ class _DeadlineAdapter(HTTPAdapter):
         return response
 
 
-def _new_client(url: str) -> Client:
+def _new_client(url: str, get_token: TokenSource | None) -> Client:
     try:
-        client = Client(project=None)  # none of the calls here needs a project
+        # None of the calls here needs a project.
+        client = Client(project=None, credentials=_make_credentials(get_token)) if get_token else Client(project=None)
     except GoogleAuthError as error:
         raise StoreUnavailable(f"no Google credentials for {url}; run: gcloud auth application-default login") from error
     # The library would fetch the bucket in a thread, for traces, with a permission that nothing else here needs.
@@ -296,6 +302,16 @@ def _new_client(url: str) -> Client:
         assert session is not None  # None only for clients constructed with a session
         _mount_deadline_adapter(session)
     return client
+
+
+def _make_credentials(get_token: TokenSource) -> Credentials:
+    """Credentials whose token is fetched at the first request and again before it expires."""
+
+    def fetch(request: object, scopes: object) -> tuple[str, datetime]:  # noqa: ARG001  # the library's signature
+        token, expires_at = get_token()
+        return token, expires_at.astimezone(UTC).replace(tzinfo=None)  # the library compares naive times in UTC
+
+    return Credentials(token=None, refresh_handler=fetch)
 
 
 def _mount_deadline_adapter(session: requests.Session) -> requests.Session:

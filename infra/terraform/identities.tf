@@ -127,7 +127,11 @@ resource "google_service_account" "job" {
   depends_on = [google_project_service.apis]
 }
 
+# The roles below are for attempts that use the account's own credentials. With narrow ones, the service gives each attempt a token that
+# reaches only its own job, and what an attempt fetches from the metadata server reaches no bucket.
 resource "google_storage_bucket_iam_member" "job_reads_specs" {
+  count = var.narrow_attempt_credentials ? 0 : 1
+
   bucket = google_storage_bucket.buckets["configs"].name
   role   = "roles/storage.objectViewer"
   member = google_service_account.job.member
@@ -135,6 +139,8 @@ resource "google_storage_bucket_iam_member" "job_reads_specs" {
 
 # Only results: no attempt can change a spec. objectUser, not objectCreator: an attempt must be able to replace its result.
 resource "google_storage_bucket_iam_member" "job_writes_results" {
+  count = var.narrow_attempt_credentials ? 0 : 1
+
   bucket = google_storage_bucket.buckets["configs"].name
   role   = "roles/storage.objectUser"
   member = google_service_account.job.member
@@ -147,6 +153,8 @@ resource "google_storage_bucket_iam_member" "job_writes_results" {
 }
 
 resource "google_storage_bucket_iam_member" "job_reads_datasets" {
+  count = var.narrow_attempt_credentials ? 0 : 1
+
   bucket = google_storage_bucket.buckets["datasets"].name
   role   = "roles/storage.objectViewer"
   member = google_service_account.job.member
@@ -154,6 +162,8 @@ resource "google_storage_bucket_iam_member" "job_reads_datasets" {
 
 # Cached tokens of a dataset, for the next job. The condition excludes the rows themselves, whose names end in .jsonl.
 resource "google_storage_bucket_iam_member" "job_keeps_tokens" {
+  count = var.narrow_attempt_credentials ? 0 : 1
+
   bucket = google_storage_bucket.buckets["datasets"].name
   role   = "roles/storage.objectUser"
   member = google_service_account.job.member
@@ -166,6 +176,8 @@ resource "google_storage_bucket_iam_member" "job_keeps_tokens" {
 }
 
 resource "google_storage_bucket_iam_member" "job_uses_models" {
+  count = var.narrow_attempt_credentials ? 0 : 1
+
   bucket = google_storage_bucket.buckets["models"].name
   role   = "roles/storage.objectUser"
   member = google_service_account.job.member

@@ -27,6 +27,8 @@ locals {
       ]
     })
 
+    TUNESMITH_NARROW_ATTEMPT_CREDENTIALS = tostring(var.narrow_attempt_credentials)
+
     TUNESMITH_CLOUD_RUN_PROFILES            = join(",", var.profiles)
     TUNESMITH_CLOUD_RUN_TIME_LIMIT_S        = tostring(var.attempt_time_limit_s)
     TUNESMITH_CLOUD_RUN_MAX_CONCURRENT_JOBS = tostring(var.max_concurrent_jobs)
@@ -111,6 +113,21 @@ resource "google_cloud_run_v2_service" "tunesmith" {
           secret_key_ref {
             secret  = google_secret_manager_secret.signing_key.secret_id
             version = "latest"
+          }
+        }
+      }
+
+      dynamic "env" {
+        for_each = var.previous_signing_key_version == null ? [] : [var.previous_signing_key_version]
+
+        content {
+          name = "TUNESMITH_SIGNING_KEY_PREVIOUS"
+
+          value_source {
+            secret_key_ref {
+              secret  = google_secret_manager_secret.signing_key.secret_id
+              version = env.value
+            }
           }
         }
       }

@@ -97,6 +97,18 @@ variable "soft_delete_days" {
   }
 }
 
+variable "narrow_attempt_credentials" {
+  description = "Whether attempts reach the buckets with tokens of the service, each for one job only, and their account has no role on them."
+  type        = bool
+  default     = false
+}
+
+variable "previous_signing_key_version" {
+  description = "Version of the secret tunesmith-signing-key that is still accepted after a newer one was added, such as 1. Default: none."
+  type        = string
+  default     = null
+}
+
 variable "alert_email" {
   description = "Recipient of alerts about failed or stuck jobs and about the budget. Default: no alerts."
   type        = string

@@ -15,6 +15,7 @@ from jobs.runtime.context import JobContext
 from jobs.runtime.files import describe_file, list_files
 from jobs.runtime.retry import upload_with_retry
 from schema.job import Artifact, ArtifactFile
+from schema.spec import artifact_key
 from schema.types import ArtifactKind
 from storage import ObjectStore, StorageError, delete_prefix, map_concurrently
 
@@ -84,8 +85,3 @@ class ArtifactUploader:
         key = exported.key + file.path
         message = f"{exported.name} could not be stored"
         upload_with_retry(message, self.store, path, key, file.sha256, sleep=self.sleep)
-
-
-def artifact_key(folder: str, job_id: str, attempt: int, name: str = "") -> str:
-    """The key an attempt uploads an artifact to, below its kind's folder: a folder, or a file of that name. Each attempt has its own."""
-    return f"{folder}/{job_id}/attempt-{attempt}/{name}"

@@ -14,14 +14,12 @@ A stopped attempt writes a result too: the next attempt continues from what it s
 import logging
 import os
 import shutil
-import socket
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from pkgutil import resolve_name
 from typing import Literal, assert_never
-from uuid import uuid4
 
 from jobs.runtime.checkpoints import Checkpoints
 from jobs.runtime.client import ServiceClient
@@ -52,6 +50,7 @@ from schema.events import Directive
 from schema.job import Artifact, Failure
 from schema.result import Result
 from schema.spec import JobSpec, spec_key
+from storage import TokenSource
 from storage.registry import open_store
 
 log = logging.getLogger(__name__)
@@ -67,12 +66,12 @@ class Attempt:
         self.out_of_memory_hint = DEFAULT_OUT_OF_MEMORY_HINT  # until the spec names the family
         self._settings = settings
         self._started_at = datetime.now(UTC)
-        self._claimant = f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
         self._client = ServiceClient(settings)
         self._stop = StopController(self._force_finish, on_request=self._refresh_directive)
         self._secrets = Secrets({})
         self._state = AttemptState()
         self._claimed = False
+        self._get_store_token: TokenSource | None = None
         self._checkpoints: Checkpoints | None = None
         self._reporter: Reporter | None = None
         self._trackers: list[TrackerThread] = []
@@ -86,8 +85,10 @@ class Attempt:
     def claim(self) -> None:
         """Take ownership of the attempt. Raises AttemptTaken, ClaimRefused, Stopped."""
         self._stop.install_signal_handlers(self._settings.time_limit_s)
-        response = self._client.claim(self._claimant)
+        response = self._client.claim()
         self._claimed = True
+        if self._settings.spec_store_url.startswith("gs://") and self._client.issues_store_tokens():
+            self._get_store_token = self._client.fetch_store_token
         self._secrets = Secrets(response.secrets)
         log.info("attempt claimed", extra={"job_id": self._settings.job_id, "attempt": self._settings.attempt})
         if response.directive in ("cancel", "pause"):
@@ -96,7 +97,7 @@ class Attempt:
 
     def train_and_export(self) -> tuple[Artifact, ...]:
         """Train and export; no artifacts if the model fails its promotion gate. Raises Stopped, JobFailed and anything a library raises."""
-        key, store = spec_key(self._settings.job_id), open_store(self._settings.spec_store_url)
+        key, store = spec_key(self._settings.job_id), open_store(self._settings.spec_store_url, self._get_store_token)
         spec = JobSpec.load(retry_store("the job's spec could not be read", lambda: store.read(key), code="internal"))
         config = spec.training_config
         self.out_of_memory_hint = config.out_of_memory_hint
@@ -123,7 +124,7 @@ class Attempt:
         return resolve_name(config.export)(trained, context, partial(recorder.finalize, trained))
 
     def _create_context(self, spec: JobSpec) -> JobContext:
-        workdir, stores = self._settings.workdir, Stores(spec.stores)
+        workdir, stores = self._settings.workdir, Stores(spec.stores, self._get_store_token)
         spool = Spool(workdir / f"events-{self._settings.attempt}.jsonl")
         self._reporter = Reporter(self._client, spool, self._settings.report_interval_s, self._apply_directive, self._exit_fenced)
         self._checkpoints = Checkpoints(
@@ -177,8 +178,8 @@ class Attempt:
             raise Stopped(self._stop.stop_reason)
 
     def redact(self, text: str) -> str:
-        """The text without the job's secrets and the attempt's token."""
-        return self._secrets.redact(text).replace(self._settings.token, "**********")
+        """The text without the job's secrets and the attempt's tokens."""
+        return self._client.redact(self._secrets.redact(text))
 
     def finish(
         self, outcome: Literal["completed", "failed"], *, failure: Failure | None = None, artifacts: tuple[Artifact, ...] = ()
@@ -224,7 +225,7 @@ class Attempt:
         return Result(
             job_id=self._settings.job_id,
             attempt=self._settings.attempt,
-            claimant=self._claimant,
+            claimant=self._client.claimant,
             outcome=outcome,
             yield_reason=reason if reason in ("preempted", "time_slice") else None,
             last_checkpoint_step=checkpoints.saved_step if checkpoints else None,
@@ -257,7 +258,7 @@ class Attempt:
             if self._reporter is not None:
                 self._reporter.flush(timeouts.report_s)
                 self._reporter.close(timeouts.report_s)
-            result = write_result(open_store(self._settings.spec_store_url), result, timeouts.tries)
+            result = write_result(open_store(self._settings.spec_store_url, self._get_store_token), result, timeouts.tries)
             reported = self._client.finish(result, timeout_s=timeouts.report_s)
             if self._checkpoints is not None:
                 self._checkpoints.close()

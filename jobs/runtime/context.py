@@ -26,7 +26,7 @@ from schema.events import (
 from schema.job import Artifact, EvalMetrics, Gate, Progress
 from schema.spec import JobSpec, StoreUrls
 from schema.types import Phase
-from storage import ObjectStore
+from storage import ObjectStore, TokenSource
 from storage.registry import open_store
 
 log = logging.getLogger(__name__)
@@ -102,18 +102,19 @@ class Stores:
     """The object stores of the job, each opened at its first use."""
 
     urls: StoreUrls
+    get_token: TokenSource | None = None  # of the service, for gs:// stores; None: the machine's own credentials
 
     @cached_property
     def datasets(self) -> ObjectStore:
-        return open_store(self.urls.datasets)
+        return open_store(self.urls.datasets, self.get_token)
 
     @cached_property
     def models(self) -> ObjectStore:
-        return open_store(self.urls.models)
+        return open_store(self.urls.models, self.get_token)
 
     @cached_property
     def configs(self) -> ObjectStore:
-        return open_store(self.urls.configs)
+        return open_store(self.urls.configs, self.get_token)
 
 
 @dataclass

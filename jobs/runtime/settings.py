@@ -21,6 +21,7 @@ class Settings:
     JOB_ATTEMPT            the number of the attempt, from 1
     JOB_TOKEN              the bearer token of this attempt; never logged
     SERVICE_URL            where to claim and report
+    JOB_SERVICE_SOCKET     the service's Unix socket, used instead of the address in SERVICE_URL; missing: the service is elsewhere
     SERVICE_AUDIENCE       audience of the Google identity token that the service requires; missing: it requires none
     JOB_WORKDIR            a folder for everything that the attempt writes
     JOB_REPORT_INTERVAL_S  seconds between reports (15); their responses carry directives such as `cancel`
@@ -37,6 +38,7 @@ class Settings:
     token: str = field(repr=False)
     service_url: str
     workdir: Path
+    service_socket: Path | None = None
     service_audience: str | None = None
     report_interval_s: float = 15.0
     time_limit_s: float | None = None
@@ -52,6 +54,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         attempt=int(_parse_number("JOB_ATTEMPT", _read_required(environment, "JOB_ATTEMPT"))),
         token=_read_required(environment, "JOB_TOKEN"),
         service_url=_read_required(environment, "SERVICE_URL").rstrip("/"),
+        service_socket=Path(socket) if (socket := environment.get("JOB_SERVICE_SOCKET")) else None,
         service_audience=environment.get("SERVICE_AUDIENCE") or None,
         workdir=Path(_read_required(environment, "JOB_WORKDIR")).resolve(),
         report_interval_s=_parse_number("JOB_REPORT_INTERVAL_S", environment.get("JOB_REPORT_INTERVAL_S") or "15"),

@@ -11,6 +11,7 @@ No other header says who a caller is.
 """
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import anyio
 import anyio.to_thread
@@ -69,16 +70,17 @@ class Authenticator:
             "the request names no caller that this deployment knows" if credential else "the request has no token", hint=HINT
         )
 
-    def authenticate_attempt(self, request: Request) -> Principal:
-        """The attempt of the URL, whose token the request has. Raises Unauthorized."""
-        token = _read_bearer(request.headers, "authorization")
-        if not token:
-            raise Unauthorized("an attempt must send its token: Authorization: Bearer …")
-        job_id, number = str(request.path_params["job_id"]), str(request.path_params["attempt"])
-        if not (number.isascii() and number.isdecimal() and len(number) < 10):
-            raise Unauthorized("the token is for another attempt")
-        self.tokens.verify_attempt_token(token, job_id, int(number))
-        return attempt_principal(job_id, int(number))
+    def authenticate_launch(self, request: Request) -> Principal:
+        """The attempt of the URL, which was launched with the request's token. Raises Unauthorized."""
+        job_id, number = _read_attempt(request)
+        self.tokens.verify_launch_token(_read_attempt_token(request), job_id, number)
+        return attempt_principal(job_id, number)
+
+    def authenticate_attempt(self, request: Request) -> tuple[Principal, timedelta]:
+        """The attempt of the URL, whose token the request has, and how long the token is still valid. Raises Unauthorized."""
+        job_id, number = _read_attempt(request)
+        token_lifetime = self.tokens.verify_attempt_token(_read_attempt_token(request), job_id, number)
+        return attempt_principal(job_id, number), token_lifetime
 
     async def _recognize_key(self, credential: str) -> Principal:
         if self.local_token.matches(credential):
@@ -125,3 +127,17 @@ def _cloud_run_identity(claims: dict[str, object]) -> Identity:
     if not isinstance(subject, str):
         raise Unauthorized("Cloud Run passed on no identity token", hint="let IAM protect the service, or take cloud_run out of its rules")
     return Identity(CLOUD_RUN_ISSUER, subject, email if isinstance(email, str) else None, claims)
+
+
+def _read_attempt(request: Request) -> tuple[str, int]:
+    job_id, number = str(request.path_params["job_id"]), str(request.path_params["attempt"])
+    if not (number.isascii() and number.isdecimal() and len(number) < 10):
+        raise Unauthorized("the token is for another attempt")
+    return job_id, int(number)
+
+
+def _read_attempt_token(request: Request) -> str:
+    token = _read_bearer(request.headers, "authorization")
+    if not token:
+        raise Unauthorized("an attempt must send its token: Authorization: Bearer …")
+    return token

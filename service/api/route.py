@@ -31,7 +31,8 @@ REPORT_BODY_BYTES = 4 << 20  # a batch of some hundred events; an attempt sends 
 MULTIPART_SLACK_BYTES = 1 << 16  # boundaries and form fields around a file
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
-Access = Literal["caller", "attempt", "public"]  # public: everybody, or whoever has a link with a signed token
+# launch: an attempt that is to claim itself; public: everybody, or whoever has a link with a signed token
+Access = Literal["caller", "launch", "attempt", "public"]
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,9 @@ async def _admit(request: Request, limits: RouteLimits) -> dict[str, str]:
             headers = limiter.check(principal, kind_of(request.method, is_upload=limits.body_bytes is None))
             request.state.principal = principal
         case "attempt":
-            request.state.principal = authenticator.authenticate_attempt(request)
+            request.state.principal, request.state.token_lifetime = authenticator.authenticate_attempt(request)
+        case "launch":
+            request.state.principal = authenticator.authenticate_launch(request)
         case "public":
             pass
     return headers

@@ -146,8 +146,11 @@ def apply_event(job: Job, number: int, event: Event, now: datetime) -> Job:
 
 
 def apply_result(job: Job, result: Result, now: datetime) -> Job:
-    """Apply an attempt's result. A late or repeated one changes nothing; one of an attempt that is not current raises Fenced."""
-    attempt = _get_attempt(job, result.attempt)
+    """Apply an attempt's result. A late or repeated one changes nothing.
+
+    Raises Fenced for one of another process than the attempt's owner, or of an attempt that is not current.
+    """
+    attempt = check_claimant(job, result.attempt, result.claimant)
     if attempt.ended_at is not None:
         return job
     check_current(job, result.attempt)
@@ -169,6 +172,12 @@ def apply_result(job: Job, result: Result, now: datetime) -> Job:
             return _end(updated, result.attempt, "yielded", None, now)
         case outcome:
             return _end(updated, result.attempt, outcome, None, now)
+
+
+def fail_attempt(job: Job, number: int, failure: Failure, now: datetime) -> Job:
+    """End the current attempt, whose job another attempt could not complete either. Raises Fenced."""
+    check_current(job, number)
+    return _end(job, number, "failed", failure, now)
 
 
 def mark_lost(
@@ -300,6 +309,16 @@ def check_current(job: Job, number: int) -> Attempt:
     attempt = _get_attempt(job, number)
     if number != len(job.attempts) or attempt.ended_at is not None or not job.status.is_active:
         raise Fenced(f"attempt {number} of {job.job_id} is over")
+    return attempt
+
+
+def check_claimant(job: Job, number: int, claimant: str) -> Attempt:
+    """The attempt, current or not, if that process owns it. Raises Fenced."""
+    attempt = _get_attempt(job, number)
+    if attempt.claimed_by is None:
+        raise Fenced(f"no process has claimed attempt {number} of {job.job_id}")
+    if attempt.claimed_by != claimant:
+        raise Fenced(f"attempt {number} of {job.job_id} is owned by another process")
     return attempt
 
 

@@ -163,7 +163,7 @@ class Round:
             self._counts.refused_links += 1
         for execution in simulation.live_executions(self._job_id):
             try:
-                simulation.tokens.verify_attempt_token(execution.launch_request.variables["JOB_TOKEN"], execution.job_id, execution.number)
+                simulation.tokens.verify_launch_token(execution.launch_request.variables["JOB_TOKEN"], execution.job_id, execution.number)
             except Unauthorized:
                 self._counts.refused_tokens += 1
 

@@ -233,6 +233,6 @@ class Hang:
         launches = Counter(request.job_id for launcher in (self._hung, self._other) for request in launcher.launched.values())
         for job in jobs:
             self._counts.relaunched += launches[job.job_id] > 1
-            self._harness.claim(job, 1, "process")
+            self._harness.claim(job, 1, "p")
             self._harness.finish(self._harness.write_result(job))
             self._counts.wrong_end += launches[job.job_id] == 0 or self._harness.find_job(job).status is not Status.COMPLETED

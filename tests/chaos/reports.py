@@ -227,8 +227,13 @@ class JobStateMachine(RuleBasedStateMachine):
         batch = EventBatch(first_seq=first, events=[ReportedEvent(at=START, event=event) for event in events])
 
         def act() -> None:
-            allowed = self.model.is_active(number)
-            self._expect(lambda: self.service.attempts.report(attempt_principal(self.job_id, number), self.job_id, number, batch), allowed)
+            allowed = self.model.is_active(number) and self.model.attempts[-1].owner is not None
+            self._expect(
+                lambda: self.service.attempts.report(
+                    attempt_principal(self.job_id, number), self.job_id, number, batch, self._find_owner(number)
+                ),
+                allowed,
+            )
             if allowed:  # checked again: the attempt may have started since
                 self._apply_report(number, self.model.attempts[number - 1], first, event_names, step)
 
@@ -265,22 +270,27 @@ class JobStateMachine(RuleBasedStateMachine):
             "started_at": START,
             "finished_at": START,
         }
-        result = Result.model_validate(body)
 
         def act() -> None:
-            is_known = 1 <= number <= len(self.model.attempts)
-            is_over = is_known and self.model.attempts[number - 1].outcome is not None
+            is_owned = 1 <= number <= len(self.model.attempts) and self.model.attempts[number - 1].owner is not None
+            is_over = is_owned and self.model.attempts[number - 1].outcome is not None
+            result = Result.model_validate(body | {"claimant": self._find_owner(number)})
             self._expect(
                 lambda: self.service.attempts.finish(attempt_principal(self.job_id, number), result),
-                is_over or self.model.is_active(number),
+                is_over or (is_owned and self.model.is_active(number)),
             )
-            if is_known and not is_over:
+            if is_owned and not is_over:
                 attempt = self.model.attempts[-1]
                 attempt.saved_step = max(attempt.saved_step or 0, saved) if saved else attempt.saved_step
                 self.model.end(outcome)
 
         act()
         self.last_call = act
+
+    def _find_owner(self, number: int) -> str:
+        """The process that claimed the attempt; another one if nobody has."""
+        is_known = 1 <= number <= len(self.model.attempts)
+        return (self.model.attempts[number - 1].owner if is_known else None) or "nobody"
 
     @rule()
     def repeat_last_call(self) -> None:
@@ -394,6 +404,7 @@ def _run_sequences(store: JobStore, folder: Path, sequences: int) -> str:
         buckets=Buckets(configs=objects, datasets=objects, models=objects),
         launchers=LauncherPool([launcher]),
         url_signer=ServiceUrlSigner(tokens),
+        deployment_id="reports",
         tokens=tokens,
         clock=clock,
         random_suffix=lambda: f"{next(suffixes):06x}",

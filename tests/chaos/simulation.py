@@ -148,6 +148,10 @@ class Execution:
     def principal(self) -> Principal:
         return attempt_principal(self.job_id, self.number)
 
+    @property
+    def claimant(self) -> str:
+        return f"process of {self.handle}"
+
 
 class Compute:
     """The executions of all launchers, on the timeline. Status calls can fail, and the response to a launch can be lost."""
@@ -445,6 +449,7 @@ class Simulation:
             buckets=Buckets(**buckets),
             url_signer=ServiceUrlSigner(self.tokens),
             tokens=self.tokens,
+            deployment_id="simulation",
             clock=self.clock,
             random_suffix=lambda: f"{next(self._suffixes):04x}",
             wake=self._wake,
@@ -527,10 +532,11 @@ class Simulation:
 
     def _claim(self, execution: Execution) -> SimulatedProcess:
         """Claim the attempt, however long the service is unavailable. Raises Fenced."""
-        claimant = f"process of {execution.handle}"
         while execution.alive and not execution.stop_requested and not execution.has_claim:
             execution.has_claim = (
-                self._call_as_attempt(lambda jobs: jobs.attempts.claim(execution.principal, execution.job_id, execution.number, claimant))
+                self._call_as_attempt(
+                    lambda jobs: jobs.attempts.claim(execution.principal, execution.job_id, execution.number, execution.claimant)
+                )
                 is not None
             )
             yield 0.0 if execution.has_claim else RETRY_S
@@ -545,7 +551,9 @@ class Simulation:
                 return ""
             batch = self._make_batch(seq, behavior)
             response = self._call_as_attempt(
-                lambda jobs, batch=batch: jobs.attempts.report(execution.principal, execution.job_id, execution.number, batch)
+                lambda jobs, batch=batch: jobs.attempts.report(
+                    execution.principal, execution.job_id, execution.number, batch, execution.claimant
+                )
             )
             seq = response.next_seq if response else seq
             if response and response.directive != "continue" and not behavior.ignores_cancel:
@@ -576,8 +584,8 @@ class Simulation:
         return EventBatch(first_seq=seq, events=[ReportedEvent(at=at, event=event)], phase="training")
 
     def _write_result(self, execution: Execution, outcome: str) -> Result:
-        body = {"job_id": execution.job_id, "attempt": execution.number, "outcome": outcome, "started_at": START, "finished_at": START}
-        result = Result.model_validate(body)
+        body = {"job_id": execution.job_id, "attempt": execution.number, "claimant": execution.claimant, "outcome": outcome}
+        result = Result.model_validate(body | {"started_at": START, "finished_at": START})
         self.objects.write(result_key(execution.job_id, execution.number), result.model_dump_json().encode())
         execution.result_written = True
         return result

@@ -23,12 +23,12 @@ import httpx2
 
 from infra.loopback.cloud_storage import run_cloud_storage
 from infra.loopback.http_faults import Fault, HttpFaultProxy, RecordedRequest
-from jobs.runtime.artifacts import ArtifactUploader, ExportedArtifact, artifact_key
+from jobs.runtime.artifacts import ArtifactUploader, ExportedArtifact
 from jobs.runtime.errors import JobFailed
 from jobs.runtime.retry import retry_store
 from schema.job import Artifact
 from schema.result import Result
-from schema.spec import result_key
+from schema.spec import artifact_key, result_key
 from storage import StorageError, map_concurrently
 from storage.gs import GcsStore
 from tests.chaos.campaign import Row, Size

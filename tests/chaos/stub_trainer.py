@@ -56,7 +56,8 @@ def train(_training_config: "TrainingConfig", context: "JobContext") -> "Trained
 
 def export(trained: "TrainedModel", context: "JobContext", _finalize: "FinalizeArtifacts") -> "tuple[Artifact, ...]":
     """Upload the adapter as it is. Its provenance is not recorded: that would need the ML libraries."""
-    from jobs.runtime.artifacts import ExportedArtifact, artifact_key, upload_artifacts
+    from jobs.runtime.artifacts import ExportedArtifact, upload_artifacts
+    from schema.spec import artifact_key
 
     key = artifact_key("trained_adapters", context.spec.job_id, context.attempt)
     return upload_artifacts([ExportedArtifact(name="adapter", kind="adapter", path=trained.folder, key=key)], context)

@@ -44,9 +44,10 @@ def test_lost_firestore_response_to_submit_creates_one_job(cloud: CloudDeploymen
 
 def test_retried_report_after_lost_response_is_stored_once(cloud: CloudDeployment) -> None:
     job_id = cloud.submit()
-    token = cloud.client.app.state.services.tokens.sign_attempt_token(job_id, 1)  # type: ignore[attr-defined]
-    path, headers = f"/internal/jobs/{job_id}/attempts/1", {"Authorization": f"Bearer {token}"}
-    assert cloud.post(f"{path}/claim", {"claimant": "p"}, **headers).status_code == 200
+    token = cloud.client.app.state.services.tokens.sign_launch_token(job_id, 1)  # type: ignore[attr-defined]
+    path = f"/internal/jobs/{job_id}/attempts/1"
+    claim = cloud.post(f"{path}/claim", {"claimant": "p"}, Authorization=f"Bearer {token}").json()
+    headers = {"Authorization": f"Bearer {claim['token']}", "X-Claimant": "p"}
     batch = {
         "first_seq": 0,
         "events": [{"at": "2026-01-01T00:00:00Z", "event": {"type": "metrics", "step": n, "values": {"loss": 1.0}}} for n in range(5)],

@@ -148,12 +148,16 @@ def test_orphaned_files_are_listed_and_deleted(resumed_job: ResumedJob, service:
     orphan = service.home / "objects/merged_models/training_nobody/attempt-1/model.safetensors"
     orphan.parent.mkdir(parents=True)
     orphan.write_bytes(b"x" * 1000)
+    deployment_id = (service.home / "deployment-id").read_text()
+    mark = service.home / f"objects/deployments/{deployment_id}/jobs/training_nobody.json"
+    mark.write_text('{"launched_at": "2026-01-01T00:00:00+00:00"}')
     listed = service.run_cli("orphans")
     assert "training_nobody" in listed
     assert resumed_job.job["job_id"] not in listed
     assert orphan.exists()
     assert "training_nobody" in service.run_cli("orphans", "--delete")
     assert not orphan.exists()
+    assert not mark.exists()
     assert list_checkpoints(service, resumed_job.job["job_id"])  # files of existing jobs stay
     assert json.loads(service.run_cli("orphans", "--json")) == {"orphans": [], "complete": True}
 

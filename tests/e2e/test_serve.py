@@ -5,6 +5,9 @@ import signal
 import subprocess
 from pathlib import Path
 
+import httpx2
+
+from service.attempt_socket import find_attempt_socket
 from tests.e2e.conftest import SOURCE, TUNESMITH
 
 
@@ -26,6 +29,12 @@ def test_serve_stops_cleanly_on_ctrl_c_and_ignores_current_folder(tmp_path: Path
         assert process.stdout.readline().startswith("http://127.0.0.1:")
         while not (tmp_path / "home/service.json").exists():
             assert process.poll() is None
+        attempt_socket = find_attempt_socket(tmp_path / "home")
+        assert attempt_socket is not None
+        with httpx2.Client(transport=httpx2.HTTPTransport(uds=str(attempt_socket))) as client:
+            for _ in range(2):
+                assert client.post("http://127.0.0.1/internal/jobs/j/attempts/1/claim", json={"claimant": "p"}).status_code == 401
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
     assert not (tmp_path / "home/service.json").exists()
+    assert find_attempt_socket(tmp_path / "home") is None

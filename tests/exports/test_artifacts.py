@@ -8,10 +8,11 @@ from typing import ClassVar
 import pytest
 from pydantic import JsonValue
 
-from jobs.runtime.artifacts import ArtifactUploader, ExportedArtifact, artifact_key
+from jobs.runtime.artifacts import ArtifactUploader, ExportedArtifact
 from jobs.runtime.errors import JobFailed
 from jobs.runtime.files import sha256_of
 from jobs.runtime.retry import TRIES
+from schema.spec import artifact_key
 from schema.training import SftConfig
 from storage import ChecksumMismatch, NoSuchObject, ObjectStore, StorageError, StoredObject, StoreUnavailable
 from storage.file import LocalStore

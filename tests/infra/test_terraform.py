@@ -188,6 +188,13 @@ def test_attempt_account_has_only_required_roles() -> None:
     }
 
 
+def test_attempt_account_has_no_role_on_buckets_with_narrow_credentials() -> None:
+    members = [item for item in MODULE.items_of("resource") if item.type == "google_storage_bucket_iam_member"]
+    of_attempts = [item for item in members if unquote(item.body["member"]) == "google_service_account.job.member"]
+    assert len(of_attempts) == 5
+    assert {unquote(item.body["count"]) for item in of_attempts} == {"var.narrow_attempt_credentials ? 0 : 1"}
+
+
 def test_attempt_can_write_results_but_not_specs() -> None:
     bound = RESOURCES["google_storage_bucket_iam_member.job_writes_results"]
     assert any("startsWith" in text and "/objects/results/" in text for text in iter_strings(bound.body["condition"]))

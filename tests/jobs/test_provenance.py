@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from jobs.llm.trained_model import TrainedModel
-from jobs.runtime.artifacts import ArtifactUploader, ExportedArtifact, artifact_key
+from jobs.runtime.artifacts import ArtifactUploader, ExportedArtifact
 from jobs.runtime.context import JobContext
 from jobs.runtime.provenance import base_record, build_run_record, installed_packages, machine_record, record_bytes, store_record
 from jobs.runtime.system_metrics import Energy
 from schema.job import Artifact, EvalMetrics, Gate, GateCheck
 from schema.provenance import CodeRecord, RunRecord
+from schema.spec import artifact_key
 from schema.training.llm_fidelity import Fidelity
 from tests.jobs.conftest import make_context, make_spec
 

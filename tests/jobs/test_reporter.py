@@ -5,11 +5,12 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 
-from jobs.runtime.client import ServiceClient
+from jobs.runtime.client import Fenced, ServiceClient, ServiceUnavailable
 from jobs.runtime.reporter import MAX_BATCH_BYTES, Reporter, Spool
 from jobs.runtime.settings import Settings
 from schema.events import (
@@ -17,13 +18,17 @@ from schema.events import (
     CheckpointSaved,
     CheckpointSkipped,
     Event,
+    EventBatch,
     MetricsLogged,
     PhaseChanged,
     ReportedEvent,
     WarningRaised,
 )
 from schema.job import Progress
-from tests.jobs.fake_service import TOKEN, FakeService
+from schema.result import Result
+from schema.spec import claimant_id
+from storage import StoreUnavailable
+from tests.jobs.fake_service import CLAIM_TOKEN, TOKEN, FakeService
 from tests.waiting import wait_until
 
 INTERVAL_S = 0.05
@@ -242,3 +247,95 @@ def test_event_that_is_not_unicode_is_lost_without_an_error(service: FakeService
     reporter.report(WarningRaised(code="x", message="\udc80"))
     reporter.report(point(1))
     assert reporter.flush(5)
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def client(service: FakeService, tmp_path: Path) -> Iterator[ServiceClient]:
+    client = ServiceClient(Settings("job-1", "file:///nowhere", 1, TOKEN, service.url, tmp_path))
+    client.claim()
+    yield client
+    client._http.close()
+
+
+def test_calls_after_the_claim_use_its_token_and_the_claimants_secret(service: FakeService, client: ServiceClient) -> None:
+    client.report(EventBatch(first_seq=0))
+    assert service.authorizations == {f"Bearer {TOKEN}", f"Bearer {CLAIM_TOKEN}"}
+    [secret] = service.claims
+    assert service.claimants == {secret}
+    assert len(secret) == 64
+    assert client.claimant == claimant_id(secret) != secret
+
+
+def test_newest_token_of_an_answer_is_used(service: FakeService, client: ServiceClient) -> None:
+    service.next_token = "newer-token"
+    client.report(EventBatch(first_seq=0))
+    client.report(EventBatch(first_seq=0))
+    assert "Bearer newer-token" in service.authorizations
+    assert client.redact("newer-token") == "**********"
+
+
+def test_expired_token_is_replaced_after_a_long_silence(service: FakeService, client: ServiceClient) -> None:
+    service.expired.add(f"Bearer {CLAIM_TOKEN}")
+    assert client.report(EventBatch(first_seq=0)).directive == "continue"
+    assert (service.tokens, len(service.batches)) == (1, 1)
+    service.expired.add("Bearer renewed-token-1")
+    assert client.finish(make_result(), 2)
+    assert service.tokens == 2
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 409])
+def test_attempt_that_gets_no_new_token_is_fenced(service: FakeService, client: ServiceClient, status: int) -> None:
+    service.expired.add(f"Bearer {CLAIM_TOKEN}")
+    service.token_status = status
+    with pytest.raises(Fenced):
+        client.report(EventBatch(first_seq=0))
+    assert not client.finish(make_result(), 2)
+
+
+def test_renewal_waits_for_an_unavailable_service(service: FakeService, client: ServiceClient) -> None:
+    service.expired.add(f"Bearer {CLAIM_TOKEN}")
+    service.token_status = 503
+    with pytest.raises(ServiceUnavailable):
+        client.report(EventBatch(first_seq=0))
+
+
+def test_store_tokens_come_from_the_service_if_it_issues_them(service: FakeService, client: ServiceClient) -> None:
+    assert not client.issues_store_tokens()
+    with pytest.raises(StoreUnavailable):
+        client.fetch_store_token()
+    service.credentials = {"kind": "google", "token": "ya29.narrow", "expires_at": "2026-01-01T00:00:00Z"}
+    assert client.issues_store_tokens()
+    assert client.fetch_store_token() == ("ya29.narrow", datetime(2026, 1, 1, tzinfo=UTC))
+    service.expired.add(f"Bearer {CLAIM_TOKEN}")
+    service.token_status = 409
+    with pytest.raises(StoreUnavailable, match="409"):
+        client.fetch_store_token()
+
+
+def make_result() -> Result:
+    now = datetime.now(UTC)
+    return Result(job_id="job-1", attempt=1, outcome="completed", started_at=now, finished_at=now)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. <socket.socket:pytest.PytestUnraisableExceptionWarning"
+)  # httpcore leaves it open
+def test_attempt_reports_through_the_services_socket_and_sends_nothing_to_its_port(service: FakeService, tmp_path: Path) -> None:
+    """Another user of the machine may listen on the port after the service was killed."""
+    with TemporaryDirectory() as folder, FakeService(socket=Path(folder, "s")) as own:
+        settings = Settings("job-1", "file:///nowhere", 1, TOKEN, service.url, tmp_path, service_socket=Path(folder, "s"))
+        client = ServiceClient(settings)
+        client.claim()
+        client.report(EventBatch(first_seq=0))
+        assert client.finish(make_result(), 2)
+        assert own.hosts == {service.url.removeprefix("http://")}
+        client._http.close()
+        own.close()
+        client = ServiceClient(settings)
+        with pytest.raises(ServiceUnavailable):
+            client.report(EventBatch(first_seq=0))
+        client._http.close()
+    assert (len(own.batches), service.claims, service.batches, service.results, service.authorizations) == (1, [], [], [], set())

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from schema.result import Result
-from schema.spec import JobSpec, manifest_key, result_key, spec_key
+from schema.spec import JobSpec, claimant_id, manifest_key, result_key, spec_key
 from tests.jobs.conftest import load_saved_checkpoints, make_spec
-from tests.jobs.fake_service import TOKEN, FakeService
+from tests.jobs.fake_service import CLAIM_TOKEN, TOKEN, FakeService
 from tests.waiting import wait_until
 
 HF_TOKEN = "hf_aVeryS3cretToken"
@@ -135,7 +135,7 @@ def test_attempt_trains_exports_and_reports_result(start: Start, service: FakeSe
     assert process.wait() == 0, process.log
     assert "attempt started" in process.log.splitlines()[0]
     result = process.final_result
-    assert (result.outcome, result.attempt, result.claimant) == ("completed", 1, service.claims[0])
+    assert (result.outcome, result.attempt, result.claimant) == ("completed", 1, claimant_id(service.claims[0]))
     assert (result.last_checkpoint_step, result.resumed_step, result.yield_reason) == (4, None, None)
     assert [artifact.name for artifact in result.artifacts] == ["adapter"]
     assert result.metrics is not None
@@ -150,11 +150,13 @@ def test_attempt_trains_exports_and_reports_result(start: Start, service: FakeSe
         reported["event"]["type"] for reported in service.events
     }
     assert len(service.claims) == 1
-    assert service.authorizations == {f"Bearer {TOKEN}"}
+    assert service.authorizations == {f"Bearer {TOKEN}", f"Bearer {CLAIM_TOKEN}"}
+    assert service.claimants == {service.claims[0]}
     assert not find_remaining_processes(process)
     written = [path for path in process.workdir.rglob("*") if path.is_file()]
     written += [path for path in process.store.rglob("*") if path.is_file() and process.job_id in str(path)]
-    assert not [path for path in written if HF_TOKEN.encode() in path.read_bytes() or TOKEN.encode() in path.read_bytes()]
+    secrets = (HF_TOKEN, TOKEN, CLAIM_TOKEN, service.claims[0])
+    assert not [path for path in written if any(secret.encode() in path.read_bytes() for secret in secrets)]
     assert HF_TOKEN not in json.dumps(service.batches) + json.dumps(service.results)
 
 

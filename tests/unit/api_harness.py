@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from schema.requests import TRAIN_REQUEST_EXAMPLE
+from schema.spec import CLAIMANT_HEADER, claimant_id
 from service.adapters.launchers.local.launcher import LocalLauncher
 from service.bootstrap import Services
 from service.core import lifecycle
@@ -18,6 +20,7 @@ from service.settings import Settings
 from tests.factories import START, make_manifest, make_profile
 from tests.local_token import local_headers
 
+CLAIMANT = "c" * 64  # the secret of the process that claims the attempts of the tests
 ROWS = "\n".join(
     json.dumps({"messages": [{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": f"answer {n}"}]})
     for n in range(20)
@@ -64,24 +67,37 @@ def submit_job(client: TestClient, dataset_id: str) -> str:
     return client.post("/train", json=make_request_body(dataset_id)).json()["job_id"]
 
 
-def start_attempt(client: TestClient, dataset_id: str) -> str:
-    """Submit a job and record its first attempt as launched."""
+def start_attempt(client: TestClient, dataset_id: str, *, claimed: bool = True) -> str:
+    """Submit a job and record its first attempt as launched and, unless told otherwise, claimed by `CLAIMANT`."""
     job_id = submit_job(client, dataset_id)
     store = get_services(client).store
     queued = store.find_job(job_id)
     assert queued is not None
     job = store.replace_job(lifecycle.begin_attempt(queued, queued.placements[0], START))
-    store.replace_job(lifecycle.mark_launched(job, 1, "0@0", START))
+    job = store.replace_job(lifecycle.mark_launched(job, 1, "0@0", START))
+    if claimed:
+        store.replace_job(lifecycle.claim_attempt(job, 1, claimant_id(CLAIMANT), datetime.now(UTC)))
     return job_id
 
 
 def attempt_headers(client: TestClient, job_id: str, attempt: int = 1) -> dict[str, str]:
-    return {"Authorization": f"Bearer {get_services(client).tokens.sign_attempt_token(job_id, attempt)}"}
+    """What a process that claimed the attempt as `CLAIMANT` sends."""
+    return {"Authorization": f"Bearer {get_services(client).tokens.sign_attempt_token(job_id, attempt)}", CLAIMANT_HEADER: CLAIMANT}
+
+
+def launch_headers(client: TestClient, job_id: str, attempt: int = 1) -> dict[str, str]:
+    """What an attempt sends that was just launched."""
+    return {"Authorization": f"Bearer {get_services(client).tokens.sign_launch_token(job_id, attempt)}"}
+
+
+def claim_attempt(client: TestClient, job_id: str, attempt: int = 1, claimant: str = CLAIMANT) -> Any:
+    path = f"/internal/jobs/{job_id}/attempts/{attempt}/claim"
+    return client.post(path, json={"claimant": claimant}, headers=launch_headers(client, job_id, attempt))
 
 
 def make_result_body(job_id: str, outcome: str = "completed", **changes: Any) -> dict[str, Any]:
-    body = {"job_id": job_id, "attempt": 1, "outcome": outcome, "started_at": START.isoformat(), "finished_at": START.isoformat()}
-    return body | changes
+    body = {"job_id": job_id, "attempt": 1, "claimant": claimant_id(CLAIMANT), "outcome": outcome}
+    return body | {"started_at": START.isoformat(), "finished_at": START.isoformat()} | changes
 
 
 def get_error(response: Any, status: int) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from storage.registry import open_store
 from tests.factories import START, make_dataset, make_train_request
 from tests.fakes import FakeClock, FakeHub, FakeLauncher
 
+DEPLOYMENT_ID = "test"
 PRINCIPAL = LOCAL_PRINCIPAL
 OTHER_PRINCIPAL = replace(LOCAL_PRINCIPAL, tenant_id="other", subject="other")
 
@@ -38,6 +39,7 @@ class JobsHarness:
         trackers: DeploymentTrackers | None = None,
         launchers: Sequence[FakeLauncher] = (),
         store: JobStore | None = None,
+        deployment_id: str = DEPLOYMENT_ID,
         quotas: Quotas | None = None,
     ) -> None:
         self.clock = FakeClock()
@@ -58,6 +60,7 @@ class JobsHarness:
             launchers=LauncherPool(self.launchers),
             url_signer=ServiceUrlSigner(self.tokens),
             tokens=self.tokens,
+            deployment_id=deployment_id,
             clock=self.clock,
             random_suffix=lambda: f"{next(suffixes):04x}",
             wake=self._wake,
@@ -82,14 +85,21 @@ class JobsHarness:
         self.report(job, 1, make_batch(PhaseChanged(phase="training")))
         return self.find_job(job)
 
+    def start_pushing_to(self, repo_id: str) -> Job:
+        """A training whose artifacts are to be pushed to the Hub."""
+        job = self.start_training()
+        export_config = job.training_config.export_config.model_copy(update={"destination": "hfhub", "hf_repo_id": repo_id})
+        config = job.training_config.model_copy(update={"export_config": export_config})
+        return self.store.replace_job(job.model_copy(update={"training_config": config}))
+
     def reconcile(self) -> int:
         return self.jobs.reconciliation.reconcile(UPKEEP_PRINCIPAL)
 
     def claim(self, job: Job, number: int, claimant: str) -> ClaimResponse:
         return self.jobs.attempts.claim(attempt_principal(job.job_id, number), job.job_id, number, claimant)
 
-    def report(self, job: Job, number: int, batch: EventBatch) -> EventBatchResponse:
-        return self.jobs.attempts.report(attempt_principal(job.job_id, number), job.job_id, number, batch)
+    def report(self, job: Job, number: int, batch: EventBatch, claimant: str = "p") -> EventBatchResponse:
+        return self.jobs.attempts.report(attempt_principal(job.job_id, number), job.job_id, number, batch, claimant)
 
     def finish(self, result: Result) -> Job:
         return self.jobs.attempts.finish(attempt_principal(result.job_id, result.attempt), result)
@@ -108,7 +118,11 @@ class JobsHarness:
         return checkpoint
 
     def write_result(self, job: Job, outcome: str = "completed", attempt: int = 1, **changes: object) -> Result:
-        body = {"job_id": job.job_id, "attempt": attempt, "outcome": outcome, "started_at": START, "finished_at": START}
+        """Write a result to the bucket, as the process does that claimed the attempt."""
+        record = self.find_job(job)
+        if record.attempts[attempt - 1].claimed_by is None:
+            self.claim(job, attempt, "p")
+        body = {"job_id": job.job_id, "attempt": attempt, "claimant": "p", "outcome": outcome, "started_at": START, "finished_at": START}
         result = Result.model_validate(body | changes)
         self.objects.write(result_key(job.job_id, attempt), result.model_dump_json().encode())
         return result

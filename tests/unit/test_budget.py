@@ -151,7 +151,7 @@ def test_cap_holds_across_attempts(gpu_harness: JobsHarness) -> None:
     gpu_harness.finish(gpu_harness.write_result(job, "yielded", last_checkpoint_step=5))
     gpu_harness.clock.advance(5000)  # in the queue, which costs nothing
     gpu_harness.reconcile()
-    gpu_harness.claim(job, 2, "q")
+    gpu_harness.claim(job, 2, "p")
     gpu_harness.clock.advance(300)
     assert gpu_harness.report(job, 2, make_batch()).directive == "continue"
     gpu_harness.clock.advance(70)
@@ -196,7 +196,7 @@ def test_resume_of_capped_job_needs_a_higher_cap(gpu_harness: JobsHarness) -> No
         assert refused.value.param == "max_gpu_seconds"
     assert resume(gpu_harness, job, max_gpu_seconds=2000.0).max_gpu_seconds == 2000
     gpu_harness.reconcile()
-    gpu_harness.claim(job, 2, "q")
+    gpu_harness.claim(job, 2, "p")
     assert gpu_harness.report(job, 2, make_batch()).directive == "continue"
 
 

@@ -1,5 +1,6 @@
 """Deleting jobs, stale secrets and orphaned files."""
 
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
@@ -10,12 +11,14 @@ from schema.requests import RetryRequest
 from schema.spec import attempt_name, spec_key
 from service.core.errors import Conflict, InvalidRequest, NotFound
 from service.core.jobs.deletion import Deletion
+from service.core.jobs.ownership import JobMarks
 from service.core.launchers import LauncherPool
 from service.core.ports import Buckets
 from service.core.principals import UPKEEP_PRINCIPAL
 from storage import StoreUnavailable
 from storage.file import LocalStore
-from tests.unit.jobs_harness import PRINCIPAL, JobsHarness, make_artifact
+from tests.factories import START
+from tests.unit.jobs_harness import DEPLOYMENT_ID, PRINCIPAL, JobsHarness, make_artifact
 
 
 def test_sweep_destroys_only_leftover_secrets(harness: JobsHarness) -> None:
@@ -30,8 +33,8 @@ def test_sweep_destroys_only_leftover_secrets(harness: JobsHarness) -> None:
 
 
 def test_hub_repository_is_deleted_only_on_request_without_foreign_commits(harness: JobsHarness) -> None:
-    job = harness.start_training()
-    push = HubPush(repo_id="ada/tuned", revision="a", url="https://hub")
+    job = harness.start_pushing_to("ada/tuned")
+    push = HubPush(repo_id="ada/tuned", revision="a", url="https://hub/ada/tuned/tree/a")
     harness.finish(harness.write_result(job, artifacts=[make_artifact(job) | {"hub": push}]))
     harness.hub.repositories["ada/tuned"] = ["initial", "a", "of another job"]
     with pytest.raises(InvalidRequest, match="needs a token") as excinfo:
@@ -48,8 +51,8 @@ def test_hub_repository_is_deleted_only_on_request_without_foreign_commits(harne
 
 
 def test_deletion_keeps_hub_repository_by_default(harness: JobsHarness) -> None:
-    job = harness.start_training()
-    push = HubPush(repo_id="ada/tuned", revision="a", url="https://hub")
+    job = harness.start_pushing_to("ada/tuned")
+    push = HubPush(repo_id="ada/tuned", revision="a", url="https://hub/ada/tuned/tree/a")
     harness.finish(harness.write_result(job, artifacts=[make_artifact(job) | {"hub": push}]))
     harness.hub.repositories["ada/tuned"] = ["initial", "a"]
     assert harness.jobs.deletion.delete(PRINCIPAL, job.job_id)
@@ -72,6 +75,7 @@ def test_orphaned_files_are_found_and_removed(harness: JobsHarness) -> None:
         "datasets/dataset_1/train.jsonl",
     ):
         harness.objects.write(key, b"xy")
+    JobMarks(harness.objects, DEPLOYMENT_ID).write("gone", START - timedelta(hours=25))
     keys = {stored.key for stored in harness.objects.iter_objects("")}
     listing = harness.jobs.deletion.list_orphans(UPKEEP_PRINCIPAL)
     assert listing.complete
@@ -87,6 +91,30 @@ def test_orphaned_files_are_found_and_removed(harness: JobsHarness) -> None:
     harness.jobs.deletion.delete_orphans(UPKEEP_PRINCIPAL)
     assert keys - {stored.key for stored in harness.objects.iter_objects("")} == {key for key in keys if "gone" in key}
     assert harness.jobs.deletion.list_orphans(UPKEEP_PRINCIPAL).orphans == []
+
+
+def test_cleanup_deletes_nothing_of_another_deployment_on_the_same_store(harness: JobsHarness, tmp_path: Path) -> None:
+    other = JobsHarness(tmp_path, deployment_id="other")
+    job = other.start_training()
+    other.finish(other.write_result(job, artifacts=[make_artifact(job)]))
+    other.objects.write(f"trained_adapters/{job.job_id}/attempt-1/adapter_model.safetensors", b"x")
+    harness.objects.write("merged_models/nobodys/attempt-1/a", b"x")  # of no deployment, or of one from before there were marks
+    keys = {stored.key for stored in harness.objects.iter_objects("")}
+    harness.clock.advance(timedelta(days=400).total_seconds())
+    assert harness.jobs.deletion.delete_orphans(UPKEEP_PRINCIPAL).orphans == []
+    assert {stored.key for stored in harness.objects.iter_objects("")} == keys
+
+
+def test_files_of_a_deleted_job_are_orphans_a_day_after_its_last_launch(harness: JobsHarness) -> None:
+    job = harness.start_training()
+    harness.finish(harness.write_result(job))
+    harness.jobs.deletion.delete(PRINCIPAL, job.job_id)
+    harness.objects.write(f"trained_adapters/{job.job_id}/attempt-1/late", b"x")
+    assert harness.jobs.deletion.delete_orphans(UPKEEP_PRINCIPAL).orphans == []
+    assert len(harness.jobs.deletion.list_orphans(UPKEEP_PRINCIPAL, min_age=timedelta(seconds=-1)).orphans) == 1
+    harness.clock.advance(timedelta(hours=25).total_seconds())
+    assert [orphan.job_id for orphan in harness.jobs.deletion.delete_orphans(UPKEEP_PRINCIPAL).orphans] == [job.job_id]
+    assert list(harness.objects.iter_objects("")) == []
 
 
 def test_a_job_that_is_being_deleted_cannot_be_retried(harness: JobsHarness, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +152,8 @@ def test_delete_cancels_job_first_and_removes_everything(harness: JobsHarness, t
     deleted = harness.jobs.deletion.delete(PRINCIPAL, job.job_id)
     assert deleted is not None
     assert f"{harness.objects.url}/trained_adapters/{job.job_id}/" in deleted.resources
-    assert [stored.key for stored in harness.objects.iter_objects("")] == [other_key]
+    mark = f"deployments/{DEPLOYMENT_ID}/jobs/{job.job_id}.json"  # for what the attempt may still write
+    assert sorted(stored.key for stored in harness.objects.iter_objects("")) == [mark, other_key]
     with pytest.raises(NotFound):
         harness.find_job(job)
 
@@ -139,7 +168,12 @@ def test_failed_deletion_is_reported_and_keeps_record(harness: JobsHarness) -> N
     harness.objects.write(f"merged_models/{job.job_id}/m", b"x")
     buckets = Buckets(configs=harness.objects, datasets=harness.objects, models=UndeletableStore(harness.objects.url))
     deletion = Deletion(
-        harness.jobs.repository, control=harness.jobs.control, launchers=LauncherPool(harness.launchers), buckets=buckets, hub=harness.hub
+        harness.jobs.repository,
+        control=harness.jobs.control,
+        launchers=LauncherPool(harness.launchers),
+        buckets=buckets,
+        marks=JobMarks(harness.objects, DEPLOYMENT_ID),
+        hub=harness.hub,
     )
     deleted = deletion.delete(PRINCIPAL, job.job_id)
     assert deleted is not None

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from tests.factories import START
-from tests.unit.api_harness import attempt_headers, get_error, get_services, make_result_body, start_attempt
+from tests.unit.api_harness import attempt_headers, get_error, get_services, launch_headers, make_result_body, start_attempt
 
 AT = START.isoformat()
 METRICS: dict[str, Any] = {
@@ -28,11 +28,10 @@ ARTIFACT = {
     "name": "adapter",
     "kind": "adapter",
     "uri": "file:///a",
-    "key": "a/",
+    "key": "trained_adapters/JOB_ID/attempt-1/",
     "size_bytes": 1,
     "files": [{"path": "a", "size_bytes": 1, "sha256": "0" * 64}],
     "fidelity": {"kl": 0.5, "nested": [1, {"a": "b"}]},
-    "hub": {"repo_id": "a/b", "revision": "c", "url": "https://hub.example"},
 }
 GATE = {"passed": True, "checks": [{"metric": "eval_loss", "value": 1.0, "at_most": 2.0, "base": 3.0, "passed": True, "reason": ""}]}
 FAILURE = {"code": "internal", "message": "a message", "hint": "a hint", "attempt": 1}
@@ -54,7 +53,6 @@ EVENTS: list[dict[str, Any]] = [
 RESULT = make_result_body(
     "JOB",
     "failed",
-    claimant="p",
     last_checkpoint_step=1,
     resumed_step=1,
     failure=FAILURE,
@@ -121,13 +119,14 @@ class Attempt:
         self._dataset_id = dataset_id
         self.start()
 
-    def start(self) -> None:
-        self.job_id = start_attempt(self.client, self._dataset_id)
+    def start(self, *, claimed: bool = True) -> None:
+        self.job_id = start_attempt(self.client, self._dataset_id, claimed=claimed)
         self.seq = 0
 
     def post(self, action: str, body: Any) -> int:
-        text = json.dumps(body)
-        headers = attempt_headers(self.client, self.job_id) | {"Content-Type": "application/json"}
+        text = json.dumps(body).replace("JOB_ID", self.job_id)
+        own_headers = launch_headers if action == "claim" else attempt_headers
+        headers = own_headers(self.client, self.job_id) | {"Content-Type": "application/json"}
         response = self.client.post(f"/internal/jobs/{self.job_id}/attempts/1/{action}", content=text, headers=headers)
         assert response.status_code < 500, (response.text, text[:500])
         if response.status_code >= 400:
@@ -175,7 +174,7 @@ def test_hostile_result_is_stored_readably_or_refused(attempt: Attempt, path: tu
 @given(value=HOSTILE)
 @settings(PROPERTY, max_examples=15)
 def test_hostile_claimant_is_stored_readably_or_refused(attempt: Attempt, value: Any) -> None:
-    attempt.start()
+    attempt.start(claimed=False)
     attempt.post("claim", {"claimant": value})
     attempt.check_readable()
 
@@ -205,9 +204,12 @@ def test_events_cannot_make_a_record_grow_without_end(attempt: Attempt) -> None:
     statuses = set[int]()
     for n in range(12):
         metrics = {"notes": {f"{n}-{m}": "x" * 1000 for m in range(50)}}
-        event = {"type": "tracker", "tracker": f"t{n}", "url": "x" * 50_000}
-        events = [{"at": AT, "event": event}, {"at": AT, "event": {"type": "evaluation", "when": "after", "step": n, "metrics": metrics}}]
-        statuses.add(attempt.post("events", {"first_seq": 2 * n, "events": events}))
+        urls = [{"type": "tracker", "tracker": f"t{n}-{m}", "url": f"https://x.example/{'x' * 4000}"} for m in range(13)]
+        events = [
+            *({"at": AT, "event": event} for event in urls),
+            {"at": AT, "event": {"type": "evaluation", "when": "after", "step": n, "metrics": metrics}},
+        ]
+        statuses.add(attempt.post("events", {"first_seq": 14 * n, "events": events}))
     assert statuses == {200, 413}
     assert attempt.post("result", RESULT | {"job_id": attempt.job_id}) == 204  # there is room for the end of the job
     attempt.check_readable()

@@ -10,16 +10,16 @@ from tests.factories import make_dataset
 from tests.unit.jobs_harness import JobsHarness, make_batch
 
 
-def test_queued_job_launches_once_with_spec_and_attempt_token(harness: JobsHarness) -> None:
+def test_queued_job_launches_once_with_spec_and_launch_token(harness: JobsHarness) -> None:
     job = harness.submit()
     harness.reconcile()
     harness.reconcile()
     [launch_request] = harness.launcher.launched.values()
     assert launch_request.name == attempt_name(job.job_id, 1)
     assert launch_request.variables["HF_ENDPOINT"] == "https://hub.example"
-    harness.tokens.verify_attempt_token(launch_request.variables["JOB_TOKEN"], job.job_id, 1)
+    harness.tokens.verify_launch_token(launch_request.variables["JOB_TOKEN"], job.job_id, 1)
     with pytest.raises(Unauthorized):
-        harness.tokens.verify_attempt_token(launch_request.variables["JOB_TOKEN"], job.job_id, 2)
+        harness.tokens.verify_launch_token(launch_request.variables["JOB_TOKEN"], job.job_id, 2)
     spec = JobSpec.load(harness.objects.read(spec_key(job.job_id)))
     assert (spec.job_id, spec.training_config) == (job.job_id, job.training_config)
     attempt = harness.find_job(job).attempt

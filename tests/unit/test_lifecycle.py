@@ -23,7 +23,8 @@ OUTCOMES = ("completed", "failed", "cancelled", "paused", "yielded")
 
 def make_result(attempt: int = 1, outcome: str = "completed", **changes: object) -> Result:
     return Result.model_validate(
-        {"job_id": "job-1", "attempt": attempt, "outcome": outcome, "started_at": START, "finished_at": START} | changes
+        {"job_id": "job-1", "attempt": attempt, "claimant": "process-1", "outcome": outcome, "started_at": START, "finished_at": START}
+        | changes
     )
 
 
@@ -118,6 +119,7 @@ def test_repeated_preemption_without_progress_fails_job() -> None:
     job = make_job()
     for number in range(1, MAX_ATTEMPTS_WITHOUT_PROGRESS + 1):
         job = lifecycle.begin_attempt(job, FAKE_PLACEMENT, START)
+        job = lifecycle.claim_attempt(job, number, "process-1", START)
         job = lifecycle.apply_result(job, make_result(number, "cancelled"), START)
     assert job.status is Status.FAILED
     assert job.failure is not None
@@ -165,12 +167,12 @@ def test_time_slices_continue_only_with_progress() -> None:
     job = make_job()
     for number in range(1, 11):
         job = lifecycle.begin_attempt(job, FAKE_PLACEMENT, START)
+        job = lifecycle.claim_attempt(job, number, "process-1", START)
         job = lifecycle.apply_result(job, make_result(number, "yielded", yield_reason="time_slice", last_checkpoint_step=number), START)
         assert job.status is Status.QUEUED
     for number in range(11, 11 + MAX_ATTEMPTS_WITHOUT_PROGRESS):
-        job = lifecycle.apply_result(
-            lifecycle.begin_attempt(job, FAKE_PLACEMENT, START), make_result(number, "yielded", last_checkpoint_step=10), START
-        )
+        job = lifecycle.claim_attempt(lifecycle.begin_attempt(job, FAKE_PLACEMENT, START), number, "process-1", START)
+        job = lifecycle.apply_result(job, make_result(number, "yielded", last_checkpoint_step=10), START)
     assert job.status is Status.FAILED
     assert job.failure is not None
     assert job.failure.code == "timeout"
@@ -326,9 +328,15 @@ class JobLifecycleMachine(RuleBasedStateMachine):
     def report(self, number: int, phase: str) -> None:
         self.try_change(lambda: lifecycle.apply_event(self.job, number, PhaseChanged.model_validate({"phase": phase}), self.tick()))
 
-    @rule(number=st.integers(0, 4), outcome=st.sampled_from(OUTCOMES))
-    def finish(self, number: int, outcome: str) -> None:
-        self.try_change(lambda: lifecycle.apply_result(self.job, make_result(number, outcome), self.tick()))
+    @rule(number=st.integers(0, 4), outcome=st.sampled_from(OUTCOMES), is_owner=st.booleans())
+    def finish(self, number: int, outcome: str, is_owner: bool) -> None:
+        def finish() -> Job:
+            claimant = self.claimants.get(number, "nobody") if is_owner else "nobody"
+            after = lifecycle.apply_result(self.job, make_result(number, outcome, claimant=claimant), self.tick())
+            assert claimant != "nobody"
+            return after
+
+        self.try_change(finish)
 
     @rule(number=st.integers(0, 4))
     def lose(self, number: int) -> None:

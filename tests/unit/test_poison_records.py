@@ -14,7 +14,7 @@ from service.core.jobs.launch import AttemptStarter
 from service.core.principals import UPKEEP_PRINCIPAL
 from service.core.stored_json import MAX_RESULT_BYTES
 from tests.unit.api_harness import ROWS, get_error, get_services, run_test_service, submit_job, upload
-from tests.unit.jobs_harness import OTHER_PRINCIPAL, PRINCIPAL, JobsHarness
+from tests.unit.jobs_harness import DEPLOYMENT_ID, OTHER_PRINCIPAL, PRINCIPAL, JobsHarness
 
 NEWER = '{"schema_version":99}'
 DAMAGED = '{"schema_version":2,"job_id":"x"}'
@@ -89,7 +89,10 @@ def test_unreadable_active_job_is_deleted_with_its_files_secrets_and_attempt(har
     assert harness.launcher.cancels == [(f"handle of {name}", True)]
     assert harness.store.find_job_entry(job.job_id) is None
     assert list(harness.secrets.iter_job_ids()) == []
-    assert [stored.key for stored in harness.objects.iter_objects("") if job.job_id in stored.key] == []
+    # The mark stays, for what the attempt may still write.
+    assert [stored.key for stored in harness.objects.iter_objects("") if job.job_id in stored.key] == [
+        f"deployments/{DEPLOYMENT_ID}/jobs/{job.job_id}.json"
+    ]
 
 
 def test_unreadable_record_stops_neither_the_sweep_of_secrets_nor_the_scan_for_orphans(harness: JobsHarness) -> None:

@@ -14,7 +14,7 @@ from service.core.principals import LOCAL_PRINCIPAL, UPKEEP_PRINCIPAL, Principal
 from tests.unit.jobs_harness import JobsHarness, make_batch
 
 # Steps of the service itself, which no request names: they act on records that were found before.
-INTERNAL = {"JobQueries.describe", "Attempts.apply_result", "Reconciliation.reconcile_job"}
+INTERNAL = {"JobQueries.describe", "Attempts.apply_result", "Attempts.check_result", "Reconciliation.reconcile_job"}
 NOBODY = Principal("local", "nobody", frozenset())
 
 
@@ -68,7 +68,7 @@ def test_attempt_may_report_for_itself_alone(harness: JobsHarness) -> None:
     job = harness.start_training()
     other = attempt_principal(job.job_id, 2)
     with pytest.raises(Forbidden, match="is not attempt 1"):
-        harness.jobs.attempts.report(other, job.job_id, 1, make_batch())
+        harness.jobs.attempts.report(other, job.job_id, 1, make_batch(), "p")
     with pytest.raises(Forbidden):
         harness.jobs.attempts.claim(LOCAL_PRINCIPAL, job.job_id, 1, "p")
     with pytest.raises(Forbidden):

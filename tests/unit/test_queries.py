@@ -70,12 +70,12 @@ def test_completed_job_has_download_link(harness: JobsHarness) -> None:
     job = harness.start_training()
     with pytest.raises(Conflict):
         harness.jobs.queries.create_download_links(PRINCIPAL, job.job_id, None)
-    file = ArtifactFile(path="", size_bytes=1, sha256="0")
-    gguf = Artifact(name="gguf-q8_0", kind="gguf", uri="u", key=f"gguf_models/{job.job_id}/m.gguf", size_bytes=1, files=[file])
-    adapter = gguf.model_copy(update={"name": "adapter", "kind": "adapter", "key": f"trained_adapters/{job.job_id}/"})
+    file = ArtifactFile(path="", size_bytes=1, sha256="0" * 64)
+    gguf = Artifact(name="gguf-q8_0", kind="gguf", uri="u", key=f"gguf_models/{job.job_id}/attempt-1/m.gguf", size_bytes=1, files=[file])
+    adapter = gguf.model_copy(update={"name": "adapter", "kind": "adapter", "key": f"trained_adapters/{job.job_id}/attempt-1/a"})
     harness.finish(harness.write_result(job, artifacts=[adapter.model_dump(), gguf.model_dump()]))
     artifact, [(_, link)] = harness.jobs.queries.create_download_links(PRINCIPAL, job.job_id, None)
-    assert artifact == gguf
+    assert artifact == gguf.model_copy(update={"uri": f"{harness.objects.url}/{gguf.key}"})
     assert harness.tokens.read_file_token(link.removeprefix("/files/")) == (gguf.key, "m.gguf")
     with pytest.raises(NotFound, match="it has: adapter, gguf-q8_0"):
         harness.jobs.queries.create_download_links(PRINCIPAL, job.job_id, "gguf-f16")

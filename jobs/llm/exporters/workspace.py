@@ -10,7 +10,8 @@ from jobs.llm.exporters.log_probs import make_passages
 from jobs.llm.exporters.merge import MergedModel, MergeSpec, choose_compute_dtype, merge_model
 from jobs.llm.exporters.model_files import Precision
 from jobs.llm.model_kinds import ModelKind
-from jobs.runtime.artifacts import ExportedArtifact, artifact_key
+from jobs.runtime.artifacts import ExportedArtifact
+from schema.spec import artifact_key
 from schema.training.llm_export import GgufQuantization, MergedDtype
 from schema.types import ArtifactKind
 

@@ -25,7 +25,7 @@ class LocalSecretStore:
     def put(self, job_id: str, secrets: Mapping[str, str]) -> None:
         encrypted = self._fernet.encrypt(json.dumps(dict(secrets)).encode())
         part = self._path(job_id).with_suffix(f".{uuid4().hex}.part")  # concurrent calls write different files
-        _write_private_file(part, encrypted)
+        write_private_file(part, encrypted)
         part.replace(self._path(job_id))
 
     def read(self, job_id: str) -> dict[str, str]:
@@ -57,7 +57,7 @@ def load_or_create_key(path: Path, generate: Callable[[], bytes]) -> bytes:
     """The key in a file, created at first use. Two processes that create it at the same time get the same key."""
     if not path.exists():
         part = path.with_name(f"{path.name}.{os.getpid()}")
-        _write_private_file(part, generate())
+        write_private_file(part, generate())
         try:
             os.link(part, path)  # atomic, and fails when another process was first
         except FileExistsError:
@@ -67,7 +67,8 @@ def load_or_create_key(path: Path, generate: Callable[[], bytes]) -> bytes:
     return path.read_bytes()
 
 
-def _write_private_file(path: Path, content: bytes) -> None:
+def write_private_file(path: Path, content: bytes) -> None:
+    """Write a new file that only its owner can read, durably. Raises FileExistsError."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with open(descriptor, "wb") as file:
         file.write(content)

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from service.core.jobs.attempts import Attempts
 from service.core.jobs.budget import Budget
 from service.core.jobs.control import JobControl
+from service.core.jobs.credentials import DeploymentCredentials
 from service.core.jobs.deletion import Deletion
 from service.core.jobs.export import Exports
 from service.core.jobs.launch import AttemptStarter
+from service.core.jobs.ownership import JobMarks
+from service.core.jobs.preparation import DEFAULT_PREPARATION_LIMIT, PreparationLimit
 from service.core.jobs.queries import JobQueries
 from service.core.jobs.reconcile import Reconciliation
 from service.core.jobs.repository import JobRepository
@@ -18,6 +21,7 @@ from service.core.jobs.trackers import DeploymentTrackers
 from service.core.launchers import LauncherPool
 from service.core.ports import Buckets, Hub, JobStore, SecretStore, UrlSigner, Wake
 from service.core.quotas import QuotaChecks, Quotas
+from service.core.store_credentials import CredentialIssuer
 from service.core.tokens import TokenSigner
 from service.core.validation.egress import EgressCheck
 from service.core.validation.hub import NoHub
@@ -45,23 +49,32 @@ def build_job_services(
     launchers: LauncherPool,
     url_signer: UrlSigner,
     tokens: TokenSigner,
+    deployment_id: str,
     clock: Callable[[], datetime],
     random_suffix: Callable[[], str],
     wake: Wake = lambda _: None,
     hub: Hub | None = None,
     trackers: DeploymentTrackers | None = None,
     attempt_variables: Mapping[str, str] | None = None,
+    credentials: CredentialIssuer | None = None,
+    preparation_limit: timedelta = DEFAULT_PREPARATION_LIMIT,
     quotas: QuotaChecks | None = None,
     egress: EgressCheck | None = None,
 ) -> JobServices:
-    """Build the parts. `wake` is called with a job's id whenever its next step can be taken."""
+    """Build the parts.
+
+    `deployment_id` names the deployment in the object stores. `wake` is called with a job's id whenever its next step can be taken.
+    """
     hub, trackers = hub or NoHub(), trackers or DeploymentTrackers()
     models = buckets.models
+    marks = JobMarks(models, deployment_id)
     repository = JobRepository(store, secrets, clock)
     budget = Budget(repository, launchers, quotas or QuotaChecks(store, Quotas.model_validate({}), clock))
     control = JobControl(repository, launchers=launchers, budget=budget, trackers=trackers, wake=wake)
-    attempts = Attempts(repository, budget=budget, models=models, wake=wake)
-    starter = AttemptStarter(repository, buckets=buckets, tokens=tokens, attempt_variables=attempt_variables or {}, wake=wake)
+    attempts = Attempts(
+        repository, budget=budget, buckets=buckets, tokens=tokens, credentials=credentials or DeploymentCredentials(), wake=wake
+    )
+    starter = AttemptStarter(repository, buckets=buckets, marks=marks, tokens=tokens, attempt_variables=attempt_variables or {}, wake=wake)
     return JobServices(
         repository=repository,
         submission=Submission(
@@ -78,9 +91,16 @@ def build_job_services(
         control=control,
         exports=Exports(repository, launchers=launchers, budget=budget, models=models, hub=hub, random_suffix=random_suffix, wake=wake),
         queries=JobQueries(repository, launchers=launchers, budget=budget, models=models, url_signer=url_signer, wake=wake),
-        deletion=Deletion(repository, control=control, launchers=launchers, buckets=buckets, hub=hub),
+        deletion=Deletion(repository, control=control, launchers=launchers, buckets=buckets, marks=marks, hub=hub),
         attempts=attempts,
         reconciliation=Reconciliation(
-            repository, launchers=launchers, starter=starter, attempts=attempts, budget=budget, buckets=buckets, wake=wake
+            repository,
+            launchers=launchers,
+            starter=starter,
+            attempts=attempts,
+            budget=budget,
+            buckets=buckets,
+            preparation_limit=PreparationLimit(repository, preparation_limit, wake),
+            wake=wake,
         ),
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 from schema.checkpoint import checkpoints_prefix
 from schema.job import Job
@@ -9,7 +10,8 @@ from schema.spec import attempt_name, manifest_key, spec_key
 from service.core import lifecycle
 from service.core.errors import InvalidRequest, RecordTooNew, Unavailable, UnreadableRecord
 from service.core.jobs.control import JobControl
-from service.core.jobs.orphans import JOB_FOLDERS, OrphanScan, delete_orphan, find_orphans
+from service.core.jobs.orphans import JOB_FOLDERS, OrphanScan, delete_orphan, find_orphans, is_forgotten
+from service.core.jobs.ownership import JobMarks
 from service.core.jobs.repository import JobRepository
 from service.core.launchers import LauncherPool
 from service.core.ports import Buckets, Hub, JobEntry, LogReader
@@ -18,6 +20,7 @@ from service.core.validation.hub import check_only_our_commits
 from storage import ObjectStore, StorageError, delete_prefix
 from storage.deadline import remaining_s
 
+ORPHAN_MIN_AGE = timedelta(hours=24)  # since the last launch: a record that is restored from a backup may be that far behind
 ORPHAN_SCAN_TIMEOUT_S = 600.0  # for listing every file of a bucket outside a request
 
 UNREADABLE_ATTEMPTS_ENDED = 3  # the newest ones; earlier attempts have ended before a later one began
@@ -34,11 +37,21 @@ class DeletionResult:
 class Deletion:
     """Removes jobs and what they left behind. Every method can be repeated until nothing is left."""
 
-    def __init__(self, repository: JobRepository, *, control: JobControl, launchers: LauncherPool, buckets: Buckets, hub: Hub) -> None:
+    def __init__(
+        self,
+        repository: JobRepository,
+        *,
+        control: JobControl,
+        launchers: LauncherPool,
+        buckets: Buckets,
+        marks: JobMarks,
+        hub: Hub,
+    ) -> None:
         self._repository = repository
         self._control = control
         self._launchers = launchers
         self._buckets = buckets
+        self._marks = marks
         self._hub = hub
 
     def delete(self, principal: Principal, job_id: str, *, delete_hub: bool = False, hub_token: str | None = None) -> DeletionResult | None:
@@ -77,18 +90,32 @@ class Deletion:
                 destroyed += self._repository.secrets.destroy(job_id)
         return destroyed
 
-    def list_orphans(self, principal: Principal) -> OrphanScan:
-        """Files whose job does not exist. Raises StorageError, Unavailable."""
+    def list_orphans(self, principal: Principal, *, min_age: timedelta = ORPHAN_MIN_AGE) -> OrphanScan:
+        """Files of this deployment's jobs that have no record and were last launched `min_age` ago. Raises StorageError, Unavailable."""
         principal.require(Scope.UPKEEP)
-        timeout_s = remaining_s(ORPHAN_SCAN_TIMEOUT_S) * 0.8
-        return find_orphans(self._repository.store, configs=self._buckets.configs, models=self._buckets.models, timeout_s=timeout_s)
+        return find_orphans(
+            self._repository.store,
+            self._marks,
+            configs=self._buckets.configs,
+            models=self._buckets.models,
+            launched_before=self._repository.clock() - min_age,
+            timeout_s=remaining_s(ORPHAN_SCAN_TIMEOUT_S) * 0.8,
+        )
 
-    def delete_orphans(self, principal: Principal) -> OrphanScan:
-        """Remove files whose job does not exist; returns what was removed. Repeat until the scan is complete. Raises as `list_orphans`."""
-        scan = self.list_orphans(principal)
+    def delete_orphans(self, principal: Principal, *, min_age: timedelta = ORPHAN_MIN_AGE) -> OrphanScan:
+        """Remove what `list_orphans` finds; returns what was removed. Repeat until the scan is complete. Raises as `list_orphans`."""
+        scan = self.list_orphans(principal, min_age=min_age)
         for orphan in scan.orphans:
             delete_orphan(orphan, configs=self._buckets.configs, models=self._buckets.models)
+        if scan.complete:
+            self._delete_marks(self._repository.clock() - min_age)
         return scan
+
+    def _delete_marks(self, launched_before: datetime) -> None:
+        """Delete the marks of jobs without a record, of which no file is left."""
+        for job_id in list(self._marks.iter_job_ids()):
+            if is_forgotten(self._repository.store, self._marks, job_id, launched_before):
+                self._marks.delete(job_id)
 
     def _delete_hub_repositories(self, job: Job, token: str | None) -> list[str]:
         """Remove the repositories that hold nothing but what this job pushed. Raises InvalidRequest before anything is removed."""

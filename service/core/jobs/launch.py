@@ -13,6 +13,7 @@ from schema.placement import Placement
 from schema.spec import JobSpec, StoreUrls, attempt_name, spec_key
 from service.core import lifecycle
 from service.core.errors import LaunchFailed, NoCapacity, NotFound, StaleRevision, TunesmithError, Unavailable, UnreadableRecord
+from service.core.jobs.ownership import JobMarks
 from service.core.jobs.repository import JobRepository
 from service.core.ports import Buckets, Launcher, LaunchRequest, Wake
 from service.core.spending import set_rate
@@ -30,12 +31,14 @@ class AttemptStarter:
         repository: JobRepository,
         *,
         buckets: Buckets,
+        marks: JobMarks,
         tokens: TokenSigner,
         attempt_variables: Mapping[str, str],
         wake: Wake,
     ) -> None:
         self._repository = repository
         self._buckets = buckets
+        self._marks = marks
         self._tokens = tokens
         self._attempt_variables = attempt_variables
         self._wake = wake
@@ -58,6 +61,7 @@ class AttemptStarter:
         number = attempt.number
         try:
             spec = self._render_spec(job)
+            self._marks.write(job.job_id, self._repository.clock())
             self._buckets.configs.write(spec_key(job.job_id), spec.model_dump_json(indent=1).encode())
             handle = launcher.launch(self._render_launch_request(job, attempt))
         except (LaunchFailed, NoCapacity) as error:
@@ -109,7 +113,7 @@ class AttemptStarter:
             **self._attempt_variables,
             "JOB_ID": job.job_id,
             "JOB_ATTEMPT": str(attempt.number),
-            "JOB_TOKEN": self._tokens.sign_attempt_token(job.job_id, attempt.number),
+            "JOB_TOKEN": self._tokens.sign_launch_token(job.job_id, attempt.number),
             "JOB_SPEC_STORE_URL": self._buckets.configs.url,
         }
         return LaunchRequest(

@@ -1,11 +1,16 @@
-"""Files in the buckets whose job has no record: an attempt wrote them after its job was deleted, or a deletion failed half-way."""
+"""Files in the buckets whose job has no record: an attempt wrote them after its job was deleted, or a deletion failed half-way.
+
+Another deployment may use the same buckets, with records of its own: only files of jobs that this deployment launched count.
+"""
 
 import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 
 from schema.training import TRAINER_TYPES
+from service.core.jobs.ownership import JobMarks
 from service.core.ports import JobStore
 from storage import ObjectStore, delete_prefix
 
@@ -40,20 +45,33 @@ class OrphanScan:
     complete: bool
 
 
-def find_orphans(jobs: JobStore, *, configs: ObjectStore, models: ObjectStore, timeout_s: float) -> OrphanScan:
-    """Scan the buckets for files of jobs that have no record. Raises StorageError, Unavailable."""
+def find_orphans(
+    jobs: JobStore, marks: JobMarks, *, configs: ObjectStore, models: ObjectStore, launched_before: datetime, timeout_s: float
+) -> OrphanScan:
+    """Scan the buckets for files of this deployment's jobs, last launched before a time, that have no record.
+
+    Raises StorageError, Unavailable.
+    """
     deadline_s = time.monotonic() + timeout_s
-    has_record: dict[str, bool] = {}
+    is_orphaned: dict[str, bool] = {}
     orphans: dict[tuple[str, str], Orphan] = {}
     for store, owner, prefix, size_bytes in _iter_job_objects(configs, models):
         if time.monotonic() > deadline_s:
             return OrphanScan(list(orphans.values()), complete=False)
-        if owner not in has_record:
-            has_record[owner] = jobs.find_job_entry(owner) is not None
-        if not has_record[owner]:
+        if owner not in is_orphaned:
+            is_orphaned[owner] = is_forgotten(jobs, marks, owner, launched_before)
+        if is_orphaned[owner]:
             before = orphans.get((store.url, prefix), Orphan(owner, store.url, prefix, 0, 0))
             orphans[store.url, prefix] = Orphan(owner, store.url, prefix, before.objects + 1, before.size_bytes + size_bytes)
     return OrphanScan(list(orphans.values()), complete=True)
+
+
+def is_forgotten(jobs: JobStore, marks: JobMarks, job_id: str, launched_before: datetime) -> bool:
+    """Whether this deployment launched a job, before a time, and has no record of it. Raises StorageError, Unavailable."""
+    if jobs.find_job_entry(job_id) is not None:
+        return False
+    launched_at = marks.find_launch(job_id)
+    return launched_at is not None and launched_at < launched_before
 
 
 def delete_orphan(orphan: Orphan, *, configs: ObjectStore, models: ObjectStore) -> None:

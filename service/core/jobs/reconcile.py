@@ -19,6 +19,7 @@ from service.core.jobs.attempts import Attempts
 from service.core.jobs.budget import Budget
 from service.core.jobs.checkpoints import find_last_checkpoint_step
 from service.core.jobs.launch import AttemptStarter
+from service.core.jobs.preparation import PreparationLimit
 from service.core.jobs.queue import LaunchQueue
 from service.core.jobs.repository import JobRepository
 from service.core.launchers import LauncherPool
@@ -49,6 +50,7 @@ class Reconciliation:
         attempts: Attempts,
         budget: Budget,
         buckets: Buckets,
+        preparation_limit: PreparationLimit,
         wake: Wake,
     ) -> None:
         self._repository = repository
@@ -57,6 +59,7 @@ class Reconciliation:
         self._attempts = attempts
         self._budget = budget
         self._buckets = buckets
+        self._preparation_limit = preparation_limit
         self._wake = wake
         self._queue = LaunchQueue(repository, launchers, budget)
 
@@ -154,6 +157,8 @@ class Reconciliation:
             return self._recover_launch(launcher, job)
         if (result := self._read_result(job)) is not None:
             return self._attempts.apply_result(job.job_id, result)
+        if (failed := self._preparation_limit.enforce(launcher, job)) is not None:
+            return failed
         handle, job = job.attempt.handle, self._budget.enforce(job)
         if not job.status.is_active:
             return job
@@ -276,6 +281,7 @@ class Reconciliation:
                 raise TooLarge(f"the result is larger than {MAX_RESULT_BYTES} bytes")
             result = Result.load(content)
             dump_record(result)
+            result = self._attempts.check_result(job.job_id, result)
         except NoSuchObject:
             return None
         except Unavailable:

@@ -20,12 +20,14 @@ import psutil
 
 from schema.capabilities import EnvironmentManifest
 from service.adapters.launchers import LauncherDeployment
+from service.adapters.launchers.local.attempt_limits import AttemptLimits, AttemptWatcher, default_memory_limit
 from service.adapters.launchers.local.device import detect_profile
 from service.adapters.launchers.local.environments import LocalEnvironments
 from service.adapters.launchers.local.settings import LocalSettings
+from service.attempt_socket import find_attempt_socket
 from service.core.errors import LaunchFailed, Unavailable
 from service.core.limits import Limits
-from service.core.ports import ExecutionState, LaunchRequest, LogPage, Profile
+from service.core.ports import ExecutionState, ExitReason, LaunchRequest, LogPage, Profile
 from service.setting_types import SOURCE_ROOT
 
 HANDLE = re.compile(r"\d+@[\d.]+")
@@ -49,7 +51,9 @@ class LocalLauncher:
         max_concurrent_jobs: int,
         variables: Mapping[str, str],
         time_limit_s: int | None = None,
+        attempt_limits: AttemptLimits | None = None,
     ) -> None:
+        self._home = home
         self._folder = home / "attempts"
         self._environments = environments
         self._source = source
@@ -59,6 +63,7 @@ class LocalLauncher:
         self._time_limit_s = time_limit_s
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._lock = threading.Lock()
+        self._watcher = AttemptWatcher(attempt_limits, self._find_process) if attempt_limits else None
 
     @classmethod
     def from_environment(cls, deployment: LauncherDeployment) -> Self:
@@ -74,6 +79,9 @@ class LocalLauncher:
             max_concurrent_jobs=settings.max_concurrent_jobs,
             variables=deployment.variables,
             time_limit_s=settings.time_limit_s,
+            attempt_limits=AttemptLimits(
+                memory_bytes=settings.memory_limit_bytes or default_memory_limit(), processes=settings.max_processes
+            ),
         )
 
     # --- Launcher ----------------------------------------------------------------------------------------------------
@@ -108,6 +116,7 @@ class LocalLauncher:
         handle = _process_handle(psutil.Process(child.pid))
         with self._lock:
             self._children[handle] = child
+        self._watch(handle)
         return handle
 
     def find_handle(self, name: str) -> str | None:
@@ -117,6 +126,8 @@ class LocalLauncher:
         process = self._find_process(handle)
         if not process and not HANDLE.fullmatch(handle):
             return "unknown"  # not one of this launcher's
+        if process:
+            self._watch(handle)  # an earlier service may have launched it
         return "running" if process else "ended"
 
     def cancel(self, handle: str, *, force: bool) -> None:
@@ -142,6 +153,8 @@ class LocalLauncher:
 
         The attempts of the next service continue from the checkpoints that these save.
         """
+        if self._watcher:
+            self._watcher.stop()
         attempts = self._running_attempts()
         for process in attempts:
             _send_signal(process.pid, signal.SIGTERM)
@@ -153,6 +166,13 @@ class LocalLauncher:
             with suppress(subprocess.TimeoutExpired):
                 child.wait(STOP_GRACE_S)
         self._reap()
+
+    # --- ExitReasonReader --------------------------------------------------------------------------------------------
+
+    def get_exit_reason(self, handle: str) -> ExitReason | None:
+        """The limit for which this launcher ended the attempt, if it did."""
+        failure = self._watcher.find_failure(handle) if self._watcher else None
+        return ExitReason(failure) if failure else None
 
     # --- LogReader ---------------------------------------------------------------------------------------------------
 
@@ -178,18 +198,24 @@ class LocalLauncher:
     # --- helpers -----------------------------------------------------------------------------------------------------
 
     def _build_variables(self, launch_request: LaunchRequest, workdir: Path) -> dict[str, str]:
+        attempt_socket = find_attempt_socket(self._home)
         return {
             **_thread_variables(self._max_concurrent_jobs),
             "TOKENIZERS_PARALLELISM": "false",
             **self._inherited_variables,
             **launch_request.variables,
             "SERVICE_URL": self._service_url,
+            **({"JOB_SERVICE_SOCKET": str(attempt_socket)} if attempt_socket else {}),
             "JOB_WORKDIR": str(workdir),
             **({"JOB_TIME_LIMIT_S": str(self._time_limit_s)} if self._time_limit_s is not None else {}),
             "JOB_REPORT_INTERVAL_S": "0.5",  # the answer to a report carries a cancel, and local reports cost nothing
             "PYTHONPATH": str(self._source),
             "PYTHONUNBUFFERED": "1",
         }
+
+    def _watch(self, handle: str) -> None:
+        if self._watcher:
+            self._watcher.watch(handle)
 
     def _log_path(self, name: str) -> Path:
         return self._folder / f"{name}.log"

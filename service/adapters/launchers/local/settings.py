@@ -23,6 +23,15 @@ class LocalSettings(BaseSettings):
         description="Time limit of an attempt in seconds. An attempt saves a checkpoint before it, and the next attempt continues. "
         "Default: no limit.",
     )
+    memory_limit_bytes: int | None = Field(
+        None,
+        ge=64 << 20,
+        description="Memory that an attempt may hold with all its processes, in bytes; one that holds more is ended and fails with "
+        "`out_of_memory`. Default: 90 % of the machine's memory.",
+    )
+    max_processes: int = Field(
+        1024, ge=1, description="Maximum number of processes of an attempt, including itself; an attempt with more is ended and fails."
+    )
     venvs: Path = Field(
         SOURCE_ROOT / ".venvs", description="Folder of the virtual environments of attempts, each named as its environment."
     )

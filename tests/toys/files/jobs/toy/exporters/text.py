@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from jobs.runtime.artifacts import ExportedArtifact, artifact_key
+from jobs.runtime.artifacts import ExportedArtifact
 from jobs.runtime.context import JobContext
+from schema.spec import artifact_key
 
 
 def export(trained: Any, context: JobContext) -> ExportedArtifact:
