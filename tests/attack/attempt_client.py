@@ -10,7 +10,7 @@ from tests.attack.target import Caller, Json, Target
 from tests.chaos.campaign import CampaignError
 from tests.waiting import wait_until
 
-START_WAIT_S = 60
+START_WAIT_S = 20
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The rows of the attack suite: their type, their names and how to run one."""
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -42,7 +43,9 @@ class Row:
 
 
 def make_row(attack: str, figure: str, measured: str, problems: Sequence[str]) -> Row:
-    """A row that passes when there are no problems; the first few are named in it."""
+    """A row that passes when there are no problems; the first few are named in it, and all of them on standard error."""
+    for problem in problems:
+        print(f"{attack}: {problem}", file=sys.stderr)
     shown = "; ".join(dict.fromkeys(problem[:300] for problem in problems[:4]))
     return Row(attack, figure, f"{measured}{'; ' + shown if shown else ''}", passed=not problems)
 

@@ -110,6 +110,10 @@ class World:
         answer = self.owner.expect(200, "GET", f"/jobs/download/{self.completed_job_id}")
         return urlsplit(answer["download_url"]).path.rpartition("/")[2]
 
+    def make_key(self) -> str:
+        """The id of a new API key."""
+        return str(self.owner.expect(201, "POST", "/keys", json={"name": f"{self.mark} key", "scopes": ["read"]})["key_id"])
+
     def _control(self, verb: str) -> str:
         job_id = self.submit()
         self.owner.expect(202, "POST", f"/jobs/{job_id}/{verb}")
@@ -201,4 +205,32 @@ FIXTURES: dict[str, Callable[[World], ValidRequest]] = {
     ),
     "download_file": lambda world: ValidRequest("GET", "/files/{token}", 200, path={"token": world.file_token()}),
     "get_health": lambda _: ValidRequest("GET", "/health", 200),
+    "get_whoami": lambda _: ValidRequest("GET", "/whoami", 200),
+    "create_key": lambda world: ValidRequest("POST", "/keys", 201, body={"name": f"{world.mark} key", "scopes": ["read"]}),
+    "list_keys": lambda _: ValidRequest("GET", "/keys", 200),
+    "revoke_key": lambda world: ValidRequest("DELETE", "/keys/{key_id}", 200, path={"key_id": world.make_key()}),
+    "list_audit_entries": lambda _: ValidRequest("GET", "/audit", 200),
+}
+
+
+def _of_attempt(message: str, status: int, body: Callable[[AttemptClient], Json]) -> Callable[[World], ValidRequest]:
+    """A message of the running attempt, without its token."""
+    return lambda world: ValidRequest(
+        "POST",
+        "/internal/jobs/{job_id}/attempts/{attempt}/" + message,
+        status,
+        path={"job_id": world.running.job_id, "attempt": str(world.running.number)},
+        body=body(world.running),
+    )
+
+
+# Routes that the OpenAPI document leaves out, by the name of their function.
+UNLISTED_FIXTURES: dict[str, Callable[[World], ValidRequest]] = {
+    "get_root": lambda _: ValidRequest("GET", "/", 200),
+    "claim": _of_attempt("claim", 200, lambda attempt: {"claimant": attempt.claimant}),
+    "report": _of_attempt("events", 200, lambda _: {"first_seq": 1, "events": []}),
+    "finish": _of_attempt("result", 204, lambda attempt: attempt.make_result("failed")),
+    "reconcile": lambda _: ValidRequest("POST", "/internal/reconcile", 200),
+    "clean_up": lambda _: ValidRequest("POST", "/internal/cleanup", 200, body={"orphans": True}),
+    "list_orphans": lambda _: ValidRequest("GET", "/internal/orphans", 200),
 }
