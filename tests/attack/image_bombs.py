@@ -11,7 +11,6 @@ from PIL import Image
 
 ANSWER = {"role": "assistant", "content": "an image"}
 ROW_IMAGES = 16  # the most that the service allows in a row
-ROWS = 2
 
 
 def make_bombs(count: int) -> Iterator[tuple[str, bytes]]:
@@ -43,11 +42,11 @@ def make_bombs(count: int) -> Iterator[tuple[str, bytes]]:
         yield f"{name} ({index})", make(index)
 
 
-def make_largest(count: int) -> Iterator[tuple[str, bytes]]:
+def make_largest(count: int, rows_each: int) -> Iterator[tuple[str, bytes]]:
     """Names and uploads that are as large as the service allows: nothing takes it longer to decode."""
     for index in range(count):
-        rows = (_row(*[_solid("PNG", 4096, 4096, index * ROWS + row)] * ROW_IMAGES) for row in range(ROWS))
-        yield f"{ROWS * ROW_IMAGES} images of the largest size ({index})", b"".join(rows)
+        rows = (_row(*[_solid("PNG", 4096, 4096, index * rows_each + row)] * ROW_IMAGES) for row in range(rows_each))
+        yield f"{rows_each * ROW_IMAGES} images of the largest size ({index})", b"".join(rows)
 
 
 def _row(*images: bytes, media_type: str | None = None) -> bytes:
