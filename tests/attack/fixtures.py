@@ -66,6 +66,8 @@ class World:
         self.target: Target = owner.target
         self.mark = f"mark{secrets.token_hex(8)}"
         self.dataset_id = self.make_dataset()
+        prompts = (json.dumps({"prompt": f"{self.mark} what is {n}", "answer": str(n)}) + "\n" for n in range(12))
+        self.prompts_id = owner.upload("".join(prompts), name=f"{self.mark} prompts")
         self.completed_job_id, self.artifact_key = self._complete_job()
         self.failed_job_id = self._fail_job()
         self.running = start_attempt(self.target, self.submit())  # keeps its slot, so that later jobs stay queued
@@ -73,7 +75,7 @@ class World:
     @property
     def marks(self) -> tuple[str, ...]:
         """What must never be in another tenant's answers."""
-        return (self.mark, self.dataset_id, self.completed_job_id, self.failed_job_id, self.running.job_id)
+        return (self.mark, self.dataset_id, self.prompts_id, self.completed_job_id, self.failed_job_id, self.running.job_id)
 
     def make_dataset(self) -> str:
         """A new dataset."""
