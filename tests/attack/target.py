@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -62,6 +63,7 @@ class Target:
 
     def start(self) -> None:
         """Start the process; return when it listens. Raises CampaignError."""
+        self.port = self.port or _free_port()  # its first line has the public URL, which may have another
         inherited = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
         settings = {"HOME": str(self.home), "PYTHONPATH": str(SOURCE), "TUNESMITH_HOME": str(self.home), "OMP_NUM_THREADS": "1"}
         with self.log.open("ab") as log:
@@ -76,10 +78,8 @@ class Target:
                 start_new_session=True,
             )
         assert self.process.stdout is not None
-        url = self.process.stdout.readline().strip()
-        if not url:
+        if not self.process.stdout.readline().strip():
             raise CampaignError(f"the service did not start: {self.log.read_text()[-500:]}")
-        self.port = int(url.rpartition(":")[2])
         wait_until(self._is_ready, 60, interval_s=0.05, description="the service")
 
     def stop(self, signal_number: signal.Signals = signal.SIGTERM) -> None:
@@ -254,6 +254,12 @@ class HealthProber:
             except httpx2.TransportError as error:
                 self.failures.append(f"/health: {type(error).__name__}")
             self.answers_s.append(time.monotonic() - began)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _read_table(database: sqlite3.Connection, table: str, tenant_id: str | None) -> dict[str, str]:
