@@ -73,8 +73,7 @@ def start_attempt(target: Target, job_id: str, number: int = 1) -> AttemptClient
 
 
 def end_process(target: Target, attempt: AttemptClient) -> None:
-    """End the stub's process, which frees its slot."""
+    """End the stub's process, which frees its slot once the launcher looks."""
     for process in target.attempts():
         if process.cmdline()[-1] == f"{attempt.job_id}.{attempt.number}":
             process.kill()
-            process.wait(10)

@@ -6,7 +6,7 @@ be seen and deleted.
 
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -76,24 +76,30 @@ class Counts:
 def run(size: Size) -> Row:
     """Send all of it; then read, go on and delete."""
     counts = Counts()
-    with run_target(slots=3, TUNESMITH_RECONCILE_INTERVAL_S="0.2") as target, HealthProber(target) as prober:
+    with run_target(slots=3, TUNESMITH_RECONCILE_INTERVAL_S="0.2") as target:
         world = World(target.owner())
         poisoned = start_attempt(target, world.submit())
-        for attack in (
-            lambda: _poison_events(poisoned, size, counts),
-            lambda: _poison_results(world, poisoned, size, counts),
-            lambda: _poison_requests(world, size, counts),
-            lambda: _poison_parameters(world, counts),
-            lambda: _poison_records(world, target, counts),
-        ):
-            try:
-                attack()
-            except (TimeoutError, CampaignError) as error:
-                counts.problems.append(f"a valid step failed in between: {error}")
-        counts.problems += _check_delete(world, poisoned.job_id)
+        with HealthProber(target) as prober:
+            for attack in (
+                lambda: _poison_events(poisoned, size, counts),
+                lambda: _poison_results(world, poisoned, size, counts),
+                lambda: _poison_requests(world, size, counts),
+                lambda: _poison_parameters(world, counts),
+            ):
+                _run_step(attack, counts)
         counts.problems += prober.problems()
+        _run_step(lambda: _poison_records(world, target, counts), counts)
+        counts.problems += _check_delete(world, poisoned.job_id)
     measured = f"{counts.sent} messages, {counts.accepted} accepted, {len(POISON_RECORDS) + 2} unreadable records; {prober.describe()}"
     return make_row("poison records and NaN", "0 of 5xx; others go on; seen and deleted", measured, counts.problems)
+
+
+def _run_step(attack: Callable[[], None], counts: Counts) -> None:
+    """Run one step; when something valid fails in it, count that and go on with the next."""
+    try:
+        attack()
+    except (TimeoutError, CampaignError) as error:
+        counts.problems.append(f"a valid step failed in between: {error}")
 
 
 # --- attempts
@@ -175,6 +181,7 @@ def _poison_requests(world: World, size: Size, counts: Counts) -> None:
             response = world.owner.request("POST", path, **_raw(text))
             if counts.add(f"{kind} with {name}", response) and (job_id := response.json().get("job_id")):
                 counts.problems += _check_readable(world.target, job_id, f"after a {kind} with {name}")
+                world.owner.request("POST", f"/jobs/{job_id}/cancel")  # or it would take a slot
         for depth in (100, 200, 254, 900, 50_000):  # the whole body, and the one field that holds any JSON
             deep = '{"a":' * depth + "1" + "}" * depth
             counts.add(f"{kind} that is nested {depth} levels", world.owner.request("POST", path, **_raw(deep)))
@@ -182,7 +189,9 @@ def _poison_requests(world: World, size: Size, counts: Counts) -> None:
             request = f'{{"processed_dataset_id": "{world.dataset_id}", "training_config": {schema}}}'
             response = world.owner.request("POST", "/train", **_raw(request))
             if counts.add(f"a grader nested {depth} levels", response):
-                counts.problems += _check_readable(world.target, response.json()["job_id"], f"after a grader nested {depth} levels")
+                job_id = response.json()["job_id"]
+                counts.problems += _check_readable(world.target, job_id, f"after a grader nested {depth} levels")
+                world.owner.request("POST", f"/jobs/{job_id}/cancel")
 
 
 def _poison_parameters(world: World, counts: Counts) -> None:
@@ -216,16 +225,17 @@ def _poison_parameters(world: World, counts: Counts) -> None:
 
 
 def _poison_records(world: World, target: Target, counts: Counts) -> None:
-    """Make records unreadable behind the service's back. Others go on; the poisoned ones are listed and can be deleted."""
-    jobs = {name: world.submit() for name in POISON_RECORDS}
+    """Make records unreadable while the service is stopped. Others go on; the poisoned ones are listed and can be deleted."""
     active = start_attempt(target, world.submit())
+    jobs = {name: world.submit() for name in POISON_RECORDS}
     dataset_id = world.make_dataset()
+    target.stop()
     with closing(sqlite3.connect(target.database, timeout=10)) as database, database:
         for name, job_id in jobs.items():
             database.execute("UPDATE jobs SET record = ? WHERE job_id = ?", (POISON_RECORDS[name], job_id))
         database.execute("UPDATE jobs SET record = '{' WHERE job_id = ?", (active.job_id,))
         database.execute("UPDATE datasets SET record = '{' WHERE dataset_id = ?", (dataset_id,))
-    end_process(target, active)
+    target.start()
     counts.problems += _check_others_go_on(world, target)
     listed = _list_jobs(world)
     for name, job_id in {**jobs, "an active job": active.job_id}.items():
