@@ -31,9 +31,9 @@ class Request:
     body: object = None
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
 
-    def render(self, host: str) -> bytes:
+    def render(self, host: str, default_headers: Mapping[str, str]) -> bytes:
         """The bytes on the wire."""
-        headers = {"Host": host, **self.headers}
+        headers = {"Host": host, **default_headers, **self.headers}
         match self.body:
             case None:
                 body = b""
@@ -68,11 +68,15 @@ class Response:
 
 
 class Connection:
-    """One connection to one server, opened when needed and again when the server has closed it."""
+    """One connection to one server, opened when needed and again when the server has closed it.
+
+    A token before the host (`http://token@host`) is sent with every request that has no Authorization of its own.
+    """
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
         self._host, self._port = parts.hostname or "", parts.port or 80
+        self._headers = {"Authorization": f"Bearer {parts.username}"} if parts.username else {}
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
 
@@ -103,7 +107,7 @@ class Connection:
     async def _open(self, request: Request) -> tuple[asyncio.StreamReader, bytes, int]:
         if self._reader is None or self._writer is None:
             self._reader, self._writer = await asyncio.open_connection(self._host, self._port, limit=1 << 20)
-        self._writer.write(request.render(f"{self._host}:{self._port}"))
+        self._writer.write(request.render(f"{self._host}:{self._port}", self._headers))
         head = await self._reader.readuntil(b"\r\n\r\n")
         status = STATUS.match(head)
         if not status:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -92,7 +92,8 @@ async def run_service(
     port = find_free_port()
     variables = make_environment(home, TUNESMITH_HOME=str(home), TUNESMITH_LOCAL_MAX_CONCURRENT_JOBS=str(slots), **trainer, **settings)
     async with run_server([TUNESMITH, "serve", "--port", str(port)], home, variables, port, HEALTH) as server:
-        yield server
+        token = (home / "token").read_text()
+        yield replace(server, url=server.url.replace("://", f"://{token}@"))
 
 
 async def upload_dataset(server: Server) -> str:

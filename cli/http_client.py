@@ -13,6 +13,7 @@ import httpx2
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, retry_if_result, stop_after_attempt, wait_exponential
 
 from cli.errors import ApiError
+from cli.text import clean_strings, clean_text
 
 CHUNK_BYTES = 1 << 20
 TIMEOUT = httpx2.Timeout(30.0, read=300.0)  # the service validates every row of an upload before it responds
@@ -37,13 +38,17 @@ class Client:
     def __init__(
         self,
         url: str,
-        identity_token: str | None = None,
         *,
+        api_key: str | None = None,
+        identity_token: str | None = None,
         transport: httpx2.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
+        """`identity_token` is for a service that IAM protects on Cloud Run; with an API key as well, it is for the front end only."""
         self.url = url.rstrip("/")
-        headers = {"Authorization": f"Bearer {identity_token}"} if identity_token else {}
+        headers = {"Authorization": f"Bearer {api_key or identity_token}"} if api_key or identity_token else {}
+        if api_key and identity_token:
+            headers["X-Serverless-Authorization"] = f"Bearer {identity_token}"
         self._http = httpx2.Client(base_url=self.url, timeout=TIMEOUT, headers=headers, transport=transport)
         self._sleep = sleep
 
@@ -81,6 +86,10 @@ class Client:
         """Submit the request of a job again with changes and return the new id."""
         return self._post_idempotent(f"/jobs/{job_id}/clone", patch)["job_id"]
 
+    def create_key(self, request: Json) -> Json:
+        """Create an API key. Sent once: a second try after a lost answer would leave a key that nobody knows."""
+        return self._call_once(lambda: self._http.post("/keys", json=request))
+
     def upload(self, file: BinaryIO, filename: str, fields: dict[str, str]) -> Json:
         """Upload a dataset as a stream."""
         return self._call_once(lambda: self._http.post("/datasets", files={"file": (filename, file)}, data=fields))
@@ -110,7 +119,7 @@ class Client:
                 if response.is_error:
                     response.read()
                     raise _api_error(response)
-                yield from response.iter_text()
+                yield from map(clean_text, response.iter_text())
         except httpx2.TransportError as error:
             raise self._unreachable_error(error) from error
 
@@ -149,7 +158,7 @@ class Client:
                     if event.event == "done":
                         yield None
                         return
-                    yield json.loads(event.data)
+                    yield clean_strings(json.loads(event.data))
         except httpx2.TransportError:
             return
 
@@ -175,7 +184,7 @@ class Client:
             raise self._unreachable_error(error) from error
         if response.is_error:
             raise _api_error(response)
-        return response.json()
+        return clean_strings(response.json())
 
     def _unreachable_error(self, error: httpx2.TransportError) -> ApiError:
         return ApiError(
@@ -203,7 +212,7 @@ def _last_outcome(state: RetryCallState) -> httpx2.Response:
 
 def _api_error(response: httpx2.Response) -> ApiError:
     try:
-        body = response.json()
+        body: Json = clean_strings(response.json())
         error: Json = body.get("error", body)  # an incomplete deletion has no `error` object
         return ApiError(error["message"], error.get("hint", ""), error.get("code", ""), response.status_code, error.get("param"))
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -211,4 +220,6 @@ def _api_error(response: httpx2.Response) -> ApiError:
         hint = (
             "Cloud Run requires an identity token: TUNESMITH_IDENTITY_TOKEN=$(gcloud auth print-identity-token)" if needs_identity else ""
         )
-        return ApiError(f"the service answered {response.status_code}: {response.text[:200]}", hint, status=response.status_code)
+        return ApiError(
+            f"the service answered {response.status_code}: {clean_text(response.text[:200])}", hint, status=response.status_code
+        )

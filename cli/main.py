@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from cli import control, datasets, deployment, download, jobs, local, submit, watch
+from cli import access, control, datasets, deployment, download, jobs, local, submit, watch
 from cli.errors import CliError
 from cli.http_client import Client
 from cli.output import err
@@ -32,12 +32,15 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "download": download.download,
     "chat": local.chat,
     "capabilities": deployment.show_capabilities,
+    "whoami": access.show_whoami,
+    "audit": access.list_audit_entries,
 }
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 app.add_typer(datasets.app, name="datasets")
+app.add_typer(access.app, name="keys")
 
 
 @app.callback()
@@ -45,6 +48,12 @@ def set_global_options(
     context: typer.Context,
     url: Annotated[
         str | None, typer.Option(envvar="TUNESMITH_URL", help="URL of the service. Default: the service that runs in TUNESMITH_HOME.")
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="TUNESMITH_API_KEY", help="API key. Default, for the service that runs in TUNESMITH_HOME: that folder's token."
+        ),
     ] = None,
     identity_token: Annotated[
         str | None,
@@ -56,7 +65,16 @@ def set_global_options(
 ) -> None:
     """One HTTP request becomes a fine-tuned model."""
     if context.obj is None:  # tests pass their own client factory
-        context.obj = lambda: Client(url or Settings.from_environment().service_url, identity_token)
+        context.obj = lambda: _create_client(url, api_key, identity_token)
+
+
+def _create_client(url: str | None, api_key: str | None, identity_token: str | None) -> Client:
+    """The token of the home folder is sent to the service of that home only: any other could keep it and use it."""
+    settings = Settings.from_environment()
+    url = (url or settings.service_url).rstrip("/")
+    if api_key is None and identity_token is None and url == settings.service_url:
+        api_key = settings.local_token
+    return Client(url, api_key=api_key, identity_token=identity_token)
 
 
 def main() -> None:

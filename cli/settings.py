@@ -37,6 +37,14 @@ class Settings:
         return self.home.expanduser().absolute()
 
     @property
+    def local_token(self) -> str | None:
+        """The token of the home folder, if the folder has one and this account can read it."""
+        try:
+            return (self.home_folder / "token").read_text().strip()
+        except OSError:
+            return None
+
+    @property
     def service_url(self) -> str:
         """The URL that a running service wrote to `home`/service.json, else the default URL."""
         try:

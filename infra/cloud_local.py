@@ -9,6 +9,7 @@ folder, so base models stay there between runs.
 """
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -133,6 +134,8 @@ def service_settings(url: str, folder: Path, firestore: str, cloud_run: str, sec
         "TUNESMITH_PUBLIC_URL": url,
         "TUNESMITH_IDENTITY_AUDIENCE": url,
         "TUNESMITH_ATTEMPT_IDENTITY": SERVICE_ACCOUNT,
+        "TUNESMITH_IDENTITY": json.dumps({"cloud_run": True, "rules": [{"email": USER, "role": "operator"}]}),
+        "K_SERVICE": "tunesmith",
         "TUNESMITH_CLOUD_RUN_PROFILES": PROFILE,
         "TUNESMITH_RECONCILE_INTERVAL_S": "0",
         "TUNESMITH_EVENT_POLL_S": "0.5",

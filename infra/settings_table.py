@@ -35,7 +35,7 @@ def render_settings_page() -> str:
 def _render_rows(settings: type[BaseSettings]) -> Iterator[str]:
     prefix = settings.model_config.get("env_prefix", "")
     for name, field in settings.model_fields.items():
-        default = "" if field.default in (None, PydanticUndefined) else f"`{_format_default(field.default)}`"
+        default = "" if field.default in (None, PydanticUndefined, ()) else f"`{_format_default(field.default)}`"
         yield f"| {_format_variable_names(prefix + name.upper(), field)} | {default} | {field.description} |"
 
 

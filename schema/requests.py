@@ -3,12 +3,13 @@
 from dataclasses import fields
 from typing import Annotated, Self
 
-from pydantic import ConfigDict, Field, JsonValue, SecretStr, StringConstraints, model_validator
+from pydantic import ConfigDict, Field, JsonValue, StringConstraints, model_validator
 
 from schema.base import Id, Label, Strict, field_error
 from schema.placement import Hardware
 from schema.training import DEFAULT_EXPORT_CONFIG, TRAINER_TYPES, AnyExportConfig, TrainingConfig
 from schema.training.base import LENGTH_UNITS, TrainingSummary
+from schema.types import SecretText
 
 TRAIN_REQUEST_EXAMPLE: dict[str, JsonValue] = {
     "processed_dataset_id": "dataset_abc123",
@@ -63,7 +64,7 @@ class TrainRequest(Strict):
     model_config = ConfigDict(json_schema_extra={"examples": [TRAIN_REQUEST_EXAMPLE]})
 
     processed_dataset_id: Id = Field(description="The id that `POST /datasets` returned.")
-    hf_token: SecretStr | None = Field(
+    hf_token: SecretText | None = Field(
         None, description="A Hugging Face token, for gated or private base models. Kept in the secret store and given to the attempt once."
     )
     job_name: Label = "unnamed job"
@@ -98,9 +99,9 @@ class ContinuationOptions(Strict):
         None, ge=1, le=1000, description="More passes over the rows than before. The learning rate schedule then covers the new total."
     )
     max_steps: int | None = Field(None, ge=1, le=10_000_000, description="More optimizer steps than before, for a job that sets max_steps.")
-    hf_token: SecretStr | None = Field(None, description="Needed again if the job had one and has ended, which deletes its secrets.")
-    wandb_api_key: SecretStr | None = Field(None, description="Needed again in the same case.")
-    secrets: dict[SecretName, SecretStr] = Field(
+    hf_token: SecretText | None = Field(None, description="Needed again if the job had one and has ended, which deletes its secrets.")
+    wandb_api_key: SecretText | None = Field(None, description="Needed again in the same case.")
+    secrets: dict[SecretName, SecretText] = Field(
         {},
         max_length=64,
         description="Likewise, by name: `mlflow_token`, and `judge_api_key` of the grader called `judge`.",
@@ -134,7 +135,7 @@ class ExportRequest(Strict):
     )
     job_name: Label | None = None
     hardware: Hardware | None = None
-    hf_token: SecretStr | None = None
+    hf_token: SecretText | None = None
 
 
 class ReexportRequest(ExportRequest):
@@ -151,8 +152,8 @@ class CloneRequest(Strict):
     job_name: Label | None = None
     processed_dataset_id: Id | None = None
     hardware: Hardware | None = None
-    hf_token: SecretStr | None = Field(None, description="Needed again if the job had one; null creates the clone without it.")
-    secrets: dict[SecretName, SecretStr | None] = Field(
+    hf_token: SecretText | None = Field(None, description="Needed again if the job had one; null creates the clone without it.")
+    secrets: dict[SecretName, SecretText | None] = Field(
         {},
         max_length=64,
         description="Likewise, by name: `wandb_api_key`, `mlflow_token`, and `judge_api_key` of the grader `judge`.",

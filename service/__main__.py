@@ -13,6 +13,8 @@ from pathlib import Path
 import uvicorn
 from pydantic import ValidationError
 
+from service.adapters.identity.local import LocalToken
+from service.core.access.rules import LOOPBACK_HOSTS
 from service.main import create_app
 from service.settings import Settings
 
@@ -64,12 +66,18 @@ def _load_settings() -> Settings:
 
 def serve(settings: Settings) -> None:
     """Run a service until a signal stops it. Its URL is the first line on standard output. Raises StartError."""
+    if settings.identity is None and settings.host not in LOOPBACK_HOSTS:
+        raise StartError(
+            f"listening on {settings.host} needs identities: everybody on the network could reach the service",
+            "set TUNESMITH_IDENTITY to a rule file (docs/identity.md; `{}` admits API keys only), or listen on 127.0.0.1",
+        )
     with _lock_home(settings.home_folder), _open_listener(settings.host, settings.port) as listener:
         settings = settings.model_copy(update={"port": listener.getsockname()[1]})
         try:
             app = create_app(settings)
         except ValueError as error:
             raise StartError(f"invalid settings: {error}", "docs/settings.md describes all settings") from error
+        LocalToken(settings.home_folder)  # exists before the line below, whose readers use both
         print(settings.url, flush=True)  # scripts read this line
         with _write_service_file(settings):
             config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S, access_log=False)

@@ -3,16 +3,27 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from pkgutil import resolve_name
 from secrets import token_bytes, token_hex
 from typing import Any
 
+from pydantic import ValidationError
+
+from service.adapters.access import ACCESS_STORES
 from service.adapters.hub import HuggingFaceHub
+from service.adapters.identity.local import LocalToken
+from service.adapters.identity.oidc import OidcVerifier
 from service.adapters.jobstores import JOB_STORES
 from service.adapters.launchers import LauncherDeployment, create_launchers
 from service.adapters.links import create_url_signer
+from service.adapters.resolver import SystemResolver
 from service.adapters.secrets import SECRET_STORES
 from service.adapters.secrets.local import load_or_create_key
+from service.core.access.audit import AuditLog
+from service.core.access.keys import Keys
+from service.core.access.ports import AccessStore, IdentityVerifier
+from service.core.access.rules import IdentityRules
 from service.core.datasets.records import Datasets
 from service.core.datasets.rows import RowLimits
 from service.core.jobs.assembly import JobServices, build_job_services
@@ -21,8 +32,9 @@ from service.core.launchers import LauncherPool
 from service.core.ports import Buckets, Hub, JobStore, SecretStore
 from service.core.principals import UPKEEP_PRINCIPAL
 from service.core.tokens import TokenSigner
+from service.core.validation.egress import EgressCheck
 from service.core.validation.hub import NoHub
-from service.settings import Settings, attempt_variables, check_renamed_variables, inherited_variables
+from service.settings import Settings, attempt_variables, check_renamed_variables, egress_policy, inherited_variables
 from storage.registry import STORES, open_store
 
 
@@ -32,6 +44,7 @@ class Services:
 
     settings: Settings
     store: JobStore
+    access_store: AccessStore
     buckets: Buckets
     launchers: LauncherPool
     secrets: SecretStore
@@ -39,6 +52,11 @@ class Services:
     tokens: TokenSigner
     jobs: JobServices
     datasets: Datasets
+    keys: Keys
+    audit_log: AuditLog
+    identity_rules: IdentityRules
+    identity_verifier: IdentityVerifier
+    local_token: LocalToken
     reconciler: Reconciler | None  # None: a scheduler calls POST /internal/reconcile instead
 
 
@@ -50,7 +68,8 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
     home = settings.home_folder
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     clock = clock or utc_now
-    store = _open_job_store(settings)
+    rules = load_identity_rules(settings)
+    store, access_store = _open_job_store(settings), _open_access_store(settings)
     buckets = Buckets(**{name: open_store(url) for name, url in settings.object_urls.items()})
     launchers = LauncherPool(create_launchers(settings.launchers, _describe_deployment(settings)))
     secrets = _open_secret_store(settings)
@@ -80,6 +99,7 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
         hub=hub,
         trackers=settings.trackers,
         attempt_variables=attempt_variables(settings),
+        egress=EgressCheck(egress_policy(settings), SystemResolver()),
     )
     datasets = Datasets(
         store=store,
@@ -93,8 +113,26 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
         random_suffix=lambda: token_hex(6),
         scratch=home / "uploads",
         max_incoming_bytes=settings.max_incoming_bytes,
+        incoming_by_tenant=settings.identity is not None,
     )
-    return Services(settings, store, buckets, launchers, secrets, hub, tokens, jobs, datasets, reconciler)
+    return Services(
+        settings=settings,
+        store=store,
+        access_store=access_store,
+        buckets=buckets,
+        launchers=launchers,
+        secrets=secrets,
+        hub=hub,
+        tokens=tokens,
+        jobs=jobs,
+        datasets=datasets,
+        keys=Keys(access_store, clock),
+        audit_log=AuditLog(access_store, clock, random_suffix=lambda: token_hex(6)),
+        identity_rules=rules,
+        identity_verifier=OidcVerifier(rules.issuers, clock),
+        local_token=LocalToken(home),
+        reconciler=reconciler,
+    )
 
 
 def utc_now() -> datetime:
@@ -102,9 +140,30 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
+def load_identity_rules(settings: Settings) -> IdentityRules:
+    """The rule file of the deployment; without one, nobody is admitted by an identity token. Raises ValueError."""
+    text = settings.identity
+    if text is None:
+        return IdentityRules()
+    try:
+        if not text.lstrip().startswith("{"):
+            text = Path(text).expanduser().read_text()
+        rules = IdentityRules.model_validate_json(text)
+    except OSError as error:
+        raise ValueError(f"identity: the rule file cannot be read: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(["identity", *(str(step) for step in first["loc"])])
+        raise ValueError(f"{path}: {first['msg']}") from error
+    if rules.cloud_run and settings.cloud_run_service is None:
+        raise ValueError("identity.cloud_run: this is not Cloud Run, whose front end verifies callers; anybody could pose as anybody")
+    return rules
+
+
 def check_adapters(settings: Settings) -> None:
     """Raise ValueError for a name that no registry has, and for a launcher's invalid settings, before anything is started."""
     check_renamed_variables()
+    load_identity_rules(settings)
     for registry, kind, name in (
         (JOB_STORES, "job store", settings.job_store),
         (SECRET_STORES, "secret store", settings.secret_store),
@@ -142,6 +201,17 @@ def _open_job_store(settings: Settings) -> JobStore:
     match settings.job_store:
         case "sqlite":
             return create(settings.home_folder / "tunesmith.db")
+        case "firestore":
+            return create(project_id=settings.project_id, database=settings.firestore_database)
+        case _:
+            return create()
+
+
+def _open_access_store(settings: Settings) -> AccessStore:
+    create = load_adapter(ACCESS_STORES, "access store", settings.job_store)
+    match settings.job_store:
+        case "sqlite":
+            return create(settings.home_folder / "access.db")
         case "firestore":
             return create(project_id=settings.project_id, database=settings.firestore_database)
         case _:

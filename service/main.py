@@ -11,8 +11,8 @@ from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 
 from schema.version import VERSION
-from service.api import capabilities, datasets, errors, files, health, internal, jobs, openapi, root, train
-from service.api.attempt_identity import AttemptIdentityMiddleware
+from service.api import access, capabilities, datasets, errors, files, health, internal, jobs, openapi, root, train
+from service.api.authentication import Authenticator
 from service.api.health import make_health_checks
 from service.api.stream import Feeds, run_in_thread
 from service.bootstrap import Services, build_services, check_adapters
@@ -24,7 +24,7 @@ from service.settings import Settings
 log = logging.getLogger(__name__)
 
 ROUTERS = (
-    *(part.router for part in (root, train, capabilities, jobs, datasets, files, health, internal)),
+    *(part.router for part in (root, train, capabilities, jobs, datasets, access, files, health, internal)),
     internal.maintenance_router,
 )
 DESCRIPTION = "One HTTP request becomes a fine-tuned model."
@@ -51,8 +51,6 @@ def create_app(settings: Settings | None = None, clock: Callable[[], datetime] |
     )
     app.state.settings = settings
     app.state.clock = clock
-    if settings.attempt_identity:
-        app.add_middleware(AttemptIdentityMiddleware, email=settings.attempt_identity)
     errors.install(app)
     for router in ROUTERS:
         app.include_router(router)
@@ -69,6 +67,14 @@ def _make_operation_id(route: APIRoute) -> str:
 async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     services = await run_in_thread(build_services, app.state.settings, app.state.clock)
     app.state.services = services
+    app.state.authenticator = Authenticator(
+        keys=services.keys,
+        local_token=services.local_token,
+        rules=services.identity_rules,
+        verifier=services.identity_verifier,
+        tokens=services.tokens,
+        attempt_identity=services.settings.attempt_identity,
+    )
     app.state.feeds = Feeds(services.jobs.repository, services.settings.event_poll_s)
     app.state.health_checks = make_health_checks(services)
     if services.reconciler is not None:
@@ -86,6 +92,8 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
             await run_in_thread(launcher.close)
         services.hub.close()
         services.secrets.close()
+        services.identity_verifier.close()
+        services.access_store.close()
         services.store.close()
 
 

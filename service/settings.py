@@ -1,16 +1,22 @@
 """The settings of the service. Each launcher has settings of its own, beside its adapter; no other code reads the environment."""
 
 import os
+import socket
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import AliasChoices, Field, SecretStr, model_validator
+import psutil
+from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from schema.egress import EGRESS_VARIABLE, EgressPolicy, allow_rule_of, parse_allow_rule, parse_url
 from service.core.jobs.trackers import DeploymentTrackers
 from service.setting_types import CommaList
 
 DEFAULT_HF_ENDPOINT = "https://huggingface.co"
+IP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 
 class Settings(BaseSettings):
@@ -19,7 +25,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="TUNESMITH_", extra="ignore", frozen=True)
 
     home: Path = Field(Path("~/.tunesmith"), description="Folder of the records, objects, secrets and logs that are not stored in a cloud.")
-    host: str = Field("127.0.0.1", description="Address to listen on. Without a cloud there is no authentication: keep it on loopback.")
+    host: str = Field("127.0.0.1", description="Address to listen on. Other than loopback, it needs `identity`.")
     port: int = Field(
         8080, ge=0, le=65535, validation_alias=AliasChoices("TUNESMITH_PORT", "PORT"), description="Port to listen on; 0 picks a free one."
     )
@@ -51,6 +57,14 @@ class Settings(BaseSettings):
         description="The Google Cloud project of Firestore and Secret Manager, and of Cloud Run.",
     )
     firestore_database: str = Field("(default)", description="The Firestore database.")
+    identity: str | None = Field(
+        None,
+        description="The rule file that says which identities may call and what they may do (docs/identity.md), or its content as JSON. "
+        "Needed to listen elsewhere than on loopback. Without it, callers are API keys and whoever can read the token in home.",
+    )
+    cloud_run_service: str | None = Field(
+        None, validation_alias="K_SERVICE", description="Set by Cloud Run. `identity` may trust its front end only there."
+    )
     identity_audience: str | None = Field(
         None, description="Audience of an attempt's identity token, where IAM protects the service: the service's https URL."
     )
@@ -82,6 +96,13 @@ class Settings(BaseSettings):
         description="Trackers of jobs that name no tracker of that kind, as JSON with the fields of a request: "
         '`{"mlflow_config": {"tracking_uri": "https://mlflow.example.com"}, "tensorboard_config": {}}`. W&B only with `"mode": "offline"`.',
     )
+    egress_allow: CommaList = Field(
+        (),
+        description="Where callers' URLs (judges, MLflow servers) may lead besides the public internet over https, by comma: networks and "
+        "hosts, with or without a port, such as `10.2.0.0/16`, `judge.corp.example:8000`, `*.corp.example`. http is allowed there too. "
+        "Loopback is allowed where callers and attempts are all on this machine. Link-local and metadata addresses and the service itself "
+        "are never allowed.",
+    )
     reconcile_interval_s: float = Field(
         1.0,
         ge=0,
@@ -107,6 +128,13 @@ class Settings(BaseSettings):
             if adapter in ("firestore", "secret-manager") and not self.project_id:
                 raise ValueError(f"{adapter} needs PROJECT_ID")
         return self
+
+    @field_validator("egress_allow")
+    @classmethod
+    def _check_egress_rules(cls, rules: tuple[str, ...]) -> tuple[str, ...]:
+        for rule in rules:
+            parse_allow_rule(rule)
+        return rules
 
     @property
     def home_folder(self) -> Path:
@@ -170,5 +198,33 @@ def inherited_variables(settings: Settings) -> dict[str, str]:
 
 
 def attempt_variables(settings: Settings) -> dict[str, str]:
-    """Variables of every attempt, on any launcher: the URL of the Hub, if it is not the public one."""
-    return {} if settings.hf_endpoint == DEFAULT_HF_ENDPOINT else {"HF_ENDPOINT": settings.hf_endpoint}
+    """Variables of every attempt, on any launcher: the egress policy, and the URL of the Hub if it is not the public one."""
+    egress = {EGRESS_VARIABLE: egress_policy(settings).model_dump_json()}
+    return egress if settings.hf_endpoint == DEFAULT_HF_ENDPOINT else egress | {"HF_ENDPOINT": settings.hf_endpoint}
+
+
+def egress_policy(settings: Settings) -> EgressPolicy:
+    """What this deployment connects to when a caller names it. The operator's own MLflow server is allowed as it is."""
+    mlflow = settings.trackers.mlflow_config if settings.trackers else None
+    own = [parse_url(url) for url in (settings.public_url,) if url]
+    return EgressPolicy(
+        allow=(*settings.egress_allow, *([allow_rule_of(parse_url(mlflow.tracking_uri))] if mlflow else [])),
+        allow_loopback=_is_on_one_machine(settings),
+        own_ports=tuple(sorted({settings.port, *(target.port for target in own if target.address)})),
+        own_addresses=tuple(sorted({*_interface_addresses(), *(target.host for target in own if target.address)})),
+        own_hosts=tuple(f"{target.host}:{target.port}" for target in own if not target.address),
+    )
+
+
+def _is_on_one_machine(settings: Settings) -> bool:
+    """Whether callers and attempts are all on this machine: then its loopback is theirs."""
+    hosts = {settings.host, *([urlsplit(settings.public_url).hostname] if settings.public_url else [])}
+    return set(settings.launchers) == {"local"} and hosts <= {"127.0.0.1", "::1", "localhost"}
+
+
+def _interface_addresses() -> set[str]:
+    """The addresses of this machine."""
+    addresses = {
+        entry.address.partition("%")[0] for entries in psutil.net_if_addrs().values() for entry in entries if entry.family in IP_FAMILIES
+    }
+    return {str(ip_address(address)) for address in addresses}

@@ -52,6 +52,35 @@ def checkpoint_table(checkpoints: list[Json]) -> Table:
     return table
 
 
+def key_table(keys: list[Json]) -> Table:
+    """One row per API key."""
+    table = _table("key", "name", "tenant", "scopes", "created by", "expires", "state")
+    for key in keys:
+        state = "[red]revoked[/]" if key["revoked_at"] else ""
+        scopes = ", ".join(key["scopes"])
+        table.add_row(
+            key["key_id"], escape(key["name"]), key["tenant_id"], scopes, escape(key["created_by"]), format_time(key["expires_at"]), state
+        )
+    return table
+
+
+def audit_table(entries: list[Json]) -> Table:
+    """One row per entry of the audit log."""
+    table = _table("at", "tenant", "who", "action", "about", "outcome", "from")
+    for entry in entries:
+        outcome = str(entry["status"]) + (f" {entry['code']}" if entry["code"] else "")
+        table.add_row(
+            format_time(entry["at"]),
+            entry["tenant_id"],
+            escape(entry["subject"]),
+            entry["action"],
+            escape(entry["resource"] or ""),
+            outcome,
+            entry["address"] or "",
+        )
+    return table
+
+
 def orphan_table(orphans: list[Json]) -> Table:
     """One row per folder whose job does not exist."""
     table = _table("missing job", "files", "size", "location")

@@ -17,6 +17,15 @@ locals {
     TUNESMITH_IDENTITY_AUDIENCE = local.service_url
     TUNESMITH_ATTEMPT_IDENTITY  = google_service_account.job.email
 
+    # IAM decides who reaches the service; these rules, what each caller may do.
+    TUNESMITH_IDENTITY = var.identity_rules != "" ? var.identity_rules : jsonencode({
+      cloud_run = true
+      rules = [
+        { email = google_service_account.scheduler.email, role = "scheduler" },
+        { email = "*", role = "operator" },
+      ]
+    })
+
     TUNESMITH_CLOUD_RUN_PROFILES            = join(",", var.profiles)
     TUNESMITH_CLOUD_RUN_TIME_LIMIT_S        = tostring(var.attempt_time_limit_s)
     TUNESMITH_CLOUD_RUN_MAX_CONCURRENT_JOBS = tostring(var.max_concurrent_jobs)

@@ -46,6 +46,17 @@ variable "invokers" {
   }
 }
 
+variable "identity_rules" {
+  description = "The rule file of docs/identity.md as JSON: tenant and role of each caller. Default: the scheduler may reconcile, the invokers operate the deployment."
+  type        = string
+  default     = ""
+
+  validation {
+    condition     = var.identity_rules == "" || try(jsondecode(var.identity_rules).rules, null) != null
+    error_message = "identity_rules is JSON with a list of rules; see docs/identity.md. It needs a rule with the role scheduler for tunesmith-scheduler."
+  }
+}
+
 variable "max_concurrent_jobs" {
   description = "Most attempts at the same time. Keep it within the GPU quota: launches beyond the quota are retried every minute."
   type        = number

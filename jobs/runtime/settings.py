@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from jobs.runtime.errors import JobFailed
+from schema.egress import EGRESS_VARIABLE, EgressPolicy
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Settings:
     JOB_IMAGE              the container image, for run.json; missing: none
     JOB_PROCESSES          maximum number of training processes (`read_max_processes`); missing: one per GPU
     JOB_PARALLELISM        ddp or fsdp (`read_parallelism`); missing: chosen by whether the model fits
+    JOB_EGRESS             what callers' URLs may lead to (`read_egress_policy`); missing: the public internet over https
     JOB_TIME_LIMIT_S       seconds within which the attempt must save and yield to the next one; missing: no limit
     """
 
@@ -148,3 +150,17 @@ def _rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 def enable_unsloth_logits(environment: MutableMapping[str, str] = os.environ) -> None:
     """Make unsloth return logits, which our loss is computed from."""
     environment["UNSLOTH_RETURN_LOGITS"] = "1"
+
+
+def read_egress_policy(environment: Mapping[str, str] = os.environ) -> EgressPolicy:
+    """JOB_EGRESS: what the attempt may connect to when a caller names it. Missing: the strictest policy. Raises JobFailed."""
+    value = environment.get(EGRESS_VARIABLE)
+    try:
+        return EgressPolicy.load(value) if value else EgressPolicy()
+    except ValueError as error:
+        raise JobFailed("internal", f"{EGRESS_VARIABLE} is not an egress policy", "the service must set it") from error
+
+
+def refuse_mlflow_redirects(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Make MLflow's client treat a redirect as an error, which would send metrics where no caller or operator said."""
+    environment["MLFLOW_ALLOW_HTTP_REDIRECTS"] = "false"

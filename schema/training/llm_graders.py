@@ -9,10 +9,10 @@ shown and never become a 0: the completion's value is unknown, so it is not comp
 
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field, JsonValue, SecretStr, StringConstraints, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, JsonValue, StringConstraints, TypeAdapter, ValidationError, model_validator
 
 from schema.base import Strict, field_error
-from schema.types import HubId
+from schema.types import HubId, SecretText
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 Column = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
@@ -46,7 +46,7 @@ class _ReferenceGrader(_AnswerGrader):
 
 
 class _ApiKeyGrader(_Grader):
-    api_key: SecretStr | None = Field(None, description="The endpoint's API key. Kept in the secret store only.")
+    api_key: SecretText | None = Field(None, description="The endpoint's API key. Kept in the secret store only.")
 
     @property
     def secret_name(self) -> str:

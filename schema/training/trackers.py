@@ -2,15 +2,16 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, SecretStr, StringConstraints, model_validator
+from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from schema.base import Label, Strict, field_error
+from schema.types import SecretText
 
 
 class WandbConfig(Strict):
     """Weights & Biases."""
 
-    api_key: SecretStr | None = Field(None, description="Needed unless mode is `offline`. Kept in the secret store only.")
+    api_key: SecretText | None = Field(None, description="Needed unless mode is `offline`. Kept in the secret store only.")
     project: Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^/\\#?%:\s]+$")] = "gemma-fine-tuning"
     log_model: Annotated[Literal["false", "checkpoint", "end"], BeforeValidator(lambda v: "false" if v is False else v)] = Field(
         "false", description="Also upload checkpoints, or the final model."
@@ -31,7 +32,7 @@ class MlflowConfig(Strict):
         description="The tracking server, such as https://mlflow.example.com. Credentials belong in `token`."
     )
     experiment_name: Label = "gemma-fine-tuning"
-    token: SecretStr | None = Field(None, description="A bearer token for the server. Kept in the secret store only.")
+    token: SecretText | None = Field(None, description="A bearer token for the server. Kept in the secret store only.")
 
 
 class TensorboardConfig(Strict):

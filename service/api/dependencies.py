@@ -9,7 +9,7 @@ from fastapi import Depends, Header, Request
 from pydantic import StringConstraints
 
 from service.bootstrap import Services
-from service.core.principals import LOCAL_PRINCIPAL, Principal
+from service.core.principals import Principal
 
 
 async def get_services(request: Request) -> Services:
@@ -17,9 +17,9 @@ async def get_services(request: Request) -> Services:
     return request.app.state.services
 
 
-async def get_principal() -> Principal:
-    """Who calls. Without identities there is only one caller."""
-    return LOCAL_PRINCIPAL
+async def get_principal(request: Request) -> Principal:
+    """Who calls: the caller or the attempt that the route has authenticated."""
+    return request.state.principal
 
 
 ServicesDep = Annotated[Services, Depends(get_services)]

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from schema.training import TRAINER_TYPES
 from schema.training.llm_graders import GRADER_TYPES
-from service.core.errors import TunesmithError, Unavailable
+from service.core.errors import TunesmithError, Unauthorized, Unavailable
 from storage import NoSuchObject, StorageError, StoreFull
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,8 @@ def error_response(
 
 def _handle_tunesmith_error(_request: Request, error: TunesmithError) -> JSONResponse:
     headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, Unavailable) else None
+    if isinstance(error, Unauthorized):
+        headers = {"WWW-Authenticate": "Bearer"}
     return error_response(error.status, error.code, error.message, error.hint, error.param, headers)
 
 

@@ -12,7 +12,7 @@ router = APIRouter(route_class=LimitedRoute, tags=["files"])
 
 
 @router.get("/files/{token}", response_class=FileResponse)
-@limits(needs_token=True)
+@limits(needs_token=True, access="public")
 def download_file(token: str, services: ServicesDep) -> Response:
     """The file that a link points to. Range requests work, so an interrupted download can continue."""
     key, filename = services.tokens.read_file_token(token)

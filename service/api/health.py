@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from schema.version import VERSION
 from service.api.responses import HealthResponse
-from service.api.route import LimitedRoute
+from service.api.route import LimitedRoute, limits
 from service.bootstrap import Services
 from service.core.errors import Unavailable
 from storage import StorageError
@@ -21,6 +21,7 @@ router = APIRouter(route_class=LimitedRoute, tags=["health"])
 CHECK_TIMEOUT_S = 4.0  # if the caller set no shorter deadline
 
 
+@limits(access="public")
 @router.get("/health", responses={503: {"model": HealthResponse, "description": "A part does not answer."}})
 async def get_health(request: Request, response: Response) -> HealthResponse:
     """200 when every part answers that requests need; 503 with the part that does not. `live` only says that the process runs."""

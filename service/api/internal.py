@@ -1,11 +1,11 @@
 """Endpoints for attempts (claim, report, finish), each with the attempt's own token, and for a scheduler (reconcile, cleanup).
 
-The scheduler's endpoints have no token of their own: every caller of the service may call them, at any time and repeatedly.
+The scheduler's endpoints are for a caller with the role `scheduler` or `operator`. They may be called at any time and repeatedly.
 """
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, Header
+from fastapi import APIRouter, Body
 
 from schema.base import Id, Strict
 from schema.events import EventBatch, EventBatchResponse
@@ -13,18 +13,8 @@ from schema.result import Result
 from schema.spec import ClaimRequest, ClaimResponse
 from service.api.dependencies import PrincipalDep, ServicesDep
 from service.api.route import MAINTENANCE_TIMEOUT_S, REPORT_BODY_BYTES, LimitedRoute, limits
-from service.core.errors import InvalidRequest, Unauthorized
+from service.core.errors import InvalidRequest
 from service.core.jobs.orphans import OrphanScan
-from service.core.principals import Principal, attempt_principal
-
-
-async def authenticate_attempt(job_id: Id, attempt: int, services: ServicesDep, authorization: Annotated[str, Header()] = "") -> Principal:
-    """The attempt that the token is for. Raises Unauthorized."""
-    scheme, _, token = authorization.partition(" ")
-    if scheme.lower() != "bearer" or not token:
-        raise Unauthorized("an attempt must send its token: Authorization: Bearer …")
-    services.tokens.verify_attempt_token(token, job_id, attempt)
-    return attempt_principal(job_id, attempt)
 
 
 class CleanupRequest(Strict):
@@ -37,26 +27,25 @@ router = APIRouter(
     route_class=LimitedRoute, prefix="/internal/jobs/{job_id}/attempts/{attempt}", tags=["internal"], include_in_schema=False
 )
 maintenance_router = APIRouter(route_class=LimitedRoute, prefix="/internal", tags=["internal"], include_in_schema=False)
-AttemptDep = Annotated[Principal, Depends(authenticate_attempt)]
 
 
 @router.post("/claim")
-@limits(body_bytes=REPORT_BODY_BYTES)
-def claim(job_id: Id, attempt: int, body: ClaimRequest, principal: AttemptDep, services: ServicesDep) -> ClaimResponse:
+@limits(body_bytes=REPORT_BODY_BYTES, access="attempt")
+def claim(job_id: Id, attempt: int, body: ClaimRequest, principal: PrincipalDep, services: ServicesDep) -> ClaimResponse:
     """Claim the attempt for one process."""
     return services.jobs.attempts.claim(principal, job_id, attempt, body.claimant)
 
 
 @router.post("/events")
-@limits(body_bytes=REPORT_BODY_BYTES)
-def report(job_id: Id, attempt: int, body: EventBatch, principal: AttemptDep, services: ServicesDep) -> EventBatchResponse:
+@limits(body_bytes=REPORT_BODY_BYTES, access="attempt")
+def report(job_id: Id, attempt: int, body: EventBatch, principal: PrincipalDep, services: ServicesDep) -> EventBatchResponse:
     """Store events; the response has the directive."""
     return services.jobs.attempts.report(principal, job_id, attempt, body)
 
 
 @router.post("/result", status_code=204)
-@limits(body_bytes=REPORT_BODY_BYTES)
-def finish(job_id: Id, attempt: int, body: Result, principal: AttemptDep, services: ServicesDep) -> None:
+@limits(body_bytes=REPORT_BODY_BYTES, access="attempt")
+def finish(job_id: Id, attempt: int, body: Result, principal: PrincipalDep, services: ServicesDep) -> None:
     """Apply the attempt's result."""
     if (body.job_id, body.attempt) != (job_id, attempt):
         raise InvalidRequest("the result is for another attempt than the URL", param="attempt")
@@ -64,7 +53,7 @@ def finish(job_id: Id, attempt: int, body: Result, principal: AttemptDep, servic
 
 
 @maintenance_router.post("/reconcile")
-@limits(timeout_s=MAINTENANCE_TIMEOUT_S)
+@limits(timeout_s=MAINTENANCE_TIMEOUT_S, audited=False)  # every minute
 def reconcile(services: ServicesDep, principal: PrincipalDep) -> dict[str, int]:
     """Take one step with every open job."""
     return {"changed": services.jobs.reconciliation.reconcile(principal)}
@@ -75,6 +64,7 @@ def reconcile(services: ServicesDep, principal: PrincipalDep) -> dict[str, int]:
 def clean_up(services: ServicesDep, principal: PrincipalDep, body: Annotated[CleanupRequest | None, Body()] = None) -> dict[str, Any]:
     """Destroy secrets that outlived their job, end silent attempts of removed launchers, and delete orphans if requested."""
     services.jobs.reconciliation.reconcile_removed_launchers(principal)
+    services.audit_log.delete_old_entries(principal)
     answer: dict[str, Any] = {"secrets_deleted": services.jobs.deletion.delete_stale_secrets(principal)}
     return answer | (_render_orphans(services.jobs.deletion.delete_orphans(principal)) if body and body.orphans else {})
 

@@ -11,6 +11,7 @@ from starlette.responses import StreamingResponse
 from schema.base import Id
 from schema.job import Job, Status
 from schema.requests import CloneRequest, ExportRequest, ReexportRequest, ResumeRequest, RetryRequest
+from schema.types import SECRET_PATTERN
 from service.api import stream
 from service.api.dependencies import IdempotencyHeader, PrincipalDep, ServicesDep
 from service.api.errors import as_request_validation_error
@@ -61,7 +62,7 @@ def list_jobs(
 
 
 @router.get("/download/{job_id}")
-@limits(can_conflict=True)  # an unfinished job has no files
+@limits(can_conflict=True, audited=True)  # an unfinished job has no files
 def get_download_links(
     job_id: Id,
     request: Request,
@@ -103,7 +104,9 @@ def delete_job(
     services: ServicesDep,
     principal: PrincipalDep,
     delete_hub: Annotated[bool, Query(description="Also delete the Hub repositories that hold only what this job pushed.")] = False,
-    hub_token: Annotated[str | None, Header(alias="X-HF-Token", max_length=1000, description="Needed with delete_hub.")] = None,
+    hub_token: Annotated[
+        str | None, Header(alias="X-HF-Token", max_length=1000, pattern=SECRET_PATTERN, description="Needed with delete_hub.")
+    ] = None,
 ) -> DeleteJobResponse:
     """Cancel the job, then delete it with all its files. 202: the job is still being canceled; repeat the call."""
     deleted = services.jobs.deletion.delete(principal, job_id, delete_hub=delete_hub, hub_token=hub_token)

@@ -4,7 +4,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from schema.version import VERSION
-from service.api.route import LimitedRoute
+from service.api.route import LimitedRoute, limits
 
 router = APIRouter(route_class=LimitedRoute, include_in_schema=False)
 
@@ -12,6 +12,7 @@ LINKS = {"docs": "/docs", "openapi": "/openapi.json", "health": "/health", "capa
 
 
 @router.get("/")
+@limits(access="public")
 async def get_root(request: Request) -> Response:
     """The name, the version and links, as JSON; a browser, which accepts HTML, is redirected to the documentation."""
     prefix = request.scope.get("root_path", "")

@@ -1,19 +1,23 @@
-"""The limits of a route, declared beside it: how long a request may take, and how large its body may be.
+"""What a route demands, declared beside it: who may call, how long a request may take, how large its body may be.
 
-A request is answered within its deadline, if need be with 503 and Retry-After; calls made for it get the remaining time. A body that is
-too large is refused while it arrives, before anything holds it in memory. A route without `@limits` has the default limits.
+A caller is known before the body is read: a request without an identity costs as little as possible. A request is answered within its
+deadline, if need be with 503 and Retry-After; calls made for it get the remaining time. A body that is too large is refused while it
+arrives, before anything holds it in memory. A route without `@limits` has the default limits. What a caller changes, and the links to
+models that it takes, are entries of the audit log.
 """
 
 from collections.abc import Callable, Coroutine
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive
 
+from service.api.audit import record_in_audit_log
+from service.api.authentication import Authenticator
 from service.api.errors import error_response
 from storage.deadline import deadline
 
@@ -24,6 +28,7 @@ REPORT_BODY_BYTES = 16 << 20  # a batch of a thousand events
 MULTIPART_SLACK_BYTES = 1 << 16  # boundaries and form fields around a file
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
+Access = Literal["caller", "attempt", "public"]  # public: everybody, or whoever has a link with a signed token
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class RouteLimits:
     body_hint: str = ""  # what would help when the body is too large
     can_conflict: bool | None = None  # None: unless it is a GET
     needs_token: bool = False  # the path has a signed token
+    access: Access = "caller"
+    audited: bool | None = None  # None: if it is for callers, and not a GET
 
 
 DEFAULT_LIMITS = RouteLimits()
@@ -48,9 +55,11 @@ def limits(
     body_hint: str = "",
     can_conflict: bool | None = None,
     needs_token: bool = False,
+    access: Access = "caller",
+    audited: bool | None = None,
 ) -> Callable[[Endpoint], Endpoint]:
     """Declare the limits of an endpoint, below or above the decorator of its router."""
-    route_limits = RouteLimits(timeout_s, body_bytes, body_hint, can_conflict, needs_token)
+    route_limits = RouteLimits(timeout_s, body_bytes, body_hint, can_conflict, needs_token, access, audited)
 
     def declare(endpoint: Endpoint) -> Endpoint:
         _declared[endpoint] = route_limits
@@ -74,6 +83,12 @@ class LimitedRoute(APIRoute):
         """The limits that are declared beside the endpoint."""
         return _declared.get(self.endpoint, DEFAULT_LIMITS)
 
+    @property
+    def is_audited(self) -> bool:
+        """Whether its requests are entries of the audit log."""
+        audited, changes_something = self.limits.audited, not {"GET", "HEAD"}.issuperset(self.methods or ())
+        return (self.limits.access == "caller" and changes_something) if audited is None else audited
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
@@ -82,17 +97,35 @@ class LimitedRoute(APIRoute):
             max_bytes = route_limits.body_bytes
             if max_bytes is None:
                 max_bytes = request.app.state.settings.max_upload_bytes + MULTIPART_SLACK_BYTES
-            declared_bytes = request.headers.get("content-length", "")
-            try:
-                if declared_bytes.isdecimal() and int(declared_bytes) > max_bytes:
-                    raise BodyTooLarge
-                with deadline(route_limits.timeout_s) if route_limits.timeout_s is not None else nullcontext():
+            with deadline(route_limits.timeout_s) if route_limits.timeout_s is not None else nullcontext():
+                await _authenticate(request, route_limits.access)
+                try:
+                    declared_bytes = request.headers.get("content-length", "")
+                    if declared_bytes.isdecimal() and int(declared_bytes) > max_bytes:
+                        raise BodyTooLarge
                     return await handle(Request(request.scope, _Body(request.receive, max_bytes).receive))
-            except BodyTooLarge:
-                message = f"the body is larger than {max_bytes} bytes, the limit of this path"
-                return error_response(413, "too_large", message, route_limits.body_hint)
+                except BodyTooLarge:
+                    message = f"the body is larger than {max_bytes} bytes, the limit of this path"
+                    return error_response(413, "too_large", message, route_limits.body_hint)
 
-        return handle_within_limits
+        handle_and_record = record_in_audit_log(handle_within_limits, self.name)
+
+        async def handle_request(request: Request) -> Response:
+            return await (handle_and_record if self.is_audited else handle_within_limits)(request)
+
+        return handle_request
+
+
+async def _authenticate(request: Request, access: Access) -> None:
+    """Put the principal into the request's state. Raises Unauthorized, Forbidden, Unavailable."""
+    authenticator: Authenticator = request.app.state.authenticator
+    match access:
+        case "caller":
+            request.state.principal = await authenticator.authenticate_caller(request)
+        case "attempt":
+            request.state.principal = authenticator.authenticate_attempt(request)
+        case "public":
+            pass
 
 
 class _Body:

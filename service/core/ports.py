@@ -363,6 +363,14 @@ class HubAccount:
     writable: frozenset[str] = frozenset()  # the namespaces and repositories that a fine-grained token may write
 
 
+class HostResolver(Protocol):
+    """Finds the addresses of a host within the caller's deadline."""
+
+    def resolve(self, host: str, port: int) -> tuple[str, ...]:
+        """All addresses; none if the host is not found, or not in time. Never raises."""
+        ...
+
+
 class Hub(Protocol):
     """The Hub's facts about tokens and repositories. The access checks never raise: while the Hub is unreachable they return `unknown`."""
 

@@ -239,7 +239,7 @@ def _run_client(running: Service, dataset_id: str, name: str, deadline: float) -
     """Repeat: submit a job, upload a dataset, list jobs."""
     responses: list[TimedResponse] = []
     number = 0
-    with httpx2.Client(base_url=running.url, timeout=60) as http:
+    with httpx2.Client(base_url=running.url, headers=running.headers, timeout=60) as http:
         while time.monotonic() < deadline:
             number += 1
             key = {"Idempotency-Key": f"{name}-{number}".replace(" ", "-")}
@@ -287,7 +287,7 @@ def _describe_problem(response: TimedResponse) -> str:
 def _measure_recovery_s(running: Service, dataset_id: str, name: str) -> float | None:
     """Seconds until every request works again without intervention."""
     began = time.monotonic()
-    with httpx2.Client(base_url=running.url, timeout=60) as http:
+    with httpx2.Client(base_url=running.url, headers=running.headers, timeout=60) as http:
         while time.monotonic() - began < MAX_RECOVERY_S:
             key = {"Idempotency-Key": f"after-{name}".replace(" ", "-")}
             requests: list[Callable[[], TimedResponse]] = [

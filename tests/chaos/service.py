@@ -18,6 +18,7 @@ import psutil
 
 from bench.stub_trainer import write_interpreter, write_manifest
 from tests.chaos.campaign import CampaignError
+from tests.local_token import local_headers
 
 SOURCE = Path(__file__).resolve().parents[2]
 TUNESMITH = Path(sys.executable).with_name("tunesmith")
@@ -96,7 +97,12 @@ class Service:
 
     def request(self, method: str, path: str, **options: Any) -> httpx2.Response:
         """Send one request on its own connection."""
-        return httpx2.request(method, self.url + path, **{"timeout": 60, **options})
+        return httpx2.request(method, self.url + path, **{"timeout": 60, "headers": self.headers, **options})
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What every request needs."""
+        return local_headers(self.home)
 
     def upload(self, rows: str = ROWS) -> str:
         """Upload a small dataset; return its id."""

@@ -168,7 +168,7 @@ def _wait_for_answers(submissions: Submissions, answered: int, rng: random.Rando
 
 @contextmanager
 def _run_clients(running: Service, submissions: Submissions, dataset_id: str) -> Iterator[None]:
-    threads = [threading.Thread(target=_run_client, args=(running.url, submissions, dataset_id), daemon=True) for _ in range(CLIENTS)]
+    threads = [threading.Thread(target=_run_client, args=(running, submissions, dataset_id), daemon=True) for _ in range(CLIENTS)]
     for thread in threads:
         thread.start()
     try:
@@ -180,8 +180,8 @@ def _run_clients(running: Service, submissions: Submissions, dataset_id: str) ->
             thread.join(30)
 
 
-def _run_client(url: str, submissions: Submissions, dataset_id: str) -> None:
-    with httpx2.Client(base_url=url, timeout=10) as http:
+def _run_client(running: Service, submissions: Submissions, dataset_id: str) -> None:
+    with httpx2.Client(base_url=running.url, headers=running.headers, timeout=10) as http:
         while (key := submissions.next_key()) is not None:
             while not submissions.stopped.is_set() and not _submit(http, submissions, dataset_id, key):
                 time.sleep(RETRY_S)
@@ -204,7 +204,7 @@ def _submit(http: httpx2.Client, submissions: Submissions, dataset_id: str, key:
 def _repeat_all(running: Service, submissions: Submissions) -> None:
     """Send every request once more, as if its answer had been lost: it must return the same job."""
     dataset_id = running.request("GET", "/datasets").json()["datasets"][0]["processed_dataset_id"]
-    with httpx2.Client(base_url=running.url, timeout=30) as http:
+    with httpx2.Client(base_url=running.url, headers=running.headers, timeout=30) as http:
         for key in list(submissions.answered):
             _submit(http, submissions, dataset_id, key)
 

@@ -38,6 +38,7 @@ from service.main import create_app
 from service.settings import Settings
 from tests.chaos.campaign import CampaignError, Row, Size
 from tests.chaos.service import ROWS, make_light_trainer, make_train_request
+from tests.local_token import local_headers
 from tests.waiting import wait_until
 
 ROUNDS: dict[Size, int] = {"full": 50, "short": 4}
@@ -118,7 +119,7 @@ class RunningService:
     """A running service in this process, and its clock."""
 
     def __init__(self, url: str, services: Services, advance_clock: Callable[[timedelta], None]) -> None:
-        self._http = httpx2.Client(base_url=url, timeout=TIMEOUT_S)
+        self._http = httpx2.Client(base_url=url, headers=local_headers(services.settings.home_folder), timeout=TIMEOUT_S)
         self._services = services
         self._advance_clock = advance_clock
         self._dataset_id: str = self._http.post("/datasets", files={"file": ("rows.jsonl", ROWS)}).json()["processed_dataset_id"]

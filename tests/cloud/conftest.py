@@ -23,6 +23,7 @@ from service.main import create_app
 from service.settings import Settings
 from tests.factories import make_dataset, make_manifest
 from tests.fakes import FakeClock
+from tests.local_token import local_headers
 from tests.waiting import wait_until
 
 REGION, PROFILE = "loopback", "cpu"
@@ -135,6 +136,7 @@ def cloud(
         client = stack.enter_context(
             TestClient(create_app(_make_settings(tmp_path, **getattr(request, "param", {})), clock), raise_server_exceptions=False)
         )
+        client.headers |= local_headers(tmp_path / "home")
         client.app.state.services.store.create_dataset(make_dataset())  # type: ignore[attr-defined]
         yield CloudDeployment(client, clock, project, firestore, storage, secret_manager_proxy, cloud_run_proxy, cloud_run)
         for proxy in proxies:

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from tests import waiting
+from tests.local_token import local_headers
 
 SOURCE = Path(__file__).resolve().parents[2]
 TRAINER_PYTHON = SOURCE / ".venvs/llm/bin/python"
@@ -53,6 +54,7 @@ class Service:
         self.port = int(url.rpartition(":")[2])
         self.http.base_url = httpx2.URL(url)
         wait_until(self.is_ready)
+        self.http.headers |= local_headers(self.home)
 
     def is_ready(self) -> bool:
         try:

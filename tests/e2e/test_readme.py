@@ -21,7 +21,7 @@ def blocks(language: str) -> list[str]:
 def commands() -> list[str]:
     """The commands that the README shows for a running service, in order."""
     text = "".join(block for block in blocks("bash") if "make " not in block).replace("\\\n", " ")
-    lines = re.findall(r"^(?:tunesmith \w.*|curl (?:[^'\n]|'[^']*')*)", text, re.MULTILINE)
+    lines = re.findall(r"^(?:export \w.*|tunesmith \w.*|curl (?:[^'\n]|'[^']*')*)", text, re.MULTILINE)
     return [re.sub(r"\s+# .*$", "", command) for command in lines]
 
 
@@ -44,13 +44,16 @@ def test_readme_commands_run_in_order(service: Service, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
     ids = {"dataset_…": "", "training_…": ""}
     readme_commands = commands()
+    exports: list[str] = []
     assert len(readme_commands) >= 9
     for command in readme_commands:
         line = command.replace("http://127.0.0.1:8080", str(service.http.base_url).rstrip("/")).replace("google/gemma-3-270m", BASE)
         line = line.replace("max_steps=40", "max_steps=3")
         for placeholder, id_ in ids.items():
             line = line.replace(placeholder, id_)
-        script = f'set -euo pipefail; tunesmith() {{ "{TUNESMITH}" "$@"; }}; {line}'
+        if line.startswith("export "):
+            exports.append(line)
+        script = "\n".join(["set -euo pipefail", f'tunesmith() {{ "{TUNESMITH}" "$@"; }}', *exports, line])
         done = subprocess.run(
             ["bash", "-c", script], cwd=tmp_path, env=service.environment, input="hello\n", capture_output=True, text=True
         )

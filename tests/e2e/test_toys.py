@@ -15,6 +15,7 @@ import httpx2
 import pytest
 
 from tests.e2e.conftest import TRAINER_PYTHON
+from tests.local_token import local_headers
 from tests.toys import FILES, REGISTRY_LINES, SOURCE, copy_one_family, copy_tree_with_toys
 from tests.waiting import wait_until
 
@@ -57,7 +58,7 @@ def client(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[htt
         url = service.stdout.readline().strip()
         assert url, (folder / "service.log").read_text()
         try:
-            with httpx2.Client(base_url=url, timeout=30) as client:
+            with httpx2.Client(base_url=url, headers=local_headers(folder / "home"), timeout=30) as client:
                 yield client
         finally:
             service.terminate()

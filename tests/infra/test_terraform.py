@@ -370,6 +370,8 @@ def test_service_environment_has_required_settings() -> None:
         "TUNESMITH_CLOUD_RUN_PROFILES",
         "TUNESMITH_CLOUD_RUN_TIME_LIMIT_S",
     } <= environment.keys()
+    for role_of in ('google_service_account.scheduler.email, role = "scheduler"', "cloud_run = true"):
+        assert re.sub(r"\s+", " ", role_of) in re.sub(r"\s+", " ", read_source("infra/terraform/service.tf"))
     assert "PORT" not in environment  # Cloud Run sets it, and refuses a deployment that does
     assert int(environment["TUNESMITH_MAX_UPLOAD_BYTES"]) < 32 << 20
 

@@ -17,6 +17,7 @@ from jobs.runtime.context import JobContext, Secrets, StopSignal, Stores
 from jobs.runtime.stop import NeverStop
 from schema.checkpoint import MANIFEST, Checkpoint, checkpoints_prefix
 from schema.dataset import Dataset, Split
+from schema.egress import EGRESS_VARIABLE, EgressPolicy
 from schema.events import DecisionMade, EvaluationCompleted, Event, MetricsLogged, WarningRaised
 from schema.spec import JobSpec
 from schema.training import TRAINING_CONFIG
@@ -113,6 +114,15 @@ def load_saved_checkpoints(spec: JobSpec) -> list[Checkpoint]:
 
 def saved_steps(spec: JobSpec) -> list[int]:
     return [checkpoint.step for checkpoint in load_saved_checkpoints(spec)]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def local_egress_policy() -> Iterator[EgressPolicy]:
+    """The policy of the local profile, where judges and trackers may be on loopback."""
+    policy = EgressPolicy(allow_loopback=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(EGRESS_VARIABLE, policy.model_dump_json())
+        yield policy
 
 
 @pytest.fixture(scope="session")

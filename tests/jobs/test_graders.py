@@ -17,6 +17,7 @@ from jobs.llm.graders.judge import Judge
 from jobs.llm.graders.reward import MAX_CONSECUTIVE_FAILURES, RewardFunction, mask_incomparable, summarize_grades, to_text
 from jobs.llm.graders.text import find_last_number
 from jobs.runtime.errors import JobFailed
+from schema.egress import EgressPolicy
 from schema.training.llm_graders import GRADER_TYPES, Grader, ScoreModelGrader
 from tests.jobs.conftest import BASE, EventRecorder, make_context, make_spec
 from tests.jobs.fake_openai import FakeOpenAI, get_judge_prompt
@@ -292,7 +293,7 @@ def test_missing_embedding_model_fails_before_training(make: Make) -> None:
 
 def make_judge_with_short_timeout(base_url: str) -> Judge:
     config = ScoreModelGrader(name="g", type="score_model", base_url=base_url, model="m")
-    return Judge(config, Endpoint(base_url, None, 0.2, max_retries=0), log_decision=lambda *_: None)
+    return Judge(config, Endpoint(base_url, None, 0.2, EgressPolicy(allow_loopback=True), max_retries=0), log_decision=lambda *_: None)
 
 
 def test_judge_scores_are_scaled(make: Make, endpoint: FakeOpenAI) -> None:
@@ -371,7 +372,8 @@ def test_wrong_judge_key_fails_the_job_before_training(make: Make, endpoint: Fak
 
 
 def test_unreachable_judge_fails_the_job_before_training() -> None:
-    judge = make_judge_with_short_timeout("http://127.0.0.1:9/v1")
+    with FakeOpenAI() as closed:
+        judge = make_judge_with_short_timeout(closed.url)
     with pytest.raises(JobFailed, match="cannot be reached"):
         judge.check([GradingInput("p", "c")])
     judge.close()

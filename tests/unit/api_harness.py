@@ -16,6 +16,7 @@ from service.core import lifecycle
 from service.main import create_app
 from service.settings import Settings
 from tests.factories import START, make_manifest, make_profile
+from tests.local_token import local_headers
 
 ROWS = "\n".join(
     json.dumps({"messages": [{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": f"answer {n}"}]})
@@ -35,6 +36,7 @@ def run_test_service(home: Path, **changes: Any) -> Iterator[TestClient]:
         patch.setattr(LocalLauncher, "count_free_slots", lambda _, active_jobs: 0)  # jobs stay queued
         patch.setattr(LocalLauncher, "check", lambda *_: "running")  # the attempts of `start_attempt` have no process
         with TestClient(create_app(settings), raise_server_exceptions=False) as client:
+            client.headers |= local_headers(home)
             yield client
 
 

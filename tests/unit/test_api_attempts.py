@@ -45,15 +45,21 @@ def test_an_attempt_needs_its_own_token(client: TestClient, dataset_id: str) -> 
 
 
 def test_attempt_identity_can_only_report(tmp_path: Path) -> None:
-    token = {email: jwt.encode({"email": email}, "k" * 32, algorithm="HS256") for email in ("job@p", "me@p")}
+    token = {email: jwt.encode({"email": email, "sub": email}, "k" * 32, algorithm="HS256") for email in ("job@p", "me@p")}
     headers_of = {email: {"X-Serverless-Authorization": f"Bearer {token[email]}"} for email in token}
-    with run_test_service(tmp_path, attempt_identity="job@p") as client:
+    rules = {"cloud_run": True, "rules": [{"email": "*", "role": "operator"}]}
+    with run_test_service(tmp_path, attempt_identity="job@p", identity=json.dumps(rules), K_SERVICE="tunesmith") as client:
+        key = dict(client.headers)
+        del client.headers["Authorization"]
         assert get_error(client.get("/jobs", headers=headers_of["job@p"]), 403)["code"] == "forbidden"
         assert client.get("/jobs", headers=headers_of["job@p"] | {"Authorization": f"Bearer {token['me@p']}"}).status_code == 403
+        assert client.get("/jobs", headers=headers_of["job@p"] | {"Authorization": key["authorization"]}).status_code == 403
         assert client.post("/internal/reconcile", headers={"Authorization": f"Bearer {token['job@p']}"}).status_code == 403
         assert client.post("/internal/jobs/j/attempts/1/claim", json={"claimant": "p"}, headers=headers_of["job@p"]).status_code == 401
-        for headers in ({}, headers_of["me@p"], {"Authorization": "Bearer no.token"}, {"Authorization": "Basic eA=="}):
+        for headers in (headers_of["me@p"], {"Authorization": f"Bearer {token['me@p']}"}):
             assert client.get("/jobs", headers=headers).status_code == 200
+        for headers in ({}, {"Authorization": "Bearer no.token"}, {"Authorization": "Basic eA=="}):
+            assert client.get("/jobs", headers=headers).status_code == 401
 
 
 def test_orphans_are_listed_and_removed_on_request(client: TestClient) -> None:

@@ -4,21 +4,26 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 import pytest
-from fastapi import APIRouter, Body, FastAPI, UploadFile
+from fastapi import APIRouter, Body, FastAPI, Request, UploadFile
 from fastapi.routing import APIRoute, iter_route_contexts
 from starlette.responses import StreamingResponse
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Message
 
+from service.adapters.access.memory import MemoryAccessStore
 from service.api import errors
 from service.api.route import LimitedRoute, limits
+from service.core.access.audit import AuditLog
 from service.core.errors import Unavailable
+from service.core.principals import LOCAL_PRINCIPAL, Principal
 from service.main import create_app
 from service.settings import Settings
 from storage.deadline import remaining_s
+from tests.factories import START
 from tests.unit.api_harness import attempt_headers, get_error, run_test_service, upload
 
 MIB = 1 << 20
@@ -115,10 +120,17 @@ def read_form(file: UploadFile) -> int | None:
     return file.size
 
 
+class AdmitsEverybody:
+    async def authenticate_caller(self, request: Request) -> Principal:
+        return LOCAL_PRINCIPAL
+
+
 @pytest.fixture(scope="module")
 def toy_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     app = FastAPI()
     app.state.settings = Settings(home=tmp_path_factory.mktemp("home"))  # type: ignore[call-arg]
+    app.state.authenticator = AdmitsEverybody()
+    app.state.services = SimpleNamespace(audit_log=AuditLog(MemoryAccessStore(), lambda: START, random_suffix=lambda: "0"))
     errors.install(app)
     app.include_router(router, prefix="/v1")
     with TestClient(app, raise_server_exceptions=False) as client:

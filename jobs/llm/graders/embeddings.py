@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from jobs.llm.base_model import download_from_store
 from jobs.llm.graders.base import FailedGrade
-from jobs.llm.graders.endpoint import Endpoint
+from jobs.llm.graders.endpoint import Endpoint, check_base_url
 from jobs.runtime.errors import JobFailed
+from jobs.runtime.settings import read_egress_policy
 from schema.training.llm_graders import TextSimilarityGrader
 
 if TYPE_CHECKING:
@@ -39,9 +40,12 @@ class Embedder(Protocol):
 
 
 def endpoint_embedder(config: TextSimilarityGrader, context: "JobContext") -> "EndpointEmbedder":
-    """The embedder for an endpoint's model."""
+    """The embedder for an endpoint's model. Raises JobFailed for an endpoint that the egress policy refuses."""
     assert config.embedding_model is not None  # the schema requires it with base_url
-    endpoint = Endpoint(config.base_url or "", context.secrets.get(config.secret_name), TIMEOUT_S)
+    assert config.base_url is not None  # the caller has looked
+    policy = read_egress_policy()
+    check_base_url(config.name, config.base_url, policy)
+    endpoint = Endpoint(config.base_url, context.secrets.get(config.secret_name), TIMEOUT_S, policy)
     return EndpointEmbedder(config.name, config.embedding_model, endpoint)
 
 

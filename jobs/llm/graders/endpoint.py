@@ -6,7 +6,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from jobs.llm.graders.base import FailedGrade
-from jobs.runtime.errors import JobFailed
+from jobs.runtime.egress import check_url
+from jobs.runtime.errors import JobFailed, exception_chain
+from schema.egress import EgressPolicy, EgressRefused
 
 if TYPE_CHECKING:
     from openai import OpenAIError
@@ -14,6 +16,11 @@ if TYPE_CHECKING:
 MAX_RETRIES = 4  # the client waits 0.5 s before the first and doubles it each time, or obeys Retry-After
 
 STATUS_EXPLANATIONS = {
+    301: " (a redirect, which is not followed)",
+    302: " (a redirect, which is not followed)",
+    303: " (a redirect, which is not followed)",
+    307: " (a redirect, which is not followed)",
+    308: " (a redirect, which is not followed)",
     401: " (the API key is wrong)",
     403: " (the API key lacks permission)",
     404: " (no such URL or model)",
@@ -24,16 +31,37 @@ Item = TypeVar("Item")
 Response = TypeVar("Response")
 
 
-class Endpoint:
-    """A client with its own API key. Requests run in a daemon thread, so that canceling a job does not wait for the endpoint."""
+def check_base_url(grader_name: str, base_url: str, policy: EgressPolicy) -> None:
+    """Raise JobFailed when the deployment does not connect to that endpoint."""
+    try:
+        check_url(base_url, policy)
+    except EgressRefused as error:
+        raise JobFailed("invalid_config", f"grader {grader_name!r}: base_url is refused: {error}", error.hint) from error
 
-    def __init__(self, base_url: str, api_key: str | None, timeout_s: float, *, max_retries: int = MAX_RETRIES) -> None:
-        from openai import AsyncOpenAI
+
+class Endpoint:
+    """A client with its own API key. Requests run in a daemon thread, so that canceling a job does not wait for the endpoint.
+
+    It connects only to addresses that the egress policy allows, and follows no redirect, which would take the key elsewhere.
+    """
+
+    def __init__(
+        self, base_url: str, api_key: str | None, timeout_s: float, policy: EgressPolicy, *, max_retries: int = MAX_RETRIES
+    ) -> None:
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+        from jobs.llm.graders.checked_transport import CheckedTransport
 
         self.base_url = base_url
         self.timeout_s = timeout_s
         # Always pass a key: without one the client reads OPENAI_API_KEY from the environment.
-        self.client = AsyncOpenAI(base_url=base_url, api_key=api_key or "none", timeout=timeout_s, max_retries=max_retries)
+        self.client = AsyncOpenAI(
+            base_url=base_url,
+            api_key=api_key or "none",
+            timeout=timeout_s,
+            max_retries=max_retries,
+            http_client=DefaultAsyncHttpxClient(transport=CheckedTransport(base_url, policy), follow_redirects=False),
+        )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="grader-endpoint", daemon=True)
         self._thread.start()
@@ -73,6 +101,9 @@ class Endpoint:
         """The error without the response body, which may repeat the row or the key."""
         from openai import APIConnectionError, APIStatusError, APITimeoutError
 
+        refusal = next((cause for cause in exception_chain(error) if isinstance(cause, EgressRefused)), None)
+        if refusal is not None:
+            return f"{self.base_url} was not called: {refusal}"
         match error:
             case APIStatusError():
                 return f"{self.base_url} answered {error.status_code}{STATUS_EXPLANATIONS.get(error.status_code, '')}"

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from jobs.llm.graders.base import FailedGrade, Grade, GradingInput
-from jobs.llm.graders.endpoint import Endpoint
+from jobs.llm.graders.endpoint import Endpoint, check_base_url
 from jobs.runtime.errors import JobFailed
+from jobs.runtime.settings import read_egress_policy
 from schema.training.llm_graders import ScoreModelGrader
 
 if TYPE_CHECKING:
@@ -36,8 +37,11 @@ UNSUPPORTED_OPTION_STATUSES = (400, 422)
 
 
 def score_model_grader(config: ScoreModelGrader, context: "JobContext") -> "Judge":
-    """The judge, with its own API key."""
-    return Judge(config, Endpoint(config.base_url, context.secrets.get(config.secret_name), config.timeout_s), context.log_decision)
+    """The judge, with its own API key. Raises JobFailed for an endpoint that the egress policy refuses."""
+    policy = read_egress_policy()
+    check_base_url(config.name, config.base_url, policy)
+    endpoint = Endpoint(config.base_url, context.secrets.get(config.secret_name), config.timeout_s, policy)
+    return Judge(config, endpoint, context.log_decision)
 
 
 class Judge:

@@ -1,11 +1,13 @@
 """MLflow, through the library's REST store.
 
-Not through `MlflowClient`, which reads the token from the environment and starts the library's telemetry.
+Not through `MlflowClient`, which reads the token from the environment and starts the library's telemetry. Each connection is checked
+against the egress policy, and redirects are errors.
 """
 
 import json
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -14,7 +16,10 @@ from urllib.parse import quote, urlsplit
 from pydantic import JsonValue
 
 from jobs.runtime.context import JobContext
+from jobs.runtime.egress import check_url, guard_connections
+from jobs.runtime.settings import read_egress_policy, refuse_mlflow_redirects
 from jobs.runtime.trackers.names import evaluation_scalars, training_scalars
+from schema.egress import Target
 from schema.events import EvaluationCompleted, MetricsLogged, SamplesGenerated
 
 if TYPE_CHECKING:
@@ -37,6 +42,8 @@ class MlflowTracker:
         config = context.spec.training_config.mlflow_config
         assert config is not None
         self._context, self._config = context, config
+        self._policy = read_egress_policy()
+        self._target: Target | None = None
         self._store: RestStore | None = None
         self._run: Run | None = None
         self._tables: list[str] = []
@@ -46,11 +53,15 @@ class MlflowTracker:
         return self._run.info.run_id if self._run is not None else None
 
     def start(self) -> str | None:
+        # Before the import, which takes seconds. Raises EgressRefused.
+        self._target = check_url(self._config.tracking_uri, self._policy)
         from mlflow.store.tracking.rest_store import RestStore
 
+        refuse_mlflow_redirects()
         self._store = RestStore(self._credentials)
-        experiment_id = self._get_or_create_experiment()
-        run = self._run = self._resume_run(experiment_id) or self._create_run(experiment_id)
+        with self._guard():
+            experiment_id = self._get_or_create_experiment()
+            run = self._run = self._resume_run(experiment_id) or self._create_run(experiment_id)
         return f"{self._tracking_uri}/#/experiments/{experiment_id}/runs/{run.info.run_id}"
 
     def log_metrics(self, event: MetricsLogged) -> None:
@@ -78,7 +89,12 @@ class MlflowTracker:
 
         if self._store is not None and self._run is not None:
             status = RunStatus.FINISHED if succeeded else RunStatus.FAILED
-            self._store.update_run_info(self._run.info.run_id, status, _now_ms(), None)
+            with self._guard():
+                self._store.update_run_info(self._run.info.run_id, status, _now_ms(), None)
+
+    def _guard(self) -> AbstractContextManager[None]:
+        assert self._target is not None
+        return guard_connections(self._target, self._policy)
 
     @property
     def _tracking_uri(self) -> str:
@@ -125,14 +141,16 @@ class MlflowTracker:
         assert self._run is not None
         now = _now_ms()
         metrics = [Metric(name, value, now, step) for name, value in values.items()]
-        self._store.log_batch(self._run.info.run_id, metrics, [], [])
+        with self._guard():
+            self._store.log_batch(self._run.info.run_id, metrics, [], [])
 
     def _set_tag(self, name: str, value: str) -> None:
         from mlflow.entities import RunTag
 
         assert self._store is not None
         assert self._run is not None
-        self._store.set_tag(self._run.info.run_id, RunTag(name, value))
+        with self._guard():
+            self._store.set_tag(self._run.info.run_id, RunTag(name, value))
 
     def _put_artifact(self, path: str, content: bytes) -> bool:
         """Upload a file of the run to the server; False if the server does not proxy its artifact store."""
@@ -144,7 +162,8 @@ class MlflowTracker:
             return False
         endpoint = f"/api/2.0/mlflow-artifacts/artifacts{root.path.rstrip('/')}/{quote(path)}"
         headers = {"Content-Type": "application/json"}
-        augmented_raise_for_status(http_request(self._credentials(), endpoint, "PUT", data=content, extra_headers=headers))
+        with self._guard():
+            augmented_raise_for_status(http_request(self._credentials(), endpoint, "PUT", data=content, extra_headers=headers))
         return True
 
 

@@ -1,17 +1,21 @@
 """`python -m jobs.runtime.trackers.trackio_process`: runs Trackio. Reads one JSON object per line and writes `done` after each.
 
-    {"init": {...}}                                          arguments of `trackio.init`
+    {"init": {...}, "guarded": bool}                         arguments of `trackio.init`; whether to check each connection
     {"log": {name: number}, "step": n}                       metrics of one step
     {"table": name, "columns": [...], "rows": [...], "step": n}
     {"finish": true}                                         send the remaining data
 
-What the library prints goes to stderr.
+What the library prints goes to stderr. A run in a Space of the public Hub connects only where the egress policy allows: the Space is the
+caller's, and may answer with a redirect to any address.
 """
 
 import contextlib
 import json
 import sys
 from typing import Any
+
+from jobs.runtime.egress import guard_process
+from jobs.runtime.settings import read_egress_policy
 
 
 def main() -> None:
@@ -29,7 +33,9 @@ def handle_command(message: dict[str, Any]) -> None:  # Any: JSON
     import trackio
 
     match message:
-        case {"init": dict(arguments)}:
+        case {"init": dict(arguments), "guarded": bool(guarded)}:
+            if guarded:
+                guard_process(read_egress_policy())
             trackio.init(**arguments, resume="allow", embed=False, auto_log_gpu=False, auto_log_cpu=False)
         case {"log": dict(values), "step": int(step)}:
             trackio.log(values, step=step)

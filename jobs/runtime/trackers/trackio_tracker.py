@@ -13,9 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from jobs.runtime.context import JobContext
+from jobs.runtime.settings import read_egress_policy
 from jobs.runtime.subprocesses import REPOSITORY
 from jobs.runtime.trackers.names import evaluation_scalars, training_scalars
 from jobs.runtime.trackers.state import save_state, state_key
+from schema.egress import EGRESS_VARIABLE
 from schema.events import EvaluationCompleted, MetricsLogged, SamplesGenerated
 
 INSTALL_COMMAND = "pip install trackio==0.43.0"
@@ -53,7 +55,8 @@ class TrackioTracker:
             )
         spec, config = self._context.spec, self._config
         arguments = {"project": config.project, "name": spec.job_id, "space_id": config.space_id}
-        self._send({"init": arguments | {"config": spec.training_config.model_dump(mode="json"), "private": True}})
+        arguments |= {"config": spec.training_config.model_dump(mode="json"), "private": True}
+        self._send({"init": arguments, "guarded": config.space_id is not None and _uses_public_hub()})
         if config.space_id is None:
             return f"{self._context.stores.models.url}/{state_key(self._context, 'trackio')}"
         return f"https://huggingface.co/spaces/{config.space_id}"
@@ -86,6 +89,7 @@ class TrackioTracker:
         from huggingface_hub import constants
 
         environment = {"TRACKIO_DIR": str(folder), "HF_HOME": str(folder / "hf"), "HF_ENDPOINT": constants.ENDPOINT, "HOME": str(folder)}
+        environment[EGRESS_VARIABLE] = read_egress_policy().model_dump_json()
         token = self._context.secrets.get("hf_token") if self._config.space_id else None
         return environment | ({"HF_TOKEN": token} if token else {})
 
@@ -115,3 +119,10 @@ class TrackioTracker:
         """The last line that the child wrote: the error of a traceback."""
         lines = [line for line in self._log_path.read_text(errors="replace").splitlines() if line.strip()]
         return lines[-1] if lines else "its process exited without a message"
+
+
+def _uses_public_hub() -> bool:
+    """Whether Spaces are on the public internet. The operator's own Hub may be at any address."""
+    from huggingface_hub import constants
+
+    return constants.HUGGINGFACE_CO_URL_HOME.rstrip("/") == constants.ENDPOINT

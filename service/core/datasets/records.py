@@ -45,6 +45,7 @@ class Datasets:
         random_suffix: Callable[[], str],
         scratch: Path,
         max_incoming_bytes: int,
+        incoming_by_tenant: bool = False,
     ) -> None:
         self._store = store
         self._objects = objects
@@ -53,6 +54,7 @@ class Datasets:
         self._random_suffix = random_suffix
         self._scratch = scratch
         self._max_incoming_bytes = max_incoming_bytes
+        self._incoming_by_tenant = incoming_by_tenant
 
     def ingest(self, principal: Principal, upload: Upload) -> Dataset:
         """Check every row, split the rows, store them, then write the record.
@@ -84,12 +86,14 @@ class Datasets:
 
     @contextmanager
     def open_incoming(self, principal: Principal, key: str) -> Generator[BinaryIO]:
-        """Open a file that a caller put below incoming/ of the store. Raises InvalidRequest, NotFound, TooLarge."""
+        """Open a file that a caller put below incoming/ of the store, or below incoming/<tenant>/ where there are several tenants.
+
+        Raises InvalidRequest, NotFound, TooLarge.
+        """
         principal.require(Scope.DATASETS_WRITE)
-        if not key.startswith(INCOMING_PREFIX):
-            raise InvalidRequest(
-                f"{key!r} is not below {INCOMING_PREFIX} of {self._objects.url}", hint=f"put it at {INCOMING_PREFIX}", param="incoming"
-            )
+        prefix = f"{INCOMING_PREFIX}{principal.tenant_id}/" if self._incoming_by_tenant else INCOMING_PREFIX
+        if not key.startswith(prefix):
+            raise InvalidRequest(f"{key!r} is not below {prefix} of {self._objects.url}", hint=f"put it at {prefix}", param="incoming")
         try:
             stored = self._objects.stat(key)
         except InvalidKey as error:

@@ -17,6 +17,7 @@ from service.core.jobs.trackers import DeploymentTrackers
 from service.core.launchers import LauncherPool
 from service.core.ports import Buckets, Hub, JobStore, SecretStore, UrlSigner, Wake
 from service.core.tokens import TokenSigner
+from service.core.validation.egress import EgressCheck
 from service.core.validation.hub import NoHub
 
 
@@ -48,6 +49,7 @@ def build_job_services(
     hub: Hub | None = None,
     trackers: DeploymentTrackers | None = None,
     attempt_variables: Mapping[str, str] | None = None,
+    egress: EgressCheck | None = None,
 ) -> JobServices:
     """Build the parts. `wake` is called with a job's id whenever its next step can be taken."""
     hub, trackers = hub or NoHub(), trackers or DeploymentTrackers()
@@ -59,7 +61,14 @@ def build_job_services(
     return JobServices(
         repository=repository,
         submission=Submission(
-            repository, launchers=launchers, models=models, hub=hub, trackers=trackers, random_suffix=random_suffix, wake=wake
+            repository,
+            launchers=launchers,
+            models=models,
+            hub=hub,
+            trackers=trackers,
+            egress=egress or EgressCheck(),
+            random_suffix=random_suffix,
+            wake=wake,
         ),
         control=control,
         exports=Exports(repository, launchers=launchers, models=models, hub=hub, random_suffix=random_suffix, wake=wake),

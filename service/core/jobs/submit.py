@@ -14,6 +14,7 @@ from service.core.launchers import LauncherPool
 from service.core.ports import Hub, Wake
 from service.core.principals import Principal, Scope
 from service.core.validation import check_job
+from service.core.validation.egress import EgressCheck
 from service.core.validation.hub import check_hub, check_token
 from service.core.validation.placement import place
 from storage import ObjectStore
@@ -30,6 +31,7 @@ class Submission:
         models: ObjectStore,
         hub: Hub,
         trackers: DeploymentTrackers,
+        egress: EgressCheck,
         random_suffix: Callable[[], str],
         wake: Wake,
     ) -> None:
@@ -38,6 +40,7 @@ class Submission:
         self._models = models
         self._hub = hub
         self._trackers = trackers
+        self._egress = egress
         self._random_suffix = random_suffix
         self._wake = wake
 
@@ -75,6 +78,7 @@ class Submission:
         placements = place(config, request.hardware, self._launchers)
         dataset = self._repository.find_dataset(request.processed_dataset_id, principal.tenant_id)
         check_job(config, dataset, self._models)
+        self._egress.check(config)
         check_token(config, extract_request_secrets(request).get(HF_SECRET))
         # The deployment's trackers come after check_token: a caller need not send a token for them.
         request = request.model_copy(update={"training_config": add_deployment_trackers(config, self._trackers)})

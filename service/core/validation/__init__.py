@@ -1,4 +1,5 @@
-"""What is refused before any compute is rented: `common` for every job, one file per trainer family, and `hub` for the Hugging Face Hub.
+"""What is refused before any compute is rented: `common` for every job, one file per trainer family, `hub` for the Hugging
+Face Hub, and `egress` for the URLs that a caller names.
 
 The types and ranges of single fields do not belong here: the schema checks them.
 """

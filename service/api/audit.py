@@ -1,0 +1,72 @@
+"""Writes what a request did into the audit log, after the request has been answered or refused."""
+
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import orjson
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+
+from service.api.stream import run_in_thread
+from service.core.access.audit import Action, AuditLog
+from service.core.errors import TunesmithError
+from service.core.principals import Principal
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+RESOURCE_PARAMETERS = ("job_id", "processed_dataset_id", "key_id")  # of paths and of answers, the most telling first
+MAX_PARSED_BYTES = 1 << 16
+
+
+def record_in_audit_log(handle: Handler, action: str) -> Handler:
+    """The same handler, which also writes an entry for every caller that was recognized, whether the request succeeded or not."""
+
+    async def handle_and_record(request: Request) -> Response:
+        try:
+            response = await handle(request)
+        except TunesmithError as error:
+            await _record(request, action, error.status, error.code, None)
+            raise
+        except RequestValidationError:
+            await _record(request, action, 422, "malformed", None)
+            raise
+        except Exception:
+            await _record(request, action, 500, "internal", None)
+            raise
+        await _record(request, action, response.status_code, None, _find_created_resource(response))
+        return response
+
+    return handle_and_record
+
+
+async def _record(request: Request, action: str, status: int, code: str | None, created: str | None) -> None:
+    """A failure to write is logged with what would have been written: the request itself has been decided by then."""
+    principal: Principal | None = getattr(request.state, "principal", None)
+    if principal is None:
+        return
+    named = (request.path_params.get(name) for name in RESOURCE_PARAMETERS)
+    resource = created or next((str(value) for value in named if value), None)
+    entry = Action(
+        name=action,
+        resource=resource,
+        status=status,
+        code=code,
+        address=request.client.host if request.client else None,
+        request_id=getattr(request.state, "request_id", None),
+    )
+    audit_log: AuditLog = request.app.state.services.audit_log
+    try:
+        await run_in_thread(audit_log.record, principal, entry)
+    except (TunesmithError, ValueError) as error:
+        details = {"action": action, "resource": resource, "status": status, "subject": principal.subject, "error": str(error)}
+        log.error("audit entry could not be stored", extra=details)
+
+
+def _find_created_resource(response: Response) -> str | None:
+    """The id of what the request created, as its answer names it."""
+    if response.status_code != 201 or len(response.body) > MAX_PARSED_BYTES:
+        return None
+    answer = orjson.loads(response.body)
+    return next((str(answer[name]) for name in RESOURCE_PARAMETERS if name in answer), None)
