@@ -1,5 +1,6 @@
 """The rows of the attack suite: their type, their names and how to run one."""
 
+import sqlite3
 import sys
 import time
 from collections.abc import Sequence
@@ -60,6 +61,6 @@ def run_row(name: str, size: Size) -> Row:
     began = time.monotonic()
     try:
         row: Row = import_module(f"tests.attack.{name}").run(size)
-    except (*FAILURES, *LIBRARY_FAILURES) as error:
+    except (*FAILURES, *LIBRARY_FAILURES, sqlite3.Error) as error:
         row = Row(name.replace("_", " "), "", f"did not finish: {type(error).__name__}: {error}", passed=False)
     return replace(row, seconds=time.monotonic() - began)

@@ -95,7 +95,7 @@ def run(size: Size) -> Row:
     """Let each stranger try everything."""
     if not CHROMIUM.exists():
         raise CampaignError(f"no {CHROMIUM}: install the package chromium")
-    with run_target(slots=1, TUNESMITH_RECONCILE_INTERVAL_S="600") as target, _serve_page() as port, sync_playwright() as playwright:
+    with run_target(slots=1) as target, _serve_page() as port, sync_playwright() as playwright:
         world = World(target.owner())
         job_id = world.submit()  # waits in the queue, so that a page could pause, cancel or delete it
         before = target.read_rows()

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +23,7 @@ import psutil
 from bench.stub_trainer import make_stub_trainer
 from tests.chaos.campaign import CampaignError
 from tests.chaos.service import INHERITED_VARIABLES, ROWS, SOURCE
+from tests.local_token import local_headers
 from tests.waiting import wait_until
 
 Json = dict[str, Any]
@@ -55,7 +56,11 @@ class Target:
 
     @property
     def database(self) -> Path:
-        return next(self.home.glob("*.db*"), self.home / "jobs.db")
+        return self.home / "tunesmith.db"
+
+    @property
+    def keys_database(self) -> Path:
+        return self.home / "access.db"
 
     @property
     def objects(self) -> Path:
@@ -102,11 +107,6 @@ class Target:
         for attempt in self.attempts():
             attempt.kill()
 
-    def local_token(self) -> str | None:
-        """The token of this home's owner, if this service has one."""
-        path = self.home / LOCAL_TOKEN_FILE
-        return path.read_text().strip() if path.exists() else None
-
     def attempts(self) -> list[psutil.Process]:
         """The attempt processes of this home."""
         found: list[psutil.Process] = []
@@ -123,7 +123,7 @@ class Target:
 
     def owner(self) -> "Caller":
         """The caller that owns this home."""
-        return Caller(self, self.local_token())
+        return Caller(self, local_headers(self.home)["Authorization"].partition(" ")[2])
 
     def anonymous(self) -> "Caller":
         """A caller without any identity."""
@@ -131,16 +131,14 @@ class Target:
 
     def read_rows(self, tenant_id: str | None = None) -> dict[str, str]:
         """A digest of each row that callers own, by table and key, of one tenant or of all."""
-        database = sqlite3.connect(f"file:{self.database}?mode=ro", uri=True)
-        try:
-            tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-            rows: dict[str, str] = {}
-            for table in tables:
-                if table not in VOLATILE_TABLES and not table.startswith("sqlite_"):
-                    rows |= _read_table(database, table, tenant_id)
-            return rows
-        finally:
-            database.close()
+        rows: dict[str, str] = {}
+        for path in (self.database, self.keys_database):
+            with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+                tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+                for table in tables:
+                    if table not in VOLATILE_TABLES and not table.startswith("sqlite_"):
+                        rows |= _read_table(database, table, tenant_id)
+        return rows
 
     def read_objects(self) -> dict[str, tuple[int, int]]:
         """Size and time of change of every object."""
@@ -152,9 +150,6 @@ class Target:
             return self.anonymous().request("GET", "/health").status_code == 200
         except httpx2.TransportError:
             return False
-
-
-LOCAL_TOKEN_FILE = "token"
 
 
 @dataclass(frozen=True)
