@@ -34,7 +34,7 @@ class Counts:
     leaks: list[str] = field(default_factory=list[str])
     writes: list[str] = field(default_factory=list[str])
     answers: list[str] = field(default_factory=list[str])  # neither, and yet not the status that was expected
-    known_marks: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])  # of the victim, that an intruder sent
+    known_ids: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])  # of the victim, that an intruder has sent before
 
     @property
     def problems(self) -> list[str]:
@@ -110,8 +110,11 @@ def _attack(intruder: Intruder, operation: str, request: ValidRequest, victim: W
     counts.requests += 1
     what = f"{intruder.name}, {operation}"
     sent = f"{request.url_path} {request.options()}"
-    counts.known_marks |= {(intruder.name, mark) for mark in victim.marks if mark in sent}
-    if leaked := _find_leak(request, response, [mark for mark in victim.marks if (intruder.name, mark) not in counts.known_marks]):
+    counts.known_ids |= {(intruder.name, mark) for mark in victim.marks if mark != victim.mark and mark in sent}
+    unknown = [mark for mark in victim.marks if (intruder.name, mark) not in counts.known_ids]
+    if victim.mark in sent:
+        unknown.remove(victim.mark)  # names are told in this one request only
+    if leaked := _find_leak(request, response, unknown):
         counts.leaks.append(f"{what}: the answer contains {leaked}")
     after = victim.target.read_rows(VICTIM), victim.target.read_objects()
     if after[0] != before[0] or not before[1].items() <= after[1].items():
