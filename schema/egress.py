@@ -106,7 +106,8 @@ class AllowRule:
         if self.network is not None:
             return self._matches_port(target) and _is_in(address, (self.network,))
         # Whoever controls the name must not thereby reach this machine, unless the rule says localhost.
-        return self.matches_host(target) and (not _is_in(address, LOOPBACK_NETWORKS) or _is_localhost(self.host))
+        is_this_machine = _is_in(address, LOOPBACK_NETWORKS + UNSPECIFIED_NETWORKS)
+        return self.matches_host(target) and (not is_this_machine or _is_localhost(self.host))
 
     def matches_host(self, target: Target) -> bool:
         """Whether the rule names the target's host."""

@@ -1,14 +1,15 @@
 """What a job reports while it runs. Events are append-only, numbered within their attempt, and may be lost."""
 
-from datetime import datetime
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from schema.base import ForwardCompatible
+from schema.base import ForwardCompatible, Timestamp
 from schema.checkpoint import CheckpointReason
 from schema.job import Artifact, EvalMetrics, Failure, Gate, Progress, Sample, Status
 from schema.types import Phase
+
+MAX_SEQ = 2**53  # the largest integer that every JSON parser keeps exact
 
 
 class StatusChanged(ForwardCompatible):
@@ -146,14 +147,14 @@ Event = Annotated[
 class ReportedEvent(ForwardCompatible):
     """An event with its time by the attempt's clock."""
 
-    at: datetime
+    at: Timestamp
     event: Event
 
 
 class EventBatch(ForwardCompatible):
     """Consecutive events of one attempt: the first is number `first_seq`. An empty batch is a heartbeat."""
 
-    first_seq: int = Field(ge=0)
+    first_seq: int = Field(ge=0, le=MAX_SEQ)
     events: list[ReportedEvent] = Field(default=[], max_length=1000)
     phase: Phase | None = None  # the current phase
     progress: Progress | None = None

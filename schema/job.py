@@ -5,10 +5,11 @@ from datetime import datetime
 from enum import StrEnum
 from typing import ClassVar, Literal
 
-from pydantic import Field, JsonValue
+from pydantic import Field
 
 from schema.base import ForwardCompatible, Id, Label
 from schema.job_migrations import place_job
+from schema.json_limits import JsonObject
 from schema.migrations import Migration, VersionedRecord
 from schema.placement import Placement
 from schema.training import TrainingConfig
@@ -139,7 +140,7 @@ class Artifact(ForwardCompatible):
     size_bytes: int
     files: list[ArtifactFile]
     # What the family measured of the file. Names that begin with "sample_" show held-out rows, and are left out of run.json.
-    fidelity: dict[str, JsonValue] | None = None
+    fidelity: JsonObject | None = None
     hub: HubPush | None = None  # with destination hfhub
 
     @property

@@ -6,6 +6,7 @@ from typing import Annotated, Self
 from pydantic import ConfigDict, Field, JsonValue, StringConstraints, model_validator
 
 from schema.base import Id, Label, Strict, field_error
+from schema.json_limits import JsonObject
 from schema.placement import Hardware
 from schema.training import DEFAULT_EXPORT_CONFIG, TRAINER_TYPES, AnyExportConfig, TrainingConfig
 from schema.training.base import LENGTH_UNITS, TrainingSummary
@@ -158,6 +159,6 @@ class CloneRequest(Strict):
         max_length=64,
         description="Likewise, by name: `wandb_api_key`, `mlflow_token`, and `judge_api_key` of the grader `judge`.",
     )
-    training_config: dict[str, JsonValue] = Field(
+    training_config: JsonObject = Field(
         {}, description="A JSON merge patch (RFC 7386) for the job's config: objects are merged, null removes, everything else replaces."
     )

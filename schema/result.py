@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from schema.base import ForwardCompatible, Id
+from schema.base import ForwardCompatible, Id, Timestamp
 from schema.job import Artifact, EvalMetrics, Failure, Gate
 
 
@@ -31,8 +31,8 @@ class Result(ForwardCompatible):
     train_rows: int | None = None
     train_tokens: int | None = None
     train_runtime_s: float | None = None
-    started_at: datetime
-    finished_at: datetime
+    started_at: Timestamp
+    finished_at: Timestamp
 
 
 class PublishManifest(ForwardCompatible):

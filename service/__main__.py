@@ -1,25 +1,28 @@
 """Runs a service on this machine: `python -m service`, which `tunesmith serve` starts."""
 
 import argparse
-import fcntl
 import json
 import os
+import resource
 import socket
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
-from pathlib import Path
 
 import uvicorn
 from pydantic import ValidationError
 
 from service.adapters.identity.local import LocalToken
 from service.core.access.rules import LOOPBACK_HOSTS
+from service.home import SERVICE_FILE, HomeInUse, lock_home
+from service.http_protocol import ConnectionLimits, GuardedConfig
 from service.main import create_app
 from service.settings import Settings
 
-SERVICE_FILE = "service.json"  # in the home folder; cli/settings.py reads it
-BACKLOG = 2048
+MAX_FILES = 65_536
+RESERVED_FILES = 256  # for the database, objects, logs and attempts
+MAX_CONNECTIONS = 16_384
+MAX_BACKLOG = 2048
 GRACEFUL_SHUTDOWN_S = 3  # for requests in flight; event streams would never end
 
 
@@ -71,43 +74,50 @@ def serve(settings: Settings) -> None:
             f"listening on {settings.host} needs identities: everybody on the network could reach the service",
             "set TUNESMITH_IDENTITY to a rule file (docs/identity.md; `{}` admits API keys only), or listen on 127.0.0.1",
         )
-    with _lock_home(settings.home_folder), _open_listener(settings.host, settings.port) as listener:
+    try:
+        with lock_home(settings.home_folder):
+            _serve_in_home(settings)
+    except HomeInUse as error:
+        raise StartError(str(error), "use that service, or set TUNESMITH_HOME") from error
+
+
+def _serve_in_home(settings: Settings) -> None:
+    files = _raise_file_limit()
+    # A burst of connections may use the reserve for a moment: the oldest are closed only after the new ones were accepted.
+    backlog = min(MAX_BACKLOG, files // 8)
+    with _open_listener(settings.host, settings.port, backlog) as listener:
         settings = settings.model_copy(update={"port": listener.getsockname()[1]})
         try:
-            app = create_app(settings)
+            app = create_app(settings, holds_home_lock=True)
         except ValueError as error:
             raise StartError(f"invalid settings: {error}", "docs/settings.md describes all settings") from error
         LocalToken(settings.home_folder)  # exists before the line below, whose readers use both
         print(settings.url, flush=True)  # scripts read this line
         with _write_service_file(settings):
-            config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S, access_log=False)
+            config = GuardedConfig(app, _connection_limits(settings, files), backlog=backlog, graceful_shutdown_s=GRACEFUL_SHUTDOWN_S)
             uvicorn.Server(config).run(sockets=[listener])
 
 
-@contextmanager
-def _lock_home(home: Path) -> Generator[None]:
-    """Hold a lock on the home folder: two services in one home would reconcile the same jobs."""
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with (home / "service.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            url = _read_service_url(home)
-            raise StartError(
-                f"another service already uses {home}" + (f": {url}" if url else ""), "use that service, or set TUNESMITH_HOME"
-            ) from error
-        yield
+def _raise_file_limit() -> int:
+    """Allow this process as many open files as it may have; returns how many."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    return files
 
 
-def _read_service_url(home: Path) -> str | None:
-    try:
-        return json.loads((home / SERVICE_FILE).read_text())["url"]
-    except (FileNotFoundError, ValueError, KeyError):
-        return None
+def _connection_limits(settings: Settings, files: int) -> ConnectionLimits:
+    return ConnectionLimits(
+        max_header_bytes=settings.max_header_bytes,
+        header_timeout_s=settings.header_timeout_s,
+        keep_alive_s=settings.keep_alive_s,
+        body_timeout_s=settings.body_timeout_s,
+        max_connections=settings.max_connections or max(8, min(MAX_CONNECTIONS, files - RESERVED_FILES)),
+    )
 
 
 @contextmanager
-def _open_listener(host: str, port: int) -> Generator[socket.socket]:
+def _open_listener(host: str, port: int, backlog: int) -> Generator[socket.socket]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -115,7 +125,7 @@ def _open_listener(host: str, port: int) -> Generator[socket.socket]:
             listener.bind((host, port))
         except OSError as error:
             raise StartError(f"cannot listen on {host}:{port}: {error.strerror}", "choose another --port; 0 picks a free port") from error
-        listener.listen(BACKLOG)
+        listener.listen(backlog)
         yield listener
 
 

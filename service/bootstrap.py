@@ -108,6 +108,7 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
             max_row_bytes=settings.max_row_bytes,
             max_image_row_bytes=settings.max_image_row_bytes,
             max_rows=settings.max_dataset_rows,
+            max_pixels=settings.max_dataset_pixels,
         ),
         clock=clock,
         random_suffix=lambda: token_hex(6),

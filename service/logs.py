@@ -1,10 +1,15 @@
-"""Log lines: a constant message with fields; JSON for a log collector, text for a person."""
+"""Log lines: a constant message with fields; JSON for a log collector, text for a person.
+
+A line that is written while a request is handled, in any thread, has the request's id and the id of its trace.
+"""
 
 import json
 import logging
 import sys
 from datetime import UTC, datetime
 from typing import Literal
+
+from service.tracing import current_trace
 
 # Attributes of every LogRecord. All others were given as `extra`.
 STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
@@ -14,8 +19,17 @@ def configure_logging(style: Literal["text", "json"]) -> None:
     """Send every log line of this process to stderr, in one style."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter() if style == "json" else _TextFormatter())
+    handler.addFilter(_add_trace)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    logging.getLogger("uvicorn.access").disabled = True  # a line per request would hide the events
+    logging.getLogger("uvicorn.access").disabled = True  # service/api/middleware/request_context.py logs requests, without their query
+
+
+def _add_trace(record: logging.LogRecord) -> bool:
+    """A filter that keeps every record: filters run in the thread that logs."""
+    trace = current_trace()
+    if trace is not None:
+        record.request_id, record.trace_id = trace.request_id, trace.trace_id
+    return True
 
 
 def _extra_fields(record: logging.LogRecord) -> dict[str, object]:

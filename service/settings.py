@@ -74,6 +74,46 @@ class Settings(BaseSettings):
     signing_key: SecretStr | None = Field(
         None, min_length=32, description="Key that signs attempt tokens and links; the same in every instance. Default: a key file in home."
     )
+    allowed_hosts: CommaList = Field(
+        (),
+        description="Host names at which the service answers besides loopback, its address, `host` and the one in `public_url`, by comma. "
+        "Requests for other hosts are refused, because a web page could send them (DNS rebinding).",
+    )
+    allowed_origins: CommaList = Field(
+        (),
+        description="Origins whose web pages may call the API from a browser, by comma: `https://dashboard.example.com`. "
+        "Default: only pages of this service.",
+    )
+    trusted_proxies: CommaList = Field(
+        (),
+        description="Addresses or networks of reverse proxies, by comma, whose X-Forwarded-For and X-Forwarded-Proto are believed; `*`: "
+        "whoever connects, where nobody but the proxy can. Default: none.",
+    )
+    max_header_bytes: int = Field(
+        32 << 10, ge=1 << 10, description="Largest header of a request, in bytes; longer ones are answered with 431."
+    )
+    header_timeout_s: float = Field(10.0, gt=0, description="Seconds in which the header of a request must arrive.")
+    keep_alive_s: float = Field(5.0, gt=0, description="Seconds that a connection stays open between two requests.")
+    body_timeout_s: float = Field(
+        10.0, gt=0, description="Seconds in which a body must grow by 1 KiB for each of them; a slower connection is closed."
+    )
+    max_connections: int | None = Field(
+        None,
+        ge=8,
+        description="Maximum number of open connections. At the limit, the connection that has waited longest for a request is closed. "
+        "Default: as many as the process may have files, less 256, at most 16384.",
+    )
+    max_concurrent_uploads: int = Field(
+        2,
+        ge=1,
+        description="Datasets that are checked at the same time. Four times as many wait; more are answered with 503 and Retry-After.",
+    )
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s@]+$",
+        validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT",
+        description="URL of an OpenTelemetry collector (OTLP over HTTP), to which traces and metrics are sent. Default: none are recorded.",
+    )
     max_upload_bytes: int = Field(2 << 30, ge=1, description="Largest dataset file in an upload, in bytes.")
     max_incoming_bytes: int = Field(
         2 << 30, ge=1, description="Largest dataset file that is read from `incoming/` of the dataset store, in bytes."
@@ -83,6 +123,9 @@ class Settings(BaseSettings):
         16 << 20, ge=100, description="Longest row of a dataset including its images, in bytes; max_row_bytes applies without them."
     )
     max_dataset_rows: int = Field(1_000_000, ge=1, description="Maximum number of rows of a dataset.")
+    max_dataset_pixels: int = Field(
+        20_000_000_000, ge=1, description="Maximum number of pixels of all images of a dataset: checking them takes about 10 s per 10⁹."
+    )
     hf_endpoint: str = Field(
         DEFAULT_HF_ENDPOINT,
         pattern=r"^https?://[^\s@]+$",
@@ -111,6 +154,8 @@ class Settings(BaseSettings):
     event_poll_s: float = Field(
         0.1, gt=0, le=60, description="Seconds between two polls for the events of a followed job; each reads the job store."
     )
+    max_followers: int = Field(1000, ge=1, description="How many clients may follow events or logs at the same time.")
+    max_followers_per_job: int = Field(500, ge=1, description="How many clients may follow the events or logs of one job at the same time.")
     log_format: Literal["text", "json"] = Field("text", description="`json` for a log collector.")
 
     secret_manager_emulator_host: str | None = Field(

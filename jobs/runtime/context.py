@@ -1,6 +1,7 @@
 """JobContext: what trainers and exporters use of the runtime: the spec, stores, secrets, a folder, events, checkpoints and stop signals."""
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -185,9 +186,11 @@ class JobContext:
         notes: Mapping[str, str] | None = None,
         progress: Progress | None = None,
     ) -> None:
-        """Report metrics of one step. A metric without a value is None, and its note says why."""
-        event = MetricsLogged(step=step, epoch=epoch, values=dict(values), notes=dict(notes or {}), progress=progress)
-        self._log_and_report(event, step=step, **values)
+        """Report metrics of one step. A metric without a value, or that is not finite, is None, and its note says why."""
+        finite = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
+        not_finite = {name: "it was not a finite number" for name, value in finite.items() if value is None and values[name] is not None}
+        event = MetricsLogged(step=step, epoch=epoch, values=finite, notes=not_finite | dict(notes or {}), progress=progress)
+        self._log_and_report(event, step=step, **finite)
         for listener in self.listeners:
             listener.log_metrics(event)
 

@@ -7,6 +7,7 @@ Losing events never fails a training; nothing here raises into the trainer. A th
 import errno
 import logging
 import threading
+from bisect import bisect_right
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from schema.types import Phase
 log = logging.getLogger(__name__)
 
 MAX_BATCH_EVENTS = 500
+MAX_BATCH_BYTES = 3 << 20  # of events; the service accepts a body of 4 MiB
 # Events that users wait for, or that the service counts as progress: sent at once.
 URGENT_EVENT_TYPES = frozenset(
     {"phase", "evaluation", "artifact", "tracker", "checkpoint_saved", "checkpoint_skipped", "checkpoint_restored"}
@@ -47,9 +49,11 @@ class Spool:
             self._ends.append(self._ends[-1] + len(line))
 
     def read(self, first_seq: int, limit: int) -> list[ReportedEvent]:
-        """At most `limit` events, starting at `first_seq`."""
+        """At most `limit` events and MAX_BATCH_BYTES, but at least one if there is one, starting at `first_seq`."""
         with self._lock:
             last = min(first_seq + limit, len(self._ends) - 1)
+            fitting = bisect_right(self._ends, self._ends[first_seq] + MAX_BATCH_BYTES) - 1
+            last = min(last, max(fitting, first_seq + 1))
             self._file.seek(self._ends[first_seq])
             lines = self._file.read(self._ends[last] - self._ends[first_seq])
         return [ReportedEvent.load(line) for line in lines.splitlines()]
@@ -85,10 +89,10 @@ class Reporter:
         self._thread.start()
 
     def report(self, event: Event) -> None:
-        """Accept an event; it is on disk when this returns, unless the disk is full."""
+        """Accept an event; it is on disk when this returns, unless the disk is full or it cannot be written as JSON."""
         try:
             self._spool.append(ReportedEvent(at=datetime.now(UTC), event=event))
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: text that is not Unicode, such as a file's name
             log.error("event lost", extra={"event": event.type, "error": str(error)})
         if event.type in URGENT_EVENT_TYPES:
             self._wake.set()

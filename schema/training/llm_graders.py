@@ -9,9 +9,10 @@ shown and never become a 0: the completion's value is unknown, so it is not comp
 
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field, JsonValue, StringConstraints, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, StringConstraints, TypeAdapter, ValidationError, model_validator
 
 from schema.base import Strict, field_error
+from schema.json_limits import JsonObject
 from schema.types import HubId, SecretText
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
@@ -154,7 +155,7 @@ class JsonSchemaGrader(_AnswerGrader):
     """1 when the answer is JSON that is valid under the schema (draft 2020-12 unless it names another), else 0."""
 
     type: Literal["json_schema"]
-    json_schema: dict[str, JsonValue]
+    json_schema: JsonObject
     timeout_s: float = Field(2.0, gt=0, le=60, description="For one completion; a regular expression in the schema may take very long.")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import orjson
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
 
 from service.api.stream import run_in_thread
 from service.core.access.audit import Action, AuditLog
@@ -31,6 +32,9 @@ def record_in_audit_log(handle: Handler, action: str) -> Handler:
             raise
         except RequestValidationError:
             await _record(request, action, 422, "malformed", None)
+            raise
+        except HTTPException as error:  # a body that cannot be read
+            await _record(request, action, error.status_code, "malformed", None)
             raise
         except Exception:
             await _record(request, action, 500, "internal", None)

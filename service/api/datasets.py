@@ -4,10 +4,12 @@ from contextlib import nullcontext
 from pathlib import PurePath
 from typing import Annotated
 
-from fastapi import APIRouter, File, Form, Query, UploadFile
+from fastapi import APIRouter, File, Form, Query, Request, UploadFile
 
 from schema.base import Id, Label
+from schema.dataset import Dataset
 from service.api.dependencies import PrincipalDep, ServicesDep
+from service.api.ingestion import IngestionSlots
 from service.api.responses import DatasetDetail, DatasetList, DatasetView, DeleteDatasetResponse, dataset_view
 from service.api.route import LimitedRoute, limits
 from service.core.datasets.records import Upload
@@ -21,7 +23,8 @@ UPLOAD_HINT = "put the file below incoming/ of the dataset store, and send its k
 
 @router.post("", status_code=201)
 @limits(timeout_s=None, body_bytes=None, body_hint=UPLOAD_HINT, can_conflict=False)
-def upload_dataset(
+async def upload_dataset(
+    request: Request,
     services: ServicesDep,
     principal: PrincipalDep,
     file: Annotated[
@@ -43,9 +46,14 @@ def upload_dataset(
     if (file is None) == (incoming is None):
         raise InvalidRequest("send either the rows as `file` or their key as `incoming`, not both", param="file")
     label = name or _sanitize_filename(file.filename if file else incoming)
-    with nullcontext(file.file) if file else services.datasets.open_incoming(principal, incoming or "") as stream:
-        request = Upload(stream=stream, name=label, project_id=project_id, eval_fraction=eval_fraction)
-        return dataset_view(services.datasets.ingest(principal, request))
+
+    def ingest() -> Dataset:
+        with nullcontext(file.file) if file else services.datasets.open_incoming(principal, incoming or "") as stream:
+            upload = Upload(stream=stream, name=label, project_id=project_id, eval_fraction=eval_fraction)
+            return services.datasets.ingest(principal, upload)
+
+    slots: IngestionSlots = request.app.state.ingestion_slots
+    return dataset_view(await slots.run(ingest))
 
 
 @router.get("")

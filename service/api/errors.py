@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from schema.training import TRAINER_TYPES
 from schema.training.llm_graders import GRADER_TYPES
+from service.api.json_body import MalformedBody
 from service.core.errors import TunesmithError, Unauthorized, Unavailable
 from storage import NoSuchObject, StorageError, StoreFull
 
@@ -48,6 +49,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(StorageError, _handle_storage_error)  # type: ignore[arg-type]
     app.add_exception_handler(OSError, _handle_os_error)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _handle_validation_error)  # type: ignore[arg-type]
+    app.add_exception_handler(MalformedBody, _handle_malformed_body)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _handle_http_exception)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _handle_unexpected_error)
 
@@ -98,6 +100,16 @@ def _handle_validation_error(_request: Request, error: RequestValidationError) -
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     message = f"{param}: {_message(first)}" if param else _message(first)
     return error_response(422, "malformed", message + more, _hint(first), param)
+
+
+def _handle_malformed_body(_request: Request, error: MalformedBody) -> JSONResponse:
+    message = f"{error.param}: {error.detail}" if error.param else error.detail
+    return error_response(422, "malformed", _printable(message), param=_printable(error.param) if error.param else None)
+
+
+def _printable(text: str) -> str:
+    """Text of a caller that may hold half a surrogate pair, which no response can be encoded with."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _handle_http_exception(_request: Request, error: HTTPException) -> JSONResponse:

@@ -40,7 +40,9 @@ router = APIRouter(route_class=LimitedRoute, prefix="/jobs", tags=["jobs"])
 
 Limit = Annotated[int, Query(ge=1, le=200, description="Rows on the page.")]
 # 2**53 is the largest integer that every JSON parser keeps exact, far beyond any real cursor.
-Offset = Annotated[int, Query(ge=0, le=2**53)]
+MAX_EVENT_ID = 2**53
+AfterEvent = Annotated[int, Query(ge=0, le=MAX_EVENT_ID)]
+LogOffset = Annotated[int, Query(ge=0, le=1 << 40)]  # file systems refuse to seek beyond some TiB
 WEIGHT_SUFFIXES = (".gguf", "model.safetensors", ".safetensors")
 
 
@@ -65,7 +67,6 @@ def list_jobs(
 @limits(can_conflict=True, audited=True)  # an unfinished job has no files
 def get_download_links(
     job_id: Id,
-    request: Request,
     services: ServicesDep,
     principal: PrincipalDep,
     artifact: Annotated[
@@ -74,7 +75,7 @@ def get_download_links(
 ) -> DownloadResponse:
     """Short-lived links to the files of an artifact."""
     chosen, links = services.jobs.queries.create_download_links(principal, job_id, artifact)
-    base = str(services.settings.public_url or request.base_url).rstrip("/")
+    base = services.settings.url.rstrip("/")  # not from the request, whose header Host anybody can choose
     files = [
         FileLink(
             path=file.path or chosen.key.rpartition("/")[2],
@@ -202,7 +203,7 @@ async def list_job_events(
     request: Request,
     services: ServicesDep,
     principal: PrincipalDep,
-    after: Offset = 0,
+    after: AfterEvent = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 200,
     accept: Annotated[str, Header()] = "",
     last_event_id: Annotated[str | None, Header(alias="Last-Event-ID", max_length=20)] = None,
@@ -211,19 +212,21 @@ async def list_job_events(
     if "text/event-stream" not in accept:
         rows = await stream.run_in_thread(services.jobs.queries.list_events, principal, job_id, after, limit)
         return _json_response({"events": [event_row(row) for row in rows], "next_after": rows[-1].cursor if rows else after})
-    await stream.run_in_thread(services.jobs.queries.list_events, principal, job_id, 0, 1)  # raises for a job that is not theirs
     cursor = _parse_event_id(last_event_id) if last_event_id else after
+    newest = await stream.run_in_thread(services.jobs.queries.find_last_cursor, principal, job_id)  # raises for a job that is not theirs
     feeds: stream.Feeds = request.app.state.feeds
-    return EventSourceResponse(feeds.follow(principal, job_id, cursor), ping=15)
+    feeds.check_room(principal, job_id)
+    return EventSourceResponse(feeds.follow(principal, job_id, cursor, newest), ping=15)
 
 
 @router.get("/{job_id}/logs", response_model=LogView)
 async def read_job_logs(
     job_id: Id,
+    request: Request,
     services: ServicesDep,
     principal: PrincipalDep,
     attempt: Annotated[int | None, Query(ge=1, le=10_000)] = None,
-    offset: Offset = 0,
+    offset: LogOffset = 0,
     limit: Annotated[int, Query(ge=1, le=1 << 20, description="The maximum number of bytes to return.")] = 1 << 16,
     follow: bool = False,
 ) -> Response:
@@ -231,7 +234,9 @@ async def read_job_logs(
     number, page = await stream.run_in_thread(services.jobs.queries.read_log, principal, job_id, attempt, offset, limit)
     if not follow:
         return _json_response({"attempt": number, "text": page.text, "next_offset": page.next_offset})
-    return StreamingResponse(stream.follow_log(services.jobs, principal, job_id, attempt, offset), media_type="text/plain; charset=utf-8")
+    feeds: stream.Feeds = request.app.state.feeds
+    feeds.check_room(principal, job_id)
+    return StreamingResponse(feeds.follow_log(services.jobs, principal, job_id, attempt, offset), media_type="text/plain; charset=utf-8")
 
 
 def _job_response(services: Services, job: Job) -> JobDetail:
@@ -241,6 +246,8 @@ def _job_response(services: Services, job: Job) -> JobDetail:
 def _parse_event_id(text: str) -> int:
     if not text.isascii() or not text.isdigit():
         raise InvalidRequest(f"Last-Event-ID must be the id of an event, a number; not {text!r}", param="Last-Event-ID")
+    if int(text) > MAX_EVENT_ID:
+        raise InvalidRequest(f"no event has the id {text}", param="Last-Event-ID")
     return int(text)
 
 

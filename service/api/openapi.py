@@ -1,4 +1,4 @@
-"""The errors of each route in the OpenAPI document."""
+"""The errors of each route in the OpenAPI document, and how its caller is identified."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,13 +10,23 @@ from service.api.route import LimitedRoute, RouteLimits
 
 DESCRIPTIONS = {
     400: "A value is not allowed, or this deployment does not support it.",
-    401: "The link or token is not valid, or has expired.",
+    401: "The token, key or link is missing or not valid, or has expired.",
+    403: "The caller may not do this, or a page of another website sent the request.",
     404: "There is no such job, dataset or file.",
     409: "The state of the job or dataset does not allow this, or the Idempotency-Key was used with another body.",
     413: "The body is too large.",
+    421: "The service does not answer for the host in the header Host.",
     422: "The request is malformed: a field is missing, unknown or of the wrong type.",
+    429: "The caller sends too many requests, or has used up a quota. Retry-After says when to try again.",
     503: "A part behind the service does not answer. Retry-After says when to try again.",
 }
+
+
+BEARER_SCHEME = "bearer"
+SECURITY_SCHEMES = {
+    BEARER_SCHEME: {"type": "http", "scheme": "bearer", "description": "An API key, an identity token, or the token of the local service."}
+}
+PUBLIC_PATHS = ("/health",)
 
 
 def document_errors(app: FastAPI, routers: Sequence[APIRouter]) -> None:
@@ -44,24 +54,36 @@ def _add_errors(document: dict[str, Any], limits: dict[tuple[str, str], RouteLim
         schemas.pop(name, None)
     body_schema = ErrorResponse.model_json_schema(ref_template="#/components/schemas/{model}")
     schemas |= body_schema.pop("$defs") | {"ErrorResponse": body_schema}
+    document["components"]["securitySchemes"] = SECURITY_SCHEMES
     content = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
+            route_limits = limits[method.upper(), path]
+            operation["security"] = [{BEARER_SCHEME: []}] if _needs_caller(path, route_limits) else []
             responses = operation["responses"]
             responses.pop("422", None)
-            for status in _error_statuses(method.upper(), path, operation, limits[method.upper(), path]):
+            for status in _error_statuses(method.upper(), path, operation, route_limits):
                 responses.setdefault(str(status), {"description": DESCRIPTIONS[status], "content": content})
 
 
 def _error_statuses(method: str, path: str, operation: dict[str, Any], limits: RouteLimits) -> list[int]:
     has_body, has_parameters = "requestBody" in operation, "parameters" in operation
+    needs_caller = _needs_caller(path, limits)
     possible = {
         400: has_body or has_parameters,
-        401: limits.needs_token,
+        401: needs_caller or limits.needs_token,
+        403: True,
         404: "{" in path or has_body,  # a body names a dataset or a file in the object store
         409: method != "GET" if limits.can_conflict is None else limits.can_conflict,
         413: has_body,
+        421: True,
         422: has_body or has_parameters,
+        429: needs_caller,
         503: True,
     }
     return [status for status, can_happen in possible.items() if can_happen]
+
+
+def _needs_caller(path: str, limits: RouteLimits) -> bool:
+    """Whether the request must say who sends it. A signed link says it by itself."""
+    return path not in PUBLIC_PATHS and not limits.needs_token

@@ -19,12 +19,13 @@ from starlette.types import Message, Receive
 from service.api.audit import record_in_audit_log
 from service.api.authentication import Authenticator
 from service.api.errors import error_response
+from service.api.json_body import JsonRequest
 from storage.deadline import deadline
 
 REQUEST_TIMEOUT_S = 4.0  # of the promised five; the rest is for a busy instance itself
 MAINTENANCE_TIMEOUT_S = 55.0  # the scheduler calls every minute, and a deletion may remove thousands of files
 JSON_BODY_BYTES = 1 << 20  # a training request is some kilobytes
-REPORT_BODY_BYTES = 16 << 20  # a batch of a thousand events
+REPORT_BODY_BYTES = 4 << 20  # a batch of some hundred events; an attempt sends at most 3 MiB at a time
 MULTIPART_SLACK_BYTES = 1 << 16  # boundaries and form fields around a file
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
@@ -103,7 +104,7 @@ class LimitedRoute(APIRoute):
                     declared_bytes = request.headers.get("content-length", "")
                     if declared_bytes.isdecimal() and int(declared_bytes) > max_bytes:
                         raise BodyTooLarge
-                    return await handle(Request(request.scope, _Body(request.receive, max_bytes).receive))
+                    return await handle(JsonRequest(request.scope, _Body(request.receive, max_bytes).receive))
                 except BodyTooLarge:
                     message = f"the body is larger than {max_bytes} bytes, the limit of this path"
                     return error_response(413, "too_large", message, route_limits.body_hint)

@@ -1,9 +1,15 @@
-"""Following a job's events and logs as they happen: one reader of the store per job, however many clients follow."""
+"""Following a job's events and logs as they happen: one reader of the store per job, however many clients follow.
+
+A reader starts at the store's newest event, never at a position that a client named, and clients that are further back read for
+themselves up to it. So no client can move what another one gets.
+"""
 
 import asyncio
 import functools
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar
 
@@ -11,8 +17,9 @@ import anyio.to_thread
 import orjson
 
 from service.api.responses import event_row
-from service.core.errors import Unavailable
+from service.core.errors import TooManyFollowers, Unavailable
 from service.core.jobs.assembly import JobServices
+from service.core.jobs.queries import MAX_PAGE_BYTES
 from service.core.jobs.repository import JobRepository
 from service.core.ports import StoredEvent
 from service.core.principals import Principal
@@ -24,8 +31,11 @@ T = TypeVar("T")
 
 PAGE_SIZE = 1000
 MAX_BUFFERED_CHUNKS = 200  # a client that lags behind further reads from the store again
+MAX_BUFFERED_BYTES = 8 << 20
 LOG_POLL_S = 0.25
 LOG_PAGE_BYTES = 1 << 16
+
+FeedKey = tuple[str, str]  # the tenant and the job: a client of another tenant can never share a feed
 
 
 async def run_in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -49,13 +59,16 @@ class _Feed:
     chunks: dict[int, _Chunk] = field(default_factory=dict[int, _Chunk])
     clients: int = 0
     ended: bool = False
+    failed: bool = False  # its reader died; clients are disconnected, and follow again through a new feed
     updated: asyncio.Event = field(default_factory=asyncio.Event)
     task: "asyncio.Task[None] | None" = None
 
     def add(self, rows: list[StoredEvent]) -> None:
         self.chunks[self.cursor] = _Chunk(rows[-1].cursor, _render(rows))
         self.cursor = rows[-1].cursor
-        if len(self.chunks) > MAX_BUFFERED_CHUNKS:
+        while len(self.chunks) > 1 and (
+            len(self.chunks) > MAX_BUFFERED_CHUNKS or sum(len(chunk.text) for chunk in self.chunks.values()) > MAX_BUFFERED_BYTES
+        ):
             del self.chunks[next(iter(self.chunks))]
 
     def notify(self) -> None:
@@ -63,57 +76,111 @@ class _Feed:
         self.updated = asyncio.Event()
 
 
+@dataclass(frozen=True)
+class FollowerLimits:
+    """How many clients may follow at the same time."""
+
+    in_all: int
+    per_job: int
+
+
 class Feeds:
     """The jobs that clients of this process follow now."""
 
-    def __init__(self, repository: JobRepository, poll_s: float) -> None:
+    def __init__(self, repository: JobRepository, poll_s: float, limits: FollowerLimits) -> None:
         """`poll_s` is how late an event may be; each poll is one read per followed job."""
         self._poll_s = poll_s
         self._repository = repository
-        self._feeds: dict[str, _Feed] = {}
+        self._limits = limits
+        self._feeds: dict[FeedKey, _Feed] = {}
+        self._followers: Counter[FeedKey] = Counter()
 
-    async def follow(self, principal: Principal, job_id: str, after: int) -> AsyncIterator[bytes]:
-        """Server-sent events after the cursor `after`, until the job is final and all its events were sent; then one `done`."""
-        cursor = after
-        feed = self._join(principal, job_id, after)
+    def check_room(self, principal: Principal, job_id: str) -> None:
+        """Raise TooManyFollowers unless one more client may follow the events or the log of the job."""
+        if self._followers.total() >= self._limits.in_all:
+            raise TooManyFollowers("too many clients follow jobs of this service now", hint="poll GET /jobs/{id}/events instead")
+        if self._followers[_key(principal, job_id)] >= self._limits.per_job:
+            raise TooManyFollowers(f"too many clients follow {job_id} now", hint="poll GET /jobs/{id}/events instead")
+
+    async def follow(self, principal: Principal, job_id: str, after: int, newest: int) -> AsyncIterator[bytes]:
+        """Server-sent events after the cursor `after`, until the job is final and all its events were sent; then one `done`.
+
+        `newest` is the cursor of the store's newest event, which the caller has just read; a cursor beyond it means that one.
+        """
+        cursor = min(after, newest)
+        with self._count(principal, job_id):
+            feed = self._join(principal, job_id, newest)
+            try:
+                while True:
+                    updated = feed.updated
+                    if cursor < feed.cursor:
+                        chunk = feed.chunks.get(cursor) or await self._read_chunk(job_id, cursor, feed.cursor)
+                        if chunk is None:
+                            await asyncio.sleep(self._poll_s)
+                            continue
+                        cursor = chunk.last_cursor
+                        yield chunk.text
+                    elif feed.failed:
+                        return
+                    elif feed.ended:
+                        yield b"event: done\ndata: {}\n\n"
+                        return
+                    else:
+                        await updated.wait()
+            finally:
+                self._leave(_key(principal, job_id), feed)
+
+    async def follow_log(
+        self, jobs: JobServices, principal: Principal, job_id: str, attempt: int | None, offset: int
+    ) -> AsyncIterator[str]:
+        """An attempt's output until the job ends; without `attempt`, the output of each attempt in turn."""
+        with self._count(principal, job_id):
+            async for text in _follow_log(jobs, principal, job_id, attempt, offset):
+                yield text
+
+    @contextmanager
+    def _count(self, principal: Principal, job_id: str) -> Generator[None]:
+        key = _key(principal, job_id)
+        self._followers[key] += 1
         try:
-            while True:
-                updated = feed.updated
-                if cursor < feed.cursor:
-                    chunk = feed.chunks.get(cursor) or await self._read_chunk(job_id, cursor, feed.cursor)
-                    cursor = chunk.last_cursor
-                    yield chunk.text
-                elif feed.ended:
-                    yield b"event: done\ndata: {}\n\n"
-                    return
-                else:
-                    await updated.wait()
+            yield
         finally:
-            self._leave(job_id, feed)
+            self._followers[key] -= 1
+            if not self._followers[key]:
+                del self._followers[key]
 
-    def _join(self, principal: Principal, job_id: str, after: int) -> _Feed:
-        feed = self._feeds.get(job_id)
+    def _join(self, principal: Principal, job_id: str, newest: int) -> _Feed:
+        key = _key(principal, job_id)
+        feed = self._feeds.get(key)
         if feed is None or feed.ended:
-            feed = self._feeds[job_id] = _Feed(cursor=after)
+            feed = self._feeds[key] = _Feed(cursor=newest)
             feed.task = asyncio.create_task(self._read(principal, job_id, feed))
         feed.clients += 1
         return feed
 
-    def _leave(self, job_id: str, feed: _Feed) -> None:
+    def _leave(self, key: FeedKey, feed: _Feed) -> None:
         feed.clients -= 1
         if feed.clients == 0:
             if feed.task:
                 feed.task.cancel()
-            if self._feeds.get(job_id) is feed:
-                del self._feeds[job_id]
+            if self._feeds.get(key) is feed:
+                del self._feeds[key]
 
     async def _read(self, principal: Principal, job_id: str, feed: _Feed) -> None:
+        try:
+            await self._read_until_end(principal, job_id, feed)
+        except Exception:  # clients would otherwise wait for ever for a reader that is gone
+            log.exception("events cannot be followed", extra={"job_id": job_id})
+            feed.failed = feed.ended = True
+            feed.notify()
+
+    async def _read_until_end(self, principal: Principal, job_id: str, feed: _Feed) -> None:
         while not feed.ended:
+            rows: list[StoredEvent] = []
             try:
                 rows, feed.ended = await run_in_thread(self._next_page, principal, job_id, feed.cursor)
             except Unavailable as error:
                 log.warning("events cannot be read now", extra={"job_id": job_id, "error": error.message})
-                rows = []
             if rows:
                 feed.add(rows)
             if rows or feed.ended:
@@ -122,21 +189,29 @@ class Feeds:
                 await asyncio.sleep(self._poll_s)
 
     def _next_page(self, principal: Principal, job_id: str, after: int) -> tuple[list[StoredEvent], bool]:
-        """The next events, and whether they are the last. The status is read first, so that no event is missed."""
+        """The next events, and whether all have been read. The status is read first, so that no event is missed."""
         job = self._repository.find_or_none(principal, job_id)
         if job is None:
             return [], True
-        rows = self._repository.store.list_events(job_id, after, PAGE_SIZE)
-        return rows, job.status.is_final and len(rows) < PAGE_SIZE
+        rows = self._repository.store.list_events(job_id, after, PAGE_SIZE, MAX_PAGE_BYTES)
+        return rows, job.status.is_final and not rows
 
-    async def _read_chunk(self, job_id: str, after: int, until: int) -> _Chunk:
-        """A chunk for a client that joined later, or fell behind the buffered chunks."""
-        page = await run_in_thread(self._repository.store.list_events, job_id, after, PAGE_SIZE)
+    async def _read_chunk(self, job_id: str, after: int, until: int) -> _Chunk | None:
+        """A chunk for a client that joined later, or fell behind the buffered chunks; None while the store does not answer."""
+        try:
+            page = await run_in_thread(self._repository.store.list_events, job_id, after, PAGE_SIZE, MAX_PAGE_BYTES)
+        except Unavailable as error:
+            log.warning("events cannot be read now", extra={"job_id": job_id, "error": error.message})
+            return None
         rows = [row for row in page if row.cursor <= until]
-        return _Chunk(rows[-1].cursor if len(rows) == PAGE_SIZE else until, _render(rows))
+        return _Chunk(rows[-1].cursor if rows else until, _render(rows))
 
 
-async def follow_log(jobs: JobServices, principal: Principal, job_id: str, attempt: int | None, offset: int) -> AsyncIterator[str]:
+def _key(principal: Principal, job_id: str) -> FeedKey:
+    return principal.tenant_id, job_id
+
+
+async def _follow_log(jobs: JobServices, principal: Principal, job_id: str, attempt: int | None, offset: int) -> AsyncIterator[str]:
     """An attempt's output until the job ends; without `attempt`, the output of each attempt in turn."""
     number = attempt
     while True:

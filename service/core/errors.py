@@ -8,12 +8,14 @@ TunesmithError
 ├── Conflict 409            the resource's state does not allow it
 │   ├── StaleRevision 409   another writer changed the record first
 │   ├── Fenced 409          the attempt is no longer the current one
+│   ├── UnreadableRecord 409  the stored record is damaged; it can only be deleted
 │   └── IdempotencyConflict 409
 ├── Unauthorized 401
 ├── Forbidden 403           the caller lacks a scope
 ├── TooLarge 413
 ├── Unavailable 503         a part of the service does not answer; try again
 │   ├── RecordTooNew 503    a newer version of Tunesmith wrote the record
+│   ├── TooManyFollowers 503  a client cannot follow a job now
 │   ├── NoCapacity 503      the launcher has no compute for an attempt now; never sent to a caller
 │   └── DiskFull 507
 └── LaunchFailed            the launcher refused an attempt for good; never sent to a caller
@@ -94,6 +96,12 @@ class Fenced(Conflict):
     code = "fenced"
 
 
+class UnreadableRecord(Conflict):
+    """The stored record cannot be read."""
+
+    code = "unreadable_record"
+
+
 class IdempotencyConflict(Conflict):
     """The Idempotency-Key was used before with another request."""
 
@@ -117,6 +125,13 @@ class Unavailable(TunesmithError):
 
 class RecordTooNew(Unavailable):
     """A newer version of Tunesmith wrote the record."""
+
+
+class TooManyFollowers(Unavailable):
+    """Too many clients follow jobs now."""
+
+    code = "too_many_followers"
+    retry_after_s = 10
 
 
 class NoCapacity(Unavailable):

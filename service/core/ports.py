@@ -34,6 +34,14 @@ class JobSummary:
 
 
 @dataclass(frozen=True)
+class JobEntry:
+    """What is indexed beside a job's record, and known when the record cannot be read."""
+
+    tenant_id: str
+    summary: JobSummary
+
+
+@dataclass(frozen=True)
 class JobQuery:
     """Which jobs, newest first. A filter that is None matches every job."""
 
@@ -82,12 +90,16 @@ class Heartbeat:
     next_seq: int
     phase: Phase | None = None
     progress: Progress | None = None
+    stored_events: int = 0  # of all attempts of the job
+    stored_event_bytes: int = 0
+    dropped_events: int = 0  # beyond the limits of a job
 
 
 class JobStore(Protocol):
     """Durable records. Every write is atomic, and durable when the call returns.
 
-    A job's record is changed by compare-and-set on `revision`; there is no other lock.
+    A job's record is changed by compare-and-set on `revision`; there is no other lock. A record that could not be read back is refused
+    with InvalidRequest or TooLarge. Lists skip records that cannot be read, which an earlier or later version wrote.
     Raises Unavailable when the database does not answer.
     """
 
@@ -96,7 +108,11 @@ class JobStore(Protocol):
         ...
 
     def find_job(self, job_id: str) -> Job | None:
-        """The record, or None."""
+        """The record, or None. Raises UnreadableRecord, RecordTooNew."""
+        ...
+
+    def find_job_entry(self, job_id: str) -> JobEntry | None:
+        """What is known of a job without reading its record, or None."""
         ...
 
     def replace_job(self, job: Job, events: Sequence[Event] = ()) -> Job:
@@ -130,8 +146,12 @@ class JobStore(Protocol):
         """Store the events of the batch that are new, and the heartbeat; returns the next seq expected. Can be repeated."""
         ...
 
-    def list_events(self, job_id: str, after: int = 0, limit: int = 500) -> list[StoredEvent]:
-        """Events after a cursor, oldest first."""
+    def list_events(self, job_id: str, after: int = 0, limit: int = 500, max_bytes: int | None = None) -> list[StoredEvent]:
+        """Events after a cursor, oldest first: at most `limit`, and no more once `max_bytes` are reached. Empty only after the last."""
+        ...
+
+    def find_last_cursor(self, job_id: str) -> int:
+        """The cursor of the job's newest event; 0 before the first."""
         ...
 
     def find_heartbeat(self, job_id: str) -> Heartbeat | None:
@@ -143,7 +163,11 @@ class JobStore(Protocol):
         ...
 
     def find_dataset(self, dataset_id: str) -> Dataset | None:
-        """The record, or None."""
+        """The record, or None. Raises UnreadableRecord, RecordTooNew."""
+        ...
+
+    def find_dataset_tenant(self, dataset_id: str) -> str | None:
+        """The tenant of a dataset, without reading its record; None when there is no such dataset."""
         ...
 
     def list_datasets(self, tenant_id: str, limit: int = 50, after: str | None = None) -> Page[Dataset]:

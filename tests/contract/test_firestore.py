@@ -20,7 +20,7 @@ from service.adapters.jobstores.cursors import encode_cursor
 from service.adapters.jobstores.firestore.documents import FILTERS
 from service.adapters.jobstores.firestore.events import EVENTS_TTL
 from service.adapters.jobstores.firestore.store import FirestoreJobStore
-from service.core.errors import Conflict, IdempotencyConflict, InvalidRequest, StaleRevision, TooLarge, Unavailable
+from service.core.errors import Conflict, IdempotencyConflict, InvalidRequest, StaleRevision, Unavailable
 from service.core.job_store_rules import IDEMPOTENCY_TTL
 from service.core.ports import IdempotencyKey, JobQuery
 from storage.deadline import deadline
@@ -276,11 +276,6 @@ def test_oversized_batch_is_split_into_commits(store: FirestoreJobStore, commits
     commits.set_faults(lambda send: send(), lose_response)
     assert store.append_events("job-1", 1, make_batch(0, 20, "ж" * 200_000), START) == 20
     assert [stored.seq for stored in store.list_events("job-1")] == list(range(20))
-
-
-def test_oversized_event_is_rejected(store: FirestoreJobStore) -> None:
-    with pytest.raises(TooLarge, match="size"):
-        store.append_events("job-1", 1, make_batch(0, 1, "x" * 1_100_000), START)
 
 
 def test_interrupted_deletion_resumes_on_retry(store: FirestoreJobStore, commits: RpcInterceptor, monkeypatch: pytest.MonkeyPatch) -> None:

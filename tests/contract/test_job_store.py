@@ -4,24 +4,48 @@ import json
 import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from schema.dataset import Dataset
-from schema.events import EventBatch, MetricsLogged, PhaseChanged, ReportedEvent, StatusChanged
-from schema.job import Job, Progress, Status
+from schema.events import (
+    Event,
+    EventBatch,
+    MetricsLogged,
+    PhaseChanged,
+    ReportedEvent,
+    SamplesGenerated,
+    StatusChanged,
+    WarningRaised,
+)
+from schema.job import Job, Progress, Sample, Status
 from schema.placement import Placement
+from schema.training.llm_graders import JsonSchemaGrader
 from service.adapters.jobstores import JOB_STORES
 from service.adapters.jobstores.cursors import encode_cursor
 from service.adapters.jobstores.firestore.store import FirestoreJobStore
 from service.adapters.jobstores.memory import MemoryJobStore
 from service.adapters.jobstores.sqlite import SqliteJobStore
 from service.bootstrap import load_adapter
-from service.core.errors import Conflict, IdempotencyConflict, InvalidRequest, NotFound, RecordTooNew, StaleRevision, Unavailable
+from service.core import job_store_rules
+from service.core.errors import (
+    Conflict,
+    IdempotencyConflict,
+    InvalidRequest,
+    NotFound,
+    RecordTooNew,
+    StaleRevision,
+    TooLarge,
+    Unavailable,
+    UnreadableRecord,
+)
 from service.core.ports import IdempotencyKey, JobQuery, JobStore, StoredEvent
-from tests.factories import START, make_attempt, make_dataset, make_job
+from service.core.stored_json import MAX_EVENT_BYTES, MAX_RECORD_BYTES, MAX_SAMPLES_EVENT_BYTES
+from tests.factories import START, make_attempt, make_dataset, make_grpo_config, make_job
 
 BUILDERS: dict[str, Callable[[type, pytest.FixtureRequest], JobStore]] = {
     "firestore": lambda store, request: store(project_id=request.getfixturevalue("firestore_project")),
@@ -479,6 +503,200 @@ def test_record_of_newer_version_is_refused_and_kept(store: JobStore) -> None:
     assert store.find_job(job.job_id) == job
 
 
+# --- records that cannot be read -------------------------------------------------------------------------------------
+
+DAMAGED_TEXTS = {
+    "not JSON": "{",
+    "other fields": '{"schema_version":2,"job_id":"job-1"}',
+    "nested": '{"schema_version":2,"job_name":' + "[" * 500 + "]" * 500 + "}",
+    "an unknown version": '{"schema_version":-5}',
+    "migration fails": '{"schema_version":1,"attempts":[1]}',
+}
+
+
+@pytest.mark.parametrize("text", DAMAGED_TEXTS.values(), ids=DAMAGED_TEXTS)
+def test_damaged_job_is_listed_skipped_by_work_lists_and_deletable(store: JobStore, text: str) -> None:
+    store.create_job(make_job(project_id="p"))
+    other = store.create_job(make_job("job-2", created_at=START + timedelta(seconds=1)))
+    replace_stored_text(store, "jobs", "job-1", text)
+    with pytest.raises(UnreadableRecord) as excinfo:
+        store.find_job("job-1")
+    assert "DELETE" in excinfo.value.hint
+    assert [row.job_id for row in store.list_jobs(JobQuery("local")).rows] == ["job-2", "job-1"]
+    for launcher in (None, "fake"):
+        assert store.list_queued_jobs(launcher, 1) == [other]  # the limit counts readable jobs
+    entry = store.find_job_entry("job-1")
+    assert entry is not None
+    assert (entry.tenant_id, entry.summary.project_id, entry.summary.status) == ("local", "p", Status.QUEUED)
+    assert store.delete_job("job-1")
+    assert store.find_job_entry("job-1") is None
+
+
+def test_many_damaged_jobs_at_the_head_of_a_list_hide_none_behind_them(store: JobStore) -> None:
+    for n in range(7):
+        store.create_job(make_job(f"job-{n}", created_at=START + timedelta(seconds=n), status=Status.PREPARING, attempts=(make_attempt(),)))
+        if n not in (4, 6):
+            replace_stored_text(store, "jobs", f"job-{n}", "{}")
+    for launcher in (None, "fake"):
+        assert [job.job_id for job in store.list_active_jobs(launcher, 2)] == ["job-4", "job-6"]
+        assert [job.job_id for job in store.list_active_jobs(launcher, 1)] == ["job-4"]
+
+
+def test_damaged_dataset_is_skipped_and_deletable(store: JobStore) -> None:
+    for n in range(3):
+        store.create_dataset(make_dataset(f"dataset_{n}", created_at=START + timedelta(seconds=n)))
+    replace_stored_text(store, "datasets", "dataset_1", "{}")
+    with pytest.raises(UnreadableRecord):
+        store.find_dataset("dataset_1")
+    assert [row.processed_dataset_id for row in store.list_datasets("local").rows] == ["dataset_2", "dataset_0"]
+    first = store.list_datasets("local", limit=2)
+    assert first.next_cursor is not None
+    assert [row.processed_dataset_id for row in store.list_datasets("local", after=first.next_cursor).rows] == ["dataset_0"]
+    assert store.find_dataset_tenant("dataset_1") == "local"
+    assert store.delete_dataset("dataset_1")
+    assert store.find_dataset_tenant("dataset_1") is None
+
+
+@pytest.mark.parametrize(
+    "value",
+    [10**400, "\ud800", 2**63],
+    ids=["long integer", "half a surrogate pair", "65 bits"],
+)
+def test_job_that_could_not_be_read_back_is_not_stored(store: JobStore, value: Any) -> None:
+    """`model_construct` stands for a defect elsewhere: validation would have refused these values."""
+    grader = JsonSchemaGrader.model_construct(type="json_schema", name="shape", weight=1.0, json_schema={"const": value})
+    config = make_grpo_config().model_copy(update={"reward_config": [grader]})
+    job = make_job(training_config=config)
+    with pytest.raises(InvalidRequest):
+        store.create_job(job)
+    assert store.find_job(job.job_id) is None
+    stored = store.create_job(make_job())
+    with pytest.raises(InvalidRequest):
+        store.replace_job(stored.model_copy(update={"training_config": config}))
+    assert store.find_job(job.job_id) == stored
+
+
+def test_deeply_nested_job_is_not_stored(store: JobStore) -> None:
+    nested: Any = 1
+    for _ in range(230):
+        nested = {"a": nested}
+    grader = JsonSchemaGrader.model_construct(type="json_schema", name="shape", weight=1.0, json_schema=nested)
+    with pytest.raises(InvalidRequest, match="recursion limit"):
+        store.create_job(make_job(training_config=make_grpo_config().model_copy(update={"reward_config": [grader]})))
+    assert store.find_job("job-1") is None
+
+
+def test_job_larger_than_the_limit_is_not_stored(store: JobStore) -> None:
+    with pytest.raises(TooLarge):
+        store.create_job(make_job(wandb_url="x" * MAX_RECORD_BYTES))
+
+
+def store_damaged_event(store: JobStore, job_id: str, text: str) -> None:
+    """Replace the JSON of a job's first event behind the store's back."""
+    match store:
+        case FirestoreJobStore():
+            chunks = store._jobs.document(job_id).collection("events")  # pyright: ignore[reportPrivateUsage]
+            (first, *_) = chunks.order_by("__name__").get()
+            first.reference.update({"events": f'[{{"at":"{START.isoformat()}","seq":0,"event":{text}}}]'})
+        case MemoryJobStore():
+            rows = store._events[job_id]  # pyright: ignore[reportPrivateUsage]
+            rows[0] = replace(rows[0], text=text)
+        case SqliteJobStore():
+            with store._database.transaction() as db:  # pyright: ignore[reportPrivateUsage]
+                db.execute("UPDATE events SET event = ? WHERE cursor = (SELECT MIN(cursor) FROM events)", (text,))
+        case _:
+            raise AssertionError(f"unknown store {store}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"type":"metrics","step":0,"values":{"loss":NaN}}',
+        '{"type":"metrics","step":99999999999999999999,"values":{}}',
+        '{"type":"new"}',
+        "[]",
+    ],
+)
+def test_event_that_cannot_be_read_is_skipped(store: JobStore, text: str) -> None:
+    store.create_job(make_job())
+    store.append_events("job-1", 1, make_batch(0, 1), START)
+    store.append_events("job-1", 1, make_batch(1, 2), START)
+    store_damaged_event(store, "job-1", text)
+    assert [stored.seq for stored in store.list_events("job-1")] == [1, 2]
+    assert [stored.seq for stored in store.list_events("job-1", limit=1)] == [1]
+
+
+# --- limits of events ------------------------------------------------------------------------------------------------
+
+
+def make_event_batch(*events: Event, first_seq: int = 0) -> EventBatch:
+    return EventBatch(first_seq=first_seq, events=[ReportedEvent(at=START, event=event) for event in events])
+
+
+def test_event_that_is_too_long_is_replaced_by_a_warning(store: JobStore) -> None:
+    store.create_job(make_job())
+    too_long = make_event_batch(
+        WarningRaised(code="x", message="y" * MAX_EVENT_BYTES),
+        SamplesGenerated(when="after", step=1, samples=(Sample(prompt="p", text="é" * (MAX_SAMPLES_EVENT_BYTES // 2)),)),
+        SamplesGenerated(when="after", step=1, samples=(Sample(prompt="p", text="t" * (MAX_SAMPLES_EVENT_BYTES - 1000)),)),
+    )
+    assert store.append_events("job-1", 1, too_long, START) == 3
+    first, second, third = (stored.event for stored in store.list_events("job-1"))
+    assert [event.code for event in (first, second) if isinstance(event, WarningRaised)] == ["event_too_large"] * 2
+    assert third == too_long.events[2].event
+
+
+def test_page_of_events_ends_at_a_number_of_bytes(store: JobStore) -> None:
+    store.create_job(make_job())
+    for n in range(6):
+        store.append_events("job-1", 1, make_event_batch(WarningRaised(code="x", message="y" * 10_000), first_seq=n), START)
+    seqs: list[int] = []
+    cursor, pages = 0, 0
+    while page := store.list_events("job-1", cursor, max_bytes=25_000):
+        seqs += [stored.seq for stored in page]
+        cursor, pages = page[-1].cursor, pages + 1
+    assert (seqs, pages) == (list(range(6)), 2)
+    assert len(store.list_events("job-1", max_bytes=1)) == 1
+
+
+def test_last_cursor_is_that_of_the_newest_event(store: JobStore) -> None:
+    job = store.create_job(make_job())
+    assert store.find_last_cursor("job-1") == 0
+    store.append_events("job-1", 1, make_batch(0, 3), START)
+    assert store.find_last_cursor("job-1") == store.list_events("job-1")[-1].cursor
+    store.replace_job(job, [StatusChanged(status=Status.FAILED, attempt=1)])
+    assert store.find_last_cursor("job-1") == store.list_events("job-1")[-1].cursor
+    assert store.find_last_cursor("job-2") == 0
+
+
+def test_events_beyond_the_limit_of_a_job_are_dropped_with_one_warning(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_store_rules, "MAX_JOB_EVENTS", 4)
+    job = store.create_job(make_job())
+    for attempt in (1, 2):  # the limit is that of the job, not of an attempt
+        for first_seq in (0, 3):
+            assert store.append_events("job-1", attempt, make_batch(first_seq, 3), START) == first_seq + 3
+    assert [(stored.attempt, stored.event.type) for stored in store.list_events("job-1")] == [(1, "metrics")] * 4 + [(1, "warning")]
+    store.append_events("job-1", 2, make_event_batch(PhaseChanged(phase="training"), first_seq=6), START)
+    store.replace_job(job, [StatusChanged(status=Status.FAILED, attempt=1)])
+    assert [stored.event.type for stored in store.list_events("job-1")][-1] == "status"
+    heartbeat = store.find_heartbeat("job-1")
+    assert heartbeat is not None
+    assert heartbeat.dropped_events == 9  # the warning took the place of one
+
+
+def test_events_beyond_the_bytes_of_a_job_are_dropped(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_store_rules, "MAX_JOB_EVENT_BYTES", 10_000)
+    store.create_job(make_job())
+    for n in range(5):
+        store.append_events("job-1", 1, make_event_batch(WarningRaised(code="x", message="y" * 3000), first_seq=n), START)
+    phase = make_event_batch(PhaseChanged(phase="exporting"), first_seq=5)
+    store.append_events("job-1", 1, phase, START)
+    codes = [stored.event.code if isinstance(stored.event, WarningRaised) else stored.event.type for stored in store.list_events("job-1")]
+    assert codes == ["x", "x", "x", "too_many_events", "phase"]
+    store.delete_job("job-1")
+    assert store.find_heartbeat("job-1") is None
+
+
 def test_ping_succeeds(store: JobStore) -> None:
     store.ping()
 
@@ -540,8 +758,8 @@ QUERIES = [
 def test_list_queries_use_an_index(tmp_path: Path, query: JobQuery, monkeypatch: pytest.MonkeyPatch) -> None:
     store = SqliteJobStore(tmp_path / "jobs.db")
     queries: list[tuple[str, tuple[object, ...]]] = []
-    read = store._database.read  # pyright: ignore[reportPrivateUsage]
-    monkeypatch.setattr(store._database, "read", lambda sql, *values: queries.append((sql, values)) or read(sql, *values))
+    read = store._database.iter_rows  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(store._database, "iter_rows", lambda sql, *values: queries.append((sql, values)) or read(sql, *values))
     store.list_jobs(query)
     store.list_queued_jobs(None, 5)
     store.list_active_jobs(None, 5)

@@ -99,7 +99,9 @@ def make_local_launcher(folder: Path, slots: int = 2, time_limit_s: float | None
 
 
 def make_environments(folder: Path, variables: dict[str, str]) -> LocalEnvironments:
-    return LocalEnvironments(environments=folder / "environments", venvs=folder / "venvs", source=folder / "source", variables=variables)
+    return LocalEnvironments(
+        environments=folder / "environments", venvs=folder / "venvs", source=folder / "source", variables=variables, wait_s=30
+    )
 
 
 def count_probes(folder: Path) -> int:

@@ -3,15 +3,25 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jobs.runtime.client import ServiceClient
-from jobs.runtime.reporter import Reporter, Spool
+from jobs.runtime.reporter import MAX_BATCH_BYTES, Reporter, Spool
 from jobs.runtime.settings import Settings
-from schema.events import CheckpointRestored, CheckpointSaved, CheckpointSkipped, Event, MetricsLogged, PhaseChanged
+from schema.events import (
+    CheckpointRestored,
+    CheckpointSaved,
+    CheckpointSkipped,
+    Event,
+    MetricsLogged,
+    PhaseChanged,
+    ReportedEvent,
+    WarningRaised,
+)
 from schema.job import Progress
 from tests.jobs.fake_service import TOKEN, FakeService
 from tests.waiting import wait_until
@@ -214,3 +224,21 @@ def test_full_disk_drops_event_without_error(service: FakeService, callbacks: Re
     assert len(spool) == 0
     spool._file.close()
     client._http.close()
+
+
+def test_batch_is_limited_by_bytes_and_has_at_least_one_event(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "events.jsonl")
+    for size in (10, MAX_BATCH_BYTES // 2, MAX_BATCH_BYTES // 2, 2 * MAX_BATCH_BYTES, 10):
+        spool.append(ReportedEvent(at=datetime.now(UTC), event=WarningRaised(code="x", message="y" * size)))
+    counts: list[int] = []
+    while sum(counts) < len(spool):
+        counts.append(len(spool.read(sum(counts), 500)))
+    assert counts == [2, 1, 1, 1]
+    spool._file.close()
+
+
+def test_event_that_is_not_unicode_is_lost_without_an_error(service: FakeService, make: Make) -> None:
+    reporter = make()
+    reporter.report(WarningRaised(code="x", message="\udc80"))
+    reporter.report(point(1))
+    assert reporter.flush(5)

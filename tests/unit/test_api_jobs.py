@@ -63,6 +63,7 @@ def test_download_link_supports_range_requests(client: TestClient, dataset_id: s
     complete_job(client, job_id)
     link = client.get(f"/jobs/download/{job_id}").json()
     assert link["artifact"] == "gguf-q8_0"
+    assert link["download_url"].startswith("http://127.0.0.1:8080/")  # from the settings; the request's Host is testserver
     assert client.get(link["download_url"]).content == b"0123456789"
     part = client.get(link["download_url"], headers={"Range": "bytes=3-5"})
     assert (part.status_code, part.content) == (206, b"345")

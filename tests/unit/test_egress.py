@@ -3,16 +3,19 @@
 from pathlib import Path
 
 import pytest
+from httpx2 import Response
 from pydantic import ValidationError
+from starlette.testclient import TestClient
 
-from schema.egress import EgressPolicy, EgressRefused, allow_rule_of, parse_allow_rule, parse_url
+from schema.egress import EGRESS_VARIABLE, EgressPolicy, EgressRefused, allow_rule_of, parse_allow_rule, parse_url
 from schema.requests import CloneRequest
 from schema.training import TRAINER_TYPES
 from service.core.errors import InvalidRequest
 from service.core.jobs.trackers import DeploymentTrackers
 from service.core.validation.egress import URL_FIELDS, EgressCheck
-from service.settings import Settings, egress_policy
+from service.settings import Settings, attempt_variables, egress_policy
 from tests.factories import make_config, make_grpo_config
+from tests.unit.api_harness import get_error, run_test_service, upload
 from tests.unit.egress_targets import ALLOWED_URLS, HOSTILE_NAMES, HOSTILE_URLS, LOOPBACK_URLS, METADATA_URLS, UNSPECIFIED_URLS
 from tests.unit.jobs_harness import PRINCIPAL, JobsHarness
 
@@ -141,6 +144,9 @@ def test_operator_rule_allows_what_it_names(rule: str, url: str, address: str | 
         ("*.corp.example", "https://corp.example/v1", "10.0.0.8"),
         ("*.corp.example", "https://evilcorp.example/v1", "10.0.0.8"),
         ("*.corp.example", "https://judge.corp.example/v1", "127.0.0.1"),
+        ("*.corp.example", "https://judge.corp.example/v1", "0.0.0.0"),
+        ("*.corp.example", "https://judge.corp.example/v1", "::"),
+        ("*.corp.example", "https://judge.corp.example/v1", "::ffff:127.0.0.1"),
         ("*.corp.example", "https://judge.corp.example/v1", "169.254.169.254"),
         ("0.0.0.0/0", "https://169.254.169.254/v1", None),
         ("::/0", "https://[fd00:ec2::254]/v1", None),
@@ -190,7 +196,9 @@ def test_loopback_is_allowed_only_where_all_is_on_one_machine(settings: dict[str
 def test_settings_make_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNESMITH_EGRESS_ALLOW", "10.2.0.0/16, *.corp.example")
     monkeypatch.setenv("TUNESMITH_TRACKERS", '{"mlflow_config": {"tracking_uri": "http://mlflow:5000"}}')
-    policy = egress_policy(Settings(port=8123, public_url="http://10.2.0.9:9000"))  # type: ignore[call-arg]
+    settings = Settings(port=8123, public_url="http://10.2.0.9:9000")  # type: ignore[call-arg]
+    policy = egress_policy(settings)
+    assert EgressPolicy.load(attempt_variables(settings)[EGRESS_VARIABLE]) == policy
     assert policy.allow == ("10.2.0.0/16", "*.corp.example", "mlflow:5000")
     assert policy.own_ports == (8123, 9000)
     assert {"127.0.0.1", "10.2.0.9"} <= set(policy.own_addresses)
@@ -274,3 +282,31 @@ def test_every_url_field_of_a_training_config_is_checked() -> None:
     for trainer in TRAINER_TYPES.values():
         collect("", trainer.model_json_schema())
     assert url_fields == set(URL_FIELDS)
+
+
+# --- over HTTP ----------------------------------------------------------------------------------------------------------
+
+
+def submit_judge(client: TestClient, dataset_id: str, base_url: str) -> Response:
+    config = {"base_model_id": "google/gemma-3-270m", "trainer_type": "grpo", "reward_config": [JUDGE | {"base_url": base_url}]}
+    return client.post("/train", json={"processed_dataset_id": dataset_id, "training_config": config})
+
+
+def test_shared_service_refuses_every_hostile_url(tmp_path: Path) -> None:
+    with run_test_service(tmp_path, public_url="https://t.example") as client:
+        dataset_id = upload(client, '{"prompt": "p", "answer": "a"}\n' * 20).json()["processed_dataset_id"]
+        for url in (*HOSTILE_URLS, "https://t.example/v1"):
+            response = submit_judge(client, dataset_id, url)
+            assert response.status_code in (400, 422), url
+            assert response.json()["error"]["param"] == "training_config.reward_config.0.base_url", url
+        assert client.get("/jobs").json()["jobs"] == []
+        assert submit_judge(client, dataset_id, "https://8.8.8.8/v1").status_code == 201
+
+
+def test_local_service_accepts_a_local_judge_but_not_itself(tmp_path: Path) -> None:
+    with run_test_service(tmp_path, port=8123) as client:
+        dataset_id = upload(client, '{"prompt": "p", "answer": "a"}\n' * 20).json()["processed_dataset_id"]
+        for host in ("127.0.0.1", "127.0.0.2", "localhost", "[::1]", "0.0.0.0", "127.1", "[::ffff:127.0.0.1]"):
+            error = get_error(submit_judge(client, dataset_id, f"http://{host}:8123/v1"), 400)
+            assert error["message"].endswith("is this service itself")
+        assert submit_judge(client, dataset_id, "http://127.0.0.1:11434/v1").status_code == 201

@@ -27,7 +27,7 @@ from tests.factories import START
 from tests.unit.api_harness import attempt_headers, get_error, run_test_service, upload
 
 MIB = 1 << 20
-DOCS_PATHS = {"/docs", "/docs/oauth2-redirect"}  # FastAPI's own pages; they read no body and call nothing
+DOCS_PATHS = {"/docs"}  # a page that reads no body and calls nothing
 FORM_START = b'--b\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n'
 
 # Every route that differs from the default: its deadline in seconds, and its largest body in bytes.
@@ -37,9 +37,9 @@ DECLARED_LIMITS = {
     "GET /internal/orphans": (55, MIB),
     "POST /datasets": (None, None),  # the setting max_upload_bytes
     "POST /internal/cleanup": (55, MIB),
-    "POST /internal/jobs/{job_id}/attempts/{attempt}/claim": (4, 16 * MIB),
-    "POST /internal/jobs/{job_id}/attempts/{attempt}/events": (4, 16 * MIB),
-    "POST /internal/jobs/{job_id}/attempts/{attempt}/result": (4, 16 * MIB),
+    "POST /internal/jobs/{job_id}/attempts/{attempt}/claim": (4, 4 * MIB),
+    "POST /internal/jobs/{job_id}/attempts/{attempt}/events": (4, 4 * MIB),
+    "POST /internal/jobs/{job_id}/attempts/{attempt}/result": (4, 4 * MIB),
     "POST /internal/reconcile": (55, MIB),
 }
 

@@ -136,6 +136,9 @@ def test_openapi_documents_the_contract_with_an_example(client: TestClient) -> N
     assert schemas["DpoHyperparameters"]["properties"]["beta"]["default"] == 0.1
 
 
+CALLER = {"401", "403", "421", "429", "503"}  # of every operation that needs to know who calls
+
+
 def documented_errors(client: TestClient) -> dict[str, set[str]]:
     """The error statuses of each operation, as `GET /jobs`."""
     document = client.get("/openapi.json").json()
@@ -149,20 +152,28 @@ def documented_errors(client: TestClient) -> dict[str, set[str]]:
 @pytest.mark.parametrize(
     ("operation", "statuses"),
     [
-        ("POST /train", {"400", "404", "409", "413", "422", "503"}),
-        ("GET /jobs", {"400", "422", "503"}),
-        ("GET /jobs/{job_id}", {"400", "404", "422", "503"}),
-        ("GET /jobs/download/{job_id}", {"400", "404", "409", "422", "503"}),
-        ("POST /jobs/{job_id}/cancel", {"400", "404", "409", "422", "503"}),
-        ("POST /datasets", {"400", "404", "413", "422", "503"}),
-        ("DELETE /datasets/{processed_dataset_id}", {"400", "404", "409", "422", "503"}),
-        ("GET /files/{token}", {"400", "401", "404", "422", "503"}),
-        ("GET /health", {"503"}),
-        ("GET /capabilities", {"503"}),
+        ("POST /train", CALLER | {"400", "404", "409", "413", "422"}),
+        ("GET /jobs", CALLER | {"400", "422"}),
+        ("GET /jobs/{job_id}", CALLER | {"400", "404", "422"}),
+        ("GET /jobs/download/{job_id}", CALLER | {"400", "404", "409", "422"}),
+        ("POST /jobs/{job_id}/cancel", CALLER | {"400", "404", "409", "422"}),
+        ("POST /datasets", CALLER | {"400", "404", "413", "422"}),
+        ("DELETE /datasets/{processed_dataset_id}", CALLER | {"400", "404", "409", "422"}),
+        ("GET /files/{token}", {"400", "401", "403", "404", "421", "422", "503"}),
+        ("GET /health", {"403", "421", "503"}),
+        ("GET /capabilities", CALLER),
     ],
 )
 def test_operation_lists_its_errors(client: TestClient, operation: str, statuses: set[str]) -> None:
     assert documented_errors(client)[operation] == statuses
+
+
+def test_operations_declare_how_callers_are_identified(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+    assert document["components"]["securitySchemes"]["bearer"]["scheme"] == "bearer"
+    security = {path: {str(operation["security"]) for operation in operations.values()} for path, operations in document["paths"].items()}
+    assert {path for path, schemes in security.items() if schemes == {"[]"}} == {"/health", "/files/{token}"}
+    assert {scheme for schemes in security.values() for scheme in schemes} == {"[]", "[{'bearer': []}]"}
 
 
 def test_documented_errors_have_the_one_error_shape(client: TestClient) -> None:

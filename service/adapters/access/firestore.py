@@ -19,7 +19,7 @@ from service.adapters.access import MAX_LISTED_KEYS
 from service.adapters.jobstores.firestore.database import Database, Fields, Snapshot
 from service.adapters.jobstores.firestore.documents import doc_ref_by_id
 from service.adapters.jobstores.firestore.queries import fetch_page
-from service.adapters.jobstores.records import format_timestamp, load_readable_records, load_record
+from service.adapters.jobstores.records import RecordReader, format_timestamp, load_record
 from service.core.access.audit import RETENTION
 from service.core.access.ports import AuditQuery
 from service.core.access.records import ApiKey, AuditEntry
@@ -36,6 +36,7 @@ class FirestoreAccessStore:
         self._database = Database(project_id, database)
         self._keys = self._database.client.collection("api_keys")
         self._entries = self._database.client.collection("audit")
+        self._reader = RecordReader()
 
     def create_key(self, key: ApiKey) -> None:
         ref = doc_ref_by_id(self._keys, key.key_id)
@@ -68,7 +69,7 @@ class FirestoreAccessStore:
         if tenant_id is not None:
             query = query.where(filter=FieldFilter("tenant_id", "==", tenant_id))
         found = self._database.query(query.order_by("created_at", direction=Query.DESCENDING).limit(MAX_LISTED_KEYS))
-        return load_readable_records(ApiKey, (snapshot.get("record") for snapshot in found))
+        return self._reader.load_readable(ApiKey, map(_row_of, found))
 
     def replace_key(self, key: ApiKey) -> None:
         ref = doc_ref_by_id(self._keys, key.key_id)
@@ -94,8 +95,8 @@ class FirestoreAccessStore:
         for name in ("tenant_id", "subject", "action"):
             if (value := getattr(query, name)) is not None:
                 selected = selected.where(filter=FieldFilter(name, "==", value))
-        page = fetch_page(self._database, self._entries, selected, query.limit, query.after, _record_of)
-        return Page(load_readable_records(AuditEntry, page.rows), page.next_cursor)
+        page = fetch_page(self._database, self._entries, selected, query.limit, query.after, _row_of)
+        return Page(self._reader.load_readable(AuditEntry, page.rows), page.next_cursor)
 
     def delete_old_audit_entries(self, before: datetime) -> int:
         old = self._entries.where(filter=FieldFilter("created_at", "<", format_timestamp(before)))
@@ -130,5 +131,5 @@ def _entry_fields(entry: AuditEntry) -> Fields:
     }
 
 
-def _record_of(snapshot: Snapshot) -> str:
-    return snapshot.get("record")
+def _row_of(snapshot: Snapshot) -> tuple[str, str]:
+    return snapshot.id, snapshot.get("record")

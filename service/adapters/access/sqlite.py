@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from service.adapters.access import MAX_LISTED_KEYS
 from service.adapters.jobstores.cursors import decode_cursor, encode_cursor
-from service.adapters.jobstores.records import format_timestamp, load_readable_records, load_record
+from service.adapters.jobstores.records import RecordReader, format_timestamp, load_record
 from service.core.access.ports import AuditQuery
 from service.core.access.records import ApiKey, AuditEntry
 from service.core.errors import Conflict, DiskFull, NotFound, Unavailable
@@ -38,6 +38,7 @@ class SqliteAccessStore:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
+        self._reader = RecordReader()
         self._lock = threading.Lock()
         self._durable = self._connect("FULL")
         self._fast = self._connect("NORMAL")
@@ -65,11 +66,11 @@ class SqliteAccessStore:
 
     def list_keys(self, tenant_id: str | None) -> list[ApiKey]:
         rows = self._read(
-            "SELECT record FROM api_keys WHERE ?1 IS NULL OR tenant_id = ?1 ORDER BY created_at DESC, key_id DESC LIMIT ?2",
+            "SELECT key_id, record FROM api_keys WHERE ?1 IS NULL OR tenant_id = ?1 ORDER BY created_at DESC, key_id DESC LIMIT ?2",
             tenant_id,
             MAX_LISTED_KEYS,
         )
-        return load_readable_records(ApiKey, (row[0] for row in rows))
+        return self._reader.load_readable(ApiKey, rows)
 
     def replace_key(self, key: ApiKey) -> None:
         with self._write(self._durable) as db:
@@ -102,7 +103,7 @@ class SqliteAccessStore:
         )
         shown = rows[: query.limit]
         cursor = encode_cursor(shown[-1][0], shown[-1][1]) if len(rows) > query.limit else None
-        return Page(load_readable_records(AuditEntry, (row[2] for row in shown)), cursor)
+        return Page(self._reader.load_readable(AuditEntry, ((row[1], row[2]) for row in shown)), cursor)
 
     def delete_old_audit_entries(self, before: datetime) -> int:
         with self._write(self._fast) as db:

@@ -16,7 +16,7 @@ def decode_cursor(cursor: str) -> tuple[str, str]:
     """The row that a cursor continues after. Raises InvalidRequest for text that `encode_cursor` did not produce."""
     try:
         created_at, row_id = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
-    except (ValueError, binascii.Error, TypeError) as error:
+    except (ValueError, binascii.Error, TypeError, RecursionError) as error:
         raise invalid_cursor_error() from error
     if not isinstance(created_at, str) or not isinstance(row_id, str) or not (created_at + row_id).isascii():
         raise invalid_cursor_error()

@@ -1,19 +1,41 @@
 """Records in memory, stored as JSON like in every other store. For tests, and to read as the simplest implementation of the port."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from threading import RLock
+from typing import Literal
 
 from schema.dataset import Dataset
 from schema.events import Event, EventBatch
-from schema.job import Job, Status
+from schema.job import Job
 from service.adapters.jobstores.cursors import decode_cursor, encode_cursor
-from service.adapters.jobstores.records import load_readable_records, load_record
+from service.adapters.jobstores.records import RecordReader, load_record
 from service.core.errors import Conflict, IdempotencyConflict, NotFound, StaleRevision
-from service.core.job_store_rules import IDEMPOTENCY_TTL, select_new_events, summarize_job
-from service.core.ports import Heartbeat, IdempotencyKey, JobQuery, JobSummary, Page, Row, StoredEvent
+from service.core.job_store_rules import IDEMPOTENCY_TTL, make_entry, select_new_events, work_state_of
+from service.core.ports import Heartbeat, IdempotencyKey, JobEntry, JobQuery, JobSummary, Page, Row, StoredEvent
+from service.core.stored_json import dump_record, load_event, make_storable
 
 IdempotencyEntry = tuple[IdempotencyKey, str, datetime]  # the key, the id of its job, and when it was created
+
+
+@dataclass(frozen=True)
+class _JobIndex:
+    """What is kept beside a job's JSON, and used without reading it."""
+
+    entry: JobEntry
+    work_state: Literal["queued", "active"] | None
+    launchers: tuple[str, ...]
+    unfinished_dataset_id: str | None  # of a job that is not final
+
+
+@dataclass(frozen=True)
+class _EventRow:
+    cursor: int
+    attempt: int
+    seq: int
+    at: datetime
+    text: str
 
 
 class MemoryJobStore:
@@ -21,16 +43,20 @@ class MemoryJobStore:
 
     def __init__(self) -> None:
         self._jobs: dict[str, str] = {}  # by id: the job's JSON
-        self._events: dict[str, list[StoredEvent]] = {}
+        self._index: dict[str, _JobIndex] = {}  # by the job's id
+        self._events: dict[str, list[_EventRow]] = {}
         self._heartbeats: dict[str, Heartbeat] = {}
         self._datasets: dict[str, str] = {}  # by id: the dataset's JSON
+        self._dataset_keys: dict[str, tuple[str, str]] = {}  # by id: the dataset's tenant, and when it was created
         self._idempotency_entries: dict[tuple[str, str], IdempotencyEntry] = {}
         self._cursor = 0
+        self._reader = RecordReader()
         self._lock = RLock()
 
     # --- jobs --------------------------------------------------------------------------------------------------------
 
     def create_job(self, job: Job, idempotency: IdempotencyKey | None = None) -> Job:
+        text = dump_record(job)
         with self._lock:
             if idempotency:
                 entry = self._idempotency_entries.get((job.tenant_id, idempotency.key))
@@ -42,12 +68,17 @@ class MemoryJobStore:
                 self._idempotency_entries[job.tenant_id, idempotency.key] = (idempotency, job.job_id, job.created_at)
             if job.job_id in self._jobs:
                 raise Conflict(f"{job.job_id} already exists")
-            self._jobs[job.job_id] = job.model_dump_json()
+            self._jobs[job.job_id] = text
+            self._index[job.job_id] = _index_job(job)
             return job
 
     def find_job(self, job_id: str) -> Job | None:
         text = self._jobs.get(job_id)
         return load_record(Job, text) if text is not None else None
+
+    def find_job_entry(self, job_id: str) -> JobEntry | None:
+        index = self._index.get(job_id)
+        return index.entry if index else None
 
     def replace_job(self, job: Job, events: Sequence[Event] = ()) -> Job:
         with self._lock:
@@ -57,13 +88,15 @@ class MemoryJobStore:
             if stored.revision != job.revision:
                 raise StaleRevision(f"{job.job_id} was changed by another writer")
             updated = job.model_copy(update={"revision": job.revision + 1})
-            self._jobs[job.job_id] = updated.model_dump_json()
+            self._jobs[job.job_id] = dump_record(updated)
+            self._index[job.job_id] = _index_job(updated)
             for event in events:
-                self._append(job.job_id, 0, updated.revision, updated.updated_at, event)
+                self._append(job.job_id, 0, updated.revision, updated.updated_at, make_storable(event)[1])
             return updated
 
     def list_jobs(self, query: JobQuery) -> Page[JobSummary]:
-        rows = [summarize_job(job) for job in self._load_jobs() if job.tenant_id == query.tenant_id]
+        entries = [index.entry for index in list(self._index.values())]
+        rows = [entry.summary for entry in entries if entry.tenant_id == query.tenant_id]
         for name in ("status", "project_id", "modality", "trainer_type"):
             if (value := getattr(query, name)) is not None:
                 rows = [row for row in rows if getattr(row, name) == value]
@@ -71,18 +104,19 @@ class MemoryJobStore:
         return _page(rows, sort_keys, query.limit, query.after)
 
     def list_queued_jobs(self, launcher: str | None, limit: int) -> list[Job]:
-        return self._oldest_matching(lambda job: job.status is Status.QUEUED and launcher in (None, *job.launchers), limit)
+        return self._oldest_work("queued", launcher, limit)
 
     def list_active_jobs(self, launcher: str | None, limit: int) -> list[Job]:
-        return self._oldest_matching(lambda job: job.status.is_active and launcher in (None, *job.launchers), limit)
+        return self._oldest_work("active", launcher, limit)
 
     def list_jobs_using_dataset(self, dataset_id: str) -> list[str]:
-        return sorted(job.job_id for job in self._load_jobs() if job.processed_dataset_id == dataset_id and not job.status.is_final)
+        return sorted(job_id for job_id, index in list(self._index.items()) if index.unfinished_dataset_id == dataset_id)
 
     def delete_job(self, job_id: str) -> bool:
         with self._lock:
             self._events.pop(job_id, None)
             self._heartbeats.pop(job_id, None)
+            self._index.pop(job_id, None)
             return self._jobs.pop(job_id, None) is not None
 
     # --- events ------------------------------------------------------------------------------------------------------
@@ -90,13 +124,27 @@ class MemoryJobStore:
     def append_events(self, job_id: str, attempt: int, batch: EventBatch, now: datetime) -> int:
         with self._lock:
             new_events, heartbeat = select_new_events(self._heartbeats.get(job_id), attempt, batch, now)
-            for seq, reported in new_events:
-                self._append(job_id, attempt, seq, reported.at, reported.event)
+            for new in new_events:
+                self._append(job_id, attempt, new.seq, new.at, new.text)
             self._heartbeats[job_id] = heartbeat
             return heartbeat.next_seq
 
-    def list_events(self, job_id: str, after: int = 0, limit: int = 500) -> list[StoredEvent]:
-        return [stored for stored in list(self._events.get(job_id, [])) if stored.cursor > after][:limit]
+    def list_events(self, job_id: str, after: int = 0, limit: int = 500, max_bytes: int | None = None) -> list[StoredEvent]:
+        events: list[StoredEvent] = []
+        size_bytes = 0
+        for row in list(self._events.get(job_id, [])):
+            if len(events) >= limit or (max_bytes is not None and size_bytes >= max_bytes):
+                break
+            if row.cursor > after:
+                try:
+                    events.append(StoredEvent(row.cursor, row.attempt, row.seq, row.at, load_event(row.text)))
+                except ValueError as error:
+                    self._reader.report(f"{job_id}/events/{row.cursor}", str(error))
+                size_bytes += len(row.text)
+        return events
+
+    def find_last_cursor(self, job_id: str) -> int:
+        return max((row.cursor for row in self._events.get(job_id, [])), default=0)
 
     def find_heartbeat(self, job_id: str) -> Heartbeat | None:
         return self._heartbeats.get(job_id)
@@ -104,20 +152,26 @@ class MemoryJobStore:
     # --- datasets ----------------------------------------------------------------------------------------------------
 
     def create_dataset(self, dataset: Dataset) -> None:
-        self._datasets[dataset.processed_dataset_id] = dataset.model_dump_json()
+        with self._lock:
+            self._datasets[dataset.processed_dataset_id] = dump_record(dataset)
+            self._dataset_keys[dataset.processed_dataset_id] = (dataset.tenant_id, dataset.created_at.isoformat())
 
     def find_dataset(self, dataset_id: str) -> Dataset | None:
         text = self._datasets.get(dataset_id)
         return load_record(Dataset, text) if text is not None else None
 
+    def find_dataset_tenant(self, dataset_id: str) -> str | None:
+        return self._dataset_keys[dataset_id][0] if dataset_id in self._dataset_keys else None
+
     def list_datasets(self, tenant_id: str, limit: int = 50, after: str | None = None) -> Page[Dataset]:
-        datasets = [load_record(Dataset, text) for text in list(self._datasets.values())]
-        rows = [dataset for dataset in datasets if dataset.tenant_id == tenant_id]
-        sort_keys = [(row.created_at.isoformat(), row.processed_dataset_id) for row in rows]
-        return _page(rows, sort_keys, limit, after)
+        keys = [(created_at, dataset_id) for dataset_id, (tenant, created_at) in list(self._dataset_keys.items()) if tenant == tenant_id]
+        page = _page(keys, keys, limit, after)
+        return Page(self._reader.load_readable(Dataset, ((key[1], self._datasets[key[1]]) for key in page.rows)), page.next_cursor)
 
     def delete_dataset(self, dataset_id: str) -> bool:
-        return self._datasets.pop(dataset_id, None) is not None
+        with self._lock:
+            self._dataset_keys.pop(dataset_id, None)
+            return self._datasets.pop(dataset_id, None) is not None
 
     # --- the store ---------------------------------------------------------------------------------------------------
 
@@ -127,17 +181,23 @@ class MemoryJobStore:
     def close(self) -> None:
         return None
 
-    def _load_jobs(self) -> list[Job]:
-        return load_readable_records(Job, list(self._jobs.values()))
+    def _oldest_work(self, work_state: Literal["queued", "active"], launcher: str | None, limit: int) -> list[Job]:
+        found = [
+            (index.entry.summary.created_at, job_id)
+            for job_id, index in list(self._index.items())
+            if index.work_state == work_state and launcher in (None, *index.launchers)
+        ]
+        rows = ((job_id, text) for _, job_id in sorted(found) if (text := self._jobs.get(job_id)) is not None)
+        return self._reader.load_readable(Job, rows, limit)
 
-    def _oldest_matching(self, predicate: Callable[[Job], bool], limit: int) -> list[Job]:
-        jobs = [job for job in self._load_jobs() if predicate(job)]
-        return sorted(jobs, key=lambda job: (job.created_at, job.job_id))[:limit]
-
-    def _append(self, job_id: str, attempt: int, seq: int, at: datetime, event: Event) -> None:
+    def _append(self, job_id: str, attempt: int, seq: int, at: datetime, text: str) -> None:
         self._cursor += 1
-        stored = StoredEvent(cursor=self._cursor, attempt=attempt, seq=seq, at=at, event=event)
-        self._events.setdefault(job_id, []).append(stored)
+        self._events.setdefault(job_id, []).append(_EventRow(self._cursor, attempt, seq, at, text))
+
+
+def _index_job(job: Job) -> _JobIndex:
+    unfinished_dataset_id = None if job.status.is_final else job.processed_dataset_id
+    return _JobIndex(make_entry(job), work_state_of(job), job.launchers, unfinished_dataset_id)
 
 
 def _page(rows: list[Row], sort_keys: list[tuple[str, str]], limit: int, after: str | None) -> Page[Row]:

@@ -4,30 +4,32 @@ Readers never wait, because the file is in write-ahead mode. With synchronous=FU
 """
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from schema.dataset import Dataset
 from schema.events import Event, EventBatch
-from schema.job import Job, Progress, Status
+from schema.job import Job, Status
 from service.adapters.jobstores.cursors import decode_cursor, encode_cursor
-from service.adapters.jobstores.records import Record, format_timestamp, load_readable_records, load_record
+from service.adapters.jobstores.records import Record, RecordReader, format_timestamp, load_progress, load_record
 from service.adapters.jobstores.sqlite_database import SqliteDatabase, index_launchers
 from service.core.errors import Conflict, IdempotencyConflict, NotFound, StaleRevision
 from service.core.job_store_rules import IDEMPOTENCY_TTL, select_new_events
-from service.core.ports import Heartbeat, IdempotencyKey, JobQuery, JobSummary, Page, StoredEvent
+from service.core.ports import Heartbeat, IdempotencyKey, JobEntry, JobQuery, JobSummary, Page, StoredEvent
+from service.core.stored_json import dump_record, load_event, make_storable
 
 JOB_BY_ID = "SELECT record FROM jobs WHERE job_id = ?"
+SUMMARY_COLUMNS = "job_id, job_name, base_model_id, status, modality, trainer_type, project_id, created_at"
 WORK_OF_LAUNCHER = (
-    "SELECT record FROM job_launchers AS work JOIN jobs USING (job_id) WHERE launcher = ? AND work_state = ? "
-    "ORDER BY work.created_at, work.job_id LIMIT ?"
+    "SELECT job_id, record FROM job_launchers AS work JOIN jobs USING (job_id) WHERE launcher = ? AND work_state = ? "
+    "ORDER BY work.created_at, work.job_id"
 )
-HEARTBEAT_BY_JOB = "SELECT attempt, received_at, next_seq, phase, progress FROM heartbeats WHERE job_id = ?"
-EVENT_ADAPTER: TypeAdapter[Event] = TypeAdapter(Event)
+HEARTBEAT_BY_JOB = (
+    "SELECT attempt, received_at, next_seq, phase, progress, COALESCE(stored, 0), COALESCE(stored_bytes, 0), COALESCE(dropped, 0) "
+    "FROM heartbeats LEFT JOIN event_totals USING (job_id) WHERE job_id = ?"
+)
 
 
 class SqliteJobStore:
@@ -35,11 +37,12 @@ class SqliteJobStore:
 
     def __init__(self, path: Path) -> None:
         self._database = SqliteDatabase(path)
+        self._reader = RecordReader()
 
     # --- jobs --------------------------------------------------------------------------------------------------------
 
     def create_job(self, job: Job, idempotency: IdempotencyKey | None = None) -> Job:
-        record = job.model_dump_json()
+        record = dump_record(job)
         with self._database.transaction() as db:
             earlier = self._find_idempotent_job(db, job, idempotency) if idempotency else None
             if earlier is not None:
@@ -72,9 +75,13 @@ class SqliteJobStore:
     def find_job(self, job_id: str) -> Job | None:
         return _load_first(self._database.read(JOB_BY_ID, job_id), Job)
 
+    def find_job_entry(self, job_id: str) -> JobEntry | None:
+        rows = self._database.read(f"SELECT tenant_id, {SUMMARY_COLUMNS} FROM jobs WHERE job_id = ?", job_id)  # noqa: S608  # constants
+        return JobEntry(rows[0][0], _load_summary(*rows[0][1:])) if rows else None
+
     def replace_job(self, job: Job, events: Sequence[Event] = ()) -> Job:
         updated = job.model_copy(update={"revision": job.revision + 1})
-        record = updated.model_dump_json()
+        record = dump_record(updated)
         with self._database.transaction() as db:
             cursor = db.execute(
                 "UPDATE jobs SET status = ?, is_active = ?, is_final = ?, revision = ?, record = ? WHERE job_id = ? AND revision = ?",
@@ -86,7 +93,7 @@ class SqliteJobStore:
                 raise NotFound(f"no job {job.job_id!r}")
             index_launchers(db, updated)
             for event in events:
-                _append_event(db, updated.job_id, 0, updated.revision, updated.updated_at, event)
+                _append_event(db, updated.job_id, 0, updated.revision, updated.updated_at, make_storable(event)[1])
         return updated
 
     def list_jobs(self, query: JobQuery) -> Page[JobSummary]:
@@ -99,7 +106,7 @@ class SqliteJobStore:
             clauses.append("(created_at, job_id) < (?, ?)")
             values += decode_cursor(query.after)
         rows = self._database.read(
-            "SELECT job_id, job_name, base_model_id, status, modality, trainer_type, project_id, created_at FROM jobs "  # noqa: S608  # clauses are constants
+            f"SELECT {SUMMARY_COLUMNS} FROM jobs "  # noqa: S608  # clauses are constants
             f"WHERE {' AND '.join(clauses)} ORDER BY created_at DESC, job_id DESC LIMIT ?",
             *values,
             query.limit + 1,
@@ -112,18 +119,18 @@ class SqliteJobStore:
     def list_queued_jobs(self, launcher: str | None, limit: int) -> list[Job]:
         if launcher is not None:
             return self._list_work(launcher, "queued", limit)
-        rows = self._database.read("SELECT record FROM jobs WHERE status = 'queued' ORDER BY created_at, job_id LIMIT ?", limit)
-        return load_readable_records(Job, (row[0] for row in rows))
+        rows = self._database.iter_rows("SELECT job_id, record FROM jobs WHERE status = 'queued' ORDER BY created_at, job_id")
+        return self._reader.load_readable(Job, _pairs(rows), limit)
 
     def list_active_jobs(self, launcher: str | None, limit: int) -> list[Job]:
         if launcher is not None:
             return self._list_work(launcher, "active", limit)
-        rows = self._database.read("SELECT record FROM jobs WHERE is_active = 1 ORDER BY created_at, job_id LIMIT ?", limit)
-        return load_readable_records(Job, (row[0] for row in rows))
+        rows = self._database.iter_rows("SELECT job_id, record FROM jobs WHERE is_active = 1 ORDER BY created_at, job_id")
+        return self._reader.load_readable(Job, _pairs(rows), limit)
 
     def _list_work(self, launcher: str, work_state: str, limit: int) -> list[Job]:
-        rows = self._database.read(WORK_OF_LAUNCHER, launcher, work_state, limit)
-        return load_readable_records(Job, (row[0] for row in rows))
+        rows = self._database.iter_rows(WORK_OF_LAUNCHER, launcher, work_state)
+        return self._reader.load_readable(Job, _pairs(rows), limit)
 
     def list_jobs_using_dataset(self, dataset_id: str) -> list[str]:
         query = "SELECT job_id FROM jobs WHERE dataset_id = ? AND is_final = 0 ORDER BY job_id"
@@ -133,6 +140,7 @@ class SqliteJobStore:
         with self._database.transaction() as db:
             db.execute("DELETE FROM events WHERE job_id = ?", (job_id,))
             db.execute("DELETE FROM heartbeats WHERE job_id = ?", (job_id,))
+            db.execute("DELETE FROM event_totals WHERE job_id = ?", (job_id,))
             db.execute("DELETE FROM job_launchers WHERE job_id = ?", (job_id,))
             return db.execute("DELETE FROM jobs WHERE job_id = ?", (job_id,)).rowcount > 0
 
@@ -142,26 +150,36 @@ class SqliteJobStore:
         with self._database.transaction() as db:
             previous = _load_heartbeat(db.execute(HEARTBEAT_BY_JOB, (job_id,)).fetchall())
             new_events, heartbeat = select_new_events(previous, attempt, batch, now)
-            for seq, reported in new_events:
-                _append_event(db, job_id, attempt, seq, reported.at, reported.event)
-            progress = heartbeat.progress.model_dump_json() if heartbeat.progress else None
+            for new in new_events:
+                _append_event(db, job_id, attempt, new.seq, new.at, new.text)
+            progress = dump_record(heartbeat.progress) if heartbeat.progress else None
             db.execute(
                 "INSERT OR REPLACE INTO heartbeats VALUES (?, ?, ?, ?, ?, ?)",
                 (job_id, heartbeat.attempt, format_timestamp(heartbeat.received_at), heartbeat.next_seq, heartbeat.phase, progress),
             )
+            totals = (heartbeat.stored_events, heartbeat.stored_event_bytes, heartbeat.dropped_events)
+            if batch.events:
+                db.execute("INSERT OR REPLACE INTO event_totals VALUES (?, ?, ?, ?)", (job_id, *totals))
         return heartbeat.next_seq
 
-    def list_events(self, job_id: str, after: int = 0, limit: int = 500) -> list[StoredEvent]:
-        rows = self._database.read(
-            "SELECT cursor, attempt, seq, at, event FROM events WHERE job_id = ? AND cursor > ? ORDER BY cursor LIMIT ?",
-            job_id,
-            after,
-            limit,
+    def list_events(self, job_id: str, after: int = 0, limit: int = 500, max_bytes: int | None = None) -> list[StoredEvent]:
+        rows = self._database.iter_rows(
+            "SELECT cursor, attempt, seq, at, event FROM events WHERE job_id = ? AND cursor > ? ORDER BY cursor", job_id, after
         )
-        return [
-            StoredEvent(cursor, attempt, seq, datetime.fromisoformat(at), EVENT_ADAPTER.validate_json(event))
-            for cursor, attempt, seq, at, event in rows
-        ]
+        events: list[StoredEvent] = []
+        size_bytes = 0
+        for cursor, attempt, seq, at, text in rows:
+            if len(events) >= limit or (max_bytes is not None and size_bytes >= max_bytes):
+                break
+            try:
+                events.append(StoredEvent(cursor, attempt, seq, datetime.fromisoformat(at), load_event(text)))
+            except ValueError as error:
+                self._reader.report(f"{job_id}/events/{cursor}", str(error))
+            size_bytes += len(text)
+        return events
+
+    def find_last_cursor(self, job_id: str) -> int:
+        return self._database.read("SELECT COALESCE(MAX(cursor), 0) FROM events WHERE job_id = ?", job_id)[0][0]
 
     def find_heartbeat(self, job_id: str) -> Heartbeat | None:
         return _load_heartbeat(self._database.read(HEARTBEAT_BY_JOB, job_id))
@@ -170,24 +188,28 @@ class SqliteJobStore:
 
     def create_dataset(self, dataset: Dataset) -> None:
         with self._database.transaction() as db:
-            values = (dataset.processed_dataset_id, dataset.tenant_id, format_timestamp(dataset.created_at), dataset.model_dump_json())
+            values = (dataset.processed_dataset_id, dataset.tenant_id, format_timestamp(dataset.created_at), dump_record(dataset))
             db.execute("INSERT INTO datasets VALUES (?, ?, ?, ?)", values)
 
     def find_dataset(self, dataset_id: str) -> Dataset | None:
         return _load_first(self._database.read("SELECT record FROM datasets WHERE dataset_id = ?", dataset_id), Dataset)
 
+    def find_dataset_tenant(self, dataset_id: str) -> str | None:
+        rows = self._database.read("SELECT tenant_id FROM datasets WHERE dataset_id = ?", dataset_id)
+        return rows[0][0] if rows else None
+
     def list_datasets(self, tenant_id: str, limit: int = 50, after: str | None = None) -> Page[Dataset]:
         condition = "AND (created_at, dataset_id) < (?, ?)" if after else ""
         position = decode_cursor(after) if after else ()
         rows = self._database.read(
-            f"SELECT record FROM datasets WHERE tenant_id = ? {condition} ORDER BY created_at DESC, dataset_id DESC LIMIT ?",  # noqa: S608  # the clause is a constant
+            "SELECT dataset_id, created_at, record FROM datasets "  # noqa: S608  # the clause is a constant
+            f"WHERE tenant_id = ? {condition} ORDER BY created_at DESC, dataset_id DESC LIMIT ?",
             tenant_id,
             *position,
             limit + 1,
         )
-        datasets = [load_record(Dataset, row[0]) for row in rows]
-        last = datasets[limit - 1] if len(datasets) > limit else None
-        return Page(datasets[:limit], encode_cursor(format_timestamp(last.created_at), last.processed_dataset_id) if last else None)
+        datasets = self._reader.load_readable(Dataset, ((row[0], row[2]) for row in rows[:limit]))
+        return Page(datasets, encode_cursor(rows[limit - 1][1], rows[limit - 1][0]) if len(rows) > limit else None)
 
     def delete_dataset(self, dataset_id: str) -> bool:
         with self._database.transaction() as db:
@@ -217,10 +239,10 @@ class SqliteJobStore:
         return None
 
 
-def _append_event(db: sqlite3.Connection, job_id: str, attempt: int, seq: int, at: datetime, event: Event) -> None:
+def _append_event(db: sqlite3.Connection, job_id: str, attempt: int, seq: int, at: datetime, text: str) -> None:
     db.execute(
         "INSERT OR IGNORE INTO events (job_id, attempt, seq, at, event) VALUES (?, ?, ?, ?, ?)",
-        (job_id, attempt, seq, format_timestamp(at), event.model_dump_json()),
+        (job_id, attempt, seq, format_timestamp(at), text),
     )
 
 
@@ -232,6 +254,10 @@ def _unselective_filters(query: JobQuery) -> set[str]:
     return {"modality"} if selective else set()
 
 
+def _pairs(rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[str, str]]:
+    return ((row[0], row[1]) for row in rows)
+
+
 def _load_first(rows: list[tuple[Any, ...]], model: type[Record]) -> Record | None:
     return load_record(model, rows[0][0]) if rows else None
 
@@ -239,8 +265,8 @@ def _load_first(rows: list[tuple[Any, ...]], model: type[Record]) -> Record | No
 def _load_heartbeat(rows: list[tuple[Any, ...]]) -> Heartbeat | None:
     if not rows:
         return None
-    attempt, received_at, next_seq, phase, progress = rows[0]
-    return Heartbeat(attempt, datetime.fromisoformat(received_at), next_seq, phase, Progress.load(progress) if progress else None)
+    attempt, received_at, next_seq, phase, progress, *totals = rows[0]
+    return Heartbeat(attempt, datetime.fromisoformat(received_at), next_seq, phase, load_progress(progress), *totals)
 
 
 def _load_summary(*row: str) -> JobSummary:

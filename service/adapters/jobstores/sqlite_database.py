@@ -3,13 +3,13 @@
 import sqlite3
 import threading
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 from schema.job import Job
-from service.adapters.jobstores.records import format_timestamp, load_readable_records
+from service.adapters.jobstores.records import RecordReader, format_timestamp
 from service.core.errors import DiskFull, Unavailable
 from service.core.job_store_rules import work_state_of
 from storage.deadline import remaining_s
@@ -23,6 +23,11 @@ CREATE TABLE job_launchers (
     launcher TEXT NOT NULL, work_state TEXT NOT NULL, created_at TEXT NOT NULL, job_id TEXT NOT NULL,
     PRIMARY KEY (launcher, work_state, created_at, job_id)) WITHOUT ROWID;
 CREATE INDEX job_launchers_of_job ON job_launchers (job_id);
+"""
+# What the events of a job take. A file of an earlier version gets the table when it is opened, and counts from there.
+EVENT_TOTALS_TABLE = """
+CREATE TABLE IF NOT EXISTS event_totals (
+    job_id TEXT PRIMARY KEY, stored INTEGER NOT NULL, stored_bytes INTEGER NOT NULL, dropped INTEGER NOT NULL) WITHOUT ROWID;
 """
 # is_active and is_final repeat Job.status in the form that the partial indexes need: most jobs are final and in none of them.
 TABLES = """
@@ -72,11 +77,16 @@ class SqliteDatabase:
     # Any: SQLite's values have the types of their columns, which each query knows.
     def read(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         """Rows, through this thread's own connection. Raises Unavailable."""
+        return list(self.iter_rows(query, *values))
+
+    def iter_rows(self, query: str, *values: object) -> Iterator[tuple[Any, ...]]:
+        """Rows as they are read, for a reader that may stop before the last. Raises Unavailable."""
         try:
             db: sqlite3.Connection | None = getattr(self._thread_local, "db", None)
             if db is None:
                 db = self._thread_local.db = self._connect()
-            return db.execute(query, values).fetchall()
+            with closing(db.execute(query, values)) as rows:
+                yield from rows
         except sqlite3.Error as error:
             raise Unavailable(f"the job database does not answer: {error}") from error
 
@@ -133,14 +143,15 @@ class SqliteDatabase:
                 _execute_all(db, TABLES + LAUNCHER_TABLE)
             elif version == 2:
                 _execute_all(db, LAUNCHER_TABLE)
-                rows = db.execute("SELECT record FROM jobs WHERE is_final = 0").fetchall()
-                for job in load_readable_records(Job, (row[0] for row in rows)):
+                rows = db.execute("SELECT job_id, record FROM jobs WHERE is_final = 0").fetchall()
+                for job in RecordReader().load_readable(Job, rows):
                     index_launchers(db, job)
             elif version != TABLES_VERSION:
                 raise Unavailable(
                     f"{self._path} was written by another version of Tunesmith (tables {version}, this one reads {TABLES_VERSION})",
                     hint="run that version, or move the file away to start with an empty database",
                 )
+            _execute_all(db, EVENT_TOTALS_TABLE)
             db.execute(f"PRAGMA user_version = {TABLES_VERSION}")
 
 

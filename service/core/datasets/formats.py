@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Literal, NamedTuple, cast
 
 from schema.dataset import TextDatasetType
-from service.core.datasets.images import check_image, is_image_part, normalize_image_part
+from service.core.datasets.images import MAX_ROW_PIXELS, check_image, is_image_part, normalize_image_part
 from service.core.datasets.values import (
     InvalidValue,
     Number,
@@ -53,6 +53,16 @@ TURN_ORDER_RULE = "after one optional system message, user and assistant take tu
 TEXT_PART_TYPES = ("text", "input_text")
 
 
+class Images(NamedTuple):
+    """The images of a row, all of which were decoded."""
+
+    uris: tuple[str, ...]
+    pixels: int  # of all of them
+
+
+NO_IMAGES = Images((), 0)
+
+
 class ValidatedRow(NamedTuple):
     """A checked row. All rows of a file must have one shape: a column that mixes strings and lists cannot be loaded."""
 
@@ -60,7 +70,7 @@ class ValidatedRow(NamedTuple):
     shape: str
     columns: dict[str, object]  # as they are stored; a Number is written as its literal
     prompt: object  # None where the row does not separate prompt and answer
-    images: tuple[str, ...] = ()
+    images: Images = NO_IMAGES
     extra_columns: tuple[str, ...] = ()  # the columns beside a prompt
     label: bool | None = None
 
@@ -260,22 +270,21 @@ def _parse_text_conversation(value: object, field: str, *, last_role: Literal["u
     return messages
 
 
-def _reject_images(messages: list[Message], field: str) -> tuple[str, ...]:
+def _reject_images(messages: list[Message], field: str) -> Images:
     for path, _ in _iter_image_parts(messages, field):
         raise InvalidValue(path, "is an image; images are allowed in rows of messages and of prompt and completion")
-    return ()
+    return NO_IMAGES
 
 
-def _check_images(messages: list[Message], field: str) -> tuple[str, ...]:
+def _check_images(messages: list[Message], field: str) -> Images:
     """The checked images of a conversation."""
     parts = list(_iter_image_parts(messages, field))
-    if not parts:
-        return ()
     if len(parts) > MAX_IMAGES:
         raise InvalidValue(field, f"has {len(parts)} images; at most {MAX_IMAGES} are allowed in a row")
+    pixels = 0
     for path, image in parts:
-        check_image(image, path)
-    return tuple(image for _, image in parts)
+        pixels += check_image(image, path, MAX_ROW_PIXELS - pixels)
+    return Images(tuple(image for _, image in parts), pixels)
 
 
 def _iter_image_parts(messages: list[Message], field: str) -> Iterator[tuple[str, str]]:

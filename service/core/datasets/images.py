@@ -20,6 +20,7 @@ from service.core.datasets.values import InvalidValue, as_object, check_keys, de
 Format = Literal["png", "jpeg", "webp"]
 
 MAX_SIDE_PX = 4096
+MAX_ROW_PIXELS = 4 * MAX_SIDE_PX**2  # no model reads more; a solid image of the largest size has only some hundred bytes as WebP
 MAX_SCANS = 100  # of a progressive JPEG, which usually has about ten; each scan is a pass over all pixels, however few bytes it has
 HEADER_PREVIEW_CHARS = 32  # of a data: URI in an error
 EXAMPLE_IMAGE_PART = '{"type": "image", "image": "data:image/png;base64,..."}'
@@ -55,8 +56,11 @@ def normalize_image_part(part: dict[str, object], field: str) -> str:
     return _normalize_data_uri(value, path)
 
 
-def check_image(uri: str, field: str) -> None:
-    """Decode an image. Raises InvalidValue when it is broken, animated, too large, or not of the declared format."""
+def check_image(uri: str, field: str, max_pixels: int) -> int:
+    """Decode an image; returns its number of pixels, which is read first and may be `max_pixels`, what the row has left.
+
+    Raises InvalidValue when it is broken, animated, too large, or not of the declared format.
+    """
     declared, content = _decode_data_uri(uri, field)
     detected = _detect_format(content)
     if detected is None:
@@ -66,9 +70,10 @@ def check_image(uri: str, field: str) -> None:
     if detected == "jpeg" and (scans := content.count(b"\xff\xda")) > MAX_SCANS:
         raise InvalidValue(field, f"is a JPEG image of {scans:,} scans; at most {MAX_SCANS} are allowed: save it again")
     with DECODE_LOCK:
-        problem = _decode_error(detected, content)
-    if problem:
-        raise InvalidValue(field, problem)
+        result = _decode(detected, content, max_pixels)
+    if isinstance(result, str):
+        raise InvalidValue(field, result)
+    return result
 
 
 def _normalize_data_uri(value: object, field: str) -> str:
@@ -112,20 +117,23 @@ def _detect_format(content: bytes) -> Format | None:
     return None
 
 
-def _decode_error(image_format: Format, content: bytes) -> str | None:
-    """Why an image is not valid, or None. Its size is checked before any pixel is decoded."""
+def _decode(image_format: Format, content: bytes, max_pixels: int) -> int | str:
+    """The number of pixels, or why the image is not valid. Its size is checked before any pixel is decoded."""
     try:
         with READERS[image_format](BytesIO(content)) as image:
             if max(image.size) > MAX_SIDE_PX:
                 return _size_error(f"{image.width:,} x {image.height:,}")
+            pixels = image.width * image.height
+            if pixels > max_pixels:
+                return f"brings the row to more than {MAX_ROW_PIXELS:,} pixels in its images; scale them down, or split the row"
             if isinstance(image, PngImageFile | WebPImageFile) and image.is_animated:
                 return "is animated; save a single frame"
             image.load()
+            return pixels
     except Image.DecompressionBombError:  # a WebP image above 179 million pixels, raised before its size can be read
         return _size_error("far more")
     except (SyntaxError, OSError, ValueError, IndexError, EOFError, struct.error) as error:  # what Pillow raises for broken images
         return f"is a broken {FORMAT_NAMES[image_format]} image: {preview(str(error))}"
-    return None
 
 
 def _size_error(pixels: str) -> str:

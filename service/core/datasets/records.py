@@ -12,7 +12,7 @@ from typing import BinaryIO, cast
 
 from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT, Dataset, Split
 from service.core.datasets.rows import IngestResult, InvalidRow, RowLimits, SplitStats, ingest
-from service.core.errors import Conflict, InvalidDataset, InvalidRequest, NotFound, TooLarge
+from service.core.errors import Conflict, InvalidDataset, InvalidRequest, NotFound, RecordTooNew, TooLarge, UnreadableRecord
 from service.core.ports import JobStore, Page
 from service.core.principals import Principal, Scope
 from storage import InvalidKey, ObjectStore, delete_prefix
@@ -127,7 +127,8 @@ class Datasets:
     def delete(self, principal: Principal, dataset_id: str) -> list[str]:
         """Delete the rows and the record; returns what was deleted. Raises Conflict while a job needs the dataset, NotFound."""
         principal.require(Scope.DATASETS_WRITE)
-        self._find_own(principal, dataset_id)
+        if self._store.find_dataset_tenant(dataset_id) != principal.tenant_id:  # the record itself may be unreadable
+            raise _no_dataset(dataset_id)
         job_ids = self._store.list_jobs_using_dataset(dataset_id)
         if job_ids:
             raise Conflict(f"{dataset_id} is used by {', '.join(job_ids[:3])}", hint="cancel or delete those jobs first")
@@ -137,9 +138,14 @@ class Datasets:
         return [f"{self._objects.url}/{key}" for key in keys]
 
     def _find_own(self, principal: Principal, dataset_id: str) -> Dataset:
-        dataset = self._store.find_dataset(dataset_id)
+        try:
+            dataset = self._store.find_dataset(dataset_id)
+        except (UnreadableRecord, RecordTooNew):
+            if self._store.find_dataset_tenant(dataset_id) != principal.tenant_id:
+                raise _no_dataset(dataset_id) from None
+            raise
         if dataset is None or dataset.tenant_id != principal.tenant_id:
-            raise NotFound(f"no dataset {dataset_id!r}", hint="GET /datasets lists them", param="processed_dataset_id")
+            raise _no_dataset(dataset_id)
         return dataset
 
     def _read(self, upload: Upload, folder: Path) -> IngestResult:
@@ -166,6 +172,10 @@ class Datasets:
     def _read_first_rows(self, split: Split) -> list[object]:
         with self._objects.open_read(split.key) as stream:  # the ingestion has limited the length of every row
             return [_without_images(json.loads(stream.readline())) for _ in range(min(PREVIEW_ROWS, split.rows))]
+
+
+def _no_dataset(dataset_id: str) -> NotFound:
+    return NotFound(f"no dataset {dataset_id!r}", hint="GET /datasets lists them", param="processed_dataset_id")
 
 
 def _without_images(value: object) -> object:

@@ -49,6 +49,7 @@ class RowLimits:
     max_row_bytes: int = 1 << 20  # without its images
     max_image_row_bytes: int = 16 << 20  # with them
     max_rows: int = 1_000_000
+    max_pixels: int = 20_000_000_000  # of all images: to decode them takes about ten seconds per 10⁹
 
 
 class Row(NamedTuple):
@@ -123,6 +124,7 @@ def read_rows(stream: BinaryIO, limits: RowLimits) -> Iterator[Row]:
     Raises InvalidRow, also when there are no rows or too many, or when all rows have the same label.
     """
     consistency = _ConsistencyChecker()
+    pixels = 0
     for number, line in _read_lines(stream, limits):
         if consistency.rows == limits.max_rows:
             raise InvalidRow(number, "", f"more than {limits.max_rows:,} rows; split the file into several datasets")
@@ -131,6 +133,9 @@ def read_rows(stream: BinaryIO, limits: RowLimits) -> Iterator[Row]:
         except InvalidValue as error:
             raise InvalidRow(number, error.field, error.reason) from error
         consistency.add(number, content)
+        pixels += content.images.pixels
+        if pixels > limits.max_pixels:
+            raise InvalidRow(number, "", f"more than {limits.max_pixels:,} pixels in the images so far; scale them down, or split the file")
         row = _make_row(number, content)
         if len(line) > limits.max_row_bytes:
             _check_text_size(row, content, limits)
@@ -250,7 +255,7 @@ def _text_length_error(limits: RowLimits, *, has_images: bool) -> str:
 
 def _check_text_size(row: Row, content: ValidatedRow, limits: RowLimits) -> None:
     """Raise InvalidRow when the row is too long without its images: text that looks like a data: URI does not count as one."""
-    image_bytes = sum(len(image) for image in content.images)
+    image_bytes = sum(len(image) for image in content.images.uris)
     if len(row.canonical) - image_bytes > limits.max_row_bytes:
         raise InvalidRow(row.line, "", _text_length_error(limits, has_images=image_bytes > 0))
 
@@ -289,7 +294,7 @@ def _make_row(number: int, content: ValidatedRow) -> Row:
     canonical = orjson.dumps(content.columns, default=_serialize_number, option=orjson.OPT_PASSTHROUGH_DATACLASS)
     digest = _digest(canonical)
     prompt_digest = digest if content.prompt is None else _digest(orjson.dumps(content.prompt))
-    return Row(number, content.dataset_type, canonical, digest, prompt_digest, len(content.images), content.extra_columns)
+    return Row(number, content.dataset_type, canonical, digest, prompt_digest, len(content.images.uris), content.extra_columns)
 
 
 def _serialize_number(value: object) -> orjson.Fragment:

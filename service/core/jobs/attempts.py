@@ -12,6 +12,7 @@ from service.core.jobs.manifest import write_manifest
 from service.core.jobs.repository import JobRepository
 from service.core.ports import Wake
 from service.core.principals import Principal, Scope, attempt_subject
+from service.core.stored_json import MAX_RECORD_BYTES_BY_EVENTS, MAX_RESULT_BYTES, dump_record
 from storage import ObjectStore
 
 
@@ -41,12 +42,13 @@ class Attempts:
         lifecycle.check_current(job, number)
         next_seq = self._repository.store.append_events(job_id, number, batch, now)
         if _apply_batch(job, number, batch, now) is not job:
-            job = self._repository.change(job_id, lambda job, _: _apply_batch(job, number, batch, now))
+            job = self._repository.change(job_id, lambda job, _: _apply_batch(job, number, batch, now), MAX_RECORD_BYTES_BY_EVENTS)
         return EventBatchResponse(directive=_directive_for(job), next_seq=next_seq)
 
     def finish(self, principal: Principal, result: Result) -> Job:
-        """Apply the result that an attempt sends. It may be sent again without harm. Raises Fenced, Forbidden, NotFound."""
+        """Apply the result that an attempt sends. It may be sent again without harm. Raises Fenced, Forbidden, NotFound, TooLarge."""
         _require_attempt(principal, result.job_id, result.attempt)
+        dump_record(result, MAX_RESULT_BYTES)
         return self.apply_result(result.job_id, result)
 
     def apply_result(self, job_id: str, result: Result) -> Job:

@@ -7,18 +7,20 @@ from schema.checkpoint import checkpoints_prefix
 from schema.job import Job
 from schema.spec import attempt_name, manifest_key, spec_key
 from service.core import lifecycle
-from service.core.errors import InvalidRequest
+from service.core.errors import InvalidRequest, RecordTooNew, Unavailable, UnreadableRecord
 from service.core.jobs.control import JobControl
 from service.core.jobs.orphans import JOB_FOLDERS, OrphanScan, delete_orphan, find_orphans
 from service.core.jobs.repository import JobRepository
 from service.core.launchers import LauncherPool
-from service.core.ports import Buckets, Hub, LogReader
+from service.core.ports import Buckets, Hub, JobEntry, LogReader
 from service.core.principals import Principal, Scope
 from service.core.validation.hub import check_only_our_commits
 from storage import ObjectStore, StorageError, delete_prefix
 from storage.deadline import remaining_s
 
 ORPHAN_SCAN_TIMEOUT_S = 600.0  # for listing every file of a bucket outside a request
+
+UNREADABLE_ATTEMPTS_ENDED = 3  # the newest ones; earlier attempts have ended before a later one began
 
 
 @dataclass(frozen=True)
@@ -43,17 +45,21 @@ class Deletion:
         """Cancel the job, remove its files and then its record. None: the job is still being canceled; repeat the call.
 
         `delete_hub` also removes the Hub repositories that the job pushed to. Raises InvalidRequest when one of them holds anything else,
-        NotFound.
+        NotFound. A job whose record cannot be read is deleted as well, by what is indexed of it.
         """
         principal.require(Scope.JOBS_WRITE)
-        job = self._repository.find(principal, job_id)
+        try:
+            job = self._repository.find(principal, job_id)
+        except (UnreadableRecord, RecordTooNew):
+            return self._delete_unreadable(self._repository.find_entry(principal, job_id), delete_hub=delete_hub)
         if not job.status.is_final:
             job = self._control.cancel(principal, job_id)
         if not job.status.is_final:
             return None
         repositories = self._delete_hub_repositories(job, hub_token) if delete_hub else []
         job = self._repository.change(job_id, lifecycle.start_deletion)
-        files = self._delete_files(job)
+        self._repository.destroy_secrets(job)
+        files = self._delete_files(job_id, job.project_id, [attempt_name(job_id, attempt) for attempt in job.attempts])
         if not files.failures:
             self._repository.store.delete_job(job_id)
         return DeletionResult(resources=[*repositories, *files.resources], failures=files.failures)
@@ -66,8 +72,8 @@ class Deletion:
         principal.require(Scope.UPKEEP)
         destroyed = 0
         for job_id in list(self._repository.secrets.iter_job_ids()):
-            job = self._repository.store.find_job(job_id)
-            if (job is None and orphans) or (job is not None and job.status.is_final):
+            entry = self._repository.store.find_job_entry(job_id)  # the record itself may be unreadable
+            if (entry is None and orphans) or (entry is not None and entry.summary.status.is_final):
                 destroyed += self._repository.secrets.destroy(job_id)
         return destroyed
 
@@ -100,29 +106,62 @@ class Deletion:
             self._hub.delete_repository(repo_id, token or "")
         return [f"hf://{repo_id}" for repo_id in existing]
 
-    def _delete_files(self, job: Job) -> DeletionResult:
+    def _delete_unreadable(self, entry: JobEntry, *, delete_hub: bool) -> DeletionResult:
+        """Delete a job whose record cannot be read. Its attempts are looked up by the names that they were launched under."""
+        job_id = entry.summary.job_id
+        if delete_hub:
+            message = f"the record of {job_id} cannot be read, so it is not known what it pushed to the Hub"
+            raise UnreadableRecord(message, hint="leave out delete_hub, and delete the repository on the Hub")
+        heartbeat = self._repository.store.find_heartbeat(job_id)
+        # An attempt may have been launched that has not reported yet.
+        names = [attempt_name(job_id, number) for number in range(1, (heartbeat.attempt if heartbeat else 0) + 2)]
+        ended: list[str] = []
+        failures: list[str] = []
+        if entry.summary.status.is_active:
+            ended, failures = self._end_attempts(names[-UNREADABLE_ATTEMPTS_ENDED:])
+        self._repository.secrets.destroy(job_id)
+        files = self._delete_files(job_id, entry.summary.project_id, names)
+        failures += files.failures
+        if not failures:
+            self._repository.store.delete_job(job_id)
+        return DeletionResult(resources=[*(f"attempt {name}" for name in ended), *files.resources], failures=failures)
+
+    def _end_attempts(self, names: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Kill the attempts that a launcher knows under these names; returns their names, and what failed."""
+        ended: list[str] = []
+        failures: list[str] = []
+        for launcher in self._launchers:
+            for name in names:
+                try:
+                    if (handle := launcher.find_handle(name)) is not None and launcher.check(handle) != "ended":
+                        launcher.cancel(handle, force=True)
+                        ended.append(name)
+                except Unavailable as error:
+                    failures.append(f"attempt {name} on {launcher.name}: {error.message}")
+        return ended, failures
+
+    def _delete_files(self, job_id: str, project_id: str | None, attempt_names: Sequence[str]) -> DeletionResult:
         resources: list[str] = []
         failures: list[str] = []
-        for store, prefix in self._storage_prefixes(job):
+        for store, prefix in self._storage_prefixes(job_id, project_id):
             try:
                 keys = delete_prefix(store, prefix) if prefix.endswith("/") else [prefix] * store.delete(prefix)
                 resources += [f"{store.url}/{prefix}"] if keys else []
             except StorageError as error:
                 failures.append(f"{store.url}/{prefix}: {error}")
-        self._repository.destroy_secrets(job)
-        for attempt in job.attempts:
-            launcher, name = self._launchers.find(attempt.placement.launcher), attempt_name(job.job_id, attempt)
-            if isinstance(launcher, LogReader) and launcher.delete_log(name):
-                resources.append(f"log of {name}")
+        for launcher in self._launchers:
+            for name in attempt_names:
+                if isinstance(launcher, LogReader) and launcher.delete_log(name):
+                    resources.append(f"log of {name}")
         return DeletionResult(resources=resources, failures=failures)
 
-    def _storage_prefixes(self, job: Job) -> Sequence[tuple[ObjectStore, str]]:
+    def _storage_prefixes(self, job_id: str, project_id: str | None) -> Sequence[tuple[ObjectStore, str]]:
         """Every place where a job may have files. The manifest goes first: without it, readers ignore the rest."""
         configs, models = self._buckets.configs, self._buckets.models
         return (
-            (models, manifest_key(job.job_id)),
-            *((models, f"{folder}/{job.job_id}/") for folder in JOB_FOLDERS),
-            (models, checkpoints_prefix(job.job_id, job.project_id)),
-            (configs, spec_key(job.job_id)),
-            (configs, f"results/{job.job_id}/"),
+            (models, manifest_key(job_id)),
+            *((models, f"{folder}/{job_id}/") for folder in JOB_FOLDERS),
+            (models, checkpoints_prefix(job_id, project_id)),
+            (configs, spec_key(job_id)),
+            (configs, f"results/{job_id}/"),
         )

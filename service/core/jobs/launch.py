@@ -12,7 +12,7 @@ from schema.job import Attempt, Failure, Job
 from schema.placement import Placement
 from schema.spec import JobSpec, StoreUrls, attempt_name, spec_key
 from service.core import lifecycle
-from service.core.errors import LaunchFailed, NoCapacity, NotFound, StaleRevision, TunesmithError, Unavailable
+from service.core.errors import LaunchFailed, NoCapacity, NotFound, StaleRevision, TunesmithError, Unavailable, UnreadableRecord
 from service.core.jobs.repository import JobRepository
 from service.core.ports import Buckets, Launcher, LaunchRequest, Wake
 from service.core.tokens import TokenSigner
@@ -61,7 +61,7 @@ class AttemptStarter:
             handle = launcher.launch(self._render_launch_request(job, attempt))
         except (LaunchFailed, NoCapacity) as error:
             return self._pass_on(job, attempt, error)
-        except NotFound as error:
+        except (NotFound, UnreadableRecord) as error:  # the dataset is gone, or its record is damaged
             failure = _launch_failure(error)
             job = self._repository.change(job.job_id, lambda job, now: lifecycle.mark_launch_failed(job, number, failure, now))
             self._repository.destroy_secrets(job)

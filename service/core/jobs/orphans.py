@@ -49,7 +49,7 @@ def find_orphans(jobs: JobStore, *, configs: ObjectStore, models: ObjectStore, t
         if time.monotonic() > deadline_s:
             return OrphanScan(list(orphans.values()), complete=False)
         if owner not in has_record:
-            has_record[owner] = jobs.find_job(owner) is not None
+            has_record[owner] = jobs.find_job_entry(owner) is not None
         if not has_record[owner]:
             before = orphans.get((store.url, prefix), Orphan(owner, store.url, prefix, 0, 0))
             orphans[store.url, prefix] = Orphan(owner, store.url, prefix, before.objects + 1, before.size_bytes + size_bytes)

@@ -25,6 +25,7 @@ from service.core.principals import Principal, Scope
 from storage import ObjectStore
 
 LINK_TTL_S = 900  # how long a download link works
+MAX_PAGE_BYTES = 1 << 20  # of stored events in one answer; the event that reaches it is still part of it
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,16 @@ class JobQueries:
         return JobView(job, heartbeat, pending_reason)
 
     def list_events(self, principal: Principal, job_id: str, after: int, limit: int) -> list[StoredEvent]:
-        """A page of a job's events, oldest first. Raises NotFound."""
+        """A page of a job's events, oldest first: at most `limit`, and about MAX_PAGE_BYTES. Raises NotFound."""
         principal.require(Scope.JOBS_READ)
         self._repository.find(principal, job_id)
-        return self._repository.store.list_events(job_id, after, limit)
+        return self._repository.store.list_events(job_id, after, limit, MAX_PAGE_BYTES)
+
+    def find_last_cursor(self, principal: Principal, job_id: str) -> int:
+        """The cursor of a job's newest event; 0 before the first. Raises NotFound."""
+        principal.require(Scope.JOBS_READ)
+        self._repository.find(principal, job_id)
+        return self._repository.store.find_last_cursor(job_id)
 
     def list_checkpoints(self, principal: Principal, job_id: str) -> list[StoredCheckpoint]:
         """The stored checkpoints of a job, the one first that its next attempt tries first. Raises NotFound, StorageError."""

@@ -10,13 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from datetime import datetime
 
-from pydantic import ValidationError
-
 from schema.job import Job, Status
 from schema.result import Result
 from schema.spec import attempt_name, result_key
 from service.core import lifecycle
-from service.core.errors import TunesmithError
+from service.core.errors import TooLarge, TunesmithError, Unavailable
 from service.core.jobs.attempts import Attempts
 from service.core.jobs.checkpoints import find_last_checkpoint_step
 from service.core.jobs.launch import AttemptStarter
@@ -26,6 +24,7 @@ from service.core.launchers import LauncherPool
 from service.core.limits import Limits
 from service.core.ports import Buckets, ExitReasonReader, Launcher, Wake
 from service.core.principals import Principal, Scope
+from service.core.stored_json import MAX_RESULT_BYTES, dump_record
 from storage import NoSuchObject, StorageError
 from storage.deadline import remaining_s
 
@@ -99,6 +98,8 @@ class Reconciliation:
                 self._launch_next(job)
         except TunesmithError as error:
             log.warning("job could not be reconciled", extra={"job_id": job_id, "error": error.message})
+        except Exception:  # what concerns other jobs must not fail the request; `reconcile` tries again
+            log.exception("job could not be reconciled", extra={"job_id": job_id})
 
     def _launch_next(self, job: Job) -> None:
         """Launch one queued job on a launcher that the given job waits for, or whose slot it has freed."""
@@ -129,6 +130,9 @@ class Reconciliation:
             return step(job).revision != job.revision
         except (TunesmithError, StorageError) as error:
             log.warning("job could not be reconciled", extra={"job_id": job.job_id, "error": str(error)})
+            return False
+        except Exception:  # a defect that one job brings to light must not stop the others
+            log.exception("job could not be reconciled", extra={"job_id": job.job_id})
             return False
 
     def _launcher_of(self, job: Job) -> Launcher | None:
@@ -258,9 +262,18 @@ class Reconciliation:
         """The result of the current attempt, if it has written one."""
         assert job.attempt is not None
         try:
-            return Result.load(self._buckets.configs.read(result_key(job.job_id, job.attempt.number)))
+            with self._buckets.configs.open_read(result_key(job.job_id, job.attempt.number)) as stream:
+                content = stream.read(MAX_RESULT_BYTES + 1)
+            if len(content) > MAX_RESULT_BYTES:
+                raise TooLarge(f"the result is larger than {MAX_RESULT_BYTES} bytes")
+            result = Result.load(content)
+            dump_record(result)
         except NoSuchObject:
             return None
-        except ValidationError:
-            log.error("result is not readable", extra={"job_id": job.job_id, "attempt": job.attempt.number})
+        except Unavailable:
+            raise  # the bucket does not answer: that says nothing of the result
+        except (TunesmithError, ValueError, RecursionError) as error:
+            reason = str(error).partition("\n")[0]
+            log.error("result is not readable", extra={"job_id": job.job_id, "attempt": job.attempt.number, "error": reason})
             return None
+        return result

@@ -9,9 +9,10 @@ from datetime import datetime
 from schema.dataset import Dataset
 from schema.job import Job
 from service.core import lifecycle
-from service.core.errors import NotFound, StaleRevision, TunesmithError, Unavailable
-from service.core.ports import Heartbeat, IdempotencyKey, JobStore, SecretStore
+from service.core.errors import NotFound, RecordTooNew, StaleRevision, TunesmithError, Unavailable, UnreadableRecord
+from service.core.ports import Heartbeat, IdempotencyKey, JobEntry, JobStore, SecretStore
 from service.core.principals import Principal
+from service.core.stored_json import MAX_RECORD_BYTES, dump_record
 
 log = logging.getLogger(__name__)
 
@@ -27,16 +28,29 @@ class JobRepository:
         self.clock = clock
 
     def find(self, principal: Principal, job_id: str) -> Job:
-        """A job of the principal's tenant. Raises NotFound, also for a job of another tenant."""
+        """A job of the principal's tenant. Raises NotFound, also for a job of another tenant; UnreadableRecord, RecordTooNew."""
         job = self.find_or_none(principal, job_id)
         if job is None:
-            raise NotFound(f"no job {job_id!r}", hint="GET /jobs lists them", param="job_id")
+            raise _no_job(job_id)
         return job
 
     def find_or_none(self, principal: Principal, job_id: str) -> Job | None:
-        """A job of the principal's tenant, or None."""
-        job = self.store.find_job(job_id)
+        """A job of the principal's tenant, or None. Raises UnreadableRecord, RecordTooNew."""
+        try:
+            job = self.store.find_job(job_id)
+        except (UnreadableRecord, RecordTooNew):
+            entry = self.store.find_job_entry(job_id)
+            if entry is None or entry.tenant_id != principal.tenant_id:
+                return None  # what the record's state is concerns its tenant only
+            raise
         return job if job and job.tenant_id == principal.tenant_id else None
+
+    def find_entry(self, principal: Principal, job_id: str) -> JobEntry:
+        """What is known of a job of the principal's tenant without reading its record. Raises NotFound."""
+        entry = self.store.find_job_entry(job_id)
+        if entry is None or entry.tenant_id != principal.tenant_id:
+            raise _no_job(job_id)
+        return entry
 
     def get(self, job_id: str) -> Job:
         """The job, whatever its tenant: for a caller whose right to it has been checked. Raises NotFound."""
@@ -51,8 +65,13 @@ class JobRepository:
         return heartbeat if heartbeat and job.attempt and heartbeat.attempt == job.attempt.number else None
 
     def find_dataset(self, dataset_id: str, tenant_id: str) -> Dataset:
-        """The dataset that a tenant's job trains on. Raises NotFound."""
-        dataset = self.store.find_dataset(dataset_id)
+        """The dataset that a tenant's job trains on. Raises NotFound, UnreadableRecord, RecordTooNew."""
+        try:
+            dataset = self.store.find_dataset(dataset_id)
+        except (UnreadableRecord, RecordTooNew):
+            if self.store.find_dataset_tenant(dataset_id) == tenant_id:
+                raise
+            dataset = None
         if dataset is None or dataset.tenant_id != tenant_id:
             raise NotFound(f"no dataset {dataset_id!r}", hint="POST /datasets uploads one", param="processed_dataset_id")
         return dataset
@@ -75,16 +94,18 @@ class JobRepository:
             self.secrets.destroy(job.job_id)
         return stored
 
-    def change(self, job_id: str, decide: Callable[[Job, datetime], Job]) -> Job:
+    def change(self, job_id: str, decide: Callable[[Job, datetime], Job], max_bytes: int = MAX_RECORD_BYTES) -> Job:
         """Apply a pure decision to the record; when another writer was faster, read the record again and decide again.
 
-        Raises NotFound, Unavailable, and what `decide` raises.
+        `max_bytes` limits what an attempt may make of the record. Raises NotFound, Unavailable, TooLarge, and what `decide` raises.
         """
         for _ in range(MAX_CHANGE_TRIES):
             job = self.get(job_id)
             changed = decide(job, self.clock())
             if changed is job:
                 return job
+            if max_bytes < MAX_RECORD_BYTES:
+                dump_record(changed, max_bytes)
             try:
                 return self.replace(job, changed)
             except StaleRevision:
@@ -103,6 +124,10 @@ class JobRepository:
         """Destroy the secrets of a job, if it has any."""
         if job.secret_names:
             self.secrets.destroy(job.job_id)
+
+
+def _no_job(job_id: str) -> NotFound:
+    return NotFound(f"no job {job_id!r}", hint="GET /jobs lists them", param="job_id")
 
 
 def compute_digest(body: Mapping[str, object]) -> str:

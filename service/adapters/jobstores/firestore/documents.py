@@ -6,17 +6,19 @@ import hashlib
 import re
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 from google.cloud.firestore import CollectionReference, DocumentReference
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
 
 from schema.dataset import Dataset
 from schema.job import Job, Status
 from service.adapters.jobstores.firestore.database import Fields, Snapshot
 from service.adapters.jobstores.records import format_timestamp
 from service.core.job_store_rules import IDEMPOTENCY_TTL, work_state_of
-from service.core.ports import Heartbeat, IdempotencyKey, JobSummary
+from service.core.ports import Heartbeat, IdempotencyKey, JobEntry, JobSummary
+from service.core.stored_json import dump_record
 
 FILTERS = ("status", "project_id", "modality", "trainer_type")
 SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # as schema.base.Id; Firestore accepts each of them as a document's name
@@ -51,7 +53,7 @@ def build_job_fields(job: Job, write_ids: list[str]) -> Fields:
         "project_id": job.project_id,
     }
     return {
-        "record": job.model_dump_json(),
+        "record": dump_record(job),
         "revision": job.revision,
         "writes": write_ids,
         "created_at": format_timestamp(job.created_at),
@@ -81,6 +83,11 @@ def load_summary(snapshot: Snapshot) -> JobSummary:
     return JobSummary(job_id=snapshot.id, created_at=created_at, **summary | {"status": Status(summary["status"])})
 
 
+def load_entry(snapshot: Snapshot) -> JobEntry:
+    """What is known of a job without reading its record."""
+    return JobEntry(snapshot.get("list_filters.tenant_id"), load_summary(snapshot))
+
+
 # --- heartbeats ------------------------------------------------------------------------------------------------------
 
 
@@ -92,7 +99,13 @@ def build_heartbeat_fields(heartbeat: Heartbeat, last_cursor: int) -> Fields:
 def load_heartbeat(snapshot: Snapshot) -> Heartbeat | None:
     """The job's heartbeat; None before the first."""
     text = fields_of(snapshot).get("heartbeat")
-    return _HEARTBEAT.validate_json(text) if text else None
+    if not text:
+        return None
+    try:
+        return _HEARTBEAT.validate_json(text)
+    except ValidationError:  # an earlier version stored a progress that is not a number; the next heartbeat replaces it
+        fields = cast(dict[str, object], from_json(text))
+        return _HEARTBEAT.validate_python(fields | {"progress": None})
 
 
 def last_cursor_of(snapshot: Snapshot) -> int:
@@ -106,7 +119,7 @@ def last_cursor_of(snapshot: Snapshot) -> int:
 def build_dataset_fields(dataset: Dataset) -> Fields:
     """A dataset's document."""
     return {
-        "record": dataset.model_dump_json(),
+        "record": dump_record(dataset),
         "tenant_id": dataset.tenant_id,
         "created_at": format_timestamp(dataset.created_at),
     }

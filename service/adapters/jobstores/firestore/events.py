@@ -2,20 +2,23 @@
 
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
 
 from google.cloud.firestore import DocumentReference, FieldFilter, WriteBatch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json, to_json
 
 from schema.events import ReportedEvent
 from service.adapters.jobstores.firestore.database import Database, Snapshot
 from service.core.ports import StoredEvent
+from service.core.stored_json import load_event
 
 EVENTS_TTL = timedelta(days=400)  # a year of metrics, and a month to look back at it
 MAX_CHUNK_BYTES = 900_000  # a document's limit is 1 MiB
 CHUNKS_PER_COMMIT = 4  # a commit's limit is 10 MiB, the emulator's 4
 CHUNKS_PER_READ = 50
+FIRST_CHUNKS_PER_READ = 4  # each may be as large as MAX_CHUNK_BYTES, and a page of events ends at a number of bytes
 DELETES_PER_COMMIT = 400  # below 500, the limit that Firestore once had and emulators may have
 
 
@@ -54,14 +57,23 @@ def add_events(
     return cursor
 
 
-def fetch_events(database: Database, job: DocumentReference, after: int, limit: int) -> list[StoredEvent]:
-    """At most `limit` events after a cursor, oldest first."""
+def fetch_events(
+    database: Database, job: DocumentReference, after: int, limit: int, max_bytes: int | None, report: Callable[[str, str], None]
+) -> list[StoredEvent]:
+    """At most `limit` events after a cursor, oldest first, and no more once `max_bytes` are reached.
+
+    `report` is called with the place of an event that cannot be read, which is skipped, and the reason.
+    """
     events: list[StoredEvent] = []
+    size_bytes = 0
     for chunk in _iter_chunks(database, job, _chunk_name(after), min(limit, CHUNKS_PER_READ)):
-        events += [stored for stored in _load_chunk(chunk) if stored.cursor > after]
-        if len(events) >= limit:
-            break
-    return events[:limit]
+        for text_bytes, stored in _load_chunk(chunk, report):
+            if stored.cursor > after:
+                if len(events) >= limit or (max_bytes is not None and size_bytes >= max_bytes):
+                    return events
+                events.append(stored)
+                size_bytes += text_bytes
+    return events
 
 
 def delete_events(database: Database, job: DocumentReference) -> None:
@@ -81,13 +93,14 @@ def delete_events(database: Database, job: DocumentReference) -> None:
 def _iter_chunks(database: Database, job: DocumentReference, after: str, page_size: int) -> Iterator[Snapshot]:
     """The chunks whose names follow `after`, read page by page."""
     collection = job.collection("events")
+    count = min(page_size, FIRST_CHUNKS_PER_READ)
     while True:
         following = collection.where(filter=FieldFilter("__name__", ">", collection.document(after)))
-        page = database.query(following.order_by("__name__").limit(page_size))
+        page = database.query(following.order_by("__name__").limit(count))
         yield from page
-        if len(page) < page_size:
+        if len(page) < count:
             return
-        after = page[-1].id
+        after, count = page[-1].id, min(2 * count, page_size)
 
 
 def _chunk_name(cursor: int) -> str:
@@ -95,8 +108,18 @@ def _chunk_name(cursor: int) -> str:
     return f"{min(max(cursor, 0), 10**18):019d}"
 
 
-def _load_chunk(chunk: Snapshot) -> list[StoredEvent]:
-    events = _EVENTS.validate_json(chunk.get("events"))
-    first_cursor = int(chunk.id) - len(events) + 1
-    attempt = chunk.get("attempt")
-    return [StoredEvent(cursor, attempt, event.seq, event.at, event.event) for cursor, event in enumerate(events, start=first_cursor)]
+def _load_chunk(chunk: Snapshot, report: Callable[[str, str], None]) -> Iterator[tuple[int, StoredEvent]]:
+    """The readable events of a chunk, each with its size in bytes."""
+    text, attempt = chunk.get("events"), chunk.get("attempt")
+    try:
+        rows: list[object] = from_json(text)
+    except ValueError as error:
+        report(f"{chunk.reference.path}", str(error))
+        return
+    first_cursor = int(chunk.id) - len(rows) + 1
+    for cursor, row in enumerate(rows, start=first_cursor):
+        try:
+            stored, event_text = SequencedEvent.model_validate(row), to_json(row["event"])  # pyright: ignore[reportIndexIssue]
+            yield len(event_text), StoredEvent(cursor, attempt, stored.seq, stored.at, load_event(event_text.decode()))
+        except (ValidationError, ValueError, TypeError, LookupError) as error:
+            report(f"{chunk.reference.path}/{cursor}", str(error))

@@ -2,7 +2,7 @@
 
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TypeVar
 
 from google.cloud.firestore import CollectionReference, FieldFilter, Query
@@ -11,7 +11,7 @@ from schema.job import Job
 from service.adapters.jobstores.cursors import decode_cursor, encode_cursor, invalid_cursor_error
 from service.adapters.jobstores.firestore.database import Database, Snapshot
 from service.adapters.jobstores.firestore.documents import FILTERS, SAFE_ID, build_filter_values, load_summary
-from service.adapters.jobstores.records import load_readable_records
+from service.adapters.jobstores.records import RecordReader
 from service.core.ports import JobQuery, JobSummary, Page
 
 Record = TypeVar("Record")
@@ -24,17 +24,22 @@ def list_jobs(database: Database, jobs: CollectionReference, query: JobQuery) ->
     # A filter's value contains the tenant, so a filter for the tenant alone is needed only where there is no other filter.
     for name, value in build_filter_values(query.tenant_id, filters).items() if filters else [("tenant_id", query.tenant_id)]:
         selected = selected.where(filter=FieldFilter(f"list_filters.{name}", "==", value))
-    return fetch_page(database, jobs, selected, query.limit, query.after, load_summary)
+    return fetch_page(database, jobs, selected, query.limit, query.after, lambda shown: [load_summary(snapshot) for snapshot in shown])
 
 
 def list_oldest_jobs(
-    database: Database, jobs: CollectionReference, work_state: Literal["queued", "active"], launcher: str | None, limit: int
+    database: Database,
+    jobs: CollectionReference,
+    work_state: Literal["queued", "active"],
+    launcher: str | None,
+    limit: int,
+    reader: RecordReader,
 ) -> list[Job]:
     """Jobs of all tenants in a list of work, oldest first; without a launcher, of every launcher."""
     work_list = f"{work_state}/{launcher}" if launcher else work_state
-    selected = jobs.where(filter=FieldFilter("work_lists", "array_contains", work_list)).select(["record"])
-    snapshots = database.query(_order_by_creation(selected, Query.ASCENDING).limit(limit))
-    return load_readable_records(Job, (snapshot.get("record") for snapshot in snapshots))
+    selected = jobs.where(filter=FieldFilter("work_lists", "array_contains", work_list)).select(["created_at", "record"])
+    snapshots = _iter_pages(database, _order_by_creation(selected, Query.ASCENDING), limit)
+    return reader.load_readable(Job, ((snapshot.id, snapshot.get("record")) for snapshot in snapshots), limit)
 
 
 def list_unlisted_jobs(database: Database, jobs: CollectionReference, limit: int) -> list[str]:
@@ -47,7 +52,12 @@ def list_unlisted_jobs(database: Database, jobs: CollectionReference, limit: int
 
 
 def fetch_page(
-    database: Database, collection: CollectionReference, query: Query, limit: int, after: str | None, load: Callable[[Snapshot], Record]
+    database: Database,
+    collection: CollectionReference,
+    query: Query,
+    limit: int,
+    after: str | None,
+    load: Callable[[Sequence[Snapshot]], list[Record]],
 ) -> Page[Record]:
     """A page of a query's records, newest first. Raises InvalidRequest for a cursor that the API did not issue."""
     newest_first = _order_by_creation(query, Query.DESCENDING)
@@ -56,7 +66,16 @@ def fetch_page(
     snapshots = database.query(newest_first.limit(limit + 1))
     shown = snapshots[:limit]
     next_cursor = encode_cursor(shown[-1].get("created_at"), shown[-1].id) if len(snapshots) > limit else None
-    return Page([load(snapshot) for snapshot in shown], next_cursor)
+    return Page(load(shown), next_cursor)
+
+
+def _iter_pages(database: Database, query: Query, page_size: int) -> Iterator[Snapshot]:
+    """All documents of a query, read page by page, so that a reader may stop before the last."""
+    page = database.query(query.limit(page_size))
+    yield from page
+    while len(page) == page_size:
+        page = database.query(query.start_after(page[-1]).limit(page_size))
+        yield from page
 
 
 def _order_by_creation(query: Query, direction: str) -> Query:

@@ -47,6 +47,7 @@ from service.adapters.jobstores.firestore.documents import (
     fields_of,
     idempotency_key_id,
     last_cursor_of,
+    load_entry,
     load_heartbeat,
 )
 from service.adapters.jobstores.firestore.events import (
@@ -57,10 +58,11 @@ from service.adapters.jobstores.firestore.events import (
     fetch_events,
     split_into_chunks,
 )
-from service.adapters.jobstores.records import Record, load_readable_records, load_record
+from service.adapters.jobstores.records import Record, RecordReader, load_record
 from service.core.errors import Conflict, IdempotencyConflict, NotFound, StaleRevision
 from service.core.job_store_rules import IDEMPOTENCY_TTL, select_new_events
-from service.core.ports import Heartbeat, IdempotencyKey, JobQuery, JobSummary, Page, StoredEvent
+from service.core.ports import Heartbeat, IdempotencyKey, JobEntry, JobQuery, JobSummary, Page, StoredEvent
+from service.core.stored_json import make_storable
 from storage.deadline import deadline
 
 MAX_UNLISTED_JOBS = 1000  # more than a deployment before 0.2 can have had open
@@ -78,12 +80,14 @@ class FirestoreJobStore:
         self._heartbeats = client.collection("heartbeats")
         self._datasets = client.collection("datasets")
         self._idempotency_keys = client.collection("idempotency")
+        self._reader = RecordReader()
         self._lists_are_complete = False
 
     # --- jobs --------------------------------------------------------------------------------------------------------
 
     def create_job(self, job: Job, idempotency: IdempotencyKey | None = None) -> Job:
         write_id = uuid4().hex
+        fields = build_job_fields(job, [write_id])
         job_ref = doc_ref_by_id(self._jobs, job.job_id)
         key_ref = self._idempotency_keys.document(idempotency_key_id(job.tenant_id, idempotency.key)) if idempotency else None
 
@@ -97,7 +101,7 @@ class FirestoreJobStore:
                     return job
                 raise Conflict(f"{job.job_id} already exists")
             batch = self._database.client.batch()
-            self._database.set_if_unchanged(batch, stored, build_job_fields(job, [write_id]))
+            self._database.set_if_unchanged(batch, stored, fields)
             if key and idempotency:
                 self._database.set_if_unchanged(batch, key, build_idempotency_fields(job, idempotency))
             self._database.commit(batch)
@@ -108,9 +112,14 @@ class FirestoreJobStore:
     def find_job(self, job_id: str) -> Job | None:
         return self._find(doc_ref_by_id(self._jobs, job_id), Job)
 
+    def find_job_entry(self, job_id: str) -> JobEntry | None:
+        fields = ("created_at", "summary", "list_filters")
+        stored = self._database.run_with_retry(lambda: self._database.get(doc_ref_by_id(self._jobs, job_id), *fields))
+        return load_entry(stored) if stored.exists else None
+
     def replace_job(self, job: Job, events: Sequence[Event] = ()) -> Job:
         updated = job.model_copy(update={"revision": job.revision + 1})
-        sequenced = [SequencedEvent(seq=updated.revision, at=updated.updated_at, event=event) for event in events]
+        sequenced = [SequencedEvent(seq=updated.revision, at=updated.updated_at, event=make_storable(event)[0]) for event in events]
         write_id = uuid4().hex
         job_ref, heartbeat_ref = doc_ref_by_id(self._jobs, job.job_id), doc_ref_by_id(self._heartbeats, job.job_id)
         doc_refs = [job_ref, heartbeat_ref] if sequenced else [job_ref]
@@ -140,11 +149,11 @@ class FirestoreJobStore:
 
     def list_queued_jobs(self, launcher: str | None, limit: int) -> list[Job]:
         self._list_jobs_of_earlier_version()
-        return queries.list_oldest_jobs(self._database, self._jobs, "queued", launcher, limit)
+        return queries.list_oldest_jobs(self._database, self._jobs, "queued", launcher, limit, self._reader)
 
     def list_active_jobs(self, launcher: str | None, limit: int) -> list[Job]:
         self._list_jobs_of_earlier_version()
-        return queries.list_oldest_jobs(self._database, self._jobs, "active", launcher, limit)
+        return queries.list_oldest_jobs(self._database, self._jobs, "active", launcher, limit, self._reader)
 
     def _list_jobs_of_earlier_version(self) -> None:
         """Put the open jobs of a version before 0.2 into the lists of work, once for each process.
@@ -160,7 +169,7 @@ class FirestoreJobStore:
     def _write_again(self, job_ref: DocumentReference) -> None:
         """Write a job's document as it is, with today's fields."""
         stored = self._database.get(job_ref)
-        for job in load_readable_records(Job, [stored.get("record")] if stored.exists else []):
+        for job in self._reader.load_readable(Job, [(stored.id, stored.get("record"))] if stored.exists else []):
             batch = self._database.client.batch()
             self._database.set_if_unchanged(batch, stored, build_job_fields(job, stored.get("writes")))
             self._database.commit(batch)
@@ -190,11 +199,12 @@ class FirestoreJobStore:
             new_events, after = select_new_events(before, attempt, batch, now)
             if before and _is_redundant(before, after):
                 return after.next_seq, False
-            sequenced = [SequencedEvent(seq=seq, at=reported.at, event=reported.event) for seq, reported in new_events]
+            sequenced = [SequencedEvent(seq=new.seq, at=new.at, event=new.event) for new in new_events]
             chunks = itertools.islice(split_into_chunks(sequenced), CHUNKS_PER_COMMIT)
             fitting = list(itertools.chain.from_iterable(chunks))
             if len(fitting) < len(sequenced):
-                after = replace(after, next_seq=fitting[-1].seq + 1)
+                first_part = batch.model_copy(update={"events": batch.events[: fitting[-1].seq + 1 - batch.first_seq]})
+                _, after = select_new_events(before, attempt, first_part, now)
             writes = self._database.client.batch()
             cursor = add_events(writes, job_ref, attempt, last_cursor_of(stored), fitting, now)
             self._database.set_if_unchanged(writes, stored, build_heartbeat_fields(after, cursor))
@@ -207,9 +217,13 @@ class FirestoreJobStore:
                 next_seq, more = self._database.run_with_retry(step)
         return next_seq
 
-    def list_events(self, job_id: str, after: int = 0, limit: int = 500) -> list[StoredEvent]:
+    def list_events(self, job_id: str, after: int = 0, limit: int = 500, max_bytes: int | None = None) -> list[StoredEvent]:
         with deadline(CALL_TIMEOUT_S):
-            return fetch_events(self._database, doc_ref_by_id(self._jobs, job_id), after, limit)
+            return fetch_events(self._database, doc_ref_by_id(self._jobs, job_id), after, limit, max_bytes, self._reader.report)
+
+    def find_last_cursor(self, job_id: str) -> int:
+        doc_ref = doc_ref_by_id(self._heartbeats, job_id)
+        return last_cursor_of(self._database.run_with_retry(lambda: self._database.get(doc_ref, "last_cursor")))
 
     def find_heartbeat(self, job_id: str) -> Heartbeat | None:
         return load_heartbeat(self._database.run_with_retry(lambda: self._database.get(doc_ref_by_id(self._heartbeats, job_id))))
@@ -234,11 +248,17 @@ class FirestoreJobStore:
     def find_dataset(self, dataset_id: str) -> Dataset | None:
         return self._find(doc_ref_by_id(self._datasets, dataset_id), Dataset)
 
+    def find_dataset_tenant(self, dataset_id: str) -> str | None:
+        doc_ref = doc_ref_by_id(self._datasets, dataset_id)
+        return fields_of(self._database.run_with_retry(lambda: self._database.get(doc_ref, "tenant_id"))).get("tenant_id")
+
     def list_datasets(self, tenant_id: str, limit: int = 50, after: str | None = None) -> Page[Dataset]:
         selected = self._datasets.where(filter=FieldFilter("tenant_id", "==", tenant_id))
-        return queries.fetch_page(
-            self._database, self._datasets, selected, limit, after, lambda snapshot: load_record(Dataset, snapshot.get("record"))
-        )
+
+        def load(shown: Sequence[Snapshot]) -> list[Dataset]:
+            return self._reader.load_readable(Dataset, ((snapshot.id, snapshot.get("record")) for snapshot in shown))
+
+        return queries.fetch_page(self._database, self._datasets, selected, limit, after, load)
 
     def delete_dataset(self, dataset_id: str) -> bool:
         doc_ref = doc_ref_by_id(self._datasets, dataset_id)
