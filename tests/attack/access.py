@@ -18,9 +18,18 @@ from tests.chaos.campaign import CampaignError
 
 VICTIM, RIVAL = "acme", "rival"
 # Routes that anybody may call. They say nothing about a tenant; a file's link has its own signed token.
-PUBLIC = ("get_root", "get_health", "download_file")
+PUBLIC = ("get_root", "get_docs", "get_health", "download_file")
 # Routes that answer every caller, with what is their own.
-OWN_ANSWERS = ("get_capabilities", "get_whoami", "list_jobs", "list_datasets", "list_keys", "list_audit_entries", "upload_dataset", "create_key")
+OWN_ANSWERS = (
+    "get_capabilities",
+    "get_whoami",
+    "list_jobs",
+    "list_datasets",
+    "list_keys",
+    "list_audit_entries",
+    "upload_dataset",
+    "create_key",
+)
 ATTEMPT_ROUTES = ("claim", "report", "finish")
 UPKEEP_ROUTES = ("reconcile", "clean_up", "list_orphans")
 ADMIN_ROUTES = ("create_key", "list_keys", "revoke_key", "list_audit_entries")
@@ -153,18 +162,34 @@ def _cross_links(victim: World, rival: World, counts: Counts) -> None:
     config = {"base_model_id": victim.artifact_key.rstrip("/")}
     requests: list[tuple[str, httpx2.Response, tuple[int, ...]]] = [
         ("a foreign dataset", caller.request("POST", "/train", json=victim.train_body()), (404,)),
-        ("a clone with a foreign dataset", caller.request("POST", own + "/clone", json={"processed_dataset_id": victim.dataset_id}), (404,)),
+        (
+            "a clone with a foreign dataset",
+            caller.request("POST", own + "/clone", json={"processed_dataset_id": victim.dataset_id}),
+            (404,),
+        ),
         ("another tenant's idempotency key", caller.request("POST", "/train", json=rival.train_body(), headers=key), (201,)),
-        ("its key and its body", caller.request("POST", "/train", json=victim_body, headers={"Idempotency-Key": key["Idempotency-Key"]}), (404, 409)),
+        (
+            "its key and its body",
+            caller.request("POST", "/train", json=victim_body, headers={"Idempotency-Key": key["Idempotency-Key"]}),
+            (404, 409),
+        ),
         ("a foreign checkpoint", caller.request("POST", "/train", json=rival.train_body() | export), (400, 404, 422)),
-        ("a foreign artifact as the base", caller.request("POST", "/train", json=rival.train_body(training_config=config)), (400, 404, 422)),
+        (
+            "a foreign artifact as the base",
+            caller.request("POST", "/train", json=rival.train_body(training_config=config)),
+            (400, 404, 422),
+        ),
         ("a foreign file as incoming rows", _incoming(caller, f"datasets/{victim.dataset_id}/train.jsonl"), (400, 404, 422)),
         ("a traversal as incoming rows", _incoming(caller, f"incoming/../datasets/{victim.dataset_id}/train.jsonl"), (400, 404, 422)),
         ("a foreign tenant in the query", caller.request("GET", "/jobs", params={"tenant_id": VICTIM, "limit": "200"}), (200, 400, 422)),
         ("every tenant's keys", caller.request("GET", "/keys", params={"all_tenants": "true"}), (403,)),
         ("every tenant's audit log", caller.request("GET", "/audit", params={"all_tenants": "true"}), (403,)),
         ("a foreign artifact by name", caller.request("GET", f"/jobs/download/{victim.completed_job_id}?artifact=adapter"), (404,)),
-        ("a foreign stream", caller.request("GET", f"/jobs/{victim.completed_job_id}/events", headers={"Accept": "text/event-stream"}), (404,)),
+        (
+            "a foreign stream",
+            caller.request("GET", f"/jobs/{victim.completed_job_id}/events", headers={"Accept": "text/event-stream"}),
+            (404,),
+        ),
         ("a foreign log", caller.request("GET", f"/jobs/{victim.completed_job_id}/logs?follow=true"), (404,)),
     ]
     for name, response, statuses in requests:

@@ -45,7 +45,13 @@ class Canaries:
         """Which of them the content has, also in the forms that encoders write."""
         found: list[str] = []
         for name, value in vars(self).items():
-            forms = (value.encode(), value.encode()[::-1], value.encode().hex().encode(), quote(value).encode(), *_base64_forms(value))
+            forms = (
+                value.encode(),
+                value.encode()[::-1],
+                value.encode().hex().encode(),
+                quote(value, safe="").encode(),
+                *_base64_forms(value),
+            )
             found += [name] if value and any(form in content for form in forms) else []
         return found
 
@@ -141,7 +147,11 @@ def _lead_through_api(owner: Caller, canaries: Canaries, hits: Hits) -> None:
     attempt = start_attempt(target, job_id, 2)
     attempt.finish(artifacts=[write_artifact(attempt, b"weights")])
     end_process(target, attempt)
-    copy = str(send("POST", f"/jobs/{job_id}/clone", json={"hf_token": canaries.hub_token, "secrets": _clone_secrets(canaries)}, status=201)["job_id"])
+    copy = str(
+        send("POST", f"/jobs/{job_id}/clone", json={"hf_token": canaries.hub_token, "secrets": _clone_secrets(canaries)}, status=201)[
+            "job_id"
+        ]
+    )
     send("POST", f"/jobs/{copy}/pause", status=202)
     send("POST", f"/jobs/{world.completed_job_id}/export", json={"hf_token": canaries.hub_token}, status=201)
     judged = world.train_body(training_config=grpo, processed_dataset_id=world.prompts_id)

@@ -216,7 +216,9 @@ def _serve_page() -> Iterator[int]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:  # noqa: N802  # the name that http.server calls
-            content = "<body></body>" if self.path != "/sandboxed" else '<iframe sandbox="allow-scripts allow-forms" srcdoc="<body></body>">'
+            content = (
+                "<body></body>" if self.path != "/sandboxed" else '<iframe sandbox="allow-scripts allow-forms" srcdoc="<body></body>">'
+            )
             self.send_response(200)
             self.send_header("Content-Type", "text/html")
             self.end_headers()

@@ -158,11 +158,11 @@ class Fuzzer:
         began = time.monotonic()
         url = self._target.url + fixture.url_path
         response = self._session.request(fixture.method, url, timeout=TIMEOUT_S, **options)
-        self._check(
-            operation.definition.raw["operationId"], case, schemathesis.Response.from_any(response), time.monotonic() - began
-        )
+        self._check(operation.definition.raw["operationId"], case, schemathesis.Response.from_any(response), time.monotonic() - began)
         if response.status_code != fixture.status:
-            self.counts.violations[f"fixture {fixture.template}"] = f"the fixture of {fixture.method} {fixture.template} got {response.status_code}"
+            self.counts.violations[f"fixture {fixture.template}"] = (
+                f"the fixture of {fixture.method} {fixture.template} got {response.status_code}"
+            )
 
 
 def run(size: Size) -> Row:

@@ -8,6 +8,7 @@ import json
 import pickle
 import shutil
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from typing import Any, Self
 import psutil
 
 from tests.attack.campaign import Row, Size, make_row
-from tests.attack.real_trainer import BASE, build_base, install_base
+from tests.attack.real_trainer import BASE, build_base, build_glm, install_base
 from tests.attack.target import Caller, HealthProber, Json, Target, run_target_in
 
 SECRET = "canary-of-the-home-folder"
@@ -35,7 +36,9 @@ BOMBS = {
     "an escape from the chat template": "{{ cycler.__init__.__globals__.os.system('touch CANARY') }}"
     "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ messages.__class__.__base__.__subclasses__() }}x",
 }
-SHORT = ("code in auto_map, exported as GGUF", "a pickle beside safetensors", "a string that grows in the chat template")
+HONEST = "an honest base"
+GLM = "code in auto_map of a Glm4, exported as GGUF"  # a class whose converter would load it
+SHORT = (GLM, "a pickle beside safetensors", "a string that grows in the chat template")
 
 
 class _Exploit:
@@ -88,23 +91,29 @@ def run(size: Size) -> Row:
         folder = Path(name)
         canary = folder / "canary"
         base = build_base(folder / "base")
+        bases = {GLM: build_glm(folder / "glm", base)}
         models = {name: spoil for name, spoil in _make_models(canary).items() if size == "full" or name in SHORT}
         variables = {"TUNESMITH_LOCAL_MAX_CONCURRENT_JOBS": "2"}
         with run_target_in(folder / "home", **variables) as target, HealthProber(target) as prober, AttemptWatcher(target) as watcher:
             (target.home / "secret.txt").write_text(SECRET)
-            statuses = _train_all(target, base, models)
+            statuses = _train_all(target, base, bases, models)
             problems += [f"{name} is {status} after {END_LIMIT_S} s" for name, (_, status) in statuses.items() if status not in FINAL]
-            problems += [f"{name} grew beyond {MEMORY_LIMIT_BYTES >> 30} GB" for name, (job_id, _) in statuses.items() if job_id in watcher.grown]
+            problems += [
+                f"{name} grew beyond {MEMORY_LIMIT_BYTES >> 30} GB" for name, (job_id, _) in statuses.items() if job_id in watcher.grown
+            ]
             problems += _check_outcome(target, statuses)
+            problems += [f"{HONEST} is {statuses[HONEST][1]}"] if HONEST in statuses and statuses[HONEST][1] != "completed" else []
             problems += prober.problems()
         problems += ["code of a model ran"] if canary.exists() else []
     failed = sum(status == "failed" for _, status in statuses.values())
-    measured = f"{len(models)} bases: {failed} refused, {len(models) - failed} trained without it; attempts up to {watcher.peak_bytes >> 20} MB"
+    measured = (
+        f"{len(models)} bases: {failed} refused, {len(models) - failed} trained without it; attempts up to {watcher.peak_bytes >> 20} MB"
+    )
     return make_row("hostile base models", "0 successes, /health under 1 s", f"{measured}; {prober.describe()}", problems)
 
 
-def _train_all(target: Target, base: Path, models: dict[str, Callable[[Path], None]]) -> dict[str, tuple[str, str]]:
-    """The job and the final status of each model."""
+def _train_all(target: Target, base: Path, bases: dict[str, Path], models: dict[str, Callable[[Path], None]]) -> dict[str, tuple[str, str]]:
+    """The job and the final status of each model, which is made of the base, or of a base of its own."""
     owner = target.owner()
     rows = "".join(
         json.dumps({"messages": [{"role": "user", "content": f"what is {n}"}, {"role": "assistant", "content": "a list"}]}) + "\n"
@@ -114,12 +123,14 @@ def _train_all(target: Target, base: Path, models: dict[str, Callable[[Path], No
     jobs: dict[str, str] = {}
     for index, (name, spoil) in enumerate(models.items()):
         model_id = f"{BASE}-{index}"
-        spoil(install_base(target, base, model_id))
+        spoil(install_base(target, bases.get(name, base), model_id))
         jobs[name] = _submit(owner, dataset_id, model_id)
     until = time.monotonic() + END_LIMIT_S
     statuses = dict.fromkeys(jobs, "not submitted")
     while time.monotonic() < until:
-        statuses = {name: str(owner.expect(200, "GET", f"/jobs/{job_id}")["status"]) if job_id else "failed" for name, job_id in jobs.items()}
+        statuses = {
+            name: str(owner.expect(200, "GET", f"/jobs/{job_id}")["status"]) if job_id else "failed" for name, job_id in jobs.items()
+        }
         if all(status in FINAL for status in statuses.values()):
             break
         time.sleep(0.5)
@@ -143,6 +154,7 @@ def _check_outcome(target: Target, statuses: dict[str, tuple[str, str]]) -> list
             owner = target.owner()
             log = owner.request("GET", f"/jobs/{job_id}/logs", params={"limit": str(1 << 20)}).text
             answer = owner.request("GET", f"/jobs/{job_id}").text
+            print(f"{name}: {json.loads(answer).get('error') or 'trained'}", file=sys.stderr)
             if SECRET in log + answer or "root:x:0" in log + answer:
                 problems.append(f"{name}: a file of the machine is in the log or the answer")
             if "JOB_TOKEN" in log:
@@ -161,10 +173,22 @@ def _make_models(canary: Path) -> dict[str, Callable[[Path], None]]:
     code = CODE.format(canary=str(canary))
 
     def add_code(folder: Path) -> None:
-        auto_map = {"AutoTokenizer": ["stolen.Stolen", "stolen.Stolen"], "AutoConfig": "stolen.Stolen", "AutoModelForCausalLM": "stolen.Stolen"}
+        auto_map = {
+            "AutoTokenizer": ["stolen.Stolen", "stolen.Stolen"],
+            "AutoConfig": "stolen.Stolen",
+            "AutoModelForCausalLM": "stolen.Stolen",
+        }
         for file in ("config.json", "tokenizer_config.json", "generation_config.json"):
             _change_json(folder / file, auto_map=auto_map, trust_remote_code=True)
-        for file in ("stolen.py", "modeling_gemma3.py", "tokenization_gemma.py", "__init__.py", "setup.py", "conftest.py", "sitecustomize.py"):
+        for file in (
+            "stolen.py",
+            "modeling_gemma3.py",
+            "tokenization_gemma.py",
+            "__init__.py",
+            "setup.py",
+            "conftest.py",
+            "sitecustomize.py",
+        ):
             (folder / file).write_text(code)
 
     def replace_class(folder: Path) -> None:
@@ -223,7 +247,9 @@ def _make_models(canary: Path) -> dict[str, Callable[[Path], None]]:
         (folder / "config.json").write_text("[]")
 
     return {
-        "code in auto_map, exported as GGUF": add_code,
+        HONEST: lambda _: None,
+        GLM: add_code,
+        "code in auto_map": add_code,
         "a class of its own": replace_class,
         "a pickle beside safetensors": empty_weights_beside_pickle,
         "pickles beside good safetensors": add_pickles,

@@ -108,7 +108,14 @@ def run(size: Size) -> Row:
 def _make_datasets(canary: CanaryServer, target: Target) -> Iterator[tuple[str, Json]]:
     """Uploads that must be refused, as options of a request."""
     image: Json = {"type": "image", "image": ""}
-    for place in (canary.url + "/x.png", "/etc/passwd", "file:///etc/passwd", str(target.home / "canary"), "\\\\host\\x", "data:image/png,x"):
+    for place in (
+        canary.url + "/x.png",
+        "/etc/passwd",
+        "file:///etc/passwd",
+        str(target.home / "canary"),
+        "\\\\host\\x",
+        "data:image/png,x",
+    ):
         row = {"messages": [{"role": "user", "content": [image | {"image": place}]}, {"role": "assistant", "content": "x"}]}
         yield f"an image at {place[:30]}", _file(json.dumps(row).encode())
     good = b'{"text": "a row"}\n' * 10
@@ -136,7 +143,13 @@ def _make_datasets(canary: CanaryServer, target: Target) -> Iterator[tuple[str, 
     (target.home / "canary.jsonl").write_text(json.dumps({"text": CANARY}) + "\n")
     (incoming / "link.jsonl").symlink_to(target.home / "canary.jsonl")
     (incoming / "folder").symlink_to(target.home)
-    for key in ("incoming/link.jsonl", "incoming/folder/canary.jsonl", "incoming/../../canary.jsonl", "/etc/passwd", "incoming//../../canary"):
+    for key in (
+        "incoming/link.jsonl",
+        "incoming/folder/canary.jsonl",
+        "incoming/../../canary.jsonl",
+        "/etc/passwd",
+        "incoming//../../canary",
+    ):
         yield f"incoming rows at {key}", {"files": {"incoming": (None, key)}}
 
 

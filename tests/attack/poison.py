@@ -43,7 +43,15 @@ POISONS: dict[str, str] = {
     "null": "null",
     "a long string": '"' + "x" * 300_000 + '"',
 }
-SHORT_POISONS = ("NaN", "a float beyond all", "half a surrogate", "a name with half a surrogate", "the year 9999", "nested lists", "NaN in an object")
+SHORT_POISONS = (
+    "NaN",
+    "a float beyond all",
+    "half a surrogate",
+    "a name with half a surrogate",
+    "the year 9999",
+    "nested lists",
+    "NaN in an object",
+)
 EVERY_NTH_FIELD_IN_SHORT = 3
 POISON_RECORDS: dict[str, str] = {
     "no JSON": "{",

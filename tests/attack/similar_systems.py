@@ -98,7 +98,14 @@ def _check_unsigned_links(world: World, target: Target) -> Iterator[str]:
     changed["sub"] = f"datasets/{world.dataset_id}/train.jsonl"
     forged = base64.urlsafe_b64encode(json.dumps(changed).encode()).rstrip(b"=").decode()
     paths = (
-        *(f"/files/{key}", f"/files/{world.completed_job_id}", f"/{key}", f"/objects/{key}", "/files/", f"/files/{header}.{forged}.{signature}"),
+        *(
+            f"/files/{key}",
+            f"/files/{world.completed_job_id}",
+            f"/{key}",
+            f"/objects/{key}",
+            "/files/",
+            f"/files/{header}.{forged}.{signature}",
+        ),
         *(f"/files/{header}.{claims}.", f"/files/{token[:-4]}AAAA", f"/files/{token}/../{key}", f"/jobs/download/{world.completed_job_id}"),
         *(f"/files/{_unsigned_token({'sub': key, 'aud': 'tunesmith-file', 'filename': 'x'})}",),
     )
@@ -122,12 +129,24 @@ def _check_foreign_base(world: World, target: Target) -> Iterator[str]:
     rival = Caller(target, world.owner.create_key("rival", ("admin",), tenant_id="rival").token)
     dataset_id = rival.upload(name="rows of the rival")
     artifact = world.artifact_key.rstrip("/")
-    for base in (artifact, f"../../{artifact}", f"gs://models/{artifact}", (target.objects / artifact).as_uri(), str(target.objects / artifact)):
+    for base in (
+        artifact,
+        f"../../{artifact}",
+        f"gs://models/{artifact}",
+        (target.objects / artifact).as_uri(),
+        str(target.objects / artifact),
+    ):
         body: Json = {"processed_dataset_id": dataset_id, "training_config": {"base_model_id": base}}
         response = rival.request("POST", "/train", json=body)
         if response.is_success:
             yield f"{base[:40]} was accepted as a base"
-    for verb, body in (("clone", {"processed_dataset_id": dataset_id}), ("export", {}), ("checkpoints/4/export", {}), ("resume", {}), ("retry", {})):
+    for verb, body in (
+        ("clone", {"processed_dataset_id": dataset_id}),
+        ("export", {}),
+        ("checkpoints/4/export", {}),
+        ("resume", {}),
+        ("retry", {}),
+    ):
         response = rival.request("POST", f"/jobs/{world.completed_job_id}/{verb}", json=body)
         if response.status_code != 404:
             yield f"{verb} of another tenant's job answered {response.status_code}"
