@@ -1,7 +1,7 @@
 """Every route, sent by someone who must not: nobody, an unknown, expired or revoked key, a key without the scope, another tenant.
 
-Each request is the one that its fixture makes for the victim. No answer may contain anything of the victim that the request did not contain,
-and no record or file of the victim may change.
+Each request is the one that its fixture makes for the victim. No answer may contain anything of the victim that the request did not
+contain, and no record or file of the victim may change.
 """
 
 import re

@@ -1,7 +1,7 @@
 """Pages of strangers in a real Chromium on the machine of the service's owner: they read nothing and change nothing.
 
-Three strangers: another port of this host, another host, and a host whose name was rebound to the service's address, so that the browser takes
-the page and the service for one origin. The browser's own guard of local addresses is off: not every browser has one.
+Three strangers: another port of this host, another host, and a host whose name was rebound to the service's address, so that the browser
+takes the page and the service for one origin. The browser's own guard of local addresses is off: not every browser has one.
 """
 
 import json
@@ -64,7 +64,8 @@ SCRIPT = """async ({base, paths, posts, waitMs}) => {
   }
   for (const {method, path, body, type} of posts) {
     for (const options of [{mode: "no-cors"}, {mode: "cors"}, {mode: "no-cors", credentials: "include"}])
-      attempt(`${method} ${path}`, async () => (await fetch(base + path, {method, body, headers: {"Content-Type": type}, ...options})).text());
+      attempt(`${method} ${path}`, async () =>
+        (await fetch(base + path, {method, body, headers: {"Content-Type": type}, ...options})).text());
     navigator.sendBeacon(base + path, new Blob([body], {type: "text/plain"}));
     for (const enctype of ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data"]) {
       const frame = document.createElement("iframe");
@@ -173,9 +174,7 @@ def _arguments_of_script(base: str, world: World, job_id: str, wait_ms: int) -> 
 def _find_reads(reads: list[str], world: World) -> Iterator[str]:
     """What was read and belongs to the owner. The requests have ids of the owner in them; names and rows they do not."""
     for read in reads:
-        if world.mark in read or '"openapi"' in read:
-            yield read[:120]
-        elif read.startswith("web socket") and "open" in read:
+        if world.mark in read or '"openapi"' in read or (read.startswith("web socket") and "open" in read):
             yield read[:120]
 
 
@@ -215,14 +214,12 @@ def _serve_page() -> Iterator[int]:
     """The stranger's web server; yields its port."""
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802  # the name that http.server calls
-            content = (
-                "<body></body>" if self.path != "/sandboxed" else '<iframe sandbox="allow-scripts allow-forms" srcdoc="<body></body>">'
-            )
+        def do_GET(self) -> None:  # the name that http.server calls
+            page = '<iframe sandbox="allow-scripts allow-forms" srcdoc="<body></body>">' if self.path == "/sandboxed" else "<body></body>"
             self.send_response(200)
             self.send_header("Content-Type", "text/html")
             self.end_headers()
-            self.wfile.write(f"<!doctype html>{content}".encode())
+            self.wfile.write(f"<!doctype html>{page}".encode())
 
         def log_message(self, *_: Any) -> None:
             """Silent."""

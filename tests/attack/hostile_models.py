@@ -1,7 +1,7 @@
 """Base models that try to run code, read files, or use up memory and time, trained and exported by the real trainer.
 
-A success is: code that ran, a file of the machine in a log or an artifact, an attempt that does not end or grows beyond its limit, or a /health
-that takes a second.
+A success is: code that ran, a file of the machine in a log or an artifact, an attempt that does not end or grows beyond its limit, or a
+/health that takes a second.
 """
 
 import json
@@ -31,7 +31,8 @@ FINAL = ("completed", "failed", "cancelled")
 CODE = "import pathlib\npathlib.Path({canary!r}).write_text('ran')\nclass Stolen:\n    def __init__(self, *a, **k): pass\n"
 BOMBS = {
     "a loop in the chat template": "{% for a in range(99999999) %}{% for b in range(99999999) %}{% endfor %}{% endfor %}x",
-    "a string that grows in the chat template": "{% set ns = namespace(s='x') %}{% for a in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s }}",
+    "a string that grows in the chat template": "{% set ns = namespace(s='x') %}"
+    "{% for a in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s }}",
     "a product in the chat template": "{{ 'x' * 9999999999 }}",
     "an escape from the chat template": "{{ cycler.__init__.__globals__.os.system('touch CANARY') }}"
     "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ messages.__class__.__base__.__subclasses__() }}x",

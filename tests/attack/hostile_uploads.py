@@ -55,7 +55,7 @@ class CanaryServer:
         hits = self.hits
 
         class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:  # noqa: N802  # the name that http.server calls
+            def do_GET(self) -> None:  # the name that http.server calls
                 hits.append(self.path)
                 self.send_response(200)
                 self.end_headers()
@@ -98,8 +98,13 @@ def run(size: Size) -> Row:
             problems += bomb_problems + prober.problems()
         if canary.hits:
             problems.append(f"the service connected to an address in a row: {canary.hits[0]}")
-    figures = f"{len(datasets)} hostile datasets and archives, {traversals[0]} traversals, {len(bombs)} image bombs ({measured}); {prober.describe()}"
-    return make_row("hostile datasets, archives, ids and images", "0 successes, /health under 1 s", figures, problems)
+    counts = f"{len(datasets)} hostile datasets and archives, {traversals[0]} traversals, {len(bombs)} image bombs"
+    return make_row(
+        "hostile datasets, archives, ids and images",
+        "0 successes, /health under 1 s",
+        f"{counts} ({measured}); {prober.describe()}",
+        problems,
+    )
 
 
 # --- datasets

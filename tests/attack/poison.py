@@ -1,7 +1,7 @@
 """Values that parse and cannot be stored, in every field that an attempt or a caller can write, and records that cannot be read.
 
-Whatever is sent, every answer is a success or a 4xx, every record can still be read as strict JSON, other jobs go on, and the poisoned job can
-be seen and deleted.
+Whatever is sent, every answer is a success or a 4xx, every record can still be read as strict JSON, other jobs go on, and the poisoned job
+can be seen and deleted.
 """
 
 import json

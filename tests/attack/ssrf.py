@@ -1,6 +1,7 @@
 """URLs that a caller may name (a judge, embeddings, MLflow), pointed at what only the service can reach.
 
-A deployment refuses each of them at submit and names the field. The local profile may call a judge on loopback, and never the service itself.
+A deployment refuses each of them at submit and names the field. The local profile may call a judge on loopback, and never the service
+itself.
 """
 
 import socket

@@ -1,4 +1,7 @@
-"""`python -m tests.attack.tiny_glm TOKENIZER FOLDER`: a tiny Glm4 with random weights. llama.cpp's converter of that class trusts code of models."""
+"""`python -m tests.attack.tiny_glm TOKENIZER FOLDER`: a tiny Glm4 with random weights.
+
+llama.cpp's converter of that class loads the tokenizer with code of the model.
+"""
 
 import sys
 
