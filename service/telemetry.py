@@ -23,7 +23,7 @@ from service.core.ports import JobStore
 from service.tracing import QUIET_PATHS, SECRET_PATH_PREFIX
 
 MAX_COUNTED_JOBS = 1000  # of the queued and of the active ones: counting reads them
-SHUTDOWN_TIMEOUT_MS = 2000  # a collector that does not answer must not delay the end of the service
+EXPORT_TIMEOUT_S = 2.0  # of one message; a collector that does not answer must not delay the end of the service
 
 
 class Telemetry:
@@ -37,6 +37,7 @@ class Telemetry:
         self._endpoint = endpoint.rstrip("/")
         self._traces = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._metrics = MeterProvider(resource=resource, shutdown_on_exit=False)
+        self._reader: PeriodicExportingMetricReader | None = None
         self._traces.add_span_processor(_Redaction())
 
     @property
@@ -53,8 +54,10 @@ class Telemetry:
 
     def start(self, store: JobStore) -> None:
         """Begin to send: spans every few seconds, metrics every minute."""
-        self._traces.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(f"{self._endpoint}/v1/traces")))
-        self._metrics.add_metric_reader(PeriodicExportingMetricReader(OTLPMetricExporter(f"{self._endpoint}/v1/metrics")))
+        spans = OTLPSpanExporter(f"{self._endpoint}/v1/traces", timeout=EXPORT_TIMEOUT_S)
+        self._traces.add_span_processor(BatchSpanProcessor(spans))
+        self._reader = PeriodicExportingMetricReader(OTLPMetricExporter(f"{self._endpoint}/v1/metrics", timeout=EXPORT_TIMEOUT_S))
+        self._metrics.add_metric_reader(self._reader)
 
         def observe_jobs(_options: CallbackOptions) -> Iterable[Observation]:
             return _count_jobs(store)
@@ -64,9 +67,10 @@ class Telemetry:
 
     def stop(self) -> None:
         """Send what is left, and stop."""
-        self._traces.force_flush(SHUTDOWN_TIMEOUT_MS)
         self._traces.shutdown()
-        self._metrics.shutdown(SHUTDOWN_TIMEOUT_MS)
+        if self._reader is not None:
+            # The provider's own shutdown leaves out readers that were added later.
+            self._reader.shutdown(EXPORT_TIMEOUT_S * 1000)  # pyright: ignore[reportUnknownMemberType]  # its **kwargs have no type
 
 
 class _Redaction(SpanProcessor):
@@ -81,7 +85,7 @@ class _Redaction(SpanProcessor):
 
 
 def _names_service() -> bool:
-    return Resource.create().attributes.get("service.name", "unknown_service") != "unknown_service"
+    return not str(Resource.create().attributes.get("service.name", "")).startswith("unknown_service")
 
 
 def _count_jobs(store: JobStore) -> Iterable[Observation]:

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jobs.llm.base_files import DOWNLOAD_PATTERNS, copy_base_files, is_base_file
 from jobs.runtime.errors import JobFailed
 from jobs.runtime.http_retry import http_status, retry_hub
 from jobs.runtime.retry import download_all_with_retry, retry_store
@@ -16,48 +17,41 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HUB_TRIES = 4  # with waits of 0.5 + 1 + 2 s, beside the Hub client's own retries
-# Weights as safetensors only: loading a pickle can run code.
-ALLOW_PATTERNS = [
-    "*.safetensors",
-    "*.json",
-    "*.model",
-    "*.jinja",
-    "merges.txt",
-    "vocab.txt",
-    "README.md",
-    "LICENSE*",
-    "NOTICE*",
-    "*TERMS*",
-    "USE_POLICY*",
-]
 IGNORE_PATTERNS = ["*/*", "consolidated*"]  # copies for other frameworks, and a second copy in some repositories
 
 
 def fetch_base(context: "JobContext") -> Path:
-    """A folder with the base model's config, safetensors and tokenizer. Raises JobFailed.
+    """A folder with the base model's config, safetensors and tokenizer, as `copy_base_files` checked them. Raises JobFailed.
 
-    The model store is searched first, at pretrained_weights/huggingface/{base_model_id}/. Files of a local store are used in place.
+    The model store is searched first, at pretrained_weights/huggingface/{base_model_id}/.
     """
     model_id = context.spec.training_config.base_model_id
     prefix = f"pretrained_weights/huggingface/{model_id}/"
-    folder = download_from_store(context.stores.models, prefix, context.workdir / "base")
+    target = context.workdir / "data" / "base"
+    folder = download_from_store(context.stores.models, prefix, target)
     if folder is not None:
         context.log_decision("base_model", model_id, "from the object store")
-    else:
-        context.log_decision("base_model", model_id, f"from the Hugging Face Hub: the object store has no model at {prefix}")
-        folder = _download_from_hub(model_id, context.secrets.get("hf_token"))
-    return _require_safetensors(folder, model_id)
+        return folder
+    context.log_decision("base_model", model_id, f"from the Hugging Face Hub: the object store has no model at {prefix}")
+    snapshot = _download_from_hub(model_id, context.secrets.get("hf_token"))
+    # The names of its last two folders tell the revision; its files may be links to elsewhere in the repository's cache.
+    target = target / snapshot.parent.name / snapshot.name
+    return copy_base_files(snapshot, target, f"base model {model_id}", links_within=snapshot.parent.parent)
 
 
-def download_from_store(store: ObjectStore, prefix: str, target: Path) -> Path | None:
-    """Download the model at `prefix` to folder `target`; None if there is none. A local store's own folder is returned instead."""
-    keys = retry_store("the base model cannot be listed", lambda: [stored.key for stored in store.iter_objects(prefix)], code="internal")
+def download_from_store(store: ObjectStore, prefix: str, target: Path, kind: str = "base model") -> Path | None:
+    """Copy the files of the model at `prefix` that are used to folder `target`, checked; None if there is none. Raises JobFailed."""
+    keys = retry_store(f"the {kind} cannot be listed", lambda: [stored.key for stored in store.iter_objects(prefix)], code="internal")
     if prefix + "config.json" not in keys:
         return None
     if isinstance(store, LocalStore):
-        return store.path_for_key(prefix + "config.json").parent
-    download_all_with_retry(store, keys, target, prefix=prefix)
-    return target
+        source = store.path_for_key(prefix + "config.json").parent
+    else:
+        source = target.with_name(f"{target.name}-download")
+        used = [key for key in keys if is_base_file(key.removeprefix(prefix))]
+        download_all_with_retry(store, used, source, prefix=prefix)
+    model_id = prefix.removeprefix("pretrained_weights/huggingface/").rstrip("/")
+    return copy_base_files(source, target, f"{kind} {model_id}")
 
 
 def _download_from_hub(model_id: str, token: str | None) -> Path:
@@ -68,7 +62,9 @@ def _download_from_hub(model_id: str, token: str | None) -> Path:
     try:
         return retry_hub(
             # False: never use a token that is stored on this machine.
-            lambda: Path(snapshot_download(model_id, token=token or False, allow_patterns=ALLOW_PATTERNS, ignore_patterns=IGNORE_PATTERNS)),
+            lambda: Path(
+                snapshot_download(model_id, token=token or False, allow_patterns=list(DOWNLOAD_PATTERNS), ignore_patterns=IGNORE_PATTERNS)
+            ),
             tries=HUB_TRIES,
         )
     except GatedRepoError as error:
@@ -95,10 +91,3 @@ def _download_from_hub(model_id: str, token: str | None) -> Path:
 
 def _describe_token(token: str | None) -> str:
     return "the hf_token of the request" if token else "a request without hf_token"
-
-
-def _require_safetensors(folder: Path, model_id: str) -> Path:
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-        hint = "use a model with safetensors weights; pickled weights (.bin, .pt) are never loaded"
-        raise JobFailed("invalid_config", f"base model {model_id} has no config.json or no safetensors weights", hint)
-    return folder

@@ -1,18 +1,20 @@
 """The processes of one training: their collectives, and how they share the batches of each optimizer step.
 
 One process runs per GPU. Gradients are averaged by torch's DistributedDataParallel or fully_shard. Everything else is sent over
-sockets of this machine (gloo), so that a long evaluation in rank 0 keeps no GPU waiting in a kernel.
+loopback sockets of this machine (gloo), so that a long evaluation in rank 0 keeps no GPU waiting in a kernel. What is sent is a tensor
+or JSON, never a pickle: other users of the machine can reach loopback, and a pickle from one of them would be code.
 
 An optimizer step has the same rows as in a single process, and its loss and metrics are those of all rows: see `shard_training_steps`.
 """
 
+import json
 import time
 from collections.abc import Callable, Generator, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from jobs.llm.data.tokenize import IGNORE_INDEX
 from jobs.llm.training_context import TrainingTask
@@ -20,6 +22,7 @@ from jobs.llm.training_context import TrainingTask
 COLLECTIVE_TIMEOUT = timedelta(days=7)  # an evaluation in rank 0 may take any time; a lost process is noticed by other means
 FIRST_STEP_TIMEOUT_S = 900.0  # until the first step ends; where a GPU's collectives do not work, they often hang
 
+STORE_FILE = "rendezvous"
 PADDING_BATCH = "padding_batch"  # marks a batch that a process gets where the last step of an epoch has too few
 _NO_GATHER_OVERRIDES: dict[str, Any] = dict.fromkeys(("gather", "gather_for_metrics", "reduce"), lambda tensor, *_, **__: tensor)
 
@@ -77,15 +80,31 @@ class ProcessTopology:
         torch.distributed.broadcast(values, src=0, group=self.group)
         return tuple(bool(value) for value in values.tolist())
 
-    def broadcast_object(self, value: Any) -> Any:
-        """The value of rank 0; what other ranks pass is ignored."""
+    def broadcast_json(self, value: Any) -> Any:
+        """The JSON value of rank 0; what other ranks pass is ignored."""
         if self.world_size == 1:
             return value
         import torch
 
-        values = [value]
-        torch.distributed.broadcast_object_list(values, src=0, group=self.group)
-        return values[0]
+        content = encode_json(value) if self.is_main_process else torch.empty(0, dtype=torch.uint8)
+        (size,) = self._broadcast_sizes(len(content))
+        content = content if self.is_main_process else torch.empty(size, dtype=torch.uint8)
+        torch.distributed.broadcast(content, src=0, group=self.group)
+        return decode_json(content)
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """The JSON values of all ranks, by rank, in rank 0; empty in other ranks."""
+        if self.world_size == 1:
+            return [value]
+        import torch
+
+        content = encode_json(value)
+        sizes = self.all_reduce_sum(*(float(len(content)) if rank == self.rank else 0.0 for rank in range(self.world_size)))
+        padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)  # all ranks must send the same number of bytes
+        padded[: len(content)] = content
+        received = [torch.empty_like(padded) for _ in sizes] if self.is_main_process else None
+        torch.distributed.gather(padded, received, dst=0, group=self.group)
+        return [decode_json(part[: int(size)]) for part, size in zip(received or (), sizes, strict=False)]
 
     def all_reduce_sum(self, *values: float) -> tuple[float, ...]:
         """Each value summed over all processes."""
@@ -101,12 +120,7 @@ class ProcessTopology:
         """Move the buffered metrics of every process into rank 0's buffer."""
         if self.world_size == 1:
             return
-        import torch
-
-        buffers: list[Any] = [None] * self.world_size
-        torch.distributed.gather_object(
-            {} if self.is_main_process else dict(logged_metrics_buffer), buffers if self.is_main_process else None, group=self.group
-        )
+        buffers = self.gather_json({} if self.is_main_process else dict(logged_metrics_buffer))
         if not self.is_main_process:
             logged_metrics_buffer.clear()
             return
@@ -125,35 +139,107 @@ class ProcessTopology:
         """The RNG state of every process, as transformers' trainer loads it. Empty in other ranks than 0, and in a single process."""
         if self.world_size == 1:
             return []
+        return [restore_rng_state(state) for state in self.gather_json(capture_rng_state())]
+
+    def _broadcast_sizes(self, *sizes: int) -> tuple[int, ...]:
+        """The sizes of rank 0."""
         import torch
 
-        states: list[Any] = [None] * self.world_size
-        torch.distributed.gather_object(capture_rng_state(), states if self.is_main_process else None, group=self.group)
-        return states if self.is_main_process else []
+        values = torch.tensor(sizes, dtype=torch.int64)
+        torch.distributed.broadcast(values, src=0, group=self.group)
+        return tuple(values.tolist())
 
 
 SINGLE_PROCESS = ProcessTopology()
 
 
 def create_topology(rank: int, world_size: int, store: Any, *, on_gpu: bool, sharded: bool) -> ProcessTopology:
-    """Join the training's process group as `rank`. `store` is the TCPStore through which the processes find each other."""
+    """Join the training's process group as `rank`. `store` is the store through which the processes find each other."""
     import torch
 
+    exchange_objects_as_json()
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
     return ProcessTopology(rank, world_size, sharded, torch.distributed.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT))
 
 
+def create_store(folder: Path, world_size: int) -> Any:
+    """The store through which the processes find each other: a file in a folder that only this user can open, and not a port."""
+    import torch
+
+    return torch.distributed.FileStore(str(folder / STORE_FILE), world_size)
+
+
+def exchange_objects_as_json() -> None:
+    """Make torch's collectives of Python objects send JSON: TRL and accelerate gather and broadcast lists of texts and numbers.
+
+    Raises TypeError where such a collective is given anything else. Every one of them encodes and decodes with these two classes.
+    """
+    from torch.distributed import distributed_c10d
+
+    distributed_c10d._pickler, distributed_c10d._unpickler = _JsonPickler, _JsonUnpickler
+
+
+class _JsonPickler:
+    """Writes an object as JSON, with the interface of pickle.Pickler."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def dump(self, value: Any) -> None:
+        self._file.write(json.dumps(value).encode())
+
+
+class _JsonUnpickler:
+    """Reads what _JsonPickler wrote, with the interface of pickle.Unpickler."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def load(self) -> Any:
+        return json.loads(self._file.read())
+
+
+def encode_json(value: Any) -> Any:
+    """A JSON value as a tensor of bytes. Raises TypeError for other values."""
+    import torch
+
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def decode_json(content: Any) -> Any:
+    """The value of a tensor that `encode_json` made."""
+    return json.loads(content.numpy().tobytes())
+
+
 def capture_rng_state() -> dict[str, Any]:
-    """The RNG state of this process."""
+    """The RNG state of this process, as a JSON value."""
     import random
 
     import numpy as np
     import torch
 
-    state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.random.get_rng_state()}
+    algorithm, keys, *rest = np.random.get_state(legacy=True)
+    state = {"python": random.getstate(), "numpy": [algorithm, keys.tolist(), *rest], "cpu": torch.random.get_rng_state().tolist()}
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.random.get_rng_state_all()
+        state["cuda"] = [device_state.tolist() for device_state in torch.cuda.random.get_rng_state_all()]
+    return state
+
+
+def restore_rng_state(captured: dict[str, Any]) -> dict[str, Any]:
+    """The RNG state of another process in the types that transformers' trainer loads, from what `capture_rng_state` returned there."""
+    import numpy as np
+    import torch
+
+    version, internal, gauss = captured["python"]
+    algorithm, keys, *rest = captured["numpy"]
+    state: dict[str, Any] = {
+        "python": (version, tuple(internal), gauss),
+        "numpy": (algorithm, np.array(keys, dtype=np.uint32), *rest),
+        "cpu": torch.tensor(captured["cpu"], dtype=torch.uint8),
+    }
+    if "cuda" in captured:
+        state["cuda"] = [torch.tensor(device_state, dtype=torch.uint8) for device_state in captured["cuda"]]
     return state
 
 

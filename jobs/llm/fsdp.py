@@ -58,7 +58,7 @@ def unsharded_evaluation(topology: ProcessTopology, model: Any) -> Generator[Non
     yield  # an error raised here ends the training in every process
     for hook in hooks:
         hook.remove()
-    topology.broadcast_object(EVALUATION_DONE)
+    topology.broadcast_json(EVALUATION_DONE)
     model.reset_iter_state()
 
 
@@ -68,7 +68,7 @@ def serve_shards(topology: ProcessTopology, model: Any) -> None:
         return
     model.unshard()
     layers = _fsdp_layers(model)
-    while (index := topology.broadcast_object(None)) != EVALUATION_DONE:
+    while (index := topology.broadcast_json(None)) != EVALUATION_DONE:
         layers[index].unshard()
         layers[index].reshard()
     model.reset_iter_state()
@@ -82,7 +82,7 @@ def _fsdp_layers(model: Any) -> list[Any]:
 
 def _request_layer(topology: ProcessTopology, layer_index: int, layer: Any, _: Any) -> None:
     layer.reshard()  # an earlier try may have run out of memory in this layer
-    topology.broadcast_object(layer_index)
+    topology.broadcast_json(layer_index)
 
 
 # --- checkpoints ---------------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def load_base(config: TrainingConfig, device_config: DeviceConfig, weights: Path
     set_seed(config.hyperparameters.seed)
     if config.provider == "unsloth":
         return _load_with_unsloth(config, device_config, weights)
-    options |= {"dtype": device_config.dtype, "trust_remote_code": False, "local_files_only": True}
+    options |= {"dtype": device_config.dtype, "trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
     options["attn_implementation"] = "flash_attention_2" if config.hyperparameters.use_fa2 else "sdpa"
     if config.method == "QLoRA":
         options |= {"quantization_config": _make_bnb_config(device_config, model_kind), "device_map": {"": device_config.device}}
@@ -170,7 +170,10 @@ def add_adapter(model: Any, config: TrainingConfig, peft_config: Any) -> Any:
 
 
 def load_adapter(model: Any, checkpoint: Path) -> None:
-    """Load the adapter weights of a checkpoint into the model's adapter."""
+    """Load the adapter weights of a checkpoint into the model's adapter. Raises JobFailed unless they are safetensors."""
+    if not (checkpoint / "adapter_model.safetensors").is_file():  # peft would load a pickle instead
+        message = "the checkpoint has no adapter_model.safetensors, and other formats are never loaded"
+        raise JobFailed("internal", message, "retry the job from another checkpoint")
     model.load_adapter(str(checkpoint), "default", is_trainable=True, torch_device=str(model.device))
     patch_trainable_token_embedding(model)
 
@@ -204,6 +207,8 @@ def _load_with_unsloth(config: TrainingConfig, device_config: DeviceConfig, weig
         dtype=device_config.dtype,
         load_in_4bit=config.method == "QLoRA",
         full_finetuning=config.method == "Full",
+        trust_remote_code=False,
+        use_safetensors=True,
     )
     model.config.get_text_config().use_cache = False
     return model

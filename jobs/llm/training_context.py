@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from jobs.llm.base_model import fetch_base
+from jobs.llm.chat_templates import check_chat_template
 from jobs.llm.data.tokenize import TokenizedExample, set_default_chat_template
 from jobs.llm.evaluation.generation import Features
 from jobs.llm.evaluation.prompts import EvalPrompt
 from jobs.llm.exporters import check_exportable
 from jobs.llm.hardware import DeviceConfig, detect_device
 from jobs.llm.model import import_unsloth
+from jobs.llm.remote_code import forbid_remote_code
+from jobs.runtime.errors import JobFailed
 from jobs.runtime.retry import download_with_retry
 from jobs.runtime.training_control import TrainingControl
 from schema.job import EvalMetrics
@@ -124,9 +127,7 @@ class MultimodalTask(Protocol):
 def prepare_training(config: TrainingConfig, context: "JobContext") -> TrainingContext:
     """Download the checkpoint, base model and dataset, load the tokenizer and detect the device. Raises JobFailed and Stopped."""
     import_unsloth(config)
-
-    from transformers import AutoTokenizer
-
+    forbid_remote_code()
     context.enter_phase("downloading")
     source = context.spec.export_of
     checkpoint = context.checkpoints.fetch(source) if source else context.checkpoints.fetch_latest()
@@ -137,9 +138,24 @@ def prepare_training(config: TrainingConfig, context: "JobContext") -> TrainingC
         for name, split in context.spec.dataset.splits.items()
     }
     context.enter_phase("tokenizing")
-    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    tokenizer = load_tokenizer(base_folder, config.base_model_id)
     uses_default_chat_template = set_default_chat_template(tokenizer)
+    if not uses_default_chat_template:
+        check_chat_template(tokenizer, config.base_model_id, splits.values(), context.workdir / "data")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     device_config = detect_device(config, context, base_folder)
     return TrainingContext(config, context, base_folder, splits, tokenizer, uses_default_chat_template, device_config, checkpoint)
+
+
+def load_tokenizer(base_folder: Path, base_model_id: str) -> Any:
+    """The base model's tokenizer. Raises JobFailed for one that transformers cannot load without code of its repository."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(base_folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RecursionError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        message = f"the tokenizer of base model {base_model_id} cannot be loaded: {reason}"
+        hint = "use another base_model_id; code of a model's repository is never run"
+        raise JobFailed("invalid_config", message, hint) from error

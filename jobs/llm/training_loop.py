@@ -24,6 +24,7 @@ from jobs.llm.instrumented_trainer import build_instrumented_trainer
 from jobs.llm.model import check_finite_weights
 from jobs.llm.oom import free_memory, is_out_of_memory, reduce_batch_size
 from jobs.llm.parallelism import DeviceSlots, detect_devices, resolve_sharding, resolve_world_size, supports_multiple_processes
+from jobs.llm.remote_code import forbid_remote_code
 from jobs.llm.trained_model import HeldOutExample, TrainedModel
 from jobs.llm.training_context import TrainingContext, TrainingTask
 from jobs.llm.worker_pool import WorkerArgs, join_process_group, null_context, worker_pool
@@ -220,7 +221,7 @@ def _train_rank_zero(
     trained_weights_bytes = sum(weight.nbytes for weight in trainer.model.parameters() if weight.requires_grad)
     control.checkpoint_bytes = estimate_checkpoint_bytes(trained_weights_bytes)
     with context.stop.defer_stop():
-        if topology.broadcast_object(not control.is_done):
+        if topology.broadcast_json(not control.is_done):
             topology.barrier()
             topology.startup_watchdog.start()
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -229,7 +230,8 @@ def _train_rank_zero(
         control.raise_if_stopped()
     if not topology.sharded:
         return TrainingOutcome(trainer, control)
-    best = topology.broadcast_object(_find_best_checkpoint(training, control))
+    best = _find_best_checkpoint(training, control)
+    topology.broadcast_json(best and str(best))
     if best is not None:
         del trainer
         free_memory()
@@ -243,6 +245,7 @@ def _train_rank_zero(
 
 def train_worker_rank(worker_args: WorkerArgs) -> None:
     """The same training in a worker process, which follows rank 0's decisions."""
+    forbid_remote_code()
     context = null_context(worker_args)
     training = TrainingContext(**worker_args.training, context=context, resume_checkpoint=None)
     task = worker_args.worker_task_factory(training)
@@ -251,16 +254,16 @@ def train_worker_rank(worker_args: WorkerArgs) -> None:
     checkpoint = worker_args.checkpoint
     trainer = build_instrumented_trainer(task, training, checkpoint, control, topology)
     serve_shards(topology, trainer.model)
-    if topology.broadcast_object(None):
+    if topology.broadcast_json(None):
         topology.barrier()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if not topology.sharded:
         return
-    best = topology.broadcast_object(None)
+    best = topology.broadcast_json(None)
     if best is not None:
         del trainer
         free_memory()
-        trainer = build_instrumented_trainer(task, training, best, control, topology)
+        trainer = build_instrumented_trainer(task, training, Path(best), control, topology)
     serve_shards(topology, trainer.model)
     gather_weights(topology, trainer.model)
 

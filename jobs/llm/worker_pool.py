@@ -9,8 +9,10 @@ Workers never outlive rank 0: each ends when its stdin is closed.
 import logging
 import os
 import pickle
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -19,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.llm.distributed import FIRST_STEP_TIMEOUT_S, ProcessTopology, StartupWatchdog, create_topology
+from jobs.llm.distributed import FIRST_STEP_TIMEOUT_S, ProcessTopology, StartupWatchdog, create_store, create_topology
 from jobs.llm.oom import is_out_of_memory
 from jobs.llm.parallelism import DeviceSlots
 from jobs.llm.training_context import TrainingContext, TrainingTask
@@ -36,7 +38,6 @@ from schema.types import Phase
 
 log = logging.getLogger(__name__)
 
-HOST = "127.0.0.1"
 POLL_INTERVAL_S = 0.1
 WORKER_EXIT_GRACE_S = 3.0  # from a worker's closed sockets to the exit code that tells why
 ABORT_GRACE_S = 20.0  # for the main thread to return from an aborted GPU collective
@@ -52,7 +53,7 @@ class WorkerArgs:
     rank: int
     world_size: int
     sharded: bool
-    port: int
+    store_folder: Path  # of the file in which the processes find each other
     on_gpu: bool
     workdir: Path
     attempt: int
@@ -87,14 +88,13 @@ def worker_pool(
     Raises WorkerOutOfMemory when a worker ran out of memory or was killed, JobFailed when it reported why it failed, and WorkerFailed
     when it ended otherwise.
     """
-    import torch
-
     context, world_size, on_gpu = training.context, slots.max_world_size, training.device_config.on_gpu
-    store = torch.distributed.TCPStore(HOST, 0, world_size, is_master=True, wait_for_workers=False)
+    store_folder = Path(tempfile.mkdtemp(prefix="processes-", dir=context.workdir))  # only this user can open it
+    store = create_store(store_folder, world_size)
     common = {
         "world_size": world_size,
         "sharded": slots.sharded,
-        "port": store.port,
+        "store_folder": store_folder,
         "on_gpu": on_gpu,
         "workdir": context.workdir,
         "attempt": context.attempt,
@@ -102,11 +102,11 @@ def worker_pool(
         "worker_task_factory": worker_task_factory,
         "training": {name: value for name, value in vars(training).items() if name not in ("context", "resume_checkpoint")},
     }
-    workers = WorkerPool(world_size, slots, store.port, f"{context.spec.job_id}.{context.attempt}")
+    workers = WorkerPool(world_size, slots, f"{context.spec.job_id}.{context.attempt}")
     try:
         workers.send(lambda rank: WorkerArgs(rank=rank, **common, **resume_args))
         workers.wait_until_ready(store, context.check_stop)
-        set_rank_environment(0, world_size, store.port)
+        set_rank_environment(0, world_size)
         topology = create_topology(0, world_size, store, on_gpu=on_gpu, sharded=slots.sharded)
         if on_gpu:  # sockets notice a lost process by themselves, a GPU's collectives do not
             workers.monitor(topology.startup_watchdog)
@@ -119,12 +119,13 @@ def worker_pool(
     finally:
         workers.kill_all()
         _reset_distributed_state()
+        shutil.rmtree(store_folder, ignore_errors=True)
 
 
 class WorkerPool:
     """The worker processes that this process started."""
 
-    def __init__(self, world_size: int, slots: DeviceSlots, port: int, name: str) -> None:
+    def __init__(self, world_size: int, slots: DeviceSlots, name: str) -> None:
         self._closing = threading.Event()
         self._timed_out = False
         self._workers: dict[int, subprocess.Popen[bytes]] = {}
@@ -132,7 +133,7 @@ class WorkerPool:
             gpu = slots.gpus[rank] if slots.gpus else None
             self._workers[rank] = subprocess.Popen(
                 [sys.executable, "-m", "jobs.llm.worker", "--name", f"{name}.{rank}"],
-                env=worker_environment(rank, world_size, port, gpu),
+                env=worker_environment(rank, world_size, gpu),
                 stdin=subprocess.PIPE,  # closed when rank 0 ends, which ends the worker
             )
 
@@ -238,9 +239,7 @@ def _abort_collectives() -> None:
 
 def join_process_group(worker_args: WorkerArgs) -> ProcessTopology:
     """Tell rank 0 that this worker is ready, and join the process group."""
-    import torch
-
-    store = torch.distributed.TCPStore(HOST, worker_args.port, worker_args.world_size, is_master=False)
+    store = create_store(worker_args.store_folder, worker_args.world_size)
     store.set(_ready_key(worker_args.rank), "")
     return create_topology(worker_args.rank, worker_args.world_size, store, on_gpu=worker_args.on_gpu, sharded=worker_args.sharded)
 
@@ -273,7 +272,7 @@ class _NullEventSink:
 
 
 def _ready_key(rank: int) -> str:
-    """The TCPStore key that a worker sets when it is ready."""
+    """The key in the store that a worker sets when it is ready."""
     return f"ready-{rank}"
 
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,31 +121,44 @@ def read_parallelism(environment: Mapping[str, str] = os.environ) -> Literal["dd
     return value
 
 
-def worker_environment(
-    rank: int, world_size: int, port: int, gpu: str | None, environment: Mapping[str, str] = os.environ
-) -> dict[str, str]:
-    """The environment of a worker process: without the attempt's token, and with one GPU."""
-    kept = {name: value for name, value in environment.items() if not name.startswith("JOB_")}
-    return kept | _rank_environment(rank, world_size, port) | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+# What a child process may inherit: how to find programs and libraries, how to compute, where temporary files go. Everything else stays
+# here, because an environment holds tokens, keys and cloud credentials under names that nobody can list.
+INHERITED_VARIABLES = frozenset({"PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "LANGUAGE", "TZ", "TMPDIR"})
+INHERITED_PREFIXES = ("LC_", "OMP_", "MKL_", "OPENBLAS_", "CUDA_", "NVIDIA_", "NCCL_", "PYTORCH_", "TORCHINDUCTOR_", "TRITON_", "UNSLOTH_")
+OFFLINE_VARIABLES = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
-def set_rank_environment(rank: int, world_size: int, port: int, environment: MutableMapping[str, str] = os.environ) -> None:
+def child_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment of every child process of an attempt: no token, no key, no Hub. Its home is the attempt's own folder."""
+    kept = {name: value for name, value in environment.items() if name in INHERITED_VARIABLES or name.startswith(INHERITED_PREFIXES)}
+    return kept | OFFLINE_VARIABLES | {"HOME": environment.get("JOB_WORKDIR") or tempfile.gettempdir()}
+
+
+def worker_environment(rank: int, world_size: int, gpu: str | None, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment of a worker process: that of a child, the rank, and one GPU."""
+    return child_environment(environment) | _rank_environment(rank, world_size) | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+
+
+def set_rank_environment(rank: int, world_size: int, environment: MutableMapping[str, str] = os.environ) -> None:
     """Set the variables by which libraries recognize this rank; `clear_rank_environment` undoes it."""
-    environment.update(_rank_environment(rank, world_size, port))
+    environment.update(_rank_environment(rank, world_size))
 
 
 def clear_rank_environment(environment: MutableMapping[str, str] = os.environ) -> None:
     """Let libraries see a single process again."""
-    for name in (*_rank_environment(0, 1, 0), "LOCAL_WORLD_SIZE"):  # the last is accelerate's own
+    for name in (*_rank_environment(0, 1), "LOCAL_WORLD_SIZE", "MASTER_PORT"):  # the last two are accelerate's own
         environment.pop(name, None)
 
 
-def _rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """The variables that torchrun sets. Each process sees one device, so its local rank is 0."""
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": "0"}
-    # Otherwise Gloo resolves the host name, which may have no address.
-    sockets = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-    return {"RANK": str(rank), "WORLD_SIZE": str(world_size)} | rendezvous | sockets
+def _rank_environment(rank: int, world_size: int) -> dict[str, str]:
+    """The variables by which libraries recognize a rank. Each process sees one device, so its local rank is 0.
+
+    There is no MASTER_PORT: the processes meet in a file, where torchrun's would meet at a port that every interface offers. What
+    connects them afterwards listens on loopback only. accelerate asks for MASTER_ADDR, and does not use it.
+    """
+    loopback = "lo" if sys.platform == "linux" else "lo0"
+    interfaces = {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": f"={loopback}"}
+    return {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"} | interfaces
 
 
 def enable_unsloth_logits(environment: MutableMapping[str, str] = os.environ) -> None:

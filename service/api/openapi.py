@@ -26,7 +26,6 @@ BEARER_SCHEME = "bearer"
 SECURITY_SCHEMES = {
     BEARER_SCHEME: {"type": "http", "scheme": "bearer", "description": "An API key, an identity token, or the token of the local service."}
 }
-PUBLIC_PATHS = ("/health",)
 
 
 def document_errors(app: FastAPI, routers: Sequence[APIRouter]) -> None:
@@ -59,7 +58,7 @@ def _add_errors(document: dict[str, Any], limits: dict[tuple[str, str], RouteLim
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             route_limits = limits[method.upper(), path]
-            operation["security"] = [{BEARER_SCHEME: []}] if _needs_caller(path, route_limits) else []
+            operation["security"] = [{BEARER_SCHEME: []}] if route_limits.access == "caller" else []
             responses = operation["responses"]
             responses.pop("422", None)
             for status in _error_statuses(method.upper(), path, operation, route_limits):
@@ -68,7 +67,7 @@ def _add_errors(document: dict[str, Any], limits: dict[tuple[str, str], RouteLim
 
 def _error_statuses(method: str, path: str, operation: dict[str, Any], limits: RouteLimits) -> list[int]:
     has_body, has_parameters = "requestBody" in operation, "parameters" in operation
-    needs_caller = _needs_caller(path, limits)
+    needs_caller = limits.access == "caller"
     possible = {
         400: has_body or has_parameters,
         401: needs_caller or limits.needs_token,
@@ -82,8 +81,3 @@ def _error_statuses(method: str, path: str, operation: dict[str, Any], limits: R
         503: True,
     }
     return [status for status, can_happen in possible.items() if can_happen]
-
-
-def _needs_caller(path: str, limits: RouteLimits) -> bool:
-    """Whether the request must say who sends it. A signed link says it by itself."""
-    return path not in PUBLIC_PATHS and not limits.needs_token

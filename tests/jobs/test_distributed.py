@@ -1,12 +1,13 @@
 """Training in several processes: the same result as in one, also after a worker fails or is killed."""
 
 import copy
+import json
 import os
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from jobs.llm.distributed import StartupWatchdog, capture_rng_state, save_rng_states
+from jobs.llm.distributed import StartupWatchdog, capture_rng_state, exchange_objects_as_json, restore_rng_state, save_rng_states
 from jobs.llm.hardware import DeviceConfig
 from jobs.llm.oom import is_out_of_memory
 from jobs.llm.parallelism import DeviceSlots, WorldSizeDecision, choose_world_size
@@ -79,6 +80,68 @@ class KillWorkerListener:
 
     def log_model(self, folder: Path) -> None:
         pass
+
+
+@dataclass
+class SocketListener:
+    """A listener that records the addresses on which the processes of the training listen, and the permissions of their meeting place."""
+
+    workdir: Path
+    addresses: set[str] = field(default_factory=set)
+    connections: int = 0
+    folder_modes: set[int] = field(default_factory=set)
+
+    def log_metrics(self, event: MetricsLogged) -> None:
+        process = psutil.Process()
+        for connection in [each for part in (process, *process.children(recursive=True)) for each in part.net_connections("inet")]:
+            self.connections += connection.status == psutil.CONN_ESTABLISHED
+            if connection.status == psutil.CONN_LISTEN:
+                self.addresses.add(connection.laddr.ip)
+        self.folder_modes |= {path.stat().st_mode & 0o777 for path in self.workdir.glob("processes-*")}
+
+    def log_evaluation(self, event: EvaluationCompleted) -> None:
+        pass
+
+    def log_samples(self, event: SamplesGenerated) -> None:
+        pass
+
+    def log_checkpoint(self, folder: Path, step: int) -> None:
+        pass
+
+    def log_model(self, folder: Path) -> None:
+        pass
+
+
+@pytest.mark.usefixtures("two_processes")
+def test_processes_listen_on_loopback_only_and_send_no_pickles(store: Path, tmp_path: Path) -> None:
+    from torch.distributed import distributed_c10d
+
+    spec = make_spec(store, held_out=[], hyperparameters={"max_steps": 2, "batch_size": 1, "gradient_accumulation_steps": 2})
+    context, sockets = make_context(spec, tmp_path, record := EventRecorder()), SocketListener(tmp_path)
+    context.listeners.append(sockets)
+    load_trainer(spec)(spec.training_config, context)
+    assert record.decisions["world_size"] == "2"
+    assert sockets.connections > 0
+    assert sockets.addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert sockets.folder_modes == {0o700}
+    assert not list(tmp_path.glob("processes-*"))
+    assert "pickle" not in f"{distributed_c10d._pickler.__module__} {distributed_c10d._unpickler.__module__}"
+
+
+def test_collectives_of_objects_refuse_what_is_not_json() -> None:
+    import pickle
+
+    import torch
+    from torch.distributed import distributed_c10d
+
+    exchange_objects_as_json()
+    content, size = distributed_c10d._object_to_tensor([["a", 1.5, None]], torch.device("cpu"), None)
+    assert distributed_c10d._tensor_to_object(content, size, None) == [["a", 1.5, None]]
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        distributed_c10d._object_to_tensor(Path("a"), torch.device("cpu"), None)
+    attack = torch.frombuffer(bytearray(pickle.dumps(KillWorkerListener(1))), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="decode"):
+        distributed_c10d._tensor_to_object(attack, len(attack), None)
 
 
 @pytest.fixture
@@ -255,7 +318,8 @@ def test_worker_failure_keeps_code_and_hint(store: Path, tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("two_processes")
 def test_failed_worker_start_falls_back_to_single_process(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONHOME", "/nowhere")
+    (tmp_path / "sitecustomize.py").write_text("import os; os._exit(1)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     record = EventRecorder()
     spec = make_spec(store, held_out=[], hyperparameters={"max_steps": 2, "gradient_accumulation_steps": 2})
     model = load_trainer(spec)(spec.training_config, make_context(spec, tmp_path, record))
@@ -274,7 +338,7 @@ def test_each_process_restores_its_own_rng_state(tmp_path: Path) -> None:
     states, drawn = [], []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        states.append(capture_rng_state())
+        states.append(restore_rng_state(json.loads(json.dumps(capture_rng_state()))))  # as it is sent
         drawn.append(torch.rand(3))
     save_rng_states(tmp_path, states)
     for rank in (1, 0):
@@ -325,11 +389,11 @@ def test_other_worker_exit_fails_attempt_and_names_process() -> None:
 
 
 def test_worker_environment_has_own_gpu_and_no_token() -> None:
-    environment = worker_environment(1, 2, 4711, "3", {"JOB_TOKEN": "t0ken", "CUDA_VISIBLE_DEVICES": "2", "PATH": "/bin"})
-    assert (
-        environment.items() >= {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "4711", "CUDA_VISIBLE_DEVICES": "3", "PATH": "/bin"}.items()
-    )
+    secrets = {"JOB_TOKEN": "t0ken", "HF_TOKEN": "t0ken", "WANDB_API_KEY": "t0ken", "AWS_SECRET_ACCESS_KEY": "t0ken"}
+    environment = worker_environment(1, 2, "3", secrets | {"CUDA_VISIBLE_DEVICES": "2", "PATH": "/bin"})
+    assert environment.items() >= {"RANK": "1", "WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "3", "PATH": "/bin"}.items()
     assert "t0ken" not in environment.values()
+    assert "MASTER_PORT" not in environment
 
 
 @pytest.mark.parametrize(

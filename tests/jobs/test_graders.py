@@ -309,7 +309,11 @@ def test_judge_score_is_read_from_json_or_number(make: Make, endpoint: FakeOpenA
 
 
 @pytest.mark.parametrize(
-    "answer", ["seven", "7/10", "I say 7", "", "{}", '{"score": "7"}', '{"score": true}', "[7]", '{"score": NaN}', "11", "-1"]
+    "answer",
+    [
+        *["seven", "7/10", "I say 7", "", "{}", '{"score": "7"}', '{"score": true}', "[7]", '{"score": NaN}', "11", "-1"],
+        *['{"score": 1e999}', f'{{"score": {"9" * 400}}}', f'{{"score": {"9" * 10_000}}}', "9" * 400, '{"score": [[7]]}'],
+    ],
 )
 def test_answer_without_valid_score_is_a_failure(make: Make, endpoint: FakeOpenAI, answer: str) -> None:
     endpoint.answer = lambda _: answer

@@ -103,7 +103,10 @@ def test_invalid_source_fails_before_training(make: Make, source: str, reason: s
     assert failed.value.failure.code == "invalid_config"
 
 
-@pytest.mark.parametrize("value", ["None", "'1'", "float('nan')", "float('inf')", "[1]"])
+NO_GRADES = ["None", "'1'", "'9' * 400", "float('nan')", "float('inf')", "10**400", "-(10**400)", "[1]", "{'score': 1}"]
+
+
+@pytest.mark.parametrize("value", NO_GRADES)
 def test_non_finite_grade_is_a_failure(make: Make, value: str) -> None:
     assert grade(make(f"def grade(completion, row):\n    return {value}")) == FailedGrade("grade did not return a finite number")
 

@@ -14,7 +14,12 @@ import pytest
 
 from tests.jobs.conftest import make_spec
 
-FILES = {"config.json": b"{}", "model.safetensors": b"weights", "tokenizer.json": b"{}", "pytorch_model.bin": b"a pickle"}
+FILES = {
+    "config.json": b"{}",
+    "model.safetensors": (2).to_bytes(8, "little") + b"{}",
+    "tokenizer.json": b"{}",
+    "pytorch_model.bin": b"a pickle",
+}
 COMMIT = "a" * 40
 # Runs in its own process, because the Hub client reads the Hub's URL when it is imported.
 FETCH_SCRIPT = """
@@ -168,6 +173,6 @@ def test_base_in_own_store_is_used_without_the_hub(hub_url: str, tmp_path: Path)
     folder = tmp_path / "objects/pretrained_weights/huggingface/owner/open"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
-    (folder / "ours.safetensors").write_bytes(b"")
-    assert fetch_bases(hub_url, tmp_path, ("owner/open", "mine")) == [{"files": ["config.json", "ours.safetensors"]}]
+    (folder / "model.safetensors").write_bytes(FILES["model.safetensors"])
+    assert fetch_bases(hub_url, tmp_path, ("owner/open", "mine")) == [{"files": ["config.json", "model.safetensors"]}]
     assert FakeHubHandler.tokens == set()

@@ -76,7 +76,7 @@ def load_vision_input_config(base_folder: Path, base_model_id: str) -> VisionInp
     if "vision_config" not in json.loads((base_folder / "config.json").read_text()):
         raise JobFailed("invalid_config", f"modality 'vision' needs a multimodal base model; {base_model_id} accepts only text", hint)
     try:
-        processor = AutoProcessor.from_pretrained(base_folder, local_files_only=True)
+        processor = AutoProcessor.from_pretrained(base_folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, ImportError) as error:  # a missing file, an unknown class, or a missing package
         message = f"the image processor of {base_model_id} cannot be loaded"
         raise JobFailed("invalid_config", message, "the base model needs its preprocessor_config.json; " + hint) from error

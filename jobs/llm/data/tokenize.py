@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.llm.chat_templates import TEMPLATE_ERRORS, find_output_problem
 from jobs.runtime.errors import JobFailed
 from schema.types import DatasetType
 
@@ -132,14 +133,15 @@ def _render_conversation(messages: list[Message], first: int, tokenizer: "PreTra
 
 
 def _apply_chat_template(tokenizer: "PreTrainedTokenizerBase", messages: list[Message], *, add_generation_prompt: bool) -> str:
-    from jinja2 import TemplateError
-
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
-    except TemplateError as error:  # the template's own message, such as: System role not supported
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+    except TEMPLATE_ERRORS as error:  # often the template's own message, such as: System role not supported
         roles = ", ".join(message["role"] for message in messages) or "none"
         hint = "use roles that the base model's chat template accepts, or another base model"
-        raise JobFailed("invalid_data", f"the base model's chat template rejects the roles {roles}: {error.message}", hint) from error
+        raise JobFailed("invalid_data", f"the base model's chat template rejects the roles {roles}: {error}", hint) from error
+    if problem := find_output_problem(text, messages):
+        raise JobFailed("invalid_config", f"the base model's chat template cannot be used: {problem}", "use another base_model_id")
+    return text
 
 
 def _tokenize_text(text: str, spans: list[Span], tokenizer: "PreTrainedTokenizerBase", *, chat: bool) -> TokenizedExample:

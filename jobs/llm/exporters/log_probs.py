@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jobs.llm.llama_cpp.fidelity import Passage, log_softmax
 from jobs.llm.model_kinds import AUTO_CLASSES, ModelKind
@@ -53,8 +53,9 @@ def load_model(
     """Load a model from a local folder for inference; `num_labels` is a reward model's number of scores, where the config lacks it."""
     import transformers
 
-    options = {} if num_labels is None else {"num_labels": num_labels}
-    model = getattr(transformers, AUTO_CLASSES[model_kind]).from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
+    options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+    options |= {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
+    model = getattr(transformers, AUTO_CLASSES[model_kind]).from_pretrained(folder, dtype=dtype, **options)
     return model.to(device).eval()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from jobs.llm.base_files import CONFIGS, clean_config
 from jobs.llm.data.tokenize import END_OF_TURN
 
 if TYPE_CHECKING:
@@ -37,17 +38,22 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
-    """Copy those of the named files that exist to another folder, as hard links where possible."""
+    """Copy those of the named files that exist to another folder, as hard links where possible; configs without what names code."""
     target.mkdir(parents=True, exist_ok=True)
     for name in names:
         if (source / name).is_file():
             link_or_copy(source / name, target / name)
+        if name in CONFIGS and (target / name).is_file():
+            content: dict[str, Any] = json.loads((target / name).read_text())  # Any: JSON
+            cleaned = clean_config(name, content)
+            if cleaned != content:
+                write_json(target / name, cleaned)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy a tokenizer to another folder, without this machine's paths in its config."""
+    """Copy a tokenizer to another folder, without this machine's paths and without what names code in its config."""
     copy_files(source, target, TOKENIZER_FILES)
-    settings: dict[str, Any] = json.loads((source / TOKENIZER_CONFIG_FILE).read_text())  # Any: JSON
+    settings: dict[str, Any] = json.loads((target / TOKENIZER_CONFIG_FILE).read_text())  # Any: JSON
     write_json(target / TOKENIZER_CONFIG_FILE, {name: value for name, value in settings.items() if name not in LOCAL_ONLY_KEYS})
 
 

@@ -30,7 +30,9 @@ def export_onnx(model: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM
     from transformers.exporters import OnnxConfig, OnnxExporter
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, local_files_only=True).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, local_files_only=True
+    ).eval()
     loaded.config.use_cache = False
     ids = torch.arange(TRACE_SHAPE[0] * TRACE_SHAPE[1]).reshape(TRACE_SHAPE)
     sample: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

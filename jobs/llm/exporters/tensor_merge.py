@@ -127,7 +127,7 @@ def make_weightless_model(base: Path, model_kind: ModelKind, num_labels: int | N
     import transformers
 
     options = {} if num_labels is None else {"num_labels": num_labels}
-    config = transformers.AutoConfig.from_pretrained(base, local_files_only=True, **options)
+    config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True, **options)
     with torch.device("meta"):
         model = getattr(transformers, AUTO_CLASSES[model_kind]).from_config(config).eval()
     for module in model.modules():
@@ -157,7 +157,7 @@ def map_to_checkpoint_names(model: "PreTrainedModel", checkpoint_names: Sequence
 def read_header(path: Path) -> list[TensorHeader]:
     """The tensors of a safetensors file, in file order. The file is eight bytes of length, a JSON header, then the tensors' bytes."""
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        length = int.from_bytes(file.read(8), "little")  # `copy_base_files` checked that it fits into the file
         header: dict[str, Any] = json.loads(file.read(length))  # Any: JSON
     header.pop("__metadata__", None)
     tensors: list[TensorHeader] = []

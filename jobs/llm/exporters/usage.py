@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.llm.chat_templates import TEMPLATE_ERRORS
 from jobs.llm.data.tokenize import END_OF_TURN
 from jobs.llm.exporters.model_files import FIDELITY_FILE, write_json
 from jobs.llm.exporters.verify import ExportedFile
@@ -85,8 +86,6 @@ def make_modelfile(name: str, tokenizer: "PreTrainedTokenizerBase", adapter: str
 
 def uses_gemma_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether the tokenizer's chat template renders the test conversations exactly as GEMMA_TEMPLATE does."""
-    from jinja2 import TemplateError
-
     if tokenizer.chat_template is None:
         return False
     try:
@@ -95,7 +94,7 @@ def uses_gemma_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
             text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
             if text.removeprefix(str(tokenizer.bos_token)) != render_gemma_turns(turns):
                 return False
-    except TemplateError:  # the template rejects one of them, such as a system message
+    except TEMPLATE_ERRORS:  # the template rejects one of them, such as a system message
         return False
     return True
 

@@ -58,7 +58,7 @@ class ExportWorkspace:
         """The trained model's tokenizer. Gemma's takes three seconds to load."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.trained.folder)
+        return AutoTokenizer.from_pretrained(self.trained.folder, trust_remote_code=False, local_files_only=True)
 
     @cached_property
     def text_examples(self) -> "tuple[HeldOutExample, ...]":

@@ -1,5 +1,6 @@
 """The interface of graders: their input, their grades, and parsing that several share."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,6 +57,17 @@ class PerCompletionGrader:
 
     def close(self) -> None:
         """There is nothing to close."""
+
+
+def to_grade(value: object) -> float | None:
+    """The grade that a grader's answer means: a finite number; None for anything else, also for an integer beyond the range of a float."""
+    if not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def extract_answer(completion: str, tag: str | None) -> str | None:

@@ -51,7 +51,9 @@ def endpoint_embedder(config: TextSimilarityGrader, context: "JobContext") -> "E
 
 def stored_embedder(name: str, context: "JobContext") -> "StoredEmbedder":
     """The embedder for the model at pretrained_weights/huggingface/{name}/ in the model store. Raises JobFailed."""
-    folder = download_from_store(context.stores.models, f"pretrained_weights/huggingface/{name}/", context.workdir / "data" / "embedding")
+    folder = download_from_store(
+        context.stores.models, f"pretrained_weights/huggingface/{name}/", context.workdir / "data" / "embedding", kind="embedding model"
+    )
     if folder is None:
         hint = f"put its files at pretrained_weights/huggingface/{name}/ in the model store, or set base_url to an endpoint"
         raise JobFailed("invalid_config", f"embedding model {name} is not in the model store", hint)
@@ -107,7 +109,7 @@ class StoredEmbedder:
         import torch
         from transformers import AutoModel, AutoTokenizer
 
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         # Loading initializes missing weights randomly, which must not change the training's random state.

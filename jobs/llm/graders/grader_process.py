@@ -1,6 +1,7 @@
 """`python -m jobs.llm.graders.grader_process KIND`: the child of subprocess_graders.py; reads requests and writes grades as JSON lines.
 
-It has an empty environment and a memory limit, and cannot write files. The parent limits the time.
+It has an empty environment, a memory limit and, where the system permits it, no network, and cannot write files. The parent limits the
+time.
 """
 
 import json
@@ -9,6 +10,8 @@ import resource
 import sys
 from collections.abc import Callable
 from typing import Any
+
+from jobs.runtime.isolated_process import leave_network
 
 MEMORY_BYTES = 4 << 30  # of address space; sympy and its libraries take a few hundred megabytes
 MAX_WRAPPED_CHARACTERS = 200  # longer texts are not parsed as a bare formula
@@ -20,6 +23,7 @@ def main() -> None:
     """Answer requests until stdin is closed."""
     responses = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not mix with the responses
+    leave_network()
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))

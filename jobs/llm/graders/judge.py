@@ -1,12 +1,11 @@
 """Grades completions with a language model: the request, and parsing the score."""
 
 import json
-import math
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from jobs.llm.graders.base import FailedGrade, Grade, GradingInput
+from jobs.llm.graders.base import FailedGrade, Grade, GradingInput, to_grade
 from jobs.llm.graders.endpoint import Endpoint, check_base_url
 from jobs.runtime.errors import JobFailed
 from jobs.runtime.settings import read_egress_policy
@@ -123,6 +122,4 @@ def parse_score(answer: str) -> float | None:
     except (ValueError, RecursionError):
         return None
     score = parsed.get("score") if isinstance(parsed, dict) else None
-    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-        return None
-    return float(score)
+    return None if isinstance(score, bool) else to_grade(score)

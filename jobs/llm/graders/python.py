@@ -8,7 +8,6 @@ Every call starts from an empty state, so one completion cannot affect the next.
 training is reproducible, and a sleep takes no time.
 """
 
-import math
 import shlex
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.llm.graders.base import FailedGrade, Grade, GradingInput
+from jobs.llm.graders.base import FailedGrade, Grade, GradingInput, to_grade
 from jobs.runtime.errors import JobFailed
 from jobs.runtime.settings import cpu_thread_count
 from schema.training.llm_graders import PythonGrader
@@ -92,9 +91,8 @@ class SandboxedPythonGrader:
             return FailedGrade(_describe_error(error))
         except UnicodeError:
             return FailedGrade("the row or the completion is not valid text")
-        if not isinstance(grade, int | float) or not math.isfinite(grade):
-            return FailedGrade(f"{FUNCTION_NAME} did not return a finite number")
-        return float(grade)
+        number = to_grade(grade)
+        return FailedGrade(f"{FUNCTION_NAME} did not return a finite number") if number is None else number
 
     def _open_session(self) -> "MontySession":
         return self._pool.checkout(

@@ -1,7 +1,9 @@
-"""`python -m jobs.llm.llama_cpp.convert MODEL_FOLDER OPTIONS…`: llama.cpp's own converter, with the memory of a few rows.
+"""`python -m jobs.llm.llama_cpp.convert hf|lora MODEL_FOLDER OPTIONS…`: llama.cpp's own converters, which trust no model.
 
-The converter widens a whole matrix to float32 and rounds it again: for Gemma's embeddings that takes five times their size, and most
-of its time. Here a matrix that the converter does not change is read, rounded and written some rows at a time, with the converter's
+A dozen modules of the converters load the model's tokenizer with its repository's own code. Here transformers refuses that.
+
+The converter of whole models widens a whole matrix to float32 and rounds it again: for Gemma's embeddings that takes five times their
+size, and most of its time. So a matrix that it does not change is read, rounded and written some rows at a time, with the converter's
 own class for very large tensors. Everything else is left to the converter, and the output is byte-identical.
 """
 
@@ -10,21 +12,26 @@ own class for very large tensors. Everything else is left to the converter, and 
 import runpy
 import sys
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 from jobs.llm.llama_cpp import LLAMA_CPP_FOLDER, get_converter_path
+from jobs.llm.remote_code import distrust_model_repositories, forbid_remote_code
 
 CHUNK_BYTES = 16 << 20
 TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def main(*arguments: str) -> None:
-    """Run the converter with these command-line arguments; exits the process as the converter does."""
+def main(source: Literal["hf", "lora"], *arguments: str) -> None:
+    """Run a converter with these command-line arguments; exits the process as the converter does."""
+    distrust_model_repositories()
+    forbid_remote_code()
     for folder in (LLAMA_CPP_FOLDER, LLAMA_CPP_FOLDER / "gguf-py"):  # before an installed gguf package
         sys.path.insert(0, str(folder))
-    patch_lazy_tensor(import_module("conversion.base").LazyTorchTensor, import_module("gguf"))
-    sys.argv = [str(get_converter_path()), *arguments]
-    runpy.run_path(str(get_converter_path()), run_name="__main__")
+    if source == "hf":
+        patch_lazy_tensor(import_module("conversion.base").LazyTorchTensor, import_module("gguf"))
+    script = str(get_converter_path(source))
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
 
 
 def patch_lazy_tensor(lazy_tensor_class: Any, gguf: Any) -> None:
@@ -108,4 +115,4 @@ def make_row_streamed_tensor_class(gguf: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main("lora" if sys.argv[1] == "lora" else "hf", *sys.argv[2:])

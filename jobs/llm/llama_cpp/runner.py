@@ -1,6 +1,5 @@
 """Runs llama.cpp's programs, each in a child process. Every function raises SubprocessFailed when its program fails."""
 
-import sys
 from pathlib import Path
 from typing import Literal
 
@@ -8,18 +7,21 @@ from jobs.llm.llama_cpp import find_program, get_converter_path
 from jobs.llm.llama_cpp.evaluate import EvalRequest, EvalResponse
 from jobs.runtime.subprocesses import SubprocessFailed, exchange_json, run_module, run_program
 
+CONVERT_MODULE = "jobs.llm.llama_cpp.convert"
+
 
 def convert(model_folder: Path, target: Path, *, precision: Literal["f32", "f16", "bf16"], name: str, mmproj: bool = False) -> None:
     """Convert a Hugging Face model folder to one GGUF file; `mmproj` converts only its vision part."""
     options = ["--outtype", precision, "--outfile", str(target), "--model-name", name, *(["--mmproj"] if mmproj else [])]
     _require_script(get_converter_path())
-    run_module("convert", "jobs.llm.llama_cpp.convert", model_folder, *options)
+    run_module("convert", CONVERT_MODULE, "hf", model_folder, *options)
 
 
 def convert_lora(adapter: Path, base: Path, target: Path) -> None:
     """Convert a LoRA adapter to GGUF in float16; of the base only the config is read."""
     options = ["--base", str(base), "--outtype", "f16", "--outfile", str(target)]
-    run_program("convert", [sys.executable, str(_require_script(get_converter_path("lora"))), *options, str(adapter)])
+    _require_script(get_converter_path("lora"))
+    run_module("convert", CONVERT_MODULE, "lora", *options, adapter)
 
 
 def compute_imatrix(model: Path, text: Path, target: Path, *, chunk_tokens: int, threads: int) -> None:
@@ -43,7 +45,6 @@ def evaluate(request: EvalRequest, workdir: Path) -> EvalResponse:
     return exchange_json("evaluate", "jobs.llm.llama_cpp.evaluate", request, EvalResponse, workdir)
 
 
-def _require_script(script: Path) -> Path:
+def _require_script(script: Path) -> None:
     if not script.is_file():
         raise SubprocessFailed(f"llama.cpp's converter is not installed at {script}")
-    return script

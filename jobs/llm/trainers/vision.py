@@ -17,6 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.llm.chat_templates import check_chat_template
 from jobs.llm.data.images import (
     TokenizedImageExample,
     VisionInputConfig,
@@ -56,6 +57,7 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
     if training.uses_default_chat_template and vision_input.chat_template:  # the base keeps it with its image processor
         training.tokenizer.chat_template = vision_input.chat_template
         training = replace(training, uses_default_chat_template=False)
+        check_chat_template(training.tokenizer, config.base_model_id, training.splits.values(), context.workdir / "data")
     dataset_type, max_length = context.spec.dataset.dataset_type, config.hyperparameters.max_seq_length
     splits = {
         name: tokenize_split_with_images(path, dataset_type, training.tokenizer, vision_input, max_length)

@@ -12,6 +12,7 @@ Firestore deletes entries some time after `expire_at`.
 
 from collections.abc import Sequence
 from datetime import datetime
+from functools import partial
 
 from google.cloud.firestore import FieldFilter, Query
 
@@ -19,7 +20,7 @@ from service.adapters.access import MAX_LISTED_KEYS
 from service.adapters.jobstores.firestore.database import Database, Fields, Snapshot
 from service.adapters.jobstores.firestore.documents import doc_ref_by_id
 from service.adapters.jobstores.firestore.queries import fetch_page
-from service.adapters.jobstores.records import RecordReader, format_timestamp, load_record
+from service.adapters.jobstores.records import Record, RecordReader, format_timestamp, load_record
 from service.core.access.audit import RETENTION
 from service.core.access.ports import AuditQuery
 from service.core.access.records import ApiKey, AuditEntry
@@ -69,7 +70,7 @@ class FirestoreAccessStore:
         if tenant_id is not None:
             query = query.where(filter=FieldFilter("tenant_id", "==", tenant_id))
         found = self._database.query(query.order_by("created_at", direction=Query.DESCENDING).limit(MAX_LISTED_KEYS))
-        return self._reader.load_readable(ApiKey, map(_row_of, found))
+        return self._load_readable(ApiKey, found)
 
     def replace_key(self, key: ApiKey) -> None:
         ref = doc_ref_by_id(self._keys, key.key_id)
@@ -95,8 +96,8 @@ class FirestoreAccessStore:
         for name in ("tenant_id", "subject", "action"):
             if (value := getattr(query, name)) is not None:
                 selected = selected.where(filter=FieldFilter(name, "==", value))
-        page = fetch_page(self._database, self._entries, selected, query.limit, query.after, _row_of)
-        return Page(self._reader.load_readable(AuditEntry, page.rows), page.next_cursor)
+        load = partial(self._load_readable, AuditEntry)
+        return fetch_page(self._database, self._entries, selected, query.limit, query.after, load)
 
     def delete_old_audit_entries(self, before: datetime) -> int:
         old = self._entries.where(filter=FieldFilter("created_at", "<", format_timestamp(before)))
@@ -109,6 +110,9 @@ class FirestoreAccessStore:
 
     def close(self) -> None:
         self._database.close()
+
+    def _load_readable(self, model: type[Record], snapshots: Sequence[Snapshot]) -> list[Record]:
+        return self._reader.load_readable(model, ((snapshot.id, snapshot.get("record")) for snapshot in snapshots))
 
 
 def _key_fields(key: ApiKey) -> Fields:
@@ -129,7 +133,3 @@ def _entry_fields(entry: AuditEntry) -> Fields:
         "created_at": format_timestamp(entry.at),
         "expire_at": entry.at + RETENTION,
     }
-
-
-def _row_of(snapshot: Snapshot) -> tuple[str, str]:
-    return snapshot.id, snapshot.get("record")

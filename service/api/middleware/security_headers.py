@@ -1,6 +1,5 @@
 """Response headers that tell a browser to load nothing else, to show nothing inside other pages and to keep nothing."""
 
-from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.docs import ASSETS_URL
@@ -24,21 +23,21 @@ class SecurityHeadersMiddleware:
 
     def __init__(self, app: ASGIApp, *, is_https: bool) -> None:
         self._app = app
-        self._headers = HEADERS | ({"Strict-Transport-Security": f"max-age={ONE_YEAR_S}"} if is_https else {})
+        headers = HEADERS | ({"Strict-Transport-Security": f"max-age={ONE_YEAR_S}"} if is_https else {})
+        self._cacheable = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        self._not_cacheable = [*self._cacheable, (b"cache-control", b"no-store")]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        may_be_cached = scope["path"].startswith(f"{ASSETS_URL}/")
+        added = self._cacheable if scope["path"].startswith(f"{ASSETS_URL}/") else self._not_cacheable
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in self._headers.items():
-                    headers.setdefault(name, value)
-                if not may_be_cached:
-                    headers.setdefault("Cache-Control", "no-store")
+                headers = list(message.get("headers", ()))
+                present = {name.lower() for name, _ in headers}
+                message = {**message, "headers": [*headers, *(header for header in added if header[0] not in present)]}
             await send(message)
 
         await self._app(scope, receive, send_with_headers)
