@@ -1,5 +1,6 @@
 """The commands about access: `whoami`, `keys` and `audit`."""
 
+import webbrowser
 from typing import Annotated
 
 import typer
@@ -83,3 +84,13 @@ def revoke_key(
         out.print_json(data=answer)
     else:
         err.print(f"{answer['key_id']} ({answer['name']}) is revoked", style="dim")
+
+
+def open_in_browser(
+    context: typer.Context, print_only: Annotated[bool, typer.Option("--print", help="Print the link instead of opening it.")] = False
+) -> None:
+    """Log this machine's browser in, and open the service in it. The link works once, for a minute."""
+    with create_client(context) as client:
+        answer = client.post("/login-codes")
+    if print_only or not webbrowser.open(answer["url"]):
+        print(answer["url"])

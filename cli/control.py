@@ -12,6 +12,8 @@ from cli.options import (
     EpochsOption,
     JobIdArgument,
     JsonOption,
+    MaxCostOption,
+    MaxGpuSecondsOption,
     MaxStepsOption,
     ResentHfTokenOption,
     ResentWandbKeyOption,
@@ -71,13 +73,22 @@ def resume(
     hardware: ContinueHardwareOption = None,
     epochs: EpochsOption = None,
     max_steps: MaxStepsOption = None,
+    max_gpu_seconds: MaxGpuSecondsOption = None,
+    max_cost_usd: MaxCostOption = None,
     hf_token: ResentHfTokenOption = None,
     wandb_api_key: ResentWandbKeyOption = None,
     secret: SecretsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a paused job from its checkpoint."""
-    changes = {"hardware": parse_hardware(hardware), "epochs": epochs, "max_steps": max_steps, "secrets": parse_secrets(secret)}
+    changes = {
+        "hardware": parse_hardware(hardware),
+        "epochs": epochs,
+        "max_steps": max_steps,
+        "max_gpu_seconds": max_gpu_seconds,
+        "max_cost_usd": max_cost_usd,
+        "secrets": parse_secrets(secret),
+    }
     secrets = [SecretOption.of(context, "hf_token", hf_token), SecretOption.of(context, "wandb_api_key", wandb_api_key)]
     _continue_job(context, f"/jobs/{job_id}/resume", changes, secrets, as_json)
 
@@ -89,6 +100,8 @@ def retry(
     hardware: ContinueHardwareOption = None,
     epochs: EpochsOption = None,
     max_steps: MaxStepsOption = None,
+    max_gpu_seconds: MaxGpuSecondsOption = None,
+    max_cost_usd: MaxCostOption = None,
     hf_token: ResentHfTokenOption = None,
     wandb_api_key: ResentWandbKeyOption = None,
     secret: SecretsOption = None,
@@ -100,6 +113,8 @@ def retry(
         "hardware": parse_hardware(hardware),
         "epochs": epochs,
         "max_steps": max_steps,
+        "max_gpu_seconds": max_gpu_seconds,
+        "max_cost_usd": max_cost_usd,
         "secrets": parse_secrets(secret),
     }
     secrets = [SecretOption.of(context, "hf_token", hf_token), SecretOption.of(context, "wandb_api_key", wandb_api_key)]

@@ -33,6 +33,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "chat": local.chat,
     "capabilities": deployment.show_capabilities,
     "whoami": access.show_whoami,
+    "open": access.open_in_browser,
     "audit": access.list_audit_entries,
 }
 

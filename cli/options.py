@@ -24,6 +24,13 @@ MaxStepsOption = Annotated[
     int | None,
     typer.Option("--max-steps", min=1, help="New total number of steps, for a job that sets max_steps; must be larger than before."),
 ]
+MaxGpuSecondsOption = Annotated[
+    float | None,
+    typer.Option("--max-gpu-seconds", min=0, help="Pause the job before its attempts have used more: seconds × GPUs."),
+]
+MaxCostOption = Annotated[
+    float | None, typer.Option("--max-cost-usd", min=0, help="Pause the job before its compute has cost more, in US dollars.")
+]
 HfTokenOption = Annotated[
     str | None, typer.Option("--hf-token", envvar="HF_TOKEN", help="Hugging Face token for gated or private base models.", show_envvar=True)
 ]

@@ -11,6 +11,8 @@ from cli.options import (
     HfTokenOption,
     JobIdArgument,
     JsonOption,
+    MaxCostOption,
+    MaxGpuSecondsOption,
     ResentHfTokenOption,
     ResentWandbKeyOption,
     SecretsOption,
@@ -39,6 +41,8 @@ def train(
         list[str] | None,
         typer.Option("--set", help="Any other field of training_config, such as hyperparameters.max_steps=40; can be repeated."),
     ] = None,
+    max_gpu_seconds: MaxGpuSecondsOption = None,
+    max_cost_usd: MaxCostOption = None,
     hf_token: HfTokenOption = None,
     should_watch: WatchOption = False,
     as_json: JsonOption = False,
@@ -46,7 +50,14 @@ def train(
     """Submit a training job. Prints its id."""
     request = build_train_request(
         file,
-        {"processed_dataset_id": dataset, "job_name": name, "hf_token": hf_token, "hardware": parse_hardware(hardware)},
+        {
+            "processed_dataset_id": dataset,
+            "job_name": name,
+            "hf_token": hf_token,
+            "hardware": parse_hardware(hardware),
+            "max_gpu_seconds": max_gpu_seconds,
+            "max_cost_usd": max_cost_usd,
+        },
         {"base_model_id": base, "method": method, "trainer_type": trainer},
         overrides,
     )
@@ -76,6 +87,8 @@ def export(
     ] = None,
     name: Annotated[str | None, typer.Option(help="job_name")] = None,
     hardware: Annotated[str | None, typer.Option(help="Hardware profile. Default: the one that trained the job.")] = None,
+    max_gpu_seconds: MaxGpuSecondsOption = None,
+    max_cost_usd: MaxCostOption = None,
     hf_token: HfTokenOption = None,
     should_watch: WatchOption = False,
     as_json: JsonOption = False,
@@ -97,6 +110,8 @@ def export(
             "attempt": attempt,
             "job_name": name,
             "hardware": parse_hardware(hardware),
+            "max_gpu_seconds": max_gpu_seconds,
+            "max_cost_usd": max_cost_usd,
             "hf_token": hf_token,
         }
     )
@@ -114,6 +129,8 @@ def clone(
     dataset: Annotated[str | None, typer.Option(help="processed_dataset_id. Default: the same.")] = None,
     name: Annotated[str | None, typer.Option(help="job_name. Default: the same.")] = None,
     hardware: Annotated[str | None, typer.Option(help="Hardware profile. Default: the same.")] = None,
+    max_gpu_seconds: MaxGpuSecondsOption = None,
+    max_cost_usd: MaxCostOption = None,
     hf_token: ResentHfTokenOption = None,
     wandb_api_key: ResentWandbKeyOption = None,
     secret: SecretsOption = None,
@@ -128,6 +145,8 @@ def clone(
             "job_name": name,
             "processed_dataset_id": dataset,
             "hardware": parse_hardware(hardware),
+            "max_gpu_seconds": max_gpu_seconds,
+            "max_cost_usd": max_cost_usd,
             "training_config": training_config or None,
         }
     )

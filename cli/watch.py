@@ -3,7 +3,7 @@
 import json
 import sys
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from typing import Annotated
 
@@ -16,10 +16,10 @@ from cli.http_client import Client, Json
 from cli.options import JobIdArgument, JsonOption, create_client
 from cli.output import out
 from cli.render.events import event_line, progress_bar
-from cli.render.formats import format_time_left
-from cli.render.job import get_pending_reason, print_job
+from cli.render.formats import format_cost, format_time_left
+from cli.render.job import continue_command, get_pending_reason, print_job
 
-PENDING_REASON_POLL_S = 15.0
+JOB_POLL_S = 15.0
 
 
 def watch(context: typer.Context, job_id: JobIdArgument, as_json: JsonOption = False) -> None:
@@ -67,14 +67,19 @@ def watch_job(client: Client, job_id: str, as_json: bool) -> None:
 
 
 def _show_progress(client: Client, job_id: str) -> None:
-    with progress_bar(out) as bar, _print_pending_reason(client, job_id, lambda line: bar.console.print(line, highlight=False)):
-        task = bar.add_task("", total=1, phase="queued", loss="–", eta="")
-        for event in client.stream_events(job_id):
-            _update_progress(bar, task, event["event"])
-            if line := event_line(event):
-                bar.console.print(line, highlight=False)
-            if event["event"].get("status") == "paused" and client.get(f"/jobs/{job_id}")["status"] == "paused":
-                bar.console.print(f"[dim]waiting for `tunesmith resume {job_id}`; Ctrl-C stops watching, not the job[/]", soft_wrap=True)
+    with progress_bar(out) as bar:
+        task = bar.add_task("", total=1, phase="queued", loss="–", eta="", cost="")
+        with _show_pending_reason_and_cost(client, job_id, bar, task):
+            _show_events(client, job_id, bar, task)
+
+
+def _show_events(client: Client, job_id: str, bar: Progress, task: TaskID) -> None:
+    for event in client.stream_events(job_id):
+        _update_progress(bar, task, event["event"])
+        if line := event_line(event):
+            bar.console.print(line, highlight=False)
+        if event["event"].get("status") == "paused" and (job := client.get(f"/jobs/{job_id}"))["status"] == "paused":
+            bar.console.print(f"[dim]waiting for `{continue_command(job)}`; Ctrl-C stops watching, not the job[/]", soft_wrap=True)
 
 
 def _update_progress(bar: Progress, task: TaskID, body: Json) -> None:
@@ -96,20 +101,22 @@ def _update_progress(bar: Progress, task: TaskID, body: Json) -> None:
 
 
 @contextmanager
-def _print_pending_reason(client: Client, job_id: str, print_line: Callable[[str], None]) -> Generator[None]:
-    """Poll in a thread for the reason that a job is not launched yet, and print each new reason. Events do not carry it."""
+def _show_pending_reason_and_cost(client: Client, job_id: str, bar: Progress, task: TaskID) -> Generator[None]:
+    """Poll in a thread for what events do not carry: what the job has cost, and why it is not launched yet; each new reason is printed."""
     stop = threading.Event()
 
     def poll() -> None:
         printed: str | None = None
-        while not stop.wait(PENDING_REASON_POLL_S):
+        while not stop.wait(JOB_POLL_S):
             with suppress(ApiError):
-                reason = get_pending_reason(client.get(f"/jobs/{job_id}"))
+                job = client.get(f"/jobs/{job_id}")
+                reason = get_pending_reason(job)
                 if reason and reason != printed:
-                    print_line(f"[yellow]waiting[/] {escape(reason)}")
+                    bar.console.print(f"[yellow]waiting[/] {escape(reason)}", highlight=False)
                 printed = reason
+                bar.update(task, cost=format_cost(job["cost"]))
 
-    thread = threading.Thread(target=poll, name="pending-reason", daemon=True)
+    thread = threading.Thread(target=poll, name="job-poll", daemon=True)
     thread.start()
     try:
         yield

@@ -161,21 +161,39 @@ class Refusal(ForwardCompatible):
     at: datetime
 
 
+# Why a job is paused: a caller asked for it, the job reached a cap of its own, or its tenant a quota of the month.
+PauseReason = Literal["requested", "cost_cap", "gpu_seconds_cap", "cost_quota", "gpu_hours_quota"]
+
+
+class ComputeRate(ForwardCompatible):
+    """What an attempt's compute counts as and costs, as known when it was launched: a later price does not change it."""
+
+    gpus: int = 0
+    usd_per_hour: float | None = None  # None: the price is not known
+    billing_step_s: float = 0.0  # billed time is rounded up to a multiple of this
+    min_billed_s: float = 0.0  # and is at least this long
+    source: str = ""  # of the price
+    as_of: str = ""  # ISO date on which the price was written down
+
+
 class Attempt(ForwardCompatible):
     """One launch of a job on some compute."""
 
     number: int  # from 1
     placement: Placement  # where it runs; only this launcher knows its handle
+    rate: ComputeRate | None = None  # None: launched by a version that counted no compute
     created_at: datetime
     launch_started_at: datetime | None = None  # when the latest launch began, by the process that wrote this value; None: not yet
     pending_reason: str | None = None  # why it does not run yet
     refusals: tuple[Refusal, ...] = ()  # the latest of each placement that was tried before
     handle: str | None = None  # the launcher's name for it; None until the launch is answered
     launched_at: datetime | None = None
+    waited_for_machine: bool = False  # it was launched before any machine had taken it: its compute counts from the claim
     claimed_by: str | None = None  # the process that owns the attempt
     claimed_at: datetime | None = None
     resumed_step: int | None = None  # the step of the checkpoint that it continued from
     last_checkpoint_step: int | None = None  # the step of the newest checkpoint that it saved
+    checkpoint_s: float | None = None  # how long its newest reported checkpoint took, including the upload
     suspected_at: datetime | None = None  # when it was first found silent although its compute is running
     ended_at: datetime | None = None
     outcome: AttemptOutcome | None = None
@@ -215,6 +233,9 @@ class Job(VersionedRecord):
     placements: tuple[Placement, ...]  # where its attempts may run, in order of preference
     export_of: ExportSource | None = None  # if set, nothing is trained and this checkpoint is exported
     cloned_from: Id | None = None  # the job whose request this one repeats, possibly with changes
+    max_gpu_seconds: float | None = None  # the job is paused before its attempts have used more
+    max_cost_usd: float | None = None  # likewise
+    pause_reason: PauseReason | None = None  # of the latest pause
     status: Status
     revision: int = 0  # increases by one with every change; the store compares it
     attempts: tuple[Attempt, ...] = ()

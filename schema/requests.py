@@ -56,6 +56,22 @@ TRAIN_REQUEST_EXAMPLE: dict[str, JsonValue] = {
 }
 
 
+MaxGpuSeconds = Annotated[
+    float | None,
+    Field(
+        gt=0,
+        le=1e9,
+        description="The job is paused, with a checkpoint, before its attempts have used more: seconds × GPUs. Without a GPU: 0.",
+    ),
+]
+MaxCostUsd = Annotated[
+    float | None,
+    Field(
+        gt=0,
+        le=1e6,
+        description="Likewise in US dollars of compute, by the prices of `GET /capabilities`. Every requested profile needs a price.",
+    ),
+]
 SecretName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,95}$")]
 
 
@@ -75,6 +91,8 @@ class TrainRequest(Strict):
         description="A hardware profile of this deployment, such as `l4`, or `cloud-run/l4` where several launchers have one of that name; "
         "or a list of them: the first that has room takes the job. `GET /capabilities` lists them. Default: the deployment's first.",
     )
+    max_gpu_seconds: MaxGpuSeconds = None
+    max_cost_usd: MaxCostUsd = None
     training_config: TrainingConfig
 
     @model_validator(mode="after")
@@ -93,13 +111,15 @@ IMMUTABLE_FIELDS = (
 
 
 class ContinuationOptions(Strict):
-    """What may change between two attempts of a job: the hardware and the length. What determined the finished steps may not."""
+    """What may change between two attempts of a job: hardware, length and caps. What determined the finished steps may not."""
 
     hardware: Hardware | None = Field(None, description="Continue on other hardware, also of another launcher; a profile or a list.")
     epochs: int | None = Field(
         None, ge=1, le=1000, description="More passes over the rows than before. The learning rate schedule then covers the new total."
     )
     max_steps: int | None = Field(None, ge=1, le=10_000_000, description="More optimizer steps than before, for a job that sets max_steps.")
+    max_gpu_seconds: MaxGpuSeconds = None
+    max_cost_usd: MaxCostUsd = None
     hf_token: SecretText | None = Field(None, description="Needed again if the job had one and has ended, which deletes its secrets.")
     wandb_api_key: SecretText | None = Field(None, description="Needed again in the same case.")
     secrets: dict[SecretName, SecretText] = Field(
@@ -136,6 +156,8 @@ class ExportRequest(Strict):
     )
     job_name: Label | None = None
     hardware: Hardware | None = None
+    max_gpu_seconds: MaxGpuSeconds = None
+    max_cost_usd: MaxCostUsd = None
     hf_token: SecretText | None = None
 
 
@@ -153,6 +175,8 @@ class CloneRequest(Strict):
     job_name: Label | None = None
     processed_dataset_id: Id | None = None
     hardware: Hardware | None = None
+    max_gpu_seconds: MaxGpuSeconds = None
+    max_cost_usd: MaxCostUsd = None
     hf_token: SecretText | None = Field(None, description="Needed again if the job had one; null creates the clone without it.")
     secrets: dict[SecretName, SecretText | None] = Field(
         {},

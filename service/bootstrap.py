@@ -22,6 +22,7 @@ from service.adapters.secrets import SECRET_STORES
 from service.adapters.secrets.local import load_or_create_key
 from service.core.access.audit import AuditLog
 from service.core.access.keys import Keys
+from service.core.access.logins import Logins
 from service.core.access.ports import AccessStore, IdentityVerifier
 from service.core.access.rules import IdentityRules
 from service.core.datasets.records import Datasets
@@ -31,6 +32,7 @@ from service.core.jobs.reconciler import Reconciler
 from service.core.launchers import LauncherPool
 from service.core.ports import Buckets, Hub, JobStore, SecretStore
 from service.core.principals import UPKEEP_PRINCIPAL
+from service.core.quotas import QuotaChecks
 from service.core.tokens import TokenSigner
 from service.core.validation.egress import EgressCheck
 from service.core.validation.hub import NoHub
@@ -53,6 +55,7 @@ class Services:
     jobs: JobServices
     datasets: Datasets
     keys: Keys
+    logins: Logins
     audit_log: AuditLog
     identity_rules: IdentityRules
     identity_verifier: IdentityVerifier
@@ -75,6 +78,7 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
     secrets = _open_secret_store(settings)
     hub = NoHub() if settings.hf_hub_offline else HuggingFaceHub(settings.hf_endpoint)
     tokens = TokenSigner(_signing_key(settings), clock)
+    quotas = QuotaChecks(store, settings.quotas, clock)
     interval_s, names = settings.reconcile_interval_s, [launcher.name for launcher in launchers]
 
     def reconcile_launcher(name: str) -> int:
@@ -99,6 +103,7 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
         hub=hub,
         trackers=settings.trackers,
         attempt_variables=attempt_variables(settings),
+        quotas=quotas,
         egress=EgressCheck(egress_policy(settings), SystemResolver()),
     )
     datasets = Datasets(
@@ -114,8 +119,10 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
         random_suffix=lambda: token_hex(6),
         scratch=home / "uploads",
         max_incoming_bytes=settings.max_incoming_bytes,
+        quotas=quotas,
         incoming_by_tenant=settings.identity is not None,
     )
+    keys, local_token = Keys(access_store, clock), LocalToken(home)
     return Services(
         settings=settings,
         store=store,
@@ -127,11 +134,12 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
         tokens=tokens,
         jobs=jobs,
         datasets=datasets,
-        keys=Keys(access_store, clock),
+        keys=keys,
+        logins=Logins(tokens, keys, local_token, clock),
         audit_log=AuditLog(access_store, clock, random_suffix=lambda: token_hex(6)),
         identity_rules=rules,
         identity_verifier=OidcVerifier(rules.issuers, clock),
-        local_token=LocalToken(home),
+        local_token=local_token,
         reconciler=reconciler,
     )
 

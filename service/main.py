@@ -13,15 +13,17 @@ from fastapi_offline import FastAPIOffline
 from starlette.types import ASGIApp
 
 from schema.version import VERSION
-from service.api import access, capabilities, datasets, docs, errors, files, health, internal, jobs, openapi, root, train
+from service.api import access, capabilities, datasets, docs, errors, files, health, internal, jobs, login, openapi, root, train
 from service.api.authentication import Authenticator
 from service.api.health import make_health_checks
 from service.api.ingestion import IngestionSlots
 from service.api.middleware import install_front_door
+from service.api.rate_limits import RateLimiter
 from service.api.stream import Feeds, FollowerLimits, run_in_thread
 from service.bootstrap import Services, build_services, check_adapters
 from service.core.errors import Unavailable
 from service.core.principals import UPKEEP_PRINCIPAL
+from service.core.rate_limits import parse_rate_limits
 from service.home import lock_home
 from service.logs import configure_logging
 from service.settings import Settings
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ROUTERS = (
-    *(part.router for part in (root, docs, train, capabilities, jobs, datasets, access, files, health, internal)),
+    *(part.router for part in (root, docs, train, capabilities, jobs, datasets, access, login, files, health, internal)),
     internal.maintenance_router,
 )
 DESCRIPTION = "One HTTP request becomes a fine-tuned model."
@@ -62,6 +64,7 @@ def create_app(settings: Settings | None = None, clock: Callable[[], datetime] |
     )
     app.state.settings = settings
     app.state.clock = clock
+    app.state.rate_limiter = RateLimiter(parse_rate_limits(settings.rate_limits))
     app.state.telemetry = telemetry
     app.state.holds_home_lock = holds_home_lock
     errors.install(app)
@@ -108,6 +111,7 @@ async def _run_services(app: FastAPI) -> AsyncGenerator[None]:
     app.state.services = services
     app.state.authenticator = Authenticator(
         keys=services.keys,
+        logins=services.logins,
         local_token=services.local_token,
         rules=services.identity_rules,
         verifier=services.identity_verifier,

@@ -13,6 +13,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from schema.egress import EGRESS_VARIABLE, EgressPolicy, allow_rule_of, parse_allow_rule, parse_url
 from service.core.jobs.trackers import DeploymentTrackers
+from service.core.quotas import Quotas
+from service.core.rate_limits import DEFAULT_RATE_LIMITS, RateLimits
 from service.setting_types import CommaList
 
 DEFAULT_HF_ENDPOINT = "https://huggingface.co"
@@ -123,6 +125,17 @@ class Settings(BaseSettings):
         16 << 20, ge=100, description="Longest row of a dataset including its images, in bytes; max_row_bytes applies without them."
     )
     max_dataset_rows: int = Field(1_000_000, ge=1, description="Maximum number of rows of a dataset.")
+    quotas: Quotas = Field(
+        default_factory=lambda: Quotas.model_validate({}),
+        description="Quotas of tenants, as JSON: `default`, and `tenants` by id with what differs for one. Of each: `max_queued_jobs`, "
+        "`max_running_jobs`, `max_stored_bytes` (datasets and artifacts), `max_gpu_hours_per_month`, `max_cost_usd_per_month`. "
+        "Default: none.",
+    )
+    rate_limits: RateLimits = Field(
+        DEFAULT_RATE_LIMITS,
+        description="Requests of one caller at one instance of the service, by kind; failed authentications are counted by address. A kind "
+        "that is left out has no limit; `none`: no limits. The account that runs the service has none, as on a laptop.",
+    )
     max_dataset_pixels: int = Field(
         20_000_000_000, ge=1, description="Maximum number of pixels of all images of a dataset: checking them takes about 10 s per 10⁹."
     )

@@ -7,20 +7,21 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
 from cli.http_client import Json
-from cli.render.formats import OUTCOME_LABELS, format_fidelity, format_size, format_status, humanize
+from cli.render.formats import OUTCOME_LABELS, PAUSE_LABELS, format_fidelity, format_size, format_status, humanize
 from cli.render.job import gate_lines
 
 MAX_SAMPLE_CHARS = 200  # longer prompts and answers are truncated
 
 
 def progress_bar(console: Console) -> Progress:
-    """A progress bar with phase, steps, loss and remaining time."""
+    """A progress bar with phase, steps, loss, remaining time and cost."""
     return Progress(
         TextColumn("{task.fields[phase]:>12}"),
         BarColumn(bar_width=32),
         TextColumn("{task.completed:.0f}/{task.total:.0f}"),
         TextColumn("loss {task.fields[loss]}"),
         TextColumn("{task.fields[eta]}"),
+        TextColumn("{task.fields[cost]}"),
         console=console,
         transient=True,
     )
@@ -61,7 +62,8 @@ def event_line(event: Json) -> str | None:
 def _status_line(body: Json) -> str:
     """`preparing, attempt 2` or `queued (compute preempted)`. A reason that equals the status is left out."""
     attempt = f", attempt {body['attempt']}" if body["status"] == "preparing" and body["attempt"] > 1 else ""
-    reason = OUTCOME_LABELS.get(body["reason"], "" if body["reason"] == body["status"] else body["reason"])
+    labels = OUTCOME_LABELS | PAUSE_LABELS
+    reason = labels.get(body["reason"], "" if body["reason"] == body["status"] else body["reason"])
     return format_status(body["status"]) + attempt + (f" ({reason})" if reason else "")
 
 

@@ -17,6 +17,13 @@ OUTCOME_LABELS = {
     "lost": "process disappeared",
     "launch_failed": "launch failed",
 }
+# Why a job is paused, where that was not a caller's request.
+PAUSE_LABELS = {
+    "cost_cap": "its max_cost_usd is reached",
+    "gpu_seconds_cap": "its max_gpu_seconds is reached",
+    "cost_quota": "the tenant's cost of this month is used up",
+    "gpu_hours_quota": "the tenant's GPU hours of this month are used up",
+}
 PERPLEXITY_LABELS = (("perplexity", "this file"), ("perplexity_merged", "tuned"), ("perplexity_base", "base"))
 
 
@@ -41,6 +48,19 @@ def format_time_left(seconds: float | None) -> str:
         return ""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}m{rest:02}s left" if minutes else f"{rest}s left"
+
+
+def format_cost(cost: Json) -> str:
+    """Dollars and GPU time so far, with caps, such as `$0.45 of at most $2.00, 0.32 GPU hours`; empty for compute without both."""
+    parts: list[str] = []
+    if cost["usd"] is not None:
+        cap = f" of at most ${cost['max_cost_usd']:.2f}" if cost["max_cost_usd"] is not None else ""
+        rate = f" at ${cost['usd_per_hour']:.2f} an hour" if cost["usd_per_hour"] is not None else ""
+        parts.append(f"${cost['usd']:.2f}{cap}{rate}")
+    if cost["gpu_seconds"] or cost["max_gpu_seconds"] is not None:
+        cap = f" of at most {cost['max_gpu_seconds']:g}" if cost["max_gpu_seconds"] is not None else ""
+        parts.append(f"{cost['gpu_seconds']:.0f}{cap} GPU seconds")
+    return ", ".join(parts)
 
 
 def format_time(timestamp: str) -> str:

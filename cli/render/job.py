@@ -6,7 +6,16 @@ from rich.console import Console
 from rich.markup import escape
 
 from cli.http_client import Json
-from cli.render.formats import OUTCOME_LABELS, format_fidelity, format_size, format_status, format_time, format_time_left
+from cli.render.formats import (
+    OUTCOME_LABELS,
+    PAUSE_LABELS,
+    format_cost,
+    format_fidelity,
+    format_size,
+    format_status,
+    format_time,
+    format_time_left,
+)
 
 MAX_ATTEMPTS_SHOWN = 5  # the latest ones: a job with a time limit per attempt can have hundreds
 
@@ -20,6 +29,8 @@ def print_job(console: Console, job: Json) -> None:
             console.print(f"  hint: {escape(job['failure']['hint'])}", highlight=False)
     if reason := get_pending_reason(job):
         console.print(f"  waiting: {escape(reason)}", highlight=False)
+    if job["pause_reason"] in PAUSE_LABELS:
+        console.print(f"  paused: {PAUSE_LABELS[job['pause_reason']]}", highlight=False)
     for line in (*progress_lines(job), *attempt_lines(job["attempts"]), *metric_lines(job), *gate_lines(job["gate"])):
         console.print(f"  {line}", highlight=False)
     for line in artifact_lines(job["artifacts"]):
@@ -36,7 +47,7 @@ def get_pending_reason(job: Json) -> str | None:
 
 
 def progress_lines(job: Json) -> Iterator[str]:
-    """The source of the job, its progress and its latest checkpoint."""
+    """The source of the job, its progress, its latest checkpoint and its cost."""
     if job["cloned_from"]:
         yield f"clone of    {job['cloned_from']}"
     if job["export_of"]:
@@ -48,6 +59,8 @@ def progress_lines(job: Json) -> Iterator[str]:
         yield f"progress    step {step}, epoch {epoch}{time_left}"
     if job["checkpoint"]:
         yield f"checkpoint  step {job['checkpoint']['step']}, {format_time(job['checkpoint']['at'])}"
+    if cost := format_cost(job["cost"]):
+        yield f"cost        {cost}"
 
 
 def attempt_lines(attempts: list[Json]) -> Iterator[str]:
@@ -110,7 +123,8 @@ def continue_command(job: Json) -> str | None:
     """The command that continues a job from its checkpoint, or exports a model that did not pass its gate."""
     match job["status"]:
         case "paused":
-            return f"tunesmith resume {job['job_id']}"
+            caps = {"cost_cap": " --max-cost-usd MORE", "gpu_seconds_cap": " --max-gpu-seconds MORE"}
+            return f"tunesmith resume {job['job_id']}{caps.get(job['pause_reason'], '')}"
         case "failed" | "cancelled" if job["checkpoint"]:
             return f"tunesmith retry {job['job_id']}"
         case "completed" if job["gate_passed"] is False:

@@ -11,10 +11,11 @@ from cli.render.formats import format_size, format_status, format_time, humanize
 
 def job_table(jobs: list[Json]) -> Table:
     """One row per job."""
-    table = _table("job", "name", "base", "status", "created")
+    table = _table("job", "name", "base", "status", "cost", "created")
     for job in jobs:
+        cost = "" if job["cost_usd"] is None else f"${job['cost_usd']:.2f}"
         table.add_row(
-            job["job_id"], escape(job["job_name"]), job["base_model_id"], format_status(job["status"]), format_time(job["created_at"])
+            job["job_id"], escape(job["job_name"]), job["base_model_id"], format_status(job["status"]), cost, format_time(job["created_at"])
         )
     return table
 

@@ -208,7 +208,6 @@ def _load_with_unsloth(config: TrainingConfig, device_config: DeviceConfig, weig
         load_in_4bit=config.method == "QLoRA",
         full_finetuning=config.method == "Full",
         trust_remote_code=False,
-        use_safetensors=True,
     )
     model.config.get_text_config().use_cache = False
     return model

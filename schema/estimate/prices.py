@@ -12,6 +12,8 @@ SECONDS_PER_HOUR = 3600
 CLOUD_RUN_USD_PER_VCPU_S = 0.000018  # Google's price list, a copy
 CLOUD_RUN_USD_PER_GIB_S = 0.000002  # recalled; it fits a guide of 2026
 CLOUD_RUN_L4_USD_PER_HOUR = 0.67  # without zonal redundancy; two blogs, one of April 2026
+CLOUD_RUN_BILLING_STEP_S = 0.1  # Google's price list, a copy
+CLOUD_RUN_MIN_BILLED_S = 60.0  # of a task of a job; recalled
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class Price:
     source: str
     as_of: str  # ISO date on which the price was written down
     note: str = ""
+    billing_step_s: float = 0.0  # billed time is rounded up to a multiple of this
+    min_billed_s: float = 0.0  # and is at least this long
 
 
 def find_price(launcher: str, profile: str) -> Price | None:
@@ -45,8 +49,15 @@ PRICES: Mapping[tuple[str, str], Price] = {
         source=f"{_CLOUD_RUN_SOURCE}; two blogs for the GPU",
         as_of="2026-11-21",
         note=f"{_CLOUD_RUN_NOTE}; GPU without zonal redundancy",
+        billing_step_s=CLOUD_RUN_BILLING_STEP_S,
+        min_billed_s=CLOUD_RUN_MIN_BILLED_S,
     ),
     ("cloud-run", "cpu"): Price(
-        usd_per_hour=_sum_cloud_run_usd_per_hour(8, 32), source=_CLOUD_RUN_SOURCE, as_of="2026-11-21", note=_CLOUD_RUN_NOTE
+        usd_per_hour=_sum_cloud_run_usd_per_hour(8, 32),
+        source=_CLOUD_RUN_SOURCE,
+        as_of="2026-11-21",
+        note=_CLOUD_RUN_NOTE,
+        billing_step_s=CLOUD_RUN_BILLING_STEP_S,
+        min_billed_s=CLOUD_RUN_MIN_BILLED_S,
     ),
 }

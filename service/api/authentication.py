@@ -5,6 +5,7 @@ In this order:
 1. `Authorization: Bearer tsk_…`: an API key, or the token of the home folder.
 2. The caller that Cloud Run has verified, where the rule file says that IAM protects the service.
 3. `Authorization: Bearer <identity token>` of an issuer that the rule file trusts.
+4. The cookie of a browser that has logged in, on a request without any of these.
 
 No other header says who a caller is.
 """
@@ -18,12 +19,14 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from service.core.access.keys import KEY_PREFIX, Keys
+from service.core.access.logins import Logins
 from service.core.access.ports import IdentityVerifier, LocalCredential
 from service.core.access.rules import CLOUD_RUN_ISSUER, Identity, IdentityRules, admit
 from service.core.errors import Forbidden, Unauthorized
 from service.core.principals import LOCAL_PRINCIPAL, Principal, attempt_principal
 from service.core.tokens import TokenSigner
 
+SESSION_COOKIE = "tunesmith_session"
 MAX_CREDENTIAL_CHARS = 16_384
 CONCURRENT_LOOKUPS = 8  # of keys in the database and of issuers' keys; they must not use up the threads that requests share
 HINT = (
@@ -36,6 +39,7 @@ class Authenticator:
     """The ways in which this deployment recognizes callers."""
 
     keys: Keys
+    logins: Logins
     local_token: LocalCredential
     rules: IdentityRules
     verifier: IdentityVerifier
@@ -59,6 +63,8 @@ class Authenticator:
             return admit(self.rules, identity)
         if self.rules.cloud_run and front_end_token:
             return admit(self.rules, _cloud_run_identity(caller))
+        if not credential and (session := request.cookies.get(SESSION_COOKIE, "")):
+            return await anyio.to_thread.run_sync(self.logins.recognize, session, limiter=self._lookups)
         raise Unauthorized(
             "the request names no caller that this deployment knows" if credential else "the request has no token", hint=HINT
         )

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from schema.training import TRAINER_TYPES
 from schema.training.llm_graders import GRADER_TYPES
 from service.api.json_body import MalformedBody
-from service.core.errors import TunesmithError, Unauthorized, Unavailable
+from service.core.errors import TooManyRequests, TunesmithError, Unauthorized, Unavailable
 from storage import NoSuchObject, StorageError, StoreFull
 
 log = logging.getLogger(__name__)
@@ -66,6 +66,8 @@ def _handle_tunesmith_error(_request: Request, error: TunesmithError) -> JSONRes
     headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, Unavailable) else None
     if isinstance(error, Unauthorized):
         headers = {"WWW-Authenticate": "Bearer"}
+    if isinstance(error, TooManyRequests):
+        headers = dict(error.headers)
     return error_response(error.status, error.code, error.message, error.hint, error.param, headers)
 
 

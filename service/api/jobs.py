@@ -60,7 +60,8 @@ def list_jobs(
     """Jobs, newest first."""
     query = JobQuery(principal.tenant_id, limit, cursor, status, project_id, modality, trainer_type)
     page = services.jobs.queries.list_jobs(principal, query)
-    return _json_response({"jobs": [job_row(row) for row in page.rows], "next_cursor": page.next_cursor})
+    now = services.jobs.repository.clock()
+    return _json_response({"jobs": [job_row(row, now) for row in page.rows], "next_cursor": page.next_cursor})
 
 
 @router.get("/download/{job_id}")

@@ -16,15 +16,17 @@ from schema.job import (
     ExportSource,
     Failure,
     Gate,
+    PauseReason,
     Progress,
     Refusal,
     Status,
 )
 from schema.placement import Placement
 from schema.types import Phase
+from service.core.event_store import StoredEvent
 from service.core.jobs.checkpoints import StoredCheckpoint
 from service.core.jobs.queries import JobView
-from service.core.ports import JobSummary, StoredEvent
+from service.core.ports import JobSummary
 
 
 class TrainResponse(BaseModel):
@@ -44,6 +46,7 @@ class JobRow(BaseModel):
     trainer_type: str
     project_id: str | None
     created_at: datetime
+    cost_usd: float | None  # what its compute has cost until now; null: no price is known
 
 
 class JobList(BaseModel):
@@ -71,6 +74,18 @@ class AttemptView(BaseModel):
     failure: Failure | None
 
 
+class CostView(BaseModel):
+    """What a job's compute has used until now, and the caps that pause it."""
+
+    gpu_seconds: float  # of all attempts: seconds × GPUs
+    usd: float | None  # of the attempts whose price is known; null: of none
+    usd_per_hour: float | None  # of the current attempt, or of the hardware that the job prefers
+    max_gpu_seconds: float | None
+    max_cost_usd: float | None
+    source: str  # of the price
+    as_of: str  # the day on which the price was written down
+
+
 class JobDetail(BaseModel):
     """Everything about a job."""
 
@@ -95,6 +110,8 @@ class JobDetail(BaseModel):
     launcher: str  # likewise
     placements: list[Placement]  # where its attempts may run, in order of preference
     pending_reason: str | None  # why it does not run yet, where that is known
+    pause_reason: PauseReason | None  # of a job that is paused or about to be
+    cost: CostView
     attempts: list[AttemptView]
     checkpoint: CheckpointRef | None  # the newest one
     export_of: ExportSource | None  # the checkpoint that this job exports instead of training
@@ -238,8 +255,9 @@ class HealthResponse(BaseModel):
     version: str
 
 
-def job_row(summary: JobSummary) -> dict[str, object]:
+def job_row(summary: JobSummary, now: datetime) -> dict[str, object]:
     """A JobRow, as plain values."""
+    usd = summary.cost.until(now).usd
     return {
         "job_id": summary.job_id,
         "job_name": summary.job_name,
@@ -249,6 +267,7 @@ def job_row(summary: JobSummary) -> dict[str, object]:
         "trainer_type": summary.trainer_type,
         "project_id": summary.project_id,
         "created_at": summary.created_at,
+        "cost_usd": None if usd is None else round(usd, 4),
     }
 
 
@@ -281,6 +300,8 @@ def job_detail(view: JobView) -> JobDetail:
         launcher=placement.launcher,
         placements=list(job.placements),
         pending_reason=view.pending_reason,
+        pause_reason=job.pause_reason if job.status in (Status.PAUSING, Status.PAUSED) else None,
+        cost=_cost_view(view),
         attempts=[_attempt_view(attempt) for attempt in job.attempts],
         checkpoint=job.checkpoint,
         export_of=job.export_of,
@@ -297,6 +318,20 @@ def job_detail(view: JobView) -> JobDetail:
         started_at=job.started_at,
         finished_at=job.finished_at,
         last_seen_at=heartbeat.received_at if heartbeat else None,
+    )
+
+
+def _cost_view(view: JobView) -> CostView:
+    """Rounded to what people read: a tenth of a second, a hundredth of a cent."""
+    usd = view.spending.usd
+    return CostView(
+        gpu_seconds=round(view.spending.gpu_seconds, 1),
+        usd=None if usd is None else round(usd, 4),
+        usd_per_hour=view.rate.usd_per_hour,
+        max_gpu_seconds=view.job.max_gpu_seconds,
+        max_cost_usd=view.job.max_cost_usd,
+        source=view.rate.source,
+        as_of=view.rate.as_of,
     )
 
 

@@ -20,6 +20,8 @@ from service.api.audit import record_in_audit_log
 from service.api.authentication import Authenticator
 from service.api.errors import error_response
 from service.api.json_body import JsonRequest
+from service.api.rate_limits import RateLimiter, kind_of
+from service.core.errors import Unauthorized
 from storage.deadline import deadline
 
 REQUEST_TIMEOUT_S = 4.0  # of the promised five; the rest is for a busy instance itself
@@ -99,12 +101,14 @@ class LimitedRoute(APIRoute):
             if max_bytes is None:
                 max_bytes = request.app.state.settings.max_upload_bytes + MULTIPART_SLACK_BYTES
             with deadline(route_limits.timeout_s) if route_limits.timeout_s is not None else nullcontext():
-                await _authenticate(request, route_limits.access)
+                rate_headers = await _admit(request, route_limits)
                 try:
                     declared_bytes = request.headers.get("content-length", "")
                     if declared_bytes.isdecimal() and int(declared_bytes) > max_bytes:
                         raise BodyTooLarge
-                    return await handle(JsonRequest(request.scope, _Body(request.receive, max_bytes).receive))
+                    response = await handle(JsonRequest(request.scope, _Body(request.receive, max_bytes).receive))
+                    response.headers.update(rate_headers)
+                    return response
                 except BodyTooLarge:
                     message = f"the body is larger than {max_bytes} bytes, the limit of this path"
                     return error_response(413, "too_large", message, route_limits.body_hint)
@@ -117,16 +121,29 @@ class LimitedRoute(APIRoute):
         return handle_request
 
 
-async def _authenticate(request: Request, access: Access) -> None:
-    """Put the principal into the request's state. Raises Unauthorized, Forbidden, Unavailable."""
+async def _admit(request: Request, limits: RouteLimits) -> dict[str, str]:
+    """Put the principal into the request's state; returns headers about its rate limit.
+
+    A request beyond the limit leaves no principal, so it writes no entry of the audit log: refusing it costs nothing.
+    Raises Unauthorized, Forbidden, TooManyRequests, Unavailable.
+    """
     authenticator: Authenticator = request.app.state.authenticator
-    match access:
+    limiter: RateLimiter = request.app.state.rate_limiter
+    headers: dict[str, str] = {}
+    match limits.access:
         case "caller":
-            request.state.principal = await authenticator.authenticate_caller(request)
+            try:
+                principal = await authenticator.authenticate_caller(request)
+            except Unauthorized:
+                limiter.count_failed_authentication(request.client.host if request.client else "")
+                raise
+            headers = limiter.check(principal, kind_of(request.method, is_upload=limits.body_bytes is None))
+            request.state.principal = principal
         case "attempt":
             request.state.principal = authenticator.authenticate_attempt(request)
         case "public":
             pass
+    return headers
 
 
 class _Body:

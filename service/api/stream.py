@@ -18,10 +18,10 @@ import orjson
 
 from service.api.responses import event_row
 from service.core.errors import TooManyFollowers, Unavailable
+from service.core.event_store import StoredEvent
 from service.core.jobs.assembly import JobServices
 from service.core.jobs.queries import MAX_PAGE_BYTES
 from service.core.jobs.repository import JobRepository
-from service.core.ports import StoredEvent
 from service.core.principals import Principal
 
 log = logging.getLogger(__name__)

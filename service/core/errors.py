@@ -12,6 +12,8 @@ TunesmithError
 │   └── IdempotencyConflict 409
 ├── Unauthorized 401
 ├── Forbidden 403           the caller lacks a scope
+│   └── QuotaExceeded 403   the tenant has used up a quota
+├── TooManyRequests 429     the caller has exceeded a rate limit
 ├── TooLarge 413
 ├── Unavailable 503         a part of the service does not answer; try again
 │   ├── RecordTooNew 503    a newer version of Tunesmith wrote the record
@@ -21,6 +23,7 @@ TunesmithError
 └── LaunchFailed            the launcher refused an attempt for good; never sent to a caller
 """
 
+from collections.abc import Mapping
 from http import HTTPStatus
 
 
@@ -68,6 +71,23 @@ class Forbidden(TunesmithError):
 
     status = HTTPStatus.FORBIDDEN
     code = "forbidden"
+
+
+class QuotaExceeded(Forbidden):
+    """The tenant has used up a quota of this deployment."""
+
+    code = "quota_exceeded"
+
+
+class TooManyRequests(TunesmithError):
+    """Too many requests in too short a time."""
+
+    status = HTTPStatus.TOO_MANY_REQUESTS
+    code = "too_many_requests"
+
+    def __init__(self, message: str = "", *, hint: str = "", headers: Mapping[str, str]) -> None:
+        super().__init__(message, hint=hint)
+        self.headers = headers  # of the response: Retry-After, and the state of the limit
 
 
 class NotFound(TunesmithError):

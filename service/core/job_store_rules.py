@@ -6,7 +6,9 @@ from typing import Literal
 
 from schema.events import Event, EventBatch, WarningRaised
 from schema.job import Job, Status
-from service.core.ports import Heartbeat, JobEntry, JobSummary
+from service.core.accrual import summarize_cost
+from service.core.event_store import Heartbeat
+from service.core.ports import JobEntry, JobSummary
 from service.core.stored_json import make_storable
 
 IDEMPOTENCY_TTL = timedelta(hours=24)
@@ -36,6 +38,7 @@ def summarize_job(job: Job) -> JobSummary:
         trainer_type=job.training_config.trainer_type,
         project_id=job.project_id,
         created_at=job.created_at,
+        cost=summarize_cost(job),
     )
 
 

@@ -16,7 +16,7 @@ from schema.events import (
     StatusChanged,
     TrackerStarted,
 )
-from schema.job import Attempt, AttemptOutcome, CheckpointRef, Failure, Job, Refusal, Status
+from schema.job import Attempt, AttemptOutcome, CheckpointRef, Failure, Job, PauseReason, Refusal, Status
 from schema.placement import Placement
 from schema.result import Result
 from schema.training import TrainingConfig
@@ -97,7 +97,7 @@ def mark_waiting(job: Job, number: int, now: datetime) -> Job:
     reason = f"waits until a machine of {attempt.placement.launcher} takes it"
     if attempt.claimed_by is not None or attempt.pending_reason == reason:
         return job
-    return _replace_attempt(job, attempt.model_copy(update={"pending_reason": reason}), now)
+    return _replace_attempt(job, attempt.model_copy(update={"pending_reason": reason, "waited_for_machine": True}), now)
 
 
 def mark_launched(job: Job, number: int, handle: str, now: datetime) -> Job:
@@ -135,8 +135,10 @@ def apply_event(job: Job, number: int, event: Event, now: datetime) -> Job:
             return job.model_copy(update={"tracker_urls": job.tracker_urls | {tracker: url}, "updated_at": now, **wandb})
         case GateEvaluated(gate=gate):
             return job.model_copy(update={"gate": gate, "updated_at": now})
-        case CheckpointSaved(step=step):
-            return _record_checkpoint(job, number, step, now)
+        case CheckpointSaved(step=step, save_s=save_s, upload_s=upload_s):
+            saved = _record_checkpoint(job, number, step, now)
+            timed = _get_attempt(saved, number).model_copy(update={"checkpoint_s": save_s + upload_s})
+            return job if saved is job else _replace_attempt(saved, timed, now)
         case CheckpointRestored(step=step, from_attempt=source) if source != number:  # its own: it went back after running out of memory
             return _replace_attempt(job, _get_attempt(job, number).model_copy(update={"resumed_step": step}), now)
         case _:
@@ -205,15 +207,15 @@ def request_cancel(job: Job, now: datetime) -> Job:
             return _transition(job, Status.CANCELLING, now)
 
 
-def request_pause(job: Job, now: datetime) -> Job:
+def request_pause(job: Job, now: datetime, reason: PauseReason = "requested") -> Job:
     """Pause the job: free the compute, keep the progress. Can be repeated. Raises Conflict for a job that is final or is being canceled."""
     match job.status:
         case Status.PAUSED | Status.PAUSING:
             return job
         case Status.QUEUED:
-            return _transition(job, Status.PAUSED, now)
+            return _transition(job, Status.PAUSED, now, pause_reason=reason)
         case Status.PREPARING | Status.TRAINING:
-            return _transition(job, Status.PAUSING, now)
+            return _transition(job, Status.PAUSING, now, pause_reason=reason)
         case _:
             raise Conflict(f"{job.job_id} is {job.status}; there is nothing to pause")
 
@@ -306,7 +308,9 @@ def status_event(before: Job, after: Job) -> StatusChanged | None:
     if before.status is after.status:
         return None
     attempt = after.attempt
-    reason = (attempt.outcome or "") if attempt and attempt.ended_at == after.updated_at else ""
+    reason: str = (attempt.outcome or "") if attempt and attempt.ended_at == after.updated_at else ""
+    if after.status in (Status.PAUSING, Status.PAUSED) and after.pause_reason and after.pause_reason != "requested":
+        reason = after.pause_reason
     return StatusChanged(status=after.status, attempt=attempt.number if attempt else 0, reason=reason, failure=after.failure)
 
 

@@ -7,10 +7,12 @@ from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 from schema.capabilities import EnvironmentManifest
 from schema.dataset import Dataset
-from schema.events import Event, EventBatch
-from schema.job import Failure, Job, Progress, Status
-from schema.types import Phase
+from schema.events import Event
+from schema.job import Failure, Job, Status
+from service.core.accrual import JobCost
+from service.core.event_store import EventStore
 from service.core.limits import Limits
+from service.core.usage import UsageStore
 from storage import ObjectStore
 
 Row = TypeVar("Row")
@@ -31,6 +33,7 @@ class JobSummary:
     trainer_type: str
     project_id: str | None
     created_at: datetime
+    cost: JobCost = field(default_factory=JobCost)  # empty for a record of an earlier version
 
 
 @dataclass(frozen=True)
@@ -70,32 +73,7 @@ class IdempotencyKey:
     body_digest: str
 
 
-@dataclass(frozen=True)
-class StoredEvent:
-    """An event with its position in the job's history. `cursor` grows within the job."""
-
-    cursor: int
-    attempt: int  # 0: written by the service
-    seq: int
-    at: datetime
-    event: Event
-
-
-@dataclass(frozen=True)
-class Heartbeat:
-    """When an attempt last reported, and what: a record of its own, because it is written so often."""
-
-    attempt: int
-    received_at: datetime  # the service's clock
-    next_seq: int
-    phase: Phase | None = None
-    progress: Progress | None = None
-    stored_events: int = 0  # of all attempts of the job
-    stored_event_bytes: int = 0
-    dropped_events: int = 0  # beyond the limits of a job
-
-
-class JobStore(Protocol):
+class JobStore(EventStore, UsageStore, Protocol):
     """Durable records. Every write is atomic, and durable when the call returns.
 
     A job's record is changed by compare-and-set on `revision`; there is no other lock. A record that could not be read back is refused
@@ -140,22 +118,6 @@ class JobStore(Protocol):
 
     def delete_job(self, job_id: str) -> bool:
         """Delete the record, its events and its heartbeat. False when there was none."""
-        ...
-
-    def append_events(self, job_id: str, attempt: int, batch: EventBatch, now: datetime) -> int:
-        """Store the events of the batch that are new, and the heartbeat; returns the next seq expected. Can be repeated."""
-        ...
-
-    def list_events(self, job_id: str, after: int = 0, limit: int = 500, max_bytes: int | None = None) -> list[StoredEvent]:
-        """Events after a cursor, oldest first: at most `limit`, and no more once `max_bytes` are reached. Empty only after the last."""
-        ...
-
-    def find_last_cursor(self, job_id: str) -> int:
-        """The cursor of the job's newest event; 0 before the first."""
-        ...
-
-    def find_heartbeat(self, job_id: str) -> Heartbeat | None:
-        """The last heartbeat of the job's attempts, or None."""
         ...
 
     def create_dataset(self, dataset: Dataset) -> None:

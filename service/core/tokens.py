@@ -1,6 +1,6 @@
 """Tokens that the service signs for their bearers: each is for one attempt, or for one object."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 
 import jwt
@@ -39,6 +39,14 @@ class TokenSigner:
         """The object's key and the name to save it under. Raises Unauthorized."""
         claims = self._read(token, FILE_AUDIENCE, leeway=timedelta())
         return str(claims["sub"]), str(claims["filename"])
+
+    def sign(self, claims: Mapping[str, object], audience: str, lifetime: timedelta) -> str:
+        """A token with these claims, `sub` among them, for one purpose."""
+        return self._sign({**claims, "aud": audience, "exp": self._clock() + lifetime})
+
+    def read(self, token: str, audience: str) -> dict[str, object]:
+        """The claims of a token for that purpose. Raises Unauthorized."""
+        return self._read(token, audience, leeway=timedelta())
 
     def _sign(self, claims: dict[str, object]) -> str:
         return jwt.encode(claims, self._key, algorithm="HS256")

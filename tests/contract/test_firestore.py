@@ -16,10 +16,12 @@ from google.cloud.firestore_v1.types import StructuredQuery
 
 from schema.events import EventBatch, MetricsLogged, ReportedEvent, StatusChanged, WarningRaised
 from schema.job import Job, Status
+from service.adapters.access.firestore import FirestoreAccessStore
 from service.adapters.jobstores.cursors import encode_cursor
 from service.adapters.jobstores.firestore.documents import FILTERS
 from service.adapters.jobstores.firestore.events import EVENTS_TTL
 from service.adapters.jobstores.firestore.store import FirestoreJobStore
+from service.core.access.ports import AuditQuery
 from service.core.errors import Conflict, IdempotencyConflict, InvalidRequest, StaleRevision, Unavailable
 from service.core.job_store_rules import IDEMPOTENCY_TTL
 from service.core.ports import IdempotencyKey, JobQuery
@@ -42,7 +44,7 @@ def store(firestore_project: str) -> Iterator[FirestoreJobStore]:
 class RpcInterceptor:
     """Replaces one RPC of Google's client, records its requests and injects faults."""
 
-    def __init__(self, store: FirestoreJobStore, rpc: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, store: FirestoreJobStore | FirestoreAccessStore, rpc: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self._api = store._database.client._firestore_api  # pyright: ignore[reportPrivateUsage]  # below the client's own logic
         self._send: Rpc = getattr(self._api, rpc)
         self.requests: list[Any] = []
@@ -455,7 +457,40 @@ def test_queries_and_indexes_match(store: FirestoreJobStore, monkeypatch: pytest
         indexes = query.find_indexes()
         assert indexes is not None, f"no index for {query}"
         used += indexes
-    assert [index for index in INDEXES["indexes"] if index not in used] == []
+    others = ("usage", "api_keys", "audit")  # the two tests below
+    assert [index for index in INDEXES["indexes"] if index not in used and index["collectionGroup"] not in others] == []
+
+
+def test_queries_of_keys_and_audit_entries_match_indexes(firestore_project: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FirestoreAccessStore(project_id=firestore_project)
+    interceptor = RpcInterceptor(store, "run_query", monkeypatch)
+    store.list_keys("local")
+    for tenant_id, subject, action in itertools.product((None, "local"), (None, "s"), (None, "a")):
+        store.list_audit_entries(AuditQuery(tenant_id, subject=subject, action=action))
+    store.close()
+    found = [RecordedQuery(request["structured_query"]).find_indexes() for request in interceptor.requests]
+    assert None not in found
+    used = [index for indexes in found for index in indexes or ()]
+    assert [index for index in INDEXES["indexes"] if index["collectionGroup"] in ("api_keys", "audit") and index not in used] == []
+
+
+def test_sums_and_counts_match_indexes(store: FirestoreJobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum is served by an index of the filter and the field, a count by that of the query that it counts."""
+    interceptor = RpcInterceptor(store, "run_aggregation_query", monkeypatch)
+    store.count_jobs("local", "queued")
+    store.count_jobs("local", "active")
+    store.sum_usage("local", "2026-01")
+    needed: list[list[tuple[str, str]]] = []
+    for request in interceptor.requests:
+        aggregation = request["structured_aggregation_query"]
+        query, [wanted] = aggregation.structured_query, aggregation.aggregations
+        order = [(each.field.field_path, each.direction.name) for each in query.order_by]
+        summed = [(wanted.sum.field.field_path, "ASCENDING")] if wanted.sum.field.field_path else []
+        needed.append([(query.where.field_filter.field.field_path, "ASCENDING"), *order, *summed])
+    listed = [index_keys(index) for index in INDEXES["indexes"]]
+    assert [keys for keys in needed if keys not in listed] == []
+    assert [keys for keys in listed if keys[0][0] == "scope" and keys not in needed] == []
+    assert len(needed) == 5
 
 
 def test_query_without_index_is_detected() -> None:

@@ -43,7 +43,8 @@ from service.core.errors import (
     Unavailable,
     UnreadableRecord,
 )
-from service.core.ports import IdempotencyKey, JobQuery, JobStore, StoredEvent
+from service.core.event_store import StoredEvent
+from service.core.ports import IdempotencyKey, JobQuery, JobStore
 from service.core.stored_json import MAX_EVENT_BYTES, MAX_RECORD_BYTES, MAX_SAMPLES_EVENT_BYTES
 from tests.factories import START, make_attempt, make_dataset, make_grpo_config, make_job
 
@@ -272,6 +273,8 @@ def test_open_jobs_of_an_earlier_sqlite_file_are_found_after_an_upgrade(tmp_path
         for record in (first, active):
             db.execute("UPDATE jobs SET record = ? WHERE job_id = ?", (json.dumps(record), record["job_id"]))
         db.execute("DROP TABLE job_launchers")
+        db.execute("DROP TABLE usage")
+        db.execute("DROP TABLE job_costs")
         db.execute("PRAGMA user_version = 2")
     store.close()
     store = SqliteJobStore(path)

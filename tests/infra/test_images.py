@@ -219,7 +219,7 @@ class InstalledImage:
         entry = load_dockerfile(SERVICE).final_stage.last_instruction("ENTRYPOINT").exec_form or []
         command = [str(self.root / "opt/venv/bin/python"), *entry[1:]]
         process = subprocess.Popen(
-            command, env=self.environment(PORT="0"), cwd=self.root / "app", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command, env=self.environment(PORT="0", TUNESMITH_IDENTITY="{}"), cwd=self.root / "app", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         assert process.stdout is not None
         with process:

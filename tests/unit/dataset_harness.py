@@ -13,6 +13,7 @@ from PIL import Image
 from service.adapters.jobstores.memory import MemoryJobStore
 from service.core.datasets.records import Datasets
 from service.core.datasets.rows import IngestResult, InvalidRow, RowLimits, ingest, read_rows
+from service.core.quotas import QuotaChecks, Quotas
 from storage.file import LocalStore
 from tests.factories import START
 
@@ -74,13 +75,15 @@ def make_vision_row(*parts: object) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": list(parts)}, CHOSEN_ANSWER]}
 
 
-def make_datasets(folder: Path) -> Datasets:
+def make_datasets(folder: Path, quotas: Quotas | None = None) -> Datasets:
+    store = MemoryJobStore()
     return Datasets(
-        store=MemoryJobStore(),
+        store=store,
         objects=LocalStore((folder / "objects").as_uri()),
         limits=RowLimits(),
         clock=lambda: START,
         random_suffix=lambda: "1",
         scratch=folder / "scratch",
         max_incoming_bytes=1 << 20,
+        quotas=QuotaChecks(store, quotas or Quotas.model_validate({}), lambda: START),
     )

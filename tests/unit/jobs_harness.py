@@ -19,6 +19,7 @@ from service.core.jobs.trackers import DeploymentTrackers
 from service.core.launchers import LauncherPool
 from service.core.ports import Buckets, JobStore
 from service.core.principals import LOCAL_PRINCIPAL, UPKEEP_PRINCIPAL, attempt_principal
+from service.core.quotas import QuotaChecks, Quotas
 from service.core.tokens import TokenSigner
 from storage.registry import open_store
 from tests.factories import START, make_dataset, make_train_request
@@ -37,6 +38,7 @@ class JobsHarness:
         trackers: DeploymentTrackers | None = None,
         launchers: Sequence[FakeLauncher] = (),
         store: JobStore | None = None,
+        quotas: Quotas | None = None,
     ) -> None:
         self.clock = FakeClock()
         self.store = store or MemoryJobStore()
@@ -61,6 +63,7 @@ class JobsHarness:
             wake=self._wake,
             hub=self.hub,
             trackers=trackers,
+            quotas=QuotaChecks(self.store, quotas, self.clock) if quotas else None,
             attempt_variables={"HF_ENDPOINT": "https://hub.example"},
         )
         self.store.create_dataset(make_dataset())

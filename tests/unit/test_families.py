@@ -8,13 +8,14 @@ import pytest
 from pydantic import Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from schema.job import Artifact
+from schema.job import Artifact, ComputeRate
 from schema.requests import IMMUTABLE_FIELDS, ExportRequest, RetryRequest
 from schema.training import FAMILIES, TRAINER_TYPES
 from schema.training.base import ArtifactKindInfo, BaseHyperparameters, BaseTrainingConfig, TrainingSummary
 from schema.training.export import BaseExportConfig
 from schema.types import DatasetType, Phase
 from service.api.responses import job_detail
+from service.core.accrual import Spending
 from service.core.errors import InvalidRequest
 from service.core.job_store_rules import summarize_job
 from service.core.jobs.clone import original_request
@@ -103,7 +104,7 @@ def test_trainer_types_are_derived_from_the_union() -> None:
 
 
 def test_job_of_any_family_is_shown() -> None:
-    detail = job_detail(JobView(make_job(training_config=TABULAR), None, None))
+    detail = job_detail(JobView(make_job(training_config=TABULAR), None, None, Spending(0.0, None), ComputeRate()))
     assert (detail.base_model_id, detail.modality, detail.method, detail.trainer_type) == ("", "", "", "tabular")
     row = summarize_job(make_job(training_config=DETECTOR))
     assert (row.base_model_id, row.modality, row.trainer_type) == ("tiny.pt", "images", "detector")

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message
 
 from service.adapters.access.memory import MemoryAccessStore
 from service.api import errors
+from service.api.rate_limits import RateLimiter
 from service.api.route import LimitedRoute, limits
 from service.core.access.audit import AuditLog
 from service.core.errors import Unavailable
@@ -130,6 +131,7 @@ def toy_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]
     app = FastAPI()
     app.state.settings = Settings(home=tmp_path_factory.mktemp("home"))  # type: ignore[call-arg]
     app.state.authenticator = AdmitsEverybody()
+    app.state.rate_limiter = RateLimiter({})
     app.state.services = SimpleNamespace(audit_log=AuditLog(MemoryAccessStore(), lambda: START, random_suffix=lambda: "0"))
     errors.install(app)
     app.include_router(router, prefix="/v1")

@@ -1,5 +1,6 @@
 """The token of a home folder: who can read the file is who runs the service."""
 
+import hashlib
 import hmac
 from pathlib import Path
 
@@ -14,6 +15,11 @@ class LocalToken:
 
     def __init__(self, home: Path) -> None:
         self._token = load_or_create_key(home / TOKEN_FILE, lambda: make_key().encode()).strip()
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the token, and does not reveal it."""
+        return hashlib.sha256(b"tunesmith home token " + self._token).hexdigest()[:16]
 
     def matches(self, text: str) -> bool:
         """Whether a caller's token is this one; takes the same time for each wrong token."""

@@ -12,9 +12,21 @@ from schema.job import Job
 from service.adapters.jobstores.cursors import decode_cursor, encode_cursor
 from service.adapters.jobstores.records import RecordReader, load_record
 from service.core.errors import Conflict, IdempotencyConflict, NotFound, StaleRevision
+from service.core.event_store import Heartbeat, StoredEvent
 from service.core.job_store_rules import IDEMPOTENCY_TTL, make_entry, select_new_events, work_state_of
-from service.core.ports import Heartbeat, IdempotencyKey, JobEntry, JobQuery, JobSummary, Page, Row, StoredEvent
+from service.core.ports import IdempotencyKey, JobEntry, JobQuery, JobSummary, Page, Row
 from service.core.stored_json import dump_record, load_event, make_storable
+from service.core.usage import (
+    STORED,
+    JobState,
+    Usage,
+    UsageEntry,
+    dataset_bytes_key,
+    dataset_entry,
+    iter_job_entries,
+    job_bytes_key,
+    statuses_of,
+)
 
 IdempotencyEntry = tuple[IdempotencyKey, str, datetime]  # the key, the id of its job, and when it was created
 
@@ -49,6 +61,7 @@ class MemoryJobStore:
         self._datasets: dict[str, str] = {}  # by id: the dataset's JSON
         self._dataset_keys: dict[str, tuple[str, str]] = {}  # by id: the dataset's tenant, and when it was created
         self._idempotency_entries: dict[tuple[str, str], IdempotencyEntry] = {}
+        self._usage: dict[tuple[str, str], UsageEntry] = {}  # by period and key
         self._cursor = 0
         self._reader = RecordReader()
         self._lock = RLock()
@@ -90,6 +103,7 @@ class MemoryJobStore:
             updated = job.model_copy(update={"revision": job.revision + 1})
             self._jobs[job.job_id] = dump_record(updated)
             self._index[job.job_id] = _index_job(updated)
+            self._usage |= {(entry.period, entry.key): entry for entry in iter_job_entries(updated)}
             for event in events:
                 self._append(job.job_id, 0, updated.revision, updated.updated_at, make_storable(event)[1])
             return updated
@@ -116,6 +130,7 @@ class MemoryJobStore:
         with self._lock:
             self._events.pop(job_id, None)
             self._heartbeats.pop(job_id, None)
+            self._usage.pop((STORED, job_bytes_key(job_id)), None)
             self._index.pop(job_id, None)
             return self._jobs.pop(job_id, None) is not None
 
@@ -155,6 +170,7 @@ class MemoryJobStore:
         with self._lock:
             self._datasets[dataset.processed_dataset_id] = dump_record(dataset)
             self._dataset_keys[dataset.processed_dataset_id] = (dataset.tenant_id, dataset.created_at.isoformat())
+            self._usage[STORED, dataset_bytes_key(dataset.processed_dataset_id)] = dataset_entry(dataset)
 
     def find_dataset(self, dataset_id: str) -> Dataset | None:
         text = self._datasets.get(dataset_id)
@@ -169,9 +185,24 @@ class MemoryJobStore:
         return Page(self._reader.load_readable(Dataset, ((key[1], self._datasets[key[1]]) for key in page.rows)), page.next_cursor)
 
     def delete_dataset(self, dataset_id: str) -> bool:
+        self._usage.pop((STORED, dataset_bytes_key(dataset_id)), None)
         with self._lock:
             self._dataset_keys.pop(dataset_id, None)
             return self._datasets.pop(dataset_id, None) is not None
+
+    # --- usage -------------------------------------------------------------------------------------------------------
+
+    def count_jobs(self, tenant_id: str, state: JobState) -> int:
+        entries = [index.entry for index in list(self._index.values())]
+        return sum(entry.tenant_id == tenant_id and entry.summary.status in statuses_of(state) for entry in entries)
+
+    def sum_usage(self, tenant_id: str, period: str) -> Usage:
+        entries = list(self._usage.values())
+        return sum((entry.usage for entry in entries if (entry.tenant_id, entry.period) == (tenant_id, period)), Usage())
+
+    def find_job_by_key(self, tenant_id: str, idempotency_key: str, body_digest: str) -> Job | None:
+        entry = self._idempotency_entries.get((tenant_id, idempotency_key))
+        return self.find_job(entry[1]) if entry and entry[0].body_digest == body_digest else None
 
     # --- the store ---------------------------------------------------------------------------------------------------
 

@@ -15,13 +15,20 @@ from schema.job import Job, Status
 from service.adapters.jobstores.cursors import decode_cursor, encode_cursor
 from service.adapters.jobstores.records import Record, RecordReader, format_timestamp, load_progress, load_record
 from service.adapters.jobstores.sqlite_database import SqliteDatabase, index_launchers
+from service.adapters.jobstores.sqlite_usage import SUM_OF_PERIOD, delete_job, delete_usage, load_sum, write_job, write_usage
+from service.core.accrual import JobCost
 from service.core.errors import Conflict, IdempotencyConflict, NotFound, StaleRevision
+from service.core.event_store import Heartbeat, StoredEvent
 from service.core.job_store_rules import IDEMPOTENCY_TTL, select_new_events
-from service.core.ports import Heartbeat, IdempotencyKey, JobEntry, JobQuery, JobSummary, Page, StoredEvent
+from service.core.ports import IdempotencyKey, JobEntry, JobQuery, JobSummary, Page
 from service.core.stored_json import dump_record, load_event, make_storable
+from service.core.usage import STORED, JobState, Usage, dataset_bytes_key, dataset_entry, statuses_of
 
 JOB_BY_ID = "SELECT record FROM jobs WHERE job_id = ?"
-SUMMARY_COLUMNS = "job_id, job_name, base_model_id, status, modality, trainer_type, project_id, created_at"
+SUMMARY_COLUMNS = (
+    "job_id, job_name, base_model_id, status, modality, trainer_type, project_id, created_at, "
+    "(SELECT cost FROM job_costs WHERE job_costs.job_id = jobs.job_id)"
+)
 WORK_OF_LAUNCHER = (
     "SELECT job_id, record FROM job_launchers AS work JOIN jobs USING (job_id) WHERE launcher = ? AND work_state = ? "
     "ORDER BY work.created_at, work.job_id"
@@ -70,6 +77,7 @@ class SqliteJobStore:
             except sqlite3.IntegrityError as error:
                 raise Conflict(f"{job.job_id} already exists") from error
             index_launchers(db, job)
+            write_job(db, job)
         return job
 
     def find_job(self, job_id: str) -> Job | None:
@@ -92,6 +100,7 @@ class SqliteJobStore:
                     raise StaleRevision(f"{job.job_id} was changed by another writer")
                 raise NotFound(f"no job {job.job_id!r}")
             index_launchers(db, updated)
+            write_job(db, updated)
             for event in events:
                 _append_event(db, updated.job_id, 0, updated.revision, updated.updated_at, make_storable(event)[1])
         return updated
@@ -142,6 +151,7 @@ class SqliteJobStore:
             db.execute("DELETE FROM heartbeats WHERE job_id = ?", (job_id,))
             db.execute("DELETE FROM event_totals WHERE job_id = ?", (job_id,))
             db.execute("DELETE FROM job_launchers WHERE job_id = ?", (job_id,))
+            delete_job(db, job_id)
             return db.execute("DELETE FROM jobs WHERE job_id = ?", (job_id,)).rowcount > 0
 
     # --- events ------------------------------------------------------------------------------------------------------
@@ -190,6 +200,7 @@ class SqliteJobStore:
         with self._database.transaction() as db:
             values = (dataset.processed_dataset_id, dataset.tenant_id, format_timestamp(dataset.created_at), dump_record(dataset))
             db.execute("INSERT INTO datasets VALUES (?, ?, ?, ?)", values)
+            write_usage(db, [dataset_entry(dataset)])
 
     def find_dataset(self, dataset_id: str) -> Dataset | None:
         return _load_first(self._database.read("SELECT record FROM datasets WHERE dataset_id = ?", dataset_id), Dataset)
@@ -213,7 +224,24 @@ class SqliteJobStore:
 
     def delete_dataset(self, dataset_id: str) -> bool:
         with self._database.transaction() as db:
+            for (tenant_id,) in db.execute("SELECT tenant_id FROM datasets WHERE dataset_id = ?", (dataset_id,)).fetchall():
+                delete_usage(db, tenant_id, STORED, dataset_bytes_key(dataset_id))
             return db.execute("DELETE FROM datasets WHERE dataset_id = ?", (dataset_id,)).rowcount > 0
+
+    # --- usage -------------------------------------------------------------------------------------------------------
+
+    def count_jobs(self, tenant_id: str, state: JobState) -> int:
+        statuses = statuses_of(state)
+        marks = ", ".join("?" * len(statuses))
+        return self._database.read(f"SELECT count(*) FROM jobs WHERE tenant_id = ? AND status IN ({marks})", tenant_id, *statuses)[0][0]  # noqa: S608  # question marks
+
+    def sum_usage(self, tenant_id: str, period: str) -> Usage:
+        return load_sum(self._database.read(SUM_OF_PERIOD, tenant_id, period))
+
+    def find_job_by_key(self, tenant_id: str, idempotency_key: str, body_digest: str) -> Job | None:
+        query = "SELECT job_id FROM idempotency WHERE tenant_id = ? AND key = ? AND body_digest = ?"
+        rows = self._database.read(query, tenant_id, idempotency_key, body_digest)
+        return self.find_job(rows[0][0]) if rows else None
 
     # --- the database ------------------------------------------------------------------------------------------------
 
@@ -270,7 +298,6 @@ def _load_heartbeat(rows: list[tuple[Any, ...]]) -> Heartbeat | None:
 
 
 def _load_summary(*row: str) -> JobSummary:
-    job_id, job_name, base_model_id, status, modality, trainer_type, project_id, created_at = row
-    return JobSummary(
-        job_id, job_name, base_model_id, Status(status), modality, trainer_type, project_id, datetime.fromisoformat(created_at)
-    )
+    job_id, job_name, base_model_id, status, modality, trainer_type, project_id, at, cost = row
+    created_at, spent = datetime.fromisoformat(at), JobCost.load(cost) if cost else JobCost()
+    return JobSummary(job_id, job_name, base_model_id, Status(status), modality, trainer_type, project_id, created_at, spent)

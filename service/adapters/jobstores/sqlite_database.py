@@ -10,12 +10,13 @@ from typing import Any
 
 from schema.job import Job
 from service.adapters.jobstores.records import RecordReader, format_timestamp
+from service.adapters.jobstores.sqlite_usage import USAGE_TABLE, fill_usage
 from service.core.errors import DiskFull, Unavailable
 from service.core.job_store_rules import work_state_of
 from storage.deadline import remaining_s
 
 BUSY_TIMEOUT_S = 4  # a request may wait this long for another writer before it gets Unavailable
-TABLES_VERSION = 3
+TABLES_VERSION = 4
 
 # The launchers that have a job's next step. A job is in it while it is queued or active.
 LAUNCHER_TABLE = """
@@ -140,12 +141,15 @@ class SqliteDatabase:
         with self.transaction() as db:
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version == 0:
-                _execute_all(db, TABLES + LAUNCHER_TABLE)
-            elif version == 2:
-                _execute_all(db, LAUNCHER_TABLE)
-                rows = db.execute("SELECT job_id, record FROM jobs WHERE is_final = 0").fetchall()
-                for job in RecordReader().load_readable(Job, rows):
-                    index_launchers(db, job)
+                _execute_all(db, TABLES + LAUNCHER_TABLE + USAGE_TABLE)
+            elif version in (2, 3):
+                if version == 2:
+                    _execute_all(db, LAUNCHER_TABLE)
+                    rows = db.execute("SELECT job_id, record FROM jobs WHERE is_final = 0").fetchall()
+                    for job in RecordReader().load_readable(Job, rows):
+                        index_launchers(db, job)
+                _execute_all(db, USAGE_TABLE)
+                fill_usage(db)
             elif version != TABLES_VERSION:
                 raise Unavailable(
                     f"{self._path} was written by another version of Tunesmith (tables {version}, this one reads {TABLES_VERSION})",

@@ -8,10 +8,11 @@ from datetime import datetime, timedelta
 
 from service.core.access.ports import AccessStore
 from service.core.access.records import ApiKey, KeyScope
-from service.core.errors import Forbidden, NotFound
+from service.core.errors import Forbidden, NotFound, Unauthorized
 from service.core.principals import Principal, Role, Scope, role_principal
 
 KEY_PREFIX = "tsk_"
+KEY_SUBJECT_PREFIX = "key:"  # of the subject of a principal that an API key gives
 KEY_BYTES = 32
 MAX_KEY_CHARS = 64  # longer text is no key, and is not hashed
 CACHE_TTL = timedelta(seconds=10)  # how long another process may accept a revoked key
@@ -92,9 +93,18 @@ class Keys:
                 self._recognized.clear()
             self._recognized[digest] = known
         key = known[1]
-        if key is None or not key.is_valid_at(now):
-            return None
-        return role_principal(key.tenant_id, f"key:{key.key_id}", *(Role(scope) for scope in key.scopes))
+        return _principal_of(key) if key and key.is_valid_at(now) else None
+
+    def get_principal(self, subject: str) -> Principal:
+        """The principal of that subject, while its key is valid. Raises Unauthorized, Unavailable."""
+        key = self._store.find_key(subject.removeprefix(KEY_SUBJECT_PREFIX))
+        if key is None or not key.is_valid_at(self._clock()):
+            raise Unauthorized("the API key of this session is expired or revoked")
+        return _principal_of(key)
+
+
+def _principal_of(key: ApiKey) -> Principal:
+    return role_principal(key.tenant_id, f"{KEY_SUBJECT_PREFIX}{key.key_id}", *(Role(scope) for scope in key.scopes))
 
 
 def make_key() -> str:

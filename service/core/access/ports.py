@@ -40,6 +40,11 @@ class LocalCredential(Protocol):
         """Whether a caller's token is that of the home folder."""
         ...
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the token, and does not reveal it."""
+        ...
+
 
 class AccessStore(Protocol):
     """Durable API keys and an append-only audit log. Raises Unavailable when the database does not answer.

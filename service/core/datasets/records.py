@@ -15,6 +15,7 @@ from service.core.datasets.rows import IngestResult, InvalidRow, RowLimits, Spli
 from service.core.errors import Conflict, InvalidDataset, InvalidRequest, NotFound, RecordTooNew, TooLarge, UnreadableRecord
 from service.core.ports import JobStore, Page
 from service.core.principals import Principal, Scope
+from service.core.quotas import QuotaChecks
 from storage import InvalidKey, ObjectStore, delete_prefix
 
 INCOMING_PREFIX = "incoming/"  # of the dataset store: callers put files there that are too large for a request
@@ -45,6 +46,7 @@ class Datasets:
         random_suffix: Callable[[], str],
         scratch: Path,
         max_incoming_bytes: int,
+        quotas: QuotaChecks,
         incoming_by_tenant: bool = False,
     ) -> None:
         self._store = store
@@ -54,18 +56,22 @@ class Datasets:
         self._random_suffix = random_suffix
         self._scratch = scratch
         self._max_incoming_bytes = max_incoming_bytes
+        self._quotas = quotas
         self._incoming_by_tenant = incoming_by_tenant
 
     def ingest(self, principal: Principal, upload: Upload) -> Dataset:
         """Check every row, split the rows, store them, then write the record.
 
-        Raises InvalidDataset that names the first invalid line, StorageError, Unavailable.
+        Raises InvalidDataset that names the first invalid line, QuotaExceeded, StorageError, Unavailable.
         """
         principal.require(Scope.DATASETS_WRITE)
+        self._quotas.check_upload(principal.tenant_id)
         dataset_id = f"dataset_{self._random_suffix()}"
         self._scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
             ingested = self._read(upload, Path(folder))
+            stats = [each for each in (ingested.train, ingested.eval) if each is not None]
+            self._quotas.check_upload(principal.tenant_id, sum(each.size_bytes for each in stats))
             splits = self._store_splits(ingested, Path(folder), dataset_id)
         dataset = Dataset(
             processed_dataset_id=dataset_id,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from service.core.jobs.attempts import Attempts
+from service.core.jobs.budget import Budget
 from service.core.jobs.control import JobControl
 from service.core.jobs.deletion import Deletion
 from service.core.jobs.export import Exports
@@ -16,6 +17,7 @@ from service.core.jobs.submit import Submission
 from service.core.jobs.trackers import DeploymentTrackers
 from service.core.launchers import LauncherPool
 from service.core.ports import Buckets, Hub, JobStore, SecretStore, UrlSigner, Wake
+from service.core.quotas import QuotaChecks, Quotas
 from service.core.tokens import TokenSigner
 from service.core.validation.egress import EgressCheck
 from service.core.validation.hub import NoHub
@@ -49,20 +51,23 @@ def build_job_services(
     hub: Hub | None = None,
     trackers: DeploymentTrackers | None = None,
     attempt_variables: Mapping[str, str] | None = None,
+    quotas: QuotaChecks | None = None,
     egress: EgressCheck | None = None,
 ) -> JobServices:
     """Build the parts. `wake` is called with a job's id whenever its next step can be taken."""
     hub, trackers = hub or NoHub(), trackers or DeploymentTrackers()
     models = buckets.models
     repository = JobRepository(store, secrets, clock)
-    control = JobControl(repository, launchers=launchers, trackers=trackers, wake=wake)
-    attempts = Attempts(repository, models=models, wake=wake)
+    budget = Budget(repository, launchers, quotas or QuotaChecks(store, Quotas.model_validate({}), clock))
+    control = JobControl(repository, launchers=launchers, budget=budget, trackers=trackers, wake=wake)
+    attempts = Attempts(repository, budget=budget, models=models, wake=wake)
     starter = AttemptStarter(repository, buckets=buckets, tokens=tokens, attempt_variables=attempt_variables or {}, wake=wake)
     return JobServices(
         repository=repository,
         submission=Submission(
             repository,
             launchers=launchers,
+            budget=budget,
             models=models,
             hub=hub,
             trackers=trackers,
@@ -71,9 +76,11 @@ def build_job_services(
             wake=wake,
         ),
         control=control,
-        exports=Exports(repository, launchers=launchers, models=models, hub=hub, random_suffix=random_suffix, wake=wake),
-        queries=JobQueries(repository, launchers=launchers, models=models, url_signer=url_signer, wake=wake),
+        exports=Exports(repository, launchers=launchers, budget=budget, models=models, hub=hub, random_suffix=random_suffix, wake=wake),
+        queries=JobQueries(repository, launchers=launchers, budget=budget, models=models, url_signer=url_signer, wake=wake),
         deletion=Deletion(repository, control=control, launchers=launchers, buckets=buckets, hub=hub),
         attempts=attempts,
-        reconciliation=Reconciliation(repository, launchers=launchers, starter=starter, attempts=attempts, buckets=buckets, wake=wake),
+        reconciliation=Reconciliation(
+            repository, launchers=launchers, starter=starter, attempts=attempts, budget=budget, buckets=buckets, wake=wake
+        ),
     )

@@ -8,6 +8,7 @@ from schema.result import Result
 from schema.spec import ClaimResponse
 from service.core import lifecycle
 from service.core.errors import Forbidden
+from service.core.jobs.budget import Budget
 from service.core.jobs.manifest import write_manifest
 from service.core.jobs.repository import JobRepository
 from service.core.ports import Wake
@@ -19,8 +20,9 @@ from storage import ObjectStore
 class Attempts:
     """Takes what attempts report, and answers with the directive that the job's status gives."""
 
-    def __init__(self, repository: JobRepository, *, models: ObjectStore, wake: Wake) -> None:
+    def __init__(self, repository: JobRepository, *, budget: Budget, models: ObjectStore, wake: Wake) -> None:
         self._repository = repository
+        self._budget = budget
         self._models = models
         self._wake = wake
 
@@ -43,7 +45,7 @@ class Attempts:
         next_seq = self._repository.store.append_events(job_id, number, batch, now)
         if _apply_batch(job, number, batch, now) is not job:
             job = self._repository.change(job_id, lambda job, _: _apply_batch(job, number, batch, now), MAX_RECORD_BYTES_BY_EVENTS)
-        return EventBatchResponse(directive=_directive_for(job), next_seq=next_seq)
+        return EventBatchResponse(directive=_directive_for(self._budget.enforce(job)), next_seq=next_seq)
 
     def finish(self, principal: Principal, result: Result) -> Job:
         """Apply the result that an attempt sends. It may be sent again without harm. Raises Fenced, Forbidden, NotFound, TooLarge."""

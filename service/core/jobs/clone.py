@@ -32,6 +32,8 @@ def clone_request(
         "job_name": patch.job_name or source.job_name,
         "project_id": source.project_id,
         "hardware": _hardware(source, patch),
+        "max_gpu_seconds": patch.max_gpu_seconds or source.max_gpu_seconds,
+        "max_cost_usd": patch.max_cost_usd or source.max_cost_usd,
         "hf_token": _hf_token(source, patch),
         "training_config": config,
     }

@@ -8,21 +8,26 @@ from schema.requests import ContinuationOptions, ResumeRequest, RetryRequest
 from schema.training import TrainingConfig
 from service.core import lifecycle
 from service.core.errors import InvalidRequest
+from service.core.jobs.budget import Budget
 from service.core.jobs.repository import JobRepository
 from service.core.jobs.secrets import HF_SECRET, WANDB_SECRET, resent_secrets
 from service.core.jobs.trackers import DeploymentTrackers, deployment_tracker_secrets
 from service.core.launchers import LauncherPool
 from service.core.ports import Wake
 from service.core.principals import Principal, Scope
+from service.core.spending import change_caps, check_cost_cap
 from service.core.validation.placement import place
 
 
 class JobControl:
     """Changes what a job is to do next. The record changes first; then the reconciler is woken to act on it."""
 
-    def __init__(self, repository: JobRepository, *, launchers: LauncherPool, trackers: DeploymentTrackers, wake: Wake) -> None:
+    def __init__(
+        self, repository: JobRepository, *, launchers: LauncherPool, budget: Budget, trackers: DeploymentTrackers, wake: Wake
+    ) -> None:
         self._repository = repository
         self._launchers = launchers
+        self._budget = budget
         self._trackers = trackers
         self._wake = wake
 
@@ -47,17 +52,18 @@ class JobControl:
     def resume(self, principal: Principal, job_id: str, request: ResumeRequest) -> Job:
         """Continue a paused job from its checkpoint, on other hardware or for longer if requested.
 
-        Raises Conflict, InvalidRequest, Unsupported, NotFound.
+        Raises Conflict, InvalidRequest, Unsupported, QuotaExceeded, NotFound.
         """
         principal.require(Scope.JOBS_WRITE)
         before = self._repository.find(principal, job_id)
         placements = self._resolve_placements(before, request)
         if before.status is Status.PAUSED:
+            self._check_room(before, request, placements)
             self._refresh_secrets(before, request)
 
         def request_resume(job: Job, now: datetime) -> Job:
-            config = _extend_training(job.training_config, request)
-            return lifecycle.request_resume(job, now, training_config=config, placements=placements)
+            config, capped = _extend_training(job.training_config, request), _change_caps(job, request, now)
+            return lifecycle.request_resume(capped, now, training_config=config, placements=placements)
 
         job = self._repository.change(job_id, request_resume)
         self._wake(job_id)
@@ -66,22 +72,28 @@ class JobControl:
     def retry(self, principal: Principal, job_id: str, request: RetryRequest) -> Job:
         """Continue a failed or cancelled job from its last good checkpoint.
 
-        Raises Conflict, InvalidRequest, Unsupported, NotFound.
+        Raises Conflict, InvalidRequest, Unsupported, QuotaExceeded, NotFound.
         """
         principal.require(Scope.JOBS_WRITE)
         before = self._repository.find(principal, job_id)
         placements = self._resolve_placements(before, request)
         if before.status in (Status.FAILED, Status.CANCELLED):
             self._repository.find_dataset(before.processed_dataset_id, before.tenant_id)
+            self._check_room(before, request, placements)
             self._refresh_secrets(before, request)
 
         def request_retry(job: Job, now: datetime) -> Job:
-            config = _extend_training(job.training_config, request)
-            return lifecycle.request_retry(job, now, from_start=request.from_start, training_config=config, placements=placements)
+            config, capped = _extend_training(job.training_config, request), _change_caps(job, request, now)
+            return lifecycle.request_retry(capped, now, from_start=request.from_start, training_config=config, placements=placements)
 
         job = self._repository.change(job_id, request_retry)
         self._wake(job_id)
         return job
+
+    def _check_room(self, job: Job, request: ContinuationOptions, placements: tuple[Placement, ...] | None) -> None:
+        """Raise Conflict, InvalidRequest or QuotaExceeded unless the caps and the tenant's quotas let the job continue."""
+        _change_caps(job, request, self._repository.clock())
+        self._budget.check_continuation(job.tenant_id, placements or job.placements)
 
     def _refresh_secrets(self, job: Job, request: ContinuationOptions) -> None:
         """Store the secrets that were sent again beside those still stored. Raises InvalidRequest when one that the job had is missing."""
@@ -104,7 +116,20 @@ class JobControl:
 
     def _resolve_placements(self, job: Job, request: ContinuationOptions) -> tuple[Placement, ...] | None:
         """The placements of the requested hardware; None without a request. Raises InvalidRequest, Unsupported, Unavailable."""
-        return place(job.training_config, request.hardware, self._launchers) if request.hardware else None
+        placements = place(job.training_config, request.hardware, self._launchers) if request.hardware else None
+        param = "max_cost_usd" if request.max_cost_usd else "hardware"
+        if request.max_cost_usd or placements:
+            check_cost_cap(request.max_cost_usd or job.max_cost_usd, placements or job.placements, param)
+        return placements
+
+
+def _change_caps(job: Job, request: ContinuationOptions, now: datetime) -> Job:
+    """The job with the caps that the request sends. One that does not wait to be continued needs no room without them."""
+    is_sent = request.max_gpu_seconds is not None or request.max_cost_usd is not None
+    can_change = job.status in (Status.QUEUED, Status.PREPARING, Status.TRAINING)
+    if job.status not in (Status.PAUSED, Status.FAILED, Status.CANCELLED) and not (is_sent and can_change):
+        return job
+    return change_caps(job, now, max_gpu_seconds=request.max_gpu_seconds, max_cost_usd=request.max_cost_usd)
 
 
 def _extend_training(config: TrainingConfig, request: ContinuationOptions) -> TrainingConfig:

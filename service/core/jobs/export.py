@@ -9,6 +9,7 @@ from schema.job import ExportSource, Job, Status
 from schema.requests import ExportRequest, ReexportRequest
 from schema.training import TrainingConfig
 from service.core.errors import InvalidRequest, NotFound
+from service.core.jobs.budget import Budget
 from service.core.jobs.checkpoints import StoredCheckpoint, list_checkpoints
 from service.core.jobs.repository import JobRepository, compute_digest
 from service.core.jobs.secrets import HF_SECRET
@@ -17,6 +18,7 @@ from service.core.jobs.trackers import DeploymentTrackers
 from service.core.launchers import LauncherPool
 from service.core.ports import Hub, Wake
 from service.core.principals import Principal, Scope
+from service.core.spending import check_cost_cap
 from service.core.validation.hub import check_hub, check_token
 from service.core.validation.placement import place
 from storage import ObjectStore
@@ -30,6 +32,7 @@ class Exports:
         repository: JobRepository,
         *,
         launchers: LauncherPool,
+        budget: Budget,
         models: ObjectStore,
         hub: Hub,
         random_suffix: Callable[[], str],
@@ -37,23 +40,30 @@ class Exports:
     ) -> None:
         self._repository = repository
         self._launchers = launchers
+        self._budget = budget
         self._models = models
         self._hub = hub
         self._random_suffix = random_suffix
         self._wake = wake
 
     def export(self, principal: Principal, job_id: str, step: int, request: ExportRequest, idempotency_key: str | None = None) -> Job:
-        """Create a job that exports the checkpoint of one step. Raises NotFound, Unsupported, InvalidRequest."""
+        """Create a job that exports the checkpoint of one step. Raises NotFound, Unsupported, InvalidRequest, QuotaExceeded."""
         principal.require(Scope.JOBS_WRITE)
         source = self._repository.find(principal, job_id)
         stored = _pick_checkpoint(list_checkpoints(self._models, source), job_id, step, request.attempt)
         config = _make_export_config(source.training_config, request)
         hardware = request.hardware or [placement.hardware for placement in source.placements]
         placements = place(config, hardware, self._launchers)
+        check_cost_cap(request.max_cost_usd, placements)
         self._repository.find_dataset(source.processed_dataset_id, source.tenant_id)
         secrets = {HF_SECRET: request.hf_token.get_secret_value()} if request.hf_token else {}
         check_token(config, secrets.get(HF_SECRET))
         check_hub(config, secrets.get(HF_SECRET), self._hub, self._models)
+        # The body of a ReexportRequest overrides `step` with the step it asked for, which may be none: the newest checkpoint
+        # changes while a job trains, and the same request must stay the same request.
+        digest = compute_digest({"export_of": job_id, "step": step, **request.model_dump(mode="json", exclude={"hf_token"})})
+        if earlier := self._budget.check_new_job(principal.tenant_id, placements, idempotency_key, digest):
+            return earlier
         now = self._repository.clock()
         job = Job(
             job_id=make_job_id(source.processed_dataset_id, config.summarize().base_model_id, self._random_suffix()),
@@ -65,14 +75,13 @@ class Exports:
             secret_names=tuple(sorted(secrets)),
             placements=placements,
             export_of=ExportSource(job_id=job_id, attempt=stored.checkpoint.attempt, step=step, key=stored.key),
+            max_gpu_seconds=request.max_gpu_seconds,
+            max_cost_usd=request.max_cost_usd,
             status=Status.QUEUED,
             created_at=now,
             updated_at=now,
             status_changed_at=now,
         )
-        # The body of a ReexportRequest overrides `step` with the step it asked for, which may be none: the newest checkpoint
-        # changes while a job trains, and the same request must stay the same request.
-        digest = compute_digest({"export_of": job_id, "step": step, **request.model_dump(mode="json", exclude={"hf_token"})})
         created = self._repository.create(job, secrets, idempotency_key, digest)
         self._wake(created.job_id)
         return created

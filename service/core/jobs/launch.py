@@ -15,6 +15,7 @@ from service.core import lifecycle
 from service.core.errors import LaunchFailed, NoCapacity, NotFound, StaleRevision, TunesmithError, Unavailable, UnreadableRecord
 from service.core.jobs.repository import JobRepository
 from service.core.ports import Buckets, Launcher, LaunchRequest, Wake
+from service.core.spending import set_rate
 from service.core.tokens import TokenSigner
 from storage import StorageError
 
@@ -49,7 +50,7 @@ class AttemptStarter:
 
     def _start(self, launcher: Launcher, before: Job, after: Job) -> Job:
         try:
-            job = self._repository.replace(before, after)
+            job = self._repository.replace(before, set_rate(after, launcher))
         except StaleRevision:
             return before  # another process changed the record first: it launches the attempt
         attempt = job.attempt

@@ -2,22 +2,23 @@
 
 from dataclasses import dataclass, replace
 
-from schema.job import Artifact, ArtifactFile, Gate, Job, Status
+from schema.job import Artifact, ArtifactFile, ComputeRate, Gate, Job, Status
 from schema.spec import attempt_name
+from service.core.accrual import Spending, sum_spending
 from service.core.errors import Conflict, NotFound
+from service.core.event_store import Heartbeat, StoredEvent
+from service.core.jobs.budget import Budget
 from service.core.jobs.checkpoints import StoredCheckpoint, list_checkpoints
 from service.core.jobs.manifest import write_manifest
 from service.core.jobs.repository import JobRepository
 from service.core.launchers import LauncherPool
 from service.core.ports import (
-    Heartbeat,
     JobQuery,
     JobSummary,
     LogLocator,
     LogPage,
     LogReader,
     Page,
-    StoredEvent,
     UrlSigner,
     Wake,
 )
@@ -35,16 +36,26 @@ class JobView:
     job: Job
     heartbeat: Heartbeat | None  # of its current attempt
     pending_reason: str | None  # why it does not run yet, where that is known
+    spending: Spending  # of all attempts until now
+    rate: ComputeRate  # of the current attempt, else of the placement that the job prefers
 
 
 class JobQueries:
     """Reads jobs for callers. Reading a silent job also reconciles it, where no background task does."""
 
     def __init__(
-        self, repository: JobRepository, *, launchers: LauncherPool, models: ObjectStore, url_signer: UrlSigner, wake: Wake
+        self,
+        repository: JobRepository,
+        *,
+        launchers: LauncherPool,
+        budget: Budget,
+        models: ObjectStore,
+        url_signer: UrlSigner,
+        wake: Wake,
     ) -> None:
         self._repository = repository
         self._launchers = launchers
+        self._budget = budget
         self._models = models
         self._url_signer = url_signer
         self._wake = wake
@@ -72,8 +83,9 @@ class JobQueries:
         attempt = job.attempt
         pending_reason = attempt.pending_reason if attempt and job.status.is_active else None
         if job.status is Status.QUEUED:
-            pending_reason = self._launchers.describe_missing(job)
-        return JobView(job, heartbeat, pending_reason)
+            pending_reason = self._launchers.describe_missing(job) or self._budget.describe_wait(job)
+        rate = attempt.rate if attempt and attempt.rate and job.status is not Status.QUEUED else self._budget.find_rate(job)
+        return JobView(job, heartbeat, pending_reason, sum_spending(job, self._repository.clock()), rate)
 
     def list_events(self, principal: Principal, job_id: str, after: int, limit: int) -> list[StoredEvent]:
         """A page of a job's events, oldest first: at most `limit`, and about MAX_PAGE_BYTES. Raises NotFound."""

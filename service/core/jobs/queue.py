@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 
 from schema.job import Job
 from schema.placement import Placement
+from service.core.jobs.budget import Budget
 from service.core.jobs.repository import JobRepository
 from service.core.launchers import LauncherPool
 from service.core.ports import Launcher
@@ -20,8 +21,9 @@ MAX_QUEUE_SCAN = 1000
 class LaunchQueue:
     """Chooses jobs for one launcher after the other. Remembers which launchers were full a moment ago, in this process."""
 
-    def __init__(self, repository: JobRepository, launchers: LauncherPool) -> None:
+    def __init__(self, repository: JobRepository, launchers: LauncherPool, budget: Budget) -> None:
         self._repository = repository
+        self._budget = budget
         self._launchers = launchers
         self._full_at: dict[str, datetime] = {}  # when a launcher last had no free slot left; it is removed when it has one again
 
@@ -40,7 +42,11 @@ class LaunchQueue:
         now, scanned = self._repository.clock(), min(count + LOOKAHEAD, MAX_QUEUE_SCAN)
         while True:
             queued = self._repository.store.list_queued_jobs(launcher, scanned)
-            chosen = [(job, placement) for job in queued if (placement := self._choose_placement(job, launcher, now))]
+            admission, chosen = self._budget.open_admission(), list[tuple[Job, Placement]]()
+            for job in queued:
+                placement = self._choose_placement(job, launcher, now)
+                if len(chosen) < count and placement and admission.admit(job, placement):
+                    chosen.append((job, placement))
             if len(chosen) >= count or len(queued) < scanned or scanned == MAX_QUEUE_SCAN:
                 return chosen[:count]
             scanned = min(4 * scanned, MAX_QUEUE_SCAN)

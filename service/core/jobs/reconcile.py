@@ -16,6 +16,7 @@ from schema.spec import attempt_name, result_key
 from service.core import lifecycle
 from service.core.errors import TooLarge, TunesmithError, Unavailable
 from service.core.jobs.attempts import Attempts
+from service.core.jobs.budget import Budget
 from service.core.jobs.checkpoints import find_last_checkpoint_step
 from service.core.jobs.launch import AttemptStarter
 from service.core.jobs.queue import LaunchQueue
@@ -46,6 +47,7 @@ class Reconciliation:
         launchers: LauncherPool,
         starter: AttemptStarter,
         attempts: Attempts,
+        budget: Budget,
         buckets: Buckets,
         wake: Wake,
     ) -> None:
@@ -53,9 +55,10 @@ class Reconciliation:
         self._launchers = launchers
         self._starter = starter
         self._attempts = attempts
+        self._budget = budget
         self._buckets = buckets
         self._wake = wake
-        self._queue = LaunchQueue(repository, launchers)
+        self._queue = LaunchQueue(repository, launchers, budget)
 
     def reconcile(self, principal: Principal) -> int:
         """Take one step with every open job, all launchers at the same time; returns how many jobs changed.
@@ -151,17 +154,22 @@ class Reconciliation:
             return self._recover_launch(launcher, job)
         if (result := self._read_result(job)) is not None:
             return self._attempts.apply_result(job.job_id, result)
+        handle, job = job.attempt.handle, self._budget.enforce(job)
+        if not job.status.is_active:
+            return job
         if job.status is Status.CANCELLING:
-            self._escalate_cancel(launcher, job, job.attempt.handle)
+            self._escalate_cancel(launcher, job, handle)
+        elif self._budget.should_end(job):
+            self._budget.end(launcher, job, handle)
         elif not launcher.polling_is_free and not self._is_silent(job, launcher.limits):
             return job  # asking the launcher costs a call, and the attempt reports
-        match launcher.check(job.attempt.handle):
+        match launcher.check(handle):
             case "ended":
                 return self._end_without_compute(launcher, job)
             case "running":
-                return self._enforce_lease(launcher, job, job.attempt.handle)
+                return self._enforce_lease(launcher, job, handle)
             case "waiting":
-                return self._keep_waiting(launcher, job, job.attempt.handle)
+                return self._keep_waiting(launcher, job, handle)
             case "unknown":
                 return job  # unknown is not lost
 

@@ -10,7 +10,8 @@ from schema.dataset import Dataset
 from schema.job import Job
 from service.core import lifecycle
 from service.core.errors import NotFound, RecordTooNew, StaleRevision, TunesmithError, Unavailable, UnreadableRecord
-from service.core.ports import Heartbeat, IdempotencyKey, JobEntry, JobStore, SecretStore
+from service.core.event_store import Heartbeat
+from service.core.ports import IdempotencyKey, JobEntry, JobStore, SecretStore
 from service.core.principals import Principal
 from service.core.stored_json import MAX_RECORD_BYTES, dump_record
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from schema.job import Job, Status
 from schema.requests import CloneRequest, TrainRequest
 from service.core.errors import InvalidRequest
+from service.core.jobs.budget import Budget
 from service.core.jobs.clone import clone_request
 from service.core.jobs.repository import JobRepository, compute_digest
 from service.core.jobs.secrets import HF_SECRET, extract_request_secrets, redact
@@ -13,6 +14,7 @@ from service.core.jobs.trackers import DeploymentTrackers, add_deployment_tracke
 from service.core.launchers import LauncherPool
 from service.core.ports import Hub, Wake
 from service.core.principals import Principal, Scope
+from service.core.spending import check_cost_cap
 from service.core.validation import check_job
 from service.core.validation.egress import EgressCheck
 from service.core.validation.hub import check_hub, check_token
@@ -28,6 +30,7 @@ class Submission:
         repository: JobRepository,
         *,
         launchers: LauncherPool,
+        budget: Budget,
         models: ObjectStore,
         hub: Hub,
         trackers: DeploymentTrackers,
@@ -37,6 +40,7 @@ class Submission:
     ) -> None:
         self._repository = repository
         self._launchers = launchers
+        self._budget = budget
         self._models = models
         self._hub = hub
         self._trackers = trackers
@@ -47,7 +51,7 @@ class Submission:
     def submit(self, principal: Principal, request: TrainRequest, idempotency_key: str | None = None) -> Job:
         """Create a job: its record is durable when this returns, and it is launched soon after.
 
-        Raises NotFound, InvalidRequest, Unsupported, IdempotencyConflict before anything is stored.
+        Raises NotFound, InvalidRequest, Unsupported, QuotaExceeded, IdempotencyConflict before anything is stored.
         """
         principal.require(Scope.JOBS_WRITE)
         return self._create(principal, request, idempotency_key, _request_digest(request))
@@ -76,6 +80,7 @@ class Submission:
     ) -> Job:
         config = request.training_config
         placements = place(config, request.hardware, self._launchers)
+        check_cost_cap(request.max_cost_usd, placements)
         dataset = self._repository.find_dataset(request.processed_dataset_id, principal.tenant_id)
         check_job(config, dataset, self._models)
         self._egress.check(config)
@@ -84,6 +89,8 @@ class Submission:
         request = request.model_copy(update={"training_config": add_deployment_trackers(config, self._trackers)})
         secrets = extract_request_secrets(request)
         check_hub(request.training_config, secrets.get(HF_SECRET), self._hub, self._models)
+        if earlier := self._budget.check_new_job(principal.tenant_id, placements, idempotency_key, digest):
+            return earlier
         now = self._repository.clock()
         job = Job(
             job_id=make_job_id(request.processed_dataset_id, config.summarize().base_model_id, self._random_suffix()),
@@ -95,6 +102,8 @@ class Submission:
             secret_names=tuple(sorted(secrets)),
             placements=placements,
             cloned_from=cloned_from,
+            max_gpu_seconds=request.max_gpu_seconds,
+            max_cost_usd=request.max_cost_usd,
             status=Status.QUEUED,
             created_at=now,
             updated_at=now,

@@ -76,3 +76,17 @@ def test_delete_affects_hub_only_with_option() -> None:
     done, requests = run_command("delete", "training_0", "--hub", replies=[deleted])
     assert isinstance(done.exception, CliError)
     assert requests == []
+
+
+def test_caps_are_sent_as_numbers() -> None:
+    caps = ["--max-cost-usd", "2.5", "--max-gpu-seconds", "3600"]
+    done, [trained] = run_command("train", "--dataset", "d", "--base", "g/m", *caps, replies=[JOB_CREATED])
+    assert done.exit_code == 0, done.output
+    _, [cloned] = run_command("clone", "training_0", *caps, replies=[JOB_CREATED])
+    _, [exported] = run_command("export", "training_0", *caps, replies=[JOB_CREATED])
+    resumed = httpx2.Response(202, json={"status": "queued"})
+    _, [resume] = run_command("resume", "training_0", *caps, replies=[resumed])
+    _, [retry] = run_command("retry", "training_0", *caps, replies=[resumed])
+    for request in (trained, cloned, exported, resume, retry):
+        body = json.loads(request.content)
+        assert (body["max_cost_usd"], body["max_gpu_seconds"]) == (2.5, 3600)

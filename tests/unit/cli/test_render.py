@@ -8,7 +8,7 @@ from rich.console import Console
 
 from cli.http_client import Json
 from cli.render.events import event_line
-from cli.render.formats import format_fidelity
+from cli.render.formats import format_cost, format_fidelity
 from cli.render.job import print_job
 from cli.render.tables import checkpoint_table
 
@@ -26,10 +26,15 @@ def make_attempt_json(number: int, **changes: Any) -> Json:
     return fields | changes
 
 
+def make_cost_json(**changes: Any) -> Json:
+    fields: Json = dict.fromkeys(("usd", "usd_per_hour", "max_gpu_seconds", "max_cost_usd"))
+    return {"gpu_seconds": 0.0, "source": "", "as_of": ""} | fields | changes
+
+
 def make_job_json(**changes: Any) -> Json:
     nothing = ("failure", "progress", "checkpoint", "export_of", "cloned_from", "metrics", "base_metrics", "gate", "gate_passed")
     fields: Json = {"job_id": "training_1", "status": "training", "job_name": "mine", "attempts": [], "artifacts": [], "tracker_urls": {}}
-    fields |= {"pending_reason": None}
+    fields |= {"pending_reason": None, "pause_reason": None, "cost": make_cost_json()}
     return fields | dict.fromkeys(nothing) | changes
 
 
@@ -63,6 +68,7 @@ def render_event_line(**event: Any) -> str:
         ("queued", 1, "yielded", "queued (time limit reached)"),
         ("completed", 2, "completed", "completed"),
         ("failed", 2, "lost", "failed (process disappeared)"),
+        ("paused", 1, "cost_cap", "paused (its max_cost_usd is reached)"),
     ],
 )
 def test_status_line_shows_reason(status: str, attempt: int, reason: str, text: str) -> None:
@@ -178,3 +184,25 @@ def test_artifact_shows_fidelity_and_hub_url() -> None:
 
 def test_fidelity_of_another_family_is_left_out() -> None:
     assert format_fidelity({"fidelity": {"mean_average_precision": 0.5}}) == ""
+
+
+@pytest.mark.parametrize(
+    ("cost", "text"),
+    [
+        (make_cost_json(), ""),
+        (make_cost_json(gpu_seconds=61.4), "61 GPU seconds"),
+        (make_cost_json(usd=0.4512, usd_per_hour=1.4188, gpu_seconds=1145.0), "$0.45 at $1.42 an hour, 1145 GPU seconds"),
+        (make_cost_json(usd=0.0, usd_per_hour=0.75, max_cost_usd=2.0), "$0.00 of at most $2.00 at $0.75 an hour"),
+        (make_cost_json(gpu_seconds=900.0, max_gpu_seconds=36000.0), "900 of at most 36000 GPU seconds"),
+    ],
+)
+def test_cost_is_shown_with_caps(cost: Json, text: str) -> None:
+    assert format_cost(cost) == text
+    assert ("cost  " in render_summary(cost=cost)) == bool(text)
+
+
+def test_job_paused_at_a_cap_says_so_and_how_to_continue() -> None:
+    text = render_summary(status="paused", pause_reason="cost_cap", cost=make_cost_json(usd=2.0, max_cost_usd=2.0))
+    assert "paused: its max_cost_usd is reached" in text
+    assert "next step: tunesmith resume training_1 --max-cost-usd MORE" in text
+    assert "paused:" not in render_summary(status="paused", pause_reason="requested")

@@ -16,8 +16,10 @@ from schema.dataset import Dataset
 from schema.job import Job, Status
 from service.adapters.jobstores.firestore.database import Fields, Snapshot
 from service.adapters.jobstores.records import format_timestamp
+from service.core.accrual import JobCost, summarize_cost
+from service.core.event_store import Heartbeat
 from service.core.job_store_rules import IDEMPOTENCY_TTL, work_state_of
-from service.core.ports import Heartbeat, IdempotencyKey, JobEntry, JobSummary
+from service.core.ports import IdempotencyKey, JobEntry, JobSummary
 from service.core.stored_json import dump_record
 
 FILTERS = ("status", "project_id", "modality", "trainer_type")
@@ -51,6 +53,7 @@ def build_job_fields(job: Job, write_ids: list[str]) -> Fields:
         "modality": config.summarize().modality,
         "trainer_type": config.trainer_type,
         "project_id": job.project_id,
+        "cost": summarize_cost(job).model_dump_json(exclude_defaults=True),
     }
     return {
         "record": dump_record(job),
@@ -80,7 +83,8 @@ def load_summary(snapshot: Snapshot) -> JobSummary:
     """A job as lists show it."""
     summary: dict[str, Any] = snapshot.get("summary")
     created_at = datetime.fromisoformat(snapshot.get("created_at"))
-    return JobSummary(job_id=snapshot.id, created_at=created_at, **summary | {"status": Status(summary["status"])})
+    decoded: dict[str, Any] = {"status": Status(summary["status"]), "cost": JobCost.load(summary.get("cost", "{}"))}
+    return JobSummary(job_id=snapshot.id, created_at=created_at, **summary | decoded)
 
 
 def load_entry(snapshot: Snapshot) -> JobEntry:

@@ -11,7 +11,7 @@ from pydantic_core import from_json, to_json
 
 from schema.events import ReportedEvent
 from service.adapters.jobstores.firestore.database import Database, Snapshot
-from service.core.ports import StoredEvent
+from service.core.event_store import StoredEvent
 from service.core.stored_json import load_event
 
 EVENTS_TTL = timedelta(days=400)  # a year of metrics, and a month to look back at it

@@ -6,6 +6,7 @@
 | `jobs/{id}/events` | a chunk of events reported together, named by the cursor of the last | `events` (JSON), `attempt`, `expire_at` |
 | `heartbeats` | the job's last heartbeat | `heartbeat` (JSON), `last_cursor` |
 | `datasets` | a dataset | `record` (JSON), `tenant_id`, `created_at` |
+| `usage` | what an attempt, job or dataset adds to its tenant's usage | `scope` (tenant and period), `gpu_seconds`, `usd`, `stored_bytes` |
 | `idempotency` | an idempotency key, named by its digest | `body_digest`, `job_id`, `created_at`, `expire_at` |
 
 Four rules:
@@ -58,11 +59,14 @@ from service.adapters.jobstores.firestore.events import (
     fetch_events,
     split_into_chunks,
 )
+from service.adapters.jobstores.firestore.usage import count_jobs, sum_usage, usage_ref, write_usage
 from service.adapters.jobstores.records import Record, RecordReader, load_record
 from service.core.errors import Conflict, IdempotencyConflict, NotFound, StaleRevision
+from service.core.event_store import Heartbeat, StoredEvent
 from service.core.job_store_rules import IDEMPOTENCY_TTL, select_new_events
-from service.core.ports import Heartbeat, IdempotencyKey, JobEntry, JobQuery, JobSummary, Page, StoredEvent
+from service.core.ports import IdempotencyKey, JobEntry, JobQuery, JobSummary, Page
 from service.core.stored_json import make_storable
+from service.core.usage import STORED, JobState, Usage, dataset_bytes_key, dataset_entry, iter_job_entries, job_bytes_key
 from storage.deadline import deadline
 
 MAX_UNLISTED_JOBS = 1000  # more than a deployment before 0.2 can have had open
@@ -80,6 +84,7 @@ class FirestoreJobStore:
         self._heartbeats = client.collection("heartbeats")
         self._datasets = client.collection("datasets")
         self._idempotency_keys = client.collection("idempotency")
+        self._usage = client.collection("usage")
         self._reader = RecordReader()
         self._lists_are_complete = False
 
@@ -135,6 +140,7 @@ class FirestoreJobStore:
             batch = self._database.client.batch()
             write_ids = [*stored.get("writes"), write_id][-MAX_WRITE_IDS:]
             self._database.set_if_unchanged(batch, stored, build_job_fields(updated, write_ids))
+            write_usage(batch, self._usage, iter_job_entries(updated))
             for heartbeat in heartbeats:
                 cursor = add_events(batch, job_ref, 0, last_cursor_of(heartbeat), sequenced, updated.updated_at)
                 fields: Fields = {"heartbeat": fields_of(heartbeat).get("heartbeat"), "last_cursor": cursor}
@@ -184,7 +190,8 @@ class FirestoreJobStore:
         with deadline(CALL_TIMEOUT_S):
             existed = self._database.run_with_retry(lambda: self._database.get(job_ref, "revision")).exists
             delete_events(self._database, job_ref)
-            self._database.delete([doc_ref_by_id(self._heartbeats, job_id), job_ref])
+            stored_bytes_ref = usage_ref(self._usage, STORED, job_bytes_key(job_ref.id))
+            self._database.delete([doc_ref_by_id(self._heartbeats, job_id), stored_bytes_ref, job_ref])
         return existed
 
     # --- events ------------------------------------------------------------------------------------------------------
@@ -241,6 +248,7 @@ class FirestoreJobStore:
                 return
             batch = self._database.client.batch()
             self._database.set_if_unchanged(batch, stored, fields)
+            write_usage(batch, self._usage, [dataset_entry(dataset)])
             self._database.commit(batch)
 
         self._database.run_with_retry(step)
@@ -264,8 +272,21 @@ class FirestoreJobStore:
         doc_ref = doc_ref_by_id(self._datasets, dataset_id)
         with deadline(CALL_TIMEOUT_S):
             existed = self._database.run_with_retry(lambda: self._database.get(doc_ref, "created_at")).exists
-            self._database.delete([doc_ref])
+            self._database.delete([doc_ref, usage_ref(self._usage, STORED, dataset_bytes_key(doc_ref.id))])
         return existed
+
+    # --- usage -------------------------------------------------------------------------------------------------------
+
+    def count_jobs(self, tenant_id: str, state: JobState) -> int:
+        return count_jobs(self._database, self._jobs, tenant_id, state)
+
+    def sum_usage(self, tenant_id: str, period: str) -> Usage:
+        return sum_usage(self._database, self._usage, tenant_id, period)
+
+    def find_job_by_key(self, tenant_id: str, idempotency_key: str, body_digest: str) -> Job | None:
+        key_ref = self._idempotency_keys.document(idempotency_key_id(tenant_id, idempotency_key))
+        key = self._database.run_with_retry(lambda: self._database.get(key_ref))
+        return self.find_job(key.get("job_id")) if key.exists and key.get("body_digest") == body_digest else None
 
     # --- the database ------------------------------------------------------------------------------------------------
 
