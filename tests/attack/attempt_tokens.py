@@ -13,7 +13,7 @@ from typing import Any
 import httpx2
 import jwt
 
-from tests.attack.attempt_client import AttemptClient, end_process, now, start_attempt
+from tests.attack.attempt_client import LAUNCH_ENDPOINTS, AttemptClient, end_process, make_batch, now, start_attempt
 from tests.attack.campaign import Row, Size, make_row
 from tests.attack.fixtures import World, write_artifact
 from tests.attack.target import Caller, Json, Target, run_target
@@ -21,6 +21,8 @@ from tests.attack.target import Caller, Json, Target, run_target
 SIGNING_KEY = "the key of this deployment, for its own tokens only"
 FOREIGN_KEY = "another key of the same length, which signs nothing"
 PHASE = {"type": "phase", "phase": "exporting"}
+# The process that ended the attempt may not have heard the answer, and repeats its result: answered as the first time, and not applied.
+MAY_BE_IGNORED = ("another result after the end",)
 Case = tuple[str, Callable[[], httpx2.Response]]
 
 
@@ -31,13 +33,15 @@ def run(size: Size) -> Row:
         world = World(target.owner())
         victim = world.running
         own = start_attempt(target, world.submit())
-        cases = [*_tokens(own, victim, world), *_claimants(own), *_results(own, victim, world), *_events(own, victim, world)]
+        cases = [*_tokens(own, victim, world), *_claimants(own), *_results(own, victim, world), *_events(own, world)]
         problems += _send_all(target, cases)
         problems += _check_derived_uri(own, target)
         cases_after_end = list(_replays(own))
         problems += _send_all(target, cases_after_end)
         count = len(cases) + len(cases_after_end)
-    return make_row("attempt tokens", "all refused, nothing changed", f"{count - len(problems)} of {count} refused", problems)
+    return make_row(
+        "attempt tokens", "all refused, nothing changed", f"{count - len(problems)} of {count} refused or without effect", problems
+    )
 
 
 def _send_all(target: Target, cases: list[Case]) -> list[str]:
@@ -46,36 +50,35 @@ def _send_all(target: Target, cases: list[Case]) -> list[str]:
     for name, send in cases:
         before = target.read_rows()
         response = send()
-        if not 400 <= response.status_code < 500:
+        if not 400 <= response.status_code < 500 and not (response.is_success and name in MAY_BE_IGNORED):
             problems.append(f"{name}: answered {response.status_code}")
         elif target.read_rows() != before:
-            problems.append(f"{name}: refused with {response.status_code}, and yet changed a record")
+            problems.append(f"{name}: answered {response.status_code} and changed a record")
     return problems
 
 
 def _tokens(own: AttemptClient, victim: AttemptClient, world: World) -> Iterator[Case]:
     """Tokens that are not valid for the attempt they are sent to. The victim's claimant is known to the attacker."""
-    forged = {
-        "no token": "",
-        "garbage": "x" * 200,
-        "the token of another job": own.token,
-        "a signature with another key": _resign(victim.token, FOREIGN_KEY),
-        "the algorithm none": _unsigned(victim.token),
-        "no signature": victim.token.rpartition(".")[0] + ".",
-        "claims of another token": _swap_claims(own.token, victim.token),
-        "an expired token": _resign(victim.token, SIGNING_KEY, exp=int(time.time()) - 3600),
-        "a token without expiry": _resign(victim.token, SIGNING_KEY, exp=None),
-        "a token for files": world.file_token(),
-        "a token for another audience": _resign(victim.token, SIGNING_KEY, aud="tunesmith-file"),
-        "a token of another attempt": _resign(victim.token, SIGNING_KEY, attempt=victim.number + 1),
-        "the caller's own token": world.owner.token or "",
-    }
-    for name, token in forged.items():
-        attempt = victim.with_token(token)
-        yield f"{name}, claim", attempt.claim
-        yield f"{name}, events", lambda attempt=attempt: attempt.report(PHASE, first_seq=1)
-        yield f"{name}, result", attempt.finish
-        yield f"{name}, credentials", lambda attempt=attempt: attempt.post("credentials", {})
+    for endpoint, body in _messages(victim).items():
+        valid, foreign = (attempt.launch_token if endpoint in LAUNCH_ENDPOINTS else attempt.token for attempt in (victim, own))
+        forged = {
+            "no token": "",
+            "garbage": "x" * 200,
+            "the token of another job": foreign,
+            "a signature with another key": _resign(valid, FOREIGN_KEY),
+            "the algorithm none": _unsigned(valid),
+            "no signature": valid.rpartition(".")[0] + ".",
+            "claims of another token": _swap_claims(foreign, valid),
+            "an expired token": _resign(valid, SIGNING_KEY, exp=int(time.time()) - 3600),
+            "a token without expiry": _resign(valid, SIGNING_KEY, exp=None),
+            "a token for files": world.file_token(),
+            "a token for another audience": _resign(valid, SIGNING_KEY, aud="tunesmith-file"),
+            "the token for other messages": victim.token if endpoint in LAUNCH_ENDPOINTS else victim.launch_token,
+            "a token of another attempt": _resign(valid, SIGNING_KEY, attempt=victim.number + 1),
+            "the caller's own token": world.owner.token or "",
+        }
+        for name, token in forged.items():
+            yield f"{name}, {endpoint}", lambda endpoint=endpoint, body=body, token=token: victim.post(endpoint, body, token=token)
     beyond = replace(victim, number=victim.number + 1)
     yield "an attempt that does not exist", beyond.claim
     huge = replace(victim, number=2**63)
@@ -88,6 +91,12 @@ def _tokens(own: AttemptClient, victim: AttemptClient, world: World) -> Iterator
     yield "an attempt's token as a link", lambda: reader.request("GET", f"/files/{own.token}")
 
 
+def _messages(attempt: AttemptClient) -> dict[str, Json]:
+    """One message of each kind."""
+    bodies = {"claim": {"claimant": attempt.claimant}, "events": make_batch(PHASE, first_seq=1), "result": attempt.make_result()}
+    return bodies | {"credentials": {}, "token": {}}
+
+
 def _claimants(own: AttemptClient) -> Iterator[Case]:
     """A second process with the right token, which did not claim."""
     thief = replace(own, claimant="thief")
@@ -95,7 +104,12 @@ def _claimants(own: AttemptClient) -> Iterator[Case]:
     yield "another claimant, events", lambda: thief.report(PHASE, first_seq=1)
     yield "another claimant, result", thief.finish
     yield "another claimant, credentials", lambda: thief.post("credentials", {})
-    yield "no claimant, result", lambda: replace(own, claimant="").finish()
+    yield "another claimant, token", lambda: thief.post("token", {})
+    stolen = own.make_result()  # names the right claimant, as logs and buckets do, and comes from another process
+    yield "the claimant's name without its secret, result", lambda: thief.post("result", stolen)
+    for endpoint, body in _messages(own).items():
+        if endpoint != "claim":
+            yield f"no claimant, {endpoint}", lambda endpoint=endpoint, body=body: replace(own, claimant="").post(endpoint, body)
 
 
 def _results(own: AttemptClient, victim: AttemptClient, world: World) -> Iterator[Case]:
@@ -112,14 +126,13 @@ def _results(own: AttemptClient, victim: AttemptClient, world: World) -> Iterato
     yield "two artifacts of one name", lambda: own.finish(artifacts=[genuine, genuine])
 
 
-def _events(own: AttemptClient, victim: AttemptClient, world: World) -> Iterator[Case]:
+def _events(own: AttemptClient, world: World) -> Iterator[Case]:
     genuine = write_artifact(own, b"the attempt's own weights")
     for name, artifact in _foreign_artifacts(genuine, own, world):
         event = {"type": "artifact", "artifact": artifact}
         yield f"an event with {name}", lambda event=event: own.report(event, first_seq=1)
     status = {"type": "status", "status": "completed", "attempt": 1}
     yield "an event that sets the status", lambda: own.report(status, first_seq=1)
-    yield "an event of another job's checkpoint", lambda: victim.with_token(own.token).report(PHASE, first_seq=1)
 
 
 def _foreign_artifacts(genuine: Json, own: AttemptClient, world: World) -> Iterator[tuple[str, Json]]:
@@ -167,6 +180,7 @@ def _replays(own: AttemptClient) -> Iterator[Case]:
     yield "events after the end", lambda: own.report(PHASE, first_seq=1)
     yield "another result after the end", lambda: own.finish("failed", failure={"code": "internal", "message": "no"}, started_at=now())
     yield "credentials after the end", lambda: own.post("credentials", {})
+    yield "a new token after the end", lambda: own.post("token", {})
 
 
 def _resign(token: str, key: str, **changes: Any) -> str:

@@ -27,7 +27,7 @@ from schemathesis.specs.openapi.checks import (
 
 from tests.attack.campaign import Row, Size, make_row
 from tests.attack.fixtures import FIXTURES, ValidRequest, World
-from tests.attack.target import HealthProber, Json, Target, run_target
+from tests.attack.target import HEALTH_LIMITS_S, HealthProber, Json, Target, run_target
 
 REQUESTS: dict[Size, int] = {"full": 5000, "short": 500}
 STATEFUL_SHARE = 0.2
@@ -180,7 +180,7 @@ def run(size: Size) -> Row:
         while fuzzer.counts.sent < REQUESTS[size]:
             fuzzer.fuzz_operation(operations[fuzzer.counts.sent % len(operations)], 40)
         counts = fuzzer.counts
-        problems = counts.problems + prober.problems()
+        problems = counts.problems + prober.problems(HEALTH_LIMITS_S[size])
     missing = sorted({operation.definition.raw["operationId"] for operation in operations} - counts.succeeded)
     problems += [f"no success of {', '.join(missing)}"] if missing else []
     measured = (

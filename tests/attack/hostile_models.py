@@ -21,7 +21,7 @@ import psutil
 
 from tests.attack.campaign import Row, Size, make_row
 from tests.attack.real_trainer import BASE, build_base, build_glm, install_base
-from tests.attack.target import Caller, HealthProber, Json, Target, run_target_in
+from tests.attack.target import HEALTH_LIMITS_S, Caller, HealthProber, Json, Target, run_target_in
 
 SECRET = "canary-of-the-home-folder"
 MEMORY_LIMIT_BYTES = 3 << 30  # of the tree of one attempt, which needs 1 GB for a tiny base
@@ -104,7 +104,7 @@ def run(size: Size) -> Row:
             ]
             problems += _check_outcome(target, statuses)
             problems += [f"{HONEST} is {statuses[HONEST][1]}"] if HONEST in statuses and statuses[HONEST][1] != "completed" else []
-            problems += prober.problems()
+            problems += prober.problems(HEALTH_LIMITS_S[size])
         problems += ["code of a model ran"] if canary.exists() else []
     failed = sum(status == "failed" for _, status in statuses.values())
     measured = (

@@ -23,7 +23,7 @@ from tests.attack.campaign import Row, Size, make_row
 from tests.attack.fixtures import World
 from tests.attack.image_bombs import make_bombs, make_largest
 from tests.attack.sockets import exchange
-from tests.attack.target import HealthProber, Json, Target, run_target
+from tests.attack.target import HEALTH_LIMITS_S, HealthProber, Json, Target, run_target
 
 # Images that are each bad in another way, and rows that take longest to decode: more than the service has threads.
 BOMBS: dict[Size, tuple[int, int, int]] = {"full": (40, 44, 2), "short": (10, 3, 1)}
@@ -95,7 +95,7 @@ def run(size: Size) -> Row:
             odd, largest, rows_each = BOMBS[size]
             bombs = [*make_bombs(odd), *make_largest(largest, rows_each)]
             measured, bomb_problems = _drop_bombs(world, target, bombs)
-            problems += bomb_problems + prober.problems()
+            problems += bomb_problems + prober.problems(HEALTH_LIMITS_S[size])
         if canary.hits:
             problems.append(f"the service connected to an address in a row: {canary.hits[0]}")
     counts = f"{len(datasets)} hostile datasets and archives, {traversals[0]} traversals, {len(bombs)} image bombs"

@@ -17,7 +17,7 @@ from schema.requests import TRAIN_REQUEST_EXAMPLE
 from tests.attack.attempt_client import AttemptClient, end_process, now, start_attempt
 from tests.attack.campaign import Row, Size, make_row
 from tests.attack.fixtures import World, write_artifact
-from tests.attack.target import HealthProber, Json, Target, run_target
+from tests.attack.target import HEALTH_LIMITS_S, HealthProber, Json, Target, run_target
 from tests.chaos.campaign import CampaignError
 from tests.waiting import wait_until
 
@@ -95,7 +95,7 @@ def run(size: Size) -> Row:
                 lambda: _poison_parameters(world, counts),
             ):
                 _run_step(attack, counts)
-        counts.problems += prober.problems()
+        counts.problems += prober.problems(HEALTH_LIMITS_S[size])
         _run_step(lambda: _poison_records(world, target, counts), counts)
         counts.problems += _check_delete(world, poisoned.job_id)
     measured = f"{counts.sent} messages, {counts.accepted} accepted, {len(POISON_RECORDS) + 2} unreadable records; {prober.describe()}"
