@@ -99,16 +99,17 @@ lock: setup-dev ## Pin requirements/*.in again
 
 # --- Test -----------------------------------------------------------------------------------------------------------------
 
-.PHONY: test test-fast test-cloud test-infra test-llm test-chaos test-e2e coverage-report
+.PHONY: test test-fast test-cloud test-infra test-llm test-chaos test-attack test-e2e coverage-report
 # A worker takes a whole file, whose tests share models and services; the longest files come first (tests/conftest.py).
 BY_FILE := --dist loadfile --no-loadscope-reorder
 # One torch thread: two threads on two busy cores are slower.
 test: export OMP_NUM_THREADS = 1
 # Tests that run the service in their own process measure its coverage. Tracing takes half as much processor time again for these, and
-# little of the whole; the trainer's tests and the service's child processes are not traced. test-cloud mostly waits, so test-infra runs beside it.
+# little of the whole; the trainer's tests and the service's child processes are not traced. test-cloud mostly waits, so test-infra and
+# then test-attack run beside it.
 test: export COVERAGE = --cov --cov-report=
 test: test-fast ## Run every test, with real processes and models, and report coverage: about 20 minutes on two cores
-	$(MAKE) --no-print-directory --jobs 2 --output-sync test-cloud test-infra
+	$(MAKE) --no-print-directory --jobs 2 --output-sync test-cloud test-infra test-attack
 	$(MAKE) --no-print-directory test-llm
 	$(MAKE) --no-print-directory test-chaos
 	$(MAKE) --no-print-directory test-e2e
@@ -129,6 +130,9 @@ test-llm: $(VENVS)/llm/.installed-tests ## Test the trainer and the exporters on
 test-chaos: setup-dev $(VENVS)/llm/.installed-tests ## Run the fault campaign in its short form
 	$(DEV) -m pytest tests/chaos -n 3 --maxschedchunk 1
 
+test-attack: setup-dev $(VENVS)/llm/.installed-tests ## Attack a real service in the short form; two at a time, because they often wait
+	OMP_NUM_THREADS=1 $(DEV) -m pytest tests/attack -n 2 --maxschedchunk 1
+
 test-e2e: setup-dev setup-service setup-llm ## Test real HTTP, child processes, the README's commands and the real Gemma; three files at a time
 	$(DEV) -m pytest tests/e2e -n 3 $(BY_FILE)
 
@@ -138,9 +142,12 @@ coverage-report: setup-dev ## Combine and show the coverage that `make test` mea
 
 # --- Measure and long tests -----------------------------------------------------------------------------------------------
 
-.PHONY: chaos nightly test-nightly test-bare-clone bench
+.PHONY: chaos attack nightly test-nightly test-bare-clone bench
 chaos: setup-dev $(VENVS)/llm/.installed-tests ## Run the whole fault campaign and count what was lost: a quarter of an hour
 	OMP_NUM_THREADS=1 $(DEV) -m tests.chaos $(ARGS)
+
+attack: setup-dev $(VENVS)/llm/.installed-tests ## Run the whole attack suite and print what each attack achieved: ten minutes
+	OMP_NUM_THREADS=1 $(DEV) -m tests.attack $(ARGS)
 
 nightly: test-nightly test-bare-clone ## Run the long tests, and every target of this file from a bare clone: hours
 

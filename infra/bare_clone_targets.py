@@ -56,8 +56,10 @@ SMOKES: dict[str, Smoke] = {
     "test-infra": COLLECT_TESTS,
     "test-llm": COLLECT_TESTS,
     "test-chaos": COLLECT_TESTS,
+    "test-attack": COLLECT_TESTS,
     "test-e2e": COLLECT_TESTS,
     "coverage-report": Smoke(output_has="Couldn't combine", succeeds=False),  # there is none before `make test`
+    "attack": Smoke(("ARGS=ssrf --short",), output_has="all passed"),
     "chaos": Smoke(("ARGS=out_of_memory --short",), output_has="all passed"),  # this row runs in the trainer's environment
     "test-nightly": Smoke(("ARGS=--help",), COLLECT_TESTS.environment, output_has="usage"),
     "bench": HELP,

@@ -33,7 +33,7 @@ def main() -> int:
         parser.error(f"no row {', '.join(unknown)}; known: {', '.join(ROWS)}")
     if options.write and (options.names or options.short):
         parser.error("--write needs all rows in full size")
-    _handle_sigterm_as_interrupt()
+    handle_sigterm_as_interrupt()
     size: Size = "short" if options.short else "full"
     if options.json:
         print(json.dumps(asdict(run_row(options.names[0], size))))
@@ -76,7 +76,7 @@ def _run_in_subprocess(name: str, size: Size, running: list[subprocess.Popen[str
     return row
 
 
-def _handle_sigterm_as_interrupt() -> None:
+def handle_sigterm_as_interrupt() -> None:
     """Make SIGTERM behave like Ctrl-C, so that processes are ended and folders are removed."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes its background jobs ignore SIGINT
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
