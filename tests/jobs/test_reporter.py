@@ -31,6 +31,7 @@ from storage import StoreUnavailable
 from tests.jobs.fake_service import CLAIM_TOKEN, TOKEN, FakeService
 from tests.waiting import wait_until
 
+TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 INTERVAL_S = 0.05
 Make = Callable[..., Reporter]
 
