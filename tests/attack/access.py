@@ -17,8 +17,8 @@ from tests.attack.target import Caller, Target, run_target
 from tests.chaos.campaign import CampaignError
 
 VICTIM, RIVAL = "acme", "rival"
-# Routes that anybody may call. They say nothing about a tenant; a file's link has its own signed token.
-PUBLIC = ("get_root", "get_docs", "get_health", "download_file")
+# Routes that anybody may call. They say nothing about a tenant; a file's link and a login's have their own signed token.
+PUBLIC = ("get_root", "get_docs", "get_health", "download_file", "log_in", "log_out")
 # Routes that answer every caller, with what is their own.
 OWN_ANSWERS = (
     "get_capabilities",
@@ -29,8 +29,9 @@ OWN_ANSWERS = (
     "list_audit_entries",
     "upload_dataset",
     "create_key",
+    "create_login_code",
 )
-ATTEMPT_ROUTES = ("claim", "report", "finish")
+ATTEMPT_ROUTES = ("claim", "report", "finish", "renew_token", "issue_credentials")
 UPKEEP_ROUTES = ("reconcile", "clean_up", "list_orphans")
 ADMIN_ROUTES = ("create_key", "list_keys", "revoke_key", "list_audit_entries")
 
@@ -90,7 +91,7 @@ def _make_intruders(target: Target, operator: Caller, operations: tuple[str, ...
     reader = operator.create_key("reader", ("read",), tenant_id=VICTIM)
     submitter = operator.create_key("submitter", ("submit",), tenant_id=VICTIM)
     rival = operator.create_key("rival", ("admin",), tenant_id=RIVAL)
-    writes = tuple(name for name in operations if _is_write(name) and name not in (*PUBLIC, *ATTEMPT_ROUTES))
+    writes = tuple(name for name in operations if _is_write(name) and name not in (*PUBLIC, *ATTEMPT_ROUTES, "create_login_code"))
     unknown = Caller(target, "tsk_" + "A" * 43)
     return [
         Intruder("no identity", target.anonymous(), (401,)),
@@ -145,8 +146,8 @@ def _expected_statuses(intruder: Intruder, operation: str, request: ValidRequest
 
 def _find_leak(request: ValidRequest, response: httpx2.Response, marks: list[str]) -> str:
     """A mark of the victim in the answer."""
-    if request.template.startswith("/files/"):
-        return ""  # the signed token in the path is the right to read that file
+    if request.template.startswith(("/files/", "/login")):
+        return ""  # the signed token in the path or query is the right to what it names
     answer = f"{response.headers} {response.text}"
     return next((mark for mark in marks if mark in answer), "")
 

@@ -112,6 +112,10 @@ class World:
         answer = self.owner.expect(200, "GET", f"/jobs/download/{self.completed_job_id}")
         return urlsplit(answer["download_url"]).path.rpartition("/")[2]
 
+    def login_code(self) -> str:
+        """A new code with which a browser logs in."""
+        return urlsplit(self.owner.expect(201, "POST", "/login-codes")["url"]).query.removeprefix("code=")
+
     def make_key(self) -> str:
         """The id of a new API key."""
         return str(self.owner.expect(201, "POST", "/keys", json={"name": f"{self.mark} key", "scopes": ["read"]})["key_id"])
@@ -207,6 +211,9 @@ FIXTURES: dict[str, Callable[[World], ValidRequest]] = {
     ),
     "download_file": lambda world: ValidRequest("GET", "/files/{token}", 200, path={"token": world.file_token()}),
     "get_health": lambda _: ValidRequest("GET", "/health", 200),
+    "create_login_code": lambda _: ValidRequest("POST", "/login-codes", 201),
+    "log_in": lambda world: ValidRequest("GET", "/login", 303, query={"code": world.login_code()}),
+    "log_out": lambda _: ValidRequest("POST", "/logout", 204),
     "get_whoami": lambda _: ValidRequest("GET", "/whoami", 200),
     "create_key": lambda world: ValidRequest("POST", "/keys", 201, body={"name": f"{world.mark} key", "scopes": ["read"]}),
     "list_keys": lambda _: ValidRequest("GET", "/keys", 200),
@@ -233,6 +240,8 @@ UNLISTED_FIXTURES: dict[str, Callable[[World], ValidRequest]] = {
     "claim": _of_attempt("claim", 200, lambda attempt: {"claimant": attempt.claimant}),
     "report": _of_attempt("events", 200, lambda _: {"first_seq": 1, "events": []}),
     "finish": _of_attempt("result", 204, lambda attempt: attempt.make_result("failed")),
+    "renew_token": _of_attempt("token", 200, lambda _: {}),
+    "issue_credentials": _of_attempt("credentials", 200, lambda _: {}),
     "reconcile": lambda _: ValidRequest("POST", "/internal/reconcile", 200),
     "clean_up": lambda _: ValidRequest("POST", "/internal/cleanup", 200, body={"orphans": True}),
     "list_orphans": lambda _: ValidRequest("GET", "/internal/orphans", 200),

@@ -126,8 +126,9 @@ def _attack_from_everywhere(browser: Browser, world: World, job_id: str, port: i
     context = browser.new_context()
     context.set_default_timeout(STEP_TIMEOUT_MS * 4)
     page = context.new_page()
-    for path in ("/", "/docs"):  # the owner has used the service in this browser
-        _go(page, target.url + path)
+    _go(page, str(world.owner.expect(201, "POST", "/login-codes")["url"]))  # the owner uses the service in this browser
+    if page.evaluate("async () => (await fetch('/jobs')).status") != 200:
+        raise CampaignError("the owner's browser is not logged in")
     for origin in (f"http://{host}:{port}" for host in hosts):
         _go(page, origin + "/")
         reads += page.evaluate(SCRIPT, _arguments_of_script(target.url, world, job_id, wait_ms))

@@ -43,6 +43,12 @@ def test_link_works_once(client: TestClient, browser: TestClient) -> None:
     assert get_error(browser.get(link), 401)["message"] == "the login link was used"
 
 
+def test_links_of_the_same_second_all_work(client: TestClient, browser: TestClient) -> None:
+    for link in [make_link(client) for _ in range(3)]:
+        assert browser.get(link).status_code == 303
+        browser.cookies.clear()
+
+
 def test_session_is_no_code_and_a_code_is_no_session(client: TestClient, browser: TestClient) -> None:
     link = make_link(client)
     code = link.partition("code=")[2]

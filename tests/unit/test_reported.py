@@ -31,6 +31,7 @@ REFUSED = {
     "the folder of another kind": change_artifact(key="merged_models/{job}/attempt-1/"),
     "the whole bucket": change_artifact(key=""),
     "up": change_artifact(key="trained_adapters/{job}/attempt-1/../../other/"),
+    "encoded up": change_artifact(key="trained_adapters/{job}/attempt-1/%2e%2e/%2e%2e/other/"),
     "empty part": change_artifact(key="trained_adapters/{job}/attempt-1//a/"),
     "leading slash": change_artifact(key="/trained_adapters/{job}/attempt-1/"),
     "dot": change_artifact(key="trained_adapters/{job}/attempt-1/./"),

@@ -4,6 +4,7 @@ A browser cannot send a token with a link or an event stream by itself; a sessio
 A session ends when what it was made with does: an API key that is revoked, or a token of the home folder that is replaced.
 """
 
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -40,7 +41,8 @@ class Logins:
 
     def create_code(self, principal: Principal) -> str:
         """A code with which a browser becomes the principal."""
-        return self._tokens.sign(self._describe(principal), CODE_AUDIENCE, CODE_TTL)
+        # The random part keeps apart the codes that one caller gets within a second.
+        return self._tokens.sign(self._describe(principal) | {"jti": secrets.token_hex(8)}, CODE_AUDIENCE, CODE_TTL)
 
     def redeem_code(self, code: str) -> Session:
         """The session for a code. Raises Unauthorized for one that is used, expired or not ours."""

@@ -131,5 +131,7 @@ def _check_web_url(url: str, param: str) -> None:
 
 
 def _is_canonical_key(key: str) -> bool:
-    """Whether every reader takes the key for the same object: no empty part, no '.' or '..', nothing unprintable."""
-    return len(key) <= MAX_KEY_CHARACTERS and not UNPRINTABLE.search(key) and all(part not in ("", ".", "..") for part in key.split("/"))
+    """Whether every reader takes the key for the same object: no empty part, no '.' or '..', nothing encoded."""
+    if len(key) > MAX_KEY_CHARACTERS or UNPRINTABLE.search(key) or "%" in key:  # "%2e%2e" in a file:// address is "..", for some readers
+        return False
+    return all(part not in ("", ".", "..") for part in key.split("/"))
