@@ -41,7 +41,8 @@ class Outcome:
 
 
 async def _send_all(running: Service, dataset_id: str, keys: Sequence[str]) -> Outcome:
-    connections = [Connection(running.url) for _ in range(CONCURRENCY)]
+    url = running.url.replace("://", f"://{running.token}@")
+    connections = [Connection(url) for _ in range(CONCURRENCY)]
     consistent_keys = conflicts = 0
     for key in keys:
         same = _request(key, make_train_request(dataset_id, job_name=key))

@@ -100,6 +100,11 @@ class Service:
         return httpx2.request(method, self.url + path, **{"timeout": 60, "headers": self.headers, **options})
 
     @property
+    def token(self) -> str:
+        """The token of its home folder."""
+        return (self.home / "token").read_text()
+
+    @property
     def headers(self) -> dict[str, str]:
         """What every request needs."""
         return local_headers(self.home)

@@ -59,3 +59,11 @@ def test_export_of_a_checkpoint_has_no_such_limit(harness: JobsHarness) -> None:
     report(harness, job, "downloading")
     harness.reconcile()
     assert harness.find_job(job).status is Status.PREPARING
+
+
+def test_silent_attempt_is_left_to_its_lease(harness: JobsHarness) -> None:
+    job = start_preparing(harness, "downloading")
+    harness.clock.advance(LIMIT_S * 3)  # its machine was asleep
+    harness.reconcile()
+    assert harness.find_job(job).status is Status.PREPARING
+    assert harness.launcher.cancels == []

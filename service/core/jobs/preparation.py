@@ -16,7 +16,7 @@ FIRST_USEFUL_PHASES = ("evaluating", "training")
 
 
 class PreparationLimit:
-    """Ends attempts whose preparation takes too long, on every launcher alike."""
+    """Ends attempts that report and whose preparation takes too long, on every launcher alike."""
 
     def __init__(self, repository: JobRepository, limit: timedelta, wake: Wake) -> None:
         self._repository = repository
@@ -27,8 +27,10 @@ class PreparationLimit:
         """Kill the attempt and fail the job if its preparation has taken too long; None if it has not. Raises Unavailable."""
         if job.status is not Status.PREPARING or job.attempt is None or job.attempt.handle is None:
             return None  # before the heartbeat is read: most jobs are training
-        heartbeat = self._repository.find_heartbeat(job)
-        if not is_overdue(job, heartbeat.phase if heartbeat else None, self._limit, self._repository.clock()):
+        heartbeat, now = self._repository.find_heartbeat(job), self._repository.clock()
+        if launcher.limits.is_heartbeat_expired(job, heartbeat.received_at if heartbeat else None, now):
+            return None  # a silent attempt may be asleep with its machine; its lease decides
+        if not is_overdue(job, heartbeat.phase if heartbeat else None, self._limit, now):
             return None
         number = job.attempt.number
         log.warning("preparation takes too long", extra={"job_id": job.job_id, "attempt": number})
