@@ -25,6 +25,11 @@ def serve(
     os.execv(sys.executable, command)  # noqa: S606  # replaces this process, so signals reach the service
 
 
+def rotate_signing_key() -> None:
+    """Replace the key with which the service of TUNESMITH_HOME signs tokens and links, from its next start on. What runs goes on."""
+    raise typer.Exit(subprocess.run([sys.executable, "-P", "-m", "service", "--rotate-signing-key"], check=False).returncode)
+
+
 def chat(
     context: typer.Context,
     job_id: JobIdArgument,

@@ -42,6 +42,7 @@ for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 app.add_typer(datasets.app, name="datasets")
 app.add_typer(access.app, name="keys")
+access.app.command("rotate-signing-key")(local.rotate_signing_key)
 
 
 @app.callback()

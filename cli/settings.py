@@ -38,16 +38,20 @@ class Settings:
 
     @property
     def local_token(self) -> str | None:
-        """The token of the home folder, if the folder has one and this account can read it."""
+        """The token of the home folder, if its service runs: once that was killed, anybody could listen on its port."""
         try:
+            os.kill(int(str(self._read_service_file()["pid"])), 0)
             return (self.home_folder / "token").read_text().strip()
-        except OSError:
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
     @property
     def service_url(self) -> str:
         """The URL that a running service wrote to `home`/service.json, else the default URL."""
         try:
-            return json.loads((self.home_folder / "service.json").read_text())["url"]
+            return str(self._read_service_file()["url"])
         except (FileNotFoundError, ValueError, KeyError):
             return DEFAULT_URL
+
+    def _read_service_file(self) -> dict[str, object]:
+        return json.loads((self.home_folder / "service.json").read_text())

@@ -257,6 +257,7 @@ class Job(VersionedRecord):
     tracker_urls: dict[str, str] = Field(default={})  # the run's address in each tracker, by name
     artifacts: tuple[Artifact, ...] = ()
     deletion_started_at: datetime | None = None  # its files are being deleted
+    traceparent: str | None = None  # the W3C trace context of the request that created it, which its attempts continue
     manifest_written: bool = False  # the bucket has the manifest of the published files
 
     @property

@@ -8,12 +8,14 @@ import socket
 import sys
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import uvicorn
 from pydantic import ValidationError
 
 from service.adapters.identity.local import LocalToken
+from service.adapters.secrets.signing_keys import rotate_signing_key
 from service.attempt_socket import open_attempt_socket
 from service.core.access.rules import LOOPBACK_HOSTS
 from service.home import SERVICE_FILE, HomeInUse, lock_home
@@ -42,9 +44,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m service", description="Run a service. The first line printed is its URL.")
     parser.add_argument("--host", help="address to listen on; default: TUNESMITH_HOST")
     parser.add_argument("--port", type=_parse_port, help="port to listen on, 0 picks a free port; default: TUNESMITH_PORT")
+    parser.add_argument(
+        "--rotate-signing-key",
+        action="store_true",
+        help="replace the key that signs tokens and links, and exit; what it signed stays valid",
+    )
     options = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    rotates = options.pop("rotate_signing_key")
     try:
-        serve(_load_settings().model_copy(update=options))
+        settings = _load_settings().model_copy(update=options)
+        if rotates:
+            _rotate_signing_key(settings)
+        else:
+            serve(settings)
     except StartError as error:
         print(f"error {error.message}\n  hint: {error.hint}", file=sys.stderr)
         raise SystemExit(1) from None
@@ -67,6 +79,16 @@ def _load_settings() -> Settings:
         setting = f"{first['loc'][0]}: " if first["loc"] else ""
         reason = first["msg"].removeprefix("Value error, ")
         raise StartError(f"invalid settings: {setting}{reason}", "docs/settings.md describes all settings") from error
+
+
+def _rotate_signing_key(settings: Settings) -> None:
+    if settings.signing_key is not None:
+        raise StartError(
+            "the signing key is in TUNESMITH_SIGNING_KEY", "replace it there; TUNESMITH_SIGNING_KEY_PREVIOUS keeps the old one"
+        )
+    settings.home_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    rotate_signing_key(settings.home_folder, datetime.now(UTC))
+    print("the signing key is replaced; the service uses the new one from its next start")
 
 
 def serve(settings: Settings) -> None:

@@ -41,6 +41,7 @@ from service.core.tokens import TokenSigner
 from service.core.validation.egress import EgressCheck
 from service.core.validation.hub import NoHub
 from service.settings import Settings, attempt_variables, check_renamed_variables, egress_policy, inherited_variables
+from service.tracing import current_traceparent
 from storage.registry import STORES, open_store
 
 
@@ -103,6 +104,7 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
         tokens=tokens,
         deployment_id=_find_deployment_id(settings),
         clock=clock,
+        traceparent=current_traceparent,
         random_suffix=lambda: token_hex(6),
         wake=reconciler.wake if reconciler else reconcile_inside_request,
         hub=hub,

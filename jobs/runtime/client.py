@@ -91,6 +91,7 @@ class ServiceClient:
             timeout=httpx.Timeout(10.0, connect=3.0),
             trust_env=False,  # a proxy that is set for other traffic must not intercept this
         )
+        self._trace_headers = {"traceparent": settings.traceparent} if settings.traceparent else {}
         self._id_token_source = IdTokenSource(settings.service_audience) if settings.service_audience else None
 
     @property
@@ -203,7 +204,7 @@ class ServiceClient:
         content = body.model_dump_json() if body else None
         timeout = self._http.timeout if timeout_s is None else timeout_s
         headers = {"Authorization": f"Bearer {token or self._token}", CLAIMANT_HEADER: self._claimant, "Content-Type": "application/json"}
-        headers |= self._id_token_source.headers() if self._id_token_source else {}
+        headers |= self._trace_headers | (self._id_token_source.headers() if self._id_token_source else {})
         try:
             response = self._http.post(path, content=content, headers=headers, timeout=timeout)
         except httpx.TransportError as error:

@@ -29,6 +29,7 @@ class Settings:
     JOB_PROCESSES          maximum number of training processes (`read_max_processes`); missing: one per GPU
     JOB_PARALLELISM        ddp or fsdp (`read_parallelism`); missing: chosen by whether the model fits
     JOB_EGRESS             what callers' URLs may lead to (`read_egress_policy`); missing: the public internet over https
+    TRACEPARENT            the W3C trace context that the attempt continues; missing: none
     JOB_TIME_LIMIT_S       seconds within which the attempt must save and yield to the next one; missing: no limit
     """
 
@@ -43,6 +44,7 @@ class Settings:
     report_interval_s: float = 15.0
     time_limit_s: float | None = None
     image: str | None = None
+    traceparent: str | None = None
 
 
 def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
@@ -60,6 +62,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         report_interval_s=_parse_number("JOB_REPORT_INTERVAL_S", environment.get("JOB_REPORT_INTERVAL_S") or "15"),
         time_limit_s=_parse_number("JOB_TIME_LIMIT_S", limit) if limit else None,
         image=environment.get("JOB_IMAGE") or None,
+        traceparent=environment.get("TRACEPARENT") or None,
     )
 
 

@@ -46,6 +46,7 @@ class FakeService:
     events: list[dict[str, Any]] = field(default_factory=list)  # accepted, in order, once each
     results: list[dict[str, Any]] = field(default_factory=list)
     authorizations: set[str | None] = field(default_factory=set)
+    traceparents: set[str | None] = field(default_factory=set)
     hosts: set[str | None] = field(default_factory=set)
     claimants: set[str | None] = field(default_factory=set)  # the secrets that were sent as headers
     credentials: dict[str, Any] = field(default_factory=lambda: {"kind": "ambient"})
@@ -62,6 +63,7 @@ class FakeService:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
                 service.authorizations.add(self.headers["Authorization"])
+                service.traceparents.add(self.headers["traceparent"])
                 service.hosts.add(self.headers["Host"])
                 service.claimants.add(self.headers["X-Claimant"])
                 is_expired = self.headers["Authorization"] in service.expired

@@ -31,6 +31,7 @@ from storage import StoreUnavailable
 from tests.jobs.fake_service import CLAIM_TOKEN, TOKEN, FakeService
 from tests.waiting import wait_until
 
+TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 INTERVAL_S = 0.05
 Make = Callable[..., Reporter]
 
@@ -54,7 +55,7 @@ def make(service: FakeService, callbacks: ReporterCallbacks, tmp_path: Path) -> 
     made: list[tuple[Reporter, Spool, ServiceClient]] = []
 
     def make(url: str | None = None, interval_s: float = INTERVAL_S) -> Reporter:
-        settings = Settings("job-1", "file:///nowhere", 1, TOKEN, url or service.url, tmp_path)
+        settings = Settings("job-1", "file:///nowhere", 1, TOKEN, url or service.url, tmp_path, traceparent=TRACEPARENT)
         spool, client = Spool(tmp_path / "events.jsonl"), ServiceClient(settings)
         reporter = Reporter(client, spool, interval_s, callbacks.directives.append, callbacks.fenced.set)
         made.append((reporter, spool, client))
@@ -83,6 +84,7 @@ def test_events_arrive_in_order_with_attempt_token(service: FakeService, make: M
     assert reporter.flush(5)
     assert steps(service) == list(range(50))
     assert service.authorizations == {f"Bearer {TOKEN}"}
+    assert service.traceparents == {TRACEPARENT}
 
 
 def test_batches_are_contiguous_and_hold_at_most_500(service: FakeService, make: Make) -> None:

@@ -8,7 +8,7 @@ from starlette.testclient import TestClient
 
 from service.adapters.launchers.local.launcher import LocalLauncher
 from tests.factories import make_capabilities, make_manifest
-from tests.unit.api_harness import ROWS, get_error, make_request_body, make_request_body_with_config, upload
+from tests.unit.api_harness import ROWS, get_error, get_services, make_request_body, make_request_body_with_config, upload
 
 
 def test_documented_example_request_is_accepted(client: TestClient, dataset_id: str) -> None:
@@ -171,3 +171,14 @@ def test_unsupported_option_error_names_supported_ones(
     monkeypatch.setattr(LocalLauncher, "list_environments", lambda _: {"llm": narrow})
     error = get_error(readonly_client.post("/train", json=make_request_body_with_config(readonly_dataset_id, **changes)), 400)
     assert (error["code"], message in error["message"]) == ("unsupported", True)
+
+
+def test_job_keeps_the_trace_of_its_request(client: TestClient, dataset_id: str) -> None:
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    headers = {"traceparent": f"00-{trace_id}-00f067aa0ba902b7-01"}
+    job_id = client.post("/train", json=make_request_body(dataset_id), headers=headers).json()["job_id"]
+    job = get_services(client).store.find_job(job_id)
+    assert job is not None
+    assert job.traceparent is not None
+    assert job.traceparent.split("-")[1] == trace_id
+    assert job.traceparent.split("-")[3] == "01"

@@ -27,6 +27,16 @@ def test_queued_job_launches_once_with_spec_and_launch_token(harness: JobsHarnes
     assert attempt.handle == f"handle of {launch_request.name}"
 
 
+def test_attempt_continues_the_trace_of_its_job(harness: JobsHarness) -> None:
+    job = harness.submit()
+    stored = harness.find_job(job)
+    traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    harness.store.replace_job(stored.model_copy(update={"traceparent": traceparent}))
+    harness.reconcile()
+    [launch_request] = harness.launcher.launched.values()
+    assert launch_request.variables["TRACEPARENT"] == traceparent
+
+
 def test_oldest_queued_job_launches_first(harness: JobsHarness) -> None:
     harness.launcher.slots = 1
     jobs = []

@@ -58,3 +58,19 @@ def test_setting_of_an_earlier_version_is_an_error_with_its_new_name(
 def test_unknown_adapter_is_an_error_with_hint(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNESMITH_JOB_STORE", "moon")
     assert "no job store 'moon'" in start_and_fail(capsys)
+
+
+def test_listening_for_everybody_needs_identities(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "TUNESMITH_IDENTITY" in start_and_fail(capsys, "--host", "0.0.0.0")
+
+
+def test_signing_key_is_replaced(capsys: pytest.CaptureFixture[str], home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main(["--rotate-signing-key"])
+    first = (home / "signing-key").read_bytes()
+    main(["--rotate-signing-key"])
+    assert (home / "signing-key").read_bytes() != first
+    assert capsys.readouterr().out.count("is replaced") == 2
+    monkeypatch.setenv("TUNESMITH_SIGNING_KEY", "k" * 32)
+    with pytest.raises(SystemExit):
+        main(["--rotate-signing-key"])
+    assert "TUNESMITH_SIGNING_KEY_PREVIOUS" in capsys.readouterr().err

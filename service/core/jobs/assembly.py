@@ -60,15 +60,17 @@ def build_job_services(
     preparation_limit: timedelta = DEFAULT_PREPARATION_LIMIT,
     quotas: QuotaChecks | None = None,
     egress: EgressCheck | None = None,
+    traceparent: Callable[[], str | None] = lambda: None,
 ) -> JobServices:
     """Build the parts.
 
     `deployment_id` names the deployment in the object stores. `wake` is called with a job's id whenever its next step can be taken.
+    `traceparent` returns the trace context of the request that is being handled.
     """
     hub, trackers = hub or NoHub(), trackers or DeploymentTrackers()
     models = buckets.models
     marks = JobMarks(models, deployment_id)
-    repository = JobRepository(store, secrets, clock)
+    repository = JobRepository(store, secrets, clock, traceparent)
     budget = Budget(repository, launchers, quotas or QuotaChecks(store, Quotas.model_validate({}), clock))
     control = JobControl(repository, launchers=launchers, budget=budget, trackers=trackers, wake=wake)
     attempts = Attempts(

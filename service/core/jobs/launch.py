@@ -115,6 +115,7 @@ class AttemptStarter:
             "JOB_ATTEMPT": str(attempt.number),
             "JOB_TOKEN": self._tokens.sign_launch_token(job.job_id, attempt.number),
             "JOB_SPEC_STORE_URL": self._buckets.configs.url,
+            **({"TRACEPARENT": job.traceparent} if job.traceparent else {}),
         }
         return LaunchRequest(
             name=attempt_name(job.job_id, attempt),

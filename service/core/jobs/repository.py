@@ -23,10 +23,14 @@ MAX_CHANGE_TRIES = 10  # few processes write to one job: its attempt, one caller
 class JobRepository:
     """Job records and, stored apart from them, the secrets of each job."""
 
-    def __init__(self, store: JobStore, secrets: SecretStore, clock: Callable[[], datetime]) -> None:
+    def __init__(
+        self, store: JobStore, secrets: SecretStore, clock: Callable[[], datetime], traceparent: Callable[[], str | None] = lambda: None
+    ) -> None:
+        """`traceparent` returns the trace context of the request that is being handled."""
         self.store = store
         self.secrets = secrets
         self.clock = clock
+        self._traceparent = traceparent
 
     def find(self, principal: Principal, job_id: str) -> Job:
         """A job of the principal's tenant. Raises NotFound, also for a job of another tenant; UnreadableRecord, RecordTooNew."""
@@ -82,6 +86,7 @@ class JobRepository:
 
         Secrets are stored first, so that no attempt can start without them.
         """
+        job = job.model_copy(update={"traceparent": self._traceparent()})
         if secrets:
             self.secrets.put(job.job_id, secrets)
         try:

@@ -1,6 +1,8 @@
 """The settings of the command line: same variables and defaults as the service, and where it finds a running service."""
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -38,3 +40,15 @@ def test_running_service_is_found_through_its_home(tmp_path: Path) -> None:
 def test_unreadable_service_file_is_ignored(tmp_path: Path, content: str) -> None:
     (tmp_path / "service.json").write_text(content)
     assert Settings(home=tmp_path).service_url == DEFAULT_URL
+
+
+def test_token_of_the_home_folder_is_for_its_running_service(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    (tmp_path / "token").write_text("tsk_x\n")
+    assert settings.local_token is None
+    (tmp_path / "service.json").write_text(json.dumps({"url": "http://127.0.0.1:41000", "pid": os.getpid()}))
+    assert settings.local_token == "tsk_x"
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    (tmp_path / "service.json").write_text(json.dumps({"url": "http://127.0.0.1:41000", "pid": ended.pid}))
+    assert settings.local_token is None
