@@ -27,9 +27,9 @@ ROWS = (
     "similar_systems",
 )
 # Rows that measure response times: they run alone, after the others.
-EXCLUSIVE = ("load",)
+EXCLUSIVE = ("hostile_uploads", "load")
 # Rows that take longest, in the order in which they start when several run at the same time.
-LONGEST_FIRST = ("fuzz", "hostile_models", "canaries", "hostile_uploads")
+LONGEST_FIRST = ("fuzz", "hostile_models", "canaries")
 
 
 @dataclass(frozen=True)
