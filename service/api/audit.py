@@ -13,6 +13,7 @@ from service.api.stream import run_in_thread
 from service.core.access.audit import Action, AuditLog
 from service.core.errors import TunesmithError
 from service.core.principals import Principal
+from service.tracing import current_trace
 from storage.deadline import deadline
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ async def _record(request: Request, action: str, status: int, code: str | None, 
         status=status,
         code=code,
         address=request.client.host if request.client else None,
-        request_id=getattr(request.state, "request_id", None),
+        request_id=trace.request_id if (trace := current_trace()) else None,
     )
     audit_log: AuditLog = request.app.state.services.audit_log
     try:

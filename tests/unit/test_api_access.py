@@ -285,6 +285,8 @@ def test_changes_are_in_the_audit_log(client: TestClient) -> None:
         ("local", "upload_dataset", dataset_id, "ok", 201, None),
     ]
     assert {row["address"] for row in list_audit(client)} == {"testclient"}
+    client.post("/train", json={}, headers={"X-Request-ID": "mine-1"})
+    assert list_audit(client)[0]["request_id"] == "mine-1"
     assert [row["action"] for row in list_audit(client, subject=key_id)] == ["cancel_job"]
     assert len(list_audit(client, action="create_training_job", limit="1")) == 1
 
