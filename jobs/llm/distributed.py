@@ -7,16 +7,16 @@ or JSON, never a pickle: other users of the machine can reach loopback, and a pi
 An optimizer step has the same rows as in a single process, and its loss and metrics are those of all rows: see `shard_training_steps`.
 """
 
-import json
 import time
 from collections.abc import Callable, Generator, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from jobs.llm.data.tokenize import IGNORE_INDEX
+from jobs.llm.json_objects import decode_json, encode_json, exchange_objects_as_json
 from jobs.llm.training_context import TrainingTask
 
 COLLECTIVE_TIMEOUT = timedelta(days=7)  # an evaluation in rank 0 may take any time; a lost process is noticed by other means
@@ -168,48 +168,6 @@ def create_store(folder: Path, world_size: int) -> Any:
     import torch
 
     return torch.distributed.FileStore(str(folder / STORE_FILE), world_size)
-
-
-def exchange_objects_as_json() -> None:
-    """Make torch's collectives of Python objects send JSON: TRL and accelerate gather and broadcast lists of texts and numbers.
-
-    Raises TypeError where such a collective is given anything else. Every one of them encodes and decodes with these two classes.
-    """
-    from torch.distributed import distributed_c10d
-
-    distributed_c10d._pickler, distributed_c10d._unpickler = _JsonPickler, _JsonUnpickler
-
-
-class _JsonPickler:
-    """Writes an object as JSON, with the interface of pickle.Pickler."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-
-    def dump(self, value: Any) -> None:
-        self._file.write(json.dumps(value).encode())
-
-
-class _JsonUnpickler:
-    """Reads what _JsonPickler wrote, with the interface of pickle.Unpickler."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-
-    def load(self) -> Any:
-        return json.loads(self._file.read())
-
-
-def encode_json(value: Any) -> Any:
-    """A JSON value as a tensor of bytes. Raises TypeError for other values."""
-    import torch
-
-    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-
-
-def decode_json(content: Any) -> Any:
-    """The value of a tensor that `encode_json` made."""
-    return json.loads(content.numpy().tobytes())
 
 
 def capture_rng_state() -> dict[str, Any]:

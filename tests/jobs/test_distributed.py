@@ -15,8 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
-from jobs.llm.distributed import StartupWatchdog, capture_rng_state, exchange_objects_as_json, restore_rng_state, save_rng_states
+from jobs.llm.distributed import StartupWatchdog, capture_rng_state, restore_rng_state, save_rng_states
 from jobs.llm.hardware import DeviceConfig
+from jobs.llm.json_objects import exchange_objects_as_json
 from jobs.llm.oom import is_out_of_memory
 from jobs.llm.parallelism import DeviceSlots, WorldSizeDecision, choose_world_size
 from jobs.llm.trained_model import TrainedModel
