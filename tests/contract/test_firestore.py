@@ -21,11 +21,13 @@ from service.adapters.jobstores.cursors import encode_cursor
 from service.adapters.jobstores.firestore.documents import FILTERS
 from service.adapters.jobstores.firestore.events import EVENTS_TTL
 from service.adapters.jobstores.firestore.store import FirestoreJobStore
+from service.core.access.audit import RETENTION
 from service.core.access.ports import AuditQuery
 from service.core.errors import Conflict, IdempotencyConflict, InvalidRequest, StaleRevision, Unavailable
 from service.core.job_store_rules import IDEMPOTENCY_TTL
 from service.core.ports import IdempotencyKey, JobQuery
 from storage.deadline import deadline
+from tests.contract.test_access_store import make_entry, make_key
 from tests.factories import START, make_attempt, make_dataset, make_job
 
 INDEXES = json.loads((Path(__file__).parents[2] / "infra/firestore.indexes.json").read_text())
@@ -525,8 +527,17 @@ def test_open_job_of_an_earlier_version_is_found_after_an_upgrade(firestore_proj
     store.close()
 
 
-def test_every_field_has_index_override(store: FirestoreJobStore) -> None:
+def fill_access_store(project: str) -> None:
+    """Store a key and an entry of the audit log."""
+    access_store = FirestoreAccessStore(project_id=project)
+    access_store.create_key(make_key())
+    access_store.append_audit_entries([make_entry(0)])
+    access_store.close()
+
+
+def test_every_field_has_index_override(store: FirestoreJobStore, firestore_project: str) -> None:
     call_every_method(store)
+    fill_access_store(firestore_project)
     overrides = {(override["collectionGroup"], override["fieldPath"]) for override in INDEXES["fieldOverrides"]}
     client = store._database.client  # pyright: ignore[reportPrivateUsage]
     stored = {
@@ -538,10 +549,11 @@ def test_every_field_has_index_override(store: FirestoreJobStore) -> None:
     assert stored | FIELDS_OF_EARLIER_VERSIONS == overrides
 
 
-def test_expiring_documents_have_ttl_timestamp(store: FirestoreJobStore) -> None:
+def test_expiring_documents_have_ttl_timestamp(store: FirestoreJobStore, firestore_project: str) -> None:
     call_every_method(store)
+    fill_access_store(firestore_project)
     client = store._database.client  # pyright: ignore[reportPrivateUsage]
-    ttls = {"events": EVENTS_TTL, "idempotency": IDEMPOTENCY_TTL}
+    ttls = {"events": EVENTS_TTL, "idempotency": IDEMPOTENCY_TTL, "audit": RETENTION}
     expiring = {override["collectionGroup"] for override in INDEXES["fieldOverrides"] if override.get("ttl")}
     assert expiring == set(ttls)
     for collection, ttl in ttls.items():
