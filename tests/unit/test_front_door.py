@@ -63,6 +63,11 @@ def test_foreign_host_is_refused(client: TestClient, host: str) -> None:
     assert get_error(client.get("/jobs", headers={"Host": host}), 421)["code"] == "unknown_host"
 
 
+def test_probe_of_a_platform_may_name_any_host(client: TestClient) -> None:
+    assert client.get("/docs", headers={"Host": "10.1.2.3:8080"}).status_code == 200
+    assert client.post("/docs", headers={"Host": "10.1.2.3:8080"}).status_code == 421
+
+
 def test_two_hosts_are_refused(client: TestClient) -> None:
     assert client.get("/jobs", headers=[("Host", "127.0.0.1"), ("Host", "evil.test")]).status_code == 421
 

@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service.api.errors import error_response
 
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
+PROBE_PATH = "/docs"  # shows nothing of anyone; a platform's probes may name any host (infra/terraform/service.tf)
 
 
 class AllowedHostsMiddleware:
@@ -36,6 +37,8 @@ class AllowedHostsMiddleware:
 
     def _is_allowed(self, scope: Scope) -> bool:
         hosts = Headers(scope=scope).getlist("host")
+        if scope["path"] == PROBE_PATH and scope["method"] in ("GET", "HEAD"):
+            return True
         if not hosts:  # a health check by HTTP/1.0; browsers always send it
             return True
         name = read_hostname(hosts[0]) if len(hosts) == 1 else None
