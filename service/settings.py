@@ -93,8 +93,8 @@ class Settings(BaseSettings):
     )
     allowed_hosts: CommaList = Field(
         (),
-        description="Host names at which the service answers besides loopback, its address, `host` and the one in `public_url`, by comma. "
-        "Requests for other hosts are refused, because a web page could send them (DNS rebinding).",
+        description="Host names at which the service answers besides loopback, its address, `host` and the one in `public_url`, by comma; "
+        "`*.example.com` for all names below one. Requests for other hosts are refused: a web page could send them (DNS rebinding).",
     )
     allowed_origins: CommaList = Field(
         (),

@@ -63,6 +63,12 @@ def test_foreign_host_is_refused(client: TestClient, host: str) -> None:
     assert get_error(client.get("/jobs", headers={"Host": host}), 421)["code"] == "unknown_host"
 
 
+def test_names_below_an_allowed_one_are_answered(tmp_path: Path) -> None:
+    with run_test_service(tmp_path, allowed_hosts=("*.a.run.app",)) as client:
+        for host, status in (("tunesmith-abc-ew.a.run.app", 200), ("a.run.app", 421), ("xa.run.app", 421), ("a.run.app.evil.test", 421)):
+            assert client.get("/jobs", headers={"Host": host}).status_code == status, host
+
+
 def test_probe_of_a_platform_may_name_any_host(client: TestClient) -> None:
     assert client.get("/docs", headers={"Host": "10.1.2.3:8080"}).status_code == 200
     assert client.post("/docs", headers={"Host": "10.1.2.3:8080"}).status_code == 421

@@ -21,7 +21,8 @@ class AllowedHostsMiddleware:
     def __init__(self, app: ASGIApp, *, host: str, public_url: str | None, allowed: Sequence[str]) -> None:
         self._app = app
         names = (host, urlsplit(public_url).hostname or "" if public_url else "", *allowed)
-        self._allowed = LOOPBACK_HOSTS | {name.lower().strip("[]") for name in names if name}
+        self._allowed = LOOPBACK_HOSTS | {name.lower().strip("[]") for name in names if name and not name.startswith("*.")}
+        self._allowed_suffixes = tuple(name[1:].lower() for name in names if name.startswith("*."))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or self._is_allowed(scope):
@@ -43,7 +44,9 @@ class AllowedHostsMiddleware:
             return True
         name = read_hostname(hosts[0]) if len(hosts) == 1 else None
         server: tuple[str, int | None] | None = scope.get("server")
-        return name is not None and (name in self._allowed or (server is not None and name == server[0]))
+        if name is None:
+            return False
+        return name in self._allowed or name.endswith(self._allowed_suffixes) or (server is not None and name == server[0])
 
 
 def read_hostname(authority: str) -> str | None:
