@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import httpx2
 
@@ -73,12 +74,13 @@ class Measured:
 
 def run(size: Size) -> Row:
     """Run each flood for a few seconds on one service."""
+    sent_per_s: list[float] = []
     floods: tuple[tuple[str, Callable[[World, Size, threading.Event], None]], ...] = (
         ("slowloris", _open_slow_connections),
         ("endless headers", _send_endless_headers),
         ("16 MB bodies", _send_large_bodies),
         ("listeners", _open_listeners),
-        ("garbage", _send_garbage),
+        ("garbage", partial(_send_garbage, sent_per_s)),
     )
     _raise_file_limit()
     measured: list[Measured] = []
@@ -90,7 +92,12 @@ def run(size: Size) -> Row:
     figures = ", ".join(f"{each.name}: {len(each.answers_s)} answered, p99 {each.p99_s * 1000:.0f} ms" for each in measured)
     peak_bytes = max(each.peak_bytes for each in measured)
     figure = f"valid requests answered, p99 < {P99_LIMIT_S:.0f} s, RSS < {MEMORY_LIMIT_BYTES >> 20} MB"
-    return make_row("floods of connections, headers, bodies, listeners, garbage", figure, f"{figures}; {peak_bytes >> 20} MB", problems)
+    return make_row(
+        "floods of connections, headers, bodies, listeners, garbage",
+        figure,
+        f"{figures} at {sent_per_s[0]:.0f} requests/s; {peak_bytes >> 20} MB",
+        problems,
+    )
 
 
 def _measure(name: str, flood: Callable[[World, Size, threading.Event], None], world: World, size: Size) -> Measured:
@@ -191,8 +198,11 @@ def _open_listeners(world: World, size: Size, stopping: threading.Event) -> None
                     connection.recv(1 << 16)
 
 
-def _send_garbage(world: World, _: Size, stopping: threading.Event) -> None:
-    """Send requests that mean nothing at a fixed rate, on connections that are replaced when the service closes them."""
+def _send_garbage(sent_per_s: list[float], world: World, _: Size, stopping: threading.Event) -> None:
+    """Send requests that mean nothing at a fixed rate, on connections that are replaced when the service closes them.
+
+    Adds the rate that was reached to `sent_per_s`.
+    """
     connections: dict[int, socket.socket] = {}
     began = time.monotonic()
     sent = 0
@@ -215,6 +225,7 @@ def _send_garbage(world: World, _: Size, stopping: threading.Event) -> None:
                     closed.close()
         ahead_s = sent / GARBAGE_RATE_PER_S - (time.monotonic() - began)
         stopping.wait(max(0.0, ahead_s))
+    sent_per_s.append(sent / (time.monotonic() - began))
     for connection in connections.values():
         connection.close()
 
