@@ -45,7 +45,7 @@ def compute_checkpoint_interval_s(save_s: float) -> float:
 class TrainingControlState(VersionedRecord):
     """`tunesmith.json` in a checkpoint: the state that the library's files do not have."""
 
-    model_config = ConfigDict(ser_json_inf_nan="strings")  # libraries record NaN for undefined metrics
+    model_config = ConfigDict(ser_json_inf_nan="strings", allow_inf_nan=True)  # libraries record NaN for undefined metrics
     migrations: ClassVar[Mapping[int, Migration]] = {1: move_batch_to_details}
 
     schema_version: int = 2

@@ -10,6 +10,7 @@ optimizer step are generated at its beginning, one batch at a time, so that no g
 several processes each generates its share, and rank 0 grades all completions.
 """
 
+import math
 import time
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -229,9 +230,13 @@ class GrpoTask:
             name: value for grader, grader_grades in grades.items() for name, value in summarize_grades(grader, grader_grades).items()
         }
         reward = compute_mean_reward({grader.__name__: grader.weight for grader in self.graders}, grades)
+        infinite = {name for name, value in {"reward": reward, **values}.items() if value is not None and not math.isfinite(value)}
+        values = {name: None if name in infinite else value for name, value in values.items()}
+        reward = None if "reward" in infinite else reward
         notes = {name: "the grader failed on every completion" for name, value in values.items() if value is None}
         if reward is None:
             notes["reward"] = "there is no completion on which every grader succeeded"
+        notes |= dict.fromkeys(infinite, "the sum of the grades is not a finite number")
         return EvalMetrics(
             eval_loss=None if reward is None else -reward,  # lower is better for the best checkpoint and early stopping
             eval_runtime=time.monotonic() - started_at,
