@@ -87,11 +87,14 @@ def read_artifact(client: httpx2.Client, job_id: str) -> str:
 
 
 def test_capabilities_show_the_toys(client: httpx2.Client) -> None:
+    def is_probed() -> bool:
+        return client.get("/health").json()["launchers"] == {"local": "ok", "toy": "ok"}
+
+    wait_until(is_probed, 60)  # the environment's folder is newer than its manifest
     capabilities = client.get("/capabilities").json()
     assert set(capabilities["launchers"]) == {"local", "toy"}
     assert set(capabilities["launchers"]["toy"]["environments"]) == {"toy"}
     assert capabilities["trainer_types"]["toy_doubler"]["hardware"] == ["local/local", "toy/toy"]
-    assert client.get("/health").json()["launchers"] == {"local": "ok", "toy": "ok"}
 
 
 def test_job_trains_pauses_resumes_on_another_launcher_and_exports(client: httpx2.Client) -> None:

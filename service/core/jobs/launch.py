@@ -61,7 +61,7 @@ class AttemptStarter:
         number = attempt.number
         try:
             spec = self._render_spec(job)
-            self._marks.write(job.job_id, self._repository.clock())
+            self._mark(job)
             self._buckets.configs.write(spec_key(job.job_id), spec.model_dump_json(indent=1).encode())
             handle = launcher.launch(self._render_launch_request(job, attempt))
         except (LaunchFailed, NoCapacity) as error:
@@ -76,6 +76,13 @@ class AttemptStarter:
             log.warning("launch delayed", extra={"job_id": job.job_id, "attempt": number, "error": reason})
             return self._repository.change(job.job_id, lambda job, now: lifecycle.delay_launch(job, number, reason, now))
         return self._repository.change(job.job_id, lambda job, now: lifecycle.mark_launched(job, number, handle, now))
+
+    def _mark(self, job: Job) -> None:
+        """Say in the model bucket whose job this is. Without it a cleanup leaves the job's files alone, so it is not worth the launch."""
+        try:
+            self._marks.write(job.job_id, self._repository.clock())
+        except StorageError as error:
+            log.warning("job could not be marked", extra={"job_id": job.job_id, "error": str(error)})
 
     def _pass_on(self, job: Job, attempt: Attempt, error: LaunchFailed | NoCapacity) -> Job:
         """The launcher refused the attempt and started nothing: the next placement takes it, or it waits, or it fails."""
