@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 
 from schema.version import VERSION
 from service.api import access, capabilities, datasets, docs, errors, files, health, internal, jobs, login, openapi, root, train
+from service.api.audit import AuditWriter
 from service.api.authentication import Authenticator
 from service.api.health import make_health_checks
 from service.api.ingestion import IngestionSlots
@@ -123,6 +124,7 @@ async def _run_services(app: FastAPI) -> AsyncGenerator[None]:
         services.settings.event_poll_s,
         FollowerLimits(services.settings.max_followers, services.settings.max_followers_per_job),
     )
+    app.state.audit_writer = AuditWriter(services.audit_log)
     app.state.health_checks = make_health_checks(services)
     app.state.ingestion_slots = IngestionSlots(services.settings.max_concurrent_uploads)
     telemetry: Telemetry | None = app.state.telemetry

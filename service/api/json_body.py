@@ -4,6 +4,7 @@ Python's own parser accepts NaN, infinity, half surrogate pairs and any nesting 
 """
 
 import json
+import re
 from typing import Any
 
 from fastapi import Request
@@ -11,6 +12,9 @@ from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 
 from schema.json_limits import BODY_LIMITS, JsonProblem, find_json_problem
+
+
+LARGE_NUMBER = re.compile(rb"[0-9]{19}|[eE][+-]?[0-9]{3}")  # an integer beyond 64 bits, or a float that may be infinite
 
 
 class MalformedBody(HTTPException):
@@ -38,9 +42,18 @@ def parse_body(body: bytes) -> Any:  # noqa: ANN401  # as above
         parsed = from_json(body, allow_inf_nan=False)
     except ValueError:
         parsed = _parse_leniently(body)  # so that the error can name the field
+    else:
+        if not _may_exceed_limits(body):
+            return parsed
     if (problem := find_json_problem(parsed, BODY_LIMITS)) is not None:
         raise MalformedBody(problem)
     return parsed
+
+
+def _may_exceed_limits(body: bytes) -> bool:
+    """Whether the values of valid JSON need a closer look: of most bodies a glance at the text shows that they do not."""
+    brackets = body.count(b"{") + body.count(b"[")
+    return brackets > BODY_LIMITS.max_depth or len(body) > BODY_LIMITS.max_values or LARGE_NUMBER.search(body) is not None
 
 
 def _parse_leniently(body: bytes) -> Any:  # noqa: ANN401  # as above

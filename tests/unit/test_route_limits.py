@@ -4,7 +4,6 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated
 
 import pytest
@@ -16,6 +15,7 @@ from starlette.types import ASGIApp, Message
 
 from service.adapters.access.memory import MemoryAccessStore
 from service.api import errors
+from service.api.audit import AuditWriter
 from service.api.rate_limits import RateLimiter
 from service.api.route import LimitedRoute, limits
 from service.core.access.audit import AuditLog
@@ -132,7 +132,7 @@ def toy_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]
     app.state.settings = Settings(home=tmp_path_factory.mktemp("home"))  # type: ignore[call-arg]
     app.state.authenticator = AdmitsEverybody()
     app.state.rate_limiter = RateLimiter({})
-    app.state.services = SimpleNamespace(audit_log=AuditLog(MemoryAccessStore(), lambda: START, random_suffix=lambda: "0"))
+    app.state.audit_writer = AuditWriter(AuditLog(MemoryAccessStore(), lambda: START, random_suffix=lambda: "0"))
     errors.install(app)
     app.include_router(router, prefix="/v1")
     with TestClient(app, raise_server_exceptions=False) as client:

@@ -1,6 +1,6 @@
 """The audit log: what callers changed or took, kept for a year and readable by admins."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -33,26 +33,26 @@ class AuditLog:
         self._clock = clock
         self._random_suffix = random_suffix
 
-    def record(self, principal: Principal, action: Action) -> None:
-        """Add an entry. Raises Unavailable."""
+    def make_entry(self, principal: Principal, action: Action) -> AuditEntry:
+        """The entry of an action that has just been carried out or refused."""
         now = self._clock()
-        self._store.append_audit_entries(
-            [
-                AuditEntry(
-                    entry_id=f"{int(now.timestamp() * 1e6):016d}-{self._random_suffix()}",
-                    at=now,
-                    tenant_id=principal.tenant_id,
-                    subject=principal.subject[:MAX_TEXT_CHARS],
-                    action=action.name,
-                    resource=action.resource[:MAX_TEXT_CHARS] if action.resource else None,
-                    outcome=_outcome_of(action.status),
-                    status=action.status,
-                    code=action.code,
-                    address=action.address,
-                    request_id=action.request_id,
-                )
-            ]
+        return AuditEntry(
+            entry_id=f"{int(now.timestamp() * 1e6):016d}-{self._random_suffix()}",
+            at=now,
+            tenant_id=principal.tenant_id,
+            subject=principal.subject[:MAX_TEXT_CHARS],
+            action=action.name,
+            resource=action.resource[:MAX_TEXT_CHARS] if action.resource else None,
+            outcome=_outcome_of(action.status),
+            status=action.status,
+            code=action.code,
+            address=action.address,
+            request_id=action.request_id,
         )
+
+    def append(self, entries: Sequence[AuditEntry]) -> None:
+        """Add entries. Raises Unavailable."""
+        self._store.append_audit_entries(entries)
 
     def list_entries(self, principal: Principal, query: AuditQuery) -> Page[AuditEntry]:
         """A page of the entries of the principal's tenant; for an operator, of every tenant if the query names none.
