@@ -13,7 +13,6 @@ from starlette.exceptions import HTTPException
 
 from schema.json_limits import BODY_LIMITS, JsonProblem, find_json_problem
 
-
 LARGE_NUMBER = re.compile(rb"[0-9]{19}|[eE][+-]?[0-9]{3}")  # an integer beyond 64 bits, or a float that may be infinite
 
 
