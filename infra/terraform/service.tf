@@ -14,7 +14,7 @@ locals {
 
     TUNESMITH_LOG_FORMAT        = "json"
     TUNESMITH_PUBLIC_URL        = local.service_url
-    TUNESMITH_ALLOWED_HOSTS     = "*.a.run.app"    # the service's other URL, which `gcloud run services describe` shows
+    TUNESMITH_ALLOWED_HOSTS     = "*.a.run.app"    # the other URL of the service, its status.url
     TUNESMITH_TRUSTED_PROXIES   = "169.254.0.0/16" # Cloud Run's front end connects from there, and nobody else can
     TUNESMITH_IDENTITY_AUDIENCE = local.service_url
     TUNESMITH_ATTEMPT_IDENTITY  = google_service_account.job.email
