@@ -69,9 +69,10 @@ def test_names_below_an_allowed_one_are_answered(tmp_path: Path) -> None:
             assert client.get("/jobs", headers={"Host": host}).status_code == status, host
 
 
-def test_probe_of_a_platform_may_name_any_host(client: TestClient) -> None:
+def test_probe_of_a_platform_may_name_any_address(client: TestClient) -> None:
     assert client.get("/docs", headers={"Host": "10.1.2.3:8080"}).status_code == 200
     assert client.post("/docs", headers={"Host": "10.1.2.3:8080"}).status_code == 421
+    assert client.get("/docs", headers={"Host": "evil.test:8080"}).status_code == 421
 
 
 def test_two_hosts_are_refused(client: TestClient) -> None:

@@ -1,6 +1,7 @@
 """Refuses requests for a host that is not this service: a page in a browser reaches it under a name of its own (DNS rebinding)."""
 
 from collections.abc import Sequence
+from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -9,7 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service.api.errors import error_response
 
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
-PROBE_PATH = "/docs"  # shows nothing of anyone; a platform's probes may name any host (infra/terraform/service.tf)
+PROBE_PATH = "/docs"  # shows nothing of anyone; a platform's probes name an address of their own (infra/terraform/service.tf)
 
 
 class AllowedHostsMiddleware:
@@ -38,15 +39,23 @@ class AllowedHostsMiddleware:
 
     def _is_allowed(self, scope: Scope) -> bool:
         hosts = Headers(scope=scope).getlist("host")
-        if scope["path"] == PROBE_PATH and scope["method"] in ("GET", "HEAD"):
-            return True
         if not hosts:  # a health check by HTTP/1.0; browsers always send it
             return True
         name = read_hostname(hosts[0]) if len(hosts) == 1 else None
         server: tuple[str, int | None] | None = scope.get("server")
         if name is None:
             return False
+        if scope["path"] == PROBE_PATH and scope["method"] in ("GET", "HEAD") and _is_address(name):
+            return True
         return name in self._allowed or name.endswith(self._allowed_suffixes) or (server is not None and name == server[0])
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def read_hostname(authority: str) -> str | None:
