@@ -68,7 +68,7 @@ class Settings(BaseSettings):
     identity: str | None = Field(
         None,
         description="The rule file that says which identities may call and what they may do (docs/identity.md), or its content as JSON. "
-        "Needed to listen elsewhere than on loopback. Without it, callers are API keys and whoever can read the token in home.",
+        "Needed to listen elsewhere than on loopback. Without it, a caller has an API key or the token file in home.",
     )
     cloud_run_service: str | None = Field(
         None, validation_alias="K_SERVICE", description="Set by Cloud Run. `identity` may trust its front end only there."

@@ -27,10 +27,7 @@ AUDIT_TIMEOUT_S = 0.45  # of one write; an entry may wait for another one first,
 
 
 class AuditWriter:
-    """Writes entries before their requests are answered: those that arrive while others are being written share the next write.
-
-    Each write costs a thread and a transaction, which is a tenth of what a submission costs; sixteen callers at once share it.
-    """
+    """Writes entries before their requests are answered: those that arrive while others are being written share the next write."""
 
     def __init__(self, audit_log: AuditLog) -> None:
         self.audit_log = audit_log

@@ -169,7 +169,7 @@ class Feeds:
     async def _read(self, principal: Principal, job_id: str, feed: _Feed) -> None:
         try:
             await self._read_until_end(principal, job_id, feed)
-        except Exception:  # clients would otherwise wait for ever for a reader that is gone
+        except Exception:  # clients would otherwise wait forever for a reader that is gone
             log.exception("events cannot be followed", extra={"job_id": job_id})
             feed.failed = feed.ended = True
             feed.notify()

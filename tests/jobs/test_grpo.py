@@ -9,7 +9,7 @@ import pytest
 from jobs.llm.data.prompts import tokenize_prompt
 from jobs.llm.graders.base import FailedGrade
 from jobs.llm.loss import compute_log_probs
-from jobs.llm.trainers.grpo import compute_mean_reward
+from jobs.llm.trainers.grpo import compute_mean_reward, find_infinite
 from jobs.runtime.errors import JobFailed
 from schema.events import SamplesGenerated
 from schema.spec import JobSpec
@@ -128,6 +128,11 @@ def test_mean_reward_excludes_failed_grades() -> None:
     grades: dict[str, list[float | FailedGrade]] = {"a": [1.0, 0.0, 1.0], "b": [0.5, FailedGrade("reason"), 1.0]}
     assert compute_mean_reward({"a": 1.0, "b": 2.0}, grades) == pytest.approx((2.0 + 3.0) / 2)
     assert compute_mean_reward({"a": 1.0}, {"a": [FailedGrade("reason")]}) is None
+
+
+def test_sum_that_is_too_large_for_a_number_is_found() -> None:
+    reward = compute_mean_reward({"a": 100.0}, {"a": [1e308]})
+    assert find_infinite({"reward": reward, "a": 1e308, "b": None}) == {"reward"}
 
 
 # --- invalid input -------------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from jobs.llm.base_files import MAX_BYTES, copy_base_files
 from jobs.llm.chat_templates import MAX_TEMPLATE_CHARACTERS, check_chat_template
 from jobs.llm.exporters.model_files import copy_files, copy_tokenizer
 from jobs.llm.exporters.staging import make_staging_folder
-from jobs.llm.llama_cpp import is_llama_cpp_available
 from jobs.llm.llama_cpp.runner import convert, convert_lora
 from jobs.llm.model import load_adapter
 from jobs.llm.training_context import load_tokenizer
@@ -114,7 +113,6 @@ def glm_base(tokenizer: Any, tmp_path: Path) -> Path:
 # --- code in configs -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not is_llama_cpp_available(), reason="needs llama.cpp")
 @pytest.mark.parametrize("through_staging", [True, False])
 def test_gguf_converter_runs_no_code_of_the_model(
     make_base: Callable[..., Path], glm_base: Path, canary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, through_staging: bool
@@ -129,7 +127,6 @@ def test_gguf_converter_runs_no_code_of_the_model(
     assert not canary.exists()
 
 
-@pytest.mark.skipif(not is_llama_cpp_available(), reason="needs llama.cpp")
 def test_lora_converter_runs_no_code_of_the_base(make_base: Callable[..., Path], glm_base: Path, canary: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM

@@ -230,7 +230,7 @@ class GrpoTask:
             name: value for grader, grader_grades in grades.items() for name, value in summarize_grades(grader, grader_grades).items()
         }
         reward = compute_mean_reward({grader.__name__: grader.weight for grader in self.graders}, grades)
-        infinite = {name for name, value in {"reward": reward, **values}.items() if value is not None and not math.isfinite(value)}
+        infinite = find_infinite({"reward": reward, **values})
         values = {name: None if name in infinite else value for name, value in values.items()}
         reward = None if "reward" in infinite else reward
         notes = {name: "the grader failed on every completion" for name, value in values.items() if value is None}
@@ -254,6 +254,11 @@ class GrpoTask:
         when = "before" if control.step == 0 else "after" if control.is_done else "during"
         samples = make_samples([row.tokens.prompt_text for row in rows], [None] * len(rows), self.held_out_completions, count)
         self.training.context.log_samples(SamplesGenerated(when=when, step=control.step, samples=samples))
+
+
+def find_infinite(values: dict[str, float | None]) -> set[str]:
+    """The names of values that are no finite number: the sum of finite grades and weights can be too large for one."""
+    return {name for name, value in values.items() if value is not None and not math.isfinite(value)}
 
 
 def compute_mean_reward(weights: dict[str, float], grades: dict[str, list[Grade]]) -> float | None:
