@@ -56,7 +56,7 @@ class GuardedConfig(Config):
             log_config=None,
             access_log=False,
             server_header=False,
-            proxy_headers=False,  # uvicorn would believe whoever connects from loopback; service/api/middleware does it by a setting
+            proxy_headers=False,  # uvicorn would trust every connection from loopback; service/api/middleware does it by a setting
             timeout_keep_alive=math.ceil(connection_limits.keep_alive_s),
             timeout_graceful_shutdown=graceful_shutdown_s,
         )

@@ -104,7 +104,7 @@ class Settings(BaseSettings):
     trusted_proxies: CommaList = Field(
         (),
         description="Addresses or networks of reverse proxies, by comma, whose X-Forwarded-For and X-Forwarded-Proto are believed; `*`: "
-        "whoever connects, where nobody but the proxy can. Default: none.",
+        "every address, where only the proxy can connect. Default: none.",
     )
     max_header_bytes: int = Field(
         32 << 10, ge=1 << 10, description="Largest header of a request, in bytes; longer ones are answered with 431."

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from secrets import token_hex
 
 TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
-QUIET_PATHS = ("/health",)  # called every few seconds by whoever monitors the service
+QUIET_PATHS = ("/health",)  # called every few seconds by monitoring
 SECRET_PATH_PREFIX = "/files/"  # of signed links
 REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # safe in a header, in a log line and in a shell
 

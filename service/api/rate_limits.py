@@ -30,7 +30,7 @@ class RateLimiter:
     def check(self, principal: Principal, kind: RateKind) -> dict[str, str]:
         """Count a request; returns the headers that describe the limit. Raises TooManyRequests.
 
-        Without limits are attempts, which the service itself has started, and whoever has the token of the home folder.
+        Attempts, which the service itself has started, and callers with the token of the home folder have no limits.
         """
         is_local = (principal.tenant_id, principal.subject) == (LOCAL_PRINCIPAL.tenant_id, LOCAL_PRINCIPAL.subject)
         if is_local or Scope.ATTEMPT in principal.scopes:

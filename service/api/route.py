@@ -31,7 +31,7 @@ REPORT_BODY_BYTES = 4 << 20  # a batch of some hundred events; an attempt sends 
 MULTIPART_SLACK_BYTES = 1 << 16  # boundaries and form fields around a file
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
-# launch: an attempt that is to claim itself; public: everybody, or whoever has a link with a signed token
+# launch: an attempt that is to claim itself; public: everybody, or a caller with a signed link
 Access = Literal["caller", "launch", "attempt", "public"]
 
 

@@ -34,7 +34,7 @@ class IdentityVerifier(Protocol):
 
 
 class LocalCredential(Protocol):
-    """Recognizes whoever runs the service."""
+    """Recognizes the account that runs the service."""
 
     def matches(self, text: str) -> bool:
         """Whether a caller's token is that of the home folder."""

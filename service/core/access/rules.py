@@ -37,7 +37,7 @@ class TrustedIssuer(Strict):
         for field in ("issuer", "jwks_url"):
             parts = urlsplit(getattr(self, field) or "")
             if parts.scheme == "http" and parts.hostname not in LOOPBACK_HOSTS:
-                raise field_error(field, f"{field} must be an https URL: whoever answers for it decides who callers are")
+                raise field_error(field, f"{field} must be an https URL: its answers decide who callers are")
         return self
 
 
