@@ -21,7 +21,7 @@ from jobs.llm.data.images import (
     load_vision_input_config,
     tokenize_split_with_images,
 )
-from jobs.llm.data.tokenize import IGNORE_INDEX, set_default_chat_template
+from jobs.llm.data.tokenize import IGNORE_INDEX
 from jobs.llm.evaluation.generation import generate_batch
 from jobs.llm.evaluation.prompts import make_eval_prompts
 from jobs.llm.hardware import DeviceConfig
@@ -33,7 +33,7 @@ from jobs.llm.turn_ends import TurnEnds
 from jobs.runtime.errors import JobFailed
 from schema.events import SamplesGenerated
 from schema.training import SftConfig
-from tests.jobs.conftest import BASE, EventRecorder, FinishedTraining, make_context, make_spec, messages
+from tests.jobs.conftest import BASE, EventRecorder, FinishedTraining, make_chat_format, make_context, make_spec, messages
 from tests.jobs.test_continuation import TrainingRun, assert_runs_identical
 from tests.jobs.test_oom import LimitedMemory, losses
 from tests.tiny_gemma_vision import IMAGE_SIZE, TOKENS_PER_IMAGE, build_tiny_gemma_vision
@@ -58,7 +58,7 @@ def tokenizer(vision_base: Path) -> Any:
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(vision_base)
-    set_default_chat_template(loaded)
+    make_chat_format(loaded)
     return loaded
 
 
@@ -356,7 +356,7 @@ def trained_model(trained_on_squares: FinishedTraining, tokenizer: Any) -> Any:
     from transformers import AutoModelForImageTextToText
 
     base = AutoModelForImageTextToText.from_pretrained(trained_on_squares.model.base_folder, dtype="float32")
-    set_eos_tokens(base, tokenizer)
+    set_eos_tokens(base, make_chat_format(tokenizer).stop_token_ids)
     return PeftModel.from_pretrained(base, trained_on_squares.model.folder).eval()
 
 

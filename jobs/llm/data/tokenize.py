@@ -8,7 +8,6 @@ text               labels on the whole text and the EOS token
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100  # torch's cross_entropy ignores labels of this value
-
-START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"  # the tokens of Gemma's chat template
 
 Message = dict[str, str]
 Span = tuple[int, int]  # start and end, in characters of a text
@@ -63,14 +60,6 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     with path.open("rb") as lines:
         for line in lines:
             yield json.loads(line)
-
-
-def set_default_chat_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Set Gemma's chat template on a tokenizer without one; returns whether it was set."""
-    if tokenizer.chat_template:
-        return False
-    tokenizer.chat_template = files("trl").joinpath("chat_templates/gemma3.jinja").read_text()
-    return True
 
 
 def tokenize_split(
