@@ -5,9 +5,8 @@ never saw a chat cannot expect them, so learning to write them can make up most 
 show what the model learned about the answers themselves.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
-
-from jobs.llm.data.tokenize import END_OF_TURN
 
 if TYPE_CHECKING:
     from jobs.llm.training_context import TrainingContext
@@ -16,10 +15,11 @@ if TYPE_CHECKING:
 class TurnEnds:
     """Finds the labels that end a turn: stop tokens, and the special tokens and whitespace that directly follow one."""
 
-    def __init__(self, stop_ids: frozenset[int], tokenizer: Any) -> None:
-        self._stop_ids = sorted(stop_ids)
+    def __init__(self, stop_ids: Sequence[int], tokenizer: Any) -> None:
+        self._stop_ids = list(stop_ids)
         self._tokenizer = tokenizer
-        self._special_ids = frozenset[int](tokenizer.all_special_ids)
+        added = tokenizer.added_tokens_decoder
+        self._special_ids = {*tokenizer.all_special_ids, *(token_id for token_id, token in added.items() if token.special)}
         self._separators: dict[int, bool] = {}  # whether a token that follows a stop token belongs to the end of the turn
 
     def find(self, labels: Any) -> Any:
@@ -45,7 +45,5 @@ class TurnEnds:
 
 
 def get_turn_ends(training: "TrainingContext") -> TurnEnds:
-    """The ends of turns of the model in training: every token at which it stops, and the end of sequence."""
-    tokenizer = training.tokenizer
-    stop_ids = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)} - {None, tokenizer.unk_token_id}
-    return TurnEnds(frozenset(stop_ids), tokenizer)
+    """The ends of turns of the model in training."""
+    return TurnEnds(training.chat_format.stop_token_ids, training.tokenizer)

@@ -24,7 +24,7 @@ def rows(tokenizer: Any) -> list[TokenizedExample]:
 @pytest.fixture(scope="module")
 def turn_ends(tokenizer: Any) -> TurnEnds:
     stop_ids = tokenizer.convert_tokens_to_ids(["<eos>", "<end_of_turn>"])
-    return TurnEnds(frozenset(stop_ids), tokenizer)
+    return TurnEnds(stop_ids, tokenizer)
 
 
 @pytest.fixture(scope="module", params=[None, 5.0], ids=["plain", "softcapped"])

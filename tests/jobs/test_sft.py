@@ -470,7 +470,7 @@ def test_nan_eval_loss_is_null_with_reason(store: Path, base: Path, tokenizer: A
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.nn.init.constant_(model.model.norm.weight, math.nan)
     rows = tokenize_split(iter(messages(2)), "messages", tokenizer, 128).rows
-    turn_ends = TurnEnds(frozenset({tokenizer.eos_token_id}), tokenizer)
+    turn_ends = TurnEnds([tokenizer.eos_token_id], tokenizer)
     metrics = evaluate_likelihood(model, rows, 0, make_spec(store).training_config, turn_ends)
     assert (metrics.eval_loss, metrics.perplexity, metrics.content_perplexity) == (None, None, None)
     assert metrics.notes.keys() == {"eval_loss", "perplexity", "content_perplexity"}

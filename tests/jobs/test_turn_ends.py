@@ -13,7 +13,7 @@ from schema.training import SftConfig
 
 @pytest.fixture(scope="module")
 def turn_ends(tokenizer: Any) -> TurnEnds:
-    return TurnEnds(frozenset(tokenizer.convert_tokens_to_ids(["<eos>", "<end_of_turn>"])), tokenizer)
+    return TurnEnds(tokenizer.convert_tokens_to_ids(["<eos>", "<end_of_turn>"]), tokenizer)
 
 
 def content_of(turn_ends: TurnEnds, tokenizer: Any, labels: list[int]) -> str:

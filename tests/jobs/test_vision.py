@@ -390,7 +390,7 @@ def test_answer_depends_on_image_only(
         "it is red",
     ] * 4
     config = trained_on_squares.context.spec.training_config
-    turn_ends = TurnEnds(frozenset({tokenizer.eos_token_id}), tokenizer)
+    turn_ends = TurnEnds([tokenizer.eos_token_id], tokenizer)
     matching_loss, swapped_loss = (
         evaluate_likelihood(trained_model, examples, 0, config, turn_ends, collate_fn=Collator(0, vision_input)).eval_loss
         for examples in (rows, swapped)
