@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 
-from jobs.llm.data.tokenize import IGNORE_INDEX, tokenize_row
+from jobs.llm.data.tokenize import IGNORE_INDEX
 from jobs.llm.loss import evaluate_likelihood
 from jobs.llm.turn_ends import TurnEnds
 from schema.job import EvalMetrics
 from schema.training import SftConfig
+from tests.jobs.conftest import make_row_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +27,14 @@ def content_of(turn_ends: TurnEnds, tokenizer: Any, labels: list[int]) -> str:
 
 def test_content_of_chat_is_its_answers(turn_ends: TurnEnds, tokenizer: Any) -> None:
     turns = [("user", "what does copy do"), ("assistant", "copy files\n\n"), ("user", "and open"), ("assistant", "\nopen a file")]
-    row = tokenize_row({"messages": [{"role": role, "content": text} for role, text in turns]}, "messages", tokenizer)
+    row = make_row_tokenizer(tokenizer).tokenize({"messages": [{"role": role, "content": text} for role, text in turns]}, "messages")
     learned = tokenizer.decode([label for label in row.labels if label != IGNORE_INDEX])
     assert learned == "copy files<end_of_turn>\nopen a file<end_of_turn>\n"  # Gemma's template strips the messages
     assert content_of(turn_ends, tokenizer, row.labels) == "copy filesopen a file"
 
 
 def test_content_of_text_is_everything_before_eos(turn_ends: TurnEnds, tokenizer: Any) -> None:
-    row = tokenize_row({"text": "a list of files\n"}, "text", tokenizer)
+    row = make_row_tokenizer(tokenizer).tokenize({"text": "a list of files\n"}, "text")
     assert row.labels[-1] == tokenizer.eos_token_id
     assert content_of(turn_ends, tokenizer, row.labels) == "a list of files\n"
 
@@ -54,7 +55,9 @@ def test_whitespace_and_special_tokens_count_only_after_a_stop_token(turn_ends: 
 def test_answer_without_content_has_no_content_perplexity(base: Any, turn_ends: TurnEnds, tokenizer: Any) -> None:
     from transformers import AutoModelForCausalLM
 
-    row = tokenize_row({"messages": [{"role": "user", "content": "what"}, {"role": "assistant", "content": ""}]}, "messages", tokenizer)
+    row = make_row_tokenizer(tokenizer).tokenize(
+        {"messages": [{"role": "user", "content": "what"}, {"role": "assistant", "content": ""}]}, "messages"
+    )
     metrics = evaluate_likelihood(AutoModelForCausalLM.from_pretrained(base), [row], 0, SftConfig(base_model_id="a/b"), turn_ends)
     assert metrics.perplexity is not None
     assert metrics.content_perplexity is None
