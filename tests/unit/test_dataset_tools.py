@@ -30,7 +30,7 @@ from tests.unit.dataset_harness import (
     upload,
 )
 
-QUICK_SETTINGS = settings(max_examples=60, deadline=None, database=None)
+QUICK_SETTINGS = settings(max_examples=30, deadline=None, database=None)
 
 TOOL = {
     "type": "function",
@@ -447,7 +447,7 @@ ANYTHING = st.recursive(
 )
 
 
-@settings(QUICK_SETTINGS, max_examples=150)
+@settings(QUICK_SETTINGS, max_examples=80)
 @given(tool_rows(), ANYTHING, st.data())
 def test_any_change_is_accepted_or_rejected_cleanly(row: dict[str, Any], value: object, data: st.DataObject) -> None:
     target: Any = row
