@@ -13,6 +13,7 @@ from schema.dataset import Dataset
 from service.core.datasets.records import Upload
 from service.core.datasets.rows import InvalidRow, RowLimits, read_rows
 from service.core.principals import LOCAL_PRINCIPAL
+from tests.attack import hostile_tools
 from tests.unit.dataset_harness import (
     CHOSEN_ANSWER,
     PREFERENCE,
@@ -378,6 +379,13 @@ def test_deep_arguments_are_rejected_in_each_form(depth: int) -> None:
         error = get_bytes_error(row.replace('"HERE"', arguments).encode())
         assert "nested too deeply" in error.reason
         assert len(error.field) < 250
+
+
+@pytest.mark.parametrize(("name", "row"), list(hostile_tools.make_rows()), ids=lambda value: value if isinstance(value, str) else "")
+def test_hostile_row_is_rejected(name: str, row: bytes) -> None:
+    error = get_bytes_error(row)
+    assert len(str(error)) < 1000, name
+    assert len(read_bytes(hostile_tools.make_valid_row())) == 1
 
 
 # --- what holds for every upload -------------------------------------------------------------------------------------
