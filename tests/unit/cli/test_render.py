@@ -8,7 +8,7 @@ from rich.console import Console
 
 from cli.http_client import Json
 from cli.render.events import event_line
-from cli.render.formats import format_cost, format_fidelity
+from cli.render.formats import format_cost, format_fidelity, format_rows
 from cli.render.job import print_job
 from cli.render.tables import checkpoint_table
 
@@ -57,6 +57,19 @@ def render_event_line(**event: Any) -> str:
     text = event_line({"event": event})
     assert text is not None
     return render_text(text).strip()
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({}, "messages"),
+        ({"has_tools": True}, "messages with tools"),
+        ({"images": 3}, "messages with images"),
+        ({"has_tools": True, "has_weights": True}, "messages with tools and weights"),
+    ],
+)
+def test_rows_of_a_dataset_are_described(changes: Json, text: str) -> None:
+    assert format_rows({"dataset_type": "messages", "images": 0, "has_tools": False, "has_weights": False} | changes) == text
 
 
 @pytest.mark.parametrize(
