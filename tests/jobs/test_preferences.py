@@ -140,6 +140,9 @@ def test_training_learns_preferences(uninterrupted: UninterruptedRun) -> None:
     assert losses[-1] < losses[0]
     assert (after.eval_loss or 0) < (before.eval_loss or 0)
     assert (after.values[uninterrupted.case.improved_metric] or 0) > (before.values[uninterrupted.case.improved_metric] or 0) + 0.2
+    for metrics in (before, after):  # the first counts the ends of turn too
+        assert (metrics.perplexity is not None) == (metrics.content_perplexity is not None) == (uninterrupted.case.trainer_type != "reward")
+        assert metrics.perplexity is None or metrics.perplexity != metrics.content_perplexity
     if uninterrupted.case.trainer_type != "kto":
         assert (after.values["rewards/accuracies"] or 0) >= 0.8
     assert (after.eval_rows, uninterrupted.model.train_rows) == (5, 11)
