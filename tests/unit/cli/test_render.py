@@ -145,15 +145,16 @@ def make_metrics_json(**changes: Any) -> Json:
 
 
 def test_metrics_are_shown_before_and_after_training() -> None:
-    before = make_metrics_json(eval_loss=2.0, values={"rewards/accuracies": 0.5})
-    after = make_metrics_json(eval_loss=1.0, values={"rewards/accuracies": 0.75, "exact_match": 0.1, "bleu": None})
+    before = make_metrics_json(eval_loss=2.0, content_perplexity=4.0, values={"rewards/accuracies": 0.5})
+    after = make_metrics_json(eval_loss=1.0, content_perplexity=2.5, values={"rewards/accuracies": 0.75, "exact_match": 0.1, "bleu": None})
     text = render_summary(status="completed", metrics=after, base_metrics=before)
     assert "eval loss   2.000 → 1.000" in text
+    assert "content perplexity 4.000 → 2.500" in text
     assert "rewards/accuracies 0.500 → 0.750" in text
     assert "exact_match 0.100" in text
     assert "bleu" not in text
     assert render_event_line(type="evaluation", when="after", metrics=after) == (
-        "evaluated after training: loss 1.000, exact_match 0.100, rewards/accuracies 0.750"
+        "evaluated after training: loss 1.000, content perplexity 2.500, exact_match 0.100, rewards/accuracies 0.750"
     )
     assert event_line({"event": {"type": "evaluation", "when": "after", "metrics": make_metrics_json()}}) is None
 
