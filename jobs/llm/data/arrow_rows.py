@@ -183,6 +183,30 @@ class ArrowPairs(Sequence["PreferencePair"]):
         position = 2 * (index % len(self))
         return PreferencePair(self.rows[position], self.rows[position + 1])
 
+    @property
+    def chosen(self) -> "ChosenRows":
+        """The chosen answers, in order."""
+        return ChosenRows(self)
+
+
+class ChosenRows(Sequence[TokenizedExample]):
+    """The chosen answer of each pair."""
+
+    def __init__(self, pairs: Sequence["PreferencePair"]) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenizedExample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenizedExample]: ...
+
+    def __getitem__(self, index: int | slice) -> TokenizedExample | list[TokenizedExample]:
+        return [pair.chosen for pair in self.pairs[index]] if isinstance(index, slice) else self.pairs[index].chosen
+
 
 def count_lengths(rows: Sequence[TokenizedExample]) -> "NDArray[np.int64]":
     """The number of tokens of each row."""

@@ -60,7 +60,8 @@ def load_or_tokenize_unpaired(
     if dataset_type == "preference":
         return {
             name: TokenizedUnpairedSplit(
-                [UnpairedExample(pair.chosen, True) for pair in split.rows] + [UnpairedExample(pair.rejected, False) for pair in split.rows],
+                [UnpairedExample(pair.chosen, True) for pair in split.rows]
+                + [UnpairedExample(pair.rejected, False) for pair in split.rows],
                 split.truncated,
                 split.dropped,
             )
