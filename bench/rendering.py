@@ -16,12 +16,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench.figures import Measurement, at_least, at_most, print_table
 
+if TYPE_CHECKING:
+    from jobs.llm.data.rendering import RenderSettings
+
 NAME = "rendering"
 SOURCE = Path(__file__).resolve().parent.parent
-WORDS = "the of a to in is function returns value list name path file when error raises string number object call with for each row".split()
+TEXT = "the of a to in is function returns value list name path file when error raises string number object call with for each row"
+WORDS = TEXT.split()
 MILLION_ROWS_GOAL_BYTES = 2e9  # for a million rows
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.llm.data.arrow_rows import ArrowPairs, ArrowRows, compress_rows, decompress_rows
-from jobs.llm.data.preference import TokenizedPreferenceSplit, TokenizedUnpairedSplit, UnpairedExample
+from jobs.llm.data.preference import TokenizedPreferenceSplit, TokenizedUnpairedSplit, UnpairedExample, split_pairs
 from jobs.llm.data.rendering import Layout, RenderedSplit, RenderSettings, render_split
 from jobs.llm.data.tokenize import RowTokenizer, TokenizedSplit
 from schema.base import ForwardCompatible
@@ -58,15 +58,7 @@ def load_or_tokenize_unpaired(
 ) -> dict[str, TokenizedUnpairedSplit]:
     """`load_or_tokenize_split` for single answers that are good or bad; of pairs, all chosen answers and then all rejected ones."""
     if dataset_type == "preference":
-        return {
-            name: TokenizedUnpairedSplit(
-                [UnpairedExample(pair.chosen, True) for pair in split.rows]
-                + [UnpairedExample(pair.rejected, False) for pair in split.rows],
-                split.truncated,
-                split.dropped,
-            )
-            for name, split in load_or_tokenize_pairs(training, min_bytes).items()
-        }
+        return {name: split_pairs(split) for name, split in load_or_tokenize_pairs(training, min_bytes).items()}
     rendered = _load_or_render(training, "unpaired", dataset_type, min_bytes)
     return {
         name: TokenizedUnpairedSplit(

@@ -14,7 +14,7 @@ from jobs.runtime.errors import JobFailed
 def main(request_path: Path, response_path: Path) -> None:
     """Render the requested lines."""
     request = RenderRequest.load(request_path.read_bytes())
-    settings = pickle.loads(Path(request.settings).read_bytes())  # written by the attempt's own process
+    settings = pickle.loads(Path(request.settings).read_bytes())  # noqa: S301  # the attempt's own process wrote it
     assert isinstance(settings, RenderSettings)
     try:
         response = render_range(settings, Path(request.rows), request.start, request.end, Path(request.target))

@@ -6,7 +6,7 @@ processes there are. `render_process.py` is such a process.
 
 import json
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -130,7 +130,7 @@ def find_line_starts(path: Path, count: int) -> list[int]:
 class _Chunk:
     """The tokens of some rows in the order in which they are written."""
 
-    rows: list[TokenizedExample]
+    rows: Sequence[TokenizedExample]
     truncated: int
     dropped: int
     good_flags: tuple[bool, ...] = ()

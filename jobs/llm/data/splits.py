@@ -11,7 +11,7 @@ from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
 if TYPE_CHECKING:
     from jobs.llm.training_context import TrainingContext
 
-Row = TypeVar("Row")
+Row = TypeVar("Row", covariant=True)
 
 
 class TokenizedRows(Protocol[Row]):

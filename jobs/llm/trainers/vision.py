@@ -61,7 +61,7 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
         check_chat_template(training.tokenizer, config.base_model_id, training.splits.values(), context.workdir / "data")
     dataset_type, max_length = context.spec.dataset.dataset_type, config.hyperparameters.max_seq_length
     splits = {
-        name: tokenize_split_with_images(path, dataset_type, training.tokenizer, vision_input, max_length)
+        name: tokenize_split_with_images(path, dataset_type, training.row_tokenizer, vision_input, max_length)
         for name, path in training.splits.items()
     }
     train_rows, held_out = check_splits(training, splits)
@@ -113,9 +113,9 @@ class VisionTask:
     training: TrainingContext
     config: SftConfig
     collator: Collator
-    rows: list[TokenizedImageExample]
+    rows: Sequence[TokenizedImageExample]
     train_examples: list[TokenizedExample]  # the same rows without their images
-    held_out: list[TokenizedImageExample]
+    held_out: Sequence[TokenizedImageExample]
     held_out_examples: list[TokenizedExample]
     trainable_token_ids: list[int]
 
