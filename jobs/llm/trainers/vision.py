@@ -114,9 +114,9 @@ class VisionTask:
     training: TrainingContext
     config: SftConfig
     collator: Collator
-    rows: list[TokenizedImageExample]
+    rows: Sequence[TokenizedImageExample]
     train_examples: list[TokenizedExample]  # the same rows without their images
-    held_out: list[TokenizedImageExample]
+    held_out: Sequence[TokenizedImageExample]
     held_out_examples: list[TokenizedExample]
     trainable_token_ids: list[int]
 
