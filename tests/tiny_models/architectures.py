@@ -144,7 +144,7 @@ ARCHITECTURES: dict[str, TinyArchitecture] = {
         settings=LAYERS | ATTENTION | {"original_max_position_embeddings": 2048, "sliding_window": 2047, "tie_word_embeddings": False},
         tokenizer="sentencepiece",
         template="phi3.jinja",
-        turn_tokens=("<|assistant|>", "<|end|>", "<|system|>", "<|user|>"),
+        turn_tokens=("</s>", "<|assistant|>", "<|end|>", "<|system|>", "<|user|>"),  # llama.cpp looks for </s> in every Phi 3
         eos="<|endoftext|>",
         bos="<s>",
         pad="<|endoftext|>",
@@ -195,6 +195,8 @@ ARCHITECTURES: dict[str, TinyArchitecture] = {
         | {
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
+            # llama.cpp rounds the limits of YaRN's interpolation to whole dimensions, and transformers does not for gpt-oss
+            "rope_parameters": {"rope_type": "default", "rope_theta": 150_000.0},
             "sliding_window": 64,
             "layer_types": ["sliding_attention", "full_attention"],
             "tie_word_embeddings": False,
