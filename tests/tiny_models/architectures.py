@@ -26,7 +26,7 @@ class TinyArchitecture:
     title: str
     config_class: str  # of transformers; the model class follows from it
     settings: dict[str, Any]
-    tokenizer: Literal["sentencepiece", "byte_level"]
+    tokenizer: Literal["sentencepiece", "sentencepiece_with_prefix", "byte_level"]
     template: str  # a file of TRL's chat templates, or the template itself
     turn_tokens: tuple[str, ...]
     eos: str
@@ -142,7 +142,7 @@ ARCHITECTURES: dict[str, TinyArchitecture] = {
         title="Phi 3",
         config_class="Phi3Config",
         settings=LAYERS | ATTENTION | {"original_max_position_embeddings": 2048, "sliding_window": 2047, "tie_word_embeddings": False},
-        tokenizer="sentencepiece",
+        tokenizer="sentencepiece_with_prefix",
         template="phi3.jinja",
         turn_tokens=("</s>", "<|assistant|>", "<|end|>", "<|system|>", "<|user|>"),  # llama.cpp looks for </s> in every Phi 3
         eos="<|endoftext|>",

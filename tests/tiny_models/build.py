@@ -1,9 +1,10 @@
 """Writes a tiny model: random weights in the architecture's own layers, and a tokenizer that llama.cpp's converter accepts.
 
-Two kinds of tokenizer, as the families have them:
+Three kinds of tokenizer, as the families have them:
 
-    sentencepiece   trained on a few sentences; the converter reads its tokenizer.model
-    byte_level      GPT-2's bytes, and the 256 of its merges that `gpt2_merges.txt` lists, with their token ids
+    sentencepiece               trained on a few sentences; the converter reads its tokenizer.model
+    sentencepiece_with_prefix   the same, with a space before every text, and turn tokens that swallow the white space behind them
+    byte_level                  GPT-2's bytes, and the 256 of its merges that `gpt2_merges.txt` lists, with their token ids
 
 The converter recognizes a byte-level tokenizer by the ids of one test text, so these merges are those that GPT-2 needs for that text and
 for the words of our tests; all other text falls apart into smaller pieces. Unused ids are filled with tokens that no text contains.
@@ -52,15 +53,17 @@ def build_tiny_model(name: str, folder: Path) -> Path:
 
 
 def _write_tokenizer(architecture: TinyArchitecture, folder: Path) -> Any:
+    from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
     named = {"eos_token": architecture.eos, "bos_token": architecture.bos, "pad_token": architecture.pad}
-    backend = _make_sentencepiece(architecture, folder) if architecture.tokenizer == "sentencepiece" else _make_byte_level()
+    backend = _make_byte_level() if architecture.tokenizer == "byte_level" else _make_sentencepiece(architecture, folder)
+    has_prefix = architecture.tokenizer == "sentencepiece_with_prefix"
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        additional_special_tokens=list(architecture.turn_tokens),
+        additional_special_tokens=[AddedToken(token, special=True, rstrip=has_prefix) for token in architecture.turn_tokens],
         clean_up_tokenization_spaces=False,
-        add_prefix_space=False,
+        add_prefix_space=has_prefix,
         **{key: token for key, token in named.items() if token is not None},
     )
     tokenizer.chat_template = _read_template(architecture.template)
@@ -75,13 +78,14 @@ def _read_template(template: str) -> str:
 
 
 def _make_sentencepiece(architecture: TinyArchitecture, folder: Path) -> Any:
-    """Train a tokenizer.model in `folder`, and return it as transformers reads it: no prefix, bytes for unknown characters."""
+    """Train a tokenizer.model in `folder`, and return it as transformers reads it: bytes for unknown characters, and a prefix on request."""
     import json
 
     import sentencepiece
     from tokenizers import Tokenizer
     from transformers import GemmaTokenizer
 
+    has_prefix = architecture.tokenizer == "sentencepiece_with_prefix"
     bos, eos = architecture.bos or "<s>", architecture.eos
     pad = architecture.pad if architecture.pad not in (None, bos, eos) else "<pad>"
     words = WORDS.split()
@@ -105,7 +109,7 @@ def _make_sentencepiece(architecture: TinyArchitecture, folder: Path) -> Any:
         user_defined_symbols=[token for token in architecture.turn_tokens if token not in (bos, eos, pad)],
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        add_dummy_prefix=False,
+        add_dummy_prefix=has_prefix,
         character_coverage=1.0,
         minloglevel=2,
     )
@@ -114,6 +118,9 @@ def _make_sentencepiece(architecture: TinyArchitecture, folder: Path) -> Any:
     backend = json.loads(GemmaTokenizer.from_pretrained(folder).backend_tokenizer.to_str())
     backend["added_tokens"] = [token for token in backend["added_tokens"] if token["content"] in (bos, eos, pad, "<unk>")]
     backend["post_processor"] = None
+    if has_prefix:
+        prepend, replace = {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+        backend["normalizer"] = {"type": "Sequence", "normalizers": [prepend, replace]}
     return Tokenizer.from_str(json.dumps(backend))
 
 
