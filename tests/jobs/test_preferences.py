@@ -224,7 +224,8 @@ def test_reward_adapter_loads_with_peft_and_prefers_same_answer(train: Train, ba
         chosen, rejected = (float(model(input_ids=torch.tensor([row.input_ids])).logits) for row in (pair.chosen, pair.rejected))
     assert chosen > rejected + 0.5
     assert trained.model.metrics is not None
-    assert (trained.model.metrics.perplexity, trained.model.metrics.notes["perplexity"]) == (None, "a reward model gives a score, not text")
+    for name in ("perplexity", "content_perplexity"):
+        assert (getattr(trained.model.metrics, name), trained.model.metrics.notes[name]) == (None, "a reward model gives a score, not text")
 
 
 # --- errors and warnings ---

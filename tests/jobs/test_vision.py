@@ -29,6 +29,7 @@ from jobs.llm.loss import compute_labeled_logits, evaluate_likelihood
 from jobs.llm.model import load_base, set_eos_tokens
 from jobs.llm.trained_model import TrainedModel
 from jobs.llm.trainers.vision import Collator, ImageFeatures, freeze_vision_tower, group_by_length
+from jobs.llm.turn_ends import TurnEnds
 from jobs.runtime.errors import JobFailed
 from schema.events import SamplesGenerated
 from schema.training import SftConfig
@@ -402,8 +403,9 @@ def test_answer_depends_on_image_only(
         "it is red",
     ] * 4
     config = trained_on_squares.context.spec.training_config
+    turn_ends = TurnEnds([tokenizer.eos_token_id], tokenizer)
     matching_loss, swapped_loss = (
-        evaluate_likelihood(trained_model, examples, 0, config, collate_fn=Collator(0, vision_input)).eval_loss
+        evaluate_likelihood(trained_model, examples, 0, config, turn_ends, collate_fn=Collator(0, vision_input)).eval_loss
         for examples in (rows, swapped)
     )
     assert (matching_loss or math.inf) < (swapped_loss or 0.0) - 0.5  # nats

@@ -36,6 +36,7 @@ from jobs.llm.model import VISION_MODULES_PATTERN, add_adapter, load_base, lora_
 from jobs.llm.trained_model import TrainedModel
 from jobs.llm.training_context import LossReduction, TrainingContext, prepare_training
 from jobs.llm.training_loop import run_training
+from jobs.llm.turn_ends import get_turn_ends
 from jobs.runtime.batch_config import BatchConfig
 from jobs.runtime.training_control import TrainingControl
 from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
@@ -201,7 +202,13 @@ class VisionTask:
     def evaluate(self, trainer: Any, check_stop: Callable[[], None]) -> EvalMetrics:
         with image_error_context():
             return evaluate_likelihood(
-                trainer.model, self.held_out, self.training.pad_id, self.config, check_stop, collate_fn=self.collator
+                trainer.model,
+                self.held_out,
+                self.training.pad_id,
+                self.config,
+                get_turn_ends(self.training),
+                check_stop,
+                collate_fn=self.collator,
             )
 
     def eval_prompts(self, count: int) -> list[EvalPrompt]:
