@@ -1,9 +1,9 @@
 """What adapters train of a mixture of experts, and what they leave out.
 
-The experts of a layer are not linear layers in transformers 5, but two parameters of three dimensions (experts, out, in). peft adapts them by
-name (`target_parameters`), with matrices of their own for each expert. It has neither dropout nor DoRA for them, so a request with one of these
-trains the other layers only, and gets a warning. Routers are left as they are: what chooses the experts needs no low-rank update, and
-a changed router makes the choice of every token less stable.
+The experts of a layer are not linear layers in transformers 5, but two parameters of three dimensions (experts, out, in). peft adapts
+them by name (`target_parameters`), with matrices of their own for each expert. It has neither dropout nor DoRA for them, so a request
+with one of these trains the other layers only, and gets a warning. Routers are left as they are: a changed router makes the choice of
+experts less stable for every token, and its few weights need no low-rank update.
 """
 
 from collections.abc import Mapping

@@ -28,14 +28,18 @@ def log_model_choices(model: Any, training: "TrainingContext") -> None:
         reason = f"{experts.count / 1e6:,.1f} million numbers of the experts, with an adapter for each expert; the router is not adapted"
         context.log_decision("target_parameters", names, reason)
     elif experts.problem:
-        message = f"the experts, {experts.count / 1e6:,.1f} million numbers, are not adapted, only the layers around them: {experts.problem}"
+        message = (
+            f"the experts, {experts.count / 1e6:,.1f} million numbers, are not adapted, only the layers around them: {experts.problem}"
+        )
         context.warn("experts_not_adapted", message)
 
 
 def _explain_attention(model: Any, implementation: str) -> str:
     if implementation == "eager":
         return f"{model.config.model_type} has no other: its attention has a soft cap or sinks, which sdpa does not compute"
-    return "set in the request" if implementation.startswith("flash") else "the fastest that every machine has and the architecture supports"
+    return (
+        "set in the request" if implementation.startswith("flash") else "the fastest that every machine has and the architecture supports"
+    )
 
 
 def _list_layers(model: Any) -> tuple[list[str], list[str]]:
@@ -54,4 +58,6 @@ def _list_layers(model: Any) -> tuple[list[str], list[str]]:
 
 
 def _get_base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -41,9 +41,7 @@ STATE_MODEL_TYPES = frozenset({"rwkv", "xlstm", "mamba", "mamba2", "falcon_mamba
 ROW_BLIND_MODEL_TYPES = frozenset({"gpt_oss"})  # their attention mask ignores positions (transformers 5.23)
 
 # The architectures that tests/jobs/test_packing.py measures: differences below 2e-5 standard deviations of the logits.
-MEASURED_MODEL_TYPES = frozenset(
-    {"gemma2", "gemma3_text", "gemma4_text", "llama", "qwen3", "mistral", "phi3", "smollm3", "qwen3_moe"}
-)
+MEASURED_MODEL_TYPES = frozenset({"gemma2", "gemma3_text", "gemma4_text", "llama", "qwen3", "mistral", "phi3", "smollm3", "qwen3_moe"})
 
 PACKING_HINT = "set packing to false: the same request trains the same rows one by one"
 PROBE_LENGTHS = (24, 48)  # tokens of the row in front, and of the compared one

@@ -78,7 +78,7 @@ def _read_template(template: str) -> str:
 
 
 def _make_sentencepiece(architecture: TinyArchitecture, folder: Path) -> Any:
-    """Train a tokenizer.model in `folder`, and return it as transformers reads it: bytes for unknown characters, and a prefix on request."""
+    """Train a tokenizer.model in `folder`, and return it as transformers reads it, with bytes for unknown characters."""
     import json
 
     import sentencepiece
