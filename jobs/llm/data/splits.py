@@ -73,8 +73,4 @@ def untrained_special_tokens(training: "TrainingContext", rows: Sequence[Tokeniz
     chat_format = training.chat_format
     if chat_format.turn_tokens_are_trained:
         return []
-    token_ids = sorted(set(chat_format.turn_token_ids) & {token for row in rows for token in row.input_ids})
-    if token_ids:
-        reason = "the base model has no chat template; the embeddings of the turn tokens are trained too"
-        training.context.log_decision("chat_template", chat_format.name, reason)
-    return token_ids
+    return sorted(set(chat_format.turn_token_ids) & {token for row in rows for token in row.input_ids})
