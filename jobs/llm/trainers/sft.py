@@ -20,6 +20,7 @@ from jobs.llm.data.splits import check_splits, untrained_special_tokens
 from jobs.llm.data.tokenize import TokenizedExample
 from jobs.llm.loss import ChunkedLmHeadLoss, collate, evaluate_likelihood
 from jobs.llm.model import add_adapter, load_base, lora_config
+from jobs.llm.packing import require_packable, require_separate_rows
 from jobs.llm.trained_model import TrainedModel
 from jobs.llm.training_context import LossReduction, TrainingContext, prepare_training
 from jobs.llm.training_loop import run_training
@@ -39,6 +40,8 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
 
         return train_vision(config, context)
     training = prepare_training(config, context)
+    if config.hyperparameters.packing:
+        require_packable(training.base_folder, config.base_model_id)
     splits = load_or_tokenize_split(training, context.spec.dataset.dataset_type)
     train_rows, held_out = check_splits(training, splits)
     hyperparameters = config.hyperparameters
@@ -76,6 +79,8 @@ class SftTask:
     def build_model(self, weights: Path) -> Any:
         config = self.training.config
         model = load_base(config, self.training.device_config, weights)
+        if config.hyperparameters.packing:
+            require_separate_rows(model, config.base_model_id)
         if not self.training.trains_adapter:
             return model
         return add_adapter(model, config, lora_config(config, model, trainable_token_ids=self.trainable_token_ids))
