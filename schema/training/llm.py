@@ -29,6 +29,7 @@ from schema.types import DatasetType, HubId, Phase
 Provider = Literal["huggingface", "unsloth"]
 Method = Literal["Full", "LoRA", "QLoRA"]
 Modality = Literal["text", "vision"]
+PromptFormat = Literal["chat", "raw"]
 
 
 class LlmTrainingConfig(BaseTrainingConfig):
@@ -68,6 +69,19 @@ class LlmTrainingConfig(BaseTrainingConfig):
     provider: Provider = "huggingface"
     method: Method = "LoRA"
     modality: Modality = "text"
+    prompt_format: PromptFormat | None = Field(
+        None,
+        description="`chat`: a prompt and its completion, as strings too, are turns of the user and the assistant, and the model is "
+        "exported with its chat template. `raw`: strings are joined as they are, and the exported model continues texts without a "
+        "template. Default: `chat`; for rows of `text`, `raw` unless they are conversations as the base's chat template renders them.",
+    )
+    chat_template: str | None = Field(
+        None,
+        min_length=1,
+        max_length=262_144,
+        description="A Jinja chat template to train and export with instead of the base model's. Default: the base model's own, else one "
+        "that its tokenizer has the tokens for.",
+    )
     hyperparameters: Hyperparameters = Hyperparameters()  # type: ignore[call-arg]  # pyright: every field has a default
     export_config: ExportConfig = ExportConfig()  # type: ignore[call-arg]
     eval_config: EvalConfig = EvalConfig()  # type: ignore[call-arg]
@@ -149,6 +163,8 @@ class SftConfig(LlmTrainingConfig):
     learning_rates: ClassVar[dict[Method, float]] = {"LoRA": 2e-4, "QLoRA": 2e-4, "Full": 2e-5}
 
     trainer_type: Literal["sft"] = "sft"
+    train_on_inputs: bool = Field(False, description="Learn to generate every message of a conversation, not only the assistant's.")
+    last_turn_only: bool = Field(False, description="Learn only the last message of a conversation.")
     hyperparameters: SftHyperparameters = SftHyperparameters()  # type: ignore[call-arg]
 
     @model_validator(mode="after")

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from jobs.llm.data.prompts import tokenize_prompt
 from jobs.llm.graders.base import FailedGrade
 from jobs.llm.hardware import DeviceConfig
 from jobs.llm.loss import compute_log_probs
@@ -16,7 +15,16 @@ from jobs.runtime.errors import JobFailed
 from schema.events import SamplesGenerated
 from schema.spec import JobSpec
 from schema.training import GrpoConfig
-from tests.jobs.conftest import WORDS, EventRecorder, FinishedTraining, load_weights, make_context, make_spec, saved_steps
+from tests.jobs.conftest import (
+    WORDS,
+    EventRecorder,
+    FinishedTraining,
+    load_weights,
+    make_context,
+    make_row_tokenizer,
+    make_spec,
+    saved_steps,
+)
 from tests.jobs.test_continuation import TrainingRun
 
 Train = Callable[..., FinishedTraining]
@@ -167,11 +175,11 @@ def test_prompts_without_room_for_completion_are_dropped(train: Train) -> None:
 
 def test_prompt_tokens_match_chat_template(tokenizer: Any) -> None:
     messages = [{"role": "user", "content": "say files"}]
-    tokenized = tokenize_prompt(messages, tokenizer)
+    tokenized = make_row_tokenizer(tokenizer).tokenize_prompt(messages)
     assert tokenized.input_ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert tokenized.prompt_tokens == len(tokenized.input_ids)
     assert not tokenized.has_labels
-    assert tokenize_prompt("say files", tokenizer).input_ids == [
+    assert make_row_tokenizer(tokenizer).tokenize_prompt("say files").input_ids == [
         tokenizer.bos_token_id,
         *tokenizer("say files", add_special_tokens=False)["input_ids"],
     ]
@@ -293,7 +301,8 @@ def test_prompts_per_step_suit_device_and_dataset(
     assert isinstance(config, GrpoConfig)
     device_config = DeviceConfig(device=None, dtype=None, autocast=False, on_gpu=on_gpu, gradient_checkpointing=False)
     context = make_context(spec, tmp_path, record)
-    training = TrainingContext(config, context, tmp_path, {}, None, True, device_config, None)
+    unused: Any = None  # the choice reads neither tokenizer nor template
+    training = TrainingContext(config, context, tmp_path, {}, unused, unused, device_config, resume_checkpoint=None)
     chosen = choose_gradient_accumulation(config, training, num_prompts).hyperparameters.gradient_accumulation_steps
     assert (chosen, record.decisions["gradient_accumulation_steps"]) == (steps, str(steps))
 

@@ -17,6 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.llm.chat_format import choose_chat_format
 from jobs.llm.chat_templates import check_chat_template
 from jobs.llm.data.images import (
     TokenizedImageExample,
@@ -54,13 +55,13 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
     """Train as configured, or resume an earlier attempt. Raises JobFailed and Stopped."""
     training = prepare_training(config, context)
     vision_input = load_vision_input_config(training.base_folder, config.base_model_id)
-    if training.uses_default_chat_template and vision_input.chat_template:  # the base keeps it with its image processor
+    if training.chat_format.source == "neutral" and vision_input.chat_template:  # the base keeps it with its image processor
         training.tokenizer.chat_template = vision_input.chat_template
-        training = replace(training, uses_default_chat_template=False)
+        training = replace(training, chat_format=choose_chat_format(training.tokenizer, config))
         check_chat_template(training.tokenizer, config.base_model_id, training.splits.values(), context.workdir / "data")
     dataset_type, max_length = context.spec.dataset.dataset_type, config.hyperparameters.max_seq_length
     splits = {
-        name: tokenize_split_with_images(path, dataset_type, training.tokenizer, vision_input, max_length)
+        name: tokenize_split_with_images(path, dataset_type, training.row_tokenizer, vision_input, max_length)
         for name, path in training.splits.items()
     }
     train_rows, held_out = check_splits(training, splits)
