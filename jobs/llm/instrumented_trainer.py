@@ -19,6 +19,7 @@ from jobs.llm.distributed import (
     save_rng_states,
     shard_training_steps,
 )
+from jobs.llm.eva import initialize_from_activations
 from jobs.llm.evaluate import evaluate_step
 from jobs.llm.fsdp import (
     FullStateDict,
@@ -104,6 +105,9 @@ def build_instrumented_trainer(
         load_adapter(trainer.model, adapter)
     elif adapter is None and not topology.sharded and training.trains_adapter:
         initialize_adapter(trainer.model, hyperparameters)
+        if hyperparameters.lora_init == "eva" and topology.is_main_process:  # the others get its weights
+            tokens = initialize_from_activations(trainer, hyperparameters.seed, training.context.check_stop)
+            training.context.log_decision("lora_init", "eva", f"the layers' inputs at {tokens} labeled tokens gave their directions")
     if training.device_config.gradient_checkpointing and training.trains_adapter:
         trainer.model.enable_input_require_grads()
     return trainer

@@ -8,7 +8,6 @@ itself.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 from schema.training.llm_hyperparameters import Hyperparameters
@@ -28,13 +27,13 @@ def adapter_arguments(hyperparameters: Hyperparameters) -> dict[str, Any]:
 
 
 def initialize_adapter(model: Any, hyperparameters: Hyperparameters) -> None:
-    """Give a new adapter its initial weights. Nothing to do for peft's own initializations."""
+    """Give a new adapter its initial weights. Nothing to do for peft's own initializations, and EVA needs rows: see eva.py."""
     import torch
 
     rank, lora_init = hyperparameters.lora_rank, hyperparameters.lora_init
-    if lora_init in ("default", "gaussian"):
+    if lora_init in ("default", "gaussian", "eva"):
         return
-    for layer in _adapted_layers(model):
+    for layer in list_adapted_layers(model):
         lora_a, lora_b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
         with torch.no_grad():
             if lora_init == "orthogonal":
@@ -77,7 +76,7 @@ def zero_initial_gradients(model: Any, hyperparameters: Hyperparameters) -> None
     """Set the gradients of the half that does not train to zero, after they are averaged over all processes."""
     if not is_base_factor_init(hyperparameters.lora_init):
         return
-    for layer in _adapted_layers(model):
+    for layer in list_adapted_layers(model):
         _zero_second_half(layer.lora_A[ADAPTER].weight.grad, dim=0)
         _zero_second_half(layer.lora_B[ADAPTER].weight.grad, dim=1)
 
@@ -86,6 +85,8 @@ def _zero_second_half(gradient: Any, *, dim: int) -> None:
     import torch
     from torch.distributed.tensor import DTensor, distribute_tensor
 
+    if gradient is None:  # of an expert that no token was routed to
+        return
     mask = torch.ones(gradient.shape, dtype=gradient.dtype, device=gradient.device)
     mask.narrow(dim, mask.shape[dim] // 2, mask.shape[dim] // 2).zero_()
     if isinstance(gradient, DTensor):  # of a sharded model
@@ -93,8 +94,10 @@ def _zero_second_half(gradient: Any, *, dim: int) -> None:
     gradient.mul_(mask)
 
 
-def _adapted_layers(model: Any) -> Iterator[Any]:
-    """The layers with an adapter of their own."""
-    from peft.tuners.lora import Linear
+def list_adapted_layers(model: Any) -> list[Any]:
+    """The linear layers with an adapter of their own, also those with a quantized base."""
+    import torch
+    from peft.tuners.lora import LoraLayer
 
-    return (layer for layer in model.modules() if isinstance(layer, Linear) and ADAPTER in layer.lora_A)
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer) and ADAPTER in module.lora_A]
+    return [layer for layer in layers if isinstance(layer.get_base_layer(), torch.nn.Linear)]

@@ -31,7 +31,7 @@ def make_optimizer_arguments(hyperparameters: Hyperparameters) -> dict[str, Any]
 
 
 def check_optimizer(hyperparameters: Hyperparameters, device_config: DeviceConfig, *, sharded: bool) -> None:
-    """Raises JobFailed for an optimizer that cannot run on this machine, or not on a sharded model."""
+    """Raises JobFailed for an optimizer, or an initialization, that cannot run on this machine or not on a sharded model."""
     from importlib.util import find_spec
 
     optim = hyperparameters.optim
@@ -44,6 +44,9 @@ def check_optimizer(hyperparameters: Hyperparameters, device_config: DeviceConfi
     if sharded and optim not in SHARDABLE_OPTIMIZERS:
         message = f"optim {optim!r} cannot train a model that is sharded over several GPUs, and this one does not fit into one of them"
         raise JobFailed("invalid_config", message, f"use one of {', '.join(SHARDABLE_OPTIMIZERS)}, or GPUs with more memory")
+    if sharded and hyperparameters.lora_init == "eva":
+        message = "lora_init 'eva' needs the whole model on one GPU, and this one is sharded over several"
+        raise JobFailed("invalid_config", message, "use lora_init 'default' or 'pissa_niter_16', or GPUs with more memory")
 
 
 def check_schedule_length(hyperparameters: Hyperparameters, total_steps: int) -> None:

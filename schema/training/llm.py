@@ -100,6 +100,8 @@ class LlmTrainingConfig(BaseTrainingConfig):
         if is_base_factor_init(self.hyperparameters.lora_init) and self.method == "QLoRA":
             lora_init = self.hyperparameters.lora_init
             raise field_error("hyperparameters.lora_init", f"lora_init {lora_init!r} needs weights that are not quantized; use method LoRA")
+        if self.hyperparameters.lora_init == "eva" and (self.trainer_type_name() != "sft" or self.modality != "text"):
+            raise field_error("hyperparameters.lora_init", "lora_init 'eva' is for trainer_type 'sft' on text; use 'default'")
         if self.hyperparameters.lora_init != "default" and self.provider == "unsloth":
             raise field_error("hyperparameters.lora_init", "provider 'unsloth' supports only lora_init 'default'; use 'huggingface'")
         if self.modality == "vision" and self.hyperparameters.packing:

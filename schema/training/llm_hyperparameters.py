@@ -66,7 +66,8 @@ class Hyperparameters(BaseHyperparameters):
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of the adapters' inputs. It costs speed and memory.")
     lora_init: LoraInit = Field(
         "default",
-        description="How the adapter starts. `default`, `gaussian` and `orthogonal` start at zero. `pissa`, `pissa_niter_N` (N iterations "
+        description="How the adapter starts. `default`, `gaussian` and `orthogonal` start at zero; so does `eva`, with the directions in "
+        "which the layers' inputs vary most (sft on text). `pissa`, `pissa_niter_N` (N iterations "
         "of a fast approximation) and `olora` start as the leading part of each weight matrix, which is subtracted from the frozen "
         "weights, so that the model starts as the base.",
     )

@@ -83,9 +83,9 @@ SCHEDULE_PARAMETERS: Mapping[Schedule, Mapping[str, ScheduleParameter]] = {
 
 POLYNOMIAL_LR_END = 1e-7  # transformers' default of lr_end
 
-# Like peft's names, except that `default` is peft's True. Others of peft are left out: `eva`, `corda` and `lora_ga` need the data before
-# the training, and `loftq` quantizes the base itself.
-LoraInit = Annotated[str, StringConstraints(pattern=r"^(default|gaussian|orthogonal|pissa|pissa_niter_[1-9][0-9]?|olora)$")]
+# Like peft's names, except that `default` is peft's True. Others of peft are left out: `corda` and `lora_ga` need gradients or covariances
+# of the data before the training, and `loftq` quantizes the base itself.
+LoraInit = Annotated[str, StringConstraints(pattern=r"^(default|gaussian|orthogonal|eva|pissa|pissa_niter_[1-9][0-9]?|olora)$")]
 
 
 def is_base_factor_init(lora_init: str) -> bool:

@@ -3,13 +3,16 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from jobs.llm.lora_init import adapter_arguments, factorize, initialize_adapter, zero_initial_gradients
+from jobs.llm.eva import initialize_from_activations
+from jobs.llm.lora_init import ADAPTER, adapter_arguments, factorize, initialize_adapter, zero_initial_gradients
+from jobs.runtime.errors import JobFailed
 from schema.training.llm_hyperparameters import SftHyperparameters
-from tests.jobs.conftest import FinishedTraining, load_weights, make_spec
+from tests.jobs.conftest import FinishedTraining, load_weights, make_spec, messages
 from tests.jobs.test_continuation import TrainingRun, assert_runs_identical
 from tests.jobs.test_preferences import pairs
 
@@ -87,7 +90,7 @@ def base_loss(store: Path, tmp_path_factory: pytest.TempPathFactory) -> float | 
     return metrics and metrics.eval_loss
 
 
-@pytest.mark.parametrize("lora_init", ["orthogonal", "pissa_niter_4", "olora"])
+@pytest.mark.parametrize("lora_init", ["orthogonal", "eva", "pissa_niter_4", "olora"])
 def test_training_starts_as_the_base(train: Train, base_loss: float | None, lora_init: str) -> None:
     trained = train("changed", lora_init=lora_init, max_steps=3, learning_rate=5e-3)
     assert trained.model.base_metrics is not None
@@ -95,11 +98,12 @@ def test_training_starts_as_the_base(train: Train, base_loss: float | None, lora
     assert trained.model.base_metrics.eval_loss == pytest.approx(base_loss, rel=1e-5)
     assert trained.model.metrics.eval_loss != trained.model.base_metrics.eval_loss
     ranks = {len(tensor) for name, tensor in trained.lora_weights().items() if "lora_A" in name}
-    assert ranks == {4 if lora_init == "orthogonal" else 8}
+    assert ranks == {4 if lora_init in ("orthogonal", "eva") else 8}
 
 
-def test_interrupted_run_matches_uninterrupted_run(store: Path, tmp_path: Path) -> None:
-    hyperparameters = {"lora_init": "pissa_niter_4", "max_steps": 4, "learning_rate": 5e-3, "lora_dropout": 0.3, "save_strategy": "no"}
+@pytest.mark.parametrize("lora_init", ["pissa_niter_4", "eva"])
+def test_interrupted_run_matches_uninterrupted_run(store: Path, tmp_path: Path, lora_init: str) -> None:
+    hyperparameters = {"lora_init": lora_init, "max_steps": 4, "learning_rate": 5e-3, "lora_dropout": 0.3, "save_strategy": "no"}
     uninterrupted = TrainingRun(make_spec(store, hyperparameters=hyperparameters), tmp_path / "uninterrupted")
     model = uninterrupted.finish()
     interrupted = TrainingRun(make_spec(store, hyperparameters=hyperparameters), tmp_path / "interrupted")
@@ -135,6 +139,53 @@ def test_adapter_belongs_to_the_original_base(train: Train, base: Path, tmp_path
         expected = PeftModel.from_pretrained(model, str(adapter))(input_ids=ids).logits
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(input_ids=ids).logits
     torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_eva_starts_with_the_directions_of_the_inputs(base: Path) -> None:
+    """The sampled positions are the labeled ones; A keeps as much of the inputs there as any projection of its rank can."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    inputs: list[Any] = []
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"))
+    layer = model.model.layers[1].self_attn.v_proj
+    hook = layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    rows = [torch.randint(5, 900, (12,), generator=torch.Generator().manual_seed(n)) for n in range(6)]
+    trainer = SimpleNamespace(model=adapted, train_dataset=rows, args=SimpleNamespace(per_device_train_batch_size=2))
+
+    def collate(batch: list[Any]) -> dict[str, Any]:
+        ids = torch.stack(batch)
+        labels = ids.clone()
+        labels[:, :5] = -100
+        return {"input_ids": ids, "labels": labels, "non_padding_tokens": 24}
+
+    trainer.data_collator = collate
+    assert initialize_from_activations(trainer, 3, lambda: None) == 6 * 7
+    hook.remove()
+    sampled = torch.cat([part[:, 5:].flatten(0, 1) for part in inputs]).detach()
+    directions = layer.lora_A[ADAPTER].weight.detach()
+    torch.testing.assert_close(directions @ directions.T, torch.eye(4), rtol=0, atol=1e-4)
+    kept, possible = (sampled @ directions.T).square().sum(), torch.linalg.svdvals(sampled)[:4].square().sum()
+    assert float(kept) == pytest.approx(float(possible), rel=1e-3)
+    assert torch.equal(directions, model.model.layers[1].self_attn.q_proj.lora_A[ADAPTER].weight)
+
+
+@pytest.mark.parametrize("lora_init", ["eva", "orthogonal"])
+def test_initialization_reaches_quantized_layers(train: Train, lora_init: str) -> None:
+    trained = train(spec={"method": "QLoRA", "held_out": []}, lora_init=lora_init, learning_rate=1e-12, max_steps=1)
+    first = {name.split(".")[-2]: tensor for name, tensor in trained.lora_weights().items() if "layers.0.self_attn.q_proj" in name}
+    if lora_init == "eva":
+        assert first["lora_A"].square().sum(dim=1).tolist() == pytest.approx([1.0] * 4, abs=1e-3)
+    else:
+        assert first["lora_B"].abs().max() > 0.01  # zero in the other initializations
+
+
+def test_eva_needs_as_many_tokens_as_its_rank(train: Train) -> None:
+    with pytest.raises(JobFailed, match="needs at least lora_rank") as failed:
+        train(spec={"train": messages(1)}, lora_init="eva", lora_rank=32)
+    assert failed.value.failure.code == "invalid_data"
 
 
 def test_reference_of_a_preference_loss_is_the_base(train: Train) -> None:

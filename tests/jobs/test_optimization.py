@@ -110,6 +110,11 @@ def test_optimizer_that_cannot_run_is_refused(optim: str, device_config: DeviceC
     assert "adamw_torch" in failed.value.failure.hint
 
 
+def test_eva_is_refused_for_a_sharded_model() -> None:
+    with pytest.raises(JobFailed, match="lora_init 'eva' needs the whole model"):
+        check_optimizer(SftHyperparameters.model_validate({"lora_init": "eva"}), ON_GPU, sharded=True)
+
+
 def test_gpu_optimizer_fails_before_the_first_step_without_a_gpu(train: Train) -> None:
     import torch
 
