@@ -9,6 +9,7 @@ from jobs.llm.chat_format import choose_chat_format
 from jobs.llm.data.tokenize import IGNORE_INDEX, RowTokenizer
 from jobs.llm.data.turns import Turns
 from jobs.llm.experts import choose_expert_adapters
+from jobs.llm.llama_cpp.draft_head import list_draft_head_options
 from jobs.llm.loss import ChunkedLmHeadLoss
 from jobs.llm.training_context import load_tokenizer
 from tests.jobs.architectures import list_conversations, make_architecture_spec, make_rows, put_tiny_model, run_architecture
@@ -127,6 +128,18 @@ def test_merged_experts_equal_those_that_peft_merges(tiny_store: Path, tmp_path:
     assert merged.keys() == expected.keys()
     assert all(torch.equal(merged[key], tensor) for key, tensor in expected.items())
     assert sum(not torch.equal(load_weights(base)[key], tensor) for key, tensor in merged.items() if "experts" in key) > 0
+
+
+def test_converter_looks_for_draft_layers_only_where_they_are(tiny_store: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    base = put_tiny_model("qwen3_5", tiny_store)
+    assert list_draft_head_options(base) == ["--no-mtp"]
+    assert list_draft_head_options(put_tiny_model("qwen3", tiny_store)) == []
+    (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
+    save_file({"mtp.fc.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert list_draft_head_options(tmp_path) == []
 
 
 @pytest.mark.nightly
