@@ -5,13 +5,14 @@ TrainingTask from it, which `training_loop.run_training` trains.
 """
 
 from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from jobs.llm.base_model import fetch_base
 from jobs.llm.chat_templates import check_chat_template
+from jobs.llm.data.mixing import DatasetSource, download_sources, list_split_paths
 from jobs.llm.data.tokenize import TokenizedExample, set_default_chat_template
+from jobs.llm.earlier_model import fetch_starting_model
 from jobs.llm.evaluation.generation import Features
 from jobs.llm.evaluation.prompts import EvalPrompt
 from jobs.llm.exporters import check_exportable
@@ -19,8 +20,8 @@ from jobs.llm.hardware import DeviceConfig, detect_device
 from jobs.llm.model import import_unsloth
 from jobs.llm.remote_code import forbid_remote_code
 from jobs.runtime.errors import JobFailed
-from jobs.runtime.retry import download_with_retry
 from jobs.runtime.training_control import TrainingControl
+from schema.dataset import Dataset
 from schema.job import EvalMetrics
 from schema.training import TrainingConfig
 
@@ -40,11 +41,21 @@ class TrainingContext:
     config: TrainingConfig
     context: "JobContext"
     base_folder: Path
-    splits: dict[str, Path]  # split name -> JSONL file
+    splits: dict[str, Path]  # split name -> JSONL file; of several datasets the first
     tokenizer: Any
     uses_default_chat_template: bool  # the base model has no chat template of its own
     device_config: DeviceConfig
     resume_checkpoint: "LocalCheckpoint | None"
+    sources: tuple[DatasetSource, ...] = ()  # all datasets; one or none means that `splits` are everything
+
+    @property
+    def dataset(self) -> Dataset:
+        """The dataset of `splits`."""
+        return self.sources[0].dataset if self.sources else self.context.spec.dataset
+
+    def for_source(self, source: DatasetSource) -> "TrainingContext":
+        """The same training, with one of its datasets alone."""
+        return replace(self, splits=source.splits, sources=(source,))
 
     @property
     def pad_id(self) -> int:
@@ -131,21 +142,20 @@ def prepare_training(config: TrainingConfig, context: "JobContext") -> TrainingC
     context.enter_phase("downloading")
     source = context.spec.export_of
     checkpoint = context.checkpoints.fetch(source) if source else context.checkpoints.fetch_latest()
-    base_folder = fetch_base(context)
+    base_folder = fetch_starting_model(context)
     check_exportable(config, base_folder)
-    splits = {
-        name: download_with_retry(context.stores.datasets, split.key, context.workdir / "data" / f"{name}.jsonl")
-        for name, split in context.spec.dataset.splits.items()
-    }
+    sources = download_sources(context)
     context.enter_phase("tokenizing")
     tokenizer = load_tokenizer(base_folder, config.base_model_id)
     uses_default_chat_template = set_default_chat_template(tokenizer)
     if not uses_default_chat_template:
-        check_chat_template(tokenizer, config.base_model_id, splits.values(), context.workdir / "data")
+        check_chat_template(tokenizer, config.base_model_id, list_split_paths(sources), context.workdir / "data")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     device_config = detect_device(config, context, base_folder)
-    return TrainingContext(config, context, base_folder, splits, tokenizer, uses_default_chat_template, device_config, checkpoint)
+    return TrainingContext(
+        config, context, base_folder, sources[0].splits, tokenizer, uses_default_chat_template, device_config, checkpoint, sources
+    )
 
 
 def load_tokenizer(base_folder: Path, base_model_id: str) -> Any:

@@ -100,7 +100,7 @@ def load_or_tokenize_unpaired(
 def _load_or_tokenize(
     training: "TrainingContext", layout: str, tokenize: Callable[[Path], CachedSplit], min_bytes: int
 ) -> dict[str, CachedSplit]:
-    dataset, store = training.context.spec.dataset, training.context.stores.datasets
+    dataset, store = training.dataset, training.context.stores.datasets
     max_length = training.config.hyperparameters.max_seq_length
     splits: dict[str, CachedSplit] = {}
     for name, path in training.splits.items():

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.llm.data.cache import load_or_tokenize_split
+from jobs.llm.data.mixing import load_mixed
 from jobs.llm.data.splits import check_splits, untrained_special_tokens
 from jobs.llm.data.tokenize import TokenizedExample
 from jobs.llm.loss import ChunkedLmHeadLoss, collate, evaluate_likelihood
@@ -38,7 +39,7 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
 
         return train_vision(config, context)
     training = prepare_training(config, context)
-    splits = load_or_tokenize_split(training, context.spec.dataset.dataset_type)
+    splits = load_mixed(training, lambda source: load_or_tokenize_split(source, source.dataset.dataset_type))
     train_rows, held_out = check_splits(training, splits)
     hyperparameters = config.hyperparameters
     blocks = pack_examples(train_rows, hyperparameters.max_seq_length) if hyperparameters.packing else [[row] for row in train_rows]
