@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 
-from schema.job import ExportSource, Job, Status
+from schema.job import EarlierModel, ExportSource, Job, Status
 from schema.requests import ExportRequest, ReexportRequest
 from schema.training import TrainingConfig
 from service.core.errors import InvalidRequest, NotFound
@@ -52,7 +52,7 @@ class Exports:
         principal.require(Scope.JOBS_WRITE)
         source = self._repository.find(principal, job_id)
         stored = _pick_checkpoint(list_checkpoints(self._models, source), job_id, step, request.attempt)
-        config = _make_export_config(source, request)
+        config = _make_export_config(source.training_config, request, source.earlier_model)
         hardware = request.hardware or [placement.hardware for placement in source.placements]
         placements = place(config, hardware, self._launchers)
         check_cost_cap(request.max_cost_usd, placements)
@@ -104,17 +104,16 @@ class Exports:
         return self.export(principal, job_id, step, request, idempotency_key)
 
 
-def _make_export_config(source: Job, request: ExportRequest) -> TrainingConfig:
+def _make_export_config(config: TrainingConfig, request: ExportRequest, earlier_model: EarlierModel | None = None) -> TrainingConfig:
     """The source's configuration with the requested export, no tracker and no gate. Raises InvalidRequest when they do not fit."""
-    config = source.training_config
     changes = {"eval_config": config.eval_config.for_export(), **dict.fromkeys(DeploymentTrackers.model_fields)}
     try:
         # Only what was sent, read by the job's own class: the defaults of another family's are not the job's.
         export = type(config.export_config).model_validate(request.export_config.model_dump(exclude_unset=True))
         changed = config.model_copy(update=changes | {"export_config": export})
         changed.reject_unused_export()
-        if source.earlier_model:
-            changed = choose_exports(changed, source.earlier_model, "export_config")
+        if earlier_model:
+            changed = choose_exports(changed, earlier_model, "export_config")
         return type(config).model_validate(changed.model_dump())
     except PydanticCustomError as error:
         raise InvalidRequest(error.message(), param=(error.context or {}).get("field")) from error
