@@ -17,10 +17,12 @@ from typing import Any
 from infra.stdlib_docstrings import generate_question_answer_pairs
 from tests.tiny_gemma import WORDS, build_tiny_gemma
 
-# `small` is described above; the others are the shapes of Gemma's text models.
+# `small` is described above; `tiny` only shows that the code works; the others are the shapes of Gemma's text models.
 SHAPES = {
     "small": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 32_768}
     | {"num_key_value_heads": 1, "head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 512},
+    "tiny": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 2048}
+    | {"num_key_value_heads": 1, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64},
     "1b": {"hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26, "num_attention_heads": 4, "vocab_size": 262_144}
     | {"num_key_value_heads": 1, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 512},
     "4b": {"hidden_size": 2560, "intermediate_size": 10_240, "num_hidden_layers": 34, "num_attention_heads": 8, "vocab_size": 262_144}
@@ -67,7 +69,7 @@ def make_base(folder: Path, shape: str) -> None:
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = Gemma3ForCausalLM(config)
     # The embeddings are frozen and tied to the head. With the usual std of 0.02 the head could predict nothing with confidence.
-    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.08 if shape == "small" else 0.04)
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.08 if shape in ("small", "tiny") else 0.04)
     model.save_pretrained(folder)
 
 

@@ -75,7 +75,7 @@ def build_instrumented_trainer(
         weights, adapter = checkpoint or training.base_folder, None
     model = _build_sharded_model(task, training, weights, adapter) if topology.sharded else task.build_model(weights)
     if model.can_generate():
-        set_eos_tokens(model, training.tokenizer)
+        set_eos_tokens(model, training.chat_format.stop_token_ids)
     session = TrainerSession(task, training, control, topology, resume_checkpoint=checkpoint)
 
     def instrument(trainer_class: type) -> type:

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.llm.data.tokenize import END_OF_TURN
 from jobs.llm.hardware import DeviceConfig
 from jobs.llm.model_kinds import AUTO_CLASSES, ModelKind
 from jobs.llm.trainable_tokens import patch_trainable_token_embedding
@@ -178,11 +177,10 @@ def load_adapter(model: Any, checkpoint: Path) -> None:
     patch_trainable_token_embedding(model)
 
 
-def set_eos_tokens(model: Any, tokenizer: Any) -> None:
-    """Make generation stop at the end of a turn as well as at the end of a text."""
-    end_of_turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
-    if end_of_turn not in (None, tokenizer.unk_token_id):
-        model.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, end_of_turn})
+def set_eos_tokens(model: Any, stop_token_ids: Sequence[int]) -> None:
+    """Make generation stop at these tokens: the end of a turn, and the end of a text."""
+    if stop_token_ids:
+        model.generation_config.eos_token_id = list(stop_token_ids)
 
 
 def check_finite_weights(model: Any, step: int, full_weights: Mapping[str, Any] | None = None) -> None:

@@ -22,6 +22,7 @@ from jobs.llm.model import load_base
 from jobs.llm.oom import run_in_batches
 from jobs.llm.trainable_tokens import patch_trainable_token_embedding
 from jobs.llm.training_context import LossReduction, TrainingContext
+from jobs.llm.turn_ends import get_turn_ends
 from jobs.runtime.errors import JobFailed
 from schema.job import EvalMetrics
 from schema.training import TrainingConfig
@@ -212,7 +213,8 @@ def evaluate_pairs(
         batch_size=training.config.hyperparameters.batch_size,
         check_stop=check_stop,
     )
-    likelihood = evaluate_likelihood(trainer.model, [pair.chosen for pair in pairs], training.pad_id, training.config, check_stop)
+    chosen = [pair.chosen for pair in pairs]
+    likelihood = evaluate_likelihood(trainer.model, chosen, training.pad_id, training.config, get_turn_ends(training), check_stop)
     return preference_metrics(row_mean_metrics(metrics), likelihood, started_at)
 
 
@@ -273,7 +275,7 @@ def row_mean_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
 def preference_metrics(metrics: Mapping[str, float], likelihood: EvalMetrics, started_at: float) -> EvalMetrics:
     """The library's metrics, without the prefix `eval_`, beside the likelihood of the preferred answers.
 
-    `eval_loss` is the trainer's own; `perplexity` and `accuracy` are of the preferred answers.
+    `eval_loss` is the trainer's own; the perplexities and `accuracy` are of the preferred answers.
     """
     metrics = {name.removeprefix("eval_"): float(value) for name, value in metrics.items()}
     loss = metrics.pop("loss", math.nan)

@@ -6,12 +6,14 @@ TrainingTask from it, which `training_loop.run_training` trains.
 
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
+from jobs.llm.chat_format import ChatFormat, choose_chat_format
 from jobs.llm.chat_templates import check_chat_template
 from jobs.llm.data.mixing import DatasetSource, download_sources, list_split_paths
-from jobs.llm.data.tokenize import TokenizedExample, set_default_chat_template
+from jobs.llm.data.tokenize import RowTokenizer, TokenizedExample
 from jobs.llm.earlier_model import fetch_starting_model
 from jobs.llm.evaluation.generation import Features
 from jobs.llm.evaluation.prompts import EvalPrompt
@@ -43,7 +45,7 @@ class TrainingContext:
     base_folder: Path
     splits: dict[str, Path]  # split name -> JSONL file; of several datasets the first
     tokenizer: Any
-    uses_default_chat_template: bool  # the base model has no chat template of its own
+    chat_format: ChatFormat
     device_config: DeviceConfig
     resume_checkpoint: "LocalCheckpoint | None"
     sources: tuple[DatasetSource, ...] = ()  # all datasets; one or none means that `splits` are everything
@@ -61,6 +63,11 @@ class TrainingContext:
     def pad_id(self) -> int:
         """The token that pads short rows."""
         return int(self.tokenizer.pad_token_id or 0)
+
+    @cached_property
+    def row_tokenizer(self) -> RowTokenizer:
+        """Turns rows into tokens and labels; other processes get a copy."""
+        return RowTokenizer(self.tokenizer, self.chat_format)
 
     @property
     def trains_adapter(self) -> bool:
@@ -147,15 +154,13 @@ def prepare_training(config: TrainingConfig, context: "JobContext") -> TrainingC
     sources = download_sources(context)
     context.enter_phase("tokenizing")
     tokenizer = load_tokenizer(base_folder, config.base_model_id)
-    uses_default_chat_template = set_default_chat_template(tokenizer)
-    if not uses_default_chat_template:
+    chat_format = choose_chat_format(tokenizer, config)
+    if chat_format.source == "base":
         check_chat_template(tokenizer, config.base_model_id, list_split_paths(sources), context.workdir / "data")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     device_config = detect_device(config, context, base_folder)
-    return TrainingContext(
-        config, context, base_folder, sources[0].splits, tokenizer, uses_default_chat_template, device_config, checkpoint, sources
-    )
+    return TrainingContext(config, context, base_folder, sources[0].splits, tokenizer, chat_format, device_config, checkpoint, sources)
 
 
 def load_tokenizer(base_folder: Path, base_model_id: str) -> Any:

@@ -94,6 +94,7 @@ def run_training(task: TrainingTask, training: TrainingContext) -> TrainedModel:
             HeldOutExample(row.prompt_text, tuple(row.input_ids), row.prompt_tokens)
             for row in islice(task.held_out_examples or task.train_examples, NUM_HELD_OUT_EXAMPLES)
         ),
+        chat_format=training.chat_format,
         metrics=metrics,
         base_metrics=context.state.base_metrics,
         train_rows=len(task.train_examples),

@@ -29,6 +29,7 @@ from schema.types import JOB_PREFIX, BaseModelId, DatasetType, Phase
 Provider = Literal["huggingface", "unsloth"]
 Method = Literal["Full", "LoRA", "QLoRA"]
 Modality = Literal["text", "vision"]
+PromptFormat = Literal["chat", "raw"]
 
 
 class LlmTrainingConfig(BaseTrainingConfig):
@@ -68,6 +69,19 @@ class LlmTrainingConfig(BaseTrainingConfig):
     provider: Provider = "huggingface"
     method: Method = "LoRA"
     modality: Modality = "text"
+    prompt_format: PromptFormat | None = Field(
+        None,
+        description="`chat`: a prompt and its completion, as strings too, are turns of the user and the assistant, and the model is "
+        "exported with its chat template. `raw`: strings are joined as they are, and the exported model continues texts without a "
+        "template. Default: `chat`; for rows of `text`, `raw` unless they are conversations as the base's chat template renders them.",
+    )
+    chat_template: str | None = Field(
+        None,
+        min_length=1,
+        max_length=262_144,
+        description="A Jinja chat template to train and export with instead of the base model's. Default: the base model's own, else one "
+        "that its tokenizer has the tokens for.",
+    )
     hyperparameters: Hyperparameters = Hyperparameters()  # type: ignore[call-arg]  # pyright: every field has a default
     export_config: ExportConfig = ExportConfig()  # type: ignore[call-arg]
     eval_config: EvalConfig = EvalConfig()  # type: ignore[call-arg]
@@ -85,6 +99,16 @@ class LlmTrainingConfig(BaseTrainingConfig):
             raise field_error("export_config.format", "export format onnx is only for text generation models")
         if self.modality == "vision" and self.hyperparameters.packing:
             raise field_error("hyperparameters.packing", "rows with images cannot be packed; set packing to false")
+        return self
+
+    @model_validator(mode="after")
+    def _check_prompt_format(self) -> Self:
+        if self.prompt_format == "raw" and self.modality == "vision":
+            raise field_error("prompt_format", "rows with images are conversations, which need a template; use 'chat' or leave it out")
+        if self.prompt_format == "raw" and self.chat_template is not None:
+            raise field_error("chat_template", "chat_template is not used with prompt_format 'raw', which trains and exports without one")
+        if self.chat_template is not None and self.modality == "vision":
+            raise field_error("chat_template", "with modality 'vision' the base model's own template places the images; leave it out")
         return self
 
     @model_validator(mode="after")
@@ -153,7 +177,18 @@ class SftConfig(LlmTrainingConfig):
     learning_rates: ClassVar[dict[Method, float]] = {"LoRA": 2e-4, "QLoRA": 2e-4, "Full": 2e-5}
 
     trainer_type: Literal["sft"] = "sft"
+    train_on_inputs: bool = Field(False, description="Learn to generate every message of a conversation, not only the assistant's.")
+    last_turn_only: bool = Field(False, description="Learn only the last message of a conversation.")
     hyperparameters: SftHyperparameters = SftHyperparameters()  # type: ignore[call-arg]
+
+    @model_validator(mode="after")
+    def _check_learned_messages(self) -> Self:
+        if self.train_on_inputs and self.last_turn_only:
+            raise field_error("last_turn_only", "train_on_inputs learns every message, last_turn_only the last one; set one of them")
+        for field, is_set in (("train_on_inputs", self.train_on_inputs), ("last_turn_only", self.last_turn_only)):
+            if is_set and self.prompt_format == "raw":
+                raise field_error(field, f"{field} chooses between messages, and prompt_format 'raw' has none; leave one of them out")
+        return self
 
     @model_validator(mode="after")
     def _check_vision_fields(self) -> Self:

@@ -178,6 +178,7 @@ def test_full_training_starts_from_an_adapter(sft: EarlierJob, store: Path, base
     assert [path.resolve() for path in model.base_folder.glob("*.safetensors")] == [path.resolve() for path in base.glob("*.safetensors")]
 
 
+@pytest.mark.nightly
 def test_dora_on_an_earlier_adapter_is_published_merged(sft: EarlierJob, store: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"hyperparameters": {"max_steps": 1, "use_dora": True}, "export_config": {"format": "merged"}}
     job = run_job(make_dpo_spec(store, sft.source(in_adapter=False), **changes), tmp_path)

@@ -10,14 +10,21 @@ from jobs.llm.data.tokenize import IGNORE_INDEX, TokenizedExample, tokenize_spli
 from jobs.llm.loss import collate, compute_labeled_logits, evaluate_likelihood
 from jobs.llm.trainable_tokens import patch_trainable_token_embedding
 from jobs.llm.trainers.sft import pack_examples
+from jobs.llm.turn_ends import TurnEnds
 from schema.training import SftConfig
-from tests.jobs.conftest import messages
+from tests.jobs.conftest import make_row_tokenizer, messages
 from tests.jobs.test_trainable_tokens import make_tuned_model
 
 
 @pytest.fixture(scope="module")
 def rows(tokenizer: Any) -> list[TokenizedExample]:
-    return tokenize_split(iter(messages(9)), "messages", tokenizer, 128).rows
+    return tokenize_split(iter(messages(9)), "messages", make_row_tokenizer(tokenizer), 128).rows
+
+
+@pytest.fixture(scope="module")
+def turn_ends(tokenizer: Any) -> TurnEnds:
+    stop_ids = tokenizer.convert_tokens_to_ids(["<eos>", "<end_of_turn>"])
+    return TurnEnds(stop_ids, tokenizer)
 
 
 @pytest.fixture(scope="module", params=[None, 5.0], ids=["plain", "softcapped"])
@@ -162,27 +169,32 @@ def test_first_token_of_packed_row_has_no_label(rows: list[TokenizedExample]) ->
 
 
 @pytest.mark.parametrize("batch_eval_metrics", [False, True])
-def test_evaluation_counts_every_labeled_token_once(model: Any, rows: list[TokenizedExample], batch_eval_metrics: bool) -> None:
+def test_evaluation_counts_every_labeled_token_once(
+    model: Any, rows: list[TokenizedExample], turn_ends: TurnEnds, batch_eval_metrics: bool
+) -> None:
     import torch
 
     eval_config = {"compute_eval_metrics": True, "batch_eval_metrics": batch_eval_metrics}
     config = SftConfig.model_validate({"base_model_id": "a/b", "hyperparameters": {"batch_size": 4}, "eval_config": eval_config})
-    loss, correct, count = 0.0, 0, 0
+    loss, correct, count, content_losses = 0.0, 0, 0, list[float]()
     for row in rows:  # one at a time, without padding, position by position
         with torch.no_grad():
             scores = torch.log_softmax(model(input_ids=torch.tensor([row.input_ids])).logits[0].float(), dim=-1)
         for n in range(1, len(row.input_ids)):
             if row.labels[n] != IGNORE_INDEX:
                 loss -= scores[n - 1, row.labels[n]].item()
+                if n < len(row.input_ids) - 2:  # <end_of_turn> and a newline end every row
+                    content_losses.append(-scores[n - 1, row.labels[n]].item())
                 correct += int(scores[n - 1].argmax()) == row.labels[n]
                 count += 1
-    metrics = evaluate_likelihood(model, rows, 0, config)
+    metrics = evaluate_likelihood(model, rows, 0, config, turn_ends)
     assert metrics.eval_loss == pytest.approx(loss / count, rel=1e-5)
     assert metrics.perplexity == pytest.approx(math.exp(loss / count), rel=1e-5)
+    assert metrics.content_perplexity == pytest.approx(math.exp(sum(content_losses) / len(content_losses)), rel=1e-5)
     assert (metrics.accuracy, metrics.eval_tokens, metrics.eval_rows) == (correct / count, count, len(rows))
     assert metrics.eval_runtime is not None
     assert metrics.eval_runtime > 0
 
 
-def test_accuracy_is_measured_only_on_request(model: Any, rows: list[TokenizedExample]) -> None:
-    assert evaluate_likelihood(model, rows, 0, SftConfig(base_model_id="a/b")).accuracy is None
+def test_accuracy_is_measured_only_on_request(model: Any, rows: list[TokenizedExample], turn_ends: TurnEnds) -> None:
+    assert evaluate_likelihood(model, rows, 0, SftConfig(base_model_id="a/b"), turn_ends).accuracy is None

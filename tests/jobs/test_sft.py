@@ -14,7 +14,7 @@ import pytest
 from jobs.runtime.errors import JobFailed, failure_of
 from schema.events import DecisionMade, WarningRaised
 from schema.training.llm_hyperparameters import SftHyperparameters
-from tests.jobs.conftest import BASE, EventRecorder, FinishedTraining, make_context, make_spec, messages
+from tests.jobs.conftest import BASE, EventRecorder, FinishedTraining, make_context, make_row_tokenizer, make_spec, messages
 
 Train = Callable[..., FinishedTraining]
 
@@ -34,6 +34,7 @@ def test_training_lowers_held_out_loss(train: Train) -> None:
     assert trained.model.base_metrics is not None
     assert trained.model.metrics is not None
     assert (trained.model.metrics.perplexity or math.inf) < 0.7 * (trained.model.base_metrics.perplexity or 0)
+    assert (trained.model.metrics.content_perplexity or math.inf) < 0.9 * (trained.model.base_metrics.content_perplexity or 0)
     assert [(event.when, event.step) for event in trained.record.evaluations] == [("before", 0), ("after", 20)]
     assert trained.record.evaluations[-1].metrics == trained.model.metrics
     point = trained.record.points[-1]
@@ -370,7 +371,7 @@ def recompute_eval_loss(model: Any, tokenizer: Any) -> float:
     from jobs.llm.data.tokenize import IGNORE_INDEX, tokenize_split
 
     total, count = 0.0, 0
-    for row in tokenize_split(iter(messages(5, first=100)), "messages", tokenizer, 128).rows:
+    for row in tokenize_split(iter(messages(5, first=100)), "messages", make_row_tokenizer(tokenizer), 128).rows:
         labeled = sum(label != IGNORE_INDEX for label in row.labels[1:])
         with torch.no_grad():
             loss = model.eval()(input_ids=torch.tensor([row.input_ids]), labels=torch.tensor([row.labels])).loss
@@ -464,13 +465,15 @@ def test_nan_eval_loss_is_null_with_reason(store: Path, base: Path, tokenizer: A
 
     from jobs.llm.data.tokenize import tokenize_split
     from jobs.llm.loss import evaluate_likelihood
+    from jobs.llm.turn_ends import TurnEnds
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.nn.init.constant_(model.model.norm.weight, math.nan)
-    rows = tokenize_split(iter(messages(2)), "messages", tokenizer, 128).rows
-    metrics = evaluate_likelihood(model, rows, 0, make_spec(store).training_config)
-    assert (metrics.eval_loss, metrics.perplexity) == (None, None)
-    assert metrics.notes.keys() == {"eval_loss", "perplexity"}
+    rows = tokenize_split(iter(messages(2)), "messages", make_row_tokenizer(tokenizer), 128).rows
+    turn_ends = TurnEnds([tokenizer.eos_token_id], tokenizer)
+    metrics = evaluate_likelihood(model, rows, 0, make_spec(store).training_config, turn_ends)
+    assert (metrics.eval_loss, metrics.perplexity, metrics.content_perplexity) == (None, None, None)
+    assert metrics.notes.keys() == {"eval_loss", "perplexity", "content_perplexity"}
 
 
 def test_decisions_are_logged_with_reasons(train: Train) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from jobs.llm.data.tokenize import END_OF_TURN, START_OF_TURN, TokenizedExample
+from jobs.llm.data.tokenize import TokenizedExample
 from jobs.runtime.errors import JobFailed
 from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
 
@@ -70,11 +70,11 @@ def untrained_special_tokens(training: "TrainingContext", rows: Sequence[Tokeniz
     In a base that was never trained on chats, their embeddings are nearly equal to those of other unused tokens, and LoRA on the
     layers between cannot tell them apart.
     """
-    if not training.uses_default_chat_template:
+    chat_format = training.chat_format
+    if chat_format.turn_tokens_are_trained:
         return []
-    turn_tokens = set(training.tokenizer.convert_tokens_to_ids([START_OF_TURN, END_OF_TURN])) - {None, training.tokenizer.unk_token_id}
-    token_ids = sorted(turn_tokens & {token for row in rows for token in row.input_ids})
+    token_ids = sorted(set(chat_format.turn_token_ids) & {token for row in rows for token in row.input_ids})
     if token_ids:
         reason = "the base model has no chat template; the embeddings of the turn tokens are trained too"
-        training.context.log_decision("chat_template", "gemma3", reason)
+        training.context.log_decision("chat_template", chat_format.name, reason)
     return token_ids

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.llm.data.tokenize import END_OF_TURN, START_OF_TURN
+from jobs.llm.chat_format import GEMMA_TURN_TOKENS
 from jobs.llm.evaluation.generation import make_printable
 from jobs.llm.exporters.log_probs import select_sample_prompt
 from jobs.llm.llama_cpp.evaluate import EvalRequest, EvalResponse
@@ -114,7 +114,7 @@ def make_fidelity(comparison: Comparison) -> Fidelity:
 def tokenizer_test_texts(examples: "Sequence[HeldOutExample]", tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """Texts that a file must split into exactly the tokens of the model's own tokenizer."""
     vocabulary = tokenizer.get_vocab()
-    turns = [f"{token}user\nwhat is 1  +  1?{token}\n" for token in (START_OF_TURN, END_OF_TURN) if token in vocabulary]
+    turns = [f"{token}user\nwhat is 1  +  1?{token}\n" for token in GEMMA_TURN_TOKENS if token in vocabulary]
     held_out = [text for example in examples for text in (example.prompt_text, str(tokenizer.decode(list(example.input_ids))))]
     return [*TOKENIZER_EDGE_CASES, *turns, *held_out]
 

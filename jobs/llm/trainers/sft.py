@@ -24,6 +24,7 @@ from jobs.llm.model import add_adapter, load_base, lora_config
 from jobs.llm.trained_model import TrainedModel
 from jobs.llm.training_context import LossReduction, TrainingContext, prepare_training
 from jobs.llm.training_loop import run_training
+from jobs.llm.turn_ends import get_turn_ends
 from jobs.runtime.training_control import TrainingControl
 from schema.job import EvalMetrics
 from schema.training import SftConfig
@@ -117,7 +118,10 @@ class SftTask:
         return int(inputs["non_padding_tokens"])
 
     def evaluate(self, trainer: Any, check_stop: Callable[[], None]) -> EvalMetrics:
-        return evaluate_likelihood(trainer.model, self.held_out_examples, self.training.pad_id, self.training.config, check_stop)
+        training = self.training
+        return evaluate_likelihood(
+            trainer.model, self.held_out_examples, training.pad_id, training.config, get_turn_ends(training), check_stop
+        )
 
 
 def pack_examples(rows: Sequence[TokenizedExample], max_length: int) -> list[list[TokenizedExample]]:

@@ -17,6 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.llm.chat_format import choose_chat_format
 from jobs.llm.chat_templates import check_chat_template
 from jobs.llm.data.images import (
     TokenizedImageExample,
@@ -36,6 +37,7 @@ from jobs.llm.model import VISION_MODULES_PATTERN, add_adapter, load_base, lora_
 from jobs.llm.trained_model import TrainedModel
 from jobs.llm.training_context import LossReduction, TrainingContext, prepare_training
 from jobs.llm.training_loop import run_training
+from jobs.llm.turn_ends import get_turn_ends
 from jobs.runtime.batch_config import BatchConfig
 from jobs.runtime.training_control import TrainingControl
 from schema.job import EvalMetrics
@@ -56,15 +58,15 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
     """Train as configured, or resume an earlier attempt. Raises JobFailed and Stopped."""
     training = prepare_training(config, context)
     vision_input = load_vision_input_config(training.base_folder, config.base_model_id)
-    if training.uses_default_chat_template and vision_input.chat_template:  # the base keeps it with its image processor
+    if training.chat_format.source == "neutral" and vision_input.chat_template:  # the base keeps it with its image processor
         training.tokenizer.chat_template = vision_input.chat_template
-        training = replace(training, uses_default_chat_template=False)
+        training = replace(training, chat_format=choose_chat_format(training.tokenizer, config))
         check_chat_template(training.tokenizer, config.base_model_id, list_split_paths(training.sources), context.workdir / "data")
     dataset_type, max_length = context.spec.dataset.dataset_type, config.hyperparameters.max_seq_length
 
     def load_rows(source: TrainingContext) -> dict[str, MixedRows[RowWithText]]:
         splits = {
-            name: tokenize_split_with_images(path, dataset_type, training.tokenizer, vision_input, max_length)
+            name: tokenize_split_with_images(path, dataset_type, training.row_tokenizer, vision_input, max_length)
             for name, path in source.splits.items()
         }
         return {
@@ -209,7 +211,13 @@ class VisionTask:
     def evaluate(self, trainer: Any, check_stop: Callable[[], None]) -> EvalMetrics:
         with image_error_context():
             return evaluate_likelihood(
-                trainer.model, self.held_out, self.training.pad_id, self.config, check_stop, collate_fn=self.collator
+                trainer.model,
+                self.held_out,
+                self.training.pad_id,
+                self.config,
+                get_turn_ends(self.training),
+                check_stop,
+                collate_fn=self.collator,
             )
 
     def eval_prompts(self, count: int) -> list[EvalPrompt]:
