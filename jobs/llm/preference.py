@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from jobs.llm.data.arrow_rows import ArrowPairs, ChosenRows
 from jobs.llm.data.cache import load_or_tokenize_pairs
+from jobs.llm.data.mixing import load_mixed
 from jobs.llm.data.preference import PreferencePair
 from jobs.llm.data.splits import check_splits, untrained_special_tokens
 from jobs.llm.data.tokenize import IGNORE_INDEX, TokenizedExample
@@ -66,7 +67,7 @@ class PairTask:
     @classmethod
     def load(cls, config: TrainingConfig, training: TrainingContext) -> Self:
         """Tokenize the pairs of both splits. Raises JobFailed without training pairs."""
-        pairs, held_out = check_splits(training, load_or_tokenize_pairs(training))
+        pairs, held_out = check_splits(training, load_mixed(training, load_or_tokenize_pairs))
         answers = pairs.rows if isinstance(pairs, ArrowPairs) else concat_chosen_rejected(pairs)
         return cls(config, training, pairs, held_out, untrained_special_tokens(training, answers))
 

@@ -24,7 +24,7 @@ from schema.training.llm_hyperparameters import (
     SftHyperparameters,
 )
 from schema.training.llm_optimization import check_final_rate, is_base_factor_init
-from schema.types import DatasetType, HubId, Phase
+from schema.types import JOB_PREFIX, BaseModelId, DatasetType, Phase
 
 Provider = Literal["huggingface", "unsloth"]
 Method = Literal["Full", "LoRA", "QLoRA"]
@@ -65,7 +65,7 @@ class LlmTrainingConfig(BaseTrainingConfig):
     # By method: LoRA's weights start at zero and take a rate ten times that of full fine-tuning.
     learning_rates: ClassVar[dict[Method, float]]
 
-    base_model_id: HubId
+    base_model_id: BaseModelId
     provider: Provider = "huggingface"
     method: Method = "LoRA"
     modality: Modality = "text"
@@ -156,6 +156,10 @@ class LlmTrainingConfig(BaseTrainingConfig):
     @property
     def hub_model_id(self) -> str:
         return self.base_model_id
+
+    @property
+    def earlier_job_id(self) -> str | None:
+        return self.base_model_id.removeprefix(JOB_PREFIX) if self.base_model_id.startswith(JOB_PREFIX) else None
 
     @property
     def export_formats(self) -> list[ExportFormat]:

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.llm.data.mixing import MixedRows, load_mixed
 from jobs.llm.data.prompts import PromptRow
 from jobs.llm.data.splits import require_examples, untrained_special_tokens, warn_truncation
 from jobs.llm.data.tokenize import TokenizedExample, read_rows
@@ -53,8 +54,11 @@ def train(config: GrpoConfig, context: "JobContext") -> TrainedModel:
     training = prepare_training(config, context)
     graders = build_graders(config, context)
     try:
-        train_prompts = _load_prompts(training, config, TRAIN_SPLIT)
-        held_out = _load_prompts(training, config, EVAL_SPLIT) if EVAL_SPLIT in training.splits else []
+        prompts = load_mixed(
+            training, lambda source: {name: MixedRows(_load_prompts(source, config, name), 0, 0) for name in source.splits}
+        )
+        train_prompts = prompts[TRAIN_SPLIT].rows
+        held_out = prompts[EVAL_SPLIT].rows if EVAL_SPLIT in prompts else []
         require_examples(training, len(train_prompts), len(held_out))
         config = choose_gradient_accumulation(config, training, len(train_prompts))
         training = replace(training, config=config)
@@ -101,7 +105,7 @@ def choose_gradient_accumulation(config: GrpoConfig, training: TrainingContext, 
 def _load_prompts(training: TrainingContext, config: GrpoConfig, split: str) -> list[PromptRow]:
     """The rows of a split whose prompts leave room for a completion. Every row has every column of the split."""
     max_prompt_tokens = config.hyperparameters.max_seq_length - config.hyperparameters.max_completion_length
-    dataset_type = training.context.spec.dataset.dataset_type
+    dataset_type = training.dataset.dataset_type
     stored = list(read_rows(training.splits[split]))
     column_names = sorted({name for row in stored for name in row} - {"prompt"})
     rows: list[PromptRow] = []

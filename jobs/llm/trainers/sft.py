@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.llm.data.blocks import make_single_blocks, pack_rows
 from jobs.llm.data.cache import load_or_tokenize_split
+from jobs.llm.data.mixing import load_mixed
 from jobs.llm.data.splits import check_splits, untrained_special_tokens
 from jobs.llm.data.tokenize import TokenizedExample
 from jobs.llm.loss import ChunkedLmHeadLoss, collate, evaluate_likelihood
@@ -42,7 +43,7 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
     training = prepare_training(config, context)
     if config.hyperparameters.packing:
         require_packable(training.base_folder, config.base_model_id)
-    splits = load_or_tokenize_split(training, context.spec.dataset.dataset_type)
+    splits = load_mixed(training, lambda source: load_or_tokenize_split(source, source.dataset.dataset_type))
     train_rows, held_out = check_splits(training, splits)
     hyperparameters = config.hyperparameters
     blocks = pack_rows(train_rows, hyperparameters.max_seq_length) if hyperparameters.packing else make_single_blocks(train_rows)

@@ -80,7 +80,7 @@ class JobControl:
         before = self._repository.find(principal, job_id)
         placements = self._resolve_placements(before, request)
         if before.status in (Status.FAILED, Status.CANCELLED):
-            self._repository.find_dataset(before.processed_dataset_id, before.tenant_id)
+            self._repository.find_datasets(before)
             self._check_room(before, request, placements)
             self._refresh_secrets(before, request)
 
