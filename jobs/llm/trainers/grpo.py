@@ -57,8 +57,8 @@ def train(config: GrpoConfig, context: "JobContext") -> TrainedModel:
         prompts = load_mixed(
             training, lambda source: {name: MixedRows(_load_prompts(source, config, name), 0, 0) for name in source.splits}
         )
-        train_prompts = prompts[TRAIN_SPLIT].rows
-        held_out = prompts[EVAL_SPLIT].rows if EVAL_SPLIT in prompts else []
+        train_prompts = list(prompts[TRAIN_SPLIT].rows)
+        held_out = list(prompts[EVAL_SPLIT].rows) if EVAL_SPLIT in prompts else []
         require_examples(training, len(train_prompts), len(held_out))
         config = choose_gradient_accumulation(config, training, len(train_prompts))
         training = replace(training, config=config)
