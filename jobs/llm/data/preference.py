@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from jobs.llm.data.tokenize import Message, RowTokenizer, TokenizedExample
+from jobs.llm.data.tokenize import RowTokenizer, TokenizedExample
 from schema.types import DatasetType
 
 
@@ -50,7 +50,7 @@ def tokenize_pairs(rows: Iterable[dict[str, Any]], row_tokenizer: RowTokenizer, 
     """Both answers of every preference row, each cut to `max_length` tokens. Raises JobFailed."""
     split = TokenizedPreferenceSplit()
     for row in rows:
-        answers = [_tokenize_answer(row["prompt"], row[name], row_tokenizer) for name in ("chosen", "rejected")]
+        answers = [row_tokenizer.tokenize({**row, "completion": row[name]}, "prompt_completion") for name in ("chosen", "rejected")]
         split.truncated += any(len(answer.input_ids) > max_length for answer in answers)
         chosen, rejected = (answer.truncate(max_length) for answer in answers)
         if chosen.has_labels and rejected.has_labels and chosen.input_ids != rejected.input_ids:
@@ -71,7 +71,7 @@ def tokenize_unpaired(
         return TokenizedUnpairedSplit(chosen + rejected, pairs.truncated, pairs.dropped)
     split = TokenizedUnpairedSplit()
     for row in rows:
-        answer = _tokenize_answer(row["prompt"], row["completion"], row_tokenizer)
+        answer = row_tokenizer.tokenize(row, "prompt_completion")
         split.truncated += len(answer.input_ids) > max_length
         answer = answer.truncate(max_length)
         if answer.has_labels:
@@ -79,7 +79,3 @@ def tokenize_unpaired(
         else:
             split.dropped += 1
     return split
-
-
-def _tokenize_answer(prompt: str | list[Message], completion: str | list[Message], row_tokenizer: RowTokenizer) -> TokenizedExample:
-    return row_tokenizer.tokenize({"prompt": prompt, "completion": completion}, "prompt_completion")
