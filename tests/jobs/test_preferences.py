@@ -299,7 +299,7 @@ def test_answers_are_tokenized_as_in_sft(tokenizer: Any) -> None:
         iter([{"prompt": texts["prompt"], "completion": texts["chosen"]}]), "prompt_completion", make_row_tokenizer(tokenizer), 128
     ).rows
     assert pair.chosen == chosen
-    assert pair.rejected.labels[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(pair.rejected.labels[-2:]) == "<end_of_turn>\n"
 
 
 def test_equal_or_fully_truncated_pairs_are_dropped(tokenizer: Any) -> None:

@@ -7,6 +7,7 @@ text               labels on the whole text and the EOS token
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -269,13 +270,9 @@ def _merge(spans: list[Span]) -> list[Span]:
 def _label(ids: list[int], offsets: Offsets, spans: list[Span]) -> list[int]:
     """The tokens that start inside a span, else IGNORE_INDEX."""
     labels = [IGNORE_INDEX] * len(ids)
-    position = 0
     for start, end in spans:
-        while position < len(ids) and offsets[position][0] < start:
-            position += 1
-        while position < len(ids) and offsets[position][0] < end:
-            labels[position] = ids[position]
-            position += 1
+        first, after = bisect_left(offsets, (start,)), bisect_left(offsets, (end,))
+        labels[first:after] = ids[first:after]
     return labels
 
 

@@ -110,6 +110,8 @@ def _load_prompts(training: TrainingContext, config: GrpoConfig, split: str) -> 
     column_names = sorted({name for row in stored for name in row} - {"prompt"})
     rows: list[PromptRow] = []
     for row in stored:
+        if row.get("tools"):
+            raise JobFailed("invalid_data", "grpo does not offer tools to the model, and a row has tools", "remove tools from the rows")
         columns = {name: row.get(name) for name in column_names}
         tokens = training.row_tokenizer.tokenize_prompt(row["prompt"])
         if dataset_type == "prompt_completion":
