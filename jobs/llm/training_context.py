@@ -21,6 +21,7 @@ from jobs.llm.remote_code import forbid_remote_code
 from jobs.runtime.errors import JobFailed
 from jobs.runtime.retry import download_with_retry
 from jobs.runtime.training_control import TrainingControl
+from schema.estimate.llm_memory import LongestRows
 from schema.job import EvalMetrics
 from schema.training import TrainingConfig
 
@@ -68,6 +69,10 @@ class TrainingTask(Protocol):
     @property
     def held_out_examples(self) -> Sequence[TokenizedExample]:
         """Held-out rows as tokens: the source of evaluation prompts, and of the texts on which exported files are compared."""
+        ...
+
+    def find_longest_rows(self, count: int) -> LongestRows:
+        """The longest `count` training rows, which decide how much memory a batch takes."""
         ...
 
     @property
@@ -144,7 +149,7 @@ def prepare_training(config: TrainingConfig, context: "JobContext") -> TrainingC
         check_chat_template(tokenizer, config.base_model_id, splits.values(), context.workdir / "data")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    device_config = detect_device(config, context, base_folder)
+    device_config = detect_device(config, context)
     return TrainingContext(config, context, base_folder, splits, tokenizer, uses_default_chat_template, device_config, checkpoint)
 
 

@@ -151,6 +151,12 @@ class SftConfig(LlmTrainingConfig):
     trainer_type: Literal["sft"] = "sft"
     hyperparameters: SftHyperparameters = SftHyperparameters()  # type: ignore[call-arg]
 
+    def computed_defaults(self) -> Mapping[str, JsonValue]:
+        fields, hyperparameters = type(self.hyperparameters).model_fields, self.hyperparameters
+        repeated = any(getattr(hyperparameters, name) != fields[name].default for name in ("batch_size", "packing"))  # by a clone
+        computed: JsonValue = "fixed" if repeated else "auto"
+        return {"hyperparameters": {"learning_rate": self.learning_rates[self.method], "micro_batches": computed}}
+
     @model_validator(mode="after")
     def _check_vision_fields(self) -> Self:
         if self.hyperparameters.train_vision_tower and self.modality != "vision":

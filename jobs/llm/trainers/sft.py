@@ -9,7 +9,7 @@
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -24,8 +24,10 @@ from jobs.llm.trained_model import TrainedModel
 from jobs.llm.training_context import LossReduction, TrainingContext, prepare_training
 from jobs.llm.training_loop import run_training
 from jobs.runtime.training_control import TrainingControl
+from schema.estimate.llm_memory import LongestRows, find_longest_rows
 from schema.job import EvalMetrics
 from schema.training import SftConfig
+from schema.training.llm_hyperparameters import SftHyperparameters
 
 if TYPE_CHECKING:
     from jobs.runtime.context import JobContext
@@ -42,8 +44,19 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
     train_rows, held_out = check_splits(training, splits)
     hyperparameters = config.hyperparameters
     blocks = pack_examples(train_rows, hyperparameters.max_seq_length) if hyperparameters.packing else [[row] for row in train_rows]
-    task = SftTask(training, train_rows, held_out, blocks, untrained_special_tokens(training, train_rows))
+    concatenates = concatenates_rows(hyperparameters, on_gpu=training.device_config.on_gpu, packing_is_safe=False)
+    task = SftTask(training, train_rows, held_out, blocks, untrained_special_tokens(training, train_rows), concatenates)
     return run_training(task, training)
+
+
+def concatenates_rows(hyperparameters: SftHyperparameters, *, on_gpu: bool, packing_is_safe: bool) -> bool:
+    """Whether the rows of a batch are trained as one sequence, without padding.
+
+    On a CPU padding is cheap and one long sequence is not: attention computes, and masks, all pairs of its tokens.
+    """
+    if hyperparameters.packing:
+        return hyperparameters.use_fa2  # FlashAttention separates packed rows only within a single sequence
+    return hyperparameters.micro_batches == "auto" and on_gpu and packing_is_safe
 
 
 @dataclass(frozen=True)
@@ -55,10 +68,16 @@ class SftTask:
     held_out_examples: list[TokenizedExample]
     blocks: list[list[TokenizedExample]]  # the training rows as the model sees them: one by one, or packed
     trainable_token_ids: list[int]
+    concatenates_rows: bool = False  # the rows of a batch become one sequence, without padding
 
     @property
     def examples_per_epoch(self) -> int:
         return len(self.blocks)
+
+    def find_longest_rows(self, count: int) -> LongestRows:
+        # Labels are computed in chunks, so that their number hardly matters: counting them would take longer.
+        tokens = (sum(len(row.input_ids) for row in block) for block in self.blocks)
+        return replace(find_longest_rows(((size, size) for size in tokens), count), concatenated=self.concatenates_rows)
 
     @property
     def has_held_out_rows(self) -> bool:
@@ -66,7 +85,14 @@ class SftTask:
 
     @property
     def worker_task_factory(self) -> "Callable[[TrainingContext], SftTask]":
-        return partial(SftTask, train_examples=[], held_out_examples=[], blocks=self.blocks, trainable_token_ids=self.trainable_token_ids)
+        return partial(
+            SftTask,
+            train_examples=[],
+            held_out_examples=[],
+            blocks=self.blocks,
+            trainable_token_ids=self.trainable_token_ids,
+            concatenates_rows=self.concatenates_rows,
+        )
 
     @property
     def loss_reduction(self) -> LossReduction:
@@ -82,7 +108,7 @@ class SftTask:
     def build_trainer(self, model: Any, arguments: dict[str, Any], instrument: Callable[[type], type], control: TrainingControl) -> Any:
         from transformers import Trainer, TrainingArguments
 
-        hyperparameters, pad_id = self.training.config.hyperparameters, self.training.pad_id
+        pad_id = self.training.pad_id
         lm_head_loss = ChunkedLmHeadLoss(model)
 
         class SftTrainer(Trainer):
@@ -100,10 +126,7 @@ class SftTask:
             args=TrainingArguments(**arguments),
             train_dataset=self.blocks,
             eval_dataset=self.held_out_examples or None,
-            # FlashAttention separates packed rows only within a single sequence, so a batch becomes one long block.
-            data_collator=lambda batch: collate(
-                [list(chain(*batch))] if hyperparameters.packing and hyperparameters.use_fa2 else batch, pad_id
-            ),
+            data_collator=lambda batch: collate([list(chain(*batch))] if self.concatenates_rows else batch, pad_id),
             processing_class=self.training.tokenizer,
         )
         trainer.model_accepts_loss_kwargs = True  # normalize the loss by the labels of the optimizer step, not of the batch
