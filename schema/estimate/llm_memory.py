@@ -38,7 +38,7 @@ DEFAULT_MODEL_TYPE, DEFAULT_MIXTURE_MODEL_TYPE = "gemma3_text", "qwen3_moe"
 
 # The chunks of jobs/llm/loss.py, in fp32 logits, and what is allocated for each of their logits: measured by bench/memory.py.
 CHUNK_BYTES: Mapping[bool, int] = {False: 32 << 20, True: 512 << 20}  # by whether the training is on a GPU
-CHUNKED_LOGIT_BYTES = 14
+CHUNKED_LOGIT_BYTES = 10
 # Per logit in the trainers that keep the logits of all labels: measured by bench/memory.py on a CPU. On a GPU TRL's kernels keep less.
 KEPT_LOGIT_BYTES: Mapping[str, float] = {"sft": 14, "dpo": 14, "kto": 17, "orpo": 18, "grpo": 14, "reward": 0}
 UNLABELED_LOGIT_TRAINER_TYPES = ("orpo",)  # keep the logits of all other tokens too, padding included

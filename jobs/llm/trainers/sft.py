@@ -11,6 +11,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from heapq import nlargest
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,9 +76,9 @@ class SftTask:
         return len(self.blocks)
 
     def find_longest_rows(self, count: int) -> LongestRows:
-        # Labels are computed in chunks, so that their number hardly matters: counting them would take longer.
-        tokens = (sum(len(row.input_ids) for row in block) for block in self.blocks)
-        return replace(find_longest_rows(((size, size) for size in tokens), count), concatenated=self.concatenates_rows)
+        longest = nlargest(count, self.blocks, key=count_tokens)  # counting the labels of all rows would take long
+        rows = ((count_tokens(block), sum(row.label_count for row in block)) for block in longest)
+        return replace(find_longest_rows(rows, count), concatenated=self.concatenates_rows)
 
     @property
     def has_held_out_rows(self) -> bool:
@@ -140,6 +141,11 @@ class SftTask:
 
     def evaluate(self, trainer: Any, check_stop: Callable[[], None]) -> EvalMetrics:
         return evaluate_likelihood(trainer.model, self.held_out_examples, self.training.pad_id, self.training.config, check_stop)
+
+
+def count_tokens(block: Sequence[TokenizedExample]) -> int:
+    """The tokens of the rows of a block."""
+    return sum(len(row.input_ids) for row in block)
 
 
 def pack_examples(rows: Sequence[TokenizedExample], max_length: int) -> list[list[TokenizedExample]]:
