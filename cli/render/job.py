@@ -17,6 +17,13 @@ from cli.render.formats import (
     format_time_left,
 )
 
+# A service of an earlier version sends no content_perplexity.
+METRIC_LABELS = {
+    "eval_loss": "eval loss",
+    "perplexity": "perplexity",
+    "content_perplexity": "content perplexity",
+    "accuracy": "accuracy",
+}
 MAX_ATTEMPTS_SHOWN = 5  # the latest ones: a job with a time limit per attempt can have hundreds
 
 
@@ -50,6 +57,11 @@ def progress_lines(job: Json) -> Iterator[str]:
     """The source of the job, its progress, its latest checkpoint and its cost."""
     if job["cloned_from"]:
         yield f"clone of    {job['cloned_from']}"
+    if earlier := job.get("earlier_model"):  # a service of an earlier version sends none
+        yield f"starts from the {earlier['kind']} of {earlier['job_id']}"
+    if len(datasets := job.get("datasets", [])) > 1:
+        shares = [f"{each['processed_dataset_id']} (weight {each['weight']:g})" for each in datasets]
+        yield f"mixes       {', '.join(shares)}"
     if job["export_of"]:
         yield f"exports     step {job['export_of']['step']} of {job['export_of']['job_id']}"
     if job["progress"] and job["status"] != "completed":
@@ -86,7 +98,7 @@ def metric_lines(job: Json) -> Iterator[str]:
     """Metrics of the base model and of the tuned model."""
     before: Json = job["base_metrics"] or {}
     after: Json = job["metrics"] or {}
-    for name, label in (("eval_loss", "eval loss"), ("perplexity", "perplexity"), ("accuracy", "accuracy")):
+    for name, label in METRIC_LABELS.items():
         yield from _comparison_lines(label, before.get(name), after.get(name))
     for name in sorted(after.get("values", {})):
         yield from _comparison_lines(name, before.get("values", {}).get(name), after["values"][name])

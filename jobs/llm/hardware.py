@@ -86,6 +86,13 @@ def choose_torch_compile(
     return saved_s > llm.COMPILE_S
 
 
+def computes_in_bf16(config: TrainingConfig) -> bool:
+    """Whether the training computes with weights in bf16, as `detect_device` decides."""
+    import torch
+
+    return config.method != "Full" and (torch.cuda.is_bf16_supported() if torch.cuda.is_available() else has_native_bf16())
+
+
 def has_native_bf16() -> bool:
     """Whether this processor multiplies bf16 in hardware (AVX512-BF16 or AMX); others emulate it, slower than fp32."""
     try:

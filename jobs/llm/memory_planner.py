@@ -108,10 +108,11 @@ def get_training_shape(training: TrainingContext) -> TrainingShape:
         method=config.method,
         batch_size=hyperparameters.batch_size,
         max_seq_length=hyperparameters.max_seq_length,
-        gradient_accumulation_steps=hyperparameters.gradient_accumulation_steps,
+        gradient_accumulation_steps=hyperparameters.accumulation_steps,
         train_vision_tower=getattr(hyperparameters, "train_vision_tower", False),  # only SFT has the field
         lora_rank=hyperparameters.lora_rank,
         has_dropout=training.trains_adapter and hyperparameters.lora_dropout > 0,
+        optimizer=hyperparameters.optim,
         computes_bf16=device_config.autocast or device_config.dtype == torch.bfloat16,
         on_gpu=device_config.on_gpu,
     )
@@ -127,7 +128,7 @@ def measure_free_bytes(device_config: DeviceConfig) -> float:
 
 def _requested_batch_config(training: TrainingContext) -> BatchConfig:
     hyperparameters = training.config.hyperparameters
-    return BatchConfig(hyperparameters.batch_size, hyperparameters.gradient_accumulation_steps)
+    return BatchConfig(hyperparameters.batch_size, hyperparameters.accumulation_steps)
 
 
 def _plan_token_budget(

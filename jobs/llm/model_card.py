@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_suffix(".jinja")
 GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
 PIPELINE_TAGS = {"text": "text-generation", "vision": "image-text-to-text"}
-METRIC_NAMES = {"eval_loss": "loss (nats per token)", "perplexity": "perplexity", "accuracy": "token accuracy"}
+METRIC_NAMES = {
+    "eval_loss": "loss (nats per token)",
+    "perplexity": "perplexity",
+    "content_perplexity": "perplexity without end-of-turn tokens",
+    "accuracy": "token accuracy",
+}
 KIND_DESCRIPTIONS = {
     "adapter": "LoRA adapter, loaded on top of the base model",
     "merged": "full model",
@@ -212,9 +217,13 @@ def _training_rows(record: RunRecord) -> Iterator[tuple[str, object]]:
     config, machine = record.training_config, record.machine
     hyperparameters = config["hyperparameters"]
     assert isinstance(hyperparameters, dict)
-    yield "dataset", f"{record.dataset.name} ({record.dataset.dataset_type})"
-    yield "dataset digest", f"`{record.dataset.digest}`" if record.dataset.digest else "unknown"
-    yield "rows", ", ".join(f"{split.rows} {name}" for name, split in record.dataset.splits.items())
+    if record.earlier_model:
+        yield "started from", f"the model of job {record.earlier_model.job_id} ({record.earlier_model.trainer_type})"
+    for dataset in record.mixed_datasets or (record.dataset,):
+        weight = f", weight {dataset.weight:g}" if dataset.weight is not None else ""
+        yield "dataset", f"{dataset.name} ({dataset.dataset_type}{weight})"
+        yield "dataset digest", f"`{dataset.digest}`" if dataset.digest else "unknown"
+        yield "rows", ", ".join(f"{split.rows} {name}" for name, split in dataset.splits.items())
     yield from ((name, config[name]) for name in ("trainer_type", "method", "modality", "provider"))
     for name in REPORTED_HYPERPARAMETERS:
         is_unused = config["method"] == "Full" and name.startswith(("lora_", "use_"))
@@ -273,7 +282,13 @@ def _eval_results(record: RunRecord, task: str) -> "Iterator[EvalResult]":
 def _metric_values(metrics: EvalMetrics | None) -> dict[str, float]:
     if metrics is None:
         return {}
-    values = {"eval_loss": metrics.eval_loss, "perplexity": metrics.perplexity, "accuracy": metrics.accuracy, **metrics.values}
+    values = {
+        "eval_loss": metrics.eval_loss,
+        "perplexity": metrics.perplexity,
+        "content_perplexity": metrics.content_perplexity,
+        "accuracy": metrics.accuracy,
+        **metrics.values,
+    }
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from jobs.llm.chat_format import ChatFormat
 from schema.job import EvalMetrics
 
 
@@ -32,6 +33,7 @@ class TrainedModel:
     is_adapter: bool
     base_folder: Path
     held_out_examples: tuple[HeldOutExample, ...]
+    chat_format: ChatFormat
     metrics: EvalMetrics | None
     base_metrics: EvalMetrics | None
     train_rows: int

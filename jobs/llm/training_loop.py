@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.llm.distributed import SINGLE_PROCESS, ProcessTopology
+from jobs.llm.earlier_model import attach_original_base
 from jobs.llm.evaluate import evaluate_after_training, evaluate_before_training
 from jobs.llm.exporters.model_files import PROCESSOR_FILES, copy_files
 from jobs.llm.fsdp import gather_weights, serve_shards, unsharded_evaluation
@@ -86,7 +87,7 @@ def run_training(task: TrainingTask, training: TrainingContext) -> TrainedModel:
     copy_files(training.base_folder, folder, PROCESSOR_FILES)  # of a vision-language base, also when only text was trained
     if not training.trains_adapter and model.can_generate():
         model.generation_config.save_pretrained(folder)
-    return TrainedModel(
+    trained = TrainedModel(
         folder=folder,
         is_adapter=training.trains_adapter,
         base_folder=training.base_folder,
@@ -94,6 +95,7 @@ def run_training(task: TrainingTask, training: TrainingContext) -> TrainedModel:
             HeldOutExample(row.prompt_text, tuple(row.input_ids), row.prompt_tokens)
             for row in islice(task.held_out_examples or task.train_examples, NUM_HELD_OUT_EXAMPLES)
         ),
+        chat_format=training.chat_format,
         metrics=metrics,
         base_metrics=context.state.base_metrics,
         train_rows=len(task.train_examples),
@@ -103,6 +105,7 @@ def run_training(task: TrainingTask, training: TrainingContext) -> TrainedModel:
         step=control.published_step,
         cuda=torch.version.cuda,
     )
+    return attach_original_base(trained, context)
 
 
 def _load_checkpoint_for_export(task: TrainingTask, training: TrainingContext) -> TrainingOutcome:
@@ -171,7 +174,7 @@ def _total_steps(task: TrainingTask, training: TrainingContext) -> int:
     hyperparameters = training.config.hyperparameters
     if hyperparameters.max_steps > 0:
         return hyperparameters.max_steps
-    rows_per_step = hyperparameters.batch_size * hyperparameters.gradient_accumulation_steps
+    rows_per_step = hyperparameters.batch_size * hyperparameters.accumulation_steps
     return hyperparameters.epochs * math.ceil(task.examples_per_epoch / rows_per_step)
 
 

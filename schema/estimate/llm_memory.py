@@ -26,9 +26,12 @@ ADAM_BYTES = 8  # the two moments of a trained weight in fp32, by the definition
 OPTIMIZER_BYTES: Mapping[str, float] = {  # per trained weight, by the name that transformers gives the optimizer
     "adamw_torch_fused": ADAM_BYTES,
     "adamw_torch": ADAM_BYTES,
-    "adamw_bnb_8bit": 2 + 8 / 256,  # two moments of 8 bits, and their fp32 scales for 256 weights
-    "paged_adamw_8bit": 2 + 8 / 256,
-    "paged_adamw_32bit": ADAM_BYTES,
+    "adamw_8bit": 2 + 8 / 256,  # two moments of 8 bits, and their fp32 scales for 256 weights
+    "lion_8bit": 1 + 4 / 256,
+    # The driver moves the state of these to main memory when the GPU's is full.
+    "paged_adamw_8bit": 0,
+    "paged_adamw_32bit": 0,
+    "paged_lion_8bit": 0,
     "adafactor": 0.1,  # a row and a column for each matrix
     "sgd": 0,
 }
@@ -235,7 +238,8 @@ def find_token_budget(
 def find_least_bytes(model: ModelShape, training: TrainingShape, num_shards: int = 1) -> float:
     """What a training takes at the very least: a single short row, gradient checkpointing, and no room for fragments."""
     shape = replace(training, batch_size=1, batch=BatchShape(1, 1, 1))
-    return estimate_training_bytes(model, shape, gradient_checkpointing=True, num_shards=num_shards)
+    memory = estimate_training_memory(model, shape, gradient_checkpointing=True, num_shards=num_shards)
+    return memory.peak - memory.constant
 
 
 def explain_misfit(

@@ -15,7 +15,6 @@ from schema.training.llm_evaluation import EvalConfig
 from schema.training.llm_export import ExportConfig, ExportFormat
 from schema.training.llm_graders import Grader
 from schema.training.llm_hyperparameters import (
-    LORA_FIELDS,
     DpoHyperparameters,
     GrpoHyperparameters,
     Hyperparameters,
@@ -24,11 +23,13 @@ from schema.training.llm_hyperparameters import (
     RewardHyperparameters,
     SftHyperparameters,
 )
-from schema.types import DatasetType, HubId, Phase
+from schema.training.llm_optimization import check_final_rate, is_base_factor_init
+from schema.types import JOB_PREFIX, BaseModelId, DatasetType, Phase
 
 Provider = Literal["huggingface", "unsloth"]
 Method = Literal["Full", "LoRA", "QLoRA"]
 Modality = Literal["text", "vision"]
+PromptFormat = Literal["chat", "raw"]
 
 
 class LlmTrainingConfig(BaseTrainingConfig):
@@ -64,10 +65,23 @@ class LlmTrainingConfig(BaseTrainingConfig):
     # By method: LoRA's weights start at zero and take a rate ten times that of full fine-tuning.
     learning_rates: ClassVar[dict[Method, float]]
 
-    base_model_id: HubId
+    base_model_id: BaseModelId
     provider: Provider = "huggingface"
     method: Method = "LoRA"
     modality: Modality = "text"
+    prompt_format: PromptFormat | None = Field(
+        None,
+        description="`chat`: a prompt and its completion, as strings too, are turns of the user and the assistant, and the model is "
+        "exported with its chat template. `raw`: strings are joined as they are, and the exported model continues texts without a "
+        "template. Default: `chat`; for rows of `text`, `raw` unless they are conversations as the base's chat template renders them.",
+    )
+    chat_template: str | None = Field(
+        None,
+        min_length=1,
+        max_length=262_144,
+        description="A Jinja chat template to train and export with instead of the base model's. Default: the base model's own, else one "
+        "that its tokenizer has the tokens for.",
+    )
     hyperparameters: Hyperparameters = Hyperparameters()  # type: ignore[call-arg]  # pyright: every field has a default
     export_config: ExportConfig = ExportConfig()  # type: ignore[call-arg]
     eval_config: EvalConfig = EvalConfig()  # type: ignore[call-arg]
@@ -83,8 +97,25 @@ class LlmTrainingConfig(BaseTrainingConfig):
             raise field_error("export_config.include_lora_gguf", "llama.cpp's adapter files do not support DoRA; use include_gguf")
         if self.modality == "vision" and "onnx" in self.export_config.formats:
             raise field_error("export_config.format", "export format onnx is only for text generation models")
+        if is_base_factor_init(self.hyperparameters.lora_init) and self.method == "QLoRA":
+            lora_init = self.hyperparameters.lora_init
+            raise field_error("hyperparameters.lora_init", f"lora_init {lora_init!r} needs weights that are not quantized; use method LoRA")
+        if self.hyperparameters.lora_init == "eva" and (self.trainer_type_name() != "sft" or self.modality != "text"):
+            raise field_error("hyperparameters.lora_init", "lora_init 'eva' is for trainer_type 'sft' on text; use 'default'")
+        if self.hyperparameters.lora_init != "default" and self.provider == "unsloth":
+            raise field_error("hyperparameters.lora_init", "provider 'unsloth' supports only lora_init 'default'; use 'huggingface'")
         if self.modality == "vision" and self.hyperparameters.packing:
             raise field_error("hyperparameters.packing", "rows with images cannot be packed; set packing to false")
+        return self
+
+    @model_validator(mode="after")
+    def _check_prompt_format(self) -> Self:
+        if self.prompt_format == "raw" and self.modality == "vision":
+            raise field_error("prompt_format", "rows with images are conversations, which need a template; use 'chat' or leave it out")
+        if self.prompt_format == "raw" and self.chat_template is not None:
+            raise field_error("chat_template", "chat_template is not used with prompt_format 'raw', which trains and exports without one")
+        if self.chat_template is not None and self.modality == "vision":
+            raise field_error("chat_template", "with modality 'vision' the base model's own template places the images; leave it out")
         return self
 
     @model_validator(mode="after")
@@ -93,17 +124,12 @@ class LlmTrainingConfig(BaseTrainingConfig):
             rate = self.learning_rates[self.method]
             # object.__setattr__: the model is frozen.
             object.__setattr__(self, "hyperparameters", self.hyperparameters.model_copy(update={"learning_rate": rate}))
+        hyperparameters = self.hyperparameters
+        check_final_rate(hyperparameters.lr_scheduler_type, hyperparameters.lr_scheduler_kwargs, hyperparameters.learning_rate or 0.0)
         return self
 
     def reject_unused_fields(self) -> None:
-        sent = self.hyperparameters.model_fields_set
-        if self.hyperparameters.save_strategy != "steps" and "save_steps" in sent:
-            raise field_error("training_config.hyperparameters.save_steps", "save_steps is only used with save_strategy 'steps'")
-        if self.method == "Full":
-            for name in LORA_FIELDS:
-                if name in sent:
-                    reason = f"{name} is only used with method LoRA or QLoRA, not Full"
-                    raise field_error(f"training_config.hyperparameters.{name}", reason)
+        self.hyperparameters.reject_unused_fields(self.method)
         self._reject_unused_export("training_config.export_config")
 
     def reject_unused_export(self) -> None:
@@ -132,6 +158,10 @@ class LlmTrainingConfig(BaseTrainingConfig):
         return self.base_model_id
 
     @property
+    def earlier_job_id(self) -> str | None:
+        return self.base_model_id.removeprefix(JOB_PREFIX) if self.base_model_id.startswith(JOB_PREFIX) else None
+
+    @property
     def export_formats(self) -> list[ExportFormat]:
         """The formats of the published model. Method Full has no adapter, so `adapter` means `merged`."""
         if self.method != "Full":
@@ -149,6 +179,8 @@ class SftConfig(LlmTrainingConfig):
     learning_rates: ClassVar[dict[Method, float]] = {"LoRA": 2e-4, "QLoRA": 2e-4, "Full": 2e-5}
 
     trainer_type: Literal["sft"] = "sft"
+    train_on_inputs: bool = Field(False, description="Learn to generate every message of a conversation, not only the assistant's.")
+    last_turn_only: bool = Field(False, description="Learn only the last message of a conversation.")
     hyperparameters: SftHyperparameters = SftHyperparameters()  # type: ignore[call-arg]
 
     def computed_defaults(self) -> Mapping[str, JsonValue]:
@@ -156,6 +188,15 @@ class SftConfig(LlmTrainingConfig):
         repeated = any(getattr(hyperparameters, name) != fields[name].default for name in ("batch_size", "packing"))  # by a clone
         computed: JsonValue = "fixed" if repeated else "auto"
         return {"hyperparameters": {"learning_rate": self.learning_rates[self.method], "micro_batches": computed}}
+
+    @model_validator(mode="after")
+    def _check_learned_messages(self) -> Self:
+        if self.train_on_inputs and self.last_turn_only:
+            raise field_error("last_turn_only", "train_on_inputs learns every message, last_turn_only the last one; set one of them")
+        for field, is_set in (("train_on_inputs", self.train_on_inputs), ("last_turn_only", self.last_turn_only)):
+            if is_set and self.prompt_format == "raw":
+                raise field_error(field, f"{field} chooses between messages, and prompt_format 'raw' has none; leave one of them out")
+        return self
 
     @model_validator(mode="after")
     def _check_vision_fields(self) -> Self:
@@ -216,6 +257,14 @@ class GrpoConfig(LlmTrainingConfig):
         if completion >= sequence:
             reason = f"max_completion_length {completion} leaves no room for a prompt in max_seq_length {sequence}"
             raise field_error("hyperparameters.max_completion_length", reason)
+        return self
+
+    @model_validator(mode="after")
+    def _check_eval_steps(self) -> Self:
+        iterations, eval_config = self.hyperparameters.num_iterations, self.eval_config
+        if eval_config.eval_strategy == "steps" and eval_config.eval_steps % iterations:
+            reason = f"eval_steps is {eval_config.eval_steps}, which is not a multiple of num_iterations ({iterations})"
+            raise field_error("eval_config.eval_steps", reason)
         return self
 
     @model_validator(mode="after")

@@ -34,6 +34,7 @@ def check_export(_training_config: "TrainingConfig") -> None:
 
 def train(_training_config: "TrainingConfig", context: "JobContext") -> "TrainedModel":
     """Write a few bytes as the adapter. Runs only in a process that got the claim."""
+    from jobs.llm.chat_format import ChatFormat
     from jobs.llm.trained_model import TrainedModel
 
     append_entry(f"{context.spec.job_id}.{context.attempt}", "claimed")
@@ -46,6 +47,7 @@ def train(_training_config: "TrainingConfig", context: "JobContext") -> "Trained
         is_adapter=True,
         base_folder=folder,
         held_out_examples=(),
+        chat_format=ChatFormat("raw", "raw", None, None, (), (), turn_tokens_are_trained=True),
         metrics=None,
         base_metrics=None,
         train_rows=1,

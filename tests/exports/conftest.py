@@ -19,7 +19,7 @@ from schema.job import Artifact
 from schema.spec import JobSpec
 from schema.training import SftConfig
 from schema.training.llm_fidelity import Fidelity
-from tests.jobs.conftest import EventRecorder
+from tests.jobs.conftest import EventRecorder, make_chat_format
 from tests.tiny_gemma import build_tiny_gemma
 
 
@@ -182,11 +182,14 @@ def fidelity_of(artifact: Artifact) -> Fidelity:
 
 
 def make_trained_model(folder: Path, base: Path, held_out_examples: tuple[HeldOutExample, ...], *, is_adapter: bool) -> TrainedModel:
+    from transformers import AutoTokenizer
+
     return TrainedModel(
         folder=folder,
         is_adapter=is_adapter,
         base_folder=base,
         held_out_examples=held_out_examples,
+        chat_format=make_chat_format(AutoTokenizer.from_pretrained(folder)),
         metrics=None,
         base_metrics=None,
         train_rows=1,

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from jobs.llm.chat_format import ChatFormat
 from jobs.llm.distributed import StartupWatchdog, capture_rng_state, restore_rng_state, save_rng_states
 from jobs.llm.hardware import DeviceConfig
 from jobs.llm.json_objects import exchange_objects_as_json
@@ -307,7 +308,7 @@ def test_worker_failure_keeps_code_and_hint(store: Path, tmp_path: Path) -> None
         tmp_path,
         {},
         None,
-        uses_default_chat_template=False,
+        chat_format=ChatFormat("raw", "raw", None, None, (), (), turn_tokens_are_trained=True),
         device_config=device_config,
         resume_checkpoint=None,
     )

@@ -16,6 +16,7 @@ from jobs.llm.evaluation.generation import (
 from jobs.llm.evaluation.prompts import make_eval_prompts
 from jobs.runtime.errors import JobFailed
 from schema.estimate.llm import MAX_BATCH_PROMPTS, MAX_BATCH_TOKENS, MIN_BATCH_PROMPTS
+from tests.jobs.conftest import make_row_tokenizer
 
 PROMPTS = ["what does files do", "it", "open close read write path name value number string", "call", "what does copy do 17", "a list of"]
 NEW_TOKENS = 12
@@ -305,7 +306,7 @@ def test_image_features_follow_their_prompts(tokenizer: Any) -> None:
 
 
 def tokenize_rows(rows: list[dict[str, Any]], dataset_type: Any, tokenizer: Any, max_length: int = 512) -> Any:
-    return tokenize_split(iter(rows), dataset_type, tokenizer, max_length).rows
+    return tokenize_split(iter(rows), dataset_type, make_row_tokenizer(tokenizer), max_length).rows
 
 
 def turn(role: str, content: str) -> dict[str, str]:
@@ -335,7 +336,8 @@ def test_completion_is_reference_of_its_prompt(tokenizer: Any) -> None:
     (prompt,) = make_eval_prompts(
         tokenize_rows([{"prompt": "open the", "completion": " path"}], "prompt_completion", tokenizer), tokenizer, 9
     )
-    assert (prompt.prompt_text, prompt.reference) == ("open the", " path")
+    assert prompt.prompt_text == "<bos><start_of_turn>user\nopen the<end_of_turn>\n<start_of_turn>model\n"
+    assert prompt.reference == "path"
     assert prompt.prompt_ids == tuple(tokenizer("open the")["input_ids"])
 
 

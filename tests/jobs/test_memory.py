@@ -122,11 +122,14 @@ def prepare(store: Path, workdir: Path, record: EventRecorder | None = None, **h
 
 
 def make_task(training: TrainingContext, *, concatenates: bool) -> SftTask:
+    from jobs.llm.data.blocks import make_single_blocks
     from jobs.llm.data.cache import load_or_tokenize_split
+    from jobs.llm.data.mixing import load_mixed
     from jobs.llm.data.splits import check_splits
 
-    rows, held_out = check_splits(training, load_or_tokenize_split(training, "messages"))
-    return SftTask(training, rows, held_out, [[row] for row in rows], [], concatenates)
+    splits = load_mixed(training, lambda source: load_or_tokenize_split(source, source.dataset.dataset_type))
+    rows, held_out = check_splits(training, splits)
+    return SftTask(training, rows, held_out, make_single_blocks(rows), [], concatenates)
 
 
 def test_concatenated_rows_get_the_largest_passes_that_fit(store: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from jobs.llm.chat_format import ChatFormat
 from jobs.llm.trained_model import TrainedModel
 from jobs.runtime.artifacts import ArtifactUploader, ExportedArtifact
 from jobs.runtime.context import JobContext
@@ -22,6 +23,7 @@ from tests.jobs.conftest import make_context, make_spec
 
 STARTED_AT = datetime(2026, 11, 21, 14, 0, tzinfo=UTC)
 SECRET = "s3cret-of-the-judge"
+RAW = ChatFormat("raw", "raw", None, None, (), (), turn_tokens_are_trained=True)
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def make_trained_model(folder: Path, base: Path) -> TrainedModel:
-    return TrainedModel(folder, True, base, (), None, None, train_rows=24, train_tokens=700, train_runtime_s=12.5, step=4)
+    return TrainedModel(folder, True, base, (), RAW, None, None, train_rows=24, train_tokens=700, train_runtime_s=12.5, step=4)
 
 
 def publish_artifacts(context: JobContext, folder: Path) -> tuple[Artifact, ...]:

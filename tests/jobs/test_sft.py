@@ -14,7 +14,7 @@ import pytest
 from jobs.runtime.errors import JobFailed, failure_of
 from schema.events import DecisionMade, WarningRaised
 from schema.training.llm_hyperparameters import SftHyperparameters
-from tests.jobs.conftest import BASE, EventRecorder, FinishedTraining, make_context, make_spec, messages
+from tests.jobs.conftest import BASE, EventRecorder, FinishedTraining, make_context, make_row_tokenizer, make_spec, messages
 
 Train = Callable[..., FinishedTraining]
 
@@ -34,6 +34,7 @@ def test_training_lowers_held_out_loss(train: Train) -> None:
     assert trained.model.base_metrics is not None
     assert trained.model.metrics is not None
     assert (trained.model.metrics.perplexity or math.inf) < 0.7 * (trained.model.base_metrics.perplexity or 0)
+    assert (trained.model.metrics.content_perplexity or math.inf) < 0.9 * (trained.model.base_metrics.content_perplexity or 0)
     assert [(event.when, event.step) for event in trained.record.evaluations] == [("before", 0), ("after", 20)]
     assert trained.record.evaluations[-1].metrics == trained.model.metrics
     point = trained.record.points[-1]
@@ -112,6 +113,32 @@ HYPERPARAMETER_CASES = {
             learning_rates(changed)[0] == learning_rates(baseline)[0] and learning_rates(changed)[1] > learning_rates(baseline)[1]
         ),
     ),
+    "lr_scheduler_kwargs": HyperparameterCase(
+        {"num_cycles": 1.5},
+        lambda baseline, changed: learning_rates(changed)[0] == learning_rates(baseline)[0] != learning_rates(changed)[1],
+        {"lr_scheduler_type": "cosine"},
+    ),
+    "optim": HyperparameterCase(
+        "sgd", lambda baseline, changed: "betas" in optimizer_settings(baseline) and "momentum" in optimizer_settings(changed)
+    ),
+    "adam_beta1": HyperparameterCase(
+        0.5,
+        lambda baseline, changed: (
+            (optimizer_settings(baseline)["betas"], optimizer_settings(changed)["betas"]) == ((0.9, 0.999), (0.5, 0.999))
+        ),
+    ),
+    "adam_beta2": HyperparameterCase(
+        0.95, lambda baseline, changed: optimizer_settings(changed)["betas"] == (0.9, 0.95) and distance(baseline, changed) > 1e-7
+    ),
+    "adam_epsilon": HyperparameterCase(
+        1.0, lambda baseline, changed: optimizer_settings(changed)["eps"] == 1.0 and max_lora_b(changed) < 0.9 * max_lora_b(baseline)
+    ),
+    "neftune_noise_alpha": HyperparameterCase(
+        20.0, lambda baseline, changed: losses(baseline)[0] != losses(changed)[0] and distance(baseline, changed) > 1e-6
+    ),
+    "lora_init": HyperparameterCase(
+        "gaussian", lambda baseline, changed: losses(baseline)[0] == losses(changed)[0] and distance(baseline, changed) > 1e-3
+    ),  # all others: tests/jobs/test_lora_init.py
     "warmup_ratio": HyperparameterCase(
         0.5,
         lambda baseline, changed: (
@@ -172,6 +199,16 @@ HYPERPARAMETER_CASES = {
 TESTED_ELSEWHERE = {"use_fa2", "torch_compile", "dataloader_num_workers"}
 
 
+def optimizer_settings(trained: FinishedTraining) -> dict[str, Any]:
+    """The settings of the first group of weights in the optimizer of the last checkpoint."""
+    import torch
+
+    spec, step = trained.context.spec, trained.checkpoints[-1]
+    folder = Path(spec.stores.models.removeprefix("file://"), spec.checkpoints_prefix, "attempt-1")
+    [path] = folder.glob(f"step-*{step}/optimizer.pt")
+    return torch.load(path, weights_only=True)["param_groups"][0]
+
+
 @pytest.fixture(scope="module")
 def baseline(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., FinishedTraining]:
     """Trains the baseline with the required hyperparameters of a case, each combination at most once."""
@@ -218,17 +255,23 @@ def test_unavailable_flash_attention_is_rejected(train: Train) -> None:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "fractions"),
+    ("schedule", "parameters", "fractions"),
     [  # fractions of the peak in four steps, two of them warmup
-        ("linear", [0, 1 / 2, 1, 1 / 2]),
-        ("cosine", [0, 1 / 2, 1, (1 + math.cos(math.pi / 2)) / 2]),
-        ("constant", [1, 1, 1, 1]),
-        ("constant_with_warmup", [0, 1 / 2, 1, 1]),
-        ("inverse_sqrt", [0, 1 / 2, 1, math.sqrt(2 / 3)]),
+        ("linear", {}, [0, 1 / 2, 1, 1 / 2]),
+        ("cosine", {}, [0, 1 / 2, 1, (1 + math.cos(math.pi / 2)) / 2]),
+        ("cosine_with_min_lr", {"min_lr_rate": 0.1}, [0, 1 / 2, 1, 0.55]),
+        ("cosine_with_min_lr", {"min_lr": 3e-4}, [0, 1 / 2, 1, 0.55]),
+        ("cosine_with_restarts", {"num_cycles": 2}, [0, 1 / 2, 1, 1]),
+        ("polynomial", {"power": 2, "lr_end": 0}, [0, 1 / 2, 1, 1 / 4]),
+        ("constant", {}, [1, 1, 1, 1]),
+        ("constant_with_warmup", {}, [0, 1 / 2, 1, 1]),
+        ("inverse_sqrt", {}, [0, 1 / 2, 1, math.sqrt(2 / 3)]),
+        ("inverse_sqrt", {"timescale": 1}, [0, 1 / 2, 1, math.sqrt(1 / 2)]),
+        ("warmup_stable_decay", {"num_decay_steps": 2}, [0, 1 / 2, 1, 1 / 2]),
     ],
 )
-def test_schedule_matches_its_name(train: Train, schedule: str, fractions: list[float]) -> None:
-    trained = train(learning_rate=3e-3, lr_scheduler_type=schedule, warmup_ratio=0.5, max_steps=4)
+def test_schedule_matches_its_name(train: Train, schedule: str, parameters: dict[str, float], fractions: list[float]) -> None:
+    trained = train(learning_rate=3e-3, lr_scheduler_type=schedule, lr_scheduler_kwargs=parameters, warmup_ratio=0.5, max_steps=4)
     assert learning_rates(trained) == pytest.approx([3e-3 * fraction for fraction in fractions])
 
 
@@ -370,7 +413,7 @@ def recompute_eval_loss(model: Any, tokenizer: Any) -> float:
     from jobs.llm.data.tokenize import IGNORE_INDEX, tokenize_split
 
     total, count = 0.0, 0
-    for row in tokenize_split(iter(messages(5, first=100)), "messages", tokenizer, 128).rows:
+    for row in tokenize_split(iter(messages(5, first=100)), "messages", make_row_tokenizer(tokenizer), 128).rows:
         labeled = sum(label != IGNORE_INDEX for label in row.labels[1:])
         with torch.no_grad():
             loss = model.eval()(input_ids=torch.tensor([row.input_ids]), labels=torch.tensor([row.labels])).loss
@@ -464,13 +507,15 @@ def test_nan_eval_loss_is_null_with_reason(store: Path, base: Path, tokenizer: A
 
     from jobs.llm.data.tokenize import tokenize_split
     from jobs.llm.loss import evaluate_likelihood
+    from jobs.llm.turn_ends import TurnEnds
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.nn.init.constant_(model.model.norm.weight, math.nan)
-    rows = tokenize_split(iter(messages(2)), "messages", tokenizer, 128).rows
-    metrics = evaluate_likelihood(model, rows, 0, make_spec(store).training_config)
-    assert (metrics.eval_loss, metrics.perplexity) == (None, None)
-    assert metrics.notes.keys() == {"eval_loss", "perplexity"}
+    rows = tokenize_split(iter(messages(2)), "messages", make_row_tokenizer(tokenizer), 128).rows
+    turn_ends = TurnEnds([tokenizer.eos_token_id], tokenizer)
+    metrics = evaluate_likelihood(model, rows, 0, make_spec(store).training_config, turn_ends)
+    assert (metrics.eval_loss, metrics.perplexity, metrics.content_perplexity) == (None, None, None)
+    assert metrics.notes.keys() == {"eval_loss", "perplexity", "content_perplexity"}
 
 
 def test_decisions_are_logged_with_reasons(train: Train) -> None:

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 
-from jobs.llm.data.tokenize import IGNORE_INDEX, TokenizedExample, tokenize_split
+from jobs.llm.chat_format import ChatFormat
+from jobs.llm.data.tokenize import IGNORE_INDEX, RowTokenizer, TokenizedExample, tokenize_split
 from jobs.runtime.errors import JobFailed
+from tests.jobs.conftest import make_row_tokenizer
 
+RAW = ChatFormat("raw", "raw", None, None, (), (), turn_tokens_are_trained=True)
 TURNS = [
     {"role": "user", "content": "what does open do"},
     {"role": "assistant", "content": "it returns a file"},
@@ -18,7 +21,7 @@ TURNS = [
 
 
 def tokenize_row(row: dict[str, Any], dataset_type: Any, tokenizer: Any, max_length: int = 1000) -> TokenizedExample:
-    return tokenize_split(iter([row]), dataset_type, tokenizer, max_length).rows[0]
+    return tokenize_split(iter([row]), dataset_type, make_row_tokenizer(tokenizer), max_length).rows[0]
 
 
 def decode_labels(row: TokenizedExample, tokenizer: Any) -> str:
@@ -43,7 +46,8 @@ def test_labels_match_training_template_assistant_mask(tokenizer: Any, turns: li
 
 
 def test_completion_and_eos_are_labeled(tokenizer: Any) -> None:
-    row = tokenize_row({"prompt": "what does open do?", "completion": " it returns"}, "prompt_completion", tokenizer)
+    raw = RowTokenizer(tokenizer, RAW)
+    row = raw.tokenize({"prompt": "what does open do?", "completion": " it returns"}, "prompt_completion")
     assert decode_labels(row, tokenizer) == " it returns<eos>"
     assert row.input_ids[0] == tokenizer.bos_token_id
     assert tokenizer.decode(row.input_ids) == "<bos>what does open do? it returns<eos>"
@@ -73,14 +77,14 @@ def test_long_rows_are_truncated_or_dropped_and_counted(tokenizer: Any) -> None:
     full = tokenize_row({"messages": TURNS[:2]}, "messages", tokenizer)
     rows = [{"messages": TURNS[:2]}, {"messages": [{"role": "user", "content": "x " * 40}, TURNS[1]]}]
     length = len(full.input_ids) - 2
-    split = tokenize_split(iter(rows), "messages", tokenizer, length)
+    split = tokenize_split(iter(rows), "messages", make_row_tokenizer(tokenizer), length)
     assert (split.truncated, split.dropped) == (2, 1)
     assert split.rows[0].input_ids == full.input_ids[:length]
     assert split.rows[0].labels == full.labels[:length]
 
 
 def test_conversation_without_answer_is_dropped(tokenizer: Any) -> None:
-    split = tokenize_split(iter([{"messages": TURNS[:1]}]), "messages", tokenizer, 100)
+    split = tokenize_split(iter([{"messages": TURNS[:1]}]), "messages", make_row_tokenizer(tokenizer), 100)
     assert (split.rows, split.dropped) == ([], 1)
 
 
@@ -91,7 +95,8 @@ THINKING_TEMPLATE = (  # as Qwen 3's: only the last turn keeps its reasoning
 )
 EOS_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if not add_generation_prompt %}<eos>{% endif %}"
 NO_SYSTEM_TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{% endfor %}"
+    "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}<end_of_turn>\n"
+    "{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{% endfor %}"
 )
 
 

@@ -21,7 +21,7 @@ from jobs.llm.data.images import (
     load_vision_input_config,
     tokenize_split_with_images,
 )
-from jobs.llm.data.tokenize import IGNORE_INDEX, set_default_chat_template
+from jobs.llm.data.tokenize import IGNORE_INDEX
 from jobs.llm.evaluation.generation import generate_batch
 from jobs.llm.evaluation.prompts import make_eval_prompts
 from jobs.llm.hardware import DeviceConfig
@@ -29,10 +29,20 @@ from jobs.llm.loss import compute_labeled_logits, evaluate_likelihood
 from jobs.llm.model import load_base, set_eos_tokens
 from jobs.llm.trained_model import TrainedModel
 from jobs.llm.trainers.vision import Collator, ImageFeatures, freeze_vision_tower, group_by_length
+from jobs.llm.turn_ends import TurnEnds
 from jobs.runtime.errors import JobFailed
 from schema.events import SamplesGenerated
 from schema.training import SftConfig
-from tests.jobs.conftest import BASE, EventRecorder, FinishedTraining, make_context, make_spec, messages
+from tests.jobs.conftest import (
+    BASE,
+    EventRecorder,
+    FinishedTraining,
+    make_chat_format,
+    make_context,
+    make_row_tokenizer,
+    make_spec,
+    messages,
+)
 from tests.jobs.test_continuation import TrainingRun, assert_runs_identical
 from tests.jobs.test_oom import LimitedMemory, losses
 from tests.tiny_gemma_vision import IMAGE_SIZE, TOKENS_PER_IMAGE, build_tiny_gemma_vision
@@ -57,7 +67,7 @@ def tokenizer(vision_base: Path) -> Any:
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(vision_base)
-    set_default_chat_template(loaded)
+    make_chat_format(loaded)
     return loaded
 
 
@@ -104,7 +114,9 @@ TokenizeRows = Callable[..., TokenizedImageSplit]
 @pytest.fixture
 def tokenize_rows(tmp_path: Path, tokenizer: Any, vision_input: VisionInputConfig) -> TokenizeRows:
     def run(*rows: dict[str, Any], max_length: int = 512, dataset_type: Any = "messages") -> TokenizedImageSplit:
-        return tokenize_split_with_images(write_rows(tmp_path, *rows), dataset_type, tokenizer, vision_input, max_length)
+        return tokenize_split_with_images(
+            write_rows(tmp_path, *rows), dataset_type, make_row_tokenizer(tokenizer), vision_input, max_length
+        )
 
     return run
 
@@ -215,10 +227,10 @@ def get_failure(call: Callable[[], object]) -> Any:
 
 
 @pytest.mark.parametrize("text", ["what is <start_of_image>", "what is <image_soft_token>"])
-def test_text_with_image_token_is_rejected_naming_row(tokenize_rows: TokenizeRows, text: str) -> None:
-    failure = get_failure(lambda: tokenize_rows(*make_square_rows(2), make_chat_row([image_part(), text_part(text)], "it")))
-    assert failure.code == "invalid_data"
-    assert "row 3 of train" in failure.message
+def test_image_token_in_text_stays_text(tokenize_rows: TokenizeRows, tokenizer: Any, vision_input: VisionInputConfig, text: str) -> None:
+    (row,) = tokenize_rows(make_chat_row([image_part(), text_part(text)], "it")).rows
+    assert row.input_ids.count(vision_input.soft_token_id) == TOKENS_PER_IMAGE
+    assert tokenizer.decode(row.input_ids).count(text) == 1
 
 
 def test_template_without_image_support_is_rejected(tmp_path: Path, vision_base: Path, vision_input: VisionInputConfig) -> None:
@@ -227,7 +239,9 @@ def test_template_without_image_support_is_rejected(tmp_path: Path, vision_base:
     tokenizer = AutoTokenizer.from_pretrained(vision_base)
     tokenizer.chat_template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     failure = get_failure(
-        lambda: tokenize_split_with_images(write_rows(tmp_path, *make_square_rows(2)), "messages", tokenizer, vision_input, 512)
+        lambda: tokenize_split_with_images(
+            write_rows(tmp_path, *make_square_rows(2)), "messages", make_row_tokenizer(tokenizer), vision_input, 512
+        )
     )
     assert failure.code == "invalid_config"
     assert "chat template" in failure.message
@@ -345,6 +359,7 @@ def test_model_learns_to_name_colors(trained_on_squares: FinishedTraining) -> No
     assert after is not None
     assert (before.values["exact_match"], after.values["exact_match"]) == (0.0, 1.0)
     assert (after.perplexity or math.inf) < (before.perplexity or 0.0) / 10
+    assert (after.content_perplexity or math.inf) < (before.content_perplexity or 0.0) / 10
     assert after.eval_rows == 8
 
 
@@ -355,7 +370,7 @@ def trained_model(trained_on_squares: FinishedTraining, tokenizer: Any) -> Any:
     from transformers import AutoModelForImageTextToText
 
     base = AutoModelForImageTextToText.from_pretrained(trained_on_squares.model.base_folder, dtype="float32")
-    set_eos_tokens(base, tokenizer)
+    set_eos_tokens(base, make_chat_format(tokenizer).stop_token_ids)
     return PeftModel.from_pretrained(base, trained_on_squares.model.folder).eval()
 
 
@@ -389,8 +404,9 @@ def test_answer_depends_on_image_only(
         "it is red",
     ] * 4
     config = trained_on_squares.context.spec.training_config
+    turn_ends = TurnEnds([tokenizer.eos_token_id], tokenizer)
     matching_loss, swapped_loss = (
-        evaluate_likelihood(trained_model, examples, 0, config, collate_fn=Collator(0, vision_input)).eval_loss
+        evaluate_likelihood(trained_model, examples, 0, config, turn_ends, collate_fn=Collator(0, vision_input)).eval_loss
         for examples in (rows, swapped)
     )
     assert (matching_loss or math.inf) < (swapped_loss or 0.0) - 0.5  # nats

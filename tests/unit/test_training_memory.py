@@ -62,7 +62,7 @@ def test_default_coefficients_are_not_below_those_of_dense_architectures_without
         (LORA, replace(LORA, batch=BatchShape(2, 100, 200))),
         (replace(LORA, trainer_type="dpo"), LORA),
         (replace(LORA, trainer_type="orpo"), replace(LORA, trainer_type="dpo")),
-        (replace(LORA, method="Full"), replace(LORA, method="Full", optimizer="adamw_bnb_8bit")),
+        (replace(LORA, method="Full"), replace(LORA, method="Full", optimizer="adamw_8bit")),
         (replace(LORA, method="Full", trainer_type="dpo"), replace(LORA, method="Full", trainer_type="reward")),
         (replace(LORA, train_vision_tower=True), LORA),
         (replace(LORA, computes_bf16=False), LORA),

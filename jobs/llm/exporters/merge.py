@@ -120,7 +120,7 @@ def merge_model(merge_spec: MergeSpec) -> MergedModel:
     copy_tokenizer(trained.folder, folder)
     copy_license(trained.base_folder, folder)
     if merge_spec.model_kind != "score":
-        set_generation_eos(folder, merge_spec.tokenizer)
+        set_generation_eos(folder, trained.chat_format.stop_token_ids)
     merge_spec.context.check_stop()
     return MergedModel(folder, _verify_merged(merge_spec, folder, baseline))
 

@@ -3,16 +3,14 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.llm.base_files import CONFIGS, clean_config
-from jobs.llm.data.tokenize import END_OF_TURN
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
 
 Precision = Literal["f32", "f16", "bf16"]  # llama.cpp's names
 
@@ -82,13 +80,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def set_generation_eos(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Add the end-of-turn token to generation_config.json: a base model's config has only the end of a text."""
+def set_generation_eos(folder: Path, stop_token_ids: Sequence[int]) -> None:
+    """Add the tokens that end an answer to generation_config.json: a base model's config has only the end of a text."""
     path = folder / "generation_config.json"
     config = json.loads(path.read_text()) if path.is_file() else {}
     existing = config.get("eos_token_id")
-    end_of_turn = tokenizer.get_vocab().get(END_OF_TURN)
-    eos_ids = [*(existing if isinstance(existing, list) else [existing]), tokenizer.eos_token_id, end_of_turn]
+    eos_ids = [*(existing if isinstance(existing, list) else [existing]), *stop_token_ids]
     write_json(path, config | {"eos_token_id": list(dict.fromkeys(token for token in eos_ids if token is not None))})
 
 

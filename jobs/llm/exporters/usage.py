@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.llm.chat_templates import TEMPLATE_ERRORS
-from jobs.llm.data.tokenize import END_OF_TURN
 from jobs.llm.exporters.model_files import FIDELITY_FILE, write_json
 from jobs.llm.exporters.verify import ExportedFile
 from jobs.llm.llama_cpp import find_program
@@ -76,7 +75,7 @@ def make_modelfile(name: str, tokenizer: "PreTrainedTokenizerBase", adapter: str
     if adapter:
         lines.append(f"ADAPTER ./{adapter}")
     if uses_gemma_template(tokenizer):
-        lines += [f'TEMPLATE """{GEMMA_TEMPLATE}"""', f'PARAMETER stop "{END_OF_TURN}"', *(f"PARAMETER {line}" for line in GEMMA_SAMPLING)]
+        lines += [f'TEMPLATE """{GEMMA_TEMPLATE}"""', 'PARAMETER stop "<end_of_turn>"', *(f"PARAMETER {line}" for line in GEMMA_SAMPLING)]
     elif tokenizer.chat_template is None:
         lines.append('TEMPLATE "{{ .Prompt }}"')
     else:

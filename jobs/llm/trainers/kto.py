@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.llm.data.cache import load_or_tokenize_unpaired
+from jobs.llm.data.mixing import load_mixed
 from jobs.llm.data.preference import UnpairedExample
 from jobs.llm.data.splits import check_splits, untrained_special_tokens
 from jobs.llm.data.tokenize import TokenizedExample
@@ -37,6 +38,7 @@ from jobs.llm.preference import (
 from jobs.llm.trained_model import TrainedModel
 from jobs.llm.training_context import LossReduction, TrainingContext, prepare_training
 from jobs.llm.training_loop import run_training
+from jobs.llm.turn_ends import get_turn_ends
 from jobs.runtime.training_control import TrainingControl
 from schema.estimate.llm_memory import LongestRows, find_longest_rows
 from schema.job import EvalMetrics
@@ -54,7 +56,7 @@ def train(config: KtoConfig, context: "JobContext") -> TrainedModel:
     """Train as configured, or resume an earlier attempt. Raises JobFailed and Stopped."""
     validate_dataset_type(config, context)
     training = prepare_training(config, context)
-    splits = load_or_tokenize_unpaired(training, context.spec.dataset.dataset_type)
+    splits = load_mixed(training, lambda source: load_or_tokenize_unpaired(source, source.dataset.dataset_type))
     train_rows, held_out = check_splits(training, splits)
     good_count = sum(row.is_good for row in train_rows)
     hyperparameters = config.hyperparameters
@@ -186,10 +188,11 @@ class KtoTask:
             metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
         good_rows = self.held_out_examples
         if good_rows:
-            likelihood = evaluate_likelihood(trainer.model, good_rows, self.training.pad_id, self.config, check_stop)
+            turn_ends = get_turn_ends(self.training)
+            likelihood = evaluate_likelihood(trainer.model, good_rows, self.training.pad_id, self.config, turn_ends, check_stop)
         else:
             note = "no held-out row is good"
-            likelihood = EvalMetrics(notes={"perplexity": note, "accuracy": note})
+            likelihood = EvalMetrics(notes={"perplexity": note, "content_perplexity": note, "accuracy": note})
         return preference_metrics(metrics, likelihood.model_copy(update={"eval_rows": len(self.held_out)}), started_at)
 
     def _collate(self, rows: Sequence[KtoExample]) -> dict[str, Any]:

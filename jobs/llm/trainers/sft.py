@@ -7,8 +7,8 @@
 `vision.py` trains on rows with images.
 """
 
-from bisect import bisect_left, insort
-from collections.abc import Callable, MutableMapping, Sequence
+import json
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from heapq import nlargest
@@ -16,14 +16,18 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.llm.data.blocks import RowBlocks, count_block_tokens, make_single_blocks, pack_rows
 from jobs.llm.data.cache import load_or_tokenize_split
+from jobs.llm.data.mixing import load_mixed
 from jobs.llm.data.splits import check_splits, untrained_special_tokens
 from jobs.llm.data.tokenize import TokenizedExample
 from jobs.llm.loss import ChunkedLmHeadLoss, collate, evaluate_likelihood
 from jobs.llm.model import add_adapter, load_base, lora_config
+from jobs.llm.packing import MEASURED_MODEL_TYPES, find_packing_problem, require_packable, require_separate_rows
 from jobs.llm.trained_model import TrainedModel
 from jobs.llm.training_context import LossReduction, TrainingContext, prepare_training
 from jobs.llm.training_loop import run_training
+from jobs.llm.turn_ends import get_turn_ends
 from jobs.runtime.training_control import TrainingControl
 from schema.estimate.llm_memory import LongestRows, find_longest_rows
 from schema.job import EvalMetrics
@@ -41,13 +45,22 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
 
         return train_vision(config, context)
     training = prepare_training(config, context)
-    splits = load_or_tokenize_split(training, context.spec.dataset.dataset_type)
+    if config.hyperparameters.packing:
+        require_packable(training.base_folder, config.base_model_id)
+    splits = load_mixed(training, lambda source: load_or_tokenize_split(source, source.dataset.dataset_type))
     train_rows, held_out = check_splits(training, splits)
     hyperparameters = config.hyperparameters
-    blocks = pack_examples(train_rows, hyperparameters.max_seq_length) if hyperparameters.packing else [[row] for row in train_rows]
-    concatenates = concatenates_rows(hyperparameters, on_gpu=training.device_config.on_gpu, packing_is_safe=False)
+    blocks = pack_rows(train_rows, hyperparameters.max_seq_length) if hyperparameters.packing else make_single_blocks(train_rows)
+    is_safe = is_packing_measured(json.loads((training.base_folder / "config.json").read_text()))
+    concatenates = concatenates_rows(hyperparameters, on_gpu=training.device_config.on_gpu, packing_is_safe=is_safe)
     task = SftTask(training, train_rows, held_out, blocks, untrained_special_tokens(training, train_rows), concatenates)
     return run_training(task, training)
+
+
+def is_packing_measured(model_config: Mapping[str, Any]) -> bool:
+    """Whether rows of a base with this config.json were measured not to see each other in one sequence."""
+    model_type = (model_config.get("text_config") or model_config).get("model_type")
+    return model_type in MEASURED_MODEL_TYPES and find_packing_problem(model_config) is None
 
 
 def concatenates_rows(hyperparameters: SftHyperparameters, *, on_gpu: bool, packing_is_safe: bool) -> bool:
@@ -65,9 +78,9 @@ class SftTask:
     """Rows to learn, and the likelihood of held-out rows."""
 
     training: TrainingContext
-    train_examples: list[TokenizedExample]
-    held_out_examples: list[TokenizedExample]
-    blocks: list[list[TokenizedExample]]  # the training rows as the model sees them: one by one, or packed
+    train_examples: Sequence[TokenizedExample]
+    held_out_examples: Sequence[TokenizedExample]
+    blocks: RowBlocks  # the training rows as the model sees them: one by one, or packed
     trainable_token_ids: list[int]
     concatenates_rows: bool = False  # the rows of a batch become one sequence, without padding
 
@@ -76,8 +89,9 @@ class SftTask:
         return len(self.blocks)
 
     def find_longest_rows(self, count: int) -> LongestRows:
-        longest = nlargest(count, self.blocks, key=count_tokens)  # counting the labels of all rows would take long
-        rows = ((count_tokens(block), sum(row.label_count for row in block)) for block in longest)
+        tokens = count_block_tokens(self.blocks)
+        longest = nlargest(count, range(len(tokens)), key=lambda n: tokens[n])  # counting the labels of all rows would take long
+        rows = ((tokens[n], sum(row.label_count for row in self.blocks[n])) for n in longest)
         return replace(find_longest_rows(rows, count), concatenated=self.concatenates_rows)
 
     @property
@@ -102,6 +116,8 @@ class SftTask:
     def build_model(self, weights: Path) -> Any:
         config = self.training.config
         model = load_base(config, self.training.device_config, weights)
+        if config.hyperparameters.packing:
+            require_separate_rows(model, config.base_model_id)
         if not self.training.trains_adapter:
             return model
         return add_adapter(model, config, lora_config(config, model, trainable_token_ids=self.trainable_token_ids))
@@ -140,24 +156,7 @@ class SftTask:
         return int(inputs["non_padding_tokens"])
 
     def evaluate(self, trainer: Any, check_stop: Callable[[], None]) -> EvalMetrics:
-        return evaluate_likelihood(trainer.model, self.held_out_examples, self.training.pad_id, self.training.config, check_stop)
-
-
-def count_tokens(block: Sequence[TokenizedExample]) -> int:
-    """The tokens of the rows of a block."""
-    return sum(len(row.input_ids) for row in block)
-
-
-def pack_examples(rows: Sequence[TokenizedExample], max_length: int) -> list[list[TokenizedExample]]:
-    """Pack rows into blocks of at most `max_length` tokens: best fit, longest row first."""
-    free: list[tuple[int, int]] = []  # (tokens left, block index), ascending
-    blocks: list[list[TokenizedExample]] = []
-    for row in sorted(rows, key=lambda row: -len(row.input_ids)):
-        size = len(row.input_ids)
-        best = bisect_left(free, (size, -1))
-        left, block = free.pop(best) if best < len(free) else (max_length, len(blocks))
-        if block == len(blocks):
-            blocks.append([])
-        blocks[block].append(row)
-        insort(free, (left - size, block))
-    return blocks
+        training = self.training
+        return evaluate_likelihood(
+            trainer.model, self.held_out_examples, training.pad_id, training.config, get_turn_ends(training), check_stop
+        )

@@ -6,6 +6,7 @@ from schema.estimate.llm_models import find_known_shape
 from schema.training import LlmTrainingConfig
 from service.core.errors import Unsupported
 from service.core.ports import Profile
+from service.core.validation.llm_optimizers import check_optimizer
 
 MIN_FLASH_ATTENTION_CAPABILITY = 8.0  # Ampere
 
@@ -31,6 +32,7 @@ def check_support(config: LlmTrainingConfig, capabilities: FamilyCapabilities, p
     if config.hyperparameters.use_fa2 and not has_flash_attention(capabilities, profile):
         message = f"use_fa2 needs FlashAttention 2 and an Ampere or newer GPU; {profile.name} is {profile.device_name}"
         raise _unsupported("hyperparameters.use_fa2", message, capabilities, profile)
+    check_optimizer(config, profile)
     check_memory(config, capabilities, profile)
 
 
@@ -47,6 +49,7 @@ def check_memory(config: LlmTrainingConfig, capabilities: FamilyCapabilities, pr
         hyperparameters.batch_size,
         hyperparameters.max_seq_length,
         lora_rank=hyperparameters.lora_rank,
+        optimizer=hyperparameters.optim,
         on_gpu=on_gpu,
     )
     can_shard = config.trainer_type_name() == "sft" and config.modality == "text" and config.method != "QLoRA"
