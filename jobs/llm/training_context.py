@@ -25,6 +25,7 @@ from jobs.llm.remote_code import forbid_remote_code
 from jobs.runtime.errors import JobFailed
 from jobs.runtime.training_control import TrainingControl
 from schema.dataset import Dataset
+from schema.estimate.llm_memory import LongestRows
 from schema.job import EvalMetrics
 from schema.training import SftConfig, TrainingConfig
 
@@ -90,6 +91,10 @@ class TrainingTask(Protocol):
     @property
     def held_out_examples(self) -> Sequence[TokenizedExample]:
         """Held-out rows as tokens: the source of evaluation prompts, and of the texts on which exported files are compared."""
+        ...
+
+    def find_longest_rows(self, count: int) -> LongestRows:
+        """The longest `count` training rows, which decide how much memory a batch takes."""
         ...
 
     @property
@@ -161,7 +166,7 @@ def prepare_training(config: TrainingConfig, context: "JobContext") -> TrainingC
     chat_format = decide_chat_format(tokenizer, config, context, sources)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    device_config = detect_device(config, context, base_folder)
+    device_config = detect_device(config, context)
     return TrainingContext(config, context, base_folder, sources[0].splits, tokenizer, chat_format, device_config, checkpoint, sources)
 
 

@@ -38,6 +38,7 @@ from jobs.runtime.errors import JobFailed
 from jobs.runtime.save_policy import TrainingControlState
 from jobs.runtime.training_control import TrainingControl
 from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
+from schema.estimate.llm_memory import LongestRows, find_longest_rows
 from schema.events import SamplesGenerated
 from schema.job import EvalMetrics
 from schema.training import GrpoConfig
@@ -164,6 +165,10 @@ class GrpoTask:
         completions = self.held_out_completions or [""] * len(self.held_out)
         tokenizer = self.training.tokenizer
         return [row.tokens_with_completion(completion, tokenizer) for row, completion in zip(self.held_out, completions, strict=True)]
+
+    def find_longest_rows(self, count: int) -> LongestRows:
+        completion = self.config.hyperparameters.max_completion_length
+        return find_longest_rows(((len(row.prompt_ids) + completion, completion) for row in self.train_prompts), count)
 
     @property
     def has_held_out_rows(self) -> bool:

@@ -38,6 +38,7 @@ from jobs.llm.training_loop import run_training
 from jobs.llm.turn_ends import get_turn_ends
 from jobs.runtime.batch_config import BatchConfig
 from jobs.runtime.training_control import TrainingControl
+from schema.estimate.llm_memory import LongestRows, find_longest_rows
 from schema.job import EvalMetrics
 from schema.training import SftConfig
 
@@ -129,6 +130,10 @@ class VisionTask:
     @property
     def examples_per_epoch(self) -> int:
         return len(self.rows)
+
+    def find_longest_rows(self, count: int) -> LongestRows:
+        rows = find_longest_rows(((len(row.input_ids), row.label_count) for row in self.rows), count)
+        return replace(rows, keeps_logits=True)
 
     @property
     def has_held_out_rows(self) -> bool:
