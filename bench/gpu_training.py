@@ -243,13 +243,6 @@ def tokens_per_second(run: TrainingRecord, warmup_steps: int) -> float:
     return run.tokens * (run.steps - warmup_steps) / run.steps / seconds
 
 
-def has_learned(run: TrainingRecord) -> bool:
-    """Whether every step had a gradient and the loss fell, from the first quarter of the steps to the last."""
-    quarter = max(1, len(run.losses) // 4)
-    has_gradients = bool(run.grad_norms) and min(run.grad_norms) > 0
-    return has_gradients and statistics.mean(run.losses[-quarter:]) < statistics.mean(run.losses[:quarter])
-
-
 def _make_base_and_rows(size: str, setting: Setting, budget: Budget, folder: Path) -> str:
     """Make a base and its rows; returns why that failed, or nothing."""
     if budget.left_s <= 0:
@@ -290,7 +283,7 @@ def _train(results: Sequence[Result], setting: Setting, script: TrainerScript, b
                 result.problem = problem
                 break
             record = TrainingRecord.read(written)
-            if has_learned(record):
+            if record.has_learned:
                 result.runs.append(record)
             else:
                 result.problem = f"failed: it learned nothing; losses {record.losses}, gradient norms {record.grad_norms}"

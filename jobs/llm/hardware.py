@@ -103,7 +103,7 @@ def get_training_shape(config: TrainingConfig) -> llm.TrainingShape:
         method=config.method,
         batch_size=hyperparameters.batch_size,
         max_seq_length=hyperparameters.max_seq_length,
-        gradient_accumulation_steps=hyperparameters.gradient_accumulation_steps,
+        gradient_accumulation_steps=hyperparameters.accumulation_steps,
         train_vision_tower=getattr(hyperparameters, "train_vision_tower", False),  # only SFT has the field
     )
 

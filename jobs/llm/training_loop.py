@@ -123,7 +123,7 @@ def _load_checkpoint_for_export(task: TrainingTask, training: TrainingContext) -
 def _train_with_oom_retry(task: TrainingTask, training: TrainingContext) -> TrainingOutcome:
     """Train. When memory runs out, reduce the batch size and resume; when several processes cannot start, train in one."""
     context, hyperparameters = training.context, training.config.hyperparameters
-    requested = BatchConfig(hyperparameters.batch_size, hyperparameters.gradient_accumulation_steps)
+    requested = BatchConfig(hyperparameters.batch_size, hyperparameters.accumulation_steps)
     total_steps = _total_steps(task, training)
     torch_compile = choose_torch_compile(training.config, context, training.device_config, training.base_folder, total_steps)
     training = replace(training, device_config=replace(training.device_config, torch_compile=torch_compile))
@@ -166,7 +166,7 @@ def _total_steps(task: TrainingTask, training: TrainingContext) -> int:
     hyperparameters = training.config.hyperparameters
     if hyperparameters.max_steps > 0:
         return hyperparameters.max_steps
-    rows_per_step = hyperparameters.batch_size * hyperparameters.gradient_accumulation_steps
+    rows_per_step = hyperparameters.batch_size * hyperparameters.accumulation_steps
     return hyperparameters.epochs * math.ceil(task.examples_per_epoch / rows_per_step)
 
 

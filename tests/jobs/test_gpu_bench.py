@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu_training import Budget, detect_setting, has_learned, main, tokens_per_second
+from bench.gpu_training import Budget, detect_setting, main, tokens_per_second
 from bench.peers_training.plan import TrainingRecord
 
 TUNESMITH_ROWS = ("Tunesmith, defaults", "Tunesmith, packed")
@@ -80,7 +80,7 @@ def test_speed_counts_the_tokens_of_measured_steps() -> None:
     [([3.0, 2.9, 2.5, 2.0], [1.0] * 4, True), ([2.0, 2.9, 2.5, 2.0], [1.0] * 4, False), ([3.0, 2.0], [1.0, 0.0], False), ([], [], False)],
 )
 def test_training_counts_only_if_it_learned(losses: list[float], grad_norms: list[float], learned: bool) -> None:
-    assert has_learned(TrainingRecord(losses=losses, grad_norms=grad_norms)) is learned
+    assert TrainingRecord(losses=losses, grad_norms=grad_norms).has_learned is learned
 
 
 def test_without_gpu_the_benchmark_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

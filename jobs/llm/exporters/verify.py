@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.llm.chat_format import GEMMA_TURN_TOKENS
 from jobs.llm.evaluation.generation import make_printable
 from jobs.llm.exporters.log_probs import select_sample_prompt
 from jobs.llm.llama_cpp.evaluate import EvalRequest, EvalResponse
@@ -113,8 +112,8 @@ def make_fidelity(comparison: Comparison) -> Fidelity:
 
 def tokenizer_test_texts(examples: "Sequence[HeldOutExample]", tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """Texts that a file must split into exactly the tokens of the model's own tokenizer."""
-    vocabulary = tokenizer.get_vocab()
-    turns = [f"{token}user\nwhat is 1  +  1?{token}\n" for token in GEMMA_TURN_TOKENS if token in vocabulary]
+    template = str(tokenizer.chat_template or "")
+    turns = [f"{token}user\nwhat is 1  +  1?{token}\n" for token in tokenizer.all_special_tokens if token in template]
     held_out = [text for example in examples for text in (example.prompt_text, str(tokenizer.decode(list(example.input_ids))))]
     return [*TOKENIZER_EDGE_CASES, *turns, *held_out]
 

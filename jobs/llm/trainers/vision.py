@@ -17,8 +17,6 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.llm.chat_format import choose_chat_format
-from jobs.llm.chat_templates import check_chat_template
 from jobs.llm.data.images import (
     TokenizedImageExample,
     VisionInputConfig,
@@ -27,7 +25,8 @@ from jobs.llm.data.images import (
     load_vision_input_config,
     tokenize_split_with_images,
 )
-from jobs.llm.data.mixing import MixedRows, list_split_paths, load_mixed
+from jobs.llm.data.mixing import MixedRows, load_mixed
+from jobs.llm.data.sources import list_split_paths
 from jobs.llm.data.splits import check_splits, untrained_special_tokens
 from jobs.llm.data.tokenize import TokenizedExample
 from jobs.llm.evaluation.generation import Features
@@ -35,7 +34,7 @@ from jobs.llm.evaluation.prompts import EvalPrompt, make_eval_prompts
 from jobs.llm.loss import collate, compute_labeled_logits, evaluate_likelihood
 from jobs.llm.model import VISION_MODULES_PATTERN, add_adapter, load_base, lora_config
 from jobs.llm.trained_model import TrainedModel
-from jobs.llm.training_context import LossReduction, TrainingContext, prepare_training
+from jobs.llm.training_context import LossReduction, TrainingContext, decide_chat_format, prepare_training
 from jobs.llm.training_loop import run_training
 from jobs.llm.turn_ends import get_turn_ends
 from jobs.runtime.batch_config import BatchConfig
@@ -60,8 +59,9 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
     vision_input = load_vision_input_config(training.base_folder, config.base_model_id)
     if training.chat_format.source == "neutral" and vision_input.chat_template:  # the base keeps it with its image processor
         training.tokenizer.chat_template = vision_input.chat_template
-        training = replace(training, chat_format=choose_chat_format(training.tokenizer, config))
-        check_chat_template(training.tokenizer, config.base_model_id, list_split_paths(training.sources), context.workdir / "data")
+        training = replace(
+            training, chat_format=decide_chat_format(training.tokenizer, config, context, list_split_paths(training.sources))
+        )
     dataset_type, max_length = context.spec.dataset.dataset_type, config.hyperparameters.max_seq_length
 
     def load_rows(source: TrainingContext) -> dict[str, MixedRows[RowWithText]]:
@@ -123,9 +123,9 @@ class VisionTask:
     training: TrainingContext
     config: SftConfig
     collator: Collator
-    rows: list[TokenizedImageExample]
+    rows: Sequence[TokenizedImageExample]
     train_examples: list[TokenizedExample]  # the same rows without their images
-    held_out: list[TokenizedImageExample]
+    held_out: Sequence[TokenizedImageExample]
     held_out_examples: list[TokenizedExample]
     trainable_token_ids: list[int]
 
