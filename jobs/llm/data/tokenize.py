@@ -7,8 +7,9 @@ text               labels on the whole text and the EOS token
 
 import json
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,11 @@ class TokenizedExample:
         """Whether there is something to learn. The first token does not count: no token predicts it."""
         return any(label != IGNORE_INDEX for label in self.labels[1:])
 
+    @property
+    def label_count(self) -> int:
+        """The number of tokens to learn."""
+        return sum(label != IGNORE_INDEX for label in self.labels)
+
     def truncate(self, length: int) -> "TokenizedExample":
         """The row cut to at most `length` tokens."""
         return TokenizedExample(self.input_ids[:length], self.labels[:length], self.prompt_text, min(self.prompt_tokens, length))
@@ -50,7 +56,7 @@ class TokenizedExample:
 class TokenizedSplit:
     """The rows to learn from, and the numbers of truncated and dropped rows."""
 
-    rows: list[TokenizedExample] = field(default_factory=list)
+    rows: Sequence[TokenizedExample]
     truncated: int = 0  # rows longer than the maximum length
     dropped: int = 0  # rows without labels within the maximum length
 
@@ -66,16 +72,17 @@ def tokenize_split(
     rows: Iterable[dict[str, Any]], dataset_type: DatasetType, row_tokenizer: "RowTokenizer", max_length: int
 ) -> TokenizedSplit:
     """Tokens and labels of every row, cut to `max_length` tokens."""
-    split = TokenizedSplit()
+    kept: list[TokenizedExample] = []
+    truncated = dropped = 0
     for row in rows:
         tokens = row_tokenizer.tokenize(row, dataset_type)
-        split.truncated += len(tokens.input_ids) > max_length
+        truncated += len(tokens.input_ids) > max_length
         tokens = tokens.truncate(max_length)
         if tokens.has_labels:
-            split.rows.append(tokens)
+            kept.append(tokens)
         else:
-            split.dropped += 1
-    return split
+            dropped += 1
+    return TokenizedSplit(kept, truncated, dropped)
 
 
 @dataclass(frozen=True)
@@ -268,13 +275,9 @@ def _merge(spans: list[Span]) -> list[Span]:
 def _label(ids: list[int], offsets: Offsets, spans: list[Span]) -> list[int]:
     """The tokens that start inside a span, else IGNORE_INDEX."""
     labels = [IGNORE_INDEX] * len(ids)
-    position = 0
     for start, end in spans:
-        while position < len(ids) and offsets[position][0] < start:
-            position += 1
-        while position < len(ids) and offsets[position][0] < end:
-            labels[position] = ids[position]
-            position += 1
+        first, after = bisect_left(offsets, (start,)), bisect_left(offsets, (end,))
+        labels[first:after] = ids[first:after]
     return labels
 
 
