@@ -78,9 +78,9 @@ CASES = (
     Case("qwen3", "grpo", hyperparameters={"batch_size": 8, "num_generations": 4, "max_completion_length": 64}),
     Case(REAL_BASE, hyperparameters={"batch_size": 4}),
     Case(REAL_BASE, hyperparameters={"batch_size": 2, "packing": True, "lora_dropout": 0.05}),
-    Case(REAL_BASE, hyperparameters={"batch_size": 8, "gradient_checkpointing": True}),
-    Case(REAL_BASE, "dpo", hyperparameters={"batch_size": 1}),
-    Case(REAL_BASE, method="Full", hyperparameters={"batch_size": 1}),
+    Case(REAL_BASE, hyperparameters={"batch_size": 4, "gradient_checkpointing": True}, row_words=200),
+    Case(REAL_BASE, "dpo", hyperparameters={"batch_size": 1}, row_words=200),
+    Case(REAL_BASE, method="Full", hyperparameters={"batch_size": 1}, row_words=200),
 )
 
 
