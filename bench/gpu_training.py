@@ -243,13 +243,6 @@ def tokens_per_second(run: TrainingRecord, warmup_steps: int) -> float:
     return run.tokens * (run.steps - warmup_steps) / run.steps / seconds
 
 
-def has_learned(run: TrainingRecord) -> bool:
-    """Whether every step had a gradient and the loss fell, from the first quarter of the steps to the last."""
-    quarter = max(1, len(run.losses) // 4)
-    has_gradients = bool(run.grad_norms) and min(run.grad_norms) > 0
-    return has_gradients and statistics.mean(run.losses[-quarter:]) < statistics.mean(run.losses[:quarter])
-
-
 def _make_base_and_rows(size: str, setting: Setting, budget: Budget, folder: Path) -> str:
     """Make a base and its rows; returns why that failed, or nothing."""
     if budget.left_s <= 0:
@@ -279,22 +272,23 @@ def _train(results: Sequence[Result], setting: Setting, script: TrainerScript, b
     paths = [folder / f"{number}.json" for number in range(len(results))]
     for path, result in zip(paths, results, strict=True):
         replace(plan, flags=script.flags[result.trainer], output_folder=str(path.with_suffix(""))).write(path)
-    pending = list(zip(paths, results, strict=True))
+    pending = dict(zip(paths, results, strict=True))
     while pending:
-        command = [script.python, "-m", f"bench.peers_training.{script.script}", *(path for path, _ in pending)]
+        command = [script.python, "-m", f"bench.peers_training.{script.script}", *pending]
         problem = budget.run(command, results[0].size, script.script) if budget.left_s > 0 else budget.used_up
-        while pending:  # a training that failed also ended those after it, which are run again without it
-            path, result = pending.pop(0)
-            written = path.with_suffix(".record.json")
-            if not written.exists():
-                result.problem = problem
-                break
-            record = TrainingRecord.read(written)
-            if has_learned(record):
-                result.runs.append(record)
-            else:
-                result.problem = f"failed: it learned nothing; losses {record.losses}, gradient norms {record.grad_norms}"
+        finished = [path for path in pending if path.with_suffix(".record.json").exists()]
+        for path in finished:
+            _add_run(pending.pop(path), TrainingRecord.read(path.with_suffix(".record.json")))
+        if not finished:  # the first one failed; one that failed after others gets a process of its own
+            pending.pop(next(iter(pending))).problem = problem
     shutil.rmtree(folder)  # its files are as large as the base
+
+
+def _add_run(result: Result, record: TrainingRecord) -> None:
+    if record.has_learned:
+        result.runs.append(record)
+    else:
+        result.problem = f"failed: it learned nothing; losses {record.losses}, gradient norms {record.grad_norms}"
 
 
 def _summarize(result: Result, setting: Setting) -> None:

@@ -3,6 +3,7 @@
 import gc
 import json
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -59,6 +60,13 @@ class TrainingRecord:
     peak_rss_mb: float = 0.0
     loaded_rss_mb: float = 0.0  # before the first step
     adapter: str = ""
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether every logged step had a gradient and the loss fell, from the first quarter of them to the last."""
+        quarter = max(1, len(self.losses) // 4)
+        has_gradients = bool(self.grad_norms) and min(self.grad_norms) > 0
+        return has_gradients and statistics.fmean(self.losses[-quarter:]) < statistics.fmean(self.losses[:quarter])
 
     @classmethod
     def read(cls, path: Path) -> "TrainingRecord":

@@ -1,4 +1,4 @@
-"""Makes the base and the rows: `python -m bench.peers_training.rows FOLDER [--label-share 0.5] [--rows 160] [--real BASE]`.
+"""Makes the base and the rows: `python -m bench.peers_training.rows FOLDER [--label-share 0.5] [--rows 160] [--base FOLDER] [--file FILE]`.
 
 The small base is a Gemma 3 with random weights. As in the 270M, its head has three fifths of the parameters, so that a run takes seconds
 and the costs are distributed as in a real one. Row lengths are log-normal, like those of instruction data.
@@ -31,6 +31,7 @@ SHAPES = {
 MAX_ROW_WORDS = 350  # shorter than the length at which any trainer truncates
 MEDIAN_ROW_WORDS, ROW_LENGTH_SIGMA = 36, 0.85  # parameters of the log-normal lengths
 HELD_OUT_ROWS = 32
+HELD_OUT_SHARE = 0.25  # at most: of a file with few rows
 
 
 def main() -> None:
@@ -38,21 +39,28 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--label-share", type=float, default=0.5)
-    parser.add_argument("--rows", type=int, default=160)
+    parser.add_argument("--rows", type=int, default=160, help="at most; the held-out rows come in addition")
     parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--real", type=Path, help="use this base, with real questions and answers")
+    parser.add_argument("--base", type=Path, help="use this base, with real questions and answers")
+    parser.add_argument("--file", type=Path, help="use the rows of this JSONL file: `messages`, or `prompt` and `completion`")
     args = parser.parse_args()
     folder: Path = args.folder
     folder.mkdir(parents=True, exist_ok=True)
-    if args.real:
-        shutil.copytree(args.real, folder / "base")
+    if args.base:
+        shutil.copytree(args.base, folder / "base")
     else:
         make_base(folder / "base", args.shape)
     template = files("trl").joinpath("chat_templates/gemma3.jinja").read_text()
     (folder / "base/chat_template.jinja").write_text(template)
     count = args.rows + HELD_OUT_ROWS
-    rows = list(docstring_rows(count) if args.real else make_rows(count, args.label_share))
-    for name, split in (("train", rows[: args.rows]), ("held-out", rows[args.rows :])):
+    if args.file:
+        rows = list(read_rows(args.file))[:count]
+    else:
+        rows = list(docstring_rows(count) if args.base else make_rows(count, args.label_share))
+    held_out = min(HELD_OUT_ROWS, math.ceil(len(rows) * HELD_OUT_SHARE))
+    if len(rows) < 2:
+        raise SystemExit("at least two rows are needed: one to train on, one held out")
+    for name, split in (("train", rows[:-held_out]), ("held-out", rows[-held_out:])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in split))
 
 
@@ -95,6 +103,21 @@ def docstring_rows(count: int) -> Iterator[dict[str, Any]]:
     random.Random(42).shuffle(pairs)
     for question, answer in pairs[:count]:
         yield make_row(question, answer)
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file, in TRL's prompt-completion format; of a conversation, the last answer is the completion."""
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        row = json.loads(line)
+        match row:
+            case {"prompt": str(question), "completion": str(answer)}:
+                yield make_row(question, answer)
+            case {"prompt": list(prompt), "completion": list(completion)}:
+                yield {"prompt": prompt, "completion": completion}
+            case {"messages": [*prompt, {"role": "assistant"} as answer]} if prompt:
+                yield {"prompt": prompt, "completion": [answer]}
+            case _:
+                raise SystemExit(f"{path}:{number}: expected prompt and completion, or messages that end with an answer")
 
 
 def make_row(question: str, answer: str) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def get_training_shape(config: TrainingConfig) -> llm.TrainingShape:
         method=config.method,
         batch_size=hyperparameters.batch_size,
         max_seq_length=hyperparameters.max_seq_length,
-        gradient_accumulation_steps=hyperparameters.gradient_accumulation_steps,
+        gradient_accumulation_steps=hyperparameters.accumulation_steps,
         train_vision_tower=getattr(hyperparameters, "train_vision_tower", False),  # only SFT has the field
     )
 
@@ -127,6 +127,13 @@ def choose_torch_compile(config: TrainingConfig, context: "JobContext", device_c
     reason = f"compiling would save about {saved_s:.0f} s in {steps} steps and take about {llm.COMPILE_S:.0f} s"
     context.log_decision("torch_compile", str(saved_s > llm.COMPILE_S).lower(), reason)
     return saved_s > llm.COMPILE_S
+
+
+def computes_in_bf16(config: TrainingConfig) -> bool:
+    """Whether the training computes with weights in bf16, as `detect_device` decides."""
+    import torch
+
+    return config.method != "Full" and (torch.cuda.is_bf16_supported() if torch.cuda.is_available() else has_native_bf16())
 
 
 def has_native_bf16() -> bool:

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from jobs.llm.data.arrow_rows import ArrowPairs, ChosenRows
 from jobs.llm.data.cache import load_or_tokenize_pairs
+from jobs.llm.data.mixing import load_mixed
 from jobs.llm.data.preference import PreferencePair
 from jobs.llm.data.splits import check_splits, untrained_special_tokens
 from jobs.llm.data.tokenize import IGNORE_INDEX, TokenizedExample
@@ -58,15 +60,16 @@ class PairTask:
 
     config: TrainingConfig
     training: TrainingContext
-    pairs: list[PreferencePair]
-    held_out: list[PreferencePair]
+    pairs: Sequence[PreferencePair]
+    held_out: Sequence[PreferencePair]
     trainable_token_ids: list[int]
 
     @classmethod
     def load(cls, config: TrainingConfig, training: TrainingContext) -> Self:
         """Tokenize the pairs of both splits. Raises JobFailed without training pairs."""
-        pairs, held_out = check_splits(training, load_or_tokenize_pairs(training))
-        return cls(config, training, pairs, held_out, untrained_special_tokens(training, concat_chosen_rejected(pairs)))
+        pairs, held_out = check_splits(training, load_mixed(training, load_or_tokenize_pairs))
+        answers = pairs.rows if isinstance(pairs, ArrowPairs) else concat_chosen_rejected(pairs)
+        return cls(config, training, pairs, held_out, untrained_special_tokens(training, answers))
 
     @property
     def examples_per_epoch(self) -> int:
@@ -74,7 +77,7 @@ class PairTask:
 
     @property
     def held_out_examples(self) -> Sequence[TokenizedExample]:
-        return [pair.chosen for pair in self.held_out]
+        return ChosenRows(self.held_out)
 
     @property
     def has_held_out_rows(self) -> bool:
@@ -82,7 +85,7 @@ class PairTask:
 
     @property
     def train_examples(self) -> Sequence[TokenizedExample]:
-        return [pair.chosen for pair in self.pairs]
+        return ChosenRows(self.pairs)
 
     @property
     def worker_task_factory(self) -> Callable[[TrainingContext], Self]:

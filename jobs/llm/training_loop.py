@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.llm.distributed import SINGLE_PROCESS, ProcessTopology
+from jobs.llm.earlier_model import attach_original_base
 from jobs.llm.evaluate import evaluate_after_training, evaluate_before_training
 from jobs.llm.exporters.model_files import PROCESSOR_FILES, copy_files
 from jobs.llm.fsdp import gather_weights, serve_shards, unsharded_evaluation
@@ -85,7 +86,7 @@ def run_training(task: TrainingTask, training: TrainingContext) -> TrainedModel:
     copy_files(training.base_folder, folder, PROCESSOR_FILES)  # of a vision-language base, also when only text was trained
     if not training.trains_adapter and model.can_generate():
         model.generation_config.save_pretrained(folder)
-    return TrainedModel(
+    trained = TrainedModel(
         folder=folder,
         is_adapter=training.trains_adapter,
         base_folder=training.base_folder,
@@ -103,6 +104,7 @@ def run_training(task: TrainingTask, training: TrainingContext) -> TrainedModel:
         step=control.published_step,
         cuda=torch.version.cuda,
     )
+    return attach_original_base(trained, context)
 
 
 def _load_checkpoint_for_export(task: TrainingTask, training: TrainingContext) -> TrainingOutcome:
@@ -121,7 +123,7 @@ def _load_checkpoint_for_export(task: TrainingTask, training: TrainingContext) -
 def _train_with_oom_retry(task: TrainingTask, training: TrainingContext) -> TrainingOutcome:
     """Train. When memory runs out, reduce the batch size and resume; when several processes cannot start, train in one."""
     context, hyperparameters = training.context, training.config.hyperparameters
-    requested = BatchConfig(hyperparameters.batch_size, hyperparameters.gradient_accumulation_steps)
+    requested = BatchConfig(hyperparameters.batch_size, hyperparameters.accumulation_steps)
     total_steps = _total_steps(task, training)
     torch_compile = choose_torch_compile(training.config, context, training.device_config, training.base_folder, total_steps)
     training = replace(training, device_config=replace(training.device_config, torch_compile=torch_compile))
@@ -164,7 +166,7 @@ def _total_steps(task: TrainingTask, training: TrainingContext) -> int:
     hyperparameters = training.config.hyperparameters
     if hyperparameters.max_steps > 0:
         return hyperparameters.max_steps
-    rows_per_step = hyperparameters.batch_size * hyperparameters.gradient_accumulation_steps
+    rows_per_step = hyperparameters.batch_size * hyperparameters.accumulation_steps
     return hyperparameters.epochs * math.ceil(task.examples_per_epoch / rows_per_step)
 
 

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from schema.types import Phase
 
 log = logging.getLogger(__name__)
 
+ONLY_IN_RANK_ZERO = ("context", "resume_checkpoint")  # of the fields of TrainingContext
 POLL_INTERVAL_S = 0.1
 WORKER_EXIT_GRACE_S = 3.0  # from a worker's closed sockets to the exit code that tells why
 ABORT_GRACE_S = 20.0  # for the main thread to return from an aborted GPU collective
@@ -100,7 +101,7 @@ def worker_pool(
         "attempt": context.attempt,
         "spec": context.spec,
         "worker_task_factory": worker_task_factory,
-        "training": {name: value for name, value in vars(training).items() if name not in ("context", "resume_checkpoint")},
+        "training": {each.name: getattr(training, each.name) for each in fields(training) if each.name not in ONLY_IN_RANK_ZERO},
     }
     workers = WorkerPool(world_size, slots, f"{context.spec.job_id}.{context.attempt}")
     try:

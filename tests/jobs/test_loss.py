@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from jobs.llm.data.blocks import pack_rows
 from jobs.llm.data.tokenize import IGNORE_INDEX, TokenizedExample, tokenize_split
 from jobs.llm.loss import collate, compute_labeled_logits, evaluate_likelihood
 from jobs.llm.trainable_tokens import patch_trainable_token_embedding
-from jobs.llm.trainers.sft import pack_examples
 from jobs.llm.turn_ends import TurnEnds
 from schema.training import SftConfig
 from tests.jobs.conftest import make_row_tokenizer, messages
@@ -101,7 +101,7 @@ def test_padding_is_never_labeled_and_pad_token_does_not_matter(model: Any, rows
 
 
 def test_packing_keeps_all_rows_whole(rows: list[TokenizedExample]) -> None:
-    blocks = pack_examples(rows, 64)
+    blocks = list(pack_rows(rows, 64))
     assert sorted(row.input_ids for block in blocks for row in block) == sorted(row.input_ids for row in rows)
     assert all(sum(len(row.input_ids) for row in block) <= 64 for block in blocks)
     assert len(blocks) < len(rows)
@@ -127,7 +127,7 @@ def test_packed_row_does_not_attend_to_neighbors(model: Any, rows: list[Tokenize
 def test_packed_and_padded_rows_have_the_same_loss(model: Any, rows: list[TokenizedExample]) -> None:
     import torch
 
-    packed = collate(pack_examples(rows, 96), 0)
+    packed = collate(list(pack_rows(rows, 96)), 0)
     assert int(packed.pop("non_padding_tokens")) == sum(len(row.input_ids) for row in rows)
     labels = packed.pop("labels")
     logits, targets = compute_labeled_logits(model, packed, labels)
@@ -137,7 +137,7 @@ def test_packed_and_padded_rows_have_the_same_loss(model: Any, rows: list[Tokeni
 def test_packed_rows_have_same_gradients_as_single_rows(model: Any, rows: list[TokenizedExample]) -> None:
     import torch
 
-    blocks = pack_examples(rows, 100)  # longer than the attention window
+    blocks = list(pack_rows(rows, 100))  # longer than the attention window
     assert len(blocks) > 1
     packed = collate(blocks, 0)
     count = packed.pop("non_padding_tokens")

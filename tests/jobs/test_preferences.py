@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from jobs.llm.data.preference import UnpairedExample, tokenize_pairs, tokenize_unpaired
+from jobs.llm.data.preference import UnpairedExample, split_pairs, tokenize_pairs, tokenize_unpaired
 from jobs.llm.data.tokenize import IGNORE_INDEX, TokenizedExample, tokenize_split
 from jobs.llm.oom import run_in_batches
 from jobs.llm.preference import evaluate_trainer_metrics, patch_fused_head
@@ -140,6 +140,9 @@ def test_training_learns_preferences(uninterrupted: UninterruptedRun) -> None:
     assert losses[-1] < losses[0]
     assert (after.eval_loss or 0) < (before.eval_loss or 0)
     assert (after.values[uninterrupted.case.improved_metric] or 0) > (before.values[uninterrupted.case.improved_metric] or 0) + 0.2
+    for metrics in (before, after):  # the first counts the ends of turn too
+        assert (metrics.perplexity is not None) == (metrics.content_perplexity is not None) == (uninterrupted.case.trainer_type != "reward")
+        assert metrics.perplexity is None or metrics.perplexity != metrics.content_perplexity
     if uninterrupted.case.trainer_type != "kto":
         assert (after.values["rewards/accuracies"] or 0) >= 0.8
     assert (after.eval_rows, uninterrupted.model.train_rows) == (5, 11)
@@ -320,7 +323,7 @@ def test_equal_or_fully_truncated_pairs_are_dropped(tokenizer: Any) -> None:
 
 
 def test_pair_becomes_one_good_and_one_bad_row(tokenizer: Any) -> None:
-    unpaired = tokenize_unpaired(pairs(2), "preference", make_row_tokenizer(tokenizer), 128).rows
+    unpaired = split_pairs(tokenize_pairs(pairs(2), make_row_tokenizer(tokenizer), 128)).rows
     paired = tokenize_pairs(pairs(2), make_row_tokenizer(tokenizer), 128).rows
     assert unpaired == [
         UnpairedExample(paired[0].chosen, True),
@@ -329,7 +332,7 @@ def test_pair_becomes_one_good_and_one_bad_row(tokenizer: Any) -> None:
         UnpairedExample(paired[1].rejected, False),
     ]
     single = {"prompt": "a", "completion": " b", "label": False}
-    assert [row.is_good for row in tokenize_unpaired([single], "unpaired_preference", make_row_tokenizer(tokenizer), 128).rows] == [False]
+    assert [row.is_good for row in tokenize_unpaired([single], make_row_tokenizer(tokenizer), 128).rows] == [False]
 
 
 def make_row(*prompt: int, answer: Sequence[int]) -> TokenizedExample:

@@ -62,6 +62,30 @@ INVALID_CONFIG_CASES: list[tuple[str | None, dict[str, Any], str]] = [
     ("hyperparameters", {"packing": "yes"}, "packing"),
     ("hyperparameters", {"lora_dropout": 1}, "lora_dropout"),
     ("hyperparameters", {"lr_scheduler_type": "zigzag"}, "lr_scheduler_type"),
+    ("hyperparameters", {"lr_scheduler_kwargs": {"num_cycles": 2}}, "lr_scheduler_kwargs"),
+    ("hyperparameters", {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": "two"}}, "lr_scheduler_kwargs"),
+    ("hyperparameters", {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 1.5}}, "lr_scheduler_kwargs"),
+    ("hyperparameters", {"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_kwargs"),
+    ("hyperparameters", {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0.5}}, "lr_scheduler_kwargs"),
+    ("hyperparameters", {"lr_scheduler_type": "polynomial", "learning_rate": 1e-8}, "lr_scheduler_kwargs"),
+    ("hyperparameters", {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 0}}, "lr_scheduler_kwargs"),
+    ("hyperparameters", {"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_kwargs"),
+    ("hyperparameters", {"optim": "adam"}, "optim"),
+    ("hyperparameters", {"optim": "sgd", "adam_beta1": 0.8}, "adam_beta1"),
+    ("hyperparameters", {"optim": "lion_8bit", "adam_epsilon": 1e-6}, "adam_epsilon"),
+    ("hyperparameters", {"adam_beta2": 1}, "adam_beta2"),
+    ("hyperparameters", {"adam_epsilon": 0}, "adam_epsilon"),
+    ("hyperparameters", {"neftune_noise_alpha": 0}, "neftune_noise_alpha"),
+    ("hyperparameters", {"lora_init": "loftq"}, "lora_init"),
+    (None, {"trainer_type": "dpo", "hyperparameters": {"lora_init": "eva"}}, "lora_init"),
+    (None, {"modality": "vision", "hyperparameters": {"lora_init": "eva"}}, "lora_init"),
+    ("hyperparameters", {"lora_init": "orthogonal", "lora_rank": 3}, "lora_init"),
+    ("hyperparameters", {"lora_init": "pissa", "use_dora": True}, "lora_init"),
+    ("hyperparameters", {"lora_init": "olora", "weight_decay": 0.1}, "weight_decay"),
+    (None, {"method": "QLoRA", "hyperparameters": {"lora_init": "pissa"}}, "lora_init"),
+    (None, {"method": "Full", "hyperparameters": {"lora_init": "default"}}, "lora_init"),
+    (None, {"provider": "unsloth", "hyperparameters": {"lora_init": "pissa"}}, "lora_init"),
+    (None, {"trainer_type": "dpo", "hyperparameters": {"neftune_noise_alpha": 5}}, "neftune_noise_alpha"),
     ("hyperparameters", {"save_strategy": "sometimes"}, "save_strategy"),
     ("hyperparameters", {"save_steps": 5}, "save_steps"),
     ("hyperparameters", {"learning_rates": 1}, "learning_rates"),
@@ -78,7 +102,21 @@ INVALID_CONFIG_CASES: list[tuple[str | None, dict[str, Any], str]] = [
     (None, {"trainer_type": "dpo", "provider": "unsloth", "hyperparameters": {}}, "provider"),
     (None, {"trainer_type": "dpo", "hyperparameters": {"label_smoothing": 0.1}}, "label_smoothing"),
     (None, GRPO_CONFIG | {"hyperparameters": {"max_completion_length": 512, "max_seq_length": 512}}, "max_completion_length"),
-    (None, GRPO_CONFIG | {"hyperparameters": {"batch_size": 3, "num_generations": 2}}, "num_generations"),
+    (
+        None,
+        GRPO_CONFIG | {"hyperparameters": {"batch_size": 3, "gradient_accumulation_steps": 1, "num_generations": 2}},
+        "num_generations",
+    ),
+    (None, GRPO_CONFIG | {"hyperparameters": {"num_iterations": 0}}, "num_iterations"),
+    (None, GRPO_CONFIG | {"hyperparameters": {"num_iterations": 2, "max_steps": 5}}, "max_steps"),
+    (None, GRPO_CONFIG | {"hyperparameters": {"num_iterations": 2, "save_strategy": "steps", "save_steps": 5}}, "save_steps"),
+    (
+        None,
+        GRPO_CONFIG | {"hyperparameters": {"num_iterations": 2}, "eval_config": {"eval_strategy": "steps", "eval_steps": 5}},
+        "eval_steps",
+    ),
+    (None, GRPO_CONFIG | {"hyperparameters": {"epsilon": 0.3}}, "epsilon"),
+    (None, GRPO_CONFIG | {"hyperparameters": {"num_iterations": 2, "epsilon_high": 0.1}}, "epsilon_high"),
     (None, {"hyperparameters": {"use_dora": True}, "export_config": {"include_lora_gguf": True}}, "include_lora_gguf"),
     (None, {"modality": "vision", "hyperparameters": {"packing": True}}, "packing"),
     (None, {"modality": "vision", "export_config": {"format": "onnx"}}, "format"),
@@ -101,11 +139,19 @@ INVALID_CONFIG_CASES: list[tuple[str | None, dict[str, Any], str]] = [
     (None, {"wandb_config": {"project": "p"}}, "api_key"),
     (None, {"mlflow_config": {"tracking_uri": "https://me:canary@mlflow.example"}}, "tracking_uri"),
     (None, {"wandb_config": {"api_key": "k", "project": "a/b"}}, "project"),
+    (None, {"prompt_format": "jinja"}, "prompt_format"),
+    (None, {"prompt_format": "raw", "modality": "vision"}, "prompt_format"),
+    (None, {"prompt_format": "raw", "chat_template": "{{ messages }}"}, "chat_template"),
+    (None, {"chat_template": ""}, "chat_template"),
+    (None, {"chat_template": "x" * 262_145}, "chat_template"),
+    (None, {"chat_template": "{{ messages }}", "modality": "vision"}, "chat_template"),
+    (None, {"train_on_inputs": True, "last_turn_only": True}, "last_turn_only"),
+    (None, {"trainer_type": "dpo", "train_on_inputs": True}, "train_on_inputs"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("group", "changes", "param"), INVALID_CONFIG_CASES, ids=lambda value: json.dumps(value) if isinstance(value, dict) else None
+    ("group", "changes", "param"), INVALID_CONFIG_CASES, ids=lambda value: json.dumps(value)[:80] if isinstance(value, dict) else None
 )
 def test_invalid_config_value_is_rejected_with_field(
     readonly_client: TestClient, readonly_dataset_id: str, group: str | None, changes: dict[str, Any], param: str
@@ -114,6 +160,15 @@ def test_invalid_config_value_is_rejected_with_field(
     assert error["param"].startswith("training_config.")
     assert param in error["param"]
     assert "canary" not in str(error)
+    assert readonly_client.get("/jobs").json()["jobs"] == []
+
+
+@pytest.mark.parametrize("template", ["{% for message in messages %}", "{{" + "(" * 10_000, "{% \u202e\x1b[2J %}"])
+def test_chat_template_that_cannot_be_parsed_is_rejected(readonly_client: TestClient, readonly_dataset_id: str, template: str) -> None:
+    body = make_request_body_with_config(readonly_dataset_id, chat_template=template)
+    error = get_error(readonly_client.post("/train", json=body), 400)
+    assert error["param"] == "training_config.chat_template"
+    assert error["message"].isprintable()
     assert readonly_client.get("/jobs").json()["jobs"] == []
 
 

@@ -390,6 +390,7 @@ GPU = make_profile("gpu", device="cuda", device_name="NVIDIA L4", compute_capabi
         ({"export_config": {"include_lora_gguf": True}}, "export_config.include_lora_gguf", "llama.cpp"),
         ({"eval_config": {"lm_eval_tasks": ["arc_easy"]}}, "eval_config.lm_eval_tasks", "lm_eval"),
         ({"hyperparameters": {"use_fa2": True}}, "hyperparameters.use_fa2", "Ampere"),
+        ({"hyperparameters": {"optim": "paged_adamw_8bit"}}, "hyperparameters.optim", "adamw_torch"),
     ],
 )
 def test_missing_trainer_capability_is_rejected_with_reason(changes: dict[str, Any], param: str, note: str) -> None:

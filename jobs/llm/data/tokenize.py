@@ -8,8 +8,8 @@ text               labels on the whole text and the EOS token
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class TokenizedExample:
 class TokenizedSplit:
     """The rows to learn from, and the numbers of truncated and dropped rows."""
 
-    rows: list[TokenizedExample] = field(default_factory=list)
+    rows: Sequence[TokenizedExample]
     truncated: int = 0  # rows longer than the maximum length
     dropped: int = 0  # rows without labels within the maximum length
 
@@ -67,16 +67,17 @@ def tokenize_split(
     rows: Iterable[dict[str, Any]], dataset_type: DatasetType, row_tokenizer: "RowTokenizer", max_length: int
 ) -> TokenizedSplit:
     """Tokens and labels of every row, cut to `max_length` tokens."""
-    split = TokenizedSplit()
+    kept: list[TokenizedExample] = []
+    truncated = dropped = 0
     for row in rows:
         tokens = row_tokenizer.tokenize(row, dataset_type)
-        split.truncated += len(tokens.input_ids) > max_length
+        truncated += len(tokens.input_ids) > max_length
         tokens = tokens.truncate(max_length)
         if tokens.has_labels:
-            split.rows.append(tokens)
+            kept.append(tokens)
         else:
-            split.dropped += 1
-    return split
+            dropped += 1
+    return TokenizedSplit(kept, truncated, dropped)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from jobs.llm.llama_cpp import find_program, get_converter_path
+from jobs.llm.llama_cpp.draft_head import list_draft_head_options
 from jobs.llm.llama_cpp.evaluate import EvalRequest, EvalResponse
 from jobs.runtime.subprocesses import SubprocessFailed, exchange_json, run_module, run_program
 
@@ -13,6 +14,7 @@ CONVERT_MODULE = "jobs.llm.llama_cpp.convert"
 def convert(model_folder: Path, target: Path, *, precision: Literal["f32", "f16", "bf16"], name: str, mmproj: bool = False) -> None:
     """Convert a Hugging Face model folder to one GGUF file; `mmproj` converts only its vision part."""
     options = ["--outtype", precision, "--outfile", str(target), "--model-name", name, *(["--mmproj"] if mmproj else [])]
+    options += [] if mmproj else list_draft_head_options(model_folder)
     _require_script(get_converter_path())
     run_module("convert", CONVERT_MODULE, "hf", model_folder, *options)
 

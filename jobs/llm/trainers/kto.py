@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.llm.data.cache import load_or_tokenize_unpaired
+from jobs.llm.data.mixing import load_mixed
 from jobs.llm.data.preference import UnpairedExample
 from jobs.llm.data.splits import check_splits, untrained_special_tokens
 from jobs.llm.data.tokenize import TokenizedExample
@@ -54,7 +55,7 @@ def train(config: KtoConfig, context: "JobContext") -> TrainedModel:
     """Train as configured, or resume an earlier attempt. Raises JobFailed and Stopped."""
     validate_dataset_type(config, context)
     training = prepare_training(config, context)
-    splits = load_or_tokenize_unpaired(training, context.spec.dataset.dataset_type)
+    splits = load_mixed(training, lambda source: load_or_tokenize_unpaired(source, source.dataset.dataset_type))
     train_rows, held_out = check_splits(training, splits)
     good_count = sum(row.is_good for row in train_rows)
     hyperparameters = config.hyperparameters

@@ -106,7 +106,7 @@ def _add_tools(row: ValidatedRow, tools: list[JsonObject]) -> ValidatedRow:
         if tools:
             raise InvalidValue(TOOLS_COLUMN, "would not be used: tools need messages; write prompt and answer as lists of messages")
         return row
-    known = get_tool_names(tools)
+    known = get_tool_names(tools) if tools else ()
     has_tools = bool(tools)
     for name in COLUMNS_BY_TYPE[row.dataset_type]:
         messages = row.columns[name]
@@ -121,7 +121,7 @@ def _add_tools(row: ValidatedRow, tools: list[JsonObject]) -> ValidatedRow:
     if has_tools and row.images.uris:
         raise InvalidValue("", "has images and tools; a row may have one or the other")
     if not tools:
-        return row._replace(has_tools=has_tools)
+        return row._replace(has_tools=True) if has_tools else row
     prompt = {TOOLS_COLUMN: tools, "prompt": row.prompt}
     return row._replace(columns=row.columns | {TOOLS_COLUMN: tools}, prompt=prompt, has_tools=True)
 

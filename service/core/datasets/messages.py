@@ -146,9 +146,10 @@ def _check_last_message(messages: list[Message], field: str, last_role: LastRole
 
 def _parse_message(value: object, field: str, *, has_weights: bool) -> Message:
     message = as_object(value, field, 'a message is {"role": ..., "content": ...}')
-    if tuple(message) != PLAIN_KEYS:  # the fast path, for nearly every message
-        message = {key: inner for key, inner in message.items() if inner is not None or key not in NULLABLE_KEYS}
     role = _parse_role(message, field)
+    if tuple(message) == PLAIN_KEYS and role != "tool" and isinstance(message["content"], str):  # the fast path, for nearly every message
+        return {"role": role, "content": check_text(message["content"], f"{field}.content")}
+    message = {key: inner for key, inner in message.items() if inner is not None or key not in NULLABLE_KEYS}
     _check_message_keys(message, role, field)
     calls = parse_tool_calls(message["tool_calls"], f"{field}.tool_calls") if "tool_calls" in message else []
     parsed: Message = {"role": role, "content": _parse_content(message, role, f"{field}.content", has_calls=bool(calls))}

@@ -4,6 +4,7 @@ from schema.capabilities import FamilyCapabilities
 from schema.training import LlmTrainingConfig
 from service.core.errors import Unsupported
 from service.core.ports import Profile
+from service.core.validation.llm_optimizers import check_optimizer
 
 MIN_FLASH_ATTENTION_CAPABILITY = 8.0  # Ampere
 
@@ -29,6 +30,7 @@ def check_support(config: LlmTrainingConfig, capabilities: FamilyCapabilities, p
     if config.hyperparameters.use_fa2 and not has_flash_attention(capabilities, profile):
         message = f"use_fa2 needs FlashAttention 2 and an Ampere or newer GPU; {profile.name} is {profile.device_name}"
         raise _unsupported("hyperparameters.use_fa2", message, capabilities, profile)
+    check_optimizer(config, profile)
 
 
 def list_options(field: str, capabilities: FamilyCapabilities, profile: Profile) -> tuple[str, ...]:
