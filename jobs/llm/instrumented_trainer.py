@@ -75,8 +75,9 @@ def build_instrumented_trainer(
     from transformers import PrinterCallback, TrainerCallback
 
     hyperparameters = training.config.hyperparameters
-    check_optimizer(hyperparameters, training.device_config, sharded=topology.sharded)
-    check_schedule_length(hyperparameters, control.total_steps)
+    if not control.is_done:  # a finished training, or a checkpoint to export, is only evaluated, perhaps on another device
+        check_optimizer(hyperparameters, training.device_config, sharded=topology.sharded)
+        check_schedule_length(hyperparameters, control.total_steps)
     if training.trains_adapter:
         weights, adapter = training.base_folder, checkpoint
     else:

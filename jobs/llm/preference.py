@@ -7,7 +7,7 @@ weighted by rows, so that they do not depend on the batch size.
 import math
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -25,6 +25,7 @@ from jobs.llm.trainable_tokens import patch_trainable_token_embedding
 from jobs.llm.training_context import LossReduction, TrainingContext
 from jobs.llm.turn_ends import get_turn_ends
 from jobs.runtime.errors import JobFailed
+from schema.estimate.llm_memory import LongestRows, find_longest_rows
 from schema.job import EvalMetrics
 from schema.training import TrainingConfig
 
@@ -78,6 +79,11 @@ class PairTask:
     @property
     def held_out_examples(self) -> Sequence[TokenizedExample]:
         return ChosenRows(self.held_out)
+
+    def find_longest_rows(self, count: int) -> LongestRows:
+        answers = ((pair.chosen, pair.rejected) for pair in self.pairs)
+        rows = ((max(len(row.input_ids) for row in pair), sum(row.label_count for row in pair)) for pair in answers)
+        return replace(find_longest_rows(rows, count), sequences_per_row=2)
 
     @property
     def has_held_out_rows(self) -> bool:

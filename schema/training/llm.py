@@ -183,6 +183,12 @@ class SftConfig(LlmTrainingConfig):
     last_turn_only: bool = Field(False, description="Learn only the last message of a conversation.")
     hyperparameters: SftHyperparameters = SftHyperparameters()  # type: ignore[call-arg]
 
+    def computed_defaults(self) -> Mapping[str, JsonValue]:
+        fields, hyperparameters = type(self.hyperparameters).model_fields, self.hyperparameters
+        repeated = any(getattr(hyperparameters, name) != fields[name].default for name in ("batch_size", "packing"))  # by a clone
+        computed: JsonValue = "fixed" if repeated else "auto"
+        return {"hyperparameters": {"learning_rate": self.learning_rates[self.method], "micro_batches": computed}}
+
     @model_validator(mode="after")
     def _check_learned_messages(self) -> Self:
         if self.train_on_inputs and self.last_turn_only:

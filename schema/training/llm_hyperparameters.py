@@ -129,9 +129,24 @@ class SftHyperparameters(Hyperparameters):
     """Supervised fine-tuning."""
 
     train_vision_tower: bool = Field(False, description="With modality `vision`: also adapt the layers of the image encoder.")
+    micro_batches: Literal["auto", "fixed"] | None = Field(
+        None,
+        description="Rows of a forward pass. `fixed`: batch_size. `auto`: on a GPU, for text, as many as fit into its memory, without "
+        "padding; an optimizer step keeps batch_size × gradient_accumulation_steps rows. Default: `fixed` if batch_size or packing is "
+        "sent, else `auto`.",
+    )
     neftune_noise_alpha: float | None = Field(
         None, gt=0, le=100, description="Noise that is added to the embeddings in training (NEFTune, arXiv 2310.05914); 5 is common."
     )
+
+    @model_validator(mode="after")
+    def _set_default_micro_batches(self) -> Self:
+        if self.micro_batches is None:
+            value = "fixed" if {"batch_size", "packing"} & self.model_fields_set else "auto"
+            object.__setattr__(self, "micro_batches", value)  # the model is frozen
+        if self.micro_batches == "auto" and self.packing:
+            raise field_error("micro_batches", "micro_batches 'auto' is for rows that are not packed; use 'fixed', or set packing to false")
+        return self
 
 
 class DpoHyperparameters(Hyperparameters):

@@ -10,6 +10,8 @@ import pytest
 from jobs.llm.hardware import DeviceConfig
 from jobs.llm.optimization import check_optimizer, check_schedule_length, clip_gradients
 from jobs.runtime.errors import JobFailed
+from schema.checkpoint import checkpoint_key
+from schema.job import ExportSource
 from schema.training.llm_hyperparameters import SftHyperparameters
 from schema.training.llm_optimization import CPU_OPTIMIZERS, GPU_OPTIMIZERS, SCHEDULE_PARAMETERS
 from tests.jobs.conftest import FinishedTraining, make_spec
@@ -122,6 +124,17 @@ def test_gpu_optimizer_fails_before_the_first_step_without_a_gpu(train: Train) -
         pytest.skip("this machine has a GPU")
     with pytest.raises(JobFailed, match="optim 'paged_adamw_8bit' needs an NVIDIA GPU"):
         train(optim="paged_adamw_8bit")
+
+
+def test_checkpoint_is_exported_whatever_its_optimizer_needs(store: Path, tmp_path: Path) -> None:
+    """A checkpoint of a training on a GPU, with fewer steps than the schedule's decay, is exported on a CPU."""
+    trained = TrainingRun(make_spec(store, hyperparameters={"max_steps": 2}), tmp_path / "trained")
+    assert trained.run_attempt(stop_after=1) == "pause"
+    key = checkpoint_key(trained.spec.checkpoints_prefix, attempt=1, step=1)
+    source = ExportSource(job_id=trained.spec.job_id, attempt=1, step=1, key=key)
+    hyperparameters: dict[str, Any] = {"optim": "paged_adamw_8bit", "lr_scheduler_type": "warmup_stable_decay"}
+    spec = make_spec(store, hyperparameters=hyperparameters | {"lr_scheduler_kwargs": {"num_decay_steps": 2}, "max_steps": 2})
+    assert TrainingRun(spec.model_copy(update={"export_of": source}), tmp_path / "exported").finish().step == 1
 
 
 def test_decay_longer_than_the_training_is_refused() -> None:

@@ -521,7 +521,14 @@ def test_nan_eval_loss_is_null_with_reason(store: Path, base: Path, tokenizer: A
 def test_decisions_are_logged_with_reasons(train: Train) -> None:
     trained = train(max_steps=1)
     decisions = [event for event in trained.record.events if isinstance(event, DecisionMade)]
-    chosen_by_trainer = {"gradient_checkpointing", "dataloader_num_workers", "torch_compile", "learning_rate", "parallelism"}
+    chosen_by_trainer = {
+        "gradient_checkpointing",
+        "training_memory",
+        "dataloader_num_workers",
+        "torch_compile",
+        "learning_rate",
+        "parallelism",
+    }
     assert {event.setting for event in decisions} == {"base_model", "chat_template", "device", "dtype"} | chosen_by_trainer
     assert all(event.value and event.reason for event in decisions)
     assert train("full", spec={"method": "Full"}, max_steps=1).record.decisions["dtype"] == "float32"
@@ -530,18 +537,20 @@ def test_decisions_are_logged_with_reasons(train: Train) -> None:
 def test_device_config_follows_hyperparameters(store: Path, tmp_path: Path) -> None:
     from jobs.llm.training_context import prepare_training
 
-    spec = make_spec(store, hyperparameters={"dataloader_num_workers": 3, "torch_compile": True, "gradient_checkpointing": True})
+    spec = make_spec(store, hyperparameters={"dataloader_num_workers": 3})
     training = prepare_training(spec.training_config, make_context(spec, tmp_path))
-    assert (training.device_config.dataloader_num_workers, training.device_config.gradient_checkpointing) == (3, True)
+    assert training.device_config.dataloader_num_workers == 3
 
 
 def test_unsupported_option_is_replaced_with_warning(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from jobs.llm.hardware import choose_torch_compile
+    from jobs.llm.memory_planner import get_training_shape, read_base_shape
     from jobs.llm.training_context import prepare_training
 
     monkeypatch.setenv("PATH", "")  # hides the C compiler
     spec, record = make_spec(store, hyperparameters={"torch_compile": True}), EventRecorder()
     context = make_context(spec, tmp_path, record)
     training = prepare_training(spec.training_config, context)
-    assert not choose_torch_compile(spec.training_config, context, training.device_config, training.base_folder, 10)
+    shapes = read_base_shape(training.base_folder), get_training_shape(training)
+    assert not choose_torch_compile(spec.training_config, context, training.device_config, *shapes, 10)
     assert "C compiler" in record.warnings["torch_compile_skipped"]

@@ -411,6 +411,20 @@ def test_installed_package_that_needs_a_gpu_is_refused_without_one(changes: dict
             check_environment(make_config(**changes), make_manifest(COMPLETE), old_gpu)
 
 
+def test_training_that_cannot_fit_into_the_memory_is_refused_with_what_would_fit() -> None:
+    l4 = replace(GPU, gpus=1, gpu_memory_bytes=24 << 30)
+    large = {"base_model_id": "google/gemma-3-27b-it"}
+    with pytest.raises(
+        Unsupported, match=r"method LoRA needs at least \d+ GB, and a GPU of gpu has 26 GB; method QLoRA would fit"
+    ) as excinfo:
+        check_environment(make_config(**large), make_manifest(COMPLETE), l4)
+    assert excinfo.value.param == "training_config.method"
+    check_environment(make_config(**large, method="QLoRA"), make_manifest(COMPLETE), l4)
+    check_environment(make_config(**large), make_manifest(COMPLETE), replace(l4, gpus=8))  # sharded
+    check_environment(make_config(base_model_id="someone/unknown-900b"), make_manifest(COMPLETE), l4)
+    check_environment(make_config(**large), make_manifest(COMPLETE), replace(l4, gpu_memory_bytes=None))
+
+
 def test_trainer_type_without_its_environment_is_rejected() -> None:
     with pytest.raises(Unsupported, match="trainer_type 'sft' is not available"):
         check_environment(make_config(), make_manifest(COMPLETE.model_copy(update={"trainer_types": ("kto",)})), GPU)

@@ -42,6 +42,11 @@ class TokenizedExample:
         """Whether there is something to learn. The first token does not count: no token predicts it."""
         return any(label != IGNORE_INDEX for label in self.labels[1:])
 
+    @property
+    def label_count(self) -> int:
+        """The number of tokens to learn."""
+        return sum(label != IGNORE_INDEX for label in self.labels)
+
     def truncate(self, length: int) -> "TokenizedExample":
         """The row cut to at most `length` tokens."""
         return TokenizedExample(self.input_ids[:length], self.labels[:length], self.prompt_text, min(self.prompt_tokens, length))

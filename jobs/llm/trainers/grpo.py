@@ -38,6 +38,7 @@ from jobs.runtime.errors import JobFailed
 from jobs.runtime.save_policy import TrainingControlState
 from jobs.runtime.training_control import TrainingControl
 from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
+from schema.estimate.llm_memory import LongestRows, find_longest_rows
 from schema.events import SamplesGenerated
 from schema.job import EvalMetrics
 from schema.training import GrpoConfig
@@ -57,8 +58,8 @@ def train(config: GrpoConfig, context: "JobContext") -> TrainedModel:
         prompts = load_mixed(
             training, lambda source: {name: MixedRows(_load_prompts(source, config, name), 0, 0) for name in source.splits}
         )
-        train_prompts = prompts[TRAIN_SPLIT].rows
-        held_out = prompts[EVAL_SPLIT].rows if EVAL_SPLIT in prompts else []
+        train_prompts = list(prompts[TRAIN_SPLIT].rows)
+        held_out = list(prompts[EVAL_SPLIT].rows) if EVAL_SPLIT in prompts else []
         require_examples(training, len(train_prompts), len(held_out))
         config = choose_gradient_accumulation(config, training, len(train_prompts))
         training = replace(training, config=config)
@@ -164,6 +165,10 @@ class GrpoTask:
         completions = self.held_out_completions or [""] * len(self.held_out)
         tokenizer = self.training.tokenizer
         return [row.tokens_with_completion(completion, tokenizer) for row, completion in zip(self.held_out, completions, strict=True)]
+
+    def find_longest_rows(self, count: int) -> LongestRows:
+        completion = self.config.hyperparameters.max_completion_length
+        return find_longest_rows(((len(row.prompt_ids) + completion, completion) for row in self.train_prompts), count)
 
     @property
     def has_held_out_rows(self) -> bool:

@@ -40,6 +40,7 @@ from jobs.llm.training_context import LossReduction, TrainingContext, prepare_tr
 from jobs.llm.training_loop import run_training
 from jobs.llm.turn_ends import get_turn_ends
 from jobs.runtime.training_control import TrainingControl
+from schema.estimate.llm_memory import LongestRows, find_longest_rows
 from schema.job import EvalMetrics
 from schema.training import KtoConfig
 
@@ -99,6 +100,9 @@ class KtoTask:
     def held_out_examples(self) -> Sequence[TokenizedExample]:
         """The good held-out rows."""
         return [row.example.row for row in self.held_out if row.example.is_good]
+
+    def find_longest_rows(self, count: int) -> LongestRows:
+        return find_longest_rows(((len(row.example.row.input_ids), row.example.row.label_count) for row in self.rows), count)
 
     @property
     def has_held_out_rows(self) -> bool:

@@ -26,6 +26,7 @@ from jobs.llm.data.images import (
     tokenize_split_with_images,
 )
 from jobs.llm.data.mixing import MixedRows, load_mixed
+from jobs.llm.data.sources import list_split_paths
 from jobs.llm.data.splits import check_splits, untrained_special_tokens
 from jobs.llm.data.tokenize import TokenizedExample
 from jobs.llm.evaluation.generation import Features
@@ -38,6 +39,7 @@ from jobs.llm.training_loop import run_training
 from jobs.llm.turn_ends import get_turn_ends
 from jobs.runtime.batch_config import BatchConfig
 from jobs.runtime.training_control import TrainingControl
+from schema.estimate.llm_memory import LongestRows, find_longest_rows
 from schema.job import EvalMetrics
 from schema.training import SftConfig
 
@@ -58,7 +60,9 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
     vision_input = load_vision_input_config(training.base_folder, config.base_model_id)
     if training.chat_format.source == "neutral" and vision_input.chat_template:  # the base keeps it with its image processor
         training.tokenizer.chat_template = vision_input.chat_template
-        training = replace(training, chat_format=decide_chat_format(training.tokenizer, config, context, training.sources))
+        training = replace(
+            training, chat_format=decide_chat_format(training.tokenizer, config, context, list_split_paths(training.sources))
+        )
     dataset_type, max_length = context.spec.dataset.dataset_type, config.hyperparameters.max_seq_length
 
     def load_rows(source: TrainingContext) -> dict[str, MixedRows[RowWithText]]:
@@ -129,6 +133,10 @@ class VisionTask:
     @property
     def examples_per_epoch(self) -> int:
         return len(self.rows)
+
+    def find_longest_rows(self, count: int) -> LongestRows:
+        rows = find_longest_rows(((len(row.input_ids), row.label_count) for row in self.rows), count)
+        return replace(rows, keeps_logits=True)
 
     @property
     def has_held_out_rows(self) -> bool:
