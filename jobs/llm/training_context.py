@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from jobs.llm.chat_format import ChatFormat, choose_chat_format, read_template
 from jobs.llm.chat_templates import check_chat_template
-from jobs.llm.data.mixing import DatasetSource, download_sources, list_split_paths
+from jobs.llm.data.sources import DatasetSource, download_sources, list_split_paths
 from jobs.llm.data.tokenize import RowTokenizer, TokenizedExample
 from jobs.llm.data.turns import sample_rows
 from jobs.llm.earlier_model import fetch_starting_model
@@ -163,16 +163,16 @@ def prepare_training(config: TrainingConfig, context: "JobContext") -> TrainingC
     sources = download_sources(context)
     context.enter_phase("tokenizing")
     tokenizer = load_tokenizer(base_folder, config.base_model_id)
-    chat_format = decide_chat_format(tokenizer, config, context, sources)
+    chat_format = decide_chat_format(tokenizer, config, context, list_split_paths(sources))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     device_config = detect_device(config, context)
     return TrainingContext(config, context, base_folder, sources[0].splits, tokenizer, chat_format, device_config, checkpoint, sources)
 
 
-def decide_chat_format(tokenizer: Any, config: TrainingConfig, context: "JobContext", sources: Sequence[DatasetSource]) -> ChatFormat:
+def decide_chat_format(tokenizer: Any, config: TrainingConfig, context: "JobContext", paths: Sequence[Path]) -> ChatFormat:
     """The form of the rows, after a check of the template that may be hostile. The tokenizer gets the template. Raises JobFailed."""
-    sample = sample_rows(list_split_paths(sources), context.spec.dataset.dataset_type, is_raw=config.prompt_format == "raw")
+    sample = sample_rows(paths, context.spec.dataset.dataset_type, is_raw=config.prompt_format == "raw")
     check_chat_template(read_template(tokenizer, config.chat_template), tokenizer, config, sample, context.workdir / "data")
     chat_format = choose_chat_format(tokenizer, config, sample)
     context.log_decision("chat_template", chat_format.name, chat_format.reason)

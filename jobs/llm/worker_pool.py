@@ -38,10 +38,11 @@ from schema.types import Phase
 
 log = logging.getLogger(__name__)
 
-ONLY_IN_RANK_ZERO = ("context", "resume_checkpoint")  # of the fields of TrainingContext
 POLL_INTERVAL_S = 0.1
 WORKER_EXIT_GRACE_S = 3.0  # from a worker's closed sockets to the exit code that tells why
 ABORT_GRACE_S = 20.0  # for the main thread to return from an aborted GPU collective
+
+RANK_ZERO_FIELDS = ("context", "resume_checkpoint")  # of TrainingContext: a worker has none, or its own
 
 EXIT_OOM = 17  # exit code of a worker that ran out of memory
 EXIT_PEER_LOST = 18  # exit code of a worker that lost the connection to another process
@@ -101,7 +102,7 @@ def worker_pool(
         "attempt": context.attempt,
         "spec": context.spec,
         "worker_task_factory": worker_task_factory,
-        "training": {each.name: getattr(training, each.name) for each in fields(training) if each.name not in ONLY_IN_RANK_ZERO},
+        "training": {field.name: getattr(training, field.name) for field in fields(training) if field.name not in RANK_ZERO_FIELDS},
     }
     workers = WorkerPool(world_size, slots, f"{context.spec.job_id}.{context.attempt}")
     try:

@@ -270,6 +270,28 @@ def test_sum_adds_the_scaled_updates_of_every_layer(write_adapter: Callable[...,
     assert {tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name} == {13}
 
 
+def test_sum_adds_the_updates_of_every_expert(write_adapter: Callable[..., Path]) -> None:
+    experts: dict[str, Any] = {"target_parameters": ["experts.down_proj"]}  # three experts: three times the rank
+    earlier = write_adapter("earlier", {"a.q": 2, "a.experts": 6}, r=2, lora_alpha=4, **experts)
+    later = write_adapter("later", {"a.q": 4, "a.experts": 12}, r=4, lora_alpha=4, target_modules=["q", "k"], **experts)
+    first, second = load_weights(earlier), load_weights(later)
+    write_sum(earlier, later, later)
+    tensors, settings = read_sum(later)
+
+    def update_of_experts(part: dict[str, Any]) -> Any:
+        from torch import einsum
+
+        a, b = part["base_model.model.a.experts.lora_A.weight"], part["base_model.model.a.experts.lora_B.weight"]
+        return einsum("ore,eri->eoi", b.reshape(5, -1, 3), a.reshape(3, -1, 6))  # as peft computes it
+
+    assert difference(update_of_experts(tensors), update_of_experts(first) * 2 + update_of_experts(second)) < 1e-5
+    assert difference(update_of(tensors, "a.q"), update_of(first, "a.q") * 2 + update_of(second, "a.q")) < 1e-5
+    assert (settings["r"], settings["target_modules"], settings["target_parameters"]) == (6, ["a.q"], ["experts.down_proj"])
+    other = write_adapter("another", {"a.q": 2})
+    with pytest.raises(AdapterMismatch, match="experts"):
+        write_sum(earlier, other, other)
+
+
 def test_later_embedding_of_a_token_counts(write_adapter: Callable[..., Path]) -> None:
     earlier = write_adapter("earlier", {"a.q": 1}, {3: 1.0, 7: 2.0})
     later = write_adapter("later", {"a.q": 1}, {7: 5.0, 5: 4.0})
@@ -283,7 +305,6 @@ def test_later_embedding_of_a_token_counts(write_adapter: Callable[..., Path]) -
     ("settings", "reason"),
     [
         ({"use_dora": True}, "DoRA"),
-        ({"target_parameters": ["experts.gate_up_proj"]}, "experts"),
         ({"bias": "all"}, "biases"),
         ({"trainable_token_indices": {"embed": [1]}}, "by layer"),
     ],

@@ -1,15 +1,17 @@
 """Several datasets in one training: the rows of an epoch, the held-out rows, and the cache of tokens of each dataset."""
 
+import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.llm.data.cache import load_or_tokenize_split
-from jobs.llm.data.mixing import load_mixed, mix_indices, take_turns
+from jobs.llm.data.mixing import SelectedRows, load_mixed, mix_indices, take_turns
 from jobs.llm.training_context import TrainingContext, prepare_training
 from schema.dataset import WeightedDataset
 from schema.mixing import count_mixed_rows
@@ -68,11 +70,19 @@ def test_another_seed_samples_other_rows() -> None:
     assert mix_indices([100, 100], [1, 3], 1) != mix_indices([100, 100], [1, 3], 2)
 
 
-@given(st.lists(st.lists(st.integers(), max_size=5), max_size=5))
-def test_taking_turns_keeps_every_row(parts: list[list[int]]) -> None:
-    taken = take_turns(parts)
-    assert Counter(taken) == Counter(number for part in parts for number in part)
-    assert taken[: sum(map(bool, parts))] == [part[0] for part in parts if part]
+@given(st.lists(st.integers(0, 5), max_size=5))
+def test_taking_turns_keeps_every_row(row_counts: list[int]) -> None:
+    taken = take_turns(row_counts)
+    assert sorted(taken) == [(dataset, row) for dataset, count in enumerate(row_counts) for row in range(count)]
+    assert taken == sorted(taken, key=lambda pair: (pair[1], pair[0]))
+
+
+def test_selected_rows_are_read_one_by_one() -> None:
+    rows = SelectedRows([["a", "b"], [], ["c"]], np.array([[2, 0], [0, 1], [0, 1]]))
+    assert (list(rows), rows[0], rows[-1], rows[1:]) == (["c", "b", "b"], "c", "b", ["b", "b"])
+    assert list(pickle.loads(pickle.dumps(rows))) == list(rows)
+    with pytest.raises(IndexError):
+        rows[3]
 
 
 # --- trainings ---

@@ -4,32 +4,23 @@ Every dataset is tokenized by itself, so that each keeps its own cache of tokens
 anything to train on has no share.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, zip_longest
-from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Generic, TypeVar, overload
 
 from jobs.llm.data.splits import TokenizedRows
-from jobs.runtime.retry import download_with_retry
-from schema.dataset import TRAIN_SPLIT, Dataset
+from schema.dataset import TRAIN_SPLIT
 from schema.mixing import count_mixed_rows
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from jobs.llm.training_context import TrainingContext
-    from jobs.runtime.context import JobContext
 
 Row = TypeVar("Row")
-
-
-@dataclass(frozen=True)
-class DatasetSource:
-    """A dataset with its weight among several, and its downloaded splits by name."""
-
-    dataset: Dataset
-    weight: float
-    splits: dict[str, Path]
 
 
 @dataclass(frozen=True)
@@ -41,23 +32,27 @@ class MixedRows(Generic[Row]):
     dropped: int
 
 
-def download_sources(context: "JobContext") -> tuple[DatasetSource, ...]:
-    """Download every dataset of the job. Raises JobFailed."""
-    folder = context.workdir / "data"
-    sources: list[DatasetSource] = []
-    for index, each in enumerate(context.spec.datasets):
-        prefix = f"{index}-" if index else ""
-        splits = {
-            name: download_with_retry(context.stores.datasets, split.key, folder / f"{prefix}{name}.jsonl")
-            for name, split in each.dataset.splits.items()
-        }
-        sources.append(DatasetSource(each.dataset, each.weight, splits))
-    return tuple(sources)
+class SelectedRows(Sequence[Row]):
+    """Rows of several sequences, which are read as they are needed. `indices` (rows, 2) has the sequence of each, and the row in it."""
 
+    def __init__(self, parts: Sequence[Sequence[Row]], indices: "NDArray[np.int64]") -> None:
+        self.parts = parts
+        self.indices = indices
 
-def list_split_paths(sources: Sequence[DatasetSource]) -> list[Path]:
-    """The files of all splits of all datasets."""
-    return [path for source in sources for path in source.splits.values()]
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[n] for n in range(*index.indices(len(self)))]
+        part, row = self.indices[index]  # raises IndexError at the end, which ends an iteration
+        return self.parts[part][int(row)]
 
 
 def load_mixed(
@@ -70,15 +65,19 @@ def load_mixed(
     """
     if len(training.sources) < 2:
         return load(training)
+    import numpy as np
+
     loaded = [load(training.for_source(source)) for source in training.sources]
     mixed: dict[str, TokenizedRows[Row]] = {}
     for name in sorted({name for splits in loaded for name in splits}):
-        splits = {index: splits[name] for index, splits in enumerate(loaded) if name in splits}
-        rows = {index: split.rows for index, split in splits.items()}
+        present = [splits[name] for splits in loaded if name in splits]
+        parts: list[Sequence[Row]] = [splits[name].rows if name in splits else () for splits in loaded]
+        row_counts = [len(part) for part in parts]
+        indices = _choose_rows(training, row_counts) if name == TRAIN_SPLIT else take_turns(row_counts)
         mixed[name] = MixedRows(
-            _mix_rows(training, rows) if name == TRAIN_SPLIT else take_turns(list(rows.values())),
-            truncated=sum(split.truncated for split in splits.values()),
-            dropped=sum(split.dropped for split in splits.values()),
+            SelectedRows(parts, np.array(indices, np.int64).reshape(-1, 2)),
+            truncated=sum(split.truncated for split in present),
+            dropped=sum(split.dropped for split in present),
         )
     return mixed
 
@@ -99,43 +98,20 @@ def mix_indices(row_counts: Sequence[int], weights: Sequence[float], seed: int) 
     return indices
 
 
-def take_turns(parts: Sequence[Sequence[Row]]) -> list[Row]:
-    """The rows of all parts: the first of each, the second of each, and so on."""
-    missing = object()
-    return [row for row in chain(*zip_longest(*parts, fillvalue=missing)) if row is not missing]  # pyright: ignore[reportReturnType]
+def take_turns(row_counts: Sequence[int]) -> list[tuple[int, int]]:
+    """All rows of all datasets, as `mix_indices`: the first of each, the second of each, and so on."""
+    longest = max(row_counts, default=0)
+    return [(dataset, row) for row in range(longest) for dataset, count in enumerate(row_counts) if row < count]
 
 
-class SelectedRows(Sequence[Row]):
-    """Rows of several sequences, read when they are asked for. `indices` has a sequence's number and a row's for each of them."""
-
-    def __init__(self, parts: Mapping[int, Sequence[Row]], indices: Sequence[tuple[int, int]]) -> None:
-        self.parts = parts
-        self.indices = indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self.parts[part][row] for part, row in self.indices[index]]
-        part, row = self.indices[index]
-        return self.parts[part][row]
-
-
-def _mix_rows(training: "TrainingContext", rows: Mapping[int, Sequence[Row]]) -> Sequence[Row]:
-    sources, config = training.sources, training.config
-    row_counts = [len(rows.get(index, ())) for index in range(len(sources))]
-    indices = mix_indices(row_counts, [source.weight for source in sources], config.hyperparameters.seed)
-    taken = [sum(index == dataset for dataset, _ in indices) for index in range(len(sources))]
+def _choose_rows(training: "TrainingContext", row_counts: Sequence[int]) -> list[tuple[int, int]]:
+    """The training rows of an epoch. Logs the decision."""
+    sources = training.sources
+    indices = mix_indices(row_counts, [source.weight for source in sources], training.config.hyperparameters.seed)
+    taken = Counter(dataset for dataset, _ in indices)
     shares = [
-        f"{count} rows of {source.dataset.processed_dataset_id}, which has {available}"
-        for source, count, available in zip(sources, taken, row_counts, strict=True)
+        f"{taken[index]} rows of {source.dataset.processed_dataset_id}, which has {row_counts[index]}"
+        for index, source in enumerate(sources)
     ]
     training.context.log_decision("dataset_mix", "; ".join(shares), "an epoch takes from each dataset in proportion to its weight")
-    return SelectedRows(rows, indices)
+    return indices

@@ -26,6 +26,7 @@ from jobs.llm.data.images import (
     tokenize_split_with_images,
 )
 from jobs.llm.data.mixing import MixedRows, load_mixed
+from jobs.llm.data.sources import list_split_paths
 from jobs.llm.data.splits import check_splits, untrained_special_tokens
 from jobs.llm.data.tokenize import TokenizedExample
 from jobs.llm.evaluation.generation import Features
@@ -59,7 +60,9 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
     vision_input = load_vision_input_config(training.base_folder, config.base_model_id)
     if training.chat_format.source == "neutral" and vision_input.chat_template:  # the base keeps it with its image processor
         training.tokenizer.chat_template = vision_input.chat_template
-        training = replace(training, chat_format=decide_chat_format(training.tokenizer, config, context, training.sources))
+        training = replace(
+            training, chat_format=decide_chat_format(training.tokenizer, config, context, list_split_paths(training.sources))
+        )
     dataset_type, max_length = context.spec.dataset.dataset_type, config.hyperparameters.max_seq_length
 
     def load_rows(source: TrainingContext) -> dict[str, MixedRows[RowWithText]]:
