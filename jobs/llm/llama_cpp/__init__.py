@@ -1,6 +1,6 @@
 """llama.cpp in child processes: its converter, quantizer, importance matrix and inference.
 
-The programs (`python -m jobs.llm.llama_cpp.convert`, `.quantize`, `.evaluate`), the calls into the library that they need (`model.py`)
+The programs (`python -m jobs.llm.llama_cpp.convert`, `.quantize`, `.evaluate`, `.vocabulary`), the calls into the library that they need (`model.py`)
 and the functions that start them (`runner.py`) belong here. Native code may crash and must not end the attempt, so nothing here loads
 llama.cpp into the training process. `jobs/llm/exporters/` decides what the measured numbers mean.
 """

@@ -7,6 +7,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from jobs.llm.llama_cpp.vocabulary import GgufVocabulary, read_template
+
 if TYPE_CHECKING:
     import ctypes
 
@@ -80,17 +82,8 @@ class GgufModel:
         self._llama = llama_cpp
         self._context = context
         self._vocab = llama_cpp.llama_model_get_vocab(model)
+        self.vocabulary = GgufVocabulary(llama_cpp, self._vocab, read_template(llama_cpp, model))
         self.vocab_size: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
-
-    def tokenize(self, text: str) -> list[int]:
-        """The text's token ids; special tokens are recognized, and no BOS token is added."""
-        content = text.encode()
-        capacity = len(content) + 8
-        tokens = (self._llama.llama_token * capacity)()
-        count = self._llama.llama_tokenize(self._vocab, content, len(content), tokens, capacity, False, True)
-        if count < 0:
-            raise LlamaError(f"a text of {len(content)} bytes has more tokens than bytes")
-        return list(tokens[:count])
 
     def iter_logits(self, ids: Sequence[int], num_positions: int) -> Iterator["NDArray[np.float32]"]:
         """The logits at the last `num_positions` positions of a sequence, one row of shape (vocabulary,) at a time."""
@@ -104,14 +97,10 @@ class GgufModel:
         self._clear_memory()
         self._decode(ids, 0, 1)
         generated = [int(self._logits_at(len(ids) - 1).argmax())]
-        while len(generated) < max_tokens and not self.is_end_token(generated[-1]):
+        while len(generated) < max_tokens and not self.vocabulary.is_end_token(generated[-1]):
             self._decode(generated[-1:], len(ids) + len(generated) - 1, 1)
             generated.append(int(self._logits_at(0).argmax()))
         return generated
-
-    def is_end_token(self, token: int) -> bool:
-        """Whether a token ends a turn or a text."""
-        return bool(self._llama.llama_vocab_is_eog(self._vocab, token))
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The tokens as text, without special tokens."""
