@@ -106,11 +106,13 @@ def count_labels(context: JobContext, spec: JobSpec) -> int:
     """The number of labeled tokens in the training split."""
     from transformers import AutoTokenizer
 
-    from jobs.llm.data.tokenize import IGNORE_INDEX, read_rows, tokenize_split
+    from jobs.llm.chat_format import choose_chat_format
+    from jobs.llm.data.tokenize import IGNORE_INDEX, RowTokenizer, read_rows, tokenize_split
 
     tokenizer = AutoTokenizer.from_pretrained(context.workdir / "model")
     max_length = spec.training_config.hyperparameters.max_seq_length
-    rows = tokenize_split(read_rows(context.workdir / "data/train.jsonl"), "prompt_completion", tokenizer, max_length).rows
+    row_tokenizer = RowTokenizer(tokenizer, choose_chat_format(tokenizer, spec.training_config))
+    rows = tokenize_split(read_rows(context.workdir / "data/train.jsonl"), "prompt_completion", row_tokenizer, max_length).rows
     return sum(label != IGNORE_INDEX for row in rows for label in row.labels)
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.llm.data.prompts import PromptRow, tokenize_prompt
+from jobs.llm.data.prompts import PromptRow
+from jobs.llm.data.tokenize import RowTokenizer
 from jobs.llm.distributed import disable_metric_gathering
 from jobs.llm.evaluation.state import preserve_rng_state
 from jobs.llm.graders.reward import RewardFunction, mask_incomparable
@@ -33,6 +34,7 @@ class GrpoTrainerMixin(GRPOTrainer):
     train_prompts: list[PromptRow]
     graders: list[RewardFunction]  # empty in other ranks than 0
     uses_own_log_probs: bool
+    row_tokenizer: RowTokenizer
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         return epoch_seeded_sampler(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
@@ -52,7 +54,7 @@ class GrpoTrainerMixin(GRPOTrainer):
         return scored
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        return [tokenize_prompt(prompt, self.processing_class).input_ids for prompt in prompts], None, {}
+        return [self.row_tokenizer.tokenize_prompt(prompt).input_ids for prompt in prompts], None, {}
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple[list[list[int]], None]:
         batch_size = self.args.per_device_train_batch_size

@@ -6,13 +6,14 @@ TrainingTask from it, which `training_loop.run_training` trains.
 
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from jobs.llm.base_model import fetch_base
 from jobs.llm.chat_format import ChatFormat, choose_chat_format
 from jobs.llm.chat_templates import check_chat_template
-from jobs.llm.data.tokenize import TokenizedExample
+from jobs.llm.data.tokenize import RowTokenizer, TokenizedExample
 from jobs.llm.evaluation.generation import Features
 from jobs.llm.evaluation.prompts import EvalPrompt
 from jobs.llm.exporters import check_exportable
@@ -51,6 +52,11 @@ class TrainingContext:
     def pad_id(self) -> int:
         """The token that pads short rows."""
         return int(self.tokenizer.pad_token_id or 0)
+
+    @cached_property
+    def row_tokenizer(self) -> RowTokenizer:
+        """Turns rows into tokens and labels; other processes get a copy."""
+        return RowTokenizer(self.tokenizer, self.chat_format)
 
     @property
     def trains_adapter(self) -> bool:

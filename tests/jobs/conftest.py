@@ -12,6 +12,7 @@ from uuid import uuid4
 import pytest
 
 from jobs.llm.chat_format import ChatFormat, choose_chat_format
+from jobs.llm.data.tokenize import RowTokenizer
 from jobs.llm.trained_model import TrainedModel
 from jobs.runtime.checkpoints import Checkpoints
 from jobs.runtime.context import JobContext, Secrets, StopSignal, Stores
@@ -152,6 +153,11 @@ def tokenizer(base: Path) -> Any:
 def make_chat_format(tokenizer: Any) -> ChatFormat:
     """The format of a request that says nothing about it; the tokenizer gets its template."""
     return choose_chat_format(tokenizer, TRAINING_CONFIG.validate_python({"base_model_id": BASE}))
+
+
+def make_row_tokenizer(tokenizer: Any) -> RowTokenizer:
+    """Tokenizes rows as a request that says nothing about it."""
+    return RowTokenizer(tokenizer, make_chat_format(tokenizer))
 
 
 def put_split(store: Path, key: str, rows: list[dict[str, Any]]) -> Split:

@@ -16,6 +16,7 @@ from jobs.llm.evaluation.generation import (
 from jobs.llm.evaluation.prompts import make_eval_prompts
 from jobs.runtime.errors import JobFailed
 from schema.estimate.llm import MAX_BATCH_PROMPTS, MAX_BATCH_TOKENS, MIN_BATCH_PROMPTS
+from tests.jobs.conftest import make_row_tokenizer
 
 PROMPTS = ["what does files do", "it", "open close read write path name value number string", "call", "what does copy do 17", "a list of"]
 NEW_TOKENS = 12
@@ -305,7 +306,7 @@ def test_image_features_follow_their_prompts(tokenizer: Any) -> None:
 
 
 def tokenize_rows(rows: list[dict[str, Any]], dataset_type: Any, tokenizer: Any, max_length: int = 512) -> Any:
-    return tokenize_split(iter(rows), dataset_type, tokenizer, max_length).rows
+    return tokenize_split(iter(rows), dataset_type, make_row_tokenizer(tokenizer), max_length).rows
 
 
 def turn(role: str, content: str) -> dict[str, str]:

@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 
-from jobs.llm.data.prompts import tokenize_prompt
 from jobs.llm.graders.base import FailedGrade
 from jobs.llm.loss import compute_log_probs
 from jobs.llm.trainers.grpo import compute_mean_reward, find_infinite
 from jobs.runtime.errors import JobFailed
 from schema.events import SamplesGenerated
 from schema.spec import JobSpec
-from tests.jobs.conftest import WORDS, FinishedTraining, load_weights, make_spec
+from tests.jobs.conftest import WORDS, FinishedTraining, load_weights, make_row_tokenizer, make_spec
 from tests.jobs.test_continuation import TrainingRun
 
 Train = Callable[..., FinishedTraining]
@@ -164,11 +163,11 @@ def test_prompts_without_room_for_completion_are_dropped(train: Train) -> None:
 
 def test_prompt_tokens_match_chat_template(tokenizer: Any) -> None:
     messages = [{"role": "user", "content": "say files"}]
-    tokenized = tokenize_prompt(messages, tokenizer)
+    tokenized = make_row_tokenizer(tokenizer).tokenize_prompt(messages)
     assert tokenized.input_ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert tokenized.prompt_tokens == len(tokenized.input_ids)
     assert not tokenized.has_labels
-    assert tokenize_prompt("say files", tokenizer).input_ids == [
+    assert make_row_tokenizer(tokenizer).tokenize_prompt("say files").input_ids == [
         tokenizer.bos_token_id,
         *tokenizer("say files", add_special_tokens=False)["input_ids"],
     ]

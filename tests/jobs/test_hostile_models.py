@@ -21,7 +21,7 @@ from jobs.llm.model import load_adapter
 from jobs.llm.training_context import load_tokenizer
 from jobs.runtime.errors import JobFailed
 from jobs.runtime.subprocesses import SubprocessFailed, run_program
-from tests.jobs.conftest import EventRecorder, load_trainer, make_context, make_spec
+from tests.jobs.conftest import EventRecorder, load_trainer, make_context, make_row_tokenizer, make_spec
 
 # Python that leaves a trace wherever it is executed: by an import, or by the class that a config names.
 CANARY_CODE = """
@@ -427,13 +427,11 @@ def test_template_bombs_are_refused_in_time(tokenizer: Any, tmp_path: Path, name
 def test_template_cannot_leave_the_sandbox(tokenizer: Any, canary: Path, tmp_path: Path) -> None:
     import copy
 
-    from jobs.llm.data.tokenize import tokenize_row
-
     hostile = copy.deepcopy(tokenizer)
     hostile.chat_template = f"{{{{ cycler.__init__.__globals__.os.mkdir({str(canary)!r}) }}}}"
     check_chat_template(hostile, "hostile/model", [], tmp_path)
     with pytest.raises(JobFailed, match="rejects the roles user"):
-        tokenize_row({"messages": [{"role": "user", "content": "x"}]}, "messages", hostile)
+        make_row_tokenizer(hostile).tokenize({"messages": [{"role": "user", "content": "x"}]}, "messages")
     assert not canary.exists()
 
 

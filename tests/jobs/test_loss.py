@@ -11,13 +11,13 @@ from jobs.llm.loss import collate, compute_labeled_logits, evaluate_likelihood
 from jobs.llm.trainable_tokens import patch_trainable_token_embedding
 from jobs.llm.trainers.sft import pack_examples
 from schema.training import SftConfig
-from tests.jobs.conftest import messages
+from tests.jobs.conftest import make_row_tokenizer, messages
 from tests.jobs.test_trainable_tokens import make_tuned_model
 
 
 @pytest.fixture(scope="module")
 def rows(tokenizer: Any) -> list[TokenizedExample]:
-    return tokenize_split(iter(messages(9)), "messages", tokenizer, 128).rows
+    return tokenize_split(iter(messages(9)), "messages", make_row_tokenizer(tokenizer), 128).rows
 
 
 @pytest.fixture(scope="module", params=[None, 5.0], ids=["plain", "softcapped"])

@@ -15,7 +15,7 @@ from jobs.runtime.disk_full import is_disk_full
 from jobs.runtime.errors import JobFailed
 from schema.events import DecisionMade
 from schema.spec import JobSpec
-from tests.jobs.conftest import load_saved_checkpoints, load_weights, make_spec, saved_steps
+from tests.jobs.conftest import load_saved_checkpoints, load_weights, make_row_tokenizer, make_spec, saved_steps
 from tests.jobs.test_continuation import TrainingRun
 
 # In fp32 and without dropout, whose random numbers depend on the batch shape. So the split of a step into batches does not matter.
@@ -115,7 +115,10 @@ def tokenized_train_rows(training_run: TrainingRun, model: Any) -> list[list[int
     from jobs.llm.data.tokenize import read_rows, tokenize_split
 
     path = Path(training_run.spec.stores.datasets.removeprefix("file://"), training_run.spec.dataset.splits["train"].key)
-    return [row.input_ids for row in tokenize_split(read_rows(path), "messages", AutoTokenizer.from_pretrained(model.folder), 128).rows]
+    return [
+        row.input_ids
+        for row in tokenize_split(read_rows(path), "messages", make_row_tokenizer(AutoTokenizer.from_pretrained(model.folder)), 128).rows
+    ]
 
 
 def test_batch_size_decision_gives_step_and_reason(

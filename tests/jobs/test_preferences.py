@@ -18,7 +18,7 @@ from jobs.runtime.errors import JobFailed
 from jobs.runtime.training_control import EvaluationInterrupted
 from schema.job import EvalMetrics
 from schema.spec import JobSpec
-from tests.jobs.conftest import WORDS, FinishedTraining, load_weights, make_spec
+from tests.jobs.conftest import WORDS, FinishedTraining, load_weights, make_row_tokenizer, make_spec
 from tests.jobs.test_continuation import TrainingRun
 from tests.jobs.test_oom import LimitedMemory, limit_memory, reduced_batch_sizes  # noqa: F401  # limit_memory is a fixture
 
@@ -219,7 +219,7 @@ def test_reward_adapter_loads_with_peft_and_prefers_same_answer(train: Train, ba
     fresh = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
     fresh.config.pad_token_id = tokenizer.pad_token_id
     model = PeftModel.from_pretrained(fresh, trained.model.folder).eval()
-    (pair,) = tokenize_pairs(pairs(1, first=200), tokenizer, 128).rows
+    (pair,) = tokenize_pairs(pairs(1, first=200), make_row_tokenizer(tokenizer), 128).rows
     with torch.no_grad():
         chosen, rejected = (float(model(input_ids=torch.tensor([row.input_ids])).logits) for row in (pair.chosen, pair.rejected))
     assert chosen > rejected + 0.5
@@ -250,7 +250,11 @@ def test_pairs_truncated_to_no_labels_are_rejected(train: Train, trainer_type: s
 
 
 def test_truncated_and_dropped_rows_are_reported(train: Train, tokenizer: Any) -> None:
-    lengths = [len(row.input_ids) for pair in tokenize_pairs(pairs(12), tokenizer, 1000).rows for row in (pair.chosen, pair.rejected)]
+    lengths = [
+        len(row.input_ids)
+        for pair in tokenize_pairs(pairs(12), make_row_tokenizer(tokenizer), 1000).rows
+        for row in (pair.chosen, pair.rejected)
+    ]
     trained = train(
         spec=make_job_config("reward", held_out=[], train=[*pairs(12), pairs(1)[0] | {"rejected": pairs(1)[0]["chosen"]}]),
         max_seq_length=max(lengths) - 1,
@@ -282,33 +286,41 @@ def test_class_imbalance_gives_weight_advice(good: int, bad: int, class_weights:
 
 def test_answers_are_tokenized_as_in_sft(tokenizer: Any) -> None:
     (row,) = pairs(1)
-    (pair,) = tokenize_pairs([row], tokenizer, 128).rows
-    (chosen,) = tokenize_split(iter([{"messages": row["prompt"] + row["chosen"]}]), "messages", tokenizer, 128).rows
+    (pair,) = tokenize_pairs([row], make_row_tokenizer(tokenizer), 128).rows
+    (chosen,) = tokenize_split(iter([{"messages": row["prompt"] + row["chosen"]}]), "messages", make_row_tokenizer(tokenizer), 128).rows
     assert pair.chosen == chosen
     texts = {"prompt": "what does it do?", "chosen": " it returns", "rejected": " it calls"}
-    (pair,) = tokenize_pairs([texts], tokenizer, 128).rows
-    (chosen,) = tokenize_split(iter([{"prompt": texts["prompt"], "completion": texts["chosen"]}]), "prompt_completion", tokenizer, 128).rows
+    (pair,) = tokenize_pairs([texts], make_row_tokenizer(tokenizer), 128).rows
+    (chosen,) = tokenize_split(
+        iter([{"prompt": texts["prompt"], "completion": texts["chosen"]}]), "prompt_completion", make_row_tokenizer(tokenizer), 128
+    ).rows
     assert pair.chosen == chosen
     assert pair.rejected.labels[-1] == tokenizer.eos_token_id
 
 
 def test_equal_or_fully_truncated_pairs_are_dropped(tokenizer: Any) -> None:
     row = {"prompt": "what does it do", "chosen": " it returns a list of files", "rejected": " it returns a list of names"}
-    untruncated = tokenize_pairs([row], tokenizer, 128)
+    untruncated = tokenize_pairs([row], make_row_tokenizer(tokenizer), 128)
     common = next(
         n
         for n, (one, other) in enumerate(zip(untruncated.rows[0].chosen.input_ids, untruncated.rows[0].rejected.input_ids, strict=False))
         if one != other
     )
     assert (len(untruncated.rows), untruncated.truncated, untruncated.dropped) == (1, 0, 0)
-    assert (tokenize_pairs([row], tokenizer, common + 1).dropped, tokenize_pairs([row], tokenizer, common + 1).truncated) == (0, 1)
-    assert (tokenize_pairs([row], tokenizer, common).dropped, tokenize_pairs([row], tokenizer, 3).dropped) == (1, 1)
-    assert tokenize_pairs([row | {"rejected": row["chosen"]}], tokenizer, 128).dropped == 1
+    assert (
+        tokenize_pairs([row], make_row_tokenizer(tokenizer), common + 1).dropped,
+        tokenize_pairs([row], make_row_tokenizer(tokenizer), common + 1).truncated,
+    ) == (0, 1)
+    assert (
+        tokenize_pairs([row], make_row_tokenizer(tokenizer), common).dropped,
+        tokenize_pairs([row], make_row_tokenizer(tokenizer), 3).dropped,
+    ) == (1, 1)
+    assert tokenize_pairs([row | {"rejected": row["chosen"]}], make_row_tokenizer(tokenizer), 128).dropped == 1
 
 
 def test_pair_becomes_one_good_and_one_bad_row(tokenizer: Any) -> None:
-    unpaired = tokenize_unpaired(pairs(2), "preference", tokenizer, 128).rows
-    paired = tokenize_pairs(pairs(2), tokenizer, 128).rows
+    unpaired = tokenize_unpaired(pairs(2), "preference", make_row_tokenizer(tokenizer), 128).rows
+    paired = tokenize_pairs(pairs(2), make_row_tokenizer(tokenizer), 128).rows
     assert unpaired == [
         UnpairedExample(paired[0].chosen, True),
         UnpairedExample(paired[1].chosen, True),
@@ -316,7 +328,7 @@ def test_pair_becomes_one_good_and_one_bad_row(tokenizer: Any) -> None:
         UnpairedExample(paired[1].rejected, False),
     ]
     single = {"prompt": "a", "completion": " b", "label": False}
-    assert [row.is_good for row in tokenize_unpaired([single], "unpaired_preference", tokenizer, 128).rows] == [False]
+    assert [row.is_good for row in tokenize_unpaired([single], "unpaired_preference", make_row_tokenizer(tokenizer), 128).rows] == [False]
 
 
 def make_row(*prompt: int, answer: Sequence[int]) -> TokenizedExample:

@@ -14,7 +14,7 @@ import pytest
 from jobs.runtime.errors import JobFailed, failure_of
 from schema.events import DecisionMade, WarningRaised
 from schema.training.llm_hyperparameters import SftHyperparameters
-from tests.jobs.conftest import BASE, EventRecorder, FinishedTraining, make_context, make_spec, messages
+from tests.jobs.conftest import BASE, EventRecorder, FinishedTraining, make_context, make_row_tokenizer, make_spec, messages
 
 Train = Callable[..., FinishedTraining]
 
@@ -370,7 +370,7 @@ def recompute_eval_loss(model: Any, tokenizer: Any) -> float:
     from jobs.llm.data.tokenize import IGNORE_INDEX, tokenize_split
 
     total, count = 0.0, 0
-    for row in tokenize_split(iter(messages(5, first=100)), "messages", tokenizer, 128).rows:
+    for row in tokenize_split(iter(messages(5, first=100)), "messages", make_row_tokenizer(tokenizer), 128).rows:
         labeled = sum(label != IGNORE_INDEX for label in row.labels[1:])
         with torch.no_grad():
             loss = model.eval()(input_ids=torch.tensor([row.input_ids]), labels=torch.tensor([row.labels])).loss
@@ -467,7 +467,7 @@ def test_nan_eval_loss_is_null_with_reason(store: Path, base: Path, tokenizer: A
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.nn.init.constant_(model.model.norm.weight, math.nan)
-    rows = tokenize_split(iter(messages(2)), "messages", tokenizer, 128).rows
+    rows = tokenize_split(iter(messages(2)), "messages", make_row_tokenizer(tokenizer), 128).rows
     metrics = evaluate_likelihood(model, rows, 0, make_spec(store).training_config)
     assert (metrics.eval_loss, metrics.perplexity) == (None, None)
     assert metrics.notes.keys() == {"eval_loss", "perplexity"}

@@ -8,11 +8,11 @@ import pytest
 from jobs.llm.data import cache
 from jobs.llm.data.tokenize import tokenize_split
 from jobs.llm.training_context import prepare_training
-from tests.jobs.conftest import EventRecorder, make_context, make_spec, messages
+from tests.jobs.conftest import EventRecorder, make_context, make_row_tokenizer, make_spec, messages
 
 
 def test_rows_roundtrip_through_cache(tokenizer: Any) -> None:
-    split = tokenize_split(iter(messages(7)), "messages", tokenizer, 24)
+    split = tokenize_split(iter(messages(7)), "messages", make_row_tokenizer(tokenizer), 24)
     cached = cache.CachedSplit(split.rows, split.truncated, 3, [True, False] * 3)
     assert cached.truncated
     assert cache.deserialize_split(cache.serialize_split(cached)) == cached

@@ -8,6 +8,7 @@ import pytest
 
 from jobs.llm.data.tokenize import IGNORE_INDEX, TokenizedExample, tokenize_split
 from jobs.runtime.errors import JobFailed
+from tests.jobs.conftest import make_row_tokenizer
 
 TURNS = [
     {"role": "user", "content": "what does open do"},
@@ -18,7 +19,7 @@ TURNS = [
 
 
 def tokenize_row(row: dict[str, Any], dataset_type: Any, tokenizer: Any, max_length: int = 1000) -> TokenizedExample:
-    return tokenize_split(iter([row]), dataset_type, tokenizer, max_length).rows[0]
+    return tokenize_split(iter([row]), dataset_type, make_row_tokenizer(tokenizer), max_length).rows[0]
 
 
 def decode_labels(row: TokenizedExample, tokenizer: Any) -> str:
@@ -73,14 +74,14 @@ def test_long_rows_are_truncated_or_dropped_and_counted(tokenizer: Any) -> None:
     full = tokenize_row({"messages": TURNS[:2]}, "messages", tokenizer)
     rows = [{"messages": TURNS[:2]}, {"messages": [{"role": "user", "content": "x " * 40}, TURNS[1]]}]
     length = len(full.input_ids) - 2
-    split = tokenize_split(iter(rows), "messages", tokenizer, length)
+    split = tokenize_split(iter(rows), "messages", make_row_tokenizer(tokenizer), length)
     assert (split.truncated, split.dropped) == (2, 1)
     assert split.rows[0].input_ids == full.input_ids[:length]
     assert split.rows[0].labels == full.labels[:length]
 
 
 def test_conversation_without_answer_is_dropped(tokenizer: Any) -> None:
-    split = tokenize_split(iter([{"messages": TURNS[:1]}]), "messages", tokenizer, 100)
+    split = tokenize_split(iter([{"messages": TURNS[:1]}]), "messages", make_row_tokenizer(tokenizer), 100)
     assert (split.rows, split.dropped) == ([], 1)
 
 

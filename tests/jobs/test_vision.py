@@ -32,7 +32,16 @@ from jobs.llm.trainers.vision import Collator, ImageFeatures, freeze_vision_towe
 from jobs.runtime.errors import JobFailed
 from schema.events import SamplesGenerated
 from schema.training import SftConfig
-from tests.jobs.conftest import BASE, EventRecorder, FinishedTraining, make_chat_format, make_context, make_spec, messages
+from tests.jobs.conftest import (
+    BASE,
+    EventRecorder,
+    FinishedTraining,
+    make_chat_format,
+    make_context,
+    make_row_tokenizer,
+    make_spec,
+    messages,
+)
 from tests.jobs.test_continuation import TrainingRun, assert_runs_identical
 from tests.jobs.test_oom import LimitedMemory, losses
 from tests.tiny_gemma_vision import IMAGE_SIZE, TOKENS_PER_IMAGE, build_tiny_gemma_vision
@@ -104,7 +113,9 @@ TokenizeRows = Callable[..., TokenizedImageSplit]
 @pytest.fixture
 def tokenize_rows(tmp_path: Path, tokenizer: Any, vision_input: VisionInputConfig) -> TokenizeRows:
     def run(*rows: dict[str, Any], max_length: int = 512, dataset_type: Any = "messages") -> TokenizedImageSplit:
-        return tokenize_split_with_images(write_rows(tmp_path, *rows), dataset_type, tokenizer, vision_input, max_length)
+        return tokenize_split_with_images(
+            write_rows(tmp_path, *rows), dataset_type, make_row_tokenizer(tokenizer), vision_input, max_length
+        )
 
     return run
 
@@ -227,7 +238,9 @@ def test_template_without_image_support_is_rejected(tmp_path: Path, vision_base:
     tokenizer = AutoTokenizer.from_pretrained(vision_base)
     tokenizer.chat_template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     failure = get_failure(
-        lambda: tokenize_split_with_images(write_rows(tmp_path, *make_square_rows(2)), "messages", tokenizer, vision_input, 512)
+        lambda: tokenize_split_with_images(
+            write_rows(tmp_path, *make_square_rows(2)), "messages", make_row_tokenizer(tokenizer), vision_input, 512
+        )
     )
     assert failure.code == "invalid_config"
     assert "chat template" in failure.message

@@ -21,13 +21,11 @@ from jobs.llm.data.preference import (
     tokenize_pairs,
     tokenize_unpaired,
 )
-from jobs.llm.data.tokenize import IGNORE_INDEX, TokenizedExample, TokenizedSplit, read_rows, tokenize_split
+from jobs.llm.data.tokenize import IGNORE_INDEX, RowTokenizer, TokenizedExample, TokenizedSplit, read_rows, tokenize_split
 from schema.types import DatasetType
 from storage import NoSuchObject, ObjectStore, StorageError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from jobs.llm.training_context import TrainingContext
 
 log = logging.getLogger(__name__)
@@ -56,7 +54,7 @@ def load_or_tokenize_split(
     max_length = training.config.hyperparameters.max_seq_length
 
     def tokenize(path: Path) -> CachedSplit:
-        split = tokenize_split(read_rows(path), dataset_type, training.tokenizer, max_length)
+        split = tokenize_split(read_rows(path), dataset_type, training.row_tokenizer, max_length)
         return CachedSplit(split.rows, split.truncated, split.dropped)
 
     cached = _load_or_tokenize(training, "rows", tokenize, min_bytes)
@@ -68,7 +66,7 @@ def load_or_tokenize_pairs(training: "TrainingContext", min_bytes: int = MIN_CAC
     max_length = training.config.hyperparameters.max_seq_length
 
     def tokenize(path: Path) -> CachedSplit:
-        split = tokenize_pairs(read_rows(path), training.tokenizer, max_length)
+        split = tokenize_pairs(read_rows(path), training.row_tokenizer, max_length)
         return CachedSplit([row for pair in split.rows for row in (pair.chosen, pair.rejected)], split.truncated, split.dropped)
 
     splits: dict[str, TokenizedPreferenceSplit] = {}
@@ -86,7 +84,7 @@ def load_or_tokenize_unpaired(
     max_length = training.config.hyperparameters.max_seq_length
 
     def tokenize(path: Path) -> CachedSplit:
-        split = tokenize_unpaired(read_rows(path), dataset_type, training.tokenizer, max_length)
+        split = tokenize_unpaired(read_rows(path), dataset_type, training.row_tokenizer, max_length)
         good_flags = [example.is_good for example in split.rows]
         return CachedSplit([example.row for example in split.rows], split.truncated, split.dropped, good_flags)
 
@@ -107,7 +105,7 @@ def _load_or_tokenize(
         split = dataset.splits[name]
         use_cache = split.size_bytes >= min_bytes
         settings = {"rows": split.sha256, "type": dataset.dataset_type, "layout": layout, "max_length": max_length}
-        key = _cache_key(split.key, settings, training.tokenizer)
+        key = _cache_key(split.key, settings, training.row_tokenizer)
         cached = _read_cached_split(store, key) if use_cache else None
         if cached is not None:
             training.context.log_decision("tokens", "cached", f"an earlier job tokenized {name} with the same settings")
@@ -160,11 +158,11 @@ def deserialize_split(content: bytes) -> CachedSplit:
     return CachedSplit(rows, metadata["truncated"], metadata["dropped"], metadata["good_flags"])
 
 
-def _cache_key(split_key: str, settings: dict[str, str | int], tokenizer: "PreTrainedTokenizerBase") -> str:
+def _cache_key(split_key: str, settings: dict[str, str | int], row_tokenizer: RowTokenizer) -> str:
     """The object key of a split's tokens, below the dataset's own prefix."""
-    inputs = settings | {"version": VERSION, "template": tokenizer.chat_template}
+    inputs = settings | row_tokenizer.settings | {"version": VERSION}
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode())
-    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(row_tokenizer.tokenizer.backend_tokenizer.to_str().encode())
     return f"{Path(split_key).parent.as_posix()}/tokens/{digest.hexdigest()}.npz"
 
 

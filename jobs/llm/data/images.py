@@ -13,16 +13,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from jobs.llm.data.tokenize import IGNORE_INDEX, TokenizedExample, tokenize_split
+from jobs.llm.data.tokenize import IGNORE_INDEX, RowTokenizer, TokenizedExample, tokenize_split
 from jobs.runtime.errors import JobFailed
 from schema.types import DatasetType
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
-    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def load_vision_input_config(base_folder: Path, base_model_id: str) -> VisionInp
 
 
 def tokenize_split_with_images(
-    split_path: Path, dataset_type: DatasetType, tokenizer: "PreTrainedTokenizerBase", vision_input: VisionInputConfig, max_length: int
+    split_path: Path, dataset_type: DatasetType, row_tokenizer: RowTokenizer, vision_input: VisionInputConfig, max_length: int
 ) -> TokenizedImageSplit:
     """Tokens and labels of every row of a split. Raises JobFailed for an invalid row.
 
@@ -103,8 +102,8 @@ def tokenize_split_with_images(
     would train the model to hallucinate.
     """
     split = TokenizedImageSplit()
-    with_images = _ImageExpandingTokenizer(tokenizer, vision_input.boi_token, vision_input.full_image_sequence)
-    text_only = _ImageExpandingTokenizer(tokenizer, vision_input.boi_token, "")
+    with_images = replace(row_tokenizer, image_text=(vision_input.boi_token, vision_input.full_image_sequence))
+    text_only = replace(row_tokenizer, image_text=(vision_input.boi_token, ""))
     for offset, number, row in _iter_rows(split_path):
         images = extract_image_uris(row)
         with image_error_context():
@@ -164,29 +163,6 @@ def image_error_context() -> Iterator[None]:
 # --- rows ----------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _ImageExpandingTokenizer:
-    """A tokenizer that replaces the image token in rendered chats. Has the methods that jobs/llm/data/tokenize.py uses."""
-
-    tokenizer: "PreTrainedTokenizerBase"
-    boi_token: str
-    replacement: str
-
-    @property
-    def bos_token_id(self) -> int | None:
-        return self.tokenizer.bos_token_id
-
-    @property
-    def eos_token_id(self) -> int | None:
-        return self.tokenizer.eos_token_id
-
-    def apply_chat_template(self, messages: list[dict[str, Any]], **options: bool) -> str:
-        return str(self.tokenizer.apply_chat_template(messages, **options)).replace(self.boi_token, self.replacement)
-
-    def __call__(self, text: str, **options: bool) -> "BatchEncoding":
-        return self.tokenizer(text, **options)
-
-
 def _iter_rows(split_path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """The rows of a file, each with its byte offset and line number."""
     offset = 0
@@ -216,9 +192,9 @@ def _strip_image_data(row: dict[str, Any]) -> dict[str, Any]:
     return {name: [without_images(message) for message in value] if isinstance(value, list) else value for name, value in row.items()}
 
 
-def _tokenize_row(row: dict[str, Any], dataset_type: DatasetType, tokenizer: _ImageExpandingTokenizer) -> TokenizedExample | None:
+def _tokenize_row(row: dict[str, Any], dataset_type: DatasetType, row_tokenizer: RowTokenizer) -> TokenizedExample | None:
     """The tokenized row, not truncated; None when it has no labels."""
-    rows = tokenize_split(iter([row]), dataset_type, cast("PreTrainedTokenizerBase", tokenizer), sys.maxsize).rows
+    rows = tokenize_split([row], dataset_type, row_tokenizer, sys.maxsize).rows
     return rows[0] if rows else None
 
 

@@ -6,13 +6,10 @@ unpaired_preference  one answer, and whether it is good
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from jobs.llm.data.tokenize import Message, TokenizedExample, tokenize_row
+from jobs.llm.data.tokenize import Message, RowTokenizer, TokenizedExample
 from schema.types import DatasetType
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -49,11 +46,11 @@ class TokenizedUnpairedSplit:
     dropped: int = 0
 
 
-def tokenize_pairs(rows: Iterable[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> TokenizedPreferenceSplit:
+def tokenize_pairs(rows: Iterable[dict[str, Any]], row_tokenizer: RowTokenizer, max_length: int) -> TokenizedPreferenceSplit:
     """Both answers of every preference row, each cut to `max_length` tokens. Raises JobFailed."""
     split = TokenizedPreferenceSplit()
     for row in rows:
-        answers = [_tokenize_answer(row["prompt"], row[name], tokenizer) for name in ("chosen", "rejected")]
+        answers = [_tokenize_answer(row["prompt"], row[name], row_tokenizer) for name in ("chosen", "rejected")]
         split.truncated += any(len(answer.input_ids) > max_length for answer in answers)
         chosen, rejected = (answer.truncate(max_length) for answer in answers)
         if chosen.has_labels and rejected.has_labels and chosen.input_ids != rejected.input_ids:
@@ -64,17 +61,17 @@ def tokenize_pairs(rows: Iterable[dict[str, Any]], tokenizer: "PreTrainedTokeniz
 
 
 def tokenize_unpaired(
-    rows: Iterable[dict[str, Any]], dataset_type: DatasetType, tokenizer: "PreTrainedTokenizerBase", max_length: int
+    rows: Iterable[dict[str, Any]], dataset_type: DatasetType, row_tokenizer: RowTokenizer, max_length: int
 ) -> TokenizedUnpairedSplit:
     """Every answer with its flag, cut to `max_length` tokens; of preference rows, all chosen answers and then all rejected ones."""
     if dataset_type == "preference":
-        pairs = tokenize_pairs(rows, tokenizer, max_length)
+        pairs = tokenize_pairs(rows, row_tokenizer, max_length)
         chosen = [UnpairedExample(pair.chosen, True) for pair in pairs.rows]
         rejected = [UnpairedExample(pair.rejected, False) for pair in pairs.rows]
         return TokenizedUnpairedSplit(chosen + rejected, pairs.truncated, pairs.dropped)
     split = TokenizedUnpairedSplit()
     for row in rows:
-        answer = _tokenize_answer(row["prompt"], row["completion"], tokenizer)
+        answer = _tokenize_answer(row["prompt"], row["completion"], row_tokenizer)
         split.truncated += len(answer.input_ids) > max_length
         answer = answer.truncate(max_length)
         if answer.has_labels:
@@ -84,7 +81,5 @@ def tokenize_unpaired(
     return split
 
 
-def _tokenize_answer(
-    prompt: str | list[Message], completion: str | list[Message], tokenizer: "PreTrainedTokenizerBase"
-) -> TokenizedExample:
-    return tokenize_row({"prompt": prompt, "completion": completion}, "prompt_completion", tokenizer)
+def _tokenize_answer(prompt: str | list[Message], completion: str | list[Message], row_tokenizer: RowTokenizer) -> TokenizedExample:
+    return row_tokenizer.tokenize({"prompt": prompt, "completion": completion}, "prompt_completion")

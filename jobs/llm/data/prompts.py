@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.llm.data.tokenize import IGNORE_INDEX, TokenizedExample, tokenize_row
+from jobs.llm.data.tokenize import IGNORE_INDEX, TokenizedExample
 from jobs.llm.graders.base import GradingInput
 from jobs.llm.graders.reward import to_text
 
@@ -31,15 +31,3 @@ class PromptRow:
             return self.tokens
         ids = self.tokens.input_ids + tokenizer(completion, add_special_tokens=False)["input_ids"]
         return TokenizedExample(ids, [IGNORE_INDEX] * len(ids), self.tokens.prompt_text, self.tokens.prompt_tokens)
-
-
-def tokenize_prompt(prompt: str | list[dict[str, Any]], tokenizer: Any) -> TokenizedExample:
-    """The prompt as tokens. Messages go through the chat template, up to the start of the assistant's turn. Raises JobFailed."""
-    if isinstance(prompt, str):
-        row = tokenize_row({"text": prompt}, "text", tokenizer)
-        ids = row.input_ids[:-1]  # without the end-of-text token
-        return TokenizedExample(ids, [IGNORE_INDEX] * len(ids), prompt, len(ids))
-    with_empty_completion = {"prompt": prompt, "completion": [{"role": "assistant", "content": ""}]}
-    row = tokenize_row(with_empty_completion, "prompt_completion", tokenizer)
-    ids = row.input_ids[: row.prompt_tokens]
-    return TokenizedExample(ids, [IGNORE_INDEX] * len(ids), row.prompt_text, len(ids))

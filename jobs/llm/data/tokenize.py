@@ -6,11 +6,12 @@ text               labels on the whole text and the EOS token
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.llm.chat_format import ChatFormat
 from jobs.llm.chat_templates import TEMPLATE_ERRORS, find_output_problem
 from jobs.runtime.errors import JobFailed
 from schema.types import DatasetType
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 IGNORE_INDEX = -100  # torch's cross_entropy ignores labels of this value
 
-Message = dict[str, str]
+Message = dict[str, Any]
 Span = tuple[int, int]  # start and end, in characters of a text
 
 
@@ -63,12 +64,12 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def tokenize_split(
-    rows: Iterator[dict[str, Any]], dataset_type: DatasetType, tokenizer: "PreTrainedTokenizerBase", max_length: int
+    rows: Iterable[dict[str, Any]], dataset_type: DatasetType, row_tokenizer: "RowTokenizer", max_length: int
 ) -> TokenizedSplit:
     """Tokens and labels of every row, cut to `max_length` tokens."""
     split = TokenizedSplit()
     for row in rows:
-        tokens = tokenize_row(row, dataset_type, tokenizer)
+        tokens = row_tokenizer.tokenize(row, dataset_type)
         split.truncated += len(tokens.input_ids) > max_length
         tokens = tokens.truncate(max_length)
         if tokens.has_labels:
@@ -78,59 +79,99 @@ def tokenize_split(
     return split
 
 
-def tokenize_row(row: dict[str, Any], dataset_type: DatasetType, tokenizer: "PreTrainedTokenizerBase") -> TokenizedExample:
-    """Tokens and labels of a whole row. Raises JobFailed."""
-    text, spans, chat = _render_row(row, dataset_type, tokenizer)
-    return _tokenize_text(text, spans, tokenizer, chat=chat)
+@dataclass(frozen=True)
+class Turns:
+    """A row as a conversation."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None  # that the assistant may call
+    first: int  # index of the first message that may be learned
 
 
-def _render_row(row: dict[str, Any], dataset_type: DatasetType, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, list[Span], bool]:
-    """The row as one text, the spans to learn, and whether the chat template rendered it."""
-    match dataset_type:
-        case "messages":
-            return *_render_conversation(row["messages"], 0, tokenizer), True
-        case "prompt_completion" if isinstance(row["prompt"], list):
-            return *_render_conversation(row["prompt"] + row["completion"], len(row["prompt"]), tokenizer), True
-        case "prompt_completion":
-            text = row["prompt"] + row["completion"]
-            return text, [(len(row["prompt"]), len(text))], False
-        case "text":
-            return row["text"], [(0, len(row["text"]))], False
-        case _:
-            raise JobFailed("invalid_data", f"rows of type {dataset_type} have no single answer to learn", "use another trainer_type")
+@dataclass(frozen=True)
+class RowTokenizer:
+    """Turns rows into tokens and labels, the same in every process: it can be pickled, and depends on nothing else."""
 
+    tokenizer: Any  # of transformers; its own chat template is not used
+    chat_format: ChatFormat
+    # What an image is in a rendered conversation, and the text that replaces it.
+    image_text: tuple[str, str] | None = None
 
-def _render_conversation(messages: list[Message], first: int, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, list[Span]]:
-    """A conversation as text, and the spans of the assistant's messages from message `first` on, with their end of turn.
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything besides the tokenizer's vocabulary that the tokens depend on, as JSON values."""
+        return {"chat_format": asdict(self.chat_format), "image_text": self.image_text}
 
-    Rendering the conversation up to a turn gives the turn's position. That requires a template that never changes what it rendered
-    before: some remove the reasoning of earlier turns, or mark only the last turn, which would misplace the labels.
-    """
-    text = _apply_chat_template(tokenizer, messages, add_generation_prompt=False)
-    spans: list[Span] = []
-    for n in range(first, len(messages)):
-        if messages[n]["role"] == "assistant":
-            prefix = _apply_chat_template(tokenizer, messages[:n], add_generation_prompt=True)
-            with_answer = _apply_chat_template(tokenizer, messages[: n + 1], add_generation_prompt=False)
-            if not (with_answer.startswith(prefix) and text.startswith(with_answer)):
-                hint = "send every answer as a separate row (prompt and completion), or use a base model with another chat template"
-                raise JobFailed(
-                    "invalid_config", "the base model's chat template changes earlier turns, so the answers cannot be labeled", hint
+    def read_turns(self, row: dict[str, Any], dataset_type: DatasetType) -> Turns | str:
+        """The row as a conversation; the prompt of a row that is continued without a template, empty where it has none."""
+        match dataset_type:
+            case "messages":
+                return Turns(row["messages"], row.get("tools"), 0)
+            case "prompt_completion" if isinstance(row["prompt"], list):
+                return Turns(row["prompt"] + row["completion"], row.get("tools"), len(row["prompt"]))
+            case "prompt_completion":
+                return str(row["prompt"])
+            case "text":
+                return ""
+            case _:
+                raise JobFailed("invalid_data", f"rows of type {dataset_type} have no single answer to learn", "use another trainer_type")
+
+    def tokenize(self, row: dict[str, Any], dataset_type: DatasetType) -> TokenizedExample:
+        """Tokens and labels of a whole row. Raises JobFailed."""
+        turns = self.read_turns(row, dataset_type)
+        if isinstance(turns, Turns):
+            text, spans = self._render_conversation(turns)
+            return _tokenize_text(text, spans, self.tokenizer, chat=True)
+        text = row["text"] if dataset_type == "text" else turns + row["completion"]
+        return _tokenize_text(text, [(len(turns), len(text))], self.tokenizer, chat=False)
+
+    def tokenize_prompt(self, prompt: str | list[Message]) -> TokenizedExample:
+        """The prompt as tokens without labels: messages up to the start of the assistant's turn. Raises JobFailed."""
+        if isinstance(prompt, str):
+            row = self.tokenize({"text": prompt}, "text")
+            ids = row.input_ids[:-1]  # without the end-of-text token
+            return TokenizedExample(ids, [IGNORE_INDEX] * len(ids), prompt, len(ids))
+        with_empty_completion = {"prompt": prompt, "completion": [{"role": "assistant", "content": ""}]}
+        row = self.tokenize(with_empty_completion, "prompt_completion")
+        ids = row.input_ids[: row.prompt_tokens]
+        return TokenizedExample(ids, [IGNORE_INDEX] * len(ids), row.prompt_text, len(ids))
+
+    def _render_conversation(self, turns: Turns) -> tuple[str, list[Span]]:
+        """A conversation as text, and the spans of the assistant's messages from the first on, with their end of turn.
+
+        Rendering the conversation up to a turn gives the turn's position. That requires a template that never changes what it rendered
+        before: some remove the reasoning of earlier turns, or mark only the last turn, which would misplace the labels.
+        """
+        messages = turns.messages
+        text = self._apply_template(messages, add_generation_prompt=False)
+        spans: list[Span] = []
+        for n in range(turns.first, len(messages)):
+            if messages[n]["role"] == "assistant":
+                prefix = self._apply_template(messages[:n], add_generation_prompt=True)
+                with_answer = self._apply_template(messages[: n + 1], add_generation_prompt=False)
+                if not (with_answer.startswith(prefix) and text.startswith(with_answer)):
+                    hint = "send every answer as a separate row (prompt and completion), or use a base model with another chat template"
+                    raise JobFailed(
+                        "invalid_config", "the base model's chat template changes earlier turns, so the answers cannot be labeled", hint
+                    )
+                spans.append((len(prefix), len(with_answer)))
+        return text, spans
+
+    def _apply_template(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
+        template = self.chat_format.template
+        try:
+            text = str(
+                self.tokenizer.apply_chat_template(
+                    messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
                 )
-            spans.append((len(prefix), len(with_answer)))
-    return text, spans
-
-
-def _apply_chat_template(tokenizer: "PreTrainedTokenizerBase", messages: list[Message], *, add_generation_prompt: bool) -> str:
-    try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
-    except TEMPLATE_ERRORS as error:  # often the template's own message, such as: System role not supported
-        roles = ", ".join(message["role"] for message in messages) or "none"
-        hint = "use roles that the base model's chat template accepts, or another base model"
-        raise JobFailed("invalid_data", f"the base model's chat template rejects the roles {roles}: {error}", hint) from error
-    if problem := find_output_problem(text, messages):
-        raise JobFailed("invalid_config", f"the base model's chat template cannot be used: {problem}", "use another base_model_id")
-    return text
+            )
+        except TEMPLATE_ERRORS as error:  # often the template's own message, such as: System role not supported
+            roles = ", ".join(message["role"] for message in messages) or "none"
+            hint = "use roles that the base model's chat template accepts, or another base model"
+            raise JobFailed("invalid_data", f"the base model's chat template rejects the roles {roles}: {error}", hint) from error
+        if problem := find_output_problem(text, messages):
+            raise JobFailed("invalid_config", f"the base model's chat template cannot be used: {problem}", "use another base_model_id")
+        return text.replace(*self.image_text) if self.image_text else text
 
 
 def _tokenize_text(text: str, spans: list[Span], tokenizer: "PreTrainedTokenizerBase", *, chat: bool) -> TokenizedExample:

@@ -18,9 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.llm.data.prompts import PromptRow, tokenize_prompt
+from jobs.llm.data.prompts import PromptRow
 from jobs.llm.data.splits import require_examples, untrained_special_tokens, warn_truncation
-from jobs.llm.data.tokenize import TokenizedExample, read_rows, tokenize_row
+from jobs.llm.data.tokenize import TokenizedExample, read_rows
 from jobs.llm.evaluation.generation import generate_batch, make_samples, max_generation_batch
 from jobs.llm.graders import build_graders, check_graders, close_graders
 from jobs.llm.graders.base import FailedGrade, Grade
@@ -77,10 +77,10 @@ def _load_prompts(training: TrainingContext, config: GrpoConfig, split: str) -> 
     rows: list[PromptRow] = []
     for row in stored:
         columns = {name: row.get(name) for name in column_names}
-        tokens = tokenize_prompt(row["prompt"], training.tokenizer)
+        tokens = training.row_tokenizer.tokenize_prompt(row["prompt"])
         if dataset_type == "prompt_completion":
             columns["completion"] = to_text(row["completion"])
-            tokens = tokenize_row(row, dataset_type, training.tokenizer)
+            tokens = training.row_tokenizer.tokenize(row, dataset_type)
         if tokens.prompt_tokens <= max_prompt_tokens:
             rows.append(PromptRow(row["prompt"], tokens, columns))
     warn_truncation(training, split, truncated=0, dropped=len(stored) - len(rows))
@@ -169,6 +169,7 @@ class GrpoTask:
             graders = task.graders
             # Without Triton, TRL's LM head computes every position; and it does not support trainable tokens in the head.
             uses_own_log_probs = bool(task.trainable_token_ids) or not training.device_config.on_gpu
+            row_tokenizer = training.row_tokenizer
 
         prompts = [{"prompt": row.prompt, "row_index": index} for index, row in enumerate(self.train_prompts)]
         peft_config = lora_config(self.config, model, trainable_token_ids=self.trainable_token_ids) if training.trains_adapter else None

@@ -61,7 +61,7 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
         check_chat_template(training.tokenizer, config.base_model_id, training.splits.values(), context.workdir / "data")
     dataset_type, max_length = context.spec.dataset.dataset_type, config.hyperparameters.max_seq_length
     splits = {
-        name: tokenize_split_with_images(path, dataset_type, training.tokenizer, vision_input, max_length)
+        name: tokenize_split_with_images(path, dataset_type, training.row_tokenizer, vision_input, max_length)
         for name, path in training.splits.items()
     }
     train_rows, held_out = check_splits(training, splits)
