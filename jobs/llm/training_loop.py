@@ -15,9 +15,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.llm.data.user_prompts import make_user_prompts
 from jobs.llm.distributed import SINGLE_PROCESS, ProcessTopology
 from jobs.llm.evaluate import evaluate_after_training, evaluate_before_training
 from jobs.llm.exporters.model_files import PROCESSOR_FILES, copy_files
+from jobs.llm.exporters.preflight import check_export_plan
 from jobs.llm.fsdp import gather_weights, serve_shards, unsharded_evaluation
 from jobs.llm.hardware import choose_torch_compile
 from jobs.llm.instrumented_trainer import build_instrumented_trainer
@@ -64,6 +66,7 @@ def run_training(task: TrainingTask, training: TrainingContext) -> TrainedModel:
     import torch
 
     context, hyperparameters = training.context, training.config.hyperparameters
+    check_export_plan(training)
     context.log_decision(
         "learning_rate", f"{hyperparameters.learning_rate:g}", "set in the request, or the default of the trainer type and method"
     )
@@ -94,6 +97,7 @@ def run_training(task: TrainingTask, training: TrainingContext) -> TrainedModel:
             for row in islice(task.held_out_examples or task.train_examples, NUM_HELD_OUT_EXAMPLES)
         ),
         chat_format=training.chat_format,
+        user_prompts=make_user_prompts(training),
         metrics=metrics,
         base_metrics=context.state.base_metrics,
         train_rows=len(task.train_examples),

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.llm.data.tokenize import RowTokenizer, Turns, read_rows
@@ -56,9 +55,7 @@ def _make_user_prompt(row: dict[str, Any], dataset_type: DatasetType, row_tokeni
     answers = [n for n in range(turns.first, len(turns.messages)) if _is_learned(turns.messages[n])]
     if not answers or not tokens.has_labels:
         return None
-    return UserPrompt(
-        tuple(turns.messages[: answers[0]]), tuple(turns.tools or ()), None, tuple(tokens.input_ids), tokens.prompt_tokens
-    )
+    return UserPrompt(tuple(turns.messages[: answers[0]]), tuple(turns.tools or ()), None, tuple(tokens.input_ids), tokens.prompt_tokens)
 
 
 def _make_question_alone(row: dict[str, Any], row_tokenizer: RowTokenizer) -> UserPrompt:

@@ -89,7 +89,7 @@ def write_go_template(pieces: TurnPieces) -> str:
         *([system] if system else []),
         f'{{{{- {"else if" if system else "if"} eq .Role "user" }}}}'
         f'{{{{ if eq $previous "assistant" }}}}{_print(pieces, "assistant", "user")}{{{{ else }}}}'
-        f'{after_system}{_print(pieces, FIRST, "user")}{end}{{{{ end }}}}{{{{ .Content }}}}',
+        f"{after_system}{_print(pieces, FIRST, 'user')}{end}{{{{ end }}}}{{{{ .Content }}}}",
         f'{{{{- else if eq .Role "assistant" }}}}{_print(pieces, "user", "assistant")}{{{{ .Content }}}}',
         "{{- end }}",
         *([] if system else ['{{- if ne .Role "system" }}']),

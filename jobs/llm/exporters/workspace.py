@@ -6,9 +6,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.llm.exporters.log_probs import make_passages
+from jobs.llm.exporters.log_probs import make_passages, select_sample_prompt
 from jobs.llm.exporters.merge import MergedModel, MergeSpec, choose_compute_dtype, merge_model
 from jobs.llm.exporters.model_files import Precision
+from jobs.llm.exporters.modelfile import OllamaTemplate, make_ollama_template
 from jobs.llm.model_kinds import ModelKind
 from jobs.runtime.artifacts import ExportedArtifact
 from schema.spec import artifact_key
@@ -47,6 +48,7 @@ class ExportWorkspace:
                 model_kind=self.model_kind,
                 tokenizer=self.tokenizer,
                 passages=make_passages(self.text_examples, self.tokenizer),
+                sample_prompt_ids=self.sample_prompt[1],
                 dtype=PRECISION_OF_DTYPE[dtype] if dtype else None,
                 dtype_and_device=choose_compute_dtype(self.trained.base_folder, self.context),
                 workspace_folder=self.folder,
@@ -72,6 +74,23 @@ class ExportWorkspace:
             reason = f"{len(examples) - len(text_only)} of {len(examples)} held-out rows have images; GGUF files are verified on text"
             self.context.log_decision("fidelity_texts", "held-out texts" if text_only else "built-in texts", reason)
         return text_only
+
+    @cached_property
+    def sample_prompt(self) -> tuple[str, tuple[int, ...]]:
+        """A held-out question, or the beginning of a text, that every file answers, as text and as token ids."""
+        return select_sample_prompt(self.trained.user_prompts, self.text_examples, self.tokenizer)
+
+    @cached_property
+    def ollama_template(self) -> OllamaTemplate:
+        """How the Modelfiles render conversations."""
+        return make_ollama_template(self.trained.chat_format, self.tokenizer, self.trained.user_prompts)
+
+    @cached_property
+    def adds_bos(self) -> bool | None:
+        """Whether the training's rows begin with a BOS token, which the published tokenizers must add; None without rows."""
+        rows = [*self.trained.user_prompts, *self.trained.held_out_examples]
+        bos_id = self.tokenizer.bos_token_id
+        return None if bos_id is None or not rows else all(row.input_ids[:1] == (bos_id,) for row in rows)
 
     @property
     def model_kind(self) -> ModelKind:

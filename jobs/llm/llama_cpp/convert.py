@@ -11,10 +11,11 @@ own class for very large tensors. Everything else is left to the converter, and 
 
 import runpy
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, Literal
 
-from jobs.llm.llama_cpp import LLAMA_CPP_FOLDER, get_converter_path
+from jobs.llm.llama_cpp import END_TOKENS_OPTION, LLAMA_CPP_FOLDER, get_converter_path
 from jobs.llm.remote_code import distrust_model_repositories, forbid_remote_code
 
 CHUNK_BYTES = 16 << 20
@@ -29,9 +30,25 @@ def main(source: Literal["hf", "lora"], *arguments: str) -> None:
         sys.path.insert(0, str(folder))
     if source == "hf":
         patch_lazy_tensor(import_module("conversion.base").LazyTorchTensor, import_module("gguf"))
+    end_tokens = [argument.removeprefix(END_TOKENS_OPTION) for argument in arguments if argument.startswith(END_TOKENS_OPTION)]
+    if end_tokens:
+        write_end_tokens(import_module("conversion.base").TextModel, [int(token) for token in end_tokens[0].split(",")])
     script = str(get_converter_path(source))
-    sys.argv = [script, *arguments]
+    sys.argv = [script, *(argument for argument in arguments if not argument.startswith(END_TOKENS_OPTION))]
     runpy.run_path(script, run_name="__main__")
+
+
+def write_end_tokens(model_class: Any, token_ids: Sequence[int]) -> None:
+    """Make the converter write up to two tokens that end an answer: llama.cpp knows only those of common models by their text."""
+    prepare_metadata = model_class.prepare_metadata
+
+    def prepare_metadata_with_end_tokens(self: Any, *args: Any, **kwargs: Any) -> None:
+        prepare_metadata(self, *args, **kwargs)
+        writer = self.gguf_writer
+        for add, token in zip((writer.add_eot_token_id, writer.add_eom_token_id), token_ids, strict=False):
+            add(token)
+
+    model_class.prepare_metadata = prepare_metadata_with_end_tokens
 
 
 def patch_lazy_tensor(lazy_tensor_class: Any, gguf: Any) -> None:

@@ -1,20 +1,51 @@
 """Runs llama.cpp's programs, each in a child process. Every function raises SubprocessFailed when its program fails."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from jobs.llm.llama_cpp import find_program, get_converter_path
+from jobs.llm.llama_cpp import END_TOKENS_OPTION, find_program, get_converter_path
 from jobs.llm.llama_cpp.evaluate import EvalRequest, EvalResponse
+from jobs.llm.llama_cpp.vocabulary import VocabularyReport, VocabularyRequest, VocabularyTexts
 from jobs.runtime.subprocesses import SubprocessFailed, exchange_json, run_module, run_program
 
 CONVERT_MODULE = "jobs.llm.llama_cpp.convert"
 
 
-def convert(model_folder: Path, target: Path, *, precision: Literal["f32", "f16", "bf16"], name: str, mmproj: bool = False) -> None:
-    """Convert a Hugging Face model folder to one GGUF file; `mmproj` converts only its vision part."""
+MAX_END_TOKENS = 2  # that a file can name beside the end of a text: of a turn, and of a message
+
+
+def convert(
+    model_folder: Path,
+    target: Path,
+    *,
+    precision: Literal["f32", "f16", "bf16"],
+    name: str,
+    mmproj: bool = False,
+    end_token_ids: Sequence[int] = (),
+) -> None:
+    """Convert a Hugging Face model folder to one GGUF file; `mmproj` converts only its vision part.
+
+    `end_token_ids` are tokens that end an answer, besides those that llama.cpp knows by their text.
+    """
     options = ["--outtype", precision, "--outfile", str(target), "--model-name", name, *(["--mmproj"] if mmproj else [])]
+    options += [f"{END_TOKENS_OPTION}{','.join(map(str, end_token_ids))}"] if end_token_ids else []
     _require_script(get_converter_path())
     run_module("convert", CONVERT_MODULE, "hf", model_folder, *options)
+
+
+def convert_vocabulary(model_folder: Path, target: Path, end_token_ids: Sequence[int] = ()) -> None:
+    """Convert only the tokenizer of a model folder, without the weights, of which the headers are read."""
+    options = ["--outfile", str(target), "--vocab-only"]
+    options += [f"{END_TOKENS_OPTION}{','.join(map(str, end_token_ids))}"] if end_token_ids else []
+    _require_script(get_converter_path())
+    run_module("convert", CONVERT_MODULE, "hf", model_folder, *options)
+
+
+def read_vocabulary(path: Path, asked: VocabularyTexts, workdir: Path) -> VocabularyReport:
+    """Tokenize with a GGUF file's vocabulary."""
+    request = VocabularyRequest(model_path=str(path), **asked.model_dump())
+    return exchange_json("vocabulary", "jobs.llm.llama_cpp.vocabulary", request, VocabularyReport, workdir)
 
 
 def convert_lora(adapter: Path, base: Path, target: Path) -> None:

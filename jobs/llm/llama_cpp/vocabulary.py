@@ -11,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from schema.base import ForwardCompatible
 
 if TYPE_CHECKING:
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
 class ChatPrompt(ForwardCompatible):
     """A conversation up to a question, or a text to continue."""
 
-    messages: list[dict[str, Any]] = []
-    tools: list[dict[str, Any]] = []
+    messages: list[dict[str, Any]] = Field(default=[])
+    tools: list[dict[str, Any]] = Field(default=[])
     text: str | None = None
 
 
@@ -29,16 +31,17 @@ class VocabularyTexts(ForwardCompatible):
     """What to tokenize."""
 
     texts: list[str]  # as they are
-    prompts: list[ChatPrompt] = []  # through the file's chat template
-    raw_prompts: list[str] = []  # rendered already, by a Modelfile's template: the file's settings say whether a BOS token is added
-    stop_token_ids: list[int] = []  # that must end an answer
+    prompts: list[ChatPrompt] = Field(default=[])  # through the file's chat template
+    # Rendered already, by a Modelfile's template; the file's settings say whether a BOS token is added.
+    raw_prompts: list[str] = Field(default=[])
+    stop_token_ids: list[int] = Field(default=[])  # that must end an answer
 
 
 class AskedPrompt(ForwardCompatible):
     """The tokens of a prompt; `problem` says why there are none."""
 
-    ids: list[int] = []
-    served_ids: list[int] = []  # as llama.cpp's server makes them, which leaves the BOS token to the tokenizer
+    ids: list[int] = Field(default=[])
+    served_ids: list[int] = Field(default=[])  # as llama.cpp's server makes them, which leaves the BOS token to the tokenizer
     problem: str = ""
 
 
@@ -46,9 +49,9 @@ class VocabularyReport(ForwardCompatible):
     """The tokens of what was asked for, in the same order."""
 
     token_ids: list[list[int]]
-    prompts: list[AskedPrompt] = []
-    raw_prompt_ids: list[list[int]] = []
-    missing_stops: list[int] = []  # stop tokens that llama.cpp does not take for the end of an answer
+    prompts: list[AskedPrompt] = Field(default=[])
+    raw_prompt_ids: list[list[int]] = Field(default=[])
+    missing_stops: list[int] = Field(default=[])  # stop tokens that llama.cpp does not take for the end of an answer
 
 
 class VocabularyRequest(VocabularyTexts):
