@@ -1,86 +1,230 @@
 """Speed of LoRA training on this machine's GPU, and its share of the peak: `python -m bench.gpu_training [1b] [4b]`.
 
-Runs in the trainer's environment, on a machine with an NVIDIA GPU; elsewhere it exits with a message. The bases have the shapes of
-Gemma 3 1B and 4B and random weights. Rows are packed into 4,096 tokens, and nearly all tokens are labeled, so that skipping unlabeled
-positions saves nothing. TRL is measured too, with its defaults and with our flags, and Unsloth if its Python is given.
+Runs in the trainer's environment, on a machine with an NVIDIA GPU; `--dry-run` takes the same path with a tiny base on the CPU, to show
+that the script works. The bases have the shapes of Gemma 3 1B and 4B and random weights. Nearly all tokens are labeled, so that skipping
+unlabeled positions saves nothing. One table compares
+
+    Tunesmith, defaults        what a request without hyperparameters gets: rows that are not packed
+    Tunesmith, packed          blocks of 4,096 tokens
+    TRL, defaults              the library's own batch size, precision and recomputation, with the same adapter
+    TRL, the same flags        what Tunesmith chooses for packed blocks
+    Unsloth, packed            if its package is installed, or its Python is given
+
+The trainers take turns. A new round, or a training, starts only if its time is left in `--budget-s`; the table says what was not measured.
 
 The share of the peak counts 4 N operations per token, where N is the number of weights in matrix multiplications, including the head:
 2 N in the forward pass and 2 N in the backward pass, because the weights are frozen. Recomputation to save memory is not counted.
 """
 
 import argparse
+import json
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
-from bench.figures import Measurement, at_least, median, print_table, write_json
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bench.figures import at_least
 from bench.peers_training.plan import TrainingPlan, TrainingRecord
 from bench.peers_training.rows import SHAPES
 
-NAME = "gpu training"
 SOURCE = Path(__file__).resolve().parent.parent
-SEQUENCE_LENGTH = 4096
+SIZES = ("1b", "4b")
 MEAN_TOKENS = 60  # per row, approximately
-STEPS = 24
-WARMUP_STEPS = 4  # not measured: kernels are selected and memory is allocated
-ROUNDS = 3
+MAX_ROWS_PER_STEP = 8  # of a training that is not packed, by the defaults of any trainer
+BUDGET_S = 420
 # Dense bf16 operations per second, by a part of CUDA's name for the GPU; from NVIDIA's data sheets.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
-GOAL_MFU_PERCENT = {"H200": 35, "H100": 35}
+PEAK_SHARE_GOALS = {"H200": at_least(35), "H100": at_least(35)}
+SPEED_GOALS = {"TRL, defaults": at_least(2.0), "Unsloth, packed": at_least(0.95)}  # of Tunesmith, packed, as a multiple
+OURS = "Tunesmith, packed"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The length of the trainings, and where they run."""
+
+    device: str  # CUDA's name for the GPU, or "CPU"
+    sequence_length: int
+    blocks_per_step: int  # of a packed training
+    steps: int
+    warmup_steps: int  # not measured: kernels are selected and memory is allocated
+    rounds: int  # at most
+    learning_rate: float
+    use_fa2: bool = False
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the trainings run on a GPU."""
+        return self.device != "CPU"
+
+    @property
+    def peak_flops(self) -> float | None:
+        """Operations per second of the GPU's data sheet; None for an unknown one."""
+        return next((flops for kind, flops in PEAK_FLOPS.items() if kind in self.device), None)
+
+
+DRY_RUN = Setting("CPU", sequence_length=256, blocks_per_step=1, steps=5, warmup_steps=1, rounds=1, learning_rate=2e-2)
+
+
+@dataclass(frozen=True)
+class TrainerScript:
+    """A script of bench/peers_training, which trains with several settings in one process."""
+
+    script: str
+    python: Path
+    flags: Mapping[str, str]  # of the plan, by row of the table
+    absent: str = ""  # why it cannot be run
+
+
+@dataclass
+class Result:
+    """One row of the table, and the trainings that it is the median of."""
+
+    size: str
+    trainer: str
+    problem: str = ""  # why it was not measured, or not again
+    runs: list[TrainingRecord] = field(default_factory=list[TrainingRecord])
+    tokens_per_s: float | None = None
+    peak_share_percent: float | None = None
+    peak_memory_mb: float | None = None
+    goals: dict[str, bool] = field(default_factory=dict[str, bool])
+
+    @property
+    def note(self) -> str:
+        """What the learning did, what went wrong, and the goals."""
+        learned = f"loss {self.runs[0].losses[0]:.2f} → {self.runs[0].losses[-1]:.2f}" if self.runs else ""
+        goals = [f"{text}: {'met' if is_met else 'missed'}" for text, is_met in self.goals.items()]
+        return "; ".join(filter(None, (learned, self.problem, *goals)))
+
+
+class Budget:
+    """The time that is left, and how long each process took."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.seconds, self._clock = seconds, clock
+        self._ends_at = clock() + seconds
+        self._durations_s: dict[tuple[str, ...], float] = {}
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the budget is used up."""
+        return self._ends_at - self._clock()
+
+    @property
+    def used_up(self) -> str:
+        """Why something was not measured."""
+        return f"not measured: the budget of {self.seconds:g} s was used up"
+
+    def allows(self, *process: str) -> bool:
+        """Whether enough time is left for this process, as long as it took before."""
+        return self.left_s > self._durations_s.get(process, 0.0)
+
+    def run(self, command: Sequence[str | Path], *process: str) -> str:
+        """Run a command for as long as time is left; returns why it failed, or nothing."""
+        started_at = self._clock()
+        try:
+            done = subprocess.run(command, cwd=SOURCE, capture_output=True, text=True, check=False, timeout=max(self.left_s, 1))
+        except subprocess.TimeoutExpired:
+            return f"stopped: the budget of {self.seconds:g} s ended before it did"
+        except OSError as error:
+            return f"failed: {error}"
+        self._durations_s[process] = self._clock() - started_at
+        return f"failed: {' / '.join(done.stderr.strip().splitlines()[-3:])}" if done.returncode else ""
 
 
 def main() -> int:
-    """Measure and print. Returns 1 if a goal was missed, 2 without a GPU."""
+    """Measure and print. Returns 1 if a trainer failed or a goal was missed, 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_training", description="Measures LoRA training on this machine's GPU.")
     parser.add_argument("sizes", nargs="*", metavar="SIZE", help="1b or 4b; default: both")
-    parser.add_argument("--batch", type=int, default=2, help=f"blocks of {SEQUENCE_LENGTH} tokens per step")
+    parser.add_argument("--budget-s", type=float, default=BUDGET_S, help=f"seconds for all of it; default: {BUDGET_S}")
+    parser.add_argument("--batch", type=int, default=2, help="packed blocks per step")
+    parser.add_argument("--dry-run", action="store_true", help="a tiny base on the CPU, to try the script")
     parser.add_argument("--unsloth", type=Path, metavar="PYTHON", help="a Python with Unsloth; default: this one, if Unsloth is installed")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements as JSON")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
     args = parser.parse_args()
-    if unknown := set(args.sizes) - {"1b", "4b"}:
-        parser.error(f"no size {', '.join(sorted(unknown))}; known: 1b, 4b")
-    gpu = get_gpu_name()
-    if gpu is None:
-        print("torch finds no GPU on this machine; `python -m bench training` measures without one", file=sys.stderr)
+    if unknown := set(args.sizes) - set(SIZES):
+        parser.error(f"no size {', '.join(sorted(unknown))}; known: {', '.join(SIZES)}")
+    budget = Budget(args.budget_s)
+    setting = DRY_RUN if args.dry_run else detect_setting(args.batch)
+    if setting is None:
+        print("torch finds no GPU on this machine; `python -m bench training` measures without one, and --dry-run tries", file=sys.stderr)
         return 2
-    unsloth = args.unsloth or (Path(sys.executable) if find_spec("unsloth") else None)
-    figures: list[Measurement] = []
-    for size in args.sizes or ("1b", "4b"):
-        with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder:
-            figures += measure(size, gpu, args.batch, Path(folder), unsloth)
-        print_table(figures)
+    sizes = ["tiny"] if args.dry_run else args.sizes or SIZES
+    with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder:
+        results = measure(sizes, setting, list_scripts(setting, args.unsloth), budget, Path(folder))
+    print_results(results, setting, budget)
     if args.json:
-        write_json(figures, args.json)
-    return 1 if any(figure.is_goal_met is False for figure in figures) else 0
+        args.json.write_text(json.dumps([asdict(result) | {"note": result.note} for result in results], indent=1) + "\n")
+    return 1 if any(result.problem.startswith("failed") or False in result.goals.values() for result in results) else 0
 
 
-def get_gpu_name() -> str | None:
-    """CUDA's name for the GPU; None without one."""
+def detect_setting(blocks_per_step: int) -> Setting | None:
+    """The setting for this machine's GPU; None without one."""
     import torch
+    from transformers.utils import is_flash_attn_2_available
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    if not torch.cuda.is_available():
+        return None
+    device = torch.cuda.get_device_name()
+    return Setting(
+        device,
+        sequence_length=4096,
+        blocks_per_step=blocks_per_step,
+        steps=24,
+        warmup_steps=6,
+        rounds=3,
+        learning_rate=1e-3,
+        use_fa2=is_flash_attn_2_available(),
+    )
 
 
-def measure(size: str, gpu: str, batch: int, folder: Path, unsloth: Path | None) -> list[Measurement]:
-    """Train with each trainer in turn, for several rounds, on a base of this size."""
-    rows = STEPS * batch * SEQUENCE_LENGTH // MEAN_TOKENS
-    _run_trainer(Path(sys.executable), "rows", folder, "--shape", size, "--rows", str(rows), "--label-share", "1.0")
-    records: dict[str, list[TrainingRecord]] = {}
-    for number in range(ROUNDS):
-        for name, (python, script, plan) in _make_trainer_plans(folder, batch, unsloth).items():
-            round_plan = replace(plan, output_folder=f"{plan.output_folder}-{number}")
-            path = Path(round_plan.output_folder + ".json")
-            round_plan.write(path)
-            _run_trainer(python, script, path)
-            records.setdefault(name, []).append(TrainingRecord.read(Path(round_plan.output_folder + ".record.json")))
-    for name, runs in records.items():
-        if any(not run.grad_norms or min(run.grad_norms) <= 0 or run.losses[-1] >= run.losses[0] for run in runs):
-            raise SystemExit(f"{name} learned nothing: {[(run.losses, run.grad_norms) for run in runs]}")
-    return _figures(size, gpu, records, count_matmul_parameters(size))
+def list_scripts(setting: Setting, unsloth: Path | None) -> list[TrainerScript]:
+    """The scripts to run, in this order, and those that cannot be run."""
+    here = Path(sys.executable)
+    is_installed = find_spec("unsloth") is not None
+    absent = "absent: it needs a GPU" if is_installed and not setting.on_gpu else "absent: the package unsloth is not installed"
+    absent = "" if unsloth or (is_installed and setting.on_gpu) else absent
+    return [
+        TrainerScript("tunesmith", here, {"Tunesmith, defaults": "defaults", OURS: "tunesmith"}),
+        TrainerScript("trl_trainer", here, {"TRL, defaults": "defaults", "TRL, the same flags": "tunesmith"}),
+        TrainerScript("unsloth_trainer", unsloth or here, {"Unsloth, packed": "tunesmith"}, absent),
+    ]
+
+
+def measure(sizes: Sequence[str], setting: Setting, scripts: Sequence[TrainerScript], budget: Budget, folder: Path) -> list[Result]:
+    """Train with each trainer in turn, on each base, for as many rounds as the budget allows."""
+    rows = {(size, script.script): [Result(size, row, script.absent) for row in script.flags] for size in sizes for script in scripts}
+    for size in sizes:
+        if problem := _make_base_and_rows(size, setting, budget, folder / size):
+            for result in chain(*(rows[size, script.script] for script in scripts)):
+                result.problem = result.problem or problem
+    for number in range(setting.rounds):
+        for size in sizes:
+            for script in scripts:
+                results = [result for result in rows[size, script.script] if not result.problem]
+                if not results:
+                    continue
+                if budget.allows(size, script.script):
+                    _train(results, setting, script, budget, folder / size / f"{script.script}-{number}")
+                elif number == 0:
+                    for result in results:
+                        result.problem = budget.used_up
+    for result in chain(*rows.values()):
+        _summarize(result, setting)
+    for size in sizes:
+        _check_goals({result.trainer: result for script in scripts for result in rows[size, script.script]}, setting)
+    return list(chain(*rows.values()))
 
 
 def count_matmul_parameters(size: str) -> int:
@@ -91,66 +235,110 @@ def count_matmul_parameters(size: str) -> int:
     return shape["num_hidden_layers"] * (attention + 3 * width * shape["intermediate_size"]) + width * shape["vocab_size"]
 
 
-def tokens_per_second(run: TrainingRecord) -> float:
-    """Real tokens per second after the warmup steps."""
-    steps = run.steps - WARMUP_STEPS
-    return run.tokens * steps / run.steps / (run.step_ends_s[-1] - run.step_ends_s[WARMUP_STEPS - 1])
+def tokens_per_second(run: TrainingRecord, warmup_steps: int) -> float:
+    """Real tokens per second after the warmup steps. A trainer that does not count the tokens of a step sees equally many in each."""
+    seconds = run.step_ends_s[-1] - run.step_ends_s[warmup_steps - 1]
+    if len(run.step_tokens) == run.steps:
+        return (run.step_tokens[-1] - run.step_tokens[warmup_steps - 1]) / seconds
+    return run.tokens * (run.steps - warmup_steps) / run.steps / seconds
 
 
-def _make_trainer_plans(folder: Path, batch: int, unsloth: Path | None) -> dict[str, tuple[Path, str, TrainingPlan]]:
-    """By trainer: its Python, its script and its plan. Tunesmith comes first."""
-    ours = TrainingPlan(
-        base=str(folder / "base"),
-        rows_path=str(folder / "train.jsonl"),
-        output_folder=str(folder / "tunesmith"),
+def _make_base_and_rows(size: str, setting: Setting, budget: Budget, folder: Path) -> str:
+    """Make a base and its rows; returns why that failed, or nothing."""
+    if budget.left_s <= 0:
+        return budget.used_up
+    rows = setting.steps * max(MAX_ROWS_PER_STEP, setting.blocks_per_step * setting.sequence_length // MEAN_TOKENS)
+    options = ["--shape", size, "--rows", str(rows), "--label-share", "1.0"]
+    return budget.run([sys.executable, "-m", "bench.peers_training.rows", folder, *options], size, "rows")
+
+
+def _train(results: Sequence[Result], setting: Setting, script: TrainerScript, budget: Budget, folder: Path) -> None:
+    """Run a script once, and add its trainings to the rows of the table, or why there are none."""
+    folder.mkdir()
+    plan = TrainingPlan(
+        base=str(folder.parent / "base"),
+        rows_path=str(folder.parent / "train.jsonl"),
+        output_folder="",
         packing=True,
-        batch_size=batch,
+        batch_size=setting.blocks_per_step,
         gradient_accumulation_steps=1,
-        learning_rate=1e-3,
-        max_length=SEQUENCE_LENGTH,
-        on_gpu=True,
-        use_fa2=find_spec("flash_attn") is not None,
+        learning_rate=setting.learning_rate,
+        max_length=setting.sequence_length,
+        logging_steps=1,
+        max_steps=setting.steps,
+        on_gpu=setting.on_gpu,
+        use_fa2=setting.use_fa2,
     )
-    python = Path(sys.executable)
-    plans = {
-        "Tunesmith": (python, "tunesmith", ours),
-        "TRL, its defaults": (python, "trl_trainer", replace(ours, output_folder=str(folder / "trl-defaults"), flags="defaults")),
-        "TRL, our flags": (python, "trl_trainer", replace(ours, output_folder=str(folder / "trl"))),
-    }
-    return plans | ({"Unsloth": (unsloth, "unsloth_trainer", replace(ours, output_folder=str(folder / "unsloth")))} if unsloth else {})
+    paths = [folder / f"{number}.json" for number in range(len(results))]
+    for path, result in zip(paths, results, strict=True):
+        replace(plan, flags=script.flags[result.trainer], output_folder=str(path.with_suffix(""))).write(path)
+    pending = list(zip(paths, results, strict=True))
+    while pending:
+        command = [script.python, "-m", f"bench.peers_training.{script.script}", *(path for path, _ in pending)]
+        problem = budget.run(command, results[0].size, script.script) if budget.left_s > 0 else budget.used_up
+        while pending:  # a training that failed also ended those after it, which are run again without it
+            path, result = pending.pop(0)
+            written = path.with_suffix(".record.json")
+            if not written.exists():
+                result.problem = problem
+                break
+            record = TrainingRecord.read(written)
+            if record.has_learned:
+                result.runs.append(record)
+            else:
+                result.problem = f"failed: it learned nothing; losses {record.losses}, gradient norms {record.grad_norms}"
+    shutil.rmtree(folder)  # its files are as large as the base
 
 
-def _run_trainer(python: Path, script: str, *arguments: str | Path) -> None:
-    """Run a script of bench/peers_training. Raises SystemExit with the end of its stderr."""
-    done = subprocess.run(
-        [python, "-m", f"bench.peers_training.{script}", *arguments], cwd=SOURCE, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"{script} failed: {' / '.join(done.stderr.strip().splitlines()[-3:])}")
+def _summarize(result: Result, setting: Setting) -> None:
+    """Add the medians of a trainer's rounds."""
+    if not result.runs:
+        return
+    result.tokens_per_s = statistics.median(tokens_per_second(run, setting.warmup_steps) for run in result.runs)
+    result.peak_memory_mb = statistics.median(run.peak_rss_mb if run.peak_gpu_mb is None else run.peak_gpu_mb for run in result.runs)
+    if setting.peak_flops is not None:
+        result.peak_share_percent = 100 * result.tokens_per_s * 4 * count_matmul_parameters(result.size) / setting.peak_flops
 
 
-def _figures(size: str, gpu: str, records: Mapping[str, Sequence[TrainingRecord]], weights: int) -> list[Measurement]:
-    kind = next((kind for kind in PEAK_FLOPS if kind in gpu), None)
-    figures: list[Measurement] = []
-    for name, runs in records.items():
-        tokens_per_s = median([tokens_per_second(run) for run in runs])
-        memory = f"{median([run.peak_gpu_mb or 0 for run in runs]):,.0f} MB peak GPU memory"
-        figures.append(Measurement(NAME, f"{size}, {name}", tokens_per_s, "tokens/s", note=f"{gpu}, {memory}"))
-        if kind is not None:
-            goal = at_least(GOAL_MFU_PERCENT[kind]) if name == "Tunesmith" and kind in GOAL_MFU_PERCENT else None
-            share = 100 * tokens_per_s * 4 * weights / PEAK_FLOPS[kind]
-            figures.append(
-                Measurement(NAME, f"{size}, {name}: share of the peak", share, "%", goal, f"4 × {weights / 1e9:.2f}e9 operations per token")
-            )
-    goals = {"TRL, its defaults": 2.0, "Unsloth": 0.95}
-    for name, runs in records.items():
-        if name != "Tunesmith":
-            ratio = median(
-                [tokens_per_second(mine) / tokens_per_second(theirs) for mine, theirs in zip(records["Tunesmith"], runs, strict=True)]
-            )
-            goal = at_least(goals[name]) if name in goals else None
-            figures.append(Measurement(NAME, f"{size}: times as fast as {name}", ratio, "×", goal))
-    return figures
+def _check_goals(results: Mapping[str, Result], setting: Setting) -> None:
+    """Add the goals to the results of a base. A dry run has none."""
+    ours = results[OURS]
+    if ours.tokens_per_s is None or not setting.on_gpu:
+        return
+    for kind, goal in PEAK_SHARE_GOALS.items():
+        if kind in setting.device and ours.peak_share_percent is not None:
+            ours.goals[f"goal {goal.direction} {goal.value:g} %"] = goal.is_met_by(ours.peak_share_percent)
+    for trainer, goal in SPEED_GOALS.items():
+        theirs = results[trainer].tokens_per_s
+        if theirs is not None:
+            ratio = ours.tokens_per_s / theirs
+            ours.goals[f"{ratio:.2f}× {trainer}, goal {goal.direction} {goal.value:g}×"] = goal.is_met_by(ratio)
+
+
+def print_results(results: Sequence[Result], setting: Setting, budget: Budget) -> None:
+    """Print the table."""
+    rounds = max((len(result.runs) for result in results), default=0)
+    title = f"LoRA on {setting.device}: {setting.steps} steps, {rounds} of at most {setting.rounds} rounds in {budget.seconds:g} s"
+    table = Table("base", "trainer", "tokens/s", "share of the peak", "peak memory", "rounds", "note", title=title)
+    for result in results:
+        table.add_row(
+            result.size,
+            result.trainer,
+            _format(result.tokens_per_s, ",.0f"),
+            _format(result.peak_share_percent, ".1f", " %"),
+            _format(result.peak_memory_mb, ",.0f", " MB"),
+            str(len(result.runs)),
+            escape(result.note),
+        )
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    if rounds < setting.rounds:
+        print(f"No further round was started: the budget of {budget.seconds:g} s was used up.")
+    if not setting.on_gpu:
+        print("A dry run on the CPU: its figures say nothing about a GPU.")
+
+
+def _format(value: float | None, pattern: str, unit: str = "") -> str:
+    return "–" if value is None else format(value, pattern) + unit
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import typer
 
 from cli.options import CursorOption, DatasetNameOption, EvalFractionOption, JsonOption, LimitOption, ProjectOption, create_client
 from cli.output import err, out, print_answer, print_next_cursor
+from cli.render.formats import format_rows
 from cli.render.tables import dataset_table
 
 app = typer.Typer(help="Upload, import, list, show and delete datasets.", no_args_is_help=True)
@@ -26,7 +27,7 @@ def upload_dataset(
         dataset = client.upload(stream, file.name, _form_fields(name, eval_fraction, project))
     print_answer(dataset, as_json, dataset["processed_dataset_id"])
     if not as_json:
-        err.print(f"{dataset['rows']} rows, type {dataset['dataset_type']}, splits {dataset['splits']}", style="dim")
+        err.print(f"{dataset['rows']} rows, type {format_rows(dataset)}, splits {dataset['splits']}", style="dim")
 
 
 @app.command("import")

@@ -9,9 +9,17 @@ A stored row is JSON in one of six forms. Whitespace is kept:
     unpaired_preference   {"prompt": …, "completion": …, "label": true | false}: two strings, or two lists of messages
     prompt                {"prompt": …, and any other columns of strings, numbers or booleans, for graders to read}
 
-In lists of messages a prompt ends with a user message, and each answer is one assistant message. The content of a message is a
-string, or with images a list of parts, {"type": "text", "text": "..."} and
+In lists of messages a prompt ends with a user message (or with the results of tools), and each answer is one assistant message. The
+content of a message is a string, or with images a list of parts, {"type": "text", "text": "..."} and
 {"type": "image", "image": "data:image/png;base64,..."} (or jpeg, webp). Numbers keep their uploaded digits, however large.
+
+Rows with messages may have tools, in OpenAI's form, without images; rows with and without them may be in one dataset:
+
+    a column of the row   "tools": [{"type": "function", "function": {"name", "description", "parameters": {...}}}, ...]
+    an assistant message  "tool_calls": [{"id", "type": "function", "function": {"name", "arguments": {...}}}, ...], content "" if none
+    a tool message        {"role": "tool", "content": "...", "tool_call_id", and "name" if uploaded}
+
+An assistant message of a `messages` row may have "weight": 0, which excludes it from the loss; weight 1 is not stored.
 """
 
 from datetime import datetime
@@ -22,6 +30,7 @@ from schema.migrations import VersionedRecord
 from schema.types import DatasetType
 
 TextDatasetType = Literal["messages", "prompt_completion", "text", "preference", "unpaired_preference", "prompt"]
+PromptForm = Literal["strings", "messages"]
 
 TRAIN_SPLIT = "train"
 EVAL_SPLIT = "eval"
@@ -50,6 +59,9 @@ class Dataset(VersionedRecord):
     duplicates_dropped: int = 0
     images: int = 0  # in all rows; a dataset with images is for modality vision
     columns: tuple[str, ...] = ()  # of form `prompt`, sorted: the columns that graders can read besides the prompt
+    prompt_form: PromptForm | None = None  # of prompts, answers and texts; None: not known, of a record from before it was recorded
+    has_tools: bool = False  # some row offers tools or has calls
+    has_weights: bool = False  # some assistant message has weight 0
     created_at: datetime
 
     @property

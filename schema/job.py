@@ -79,6 +79,7 @@ class EvalMetrics(ForwardCompatible):
 
     eval_loss: float | None = None  # the trainer's own loss, on whose scale lower is better
     perplexity: float | None = None  # exp(eval_loss)
+    content_perplexity: float | None = None  # the same without the labels that end a turn: end-of-turn tokens, EOS
     accuracy: float | None = None  # share of labeled tokens predicted correctly, 0..1
     eval_runtime: float | None = None  # seconds
     eval_rows: int | None = None

@@ -8,7 +8,7 @@ LORA_TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_
 
 
 def train(plan: TrainingPlan) -> TrainingRecord:
-    """One epoch over the rows."""
+    """One epoch over the rows, or `max_steps` steps."""
     from datasets import load_dataset
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
@@ -41,6 +41,7 @@ def common_arguments(plan: TrainingPlan) -> dict[str, Any]:
         "output_dir": plan.output_folder,
         "use_cpu": not plan.on_gpu,
         "num_train_epochs": 1,
+        "max_steps": plan.max_steps,
         "learning_rate": plan.learning_rate,
         "logging_steps": plan.logging_steps,
         "save_strategy": "no",

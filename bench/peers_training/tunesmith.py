@@ -2,20 +2,24 @@
 
 import os
 import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from bench.direct_training import NoOpControl
 from bench.peers_training.plan import RANK, SEED, Stopwatch, TrainingPlan, TrainingRecord, run_script
+from jobs.llm.trainers.sft import SftTask
 from jobs.llm.trainers.sft import train as train_sft
 from jobs.runtime.checkpoints import Checkpoints
 from jobs.runtime.context import JobContext, Secrets, Stores
 from schema.checkpoint import checkpoints_prefix
 from schema.events import Event, MetricsLogged
-from schema.job import Phase, Progress
+from schema.job import Progress
 from schema.spec import JobSpec
 from schema.training import SftConfig
+from schema.types import Phase
 
 JOB_ID = "bench"
 BASE = "bench/base"
@@ -38,10 +42,11 @@ class StopwatchEventSink:
             self._watch.start()
         if progress is not None:
             self._watch.record_step(progress.step)
+            self._watch.record.step_tokens.append(self._watch.record.tokens)
 
 
 def train(plan: TrainingPlan) -> TrainingRecord:
-    """One epoch over the rows."""
+    """One epoch over the rows, or `max_steps` steps."""
     watch = Stopwatch()
     workdir = Path(plan.output_folder)
     spec = make_spec(plan, workdir / "objects")
@@ -55,12 +60,30 @@ def train(plan: TrainingPlan) -> TrainingRecord:
     )
     context = JobContext(spec, 1, workdir, Secrets({}), Stores(spec.stores), StopwatchEventSink(watch), NoOpControl(), checkpoints)
     assert isinstance(spec.training_config, SftConfig)
-    trained = train_sft(spec.training_config, context)
+    with tokens_recorded(watch):
+        trained = train_sft(spec.training_config, context)
     context.checkpoints.wait_until_uploaded()
     watch.record.tokens = trained.train_tokens
-    watch.record.labels = count_labels(context, spec)
+    watch.record.labels = count_labels(context, spec) if plan.max_steps < 0 else 0
     watch.record.adapter = str(trained.folder)
     return watch.record
+
+
+@contextmanager
+def tokens_recorded(watch: Stopwatch) -> Generator[None]:
+    """A context in which the trainer adds the tokens of each batch to the record, before the step of the batch ends."""
+    count_tokens = SftTask.count_tokens
+
+    def count_and_record(task: SftTask, inputs: Any) -> int:
+        tokens = count_tokens(task, inputs)
+        watch.record.tokens += tokens
+        return tokens
+
+    SftTask.count_tokens = count_and_record
+    try:
+        yield
+    finally:
+        SftTask.count_tokens = count_tokens
 
 
 def make_spec(plan: TrainingPlan, objects: Path) -> JobSpec:
@@ -81,23 +104,23 @@ def make_spec(plan: TrainingPlan, objects: Path) -> JobSpec:
 
 
 def make_config(plan: TrainingPlan) -> dict[str, Any]:
-    """The training config that a user would send; schedule, weight decay and dropout are TRL's defaults."""
-    hyperparameters = {
+    """The training config that a user would send: nothing but the length of the training, or what TRL has by default."""
+    measured = {"logging_steps": plan.logging_steps, "learning_rate": plan.learning_rate, "seed": SEED, "save_strategy": "no"}
+    if plan.flags == "defaults":
+        return {"base_model_id": BASE, "hyperparameters": measured | {"max_steps": plan.max_steps}}
+    hyperparameters = measured | {
         "packing": plan.packing,
         "batch_size": plan.batch_size,
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "max_seq_length": plan.max_length,
-        "learning_rate": plan.learning_rate,
         "epochs": 1,
+        "max_steps": plan.max_steps,
         "use_fa2": plan.use_fa2,
-        "logging_steps": plan.logging_steps,
         "warmup_ratio": 0.0,
         "weight_decay": 0.0,
         "lora_rank": RANK,
         "lora_alpha": RANK,
         "lora_dropout": 0.0,
-        "save_strategy": "no",
-        "seed": SEED,
     }
     return {"base_model_id": BASE, "hyperparameters": hyperparameters, "eval_config": {"sample_prompts": 0}}
 

@@ -8,7 +8,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from cli.http_client import Json
 from cli.render.formats import OUTCOME_LABELS, PAUSE_LABELS, format_fidelity, format_size, format_status, humanize
-from cli.render.job import gate_lines
+from cli.render.job import METRIC_LABELS, gate_lines
 
 MAX_SAMPLE_CHARS = 200  # longer prompts and answers are truncated
 
@@ -69,7 +69,7 @@ def _status_line(body: Json) -> str:
 
 def _evaluation_line(body: Json) -> str | None:
     metrics: Json = body["metrics"]
-    common = [("loss", metrics["eval_loss"]), ("perplexity", metrics["perplexity"]), ("accuracy", metrics["accuracy"])]
+    common = [(label.removeprefix("eval "), metrics.get(name)) for name, label in METRIC_LABELS.items()]
     parts = [f"{name} {value:.3f}" for name, value in (*common, *sorted(metrics["values"].items())) if value is not None]
     return f"evaluated {body['when']} training: {escape(', '.join(parts))}" if parts else None
 

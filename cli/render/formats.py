@@ -68,6 +68,14 @@ def format_time(timestamp: str) -> str:
     return timestamp[:16].replace("T", " ")
 
 
+def format_rows(dataset: Json) -> str:
+    """The type of a dataset's rows, and what some of them have besides text."""
+    extras = [
+        name for name, has in (("images", dataset["images"]), ("tools", dataset["has_tools"]), ("weights", dataset["has_weights"])) if has
+    ]
+    return dataset["dataset_type"] + (f" with {' and '.join(extras)}" if extras else "")
+
+
 def format_fidelity(artifact: Json) -> str:
     """How closely an exported file matches the tuned model."""
     fidelity = artifact["fidelity"]

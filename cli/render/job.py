@@ -17,6 +17,13 @@ from cli.render.formats import (
     format_time_left,
 )
 
+# A service of an earlier version sends no content_perplexity.
+METRIC_LABELS = {
+    "eval_loss": "eval loss",
+    "perplexity": "perplexity",
+    "content_perplexity": "content perplexity",
+    "accuracy": "accuracy",
+}
 MAX_ATTEMPTS_SHOWN = 5  # the latest ones: a job with a time limit per attempt can have hundreds
 
 
@@ -86,7 +93,7 @@ def metric_lines(job: Json) -> Iterator[str]:
     """Metrics of the base model and of the tuned model."""
     before: Json = job["base_metrics"] or {}
     after: Json = job["metrics"] or {}
-    for name, label in (("eval_loss", "eval loss"), ("perplexity", "perplexity"), ("accuracy", "accuracy")):
+    for name, label in METRIC_LABELS.items():
         yield from _comparison_lines(label, before.get(name), after.get(name))
     for name in sorted(after.get("values", {})):
         yield from _comparison_lines(name, before.get("values", {}).get(name), after["values"][name])

@@ -6,7 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cli.http_client import Json
-from cli.render.formats import format_size, format_status, format_time, humanize
+from cli.render.formats import format_rows, format_size, format_status, format_time, humanize
 
 
 def job_table(jobs: list[Json]) -> Table:
@@ -28,7 +28,7 @@ def dataset_table(datasets: list[Json]) -> Table:
         table.add_row(
             dataset["processed_dataset_id"],
             escape(dataset["name"]),
-            dataset["dataset_type"],
+            format_rows(dataset),
             str(dataset["rows"]),
             splits,
             format_time(dataset["created_at"]),

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.llm.llama_cpp.model import log_errors_only, token_to_bytes
+from jobs.llm.llama_cpp.log import log_errors_only
+from jobs.llm.llama_cpp.model import token_to_bytes
 from jobs.llm.llama_cpp.vocabulary import ChatPrompt, GgufVocabulary, TemplateRejected
 from jobs.runtime.settings import cpu_thread_count
 

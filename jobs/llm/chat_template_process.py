@@ -29,11 +29,12 @@ def main(request_path: Path, response_path: Path) -> None:
 
 
 def _find_problem(request: RenderRequest, render: Callable[..., tuple[list[str], object]]) -> str | None:
-    for messages in request.conversations:
+    for conversation in request.conversations:
         for add_generation_prompt in (False, True):
             try:
                 rendered, _ = render(
-                    conversations=[messages],
+                    conversations=[conversation.messages],
+                    tools=conversation.tools,
                     chat_template=request.template,
                     add_generation_prompt=add_generation_prompt,
                     **request.special_tokens,
@@ -42,7 +43,7 @@ def _find_problem(request: RenderRequest, render: Callable[..., tuple[list[str],
                 return f"it takes more than {MEMORY_BYTES >> 20} MB of memory"
             except TEMPLATE_ERRORS:  # it rejects this conversation; the rows that it rejects are reported when they are tokenized
                 continue
-            if problem := find_output_problem(rendered[0], messages):
+            if problem := find_output_problem(rendered[0], [*conversation.messages, *(conversation.tools or [])]):
                 return problem
     return None
 

@@ -30,6 +30,7 @@ from jobs.llm.fsdp import (
     unsharded_evaluation,
 )
 from jobs.llm.model import check_finite_weights, load_adapter, set_eos_tokens
+from jobs.llm.model_choices import log_model_choices
 from jobs.llm.training_context import TrainingContext, TrainingTask
 from jobs.runtime.batch_config import BatchConfig
 from jobs.runtime.system_metrics import system_metrics
@@ -90,6 +91,7 @@ def build_instrumented_trainer(
         topology.world_size, BatchConfig.from_details(control.details).gradient_accumulation_steps
     )
     trainer = task.build_trainer(model, arguments, instrument, control)
+    log_model_choices(trainer.model, training)
     trainer.remove_callback(PrinterCallback)  # it prints the library's losses
     trainer.add_callback(Callback(session, trainer))
     if topology.sharded:

@@ -13,6 +13,7 @@ from typing import Any
 
 from jobs.llm.data.tokenize import IGNORE_INDEX, TokenizedExample
 from jobs.llm.oom import run_in_batches
+from jobs.llm.turn_ends import TurnEnds
 from schema.job import EvalMetrics
 from schema.training import TrainingConfig
 
@@ -203,10 +204,13 @@ def evaluate_likelihood(
     rows: Sequence[TokenizedExample],
     pad_id: int,
     config: TrainingConfig,
+    turn_ends: TurnEnds,
     check_stop: Callable[[], None] = lambda: None,
     collate_fn: Callable[[Sequence[Any]], dict[str, Any]] | None = None,
 ) -> EvalMetrics:
     """Loss, perplexity and accuracy of the model on held-out rows. Every labeled token counts the same.
+
+    `content_perplexity` leaves out the labels that end a turn, which a base model cannot expect and any training teaches.
 
     `check_stop` is called before each batch, and may raise. `collate_fn` makes the batches of multimodal rows: what `collate` makes, plus
     the model's other inputs. When memory runs out, batches get smaller. Raises JobFailed when memory runs out with a single row.
@@ -221,7 +225,7 @@ def evaluate_likelihood(
         run_in_batches(
             by_length,
             config.hyperparameters.batch_size,
-            lambda batch_rows: batches.append(_evaluate_batch(model, make_batch(batch_rows), config)),
+            lambda batch_rows: batches.append(_evaluate_batch(model, make_batch(batch_rows), config, turn_ends)),
             check_stop,
         )
     finally:
@@ -229,16 +233,28 @@ def evaluate_likelihood(
     tokens = sum(batch.tokens for batch in batches)
     mean_loss = sum(batch.loss for batch in batches) / tokens
     correct = sum(batch.count_correct() for batch in batches)
+    content_tokens = sum(batch.content_tokens for batch in batches)
+    content_loss = sum(batch.content_loss for batch in batches) / content_tokens if content_tokens else None
     is_finite = math.isfinite(mean_loss)
+    notes = {} if is_finite else {"eval_loss": "not a finite number", "perplexity": "the loss is not a finite number"}
+    if content_loss is None:
+        notes["content_perplexity"] = "every label ends a turn"
+    elif not math.isfinite(content_loss):
+        notes["content_perplexity"] = "the loss is not a finite number"
     return EvalMetrics(
         eval_loss=mean_loss if is_finite else None,
-        perplexity=math.exp(mean_loss) if is_finite and mean_loss < 700 else None,  # e^710 overflows a double
+        perplexity=_perplexity(mean_loss),
+        content_perplexity=None if content_loss is None else _perplexity(content_loss),
         accuracy=correct / tokens if config.eval_config.compute_eval_metrics else None,
         eval_runtime=time.monotonic() - started_at,
         eval_rows=len(rows),
         eval_tokens=tokens,
-        notes={} if is_finite else {"eval_loss": "not a finite number", "perplexity": "the loss is not a finite number"},
+        notes=notes,
     )
+
+
+def _perplexity(mean_loss: float) -> float | None:
+    return math.exp(mean_loss) if math.isfinite(mean_loss) and mean_loss < 700 else None  # e^710 overflows a double
 
 
 @dataclass(frozen=True)
@@ -247,6 +263,8 @@ class BatchEvaluation:
 
     loss: float  # summed over the labels
     tokens: int
+    content_loss: float  # summed over the labels that do not end a turn
+    content_tokens: int
     correct: int = 0
     predictions_and_labels: tuple[Any, Any] | None = None  # compared after the last batch, unless batch_eval_metrics is set
 
@@ -258,19 +276,21 @@ class BatchEvaluation:
         return int((predictions == labels).sum())
 
 
-def _evaluate_batch(model: Any, batch: dict[str, Any], config: TrainingConfig) -> BatchEvaluation:
+def _evaluate_batch(model: Any, batch: dict[str, Any], config: TrainingConfig, turn_ends: TurnEnds) -> BatchEvaluation:
     import torch
 
     batch.pop("non_padding_tokens")
     with torch.no_grad():
         labels = batch.pop("labels").to(model.device)
         logits, targets = compute_labeled_logits(model, {name: tensor.to(model.device) for name, tensor in batch.items()}, labels)
-        loss, tokens = torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item(), targets.numel()
+        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        is_content = ~turn_ends.find(labels)[:, 1:][labels[:, 1:] != IGNORE_INDEX]  # in the order of the losses
+        sums = (losses.sum().item(), targets.numel(), losses[is_content].sum().item(), int(is_content.sum()))
         if config.eval_config.batch_eval_metrics:
-            return BatchEvaluation(loss, tokens, correct=int((logits.argmax(-1) == targets).sum()))
+            return BatchEvaluation(*sums, correct=int((logits.argmax(-1) == targets).sum()))
         if config.eval_config.compute_eval_metrics:
-            return BatchEvaluation(loss, tokens, predictions_and_labels=(logits.argmax(-1).cpu(), targets.cpu()))
-        return BatchEvaluation(loss, tokens)
+            return BatchEvaluation(*sums, predictions_and_labels=(logits.argmax(-1).cpu(), targets.cpu()))
+        return BatchEvaluation(*sums)
 
 
 def collate(blocks: list[list[TokenizedExample]], pad_id: int) -> dict[str, Any]:

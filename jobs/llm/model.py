@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jobs.llm.experts import choose_expert_adapters, find_unadapted_gates
 from jobs.llm.hardware import DeviceConfig
 from jobs.llm.model_kinds import AUTO_CLASSES, ModelKind
 from jobs.llm.trainable_tokens import patch_trainable_token_embedding
@@ -54,7 +55,8 @@ def load_base(config: TrainingConfig, device_config: DeviceConfig, weights: Path
     if config.provider == "unsloth":
         return _load_with_unsloth(config, device_config, weights)
     options |= {"dtype": device_config.dtype, "trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
-    options["attn_implementation"] = "flash_attention_2" if config.hyperparameters.use_fa2 else "sdpa"
+    # None: sdpa where the architecture supports it, else eager, which computes soft caps (Gemma 2) and attention sinks (gpt-oss).
+    options["attn_implementation"] = "flash_attention_2" if config.hyperparameters.use_fa2 else None
     if config.method == "QLoRA":
         options |= {"quantization_config": _make_bnb_config(device_config, model_kind), "device_map": {"": device_config.device}}
     try:
@@ -67,6 +69,9 @@ def load_base(config: TrainingConfig, device_config: DeviceConfig, weights: Path
         ) from error
     except (ValueError, KeyError) as error:  # transformers raises these for a model type that it, or the auto class, does not know
         reason = str(error).partition("\n")[0][:200]
+        if config.hyperparameters.use_fa2 and "Flash" in reason:
+            message = f"base model {config.base_model_id} does not support FlashAttention 2: {reason}"
+            raise JobFailed("invalid_config", message, "set use_fa2 to false") from error
         description = "a vision-language model" if model_kind == "image_text" else "a language model"
         message = f"base model {config.base_model_id} is not {description} that this image can load: {reason}"
         raise JobFailed("invalid_config", message, "use another base_model_id") from error
@@ -126,6 +131,8 @@ def lora_config(config: TrainingConfig, model: Any, *, task_type: str = "CAUSAL_
     linear_layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]
     linear = {name: layer for name, layer in linear_layers if trains_vision or not _is_vision_module(name)}
     layer_names = {name.rpartition(".")[2] for name in linear} - {"lm_head", "score"}
+    if hyperparameters.target_modules is None:
+        layer_names -= find_unadapted_gates(linear, hyperparameters.lora_rank)
     targets = sorted(hyperparameters.target_modules or layer_names)
     for target in targets:
         if not any(name == target or name.endswith("." + target) for name in linear):
@@ -147,6 +154,7 @@ def lora_config(config: TrainingConfig, model: Any, *, task_type: str = "CAUSAL_
         use_dora=hyperparameters.use_dora,
         use_rslora=hyperparameters.use_rslora,
         target_modules=targets,
+        target_parameters=list(choose_expert_adapters(model, hyperparameters).target_parameters) or None,
         exclude_modules=VISION_MODULES_PATTERN if has_vision and not trains_vision else None,
         trainable_token_indices=list(trainable_token_ids) or None,
         task_type=task_type,

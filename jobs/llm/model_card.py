@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_suffix(".jinja")
 GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
 PIPELINE_TAGS = {"text": "text-generation", "vision": "image-text-to-text"}
-METRIC_NAMES = {"eval_loss": "loss (nats per token)", "perplexity": "perplexity", "accuracy": "token accuracy"}
+METRIC_NAMES = {
+    "eval_loss": "loss (nats per token)",
+    "perplexity": "perplexity",
+    "content_perplexity": "perplexity without end-of-turn tokens",
+    "accuracy": "token accuracy",
+}
 KIND_DESCRIPTIONS = {
     "adapter": "LoRA adapter, loaded on top of the base model",
     "merged": "full model",
@@ -273,7 +278,13 @@ def _eval_results(record: RunRecord, task: str) -> "Iterator[EvalResult]":
 def _metric_values(metrics: EvalMetrics | None) -> dict[str, float]:
     if metrics is None:
         return {}
-    values = {"eval_loss": metrics.eval_loss, "perplexity": metrics.perplexity, "accuracy": metrics.accuracy, **metrics.values}
+    values = {
+        "eval_loss": metrics.eval_loss,
+        "perplexity": metrics.perplexity,
+        "content_perplexity": metrics.content_perplexity,
+        "accuracy": metrics.accuracy,
+        **metrics.values,
+    }
     return {name: value for name, value in values.items() if value is not None}
 
 

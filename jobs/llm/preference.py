@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from jobs.llm.data.arrow_rows import ArrowPairs, ChosenRows
 from jobs.llm.data.cache import load_or_tokenize_pairs
 from jobs.llm.data.preference import PreferencePair
 from jobs.llm.data.splits import check_splits, untrained_special_tokens
@@ -21,6 +22,7 @@ from jobs.llm.model import load_base
 from jobs.llm.oom import run_in_batches
 from jobs.llm.trainable_tokens import patch_trainable_token_embedding
 from jobs.llm.training_context import LossReduction, TrainingContext
+from jobs.llm.turn_ends import get_turn_ends
 from jobs.runtime.errors import JobFailed
 from schema.job import EvalMetrics
 from schema.training import TrainingConfig
@@ -57,15 +59,16 @@ class PairTask:
 
     config: TrainingConfig
     training: TrainingContext
-    pairs: list[PreferencePair]
-    held_out: list[PreferencePair]
+    pairs: Sequence[PreferencePair]
+    held_out: Sequence[PreferencePair]
     trainable_token_ids: list[int]
 
     @classmethod
     def load(cls, config: TrainingConfig, training: TrainingContext) -> Self:
         """Tokenize the pairs of both splits. Raises JobFailed without training pairs."""
         pairs, held_out = check_splits(training, load_or_tokenize_pairs(training))
-        return cls(config, training, pairs, held_out, untrained_special_tokens(training, concat_chosen_rejected(pairs)))
+        answers = pairs.rows if isinstance(pairs, ArrowPairs) else concat_chosen_rejected(pairs)
+        return cls(config, training, pairs, held_out, untrained_special_tokens(training, answers))
 
     @property
     def examples_per_epoch(self) -> int:
@@ -73,7 +76,7 @@ class PairTask:
 
     @property
     def held_out_examples(self) -> Sequence[TokenizedExample]:
-        return [pair.chosen for pair in self.held_out]
+        return ChosenRows(self.held_out)
 
     @property
     def has_held_out_rows(self) -> bool:
@@ -81,7 +84,7 @@ class PairTask:
 
     @property
     def train_examples(self) -> Sequence[TokenizedExample]:
-        return [pair.chosen for pair in self.pairs]
+        return ChosenRows(self.pairs)
 
     @property
     def worker_task_factory(self) -> Callable[[TrainingContext], Self]:
@@ -211,7 +214,8 @@ def evaluate_pairs(
         batch_size=training.config.hyperparameters.batch_size,
         check_stop=check_stop,
     )
-    likelihood = evaluate_likelihood(trainer.model, [pair.chosen for pair in pairs], training.pad_id, training.config, check_stop)
+    chosen = [pair.chosen for pair in pairs]
+    likelihood = evaluate_likelihood(trainer.model, chosen, training.pad_id, training.config, get_turn_ends(training), check_stop)
     return preference_metrics(row_mean_metrics(metrics), likelihood, started_at)
 
 
@@ -272,7 +276,7 @@ def row_mean_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
 def preference_metrics(metrics: Mapping[str, float], likelihood: EvalMetrics, started_at: float) -> EvalMetrics:
     """The library's metrics, without the prefix `eval_`, beside the likelihood of the preferred answers.
 
-    `eval_loss` is the trainer's own; `perplexity` and `accuracy` are of the preferred answers.
+    `eval_loss` is the trainer's own; the perplexities and `accuracy` are of the preferred answers.
     """
     metrics = {name.removeprefix("eval_"): float(value) for name, value in metrics.items()}
     loss = metrics.pop("loss", math.nan)

@@ -5,15 +5,16 @@ TrainingTask from it, which `training_loop.run_training` trains.
 """
 
 from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from jobs.llm.base_model import fetch_base
-from jobs.llm.chat_format import ChatFormat, choose_chat_format
+from jobs.llm.chat_format import ChatFormat, choose_chat_format, read_template
 from jobs.llm.chat_templates import check_chat_template
 from jobs.llm.data.tokenize import RowTokenizer, TokenizedExample
+from jobs.llm.data.turns import sample_rows
 from jobs.llm.evaluation.generation import Features
 from jobs.llm.evaluation.prompts import EvalPrompt
 from jobs.llm.exporters import check_exportable
@@ -24,7 +25,7 @@ from jobs.runtime.errors import JobFailed
 from jobs.runtime.retry import download_with_retry
 from jobs.runtime.training_control import TrainingControl
 from schema.job import EvalMetrics
-from schema.training import TrainingConfig
+from schema.training import SftConfig, TrainingConfig
 
 if TYPE_CHECKING:
     from jobs.runtime.checkpoints import LocalCheckpoint
@@ -56,7 +57,10 @@ class TrainingContext:
     @cached_property
     def row_tokenizer(self) -> RowTokenizer:
         """Turns rows into tokens and labels; other processes get a copy."""
-        return RowTokenizer(self.tokenizer, self.chat_format)
+        tokenizer = RowTokenizer(self.tokenizer, self.chat_format)
+        if not isinstance(self.config, SftConfig):
+            return tokenizer
+        return replace(tokenizer, train_on_inputs=self.config.train_on_inputs, last_turn_only=self.config.last_turn_only)
 
     @property
     def trains_adapter(self) -> bool:
@@ -146,13 +150,20 @@ def prepare_training(config: TrainingConfig, context: "JobContext") -> TrainingC
     }
     context.enter_phase("tokenizing")
     tokenizer = load_tokenizer(base_folder, config.base_model_id)
-    chat_format = choose_chat_format(tokenizer, config)
-    if chat_format.source == "base":
-        check_chat_template(tokenizer, config.base_model_id, splits.values(), context.workdir / "data")
+    chat_format = decide_chat_format(tokenizer, config, context, splits)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     device_config = detect_device(config, context, base_folder)
     return TrainingContext(config, context, base_folder, splits, tokenizer, chat_format, device_config, checkpoint)
+
+
+def decide_chat_format(tokenizer: Any, config: TrainingConfig, context: "JobContext", splits: dict[str, Path]) -> ChatFormat:
+    """The form of the rows, after a check of the template that may be hostile. The tokenizer gets the template. Raises JobFailed."""
+    sample = sample_rows(splits.values(), context.spec.dataset.dataset_type, is_raw=config.prompt_format == "raw")
+    check_chat_template(read_template(tokenizer, config.chat_template), tokenizer, config, sample, context.workdir / "data")
+    chat_format = choose_chat_format(tokenizer, config, sample)
+    context.log_decision("chat_template", chat_format.name, chat_format.reason)
+    return chat_format
 
 
 def load_tokenizer(base_folder: Path, base_model_id: str) -> Any:

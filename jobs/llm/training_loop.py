@@ -66,7 +66,8 @@ def run_training(task: TrainingTask, training: TrainingContext) -> TrainedModel:
     import torch
 
     context, hyperparameters = training.context, training.config.hyperparameters
-    check_export_plan(training)
+    user_prompts = make_user_prompts(training)
+    check_export_plan(training, user_prompts)
     context.log_decision(
         "learning_rate", f"{hyperparameters.learning_rate:g}", "set in the request, or the default of the trainer type and method"
     )
@@ -97,7 +98,7 @@ def run_training(task: TrainingTask, training: TrainingContext) -> TrainedModel:
             for row in islice(task.held_out_examples or task.train_examples, NUM_HELD_OUT_EXAMPLES)
         ),
         chat_format=training.chat_format,
-        user_prompts=make_user_prompts(training),
+        user_prompts=user_prompts,
         metrics=metrics,
         base_metrics=context.state.base_metrics,
         train_rows=len(task.train_examples),

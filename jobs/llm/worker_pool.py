@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 POLL_INTERVAL_S = 0.1
 WORKER_EXIT_GRACE_S = 3.0  # from a worker's closed sockets to the exit code that tells why
 ABORT_GRACE_S = 20.0  # for the main thread to return from an aborted GPU collective
+
+RANK_ZERO_FIELDS = ("context", "resume_checkpoint")  # of TrainingContext: a worker has none, or its own
 
 EXIT_OOM = 17  # exit code of a worker that ran out of memory
 EXIT_PEER_LOST = 18  # exit code of a worker that lost the connection to another process
@@ -100,7 +102,7 @@ def worker_pool(
         "attempt": context.attempt,
         "spec": context.spec,
         "worker_task_factory": worker_task_factory,
-        "training": {name: value for name, value in vars(training).items() if name not in ("context", "resume_checkpoint")},
+        "training": {field.name: getattr(training, field.name) for field in fields(training) if field.name not in RANK_ZERO_FIELDS},
     }
     workers = WorkerPool(world_size, slots, f"{context.spec.job_id}.{context.attempt}")
     try:

@@ -202,7 +202,8 @@ class JobContext:
             self.state.base_metrics = metrics
         else:
             self.state.metrics = metrics
-        self._log_and_report(event, when=when, step=step, eval_loss=metrics.eval_loss, perplexity=metrics.perplexity)
+        perplexities = {"perplexity": metrics.perplexity, "content_perplexity": metrics.content_perplexity}
+        self._log_and_report(event, when=when, step=step, eval_loss=metrics.eval_loss, **perplexities)
         for listener in self.listeners:
             listener.log_evaluation(event)
 

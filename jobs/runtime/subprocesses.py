@@ -9,9 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import jobs
 from jobs.runtime import isolated_process
@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 REPOSITORY = Path(jobs.__file__).parent.parent  # `python -m jobs...` runs from here, wherever the attempt's own folder is
 MAX_MESSAGE_CHARACTERS = 300  # of the last line of a program's output, in an error message
 MAX_LOGGED_CHARACTERS = 4000
+POLL_S = 0.1  # between two looks at processes that run at the same time
 
 Response = TypeVar("Response", bound=ForwardCompatible)
 
@@ -51,11 +52,14 @@ def run_program(name: str, command: Sequence[str], cwd: Path = REPOSITORY, timeo
     except subprocess.TimeoutExpired as error:
         raise SubprocessFailed(f"{name} took longer than {timeout_s:g} s") from error
     code = process.returncode
-    output = process.stdout.decode(errors="replace").strip()
-    network, output = _split_network_line(output)
+    network, _ = _split_network_line(process.stdout.decode(errors="replace").strip())
     log.info("program ended", extra={"program": name, "code": code, "seconds": round(time.monotonic() - started, 2), "network": network})
-    if code == 0:
-        return
+    if code:
+        _raise_failure(name, code, process.stdout)
+
+
+def _raise_failure(name: str, code: int, raw_output: bytes) -> NoReturn:
+    _, output = _split_network_line(raw_output.decode(errors="replace").strip())
     log.error("program failed", extra={"program": name, "output": output[-MAX_LOGGED_CHARACTERS:]})
     ending = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
     last_line = output.rpartition("\n")[2]
@@ -73,6 +77,44 @@ def _split_network_line(output: str) -> tuple[str, str]:
 def run_module(name: str, module: str, *arguments: str | Path, timeout_s: float | None = None) -> None:
     """Run `python -m module` and wait until it exits. Raises SubprocessFailed."""
     run_program(name, [sys.executable, "-m", module, *map(str, arguments)], timeout_s=timeout_s)
+
+
+def run_modules(
+    name: str, module: str, argument_lists: Sequence[Sequence[str | Path]], folder: Path, check_stop: Callable[[], None]
+) -> None:
+    """Run `python -m module` once for each list of arguments, all at the same time, and wait until every one exits.
+
+    Their output goes to files in `folder`. Raises SubprocessFailed for the first that fails, and what `check_stop` raises, which is called
+    several times a second; the others are killed then.
+    """
+    outputs = [folder / f"{name}-{number}.log" for number in range(len(argument_lists))]
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for arguments, output in zip(argument_lists, outputs, strict=True):
+            command = [sys.executable, "-I", isolated_process.__file__, sys.executable, "-m", module, *map(str, arguments)]
+            with output.open("wb") as log_file:
+                processes.append(
+                    subprocess.Popen(
+                        command,
+                        cwd=REPOSITORY,
+                        env=child_environment(),
+                        stdin=subprocess.DEVNULL,
+                        stdout=log_file,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+        while True:
+            for process, output in zip(processes, outputs, strict=True):
+                if process.poll():
+                    _raise_failure(name, process.returncode, output.read_bytes())
+            if all(process.poll() == 0 for process in processes):
+                return
+            check_stop()
+            time.sleep(POLL_S)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def exchange_json(

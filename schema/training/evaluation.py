@@ -13,8 +13,8 @@ class Threshold(Strict):
     """One condition of the promotion gate, such as: perplexity at most 0.9 times the base model's."""
 
     metric: MetricName = Field(
-        description="`eval_loss`, `perplexity`, `accuracy`, or a name of the job's other metrics, such as `exact_match`, "
-        "`rewards/accuracies`, `reward` or `lm_eval/arc_easy/acc`."
+        description="`eval_loss`, `perplexity`, `content_perplexity`, `accuracy`, or a name of the job's other metrics, such as "
+        "`exact_match`, `rewards/accuracies`, `reward` or `lm_eval/arc_easy/acc`."
     )
     at_most: float | None = Field(None, description="The largest value that passes.")
     at_least: float | None = Field(None, description="The smallest value that passes.")

@@ -102,6 +102,16 @@ class LlmTrainingConfig(BaseTrainingConfig):
         return self
 
     @model_validator(mode="after")
+    def _check_prompt_format(self) -> Self:
+        if self.prompt_format == "raw" and self.modality == "vision":
+            raise field_error("prompt_format", "rows with images are conversations, which need a template; use 'chat' or leave it out")
+        if self.prompt_format == "raw" and self.chat_template is not None:
+            raise field_error("chat_template", "chat_template is not used with prompt_format 'raw', which trains and exports without one")
+        if self.chat_template is not None and self.modality == "vision":
+            raise field_error("chat_template", "with modality 'vision' the base model's own template places the images; leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _set_default_learning_rate(self) -> Self:
         if self.hyperparameters.learning_rate is None:
             rate = self.learning_rates[self.method]
@@ -166,6 +176,15 @@ class SftConfig(LlmTrainingConfig):
     train_on_inputs: bool = Field(False, description="Learn to generate every message of a conversation, not only the assistant's.")
     last_turn_only: bool = Field(False, description="Learn only the last message of a conversation.")
     hyperparameters: SftHyperparameters = SftHyperparameters()  # type: ignore[call-arg]
+
+    @model_validator(mode="after")
+    def _check_learned_messages(self) -> Self:
+        if self.train_on_inputs and self.last_turn_only:
+            raise field_error("last_turn_only", "train_on_inputs learns every message, last_turn_only the last one; set one of them")
+        for field, is_set in (("train_on_inputs", self.train_on_inputs), ("last_turn_only", self.last_turn_only)):
+            if is_set and self.prompt_format == "raw":
+                raise field_error(field, f"{field} chooses between messages, and prompt_format 'raw' has none; leave one of them out")
+        return self
 
     @model_validator(mode="after")
     def _check_vision_fields(self) -> Self:

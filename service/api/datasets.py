@@ -30,7 +30,8 @@ async def upload_dataset(
     file: Annotated[
         UploadFile | None,
         File(
-            description="JSONL, all rows in one format: `messages`, `prompt` and `completion`, `text`, preferences, or prompts for graders."
+            description="JSONL, all rows in one format: `messages`, `prompt` and `completion`, `text`, preferences, or prompts for "
+            "graders. Rows with messages may have `tools` and calls in OpenAI's form."
         ),
     ] = None,
     incoming: Annotated[

@@ -220,6 +220,9 @@ class DatasetView(BaseModel):
     duplicates_dropped: int
     images: int
     columns: list[str]  # beside the prompt, in a dataset of prompts: graders can read them
+    prompt_form: str | None  # strings or messages; null for datasets from before it was recorded
+    has_tools: bool
+    has_weights: bool  # some assistant message has weight 0
     created_at: datetime
 
 
@@ -377,6 +380,9 @@ def dataset_view(dataset: Dataset) -> DatasetView:
         duplicates_dropped=dataset.duplicates_dropped,
         images=dataset.images,
         columns=list(dataset.columns),
+        prompt_form=dataset.prompt_form,
+        has_tools=dataset.has_tools,
+        has_weights=dataset.has_weights,
         created_at=dataset.created_at,
     )
 

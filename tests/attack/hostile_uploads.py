@@ -19,6 +19,7 @@ from typing import Any, Self
 
 import httpx2
 
+from tests.attack import hostile_tools
 from tests.attack.campaign import Row, Size, make_row
 from tests.attack.fixtures import World
 from tests.attack.image_bombs import make_bombs, make_largest
@@ -138,6 +139,8 @@ def _make_datasets(canary: CanaryServer, target: Target) -> Iterator[tuple[str, 
     yield "a duplicate field", _file(b'{"text": "a", "text": "b"}')
     yield "half a surrogate", _file(b'{"text": "\\ud800"}')
     yield "bytes that are no text", _file(b'{"text": "\xff\xfe"}')
+    for name, row in hostile_tools.make_rows():
+        yield f"a row with {name}", _file(row)
     yield "a row of 40 MB", _file(b'{"text": "' + b"x" * (40 << 20) + b'"}')
     yield "a field of 20 MB", {"data": {"name": "x" * (20 << 20)}, "files": {"file": ("rows.jsonl", good)}}
     yield "ten thousand fields", {"data": {f"field{n}": "x" for n in range(10_000)}, "files": {"file": ("rows.jsonl", good)}}

@@ -33,7 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
 PROMPTS = ("what does the function do", "copy  the   list of files", "open path and read", "def f(x):\n    return x + 1")
 
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message.role }}\n{{ message.content }}<end_of_turn>\n{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ 'model' if message.role == 'assistant' else message.role }}\n"
+    "{{ message.content }}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 

@@ -403,7 +403,7 @@ def test_gguf_matches_llama_cpp_converter_byte_for_byte(exported: Exported, adap
 
     artifacts, context, _ = exported
     merged = download_artifact(context.stores.models, artifacts["merged"], tmp_path / "merged")
-    staging = make_staging_folder(merged, merged, [adapter.base_folder], tmp_path / "staging", adds_bos=True)
+    staging = make_staging_folder(merged, merged, [adapter.base_folder], tmp_path / "staging")
     options = ["--outtype", "bf16", "--model-name", "gemma-3-270m"]
     run_program("convert", [sys.executable, str(get_converter_path()), str(staging), *options, "--outfile", str(tmp_path / "plain.gguf")])
     assert sha256_of(tmp_path / "plain.gguf") == artifacts["gguf-bf16"].sha256
@@ -586,7 +586,8 @@ def test_long_examples_are_cut_around_the_answer_start() -> None:
 
 def test_sample_continues_the_shortest_prompt() -> None:
     examples = [HeldOutExample("a long one", tuple(range(20)), 10), HeldOutExample("short", tuple(range(5)), 3)]
-    assert select_sample_prompt((), examples, tokenizer=None) == ("short", (0, 1, 2))  # pyright: ignore[reportArgumentType]  # unused
+    unused: Any = None
+    assert select_sample_prompt((), examples, unused, unused) == ("short", (0, 1, 2))
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
-"""Train, resume and export every trainer type with every method and modality on a tiny model.
+"""Train, resume and export every trainer type with every method and modality on a tiny model, and every architecture.
 
-`python -m tests.jobs.matrix --write docs/training.md` runs every combination and writes the table between the page's markers. With
-`--real`, text trains on the real Gemma 3 270M.
+`python -m tests.jobs.matrix --write docs/training.md` runs every combination and every architecture (`architectures.py`), and writes the
+two tables between the page's markers. With `--real`, text trains on the real Gemma 3 270M, and architectures are left out.
 """
 
 import argparse
@@ -18,13 +18,16 @@ from jobs.llm.trained_model import TrainedModel
 from schema.job import Artifact
 from schema.spec import JobSpec
 from schema.training import TRAINER_TYPES
+from tests.jobs.architectures import ArchitectureOutcome, render_architectures, run_architecture
 from tests.jobs.conftest import BASE, WORDS, EventRecorder, load_trainer, load_weights, make_context, make_spec, messages
+from tests.tiny_models import ARCHITECTURES
 
 STEPS, PAUSE_AT_STEP = 4, 2
 QUANTIZATIONS = ("f16", "q8_0")
 VISION_BASE = "tiny/gemma-vision"
 REAL_BASE = "google/gemma-3-270m"
 FIRST_MARK, LAST_MARK = "<!-- matrix: begin -->", "<!-- matrix: end -->"
+ARCHITECTURE_MARKS = "<!-- architectures: begin -->", "<!-- architectures: end -->"
 
 
 @dataclass(frozen=True)
@@ -184,11 +187,11 @@ def render_table(outcomes: dict[Cell, Outcome]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run all combinations and write the table."""
+    """Run all combinations and architectures, and write their tables."""
     parser = argparse.ArgumentParser(prog="python -m tests.jobs.matrix")
     parser.add_argument("--write", type=Path, help="the page to write the table into")
     parser.add_argument("--real", action="store_true", help="train text on the real Gemma 3 270M: takes most of an hour")
-    parser.add_argument("names", nargs="*", help="run only these combinations, such as dpo-LoRA-text")
+    parser.add_argument("names", nargs="*", help="run only these combinations and architectures, such as dpo-LoRA-text or qwen3_moe")
     options = parser.parse_args(arguments)
     selected = [
         cell
@@ -201,12 +204,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             store = fetch_real_base(Path(folder) / "objects") if options.real else build_tiny_bases(Path(folder) / "objects")
             outcomes[cell] = run_cell(cell, store, Path(folder) / str(cell), REAL_BASE if options.real else None)
         print(render_table({cell: outcomes[cell]}).splitlines()[-1], flush=True)
-    if options.write:
-        page = options.write.read_text()
-        before, _, rest = page.partition(FIRST_MARK)
-        _, _, after = rest.partition(LAST_MARK)
-        options.write.write_text(f"{before}{FIRST_MARK}\n{render_table(outcomes)}\n{LAST_MARK}{after}")
-    return 0 if all(outcome.weights_changed and outcome.resumes_exactly and outcome.metrics_match for outcome in outcomes.values()) else 1
+    architectures: dict[str, ArchitectureOutcome] = {}
+    for name in ARCHITECTURES:
+        if options.real or (options.names and name not in options.names):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            architectures[name] = run_architecture(name, Path(folder) / "objects", Path(folder) / name)
+        print(render_architectures({name: architectures[name]}).splitlines()[-1], flush=True)
+    if options.write and outcomes:
+        write_table(options.write, (FIRST_MARK, LAST_MARK), render_table(outcomes))
+    if options.write and architectures:
+        write_table(options.write, ARCHITECTURE_MARKS, render_architectures(architectures))
+    cells_pass = all(outcome.weights_changed and outcome.resumes_exactly and outcome.metrics_match for outcome in outcomes.values())
+    return 0 if cells_pass and all(outcome.passes for outcome in architectures.values()) else 1
+
+
+def write_table(page: Path, marks: tuple[str, str], table: str) -> None:
+    """Replace what stands between two marks of a page."""
+    before, _, rest = page.read_text().partition(marks[0])
+    _, _, after = rest.partition(marks[1])
+    page.write_text(f"{before}{marks[0]}\n{table}\n{marks[1]}{after}")
 
 
 def fetch_real_base(store: Path) -> Path:

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from jobs.llm import loss as loss_module
+from jobs.llm.data.blocks import pack_rows
 from jobs.llm.data.tokenize import IGNORE_INDEX, tokenize_split
 from jobs.llm.loss import ChunkedLmHeadLoss, collate, compute_labeled_logits
 from jobs.llm.trainable_tokens import patch_trainable_token_embedding
-from jobs.llm.trainers.sft import pack_examples
 from tests.jobs.conftest import make_row_tokenizer, messages
 from tests.jobs.test_trainable_tokens import make_tuned_model
 
@@ -19,7 +19,7 @@ ONE_POSITION = 1  # byte: a chunk has at least one position
 @pytest.fixture(scope="module")
 def batch(tokenizer: Any) -> dict[str, Any]:
     """Packed rows with padding."""
-    packed = collate(pack_examples(tokenize_split(iter(messages(7)), "messages", make_row_tokenizer(tokenizer), 128).rows, 96), 0)
+    packed = collate(list(pack_rows(tokenize_split(iter(messages(7)), "messages", make_row_tokenizer(tokenizer), 128).rows, 96)), 0)
     packed.pop("non_padding_tokens")
     return packed
 

@@ -336,7 +336,8 @@ def test_completion_is_reference_of_its_prompt(tokenizer: Any) -> None:
     (prompt,) = make_eval_prompts(
         tokenize_rows([{"prompt": "open the", "completion": " path"}], "prompt_completion", tokenizer), tokenizer, 9
     )
-    assert (prompt.prompt_text, prompt.reference) == ("open the", " path")
+    assert prompt.prompt_text == "<bos><start_of_turn>user\nopen the<end_of_turn>\n<start_of_turn>model\n"
+    assert prompt.reference == "path"
     assert prompt.prompt_ids == tuple(tokenizer("open the")["input_ids"])
 
 

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from jobs.llm.base_files import MAX_BYTES, copy_base_files
+from jobs.llm.chat_format import read_template
 from jobs.llm.chat_templates import MAX_TEMPLATE_CHARACTERS, check_chat_template
+from jobs.llm.data.turns import sample_rows
 from jobs.llm.exporters.model_files import copy_files, copy_tokenizer
 from jobs.llm.exporters.staging import make_staging_folder
 from jobs.llm.llama_cpp.runner import convert, convert_lora
@@ -21,6 +23,7 @@ from jobs.llm.model import load_adapter
 from jobs.llm.training_context import load_tokenizer
 from jobs.runtime.errors import JobFailed
 from jobs.runtime.subprocesses import SubprocessFailed, run_program
+from schema.training import TRAINING_CONFIG
 from tests.jobs.conftest import EventRecorder, load_trainer, make_context, make_row_tokenizer, make_spec
 
 # Python that leaves a trace wherever it is executed: by an import, or by the class that a config names.
@@ -404,6 +407,13 @@ BOMBS = {
 }
 
 
+def check_template(tokenizer: Any, folder: Path, *splits: Path, requested: str | None = None) -> None:
+    """Check the tokenizer's template, or one that a request has."""
+    config = TRAINING_CONFIG.validate_python({"base_model_id": "hostile/model", "chat_template": requested})
+    sample = sample_rows(splits, "messages", is_raw=False)
+    check_chat_template(read_template(tokenizer, requested), tokenizer, config, sample, folder)
+
+
 @pytest.mark.parametrize("name", BOMBS)
 def test_template_bombs_are_refused_in_time(tokenizer: Any, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import copy
@@ -417,11 +427,17 @@ def test_template_bombs_are_refused_in_time(tokenizer: Any, tmp_path: Path, name
     hostile.chat_template = BOMBS[name]
     started, memory_bytes = time.monotonic(), psutil.Process().memory_info().rss
     with pytest.raises(JobFailed, match="the chat template of base model hostile/model") as failed:
-        check_chat_template(hostile, "hostile/model", [rows], tmp_path)
+        check_template(hostile, tmp_path, rows)
     assert failed.value.failure.code == "invalid_config"
     assert time.monotonic() - started < 15
     assert psutil.Process().memory_info().rss - memory_bytes < 200 << 20
     assert not psutil.Process().children()
+
+
+def test_template_bomb_of_a_request_is_refused(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.llm.chat_templates.TIMEOUT_S", 4.0)
+    with pytest.raises(JobFailed, match=r"training_config\.chat_template cannot be rendered within its limits"):
+        check_template(tokenizer, tmp_path, requested=BOMBS["nested loops"])
 
 
 def test_template_cannot_leave_the_sandbox(tokenizer: Any, canary: Path, tmp_path: Path) -> None:
@@ -429,7 +445,7 @@ def test_template_cannot_leave_the_sandbox(tokenizer: Any, canary: Path, tmp_pat
 
     hostile = copy.deepcopy(tokenizer)
     hostile.chat_template = f"{{{{ cycler.__init__.__globals__.os.mkdir({str(canary)!r}) }}}}"
-    check_chat_template(hostile, "hostile/model", [], tmp_path)
+    check_template(hostile, tmp_path)
     with pytest.raises(JobFailed, match="rejects the roles user"):
         make_row_tokenizer(hostile).tokenize({"messages": [{"role": "user", "content": "x"}]}, "messages")
     assert not canary.exists()
@@ -446,4 +462,4 @@ def test_training_on_a_base_with_a_template_bomb_fails_early(base: Path, tmp_pat
 
 
 def test_ordinary_template_of_the_base_is_accepted(tokenizer: Any, tmp_path: Path) -> None:
-    check_chat_template(tokenizer, "ordinary/model", [], tmp_path)
+    check_template(tokenizer, tmp_path)

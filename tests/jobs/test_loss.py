@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from jobs.llm.data.blocks import pack_rows
 from jobs.llm.data.tokenize import IGNORE_INDEX, TokenizedExample, tokenize_split
 from jobs.llm.loss import collate, compute_labeled_logits, evaluate_likelihood
 from jobs.llm.trainable_tokens import patch_trainable_token_embedding
-from jobs.llm.trainers.sft import pack_examples
+from jobs.llm.turn_ends import TurnEnds
 from schema.training import SftConfig
 from tests.jobs.conftest import make_row_tokenizer, messages
 from tests.jobs.test_trainable_tokens import make_tuned_model
@@ -18,6 +19,12 @@ from tests.jobs.test_trainable_tokens import make_tuned_model
 @pytest.fixture(scope="module")
 def rows(tokenizer: Any) -> list[TokenizedExample]:
     return tokenize_split(iter(messages(9)), "messages", make_row_tokenizer(tokenizer), 128).rows
+
+
+@pytest.fixture(scope="module")
+def turn_ends(tokenizer: Any) -> TurnEnds:
+    stop_ids = tokenizer.convert_tokens_to_ids(["<eos>", "<end_of_turn>"])
+    return TurnEnds(stop_ids, tokenizer)
 
 
 @pytest.fixture(scope="module", params=[None, 5.0], ids=["plain", "softcapped"])
@@ -94,7 +101,7 @@ def test_padding_is_never_labeled_and_pad_token_does_not_matter(model: Any, rows
 
 
 def test_packing_keeps_all_rows_whole(rows: list[TokenizedExample]) -> None:
-    blocks = pack_examples(rows, 64)
+    blocks = list(pack_rows(rows, 64))
     assert sorted(row.input_ids for block in blocks for row in block) == sorted(row.input_ids for row in rows)
     assert all(sum(len(row.input_ids) for row in block) <= 64 for block in blocks)
     assert len(blocks) < len(rows)
@@ -120,7 +127,7 @@ def test_packed_row_does_not_attend_to_neighbors(model: Any, rows: list[Tokenize
 def test_packed_and_padded_rows_have_the_same_loss(model: Any, rows: list[TokenizedExample]) -> None:
     import torch
 
-    packed = collate(pack_examples(rows, 96), 0)
+    packed = collate(list(pack_rows(rows, 96)), 0)
     assert int(packed.pop("non_padding_tokens")) == sum(len(row.input_ids) for row in rows)
     labels = packed.pop("labels")
     logits, targets = compute_labeled_logits(model, packed, labels)
@@ -130,7 +137,7 @@ def test_packed_and_padded_rows_have_the_same_loss(model: Any, rows: list[Tokeni
 def test_packed_rows_have_same_gradients_as_single_rows(model: Any, rows: list[TokenizedExample]) -> None:
     import torch
 
-    blocks = pack_examples(rows, 100)  # longer than the attention window
+    blocks = list(pack_rows(rows, 100))  # longer than the attention window
     assert len(blocks) > 1
     packed = collate(blocks, 0)
     count = packed.pop("non_padding_tokens")
@@ -162,27 +169,32 @@ def test_first_token_of_packed_row_has_no_label(rows: list[TokenizedExample]) ->
 
 
 @pytest.mark.parametrize("batch_eval_metrics", [False, True])
-def test_evaluation_counts_every_labeled_token_once(model: Any, rows: list[TokenizedExample], batch_eval_metrics: bool) -> None:
+def test_evaluation_counts_every_labeled_token_once(
+    model: Any, rows: list[TokenizedExample], turn_ends: TurnEnds, batch_eval_metrics: bool
+) -> None:
     import torch
 
     eval_config = {"compute_eval_metrics": True, "batch_eval_metrics": batch_eval_metrics}
     config = SftConfig.model_validate({"base_model_id": "a/b", "hyperparameters": {"batch_size": 4}, "eval_config": eval_config})
-    loss, correct, count = 0.0, 0, 0
+    loss, correct, count, content_losses = 0.0, 0, 0, list[float]()
     for row in rows:  # one at a time, without padding, position by position
         with torch.no_grad():
             scores = torch.log_softmax(model(input_ids=torch.tensor([row.input_ids])).logits[0].float(), dim=-1)
         for n in range(1, len(row.input_ids)):
             if row.labels[n] != IGNORE_INDEX:
                 loss -= scores[n - 1, row.labels[n]].item()
+                if n < len(row.input_ids) - 2:  # <end_of_turn> and a newline end every row
+                    content_losses.append(-scores[n - 1, row.labels[n]].item())
                 correct += int(scores[n - 1].argmax()) == row.labels[n]
                 count += 1
-    metrics = evaluate_likelihood(model, rows, 0, config)
+    metrics = evaluate_likelihood(model, rows, 0, config, turn_ends)
     assert metrics.eval_loss == pytest.approx(loss / count, rel=1e-5)
     assert metrics.perplexity == pytest.approx(math.exp(loss / count), rel=1e-5)
+    assert metrics.content_perplexity == pytest.approx(math.exp(sum(content_losses) / len(content_losses)), rel=1e-5)
     assert (metrics.accuracy, metrics.eval_tokens, metrics.eval_rows) == (correct / count, count, len(rows))
     assert metrics.eval_runtime is not None
     assert metrics.eval_runtime > 0
 
 
-def test_accuracy_is_measured_only_on_request(model: Any, rows: list[TokenizedExample]) -> None:
-    assert evaluate_likelihood(model, rows, 0, SftConfig(base_model_id="a/b")).accuracy is None
+def test_accuracy_is_measured_only_on_request(model: Any, rows: list[TokenizedExample], turn_ends: TurnEnds) -> None:
+    assert evaluate_likelihood(model, rows, 0, SftConfig(base_model_id="a/b"), turn_ends).accuracy is None

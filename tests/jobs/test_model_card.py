@@ -63,8 +63,15 @@ def make_record(*artifacts: ArtifactRecord, config: dict[str, Any] | None = None
         "machine": MachineRecord(platform="Linux", python="3.11", cpu="a CPU", cpu_count=2, memory_bytes=1),
         "time": TimeRecord(started_at=NOW, finished_at=NOW, total_s=90.0, train_runtime_s=12.5),
         "cost": CostRecord(),
-        "base_metrics": EvalMetrics(eval_loss=4.0, perplexity=54.6, eval_rows=5, eval_tokens=77),
-        "metrics": EvalMetrics(eval_loss=3.0, perplexity=20.1, eval_rows=5, eval_tokens=77, values={"exact_match": 0.4, "bleu": None}),
+        "base_metrics": EvalMetrics(eval_loss=4.0, perplexity=54.6, content_perplexity=9.5, eval_rows=5, eval_tokens=77),
+        "metrics": EvalMetrics(
+            eval_loss=3.0,
+            perplexity=20.1,
+            content_perplexity=8.5,
+            eval_rows=5,
+            eval_tokens=77,
+            values={"exact_match": 0.4, "bleu": None},
+        ),
         "artifacts": artifacts or (make_artifact_record("adapter", "adapter"),),
     }
     return RunRecord(**(parts | changes))
@@ -92,7 +99,7 @@ def test_metadata_follows_hub_format() -> None:
         "tags": ["tunesmith", "sft", "lora", "gguf"],
     }
     metrics = {metric["type"]: metric["value"] for result in results for metric in result["metrics"]}
-    assert metrics == {"loss": 3.0, "perplexity": 20.1, "exact_match": 0.4}  # unknown values are left out
+    assert metrics == {"loss": 3.0, "perplexity": 20.1, "content_perplexity": 8.5, "exact_match": 0.4}  # unknown values are left out
     assert results[0]["dataset"] == {"name": "docs | v2", "type": "d-1", "split": "eval", "revision": "sha256:abc"}
 
 
@@ -113,6 +120,7 @@ def test_library_name_matches_artifacts(kinds: list[ArtifactKind], library: str,
 def test_base_and_tuned_metrics_are_shown_side_by_side() -> None:
     text = render_card(make_record()).text
     assert "| perplexity | 54.6 | 20.1 |" in text
+    assert "| perplexity without end-of-turn tokens | 9.5 | 8.5 |" in text
     assert "| exact_match | unknown | 0.4 |" in text
     assert "bleu" not in text
     assert "5 rows, 77 labeled tokens" in text

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from jobs.llm.data.preference import UnpairedExample, tokenize_pairs, tokenize_unpaired
+from jobs.llm.data.preference import UnpairedExample, split_pairs, tokenize_pairs, tokenize_unpaired
 from jobs.llm.data.tokenize import IGNORE_INDEX, TokenizedExample, tokenize_split
 from jobs.llm.oom import run_in_batches
 from jobs.llm.preference import evaluate_trainer_metrics, patch_fused_head
@@ -224,7 +224,8 @@ def test_reward_adapter_loads_with_peft_and_prefers_same_answer(train: Train, ba
         chosen, rejected = (float(model(input_ids=torch.tensor([row.input_ids])).logits) for row in (pair.chosen, pair.rejected))
     assert chosen > rejected + 0.5
     assert trained.model.metrics is not None
-    assert (trained.model.metrics.perplexity, trained.model.metrics.notes["perplexity"]) == (None, "a reward model gives a score, not text")
+    for name in ("perplexity", "content_perplexity"):
+        assert (getattr(trained.model.metrics, name), trained.model.metrics.notes[name]) == (None, "a reward model gives a score, not text")
 
 
 # --- errors and warnings ---
@@ -319,7 +320,7 @@ def test_equal_or_fully_truncated_pairs_are_dropped(tokenizer: Any) -> None:
 
 
 def test_pair_becomes_one_good_and_one_bad_row(tokenizer: Any) -> None:
-    unpaired = tokenize_unpaired(pairs(2), "preference", make_row_tokenizer(tokenizer), 128).rows
+    unpaired = split_pairs(tokenize_pairs(pairs(2), make_row_tokenizer(tokenizer), 128)).rows
     paired = tokenize_pairs(pairs(2), make_row_tokenizer(tokenizer), 128).rows
     assert unpaired == [
         UnpairedExample(paired[0].chosen, True),
@@ -328,7 +329,7 @@ def test_pair_becomes_one_good_and_one_bad_row(tokenizer: Any) -> None:
         UnpairedExample(paired[1].rejected, False),
     ]
     single = {"prompt": "a", "completion": " b", "label": False}
-    assert [row.is_good for row in tokenize_unpaired([single], "unpaired_preference", make_row_tokenizer(tokenizer), 128).rows] == [False]
+    assert [row.is_good for row in tokenize_unpaired([single], make_row_tokenizer(tokenizer), 128).rows] == [False]
 
 
 def make_row(*prompt: int, answer: Sequence[int]) -> TokenizedExample:

@@ -12,6 +12,7 @@ from schema.training.evaluation import Threshold
 BASE = EvalMetrics(
     eval_loss=2.0,
     perplexity=7.4,
+    content_perplexity=4.0,
     accuracy=0.5,
     eval_runtime=4.0,
     values={"exact_match": 0.0, "reward": -2.0, "rouge_l": 0.4, "bleu": None},
@@ -20,6 +21,7 @@ BASE = EvalMetrics(
 TRAINED = EvalMetrics(
     eval_loss=1.5,
     perplexity=4.5,
+    content_perplexity=3.0,
     accuracy=0.6,
     eval_runtime=2.0,
     eval_rows=5,
@@ -52,6 +54,7 @@ def check(metrics: EvalMetrics | None = TRAINED, base: EvalMetrics | None = BASE
         ({"metric": "lm_eval/tiny/acc", "at_least": 0.8}, False),
         ({"metric": "perplexity", "at_most": 0.9, "relative_to_base": True}, True),
         ({"metric": "perplexity", "at_most": 0.6, "relative_to_base": True}, False),
+        ({"metric": "content_perplexity", "at_most": 0.8, "relative_to_base": True}, True),
         ({"metric": "eval_runtime", "at_most": 0.5, "relative_to_base": True}, True),
         ({"metric": "rouge_l", "at_least": 1.25, "relative_to_base": True}, True),
         ({"metric": "rouge_l", "at_least": 1.26, "relative_to_base": True}, False),
@@ -74,13 +77,13 @@ def test_bound_passes_or_fails(threshold: dict[str, Any], passes: bool) -> None:
         ({"metric": "lm_eval/mmlu/acc", "at_least": 0.1}, "lm_eval/mmlu/acc of the trained model was not measured: it is not installed"),
         (
             {"metric": "f1", "at_least": 0.1},
-            "the trained model has no metric 'f1'; known: accuracy, eval_loss, eval_rows, eval_runtime, exact_match, "
-            "lm_eval/tiny/acc, perplexity, reward, rouge_l",
+            "the trained model has no metric 'f1'; known: accuracy, content_perplexity, eval_loss, eval_rows, eval_runtime, "
+            "exact_match, lm_eval/tiny/acc, perplexity, reward, rouge_l",
         ),
         (
             {"metric": "lm_eval/tiny/acc", "at_least": 1, "relative_to_base": True},
-            "the base model has no metric 'lm_eval/tiny/acc'; known: accuracy, eval_loss, eval_runtime, exact_match, perplexity, "
-            "reward, rouge_l",
+            "the base model has no metric 'lm_eval/tiny/acc'; known: accuracy, content_perplexity, eval_loss, eval_runtime, "
+            "exact_match, perplexity, reward, rouge_l",
         ),
         (
             {"metric": "reward", "at_least": 0.9, "relative_to_base": True},

@@ -34,6 +34,7 @@ def test_training_lowers_held_out_loss(train: Train) -> None:
     assert trained.model.base_metrics is not None
     assert trained.model.metrics is not None
     assert (trained.model.metrics.perplexity or math.inf) < 0.7 * (trained.model.base_metrics.perplexity or 0)
+    assert (trained.model.metrics.content_perplexity or math.inf) < 0.9 * (trained.model.base_metrics.content_perplexity or 0)
     assert [(event.when, event.step) for event in trained.record.evaluations] == [("before", 0), ("after", 20)]
     assert trained.record.evaluations[-1].metrics == trained.model.metrics
     point = trained.record.points[-1]
@@ -464,13 +465,15 @@ def test_nan_eval_loss_is_null_with_reason(store: Path, base: Path, tokenizer: A
 
     from jobs.llm.data.tokenize import tokenize_split
     from jobs.llm.loss import evaluate_likelihood
+    from jobs.llm.turn_ends import TurnEnds
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.nn.init.constant_(model.model.norm.weight, math.nan)
     rows = tokenize_split(iter(messages(2)), "messages", make_row_tokenizer(tokenizer), 128).rows
-    metrics = evaluate_likelihood(model, rows, 0, make_spec(store).training_config)
-    assert (metrics.eval_loss, metrics.perplexity) == (None, None)
-    assert metrics.notes.keys() == {"eval_loss", "perplexity"}
+    turn_ends = TurnEnds([tokenizer.eos_token_id], tokenizer)
+    metrics = evaluate_likelihood(model, rows, 0, make_spec(store).training_config, turn_ends)
+    assert (metrics.eval_loss, metrics.perplexity, metrics.content_perplexity) == (None, None, None)
+    assert metrics.notes.keys() == {"eval_loss", "perplexity", "content_perplexity"}
 
 
 def test_decisions_are_logged_with_reasons(train: Train) -> None:

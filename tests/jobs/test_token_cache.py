@@ -6,16 +6,8 @@ from typing import Any
 import pytest
 
 from jobs.llm.data import cache
-from jobs.llm.data.tokenize import tokenize_split
 from jobs.llm.training_context import prepare_training
-from tests.jobs.conftest import EventRecorder, make_context, make_row_tokenizer, make_spec, messages
-
-
-def test_rows_roundtrip_through_cache(tokenizer: Any) -> None:
-    split = tokenize_split(iter(messages(7)), "messages", make_row_tokenizer(tokenizer), 24)
-    cached = cache.CachedSplit(split.rows, split.truncated, 3, [True, False] * 3)
-    assert cached.truncated
-    assert cache.deserialize_split(cache.serialize_split(cached)) == cached
+from tests.jobs.conftest import EventRecorder, make_context, make_spec, messages
 
 
 @pytest.fixture
@@ -31,15 +23,15 @@ def test_second_job_reads_cached_tokens(make_cached_spec: Any, tmp_path: Path) -
         for n, hyperparameters in enumerate([{}, {}, {"max_seq_length": 24}])
     ]
     assert [record.decisions.get("tokens") for _, record in runs] == [None, "cached", None]
-    assert runs[0][0] == runs[1][0] != runs[2][0]
+    assert list(runs[0][0]) == list(runs[1][0]) != list(runs[2][0])
 
 
 def test_damaged_cache_file_is_recreated(make_cached_spec: Any, store: Path, tmp_path: Path) -> None:
     first, _ = _tokenize(make_cached_spec(), tmp_path / "one")
-    for path in (store / "datasets/cached/tokens").glob("*.npz"):
+    for path in (store / "datasets/cached/tokens").glob("*.arrow"):
         path.write_bytes(path.read_bytes()[:-200])
     recreated, record = _tokenize(make_cached_spec(), tmp_path / "two")
-    assert recreated == first
+    assert list(recreated) == list(first)
     assert "tokens" not in record.decisions
 
 
@@ -49,25 +41,26 @@ UNPAIRED_ROWS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("dataset_type", "rows", "trainer_type"),
-    [("preference", [PAIR] * 2, "dpo"), ("preference", [PAIR] * 2, "kto"), ("unpaired_preference", UNPAIRED_ROWS, "kto")],
-)
-def test_preference_rows_are_cached_per_trainer_type(
-    store: Path, tmp_path: Path, dataset_type: Any, rows: list[dict[str, Any]], trainer_type: str
-) -> None:
-    spec = make_spec(store, job_id=f"cached-{trainer_type}", train=rows, held_out=[], dataset_type=dataset_type, trainer_type=trainer_type)
+def test_preference_rows_are_cached_once_for_pairs_and_for_single_answers(store: Path, tmp_path: Path) -> None:
+    spec = make_spec(store, job_id="cached-pairs", train=[PAIR] * 2, held_out=[], dataset_type="preference", trainer_type="dpo")
+    records = [EventRecorder(), EventRecorder()]
+    first, second = (prepare_training(spec.training_config, make_context(spec, tmp_path / str(n), records[n])) for n in range(2))
+    pairs = cache.load_or_tokenize_pairs(first, min_bytes=1)["train"].rows
+    answers = cache.load_or_tokenize_unpaired(second, "preference", min_bytes=1)["train"].rows
+    assert [record.decisions.get("tokens") for record in records] == [None, "cached"]
+    assert [row.is_good for row in answers] == [True, True, False, False]
+    assert [answers[0].row, answers[2].row] == [pairs[0].chosen, pairs[0].rejected]
+
+
+def test_flags_of_single_answers_are_cached(store: Path, tmp_path: Path) -> None:
+    spec = make_spec(store, train=UNPAIRED_ROWS, held_out=[], dataset_type="unpaired_preference", trainer_type="kto")
     splits, records = [], [EventRecorder(), EventRecorder()]
     for number, record in enumerate(records):
         training = prepare_training(spec.training_config, make_context(spec, tmp_path / str(number), record))
-        unpaired = cache.load_or_tokenize_unpaired(training, dataset_type, min_bytes=1)["train"]
-        pairs = cache.load_or_tokenize_pairs(training, min_bytes=1)["train"] if trainer_type == "dpo" else None
-        splits.append((unpaired, pairs))
+        splits.append(cache.load_or_tokenize_unpaired(training, "unpaired_preference", min_bytes=1)["train"])
     assert [record.decisions.get("tokens") for record in records] == [None, "cached"]
     assert splits[0] == splits[1]
-    assert [row.is_good for row in splits[0][0].rows] == ([True, False, False] if rows is UNPAIRED_ROWS else [True, True, False, False])
-    if trainer_type == "dpo":
-        assert (splits[0][1].rows[0].chosen, len(splits[0][1].rows)) == (splits[0][0].rows[0].row, 2)
+    assert [row.is_good for row in splits[0].rows] == [True, False, False]
 
 
 def _tokenize(spec: Any, workdir: Path) -> tuple[Any, EventRecorder]:

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
-from jobs.llm.data.tokenize import IGNORE_INDEX, TokenizedExample, tokenize_split
+from jobs.llm.chat_format import ChatFormat
+from jobs.llm.data.tokenize import IGNORE_INDEX, RowTokenizer, TokenizedExample, tokenize_split
 from jobs.runtime.errors import JobFailed
 from tests.jobs.conftest import make_row_tokenizer
 
+RAW = ChatFormat("raw", "raw", None, None, (), (), turn_tokens_are_trained=True)
 TURNS = [
     {"role": "user", "content": "what does open do"},
     {"role": "assistant", "content": "it returns a file"},
@@ -44,7 +46,8 @@ def test_labels_match_training_template_assistant_mask(tokenizer: Any, turns: li
 
 
 def test_completion_and_eos_are_labeled(tokenizer: Any) -> None:
-    row = tokenize_row({"prompt": "what does open do?", "completion": " it returns"}, "prompt_completion", tokenizer)
+    raw = RowTokenizer(tokenizer, RAW)
+    row = raw.tokenize({"prompt": "what does open do?", "completion": " it returns"}, "prompt_completion")
     assert decode_labels(row, tokenizer) == " it returns<eos>"
     assert row.input_ids[0] == tokenizer.bos_token_id
     assert tokenizer.decode(row.input_ids) == "<bos>what does open do? it returns<eos>"
@@ -92,7 +95,8 @@ THINKING_TEMPLATE = (  # as Qwen 3's: only the last turn keeps its reasoning
 )
 EOS_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if not add_generation_prompt %}<eos>{% endif %}"
 NO_SYSTEM_TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{% endfor %}"
+    "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}<end_of_turn>\n"
+    "{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{% endfor %}"
 )
 
 

@@ -144,7 +144,7 @@ def test_offline_wandb_has_metrics_and_config_but_no_key(tmp_path: Path) -> None
     for step in range(1, 4):
         context.log_metrics(step, {"loss": 2.5 / step, "learning_rate": 1e-4}, epoch=0.1)
     context.log_evaluation("before", 0, EvalMetrics(eval_loss=4.0, perplexity=54.6))
-    context.log_evaluation("after", 3, EvalMetrics(eval_loss=3.0, perplexity=20.1, values={"exact_match": 0.5, "bleu": None}))
+    context.log_evaluation("after", 3, EvalMetrics(eval_loss=3.0, content_perplexity=8.5, values={"exact_match": 0.5, "bleu": None}))
     context.log_samples(SAMPLED)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights").write_bytes(b"w")
@@ -164,6 +164,7 @@ def test_offline_wandb_has_metrics_and_config_but_no_key(tmp_path: Path) -> None
     assert history["train/loss"] == ["2.5", "1.25", "0.8333333333333334"]
     assert [float(value) for value in history["base/loss"] + history["eval/loss"]] == [4.0, 3.0]
     assert history["eval/exact_match"] == ["0.5"]
+    assert history["eval/content_perplexity"] == ["8.5"]
     assert "eval/bleu" not in history
     (table,) = (tmp_path / "wandb").rglob("*.table.json")
     assert json.loads(table.read_text())["data"] == [[3, "what is", None, "an answer"]]

@@ -29,6 +29,7 @@ from jobs.llm.loss import compute_labeled_logits, evaluate_likelihood
 from jobs.llm.model import load_base, set_eos_tokens
 from jobs.llm.trained_model import TrainedModel
 from jobs.llm.trainers.vision import Collator, ImageFeatures, freeze_vision_tower, group_by_length
+from jobs.llm.turn_ends import TurnEnds
 from jobs.runtime.errors import JobFailed
 from schema.events import SamplesGenerated
 from schema.training import SftConfig
@@ -226,10 +227,10 @@ def get_failure(call: Callable[[], object]) -> Any:
 
 
 @pytest.mark.parametrize("text", ["what is <start_of_image>", "what is <image_soft_token>"])
-def test_text_with_image_token_is_rejected_naming_row(tokenize_rows: TokenizeRows, text: str) -> None:
-    failure = get_failure(lambda: tokenize_rows(*make_square_rows(2), make_chat_row([image_part(), text_part(text)], "it")))
-    assert failure.code == "invalid_data"
-    assert "row 3 of train" in failure.message
+def test_image_token_in_text_stays_text(tokenize_rows: TokenizeRows, tokenizer: Any, vision_input: VisionInputConfig, text: str) -> None:
+    (row,) = tokenize_rows(make_chat_row([image_part(), text_part(text)], "it")).rows
+    assert row.input_ids.count(vision_input.soft_token_id) == TOKENS_PER_IMAGE
+    assert tokenizer.decode(row.input_ids).count(text) == 1
 
 
 def test_template_without_image_support_is_rejected(tmp_path: Path, vision_base: Path, vision_input: VisionInputConfig) -> None:
@@ -402,8 +403,9 @@ def test_answer_depends_on_image_only(
         "it is red",
     ] * 4
     config = trained_on_squares.context.spec.training_config
+    turn_ends = TurnEnds([tokenizer.eos_token_id], tokenizer)
     matching_loss, swapped_loss = (
-        evaluate_likelihood(trained_model, examples, 0, config, collate_fn=Collator(0, vision_input)).eval_loss
+        evaluate_likelihood(trained_model, examples, 0, config, turn_ends, collate_fn=Collator(0, vision_input)).eval_loss
         for examples in (rows, swapped)
     )
     assert (matching_loss or math.inf) < (swapped_loss or 0.0) - 0.5  # nats

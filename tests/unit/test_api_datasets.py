@@ -1,5 +1,7 @@
 """Datasets over HTTP: uploads, and files that are already in the object store."""
 
+import json
+
 import pytest
 from starlette.testclient import TestClient
 
@@ -21,6 +23,15 @@ def test_upload_returns_counts_splits_and_preview(client: TestClient) -> None:
     assert client.get("/datasets").json()["datasets"][0] == dataset
     assert client.delete(f"/datasets/{dataset['processed_dataset_id']}").json()["deleted"] is True
     get_error(client.get(f"/datasets/{dataset['processed_dataset_id']}"), 404)
+
+
+def test_tools_are_shown_in_record_and_preview(client: TestClient) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"n": 1}}}
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    row = {"messages": turns, "tools": [{"type": "function", "function": {"name": "f"}}]}
+    dataset = upload(client, json.dumps(row), eval_fraction="0").json()
+    assert (dataset["has_tools"], dataset["has_weights"], dataset["prompt_form"]) == (True, False, "messages")
+    assert client.get(f"/datasets/{dataset['processed_dataset_id']}").json()["preview"] == {"train": [row]}
 
 
 INVALID_ROW_CASES: list[tuple[str | bytes, str]] = [

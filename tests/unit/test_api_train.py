@@ -101,11 +101,19 @@ INVALID_CONFIG_CASES: list[tuple[str | None, dict[str, Any], str]] = [
     (None, {"wandb_config": {"project": "p"}}, "api_key"),
     (None, {"mlflow_config": {"tracking_uri": "https://me:canary@mlflow.example"}}, "tracking_uri"),
     (None, {"wandb_config": {"api_key": "k", "project": "a/b"}}, "project"),
+    (None, {"prompt_format": "jinja"}, "prompt_format"),
+    (None, {"prompt_format": "raw", "modality": "vision"}, "prompt_format"),
+    (None, {"prompt_format": "raw", "chat_template": "{{ messages }}"}, "chat_template"),
+    (None, {"chat_template": ""}, "chat_template"),
+    (None, {"chat_template": "x" * 262_145}, "chat_template"),
+    (None, {"chat_template": "{{ messages }}", "modality": "vision"}, "chat_template"),
+    (None, {"train_on_inputs": True, "last_turn_only": True}, "last_turn_only"),
+    (None, {"trainer_type": "dpo", "train_on_inputs": True}, "train_on_inputs"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("group", "changes", "param"), INVALID_CONFIG_CASES, ids=lambda value: json.dumps(value) if isinstance(value, dict) else None
+    ("group", "changes", "param"), INVALID_CONFIG_CASES, ids=lambda value: json.dumps(value)[:80] if isinstance(value, dict) else None
 )
 def test_invalid_config_value_is_rejected_with_field(
     readonly_client: TestClient, readonly_dataset_id: str, group: str | None, changes: dict[str, Any], param: str
@@ -114,6 +122,15 @@ def test_invalid_config_value_is_rejected_with_field(
     assert error["param"].startswith("training_config.")
     assert param in error["param"]
     assert "canary" not in str(error)
+    assert readonly_client.get("/jobs").json()["jobs"] == []
+
+
+@pytest.mark.parametrize("template", ["{% for message in messages %}", "{{" + "(" * 10_000, "{% \u202e\x1b[2J %}"])
+def test_chat_template_that_cannot_be_parsed_is_rejected(readonly_client: TestClient, readonly_dataset_id: str, template: str) -> None:
+    body = make_request_body_with_config(readonly_dataset_id, chat_template=template)
+    error = get_error(readonly_client.post("/train", json=body), 400)
+    assert error["param"] == "training_config.chat_template"
+    assert error["message"].isprintable()
     assert readonly_client.get("/jobs").json()["jobs"] == []
 
 

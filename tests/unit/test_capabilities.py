@@ -4,6 +4,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from schema.capabilities import EnvironmentManifest, FamilyCapabilities
 from schema.dataset import Dataset
@@ -11,7 +14,9 @@ from schema.training import TRAINER_TYPES, TRAINING_CONFIG, TrainingConfig
 from service.api.capabilities import capabilities_response
 from service.core.errors import InvalidRequest, Unavailable, Unsupported
 from service.core.launchers import LauncherPool
-from service.core.validation.llm import check_dataset_compatible, find_known_model
+from service.core.validation.chat_template import check_chat_template
+from service.core.validation.known_models import KNOWN_MODELS, find_known_model, is_stateful_name
+from service.core.validation.llm import check_dataset_compatible
 from service.core.validation.placement import check_environment
 from tests.factories import make_dataset, make_grpo_config, make_manifest, make_profile
 from tests.fakes import FakeLauncher
@@ -104,6 +109,112 @@ def test_graders_with_existing_columns_are_accepted() -> None:
     check_dataset_compatible(make_grpo_config(grader | {"reference_field": "completion"}), make_dataset(dataset_type="prompt_completion"))
 
 
+# --- how rows become text ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("trainer_type", "dataset_type", "prompt_form"),
+    [
+        ("sft", "messages", None),
+        ("sft", "messages", "messages"),
+        ("sft", "prompt_completion", "messages"),
+        ("dpo", "preference", "messages"),
+    ],
+)
+def test_raw_format_of_messages_is_rejected(trainer_type: str, dataset_type: Any, prompt_form: Any) -> None:
+    dataset = make_dataset(dataset_type=dataset_type, prompt_form=prompt_form)
+    error = get_validation_error(make_config(trainer_type=trainer_type, prompt_format="raw"), dataset)
+    assert error.param == "training_config.prompt_format"
+    assert "are lists of messages" in error.message
+    check_dataset_compatible(make_config(trainer_type=trainer_type, prompt_format="chat"), dataset)
+
+
+@pytest.mark.parametrize(
+    ("dataset_type", "prompt_form"), [("text", "strings"), ("prompt_completion", "strings"), ("prompt_completion", None)]
+)
+def test_raw_format_of_strings_is_accepted(dataset_type: Any, prompt_form: Any) -> None:
+    check_dataset_compatible(make_config(prompt_format="raw"), make_dataset(dataset_type=dataset_type, prompt_form=prompt_form))
+
+
+@pytest.mark.parametrize("field", ["train_on_inputs", "last_turn_only"])
+def test_choice_of_learned_messages_needs_messages_without_weights(field: str) -> None:
+    config = make_config(**{field: True})
+    check_dataset_compatible(config, make_dataset())
+    for dataset, reason in ((make_dataset(dataset_type="text"), "are texts"), (make_dataset(has_weights=True), "overrule the weights")):
+        error = get_validation_error(config, dataset)
+        assert (error.param, reason in error.message) == (f"training_config.{field}", True)
+        assert field in error.hint
+        check_dataset_compatible(make_config(), dataset)
+
+
+def test_rows_with_tools_are_not_for_vision() -> None:
+    config = make_config(modality="vision", base_model_id="google/gemma-3-4b-it")
+    assert get_validation_error(config, make_dataset(has_tools=True)).param == "training_config.modality"
+    check_dataset_compatible(make_config(), make_dataset(has_tools=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"prompt_format": "raw", "chat_template": "x"}, "chat_template"),
+        ({"prompt_format": "raw", "modality": "vision"}, "prompt_format"),
+        ({"chat_template": "x", "modality": "vision"}, "chat_template"),
+        ({"train_on_inputs": True, "last_turn_only": True}, "last_turn_only"),
+        ({"prompt_format": "raw", "train_on_inputs": True}, "train_on_inputs"),
+        ({"prompt_format": "raw", "last_turn_only": True}, "last_turn_only"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_rejected(changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(ValidationError) as excinfo:
+        make_config(**changes)
+    (error,) = excinfo.value.errors()
+    assert (error["type"], error["ctx"]["field"]) == ("fields_conflict", field)  # type: ignore[typeddict-item]  # the error has a context
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}",
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}",
+        "{%- for m in messages %}{% if loop.first %}{% continue %}{% else %}{% break %}{% endif %}{% endfor %}",
+        "{{ 2 ** 99999999 }}{{ 'a' * 999999999 }}",
+    ],
+)
+def test_chat_template_is_parsed_and_never_run(template: str) -> None:
+    check_dataset_compatible(make_config(chat_template=template), make_dataset())
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for m in messages %}{{ m }}", "line 1: Unexpected end of template"),
+        ("ok\n{{ m.content", "line 2: "),
+        ("{% unknown %}", "line 1: Encountered unknown tag 'unknown'."),
+        ("{% generation %}x", "line 1: "),
+        ("{{" + "(" * 100_000, "nested too deeply"),
+        ("{% if a %}" * 20_000, "nested too deeply"),
+        ("{{ " + "1" * 10_000 + " }}", "a number that is too long"),
+    ],
+    ids=range(7),
+)
+def test_chat_template_with_bad_syntax_is_rejected(template: str, reason: str) -> None:
+    error = get_validation_error(make_config(chat_template=template), make_dataset())
+    assert error.param == "training_config.chat_template"
+    assert reason in error.message
+    assert len(error.message) < 300
+
+
+@settings(max_examples=150, deadline=None, database=None)
+@given(
+    st.lists(st.sampled_from([*"{}%#()[]|.,:='1ax-+~", "{{", "}}", "{%", "%}", " for ", " in ", " if ", "endif", "raw", " set ", "macro"]))
+)
+def test_any_chat_template_is_accepted_or_rejected_cleanly(pieces: list[str]) -> None:
+    try:
+        check_chat_template("".join(pieces))
+    except InvalidRequest as error:
+        assert error.message.isprintable()
+
+
 # --- the base model --------------------------------------------------------------------------------------------------
 
 
@@ -118,12 +229,68 @@ def test_graders_with_existing_columns_are_accepted() -> None:
         ("google/gemma-3-27b-it", 5376),
         ("google/gemma-3-270market", None),
         ("google/gemma-3-1bis", None),
-        ("google/gemma-2-2b", None),
+        ("google/gemma-2-2b-it", 2304),
+        ("google/gemma-2b", 2048),
+        ("google/gemma-3n-E4B-it", 2048),
+        ("meta-llama/Meta-Llama-3.1-8B-Instruct", 4096),
+        ("unsloth/Llama-3.2-1B-Instruct-bnb-4bit", 2048),
+        ("Qwen/Qwen3-4B-Instruct-2507", 2560),
+        ("Qwen/Qwen2.5-Coder-7B", 3584),
+        ("microsoft/phi-4", 5120),
+        ("microsoft/Phi-4-mini-instruct", 3072),
+        ("microsoft/Phi-4-multimodal-instruct", None),
+        ("Qwen/Qwen3-40B", None),
     ],
 )
 def test_known_base_model_is_recognized_by_name(name: str, width: int | None) -> None:
     base = find_known_model(name)
     assert (base.hidden_size if base else None) == width
+
+
+def test_known_names_are_lower_case_and_none_hides_another() -> None:
+    assert [base.name for base in KNOWN_MODELS if base != find_known_model(f"somebody/{base.name.upper()}-x")] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("microsoft/phi-4", "is a text model"), ("Qwen/Qwen2.5-VL-7B-Instruct", "images that this trainer does not know")]
+)
+def test_images_with_other_known_model_are_rejected(name: str, message: str) -> None:
+    error = get_validation_error(make_config(modality="vision", base_model_id=name), make_dataset(images=1))
+    assert (error.param, message in error.message) == ("training_config.modality", True)
+    assert "google/gemma-3-4b-it" in error.hint
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LiquidAI/LFM2-1.2B",
+        "LiquidAI/LFM2.5-1.2B-Instruct",
+        "Qwen/Qwen3-Next-80B-A3B-Instruct",
+        "Qwen/Qwen3.5-27B",
+        "state-spaces/mamba-2.8b-hf",
+        "tiiuae/falcon-mamba-7b",
+        "tiiuae/Falcon-H1-1.5B-Deep-Instruct",
+        "ibm-granite/granite-4.0-h-tiny",
+        "ai21labs/AI21-Jamba-Mini-1.7",
+        "Zyphra/Zamba2-2.7B",
+        "RWKV/rwkv-4-169m-pile",
+        "ibm-fms/Bamba-9B",
+        "nvidia/Nemotron-H-8B-Base-8K",
+        "nvidia/NVIDIA-Nemotron-Nano-9B-v2",
+    ],
+)
+def test_packing_of_rows_that_would_share_a_state_is_rejected(name: str) -> None:
+    error = get_validation_error(make_config(base_model_id=name, hyperparameters={"packing": True}), make_dataset())
+    assert (error.param, error.hint) == ("training_config.hyperparameters.packing", "set packing to false")
+    check_dataset_compatible(make_config(base_model_id=name), make_dataset())
+
+
+@pytest.mark.parametrize(
+    "name", ["google/gemma-3-1b-it", "ibm-granite/granite-4.0-micro", "nvidia/Llama-3.1-Nemotron-Nano-8B-v1", "a/alfm2b"]
+)
+def test_packing_of_other_models_is_accepted(name: str) -> None:
+    assert not is_stateful_name(name)
+    check_dataset_compatible(make_config(base_model_id=name, hyperparameters={"packing": True}), make_dataset())
 
 
 def test_lora_rank_above_known_width_is_rejected() -> None:

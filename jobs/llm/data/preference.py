@@ -4,12 +4,11 @@ preference           two answers to one prompt: the chosen one and the rejected 
 unpaired_preference  one answer, and whether it is good
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jobs.llm.data.tokenize import Message, RowTokenizer, TokenizedExample
-from schema.types import DatasetType
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class UnpairedExample:
 class TokenizedPreferenceSplit:
     """The pairs to learn from, and the numbers of truncated and dropped pairs."""
 
-    rows: list[PreferencePair] = field(default_factory=list)
+    rows: Sequence[PreferencePair]
     truncated: int = 0  # pairs with an answer longer than the maximum length
     dropped: int = 0  # pairs with an answer cut away entirely, or with two equal answers after cutting
 
@@ -41,44 +40,46 @@ class TokenizedPreferenceSplit:
 class TokenizedUnpairedSplit:
     """The answers to learn from, and the numbers of truncated and dropped ones."""
 
-    rows: list[UnpairedExample] = field(default_factory=list)
+    rows: Sequence[UnpairedExample]
     truncated: int = 0
     dropped: int = 0
 
 
 def tokenize_pairs(rows: Iterable[dict[str, Any]], row_tokenizer: RowTokenizer, max_length: int) -> TokenizedPreferenceSplit:
     """Both answers of every preference row, each cut to `max_length` tokens. Raises JobFailed."""
-    split = TokenizedPreferenceSplit()
+    kept: list[PreferencePair] = []
+    truncated = dropped = 0
     for row in rows:
         answers = [_tokenize_answer(row["prompt"], row[name], row_tokenizer) for name in ("chosen", "rejected")]
-        split.truncated += any(len(answer.input_ids) > max_length for answer in answers)
+        truncated += any(len(answer.input_ids) > max_length for answer in answers)
         chosen, rejected = (answer.truncate(max_length) for answer in answers)
         if chosen.has_labels and rejected.has_labels and chosen.input_ids != rejected.input_ids:
-            split.rows.append(PreferencePair(chosen, rejected))
+            kept.append(PreferencePair(chosen, rejected))
         else:
-            split.dropped += 1
-    return split
+            dropped += 1
+    return TokenizedPreferenceSplit(kept, truncated, dropped)
 
 
-def tokenize_unpaired(
-    rows: Iterable[dict[str, Any]], dataset_type: DatasetType, row_tokenizer: RowTokenizer, max_length: int
-) -> TokenizedUnpairedSplit:
-    """Every answer with its flag, cut to `max_length` tokens; of preference rows, all chosen answers and then all rejected ones."""
-    if dataset_type == "preference":
-        pairs = tokenize_pairs(rows, row_tokenizer, max_length)
-        chosen = [UnpairedExample(pair.chosen, True) for pair in pairs.rows]
-        rejected = [UnpairedExample(pair.rejected, False) for pair in pairs.rows]
-        return TokenizedUnpairedSplit(chosen + rejected, pairs.truncated, pairs.dropped)
-    split = TokenizedUnpairedSplit()
+def tokenize_unpaired(rows: Iterable[dict[str, Any]], row_tokenizer: RowTokenizer, max_length: int) -> TokenizedUnpairedSplit:
+    """Every answer with its flag, cut to `max_length` tokens. Raises JobFailed."""
+    kept: list[UnpairedExample] = []
+    truncated = dropped = 0
     for row in rows:
         answer = _tokenize_answer(row["prompt"], row["completion"], row_tokenizer)
-        split.truncated += len(answer.input_ids) > max_length
+        truncated += len(answer.input_ids) > max_length
         answer = answer.truncate(max_length)
         if answer.has_labels:
-            split.rows.append(UnpairedExample(answer, bool(row["label"])))
+            kept.append(UnpairedExample(answer, bool(row["label"])))
         else:
-            split.dropped += 1
-    return split
+            dropped += 1
+    return TokenizedUnpairedSplit(kept, truncated, dropped)
+
+
+def split_pairs(pairs: TokenizedPreferenceSplit) -> TokenizedUnpairedSplit:
+    """The answers of pairs with their flags: all chosen ones, then all rejected ones."""
+    chosen = [UnpairedExample(pair.chosen, True) for pair in pairs.rows]
+    rejected = [UnpairedExample(pair.rejected, False) for pair in pairs.rows]
+    return TokenizedUnpairedSplit(chosen + rejected, pairs.truncated, pairs.dropped)
 
 
 def _tokenize_answer(prompt: str | list[Message], completion: str | list[Message], row_tokenizer: RowTokenizer) -> TokenizedExample:

@@ -1,8 +1,9 @@
 """Checks the tokenized splits of a dataset before training, and warns about rows that were truncated or dropped."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from jobs.llm.data.arrow_rows import find_tokens
 from jobs.llm.data.tokenize import TokenizedExample
 from jobs.runtime.errors import JobFailed
 from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
@@ -10,14 +11,14 @@ from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
 if TYPE_CHECKING:
     from jobs.llm.training_context import TrainingContext
 
-Row = TypeVar("Row")
+Row = TypeVar("Row", covariant=True)
 
 
 class TokenizedRows(Protocol[Row]):
     """A tokenized split of any kind."""
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> Sequence[Row]:
         """The rows with something to train on."""
         ...
 
@@ -32,7 +33,7 @@ class TokenizedRows(Protocol[Row]):
         ...
 
 
-def check_splits(training: "TrainingContext", splits: Mapping[str, TokenizedRows[Row]]) -> tuple[list[Row], list[Row]]:
+def check_splits(training: "TrainingContext", splits: Mapping[str, TokenizedRows[Row]]) -> tuple[Sequence[Row], Sequence[Row]]:
     """The training rows and the held-out rows. Warns about truncated and dropped rows; raises JobFailed without training rows."""
     for name, split in splits.items():
         warn_truncation(training, name, truncated=split.truncated, dropped=split.dropped)
@@ -64,7 +65,7 @@ def require_examples(training: "TrainingContext", train_count: int, held_out_cou
         training.context.warn("evaluation_skipped", message)
 
 
-def untrained_special_tokens(training: "TrainingContext", rows: Sequence[TokenizedExample]) -> list[int]:
+def untrained_special_tokens(training: "TrainingContext", rows: Iterable[TokenizedExample]) -> list[int]:
     """Turn tokens that occur in the rows but were never trained in the base; their embeddings are trained with the adapter.
 
     In a base that was never trained on chats, their embeddings are nearly equal to those of other unused tokens, and LoRA on the
@@ -73,8 +74,4 @@ def untrained_special_tokens(training: "TrainingContext", rows: Sequence[Tokeniz
     chat_format = training.chat_format
     if chat_format.turn_tokens_are_trained:
         return []
-    token_ids = sorted(set(chat_format.turn_token_ids) & {token for row in rows for token in row.input_ids})
-    if token_ids:
-        reason = "the base model has no chat template; the embeddings of the turn tokens are trained too"
-        training.context.log_decision("chat_template", chat_format.name, reason)
-    return token_ids
+    return sorted(find_tokens(rows, chat_format.turn_token_ids))

@@ -31,7 +31,10 @@ def make_eval_prompts(rows: Sequence[TokenizedExample], tokenizer: "PreTrainedTo
 
 
 def _iter_row_prompts(row_index: int, row: TokenizedExample, tokenizer: "PreTrainedTokenizerBase") -> Iterator[EvalPrompt]:
-    for start, end in _labeled_spans(row.labels):
+    spans = _labeled_spans(row.labels)
+    if any(label != IGNORE_INDEX for label in row.labels[: row.prompt_tokens]):  # inputs are trained too: only the last answer is a turn
+        spans = _labeled_spans([*[IGNORE_INDEX] * row.prompt_tokens, *row.labels[row.prompt_tokens :]])
+    for start, end in spans:
         prompt_ids = row.input_ids[:start]
         # The template's newline after a turn has a label, but is not part of the answer.
         reference = str(tokenizer.decode(row.labels[start:end], skip_special_tokens=True)).rstrip()

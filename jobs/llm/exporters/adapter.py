@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from jobs.llm.exporters.merge import DIVERGED_HINT
 from jobs.llm.exporters.model_files import PROCESSOR_FILES, copy_files, copy_license, copy_tokenizer, write_json
-from jobs.llm.exporters.user_path import check_published_tokenizer
 from jobs.runtime.artifacts import ExportedArtifact
 from jobs.runtime.errors import JobFailed
 
@@ -25,7 +24,7 @@ def export(workspace: "ExportWorkspace") -> tuple[ExportedArtifact, ...]:
     copy_files(source, folder, [ADAPTER_WEIGHTS_FILE, *PROCESSOR_FILES])
     copy_tokenizer(source, folder)
     copy_license(workspace.trained.base_folder, folder)
-    check_published_tokenizer(workspace, folder, "the adapter")
+    workspace.check_tokenizer(folder, "the adapter")
     # The config names the trainer's local folder; the published adapter must name the model on the Hub.
     settings = json.loads((source / ADAPTER_CONFIG_FILE).read_text())
     base_model_id = workspace.context.spec.training_config.base_model_id

@@ -55,7 +55,7 @@ def _write_files(workspace: "ExportWorkspace", model_folder: Path) -> list[Expor
     precision, trained, threads = read_precision(model_folder), workspace.trained, torch.get_num_threads()
     converted = workspace.path(f"converted-{precision}.gguf")
     tokenizers = [trained.folder, trained.base_folder]
-    staging = make_staging_folder(model_folder, model_folder, tokenizers, workspace.path("staging"), adds_bos=workspace.adds_bos)
+    staging = make_staging_folder(model_folder, model_folder, tokenizers, workspace.path("staging"))
     convert_model(workspace, staging, converted, precision)
     imatrix = make_imatrix(workspace, converted)
     candidates: list[ExportedFile] = []

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
+    from jobs.llm.chat_format import ChatFormat
     from jobs.llm.trained_model import HeldOutExample, UserPrompt
 
 # Limits of time and memory: with Gemma's vocabulary of 262,144, a position takes 1 MB of float32 and 0.3 GFLOP in the head.
@@ -42,10 +43,13 @@ def make_passages(examples: "Sequence[HeldOutExample]", tokenizer: "PreTrainedTo
 
 
 def select_sample_prompt(
-    prompts: "Sequence[UserPrompt]", examples: "Sequence[HeldOutExample]", tokenizer: "PreTrainedTokenizerBase"
+    prompts: "Sequence[UserPrompt]",
+    examples: "Sequence[HeldOutExample]",
+    tokenizer: "PreTrainedTokenizerBase",
+    chat_format: "ChatFormat",
 ) -> tuple[str, tuple[int, ...]]:
     """The shortest question as a user asks it, or held-out prompt, for a sample generation, as text and as token ids."""
-    questions = [tuple(encode_with_tokenizer(tokenizer, prompt)) for prompt in prompts if prompt.text is None]
+    questions = [tuple(encode_with_tokenizer(tokenizer, chat_format, prompt)) for prompt in prompts if prompt.text is None]
     if questions:
         ids = min(questions, key=len)
         return str(tokenizer.decode(list(ids))), _truncate(ids, len(ids))

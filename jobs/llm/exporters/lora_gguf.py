@@ -44,7 +44,6 @@ def export(workspace: "ExportWorkspace") -> tuple[ExportedArtifact, ...]:
             trained.folder,
             [trained.folder, trained.base_folder],
             workspace.path("base-staging"),
-            adds_bos=workspace.adds_bos,
         )
         convert_model(workspace, staging, base, read_precision(trained.base_folder))
         convert_lora(adapter, staging, path)

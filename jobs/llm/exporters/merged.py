@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING
 
 from jobs.llm.exporters.model_files import FIDELITY_FILE, write_json
-from jobs.llm.exporters.user_path import check_published_tokenizer
 from jobs.llm.exporters.verify import make_fidelity
 from jobs.runtime.artifacts import ExportedArtifact
 
@@ -18,5 +17,5 @@ def export(workspace: "ExportWorkspace") -> tuple[ExportedArtifact, ...]:
     fidelity = make_fidelity(comparison).model_dump(mode="json") if comparison else None
     if fidelity is not None:
         write_json(model.folder / FIDELITY_FILE, {"merged": fidelity})
-    check_published_tokenizer(workspace, model.folder, "the merged model")
+    workspace.check_tokenizer(model.folder, "the merged model")
     return (ExportedArtifact(name="merged", kind="merged", path=model.folder, key=workspace.key("merged"), fidelity=fidelity),)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.llm.chat_templates import TEMPLATE_ERRORS
 from jobs.llm.exporters.go_template import NoGoTemplate, Turn, TurnPieces, derive_turn_pieces, render_go_template, write_go_template
+from jobs.llm.llama_cpp.vocabulary import with_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,7 +56,8 @@ def make_ollama_template(
         return _leave_to_gguf("the model was trained with tools")
 
     def render(turns: Sequence[Turn]) -> str:
-        messages = [{"role": role, "content": content} for role, content in turns]
+        plain: list[dict[str, Any]] = [{"role": role, "content": content} for role, content in turns]
+        messages = [with_parts(message) if chat_format.content_parts else message for message in plain]
         ends_with_answer = turns[-1][0] == "assistant"
         text = tokenizer.apply_chat_template(
             messages, chat_template=chat_format.template, tokenize=False, add_generation_prompt=not ends_with_answer

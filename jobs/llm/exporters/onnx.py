@@ -19,7 +19,6 @@ from jobs.llm.exporters.model_files import (
 )
 from jobs.llm.exporters.onnx_process import OnnxEvalRequest
 from jobs.llm.exporters.tensor_merge import read_header
-from jobs.llm.exporters.user_path import check_published_tokenizer
 from jobs.llm.exporters.verify import MAX_LOSSLESS_KL_NATS, MIN_LOSSLESS_AGREEMENT, is_within_tolerance, make_fidelity
 from jobs.llm.llama_cpp.fidelity import Comparison
 from jobs.runtime.artifacts import ExportedArtifact
@@ -68,7 +67,7 @@ def export(workspace: "ExportWorkspace") -> tuple[ExportedArtifact, ...]:
     copy_files(model.folder, folder, CONFIG_FILES)
     copy_tokenizer(model.folder, folder)
     copy_license(model.folder, folder)
-    check_published_tokenizer(workspace, folder, "the ONNX model")
+    workspace.check_tokenizer(folder, "the ONNX model")
     fidelity = make_fidelity(comparison).model_dump(mode="json")
     write_json(folder / FIDELITY_FILE, {"onnx": fidelity})
     return (ExportedArtifact(name="onnx", kind="onnx", path=folder, key=workspace.key("onnx"), fidelity=fidelity, hub_folder="onnx/"),)

@@ -13,16 +13,16 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.llm.data.user_prompts import make_user_prompts
 from jobs.llm.exporters.lora_gguf import stage_adapter
 from jobs.llm.exporters.model_files import list_weight_files, read_precision
 from jobs.llm.exporters.modelfile import make_ollama_template
 from jobs.llm.exporters.staging import make_staging_folder
 from jobs.llm.exporters.tensor_merge import make_weightless_model, read_header
-from jobs.llm.exporters.user_path import check_tokenizer_path, find_gguf_problem, make_gguf_questions
+from jobs.llm.exporters.user_path import check_tokenizer_path, find_gguf_problem, make_gguf_questions, rows_begin_with_bos
 from jobs.llm.exporters.verify import tokenizer_test_texts
 from jobs.llm.llama_cpp import list_convertible_architectures
-from jobs.llm.llama_cpp.runner import MAX_END_TOKENS, convert_lora, convert_vocabulary, read_vocabulary
+from jobs.llm.llama_cpp.runner import convert_lora, convert_vocabulary, read_vocabulary
+from jobs.llm.llama_cpp.vocabulary import MAX_END_TOKENS, VocabularySettings
 from jobs.llm.model import lora_config
 from jobs.runtime.errors import JobFailed
 from jobs.runtime.subprocesses import SubprocessFailed
@@ -37,12 +37,11 @@ GGUF_HINT = "leave include_gguf and include_lora_gguf out; export format 'merged
 ADAPTER_HINT = "leave include_lora_gguf out, or name other target_modules; include_gguf writes the whole model"
 
 
-def check_export_plan(training: "TrainingContext") -> None:
+def check_export_plan(training: "TrainingContext", prompts: "tuple[UserPrompt, ...]") -> None:
     """Raise JobFailed `invalid_config` for an export that would fail. A resumed training skips it, as an earlier attempt did it."""
     if training.resume_checkpoint is not None:
         return
-    prompts = make_user_prompts(training)
-    check_tokenizer_path(training.tokenizer, prompts, "the chat template", "invalid_config")
+    check_tokenizer_path(training.tokenizer, training.chat_format, prompts, "the chat template", "invalid_config")
     _check_disk(training)
     export = training.config.export_config
     if export.include_gguf or export.include_lora_gguf:
@@ -85,9 +84,7 @@ def _check_gguf(training: "TrainingContext", prompts: "tuple[UserPrompt, ...]", 
         message = f"llama.cpp's converter does not know the architecture {architecture or 'of this base model'}"
         raise JobFailed("invalid_config", message, GGUF_HINT)
     training.tokenizer.save_pretrained(folder / "tokenizer")
-    bos_id = training.tokenizer.bos_token_id
-    adds_bos = None if bos_id is None or not prompts else all(prompt.input_ids[:1] == (bos_id,) for prompt in prompts)
-    staging = make_staging_folder(base, folder / "tokenizer", [folder / "tokenizer", base], folder / "staging", adds_bos=adds_bos)
+    staging = make_staging_folder(base, folder / "tokenizer", [folder / "tokenizer", base], folder / "staging")
     try:
         problem = _find_vocabulary_problem(training, prompts, staging, folder)
     except SubprocessFailed as error:
@@ -106,10 +103,11 @@ def _find_vocabulary_problem(training: "TrainingContext", prompts: "tuple[UserPr
     template = make_ollama_template(chat_format, tokenizer, prompts)
     texts = tokenizer_test_texts((), tokenizer, chat_format.turn_token_ids)
     questions = make_gguf_questions(tokenizer, chat_format, texts, prompts, template)
-    convert_vocabulary(staging, path)
+    settings = VocabularySettings(adds_bos=rows_begin_with_bos(tokenizer, [prompt.input_ids for prompt in prompts]))
+    convert_vocabulary(staging, path, settings)
     report = read_vocabulary(path, questions.request(), folder)
     if 0 < len(report.missing_stops) <= MAX_END_TOKENS:
-        convert_vocabulary(staging, path, report.missing_stops)
+        convert_vocabulary(staging, path, settings.model_copy(update={"end_token_ids": report.missing_stops}))
         report = read_vocabulary(path, questions.request(), folder)
     return find_gguf_problem(questions, report, lambda token: str(tokenizer.decode([token])))
 

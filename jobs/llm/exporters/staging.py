@@ -19,14 +19,12 @@ from jobs.llm.exporters.model_files import (
 SENTENCEPIECE_FILE = "tokenizer.model"
 
 
-def make_staging_folder(model: Path, tokenizer: Path, sources: Sequence[Path], staging: Path, *, adds_bos: bool | None = None) -> Path:
+def make_staging_folder(model: Path, tokenizer: Path, sources: Sequence[Path], staging: Path) -> Path:
     """Copy a model folder, with the tokenizer of another, so that the converter marks control tokens; returns `staging`.
 
     `sources` are the folders searched for a tokenizer.model, in order. The converter reads the tokens from that file, and the
     type of each from `added_tokens_decoder`, which transformers 5 no longer writes. Without it `<start_of_turn>` is an ordinary
     word, and llama.cpp splits it.
-
-    `adds_bos` says whether a program that tokenizes a text must begin it with a BOS token; None leaves that to the tokenizer.
     """
     copy_files(model, staging, [*MODEL_FILES, *PROCESSOR_FILES, *list_weight_files(model)])
     copy_tokenizer(tokenizer, staging)
@@ -35,9 +33,6 @@ def make_staging_folder(model: Path, tokenizer: Path, sources: Sequence[Path], s
         link_or_copy(sentencepiece, staging / SENTENCEPIECE_FILE)
         path = staging / TOKENIZER_CONFIG_FILE
         write_json(path, json.loads(path.read_text()) | {"added_tokens_decoder": _make_added_tokens_decoder(staging)})
-    if adds_bos is not None:
-        path = staging / TOKENIZER_CONFIG_FILE
-        write_json(path, json.loads(path.read_text()) | {"add_bos_token": adds_bos, "add_eos_token": False})
     return staging
 
 

@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from jobs.llm.exporters.expert_merge import collect_expert_merges
 from jobs.llm.exporters.model_files import WEIGHTS_INDEX_FILE, list_weight_files, write_json
 from jobs.llm.model_kinds import AUTO_CLASSES, ModelKind
 
@@ -172,13 +173,16 @@ def read_header(path: Path) -> list[TensorHeader]:
 
 def _collect_delta(model: "PreTrainedModel", names: Mapping[str, str]) -> AdapterDelta:
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
-    merge_functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+    merge_functions = collect_expert_merges(model, names)
     row_updates: dict[str, RowUpdate] = {}
     replacements: dict[str, torch.Tensor] = {}
     for name, layer in model.named_modules():
         weight = f"{name}.weight"
+        if isinstance(layer, ParamWrapper):
+            continue
         if isinstance(layer, LoraLayer):
             merge_functions[names.get(weight, weight)] = _make_merge_function(layer)
         elif isinstance(layer, TrainableTokensWrapper):

@@ -8,11 +8,10 @@ Modelfile     Ollama's template, and the tokens that llama.cpp makes of its text
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.llm.chat_templates import TEMPLATE_ERRORS
-from jobs.llm.llama_cpp.vocabulary import ChatPrompt, VocabularyReport, VocabularyTexts
+from jobs.llm.llama_cpp.vocabulary import ChatPrompt, VocabularyReport, VocabularyTexts, with_parts
 from jobs.runtime.errors import JobFailed
 from schema.job import FailureCode
 
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 
     from jobs.llm.chat_format import ChatFormat
     from jobs.llm.exporters.modelfile import OllamaTemplate
-    from jobs.llm.exporters.workspace import ExportWorkspace
     from jobs.llm.trained_model import UserPrompt
 
 MAX_SHOWN_CHARACTERS = 80  # of a prompt, in an error message
@@ -31,23 +29,17 @@ TEMPLATE_HINT = "send chat_template with a template that asks as the rows are wr
 # --- paths through transformers ---
 
 
-def check_published_tokenizer(workspace: "ExportWorkspace", folder: Path, artifact: str) -> None:
-    """Load a published folder's tokenizer as a user does, and check it. Raises JobFailed `export_failed`."""
-    from transformers import AutoTokenizer
-
-    prompts = workspace.trained.user_prompts
-    if prompts:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        check_tokenizer_path(tokenizer, prompts, f"the tokenizer of {artifact}")
-
-
 def check_tokenizer_path(
-    tokenizer: "PreTrainedTokenizerBase", prompts: "Sequence[UserPrompt]", place: str, code: FailureCode = "export_failed"
+    tokenizer: "PreTrainedTokenizerBase",
+    chat_format: "ChatFormat",
+    prompts: "Sequence[UserPrompt]",
+    place: str,
+    code: FailureCode = "export_failed",
 ) -> None:
     """Raise JobFailed unless the tokenizer of a published folder asks the prompts as in training."""
     for prompt in prompts:
         try:
-            ids = encode_with_tokenizer(tokenizer, prompt)
+            ids = encode_with_tokenizer(tokenizer, chat_format, prompt)
         except TEMPLATE_ERRORS as error:
             shown = _shorten(prompt.content)
             raise JobFailed(code, f"{place} cannot ask the prompt {shown}: {error}", TEMPLATE_HINT) from error
@@ -56,16 +48,25 @@ def check_tokenizer_path(
             raise JobFailed(code, f"{place} asks the model in another way than the training did: {mismatch}", TEMPLATE_HINT)
 
 
-def encode_with_tokenizer(tokenizer: "PreTrainedTokenizerBase", prompt: "UserPrompt") -> list[int]:
+def encode_with_tokenizer(tokenizer: "PreTrainedTokenizerBase", chat_format: "ChatFormat", prompt: "UserPrompt") -> list[int]:
     """The tokens of a prompt as transformers makes them. Raises what a chat template raises."""
     if prompt.text is not None:
         ids: list[int] = tokenizer.encode(prompt.text, add_special_tokens=False)
         bos_id = tokenizer.bos_token_id
         return [bos_id, *ids] if bos_id is not None and prompt.input_ids[:1] == (bos_id,) else ids
     encoded = tokenizer.apply_chat_template(
-        [dict(message) for message in prompt.messages], tools=list(prompt.tools) or None, add_generation_prompt=True, return_dict=True
+        [with_parts(message) if chat_format.content_parts else message for message in prompt.messages],
+        tools=list(prompt.tools) or None,
+        add_generation_prompt=True,
+        return_dict=True,
     )
     return list(encoded["input_ids"])  # pyright: ignore[reportArgumentType, reportCallIssue, reportIndexIssue]  # a dict of token ids
+
+
+def rows_begin_with_bos(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Sequence[int]]) -> bool | None:
+    """Whether the training's rows begin with a BOS token, which a program must then add to a text; None without rows or such a token."""
+    bos_id = tokenizer.bos_token_id
+    return None if bos_id is None or not rows else all(ids[0] == bos_id for ids in rows if ids)
 
 
 # --- paths through llama.cpp ---

@@ -13,8 +13,6 @@ from typing import Literal
 
 LLAMA_CPP_FOLDER = Path(sys.prefix) / "share" / "llama.cpp"  # infra/llama_cpp.sh installs here what no wheel contains
 
-END_TOKENS_OPTION = "--end-token-ids="  # of `convert`, which the converter itself does not have
-
 
 def get_converter_path(source: Literal["hf", "lora"] = "hf") -> Path:
     """The path of llama.cpp's converter for models, or for LoRA adapters."""

@@ -1,12 +1,12 @@
 """A GGUF file loaded by llama.cpp into this process: tokens, logits, greedy generation. For child processes only."""
 
-import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from jobs.llm.llama_cpp.log import log_errors_only
 from jobs.llm.llama_cpp.vocabulary import GgufVocabulary, read_template
 
 if TYPE_CHECKING:
@@ -15,33 +15,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-LOG_LEVEL_ERROR = 4  # of ggml_log_level
-
-# ctypes keeps no reference: llama.cpp crashes when it calls a callback that Python has garbage-collected.
-_live_callbacks: list[object] = []
-
 
 class LlamaError(Exception):
     """A call into llama.cpp failed; the message says which."""
-
-
-def log_errors_only() -> list[str]:
-    """Make llama.cpp log errors only, to stderr and to the returned list."""
-    import ctypes
-
-    import llama_cpp
-
-    errors: list[str] = []
-
-    @llama_cpp.llama_log_callback
-    def errors_only(level: int, text: bytes, _: object) -> None:
-        if level == LOG_LEVEL_ERROR:
-            errors.append(text.decode(errors="replace").strip())
-            print(errors[-1], file=sys.stderr)
-
-    _live_callbacks.append(errors_only)
-    llama_cpp.llama_log_set(errors_only, ctypes.c_void_p(0))
-    return errors
 
 
 @contextmanager

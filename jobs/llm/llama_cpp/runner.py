@@ -1,18 +1,15 @@
 """Runs llama.cpp's programs, each in a child process. Every function raises SubprocessFailed when its program fails."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from jobs.llm.llama_cpp import END_TOKENS_OPTION, find_program, get_converter_path
+from jobs.llm.llama_cpp import find_program, get_converter_path
+from jobs.llm.llama_cpp.draft_head import list_draft_head_options
 from jobs.llm.llama_cpp.evaluate import EvalRequest, EvalResponse
-from jobs.llm.llama_cpp.vocabulary import VocabularyReport, VocabularyRequest, VocabularyTexts
+from jobs.llm.llama_cpp.vocabulary import NO_SETTINGS, VocabularyReport, VocabularyRequest, VocabularySettings, VocabularyTexts
 from jobs.runtime.subprocesses import SubprocessFailed, exchange_json, run_module, run_program
 
 CONVERT_MODULE = "jobs.llm.llama_cpp.convert"
-
-
-MAX_END_TOKENS = 2  # that a file can name beside the end of a text: of a turn, and of a message
 
 
 def convert(
@@ -22,24 +19,20 @@ def convert(
     precision: Literal["f32", "f16", "bf16"],
     name: str,
     mmproj: bool = False,
-    end_token_ids: Sequence[int] = (),
+    vocabulary: VocabularySettings = NO_SETTINGS,
 ) -> None:
-    """Convert a Hugging Face model folder to one GGUF file; `mmproj` converts only its vision part.
-
-    `end_token_ids` are tokens that end an answer, besides those that llama.cpp knows by their text.
-    """
+    """Convert a Hugging Face model folder to one GGUF file; `mmproj` converts only its vision part."""
     options = ["--outtype", precision, "--outfile", str(target), "--model-name", name, *(["--mmproj"] if mmproj else [])]
-    options += [f"{END_TOKENS_OPTION}{','.join(map(str, end_token_ids))}"] if end_token_ids else []
+    options += [] if mmproj else list_draft_head_options(model_folder)
     _require_script(get_converter_path())
-    run_module("convert", CONVERT_MODULE, "hf", model_folder, *options)
+    run_module("convert", CONVERT_MODULE, "hf", model_folder, *options, *vocabulary.options())
 
 
-def convert_vocabulary(model_folder: Path, target: Path, end_token_ids: Sequence[int] = ()) -> None:
-    """Convert only the tokenizer of a model folder, without the weights, of which the headers are read."""
-    options = ["--outfile", str(target), "--vocab-only"]
-    options += [f"{END_TOKENS_OPTION}{','.join(map(str, end_token_ids))}"] if end_token_ids else []
+def convert_vocabulary(model_folder: Path, target: Path, vocabulary: VocabularySettings = NO_SETTINGS) -> None:
+    """Convert only the tokenizer of a model folder; of the weights, the headers are read."""
+    options = ["--outfile", str(target), "--vocab-only", *list_draft_head_options(model_folder)]
     _require_script(get_converter_path())
-    run_module("convert", CONVERT_MODULE, "hf", model_folder, *options)
+    run_module("convert", CONVERT_MODULE, "hf", model_folder, *options, *vocabulary.options())
 
 
 def read_vocabulary(path: Path, asked: VocabularyTexts, workdir: Path) -> VocabularyReport:

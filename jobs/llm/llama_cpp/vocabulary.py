@@ -5,7 +5,7 @@ loaded, so a file without weights will do. Both arguments are JSON files; exit c
 """
 
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +17,24 @@ from schema.base import ForwardCompatible
 
 if TYPE_CHECKING:
     import ctypes
+
+
+SETTINGS_OPTION = "--vocabulary-settings="  # of `convert`, which the converter itself does not have
+MAX_END_TOKENS = 2  # that a file can name beside the end of a text: of a turn, and of a message
+
+
+class VocabularySettings(ForwardCompatible):
+    """What a converted file says about its vocabulary, where the converter says otherwise or nothing."""
+
+    adds_bos: bool | None = None  # whether a text begins with a BOS token; None leaves that to the converter
+    end_token_ids: list[int] = Field(default=[])  # that end an answer, besides those that llama.cpp knows by their text
+
+    def options(self) -> list[str]:
+        """The command-line arguments of `convert`."""
+        return [] if self == NO_SETTINGS else [f"{SETTINGS_OPTION}{self.model_dump_json()}"]
+
+
+NO_SETTINGS = VocabularySettings()
 
 
 class ChatPrompt(ForwardCompatible):
@@ -60,6 +78,12 @@ class VocabularyRequest(VocabularyTexts):
     model_path: str
 
 
+def with_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with its text as a part: some templates for images read no other content."""
+    content = message.get("content")
+    return dict(message) | ({"content": [{"type": "text", "text": content}]} if isinstance(content, str) and content else {})
+
+
 class TemplateRejected(Exception):
     """The file's chat template is invalid, or rejects a conversation; the message says why."""
 
@@ -72,6 +96,7 @@ class GgufVocabulary:
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
         self._llama, self._vocab = llama_cpp, vocab
+        self._reads_parts = False
         self._bos = self._token_text(llama_cpp.llama_vocab_bos(vocab))
         self._adds_bos = bool(llama_cpp.llama_vocab_get_add_bos(vocab))
         eos = self._token_text(llama_cpp.llama_vocab_eos(vocab))
@@ -79,6 +104,8 @@ class GgufVocabulary:
             self._template = None if template is None else Jinja2ChatFormatter(template=template, bos_token=self._bos, eos_token=eos)
         except TemplateError as error:
             raise TemplateRejected(f"the chat template is invalid: {error}") from error
+        if self._template is not None:
+            self._reads_parts = self._loses_text()
 
     @property
     def has_template(self) -> bool:
@@ -135,12 +162,23 @@ class GgufVocabulary:
         from jinja2 import TemplateError
 
         assert self._template is not None
-        messages: Any = prompt.messages  # Any: its TypedDicts have the same shape
+        # Any: its TypedDicts have the same shape
+        messages: Any = [with_parts(message) for message in prompt.messages] if self._reads_parts else prompt.messages
         tools: Any = prompt.tools or None
         try:
             return str(self._template(messages=messages, tools=tools).prompt)
         except (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise TemplateRejected(f"the chat template rejects the conversation: {error}") from error
+
+    def _loses_text(self) -> bool:
+        """Whether the template writes a message's text only where it is a part, which llama.cpp's server finds out like this."""
+        question = {"role": "user", "content": "MarkText"}
+        try:
+            return "MarkText" not in self._render(ChatPrompt(messages=[question])) and "MarkText" in self._render(
+                ChatPrompt(messages=[with_parts(question)])
+            )
+        except TemplateRejected:
+            return False
 
     def _token_text(self, token: int) -> str:
         return self._llama.llama_vocab_get_text(self._vocab, token).decode(errors="replace") if token >= 0 else ""
@@ -151,7 +189,7 @@ def open_vocabulary(path: Path) -> Generator[GgufVocabulary]:
     """Load a file's vocabulary without its weights. Raises ValueError, and TemplateRejected."""
     import llama_cpp
 
-    from jobs.llm.llama_cpp.model import log_errors_only
+    from jobs.llm.llama_cpp.log import log_errors_only
 
     errors = log_errors_only()
     llama_cpp.llama_backend_init()

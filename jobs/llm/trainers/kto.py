@@ -37,6 +37,7 @@ from jobs.llm.preference import (
 from jobs.llm.trained_model import TrainedModel
 from jobs.llm.training_context import LossReduction, TrainingContext, prepare_training
 from jobs.llm.training_loop import run_training
+from jobs.llm.turn_ends import get_turn_ends
 from jobs.runtime.training_control import TrainingControl
 from schema.job import EvalMetrics
 from schema.training import KtoConfig
@@ -182,10 +183,11 @@ class KtoTask:
             metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
         good_rows = self.held_out_examples
         if good_rows:
-            likelihood = evaluate_likelihood(trainer.model, good_rows, self.training.pad_id, self.config, check_stop)
+            turn_ends = get_turn_ends(self.training)
+            likelihood = evaluate_likelihood(trainer.model, good_rows, self.training.pad_id, self.config, turn_ends, check_stop)
         else:
             note = "no held-out row is good"
-            likelihood = EvalMetrics(notes={"perplexity": note, "accuracy": note})
+            likelihood = EvalMetrics(notes={"perplexity": note, "content_perplexity": note, "accuracy": note})
         return preference_metrics(metrics, likelihood.model_copy(update={"eval_rows": len(self.held_out)}), started_at)
 
     def _collate(self, rows: Sequence[KtoExample]) -> dict[str, Any]:

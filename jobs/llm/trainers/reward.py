@@ -127,7 +127,7 @@ class RewardTask(PairTask):
         likelihood = EvalMetrics(
             eval_rows=len(self.held_out),
             eval_tokens=sum(len(row.input_ids) for row in concat_chosen_rejected(self.held_out)),
-            notes={"perplexity": note, "accuracy": note},
+            notes={"perplexity": note, "content_perplexity": note, "accuracy": note},
         )
         return preference_metrics(renamed, likelihood, started_at)
 

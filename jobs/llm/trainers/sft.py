@@ -7,7 +7,6 @@
 `vision.py` trains on rows with images.
 """
 
-from bisect import bisect_left, insort
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,14 +14,17 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.llm.data.blocks import make_single_blocks, pack_rows
 from jobs.llm.data.cache import load_or_tokenize_split
 from jobs.llm.data.splits import check_splits, untrained_special_tokens
 from jobs.llm.data.tokenize import TokenizedExample
 from jobs.llm.loss import ChunkedLmHeadLoss, collate, evaluate_likelihood
 from jobs.llm.model import add_adapter, load_base, lora_config
+from jobs.llm.packing import require_packable, require_separate_rows
 from jobs.llm.trained_model import TrainedModel
 from jobs.llm.training_context import LossReduction, TrainingContext, prepare_training
 from jobs.llm.training_loop import run_training
+from jobs.llm.turn_ends import get_turn_ends
 from jobs.runtime.training_control import TrainingControl
 from schema.job import EvalMetrics
 from schema.training import SftConfig
@@ -38,10 +40,12 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
 
         return train_vision(config, context)
     training = prepare_training(config, context)
+    if config.hyperparameters.packing:
+        require_packable(training.base_folder, config.base_model_id)
     splits = load_or_tokenize_split(training, context.spec.dataset.dataset_type)
     train_rows, held_out = check_splits(training, splits)
     hyperparameters = config.hyperparameters
-    blocks = pack_examples(train_rows, hyperparameters.max_seq_length) if hyperparameters.packing else [[row] for row in train_rows]
+    blocks = pack_rows(train_rows, hyperparameters.max_seq_length) if hyperparameters.packing else make_single_blocks(train_rows)
     task = SftTask(training, train_rows, held_out, blocks, untrained_special_tokens(training, train_rows))
     return run_training(task, training)
 
@@ -51,9 +55,9 @@ class SftTask:
     """Rows to learn, and the likelihood of held-out rows."""
 
     training: TrainingContext
-    train_examples: list[TokenizedExample]
-    held_out_examples: list[TokenizedExample]
-    blocks: list[list[TokenizedExample]]  # the training rows as the model sees them: one by one, or packed
+    train_examples: Sequence[TokenizedExample]
+    held_out_examples: Sequence[TokenizedExample]
+    blocks: Sequence[list[TokenizedExample]]  # the training rows as the model sees them: one by one, or packed
     trainable_token_ids: list[int]
 
     @property
@@ -75,6 +79,8 @@ class SftTask:
     def build_model(self, weights: Path) -> Any:
         config = self.training.config
         model = load_base(config, self.training.device_config, weights)
+        if config.hyperparameters.packing:
+            require_separate_rows(model, config.base_model_id)
         if not self.training.trains_adapter:
             return model
         return add_adapter(model, config, lora_config(config, model, trainable_token_ids=self.trainable_token_ids))
@@ -116,19 +122,7 @@ class SftTask:
         return int(inputs["non_padding_tokens"])
 
     def evaluate(self, trainer: Any, check_stop: Callable[[], None]) -> EvalMetrics:
-        return evaluate_likelihood(trainer.model, self.held_out_examples, self.training.pad_id, self.training.config, check_stop)
-
-
-def pack_examples(rows: Sequence[TokenizedExample], max_length: int) -> list[list[TokenizedExample]]:
-    """Pack rows into blocks of at most `max_length` tokens: best fit, longest row first."""
-    free: list[tuple[int, int]] = []  # (tokens left, block index), ascending
-    blocks: list[list[TokenizedExample]] = []
-    for row in sorted(rows, key=lambda row: -len(row.input_ids)):
-        size = len(row.input_ids)
-        best = bisect_left(free, (size, -1))
-        left, block = free.pop(best) if best < len(free) else (max_length, len(blocks))
-        if block == len(blocks):
-            blocks.append([])
-        blocks[block].append(row)
-        insort(free, (left - size, block))
-    return blocks
+        training = self.training
+        return evaluate_likelihood(
+            trainer.model, self.held_out_examples, training.pad_id, training.config, get_turn_ends(training), check_stop
+        )

@@ -17,8 +17,6 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.llm.chat_format import choose_chat_format
-from jobs.llm.chat_templates import check_chat_template
 from jobs.llm.data.images import (
     TokenizedImageExample,
     VisionInputConfig,
@@ -34,8 +32,9 @@ from jobs.llm.evaluation.prompts import EvalPrompt, make_eval_prompts
 from jobs.llm.loss import collate, compute_labeled_logits, evaluate_likelihood
 from jobs.llm.model import VISION_MODULES_PATTERN, add_adapter, load_base, lora_config
 from jobs.llm.trained_model import TrainedModel
-from jobs.llm.training_context import LossReduction, TrainingContext, prepare_training
+from jobs.llm.training_context import LossReduction, TrainingContext, decide_chat_format, prepare_training
 from jobs.llm.training_loop import run_training
+from jobs.llm.turn_ends import get_turn_ends
 from jobs.runtime.batch_config import BatchConfig
 from jobs.runtime.training_control import TrainingControl
 from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
@@ -57,8 +56,7 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
     vision_input = load_vision_input_config(training.base_folder, config.base_model_id)
     if training.chat_format.source == "neutral" and vision_input.chat_template:  # the base keeps it with its image processor
         training.tokenizer.chat_template = vision_input.chat_template
-        training = replace(training, chat_format=choose_chat_format(training.tokenizer, config))
-        check_chat_template(training.tokenizer, config.base_model_id, training.splits.values(), context.workdir / "data")
+        training = replace(training, chat_format=decide_chat_format(training.tokenizer, config, context, training.splits))
     dataset_type, max_length = context.spec.dataset.dataset_type, config.hyperparameters.max_seq_length
     splits = {
         name: tokenize_split_with_images(path, dataset_type, training.row_tokenizer, vision_input, max_length)
@@ -113,9 +111,9 @@ class VisionTask:
     training: TrainingContext
     config: SftConfig
     collator: Collator
-    rows: list[TokenizedImageExample]
+    rows: Sequence[TokenizedImageExample]
     train_examples: list[TokenizedExample]  # the same rows without their images
-    held_out: list[TokenizedImageExample]
+    held_out: Sequence[TokenizedImageExample]
     held_out_examples: list[TokenizedExample]
     trainable_token_ids: list[int]
 
@@ -201,7 +199,13 @@ class VisionTask:
     def evaluate(self, trainer: Any, check_stop: Callable[[], None]) -> EvalMetrics:
         with image_error_context():
             return evaluate_likelihood(
-                trainer.model, self.held_out, self.training.pad_id, self.config, check_stop, collate_fn=self.collator
+                trainer.model,
+                self.held_out,
+                self.training.pad_id,
+                self.config,
+                get_turn_ends(self.training),
+                check_stop,
+                collate_fn=self.collator,
             )
 
     def eval_prompts(self, count: int) -> list[EvalPrompt]:

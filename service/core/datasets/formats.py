@@ -2,23 +2,24 @@
 
 `schema/dataset.py` describes the formats. An upload may write the content of a message as typed parts,
 `[{"type": "text", "text": "..."}]`: they are joined if all are texts, and stay a list if one is an image. It may leave out the
-prompt of a preference between two whole conversations; the prompt is then the beginning they share.
+prompt of a preference between two whole conversations; the prompt is then the beginning they share. Rows with and without tools may be
+in one dataset: a trainer reads rows one by one.
 """
 
 import re
-from collections.abc import Iterator
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Literal, NamedTuple, cast
 
-from schema.dataset import TextDatasetType
-from service.core.datasets.images import MAX_ROW_PIXELS, check_image, is_image_part, normalize_image_part
+from schema.dataset import PromptForm, TextDatasetType
+from service.core.datasets.images import MAX_ROW_PIXELS, check_image
+from service.core.datasets.messages import LastRole, Message, iter_calls, iter_image_parts, parse_conversation, parse_messages
+from service.core.datasets.tools import get_tool_names, parse_tools
 from service.core.datasets.values import (
     InvalidValue,
+    JsonObject,
     Number,
-    as_object,
     check_finite,
-    check_keys,
     check_text,
     describe_type,
     join_names,
@@ -27,11 +28,6 @@ from service.core.datasets.values import (
     preview,
 )
 
-Part = dict[str, str]
-Message = dict[str, str | list[Part]]
-Values = list[object]
-
-MAX_MESSAGES = 1000
 MAX_IMAGES = 16  # in a row
 MAX_COLUMNS = 32  # beside a prompt
 FORMATS = (
@@ -48,9 +44,7 @@ COLUMNS_BY_TYPE: dict[TextDatasetType, tuple[str, ...]] = {
     "prompt": ("prompt",),
 }
 COLUMN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
-ROLES = ("system", "user", "assistant")
-TURN_ORDER_RULE = "after one optional system message, user and assistant take turns, and user begins"
-TEXT_PART_TYPES = ("text", "input_text")
+TOOLS_COLUMN = "tools"  # of rows with messages, beside the columns of their type
 
 
 class Images(NamedTuple):
@@ -73,12 +67,24 @@ class ValidatedRow(NamedTuple):
     images: Images = NO_IMAGES
     extra_columns: tuple[str, ...] = ()  # the columns beside a prompt
     label: bool | None = None
+    has_tools: bool = False  # or calls of tools
+    has_weights: bool = False
+
+    @property
+    def prompt_form(self) -> PromptForm:
+        """Whether prompts and answers are strings or messages."""
+        return "messages" if "messages" in self.columns or isinstance(self.columns.get("prompt"), list) else "strings"
 
 
 def parse_row(line: bytes) -> ValidatedRow:
     """Parse a line of an upload. Raises InvalidValue."""
     columns = parse(line, EXPECTED_ROW)
     row_format = _detect_format(columns)
+    tools = parse_tools(columns.pop(TOOLS_COLUMN, None), TOOLS_COLUMN)
+    return _add_tools(_parse_columns(row_format, columns), tools)
+
+
+def _parse_columns(row_format: TextDatasetType, columns: dict[str, object]) -> ValidatedRow:
     match row_format:
         case "messages":
             return _parse_chat(columns["messages"])
@@ -94,6 +100,32 @@ def parse_row(line: bytes) -> ValidatedRow:
             return _parse_prompt(columns)
 
 
+def _add_tools(row: ValidatedRow, tools: list[JsonObject]) -> ValidatedRow:
+    """The row with the tools that it offers, which are part of its prompt. Raises InvalidValue."""
+    if row.prompt_form == "strings":
+        if tools:
+            raise InvalidValue(TOOLS_COLUMN, "would not be used: tools need messages; write prompt and answer as lists of messages")
+        return row
+    known = get_tool_names(tools) if tools else ()
+    has_tools = bool(tools)
+    for name in COLUMNS_BY_TYPE[row.dataset_type]:
+        messages = row.columns[name]
+        if not isinstance(messages, list):
+            continue  # a label
+        for field, call in iter_calls(cast(list[Message], messages), name):
+            has_tools = True
+            function = call["function"]["name"]
+            if tools and function not in known:
+                names = join_names([preview(each) for each in known[:10]])
+                raise InvalidValue(f"{field}.function.name", f"is {preview(function)}; the row's tools are {names}")
+    if has_tools and row.images.uris:
+        raise InvalidValue("", "has images and tools; a row may have one or the other")
+    if not tools:
+        return row._replace(has_tools=True) if has_tools else row
+    prompt = {TOOLS_COLUMN: tools, "prompt": row.prompt}
+    return row._replace(columns=row.columns | {TOOLS_COLUMN: tools}, prompt=prompt, has_tools=True)
+
+
 def _detect_format(columns: dict[str, object]) -> TextDatasetType:
     """The format of a row, which must have all columns of that format and no others. Raises InvalidValue."""
     row_format = _detect_format_by_columns(columns)
@@ -102,7 +134,7 @@ def _detect_format(columns: dict[str, object]) -> TextDatasetType:
         if name not in columns and not (row_format == "preference" and name == "prompt"):
             raise InvalidValue(name, f"is missing; a {row_format} row has the columns {join_names(names)}")
     for name in columns:
-        if name not in names and row_format != "prompt":
+        if name not in names and row_format != "prompt" and (name != TOOLS_COLUMN or row_format == "text"):
             advice = "; put each image into its message" if name in ("image", "images") else ""
             raise InvalidValue(
                 preview(name), f"would not be used: a {row_format} row has only {join_names(names)}; drop the column{advice}"
@@ -126,8 +158,16 @@ def _detect_format_by_columns(columns: dict[str, object]) -> TextDatasetType:
 
 
 def _parse_chat(value: object) -> ValidatedRow:
-    messages = _parse_conversation(value, "messages", last_role="assistant")
-    return ValidatedRow("messages", "messages", {"messages": messages}, messages[:-1], _check_images(messages, "messages"))
+    messages = parse_conversation(value, "messages", last_role="assistant", has_weights=True)
+    has_weights = any("weight" in message for message in messages)
+    if has_weights and all("weight" in message for message in messages if message["role"] == "assistant"):
+        raise InvalidValue("messages", "has weight 0 on every assistant message, which leaves nothing to learn; drop the row")
+    # Rows that differ in weights only have the same prompt.
+    prompt = (
+        [{key: value for key, value in message.items() if key != "weight"} for message in messages[:-1]] if has_weights else messages[:-1]
+    )
+    images = _check_images(messages, "messages")
+    return ValidatedRow("messages", "messages", {"messages": messages}, prompt, images, has_weights=has_weights)
 
 
 def _parse_prompt_completion(row_format: Literal["prompt_completion", "unpaired_preference"], columns: dict[str, object]) -> ValidatedRow:
@@ -136,7 +176,7 @@ def _parse_prompt_completion(row_format: Literal["prompt_completion", "unpaired_
         strings: dict[str, object] = {"prompt": check_text(prompt, "prompt"), "completion": check_text(completion, "completion")}
         return ValidatedRow(row_format, f"{row_format} with strings", strings, prompt)
     _check_same_type(columns, ("prompt", "completion"))
-    turns = _parse_conversation(prompt, "prompt", last_role="user")
+    turns = parse_conversation(prompt, "prompt", last_role="user")
     images = _check_images(turns, "prompt") if row_format == "prompt_completion" else _reject_images(turns, "prompt")
     return ValidatedRow(
         row_format, f"{row_format} with messages", {"prompt": turns, "completion": _parse_answer(completion, "completion")}, turns, images
@@ -237,7 +277,7 @@ def _check_same_type(columns: dict[str, object], names: tuple[str, ...], hint: s
 
 def _parse_answer(value: object, field: str, prompt: list[Message] | None = None) -> list[Message]:
     """The answer to a prompt of messages: one assistant message. If `prompt` is given, the answer may repeat it first."""
-    answer = _parse_messages(value, field)
+    answer = parse_messages(value, field)
     if prompt and answer[:-1] == prompt:
         answer = answer[-1:]
     if len(answer) != 1:
@@ -248,94 +288,25 @@ def _parse_answer(value: object, field: str, prompt: list[Message] | None = None
     return answer
 
 
-def _parse_conversation(value: object, field: str, *, last_role: Literal["user", "assistant"]) -> list[Message]:
-    """Messages whose order every chat template accepts."""
-    messages = _parse_messages(value, field)
-    first_turn = 1 if messages[0]["role"] == "system" else 0
-    for index in range(first_turn, len(messages)):
-        expected = "assistant" if (index - first_turn) % 2 else "user"
-        if messages[index]["role"] != expected:
-            raise InvalidValue(f"{field}[{index}].role", f"is '{messages[index]['role']}'; it must be '{expected}': {TURN_ORDER_RULE}")
-    if messages[-1]["role"] != last_role:
-        raise InvalidValue(
-            f"{field}[{len(messages) - 1}].role", f"is '{messages[-1]['role']}'; the last message must be from '{last_role}'"
-        )
-    return messages
-
-
-def _parse_text_conversation(value: object, field: str, *, last_role: Literal["user", "assistant"]) -> list[Message]:
+def _parse_text_conversation(value: object, field: str, *, last_role: LastRole) -> list[Message]:
     """A conversation of a format that does not allow images."""
-    messages = _parse_conversation(value, field, last_role=last_role)
+    messages = parse_conversation(value, field, last_role=last_role)
     _reject_images(messages, field)
     return messages
 
 
 def _reject_images(messages: list[Message], field: str) -> Images:
-    for path, _ in _iter_image_parts(messages, field):
+    for path, _ in iter_image_parts(messages, field):
         raise InvalidValue(path, "is an image; images are allowed in rows of messages and of prompt and completion")
     return NO_IMAGES
 
 
 def _check_images(messages: list[Message], field: str) -> Images:
     """The checked images of a conversation."""
-    parts = list(_iter_image_parts(messages, field))
+    parts = list(iter_image_parts(messages, field))
     if len(parts) > MAX_IMAGES:
         raise InvalidValue(field, f"has {len(parts)} images; at most {MAX_IMAGES} are allowed in a row")
     pixels = 0
     for path, image in parts:
         pixels += check_image(image, path, MAX_ROW_PIXELS - pixels)
     return Images(tuple(image for _, image in parts), pixels)
-
-
-def _iter_image_parts(messages: list[Message], field: str) -> Iterator[tuple[str, str]]:
-    for index, message in enumerate(messages):
-        if isinstance(message["content"], list):
-            for part_index, part in enumerate(message["content"]):
-                if part["type"] == "image":
-                    yield f"{field}[{index}].content[{part_index}]", part["image"]
-
-
-def _parse_messages(value: object, field: str) -> list[Message]:
-    if not isinstance(value, list):
-        raise InvalidValue(field, f"is {describe_type(value)}; it must be a list of messages")
-    messages = cast(Values, value)
-    if not 1 <= len(messages) <= MAX_MESSAGES:
-        raise InvalidValue(field, f"has {len(messages)} messages; it must have 1 to {MAX_MESSAGES}")
-    return [_parse_message(message, f"{field}[{index}]") for index, message in enumerate(messages)]
-
-
-def _parse_message(value: object, field: str) -> Message:
-    message = as_object(value, field, 'a message is {"role": ..., "content": ...}')
-    check_keys(message, field, ("role", "content"))
-    role = message["role"]
-    if not isinstance(role, str) or role not in ROLES:
-        described = preview(role) if isinstance(role, str) else describe_type(role)
-        raise InvalidValue(f"{field}.role", f"is {described}; known roles: {', '.join(ROLES)}")
-    content = message["content"]
-    if isinstance(content, list):
-        return {"role": role, "content": _parse_parts(cast(Values, content), role, f"{field}.content")}
-    return {"role": role, "content": check_text(content, f"{field}.content")}
-
-
-def _parse_parts(values: Values, role: str, field: str) -> str | list[Part]:
-    """The content of a message written in parts: one text if there is no image, else a list."""
-    parts = [_parse_part(value, f"{field}[{index}]") for index, value in enumerate(values)]
-    first_image = next((index for index, part in enumerate(parts) if part["type"] == "image"), None)
-    if first_image is None:
-        return check_text("".join(part["text"] for part in parts), field)
-    if role != "user":
-        raise InvalidValue(f"{field}[{first_image}]", f"is an image in a message of role '{role}'; only 'user' messages may have images")
-    return parts
-
-
-def _parse_part(value: object, field: str) -> Part:
-    part = as_object(value, field, 'a part is {"type": "text", "text": "..."}')
-    if is_image_part(part):
-        return {"type": "image", "image": normalize_image_part(part, field)}
-    check_keys(part, field, ("type", "text"))
-    if part["type"] not in TEXT_PART_TYPES:
-        raise InvalidValue(f"{field}.type", "only 'text' and 'image' parts are supported")
-    text = part["text"]
-    if not isinstance(text, str):
-        raise InvalidValue(f"{field}.text", f"is {describe_type(text)}; it must be a string")
-    return {"type": "text", "text": json_safe(text, f"{field}.text")}

@@ -85,6 +85,9 @@ class Datasets:
             duplicates_dropped=ingested.duplicates_dropped,
             images=ingested.images,
             columns=ingested.columns,
+            prompt_form=ingested.prompt_form,
+            has_tools=ingested.has_tools,
+            has_weights=ingested.has_weights,
             created_at=self._clock(),
         )
         self._store.create_dataset(dataset)
@@ -188,7 +191,7 @@ def _no_dataset(dataset_id: str) -> NotFound:
 def _without_images(value: object) -> object:
     """A value of a stored row, without the bytes of images."""
     match value:
-        case {"type": "image", "image": str(uri)}:
+        case {"type": "image", "image": str(uri)} if uri.startswith("data:image/"):  # not arguments that look like one
             header, _, payload = uri.partition(",")
             size_bytes = len(payload) * 3 // 4 - payload[-2:].count("=")
             return {"type": "image", "image": f"{header},… ({size_bytes} bytes)"}

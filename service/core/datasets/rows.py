@@ -22,7 +22,7 @@ from typing import BinaryIO, Literal, NamedTuple
 
 import orjson
 
-from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT, TextDatasetType
+from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT, PromptForm, TextDatasetType
 from service.core.datasets.formats import FORMATS, ValidatedRow, parse_row
 from service.core.datasets.values import InvalidValue, Number
 
@@ -62,6 +62,9 @@ class Row(NamedTuple):
     prompt_digest: bytes  # equal for rows that must stay on the same side of the split
     images: int = 0
     columns: tuple[str, ...] = ()  # beside a prompt, sorted
+    prompt_form: PromptForm = "strings"
+    has_tools: bool = False
+    has_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,9 @@ class IngestResult:
     eval: SplitStats | None  # None: eval_fraction is 0, or all rows have the same prompt
     images: int  # in the rows of both splits
     columns: tuple[str, ...]  # beside the prompt, in rows of type prompt
+    prompt_form: PromptForm
+    has_tools: bool  # in some row
+    has_weights: bool
 
 
 def ingest(
@@ -103,9 +109,12 @@ def ingest(
     splitter = Splitter(eval_fraction, seed)
     dataset_type: TextDatasetType = "text"
     columns: tuple[str, ...] = ()
+    prompt_form: PromptForm = "strings"
+    has_tools = has_weights = False
     rows_read = images = 0
     for row in read_rows(stream, limits):
-        dataset_type, columns = row.dataset_type, row.columns
+        dataset_type, columns, prompt_form = row.dataset_type, row.columns, row.prompt_form
+        has_tools, has_weights = has_tools or row.has_tools, has_weights or row.has_weights
         rows_read += 1
         if splitter.add(row):
             images += row.images
@@ -115,7 +124,18 @@ def ingest(
     for split, line in zip(splitter.assign_splits(), scratch, strict=True):
         (train if split == TRAIN_SPLIT else held_out).write(line)
     held_out_stats = held_out.stats() if held_out.rows else None
-    return IngestResult(dataset_type, rows_read, splitter.duplicates_dropped, train.stats(), held_out_stats, images, columns)
+    return IngestResult(
+        dataset_type=dataset_type,
+        rows_read=rows_read,
+        duplicates_dropped=splitter.duplicates_dropped,
+        train=train.stats(),
+        eval=held_out_stats,
+        images=images,
+        columns=columns,
+        prompt_form=prompt_form,
+        has_tools=has_tools,
+        has_weights=has_weights,
+    )
 
 
 def read_rows(stream: BinaryIO, limits: RowLimits) -> Iterator[Row]:
@@ -268,6 +288,8 @@ class _ConsistencyChecker:
         self._first_line = 0
         self._first_shape = ""
         self._last_line = 1
+        self._images_line: int | None = None
+        self._tools_line: int | None = None
         self._labels = Counter[bool]()
 
     def add(self, number: int, content: ValidatedRow) -> None:
@@ -276,10 +298,20 @@ class _ConsistencyChecker:
         elif content.shape != self._first_shape:
             difference = f"this row is {content.shape}, but line {self._first_line} is {self._first_shape}"
             raise InvalidRow(number, "", f"{difference}; all rows of a dataset must have one format")
+        self._add_images_and_tools(number, content)
         if content.label is not None:
             self._labels[content.label] += 1
         self._last_line = number
         self.rows += 1
+
+    def _add_images_and_tools(self, number: int, content: ValidatedRow) -> None:
+        if content.images.uris and self._images_line is None:
+            self._images_line = number
+        if content.has_tools and self._tools_line is None:
+            self._tools_line = number
+        if self._images_line is not None and self._tools_line is not None:
+            lines = f"line {self._images_line} has images and line {self._tools_line} has tools"
+            raise InvalidRow(number, "", f"{lines}; a dataset may have one or the other")
 
     def check_labels(self) -> None:
         """Raise InvalidRow when all labels are the same, or when there were no rows."""
@@ -291,10 +323,25 @@ class _ConsistencyChecker:
 
 
 def _make_row(number: int, content: ValidatedRow) -> Row:
-    canonical = orjson.dumps(content.columns, default=_serialize_number, option=orjson.OPT_PASSTHROUGH_DATACLASS)
+    canonical = _serialize(content.columns)
     digest = _digest(canonical)
-    prompt_digest = digest if content.prompt is None else _digest(orjson.dumps(content.prompt))
-    return Row(number, content.dataset_type, canonical, digest, prompt_digest, len(content.images.uris), content.extra_columns)
+    prompt_digest = digest if content.prompt is None else _digest(_serialize(content.prompt))
+    return Row(
+        number,
+        content.dataset_type,
+        canonical,
+        digest,
+        prompt_digest,
+        len(content.images.uris),
+        content.extra_columns,
+        content.prompt_form,
+        content.has_tools,
+        content.has_weights,
+    )
+
+
+def _serialize(value: object) -> bytes:
+    return orjson.dumps(value, default=_serialize_number, option=orjson.OPT_PASSTHROUGH_DATACLASS)
 
 
 def _serialize_number(value: object) -> orjson.Fragment:

@@ -13,6 +13,7 @@ from typing import NoReturn, cast
 JsonObject = dict[str, object]
 
 MAX_PREVIEW_CHARS = 40  # of a caller's text in an error
+MAX_PLACE_CHARS = 200  # of the place of a nested value in an error
 MAX_NUMBER_CHARS = 40  # more digits than any float has, and than 128 bits need
 
 
@@ -43,6 +44,19 @@ def parse(line: bytes, expected: str) -> JsonObject:
     except RecursionError as error:
         raise InvalidValue("", f"nested too deeply; {expected}") from error
     return as_object(value, "", expected)
+
+
+def parse_object(text: str, field: str, example: str) -> JsonObject:
+    """Parse a string of JSON that a row contains. Raises InvalidValue; `example` shows an object in its message."""
+    try:
+        value: object = DECODER.decode(text)
+    except InvalidValue as error:  # its place is one within the string
+        raise InvalidValue(field, f"{error.field} {error.reason}".strip()) from error
+    except json.JSONDecodeError as error:
+        raise InvalidValue(field, f"is not JSON at character {error.pos + 1}: {error.msg}; {example}") from error
+    except RecursionError as error:
+        raise InvalidValue(field, f"is nested too deeply; {example}") from error
+    return as_object(value, field, example)
 
 
 def _reject_duplicate_keys(pairs: list[tuple[str, object]]) -> JsonObject:
@@ -110,6 +124,29 @@ def check_finite(value: Number, field: str) -> Number:
     if math.isinf(float(value.literal)):
         raise InvalidValue(field, f"is {value.literal}, which is too large for a number; write it as a string")
     return value
+
+
+def check_json(value: object, field: str, max_depth: int) -> None:
+    """Raise InvalidValue unless every reader of a stored row can parse the value, which may be of any JSON type.
+
+    `max_depth` limits how many objects and lists may be inside each other. Errors name the upper levels of their place.
+    """
+    match value:
+        case str():
+            json_safe(value, field)
+        case Number():
+            check_finite(value, field)
+        case dict() | list() if max_depth == 0:
+            raise InvalidValue(field, "is nested too deeply; write its inner part as a string of JSON")
+        case dict():
+            for name, inner in cast(JsonObject, value).items():
+                json_safe(name, f"{field}.{preview(name)}"[:MAX_PLACE_CHARS])
+                check_json(inner, f"{field}.{preview(name)}"[:MAX_PLACE_CHARS], max_depth - 1)
+        case list():
+            for index, inner in enumerate(cast(list[object], value)):
+                check_json(inner, f"{field}[{index}]"[:MAX_PLACE_CHARS], max_depth - 1)
+        case _:
+            return  # true, false or null
 
 
 def describe_type(value: object) -> str:

@@ -1,14 +1,13 @@
-"""Checks for language models: the base model, the images and columns of the dataset, the graders, the requested metrics.
+"""Checks for language models: the base model, the rows of the dataset and their form, the chat template, the graders, the metrics.
 
 Nothing is downloaded: an unknown model name passes, and the job checks it again.
 """
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from schema.dataset import EVAL_SPLIT, Dataset
-from schema.training.llm import GrpoConfig, LlmTrainingConfig
+from schema.training.llm import GrpoConfig, LlmTrainingConfig, SftConfig
 from schema.training.llm_evaluation import EvalConfig
 from schema.training.llm_graders import (
     ExpressionGrader,
@@ -19,31 +18,14 @@ from schema.training.llm_graders import (
     TextSimilarityGrader,
 )
 from service.core.errors import InvalidRequest
+from service.core.validation.chat_template import check_chat_template
 from service.core.validation.common import check_dataset_type, is_stored
+from service.core.validation.known_models import find_known_model, is_stateful_name
 from storage import ObjectStore
 
 LM_EVAL_PREFIX = "lm_eval/"  # prefix of the metrics of lm-evaluation-harness
 # Metrics that only compute_eval_metrics measures, by how their names begin.
 OPTIONAL_METRIC_PREFIXES = ("accuracy", "exact_match", "rouge", "bleu", "chrf", "f1")
-
-
-@dataclass(frozen=True)
-class KnownModel:
-    """A family of models, recognized by how their names begin, whichever account publishes the copy."""
-
-    name: str
-    has_vision: bool  # accepts images beside text
-    hidden_size: int  # of the hidden states; the rank of a LoRA must not exceed it
-
-
-# https://huggingface.co/google: `hidden_size` (of the text part) and the presence of a vision tower, in each config.json.
-KNOWN_MODELS = (
-    KnownModel("gemma-3-270m", has_vision=False, hidden_size=640),
-    KnownModel("gemma-3-1b", has_vision=False, hidden_size=1152),
-    KnownModel("gemma-3-4b", has_vision=True, hidden_size=2560),
-    KnownModel("gemma-3-12b", has_vision=True, hidden_size=3840),
-    KnownModel("gemma-3-27b", has_vision=True, hidden_size=5376),
-)
 
 
 def check_job(config: LlmTrainingConfig, dataset: Dataset, models: ObjectStore) -> None:
@@ -56,6 +38,11 @@ def check_dataset_compatible(config: LlmTrainingConfig, dataset: Dataset) -> Non
     """Raise InvalidRequest when the trainer cannot train on that dataset, as far as that shows before any compute is spent."""
     check_dataset_type(config, dataset)
     _check_images(config, dataset)
+    _check_form(config, dataset)
+    if isinstance(config, SftConfig):
+        _check_learned_messages(config, dataset)
+    if config.chat_template is not None:
+        check_chat_template(config.chat_template)
     _check_base(config)
     if isinstance(config, GrpoConfig):
         _check_grader_columns(config, dataset)
@@ -107,12 +94,6 @@ def check_gate(eval_config: EvalConfig) -> None:
             raise InvalidRequest(message, hint=f"add {task} to eval_config.lm_eval_tasks", param=param)
 
 
-def find_known_model(base_model_id: str) -> KnownModel | None:
-    """The family of a model by its name, or None."""
-    name = base_model_id.rpartition("/")[2].lower()
-    return next((base for base in KNOWN_MODELS if re.match(rf"{re.escape(base.name)}(?![a-z0-9])", name)), None)
-
-
 def _check_images(config: LlmTrainingConfig, dataset: Dataset) -> None:
     if config.modality == "text" and dataset.images:
         message = f"{dataset.processed_dataset_id} has {dataset.images} images, and modality 'text' does not accept images"
@@ -124,15 +105,41 @@ def _check_images(config: LlmTrainingConfig, dataset: Dataset) -> None:
         raise InvalidRequest(message, hint="set modality to 'text', or upload rows with images", param="training_config.modality")
 
 
+def _check_form(config: LlmTrainingConfig, dataset: Dataset) -> None:
+    """Raise InvalidRequest when rows with turns are to be trained without a template."""
+    if config.prompt_format == "raw" and "messages" in (dataset.dataset_type, dataset.prompt_form):
+        message = f"prompt_format 'raw' joins strings, and the rows of {dataset.processed_dataset_id} are lists of messages"
+        hint = "leave prompt_format out, or upload rows whose prompts and answers are strings"
+        raise InvalidRequest(message, hint=hint, param="training_config.prompt_format")
+
+
+def _check_learned_messages(config: SftConfig, dataset: Dataset) -> None:
+    """Raise InvalidRequest when the messages to learn are chosen in a way that the rows do not allow."""
+    field = "train_on_inputs" if config.train_on_inputs else "last_turn_only"
+    if not (config.train_on_inputs or config.last_turn_only):
+        return
+    if dataset.dataset_type == "text":
+        message = (
+            f"{field} chooses between messages, and the rows of {dataset.processed_dataset_id} are texts, which are learned as a whole"
+        )
+        raise InvalidRequest(message, hint=f"leave {field} out", param=f"training_config.{field}")
+    if dataset.has_weights:
+        message = f"{field} would overrule the weights of messages in {dataset.processed_dataset_id}"
+        raise InvalidRequest(message, hint=f"leave {field} out, or upload the rows without weights", param=f"training_config.{field}")
+
+
 def _check_base(config: LlmTrainingConfig) -> None:
     base, rank = find_known_model(config.base_model_id), config.hyperparameters.lora_rank
+    if config.hyperparameters.packing and is_stateful_name(config.base_model_id):
+        message = f"{config.base_model_id} carries a state along the sequence, so that packed rows would reach each other"
+        raise InvalidRequest(message, hint="set packing to false", param="training_config.hyperparameters.packing")
     if base is None:
         return
-    if config.modality == "vision" and not base.has_vision:
-        message = f"{config.base_model_id} is a text model; it does not accept images"
-        hint = "google/gemma-3-4b-it and larger ones accept images"
-        raise InvalidRequest(message, hint=hint, param="training_config.modality")
-    if config.method != "Full" and rank > base.hidden_size:
+    if config.modality == "vision" and base.images != "trained":
+        reason = "is a text model; it does not accept images" if base.images == "none" else "has images that this trainer does not know"
+        hint = "modality 'vision' trains multimodal Gemma 3: google/gemma-3-4b-it and larger"
+        raise InvalidRequest(f"{config.base_model_id} {reason}", hint=hint, param="training_config.modality")
+    if config.method != "Full" and base.hidden_size is not None and rank > base.hidden_size:
         message = f"lora_rank {rank} is above {base.hidden_size}, the width of {config.base_model_id}'s layers"
         hint = f"8 to 64 is usual; at most {base.hidden_size}"
         raise InvalidRequest(message, hint=hint, param="training_config.hyperparameters.lora_rank")

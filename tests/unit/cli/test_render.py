@@ -8,7 +8,7 @@ from rich.console import Console
 
 from cli.http_client import Json
 from cli.render.events import event_line
-from cli.render.formats import format_cost, format_fidelity
+from cli.render.formats import format_cost, format_fidelity, format_rows
 from cli.render.job import print_job
 from cli.render.tables import checkpoint_table
 
@@ -57,6 +57,19 @@ def render_event_line(**event: Any) -> str:
     text = event_line({"event": event})
     assert text is not None
     return render_text(text).strip()
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({}, "messages"),
+        ({"has_tools": True}, "messages with tools"),
+        ({"images": 3}, "messages with images"),
+        ({"has_tools": True, "has_weights": True}, "messages with tools and weights"),
+    ],
+)
+def test_rows_of_a_dataset_are_described(changes: Json, text: str) -> None:
+    assert format_rows({"dataset_type": "messages", "images": 0, "has_tools": False, "has_weights": False} | changes) == text
 
 
 @pytest.mark.parametrize(
@@ -132,15 +145,16 @@ def make_metrics_json(**changes: Any) -> Json:
 
 
 def test_metrics_are_shown_before_and_after_training() -> None:
-    before = make_metrics_json(eval_loss=2.0, values={"rewards/accuracies": 0.5})
-    after = make_metrics_json(eval_loss=1.0, values={"rewards/accuracies": 0.75, "exact_match": 0.1, "bleu": None})
+    before = make_metrics_json(eval_loss=2.0, content_perplexity=4.0, values={"rewards/accuracies": 0.5})
+    after = make_metrics_json(eval_loss=1.0, content_perplexity=2.5, values={"rewards/accuracies": 0.75, "exact_match": 0.1, "bleu": None})
     text = render_summary(status="completed", metrics=after, base_metrics=before)
     assert "eval loss   2.000 → 1.000" in text
+    assert "content perplexity 4.000 → 2.500" in text
     assert "rewards/accuracies 0.500 → 0.750" in text
     assert "exact_match 0.100" in text
     assert "bleu" not in text
     assert render_event_line(type="evaluation", when="after", metrics=after) == (
-        "evaluated after training: loss 1.000, exact_match 0.100, rewards/accuracies 0.750"
+        "evaluated after training: loss 1.000, content perplexity 2.500, exact_match 0.100, rewards/accuracies 0.750"
     )
     assert event_line({"event": {"type": "evaluation", "when": "after", "metrics": make_metrics_json()}}) is None
 
