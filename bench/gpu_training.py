@@ -272,22 +272,23 @@ def _train(results: Sequence[Result], setting: Setting, script: TrainerScript, b
     paths = [folder / f"{number}.json" for number in range(len(results))]
     for path, result in zip(paths, results, strict=True):
         replace(plan, flags=script.flags[result.trainer], output_folder=str(path.with_suffix(""))).write(path)
-    pending = list(zip(paths, results, strict=True))
+    pending = dict(zip(paths, results, strict=True))
     while pending:
-        command = [script.python, "-m", f"bench.peers_training.{script.script}", *(path for path, _ in pending)]
+        command = [script.python, "-m", f"bench.peers_training.{script.script}", *pending]
         problem = budget.run(command, results[0].size, script.script) if budget.left_s > 0 else budget.used_up
-        while pending:  # a training that failed also ended those after it, which are run again without it
-            path, result = pending.pop(0)
-            written = path.with_suffix(".record.json")
-            if not written.exists():
-                result.problem = problem
-                break
-            record = TrainingRecord.read(written)
-            if record.has_learned:
-                result.runs.append(record)
-            else:
-                result.problem = f"failed: it learned nothing; losses {record.losses}, gradient norms {record.grad_norms}"
+        finished = [path for path in pending if path.with_suffix(".record.json").exists()]
+        for path in finished:
+            _add_run(pending.pop(path), TrainingRecord.read(path.with_suffix(".record.json")))
+        if not finished:  # the first one failed; one that failed after others gets a process of its own
+            pending.pop(next(iter(pending))).problem = problem
     shutil.rmtree(folder)  # its files are as large as the base
+
+
+def _add_run(result: Result, record: TrainingRecord) -> None:
+    if record.has_learned:
+        result.runs.append(record)
+    else:
+        result.problem = f"failed: it learned nothing; losses {record.losses}, gradient norms {record.grad_norms}"
 
 
 def _summarize(result: Result, setting: Setting) -> None:

@@ -20,6 +20,8 @@ def build_train_request(file: Path | None, fields: Json, training_fields: Json, 
         request = _load_request_file(file)
         if "training_config" not in request:
             request = {"training_config": request}
+    if fields.get("processed_dataset_id"):
+        request.pop("datasets", None)  # a mix in the file
     request |= without_none(fields)
     training_config: Json = request.setdefault("training_config", {})
     training_config |= without_none(training_fields)

@@ -30,7 +30,7 @@ def train(
         Path | None, typer.Argument(exists=True, dir_okay=False, help="A request or a training_config, as YAML or JSON.")
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="processed_dataset_id")] = None,
-    base: Annotated[str | None, typer.Option(help="base_model_id, such as google/gemma-3-270m")] = None,
+    base: Annotated[str | None, typer.Option(help="base_model_id, such as google/gemma-3-270m, or job:ID of an earlier job")] = None,
     name: Annotated[str | None, typer.Option(help="job_name")] = None,
     trainer: Annotated[str | None, typer.Option(help="trainer_type: sft, dpo, orpo, kto, grpo or reward. Default: sft.")] = None,
     method: Annotated[str | None, typer.Option(help="LoRA, QLoRA or Full")] = None,

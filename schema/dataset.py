@@ -45,6 +45,13 @@ class Split(ForwardCompatible):
     key: str  # in the dataset bucket: datasets/{dataset_id}/{split}.jsonl
 
 
+class DatasetShare(ForwardCompatible):
+    """One of several datasets that a job trains on."""
+
+    processed_dataset_id: Id
+    weight: float  # relative to the other weights
+
+
 class Dataset(VersionedRecord):
     """The record of a dataset."""
 
@@ -68,3 +75,10 @@ class Dataset(VersionedRecord):
     def rows(self) -> int:
         """Rows in all splits."""
         return sum(split.rows for split in self.splits.values())
+
+
+class WeightedDataset(ForwardCompatible):
+    """A dataset with its weight among several: the share of an epoch's rows that it gives, relative to the other weights."""
+
+    dataset: Dataset
+    weight: float = 1.0

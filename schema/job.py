@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from schema.base import ForwardCompatible, Id, Label
+from schema.dataset import DatasetShare
 from schema.job_migrations import place_job
 from schema.json_limits import JsonObject
 from schema.migrations import Migration, VersionedRecord
@@ -218,6 +219,24 @@ class ExportSource(ForwardCompatible):
     key: str  # of the checkpoint's folder; ends in "/"
 
 
+class EarlierModel(ForwardCompatible):
+    """The published model of an earlier job that a job starts from, of which the attempt needs nothing else."""
+
+    job_id: Id
+    trainer_type: str
+    modality: str
+    kind: ArtifactKind
+    key: str  # of the artifact's folder in the model bucket; ends in "/"
+    digest: str  # "sha256:…" over the digests of its files
+    # A published adapter contains the earlier one as well, so that it applies to the original base.
+    in_adapter: bool
+
+    @property
+    def needs_base(self) -> bool:
+        """It is an adapter, which is merged into its base; another artifact is a whole model."""
+        return self.kind == "adapter"
+
+
 class Job(VersionedRecord):
     """One request to train one model, and everything known about it. Holds no secret."""
 
@@ -228,11 +247,13 @@ class Job(VersionedRecord):
     tenant_id: Id
     project_id: Id | None = None
     job_name: Label
-    processed_dataset_id: Id
+    processed_dataset_id: Id  # of several datasets the first
+    datasets: tuple[DatasetShare, ...] = ()  # all of them, where the job mixes several
     training_config: TrainingConfig  # without secrets
     secret_names: tuple[str, ...] = ()  # the secrets that the secret store holds for the job
     placements: tuple[Placement, ...]  # where its attempts may run, in order of preference
     export_of: ExportSource | None = None  # if set, nothing is trained and this checkpoint is exported
+    earlier_model: EarlierModel | None = None  # if set, the training starts from it, and the config's base is its original base
     cloned_from: Id | None = None  # the job whose request this one repeats, possibly with changes
     max_gpu_seconds: float | None = None  # the job is paused before its attempts have used more
     max_cost_usd: float | None = None  # likewise
@@ -260,6 +281,11 @@ class Job(VersionedRecord):
     deletion_started_at: datetime | None = None  # its files are being deleted
     traceparent: str | None = None  # the W3C trace context of the request that created it, which its attempts continue
     manifest_written: bool = False  # the bucket has the manifest of the published files
+
+    @property
+    def dataset_ids(self) -> tuple[str, ...]:
+        """The datasets that the job trains on."""
+        return tuple(share.processed_dataset_id for share in self.datasets) or (self.processed_dataset_id,)
 
     @property
     def attempt(self) -> Attempt | None:

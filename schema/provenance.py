@@ -7,7 +7,7 @@ from pydantic import Field, JsonValue
 
 from schema.base import ForwardCompatible, Id
 from schema.dataset import Dataset
-from schema.job import Artifact, ArtifactFile, EvalMetrics, Gate
+from schema.job import Artifact, ArtifactFile, EarlierModel, EvalMetrics, Gate
 from schema.types import ArtifactKind
 
 RUN_RECORD = "run.json"
@@ -37,12 +37,13 @@ class DatasetRecord(ForwardCompatible):
     dataset_type: str
     digest: str
     splits: dict[str, SplitRecord]
+    weight: float | None = None  # among several datasets
 
     @classmethod
-    def from_dataset(cls, dataset: Dataset) -> "DatasetRecord":
+    def from_dataset(cls, dataset: Dataset, weight: float | None = None) -> "DatasetRecord":
         """The part of a dataset that a run record keeps."""
         splits = {name: SplitRecord(rows=split.rows, sha256=split.sha256) for name, split in sorted(dataset.splits.items())}
-        return cls(splits=splits, **dataset.model_dump(include={"processed_dataset_id", "name", "dataset_type", "digest"}))
+        return cls(splits=splits, weight=weight, **dataset.model_dump(include={"processed_dataset_id", "name", "dataset_type", "digest"}))
 
 
 class BaseModelRecord(ForwardCompatible):
@@ -118,10 +119,12 @@ class RunRecord(ForwardCompatible):
     published_step: int | None = None  # the optimizer step of the published weights
     training_config: dict[str, JsonValue]  # with every default
     seed: int
-    dataset: DatasetRecord
+    dataset: DatasetRecord  # of several the first
+    mixed_datasets: tuple[DatasetRecord, ...] = ()  # all of them, where several were mixed
     train_rows: int | None = None
     train_tokens: int | None = None  # in all epochs
     base_model: BaseModelRecord | None = None  # None: the family trains without one
+    earlier_model: EarlierModel | None = None  # the training started from the model of this earlier job, not from the base itself
     code: CodeRecord
     packages: dict[str, str]
     machine: MachineRecord

@@ -6,6 +6,7 @@ from typing import Annotated, Self
 from pydantic import ConfigDict, Field, JsonValue, StringConstraints, model_validator
 
 from schema.base import Id, Label, Strict, field_error
+from schema.dataset import DatasetShare
 from schema.json_limits import JsonObject
 from schema.placement import Hardware
 from schema.training import DEFAULT_EXPORT_CONFIG, TRAINER_TYPES, AnyExportConfig, TrainingConfig
@@ -75,12 +76,48 @@ MaxCostUsd = Annotated[
 SecretName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,95}$")]
 
 
+MAX_MIXED_DATASETS = 16
+
+
+class DatasetInMix(Strict):
+    """One of several datasets to train on."""
+
+    processed_dataset_id: Id = Field(description="The id that `POST /datasets` returned.")
+    weight: float = Field(
+        gt=0, le=1e6, description="Relative to the other weights: 7 and 3 train seven rows of the first for each three of the second."
+    )
+
+
+DatasetMix = Annotated[
+    list[DatasetInMix],
+    Field(
+        min_length=2,
+        max_length=MAX_MIXED_DATASETS,
+        description="Several datasets of one type instead of `processed_dataset_id`. An epoch has as many rows as all of them together "
+        "and takes from each in proportion to its weight: whole passes over its rows, and for the rest a sample without repetition, drawn "
+        "by `seed`. Held-out rows are those of all datasets, without weights.",
+    ),
+]
+
+
+def check_datasets(processed_dataset_id: str | None, datasets: list[DatasetInMix] | None) -> None:
+    """Raise the error for a request that names both one dataset and several, or one of several twice."""
+    if processed_dataset_id is not None and datasets is not None:
+        raise field_error("datasets", "send either processed_dataset_id or datasets, not both")
+    ids = [each.processed_dataset_id for each in datasets or []]
+    for index, dataset_id in enumerate(ids):
+        if dataset_id in ids[:index]:
+            reason = f"{dataset_id} is named twice; name each dataset once, with the weight of both"
+            raise field_error(f"datasets.{index}.processed_dataset_id", reason)
+
+
 class TrainRequest(Strict):
-    """`POST /train`: train one model on one dataset."""
+    """`POST /train`: train one model on one dataset, or on a mix of several."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [TRAIN_REQUEST_EXAMPLE]})
 
-    processed_dataset_id: Id = Field(description="The id that `POST /datasets` returned.")
+    processed_dataset_id: Id | None = Field(None, description="The id that `POST /datasets` returned. To mix several, send `datasets`.")
+    datasets: DatasetMix | None = None
     hf_token: SecretText | None = Field(
         None, description="A Hugging Face token, for gated or private base models. Kept in the secret store and given to the attempt once."
     )
@@ -96,9 +133,24 @@ class TrainRequest(Strict):
     training_config: TrainingConfig
 
     @model_validator(mode="after")
+    def _check_datasets(self) -> Self:
+        check_datasets(self.processed_dataset_id, self.datasets)
+        if self.processed_dataset_id is None and self.datasets is None:
+            raise field_error("processed_dataset_id", "is missing; send the id that POST /datasets returned, or datasets to mix several")
+        return self
+
+    @model_validator(mode="after")
     def _reject_unused_fields(self) -> Self:
         self.training_config.reject_unused_fields()
         return self
+
+    @property
+    def shares(self) -> tuple[DatasetShare, ...]:
+        """The datasets to train on. A single one has weight 1."""
+        if self.datasets is not None:
+            return tuple(DatasetShare(processed_dataset_id=each.processed_dataset_id, weight=each.weight) for each in self.datasets)
+        assert self.processed_dataset_id is not None  # the validator requires one of the two
+        return (DatasetShare(processed_dataset_id=self.processed_dataset_id, weight=1.0),)
 
 
 HYPERPARAMETER_FIELDS = set[str]().union(*(config.hyperparameter_names() for config in TRAINER_TYPES.values()))
@@ -174,6 +226,7 @@ class CloneRequest(Strict):
 
     job_name: Label | None = None
     processed_dataset_id: Id | None = None
+    datasets: DatasetMix | None = None
     hardware: Hardware | None = None
     max_gpu_seconds: MaxGpuSeconds = None
     max_cost_usd: MaxCostUsd = None
@@ -186,3 +239,8 @@ class CloneRequest(Strict):
     training_config: JsonObject = Field(
         {}, description="A JSON merge patch (RFC 7386) for the job's config: objects are merged, null removes, everything else replaces."
     )
+
+    @model_validator(mode="after")
+    def _check_datasets(self) -> Self:
+        check_datasets(self.processed_dataset_id, self.datasets)
+        return self

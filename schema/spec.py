@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from schema.base import ForwardCompatible, Id
-from schema.dataset import Dataset
-from schema.job import Attempt, ExportSource
+from schema.dataset import Dataset, WeightedDataset
+from schema.job import Attempt, EarlierModel, ExportSource
 from schema.training import TrainingConfig
 
 
@@ -28,11 +28,18 @@ class JobSpec(ForwardCompatible):
     tenant_id: Id
     project_id: Id | None = None
     training_config: TrainingConfig
-    dataset: Dataset
+    dataset: Dataset  # of several the first
+    mixed_datasets: tuple[WeightedDataset, ...] = ()  # all of them, where the job mixes several
     stores: StoreUrls
     checkpoints_prefix: str  # the folder of the job's checkpoints in the model bucket; ends in "/"
     resume_from_attempt: int = 1  # checkpoints of earlier attempts are not used
     export_of: ExportSource | None = None  # if set, train nothing and export this checkpoint
+    earlier_model: EarlierModel | None = None  # if set, start from it; the config's base is its original base
+
+    @property
+    def datasets(self) -> tuple[WeightedDataset, ...]:
+        """The datasets to train on, with their weights."""
+        return self.mixed_datasets or (WeightedDataset(dataset=self.dataset),)
 
 
 def spec_key(job_id: str) -> str:

@@ -19,6 +19,20 @@ HubId = Annotated[
     Field(description="A model's name as the Hugging Face Hub writes it: `owner/name`.", examples=["google/gemma-3-270m"]),
 ]
 
+JOB_PREFIX = "job:"  # of a base model that is the model of an earlier job
+
+BaseModelId = Annotated[
+    str,
+    StringConstraints(
+        pattern=r"^(job:[A-Za-z0-9][A-Za-z0-9._-]{0,127}|[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?)$"
+    ),
+    Field(
+        description="A model's name as the Hugging Face Hub writes it: `owner/name`. Or `job:` and the id of a completed job of yours: "
+        "the training starts from the model that it published, its adapter or else its merged model.",
+        examples=["google/gemma-3-270m", "job:training_rows_gemma-3-270m_1a2b3c4d"],
+    ),
+]
+
 SECRET_PATTERN = r"^[!-~]+$"  # printable ASCII without spaces, as a header can carry it
 
 

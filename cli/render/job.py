@@ -57,6 +57,11 @@ def progress_lines(job: Json) -> Iterator[str]:
     """The source of the job, its progress, its latest checkpoint and its cost."""
     if job["cloned_from"]:
         yield f"clone of    {job['cloned_from']}"
+    if earlier := job.get("earlier_model"):  # a service of an earlier version sends none
+        yield f"starts from the {earlier['kind']} of {earlier['job_id']}"
+    if len(datasets := job.get("datasets", [])) > 1:
+        shares = [f"{each['processed_dataset_id']} (weight {each['weight']:g})" for each in datasets]
+        yield f"mixes       {', '.join(shares)}"
     if job["export_of"]:
         yield f"exports     step {job['export_of']['step']} of {job['export_of']['job_id']}"
     if job["progress"] and job["status"] != "completed":

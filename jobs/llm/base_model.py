@@ -20,14 +20,15 @@ HUB_TRIES = 4  # with waits of 0.5 + 1 + 2 s, beside the Hub client's own retrie
 IGNORE_PATTERNS = ["*/*", "consolidated*"]  # copies for other frameworks, and a second copy in some repositories
 
 
-def fetch_base(context: "JobContext") -> Path:
+def fetch_base(context: "JobContext", name: str = "base") -> Path:
     """A folder with the base model's config, safetensors and tokenizer, as `copy_base_files` checked them. Raises JobFailed.
 
-    The model store is searched first, at pretrained_weights/huggingface/{base_model_id}/.
+    The folder is of that `name` in the attempt's data, or below it. The model store is searched first, at
+    pretrained_weights/huggingface/{base_model_id}/.
     """
     model_id = context.spec.training_config.base_model_id
     prefix = f"pretrained_weights/huggingface/{model_id}/"
-    target = context.workdir / "data" / "base"
+    target = context.workdir / "data" / name
     folder = download_from_store(context.stores.models, prefix, target)
     if folder is not None:
         context.log_decision("base_model", model_id, "from the object store")

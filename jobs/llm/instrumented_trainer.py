@@ -19,6 +19,7 @@ from jobs.llm.distributed import (
     save_rng_states,
     shard_training_steps,
 )
+from jobs.llm.eva import initialize_from_activations
 from jobs.llm.evaluate import evaluate_step
 from jobs.llm.fsdp import (
     FullStateDict,
@@ -29,8 +30,10 @@ from jobs.llm.fsdp import (
     shard,
     unsharded_evaluation,
 )
+from jobs.llm.lora_init import initialize_adapter, zero_initial_gradients
 from jobs.llm.model import check_finite_weights, load_adapter, set_eos_tokens
 from jobs.llm.model_choices import log_model_choices
+from jobs.llm.optimization import check_optimizer, check_schedule_length, clip_gradients, make_optimizer_arguments
 from jobs.llm.training_context import TrainingContext, TrainingTask
 from jobs.runtime.batch_config import BatchConfig
 from jobs.runtime.system_metrics import system_metrics
@@ -58,6 +61,7 @@ class TrainerSession:
     full_state: FullStateDict | None = None  # of a sharded model, while a checkpoint is saved
     step_loss: Any = 0.0  # of the current optimizer step, summed over its batches
     step_tokens: int = 0
+    embedding_grad_norm: Any = None  # of the trained token embeddings, in the last step
 
 
 def build_instrumented_trainer(
@@ -67,9 +71,13 @@ def build_instrumented_trainer(
     control: TrainingControl,
     topology: ProcessTopology = SINGLE_PROCESS,
 ) -> Any:
-    """The task's trainer with the model of the checkpoint, or of the base if there is none."""
+    """The task's trainer with the model of the checkpoint, or of the base if there is none. Raises JobFailed."""
     from transformers import PrinterCallback, TrainerCallback
 
+    hyperparameters = training.config.hyperparameters
+    if not control.is_done:  # a finished training, or a checkpoint to export, is only evaluated, perhaps on another device
+        check_optimizer(hyperparameters, training.device_config, sharded=topology.sharded)
+        check_schedule_length(hyperparameters, control.total_steps)
     if training.trains_adapter:
         weights, adapter = training.base_folder, checkpoint
     else:
@@ -98,6 +106,11 @@ def build_instrumented_trainer(
         trainer.is_distributed_loading_by_transformers = True  # keeps the trainer from moving or wrapping the model
     if adapter is not None and not topology.sharded:
         load_adapter(trainer.model, adapter)
+    elif adapter is None and not topology.sharded and training.trains_adapter:
+        initialize_adapter(trainer.model, hyperparameters)
+        if hyperparameters.lora_init == "eva" and topology.is_main_process:  # the others get its weights
+            tokens = initialize_from_activations(trainer, hyperparameters.seed, training.context.check_stop)
+            training.context.log_decision("lora_init", "eva", f"the layers' inputs at {tokens} labeled tokens gave their directions")
     if training.device_config.gradient_checkpointing and training.trains_adapter:
         trainer.model.enable_input_require_grads()
     return trainer
@@ -111,6 +124,8 @@ def _build_sharded_model(task: TrainingTask, training: TrainingContext, weights:
     model = task.worker_task_factory(on_cpu).build_model(weights)
     if adapter is not None:
         load_adapter(model, adapter)
+    elif training.trains_adapter:
+        initialize_adapter(model, training.config.hyperparameters)
     return shard(model, training.device_config)
 
 
@@ -120,15 +135,11 @@ def make_training_arguments(task: TrainingTask, training: TrainingContext, contr
     hyperparameters = config.hyperparameters
     return {
         "output_dir": str(training.context.workdir / "checkpoints"),
-        "learning_rate": hyperparameters.learning_rate,
         "per_device_train_batch_size": batch_config.batch_size,
         "per_device_eval_batch_size": batch_config.batch_size,
         "num_train_epochs": hyperparameters.epochs,
         "max_steps": hyperparameters.max_steps,
-        "lr_scheduler_type": hyperparameters.lr_scheduler_type,
-        "warmup_steps": hyperparameters.warmup_ratio,  # below 1 it is a fraction of all steps
-        "weight_decay": hyperparameters.weight_decay,
-        "max_grad_norm": hyperparameters.max_grad_norm,
+        "neftune_noise_alpha": getattr(hyperparameters, "neftune_noise_alpha", None),  # only SFT has the field
         "seed": hyperparameters.seed,
         "save_strategy": "no",  # TrainingControl decides when to save
         "logging_steps": hyperparameters.logging_steps,
@@ -144,7 +155,7 @@ def make_training_arguments(task: TrainingTask, training: TrainingContext, contr
         "dataloader_pin_memory": device_config.on_gpu,
         "dataloader_num_workers": device_config.dataloader_num_workers,
         "torch_compile": device_config.torch_compile,
-    }
+    } | make_optimizer_arguments(hyperparameters)
 
 
 class InstrumentedTrainer(Trainer):
@@ -158,6 +169,13 @@ class InstrumentedTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         session.step_loss = session.step_loss + loss.detach()
         return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip the gradients, and log the norm of the embeddings' beside the library's `grad_norm`, which is that of all others."""
+        zero_initial_gradients(model, self.session.training.config.hyperparameters)
+        norm, embedding_norm = clip_gradients(model, self.args.max_grad_norm)
+        self.session.embedding_grad_norm = embedding_norm
+        return norm
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Rank 0 evaluates the whole model; the other ranks take part in unsharding it."""
@@ -295,6 +313,8 @@ class TrainingControlCallback:
         self.last_logged_at, self.last_logged_tokens = now, tokens_seen
         logged = {"loss": session.control.pop_mean_loss()}
         logged |= {name: logs[name] for name in ("learning_rate", "grad_norm") if name in logs}
+        if session.embedding_grad_norm is not None:
+            logged["embedding_grad_norm"] = float(session.embedding_grad_norm)
         logged |= {name: value for name, value in logs.items() if name not in EXCLUDED_LOG_KEYS and isinstance(value, int | float | None)}
         values = {name: value if value is not None and math.isfinite(value) else None for name, value in logged.items()}
         notes = {

@@ -140,6 +140,8 @@ def _chunked_loss_class() -> Any:
                     states_grad[chunk], *chunk_grads = torch.autograd.grad(logits, (chunk_states, *weights), logits_grad.to(logits.dtype))
                     for total, gradient in zip(weight_grads, chunk_grads, strict=True):
                         total += gradient
+                    del ones, logits_grad, chunk_grads
+                del logits, log_probs  # or they would be there beside those of the next chunk
             if states_grad is not None:
                 ctx.save_for_backward(states_grad, *weight_grads)
             return loss / divisor

@@ -14,6 +14,7 @@ from typing import Any
 
 from jobs.llm.experts import choose_expert_adapters, find_unadapted_gates
 from jobs.llm.hardware import DeviceConfig
+from jobs.llm.lora_init import adapter_arguments
 from jobs.llm.model_kinds import AUTO_CLASSES, ModelKind
 from jobs.llm.trainable_tokens import patch_trainable_token_embedding
 from jobs.runtime.errors import JobFailed
@@ -148,8 +149,7 @@ def lora_config(config: TrainingConfig, model: Any, *, task_type: str = "CAUSAL_
         raise JobFailed("invalid_config", message, f"use a rank of at most {width}: a higher rank adds no capacity")
     has_vision = any(_is_vision_module(name) for name, _ in linear_layers)
     return LoraConfig(
-        r=hyperparameters.lora_rank,
-        lora_alpha=hyperparameters.lora_alpha,
+        **adapter_arguments(hyperparameters),
         lora_dropout=hyperparameters.lora_dropout,
         use_dora=hyperparameters.use_dora,
         use_rslora=hyperparameters.use_rslora,

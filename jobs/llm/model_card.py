@@ -217,9 +217,13 @@ def _training_rows(record: RunRecord) -> Iterator[tuple[str, object]]:
     config, machine = record.training_config, record.machine
     hyperparameters = config["hyperparameters"]
     assert isinstance(hyperparameters, dict)
-    yield "dataset", f"{record.dataset.name} ({record.dataset.dataset_type})"
-    yield "dataset digest", f"`{record.dataset.digest}`" if record.dataset.digest else "unknown"
-    yield "rows", ", ".join(f"{split.rows} {name}" for name, split in record.dataset.splits.items())
+    if record.earlier_model:
+        yield "started from", f"the model of job {record.earlier_model.job_id} ({record.earlier_model.trainer_type})"
+    for dataset in record.mixed_datasets or (record.dataset,):
+        weight = f", weight {dataset.weight:g}" if dataset.weight is not None else ""
+        yield "dataset", f"{dataset.name} ({dataset.dataset_type}{weight})"
+        yield "dataset digest", f"`{dataset.digest}`" if dataset.digest else "unknown"
+        yield "rows", ", ".join(f"{split.rows} {name}" for name, split in dataset.splits.items())
     yield from ((name, config[name]) for name in ("trainer_type", "method", "modality", "provider"))
     for name in REPORTED_HYPERPARAMETERS:
         is_unused = config["method"] == "Full" and name.startswith(("lora_", "use_"))

@@ -1,10 +1,11 @@
-"""Recognize that memory ran out, and continue with smaller batches."""
+"""Recognize that memory ran out, and continue with less: smaller batches, then gradient checkpointing."""
 
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
-from jobs.runtime.batch_config import BatchConfig
+from jobs.llm.memory_plan import MemoryPlan
 from jobs.runtime.errors import JobFailed
 
 Row = TypeVar("Row")
@@ -15,18 +16,24 @@ MAX_OOM_RETRIES = 4  # four halvings: a sixteenth of the requested batch size
 OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", "not enough memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
-def reduce_batch_size(batch_config: BatchConfig, step: int, oom_retries: int) -> BatchConfig:
-    """The batch to continue with after memory ran out in `step`. `oom_retries` counts earlier reductions.
+def recover_from_oom(plan: MemoryPlan, step: int, oom_retries: int, *, may_recompute: bool) -> MemoryPlan:
+    """The plan to continue with after memory ran out in `step`: a smaller batch, then gradient checkpointing.
 
-    Raises JobFailed when the batch is a single row or MAX_OOM_RETRIES is reached.
+    `oom_retries` counts earlier reductions; `may_recompute` is false if the request forbids gradient checkpointing. Raises JobFailed when
+    neither is left.
     """
-    smaller = batch_config.reduce()
+    smaller = plan.batch_config.reduce()
     if smaller is not None and oom_retries < MAX_OOM_RETRIES:
-        return smaller
+        return replace(plan, batch_config=smaller)
+    if may_recompute and not plan.gradient_checkpointing:
+        return replace(plan, gradient_checkpointing=True)
     hint = "lower max_seq_length, use method LoRA, or request hardware with more memory"
     if smaller is not None:
         hint = f"start with batch_size {smaller.batch_size} and gradient_accumulation_steps {smaller.gradient_accumulation_steps}, " + hint
-    raise JobFailed("out_of_memory", f"out of memory in step {step} with {batch_config}", hint)
+    if not plan.gradient_checkpointing:
+        hint = "leave out gradient_checkpointing, which the request sets to false, " + hint
+    with_checkpointing = " and gradient_checkpointing" if plan.gradient_checkpointing else ""
+    raise JobFailed("out_of_memory", f"out of memory in step {step} with {plan.batch_config}{with_checkpointing}", hint)
 
 
 def run_in_batches(

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from jobs.llm.hardware import estimate_training_bytes
+from jobs.llm.memory_planner import read_base_shape
 from jobs.llm.training_context import TrainingContext
 from jobs.runtime.batch_config import BatchConfig
 from jobs.runtime.settings import read_max_processes, read_parallelism, visible_gpus
 from jobs.runtime.system_metrics import nvidia_gpus
-from schema.estimate.llm import usable_memory_bytes
+from schema.estimate.llm_memory import TrainingShape, estimate_training_bytes, usable_memory_bytes
 from schema.training import TrainingConfig
 
 UNSLOTH_SINGLE_GPU = "only provider huggingface trains on several GPUs"
@@ -102,10 +102,10 @@ def choose_world_size(batch_config: BatchConfig, examples_per_epoch: int, max_wo
     )
 
 
-def resolve_sharding(training: TrainingContext, world_size: int) -> bool:
+def resolve_sharding(training: TrainingContext, shape: TrainingShape, world_size: int) -> bool:
     """Whether the processes shard the model. Logs the decision."""
     parallelism = choose_parallelism(
-        world_size, fsdp_unsupported_reason(training.config), read_parallelism(), _estimate_memory(training, world_size)
+        world_size, fsdp_unsupported_reason(training.config), read_parallelism(), _estimate_memory(training, shape, world_size)
     )
     training.context.log_decision("parallelism", parallelism.value, parallelism.reason)
     return parallelism.value == "fsdp"
@@ -141,14 +141,17 @@ def choose_parallelism(
     return Parallelism("fsdp" if memory.shard_bytes < memory.available_bytes else "ddp", reason)
 
 
-def _estimate_memory(training: TrainingContext, world_size: int) -> MemoryEstimate | None:
+def _estimate_memory(training: TrainingContext, shape: TrainingShape, world_size: int) -> MemoryEstimate | None:
     """The memory estimate of a GPU; None on a CPU."""
     import torch
 
     if not training.device_config.on_gpu:
         return None
     estimate = partial(
-        estimate_training_bytes, training.config, training.base_folder, gradient_checkpointing=training.device_config.gradient_checkpointing
+        estimate_training_bytes,
+        read_base_shape(training.base_folder),
+        shape,
+        gradient_checkpointing=training.device_config.gradient_checkpointing,
     )
     return MemoryEstimate(
         full_model_bytes=estimate(),

@@ -7,12 +7,13 @@ weighted by rows, so that they do not depend on the batch size.
 import math
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from jobs.llm.data.arrow_rows import ArrowPairs, ChosenRows
 from jobs.llm.data.cache import load_or_tokenize_pairs
+from jobs.llm.data.mixing import load_mixed
 from jobs.llm.data.preference import PreferencePair
 from jobs.llm.data.splits import check_splits, untrained_special_tokens
 from jobs.llm.data.tokenize import IGNORE_INDEX, TokenizedExample
@@ -24,6 +25,7 @@ from jobs.llm.trainable_tokens import patch_trainable_token_embedding
 from jobs.llm.training_context import LossReduction, TrainingContext
 from jobs.llm.turn_ends import get_turn_ends
 from jobs.runtime.errors import JobFailed
+from schema.estimate.llm_memory import LongestRows, find_longest_rows
 from schema.job import EvalMetrics
 from schema.training import TrainingConfig
 
@@ -66,7 +68,7 @@ class PairTask:
     @classmethod
     def load(cls, config: TrainingConfig, training: TrainingContext) -> Self:
         """Tokenize the pairs of both splits. Raises JobFailed without training pairs."""
-        pairs, held_out = check_splits(training, load_or_tokenize_pairs(training))
+        pairs, held_out = check_splits(training, load_mixed(training, load_or_tokenize_pairs))
         answers = pairs.rows if isinstance(pairs, ArrowPairs) else concat_chosen_rejected(pairs)
         return cls(config, training, pairs, held_out, untrained_special_tokens(training, answers))
 
@@ -77,6 +79,11 @@ class PairTask:
     @property
     def held_out_examples(self) -> Sequence[TokenizedExample]:
         return ChosenRows(self.held_out)
+
+    def find_longest_rows(self, count: int) -> LongestRows:
+        answers = ((pair.chosen, pair.rejected) for pair in self.pairs)
+        rows = ((max(len(row.input_ids) for row in pair), sum(row.label_count for row in pair)) for pair in answers)
+        return replace(find_longest_rows(rows, count), sequences_per_row=2)
 
     @property
     def has_held_out_rows(self) -> bool:

@@ -10,11 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from jobs.llm.base_model import fetch_base
 from jobs.llm.chat_format import ChatFormat, choose_chat_format, read_template
 from jobs.llm.chat_templates import check_chat_template
+from jobs.llm.data.sources import DatasetSource, download_sources, list_split_paths
 from jobs.llm.data.tokenize import RowTokenizer, TokenizedExample
 from jobs.llm.data.turns import sample_rows
+from jobs.llm.earlier_model import fetch_starting_model
 from jobs.llm.evaluation.generation import Features
 from jobs.llm.evaluation.prompts import EvalPrompt
 from jobs.llm.exporters import check_exportable
@@ -22,8 +23,9 @@ from jobs.llm.hardware import DeviceConfig, detect_device
 from jobs.llm.model import import_unsloth
 from jobs.llm.remote_code import forbid_remote_code
 from jobs.runtime.errors import JobFailed
-from jobs.runtime.retry import download_with_retry
 from jobs.runtime.training_control import TrainingControl
+from schema.dataset import Dataset
+from schema.estimate.llm_memory import LongestRows
 from schema.job import EvalMetrics
 from schema.training import SftConfig, TrainingConfig
 
@@ -43,11 +45,21 @@ class TrainingContext:
     config: TrainingConfig
     context: "JobContext"
     base_folder: Path
-    splits: dict[str, Path]  # split name -> JSONL file
+    splits: dict[str, Path]  # split name -> JSONL file; of several datasets the first
     tokenizer: Any
     chat_format: ChatFormat
     device_config: DeviceConfig
     resume_checkpoint: "LocalCheckpoint | None"
+    sources: tuple[DatasetSource, ...] = ()  # all datasets; one or none means that `splits` are everything
+
+    @property
+    def dataset(self) -> Dataset:
+        """The dataset of `splits`."""
+        return self.sources[0].dataset if self.sources else self.context.spec.dataset
+
+    def for_source(self, source: DatasetSource) -> "TrainingContext":
+        """The same training, with one of its datasets alone."""
+        return replace(self, splits=source.splits, sources=(source,))
 
     @property
     def pad_id(self) -> int:
@@ -79,6 +91,10 @@ class TrainingTask(Protocol):
     @property
     def held_out_examples(self) -> Sequence[TokenizedExample]:
         """Held-out rows as tokens: the source of evaluation prompts, and of the texts on which exported files are compared."""
+        ...
+
+    def find_longest_rows(self, count: int) -> LongestRows:
+        """The longest `count` training rows, which decide how much memory a batch takes."""
         ...
 
     @property
@@ -142,24 +158,21 @@ def prepare_training(config: TrainingConfig, context: "JobContext") -> TrainingC
     context.enter_phase("downloading")
     source = context.spec.export_of
     checkpoint = context.checkpoints.fetch(source) if source else context.checkpoints.fetch_latest()
-    base_folder = fetch_base(context)
+    base_folder = fetch_starting_model(context)
     check_exportable(config, base_folder)
-    splits = {
-        name: download_with_retry(context.stores.datasets, split.key, context.workdir / "data" / f"{name}.jsonl")
-        for name, split in context.spec.dataset.splits.items()
-    }
+    sources = download_sources(context)
     context.enter_phase("tokenizing")
     tokenizer = load_tokenizer(base_folder, config.base_model_id)
-    chat_format = decide_chat_format(tokenizer, config, context, splits)
+    chat_format = decide_chat_format(tokenizer, config, context, list_split_paths(sources))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    device_config = detect_device(config, context, base_folder)
-    return TrainingContext(config, context, base_folder, splits, tokenizer, chat_format, device_config, checkpoint)
+    device_config = detect_device(config, context)
+    return TrainingContext(config, context, base_folder, sources[0].splits, tokenizer, chat_format, device_config, checkpoint, sources)
 
 
-def decide_chat_format(tokenizer: Any, config: TrainingConfig, context: "JobContext", splits: dict[str, Path]) -> ChatFormat:
+def decide_chat_format(tokenizer: Any, config: TrainingConfig, context: "JobContext", paths: Sequence[Path]) -> ChatFormat:
     """The form of the rows, after a check of the template that may be hostile. The tokenizer gets the template. Raises JobFailed."""
-    sample = sample_rows(splits.values(), context.spec.dataset.dataset_type, is_raw=config.prompt_format == "raw")
+    sample = sample_rows(paths, context.spec.dataset.dataset_type, is_raw=config.prompt_format == "raw")
     check_chat_template(read_template(tokenizer, config.chat_template), tokenizer, config, sample, context.workdir / "data")
     chat_format = choose_chat_format(tokenizer, config, sample)
     context.log_decision("chat_template", chat_format.name, chat_format.reason)

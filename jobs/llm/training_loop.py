@@ -17,20 +17,22 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.llm.data.user_prompts import make_user_prompts
 from jobs.llm.distributed import SINGLE_PROCESS, ProcessTopology
+from jobs.llm.earlier_model import attach_original_base
 from jobs.llm.evaluate import evaluate_after_training, evaluate_before_training
 from jobs.llm.exporters.model_files import PROCESSOR_FILES, copy_files
 from jobs.llm.exporters.preflight import check_export_plan
 from jobs.llm.fsdp import gather_weights, serve_shards, unsharded_evaluation
 from jobs.llm.hardware import choose_torch_compile
 from jobs.llm.instrumented_trainer import build_instrumented_trainer
+from jobs.llm.memory_plan import MemoryPlan
+from jobs.llm.memory_planner import get_training_shape, plan_memory
 from jobs.llm.model import check_finite_weights
-from jobs.llm.oom import free_memory, is_out_of_memory, reduce_batch_size
+from jobs.llm.oom import free_memory, is_out_of_memory, recover_from_oom
 from jobs.llm.parallelism import DeviceSlots, detect_devices, resolve_sharding, resolve_world_size, supports_multiple_processes
 from jobs.llm.remote_code import forbid_remote_code
 from jobs.llm.trained_model import HeldOutExample, TrainedModel
 from jobs.llm.training_context import TrainingContext, TrainingTask
 from jobs.llm.worker_pool import WorkerArgs, join_process_group, null_context, worker_pool
-from jobs.runtime.batch_config import BatchConfig
 from jobs.runtime.early_stopping import EarlyStoppingPolicy
 from jobs.runtime.errors import failure_of
 from jobs.runtime.save_policy import SavePolicy, TrainingControlState
@@ -89,7 +91,7 @@ def run_training(task: TrainingTask, training: TrainingContext) -> TrainedModel:
     copy_files(training.base_folder, folder, PROCESSOR_FILES)  # of a vision-language base, also when only text was trained
     if not training.trains_adapter and model.can_generate():
         model.generation_config.save_pretrained(folder)
-    return TrainedModel(
+    trained = TrainedModel(
         folder=folder,
         is_adapter=training.trains_adapter,
         base_folder=training.base_folder,
@@ -108,6 +110,7 @@ def run_training(task: TrainingTask, training: TrainingContext) -> TrainedModel:
         step=control.published_step,
         cuda=torch.version.cuda,
     )
+    return attach_original_base(trained, context)
 
 
 def _load_checkpoint_for_export(task: TrainingTask, training: TrainingContext) -> TrainingOutcome:
@@ -118,28 +121,30 @@ def _load_checkpoint_for_export(task: TrainingTask, training: TrainingContext) -
     training.context.state.base_metrics = state.base_metrics
     control = _make_training_control(training, state, total_steps=state.step)
     slots = detect_devices(on_gpu=training.device_config.on_gpu)
-    if slots.max_world_size > 1 and supports_multiple_processes(training.config) and resolve_sharding(training, slots.max_world_size):
+    can_shard = slots.max_world_size > 1 and supports_multiple_processes(training.config)
+    if can_shard and resolve_sharding(training, get_training_shape(training), slots.max_world_size):
         return _train_attempt(task, training, checkpoint, control, replace(slots, sharded=True))
     return TrainingOutcome(build_instrumented_trainer(task, training, checkpoint.folder, control), control)
 
 
 def _train_with_oom_retry(task: TrainingTask, training: TrainingContext) -> TrainingOutcome:
-    """Train. When memory runs out, reduce the batch size and resume; when several processes cannot start, train in one."""
-    context, hyperparameters = training.context, training.config.hyperparameters
-    requested = BatchConfig(hyperparameters.batch_size, hyperparameters.gradient_accumulation_steps)
+    """Train. When memory runs out, continue with less (oom.py); when several processes cannot start, train in one."""
+    context, config = training.context, training.config
     total_steps = _total_steps(task, training)
-    torch_compile = choose_torch_compile(training.config, context, training.device_config, training.base_folder, total_steps)
-    training = replace(training, device_config=replace(training.device_config, torch_compile=torch_compile))
     slots = detect_devices(on_gpu=training.device_config.on_gpu)
+    needs, planned = plan_memory(task, training, slots.max_world_size)
+    torch_compile = choose_torch_compile(config, context, training.device_config, needs.model, needs.training, total_steps)
     checkpoint, oom_retries = training.resume_checkpoint, 0
-    reduced: BatchConfig | None = None
+    reduced: MemoryPlan | None = None
     while True:
-        state = _initial_control_state(checkpoint, requested, reduced)
+        state = _initial_control_state(checkpoint, planned, reduced)
+        plan = MemoryPlan.from_details(state.details)
+        device_config = replace(training.device_config, gradient_checkpointing=plan.gradient_checkpointing, torch_compile=torch_compile)
+        training = replace(training, device_config=device_config)
         context.state.base_metrics = context.state.base_metrics or state.base_metrics
         control = _make_training_control(training, state, total_steps)
-        batch_config = BatchConfig.from_details(control.details)
-        world_size = resolve_world_size(training, batch_config, task.examples_per_epoch, slots)
-        sharded = resolve_sharding(training, world_size)
+        world_size = resolve_world_size(training, plan.batch_config, task.examples_per_epoch, slots)
+        sharded = resolve_sharding(training, needs.with_batch(plan.batch_config), world_size)
         try:
             return _train_attempt(task, training, checkpoint, control, replace(slots, max_world_size=world_size, sharded=sharded))
         except (RuntimeError, MemoryError) as error:
@@ -150,11 +155,16 @@ def _train_with_oom_retry(task: TrainingTask, training: TrainingContext) -> Trai
         # Python has deleted the error here, and with its traceback the last reference to the model.
         if ran_out_of_memory:
             failed_step = control.step + 1
-            reduced = reduce_batch_size(batch_config, failed_step, oom_retries)
-            oom_retries += 1
-            reason = f"out of memory in step {failed_step} with {batch_config}; gradient_accumulation_steps "
-            reason += f"{reduced.gradient_accumulation_steps} keeps the effective batch size"
-            context.log_decision("batch_size", str(reduced.batch_size), reason)
+            may_recompute = config.hyperparameters.gradient_checkpointing is not False
+            reduced = recover_from_oom(plan, failed_step, oom_retries, may_recompute=may_recompute)
+            reason = f"out of memory in step {failed_step} with {plan.batch_config}"
+            if reduced.gradient_checkpointing != plan.gradient_checkpointing:
+                oom_retries = 0  # every batch needs less from now on
+                context.log_decision("gradient_checkpointing", "true", f"{reason} and without it")
+            else:
+                oom_retries += 1
+                reason += f"; gradient_accumulation_steps {reduced.batch_config.gradient_accumulation_steps} keeps the effective batch size"
+                context.log_decision("batch_size", str(reduced.batch_config.batch_size), reason)
         else:
             message = f"{world_size} processes did not finish their first step; a single process trains instead: {reason}"
             context.warn("single_process_fallback", message)
@@ -169,19 +179,17 @@ def _total_steps(task: TrainingTask, training: TrainingContext) -> int:
     hyperparameters = training.config.hyperparameters
     if hyperparameters.max_steps > 0:
         return hyperparameters.max_steps
-    rows_per_step = hyperparameters.batch_size * hyperparameters.gradient_accumulation_steps
+    rows_per_step = hyperparameters.batch_size * hyperparameters.accumulation_steps
     return hyperparameters.epochs * math.ceil(task.examples_per_epoch / rows_per_step)
 
 
-def _initial_control_state(
-    checkpoint: "LocalCheckpoint | None", requested: BatchConfig, reduced: BatchConfig | None
-) -> TrainingControlState:
-    """The state to start or resume from. Its batch is the one this attempt reduced, or an earlier attempt did, or the requested one."""
+def _initial_control_state(checkpoint: "LocalCheckpoint | None", planned: MemoryPlan, reduced: MemoryPlan | None) -> TrainingControlState:
+    """The state to start or resume from. Its use of memory is what this attempt reduced, or an earlier attempt did, or the planned one."""
     state = TrainingControlState.read(checkpoint.folder) if checkpoint else None
-    batch_config = reduced or requested
+    plan = reduced or planned
     if state and not reduced:
-        batch_config = requested.adopt_if_compatible(BatchConfig.from_details(state.details))
-    return (state or TrainingControlState()).model_copy(update={"details": batch_config.details})
+        plan = planned.adopt_if_compatible(MemoryPlan.from_details(state.details))
+    return (state or TrainingControlState()).model_copy(update={"details": plan.details})
 
 
 def _make_training_control(training: TrainingContext, state: TrainingControlState, total_steps: int) -> TrainingControl:

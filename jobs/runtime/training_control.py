@@ -45,6 +45,7 @@ class TrainingControl:
         self.tokens_seen = state.tokens_seen
         self.stop_reason: StopReason | None = None  # why it stops before it is done
         self.checkpoint_bytes = 0  # an estimate
+        self.steps_between_saves = 1  # only multiples of it are saved, except the last step
         self.logged_metrics_buffer = dict(state.logged_metrics_buffer)  # what the library collected since it last logged
         self.load_best_model_at_end = early_stopping.load_best_model_at_end  # publish the best checkpoint, not the last
         self.should_save_best = False  # this step is the best so far, and the best step is published
@@ -138,7 +139,7 @@ class TrainingControl:
     def should_stop(self) -> bool:
         """Whether to save and stop after this step: on request, or because time runs out. Raises Stopped if the job was canceled."""
         self._context.check_stop()
-        if self.stop_reason is None and self._context.should_yield(self._step_and_save_s):
+        if self._can_save and self.stop_reason is None and self._context.should_yield(self._step_and_save_s):
             self.stop_reason = self._context.stop.stop_reason or "time_slice"
         return self.stop_reason is not None
 
@@ -148,7 +149,7 @@ class TrainingControl:
         is_due = self._save_policy.is_due(
             self.step, epoch_ended=epoch_ended, since_last_save_s=timer.since_last_save_s, save_s=timer.save_s
         )
-        return is_due or self.is_done or self.stop_reason is not None
+        return self._can_save and (is_due or self.is_done or self.stop_reason is not None)
 
     def evaluate(self, evaluate_fn: Callable[[Callable[[], None]], EvalMetrics]) -> EvalMetrics | None:
         """Evaluate this step, once per step. None if the training must stop first; then the next attempt evaluates.
@@ -202,12 +203,17 @@ class TrainingControl:
             raise Stopped(reason)
 
     @property
+    def _can_save(self) -> bool:
+        return self.step % self.steps_between_saves == 0 or self.is_done
+
+    @property
     def _step_and_save_s(self) -> float:
-        """How long one more step and then a checkpoint may take."""
+        """How long it may take until the next step that can be saved is saved."""
         timer, upload_s = self._timer, self._context.checkpoints.max_upload_s
+        steps_s = timer.longest_step_s * self.steps_between_saves
         if self._saved_step is not None and upload_s:
-            return timer.longest_step_s + timer.save_s + upload_s
-        return timer.longest_step_s + max(estimate_save_s(self.checkpoint_bytes), timer.save_s)
+            return steps_s + timer.save_s + upload_s
+        return steps_s + max(estimate_save_s(self.checkpoint_bytes), timer.save_s)
 
     def _raise_if_stopping(self) -> None:
         if self.should_stop():

@@ -99,6 +99,14 @@ class BaseTrainingConfig(Strict):
         """The model that the job downloads from the Hugging Face Hub unless the model store has it; None: it downloads none."""
         return None
 
+    @property
+    def earlier_job_id(self) -> str | None:
+        """The earlier job whose model a request asks to start from; None: it names no job.
+
+        The stored configuration of a job names the original base instead, and `Job.earlier_model` the model that it starts from.
+        """
+        return None
+
     @classmethod
     def trainer_type_name(cls) -> str:
         """The value of `trainer_type`, which each subclass declares as a Literal."""

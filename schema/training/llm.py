@@ -15,7 +15,6 @@ from schema.training.llm_evaluation import EvalConfig
 from schema.training.llm_export import ExportConfig, ExportFormat
 from schema.training.llm_graders import Grader
 from schema.training.llm_hyperparameters import (
-    LORA_FIELDS,
     DpoHyperparameters,
     GrpoHyperparameters,
     Hyperparameters,
@@ -24,7 +23,8 @@ from schema.training.llm_hyperparameters import (
     RewardHyperparameters,
     SftHyperparameters,
 )
-from schema.types import DatasetType, HubId, Phase
+from schema.training.llm_optimization import check_final_rate, is_base_factor_init
+from schema.types import JOB_PREFIX, BaseModelId, DatasetType, Phase
 
 Provider = Literal["huggingface", "unsloth"]
 Method = Literal["Full", "LoRA", "QLoRA"]
@@ -65,7 +65,7 @@ class LlmTrainingConfig(BaseTrainingConfig):
     # By method: LoRA's weights start at zero and take a rate ten times that of full fine-tuning.
     learning_rates: ClassVar[dict[Method, float]]
 
-    base_model_id: HubId
+    base_model_id: BaseModelId
     provider: Provider = "huggingface"
     method: Method = "LoRA"
     modality: Modality = "text"
@@ -97,6 +97,13 @@ class LlmTrainingConfig(BaseTrainingConfig):
             raise field_error("export_config.include_lora_gguf", "llama.cpp's adapter files do not support DoRA; use include_gguf")
         if self.modality == "vision" and "onnx" in self.export_config.formats:
             raise field_error("export_config.format", "export format onnx is only for text generation models")
+        if is_base_factor_init(self.hyperparameters.lora_init) and self.method == "QLoRA":
+            lora_init = self.hyperparameters.lora_init
+            raise field_error("hyperparameters.lora_init", f"lora_init {lora_init!r} needs weights that are not quantized; use method LoRA")
+        if self.hyperparameters.lora_init == "eva" and (self.trainer_type_name() != "sft" or self.modality != "text"):
+            raise field_error("hyperparameters.lora_init", "lora_init 'eva' is for trainer_type 'sft' on text; use 'default'")
+        if self.hyperparameters.lora_init != "default" and self.provider == "unsloth":
+            raise field_error("hyperparameters.lora_init", "provider 'unsloth' supports only lora_init 'default'; use 'huggingface'")
         if self.modality == "vision" and self.hyperparameters.packing:
             raise field_error("hyperparameters.packing", "rows with images cannot be packed; set packing to false")
         return self
@@ -117,17 +124,12 @@ class LlmTrainingConfig(BaseTrainingConfig):
             rate = self.learning_rates[self.method]
             # object.__setattr__: the model is frozen.
             object.__setattr__(self, "hyperparameters", self.hyperparameters.model_copy(update={"learning_rate": rate}))
+        hyperparameters = self.hyperparameters
+        check_final_rate(hyperparameters.lr_scheduler_type, hyperparameters.lr_scheduler_kwargs, hyperparameters.learning_rate or 0.0)
         return self
 
     def reject_unused_fields(self) -> None:
-        sent = self.hyperparameters.model_fields_set
-        if self.hyperparameters.save_strategy != "steps" and "save_steps" in sent:
-            raise field_error("training_config.hyperparameters.save_steps", "save_steps is only used with save_strategy 'steps'")
-        if self.method == "Full":
-            for name in LORA_FIELDS:
-                if name in sent:
-                    reason = f"{name} is only used with method LoRA or QLoRA, not Full"
-                    raise field_error(f"training_config.hyperparameters.{name}", reason)
+        self.hyperparameters.reject_unused_fields(self.method)
         self._reject_unused_export("training_config.export_config")
 
     def reject_unused_export(self) -> None:
@@ -156,6 +158,10 @@ class LlmTrainingConfig(BaseTrainingConfig):
         return self.base_model_id
 
     @property
+    def earlier_job_id(self) -> str | None:
+        return self.base_model_id.removeprefix(JOB_PREFIX) if self.base_model_id.startswith(JOB_PREFIX) else None
+
+    @property
     def export_formats(self) -> list[ExportFormat]:
         """The formats of the published model. Method Full has no adapter, so `adapter` means `merged`."""
         if self.method != "Full":
@@ -176,6 +182,12 @@ class SftConfig(LlmTrainingConfig):
     train_on_inputs: bool = Field(False, description="Learn to generate every message of a conversation, not only the assistant's.")
     last_turn_only: bool = Field(False, description="Learn only the last message of a conversation.")
     hyperparameters: SftHyperparameters = SftHyperparameters()  # type: ignore[call-arg]
+
+    def computed_defaults(self) -> Mapping[str, JsonValue]:
+        fields, hyperparameters = type(self.hyperparameters).model_fields, self.hyperparameters
+        repeated = any(getattr(hyperparameters, name) != fields[name].default for name in ("batch_size", "packing"))  # by a clone
+        computed: JsonValue = "fixed" if repeated else "auto"
+        return {"hyperparameters": {"learning_rate": self.learning_rates[self.method], "micro_batches": computed}}
 
     @model_validator(mode="after")
     def _check_learned_messages(self) -> Self:
@@ -245,6 +257,14 @@ class GrpoConfig(LlmTrainingConfig):
         if completion >= sequence:
             reason = f"max_completion_length {completion} leaves no room for a prompt in max_seq_length {sequence}"
             raise field_error("hyperparameters.max_completion_length", reason)
+        return self
+
+    @model_validator(mode="after")
+    def _check_eval_steps(self) -> Self:
+        iterations, eval_config = self.hyperparameters.num_iterations, self.eval_config
+        if eval_config.eval_strategy == "steps" and eval_config.eval_steps % iterations:
+            reason = f"eval_steps is {eval_config.eval_steps}, which is not a multiple of num_iterations ({iterations})"
+            raise field_error("eval_config.eval_steps", reason)
         return self
 
     @model_validator(mode="after")

@@ -6,12 +6,13 @@ from typing import Any
 from pydantic import BaseModel
 
 from schema.checkpoint import CheckpointReason
-from schema.dataset import Dataset
+from schema.dataset import Dataset, DatasetShare
 from schema.job import (
     Artifact,
     Attempt,
     AttemptOutcome,
     CheckpointRef,
+    EarlierModel,
     EvalMetrics,
     ExportSource,
     Failure,
@@ -115,11 +116,13 @@ class JobDetail(BaseModel):
     attempts: list[AttemptView]
     checkpoint: CheckpointRef | None  # the newest one
     export_of: ExportSource | None  # the checkpoint that this job exports instead of training
+    earlier_model: EarlierModel | None  # the model of an earlier job that this one started from; base_model_id is its original base
     cloned_from: str | None
     artifacts: list[Artifact]
     tracker_urls: dict[str, str]  # where each tracker shows the metrics
     project_id: str | None
-    processed_dataset_id: str
+    processed_dataset_id: str  # of several datasets the first
+    datasets: list[DatasetShare]  # all of them, with their weights
     trainer_type: str
     method: str
     # Any: the configuration as it was sent, with every default filled in and every secret removed.
@@ -308,11 +311,13 @@ def job_detail(view: JobView) -> JobDetail:
         attempts=[_attempt_view(attempt) for attempt in job.attempts],
         checkpoint=job.checkpoint,
         export_of=job.export_of,
+        earlier_model=job.earlier_model,
         cloned_from=job.cloned_from,
         artifacts=list(job.artifacts),
         tracker_urls=job.tracker_urls,
         project_id=job.project_id,
         processed_dataset_id=job.processed_dataset_id,
+        datasets=list(job.datasets) or [DatasetShare(processed_dataset_id=job.processed_dataset_id, weight=1.0)],
         trainer_type=config.trainer_type,
         method=summary.method,
         training_config=config.model_dump(mode="json"),

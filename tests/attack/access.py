@@ -6,6 +6,7 @@ contain, and no record or file of the victim may change.
 
 import re
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 
@@ -13,7 +14,7 @@ import httpx2
 
 from tests.attack.campaign import Row, Size, make_row
 from tests.attack.fixtures import FIXTURES, UNLISTED_FIXTURES, ValidRequest, World
-from tests.attack.target import Caller, Target, run_target
+from tests.attack.target import Caller, Json, Target, run_target
 from tests.chaos.campaign import CampaignError
 
 VICTIM, RIVAL = "acme", "rival"
@@ -78,6 +79,7 @@ def run(size: Size) -> Row:
                     _attack(intruder, operation, make_request(victim), victim, counts)
         _cross_links(victim, rival, counts)
         _compare_with_missing(rival.owner, victim, counts)
+        _compare_references_with_missing(rival, victim, counts)
         routes = len(fixtures)
     measured = f"{counts.requests} requests to {routes} routes: {len(counts.leaks)} leaks, {len(counts.writes)} writes"
     return make_row("every route × {none, unknown, expired, revoked, scope, tenant}", "0 leaks, 0 writes", measured, counts.problems)
@@ -180,6 +182,22 @@ def _cross_links(victim: World, rival: World, counts: Counts) -> None:
             caller.request("POST", "/train", json=rival.train_body(training_config=config)),
             (400, 404, 422),
         ),
+        (
+            "a foreign job as the base",
+            caller.request("POST", "/train", json=rival.train_body(training_config={"base_model_id": f"job:{victim.completed_job_id}"})),
+            (404,),
+        ),
+        (
+            "a clone with a foreign job as the base",
+            caller.request("POST", own + "/clone", json={"training_config": {"base_model_id": f"job:{victim.completed_job_id}"}}),
+            (404,),
+        ),
+        ("a foreign dataset in a mix", caller.request("POST", "/train", json=rival.train_body(**_mix(rival, victim.dataset_id))), (404,)),
+        (
+            "a clone with a foreign dataset in a mix",
+            caller.request("POST", own + "/clone", json={"datasets": _mix(rival, victim.dataset_id)["datasets"]}),
+            (404,),
+        ),
         ("a foreign file as incoming rows", _incoming(caller, f"datasets/{victim.dataset_id}/train.jsonl"), (400, 404, 422)),
         ("a traversal as incoming rows", _incoming(caller, f"incoming/../datasets/{victim.dataset_id}/train.jsonl"), (400, 404, 422)),
         ("a foreign tenant in the query", caller.request("GET", "/jobs", params={"tenant_id": VICTIM, "limit": "200"}), (200, 400, 422)),
@@ -203,6 +221,12 @@ def _cross_links(victim: World, rival: World, counts: Counts) -> None:
             counts.answers.append(f"{name}: answered {response.status_code} instead of {statuses}")
 
 
+def _mix(rival: World, dataset_id: str) -> Json:
+    """The fields of a request that mixes the rival's own dataset with another."""
+    mixed = [{"processed_dataset_id": each, "weight": 1.0} for each in (rival.dataset_id, dataset_id)]
+    return {"processed_dataset_id": None, "datasets": mixed}
+
+
 def _read_body(request: httpx2.Request) -> str:
     """What was sent; a multipart body is read here."""
     return request.read().decode(errors="replace")
@@ -224,6 +248,20 @@ def _compare_with_missing(rival: Caller, victim: World, counts: Counts) -> None:
         counts.requests += 2
         if answers[0] != answers[1]:
             counts.leaks.append(f"{operation}: another tenant's is answered as {answers[0][:80]}, a missing one as {answers[1][:80]}")
+
+
+def _compare_references_with_missing(rival: World, victim: World, counts: Counts) -> None:
+    """The same for ids in the body of a request."""
+    bodies: dict[str, tuple[str, Callable[[str], Json]]] = {
+        "base_model_id": (victim.completed_job_id, lambda job_id: rival.train_body(training_config={"base_model_id": f"job:{job_id}"})),
+        "datasets": (victim.dataset_id, lambda dataset_id: rival.train_body(**_mix(rival, dataset_id))),
+    }
+    for field_name, (resource, make_body) in bodies.items():
+        resources = (resource, "nothing-of-this-name")
+        answers = [_normalize(rival.owner.request("POST", "/train", json=make_body(each)), each) for each in resources]
+        counts.requests += 2
+        if answers[0] != answers[1]:
+            counts.leaks.append(f"{field_name}: another tenant's is answered as {answers[0][:80]}, a missing one as {answers[1][:80]}")
 
 
 def _normalize(response: httpx2.Response, resource: str) -> str:

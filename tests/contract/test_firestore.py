@@ -14,6 +14,7 @@ from google.api_core import exceptions as google
 from google.cloud.firestore import DELETE_FIELD
 from google.cloud.firestore_v1.types import StructuredQuery
 
+from schema.dataset import DatasetShare
 from schema.events import EventBatch, MetricsLogged, ReportedEvent, StatusChanged, WarningRaised
 from schema.job import Job, Status
 from service.adapters.access.firestore import FirestoreAccessStore
@@ -370,8 +371,10 @@ def test_malformed_cursor_is_rejected(store: FirestoreJobStore, position: tuple[
 
 def call_every_method(store: FirestoreJobStore) -> None:
     """Call every method with every combination of filters."""
-    store.create_job(make_job(project_id="p"), IdempotencyKey("k", "digest"))
-    store.replace_job(make_job(project_id="p"), [STATUS_EVENT])
+    shares = tuple(DatasetShare(processed_dataset_id=dataset_id, weight=1.0) for dataset_id in ("dataset_1", "dataset_2"))
+    job = make_job(project_id="p", datasets=shares)
+    store.create_job(job, IdempotencyKey("k", "digest"))
+    store.replace_job(job, [STATUS_EVENT])
     store.append_events("job-1", 1, make_batch(0, 1), START)
     store.create_dataset(make_dataset())
     cursor = encode_cursor("2026-01-01", "x")
@@ -426,11 +429,8 @@ class RecordedQuery:
         if self.range_fields - {"__name__"}:
             return None
         if not self.indexed_order:
-            return (
-                []
-                if all(has_single_field_index(self.collection, path) for path in self.equality_fields) and len(self.equality_fields) < 2
-                else None
-            )
+            indexed = [has_single_field_index(self.collection, path, is_array=path in self.array_fields) for path in self.equality_fields]
+            return [] if all(indexed) and len(indexed) < 2 else None
         needed = [[(path, "CONTAINS" if path in self.array_fields else "ASCENDING"), *self.indexed_order] for path in self.equality_fields]
         indexes = [index for index in INDEXES["indexes"] if index["collectionGroup"] == self.collection and index_keys(index) in needed]
         return indexes if len(indexes) == len(needed) and not self.range_fields else None
@@ -441,11 +441,12 @@ def index_keys(index: dict[str, Any]) -> list[tuple[str, str]]:
     return [(field["fieldPath"], field.get("order") or field["arrayConfig"]) for field in index["fields"]]
 
 
-def has_single_field_index(collection: str, path: str) -> bool:
+def has_single_field_index(collection: str, path: str, *, is_array: bool = False) -> bool:
     """Whether the field has a single-field index: it has one unless the file excludes it or the map that contains it."""
     overrides = {(override["collectionGroup"], override["fieldPath"]): override["indexes"] for override in INDEXES["fieldOverrides"]}
     indexes = overrides.get((collection, path), overrides.get((collection, path.partition(".")[0])))
-    return indexes is None or {"order": "ASCENDING", "queryScope": "COLLECTION"} in indexes
+    kind = {"arrayConfig": "CONTAINS"} if is_array else {"order": "ASCENDING"}
+    return indexes is None or kind | {"queryScope": "COLLECTION"} in indexes
 
 
 def test_queries_and_indexes_match(store: FirestoreJobStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -453,7 +454,7 @@ def test_queries_and_indexes_match(store: FirestoreJobStore, monkeypatch: pytest
     call_every_method(store)
     store.delete_job("job-1")
     queries = [RecordedQuery(request["structured_query"]) for request in interceptor.requests]
-    assert len({frozenset(query.equality_fields) for query in queries if query.collection == "jobs"}) == 2 ** len(FILTERS) + 3
+    assert len({frozenset(query.equality_fields) for query in queries if query.collection == "jobs"}) == 2 ** len(FILTERS) + 4
     used: list[dict[str, Any]] = []
     for query in queries:
         indexes = query.find_indexes()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from schema.dataset import Dataset
+from schema.dataset import Dataset, DatasetShare
 from schema.events import (
     Event,
     EventBatch,
@@ -306,6 +306,19 @@ def test_dataset_uses_are_non_final_jobs(store: JobStore) -> None:
     users = set(store.list_jobs_using_dataset("dataset_1"))
     assert users == {f"job-{status}" for status in Status if not status.is_final}
     assert store.list_jobs_using_dataset("dataset_2") == []
+
+
+def test_job_uses_every_dataset_that_it_mixes(store: JobStore) -> None:
+    shares = tuple(DatasetShare(processed_dataset_id=dataset_id, weight=1.0) for dataset_id in ("dataset_1", "dataset_2", "dataset_3"))
+    mixed = store.create_job(make_job("job-b", datasets=shares))
+    store.create_job(make_job("job-a", processed_dataset_id="dataset_2"))
+    assert store.list_jobs_using_dataset("dataset_1") == ["job-b"]
+    assert store.list_jobs_using_dataset("dataset_2") == ["job-a", "job-b"]
+    assert store.list_jobs_using_dataset("dataset_3") == ["job-b"]
+    store.replace_job(mixed.model_copy(update={"status": Status.CANCELLED}))
+    assert store.list_jobs_using_dataset("dataset_2") == ["job-a"]
+    store.delete_job("job-b")
+    assert store.list_jobs_using_dataset("dataset_3") == []
 
 
 def test_events_are_ordered_after_cursor(store: JobStore) -> None:
@@ -770,7 +783,7 @@ def test_list_queries_use_an_index(tmp_path: Path, query: JobQuery, monkeypatch:
     for sql, values in queries:
         plan = " ".join(row[3] for row in read(f"EXPLAIN QUERY PLAN {sql}", *values))
         assert "USING" in plan
-        assert "INDEX jobs_" in plan
+        assert "INDEX jobs_" in plan or "mixed USING PRIMARY KEY" in plan
         assert "TEMP B-TREE" not in plan
     store.close()
 

@@ -5,10 +5,14 @@ from typing import Any
 
 import pytest
 
-from jobs.llm.data.tokenize import IGNORE_INDEX
+from jobs.llm.chat_format import choose_chat_format
+from jobs.llm.data.tokenize import IGNORE_INDEX, RowTokenizer
+from jobs.llm.data.turns import Turns
 from jobs.llm.experts import choose_expert_adapters
+from jobs.llm.llama_cpp.draft_head import list_draft_head_options
 from jobs.llm.loss import ChunkedLmHeadLoss
-from tests.jobs.architectures import list_conversations, make_architecture_spec, put_tiny_model, run_architecture
+from jobs.llm.training_context import load_tokenizer
+from tests.jobs.architectures import list_conversations, make_architecture_spec, make_rows, put_tiny_model, run_architecture
 from tests.jobs.conftest import EventRecorder, load_trainer, load_weights, make_context
 from tests.tiny_models import ARCHITECTURES
 
@@ -126,11 +130,22 @@ def test_merged_experts_equal_those_that_peft_merges(tiny_store: Path, tmp_path:
     assert sum(not torch.equal(load_weights(base)[key], tensor) for key, tensor in merged.items() if "experts" in key) > 0
 
 
+def test_converter_looks_for_draft_layers_only_where_they_are(tiny_store: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    base = put_tiny_model("qwen3_5", tiny_store)
+    assert list_draft_head_options(base) == ["--no-mtp"]
+    assert list_draft_head_options(put_tiny_model("qwen3", tiny_store)) == []
+    (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
+    save_file({"mtp.fc.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert list_draft_head_options(tmp_path) == []
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_trains_resumes_and_exports_faithfully(tiny_store: Path, tmp_path: Path, name: str) -> None:
     outcome = run_architecture(name, tiny_store, tmp_path)
-    assert "single turn" in outcome.conversations
     assert outcome.attention == ARCHITECTURES[name].attention
     assert {"merged", "gguf-f16"} <= outcome.artifacts.keys()
     assert outcome.passes
@@ -147,5 +162,16 @@ def test_whole_models_train_resume_and_export_faithfully(tiny_store: Path, tmp_p
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_template_labels_a_single_turn(tiny_store: Path, name: str) -> None:
-    assert "single turn" in list_conversations(put_tiny_model(name, tiny_store))
+def test_every_kind_of_conversation_is_labeled(tiny_store: Path, name: str) -> None:
+    base = put_tiny_model(name, tiny_store)
+    tokenizer = load_tokenizer(base, name)
+    for kind in list_conversations(base):
+        row = make_rows(kind, 1)[0]
+        sample = Turns(row["messages"], row.get("tools"))
+        config = make_architecture_spec(name, tiny_store, []).training_config
+        example = RowTokenizer(tokenizer, choose_chat_format(tokenizer, config, [sample])).tokenize(row, "messages")
+        learned = tokenizer.decode([label for label in example.labels if label != IGNORE_INDEX])
+        said = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
+        assert all(text in learned for text in said)
+        assert not any(message["content"] in learned for message in row["messages"] if message["role"] == "user")
+        assert ("read" in learned and "path" in learned) == (kind == "tools")

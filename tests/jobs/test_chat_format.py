@@ -403,6 +403,16 @@ def test_template_without_tools_is_refused_in_words(name: str) -> None:
     assert "chat template" in failed.value.failure.message
 
 
+def test_tools_are_part_of_the_prompt_of_a_pair() -> None:
+    from jobs.llm.data.preference import tokenize_pairs
+
+    tokenizer = make_tokenizer(read_trl_template("qwen3"))
+    row_tokenizer = RowTokenizer(tokenizer, choose(tokenizer))
+    row = {"prompt": [TURNS[0]], "chosen": [TOOL_TURNS[1]], "rejected": [TURNS[1]], "tools": [TOOL]}
+    (pair,) = tokenize_pairs([row], row_tokenizer, 1000).rows
+    assert all("Opens." in answer.prompt_text for answer in (pair.chosen, pair.rejected))
+
+
 def test_calls_without_tools_are_learned() -> None:
     tokenizer = make_tokenizer(read_trl_template("deepseekv3"))
     row, row_tokenizer = tokenize(tokenizer, TOOL_TURNS)

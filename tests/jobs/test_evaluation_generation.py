@@ -338,7 +338,7 @@ def test_completion_is_reference_of_its_prompt(tokenizer: Any) -> None:
     )
     assert prompt.prompt_text == "<bos><start_of_turn>user\nopen the<end_of_turn>\n<start_of_turn>model\n"
     assert prompt.reference == "path"
-    assert prompt.prompt_ids == tuple(tokenizer("open the")["input_ids"])
+    assert prompt.prompt_ids == tuple(make_row_tokenizer(tokenizer).tokenize_prompt("open the").input_ids)
 
 
 def test_text_rows_give_no_eval_prompts(tokenizer: Any) -> None:

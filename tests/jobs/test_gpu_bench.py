@@ -19,7 +19,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return main()
 
 
-@pytest.mark.timeout(300)  # three processes that load the libraries
+@pytest.mark.timeout(600)  # three processes that load the libraries
 def test_dry_run_measures_every_trainer_and_reports_failed_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

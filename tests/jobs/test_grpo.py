@@ -7,12 +7,24 @@ from typing import Any
 import pytest
 
 from jobs.llm.graders.base import FailedGrade
+from jobs.llm.hardware import DeviceConfig
 from jobs.llm.loss import compute_log_probs
-from jobs.llm.trainers.grpo import compute_mean_reward, find_infinite
+from jobs.llm.trainers.grpo import choose_gradient_accumulation, compute_mean_reward, find_infinite
+from jobs.llm.training_context import TrainingContext
 from jobs.runtime.errors import JobFailed
 from schema.events import SamplesGenerated
 from schema.spec import JobSpec
-from tests.jobs.conftest import WORDS, FinishedTraining, load_weights, make_row_tokenizer, make_spec
+from schema.training import GrpoConfig
+from tests.jobs.conftest import (
+    WORDS,
+    EventRecorder,
+    FinishedTraining,
+    load_weights,
+    make_context,
+    make_row_tokenizer,
+    make_spec,
+    saved_steps,
+)
 from tests.jobs.test_continuation import TrainingRun
 
 Train = Callable[..., FinishedTraining]
@@ -237,6 +249,71 @@ def test_interrupted_run_matches_uninterrupted_run(store: Path, tmp_path: Path, 
     assert resumed.train_tokens == model.train_tokens
     theirs = load_weights(resumed.folder)
     assert all(tensor.equal(theirs[name]) for name, tensor in load_weights(model.folder).items())
+
+
+def test_completions_train_in_several_iterations_and_resume_between_generations(store: Path, tmp_path: Path) -> None:
+    """Each step on new completions logs their rewards, and the next step trains on them again. A stop waits for that step."""
+    hyperparameters = {"num_iterations": 2, "epsilon": 1e-3, "epsilon_high": 2e-3, "lora_dropout": 0.0, "logging_steps": 1, "epochs": 2}
+    uninterrupted = make_training_run(store, tmp_path / "uninterrupted", hyperparameters=hyperparameters)
+    model = uninterrupted.finish()
+    points = {point.step: point.values for point in uninterrupted.recorders[0].points}
+    assert points.keys() == set(range(1, 9))  # two epochs with two generations each
+    assert [step for step, values in points.items() if "reward" in values] == [1, 3, 5, 7]
+    clipped = {step: (values["clip_ratio/region_mean"] or 0.0) > 0 for step, values in points.items()}
+    assert [step for step in points if clipped[step]] == [2, 4, 6, 8]  # nothing has moved in the first step on a completion
+    interrupted = make_training_run(store, tmp_path / "interrupted", hyperparameters=hyperparameters)
+    assert interrupted.run_attempt(stop_after=1) == "pause"
+    assert saved_steps(interrupted.spec) == [2]
+    assert interrupted.run_attempt(stop_after=5) == "pause"
+    assert saved_steps(interrupted.spec)[-1] == 6
+    resumed = interrupted.finish()
+    assert {
+        point.step: (point.values["loss"], point.values["grad_norm"]) for recorder in interrupted.recorders for point in recorder.points
+    } == {step: (values["loss"], values["grad_norm"]) for step, values in points.items()}
+    theirs = load_weights(resumed.folder)
+    assert all(tensor.equal(theirs[name]) for name, tensor in load_weights(model.folder).items())
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "batch_size", "num_generations", "num_prompts", "steps"),
+    [
+        (True, 8, 8, 100, 8),
+        (True, 8, 4, 100, 4),
+        (True, 4, 8, 100, 16),
+        (True, 12, 8, 100, 6),  # two forward passes have three prompts
+        (True, 8, 8, 5, 5),
+        (True, 64, 8, 100, 1),
+        (True, 32, 8, 3, 1),  # too few for a step, which the task rejects
+        (False, 8, 8, 100, 1),
+        (False, 4, 8, 100, 2),
+    ],
+)
+def test_prompts_per_step_suit_device_and_dataset(
+    store: Path, tmp_path: Path, on_gpu: bool, batch_size: int, num_generations: int, num_prompts: int, steps: int
+) -> None:
+    hyperparameters: dict[str, Any] = {"batch_size": batch_size, "num_generations": num_generations, "gradient_accumulation_steps": None}
+    hyperparameters |= {"max_completion_length": 6}
+    spec = make_spec(store, **make_grpo_job(), hyperparameters=hyperparameters)
+    config, record = spec.training_config, EventRecorder()
+    assert isinstance(config, GrpoConfig)
+    device_config = DeviceConfig(device=None, dtype=None, autocast=False, on_gpu=on_gpu, gradient_checkpointing=False)
+    context = make_context(spec, tmp_path, record)
+    unused: Any = None  # the choice reads neither tokenizer nor template
+    training = TrainingContext(config, context, tmp_path, {}, unused, unused, device_config, resume_checkpoint=None)
+    chosen = choose_gradient_accumulation(config, training, num_prompts).hyperparameters.gradient_accumulation_steps
+    assert (chosen, record.decisions["gradient_accumulation_steps"]) == (steps, str(steps))
+
+
+def test_resumed_run_keeps_the_chosen_rows_per_step(store: Path, tmp_path: Path) -> None:
+    """A GPU chose eight completions a step; a CPU, which would choose four, continues with eight."""
+    hyperparameters = {"batch_size": 4, "num_generations": 4, "gradient_accumulation_steps": 2, "max_steps": 2}
+    run = make_training_run(store, tmp_path, hyperparameters=hyperparameters)
+    assert run.run_attempt(stop_after=1) == "pause"
+    config = run.spec.training_config
+    chosen = config.hyperparameters.model_copy(update={"gradient_accumulation_steps": None})
+    run.spec = run.spec.model_copy(update={"training_config": config.model_copy(update={"hyperparameters": chosen})})
+    run.finish()
+    assert run.recorders[1].decisions["gradient_accumulation_steps"] == "2"
 
 
 def test_generation_batch_shrinks_with_training_batch(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
-from tests.jobs.matrix import FIRST_MARK, LAST_MARK, Cell, all_cells, build_tiny_bases, render_table, run_cell
+from tests.jobs.architectures import render_architectures
+from tests.jobs.matrix import ARCHITECTURE_MARKS, FIRST_MARK, LAST_MARK, Cell, all_cells, build_tiny_bases, render_table, run_cell
+from tests.tiny_models import ARCHITECTURES
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 
@@ -56,3 +58,13 @@ def test_documented_table_has_every_combination() -> None:
     ]
     assert all(row.split("|")[4].strip() == row.split("|")[5].strip() == "yes" for row in rows)
     assert render_table({}).splitlines()[0] in page
+
+
+def test_documented_table_has_every_architecture() -> None:
+    page = (DOCS / "training.md").read_text()
+    table = page.partition(ARCHITECTURE_MARKS[0])[2].partition(ARCHITECTURE_MARKS[1])[0]
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()]
+    assert header == [cell.strip() for cell in render_architectures({}).splitlines()[0].strip("|").split("|")]
+    assert [row[0] for row in rows] == [architecture.title for architecture in ARCHITECTURES.values()]
+    assert all(row[3:5] == ["yes", "yes"] and row[5].startswith("100%") and row[6].startswith("100%") for row in rows)
+    assert all((float(row[7].removesuffix(" σ")) > 1e-3) == (row[8] == "refused") for row in rows)

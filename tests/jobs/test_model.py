@@ -1,16 +1,14 @@
 """Loading and adapting the model: quantization, adapter configs, memory estimates, and rejected options."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jobs.llm.hardware import DeviceConfig, estimate_training_bytes
+from jobs.llm.hardware import DeviceConfig
 from jobs.llm.model import load_base
 from jobs.runtime.errors import JobFailed
-from schema.estimate.llm import ACTIVATION_BYTES
 from schema.training import TRAINING_CONFIG
 from tests.jobs.conftest import BASE, FinishedTraining
 
@@ -79,21 +77,6 @@ def test_frozen_head_is_not_copied_per_row(store: Path) -> None:
     vocab_size = model.config.vocab_size
     head_shapes = [shape for shape in shapes if vocab_size in shape]
     assert head_shapes == [(model.config.hidden_size, vocab_size)] * 2
-
-
-def test_memory_estimate_depends_on_trained_weights(tmp_path: Path) -> None:
-    vision = {"image_size": 896, "patch_size": 14, "hidden_size": 1152, "num_hidden_layers": 27}
-    text = {"hidden_size": 2560, "num_hidden_layers": 34, "vocab_size": 262_208}
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": text, "vision_config": vision}))
-    (tmp_path / "model.safetensors").write_bytes(bytes(1_000_000))
-
-    def needed_bytes(**config: Any) -> float:
-        return estimate_training_bytes(TRAINING_CONFIG.validate_python({"base_model_id": "g/m"} | config), tmp_path)
-
-    frozen_tower = {"modality": "vision", "hyperparameters": {"packing": False, "batch_size": 2}}
-    trained_tower = {"modality": "vision", "hyperparameters": {"packing": False, "batch_size": 2, "train_vision_tower": True}}
-    assert needed_bytes(**trained_tower) - needed_bytes(**frozen_tower) == 2 * 64 * 64 * 1152 * 27 * ACTIVATION_BYTES
-    assert needed_bytes(method="Full") - needed_bytes() == pytest.approx(500_000 * (16 - 2), rel=0.01)
 
 
 def test_unsloth_without_gpu_is_rejected(train: Train) -> None:

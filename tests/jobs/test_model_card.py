@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from infra.loopback.http_faults import HttpFaultProxy
 from infra.loopback.hub import LoopbackHub
 from jobs.llm.model_card import License, model_card, read_license, usage_snippets
-from schema.job import ArtifactFile, EvalMetrics, Gate, GateCheck
+from schema.job import ArtifactFile, EarlierModel, EvalMetrics, Gate, GateCheck
 from schema.provenance import (
     ArtifactRecord,
     BaseModelRecord,
@@ -239,3 +239,16 @@ def test_usage_code_of_the_card_runs(
     names: dict[str, Any] = {}
     exec(with_peft.text, names)
     assert [name for name, _ in names["model"].named_parameters() if "lora_" in name]
+
+
+def test_card_names_the_earlier_job_and_every_mixed_dataset() -> None:
+    first = make_record().dataset
+    mixed = tuple(first.model_copy(update={"name": name, "weight": weight}) for name, weight in (("docs", 0.7), ("chats", 0.3)))
+    earlier = EarlierModel(
+        job_id="job-0", trainer_type="sft", modality="text", kind="adapter", key="a/", digest="sha256:0", in_adapter=True
+    )
+    text = render_card(make_record(mixed_datasets=mixed, earlier_model=earlier)).text
+    assert "the model of job job-0 (sft)" in text
+    assert "docs (messages, weight 0.7)" in text
+    assert "chats (messages, weight 0.3)" in text
+    assert ", weight" not in render_card(make_record()).text

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from jobs.llm.oom import is_out_of_memory, reduce_batch_size
+from jobs.llm.memory_plan import MemoryPlan
+from jobs.llm.oom import is_out_of_memory, recover_from_oom
 from jobs.runtime.batch_config import BatchConfig
 from jobs.runtime.disk_full import is_disk_full
 from jobs.runtime.errors import JobFailed
@@ -170,19 +171,96 @@ def test_oom_with_single_row_fails_with_hint(
         run.finish()
     failure = failed.value.failure
     assert (failure.code, reduced_batch_sizes(run)) == ("out_of_memory", tried)
-    assert "in step 1 with batch_size 1" in failure.message
+    assert "in step 1 with batch_size 1 and gradient_checkpointing" in failure.message
+    assert checkpointing_decisions(run)[-1] == ("true", "out of memory in step 1 with batch_size 1 and without it")
     assert "max_seq_length" in failure.hint
     assert "LoRA" in failure.hint
     assert "hardware" in failure.hint
 
 
-def test_oom_retries_stop_after_four() -> None:
-    batch_config = BatchConfig(64, 1)
-    for oom_retries in range(4):
-        batch_config = reduce_batch_size(batch_config, 1, oom_retries)
-    assert batch_config == BatchConfig(4, 16)
+def checkpointing_decisions(training_run: TrainingRun) -> list[tuple[str, str]]:
+    """The decisions about gradient checkpointing, with their reasons."""
+    decisions = [event for recorder in training_run.recorders for event in recorder.events if isinstance(event, DecisionMade)]
+    return [(event.value, event.reason) for event in decisions if event.setting == "gradient_checkpointing"]
+
+
+@dataclass
+class LimitedActivations:
+    """Memory for a training step only if activations are recomputed."""
+
+    recomputes: bool = False  # the current model has done so
+    failures: int = 0
+
+
+@pytest.fixture
+def limited_activations(monkeypatch: pytest.MonkeyPatch) -> LimitedActivations:
+    import torch
+    import transformers.modeling_utils
+
+    memory = LimitedActivations()
+    checkpoint, log_softmax = transformers.modeling_utils.checkpoint, torch.log_softmax  # the latter computes the loss in training
+
+    def run_checkpointed(*arguments: Any, **options: Any) -> Any:
+        memory.recomputes = True
+        return checkpoint(*arguments, **options)
+
+    def compute_loss(*arguments: Any, **options: Any) -> Any:
+        if not memory.recomputes:
+            memory.failures += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return log_softmax(*arguments, **options)
+
+    monkeypatch.setattr(transformers.modeling_utils, "checkpoint", run_checkpointed)
+    monkeypatch.setattr(torch, "log_softmax", compute_loss)
+    return memory
+
+
+def test_oom_with_single_row_turns_gradient_checkpointing_on(
+    reference: TrainingRun, spec: Callable[..., JobSpec], limited_activations: LimitedActivations, tmp_path: Path
+) -> None:
+    run = TrainingRun(spec(batch_size=2, gradient_accumulation_steps=8), tmp_path)
+    model = run.finish()
+    assert (reduced_batch_sizes(run), limited_activations.failures) == (["1"], 2)
+    assert [value for value, _ in checkpointing_decisions(run)] == ["false", "true"]
+    assert checkpointing_decisions(run)[-1][1] == "out of memory in step 1 with batch_size 1 and without it"
+    assert max(abs(loss - losses(reference)[step]) for step, loss in losses(run).items()) < 1e-5
+    assert load_weights(model.folder).keys()
+    details = load_saved_checkpoints(run.spec)[-1].details
+    assert details == {"batch_size": 1, "gradient_accumulation_steps": 16, "gradient_checkpointing": True}
+
+
+def test_next_attempt_keeps_gradient_checkpointing_on_and_continues_exactly(
+    spec: Callable[..., JobSpec], limited_activations: LimitedActivations, tmp_path: Path
+) -> None:
+    options = {"batch_size": 1, "gradient_accumulation_steps": 16}
+    whole, interrupted = TrainingRun(spec(**options), tmp_path / "whole"), TrainingRun(spec(**options), tmp_path / "interrupted")
+    uninterrupted_model = whole.finish()
+    limited_activations.recomputes = False
+    assert interrupted.run_attempt(stop_after=2) == "pause"
+    limited_activations.recomputes = False
+    resumed_model = interrupted.finish()
+    assert limited_activations.failures == 2  # one in each job, none in the second attempt
+    weights, resumed = load_weights(uninterrupted_model.folder), load_weights(resumed_model.folder)
+    assert all(bool((weights[name] == resumed[name]).all()) for name in weights)
+
+
+def test_gradient_checkpointing_that_the_request_forbids_stays_off(
+    spec: Callable[..., JobSpec], limited_activations: LimitedActivations, tmp_path: Path
+) -> None:
+    run = TrainingRun(spec(batch_size=1, gradient_checkpointing=False), tmp_path)
     with pytest.raises(JobFailed) as failed:
-        reduce_batch_size(batch_config, 7, 4)
+        run.finish()
+    assert limited_activations.failures == 1
+    assert "gradient_checkpointing, which the request sets to false" in failed.value.failure.hint
+
+
+def test_oom_retries_stop_after_four() -> None:
+    plan = MemoryPlan(BatchConfig(64, 1), gradient_checkpointing=True)
+    for oom_retries in range(4):
+        plan = recover_from_oom(plan, 1, oom_retries, may_recompute=True)
+    assert plan.batch_config == BatchConfig(4, 16)
+    with pytest.raises(JobFailed) as failed:
+        recover_from_oom(plan, 7, 4, may_recompute=True)
     assert "step 7 with batch_size 4" in failed.value.failure.message
     assert "batch_size 2 and gradient_accumulation_steps 32" in failed.value.failure.hint
 

@@ -140,6 +140,9 @@ def test_training_learns_preferences(uninterrupted: UninterruptedRun) -> None:
     assert losses[-1] < losses[0]
     assert (after.eval_loss or 0) < (before.eval_loss or 0)
     assert (after.values[uninterrupted.case.improved_metric] or 0) > (before.values[uninterrupted.case.improved_metric] or 0) + 0.2
+    for metrics in (before, after):  # the first counts the ends of turn too
+        assert (metrics.perplexity is not None) == (metrics.content_perplexity is not None) == (uninterrupted.case.trainer_type != "reward")
+        assert metrics.perplexity is None or metrics.perplexity != metrics.content_perplexity
     if uninterrupted.case.trainer_type != "kto":
         assert (after.values["rewards/accuracies"] or 0) >= 0.8
     assert (after.eval_rows, uninterrupted.model.train_rows) == (5, 11)
@@ -296,7 +299,7 @@ def test_answers_are_tokenized_as_in_sft(tokenizer: Any) -> None:
         iter([{"prompt": texts["prompt"], "completion": texts["chosen"]}]), "prompt_completion", make_row_tokenizer(tokenizer), 128
     ).rows
     assert pair.chosen == chosen
-    assert pair.rejected.labels[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(pair.rejected.labels[-2:]) == "<end_of_turn>\n"
 
 
 def test_equal_or_fully_truncated_pairs_are_dropped(tokenizer: Any) -> None:

@@ -113,6 +113,32 @@ HYPERPARAMETER_CASES = {
             learning_rates(changed)[0] == learning_rates(baseline)[0] and learning_rates(changed)[1] > learning_rates(baseline)[1]
         ),
     ),
+    "lr_scheduler_kwargs": HyperparameterCase(
+        {"num_cycles": 1.5},
+        lambda baseline, changed: learning_rates(changed)[0] == learning_rates(baseline)[0] != learning_rates(changed)[1],
+        {"lr_scheduler_type": "cosine"},
+    ),
+    "optim": HyperparameterCase(
+        "sgd", lambda baseline, changed: "betas" in optimizer_settings(baseline) and "momentum" in optimizer_settings(changed)
+    ),
+    "adam_beta1": HyperparameterCase(
+        0.5,
+        lambda baseline, changed: (
+            (optimizer_settings(baseline)["betas"], optimizer_settings(changed)["betas"]) == ((0.9, 0.999), (0.5, 0.999))
+        ),
+    ),
+    "adam_beta2": HyperparameterCase(
+        0.95, lambda baseline, changed: optimizer_settings(changed)["betas"] == (0.9, 0.95) and distance(baseline, changed) > 1e-7
+    ),
+    "adam_epsilon": HyperparameterCase(
+        1.0, lambda baseline, changed: optimizer_settings(changed)["eps"] == 1.0 and max_lora_b(changed) < 0.9 * max_lora_b(baseline)
+    ),
+    "neftune_noise_alpha": HyperparameterCase(
+        20.0, lambda baseline, changed: losses(baseline)[0] != losses(changed)[0] and distance(baseline, changed) > 1e-6
+    ),
+    "lora_init": HyperparameterCase(
+        "gaussian", lambda baseline, changed: losses(baseline)[0] == losses(changed)[0] and distance(baseline, changed) > 1e-3
+    ),  # all others: tests/jobs/test_lora_init.py
     "warmup_ratio": HyperparameterCase(
         0.5,
         lambda baseline, changed: (
@@ -173,6 +199,16 @@ HYPERPARAMETER_CASES = {
 TESTED_ELSEWHERE = {"use_fa2", "torch_compile", "dataloader_num_workers"}
 
 
+def optimizer_settings(trained: FinishedTraining) -> dict[str, Any]:
+    """The settings of the first group of weights in the optimizer of the last checkpoint."""
+    import torch
+
+    spec, step = trained.context.spec, trained.checkpoints[-1]
+    folder = Path(spec.stores.models.removeprefix("file://"), spec.checkpoints_prefix, "attempt-1")
+    [path] = folder.glob(f"step-*{step}/optimizer.pt")
+    return torch.load(path, weights_only=True)["param_groups"][0]
+
+
 @pytest.fixture(scope="module")
 def baseline(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., FinishedTraining]:
     """Trains the baseline with the required hyperparameters of a case, each combination at most once."""
@@ -219,17 +255,23 @@ def test_unavailable_flash_attention_is_rejected(train: Train) -> None:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "fractions"),
+    ("schedule", "parameters", "fractions"),
     [  # fractions of the peak in four steps, two of them warmup
-        ("linear", [0, 1 / 2, 1, 1 / 2]),
-        ("cosine", [0, 1 / 2, 1, (1 + math.cos(math.pi / 2)) / 2]),
-        ("constant", [1, 1, 1, 1]),
-        ("constant_with_warmup", [0, 1 / 2, 1, 1]),
-        ("inverse_sqrt", [0, 1 / 2, 1, math.sqrt(2 / 3)]),
+        ("linear", {}, [0, 1 / 2, 1, 1 / 2]),
+        ("cosine", {}, [0, 1 / 2, 1, (1 + math.cos(math.pi / 2)) / 2]),
+        ("cosine_with_min_lr", {"min_lr_rate": 0.1}, [0, 1 / 2, 1, 0.55]),
+        ("cosine_with_min_lr", {"min_lr": 3e-4}, [0, 1 / 2, 1, 0.55]),
+        ("cosine_with_restarts", {"num_cycles": 2}, [0, 1 / 2, 1, 1]),
+        ("polynomial", {"power": 2, "lr_end": 0}, [0, 1 / 2, 1, 1 / 4]),
+        ("constant", {}, [1, 1, 1, 1]),
+        ("constant_with_warmup", {}, [0, 1 / 2, 1, 1]),
+        ("inverse_sqrt", {}, [0, 1 / 2, 1, math.sqrt(2 / 3)]),
+        ("inverse_sqrt", {"timescale": 1}, [0, 1 / 2, 1, math.sqrt(1 / 2)]),
+        ("warmup_stable_decay", {"num_decay_steps": 2}, [0, 1 / 2, 1, 1 / 2]),
     ],
 )
-def test_schedule_matches_its_name(train: Train, schedule: str, fractions: list[float]) -> None:
-    trained = train(learning_rate=3e-3, lr_scheduler_type=schedule, warmup_ratio=0.5, max_steps=4)
+def test_schedule_matches_its_name(train: Train, schedule: str, parameters: dict[str, float], fractions: list[float]) -> None:
+    trained = train(learning_rate=3e-3, lr_scheduler_type=schedule, lr_scheduler_kwargs=parameters, warmup_ratio=0.5, max_steps=4)
     assert learning_rates(trained) == pytest.approx([3e-3 * fraction for fraction in fractions])
 
 
@@ -479,7 +521,14 @@ def test_nan_eval_loss_is_null_with_reason(store: Path, base: Path, tokenizer: A
 def test_decisions_are_logged_with_reasons(train: Train) -> None:
     trained = train(max_steps=1)
     decisions = [event for event in trained.record.events if isinstance(event, DecisionMade)]
-    chosen_by_trainer = {"gradient_checkpointing", "dataloader_num_workers", "torch_compile", "learning_rate", "parallelism"}
+    chosen_by_trainer = {
+        "gradient_checkpointing",
+        "training_memory",
+        "dataloader_num_workers",
+        "torch_compile",
+        "learning_rate",
+        "parallelism",
+    }
     assert {event.setting for event in decisions} == {"base_model", "chat_template", "device", "dtype"} | chosen_by_trainer
     assert all(event.value and event.reason for event in decisions)
     assert train("full", spec={"method": "Full"}, max_steps=1).record.decisions["dtype"] == "float32"
@@ -488,18 +537,20 @@ def test_decisions_are_logged_with_reasons(train: Train) -> None:
 def test_device_config_follows_hyperparameters(store: Path, tmp_path: Path) -> None:
     from jobs.llm.training_context import prepare_training
 
-    spec = make_spec(store, hyperparameters={"dataloader_num_workers": 3, "torch_compile": True, "gradient_checkpointing": True})
+    spec = make_spec(store, hyperparameters={"dataloader_num_workers": 3})
     training = prepare_training(spec.training_config, make_context(spec, tmp_path))
-    assert (training.device_config.dataloader_num_workers, training.device_config.gradient_checkpointing) == (3, True)
+    assert training.device_config.dataloader_num_workers == 3
 
 
 def test_unsupported_option_is_replaced_with_warning(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from jobs.llm.hardware import choose_torch_compile
+    from jobs.llm.memory_planner import get_training_shape, read_base_shape
     from jobs.llm.training_context import prepare_training
 
     monkeypatch.setenv("PATH", "")  # hides the C compiler
     spec, record = make_spec(store, hyperparameters={"torch_compile": True}), EventRecorder()
     context = make_context(spec, tmp_path, record)
     training = prepare_training(spec.training_config, context)
-    assert not choose_torch_compile(spec.training_config, context, training.device_config, training.base_folder, 10)
+    shapes = read_base_shape(training.base_folder), get_training_shape(training)
+    assert not choose_torch_compile(spec.training_config, context, training.device_config, *shapes, 10)
     assert "C compiler" in record.warnings["torch_compile_skipped"]

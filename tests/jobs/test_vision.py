@@ -359,6 +359,7 @@ def test_model_learns_to_name_colors(trained_on_squares: FinishedTraining) -> No
     assert after is not None
     assert (before.values["exact_match"], after.values["exact_match"]) == (0.0, 1.0)
     assert (after.perplexity or math.inf) < (before.perplexity or 0.0) / 10
+    assert (after.content_perplexity or math.inf) < (before.content_perplexity or 0.0) / 10
     assert after.eval_rows == 8
 
 

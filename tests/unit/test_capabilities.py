@@ -390,6 +390,7 @@ GPU = make_profile("gpu", device="cuda", device_name="NVIDIA L4", compute_capabi
         ({"export_config": {"include_lora_gguf": True}}, "export_config.include_lora_gguf", "llama.cpp"),
         ({"eval_config": {"lm_eval_tasks": ["arc_easy"]}}, "eval_config.lm_eval_tasks", "lm_eval"),
         ({"hyperparameters": {"use_fa2": True}}, "hyperparameters.use_fa2", "Ampere"),
+        ({"hyperparameters": {"optim": "paged_adamw_8bit"}}, "hyperparameters.optim", "adamw_torch"),
     ],
 )
 def test_missing_trainer_capability_is_rejected_with_reason(changes: dict[str, Any], param: str, note: str) -> None:
@@ -408,6 +409,20 @@ def test_installed_package_that_needs_a_gpu_is_refused_without_one(changes: dict
     if "hyperparameters" in changes:
         with pytest.raises(Unsupported):
             check_environment(make_config(**changes), make_manifest(COMPLETE), old_gpu)
+
+
+def test_training_that_cannot_fit_into_the_memory_is_refused_with_what_would_fit() -> None:
+    l4 = replace(GPU, gpus=1, gpu_memory_bytes=24 << 30)
+    large = {"base_model_id": "google/gemma-3-27b-it"}
+    with pytest.raises(
+        Unsupported, match=r"method LoRA needs at least \d+ GB, and a GPU of gpu has 26 GB; method QLoRA would fit"
+    ) as excinfo:
+        check_environment(make_config(**large), make_manifest(COMPLETE), l4)
+    assert excinfo.value.param == "training_config.method"
+    check_environment(make_config(**large, method="QLoRA"), make_manifest(COMPLETE), l4)
+    check_environment(make_config(**large), make_manifest(COMPLETE), replace(l4, gpus=8))  # sharded
+    check_environment(make_config(base_model_id="someone/unknown-900b"), make_manifest(COMPLETE), l4)
+    check_environment(make_config(**large), make_manifest(COMPLETE), replace(l4, gpu_memory_bytes=None))
 
 
 def test_trainer_type_without_its_environment_is_rejected() -> None:

@@ -8,7 +8,7 @@ from schema.requests import ResumeRequest, RetryRequest
 from schema.spec import JobSpec, attempt_name, spec_key
 from service.core.errors import InvalidRequest, Unavailable
 from service.core.jobs.checkpoints import list_checkpoints
-from tests.factories import make_dataset
+from tests.factories import make_dataset, make_grpo_config
 from tests.unit.jobs_harness import PRINCIPAL, JobsHarness, make_batch
 
 
@@ -60,6 +60,19 @@ def test_resume_allows_extension_and_rejects_immutable_fields(harness: JobsHarne
     assert resumed.training_config.hyperparameters.epochs == 9
     harness.reconcile()
     assert JobSpec.load(harness.objects.read(spec_key(job.job_id))).training_config.hyperparameters.epochs == 9
+
+
+def test_extension_keeps_the_rules_between_length_and_other_fields(harness: JobsHarness) -> None:
+    job = harness.submit()
+    hyperparameters = {"num_iterations": 2, "max_steps": 4, "max_completion_length": 64}
+    config = make_grpo_config(hyperparameters=hyperparameters)
+    harness.store.replace_job(job.model_copy(update={"training_config": config}))
+    harness.jobs.control.pause(PRINCIPAL, job.job_id)
+    with pytest.raises(InvalidRequest, match="not a multiple of num_iterations") as excinfo:
+        harness.jobs.control.resume(PRINCIPAL, job.job_id, ResumeRequest.model_validate({"max_steps": 5}))
+    assert excinfo.value.param == "max_steps"
+    resumed = harness.jobs.control.resume(PRINCIPAL, job.job_id, ResumeRequest.model_validate({"max_steps": 6}))
+    assert resumed.training_config.hyperparameters.max_steps == 6
 
 
 def test_retry_requires_secrets_again(harness: JobsHarness) -> None:

@@ -215,7 +215,9 @@ def test_api_page_lists_defaults_per_trainer_type() -> None:
     assert [float(cell) for cell in rows["`learning_rate`, LoRA and QLoRA"]] == [rate["LoRA"] for rate in rates]
     assert [float(cell) for cell in rows["`learning_rate`, Full"]] == [rate["Full"] for rate in rates]
     assert all(rate["LoRA"] == rate["QLoRA"] for rate in rates)
-    batches = [f"{hyperparameters.batch_size} × {hyperparameters.gradient_accumulation_steps}" for hyperparameters in defaults.values()]
+    batches = [
+        f"{hyperparameters.batch_size} × {hyperparameters.gradient_accumulation_steps or 'chosen'}" for hyperparameters in defaults.values()
+    ]
     assert rows["`batch_size` × `gradient_accumulation_steps`"] == batches
     assert [int(cell) for cell in rows["`epochs`"]] == [hyperparameters.epochs for hyperparameters in defaults.values()]
     own = [

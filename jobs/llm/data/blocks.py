@@ -42,6 +42,14 @@ class RowBlocks(Sequence[Block]):
         return [self.rows[int(n)] for n in self.order[start : int(self.ends[position])]]
 
 
+def count_block_tokens(blocks: RowBlocks) -> list[int]:
+    """The number of tokens of each block."""
+    import numpy as np
+
+    sums = np.concatenate([[0], np.cumsum(count_lengths(blocks.rows)[blocks.order])])
+    return np.diff(sums[np.concatenate([[0], blocks.ends])]).tolist()
+
+
 def make_single_blocks(rows: Sequence[TokenizedExample]) -> RowBlocks:
     """Every row as its own block, in order."""
     import numpy as np

@@ -71,12 +71,12 @@ def load_or_tokenize_unpaired(
 
 
 def _load_or_render(training: "TrainingContext", layout: Layout, dataset_type: DatasetType, min_bytes: int) -> dict[str, RenderedSplit]:
-    dataset, context = training.context.spec.dataset, training.context
+    dataset, context = training.dataset, training.context
     store = context.stores.datasets
     settings = RenderSettings(layout, dataset_type, training.config.hyperparameters.max_seq_length, training.row_tokenizer)
     splits: dict[str, RenderedSplit] = {}
     for name, path in training.splits.items():
-        split, folder = dataset.splits[name], context.workdir / "data" / "tokens" / layout / name
+        split, folder = dataset.splits[name], context.workdir / "data" / "tokens" / layout / dataset.processed_dataset_id / name
         folder.mkdir(parents=True, exist_ok=True)
         use_cache = split.size_bytes >= min_bytes
         key = _cache_key(split.key, split.sha256, settings)

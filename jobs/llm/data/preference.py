@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.llm.data.tokenize import Message, RowTokenizer, TokenizedExample
+from jobs.llm.data.tokenize import RowTokenizer, TokenizedExample
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def tokenize_pairs(rows: Iterable[dict[str, Any]], row_tokenizer: RowTokenizer, 
     kept: list[PreferencePair] = []
     truncated = dropped = 0
     for row in rows:
-        answers = [_tokenize_answer(row["prompt"], row[name], row_tokenizer) for name in ("chosen", "rejected")]
+        answers = [row_tokenizer.tokenize({**row, "completion": row[name]}, "prompt_completion") for name in ("chosen", "rejected")]
         truncated += any(len(answer.input_ids) > max_length for answer in answers)
         chosen, rejected = (answer.truncate(max_length) for answer in answers)
         if chosen.has_labels and rejected.has_labels and chosen.input_ids != rejected.input_ids:
@@ -65,7 +65,7 @@ def tokenize_unpaired(rows: Iterable[dict[str, Any]], row_tokenizer: RowTokenize
     kept: list[UnpairedExample] = []
     truncated = dropped = 0
     for row in rows:
-        answer = _tokenize_answer(row["prompt"], row["completion"], row_tokenizer)
+        answer = row_tokenizer.tokenize(row, "prompt_completion")
         truncated += len(answer.input_ids) > max_length
         answer = answer.truncate(max_length)
         if answer.has_labels:
@@ -80,7 +80,3 @@ def split_pairs(pairs: TokenizedPreferenceSplit) -> TokenizedUnpairedSplit:
     chosen = [UnpairedExample(pair.chosen, True) for pair in pairs.rows]
     rejected = [UnpairedExample(pair.rejected, False) for pair in pairs.rows]
     return TokenizedUnpairedSplit(chosen + rejected, pairs.truncated, pairs.dropped)
-
-
-def _tokenize_answer(prompt: str | list[Message], completion: str | list[Message], row_tokenizer: RowTokenizer) -> TokenizedExample:
-    return row_tokenizer.tokenize({"prompt": prompt, "completion": completion}, "prompt_completion")

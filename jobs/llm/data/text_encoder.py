@@ -8,6 +8,7 @@ only under private names: the template's tokens get these names, and the hidden 
 length, so offsets are those of the text.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,7 +65,7 @@ class TextEncoder:
             return self._encode_with_private_names(text, borders)
         encoding = self._backend.encode(text, add_special_tokens=False)
         offsets: Offsets = encoding.offsets
-        if any(start < border < end for border in borders for start, end in offsets):
+        if any(_is_crossed(offsets, border) for border in borders):
             return self._encode_with_private_names(text, borders)
         return encoding.ids, offsets
 
@@ -168,3 +169,9 @@ class TextEncoder:
             ids.append(known)
             offsets.append((start - passed, end - passed))
         return ids, offsets
+
+
+def _is_crossed(offsets: Offsets, border: int) -> bool:
+    """Whether a token starts before the border and ends after it."""
+    after = bisect_left(offsets, (border,))
+    return after > 0 and offsets[after - 1][1] > border

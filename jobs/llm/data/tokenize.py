@@ -7,6 +7,7 @@ text               labels on the whole text and the EOS token
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -40,6 +41,11 @@ class TokenizedExample:
     def has_labels(self) -> bool:
         """Whether there is something to learn. The first token does not count: no token predicts it."""
         return any(label != IGNORE_INDEX for label in self.labels[1:])
+
+    @property
+    def label_count(self) -> int:
+        """The number of tokens to learn."""
+        return sum(label != IGNORE_INDEX for label in self.labels)
 
     def truncate(self, length: int) -> "TokenizedExample":
         """The row cut to at most `length` tokens."""
@@ -269,13 +275,9 @@ def _merge(spans: list[Span]) -> list[Span]:
 def _label(ids: list[int], offsets: Offsets, spans: list[Span]) -> list[int]:
     """The tokens that start inside a span, else IGNORE_INDEX."""
     labels = [IGNORE_INDEX] * len(ids)
-    position = 0
     for start, end in spans:
-        while position < len(ids) and offsets[position][0] < start:
-            position += 1
-        while position < len(ids) and offsets[position][0] < end:
-            labels[position] = ids[position]
-            position += 1
+        first, after = bisect_left(offsets, (start,)), bisect_left(offsets, (end,))
+        labels[first:after] = ids[first:after]
     return labels
 
 

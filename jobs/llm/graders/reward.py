@@ -117,7 +117,7 @@ def to_text(messages: TextOrMessages) -> str:
 
 def get_message_text(message: dict[str, Any]) -> str:
     """The text of a message, whose content may be a list of parts."""
-    content = message["content"]
+    content = message.get("content") or ""  # null beside calls of tools
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 

@@ -6,18 +6,20 @@
     3. held-out prompts are completed greedily and graded, which gives the reward that a user would see
 
 If a grader fails on some completions of a group, these are not compared with the others: see `mask_incomparable`. All completions of an
-optimizer step are generated at its beginning, one batch at a time, so that no generated completion has to be in a checkpoint. With
-several processes each generates its share, and rank 0 grades all completions.
+optimizer step, or of `num_iterations` of them, are generated at its beginning, one batch at a time. A training is saved, evaluated and
+stopped only before the next ones are generated, so that no completion has to be in a checkpoint. With several processes each generates
+its share, and rank 0 grades all completions.
 """
 
 import math
 import time
 from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.llm.data.mixing import MixedRows, load_mixed
 from jobs.llm.data.prompts import PromptRow
 from jobs.llm.data.splits import require_examples, untrained_special_tokens, warn_truncation
 from jobs.llm.data.tokenize import TokenizedExample, read_rows
@@ -31,15 +33,20 @@ from jobs.llm.preference import cast_adapter_to_fp32, index_dataset, validate_da
 from jobs.llm.trained_model import TrainedModel
 from jobs.llm.training_context import LossReduction, TrainingContext, prepare_training
 from jobs.llm.training_loop import run_training
+from jobs.runtime.batch_config import BatchConfig
 from jobs.runtime.errors import JobFailed
+from jobs.runtime.save_policy import TrainingControlState
 from jobs.runtime.training_control import TrainingControl
 from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
+from schema.estimate.llm_memory import LongestRows, find_longest_rows
 from schema.events import SamplesGenerated
 from schema.job import EvalMetrics
 from schema.training import GrpoConfig
 
 if TYPE_CHECKING:
     from jobs.runtime.context import JobContext
+
+PROMPTS_PER_STEP_ON_GPU = 8  # 64 completions with the default num_generations
 
 
 def train(config: GrpoConfig, context: "JobContext") -> TrainedModel:
@@ -48,9 +55,14 @@ def train(config: GrpoConfig, context: "JobContext") -> TrainedModel:
     training = prepare_training(config, context)
     graders = build_graders(config, context)
     try:
-        train_prompts = _load_prompts(training, config, TRAIN_SPLIT)
-        held_out = _load_prompts(training, config, EVAL_SPLIT) if EVAL_SPLIT in training.splits else []
+        prompts = load_mixed(
+            training, lambda source: {name: MixedRows(_load_prompts(source, config, name), 0, 0) for name in source.splits}
+        )
+        train_prompts = list(prompts[TRAIN_SPLIT].rows)
+        held_out = list(prompts[EVAL_SPLIT].rows) if EVAL_SPLIT in prompts else []
         require_examples(training, len(train_prompts), len(held_out))
+        config = choose_gradient_accumulation(config, training, len(train_prompts))
+        training = replace(training, config=config)
         task = GrpoTask(
             training,
             config,
@@ -68,14 +80,39 @@ def train(config: GrpoConfig, context: "JobContext") -> TrainedModel:
         close_graders(graders)
 
 
+def choose_gradient_accumulation(config: GrpoConfig, training: TrainingContext, num_prompts: int) -> GrpoConfig:
+    """The config with `gradient_accumulation_steps`: the requested ones, those of the checkpoint, or what suits the device.
+
+    Advantages of few prompts are noise: on a GPU a step has 8 prompts if the dataset has as many. Logs the decision.
+    """
+    hyperparameters, context = config.hyperparameters, training.context
+    if hyperparameters.gradient_accumulation_steps is not None:
+        return config
+    fewest = hyperparameters.num_generations // math.gcd(hyperparameters.batch_size, hyperparameters.num_generations)
+    prompts = fewest * hyperparameters.batch_size // hyperparameters.num_generations  # that fill the fewest forward passes
+    steps, reason = fewest, "on a CPU a step has as few prompts as possible"
+    if training.resume_checkpoint is not None:
+        saved = BatchConfig.from_details(TrainingControlState.read(training.resume_checkpoint.folder).details)
+        steps, reason = saved.effective_batch_size // hyperparameters.batch_size, "the checkpoint was trained with as many rows a step"
+    elif training.device_config.on_gpu:
+        steps = fewest * max(1, min(math.ceil(PROMPTS_PER_STEP_ON_GPU / prompts), num_prompts // prompts))
+        count = steps * hyperparameters.batch_size // hyperparameters.num_generations
+        reason = f"a step has {count} prompts, each with num_generations completions"
+    context.log_decision("gradient_accumulation_steps", str(steps), reason)
+    chosen = hyperparameters.model_copy(update={"gradient_accumulation_steps": steps})
+    return config.model_copy(update={"hyperparameters": chosen})
+
+
 def _load_prompts(training: TrainingContext, config: GrpoConfig, split: str) -> list[PromptRow]:
     """The rows of a split whose prompts leave room for a completion. Every row has every column of the split."""
     max_prompt_tokens = config.hyperparameters.max_seq_length - config.hyperparameters.max_completion_length
-    dataset_type = training.context.spec.dataset.dataset_type
+    dataset_type = training.dataset.dataset_type
     stored = list(read_rows(training.splits[split]))
     column_names = sorted({name for row in stored for name in row} - {"prompt"})
     rows: list[PromptRow] = []
     for row in stored:
+        if row.get("tools"):
+            raise JobFailed("invalid_data", "grpo does not offer tools to the model, and a row has tools", "remove tools from the rows")
         columns = {name: row.get(name) for name in column_names}
         tokens = training.row_tokenizer.tokenize_prompt(row["prompt"])
         if dataset_type == "prompt_completion":
@@ -102,8 +139,10 @@ class GrpoTask:
 
     @property
     def examples_per_epoch(self) -> int:
-        """Completions per epoch. Prompts that do not fill a step are left for another epoch, which has another order."""
-        return len(self.train_prompts) // self._prompts_per_step * self._completions_per_step
+        """Completions per epoch, each as often as it is trained on. Prompts that do not fill a step are left for another epoch, which
+        has another order."""
+        steps = len(self.train_prompts) // self._prompts_per_step * self.config.hyperparameters.num_iterations
+        return steps * self._completions_per_step
 
     def require_full_step(self) -> None:
         """Raises JobFailed if there are fewer prompts than an optimizer step takes."""
@@ -114,7 +153,7 @@ class GrpoTask:
     @property
     def _completions_per_step(self) -> int:
         hyperparameters = self.config.hyperparameters
-        return hyperparameters.batch_size * hyperparameters.gradient_accumulation_steps
+        return hyperparameters.batch_size * hyperparameters.accumulation_steps
 
     @property
     def _prompts_per_step(self) -> int:
@@ -126,6 +165,10 @@ class GrpoTask:
         completions = self.held_out_completions or [""] * len(self.held_out)
         tokenizer = self.training.tokenizer
         return [row.tokens_with_completion(completion, tokenizer) for row, completion in zip(self.held_out, completions, strict=True)]
+
+    def find_longest_rows(self, count: int) -> LongestRows:
+        completion = self.config.hyperparameters.max_completion_length
+        return find_longest_rows(((len(row.prompt_ids) + completion, completion) for row in self.train_prompts), count)
 
     @property
     def has_held_out_rows(self) -> bool:
@@ -159,6 +202,7 @@ class GrpoTask:
         from datasets import Dataset
         from trl import GRPOConfig, GRPOTrainer
 
+        control.steps_between_saves = self.config.hyperparameters.num_iterations
         task, training = self, self.training
 
         class PretokenizedGrpoTrainer(GrpoTrainerMixin, GRPOTrainer):
@@ -192,7 +236,10 @@ class GrpoTask:
             "gradient_checkpointing": None,  # TRL's default would be added to activation_checkpointing, which decides it
             "num_generations": hyperparameters.num_generations,
             "num_generations_eval": 1,
-            "steps_per_generation": arguments["gradient_accumulation_steps"],  # no completion outlives its optimizer step
+            "steps_per_generation": arguments["gradient_accumulation_steps"],
+            "num_iterations": hyperparameters.num_iterations,
+            "epsilon": hyperparameters.epsilon,
+            "epsilon_high": hyperparameters.epsilon_high,  # None: epsilon
             "max_completion_length": hyperparameters.max_completion_length,
             "temperature": hyperparameters.temperature,
             "top_p": hyperparameters.top_p,

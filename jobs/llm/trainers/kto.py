@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.llm.data.cache import load_or_tokenize_unpaired
+from jobs.llm.data.mixing import load_mixed
 from jobs.llm.data.preference import UnpairedExample
 from jobs.llm.data.splits import check_splits, untrained_special_tokens
 from jobs.llm.data.tokenize import TokenizedExample
@@ -39,6 +40,7 @@ from jobs.llm.training_context import LossReduction, TrainingContext, prepare_tr
 from jobs.llm.training_loop import run_training
 from jobs.llm.turn_ends import get_turn_ends
 from jobs.runtime.training_control import TrainingControl
+from schema.estimate.llm_memory import LongestRows, find_longest_rows
 from schema.job import EvalMetrics
 from schema.training import KtoConfig
 
@@ -54,7 +56,7 @@ def train(config: KtoConfig, context: "JobContext") -> TrainedModel:
     """Train as configured, or resume an earlier attempt. Raises JobFailed and Stopped."""
     validate_dataset_type(config, context)
     training = prepare_training(config, context)
-    splits = load_or_tokenize_unpaired(training, context.spec.dataset.dataset_type)
+    splits = load_mixed(training, lambda source: load_or_tokenize_unpaired(source, source.dataset.dataset_type))
     train_rows, held_out = check_splits(training, splits)
     good_count = sum(row.is_good for row in train_rows)
     hyperparameters = config.hyperparameters
@@ -98,6 +100,9 @@ class KtoTask:
     def held_out_examples(self) -> Sequence[TokenizedExample]:
         """The good held-out rows."""
         return [row.example.row for row in self.held_out if row.example.is_good]
+
+    def find_longest_rows(self, count: int) -> LongestRows:
+        return find_longest_rows(((len(row.example.row.input_ids), row.example.row.label_count) for row in self.rows), count)
 
     @property
     def has_held_out_rows(self) -> bool:

@@ -7,27 +7,32 @@
 `vision.py` trains on rows with images.
 """
 
-from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from heapq import nlargest
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.llm.data.blocks import make_single_blocks, pack_rows
+from jobs.llm.data.blocks import RowBlocks, count_block_tokens, make_single_blocks, pack_rows
 from jobs.llm.data.cache import load_or_tokenize_split
+from jobs.llm.data.mixing import load_mixed
 from jobs.llm.data.splits import check_splits, untrained_special_tokens
 from jobs.llm.data.tokenize import TokenizedExample
 from jobs.llm.loss import ChunkedLmHeadLoss, collate, evaluate_likelihood
 from jobs.llm.model import add_adapter, load_base, lora_config
-from jobs.llm.packing import require_packable, require_separate_rows
+from jobs.llm.packing import MEASURED_MODEL_TYPES, find_packing_problem, require_packable, require_separate_rows
 from jobs.llm.trained_model import TrainedModel
 from jobs.llm.training_context import LossReduction, TrainingContext, prepare_training
 from jobs.llm.training_loop import run_training
 from jobs.llm.turn_ends import get_turn_ends
 from jobs.runtime.training_control import TrainingControl
+from schema.estimate.llm_memory import LongestRows, find_longest_rows
 from schema.job import EvalMetrics
 from schema.training import SftConfig
+from schema.training.llm_hyperparameters import SftHyperparameters
 
 if TYPE_CHECKING:
     from jobs.runtime.context import JobContext
@@ -42,12 +47,30 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
     training = prepare_training(config, context)
     if config.hyperparameters.packing:
         require_packable(training.base_folder, config.base_model_id)
-    splits = load_or_tokenize_split(training, context.spec.dataset.dataset_type)
+    splits = load_mixed(training, lambda source: load_or_tokenize_split(source, source.dataset.dataset_type))
     train_rows, held_out = check_splits(training, splits)
     hyperparameters = config.hyperparameters
     blocks = pack_rows(train_rows, hyperparameters.max_seq_length) if hyperparameters.packing else make_single_blocks(train_rows)
-    task = SftTask(training, train_rows, held_out, blocks, untrained_special_tokens(training, train_rows))
+    is_safe = is_packing_measured(json.loads((training.base_folder / "config.json").read_text()))
+    concatenates = concatenates_rows(hyperparameters, on_gpu=training.device_config.on_gpu, packing_is_safe=is_safe)
+    task = SftTask(training, train_rows, held_out, blocks, untrained_special_tokens(training, train_rows), concatenates)
     return run_training(task, training)
+
+
+def is_packing_measured(model_config: Mapping[str, Any]) -> bool:
+    """Whether rows of a base with this config.json were measured not to see each other in one sequence."""
+    model_type = (model_config.get("text_config") or model_config).get("model_type")
+    return model_type in MEASURED_MODEL_TYPES and find_packing_problem(model_config) is None
+
+
+def concatenates_rows(hyperparameters: SftHyperparameters, *, on_gpu: bool, packing_is_safe: bool) -> bool:
+    """Whether the rows of a batch are trained as one sequence, without padding.
+
+    On a CPU padding is cheap and one long sequence is not: attention computes, and masks, all pairs of its tokens.
+    """
+    if hyperparameters.packing:
+        return hyperparameters.use_fa2  # FlashAttention separates packed rows only within a single sequence
+    return hyperparameters.micro_batches == "auto" and on_gpu and packing_is_safe
 
 
 @dataclass(frozen=True)
@@ -57,12 +80,19 @@ class SftTask:
     training: TrainingContext
     train_examples: Sequence[TokenizedExample]
     held_out_examples: Sequence[TokenizedExample]
-    blocks: Sequence[list[TokenizedExample]]  # the training rows as the model sees them: one by one, or packed
+    blocks: RowBlocks  # the training rows as the model sees them: one by one, or packed
     trainable_token_ids: list[int]
+    concatenates_rows: bool = False  # the rows of a batch become one sequence, without padding
 
     @property
     def examples_per_epoch(self) -> int:
         return len(self.blocks)
+
+    def find_longest_rows(self, count: int) -> LongestRows:
+        tokens = count_block_tokens(self.blocks)
+        longest = nlargest(count, range(len(tokens)), key=lambda n: tokens[n])  # counting the labels of all rows would take long
+        rows = ((tokens[n], sum(row.label_count for row in self.blocks[n])) for n in longest)
+        return replace(find_longest_rows(rows, count), concatenated=self.concatenates_rows)
 
     @property
     def has_held_out_rows(self) -> bool:
@@ -70,7 +100,14 @@ class SftTask:
 
     @property
     def worker_task_factory(self) -> "Callable[[TrainingContext], SftTask]":
-        return partial(SftTask, train_examples=[], held_out_examples=[], blocks=self.blocks, trainable_token_ids=self.trainable_token_ids)
+        return partial(
+            SftTask,
+            train_examples=[],
+            held_out_examples=[],
+            blocks=self.blocks,
+            trainable_token_ids=self.trainable_token_ids,
+            concatenates_rows=self.concatenates_rows,
+        )
 
     @property
     def loss_reduction(self) -> LossReduction:
@@ -88,7 +125,7 @@ class SftTask:
     def build_trainer(self, model: Any, arguments: dict[str, Any], instrument: Callable[[type], type], control: TrainingControl) -> Any:
         from transformers import Trainer, TrainingArguments
 
-        hyperparameters, pad_id = self.training.config.hyperparameters, self.training.pad_id
+        pad_id = self.training.pad_id
         lm_head_loss = ChunkedLmHeadLoss(model)
 
         class SftTrainer(Trainer):
@@ -106,10 +143,7 @@ class SftTask:
             args=TrainingArguments(**arguments),
             train_dataset=self.blocks,
             eval_dataset=self.held_out_examples or None,
-            # FlashAttention separates packed rows only within a single sequence, so a batch becomes one long block.
-            data_collator=lambda batch: collate(
-                [list(chain(*batch))] if hyperparameters.packing and hyperparameters.use_fa2 else batch, pad_id
-            ),
+            data_collator=lambda batch: collate([list(chain(*batch))] if self.concatenates_rows else batch, pad_id),
             processing_class=self.training.tokenizer,
         )
         trainer.model_accepts_loss_kwargs = True  # normalize the loss by the labels of the optimizer step, not of the batch

@@ -25,6 +25,8 @@ from jobs.llm.data.images import (
     load_vision_input_config,
     tokenize_split_with_images,
 )
+from jobs.llm.data.mixing import MixedRows, load_mixed
+from jobs.llm.data.sources import list_split_paths
 from jobs.llm.data.splits import check_splits, untrained_special_tokens
 from jobs.llm.data.tokenize import TokenizedExample
 from jobs.llm.evaluation.generation import Features
@@ -37,7 +39,7 @@ from jobs.llm.training_loop import run_training
 from jobs.llm.turn_ends import get_turn_ends
 from jobs.runtime.batch_config import BatchConfig
 from jobs.runtime.training_control import TrainingControl
-from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
+from schema.estimate.llm_memory import LongestRows, find_longest_rows
 from schema.job import EvalMetrics
 from schema.training import SftConfig
 
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
 SORT_WINDOW_STEPS = 50
 MIN_SORT_WINDOWS = 4
 
+RowWithText = tuple[TokenizedImageExample, TokenizedExample]  # a row, and the same without its images
+
 
 def train(config: SftConfig, context: "JobContext") -> TrainedModel:
     """Train as configured, or resume an earlier attempt. Raises JobFailed and Stopped."""
@@ -56,23 +60,32 @@ def train(config: SftConfig, context: "JobContext") -> TrainedModel:
     vision_input = load_vision_input_config(training.base_folder, config.base_model_id)
     if training.chat_format.source == "neutral" and vision_input.chat_template:  # the base keeps it with its image processor
         training.tokenizer.chat_template = vision_input.chat_template
-        training = replace(training, chat_format=decide_chat_format(training.tokenizer, config, context, training.splits))
+        training = replace(
+            training, chat_format=decide_chat_format(training.tokenizer, config, context, list_split_paths(training.sources))
+        )
     dataset_type, max_length = context.spec.dataset.dataset_type, config.hyperparameters.max_seq_length
-    splits = {
-        name: tokenize_split_with_images(path, dataset_type, training.row_tokenizer, vision_input, max_length)
-        for name, path in training.splits.items()
-    }
-    train_rows, held_out = check_splits(training, splits)
+
+    def load_rows(source: TrainingContext) -> dict[str, MixedRows[RowWithText]]:
+        splits = {
+            name: tokenize_split_with_images(path, dataset_type, training.row_tokenizer, vision_input, max_length)
+            for name, path in source.splits.items()
+        }
+        return {
+            name: MixedRows(list(zip(split.rows, split.text_only_rows, strict=True)), split.truncated, split.dropped)
+            for name, split in splits.items()
+        }
+
+    train_rows, held_out = check_splits(training, load_mixed(training, load_rows))
     _log_decisions(training, config)
     task = VisionTask(
         training,
         config,
         Collator(training.pad_id, vision_input),
-        train_rows,
-        splits[TRAIN_SPLIT].text_only_rows,
-        held_out,
-        splits[EVAL_SPLIT].text_only_rows if EVAL_SPLIT in splits else [],
-        untrained_special_tokens(training, train_rows),
+        [row for row, _ in train_rows],
+        [text for _, text in train_rows],
+        [row for row, _ in held_out],
+        [text for _, text in held_out],
+        untrained_special_tokens(training, [row for row, _ in train_rows]),
     )
     return run_training(task, training)
 
@@ -120,6 +133,10 @@ class VisionTask:
     @property
     def examples_per_epoch(self) -> int:
         return len(self.rows)
+
+    def find_longest_rows(self, count: int) -> LongestRows:
+        rows = find_longest_rows(((len(row.input_ids), row.label_count) for row in self.rows), count)
+        return replace(rows, keeps_logits=True)
 
     @property
     def has_held_out_rows(self) -> bool:

@@ -38,7 +38,7 @@ class _JobIndex:
     entry: JobEntry
     work_state: Literal["queued", "active"] | None
     launchers: tuple[str, ...]
-    unfinished_dataset_id: str | None  # of a job that is not final
+    unfinished_dataset_ids: tuple[str, ...]  # of a job that is not final
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class MemoryJobStore:
         return self._oldest_work("active", launcher, limit)
 
     def list_jobs_using_dataset(self, dataset_id: str) -> list[str]:
-        return sorted(job_id for job_id, index in list(self._index.items()) if index.unfinished_dataset_id == dataset_id)
+        return sorted(job_id for job_id, index in list(self._index.items()) if dataset_id in index.unfinished_dataset_ids)
 
     def delete_job(self, job_id: str) -> bool:
         with self._lock:
@@ -227,8 +227,8 @@ class MemoryJobStore:
 
 
 def _index_job(job: Job) -> _JobIndex:
-    unfinished_dataset_id = None if job.status.is_final else job.processed_dataset_id
-    return _JobIndex(make_entry(job), work_state_of(job), job.launchers, unfinished_dataset_id)
+    unfinished_dataset_ids = () if job.status.is_final else job.dataset_ids
+    return _JobIndex(make_entry(job), work_state_of(job), job.launchers, unfinished_dataset_ids)
 
 
 def _page(rows: list[Row], sort_keys: list[tuple[str, str]], limit: int, after: str | None) -> Page[Row]:

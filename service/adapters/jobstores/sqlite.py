@@ -33,6 +33,10 @@ WORK_OF_LAUNCHER = (
     "SELECT job_id, record FROM job_launchers AS work JOIN jobs USING (job_id) WHERE launcher = ? AND work_state = ? "
     "ORDER BY work.created_at, work.job_id"
 )
+JOBS_USING_DATASET = (
+    "SELECT job_id FROM jobs WHERE dataset_id = ? AND is_final = 0",
+    "SELECT job_id FROM mixed_datasets AS mixed JOIN jobs USING (job_id) WHERE mixed.dataset_id = ? AND is_final = 0",
+)
 HEARTBEAT_BY_JOB = (
     "SELECT attempt, received_at, next_seq, phase, progress, COALESCE(stored, 0), COALESCE(stored_bytes, 0), COALESCE(dropped, 0) "
     "FROM heartbeats LEFT JOIN event_totals USING (job_id) WHERE job_id = ?"
@@ -76,6 +80,7 @@ class SqliteJobStore:
                 )
             except sqlite3.IntegrityError as error:
                 raise Conflict(f"{job.job_id} already exists") from error
+            db.executemany("INSERT INTO mixed_datasets VALUES (?, ?)", [(dataset_id, job.job_id) for dataset_id in job.dataset_ids[1:]])
             index_launchers(db, job)
             write_job(db, job)
         return job
@@ -142,8 +147,7 @@ class SqliteJobStore:
         return self._reader.load_readable(Job, _pairs(rows), limit)
 
     def list_jobs_using_dataset(self, dataset_id: str) -> list[str]:
-        query = "SELECT job_id FROM jobs WHERE dataset_id = ? AND is_final = 0 ORDER BY job_id"
-        return [row[0] for row in self._database.read(query, dataset_id)]
+        return sorted(row[0] for query in JOBS_USING_DATASET for row in self._database.read(query, dataset_id))
 
     def delete_job(self, job_id: str) -> bool:
         with self._database.transaction() as db:
@@ -151,6 +155,7 @@ class SqliteJobStore:
             db.execute("DELETE FROM heartbeats WHERE job_id = ?", (job_id,))
             db.execute("DELETE FROM event_totals WHERE job_id = ?", (job_id,))
             db.execute("DELETE FROM job_launchers WHERE job_id = ?", (job_id,))
+            db.execute("DELETE FROM mixed_datasets WHERE job_id = ?", (job_id,))
             delete_job(db, job_id)
             return db.execute("DELETE FROM jobs WHERE job_id = ?", (job_id,)).rowcount > 0
 

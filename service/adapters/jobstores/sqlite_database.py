@@ -30,6 +30,11 @@ EVENT_TOTALS_TABLE = """
 CREATE TABLE IF NOT EXISTS event_totals (
     job_id TEXT PRIMARY KEY, stored INTEGER NOT NULL, stored_bytes INTEGER NOT NULL, dropped INTEGER NOT NULL) WITHOUT ROWID;
 """
+# The datasets of a job that mixes several, besides the first. Likewise added to files of earlier versions.
+MIXED_DATASETS_TABLE = """
+CREATE TABLE IF NOT EXISTS mixed_datasets (dataset_id TEXT NOT NULL, job_id TEXT NOT NULL, PRIMARY KEY (dataset_id, job_id)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS mixed_datasets_of_job ON mixed_datasets (job_id);
+"""
 # is_active and is_final repeat Job.status in the form that the partial indexes need: most jobs are final and in none of them.
 TABLES = """
 CREATE TABLE jobs (
@@ -155,7 +160,7 @@ class SqliteDatabase:
                     f"{self._path} was written by another version of Tunesmith (tables {version}, this one reads {TABLES_VERSION})",
                     hint="run that version, or move the file away to start with an empty database",
                 )
-            _execute_all(db, EVENT_TOTALS_TABLE)
+            _execute_all(db, EVENT_TOTALS_TABLE + MIXED_DATASETS_TABLE)
             db.execute(f"PRAGMA user_version = {TABLES_VERSION}")
 
 

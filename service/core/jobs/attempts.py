@@ -59,8 +59,8 @@ class Attempts:
     def issue_credentials(self, principal: Principal, job_id: str, number: int, claimant: str) -> AttemptCredentials:
         """Credentials for the object stores. Raises Fenced for another process, and when the attempt is over; Unavailable."""
         job = self.check_owner(principal, job_id, number, claimant)
-        dataset = self._repository.find_dataset(job.processed_dataset_id, job.tenant_id)
-        return self._credentials.issue(find_attempt_access(job, dataset, self._buckets))
+        datasets = [each.dataset for each in self._repository.find_datasets(job)]
+        return self._credentials.issue(find_attempt_access(job, datasets, self._buckets))
 
     def check_owner(self, principal: Principal, job_id: str, number: int, claimant: str) -> Job:
         """The job, if the attempt is its current one and belongs to that process. Raises Fenced, Forbidden, NotFound."""

@@ -9,6 +9,7 @@ from pydantic import JsonValue
 from schema.job import Job
 from schema.requests import CloneRequest, TrainRequest
 from schema.training import TrainingConfig
+from schema.types import JOB_PREFIX
 from service.core.errors import InvalidRequest
 from service.core.jobs.secrets import HF_SECRET, FieldPath, iter_config_secrets
 
@@ -24,11 +25,13 @@ def clone_request(
     `deployment_trackers` are the kinds of trackers that the deployment adds, `deployment_secrets` the names of their secrets.
     """
     sent = {name: value for name, value in original_request(source.training_config).items() if name not in deployment_trackers}
+    if source.earlier_model:
+        sent["base_model_id"] = f"{JOB_PREFIX}{source.earlier_model.job_id}"
     config = merge_patch(sent, patch.training_config)
     if is_object(config):
         _insert_secrets(config, patch, [name for name in source.secret_names if name not in (HF_SECRET, *deployment_secrets)])
     body: JsonObject = {
-        "processed_dataset_id": patch.processed_dataset_id or source.processed_dataset_id,
+        **_datasets(source, patch),
         "job_name": patch.job_name or source.job_name,
         "project_id": source.project_id,
         "hardware": _hardware(source, patch),
@@ -87,6 +90,15 @@ def _get_at_path(value: JsonValue, path: FieldPath) -> JsonValue:
         elif isinstance(value, list) and isinstance(step, int):
             value = value[step]
     return value
+
+
+def _datasets(source: Job, patch: CloneRequest) -> JsonObject:
+    if patch.processed_dataset_id:
+        return {"processed_dataset_id": patch.processed_dataset_id}
+    mixed = patch.datasets or source.datasets
+    return (
+        {"datasets": [each.model_dump(mode="json") for each in mixed]} if mixed else {"processed_dataset_id": source.processed_dataset_id}
+    )
 
 
 def _hardware(source: Job, patch: CloneRequest) -> JsonValue:

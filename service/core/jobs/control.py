@@ -2,6 +2,8 @@
 
 from datetime import datetime
 
+from pydantic import ValidationError
+
 from schema.job import Job, Status
 from schema.placement import Placement
 from schema.requests import ContinuationOptions, ResumeRequest, RetryRequest
@@ -78,7 +80,7 @@ class JobControl:
         before = self._repository.find(principal, job_id)
         placements = self._resolve_placements(before, request)
         if before.status in (Status.FAILED, Status.CANCELLED):
-            self._repository.find_dataset(before.processed_dataset_id, before.tenant_id)
+            self._repository.find_datasets(before)
             self._check_room(before, request, placements)
             self._refresh_secrets(before, request)
 
@@ -149,7 +151,14 @@ def _extend_training(config: TrainingConfig, request: ContinuationOptions) -> Tr
             message = f"{name} can only grow: the job was planned with {planned} and may already be past {requested}"
             raise InvalidRequest(message, hint="an earlier checkpoint can be exported instead", param=name)
         changes[name] = requested
-    return config.model_copy(update={"hyperparameters": hyperparameters.model_copy(update=changes)}) if changes else config
+    if not changes:
+        return config
+    try:
+        extended = type(hyperparameters).model_validate(hyperparameters.model_dump() | changes)
+    except ValidationError as error:  # of the rules between the length and other fields
+        [mistake] = error.errors()
+        raise InvalidRequest(mistake["msg"], hint="send another number", param=next(iter(changes))) from error
+    return config.model_copy(update={"hyperparameters": extended})
 
 
 def _secret_param(secret_name: str) -> str:

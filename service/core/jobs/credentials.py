@@ -1,4 +1,5 @@
-"""What an attempt may read and write in the object stores: its own folders, its dataset and base models, and nothing of other jobs."""
+"""What an attempt may read and write in the object stores: its own folders, its datasets and base models, and of other
+jobs only what it exports or starts from."""
 
 from collections.abc import Sequence
 
@@ -21,11 +22,11 @@ class DeploymentCredentials:
         return AttemptCredentials(kind="none" if is_local else "ambient", token=None)
 
 
-def find_attempt_access(job: Job, dataset: Dataset, buckets: Buckets) -> tuple[StoreAccess, ...]:
+def find_attempt_access(job: Job, datasets: Sequence[Dataset], buckets: Buckets) -> tuple[StoreAccess, ...]:
     """What an attempt of the job needs, one value for each store."""
-    splits = tuple(split.key for split in dataset.splits.values())
+    splits = tuple(split.key for dataset in datasets for split in dataset.splits.values())
     token_caches = tuple(dict.fromkeys(f"{key.rpartition('/')[0]}/tokens/" for key in splits))
-    source = (job.export_of.key,) if job.export_of else ()
+    source = tuple(source.key for source in (job.export_of, job.earlier_model) if source is not None)
     own = (*(f"{folder}/{job.job_id}/" for folder in JOB_FOLDERS), checkpoints_prefix(job.job_id, job.project_id))
     accesses = (
         StoreAccess(buckets.configs.url, readable=(spec_key(job.job_id),), writable=(result_prefix(job.job_id),)),

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 
-from schema.job import ExportSource, Job, Status
+from schema.job import EarlierModel, ExportSource, Job, Status
 from schema.requests import ExportRequest, ReexportRequest
 from schema.training import TrainingConfig
 from service.core.errors import InvalidRequest, NotFound
@@ -19,6 +19,7 @@ from service.core.launchers import LauncherPool
 from service.core.ports import Hub, Wake
 from service.core.principals import Principal, Scope
 from service.core.spending import check_cost_cap
+from service.core.validation import choose_exports
 from service.core.validation.hub import check_hub, check_token
 from service.core.validation.placement import place
 from storage import ObjectStore
@@ -51,14 +52,15 @@ class Exports:
         principal.require(Scope.JOBS_WRITE)
         source = self._repository.find(principal, job_id)
         stored = _pick_checkpoint(list_checkpoints(self._models, source), job_id, step, request.attempt)
-        config = _make_export_config(source.training_config, request)
+        config = _make_export_config(source.training_config, request, source.earlier_model)
         hardware = request.hardware or [placement.hardware for placement in source.placements]
         placements = place(config, hardware, self._launchers)
         check_cost_cap(request.max_cost_usd, placements)
-        self._repository.find_dataset(source.processed_dataset_id, source.tenant_id)
+        self._repository.find_datasets(source)
         secrets = {HF_SECRET: request.hf_token.get_secret_value()} if request.hf_token else {}
         check_token(config, secrets.get(HF_SECRET))
-        check_hub(config, secrets.get(HF_SECRET), self._hub, self._models)
+        reads_base = source.earlier_model is None or source.earlier_model.needs_base
+        check_hub(config, secrets.get(HF_SECRET), self._hub, self._models, reads_base=reads_base)
         # The body of a ReexportRequest overrides `step` with the step it asked for, which may be none: the newest checkpoint
         # changes while a job trains, and the same request must stay the same request.
         digest = compute_digest({"export_of": job_id, "step": step, **request.model_dump(mode="json", exclude={"hf_token"})})
@@ -71,9 +73,11 @@ class Exports:
             project_id=source.project_id,
             job_name=request.job_name or f"{source.job_name[:100]} at step {step}",
             processed_dataset_id=source.processed_dataset_id,
+            datasets=source.datasets,
             training_config=config,
             secret_names=tuple(sorted(secrets)),
             placements=placements,
+            earlier_model=source.earlier_model,
             export_of=ExportSource(job_id=job_id, attempt=stored.checkpoint.attempt, step=step, key=stored.key),
             max_gpu_seconds=request.max_gpu_seconds,
             max_cost_usd=request.max_cost_usd,
@@ -100,7 +104,7 @@ class Exports:
         return self.export(principal, job_id, step, request, idempotency_key)
 
 
-def _make_export_config(config: TrainingConfig, request: ExportRequest) -> TrainingConfig:
+def _make_export_config(config: TrainingConfig, request: ExportRequest, earlier_model: EarlierModel | None = None) -> TrainingConfig:
     """The source's configuration with the requested export, no tracker and no gate. Raises InvalidRequest when they do not fit."""
     changes = {"eval_config": config.eval_config.for_export(), **dict.fromkeys(DeploymentTrackers.model_fields)}
     try:
@@ -108,6 +112,8 @@ def _make_export_config(config: TrainingConfig, request: ExportRequest) -> Train
         export = type(config.export_config).model_validate(request.export_config.model_dump(exclude_unset=True))
         changed = config.model_copy(update=changes | {"export_config": export})
         changed.reject_unused_export()
+        if earlier_model:
+            changed = choose_exports(changed, earlier_model, "export_config")
         return type(config).model_validate(changed.model_dump())
     except PydanticCustomError as error:
         raise InvalidRequest(error.message(), param=(error.context or {}).get("field")) from error

@@ -101,18 +101,21 @@ class AttemptStarter:
         return job
 
     def _render_spec(self, job: Job) -> JobSpec:
-        """The spec of the current attempt. Raises NotFound when the dataset is gone."""
+        """The spec of the current attempt. Raises NotFound when a dataset is gone."""
+        datasets = self._repository.find_datasets(job)
         return JobSpec(
             job_id=job.job_id,
             job_name=job.job_name,
             tenant_id=job.tenant_id,
             project_id=job.project_id,
             training_config=job.training_config,
-            dataset=self._repository.find_dataset(job.processed_dataset_id, job.tenant_id),
+            dataset=datasets[0].dataset,
+            mixed_datasets=datasets if job.datasets else (),
             stores=StoreUrls(datasets=self._buckets.datasets.url, models=self._buckets.models.url, configs=self._buckets.configs.url),
             checkpoints_prefix=checkpoints_prefix(job.job_id, job.project_id),
             resume_from_attempt=job.resume_from_attempt,
             export_of=job.export_of,
+            earlier_model=job.earlier_model,
         )
 
     def _render_launch_request(self, job: Job, attempt: Attempt) -> LaunchRequest:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from datetime import datetime
 
-from schema.dataset import Dataset
+from schema.dataset import Dataset, DatasetShare, WeightedDataset
 from schema.job import Job
 from service.core import lifecycle
 from service.core.errors import NotFound, RecordTooNew, StaleRevision, TunesmithError, Unavailable, UnreadableRecord
@@ -80,6 +80,13 @@ class JobRepository:
         if dataset is None or dataset.tenant_id != tenant_id:
             raise NotFound(f"no dataset {dataset_id!r}", hint="POST /datasets uploads one", param="processed_dataset_id")
         return dataset
+
+    def find_datasets(self, job: Job) -> tuple[WeightedDataset, ...]:
+        """The datasets that a job trains on, with their weights. Raises NotFound, UnreadableRecord, RecordTooNew."""
+        shares = job.datasets or (DatasetShare(processed_dataset_id=job.processed_dataset_id, weight=1.0),)
+        return tuple(
+            WeightedDataset(dataset=self.find_dataset(share.processed_dataset_id, job.tenant_id), weight=share.weight) for share in shares
+        )
 
     def create(self, job: Job, secrets: Mapping[str, str], idempotency_key: str | None, digest: str) -> Job:
         """Store a new job, or return the job created earlier under the same key. Raises IdempotencyConflict, Unavailable.

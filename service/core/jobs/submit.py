@@ -3,11 +3,13 @@
 import re
 from collections.abc import Callable
 
+from schema.dataset import WeightedDataset
 from schema.job import Job, Status
 from schema.requests import CloneRequest, TrainRequest
-from service.core.errors import InvalidRequest
+from service.core.errors import InvalidRequest, NotFound
 from service.core.jobs.budget import Budget
 from service.core.jobs.clone import clone_request
+from service.core.jobs.continuation import resolve_earlier_model
 from service.core.jobs.repository import JobRepository, compute_digest
 from service.core.jobs.secrets import HF_SECRET, extract_request_secrets, redact
 from service.core.jobs.trackers import DeploymentTrackers, add_deployment_trackers, deployment_tracker_secrets, deployment_trackers_of
@@ -78,29 +80,32 @@ class Submission:
     def _create(
         self, principal: Principal, request: TrainRequest, idempotency_key: str | None, digest: str, cloned_from: str | None = None
     ) -> Job:
-        config = request.training_config
+        config, earlier_model = resolve_earlier_model(self._repository, principal, request.training_config)
+        request = request.model_copy(update={"training_config": config})
         placements = place(config, request.hardware, self._launchers)
         check_cost_cap(request.max_cost_usd, placements)
-        dataset = self._repository.find_dataset(request.processed_dataset_id, principal.tenant_id)
-        check_job(config, dataset, self._models)
+        check_job(config, self._find_datasets(request, principal.tenant_id), self._models)
         self._egress.check(config)
         check_token(config, extract_request_secrets(request).get(HF_SECRET))
         # The deployment's trackers come after check_token: a caller need not send a token for them.
         request = request.model_copy(update={"training_config": add_deployment_trackers(config, self._trackers)})
         secrets = extract_request_secrets(request)
-        check_hub(request.training_config, secrets.get(HF_SECRET), self._hub, self._models)
+        reads_base = earlier_model is None or earlier_model.needs_base
+        check_hub(request.training_config, secrets.get(HF_SECRET), self._hub, self._models, reads_base=reads_base)
         if earlier := self._budget.check_new_job(principal.tenant_id, placements, idempotency_key, digest):
             return earlier
         now = self._repository.clock()
         job = Job(
-            job_id=make_job_id(request.processed_dataset_id, config.summarize().base_model_id, self._random_suffix()),
+            job_id=make_job_id(request.shares[0].processed_dataset_id, config.summarize().base_model_id, self._random_suffix()),
             tenant_id=principal.tenant_id,
             project_id=request.project_id,
             job_name=request.job_name,
-            processed_dataset_id=request.processed_dataset_id,
+            processed_dataset_id=request.shares[0].processed_dataset_id,
+            datasets=request.shares if request.datasets else (),
             training_config=redact(request.training_config),
             secret_names=tuple(sorted(secrets)),
             placements=placements,
+            earlier_model=earlier_model,
             cloned_from=cloned_from,
             max_gpu_seconds=request.max_gpu_seconds,
             max_cost_usd=request.max_cost_usd,
@@ -112,6 +117,20 @@ class Submission:
         stored = self._repository.create(job, secrets, idempotency_key, digest)
         self._wake(stored.job_id)
         return stored
+
+    def _find_datasets(self, request: TrainRequest, tenant_id: str) -> list[WeightedDataset]:
+        """The datasets that the request names. Raises NotFound that names the field."""
+        found: list[WeightedDataset] = []
+        for index, share in enumerate(request.shares):
+            try:
+                dataset = self._repository.find_dataset(share.processed_dataset_id, tenant_id)
+            except NotFound as error:
+                if request.datasets is None:
+                    raise
+                param = f"datasets.{index}.processed_dataset_id"
+                raise NotFound(error.message, hint=error.hint, param=param) from error
+            found.append(WeightedDataset(dataset=dataset, weight=share.weight))
+        return found
 
 
 def make_job_id(dataset_id: str, base_model_id: str, suffix: str) -> str:

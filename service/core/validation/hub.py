@@ -49,13 +49,16 @@ def check_token(config: TrainingConfig, token: str | None) -> None:
             raise InvalidRequest(f"{field} needs hf_token, to write to {repo_id}", hint=hint, param=HF_SECRET)
 
 
-def check_hub(config: TrainingConfig, token: str | None, hub: Hub, models: ObjectStore) -> None:
-    """Raise InvalidRequest when the Hub reports that the job cannot read its base model or cannot push. Takes HUB_TIMEOUT_S at most."""
+def check_hub(config: TrainingConfig, token: str | None, hub: Hub, models: ObjectStore, *, reads_base: bool = True) -> None:
+    """Raise InvalidRequest when the Hub reports that the job cannot read its base model or cannot push. Takes HUB_TIMEOUT_S at most.
+
+    `reads_base` is false for a job whose base is the whole model of an earlier job.
+    """
     push_repo_id = config.export_config.hf_repo_id  # the schema requires it with destination hfhub, and forbids it otherwise
     if isinstance(hub, NoHub):
         return  # without looking for the base model in the model store
     with deadline(HUB_TIMEOUT_S):
-        base_model_id = config.hub_model_id
+        base_model_id = config.hub_model_id if reads_base else None
         if base_model_id and not _is_base_stored(models, base_model_id):
             check_base_access(base_model_id, hub.check_read_access(base_model_id, token), has_token=bool(token))
         if push_repo_id and token:

@@ -1,9 +1,12 @@
 """Whether a language model job can run at a placement: the packages of its environment, and the hardware of its profile."""
 
 from schema.capabilities import FamilyCapabilities
+from schema.estimate.llm_memory import TrainingShape, explain_misfit
+from schema.estimate.llm_models import find_known_shape
 from schema.training import LlmTrainingConfig
 from service.core.errors import Unsupported
 from service.core.ports import Profile
+from service.core.validation.llm_optimizers import check_optimizer
 
 MIN_FLASH_ATTENTION_CAPABILITY = 8.0  # Ampere
 
@@ -29,6 +32,33 @@ def check_support(config: LlmTrainingConfig, capabilities: FamilyCapabilities, p
     if config.hyperparameters.use_fa2 and not has_flash_attention(capabilities, profile):
         message = f"use_fa2 needs FlashAttention 2 and an Ampere or newer GPU; {profile.name} is {profile.device_name}"
         raise _unsupported("hyperparameters.use_fa2", message, capabilities, profile)
+    check_optimizer(config, profile)
+    check_memory(config, capabilities, profile)
+
+
+def check_memory(config: LlmTrainingConfig, capabilities: FamilyCapabilities, profile: Profile) -> None:
+    """Raise Unsupported when the training of a known model cannot fit into the profile's memory, however small its batches are."""
+    on_gpu = profile.device == "cuda"
+    model, memory_bytes = find_known_shape(config.base_model_id), profile.gpu_memory_bytes if on_gpu else profile.memory_bytes
+    if model is None or memory_bytes is None:
+        return
+    hyperparameters = config.hyperparameters
+    training = TrainingShape(
+        config.trainer_type_name(),
+        config.method,
+        hyperparameters.batch_size,
+        hyperparameters.max_seq_length,
+        lora_rank=hyperparameters.lora_rank,
+        optimizer=hyperparameters.optim,
+        on_gpu=on_gpu,
+    )
+    can_shard = config.trainer_type_name() == "sft" and config.modality == "text" and config.method != "QLoRA"
+    device = f"a GPU of {profile.name}" if on_gpu else profile.name
+    num_shards = max(1, profile.gpus) if can_shard else 1
+    methods = list_options("method", capabilities, profile)
+    problem = explain_misfit(model, training, memory_bytes, device=device, methods=methods, num_shards=num_shards)
+    if problem is not None:
+        raise _unsupported("method", f"{config.base_model_id} cannot be trained there: {problem}", capabilities, profile)
 
 
 def list_options(field: str, capabilities: FamilyCapabilities, profile: Profile) -> tuple[str, ...]:

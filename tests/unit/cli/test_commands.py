@@ -1,6 +1,7 @@
 """The requests that commands send, and what they print."""
 
 import json
+from pathlib import Path
 
 import httpx2
 from typer.testing import CliRunner, Result
@@ -90,3 +91,11 @@ def test_caps_are_sent_as_numbers() -> None:
     for request in (trained, cloned, exported, resume, retry):
         body = json.loads(request.content)
         assert (body["max_cost_usd"], body["max_gpu_seconds"]) == (2.5, 3600)
+
+
+def test_dataset_option_replaces_a_mix_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "request.yaml"
+    file.write_text("datasets: [{processed_dataset_id: a, weight: 1}, {processed_dataset_id: b, weight: 1}]\ntraining_config: {}\n")
+    done, [request] = run_command("train", str(file), "--dataset", "c", "--base", "job:training_0", replies=[JOB_CREATED])
+    assert done.exit_code == 0, done.output
+    assert json.loads(request.content) == {"processed_dataset_id": "c", "training_config": {"base_model_id": "job:training_0"}}

@@ -53,6 +53,14 @@ def render_summary(**changes: Any) -> str:
     return console.file.getvalue()
 
 
+def test_summary_names_what_the_training_starts_from() -> None:
+    datasets = [{"processed_dataset_id": "dataset_a", "weight": 0.7}, {"processed_dataset_id": "dataset_b", "weight": 3.0}]
+    text = render_summary(earlier_model={"kind": "adapter", "job_id": "training_0"}, datasets=datasets)
+    assert "starts from the adapter of training_0" in text
+    assert "mixes       dataset_a (weight 0.7), dataset_b (weight 3)" in text
+    assert "mixes" not in render_summary(datasets=datasets[:1])
+
+
 def render_event_line(**event: Any) -> str:
     text = event_line({"event": event})
     assert text is not None

@@ -65,6 +65,7 @@ def build_job_fields(job: Job, write_ids: list[str]) -> Fields:
         "work_lists": list_work_lists(job) or None,
         "work_state": None,  # what versions before 0.2 wrote instead
         "active_dataset_id": None if job.status.is_final else job.processed_dataset_id,
+        "active_mixed_dataset_ids": None if job.status.is_final else list(job.dataset_ids[1:]) or None,
     }
 
 

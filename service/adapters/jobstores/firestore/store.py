@@ -19,7 +19,7 @@ Four rules:
   reader behind a cursor misses none. This costs one write per report; Firestore sustains about one per second on a document. All
   events of a report share a document and are billed as one.
 - **Each query is served by an index** of infra/firestore.indexes.json, or by merging indexes that differ in one equality only. Fields
-  that no query uses have no index; absent fields (`work_lists`, `active_dataset_id`) cost none.
+  that no query uses have no index; absent fields (`work_lists`, `active_dataset_id`, `active_mixed_dataset_ids`) cost none.
 """
 
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -181,8 +181,9 @@ class FirestoreJobStore:
             self._database.commit(batch)
 
     def list_jobs_using_dataset(self, dataset_id: str) -> list[str]:
-        query = self._jobs.where(filter=FieldFilter("active_dataset_id", "==", dataset_id)).order_by("__name__").select([])
-        return [snapshot.id for snapshot in self._database.query(query)]
+        filters = FieldFilter("active_dataset_id", "==", dataset_id), FieldFilter("active_mixed_dataset_ids", "array_contains", dataset_id)
+        queries = [self._jobs.where(filter=each).order_by("__name__").select([]) for each in filters]
+        return sorted(snapshot.id for query in queries for snapshot in self._database.query(query))
 
     def delete_job(self, job_id: str) -> bool:
         """Delete the job's events, its heartbeat and its record, the record last: an interrupted deletion goes on when repeated."""
