@@ -1,6 +1,7 @@
 """`python -m jobs.llm.chat --gguf FILE [--prompt TEXT]`: chat with a GGUF model, using the chat template stored in the file.
 
-Without --prompt every line of stdin is the next turn of one conversation. With --json the lines are JSON: {"prompt": …} in;
+Without --prompt every line of stdin is the next turn of one conversation. A file without a chat template holds a model that continues
+texts: then every line is a text of its own. With --json the lines are JSON: {"prompt": …} in;
 {"token": …} for each piece of text, then {"done": true, "tokens": n, "seconds": s} out, or {"error": …} for a turn that
 cannot be answered. Answers go to stdout, everything else to stderr; exit code 2 means an invalid file or prompt.
 """
@@ -17,12 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.llm.llama_cpp.model import log_errors_only, token_to_bytes
+from jobs.llm.llama_cpp.log import log_errors_only
+from jobs.llm.llama_cpp.model import token_to_bytes
+from jobs.llm.llama_cpp.vocabulary import ChatPrompt, GgufVocabulary, TemplateRejected
 from jobs.runtime.settings import cpu_thread_count
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 CONTEXT_TOKENS = 4096  # of a conversation; Gemma's 32k would take half a gigabyte
 
@@ -56,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]  # the interpreter's own are text wrappers
     try:
         with open_model(options.gguf, cpu_thread_count()) as model:
+            if not model.has_template:
+                print("the file has no chat template: its model continues each text that you write", file=sys.stderr)
             _run_conversation(Conversation(model, options.max_tokens, options.temperature), options)
     except (InvalidModelFile, InvalidPrompt) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -81,7 +85,8 @@ class Conversation:
 
     def answer(self, prompt: str) -> Iterator[str]:
         """The text of each token as it is generated; empty while a character is incomplete. Raises InvalidPrompt before the first."""
-        messages = [*self.messages, {"role": "user", "content": prompt}]
+        earlier = self.messages if self.model.has_template else []
+        messages = [*earlier, {"role": "user", "content": prompt}]
         tokens = self._fit_to_context(messages)
         answer = ""
         for text in self.model.generate(tokens, min(self.max_tokens, self.model.context_tokens - len(tokens)), self.temperature):
@@ -159,22 +164,25 @@ def _print_json_stream(answer: Iterable[str]) -> None:
 
 
 class ChatModel:
-    """A GGUF file with its chat template, loaded by llama.cpp into this process."""
+    """A GGUF file with its chat template, if it has one, loaded by llama.cpp into this process."""
 
-    def __init__(self, llama: "Llama", template: "Jinja2ChatFormatter") -> None:
+    def __init__(self, llama: "Llama", vocabulary: GgufVocabulary) -> None:
         self._llama = llama
-        self._template = template
+        self._vocabulary = vocabulary
         self.context_tokens: int = llama.n_ctx()
 
-    def tokenize(self, messages: list[dict[str, str]]) -> list[int]:
-        """The conversation, rendered by the chat template, as tokens up to the start of the answer."""
-        from jinja2 import TemplateError
+    @property
+    def has_template(self) -> bool:
+        """Whether the model was tuned for conversations; else it continues texts."""
+        return self._vocabulary.has_template
 
+    def tokenize(self, messages: list[dict[str, str]]) -> list[int]:
+        """The conversation, rendered by the chat template, as tokens up to the start of the answer; without one, the last message."""
+        prompt = ChatPrompt(messages=messages) if self.has_template else ChatPrompt(text=messages[-1]["content"])
         try:
-            rendered = self._template(messages=messages)  # pyright: ignore[reportArgumentType]  # its TypedDict has the same shape
-        except (TemplateError, ValueError) as error:
-            raise InvalidPrompt(f"the chat template rejects the conversation: {error}") from error
-        return self._llama.tokenize(rendered.prompt.encode(errors="replace"), add_bos=not rendered.added_special, special=True)
+            return self._vocabulary.encode_prompt(prompt)
+        except TemplateRejected as error:
+            raise InvalidPrompt(str(error)) from error
 
     def generate(self, tokens: list[int], max_tokens: int, temperature: float) -> Iterator[str]:
         """The text of each generated token, up to an end token."""
@@ -184,14 +192,14 @@ class ChatModel:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span several tokens
         with closing(self._llama.generate(tokens, temp=temperature)) as generated:
             for token, _ in zip(generated, range(max_tokens), strict=False):
-                if llama_cpp.llama_vocab_is_eog(vocabulary, token):
+                if self._vocabulary.is_end_token(token):
                     return
                 yield decoder.decode(token_to_bytes(vocabulary, token))
 
 
 @contextmanager
 def open_model(path: Path, threads: int) -> Generator[ChatModel]:
-    """Load a file. Raises InvalidModelFile for one that is missing, damaged, or has no chat template."""
+    """Load a file. Raises InvalidModelFile for one that is missing or damaged, or whose chat template is invalid."""
     _require_gguf(path)
     import llama_cpp
 
@@ -201,7 +209,13 @@ def open_model(path: Path, threads: int) -> Generator[ChatModel]:
     except (ValueError, RuntimeError) as error:
         raise InvalidModelFile(f"llama.cpp cannot load {path}: {errors[0] if errors else error}") from error
     with closing(llama):
-        yield ChatModel(llama, _load_chat_template(llama, path))
+        try:
+            vocabulary = GgufVocabulary(
+                llama_cpp, llama_cpp.llama_model_get_vocab(llama.model), llama.metadata.get("tokenizer.chat_template")
+            )
+        except TemplateRejected as error:
+            raise InvalidModelFile(f"{path}: {error}") from error
+        yield ChatModel(llama, vocabulary)
 
 
 def _require_gguf(path: Path) -> None:
@@ -212,20 +226,6 @@ def _require_gguf(path: Path) -> None:
         raise InvalidModelFile(f"cannot read {path}: {error.strerror}") from error
     if magic != b"GGUF":
         raise InvalidModelFile(f"{path} is not a GGUF file")
-
-
-def _load_chat_template(llama: "Llama", path: Path) -> "Jinja2ChatFormatter":
-    from jinja2 import TemplateError
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-    template = llama.metadata.get("tokenizer.chat_template")
-    if template is None:
-        raise InvalidModelFile(f"{path} has no chat template; use a model that was tuned for chat")
-    bos, eos = (llama.detokenize([token], special=True).decode() if token >= 0 else "" for token in (llama.token_bos(), llama.token_eos()))
-    try:
-        return Jinja2ChatFormatter(template=template, bos_token=bos, eos_token=eos)
-    except TemplateError as error:
-        raise InvalidModelFile(f"the chat template of {path} is invalid: {error}") from error
 
 
 # --- the command line ---

@@ -15,6 +15,7 @@ from schema.training.llm_hyperparameters import Hyperparameters
 ROUTER_NAMES = frozenset({"gate", "router"})  # where an architecture has a linear layer for it
 # A linear layer with so few outputs for its inputs computes one number per head or per expert; it counts as a gate.
 GATE_RATIO = 16
+RANDOM_INITS = ("default", "gaussian")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ def _find_problem(parameters: dict[str, Any], hyperparameters: Hyperparameters) 
         return "DoRA cannot adapt experts; set use_dora to false"
     if hyperparameters.lora_dropout:
         return "adapters of experts have no dropout; set lora_dropout to 0"
+    if hyperparameters.lora_init not in RANDOM_INITS:
+        return f"lora_init {hyperparameters.lora_init!r} starts from the matrix of a linear layer, which experts are not; use 'default'"
     width = min(min(parameter.shape[1:]) for parameter in parameters.values())
     if hyperparameters.lora_rank > width:
         return f"lora_rank {hyperparameters.lora_rank} is above the width of the experts, which is {width}"

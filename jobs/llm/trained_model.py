@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jobs.llm.chat_format import ChatFormat
 from schema.job import EvalMetrics
@@ -18,6 +19,26 @@ class HeldOutExample:
     prompt_text: str
     input_ids: tuple[int, ...]
     prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class UserPrompt:
+    """A question of a row, as a user asks it, and the tokens of the row in which the model was trained to answer it.
+
+    A user who asks it must give the model the first `prompt_tokens` of `input_ids`, or more of them where the chat template writes the
+    beginning of an answer. Without turns, `text` is continued: it is the row's own text.
+    """
+
+    messages: tuple[dict[str, Any], ...]  # Any: JSON; empty where `text` is continued
+    tools: tuple[dict[str, Any], ...]  # that the assistant may call
+    text: str | None
+    input_ids: tuple[int, ...]
+    prompt_tokens: int
+
+    @property
+    def content(self) -> str:
+        """What the user writes, for messages."""
+        return self.text if self.text is not None else str(self.messages[-1].get("content") or "")
 
 
 @dataclass(frozen=True)
@@ -39,6 +60,7 @@ class TrainedModel:
     train_rows: int
     train_tokens: int
     train_runtime_s: float
+    user_prompts: tuple[UserPrompt, ...] = ()  # of text rows; every exported file must ask them as in training
     calibration: tuple[tuple[int, ...], ...] = ()  # token ids of training rows, for the importance matrix
     step: int | None = None  # the optimizer step of these weights
     cuda: str | None = None  # the CUDA version that torch was built for

@@ -10,7 +10,7 @@ import pytest
 
 from jobs.llm.exporters.staging import make_staging_folder
 from jobs.llm.llama_cpp.runner import convert
-from jobs.llm.trained_model import HeldOutExample, TrainedModel
+from jobs.llm.trained_model import HeldOutExample, TrainedModel, UserPrompt
 from jobs.runtime.checkpoints import Checkpoints
 from jobs.runtime.context import JobContext, Secrets, Stores
 from jobs.runtime.stop import NeverStop
@@ -33,7 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
 PROMPTS = ("what does the function do", "copy  the   list of files", "open path and read", "def f(x):\n    return x + 1")
 
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message.role }}\n{{ message.content }}<end_of_turn>\n{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ 'model' if message.role == 'assistant' else message.role }}\n"
+    "{{ message.content }}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 
@@ -118,7 +119,9 @@ def full(tiny_base: Path, held_out_examples: tuple[HeldOutExample, ...], tmp_pat
         for parameter in model.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
     model.to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
     return make_trained_model(folder, tiny_base, held_out_examples, is_adapter=False)
 
 
@@ -184,17 +187,29 @@ def fidelity_of(artifact: Artifact) -> Fidelity:
 def make_trained_model(folder: Path, base: Path, held_out_examples: tuple[HeldOutExample, ...], *, is_adapter: bool) -> TrainedModel:
     from transformers import AutoTokenizer
 
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    has_template = bool(tokenizer.chat_template)
     return TrainedModel(
         folder=folder,
         is_adapter=is_adapter,
         base_folder=base,
         held_out_examples=held_out_examples,
-        chat_format=make_chat_format(AutoTokenizer.from_pretrained(folder)),
+        chat_format=make_chat_format(tokenizer),
+        user_prompts=make_user_prompts(held_out_examples) if has_template else (),
         metrics=None,
         base_metrics=None,
         train_rows=1,
         train_tokens=1,
         train_runtime_s=1.0,
+    )
+
+
+def make_user_prompts(examples: tuple[HeldOutExample, ...]) -> tuple[UserPrompt, ...]:
+    """The questions of `held_out_examples`."""
+    pairs = zip(PROMPTS, examples, strict=False)
+    return tuple(
+        UserPrompt(({"role": "user", "content": question},), (), None, example.input_ids, example.prompt_tokens)
+        for question, example in pairs
     )
 
 

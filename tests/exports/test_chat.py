@@ -128,10 +128,20 @@ def test_unusable_file_gives_one_line_error(gguf: Path, tmp_path: Path) -> None:
         assert rejected.stderr.count("\n") == 1
 
 
-def test_missing_chat_template_is_reported(base_gguf: Path) -> None:
-    rejected = run_chat(base_gguf, "--prompt", "hi")
-    assert rejected.returncode == 2
-    assert "has no chat template" in rejected.stderr
+def test_file_without_chat_template_continues_each_text(base_gguf: Path) -> None:
+    from transformers import AutoTokenizer
+
+    options = ("--json", "--temperature", "0", "--max-tokens", "3")
+    completed = run_chat(base_gguf, *options, stdin='{"prompt": "what does it"}\n{"prompt": "what does it"}\n')
+    assert completed.returncode == 0
+    assert completed.stderr == "the file has no chat template: its model continues each text that you write\n"
+    texts = [line["token"] for line in parse_json_lines(completed.stdout) if "token" in line]
+    assert texts
+    assert texts[: len(texts) // 2] == texts[len(texts) // 2 :]  # the second text is not a turn after the first
+    with open_model(base_gguf, threads=1) as model:
+        assert not model.has_template
+        tokenizer = AutoTokenizer.from_pretrained(base_gguf.parent / "staging")
+        assert model.tokenize([{"role": "user", "content": "what does it"}]) == tokenizer.encode("what does it")
 
 
 @pytest.mark.parametrize("options", [["--temperature", "nan"], ["--temperature", "-1"], ["--max-tokens", "0"], ["--max-tokens", "x"]])
@@ -148,6 +158,7 @@ class FakeChatModel:
     """A model that always answers `yes`, with one token for each character."""
 
     context_tokens = 20
+    has_template = True
 
     def tokenize(self, messages: list[dict[str, str]]) -> list[int]:
         return [ord(character) for message in messages for character in message["content"]]

@@ -12,8 +12,8 @@ import pytest
 
 from jobs.llm.exporters import EXPORTERS, export_all, list_requested_kinds
 from jobs.llm.exporters.adapter import export as export_adapter
-from jobs.llm.exporters.log_probs import MAX_PASSAGE_TOKENS, MAX_POSITIONS, make_passages, select_sample_prompt
-from jobs.llm.exporters.merge import check_merge_fidelity
+from jobs.llm.exporters.log_probs import MAX_PASSAGE_TOKENS, MAX_POSITIONS, GreedyAnswer, make_passages, select_sample_prompt
+from jobs.llm.exporters.merge import RoundsTooMuch, check_merge_fidelity, make_precision_hint
 from jobs.llm.exporters.model_files import read_precision
 from jobs.llm.exporters.staging import make_staging_folder
 from jobs.llm.exporters.tensor_merge import merge_tensors
@@ -22,6 +22,7 @@ from jobs.llm.exporters.workspace import ExportWorkspace
 from jobs.llm.llama_cpp import is_llama_cpp_available
 from jobs.llm.llama_cpp.evaluate import EvalResponse
 from jobs.llm.llama_cpp.fidelity import TIE_NATS, Comparison, Passage, compare, list_targets, log_softmax
+from jobs.llm.llama_cpp.vocabulary import VocabularyReport
 from jobs.llm.trained_model import HeldOutExample, TrainedModel
 from jobs.runtime.context import JobContext
 from jobs.runtime.errors import JobFailed, Stopped
@@ -254,7 +255,7 @@ def exported_without_examples(adapter: TrainedModel, tmp_path_factory: pytest.Te
     """A LoRA job without held-out rows that asks for a GGUF file and no merged model."""
     record = EventRecorder()
     context = make_job_context(tmp_path_factory.mktemp("job"), record, include_gguf=True)
-    artifacts = export_all(replace(adapter, held_out_examples=()), context)
+    artifacts = export_all(replace(adapter, held_out_examples=(), user_prompts=()), context)
     return {artifact.name: artifact for artifact in artifacts}, context, record
 
 
@@ -295,7 +296,7 @@ def test_full_model_is_rounded_to_dtype_of_base(full: TrainedModel, make_context
 
     float32_folder = tmp_path / "wide"
     merge_tensors(full.folder, float32_folder, torch.float32)
-    for path in full.folder.glob("*.json"):
+    for path in (*full.folder.glob("*.json"), *full.folder.glob("*.jinja")):
         (float32_folder / path.name).write_bytes(path.read_bytes())
     context = make_context("Full")
     (merged,) = export_all(replace(full, folder=float32_folder), context)
@@ -303,6 +304,65 @@ def test_full_model_is_rounded_to_dtype_of_base(full: TrainedModel, make_context
     assert read_precision(folder) == "bf16"
     assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
     assert fidelity_of(merged).mean_kl_to_merged < 1e-4
+
+
+@pytest.fixture(scope="module")
+def sensitive(full: TrainedModel, tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
+    """A full model in float32 whose predictions change when its weights are rounded to bfloat16, and not in float16."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(full.folder, tmp_path_factory.mktemp("sensitive") / "model"))
+    weights = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
+    torch.manual_seed(4)
+    for name, tensor in weights.items():
+        if tensor.dim() > 1:
+            tensor *= 1 + 0.003 * torch.randn_like(tensor)  # digits that bfloat16 does not have
+        elif name == "model.norm.weight":
+            tensor += 2000  # so large logits that rounding decides
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return replace(full, folder=folder)
+
+
+def test_finer_precision_is_written_where_bfloat16_rounds_too_much(
+    sensitive: TrainedModel, make_context: MakeContext, record: EventRecorder, tmp_path: Path
+) -> None:
+    context = make_context("Full")
+    (merged,) = export_all(sensitive, context)
+    folder = download_artifact(context.stores.models, merged, tmp_path / "downloaded")
+    assert read_precision(folder) == "f16"
+    assert read_json(folder / "config.json")["dtype"] == "float16"
+    (decision,) = [event for event in record.events if isinstance(event, DecisionMade) and event.setting == "merged_dtype"]
+    assert decision.value == "fp16"
+    assert decision.reason.startswith("bf16 rounds too much: they agree on")
+
+
+def test_requested_file_in_too_coarse_precision_gets_advice() -> None:
+    coarse, distant = make_exported_file("bf16", too_coarse=True), make_eval_response(argmax_agreement=0.9, mean_kl_to_trained=0.3)
+    check_fidelity(coarse, distant, make_answer())
+    assert "rounds off some of the training" in make_advice(coarse, distant.comparison)
+    assert not make_advice(coarse, make_eval_response().comparison)
+
+
+def test_requested_precision_is_kept_and_fails_in_words(sensitive: TrainedModel, make_context: MakeContext) -> None:
+    with pytest.raises(JobFailed, match="predictions differ from the trained model before it was rounded") as caught:
+        export_all(sensitive, make_context("Full", merged_dtype="bf16"))
+    assert caught.value.failure.hint == "use merged_dtype 'fp32', which rounds nothing"
+
+
+@pytest.mark.parametrize("is_adapter", [True, False])
+@pytest.mark.parametrize("dtype", ["bf16", "f16", "f32", None])
+def test_precision_hints_name_only_what_a_request_may_say(is_adapter: bool, dtype: Any) -> None:
+    import re
+
+    hint = make_precision_hint(dtype, is_adapter=is_adapter)
+    for name, value in re.findall(r"(merged_dtype|format) '(\w+)'", hint):
+        config = {"base_model_id": "a/b", "method": "LoRA" if is_adapter else "Full", "export_config": {name: value}}
+        SftConfig.model_validate(config).reject_unused_fields()
+    assert ("adapter" in hint) == is_adapter
+    assert bool(hint) == (is_adapter or dtype in ("bf16", "f16"))
 
 
 def test_float16_overflow_is_rejected_with_hint(full: TrainedModel, make_context: MakeContext, tmp_path: Path) -> None:
@@ -397,17 +457,12 @@ def test_staging_marks_turn_tokens_as_special(workspace: ExportWorkspace, adapte
     assert "added_tokens_decoder" not in read_json(workspace.merged_model.folder / "tokenizer_config.json")
 
 
-def test_gguf_with_different_tokenization_is_rejected() -> None:
-    with pytest.raises(JobFailed, match="splits 1 of 2 texts"):
-        check_fidelity(make_exported_file("q8_0"), make_eval_response(token_ids=[[1, 2], [3]]), [[1, 2], [4]])
-
-
 def test_only_unquantized_gguf_must_match_the_model() -> None:
     response = make_eval_response(argmax_agreement=0.5, mean_kl_to_trained=1.0)
-    check_fidelity(make_exported_file("q4_k_m"), response, [])
+    check_fidelity(make_exported_file("q4_k_m"), response, make_answer())
     for quantization in ("none", "f32", "f16", "bf16"):
         with pytest.raises(JobFailed, match=r"agree on 50\.0% of 10 tokens"):
-            check_fidelity(make_exported_file(quantization), response, [])
+            check_fidelity(make_exported_file(quantization), response, make_answer())
 
 
 def test_closer_to_base_is_detected() -> None:
@@ -417,8 +472,11 @@ def test_closer_to_base_is_detected() -> None:
     assert not is_closer_to_base(make_comparison(mean_kl_to_trained=0.84, mean_kl_to_base=None))
 
 
-def test_file_closer_to_base_gives_warning(workspace: ExportWorkspace, record: EventRecorder, base_gguf: Path) -> None:
+def test_file_closer_to_base_gives_warning(
+    adapter: TrainedModel, make_context: MakeContext, record: EventRecorder, base_gguf: Path
+) -> None:
     # The base's own file is like a quantization that removed every change.
+    workspace = ExportWorkspace(replace(adapter, user_prompts=()), make_context(include_gguf=True))
     fidelity = GgufVerifier(workspace).verify(ExportedFile(base_gguf, "q2_k"))
     assert fidelity.closer_to_base
     (warning,) = [event for event in record.events if isinstance(event, WarningRaised)]
@@ -429,38 +487,50 @@ def test_file_closer_to_base_gives_warning(workspace: ExportWorkspace, record: E
 def test_incomplete_lora_gguf_is_flagged_with_advice() -> None:
     incomplete = make_exported_file("f16", base=Path("base.gguf"), missing_weights="the trained embeddings of 2 tokens")
     distant = make_eval_response(argmax_agreement=0.9, mean_kl_to_trained=0.3, mean_kl_to_base=0.1)
-    check_fidelity(incomplete, distant, [])
+    check_fidelity(incomplete, distant, make_answer())
     advice = make_advice(incomplete, distant.comparison)
     assert "lacks the trained embeddings of 2 tokens" in advice
     assert "closer to the base model; use include_gguf" in advice
     assert not make_advice(incomplete, make_eval_response().comparison)  # the missing embeddings changed little
     with pytest.raises(JobFailed, match="predictions differ from"):
-        check_fidelity(make_exported_file("f16", base=Path("base.gguf")), distant, [])
+        check_fidelity(make_exported_file("f16", base=Path("base.gguf")), distant, make_answer())
 
 
 @pytest.mark.parametrize(
     ("positions", "agreement", "kl", "outcome"),
     [
         (124, 0.99, 0.0001, "accepted"),
-        (124, 0.96, 0.008, "warned"),  # five tokens can differ by chance
-        (2000, 0.96, 0.008, "warned"),
+        (124, 0.96, 0.008, "lossy"),  # five tokens can differ by chance
+        (2000, 0.96, 0.008, "lossy"),
         (2000, 0.95, 0.008, "rejected"),
         (124, 0.90, 0.008, "rejected"),
         (124, 1.0, 0.03, "rejected"),
     ],
 )
-def test_merged_model_deviation_warns_or_fails(
-    make_context: MakeContext, record: EventRecorder, positions: int, agreement: float, kl: float, outcome: str
-) -> None:
+def test_merged_model_deviation_is_a_loss_or_an_error(positions: int, agreement: float, kl: float, outcome: str) -> None:
     comparison = make_comparison(positions=positions, argmax_agreement=agreement, mean_kl_to_trained=kl)
     if outcome == "rejected":
-        with pytest.raises(JobFailed, match="predictions differ from base and adapter"):
-            check_merge_fidelity(comparison, "base and adapter together", make_context())
+        with pytest.raises(RoundsTooMuch, match="they agree on"):
+            check_merge_fidelity(comparison, None, None)
         return
-    check_merge_fidelity(comparison, "base and adapter together", make_context())
-    warnings = [event.message for event in record.events if isinstance(event, WarningRaised)]
-    assert len(warnings) == (outcome == "warned")
-    assert all("merged_dtype 'fp32'" in message for message in warnings)
+    assert bool(check_merge_fidelity(comparison, make_answer(), make_answer())) == (outcome == "lossy")
+
+
+def test_other_answer_of_merged_model_is_an_error() -> None:
+    other = GreedyAnswer((0, 0), make_answer().log_probs)
+    with pytest.raises(RoundsTooMuch, match="differ from token 2 on"):
+        check_merge_fidelity(make_comparison(), make_answer(), other)
+    assert check_merge_fidelity(make_comparison(), make_answer(margin=TIE_NATS / 2), other) is None  # rounding decides between the two
+    assert check_merge_fidelity(make_comparison(max_difference_nats=3.0), make_answer(), other) is None
+
+
+def test_other_answer_of_lossless_file_is_rejected() -> None:
+    other = make_eval_response(sample_ids=(1, 1))
+    with pytest.raises(JobFailed, match="answers a held-out prompt in other words than the trained model, from token 1 on"):
+        check_fidelity(make_exported_file("f16"), other, make_answer())
+    check_fidelity(make_exported_file("q8_0"), other, make_answer())
+    check_fidelity(make_exported_file("bf16", too_coarse=True), other, make_answer())
+    check_fidelity(make_exported_file("f16"), make_eval_response(), make_answer())
 
 
 def test_near_ties_count_as_agreement() -> None:
@@ -520,7 +590,8 @@ def test_long_examples_are_cut_around_the_answer_start() -> None:
 
 def test_sample_continues_the_shortest_prompt() -> None:
     examples = [HeldOutExample("a long one", tuple(range(20)), 10), HeldOutExample("short", tuple(range(5)), 3)]
-    assert select_sample_prompt(examples, tokenizer=None) == ("short", (0, 1, 2))  # pyright: ignore[reportArgumentType]  # unused
+    unused: Any = None
+    assert select_sample_prompt((), examples, unused, unused) == ("short", (0, 1, 2))
 
 
 @pytest.fixture
@@ -537,8 +608,16 @@ def make_comparison(**changes: Any) -> Comparison:
     return Comparison.model_validate(defaults | changes)
 
 
-def make_eval_response(token_ids: list[list[int]] | None = None, **changes: Any) -> EvalResponse:
-    return EvalResponse(token_ids=token_ids or [], comparison=make_comparison(**changes), sample_tokens=1, sample_text="x")
+def make_eval_response(sample_ids: tuple[int, ...] = (0, 1), **changes: Any) -> EvalResponse:
+    report = VocabularyReport(token_ids=[])
+    return EvalResponse(vocabulary=report, comparison=make_comparison(**changes), sample_ids=list(sample_ids), sample_text="x")
+
+
+def make_answer(*, margin: float = 5.0) -> GreedyAnswer:
+    """The answer of the tokens 0 and 1, each more likely than the other one by a factor of exp(margin)."""
+    import numpy as np
+
+    return GreedyAnswer((0, 1), log_softmax(np.array([[margin, 0.0], [0.0, margin]], dtype=np.float32)))
 
 
 def download_artifact(store: ObjectStore, artifact: Artifact, target: Path) -> Path:

@@ -73,6 +73,7 @@ def test_training_adapts_every_layer_and_says_what_it_chose(tiny_store: Path, tm
         ({"lora_dropout": 0.1}, "set lora_dropout to 0"),
         ({"use_dora": True}, "set use_dora to false"),
         ({"target_modules": ["q_proj"]}, "experts are not linear layers"),
+        ({"lora_init": "pissa"}, "use 'default'"),
         ({"lora_rank": 65}, "lora_rank 65 is above the width of the experts, which is 64"),
     ],
 )

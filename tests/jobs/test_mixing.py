@@ -17,6 +17,7 @@ from schema.dataset import WeightedDataset
 from schema.mixing import count_mixed_rows
 from schema.spec import JobSpec
 from tests.jobs.conftest import EventRecorder, load_trainer, make_context, make_spec, messages
+from tests.jobs.test_grpo import HYPERPARAMETERS, make_grpo_job, prompts
 from tests.jobs.test_preferences import pairs
 
 Weighted = list[tuple[int, float]]
@@ -137,3 +138,20 @@ def test_every_trainer_mixes(store: Path, tmp_path: Path, trainer_type: str) -> 
     assert model.train_rows == (16 if trainer_type == "kto" else 8)  # KTO reads a pair as two rows
     assert model.metrics is not None
     assert record.decisions["dataset_mix"].startswith("8 rows" if trainer_type == "kto" else "4 rows")
+
+
+def test_prompts_of_several_datasets_are_mixed(store: Path, tmp_path: Path) -> None:
+    hyperparameters = HYPERPARAMETERS | {"max_steps": 1}
+    first, second = (
+        make_spec(
+            store,
+            **make_grpo_job(train=prompts(count, first=start), held_out=prompts(1, first=90 + start)),
+            hyperparameters=hyperparameters,
+        )
+        for count, start in ((6, 0), (2, 50))
+    )
+    spec, record = mix_specs(first, second, (1.0, 1.0)), EventRecorder()
+    model = load_trainer(spec)(spec.training_config, make_context(spec, tmp_path, record))
+    assert (model.train_rows, record.decisions["dataset_mix"][:6]) == (8, "4 rows")
+    assert model.metrics is not None
+    assert model.metrics.eval_rows == 2

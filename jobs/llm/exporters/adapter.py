@@ -24,6 +24,7 @@ def export(workspace: "ExportWorkspace") -> tuple[ExportedArtifact, ...]:
     copy_files(source, folder, [ADAPTER_WEIGHTS_FILE, *PROCESSOR_FILES])
     copy_tokenizer(source, folder)
     copy_license(workspace.trained.base_folder, folder)
+    workspace.check_tokenizer(folder, "the adapter")
     # The config names the trainer's local folder; the published adapter must name the model on the Hub.
     settings = json.loads((source / ADAPTER_CONFIG_FILE).read_text())
     base_model_id = workspace.context.spec.training_config.base_model_id

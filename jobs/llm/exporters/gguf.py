@@ -8,13 +8,14 @@ training rows ── llama-imatrix ── importance matrix ──┐
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jobs.llm.exporters.conversion import convert_model
 from jobs.llm.exporters.imatrix import IMATRIX_QUANTIZATIONS, make_imatrix
 from jobs.llm.exporters.mmproj import export_mmproj, has_vision_tower
 from jobs.llm.exporters.model_files import link_or_copy, read_precision
 from jobs.llm.exporters.staging import make_staging_folder
 from jobs.llm.exporters.usage import record_fidelity, write_usage
 from jobs.llm.exporters.verify import ExportedFile, GgufVerifier
-from jobs.llm.llama_cpp.runner import convert, quantize
+from jobs.llm.llama_cpp.runner import quantize
 from jobs.runtime.artifacts import ExportedArtifact
 from jobs.runtime.errors import JobFailed
 from jobs.runtime.subprocesses import SubprocessFailed
@@ -53,8 +54,9 @@ def _write_files(workspace: "ExportWorkspace", model_folder: Path) -> list[Expor
 
     precision, trained, threads = read_precision(model_folder), workspace.trained, torch.get_num_threads()
     converted = workspace.path(f"converted-{precision}.gguf")
-    staging = make_staging_folder(model_folder, model_folder, [trained.folder, trained.base_folder], workspace.path("staging"))
-    convert(staging, converted, precision=precision, name=workspace.model_name)
+    tokenizers = [trained.folder, trained.base_folder]
+    staging = make_staging_folder(model_folder, model_folder, tokenizers, workspace.path("staging"))
+    convert_model(workspace, staging, converted, precision)
     imatrix = make_imatrix(workspace, converted)
     candidates: list[ExportedFile] = []
     for quantization in workspace.export_config.gguf_quantizations:
@@ -65,6 +67,7 @@ def _write_files(workspace: "ExportWorkspace", model_folder: Path) -> list[Expor
             link_or_copy(converted, path)
         elif not path.is_file():  # make_imatrix may have written q8_0 already
             quantize(converted, path, file_type=quantization, threads=threads, imatrix=own_imatrix)
-        candidates.append(ExportedFile(path, quantization, imatrix=own_imatrix is not None))
+        too_coarse = quantization in workspace.merged_model.too_coarse
+        candidates.append(ExportedFile(path, quantization, imatrix=own_imatrix is not None, too_coarse=too_coarse))
     converted.unlink()
     return candidates

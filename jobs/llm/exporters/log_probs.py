@@ -1,9 +1,11 @@
-"""The passages on which models are compared, and a model's next-token log probabilities on them, computed once and stored in a file."""
+"""The passages on which models are compared, a model's next-token log probabilities on them, and its answer to a held-out question."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.llm.exporters.user_path import encode_with_tokenizer
 from jobs.llm.llama_cpp.fidelity import Passage, log_softmax
 from jobs.llm.model_kinds import AUTO_CLASSES, ModelKind
 
@@ -13,12 +15,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-    from jobs.llm.trained_model import HeldOutExample
+    from jobs.llm.chat_format import ChatFormat
+    from jobs.llm.trained_model import HeldOutExample, UserPrompt
 
 # Limits of time and memory: with Gemma's vocabulary of 262,144, a position takes 1 MB of float32 and 0.3 GFLOP in the head.
 MAX_PASSAGES = 8
 MAX_PASSAGE_TOKENS = 256  # of one passage
 MAX_POSITIONS = 256  # compared positions, over all passages
+ANSWER_TOKENS = 8  # of the greedy answers that are compared: an error in the model or its prompt changes the first ones
 
 # A job without held-out rows is verified on these: prose, code, names and numbers.
 FALLBACK_TEXTS = (
@@ -38,13 +42,56 @@ def make_passages(examples: "Sequence[HeldOutExample]", tokenizer: "PreTrainedTo
     return tuple(passage.model_copy(update={"compared_tokens": min(positions, len(passage.ids))}) for passage in passages)
 
 
-def select_sample_prompt(examples: "Sequence[HeldOutExample]", tokenizer: "PreTrainedTokenizerBase") -> tuple[str, tuple[int, ...]]:
-    """The shortest held-out prompt, for a sample generation, as text and as token ids."""
-    prompts = [example for example in examples if example.prompt_tokens]
-    if not prompts:
+def select_sample_prompt(
+    prompts: "Sequence[UserPrompt]",
+    examples: "Sequence[HeldOutExample]",
+    tokenizer: "PreTrainedTokenizerBase",
+    chat_format: "ChatFormat",
+) -> tuple[str, tuple[int, ...]]:
+    """The shortest question as a user asks it, or held-out prompt, for a sample generation, as text and as token ids."""
+    questions = [tuple(encode_with_tokenizer(tokenizer, chat_format, prompt)) for prompt in prompts if prompt.text is None]
+    if questions:
+        ids = min(questions, key=len)
+        return str(tokenizer.decode(list(ids))), _truncate(ids, len(ids))
+    held_out = [example for example in examples if example.prompt_tokens]
+    if not held_out:
         return FALLBACK_PROMPT, tuple(tokenizer.encode(FALLBACK_PROMPT))
-    shortest = min(prompts, key=lambda example: example.prompt_tokens)
+    shortest = min(held_out, key=lambda example: example.prompt_tokens)
     return shortest.prompt_text, _truncate(shortest.input_ids[: shortest.prompt_tokens], shortest.prompt_tokens)
+
+
+@dataclass(frozen=True)
+class GreedyAnswer:
+    """The first tokens of a model's most likely answer, and its log probabilities (tokens, vocabulary) before each of them."""
+
+    ids: tuple[int, ...]
+    log_probs: "NDArray[np.float32]"
+
+    def find_difference(self, ids: Sequence[int], tolerance_nats: float) -> int | None:
+        """Where another model's answer differs first; None for the same tokens, or where the two were nearly as likely."""
+        position = next((n for n, (own, other) in enumerate(zip(self.ids, ids, strict=False)) if own != other), None)
+        if position is None:
+            return None
+        row = self.log_probs[position]
+        return position if float(row.max() - row[ids[position]]) > tolerance_nats else None
+
+
+def answer_greedily(model: "torch.nn.Module", prompt_ids: Sequence[int], stop_token_ids: Sequence[int]) -> GreedyAnswer:
+    """A model's answer to a prompt, up to ANSWER_TOKENS tokens or the first stop token."""
+    import numpy as np
+    import torch
+
+    device = next(model.parameters()).device
+    answer: list[int] = []
+    rows: list[NDArray[np.float32]] = []
+    with torch.inference_mode():
+        while len(answer) < ANSWER_TOKENS and not (answer and answer[-1] in stop_token_ids):
+            ids = torch.tensor([[*prompt_ids, *answer]], device=device)
+            # Without a cache: architectures with a state have caches of other kinds, and these are few tokens.
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+            rows.append(log_softmax(logits[0, -1].float().cpu().numpy()))
+            answer.append(int(rows[-1].argmax()))
+    return GreedyAnswer(tuple(answer), np.stack(rows))
 
 
 def load_model(

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.llm.exporters.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
+from jobs.llm.exporters.conversion import convert_model
 from jobs.llm.exporters.model_files import read_precision, write_json
 from jobs.llm.exporters.staging import make_staging_folder
 from jobs.llm.exporters.usage import record_fidelity, write_usage
 from jobs.llm.exporters.verify import ExportedFile, GgufVerifier
-from jobs.llm.llama_cpp.runner import convert, convert_lora
+from jobs.llm.llama_cpp.runner import convert_lora
 from jobs.runtime.artifacts import ExportedArtifact
 from jobs.runtime.errors import JobFailed
 from jobs.runtime.subprocesses import SubprocessFailed
@@ -39,9 +40,12 @@ def export(workspace: "ExportWorkspace") -> tuple[ExportedArtifact, ...]:
     adapter, missing_weights = stage_adapter(trained.folder, workspace.path("adapter-staging"))
     try:
         staging = make_staging_folder(
-            trained.base_folder, trained.folder, [trained.folder, trained.base_folder], workspace.path("base-staging")
+            trained.base_folder,
+            trained.folder,
+            [trained.folder, trained.base_folder],
+            workspace.path("base-staging"),
         )
-        convert(staging, base, precision=read_precision(trained.base_folder), name=workspace.model_name)
+        convert_model(workspace, staging, base, read_precision(trained.base_folder))
         convert_lora(adapter, staging, path)
     except SubprocessFailed as error:
         raise JobFailed("export_failed", f"the adapter could not be written as GGUF: {error}", INCLUDE_GGUF_HINT) from error

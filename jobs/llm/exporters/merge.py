@@ -2,12 +2,13 @@
 
 import gc
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.llm.exporters.log_probs import compute_scores, load_log_probs, load_model, write_log_probs
+from jobs.llm.exporters.log_probs import GreedyAnswer, answer_greedily, compute_scores, load_log_probs, load_model, write_log_probs
 from jobs.llm.exporters.model_files import (
     CONFIG_FILES,
     MODEL_FILES,
@@ -32,10 +33,11 @@ from jobs.llm.exporters.tensor_merge import (
     merge_tensors,
     read_num_labels,
 )
-from jobs.llm.llama_cpp.fidelity import Comparison, Passage, compare, has_agreement, list_targets
+from jobs.llm.llama_cpp.fidelity import TIE_NATS, Comparison, Passage, compare, has_agreement, list_targets
 from jobs.llm.model_kinds import ModelKind
 from jobs.runtime.errors import JobFailed
 from schema.estimate.llm import estimate_comparison_bytes, float32_weights_bytes
+from schema.training.llm_export import MergedDtype
 
 if TYPE_CHECKING:
     import torch
@@ -45,9 +47,9 @@ if TYPE_CHECKING:
     from jobs.runtime.context import JobContext
 
 DIVERGED_HINT = "the training diverged; lower learning_rate, or raise warmup_ratio"
+REPORT_ADAPTER_HINT = "export format 'adapter' keeps the trained weights; please report this with the job's log"  # there is an adapter
 OVERFLOW_HINT = "the largest float16 number is 65504; use merged_dtype bf16 or fp32"
-ROUNDING_HINT = "merged_dtype 'fp32' and the adapter keep full precision"
-KEEP_ADAPTER_HINT = "export format 'adapter' keeps the trained weights; please report this with the job's log"
+MERGED_DTYPES: dict[Precision, MergedDtype] = {"bf16": "bf16", "f16": "fp16", "f32": "fp32"}
 
 # Rounding the sum to bfloat16 moves Gemma 270M by a mean KL of 0.00006 nats, and by 0.008 after a few small training steps, most of
 # which are below bfloat16's last digit; a wrong merge moves it by whole nats.
@@ -64,7 +66,8 @@ class MergeSpec:
     model_kind: ModelKind
     tokenizer: "PreTrainedTokenizerBase"
     passages: tuple[Passage, ...]
-    dtype: Precision | None  # None: the base model's own
+    sample_prompt_ids: tuple[int, ...]  # whose greedy answers are compared
+    dtype: Precision | None  # the requested one; None: the base model's own, or a finer one where that rounds too much
     dtype_and_device: "tuple[torch.dtype, str]"  # of the models that are compared (`choose_compute_dtype`)
     workspace_folder: Path
     context: "JobContext"
@@ -78,6 +81,7 @@ class ReferenceLogProbs:
     log_probs: Path
     base_log_probs: Path | None  # None when training changed the size of the vocabulary
     comparison: Comparison | None  # with the trained model before merging or rounding; None where nothing was merged or rounded
+    answer: GreedyAnswer  # to the sample prompt
 
     def request_fields(self) -> dict[str, Any]:  # the fields of a ComparisonRequest
         """What a child process needs to compare a file with this model."""
@@ -91,6 +95,7 @@ class MergedModel:
 
     folder: Path
     reference_log_probs: ReferenceLogProbs | None
+    too_coarse: tuple[Precision, ...] = ()  # the precisions that were tried, and rounded too much
 
 
 @dataclass(frozen=True)
@@ -99,30 +104,52 @@ class BaselineOutputs:
 
     base_log_probs: Path | None = None
     trained_log_probs: Path | None = None  # None where nothing is merged or rounded
+    answer: GreedyAnswer | None = None  # of the trained model
     scores: Sequence[float] = ()  # of a reward model
+
+
+class RoundsTooMuch(Exception):
+    """The written model differs from the trained one; the message says by how much. Another precision may not."""
 
 
 def merge_model(merge_spec: MergeSpec) -> MergedModel:
     """Write the trained model as one folder without an adapter and verify it. Raises JobFailed, and Stopped.
 
-    Verifying loads the written folder and compares it with the base and adapter before they were merged.
+    Verifying loads the written folder and compares it with the base and adapter before they were merged. Where the base's precision rounds
+    too much of the training, and the request names none, a finer one is written.
     """
-    trained, folder = merge_spec.trained, merge_spec.workspace_folder / "merged"
-    precision = merge_spec.dtype or read_precision(trained.base_folder)
-    changes = trained.is_adapter or precision != read_precision(trained.folder)
-    baseline = _compute_baseline(merge_spec, changes=changes)
+    trained, folder, context = merge_spec.trained, merge_spec.workspace_folder / "merged", merge_spec.context
+    first = merge_spec.dtype or read_precision(trained.base_folder)
+    baseline = _compute_baseline(merge_spec, changes=_changes_weights(trained, first))
     gc.collect()  # one model in memory at a time
-    if changes:
-        _write_merged(merge_spec, folder, precision)
-    else:
-        copy_files(trained.folder, folder, [*MODEL_FILES, *list_weight_files(trained.folder)])
-    copy_files(trained.base_folder, folder, PROCESSOR_FILES)
-    copy_tokenizer(trained.folder, folder)
-    copy_license(trained.base_folder, folder)
-    if merge_spec.model_kind != "score":
-        set_generation_eos(folder, trained.chat_format.stop_token_ids)
-    merge_spec.context.check_stop()
-    return MergedModel(folder, _verify_merged(merge_spec, folder, baseline))
+    too_coarse: list[Precision] = []
+    precisions: list[Precision] = [merge_spec.dtype] if merge_spec.dtype else list_finer_precisions(first)
+    for precision in precisions:
+        is_last = merge_spec.dtype is not None or precision == "f32"
+        try:
+            _write_model(merge_spec, folder, precision)
+            context.check_stop()
+            reference = _verify_merged(merge_spec, folder, baseline, may_warn=is_last)
+        except (RoundsTooMuch, DtypeOverflow) as error:
+            if is_last:
+                raise _make_merge_failure(merge_spec, precision, error) from error
+            reason = f"{MERGED_DTYPES[precision]} rounds too much" if isinstance(error, RoundsTooMuch) else "float16 has too little range"
+            reason += f": {error}; the request sets no merged_dtype"
+        else:
+            if baseline.trained_log_probs is not None:
+                baseline.trained_log_probs.unlink()
+            return MergedModel(folder, reference, tuple(too_coarse))
+        too_coarse.append(precision)
+        context.log_decision("merged_dtype", MERGED_DTYPES[list_finer_precisions(precision)[1]], reason)
+        shutil.rmtree(folder)
+        gc.collect()
+    raise AssertionError("float32 is the last precision, and returns or raises")
+
+
+def list_finer_precisions(precision: Precision) -> list[Precision]:
+    """A precision and the finer ones, in the order in which they are tried: float16 has three bits more than bfloat16, and less range."""
+    order: list[Precision] = ["bf16", "f16", "f32"]
+    return order[order.index(precision) :]
 
 
 def choose_compute_dtype(base: Path, context: "JobContext") -> "tuple[torch.dtype, str]":
@@ -161,10 +188,13 @@ def _compute_baseline(merge_spec: MergeSpec, *, changes: bool) -> BaselineOutput
     if not changes:
         return BaselineOutputs(base_log_probs)
     if trained.is_adapter:
-        return BaselineOutputs(base_log_probs, _write_log_probs_of(merge_spec, _add_adapter(model, trained.folder), "adapter"))
-    del model
-    gc.collect()
-    return BaselineOutputs(base_log_probs, _write_log_probs_of(merge_spec, _load(merge_spec, trained.folder), "trained"))
+        tuned, name = _add_adapter(model, trained.folder), "adapter"
+    else:
+        del model
+        gc.collect()
+        tuned, name = _load(merge_spec, trained.folder), "trained"
+    log_probs = _write_log_probs_of(merge_spec, tuned, name)
+    return BaselineOutputs(base_log_probs, log_probs, _answer(merge_spec, tuned))
 
 
 def _load(merge_spec: MergeSpec, folder: Path, num_labels: int | None = None) -> "torch.nn.Module":
@@ -176,6 +206,10 @@ def _add_adapter(base: "torch.nn.Module", adapter: Path) -> "torch.nn.Module":
     from peft import PeftModel
 
     return PeftModel.from_pretrained(base, str(adapter)).eval()  # pyright: ignore[reportArgumentType]  # any model of transformers
+
+
+def _answer(merge_spec: MergeSpec, model: "torch.nn.Module") -> GreedyAnswer:
+    return answer_greedily(model, merge_spec.sample_prompt_ids, merge_spec.trained.chat_format.stop_token_ids)
 
 
 def _write_log_probs_of(merge_spec: MergeSpec, model: "torch.nn.Module", name: str) -> Path:
@@ -190,19 +224,35 @@ def _write_log_probs_of(merge_spec: MergeSpec, model: "torch.nn.Module", name: s
 # --- writing ---
 
 
+def _changes_weights(trained: "TrainedModel", precision: Precision) -> bool:
+    return trained.is_adapter or precision != read_precision(trained.folder)
+
+
+def _write_model(merge_spec: MergeSpec, folder: Path, precision: Precision) -> None:
+    """Write the whole model folder. Raises JobFailed, and DtypeOverflow."""
+    trained = merge_spec.trained
+    if _changes_weights(trained, precision):
+        _write_merged(merge_spec, folder, precision)
+    else:
+        copy_files(trained.folder, folder, [*MODEL_FILES, *list_weight_files(trained.folder)])
+    copy_files(trained.base_folder, folder, PROCESSOR_FILES)
+    copy_tokenizer(trained.folder, folder)
+    copy_license(trained.base_folder, folder)
+    if merge_spec.model_kind != "score":
+        set_generation_eos(folder, trained.chat_format.stop_token_ids)
+
+
 def _write_merged(merge_spec: MergeSpec, folder: Path, precision: Precision) -> None:
-    """Write base and adapter merged, or the fully trained model alone, in the given precision. Raises JobFailed."""
+    """Write base and adapter merged, or the fully trained model alone, in the given precision. Raises JobFailed, and DtypeOverflow."""
     trained, tokenizer = merge_spec.trained, merge_spec.tokenizer
     source = trained.base_folder if trained.is_adapter else trained.folder
     try:
         delta, model = load_adapter_delta(source, trained.folder, merge_spec.model_kind) if trained.is_adapter else (NO_CHANGES, None)
         merge_tensors(source, folder, to_torch_dtype(precision), delta)
-    except DtypeOverflow as error:
-        raise JobFailed("export_failed", f"{error} has numbers that are too large for {precision}", OVERFLOW_HINT) from error
     except NotFinite as error:
         raise JobFailed("export_failed", f"the trained weights are not finite, {error} among them", DIVERGED_HINT) from error
     except MergeError as error:
-        raise JobFailed("export_failed", f"the adapter cannot be merged: {error}", KEEP_ADAPTER_HINT) from error
+        raise JobFailed("export_failed", f"the adapter cannot be merged: {error}", REPORT_ADAPTER_HINT) from error
     copy_files(source, folder, CONFIG_FILES)
     if merge_spec.model_kind == "score" and model is not None:
         # The base's config describes a causal model; a reward model has another class, and must know the padding token.
@@ -217,46 +267,80 @@ def _write_merged(merge_spec: MergeSpec, folder: Path, precision: Precision) -> 
 # --- verifying ---
 
 
-def _verify_merged(merge_spec: MergeSpec, folder: Path, baseline: BaselineOutputs) -> ReferenceLogProbs | None:
-    """Load the written model and compare it with the baseline; None for a reward model. Raises JobFailed."""
+def _verify_merged(merge_spec: MergeSpec, folder: Path, baseline: BaselineOutputs, *, may_warn: bool) -> ReferenceLogProbs | None:
+    """Load the written model and compare it with the baseline; None for a reward model. Raises JobFailed, and RoundsTooMuch.
+
+    With `may_warn`, a model that lost a little of the training is accepted with a warning.
+    """
     model = _load(merge_spec, folder)
     if merge_spec.model_kind == "score":
         _check_scores(compute_scores(model, merge_spec.passages), baseline.scores)
         return None
     path = _write_log_probs_of(merge_spec, model, "merged")
+    answer = _answer(merge_spec, model)
     log_probs, base_path = load_log_probs(path), baseline.base_log_probs
     base = load_log_probs(base_path) if base_path else None
     if base is not None and base.shape != log_probs.shape:
         base_path = base = None
     if baseline.trained_log_probs is None:
-        return ReferenceLogProbs(merge_spec.passages, path, base_path, None)
+        return ReferenceLogProbs(merge_spec.passages, path, base_path, None, answer)
     comparison = compare(log_probs, load_log_probs(baseline.trained_log_probs), base, list_targets(merge_spec.passages))
-    reference_name = "base and adapter together" if merge_spec.trained.is_adapter else "the trained model before it was rounded"
-    check_merge_fidelity(comparison, reference_name, merge_spec.context)
-    baseline.trained_log_probs.unlink()
-    return ReferenceLogProbs(merge_spec.passages, path, base_path, comparison)
+    loss = check_merge_fidelity(comparison, baseline.answer, answer)
+    if loss is not None and not may_warn:
+        raise RoundsTooMuch(loss)
+    if loss is not None:
+        hint = make_rounding_hint(merge_spec)
+        merge_spec.context.warn(
+            "merge_precision_loss", f"rounding removed some of the training from the merged model: {loss}{hint and '; '}{hint}"
+        )
+    return ReferenceLogProbs(merge_spec.passages, path, base_path, comparison, answer)
 
 
-def check_merge_fidelity(comparison: Comparison, reference_name: str, context: "JobContext") -> None:
-    """Raise JobFailed when a merged model's predictions differ from the reference's; warn when rounding changed some."""
+def check_merge_fidelity(comparison: Comparison, trained: GreedyAnswer | None, merged: GreedyAnswer | None) -> str | None:
+    """What a merged model lost by rounding, in numbers; None if nothing. Raises RoundsTooMuch when its predictions are others."""
     numbers = (
         f"they agree on {comparison.argmax_agreement:.1%} of {comparison.positions} tokens, mean KL {comparison.mean_kl_to_trained:.4f}, "
         f"largest difference {comparison.max_difference_nats:.3g} nats"
     )
     if comparison.mean_kl_to_trained > MAX_MERGE_KL_NATS or not has_agreement(comparison, MIN_MERGE_AGREEMENT):
-        message = f"the merged model's predictions differ from {reference_name}: {numbers}"
-        raise JobFailed("export_failed", message, KEEP_ADAPTER_HINT)
-    if comparison.argmax_agreement < MIN_MERGE_AGREEMENT:
-        context.warn("merge_precision_loss", f"rounding removed some of the training from the merged model: {numbers}; {ROUNDING_HINT}")
+        raise RoundsTooMuch(numbers)
+    if trained is not None and merged is not None:
+        tolerance = max(TIE_NATS, 2 * comparison.max_difference_nats)  # of the difference between two tokens
+        position = trained.find_difference(merged.ids, tolerance)
+        if position is not None:
+            raise RoundsTooMuch(f"the answers to a held-out prompt differ from token {position + 1} on, {numbers}")
+    return numbers if comparison.argmax_agreement < MIN_MERGE_AGREEMENT else None
+
+
+def make_rounding_hint(merge_spec: MergeSpec) -> str:
+    """What keeps more of the training than the requested precision; only what a request for this model may say."""
+    return make_precision_hint(merge_spec.dtype, is_adapter=merge_spec.trained.is_adapter)
+
+
+def make_precision_hint(dtype: Precision | None, *, is_adapter: bool) -> str:
+    """The export settings that keep more of the training than a merged model of this precision, in words; empty where none does."""
+    settings = [
+        *(["merged_dtype 'fp32'"] if dtype in ("bf16", "f16") else []),
+        *(["export format 'adapter'"] if is_adapter else []),
+    ]
+    return f"use {' or '.join(settings)}, which rounds nothing" if settings else ""
+
+
+def _make_merge_failure(merge_spec: MergeSpec, precision: Precision, error: RoundsTooMuch | DtypeOverflow) -> JobFailed:
+    if isinstance(error, DtypeOverflow):
+        return JobFailed("export_failed", f"{error} has numbers that are too large for {precision}", OVERFLOW_HINT)
+    trained = merge_spec.trained
+    reference_name = "base and adapter together" if trained.is_adapter else "the trained model before it was rounded"
+    hint = make_rounding_hint(merge_spec) or "please report this with the job's log"
+    return JobFailed("export_failed", f"the merged model's predictions differ from {reference_name}: {error}", hint)
 
 
 def _check_scores(merged_scores: Sequence[float], trained_scores: Sequence[float]) -> None:
-    """Raise JobFailed when a merged reward model's scores differ; `trained_scores` is empty where nothing was merged or rounded."""
+    """Raise when a merged reward model's scores differ; `trained_scores` is empty where nothing was merged or rounded."""
     if not all(math.isfinite(score) for score in (*merged_scores, *trained_scores)):
         raise JobFailed("export_failed", "the reward model's scores are not finite", DIVERGED_HINT)
     if not trained_scores:
         return
     difference = max(abs(merged - trained) for merged, trained in zip(merged_scores, trained_scores, strict=True))
     if difference > MAX_MERGE_SCORE_DIFFERENCE * max(1.0, *map(abs, trained_scores)):
-        message = f"the merged reward model's scores differ from the trained model's by up to {difference:.3g}"
-        raise JobFailed("export_failed", message, KEEP_ADAPTER_HINT)
+        raise RoundsTooMuch(f"the scores differ by up to {difference:.3g}")

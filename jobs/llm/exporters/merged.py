@@ -17,4 +17,5 @@ def export(workspace: "ExportWorkspace") -> tuple[ExportedArtifact, ...]:
     fidelity = make_fidelity(comparison).model_dump(mode="json") if comparison else None
     if fidelity is not None:
         write_json(model.folder / FIDELITY_FILE, {"merged": fidelity})
+    workspace.check_tokenizer(model.folder, "the merged model")
     return (ExportedArtifact(name="merged", kind="merged", path=model.folder, key=workspace.key("merged"), fidelity=fidelity),)

@@ -67,6 +67,7 @@ def export(workspace: "ExportWorkspace") -> tuple[ExportedArtifact, ...]:
     copy_files(model.folder, folder, CONFIG_FILES)
     copy_tokenizer(model.folder, folder)
     copy_license(model.folder, folder)
+    workspace.check_tokenizer(folder, "the ONNX model")
     fidelity = make_fidelity(comparison).model_dump(mode="json")
     write_json(folder / FIDELITY_FILE, {"onnx": fidelity})
     return (ExportedArtifact(name="onnx", kind="onnx", path=folder, key=workspace.key("onnx"), fidelity=fidelity, hub_folder="onnx/"),)

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.llm.evaluation.generation import make_printable
-from jobs.llm.exporters.log_probs import select_sample_prompt
+from jobs.llm.exporters.log_probs import GreedyAnswer
+from jobs.llm.exporters.user_path import find_gguf_problem, make_gguf_questions
 from jobs.llm.llama_cpp.evaluate import EvalRequest, EvalResponse
-from jobs.llm.llama_cpp.fidelity import Comparison
+from jobs.llm.llama_cpp.fidelity import TIE_NATS, Comparison
 from jobs.llm.llama_cpp.runner import evaluate
 from jobs.runtime.errors import JobFailed
 from jobs.runtime.subprocesses import SubprocessFailed
@@ -28,6 +29,7 @@ MAX_LOSSLESS_KL_NATS = 0.002
 # Below this two models are indistinguishable, so which of the two a file is closer to means nothing.
 NEGLIGIBLE_KL_NATS = 0.01
 
+VOCABULARY_HINT = "llama.cpp reads this tokenizer or chat template differently; use export format merged, without include_gguf"
 MAX_SAMPLE_TOKENS = 32
 MAX_SAMPLE_PROMPT_CHARACTERS = 2000  # stored in the job's record
 
@@ -48,16 +50,24 @@ class ExportedFile:
     base: Path | None = None  # the base model's GGUF file, for an adapter
     missing_weights: str = ""  # trained weights that the format cannot hold, in words; such a file gets a warning, not an error
     imatrix: bool = False
+    too_coarse: bool = False  # this precision rounds off some of the training, so a finer one was chosen for the merged model
+
+    @property
+    def must_match(self) -> bool:
+        """Whether the file holds every trained weight as it is, so that only the arithmetic may differ."""
+        return self.quantization in LOSSLESS_QUANTIZATIONS and not self.missing_weights and not self.too_coarse
 
 
 class GgufVerifier:
     """Verifies every file of one job with the same texts, passages and prompt."""
 
     def __init__(self, workspace: "ExportWorkspace") -> None:
-        self._workspace, tokenizer = workspace, workspace.tokenizer
-        self._texts = tokenizer_test_texts(workspace.text_examples, tokenizer)
-        self._token_ids = [tokenizer.encode(text, add_special_tokens=False) for text in self._texts]
-        self.sample_prompt, self._prompt_ids = select_sample_prompt(workspace.text_examples, tokenizer)
+        self._workspace, trained = workspace, workspace.trained
+        texts = tokenizer_test_texts(workspace.text_examples, workspace.tokenizer, trained.chat_format.turn_token_ids)
+        self._questions = make_gguf_questions(
+            workspace.tokenizer, trained.chat_format, texts, trained.user_prompts, workspace.ollama_template
+        )
+        self.sample_prompt, self._prompt_ids = workspace.sample_prompt
 
     def verify(self, candidate: ExportedFile) -> Fidelity:
         """Measure the file's fidelity. Raises JobFailed when llama.cpp cannot run it, or a lossless file differs from the model."""
@@ -71,7 +81,7 @@ class GgufVerifier:
             model_path=str(candidate.base or candidate.path),
             lora_path=str(candidate.path) if candidate.base else None,
             threads=torch.get_num_threads(),  # the launcher's limit
-            texts=self._texts,
+            vocabulary=self._questions.request(),
             sample_prompt_ids=list(self._prompt_ids),
             max_sample_tokens=MAX_SAMPLE_TOKENS,
             **reference.request_fields(),
@@ -80,7 +90,10 @@ class GgufVerifier:
             response = evaluate(request, self._workspace.folder)
         except SubprocessFailed as error:
             raise JobFailed("export_failed", f"llama.cpp cannot run {name}: {error}", _failure_hint(candidate.quantization)) from error
-        check_fidelity(candidate, response, self._token_ids)
+        problem = find_gguf_problem(self._questions, response.vocabulary, lambda token: str(self._workspace.tokenizer.decode([token])))
+        if problem:
+            raise JobFailed("export_failed", f"{name} {problem}", VOCABULARY_HINT)
+        check_fidelity(candidate, response, reference.answer)
         closer_to_base, advice = is_closer_to_base(response.comparison), make_advice(candidate, response.comparison)
         if advice:
             context.warn("closer_to_base" if closer_to_base else "low_fidelity", advice)
@@ -110,26 +123,31 @@ def make_fidelity(comparison: Comparison) -> Fidelity:
     )
 
 
-def tokenizer_test_texts(examples: "Sequence[HeldOutExample]", tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+def tokenizer_test_texts(
+    examples: "Sequence[HeldOutExample]", tokenizer: "PreTrainedTokenizerBase", turn_token_ids: Sequence[int]
+) -> list[str]:
     """Texts that a file must split into exactly the tokens of the model's own tokenizer."""
-    template = str(tokenizer.chat_template or "")
-    turns = [f"{token}user\nwhat is 1  +  1?{token}\n" for token in tokenizer.all_special_tokens if token in template]
+    turn_tokens = [str(tokenizer.convert_ids_to_tokens(token)) for token in turn_token_ids]
+    turns = [f"{token}user\nwhat is 1  +  1?{token}\n" for token in turn_tokens]
     held_out = [text for example in examples for text in (example.prompt_text, str(tokenizer.decode(list(example.input_ids))))]
     return [*TOKENIZER_EDGE_CASES, *turns, *held_out]
 
 
-def check_fidelity(candidate: ExportedFile, response: EvalResponse, token_ids: list[list[int]]) -> None:
-    """Raise JobFailed when a file tokenizes differently, or is lossless and its predictions differ from the trained model's."""
+def check_fidelity(candidate: ExportedFile, response: EvalResponse, answer: GreedyAnswer) -> None:
+    """Raise JobFailed when a file is lossless and its predictions differ from the merged model's, whose answer is `answer`."""
     name, comparison = candidate.path.name, response.comparison
-    differing_texts = sum(expected != actual for expected, actual in zip(token_ids, response.token_ids, strict=True))
-    if differing_texts:
-        message = f"{name} splits {differing_texts} of {len(token_ids)} texts into other tokens than the model's tokenizer does"
-        raise JobFailed("export_failed", message, "the base model needs a tokenizer.model that matches its tokenizer.json")
-    if candidate.quantization in LOSSLESS_QUANTIZATIONS and not candidate.missing_weights and not is_within_tolerance(comparison):
+    if not candidate.must_match:
+        return
+    if not is_within_tolerance(comparison):
         message = (
             f"{name}'s predictions differ from the trained model's: they agree on {comparison.argmax_agreement:.1%} of "
             f"{comparison.positions} tokens, mean KL {comparison.mean_kl_to_trained:.4f} nats"
         )
+        raise JobFailed("export_failed", message, _failure_hint(candidate.quantization))
+    # Two tokens' difference may change by twice what one of them may.
+    position = answer.find_difference(response.sample_ids, max(TIE_NATS, 2 * comparison.max_difference_nats))
+    if position is not None:
+        message = f"{name} answers a held-out prompt in other words than the trained model, from token {position + 1} on"
         raise JobFailed("export_failed", message, _failure_hint(candidate.quantization))
 
 
@@ -140,6 +158,10 @@ def make_advice(candidate: ExportedFile, comparison: Comparison) -> str:
         numbers = f"mean KL {comparison.mean_kl_to_trained:.3f} nats, agreement {comparison.argmax_agreement:.1%}"
         closer = ", and it is closer to the base model" if closer_to_base else ""
         return f"{name} lacks {candidate.missing_weights}, so it differs from the trained model ({numbers}){closer}; use include_gguf"
+    if candidate.too_coarse and not is_within_tolerance(comparison):
+        return (
+            f"{name} rounds off some of the training (mean KL {comparison.mean_kl_to_trained:.4f} nats); use gguf_quantization f32 or none"
+        )
     if not closer_to_base:
         return ""
     alternative = "use q8_0 or f16" if candidate.imatrix else "use q8_0 or f16, or an importance matrix (gguf_imatrix)"

@@ -6,9 +6,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.llm.exporters.log_probs import make_passages
+from jobs.llm.exporters.log_probs import make_passages, select_sample_prompt
 from jobs.llm.exporters.merge import MergedModel, MergeSpec, choose_compute_dtype, merge_model
 from jobs.llm.exporters.model_files import Precision
+from jobs.llm.exporters.modelfile import OllamaTemplate, make_ollama_template
+from jobs.llm.exporters.user_path import check_tokenizer_path, rows_begin_with_bos
 from jobs.llm.model_kinds import ModelKind
 from jobs.runtime.artifacts import ExportedArtifact
 from schema.spec import artifact_key
@@ -47,6 +49,7 @@ class ExportWorkspace:
                 model_kind=self.model_kind,
                 tokenizer=self.tokenizer,
                 passages=make_passages(self.text_examples, self.tokenizer),
+                sample_prompt_ids=self.sample_prompt[1],
                 dtype=PRECISION_OF_DTYPE[dtype] if dtype else None,
                 dtype_and_device=choose_compute_dtype(self.trained.base_folder, self.context),
                 workspace_folder=self.folder,
@@ -73,6 +76,22 @@ class ExportWorkspace:
             self.context.log_decision("fidelity_texts", "held-out texts" if text_only else "built-in texts", reason)
         return text_only
 
+    @cached_property
+    def sample_prompt(self) -> tuple[str, tuple[int, ...]]:
+        """A held-out question, or the beginning of a text, that every file answers, as text and as token ids."""
+        return select_sample_prompt(self.trained.user_prompts, self.text_examples, self.tokenizer, self.trained.chat_format)
+
+    @cached_property
+    def ollama_template(self) -> OllamaTemplate:
+        """How the Modelfiles render conversations."""
+        return make_ollama_template(self.trained.chat_format, self.tokenizer, self.trained.user_prompts)
+
+    @cached_property
+    def adds_bos(self) -> bool | None:
+        """Whether the training's rows begin with a BOS token; None without rows, or such a token."""
+        rows = [*self.trained.user_prompts, *self.trained.held_out_examples]
+        return rows_begin_with_bos(self.tokenizer, [row.input_ids for row in rows])
+
     @property
     def model_kind(self) -> ModelKind:
         """Whether the trained model generates text, reads images as well, or gives scores."""
@@ -90,6 +109,15 @@ class ExportWorkspace:
     def model_name(self) -> str:
         """The base model's name without its owner, for file names: google/gemma-3-270m is gemma-3-270m."""
         return self.context.spec.training_config.base_model_id.rpartition("/")[2].lower()
+
+    def check_tokenizer(self, folder: Path, artifact: str) -> None:
+        """Load a published folder's tokenizer as a user does, and check that it asks as in training. Raises JobFailed."""
+        from transformers import AutoTokenizer
+
+        prompts, chat_format = self.trained.user_prompts, self.trained.chat_format
+        if prompts:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            check_tokenizer_path(tokenizer, chat_format, prompts, f"the tokenizer of {artifact}")
 
     def path(self, name: str) -> Path:
         """The path of that name in the workspace's folder; nothing is created."""

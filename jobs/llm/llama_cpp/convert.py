@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import Any, Literal
 
 from jobs.llm.llama_cpp import LLAMA_CPP_FOLDER, get_converter_path
+from jobs.llm.llama_cpp.vocabulary import SETTINGS_OPTION, VocabularySettings
 from jobs.llm.remote_code import distrust_model_repositories, forbid_remote_code
 
 CHUNK_BYTES = 16 << 20
@@ -29,9 +30,29 @@ def main(source: Literal["hf", "lora"], *arguments: str) -> None:
         sys.path.insert(0, str(folder))
     if source == "hf":
         patch_lazy_tensor(import_module("conversion.base").LazyTorchTensor, import_module("gguf"))
+    settings = [argument.removeprefix(SETTINGS_OPTION) for argument in arguments if argument.startswith(SETTINGS_OPTION)]
+    if settings:
+        write_vocabulary_settings(import_module("conversion.base").TextModel, VocabularySettings.model_validate_json(settings[0]))
     script = str(get_converter_path(source))
-    sys.argv = [script, *arguments]
+    sys.argv = [script, *(argument for argument in arguments if not argument.startswith(SETTINGS_OPTION))]
     runpy.run_path(script, run_name="__main__")
+
+
+def write_vocabulary_settings(model_class: Any, settings: VocabularySettings) -> None:
+    """Make the converter write these settings after its own; a setting that is the same already keeps its place in the file."""
+    prepare_metadata = model_class.prepare_metadata
+
+    def prepare_metadata_with_settings(self: Any, *args: Any, **kwargs: Any) -> None:
+        prepare_metadata(self, *args, **kwargs)
+        writer = self.gguf_writer
+        if settings.adds_bos is not None:
+            writer.add_add_bos_token(settings.adds_bos)
+            if any("tokenizer.ggml.add_eos_token" in values for values in writer.kv_data):
+                writer.add_add_eos_token(False)
+        for add, token in zip((writer.add_eot_token_id, writer.add_eom_token_id), settings.end_token_ids, strict=False):
+            add(token)
+
+    model_class.prepare_metadata = prepare_metadata_with_settings
 
 
 def patch_lazy_tensor(lazy_tensor_class: Any, gguf: Any) -> None:

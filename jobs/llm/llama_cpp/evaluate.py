@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.llm.llama_cpp.fidelity import Comparison, ComparisonRequest, Passage, compare_with_files
+from jobs.llm.llama_cpp.vocabulary import VocabularyReport, VocabularyTexts
 from schema.base import ForwardCompatible
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class EvalRequest(ComparisonRequest):
     model_path: str
     lora_path: str | None = None  # an adapter to apply to the model
     threads: int
-    texts: list[str]  # to tokenize
+    vocabulary: VocabularyTexts  # what to tokenize
     sample_prompt_ids: list[int]  # the prompt of the sample generation
     max_sample_tokens: int  # its maximum length
 
@@ -32,9 +33,9 @@ class EvalRequest(ComparisonRequest):
 class EvalResponse(ForwardCompatible):
     """The measurements of a file."""
 
-    token_ids: list[list[int]]  # of each text
+    vocabulary: VocabularyReport
     comparison: Comparison
-    sample_tokens: int  # generated tokens, including the end token
+    sample_ids: list[int]  # the greedy answer to the sample prompt, including the end token
     sample_text: str
 
 
@@ -50,9 +51,9 @@ def evaluate_gguf(request: EvalRequest) -> EvalResponse:
     with open_gguf(Path(request.model_path), **sizes, lora=lora) as model:
         sampled = model.generate(request.sample_prompt_ids, request.max_sample_tokens)
         return EvalResponse(
-            token_ids=[model.tokenize(text) for text in request.texts],
+            vocabulary=model.vocabulary.report(request.vocabulary),
             comparison=compare_with_files(_iter_logits(model, request.passages), request),
-            sample_tokens=len(sampled),
+            sample_ids=sampled,
             sample_text=model.detokenize(sampled),
         )
 

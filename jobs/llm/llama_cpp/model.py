@@ -1,11 +1,13 @@
 """A GGUF file loaded by llama.cpp into this process: tokens, logits, greedy generation. For child processes only."""
 
-import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
+
+from jobs.llm.llama_cpp.log import log_errors_only
+from jobs.llm.llama_cpp.vocabulary import GgufVocabulary, read_template
 
 if TYPE_CHECKING:
     import ctypes
@@ -13,33 +15,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-LOG_LEVEL_ERROR = 4  # of ggml_log_level
-
-# ctypes keeps no reference: llama.cpp crashes when it calls a callback that Python has garbage-collected.
-_live_callbacks: list[object] = []
-
 
 class LlamaError(Exception):
     """A call into llama.cpp failed; the message says which."""
-
-
-def log_errors_only() -> list[str]:
-    """Make llama.cpp log errors only, to stderr and to the returned list."""
-    import ctypes
-
-    import llama_cpp
-
-    errors: list[str] = []
-
-    @llama_cpp.llama_log_callback
-    def errors_only(level: int, text: bytes, _: object) -> None:
-        if level == LOG_LEVEL_ERROR:
-            errors.append(text.decode(errors="replace").strip())
-            print(errors[-1], file=sys.stderr)
-
-    _live_callbacks.append(errors_only)
-    llama_cpp.llama_log_set(errors_only, ctypes.c_void_p(0))
-    return errors
 
 
 @contextmanager
@@ -80,17 +58,8 @@ class GgufModel:
         self._llama = llama_cpp
         self._context = context
         self._vocab = llama_cpp.llama_model_get_vocab(model)
+        self.vocabulary = GgufVocabulary(llama_cpp, self._vocab, read_template(llama_cpp, model))
         self.vocab_size: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
-
-    def tokenize(self, text: str) -> list[int]:
-        """The text's token ids; special tokens are recognized, and no BOS token is added."""
-        content = text.encode()
-        capacity = len(content) + 8
-        tokens = (self._llama.llama_token * capacity)()
-        count = self._llama.llama_tokenize(self._vocab, content, len(content), tokens, capacity, False, True)
-        if count < 0:
-            raise LlamaError(f"a text of {len(content)} bytes has more tokens than bytes")
-        return list(tokens[:count])
 
     def iter_logits(self, ids: Sequence[int], num_positions: int) -> Iterator["NDArray[np.float32]"]:
         """The logits at the last `num_positions` positions of a sequence, one row of shape (vocabulary,) at a time."""
@@ -104,14 +73,10 @@ class GgufModel:
         self._clear_memory()
         self._decode(ids, 0, 1)
         generated = [int(self._logits_at(len(ids) - 1).argmax())]
-        while len(generated) < max_tokens and not self.is_end_token(generated[-1]):
+        while len(generated) < max_tokens and not self.vocabulary.is_end_token(generated[-1]):
             self._decode(generated[-1:], len(ids) + len(generated) - 1, 1)
             generated.append(int(self._logits_at(0).argmax()))
         return generated
-
-    def is_end_token(self, token: int) -> bool:
-        """Whether a token ends a turn or a text."""
-        return bool(self._llama.llama_vocab_is_eog(self._vocab, token))
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The tokens as text, without special tokens."""

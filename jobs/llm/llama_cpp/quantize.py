@@ -30,7 +30,7 @@ def main(source: str, target: str, file_type: str, threads: str, imatrix: str = 
     import llama_cpp
 
     from jobs.llm.llama_cpp.gguf_reader import read_imatrix
-    from jobs.llm.llama_cpp.model import log_errors_only
+    from jobs.llm.llama_cpp.log import log_errors_only
 
     log_errors_only()
     params = llama_cpp.llama_model_quantize_default_params()

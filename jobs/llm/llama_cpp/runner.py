@@ -6,17 +6,39 @@ from typing import Literal
 from jobs.llm.llama_cpp import find_program, get_converter_path
 from jobs.llm.llama_cpp.draft_head import list_draft_head_options
 from jobs.llm.llama_cpp.evaluate import EvalRequest, EvalResponse
+from jobs.llm.llama_cpp.vocabulary import NO_SETTINGS, VocabularyReport, VocabularyRequest, VocabularySettings, VocabularyTexts
 from jobs.runtime.subprocesses import SubprocessFailed, exchange_json, run_module, run_program
 
 CONVERT_MODULE = "jobs.llm.llama_cpp.convert"
 
 
-def convert(model_folder: Path, target: Path, *, precision: Literal["f32", "f16", "bf16"], name: str, mmproj: bool = False) -> None:
+def convert(
+    model_folder: Path,
+    target: Path,
+    *,
+    precision: Literal["f32", "f16", "bf16"],
+    name: str,
+    mmproj: bool = False,
+    vocabulary: VocabularySettings = NO_SETTINGS,
+) -> None:
     """Convert a Hugging Face model folder to one GGUF file; `mmproj` converts only its vision part."""
     options = ["--outtype", precision, "--outfile", str(target), "--model-name", name, *(["--mmproj"] if mmproj else [])]
     options += [] if mmproj else list_draft_head_options(model_folder)
     _require_script(get_converter_path())
-    run_module("convert", CONVERT_MODULE, "hf", model_folder, *options)
+    run_module("convert", CONVERT_MODULE, "hf", model_folder, *options, *vocabulary.options())
+
+
+def convert_vocabulary(model_folder: Path, target: Path, vocabulary: VocabularySettings = NO_SETTINGS) -> None:
+    """Convert only the tokenizer of a model folder; of the weights, the headers are read."""
+    options = ["--outfile", str(target), "--vocab-only", *list_draft_head_options(model_folder)]
+    _require_script(get_converter_path())
+    run_module("convert", CONVERT_MODULE, "hf", model_folder, *options, *vocabulary.options())
+
+
+def read_vocabulary(path: Path, asked: VocabularyTexts, workdir: Path) -> VocabularyReport:
+    """Tokenize with a GGUF file's vocabulary."""
+    request = VocabularyRequest(model_path=str(path), **asked.model_dump())
+    return exchange_json("vocabulary", "jobs.llm.llama_cpp.vocabulary", request, VocabularyReport, workdir)
 
 
 def convert_lora(adapter: Path, base: Path, target: Path) -> None:
