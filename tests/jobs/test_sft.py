@@ -528,6 +528,8 @@ def test_decisions_are_logged_with_reasons(train: Train) -> None:
         "torch_compile",
         "learning_rate",
         "parallelism",
+        "attn_implementation",
+        "target_modules",
     }
     assert {event.setting for event in decisions} == {"base_model", "chat_template", "device", "dtype"} | chosen_by_trainer
     assert all(event.value and event.reason for event in decisions)
