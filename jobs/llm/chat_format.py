@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.llm.chat_rendering import GENERATION_TAG, Span, remove_generation_tags, render
 from jobs.llm.chat_templates import TEMPLATE_ERRORS
-from jobs.llm.data.turns import Turns
+from jobs.llm.data.turns import Turns, change_calls
 from jobs.llm.neutral_templates import choose_neutral_template
 from jobs.runtime.errors import JobFailed
 
@@ -322,6 +322,8 @@ def _find_problem(renderer: _Renderer, sample: Sequence[Turns]) -> JobFailed | N
             return error
         if turns.tools and text == renderer.render_row(replace(turns, tools=None))[0]:
             return make_tools_failure(renderer.owner, "tools")
+        if lost := next((name for name, changed in change_calls(turns) if renderer.render_row(changed)[0] == text), None):
+            return make_tools_failure(renderer.owner, lost)
         for message in turns.messages:
             if not all(piece in text or json.dumps(piece, ensure_ascii=False)[1:-1] in text for piece in _iter_content_pieces(message)):
                 problem = f"{renderer.owner} leaves out the content of messages of the role {message['role']}"

@@ -403,6 +403,12 @@ def test_template_without_tools_is_refused_in_words(name: str) -> None:
     assert "chat template" in failed.value.failure.message
 
 
+def test_template_that_leaves_out_arguments_of_calls_is_refused() -> None:
+    tokenizer = make_tokenizer(read_trl_template("lfm2"))
+    with pytest.raises(JobFailed, match=r"calls of tools|the arguments of calls"):
+        tokenize(tokenizer, TOOL_TURNS, tools=[TOOL])
+
+
 def test_tools_are_part_of_the_prompt_of_a_pair() -> None:
     from jobs.llm.data.preference import tokenize_pairs
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -75,3 +75,18 @@ def _iter_samples(row: dict[str, Any], dataset_type: DatasetType, *, is_raw: boo
     for answer in answers or [""]:  # rows of prompts alone have none
         turns = read_row({**row, "completion": answer}, "prompt_completion", is_raw=is_raw)
         yield turns if isinstance(turns, Turns) else turns + str(answer)
+
+
+def change_calls(turns: Turns) -> Iterator[tuple[str, Turns]]:
+    """The conversation with another first call, by what is changed: a template that renders calls renders another text."""
+    for n, message in enumerate(turns.messages):
+        if not message.get("tool_calls"):
+            continue
+        first, *others = message["tool_calls"]
+        for what, change in (("calls of tools", {"name": "another_tool"}), ("the arguments of calls", {"arguments": {"another": "value"}})):
+            changed = {**first, "function": {**first["function"], **change}}
+            yield (
+                what,
+                replace(turns, messages=[*turns.messages[:n], {**message, "tool_calls": [changed, *others]}, *turns.messages[n + 1 :]]),
+            )
+        return
