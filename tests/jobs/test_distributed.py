@@ -167,11 +167,12 @@ def test_two_processes_match_one_and_resume_after_kill_and_pause(
         broken.run_attempt(training_listener=killer)
     assert time.monotonic() - killer.killed_at < 20
     assert failed.value.failure.code == "out_of_memory"  # SIGKILL counts as out of memory, and a batch of one row cannot be reduced
+    assert broken.recorders[0].decisions["gradient_checkpointing"] == "true"  # which was tried before giving up
     assert broken.run_attempt(stop_after=5) == "pause"
     paused = {file.path: file.sha256 for file in load_saved_checkpoints(broken.spec)[-1].files}
     assert paused["rng_state_0.pth"] != paused["rng_state_1.pth"]
     assert_runs_identical(broken, broken.finish(), unbroken, model)
-    assert [event.step for recorder in broken.recorders for event in recorder.events if isinstance(event, CheckpointRestored)] == [2, 5]
+    assert [event.step for recorder in broken.recorders for event in recorder.events if isinstance(event, CheckpointRestored)] == [2, 2, 5]
 
 
 def assert_runs_close(two: tuple[TrainingRun, TrainedModel], one: tuple[TrainingRun, TrainedModel]) -> None:

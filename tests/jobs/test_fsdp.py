@@ -83,11 +83,11 @@ def test_fsdp_matches_single_process_and_checkpoints_resume_anywhere(
     copied = TrainingRun(spec, tmp_path / "copied", list(broken.recorders))
     shutil.copytree(store / broken.spec.checkpoints_prefix, store / copied.spec.checkpoints_prefix)
     assert_runs_identical(broken, broken.finish(), unbroken, model)
-    assert resumed_steps(broken) == [2]
+    assert resumed_steps(broken) == [2, 2]  # a killed process counts as out of memory: first gradient checkpointing was turned on
 
     set_fsdp(False)
     assert max_weight_difference(copied.finish(), expected) < 1e-5
-    assert resumed_steps(copied) == [2]
+    assert resumed_steps(copied) == [2, 2]
 
 
 def resumed_steps(training_run: TrainingRun) -> list[int]:

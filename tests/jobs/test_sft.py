@@ -195,8 +195,8 @@ HYPERPARAMETER_CASES = {
     ),
 }
 # use_fa2 needs a GPU (test_unavailable_flash_attention_is_rejected), torch_compile takes minutes, dataloader_num_workers does not
-# change the model (test_device_config_follows_hyperparameters).
-TESTED_ELSEWHERE = {"use_fa2", "torch_compile", "dataloader_num_workers"}
+# change the model (test_device_config_follows_hyperparameters), and micro_batches is chosen on a GPU (test_memory.py).
+TESTED_ELSEWHERE = {"use_fa2", "torch_compile", "dataloader_num_workers", "micro_batches"}
 
 
 def optimizer_settings(trained: FinishedTraining) -> dict[str, Any]:
@@ -486,7 +486,7 @@ def test_nan_loss_fails_the_job_and_names_step(
 def test_infinite_grad_norm_is_null_with_reason(make_store_with_last_norm: Callable[[float], Path], tmp_path: Path) -> None:
     (point,) = train_in(tmp_path, make_store_with_last_norm(1e30), {"max_steps": 1}).record.points
     assert point.values["grad_norm"] is None
-    assert point.notes == {"grad_norm": "the value is inf"}
+    assert point.notes == dict.fromkeys(("grad_norm", "embedding_grad_norm"), "the value is inf")
 
 
 def test_nan_weights_fail_the_job() -> None:
