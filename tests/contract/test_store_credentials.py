@@ -106,7 +106,7 @@ def test_refused_exchange_is_unavailable_and_hides_the_token(sts: TokenService) 
 def test_attempt_reaches_only_what_its_job_needs() -> None:
     source = ExportSource(job_id="other", attempt=1, step=1, key="checkpoints/test-jobs/job_other/attempt-1/step-00000001/")
     job, dataset = make_job("job-1", export_of=source), make_dataset()
-    access = {found.url: found for found in find_attempt_access(job, dataset, make_buckets("gs://configs", "gs://data", "gs://models"))}
+    access = {found.url: found for found in find_attempt_access(job, [dataset], make_buckets("gs://configs", "gs://data", "gs://models"))}
     assert access["gs://configs"] == StoreAccess("gs://configs", ("configs/job-1.json",), ("results/job-1/",))
     assert access["gs://data"].readable == ("datasets/dataset_1/train.jsonl", "datasets/dataset_1/eval.jsonl")
     assert access["gs://data"].writable == ("datasets/dataset_1/tokens/",)
@@ -119,8 +119,22 @@ def test_attempt_reaches_only_what_its_job_needs() -> None:
 
 def test_boundary_of_every_layout_has_at_most_ten_rules() -> None:
     for urls in (("gs://configs", "gs://data", "gs://models"), ("gs://one",) * 3):
-        accesses = find_attempt_access(make_job(), make_dataset(), make_buckets(*urls))
+        accesses = find_attempt_access(make_job(), [make_dataset()], make_buckets(*urls))
         assert 2 <= len(render_boundary(accesses)["accessBoundary"]["accessBoundaryRules"]) <= 6
+
+
+def test_boundary_of_sixteen_mixed_datasets_stays_within_the_limits() -> None:
+    datasets = [make_dataset(f"dataset_{number:012d}") for number in range(16)]
+    for urls in (
+        ("gs://configs-of-a-deployment", "gs://data-of-a-deployment", "gs://models-of-a-deployment"),
+        ("gs://one-for-all/team",) * 3,
+    ):
+        accesses = find_attempt_access(make_job(), datasets, make_buckets(*urls))
+        rules = render_boundary(accesses)["accessBoundary"]["accessBoundaryRules"]
+        expressions = [rule["availabilityCondition"]["expression"] for rule in rules]
+        assert len(rules) <= 10
+        assert all(len(expression) <= 2048 for expression in expressions)
+        assert all(any(dataset.splits["train"].key in expression for expression in expressions) for dataset in datasets)
 
 
 def test_quote_in_a_key_does_not_end_the_expression() -> None:
@@ -130,7 +144,7 @@ def test_quote_in_a_key_does_not_end_the_expression() -> None:
 
 @pytest.mark.parametrize(("urls", "kind"), [(("file:///objects",) * 3, "none"), (("gs://configs", "gs://data", "gs://models"), "ambient")])
 def test_without_narrow_credentials_attempts_use_their_machines_own(urls: tuple[str, ...], kind: str) -> None:
-    accesses = find_attempt_access(make_job(), make_dataset(), make_buckets(*urls))
+    accesses = find_attempt_access(make_job(), [make_dataset()], make_buckets(*urls))
     assert DeploymentCredentials().issue(accesses).kind == kind
 
 

@@ -30,6 +30,8 @@ STS_URL = "https://sts.googleapis.com/v1/token"
 SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 GRANT_TYPE = "urn:ietf:params:oauth:grant-type:token-exchange"
 ACCESS_TOKEN_TYPE = "urn:ietf:params:oauth:token-type:access_token"  # a name of a type
+OR = " || "
+MAX_EXPRESSION_CHARACTERS = 2048  # of one condition; a job that mixes many datasets needs more than one
 LIST_PREFIX = "api.getAttribute('storage.googleapis.com/objectListPrefix', '')"
 
 
@@ -79,16 +81,26 @@ def _find_own_credentials() -> Credentials:
 
 
 def render_boundary(accesses: Sequence[StoreAccess]) -> dict[str, Any]:
-    """The Credential Access Boundary: for each bucket one rule for what may be read and one for what may be written."""
+    """The Credential Access Boundary: for each bucket rules for what may be read and for what may be written."""
     rules: list[AccessBoundaryRule] = []
     for access in accesses:
         location = BucketLocation.parse(access.url, "gs")
         for role, prefixes in (("objectViewer", access.readable), ("objectUser", access.writable)):
-            if prefixes:
-                condition = AvailabilityCondition(" || ".join(_render_condition(location, prefix) for prefix in prefixes))
-                bucket = f"//storage.googleapis.com/projects/_/buckets/{location.bucket}"
-                rules.append(AccessBoundaryRule(bucket, [f"inRole:roles/storage.{role}"], condition))
+            bucket = f"//storage.googleapis.com/projects/_/buckets/{location.bucket}"
+            for expression in _join_conditions([_render_condition(location, prefix) for prefix in prefixes]):
+                rules.append(AccessBoundaryRule(bucket, [f"inRole:roles/storage.{role}"], AvailabilityCondition(expression)))
     return CredentialAccessBoundary(rules).to_json()
+
+
+def _join_conditions(conditions: Sequence[str]) -> list[str]:
+    """Expressions that together hold for any of the conditions, each within the limit of its length."""
+    expressions: list[str] = []
+    for condition in conditions:
+        if expressions and len(expressions[-1]) + len(OR) + len(condition) <= MAX_EXPRESSION_CHARACTERS:
+            expressions[-1] += OR + condition
+        else:
+            expressions.append(condition)
+    return expressions
 
 
 def _render_condition(location: BucketLocation, prefix: str) -> str:
