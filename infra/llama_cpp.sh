@@ -13,7 +13,8 @@ readonly SDIST_SHA256=832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db276
 readonly DISKCACHE=diskcache==5.6.3 # llama_cpp imports it; installed by name, because --no-deps keeps numpy at the version that torch needs
 readonly SDIST=llama_cpp_python-$VERSION.tar.gz
 readonly WHEELS=${XDG_CACHE_HOME:-$HOME/.cache}/tunesmith/wheels
-readonly CONVERTERS=(convert_hf_to_gguf.py convert_lora_to_gguf.py conversion gguf-py LICENSE)
+# The last one is a real vocabulary, from which tests make tokenizers that the converter recognizes.
+readonly CONVERTERS=(convert_hf_to_gguf.py convert_lora_to_gguf.py conversion gguf-py LICENSE models/ggml-vocab-gpt-2.gguf)
 readonly PROGRAMS=(imatrix completion) # folders of llama.cpp's tools/; each program is called llama-NAME
 readonly HEADERS=(common include ggml/include vendor)
 
@@ -42,6 +43,7 @@ main() {
 
 is_installed() {
   [[ -f $share/.sdist-sha256 && $(<"$share/.sdist-sha256") == "$SDIST_SHA256" ]] || return 1
+  [[ -f $share/${CONVERTERS[-1]} ]] || return 1
   ! supports_programs || [[ -x $share/bin/llama-imatrix && -x $share/bin/llama-completion ]] || return 1
   "$python" - "$VERSION" <<'PYTHON'
 import sys

@@ -4,23 +4,26 @@ Three kinds of tokenizer, as the families have them:
 
     sentencepiece               trained on a few sentences; the converter reads its tokenizer.model
     sentencepiece_with_prefix   the same, with a space before every text, and turn tokens that swallow the white space behind them
-    byte_level                  GPT-2's bytes, and the 256 of its merges that `gpt2_merges.txt` lists, with their token ids
+    byte_level                  GPT-2's bytes, and those of its merges that one text and our words need, with their token ids
 
-The converter recognizes a byte-level tokenizer by the ids of one test text, so these merges are those that GPT-2 needs for that text and
-for the words of our tests; all other text falls apart into smaller pieces. Unused ids are filled with tokens that no text contains.
+The converter recognizes a byte-level tokenizer by the ids of that text, which is in its source; GPT-2's vocabulary is among llama.cpp's own
+test files. All other text falls apart into smaller pieces. Unused ids are filled with tokens that no text contains.
 """
 
+import ast
 import io
+import re
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from jobs.llm.llama_cpp import LLAMA_CPP_FOLDER
 from tests.tiny_gemma import WORDS
 from tests.tiny_models.architectures import ARCHITECTURES, TinyArchitecture
 
 VOCAB_SIZE = 1024  # of a sentencepiece tokenizer
-MERGES_FILE = Path(__file__).parent / "gpt2_merges.txt"
+GPT2_VOCABULARY = LLAMA_CPP_FOLDER / "models" / "ggml-vocab-gpt-2.gguf"
 
 
 def build_tiny_model(name: str, folder: Path) -> Path:
@@ -136,16 +139,34 @@ def _make_byte_level() -> Any:
 
 @cache
 def _read_gpt2_subset() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Token ids and merges. GPT-2's first 256 ids are the bytes, the printable ones first."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    ids = {chr(byte): n for n, byte in enumerate(printable)}
-    ids |= {chr(256 + n): len(printable) + n for n in range(len(others))}
-    merges: list[tuple[str, str]] = []
-    for line in MERGES_FILE.read_text(encoding="utf-8").splitlines():
-        left, right, token_id = line.split(" ")
-        merges.append((left, right))
-        ids[left + right] = int(token_id)
+    """Token ids and merges of GPT-2: its first 256 tokens, which are the bytes, and what the recognized text and our words are made of."""
+    from gguf import GGUFReader
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    fields = GGUFReader(GPT2_VOCABULARY).fields
+    all_ids: dict[str, int] = {token: n for n, token in enumerate(fields["tokenizer.ggml.tokens"].contents())}
+    all_merges: list[tuple[str, str]] = []
+    for merge in fields["tokenizer.ggml.merges"].contents():
+        left, right = merge.split(" ")
+        all_merges.append((left, right))
+    tokenizer = Tokenizer(models.BPE(vocab=all_ids, merges=all_merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    parts = {left + right: (left, right) for left, right in all_merges}
+    needed, pending = set[str](), [token for text in _list_known_texts() for token in tokenizer.encode(text).tokens]
+    while pending:
+        token = pending.pop()
+        if token in parts and token not in needed:
+            needed.add(token)
+            pending += parts[token]
+    ids = {token: n for token, n in all_ids.items() if n < 256 or token in needed}
     used = set(ids.values())
     ids |= {f"[unused{n}]": n for n in range(max(used)) if n not in used}
-    return ids, merges
+    return ids, [merge for merge in all_merges if "".join(merge) in needed]
+
+
+def _list_known_texts() -> list[str]:
+    """The text by which the converter recognizes a tokenizer, and the words of our tests, at the beginning of a text and behind a space."""
+    source = (LLAMA_CPP_FOLDER / "conversion" / "base.py").read_text(encoding="utf-8")
+    literals = re.findall(r"^ +chktxt = ('.*')$", source, re.MULTILINE)
+    words = [*WORDS.split(), "system", "user", "assistant"]
+    return [*map(ast.literal_eval, literals), *words, *(f" {word}" for word in words)]
