@@ -171,7 +171,7 @@ resource "google_storage_bucket_iam_member" "job_keeps_tokens" {
   condition {
     title       = "tokens"
     description = "Only cached tokens."
-    expression  = "resource.name.startsWith(\"projects/_/buckets/${google_storage_bucket.buckets["datasets"].name}/objects/datasets/\") && resource.name.endsWith(\".npz\")"
+    expression  = "resource.name.startsWith(\"projects/_/buckets/${google_storage_bucket.buckets["datasets"].name}/objects/datasets/\") && resource.name.endsWith(\".arrow\")"
   }
 }
 

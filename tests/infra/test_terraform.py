@@ -203,8 +203,8 @@ def test_attempt_can_write_results_but_not_specs() -> None:
 
 def test_attempt_can_write_token_cache_but_not_datasets() -> None:
     bound = RESOURCES["google_storage_bucket_iam_member.job_keeps_tokens"]
-    assert any("/objects/datasets/" in text and "endsWith" in text and ".npz" in text for text in iter_strings(bound.body["condition"]))
-    assert "/tokens/{digest.hexdigest()}.npz" in read_source("jobs/llm/data/cache.py")
+    assert any("/objects/datasets/" in text and "endsWith" in text and ".arrow" in text for text in iter_strings(bound.body["condition"]))
+    assert "/tokens/{digest.hexdigest()}.arrow" in read_source("jobs/llm/data/cache.py")
     assert "{name}.jsonl" in read_source("service/core/datasets/records.py")
 
 
