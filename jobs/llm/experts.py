@@ -61,8 +61,8 @@ def find_unadapted_gates(linear_layers: Mapping[str, Any], lora_rank: int) -> se
     return gates
 
 
-def _find_problem(parameters: dict[str, Any], hyperparameters: Hyperparameters) -> str | None:
-    """Why the experts cannot be adapted as requested."""
+def find_setting_problem(hyperparameters: Hyperparameters) -> str | None:
+    """Which of the request's settings leaves the experts out, whatever the model; None if none does."""
     if hyperparameters.target_modules is not None:
         return "target_modules names the layers to adapt, and experts are not linear layers"
     if hyperparameters.use_dora:
@@ -71,6 +71,13 @@ def _find_problem(parameters: dict[str, Any], hyperparameters: Hyperparameters) 
         return "adapters of experts have no dropout; set lora_dropout to 0"
     if hyperparameters.lora_init not in RANDOM_INITS:
         return f"lora_init {hyperparameters.lora_init!r} starts from the matrix of a linear layer, which experts are not; use 'default'"
+    return None
+
+
+def _find_problem(parameters: dict[str, Any], hyperparameters: Hyperparameters) -> str | None:
+    """Why the experts cannot be adapted as requested."""
+    if problem := find_setting_problem(hyperparameters):
+        return problem
     width = min(min(parameter.shape[1:]) for parameter in parameters.values())
     if hyperparameters.lora_rank > width:
         return f"lora_rank {hyperparameters.lora_rank} is above the width of the experts, which is {width}"

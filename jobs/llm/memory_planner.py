@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from jobs.llm.experts import find_setting_problem
 from jobs.llm.exporters.model_files import measure_weights_bytes
 from jobs.llm.hardware import DeviceConfig
 from jobs.llm.memory_plan import MemoryPlan
@@ -112,6 +113,7 @@ def get_training_shape(training: TrainingContext) -> TrainingShape:
         train_vision_tower=getattr(hyperparameters, "train_vision_tower", False),  # only SFT has the field
         lora_rank=hyperparameters.lora_rank,
         has_dropout=training.trains_adapter and hyperparameters.lora_dropout > 0,
+        adapts_experts=training.trains_adapter and find_setting_problem(hyperparameters) is None,
         optimizer=hyperparameters.optim,
         computes_bf16=device_config.autocast or device_config.dtype == torch.bfloat16,
         on_gpu=device_config.on_gpu,

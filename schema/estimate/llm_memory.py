@@ -47,6 +47,10 @@ KEPT_LOGIT_BYTES: Mapping[str, float] = {"sft": 14, "dpo": 14, "kto": 17, "orpo"
 UNLABELED_LOGIT_TRAINER_TYPES = ("orpo",)  # keep the logits of all other tokens too, padding included
 HEAD_GRADIENT_COPIES = 2  # of a trained head: the sum over the chunks, and the gradient of one
 
+# For each weight of a layer's adapted experts, in the layer's backward pass: the gradients of the sums of weights and updates, and the
+# updates computed again. Fitted to one training of a mixture of experts in bench/memory.py.
+EXPERT_BACKWARD_BYTES = 20
+
 VISION_ACTIVATION_BYTES = 90  # of a patch, per hidden unit and layer of a trained vision tower
 
 UNSHARDED_LAYERS = 3  # FSDP layers that are whole at once: the computing one, the prefetched one, and the previous one's gradients
@@ -122,6 +126,7 @@ class TrainingShape:
     batch: BatchShape | None = None  # the largest batch; None assumes that every row has max_seq_length tokens, all of them labeled
     lora_rank: int = 16
     has_dropout: bool = False
+    adapts_experts: bool = False  # of a mixture of experts
     optimizer: str = "adamw_torch_fused"
     computes_bf16: bool = True
     on_gpu: bool = True
@@ -189,7 +194,7 @@ def estimate_training_memory(
     With `num_shards` above 1, weights, gradients and optimizer state are sharded; a few layers and the embeddings stay whole.
     """
     trains_all = training.method == "Full"
-    trained = model.parameters if trains_all else model.count_adapter_parameters(training.lora_rank)
+    trained = model.parameters if trains_all else _count_adapter_parameters(model, training)
     unsharded = 0.0
     if num_shards > 1:
         embeddings = UNSHARDED_EMBEDDING_BYTES * model.vocab_size * model.hidden_size
@@ -276,7 +281,13 @@ def _estimate_layer_bytes(model: ModelShape, training: TrainingShape) -> tuple[f
         + cost.rank * training.lora_rank
         + (cost.mask + cost.attention_matrix * model.heads) * batch.sequence_tokens
     )
-    return batch.tokens * token_bytes, batch.tokens * cost.backward * model.active_intermediate_size
+    experts = model.expert_parameters if training.adapts_experts else 0
+    saved = batch.tokens * token_bytes + experts * training.residual_bytes  # the experts with their updates added
+    return saved, batch.tokens * cost.backward * model.active_intermediate_size + experts * EXPERT_BACKWARD_BYTES
+
+
+def _count_adapter_parameters(model: ModelShape, training: TrainingShape) -> int:
+    return model.count_adapter_parameters(training.lora_rank, adapts_experts=training.adapts_experts)
 
 
 def _estimate_head_bytes(model: ModelShape, training: TrainingShape) -> float:
@@ -293,7 +304,7 @@ def _estimate_head_bytes(model: ModelShape, training: TrainingShape) -> float:
 
 def _estimate_weights_bytes(model: ModelShape, training: TrainingShape) -> float:
     """The base, the adapter and the reference model."""
-    adapter = FP32_BYTES * model.count_adapter_parameters(training.lora_rank)
+    adapter = FP32_BYTES * _count_adapter_parameters(model, training)
     computed = BF16_BYTES if training.computes_bf16 else FP32_BYTES
     match training.method:
         case "Full":

@@ -38,6 +38,8 @@ class ModelShape:
     query_size: int  # all heads together
     key_value_size: int
     experts_per_token: int  # 0 unless the model is a mixture of experts
+    experts: int  # of a layer, likewise
+    expert_intermediate_size: int  # of one expert
     ties_embeddings: bool  # the head's weights are the embeddings
     vision: VisionShape  # the default one for a text model, which trains no vision tower
 
@@ -51,11 +53,20 @@ class ModelShape:
         """Number of weights of the embeddings and the head."""
         return self.vocab_size * self.hidden_size * (1 if self.ties_embeddings else 2)
 
-    def count_adapter_parameters(self, rank: int) -> int:
-        """Number of weights of an adapter of all linear layers. Experts' layers are not adapted."""
+    @property
+    def expert_parameters(self) -> int:
+        """Number of weights of all experts of a layer: two matrices into the expert and one out of it."""
+        return 3 * self.experts * self.hidden_size * self.expert_intermediate_size
+
+    def count_adapter_parameters(self, rank: int, *, adapts_experts: bool = False) -> int:
+        """Number of weights of an adapter of all linear layers, and of all experts on request.
+
+        The two matrices into an expert share an update.
+        """
         attention = (self.hidden_size + self.query_size) * 2 + (self.hidden_size + self.key_value_size) * 2
         feed_forward = 0 if self.experts_per_token else 3 * (self.hidden_size + self.active_intermediate_size)
-        return rank * self.layers * (attention + feed_forward)
+        expert = 2 * self.hidden_size + 3 * self.expert_intermediate_size
+        return rank * self.layers * (attention + feed_forward + (self.experts * expert if adapts_experts else 0))
 
 
 def read_model_shape(model_config: Mapping[str, Any], weights_bytes: int) -> ModelShape:  # Any: JSON
@@ -80,6 +91,8 @@ def read_model_shape(model_config: Mapping[str, Any], weights_bytes: int) -> Mod
         query_size=heads * head_size,
         key_value_size=_read(text_config, heads, "num_key_value_heads") * head_size,
         experts_per_token=experts,
+        experts=_read(text_config, experts, "num_experts", "num_local_experts") if experts else 0,
+        expert_intermediate_size=_read_expert_size(text_config, hidden_size) if experts else 0,
         ties_embeddings=True if tied is None else bool(tied),
         vision=VisionShape(
             hidden_size=_read(vision_config, DEFAULT_VISION_HIDDEN_SIZE, "hidden_size"),
@@ -90,12 +103,15 @@ def read_model_shape(model_config: Mapping[str, Any], weights_bytes: int) -> Mod
 
 
 def _read_active_intermediate_size(text_config: Mapping[str, Any], hidden_size: int, experts: int) -> int:
-    dense = _read(text_config, DEFAULT_INTERMEDIATE_RATIO * hidden_size, "intermediate_size", "n_inner")
     if not experts:
-        return dense
-    expert = _read(text_config, dense, "moe_intermediate_size")
+        return _read(text_config, DEFAULT_INTERMEDIATE_RATIO * hidden_size, "intermediate_size", "n_inner")
+    expert = _read_expert_size(text_config, hidden_size)
     shared = _read(text_config, expert * _read(text_config, 0, "n_shared_experts"), "shared_expert_intermediate_size")
     return experts * expert + shared
+
+
+def _read_expert_size(text_config: Mapping[str, Any], hidden_size: int) -> int:
+    return _read(text_config, DEFAULT_INTERMEDIATE_RATIO * hidden_size, "moe_intermediate_size", "intermediate_size", "n_inner")
 
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

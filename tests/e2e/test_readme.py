@@ -60,8 +60,8 @@ def test_readme_commands_run_in_order(service: Service, tmp_path: Path) -> None:
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         assert '"error":{' not in done.stdout, f"{line}\n{done.stdout}"
         for placeholder in ids:
-            if match := re.search(rf"\b{placeholder[:-1]}[\w.-]+", done.stdout):
-                ids[placeholder] = match.group()
+            if match := re.search(rf'(?:^|")({placeholder[:-1]}[\w.-]+)(?:$|")', done.stdout, re.MULTILINE):  # a line, or a string of JSON
+                ids[placeholder] = match.group(1)
     assert service.wait_until_final(ids["training_…"])["status"] == "completed"
 
 
