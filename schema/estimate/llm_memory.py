@@ -49,7 +49,7 @@ HEAD_GRADIENT_COPIES = 2  # of a trained head: the sum over the chunks, and the 
 
 # For each weight of a layer's adapted experts, in the layer's backward pass: the gradients of the sums of weights and updates, and the
 # updates computed again. Fitted to one training of a mixture of experts in bench/memory.py.
-EXPERT_BACKWARD_BYTES = 20
+EXPERT_BACKWARD_BYTES = 32
 
 VISION_ACTIVATION_BYTES = 90  # of a patch, per hidden unit and layer of a trained vision tower
 
