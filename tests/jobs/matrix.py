@@ -76,11 +76,11 @@ def run_cell(
     """Train without and with an interruption, compare them, and export the model if `export` is true."""
     from tests.jobs.test_continuation import TrainingRun
 
-    spec = make_cell_spec(cell, store, base, quantizations)
+    spec = make_cell_spec(cell, store, base, quantizations if export else ())
     record = EventRecorder()
     context = make_context(spec, workdir / "uninterrupted", record)
     model: TrainedModel = load_trainer(spec)(spec.training_config, context)
-    interrupted = TrainingRun(make_cell_spec(cell, store, base, quantizations), workdir / "interrupted")
+    interrupted = TrainingRun(make_cell_spec(cell, store, base, ()), workdir / "interrupted")
     assert interrupted.run_attempt(stop_after=PAUSE_AT_STEP) == "pause"
     resumed = interrupted.finish()
     artifacts = {artifact.name: artifact for artifact in export_all(model, context)} if export else {}
@@ -96,13 +96,13 @@ def run_cell(
 
 
 def make_cell_spec(cell: Cell, store: Path, base: str | None, quantizations: Sequence[str]) -> JobSpec:
-    """A small job of the combination, on `base` or the tiny base of its modality."""
+    """A small job of the combination, on `base` or the tiny base of its modality; without GGUF files if there are no quantizations."""
     generates_text = cell.trainer_type != "reward"
     dataset_type, train, held_out = make_cell_rows(cell)
     config: dict[str, Any] = {"trainer_type": cell.trainer_type, "method": cell.method, "modality": cell.modality}
     config["base_model_id"] = base or (VISION_BASE if cell.modality == "vision" else BASE)
     config["export_config"] = {"format": ["merged"] if cell.method == "Full" else ["adapter", "merged"]}
-    config["export_config"] |= {"include_gguf": True, "gguf_quantization": list(quantizations)} if generates_text else {}
+    config["export_config"] |= {"include_gguf": True, "gguf_quantization": list(quantizations)} if generates_text and quantizations else {}
     hyperparameters: dict[str, Any] = {"max_steps": STEPS, "batch_size": 4, "learning_rate": 1e-3, "max_seq_length": 512}
     if cell.trainer_type == "grpo":
         grader = {"type": "string_check", "name": "says_it", "operation": "ilike", "reference_field": "answer"}
