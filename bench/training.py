@@ -7,7 +7,7 @@ There are three comparisons. In each, the trainers take turns, and each training
     all labeled  the same packed rows, but nearly every token is labeled, so skipping unlabeled positions saves nothing
     unpacked     a quarter of each row is labeled, in padded batches: shows the cost of the LM head at unlabeled positions
 
-A training counts only if its gradients were not zero, its loss fell, and it saw exactly the tokens and labels of the others.
+A training counts only if its gradients were not zero, its held-out loss fell, and it saw exactly the tokens and labels of the others.
 `python -m bench.training --real` uses the real Gemma 3 270M and real questions and answers; with `--rows FILE`, the rows of a file. Those
 comparisons have higher goals: speed, peak memory, and the loss on held-out rows.
 """
@@ -175,8 +175,10 @@ def _run_comparison(
     adapters = [runs[0].adapter for runs in records.values()]
     output = _run_script(REAL_TRAINER, folder, "evaluate", folder / "base", folder / "held-out.jsonl", *adapters)
     base_loss, *losses = [HeldOutLoss(*map(float, line.split())) for line in output.splitlines()]
-    figures = _figures(comparison, records, base_loss, dict(zip(records, losses, strict=True)))
-    return figures + (_real_figures(comparison, records, dict(zip(records, losses, strict=True))) if size.base else [])
+    by_name = dict(zip(records, losses, strict=True))
+    _check_learned(base_loss, by_name)
+    figures = _figures(comparison, records, base_loss, by_name)
+    return figures + (_real_figures(comparison, records, by_name) if size.base else [])
 
 
 def _make_plan(trainer: TrainerSetup, folder: Path, size: TrainingSize, number: int) -> TrainingPlan:
@@ -206,14 +208,21 @@ def _run_script(python: Path, home: Path, script: str, *arguments: str | Path) -
 
 
 def _check_comparable(records: Mapping[str, Sequence[TrainingRecord]]) -> None:
-    """Raises RuntimeError if a training learned nothing, or saw other tokens or labels than the rest."""
+    """Raises RuntimeError if a training had a step without gradients, or saw other tokens or labels than the rest."""
     counts = {name: {(run.tokens, run.labels) for run in runs} for name, runs in records.items()}
     if len(set.union(*counts.values())) > 1:
         raise RuntimeError(f"the trainers did not see the same tokens and labels: {counts}")
     for name, runs in records.items():
         for run in runs:
-            if not run.has_learned:
-                raise RuntimeError(f"{name} learned nothing: losses {run.losses}, gradient norms {run.grad_norms}")
+            if not run.has_gradients:
+                raise RuntimeError(f"{name} had no gradients: losses {run.losses}, gradient norms {run.grad_norms}")
+
+
+def _check_learned(base_loss: HeldOutLoss, losses: Mapping[str, HeldOutLoss]) -> None:
+    """Raises RuntimeError unless every training lowered the held-out loss: those of single steps depend on their rows."""
+    for name, loss in losses.items():
+        if not loss.all_tokens < base_loss.all_tokens:
+            raise RuntimeError(f"{name} learned nothing: held-out loss {base_loss.all_tokens:.3f} → {loss.all_tokens:.3f}")
 
 
 def _figures(

@@ -62,11 +62,15 @@ class TrainingRecord:
     adapter: str = ""
 
     @property
+    def has_gradients(self) -> bool:
+        """Whether every logged step had a gradient."""
+        return bool(self.grad_norms) and min(self.grad_norms) > 0
+
+    @property
     def has_learned(self) -> bool:
-        """Whether every logged step had a gradient and the loss fell, from the first quarter of them to the last."""
-        quarter = max(1, len(self.losses) // 4)
-        has_gradients = bool(self.grad_norms) and min(self.grad_norms) > 0
-        return has_gradients and statistics.fmean(self.losses[-quarter:]) < statistics.fmean(self.losses[:quarter])
+        """Whether every logged step had a gradient and the loss fell, from the first half of them to the second: blocks differ."""
+        half = max(1, len(self.losses) // 2)
+        return self.has_gradients and statistics.fmean(self.losses[-half:]) < statistics.fmean(self.losses[:half])
 
     @classmethod
     def read(cls, path: Path) -> "TrainingRecord":
