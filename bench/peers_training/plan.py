@@ -68,9 +68,9 @@ class TrainingRecord:
 
     @property
     def has_learned(self) -> bool:
-        """Whether every logged step had a gradient and the loss fell, from the first half of them to the second: blocks differ."""
-        half = max(1, len(self.losses) // 2)
-        return self.has_gradients and statistics.fmean(self.losses[-half:]) < statistics.fmean(self.losses[:half])
+        """Whether every logged step had a gradient and the loss fell, from the first quarter of them to the last."""
+        quarter = max(1, len(self.losses) // 4)
+        return self.has_gradients and statistics.fmean(self.losses[-quarter:]) < statistics.fmean(self.losses[:quarter])
 
     @classmethod
     def read(cls, path: Path) -> "TrainingRecord":
