@@ -72,7 +72,9 @@ class Progress(ForwardCompatible):
     total_steps: int
     epoch: float
     total_epochs: float
-    eta_s: float | None = None
+    eta_s: float | None = None  # until the last step
+    remaining_s: float | None = None  # until the job ends, over all phases, as estimated by the attempt; None: not known
+    loss: float | None = None  # of this step, on the scale of the trainer's own loss
 
 
 class EvalMetrics(ForwardCompatible):
@@ -245,8 +247,10 @@ class Job(VersionedRecord):
     schema_version: int = 2
     job_id: Id
     tenant_id: Id
+    created_by: str | None = None  # the subject that created it; None: a version that did not record it
     project_id: Id | None = None
     job_name: Label
+    metadata: dict[str, str] = Field(default={})  # the caller's own, for finding jobs
     processed_dataset_id: Id  # of several datasets the first
     datasets: tuple[DatasetShare, ...] = ()  # all of them, where the job mixes several
     training_config: TrainingConfig  # without secrets

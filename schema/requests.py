@@ -74,6 +74,16 @@ MaxCostUsd = Annotated[
     ),
 ]
 SecretName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,95}$")]
+MetadataKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+MetadataValue = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]{0,512}$")]
+Metadata = Annotated[
+    dict[MetadataKey, MetadataValue],
+    Field(
+        max_length=16,
+        description='Up to 16 pairs of strings of your own, such as `{"team": "search"}`: names have up to 64 characters, values up to 512. '
+        "`GET /jobs?metadata=team=search` finds the jobs.",
+    ),
+]
 
 
 MAX_MIXED_DATASETS = 16
@@ -123,6 +133,7 @@ class TrainRequest(Strict):
     )
     job_name: Label = "unnamed job"
     project_id: Id | None = Field(None, description="Groups jobs, and their checkpoints, under a project.")
+    metadata: Metadata = Field({})
     hardware: Hardware | None = Field(
         None,
         description="A hardware profile of this deployment, such as `l4`, or `cloud-run/l4` where several launchers have one of that name; "
@@ -207,6 +218,7 @@ class ExportRequest(Strict):
         None, ge=1, description="The attempt that wrote the checkpoint, if several have one of that step. Default: the newest."
     )
     job_name: Label | None = None
+    metadata: Metadata | None = Field(None, description="Default: that of the job whose model is exported.")
     hardware: Hardware | None = None
     max_gpu_seconds: MaxGpuSeconds = None
     max_cost_usd: MaxCostUsd = None
@@ -225,6 +237,7 @@ class CloneRequest(Strict):
     """`POST /jobs/{job_id}/clone`: create a job like another one, with changes. The body is optional."""
 
     job_name: Label | None = None
+    metadata: Metadata | None = Field(None, description="Replaces that of the job. Default: the same.")
     processed_dataset_id: Id | None = None
     datasets: DatasetMix | None = None
     hardware: Hardware | None = None

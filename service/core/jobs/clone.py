@@ -34,6 +34,7 @@ def clone_request(
         **_datasets(source, patch),
         "job_name": patch.job_name or source.job_name,
         "project_id": source.project_id,
+        "metadata": dict[str, JsonValue](source.metadata if patch.metadata is None else patch.metadata),
         "hardware": _hardware(source, patch),
         "max_gpu_seconds": patch.max_gpu_seconds or source.max_gpu_seconds,
         "max_cost_usd": patch.max_cost_usd or source.max_cost_usd,

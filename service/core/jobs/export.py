@@ -70,8 +70,10 @@ class Exports:
         job = Job(
             job_id=make_job_id(source.processed_dataset_id, config.summarize().base_model_id, self._random_suffix()),
             tenant_id=source.tenant_id,
+            created_by=principal.subject,
             project_id=source.project_id,
             job_name=request.job_name or f"{source.job_name[:100]} at step {step}",
+            metadata=source.metadata if request.metadata is None else request.metadata,
             processed_dataset_id=source.processed_dataset_id,
             datasets=source.datasets,
             training_config=config,

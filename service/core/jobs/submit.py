@@ -98,8 +98,10 @@ class Submission:
         job = Job(
             job_id=make_job_id(request.shares[0].processed_dataset_id, config.summarize().base_model_id, self._random_suffix()),
             tenant_id=principal.tenant_id,
+            created_by=principal.subject,
             project_id=request.project_id,
             job_name=request.job_name,
+            metadata=request.metadata,
             processed_dataset_id=request.shares[0].processed_dataset_id,
             datasets=request.shares if request.datasets else (),
             training_config=redact(request.training_config),
