@@ -80,7 +80,7 @@ Metadata = Annotated[
     dict[MetadataKey, MetadataValue],
     Field(
         max_length=16,
-        description='Up to 16 pairs of strings of your own, such as `{"team": "search"}`: names have up to 64 characters, values up to 512. '
+        description='Up to 16 pairs of strings of your own, such as `{"team": "search"}`: names have up to 64 characters, values 512. '
         "`GET /jobs?metadata=team=search` finds the jobs.",
     ),
 ]
