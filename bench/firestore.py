@@ -21,6 +21,7 @@ from bench.figures import Measurement, at_most, exactly, percentile
 from infra.loopback.firestore import run_firestore_emulator
 from schema.events import EventBatch, MetricsLogged, ReportedEvent
 from schema.job import Job, Status
+from schema.placement import Placement
 from schema.requests import TRAIN_REQUEST_EXAMPLE
 from schema.training import SftConfig
 from service.adapters.jobstores.cursors import encode_cursor
@@ -42,6 +43,7 @@ CALLER_TIMEOUT_S = 4.5  # as in the API
 MAX_TRIES = 10  # an attempt's reporter retries for hours
 START = datetime(2026, 1, 1, tzinfo=UTC)
 CONFIG = SftConfig.model_validate(TRAIN_REQUEST_EXAMPLE["training_config"])
+PLACEMENT = Placement(launcher="local", profile="cpu", environment="llm")
 STATUSES = (Status.COMPLETED,) * 8 + (Status.FAILED, Status.CANCELLED)
 FILTERS = {
     "no filter": JobQuery("local"),
@@ -102,6 +104,7 @@ def _make_job(number: int) -> Job:
         job_name="a job",
         processed_dataset_id="dataset_1",
         training_config=CONFIG,
+        placements=(PLACEMENT,),
         status=STATUSES[number // 100 % len(STATUSES)],  # every project has every status
         created_at=created_at,
         updated_at=created_at,

@@ -19,6 +19,7 @@ from bench.peers import PEERS, Peer, clone_runs, make_run_requests, peer_server
 from bench.servers import Server, ServerUnavailable, run_service
 from bench.stub_trainer import make_stub_trainer
 from schema.job import Job, Status
+from schema.placement import Placement
 from schema.requests import TRAIN_REQUEST_EXAMPLE
 from schema.training import SftConfig
 from service.adapters.jobstores.cursors import encode_cursor
@@ -38,6 +39,7 @@ PEER_TIMEOUT_S = 20.0
 START = datetime(2026, 1, 1, tzinfo=UTC)
 RARE_PROJECT_ID = "project-with-one-job"  # the oldest job
 # No job is active: the reconciler would work on it during the measurement.
+PLACEMENT = Placement(launcher="local", profile="cpu", environment="llm")
 STATUSES = (Status.COMPLETED,) * 8 + (Status.FAILED, Status.CANCELLED)
 FILTERS = {
     "no filter": "",
@@ -96,6 +98,7 @@ def _make_job_rows(rows: int) -> Iterator[tuple[object, ...]]:
         job_name="a job",
         processed_dataset_id="dataset_1",
         training_config=SftConfig.model_validate(TRAIN_REQUEST_EXAMPLE["training_config"]),
+        placements=(PLACEMENT,),
         status=Status.COMPLETED,
         created_at=START,
         updated_at=START,
