@@ -28,7 +28,7 @@ from service.adapters.jobstores.cursors import encode_cursor
 from service.adapters.jobstores.firestore.documents import build_job_fields
 from service.adapters.jobstores.firestore.store import FirestoreJobStore
 from service.core.errors import Unavailable
-from service.core.ports import JobQuery
+from service.core.job_lists import JobQuery
 from storage.deadline import deadline
 
 NAME = "firestore"
@@ -47,11 +47,11 @@ PLACEMENT = Placement(launcher="local", profile="cpu", environment="llm")
 STATUSES = (Status.COMPLETED,) * 8 + (Status.FAILED, Status.CANCELLED)
 FILTERS = {
     "no filter": JobQuery("local"),
-    "status": JobQuery("local", status=Status.FAILED),
+    "status": JobQuery("local", statuses=(Status.FAILED,)),
     "project_id": JobQuery("local", project_id="project-7"),
-    "project_id and status": JobQuery("local", project_id="project-7", status=Status.FAILED),
-    "every filter": JobQuery("local", status=Status.COMPLETED, project_id="project-7", modality="text", trainer_type="sft"),
-    "status (none)": JobQuery("local", status=Status.QUEUED),
+    "project_id and status": JobQuery("local", project_id="project-7", statuses=(Status.FAILED,)),
+    "every filter": JobQuery("local", statuses=(Status.COMPLETED,), project_id="project-7", modality="text", trainer_type="sft"),
+    "status (none)": JobQuery("local", statuses=(Status.QUEUED,)),
     "a page from the middle": JobQuery("local", after=encode_cursor((START + timedelta(seconds=JOBS // 2)).isoformat(), "x")),
 }
 
