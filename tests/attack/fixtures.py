@@ -179,7 +179,7 @@ def _completed(world: World) -> str:
 FIXTURES: dict[str, Callable[[World], ValidRequest]] = {
     "create_training_job": lambda world: ValidRequest("POST", "/train", 201, body=world.train_body()),
     "get_capabilities": lambda _: ValidRequest("GET", "/capabilities", 200),
-    "list_jobs": lambda _: ValidRequest("GET", "/jobs", 200, query={"limit": "200"}),
+    "list_jobs": lambda _: ValidRequest("GET", "/jobs", 200, query={"limit": "200", "counts": "true"}),
     "get_download_links": lambda world: ValidRequest("GET", "/jobs/download/{job_id}", 200, path={"job_id": world.completed_job_id}),
     "get_job": _of_job("GET", "", 200, _completed),
     "delete_job": _of_job("DELETE", "", 200, World.cancelled_job),
