@@ -10,11 +10,10 @@ from starlette.responses import StreamingResponse
 
 from schema.base import Id
 from schema.job import Job, Status
-from schema.requests import CloneRequest, ExportRequest, ReexportRequest, ResumeRequest, RetryRequest
+from schema.requests import CloneRequest, ExportRequest, ReexportRequest, ResumeRequest, RetryRequest, TrainRequest
 from schema.types import SECRET_PATTERN
 from service.api import stream
 from service.api.dependencies import IdempotencyHeader, PrincipalDep, ServicesDep
-from service.api.errors import as_request_validation_error
 from service.api.responses import (
     CheckpointList,
     DeleteJobResponse,
@@ -31,6 +30,7 @@ from service.api.responses import (
     job_row,
 )
 from service.api.route import MAINTENANCE_TIMEOUT_S, LimitedRoute, limits
+from service.api.validation_errors import BodyError
 from service.bootstrap import Services
 from service.core.errors import InvalidRequest
 from service.core.jobs.queries import LINK_TTL_S
@@ -161,7 +161,7 @@ def clone_job(
     try:
         job = services.jobs.submission.clone(principal, job_id, body or CloneRequest.model_validate({}), idempotency_key)
     except ValidationError as error:
-        raise as_request_validation_error(error) from error
+        raise BodyError(error, TrainRequest) from error
     return TrainResponse(job_id=job.job_id)
 
 
