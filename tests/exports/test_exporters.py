@@ -1,5 +1,6 @@
 """Exports of a trained model, each verified in llama.cpp."""
 
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -339,7 +340,21 @@ def test_finer_precision_is_written_where_bfloat16_rounds_too_much(
     assert read_json(folder / "config.json")["dtype"] == "float16"
     (decision,) = [event for event in record.events if isinstance(event, DecisionMade) and event.setting == "merged_dtype"]
     assert decision.value == "fp16"
-    assert decision.reason.startswith("bf16 rounds too much: they agree on")
+    assert re.fullmatch(
+        r"bf16 rounds too much: they agree on [\d.]+% of .*; fp16 keeps it: they agree on [\d.]+% of .*; the request sets no merged_dtype",
+        decision.reason,
+    )
+
+
+def test_gguf_coarser_than_its_model_is_flagged_and_does_not_fail_the_job(
+    sensitive: TrainedModel, make_context: MakeContext, record: EventRecorder
+) -> None:
+    context = make_context("Full", merged_dtype="fp32", include_gguf=True, gguf_quantization=["none", "bf16"])
+    _, exact, coarse = export_all(sensitive, context)
+    assert not fidelity_of(exact).advice
+    assert fidelity_of(coarse).argmax_agreement < 0.99
+    assert "gemma-3-270m-bf16.gguf rounds off some of the training" in fidelity_of(coarse).advice
+    assert [event.code for event in record.events if isinstance(event, WarningRaised)] == ["low_fidelity"]
 
 
 def test_requested_file_in_too_coarse_precision_gets_advice() -> None:
@@ -355,11 +370,18 @@ def test_requested_precision_is_kept_and_fails_in_words(sensitive: TrainedModel,
     assert caught.value.failure.hint == "use merged_dtype 'fp32', which rounds nothing"
 
 
+def test_failed_export_names_the_checkpoint_that_needs_no_new_training(sensitive: TrainedModel, make_context: MakeContext) -> None:
+    context = make_context("Full", merged_dtype="bf16")
+    context.checkpoints.saved_step = 4
+    for step, is_named in ((4, True), (5, False)):
+        with pytest.raises(JobFailed) as caught:
+            export_all(replace(sensitive, step=step), context)
+        assert ("POST /jobs/job-1/checkpoints/4/export" in caught.value.failure.hint) == is_named
+
+
 @pytest.mark.parametrize("is_adapter", [True, False])
 @pytest.mark.parametrize("dtype", ["bf16", "f16", "f32", None])
 def test_precision_hints_name_only_what_a_request_may_say(is_adapter: bool, dtype: Any) -> None:
-    import re
-
     hint = make_precision_hint(dtype, is_adapter=is_adapter)
     for name, value in re.findall(r"(merged_dtype|format) '(\w+)'", hint):
         config = {"base_model_id": "a/b", "method": "LoRA" if is_adapter else "Full", "export_config": {name: value}}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from jobs.llm.exporters.conversion import convert_model
 from jobs.llm.exporters.imatrix import IMATRIX_QUANTIZATIONS, make_imatrix
+from jobs.llm.exporters.merge import list_finer_precisions
 from jobs.llm.exporters.mmproj import export_mmproj, has_vision_tower
 from jobs.llm.exporters.model_files import link_or_copy, read_precision
 from jobs.llm.exporters.staging import make_staging_folder
@@ -73,7 +74,7 @@ def _write_files(workspace: "ExportWorkspace", model_folder: Path) -> list[Expor
             link_or_copy(converted, path)
         elif not path.is_file():  # make_imatrix may have written q8_0 already
             quantize(converted, path, file_type=quantization, threads=threads, imatrix=own_imatrix)
-        too_coarse = quantization in workspace.merged_model.too_coarse
+        too_coarse = quantization in ("bf16", "f16") and precision in list_finer_precisions(quantization)[1:]
         candidates.append(ExportedFile(path, quantization, imatrix=own_imatrix is not None, too_coarse=too_coarse))
     converted.unlink()
     return candidates
