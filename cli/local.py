@@ -49,7 +49,7 @@ def chat(
             hint = f"tunesmith export {job_id} --gguf q8_0" if answer["status"] == "completed" else f"the job is {answer['status']}"
             raise CliError(f"{job_id} has no GGUF file to chat with", hint)
         folder = settings.home_folder / "downloads" / job_id
-        [gguf] = download_artifact(client, job_id, artifact or ggufs[0], folder, skip_existing=True)
+        gguf = download_artifact(client, job_id, artifact or ggufs[0], folder, skip_existing=True)[0]  # its Modelfile is beside it
     command = [str(settings.trainer_python), "-m", "jobs.llm.chat", "--gguf", str(gguf)]
     command += ["--max-tokens", str(max_tokens), "--temperature", str(temperature)]
     command += ["--prompt", prompt] if prompt else []
