@@ -18,6 +18,7 @@ from service.core.ports import Hub, Wake
 from service.core.principals import Principal, Scope
 from service.core.spending import check_cost_cap
 from service.core.validation import check_job
+from service.core.validation.base_models import check_base_model
 from service.core.validation.egress import EgressCheck
 from service.core.validation.hub import check_hub, check_token
 from service.core.validation.placement import place
@@ -91,6 +92,7 @@ class Submission:
         request = request.model_copy(update={"training_config": add_deployment_trackers(config, self._trackers)})
         secrets = extract_request_secrets(request)
         reads_base = earlier_model is None or earlier_model.needs_base
+        check_base_model(request.training_config, secrets.get(HF_SECRET), self._hub, self._models, reads_base=reads_base)
         check_hub(request.training_config, secrets.get(HF_SECRET), self._hub, self._models, reads_base=reads_base)
         if earlier := self._budget.check_new_job(principal.tenant_id, placements, idempotency_key, digest):
             return earlier
