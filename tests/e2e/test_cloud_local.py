@@ -225,7 +225,7 @@ def test_cli_works_against_cloud_service(job: Json, cloud: CloudLocal, tmp_path:
     assert set(json.loads(run_cli("capabilities", "--json"))["launchers"]) == {"cloud-run"}
     run_cli("download", job["job_id"], "--artifact", "gguf-q8_0", "--to", str(tmp_path / "downloaded"))
     gguf = next((tmp_path / "downloaded").glob("*.gguf"))
-    command = [TRAINER_PYTHON, "-m", "jobs.llm.chat", "--gguf", gguf, "--temperature", "0", "--max-tokens", "4", "--prompt", "what is it"]
+    command = [TRAINER_PYTHON, "-m", "jobs.llm.chat", "--model", gguf, "--temperature", "0", "--max-tokens", "4", "--prompt", "what is it"]
     assert subprocess.run(command, cwd=SOURCE, capture_output=True, check=True, env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)})
 
 

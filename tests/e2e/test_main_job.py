@@ -65,7 +65,7 @@ def test_the_gguf_answers_after_download(job: Json, service: Service, tmp_path: 
         str(TRAINER_PYTHON),
         "-m",
         "jobs.llm.chat",
-        "--gguf",
+        "--model",
         path,
         "--temperature",
         "0",
