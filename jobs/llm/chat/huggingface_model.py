@@ -219,11 +219,6 @@ def open_adapter(adapter: Path, base: Path) -> Generator[tuple[HuggingFaceChatMo
         )
 
 
-def read_folder_template(folder: Path) -> str | None:
-    """The chat template in a folder with a tokenizer. Raises InvalidModel."""
-    return _read_template(_load_tokenizer(folder), folder)
-
-
 def _load(folder: Path, scratch: Path) -> tuple[Any, "PreTrainedTokenizerBase"]:
     """The model in a folder, with what names code left out of its configs, and its tokenizer. Raises InvalidModel."""
     import transformers

@@ -1,5 +1,6 @@
 """What is at a location, and whether it can talk: GGUF file, merged model, adapter with its base, base alone."""
 
+import json
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 from jobs.llm.adapter_sum import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from jobs.llm.chat.gguf_model import open_gguf, read_gguf_template
 from jobs.llm.chat.model import ChatModel, InvalidModel
+from jobs.llm.exporters.model_files import TOKENIZER_CONFIG_FILE
 
 MODEL_CONFIG_FILE = "config.json"
+TEMPLATE_FILE = "chat_template.jinja"
 
 
 @contextmanager
@@ -58,9 +61,13 @@ def read_template_of(path: Path) -> str | None:
     """The chat template of a model. Raises InvalidModel."""
     if path.is_file():
         return read_gguf_template(path)
-    from jobs.llm.chat.huggingface_model import read_folder_template
-
-    return read_folder_template(path)
+    if (path / TEMPLATE_FILE).is_file():
+        return (path / TEMPLATE_FILE).read_text(encoding="utf-8")
+    try:
+        template = json.loads((path / TOKENIZER_CONFIG_FILE).read_bytes()).get("chat_template")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InvalidModel(f"{path} has no {TOKENIZER_CONFIG_FILE} that can be read") from error
+    return template if isinstance(template, str) else None
 
 
 @contextmanager
