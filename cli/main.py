@@ -33,7 +33,7 @@ COMMANDS: dict[str, str] = {
     "delete": "cli.jobs:delete_job",
     "orphans": "cli.deployment:list_orphans",
     "download": "cli.download:download",
-    "chat": "cli.local:chat",
+    "chat": "cli.chat:chat",
     "datasets": "cli.datasets:app",
     "capabilities": "cli.deployment:show_capabilities",
     "whoami": "cli.access:show_whoami",
