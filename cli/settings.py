@@ -37,12 +37,23 @@ class Settings:
         return self.home.expanduser().absolute()
 
     @property
+    def service_pid(self) -> int | None:
+        """The process of the service that runs in the home folder; None if none does."""
+        try:
+            pid = int(str(self._read_service_file()["pid"]))
+            os.kill(pid, 0)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return pid
+
+    @property
     def local_token(self) -> str | None:
         """The token of the home folder, if its service runs: once that was killed, anybody could listen on its port."""
+        if self.service_pid is None:
+            return None
         try:
-            os.kill(int(str(self._read_service_file()["pid"])), 0)
             return (self.home_folder / "token").read_text().strip()
-        except (OSError, ValueError, KeyError, TypeError):
+        except OSError:
             return None
 
     @property
