@@ -7,6 +7,7 @@ COMMANDS = {
     "GET /docs": "docs/api.md",
     "GET /capabilities": "`tunesmith capabilities`",
     "GET /whoami": "`tunesmith whoami`",
+    "GET /health": "`tunesmith doctor`",
     "GET /keys": "`tunesmith keys list`",
     "GET /models": "`tunesmith models list`",
     "GET /models/{}": "`tunesmith models show {}`",

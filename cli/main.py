@@ -37,6 +37,7 @@ COMMANDS: dict[str, str] = {
     "chat": "cli.local:chat",
     "datasets": "cli.datasets:app",
     "capabilities": "cli.deployment:show_capabilities",
+    "doctor": "cli.doctor:doctor",
     "whoami": "cli.access:show_whoami",
     "open": "cli.access:open_in_browser",
     "keys": "cli.access:app",

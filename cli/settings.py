@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Self
 
 SOURCE_ROOT = Path(__file__).resolve().parent.parent
+HUB_URL = "https://huggingface.co"
+TRUE_WORDS = ("1", "on", "yes", "true")  # as huggingface_hub reads them
 DEFAULT_URL = "http://127.0.0.1:8080"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of the command line, each an environment variable `TUNESMITH_<NAME>`."""
+    """Settings of the command line: environment variables `TUNESMITH_<NAME>`, and those of huggingface_hub."""
 
     home: Path = Path("~/.tunesmith")
     venvs: Path = SOURCE_ROOT / ".venvs"
+    hub_url: str = HUB_URL
+    is_hub_offline: bool = False
 
     @classmethod
     def from_environment(cls, variables: Mapping[str, str] = os.environ) -> Self:
@@ -24,6 +28,8 @@ class Settings:
         return cls(
             home=Path(variables.get("TUNESMITH_HOME", cls.home)),
             venvs=Path(variables.get("TUNESMITH_LOCAL_VENVS", cls.venvs)),
+            hub_url=variables.get("HF_ENDPOINT", cls.hub_url).rstrip("/"),
+            is_hub_offline=variables.get("HF_HUB_OFFLINE", "").lower() in TRUE_WORDS,
         )
 
     @property
