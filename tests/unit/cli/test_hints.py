@@ -13,7 +13,7 @@ from cli.main import COMMANDS as COMMAND_TABLE
 SOURCE = Path(__file__).parents[3]
 ROUTE = re.compile(r"(?:GET|POST|PUT|PATCH|DELETE) /")
 DESCRIBING = {"description", "summary"}  # keyword arguments with text for the API's documentation
-PENDING = ("models",)
+PENDING = ("models", "du", "prune")
 ALL_OPTIONS = frozenset(OPTIONS.values())
 # Named by settings and problems of a deployment, which its operator solves over HTTP.
 FOR_OPERATORS = "/internal/"
