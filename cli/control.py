@@ -23,7 +23,7 @@ from cli.options import (
 )
 from cli.output import print_answer
 from cli.render.formats import format_status
-from cli.request import parse_hardware, parse_secrets, without_none
+from cli.request import parse_hardware, parse_pairs, without_none
 
 WAIT_POLL_S = 0.5
 
@@ -88,7 +88,7 @@ def resume(
         "max_steps": max_steps,
         "max_gpu_seconds": max_gpu_seconds,
         "max_cost_usd": max_cost_usd,
-        "secrets": parse_secrets(secret),
+        "secrets": parse_pairs("--secret", secret),
     }
     secrets = [SecretOption.of(context, "hf_token", hf_token), SecretOption.of(context, "wandb_api_key", wandb_api_key)]
     _continue_job(context, job, "resume", changes, secrets, as_json)
@@ -116,7 +116,7 @@ def retry(
         "max_steps": max_steps,
         "max_gpu_seconds": max_gpu_seconds,
         "max_cost_usd": max_cost_usd,
-        "secrets": parse_secrets(secret),
+        "secrets": parse_pairs("--secret", secret),
     }
     secrets = [SecretOption.of(context, "hf_token", hf_token), SecretOption.of(context, "wandb_api_key", wandb_api_key)]
     _continue_job(context, job, "retry", changes, secrets, as_json)

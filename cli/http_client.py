@@ -64,6 +64,15 @@ class Client:
         query = {name: value for name, value in params.items() if value is not None}
         return self._call_with_retry(lambda: self._http.get(path, params=query))
 
+    def get_health(self) -> Json:
+        """What the service says about itself, also when it is not well."""
+        try:
+            return clean_strings(self._http.get("/health").json())
+        except httpx2.TransportError as error:
+            raise self._unreachable_error(error) from error
+        except ValueError as error:
+            raise ApiError(f"{self.url} is not a Tunesmith service", "set --url or TUNESMITH_URL") from error
+
     def post(self, path: str, body: object | None = None) -> Json:
         """POST a request that is safe to repeat: pause, resume, retry, cancel."""
         return self._call_with_retry(lambda: self._http.post(path, json=body))
