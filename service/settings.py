@@ -297,6 +297,12 @@ def inherited_variables(settings: Settings) -> dict[str, str]:
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
+def hub_cache_folder() -> Path:
+    """Where the Hub's client keeps what attempts on this machine have downloaded: they inherit the variables that say so."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("HF_HOME") or cache / "huggingface").expanduser() / "hub"
+
+
 def attempt_variables(settings: Settings) -> dict[str, str]:
     """Variables of every attempt, on any launcher: the egress policy, and the URL of the Hub if it is not the public one."""
     egress = {EGRESS_VARIABLE: egress_policy(settings).model_dump_json()}

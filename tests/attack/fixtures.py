@@ -18,6 +18,7 @@ import httpx2
 from schema.checkpoint import MANIFEST, Checkpoint, checkpoint_key, checkpoints_prefix
 from tests.attack.attempt_client import AttemptClient, end_process, start_attempt
 from tests.attack.target import Caller, Json, Target
+from tests.chaos.service import BASE_MODEL
 from tests.factories import make_config
 
 CHECKPOINT_STEP = 4
@@ -92,7 +93,7 @@ class World:
 
     def train_body(self, **changes: Any) -> Json:
         """The body of `POST /train`."""
-        config = {"base_model_id": "tests/no-model", "hyperparameters": {"max_steps": 8}}
+        config = {"base_model_id": BASE_MODEL, "hyperparameters": {"max_steps": 8}}
         return {"processed_dataset_id": self.dataset_id, "job_name": f"{self.mark} job", "training_config": config} | changes
 
     def submit(self, **changes: Any) -> str:
@@ -179,6 +180,8 @@ def _completed(world: World) -> str:
 FIXTURES: dict[str, Callable[[World], ValidRequest]] = {
     "create_training_job": lambda world: ValidRequest("POST", "/train", 201, body=world.train_body()),
     "get_capabilities": lambda _: ValidRequest("GET", "/capabilities", 200),
+    "list_models": lambda _: ValidRequest("GET", "/models", 200),
+    "get_model": lambda _: ValidRequest("GET", "/models/{name}", 200, path={"name": BASE_MODEL}),
     "list_jobs": lambda _: ValidRequest("GET", "/jobs", 200, query={"limit": "200"}),
     "get_download_links": lambda world: ValidRequest("GET", "/jobs/download/{job_id}", 200, path={"job_id": world.completed_job_id}),
     "get_job": _of_job("GET", "", 200, _completed),

@@ -165,7 +165,7 @@ class JobQueries:
         return launcher.limits.is_heartbeat_expired(job, heartbeat.received_at if heartbeat else None, self._repository.clock())
 
     def _sign_url(self, artifact: Artifact, file: ArtifactFile) -> str:
-        key = artifact.key + file.path if artifact.key.endswith("/") else artifact.key
+        key = artifact.file_key(file)
         return self._url_signer.sign_url(key, key.rpartition("/")[2], LINK_TTL_S)
 
 

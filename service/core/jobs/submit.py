@@ -21,6 +21,7 @@ from service.core.principals import Principal, Scope
 from service.core.problems import Problems
 from service.core.spending import check_cost_cap
 from service.core.validation import check_job
+from service.core.validation.base_models import check_base_model
 from service.core.validation.egress import EgressCheck
 from service.core.validation.hub import check_hub, check_token
 from service.core.validation.placement import place
@@ -134,9 +135,13 @@ class Submission:
         token = extract_request_secrets(request).get(HF_SECRET)
         with problems.collect():
             check_token(config, token)
+        reads_base = is_base_known and (earlier_model is None or earlier_model.needs_base)
+        can_have_base = False
         with problems.collect():
-            reads_base = is_base_known and (earlier_model is None or earlier_model.needs_base)
-            check_hub(config, token, self._hub, self._models, reads_base=reads_base)
+            check_base_model(config, token, self._hub, self._models, reads_base=reads_base)
+            can_have_base = reads_base
+        with problems.collect():
+            check_hub(config, token, self._hub, self._models, reads_base=can_have_base)
         problems.raise_found()
         return config, earlier_model, placements
 

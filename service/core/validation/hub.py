@@ -3,6 +3,8 @@
 The Hub port returns facts; the functions here decide. When the Hub does not answer, the request passes, and the job checks again.
 """
 
+from collections.abc import Callable
+
 from schema.training import TrainingConfig
 from service.core.errors import InvalidRequest
 from service.core.jobs.secrets import HF_SECRET
@@ -18,6 +20,14 @@ WRITE_ROLES = ("contributor", "write", "admin")  # of an organization's members,
 
 class NoHub:
     """The Hub of an offline deployment: every answer is unknown."""
+
+    def __init__(self, is_cached: Callable[[str], bool] | None = None) -> None:
+        """`is_cached` tells which models attempts have in their cache, where they are offline too; None: they may reach the Hub."""
+        self._is_cached = is_cached
+
+    def is_unreachable_for_attempts(self, repo_id: str) -> bool:
+        """Whether an attempt cannot get a model either, unless the model store has it."""
+        return self._is_cached is not None and not self._is_cached(repo_id)
 
     def check_read_access(self, repo_id: str, token: str | None) -> HubAccess:  # noqa: ARG002
         return "unknown"
