@@ -13,7 +13,23 @@ from fastapi_offline import FastAPIOffline
 from starlette.types import ASGIApp
 
 from schema.version import VERSION
-from service.api import access, capabilities, datasets, docs, errors, files, health, internal, jobs, login, models, openapi, root, train
+from service.api import (
+    access,
+    capabilities,
+    datasets,
+    docs,
+    errors,
+    files,
+    health,
+    internal,
+    jobs,
+    login,
+    metrics,
+    models,
+    openapi,
+    root,
+    train,
+)
 from service.api.audit import AuditWriter
 from service.api.authentication import Authenticator
 from service.api.health import make_health_checks
@@ -35,7 +51,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ROUTERS = (
-    *(part.router for part in (root, docs, train, capabilities, jobs, datasets, models, access, login, files, health, internal)),
+    *(part.router for part in (root, docs, train, capabilities, jobs, metrics, datasets, models, access, login, files, health, internal)),
     internal.maintenance_router,
 )
 DESCRIPTION = "One HTTP request becomes a fine-tuned model."

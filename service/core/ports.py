@@ -224,6 +224,15 @@ class Launcher(Protocol):
         ...
 
 
+@runtime_checkable
+class AttemptOwner(Protocol):
+    """A launcher whose attempts end when the service stops: they save their state and continue at the next start."""
+
+    def count_attempts(self) -> int:
+        """How many run now."""
+        ...
+
+
 @dataclass(frozen=True)
 class ExitReason:
     """Why an attempt ended that wrote no result."""

@@ -201,6 +201,7 @@ FIXTURES: dict[str, Callable[[World], ValidRequest]] = {
         body={},
     ),
     "list_job_events": _of_job("GET", "/events", 200, _completed),
+    "get_job_metrics": _of_job("GET", "/metrics", 200, _completed, query={"points": "10"}),
     "read_job_logs": _of_job("GET", "/logs", 200, _completed),
     "upload_dataset": lambda world: ValidRequest(
         "POST", "/datasets", 201, form={"name": f"{world.mark} upload"}, file=("rows.jsonl", world.rows())
