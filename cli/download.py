@@ -7,13 +7,14 @@ import typer
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
 from cli.http_client import Client
-from cli.options import JobIdArgument, JsonOption, create_client
-from cli.output import err, out
+from cli.job_names import find_job_id
+from cli.options import JobArgument, JsonOption, create_client
+from cli.output import err, print_json
 
 
 def download(
     context: typer.Context,
-    job_id: JobIdArgument,
+    job: JobArgument,
     artifact: Annotated[
         str | None, typer.Option(help="Artifact name: adapter, merged, gguf-q8_0, …. Default: GGUF, else merged, else adapter.")
     ] = None,
@@ -22,9 +23,9 @@ def download(
 ) -> None:
     """Download an artifact of a job and verify its SHA-256 digests."""
     with create_client(context) as client:
-        paths = download_artifact(client, job_id, artifact, folder)
+        paths = download_artifact(client, find_job_id(client, job), artifact, folder)
     if as_json:
-        out.print_json(data={"files": [str(path) for path in paths]})
+        print_json({"files": [str(path) for path in paths]})
     else:
         for path in paths:
             print(path)  # rich would wrap long paths

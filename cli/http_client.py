@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Self
 import httpx2
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, retry_if_result, stop_after_attempt, wait_exponential
 
-from cli.errors import ApiError
+from cli.errors import ApiError, Problem
 from cli.text import clean_strings, clean_text
 
 CHUNK_BYTES = 1 << 20
@@ -41,6 +41,8 @@ class Client:
         *,
         api_key: str | None = None,
         identity_token: str | None = None,
+        timeout: httpx2.Timeout = TIMEOUT,
+        max_tries: int = MAX_TRIES,
         transport: httpx2.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -49,7 +51,8 @@ class Client:
         headers = {"Authorization": f"Bearer {api_key or identity_token}"} if api_key or identity_token else {}
         if api_key and identity_token:
             headers["X-Serverless-Authorization"] = f"Bearer {identity_token}"
-        self._http = httpx2.Client(base_url=self.url, timeout=TIMEOUT, headers=headers, transport=transport)
+        self._http = httpx2.Client(base_url=self.url, timeout=timeout, headers=headers, transport=transport)
+        self._max_tries = max_tries
         self._sleep = sleep
 
     def __enter__(self) -> Self:
@@ -167,10 +170,10 @@ class Client:
         key = {"Idempotency-Key": uuid.uuid4().hex}
         return self._call_with_retry(lambda: self._http.post(path, json=body, headers=key))
 
-    def _call_with_retry(self, call: Callable[[], httpx2.Response], max_tries: int = MAX_TRIES) -> Json:
+    def _call_with_retry(self, call: Callable[[], httpx2.Response], max_tries: int | None = None) -> Json:
         retrying = Retrying(
             retry=retry_if_exception_type(httpx2.TransportError) | retry_if_result(_is_retryable),
-            stop=stop_after_attempt(max_tries),
+            stop=stop_after_attempt(max_tries or self._max_tries),
             wait=_retry_delay_s,
             sleep=self._sleep,
             retry_error_callback=_last_outcome,
@@ -214,7 +217,8 @@ def _api_error(response: httpx2.Response) -> ApiError:
     try:
         body: Json = clean_strings(response.json())
         error: Json = body.get("error", body)  # an incomplete deletion has no `error` object
-        return ApiError(error["message"], error.get("hint", ""), error.get("code", ""), response.status_code, error.get("param"))
+        more = [Problem(each["message"], each.get("hint", ""), each.get("param")) for each in error.get("errors", [])[1:]]
+        return ApiError(error["message"], error.get("hint", ""), error.get("code", ""), response.status_code, error.get("param"), more)
     except (ValueError, KeyError, TypeError, AttributeError):
         needs_identity = response.status_code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
         hint = (

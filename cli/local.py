@@ -9,7 +9,8 @@ import typer
 
 from cli.download import download_artifact
 from cli.errors import CliError
-from cli.options import JobIdArgument, create_client
+from cli.job_names import find_job_id
+from cli.options import JobArgument, create_client
 from cli.settings import SOURCE_ROOT, Settings
 
 
@@ -32,7 +33,7 @@ def rotate_signing_key() -> None:
 
 def chat(
     context: typer.Context,
-    job_id: JobIdArgument,
+    job: JobArgument,
     artifact: Annotated[str | None, typer.Option(help="Name of the GGUF artifact. Default: the first.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask one question. Default: an interactive chat.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = 256,
@@ -41,13 +42,14 @@ def chat(
     """Chat with the GGUF model of a job on this machine."""
     settings = Settings.from_environment()
     with create_client(context) as client:
-        job = client.get(f"/jobs/{job_id}")
-        ggufs = [artifact["name"] for artifact in job["artifacts"] if artifact["kind"] == "gguf"]
+        job_id = find_job_id(client, job)
+        answer = client.get(f"/jobs/{job_id}")
+        ggufs = [artifact["name"] for artifact in answer["artifacts"] if artifact["kind"] == "gguf"]
         if not ggufs:
-            hint = f"tunesmith export {job_id} --gguf q8_0" if job["status"] == "completed" else f"the job is {job['status']}"
+            hint = f"tunesmith export {job_id} --gguf q8_0" if answer["status"] == "completed" else f"the job is {answer['status']}"
             raise CliError(f"{job_id} has no GGUF file to chat with", hint)
         folder = settings.home_folder / "downloads" / job_id
-        [gguf] = download_artifact(client, job_id, artifact or ggufs[0], folder, skip_existing=True)
+        gguf = download_artifact(client, job_id, artifact or ggufs[0], folder, skip_existing=True)[0]  # its Modelfile is beside it
     command = [str(settings.trainer_python), "-m", "jobs.llm.chat", "--gguf", str(gguf)]
     command += ["--max-tokens", str(max_tokens), "--temperature", str(temperature)]
     command += ["--prompt", prompt] if prompt else []

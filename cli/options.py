@@ -5,10 +5,16 @@ from typing import Annotated
 
 import typer
 
+from cli.completion import complete_jobs
 from cli.http_client import Client
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the API's response as JSON.")]
-JobIdArgument = Annotated[str, typer.Argument(help="Job id, as printed by `tunesmith train` or `tunesmith jobs`.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document: the API's response, or the error.")]
+JobArgument = Annotated[
+    str,
+    typer.Argument(
+        autocompletion=complete_jobs, help="A job: its id, the end of its id such as 2d21, its name, or @last for your newest one."
+    ),
+]
 DatasetNameOption = Annotated[str | None, typer.Option("--name", help="Name of the dataset. Default: the file name.")]
 EvalFractionOption = Annotated[float, typer.Option("--eval-fraction", help="Fraction of the rows held out for evaluation.")]
 ProjectOption = Annotated[str | None, typer.Option("--project", help="Project of the dataset.")]

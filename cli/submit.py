@@ -6,10 +6,11 @@ from typing import Annotated
 import typer
 
 from cli.http_client import Client
+from cli.job_names import find_job_id
 from cli.job_secrets import SecretOption, send_with_secrets
 from cli.options import (
     HfTokenOption,
-    JobIdArgument,
+    JobArgument,
     JsonOption,
     MaxCostOption,
     MaxGpuSecondsOption,
@@ -67,7 +68,7 @@ def train(
 
 def export(
     context: typer.Context,
-    job_id: JobIdArgument,
+    job: JobArgument,
     step: Annotated[
         int | None,
         typer.Argument(
@@ -116,12 +117,12 @@ def export(
         }
     )
     with create_client(context) as client:
-        _print_new_job(client, client.export(job_id, step, request), should_watch, as_json)
+        _print_new_job(client, client.export(find_job_id(client, job), step, request), should_watch, as_json)
 
 
 def clone(
     context: typer.Context,
-    job_id: JobIdArgument,
+    job: JobArgument,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", help="A field of training_config to change, such as hyperparameters.learning_rate=1e-4; null removes it."),
@@ -156,6 +157,7 @@ def clone(
         SecretOption.of(context, "wandb_api_key", wandb_api_key, field="secrets.wandb_api_key"),
     ]
     with create_client(context) as client:
+        job_id = find_job_id(client, job)
         clone_id = send_with_secrets(lambda body: client.clone(job_id, body), request, secrets)
         _print_new_job(client, clone_id, should_watch, as_json)
 

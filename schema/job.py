@@ -92,7 +92,8 @@ class EvalMetrics(ForwardCompatible):
 
 
 class ArtifactFile(ForwardCompatible):
-    """One file of an artifact. `path` is relative to the artifact's uri, and empty when the uri is the file itself."""
+    """One file of an artifact. `path` is relative to the artifact's uri, as in URLs: empty for the file that the uri names, and the name of
+    a file beside it."""
 
     path: str
     size_bytes: int
@@ -149,8 +150,12 @@ class Artifact(ForwardCompatible):
 
     @property
     def sha256(self) -> str | None:
-        """The digest of a single file; None for a folder."""
-        return self.files[0].sha256 if len(self.files) == 1 and not self.key.endswith("/") else None
+        """The digest of the file that `uri` names; None for a folder."""
+        return next((file.sha256 for file in self.files if not file.path), None)
+
+    def file_key(self, file: ArtifactFile) -> str:
+        """The key of one of the artifact's files in the model bucket: in the folder, or beside the artifact's own file."""
+        return f"{self.key.rpartition('/')[0]}/{file.path}" if file.path else self.key
 
 
 AttemptOutcome = Literal["completed", "failed", "cancelled", "paused", "yielded", "preempted", "lost", "launch_failed"]

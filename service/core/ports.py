@@ -289,8 +289,15 @@ class LogPage:
 class LogReader(Protocol):
     """A launcher whose attempts' output can be read while they run."""
 
-    def read_log(self, name: str, offset: int, max_bytes: int) -> LogPage | None:
-        """At most `max_bytes` bytes from `offset`; None when the attempt has no output here."""
+    def read_log(self, name: str, offset: int, max_bytes: int, *, whole_lines: bool = False) -> LogPage | None:
+        """At most `max_bytes` bytes from `offset`; None when the attempt has no output here.
+
+        A page never ends inside a character. With `whole_lines` it ends with the last line end, if it has any.
+        """
+        ...
+
+    def find_log_tail(self, name: str, lines: int, max_bytes: int) -> int | None:
+        """Where the last lines begin (bytes), at most `max_bytes` before the end; None when the attempt has no output here."""
         ...
 
     def delete_log(self, name: str) -> bool:

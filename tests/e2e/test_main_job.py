@@ -42,7 +42,7 @@ def test_artifacts_are_stored_with_correct_digests(job: Json, service: Service) 
     root = (service.home / "objects").as_uri()
     assert job["adapter_path"] == f"{root}/merged_models/{job_id}/attempt-1/"
     assert job["gguf_path"].startswith(f"{root}/gguf_models/{job_id}/attempt-1/")
-    assert {artifact["name"] for artifact in job["artifacts"]} == {"merged", "gguf-f16", "gguf-q8_0", "gguf-usage"}
+    assert {artifact["name"] for artifact in job["artifacts"]} == {"merged", "gguf-f16", "gguf-q8_0"}
     for artifact in job["artifacts"]:
         for file in artifact["files"]:
             path = service.home / "objects" / (artifact["key"] + file["path"])

@@ -109,6 +109,6 @@ def get_error(response: Any, status: int) -> dict[str, Any]:
     """The error in a response, which must have this status and the one shape of errors."""
     assert response.status_code == status, response.text
     error = response.json()["error"]
-    assert set(error) == {"code", "message", "hint", "param"}
+    assert set(error) == {"code", "message", "hint", "param", "errors"}
     assert "Traceback" not in response.text
     return error

@@ -77,5 +77,16 @@ def test_completed_job_has_download_link(harness: JobsHarness) -> None:
     artifact, [(_, link)] = harness.jobs.queries.create_download_links(PRINCIPAL, job.job_id, None)
     assert artifact == gguf.model_copy(update={"uri": f"{harness.objects.url}/{gguf.key}"})
     assert harness.tokens.read_file_token(link.removeprefix("/files/")) == (gguf.key, "m.gguf")
+    assert artifact.sha256 == "0" * 64
     with pytest.raises(NotFound, match="it has: adapter, gguf-q8_0"):
         harness.jobs.queries.create_download_links(PRINCIPAL, job.job_id, "gguf-f16")
+
+
+def test_files_beside_an_artifact_have_links_of_their_own(harness: JobsHarness) -> None:
+    job = harness.start_training()
+    files = [ArtifactFile(path=path, size_bytes=1, sha256="0" * 64) for path in ("", "m.Modelfile")]
+    gguf = Artifact(name="gguf-q8_0", kind="gguf", uri="u", key=f"gguf_models/{job.job_id}/attempt-1/m.gguf", size_bytes=2, files=files)
+    harness.finish(harness.write_result(job, artifacts=[gguf.model_dump()]))
+    _, links = harness.jobs.queries.create_download_links(PRINCIPAL, job.job_id, None)
+    read = [harness.tokens.read_file_token(link.removeprefix("/files/")) for _, link in links]
+    assert read == [(gguf.key, "m.gguf"), (gguf.key.replace("m.gguf", "m.Modelfile"), "m.Modelfile")]

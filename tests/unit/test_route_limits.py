@@ -168,6 +168,7 @@ def test_body_of_exactly_the_limit_is_accepted(toy_client: TestClient) -> None:
         "message": "the body is larger than 100 bytes, the limit of this path",
         "hint": "send less",
         "param": None,
+        "errors": [{"message": error["message"], "hint": "send less", "param": None}],
     }
 
 

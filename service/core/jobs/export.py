@@ -6,6 +6,7 @@ from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 
 from schema.job import EarlierModel, ExportSource, Job, Status
+from schema.placement import Placement
 from schema.requests import ExportRequest, ReexportRequest
 from schema.training import TrainingConfig
 from service.core.errors import InvalidRequest, NotFound
@@ -18,6 +19,7 @@ from service.core.jobs.trackers import DeploymentTrackers
 from service.core.launchers import LauncherPool
 from service.core.ports import Hub, Wake
 from service.core.principals import Principal, Scope
+from service.core.problems import Problems
 from service.core.spending import check_cost_cap
 from service.core.validation import choose_exports
 from service.core.validation.hub import check_hub, check_token
@@ -52,15 +54,8 @@ class Exports:
         principal.require(Scope.JOBS_WRITE)
         source = self._repository.find(principal, job_id)
         stored = _pick_checkpoint(list_checkpoints(self._models, source), source, step, request.attempt)
-        config = _make_export_config(source.training_config, request, source.earlier_model)
-        hardware = request.hardware or [placement.hardware for placement in source.placements]
-        placements = place(config, hardware, self._launchers)
-        check_cost_cap(request.max_cost_usd, placements)
-        self._repository.find_datasets(source)
         secrets = {HF_SECRET: request.hf_token.get_secret_value()} if request.hf_token else {}
-        check_token(config, secrets.get(HF_SECRET))
-        reads_base = source.earlier_model is None or source.earlier_model.needs_base
-        check_hub(config, secrets.get(HF_SECRET), self._hub, self._models, reads_base=reads_base)
+        config, placements = self._check(source, request, secrets.get(HF_SECRET))
         # The body of a ReexportRequest overrides `step` with the step it asked for, which may be none: the newest checkpoint
         # changes while a job trains, and the same request must stay the same request.
         digest = compute_digest({"export_of": job_id, "step": step, **request.model_dump(mode="json", exclude={"hf_token"})})
@@ -91,6 +86,24 @@ class Exports:
         created = self._repository.create(job, secrets, idempotency_key, digest)
         self._wake(created.job_id)
         return created
+
+    def _check(self, source: Job, request: ExportRequest, token: str | None) -> tuple[TrainingConfig, tuple[Placement, ...]]:
+        """The configuration of the export and its placements. Raises InvalidRequest, Unsupported or NotFound with every problem."""
+        problems, config, placements = Problems(), source.training_config, ()
+        with problems.collect():
+            config = _make_export_config(config, request, source.earlier_model)
+            with problems.collect():
+                hardware = request.hardware or [placement.hardware for placement in source.placements]
+                placements = place(config, hardware, self._launchers)
+                check_cost_cap(request.max_cost_usd, placements)
+            with problems.collect():
+                check_token(config, token)
+            reads_base = source.earlier_model is None or source.earlier_model.needs_base
+            check_hub(config, token, self._hub, self._models, reads_base=reads_base)
+        with problems.collect():
+            self._repository.find_datasets(source)
+        problems.raise_found()
+        return config, placements
 
     def reexport(self, principal: Principal, job_id: str, request: ReexportRequest, idempotency_key: str | None = None) -> Job:
         """Export a job's model again; without a step, the published checkpoint if it is stored, else the newest. Raises as `export`."""

@@ -26,6 +26,7 @@ from service.core.principals import Principal, Scope
 from storage import ObjectStore
 
 LINK_TTL_S = 900  # how long a download link works
+MAX_TAIL_BYTES = 4 << 20  # of an attempt's output, in which its last lines are looked for
 MAX_PAGE_BYTES = 1 << 20  # of stored events in one answer; the event that reaches it is still part of it
 
 
@@ -104,13 +105,30 @@ class JobQueries:
         principal.require(Scope.JOBS_READ)
         return list_checkpoints(self._models, self._repository.find(principal, job_id))
 
-    def read_log(self, principal: Principal, job_id: str, attempt: int | None, offset: int, limit: int) -> tuple[int, LogPage]:
-        """The number of an attempt, by default the latest, and a part of its output. Raises NotFound. `offset` and `limit` are in bytes."""
+    def read_log(
+        self, principal: Principal, job_id: str, attempt: int | None, offset: int, limit: int, *, whole_lines: bool = False
+    ) -> tuple[int, LogPage]:
+        """The number of an attempt, by default the latest, and a part of its output. Raises NotFound. `offset` and `limit` are in bytes.
+
+        With `whole_lines` the part ends with a line end, if it has any.
+        """
+        number, reader = self._find_log(principal, job_id, attempt)
+        name = attempt_name(job_id, number)
+        page = reader.read_log(name, offset, limit, whole_lines=whole_lines) if reader else None
+        return number, page or LogPage(text="", next_offset=offset if reader else 0)
+
+    def find_log_tail(self, principal: Principal, job_id: str, attempt: int | None, lines: int) -> tuple[int, int]:
+        """The number of an attempt, by default the latest, and where the last lines of its output begin (bytes). Raises NotFound."""
+        number, reader = self._find_log(principal, job_id, attempt)
+        return number, (reader.find_log_tail(attempt_name(job_id, number), lines, MAX_TAIL_BYTES) if reader else None) or 0
+
+    def _find_log(self, principal: Principal, job_id: str, attempt: int | None) -> tuple[int, LogReader | None]:
+        """The number of an attempt, by default the latest, and what reads its output; 0 and None before the first. Raises NotFound."""
         principal.require(Scope.JOBS_READ)
         job = self._repository.find(principal, job_id)
         number = attempt or len(job.attempts)
         if number == 0:
-            return 0, LogPage(text="", next_offset=0)
+            return 0, None
         if number > len(job.attempts):
             raise NotFound(f"{job_id} has no attempt {number}; it has {len(job.attempts)}", param="attempt")
         launcher, name = self._launchers.find_for_attempt(job, number), job.attempts[number - 1].placement.launcher
@@ -122,8 +140,7 @@ class JobQueries:
             handle = job.attempts[number - 1].handle
             location = launcher.log_location(handle) if handle and isinstance(launcher, LogLocator) else ""
             raise NotFound(f"the launcher {name!r} keeps its logs elsewhere", hint=location)
-        page = launcher.read_log(attempt_name(job_id, number), offset, limit)
-        return number, page or LogPage(text="", next_offset=offset)
+        return number, launcher
 
     def create_download_links(
         self, principal: Principal, job_id: str, artifact_name: str | None
@@ -148,7 +165,7 @@ class JobQueries:
         return launcher.limits.is_heartbeat_expired(job, heartbeat.received_at if heartbeat else None, self._repository.clock())
 
     def _sign_url(self, artifact: Artifact, file: ArtifactFile) -> str:
-        key = artifact.key + file.path if artifact.key.endswith("/") else artifact.key
+        key = artifact.file_key(file)
         return self._url_signer.sign_url(key, key.rpartition("/")[2], LINK_TTL_S)
 
 

@@ -9,6 +9,7 @@ from schema.training import TrainingConfig
 from service.core.errors import Unsupported
 from service.core.launchers import LauncherPool
 from service.core.ports import Profile
+from service.core.problems import Problems
 
 # One line for each family: "module:function", called with the config, the family's capabilities and the profile. It raises Unsupported.
 SUPPORT_CHECKS = {"llm": "service.core.validation.llm_support:check_support"}
@@ -20,8 +21,11 @@ def place(config: TrainingConfig, hardware: str | list[str] | None, launchers: L
     Raises Unsupported, InvalidRequest, and Unavailable when a launcher cannot tell now what it offers.
     """
     offers = launchers.resolve(hardware, config.environment)
+    problems = Problems()
     for offer in offers:
-        check_environment(config, offer.manifest, offer.profile)
+        with problems.collect():
+            check_environment(config, offer.manifest, offer.profile)
+    problems.raise_found()
     return tuple(offer.placement for offer in offers)
 
 

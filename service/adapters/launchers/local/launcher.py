@@ -177,7 +177,7 @@ class LocalLauncher:
 
     # --- LogReader ---------------------------------------------------------------------------------------------------
 
-    def read_log(self, name: str, offset: int, max_bytes: int) -> LogPage | None:
+    def read_log(self, name: str, offset: int, max_bytes: int, *, whole_lines: bool = False) -> LogPage | None:
         try:
             with self._log_path(name).open("rb") as stream:
                 stream.seek(offset)
@@ -185,7 +185,19 @@ class LocalLauncher:
         except FileNotFoundError:
             return None
         content = _trim_partial_utf8(content)
+        if whole_lines:
+            content = content[: content.rfind(b"\n") + 1] or content
         return LogPage(text=content.decode(errors="replace"), next_offset=offset + len(content))
+
+    def find_log_tail(self, name: str, lines: int, max_bytes: int) -> int | None:
+        try:
+            with self._log_path(name).open("rb") as stream:
+                size_bytes = stream.seek(0, os.SEEK_END)
+                start = stream.seek(max(0, size_bytes - max_bytes))
+                content = stream.read(size_bytes - start)
+        except FileNotFoundError:
+            return None
+        return start + _find_tail(content, lines, is_cut=start > 0)
 
     def delete_log(self, name: str) -> bool:
         """Delete the output of an attempt and its working folder."""
@@ -301,6 +313,19 @@ def _size_of(path: Path) -> int:
     except FileNotFoundError:
         return 0
     return stat.st_size if S_ISREG(stat.st_mode) else 0
+
+
+def _find_tail(content: bytes, lines: int, *, is_cut: bool) -> int:
+    """Where the last lines begin. The first line of cut content is left out, unless it is the only one."""
+    end = len(content.removesuffix(b"\n"))  # the end of the last line begins no other one
+    for _ in range(lines):
+        end = content.rfind(b"\n", 0, end)
+        if end < 0:
+            break
+    if end >= 0 or not is_cut:
+        return end + 1
+    first_whole = content.find(b"\n", 0, len(content) - 1) + 1
+    return first_whole or len(content) - len(content.lstrip(bytes(range(0x80, 0xC0))))  # not inside a character
 
 
 def _trim_partial_utf8(content: bytes) -> bytes:
