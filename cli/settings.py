@@ -17,6 +17,7 @@ class Settings:
 
     home: Path = Path("~/.tunesmith")
     venvs: Path = SOURCE_ROOT / ".venvs"
+    cache: Path = Path("~/.cache")  # of the account: XDG_CACHE_HOME
 
     @classmethod
     def from_environment(cls, variables: Mapping[str, str] = os.environ) -> Self:
@@ -24,6 +25,7 @@ class Settings:
         return cls(
             home=Path(variables.get("TUNESMITH_HOME", cls.home)),
             venvs=Path(variables.get("TUNESMITH_LOCAL_VENVS", cls.venvs)),
+            cache=Path(variables.get("XDG_CACHE_HOME") or cls.cache),
         )
 
     @property

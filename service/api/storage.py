@@ -97,9 +97,10 @@ def delete_checkpoints(
             "else the one that a retry continues from. `none`: delete all."
         ),
     ] = "published",
+    dry_run: Annotated[bool, Query(description="Delete nothing, and answer what would be deleted.")] = False,
 ) -> PruneResponse:
     """Delete the checkpoints of a job that has ended. Can be repeated."""
-    pruned = services.jobs.retention.prune(principal, job_id, keep)
+    pruned = services.jobs.retention.prune(principal, job_id, keep, dry_run=dry_run)
     return PruneResponse(
         job_id=job_id, freed_bytes=pruned.freed_bytes, deleted_steps=list(pruned.deleted_steps), kept_step=pruned.kept_step
     )

@@ -165,9 +165,12 @@ def test_import_links_the_files_of_a_folder(store: LocalStore, folder: Path) -> 
     assert (record.source, record.name, record.parameters) == ("folder", NAME, 8)
     weights = store.path_for_key(model_prefix(NAME) + "model.safetensors")
     assert os.path.samefile(weights, folder / "model.safetensors")
+    assert import_model(folder, NAME, store, say=ignore) == record, "the same files are not stored again"
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").write_bytes(make_weights(16))
     with pytest.raises(JobFailed, match="has a model ada/base already, imported from a folder"):
         import_model(folder, NAME, store, say=ignore)
-    assert import_model(folder, NAME, store, replace=True, say=ignore).parameters == 8
+    assert import_model(folder, NAME, store, replace=True, say=ignore).parameters == 16
     assert list_names(store) == {*make_files(), MODEL_RECORD}
 
 

@@ -29,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failure = failure_of(error)
         print(json.dumps({"error": {"code": failure.code, "message": failure.message, "hint": failure.hint}}))
         return 1
+    except KeyboardInterrupt:
+        _say("interrupted; nothing was stored, and the same command continues the download")
+        return 130
     print(json.dumps(answer))
     return 0
 

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
-from jobs.llm.bases.store import Say, check_replaceable, store_model
+from jobs.llm.base_files import is_base_file
+from jobs.llm.bases.store import Say, check_replaceable, find_model, store_model
 from jobs.runtime.errors import JobFailed
+from jobs.runtime.files import sha256_of
 from schema.models import ModelRecord
 from storage import ObjectStore
 
@@ -16,10 +18,24 @@ def import_model(folder: Path, name: str, store: ObjectStore, *, replace: bool =
     if not folder.is_dir():
         raise JobFailed("invalid_config", f"no folder at {folder}", "give the folder that has the model's config.json")
     _check_kind(folder)
+    stored = find_model(store, name)
+    if stored is not None and stored.source == "folder" and _has_same_files(folder, stored):
+        say(f"{name} is in the model store already, with the same files")
+        return stored
     check_replaceable(store, name, replace=replace)
     # The files of a snapshot in the Hub client's cache are links to its blobs.
     links_within = folder.parent.parent if folder.parent.name == "snapshots" else None
     return store_model(folder, store, name, source="folder", links_within=links_within, say=say)
+
+
+def _has_same_files(folder: Path, stored: ModelRecord) -> bool:
+    """Whether the folder has the files that were imported before, and no others that would be used."""
+    names = {path.name for path in folder.iterdir() if is_base_file(path.name)}
+    paths = {file.path: folder / file.path for file in stored.files}
+    return names == paths.keys() and all(
+        paths[file.path].is_file() and paths[file.path].stat().st_size == file.size_bytes and sha256_of(paths[file.path]) == file.sha256
+        for file in stored.files
+    )
 
 
 def _check_kind(folder: Path) -> None:

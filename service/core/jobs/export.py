@@ -155,6 +155,6 @@ def _no_checkpoint_error(job: Job) -> NotFound:
         return NotFound(f"{job.job_id} trained nothing; it exported a checkpoint of {job.export_of.job_id}", hint=hint)
     if job.status.is_final:
         message = f"no checkpoint of {job.job_id} is kept{describe_deletion(job)}"
-        start = f"base_model_id job:{job.job_id} starts a job from its published model; " if job.artifacts else ""
-        return NotFound(message, hint=f"{start}POST /jobs/{job.job_id}/clone trains it again")
+        start = f"; base_model_id job:{job.job_id} starts a job from its published model" if job.artifacts else ""
+        return NotFound(message, hint=f"POST /jobs/{job.job_id}/clone trains it again{start}")
     return NotFound(f"{job.job_id} is {job.status} and has no checkpoint yet", hint="POST /jobs/{id}/pause saves one")

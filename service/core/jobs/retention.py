@@ -57,8 +57,12 @@ class _Plan:
     files: Sequence[StoredObject] = ()  # of the checkpoint that is kept
 
     @property
-    def freed_bytes(self) -> int:
-        return sum(stored.size_bytes for stored in (*self.files, *(each for folder in self.folders.values() for each in folder)))
+    def kept_step(self) -> int | None:
+        return self.kept.checkpoint.step if self.kept else None
+
+    def describe(self) -> Pruned:
+        freed_bytes = sum(stored.size_bytes for stored in (*self.files, *(each for folder in self.folders.values() for each in folder)))
+        return Pruned(freed_bytes, tuple(sorted({_parse_step(key) for key in self.folders})), self.kept_step)
 
 
 class CheckpointRetention:
@@ -70,8 +74,8 @@ class CheckpointRetention:
         self._models = models
         self._retention = retention
 
-    def prune(self, principal: Principal, job_id: str, keep: Keep = "published") -> Pruned:
-        """Delete the checkpoints of a job that has ended, but the one that `keep` names. Can be repeated.
+    def prune(self, principal: Principal, job_id: str, keep: Keep = "published", *, dry_run: bool = False) -> Pruned:
+        """Delete the checkpoints of a job that has ended, but the one that `keep` names. Can be repeated; `dry_run` deletes nothing.
 
         Raises Conflict while the job is not ended, or an unfinished job exports one of them; NotFound, StorageError.
         """
@@ -79,7 +83,8 @@ class CheckpointRetention:
         job = self._repository.find(principal, job_id)
         self._check_unused(job)
         listed = list(self._models.iter_objects(checkpoints_prefix(job.job_id, job.project_id)))
-        return self._delete(job, self._plan(job, listed, keep))
+        plan = self._plan(job, listed, keep)
+        return plan.describe() if dry_run else self._delete(job, plan)
 
     def prune_expired(self, principal: Principal) -> ExpiredPruned:
         """Prune every completed job whose checkpoints have been kept for long enough. An error of one job never stops the others.
@@ -150,16 +155,14 @@ class CheckpointRetention:
         return _Plan(kept, folders, files)
 
     def _delete(self, job: Job, plan: _Plan) -> Pruned:
-        kept_step = plan.kept.checkpoint.step if plan.kept else None
         if plan.folders:  # noted first, so that a record never promises what is gone
-            self._repository.change(job.job_id, lambda job, now: _note_deletion(job, now, kept_step))
+            self._repository.change(job.job_id, lambda job, now: _note_deletion(job, now, plan.kept_step))
         for key, objects in plan.folders.items():
             self._models.delete(key + MANIFEST)
             map_concurrently(self._models.delete, [stored.key for stored in objects])
         if plan.kept and plan.files:
             self._reduce(plan.kept, plan.files)
-        steps = tuple(sorted({_parse_step(key) for key in plan.folders}))
-        return Pruned(plan.freed_bytes, steps, kept_step)
+        return plan.describe()
 
     def _reduce(self, kept: StoredCheckpoint, files: Sequence[StoredObject]) -> None:
         """Write a manifest without some files, then delete them."""
