@@ -25,6 +25,7 @@ COMMANDS = {
     "GET /jobs/{}/metrics": "`tunesmith show {}`",
     "GET /jobs/{}/checkpoints": "`tunesmith checkpoints {}`",
     "POST /jobs/{}/export": "`tunesmith export {}`",
+    "POST /jobs/{}/checkpoints/{}/export": "`tunesmith export {} --step {}`",
     "POST /jobs/{}/clone": "`tunesmith clone {}`",
     "POST /jobs/{}/pause": "`tunesmith pause {}`",
     "POST /jobs/{}/resume": "`tunesmith resume {}`",

@@ -81,7 +81,7 @@ def prune(
     for folder in copies:
         shutil.rmtree(folder, ignore_errors=True)
     local = {str(folder): size_bytes for folder, size_bytes in copies.items()}
-    answer = {"freed_bytes": sum(freed.values()) + sum(local.values()), "jobs": freed, "local": local}
+    answer: Json = {"freed_bytes": sum(freed.values()) + sum(local.values()), "jobs": freed, "local": local}
     if as_json:
         print_json(answer)
     else:
