@@ -43,7 +43,9 @@ def show_usage(
             raise
         service = None
         err.print(f"{escape(error.message)}; only this machine is shown", style="dim", soft_wrap=True)
-    readable = Group(*([_service_table(service), _job_table(service["jobs"])] if service else []), _local_table(local, settings))
+    tables = [_service_table(service)] if service else []
+    tables += [_job_table(service["jobs"])] if service and service["jobs"] else []
+    readable = Group(*tables, _local_table(local, settings))
     print_answer({"service": service, "local": local}, as_json, readable)
     if service and not service["complete"]:
         err.print("the service did not count everything in time", style="dim")

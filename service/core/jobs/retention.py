@@ -167,9 +167,9 @@ class CheckpointRetention:
     def _reduce(self, kept: StoredCheckpoint, files: Sequence[StoredObject]) -> None:
         """Write a manifest without some files, then delete them."""
         surplus = {stored.key.removeprefix(kept.key) for stored in files}
-        remaining = tuple(file for file in kept.checkpoint.files if file.path not in surplus)
-        if remaining != kept.checkpoint.files:
-            self._models.write(kept.key + MANIFEST, kept.checkpoint.model_copy(update={"files": remaining}).with_checksum())
+        reduced = kept.checkpoint.without_files(surplus)
+        if reduced != kept.checkpoint:
+            self._models.write(kept.key + MANIFEST, reduced.with_checksum())
         for stored in files:
             self._models.delete(stored.key)
 
