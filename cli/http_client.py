@@ -77,9 +77,9 @@ class Client:
         """POST a request that is safe to repeat: pause, resume, retry, cancel."""
         return self._call_with_retry(lambda: self._http.post(path, json=body))
 
-    def delete(self, path: str, *, hub_token: str | None = None) -> Json:
+    def delete(self, path: str, *, hub_token: str | None = None, **query: str) -> Json:
         """DELETE a resource; with `hub_token` also what the job pushed to the Hub."""
-        params = {"delete_hub": "true"} if hub_token else {}
+        params = query | ({"delete_hub": "true"} if hub_token else {})
         headers = {"X-HF-Token": hub_token} if hub_token else {}
         return self._call_with_retry(lambda: self._http.delete(path, params=params, headers=headers))
 

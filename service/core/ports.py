@@ -287,6 +287,15 @@ class LogReader(Protocol):
         ...
 
 
+@runtime_checkable
+class LogMeter(Protocol):
+    """A launcher that keeps the output of attempts, and knows how much it has."""
+
+    def measure_logs(self, job_id: str) -> int:
+        """Bytes of the output, and of the working folders, of all attempts of a job."""
+        ...
+
+
 # --- secrets and links -----------------------------------------------------------------------------------------------
 
 

@@ -193,6 +193,8 @@ FIXTURES: dict[str, Callable[[World], ValidRequest]] = {
     "clone_job": _of_job("POST", "/clone", 201, _completed, body={}),
     "export_job": _of_job("POST", "/export", 201, _completed, body={}),
     "list_checkpoints": _of_job("GET", "/checkpoints", 200, _completed),
+    "delete_checkpoints": _of_job("DELETE", "/checkpoints", 200, World.cancelled_job),
+    "get_storage": lambda _: ValidRequest("GET", "/storage", 200),
     "export_checkpoint": lambda world: ValidRequest(
         "POST",
         "/jobs/{job_id}/checkpoints/{step}/export",
