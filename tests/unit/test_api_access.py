@@ -54,7 +54,7 @@ def test_every_other_route_needs_an_identity(anonymous: TestClient) -> None:
         {"X-Goog-Authenticated-User-Email": "a"},
     )
     for method, path in sorted(set(iter_routes()) - PUBLIC_ROUTES):
-        url = path.format(job_id="j", attempt=1, step=1, processed_dataset_id="d", key_id="k")
+        url = path.replace(":path}", "}").format(job_id="j", attempt=1, step=1, processed_dataset_id="d", key_id="k", name="m")
         for headers in wrong:
             answer = anonymous.request(method, url, headers=headers)
             assert get_error(answer, 401)["code"] == "unauthorized", f"{method} {path}"
