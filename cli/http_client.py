@@ -1,18 +1,16 @@
 """The HTTP client of the command line: retries, idempotency keys, event streams and verified downloads."""
 
-import hashlib
 import json
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import httpx2
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, retry_if_result, stop_after_attempt, wait_exponential
 
-from cli.errors import ApiError
+from cli.errors import ApiError, Problem
 from cli.text import clean_strings, clean_text
 
 CHUNK_BYTES = 1 << 20
@@ -41,6 +39,8 @@ class Client:
         *,
         api_key: str | None = None,
         identity_token: str | None = None,
+        timeout: httpx2.Timeout = TIMEOUT,
+        max_tries: int = MAX_TRIES,
         transport: httpx2.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -49,7 +49,8 @@ class Client:
         headers = {"Authorization": f"Bearer {api_key or identity_token}"} if api_key or identity_token else {}
         if api_key and identity_token:
             headers["X-Serverless-Authorization"] = f"Bearer {identity_token}"
-        self._http = httpx2.Client(base_url=self.url, timeout=TIMEOUT, headers=headers, transport=transport)
+        self._http = httpx2.Client(base_url=self.url, timeout=timeout, headers=headers, transport=transport)
+        self._max_tries = max_tries
         self._sleep = sleep
 
     def __enter__(self) -> Self:
@@ -63,13 +64,22 @@ class Client:
         query = {name: value for name, value in params.items() if value is not None}
         return self._call_with_retry(lambda: self._http.get(path, params=query))
 
+    def get_health(self) -> Json:
+        """What the service says about itself, also when it is not well."""
+        try:
+            return clean_strings(self._http.get("/health").json())
+        except httpx2.TransportError as error:
+            raise self._unreachable_error(error) from error
+        except ValueError as error:
+            raise ApiError(f"{self.url} is not a Tunesmith service", "set --url or TUNESMITH_URL") from error
+
     def post(self, path: str, body: object | None = None) -> Json:
         """POST a request that is safe to repeat: pause, resume, retry, cancel."""
         return self._call_with_retry(lambda: self._http.post(path, json=body))
 
-    def delete(self, path: str, *, hub_token: str | None = None) -> Json:
+    def delete(self, path: str, *, hub_token: str | None = None, **query: str) -> Json:
         """DELETE a resource; with `hub_token` also what the job pushed to the Hub."""
-        params = {"delete_hub": "true"} if hub_token else {}
+        params = query | ({"delete_hub": "true"} if hub_token else {})
         headers = {"X-HF-Token": hub_token} if hub_token else {}
         return self._call_with_retry(lambda: self._http.delete(path, params=params, headers=headers))
 
@@ -123,27 +133,6 @@ class Client:
         except httpx2.TransportError as error:
             raise self._unreachable_error(error) from error
 
-    def download_file(self, file: Json, target: Path, progress: Callable[[int], None]) -> None:
-        """Download a file from its link and verify its digest. The file is renamed to `target` once it is complete."""
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(target.name + ".part")
-        digest = hashlib.sha256()
-        try:
-            with httpx2.stream("GET", file["url"], timeout=TIMEOUT) as response, part.open("wb") as out:
-                if response.is_error:
-                    response.read()
-                    raise _api_error(response)
-                for chunk in response.iter_bytes(CHUNK_BYTES):
-                    digest.update(chunk)
-                    out.write(chunk)
-                    progress(len(chunk))
-        except httpx2.TransportError as error:
-            raise self._unreachable_error(error) from error
-        if digest.hexdigest() != file["sha256"]:
-            part.unlink()
-            raise ApiError(f"the SHA-256 digest of {target.name} does not match", "download it again")
-        part.replace(target)
-
     def _stream_once(self, job_id: str, after: int) -> Iterator[Json | None]:
         """Yield the events of one connection, then None if the service reports the end of the stream."""
         headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
@@ -167,10 +156,10 @@ class Client:
         key = {"Idempotency-Key": uuid.uuid4().hex}
         return self._call_with_retry(lambda: self._http.post(path, json=body, headers=key))
 
-    def _call_with_retry(self, call: Callable[[], httpx2.Response], max_tries: int = MAX_TRIES) -> Json:
+    def _call_with_retry(self, call: Callable[[], httpx2.Response], max_tries: int | None = None) -> Json:
         retrying = Retrying(
             retry=retry_if_exception_type(httpx2.TransportError) | retry_if_result(_is_retryable),
-            stop=stop_after_attempt(max_tries),
+            stop=stop_after_attempt(max_tries or self._max_tries),
             wait=_retry_delay_s,
             sleep=self._sleep,
             retry_error_callback=_last_outcome,
@@ -214,7 +203,8 @@ def _api_error(response: httpx2.Response) -> ApiError:
     try:
         body: Json = clean_strings(response.json())
         error: Json = body.get("error", body)  # an incomplete deletion has no `error` object
-        return ApiError(error["message"], error.get("hint", ""), error.get("code", ""), response.status_code, error.get("param"))
+        more = [Problem(each["message"], each.get("hint", ""), each.get("param")) for each in error.get("errors", [])[1:]]
+        return ApiError(error["message"], error.get("hint", ""), error.get("code", ""), response.status_code, error.get("param"), more)
     except (ValueError, KeyError, TypeError, AttributeError):
         needs_identity = response.status_code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
         hint = (

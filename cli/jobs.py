@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 from cli.errors import CliError
-from cli.options import CursorOption, JobIdArgument, JsonOption, LimitOption, create_client
-from cli.output import err, out, print_answer, print_next_cursor
+from cli.job_names import find_job_id
+from cli.options import CursorOption, JobArgument, JsonOption, LimitOption, create_client
+from cli.output import err, out, print_answer, print_json, print_next_cursor
 from cli.render.job import print_job
 from cli.render.tables import checkpoint_table, job_table
 
@@ -29,20 +30,20 @@ def list_jobs(
     print_next_cursor(page, as_json)
 
 
-def show_job(context: typer.Context, job_id: JobIdArgument, as_json: JsonOption = False) -> None:
+def show_job(context: typer.Context, job: JobArgument, as_json: JsonOption = False) -> None:
     """Show a job in full."""
     with create_client(context) as client:
-        job = client.get(f"/jobs/{job_id}")
+        answer = client.get(f"/jobs/{find_job_id(client, job)}")
     if as_json:
-        out.print_json(data=job)
+        print_json(answer)
     else:
-        print_job(out, job)
+        print_job(out, answer)
 
 
-def list_checkpoints(context: typer.Context, job_id: JobIdArgument, as_json: JsonOption = False) -> None:
+def list_checkpoints(context: typer.Context, job: JobArgument, as_json: JsonOption = False) -> None:
     """List the checkpoints that a job can continue from or export. The next attempt uses the first."""
     with create_client(context) as client:
-        answer = client.get(f"/jobs/{job_id}/checkpoints")
+        answer = client.get(f"/jobs/{find_job_id(client, job)}/checkpoints")
     print_answer(answer, as_json, checkpoint_table(answer["checkpoints"]))
     if not answer["checkpoints"] and not as_json:
         err.print("none yet", style="dim")
@@ -50,7 +51,7 @@ def list_checkpoints(context: typer.Context, job_id: JobIdArgument, as_json: Jso
 
 def delete_job(
     context: typer.Context,
-    job_id: JobIdArgument,
+    job: JobArgument,
     delete_hub: Annotated[bool, typer.Option("--hub", help="Also delete the job's Hub repository, if it contains nothing else.")] = False,
     hf_token: Annotated[
         str | None,
@@ -63,6 +64,7 @@ def delete_job(
         raise CliError("--hub needs a Hugging Face token that may delete the repository", "set --hf-token or HF_TOKEN")
     hub_token = hf_token if delete_hub else None
     with create_client(context) as client:
+        job_id = find_job_id(client, job)
         answer = client.delete(f"/jobs/{job_id}", hub_token=hub_token)
         for _ in range(MAX_DELETE_TRIES):
             if answer["deleted"]:

@@ -1,6 +1,5 @@
 """The commands that follow a job: `watch` and `logs`."""
 
-import json
 import sys
 import threading
 from collections.abc import Generator
@@ -13,8 +12,9 @@ from rich.progress import Progress, TaskID
 
 from cli.errors import ApiError
 from cli.http_client import Client, Json
-from cli.options import JobIdArgument, JsonOption, create_client
-from cli.output import out
+from cli.job_names import find_job_id
+from cli.options import JobArgument, JsonOption, create_client
+from cli.output import out, print_json
 from cli.render.events import event_line, progress_bar
 from cli.render.formats import format_cost, format_time_left
 from cli.render.job import continue_command, get_pending_reason, print_job
@@ -22,15 +22,15 @@ from cli.render.job import continue_command, get_pending_reason, print_job
 JOB_POLL_S = 15.0
 
 
-def watch(context: typer.Context, job_id: JobIdArgument, as_json: JsonOption = False) -> None:
+def watch(context: typer.Context, job: JobArgument, as_json: JsonOption = False) -> None:
     """Follow the progress of a job until it ends; pauses are waited out. Exits with 1 unless the job completed."""
     with create_client(context) as client:
-        watch_job(client, job_id, as_json)
+        watch_job(client, find_job_id(client, job), as_json)
 
 
 def logs(
     context: typer.Context,
-    job_id: JobIdArgument,
+    job: JobArgument,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing until the job ends.")] = False,
     attempt: Annotated[
         int | None, typer.Option(min=1, help="Attempt number. Default: the latest, or with --follow each attempt in turn.")
@@ -38,6 +38,7 @@ def logs(
 ) -> None:
     """Print the output of an attempt."""
     with create_client(context) as client:
+        job_id = find_job_id(client, job)
         if follow:
             for text in client.follow_log(job_id, attempt):
                 sys.stdout.write(text)
@@ -56,7 +57,7 @@ def watch_job(client: Client, job_id: str, as_json: bool) -> None:
     """Print a job's events until it is final. Raises Exit(1) unless it completed."""
     if as_json:
         for event in client.stream_events(job_id):
-            print(json.dumps(event), flush=True)
+            print_json(event)
     else:
         _show_progress(client, job_id)
     job = client.get(f"/jobs/{job_id}")

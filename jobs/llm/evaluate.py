@@ -21,12 +21,14 @@ def evaluate_before_training(
 ) -> None:
     """Evaluate the base model, or run the evaluation that the attempt before `checkpoint` had no time for."""
     context = training.context
-    if not _has_evaluation_data(task, training) or (checkpoint is not None and not control.evaluation_is_due):
+    if not has_evaluation_data(task, training) or (checkpoint is not None and not control.evaluation_is_due):
         return
     context.enter_phase("evaluating")
     if checkpoint is None and context.state.base_metrics is None:
-        metrics = evaluate_step(task, training, trainer, "before", 0, context.check_stop)
-        context.log_evaluation("before", 0, _add_lm_eval(training, trainer.model, metrics))
+        with control.time_evaluation():
+            metrics = evaluate_step(task, training, trainer, "before", 0, context.check_stop)
+            metrics = _add_lm_eval(training, trainer.model, metrics)
+        context.log_evaluation("before", 0, metrics)
     if control.evaluation_is_due:
         control.evaluate(lambda _: evaluate_step(task, training, trainer, "during", control.step, context.check_stop))
 
@@ -34,16 +36,19 @@ def evaluate_before_training(
 def evaluate_after_training(task: TrainingTask, training: TrainingContext, trainer: Any, control: TrainingControl) -> EvalMetrics | None:
     """Evaluate the model that is published. None without held-out rows and lm_eval_tasks."""
     context, step = training.context, control.published_step
-    if not _has_evaluation_data(task, training):
+    if not has_evaluation_data(task, training):
         return None
     context.enter_phase("evaluating")
-    metrics = control.state.metrics_by_step.get(step) or evaluate_step(task, training, trainer, "after", step, context.check_stop)
+    metrics = control.state.metrics_by_step.get(step)
+    if metrics is not None and not training.config.eval_config.lm_eval_tasks:
+        context.remaining.estimate_current(0.0)
+    metrics = metrics or evaluate_step(task, training, trainer, "after", step, context.check_stop)
     metrics = _add_lm_eval(training, trainer.model, metrics)
     context.log_evaluation("after", step, metrics)
     return metrics
 
 
-def _has_evaluation_data(task: TrainingTask, training: TrainingContext) -> bool:
+def has_evaluation_data(task: TrainingTask, training: TrainingContext) -> bool:
     return task.has_held_out_rows or bool(training.config.eval_config.lm_eval_tasks)
 
 

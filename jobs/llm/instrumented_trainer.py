@@ -61,6 +61,7 @@ class TrainerSession:
     full_state: FullStateDict | None = None  # of a sharded model, while a checkpoint is saved
     step_loss: Any = 0.0  # of the current optimizer step, summed over its batches
     step_tokens: int = 0
+    last_loss: float | None = None  # of the last optimizer step, of all processes
     embedding_grad_norm: Any = None  # of the trained token embeddings, in the last step
 
 
@@ -279,7 +280,7 @@ class TrainingControlCallback:
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         session, topology = self.session, self.session.topology
         loss, tokens = topology.all_reduce_sum(float(session.step_loss) / topology.world_size, session.step_tokens)
-        session.step_loss, session.step_tokens = 0.0, 0
+        session.step_loss, session.step_tokens, session.last_loss = 0.0, 0, loss
         topology.gather_metrics(session.task.logged_metrics_buffer(self.trainer))
         topology.startup_watchdog.stop()
         session.control.tokens_seen += int(tokens)
@@ -326,13 +327,19 @@ class TrainingControlCallback:
         context.log_metrics(state.global_step, values, epoch=state.epoch, notes=notes, progress=self._progress())
 
     def _progress(self) -> Progress:
-        state = self.trainer.state
+        state, session = self.trainer.state, self.session
+        remaining, training_control = session.training.context.remaining, session.control
+        remaining.estimate_current(training_control.eta_s)
+        if training_control.evaluation_s is not None:
+            remaining.estimate("evaluating", training_control.evaluation_s)
         return Progress(
             step=state.global_step,
             total_steps=state.max_steps,
             epoch=state.epoch or 0.0,
             total_epochs=float(state.num_train_epochs),
-            eta_s=self.session.control.eta_s,
+            eta_s=training_control.eta_s,
+            remaining_s=remaining.read(),
+            loss=session.last_loss,
         )
 
 

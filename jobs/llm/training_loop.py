@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.llm.data.user_prompts import make_user_prompts
 from jobs.llm.distributed import SINGLE_PROCESS, ProcessTopology
 from jobs.llm.earlier_model import attach_original_base
-from jobs.llm.evaluate import evaluate_after_training, evaluate_before_training
+from jobs.llm.evaluate import evaluate_after_training, evaluate_before_training, has_evaluation_data
 from jobs.llm.exporters.model_files import PROCESSOR_FILES, copy_files
 from jobs.llm.exporters.preflight import check_export_plan
 from jobs.llm.fsdp import gather_weights, serve_shards, unsharded_evaluation
@@ -29,12 +29,14 @@ from jobs.llm.memory_planner import get_training_shape, plan_memory
 from jobs.llm.model import check_finite_weights
 from jobs.llm.oom import free_memory, is_out_of_memory, recover_from_oom
 from jobs.llm.parallelism import DeviceSlots, detect_devices, resolve_sharding, resolve_world_size, supports_multiple_processes
+from jobs.llm.phase_estimates import plan_exports
 from jobs.llm.remote_code import forbid_remote_code
 from jobs.llm.trained_model import HeldOutExample, TrainedModel
 from jobs.llm.training_context import TrainingContext, TrainingTask
 from jobs.llm.worker_pool import WorkerArgs, join_process_group, null_context, worker_pool
 from jobs.runtime.early_stopping import EarlyStoppingPolicy
 from jobs.runtime.errors import failure_of
+from jobs.runtime.remaining_time import PlannedPhase
 from jobs.runtime.save_policy import SavePolicy, TrainingControlState
 from jobs.runtime.training_control import TrainingControl
 from schema.estimate.disk import estimate_checkpoint_bytes
@@ -119,7 +121,8 @@ def _load_checkpoint_for_export(task: TrainingTask, training: TrainingContext) -
     assert checkpoint is not None
     state = TrainingControlState.read(checkpoint.folder)
     training.context.state.base_metrics = state.base_metrics
-    control = _make_training_control(training, state, total_steps=state.step)
+    control = _make_training_control(task, training, state, total_steps=state.step)
+    _plan_phases(task, training, control)
     slots = detect_devices(on_gpu=training.device_config.on_gpu)
     can_shard = slots.max_world_size > 1 and supports_multiple_processes(training.config)
     if can_shard and resolve_sharding(training, get_training_shape(training), slots.max_world_size):
@@ -142,7 +145,7 @@ def _train_with_oom_retry(task: TrainingTask, training: TrainingContext) -> Trai
         device_config = replace(training.device_config, gradient_checkpointing=plan.gradient_checkpointing, torch_compile=torch_compile)
         training = replace(training, device_config=device_config)
         context.state.base_metrics = context.state.base_metrics or state.base_metrics
-        control = _make_training_control(training, state, total_steps)
+        control = _make_training_control(task, training, state, total_steps)
         world_size = resolve_world_size(training, plan.batch_config, task.examples_per_epoch, slots)
         sharded = resolve_sharding(training, needs.with_batch(plan.batch_config), world_size)
         try:
@@ -177,10 +180,12 @@ def _train_with_oom_retry(task: TrainingTask, training: TrainingContext) -> Trai
 def _total_steps(task: TrainingTask, training: TrainingContext) -> int:
     """Optimizer steps of the whole training, as transformers' trainer counts them."""
     hyperparameters = training.config.hyperparameters
-    if hyperparameters.max_steps > 0:
-        return hyperparameters.max_steps
-    rows_per_step = hyperparameters.batch_size * hyperparameters.accumulation_steps
-    return hyperparameters.epochs * math.ceil(task.examples_per_epoch / rows_per_step)
+    return hyperparameters.max_steps if hyperparameters.max_steps > 0 else hyperparameters.epochs * _steps_per_epoch(task, training)
+
+
+def _steps_per_epoch(task: TrainingTask, training: TrainingContext) -> int:
+    hyperparameters = training.config.hyperparameters
+    return math.ceil(task.examples_per_epoch / (hyperparameters.batch_size * hyperparameters.accumulation_steps))
 
 
 def _initial_control_state(checkpoint: "LocalCheckpoint | None", planned: MemoryPlan, reduced: MemoryPlan | None) -> TrainingControlState:
@@ -192,13 +197,22 @@ def _initial_control_state(checkpoint: "LocalCheckpoint | None", planned: Memory
     return (state or TrainingControlState()).model_copy(update={"details": plan.details})
 
 
-def _make_training_control(training: TrainingContext, state: TrainingControlState, total_steps: int) -> TrainingControl:
+def _make_training_control(task: TrainingTask, training: TrainingContext, state: TrainingControlState, total_steps: int) -> TrainingControl:
     hyperparameters, eval_config = training.config.hyperparameters, training.config.eval_config
     save_policy = SavePolicy(hyperparameters.save_strategy, hyperparameters.save_steps)
     early_stopping = EarlyStoppingPolicy(
         eval_config.load_best_model_at_end, eval_config.early_stopping_patience, eval_config.early_stopping_threshold
     )
-    return TrainingControl(training.context, save_policy, state, total_steps=total_steps, early_stopping=early_stopping)
+    control = TrainingControl(training.context, save_policy, state, total_steps=total_steps, early_stopping=early_stopping)
+    if task.has_held_out_rows and eval_config.eval_strategy != "no":
+        control.evaluation_interval = eval_config.eval_steps if eval_config.eval_strategy == "steps" else _steps_per_epoch(task, training)
+    return control
+
+
+def _plan_phases(task: TrainingTask, training: TrainingContext, control: TrainingControl) -> None:
+    """Plan the phases from the first step on."""
+    evaluating = [PlannedPhase("evaluating", control.evaluation_s)] if has_evaluation_data(task, training) else []
+    training.context.remaining.plan([PlannedPhase("training", None), *evaluating, *plan_exports(training)])
 
 
 def _train_attempt(
@@ -231,6 +245,7 @@ def _train_rank_zero(
     trainer = build_instrumented_trainer(task, training, checkpoint, control, topology)
     with unsharded_evaluation(topology, trainer.model):
         evaluate_before_training(task, training, checkpoint, trainer, control)
+    _plan_phases(task, training, control)
     context.enter_phase("training")
     trained_weights_bytes = sum(weight.nbytes for weight in trainer.model.parameters() if weight.requires_grad)
     control.checkpoint_bytes = estimate_checkpoint_bytes(trained_weights_bytes)

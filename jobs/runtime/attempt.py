@@ -29,6 +29,7 @@ from jobs.runtime.family import TrainedModel
 from jobs.runtime.hub import check_push
 from jobs.runtime.promotion_gate import evaluate_gate
 from jobs.runtime.provenance import ProvenanceRecorder
+from jobs.runtime.remaining_time import RemainingTime
 from jobs.runtime.reporter import Reporter, Spool
 from jobs.runtime.retry import retry_store
 from jobs.runtime.settings import Settings
@@ -70,6 +71,7 @@ class Attempt:
         self._stop = StopController(self._force_finish, on_request=self._refresh_directive)
         self._secrets = Secrets({})
         self._state = AttemptState()
+        self._remaining = RemainingTime()
         self._claimed = False
         self._get_store_token: TokenSource | None = None
         self._checkpoints: Checkpoints | None = None
@@ -126,7 +128,9 @@ class Attempt:
     def _create_context(self, spec: JobSpec) -> JobContext:
         workdir, stores = self._settings.workdir, Stores(spec.stores, self._get_store_token)
         spool = Spool(workdir / f"events-{self._settings.attempt}.jsonl")
-        self._reporter = Reporter(self._client, spool, self._settings.report_interval_s, self._apply_directive, self._exit_fenced)
+        self._reporter = Reporter(
+            self._client, spool, self._settings.report_interval_s, self._apply_directive, self._exit_fenced, self._remaining.read
+        )
         self._checkpoints = Checkpoints(
             store=stores.models,
             spec=spec,
@@ -145,6 +149,7 @@ class Attempt:
             event_sink=self._reporter,
             stop=self._stop,
             checkpoints=self._checkpoints,
+            remaining=self._remaining,
         )
         self._reporter.start()
         return context
@@ -186,6 +191,7 @@ class Attempt:
     ) -> ExitCode:
         """Publish the result of an attempt that completed or failed. A stop request during this only shortens it."""
         self._build_final_result = lambda: self._build_result(outcome, failure=failure, artifacts=artifacts)
+        self._remaining.end()
         self._stop.begin_shutdown()
         self._flush(outcome, succeeded=outcome == "completed")
         self._stop.finalize()

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 
 from jobs.runtime.checkpoints import Checkpoints
 from jobs.runtime.errors import StopReason
+from jobs.runtime.remaining_time import RemainingTime
 from schema.events import (
     ArtifactUploaded,
     DecisionMade,
@@ -167,10 +168,12 @@ class JobContext:
     checkpoints: Checkpoints
     listeners: list[TrainingListener] = field(default_factory=list)
     state: AttemptState = field(default_factory=AttemptState)
+    remaining: RemainingTime = field(default_factory=RemainingTime)
 
     def enter_phase(self, phase: Phase) -> None:
         """Report that a phase of the work begins. Raises Stopped."""
         self.check_stop()
+        self.remaining.enter(phase)
         self.event_sink.set_progress(phase=phase)
         self._log_and_report(PhaseChanged(phase=phase), phase=phase)
 

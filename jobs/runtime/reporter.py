@@ -69,12 +69,14 @@ class Reporter:
         interval_s: float,
         on_directive: Callable[[Directive], object],
         on_fenced: Callable[[], object],
+        read_remaining_s: Callable[[], float | None] = lambda: None,
     ) -> None:
         self._client = client
         self._spool = spool
         self._interval_s = interval_s
         self._on_directive = on_directive
         self._on_fenced = on_fenced
+        self._read_remaining_s = read_remaining_s
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._all_sent = threading.Condition()
@@ -98,9 +100,12 @@ class Reporter:
             self._wake.set()
 
     def set_progress(self, *, phase: Phase | None = None, progress: Progress | None = None) -> None:
-        """Set phase and progress, which every batch carries; this is not an event."""
+        """Set phase and progress, which every batch carries; this is not an event. The first progress is sent at once."""
+        is_first = progress is not None and self._progress is None
         self._phase = phase or self._phase
         self._progress = progress or self._progress
+        if is_first:
+            self._wake.set()
 
     def flush_soon(self) -> None:
         """Send the next batch now, for the directive in its response."""
@@ -136,7 +141,7 @@ class Reporter:
         import tenacity
 
         events = self._spool.read(self._acknowledged, MAX_BATCH_EVENTS)
-        batch = EventBatch(first_seq=self._acknowledged, events=events, phase=self._phase, progress=self._progress)
+        batch = EventBatch(first_seq=self._acknowledged, events=events, phase=self._phase, progress=self._read_progress())
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(ServiceUnavailable),
             wait=tenacity.wait_exponential_jitter(multiplier=RETRY_INITIAL_S, max=RETRY_MAX_S, jitter=RETRY_INITIAL_S),
@@ -158,6 +163,11 @@ class Reporter:
             self._on_fenced()
             return False
         return self._handle_response(response)
+
+    def _read_progress(self) -> Progress | None:
+        """The progress with the time that is left now: it passes between two steps, and after the last one."""
+        progress = self._progress
+        return progress and progress.model_copy(update={"remaining_s": self._read_remaining_s()})
 
     def _handle_response(self, response: EventBatchResponse) -> bool:
         if response.directive != "continue" and not self._closing.is_set():

@@ -61,6 +61,7 @@ class TrainingControlState(VersionedRecord):
     metrics_by_step: dict[int, EvalMetrics] = Field(default={})  # only the newest
     evaluation_due: bool = False  # the training stopped before it evaluated this step
     base_metrics: EvalMetrics | None = None
+    evaluation_s: float | None = None  # how long the last evaluation took
 
     @classmethod
     def read(cls, folder: Path) -> Self:

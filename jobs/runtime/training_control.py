@@ -7,6 +7,7 @@ use it.
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -45,6 +46,7 @@ class TrainingControl:
         self.tokens_seen = state.tokens_seen
         self.stop_reason: StopReason | None = None  # why it stops before it is done
         self.checkpoint_bytes = 0  # an estimate
+        self.evaluation_interval: int | None = None  # steps between the evaluations during the training; None: there are none
         self.steps_between_saves = 1  # only multiples of it are saved, except the last step
         self.logged_metrics_buffer = dict(state.logged_metrics_buffer)  # what the library collected since it last logged
         self.load_best_model_at_end = early_stopping.load_best_model_at_end  # publish the best checkpoint, not the last
@@ -91,9 +93,17 @@ class TrainingControl:
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds until the last step, at the speed of this attempt; None before its first."""
+        """Seconds until the last step, with the evaluations before it, at the speed of this attempt; None before its first step."""
         steps_done = self.step - self._state.step
-        return self._timer.elapsed_s / steps_done * (self.total_steps - self.step) if steps_done else None
+        if not steps_done:
+            return None
+        step_s = (self._timer.elapsed_s - self._timer.evaluations_s) / steps_done
+        return step_s * (self.total_steps - self.step) + self._evaluations_left * (self.evaluation_s or 0.0)
+
+    @property
+    def evaluation_s(self) -> float | None:
+        """How long the last evaluation took, perhaps in an earlier attempt; None before the first."""
+        return self._state.evaluation_s if self._timer.evaluation_s is None else self._timer.evaluation_s
 
     @property
     def state(self) -> TrainingControlState:
@@ -111,6 +121,7 @@ class TrainingControl:
                 "metrics_by_step": self._metrics_by_step,
                 "evaluation_due": self._evaluation_due,
                 "base_metrics": self._context.state.base_metrics,
+                "evaluation_s": self.evaluation_s,
             }
         )
 
@@ -160,7 +171,8 @@ class TrainingControl:
             return self._metrics_by_step[self.step]
         self._evaluation_due = True
         try:
-            metrics = evaluate_fn(self._raise_if_stopping)
+            with self._timer.time_evaluation():
+                metrics = evaluate_fn(self._raise_if_stopping)
         except EvaluationInterrupted:
             return None
         self._metrics_by_step, self._evaluation_due = {self.step: metrics}, False
@@ -172,6 +184,10 @@ class TrainingControl:
             reason = f"eval_loss has not fallen below {self._early_stopping.best_loss} in {evaluations} evaluations"
             self._context.log_decision("early_stopping", f"step {self.step}", reason)
         return metrics
+
+    def time_evaluation(self) -> AbstractContextManager[None]:
+        """Inside, the base is evaluated: later evaluations are expected to take as long."""
+        return self._timer.time_evaluation()
 
     def save(self, folder: Path, epoch: float, write_files: Callable[[], object]) -> None:
         """Let `write_files` fill the folder and submit it for upload. On a full disk the checkpoint is skipped. No step is saved twice."""
@@ -201,6 +217,12 @@ class TrainingControl:
         if reason is not None:
             self._context.checkpoints.wait_until_uploaded(self._context.stop.time_left_s())
             raise Stopped(reason)
+
+    @property
+    def _evaluations_left(self) -> int:
+        """Evaluations before the last step; that of the last step is the one of the published model."""
+        interval = self.evaluation_interval
+        return max((self.total_steps - 1) // interval - self.step // interval, 0) if interval else 0
 
     @property
     def _can_save(self) -> bool:

@@ -1,6 +1,7 @@
 """How long a training, its steps and its saves take, from which TrainingControl decides when to save and when to yield."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 
 
 class TrainingTimer:
@@ -9,6 +10,8 @@ class TrainingTimer:
     def __init__(self, clock: Callable[[], float]) -> None:
         self.longest_step_s = 0.0
         self.save_s = 0.0  # how long the last save blocked the training
+        self.evaluation_s: float | None = None  # of the last evaluation
+        self.evaluations_s = 0.0  # of all evaluations since `start`
         self._clock = clock
         self._started_at = self._saved_at = self._step_started_at = clock()
 
@@ -25,6 +28,7 @@ class TrainingTimer:
     def start(self) -> None:
         """The training begins."""
         self._started_at = self._saved_at = self._clock()
+        self.evaluations_s = 0.0
 
     def begin_step(self) -> None:
         """An optimizer step begins."""
@@ -33,6 +37,14 @@ class TrainingTimer:
     def end_step(self) -> None:
         """The optimizer step ended."""
         self.longest_step_s = max(self.longest_step_s, self._clock() - self._step_started_at)
+
+    @contextmanager
+    def time_evaluation(self) -> Generator[None]:
+        """Inside, the model is evaluated. An evaluation that raises is not counted as one."""
+        started_at = self._clock()
+        yield
+        self.evaluation_s = self._clock() - started_at
+        self.evaluations_s += self.evaluation_s
 
     def begin_save(self) -> None:
         """A save begins, which blocks the training."""

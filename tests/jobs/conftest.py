@@ -21,6 +21,7 @@ from schema.checkpoint import MANIFEST, Checkpoint, checkpoints_prefix
 from schema.dataset import Dataset, Split
 from schema.egress import EGRESS_VARIABLE, EgressPolicy
 from schema.events import DecisionMade, EvaluationCompleted, Event, MetricsLogged, WarningRaised
+from schema.job import Progress
 from schema.spec import JobSpec
 from schema.training import TRAINING_CONFIG
 from tests.jobs.fake_service import FakeService
@@ -55,12 +56,13 @@ class EventRecorder:
     """An event sink that stores every event."""
 
     events: list[Event] = field(default_factory=list)
+    progress: list[Progress] = field(default_factory=list)
 
     def report(self, event: Event) -> None:
         self.events.append(event)
 
-    def set_progress(self, *, phase: Any = None, progress: Any = None) -> None:
-        pass
+    def set_progress(self, *, phase: Any = None, progress: Progress | None = None) -> None:
+        self.progress += [progress] if progress else []
 
     @property
     def points(self) -> list[MetricsLogged]:

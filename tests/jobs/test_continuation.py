@@ -16,9 +16,9 @@ from jobs.runtime.context import TrainingListener
 from jobs.runtime.errors import Stopped, StopReason
 from jobs.runtime.save_policy import STATE_FILE, SavePolicy, TrainingControlState, compute_checkpoint_interval_s
 from jobs.runtime.training_control import TrainingControl
-from schema.checkpoint import MANIFEST, checkpoint_key
+from schema.checkpoint import MANIFEST, Checkpoint, checkpoint_key
 from schema.events import CheckpointRestored, EvaluationCompleted, MetricsLogged
-from schema.job import ExportSource, Progress
+from schema.job import EvalMetrics, ExportSource, Progress
 from schema.spec import JobSpec
 from tests.jobs.conftest import EventRecorder, load_saved_checkpoints, load_trainer, load_weights, make_context, make_spec, saved_steps
 
@@ -391,6 +391,22 @@ def test_checkpoint_is_exported_without_training(store: Path, tmp_path: Path, na
     stored = load_weights(Path(store, source.key))
     assert all(tensor.equal(stored[name]) for name, tensor in load_weights(model.folder).items())
 
+    # As the retention of a completed job leaves it: smaller, and the exported model is the same byte for byte.
+    folder = Path(store, source.key)
+    checkpoint = Checkpoint.from_verified_bytes((folder / MANIFEST).read_bytes())
+    surplus = run.spec.training_config.resume_only_files
+    reduced = checkpoint.without_files(surplus)
+    assert len(reduced.files) == len(checkpoint.files) - 1
+    (folder / MANIFEST).write_bytes(reduced.with_checksum())
+    for path in surplus:
+        (folder / path).unlink()
+    again = TrainingRun(run.spec, tmp_path / "exported-again").finish()
+    files = sorted(path.name for path in model.folder.iterdir())
+    assert sorted(path.name for path in again.folder.iterdir()) == files
+    assert all((again.folder / name).read_bytes() == (model.folder / name).read_bytes() for name in files)
+    assert again.metrics is not None
+    assert again.metrics.eval_loss == model.metrics.eval_loss
+
 
 # --- when to save ---
 
@@ -464,6 +480,13 @@ class ControlDriver:
         self.clock.now_s += duration_s
         self.control.on_step_end(self.control.step + 1, loss=1.0)
 
+    def evaluate(self, duration_s: float) -> None:
+        def run(_: Callable[[], None]) -> EvalMetrics:
+            self.clock.now_s += duration_s
+            return EvalMetrics(eval_loss=1.0)
+
+        self.control.evaluate(run)
+
     def save(self, duration_s: float) -> None:
         def write() -> None:
             self.folder.mkdir(parents=True)
@@ -519,3 +542,14 @@ def test_eta_uses_speed_of_current_attempt(make_control_driver: Callable[..., Co
     driver.step(duration_s=10)
     driver.step(duration_s=30)
     assert driver.control.eta_s == 20 * 98
+
+
+def test_eta_counts_evaluations_before_last_step(make_control_driver: Callable[..., ControlDriver]) -> None:
+    driver = make_control_driver()
+    driver.control.evaluation_interval = 25
+    for _ in range(25):
+        driver.step(duration_s=2)
+    assert driver.control.eta_s == 2 * 75  # how long an evaluation takes is not known
+    driver.evaluate(duration_s=40)
+    assert driver.control.eta_s == 2 * 75 + 2 * 40  # of steps 50 and 75; that of step 100 is the published model's
+    assert driver.control.state.evaluation_s == 40

@@ -54,10 +54,12 @@ def make(service: FakeService, callbacks: ReporterCallbacks, tmp_path: Path) -> 
     """Makes and starts reporters; afterwards closes them with their spools and clients."""
     made: list[tuple[Reporter, Spool, ServiceClient]] = []
 
-    def make(url: str | None = None, interval_s: float = INTERVAL_S) -> Reporter:
+    def make(
+        url: str | None = None, interval_s: float = INTERVAL_S, read_remaining_s: Callable[[], float | None] = lambda: None
+    ) -> Reporter:
         settings = Settings("job-1", "file:///nowhere", 1, TOKEN, url or service.url, tmp_path, traceparent=TRACEPARENT)
         spool, client = Spool(tmp_path / "events.jsonl"), ServiceClient(settings)
-        reporter = Reporter(client, spool, interval_s, callbacks.directives.append, callbacks.fenced.set)
+        reporter = Reporter(client, spool, interval_s, callbacks.directives.append, callbacks.fenced.set, read_remaining_s)
         made.append((reporter, spool, client))
         reporter.start()
         return reporter
@@ -157,6 +159,26 @@ def test_heartbeat_without_events_carries_phase_and_progress(service: FakeServic
     wait_until(lambda: len(service.batches) >= count + 3)
     assert service.batches[-1]["events"] == []
     assert (service.batches[-1]["phase"], service.batches[-1]["progress"]["step"]) == ("training", 3)
+
+
+def test_every_heartbeat_carries_time_left_now(service: FakeService, make: Make) -> None:
+    left_s = iter(range(1000, 0, -1))
+    reporter = make(read_remaining_s=lambda: float(next(left_s)))
+    reporter.set_progress(phase="merging", progress=Progress(step=9, total_steps=9, epoch=1, total_epochs=1, remaining_s=9999.0))
+
+    def sent() -> list[float]:
+        return [batch["progress"]["remaining_s"] for batch in service.batches if batch["progress"]]
+
+    wait_until(lambda: len(sent()) >= 3)
+    assert 1000 >= sent()[0] > sent()[1] > sent()[2]
+
+
+def test_first_progress_is_sent_before_interval(service: FakeService, make: Make) -> None:
+    reporter = make(interval_s=60)
+    wait_until(lambda: service.batches)
+    reporter.set_progress(phase="training", progress=Progress(step=1, total_steps=9, epoch=0.1, total_epochs=1))
+    wait_until(lambda: service.batches[-1]["progress"])
+    assert service.batches[-1]["progress"]["step"] == 1
 
 
 @pytest.mark.parametrize(

@@ -358,6 +358,14 @@ def test_points_contain_speed_memory_and_progress(train: Train) -> None:
     assert [(point.step, point.total_steps) for point in progress] == [(1, 3), (2, 3), (3, 3)]
     assert (progress[0].eta_s or 0) > 0
     assert progress[-1].eta_s == 0
+    assert all((each.remaining_s or 0) > (each.eta_s or 0) for each in progress)  # the export comes after the last step
+    assert [each.loss for each in progress] == [point.values["loss"] for point in points]
+
+
+def test_progress_has_loss_of_every_step(train: Train) -> None:
+    progress = train(max_steps=3, logging_steps=10).record.progress
+    assert [each.step for each in progress] == [1, 2, 3]
+    assert all((each.loss or 0) > 0 for each in progress)
 
 
 def test_accuracy_is_same_batched_or_gathered_and_optional(train: Train) -> None:
