@@ -113,6 +113,14 @@ def test_unknown_base_model_is_refused_before_a_job_is_taken(service: Service) -
     assert BASE in error["message"]
 
 
+def test_base_of_a_folder_is_imported_listed_and_removed(service: Service, tiny_gemma: Path) -> None:
+    service.run_cli("models", "import", str(tiny_gemma), "--name", "me/mine")
+    assert service.http.get("/models/mine").json()["source"] == "folder"
+    assert {"me/mine", BASE} <= set(service.run_cli("models", "list").split())
+    service.run_cli("models", "remove", "mine", "--yes")
+    assert service.http.get("/models/me/mine").status_code == 404
+
+
 def test_base_model_without_weights_fails_the_job_with_hint(service: Service) -> None:
     base = service.home / "objects/pretrained_weights/huggingface/nobody/nothing"
     base.mkdir(parents=True)
