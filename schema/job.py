@@ -310,6 +310,11 @@ class Job(VersionedRecord):
         return self.attempts[-1] if self.attempts else None
 
     @property
+    def shown_placement(self) -> Placement:
+        """Where the current attempt runs, or where the job would run by preference."""
+        return self.attempt.placement if self.attempt and self.status.is_active else self.placements[0]
+
+    @property
     def launchers(self) -> tuple[str, ...]:
         """The launchers that have the next step: of a queued job those that may take it, of an active one the one that runs it."""
         if self.status is Status.QUEUED:

@@ -24,6 +24,7 @@ from service.api import (
     internal,
     jobs,
     login,
+    metrics,
     models,
     openapi,
     root,
@@ -51,7 +52,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ROUTERS = (
-    *(part.router for part in (root, docs, train, capabilities, jobs, datasets, models, storage, access, login, files, health, internal)),
+    *(
+        part.router
+        for part in (root, docs, train, capabilities, jobs, metrics, datasets, models, storage, access, login, files, health, internal)
+    ),
     internal.maintenance_router,
 )
 DESCRIPTION = "One HTTP request becomes a fine-tuned model."

@@ -119,6 +119,11 @@ class BaseTrainingConfig(Strict):
         return frozenset(cast(type[BaseHyperparameters], cls.model_fields["hyperparameters"].annotation).model_fields)
 
     @classmethod
+    def recommends_artifact(cls, name: str, fidelity: Mapping[str, JsonValue] | None) -> bool:  # noqa: ARG003  # for families
+        """Whether a download without a name takes this artifact before those that the family does not recommend."""
+        return True
+
+    @classmethod
     def artifact_folder(cls, kind: ArtifactKind) -> str:
         """The folder of the model bucket for artifacts of that kind."""
         return next(info.folder for info in cls.artifact_kinds if info.name == kind)

@@ -87,6 +87,11 @@ class LlmTrainingConfig(BaseTrainingConfig):
     export_config: ExportConfig = ExportConfig()  # type: ignore[call-arg]
     eval_config: EvalConfig = EvalConfig()  # type: ignore[call-arg]
 
+    @classmethod
+    def recommends_artifact(cls, name: str, fidelity: Mapping[str, JsonValue] | None) -> bool:
+        """Neither a file from which quantization erased the training, nor what is only a part beside the model's file."""
+        return name not in ("gguf-mmproj", "gguf-usage") and not (fidelity or {}).get("closer_to_base")
+
     @model_validator(mode="after")
     def _check_compatibility(self) -> Self:
         if self.modality not in self.modalities:

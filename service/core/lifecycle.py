@@ -130,8 +130,8 @@ def apply_event(job: Job, number: int, event: Event, now: datetime) -> Job:
             return job.model_copy(update={"base_metrics": metrics, "updated_at": now})
         case EvaluationCompleted(metrics=metrics):
             return job.model_copy(update={"metrics": metrics, "updated_at": now})
-        case TrackerStarted(tracker=tracker, url=str(url)):
-            wandb = {"wandb_url": url} if tracker == "wandb" else {}
+        case TrackerStarted(tracker=tracker, url=str(url), page=page):
+            wandb = {"wandb_url": page} if tracker == "wandb" else {}
             return job.model_copy(update={"tracker_urls": job.tracker_urls | {tracker: url}, "updated_at": now, **wandb})
         case GateEvaluated(gate=gate):
             return job.model_copy(update={"gate": gate, "updated_at": now})

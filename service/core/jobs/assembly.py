@@ -11,6 +11,7 @@ from service.core.jobs.credentials import DeploymentCredentials
 from service.core.jobs.deletion import Deletion
 from service.core.jobs.export import Exports
 from service.core.jobs.launch import AttemptStarter
+from service.core.jobs.metrics import JobMetrics
 from service.core.jobs.ownership import JobMarks
 from service.core.jobs.preparation import DEFAULT_PREPARATION_LIMIT, PreparationLimit
 from service.core.jobs.queries import JobQueries
@@ -38,6 +39,7 @@ class JobServices:
     control: JobControl
     exports: Exports
     queries: JobQueries
+    metrics: JobMetrics
     deletion: Deletion
     attempts: Attempts
     reconciliation: Reconciliation
@@ -99,6 +101,7 @@ def build_job_services(
         control=control,
         exports=Exports(repository, launchers=launchers, budget=budget, models=models, hub=hub, random_suffix=random_suffix, wake=wake),
         queries=JobQueries(repository, launchers=launchers, budget=budget, models=models, url_signer=url_signer, wake=wake),
+        metrics=JobMetrics(repository),
         deletion=deletion,
         attempts=attempts,
         reconciliation=Reconciliation(

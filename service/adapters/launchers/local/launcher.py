@@ -168,6 +168,11 @@ class LocalLauncher:
                 child.wait(STOP_GRACE_S)
         self._reap()
 
+    # --- AttemptOwner ------------------------------------------------------------------------------------------------
+
+    def count_attempts(self) -> int:
+        return len(self._running_attempts())
+
     # --- ExitReasonReader --------------------------------------------------------------------------------------------
 
     def get_exit_reason(self, handle: str) -> ExitReason | None:
