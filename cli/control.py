@@ -26,7 +26,7 @@ from cli.options import (
 from cli.output import err, out, print_json
 from cli.render.control import describe_next
 from cli.render.formats import format_status
-from cli.request import parse_hardware, parse_secrets, without_none
+from cli.request import parse_hardware, parse_pairs, without_none
 
 WAIT_POLL_S = 0.5
 
@@ -77,7 +77,7 @@ def resume(
         "max_steps": max_steps,
         "max_gpu_seconds": max_gpu_seconds,
         "max_cost_usd": max_cost_usd,
-        "secrets": parse_secrets(secret),
+        "secrets": parse_pairs("--secret", secret),
     }
     secrets = [SecretOption.of(context, "hf_token", hf_token), SecretOption.of(context, "wandb_api_key", wandb_api_key)]
     _continue_each(context, jobs, "resume", changes, secrets, as_json)
@@ -105,7 +105,7 @@ def retry(
         "max_steps": max_steps,
         "max_gpu_seconds": max_gpu_seconds,
         "max_cost_usd": max_cost_usd,
-        "secrets": parse_secrets(secret),
+        "secrets": parse_pairs("--secret", secret),
     }
     secrets = [SecretOption.of(context, "hf_token", hf_token), SecretOption.of(context, "wandb_api_key", wandb_api_key)]
     _continue_each(context, jobs, "retry", changes, secrets, as_json)

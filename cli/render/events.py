@@ -15,6 +15,7 @@ from cli.render.formats import (
     humanize,
 )
 from cli.render.job import METRIC_LABELS, gate_lines
+from cli.render.trackers import describe_tracker
 
 
 def event_line(event: Json) -> str | None:
@@ -40,7 +41,7 @@ def event_line(event: Json) -> str | None:
             artifact = body["artifact"]
             return f"created {escape(artifact['name'])} ({format_size(artifact['size_bytes'])}){format_fidelity(artifact)}"
         case "tracker":
-            return f"{escape(body['tracker'])}: {escape(body['url'] or 'offline')}"
+            return escape(describe_tracker(body["tracker"], body["url"]))
         case "decision":
             return f"[dim]{escape(body['setting'])}: {escape(body['value'])} ({escape(body['reason'])})[/]"
         case _:

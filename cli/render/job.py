@@ -25,6 +25,7 @@ from cli.render.formats import (
     format_time_left,
     humanize,
 )
+from cli.render.trackers import describe_tracker
 
 # A service of an earlier version sends no content_perplexity.
 METRIC_LABELS = {
@@ -188,9 +189,8 @@ def gate_lines(gate: Json | None) -> Iterator[str]:
 
 
 def tracker_lines(job: Json) -> Iterator[str]:
-    """Where each tracker has the metrics."""
-    for name, url in job["tracker_urls"].items():
-        yield f"{f'{name}:':{LABEL}}{escape(url)}" if len(name) < LABEL - 1 else f"{escape(name)}: {escape(url)}"
+    """Where each tracker has the metrics, with a command for what it keeps in files."""
+    yield from (escape(describe_tracker(name, url)) for name, url in job["tracker_urls"].items())
 
 
 def decision_line(decision: Json) -> str:

@@ -97,6 +97,6 @@ def test_caps_are_sent_as_numbers() -> None:
 def test_dataset_option_replaces_a_mix_in_the_file(tmp_path: Path) -> None:
     file = tmp_path / "request.yaml"
     file.write_text("datasets: [{processed_dataset_id: a, weight: 1}, {processed_dataset_id: b, weight: 1}]\ntraining_config: {}\n")
-    done, [request] = run_command("train", str(file), "--dataset", "c", "--base", "job:training_0", replies=[JOB_CREATED])
+    done, [request] = run_command("train", str(file), "--dataset", "c", "--base", f"job:{JOB_ID}", replies=[JOB_CREATED])
     assert done.exit_code == 0, done.output
-    assert json.loads(request.content) == {"processed_dataset_id": "c", "training_config": {"base_model_id": "job:training_0"}}
+    assert json.loads(request.content) == {"processed_dataset_id": "c", "training_config": {"base_model_id": f"job:{JOB_ID}"}}
