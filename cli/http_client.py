@@ -1,12 +1,10 @@
 """The HTTP client of the command line: retries, idempotency keys, event streams and verified downloads."""
 
-import hashlib
 import json
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import httpx2
@@ -79,9 +77,9 @@ class Client:
         """POST a request that is safe to repeat: pause, resume, retry, cancel."""
         return self._call_with_retry(lambda: self._http.post(path, json=body))
 
-    def delete(self, path: str, *, hub_token: str | None = None) -> Json:
+    def delete(self, path: str, *, hub_token: str | None = None, **query: str) -> Json:
         """DELETE a resource; with `hub_token` also what the job pushed to the Hub."""
-        params = {"delete_hub": "true"} if hub_token else {}
+        params = query | ({"delete_hub": "true"} if hub_token else {})
         headers = {"X-HF-Token": hub_token} if hub_token else {}
         return self._call_with_retry(lambda: self._http.delete(path, params=params, headers=headers))
 
@@ -134,27 +132,6 @@ class Client:
                 yield from map(clean_text, response.iter_text())
         except httpx2.TransportError as error:
             raise self._unreachable_error(error) from error
-
-    def download_file(self, file: Json, target: Path, progress: Callable[[int], None]) -> None:
-        """Download a file from its link and verify its digest. The file is renamed to `target` once it is complete."""
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(target.name + ".part")
-        digest = hashlib.sha256()
-        try:
-            with httpx2.stream("GET", file["url"], timeout=TIMEOUT) as response, part.open("wb") as out:
-                if response.is_error:
-                    response.read()
-                    raise _api_error(response)
-                for chunk in response.iter_bytes(CHUNK_BYTES):
-                    digest.update(chunk)
-                    out.write(chunk)
-                    progress(len(chunk))
-        except httpx2.TransportError as error:
-            raise self._unreachable_error(error) from error
-        if digest.hexdigest() != file["sha256"]:
-            part.unlink()
-            raise ApiError(f"the SHA-256 digest of {target.name} does not match", "download it again")
-        part.replace(target)
 
     def _stream_once(self, job_id: str, after: int) -> Iterator[Json | None]:
         """Yield the events of one connection, then None if the service reports the end of the stream."""

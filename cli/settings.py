@@ -21,6 +21,7 @@ class Settings:
     venvs: Path = SOURCE_ROOT / ".venvs"
     hub_url: str = HUB_URL
     is_hub_offline: bool = False
+    cache: Path = Path("~/.cache")  # of the account: XDG_CACHE_HOME
 
     @classmethod
     def from_environment(cls, variables: Mapping[str, str] = os.environ) -> Self:
@@ -30,6 +31,7 @@ class Settings:
             venvs=Path(variables.get("TUNESMITH_LOCAL_VENVS", cls.venvs)),
             hub_url=variables.get("HF_ENDPOINT", cls.hub_url).rstrip("/"),
             is_hub_offline=variables.get("HF_HUB_OFFLINE", "").lower() in TRUE_WORDS,
+            cache=Path(variables.get("XDG_CACHE_HOME") or cls.cache),
         )
 
     @property

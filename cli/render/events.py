@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from cli.http_client import Json
 from cli.render.formats import OUTCOME_LABELS, PAUSE_LABELS, format_fidelity, format_size, format_status, humanize
 from cli.render.job import METRIC_LABELS, gate_lines
+from cli.render.trackers import describe_tracker
 
 MAX_SAMPLE_CHARS = 200  # longer prompts and answers are truncated
 
@@ -52,7 +53,7 @@ def event_line(event: Json) -> str | None:
             artifact = body["artifact"]
             return f"created {artifact['name']} ({format_size(artifact['size_bytes'])}){format_fidelity(artifact)}"
         case "tracker":
-            return f"{body['tracker']}: {body['url'] or 'offline'}"
+            return escape(describe_tracker(body["tracker"], body["url"]))
         case "decision":
             return f"[dim]{escape(body['setting'])}: {escape(body['value'])} ({escape(body['reason'])})[/]"
         case _:

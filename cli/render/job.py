@@ -16,6 +16,7 @@ from cli.render.formats import (
     format_time,
     format_time_left,
 )
+from cli.render.trackers import describe_tracker
 
 # A service of an earlier version sends no content_perplexity.
 METRIC_LABELS = {
@@ -43,7 +44,7 @@ def print_job(console: Console, job: Json) -> None:
     for line in artifact_lines(job["artifacts"]):
         console.print(f"  {line}", highlight=False, soft_wrap=True)
     for name, url in job["tracker_urls"].items():
-        console.print(f"  {name}: {escape(url)}", highlight=False, soft_wrap=True)
+        console.print(f"  {escape(describe_tracker(name, url))}", highlight=False, soft_wrap=True)
     if command := continue_command(job):
         console.print(f"  next step: {command}", highlight=False, soft_wrap=True)
 
