@@ -157,7 +157,7 @@ def train(
     should_watch = (bool(given.rows) or sys.stdout.isatty()) and not as_json if should_watch is None else should_watch
     ensure_service(context, settings)
     with create_client(context) as client:
-        _resolve_base(client, request["training_config"])
+        _resolve_base(client, request["training_config"], settings)
         if given.rows:
             options = UploadOptions(eval_fraction=eval_fraction, project=request.get("project_id"))
             request.setdefault("job_name", given.rows.path.stem[:128])
@@ -219,10 +219,10 @@ def _add_wandb_key(training_config: Json, key: SecretOption) -> None:
         training_config["wandb_config"] = {"api_key": key.value, **(config if isinstance(config, dict) else {})}
 
 
-def _resolve_base(client: Client, training_config: Json) -> None:
+def _resolve_base(client: Client, training_config: Json, settings: Settings) -> None:
     base: object = training_config.get("base_model_id")
     if isinstance(base, str):
-        training_config["base_model_id"] = resolve_base(client, base)
+        training_config["base_model_id"] = resolve_base(client, base, settings)
     elif base is None:
         models: list[Json] = client.get("/models")["models"]
         names = ", ".join(model["name"] for model in models)

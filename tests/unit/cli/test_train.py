@@ -77,7 +77,7 @@ class TrainingService:
             case "GET /models/gemma-3-270m":
                 return httpx2.Response(200, json={"name": "google/gemma-3-270m"})
             case "GET /models":
-                return httpx2.Response(200, json={"models": [{"name": "google/gemma-3-270m"}]})
+                return httpx2.Response(200, json={"models": [{"name": "google/gemma-3-270m"}], "store_url": "gs://models"})
             case _:
                 return error_response(404, [Problem("there is no such path")])
 
@@ -268,10 +268,26 @@ def test_source_that_is_no_file_is_refused(rows: Path, name: str, reason: str) -
     assert reason in done.exception.hint
 
 
-def test_folder_as_base_names_the_import(rows: Path) -> None:
-    done = run_train(TrainingService(), rows, "--base", rows.parent, "--detach")
+def test_folder_as_base_is_imported_first(rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "my model").mkdir()
+    python = tmp_path / "venvs/llm/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        '#!/bin/sh\necho "$@" >> {arguments}\necho \'{{"model": {{"name": "local/my-model"}}}}\'\n'.format(arguments=tmp_path / "arguments")
+    )
+    python.chmod(0o755)
+    service = TrainingService()
+    environment = {"TUNESMITH_LOCAL_VENVS": str(tmp_path / "venvs")}
+    done = run_train(service, rows, "--base", tmp_path / "my model", "--detach", environment=environment)
+    assert done.exit_code == 0, done.output
+    assert "import local/my-model --folder" in (tmp_path / "arguments").read_text()
+    assert service.trained["training_config"]["base_model_id"] == "local/my-model"
+
+
+def test_missing_folder_as_base_is_an_error(rows: Path) -> None:
+    done = run_train(TrainingService(), rows, "--base", "./nothing", "--detach")
     assert isinstance(done.exception, CliError)
-    assert "tunesmith models import" in done.exception.hint
+    assert "there is no folder" in done.exception.message
 
 
 @pytest.mark.parametrize(
