@@ -34,6 +34,8 @@ from cli.settings import Settings
 from cli.watch import watch_job
 
 REQUEST_SUFFIXES = (".yaml", ".yml")
+MAX_REQUEST_BYTES = 2_000_000  # YAML is slow to read, and a chat template is the longest field
+ROW_FIELDS = {"messages", "prompt", "text"}  # every row has one of them
 DATASET_PREFIX = "dataset_"
 NOT_UPLOADED = "dataset_not_uploaded_yet"  # no dataset has this id
 
@@ -204,19 +206,21 @@ def _read_source(source: str | None) -> Source:
 
 
 def _is_request(path: Path) -> bool:
-    """Whether a JSON file is one object: rows are several, or an array."""
+    """Whether a JSON file is one object that is no row."""
+    if path.stat().st_size > MAX_REQUEST_BYTES:
+        return False
     try:
-        load_request_file(path)
+        return not ROW_FIELDS & load_request_file(path).keys()
     except CliError:
         return False
-    return True
 
 
 def _add_wandb_key(training_config: Json, key: SecretOption) -> None:
     """Add the key if W&B is asked for: by options, or by a request that has no key of its own."""
-    config: object = training_config.get("wandb_config")
-    if key.value and (key.is_typed or isinstance(config, dict)):
-        training_config["wandb_config"] = {"api_key": key.value, **(config if isinstance(config, dict) else {})}
+    config: Json | None = training_config.get("wandb_config")
+    is_asked_for = isinstance(config, dict) and config.get("mode") != "offline"
+    if key.value and (key.is_typed or is_asked_for):
+        training_config["wandb_config"] = {"api_key": key.value, **(config or {})}
 
 
 def _resolve_base(client: Client, training_config: Json, settings: Settings) -> None:

@@ -208,7 +208,7 @@ def test_options_override_a_request_file_and_set_overrides_both(rows: Path, tmp_
     [
         ([], None),
         (["--wandb-project", "tides"], {"api_key": "k", "project": "tides"}),
-        (["--set", "wandb_config.mode=offline"], {"api_key": "k", "mode": "offline"}),
+        (["--set", "wandb_config.mode=offline"], {"mode": "offline"}),
         (["--wandb-api-key", "typed"], {"api_key": "typed"}),
     ],
 )
@@ -251,6 +251,18 @@ def test_trainer_is_guessed_from_the_first_row(tmp_path: Path, row: Json, traine
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b"\xef\xbb\xbf\n" + json.dumps(row).encode())
     assert check_rows_file(file).trainer_type == trainer
+
+
+@pytest.mark.parametrize(
+    ("content", "is_request"), [('{"base_model_id": "a/b"}', True), (json.dumps(ROW), False), ('{"text": "a"}\n{"text": "b"}', False)]
+)
+def test_json_file_is_a_request_or_rows(rows: Path, tmp_path: Path, content: str, is_request: bool) -> None:
+    file = tmp_path / "given.json"
+    file.write_text(content)
+    service = TrainingService()
+    run_train(service, file, "--base", "a/b", "--set", "processed_dataset_id=dataset_1" if is_request else "project_id=p", "--detach")
+    assert ("POST /datasets" not in service.called) == is_request
+    assert service.trained["processed_dataset_id"] == "dataset_1"
 
 
 def test_first_row_may_be_longer_than_what_is_read(tmp_path: Path) -> None:
