@@ -24,7 +24,6 @@ from cli.export_options import (
     build_export_config,
 )
 from cli.http_client import Client, Json
-from cli.job_names import shorten_job_id
 from cli.job_secrets import SecretOption
 from cli.options import EvalFractionOption, HfTokenOption, JsonOption, MaxCostOption, MaxGpuSecondsOption, MetadataOption, create_client
 from cli.output import err, print_answer
@@ -175,8 +174,6 @@ def train(
                 err.print(line, style="dim", highlight=False, soft_wrap=True)
         if should_watch:
             watch_job(client, job_id, as_json)
-            if not as_json:
-                _print_next_commands(client.get(f"/jobs/{job_id}"))
 
 
 @dataclass(frozen=True)
@@ -279,10 +276,3 @@ def _complete_request(client: Client, request: Json, dataset: Json) -> None:
         training_config["modality"] = "vision"
     if "export_config" not in training_config and (exports := choose_default_exports(training_config, capabilities)):
         training_config["export_config"] = exports
-
-
-def _print_next_commands(job: Json) -> None:
-    short = shorten_job_id(job["job_id"]).removeprefix("…")
-    has_gguf = any(artifact["kind"] == "gguf" for artifact in job["artifacts"])
-    chat = f"tunesmith chat {short}   " if has_gguf else ""
-    err.print(f"next: {chat}tunesmith download {short}", highlight=False, soft_wrap=True)
