@@ -32,7 +32,7 @@ COMMANDS: dict[str, str] = {
     "checkpoints": "cli.jobs:list_checkpoints",
     "export": "cli.submit:export",
     "clone": "cli.submit:clone",
-    "delete": "cli.jobs:delete_job",
+    "delete": "cli.jobs:delete_jobs",
     "orphans": "cli.deployment:list_orphans",
     "download": "cli.download:download",
     "chat": "cli.chat:chat",

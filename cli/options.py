@@ -16,6 +16,9 @@ JobArgument = Annotated[
         autocompletion=complete_jobs, help="A job: its id, the end of its id such as 2d21, its name, or @last for your newest one."
     ),
 ]
+JobsArgument = Annotated[
+    list[str], typer.Argument(autocompletion=complete_jobs, help="Jobs, each as in `tunesmith show JOB`; several by spaces.")
+]
 DatasetNameOption = Annotated[str | None, typer.Option("--name", help="Name of the dataset. Default: the file name.")]
 EvalFractionOption = Annotated[float, typer.Option("--eval-fraction", help="Fraction of the rows held out for evaluation.")]
 ProjectOption = Annotated[str | None, typer.Option("--project", help="Project of the dataset.")]
