@@ -5,11 +5,13 @@ from typing import Annotated
 
 import typer
 
+from cli.local import rotate_signing_key
 from cli.options import CursorOption, JsonOption, LimitOption, create_client
-from cli.output import err, out, print_answer, print_next_cursor
+from cli.output import err, print_answer, print_json, print_next_cursor
 from cli.render.tables import audit_table, key_table
 
 app = typer.Typer(no_args_is_help=True, help="API keys: create, list, revoke.")
+app.command()(rotate_signing_key)
 
 AllTenantsOption = Annotated[bool, typer.Option("--all-tenants", help="Of every tenant; for an operator of the deployment.")]
 
@@ -81,7 +83,7 @@ def revoke_key(
     with create_client(context) as client:
         answer = client.delete(f"/keys/{key_id}")
     if as_json:
-        out.print_json(data=answer)
+        print_json(answer)
     else:
         err.print(f"{answer['key_id']} ({answer['name']}) is revoked", style="dim")
 

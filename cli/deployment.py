@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from cli.options import JsonOption, create_client
-from cli.output import err, out, print_answer
+from cli.output import err, out, print_answer, print_json
 from cli.render.formats import format_size
 from cli.render.tables import capability_lines, orphan_table
 
@@ -15,7 +15,7 @@ def show_capabilities(context: typer.Context, as_json: JsonOption = False) -> No
     with create_client(context) as client:
         answer = client.get("/capabilities")
     if as_json:
-        out.print_json(data=answer)
+        print_json(answer)
     else:
         for line in capability_lines(answer):
             out.print(line, highlight=False)

@@ -92,7 +92,8 @@ class EvalMetrics(ForwardCompatible):
 
 
 class ArtifactFile(ForwardCompatible):
-    """One file of an artifact. `path` is relative to the artifact's uri, and empty when the uri is the file itself."""
+    """One file of an artifact. `path` is relative to the artifact's uri, as in URLs: empty for the file that the uri names, and the name of
+    a file beside it."""
 
     path: str
     size_bytes: int
@@ -149,8 +150,12 @@ class Artifact(ForwardCompatible):
 
     @property
     def sha256(self) -> str | None:
-        """The digest of a single file; None for a folder."""
-        return self.files[0].sha256 if len(self.files) == 1 and not self.key.endswith("/") else None
+        """The digest of the file that `uri` names; None for a folder."""
+        return next((file.sha256 for file in self.files if not file.path), None)
+
+    def file_key(self, file: ArtifactFile) -> str:
+        """The key of one of the artifact's files in the model bucket: in the folder, or beside the artifact's own file."""
+        return f"{self.key.rpartition('/')[0]}/{file.path}" if file.path else self.key
 
 
 AttemptOutcome = Literal["completed", "failed", "cancelled", "paused", "yielded", "preempted", "lost", "launch_failed"]
@@ -212,6 +217,13 @@ class CheckpointRef(ForwardCompatible):
     at: datetime
 
 
+class CheckpointDeletion(ForwardCompatible):
+    """Checkpoints of a job were deleted although the job was not."""
+
+    at: datetime
+    kept_step: int | None = None  # the checkpoint that was kept; None: none
+
+
 class ExportSource(ForwardCompatible):
     """The checkpoint that a job exports instead of training: its job and its place in the model bucket."""
 
@@ -269,6 +281,7 @@ class Job(VersionedRecord):
     retry_budget_from_attempt: int = 1  # attempts without progress are counted from this one; a resume or retry by a caller sets this
     retried_at: datetime | None = None  # the latest retry
     checkpoint: CheckpointRef | None = None
+    checkpoints_deleted: CheckpointDeletion | None = None  # the latest time that a caller, or the deployment's retention, deleted some
     created_at: datetime
     updated_at: datetime
     started_at: datetime | None = None  # when the first attempt was claimed
@@ -295,6 +308,11 @@ class Job(VersionedRecord):
     def attempt(self) -> Attempt | None:
         """The current attempt: the last one."""
         return self.attempts[-1] if self.attempts else None
+
+    @property
+    def shown_placement(self) -> Placement:
+        """Where the current attempt runs, or where the job would run by preference."""
+        return self.attempt.placement if self.attempt and self.status.is_active else self.placements[0]
 
     @property
     def launchers(self) -> tuple[str, ...]:

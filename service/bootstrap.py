@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from service.adapters.access import ACCESS_STORES
-from service.adapters.hub import HuggingFaceHub
+from service.adapters.hub import HubCache, HuggingFaceHub
 from service.adapters.identity.local import LocalToken
 from service.adapters.identity.oidc import OidcVerifier
 from service.adapters.jobstores import JOB_STORES
@@ -32,7 +32,9 @@ from service.core.datasets.rows import RowLimits
 from service.core.jobs.assembly import JobServices, build_job_services
 from service.core.jobs.credentials import DeploymentCredentials
 from service.core.jobs.reconciler import Reconciler
+from service.core.jobs.upkeep import Upkeep
 from service.core.launchers import LauncherPool
+from service.core.models.registry import ModelRegistry
 from service.core.ports import Buckets, Hub, JobStore, SecretStore
 from service.core.principals import UPKEEP_PRINCIPAL
 from service.core.quotas import QuotaChecks
@@ -40,9 +42,18 @@ from service.core.store_credentials import CredentialIssuer
 from service.core.tokens import TokenSigner
 from service.core.validation.egress import EgressCheck
 from service.core.validation.hub import NoHub
-from service.settings import Settings, attempt_variables, check_renamed_variables, egress_policy, inherited_variables
+from service.settings import (
+    Settings,
+    attempt_variables,
+    check_renamed_variables,
+    egress_policy,
+    hub_cache_folder,
+    inherited_variables,
+)
 from service.tracing import current_traceparent
 from storage.registry import STORES, open_store
+
+UPKEEP_INTERVAL_S, PROMPT_UPKEEP_INTERVAL_S = 3600.0, 60.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,7 @@ class Services:
     tokens: TokenSigner
     jobs: JobServices
     datasets: Datasets
+    models: ModelRegistry
     keys: Keys
     logins: Logins
     audit_log: AuditLog
@@ -66,6 +78,7 @@ class Services:
     identity_verifier: IdentityVerifier
     local_token: LocalToken
     reconciler: Reconciler | None  # None: a scheduler calls POST /internal/reconcile instead
+    upkeep: Upkeep | None  # None: a scheduler calls POST /internal/cleanup instead
 
 
 def build_services(settings: Settings, clock: Callable[[], datetime] | None = None) -> Services:
@@ -81,7 +94,7 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
     buckets = Buckets(**{name: open_store(url) for name, url in settings.object_urls.items()})
     launchers = LauncherPool(create_launchers(settings.launchers, _describe_deployment(settings)))
     secrets = _open_secret_store(settings)
-    hub = NoHub() if settings.hf_hub_offline else HuggingFaceHub(settings.hf_endpoint)
+    hub = _create_hub(settings)
     tokens = _create_token_signer(settings, clock)
     quotas = QuotaChecks(store, settings.quotas, clock)
     interval_s, names = settings.reconcile_interval_s, [launcher.name for launcher in launchers]
@@ -112,6 +125,7 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
         attempt_variables=attempt_variables(settings),
         credentials=_create_credential_issuer(settings, clock),
         preparation_limit=timedelta(seconds=settings.preparation_limit_s),
+        checkpoint_retention=_find_checkpoint_retention(settings),
         quotas=quotas,
         egress=EgressCheck(egress_policy(settings), SystemResolver()),
     )
@@ -143,6 +157,7 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
         tokens=tokens,
         jobs=jobs,
         datasets=datasets,
+        models=ModelRegistry(buckets.models, hub),
         keys=keys,
         logins=Logins(tokens, keys, local_token, clock),
         audit_log=AuditLog(access_store, clock, random_suffix=lambda: token_hex(6)),
@@ -150,7 +165,19 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
         identity_verifier=OidcVerifier(rules.issuers, clock),
         local_token=local_token,
         reconciler=reconciler,
+        upkeep=_create_upkeep(settings, jobs) if interval_s else None,
     )
+
+
+def _find_checkpoint_retention(settings: Settings) -> timedelta | None:
+    days = settings.checkpoint_retention_days
+    return None if days is None else timedelta(days=days)
+
+
+def _create_upkeep(settings: Settings, jobs: JobServices) -> Upkeep:
+    """The pass over completed jobs: every hour, or every minute where their checkpoints are to go at once."""
+    interval_s = UPKEEP_INTERVAL_S if settings.checkpoint_retention_days else PROMPT_UPKEEP_INTERVAL_S
+    return Upkeep(lambda: jobs.retention.prune_expired(UPKEEP_PRINCIPAL), interval_s)
 
 
 def utc_now() -> datetime:
@@ -241,6 +268,13 @@ def _open_secret_store(settings: Settings) -> SecretStore:
     if settings.secret_store == "secret-manager":
         return create(project_id=settings.project_id, emulator_host=settings.secret_manager_emulator_host)
     return create(settings.home_folder / "secrets")
+
+
+def _create_hub(settings: Settings) -> Hub:
+    if not settings.hf_hub_offline:
+        return HuggingFaceHub(settings.hf_endpoint)
+    attempts_are_offline = settings.launchers == ("local",) and "HF_HUB_OFFLINE" in inherited_variables(settings)
+    return NoHub(HubCache(hub_cache_folder()).has_model if attempts_are_offline else None)
 
 
 def _create_token_signer(settings: Settings, clock: Callable[[], datetime]) -> TokenSigner:

@@ -23,7 +23,8 @@ from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from service.api.errors import ErrorBody, ErrorResponse
+from service.api.errors import error_body
+from service.api.validation_errors import Problem
 
 log = logging.getLogger(__name__)
 
@@ -213,7 +214,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """Answer without the app, in the shape of every error, and close the connection."""
         if self.transport.is_closing():
             return
-        body = ErrorResponse(error=ErrorBody(code=code, message=message)).model_dump_json().encode()
+        body = error_body(code, [Problem(message, "", None)]).model_dump_json().encode()
         lines = [
             STATUS_LINE[status],
             b"content-type: application/json\r\n",

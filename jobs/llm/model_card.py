@@ -158,7 +158,7 @@ def usage_snippets(record: RunRecord, repo_id: str) -> Iterator[UsageSnippet]:
         yield UsageSnippet("With peft (the adapter)", "python", _peft(record, repo_id, has_merged_model="merged" in kinds))
     for artifact in record.artifacts:
         file = _repo_path(artifact, has_merged_model=False)
-        if artifact.kind == "gguf" and file.endswith(".gguf"):
+        if artifact.kind == "gguf":
             commands = f'llama-cli -hf {repo_id} -hff {file} -p "Your question"\nollama run hf.co/{repo_id}:{file}'
             yield UsageSnippet(f"`{file}` with llama.cpp or Ollama", "sh", commands)
         elif artifact.kind == "lora_gguf":
@@ -246,8 +246,6 @@ def _training_rows(record: RunRecord) -> Iterator[tuple[str, object]]:
 
 def _file_rows(record: RunRecord, has_merged_model: bool) -> Iterator[dict[str, str]]:
     for artifact in record.artifacts:
-        if artifact.name.endswith("usage"):
-            continue
         yield {
             "path": _repo_path(artifact, has_merged_model),
             "description": KIND_DESCRIPTIONS[artifact.kind],

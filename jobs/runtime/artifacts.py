@@ -32,6 +32,11 @@ class ExportedArtifact:
     key: str
     fidelity: Mapping[str, JsonValue] | None = None  # what the family measured of it, if anything
     hub_folder: str = ""  # where its files go in a repository on the Hub: "" is the root, a folder ends in "/"
+    companions: tuple[Path, ...] = ()  # files that belong beside a single file, and go wherever it goes
+
+    def list_files(self) -> list[tuple[Path, Path]]:
+        """Each file, and what its path is relative to: the artifact's folder, the file itself, or the file's folder for a companion."""
+        return [*((path, self.path) for path in list_files(self.path)), *((path, path.parent) for path in self.companions)]
 
 
 def upload_artifacts(exported_artifacts: Sequence[ExportedArtifact], context: JobContext) -> tuple[Artifact, ...]:
@@ -68,20 +73,19 @@ class ArtifactUploader:
 
     def upload(self, exported: ExportedArtifact) -> Artifact:
         """Upload an exported artifact; each file that does not arrive intact is retried by itself. Raises JobFailed."""
-        files = [describe_file(path, exported.path) for path in list_files(exported.path)]
-        map_concurrently(lambda file: self._upload_file(exported, file), files)
-        return Artifact(
+        files = [(path, describe_file(path, root)) for path, root in exported.list_files()]
+        artifact = Artifact(
             name=exported.name,
             kind=exported.kind,
             uri=f"{self.store.url}/{exported.key}",
             key=exported.key,
-            size_bytes=sum(file.size_bytes for file in files),
-            files=files,
+            size_bytes=sum(file.size_bytes for _, file in files),
+            files=[file for _, file in files],
             fidelity=None if exported.fidelity is None else dict(exported.fidelity),
         )
+        map_concurrently(lambda pair: self._upload_file(artifact, *pair), files)
+        return artifact
 
-    def _upload_file(self, exported: ExportedArtifact, file: ArtifactFile) -> None:
-        path = exported.path / file.path if file.path else exported.path
-        key = exported.key + file.path
-        message = f"{exported.name} could not be stored"
-        upload_with_retry(message, self.store, path, key, file.sha256, sleep=self.sleep)
+    def _upload_file(self, artifact: Artifact, path: Path, file: ArtifactFile) -> None:
+        message = f"{artifact.name} could not be stored"
+        upload_with_retry(message, self.store, path, artifact.file_key(file), file.sha256, sleep=self.sleep)

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from jobs.runtime.artifacts import ExportedArtifact
 from jobs.runtime.context import JobContext
 from jobs.runtime.errors import JobFailed, exception_chain
-from jobs.runtime.files import list_files
 from jobs.runtime.http_retry import http_status, retry_hub
 from schema.job import Artifact, HubPush
 from schema.provenance import RUN_RECORD
@@ -104,8 +103,8 @@ def repo_files(exported_artifacts: Sequence[ExportedArtifact]) -> dict[str, Path
 
 
 def _artifact_repo_files(exported: ExportedArtifact) -> Iterator[tuple[str, Path]]:
-    for file in list_files(exported.path):
-        relative_path = file.relative_to(exported.path).as_posix() if exported.path.is_dir() else file.name
+    for file, root in exported.list_files():
+        relative_path = file.name if file == root else file.relative_to(root).as_posix()
         if relative_path not in (MODEL_CARD, RUN_RECORD):  # the push adds one of each
             yield exported.hub_folder + relative_path, file
 

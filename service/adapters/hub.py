@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextvars import copy_context
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from service.core.errors import InvalidRequest, Unavailable
@@ -128,6 +129,17 @@ class HuggingFaceHub:
                 get_session().timeout = CALL_TIMEOUT_S  # the client has no timeout by default
                 self._cached_api = HfApi(endpoint=self._endpoint)
             return self._cached_api
+
+
+class HubCache:
+    """The folder in which the Hub's client keeps downloads, as an attempt that is offline reads it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def has_model(self, repo_id: str) -> bool:
+        """Whether a revision of the model is there."""
+        return any(self._folder.glob(f"models--{repo_id.replace('/', '--')}/snapshots/*/config.json"))
 
 
 # Any: JSON of the Hub, whose shape is documented by example alone: https://huggingface.co/docs/hub/api

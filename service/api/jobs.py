@@ -1,7 +1,9 @@
 """`/jobs`: list, show, download, delete, control, clone, export, events and logs."""
 
+from collections.abc import AsyncIterator
 from typing import Annotated
 
+import anyio
 import orjson
 from fastapi import APIRouter, Body, Header, Path, Query, Request, Response
 from pydantic import ValidationError
@@ -10,11 +12,11 @@ from starlette.responses import StreamingResponse
 
 from schema.base import Id
 from schema.job import Job, Status
-from schema.requests import CloneRequest, ExportRequest, ReexportRequest, ResumeRequest, RetryRequest
+from schema.requests import CloneRequest, ExportRequest, ReexportRequest, ResumeRequest, RetryRequest, TrainRequest
 from schema.types import SECRET_PATTERN
-from service.api import stream
+from service.api import log_stream, stream
 from service.api.dependencies import IdempotencyHeader, PrincipalDep, ServicesDep
-from service.api.errors import as_request_validation_error
+from service.api.job_list import JobList, JobQueryDep, job_row
 from service.api.responses import (
     CheckpointList,
     DeleteJobResponse,
@@ -22,27 +24,26 @@ from service.api.responses import (
     EventList,
     FileLink,
     JobDetail,
-    JobList,
     LogView,
     TrainResponse,
     checkpoint_list,
     event_row,
     job_detail,
-    job_row,
 )
 from service.api.route import MAINTENANCE_TIMEOUT_S, LimitedRoute, limits
+from service.api.validation_errors import BodyError
 from service.bootstrap import Services
 from service.core.errors import InvalidRequest
 from service.core.jobs.queries import LINK_TTL_S
-from service.core.ports import JobQuery
 
 router = APIRouter(route_class=LimitedRoute, prefix="/jobs", tags=["jobs"])
 
-Limit = Annotated[int, Query(ge=1, le=200, description="Rows on the page.")]
 # 2**53 is the largest integer that every JSON parser keeps exact, far beyond any real cursor.
 MAX_EVENT_ID = 2**53
 AfterEvent = Annotated[int, Query(ge=0, le=MAX_EVENT_ID)]
-LogOffset = Annotated[int, Query(ge=0, le=1 << 40)]  # file systems refuse to seek beyond some TiB
+LogOffset = Annotated[int | None, Query(ge=0, le=log_stream.MAX_OFFSET, description="Where to begin, in bytes. Default: 0.")]
+LogTail = Annotated[int | None, Query(ge=0, le=100_000, description="Begin this many lines before the end instead.")]
+STREAM_GRACE_S = 1.0  # less than the server waits for requests when it stops
 WEIGHT_SUFFIXES = (".gguf", "model.safetensors", ".safetensors")
 
 
@@ -50,18 +51,17 @@ WEIGHT_SUFFIXES = (".gguf", "model.safetensors", ".safetensors")
 def list_jobs(
     services: ServicesDep,
     principal: PrincipalDep,
-    limit: Limit = 50,
-    cursor: Annotated[str | None, Query(max_length=500)] = None,
-    status: Status | None = None,
-    project_id: Id | None = None,
-    modality: Annotated[str | None, Query(max_length=40)] = None,
-    trainer_type: Annotated[str | None, Query(max_length=40)] = None,
+    query: JobQueryDep,
+    counts: Annotated[bool, Query(description="Also count the jobs of each status, among those that match the other filters.")] = False,
 ) -> Response:
     """Jobs, newest first."""
-    query = JobQuery(principal.tenant_id, limit, cursor, status, project_id, modality, trainer_type)
     page = services.jobs.queries.list_jobs(principal, query)
     now = services.jobs.repository.clock()
-    return _json_response({"jobs": [job_row(row, now) for row in page.rows], "next_cursor": page.next_cursor})
+    answer: dict[str, object] = {"jobs": [job_row(row, now) for row in page.rows], "next_cursor": page.next_cursor}
+    if counts:
+        found = services.jobs.queries.count_jobs_by_status(principal, query)
+        answer["counts"] = None if found is None else {str(status): found.get(status, 0) for status in Status}
+    return _json_response(answer)
 
 
 @router.get("/download/{job_id}")
@@ -161,7 +161,7 @@ def clone_job(
     try:
         job = services.jobs.submission.clone(principal, job_id, body or CloneRequest.model_validate({}), idempotency_key)
     except ValidationError as error:
-        raise as_request_validation_error(error) from error
+        raise BodyError(error, TrainRequest) from error
     return TrainResponse(job_id=job.job_id)
 
 
@@ -217,7 +217,7 @@ async def list_job_events(
     newest = await stream.run_in_thread(services.jobs.queries.find_last_cursor, principal, job_id)  # raises for a job that is not theirs
     feeds: stream.Feeds = request.app.state.feeds
     feeds.check_room(principal, job_id)
-    return EventSourceResponse(feeds.follow(principal, job_id, cursor, newest), ping=15)
+    return _event_stream(feeds.follow(principal, job_id, cursor, newest))
 
 
 @router.get("/{job_id}/logs", response_model=LogView)
@@ -226,22 +226,41 @@ async def read_job_logs(
     request: Request,
     services: ServicesDep,
     principal: PrincipalDep,
-    attempt: Annotated[int | None, Query(ge=1, le=10_000)] = None,
-    offset: LogOffset = 0,
+    attempt: Annotated[int | None, Query(ge=1, le=log_stream.MAX_ATTEMPT)] = None,
+    offset: LogOffset = None,
+    tail: LogTail = None,
     limit: Annotated[int, Query(ge=1, le=1 << 20, description="The maximum number of bytes to return.")] = 1 << 16,
     follow: bool = False,
+    accept: Annotated[str, Header()] = "",
+    last_event_id: Annotated[str | None, Header(alias="Last-Event-ID", max_length=30)] = None,
 ) -> Response:
-    """An attempt's output; with `follow`, streamed as plain text until the job ends."""
-    number, page = await stream.run_in_thread(services.jobs.queries.read_log, principal, job_id, attempt, offset, limit)
-    if not follow:
+    """An attempt's output; with `follow`, streamed as plain text until the job ends, with `Accept: text/event-stream` as events."""
+    queries, as_events = services.jobs.queries, "text/event-stream" in accept
+    if tail is not None and offset is not None:
+        raise InvalidRequest("tail and offset both say where to begin; send one of them", param="tail")
+    begin, number = offset or 0, attempt
+    if as_events and last_event_id:
+        number, begin = log_stream.parse_log_position(last_event_id)
+    elif tail is not None:
+        number, begin = await stream.run_in_thread(queries.find_log_tail, principal, job_id, attempt, tail)
+    number, page = await stream.run_in_thread(queries.read_log, principal, job_id, number, begin, limit)  # raises for a foreign job
+    if not follow and not as_events:
         return _json_response({"attempt": number, "text": page.text, "next_offset": page.next_offset})
     feeds: stream.Feeds = request.app.state.feeds
     feeds.check_room(principal, job_id)
-    return StreamingResponse(feeds.follow_log(services.jobs, principal, job_id, attempt, offset), media_type="text/plain; charset=utf-8")
+    follower = log_stream.LogFollower(feeds, services.jobs, principal, job_id, attempt, number, begin)
+    if as_events:
+        return _event_stream(follower.follow_as_events())
+    return StreamingResponse(follower.follow_as_text(), media_type="text/plain; charset=utf-8")
 
 
 def _job_response(services: Services, job: Job) -> JobDetail:
     return job_detail(services.jobs.queries.describe(job))
+
+
+def _event_stream(events: AsyncIterator[bytes]) -> Response:
+    """A stream that ends in order when the service stops: its generator, which `Feeds.stop` wakes, has time to return."""
+    return EventSourceResponse(events, ping=15, shutdown_event=anyio.Event(), shutdown_grace_period=STREAM_GRACE_S)
 
 
 def _parse_event_id(text: str) -> int:

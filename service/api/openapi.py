@@ -44,7 +44,7 @@ def document_errors(app: FastAPI, routers: Sequence[APIRouter]) -> None:
 def _limits_by_operation(routers: Sequence[APIRouter]) -> dict[tuple[str, str], RouteLimits]:
     """The limits of each route, by its method and path."""
     routes = [route for router in routers for route in router.routes if isinstance(route, LimitedRoute)]
-    return {(method, route.path): route.limits for route in routes for method in route.methods or ()}
+    return {(method, route.path_format): route.limits for route in routes for method in route.methods or ()}
 
 
 def _add_errors(document: dict[str, Any], limits: dict[tuple[str, str], RouteLimits]) -> None:

@@ -1,4 +1,4 @@
-"""Following a job's events and logs as they happen: one reader of the store per job, however many clients follow.
+"""Following a job's events and progress as they happen: one reader of the store per job, however many clients follow.
 
 A reader starts at the store's newest event, never at a position that a client named, and clients that are further back read for
 themselves up to it. So no client can move what another one gets.
@@ -16,10 +16,10 @@ from typing import Any, ParamSpec, TypeVar
 import anyio.to_thread
 import orjson
 
+from schema.job import Job
 from service.api.responses import event_row
 from service.core.errors import TooManyFollowers, Unavailable
 from service.core.event_store import StoredEvent
-from service.core.jobs.assembly import JobServices
 from service.core.jobs.queries import MAX_PAGE_BYTES
 from service.core.jobs.repository import JobRepository
 from service.core.principals import Principal
@@ -32,8 +32,6 @@ T = TypeVar("T")
 PAGE_SIZE = 1000
 MAX_BUFFERED_CHUNKS = 200  # a client that lags behind further reads from the store again
 MAX_BUFFERED_BYTES = 8 << 20
-LOG_POLL_S = 0.25
-LOG_PAGE_BYTES = 1 << 16
 
 FeedKey = tuple[str, str]  # the tenant and the job: a client of another tenant can never share a feed
 
@@ -53,13 +51,14 @@ class _Chunk:
 
 @dataclass
 class _Feed:
-    """The events read for the clients of one job. `chunks` maps a cursor to the chunk that follows it."""
+    """What was read for the clients of one job. `chunks` maps a cursor to the chunk that follows it."""
 
     cursor: int
+    progress: bytes = b""  # of the newest heartbeat, rendered; empty: there is none of the current attempt
     chunks: dict[int, _Chunk] = field(default_factory=dict[int, _Chunk])
     clients: int = 0
     ended: bool = False
-    failed: bool = False  # its reader died; clients are disconnected, and follow again through a new feed
+    failed: bool = False  # its reader died, or the service stops; clients are disconnected, and follow again through a new feed
     updated: asyncio.Event = field(default_factory=asyncio.Event)
     task: "asyncio.Task[None] | None" = None
 
@@ -88,7 +87,8 @@ class Feeds:
     """The jobs that clients of this process follow now."""
 
     def __init__(self, repository: JobRepository, poll_s: float, limits: FollowerLimits) -> None:
-        """`poll_s` is how late an event may be; each poll is one read per followed job."""
+        """`poll_s` is how late an event may be. Each poll reads, per followed job, its record, its new events and its heartbeat."""
+        self.is_stopping = False
         self._poll_s = poll_s
         self._repository = repository
         self._limits = limits
@@ -105,10 +105,11 @@ class Feeds:
     async def follow(self, principal: Principal, job_id: str, after: int, newest: int) -> AsyncIterator[bytes]:
         """Server-sent events after the cursor `after`, until the job is final and all its events were sent; then one `done`.
 
+        Between them, `progress` without an id: at the beginning, and whenever the heartbeat reports another phase or progress.
         `newest` is the cursor of the store's newest event, which the caller has just read; a cursor beyond it means that one.
         """
-        cursor = min(after, newest)
-        with self._count(principal, job_id):
+        cursor, progress = min(after, newest), b""
+        with self.count(principal, job_id):
             feed = self._join(principal, job_id, newest)
             try:
                 while True:
@@ -122,6 +123,9 @@ class Feeds:
                         yield chunk.text
                     elif feed.failed:
                         return
+                    elif feed.progress not in (b"", progress):
+                        progress = feed.progress
+                        yield progress
                     elif feed.ended:
                         yield b"event: done\ndata: {}\n\n"
                         return
@@ -130,16 +134,16 @@ class Feeds:
             finally:
                 self._leave(_key(principal, job_id), feed)
 
-    async def follow_log(
-        self, jobs: JobServices, principal: Principal, job_id: str, attempt: int | None, offset: int
-    ) -> AsyncIterator[str]:
-        """An attempt's output until the job ends; without `attempt`, the output of each attempt in turn."""
-        with self._count(principal, job_id):
-            async for text in _follow_log(jobs, principal, job_id, attempt, offset):
-                yield text
+    def stop(self) -> None:
+        """Disconnect all clients soon, because the service stops. They follow again when it is back."""
+        self.is_stopping = True
+        for feed in self._feeds.values():
+            feed.failed = feed.ended = True
+            feed.notify()
 
     @contextmanager
-    def _count(self, principal: Principal, job_id: str) -> Generator[None]:
+    def count(self, principal: Principal, job_id: str) -> Generator[None]:
+        """Count one client that follows the job."""
         key = _key(principal, job_id)
         self._followers[key] += 1
         try:
@@ -176,25 +180,34 @@ class Feeds:
 
     async def _read_until_end(self, principal: Principal, job_id: str, feed: _Feed) -> None:
         while not feed.ended:
-            rows: list[StoredEvent] = []
+            rows, progress = list[StoredEvent](), feed.progress
             try:
-                rows, feed.ended = await run_in_thread(self._next_page, principal, job_id, feed.cursor)
+                rows, progress, feed.ended = await run_in_thread(self._next_page, principal, job_id, feed.cursor)
             except Unavailable as error:
                 log.warning("events cannot be read now", extra={"job_id": job_id, "error": error.message})
             if rows:
                 feed.add(rows)
-            if rows or feed.ended:
+            if rows or feed.ended or progress != feed.progress:
+                feed.progress = progress
                 feed.notify()
             if len(rows) < PAGE_SIZE and not feed.ended:
                 await asyncio.sleep(self._poll_s)
 
-    def _next_page(self, principal: Principal, job_id: str, after: int) -> tuple[list[StoredEvent], bool]:
-        """The next events, and whether all have been read. The status is read first, so that no event is missed."""
+    def _next_page(self, principal: Principal, job_id: str, after: int) -> tuple[list[StoredEvent], bytes, bool]:
+        """The next events, the progress, and whether all events have been read. The status is read first, so that none is missed."""
         job = self._repository.find_or_none(principal, job_id)
         if job is None:
-            return [], True
+            return [], b"", True
         rows = self._repository.store.list_events(job_id, after, PAGE_SIZE, MAX_PAGE_BYTES)
-        return rows, job.status.is_final and not rows
+        return rows, self._read_progress(job), job.status.is_final and not rows
+
+    def _read_progress(self, job: Job) -> bytes:
+        """What the current attempt reported last, as a server-sent event. A job that no attempt runs costs no read."""
+        heartbeat = self._repository.find_heartbeat(job) if job.status.is_active else None
+        if heartbeat is None or (heartbeat.phase is None and heartbeat.progress is None):
+            return b""
+        progress = heartbeat.progress.model_dump(mode="json") if heartbeat.progress else None
+        return b"event: progress\ndata: %s\n\n" % orjson.dumps({"phase": heartbeat.phase, "progress": progress})
 
     async def _read_chunk(self, job_id: str, after: int, until: int) -> _Chunk | None:
         """A chunk for a client that joined later, or fell behind the buffered chunks; None while the store does not answer."""
@@ -209,28 +222,6 @@ class Feeds:
 
 def _key(principal: Principal, job_id: str) -> FeedKey:
     return principal.tenant_id, job_id
-
-
-async def _follow_log(jobs: JobServices, principal: Principal, job_id: str, attempt: int | None, offset: int) -> AsyncIterator[str]:
-    """An attempt's output until the job ends; without `attempt`, the output of each attempt in turn."""
-    number = attempt
-    while True:
-        job = await run_in_thread(jobs.repository.find_or_none, principal, job_id)
-        current = attempt or (len(job.attempts) if job else 0)
-        if number is None and current:
-            number = current
-        text = ""
-        if number and job:
-            _, page = await run_in_thread(jobs.queries.read_log, principal, job_id, number, offset, LOG_PAGE_BYTES)
-            text, offset = page.text, page.next_offset
-        if text:
-            yield text
-        elif job is None or job.status.is_final:
-            return
-        elif number and number < current:
-            number, offset = number + 1, 0
-        else:
-            await asyncio.sleep(LOG_POLL_S)
 
 
 # Any: the fields depend on the event; each row is plain JSON already.

@@ -37,7 +37,13 @@ class TunesmithError(Exception):
         self.message = message or (type(self).__doc__ or "").strip()
         self.hint = hint
         self.param = param
+        self.others: tuple[TunesmithError, ...] = ()  # found in the same request; this one is the first
         super().__init__(self.message)
+
+    @property
+    def problems(self) -> "tuple[TunesmithError, ...]":
+        """All problems of the request, this one first."""
+        return (self, *self.others)
 
 
 class InvalidRequest(TunesmithError):

@@ -12,6 +12,8 @@ from schema.job import Job
 from schema.placement import Placement
 from service.core.errors import InvalidRequest, Unavailable, Unsupported
 from service.core.ports import Launcher, Profile
+from service.core.problems import Problems
+from service.core.suggestions import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -53,27 +55,35 @@ class LauncherPool:
         if hardware is None:
             return (self._resolve_default(environment),)
         names = [hardware] if isinstance(hardware, str) else list(hardware)
-        offers = tuple(self._resolve_name(name, environment) for name in names)
+        offers, problems = list[Offer](), Problems()
+        for name in names:
+            with problems.collect():
+                offers.append(self._resolve_name(name, environment))
+        problems.raise_found()
         if len({offer.placement.hardware for offer in offers}) != len(offers):
             raise InvalidRequest("hardware names the same profile twice", param="hardware")
-        return offers
+        return tuple(offers)
 
     def describe_missing(self, job: Job) -> str | None:
         """Why a queued job waits for no launcher of this deployment; None when one of them can take it."""
         if any(name in self._launchers for name in job.launchers):
             return None
-        wanted = ", ".join(placement.hardware for placement in job.placements)
-        return f"this deployment has no launcher for {wanted}; pause the job and resume it with other hardware: {self._known_names()}"
+        wanted, known = ", ".join(placement.hardware for placement in job.placements), ", ".join(self._known_names())
+        return f"this deployment has no launcher for {wanted}; pause the job and resume it with other hardware: {known}"
 
     def _resolve_name(self, name: str, environment: str) -> Offer:
         launcher_name, _, profile_name = name.rpartition("/")
         if launcher_name and launcher_name not in self._launchers:
-            known = ", ".join(self._launchers)
-            raise Unsupported(f"no launcher {launcher_name!r}; this deployment has: {known}", param="hardware")
+            hint = did_you_mean(launcher_name, self._launchers)
+            raise Unsupported(
+                f"no launcher {launcher_name!r}; this deployment has: {', '.join(self._launchers)}", hint=hint, param="hardware"
+            )
         candidates = [self._launchers[launcher_name]] if launcher_name else list(self)
         matching = [launcher for launcher in candidates if profile_name in launcher.profiles]
         if not matching:
-            raise Unsupported(f"no hardware {name!r}; this deployment has: {self._known_names()}", param="hardware")
+            known = self._known_names()
+            hint = did_you_mean(name, known)
+            raise Unsupported(f"no hardware {name!r}; this deployment has: {', '.join(known)}", hint=hint, param="hardware")
         if len(matching) > 1:
             qualified = " or ".join(f"{launcher.name}/{profile_name}" for launcher in matching)
             raise InvalidRequest(f"several launchers have hardware {name!r}; name one: {qualified}", param="hardware")
@@ -92,10 +102,10 @@ class LauncherPool:
             raise unavailable
         return _offer(next(iter(self)), "", environment)
 
-    def _known_names(self) -> str:
+    def _known_names(self) -> list[str]:
         """Every profile, qualified where a name is not unique."""
         names = [name for launcher in self for name in launcher.profiles]
-        return ", ".join(name if names.count(name) == 1 else f"{launcher.name}/{name}" for launcher in self for name in launcher.profiles)
+        return [name if names.count(name) == 1 else f"{launcher.name}/{name}" for launcher in self for name in launcher.profiles]
 
 
 def _offer(launcher: Launcher, profile_name: str, environment: str) -> Offer:

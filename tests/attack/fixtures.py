@@ -18,6 +18,7 @@ import httpx2
 from schema.checkpoint import MANIFEST, Checkpoint, checkpoint_key, checkpoints_prefix
 from tests.attack.attempt_client import AttemptClient, end_process, start_attempt
 from tests.attack.target import Caller, Json, Target
+from tests.chaos.service import BASE_MODEL
 from tests.factories import make_config
 
 CHECKPOINT_STEP = 4
@@ -92,7 +93,7 @@ class World:
 
     def train_body(self, **changes: Any) -> Json:
         """The body of `POST /train`."""
-        config = {"base_model_id": "tests/no-model", "hyperparameters": {"max_steps": 8}}
+        config = {"base_model_id": BASE_MODEL, "hyperparameters": {"max_steps": 8}}
         return {"processed_dataset_id": self.dataset_id, "job_name": f"{self.mark} job", "training_config": config} | changes
 
     def submit(self, **changes: Any) -> str:
@@ -179,7 +180,9 @@ def _completed(world: World) -> str:
 FIXTURES: dict[str, Callable[[World], ValidRequest]] = {
     "create_training_job": lambda world: ValidRequest("POST", "/train", 201, body=world.train_body()),
     "get_capabilities": lambda _: ValidRequest("GET", "/capabilities", 200),
-    "list_jobs": lambda _: ValidRequest("GET", "/jobs", 200, query={"limit": "200"}),
+    "list_models": lambda _: ValidRequest("GET", "/models", 200),
+    "get_model": lambda _: ValidRequest("GET", "/models/{name}", 200, path={"name": BASE_MODEL}),
+    "list_jobs": lambda _: ValidRequest("GET", "/jobs", 200, query={"limit": "200", "counts": "true"}),
     "get_download_links": lambda world: ValidRequest("GET", "/jobs/download/{job_id}", 200, path={"job_id": world.completed_job_id}),
     "get_job": _of_job("GET", "", 200, _completed),
     "delete_job": _of_job("DELETE", "", 200, World.cancelled_job),
@@ -190,6 +193,8 @@ FIXTURES: dict[str, Callable[[World], ValidRequest]] = {
     "clone_job": _of_job("POST", "/clone", 201, _completed, body={}),
     "export_job": _of_job("POST", "/export", 201, _completed, body={}),
     "list_checkpoints": _of_job("GET", "/checkpoints", 200, _completed),
+    "delete_checkpoints": _of_job("DELETE", "/checkpoints", 200, World.cancelled_job),
+    "get_storage": lambda _: ValidRequest("GET", "/storage", 200),
     "export_checkpoint": lambda world: ValidRequest(
         "POST",
         "/jobs/{job_id}/checkpoints/{step}/export",
@@ -198,6 +203,7 @@ FIXTURES: dict[str, Callable[[World], ValidRequest]] = {
         body={},
     ),
     "list_job_events": _of_job("GET", "/events", 200, _completed),
+    "get_job_metrics": _of_job("GET", "/metrics", 200, _completed, query={"points": "10"}),
     "read_job_logs": _of_job("GET", "/logs", 200, _completed),
     "upload_dataset": lambda world: ValidRequest(
         "POST", "/datasets", 201, form={"name": f"{world.mark} upload"}, file=("rows.jsonl", world.rows())

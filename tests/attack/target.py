@@ -23,7 +23,7 @@ import psutil
 from bench.stub_trainer import make_stub_trainer
 from tests.attack.campaign import Size
 from tests.chaos.campaign import CampaignError
-from tests.chaos.service import INHERITED_VARIABLES, ROWS, SOURCE
+from tests.chaos.service import INHERITED_VARIABLES, ROWS, SOURCE, store_base_model
 from tests.local_token import local_headers
 from tests.waiting import wait_until
 
@@ -71,6 +71,7 @@ class Target:
         """Start the process; return when it listens. Raises CampaignError."""
         self.port = self.port or _free_port()  # its first line has the public URL, which may have another
         inherited = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
+        store_base_model(self.objects)
         settings = {"HOME": str(self.home), "PYTHONPATH": str(SOURCE), "TUNESMITH_HOME": str(self.home), "OMP_NUM_THREADS": "1"}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(

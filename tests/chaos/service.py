@@ -40,6 +40,16 @@ exec {python} "$@"
 """
 
 
+BASE_MODEL = "tests/no-model"
+
+
+def store_base_model(objects: Path) -> None:
+    """Store a base model without weights: an offline service refuses one that no attempt could get."""
+    config = objects / "pretrained_weights/huggingface" / BASE_MODEL / "config.json"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text("{}")
+
+
 @dataclass
 class Service:
     """`tunesmith serve` in its own home, on a fixed port."""
@@ -56,6 +66,7 @@ class Service:
     def start(self) -> None:
         """Start the process; return when it listens. Raises CampaignError."""
         self.home.mkdir(parents=True, exist_ok=True)
+        store_base_model(self.home / "objects")
         inherited = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
         settings = {"HOME": str(self.home), "PYTHONPATH": str(SOURCE), "TUNESMITH_HOME": str(self.home), "OMP_NUM_THREADS": "1"}
         with self.log.open("ab") as log:
@@ -170,7 +181,7 @@ def make_light_trainer(folder: Path, *, real_one_in: int = 1) -> dict[str, str]:
 
 def make_train_request(dataset_id: str, **changes: Any) -> Json:
     """The body of `POST /train`."""
-    return {"processed_dataset_id": dataset_id, "training_config": {"base_model_id": "tests/no-model"}} | changes
+    return {"processed_dataset_id": dataset_id, "training_config": {"base_model_id": BASE_MODEL}} | changes
 
 
 def find_corruption(database: Path) -> str:

@@ -185,14 +185,14 @@ def _list_published_artifacts(backend: httpx2.Client) -> list[Artifact]:
 
 def _is_intact(backend: httpx2.Client, artifact: Artifact) -> bool:
     """Whether every named file is in the bucket exactly as it was published."""
-    return all(_digest(_read_object(backend, artifact.key + file.path)) == file.sha256 for file in artifact.files)
+    return all(_digest(_read_object(backend, artifact.file_key(file))) == file.sha256 for file in artifact.files)
 
 
 def _read_back(store: GcsStore, artifact: Artifact, folder: Path) -> bool | None:
     """Whether the files are read correctly through the proxy; None when the store reported a failure."""
     with tempfile.TemporaryDirectory(dir=folder) as target:
         try:
-            map_concurrently(lambda file: store.download(artifact.key + file.path, Path(target, file.path)), artifact.files)
+            map_concurrently(lambda file: store.download(artifact.file_key(file), Path(target, file.path)), artifact.files)
         except StorageError:
             return None
         return all(_digest(Path(target, file.path).read_bytes()) == file.sha256 for file in artifact.files)

@@ -221,7 +221,7 @@ class RunningService:
         stale = [artifact for artifact in job.artifacts if "/attempt-2/" not in artifact.key]
         counts.stale_artifacts += bool(stale) or manifest.attempt != 2
         for artifact in job.artifacts:
-            contents = ((file, models.read(artifact.key + file.path)) for file in artifact.files)
+            contents = ((file, models.read(artifact.file_key(file))) for file in artifact.files)
             counts.damaged += sum(hashlib.sha256(content).hexdigest() != file.sha256 for file, content in contents)
 
     def _job(self, job_id: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Uploads of artifacts are verified and retried, and each attempt has its own keys."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -98,6 +98,20 @@ def test_single_file_has_its_own_uri(store: ObjectStore, file: ExportedArtifact)
     assert artifact.sha256 == sha256_of(file.path)
     assert artifact.fidelity == file.fidelity
     assert store.read(artifact.key) == file.path.read_bytes()
+
+
+def test_companions_are_stored_beside_their_file(store: ObjectStore, file: ExportedArtifact, tmp_path: Path) -> None:
+    modelfile = tmp_path / "gemma-q8_0.Modelfile"
+    modelfile.write_text("FROM ./gemma-q8_0.gguf\n")
+    artifact = ArtifactUploader(store, "job-1", 1).upload(replace(file, companions=(modelfile,)))
+    assert artifact.uri == f"{store.url}/gguf_models/job-1/gemma-q8_0.gguf"
+    assert [(stored.path, artifact.file_key(stored)) for stored in artifact.files] == [
+        ("", "gguf_models/job-1/gemma-q8_0.gguf"),
+        ("gemma-q8_0.Modelfile", "gguf_models/job-1/gemma-q8_0.Modelfile"),
+    ]
+    assert artifact.sha256 == sha256_of(file.path)
+    assert artifact.size_bytes == file.path.stat().st_size + modelfile.stat().st_size
+    assert store.read("gguf_models/job-1/gemma-q8_0.Modelfile") == modelfile.read_bytes()
 
 
 def test_each_attempt_has_its_own_keys(store: ObjectStore, file: ExportedArtifact) -> None:

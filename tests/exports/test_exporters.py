@@ -1,5 +1,6 @@
 """Exports of a trained model, each verified in llama.cpp."""
 
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -82,13 +83,13 @@ def test_artifacts_are_stored_under_their_keys(exported: Exported, tmp_path: Pat
     artifacts, context, _ = exported
     store = context.stores.models
     assert store.stat(manifest_key("job-1")) is None  # only the service writes the manifest
-    ggufs = ["gguf-none", "gguf-bf16", "gguf-f16", "gguf-f32", "gguf-q8_0", "gguf-q4_k_m", "lora-gguf", "gguf-usage"]
+    ggufs = ["gguf-none", "gguf-bf16", "gguf-f16", "gguf-f32", "gguf-q8_0", "gguf-q4_k_m", "lora-gguf"]
     assert list(artifacts) == ["adapter", "merged", *ggufs]
     assert artifacts["gguf-none"].key == "gguf_models/job-1/attempt-1/gemma-3-270m-none.gguf"
     for artifact in artifacts.values():
         assert artifact.uri == f"{store.url}/{artifact.key}"
         for file in artifact.files:
-            path = store.download(artifact.key + file.path, tmp_path / "file")
+            path = store.download(artifact.file_key(file), tmp_path / "file")
             assert (path.stat().st_size, sha256_of(path)) == (file.size_bytes, file.sha256)
 
 
@@ -184,15 +185,19 @@ def test_lora_gguf_matches_the_model(exported: Exported) -> None:
     assert not fidelity_of(lora).advice
 
 
-def test_usage_and_fidelity_files_are_exported(exported: Exported, tmp_path: Path) -> None:
+def test_modelfile_script_and_fidelity_lie_beside_their_gguf(exported: Exported, tmp_path: Path) -> None:
     artifacts, context, _ = exported
-    folder = download_artifact(context.stores.models, artifacts["gguf-usage"], tmp_path)
-    verified = [artifact for artifact in artifacts.values() if artifact.kind in ("gguf", "lora_gguf") and artifact.fidelity]
-    assert read_json(folder / "fidelity.json") == {artifact.name: artifact.fidelity for artifact in verified if artifact.fidelity}
+    verified = [artifact for artifact in artifacts.values() if artifact.kind in ("gguf", "lora_gguf")]
     for artifact in verified:
+        folder = download_artifact(context.stores.models, artifact, tmp_path / artifact.name)
         stem = artifact.key.rpartition("/")[2].removesuffix(".gguf")
-        assert f"{stem}.gguf" in (folder / f"{stem}.Modelfile").read_text()
+        assert [file.path for file in artifact.files] == ["", f"{stem}.Modelfile", f"{stem}.sh", f"{stem}.fidelity.json"]
+        assert read_json(folder / f"{stem}.fidelity.json") == artifact.fidelity
         assert f" {stem}.gguf" in (folder / f"{stem}.sh").read_text()
+        lines = (folder / f"{stem}.Modelfile").read_text().splitlines()
+        named = [line.partition(" ./")[2] for line in lines if line.startswith(("FROM ", "ADAPTER "))]
+        assert named == (["gemma-3-270m-base.gguf", f"{stem}.gguf"] if artifact.kind == "lora_gguf" else [f"{stem}.gguf"])
+        assert {path.name for path in folder.iterdir()} >= {named[-1]}
     assert read_json(download_artifact(context.stores.models, artifacts["merged"], tmp_path / "merged") / "fidelity.json")["merged"]
 
 
@@ -202,12 +207,11 @@ def test_exported_command_line_runs(exported: Exported, tmp_path: Path) -> None:
     from jobs.llm.llama_cpp import find_program
 
     artifacts, context, _ = exported
-    folder = download_artifact(context.stores.models, artifacts["gguf-usage"], tmp_path)
-    context.stores.models.download(artifacts["gguf-q8_0"].key, tmp_path / "gemma-3-270m-q8_0.gguf")
+    folder = download_artifact(context.stores.models, artifacts["gguf-q8_0"], tmp_path)
     tool = find_program("llama-completion")
     assert tool
     completed = subprocess.run(
-        ["sh", folder / "gemma-3-270m-q8_0.sh"], cwd=tmp_path, env={"PATH": f"{tool.parent}:/usr/bin:/bin"}, capture_output=True
+        ["sh", folder / "gemma-3-270m-q8_0.sh"], cwd="/", env={"PATH": f"{tool.parent}:/usr/bin:/bin"}, capture_output=True
     )
     assert completed.returncode == 0
     assert b"model\n" in completed.stdout
@@ -261,7 +265,7 @@ def exported_without_examples(adapter: TrainedModel, tmp_path_factory: pytest.Te
 
 def test_gguf_beside_an_adapter_publishes_no_merged_model(exported_without_examples: Exported) -> None:
     artifacts, context, _ = exported_without_examples
-    assert list(artifacts) == ["adapter", "gguf-q8_0", "gguf-usage"]
+    assert list(artifacts) == ["adapter", "gguf-q8_0"]
     assert not list(context.stores.models.iter_objects("merged_models/"))
 
 
@@ -273,7 +277,7 @@ def test_model_without_held_out_examples_is_verified(exported_without_examples: 
 
 def test_full_model_needs_no_merge(full: TrainedModel, make_context: MakeContext, tmp_path: Path) -> None:
     context = make_context("Full", include_gguf=True, gguf_quantization="f16")
-    merged, f16, _ = export_all(full, context)
+    merged, f16 = export_all(full, context)
     folder = download_artifact(context.stores.models, merged, tmp_path / "downloaded")
     assert (folder / "model.safetensors").read_bytes() == (full.folder / "model.safetensors").read_bytes()
     assert fidelity_of(f16).argmax_agreement == 1.0
@@ -336,7 +340,21 @@ def test_finer_precision_is_written_where_bfloat16_rounds_too_much(
     assert read_json(folder / "config.json")["dtype"] == "float16"
     (decision,) = [event for event in record.events if isinstance(event, DecisionMade) and event.setting == "merged_dtype"]
     assert decision.value == "fp16"
-    assert decision.reason.startswith("bf16 rounds too much: they agree on")
+    assert re.fullmatch(
+        r"bf16 rounds too much: they agree on [\d.]+% of .*; fp16 keeps it: they agree on [\d.]+% of .*; the request sets no merged_dtype",
+        decision.reason,
+    )
+
+
+def test_gguf_coarser_than_its_model_is_flagged_and_does_not_fail_the_job(
+    sensitive: TrainedModel, make_context: MakeContext, record: EventRecorder
+) -> None:
+    context = make_context("Full", merged_dtype="fp32", include_gguf=True, gguf_quantization=["none", "bf16"])
+    _, exact, coarse = export_all(sensitive, context)
+    assert not fidelity_of(exact).advice
+    assert fidelity_of(coarse).argmax_agreement < 0.99
+    assert "gemma-3-270m-bf16.gguf rounds off some of the training" in fidelity_of(coarse).advice
+    assert [event.code for event in record.events if isinstance(event, WarningRaised)] == ["low_fidelity"]
 
 
 def test_requested_file_in_too_coarse_precision_gets_advice() -> None:
@@ -352,11 +370,18 @@ def test_requested_precision_is_kept_and_fails_in_words(sensitive: TrainedModel,
     assert caught.value.failure.hint == "use merged_dtype 'fp32', which rounds nothing"
 
 
+def test_failed_export_names_the_checkpoint_that_needs_no_new_training(sensitive: TrainedModel, make_context: MakeContext) -> None:
+    context = make_context("Full", merged_dtype="bf16")
+    context.checkpoints.saved_step = 4
+    for step, is_named in ((4, True), (5, False)):
+        with pytest.raises(JobFailed) as caught:
+            export_all(replace(sensitive, step=step), context)
+        assert ("POST /jobs/job-1/checkpoints/4/export" in caught.value.failure.hint) == is_named
+
+
 @pytest.mark.parametrize("is_adapter", [True, False])
 @pytest.mark.parametrize("dtype", ["bf16", "f16", "f32", None])
 def test_precision_hints_name_only_what_a_request_may_say(is_adapter: bool, dtype: Any) -> None:
-    import re
-
     hint = make_precision_hint(dtype, is_adapter=is_adapter)
     for name, value in re.findall(r"(merged_dtype|format) '(\w+)'", hint):
         config = {"base_model_id": "a/b", "method": "LoRA" if is_adapter else "Full", "export_config": {name: value}}
@@ -622,7 +647,8 @@ def make_answer(*, margin: float = 5.0) -> GreedyAnswer:
 
 def download_artifact(store: ObjectStore, artifact: Artifact, target: Path) -> Path:
     for file in artifact.files:
-        store.download(artifact.key + file.path, target / file.path)
+        key = artifact.file_key(file)
+        store.download(key, target / (file.path or key.rpartition("/")[2]))
     return target
 
 

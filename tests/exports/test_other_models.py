@@ -67,7 +67,7 @@ def test_vision_model_exports_language_gguf_and_mmproj(
     export = {"include_gguf": True, "gguf_quantization": "f32"}
     context = with_config(make_context(), modality="vision", export_config=export)
     artifacts = {artifact.name: artifact for artifact in export_all(vision_adapter, context)}
-    assert list(artifacts) == ["adapter", "gguf-f32", "gguf-mmproj", "gguf-usage"]
+    assert list(artifacts) == ["adapter", "gguf-f32", "gguf-mmproj"]
     assert fidelity_of(artifacts["gguf-f32"]).argmax_agreement == 1.0
     assert fidelity_of(artifacts["gguf-f32"]).perplexity is None
     projector = GGUFReader(context.stores.models.download(artifacts["gguf-mmproj"].key, tmp_path / "mmproj.gguf"))

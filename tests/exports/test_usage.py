@@ -104,7 +104,7 @@ def test_template_without_equivalent_is_left_to_the_gguf(template: str) -> None:
 
 def test_modelfile_names_file_template_stops_and_sampling() -> None:
     modelfile = make_modelfile("tuned-q8_0.gguf", make_template(read_template("gemma3")), ["<eos>", "<end_of_turn>"], {"temperature": 0.7})
-    assert modelfile.startswith("# Put this file beside tuned-q8_0.gguf and run: ollama create NAME -f THIS_FILE\nFROM ./tuned-q8_0.gguf\n")
+    assert modelfile.startswith("# In the folder of this file, run: ollama create NAME -f tuned-q8_0.Modelfile\nFROM ./tuned-q8_0.gguf\n")
     assert 'TEMPLATE """{{- $previous := "" }}\n' in modelfile
     assert modelfile.endswith('\nPARAMETER stop "<eos>"\nPARAMETER stop "<end_of_turn>"\nPARAMETER temperature 0.7\n')
 

@@ -128,7 +128,8 @@ def test_raw_model_is_exported_without_template(adapter: TrainedModel, make_cont
     artifacts = {artifact.name: artifact for artifact in export_all(raw, context)}
     reader = GGUFReader(context.stores.models.download(artifacts["gguf-f16"].key, tmp_path / "raw.gguf"))
     assert "tokenizer.chat_template" not in reader.fields
-    modelfile = context.stores.models.download(artifacts["gguf-usage"].key + "gemma-3-270m-f16.Modelfile", tmp_path / "Modelfile")
+    companion = next(file for file in artifacts["gguf-f16"].files if file.path.endswith(".Modelfile"))
+    modelfile = context.stores.models.download(artifacts["gguf-f16"].file_key(companion), tmp_path / "Modelfile")
     assert 'TEMPLATE "{{ .Prompt }}"\nPARAMETER stop "<eos>"\n' in modelfile.read_text()
 
 

@@ -111,6 +111,14 @@ def test_artifact_files_are_in_the_folder_that_its_exporter_gives(tmp_path: Path
     }
 
 
+def test_companions_are_beside_their_file_in_the_repository(tmp_path: Path) -> None:
+    gguf, modelfile = tmp_path / "m-q8_0.gguf", tmp_path / "m-q8_0.Modelfile"
+    gguf.write_bytes(b"g")
+    modelfile.write_text("FROM ./m-q8_0.gguf")
+    exported = ExportedArtifact("gguf-q8_0", "gguf", gguf, "gguf_models/job-1/m-q8_0.gguf", companions=(modelfile,))
+    assert repo_files([exported]) == {"m-q8_0.gguf": gguf, "m-q8_0.Modelfile": modelfile}
+
+
 def test_only_weights_of_earlier_model_are_stale() -> None:
     present = ["adapter_config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "old.gguf", "notes.md"]
     assert stale_weights([*present, "adapter/adapter_model.safetensors"], {"model.safetensors": b"", "config.json": b""}) == present[:3]

@@ -204,14 +204,12 @@ def test_usage_matches_vision_and_reward_models() -> None:
 def test_usage_names_gguf_files() -> None:
     record = make_record(
         make_artifact_record("gguf", "m-q8_0.gguf"),
-        make_artifact_record("gguf", "gguf-usage"),
         make_artifact_record("lora_gguf", "m-lora.gguf"),
     )
     text = render_card(record).text
     assert "llama-cli -hf ada/tuned -hff m-q8_0.gguf" in text
     assert "ollama run hf.co/ada/tuned:m-q8_0.gguf" in text
     assert "--lora m-lora.gguf" in text
-    assert "usage" not in text
 
 
 def test_usage_code_of_the_card_runs(

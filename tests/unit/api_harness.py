@@ -28,11 +28,16 @@ ROWS = "\n".join(
 
 
 @contextmanager
-def run_test_service(home: Path, **changes: Any) -> Iterator[TestClient]:
-    """A service with low limits, whose launcher starts no process. `changes` are settings."""
+def run_test_service(home: Path, *, offline_attempts: bool = False, **changes: Any) -> Iterator[TestClient]:
+    """A service with low limits, whose launcher starts no process. `changes` are settings.
+
+    `offline_attempts`: attempts inherit HF_HUB_OFFLINE, so that a base must be stored or cached.
+    """
     limits = {"max_upload_bytes": 100_000, "max_incoming_bytes": 200_000, "max_row_bytes": 10_000}
     settings = Settings(home=home, HF_HUB_OFFLINE=True, **limits | changes)  # type: ignore[call-arg]
     with pytest.MonkeyPatch.context() as patch:
+        if not offline_attempts:
+            patch.delenv("HF_HUB_OFFLINE", raising=False)
         patch.setattr(LocalLauncher, "profiles", {"local": make_profile("local")})
         patch.setattr(LocalLauncher, "list_environments", lambda _: {"llm": make_manifest()})
         patch.setattr(LocalLauncher, "ping", lambda _: None)
@@ -104,6 +109,6 @@ def get_error(response: Any, status: int) -> dict[str, Any]:
     """The error in a response, which must have this status and the one shape of errors."""
     assert response.status_code == status, response.text
     error = response.json()["error"]
-    assert set(error) == {"code", "message", "hint", "param"}
+    assert set(error) == {"code", "message", "hint", "param", "errors"}
     assert "Traceback" not in response.text
     return error

@@ -23,6 +23,11 @@ def change_file(**changes: Any) -> Any:
     return lambda artifact: artifact | {"files": [artifact["files"][0] | changes]}
 
 
+def make_single_file(artifact: dict[str, Any], *paths: str) -> dict[str, Any]:
+    files = [artifact["files"][0] | {"path": path} for path in paths]
+    return artifact | {"key": "trained_adapters/{job}/attempt-1/a.bin", "files": files}
+
+
 REFUSED = {
     "a dataset": change_artifact(key="datasets/dataset_1/"),
     "another job": change_artifact(key="trained_adapters/other/attempt-1/"),
@@ -44,6 +49,10 @@ REFUSED = {
     "negative size": change_artifact(size_bytes=-1),
     "two files of one path": lambda artifact: artifact | {"files": artifact["files"] * 2},
     "no file for a key of one file": change_artifact(key="trained_adapters/{job}/attempt-1/a.bin"),
+    "file above a single file": lambda artifact: make_single_file(artifact, "", "../b.bin"),
+    "companion with the file's own name": lambda artifact: make_single_file(artifact, "", "a.bin"),
+    "two files without a name": lambda artifact: make_single_file(artifact, "", ""),
+    "companion before the file": lambda artifact: make_single_file(artifact, "b.bin", ""),
     "file above the artifact": change_file(path="../adapter_model.safetensors"),
     "absolute file": change_file(path="/etc/passwd"),
     "file without a name": change_file(path=""),
@@ -67,6 +76,17 @@ def test_foreign_or_malformed_artifact_is_refused(harness: JobsHarness, change: 
         harness.report(job, 1, make_batch({"type": "artifact", "artifact": artifact}, first_seq=1))
     harness.reconcile()
     assert (harness.find_job(job).status, harness.find_job(job).artifacts) == (Status.TRAINING, ())
+
+
+def test_files_beside_a_single_file_are_accepted(harness: JobsHarness) -> None:
+    job = harness.start_training()
+    artifact = make_single_file(make_artifact(job), "", "a.Modelfile")
+    artifact["key"] = artifact["key"].replace("{job}", job.job_id)
+    harness.finish(harness.write_result(job, artifacts=[artifact]))
+    (published,) = harness.find_job(job).artifacts
+    assert [published.file_key(file) for file in published.files] == [
+        f"trained_adapters/{job.job_id}/attempt-1/{name}" for name in ("a.bin", "a.Modelfile")
+    ]
 
 
 def test_two_artifacts_of_one_name_are_refused(harness: JobsHarness) -> None:

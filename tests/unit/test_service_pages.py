@@ -179,7 +179,7 @@ def test_operations_declare_how_callers_are_identified(client: TestClient) -> No
 def test_documented_errors_have_the_one_error_shape(client: TestClient) -> None:
     document = client.get("/openapi.json").json()
     schemas: dict[str, Any] = document["components"]["schemas"]
-    assert set(schemas["ErrorBody"]["properties"]) == {"code", "message", "hint", "param"}
+    assert set(schemas["ErrorBody"]["properties"]) == {"code", "message", "hint", "param", "errors"}
     assert "HTTPValidationError" not in schemas
     used = [
         response["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]

@@ -10,7 +10,7 @@ the object store (`jobs/runtime/artifacts.py`) or llama.cpp's interface (`jobs/l
     log_probs.py     the passages on which models are compared, and a model's log probabilities on them
     verify.py        runs a GGUF file, measures its fidelity, and accepts or rejects it
     staging.py, imatrix.py, mmproj.py  steps of the GGUF exporters
-    usage.py         how to run a GGUF file: Ollama's Modelfile, llama.cpp's command line
+    usage.py         the files beside a GGUF file: Ollama's Modelfile, llama.cpp's command line, the measured fidelity
     adapter.py, merged.py, onnx.py, gguf.py, lora_gguf.py  the exporters
 """
 
@@ -59,7 +59,6 @@ def export_all(trained: "TrainedModel", context: "JobContext", finalize: "Finali
     try:
         exporters = [resolve_name(EXPORTERS[kind]) for kind in list_requested_kinds(context.spec.training_config)]
         exported = [artifact for export in exporters for artifact in export(workspace)]
-        exported += workspace.usage_artifacts()
         artifacts = upload_artifacts(exported, context)
         return finalize(exported, artifacts, render_model_card) if finalize else artifacts
     finally:

@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING
 
 from jobs.llm.exporters.conversion import convert_model
 from jobs.llm.exporters.imatrix import IMATRIX_QUANTIZATIONS, make_imatrix
+from jobs.llm.exporters.merge import list_finer_precisions
 from jobs.llm.exporters.mmproj import export_mmproj, has_vision_tower
 from jobs.llm.exporters.model_files import link_or_copy, read_precision
 from jobs.llm.exporters.staging import make_staging_folder
-from jobs.llm.exporters.usage import record_fidelity, write_usage
+from jobs.llm.exporters.usage import write_usage
 from jobs.llm.exporters.verify import ExportedFile, GgufVerifier
 from jobs.llm.llama_cpp.runner import quantize
 from jobs.runtime.artifacts import ExportedArtifact
 from jobs.runtime.errors import JobFailed
 from jobs.runtime.subprocesses import SubprocessFailed
+from schema.types import ArtifactKind
 
 if TYPE_CHECKING:
     from jobs.llm.exporters.workspace import ExportWorkspace
@@ -38,14 +40,19 @@ def export(workspace: "ExportWorkspace") -> tuple[ExportedArtifact, ...]:
     artifacts: list[ExportedArtifact] = []
     for candidate in candidates:
         workspace.context.check_stop()
-        name, path = f"gguf-{candidate.quantization}", candidate.path
-        fidelity = verifier.verify(candidate).model_dump(mode="json")
-        artifacts.append(ExportedArtifact(name=name, kind="gguf", path=path, key=workspace.key("gguf", path.name), fidelity=fidelity))
-        write_usage(workspace, candidate, verifier.sample_prompt)
+        artifacts.append(verify_file(workspace, verifier, candidate, f"gguf-{candidate.quantization}", "gguf"))
     if has_vision_tower(model_folder):
         artifacts += export_mmproj(workspace, model_folder, workspace.path("staging"))
-    record_fidelity(workspace, artifacts)
     return tuple(artifacts)
+
+
+def verify_file(
+    workspace: "ExportWorkspace", verifier: GgufVerifier, candidate: ExportedFile, name: str, kind: ArtifactKind
+) -> ExportedArtifact:
+    """The artifact of a file that llama.cpp runs as trained, with the files that say how to run it. Raises JobFailed."""
+    path, fidelity = candidate.path, verifier.verify(candidate).model_dump(mode="json")
+    companions = write_usage(workspace, candidate, verifier.sample_prompt, fidelity)
+    return ExportedArtifact(name, kind, path, workspace.key(kind, path.name), fidelity, companions=companions)
 
 
 def _write_files(workspace: "ExportWorkspace", model_folder: Path) -> list[ExportedFile]:
@@ -67,7 +74,7 @@ def _write_files(workspace: "ExportWorkspace", model_folder: Path) -> list[Expor
             link_or_copy(converted, path)
         elif not path.is_file():  # make_imatrix may have written q8_0 already
             quantize(converted, path, file_type=quantization, threads=threads, imatrix=own_imatrix)
-        too_coarse = quantization in workspace.merged_model.too_coarse
+        too_coarse = quantization in ("bf16", "f16") and precision in list_finer_precisions(quantization)[1:]
         candidates.append(ExportedFile(path, quantization, imatrix=own_imatrix is not None, too_coarse=too_coarse))
     converted.unlink()
     return candidates

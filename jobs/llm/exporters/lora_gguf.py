@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.llm.exporters.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from jobs.llm.exporters.conversion import convert_model
+from jobs.llm.exporters.gguf import verify_file
 from jobs.llm.exporters.model_files import read_precision, write_json
 from jobs.llm.exporters.staging import make_staging_folder
-from jobs.llm.exporters.usage import record_fidelity, write_usage
 from jobs.llm.exporters.verify import ExportedFile, GgufVerifier
 from jobs.llm.llama_cpp.runner import convert_lora
 from jobs.runtime.artifacts import ExportedArtifact
@@ -51,12 +51,7 @@ def export(workspace: "ExportWorkspace") -> tuple[ExportedArtifact, ...]:
         raise JobFailed("export_failed", f"the adapter could not be written as GGUF: {error}", INCLUDE_GGUF_HINT) from error
     workspace.context.enter_phase("verifying")
     verifier, candidate = GgufVerifier(workspace), ExportedFile(path, "f16", base=base, missing_weights=missing_weights)
-    fidelity = verifier.verify(candidate).model_dump(mode="json")
-    artifact = ExportedArtifact(
-        name=ARTIFACT_NAME, kind="lora_gguf", path=path, key=workspace.key("lora_gguf", path.name), fidelity=fidelity
-    )
-    write_usage(workspace, candidate, verifier.sample_prompt)
-    record_fidelity(workspace, [artifact])
+    artifact = verify_file(workspace, verifier, candidate, ARTIFACT_NAME, "lora_gguf")
     base.unlink()
     return (artifact,)
 

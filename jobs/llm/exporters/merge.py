@@ -96,7 +96,6 @@ class MergedModel:
 
     folder: Path
     reference_log_probs: ReferenceLogProbs | None
-    too_coarse: tuple[Precision, ...] = ()  # the precisions that were tried, and rounded too much
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def merge_model(merge_spec: MergeSpec) -> MergedModel:
     first = merge_spec.dtype or read_precision(trained.base_folder)
     baseline = _compute_baseline(merge_spec, changes=_changes_weights(trained, first))
     gc.collect()  # one model in memory at a time
-    too_coarse: list[Precision] = []
+    rejected: list[str] = []
     precisions: list[Precision] = [merge_spec.dtype] if merge_spec.dtype else list_finer_precisions(first)
     for precision in precisions:
         is_last = merge_spec.dtype is not None or precision == "f32"
@@ -134,14 +133,18 @@ def merge_model(merge_spec: MergeSpec) -> MergedModel:
         except (RoundsTooMuch, DtypeOverflow) as error:
             if is_last:
                 raise _make_merge_failure(merge_spec, precision, error) from error
-            reason = f"{MERGED_DTYPES[precision]} rounds too much" if isinstance(error, RoundsTooMuch) else "float16 has too little range"
-            reason += f": {error}; the request sets no merged_dtype"
+            problem = "rounds too much" if isinstance(error, RoundsTooMuch) else "has too little range"
+            rejected.append(f"{MERGED_DTYPES[precision]} {problem}: {error}")
         else:
+            if rejected:
+                measured = f": {_describe_agreement(reference.comparison)}" if reference and reference.comparison else ""
+                chosen = f"{MERGED_DTYPES[precision]} keeps it{measured}"
+                context.log_decision(
+                    "merged_dtype", MERGED_DTYPES[precision], "; ".join([*rejected, chosen, "the request sets no merged_dtype"])
+                )
             if baseline.trained_log_probs is not None:
                 baseline.trained_log_probs.unlink()
-            return MergedModel(folder, reference, tuple(too_coarse))
-        too_coarse.append(precision)
-        context.log_decision("merged_dtype", MERGED_DTYPES[list_finer_precisions(precision)[1]], reason)
+            return MergedModel(folder, reference)
         shutil.rmtree(folder)
         gc.collect()
     raise AssertionError("float32 is the last precision, and returns or raises")
@@ -301,10 +304,7 @@ def _verify_merged(merge_spec: MergeSpec, folder: Path, baseline: BaselineOutput
 
 def check_merge_fidelity(comparison: Comparison, trained: GreedyAnswer | None, merged: GreedyAnswer | None) -> str | None:
     """What a merged model lost by rounding, in numbers; None if nothing. Raises RoundsTooMuch when its predictions are others."""
-    numbers = (
-        f"they agree on {comparison.argmax_agreement:.1%} of {comparison.positions} tokens, mean KL {comparison.mean_kl_to_trained:.4f}, "
-        f"largest difference {comparison.max_difference_nats:.3g} nats"
-    )
+    numbers = _describe_agreement(comparison)
     if comparison.mean_kl_to_trained > MAX_MERGE_KL_NATS or not has_agreement(comparison, MIN_MERGE_AGREEMENT):
         raise RoundsTooMuch(numbers)
     if trained is not None and merged is not None:
@@ -320,6 +320,13 @@ def make_rounding_hint(merge_spec: MergeSpec) -> str:
     return make_precision_hint(merge_spec.dtype, is_adapter=merge_spec.trained.is_adapter)
 
 
+def _describe_agreement(comparison: Comparison) -> str:
+    return (
+        f"they agree on {comparison.argmax_agreement:.1%} of {comparison.positions} tokens, mean KL {comparison.mean_kl_to_trained:.4f}, "
+        f"largest difference {comparison.max_difference_nats:.3g} nats"
+    )
+
+
 def make_precision_hint(dtype: Precision | None, *, is_adapter: bool) -> str:
     """The export settings that keep more of the training than a merged model of this precision, in words; empty where none does."""
     settings = [
@@ -330,12 +337,25 @@ def make_precision_hint(dtype: Precision | None, *, is_adapter: bool) -> str:
 
 
 def _make_merge_failure(merge_spec: MergeSpec, precision: Precision, error: RoundsTooMuch | DtypeOverflow) -> JobFailed:
+    another_export = _describe_export_call(merge_spec)
     if isinstance(error, DtypeOverflow):
-        return JobFailed("export_failed", f"{error} has numbers that are too large for {precision}", OVERFLOW_HINT)
+        return JobFailed("export_failed", f"{error} has numbers that are too large for {precision}", OVERFLOW_HINT + another_export)
     trained = merge_spec.trained
     reference_name = "base and adapter together" if trained.is_adapter else "the trained model before it was rounded"
-    hint = make_rounding_hint(merge_spec) or "please report this with the job's log"
+    hint = make_rounding_hint(merge_spec)
+    hint = hint + another_export if hint else "please report this with the job's log"
     return JobFailed("export_failed", f"the merged model's predictions differ from {reference_name}: {error}", hint)
+
+
+def _describe_export_call(merge_spec: MergeSpec) -> str:
+    """The call that exports the same weights in another way, as the end of a hint; empty where no checkpoint of them is known."""
+    source, checkpoints, step = merge_spec.context.spec.export_of, merge_spec.context.checkpoints, merge_spec.trained.step
+    job_id = source.job_id if source else merge_spec.context.spec.job_id
+    step = source.step if source else step
+    newest = max(checkpoints.saved_step or 0, checkpoints.resumed_step or 0)  # an older published step is kept as the best
+    if step is None or (source is None and step > newest):
+        return ""
+    return f"; POST /jobs/{job_id}/checkpoints/{step}/export with it needs no new training"
 
 
 def _check_scores(merged_scores: Sequence[float], trained_scores: Sequence[float]) -> None:

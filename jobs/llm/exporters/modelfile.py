@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from jobs.llm.chat_templates import TEMPLATE_ERRORS
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jobs.llm.chat_format import ChatFormat
     from jobs.llm.trained_model import UserPrompt
 
+MODELFILE_SUFFIX = ".Modelfile"  # in place of the GGUF file's own
 # generation_config.json's names, and Ollama's.
 SAMPLING_PARAMETERS = {
     "temperature": "temperature",
@@ -88,9 +89,12 @@ def make_modelfile(
     adapter: str | None = None,
 ) -> str:
     """The Modelfile of a GGUF file of that name and, where given, an adapter file."""
-    lines = [f"# Put this file beside {adapter or name} and run: ollama create NAME -f THIS_FILE", f"FROM ./{name}"]
+    own_name = PurePosixPath(adapter or name).with_suffix(MODELFILE_SUFFIX)
+    lines = [f"# In the folder of this file, run: ollama create NAME -f {own_name}"]
     if adapter:
-        lines.append(f"ADAPTER ./{adapter}")
+        lines += [f"# First put the base model's own GGUF file here, as {name}.", f"FROM ./{name}", f"ADAPTER ./{adapter}"]
+    else:
+        lines.append(f"FROM ./{name}")
     lines += [f"# {note}" for note in template.notes]
     if template.is_raw:
         lines.append('TEMPLATE "{{ .Prompt }}"')

@@ -1,20 +1,18 @@
-"""How to run a GGUF file: a Modelfile for Ollama, and a llama.cpp command line that was run successfully.
+"""The files beside a GGUF file: a Modelfile for Ollama, a llama.cpp command line that was run successfully, and the measured fidelity.
 
+They name the GGUF file by its name alone, so they work wherever the artifact's files lie together: in the bucket, on the Hub, downloaded.
 Ollama is not installed where files are exported. What can be checked without it is checked: the Modelfile's template (`modelfile.py`)
 writes the same turns as the chat template used in training.
 """
 
-import json
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.llm.exporters.model_files import FIDELITY_FILE, write_json
-from jobs.llm.exporters.modelfile import make_modelfile, read_sampling
+from jobs.llm.exporters.modelfile import MODELFILE_SUFFIX, make_modelfile, read_sampling
 from jobs.llm.exporters.verify import ExportedFile
 from jobs.llm.llama_cpp import find_program
-from jobs.runtime.artifacts import ExportedArtifact
 from jobs.runtime.errors import JobFailed
 from jobs.runtime.subprocesses import SubprocessFailed, run_program
 
@@ -24,32 +22,32 @@ if TYPE_CHECKING:
 VERIFICATION_TOKENS = 16
 
 
-def write_usage(workspace: "ExportWorkspace", candidate: ExportedFile, prompt: str) -> None:
-    """Write a file's Modelfile and run script to the usage folder. Raises JobFailed when the command fails."""
+def write_usage(
+    workspace: "ExportWorkspace",
+    candidate: ExportedFile,
+    prompt: str,
+    fidelity: dict[str, Any],  # Any: JSON
+) -> tuple[Path, ...]:
+    """Write what belongs beside a GGUF file; returns the written files. Raises JobFailed when the command fails."""
     from importlib.metadata import version
 
     import torch
 
-    folder, path = workspace.usage_folder(), candidate.path
+    path = candidate.path
+    modelfile_path, script_path, fidelity_path = (path.with_suffix(suffix) for suffix in (MODELFILE_SUFFIX, ".sh", f".{FIDELITY_FILE}"))
     base, adapter = (candidate.base, path) if candidate.base else (path, None)
     stop_tokens = [str(workspace.tokenizer.convert_ids_to_tokens(token)) for token in workspace.trained.chat_format.stop_token_ids]
     sampling = read_sampling(workspace.trained.base_folder)
     modelfile = make_modelfile(base.name, workspace.ollama_template, stop_tokens, sampling, adapter and adapter.name)
-    (folder / f"{path.stem}.Modelfile").write_text(modelfile)
+    modelfile_path.write_text(modelfile)
+    write_json(fidelity_path, fidelity)
     bos = str(workspace.tokenizer.bos_token or "")
     command = verify_command(base, prompt, bos, threads=torch.get_num_threads(), adapter=adapter)
-    if command is not None:
-        comment = (
-            f"# This command was run with llama.cpp as packaged in llama-cpp-python {version('llama_cpp_python')} and exited with code 0."
-        )
-        (folder / f"{path.stem}.sh").write_text(f"#!/bin/sh\n{comment}\n{command}\n")
-
-
-def record_fidelity(workspace: "ExportWorkspace", artifacts: Sequence[ExportedArtifact]) -> None:
-    """Add the measured fidelity of these artifacts to the usage folder's fidelity.json."""
-    path = workspace.usage_folder() / FIDELITY_FILE
-    recorded: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}  # Any: JSON
-    write_json(path, recorded | {artifact.name: artifact.fidelity for artifact in artifacts if artifact.fidelity})
+    if command is None:
+        return (modelfile_path, fidelity_path)
+    comment = f"# This command was run with llama.cpp as packaged in llama-cpp-python {version('llama_cpp_python')} and exited with code 0."
+    script_path.write_text(f'#!/bin/sh\n{comment}\ncd "$(dirname "$0")" || exit\n{command}\n')
+    return (modelfile_path, script_path, fidelity_path)
 
 
 def verify_command(model: Path, prompt: str, bos: str | None, *, threads: int, adapter: Path | None = None) -> str | None:

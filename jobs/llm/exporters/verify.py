@@ -50,7 +50,7 @@ class ExportedFile:
     base: Path | None = None  # the base model's GGUF file, for an adapter
     missing_weights: str = ""  # trained weights that the format cannot hold, in words; such a file gets a warning, not an error
     imatrix: bool = False
-    too_coarse: bool = False  # this precision rounds off some of the training, so a finer one was chosen for the merged model
+    too_coarse: bool = False  # this precision rounds the merged model, which is in a finer one
 
     @property
     def must_match(self) -> bool:

@@ -12,7 +12,6 @@ from jobs.llm.exporters.model_files import Precision
 from jobs.llm.exporters.modelfile import OllamaTemplate, make_ollama_template
 from jobs.llm.exporters.user_path import check_tokenizer_path, rows_begin_with_bos
 from jobs.llm.model_kinds import ModelKind
-from jobs.runtime.artifacts import ExportedArtifact
 from schema.spec import artifact_key
 from schema.training.llm_export import GgufQuantization, MergedDtype
 from schema.types import ArtifactKind
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from schema.training.llm_export import ExportConfig
 
 PRECISION_OF_DTYPE: dict[MergedDtype, Precision] = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
-USAGE_ARTIFACT = "gguf-usage"
 
 
 class ExportWorkspace:
@@ -130,17 +128,6 @@ class ExportWorkspace:
     def key(self, kind: ArtifactKind, name: str = "") -> str:
         """The object key under which this attempt uploads an artifact."""
         return artifact_key(self.context.spec.training_config.artifact_folder(kind), self.context.spec.job_id, self.context.attempt, name)
-
-    def usage_folder(self) -> Path:
-        """The folder of Modelfiles, run scripts and fidelity.json, published beside the GGUF files."""
-        folder = self.path("usage")
-        folder.mkdir(exist_ok=True)
-        return folder
-
-    def usage_artifacts(self) -> list[ExportedArtifact]:
-        """The usage folder as one artifact; empty without GGUF files."""
-        folder = self.path("usage")
-        return [ExportedArtifact(name=USAGE_ARTIFACT, kind="gguf", path=folder, key=self.key("gguf", "usage/"))] if folder.is_dir() else []
 
     def clear(self) -> None:
         """Delete the workspace's files."""

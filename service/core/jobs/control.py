@@ -17,6 +17,7 @@ from service.core.jobs.trackers import DeploymentTrackers, deployment_tracker_se
 from service.core.launchers import LauncherPool
 from service.core.ports import Wake
 from service.core.principals import Principal, Scope
+from service.core.problems import Problems
 from service.core.spending import change_caps, check_cost_cap
 from service.core.validation.placement import place
 
@@ -58,7 +59,7 @@ class JobControl:
         """
         principal.require(Scope.JOBS_WRITE)
         before = self._repository.find(principal, job_id)
-        placements = self._resolve_placements(before, request)
+        placements = self._check_request(before, request)
         if before.status is Status.PAUSED:
             self._check_room(before, request, placements)
             self._refresh_secrets(before, request)
@@ -78,7 +79,7 @@ class JobControl:
         """
         principal.require(Scope.JOBS_WRITE)
         before = self._repository.find(principal, job_id)
-        placements = self._resolve_placements(before, request)
+        placements = self._check_request(before, request)
         if before.status in (Status.FAILED, Status.CANCELLED):
             self._repository.find_datasets(before)
             self._check_room(before, request, placements)
@@ -92,6 +93,16 @@ class JobControl:
         self._wake(job_id)
         return job
 
+    def _check_request(self, job: Job, request: ContinuationOptions) -> tuple[Placement, ...] | None:
+        """The placements of the requested hardware. Raises what can be said of the request whatever the job's state is."""
+        problems, placements = Problems(), None
+        with problems.collect():
+            placements = self._resolve_placements(job, request)
+        with problems.collect():
+            _extend_training(job.training_config, request)
+        problems.raise_found()
+        return placements
+
     def _check_room(self, job: Job, request: ContinuationOptions, placements: tuple[Placement, ...] | None) -> None:
         """Raise Conflict, InvalidRequest or QuotaExceeded unless the caps and the tenant's quotas let the job continue."""
         _change_caps(job, request, self._repository.clock())
@@ -99,11 +110,11 @@ class JobControl:
 
     def _refresh_secrets(self, job: Job, request: ContinuationOptions) -> None:
         """Store the secrets that were sent again beside those still stored. Raises InvalidRequest when one that the job had is missing."""
-        renewed = resent_secrets(request)
-        for name in renewed.keys() - set(job.secret_names):
-            raise InvalidRequest(
-                f"{job.job_id} was created without {name} and continues without it", hint="leave it out", param=_secret_param(name)
-            )
+        renewed, problems = resent_secrets(request), Problems()
+        for name in sorted(renewed.keys() - set(job.secret_names)):
+            message = f"{job.job_id} was created without {name} and continues without it"
+            problems.add(InvalidRequest(message, hint="leave it out", param=_secret_param(name)))
+        problems.raise_found()
         if not job.secret_names:
             return
         stored = self._repository.secrets.read(job.job_id)
@@ -112,7 +123,8 @@ class JobControl:
             if name not in known:
                 hint = "secrets are destroyed when a job ends, and expire after 30 days"
                 message = f"{name} is needed again to continue {job.job_id}; send it in the body"
-                raise InvalidRequest(message, hint=hint, param=_secret_param(name))
+                problems.add(InvalidRequest(message, hint=hint, param=_secret_param(name)))
+        problems.raise_found()
         if known != stored:
             self._repository.secrets.put(job.job_id, known)
 
@@ -137,20 +149,23 @@ def _change_caps(job: Job, request: ContinuationOptions, now: datetime) -> Job:
 def _extend_training(config: TrainingConfig, request: ContinuationOptions) -> TrainingConfig:
     """Raises InvalidRequest for fewer epochs or steps than before, and for the unit that the job's length is not given in."""
     hyperparameters = config.hyperparameters
-    changes: dict[str, int] = {}
+    changes, problems = dict[str, int](), Problems()
     for name, requested in (("epochs", request.epochs), ("max_steps", request.max_steps)):
         if requested is None or requested == getattr(hyperparameters, name, None):
             continue
         unit = config.length_unit
         if unit is None:
-            raise InvalidRequest(f"the length of a {config.trainer_type} job cannot change", hint=f"leave {name} out", param=name)
-        if name != unit:
-            raise InvalidRequest(f"the length of this job is counted in {unit}; {name} would not be used", hint=f"raise {unit}", param=name)
-        if requested < getattr(hyperparameters, name):
-            planned = getattr(hyperparameters, name)
+            message, hint = f"the length of a {config.trainer_type} job cannot change", f"leave {name} out"
+        elif name != unit:
+            message, hint = f"the length of this job is counted in {unit}; {name} would not be used", f"raise {unit}"
+        elif requested < (planned := getattr(hyperparameters, name)):
             message = f"{name} can only grow: the job was planned with {planned} and may already be past {requested}"
-            raise InvalidRequest(message, hint="an earlier checkpoint can be exported instead", param=name)
-        changes[name] = requested
+            hint = "an earlier checkpoint can be exported instead"
+        else:
+            changes[name] = requested
+            continue
+        problems.add(InvalidRequest(message, hint=hint, param=name))
+    problems.raise_found()
     if not changes:
         return config
     try:

@@ -79,19 +79,20 @@ def _check_artifact(job: Job, number: int, artifact: Artifact, models_url: str, 
     if artifact.size_bytes < 0:
         raise InvalidRequest("a size is 0 bytes or more", param=f"{param}.size_bytes")
     is_folder = artifact.key.endswith("/")
-    if not is_folder and [file.path for file in artifact.files] != [""]:
-        raise InvalidRequest("an artifact whose key has no '/' at its end is one file, with an empty path", param=f"{param}.files")
-    if len({file.path for file in artifact.files}) < len(artifact.files):
+    if not is_folder and (not artifact.files or artifact.files[0].path):
+        message = "an artifact whose key has no '/' at its end begins with that file, with an empty path"
+        raise InvalidRequest(message, param=f"{param}.files")
+    if len({artifact.file_key(file) for file in artifact.files}) < len(artifact.files):
         raise InvalidRequest("two files have the same path", param=f"{param}.files")
     for index, file in enumerate(artifact.files):
-        _check_file(file, f"{param}.files.{index}", is_in_folder=is_folder)
+        _check_file(file, f"{param}.files.{index}", is_named_by_key=index == 0 and not is_folder)
     if artifact.hub is not None:
         _check_hub_push(job, artifact.hub, f"{param}.hub")
     return artifact.model_copy(update={"uri": f"{models_url}/{artifact.key}"})
 
 
-def _check_file(file: ArtifactFile, param: str, *, is_in_folder: bool) -> None:
-    if is_in_folder and not _is_canonical_key(file.path):
+def _check_file(file: ArtifactFile, param: str, *, is_named_by_key: bool) -> None:
+    if not is_named_by_key and not _is_canonical_key(file.path):
         raise InvalidRequest("a file's path is relative to its artifact and has no '..' or empty part", param=f"{param}.path")
     if file.size_bytes < 0:
         raise InvalidRequest("a size is 0 bytes or more", param=f"{param}.size_bytes")

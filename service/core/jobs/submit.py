@@ -4,8 +4,10 @@ import re
 from collections.abc import Callable
 
 from schema.dataset import WeightedDataset
-from schema.job import Job, Status
+from schema.job import EarlierModel, Job, Status
+from schema.placement import Placement
 from schema.requests import CloneRequest, TrainRequest
+from schema.training import TrainingConfig
 from service.core.errors import InvalidRequest, NotFound
 from service.core.jobs.budget import Budget
 from service.core.jobs.clone import clone_request
@@ -16,8 +18,10 @@ from service.core.jobs.trackers import DeploymentTrackers, add_deployment_tracke
 from service.core.launchers import LauncherPool
 from service.core.ports import Hub, Wake
 from service.core.principals import Principal, Scope
+from service.core.problems import Problems
 from service.core.spending import check_cost_cap
 from service.core.validation import check_job
+from service.core.validation.base_models import check_base_model
 from service.core.validation.egress import EgressCheck
 from service.core.validation.hub import check_hub, check_token
 from service.core.validation.placement import place
@@ -80,18 +84,10 @@ class Submission:
     def _create(
         self, principal: Principal, request: TrainRequest, idempotency_key: str | None, digest: str, cloned_from: str | None = None
     ) -> Job:
-        config, earlier_model = resolve_earlier_model(self._repository, principal, request.training_config)
-        request = request.model_copy(update={"training_config": config})
-        placements = place(config, request.hardware, self._launchers)
-        check_cost_cap(request.max_cost_usd, placements)
-        check_job(config, self._find_datasets(request, principal.tenant_id), self._models)
-        self._egress.check(config)
-        check_token(config, extract_request_secrets(request).get(HF_SECRET))
-        # The deployment's trackers come after check_token: a caller need not send a token for them.
+        config, earlier_model, placements = self._check(principal, request)
+        # The deployment's trackers come after the checks: a caller need not send a token for them.
         request = request.model_copy(update={"training_config": add_deployment_trackers(config, self._trackers)})
         secrets = extract_request_secrets(request)
-        reads_base = earlier_model is None or earlier_model.needs_base
-        check_hub(request.training_config, secrets.get(HF_SECRET), self._hub, self._models, reads_base=reads_base)
         if earlier := self._budget.check_new_job(principal.tenant_id, placements, idempotency_key, digest):
             return earlier
         now = self._repository.clock()
@@ -120,18 +116,47 @@ class Submission:
         self._wake(stored.job_id)
         return stored
 
+    def _check(self, principal: Principal, request: TrainRequest) -> tuple[TrainingConfig, EarlierModel | None, tuple[Placement, ...]]:
+        """The configuration with its original base, the model to start from, and the placements.
+
+        Raises InvalidRequest or NotFound with every problem that independent checks found, in the order in which they are listed here.
+        """
+        problems, config, earlier_model, placements = Problems(), request.training_config, None, ()
+        with problems.collect():
+            config, earlier_model = resolve_earlier_model(self._repository, principal, config)
+        is_base_known = not problems
+        with problems.collect():
+            placements = place(config, request.hardware, self._launchers, is_new=True)
+            check_cost_cap(request.max_cost_usd, placements)
+        with problems.collect():
+            check_job(config, self._find_datasets(request, principal.tenant_id), self._models)
+        with problems.collect():
+            self._egress.check(config)
+        token = extract_request_secrets(request).get(HF_SECRET)
+        with problems.collect():
+            check_token(config, token)
+        reads_base = is_base_known and (earlier_model is None or earlier_model.needs_base)
+        can_have_base = False
+        with problems.collect():
+            check_base_model(config, token, self._hub, self._models, reads_base=reads_base)
+            can_have_base = reads_base
+        with problems.collect():
+            check_hub(config, token, self._hub, self._models, reads_base=can_have_base)
+        problems.raise_found()
+        return config, earlier_model, placements
+
     def _find_datasets(self, request: TrainRequest, tenant_id: str) -> list[WeightedDataset]:
         """The datasets that the request names. Raises NotFound that names the field."""
-        found: list[WeightedDataset] = []
+        found, problems = list[WeightedDataset](), Problems()
         for index, share in enumerate(request.shares):
             try:
                 dataset = self._repository.find_dataset(share.processed_dataset_id, tenant_id)
             except NotFound as error:
-                if request.datasets is None:
-                    raise
-                param = f"datasets.{index}.processed_dataset_id"
-                raise NotFound(error.message, hint=error.hint, param=param) from error
-            found.append(WeightedDataset(dataset=dataset, weight=share.weight))
+                param = error.param if request.datasets is None else f"datasets.{index}.processed_dataset_id"
+                problems.add(NotFound(error.message, hint=error.hint, param=param))
+            else:
+                found.append(WeightedDataset(dataset=dataset, weight=share.weight))
+        problems.raise_found()
         return found
 
 

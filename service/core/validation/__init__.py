@@ -12,6 +12,7 @@ from schema.job import EarlierModel, Job
 from schema.mixing import count_mixed_rows
 from schema.training import TrainingConfig
 from service.core.errors import InvalidRequest
+from service.core.problems import Problems
 from storage import ObjectStore
 
 # One line adds a family: its name → "module:function". The function takes the configuration, the dataset and the model store, and raises
@@ -30,6 +31,7 @@ def check_job(config: TrainingConfig, datasets: Sequence[WeightedDataset], model
         check(config, datasets[0].dataset, models)
         return
     _check_mix([each.dataset for each in datasets], [each.weight for each in datasets])
+    problems = Problems()
     held_out = {name: split for each in datasets for name, split in each.dataset.splits.items() if name == EVAL_SPLIT}
     for index, each in enumerate(datasets):
         # The held-out rows of one dataset are enough for all.
@@ -37,23 +39,27 @@ def check_job(config: TrainingConfig, datasets: Sequence[WeightedDataset], model
         try:
             check(config, dataset, models)
         except InvalidRequest as error:
-            if error.param != "processed_dataset_id":
-                raise
-            raise InvalidRequest(error.message, hint=error.hint, param=f"datasets.{index}.processed_dataset_id") from error
+            for problem in error.problems:
+                if problem.param == "processed_dataset_id":
+                    problem.param = f"datasets.{index}.processed_dataset_id"
+            problems.add(error)
+    problems.raise_found()
 
 
 def _check_mix(datasets: Sequence[Dataset], weights: Sequence[float]) -> None:
     """Raise InvalidRequest for datasets of different types, and for a weight by which no row would be taken."""
     first = datasets[0]
+    problems = Problems()
     counts = count_mixed_rows([dataset.splits[TRAIN_SPLIT].rows for dataset in datasets], weights)
     for index, (dataset, count) in enumerate(zip(datasets, counts, strict=True)):
         if dataset.dataset_type != first.dataset_type:
             message = f"{dataset.processed_dataset_id} is {dataset.dataset_type}, and {first.processed_dataset_id} is {first.dataset_type}"
             hint = "mix datasets of one type; upload the rows of the other in that form"
-            raise InvalidRequest(message, hint=hint, param=f"datasets.{index}.processed_dataset_id")
+            problems.add(InvalidRequest(message, hint=hint, param=f"datasets.{index}.processed_dataset_id"))
         if not count:
             message = f"with weight {weights[index]:g} an epoch takes no row of {dataset.processed_dataset_id}"
-            raise InvalidRequest(message, hint="raise its weight, or leave the dataset out", param=f"datasets.{index}.weight")
+            problems.add(InvalidRequest(message, hint="raise its weight, or leave the dataset out", param=f"datasets.{index}.weight"))
+    problems.raise_found()
 
 
 def start_from_model(config: TrainingConfig, earlier: Job) -> tuple[TrainingConfig, EarlierModel]:

@@ -14,6 +14,7 @@ from schema.egress import EgressPolicy, EgressRefused, parse_url
 from schema.training import TrainingConfig
 from service.core.errors import InvalidRequest
 from service.core.ports import HostResolver
+from service.core.problems import Problems
 from storage.deadline import deadline
 
 URL_FIELDS = ("base_url", "tracking_uri")  # a test finds every other field of a training config whose pattern is that of a URL
@@ -36,9 +37,12 @@ class EgressCheck:
 
     def check(self, config: TrainingConfig) -> None:
         """Raise InvalidRequest when a URL of the configuration may not be connected to. Takes RESOLVE_TIMEOUT_S at most."""
+        problems = Problems()
         with deadline(RESOLVE_TIMEOUT_S):
             for path, url in _iter_urls(config):
-                self._check_url(path, url)
+                with problems.collect():
+                    self._check_url(path, url)
+        problems.raise_found()
 
     def _check_url(self, path: str, url: str) -> None:
         try:

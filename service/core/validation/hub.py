@@ -3,10 +3,13 @@
 The Hub port returns facts; the functions here decide. When the Hub does not answer, the request passes, and the job checks again.
 """
 
+from collections.abc import Callable
+
 from schema.training import TrainingConfig
 from service.core.errors import InvalidRequest
 from service.core.jobs.secrets import HF_SECRET
 from service.core.ports import Hub, HubAccess, HubAccount
+from service.core.problems import Problems
 from service.core.validation.common import is_stored
 from storage import ObjectStore, StorageError
 from storage.deadline import deadline
@@ -17,6 +20,14 @@ WRITE_ROLES = ("contributor", "write", "admin")  # of an organization's members,
 
 class NoHub:
     """The Hub of an offline deployment: every answer is unknown."""
+
+    def __init__(self, is_cached: Callable[[str], bool] | None = None) -> None:
+        """`is_cached` tells which models attempts have in their cache, where they are offline too; None: they may reach the Hub."""
+        self._is_cached = is_cached
+
+    def is_unreachable_for_attempts(self, repo_id: str) -> bool:
+        """Whether an attempt cannot get a model either, unless the model store has it."""
+        return self._is_cached is not None and not self._is_cached(repo_id)
 
     def check_read_access(self, repo_id: str, token: str | None) -> HubAccess:  # noqa: ARG002
         return "unknown"
@@ -43,10 +54,12 @@ def check_token(config: TrainingConfig, token: str | None) -> None:
         "destination 'hfhub'": config.export_config.hf_repo_id,
         "trackio_config.space_id": config.trackio_config and config.trackio_config.space_id,
     }
+    problems = Problems()
     for field, repo_id in writes.items():
         if repo_id and not token:
             hint = "create a token with write access: https://huggingface.co/settings/tokens"
-            raise InvalidRequest(f"{field} needs hf_token, to write to {repo_id}", hint=hint, param=HF_SECRET)
+            problems.add(InvalidRequest(f"{field} needs hf_token, to write to {repo_id}", hint=hint, param=HF_SECRET))
+    problems.raise_found()
 
 
 def check_hub(config: TrainingConfig, token: str | None, hub: Hub, models: ObjectStore, *, reads_base: bool = True) -> None:
@@ -57,13 +70,17 @@ def check_hub(config: TrainingConfig, token: str | None, hub: Hub, models: Objec
     push_repo_id = config.export_config.hf_repo_id  # the schema requires it with destination hfhub, and forbids it otherwise
     if isinstance(hub, NoHub):
         return  # without looking for the base model in the model store
+    problems = Problems()
     with deadline(HUB_TIMEOUT_S):
         base_model_id = config.hub_model_id if reads_base else None
         if base_model_id and not _is_base_stored(models, base_model_id):
-            check_base_access(base_model_id, hub.check_read_access(base_model_id, token), has_token=bool(token))
+            with problems.collect():
+                check_base_access(base_model_id, hub.check_read_access(base_model_id, token), has_token=bool(token))
         if push_repo_id and token:
             access = hub.check_write_access(push_repo_id, token)
-            check_push_access(push_repo_id, access, hub.get_account(token) if access in ("refused", "absent", "unknown") else None)
+            with problems.collect():
+                check_push_access(push_repo_id, access, hub.get_account(token) if access in ("refused", "absent", "unknown") else None)
+    problems.raise_found()
 
 
 def _is_base_stored(models: ObjectStore, base_model_id: str) -> bool:

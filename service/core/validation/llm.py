@@ -18,6 +18,8 @@ from schema.training.llm_graders import (
     TextSimilarityGrader,
 )
 from service.core.errors import InvalidRequest
+from service.core.problems import Problems
+from service.core.suggestions import did_you_mean
 from service.core.validation.chat_template import check_chat_template
 from service.core.validation.common import check_dataset_type, is_stored
 from service.core.validation.known_models import find_known_model, is_stateful_name
@@ -30,43 +32,59 @@ OPTIONAL_METRIC_PREFIXES = ("accuracy", "exact_match", "rouge", "bleu", "chrf", 
 
 def check_job(config: LlmTrainingConfig, dataset: Dataset, models: ObjectStore) -> None:
     """Raise InvalidRequest when the trainer cannot train on that dataset, or a grader's model is missing. Raises StorageError."""
-    check_dataset_compatible(config, dataset)
-    check_embedding_models(config, models)
+    problems = Problems()
+    with problems.collect():
+        check_dataset_compatible(config, dataset)
+    with problems.collect():
+        check_embedding_models(config, models)
+    problems.raise_found()
 
 
 def check_dataset_compatible(config: LlmTrainingConfig, dataset: Dataset) -> None:
     """Raise InvalidRequest when the trainer cannot train on that dataset, as far as that shows before any compute is spent."""
-    check_dataset_type(config, dataset)
-    _check_images(config, dataset)
-    _check_form(config, dataset)
-    if isinstance(config, SftConfig):
-        _check_learned_messages(config, dataset)
+    problems = Problems()
+    with problems.collect():
+        check_dataset_type(config, dataset)
+        # Only of rows that the trainer reads: another dataset is needed anyway.
+        with problems.collect():
+            _check_images(config, dataset)
+        with problems.collect():
+            _check_form(config, dataset)
+        if isinstance(config, SftConfig):
+            with problems.collect():
+                _check_learned_messages(config, dataset)
+        if isinstance(config, GrpoConfig):
+            _check_grader_columns(config, dataset)
     if config.chat_template is not None:
-        check_chat_template(config.chat_template)
-    _check_base(config)
-    if isinstance(config, GrpoConfig):
-        _check_grader_columns(config, dataset)
+        with problems.collect():
+            check_chat_template(config.chat_template)
+    with problems.collect():
+        _check_base(config)
     if EVAL_SPLIT not in dataset.splits:
-        check_eval_split(config.eval_config, dataset.processed_dataset_id)
-    check_gate(config.eval_config)
+        with problems.collect():
+            check_eval_split(config.eval_config, dataset.processed_dataset_id)
+    with problems.collect():
+        check_gate(config.eval_config)
+    problems.raise_found()
 
 
 def check_embedding_models(config: LlmTrainingConfig, models: ObjectStore) -> None:
     """Raise InvalidRequest when a grader's embedding model is not in the model store: jobs never download embedding models."""
+    problems = Problems()
     for index, grader in enumerate(config.reward_config if isinstance(config, GrpoConfig) else []):
         if not isinstance(grader, TextSimilarityGrader) or grader.embedding_model is None or grader.base_url is not None:
             continue
         if not is_stored(models, grader.embedding_model):
             folder = f"{models.url}/pretrained_weights/huggingface/{grader.embedding_model}/"
-            raise InvalidRequest(
-                f"grader {grader.name!r} uses {grader.embedding_model}, which is not in this deployment's model store",
-                hint=f"set base_url to an endpoint that serves it, or put its files at {folder}",
-                param=f"training_config.reward_config.{index}.embedding_model",
-            )
+            message = f"grader {grader.name!r} uses {grader.embedding_model}, which is not in this deployment's model store"
+            hint = f"set base_url to an endpoint that serves it, or put its files at {folder}"
+            problems.add(InvalidRequest(message, hint=hint, param=f"training_config.reward_config.{index}.embedding_model"))
+    problems.raise_found()
 
 
 def check_eval_split(eval_config: EvalConfig, dataset_id: str) -> None:
     """Raise InvalidRequest for anything that is measured on held-out rows: the dataset has none."""
+    problems = Problems()
     for field, requested, alternative in (
         ("eval_strategy", eval_config.eval_strategy != "no", "set eval_strategy to 'no'"),
         ("compute_eval_metrics", eval_config.compute_eval_metrics, "set compute_eval_metrics to false"),
@@ -74,24 +92,25 @@ def check_eval_split(eval_config: EvalConfig, dataset_id: str) -> None:
     ):
         if requested:
             value = f" {eval_config.eval_strategy!r}" if field == "eval_strategy" else ""
-            raise InvalidRequest(
-                f"{field}{value} needs held-out rows, and {dataset_id} has none",
-                hint=f"upload the dataset with eval_fraction above 0, or {alternative}",
-                param=f"training_config.eval_config.{field}",
-            )
+            message = f"{field}{value} needs held-out rows, and {dataset_id} has none"
+            hint = f"upload the dataset with eval_fraction above 0, or {alternative}"
+            problems.add(InvalidRequest(message, hint=hint, param=f"training_config.eval_config.{field}"))
+    problems.raise_found()
 
 
 def check_gate(eval_config: EvalConfig) -> None:
     """Raise InvalidRequest for a gate on a metric that the job will not measure: it could never pass."""
+    problems = Problems()
     for index, check in enumerate(eval_config.promotion_gate):
         param = f"training_config.eval_config.promotion_gate.{index}.metric"
         if check.metric.startswith(OPTIONAL_METRIC_PREFIXES) and not eval_config.compute_eval_metrics:
             message = f"the gate checks {check.metric}, which is only measured with compute_eval_metrics"
-            raise InvalidRequest(message, hint="set eval_config.compute_eval_metrics to true", param=param)
+            problems.add(InvalidRequest(message, hint="set eval_config.compute_eval_metrics to true", param=param))
         task = check.metric.removeprefix(LM_EVAL_PREFIX).partition("/")[0]
         if check.metric.startswith(LM_EVAL_PREFIX) and task not in eval_config.lm_eval_tasks:
             message = f"the gate checks {check.metric}, and {task!r} is not in lm_eval_tasks"
-            raise InvalidRequest(message, hint=f"add {task} to eval_config.lm_eval_tasks", param=param)
+            problems.add(InvalidRequest(message, hint=f"add {task} to eval_config.lm_eval_tasks", param=param))
+    problems.raise_found()
 
 
 def _check_images(config: LlmTrainingConfig, dataset: Dataset) -> None:
@@ -129,34 +148,34 @@ def _check_learned_messages(config: SftConfig, dataset: Dataset) -> None:
 
 
 def _check_base(config: LlmTrainingConfig) -> None:
+    problems = Problems()
     base, rank = find_known_model(config.base_model_id), config.hyperparameters.lora_rank
     if config.hyperparameters.packing and is_stateful_name(config.base_model_id):
         message = f"{config.base_model_id} carries a state along the sequence, so that packed rows would reach each other"
-        raise InvalidRequest(message, hint="set packing to false", param="training_config.hyperparameters.packing")
-    if base is None:
-        return
-    if config.modality == "vision" and base.images != "trained":
+        problems.add(InvalidRequest(message, hint="set packing to false", param="training_config.hyperparameters.packing"))
+    if base is not None and config.modality == "vision" and base.images != "trained":
         reason = "is a text model; it does not accept images" if base.images == "none" else "has images that this trainer does not know"
         hint = "modality 'vision' trains multimodal Gemma 3: google/gemma-3-4b-it and larger"
-        raise InvalidRequest(f"{config.base_model_id} {reason}", hint=hint, param="training_config.modality")
-    if config.method != "Full" and base.hidden_size is not None and rank > base.hidden_size:
+        problems.add(InvalidRequest(f"{config.base_model_id} {reason}", hint=hint, param="training_config.modality"))
+    if base is not None and config.method != "Full" and base.hidden_size is not None and rank > base.hidden_size:
         message = f"lora_rank {rank} is above {base.hidden_size}, the width of {config.base_model_id}'s layers"
         hint = f"8 to 64 is usual; at most {base.hidden_size}"
-        raise InvalidRequest(message, hint=hint, param="training_config.hyperparameters.lora_rank")
+        problems.add(InvalidRequest(message, hint=hint, param="training_config.hyperparameters.lora_rank"))
+    problems.raise_found()
 
 
 def _check_grader_columns(config: GrpoConfig, dataset: Dataset) -> None:
     """Raise InvalidRequest when a grader reads a column that the rows do not have."""
     known = dataset.columns if dataset.dataset_type == "prompt" else ("completion",)
+    problems = Problems()
     for index, grader in enumerate(config.reward_config):
         for field, column in _grader_columns(grader):
             if column not in known:
                 message = f"grader {grader.name!r} reads the column {column!r}; the rows of {dataset.processed_dataset_id} have: "
-                raise InvalidRequest(
-                    message + (", ".join(known) or "none beside the prompt"),
-                    hint=f"name one of them in {field}, or upload rows that have the column",
-                    param=f"training_config.reward_config.{index}.{field}",
-                )
+                hint = did_you_mean(column, known, f"name one of them in {field}, or upload rows that have the column")
+                param = f"training_config.reward_config.{index}.{field}"
+                problems.add(InvalidRequest(message + (", ".join(known) or "none beside the prompt"), hint=hint, param=param))
+    problems.raise_found()
 
 
 def _grader_columns(grader: Grader) -> Iterator[tuple[str, str]]:

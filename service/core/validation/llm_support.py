@@ -6,6 +6,7 @@ from schema.estimate.llm_models import find_known_shape
 from schema.training import LlmTrainingConfig
 from service.core.errors import Unsupported
 from service.core.ports import Profile
+from service.core.problems import Problems
 from service.core.validation.llm_optimizers import check_optimizer
 
 MIN_FLASH_ATTENTION_CAPABILITY = 8.0  # Ampere
@@ -13,27 +14,31 @@ MIN_FLASH_ATTENTION_CAPABILITY = 8.0  # Ampere
 
 def check_support(config: LlmTrainingConfig, capabilities: FamilyCapabilities, profile: Profile) -> None:
     """Raise Unsupported when the job needs what the placement does not have; the message lists what it has."""
+    problems = Problems()
     for field, value in (("provider", config.provider), ("method", config.method), ("modality", config.modality)):
         known = list_options(field, capabilities, profile)
         if value not in known:
             message = f"{field} {value!r} is not available on {profile.name}; it supports: {', '.join(known)}"
-            raise _unsupported(field, message, capabilities, profile)
+            problems.add(_unsupported(field, message, capabilities, profile))
     export, features = config.export_config, capabilities.features
     if (export.include_gguf or export.include_lora_gguf) and not features.get("gguf"):
         field = "include_gguf" if export.include_gguf else "include_lora_gguf"
         message = "this deployment cannot write GGUF: llama.cpp is not installed in its trainer environment"
-        raise _unsupported(f"export_config.{field}", message, capabilities, profile)
+        problems.add(_unsupported(f"export_config.{field}", message, capabilities, profile))
     if "onnx" in export.formats and not features.get("onnx"):
         message = "this deployment cannot write ONNX: its exporter is not installed in the trainer environment"
-        raise _unsupported("export_config.format", message, capabilities, profile)
+        problems.add(_unsupported("export_config.format", message, capabilities, profile))
     if config.eval_config.lm_eval_tasks and not features.get("lm_eval"):
         message = "this deployment cannot run lm-eval tasks: lm-evaluation-harness is not installed in its trainer environment"
-        raise _unsupported("eval_config.lm_eval_tasks", message, capabilities, profile)
+        problems.add(_unsupported("eval_config.lm_eval_tasks", message, capabilities, profile))
     if config.hyperparameters.use_fa2 and not has_flash_attention(capabilities, profile):
         message = f"use_fa2 needs FlashAttention 2 and an Ampere or newer GPU; {profile.name} is {profile.device_name}"
-        raise _unsupported("hyperparameters.use_fa2", message, capabilities, profile)
-    check_optimizer(config, profile)
-    check_memory(config, capabilities, profile)
+        problems.add(_unsupported("hyperparameters.use_fa2", message, capabilities, profile))
+    with problems.collect():
+        check_optimizer(config, profile)
+    with problems.collect():
+        check_memory(config, capabilities, profile)
+    problems.raise_found()
 
 
 def check_memory(config: LlmTrainingConfig, capabilities: FamilyCapabilities, profile: Profile) -> None:

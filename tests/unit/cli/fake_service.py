@@ -4,6 +4,8 @@ import httpx2
 
 from cli.http_client import Client
 
+JOB_ID = "training_0123456789ab"  # a full id, which costs no request
+
 FakeReply = httpx2.Response | httpx2.TransportError
 
 CONNECTION_LOST = httpx2.ReadError("the response was lost")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cli.text import UNSAFE, clean_strings, clean_text
-from tests.unit.cli.fake_service import FakeService
+from tests.unit.cli.fake_service import JOB_ID, FakeService
 from tests.unit.cli.test_commands import run_command
 
 TITLE = "\x1b]0;owned\x07"
@@ -48,17 +48,19 @@ def test_every_string_of_an_answer_is_cleaned(value: object) -> None:
 
 def test_log_of_an_attempt_cannot_control_the_terminal() -> None:
     pages = [httpx2.Response(200, json={"attempt": 1, "text": text, "next_offset": 9}) for text in (f"loss 1.0\n{TITLE}{CLIPBOARD}", "")]
-    done, _ = run_command("logs", "training_0", replies=[*pages])
+    done, _ = run_command("logs", JOB_ID, replies=[*pages])
     assert "␛]0;owned" in done.output
     assert "\x1b" not in done.output
 
 
 def test_followed_log_cannot_control_the_terminal() -> None:
-    service = FakeService(httpx2.Response(200, text=f"a{CLIPBOARD}b"))
-    assert "\x1b" not in "".join(service.client.follow_log("training_0", None))
+    part = json.dumps({"attempt": 1, "text": f"a{CLIPBOARD}b", "offset": 9})
+    stream = f"id: 1:9\ndata: {part}\n\nevent: done\ndata: {{}}\n\n"
+    service = FakeService(httpx2.Response(200, text=stream, headers={"Content-Type": "text/event-stream"}))
+    assert [part["text"] for part in service.client.follow_log(JOB_ID, None)] == ["a␛]52;c;cm0gLXJm␛\\b"]
 
 
 def test_error_message_cannot_control_the_terminal() -> None:
     body = {"error": {"code": "not_found", "message": f"no job {TITLE}", "hint": CLIPBOARD, "param": None}}
-    done, _ = run_command("show", "training_0", replies=[httpx2.Response(404, json=body)])
+    done, _ = run_command("show", JOB_ID, replies=[httpx2.Response(404, json=body)])
     assert "\x1b" not in str(done.exception)

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from stat import S_ISREG
 from typing import Self
 
 import psutil
@@ -167,6 +168,11 @@ class LocalLauncher:
                 child.wait(STOP_GRACE_S)
         self._reap()
 
+    # --- AttemptOwner ------------------------------------------------------------------------------------------------
+
+    def count_attempts(self) -> int:
+        return len(self._running_attempts())
+
     # --- ExitReasonReader --------------------------------------------------------------------------------------------
 
     def get_exit_reason(self, handle: str) -> ExitReason | None:
@@ -176,7 +182,7 @@ class LocalLauncher:
 
     # --- LogReader ---------------------------------------------------------------------------------------------------
 
-    def read_log(self, name: str, offset: int, max_bytes: int) -> LogPage | None:
+    def read_log(self, name: str, offset: int, max_bytes: int, *, whole_lines: bool = False) -> LogPage | None:
         try:
             with self._log_path(name).open("rb") as stream:
                 stream.seek(offset)
@@ -184,7 +190,19 @@ class LocalLauncher:
         except FileNotFoundError:
             return None
         content = _trim_partial_utf8(content)
+        if whole_lines:
+            content = content[: content.rfind(b"\n") + 1] or content
         return LogPage(text=content.decode(errors="replace"), next_offset=offset + len(content))
+
+    def find_log_tail(self, name: str, lines: int, max_bytes: int) -> int | None:
+        try:
+            with self._log_path(name).open("rb") as stream:
+                size_bytes = stream.seek(0, os.SEEK_END)
+                start = stream.seek(max(0, size_bytes - max_bytes))
+                content = stream.read(size_bytes - start)
+        except FileNotFoundError:
+            return None
+        return start + _find_tail(content, lines, is_cut=start > 0)
 
     def delete_log(self, name: str) -> bool:
         """Delete the output of an attempt and its working folder."""
@@ -194,6 +212,13 @@ class LocalLauncher:
         if folder.is_dir():
             shutil.rmtree(folder, ignore_errors=True)
         return existed
+
+    # --- LogMeter ----------------------------------------------------------------------------------------------------
+
+    def measure_logs(self, job_id: str) -> int:
+        own = re.compile(rf"{re.escape(job_id)}\.\d+(\.log)?")  # an id may have a dot too
+        attempts = [path for path in self._folder.glob(f"{job_id}.*") if own.fullmatch(path.name)]
+        return sum(_size_of(path) for attempt in attempts for path in (attempt, *attempt.rglob("*")))
 
     # --- helpers -----------------------------------------------------------------------------------------------------
 
@@ -284,6 +309,28 @@ def _send_signal(pid: int, signal_number: signal.Signals) -> None:
 def _kill_group(pid: int) -> None:
     with suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
+
+
+def _size_of(path: Path) -> int:
+    """Bytes of a file; 0 for anything else, such as a link to a base model, and for a file that was just deleted."""
+    try:
+        stat = path.lstat()
+    except FileNotFoundError:
+        return 0
+    return stat.st_size if S_ISREG(stat.st_mode) else 0
+
+
+def _find_tail(content: bytes, lines: int, *, is_cut: bool) -> int:
+    """Where the last lines begin. The first line of cut content is left out, unless it is the only one."""
+    end = len(content.removesuffix(b"\n"))  # the end of the last line begins no other one
+    for _ in range(lines):
+        end = content.rfind(b"\n", 0, end)
+        if end < 0:
+            break
+    if end >= 0 or not is_cut:
+        return end + 1
+    first_whole = content.find(b"\n", 0, len(content) - 1) + 1
+    return first_whole or len(content) - len(content.lstrip(bytes(range(0x80, 0xC0))))  # not inside a character
 
 
 def _trim_partial_utf8(content: bytes) -> bytes:
