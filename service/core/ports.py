@@ -224,6 +224,15 @@ class Launcher(Protocol):
         ...
 
 
+@runtime_checkable
+class AttemptOwner(Protocol):
+    """A launcher whose attempts end when the service stops: they save their state and continue at the next start."""
+
+    def count_attempts(self) -> int:
+        """How many run now."""
+        ...
+
+
 @dataclass(frozen=True)
 class ExitReason:
     """Why an attempt ended that wrote no result."""
@@ -275,6 +284,15 @@ class LogReader(Protocol):
 
     def delete_log(self, name: str) -> bool:
         """Delete the output. False when there was none."""
+        ...
+
+
+@runtime_checkable
+class LogMeter(Protocol):
+    """A launcher that keeps the output of attempts, and knows how much it has."""
+
+    def measure_logs(self, job_id: str) -> int:
+        """Bytes of the output, and of the working folders, of all attempts of a job."""
         ...
 
 

@@ -60,12 +60,13 @@ def test_every_gguf_matches_the_model(job: Json) -> None:
 
 
 def test_the_gguf_answers_after_download(job: Json, service: Service, tmp_path: Path) -> None:
-    [path] = service.run_cli("download", job["job_id"], "--artifact", "gguf-f16", "--to", str(tmp_path)).split()
+    files = service.run_cli("download", job["job_id"], "--artifact", "gguf-f16", "--to", str(tmp_path)).split()
+    [path] = [file for file in files if file.endswith(".gguf")]
     command = [
         str(TRAINER_PYTHON),
         "-m",
         "jobs.llm.chat",
-        "--gguf",
+        "--model",
         path,
         "--temperature",
         "0",
@@ -106,7 +107,25 @@ def test_watch_of_finished_job_returns(job: Json, service: Service) -> None:
     assert "completed" in service.run_cli("watch", job["job_id"])
 
 
-def test_unknown_base_model_fails_the_job_with_hint(service: Service) -> None:
+def test_unknown_base_model_is_refused_before_a_job_is_taken(service: Service) -> None:
+    body = {"processed_dataset_id": service.upload(), "training_config": {"base_model_id": "nobody/nothing"}}
+    error = service.http.post("/train", json=body).json()["error"]
+    assert error["param"] == "training_config.base_model_id"
+    assert BASE in error["message"]
+
+
+def test_base_of_a_folder_is_imported_listed_and_removed(service: Service, tiny_gemma: Path) -> None:
+    service.run_cli("models", "import", str(tiny_gemma), "--name", "me/mine")
+    assert service.http.get("/models/mine").json()["source"] == "folder"
+    assert {"me/mine", BASE} <= set(service.run_cli("models", "list").split())
+    service.run_cli("models", "remove", "mine", "--yes")
+    assert service.http.get("/models/me/mine").status_code == 404
+
+
+def test_base_model_without_weights_fails_the_job_with_hint(service: Service) -> None:
+    base = service.home / "objects/pretrained_weights/huggingface/nobody/nothing"
+    base.mkdir(parents=True)
+    (base / "config.json").write_text("{}")
     job = service.wait_until_final(service.train(service.upload(), config={"base_model_id": "nobody/nothing"}))
     assert job["status"] == "failed"
     assert "nobody/nothing" in job["error"]
@@ -143,7 +162,8 @@ def test_cli_workflow(service: Service, tmp_path: Path) -> None:
     assert "attempt" in service.run_cli("logs", job_id)
     files = service.run_cli("download", job_id, "--to", str(tmp_path / "out")).split()
     assert {Path(file).name for file in files} >= {"adapter_model.safetensors", "adapter_config.json"}
-    assert "no GGUF" in service.run_cli("chat", job_id, expect_failure=True)
+    lines = service.run_cli("chat", job_id, "--max-tokens", "4", "--prompt", "what is it", "--json").splitlines()
+    assert json.loads(lines[-1])["done"]  # the adapter talks, with its base
     assert "LoRA" in service.run_cli("capabilities")
     assert "no job" in service.run_cli("watch", "nobody", expect_failure=True)
     assert "it supports: sft" in service.run_cli(

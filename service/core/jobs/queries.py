@@ -181,12 +181,17 @@ def _describe_failed_checks(gate: Gate) -> str:
 
 
 def _pick_artifact(job: Job, name: str | None) -> Artifact:
-    """The artifact of that name, or the most useful one. Raises NotFound."""
+    """The artifact of that name, or of those that the family recommends the one of its first kind. Raises NotFound."""
     if name is None:
         if not job.artifacts:
             raise NotFound(f"{job.job_id} has no artifacts")
-        preferred = [info.name for info in job.training_config.artifact_kinds]
-        return min(job.artifacts, key=lambda artifact: preferred.index(artifact.kind) if artifact.kind in preferred else len(preferred))
+        config = job.training_config
+        recommended = [artifact for artifact in job.artifacts if config.recommends_artifact(artifact.name, artifact.fidelity)]
+        preferred = [info.name for info in config.artifact_kinds]
+        return min(
+            recommended or job.artifacts,
+            key=lambda artifact: preferred.index(artifact.kind) if artifact.kind in preferred else len(preferred),
+        )
     for artifact in job.artifacts:
         if artifact.name == name:
             return artifact
