@@ -18,7 +18,8 @@ from schema.version import VERSION
 # In the order that `tunesmith --help` shows: a function, or a Typer app with commands of its own.
 COMMANDS: dict[str, str] = {
     "serve": "cli.local:serve",
-    "train": "cli.submit:train",
+    "stop": "cli.background:stop",
+    "train": "cli.train:train",
     "jobs": "cli.jobs:list_jobs",
     "show": "cli.jobs:show_job",
     "watch": "cli.watch:watch",
@@ -30,12 +31,16 @@ COMMANDS: dict[str, str] = {
     "checkpoints": "cli.jobs:list_checkpoints",
     "export": "cli.submit:export",
     "clone": "cli.submit:clone",
-    "delete": "cli.jobs:delete_job",
+    "delete": "cli.jobs:delete_jobs",
     "orphans": "cli.deployment:list_orphans",
     "download": "cli.download:download",
-    "chat": "cli.local:chat",
+    "chat": "cli.chat:chat",
     "datasets": "cli.datasets:app",
+    "models": "cli.models:app",
+    "du": "cli.storage:show_usage",
+    "prune": "cli.storage:prune",
     "capabilities": "cli.deployment:show_capabilities",
+    "doctor": "cli.doctor:doctor",
     "whoami": "cli.access:show_whoami",
     "open": "cli.access:open_in_browser",
     "keys": "cli.access:app",
@@ -122,7 +127,7 @@ def set_global_options(
     if context.obj is None:  # tests pass their own client factory
         from cli.connection import Connection
 
-        context.obj = Connection.choose(url, api_key, identity_token).create_client
+        context.obj = Connection.choose(url, api_key, identity_token)
 
 
 def main() -> None:

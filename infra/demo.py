@@ -102,7 +102,7 @@ def compare_answers(questions: list[str], gguf: Path) -> Table:
     for heading in ("question", "base", "tuned"):
         table.add_column(heading, overflow="fold")
     for question, base_answer in zip(questions, base_answers, strict=True):
-        command = [TRAINER_PYTHON, "-m", "jobs.llm.chat", "--gguf", gguf, "--temperature", "0", "--max-tokens", str(ANSWER_TOKENS)]
+        command = [TRAINER_PYTHON, "-m", "jobs.llm.chat", "--model", gguf, "--temperature", "0", "--max-tokens", str(ANSWER_TOKENS)]
         table.add_row(question, base_answer, run_and_capture([*command, "--prompt", question], quiet=True).strip())
     return table
 

@@ -28,6 +28,7 @@ from service.api import (
     models,
     openapi,
     root,
+    storage,
     train,
 )
 from service.api.audit import AuditWriter
@@ -51,7 +52,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ROUTERS = (
-    *(part.router for part in (root, docs, train, capabilities, jobs, metrics, datasets, models, access, login, files, health, internal)),
+    *(
+        part.router
+        for part in (root, docs, train, capabilities, jobs, metrics, datasets, models, storage, access, login, files, health, internal)
+    ),
     internal.maintenance_router,
 )
 DESCRIPTION = "One HTTP request becomes a fine-tuned model."
@@ -148,6 +152,8 @@ async def _run_services(app: FastAPI) -> AsyncGenerator[None]:
         telemetry.start(services.store)
     if services.reconciler is not None:
         services.reconciler.start()
+    if services.upkeep is not None:
+        services.upkeep.start()
     loading = asyncio.create_task(_prepare(services))  # takes seconds; the first request need not wait for it
     log.info("service is ready", extra={"url": services.settings.url, "home": str(services.settings.home_folder)})
     try:
@@ -156,6 +162,8 @@ async def _run_services(app: FastAPI) -> AsyncGenerator[None]:
         loading.cancel()
         if services.reconciler is not None:
             await run_in_thread(services.reconciler.stop)
+        if services.upkeep is not None:
+            await run_in_thread(services.upkeep.stop)
         app.state.health_checks.close()
         if telemetry is not None:
             await run_in_thread(telemetry.stop)

@@ -99,7 +99,7 @@ def _add_generation_metrics(
         )
         if eval_config.sample_prompts:
             prompt_texts = [prompt.prompt_text for prompt in eval_prompts]
-            samples = make_samples(prompt_texts, references, answers, eval_config.sample_prompts)
+            samples = make_samples(training.chat_format, training.tokenizer, prompt_texts, references, answers, eval_config.sample_prompts)
             training.context.log_samples(SamplesGenerated(when=when, step=step, samples=samples))
     if not eval_config.compute_eval_metrics:
         return metrics

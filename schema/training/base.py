@@ -58,6 +58,7 @@ class BaseTrainingConfig(Strict):
     dataset_types: ClassVar[tuple[DatasetType, ...]]  # the dataset types that it can train on
     modalities: ClassVar[tuple[str, ...]] = ()  # what `summarize().modality` may be
     artifact_kinds: ClassVar[tuple[ArtifactKindInfo, ...]]  # a download without a name returns the first kind that the job has
+    resume_only_files: ClassVar[tuple[str, ...]] = ()  # large files of a checkpoint that only a continued training reads, not an export
     out_of_memory_hint: ClassVar[str] = "request hardware with more memory"
     phases: ClassVar[tuple[Phase, ...]]  # what an attempt may report to be doing, in the usual order
 
@@ -116,6 +117,11 @@ class BaseTrainingConfig(Strict):
     def hyperparameter_names(cls) -> frozenset[str]:
         """The names of this trainer type's hyperparameters."""
         return frozenset(cast(type[BaseHyperparameters], cls.model_fields["hyperparameters"].annotation).model_fields)
+
+    @classmethod
+    def recommends_artifact(cls, name: str, fidelity: Mapping[str, JsonValue] | None) -> bool:  # noqa: ARG003  # for families
+        """Whether a download without a name takes this artifact before those that the family does not recommend."""
+        return True
 
     @classmethod
     def artifact_folder(cls, kind: ArtifactKind) -> str:

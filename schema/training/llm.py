@@ -47,6 +47,7 @@ class LlmTrainingConfig(BaseTrainingConfig):
         ArtifactKindInfo("onnx", "onnx_models"),
         ArtifactKindInfo("lora_gguf", "gguf_models"),
     )
+    resume_only_files: ClassVar[tuple[str, ...]] = ("optimizer.pt",)  # of a Full training twice the size of the weights
     out_of_memory_hint: ClassVar[str] = (
         "lower batch_size or max_seq_length (raise gradient_accumulation_steps to keep the effective batch), or use method LoRA"
     )
@@ -85,6 +86,11 @@ class LlmTrainingConfig(BaseTrainingConfig):
     hyperparameters: Hyperparameters = Hyperparameters()  # type: ignore[call-arg]  # pyright: every field has a default
     export_config: ExportConfig = ExportConfig()  # type: ignore[call-arg]
     eval_config: EvalConfig = EvalConfig()  # type: ignore[call-arg]
+
+    @classmethod
+    def recommends_artifact(cls, name: str, fidelity: Mapping[str, JsonValue] | None) -> bool:
+        """Neither a file from which quantization erased the training, nor what is only a part beside the model's file."""
+        return name not in ("gguf-mmproj", "gguf-usage") and not (fidelity or {}).get("closer_to_base")
 
     @model_validator(mode="after")
     def _check_compatibility(self) -> Self:

@@ -224,8 +224,8 @@ def test_cli_works_against_cloud_service(job: Json, cloud: CloudLocal, tmp_path:
     assert run_cli("datasets", "import", "incoming/rows.jsonl").startswith("dataset_")
     assert set(json.loads(run_cli("capabilities", "--json"))["launchers"]) == {"cloud-run"}
     run_cli("download", job["job_id"], "--artifact", "gguf-q8_0", "--to", str(tmp_path / "downloaded"))
-    gguf = next((tmp_path / "downloaded").glob("*.gguf"))
-    command = [TRAINER_PYTHON, "-m", "jobs.llm.chat", "--gguf", gguf, "--temperature", "0", "--max-tokens", "4", "--prompt", "what is it"]
+    gguf = next((tmp_path / "downloaded").rglob("*.gguf"))
+    command = [TRAINER_PYTHON, "-m", "jobs.llm.chat", "--model", gguf, "--temperature", "0", "--max-tokens", "4", "--prompt", "what is it"]
     assert subprocess.run(command, cwd=SOURCE, capture_output=True, check=True, env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)})
 
 

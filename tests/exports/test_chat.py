@@ -5,15 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jobs.llm.chat import Conversation, InvalidPrompt, _print_stream, cpu_thread_count, open_model
+from jobs.llm.chat.conversation import Conversation
+from jobs.llm.chat.gguf_model import open_gguf
+from jobs.llm.chat.model import InvalidPrompt, Message
+from jobs.llm.chat.output import Speaker, answer_line
 from jobs.llm.llama_cpp import get_converter_path
 from jobs.llm.llama_cpp.model import token_to_bytes
+from jobs.runtime.settings import cpu_thread_count
 
 REPOSITORY = Path(__file__).parents[2]
 TURN = [{"role": "user", "content": "what does the function do"}]
@@ -53,7 +57,7 @@ def test_model_tokenizes_conversation_with_chat_template(model_folder: Path, ggu
 
     turns = [*TURN, {"role": "assistant", "content": "copy"}, {"role": "user", "content": "and  then?"}]
     expected = AutoTokenizer.from_pretrained(model_folder).apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
-    with open_model(gguf, threads=1) as model:
+    with open_gguf(gguf, threads=1) as model:
         assert model.tokenize(turns) == expected
 
 
@@ -100,7 +104,7 @@ def test_plain_text_lines_are_turns(gguf: Path) -> None:
 def test_multi_token_characters_are_not_split(gguf: Path) -> None:
     import llama_cpp
 
-    with open_model(gguf, threads=1) as model:
+    with open_gguf(gguf, threads=1) as model:
         vocabulary = llama_cpp.llama_model_get_vocab(model._llama.model)
         tokens = model._llama.tokenize("模型 🙂 Ünï  x".encode(), add_bos=False)
         assert b"".join(token_to_bytes(vocabulary, token) for token in tokens).decode() == "模型 🙂 Ünï  x"
@@ -134,12 +138,12 @@ def test_file_without_chat_template_continues_each_text(base_gguf: Path) -> None
     options = ("--json", "--temperature", "0", "--max-tokens", "3")
     completed = run_chat(base_gguf, *options, stdin='{"prompt": "what does it"}\n{"prompt": "what does it"}\n')
     assert completed.returncode == 0
-    assert completed.stderr == "the file has no chat template: its model continues each text that you write\n"
+    assert completed.stderr == "the model has no chat template: it continues each text that you write\n"
     texts = [line["token"] for line in parse_json_lines(completed.stdout) if "token" in line]
     assert texts
     assert texts[: len(texts) // 2] == texts[len(texts) // 2 :]  # the second text is not a turn after the first
-    with open_model(base_gguf, threads=1) as model:
-        assert not model.has_template
+    with open_gguf(base_gguf, threads=1) as model:
+        assert model.template is None
         tokenizer = AutoTokenizer.from_pretrained(base_gguf.parent / "staging")
         assert model.tokenize([{"role": "user", "content": "what does it"}]) == tokenizer.encode("what does it")
 
@@ -158,31 +162,35 @@ class FakeChatModel:
     """A model that always answers `yes`, with one token for each character."""
 
     context_tokens = 20
-    has_template = True
+    runs_as = "a fake"
+    template = "any"
 
-    def tokenize(self, messages: list[dict[str, str]]) -> list[int]:
+    def __init__(self) -> None:
+        self.answer: Sequence[str] = "yes"
+
+    def tokenize(self, messages: Sequence[Message]) -> list[int]:
         return [ord(character) for message in messages for character in message["content"]]
 
-    def generate(self, tokens: list[int], most_tokens: int, temperature: float) -> Iterator[str]:
-        yield from "yes"[:most_tokens]
+    def generate(self, tokens: list[int], max_tokens: int, temperature: float) -> Generator[str]:
+        yield from self.answer[:max_tokens]
 
 
 def test_conversation_keeps_earlier_turns() -> None:
-    conversation = Conversation(FakeChatModel(), max_tokens=3, temperature=0)  # pyright: ignore[reportArgumentType]  # a fake of the same shape
+    conversation = Conversation(FakeChatModel(), max_tokens=3, temperature=0)
     assert list(conversation.answer("one")) == ["y", "e", "s"]
     list(conversation.answer("two"))
     assert [message["content"] for message in conversation.messages] == ["one", "yes", "two", "yes"]
 
 
 def test_oldest_turns_are_dropped_when_context_is_full() -> None:
-    conversation = Conversation(FakeChatModel(), max_tokens=3, temperature=0)  # pyright: ignore[reportArgumentType]
+    conversation = Conversation(FakeChatModel(), max_tokens=3, temperature=0)
     for prompt in ("a" * 8, "b" * 8, "c" * 8):
         list(conversation.answer(prompt))
     assert [message["content"] for message in conversation.messages] == ["c" * 8, "yes"]
 
 
 def test_rejected_turn_does_not_change_the_conversation() -> None:
-    conversation = Conversation(FakeChatModel(), max_tokens=3, temperature=0)  # pyright: ignore[reportArgumentType]
+    conversation = Conversation(FakeChatModel(), max_tokens=3, temperature=0)
     list(conversation.answer("a"))
     with pytest.raises(InvalidPrompt, match="20 tokens"):
         list(conversation.answer("b" * 20))
@@ -190,7 +198,9 @@ def test_rejected_turn_does_not_change_the_conversation() -> None:
 
 
 def test_control_characters_are_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    _print_stream(["\x1b[2J", "a\n\tb", "\x9b1A", "模\r"])
+    model = FakeChatModel()
+    model.answer = ("\x1b[2J", "a\n\tb", "\x9b1A", "模\r")
+    answer_line([Speaker("", Conversation(model, max_tokens=4, temperature=0))], "hi")
     assert capsys.readouterr().out == "[2Ja\n\tb1A模\n"
 
 
@@ -203,7 +213,7 @@ def test_thread_count_comes_from_launcher_or_cpu_count() -> None:
 
 
 def run_chat(gguf: Path, *options: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "jobs.llm.chat", "--gguf", str(gguf), *options]
+    command = [sys.executable, "-m", "jobs.llm.chat", "--model", str(gguf), *options]
     return subprocess.run(command, input=stdin, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60)
 
 

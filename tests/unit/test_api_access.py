@@ -43,7 +43,7 @@ def iter_routes() -> Iterator[tuple[str, str]]:
         for route in router.routes:
             assert isinstance(route, APIRoute)
             assert isinstance(route, LimitedRoute) or route.path == "/docs"
-            yield from ((method, route.path) for method in route.methods)
+            yield from ((method, route.path_format) for method in route.methods)
 
 
 def test_every_other_route_needs_an_identity(anonymous: TestClient) -> None:

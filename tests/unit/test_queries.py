@@ -8,7 +8,9 @@ from schema.job import Artifact, ArtifactFile, Gate, GateCheck, Status
 from schema.result import PublishManifest
 from schema.spec import manifest_key
 from service.core.errors import Conflict, NotFound
+from service.core.jobs.queries import _pick_artifact
 from storage import StoreUnavailable
+from tests.factories import make_job
 from tests.unit.jobs_harness import OTHER_PRINCIPAL, PRINCIPAL, JobsHarness, make_artifact
 
 
@@ -80,6 +82,32 @@ def test_completed_job_has_download_link(harness: JobsHarness) -> None:
     assert artifact.sha256 == "0" * 64
     with pytest.raises(NotFound, match="it has: adapter, gguf-q8_0"):
         harness.jobs.queries.create_download_links(PRINCIPAL, job.job_id, "gguf-f16")
+
+
+@pytest.mark.parametrize(
+    ("artifacts", "chosen"),
+    [
+        ({"adapter": False, "gguf-q2_k": True, "gguf-q8_0": False}, "gguf-q8_0"),
+        ({"adapter": False, "merged": False, "gguf-q2_k": True, "gguf-mmproj": False, "gguf-usage": False}, "merged"),
+        ({"adapter": False, "gguf-q2_k": True}, "adapter"),
+        ({"gguf-q2_k": True, "gguf-mmproj": False}, "gguf-q2_k"),
+        ({"gguf-q8_0": False, "gguf-f16": False}, "gguf-q8_0"),
+    ],
+)
+def test_default_download_is_not_a_file_that_lost_the_training(artifacts: dict[str, bool], chosen: str) -> None:
+    made = tuple(
+        Artifact(
+            name=name,
+            kind=name.partition("-")[0],
+            uri="u",
+            key="k",
+            size_bytes=1,
+            files=[ArtifactFile(path="", size_bytes=1, sha256="0" * 64)],
+            fidelity={"closer_to_base": closer_to_base},
+        )
+        for name, closer_to_base in artifacts.items()
+    )
+    assert _pick_artifact(make_job(artifacts=made), None).name == chosen
 
 
 def test_files_beside_an_artifact_have_links_of_their_own(harness: JobsHarness) -> None:

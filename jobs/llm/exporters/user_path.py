@@ -1,7 +1,7 @@
 """Checks that every way in which a user asks a model gives it the tokens with which it was trained.
 
 tokenizer     transformers' apply_chat_template with the published folder's tokenizer (adapter, merged, onnx)
-chat          a GGUF file's own chat template and tokenizer, as jobs/llm/chat.py uses them
+chat          a GGUF file's own chat template and tokenizer, as jobs/llm/chat/ uses them
 server        the same, as llama.cpp's server does it: the tokenizer adds the BOS token
 Modelfile     Ollama's template, and the tokens that llama.cpp makes of its text
 """

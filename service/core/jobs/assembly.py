@@ -17,6 +17,8 @@ from service.core.jobs.preparation import DEFAULT_PREPARATION_LIMIT, Preparation
 from service.core.jobs.queries import JobQueries
 from service.core.jobs.reconcile import Reconciliation
 from service.core.jobs.repository import JobRepository
+from service.core.jobs.retention import CheckpointRetention
+from service.core.jobs.storage_usage import StorageQueries
 from service.core.jobs.submit import Submission
 from service.core.jobs.trackers import DeploymentTrackers
 from service.core.launchers import LauncherPool
@@ -41,6 +43,8 @@ class JobServices:
     deletion: Deletion
     attempts: Attempts
     reconciliation: Reconciliation
+    retention: CheckpointRetention
+    storage: StorageQueries
 
 
 def build_job_services(
@@ -60,6 +64,7 @@ def build_job_services(
     attempt_variables: Mapping[str, str] | None = None,
     credentials: CredentialIssuer | None = None,
     preparation_limit: timedelta = DEFAULT_PREPARATION_LIMIT,
+    checkpoint_retention: timedelta | None = None,
     quotas: QuotaChecks | None = None,
     egress: EgressCheck | None = None,
     traceparent: Callable[[], str | None] = lambda: None,
@@ -79,6 +84,7 @@ def build_job_services(
         repository, budget=budget, buckets=buckets, tokens=tokens, credentials=credentials or DeploymentCredentials(), wake=wake
     )
     starter = AttemptStarter(repository, buckets=buckets, marks=marks, tokens=tokens, attempt_variables=attempt_variables or {}, wake=wake)
+    deletion = Deletion(repository, control=control, launchers=launchers, buckets=buckets, marks=marks, hub=hub)
     return JobServices(
         repository=repository,
         submission=Submission(
@@ -96,7 +102,7 @@ def build_job_services(
         exports=Exports(repository, launchers=launchers, budget=budget, models=models, hub=hub, random_suffix=random_suffix, wake=wake),
         queries=JobQueries(repository, launchers=launchers, budget=budget, models=models, url_signer=url_signer, wake=wake),
         metrics=JobMetrics(repository),
-        deletion=Deletion(repository, control=control, launchers=launchers, buckets=buckets, marks=marks, hub=hub),
+        deletion=deletion,
         attempts=attempts,
         reconciliation=Reconciliation(
             repository,
@@ -108,4 +114,6 @@ def build_job_services(
             preparation_limit=PreparationLimit(repository, preparation_limit, wake),
             wake=wake,
         ),
+        retention=CheckpointRetention(repository, models, checkpoint_retention),
+        storage=StorageQueries(repository, buckets=buckets, launchers=launchers, deletion=deletion),
     )
